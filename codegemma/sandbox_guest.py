@@ -1,0 +1,233 @@
+"""The inside of the sandbox: a warm Python interpreter that forks one jailed process per job.
+
+`sandbox.py` starts this file under bubblewrap and speaks to it in JSON lines. For every job four processes stand in
+a row, each knowing less than the one before: the supervisor reads jobs; a monitor (outside the job's namespaces)
+keeps time and output; an init (process 1 of the job's namespaces) mounts the private folder; and the program, without
+capabilities, descriptors or sight of any other process. Killing init ends the whole tree. Standard library only.
+"""
+
+import atexit
+import base64
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import site
+import sys
+import threading
+import time
+import traceback
+
+# Imported once here, not once in every program.
+import collections, copy, functools, heapq, itertools, math, random, re, string, typing  # noqa: E401, F401, I001
+
+FOLDER = "/tmp"
+NEW_NS, NEW_UTS, NEW_IPC, NEW_PID = 0x0002_0000, 0x0400_0000, 0x0800_0000, 0x2000_0000   # linux/sched.h
+NOSUID, NODEV, NOEXEC = 2, 4, 8                                                            # linux/mount.h
+PDEATHSIG = 1                                                                              # linux/prctl.h
+CAPABILITY_V3 = 0x2008_0522                                                                # linux/capability.h
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def must(result, what):
+    if result:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def mount(kind, target, flags, options):
+    must(libc.mount(kind.encode(), target.encode(), kind.encode(), flags, options.encode()), f"mount {target}")
+
+
+def supervise():
+    """Serve jobs until the host closes the pipe. Only a monitor that failed ends the box (and the host starts anew)."""
+    site.setquit()
+    print(json.dumps({"ready": sys.version.split()[0]}), flush=True)
+    for line in sys.stdin:
+        monitor = os.fork()
+        if not monitor:
+            run_monitor(json.loads(line))
+        if os.waitpid(monitor, 0)[1]:
+            sys.exit("a monitor died")
+
+
+def run_monitor(job):
+    try:
+        must(libc.unshare(NEW_NS | NEW_UTS | NEW_IPC | NEW_PID), "unshare")
+        pipes = {name: os.pipe() for name in ("stdout", "stderr", "finished", "report")}
+        nonce = os.urandom(16)
+        started = time.monotonic()
+        init = os.fork()
+        if not init:
+            run_init(job, {name: ends[1] for name, ends in pipes.items()}, nonce)
+        for ends in pipes.values():
+            os.close(ends[1])
+        reply = watch(job, {ends[0]: name for name, ends in pipes.items()}, init, started + job["limits"]["seconds"])
+        finished = reply.pop("finished").startswith(nonce) or not job["must_finish"]
+        if reply["outcome"] == "passed" and not finished:
+            reply["outcome"] = "failed"
+            reply["stderr"] += b"\nThe program left before its last statement.\n"
+        reply["seconds"] = time.monotonic() - started
+        reply |= {name: reply[name].decode(errors="replace") for name in ("stdout", "stderr")}
+    except BaseException:
+        reply = {"error": traceback.format_exc()}
+    print(json.dumps(reply), flush=True)
+    os._exit(0)
+
+
+def watch(job, readers, init, deadline):
+    """Read everything that the job writes until its namespaces are gone, the time is up or the output is too long."""
+    text = {name: bytearray() for name in readers.values()}
+    outcome, room = None, job["limits"]["output"]
+    while readers:
+        ready = select.select([*readers, 0], [], [], max(0.0, deadline - time.monotonic()))[0]
+        if 0 in ready or not ready:                        # the host has gone, or time has
+            outcome = outcome or "timed_out"
+        for fd in (fd for fd in ready if fd):
+            chunk = os.read(fd, 65_536)
+            if not chunk:
+                os.close(fd)
+                del readers[fd]
+                continue
+            name = readers[fd]
+            text[name] += chunk
+            if name in ("stdout", "stderr"):
+                room -= len(chunk)
+        if room < 0:
+            outcome = outcome or "output_too_long"
+        if outcome:
+            os.kill(init, signal.SIGKILL)
+            break
+    os.waitpid(init, 0)
+    reply = {name: bytes(text[name][:job["limits"]["output"]]) for name in ("stdout", "stderr")}
+    reply |= {"finished": bytes(text["finished"]), "exit_code": None, "files": {}, "peak": 0}
+    if outcome:
+        return reply | {"outcome": outcome}
+    report = json.loads(text["report"])
+    if "error" in report:
+        raise OSError(report["error"])
+    code = report["exit_code"]
+    return reply | report | {"outcome": "timed_out" if code == -signal.SIGXCPU else "failed" if code else "passed"}
+
+
+def run_init(job, writers, nonce):
+    """Process 1 of the job: private mounts, then the program, then the files that were asked for."""
+    try:
+        libc.prctl(PDEATHSIG, signal.SIGKILL)
+        room = job["limits"]["disk"]
+        mount("tmpfs", FOLDER, NOSUID | NODEV, f"size={room},nr_inodes=65536,mode=700")
+        mount("tmpfs", "/dev/shm", NOSUID | NODEV | NOEXEC, f"size={room},nr_inodes=1024,mode=700")
+        mount("proc", "/proc", NOSUID | NODEV | NOEXEC, "")
+        with open("/proc/sys/user/max_user_namespaces", "w") as file:
+            file.write("0")
+        for name, content in job["files"].items():
+            path = os.path.join(FOLDER, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(base64.b64decode(content))
+                os.fchmod(file.fileno(), 0o700)
+        program = os.fork()
+        if not program:
+            run_program(job, writers, nonce)
+        status = wait_for(program)
+        report = {"exit_code": os.waitstatus_to_exitcode(status), "files": collect(job["collect"], room),
+                  "peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+    except BaseException:
+        report = {"error": traceback.format_exc()}
+    with os.fdopen(writers["report"], "w") as file:
+        json.dump(report, file)
+    os._exit(0)
+
+
+def wait_for(program):
+    """Reap orphans until the program ends; end whatever it left behind."""
+    while True:
+        pid, status = os.wait()
+        if pid == program:
+            break
+    try:
+        os.kill(-1, signal.SIGKILL)
+        while True:
+            os.wait()
+    except (ProcessLookupError, ChildProcessError):
+        return status
+
+
+def collect(folders, room):
+    """{path: base64} of the regular files under the named folders (or the named files), never through a symlink."""
+    files = {}
+    for folder in folders:
+        top = os.path.join(FOLDER, folder)
+        paths = [os.path.join(at, name) for at, _, names in os.walk(top) for name in names] or [top]
+        for path in paths:
+            if os.path.isfile(path) and not os.path.islink(path):
+                with open(path, "rb") as file:
+                    files[os.path.relpath(path, FOLDER)] = base64.b64encode(file.read(room)).decode()
+    return files
+
+
+def run_program(job, writers, nonce):
+    source, limits = job["source"], job["limits"]
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")                             # out of memory: this one goes first, not the supervisor
+        finished = jail(limits, writers, keep_finished=source is not None)
+        os.chdir(FOLDER)
+        if source is None:
+            os.execvpe(job["command"][0], job["command"], job["env"])
+    except BaseException as error:
+        os.write(2, f"cannot start {job['command'][0] if job['command'] else 'python'}: {error}\n".encode())
+        os._exit(127)
+    os.environ.clear()
+    os.environ.update(job["env"])
+    os._exit(run_source(source, finished, nonce))
+
+
+def jail(limits, writers, keep_finished):
+    """No capabilities, no descriptors but 0, 1, 2 (and 3: the proof of having finished), limits on all that grows."""
+    os.setsid()
+    null = os.open("/dev/null", os.O_RDONLY)
+    fds = [null, writers["stdout"], writers["stderr"], writers["finished"]]
+    fds = [os.dup(fd) for fd in fds]                       # out of the way of 0..3
+    high = [os.dup2(fd, 100 + i) for i, fd in enumerate(fds)]
+    for i, fd in enumerate(high):
+        os.dup2(fd, i, inheritable=i < 3)
+    os.closerange(4 if keep_finished else 3, 4096)
+    for kind, value in ((resource.RLIMIT_CPU, limits["cpu_seconds"]), (resource.RLIMIT_NOFILE, limits["open_files"]),
+                        (resource.RLIMIT_FSIZE, limits["disk"]), (resource.RLIMIT_CORE, 0),
+                        (resource.RLIMIT_NPROC, limits["processes"]), (resource.RLIMIT_DATA, limits["data"])):
+        if value is not None:
+            resource.setrlimit(kind, (value, value + 1 if kind == resource.RLIMIT_CPU else value))
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_V3, 0)
+    must(libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
+    return 3
+
+
+def run_source(source, finished, nonce):
+    """The exit code that an interpreter would give this program; reaching the end writes the nonce."""
+    code, program = 0, os.getpid()
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
+    sys.argv = ["program.py"]
+    sys.modules["__main__"] = module = type(sys)("__main__")
+    try:
+        exec(compile(source, "program.py", "exec"), module.__dict__)
+        if os.getpid() == program:                         # a forked child's end proves nothing
+            os.write(finished, nonce)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        code = 1
+        traceback.print_exc(limit=-8)
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        code = code or 120
+    return code & 0xFF
+
+
+if __name__ == "__main__":
+    supervise()
