@@ -36,7 +36,7 @@ _U32, _U64 = _STRUCTS[4], _STRUCTS[10]
 
 ALIGNMENT = 32
 MOST_ENTRIES = 65_536                    # key-values, tensors
-MOST_ITEMS = LIMITS["vocab"]             # strings in an array
+MOST_ITEMS = LIMITS["vocab"]             # strings in arrays
 MOST_STRING = 1 << 24                    # bytes; the longest real one is a chat template
 
 
@@ -82,7 +82,7 @@ class _Header:
     """A cursor over the header; every step is checked against the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at = path, data, 0
+        self.path, self.data, self.at, self.items = path, data, 0, 0
 
     def fault(self, what: str, remedy: str = "download or convert the file again") -> ValueError:
         return ValueError(f"{self.path}: {what}: {remedy}")
@@ -138,8 +138,9 @@ class _Header:
         return raw.view(dtype) if code != 7 else raw != 0
 
     def strings(self, key: str, count: int) -> Strings:
-        if count > MOST_ITEMS:
-            raise self.fault(f"{key} claims {count:,} strings, but at most {MOST_ITEMS:,} make sense")
+        self.items += count
+        if self.items > MOST_ITEMS:
+            raise self.fault(f"{key} claims {count:,} strings, but at most {MOST_ITEMS:,} in all make sense")
         data, at, length = self.data, self.at, _U64.unpack_from
         try:
             for _ in range(count):

@@ -1,0 +1,56 @@
+"""Damage to a file's bytes, as accidents and enemies do it: one seed, many mutants."""
+
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+EXTREMES = [0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+def mutants(raw: bytes, header: int, count: int, seed: int = 0) -> Iterator[bytes]:
+    """`count` damaged copies; the damage falls into the first `header` bytes."""
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        data = bytearray(raw)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(0, header))
+            match index % 6:
+                case 0:
+                    data[at] ^= 1 << int(rng.integers(8))
+                case 1:
+                    data[at] = int(rng.integers(256))
+                case 2:
+                    data[at:at + 8] = EXTREMES[rng.integers(len(EXTREMES))].to_bytes(8, "little")
+                case 3:
+                    data[at:at + 4] = (EXTREMES[rng.integers(len(EXTREMES))] % 2**32).to_bytes(4, "little")
+                case 4:
+                    del data[at:at + int(rng.integers(1, 40))]
+                case 5:
+                    data = data[:int(rng.integers(len(data)))] or bytearray(b"G")
+                    break
+        yield bytes(data)
+
+
+def fuzz(read: Callable[[], object], path: Path, raw: bytes, header: int, count: int) -> Counter[str]:
+    """Lets `read` loose on damaged copies of `raw` at `path`: anything but ValueError and OSError fails the test.
+
+    On every eighth one the memory that Python and NumPy take is held to a few times the file's size.
+    """
+    outcomes: Counter[str] = Counter()
+    for index, mutant in enumerate(mutants(raw, header, count)):
+        path.write_bytes(mutant)
+        if index % 8 == 0:
+            tracemalloc.start()
+        try:
+            read()
+            outcomes["loaded"] += 1
+        except (ValueError, OSError):
+            outcomes["refused"] += 1
+        if tracemalloc.is_tracing():
+            assert tracemalloc.get_traced_memory()[1] < 4 * len(raw) + 1_000_000
+            tracemalloc.stop()
+    path.write_bytes(raw)
+    return outcomes

@@ -1,0 +1,193 @@
+"""Tiny random models, made on the spot: configs of each architecture, weights, files, and a plain block decoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codegemma import weights
+from codegemma.config import ModelConfig
+from codegemma.formats import gguf, safetensors
+from codegemma.weights import BLOCKS, Tensor, places, row_bytes
+
+_MQA = ModelConfig("gemma", layers=3, width=96, heads=4, kv_heads=1, head_width=32, ffn_width=160, vocab=515,
+                   context=512)
+_GEMMA3 = replace(_MQA, architecture="gemma3", layers=7, rope_base=1e6, window=8, global_every=6, qk_norm=True,
+                  post_norms=True)
+KINDS = {"gemma-mqa": _MQA, "gemma-mha": replace(_MQA, kv_heads=4),
+         "gemma2": replace(_MQA, architecture="gemma2", layers=4, kv_heads=2, window=8, global_every=2, post_norms=True,
+                           attention_softcap=50.0, final_softcap=30.0),
+         "gemma3": _GEMMA3}
+
+
+def tiny_config(kind: str, **changes: Any) -> ModelConfig:
+    """One of KINDS, with changes (K-quants need widths that are multiples of 256)."""
+    return replace(KINDS[kind], **{"query_scale": 0.0} | changes)
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """float32 weights by our names, scaled as a trained model's; norms near 1, the 1 included."""
+    rng = np.random.default_rng(seed)
+    return {place.name: (rng.normal(1.0, 0.1, place.shape) if place.is_norm
+                         else rng.normal(0.0, place.shape[-1] ** -0.5, place.shape)).astype(np.float32)
+            for place in places(config, "gguf")}
+
+
+def encode(values: np.ndarray, type: str, seed: int = 0) -> Tensor:
+    """A tensor of `values` in an unquantised type; of a quantised type, random valid blocks of about their size."""
+    values = np.ascontiguousarray(values, np.float32)
+    if type == "F32":
+        return Tensor.of(values)
+    if type == "F16":
+        return Tensor("F16", values.shape, values.astype("<f2").view(np.uint8))
+    if type == "BF16":
+        bits = values.view(np.uint32)
+        rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+        return Tensor("BF16", values.shape, rounded.view(np.uint8))
+    return random_blocks(type, values.shape, float(values.std()), seed)
+
+
+# Where the float16 scales lie in a block, and the standard deviation that a scale of 1 gives random blocks.
+_SCALES = {"Q4_0": ((0,), 4.6), "Q4_1": ((0, 2), 4.6), "Q5_0": ((0,), 9.2), "Q5_1": ((0, 2), 9.2), "Q8_0": ((0,), 74.0),
+           "Q4_K": ((0, 2), 170.0), "Q5_K": ((0, 2), 350.0), "Q6_K": ((208,), 1370.0)}
+
+
+def random_blocks(type: str, shape: tuple[int, ...], std: float = 1.0, seed: int = 0) -> Tensor:
+    """Random bytes are valid blocks once their float16 scales are small numbers (both signs, for d and the minimum)."""
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (*shape[:-1], row_bytes(type, shape[-1])), np.uint8)
+    blocks = raw.reshape(-1, BLOCKS[type][1])
+    offsets, unit = _SCALES[type]
+    for offset in offsets:
+        scales = rng.normal(0.0, std / unit, len(blocks)).astype("<f2")
+        blocks[:, offset:offset + 2] = scales[:, None].view(np.uint8)
+    return Tensor(type, shape, raw)
+
+
+def fitting(type: str, width: int) -> str:
+    """The type, or the one that takes its place where blocks do not fill a row (as llama.cpp's quantiser does)."""
+    return next(name for name in (type, "Q8_0", "F32") if width % BLOCKS[name][0] == 0)
+
+
+def tiny_tensors(config: ModelConfig, type: str = "F32", seed: int = 0) -> dict[str, Tensor]:
+    """`random_weights` as tensors: norms F32, matrices of `type` where it fits."""
+    return {name: encode(values, "F32" if values.ndim == 1 else fitting(type, values.shape[-1]), seed + index)
+            for index, (name, values) in enumerate(random_weights(config, seed).items())}
+
+
+def tiny_pieces(config: ModelConfig) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Pieces, scores and types of a small vocabulary with Gemma's control ids, all bytes, and printable ASCII."""
+    turn = 105 if config.architecture == "gemma3" else 106
+    special = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", turn: "<start_of_turn>",
+               turn + 1: "<end_of_turn>"}
+    if config.architecture == "gemma":
+        special |= {67: "<|fim_prefix|>", 68: "<|fim_middle|>", 69: "<|fim_suffix|>", 70: "<|file_separator|>"}
+    pieces = [special.get(token, f"<unused{token}>") for token in range(108)]
+    kinds = [2 if token == 3 else 3 if token in (0, 1, 2, 4) else 4 for token in range(108)]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = ["▁", "\n", *map(chr, range(33, 127))]
+    merged = ["▁▁", "▁▁▁▁", "\n\n", "re", "tu", "rn", "retu", "return", "de", "def", "▁def", "▁return", "in",
+              "th", "er"]
+    normal = (letters + merged)[:config.vocab - len(pieces) - 256]
+    normal += [f"~{number}" for number in range(config.vocab - len(pieces) - 256 - len(normal))]
+    scores = [0.0] * (len(pieces) + 256) + [-float(rank) for rank in range(len(normal))]
+    kinds += [6] * 256 + [1] * len(normal)
+    return pieces + bytes_ + normal, np.array(scores, "<f4"), np.array(kinds, "<i4")
+
+
+def tokenizer_metadata(config: ModelConfig) -> dict[str, Any]:
+    pieces, scores, kinds = tiny_pieces(config)
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.scores": scores,
+            "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1,
+            "tokenizer.ggml.unknown_token_id": 3, "tokenizer.ggml.padding_token_id": 0,
+            "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False}
+
+
+def write_tiny_gguf(path: Path, config: ModelConfig, type: str = "F32", seed: int = 0, tokenizer: bool = True,
+                    tensors: Mapping[str, Tensor] | None = None) -> Path:
+    """A GGUF that ours and llama.cpp's readers load. `tensors` replaces `tiny_tensors(config, type, seed)`."""
+    stored = weights.write("gguf", config, tensors or tiny_tensors(config, type, seed))
+    metadata = gguf.config_metadata(config) | (tokenizer_metadata(config) if tokenizer else {})
+    gguf.write_gguf(path, metadata, [(name, tensor.type, tensor.shape, tensor.data) for name, tensor in stored.items()])
+    return path
+
+
+def write_tiny_hf(path: Path, config: ModelConfig, type: str = "F32", seed: int = 0, shards: int = 1,
+                  tensors: Mapping[str, Tensor] | None = None) -> Path:
+    """A Hugging Face directory without a tokenizer, in `shards` files."""
+    stored = weights.write("hf", config, tensors or tiny_tensors(config, type, seed))
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(safetensors.config_fields(config)))
+    if shards == 1:
+        safetensors.write_safetensors(path / "model.safetensors", stored)
+        return path
+    files = {name: f"model-{index % shards + 1:05}-of-{shards:05}.safetensors" for index, name in enumerate(stored)}
+    for file in set(files.values()):
+        safetensors.write_safetensors(path / file, {name: stored[name] for name in stored if files[name] == file})
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return path
+
+
+def dequantize(tensor: Tensor) -> np.ndarray:
+    """float32 values of any type, block by block as ggml's dequantize_row functions define them."""
+    if tensor.type in ("F32", "F16", "BF16"):
+        return tensor.float32()
+    blocks = tensor.data.reshape(-1, BLOCKS[tensor.type][1])
+    return _DECODERS[tensor.type](blocks).astype(np.float32).reshape(tensor.shape)
+
+
+def _f16(blocks: np.ndarray, at: int) -> np.ndarray:
+    return np.ascontiguousarray(blocks[:, at:at + 2]).view("<f2").astype(np.float32)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """Low halves of all bytes, then high halves."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.int32)
+
+
+def _bits(packed: np.ndarray) -> np.ndarray:
+    """The 32 bits of four bytes, lowest first."""
+    return np.unpackbits(packed, axis=-1, bitorder="little").astype(np.int32)
+
+
+def _k_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eight 6-bit scales and eight 6-bit minima from the 12 bytes of a Q4_K or Q5_K block."""
+    a, b, c = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([a & 63, (c & 15) | (a >> 6) << 4], axis=1)
+    minima = np.concatenate([b & 63, c >> 4 | (b >> 6) << 4], axis=1)
+    return scales.astype(np.float32)[..., None], minima.astype(np.float32)[..., None]
+
+
+def _q4_k(x: np.ndarray) -> np.ndarray:
+    scales, minima = _k_scales(x[:, 4:16])
+    quants = _nibbles(x[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return _f16(x, 0)[..., None] * scales * quants - _f16(x, 2)[..., None] * minima
+
+
+def _q5_k(x: np.ndarray) -> np.ndarray:
+    scales, minima = _k_scales(x[:, 4:16])
+    high = x[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    quants = _nibbles(x[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) + 16 * high.astype(np.int32)
+    return _f16(x, 0)[..., None] * scales * quants - _f16(x, 2)[..., None] * minima
+
+
+def _q6_k(x: np.ndarray) -> np.ndarray:
+    low = _nibbles(x[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
+    high = x[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    scales = x[:, 192:208].view(np.int8).astype(np.float32).reshape(-1, 16, 1)
+    quants = (low + 16 * high.astype(np.int32) - 32).reshape(-1, 16, 16)
+    return _f16(x, 208)[..., None] * scales * quants
+
+
+_DECODERS = {
+    "Q4_0": lambda x: _f16(x, 0) * (_nibbles(x[:, 2:]) - 8),
+    "Q4_1": lambda x: _f16(x, 0) * _nibbles(x[:, 4:]) + _f16(x, 2),
+    "Q5_0": lambda x: _f16(x, 0) * (_nibbles(x[:, 6:]) + 16 * _bits(x[:, 2:6]) - 16),
+    "Q5_1": lambda x: _f16(x, 0) * (_nibbles(x[:, 8:]) + 16 * _bits(x[:, 4:8])) + _f16(x, 2),
+    "Q8_0": lambda x: _f16(x, 0) * x[:, 2:].view(np.int8),
+    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
