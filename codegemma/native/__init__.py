@@ -1,0 +1,171 @@
+"""The engine on a CPU: C++ kernels that read the quantised blocks where they lie, under a layer loop in Python.
+
+`record` is that loop: it states the forward pass of Gemma 1, 2 and 3 once, as a list of steps which the native half
+replays for any number of tokens. The law it keeps (numerics v1): on one SIMD level a token's logits do not depend on
+what else is in the batch, on how the prompt was cut, on whether its prefix came from a cache, or on the threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from codegemma.formats import Checkpoint
+from codegemma.native import _native
+from codegemma.weights import Tensor
+
+PAGE: int = _native.PAGE                 # tokens in a page of keys and values
+NUMERICS = "v1"
+CHUNK = 512                              # tokens that one run takes at most
+Cancel = _native.Cancel
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, bounded by a container's CPU quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cpus
+
+
+class Page:
+    """Keys and values of up to PAGE consecutive tokens in all layers. Rows below `used` never change again, so pages
+    are shared freely: whoever stands at `used` may append, anybody else copies first."""
+
+    __slots__ = ("data", "used")
+
+    def __init__(self, data: np.ndarray, used: int = 0) -> None:
+        self.data, self.used = data, used
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """Row i belongs to the i-th wanted token. `values` is a buffer that the next run overwrites."""
+
+    values: np.ndarray                   # float32 [n, V]
+    argmax: np.ndarray                   # int32 [n]: the lowest id among equals
+    normaliser: np.ndarray               # float32 [n]: log sum exp
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """New tokens of one sequence: they stand at `start` and after, and `pages` covers them and all before."""
+
+    ids: Sequence[int]
+    start: int
+    pages: list[Page]
+    wanted: int                          # logits of this many last tokens
+
+
+class Native:
+    """A checkpoint ready to run. Threads and SIMD level are fixed at birth (`CODEGEMMA_SIMD` forces the level).
+
+    The cache holds float16 keys and values, or float32 where the weights are floats, for parity with other float32
+    implementations. Raises ValueError on a weight type without a kernel or a SIMD level that this CPU lacks.
+    """
+
+    invariant = True
+
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, level: str | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self.config = checkpoint.config
+        self.threads = threads or usable_cpus()
+        self.level: str = _native.level(level or os.environ.get("CODEGEMMA_SIMD") or "auto")
+        self.half = checkpoint.tensors["layers.0.q"].type not in ("F32", "F16", "BF16")
+        self.key = f"{NUMERICS} {self.level} {'f16' if self.half else 'f32'}"
+        layer_bytes = 2 * self.config.kv_heads * PAGE * self.config.head_width * (2 if self.half else 4)
+        self.page_bytes = self.config.layers * layer_bytes
+        self._pool = _native.Pool(self.threads)
+        self._kept: list[np.ndarray] = []
+        self._program = self._record(checkpoint.tensors, layer_bytes)
+        self._buffers = self._logits_buffers(1)
+
+    def new_page(self) -> Page:
+        return Page(np.zeros(self.page_bytes, np.uint8))
+
+    def copy_page(self, page: Page, used: int) -> Page:
+        """A page of one's own with the first `used` tokens of another."""
+        return Page(page.data.copy(), used)
+
+    def run(self, slices: Sequence[Slice], cancel: _native.Cancel | None = None) -> Logits | None:
+        """Runs all slices together and writes their keys and values; None if it was cancelled on the way."""
+        T = sum(len(s.ids) for s in slices)
+        ids_T, positions_T, sequences_T = (np.empty(T, np.int32) for _ in range(3))
+        pages_SP = np.zeros((len(slices), max(len(s.pages) for s in slices)), np.uint64)
+        wanted: list[int] = []
+        at = 0
+        for i, s in enumerate(slices):
+            end = at + len(s.ids)
+            ids_T[at:end], sequences_T[at:end] = s.ids, i
+            positions_T[at:end] = np.arange(s.start, s.start + len(s.ids))
+            pages_SP[i, :len(s.pages)] = [page.data.ctypes.data for page in s.pages]
+            wanted += range(end - s.wanted, end)
+            at = end
+        n = len(wanted)
+        if n > len(self._buffers.argmax):
+            self._buffers = self._logits_buffers(n)
+        b = self._buffers
+        done = self._program.run(ids_T, positions_T, sequences_T, pages_SP, np.array(wanted, np.int32), b.values, b.argmax,
+                                 b.normaliser, cancel)
+        return Logits(b.values[:n], b.argmax[:n], b.normaliser[:n]) if done else None
+
+    def profile(self, on: bool) -> list[tuple[str, float]]:
+        """Seconds of each step since profiling was switched on."""
+        times: list[tuple[str, float]] = self._program.profile()
+        self._program.set_profiling(on)
+        return times
+
+    def _logits_buffers(self, n: int) -> Logits:
+        return Logits(np.empty((n, self.config.vocab), np.float32), np.empty(n, np.int32), np.empty(n, np.float32))
+
+    def _weight(self, tensor: Tensor) -> _native.Weight:
+        rows, columns = tensor.shape
+        data = np.ascontiguousarray(tensor.data)
+        self._kept.append(data)
+        return _native.Weight(tensor.type, data, rows, columns)
+
+    def _factors(self, tensor: Tensor | None) -> np.ndarray | None:
+        if tensor is None:
+            return None
+        values = np.array(tensor.float32(), np.float32)
+        self._kept.append(values)
+        return values
+
+    def _record(self, tensors: dict[str, Tensor], layer_bytes: int) -> _native.Program:
+        c, p = self.config, _native.Program(self._pool, self.level)
+        N, K, H, F, eps = c.heads, c.kv_heads, c.head_width, c.ffn_width, c.norm_eps
+        x, a, y = p.buffer(c.width), p.buffer(c.width), p.buffer(c.width)
+        qkv, values, hidden = p.buffer((N + 2 * K) * H), p.buffer(N * H), p.buffer(F)
+        table = self._weight(tensors["embed"])
+        p.embed(table, x, c.embed_scale)
+        added, post = -1, None           # what the next norm first adds to the residual stream
+        for i in range(c.layers):
+            def weight(name: str, i: int = i) -> _native.Weight:
+                return self._weight(tensors[f"layers.{i}.{name}"])
+
+            def factors(name: str, i: int = i) -> np.ndarray | None:
+                return self._factors(tensors.get(f"layers.{i}.{name}"))
+
+            offsets = {"layer_offset": i * layer_bytes, "kv_offset": layer_bytes // 2, "half": self.half}
+            base, scale = (c.rope_base, c.rope_scale) if c.is_global(i) else (c.rope_base_local, 1.0)
+            p.norm(x, factors("attn_norm"), a, eps, added, post)
+            p.product(a, [weight("q"), weight("k"), weight("v")], qkv)
+            p.split_heads(qkv, N, K, H, factors("q_norm"), factors("k_norm"), eps, c.query_scale, base, scale, **offsets)
+            p.attend(qkv, values, N, K, H, c.layer_window(i) or 0, c.attention_softcap or 0.0, **offsets)
+            p.product(values, [weight("o")], y)
+            p.norm(x, factors("ffn_norm"), a, eps, y, factors("post_attn_norm"))
+            p.gated(a, weight("gate"), weight("up"), hidden)
+            p.product(hidden, [weight("down")], y)
+            added, post = y, factors("post_ffn_norm")
+        p.norm(x, self._factors(tensors["final_norm"]), a, eps, added, post)  # only for its sum into x
+        p.logits(x, self._factors(tensors["final_norm"]), eps, table, c.final_softcap or 0.0)
+        return p

@@ -1,0 +1,155 @@
+// The Python face of the engine's native half. Every array is checked here once; nothing below checks again.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace cg;
+
+namespace {
+
+template <class T, int N> using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
+
+const char* const TYPE_NAMES[TYPES] = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
+const int BLOCK[TYPES] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256};
+const int BLOCK_BYTES[TYPES] = {4, 2, 2, 18, 20, 22, 24, 34, 144, 176, 210};
+
+Weight weight(const std::string& type, Bytes data, int64_t rows, int64_t cols) {
+  for (int t = 0; t < TYPES; t++)
+    if (type == TYPE_NAMES[t]) {
+      if (cols <= 0 || rows <= 0 || cols % BLOCK[t])
+        throw std::invalid_argument("a " + type + " weight needs rows of a multiple of " + std::to_string(BLOCK[t]) + " columns, got " +
+                                    std::to_string(rows) + " x " + std::to_string(cols));
+      int64_t row_bytes = cols / BLOCK[t] * BLOCK_BYTES[t];
+      if ((int64_t)data.nbytes() != rows * row_bytes)
+        throw std::invalid_argument("a " + type + " weight of " + std::to_string(rows) + " x " + std::to_string(cols) + " takes " +
+                                    std::to_string(rows * row_bytes) + " bytes, got " + std::to_string(data.nbytes()));
+      return {t, data.data(), rows, cols, row_bytes};
+    }
+  throw std::invalid_argument("no kernel for weights of type " + type);
+}
+
+// x W^T for float rows x [T, K], as the program computes it.
+void multiply(const Kernels* k, Pool& pool, const Weight& w, const float* x, int T, float* out) {
+  int64_t P = (w.cols + 255) / 256 * 256, rows = (T + 15) / 16 * 16;
+  std::vector<float> f(rows * P);
+  for (int t = 0; t < T; t++) memcpy(&f[t * P], x + t * w.cols, 4 * w.cols);
+  bool packed = T >= PACKED_FROM;
+  int form = form_of(w.type), block = form == BLOCKS_256 ? 256 : 32;
+  std::vector<int8_t> q(rows * P);
+  std::vector<float> scales(rows * P / block);
+  std::vector<int16_t> sums(rows * P / 16);
+  Quantised z{block, q.data(), scales.data(), sums.data()};
+  Activations a{f.data(), w.cols, P, P, T, packed, form, z, z};
+  k->quantise(a, 0, packed ? (int)rows : T);
+  int64_t tile = k->tile_rows(w, packed);
+  std::atomic<int64_t> next{0};
+  std::vector<Scratch> scratch(pool.threads());
+  pool.run([&](int thread) {
+    for (int64_t r; (r = next.fetch_add(tile)) < w.rows;)
+      k->product({&w, nullptr, out, w.rows}, a, r, std::min(r + tile, w.rows), scratch[thread]);
+  });
+}
+
+bool run(Program& p, Array<const int32_t, 1> ids, Array<const int32_t, 1> positions, Array<const int32_t, 1> sequences,
+         Array<const uint64_t, 2> pages, Array<const int32_t, 1> out_rows, Array<float, 2> logits, Array<int32_t, 1> argmax,
+         Array<float, 1> normaliser, const Cancel* cancel) {
+  int T = (int)ids.shape(0), n = (int)out_rows.shape(0);
+  if (T < 1 || (int)positions.shape(0) != T || (int)sequences.shape(0) != T)
+    throw std::invalid_argument("ids, positions and sequences must be equally long and not empty");
+  if ((int64_t)logits.shape(1) != p.vocabulary() || (int)logits.shape(0) < n || (int)argmax.shape(0) < n || (int)normaliser.shape(0) < n)
+    throw std::invalid_argument("logits must be [wanted tokens, vocabulary]");
+  for (int t = 0; t < T; t++) {
+    int s = sequences.data()[t], at = positions.data()[t];
+    if (ids.data()[t] < 0 || ids.data()[t] >= p.vocabulary())
+      throw std::invalid_argument("token id " + std::to_string(ids.data()[t]) + " is outside the vocabulary of " +
+                                  std::to_string(p.vocabulary()));
+    if (s < 0 || s >= (int)pages.shape(0) || at < 0 || at / PAGE >= (int)pages.shape(1) ||
+        !pages.data()[s * pages.shape(1) + at / PAGE])
+      throw std::invalid_argument("token " + std::to_string(t) + " at position " + std::to_string(at) + " has no page");
+  }
+  for (int i = 0; i < n; i++)
+    if (out_rows.data()[i] < 0 || out_rows.data()[i] >= T) throw std::invalid_argument("a wanted token is outside the batch");
+  Batch b{T, ids.data(), positions.data(), sequences.data(), pages.data(), (int64_t)pages.shape(1), n, out_rows.data(), logits.data(),
+          argmax.data(), normaliser.data()};
+  nb::gil_scoped_release release;
+  return p.run(b, cancel);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.attr("PAGE") = PAGE;
+  m.attr("SEGMENT") = SEGMENT;
+  m.attr("TYPES") = [] {
+    nb::list l;
+    for (auto* t : TYPE_NAMES) l.append(t);
+    return nb::tuple(l);
+  }();
+
+  nb::class_<Cancel>(m, "Cancel", "A flag that stops a run from any thread, within a tile of work.")
+      .def(nb::init<>())
+      .def("set", [](Cancel& c) { c.set = true; })
+      .def("is_set", [](Cancel& c) { return c.set.load(); });
+  nb::class_<Pool>(m, "Pool").def(nb::init<int>(), "threads"_a).def_prop_ro("threads", &Pool::threads);
+  nb::class_<Weight>(m, "Weight", "Blocks of a weight as they lie in the file; the caller keeps the array alive.")
+      .def("__init__", [](Weight* w, const std::string& type, Bytes data, int64_t rows, int64_t cols) {
+        new (w) Weight(weight(type, data, rows, cols));
+      }, "type"_a, "data"_a, "rows"_a, "cols"_a, nb::keep_alive<1, 3>());
+  nb::class_<Program>(m, "Program")
+      .def("__init__", [](Program* p, std::shared_ptr<Pool> pool, const std::string& level) {
+        new (p) Program(pool, choose_kernels(level));
+      }, "pool"_a, "level"_a)
+      .def("buffer", &Program::buffer, "width"_a)
+      .def("embed", &Program::embed, "table"_a, "out"_a, "scale"_a)
+      .def("norm", [](Program& p, int x, Array<const float, 1> weight, int out, float eps, int add, std::optional<Array<const float, 1>> post) {
+        p.norm(x, weight.data(), out, eps, add, post ? post->data() : nullptr);
+      }, "x"_a, "weight"_a, "out"_a, "eps"_a, "add"_a = -1, "post"_a = nb::none())
+      .def("product", &Program::product, "x"_a, "weights"_a, "out"_a)
+      .def("gated", &Program::gated, "x"_a, "gate"_a, "up"_a, "out"_a)
+      .def("split_heads", [](Program& p, int qkv, int heads, int kv_heads, int width, std::optional<Array<const float, 1>> q_norm,
+                             std::optional<Array<const float, 1>> k_norm, float eps, float query_scale, double base, double scale,
+                             bool half, int64_t layer_offset, int64_t kv_offset) {
+        p.split_heads(qkv, {nullptr, heads, kv_heads, width, q_norm ? q_norm->data() : nullptr, k_norm ? k_norm->data() : nullptr, eps,
+                            query_scale, {}, nullptr, nullptr, half}, base, scale, layer_offset, kv_offset);
+      }, "qkv"_a, "heads"_a, "kv_heads"_a, "width"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "query_scale"_a, "base"_a, "scale"_a,
+         "half"_a, "layer_offset"_a, "kv_offset"_a)
+      .def("attend", [](Program& p, int qkv, int out, int heads, int kv_heads, int width, int window, float softcap, bool half,
+                        int64_t layer_offset, int64_t kv_offset) {
+        p.attend(qkv, {nullptr, 0, nullptr, 0, heads, kv_heads, width, window, softcap, half, layer_offset, kv_offset}, out);
+      }, "qkv"_a, "out"_a, "heads"_a, "kv_heads"_a, "width"_a, "window"_a, "softcap"_a, "half"_a, "layer_offset"_a, "kv_offset"_a)
+      .def("logits", [](Program& p, int x, Array<const float, 1> weight, float eps, const Weight& table, float cap) {
+        p.logits(x, weight.data(), eps, table, cap);
+      }, "x"_a, "weight"_a, "eps"_a, "table"_a, "cap"_a)
+      .def("run", &run, "ids"_a, "positions"_a, "sequences"_a, "pages"_a, "out_rows"_a, "logits"_a, "argmax"_a, "normaliser"_a,
+           "cancel"_a.none())
+      .def("set_profiling", &Program::set_profiling, "on"_a)
+      .def("profile", &Program::profile);
+
+  m.def("level", [](const std::string& level) { return choose_kernels(level)->name; }, "level"_a,
+        "The SIMD level that a name stands for on this CPU; 'auto' is the best. ValueError on one it lacks.");
+  m.def("multiply", [](const std::string& level, Pool& pool, const Weight& w, Array<const float, 2> x, Array<float, 2> out) {
+    if ((int64_t)x.shape(1) != w.cols || (int64_t)out.shape(1) != w.rows || out.shape(0) != x.shape(0))
+      throw std::invalid_argument("x must be [T, columns] and out [T, rows] of the weight");
+    const Kernels* k = choose_kernels(level);
+    nb::gil_scoped_release release;
+    multiply(k, pool, w, x.data(), (int)x.shape(0), out.data());
+  }, "level"_a, "pool"_a, "weight"_a, "x"_a, "out"_a);
+  m.def("dequantise", [](const std::string& level, const Weight& w, Array<float, 2> out) {
+    if ((int64_t)out.shape(0) != w.rows || (int64_t)out.shape(1) != w.cols) throw std::invalid_argument("out must be [rows, columns]");
+    const Kernels* k = choose_kernels(level);
+    nb::gil_scoped_release release;
+    for (int64_t r = 0; r < w.rows; r++) k->dequantise(w, r, out.data() + r * w.cols);
+  }, "level"_a, "weight"_a, "out"_a);
+}

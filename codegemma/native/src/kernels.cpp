@@ -1,0 +1,685 @@
+// The kernels of one SIMD level. Numerics v1: whole numbers inside a block are exact; float terms are multiplied and
+// added, never contracted, in eight chains by block index (chain = block % 8), folded in one order, so that one token
+// and many, one thread and two, AVX-512 and plain C++ give the same product. The build sets -ffp-contract=off.
+#include "kernels.h"
+#include "blocks.h"
+
+#include <algorithm>
+
+namespace cg {
+namespace CG_LEVEL {
+namespace {
+
+// The next `count` elements of a buffer; `reserve` has made room for all of them before.
+template <class T> T* carve(std::vector<uint8_t>& buffer, size_t& used, size_t count) {
+  T* p = (T*)(buffer.data() + used);
+  used += (count * sizeof(T) + 63) / 64 * 64;
+  return p;
+}
+void reserve(std::vector<uint8_t>& buffer, size_t bytes) {
+  if (buffer.size() < bytes + 512) buffer.resize(bytes + 512);
+}
+int64_t pad(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+CG_INLINE Fv load_part(const float* p, int64_t n) {  // n < FW floats, the rest zero
+  Fv v{};
+  memcpy(&v, p, 4 * n);
+  return v;
+}
+
+// ------------------------------------------------------------------------------------------------ rows of weights
+template <class L> void floats_row(const uint8_t* p, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + FW <= n; i += FW) store(out + i, L::read(p + i * L::BYTES));
+  if (i < n) {
+    uint8_t rest[64] = {};
+    memcpy(rest, p + i * L::BYTES, (n - i) * L::BYTES);
+    Fv v = L::read(rest);
+    memcpy(out + i, &v, 4 * (n - i));
+  }
+}
+template <class Q> void blocks32_row(const uint8_t* p, int64_t n, float* out) {
+  for (int64_t b = 0; b < n / 32; b++, p += Q::BYTES) {
+    u8x32 q = Q::unpack(p);
+    float d = half(load<uint16_t>(p)), m = Q::MIN ? half(load<uint16_t>(p + 2)) : 0;
+    for (int i = 0; i < 32; i++) {
+      int v = Q::MAXQ < 0 && !Q::OFFSET ? (int)(int8_t)q[i] : (int)q[i];
+      out[b * 32 + i] = d * (float)(v - Q::OFFSET) + m;
+    }
+  }
+}
+template <class Q> void blocks256_row(const uint8_t* p, int64_t n, float* out) {
+  KScales s;
+  u8x32 w[8];
+  for (int64_t b = 0; b < n / 256; b++, p += Q::BYTES) {
+    Q::scales(p, s), Q::unpack(p, w);
+    for (int i = 0; i < 256; i++) {
+      int q = w[i / 32][i % 32], sc = s.sc[i / 16], mn = s.mn[i / 16];
+      out[b * 256 + i] = Q::MIN ? (s.d * sc) * q - s.dmin * mn : s.d * (float)(sc * q - mn);
+    }
+  }
+}
+void dequantise(const Weight& w, int64_t row, float* out) {
+  const uint8_t* p = w.data + row * w.row_bytes;
+  switch (w.type) {
+    case F32_T: return floats_row<F32>(p, w.cols, out);
+    case F16_T: return floats_row<F16>(p, w.cols, out);
+    case BF16_T: return floats_row<BF16>(p, w.cols, out);
+    case Q4_0_T: return blocks32_row<Q4_0>(p, w.cols, out);
+    case Q4_1_T: return blocks32_row<Q4_1>(p, w.cols, out);
+    case Q5_0_T: return blocks32_row<Q5_0>(p, w.cols, out);
+    case Q5_1_T: return blocks32_row<Q5_1>(p, w.cols, out);
+    case Q8_0_T: return blocks32_row<Q8_0>(p, w.cols, out);
+    case Q4_K_T: return blocks256_row<Q4_K>(p, w.cols, out);
+    case Q5_K_T: return blocks256_row<Q5_K>(p, w.cols, out);
+    case Q6_K_T: return blocks256_row<Q6_K>(p, w.cols, out);
+  }
+}
+void embed(const Weight& w, int64_t row, float scale, float* out) {
+  dequantise(w, row, out);
+  for (int64_t i = 0; i < w.cols; i++) out[i] *= scale;
+}
+
+// ------------------------------------------------------------------------------------------------ norm and quantise
+// out = x / rms(x) * weight, rms over n in float32 (weight holds the 1 + w of the checkpoint). out may be x.
+void norm(const float* x, const float* weight, float* out, int64_t n, float eps) {
+  Fv squares{};
+  int64_t i = 0;
+  for (; i + FW <= n; i += FW) { Fv v = load<Fv>(x + i); squares = fma(v, v, squares); }
+  if (i < n) { Fv v = load_part(x + i, n - i); squares = fma(v, v, squares); }
+  float scale = 1.0f / std::sqrt(sum(squares) / (float)n + eps);
+  for (i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+// One row: q = round(x * 127 / max|x|), half to even, in blocks of `block`; scales max|x| / 127; sums of each 16.
+void quantise_row(const float* x, int64_t padded, int block, int8_t* q, float* scales, int16_t* sums) {
+  const Fv round = splat(12582912.0f);  // 1.5 * 2^23
+  for (int64_t b = 0; b < padded / block; b++, x += block, q += block, sums += block / 16) {
+    Fv most{};
+    for (int i = 0; i < block; i += FW) {
+      Fv v = load<Fv>(x + i);
+      most = max(most, max(v, -v));
+    }
+    float top = largest(most), inverse = top > 0 ? 127.0f / top : 0;
+    scales[b] = top / 127.0f;
+    Fv by = splat(inverse);
+    for (int i = 0; i < block; i += 16) {
+      int8_t* o = q + i;
+      for (int j = 0; j < 16; j += FW) {
+        Iv v = __builtin_convertvector((load<Fv>(x + i + j) * by + round) - round, Iv);
+        for (int l = 0; l < FW; l++) o[j + l] = (int8_t)v[l];
+      }
+      int s = 0;
+      for (int j = 0; j < 16; j++) s += o[j];
+      sums[i / 16] = (int16_t)s;
+    }
+  }
+}
+void quantise_form(const Activations& a, const Quantised& z, int t0, int t1) {
+  int64_t P = a.padded, B = P / z.block;
+  if (!a.packed) {
+    for (int t = t0; t < t1; t++)
+      quantise_row(a.f + t * a.stride, P, z.block, z.q + t * P, z.scales + t * B, z.sums + t * (P / 16));
+    return;
+  }
+  std::vector<int8_t> q(P);
+  std::vector<float> scales(B);
+  std::vector<int16_t> sums(P / 16);
+  for (int t = t0; t < t1; t++) {
+    if (t < a.T) quantise_row(a.f + t * a.stride, P, z.block, q.data(), scales.data(), sums.data());
+    else std::fill(q.begin(), q.end(), 0), std::fill(scales.begin(), scales.end(), 0.f), std::fill(sums.begin(), sums.end(), 0);
+    int64_t group = t / GROUP, lane = t % GROUP;
+    int8_t* qo = z.q + group * P * GROUP + lane * 4;
+    for (int64_t k = 0; k < P / 4; k++) memcpy(qo + k * GROUP * 4, &q[4 * k], 4);
+    float* so = z.scales + group * B * GROUP + lane;
+    for (int64_t b = 0; b < B; b++) so[b * GROUP] = scales[b];
+    int16_t* mo = z.sums + group * (P / 16) * GROUP + lane * 2;
+    for (int64_t s = 0; s < P / 32; s++) memcpy(mo + s * GROUP * 2, &sums[2 * s], 4);
+  }
+}
+void quantise(const Activations& a, int t0, int t1) {
+  if (a.forms & BLOCKS_32) quantise_form(a, a.q32, t0, t1);
+  if (a.forms & BLOCKS_256) quantise_form(a, a.q256, t0, t1);
+}
+
+// ------------------------------------------------------------------------------------------------ few tokens
+// A row of weights is read once for all tokens; lanes are eight consecutive blocks, which are the eight chains.
+template <class Q> CG_INLINE void eight_blocks(const uint8_t* p, const Activations& a, int64_t g, f32x8* acc, int T) {
+  u8x32 w[8];
+  for (int i = 0; i < 8; i++) w[i] = Q::unpack(p + i * Q::BYTES);
+  f32x8 d = halves(p, Q::BYTES), m = Q::MIN ? halves(p + 2, Q::BYTES) : f32x8{};
+  for (int t = 0; t < T; t++) {
+    const int8_t* x = a.q32.q + t * a.padded + g * 256;
+    i32x8 s[8];
+    for (int i = 0; i < 8; i++) s[i] = dot32<(Q::MAXQ < 0)>(w[i], load<u8x32>(x + 32 * i));
+    i32x8 total = reduce8(s);
+    f32x8 dx = load<f32x8>(a.q32.scales + t * (a.padded / 32) + g * 8);
+    if (Q::OFFSET || Q::MIN) {
+      i32x8 pairs = load<i32x8>(a.q32.sums + t * (a.padded / 16) + g * 16);
+      i32x8 sums = (pairs << 16 >> 16) + (pairs >> 16);
+      total -= Q::OFFSET * sums;
+      f32x8 term = to_float(total) * (d * dx);
+      if (Q::MIN) term = term + to_float(sums) * (m * dx);
+      acc[t] += term;
+    } else {
+      acc[t] += to_float(total) * (d * dx);
+    }
+  }
+}
+template <class Q, int FIXED> void few32(const Product& p, const Activations& a, int64_t r0, int64_t r1) {
+  const int T = FIXED ? FIXED : a.T;
+  const int64_t blocks = p.w->cols / 32, whole = blocks / 8;
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t* row = p.w->data + r * p.w->row_bytes;
+    f32x8 acc[FIXED ? FIXED : PACKED_FROM] = {};
+    for (int64_t g = 0; g < whole; g++) {
+      const uint8_t* at = row + g * 8 * Q::BYTES;
+      for (int i = 0; i < 8 * Q::BYTES; i += 64) prefetch(at + 1024 + i);
+      eight_blocks<Q>(at, a, g, acc, T);
+    }
+    if (blocks % 8) {
+      uint8_t rest[8 * Q::BYTES] = {};
+      memcpy(rest, row + whole * 8 * Q::BYTES, (blocks % 8) * Q::BYTES);
+      eight_blocks<Q>(rest, a, whole, acc, T);
+    }
+    for (int t = 0; t < T; t++) p.out[t * p.stride + r] = fold8(acc[t]);
+  }
+}
+CG_INLINE int32_t madd_sums(const int16_t* a, const int16_t* b) {  // 16 products, exact
+  i32x8 x = load<i32x8>(a), y = load<i32x8>(b);
+#if defined(CG_AVX512) || defined(CG_AVX2)
+  return sum((i32x8)_mm256_madd_epi16((__m256i)x, (__m256i)y));
+#else
+  return sum((x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16));
+#endif
+}
+template <class Q, int FIXED> void few256(const Product& p, const Activations& a, int64_t r0, int64_t r1) {
+  const int T = FIXED ? FIXED : a.T;
+  const int64_t blocks = p.w->cols / 256;
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t* at = p.w->data + r * p.w->row_bytes;
+    f32x8 acc[FIXED ? FIXED : PACKED_FROM] = {};
+    for (int64_t b = 0; b < blocks; b++, at += Q::BYTES) {
+      for (int i = 0; i < Q::BYTES; i += 64) prefetch(at + 1024 + i);
+      KScales s;
+      u8x32 w[8];
+      Q::scales(at, s), Q::unpack(at, w);
+      for (int t = 0; t < T; t++) {
+        const int8_t* x = a.q256.q + t * a.padded + b * 256;
+        i32x8 total{};
+        for (int i = 0; i < 8; i++) {
+          i32x8 scale = i32x8{} + (int32_t)s.sc[2 * i];
+          if (Q::SUB == 16) for (int l = 4; l < 8; l++) scale[l] = s.sc[2 * i + 1];
+          total += dot32<false>(w[i], load<u8x32>(x + 32 * i)) * scale;
+        }
+        int32_t products = sum(total), mins = madd_sums(s.mn, a.q256.sums + t * (a.padded / 16) + b * 16);
+        float dx = a.q256.scales[t * (a.padded / 256) + b];
+        float term = Q::MIN ? (float)products * (s.d * dx) - (float)mins * (s.dmin * dx)
+                            : (float)(products - mins) * (s.d * dx);
+        ((float*)&acc[t])[b % 8] += term;
+      }
+    }
+    for (int t = 0; t < T; t++) p.out[t * p.stride + r] = fold8(acc[t]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ many tokens
+// Lanes are tokens. A tile of rows is decoded once to bytes; then four rows at a time meet each group of tokens.
+template <int G> CG_INLINE void store_rows(const Fv (*res)[G * NV], const Product& p, int64_t r, int rows, int t0, int T) {
+  float tile[4][G * GROUP];
+  memcpy(tile, res, sizeof tile);
+  int most = std::min(G * GROUP, T - t0);
+  float* out = p.out + t0 * p.stride + r;
+  if (rows == 4) for (int t = 0; t < most; t++, out += p.stride)
+    for (int i = 0; i < 4; i++) out[i] = tile[i][t];
+  else for (int t = 0; t < most; t++, out += p.stride)
+    for (int i = 0; i < rows; i++) out[i] = tile[i][t];
+}
+template <int G> CG_INLINE void fold_chains(Fv (*acc)[4][G * NV], Fv (*res)[G * NV]) {
+  for (int r = 0; r < 4; r++)
+    for (int v = 0; v < G * NV; v++)
+      res[r][v] = fold8<Fv>(acc[0][r][v], acc[1][r][v], acc[2][r][v], acc[3][r][v], acc[4][r][v], acc[5][r][v],
+                            acc[6][r][v], acc[7][r][v]);
+}
+// Pointer to native vector v of the groups from g0 on, in an array of `per_group` bytes a group.
+template <class T> CG_INLINE const T* lane(const void* base, int64_t g0, int v, int64_t per_group, int64_t offset) {
+  return (const T*)((const char*)base + (g0 + v / NV) * per_group + offset + (v % NV) * sizeof(Fv));
+}
+
+template <class Q, int G>
+__attribute__((noinline)) void micro32(const uint8_t* q, const float* d, const float* m, const Activations& a, int64_t g0,
+                                       int64_t blocks, Fv (*res)[G * NV]) {
+  constexpr int VT = G * NV;
+  using D = Dot<(Q::MAXQ < 0 && Q::OFFSET ? 127 : Q::MAXQ)>;
+  const int64_t P = a.padded, nb = P / 32;
+  Fv acc[8][4][VT] = {};
+  for (int64_t b = 0; b < blocks; b++) {
+    Iv total[4][VT], sums[VT];
+    for (int v = 0; v < VT; v++) {
+      if (Q::OFFSET || Q::MIN)
+        sums[v] = madd16(Iv{}, splat_i(0x00010001), load<Iv>(lane<char>(a.q32.sums, g0, v, P / 16 * GROUP * 2, b * 64)));
+      for (int r = 0; r < 4; r++) total[r][v] = Q::OFFSET ? -Q::OFFSET * sums[v] : Iv{};
+    }
+    for (int s0 = 0; s0 < 8; s0 += D::STEPS) {
+      Iv part[4][VT] = {};
+      for (int s = s0; s < s0 + D::STEPS; s++) {
+        Iv x[VT];
+        for (int v = 0; v < VT; v++) x[v] = load<Iv>(lane<char>(a.q32.q, g0, v, P * GROUP, (b * 8 + s) * 64));
+        for (int r = 0; r < 4; r++) {
+          Iv w = splat_bytes(q + r * P + b * 32 + s * 4);
+          for (int v = 0; v < VT; v++) part[r][v] = D::step(part[r][v], w, x[v]);
+        }
+      }
+      for (int r = 0; r < 4; r++)
+        for (int v = 0; v < VT; v++) total[r][v] += D::widen(part[r][v]);
+    }
+    for (int v = 0; v < VT; v++) {
+      Fv dx = load<Fv>(lane<char>(a.q32.scales, g0, v, nb * GROUP * 4, b * 64));
+      for (int r = 0; r < 4; r++) {
+        Fv term = to_float(total[r][v]) * (splat(d[r * nb + b]) * dx);
+        if (Q::MIN) term = term + to_float(sums[v]) * (splat(m[r * nb + b]) * dx);
+        acc[b % 8][r][v] += term;
+      }
+    }
+  }
+  fold_chains<G>(acc, res);
+}
+template <class Q, int G>
+__attribute__((noinline)) void micro256(const uint8_t* q, const KScales* scales, const Activations& a, int64_t g0,
+                                        int64_t blocks, Fv (*res)[G * NV]) {
+  constexpr int VT = G * NV, PER = Q::SUB / 4;
+  using D = Dot<Q::MAXQ>;
+  constexpr int STEPS = D::STEPS < PER ? D::STEPS : PER;
+  const int64_t P = a.padded, nb = P / 256;
+  Fv acc[8][4][VT] = {};
+  for (int64_t b = 0; b < blocks; b++) {
+    const KScales* ks[4] = {scales + b, scales + nb + b, scales + 2 * nb + b, scales + 3 * nb + b};
+    Iv total[4][VT] = {}, mins[4][VT] = {};
+    for (int s0 = 0; s0 < 64; s0 += STEPS) {
+      Iv part[4][VT] = {};
+      for (int s = s0; s < s0 + STEPS; s++) {
+        Iv x[VT];
+        for (int v = 0; v < VT; v++) x[v] = load<Iv>(lane<char>(a.q256.q, g0, v, P * GROUP, (b * 64 + s) * 64));
+        for (int r = 0; r < 4; r++) {
+          Iv w = splat_bytes(q + r * P + b * 256 + s * 4);
+          for (int v = 0; v < VT; v++) part[r][v] = D::step(part[r][v], w, x[v]);
+        }
+      }
+      for (int r = 0; r < 4; r++)
+        for (int v = 0; v < VT; v++) total[r][v] += D::widen(part[r][v], ks[r]->sc[s0 / 4]);
+    }
+    for (int j = 0; j < 8; j++)
+      for (int v = 0; v < VT; v++) {
+        Iv sums = load<Iv>(lane<char>(a.q256.sums, g0, v, P / 16 * GROUP * 2, (b * 8 + j) * 64));
+        for (int r = 0; r < 4; r++) mins[r][v] = madd16(mins[r][v], splat_i(load<int32_t>(&ks[r]->mn[2 * j])), sums);
+      }
+    for (int v = 0; v < VT; v++) {
+      Fv dx = load<Fv>(lane<char>(a.q256.scales, g0, v, nb * GROUP * 4, b * 64));
+      for (int r = 0; r < 4; r++) {
+        Fv term = Q::MIN ? to_float(total[r][v]) * (splat(ks[r]->d) * dx) - to_float(mins[r][v]) * (splat(ks[r]->dmin) * dx)
+                         : to_float(total[r][v] - mins[r][v]) * (splat(ks[r]->d) * dx);
+        acc[b % 8][r][v] += term;
+      }
+    }
+  }
+  fold_chains<G>(acc, res);
+}
+// Runs `micro` for every four rows of the decoded tile against every group of tokens, WIDE groups at once.
+constexpr int WIDE = NV == 1 ? 2 : 1;
+template <class Micro> CG_INLINE void sweep(const Product& p, const Activations& a, int64_t r0, int64_t r1, Micro micro) {
+  int64_t groups = (a.T + GROUP - 1) / GROUP, g = 0;
+  auto rows = [&](auto wide) {
+    constexpr int G = decltype(wide)::value;
+    for (int64_t r = r0; r < r1; r += 4) {
+      Fv res[4][G * NV];
+      micro(wide, r - r0, g, res);
+      store_rows<G>(res, p, r, (int)std::min<int64_t>(4, r1 - r), (int)g * GROUP, a.T);
+    }
+  };
+  for (; g + WIDE <= groups; g += WIDE) rows(std::integral_constant<int, WIDE>{});
+  for (; g < groups; g++) rows(std::integral_constant<int, 1>{});
+}
+template <class Q> void many32(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
+  const int64_t P = a.padded, nb = P / 32, blocks = p.w->cols / 32, n = pad(r1 - r0, 4);
+  size_t used = 0;
+  reserve(scratch.tile, n * (P + 8 * nb));
+  uint8_t* q = carve<uint8_t>(scratch.tile, used, n * P);
+  float* d = carve<float>(scratch.tile, used, n * nb);
+  float* m = carve<float>(scratch.tile, used, n * nb);
+  for (int64_t r = 0; r < n; r++) {
+    const uint8_t* at = p.w->data + (std::min(r0 + r, r1 - 1)) * p.w->row_bytes;  // a short tile repeats its last row
+    for (int64_t b = 0; b < blocks; b++, at += Q::BYTES) {
+      store(q + r * P + b * 32, Q::unpack(at));
+      d[r * nb + b] = half(load<uint16_t>(at));
+      if (Q::MIN) m[r * nb + b] = half(load<uint16_t>(at + 2));
+    }
+  }
+  sweep(p, a, r0, r1, [&](auto wide, int64_t r, int64_t g, auto* res) {
+    micro32<Q, decltype(wide)::value>(q + r * P, d + r * nb, m + r * nb, a, g, blocks, res);
+  });
+}
+template <class Q> void many256(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
+  const int64_t P = a.padded, nb = P / 256, n = pad(r1 - r0, 4);
+  size_t used = 0;
+  reserve(scratch.tile, n * (P + sizeof(KScales) * nb));
+  uint8_t* q = carve<uint8_t>(scratch.tile, used, n * P);
+  KScales* s = carve<KScales>(scratch.tile, used, n * nb);
+  for (int64_t r = 0; r < n; r++) {
+    const uint8_t* at = p.w->data + (std::min(r0 + r, r1 - 1)) * p.w->row_bytes;
+    for (int64_t b = 0; b < nb; b++, at += Q::BYTES) {
+      u8x32 w[8];
+      Q::unpack(at, w), Q::scales(at, s[r * nb + b]);
+      memcpy(q + r * P + b * 256, w, 256);
+    }
+  }
+  sweep(p, a, r0, r1, [&](auto wide, int64_t r, int64_t g, auto* res) {
+    micro256<Q, decltype(wide)::value>(q + r * P, s + r * nb, a, g, nb, res);
+  });
+}
+template <class Q> void product32(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
+  if (a.packed) many32<Q>(p, a, r0, r1, s);
+  else if (a.T == 1) few32<Q, 1>(p, a, r0, r1);
+  else few32<Q, 0>(p, a, r0, r1);
+}
+template <class Q> void product256(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
+  if (a.packed) many256<Q>(p, a, r0, r1, s);
+  else if (a.T == 1) few256<Q, 1>(p, a, r0, r1);
+  else few256<Q, 0>(p, a, r0, r1);
+}
+
+// ------------------------------------------------------------------------------------------------ float weights
+// Eight sums at once: lane i of the result folds the lanes of v[i], always in the same order.
+CG_INLINE f32x8 fold_lanes(const Fv v[8]) {
+#if defined(CG_AVX512)
+  f32x8 h[8];
+  for (int i = 0; i < 8; i++) h[i] = (f32x8)_mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), _mm512_extractf32x8_ps((__m512)v[i], 1));
+  return reduce8(h);
+#elif defined(CG_AVX2)
+  return reduce8((const f32x8*)v);
+#else
+  f32x8 r;
+  for (int i = 0; i < 8; i++) r[i] = sum(v[i]);
+  return r;
+#endif
+}
+// Four rows by two tokens at a time; weights widened to float32 in a padded tile, chains are the lanes of one vector.
+template <class L> void floats(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
+  const int64_t K = p.w->cols, P = pad(K, FW);
+  size_t used = 0;
+  reserve(scratch.tile, 4 * P * 4);
+  float* tile = carve<float>(scratch.tile, used, 4 * P);
+  for (int64_t r = r0; r < r1; r += 4) {
+    int rows = (int)std::min<int64_t>(4, r1 - r);
+    for (int i = 0; i < 4; i++) {
+      memset(tile + i * P + K, 0, 4 * (P - K));
+      floats_row<L>(p.w->data + (r + std::min(i, rows - 1)) * p.w->row_bytes, K, tile + i * P);
+    }
+    for (int t = 0; t < a.T; t += 2) {
+      const float* x[2] = {a.f + t * a.stride, a.f + std::min(t + 1, a.T - 1) * a.stride};
+      Fv acc[8] = {};
+      for (int64_t k = 0; k < P; k += FW) {
+        Fv x0 = load<Fv>(x[0] + k), x1 = load<Fv>(x[1] + k);
+        for (int i = 0; i < 4; i++) {
+          Fv w = load<Fv>(tile + i * P + k);
+          acc[i] = fma(w, x0, acc[i]), acc[4 + i] = fma(w, x1, acc[4 + i]);
+        }
+      }
+      f32x8 y = fold_lanes(acc);
+      for (int j = 0; j < 2 && t + j < a.T; j++)
+        for (int i = 0; i < rows; i++) p.out[(t + j) * p.stride + r + i] = y[4 * j + i];
+    }
+  }
+}
+void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
+  switch (p.w->type) {
+    case F32_T: return floats<F32>(p, a, r0, r1, s);
+    case F16_T: return floats<F16>(p, a, r0, r1, s);
+    case BF16_T: return floats<BF16>(p, a, r0, r1, s);
+    case Q4_0_T: return product32<Q4_0>(p, a, r0, r1, s);
+    case Q4_1_T: return product32<Q4_1>(p, a, r0, r1, s);
+    case Q5_0_T: return product32<Q5_0>(p, a, r0, r1, s);
+    case Q5_1_T: return product32<Q5_1>(p, a, r0, r1, s);
+    case Q8_0_T: return product32<Q8_0>(p, a, r0, r1, s);
+    case Q4_K_T: return product256<Q4_K>(p, a, r0, r1, s);
+    case Q5_K_T: return product256<Q5_K>(p, a, r0, r1, s);
+    case Q6_K_T: return product256<Q6_K>(p, a, r0, r1, s);
+  }
+}
+void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
+  if (!p.gate) return plain_product(p, a, r0, r1, scratch);
+  const int64_t n = r1 - r0, stride = pad(n, FW);
+  reserve(scratch.gate, 2 * a.T * stride * 4);
+  size_t used = 0;
+  float* g = carve<float>(scratch.gate, used, a.T * stride);
+  float* u = carve<float>(scratch.gate, used, a.T * stride);
+  plain_product({p.gate, nullptr, g - r0, stride}, a, r0, r1, scratch);
+  plain_product({p.w, nullptr, u - r0, stride}, a, r0, r1, scratch);
+  for (int t = 0; t < a.T; t++, g += stride, u += stride) {
+    for (int64_t i = 0; i < n; i += FW) store(u + i, gelu(load<Fv>(g + i)) * load<Fv>(u + i));
+    memcpy(p.out + t * p.stride + r0, u, 4 * n);
+  }
+}
+int64_t tile_rows(const Weight& w, bool packed) {
+  int64_t rows = packed ? 65536 / std::max<int64_t>(w.cols, 1) : 49152 / std::max<int64_t>(w.row_bytes, 1);
+  return std::clamp<int64_t>(rows / 4 * 4, packed ? 8 : 4, packed ? 64 : 256);
+}
+
+// ------------------------------------------------------------------------------------------------ attention
+void rotate(float* x, int width, const Rope& rope, float scale) {
+  int h = width / 2;
+  for (int i = 0; i < h; i++) {
+    float a = x[i], b = x[i + h];
+    x[i] = (a * rope.cos[i] - b * rope.sin[i]) * scale;
+    x[i + h] = (b * rope.cos[i] + a * rope.sin[i]) * scale;
+  }
+}
+void split_heads(const HeadSplit& s) {
+  const int H = s.width;
+  for (int n = 0; n < s.heads + s.kv_heads; n++) {
+    float* x = s.row + n * H;
+    const float* w = n < s.heads ? s.q_norm : s.k_norm;
+    if (w) norm(x, w, x, H, s.eps);
+    rotate(x, H, s.rope, n < s.heads ? s.query_scale : 1.0f);
+  }
+  const float *k = s.row + s.heads * H, *v = k + s.kv_heads * H;
+  for (int n = 0; n < s.kv_heads; n++) {
+    int64_t at = (int64_t)n * PAGE * H;
+    if (s.half)
+      for (int i = 0; i < H; i++) {
+        ((uint16_t*)s.k_page)[at + i] = to_half(k[n * H + i]);
+        ((uint16_t*)s.v_page)[at + i] = to_half(v[n * H + i]);
+      }
+    else {
+      memcpy((float*)s.k_page + at, k + n * H, 4 * H);
+      memcpy((float*)s.v_page + at, v + n * H, 4 * H);
+    }
+  }
+}
+
+constexpr int CHUNK = 32;  // keys widened to float32 at a time: 32 KB at head width 256
+constexpr float MASKED = -INFINITY;
+
+struct Rows {              // the query rows of one task, in padded scratch
+  int n, P;                // rows; head width padded to FW
+  float *q, *scores, *values, *merged, *wide;
+  float top[ROWS], total[ROWS], merged_top[ROWS], merged_total[ROWS];
+  int position[ROWS];
+};
+template <class L> CG_INLINE void widen_chunk(const uint8_t* p, int H, Rows& s) {
+  for (int j = 0; j < CHUNK; j++) {
+    floats_row<L>(p + (int64_t)j * H * L::BYTES, H, s.wide + j * s.P);
+    if (s.P > H) memset(s.wide + j * s.P + H, 0, 4 * (s.P - H));
+  }
+}
+// Scores of all rows against one chunk: two rows by four keys at a time.
+CG_INLINE void chunk_scores(Rows& s, int column) {
+  for (int r = 0; r < s.n; r += 2) {
+    const float *q0 = s.q + r * s.P, *q1 = s.q + std::min(r + 1, s.n - 1) * s.P;
+    for (int j = 0; j < CHUNK; j += 4) {
+      Fv acc[8] = {};
+      const float* k = s.wide + j * s.P;
+      for (int h = 0; h < s.P; h += FW) {
+        Fv a = load<Fv>(q0 + h), b = load<Fv>(q1 + h);
+        for (int i = 0; i < 4; i++) {
+          Fv kv = load<Fv>(k + i * s.P + h);
+          acc[i] = fma(a, kv, acc[i]), acc[4 + i] = fma(b, kv, acc[4 + i]);
+        }
+      }
+      f32x8 y = fold_lanes(acc);
+      memcpy(s.scores + r * SEGMENT + column + j, &y, 16);
+      if (r + 1 < s.n) memcpy(s.scores + (r + 1) * SEGMENT + column + j, (float*)&y + 4, 16);
+    }
+  }
+}
+// values += p V over one chunk, keys ascending: four rows by two vectors at a time.
+CG_INLINE void chunk_values(Rows& s, int column) {
+  for (int r = 0; r < s.n; r += 4) {
+    int rows = std::min(4, s.n - r);
+    for (int h = 0; h < s.P; h += 2 * FW) {
+      bool two = h + FW < s.P;
+      Fv acc[4][2];
+      for (int i = 0; i < 4; i++) {
+        float* o = s.values + std::min(r + i, s.n - 1) * s.P + h;
+        acc[i][0] = load<Fv>(o), acc[i][1] = two ? load<Fv>(o + FW) : Fv{};
+      }
+      const float* w = s.scores + r * SEGMENT + column;
+      for (int j = 0; j < CHUNK; j++) {
+        Fv v0 = load<Fv>(s.wide + j * s.P + h), v1 = two ? load<Fv>(s.wide + j * s.P + h + FW) : Fv{};
+        for (int i = 0; i < 4; i++) {
+          Fv p = splat(w[(i < rows ? i : rows - 1) * SEGMENT + j]);
+          acc[i][0] = fma(p, v0, acc[i][0]), acc[i][1] = fma(p, v1, acc[i][1]);
+        }
+      }
+      for (int i = 0; i < rows; i++) {
+        float* o = s.values + (r + i) * s.P + h;
+        store(o, acc[i][0]);
+        if (two) store(o + FW, acc[i][1]);
+      }
+    }
+  }
+}
+// Scores of a segment to weights: cap, mask, exp(score - maximum); a row that sees nothing here has total 0.
+CG_INLINE void segment_softmax(const Attention& a, Rows& s, int first) {
+  for (int r = 0; r < s.n; r++) {
+    float* x = s.scores + r * SEGMENT;
+    int hi = std::min(s.position[r] + 1 - first, SEGMENT);
+    int lo = a.window ? std::max(s.position[r] - a.window + 1 - first, 0) : 0;
+    s.top[r] = MASKED, s.total[r] = 0;
+    if (lo >= hi) { memset(x, 0, 4 * SEGMENT); continue; }
+    if (a.softcap)
+      for (int i = lo / FW * FW; i < hi; i += FW)
+        store(x + i, splat(a.softcap) * tanh(load<Fv>(x + i) * splat(1.0f / a.softcap)));
+    for (int i = 0; i < lo; i++) x[i] = MASKED;
+    for (int i = hi; i < SEGMENT; i++) x[i] = MASKED;
+    Fv m = splat(MASKED), t{};
+    for (int i = lo / FW * FW; i < hi; i += FW) m = max(m, load<Fv>(x + i));
+    s.top[r] = largest(m);
+    for (int i = 0; i < SEGMENT; i += FW) {
+      Fv e = i + FW <= lo || i >= hi ? Fv{} : exp(load<Fv>(x + i) - splat(s.top[r]));
+      store(x + i, e), t += e;
+    }
+    s.total[r] = sum(t);
+  }
+}
+// Folds one partial into the running one: both scaled to the common maximum.
+CG_INLINE void merge_row(float* into, float& top, float& total, const float* from, float top2, float total2, int n) {
+  if (total2 == 0) return;
+  if (total == 0) {
+    memcpy(into, from, 4 * n);
+    top = top2, total = total2;
+    return;
+  }
+  float m = std::max(top, top2), a = exp(splat(top - m))[0], b = exp(splat(top2 - m))[0];
+  for (int i = 0; i < n; i++) into[i] = into[i] * a + from[i] * b;
+  total = total * a + total2 * b, top = m;
+}
+template <class L> void attend_as(const Attention& a, const AttentionTask& t, Scratch& scratch) {
+  const int H = a.width, G = a.heads / a.kv_heads;
+  static thread_local Rows s;
+  s.n = t.tokens * t.groups, s.P = (int)pad(H, FW);
+  size_t used = 0, row = (size_t)s.n * s.P;
+  reserve(scratch.tile, (row * 3 + (size_t)s.n * SEGMENT + (size_t)CHUNK * s.P) * 4);
+  s.q = carve<float>(scratch.tile, used, row), s.values = carve<float>(scratch.tile, used, row), s.merged = carve<float>(scratch.tile, used, row);
+  s.scores = carve<float>(scratch.tile, used, (size_t)s.n * SEGMENT), s.wide = carve<float>(scratch.tile, used, (size_t)CHUNK * s.P);
+  for (int r = 0; r < s.n; r++) {
+    const float* from = a.q + (t.token + r / t.groups) * a.q_stride + (t.kv_head * G + t.group + r % t.groups) * H;
+    memset(s.q + (r + 1) * s.P - FW, 0, 4 * FW), memcpy(s.q + r * s.P, from, 4 * H);
+    s.position[r] = t.position + r / t.groups, s.merged_total[r] = 0;
+  }
+  const int last = t.position + t.tokens - 1, first = a.window ? std::max(0, t.position - a.window + 1) : 0;
+  int seg0 = first / SEGMENT, seg1 = last / SEGMENT;
+  if (t.segment >= 0) seg0 = seg1 = t.segment;
+  for (int seg = seg0; seg <= seg1; seg++) {
+    const int base = seg * SEGMENT, end = std::min(base + SEGMENT, last + 1);
+    const int begin = std::max(base, first) / CHUNK * CHUNK;
+    auto keys = [&](int key) {
+      return (const uint8_t*)t.pages[key / PAGE] + a.layer_offset + ((int64_t)t.kv_head * PAGE + key % PAGE) * H * L::BYTES;
+    };
+    for (int key = begin; key < end; key += CHUNK) widen_chunk<L>(keys(key), H, s), chunk_scores(s, key - base);
+    segment_softmax(a, s, base);
+    memset(s.values, 0, 4 * row);
+    for (int key = begin; key < end; key += CHUNK) widen_chunk<L>(keys(key) + a.kv_offset, H, s), chunk_values(s, key - base);
+    if (t.segment >= 0) {
+      for (int r = 0; r < s.n; r++) {
+        float* o = t.partial + (int64_t)r * (H + 2);
+        memcpy(o, s.values + r * s.P, 4 * H);
+        o[H] = s.top[r], o[H + 1] = s.total[r];
+      }
+      return;
+    }
+    for (int r = 0; r < s.n; r++)
+      merge_row(s.merged + r * s.P, s.merged_top[r], s.merged_total[r], s.values + r * s.P, s.top[r], s.total[r], H);
+  }
+  for (int r = 0; r < s.n; r++) {
+    float* o = a.out + (t.token + r / t.groups) * a.out_stride + (t.kv_head * G + t.group + r % t.groups) * H;
+    for (int i = 0; i < H; i++) o[i] = s.merged[r * s.P + i] / s.merged_total[r];
+  }
+}
+void attend(const Attention& a, const AttentionTask& t, Scratch& s) { a.half ? attend_as<F16>(a, t, s) : attend_as<F32>(a, t, s); }
+
+// t.partial: [segments, rows, H + 2] of the task's rows, in ascending order of segments.
+void merge(const Attention& a, const AttentionTask& t, int segments) {
+  const int H = a.width, G = a.heads / a.kv_heads, n = t.tokens * t.groups;
+  for (int r = 0; r < n; r++) {
+    float top = MASKED, total = 0;
+    float* o = a.out + (t.token + r / t.groups) * a.out_stride + (t.kv_head * G + t.group + r % t.groups) * H;
+    for (int seg = 0; seg < segments; seg++) {
+      const float* p = t.partial + ((int64_t)seg * n + r) * (H + 2);
+      merge_row(o, top, total, p, p[H], p[H + 1], H);
+    }
+    for (int i = 0; i < H; i++) o[i] /= total;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ logits
+void softcap(float* x, int64_t n, float cap) {
+  int64_t i = 0;
+  for (; i + FW <= n; i += FW) store(x + i, splat(cap) * tanh(load<Fv>(x + i) * splat(1.0f / cap)));
+  if (i < n) {
+    Fv v = splat(cap) * tanh(load_part(x + i, n - i) * splat(1.0f / cap));
+    memcpy(x + i, &v, 4 * (n - i));
+  }
+}
+// Largest value, its lowest index, and the sum of exp(x - largest).
+void log_sum(const float* x, int64_t n, float* largest_out, float* total, int64_t* where) {
+  Fv m = splat(MASKED), t{};
+  int64_t i = 0, body = n / FW * FW;
+  for (; i < body; i += FW) m = max(m, load<Fv>(x + i));
+  float top = largest(m);
+  for (; i < n; i++) top = x[i] > top ? x[i] : top;
+  for (i = 0; i < body; i += FW) t += exp(load<Fv>(x + i) - splat(top));
+  if (body < n) {
+    Fv rest = splat(MASKED);
+    memcpy(&rest, x + body, 4 * (n - body));
+    t += exp(rest - splat(top));
+  }
+  *largest_out = top, *total = sum(t), *where = 0;
+  for (i = 0; i < n; i++) if (x[i] == top) { *where = i; break; }
+}
+
+const Kernels table = {CG_LEVEL_NAME, embed, norm, quantise, product, tile_rows, split_heads, attend, merge, softcap, log_sum, dequantise};
+
+}  // namespace
+
+const Kernels* kernels() { return &table; }
+}  // namespace CG_LEVEL
+}  // namespace cg

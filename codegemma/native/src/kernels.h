@@ -1,0 +1,104 @@
+// What a SIMD level offers to the program that runs a model: one table of functions, chosen once at run time.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace cg {
+
+constexpr int PAGE = 64;       // tokens in a page of the key/value cache
+constexpr int SEGMENT = 256;   // keys that one attention partial covers, aligned to absolute positions
+constexpr int ROWS = 32;       // query rows (tokens x heads) that one attention task takes
+constexpr int PACKED_FROM = 6; // from this many tokens on, products run with tokens in the lanes
+
+enum Type : int { F32_T, F16_T, BF16_T, Q4_0_T, Q4_1_T, Q5_0_T, Q5_1_T, Q8_0_T, Q4_K_T, Q5_K_T, Q6_K_T, TYPES };
+enum Form : int { FLOATS = 1, BLOCKS_32 = 2, BLOCKS_256 = 4 };  // how a product wants its activations
+inline Form form_of(int type) { return type <= BF16_T ? FLOATS : type <= Q8_0_T ? BLOCKS_32 : BLOCKS_256; }
+
+struct Weight {
+  int type;
+  const uint8_t* data;
+  int64_t rows, cols, row_bytes;
+};
+
+// Quantised activations of T tokens. `sums` are the exact sums of each 16 whole numbers q.
+// By rows (few tokens):   q [T, P]            scales [T, P/block]         sums [T, P/16]
+// Packed (many tokens):   q [T/16, P/4, 16, 4]  scales [T/16, P/block, 16]  sums [T/16, P/32, 16, 2]
+struct Quantised {
+  int block;
+  int8_t* q;
+  float* scales;
+  int16_t* sums;
+};
+struct Activations {
+  float* f;                 // [T, stride], zero from `width` to `padded`
+  int64_t width, padded, stride;
+  int T;
+  bool packed;
+  int forms;
+  Quantised q32, q256;
+};
+
+struct Scratch { std::vector<uint8_t> tile, gate; };  // of one thread, grown as needed
+
+// One product: rows r0 .. r1 of a weight (and, for the gated form, of its twin) for every token, to out[t, column + r].
+struct Product {
+  const Weight* w;
+  const Weight* gate;       // if set: out = gelu(gate x) * (w x)
+  float* out;               // already at the first column of this weight
+  int64_t stride;
+};
+
+struct Rope {
+  const float *cos, *sin;   // [H/2]
+};
+struct HeadSplit {          // one token: QK-norm, rotary positions, and the keys and values into their page
+  float* row;               // q [N, H] | k [K, H] | v [K, H]
+  int heads, kv_heads, width;
+  const float *q_norm, *k_norm;
+  float eps, query_scale;
+  Rope rope;
+  uint8_t *k_page, *v_page; // at this token, head 0
+  bool half;                // float16 cache, else float32
+};
+struct Attention {
+  const float* q;           // [T, stride]
+  int64_t q_stride;
+  float* out;               // [T, N * H]
+  int64_t out_stride;
+  int heads, kv_heads, width;
+  int window;               // 0: none
+  float softcap;            // 0: none
+  bool half;
+  int64_t layer_offset, kv_offset;  // bytes within a page: this layer's keys; from keys to values
+};
+struct AttentionTask {
+  int token, tokens;        // consecutive tokens of one sequence
+  int position;             // of the first
+  const uint64_t* pages;    // of the sequence
+  int kv_head, group, groups;  // query heads group .. group + groups - 1 of the kv head
+  int segment;              // this segment alone, as a partial; -1: all, merged and divided
+  float* partial;           // [rows, H + 2]: values, maximum, sum
+};
+
+struct Kernels {
+  const char* name;
+  void (*embed)(const Weight&, int64_t row, float scale, float* out);
+  void (*norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
+  void (*quantise)(const Activations&, int t0, int t1);  // rows t0 .. t1, whole groups where packed
+  void (*product)(const Product&, const Activations&, int64_t r0, int64_t r1, Scratch&);
+  int64_t (*tile_rows)(const Weight&, bool packed);
+  void (*split_heads)(const HeadSplit&);
+  void (*attend)(const Attention&, const AttentionTask&, Scratch&);
+  void (*merge)(const Attention&, const AttentionTask&, int segments);  // partials in ascending order
+  void (*softcap)(float* x, int64_t n, float cap);
+  void (*log_sum)(const float* x, int64_t n, float* largest, float* total, int64_t* where);
+  void (*dequantise)(const Weight&, int64_t row, float* out);
+};
+
+namespace avx512 { const Kernels* kernels(); }
+namespace avx2 { const Kernels* kernels(); }
+namespace neon { const Kernels* kernels(); }
+namespace plain { const Kernels* kernels(); }
+
+}  // namespace cg

@@ -1,0 +1,273 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+namespace cg {
+namespace {
+
+constexpr int64_t STAT_ROWS = 4096;  // logits that one partial log-sum-exp covers, whatever the number of threads
+
+template <class T> T* grown(std::vector<T>& v, size_t n) {
+  if (v.size() < n) v.resize(n);
+  return v.data();
+}
+
+}  // namespace
+
+const Kernels* choose_kernels(const std::string& level) {
+  const Kernels* have[4] = {};
+  int n = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+    have[n++] = avx512::kernels();
+  if (avx2) have[n++] = avx2::kernels();
+#elif defined(__aarch64__)
+  have[n++] = neon::kernels();
+#endif
+  have[n++] = plain::kernels();
+  if (level.empty() || level == "auto") return have[0];
+  std::string names;
+  for (int i = 0; i < n; i++) {
+    if (level == have[i]->name) return have[i];
+    names += std::string(i ? ", " : "") + have[i]->name;
+  }
+  throw std::invalid_argument("SIMD level '" + level + "' is not to be had on this CPU, which has: " + names +
+                              ": set CODEGEMMA_SIMD to one of these or leave it unset");
+}
+
+// -------------------------------------------------------------------------------------------------------- recording
+int Program::buffer(int64_t width) {
+  buffers_.emplace_back();
+  buffers_.back().width = width;
+  buffers_.back().padded = (width + 255) / 256 * 256;
+  return (int)buffers_.size() - 1;
+}
+void Program::add(std::string kind, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work) {
+  steps_.push_back({std::move(kind), std::move(tiles), std::move(work)});
+}
+void Program::embed(Weight table, int out, float scale) {
+  add("embed", [this] { return batch_.T; }, [=, this](int64_t t, Scratch&) {
+    k_->embed(table, batch_.ids[t], scale, buffers_[out].a.f + t * buffers_[out].a.stride);
+  });
+}
+void Program::norm(int x, const float* weight, int out, float eps, int y, const float* post) {
+  buffers_[out].prepared = true;
+  add("norm", [this] { return token_tiles(); }, [=, this](int64_t tile, Scratch&) {
+    const Activations &ax = buffers_[x].a, &ao = buffers_[out].a;
+    int t0 = packed_ ? (int)tile * 16 : (int)tile, t1 = packed_ ? t0 + 16 : t0 + 1;
+    for (int t = t0; t < std::min(t1, batch_.T); t++) {
+      float* row = ax.f + t * ax.stride;
+      if (y >= 0) {
+        float* add = buffers_[y].a.f + t * buffers_[y].a.stride;
+        if (post) k_->norm(add, post, add, ax.width, eps);
+        for (int64_t i = 0; i < ax.width; i++) row[i] += add[i];
+      }
+      k_->norm(row, weight, ao.f + t * ao.stride, ax.width, eps);
+    }
+    k_->quantise(ao, t0, t1);
+  });
+}
+void Program::prepare(int b) {
+  if (buffers_[b].prepared) return;
+  buffers_[b].prepared = true;
+  add("quantise", [this, b] { return buffers_[b].forms & ~FLOATS ? token_tiles() : 0; }, [this, b](int64_t tile, Scratch&) {
+    int t0 = packed_ ? (int)tile * 16 : (int)tile;
+    k_->quantise(buffers_[b].a, t0, packed_ ? t0 + 16 : t0 + 1);
+  });
+}
+void Program::product(int in, std::vector<Weight> weights, int out) {
+  buffers_[out].prepared = false;
+  for (auto& w : weights) buffers_[in].forms |= form_of(w.type);
+  prepare(in);
+  auto tiles_of = [this](const Weight& w) { int64_t n = k_->tile_rows(w, packed_); return (w.rows + n - 1) / n; };
+  add("product", [=] { int64_t n = 0; for (auto& w : weights) n += tiles_of(w); return n; },
+      [=, this](int64_t tile, Scratch& scratch) {
+        const Activations& o = buffers_[out].a;
+        int64_t column = 0;
+        for (auto& w : weights) {
+          int64_t n = tiles_of(w);
+          if (tile < n) {
+            int64_t rows = k_->tile_rows(w, packed_), r0 = tile * rows;
+            return k_->product({&w, nullptr, o.f + column, o.stride}, buffers_[in].a, r0, std::min(r0 + rows, w.rows), scratch);
+          }
+          tile -= n, column += w.rows;
+        }
+      });
+}
+void Program::gated(int in, Weight gate, Weight up, int out) {
+  buffers_[out].prepared = false;
+  buffers_[in].forms |= form_of(gate.type) | form_of(up.type);
+  prepare(in);
+  add("gated", [=, this] { int64_t n = k_->tile_rows(up, packed_); return (up.rows + n - 1) / n; },
+      [=, this](int64_t tile, Scratch& scratch) {
+        const Activations& o = buffers_[out].a;
+        int64_t rows = k_->tile_rows(up, packed_), r0 = tile * rows;
+        k_->product({&up, &gate, o.f, o.stride}, buffers_[in].a, r0, std::min(r0 + rows, up.rows), scratch);
+      });
+}
+Program::Angles& Program::angles(double base, double scale, int width) {
+  auto [at, made] = angles_.try_emplace({base, scale});
+  if (made)
+    for (int i = 0; i < width / 2; i++) at->second.frequency.push_back(std::pow(base, -2.0 * i / width) / scale);
+  return at->second;
+}
+void Program::split_heads(int qkv, HeadSplit h, double base, double scale, int64_t layer_offset, int64_t kv_offset) {
+  Angles& angle = angles(base, scale, h.width);
+  add("heads", [this] { return batch_.T; }, [=, &angle, this](int64_t t, Scratch&) {
+    HeadSplit s = h;
+    int position = batch_.positions[t], half = h.width / 2;
+    const uint64_t* pages = batch_.pages + batch_.sequences[t] * batch_.pages_stride;
+    s.row = buffers_[qkv].a.f + t * buffers_[qkv].a.stride;
+    s.rope = {angle.cos.data() + t * half, angle.sin.data() + t * half};
+    s.k_page = (uint8_t*)pages[position / PAGE] + layer_offset + (int64_t)(position % PAGE) * h.width * (h.half ? 2 : 4);
+    s.v_page = s.k_page + kv_offset;
+    k_->split_heads(s);
+  });
+}
+void Program::attend(int qkv, Attention a, int out) {
+  buffers_[out].prepared = false;
+  Tasks& tasks = tasks_[a.window];
+  tasks.window = a.window, tasks.heads = a.heads, tasks.kv_heads = a.kv_heads, tasks.width = a.width;
+  auto at = [=, this] {
+    Attention x = a;
+    x.q = buffers_[qkv].a.f, x.q_stride = buffers_[qkv].a.stride;
+    x.out = buffers_[out].a.f, x.out_stride = buffers_[out].a.stride;
+    return x;
+  };
+  add("attend", [&tasks] { return (int64_t)tasks.attend.size(); },
+      [=, this, &tasks](int64_t i, Scratch& s) { k_->attend(at(), tasks.attend[i], s); });
+  add("merge", [&tasks] { return (int64_t)tasks.merge.size(); },
+      [=, this, &tasks](int64_t i, Scratch&) { k_->merge(at(), tasks.merge[i], tasks.segments[i]); });
+}
+void Program::logits(int x, const float* weight, float eps, Weight table, float cap) {
+  int head = buffer(buffers_[x].width);
+  buffers_[head].forms = form_of(table.type);
+  buffers_[head].prepared = true;
+  auto packed = [this] { return batch_.n_out >= PACKED_FROM; };
+  add("norm", [=, this] { return (int64_t)(packed() ? (batch_.n_out + 15) / 16 : batch_.n_out); }, [=, this](int64_t tile, Scratch&) {
+    const Activations &ax = buffers_[x].a, &ao = buffers_[head].a;
+    int t0 = packed() ? (int)tile * 16 : (int)tile, t1 = packed() ? t0 + 16 : t0 + 1;
+    for (int t = t0; t < std::min(t1, batch_.n_out); t++)
+      k_->norm(ax.f + batch_.out_rows[t] * ax.stride, weight, ao.f + t * ao.stride, ax.width, eps);
+    k_->quantise(ao, t0, t1);
+  });
+  add("vocabulary", [=, this] {
+        int64_t n = k_->tile_rows(table, packed());
+        return batch_.n_out ? (table.rows + n - 1) / n : 0;
+      },
+      [=, this](int64_t tile, Scratch& s) {
+        int64_t rows = k_->tile_rows(table, packed()), r0 = tile * rows;
+        k_->product({&table, nullptr, batch_.logits, table.rows}, buffers_[head].a, r0, std::min(r0 + rows, table.rows), s);
+      });
+  int64_t parts = (table.rows + STAT_ROWS - 1) / STAT_ROWS;
+  add("log_sum", [=, this] { return batch_.n_out * parts; }, [=, this](int64_t tile, Scratch&) {
+    int64_t row = tile / parts, r0 = tile % parts * STAT_ROWS, n = std::min(STAT_ROWS, table.rows - r0);
+    float* at = batch_.logits + row * table.rows + r0;
+    if (cap > 0) k_->softcap(at, n, cap);
+    Stat& stat = stats_[tile];
+    k_->log_sum(at, n, &stat.largest, &stat.total, &stat.where);
+    stat.where += r0;
+  });
+  add("choose", [this] { return batch_.n_out; }, [=, this](int64_t row, Scratch&) {
+    const Stat* stat = &stats_[row * parts];
+    int64_t best = 0;
+    for (int64_t i = 1; i < parts; i++) if (stat[i].largest > stat[best].largest) best = i;
+    double total = 0;
+    for (int64_t i = 0; i < parts; i++) total += stat[i].total * std::exp((double)stat[i].largest - stat[best].largest);
+    batch_.argmax[row] = (int32_t)stat[best].where;
+    batch_.log_normaliser[row] = (float)(stat[best].largest + std::log(total));
+  });
+  vocabulary_ = table.rows, head_ = head;
+}
+
+// -------------------------------------------------------------------------------------------------------- replaying
+void Program::size(Buffer& b, int T, bool packed) {
+  size_t rows = packed ? (T + 15) / 16 * 16 : T, n = rows * b.padded;
+  b.a = {grown(b.f, n), b.width, b.padded, b.padded, T, packed, b.forms, {}, {}};
+  if (b.forms & BLOCKS_32) b.a.q32 = {32, grown(b.q32, n), grown(b.scales32, n / 32), grown(b.sums32, n / 16)};
+  if (b.forms & BLOCKS_256) b.a.q256 = {256, grown(b.q256, n), grown(b.scales256, n / 256), grown(b.sums256, n / 16)};
+}
+void Program::cut(Tasks& tasks) {
+  tasks.attend.clear(), tasks.merge.clear(), tasks.segments.clear();
+  const int groups = tasks.heads / tasks.kv_heads, threads = pool_->threads();
+  std::vector<size_t> partial_at;
+  size_t partials = 0;
+  for (int t0 = 0; t0 < batch_.T;) {
+    int t1 = t0 + 1, position = batch_.positions[t0];
+    while (t1 < batch_.T && batch_.sequences[t1] == batch_.sequences[t0] && batch_.positions[t1] == position + t1 - t0) t1++;
+    const bool few = t1 - t0 < PACKED_FROM;
+    const int last = position + t1 - t0 - 1, first = tasks.window ? std::max(0, position - tasks.window + 1) : 0;
+    const int segments = last / SEGMENT - first / SEGMENT + 1;
+    // Few tokens leave few tasks: then heads of one group, and segments, go to different threads.
+    int per_group = std::min(groups, ROWS);
+    if (few && tasks.kv_heads * segments < threads) per_group = (groups + threads - 1) / threads;
+    const int step = std::max(1, std::min(ROWS / per_group, t1 - t0));
+    for (int t = t0; t < t1; t += step)
+      for (int k = 0; k < tasks.kv_heads; k++)
+        for (int g = 0; g < groups; g += per_group) {
+          AttentionTask task{t, std::min(step, t1 - t), position + t - t0, batch_.pages + batch_.sequences[t0] * batch_.pages_stride,
+                             k, g, std::min(per_group, groups - g), -1, nullptr};
+          if (!few || segments == 1) { tasks.attend.push_back(task); continue; }
+          tasks.merge.push_back(task), tasks.segments.push_back(segments);
+          for (int s = 0; s < segments; s++) {
+            task.segment = first / SEGMENT + s;
+            tasks.attend.push_back(task), partial_at.push_back(partials);
+            partials += (size_t)task.tokens * task.groups * (tasks.width + 2);
+          }
+        }
+    t0 = t1;
+  }
+  float* base = grown(tasks.partials, partials);
+  size_t next = 0, merged = 0, of = 0;
+  for (auto& task : tasks.attend)
+    if (task.segment >= 0) {
+      task.partial = base + partial_at[next++];
+      if (of == 0) tasks.merge[merged].partial = task.partial;
+      if (++of == (size_t)tasks.segments[merged]) merged++, of = 0;
+    }
+}
+bool Program::run(const Batch& batch, const Cancel* cancel) {
+  batch_ = batch, packed_ = batch.T >= PACKED_FROM;
+  for (size_t i = 0; i < buffers_.size(); i++)
+    if ((int)i == head_) size(buffers_[i], batch.n_out, batch.n_out >= PACKED_FROM);
+    else size(buffers_[i], batch.T, packed_);
+  grown(stats_, batch.n_out * ((vocabulary_ + STAT_ROWS - 1) / STAT_ROWS));
+  for (auto& [window, tasks] : tasks_) cut(tasks);
+  for (auto& [key, a] : angles_) {
+    size_t half = a.frequency.size();
+    grown(a.cos, batch.T * half), grown(a.sin, batch.T * half);
+    for (int t = 0; t < batch.T; t++)
+      for (size_t i = 0; i < half; i++) {
+        double angle = batch.positions[t] * a.frequency[i];
+        a.cos[t * half + i] = (float)std::cos(angle), a.sin[t * half + i] = (float)std::sin(angle);
+      }
+  }
+  scratch_.resize(pool_->threads());
+  if (!claimed_) claimed_.reset(new std::atomic<int64_t>[steps_.size()]);
+  for (size_t i = 0; i < steps_.size(); i++) claimed_[i] = 0;
+  times_.resize(profiling_ ? steps_.size() : 0);
+  auto cancelled = [&] { return cancel && cancel->set.load(std::memory_order_relaxed); };
+  pool_->run([&](int thread) {
+    for (size_t i = 0; i < steps_.size(); i++) {
+      auto start = std::chrono::steady_clock::now();
+      int64_t n = steps_[i].tiles();
+      if (!n) continue;
+      for (int64_t tile; !cancelled() && (tile = claimed_[i].fetch_add(1, std::memory_order_relaxed)) < n;)
+        steps_[i].work(tile, scratch_[thread]);
+      pool_->barrier();
+      if (profiling_ && !thread)
+        times_[i] = {steps_[i].kind, times_[i].second + std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
+    }
+  });
+  return !cancelled();
+}
+
+}  // namespace cg

@@ -1,0 +1,103 @@
+// A model as a list of steps over buffers, recorded once by the Python layer loop and replayed here for any number of
+// tokens without touching the interpreter.
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace cg {
+
+const Kernels* choose_kernels(const std::string& level);  // "" or "auto": the best this CPU has; throws on others
+
+struct Cancel {
+  std::atomic<bool> set{false};
+};
+
+// T tokens of one or several sequences. Consecutive tokens of one sequence stand together, in ascending position.
+struct Batch {
+  int T;
+  const int32_t *ids, *positions, *sequences;
+  const uint64_t* pages;     // [sequences, pages_stride]: addresses
+  int64_t pages_stride;
+  int n_out;
+  const int32_t* out_rows;   // tokens whose logits are wanted, ascending
+  float* logits;             // [n_out, V]
+  int32_t* argmax;           // [n_out]
+  float* log_normaliser;     // [n_out]: log sum exp of the logits
+};
+
+class Program {
+ public:
+  Program(std::shared_ptr<Pool> pool, const Kernels* kernels) : pool_(pool), k_(kernels) {}
+
+  int buffer(int64_t width);
+  void embed(Weight table, int out, float scale);
+  // out = norm(x) * weight; before that x += y, or x += norm(y) * post, where y >= 0.
+  void norm(int x, const float* weight, int out, float eps, int y, const float* post);
+  void product(int in, std::vector<Weight> weights, int out);
+  void gated(int in, Weight gate, Weight up, int out);
+  void split_heads(int qkv, HeadSplit heads, double base, double scale, int64_t layer_offset, int64_t kv_offset);
+  void attend(int qkv, Attention attention, int out);
+  void logits(int x, const float* weight, float eps, Weight table, float cap);
+
+  int64_t vocabulary() const { return vocabulary_; }
+  bool run(const Batch& batch, const Cancel* cancel);  // false: cancelled, the pages beyond the old length are void
+  // Seconds of each step, in order, added up since profiling was switched on.
+  const std::vector<std::pair<std::string, double>>& profile() const { return times_; }
+  void set_profiling(bool on) { profiling_ = on, times_.clear(); }
+
+ private:
+  struct Buffer {
+    int64_t width, padded;
+    int forms = 0;
+    bool prepared = false;   // while recording: what it holds by now is quantised too
+    std::vector<float> f, scales32, scales256;
+    std::vector<int8_t> q32, q256;
+    std::vector<int16_t> sums32, sums256;
+    Activations a;
+  };
+  struct Step {
+    std::string kind;
+    std::function<int64_t()> tiles;
+    std::function<void(int64_t tile, Scratch&)> work;
+  };
+  struct Tasks {             // how attention of one window is cut; the cut never changes a result
+    int window, heads, kv_heads, width;
+    std::vector<AttentionTask> attend, merge;
+    std::vector<int> segments;  // of each merge
+    std::vector<float> partials;
+  };
+  struct Angles { std::vector<double> frequency; std::vector<float> cos, sin; };  // cos, sin: [T, H/2] of the batch
+
+  void add(std::string kind, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
+  void prepare(int b);       // quantise a buffer, where its readers want blocks and its writer made floats only
+  void size(Buffer& b, int T, bool packed);
+  Angles& angles(double base, double scale, int width);
+  void cut(Tasks& tasks);
+  int token_tiles() const { return packed_ ? (batch_.T + 15) / 16 : batch_.T; }
+
+  std::shared_ptr<Pool> pool_;
+  const Kernels* k_;
+  std::deque<Buffer> buffers_;
+  std::vector<Step> steps_;
+  std::map<std::pair<double, double>, Angles> angles_;
+  std::map<int, Tasks> tasks_;
+  Batch batch_;
+  bool packed_ = false, profiling_ = false;
+  int head_ = -1;
+  int64_t vocabulary_ = 0;
+  std::vector<Scratch> scratch_;
+  std::unique_ptr<std::atomic<int64_t>[]> claimed_;
+  struct Stat { float largest, total; int64_t where; };
+  std::vector<Stat> stats_;  // [n_out, parts] of the logits
+  std::vector<std::pair<std::string, double>> times_;
+};
+
+}  // namespace cg

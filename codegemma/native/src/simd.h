@@ -1,0 +1,327 @@
+// The vector primitives of one SIMD level. kernels.cpp is compiled once per level, with CG_AVX512, CG_AVX2, CG_NEON or
+// none of them defined; everything above this file is written once.
+//
+//   Fv       native vector of floats, FW lanes         (norms, attention, float weights)
+//   Iv       native vector of int32, IW = FW lanes     (matrix products: lanes are tokens)
+//   u8x32, i32x8, f32x8  fixed widths on every level   (matrix-vector products: lanes are blocks)
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(CG_AVX512) || defined(CG_AVX2)
+#include <immintrin.h>
+#elif defined(CG_NEON)
+#include <arm_neon.h>
+#endif
+
+#define CG_INLINE inline __attribute__((always_inline))
+
+namespace cg {
+namespace CG_LEVEL {
+
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef float f32x8 __attribute__((vector_size(32)));
+#if defined(CG_AVX512)
+typedef float Fv __attribute__((vector_size(64)));
+typedef int32_t Iv __attribute__((vector_size(64)));
+#elif defined(CG_AVX2)
+typedef float Fv __attribute__((vector_size(32)));
+typedef int32_t Iv __attribute__((vector_size(32)));
+#else
+typedef float Fv __attribute__((vector_size(16)));
+typedef int32_t Iv __attribute__((vector_size(16)));
+#endif
+constexpr int FW = sizeof(Fv) / 4;
+constexpr int GROUP = 16;        // tokens that a packed activation group holds
+constexpr int NV = GROUP / FW;   // native vectors in a group
+
+template <class V> CG_INLINE V load(const void* p) { V v; memcpy(&v, p, sizeof v); return v; }
+template <class V> CG_INLINE void store(void* p, V v) { memcpy(p, &v, sizeof v); }
+CG_INLINE Fv splat(float x) { return x - Fv{}; }
+CG_INLINE Iv splat_i(int32_t x) { return x - Iv{}; }
+CG_INLINE Fv to_float(Iv v) { return __builtin_convertvector(v, Fv); }
+#if !defined(CG_AVX2)  // there Iv is i32x8
+CG_INLINE f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
+#endif
+
+// a * b + c, fused where the level has the instruction. Used where no equality across levels is promised.
+CG_INLINE Fv fma(Fv a, Fv b, Fv c) {
+#if defined(CG_AVX512)
+  return (Fv)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(CG_AVX2)
+  return (Fv)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(CG_NEON)
+  return (Fv)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+CG_INLINE Fv select(Iv mask, Fv yes, Fv no) { return (Fv)((mask & (Iv)yes) | (~mask & (Iv)no)); }
+CG_INLINE Fv max(Fv a, Fv b) { return select(a > b, a, b); }
+
+// Sum and maximum of the lanes in one fixed order: halves onto each other.
+CG_INLINE float sum(Fv v) {
+  for (int n = FW / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) v[i] += v[i + n];
+  return v[0];
+}
+CG_INLINE float largest(Fv v) {
+  float m = v[0];
+  for (int i = 1; i < FW; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+// The eight chains of a quantised product, folded in the order that every level and every kernel keeps.
+template <class T> CG_INLINE T fold8(T a, T b, T c, T d, T e, T f, T g, T h) {
+  return ((a + b) + (c + d)) + ((e + f) + (g + h));
+}
+CG_INLINE float fold8(f32x8 v) { return fold8<float>(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]); }
+
+// ------------------------------------------------------------------------------------------------ 16-bit floats
+CG_INLINE float half(uint16_t h) {
+#if defined(CG_AVX512) || defined(CG_AVX2)
+  return _cvtsh_ss(h);
+#elif defined(CG_NEON)
+  __fp16 f; memcpy(&f, &h, 2); return f;
+#else
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff, bits;
+  if (rest >= 0x7c00) bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+  else if (rest >= 0x400) bits = sign | ((rest << 13) + 0x38000000);
+  else { float f = (float)rest * 0x1p-24f; memcpy(&bits, &f, 4); bits |= sign; }
+  float f; memcpy(&f, &bits, 4); return f;
+#endif
+}
+CG_INLINE uint16_t to_half(float f) {  // nearest even; overflow saturates, so that no infinity enters the cache
+  f = f > 65504.f ? 65504.f : f < -65504.f ? -65504.f : f;
+#if defined(CG_AVX512) || defined(CG_AVX2)
+  return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(CG_NEON)
+  __fp16 h = f; uint16_t b; memcpy(&b, &h, 2); return b;
+#else
+  uint32_t bits; memcpy(&bits, &f, 4);
+  uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return sign | 0x7e00;
+  if (rest < 0x38800000) {
+    float small = std::fabs(f) * 0x1p24f;
+    return sign | (uint16_t)std::nearbyintf(small);
+  }
+  rest += 0xfff + (rest >> 13 & 1);
+  return sign | (uint16_t)((rest - 0x38000000) >> 13);
+#endif
+}
+CG_INLINE float bf16(uint16_t h) { uint32_t b = (uint32_t)h << 16; float f; memcpy(&f, &b, 4); return f; }
+
+// FW floats from half precision, bfloat16 or float32 in memory.
+struct F16 { static constexpr int BYTES = 2; static CG_INLINE Fv read(const uint8_t* p) {
+#if defined(CG_AVX512)
+  return (Fv)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(CG_AVX2)
+  return (Fv)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(CG_NEON)
+  return (Fv)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
+#else
+  Fv v; for (int i = 0; i < FW; i++) v[i] = half(load<uint16_t>(p + 2 * i)); return v;
+#endif
+}};
+struct BF16 { static constexpr int BYTES = 2; static CG_INLINE Fv read(const uint8_t* p) {
+#if defined(CG_AVX512)
+  return (Fv)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(CG_AVX2)
+  return (Fv)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  Fv v; for (int i = 0; i < FW; i++) v[i] = bf16(load<uint16_t>(p + 2 * i)); return v;
+#endif
+}};
+struct F32 { static constexpr int BYTES = 4; static CG_INLINE Fv read(const uint8_t* p) { return load<Fv>(p); } };
+
+// ------------------------------------------------------------------------------------------------ exp
+// e^x by 2^n * 2^r with a polynomial of degree 6 (Cephes coefficients), about 1 ulp; exactly 0 below -87.3, so that
+// a masked key contributes nothing. One definition for vector bodies and tails: tails are padded, never scalar.
+CG_INLINE Fv exp(Fv x) {
+  Iv zero = x < splat(-87.3f);
+  x = select(x > splat(88.0f), splat(88.0f), x);
+  Fv n = x * splat(1.44269504f);
+  const Fv round = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest whole number
+  n = (n + round) - round;
+  Fv r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  Fv p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + splat(1.0f));
+  Iv e = (__builtin_convertvector(n, Iv) + splat_i(127)) << 23;
+  return select(zero, Fv{}, p * (Fv)e);
+}
+CG_INLINE Fv tanh(Fv x) {  // 1 - 2 / (e^2x + 1); |x| above 44 would overflow and is 1 anyway
+  Fv y = exp(select(x > splat(20.f), splat(20.f), x) * splat(2.f));
+  return splat(1.f) - splat(2.f) / (y + splat(1.f));
+}
+// gelu(x) by the tanh form = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+CG_INLINE Fv gelu(Fv x) {
+  Fv u = splat(1.5957691216f) * (x + splat(0.044715f) * x * x * x);
+  return x / (splat(1.f) + exp(-u));
+}
+
+// ------------------------------------------------------------------------------------------------ byte products
+// Eight int32: lane l is the exact sum of w[i] * x[i] over i = 4l .. 4l + 3. w is 0..127, or signed if SIGNED.
+template <bool SIGNED> CG_INLINE i32x8 dot32(u8x32 w, u8x32 x) {
+#if defined(CG_AVX512)
+  return (i32x8)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)w, (__m256i)x);
+#elif defined(CG_AVX2)
+  __m256i a = (__m256i)w, b = (__m256i)x;
+  if (SIGNED) b = _mm256_sign_epi8(b, a), a = _mm256_abs_epi8(a);
+  return (i32x8)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+#elif defined(CG_NEON)
+  union { u8x32 v; int8x16_t q[2]; } a = {w}, b = {x};
+  union { i32x8 v; int32x4_t q[2]; } r;
+  for (int i = 0; i < 2; i++) r.q[i] = vdotq_s32(vdupq_n_s32(0), a.q[i], b.q[i]);
+  return r.v;
+#else
+  i32x8 r;
+  for (int l = 0; l < 8; l++) {
+    int s = 0;
+    for (int i = 4 * l; i < 4 * l + 4; i++) s += (SIGNED ? (int)(int8_t)w[i] : (int)w[i]) * (int8_t)x[i];
+    r[l] = s;
+  }
+  return r;
+#endif
+}
+// Lane i of the result is the sum of the lanes of v[i].
+template <class V> CG_INLINE V reduce8_generic(const V v[8]) {
+  V r;
+  for (int i = 0; i < 8; i++)
+    r[i] = ((v[i][0] + v[i][1]) + (v[i][2] + v[i][3])) + ((v[i][4] + v[i][5]) + (v[i][6] + v[i][7]));
+  return r;
+}
+CG_INLINE i32x8 reduce8(const i32x8 v[8]) {
+#if defined(CG_AVX512) || defined(CG_AVX2)
+  auto h = [](i32x8 a, i32x8 b) { return (i32x8)_mm256_hadd_epi32((__m256i)a, (__m256i)b); };
+  __m256i a = (__m256i)h(h(v[0], v[1]), h(v[2], v[3])), b = (__m256i)h(h(v[4], v[5]), h(v[6], v[7]));
+  return (i32x8)_mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+#else
+  return reduce8_generic(v);
+#endif
+}
+CG_INLINE f32x8 reduce8(const f32x8 v[8]) {
+#if defined(CG_AVX512) || defined(CG_AVX2)
+  auto h = [](f32x8 a, f32x8 b) { return (f32x8)_mm256_hadd_ps((__m256)a, (__m256)b); };
+  __m256 a = (__m256)h(h(v[0], v[1]), h(v[2], v[3])), b = (__m256)h(h(v[4], v[5]), h(v[6], v[7]));
+  return (f32x8)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+#else
+  return reduce8_generic(v);
+#endif
+}
+CG_INLINE int32_t sum(i32x8 v) {
+#if defined(CG_AVX512) || defined(CG_AVX2)
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+#else
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+#endif
+}
+CG_INLINE u8x32 nibbles(const uint8_t* p) {  // 16 bytes: low nibbles, then high nibbles
+#if defined(CG_AVX512) || defined(CG_AVX2)
+  __m128i v = _mm_loadu_si128((const __m128i*)p);
+  return (u8x32)_mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(15));
+#else
+  u8x32 v;
+  for (int i = 0; i < 16; i++) v[i] = p[i] & 15, v[i + 16] = p[i] >> 4;
+  return v;
+#endif
+}
+CG_INLINE u8x32 spread_bits(const uint8_t* p) {  // 32 bits: byte i is 16 where bit i is set
+#if defined(CG_AVX512) || defined(CG_AVX2)
+  __m256i v = _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(p)),
+      _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
+  __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+  return (u8x32)_mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(v, bit), bit), _mm256_set1_epi8(16));
+#else
+  u8x32 v;
+  for (int i = 0; i < 32; i++) v[i] = (p[i / 8] >> (i % 8) & 1) << 4;
+  return v;
+#endif
+}
+CG_INLINE f32x8 halves(const uint8_t* p, int stride) {  // eight half floats, `stride` bytes apart
+#if defined(CG_AVX512) || defined(CG_AVX2)
+  __m128i v = _mm_cvtsi32_si128(load<uint16_t>(p));
+  v = _mm_insert_epi16(v, load<uint16_t>(p + stride), 1);
+  v = _mm_insert_epi16(v, load<uint16_t>(p + 2 * stride), 2);
+  v = _mm_insert_epi16(v, load<uint16_t>(p + 3 * stride), 3);
+  v = _mm_insert_epi16(v, load<uint16_t>(p + 4 * stride), 4);
+  v = _mm_insert_epi16(v, load<uint16_t>(p + 5 * stride), 5);
+  v = _mm_insert_epi16(v, load<uint16_t>(p + 6 * stride), 6);
+  v = _mm_insert_epi16(v, load<uint16_t>(p + 7 * stride), 7);
+  return (f32x8)_mm256_cvtph_ps(v);
+#else
+  f32x8 v;
+  for (int i = 0; i < 8; i++) v[i] = half(load<uint16_t>(p + i * stride));
+  return v;
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------ products of many tokens
+// Lanes are tokens. Dot<MAXQ> sums w[0..3] * x[lane][0..3] over up to STEPS calls, w in 0..MAXQ (or signed bytes for
+// MAXQ = -1); `widen` gives the int32 lanes times a scale. With VNNI and NEON the sum is int32 at once; AVX2 sums
+// pairs in int16, as many as cannot overflow: 2 * MAXQ * 127 * STEPS <= 32767.
+CG_INLINE Iv splat_bytes(const uint8_t* w) { return splat_i(load<int32_t>(w)); }
+template <int MAXQ> struct Dot {
+#if defined(CG_AVX512)
+  static constexpr int STEPS = 8;
+  static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x); }
+  static CG_INLINE Iv widen(Iv acc) { return acc; }
+  static CG_INLINE Iv widen(Iv acc, int scale) { return acc * splat_i(scale); }
+#elif defined(CG_AVX2)
+  static constexpr int STEPS = MAXQ < 0 ? 8 : MAXQ <= 15 ? 8 : MAXQ <= 31 ? 4 : 2;
+  static CG_INLINE Iv step(Iv acc, Iv w, Iv x) {
+    if constexpr (MAXQ < 0) {
+      __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w));
+      return acc + (Iv)_mm256_madd_epi16(p, _mm256_set1_epi16(1));
+    }
+    return (Iv)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+  }
+  static CG_INLINE Iv widen(Iv acc) {
+    if constexpr (MAXQ < 0) return acc;
+    return (Iv)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1));
+  }
+  static CG_INLINE Iv widen(Iv acc, int scale) { return (Iv)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16((short)scale)); }
+#elif defined(CG_NEON)
+  static constexpr int STEPS = 8;
+  static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)x); }
+  static CG_INLINE Iv widen(Iv acc) { return acc; }
+  static CG_INLINE Iv widen(Iv acc, int scale) { return acc * splat_i(scale); }
+#else
+  static constexpr int STEPS = 8;
+  static CG_INLINE Iv step(Iv acc, Iv w, Iv x) {
+    const uint8_t* a = (const uint8_t*)&w; const int8_t* b = (const int8_t*)&x;
+    for (int l = 0; l < FW; l++)
+      for (int i = 4 * l; i < 4 * l + 4; i++) acc[l] += (MAXQ < 0 ? (int)(int8_t)a[i] : (int)a[i]) * b[i];
+    return acc;
+  }
+  static CG_INLINE Iv widen(Iv acc) { return acc; }
+  static CG_INLINE Iv widen(Iv acc, int scale) { return acc * splat_i(scale); }
+#endif
+};
+// VNNI multiplies unsigned by signed: 8-bit weights enter with 128 added, which the sum of the activations takes back.
+#if defined(CG_AVX512)
+constexpr int Q8_OFFSET = 128;
+#else
+constexpr int Q8_OFFSET = 0;
+#endif
+// acc + a.lo * b.lo + a.hi * b.hi for the two int16 halves of each lane.
+CG_INLINE Iv madd16(Iv acc, Iv a, Iv b) {
+#if defined(CG_AVX512)
+  return acc + (Iv)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(CG_AVX2)
+  return acc + (Iv)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+CG_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+}  // namespace CG_LEVEL
+}  // namespace cg
