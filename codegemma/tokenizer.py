@@ -19,6 +19,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,13 @@ _UNUSED = re.compile(r"<unused\d+>")
 _CONTROL = re.compile(r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>"
                       r"|\[(@BOS@|multimodal)\]|<\|\w+\|>")
 _SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")   # what a control spelling looks like
+_LINE = re.compile(rb"[^\n]*\n+|[^\n]+")
 _CACHE_VERSION = b"1"
+
+# NormalizerSpec: no dummy space, no space removed, " " -> U+2581, as Gemma's. The free-form name tells the constructor
+# that no piece reaches across the end of a line, so that lines can be encoded, and remembered, one by one.
+_GEMMA_NORMALIZER = b"\x18\x00\x20\x00"
+_LINES_APART = b"\x0a\x05lines"
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class Tokenizer:
                              "fetch the tokenizer file again") from error
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._bytes: dict[int, bytes] = {}
+        self._lines_apart = _LINES_APART + _GEMMA_NORMALIZER in model[-64:]
+        self._remember_line = lru_cache(maxsize=8192)(self._engine.encode)
         self.control = self._find_control()
 
     @classmethod
@@ -160,10 +169,16 @@ class Tokenizer:
         if not isinstance(text, str):
             raise ValueError(f"text to encode must be a str, got {type(text).__name__}: decode bytes first")
         try:
-            return self._engine.encode(text.encode("utf-8"))
+            data = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"text to encode has a lone surrogate U+{ord(text[error.start]):04X} at character "
                              f"{error.start}, which UTF-8 cannot spell: replace it") from error
+        if not self._lines_apart:
+            return self._engine.encode(data)
+        ids: list[int] = []
+        for line in _LINE.findall(data):   # while one types, all lines but one are remembered
+            ids += self._remember_line(line) if len(line) < 500 else self._engine.encode(line)
+        return ids
 
     def _encode_raw(self, text: str) -> list[int]:
         ids, start = [], 0
@@ -246,8 +261,8 @@ class Stream:
 
 
 def _model(pieces: Sequence[str], scores: Sequence[float] | np.ndarray, types: Sequence[int] | np.ndarray,
-           normalizer: bytes = b"\x18\x00\x20\x00") -> bytes:
-    """The canonical ModelProto. The default normaliser is Gemma's: no dummy space, no space removed, " " -> U+2581."""
+           normalizer: bytes = _GEMMA_NORMALIZER) -> bytes:
+    """The canonical ModelProto: the same bytes from every source."""
     V = len(pieces)
     if not 0 < V <= LIMITS["vocab"] or not V == len(scores) == len(types):
         raise ValueError(f"tokenizer: pieces, scores and types must be equally many, 1 to {LIMITS['vocab']:,}; "
@@ -262,6 +277,9 @@ def _model(pieces: Sequence[str], scores: Sequence[float] | np.ndarray, types: S
     except UnicodeEncodeError as error:
         raise ValueError(f"tokenizer: piece {error.object!r} is no Unicode text: the file is damaged") from error
     trainer = b"\x18\x02" + (b"\x98\x02\x01" if BYTE in kinds else b"")   # model_type BPE, byte_fallback
+    if all(kind == USER_DEFINED and not name.strip("\n")
+           for name, kind in zip(names, kinds, strict=True) if "\n" in name):
+        normalizer = _LINES_APART + normalizer
     return rows + _block(0x12, trainer) + _block(0x1A, normalizer)
 
 

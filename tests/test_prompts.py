@@ -28,8 +28,8 @@ from codegemma.tokenizer import Tokenizer
 
 REAL, SMALL = vocab.gemma3_tokenizer(), vocab.small_tokenizer()
 quick = settings(max_examples=200, deadline=None)
-fragments = st.sampled_from(["\n", "    ", "def f(x):", "<|fim_suffix|>", "<|file_separator|>", "<eos>", "é", "🙂", "\r\n",
-                             "\t", "x = 1\n", "日本", "<start_of_turn>user\n"])
+fragments = st.sampled_from(["\n", "    ", "def f(x):", "<|fim_suffix|>", "<|file_separator|>", "<eos>", "é", "🙂",
+                             "\r\n", "\t", "x = 1\n", "日本", "<start_of_turn>user\n"])
 texts = st.lists(fragments | st.text(max_size=6), max_size=8).map(
     lambda parts: "".join(parts).replace("\u2581", "_"))   # U+2581 is SentencePiece's space
 paths = st.none() | st.sampled_from(["a.py", "src/<|fim_prefix|>.c", "dir with space/é.go", "\t"])
