@@ -1,0 +1,47 @@
+"""Which grammar parses which language, and the text of a document as a syntax tree."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tree_sitter
+
+GRAMMARS = {"python": "python", "java": "java", "kotlin": "kotlin", "javascript": "javascript", "jsx": "javascript",
+            "typescript": "typescript:language_typescript", "tsx": "typescript:language_tsx", "go": "go", "c": "c",
+            "cpp": "cpp", "csharp": "c_sharp", "rust": "rust"}
+
+# A parse takes time and memory in proportion to the text; grammars have been seen to abort on huge generated files.
+MOST_BYTES = 1_000_000
+
+
+@cache
+def parser(language: str) -> tree_sitter.Parser:
+    """The parser of a language of GRAMMARS; one per process, since a parser serves one thread."""
+    import tree_sitter
+
+    module, _, function = GRAMMARS[language].partition(":")
+    grammar = importlib.import_module(f"tree_sitter_{module}")
+    return tree_sitter.Parser(tree_sitter.Language(getattr(grammar, function or "language")()))
+
+
+def parse(text: str, language: str) -> tree_sitter.Tree | None:
+    """The syntax tree of a text (offsets in UTF-8 bytes), or None where no grammar is there or the text is too large."""
+    data = text.encode("utf-8", "surrogatepass")
+    return parser(language).parse(data) if language in GRAMMARS and len(data) <= MOST_BYTES else None
+
+
+def error_share(tree: tree_sitter.Tree) -> float:
+    """Share of the text, in bytes, that stands in ERROR nodes (the outermost ones are counted)."""
+    if not tree.root_node.has_error:
+        return 0.0
+    wrong, stack = 0, [tree.root_node]
+    while stack:
+        node = stack.pop()
+        if node.is_error:
+            wrong += node.end_byte - node.start_byte
+        elif node.has_error:
+            stack.extend(node.children)
+    return wrong / max(1, tree.root_node.end_byte)
