@@ -114,6 +114,12 @@ def test_a_config_survives_its_file(config):
     assert safetensors.config("config.json", fields) == config
 
 
+def test_a_query_scale_that_transformers_cannot_say_is_refused():
+    for config in (tiny_config("gemma-mqa", query_scale=0.5), tiny_config("gemma2", query_scale=0.4)):
+        with pytest.raises(ValueError, match="cannot say the query scale"):
+            safetensors.config_fields(config)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"model_type": "llama"}, "model_type is 'llama'"),
     ({"model_type": ["gemma"]}, "model_type is"),

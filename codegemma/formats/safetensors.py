@@ -239,15 +239,18 @@ def _table(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def config_fields(config: ModelConfig) -> dict[str, Any]:
     """A config.json for a config, in the words that transformers 4 and 5 both read."""
     kind = "gemma3_text" if config.architecture == "gemma3" else config.architecture
+    scalar = max(1, round(config.query_scale ** -2))
+    if (config.architecture == "gemma" and scalar != config.head_width
+            or not math.isclose(scalar ** -0.5, config.query_scale, rel_tol=1e-6)):
+        raise ValueError(f"config.json cannot say the query scale {config.query_scale}: transformers takes 1 / sqrt of "
+                         "a whole number, and in Gemma 1 of head_dim alone")
     fields: dict[str, Any] = {
         "architectures": [f"G{config.architecture[1:]}ForCausalLM"], "model_type": kind,
         **{key: getattr(config, name) for name, key in KEYS.items()}, "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": round(config.query_scale ** -2, 6), "rope_theta": config.rope_base,
+        "query_pre_attn_scalar": scalar, "rope_theta": config.rope_base,
         "attention_bias": False, "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     if config.architecture == "gemma":
-        del fields["sliding_window"]
-        if not math.isclose(config.query_scale, config.head_width ** -0.5):
-            raise ValueError("transformers has no query scale for gemma (1): only head_dim ** -0.5 can be written")
+        del fields["sliding_window"], fields["query_pre_attn_scalar"]
     else:
         fields["layer_types"] = ["full_attention" if config.is_global(layer) else "sliding_attention"
                                  for layer in range(config.layers)]
