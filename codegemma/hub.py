@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from codegemma.config import PRESETS, Preset
+from codegemma.config import PRESETS, ModelConfig, Preset
 from codegemma.formats.files import replacing
 
 DEFAULT = "gemma-3-270m"
@@ -58,6 +59,17 @@ def hub_cache_dir() -> Path:
 def preset(name: str) -> Preset | None:
     """The preset that a name means: `2b`, `codegemma-2b` and `google/codegemma-2b` are one."""
     return PRESETS.get(name.lower().removeprefix("google/").removeprefix("codegemma-"))
+
+
+def preset_in(name: str, config: ModelConfig) -> Preset | None:
+    """The preset that a file's name or title speaks of, provided that its geometry agrees: "CodeGemma 1.1 2B.Q4_0"."""
+    text = re.sub(r"[\s_]+", "-", name.lower())
+    for known in sorted(PRESETS.values(), key=lambda one: -len(one.name)):
+        base = known.hub.removeprefix("google/")
+        if re.search(rf"(?<![\w.]){re.escape(base)}(?!-it\b|[\w.]*\d-)", text) and \
+                (config.layers, config.width, config.vocab) == (known.config.layers, known.config.width, known.config.vocab):
+            return known
+    return None
 
 
 def resolve(name_or_path: str | Path = DEFAULT) -> Path:

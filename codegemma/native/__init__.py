@@ -36,6 +36,12 @@ def usable_cpus() -> int:
     return cpus
 
 
+def measure(threads: int, level: str) -> tuple[float, float]:
+    """This machine's limits now: bytes a second read from memory, int8 operations a second (a multiply-add is two)."""
+    bandwidth, operations = _native.measure(level, _native.Pool(threads))
+    return float(bandwidth), float(operations)
+
+
 class Page:
     """Keys and values of up to PAGE consecutive tokens in all layers. Rows below `used` never change again, so pages
     are shared freely: whoever stands at `used` may append, anybody else copies first."""

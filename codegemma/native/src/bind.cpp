@@ -7,10 +7,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 
 #include "program.h"
+
+void bind_quantise(nanobind::module_& m);  // quantise.cpp
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -87,6 +90,36 @@ bool run(Program& p, Array<const int32_t, 1> ids, Array<const int32_t, 1> positi
   return p.run(b, cancel);
 }
 
+// Bytes a second that all threads read together from memory, and int8 operations a second.
+std::pair<double, double> measure(const Kernels* k, Pool& pool) {
+  const size_t bytes = 256u << 20, words = bytes / 8;
+  std::vector<uint64_t> memory(words, 1);
+  auto timed = [&](const std::function<void(int)>& body) {
+    auto start = std::chrono::steady_clock::now();
+    pool.run(body);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  std::atomic<uint64_t> keep{0};
+  std::atomic<int64_t> operations{0};
+  double read = 1e9, multiply = 1e9;
+  for (int i = 0; i < 3; i++) {
+    std::atomic<size_t> next{0};
+    read = std::min(read, timed([&](int) {
+      const size_t tile = 1 << 16;
+      uint64_t s[8] = {};
+      for (size_t at; (at = next.fetch_add(tile)) < words;)
+        for (size_t j = at; j < at + tile; j += 8) {
+          __builtin_prefetch(&memory[j] + 256);
+          for (int l = 0; l < 8; l++) s[l] ^= memory[j + l];
+        }
+      keep += s[0] ^ s[1] ^ s[2] ^ s[3] ^ s[4] ^ s[5] ^ s[6] ^ s[7];
+    }));
+    operations = 0;
+    multiply = std::min(multiply, timed([&](int) { operations += k->peak(2000000); }));
+  }
+  return {bytes / read, operations / multiply};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -137,6 +170,7 @@ NB_MODULE(_native, m) {
       .def("set_profiling", &Program::set_profiling, "on"_a)
       .def("profile", &Program::profile);
 
+  bind_quantise(m);
   m.def("level", [](const std::string& level) { return choose_kernels(level)->name; }, "level"_a,
         "The SIMD level that a name stands for on this CPU; 'auto' is the best. ValueError on one it lacks.");
   m.def("multiply", [](const std::string& level, Pool& pool, const Weight& w, Array<const float, 2> x, Array<float, 2> out) {
@@ -146,6 +180,11 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     multiply(k, pool, w, x.data(), (int)x.shape(0), out.data());
   }, "level"_a, "pool"_a, "weight"_a, "x"_a, "out"_a);
+  m.def("measure", [](const std::string& level, Pool& pool) {
+    const Kernels* k = choose_kernels(level);
+    nb::gil_scoped_release release;
+    return measure(k, pool);
+  }, "level"_a, "pool"_a, "Memory read in bytes a second, and int8 multiply-adds in operations a second, of all threads.");
   m.def("dequantise", [](const std::string& level, const Weight& w, Array<float, 2> out) {
     if ((int64_t)out.shape(0) != w.rows || (int64_t)out.shape(1) != w.cols) throw std::invalid_argument("out must be [rows, columns]");
     const Kernels* k = choose_kernels(level);

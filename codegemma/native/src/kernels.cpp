@@ -676,7 +676,22 @@ void log_sum(const float* x, int64_t n, float* largest_out, float* total, int64_
   for (i = 0; i < n; i++) if (x[i] == top) { *where = i; break; }
 }
 
-const Kernels table = {CG_LEVEL_NAME, embed, norm, quantise, product, tile_rows, split_heads, attend, merge, softcap, log_sum, dequantise};
+// Multiply-adds of unsigned by signed bytes into exact int32 sums, in registers only: what the multipliers can do.
+int64_t peak(int64_t rounds) {
+  Iv w = splat_i(0x01020304), x = splat_i(0x04030201), sums[8] = {};
+  for (int64_t i = 0; i < rounds; i++) {
+    for (int j = 0; j < 8; j++) {
+      CG_OPAQUE(sums[j]);  // or the compiler would see eight equal sums
+      sums[j] = Dot<127>::step(sums[j], w, x);
+    }
+  }
+  for (int j = 1; j < 8; j++) sums[0] += Dot<127>::widen(sums[j]);
+  volatile int keep = sums[0][0];
+  (void)keep;
+  return rounds * 8 * FW * 4 * 2;
+}
+
+const Kernels table = {CG_LEVEL_NAME, embed, norm, quantise, product, tile_rows, split_heads, attend, merge, softcap, log_sum, dequantise, peak};
 
 }  // namespace
 

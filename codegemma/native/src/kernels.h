@@ -94,6 +94,7 @@ struct Kernels {
   void (*softcap)(float* x, int64_t n, float cap);
   void (*log_sum)(const float* x, int64_t n, float* largest, float* total, int64_t* where);
   void (*dequantise)(const Weight&, int64_t row, float* out);
+  int64_t (*peak)(int64_t rounds);  // int8 operations of a loop that does nothing else, for the benchmarks
 };
 
 namespace avx512 { const Kernels* kernels(); }

@@ -321,6 +321,13 @@ CG_INLINE Iv madd16(Iv acc, Iv a, Iv b) {
   return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
+#if defined(CG_NEON)
+#define CG_OPAQUE(v) asm volatile("" : "+w"(v))
+#elif defined(__x86_64__)
+#define CG_OPAQUE(v) asm volatile("" : "+v"(v))
+#else
+#define CG_OPAQUE(v) (void)(v)
+#endif
 CG_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace CG_LEVEL

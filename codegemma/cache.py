@@ -1,0 +1,159 @@
+"""The prefix cache: keys and values of every prompt lately seen, in a tree over token ids, shared by all requests.
+
+`find` gives the pages of the longest known prefix, `put` remembers a sequence; the least recently used goes first when
+the bound in bytes is reached. Saved files carry a key (model, adapters, numerics, SIMD level): any other key, or a
+damaged file, is ignored with a warning. The law: a token computed behind cached pages is the token computed without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from codegemma.formats.files import replacing
+from codegemma.native import PAGE, Page
+
+_MAGIC = b"codegemma prefix cache 1\n"
+
+
+class _Node:
+    """One page of tokens; a leaf may be partly filled."""
+
+    __slots__ = ("ids", "page", "parent", "children")
+
+    def __init__(self, ids: tuple[int, ...], page: Page | None, parent: _Node | None) -> None:
+        self.ids, self.page, self.parent = ids, page, parent
+        self.children: dict[tuple[int, ...], _Node] = {}
+
+
+class PrefixCache:
+    def __init__(self, key: str, page_bytes: int, most_bytes: int) -> None:
+        self.key, self.page_bytes, self.most_bytes = key, page_bytes, most_bytes
+        self._root = _Node((), None, None)
+        self._recent: OrderedDict[_Node, None] = OrderedDict()  # least recently used first; a parent after its children
+
+    @property
+    def bytes(self) -> int:
+        return len(self._recent) * self.page_bytes
+
+    def find(self, ids: Sequence[int]) -> tuple[list[Page], int]:
+        """Pages of the longest known prefix of `ids`, and its length; the last page may hold more than it."""
+        node, pages, length = self._root, [], 0
+        while True:
+            rest = tuple(ids[length:length + PAGE])
+            child = node.children.get(rest) if len(rest) == PAGE else None
+            if child is None:
+                child, common = max(((one, _common(one.ids, rest)) for one in node.children.values()),
+                                    key=lambda found: found[1], default=(None, 0))
+                if child is not None and common and child.page is not None:
+                    self._touch(child)
+                    return [*pages, child.page], length + common
+                self._touch(node)
+                return pages, length
+            assert child.page is not None
+            pages.append(child.page)
+            node, length = child, length + PAGE
+
+    def put(self, ids: Sequence[int], pages: Sequence[Page]) -> None:
+        """Remembers that `pages` hold `ids`; pages already known stay the shared ones."""
+        node = self._root
+        for index, page in enumerate(pages):
+            part = tuple(ids[index * PAGE:(index + 1) * PAGE])
+            child = node.children.get(part)
+            if child is None:
+                if len(part) < PAGE and any(one.ids[:len(part)] == part for one in node.children.values()):
+                    break                # a longer one is known
+                child = node.children[part] = _Node(part, page, node)
+                self._recent[child] = None
+                for shorter in [one for one in node.children.values()
+                                if len(one.ids) < len(part) and part[:len(one.ids)] == one.ids]:
+                    self._forget(shorter)
+            node = child
+        self._touch(node)
+        while self.bytes > self.most_bytes and self._recent:
+            self._forget(next(iter(self._recent)))
+
+    def save(self, path: Path | str) -> None:
+        """Writes all pages, atomically."""
+        nodes = list(self._nodes(self._root))
+        index = {node: at for at, node in enumerate(nodes)}
+        tree = json.dumps([[index.get(node.parent, -1) if node.parent else -1, list(node.ids)] for node in nodes]).encode()
+        digest = hashlib.sha256()
+        with replacing(Path(path)) as out:
+            def write(data: bytes) -> None:
+                digest.update(data)
+                out.write(data)
+
+            key = self.key.encode()
+            write(_MAGIC + struct.pack("<QQQ", len(key), len(tree), self.page_bytes) + key + tree)
+            for node in nodes:
+                assert node.page is not None
+                write(node.page.data.tobytes())
+            out.write(digest.digest())
+
+    def load(self, path: Path | str) -> bool:
+        """Adds the pages of a saved cache. False, with a warning, on a file that is damaged or of another model."""
+        try:
+            data = Path(path).read_bytes()
+            nodes = self._parse(data)
+        except FileNotFoundError:
+            return False
+        except (ValueError, struct.error, OSError) as error:
+            warnings.warn(f"{path}: the saved prefix cache is ignored: {error}", stacklevel=2)
+            return False
+        for node in nodes:
+            if node.parent is not None and not node.children:
+                chain = [node]
+                while (parent := chain[-1].parent) is not None and parent.page is not None:
+                    chain.append(parent)
+                chain.reverse()
+                self.put([token for one in chain for token in one.ids], [one.page for one in chain if one.page])
+        return True
+
+    def _parse(self, data: bytes) -> list[_Node]:
+        head = len(_MAGIC) + 24
+        if not data.startswith(_MAGIC) or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            raise ValueError("it is damaged or no cache file")
+        key_length, tree_length, page_bytes = struct.unpack_from("<QQQ", data, len(_MAGIC))
+        key = data[head:head + key_length].decode("utf-8", "replace")
+        if key != self.key or page_bytes != self.page_bytes:
+            raise ValueError(f"it belongs to another model, adapter, engine version or SIMD level ({key!r})")
+        tree = json.loads(data[head + key_length:head + key_length + tree_length])
+        at, root = head + key_length + tree_length, _Node((), None, None)
+        nodes: list[_Node] = []
+        for parent, ids in tree:
+            page = Page(np.frombuffer(data, np.uint8, page_bytes, at).copy(), len(ids))
+            node = _Node(tuple(ids), page, nodes[parent] if parent >= 0 else root)
+            assert node.parent is not None
+            node.parent.children[node.ids] = node
+            nodes.append(node)
+            at += page_bytes
+        return nodes
+
+    def _nodes(self, node: _Node) -> Iterator[_Node]:
+        for child in node.children.values():
+            yield child
+            yield from self._nodes(child)
+
+    def _touch(self, node: _Node) -> None:
+        """Makes a node and all above it the most recently used, parents last so that leaves go first."""
+        while node.parent is not None:
+            self._recent.move_to_end(node)
+            node = node.parent
+
+    def _forget(self, node: _Node) -> None:
+        for child in list(node.children.values()):
+            self._forget(child)
+        assert node.parent is not None
+        del node.parent.children[node.ids], self._recent[node]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

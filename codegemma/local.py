@@ -1,0 +1,227 @@
+"""A model on this machine: what `codegemma.load` gives, and the CLI, the server and the evaluation call."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from codegemma import chat, completion, hub, prompts
+from codegemma.completion import Hole, Mode, Trim
+from codegemma.config import Preset, Use
+from codegemma.engine import Engine, Request, Step, Stop
+from codegemma.formats import Checkpoint, open_checkpoint
+from codegemma.native import Cancel, Native, Slice, measure
+from codegemma.prompts import File, Message
+from codegemma.sampling import Sampling
+from codegemma.tokenizer import Tokenizer
+
+
+class Completion(Iterator[Step]):
+    """Steps as they are made; `text` and `stop` run it to its end first. `close()` stops the work."""
+
+    def __init__(self, steps: Iterator[Step]) -> None:
+        self._steps, self._taken = steps, []
+
+    def __next__(self) -> Step:
+        step = next(self._steps)
+        self._taken.append(step)
+        return step
+
+    @property
+    def steps(self) -> list[Step]:
+        """All of them, in order."""
+        for _ in self:
+            pass
+        return self._taken
+
+    @property
+    def text(self) -> str:
+        return "".join(step.text for step in self.steps)
+
+    @property
+    def stop(self) -> Stop | None:
+        """Why it ended: "end", "stop_text", "length" or "cancelled"; None where it was closed before."""
+        return self.steps[-1].stop if self.steps else None
+
+    @property
+    def ids(self) -> list[int]:
+        """Every generated token, a final sentinel included."""
+        return [step.token for step in self.steps if step.token is not None]
+
+    def close(self) -> None:
+        if hasattr(self._steps, "close"):
+            self._steps.close()
+
+
+class Model:
+    """A loaded model. One request runs at a time; `engine.Batch` runs many together."""
+
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, cache_bytes: int = 1 << 30, strict: bool = False) -> None:
+        self.path, self.config = checkpoint.path, checkpoint.config
+        self._checkpoint, self._strict, self._warned = checkpoint, strict, set[str]()
+        self.backend = Native(checkpoint, threads)
+        self.engine = Engine(self.backend, checkpoint.tokenizer, _identity(checkpoint), cache_bytes)
+        self.preset = _preset_of(checkpoint)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ValueError where the checkpoint came without one: ids work, text does not."""
+        if self.engine.tokenizer is None:
+            raise ValueError(f"{self.path} has no tokenizer, so text cannot be read or written: use ids, or put its "
+                             "tokenizer.model beside it")
+        return self.engine.tokenizer
+
+    @property
+    def fim_trained(self) -> bool:
+        """Whether it was trained to fill in the middle: the vocabulary names the FIM tokens, or its preset says so."""
+        if self.preset is not None:
+            return self.preset.fim
+        return self.engine.tokenizer is not None and self.engine.tokenizer.control.fim == "named"
+
+    def complete(self, prefix: str, suffix: str = "", path: str | None = None, context: Sequence[File] = (), *,
+                 trim: Trim = "none", mode: Mode = "auto", max_tokens: int = 128, sampling: Sampling = Sampling(),
+                 stop: Sequence[str] = (), time_budget: float | None = None, cancel: Cancel | None = None,
+                 speculate: bool = True, top: int = 0) -> Completion:
+        """What belongs between `prefix` and `suffix`. `context` are other files (path, text) that it may draw on.
+
+        `time_budget` is in seconds, to the first token. Without FIM training, mode "auto" continues the prefix and
+        drops what repeats the suffix. Raises ValueError on bad input, at once.
+        """
+        self.tokenizer  # noqa: B018  raises where there is none
+        self.expect("completion")
+        layout = completion.layout_for(mode, self.fim_trained, spm_trained=False)
+        files = tuple(file if isinstance(file, File) else File(*file) for file in context)
+        return Completion(completion.complete(self.engine, Hole(prefix, suffix, path, files), layout, trim, max_tokens,
+                                              sampling, stop, time_budget, cancel, speculate, top))
+
+    def generate(self, prompt: str | Sequence[int], *, max_tokens: int = 256, sampling: Sampling = Sampling(),
+                 stop: Sequence[str] = (), raw: bool = False, truncate: Literal["left"] | None = None,
+                 cancel: Cancel | None = None, speculate: bool = True, top: int = 0) -> Completion:
+        """Continues a text (<bos> is put in front) or ids (taken as they are). `raw` reads control tokens spelled in the
+        text. truncate="left" drops the oldest tokens, <bos> excepted, where the prompt is too long."""
+        self.expect("generation")
+        if isinstance(prompt, str):
+            made = prompts.raw(self.tokenizer, prompt) if raw else prompts.plain(self.tokenizer, prompt)
+            ids, stops = made.ids, made.stops
+        else:
+            ids = list(prompt)
+            stops = prompts.fim_stops(self.engine.tokenizer) if self.engine.tokenizer else frozenset()
+        if truncate not in (None, "left"):
+            raise ValueError(f'truncate must be None or "left", got {truncate!r}')
+        if truncate:
+            ids = truncate_left(ids, self.config.context - min(max_tokens, self.config.context // 2))
+        return Completion(self.engine.generate(Request(ids, max_tokens, sampling, stops, stop, top, speculate), cancel))
+
+    def chat(self, messages: Sequence[Message | tuple[str, str] | dict[str, str]], *, max_tokens: int = 1024,
+             sampling: Sampling = Sampling(), stop: Sequence[str] = (), cancel: Cancel | None = None,
+             speculate: bool = True, top: int = 0) -> Completion:
+        """The next turn after `messages`: Message, (role, text), or {"role", "content"}; the last one is the user's."""
+        self.tokenizer  # noqa: B018
+        self.expect("chat")
+        turns = [_message(message) for message in messages]
+        return Completion(chat.chat(self.engine, turns, max_tokens, sampling, stop, cancel, speculate, top))
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 [T, V]: row t is the prediction after ids[:t + 1]."""
+        return self.engine.logits(ids)
+
+    def benchmark(self, prompt_tokens: int = 512, decode_tokens: int = 32, repeats: int = 3) -> dict[str, Any]:
+        """Medians of prefill and decode speed, and their share of what this machine's memory and multipliers can do.
+
+        Prefill counts the vocabulary product for the last token only. The limits are measured in the same minutes.
+        """
+        if not 1 <= prompt_tokens <= self.config.context - decode_tokens or decode_tokens < 1:
+            raise ValueError(f"benchmark: prompt_tokens + decode_tokens must lie in the context of {self.config.context:,}, "
+                             f"got {prompt_tokens} + {decode_tokens}")
+        ids = [int(token) for token in np.random.default_rng(0).integers(256, self.config.vocab, prompt_tokens)]
+        prefills, decodes, limits = [], [], []
+        for _ in range(repeats):
+            limits.append(measure(self.backend.threads, self.backend.level))
+            pages = [self.backend.new_page() for _ in range(-(-(prompt_tokens + decode_tokens) // 64))]
+            started = time.perf_counter()
+            for at in range(0, prompt_tokens, 512):
+                part = ids[at:at + 512]
+                self.backend.run([Slice(part, at, pages, int(at + len(part) == prompt_tokens))])
+            read = time.perf_counter()
+            for i in range(decode_tokens):
+                self.backend.run([Slice([ids[i % prompt_tokens]], prompt_tokens + i, pages, 1)])
+            prefills.append(prompt_tokens / (read - started))
+            decodes.append(decode_tokens / (time.perf_counter() - read))
+        bandwidth, peak = (float(np.median([limit[i] for limit in limits])) for i in range(2))
+        prefill, decode = float(np.median(prefills)), float(np.median(decodes))
+        layer_weights = sum(np.prod(t.shape, dtype=float) for name, t in self._checkpoint.tensors.items()
+                            if name.startswith("layers.") and len(t.shape) == 2)
+        read_bytes = sum(t.data.nbytes for t in self._checkpoint.tensors.values())
+        return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode,
+                "prefill_share_of_peak": 2 * layer_weights * prefill / peak, "decode_share_of_bandwidth": read_bytes * decode / bandwidth,
+                "bandwidth_bytes_per_second": bandwidth, "int8_operations_per_second": peak, "threads": self.backend.threads,
+                "simd": self.backend.level, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
+
+    def expect(self, use: Use) -> None:
+        """Warns once (an error if `strict`) where the model was not made for a use, as its card says."""
+        if self.preset is None or use in self.preset.uses or use in self._warned:
+            return
+        made_for = ", ".join(self.preset.uses)
+        text = f"{self.preset.title} was made for {made_for}, not for {use}"
+        if self._strict:
+            raise ValueError(f"{text}: choose another model (see `codegemma models`) or drop --strict")
+        self._warned.add(use)
+        warnings.warn(text, stacklevel=3)
+
+
+def load(model: str | os.PathLike[str] = hub.DEFAULT, *, threads: int | None = None, quantize: str | None = None,
+         cache: str | os.PathLike[str] | None = None, cache_bytes: int = 1 << 30, strict: bool = False) -> Model:
+    """A model by name (`codegemma models` lists them) or path (.gguf, .safetensors, Hugging Face directory).
+
+    `quantize` ("q8_0", "q4_0") turns float weights into blocks while loading; `cache` is a prefix cache saved before.
+    Raises ValueError naming what is wrong and what to do.
+    """
+    checkpoint = open_checkpoint(hub.resolve(os.fspath(model)))
+    if quantize is not None:
+        from codegemma.quantize import quantize_checkpoint
+
+        checkpoint = quantize_checkpoint(checkpoint, quantize)
+    loaded = Model(checkpoint, threads, cache_bytes, strict)
+    if cache is not None:
+        loaded.engine.cache.load(cache)
+    return loaded
+
+
+def truncate_left(ids: list[int], most: int) -> list[int]:
+    """The first id (<bos>) and the last ones, `most` in all."""
+    return ids if len(ids) <= most else [ids[0], *ids[len(ids) - most + 1:]]
+
+
+def _message(message: Message | tuple[str, str] | dict[str, str]) -> Message:
+    if isinstance(message, Message):
+        return message
+    role, text = (message.get("role"), message.get("content")) if isinstance(message, dict) else message
+    if role == "model":
+        role = "assistant"
+    if role not in ("system", "user", "assistant") or not isinstance(text, str):
+        raise ValueError(f"a chat message needs a role (system, user, assistant) and a text, got {message!r}")
+    return Message(role, text)  # type: ignore[arg-type]
+
+
+def _preset_of(checkpoint: Checkpoint) -> Preset | None:
+    """The member of the family that a file is, by its own name or its path; None where nothing tells."""
+    names = [str(checkpoint.metadata.get(key, "")) for key in ("general.name", "general.basename", "_name_or_path")]
+    names += [checkpoint.path.name, checkpoint.path.parent.name]
+    return next((found for name in names if (found := hub.preset_in(name, checkpoint.config))), None)
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """A hash that changes with the model: config, tensor types, and a sample of every tensor's bytes."""
+    digest = hashlib.sha256(repr(checkpoint.config).encode())
+    for name, tensor in checkpoint.tensors.items():
+        raw = tensor.data.reshape(-1)
+        digest.update(f"{name} {tensor.type} {tensor.shape}".encode() + raw[:256].tobytes() + raw[-256:].tobytes())
+        digest.update(raw[:: max(1, len(raw) // 64)][:64].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,4 @@
+// Floats to blocks.
+#include <nanobind/nanobind.h>
+
+void bind_quantise(nanobind::module_&) {}

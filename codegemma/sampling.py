@@ -1,0 +1,88 @@
+"""Logits -> a token: greedy, or drawn by a hash of the seed and the token's index, so that no state travels.
+
+Users call `choose` on one row. Because a draw depends only on (seed, index), the same seed gives the same text alone or
+batched, with speculation or without, on any number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy (ties: the lowest id). Filters act in the order penalty, temperature, top_k, top_p, min_p,
+    as in transformers and vLLM; top_k 0, top_p 1 and min_p 0 are off. A repetition penalty above 1 lowers every token of
+    the context (Keskar et al. 2019); Gemma's card advises 1."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 31), ("top_p", 0, 1), ("min_p", 0, 1)):
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise ValueError(f"sampling: {name} must be from {low} to {high}, got {value}")
+        if not (self.repeat_penalty > 0 and math.isfinite(self.repeat_penalty)):
+            raise ValueError(f"sampling: repeat_penalty must be above 0, got {self.repeat_penalty}: 1 switches it off")
+
+    @property
+    def needs_logits(self) -> bool:
+        """False where the argmax is the answer."""
+        return self.temperature > 0 or self.repeat_penalty != 1
+
+
+def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Sequence[int], index: int) -> int:
+    """The token after `context`, the `index`-th that is generated. `logits_V` is left as it is."""
+    if not sampling.needs_logits:
+        return argmax
+    logits_V = logits_V.astype(np.float64)
+    if sampling.repeat_penalty != 1:
+        seen = np.unique(np.asarray(context, np.int64))
+        at = logits_V[seen]
+        logits_V[seen] = np.where(at > 0, at / sampling.repeat_penalty, at * sampling.repeat_penalty)
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    return _draw(sampling, logits_V / sampling.temperature, _uniform(sampling.seed, index))
+
+
+def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
+    """Inverse of the cumulative distribution over the tokens that the filters leave, likeliest first."""
+    if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
+        weights = np.exp(logits_V - logits_V.max())
+        return int(np.searchsorted(np.cumsum(weights), uniform * weights.sum(), "right").clip(0, len(weights) - 1))
+    order = top(logits_V, sampling.top_k or len(logits_V))
+    weights = np.exp(logits_V[order] - logits_V[order[0]])
+    share = weights / weights.sum()
+    keep = len(order)
+    if sampling.top_p < 1:
+        keep = int(np.searchsorted(np.cumsum(share), sampling.top_p)) + 1
+    if sampling.min_p:
+        keep = min(keep, int((weights >= sampling.min_p).sum()))
+    cumulative = np.cumsum(weights[:max(keep, 1)])
+    return int(order[np.searchsorted(cumulative, uniform * cumulative[-1], "right").clip(0, len(cumulative) - 1)])
+
+
+def top(values_V: np.ndarray, k: int) -> np.ndarray:
+    """Ids of the k largest values, largest first; among equals the lowest id."""
+    if k < len(values_V):
+        bound = np.partition(values_V, len(values_V) - k)[len(values_V) - k]
+        ids = np.flatnonzero(values_V >= bound)
+    else:
+        ids = np.arange(len(values_V))
+    return ids[np.lexsort((ids, -values_V[ids]))][:k]
+
+
+def _uniform(seed: int, index: int) -> float:
+    """In [0, 1): 53 bits of a hash of (seed, index)."""
+    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0 ** -53
