@@ -8,6 +8,7 @@ jailed process per job, so a Python program starts in a few milliseconds.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import platform
@@ -138,7 +139,7 @@ class Box:
 
     def __init__(self, readonly: Sequence[Path], use_cgroups: bool) -> None:
         self.cgroup = _cgroup(use_cgroups)
-        errors = tempfile.TemporaryFile()
+        errors = tempfile.TemporaryFile()                  # noqa: SIM115 (closed below, whatever happens)
         command = _bubblewrap(readonly)
         self.process = subprocess.Popen(self.cgroup.enter(command) if self.cgroup else command, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=errors, env={}, start_new_session=True)
@@ -197,10 +198,8 @@ class Box:
         self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe:
-                try:
+                with contextlib.suppress(OSError):
                     pipe.close()
-                except OSError:
-                    pass
         self.process.wait()
         if self.cgroup:
             self.cgroup.close()

@@ -20,14 +20,13 @@ import threading
 import time
 import traceback
 
-# Imported once here, not once in every program.
-import collections, copy, functools, heapq, itertools, math, random, re, string, typing  # noqa: E401, F401, I001
-
 FOLDER = "/tmp"
 NEW_NS, NEW_UTS, NEW_IPC, NEW_PID = 0x0002_0000, 0x0400_0000, 0x0800_0000, 0x2000_0000   # linux/sched.h
 NOSUID, NODEV, NOEXEC = 2, 4, 8                                                            # linux/mount.h
 PDEATHSIG = 1                                                                              # linux/prctl.h
 CAPABILITY_V3 = 0x2008_0522                                                                # linux/capability.h
+for common in ("collections", "copy", "functools", "heapq", "itertools", "math", "random", "re", "string", "typing"):
+    __import__(common)                   # once here, not once in every program
 libc = ctypes.CDLL(None, use_errno=True)
 
 

