@@ -138,24 +138,23 @@ class Box:
     """One warm bubblewrap: jobs go in as JSON lines, replies come out."""
 
     def __init__(self, readonly: Sequence[Path], use_cgroups: bool) -> None:
-        self.cgroup = _cgroup(use_cgroups)
-        errors = tempfile.TemporaryFile()                  # noqa: SIM115 (closed below, whatever happens)
         command = _bubblewrap(readonly)
-        self.process = subprocess.Popen(self.cgroup.enter(command) if self.cgroup else command, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=errors, env={}, start_new_session=True)
+        self.cgroup = _cgroup(use_cgroups)
         self._rest = b""
-        try:
-            self._read(GRACE_SECONDS)
-        except (SandboxError, OSError) as error:
-            self.close()
-            errors.seek(0)
-            said = errors.read().decode(errors="replace").strip() or str(error)
-            raise SandboxError(
-                f"bubblewrap cannot make a sandbox here: {said}\nIt needs user namespaces: on Ubuntu 24.04 allow "
-                "bwrap in AppArmor or set kernel.apparmor_restrict_unprivileged_userns=0; in a container, start it "
-                "with --security-opt seccomp=unconfined") from error
-        finally:
-            errors.close()
+        with tempfile.TemporaryFile() as errors:
+            self.process = subprocess.Popen(self.cgroup.enter(command) if self.cgroup else command, env={},
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                                            start_new_session=True)
+            try:
+                self._read(GRACE_SECONDS)
+            except SandboxError as error:
+                self.close()
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip() or str(error)
+                raise SandboxError(
+                    f"bubblewrap cannot make a sandbox here: {said}\nIt needs user namespaces: on Ubuntu 24.04 allow "
+                    "bwrap in AppArmor or set kernel.apparmor_restrict_unprivileged_userns=0; in a container, start it "
+                    "with --security-opt seccomp=unconfined") from error
 
     def run(self, job: dict[str, Any], limits: Limits) -> Result:
         before = 0

@@ -1,0 +1,105 @@
+import itertools
+import re
+
+import pytest
+from evaldata import Letters, said
+from scipy.stats import binomtest
+
+from codegemma.evals.language import normalise
+from codegemma.evals.maths import boxed, gsm8k_answers, judge_gsm8k, judge_math
+from codegemma.evals.task import Item, Score, compare, cut, encode_choice, interval, pass_at_k, rank, subset
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_answer():
+    for n, c, k in [(5, 2, 1), (5, 2, 3), (6, 1, 4), (4, 0, 2), (4, 4, 4), (5, 3, 3)]:
+        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    with pytest.raises(ValueError, match="pass@k needs"):
+        pass_at_k(1, 1, 10)
+
+
+def test_intervals_are_wilsons():
+    for right, n in [(0, 10), (3, 10), (60, 164), (164, 164)]:
+        expected = binomtest(right, n).proportion_ci(method="wilson")
+        assert interval([1.0] * right + [0.0] * (n - right)) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    low, high = interval([0.25, 0.5, 0.75, 0.5])
+    assert (low + high) / 2 == pytest.approx(0.5) and high - low == pytest.approx(2 * 1.96 * 0.2041241 / 2, abs=1e-4)
+
+
+def test_comparison_is_paired():
+    before = {str(i): float(i < 10) for i in range(40)}
+    after = {str(i): float(2 <= i < 20) for i in range(40)} | {"other": 1.0}
+    found = compare(before, after)
+    assert (found.items, len(found.gained), found.lost) == (40, 10, ["0", "1"])
+    assert found.difference == pytest.approx(8 / 40)
+    assert found.p == pytest.approx(binomtest(2, 12).pvalue)
+    assert found.low < 0.2 < found.high and compare(before, before).p == 1.0
+    with pytest.raises(ValueError, match="share no item"):
+        compare(before, {"x": 1.0})
+
+
+def test_ranking_raw_and_by_length():
+    item = Item("x", choices=(("c", " ab"), ("c", " abcdefgh")))
+    assert rank(item, [Score([-2.0], False), Score([-2.0, -1.0], False)]) == {"raw": 0, "normalised": 1}
+
+
+def test_choices_are_encoded_as_one_text():
+    context, continuation = encode_choice(Letters(), ("hello", " yes"))
+    assert (Letters().decode(context), Letters().decode(continuation)) == ("hello", " yes") and context[0] == 256
+
+    class Merge:
+        control = Letters.control
+
+        def encode(self, text):                            # "ab" is one token: the seam falls inside of it
+            return [300 if piece == "ab" else ord(piece) for piece in re.findall("ab|.", text)]
+
+    assert encode_choice(Merge(), ("xa", "b")) == ([256, ord("x")], [300])
+
+
+def test_subset_is_fixed_and_in_order():
+    items = [Item(str(i)) for i in range(100)]
+    chosen = [item.id for item in subset(items, 10)]
+    assert chosen == sorted(chosen, key=int) == [i.id for i in subset(list(items), 10)] and len(chosen) == 10
+    assert set(chosen) <= {i.id for i in subset(items, 20)} and chosen != [str(i) for i in range(10)]
+    assert subset(items, None) == subset(items, 1000) == items
+
+
+def test_cutting_at_the_first_stop():
+    assert cut(said("a\ndef b\nclass"), ["\nclass", "\ndef"]) == ("a", True)
+    assert cut(said("abc"), ["\n"]) == ("abc", False)
+    assert cut(said("abc", "stop"), ["\n"]) == ("abc", True)
+
+
+@pytest.mark.parametrize(("text", "plain"), [("The  Sunset, Boulevard!", "sunset boulevard"), ("U.S.A", "u s"),
+                                             ("a_b", "b"), ("an apple", "apple")])
+def test_trivia_normalisation(text, plain):
+    assert normalise(text) == plain
+
+
+@pytest.mark.parametrize(("text", "strict", "flexible"), [
+    ("so 3 + 4 = 7\n#### 7", 7, 7), ("it costs $1,234.50.", None, 1234.5), ("#### -5 and then 6", -5, 6),
+    ("none", None, None), ("it is 12.", None, 12)])
+def test_gsm8k_answers(text, strict, flexible):
+    assert gsm8k_answers(text) == {"strict": strict, "flexible": flexible}
+
+
+def test_gsm8k_verdicts():
+    items = [Item("x", target="so it is\n#### 1,000")] * 3
+    texts = ["... #### 1000\nQuestion: next #### 5", "the answer is 1000", "#### 10"]
+    assert [v.outcome for _, v in judge_gsm8k(items, [said(t) for t in texts])] == ["strict+flexible", "flexible",
+                                                                                  "wrong"]
+
+
+@pytest.mark.parametrize(("wanted", "answer", "equal"), [
+    (r"\frac{1}{2}", r"0.5", True), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", True), ("x^2+2x+1", "(x+1)^2", True),
+    ("(1,2)", "(2,1)", False), ("12", "13", False), (r"\frac{1}{2}", r"\frac{1}{3}", False), ("7", "", False)])
+def test_math_answers_are_compared_as_mathematics(wanted, answer, equal):
+    pytest.importorskip("math_verify")
+    item = Item("x", target=rf"We find \boxed{{{wanted}}}.")
+    [(_, verdict)] = judge_math([item], [said(rf"Thus \boxed{{{answer}}}." if answer else "I do not know")])
+    assert verdict.passed is equal
+
+
+def test_boxed_balances_braces():
+    assert boxed(r"\boxed{1} and \boxed{\frac{1}{2}} end") == r"\frac{1}{2}"
+    assert boxed("none") is None and boxed(r"\boxed{open") is None
