@@ -1,0 +1,230 @@
+"""The engines we are measured against, each in a process of its own that speaks JSON lines.
+
+    with Peer("llamacpp", "model.gguf", threads=2, context=4096) as peer:      # from any environment
+        peer("prefill", ids=[...])                -> {"seconds"}
+        peer("decode", ids=[...], count=32)       -> {"seconds", "tokens"}     the prompt is not timed
+        peer("eval_prompt", ids=[...])            -> {"seconds", "token", "evaluated"}
+        peer("logits", ids=[...], path="x.npy")   -> {"path"}                  float32 [T, V]
+
+The child runs in the bench environment (`make bench-env`), and only while the parent waits for its answer. Seconds
+are taken in the child around the engine's own calls; greedy decoding never stops at an end token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PYTHON = Path(__file__).parent.parent / ".venv-bench" / "bin" / "python"
+
+
+class Peer:
+    """The parent's end. Raises RuntimeError with the child's own words when it fails."""
+
+    def __init__(self, engine: str, model: str | Path, **options: Any) -> None:
+        """`options` are the keywords of the engine's class."""
+        command = [PYTHON, __file__, engine, model, json.dumps(options)]
+        self._child = subprocess.Popen([str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       text=True)
+        self.about: dict[str, Any] = self._read()    # versions and settings
+
+    def __call__(self, command: str, **arguments: Any) -> dict[str, Any]:
+        assert self._child.stdin
+        self._child.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+        self._child.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._child.stdout
+        line = self._child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the peer stopped with exit code {self._child.wait()}: its messages are above")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"the peer failed: {answer['error']}")
+        return answer
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.communicate()    # closes its stdin, which ends it
+
+
+class LlamaCpp:
+    """llama.cpp through its C API: its own defaults (KV in float16, flash attention where it helps, repacked weights).
+
+    Only the last token of a prompt gets logits, and the argmax reads them in place, so Python adds nothing per layer
+    and some 50 us per token. `swa_full` keeps the whole prompt in the cache of windowed layers, without which
+    llama.cpp cannot go back to a prefix.
+    """
+
+    def __init__(self, model: str, threads: int, context: int, batch: int = 512, flash: str = "auto") -> None:
+        import llama_cpp
+        self.api = llama_cpp
+        self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self.quiet, None)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise ValueError(f"{model}: llama.cpp does not load it")
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = context, batch, batch
+        settings.n_threads = settings.n_threads_batch = threads
+        settings.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[flash]
+        settings.swa_full = True
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise ValueError(f"{model}: llama.cpp makes no context of {context} tokens")
+        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.size, self.batch = batch, llama_cpp.llama_batch_init(batch, 0, 1)
+        columns = self.batch.token, self.batch.pos, self.batch.logits, self.batch.n_seq_id
+        self.tokens, self.places, self.wanted, sequences = (np.ctypeslib.as_array(at, (batch,)) for at in columns)
+        sequences[:] = 1
+        for i in range(batch):
+            self.batch.seq_id[i][0] = 0
+        self.held: list[int] = []
+        self.about = {"engine": "llama.cpp", "llama_cpp_python": llama_cpp.__version__, "threads": threads,
+                      "context": context, "batch": batch, "flash_attention": flash,
+                      "system": llama_cpp.llama_print_system_info().decode().strip()}
+
+    def _rewind(self, length: int) -> None:
+        """Keeps the first `length` tokens, or none where the memory cannot go back so far."""
+        if not self.api.llama_memory_seq_rm(self.memory, 0, length, -1):
+            self.api.llama_memory_clear(self.memory, False)
+            length = 0
+        self.held = self.held[:length]
+
+    def _run(self, ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
+        """Appends tokens; logits of the last one, or of all, [.., V], in llama.cpp's own memory until the next call."""
+        logits = []
+        for at in range(0, len(ids), self.size):
+            part = ids[at:at + self.size]
+            count = self.batch.n_tokens = len(part)
+            self.tokens[:count], self.wanted[:count] = part, all_logits
+            self.places[:count] = np.arange(len(self.held), len(self.held) + count)
+            self.wanted[count - 1] = all_logits or at + count == len(ids)
+            if status := self.api.llama_decode(self.context, self.batch):
+                raise RuntimeError(f"llama_decode returned {status}")
+            self.held += part
+            if all_logits:
+                logits.append(self._logits(count).copy())
+        return np.concatenate(logits) if all_logits else self._logits(1)[0]
+
+    def _logits(self, rows: int) -> np.ndarray:
+        return np.ctypeslib.as_array(self.api.llama_get_logits(self.context), (rows, self.vocab))
+
+    def prefill(self, ids: list[int]) -> dict[str, Any]:
+        self._rewind(0)
+        start = time.perf_counter()
+        token = int(self._run(ids).argmax())
+        return {"seconds": time.perf_counter() - start, "token": token}
+
+    def decode(self, ids: list[int], count: int) -> dict[str, Any]:
+        """`count` tokens in `count` steps: the first step takes the token that the prompt yielded."""
+        self._rewind(0)
+        token, tokens = int(self._run(ids).argmax()), []
+        start = time.perf_counter()
+        for _ in range(count):
+            tokens.append(token)
+            token = int(self._run([token]).argmax())
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    def eval_prompt(self, ids: list[int]) -> dict[str, Any]:
+        """Time to the first token with llama.cpp's prompt cache: the longest common prefix stays, the rest runs."""
+        start = time.perf_counter()
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self.held, strict=False)))
+        self._rewind(common)
+        evaluated = len(ids) - len(self.held)
+        token = int(self._run(ids[len(self.held):]).argmax())
+        return {"seconds": time.perf_counter() - start, "token": token, "evaluated": evaluated}
+
+    def logits(self, ids: list[int], path: str) -> dict[str, Any]:
+        self._rewind(0)
+        np.save(path, self._run(ids, all_logits=True))
+        return {"path": path}
+
+
+class Torch:
+    """Hugging Face transformers on PyTorch, the GGUF's weights dequantised to bfloat16 (or another type) at load."""
+
+    def __init__(self, model: str, threads: int, context: int = 0, dtype: str = "bfloat16") -> None:
+        os.environ["TQDM_DISABLE"] = "1"
+        import torch
+        import transformers
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.torch = torch
+        path = Path(model)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name,
+                                                                       dtype=getattr(torch, dtype)).eval()
+        self.cache: Any = None
+        self.about = {"engine": "transformers", "transformers": transformers.__version__, "torch": torch.__version__,
+                      "threads": threads, "dtype": dtype, "attention": self.model.config._attn_implementation}
+
+    def _run(self, ids: list[int], keep: int = 1) -> Any:
+        out = self.model(self.torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        self.cache = out.past_key_values
+        return out.logits[0]
+
+    def prefill(self, ids: list[int]) -> dict[str, Any]:
+        self.cache = None
+        start = time.perf_counter()
+        token = int(self._run(ids)[-1].argmax())
+        return {"seconds": time.perf_counter() - start, "token": token}
+
+    def decode(self, ids: list[int], count: int) -> dict[str, Any]:
+        token, tokens = self.prefill(ids)["token"], []
+        start = time.perf_counter()
+        for _ in range(count):
+            tokens.append(token)
+            token = int(self._run([token])[-1].argmax())
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    def logits(self, ids: list[int], path: str) -> dict[str, Any]:
+        self.cache = None
+        np.save(path, self._run(ids, keep=0).float().numpy())
+        return {"path": path}
+
+
+ENGINES = {"llamacpp": LlamaCpp, "torch": Torch}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="An engine that answers JSON lines; see the top of this file.")
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("model")
+    parser.add_argument("options", type=json.loads, nargs="?", default={})
+    args = parser.parse_args()
+
+    def answer(value: dict[str, Any]) -> None:
+        print(json.dumps(value), flush=True)
+
+    try:
+        engine = ENGINES[args.engine](args.model, **args.options)
+    except Exception as error:
+        answer({"error": repr(error)})
+        return
+    answer(engine.about)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer(getattr(engine, request.pop("command"))(**request))
+        except Exception as error:
+            answer({"error": repr(error)})
+
+
+if __name__ == "__main__":
+    main()
