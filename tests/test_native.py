@@ -1,0 +1,178 @@
+"""Each kernel against its slow twin, on every SIMD level that this CPU has.
+
+Quantised products equal numerics v1 written in NumPy bit for bit, on every level and for any number of tokens at once.
+Float products lie within the bound of a sum in any order; whole programs are held to the float64 model elsewhere.
+"""
+
+import numpy as np
+import pytest
+from tiny import _SCALES, dequantize, encode, random_blocks
+
+from codegemma import native
+from codegemma.native import _native
+from codegemma.weights import BLOCKS, Tensor
+
+QUANTISED = [type for type in _native.TYPES if BLOCKS[type][0] > 1]
+F32 = np.float32
+ROUNDOFF = 2.0 ** -24
+
+
+def have(level):
+    try:
+        return bool(_native.level(level))
+    except ValueError:
+        return False
+
+
+LEVELS = [level for level in ("plain", "avx2", "avx512", "neon") if have(level)]
+POOLS = {threads: _native.Pool(threads) for threads in (1, 2)}
+
+
+def weight(tensor):
+    return _native.Weight(tensor.type, tensor.data.reshape(-1), *tensor.shape)
+
+
+def multiply(tensor, x_TK, level, threads=1):
+    out_TR = np.full((len(x_TK), tensor.shape[0]), np.nan, F32)
+    _native.multiply(level, POOLS[threads], weight(tensor), x_TK, out_TR)
+    return out_TR
+
+
+# ------------------------------------------------------------------------------------------------ numerics v1 in NumPy
+def quantised(x_TK, block):
+    """Whole numbers int64 [T, blocks, block] and scales float32 [T, blocks]: half to even, the largest becomes 127."""
+    x = x_TK.reshape(len(x_TK), -1, block)
+    top = np.abs(x).max(-1)
+    inverse = np.divide(F32(127), top, out=np.zeros_like(top), where=top > 0)
+    return np.rint(x * inverse[..., None]).astype(np.int64), top / F32(127)
+
+
+def halves(blocks, at):
+    return np.ascontiguousarray(blocks[..., at:at + 2]).view("<f2")[..., 0].astype(F32)
+
+
+def whole_numbers(tensor, *scales):
+    """int64 [rows, blocks, block]: the values of a tensor once the float16 scales of its blocks are these."""
+    blocks = tensor.data.reshape(-1, BLOCKS[tensor.type][1]).copy()
+    for offset, scale in zip(_SCALES[tensor.type][0], scales, strict=True):
+        blocks[:, offset:offset + 2] = np.array([scale], "<f2").view(np.uint8)
+    values = dequantize(Tensor(tensor.type, tensor.shape, blocks))
+    return values.astype(np.int64).reshape(len(values), -1, BLOCKS[tensor.type][0])
+
+
+def folded(terms_TRB):
+    """Eight chains by block index, each summed in ascending order, folded ((0+1)+(2+3))+((4+5)+(6+7))."""
+    T, R, B = terms_TRB.shape
+    chains = np.zeros((8, T, R), F32)
+    for b in range(B):
+        chains[b % 8] += terms_TRB[:, :, b]
+    a, b, c, d, e, f, g, h = chains
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+
+
+def twin(tensor, x_TK):
+    """x W^T by numerics v1: one float term of a scale, and one of a minimum where the type has it, for each block."""
+    size, bytes_ = BLOCKS[tensor.type]
+    q_TBi, dx_TB = quantised(x_TK, size)
+    blocks_RB, dx_T1B = tensor.data.reshape(tensor.shape[0], -1, bytes_), dx_TB[:, None]
+
+    def term(offset, *unit):
+        total_TRB = np.einsum("tbi,rbi->trb", q_TBi, whole_numbers(tensor, *unit))
+        return total_TRB.astype(F32) * (halves(blocks_RB, offset) * dx_T1B)
+
+    offsets = _SCALES[tensor.type][0]
+    return folded(term(*offsets, 1) if len(offsets) == 1 else term(offsets[0], 1, 0) + term(offsets[1], 0, 1))
+
+
+# ------------------------------------------------------------------------------------------------ products
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", QUANTISED)
+@pytest.mark.parametrize("rows, blocks", [(1, 1), (7, 9), (37, 5), (133, 17)])
+def test_quantised_products_equal_numerics_v1(type, level, rows, blocks):
+    size = BLOCKS[type][0]
+    columns = blocks * size if size == 32 else min(blocks, 9) * size
+    tensor = random_blocks(type, (rows, columns), 1.0, seed=rows)
+    x_TK = np.random.default_rng(blocks).standard_normal((40, columns)).astype(F32) * 3
+    x_TK[3] = 0                          # a scale of zero
+    x_TK[5, :size] = np.arange(size) - size / 2 + 0.5  # halves, which go to the even number
+    expected = twin(tensor, x_TK)
+    for T in (*range(1, 20), 31, 32, 33, 40):
+        got = multiply(tensor, x_TK[:T], level, threads=1 + T % 2)
+        assert got.tobytes() == expected[:T].tobytes(), f"{T} tokens"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", QUANTISED)
+@pytest.mark.parametrize("byte", [0x00, 0x0F, 0x7F, 0x80, 0xAA, 0xFF])
+def test_extreme_blocks_do_not_overflow(type, level, byte):
+    """All quants, scales and activations at their ends at once, where sums in int16 would be the first to wrap."""
+    tensor = random_blocks(type, (8, 512), 1.0, seed=byte)
+    blocks = tensor.data.reshape(-1, BLOCKS[type][1])
+    keep = {offset: blocks[:, offset:offset + 2].copy() for offset in _SCALES[type][0]}
+    blocks[:] = byte
+    for offset, scale in keep.items():
+        blocks[:, offset:offset + 2] = scale
+    x_TK = np.ones((24, 512), F32) * np.array([1, -1, 1e30, -1e-30], F32).repeat(6)[:, None]
+    x_TK[::3, ::2] *= -1
+    expected = twin(tensor, x_TK)
+    assert np.isfinite(expected).all()
+    for T in (1, 2, 5, 6, 24):
+        assert multiply(tensor, x_TK[:T], level).tobytes() == expected[:T].tobytes(), f"{T} tokens"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (5, 3), (33, 76), (64, 259), (131, 512)])
+def test_float_products_within_the_bound_of_any_order(type, level, rows, columns):
+    """A sum of K products in any order errs by at most K u / (1 - K u) * |x| . |w| (Higham, section 3.1)."""
+    rng = np.random.default_rng(rows)
+    tensor = encode(rng.standard_normal((rows, columns)), type)
+    x_TK = rng.standard_normal((23, columns)).astype(F32)
+    exact, sizes = (f(x_TK).astype(np.float64) @ f(tensor.float32()).astype(np.float64).T for f in (np.asarray, np.abs))
+    bound = columns * ROUNDOFF / (1 - columns * ROUNDOFF) * sizes
+    whole = multiply(tensor, x_TK, level)
+    assert (np.abs(whole - exact) <= bound).all()
+    for T in range(1, 24):
+        assert multiply(tensor, x_TK[:T], level, threads=1 + T % 2).tobytes() == whole[:T].tobytes()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", _native.TYPES)
+def test_dequantise_equals_the_plain_decoder(type, level):
+    """Both round the exact value once: a half times the small whole numbers of a block fits into float32."""
+    columns = 768 if BLOCKS[type][0] > 1 else 77
+    tensor = encode(np.random.default_rng(1).standard_normal((9, columns)), type, seed=2)
+    out = np.full(tensor.shape, np.nan, F32)
+    _native.dequantise(level, weight(tensor), out)
+    assert np.array_equal(out, dequantize(tensor))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_half_is_read_exactly(level):
+    """All finite float16 values, denormals too."""
+    every = np.arange(1 << 16, dtype=np.uint16)
+    every = every[np.isfinite(every.view("<f2"))]
+    tensor = Tensor("F16", (1, len(every)), every.view(np.uint8).reshape(1, -1))
+    out = np.empty((1, len(every)), F32)
+    _native.dequantise(level, weight(tensor), out)
+    assert out.tobytes() == every.view("<f2").astype(F32).tobytes()
+
+
+# ------------------------------------------------------------------------------------------------ the boundary
+def test_limits_of_the_machine_are_plausible():
+    bandwidth, operations = native.measure(1, "auto")
+    assert 1e8 < bandwidth < 1e13 and 1e8 < operations < 1e15
+
+
+@pytest.mark.parametrize("type, columns, size, message", [
+    ("Q4_0", 31, 18, "multiple of 32"), ("Q4_K", 32, 144, "multiple of 256"), ("Q4_0", 32, 17, "takes 18 bytes, got"),
+    ("IQ4_NL", 32, 18, "no kernel for weights of type IQ4_NL"), ("F32", 0, 0, "multiple of 1")])
+def test_weights_that_lie_are_refused(type, columns, size, message):
+    with pytest.raises(ValueError, match=message):
+        _native.Weight(type, np.zeros(size, np.uint8), 1, columns)
+
+
+def test_a_level_that_the_cpu_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"'sse9'.*has: .*plain.*CODEGEMMA_SIMD"):
+        _native.level("sse9")
+    assert _native.level("auto") == LEVELS[-1]
