@@ -185,7 +185,8 @@ def _begin(run: Build, sources: Sequence[Source], tokenizer: Tokenizer, rules: P
     if not resume and run.out.exists() and any(run.out.iterdir()):
         raise ValueError(f"{run.out} is not empty: pass --resume to go on with it, or another --out")
     (run.work / "benchmarks").mkdir(parents=True, exist_ok=True)
-    (run.work / "tokenizer.model").write_bytes(tokenizer.__reduce__()[1][0])
+    with replacing(run.out / "tokenizer.model") as out:
+        out.write(tokenizer.__reduce__()[1][0])
     shutil.copyfile(rules, run.work / "unsafe.toml")
     for name in benchmarks:
         shutil.copyfile(name, run.work / "benchmarks" / Path(name).name)

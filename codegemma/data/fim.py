@@ -87,6 +87,7 @@ class Example:
     offset: int
     size: int
     split: Split
+    order: int = 0                        # place of the document in the packed order of its partition
 
 
 # -------------------------------------------------------------------------------------------------- splits

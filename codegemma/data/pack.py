@@ -18,14 +18,15 @@ from codegemma.data.fim import Example
 from codegemma.formats.files import replacing
 
 EXAMPLE_FIELDS = ("row", "segment", "start", "end", "repository", "path", "commit", "licence", "language", "kind", "source",
-                  "via", "layout", "boundary", "offset", "size", "split_start", "split_end")
+                  "via", "order", "layout", "boundary", "offset", "size", "split_start", "split_end")
+NUMBERS = ("row", "segment", "start", "end", "order", "offset", "size", "split_start", "split_end")
 
 
 @dataclass(frozen=True)
 class Group:
     """Examples in their packed order, and by which rule they stand together ("graph", "beside tests", "alone")."""
 
-    examples: Sequence[Example]
+    examples: list[Example]
     via: str
 
 
@@ -98,7 +99,7 @@ def pack(groups: Iterable[Group], length: int, bos: int | None, pad: int) -> Pac
 def _record(example: Example, via: str, row: int, segment: int, start: int) -> dict[str, Any]:
     doc, split = example.document, example.split
     values = (row, segment, start, start + len(example.ids_T), doc.repository, doc.path, doc.commit, doc.licence,
-              doc.language, doc.kind, doc.source, via, example.layout, split.kind, example.offset, example.size,
+              doc.language, doc.kind, doc.source, via, example.order, example.layout, split.kind, example.offset, example.size,
               split.start, split.end)
     return dict(zip(EXAMPLE_FIELDS, values, strict=True))
 
@@ -120,8 +121,7 @@ def save(packed: Packed, stem: Path) -> None:
     for name in ("tokens", "loss", "segments"):
         with replacing(stem.with_suffix(f".{name}.npy")) as file:
             np.save(file, getattr(packed, f"{name}_RT"))
-    numbers = ("row", "segment", "start", "end", "offset", "size", "split_start", "split_end")
-    schema = pa.schema([(name, pa.int32() if name in numbers else pa.string()) for name in EXAMPLE_FIELDS])
+    schema = pa.schema([(name, pa.int32() if name in NUMBERS else pa.string()) for name in EXAMPLE_FIELDS])
     with replacing(stem.with_suffix(".examples.parquet")) as file:
         pq.write_table(pa.Table.from_pylist(packed.examples, schema), file, row_group_size=4096, compression="zstd")
 

@@ -165,7 +165,7 @@ def _recipe(text: str) -> Recipe:
 
 @cache
 def _tokenizer(work: str) -> Tokenizer:
-    return Tokenizer((Path(work) / "tokenizer.model").read_bytes())
+    return Tokenizer((Path(work).parent / "tokenizer.model").read_bytes())
 
 
 def run_task(task: Task) -> dict[str, Any]:
@@ -376,7 +376,8 @@ def _rows(task: Task) -> dict[str, Any]:
         if place != current or row["via"] == "alone":
             groups[document.kind].append(pack.Group([], row["via"]))
             current = place
-        groups[document.kind][-1].examples.extend(fim.fim([document], tokenizer, recipe.fim))  # type: ignore[attr-defined]
+        made = fim.fim([document], tokenizer, recipe.fim)
+        groups[document.kind][-1].examples.extend(replace(example, order=row["at"]) for example in made)
     packed = [pack.pack(groups.pop(kind), recipe.length, tokenizer.control.bos, tokenizer.control.pad or 0)
               for kind in sorted(groups, key=lambda kind: (kind != "code", kind))]
     joined = pack.join(packed, recipe.length)

@@ -1,0 +1,128 @@
+"""`codegemma data build | show | report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Turn repositories into fill-in-the-middle training rows.")
+
+
+@app.command()
+def build(
+    sources: Annotated[list[str], typer.Argument(metavar="[KIND=]SOURCE...", help="Checkouts, folders of them, tar, zip, wheel, sdist, "
+                       "Parquet; KIND=PATH for other parts of a mix, such as text=notes.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for the rows.")],
+    tokenizer: Annotated[str, typer.Option(help="Model, or tokenizer.model or tokenizer.json.")] = "gemma-3-270m",
+    fim_rate: Annotated[float, typer.Option(help="Share of code examples that are fill-in-the-middle.")] = 0.8,
+    spm_rate: Annotated[float, typer.Option(help="Share of those with the suffix first.")] = 0.5,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
+    epoch: Annotated[int, typer.Option(help="Other splits of the same documents.")] = 0,
+    languages: Annotated[str, typer.Option(help="Languages to keep, by comma (default: all code).")] = "",
+    licences: Annotated[str, typer.Option(help="any, permissive, auto (any for checkouts, else permissive), or SPDX ids by comma.")] = "auto",
+    mix: Annotated[str, typer.Option(help="Shares of the tokens, such as code=0.8,text=0.2.")] = "",
+    loss: Annotated[str, typer.Option(help="Parts to learn from, by comma.")] = "middle,prefix,suffix,terminator",
+    decontaminate: Annotated[list[Path] | None, typer.Option(help="Benchmark files (JSON lines); files that hold a problem are dropped.")] = None,
+    unsafe_rules: Annotated[Path | None, typer.Option(help="Rules of unsafe content in place of our own.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray (RAY_ADDRESS names a cluster).")] = "local",
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted build.")] = False,
+) -> None:
+    """Build training rows from SOURCES."""
+    from codegemma.data.build import ENGINES
+    from codegemma.data.build import build as run
+    from codegemma.data.stages import Recipe
+
+    with _told():
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        names = tuple(sorted(filter(None, licences.split(","))))
+        recipe = Recipe(fim_rate, spm_rate, length, seed, epoch, tuple(sorted(filter(None, languages.split(",")))),
+                        licences if licences in ("any", "permissive", "auto") else names, mix=shares(mix),  # type: ignore[arg-type]
+                        loss=tuple(sorted(filter(None, loss.split(",")))))  # type: ignore[arg-type]
+        with _progress() as progress:
+            done = run(sources, out, load_tokenizer(tokenizer), recipe, benchmarks=decontaminate or (), unsafe_rules=unsafe_rules,
+                       engine=engine, workers=workers, resume=resume, progress=progress)  # type: ignore[arg-type]
+    reasons = {**done.manifests["documents"]["counts"], **done.manifests["clean"]["counts"], **done.manifests["order"]["counts"]}
+    typer.echo(f"{done.rows:,} rows of {length:,} tokens ({done.manifests['rows']['padding']:.1%} padding) from {done.kept:,} of "
+               f"{done.documents:,} documents in {done.seconds:,.0f} s: {done.out}")
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        typer.echo(f"  {count:9,}  {reason}")
+    typer.echo(f"look: codegemma data show {out}; codegemma data report {out}")
+
+
+@app.command()
+def show(folder: Path, row: Annotated[int, typer.Option(help="Which row.")] = 0) -> None:
+    """Show a row: its files, and each split in colours with its reason."""
+    from codegemma.data.show import show as run
+
+    with _told():
+        run(folder, row)
+
+
+@app.command()
+def report(folder: Path, out: Annotated[Path | None, typer.Option(help="Where to write (default: report.html in it).")] = None) -> None:
+    """Write one HTML page with plots, graph pictures and sample rows."""
+    from codegemma.data.report import report as run
+
+    with _told():
+        typer.echo(run(folder, out))
+
+
+def shares(text: str) -> tuple[tuple[str, float], ...]:
+    """code=0.8,text=0.2 -> pairs, sorted. Raises ValueError."""
+    try:
+        return tuple(sorted((name.strip(), float(share)) for name, share in (part.split("=") for part in text.split(",") if part)))
+    except ValueError:
+        raise ValueError(f"mix must look like code=0.8,text=0.2, got {text!r}") from None
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, a checkpoint, or a tokenizer file. Raises ValueError."""
+    from codegemma import hub
+    from codegemma.formats import open_checkpoint
+    from codegemma.tokenizer import Tokenizer
+
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix in (".json", ".model", ".spm"):
+        return Tokenizer.from_json(path) if path.suffix == ".json" else Tokenizer.from_sentencepiece(path.read_bytes())
+    found = open_checkpoint(hub.resolve(name)).tokenizer
+    if found is None:
+        raise ValueError(f"{name} has no tokenizer: pass a tokenizer.model or tokenizer.json with --tokenizer")
+    return found
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Bad input ends with one line, not with a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar with an ETA on a terminal, a line per stage elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: typer.echo(f"{stage}: {done} of {total}", err=True) if done == total else None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                  TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            tasks.setdefault(stage, bar.add_task(stage, total=total) if stage not in tasks else None)
+            bar.update(tasks[stage], completed=done)
+
+        yield tell

@@ -1,0 +1,64 @@
+"""A row for people: its files, where they come from, and each split in colours with the reason why it fell there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from codegemma.data.pack import Rows
+from codegemma.prompts import parse_fim
+from codegemma.tokenizer import Tokenizer
+
+WHY = {"node": "the middle is one syntax node, drawn in proportion to its size",
+       "siblings": "the middle is a run of neighbours in the syntax tree, nearest to a random span",
+       "lines": "the middle is whole lines; the suffix begins with their line break",
+       "rest of line": "the middle is the rest of a line from where somebody would stop typing",
+       "characters": "the middle lies between two random characters (one split in ten)",
+       "whole": "not split: the whole text is learned from left to right"}
+VIA = {"graph": "placed by the dependency graph", "beside tests": "outside the graph: by name, tests beside what they test",
+       "alone": "on its own"}
+PARTS = ("prefix", "middle", "suffix")
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    return Tokenizer((folder / "tokenizer.model").read_bytes())
+
+
+def parts(rows: Rows, number: int, tokenizer: Tokenizer) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """(record, {prefix, middle, suffix}) of each example of a row, read back from its ids."""
+    tokens_T = rows[number]["tokens"]
+    for record in rows.examples(number):
+        ids = tokens_T[record["start"]:record["end"]].tolist()
+        found = parse_fim(tokenizer, ids)
+        if record["layout"] == "prefix":
+            text = found.prefix
+            if record["kind"] == "code":
+                text = text.removeprefix(record["path"] + "\n")
+            yield record, {"prefix": "", "middle": text, "suffix": ""}
+        else:
+            yield record, {name: getattr(found, name) for name in PARTS}
+
+
+def show(folder: str | Path, row: int = 0, console: Any = None) -> None:
+    """Prints a row. Raises ValueError where the folder holds no finished rows or not so many."""
+    from rich.console import Console
+    from rich.text import Text
+
+    rows, console = Rows(folder), console or Console()
+    if not 0 <= row < len(rows):
+        raise ValueError(f"row {row} of {folder}: it has rows 0 to {len(rows) - 1:,}")
+    filled = int((rows[row]["segments"] > 0).sum())
+    console.print(f"row {row} of {len(rows):,}: {filled:,} tokens of {len(rows[row]['segments']):,}, "
+                  f"{int(rows[row]['loss'].sum()):,} of them learned", style="bold")
+    for record, texts in parts(rows, row, tokenizer_of(rows.folder)):
+        console.rule(Text(f"{record['repository']}  {record['path']}"), align="left")
+        commit = f", commit {record['commit'][:12]}" if record["commit"] else ""
+        console.print(Text(f"segment {record['segment']}, tokens {record['start']:,} to {record['end']:,}; licence "
+                           f"{record['licence'] or 'none found'}; from {record['source']}{commit}; {VIA[record['via']]}", "dim"))
+        console.print(Text(f"{record['layout'].upper()}: {WHY[record['boundary']]}", "italic"))
+        body = Text()
+        for name, style in zip(PARTS, ("cyan", "bold black on yellow", "magenta"), strict=True):
+            body.append(texts[name], style if record["layout"] != "prefix" else "")
+        console.print(body)
+    console.print(Text("prefix", "cyan"), Text("middle", "bold black on yellow"), Text("suffix", "magenta"))
