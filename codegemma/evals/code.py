@@ -83,7 +83,7 @@ def babelcode_body(key: str, item: Item, completion: Completion) -> str:
     """The function, with the closing braces that a stop has cut off."""
     stops, closing = BABELCODE_STOPS[key]
     text, stopped = cut(replace(completion, text=completion.text + "\n"), stops)
-    return item.prompt + text + (closing if stopped else "")
+    return item.prompt + text[:len(completion.text)] + (closing if stopped else "")
 
 
 def babelcode_program(record: Record, body: str, nonce: str = "") -> str:

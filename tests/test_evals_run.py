@@ -1,0 +1,208 @@
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from evaldata import Fixed, Letters, records, said
+from typer.testing import CliRunner
+
+from codegemma.evals import cli, language
+from codegemma.evals.records import Records
+from codegemma.evals.remote import Remote
+from codegemma.evals.report import compare_runs, load, write
+from codegemma.evals.run import CARD, TASKS, Settings, run
+from codegemma.evals.task import Choose, Generate, Item, Verdict
+
+
+def echo_items(_):
+    return [Item(f"item/{i}", f"prompt {i}", target=str(i)) for i in range(12)], "0-shot"
+
+
+def echo_judge(items, completions):
+    for i, (item, completion) in enumerate(zip(items, completions, strict=True)):
+        yield i, Verdict(completion.text.startswith(item.target), "judged", output="at 0x7f0011223344")
+
+
+ECHO = Generate("echo", "Echo", echo_items, echo_judge)
+PAIRS = Choose("pairs", "Pairs", lambda _: ([Item(str(i), choices=(("a", " yes"), ("a", " no!")), target=i % 2)
+                                             for i in range(70)], "0-shot"))
+
+
+def even(prompt, number):
+    return prompt.split()[-1] if (int(prompt.split()[-1]) + number) % 2 == 0 else "no"
+
+
+def test_a_run_is_the_same_bytes_and_goes_on_where_it_was_stopped(tmp_path):
+    settings = Settings(samples=3, temperature=0.5)
+    summary = run(ECHO, Fixed(even), Records(), tmp_path / "a", settings)
+    assert summary["score"] == pytest.approx(0.5) and summary["more"] == {"pass@1": pytest.approx(0.5)}
+    with pytest.raises(KeyboardInterrupt):
+        run(ECHO, Fixed(even, broken_after=20), Records(), tmp_path / "b", settings)
+    model = Fixed(even)
+    run(ECHO, model, Records(), tmp_path / "b", settings, resume=True)
+    assert len(model.asked) == 6
+    for name in ("echo.jsonl", "echo.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert "0x7f" not in (tmp_path / "a/echo.jsonl").read_text()
+    assert not list(tmp_path.glob("*/*.part*"))
+
+
+def test_a_torn_line_is_dropped_and_other_settings_are_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(ECHO, Fixed(even, broken_after=4), Records(), tmp_path)
+    with (tmp_path / "echo.partial.jsonl").open("a") as file:
+        file.write('{"item/3": [{"te')
+    with pytest.raises(ValueError, match="of another run"):
+        run(ECHO, Fixed(even), Records(), tmp_path, Settings(seed=1), resume=True)
+    assert run(ECHO, Fixed(even), Records(), tmp_path, resume=True)["score"] == 0.5
+    with pytest.raises(ValueError, match="pass a temperature"):
+        Settings(samples=5)
+
+
+def test_choices_are_scored_by_likelihood(tmp_path):
+    summary = run(PAIRS, Fixed(logprob=lambda context, rest: -1.0 if "yes" in rest else -2.0), Records(), tmp_path)
+    assert summary["score"] == 0.5 and summary["items"] == 70
+    sample = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[1])
+    assert (sample["completion"], sample["passed"], sample["logprobs"]) == (" yes", False, [-4.0, -8.0])
+
+
+def test_the_report_and_the_comparison(tmp_path):
+    for name, answer in (("a", even), ("b", lambda prompt, number: prompt.split()[-1] + "</script>")):
+        run(ECHO, Fixed(answer), Records(), tmp_path / name)
+        page = write(tmp_path / name).read_text()
+    assert "</script>\n" in page and page.count("</script>") == 1 and '"score": 1.0' in page
+    markdown = (tmp_path / "a/report.md").read_text()
+    assert re.search(r"\| Echo \| 50\.0 \| 25\.4 - 74\.6 \| 12 \|", markdown)
+    assert "token 12" in markdown and "0.500" in markdown
+    found = compare_runs(tmp_path / "a", tmp_path / "b")["echo"]
+    assert (found.difference, len(found.gained), found.lost) == (0.5, 6, [])
+    said = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")]).output
+    assert "echo: +50.0 points" in said and "+ item/1" in said
+    with pytest.raises(ValueError, match="no finished benchmark"):
+        load(tmp_path)
+
+
+def test_the_command_runs_benchmarks_by_name(tmp_path, monkeypatch):
+    records("boolq")
+    from evaldata import FOLDER
+    monkeypatch.setattr(cli, "open_model", lambda *_: Fixed(logprob=lambda context, rest: -len(rest)))
+    where = ["--data", str(FOLDER), "--out", str(tmp_path)]
+    said = CliRunner().invoke(cli.app, ["boolq", "piqa", "--limit", "20", *where])
+    assert said.exit_code == 0 and "BoolQ" in said.output and (tmp_path / "report.html").exists(), said.output
+    said = CliRunner().invoke(cli.app, ["run", "nonsense"])
+    assert said.exit_code == 2 and "nonsense" in said.output
+    monkeypatch.setattr(cli, "open_model", lambda *_: Fixed())
+    said = CliRunner().invoke(cli.app, ["math", "--data", str(tmp_path), "--out", str(tmp_path)])
+    assert said.exit_code == 1 and "hendrycks_math" in said.output
+
+
+def test_the_card_is_the_model_cards_tables():
+    assert len(CARD) == 2 + 2 + 16 + 7 + 2 and "babelcode-mbpp-kotlin" in CARD and set(CARD) <= set(TASKS)
+
+
+@pytest.mark.parametrize(("name", "file", "count", "shots"), [
+    ("boolq", "boolq", 3270, 0), ("piqa", "piqa", 1838, 0), ("triviaqa", "triviaqa", 7988, 5),
+    ("arc-c", "arc-c-test", 1172, 25), ("arc-e", "arc-e-test", 2376, 0), ("hellaswag", "hellaswag", 10032, 10),
+    ("mmlu", "mmlu-test", None, 5), ("winogrande", "winogrande", 1262, 5), ("gsm8k", "gsm8k-test", 1319, 5)])
+def test_language_items(name, file, count, shots):
+    found = records(file)
+    items, note = TASKS[name].items(found)
+    assert len(items) == (count or len(found(file))) and len({item.id for item in items}) == len(items)
+    assert ("0-shot" if shots == 0 else f"{shots}-shot") in note
+    contexts = {context for item in items[:3] for context, _ in item.choices} or {item.prompt for item in items[:3]}
+    assert all(context.count("\n\n") >= shots for context in contexts)
+    if items[0].choices:
+        assert all(text.startswith(" ") for item in items for _, text in item.choices)
+        assert all(0 <= item.target < len(item.choices) for item in items)
+
+
+def test_the_partial_scoring_of_winogrande():
+    class Two:
+        def __call__(self, name):
+            return [{"sentence": f"{i} Ann met Bo and _ spoke.", "option1": "Ann", "option2": "Bo", "answer": "2"}
+                    for i in range(7)]
+
+        def maybe(self, name):
+            return []
+
+    items, note = language.winogrande_items(Two())
+    assert len(items) == 2 and "not scored" in note and items[0].target == 1
+    assert items[0].choices[0][0].endswith("5 Ann met Bo and Ann") and items[0].choices[0][1] == " spoke."
+    assert "0 Ann met Bo and Bo spoke.\n\n" in items[0].choices[0][0]
+
+
+def test_records_that_are_nowhere_say_where_to_get_them(tmp_path):
+    with pytest.raises(LookupError, match="hellaswag_val|Rowan/hellaswag"):
+        Records(tmp_path, offline=True)("hellaswag")
+    (tmp_path / "HumanEval.jsonl").write_text('{"task_id": "x"}\n{"task')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        Records(tmp_path, offline=True)("humaneval")
+
+
+class Server(BaseHTTPRequestHandler):
+    """A completions server of one fixed mind; without `echo` where the test says so."""
+
+    echoes = True
+
+    def do_GET(self):
+        self.reply({"data": [{"id": "served"}]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if asked["prompt"] == [256, ord("!")]:
+            return self.reply({"error": "too hot"}, 400)
+        if asked.get("echo"):
+            values = [None, *(-float(i) for i in asked["prompt"][1:]), -1.0]
+            found = {"token_logprobs": values, "top_logprobs": [{"x": v if v != -98.0 else 0.0} if v else None
+                                                                for v in values]}
+            return self.reply({"choices": [{"text": "", "logprobs": found if self.echoes else None}]})
+        return self.reply({"choices": [{"text": f"{len(asked['prompt'])} {asked['seed']}", "finish_reason": "stop",
+                                        "stop_reason": "\n" if asked["stop"] else None}]})
+
+    def reply(self, body, status=200):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def test_a_server_answers_in_place_of_a_model(endpoint, monkeypatch):
+    model = Remote(endpoint, Letters())
+    assert model.name == "served"
+    options = {"max_tokens": 5, "stop_ids": frozenset({257}), "temperature": 0.5, "top_p": 1.0, "seed": 1}
+    found = {(at, number): c for at, number, c in model.sample([[1, 2], [3]], stop=["\n"], n=2, **options)}
+    assert {key: c.text for key, c in found.items()} == {(0, 0): "2 1000003", (0, 1): "2 1000004",
+                                                        (1, 0): "1 1000003", (1, 1): "1 1000004"}
+    assert {c.stop_reason for c in found.values()} == {"stop"}
+    first, second = model.score([([256, 97], [98, 99]), ([256], [97, 99])])
+    assert (first.logprobs, first.greedy, second.greedy) == ([-98.0, -99.0], False, True)
+    with pytest.raises(ValueError, match="400: .*too hot"):
+        list(model.sample([[256, ord("!")]], stop=[], n=1, **options))
+    monkeypatch.setattr(Server, "echoes", False)
+    with pytest.raises(ValueError, match="use vLLM, or a local model"):
+        model.score([([256], [97])])
+    model.client.close()
+
+
+def test_a_server_that_is_not_there():
+    with pytest.raises(ValueError, match="is the server running"):
+        Remote("http://127.0.0.1:9", Letters(), "x").score([([1], [2])])
+
+
+def test_trivia_accepts_any_alias():
+    item = Item("x", target={"value": "Sunset Boulevard", "aliases": ["Sunset Blvd"], "normalized_aliases": []})
+    texts = [" The Sunset Boulevard!\nQuestion: more", "sunset blvd.", "Sunset"]
+    assert [v.passed for _, v in language.judge_trivia([item] * 3, [said(t) for t in texts])] == [True, True, False]
