@@ -56,6 +56,10 @@ def test_a_torn_line_is_dropped_and_other_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="of another run"):
         run(ECHO, Fixed(even), Records(), tmp_path, Settings(seed=1), resume=True)
     assert run(ECHO, Fixed(even), Records(), tmp_path, resume=True)["score"] == 0.5
+    run(ECHO, untouched := Fixed(even), Records(), tmp_path, resume=True)
+    assert not untouched.asked
+    with pytest.raises(ValueError, match="of another run"):
+        run(ECHO, Fixed(even), Records(), tmp_path, Settings(seed=1), resume=True)
     with pytest.raises(ValueError, match="pass a temperature"):
         Settings(samples=5)
 

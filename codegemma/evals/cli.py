@@ -115,8 +115,6 @@ def _run(names: list[str], model: str, endpoint: str | None, adapter: Path | Non
             require(default())
         answering = open_model(model, endpoint, adapter)
         for name in names:
-            if resume and (out / f"{name}.times.json").exists():
-                continue
             try:
                 with _progress(name) as step:
                     run(TASKS[name], answering, records, out, settings, resume=resume, progress=step)

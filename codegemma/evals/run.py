@@ -61,11 +61,16 @@ def run(task: Task, model: Model, records: Records, out: Path, settings: Setting
     """The task's summary (also written to `out`). `resume` keeps the answers that an interrupted run has left."""
     settings = settings or Settings()
     out.mkdir(parents=True, exist_ok=True)
+    identity = {"task": task.name, "model": model.name, **asdict(settings)}
+    finished = out / f"{task.name}.json"
+    if resume and finished.exists():
+        summary = json.loads(finished.read_text())
+        _same({name: summary[name] for name in identity}, identity, finished)
+        return summary
     every, note = task.items(records)
     items = subset(every, settings.limit)
     if len(items) < len(every):
         note += f"; a fixed subset of {len(items)} of {len(every)}"
-    identity = {"task": task.name, "model": model.name, **asdict(settings)}
     answers = _Answers(out / f"{task.name}.partial.jsonl", identity, resume)
     todo = [item for item in items if item.id not in answers.of]
     for done, (item, answer) in enumerate(_ask(task, model, todo, settings), len(items) - len(todo) + 1):
@@ -76,8 +81,8 @@ def run(task: Task, model: Model, records: Records, out: Path, settings: Setting
         del sample["place"]
     summary = identity | _summary(task, samples, settings) | {"note": note}
     _write(out / f"{task.name}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-    _write(out / f"{task.name}.json", json.dumps(summary, indent=1) + "\n")
     _write(out / f"{task.name}.times.json", json.dumps(_times(answers.of), indent=1) + "\n")
+    _write(finished, json.dumps(summary, indent=1) + "\n")
     answers.path.unlink()
     return summary
 
@@ -88,9 +93,8 @@ class _Answers:
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool) -> None:
         self.path, self.of = path, dict[str, list[dict[str, Any]]]()
         lines = path.read_text().split("\n")[:-1] if resume and path.exists() else []   # a torn last line is dropped
-        if lines and (found := json.loads(lines[0])) != identity:
-            raise ValueError(f"{path} is of another run ({found}), not of {identity}: pass the same settings, "
-                             "another --out, or no --resume")
+        if lines:
+            _same(json.loads(lines[0]), identity, path)
         for line in lines[1:]:
             self.of |= json.loads(line)
         _write(path, "".join(line + "\n" for line in lines or [json.dumps(identity)]))
@@ -99,6 +103,12 @@ class _Answers:
         self.of[item.id] = answer
         with self.path.open("a") as file:
             file.write(json.dumps({item.id: answer}) + "\n")
+
+
+def _same(found: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
+    if found != identity:
+        raise ValueError(f"{path} is of another run ({found}), not of {identity}: pass the same settings, another "
+                         "--out, or no --resume")
 
 
 def _ask(task: Task, model: Model, items: list[Item],
