@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from codegemma.tokenizer import Tokenizer
 
 Engine = Literal["local", "ray"]
 Progress = Callable[[str, int, int], None]      # stage, tasks done, tasks in all
+Run = Callable[[Sequence[Task]], Iterator[dict[str, Any]]]    # results of independent tasks, as they come
 LINK_DOCUMENTS = 500_000                        # per task that compares bands
 
 
@@ -45,53 +47,64 @@ class Summary:
 
 
 # ------------------------------------------------------------------------------------------------- the engines
-def run_local(tasks: Sequence[Task], workers: int) -> Iterator[dict[str, Any]]:
-    """The results as they come, from a pool of processes; one worker needs none."""
+@contextmanager
+def local(workers: int) -> Iterator[Run]:
+    """A pool of processes; one worker needs none."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    if workers == 1 or len(tasks) == 1:
-        yield from map(run_task, tasks)
+    if workers == 1:
+        yield lambda tasks: map(run_task, tasks)
         return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        def run(tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
+            try:
+                for future in as_completed([pool.submit(run_task, task) for task in tasks]):
+                    yield future.result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(f"a worker of stage {tasks[0].stage} died (out of memory?): go on with --resume and "
+                                   "fewer --workers") from error
+
         try:
-            for future in as_completed([pool.submit(run_task, task) for task in tasks]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(f"a worker of stage {tasks[0].stage} died (out of memory?): go on with --resume and fewer "
-                               "--workers") from error
+            yield run
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def run_ray(tasks: Sequence[Task], workers: int) -> Iterator[dict[str, Any]]:
-    """The same on Ray Data: one block a task. The output folder must be on storage that every node shares."""
+@contextmanager
+def ray(workers: int) -> Iterator[Run]:
+    """Ray Data, one block a task. The output folder must be on storage that every node shares."""
     import ray
 
     if not ray.is_initialized():
-        ray.init(os.environ.get("RAY_ADDRESS") or None, log_to_driver=False, include_dashboard=False,
-                 num_cpus=None if os.environ.get("RAY_ADDRESS") else workers)
+        address = os.environ.get("RAY_ADDRESS")
+        ray.init(address, log_to_driver=False, include_dashboard=False, num_cpus=None if address else workers)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    items = [{"task": json.dumps(asdict(task))} for task in tasks]
-    for row in ray.data.from_items(items, override_num_blocks=len(items)).map(_run_item, concurrency=workers).iter_rows():
-        yield json.loads(row["result"])
+
+    def run(tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
+        items = [{"task": json.dumps(asdict(task))} for task in tasks]
+        blocks = ray.data.from_items(items, override_num_blocks=len(items))
+        yield from (json.loads(row["result"]) for row in blocks.map(_run_item, concurrency=workers).iter_rows())
+
+    yield run
 
 
 def _run_item(item: dict[str, Any]) -> dict[str, str]:
     return {"result": json.dumps(run_task(Task(**json.loads(item["task"]))))}
 
 
-ENGINES: dict[str, Callable[[Sequence[Task], int], Iterator[dict[str, Any]]]] = {"local": run_local, "ray": run_ray}
+ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {"local": local, "ray": ray}
 
 
 # ---------------------------------------------------------------------------------------------------- the build
 class Build:
     """A build in progress: its folders, its recipe, and how to run a stage."""
 
-    def __init__(self, out: Path, recipe: Recipe, engine: Engine, workers: int, progress: Progress | None):
+    def __init__(self, out: Path, recipe: Recipe, workers: int, progress: Progress | None):
         self.out, self.work, self.recipe = out, out / "work", recipe
-        self.engine, self.workers, self.progress = ENGINES[engine], workers, progress
+        self.engine: Run = lambda tasks: map(run_task, tasks)
+        self.workers, self.progress = workers, progress
         self.text = json.dumps(asdict(recipe), sort_keys=True)
         self.timing: dict[str, Any] = {}
 
@@ -100,7 +113,7 @@ class Build:
         tasks = [Task(stage, number, each, str(self.work), self.text) for number, each in enumerate(inputs)]
         start = time.perf_counter()
         waiting = [task for task in tasks if not task.done.exists()]
-        for done, _ in enumerate(self.engine(waiting, self.workers) if waiting else (), len(tasks) - len(waiting)):
+        for done, _ in enumerate(self.engine(waiting) if waiting else (), len(tasks) - len(waiting)):
             if self.progress:
                 self.progress(stage, done + 1, len(tasks))
         results = [json.loads(task.done.read_text()) for task in tasks]
@@ -145,10 +158,13 @@ def build(sources: Sequence[str], out: str | Path, tokenizer: Tokenizer, recipe:
     recipe = replace(recipe or Recipe(), tokenizer=tokenizer.fingerprint, unsafe_rules=_file_hash(rules),
                      benchmarks=tuple(sorted(_file_hash(Path(file)) for file in benchmarks)))
     _check_kinds(recipe, found)
-    run = Build(out, recipe, engine, workers, progress)
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    run = Build(out, recipe, workers, progress)
     if not _begin(run, found, tokenizer, rules, benchmarks, resume):
         return summary(out)
-    _stages(run, found)
+    with ENGINES[engine](workers) as run.engine:
+        _stages(run, found)
     run.timing["total"] = {"seconds": time.perf_counter() - start}
     with replacing(out / "timing.json") as file:
         file.write(json.dumps(run.timing, indent=1).encode())

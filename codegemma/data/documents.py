@@ -226,6 +226,9 @@ def _documents(source: Source, entries: Callable[[], Iterator[_Entry]], limits: 
     by_folder = {folder.removeprefix(top.rstrip("/")).lstrip("/"): licences.join(votes) for folder, votes in found.items()}
     for entry in entries():
         path = entry.path.removeprefix(top)
+        if (shown := _one_line(path)) != path:
+            yield Outcome(repository, shown, "dropped", "path is not one line of text", size=entry.size)
+            continue
         if entry.reason or entry.size > limits.file_bytes:
             yield Outcome(repository, path, "dropped", entry.reason or "too large", size=entry.size)
             continue
@@ -237,6 +240,11 @@ def _documents(source: Source, entries: Callable[[], Iterator[_Entry]], limits: 
             continue
         yield Document(repository, path, text, language_of(path, text), licences.of_text(text, path, by_folder),
                        source.name, commit, encoding, source.kind)
+
+
+def _one_line(path: str) -> str:
+    """A path as it can be written in one line of UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
 
 
 # --------------------------------------------------------------------------------------------------- folders
@@ -356,7 +364,8 @@ class _Metered(io.RawIOBase):
     """A decompressed stream that stops at the limits, whatever the headers inside it claim."""
 
     def __init__(self, path: Path, limits: Limits):
-        head = path.open("rb").read(6)
+        with path.open("rb") as start:
+            head = start.read(6)
         opened: Any = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}.get(head[:2], open)
         self.file: IO[bytes] = opened(path, "rb")
         self.limits, self.packed, self.unpacked = limits, path.stat().st_size, 0
@@ -376,8 +385,10 @@ def _tar_entries(path: Path, limits: Limits) -> Iterator[_Entry]:
     stream = _Metered(path, limits)
     try:
         with tarfile.open(fileobj=stream, mode="r|", errorlevel=1) as archive:
+            declared = 0
             for count, member in enumerate(archive, 1):
-                _guard(count, stream.unpacked, stream.packed, limits)
+                declared += member.size                   # checked before tarfile skips over it, block by block
+                _guard(count, declared, stream.packed, limits)
                 if member.isdir():
                     continue
                 special = "symbolic link" if member.issym() or member.islnk() else "not a regular file"
@@ -438,7 +449,7 @@ def _lines(source: Source, limits: Limits) -> Iterator[Document | Outcome]:
 
 def _record(source: Source, row: dict[str, Any], number: int, limits: Limits) -> Document | Outcome:
     """One row of a table: code with its repository and path, or a plain text named by its place."""
-    repository, path = str(row.get("repository") or source.name), str(row.get("path") or number)
+    repository, path = _one_line(str(row.get("repository") or source.name)), str(row.get("path") or number)
     text, encoding = row.get("text"), "utf-8"
     if isinstance(text, bytes):
         try:
@@ -447,10 +458,11 @@ def _record(source: Source, row: dict[str, Any], number: int, limits: Limits) ->
             return Outcome(repository, path, "dropped", "binary", size=len(row["text"]))
     if not isinstance(text, str):
         return Outcome(repository, path, "dropped", "unreadable", "no text")
-    if len(text) > limits.file_bytes:
-        return Outcome(repository, path, "dropped", "too large", size=len(text))
-    if reason := _unsafe_path(path):
-        return Outcome(repository, path, "dropped", reason, size=len(text))
+    reason = "too large" if len(text) > limits.file_bytes else "binary" if "\0" in text else \
+        "unreadable" if re.search("[\ud800-\udfff]", text) else "path is not one line of text" if _one_line(path) != path \
+        else _unsafe_path(path)
+    if reason:
+        return Outcome(repository, _one_line(path), "dropped", reason, size=len(text))
     given = row.get("licence") or []
     names = [given] if isinstance(given, str) else [name for name in given if isinstance(name, str)]
     document = Document(repository, path, text, language_of(path, text) if source.kind == "code" else "text",

@@ -193,8 +193,8 @@ def fim(documents: Iterable[Document], tokenizer: Tokenizer, recipe: Recipe | No
 
 
 def _examples(document: Document, offset: int, text: str, tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Example]:
-    """The text as one example if it fits, else cut at line breaks into equal pieces first: so prefix, suffix and middle
-    always stand in one row, and the share of FIM examples is the share that was asked for."""
+    """The text as one example if it fits, else cut at line breaks first, so that each piece nearly fills a row: prefix,
+    suffix and middle always stand in one row, and the share of FIM examples is the share that was asked for."""
     example = _example(document, offset, text, tokenizer, recipe)
     size = len(example.ids_T)
     if size < recipe.length:
@@ -203,21 +203,19 @@ def _examples(document: Document, offset: int, text: str, tokenizer: Tokenizer, 
     if len(text) < 2:
         raise ValueError(f"{document.name}: its path alone fills a row of {recipe.length} tokens: raise length")
     at = 0
-    for piece in pieces(text, max(2, math.ceil(size / (0.95 * recipe.length)))):
+    for piece in pieces(text, min(len(text) - 1, int(len(text) * 0.95 * recipe.length / size))):
         yield from _examples(document, offset + at, piece, tokenizer, recipe)
         at += len(piece)
 
 
-def pieces(text: str, count: int) -> list[str]:
-    """The text in about `count` equal pieces that end behind line breaks; inside a line where it has none."""
-    cuts, at = [0], 0
-    for number in range(1, count):
-        target = max(at + 1, len(text) * number // count)
-        line = text.find("\n", target - 1) + 1
-        at = line if 0 < line <= target + len(text) // count // 2 else target
-        if at < len(text):
-            cuts.append(at)
-    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True) if a < b]
+def pieces(text: str, most: int) -> list[str]:
+    """The text in pieces of at most `most` characters that end behind a line break, where one is in their last half."""
+    cuts = [0]
+    while len(text) - cuts[-1] > most:
+        end = cuts[-1] + max(1, most)
+        line = text.rfind("\n", cuts[-1] + most // 2, end) + 1
+        cuts.append(line or end)
+    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
 def _example(document: Document, offset: int, text: str, tokenizer: Tokenizer, recipe: Recipe) -> Example:

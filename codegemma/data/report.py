@@ -52,7 +52,7 @@ def histogram(title: str, values: Sequence[float] | np.ndarray, log: bool = Fals
     marks = "".join(f'<text x="{20 + 500 * share:.0f}" y="168" text-anchor="middle">{_number(2 ** at if log else at)}</text>'
                     for share in (0, .25, .5, .75, 1) for at in [edges[0] + (edges[-1] - edges[0]) * share])
     axis = '<line x1="20" y1="150" x2="520" y2="150" stroke="#999"/>'
-    return _figure(title, f'<svg viewBox="0 0 540 175" role="img">{axis}{columns}{marks}</svg><p class="note">{escape(note)}</p>')
+    return _figure(title, f'<svg viewBox="0 0 570 175" role="img">{axis}{columns}{marks}</svg><p class="note">{escape(note)}</p>')
 
 
 def arcs(repository: str, paths: Sequence[str], edges: Iterable[tuple[str, str]]) -> str:
@@ -127,7 +127,7 @@ def _graphs(folder: Path, rows: Rows, most: int = 4) -> str:
 def _sample(rows: Rows, number: int) -> str:
     body = []
     for record, texts in parts(rows, number, tokenizer_of(rows.folder)):
-        spans = "".join(f'<span class="{name if record["layout"] != "prefix" else ""}">{escape(texts[name][:1500])}</span>'
+        spans = "".join(f'<span class="{name if record["layout"] != "prefix" else ""}">{escape(texts[name][-1500:] if name == "prefix" else texts[name][:1500])}</span>'
                         for name in ("prefix", "middle", "suffix"))
         body.append(f"<p><b>{escape(record['repository'])}</b> {escape(record['path'])} <span class=note>segment {record['segment']}, "
                     f"{escape(record['licence'] or 'no licence found')}, {record['layout'].upper()}: {WHY[record['boundary']]}</span></p>"

@@ -1,0 +1,287 @@
+"""The whole pipeline: laws of the rows, the same bytes whoever runs it, and counts that add up."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("tree_sitter")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from vocabularies import small
+
+from codegemma.data import build, pack, report, show
+from codegemma.data.documents import Document, expand, read
+from codegemma.data.stages import Recipe
+from codegemma.prompts import parse_fim
+from codegemma.tokenizer import Tokenizer
+
+RECIPE = Recipe(length=512, shard_bytes=20_000)      # several shards and partitions from a small corpus
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_sentencepiece(small())
+
+
+def python_file(draw, number, others):
+    imports = "".join(f"from pkg.m{draw.choice(others)} import thing{draw.randrange(5)}\n" for _ in range(2)) if others else ""
+    words = ["alpha", "beta", "gamma", "delta", "value", "index", "result", "total", "items", "node"]
+    body = "".join(f"def thing{at}({draw.choice(words)}, {draw.choice(words)}_{number}):\n    "
+                   f"{draw.choice(words)}_{at} = {draw.randrange(10 ** 6)} + {draw.choice(words)}({at})\n    return {draw.choice(words)}\n\n\n"
+                   for at in range(draw.randrange(4, 20)))
+    return imports + "\n\n" + body + "# <|fim_prefix|> <eos> <start_of_turn> <|file_separator|> \u00e4\u4e16\n"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Checkouts, a copied repository, an archive, a Parquet table, plain text, and things that cannot be read."""
+    root, draw = tmp_path_factory.mktemp("corpus"), random.Random(7)
+    for name in ("one", "two", "fork"):
+        folder = root / "checkouts" / name
+        (folder / "pkg").mkdir(parents=True)
+        (folder / "pyproject.toml").write_text("[project]\nlicense = 'MIT'\n")
+        if name == "fork":                                        # `two` again, one file changed
+            for file in (root / "checkouts" / "two" / "pkg").iterdir():
+                (folder / "pkg" / file.name).write_text(file.read_text())
+            (folder / "pkg" / "m0.py").write_text(python_file(draw, 99, [1]))
+            continue
+        for at in range(14):
+            (folder / "pkg" / f"m{at}.py").write_text(python_file(draw, at, range(at)))
+        (folder / "test_m3.py").write_text("import unittest\n\n" + python_file(draw, 77, []))
+    (root / "checkouts" / "one" / "blob.py").write_bytes(b"\0\1\2")
+    (root / "checkouts" / "one" / "secret.py").write_text("address = 'jane.doe@gmail.com'\nvalue = compute(address)\n" * 3)
+    problem = {"task_id": "Toy/7", "prompt": "def longest_run_of_equal_items_in(sequence, minimum, key):\n    '''Return the start and "
+               "length of the longest run of equal items that is at least minimum long, or None.'''\n"}
+    (root / "toy.jsonl").write_text(json.dumps(problem) + "\n")
+    (root / "checkouts" / "one" / "leak.py").write_text("import os\n\n" + problem["prompt"] + "    return None\n")
+    with tarfile.open(root / "thing-1.0.tar.gz", "w:gz") as archive:
+        for name, text in {"thing-1.0/LICENSE": "Permission is hereby granted, free of charge, to any person. The above copyright notice "
+                           "and this permission notice shall be included in all copies", "thing-1.0/a.py": python_file(draw, 1, []),
+                           "../evil.py": "print()\n"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            archive.addfile(info, io.BytesIO(text.encode()))
+    rows = [{"max_stars_repo_name": f"org/r{at % 5}", "max_stars_repo_path": f"src/f{at}.py", "content": python_file(draw, at, []),
+             "max_stars_repo_licenses": ["MIT"] if at % 4 else ["GPL-3.0-only"]} for at in range(30)]
+    pq.write_table(pa.Table.from_pylist(rows), root / "stack.parquet")
+    (root / "notes.jsonl").write_text("".join(json.dumps({"text": f"Note {at}. " + "Some words about a subject. " * 12 * at}) + "\n"
+                                              for at in range(20)) + "not json\n")
+    (root / "broken.zip").write_bytes(b"PK\3\4 damaged")
+    return root
+
+
+def sources_of(root):
+    return [str(root / "checkouts"), str(root / "thing-1.0.tar.gz"), str(root / "stack.parquet"), str(root / "broken.zip"),
+            f"text={root / 'notes.jsonl'}"]
+
+
+def digest(folder):
+    """Hash of every file of a finished build, but for timing.json."""
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(folder).rglob("*"))
+            if file.is_file() and file.name not in ("timing.json", "report.html")}
+
+
+@pytest.fixture(scope="module")
+def built(corpus, tokenizer, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "rows"
+    build.build(sources_of(corpus), out, tokenizer, RECIPE, benchmarks=[corpus / "toy.jsonl"])
+    return out
+
+
+def test_rows_give_the_texts_back(built, corpus, tokenizer):
+    rows = pack.Rows(built)
+    pieces: dict[tuple[str, str], dict[int, str]] = {}
+    control = {tokenizer.control.fim_prefix, tokenizer.control.fim_middle, tokenizer.control.fim_suffix,
+               tokenizer.control.file_separator, tokenizer.control.eos}
+    for number in range(len(rows)):
+        row = rows[number]
+        assert row["tokens"].dtype == np.int32 and len(row["tokens"]) == RECIPE.length
+        assert (row["tokens"][row["segments"] == 0] == tokenizer.control.pad).all() and not row["loss"][row["segments"] == 0].any()
+        for segment in range(1, row["segments"].max() + 1):
+            inside = row["segments"] == segment
+            assert row["tokens"][inside][0] == tokenizer.control.bos
+            assert row["positions"][inside].tolist() == list(range(inside.sum()))
+        repositories = {}
+        for record in rows.examples(number):
+            repositories.setdefault(record["segment"], set()).add(record["repository"])
+            ids = row["tokens"][record["start"]:record["end"]].tolist()
+            assert len(control & set(ids)) == (1 if record["layout"] == "prefix" else 4)
+            assert sum(token in control for token in ids) == (1 if record["layout"] == "prefix" else 4)   # none from content
+            found = parse_fim(tokenizer, ids)
+            assert found.layout == record["layout"]
+            text = found.prefix + found.middle + found.suffix
+            if record["layout"] == "prefix" and record["kind"] == "code":
+                text = text.removeprefix(record["path"] + "\n")
+            else:
+                assert record["kind"] != "code" or found.path == record["path"]
+            assert len(text) == record["size"]
+            pieces.setdefault((record["repository"], record["path"]), {})[record["offset"]] = text
+        assert all(len(names) == 1 for names in repositories.values())
+    originals = {(each.repository, each.path): each.text for source in sources_of(corpus) for each_source in expand(source)
+                 for each in read(each_source) if isinstance(each, Document)}
+    assert len(pieces) > 60
+    for name, found_pieces in pieces.items():
+        whole = "".join(text for _, text in sorted(found_pieces.items()))
+        if name != ("one", "secret.py"):
+            assert whole == originals[name]
+        else:
+            assert "jane.doe" not in whole and whole.count("@example.com") == 3
+
+
+def test_counts_add_up(built, corpus):
+    ledger = pq.read_table(built / "ledger.parquet").to_pylist()
+    names = Counter((row["repository"], row["path"]) for row in ledger)
+    assert max(names.values()) == 1
+    given = [each for source in sources_of(corpus) for one in expand(source) for each in read(one)]
+    assert {(each.repository, each.path) for each in given} == set(names)
+    kept = {f"{row['repository']}:{row['path']}" for row in ledger if row["outcome"] == "kept"}
+    for row in ledger:
+        assert row["outcome"] in ("kept", "dropped", "duplicate") and bool(row["reason"]) == (row["outcome"] != "kept")
+    by_reason = Counter(row["reason"] for row in ledger)
+    assert by_reason["copy of a repository"] >= 14 and by_reason["benchmark"] == 1 and by_reason["unreadable"] == 2
+    assert by_reason["licence not allowed"] == 8 and by_reason["path leaves its root"] == 1 and by_reason["binary"] == 1
+    near = [row for row in ledger if row["reason"] in ("near copy", "exact copy")]
+    assert all(row["detail"] in kept for row in near)
+    assert next(row for row in ledger if row["reason"] == "benchmark")["detail"] == "Toy/7"
+    assert next(row for row in ledger if row["path"] == "pkg/m3.py" and row["repository"] == "fork")["detail"] == "two"
+
+
+def test_shards_agree_with_the_step_in_memory(built, corpus):
+    from codegemma.data import dedup
+    from codegemma.data.clean import clean
+
+    documents = [each for source in sources_of(corpus) for one in expand(source) for given in read(one)
+                 if isinstance(given, Document) for each in clean([given], RECIPE.quality(one.redistributed)) if isinstance(each, Document)]
+    kept = {each.name for each in dedup.dedup(documents, dedup.Benchmarks([corpus / "toy.jsonl"])) if isinstance(each, Document)}
+    ledger = pq.read_table(built / "ledger.parquet").to_pylist()
+    assert kept == {f"{row['repository']}:{row['path']}" for row in ledger if row["outcome"] == "kept"}
+
+
+def test_same_bytes_for_two_workers_and_another_order(built, corpus, tokenizer, tmp_path):
+    build.build(sources_of(corpus)[::-1], tmp_path / "out", tokenizer, RECIPE, benchmarks=[corpus / "toy.jsonl"], workers=2)
+    assert digest(tmp_path / "out") == digest(built)
+    assert json.loads((tmp_path / "out" / "timing.json").read_text())["rows"]["workers"] == 2
+
+
+def test_same_bytes_after_kill_and_resume(built, corpus, tokenizer, tmp_path):
+    """kill -9 at several moments, then resume."""
+    out, script = tmp_path / "out", tmp_path / "run.py"
+    (tmp_path / "tokenizer.model").write_bytes(small())
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from codegemma.data import build
+from codegemma.data.stages import Recipe
+from codegemma.tokenizer import Tokenizer
+if __name__ == "__main__":
+    tokenizer = Tokenizer.from_sentencepiece(open({str(tmp_path / 'tokenizer.model')!r}, "rb").read())
+    build.build({sources_of(corpus)!r}, {str(out)!r}, tokenizer, Recipe(length=512, shard_bytes=20_000),
+                benchmarks=[{str(corpus / 'toy.jsonl')!r}], resume=True, progress=lambda *at: print("task", flush=True))
+""")
+    killed = 0
+    for after in (1, 3, 9, 14, 2, 10 ** 6):                       # tasks done before the kill
+        process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        for count, _ in enumerate(process.stdout, 1):
+            if count == after:
+                time.sleep(random.Random(after).random() * 0.02)  # somewhere inside the next task
+                os.killpg(process.pid, signal.SIGKILL)
+                killed += 1
+                break
+        process.stdout.close()
+        process.wait()
+    assert process.returncode == 0 and killed >= 4
+    assert digest(out) == digest(built)
+    with pytest.raises(ValueError, match="not empty"):
+        build.build(sources_of(corpus), out, tokenizer, RECIPE)
+    with pytest.raises(ValueError, match="another recipe: length"):
+        build.build(sources_of(corpus), out, tokenizer, Recipe(length=256, shard_bytes=20_000), benchmarks=[corpus / "toy.jsonl"],
+                    resume=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_same_bytes_on_a_ray_cluster(built, corpus, tokenizer, tmp_path):
+    ray = pytest.importorskip("ray")
+    root = str(Path(__file__).parent.parent)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}},
+             object_store_memory=100_000_000)
+    try:
+        build.build(sources_of(corpus), tmp_path / "out", tokenizer, RECIPE, benchmarks=[corpus / "toy.jsonl"], engine="ray", workers=2)
+    finally:
+        ray.shutdown()
+    assert digest(tmp_path / "out") == digest(built)
+
+
+def test_mix_gives_the_shares_of_tokens(corpus, tokenizer, tmp_path):
+    recipe = Recipe(length=512, shard_bytes=20_000, mix=(("code", 0.8), ("text", 0.2)))
+    build.build(sources_of(corpus), tmp_path / "out", tokenizer, recipe)
+    rows = pack.Rows(tmp_path / "out")
+    tokens: Counter[str] = Counter()
+    for number in range(len(rows)):
+        kinds = {record["kind"] for record in rows.examples(number)}
+        assert len(kinds) == 1
+        tokens[kinds.pop()] += int((rows[number]["segments"] > 0).sum())
+    assert abs(tokens["text"] - 0.2 * sum(tokens.values())) <= 512
+    with pytest.raises(ValueError, match="mix names code, maths but the sources are code, text"):
+        build.build(sources_of(corpus), tmp_path / "no", tokenizer, Recipe(mix=(("code", 0.5), ("maths", 0.5))))
+
+
+def test_rates_lie_within_binomial_bounds(tokenizer):
+    from codegemma.data import fim
+
+    documents = [Document("r", f"m{at}.py", f"def f{at}(x):\n    y = x + {at}\n    return y\n", "python") for at in range(3000)]
+    recipe = fim.Recipe(0.8, 0.5, 512, seed=3)
+    examples = list(fim.fim(documents, tokenizer, recipe))
+    counts = Counter(example.layout for example in examples)
+    made = counts["psm"] + counts["spm"]
+    assert len(examples) == 3000 and abs(made - 2400) < 4 * (3000 * .8 * .2) ** .5
+    assert abs(counts["spm"] - made / 2) < 4 * (made / 4) ** .5
+    kinds = Counter(example.split.kind for example in examples if example.layout != "prefix")
+    for kind, share in fim.KINDS.items():
+        assert abs(kinds[kind] - made * share) < 4 * (made * share * (1 - share)) ** .5 + 1
+    again = {e.document.path: e.ids_T.tolist() for e in fim.fim(documents[::-1], tokenizer, recipe)}
+    assert all(again[e.document.path] == e.ids_T.tolist() for e in examples)
+
+
+def test_show_and_report(built, capsys):
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    row = next(at for at in range(len(pack.Rows(built))) if any(r["layout"] != "prefix" for r in pack.Rows(built).examples(at)))
+    show.show(built, row, console)
+    text = console.export_text()
+    assert "tokens of 512" in text and any(why[:40] in text for why in show.WHY.values()) and "licence" in text
+    with pytest.raises(ValueError, match="it has rows 0 to"):
+        show.show(built, 10 ** 6)
+    page = report.report(built).read_text()
+    assert page.count("<svg") >= 12 and "http" not in page.split("<h2>Rows")[0] and "src=" not in page.split("<h2>Rows")[0]
+    assert "copy of a repository" in page and "pkg/m3.py" in page
+    (built / "report.html").unlink()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"fim_rate": 1.5}, "fim-rate must lie from 0 to 1, got 1.5"), ({"length": 5}, "length must be at least 64"),
+    ({"languages": ("klingon",)}, "klingon not known"), ({"mix": (("code", 0.5),)}, "add up to 1"), ({"threshold": 0.1}, "0.5 to 1")])
+def test_recipes_that_contradict_themselves(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**arguments)
+
+
+def test_a_source_that_is_not_there(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="does not exist: give a checkout"):
+        build.build([str(tmp_path / "none")], tmp_path / "out", tokenizer)
