@@ -1,0 +1,133 @@
+"""Floats to blocks and what that costs: the types of GGUF, the mixes of llama.cpp, and the error of each tensor.
+
+The blocks are those of ggml's reference quantisers, bit for bit (native/src/quantise.cpp). Norms stay F32. Where a
+row is no whole number of blocks the next larger type takes its place, and where none fits the matrix stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from codegemma.formats import Checkpoint
+from codegemma.native import _native, usable_cpus
+from codegemma.weights import BLOCKS, Tensor, row_bytes
+
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0",
+            "Q5_1": "Q8_0"}
+MIXES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # attn_v and ffn_down get Q6_K in half of the layers
+QUANTISED = tuple(type for type, (weights, _) in BLOCKS.items() if weights > 1)
+CHUNK = 1 << 20                          # weights that one thread holds as float32
+
+Importance = Mapping[str, np.ndarray]    # by tensor name: float32, one number for each column
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What became of a tensor; `error` is the norm of the difference over the norm of the weights."""
+
+    name: str
+    before: str
+    after: str
+    error: float
+
+
+def bits(type: str) -> float:
+    """Bits per weight."""
+    weights, size = BLOCKS[type]
+    return 8 * size / weights
+
+
+def chosen(type: str, checkpoint: Checkpoint) -> dict[str, str]:
+    """The type that each tensor gets for a type or mix ("q8_0", "q4_k_m"): never one with more bits than it has.
+
+    Raises ValueError on an unknown type.
+    """
+    name = type.upper()
+    if name not in (*QUANTISED, *MIXES):
+        raise ValueError(f"cannot quantize to {type!r}: choose {', '.join(map(str.lower, (*QUANTISED, *MIXES)))}")
+    wanted = {key: _mixed(name, key, checkpoint.config.layers) for key in checkpoint.tensors}
+    return {key: _fitting(wanted[key], tensor) for key, tensor in checkpoint.tensors.items()}
+
+
+def _mixed(mix: str, name: str, layers: int) -> str:
+    """llama.cpp's rule: the embedding, which is the output layer too, and the matrices that suffer most get Q6_K."""
+    type = MIXES.get(mix, mix)
+    if name == "embed":
+        return "Q8_0" if type == "Q8_0" else "Q6_K"
+    if mix in MIXES and (found := re.fullmatch(r"layers\.(\d+)\.(v|down)", name)):
+        layer, eighth = int(found[1]), layers // 8
+        if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
+            return "Q6_K"
+    return type
+
+
+def _fitting(type: str, tensor: Tensor) -> str:
+    while len(tensor.shape) == 2 and type in BLOCKS and tensor.shape[-1] % BLOCKS[type][0]:
+        type = FALLBACK.get(type, tensor.type)
+        if type == tensor.type:
+            break
+    return type if len(tensor.shape) == 2 and bits(type) < bits(tensor.type) else tensor.type
+
+
+def rows_float32(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+    """float32 [stop - start, columns] of a matrix of any type."""
+    out = np.empty((stop - start, tensor.shape[-1]), np.float32)
+    data = np.ascontiguousarray(tensor.data[start:stop])
+    _native.dequantise(_native.level("auto"), _native.Weight(tensor.type, data, *out.shape), out)
+    return out
+
+
+def quantize(tensor: Tensor, type: str, importance: np.ndarray | None = None,
+             threads: int | None = None) -> tuple[Tensor, float]:
+    """A matrix as blocks of `type`, and its error. `importance` weighs the columns (what llama.cpp calls an imatrix).
+
+    Raises ValueError on NaN or infinite weights and on rows that are no whole number of blocks.
+    """
+    rows, columns = tensor.shape
+    out = np.empty((rows, row_bytes(type, columns)), np.uint8)
+    level, step = _native.level("auto"), max(1, CHUNK // columns)
+
+    def chunk(start: int) -> tuple[float, float]:
+        stop = min(rows, start + step)
+        values = rows_float32(tensor, start, stop)
+        _native.quantise(level, type, values, out[start:stop], importance)
+        size = float(np.vdot(values, values))
+        values -= rows_float32(Tensor(type, (rows, columns), out), start, stop)
+        return float(np.vdot(values, values)), size
+
+    with ThreadPoolExecutor(threads or usable_cpus()) as pool:
+        sums = list(pool.map(chunk, range(0, rows, step)))
+    wrong, size = (math.fsum(part) for part in zip(*sums, strict=True))
+    return Tensor(type, tensor.shape, out), math.sqrt(wrong / size) if size else 0.0
+
+
+def quantize_checkpoint(checkpoint: Checkpoint, type: str, importance: Importance | None = None,
+                        report: Callable[[Cost], None] | None = None, threads: int | None = None) -> Checkpoint:
+    """The same model with its matrices in blocks, in memory. `report` hears of every matrix, also one left as it is."""
+    tensors = dict(checkpoint.tensors)
+    for name, after in chosen(type, checkpoint).items():
+        tensor, error = checkpoint.tensors[name], 0.0
+        if after != tensor.type:
+            try:
+                tensors[name], error = quantize(tensor, after, (importance or {}).get(name), threads)
+            except ValueError as fault:
+                raise ValueError(f"{checkpoint.path}: tensor {name} {fault}") from None
+        if report and len(tensor.shape) == 2:
+            report(Cost(name, tensor.type, after, error))
+    return replace(checkpoint, tensors=tensors)
+
+
+def summary(costs: list[Cost]) -> Iterator[str]:
+    """What was done, one line for each change of type."""
+    kinds = Counter((cost.before, cost.after) for cost in costs)
+    for (before, after), count in sorted(kinds.items()):
+        worst = max((cost for cost in costs if (cost.before, cost.after) == (before, after)), key=lambda cost: cost.error)
+        yield (f"{count} matrices left {before}" if before == after else
+               f"{count} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})")
