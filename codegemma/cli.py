@@ -56,7 +56,7 @@ Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def complete(
-    file: Annotated[str | None, Argument(metavar="[FILE]", help="The file with the hole; stdin where left out or -.",
+    file: Annotated[str | None, Argument(metavar="FILE", help="The file with the hole; stdin where left out or -.",
                                          show_default=False)] = None,
     at: Annotated[str | None, Option("--at", metavar="LINE:COL", help="The cursor: before the COL-th character of the "
                                      "LINE-th line, both from 1.")] = None,
@@ -128,9 +128,9 @@ def chat(
     min_p: MinP = 0.0, repeat_penalty: RepeatPenalty = 1.0, seed: Seed = 0, threads: Threads = None,
     quantize: QuantizeTo = None, strict: Strict = False,
 ) -> None:
-    """Talk with an instruction-tuned model; /help in it lists its commands.
+    """Talk with an instruction-tuned model.
 
-    From a pipe, all lines up to the next command, or the end, are one message.
+    /help lists the commands. From a pipe, all lines up to the next command, or the end, are one message.
     """
     from codegemma.terminal import Conversation, messages
 
@@ -145,7 +145,10 @@ def chat(
 
 @app.command()
 def models(as_json: Json = False) -> None:
-    """List the family: what each member can do, where it is on disk, its size, its licence."""
+    """List the family.
+
+    What each member can do, where it is on disk, its size, its licence.
+    """
     from codegemma import hub
 
     found = hub.models()
@@ -167,7 +170,10 @@ def bench(
     repeats: Annotated[int, Option(min=1, help="Runs; medians are shown.")] = 3,
     model: ModelName = None, threads: Threads = None, quantize: QuantizeTo = None, as_json: Json = False,
 ) -> None:
-    """Measure prefill and decode, this machine's limits in the same minutes, and the share of them that is reached."""
+    """Measure speed, and the share of this machine's limit.
+
+    The limits, memory bandwidth and int8 operations, are measured in the same minutes.
+    """
     loaded = _load(model, threads, quantize, None, False)
     found = {"model": str(loaded.path), **loaded.benchmark(prompt_tokens, decode_tokens, repeats)}
     if as_json:
@@ -207,6 +213,7 @@ def mounted(verb: str) -> typer.Typer:
         if (error.name or "").startswith("codegemma"):
             raise
         raise ValueError(f'codegemma {verb} needs {error.name}: pip install "codegemma[{extra}]"') from error
+    found.rich_markup_mode, found.info.context_settings = None, app.info.context_settings  # help in one manner
     return found
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 import warnings
 from pathlib import Path
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.panel import Panel
 from rich.syntax import Syntax
@@ -35,12 +37,14 @@ def main() -> None:
     text = "".join(step.text for step in [first, *steps.steps[1:]])
     rate = (len(steps.ids) - 1) / (time.perf_counter() - read)
     console.print(Panel(_shown(prefix, text, suffix), title=f"examples/{SAMPLE.name}", title_align="left"))
+    title = model.preset.title if model.preset else model.path.name
     console.print(f"[b]{1000 * (read - started):,.0f} ms[/] to the first token, [b]{rate:,.0f} tokens/s[/]: "
-                  f"{model.preset.title if model.preset else model.path.name} on {model.backend.threads} threads of this CPU")
+                  f"{title} on {model.backend.threads} threads of this CPU")
     if not model.fim_trained:
         console.print("[dim]It was not trained to fill in the middle: it continues what stands before the cursor.[/]")
     if options.svg:
-        console.save_svg(str(options.svg), title="make demo")
+        own_fonts = re.sub(r"@font-face {{.*?}}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # fetches none
+        console.save_svg(str(options.svg), title="make demo", code_format=own_fonts)
 
 
 def _shown(prefix: str, text: str, suffix: str) -> Text:

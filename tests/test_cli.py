@@ -1,0 +1,264 @@
+"""The command line against the functions under it, and against a person's view: texts, codes, signals, documents."""
+
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_config, write_tiny_gguf
+
+import codegemma
+from codegemma import cli, completion, hub, prompts
+from codegemma.config import PRESETS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    file = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    write_tiny_gguf(file, tiny_config("gemma-mqa"))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def tireless(tmp_path_factory):
+    """A model whose context ends long after the test."""
+    file = tmp_path_factory.mktemp("models") / "tireless.gguf"
+    write_tiny_gguf(file, tiny_config("gemma-mqa", context=1_000_000))
+    return str(file)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command line in this process: (exit code, stdout, stderr)."""
+    def command(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(one) for one in arguments])
+        return left.value.code or 0, *capsys.readouterr()
+    return command
+
+
+@pytest.fixture
+def base_model(monkeypatch):
+    """The tiny model passes for the default one, which was made for neither completion nor chat."""
+    monkeypatch.setattr("codegemma.local._preset_of", lambda checkpoint: PRESETS["gemma-3-270m"])
+
+
+def process(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-m", "codegemma.cli", *map(str, arguments)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_the_documents_show_the_help_as_it_stands():
+    document = runpy.run_path(str(ROOT / "scripts" / "help.py"))["document"]
+    assert document() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
+
+
+def test_the_choices_are_those_of_the_modules():
+    assert (get_args(cli.Mode), get_args(cli.Trim)) == (get_args(completion.Mode), get_args(completion.Trim))
+
+
+def test_help_imports_no_engine():
+    code = ("import sys\nfrom codegemma.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+            "print(sorted({'numpy', 'rich', 'sentencepiece', 'codegemma.engine'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n[]\n")
+
+
+@given(st.text("ab\t\r\né🙂", max_size=30), st.data())
+def test_a_cursor_is_where_an_editor_would_say(text, data):
+    at = data.draw(st.integers(0, len(text)))
+    place = f"{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
+    if text[at - 1:at + 1] == "\r\n" and at:
+        with pytest.raises(ValueError, match="columns 1 to"):
+            cli.split_at(text, place, "it")
+    else:
+        assert cli.split_at(text, place, "it") == (text[:at], text[at:])
+
+
+HOLE = "def add(a, b):\n    return <CURSOR>\n\nprint(add(1, 2))\n"
+
+
+def test_every_way_to_name_a_hole_gives_the_same_completion(run, gguf, tmp_path):
+    prefix, suffix = HOLE.split("<CURSOR>")
+    for name, text in {"hole.py": prefix + suffix, "prefix": prefix, "suffix": suffix, "marked.py": HOLE}.items():
+        (tmp_path / name).write_text(text)
+    expected = codegemma.load(gguf).complete(prefix, suffix, max_tokens=20)
+    common = ("-m", gguf, "-n", 20)
+    texts = [run("complete", tmp_path / "hole.py", "--at", "2:12", *common),
+             run("complete", tmp_path / "marked.py", *common),
+             run("complete", "--prefix-file", tmp_path / "prefix", "--suffix-file", tmp_path / "suffix", *common),
+             run("complete", *common, stdin=HOLE),
+             run("complete", "-", "--cursor-mark", "HERE", *common, stdin=HOLE.replace("<CURSOR>", "HERE"))]
+    assert [text[:2] for text in texts] == [(0, expected.text)] * 5
+
+
+@pytest.mark.parametrize("mode", ["psm", "spm", "prefix"])
+def test_json_tells_what_happened(run, gguf, mode):
+    model = codegemma.load(gguf)
+    prefix, suffix = HOLE.split("<CURSOR>")
+    code, out, _ = run("complete", "--json", "-m", gguf, "-n", 20, "--mode", mode, "--path", "app.py", "--temp", 1.5,
+                       "--seed", 3, stdin=HOLE)
+    found = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    ids = prompts.fim(model.tokenizer, prefix, suffix, "app.py", layout=mode).ids
+    assert (found["prompt_tokens"], found["cached_tokens"], found["layout"]) == (len(ids), 0, mode)
+    expected = model.complete(prefix, suffix, "app.py", mode=mode, max_tokens=20,
+                              sampling=codegemma.Sampling(temperature=1.5, seed=3))
+    assert (found["text"], found["stop"], found["tokens"]) == (expected.text, expected.stop, len(expected.ids))
+    assert found["time_to_first_token_ms"] > 0 and found["tokens_per_second"] > 0 and found["model"] == gguf
+
+
+def test_context_files_are_read_and_shown_with_their_paths(run, gguf, tmp_path):
+    other, file = tmp_path / "other.py", tmp_path / "file.py"
+    other.write_text("ONE = 1\n")
+    file.write_text(HOLE)
+    model = codegemma.load(gguf)
+    found = json.loads(run("complete", file, "--context", other, "--json", "-m", gguf, "-n", 3, "--mode", "psm")[1])
+    expected = prompts.fim(model.tokenizer, *HOLE.split("<CURSOR>"), str(file), [prompts.File(str(other), "ONE = 1\n")])
+    assert found["prompt_tokens"] == len(expected.ids)
+
+
+def test_a_saved_cache_is_used_and_changes_nothing(run, gguf, tmp_path):
+    arguments = ("complete", "--json", "-m", gguf, "-n", 20, "--cache", tmp_path / "cache")
+    first, second = (json.loads(run(*arguments, stdin=HOLE)[1]) for _ in range(2))
+    assert (first["cached_tokens"], second["cached_tokens"]) == (0, second["prompt_tokens"] - 1)
+    assert first["text"] == second["text"]
+
+
+def test_generate_takes_the_flags_of_the_model_card(run, gguf):
+    prompt = (ROOT / "examples" / "non_prime").read_text().removesuffix("\n")
+    code, out, err = run("generate", "-m", gguf, "--temp", 0, "--top-k", 0, "-f", ROOT / "examples" / "non_prime",
+                         "--log-disable", "--repeat-penalty", 1.0)
+    assert (code, out, err) == (0, prompt + codegemma.load(gguf).generate(prompt).text, "")
+
+
+def test_generate_reads_control_tokens_only_if_raw(run, gguf):
+    def length(*more):
+        arguments = ("generate", "--json", "-m", gguf, "-n", 2, "-p", "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>")
+        return json.loads(run(*arguments, *more)[1])["prompt_tokens"]
+    assert length("--raw") == 6 < length()
+
+
+def test_a_prompt_that_is_too_long_is_an_error_unless_truncated(run, gguf):
+    arguments = ("generate", "--json", "-m", gguf, "-n", 2)
+    code, out, err = run(*arguments, stdin="x = 1\n" * 400)
+    assert (code, out) == (2, "") and 'truncate="left"' in err
+    found = json.loads(run(*arguments, "--truncate", "left", stdin="x = 1\n" * 400)[1])
+    assert (found["prompt_tokens"], found["tokens"]) == (510, 2)
+
+
+def test_what_a_model_was_not_made_for(run, gguf, base_model):
+    code, out, err = run("complete", "--json", "-m", gguf, "-n", 2, stdin=HOLE)
+    assert code == 0 and err.count("\n") == 1 and "not trained to fill in the middle" in err
+    assert "not trained to fill in the middle" in json.loads(out)["notice"]
+    assert run("complete", "-m", gguf, "-n", 2, "--mode", "psm", stdin=HOLE)[2] == \
+        "note: Gemma 3 270M was made for generation, not for completion\n"
+    assert run("generate", "-m", gguf, "-n", 2, stdin="x")[2] == ""
+    for verb in ("complete", "chat"):
+        code, out, err = run(verb, "-m", gguf, "-n", 2, "--strict", stdin=HOLE)
+        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: Gemma 3 270M was made for")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["complete", "no/such.py", "--at", "1:1"], "no/such.py: No such file"),
+    (["complete", "{here}", "--at", "0:1"], "has lines 1 to 4"), (["complete", "{here}", "--at", "2"], "LINE:COL"),
+    (["complete", "{here}", "--at", "1:99"], "line 1 of {here} has columns 1 to 15"),
+    (["complete", "{here}"], "'<CURSOR>' 0 times"),
+    (["complete", "{binary}", "--at", "1:1"], "is not UTF-8 text (byte 1 is 0xff)"),
+    (["complete", "{here}", "--prefix-file", "{here}"], "pass one or the other"),
+    (["complete", "{here}", "--at", "1:1", "-m", "no-such-model"], "no model 'no-such-model'"),
+    (["complete", "{here}", "--at", "1:1", "--temp", "-1"], "temperature must be from 0"),
+    (["complete", "{here}", "--at", "1:1", "-m", "{here}"], "neither GGUF nor safetensors"),
+    (["generate", "-p", "a", "-f", "{here}"], "pass one of them"),
+])
+def test_errors_are_one_line_and_code_2(run, tmp_path, arguments, words):
+    here, binary = tmp_path / "here.py", tmp_path / "binary"
+    here.write_text("def add(a, b):\n    return a\n\n")
+    binary.write_bytes(b"a\xff")
+    code, out, err = run(*[one.format(here=here, binary=binary) for one in arguments])
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert words.format(here=here) in err
+
+
+def test_a_missing_extra_is_named(run, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("codegemma.evals")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    code, _, err = run("eval", "list")
+    assert code == 2 and 'pip install "codegemma[eval]"' in err
+
+
+def test_chat_from_a_pipe(run, gguf, tmp_path):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    said = f"def f():\n    pass\n/save {first}\nmore\n/reset\n/system\n\nanew\n/save {second}\n/exit\nunread\n"
+    code, out, _ = run("chat", "-m", gguf, "-n", 8, "--system", "Be brief.", stdin=said)
+    model = codegemma.load(gguf)
+    turns = [("system", "Be brief."), ("user", "def f():\n    pass\n")]
+    answers = [model.chat(turns, max_tokens=8).text]
+    answers.append(model.chat([*turns, ("assistant", answers[0]), ("user", "more\n")], max_tokens=8).text)
+    answers.append(model.chat([("user", "\nanew\n")], max_tokens=8).text)
+    assert (code, out) == (0, "".join(answer + "\n" for answer in answers))
+    assert [turn["content"] for turn in json.loads(first.read_text())] == ["Be brief.", turns[1][1], answers[0]]
+    assert [turn["role"] for turn in json.loads(second.read_text())] == ["user", "assistant"]
+
+
+def test_chat_survives_a_message_that_is_too_long(run, gguf):
+    code, out, err = run("chat", "-m", gguf, "-n", 4, stdin="x = 1\n" * 400 + "/reset\nhi\n")
+    assert code == 0 and err.startswith("error: ") and out.count("\n") >= 1
+
+
+def test_models_lists_the_family(run, monkeypatch):
+    found = json.loads(run("models", "--json")[1])
+    assert [one["name"] for one in found] == list(PRESETS)
+    assert found[0] | {"path": None, "bytes": None} == {
+        "name": "2b", "title": "CodeGemma 2B", "uses": ["completion", "generation"], "fill_in_the_middle": True,
+        "path": None, "bytes": None, "packaged": False, "licence": "Gemma Terms of Use", "hub": "google/codegemma-2b"}
+    here = hub.ModelInfo(PRESETS["7b-it"], Path("/somewhere/7b.gguf"), 5 * 10 ** 9)
+    monkeypatch.setattr(hub, "models", lambda: [here])
+    monkeypatch.setenv("COLUMNS", "150")
+    row = " ".join(run("models")[1].splitlines()[1].split())
+    assert row == "7b-it yes yes yes yes 5.00 GB /somewhere/7b.gguf Gemma Terms of Use"
+
+
+def test_bench_says_what_it_measured(run, gguf, monkeypatch):
+    monkeypatch.setattr("codegemma.local.measure", lambda threads, level: (2e9, 3e9))
+    arguments = ("bench", "-m", gguf, "--prompt-tokens", 8, "--decode-tokens", 2, "--repeats", 1)
+    found = json.loads(run(*arguments, "--json")[1])
+    assert found["model"] == gguf and found["bandwidth_bytes_per_second"] == 2e9
+    out = run(*arguments)[1]
+    assert "% of 3 GOP/s int8" in out and "% of 2.0 GB/s read" in out
+
+
+def test_ctrl_c_stops_the_work(tireless):
+    with process("generate", "-m", tireless, "-p", "x = ", "-n", 999_000) as running:
+        assert running.stdout.read(6)        # it has begun
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (130, "")
+
+
+def test_a_closed_pipe_is_quiet(tireless):
+    with process("generate", "-m", tireless, "-p", "x = ", "-n", 999_000) as running:
+        assert running.stdout.read(6)
+        running.stdout.close()
+        err = running.stderr.read()
+    assert err == "" and running.returncode == 1
+
+
+def test_stdin_of_a_terminal_is_not_waited_for(gguf):
+    terminal, ours = os.openpty()
+    with process("complete", "-m", gguf, stdin=ours) as running:
+        _, err = running.communicate(timeout=60)
+    os.close(terminal), os.close(ours)
+    assert running.returncode == 2 and "no text to work on" in err
