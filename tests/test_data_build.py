@@ -31,7 +31,7 @@ from codegemma.data.stages import Recipe
 from codegemma.prompts import parse_fim
 from codegemma.tokenizer import Tokenizer
 
-RECIPE = Recipe(length=512, shard_bytes=20_000)      # several shards and partitions from a small corpus
+RECIPE = Recipe(length=512, shard_bytes=20_000)  # several shards and partitions from a small corpus
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,18 @@ def tokenizer():
 
 
 def python_file(draw, number, others):
-    imports = "".join(f"from pkg.m{draw.choice(others)} import thing{draw.randrange(5)}\n" for _ in range(2)) if others else ""
+    imports = (
+        "".join(f"from pkg.m{draw.choice(others)} import thing{draw.randrange(5)}\n" for _ in range(2))
+        if others
+        else ""
+    )
     words = ["alpha", "beta", "gamma", "delta", "value", "index", "result", "total", "items", "node"]
-    body = "".join(f"def thing{at}({draw.choice(words)}, {draw.choice(words)}_{number}):\n    "
-                   f"{draw.choice(words)}_{at} = {draw.randrange(10 ** 6)} + {draw.choice(words)}({at})\n    return {draw.choice(words)}\n\n\n"
-                   for at in range(draw.randrange(4, 20)))
+    body = "".join(
+        f"def thing{at}({draw.choice(words)}, {draw.choice(words)}_{number}):\n    "
+        f"{draw.choice(words)}_{at} = {draw.randrange(10**6)} + {draw.choice(words)}({at})\n    return "
+        f"{draw.choice(words)}\n\n\n"
+        for at in range(draw.randrange(4, 20))
+    )
     return imports + "\n\n" + body + "# <|fim_prefix|> <eos> <start_of_turn> <|file_separator|> \u00e4\u4e16\n"
 
 
@@ -56,7 +63,7 @@ def corpus(tmp_path_factory):
         folder = root / "checkouts" / name
         (folder / "pkg").mkdir(parents=True)
         (folder / "pyproject.toml").write_text("[project]\nlicense = 'MIT'\n")
-        if name == "fork":                                        # `two` again, one file changed
+        if name == "fork":  # `two` again, one file changed
             for file in (root / "checkouts" / "two" / "pkg").iterdir():
                 (folder / "pkg" / file.name).write_text(file.read_text())
             (folder / "pkg" / "m0.py").write_text(python_file(draw, 99, [1]))
@@ -65,36 +72,64 @@ def corpus(tmp_path_factory):
             (folder / "pkg" / f"m{at}.py").write_text(python_file(draw, at, range(at)))
         (folder / "test_m3.py").write_text("import unittest\n\n" + python_file(draw, 77, []))
     (root / "checkouts" / "one" / "blob.py").write_bytes(b"\0\1\2")
-    (root / "checkouts" / "one" / "secret.py").write_text("address = 'jane.doe@gmail.com'\nvalue = compute(address)\n" * 3)
-    problem = {"task_id": "Toy/7", "prompt": "def longest_run_of_equal_items_in(sequence, minimum, key):\n    '''Return the start and "
-               "length of the longest run of equal items that is at least minimum long, or None.'''\n"}
+    (root / "checkouts" / "one" / "secret.py").write_text(
+        "address = 'jane.doe@gmail.com'\nvalue = compute(address)\n" * 3
+    )
+    problem = {
+        "task_id": "Toy/7",
+        "prompt": "def longest_run_of_equal_items_in(sequence, minimum, key):\n    '''Return the start and "
+        "length of the longest run of equal items that is at least minimum long, or None.'''\n",
+    }
     (root / "toy.jsonl").write_text(json.dumps(problem) + "\n")
     (root / "checkouts" / "one" / "leak.py").write_text("import os\n\n" + problem["prompt"] + "    return None\n")
     with tarfile.open(root / "thing-1.0.tar.gz", "w:gz") as archive:
-        for name, text in {"thing-1.0/LICENSE": "Permission is hereby granted, free of charge, to any person. The above copyright notice "
-                           "and this permission notice shall be included in all copies", "thing-1.0/a.py": python_file(draw, 1, []),
-                           "../evil.py": "print()\n"}.items():
+        for name, text in {
+            "thing-1.0/LICENSE": "Permission is hereby granted, free of charge, to any person. The above copyright "
+                                 "notice "
+            "and this permission notice shall be included in all copies",
+            "thing-1.0/a.py": python_file(draw, 1, []),
+            "../evil.py": "print()\n",
+        }.items():
             info = tarfile.TarInfo(name)
             info.size = len(text.encode())
             archive.addfile(info, io.BytesIO(text.encode()))
-    rows = [{"max_stars_repo_name": f"org/r{at % 5}", "max_stars_repo_path": f"src/f{at}.py", "content": python_file(draw, at, []),
-             "max_stars_repo_licenses": ["MIT"] if at % 4 else ["GPL-3.0-only"]} for at in range(30)]
+    rows = [
+        {
+            "max_stars_repo_name": f"org/r{at % 5}",
+            "max_stars_repo_path": f"src/f{at}.py",
+            "content": python_file(draw, at, []),
+            "max_stars_repo_licenses": ["MIT"] if at % 4 else ["GPL-3.0-only"],
+        }
+        for at in range(30)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), root / "stack.parquet")
-    (root / "notes.jsonl").write_text("".join(json.dumps({"text": f"Note {at}. " + "Some words about a subject. " * 12 * at}) + "\n"
-                                              for at in range(20)) + "not json\n")
+    (root / "notes.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"Note {at}. " + "Some words about a subject. " * 12 * at}) + "\n" for at in range(20)
+        )
+        + "not json\n"
+    )
     (root / "broken.zip").write_bytes(b"PK\3\4 damaged")
     return root
 
 
 def sources_of(root):
-    return [str(root / "checkouts"), str(root / "thing-1.0.tar.gz"), str(root / "stack.parquet"), str(root / "broken.zip"),
-            f"text={root / 'notes.jsonl'}"]
+    return [
+        str(root / "checkouts"),
+        str(root / "thing-1.0.tar.gz"),
+        str(root / "stack.parquet"),
+        str(root / "broken.zip"),
+        f"text={root / 'notes.jsonl'}",
+    ]
 
 
 def digest(folder):
     """Hash of every file of a finished build, but for timing.json."""
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(folder).rglob("*"))
-            if file.is_file() and file.name not in ("timing.json", "report.html")}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(Path(folder).rglob("*"))
+        if file.is_file() and file.name not in ("timing.json", "report.html")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +142,19 @@ def built(corpus, tokenizer, tmp_path_factory):
 def test_rows_give_the_texts_back(built, corpus, tokenizer):
     rows = pack.Rows(built)
     pieces: dict[tuple[str, str], dict[int, str]] = {}
-    control = {tokenizer.control.fim_prefix, tokenizer.control.fim_middle, tokenizer.control.fim_suffix,
-               tokenizer.control.file_separator, tokenizer.control.eos}
+    control = {
+        tokenizer.control.fim_prefix,
+        tokenizer.control.fim_middle,
+        tokenizer.control.fim_suffix,
+        tokenizer.control.file_separator,
+        tokenizer.control.eos,
+    }
     for number in range(len(rows)):
         row = rows[number]
         assert row["tokens"].dtype == np.int32 and len(row["tokens"]) == RECIPE.length
-        assert (row["tokens"][row["segments"] == 0] == tokenizer.control.pad).all() and not row["loss"][row["segments"] == 0].any()
+        assert (row["tokens"][row["segments"] == 0] == tokenizer.control.pad).all() and not row["loss"][
+            row["segments"] == 0
+        ].any()
         for segment in range(1, row["segments"].max() + 1):
             inside = row["segments"] == segment
             assert row["tokens"][inside][0] == tokenizer.control.bos
@@ -120,9 +162,11 @@ def test_rows_give_the_texts_back(built, corpus, tokenizer):
         repositories = {}
         for record in rows.examples(number):
             repositories.setdefault(record["segment"], set()).add(record["repository"])
-            ids = row["tokens"][record["start"]:record["end"]].tolist()
+            ids = row["tokens"][record["start"] : record["end"]].tolist()
             assert len(control & set(ids)) == (1 if record["layout"] == "prefix" else 4)
-            assert sum(token in control for token in ids) == (1 if record["layout"] == "prefix" else 4)   # none from content
+            assert sum(token in control for token in ids) == (
+                1 if record["layout"] == "prefix" else 4
+            )  # none from content
             found = parse_fim(tokenizer, ids)
             assert found.layout == record["layout"]
             text = found.prefix + found.middle + found.suffix
@@ -133,8 +177,13 @@ def test_rows_give_the_texts_back(built, corpus, tokenizer):
             assert len(text) == record["size"]
             pieces.setdefault((record["repository"], record["path"]), {})[record["offset"]] = text
         assert all(len(names) == 1 for names in repositories.values())
-    originals = {(each.repository, each.path): each.text for source in sources_of(corpus) for each_source in expand(source)
-                 for each in read(each_source) if isinstance(each, Document)}
+    originals = {
+        (each.repository, each.path): each.text
+        for source in sources_of(corpus)
+        for each_source in expand(source)
+        for each in read(each_source)
+        if isinstance(each, Document)
+    }
     assert len(pieces) > 60
     for name, found_pieces in pieces.items():
         whole = "".join(text for _, text in sorted(found_pieces.items()))
@@ -166,15 +215,28 @@ def test_shards_agree_with_the_step_in_memory(built, corpus):
     from codegemma.data import dedup
     from codegemma.data.clean import clean
 
-    documents = [each for source in sources_of(corpus) for one in expand(source) for given in read(one)
-                 if isinstance(given, Document) for each in clean([given], RECIPE.quality(one.redistributed)) if isinstance(each, Document)]
-    kept = {each.name for each in dedup.dedup(documents, dedup.Benchmarks([corpus / "toy.jsonl"])) if isinstance(each, Document)}
+    documents = [
+        each
+        for source in sources_of(corpus)
+        for one in expand(source)
+        for given in read(one)
+        if isinstance(given, Document)
+        for each in clean([given], RECIPE.quality(one.redistributed))
+        if isinstance(each, Document)
+    ]
+    kept = {
+        each.name
+        for each in dedup.dedup(documents, dedup.Benchmarks([corpus / "toy.jsonl"]))
+        if isinstance(each, Document)
+    }
     ledger = pq.read_table(built / "ledger.parquet").to_pylist()
     assert kept == {f"{row['repository']}:{row['path']}" for row in ledger if row["outcome"] == "kept"}
 
 
 def test_same_bytes_for_two_workers_and_another_order(built, corpus, tokenizer, tmp_path):
-    build.build(sources_of(corpus)[::-1], tmp_path / "out", tokenizer, RECIPE, benchmarks=[corpus / "toy.jsonl"], workers=2)
+    build.build(
+        sources_of(corpus)[::-1], tmp_path / "out", tokenizer, RECIPE, benchmarks=[corpus / "toy.jsonl"], workers=2
+    )
     assert digest(tmp_path / "out") == digest(built)
     assert json.loads((tmp_path / "out" / "timing.json").read_text())["rows"]["workers"] == 2
 
@@ -190,13 +252,15 @@ from codegemma.data import build
 from codegemma.data.stages import Recipe
 from codegemma.tokenizer import Tokenizer
 if __name__ == "__main__":
-    tokenizer = Tokenizer.from_sentencepiece(open({str(tmp_path / 'tokenizer.model')!r}, "rb").read())
+    tokenizer = Tokenizer.from_sentencepiece(open({str(tmp_path / "tokenizer.model")!r}, "rb").read())
     build.build({sources_of(corpus)!r}, {str(out)!r}, tokenizer, Recipe(length=512, shard_bytes=20_000),
-                benchmarks=[{str(corpus / 'toy.jsonl')!r}], resume=True, progress=lambda *at: print("task", flush=True))
+                benchmarks=[{str(corpus / "toy.jsonl")!r}], resume=True, progress=lambda *at: print("task", flush=True))
 """)
     killed = 0
-    for after in (1, 3, 9, 14, 2, 10 ** 6):                       # tasks done before the kill
-        process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for after in (1, 3, 9, 14, 2, 10**6):  # tasks done before the kill
+        process = subprocess.Popen(
+            [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         for count, _ in enumerate(process.stdout, 1):
             if count == after:
                 time.sleep(random.Random(after).random() * 0.02)  # somewhere inside the next task
@@ -210,18 +274,37 @@ if __name__ == "__main__":
     with pytest.raises(ValueError, match="not empty"):
         build.build(sources_of(corpus), out, tokenizer, RECIPE)
     with pytest.raises(ValueError, match="another recipe: length"):
-        build.build(sources_of(corpus), out, tokenizer, Recipe(length=256, shard_bytes=20_000), benchmarks=[corpus / "toy.jsonl"],
-                    resume=True)
+        build.build(
+            sources_of(corpus),
+            out,
+            tokenizer,
+            Recipe(length=256, shard_bytes=20_000),
+            benchmarks=[corpus / "toy.jsonl"],
+            resume=True,
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_same_bytes_on_a_ray_cluster(built, corpus, tokenizer, tmp_path):
     ray = pytest.importorskip("ray")
     root = str(Path(__file__).parent.parent)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}},
-             object_store_memory=100_000_000)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+        object_store_memory=100_000_000,
+    )
     try:
-        build.build(sources_of(corpus), tmp_path / "out", tokenizer, RECIPE, benchmarks=[corpus / "toy.jsonl"], engine="ray", workers=2)
+        build.build(
+            sources_of(corpus),
+            tmp_path / "out",
+            tokenizer,
+            RECIPE,
+            benchmarks=[corpus / "toy.jsonl"],
+            engine="ray",
+            workers=2,
+        )
     finally:
         ray.shutdown()
     assert digest(tmp_path / "out") == digest(built)
@@ -244,16 +327,18 @@ def test_mix_gives_the_shares_of_tokens(corpus, tokenizer, tmp_path):
 def test_rates_lie_within_binomial_bounds(tokenizer):
     from codegemma.data import fim
 
-    documents = [Document("r", f"m{at}.py", f"def f{at}(x):\n    y = x + {at}\n    return y\n", "python") for at in range(3000)]
+    documents = [
+        Document("r", f"m{at}.py", f"def f{at}(x):\n    y = x + {at}\n    return y\n", "python") for at in range(3000)
+    ]
     recipe = fim.Recipe(0.8, 0.5, 512, seed=3)
     examples = list(fim.fim(documents, tokenizer, recipe))
     counts = Counter(example.layout for example in examples)
     made = counts["psm"] + counts["spm"]
-    assert len(examples) == 3000 and abs(made - 2400) < 4 * (3000 * .8 * .2) ** .5
-    assert abs(counts["spm"] - made / 2) < 4 * (made / 4) ** .5
+    assert len(examples) == 3000 and abs(made - 2400) < 4 * (3000 * 0.8 * 0.2) ** 0.5
+    assert abs(counts["spm"] - made / 2) < 4 * (made / 4) ** 0.5
     kinds = Counter(example.split.kind for example in examples if example.layout != "prefix")
     for kind, share in fim.KINDS.items():
-        assert abs(kinds[kind] - made * share) < 4 * (made * share * (1 - share)) ** .5 + 1
+        assert abs(kinds[kind] - made * share) < 4 * (made * share * (1 - share)) ** 0.5 + 1
     again = {e.document.path: e.ids_T.tolist() for e in fim.fim(documents[::-1], tokenizer, recipe)}
     assert all(again[e.document.path] == e.ids_T.tolist() for e in examples)
 
@@ -262,21 +347,32 @@ def test_show_and_report(built, capsys):
     from rich.console import Console
 
     console = Console(width=100, record=True, file=io.StringIO())
-    row = next(at for at in range(len(pack.Rows(built))) if any(r["layout"] != "prefix" for r in pack.Rows(built).examples(at)))
+    row = next(
+        at for at in range(len(pack.Rows(built))) if any(r["layout"] != "prefix" for r in pack.Rows(built).examples(at))
+    )
     show.show(built, row, console)
     text = console.export_text()
     assert "tokens of 512" in text and any(why[:40] in text for why in show.WHY.values()) and "licence" in text
     with pytest.raises(ValueError, match="it has rows 0 to"):
-        show.show(built, 10 ** 6)
+        show.show(built, 10**6)
     page = report.report(built).read_text()
-    assert page.count("<svg") >= 12 and "http" not in page.split("<h2>Rows")[0] and "src=" not in page.split("<h2>Rows")[0]
+    assert (
+        page.count("<svg") >= 12 and "http" not in page.split("<h2>Rows")[0] and "src=" not in page.split("<h2>Rows")[0]
+    )
     assert "copy of a repository" in page and "pkg/m3.py" in page
     (built / "report.html").unlink()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"fim_rate": 1.5}, "fim-rate must lie from 0 to 1, got 1.5"), ({"length": 5}, "length must be at least 64"),
-    ({"languages": ("klingon",)}, "klingon not known"), ({"mix": (("code", 0.5),)}, "add up to 1"), ({"threshold": 0.1}, "0.5 to 1")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fim_rate": 1.5}, "fim-rate must lie from 0 to 1, got 1.5"),
+        ({"length": 5}, "length must be at least 64"),
+        ({"languages": ("klingon",)}, "klingon not known"),
+        ({"mix": (("code", 0.5),)}, "add up to 1"),
+        ({"threshold": 0.1}, "0.5 to 1"),
+    ],
+)
 def test_recipes_that_contradict_themselves(arguments, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**arguments)

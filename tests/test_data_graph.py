@@ -37,7 +37,7 @@ def naive_acyclic(found):
 
 def naive_linear(count, kept):
     """The report's words: all-pairs shortest paths, then always the unparented file nearest to the placed ones."""
-    inf = 10 ** 6
+    inf = 10**6
     far = [[0 if i == j else inf for j in range(count)] for i in range(count)]
     for e in kept:
         far[e.source][e.target] = far[e.target][e.source] = 1
@@ -47,8 +47,7 @@ def naive_linear(count, kept):
                 far[i][j] = min(far[i][j], far[i][k] + far[k][j])
     order: list[int] = []
     while len(order) < count:
-        free = [v for v in range(count) if v not in order
-                and all(e.target in order for e in kept if e.source == v)]
+        free = [v for v in range(count) if v not in order and all(e.target in order for e in kept if e.source == v)]
         order.append(min(free, key=lambda v: (min((far[v][u] for u in order), default=inf), v)))
     return order
 
@@ -70,7 +69,7 @@ def test_order_equals_the_all_pairs_version(graph_of):
     assert order == naive_linear(count, kept)
     assert all(order.index(e.target) < order.index(e.source) for e in kept)
     parts = graph.components(count, kept, order)
-    for part in parts:                                          # each part stands together
+    for part in parts:  # each part stands together
         places = sorted(order.index(node) for node in part)
         assert places == list(range(places[0], places[0] + len(part)))
 
@@ -91,40 +90,101 @@ def test_ten_thousand_files_in_seconds():
 
 def documents_of(files):
     from codegemma.data.documents import language_of
+
     return [Document("acme/widget", path, text, language_of(path, text)) for path, text in sorted(files.items())]
 
 
 CASES = {
-    "python": ({"widget/__init__.py": "", "widget/a.py": "from .b import x\nfrom . import c\n", "widget/b.py": "",
-                "widget/c.py": "import os, json\n", "tests/test_a.py": "import widget.a\nfrom widget import c, b\n"},
-               {("widget/a.py", "widget/b.py"), ("widget/a.py", "widget/c.py"), ("widget/a.py", "widget/__init__.py"),
-                ("tests/test_a.py", "widget/a.py"), ("tests/test_a.py", "widget/b.py"), ("tests/test_a.py", "widget/c.py"),
-                ("tests/test_a.py", "widget/__init__.py")}),
-    "java": ({"src/main/java/p/A.java": "package p;\nimport p.q.B;\nimport static p.q.C.make;\nimport p.r.*;\nclass A {}\n",
-              "src/main/java/p/q/B.java": "package p.q;\nimport java.util.List;\nclass B {}\n",
-              "src/main/java/p/q/C.java": "package p.q;\nclass C {}\n",
-              "src/main/java/p/r/D.java": "package p.r;\nclass D {}\n"},
-             {("src/main/java/p/A.java", f"src/main/java/p/{x}.java") for x in ("q/B", "q/C", "r/D")}),
-    "kotlin": ({"p/A.kt": "package p\nimport p.q.B\nclass A\n", "p/q/B.kt": "package p.q\nclass B\n"},
-               {("p/A.kt", "p/q/B.kt")}),
-    "javascript": ({"src/a.js": "import {b} from './b';\nconst c = require('../lib/c.js');\nimport React from 'react';\n",
-                    "src/b.mjs": "export {d} from './d';\n", "src/d/index.js": "", "lib/c.js": "", "lib/react.js": ""},
-                   {("src/a.js", "src/b.mjs"), ("src/a.js", "lib/c.js"), ("src/b.mjs", "src/d/index.js")}),
-    "typescript": ({"src/a.ts": "import type {B} from '@/types/b';\nimport {v} from './view';\n", "src/types/b.d.ts": "",
-                    "src/view.tsx": "import {a} from './a.js';\n"},
-                   {("src/a.ts", "src/types/b.d.ts"), ("src/a.ts", "src/view.tsx"), ("src/view.tsx", "src/a.ts")}),
-    "go": ({"main.go": 'package main\nimport (\n\t"fmt"\n\tx "github.com/acme/widget/pkg/x"\n)\n',
-            "pkg/x/one.go": "package x\n", "pkg/x/two.go": "package x\n"},
-           {("main.go", "pkg/x/one.go"), ("main.go", "pkg/x/two.go")}),
-    "c": ({"src/a.c": '#include "a.h"\n#include <stdio.h>\n#include <widget/b.h>\n', "src/a.h": '#include "../include/widget/b.h"\n',
-           "include/widget/b.h": "", "include/stdio.h": ""},
-          {("src/a.c", "src/a.h"), ("src/a.c", "include/widget/b.h"), ("src/a.h", "include/widget/b.h")}),
-    "csharp": ({"A.cs": "using System;\nusing Acme.Core;\nnamespace Acme.App { class A {} }\n",
-                "Core/B.cs": "namespace Acme.Core;\nclass B {}\n"}, {("A.cs", "Core/B.cs")}),
-    "rust": ({"src/lib.rs": "mod a;\npub mod b;\nuse crate::b::c::{D, E};\n", "src/a.rs": "use super::b::X;\n",
-              "src/b/mod.rs": "mod c;\n", "src/b/c.rs": "use crate::a::{Y};\n"},
-             {("src/lib.rs", "src/a.rs"), ("src/lib.rs", "src/b/mod.rs"), ("src/lib.rs", "src/b/c.rs"),
-              ("src/a.rs", "src/b/mod.rs"), ("src/b/mod.rs", "src/b/c.rs"), ("src/b/c.rs", "src/a.rs")}),
+    "python": (
+        {
+            "widget/__init__.py": "",
+            "widget/a.py": "from .b import x\nfrom . import c\n",
+            "widget/b.py": "",
+            "widget/c.py": "import os, json\n",
+            "tests/test_a.py": "import widget.a\nfrom widget import c, b\n",
+        },
+        {
+            ("widget/a.py", "widget/b.py"),
+            ("widget/a.py", "widget/c.py"),
+            ("widget/a.py", "widget/__init__.py"),
+            ("tests/test_a.py", "widget/a.py"),
+            ("tests/test_a.py", "widget/b.py"),
+            ("tests/test_a.py", "widget/c.py"),
+            ("tests/test_a.py", "widget/__init__.py"),
+        },
+    ),
+    "java": (
+        {
+            "src/main/java/p/A.java": "package p;\nimport p.q.B;\nimport static p.q.C.make;\nimport p.r.*;\nclass A "
+                                      "{}\n",
+            "src/main/java/p/q/B.java": "package p.q;\nimport java.util.List;\nclass B {}\n",
+            "src/main/java/p/q/C.java": "package p.q;\nclass C {}\n",
+            "src/main/java/p/r/D.java": "package p.r;\nclass D {}\n",
+        },
+        {("src/main/java/p/A.java", f"src/main/java/p/{x}.java") for x in ("q/B", "q/C", "r/D")},
+    ),
+    "kotlin": (
+        {"p/A.kt": "package p\nimport p.q.B\nclass A\n", "p/q/B.kt": "package p.q\nclass B\n"},
+        {("p/A.kt", "p/q/B.kt")},
+    ),
+    "javascript": (
+        {
+            "src/a.js": "import {b} from './b';\nconst c = require('../lib/c.js');\nimport React from 'react';\n",
+            "src/b.mjs": "export {d} from './d';\n",
+            "src/d/index.js": "",
+            "lib/c.js": "",
+            "lib/react.js": "",
+        },
+        {("src/a.js", "src/b.mjs"), ("src/a.js", "lib/c.js"), ("src/b.mjs", "src/d/index.js")},
+    ),
+    "typescript": (
+        {
+            "src/a.ts": "import type {B} from '@/types/b';\nimport {v} from './view';\n",
+            "src/types/b.d.ts": "",
+            "src/view.tsx": "import {a} from './a.js';\n",
+        },
+        {("src/a.ts", "src/types/b.d.ts"), ("src/a.ts", "src/view.tsx"), ("src/view.tsx", "src/a.ts")},
+    ),
+    "go": (
+        {
+            "main.go": 'package main\nimport (\n\t"fmt"\n\tx "github.com/acme/widget/pkg/x"\n)\n',
+            "pkg/x/one.go": "package x\n",
+            "pkg/x/two.go": "package x\n",
+        },
+        {("main.go", "pkg/x/one.go"), ("main.go", "pkg/x/two.go")},
+    ),
+    "c": (
+        {
+            "src/a.c": '#include "a.h"\n#include <stdio.h>\n#include <widget/b.h>\n',
+            "src/a.h": '#include "../include/widget/b.h"\n',
+            "include/widget/b.h": "",
+            "include/stdio.h": "",
+        },
+        {("src/a.c", "src/a.h"), ("src/a.c", "include/widget/b.h"), ("src/a.h", "include/widget/b.h")},
+    ),
+    "csharp": (
+        {
+            "A.cs": "using System;\nusing Acme.Core;\nnamespace Acme.App { class A {} }\n",
+            "Core/B.cs": "namespace Acme.Core;\nclass B {}\n",
+        },
+        {("A.cs", "Core/B.cs")},
+    ),
+    "rust": (
+        {
+            "src/lib.rs": "mod a;\npub mod b;\nuse crate::b::c::{D, E};\n",
+            "src/a.rs": "use super::b::X;\n",
+            "src/b/mod.rs": "mod c;\n",
+            "src/b/c.rs": "use crate::a::{Y};\n",
+        },
+        {
+            ("src/lib.rs", "src/a.rs"),
+            ("src/lib.rs", "src/b/mod.rs"),
+            ("src/lib.rs", "src/b/c.rs"),
+            ("src/a.rs", "src/b/mod.rs"),
+            ("src/b/mod.rs", "src/b/c.rs"),
+            ("src/b/c.rs", "src/a.rs"),
+        },
+    ),
 }
 
 
@@ -150,31 +210,48 @@ def test_python_edges_agree_with_grimp(monkeypatch):
     import hypothesis as package
 
     root = Path(package.__file__).parent
-    documents = sorted((d for d in read(Source(root.parent / "hypothesis", "folder")) if isinstance(d, Document)
-                        and d.path.endswith(".py")), key=lambda d: d.path)
+    documents = sorted(
+        (
+            d
+            for d in read(Source(root.parent / "hypothesis", "folder"))
+            if isinstance(d, Document) and d.path.endswith(".py")
+        ),
+        key=lambda d: d.path,
+    )
     names = {("hypothesis." + d.path[:-3].replace("/", ".")).removesuffix(".__init__"): d.path for d in documents}
     ours = {(documents[e.source].path, documents[e.target].path) for e in graph.edges("hypothesis", documents)}
     built = grimp.build_graph("hypothesis", cache_dir=None)
-    theirs = {(names[a], names[b]) for a in built.modules for b in built.find_modules_directly_imported_by(a)
-              if a in names and b in names}
+    theirs = {
+        (names[a], names[b])
+        for a in built.modules
+        for b in built.find_modules_directly_imported_by(a)
+        if a in names and b in names
+    }
     # grimp resolves `from pkg import name` to pkg or pkg.name, we draw both edges: compare what grimp finds, and ours
     # without the packages' own __init__ files
     missing = theirs - ours
     extra = {edge for edge in ours - theirs if not edge[1].endswith("__init__.py")}
     assert len(theirs) > 200
-    assert len(missing) <= 0.15 * len(theirs), sorted(missing)[:20]     # imports below the top lines
+    assert len(missing) <= 0.15 * len(theirs), sorted(missing)[:20]  # imports below the top lines
     assert len(extra) <= 0.02 * len(ours), sorted(extra)[:20]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_c_edges_agree_with_the_compiler(tmp_path):
-    files = {"src/main.cc": '#include "util/list.h"\n#include "core.h"\nint main() {}\n',
-             "src/core.h": '#include <vector>\n#include "util/map.h"\n', "src/util/list.h": '#include "map.h"\n',
-             "src/util/map.h": "#pragma once\n#include <string.h>\n", "src/util/string.h": "", "other/map.h": ""}
+    files = {
+        "src/main.cc": '#include "util/list.h"\n#include "core.h"\nint main() {}\n',
+        "src/core.h": '#include <vector>\n#include "util/map.h"\n',
+        "src/util/list.h": '#include "map.h"\n',
+        "src/util/map.h": "#pragma once\n#include <string.h>\n",
+        "src/util/string.h": "",
+        "other/map.h": "",
+    }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    output = subprocess.run(["g++", "-MM", "src/main.cc"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        ["g++", "-MM", "src/main.cc"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     theirs = set(output.replace("\\\n", " ").split()[2:])
     documents = documents_of(files)
     edges = [(documents[e.source].path, documents[e.target].path) for e in graph.edges("r", documents)]
@@ -188,14 +265,30 @@ def test_c_edges_agree_with_the_compiler(tmp_path):
     assert reached == theirs == {"src/core.h", "src/util/list.h", "src/util/map.h"}
 
 
-@pytest.mark.parametrize(("language", "test", "implementation"), [
-    ("java", "src/test/java/p/TestFoo.java", "src/main/java/p/Foo.java"), ("java", "t/FooTest.java", "m/Foo.java"),
-    ("java", "t/FooTests.java", "m/Foo.java"), ("java", "FooIT.java", "Foo.java"), ("kotlin", "FooTest.kt", "Foo.kt"),
-    ("csharp", "x/Foo.Tests.cs", "x/Foo.cs"), ("csharp", "FooTests.cs", "Foo.cs"), ("python", "tests/test_foo.py", "pkg/foo.py"),
-    ("python", "pkg/foo_test.py", "pkg/foo.py"), ("go", "a/foo_test.go", "a/foo.go"), ("rust", "tests/foo.rs", "src/foo.rs"),
-    ("javascript", "foo.test.js", "foo.js"), ("javascript", "__tests__/foo.js", "foo.js"), ("typescript", "foo.spec.ts", "foo.ts"),
-    ("tsx", "foo.test.tsx", "foo.ts"), ("cpp", "foo_test.cc", "foo.cc"), ("cpp", "FooTest.cpp", "Foo.cpp"),
-    ("c", "tests/test_foo.c", "src/foo.c"), ("ruby", "spec/foo_spec.rb", "lib/foo.rb")])
+@pytest.mark.parametrize(
+    ("language", "test", "implementation"),
+    [
+        ("java", "src/test/java/p/TestFoo.java", "src/main/java/p/Foo.java"),
+        ("java", "t/FooTest.java", "m/Foo.java"),
+        ("java", "t/FooTests.java", "m/Foo.java"),
+        ("java", "FooIT.java", "Foo.java"),
+        ("kotlin", "FooTest.kt", "Foo.kt"),
+        ("csharp", "x/Foo.Tests.cs", "x/Foo.cs"),
+        ("csharp", "FooTests.cs", "Foo.cs"),
+        ("python", "tests/test_foo.py", "pkg/foo.py"),
+        ("python", "pkg/foo_test.py", "pkg/foo.py"),
+        ("go", "a/foo_test.go", "a/foo.go"),
+        ("rust", "tests/foo.rs", "src/foo.rs"),
+        ("javascript", "foo.test.js", "foo.js"),
+        ("javascript", "__tests__/foo.js", "foo.js"),
+        ("typescript", "foo.spec.ts", "foo.ts"),
+        ("tsx", "foo.test.tsx", "foo.ts"),
+        ("cpp", "foo_test.cc", "foo.cc"),
+        ("cpp", "FooTest.cpp", "Foo.cpp"),
+        ("c", "tests/test_foo.c", "src/foo.c"),
+        ("ruby", "spec/foo_spec.rb", "lib/foo.rb"),
+    ],
+)
 def test_names_of_tests(language, test, implementation):
     decoys = {"zz/Unrelated.x": language, "contest.x": language}
     files = {test: language, implementation: "typescript" if implementation.endswith(".ts") else language, **decoys}
@@ -203,9 +296,14 @@ def test_names_of_tests(language, test, implementation):
 
 
 def test_nearest_and_imported_implementation():
-    files = dict.fromkeys(["a/foo.py", "b/foo.py", "tests/b/test_foo.py", "tests/test_foo.py", "tests/test_all.py"], "python")
+    files = dict.fromkeys(
+        ["a/foo.py", "b/foo.py", "tests/b/test_foo.py", "tests/test_foo.py", "tests/test_all.py"], "python"
+    )
     imported = {"tests/test_foo.py": ["b/foo.py"], "tests/test_all.py": ["a/foo.py"]}
     assert tests_beside.implementations(files, imported) == {
-        "tests/b/test_foo.py": "b/foo.py", "tests/test_foo.py": "b/foo.py", "tests/test_all.py": "a/foo.py"}
+        "tests/b/test_foo.py": "b/foo.py",
+        "tests/test_foo.py": "b/foo.py",
+        "tests/test_all.py": "a/foo.py",
+    }
     order = tests_beside.beside(sorted(files), tests_beside.implementations(files, imported))
     assert order == ["a/foo.py", "tests/test_all.py", "b/foo.py", "tests/b/test_foo.py", "tests/test_foo.py"]

@@ -36,15 +36,27 @@ def tokenizer():
 def of(source, limits=None):
     """({path: text}, {path: reason}) of a source."""
     found = list(read(source, limits))
-    return ({each.path: each for each in found if isinstance(each, Document)},
-            {each.path: each.reason for each in found if isinstance(each, Outcome)})
+    return (
+        {each.path: each for each in found if isinstance(each, Document)},
+        {each.path: each.reason for each in found if isinstance(each, Outcome)},
+    )
 
 
 def test_checkout_without_links_ignored_and_vendored_files(tmp_path):
     root = tmp_path / "work"
-    for name, text in {".gitignore": "*.log.py\nbuild/\n!keep.log.py\n", "a.py": "x = 1\n", "b.log.py": "x\n", "keep.log.py": "k\n",
-                       "build/c.py": "x\n", "sub/.gitignore": "/d.py\n", "sub/d.py": "x\n", "sub/e/d.py": "x\n",
-                       "node_modules/m.js": "x\n", "tool": "#!/usr/bin/env python3\nprint()\n", "GNUmakefile": "all:\n"}.items():
+    for name, text in {
+        ".gitignore": "*.log.py\nbuild/\n!keep.log.py\n",
+        "a.py": "x = 1\n",
+        "b.log.py": "x\n",
+        "keep.log.py": "k\n",
+        "build/c.py": "x\n",
+        "sub/.gitignore": "/d.py\n",
+        "sub/d.py": "x\n",
+        "sub/e/d.py": "x\n",
+        "node_modules/m.js": "x\n",
+        "tool": "#!/usr/bin/env python3\nprint()\n",
+        "GNUmakefile": "all:\n",
+    }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     (tmp_path / "outside.py").write_text("secret\n")
@@ -57,8 +69,14 @@ def test_checkout_without_links_ignored_and_vendored_files(tmp_path):
     (git / "config").write_text('[remote "origin"]\n\turl = git@example.org:me/proj.git\n')
     kept, reasons = of(expand(str(root))[0])
     assert sorted(kept) == [".gitignore", "GNUmakefile", "a.py", "keep.log.py", "sub/.gitignore", "sub/e/d.py", "tool"]
-    assert reasons == {"b.log.py": "ignored by git", "build/": "ignored by git", "sub/d.py": "ignored by git",
-                       "node_modules/": "vendored", "link.py": "symbolic link", "loop": "symbolic link"}
+    assert reasons == {
+        "b.log.py": "ignored by git",
+        "build/": "ignored by git",
+        "sub/d.py": "ignored by git",
+        "node_modules/": "vendored",
+        "link.py": "symbolic link",
+        "loop": "symbolic link",
+    }
     assert kept["a.py"].repository == "example.org/me/proj" and kept["a.py"].commit == "a" * 40
     assert (kept["tool"].language, kept["GNUmakefile"].language) == ("python", "makefile")
 
@@ -77,12 +95,28 @@ def test_tar_that_attacks(tmp_path):
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     pipe = tarfile.TarInfo("p/pipe")
     pipe.type = tarfile.FIFOTYPE
-    source = tar_of(tmp_path / "x.tar.gz", [("p/a.py", b"a\n"), ("../up.py", b"u\n"), ("/abs.py", b"r\n"), (link, b""), (pipe, b""),
-                                            ("p/../../q.py", b"q\n"), ("p/big.py", b"x" * 2000)])
+    source = tar_of(
+        tmp_path / "x.tar.gz",
+        [
+            ("p/a.py", b"a\n"),
+            ("../up.py", b"u\n"),
+            ("/abs.py", b"r\n"),
+            (link, b""),
+            (pipe, b""),
+            ("p/../../q.py", b"q\n"),
+            ("p/big.py", b"x" * 2000),
+        ],
+    )
     kept, reasons = of(source, Limits(file_bytes=1000))
     assert sorted(kept) == ["p/a.py"]
-    assert reasons == {"../up.py": "path leaves its root", "/abs.py": "path leaves its root", "p/link.py": "symbolic link",
-                       "p/pipe": "not a regular file", "p/../../q.py": "path leaves its root", "p/big.py": "too large"}
+    assert reasons == {
+        "../up.py": "path leaves its root",
+        "/abs.py": "path leaves its root",
+        "p/link.py": "symbolic link",
+        "p/pipe": "not a regular file",
+        "p/../../q.py": "path leaves its root",
+        "p/big.py": "too large",
+    }
 
 
 def test_bombs_stop_early(tmp_path):
@@ -90,12 +124,14 @@ def test_bombs_stop_early(tmp_path):
     kept, reasons = of(tar, Limits(ratio=50))
     assert reasons[""] == "unreadable"
     many = tar_of(tmp_path / "many.tar.gz", [(f"{at}.py", b"x\n") for at in range(50)])
-    assert "members" in next(each.detail for each in read(many, Limits(members=20)) if isinstance(each, Outcome) and not each.path)
+    assert "members" in next(
+        each.detail for each in read(many, Limits(members=20)) if isinstance(each, Outcome) and not each.path
+    )
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros.py", bytes(64_000_000))
-    assert of(Source(tmp_path / "bomb.zip", "zip"), Limits(ratio=50, file_bytes=10 ** 9))[1] == {"": "unreadable"}
+    assert of(Source(tmp_path / "bomb.zip", "zip"), Limits(ratio=50, file_bytes=10**9))[1] == {"": "unreadable"}
     header = tarfile.TarInfo("huge.py")
-    header.size = 10 ** 12                                           # a header that lies, with nothing behind it
+    header.size = 10**12  # a header that lies, with nothing behind it
     (tmp_path / "lies.tar").write_bytes(header.tobuf() + bytes(1024))
     assert of(Source(tmp_path / "lies.tar", "tar"))[1][""] == "unreadable"
 
@@ -109,9 +145,16 @@ def test_damaged_files_never_raise(tmp_path_factory, data, form):
         assert isinstance(each, Document | Outcome)
 
 
-@pytest.mark.parametrize(("data", "text", "encoding"), [
-    ("äh\n".encode(), "äh\n", "utf-8"), (b"\xef\xbb\xbfa", "a", "utf-8 with BOM"), ("hé".encode("utf-16"), "hé", "utf-16 with BOM"),
-    (b"caf\xe9 au lait", "café au lait", "latin-1 (not UTF-8)"), (b"a\r\nb", "a\r\nb", "utf-8")])
+@pytest.mark.parametrize(
+    ("data", "text", "encoding"),
+    [
+        ("äh\n".encode(), "äh\n", "utf-8"),
+        (b"\xef\xbb\xbfa", "a", "utf-8 with BOM"),
+        ("hé".encode("utf-16"), "hé", "utf-16 with BOM"),
+        (b"caf\xe9 au lait", "café au lait", "latin-1 (not UTF-8)"),
+        (b"a\r\nb", "a\r\nb", "utf-8"),
+    ],
+)
 def test_encodings(data, text, encoding):
     assert decode(data) == (text, encoding)
 
@@ -122,22 +165,48 @@ def test_binary(data):
         decode(data)
 
 
-@pytest.mark.parametrize(("path", "language"), [
-    ("a.py", "python"), ("a.pyi", "python"), ("a.tsx", "tsx"), ("a.d.ts", "typescript"), ("A.java", "java"), ("a.kt", "kotlin"),
-    ("a.cs", "csharp"), ("a.cc", "cpp"), ("a.h", "c"), ("Makefile", "makefile"), ("a.json", "json"), ("x.unknown", "")])
+@pytest.mark.parametrize(
+    ("path", "language"),
+    [
+        ("a.py", "python"),
+        ("a.pyi", "python"),
+        ("a.tsx", "tsx"),
+        ("a.d.ts", "typescript"),
+        ("A.java", "java"),
+        ("a.kt", "kotlin"),
+        ("a.cs", "csharp"),
+        ("a.cc", "cpp"),
+        ("a.h", "c"),
+        ("Makefile", "makefile"),
+        ("a.json", "json"),
+        ("x.unknown", ""),
+    ],
+)
 def test_languages(path, language):
     assert language_of(path) == language
 
 
 def test_licences_of_a_repository_and_its_parts(tmp_path):
-    mit = b"Permission is hereby granted, free of charge, to any person. The above copyright notice and this permission notice shall " \
-          b"be included in all copies"
-    source = tar_of(tmp_path / "p-1.tar.gz", [
-        ("p-1/src/a.py", b"x = 1\n"), ("p-1/src/b.py", b"# SPDX-License-Identifier: BSD-2-Clause\nx = 1\n"), ("p-1/LICENSE", mit),
-        ("p-1/part/COPYING", b"GNU GENERAL PUBLIC LICENSE Version 3"), ("p-1/part/deep/c.py", b"x = 1\n")])
+    mit = (
+        b"Permission is hereby granted, free of charge, to any person. The above copyright notice and this permission "
+        b"notice shall be included in all copies"
+    )
+    source = tar_of(
+        tmp_path / "p-1.tar.gz",
+        [
+            ("p-1/src/a.py", b"x = 1\n"),
+            ("p-1/src/b.py", b"# SPDX-License-Identifier: BSD-2-Clause\nx = 1\n"),
+            ("p-1/LICENSE", mit),
+            ("p-1/part/COPYING", b"GNU GENERAL PUBLIC LICENSE Version 3"),
+            ("p-1/part/deep/c.py", b"x = 1\n"),
+        ],
+    )
     kept, _ = of(source)
     assert {path: kept[path].licence for path in ("src/a.py", "src/b.py", "part/deep/c.py")} == {
-        "src/a.py": "MIT", "src/b.py": "BSD-2-Clause", "part/deep/c.py": "GPL-3.0-only"}
+        "src/a.py": "MIT",
+        "src/b.py": "BSD-2-Clause",
+        "part/deep/c.py": "GPL-3.0-only",
+    }
     with zipfile.ZipFile(tmp_path / "q.whl", "w") as archive:
         archive.writestr("q/a.py", "x = 1\n")
         archive.writestr("q-1.dist-info/METADATA", "Name: q\nLicense-Expression: Apache-2.0 OR MIT\n")
@@ -153,9 +222,18 @@ def test_text_that_utf8_cannot_spell(tmp_path):
     assert of(Source(tmp_path / "tree", "folder"))[1] == {"two\\nlines.py": "path is not one line of text"}
 
 
-@pytest.mark.parametrize(("expression", "fine"), [
-    ("MIT", True), ("GPL-3.0-only", False), ("MIT OR GPL-3.0-only", True), ("MIT AND GPL-3.0-only", False), ("", False),
-    ("Apache-2.0 WITH LLVM-exception", True), ("(MIT OR GPL-2.0-only) AND GPL-3.0-only", False)])
+@pytest.mark.parametrize(
+    ("expression", "fine"),
+    [
+        ("MIT", True),
+        ("GPL-3.0-only", False),
+        ("MIT OR GPL-3.0-only", True),
+        ("MIT AND GPL-3.0-only", False),
+        ("", False),
+        ("Apache-2.0 WITH LLVM-exception", True),
+        ("(MIT OR GPL-2.0-only) AND GPL-3.0-only", False),
+    ],
+)
 def test_permitted_expressions(expression, fine):
     assert licences.allowed(expression, licences.permissive()) is fine and licences.allowed(expression, None)
 
@@ -164,15 +242,28 @@ def test_permitted_expressions(expression, fine):
 CODE = "def area(width, height):\n    '''The area of a rectangle.'''\n    return width * height\n\n\n"
 
 
-@pytest.mark.parametrize(("reason", "path", "text"), [
-    ("empty", "a.py", " \n"), ("generated", "a.py", "# Code generated by protoc. DO NOT EDIT.\n" + CODE),
-    ("minified", "a.min.js", "var a=1;" * 9), ("line too long", "a.py", CODE + "x = '" + "word " * 300 + "'\n"),
-    ("lines too long on average", "a.py", ("value = " + "other + " * 18 + "1\n") * 5),
-    ("few letters and digits", "a.py", "+-*/()[]{}\n" * 30), ("data in code", "a.py", ("x = [" + "123, 456, " * 8 + "]\n") * 9),
-    ("data in code", "a.py", "x = (\n" + ("  'QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVphYmNkZWZnaGlqa2xtbm9wcXJzdHV2'\n") * 20 + ")\n"),
-    ("unparsable", "a.py", "@@ def )( class [ ~~~\n<<< fn >>> :: ??\n" * 9), ("language not wanted", "a.json", '{"a": 1}\n'),
-    ("no exact tokens", "a.py", CODE + "# \u2581\n"),
-    ("unsafe content", "a.py", CODE + "note = 'your files have been encrypted, send bitcoin to this wallet'\n"), ("", "a.py", CODE)])
+@pytest.mark.parametrize(
+    ("reason", "path", "text"),
+    [
+        ("empty", "a.py", " \n"),
+        ("generated", "a.py", "# Code generated by protoc. DO NOT EDIT.\n" + CODE),
+        ("minified", "a.min.js", "var a=1;" * 9),
+        ("line too long", "a.py", CODE + "x = '" + "word " * 300 + "'\n"),
+        ("lines too long on average", "a.py", ("value = " + "other + " * 18 + "1\n") * 5),
+        ("few letters and digits", "a.py", "+-*/()[]{}\n" * 30),
+        ("data in code", "a.py", ("x = [" + "123, 456, " * 8 + "]\n") * 9),
+        (
+            "data in code",
+            "a.py",
+            "x = (\n" + ("  'QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVphYmNkZWZnaGlqa2xtbm9wcXJzdHV2'\n") * 20 + ")\n",
+        ),
+        ("unparsable", "a.py", "@@ def )( class [ ~~~\n<<< fn >>> :: ??\n" * 9),
+        ("language not wanted", "a.json", '{"a": 1}\n'),
+        ("no exact tokens", "a.py", CODE + "# \u2581\n"),
+        ("unsafe content", "a.py", CODE + "note = 'your files have been encrypted, send bitcoin to this wallet'\n"),
+        ("", "a.py", CODE),
+    ],
+)
 def test_reasons(reason, path, text):
     document = Document("r", path, text, language_of(path, text))
     result = next(clean.clean([document]))
@@ -191,7 +282,8 @@ def test_rules_can_be_replaced(tmp_path):
 
 
 def planted(count=40, seed=5):
-    """(text, {kind: values}) with secrets and personal data of every kind among ordinary code, and decoys beside them."""
+    """(text, {kind: values}) with secrets and personal data of every kind among ordinary code, and decoys beside
+    them."""
     draw = random.Random(seed)
     letters, lower = string.ascii_letters + string.digits, string.ascii_lowercase
 
@@ -203,29 +295,72 @@ def planted(count=40, seed=5):
         return payload + clean.checksum(payload)
 
     makers = {
-        "github token": lambda: ("token = '{}'", "ghp_" + checked(30)), "npm token": lambda: ("//registry/:_authToken={}", "npm_" + checked(30)),
+        "github token": lambda: ("token = '{}'", "ghp_" + checked(30)),
+        "npm token": lambda: ("//registry/:_authToken={}", "npm_" + checked(30)),
         "aws access key": lambda: ("aws_id: {}", "AKIA" + run("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", 16)),
         "google api key": lambda: ("key={}&q=1", "AIza" + run(letters + "_-", 35)),
         "stripe key": lambda: ("charge('{}')", "sk_live_" + run(letters, 24)),
         "slack token": lambda: ("bot {}", f"xoxb-{run(string.digits, 11)}-{run(string.digits, 11)}-{run(letters, 24)}"),
-        "password": lambda: ("password = \"{}\"", run(lower, 4) + run(string.digits, 3) + run("!#&*", 1) + run(string.ascii_uppercase, 4)),
-        "password in url": lambda: ("postgres://admin:{}@db.internal/main", run(lower, 5) + run(string.digits, 4) + run(letters, 3)),
+        "password": lambda: (
+            'password = "{}"',
+            run(lower, 4) + run(string.digits, 3) + run("!#&*", 1) + run(string.ascii_uppercase, 4),
+        ),
+        "password in url": lambda: (
+            "postgres://admin:{}@db.internal/main",
+            run(lower, 5) + run(string.digits, 4) + run(letters, 3),
+        ),
         "key or token": lambda: ("client_secret: '{}'", run(letters, 28) + run(string.digits, 4)),
-        "private key": lambda: ("{}", "-----BEGIN RSA PRIVATE KEY-----\n" + "\n".join(run(letters + "+/", 64) for _ in range(6))
-                                + "\n-----END RSA PRIVATE KEY-----"),
-        "e-mail": lambda: ("mail {} now", f"{run(lower, 6)}.{run(lower, 5)}@{run(lower, 7)}.{draw.choice(['com', 'org', 'de', 'io'])}"),
-        "ipv4": lambda: ("host = '{}'", f"{draw.choice([23, 52, 81, 93, 104])}.{draw.randrange(20, 250)}.{draw.randrange(250)}."
-                                        f"{draw.randrange(1, 250)}"),
+        "private key": lambda: (
+            "{}",
+            "-----BEGIN RSA PRIVATE KEY-----\n"
+            + "\n".join(run(letters + "+/", 64) for _ in range(6))
+            + "\n-----END RSA PRIVATE KEY-----",
+        ),
+        "e-mail": lambda: (
+            "mail {} now",
+            f"{run(lower, 6)}.{run(lower, 5)}@{run(lower, 7)}.{draw.choice(['com', 'org', 'de', 'io'])}",
+        ),
+        "ipv4": lambda: (
+            "host = '{}'",
+            f"{draw.choice([23, 52, 81, 93, 104])}.{draw.randrange(20, 250)}.{draw.randrange(250)}."
+            f"{draw.randrange(1, 250)}",
+        ),
         "ipv6": lambda: ("[{}]:80", "2a00:1450:" + ":".join(run("0123456789abcdef", 4) for _ in range(6))),
-        "phone": lambda: ("call {} today", draw.choice(["+44 20 7946 {:04d}", "+1-415-867-{:04d}", "(415) 867-{:04d}", "415-867-{:04d}"])
-                          .format(draw.randrange(1000, 9999))),
-        "author": lambda: ("# Author: {}", f"{run(lower, 6).title()} {run(lower, 8).title()}")}
-    decoys = ["version = '10.4.0.12'", "ip = '127.0.0.1'", "ip = '192.168.1.20'", "dns = '8.8.8.8'", "mail = 'user@example.com'",
-              "git clone git@github.com:a/b.git", "password = 'changeme'", "password = os.environ['PASSWORD']", "token = '<your token>'",
-              "secret = 'xxxxxxxxxxxxxxxxxxxx'", "@pytest.mark.parametrize", "sha = '9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd1'",
-              "uuid = '123e4567-e89b-12d3-a456-426614174000'", "std::vector<std::string>::iterator", "ghp_thisIsNotATokenBecauseItHasNoChecksum",
-              "date = '2024-01-02 12:34:56'", "x = a @ b.T", "number = 415.867", "range(1000-2000)", "# Author: the team", "password: str",
-              "key = lambda item: item.name", "api_key = settings.API_KEY", "AKIAIOSFODNN7EXAMPLE", "section 4.2.3.2 of the text"]
+        "phone": lambda: (
+            "call {} today",
+            draw.choice(["+44 20 7946 {:04d}", "+1-415-867-{:04d}", "(415) 867-{:04d}", "415-867-{:04d}"]).format(
+                draw.randrange(1000, 9999)
+            ),
+        ),
+        "author": lambda: ("# Author: {}", f"{run(lower, 6).title()} {run(lower, 8).title()}"),
+    }
+    decoys = [
+        "version = '10.4.0.12'",
+        "ip = '127.0.0.1'",
+        "ip = '192.168.1.20'",
+        "dns = '8.8.8.8'",
+        "mail = 'user@example.com'",
+        "git clone git@github.com:a/b.git",
+        "password = 'changeme'",
+        "password = os.environ['PASSWORD']",
+        "token = '<your token>'",
+        "secret = 'xxxxxxxxxxxxxxxxxxxx'",
+        "@pytest.mark.parametrize",
+        "sha = '9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd1'",
+        "uuid = '123e4567-e89b-12d3-a456-426614174000'",
+        "std::vector<std::string>::iterator",
+        "ghp_thisIsNotATokenBecauseItHasNoChecksum",
+        "date = '2024-01-02 12:34:56'",
+        "x = a @ b.T",
+        "number = 415.867",
+        "range(1000-2000)",
+        "# Author: the team",
+        "password: str",
+        "key = lambda item: item.name",
+        "api_key = settings.API_KEY",
+        "AKIAIOSFODNN7EXAMPLE",
+        "section 4.2.3.2 of the text",
+    ]
     truth, lines = Counter(), []
     values = []
     for _ in range(count):
@@ -244,7 +379,7 @@ def test_precision_and_recall_on_a_planted_corpus(capsys):
     right: Counter[str] = Counter()
     wrong = []
     for finding in found:
-        piece = text[finding.start:finding.end]
+        piece = text[finding.start : finding.end]
         match = next((kind for kind, value in values if piece in value and len(piece) >= 8 or piece == value), None)
         if match:
             right[match] += 1
@@ -255,17 +390,39 @@ def test_precision_and_recall_on_a_planted_corpus(capsys):
     recall = {kind: 1 - sum(k == kind for k, _ in missed) / count for kind, count in truth.items()}
     precision = sum(right.values()) / len(found)
     with capsys.disabled():
-        print(f"\nplanted corpus: precision {precision:.3f}, recall {1 - len(missed) / len(values):.3f}, "
-              f"least recall {min(recall.items(), key=lambda item: item[1])}, wrong {wrong[:5]}")
+        print(
+            f"\nplanted corpus: precision {precision:.3f}, recall {1 - len(missed) / len(values):.3f}, "
+            f"least recall {min(recall.items(), key=lambda item: item[1])}, wrong {wrong[:5]}"
+        )
     assert precision >= 0.98, wrong
     assert min(recall.values()) >= 0.95, missed
-    assert redactor(redacted)[0] == redacted                              # stable, and found only once
+    assert redactor(redacted)[0] == redacted  # stable, and found only once
     assert redactor(text)[0] == redacted
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.one_of(st.text(max_size=20), st.sampled_from([
-    "@", "a@b.com", "password='", "+1 415", "-----BEGIN RSA PRIVATE KEY-----", "eyJ", "1.2.3.4", "::", "Author: ", "ghp_"])), max_size=12))
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=20),
+            st.sampled_from(
+                [
+                    "@",
+                    "a@b.com",
+                    "password='",
+                    "+1 415",
+                    "-----BEGIN RSA PRIVATE KEY-----",
+                    "eyJ",
+                    "1.2.3.4",
+                    "::",
+                    "Author: ",
+                    "ghp_",
+                ]
+            ),
+        ),
+        max_size=12,
+    )
+)
 def test_redaction_never_raises_and_settles(parts):
     redactor, text = clean.default_redactor(), "".join(parts)
     once, kinds = redactor(text)
@@ -285,7 +442,9 @@ def test_signatures_estimate_jaccard_as_datasketch_does():
     datasketch = pytest.importorskip("datasketch")
     draw = random.Random(3)
     base = ["".join(draw.choices(string.ascii_lowercase, k=6)) for _ in range(600)]
-    texts = [" ".join(mutated(base, share, draw)) for share in (0, .01, .02, .05, .1, .2)] + ["other words entirely " * 50]
+    texts = [" ".join(mutated(base, share, draw)) for share in (0, 0.01, 0.02, 0.05, 0.1, 0.2)] + [
+        "other words entirely " * 50
+    ]
     grams = [np.unique(dedup.ngrams(dedup.words(text), dedup.SHINGLE)) for text in texts]
     ours = dedup.signatures(grams)
     theirs = []
@@ -293,7 +452,7 @@ def test_signatures_estimate_jaccard_as_datasketch_does():
         sketch = datasketch.MinHash(num_perm=dedup.PERMUTATIONS)
         sketch.update_batch([int(gram).to_bytes(8, "little") for gram in each])
         theirs.append(sketch)
-    bound = 4 * (0.25 / dedup.PERMUTATIONS) ** 0.5                         # four standard errors of the estimate
+    bound = 4 * (0.25 / dedup.PERMUTATIONS) ** 0.5  # four standard errors of the estimate
     for at in range(len(texts)):
         truth = exact_jaccard(grams[0], grams[at])
         estimate = (ours[0] == ours[at]).mean()
@@ -302,6 +461,7 @@ def test_signatures_estimate_jaccard_as_datasketch_does():
 
 def test_shingles_equal_a_slow_twin():
     import re
+
     text = "def Foo_1(x): return x+1 # Grüße \u4e16\u754c\n" * 3 + "last_word"
     plain = [m.group().lower() for m in re.finditer(rb"(?:[A-Za-z0-9_]|[\x80-\xff])+", text.encode())]
     hashes = dedup.words(text)
@@ -310,12 +470,14 @@ def test_shingles_equal_a_slow_twin():
     for word, value in zip(plain, hashes.tolist(), strict=True):
         assert by_word.setdefault(word, value) == value
     assert len(set(by_word.values())) == len(by_word)
-    long = "word_a word_b " * 20_000                                       # across the blocks of the rolling hash
+    long = "word_a word_b " * 20_000  # across the blocks of the rolling hash
     assert len(set(dedup.words(long).tolist())) == 2 and len(dedup.words(long)) == 40_000
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sets(st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda p: p[0] < p[1]), max_size=30), st.randoms())
+@given(
+    st.sets(st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda p: p[0] < p[1]), max_size=30), st.randoms()
+)
 def test_whatever_is_dropped_is_like_one_that_is_kept(pairs, draw):
     edges = [(a, b, 0.9) for a, b in pairs]
     result = dedup.resolve(edges, lambda node: node)
@@ -332,7 +494,9 @@ def test_planted_copies_and_order():
     texts = [" ".join("".join(draw.choices(string.ascii_lowercase, k=5)) for _ in range(300)) for _ in range(20)]
     near = [" ".join(mutated(text.split(), 0.01, draw)) for text in texts[:8]]
     found = [Document(f"a{at}", "x.py", text) for at, text in enumerate(texts)]
-    found += [Document(f"b{at}", "x.py", text) for at, text in enumerate(near)] + [Document(f"c{at}", "y.py", texts[at]) for at in (2, 9)]
+    found += [Document(f"b{at}", "x.py", text) for at, text in enumerate(near)] + [
+        Document(f"c{at}", "y.py", texts[at]) for at in (2, 9)
+    ]
     expected = {doc.name for doc in found[:20]}
     for seed in range(3):
         random.Random(seed).shuffle(found)
@@ -351,7 +515,7 @@ def test_benchmark_problems_are_found(name):
         pytest.skip("benchmark files are not on this machine")
     benchmarks = dedup.Benchmarks([file])
     missed = total = 0
-    for line in gzip.open(file, "rt"):
+    for line in gzip.decompress(file.read_bytes()).decode().splitlines():
         record = json.loads(line)
         text = record.get("prompt", "") + record.get("canonical_solution", "") or record["text"] + "\n" + record["code"]
         planted_file = "import os\n\n" + CODE * 5 + text + "\n\n" + CODE * 5
@@ -363,34 +527,70 @@ def test_benchmark_problems_are_found(name):
 
 
 # ----------------------------------------------------------------------------------------------------- fim
-SPELLINGS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_separator|>", "<eos>", "<bos>", "<start_of_turn>", "\r\n",
-             "\n\n", "é", "世界", "🎉", "def f(x):\n    return x\n", "    ", "if a:\n", "\t", "(", "}"]
+SPELLINGS = [
+    "<|fim_prefix|>",
+    "<|fim_suffix|>",
+    "<|fim_middle|>",
+    "<|file_separator|>",
+    "<eos>",
+    "<bos>",
+    "<start_of_turn>",
+    "\r\n",
+    "\n\n",
+    "é",
+    "世界",
+    "🎉",
+    "def f(x):\n    return x\n",
+    "    ",
+    "if a:\n",
+    "\t",
+    "(",
+    "}",
+]
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from(SPELLINGS), st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]),
-                                                              max_size=8)), min_size=1, max_size=40), st.integers(0, 10 ** 6),
-       st.sampled_from(["python", "java", "go", "cpp", "text"]))
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(SPELLINGS),
+            st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]), max_size=8),
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(0, 10**6),
+    st.sampled_from(["python", "java", "go", "cpp", "text"]),
+)
 def test_parts_make_the_text_and_no_control_id_comes_from_it(tokenizer, parts, seed, language):
     text = "".join(parts) or "x"
     recipe = fim.Recipe(1.0, 0.5, 64, seed=seed)
     examples = list(fim.fim([Document("r", "p.py", text, language)], tokenizer, recipe))
-    control = [getattr(tokenizer.control, name) for name in ("fim_prefix", "fim_suffix", "fim_middle", "file_separator", "bos", "eos")]
+    control = [
+        getattr(tokenizer.control, name)
+        for name in ("fim_prefix", "fim_suffix", "fim_middle", "file_separator", "bos", "eos")
+    ]
     whole = ""
     for example in examples:
         ids = example.ids_T.tolist()
         assert len(ids) < 64 and [ids.count(token) for token in control] == [1, 1, 1, 1, 0, 0]
         found = parse_fim(tokenizer, ids)
         assert (found.prefix + found.middle + found.suffix, found.layout, found.path) == (
-            text[example.offset:example.offset + example.size], example.layout, "p.py")
+            text[example.offset : example.offset + example.size],
+            example.layout,
+            "p.py",
+        )
         whole += found.prefix + found.middle + found.suffix
         learned = [token for token, yes in zip(ids, example.loss_T, strict=True) if yes]
         assert learned[-1] == tokenizer.control.file_separator and tokenizer.control.fim_middle not in learned
     assert whole == text
 
 
-SAMPLE = "import os\n\n\ndef first(a, b):\n    '''Säy \u4e16.'''\n    if a > b:\n        return a\n    total = a + b\n    return total * 2\n\n\n" \
-         "class Thing:\n    size = 3\n\n    def grow(self, by=1):\n        self.size += by\n        return self\n"
+SAMPLE = (
+    "import os\n\n\ndef first(a, b):\n    '''Säy \u4e16.'''\n    if a > b:\n        return a\n    total = a + b\n    "
+    "return total * 2\n\n\n"
+    "class Thing:\n    size = 3\n\n    def grow(self, by=1):\n        self.size += by\n        return self\n"
+)
 
 
 def test_syntax_splits_are_nodes_and_suffixes_begin_at_line_breaks():
@@ -406,13 +606,13 @@ def test_syntax_splits_are_nodes_and_suffixes_begin_at_line_breaks():
     for seed in range(600):
         place = fim.split(SAMPLE, "python", fim.Draw(seed))
         kinds[place.kind] += 1
-        middle = SAMPLE[place.start:place.end]
+        middle = SAMPLE[place.start : place.end]
         if place.kind == "node":
             assert (place.start, place.end) in nodes
         if place.kind == "siblings":
             assert place.start in starts and place.end in ends
         if place.kind in ("lines", "rest of line"):
-            assert SAMPLE[place.end:place.end + 1] in ("\n", "") and middle.strip()
+            assert SAMPLE[place.end : place.end + 1] in ("\n", "") and middle.strip()
         if place.kind != "characters":
             assert middle and not middle.endswith("\n")
     assert set(kinds) == set(fim.KINDS) and 30 < kinds["characters"] < 90
@@ -425,7 +625,9 @@ def test_nodes_are_drawn_in_proportion_to_their_size():
         node = stack.pop()
         stack += node.children
         if node.is_named and node.parent:
-            sizes[node.start_byte, node.end_byte] = sizes.get((node.start_byte, node.end_byte), 0) + node.end_byte - node.start_byte
+            sizes[node.start_byte, node.end_byte] = (
+                sizes.get((node.start_byte, node.end_byte), 0) + node.end_byte - node.start_byte
+            )
     drawn = Counter(fim._node(tree, fim.Draw("n", at)) for at in range(4000))
     whole = sum(sizes.values())
     assert set(drawn) <= set(sizes)
@@ -441,13 +643,17 @@ def test_rows_hold_everything_once_and_nothing_overflows(sizes):
     rows = pack.fit(sizes, 100)
     assert sorted(item for row in rows for item in row) == list(range(len(sizes)))
     assert all(sum(sizes[item] for item in row) <= 100 for row in rows)
-    assert len(rows) <= max(1, 2 * -(-sum(sizes) // 100))                    # any two rows of a best fit overflow one
+    assert len(rows) <= max(1, 2 * -(-sum(sizes) // 100))  # any two rows of a best fit overflow one
     with pytest.raises(ValueError, match="cut it before packing"):
         pack.fit([101], 100)
 
 
 def test_groups_stay_whole_where_they_fit(tokenizer):
-    examples = list(fim.fim([Document("r", f"{at}.py", "x = 1\n" * 3, "python") for at in range(8)], tokenizer, fim.Recipe(length=128)))
+    examples = list(
+        fim.fim(
+            [Document("r", f"{at}.py", "x = 1\n" * 3, "python") for at in range(8)], tokenizer, fim.Recipe(length=128)
+        )
+    )
     group = pack.Group(examples[:3], "graph")
     assert [len(part.examples) for part in pack.segments([group, pack.Group(examples, "graph")], 128)][0] == 3
     packed = pack.pack([group, pack.Group(examples[3:5], "graph")], 256, tokenizer.control.bos, 0)

@@ -1,4 +1,5 @@
-"""Sources -> rows: the visible list of stages, run by a pool of processes here or by Ray, with the same bytes either way.
+"""Sources -> rows: the visible list of stages, run by a pool of processes here or by Ray, with the same bytes either
+way.
 
 An interrupted build goes on where it was: what a task has finished is not done again.
 """
@@ -133,9 +134,10 @@ class Build:
 def code_version() -> dict[str, str]:
     """The hash of this package's data code and rules, and the versions of what decides bytes beside them."""
     folder = Path(__file__).parent
-    files = sorted([*folder.glob("*.py"), *folder.glob("rules/*"), folder.parent / "prompts.py", folder.parent / "tokenizer.py"])
+    files = sorted([*folder.glob("*.py"), *folder.glob("rules/*"), folder.parent / "prompts.py",
+                    folder.parent / "tokenizer.py"])
     whole = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    libraries = [name for name in ("rensa", "tree-sitter", "identify", "pyarrow", "sentencepiece", "numpy")]
+    libraries = ("rensa", "tree-sitter", "identify", "pyarrow", "sentencepiece", "numpy")
     return {"codegemma": whole, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
@@ -194,8 +196,8 @@ def _begin(run: Build, sources: Sequence[Source], tokenizer: Tokenizer, rules: P
             return False
     if file.exists() and resume:
         before = json.loads(file.read_text())
-        if before != json.loads(json.dumps(state)):
-            raise ValueError(f"--resume: {_difference(before, json.loads(json.dumps(state)))} changed since {run.out} was begun: "
+        if before != (now := json.loads(json.dumps(state))):
+            raise ValueError(f"--resume: {_difference(before, now)} changed since {run.out} was begun: "
                              "build into another folder, or restore it")
         return True
     if not resume and run.out.exists() and any(run.out.iterdir()):
@@ -223,7 +225,8 @@ def _file_hash(path: Path) -> str:
 
 def _stamp(path: Path) -> str:
     """What changes when a source does, without reading it: names, sizes and times."""
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names) if path.is_dir() else [path]
+    files = sorted(Path(folder, name) for folder, _,
+                   names in os.walk(path) for name in names) if path.is_dir() else [path]
     whole = hashlib.sha256()
     for file in files:
         status = file.lstat()
@@ -235,7 +238,8 @@ def _stages(run: Build, sources: Sequence[Source]) -> None:
     """documents -> clean -> sign, link -> order -> rows -> index: each line a stage."""
     read_ = run.run("documents", [{"path": str(s.path), "form": s.form, "kind": s.kind} for s in sources])
     shards = [shard for result in read_ for shard in result["shards"]]
-    run.manifest("documents", inputs=sorted([result["input"], result["sha256"]] for result in read_), counts=_sum(read_, "counts"),
+    run.manifest("documents", inputs=sorted([result["input"], result["sha256"]] for result in read_),
+                 counts=_sum(read_, "counts"),
                  documents=sum(result["documents"] for result in read_))
     cleaned = run.run("clean", shards)
     files = [Path(result["file"]) for result in cleaned]
@@ -243,12 +247,14 @@ def _stages(run: Build, sources: Sequence[Source]) -> None:
                  redacted=_sum(cleaned, "redacted"))
     signed = run.run("sign", [{"file": str(file)} for file in files])
     counts, groups = Dedup(run, len(files)).verdicts(sum(result["documents"] for result in signed))
-    run.manifest("dedup", counts=counts, threshold=run.recipe.threshold, permutations=dedup.PERMUTATIONS, repositories=groups)
+    run.manifest("dedup", counts=counts, threshold=run.recipe.threshold, permutations=dedup.PERMUTATIONS,
+                 repositories=groups)
     parts = max(1, -(-sum(result["bytes"] for result in cleaned) // run.recipe.shard_bytes))
     edges = [(1 << 63) * part // parts for part in range(parts + 1)]
     placed = run.run("order", [{"shards": [str(file) for file in files], "low": low, "high": high}
                                for low, high in zip(edges, edges[1:], strict=False)])
-    run.manifest("order", counts=_sum(placed, "counts"), files=_sum(placed, "files"), edges=sum(p["edges"] for p in placed),
+    run.manifest("order", counts=_sum(placed, "counts"), files=_sum(placed, "files"),
+                 edges=sum(p["edges"] for p in placed),
                  top_lines=graph.TOP_LINES)
     rows = run.run("rows", [{"file": result["file"]} for result in placed])
     ledger(run)
@@ -270,8 +276,8 @@ def _sum(results: Iterable[dict[str, Any]], name: str) -> dict[str, int]:
 
 
 def mix(rows: Sequence[dict[str, Any]], recipe: Recipe) -> tuple[np.ndarray, dict[str, Any]]:
-    """The index of rows [N, 2] (part, row), and each kind's tokens. With a mix, whichever kind is in excess is thinned by
-    hash to its share of the tokens; the rows stay in their files."""
+    """The index of rows [N, 2] (part, row), and each kind's tokens. With a mix, whichever kind is in excess is thinned
+    by hash to its share of the tokens; the rows stay in their files."""
     places: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for part, result in enumerate(rows):
         for row, (kind, filled) in enumerate(zip(result["kinds"], result["filled"], strict=True)):
@@ -308,7 +314,8 @@ class Dedup:
     def verdicts(self, documents: int) -> tuple[dict[str, int], int]:
         """Writes which rows of each shard are dropped; returns the counts, and the number of repositories compared."""
         for shard in range(self.shards):
-            self.said[shard] = {at: ("benchmark", task) for at, task in enumerate(self.names(shard, ["task"])["task"]) if task}
+            self.said[shard] = {at: ("benchmark", task) for at,
+                                task in enumerate(self.names(shard, ["task"])["task"]) if task}
         repositories = self.repositories()
         self.exact()
         for shard in range(self.shards):
@@ -356,11 +363,12 @@ class Dedup:
             kept = [at for at in range(len(found)) if at not in self.said[shard]]
             digests.append(np.array([int.from_bytes(found[at][:8], "big") for at in kept], np.uint64))
             nodes.append((np.int64(shard) << np.int64(32)) + np.array(kept, np.int64))
-        flat, where = np.concatenate([*digests, np.empty(0, np.uint64)]), np.concatenate([*nodes, np.empty(0, np.int64)])
+        flat, where = np.concatenate([*digests,
+                                      np.empty(0, np.uint64)]), np.concatenate([*nodes, np.empty(0, np.int64)])
         order = np.argsort(flat, kind="stable")
         flat, where = flat[order], where[order]
-        starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]])) if len(flat) else []
-        sets = [part for part in np.split(where, starts[1:]) if len(part) > 1] if len(flat) else []
+        starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+        sets = [part for part in np.split(where, starts) if len(part) > 1]
         self.name_nodes(node for part in sets for node in part.tolist())
         for part in sets:
             first, *rest = sorted(part.tolist(), key=self.places.__getitem__)
@@ -372,11 +380,13 @@ class Dedup:
         """Edges from all ranges of band keys, resolved in the order of names."""
         tasks = max(1, -(-documents // LINK_DOCUMENTS))
         cuts = [(1 << 64) * at // tasks for at in range(tasks + 1)]
-        self.run.run("link", [{"low": low, "high": min(high, (1 << 64) - 1), "last": int(high >> 64), "shards": self.shards}
+        self.run.run("link",
+                     [{"low": low, "high": min(high, (1 << 64) - 1), "last": int(high >> 64), "shards": self.shards}
                               for low, high in zip(cuts, cuts[1:], strict=False)] if self.shards else [])
         edges = []
         for number in range(tasks if self.shards else 0):
-            pairs, similarity = (np.load(self.run.work / what / f"{number:06d}.npy") for what in ("edges", "edge_similarity"))
+            pairs, similarity = (np.load(self.run.work / what / f"{number:06d}.npy") for what
+                                 in ("edges", "edge_similarity"))
             edges += [(a, b, s) for (a, b), s in zip(pairs.tolist(), similarity.tolist(), strict=True)]
         self.name_nodes(node for a, b, _ in edges for node in (a, b))
         for node, (kept, _) in dedup.resolve(edges, self.places.__getitem__).items():

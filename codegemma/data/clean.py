@@ -1,6 +1,8 @@
-"""What must not be learned: low quality and unsafe content are dropped with a reason, secrets and personal data replaced.
+"""What must not be learned: low quality and unsafe content are dropped with a reason, secrets and personal data
+replaced.
 
-Replacements are fake values of the same shape, the same for the same original everywhere, and never found a second time.
+Replacements are fake values of the same shape, the same for the same original everywhere, and never found a second
+time.
 """
 
 from __future__ import annotations
@@ -223,11 +225,13 @@ def _phones(text: str, personal: dict[str, Any]) -> Iterator[Finding]:
     for hit in re.finditer(r"\+\d", text):
         match = re.compile(r"\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]\d{2,4}){2,4}(?![\w.-]*\d)").match(
             text, hit.start())
-        if match and 9 <= sum(map(str.isdigit, match[0])) <= 15 and not text[max(0, hit.start() - 1):hit.start()].isalnum() \
+        if match and 9 <= sum(map(str.isdigit,
+                                  match[0])) <= 15 and not text[max(0, hit.start() - 1):hit.start()].isalnum() \
                 and "555-01" not in match[0]:
             yield Finding(match.start(), match.end(), "phone", f"+1-202-555-01{_hash(match[0]) % 100:02d}")
     for hit in re.finditer(r"[-.]\d{4}(?![\w.-])", text):
-        match = re.search(r"(?<![\w.+-])(?:\(\d{3}\) ?|[2-9]\d\d[-.])[2-9]\d\d$", text[max(0, hit.start() - 10):hit.start()])
+        match = re.search(r"(?<![\w.+-])(?:\(\d{3}\) ?|[2-9]\d\d[-.])[2-9]\d\d$",
+                          text[max(0, hit.start() - 10):hit.start()])
         if match and text[hit.start() - 3:hit.start() + 3] != "555-01":
             start = hit.start() - len(match[0])
             yield Finding(start, hit.end(), "phone", f"202-555-01{_hash(text[start:hit.end()]) % 100:02d}")
@@ -242,7 +246,8 @@ def _is_global(address: str) -> bool:
 
 
 def _hash(value: str) -> int:
-    return int.from_bytes(hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8, key=b"codegemma").digest(), "big")
+    return int.from_bytes(hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8,
+                                          key=b"codegemma").digest(), "big")
 
 
 def _fake_secret(value: str, kind: str) -> str:
@@ -288,7 +293,8 @@ class Unsafe:
             phrases = [(phrase.lower(), rule) for rule in self.rules for phrase in rule["phrases"]]
             self._categories = [rule["category"] for rule in self.rules]
         except (tomllib.TOMLDecodeError, KeyError, OSError) as error:
-            raise ValueError(f"unsafe-content rules {path}: {error!r}; each [[rule]] needs category and phrases") from error
+            raise ValueError(f"unsafe-content rules {path}: {error!r}; "
+                             "each [[rule]] needs category and phrases") from error
         self._phrases = phrases
         self._automaton = ahocorasick_rs.AhoCorasick([phrase for phrase, _ in phrases])
 
@@ -304,7 +310,8 @@ class Unsafe:
             around = lower[max(0, start - rule.get("within", 0)):start] + " " + lower[end:end + rule.get("within", 0)]
             if not rule.get("near") or any(re.search(rf"\b{re.escape(word)}\b", around) for word in rule["near"]):
                 places[self.rules.index(rule)] += 1
-        return next((self._categories[rule] for rule, n in sorted(places.items()) if n >= self.rules[rule].get("least", 1)), "")
+        return next((self._categories[rule] for rule,
+                     n in sorted(places.items()) if n >= self.rules[rule].get("least", 1)), "")
 
 
 # ------------------------------------------------------------------------------------------------ the step
@@ -329,7 +336,8 @@ def clean(documents: Iterable[Document], limits: Quality | None = None, unsafe: 
         if redacted is not None:
             redacted.update(kinds)
         imports: tuple[str, ...] | None = ()
-        if document.kind == "code" and document.language in syntax.GRAMMARS and (tree := syntax.parse(text, document.language)):
+        tree = syntax.parse(text, document.language) if document.kind == "code" else None
+        if tree:
             if (share := syntax.error_share(tree)) > limits.errors:
                 yield dropped(document, "unparsable", f"{share:.2f} of it")
                 continue

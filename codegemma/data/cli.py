@@ -15,7 +15,9 @@ app = typer.Typer(no_args_is_help=True, help="Turn repositories into fill-in-the
 
 @app.command()
 def build(
-    sources: Annotated[list[str], typer.Argument(metavar="[KIND=]SOURCE...", help="Checkouts, folders of them, tar, zip, wheel, sdist, "
+    sources: Annotated[list[str],
+                       typer.Argument(metavar="[KIND=]SOURCE...",
+                                      help="Checkouts, folders of them, tar, zip, wheel, sdist, "
                        "Parquet; KIND=PATH for other parts of a mix, such as text=notes.jsonl.")],
     out: Annotated[Path, typer.Option(help="Folder for the rows.")],
     tokenizer: Annotated[str, typer.Option(help="Model, or tokenizer.model or tokenizer.json.")] = "gemma-3-270m",
@@ -25,10 +27,14 @@ def build(
     seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
     epoch: Annotated[int, typer.Option(help="Other splits of the same documents.")] = 0,
     languages: Annotated[str, typer.Option(help="Languages to keep, by comma (default: all code).")] = "",
-    licences: Annotated[str, typer.Option(help="any, permissive, auto (any for checkouts, else permissive), or SPDX ids by comma.")] = "auto",
+    licences: Annotated[str,
+                        typer.Option(help="any, permissive, auto (any for checkouts, else permissive), or SPDX ids "
+                                          "by comma.")] = "auto",
     mix: Annotated[str, typer.Option(help="Shares of the tokens, such as code=0.8,text=0.2.")] = "",
     loss: Annotated[str, typer.Option(help="Parts to learn from, by comma.")] = "middle,prefix,suffix,terminator",
-    decontaminate: Annotated[list[Path] | None, typer.Option(help="Benchmark files (JSON lines); files that hold a problem are dropped.")] = None,
+    decontaminate: Annotated[list[Path] | None,
+                             typer.Option(help="Benchmark files (JSON lines); files that hold a problem are "
+                                               "dropped.")] = None,
     unsafe_rules: Annotated[Path | None, typer.Option(help="Rules of unsafe content in place of our own.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray (RAY_ADDRESS names a cluster).")] = "local",
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
@@ -40,14 +46,19 @@ def build(
 
     with _told():
         names = tuple(sorted(filter(None, licences.split(","))))
+        chosen: Any = licences if licences in ("any", "permissive", "auto") else names
+        parts: Any = tuple(sorted(filter(None, loss.split(","))))
+        runner: Any = engine
         recipe = Recipe(fim_rate, spm_rate, length, seed, epoch, tuple(sorted(filter(None, languages.split(",")))),
-                        licences if licences in ("any", "permissive", "auto") else names, mix=shares(mix),  # type: ignore[arg-type]
-                        loss=tuple(sorted(filter(None, loss.split(",")))))  # type: ignore[arg-type]
+                        chosen, mix=shares(mix), loss=parts)
         with _progress() as progress:
-            done = run(sources, out, load_tokenizer(tokenizer), recipe, benchmarks=decontaminate or (), unsafe_rules=unsafe_rules,
-                       engine=engine, workers=workers, resume=resume, progress=progress)  # type: ignore[arg-type]
-    reasons = {**done.manifests["documents"]["counts"], **done.manifests["clean"]["counts"], **done.manifests["order"]["counts"]}
-    typer.echo(f"{done.rows:,} rows of {length:,} tokens ({done.manifests['rows']['padding']:.1%} padding) from {done.kept:,} of "
+            done = run(sources, out, load_tokenizer(tokenizer), recipe, benchmarks=decontaminate or (),
+                       unsafe_rules=unsafe_rules,
+                       engine=runner, workers=workers, resume=resume, progress=progress)
+    reasons = {**done.manifests["documents"]["counts"], **done.manifests["clean"]["counts"],
+               **done.manifests["order"]["counts"]}
+    typer.echo(f"{done.rows:,} rows of {length:,} tokens ({done.manifests['rows']['padding']:.1%} padding) from "
+               f"{done.kept:,} of "
                f"{done.documents:,} documents in {done.seconds:,.0f} s: {done.out}")
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         typer.echo(f"  {count:9,}  {reason}")
@@ -64,7 +75,9 @@ def show(folder: Path, row: Annotated[int, typer.Option(help="Which row.")] = 0)
 
 
 @app.command()
-def report(folder: Path, out: Annotated[Path | None, typer.Option(help="Where to write (default: report.html in it).")] = None) -> None:
+def report(folder: Path,
+           out: Annotated[Path | None,
+                          typer.Option(help="Where to write (default: report.html in it).")] = None) -> None:
     """Write one HTML page with plots, graph pictures and sample rows."""
     from codegemma.data.report import report as run
 
@@ -75,7 +88,8 @@ def report(folder: Path, out: Annotated[Path | None, typer.Option(help="Where to
 def shares(text: str) -> tuple[tuple[str, float], ...]:
     """code=0.8,text=0.2 -> pairs, sorted. Raises ValueError."""
     try:
-        return tuple(sorted((name.strip(), float(share)) for name, share in (part.split("=") for part in text.split(",") if part)))
+        return tuple(sorted((name.strip(), float(share)) for name,
+                            share in (part.split("=") for part in text.split(",") if part)))
     except ValueError:
         raise ValueError(f"mix must look like code=0.8,text=0.2, got {text!r}") from None
 
@@ -112,9 +126,17 @@ def _progress() -> Iterator[Any]:
         yield lambda stage, done, total: typer.echo(f"{stage}: {done} of {total}", err=True) if done == total else None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    with Progress(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+    with Progress(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                  TextColumn("left"),
                   TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         tasks: dict[str, Any] = {}
 

@@ -1,8 +1,9 @@
 """Which documents say the same: exact copies, near copies by MinHash, and files that hold a benchmark's problem.
 
-Words are runs of letters, digits, "_" and bytes above 127, in lower case; a shingle is five of them in a row, a document
-of fewer is one shingle. 126 permutations in 21 bands of 6 find a pair of Jaccard similarity 0.8 with probability 0.998;
-each candidate is then compared by its whole signature, so that banding decides what is looked at, not what is dropped.
+Words are runs of letters, digits, "_" and bytes above 127, in lower case; a shingle is five of them in a row, a
+document of fewer is one shingle. 126 permutations in 21 bands of 6 find a pair of Jaccard similarity 0.8 with
+probability 0.998; each candidate is then compared by its whole signature, so that banding decides what is looked at,
+not what is dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MOST_PAIRS = 64              # of one bucket, each document is compared with thi
 
 Node = TypeVar("Node", bound=Hashable)
 
-# Rolling hash of the prefix: sum of letter[i] * BASE**i modulo 2**64. A word is a difference of two, times BASE**-start.
+# Rolling hash of the prefix: sum of letter[i] * BASE**i modulo 2**64. A word: a difference of two, times BASE**-start.
 _BASE = 0x9E3779B97F4A7C15
 _STEP = 1 << 16
 _IS_WORD = np.array([chr(byte).isalnum() or byte == 95 or byte > 127 for byte in range(256)])
@@ -109,7 +110,8 @@ def band_keys(signature: np.ndarray) -> np.ndarray:
 
 
 def candidates(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Pairs [n, 2], smaller first, of the rows that share a key, sorted and each once. `keys` and `rows` are parallel."""
+    """Pairs [n, 2], smaller first, of the rows that share a key, sorted and each once. `keys` and `rows` are
+    parallel."""
     order = np.lexsort((rows, keys))
     keys, rows = keys[order], rows[order]
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.empty(0, np.int64)
@@ -128,7 +130,8 @@ def candidates(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def resolve(edges: Iterable[tuple[Node, Node, float]], rank: Callable[[Node], Any]) -> dict[Node, tuple[Node, float]]:
-    """duplicate -> (the one kept, similarity). In the order of `rank`, a node is kept unless it is like one kept before.
+    """duplicate -> (the one kept, similarity). In the order of `rank`, a node is kept unless it is like one kept
+    before.
 
     So whatever is dropped is itself like the one named, no chain of small steps joins unlike texts, and the order in
     which edges come does not matter.
@@ -159,11 +162,15 @@ class Benchmarks:
     """
 
     def __init__(self, files: Iterable[str | Path]):
-        grams, owners, self.names, sizes = [], [], [], []
+        grams: list[np.ndarray] = []
+        owners: list[np.ndarray] = []
+        self.names: list[str] = []
+        sizes: list[int] = []
         for file in sorted(Path(name) for name in files):
             for name, field in _fields(file):
-                unique = np.unique(ngrams(hashes, BENCHMARK_NGRAM)) if len(hashes := words(field)) >= BENCHMARK_NGRAM else []
-                if len(unique):
+                hashes = words(field)
+                if len(hashes) >= BENCHMARK_NGRAM:
+                    unique = np.unique(ngrams(hashes, BENCHMARK_NGRAM))
                     grams.append(unique)
                     owners.append(np.full(len(unique), len(self.names)))
                     self.names.append(name)
@@ -197,7 +204,8 @@ def _fields(file: Path) -> Iterator[tuple[str, str]]:
                 name = name if "/" in name else f"{file.name.split('.')[0]}/{name}"
                 yield from ((name, field) for key, field in record.items() if isinstance(field, str) and key != "test")
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"benchmark file {file} is not JSON lines ({error}): give files such as HumanEval.jsonl.gz") from error
+        raise ValueError(f"benchmark file {file} is not JSON lines ({error}): "
+                         "give files such as HumanEval.jsonl.gz") from error
 
 
 # ------------------------------------------------------------------------------------------------ the step
@@ -228,7 +236,8 @@ def dedup(documents: Iterable[Document], benchmarks: Benchmarks | None = None, t
     for at in sorted(alive, key=lambda at: place(everything[at])):
         if exact.setdefault(everything[at].digest, at) != at:
             same[at] = (exact[everything[at].digest], 2.0)
-    near = resolve(_near({at: grams[at] for at in alive if at not in same}, threshold), lambda at: place(everything[at]))
+    near = resolve(_near({at: grams[at] for at in alive if at not in same}, threshold),
+                   lambda at: place(everything[at]))
     for at, document in enumerate(everything):
         if tasks[at]:
             yield dropped(document, "benchmark", tasks[at])
@@ -237,7 +246,8 @@ def dedup(documents: Iterable[Document], benchmarks: Benchmarks | None = None, t
         elif at in same or at in near:
             kept, similarity = same.get(at) or near[at]
             kept = near[kept][0] if kept in near else kept
-            yield dropped(document, "exact copy" if similarity == 2 else "near copy", everything[kept].name, duplicate=True)
+            yield dropped(document, "exact copy" if similarity == 2 else "near copy", everything[kept].name,
+                          duplicate=True)
         else:
             yield document
 

@@ -51,7 +51,8 @@ class Document:
     def key(self) -> int:
         """63 bits that place the document: all files of a repository together, each plain text on its own."""
         owner = self.repository if self.kind == "code" else self.name
-        return int.from_bytes(hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+        return int.from_bytes(hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=8).digest(),
+                              "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class ArchiveBomb(Exception):
 FORMS = {".parquet": "parquet", ".jsonl": "lines", ".jsonl.gz": "lines", ".json.gz": "lines", ".ndjson": "lines",
          ".whl": "zip", ".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar",
          ".tar.xz": "tar", ".txt": "text", ".md": "text", ".rst": "text"}
-PROJECT_FILES = (".git", "pyproject.toml", "setup.py", "package.json", "go.mod", "Cargo.toml", "pom.xml", "build.gradle",
+PROJECT_FILES = (".git", "pyproject.toml", "setup.py", "package.json", "go.mod", "Cargo.toml", "pom.xml",
+                 "build.gradle",
                  "CMakeLists.txt", "Makefile", "PKG-INFO")
 
 
@@ -124,8 +126,8 @@ def expand(text: str) -> list[Source]:
     kind, _, path_text = text.rpartition("=") if re.match(r"\w+=", text) else ("code", "", text)
     path = Path(path_text).expanduser().resolve()
     if not path.exists():
-        raise ValueError(f"source {path_text} does not exist: give a checkout, a folder of checkouts, a tar, zip, wheel "
-                         "or sdist, a Parquet or a JSON-lines file")
+        raise ValueError(f"source {path_text} does not exist: give a checkout, a folder of checkouts, a tar, zip, "
+                         "wheel or sdist, a Parquet or a JSON-lines file")
     if path.is_dir():
         children = sorted(path.iterdir())
         inner = [Source(child, "folder", kind) for child in children if child.is_dir() and not child.is_symlink()
@@ -136,8 +138,8 @@ def expand(text: str) -> list[Source]:
         return inner if inner and not is_project else [Source(path, "folder", kind)]
     form = _form(path, kind)
     if form is None:
-        raise ValueError(f"source {path_text} is no archive, Parquet or JSON-lines file by its name: give one that ends "
-                         f"in {', '.join(FORMS)}, or a folder")
+        raise ValueError(f"source {path_text} is no archive, Parquet or JSON-lines file by its name: give one that "
+                         f"ends in {', '.join(FORMS)}, or a folder")
     return [Source(path, form, kind)]
 
 
@@ -147,7 +149,8 @@ def _form(path: Path, kind: str) -> Any:
 
 
 def read(source: Source, limits: Limits | None = None) -> Iterator[Document | Outcome]:
-    """Every document of a source, and an Outcome for each input that is none. Never raises for what is in the source."""
+    """Every document of a source, and an Outcome for each input that is none. Never raises for what is in the
+    source."""
     reader = {"folder": _folder, "tar": _archive, "zip": _archive, "parquet": _parquet, "lines": _lines,
               "text": _lines}[source.form]
     try:
@@ -179,10 +182,10 @@ def decode(data: bytes) -> tuple[str, str]:
 
 
 TAGS = {"ts": "typescript", "c++": "cpp", "c#": "csharp", "pyi": "python"}
-CODE = frozenset("""python java kotlin javascript jsx typescript tsx go c cpp csharp rust ruby php scala swift shell bash zsh
-    perl lua r julia haskell ocaml clojure elixir erlang dart groovy sql cuda cython fortran zig nim d vue svelte
-    objective-c objective-c++ powershell fish makefile cmake dockerfile html css scss sass less verilog vhdl solidity
-    proto thrift elm purescript fennel crystal coffee f# vb tcl awk jinja terraform""".split())
+CODE = frozenset("""python java kotlin javascript jsx typescript tsx go c cpp csharp rust ruby php scala swift shell
+    bash zsh perl lua r julia haskell ocaml clojure elixir erlang dart groovy sql cuda cython fortran zig nim d vue
+    svelte objective-c objective-c++ powershell fish makefile cmake dockerfile html css scss sass less verilog vhdl
+    solidity proto thrift elm purescript fennel crystal coffee f# vb tcl awk jinja terraform""".split())  # noqa: SIM905
 
 
 def language_of(path: str, text: str = "") -> str:
@@ -223,7 +226,8 @@ def _documents(source: Source, entries: Callable[[], Iterator[_Entry]], limits: 
             if rank_and_licence:
                 found.setdefault(folder, []).append(rank_and_licence)
     top = f"{folders.pop()}/" if source.form != "folder" and len(folders) == 1 and "" not in folders else ""
-    by_folder = {folder.removeprefix(top.rstrip("/")).lstrip("/"): licences.join(votes) for folder, votes in found.items()}
+    by_folder = {folder.removeprefix(top.rstrip("/")).lstrip("/"): licences.join(votes) for folder,
+                 votes in found.items()}
     for entry in entries():
         path = entry.path.removeprefix(top)
         if (shown := _one_line(path)) != path:
@@ -248,8 +252,9 @@ def _one_line(path: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- folders
-VENDORED = frozenset("""node_modules bower_components vendor vendored _vendor third_party third-party thirdparty .venv venv
-    .tox .nox .eggs __pycache__ site-packages Pods Carthage .git .hg .svn .idea .mypy_cache .pytest_cache""".split())
+VENDORED = frozenset("""node_modules bower_components vendor vendored _vendor third_party third-party thirdparty .venv
+    venv .tox .nox .eggs __pycache__ site-packages Pods Carthage .git .hg .svn .idea .mypy_cache
+    .pytest_cache""".split())  # noqa: SIM905
 
 
 def _folder(source: Source, limits: Limits) -> Iterator[Document | Outcome]:
@@ -416,7 +421,8 @@ def _parquet(source: Source, limits: Limits) -> Iterator[Document | Outcome]:
 
     with pq.ParquetFile(source.path) as file:
         there = set(file.schema_arrow.names)
-        columns = {field: name for field, names in COLUMNS.items() if (name := next((n for n in names if n in there), None))}
+        columns = {field: name for field,
+                   names in COLUMNS.items() if (name := next((n for n in names if n in there), None))}
         missing = {"text"} if source.kind != "code" else {"text", "path", "repository"}
         if lacking := missing - columns.keys():
             yield Outcome(source.name, "", "dropped", "unreadable", f"no column for {', '.join(sorted(lacking))}")
@@ -459,7 +465,8 @@ def _record(source: Source, row: dict[str, Any], number: int, limits: Limits) ->
     if not isinstance(text, str):
         return Outcome(repository, path, "dropped", "unreadable", "no text")
     reason = "too large" if len(text) > limits.file_bytes else "binary" if "\0" in text else \
-        "unreadable" if re.search("[\ud800-\udfff]", text) else "path is not one line of text" if _one_line(path) != path \
+        "unreadable" if re.search("[\ud800-\udfff]",
+                                  text) else "path is not one line of text" if _one_line(path) != path \
         else _unsafe_path(path)
     if reason:
         return Outcome(repository, _one_line(path), "dropped", reason, size=len(text))

@@ -1,7 +1,7 @@
 """Documents -> fill-in-the-middle training examples: where to split, in which order, what to learn from.
 
-Nine splits in ten lie at syntax boundaries and their suffix begins before the line break, where an editor's would; one in
-ten lies between random characters, without which models cannot infill inside a word (Bavarian et al. 2022, table 2;
+Nine splits in ten lie at syntax boundaries and their suffix begins before the line break, where an editor's would; one
+in ten lies between random characters, without which models cannot infill inside a word (Bavarian et al. 2022, table 2;
 AST-FIM, arXiv 2506.00204). CodeGemma's own splitter is not published. Every choice is a hash of what it is about.
 """
 
@@ -123,7 +123,7 @@ def _node(tree: tree_sitter.Tree, draw: Draw) -> tuple[int, int] | None:
     for _ in range(4 * DEEPEST):
         at = draw.below(size) if size else 0
         node = tree.root_node.named_descendant_for_byte_range(at, at)
-        around = []
+        around: list[tree_sitter.Node] = []
         while node is not None and node.parent is not None and len(around) < DEEPEST:
             if not node.is_error and node.end_byte > node.start_byte and node.start_byte <= at < node.end_byte:
                 around.append(node)
@@ -166,7 +166,8 @@ def _line_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _lines(text: str, draw: Draw) -> Split:
-    """Whole lines, one of them more often than many (the count is log-uniform); the indentation belongs to the prefix."""
+    """Whole lines, one of them more often than many (the count is log-uniform); the indentation belongs to the
+    prefix."""
     spans = _line_spans(text)
     count = max(1, min(len(spans), int(math.exp(draw.uniform() * math.log(len(spans) + 1)))))
     first = draw.below(len(spans) - count + 1)
@@ -186,7 +187,8 @@ def _rest_of_line(text: str, draw: Draw) -> Split:
 
 # ------------------------------------------------------------------------------------------------ examples
 def fim(documents: Iterable[Document], tokenizer: Tokenizer, recipe: Recipe | None = None) -> Iterator[Example]:
-    """Each document as examples of at most `length` - 1 tokens (a row begins with <bos>); only code is split for FIM."""
+    """Each document as examples of at most `length` - 1 tokens (a row begins with <bos>); only code is split for
+    FIM."""
     recipe = recipe or Recipe()
     for document in documents:
         yield from _examples(document, 0, document.text, tokenizer, recipe)

@@ -70,7 +70,9 @@ def imports_of(tree: tree_sitter.Tree, language: str, lines: int = TOP_LINES) ->
 def _query(language: str) -> tree_sitter.Query:
     import tree_sitter
 
-    return tree_sitter.Query(syntax.parser(language).language, QUERIES.get(language) or QUERIES[FAMILY[language]])  # type: ignore[arg-type]
+    grammar = syntax.parser(language).language
+    assert grammar is not None
+    return tree_sitter.Query(grammar, QUERIES.get(language) or QUERIES[FAMILY[language]])
 
 
 def _python(statement: str) -> list[str]:
@@ -194,7 +196,8 @@ class Resolver:
             return self._nearest(importer, own or suffix)
         if family == "js":
             local = name.startswith(("@/", "~/")) or (name.count("/") > (1 if name.startswith("@") else 0))
-            stem = _module(name.lstrip("@~").lstrip("/"), "js") if re.search(r"\.[cm]?[jt]sx?$", name) else name.lstrip("@~").lstrip("/")
+            stem = _module(name.lstrip("@~").lstrip("/"), "js") if re.search(r"\.[cm]?[jt]sx?$",
+                                                                             name) else name.lstrip("@~").lstrip("/")
             return self._nearest(importer, self.suffixes.get(("js", stem), [])) if local else []
         if family == "go":
             return self._tail("go", name.split("/"), most=MOST_TARGETS) if "." in name.split("/")[0] else []
@@ -216,7 +219,8 @@ class Resolver:
         return self._nearest(importer, found) or self._tail(family, name.split("/"), 1)
 
     def _tail(self, family: str, parts: list[str], most: int) -> list[int]:
-        """The longest tail of an import that is a whole path, where what is cut off is the repository or long enough."""
+        """The longest tail of an import that is a whole path, where what is cut off is the repository or long
+        enough."""
         for start in range(1 if family != "go" else 0, len(parts)):
             owner = parts[start - 1].lower() if start else self.name
             if (len(parts) - start >= 2 or owner == self.name or family == "go") and \
@@ -255,7 +259,8 @@ class Resolver:
 
         def rank(at: int) -> tuple[int, int, str]:
             there = self.paths[at].split("/")[:-1]
-            shared = next((i for i, (a, b) in enumerate(zip(own, there, strict=False)) if a != b), min(len(own), len(there)))
+            shared = next((i for i, (a, b) in enumerate(zip(own, there, strict=False)) if a != b),
+                          min(len(own), len(there)))
             return -shared, len(self.paths[at]), self.paths[at]
 
         return sorted((at for at in found if at != importer), key=rank)[:most] if len(found) > 1 else list(found)

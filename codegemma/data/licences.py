@@ -24,7 +24,8 @@ def rules() -> dict[str, dict[str, list[str]]]:
 def speaks(path: str) -> bool:
     """Whether a file's name says that it states the licence of others."""
     name = PurePosixPath(path).name
-    return name in MANIFESTS or bool(FILES.search(name)) and PurePosixPath(path).suffix.lower() in ("", ".txt", ".md", ".rst")
+    is_text = PurePosixPath(path).suffix.lower() in ("", ".txt", ".md", ".rst")
+    return name in MANIFESTS or (is_text and bool(FILES.search(name)))
 
 
 def of_file(path: str, data: bytes) -> tuple[str, tuple[str, str]]:

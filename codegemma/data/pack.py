@@ -17,7 +17,8 @@ import numpy as np
 from codegemma.data.fim import Example
 from codegemma.formats.files import replacing
 
-EXAMPLE_FIELDS = ("row", "segment", "start", "end", "repository", "path", "commit", "licence", "language", "kind", "source",
+EXAMPLE_FIELDS = ("row", "segment", "start", "end", "repository", "path", "commit", "licence", "language", "kind",
+                  "source",
                   "via", "order", "layout", "boundary", "offset", "size", "split_start", "split_end")
 NUMBERS = ("row", "segment", "start", "end", "order", "offset", "size", "split_start", "split_end")
 
@@ -99,7 +100,8 @@ def pack(groups: Iterable[Group], length: int, bos: int | None, pad: int) -> Pac
 def _record(example: Example, via: str, row: int, segment: int, start: int) -> dict[str, Any]:
     doc, split = example.document, example.split
     values = (row, segment, start, start + len(example.ids_T), doc.repository, doc.path, doc.commit, doc.licence,
-              doc.language, doc.kind, doc.source, via, example.order, example.layout, split.kind, example.offset, example.size,
+              doc.language, doc.kind, doc.source, via, example.order, example.layout, split.kind, example.offset,
+              example.size,
               split.start, split.end)
     return dict(zip(EXAMPLE_FIELDS, values, strict=True))
 
@@ -107,9 +109,11 @@ def _record(example: Example, via: str, row: int, segment: int, start: int) -> d
 def join(parts: Sequence[Packed], length: int) -> Packed:
     """Rows after rows; a part's examples count on from the rows before it."""
     before = np.cumsum([0, *(len(part.tokens_RT) for part in parts)]).tolist()
-    arrays = [np.concatenate([getattr(part, name) for part in parts] or [np.empty((0, length), kind)])
-              for name, kind in (("tokens_RT", np.int32), ("loss_RT", bool), ("segments_RT", np.uint16))]
-    return Packed(*arrays, [{**example, "row": example["row"] + start} for part, start in zip(parts, before, strict=False)
+    def joined(name: str, kind: Any) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts] or [np.empty((0, length), kind)])
+
+    return Packed(joined("tokens_RT", np.int32), joined("loss_RT", bool), joined("segments_RT", np.uint16),
+                  [{**example, "row": example["row"] + start} for part, start in zip(parts, before, strict=False)
                             for example in part.examples])
 
 
@@ -129,15 +133,15 @@ def save(packed: Packed, stem: Path) -> None:
 class Rows:
     """The rows of a built directory, in the order of its index. Arrays are memory-mapped; reading a row parses nothing.
 
-    `rows[i]` gives tokens_T int32, loss_T bool, segments_T uint16 (0: padding) and positions_T int32, which restart at 0
-    in each segment. Training order is up to the reader: any permutation of range(len(rows)).
+    `rows[i]` gives tokens_T int32, loss_T bool, segments_T uint16 (0: padding) and positions_T int32, which restart at
+    0 in each segment. Training order is up to the reader: any permutation of range(len(rows)).
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "index.npy").exists():
-            raise ValueError(f"{folder} has no finished rows: run `codegemma data build ... --out {folder}`, with --resume "
-                             "if it was interrupted")
+            raise ValueError(f"{folder} has no finished rows: run `codegemma data build ... --out {folder}`, with "
+                             "--resume if it was interrupted")
         self.index_N2 = np.load(self.folder / "index.npy", mmap_mode="r")
         self._open: dict[tuple[int, str], np.ndarray] = {}
 

@@ -16,7 +16,8 @@ WHY = {"node": "the middle is one syntax node, drawn in proportion to its size",
        "rest of line": "the middle is the rest of a line from where somebody would stop typing",
        "characters": "the middle lies between two random characters (one split in ten)",
        "whole": "not split: the whole text is learned from left to right"}
-VIA = {"graph": "placed by the dependency graph", "beside tests": "outside the graph: by name, tests beside what they test",
+VIA = {"graph": "placed by the dependency graph",
+       "beside tests": "outside the graph: by name, tests beside what they test",
        "alone": "on its own"}
 PARTS = ("prefix", "middle", "suffix")
 
@@ -55,7 +56,8 @@ def show(folder: str | Path, row: int = 0, console: Any = None) -> None:
         console.rule(Text(f"{record['repository']}  {record['path']}"), align="left")
         commit = f", commit {record['commit'][:12]}" if record["commit"] else ""
         console.print(Text(f"segment {record['segment']}, tokens {record['start']:,} to {record['end']:,}; licence "
-                           f"{record['licence'] or 'none found'}; from {record['source']}{commit}; {VIA[record['via']]}", "dim"))
+                           f"{record['licence'] or 'none found'}; from {record['source']}{commit}; "
+                           f"{VIA[record['via']]}", "dim"))
         console.print(Text(f"{record['layout'].upper()}: {WHY[record['boundary']]}", "italic"))
         body = Text()
         for name, style in zip(PARTS, ("cyan", "bold black on yellow", "magenta"), strict=True):

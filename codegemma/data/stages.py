@@ -1,8 +1,8 @@
 """The stages of a build as tasks: pure functions of files and the recipe that any engine may run in any order.
 
-A task writes files that appear whole or not at all; its result is a small JSON document, kept beside them. Documents are
-sorted by the hash of their repository when they come in, so that later stages read one contiguous range of every shard,
-and only bands of signatures are compared across all of them.
+A task writes files that appear whole or not at all; its result is a small JSON document, kept beside them. Documents
+are sorted by the hash of their repository when they come in, so that later stages read one contiguous range of every
+shard, and only bands of signatures are compared across all of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Recipe:
     seed: int = 0
     epoch: int = 0
     languages: tuple[str, ...] = ()                 # empty: all that are code
-    licences: tuple[str, ...] | Literal["any", "permissive", "auto"] = "auto"   # auto: any for checkouts, else permissive
+    # auto: any for checkouts, else permissive
+    licences: tuple[str, ...] | Literal["any", "permissive", "auto"] = "auto"
     threshold: float = dedup.THRESHOLD
     loss: tuple[Label, ...] = tuple(sorted(fim.PARTS))
     mix: tuple[tuple[str, float], ...] = ()
@@ -52,18 +53,20 @@ class Recipe:
         _ = self.fim
         if unknown := sorted(set(self.languages) - CODE):
             raise ValueError(f"languages: {', '.join(unknown)} not known; known are {', '.join(sorted(CODE))}")
-        if self.mix and (min(share for _, share in self.mix) <= 0 or abs(sum(share for _, share in self.mix) - 1) > 1e-6):
+        if self.mix and (min(share for _, share in self.mix) <= 0
+                         or abs(sum(share for _, share in self.mix) - 1) > 1e-6):
             raise ValueError(f"mix: shares must be above 0 and add up to 1, got {dict(self.mix)}")
         if not 0.5 <= self.threshold <= 1:
-            raise ValueError(f"threshold of near copies must lie from 0.5 to 1, got {self.threshold}: below 0.5 the bands "
-                             "find only some of the pairs")
+            raise ValueError(f"threshold of near copies must lie from 0.5 to 1, got {self.threshold}: below 0.5 "
+                             "the bands find only some of the pairs")
 
     @property
     def fim(self) -> fim.Recipe:
         return fim.Recipe(self.fim_rate, self.spm_rate, self.length, self.seed, self.epoch, frozenset(self.loss))
 
     def quality(self, redistributed: bool) -> clean.Quality:
-        allowed = licences.permissive() if self.licences == "permissive" or (self.licences == "auto" and redistributed) \
+        allowed = licences.permissive() if self.licences == "permissive" or (self.licences == "auto"
+                                                                             and redistributed) \
             else None if isinstance(self.licences, str) else frozenset(self.licences)
         return clean.Quality(languages=frozenset(self.languages) or CODE, licences=allowed)
 
@@ -117,7 +120,8 @@ def _write_outcomes(outcomes: list[Outcome], path: Path) -> None:
     import pyarrow as pa
 
     schema = pa.schema([(name, pa.int64() if name == "size" else pa.string()) for name in Outcome.__dataclass_fields__])
-    rows = [vars(outcome) for outcome in sorted(outcomes, key=lambda o: (o.repository, o.path, o.reason, o.detail, o.size))]
+    rows = [vars(outcome) for outcome
+            in sorted(outcomes, key=lambda o: (o.repository, o.path, o.reason, o.detail, o.size))]
     with replacing(path) as file:
         import pyarrow.parquet as pq
 
@@ -125,7 +129,8 @@ def _write_outcomes(outcomes: list[Outcome], path: Path) -> None:
 
 
 def _counted(outcomes: Iterable[Outcome]) -> dict[str, int]:
-    return dict(sorted(Counter(f"{each.outcome}: {each.reason}" if each.reason else each.outcome for each in outcomes).items()))
+    return dict(sorted(Counter(f"{each.outcome}: {each.reason}" if each.reason else each.outcome for each
+                               in outcomes).items()))
 
 
 # -------------------------------------------------------------------------------------------------- the stages
@@ -227,7 +232,8 @@ def _clean(task: Task) -> dict[str, Any]:
             kept.append(_row(each))
     _write_documents(kept, task.file("clean"))
     _write_outcomes(outcomes, task.ledger)
-    return {"file": str(task.file("clean")), "documents": len(kept), "counts": _counted(outcomes), "redacted": dict(redacted),
+    return {"file": str(task.file("clean")), "documents": len(kept), "counts": _counted(outcomes),
+            "redacted": dict(redacted),
             "bytes": sum(len(row["text"]) for row in kept)}
 
 
@@ -250,7 +256,8 @@ def _sign(task: Task) -> dict[str, Any]:
     for row in _read_rows(Path(task.inputs["file"])):
         document = _document(row)
         hashes = dedup.words(document.text)
-        names.append({"repository": document.repository, "path": document.path, "kind": document.kind, "key": document.key,
+        names.append({"repository": document.repository, "path": document.path, "kind": document.kind,
+                      "key": document.key,
                       "digest": document.digest, "task": benchmarks(hashes)})
         shingles.append(np.unique(dedup.ngrams(hashes, dedup.SHINGLE)))
     matrix = dedup.signatures(shingles)
@@ -314,7 +321,7 @@ def _order(task: Task) -> dict[str, Any]:
     edges: list[dict[str, Any]] = []
     vias: Counter[str] = Counter()
     for key in sorted(found):
-        documents = []
+        documents: list[Document] = []
         for document in sorted(found.pop(key), key=lambda each: (each.path, each.digest)):
             if documents and documents[-1].path == document.path:
                 outcomes.append(dropped(document, "same path", "another version stands at this path of the repository"))
@@ -387,11 +394,13 @@ def _rows(task: Task) -> dict[str, Any]:
         counts[f"layout {example['layout']}"] += 1
         counts[f"boundary {example['boundary']}"] += 1
     kinds = {example["row"]: example["kind"] for example in joined.examples}
-    return {"rows": len(joined.tokens_RT), "tokens": int((joined.segments_RT > 0).sum()), "learned": int(joined.loss_RT.sum()),
+    return {"rows": len(joined.tokens_RT), "tokens": int((joined.segments_RT > 0).sum()),
+            "learned": int(joined.loss_RT.sum()),
             "examples": len(joined.examples), "segments": int(joined.segments_RT.max(1, initial=0).sum()),
             "counts": dict(sorted(counts.items())), "kinds": [kinds[row] for row in range(len(joined.tokens_RT))],
             "filled": (joined.segments_RT > 0).sum(1).tolist()}
 
 
-TASKS: dict[str, Callable[[Task], dict[str, Any]]] = {"documents": _documents, "clean": _clean, "sign": _sign, "link": _link,
+TASKS: dict[str, Callable[[Task], dict[str, Any]]] = {"documents": _documents, "clean": _clean, "sign": _sign,
+                                                      "link": _link,
                                                      "order": _order, "rows": _rows}

@@ -28,7 +28,8 @@ def parser(language: str) -> tree_sitter.Parser:
 
 
 def parse(text: str, language: str) -> tree_sitter.Tree | None:
-    """The syntax tree of a text (offsets in UTF-8 bytes), or None where no grammar is there or the text is too large."""
+    """The syntax tree of a text (offsets in UTF-8 bytes), or None where no grammar is there or the text is too
+    large."""
     data = text.encode("utf-8", "surrogatepass")
     return parser(language).parse(data) if language in GRAMMARS and len(data) <= MOST_BYTES else None
 

@@ -1,7 +1,7 @@
 """Unit tests beside what they test: the order of the files that the dependency graph leaves over.
 
-By name first (test_foo.py, FooTest.java, foo.spec.ts, foo_test.go, Foo.Tests.cs; the report's own example is TestFoo.java
-beside Foo.java), the nearest folder winning; among equals the file that the test imports.
+By name first (test_foo.py, FooTest.java, foo.spec.ts, foo_test.go, Foo.Tests.cs; the report's own example is
+TestFoo.java beside Foo.java), the nearest folder winning; among equals the file that the test imports.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 
-TEST_FOLDERS = frozenset({"test", "tests", "__tests__", "spec", "specs", "testing", "unittest", "unittests", "androidTest"})
+TEST_FOLDERS = frozenset({"test", "tests", "__tests__", "spec", "specs", "testing", "unittest", "unittests",
+                          "androidTest"})
 # One pattern per way of naming; the group is the name of what is tested.
 CAMEL = (r"Tests?(?=[A-Z])(\w+)", r"(\w+?)(?:Tests?|TestCase|Specs?|IT)")
 SNAKE = (r"tests?_(\w+)", r"(\w+)_(?:unit)?tests?", r"(\w+)_spec")
 DOTTED = (r"([\w.-]+)[.-](?:tests?|spec|specs)", r"tests?[.-]([\w.-]+)")
 NAMES = {"python": SNAKE, "go": (r"(\w+)_test",), "rust": SNAKE, "java": CAMEL, "kotlin": CAMEL, "scala": CAMEL,
-         "csharp": (*CAMEL, r"([\w.]+)\.Tests?"), "javascript": (*DOTTED, *SNAKE), "jsx": DOTTED, "typescript": (*DOTTED, *SNAKE),
+         "csharp": (*CAMEL, r"([\w.]+)\.Tests?"), "javascript": (*DOTTED,
+                                                                 *SNAKE), "jsx": DOTTED, "typescript": (*DOTTED,
+                                                                                                        *SNAKE),
          "tsx": DOTTED, "c": (*SNAKE, *CAMEL, *DOTTED), "cpp": (*SNAKE, *CAMEL, *DOTTED), "ruby": SNAKE, "php": CAMEL,
          "swift": CAMEL}
 
 
 def tested(path: str, language: str) -> list[str]:
-    """The names (without ending) of what a file tests by its own name; its own name where only its folder says "test"."""
+    """The names (without ending) of what a file tests by its own name; its own name where only its folder says
+    "test"."""
     stem, folders = _stem(path), PurePosixPath(path).parts[:-1]
     names = [match[1] for pattern in NAMES.get(language, ()) if (match := re.fullmatch(pattern, stem))]
     return names or ([stem] if TEST_FOLDERS & set(folders) and language in NAMES else [])
@@ -52,7 +56,8 @@ def implementations(files: Mapping[str, str], imported: Mapping[str, Collection[
 
 
 def _distance(test: str, other: str) -> tuple[int, int]:
-    """How far two files stand apart once test folders and the like (src/test/java beside src/main/java) are left out."""
+    """How far two files stand apart once test folders and the like (src/test/java beside src/main/java) are left
+    out."""
     neutral = TEST_FOLDERS | {"src", "main", "lib"}
     here = [part for part in PurePosixPath(test).parts[:-1] if part not in neutral]
     there = [part for part in PurePosixPath(other).parts[:-1] if part not in neutral]
