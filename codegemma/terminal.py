@@ -173,17 +173,18 @@ def models_table(found: Sequence[ModelInfo]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    uses = ("completion", "generation", "chat", "instructions")
-    table = Table("name", *uses, "fills holes", "size", "where", "licence", box=None, pad_edge=False)
+    table = Table("name", "made for", "size", "licence", box=None, pad_edge=False)
     for one in found:
-        where = _short(one.path) if one.path else "in its package" if one.packaged else "-"
         size = f"{one.size / 1e9:.2f} GB" if one.size else "-"
-        table.add_row(one.preset.name, *("yes" if use in one.preset.uses else "" for use in uses),
-                      "yes" if one.preset.fim else "", size, where, one.preset.licence)
-    console = Console()
+        table.add_row(one.preset.name, ", ".join(one.preset.uses), size, one.preset.licence)
+    console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print("\nA member that is not here: accept its licence on huggingface.co, then `huggingface-cli download "
-                  "google/codegemma-...`; any .gguf file or directory works with -m.", markup=False, highlight=False)
+    print()
+    for one in found:
+        if one.path or one.packaged:
+            print(f"{one.preset.name} is {f'at {_short(one.path)}' if one.path else 'in its package'}")
+    console.print("Another member: accept its licence on huggingface.co, then `huggingface-cli download REPOSITORY` "
+                  "(--json names it). Any .gguf file or directory works with -m.")
 
 
 def _short(path: Path) -> str:

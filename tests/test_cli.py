@@ -226,9 +226,10 @@ def test_models_lists_the_family(run, monkeypatch):
         "path": None, "bytes": None, "packaged": False, "licence": "Gemma Terms of Use", "hub": "google/codegemma-2b"}
     here = hub.ModelInfo(PRESETS["7b-it"], Path("/somewhere/7b.gguf"), 5 * 10 ** 9)
     monkeypatch.setattr(hub, "models", lambda: [here])
-    monkeypatch.setenv("COLUMNS", "150")
-    row = " ".join(run("models")[1].splitlines()[1].split())
-    assert row == "7b-it yes yes yes yes 5.00 GB /somewhere/7b.gguf Gemma Terms of Use"
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [" ".join(line.split()) for line in run("models")[1].splitlines()]
+    assert lines[1:4] == ["7b-it generation, chat, instructions 5.00 GB Gemma Terms of Use", "",
+                          "7b-it is at /somewhere/7b.gguf"]
 
 
 def test_bench_says_what_it_measured(run, gguf, monkeypatch):
