@@ -1,0 +1,155 @@
+// Compares the kernels of SIMD level OTHER with the plain ones, for levels that this CPU lacks: compiled against SIMDe's
+// AVX-512, or for another processor that an emulator runs (tests/test_levels.py). Prints what differs; exit code 1.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+
+using namespace cg;
+namespace cg::OTHER { const Kernels* kernels(); }
+
+namespace {
+
+const Kernels *ours = cg::OTHER::kernels(), *twin = plain::kernels();
+const float ROUNDOFF = 0x1p-24f;
+std::mt19937 generator(1);
+int failures = 0, checks = 0;
+
+float draw() { return std::normal_distribution<float>()(generator); }
+std::vector<float> draws(size_t n) {
+  std::vector<float> v(n);
+  for (auto& x : v) x = draw();
+  return v;
+}
+void expect(bool holds, const std::string& what) {
+  checks++;
+  if (!holds && failures++ < 40) printf("%s: %s differs from plain\n", ours->name, what.c_str());
+}
+// Equal to `relative` roundoffs of the value plus an absolute bound; exactly equal where both are 0.
+void close(const std::vector<float>& a, const std::vector<float>& b, float relative, float absolute, const std::string& what) {
+  bool holds = true;
+  for (size_t i = 0; i < a.size(); i++) holds &= std::fabs(a[i] - b[i]) <= relative * ROUNDOFF * std::fabs(b[i]) + absolute;
+  expect(holds, what);
+}
+
+struct Layout { const char* name; int block, bytes; std::vector<int> scales; };
+const Layout LAYOUTS[TYPES] = {{"F32", 1, 4, {}}, {"F16", 1, 2, {}}, {"BF16", 1, 2, {}}, {"Q4_0", 32, 18, {0}}, {"Q4_1", 32, 20, {0, 2}},
+    {"Q5_0", 32, 22, {0}}, {"Q5_1", 32, 24, {0, 2}}, {"Q8_0", 32, 34, {0}}, {"Q4_K", 256, 144, {0, 2}}, {"Q5_K", 256, 176, {0, 2}},
+    {"Q6_K", 256, 210, {208}}};
+
+struct Matrix {
+  std::vector<uint8_t> bytes;
+  Weight weight;
+  // Any bytes are quants; scales are halves near 2^-8 with both signs. Float weights lie near 1.
+  Matrix(int type, int64_t rows, int64_t cols) {
+    const Layout& l = LAYOUTS[type];
+    int64_t row_bytes = cols / l.block * l.bytes;
+    bytes.resize(rows * row_bytes + 1024);
+    for (auto& b : bytes) b = (uint8_t)generator();
+    for (int64_t at = 0; at < rows * row_bytes; at += l.bytes) {
+      for (int s : l.scales) bytes[at + s + 1] = (bytes[at + s + 1] & 0x83) | 0x1c;
+      if (type == F32_T) { float x = draw(); memcpy(&bytes[at], &x, 4); }
+      if (type == F16_T || type == BF16_T) bytes[at + 1] = (bytes[at + 1] & 0x83) | (type == F16_T ? 0x38 : 0x3c);
+    }
+    weight = {type, bytes.data(), rows, cols, row_bytes};
+  }
+};
+std::vector<float> multiply(const Kernels* k, const Weight& w, const Weight* gate, const std::vector<float>& x, int T) {
+  int64_t P = (w.cols + 255) / 256 * 256, rows = (T + 15) / 16 * 16;
+  std::vector<float> f(rows * P), out(T * w.rows, NAN);
+  for (int t = 0; t < T; t++) memcpy(&f[t * P], &x[t * w.cols], 4 * w.cols);
+  std::vector<int8_t> q[2] = {std::vector<int8_t>(rows * P), std::vector<int8_t>(rows * P)};
+  std::vector<float> scales[2] = {std::vector<float>(rows * P / 32), std::vector<float>(rows * P / 256)};
+  std::vector<int16_t> sums[2] = {std::vector<int16_t>(rows * P / 16), std::vector<int16_t>(rows * P / 16)};
+  bool packed = T >= PACKED_FROM;
+  Activations a{f.data(), w.cols, P, P, T, packed, form_of(w.type), {32, q[0].data(), scales[0].data(), sums[0].data()},
+                {256, q[1].data(), scales[1].data(), sums[1].data()}};
+  k->quantise(a, 0, packed ? (int)rows : T);
+  Scratch scratch;
+  int64_t tile = k->tile_rows(w, packed);
+  for (int64_t r = 0; r < w.rows; r += tile) k->product({&w, gate, out.data(), w.rows}, a, r, std::min(r + tile, w.rows), scratch);
+  return out;
+}
+
+void products() {
+  for (int type = 0; type < TYPES; type++) {
+    const Layout& l = LAYOUTS[type];
+    const int64_t rows = 19, cols = l.block == 256 ? 9 * 256 : l.block == 32 ? 13 * 32 : 77;
+    Matrix w(type, rows, cols), gate(type, rows, cols);
+    auto x = draws(40 * cols);
+    float longest = 0;
+    for (float v : x) longest = std::max(longest, std::fabs(v));
+    for (int T = 1; T <= 40; T++) {
+      auto a = multiply(ours, w.weight, nullptr, x, T), b = multiply(twin, w.weight, nullptr, x, T);
+      std::string what = std::string(l.name) + " product of " + std::to_string(T) + " tokens";
+      if (l.block == 1) close(a, b, 0, 2 * cols * ROUNDOFF * cols * longest * 5, what);
+      else expect(!memcmp(a.data(), b.data(), 4 * a.size()), what);
+      if (l.block > 1 && T % 5 == 1)  // the products are equal; exp errs by its argument's roundoffs
+        close(multiply(ours, w.weight, &gate.weight, x, T), multiply(twin, w.weight, &gate.weight, x, T), 400, 1e-30f, what + " with gate");
+    }
+    std::vector<float> a(cols), b(cols);
+    for (int64_t r = 0; r < rows; r++) {
+      ours->dequantise(w.weight, r, a.data()), twin->dequantise(w.weight, r, b.data());
+      expect(!memcmp(a.data(), b.data(), 4 * cols), std::string(l.name) + " row");
+    }
+  }
+}
+void rows() {
+  for (int n : {1, 3, 16, 77, 640}) {
+    auto x = draws(n), w = draws(n);
+    std::vector<float> a(n), b(n);
+    ours->norm(x.data(), w.data(), a.data(), n, 1e-6f), twin->norm(x.data(), w.data(), b.data(), n, 1e-6f);
+    close(a, b, n + 8, 0, "norm");
+    for (auto& v : x) v *= 20;
+    a = b = x;
+    ours->softcap(a.data(), n, 30), twin->softcap(b.data(), n, 30);
+    close(a, b, 0, 30 * 16 * ROUNDOFF, "softcap");
+    float top[2], total[2];
+    int64_t where[2];
+    ours->log_sum(x.data(), n, top, total, where), twin->log_sum(x.data(), n, top + 1, total + 1, where + 1);
+    expect(top[0] == top[1] && where[0] == where[1], "largest");
+    close({total[0]}, {total[1]}, n + 400, 0, "sum of exp");
+  }
+}
+// Prompts of 300 tokens through heads and attention, in one go, with windows, caps, halves and floats.
+void attention(int H, int window, float cap, bool half) {
+  const int N = 4, K = 2, T = 300, size = half ? 2 : 4;
+  const int64_t kv = (int64_t)K * PAGE * H * size, columns = (N + 2 * K) * H;
+  auto start = draws(T * columns), norms = draws(H), angles = draws(H / 2);
+  std::vector<float> cosines, sines, out[2];
+  for (float a : angles) cosines.push_back(std::cos(a)), sines.push_back(std::sin(a));
+  for (int level = 0; level < 2; level++) {
+    const Kernels* k = level ? twin : ours;
+    std::vector<std::vector<uint8_t>> memory;
+    std::vector<uint64_t> pages;
+    for (int p = 0; p <= T / PAGE; p++) memory.emplace_back(2 * kv), pages.push_back((uint64_t)memory[p].data());
+    auto qkv = start;
+    for (int t = 0; t < T; t++) {
+      uint8_t* page = (uint8_t*)pages[t / PAGE] + t % PAGE * H * size;
+      k->split_heads({&qkv[t * columns], N, K, H, norms.data(), nullptr, 1e-6f, 0.3f, {cosines.data(), sines.data()}, page, page + kv, half});
+    }
+    out[level].assign(T * N * H, NAN);
+    Attention a{qkv.data(), columns, out[level].data(), N * H, N, K, H, window, cap, half, 0, kv};
+    Scratch scratch;
+    for (int t = 0; t < T; t += 16)
+      for (int head = 0; head < K; head++)
+        k->attend(a, {t, std::min(16, T - t), t, pages.data(), head, 0, N / K, -1, nullptr}, scratch);
+  }
+  // Scores err by H roundoffs of |q||k| < 30 H, and by a rounding of k and v to halves that falls the other way.
+  float bound = (half ? 0x1p-10f * 8 : 60.f * H * ROUNDOFF * 8) + T * ROUNDOFF;
+  close(out[0], out[1], 0, bound * 4, "attention of heads of " + std::to_string(H) + (half ? " halves" : " floats"));
+}
+
+}  // namespace
+
+int main() {
+  products(), rows();
+  for (bool half : {false, true})
+    for (int H : {6, 24, 64}) attention(H, 0, 0, half), attention(H, 100, 5, half);
+  printf("%s: %d checks, %d failures\n", ours->name, checks, failures);
+  return failures > 0;
+}

@@ -1,0 +1,55 @@
+"""Kernels of SIMD levels that this CPU lacks, against the plain ones: AVX-512 as SIMDe spells it out in AVX2, NEON on
+an emulated processor. Quantised products must be equal bit for bit, all else within its rounding (levels.cpp).
+
+    apt-get install libsimde-dev                            # AVX-512
+    apt-get install g++-aarch64-linux-gnu qemu-user         # NEON
+"""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SOURCES = TESTS.parent / "codegemma" / "native" / "src"
+FLAGS = ["-std=c++20", "-O1", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", f"-I{SOURCES}", f"-isystem{TESTS}"]
+SIMDE = Path("/usr/include/simde/x86/avx512.h")
+
+
+def run(*commands):
+    """All at once; fails with what the first failing one said."""
+    started = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+               for command in commands]
+    outputs = [process.communicate(timeout=600)[0] for process in started]
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def compare(level, directory, compiler, options, runner=()):
+    """Compiles kernels.cpp as `level` and as plain, links levels.cpp to both, and runs it."""
+    def kernels(name, *more):
+        return [compiler, *FLAGS, f"-DCG_LEVEL={name}", f'-DCG_LEVEL_NAME="{name}"', *more,
+                "-c", SOURCES / "kernels.cpp", "-o", directory / f"{name}.o"]
+
+    program = directory / level
+    run(kernels("plain"), kernels(level, *options),
+        [compiler, *FLAGS, "-c", TESTS / "levels.cpp", f"-DOTHER={level}", "-o", directory / "main.o"])
+    run([compiler, "-static", *(directory / f"{name}.o" for name in ("main", "plain", level)), "-o", program])
+    return run([*runner, program])[0]
+
+
+@pytest.mark.skipif(not SIMDE.exists() or platform.machine() != "x86_64" or not shutil.which("g++"),
+                    reason="needs an x86-64 processor, g++ and SIMDe (apt-get install libsimde-dev)")
+def test_avx512_equals_plain(tmp_path):
+    options = ["-DCG_AVX512", "-mavx2", "-mfma", "-mf16c", "-include", TESTS / "simde_avx512.h"]
+    assert "avx512: " in compare("avx512", tmp_path, "g++", options)
+
+
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"),
+                    reason="needs apt-get install g++-aarch64-linux-gnu qemu-user")
+def test_neon_equals_plain(tmp_path):
+    options = ["-DCG_NEON", "-march=armv8.2-a+dotprod+fp16"]
+    assert "neon: " in compare("neon", tmp_path, "aarch64-linux-gnu-g++", options, ["qemu-aarch64"])
