@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -34,8 +35,11 @@ class _Node:
 
 
 class PrefixCache:
+    """Safe to share between threads."""
+
     def __init__(self, key: str, page_bytes: int, most_bytes: int) -> None:
         self.key, self.page_bytes, self.most_bytes = key, page_bytes, most_bytes
+        self._lock = threading.RLock()
         self._root = _Node((), None, None)
         self._recent: OrderedDict[_Node, None] = OrderedDict()  # least recently used first; a parent after its children
 
@@ -45,12 +49,16 @@ class PrefixCache:
 
     def find(self, ids: Sequence[int]) -> tuple[list[Page], int]:
         """Pages of the longest known prefix of `ids`, and its length; the last page may hold more than it."""
+        with self._lock:
+            return self._find(ids)
+
+    def _find(self, ids: Sequence[int]) -> tuple[list[Page], int]:
         node, pages, length = self._root, [], 0
         while True:
             rest = tuple(ids[length:length + PAGE])
             child = node.children.get(rest) if len(rest) == PAGE else None
             if child is None:
-                child, common = max(((one, _common(one.ids, rest)) for one in node.children.values()),
+                child, common = max(((one, common_prefix(one.ids, rest)) for one in node.children.values()),
                                     key=lambda found: found[1], default=(None, 0))
                 if child is not None and common and child.page is not None:
                     self._touch(child)
@@ -63,6 +71,10 @@ class PrefixCache:
 
     def put(self, ids: Sequence[int], pages: Sequence[Page]) -> None:
         """Remembers that `pages` hold `ids`; pages already known stay the shared ones."""
+        with self._lock:
+            self._put(ids, pages)
+
+    def _put(self, ids: Sequence[int], pages: Sequence[Page]) -> None:
         node = self._root
         for index, page in enumerate(pages):
             part = tuple(ids[index * PAGE:(index + 1) * PAGE])
@@ -80,11 +92,17 @@ class PrefixCache:
         while self.bytes > self.most_bytes and self._recent:
             self._forget(next(iter(self._recent)))
 
+    def forget_all(self) -> None:
+        with self._lock:
+            self._root = _Node((), None, None)
+            self._recent.clear()
+
     def save(self, path: Path | str) -> None:
         """Writes all pages, atomically."""
-        nodes = list(self._nodes(self._root))
-        index = {node: at for at, node in enumerate(nodes)}
-        tree = json.dumps([[index.get(node.parent, -1) if node.parent else -1, list(node.ids)] for node in nodes]).encode()
+        with self._lock:
+            nodes = list(self._nodes(self._root))
+        index: dict[_Node | None, int] = {node: at for at, node in enumerate(nodes)}
+        tree = json.dumps([[index.get(node.parent, -1), list(node.ids)] for node in nodes]).encode()
         digest = hashlib.sha256()
         with replacing(Path(path)) as out:
             def write(data: bytes) -> None:
@@ -155,5 +173,6 @@ class PrefixCache:
         del node.parent.children[node.ids], self._recent[node]
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences have in common at their starts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from codegemma import sampling as sampler
-from codegemma.cache import PrefixCache
+from codegemma.cache import PrefixCache, common_prefix
 from codegemma.config import ModelConfig
 from codegemma.native import CHUNK, PAGE, Cancel, Logits, Page, Slice
 from codegemma.sampling import Sampling
@@ -24,6 +24,7 @@ from codegemma.tokenizer import Stream, Tokenizer
 Stop = Literal["end", "stop_text", "length", "cancelled"]
 DRAFTS = (4, 15)                         # tokens drafted at first, and once a draft was accepted whole
 MATCH = 3                                # tokens that must repeat before a draft is made
+SHARED = 16                              # tokens of another's prompt that are worth waiting for
 
 
 class Backend(Protocol):
@@ -78,6 +79,8 @@ class Running:
         self.done = 0                    # tokens whose keys and values are in the pages
         self.cached = 0                  # of these, how many came from the cache
         self.stop: Stop | None = None
+        self.leader: Running | None = None  # who is reading the first `shared` tokens for both
+        self.shared = 0
         self._stream = Stream(tokenizer) if tokenizer else None
         self._held = ""
         self._draft = _Draft(ids) if request.speculate else None
@@ -95,7 +98,8 @@ class Running:
         values_V, request = logits.values[row], self.request
         token = sampler.choose(request.sampling, values_V, int(logits.argmax[row]), self.ids, self.generated)
         normaliser = float(logits.normaliser[row])
-        top = tuple((int(i), float(values_V[i]) - normaliser) for i in sampler.top(values_V, request.top)) if request.top else ()
+        best = sampler.top(values_V, request.top) if request.top else ()
+        top = tuple((int(i), float(values_V[i]) - normaliser) for i in best)
         logprob = float(values_V[token]) - normaliser
         self.ids.append(token)
         if token in request.stop_ids:
@@ -107,14 +111,28 @@ class Running:
             return self._last(token, text + self._flush(), logprob, "length", top)
         return Step(token, text, logprob, None, top)
 
-    def cancelled(self) -> Step:
-        return self._last(None, "", 0.0, "cancelled", ())
+    def end(self, stop: Stop) -> Step:
+        """Ends without a token."""
+        return self._last(None, self._flush(), 0.0, stop, ())
+
+    def catch_up(self, others: Sequence[Running]) -> bool:
+        """False while another still reads what both prompts start with; then its pages are taken."""
+        if self.leader is None:
+            return True
+        if self.leader.done < self.shared and self.leader in others:
+            return False
+        length = min(self.shared, self.leader.done)
+        if length > self.done:
+            self.pages, self.done, self.cached = self.leader.pages[:-(-length // PAGE)], length, length
+        self.leader = None
+        return True
 
     def learn(self, drafted: int, accepted: int) -> None:
         if self._draft and drafted:
             self._draft.learn(drafted, accepted)
 
-    def _last(self, token: int | None, text: str, logprob: float, stop: Stop, top: tuple[tuple[int, float], ...]) -> Step:
+    def _last(self, token: int | None, text: str, logprob: float, stop: Stop,
+              top: tuple[tuple[int, float], ...]) -> Step:
         self.stop = stop
         return Step(token, text, logprob, stop, top)
 
@@ -133,7 +151,7 @@ class Running:
         if found:
             self.stop, self._held = "stop_text", ""
             return held[:min(found)]
-        keep = max((n for stop in stops for n in range(min(len(stop) - 1, len(held)), 0, -1) if held.endswith(stop[:n])),
+        keep = max((n for stop in stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])),
                    default=0)
         self._held = held[len(held) - keep:]
         return held[:len(held) - keep]
@@ -179,6 +197,10 @@ class Batch:
     def add(self, request: Request) -> Running:
         """Raises ValueError where the request does not fit the model."""
         one = self.engine.start(request)
+        for other in self.running:       # the prefix that samples or tasks share is computed once
+            shared = min(common_prefix(one.ids, other.ids), len(one.ids) - 1)
+            if shared >= max(one.done, one.shared) + SHARED:
+                one.leader, one.shared = other, shared
         self.running.append(one)
         return one
 
@@ -188,10 +210,12 @@ class Batch:
         self.engine.remember(one)
 
     def step(self) -> list[tuple[Running, Step]]:
-        """Runs all requests by one decode step or prompt chunk. Nothing comes back where `cancel` was set meanwhile: the
-        caller removes what is to go, and steps on."""
+        """Runs all requests by one decode step or prompt chunk. Nothing comes back where `cancel` was set meanwhile:
+        the caller removes what is to go, and steps on."""
         slices, owners, drafts, room = [], [], [], self.chunk
         for one in self.running:
+            if not one.catch_up(self.running):
+                continue
             waiting = len(one.ids) - one.done
             draft = one.draft() if waiting == 1 and one.generated and len(self.running) <= 2 else []
             ids = one.ids[one.done:one.done + max(1, min(waiting, room))] if waiting > 1 else [one.ids[-1], *draft]
@@ -199,7 +223,7 @@ class Batch:
                 continue
             room -= len(ids) if waiting > 1 else 0
             reaches_end = one.done + len(ids) >= len(one.ids)
-            slices.append(self.engine.claim(one, ids, 1 + len(draft) if reaches_end else 0))
+            slices.append(self.engine.claim(one, ids, 1 + len(draft) if reaches_end and one.limit else 0))
             owners.append(one)
             drafts.append(draft)
         if not slices:
@@ -217,6 +241,8 @@ class Batch:
             one.done = part.start + len(part.ids) - len(draft)
             if part.wanted:
                 steps += [(one, step) for step in self._accept(one, draft, row, logits)]
+            elif one.done == len(one.ids):  # max_tokens is 0: the prompt was only to be read
+                steps.append((one, one.end("length")))
             row += part.wanted
         for one in [one for one in owners if one.stop]:
             self.remove(one)
@@ -264,10 +290,14 @@ class Engine:
     def _drain(self, batch: Batch, one: Running) -> Iterator[Step]:
         try:
             while one.stop is None:
-                with self.lock:
-                    steps = [] if batch.cancel.is_set() else batch.step()
+                steps: list[tuple[Running, Step]] = []
+                if self.lock.acquire(timeout=0.02):  # a cancelled request does not wait for another's long prompt
+                    try:
+                        steps = [] if batch.cancel.is_set() else batch.step()
+                    finally:
+                        self.lock.release()
                 if batch.cancel.is_set():
-                    yield one.cancelled()
+                    yield one.end("cancelled")
                     return
                 for _, step in steps:
                     yield step
@@ -279,16 +309,18 @@ class Engine:
         """float32 [T, V]: row t is what the model says after ids[:start + t + 1]. Gigabytes for long texts."""
         one = self.start(Request(ids, max_tokens=0))
         one.done, one.pages = 0, []
-        parts = [np.empty((0, self.backend.config.vocab), np.float32)]
+        logits_TV = np.empty((max(len(one.ids) - start, 0), self.backend.config.vocab), np.float32)
         while one.done < len(one.ids):
             chunk = one.ids[one.done:one.done + 64]
-            wanted = max(0, min(len(chunk), one.done + len(chunk) - start))
-            result = self.backend.run([self.claim(one, chunk, wanted)])
-            assert result is not None    # nothing can cancel it
-            parts.append(result.values[:wanted].copy())
-            one.done += len(chunk)
+            end = one.done + len(chunk)
+            wanted = max(0, min(len(chunk), end - start))
+            with self.lock:
+                result = self.backend.run([self.claim(one, chunk, wanted)])
+                assert result is not None    # nothing can cancel it
+                logits_TV[end - start - wanted:max(end - start, 0)] = result.values[:wanted]
+            one.done = end
         self.remember(one)
-        return np.concatenate(parts)
+        return logits_TV
 
     def start(self, request: Request) -> Running:
         config, ids = self.backend.config, [int(token) for token in request.prompt]
@@ -299,15 +331,17 @@ class Engine:
             raise ValueError(f"the prompt holds token id {bad}, but the vocabulary has {config.vocab:,} ids, from 0: "
                              "use the tokenizer that belongs to the model")
         if len(ids) + min(request.max_tokens, 1) > config.context:
-            raise ValueError(f"the prompt has {len(ids):,} tokens but the model reads {config.context:,}: shorten it or "
-                             'pass truncate="left"')
-        if request.max_tokens < 0:
-            raise ValueError(f"max_tokens must be at least 0, got {request.max_tokens}")
+            raise ValueError(f"the prompt has {len(ids):,} tokens but the model reads {config.context:,}: shorten it "
+                             'or pass truncate="left"')
+        if request.max_tokens < 0 or request.top < 0:
+            raise ValueError(f"max_tokens and top must be at least 0, got {request.max_tokens} and {request.top}")
+        if isinstance(request.stop, str) or not all(request.stop):
+            raise ValueError(f"stop must be a list of texts, none of them empty, got {request.stop!r}")
+        if request.stop and self.tokenizer is None:
+            raise ValueError("stop texts need a tokenizer, and this model came without one: pass stop_ids")
         one = Running(request, ids, self.tokenizer, min(request.max_tokens, config.context - len(ids)))
         one.pages, one.done = self.cache.find(ids[:-1])
         one.cached = one.done
-        if not one.limit:
-            one.stop = "length"
         return one
 
     def claim(self, one: Running, ids: Sequence[int], wanted: int) -> Slice:
