@@ -7,6 +7,7 @@ what else is in the batch, on how the prompt was cut, on whether its prefix came
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,6 +124,19 @@ class Native:
         done = self._program.run(ids_T, positions_T, sequences_T, pages_SP, np.array(wanted, np.int32), b.values, b.argmax,
                                  b.normaliser, cancel)
         return Logits(b.values[:n], b.argmax[:n], b.normaliser[:n]) if done else None
+
+    def settle(self) -> int:
+        """Moves memory-mapped weights into huge pages, in place and while others run: about a quarter more speed for
+        what streams them, at the price of one copy of the file. Returns the bytes moved."""
+        maps: dict[int, tuple[int, int]] = {}
+        for data in self._kept:
+            root: object = data
+            while isinstance(root, np.ndarray | memoryview):
+                root = root.base if isinstance(root, np.ndarray) else root.obj
+            if isinstance(root, mmap.mmap):
+                low, high = maps.get(id(root), (1 << 63, 0))
+                maps[id(root)] = (min(low, data.ctypes.data), max(high, data.ctypes.data + data.nbytes))
+        return sum(_native.settle(low, high - low) for low, high in maps.values())
 
     def profile(self, on: bool) -> list[tuple[str, float]]:
         """Seconds of each step since profiling was switched on."""

@@ -14,6 +14,7 @@
 #include "program.h"
 
 void bind_quantise(nanobind::module_& m);  // quantise.cpp
+namespace cg { int64_t settle(uint8_t* start, int64_t length); }  // settle.cpp
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -180,6 +181,10 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     multiply(k, pool, w, x.data(), (int)x.shape(0), out.data());
   }, "level"_a, "pool"_a, "weight"_a, "x"_a, "out"_a);
+  m.def("settle", [](uint64_t start, int64_t length) {
+    nb::gil_scoped_release release;
+    return settle((uint8_t*)start, length);
+  }, "start"_a, "length"_a, "Moves a read-only memory map (addresses start .. start + length, all of one map) into huge pages in place.");
   m.def("measure", [](const std::string& level, Pool& pool) {
     const Kernels* k = choose_kernels(level);
     nb::gil_scoped_release release;

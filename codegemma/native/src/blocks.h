@@ -8,6 +8,10 @@ namespace cg {
 namespace CG_LEVEL {
 
 CG_INLINE u8x32 bytes(const uint8_t* p) { return load<u8x32>(p); }
+// Shifts of whole 16-bit words: cheaper than of bytes, for callers that mask off what crosses from the neighbour.
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+template <int N> CG_INLINE u8x32 shift_right(u8x32 v) { return (u8x32)((u16x16)v >> N); }
+template <int N> CG_INLINE u8x32 shift_left(u8x32 v) { return (u8x32)((u16x16)v << N); }
 
 struct Q4_0 {
   static constexpr int BYTES = 18, MAXQ = 15, OFFSET = 8;
@@ -53,44 +57,43 @@ CG_INLINE void k45_scales(const uint8_t* b, KScales& s) {
   }
 }
 struct Q4_K {
-  static constexpr int BYTES = 144, MAXQ = 15, SUB = 32;
+  static constexpr int BYTES = 144, MAXQ = 15, SUB = 32, D_AT = 0;
   static constexpr bool MIN = true;
   static CG_INLINE void scales(const uint8_t* b, KScales& s) { k45_scales(b, s); }
   static CG_INLINE void unpack(const uint8_t* b, u8x32 w[8]) {
     for (int j = 0; j < 4; j++) {
       u8x32 v = bytes(b + 16 + 32 * j);
-      w[2 * j] = v & (uint8_t)15, w[2 * j + 1] = v >> (uint8_t)4;
+      w[2 * j] = v & 15, w[2 * j + 1] = shift_right<4>(v) & 15;
     }
   }
 };
 struct Q5_K {
-  static constexpr int BYTES = 176, MAXQ = 31, SUB = 32;
+  static constexpr int BYTES = 176, MAXQ = 31, SUB = 32, D_AT = 0;
   static constexpr bool MIN = true;
   static CG_INLINE void scales(const uint8_t* b, KScales& s) { k45_scales(b, s); }
   static CG_INLINE void unpack(const uint8_t* b, u8x32 w[8]) {
-    u8x32 high = bytes(b + 16);
-    for (int j = 0; j < 4; j++) {
-      u8x32 v = bytes(b + 48 + 32 * j);
-      w[2 * j] = (v & (uint8_t)15) | ((high >> (uint8_t)(2 * j) & (uint8_t)1) << (uint8_t)4);
-      w[2 * j + 1] = v >> (uint8_t)4 | ((high >> (uint8_t)(2 * j + 1) & (uint8_t)1) << (uint8_t)4);
-    }
+    u8x32 high = bytes(b + 16), v[4];
+    for (int j = 0; j < 4; j++) v[j] = bytes(b + 48 + 32 * j);
+    w[0] = (v[0] & 15) | (shift_left<4>(high) & 16), w[1] = (shift_right<4>(v[0]) & 15) | (shift_left<3>(high) & 16);
+    w[2] = (v[1] & 15) | (shift_left<2>(high) & 16), w[3] = (shift_right<4>(v[1]) & 15) | (shift_left<1>(high) & 16);
+    w[4] = (v[2] & 15) | (high & 16), w[5] = (shift_right<4>(v[2]) & 15) | (shift_right<1>(high) & 16);
+    w[6] = (v[3] & 15) | (shift_right<2>(high) & 16), w[7] = (shift_right<4>(v[3]) & 15) | (shift_right<3>(high) & 16);
   }
 };
 struct Q6_K {
-  static constexpr int BYTES = 210, MAXQ = 63, SUB = 16;
+  static constexpr int BYTES = 210, MAXQ = 63, SUB = 16, D_AT = 208;
   static constexpr bool MIN = false;
   static CG_INLINE void scales(const uint8_t* b, KScales& s) {
     s.d = half(load<uint16_t>(b + 208)), s.dmin = s.d;
     for (int j = 0; j < 16; j++) s.sc[j] = (int8_t)b[192 + j], s.mn[j] = 32 * s.sc[j];
   }
   static CG_INLINE void unpack(const uint8_t* b, u8x32 w[8]) {
-    const uint8_t m4 = 15, m2 = 3;
     for (int h = 0; h < 2; h++) {
       u8x32 lo = bytes(b + 64 * h), hi = bytes(b + 64 * h + 32), top = bytes(b + 128 + 32 * h);
-      w[4 * h] = (lo & m4) | ((top & m2) << (uint8_t)4);
-      w[4 * h + 1] = (hi & m4) | ((top >> (uint8_t)2 & m2) << (uint8_t)4);
-      w[4 * h + 2] = lo >> (uint8_t)4 | ((top >> (uint8_t)4 & m2) << (uint8_t)4);
-      w[4 * h + 3] = hi >> (uint8_t)4 | ((top >> (uint8_t)6 & m2) << (uint8_t)4);
+      w[4 * h] = (lo & 15) | (shift_left<4>(top) & 48);
+      w[4 * h + 1] = (hi & 15) | (shift_left<2>(top) & 48);
+      w[4 * h + 2] = (shift_right<4>(lo) & 15) | (top & 48);
+      w[4 * h + 3] = (shift_right<4>(hi) & 15) | (shift_right<2>(top) & 48);
     }
   }
 };

@@ -103,22 +103,36 @@ void quantise_row(const float* x, int64_t padded, int block, int8_t* q, float* s
     scales[b] = top / 127.0f;
     Fv by = splat(inverse);
     for (int i = 0; i < block; i += 16) {
-      int8_t* o = q + i;
+      int32_t v[16];
+      Iv total{};
       for (int j = 0; j < 16; j += FW) {
-        Iv v = __builtin_convertvector((load<Fv>(x + i + j) * by + round) - round, Iv);
-        for (int l = 0; l < FW; l++) o[j + l] = (int8_t)v[l];
+        Iv whole = __builtin_convertvector((load<Fv>(x + i + j) * by + round) - round, Iv);
+        store(v + j, whole), total += whole;
       }
+      for (int j = 0; j < 16; j++) q[i + j] = (int8_t)v[j];
       int s = 0;
-      for (int j = 0; j < 16; j++) s += o[j];
+      for (int l = 0; l < FW; l++) s += total[l];
       sums[i / 16] = (int16_t)s;
     }
+  }
+}
+// Rows as unpack8 meets them: of each two blocks the first halves, then the second; scales and sums by ORDER.
+void to_chain_order(int8_t* q, float* scales, int16_t* sums, int64_t padded) {
+  for (int64_t g = 0; g < padded / 256; g++, q += 256, scales += 8, sums += 16) {
+    for (int i = 0; i < 256; i += 64) std::swap_ranges(q + i + 16, q + i + 32, q + i + 32);
+    float d[8];
+    int16_t s[16];
+    memcpy(d, scales, sizeof d), memcpy(s, sums, sizeof s);
+    for (int lane = 0; lane < 8; lane++) scales[lane] = d[ORDER[lane]], memcpy(sums + 2 * lane, s + 2 * ORDER[lane], 4);
   }
 }
 void quantise_form(const Activations& a, const Quantised& z, int t0, int t1) {
   int64_t P = a.padded, B = P / z.block;
   if (!a.packed) {
-    for (int t = t0; t < t1; t++)
+    for (int t = t0; t < t1; t++) {
       quantise_row(a.f + t * a.stride, P, z.block, z.q + t * P, z.scales + t * B, z.sums + t * (P / 16));
+      if (CG_X86 && z.block == 32) to_chain_order(z.q + t * P, z.scales + t * B, z.sums + t * (P / 16), P);
+    }
     return;
   }
   std::vector<int8_t> q(P);
@@ -142,80 +156,183 @@ void quantise(const Activations& a, int t0, int t1) {
 }
 
 // ------------------------------------------------------------------------------------------------ few tokens
-// A row of weights is read once for all tokens; lanes are eight consecutive blocks, which are the eight chains.
-template <class Q> CG_INLINE void eight_blocks(const uint8_t* p, const Activations& a, int64_t g, f32x8* acc, int T) {
-  u8x32 w[8];
-  for (int i = 0; i < 8; i++) w[i] = Q::unpack(p + i * Q::BYTES);
-  f32x8 d = halves(p, Q::BYTES), m = Q::MIN ? halves(p + 2, Q::BYTES) : f32x8{};
-  for (int t = 0; t < T; t++) {
-    const int8_t* x = a.q32.q + t * a.padded + g * 256;
-    i32x8 s[8];
-    for (int i = 0; i < 8; i++) s[i] = dot32<(Q::MAXQ < 0)>(w[i], load<u8x32>(x + 32 * i));
-    i32x8 total = reduce8(s);
-    f32x8 dx = load<f32x8>(a.q32.scales + t * (a.padded / 32) + g * 8);
-    if (Q::OFFSET || Q::MIN) {
-      i32x8 pairs = load<i32x8>(a.q32.sums + t * (a.padded / 16) + g * 16);
-      i32x8 sums = (pairs << 16 >> 16) + (pairs >> 16);
-      total -= Q::OFFSET * sums;
-      f32x8 term = to_float(total) * (d * dx);
-      if (Q::MIN) term = term + to_float(sums) * (m * dx);
-      acc[t] += term;
+// A row of weights is read once for all tokens. Lanes are eight consecutive blocks, which are the eight chains; ORDER
+// says which block a lane holds, and quantise_row lays scales and sums of activations out in the same order.
+#if CG_X86
+// Two blocks share a vector, one in each half: their low nibbles, then their high ones, meet activations laid out alike.
+template <class Q> CG_INLINE void unpack8(const uint8_t* p, u8x32 w[8]) {
+  for (int i = 0; i < 4; i++, p += 2 * Q::BYTES) {
+    if constexpr (Q::MAXQ < 0) {
+      for (int h = 0; h < 2; h++) {
+        w[2 * i + h] = two_halves(p + 2 + 16 * h, p + Q::BYTES + 2 + 16 * h);
+        if (Q::OFFSET) w[2 * i + h] ^= (uint8_t)128;
+      }
     } else {
-      acc[t] += to_float(total) * (d * dx);
+      constexpr int AT = Q::BYTES - 16;
+      __m256i v = (__m256i)two_halves(p + AT, p + Q::BYTES + AT);
+      w[2 * i] = (u8x32)_mm256_and_si256(v, _mm256_set1_epi8(15));
+      w[2 * i + 1] = (u8x32)_mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
+      if constexpr (Q::MAXQ == 31) {
+        __m256i bits = _mm256_set_m128i(_mm_set1_epi32(load<int32_t>(p + Q::BYTES + AT - 4)), _mm_set1_epi32(load<int32_t>(p + AT - 4)));
+        const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull), sixteen = _mm256_set1_epi8(16);
+        for (int h = 0; h < 2; h++) {
+          const __m256i from = _mm256_set_epi64x(0x0101010101010101ll * (2 * h + 1), 0x0101010101010101ll * (2 * h),
+                                                 0x0101010101010101ll * (2 * h + 1), 0x0101010101010101ll * (2 * h));
+          __m256i b = _mm256_and_si256(_mm256_shuffle_epi8(bits, from), bit);
+          w[2 * i + h] |= (u8x32)_mm256_and_si256(_mm256_cmpeq_epi8(b, bit), sixteen);
+        }
+      }
     }
   }
 }
-template <class Q, int FIXED> void few32(const Product& p, const Activations& a, int64_t r0, int64_t r1) {
-  const int T = FIXED ? FIXED : a.T;
+template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
+  __m256i s[4];
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int i = 0; i < 4; i++) {
+    __m256i x0 = load<__m256i>(x + 64 * i), x1 = load<__m256i>(x + 64 * i + 32), a = (__m256i)w[2 * i], b = (__m256i)w[2 * i + 1];
+#if defined(CG_AVX512)
+    s[i] = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), a, x0), b, x1);
+#else
+    if constexpr (Q::MAXQ < 0) {
+      a = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(x0, a));
+      b = _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(x1, b));
+      s[i] = _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones));
+    } else {
+      s[i] = _mm256_add_epi16(_mm256_maddubs_epi16(a, x0), _mm256_maddubs_epi16(b, x1));
+    }
+#endif
+  }
+#if defined(CG_AVX512)
+  constexpr bool WIDE_SUMS = true;
+#else
+  constexpr bool WIDE_SUMS = Q::MAXQ < 0;
+#endif
+  // Sums of 16-bit pairs stay below 4 * 2 * 31 * 127 < 2^15.
+  __m256i a = WIDE_SUMS ? _mm256_hadd_epi32(s[0], s[1]) : _mm256_madd_epi16(_mm256_hadd_epi16(s[0], s[1]), ones);
+  __m256i b = WIDE_SUMS ? _mm256_hadd_epi32(s[2], s[3]) : _mm256_madd_epi16(_mm256_hadd_epi16(s[2], s[3]), ones);
+  return (i32x8)_mm256_hadd_epi32(a, b);
+}
+#else
+template <class Q> CG_INLINE void unpack8(const uint8_t* p, u8x32 w[8]) {
+  for (int i = 0; i < 8; i++) w[i] = Q::unpack(p + i * Q::BYTES);
+}
+template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
+  i32x8 s[8];
+  for (int i = 0; i < 8; i++) s[i] = dot32<(Q::MAXQ < 0)>(w[i], load<u8x32>(x + 32 * i));
+  return reduce8(s);
+}
+#endif
+template <class Q, int T> CG_INLINE void eight_blocks(const uint8_t* p, const Activations& a, int64_t g, f32x8* acc) {
+  u8x32 w[8];
+  unpack8<Q>(p, w);
+  f32x8 d = halves(p, Q::BYTES), m = Q::MIN ? halves(p + 2, Q::BYTES) : f32x8{};
+#pragma GCC unroll 5
+  for (int t = 0; t < T; t++) {
+    i32x8 total = dots8<Q>(w, a.q32.q + t * a.padded + g * 256);
+    f32x8 dx = load<f32x8>(a.q32.scales + t * (a.padded / 32) + g * 8), sums_f{};
+    if (Q::OFFSET || Q::MIN) {
+      i32x8 sums = add_pairs(a.q32.sums + t * (a.padded / 16) + g * 16);
+      total -= Q::OFFSET * sums;
+      sums_f = to_float(sums);
+    }
+    f32x8 term = to_float(total) * (d * dx);
+    if (Q::MIN) term = term + sums_f * (m * dx);
+    acc[t] += term;
+  }
+}
+template <class Q, int T> void few32(const Product& p, const Activations& a, int64_t r0, int64_t r1) {
   const int64_t blocks = p.w->cols / 32, whole = blocks / 8;
   for (int64_t r = r0; r < r1; r++) {
     const uint8_t* row = p.w->data + r * p.w->row_bytes;
-    f32x8 acc[FIXED ? FIXED : PACKED_FROM] = {};
+    f32x8 acc[T] = {};
     for (int64_t g = 0; g < whole; g++) {
       const uint8_t* at = row + g * 8 * Q::BYTES;
       for (int i = 0; i < 8 * Q::BYTES; i += 64) prefetch(at + 1024 + i);
-      eight_blocks<Q>(at, a, g, acc, T);
+      eight_blocks<Q, T>(at, a, g, acc);
     }
     if (blocks % 8) {
       uint8_t rest[8 * Q::BYTES] = {};
       memcpy(rest, row + whole * 8 * Q::BYTES, (blocks % 8) * Q::BYTES);
-      eight_blocks<Q>(rest, a, whole, acc, T);
+      eight_blocks<Q, T>(rest, a, whole, acc);
     }
-    for (int t = 0; t < T; t++) p.out[t * p.stride + r] = fold8(acc[t]);
+    for (int t = 0; t < T; t++) p.out[t * p.stride + r] = fold_lanes8(acc[t]);
   }
 }
-CG_INLINE int32_t madd_sums(const int16_t* a, const int16_t* b) {  // 16 products, exact
-  i32x8 x = load<i32x8>(a), y = load<i32x8>(b);
-#if defined(CG_AVX512) || defined(CG_AVX2)
-  return sum((i32x8)_mm256_madd_epi16((__m256i)x, (__m256i)y));
-#else
-  return sum((x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16));
-#endif
+// One super-block against one token: lanes that add up to the scaled products, and to the mins.
+struct Lanes { i32x8 products, mins; };
+#if CG_X86
+// `sc`: the scales of even vectors' first halves repeat in the low lane, see below; `mn` meets sums of 16.
+template <class Q> CG_INLINE void scale_lanes(const uint8_t* b, __m256i& sc, __m256i& mn) {
+  if constexpr (Q::SUB == 32) {
+    uint32_t w0 = load<uint32_t>(b + 4), w1 = load<uint32_t>(b + 8), w2 = load<uint32_t>(b + 12);
+    uint64_t s = (w0 & 0x3f3f3f3f) | (uint64_t)((w2 & 0x0f0f0f0f) | (w0 >> 2 & 0x30303030)) << 32;
+    uint64_t m = (w1 & 0x3f3f3f3f) | (uint64_t)((w2 >> 4 & 0x0f0f0f0f) | (w1 >> 2 & 0x30303030)) << 32;
+    __m256i both = _mm256_cvtepu8_epi16(_mm_set_epi64x((long long)m, (long long)s));
+    sc = _mm256_permute4x64_epi64(both, 0x44);
+    mn = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(both, 0xee),
+        _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 15, 14, 15));
+  } else {
+    __m128i s = _mm_loadu_si128((const __m128i*)(b + 192));
+    mn = _mm256_slli_epi16(_mm256_cvtepi8_epi16(s), 5);
+    sc = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(s, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
+  }
 }
-template <class Q, int FIXED> void few256(const Product& p, const Activations& a, int64_t r0, int64_t r1) {
-  const int T = FIXED ? FIXED : a.T;
+// 16-bit pairs times their scale: |pair| <= 2 * 63 * 127, exact. Vector j's scale is word j of either lane.
+template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], __m256i sc, __m256i mn, const int8_t* x, const int16_t* sums) {
+  __m256i total = _mm256_setzero_si256();
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; j++) {
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)w[j], load<__m256i>(x + 32 * j));
+    __m256i scale = _mm256_shuffle_epi8(sc, _mm256_set1_epi16((short)(2 * j | (2 * j + 1) << 8)));
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, scale));
+  }
+  return {(i32x8)total, (i32x8)_mm256_madd_epi16(mn, load<__m256i>(sums))};
+}
+#endif
+template <class Q, int T> void few256(const Product& p, const Activations& a, int64_t r0, int64_t r1) {
   const int64_t blocks = p.w->cols / 256;
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t* at = p.w->data + r * p.w->row_bytes;
-    f32x8 acc[FIXED ? FIXED : PACKED_FROM] = {};
-    for (int64_t b = 0; b < blocks; b++, at += Q::BYTES) {
-      for (int i = 0; i < Q::BYTES; i += 64) prefetch(at + 1024 + i);
-      KScales s;
-      u8x32 w[8];
-      Q::scales(at, s), Q::unpack(at, w);
-      for (int t = 0; t < T; t++) {
-        const int8_t* x = a.q256.q + t * a.padded + b * 256;
-        i32x8 total{};
-        for (int i = 0; i < 8; i++) {
-          i32x8 scale = i32x8{} + (int32_t)s.sc[2 * i];
-          if (Q::SUB == 16) for (int l = 4; l < 8; l++) scale[l] = s.sc[2 * i + 1];
-          total += dot32<false>(w[i], load<u8x32>(x + 32 * i)) * scale;
+    const uint8_t* row = p.w->data + r * p.w->row_bytes;
+    f32x8 acc[T] = {};
+    for (int64_t b0 = 0; b0 < blocks; b0 += 8) {
+      const uint8_t* at = row + b0 * Q::BYTES;
+      uint8_t rest[8 * Q::BYTES];
+      const int n = (int)std::min<int64_t>(8, blocks - b0);
+      if (n < 8) memcpy(rest, at, n * Q::BYTES), memset(rest + n * Q::BYTES, 0, (8 - n) * Q::BYTES), at = rest;
+      i32x8 products[T][8] = {}, mins[T][8] = {};
+      for (int i = 0; i < n; i++) {
+        const uint8_t* block = at + i * Q::BYTES;
+        for (int k = 0; k < Q::BYTES; k += 64) prefetch(block + 1024 + k);
+        u8x32 w[8];
+        Q::unpack(block, w);
+#if CG_X86
+        __m256i sc, mn;
+        scale_lanes<Q>(block, sc, mn);
+        for (int t = 0; t < T; t++) {
+          Lanes lanes = dot256<Q>(w, sc, mn, a.q256.q + t * a.padded + (b0 + i) * 256, a.q256.sums + t * (a.padded / 16) + (b0 + i) * 16);
+          products[t][i] = lanes.products, mins[t][i] = lanes.mins;
         }
-        int32_t products = sum(total), mins = madd_sums(s.mn, a.q256.sums + t * (a.padded / 16) + b * 16);
-        float dx = a.q256.scales[t * (a.padded / 256) + b];
-        float term = Q::MIN ? (float)products * (s.d * dx) - (float)mins * (s.dmin * dx)
-                            : (float)(products - mins) * (s.d * dx);
-        ((float*)&acc[t])[b % 8] += term;
+#else
+        KScales s;
+        Q::scales(block, s);
+        for (int t = 0; t < T; t++) {
+          const int8_t* x = a.q256.q + t * a.padded + (b0 + i) * 256;
+          for (int j = 0; j < 8; j++) {
+            i32x8 scale = i32x8{} + (int32_t)s.sc[2 * j];
+            if (Q::SUB == 16) for (int l = 4; l < 8; l++) scale[l] = s.sc[2 * j + 1];
+            products[t][i] += dot32<false>(w[j], load<u8x32>(x + 32 * j)) * scale;
+          }
+          i32x8 pairs = load<i32x8>(a.q256.sums + t * (a.padded / 16) + (b0 + i) * 16), mn = load<i32x8>(s.mn);
+          mins[t][i] = (pairs << 16 >> 16) * (mn << 16 >> 16) + (pairs >> 16) * (mn >> 16);
+        }
+#endif
+      }
+      f32x8 d = halves_in_order(at, Q::BYTES, Q::D_AT), dmin = Q::MIN ? halves_in_order(at, Q::BYTES, Q::D_AT + 2) : d;
+      for (int t = 0; t < T; t++) {
+        f32x8 dx{};
+        memcpy(&dx, a.q256.scales + t * (a.padded / 256) + b0, 4 * n);
+        i32x8 total = reduce8(products[t]), minus = reduce8(mins[t]);
+        acc[t] += Q::MIN ? to_float(total) * (d * dx) - to_float(minus) * (dmin * dx) : to_float(total - minus) * (d * dx);
       }
     }
     for (int t = 0; t < T; t++) p.out[t * p.stride + r] = fold8(acc[t]);
@@ -376,15 +493,26 @@ template <class Q> void many256(const Product& p, const Activations& a, int64_t 
   });
 }
 template <class Q> void product32(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
-  if (a.packed) many32<Q>(p, a, r0, r1, s);
-  else if (a.T == 1) few32<Q, 1>(p, a, r0, r1);
-  else few32<Q, 0>(p, a, r0, r1);
+  if (a.packed) return many32<Q>(p, a, r0, r1, s);
+  switch (a.T) {
+    case 1: return few32<Q, 1>(p, a, r0, r1);
+    case 2: return few32<Q, 2>(p, a, r0, r1);
+    case 3: return few32<Q, 3>(p, a, r0, r1);
+    case 4: return few32<Q, 4>(p, a, r0, r1);
+    default: return few32<Q, 5>(p, a, r0, r1);
+  }
 }
 template <class Q> void product256(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
-  if (a.packed) many256<Q>(p, a, r0, r1, s);
-  else if (a.T == 1) few256<Q, 1>(p, a, r0, r1);
-  else few256<Q, 0>(p, a, r0, r1);
+  if (a.packed) return many256<Q>(p, a, r0, r1, s);
+  switch (a.T) {
+    case 1: return few256<Q, 1>(p, a, r0, r1);
+    case 2: return few256<Q, 2>(p, a, r0, r1);
+    case 3: return few256<Q, 3>(p, a, r0, r1);
+    case 4: return few256<Q, 4>(p, a, r0, r1);
+    default: return few256<Q, 5>(p, a, r0, r1);
+  }
 }
+static_assert(PACKED_FROM == 6, "one case for each smaller number of tokens");
 
 // ------------------------------------------------------------------------------------------------ float weights
 // Eight sums at once: lane i of the result folds the lanes of v[i], always in the same order.
@@ -498,62 +626,62 @@ void split_heads(const HeadSplit& s) {
 constexpr int CHUNK = 32;  // keys widened to float32 at a time: 32 KB at head width 256
 constexpr float MASKED = -INFINITY;
 
-struct Rows {              // the query rows of one task, in padded scratch
-  int n, P;                // rows; head width padded to FW
+struct Rows {              // the query rows of one task, in scratch, padded to fours
+  int n, padded, P;        // rows; head width padded to 2 FW
   float *q, *scores, *values, *merged, *wide;
   float top[ROWS], total[ROWS], merged_top[ROWS], merged_total[ROWS];
   int position[ROWS];
 };
+// Where a chunk's keys or values are read: in their page, or widened to float32 once for many rows.
 template <class L> CG_INLINE void widen_chunk(const uint8_t* p, int H, Rows& s) {
   for (int j = 0; j < CHUNK; j++) {
     floats_row<L>(p + (int64_t)j * H * L::BYTES, H, s.wide + j * s.P);
     if (s.P > H) memset(s.wide + j * s.P + H, 0, 4 * (s.P - H));
   }
 }
-// Scores of all rows against one chunk: two rows by four keys at a time.
-CG_INLINE void chunk_scores(Rows& s, int column) {
-  for (int r = 0; r < s.n; r += 2) {
-    const float *q0 = s.q + r * s.P, *q1 = s.q + std::min(r + 1, s.n - 1) * s.P;
-    for (int j = 0; j < CHUNK; j += 4) {
+// Scores of all rows against one chunk: four rows by two keys at a time.
+template <class L> CG_INLINE void chunk_scores(Rows& s, const uint8_t* keys, int column) {
+  const int64_t row = (int64_t)s.P * L::BYTES;
+  for (int r = 0; r < s.padded; r += 4) {
+    const float* q = s.q + r * s.P;
+    float* out = s.scores + r * SEGMENT + column;
+    for (int j = 0; j < CHUNK; j += 2) {
+      const uint8_t* k = keys + j * row;
       Fv acc[8] = {};
-      const float* k = s.wide + j * s.P;
       for (int h = 0; h < s.P; h += FW) {
-        Fv a = load<Fv>(q0 + h), b = load<Fv>(q1 + h);
+        Fv k0 = L::read(k + h * L::BYTES), k1 = L::read(k + row + h * L::BYTES);
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-          Fv kv = load<Fv>(k + i * s.P + h);
-          acc[i] = fma(a, kv, acc[i]), acc[4 + i] = fma(b, kv, acc[4 + i]);
+          Fv a = load<Fv>(q + i * s.P + h);
+          acc[2 * i] = fma(a, k0, acc[2 * i]), acc[2 * i + 1] = fma(a, k1, acc[2 * i + 1]);
         }
       }
       f32x8 y = fold_lanes(acc);
-      memcpy(s.scores + r * SEGMENT + column + j, &y, 16);
-      if (r + 1 < s.n) memcpy(s.scores + (r + 1) * SEGMENT + column + j, (float*)&y + 4, 16);
+      for (int i = 0; i < 4; i++) out[i * SEGMENT + j] = y[2 * i], out[i * SEGMENT + j + 1] = y[2 * i + 1];
     }
   }
 }
 // values += p V over one chunk, keys ascending: four rows by two vectors at a time.
-CG_INLINE void chunk_values(Rows& s, int column) {
-  for (int r = 0; r < s.n; r += 4) {
-    int rows = std::min(4, s.n - r);
+template <class L> CG_INLINE void chunk_values(Rows& s, const uint8_t* values, int column) {
+  const int64_t row = (int64_t)s.P * L::BYTES;
+  for (int r = 0; r < s.padded; r += 4) {
+    const float* p = s.scores + r * SEGMENT + column;
     for (int h = 0; h < s.P; h += 2 * FW) {
-      bool two = h + FW < s.P;
-      Fv acc[4][2];
-      for (int i = 0; i < 4; i++) {
-        float* o = s.values + std::min(r + i, s.n - 1) * s.P + h;
-        acc[i][0] = load<Fv>(o), acc[i][1] = two ? load<Fv>(o + FW) : Fv{};
-      }
-      const float* w = s.scores + r * SEGMENT + column;
-      for (int j = 0; j < CHUNK; j++) {
-        Fv v0 = load<Fv>(s.wide + j * s.P + h), v1 = two ? load<Fv>(s.wide + j * s.P + h + FW) : Fv{};
+      float* o = s.values + r * s.P + h;
+      Fv acc[8];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) acc[2 * i] = load<Fv>(o + i * s.P), acc[2 * i + 1] = load<Fv>(o + i * s.P + FW);
+      const uint8_t* v = values + h * L::BYTES;
+      for (int j = 0; j < CHUNK; j++, v += row) {
+        Fv v0 = L::read(v), v1 = L::read(v + FW * L::BYTES);
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-          Fv p = splat(w[(i < rows ? i : rows - 1) * SEGMENT + j]);
-          acc[i][0] = fma(p, v0, acc[i][0]), acc[i][1] = fma(p, v1, acc[i][1]);
+          Fv w = splat(p[i * SEGMENT + j]);
+          acc[2 * i] = fma(w, v0, acc[2 * i]), acc[2 * i + 1] = fma(w, v1, acc[2 * i + 1]);
         }
       }
-      for (int i = 0; i < rows; i++) {
-        float* o = s.values + (r + i) * s.P + h;
-        store(o, acc[i][0]);
-        if (two) store(o + FW, acc[i][1]);
-      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) store(o + i * s.P, acc[2 * i]), store(o + i * s.P + FW, acc[2 * i + 1]);
     }
   }
 }
@@ -595,14 +723,16 @@ CG_INLINE void merge_row(float* into, float& top, float& total, const float* fro
 template <class L> void attend_as(const Attention& a, const AttentionTask& t, Scratch& scratch) {
   const int H = a.width, G = a.heads / a.kv_heads;
   static thread_local Rows s;
-  s.n = t.tokens * t.groups, s.P = (int)pad(H, FW);
-  size_t used = 0, row = (size_t)s.n * s.P;
-  reserve(scratch.tile, (row * 3 + (size_t)s.n * SEGMENT + (size_t)CHUNK * s.P) * 4);
-  s.q = carve<float>(scratch.tile, used, row), s.values = carve<float>(scratch.tile, used, row), s.merged = carve<float>(scratch.tile, used, row);
-  s.scores = carve<float>(scratch.tile, used, (size_t)s.n * SEGMENT), s.wide = carve<float>(scratch.tile, used, (size_t)CHUNK * s.P);
+  s.n = t.tokens * t.groups, s.padded = (s.n + 3) / 4 * 4, s.P = (int)pad(H, 2 * FW);
+  size_t used = 0, row = (size_t)s.padded * s.P, scores = (size_t)s.padded * SEGMENT;
+  reserve(scratch.tile, (row * 3 + scores + (size_t)CHUNK * s.P) * 4 + 512);
+  s.q = carve<float>(scratch.tile, used, row), s.values = carve<float>(scratch.tile, used, row);
+  s.merged = carve<float>(scratch.tile, used, row), s.scores = carve<float>(scratch.tile, used, scores);
+  s.wide = carve<float>(scratch.tile, used, (size_t)CHUNK * s.P);
+  memset(s.q, 0, 4 * row), memset(s.scores + s.n * SEGMENT, 0, 4 * (scores - s.n * SEGMENT));
   for (int r = 0; r < s.n; r++) {
     const float* from = a.q + (t.token + r / t.groups) * a.q_stride + (t.kv_head * G + t.group + r % t.groups) * H;
-    memset(s.q + (r + 1) * s.P - FW, 0, 4 * FW), memcpy(s.q + r * s.P, from, 4 * H);
+    memcpy(s.q + r * s.P, from, 4 * H);
     s.position[r] = t.position + r / t.groups, s.merged_total[r] = 0;
   }
   const int last = t.position + t.tokens - 1, first = a.window ? std::max(0, t.position - a.window + 1) : 0;
@@ -614,10 +744,15 @@ template <class L> void attend_as(const Attention& a, const AttentionTask& t, Sc
     auto keys = [&](int key) {
       return (const uint8_t*)t.pages[key / PAGE] + a.layer_offset + ((int64_t)t.kv_head * PAGE + key % PAGE) * H * L::BYTES;
     };
-    for (int key = begin; key < end; key += CHUNK) widen_chunk<L>(keys(key), H, s), chunk_scores(s, key - base);
+    const bool direct = s.padded == 4 && s.P == H;  // four rows do not pay for widening
+    for (int key = begin; key < end; key += CHUNK)
+      if (direct) chunk_scores<L>(s, keys(key), key - base);
+      else widen_chunk<L>(keys(key), H, s), chunk_scores<F32>(s, (const uint8_t*)s.wide, key - base);
     segment_softmax(a, s, base);
     memset(s.values, 0, 4 * row);
-    for (int key = begin; key < end; key += CHUNK) widen_chunk<L>(keys(key) + a.kv_offset, H, s), chunk_values(s, key - base);
+    for (int key = begin; key < end; key += CHUNK)
+      if (direct) chunk_values<L>(s, keys(key) + a.kv_offset, key - base);
+      else widen_chunk<L>(keys(key) + a.kv_offset, H, s), chunk_values<F32>(s, (const uint8_t*)s.wide, key - base);
     if (t.segment >= 0) {
       for (int r = 0; r < s.n; r++) {
         float* o = t.partial + (int64_t)r * (H + 2);

@@ -208,7 +208,7 @@ void Program::cut(Tasks& tasks) {
     const int segments = last / SEGMENT - first / SEGMENT + 1;
     // Few tokens leave few tasks: then heads of one group, and segments, go to different threads.
     int per_group = std::min(groups, ROWS);
-    if (few && tasks.kv_heads * segments < threads) per_group = (groups + threads - 1) / threads;
+    if (few && tasks.kv_heads * segments < threads) per_group = std::max(4, (groups + threads - 1) / threads);
     const int step = std::max(1, std::min(ROWS / per_group, t1 - t0));
     for (int t = t0; t < t1; t += step)
       for (int k = 0; k < tasks.kv_heads; k++)

@@ -9,11 +9,15 @@
 #include <cstdint>
 #include <cstring>
 #if defined(CG_AVX512) || defined(CG_AVX2)
+#define CG_X86 1
 #include <immintrin.h>
 #elif defined(CG_NEON)
 #include <arm_neon.h>
 #endif
 
+#ifndef CG_X86
+#define CG_X86 0
+#endif
 #define CG_INLINE inline __attribute__((always_inline))
 
 namespace cg {
@@ -79,7 +83,7 @@ CG_INLINE float fold8(f32x8 v) { return fold8<float>(v[0], v[1], v[2], v[3], v[4
 
 // ------------------------------------------------------------------------------------------------ 16-bit floats
 CG_INLINE float half(uint16_t h) {
-#if defined(CG_AVX512) || defined(CG_AVX2)
+#if CG_X86
   return _cvtsh_ss(h);
 #elif defined(CG_NEON)
   __fp16 f; memcpy(&f, &h, 2); return f;
@@ -93,7 +97,7 @@ CG_INLINE float half(uint16_t h) {
 }
 CG_INLINE uint16_t to_half(float f) {  // nearest even; overflow saturates, so that no infinity enters the cache
   f = f > 65504.f ? 65504.f : f < -65504.f ? -65504.f : f;
-#if defined(CG_AVX512) || defined(CG_AVX2)
+#if CG_X86
   return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(CG_NEON)
   __fp16 h = f; uint16_t b; memcpy(&b, &h, 2); return b;
@@ -197,7 +201,7 @@ template <class V> CG_INLINE V reduce8_generic(const V v[8]) {
   return r;
 }
 CG_INLINE i32x8 reduce8(const i32x8 v[8]) {
-#if defined(CG_AVX512) || defined(CG_AVX2)
+#if CG_X86
   auto h = [](i32x8 a, i32x8 b) { return (i32x8)_mm256_hadd_epi32((__m256i)a, (__m256i)b); };
   __m256i a = (__m256i)h(h(v[0], v[1]), h(v[2], v[3])), b = (__m256i)h(h(v[4], v[5]), h(v[6], v[7]));
   return (i32x8)_mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
@@ -206,7 +210,7 @@ CG_INLINE i32x8 reduce8(const i32x8 v[8]) {
 #endif
 }
 CG_INLINE f32x8 reduce8(const f32x8 v[8]) {
-#if defined(CG_AVX512) || defined(CG_AVX2)
+#if CG_X86
   auto h = [](f32x8 a, f32x8 b) { return (f32x8)_mm256_hadd_ps((__m256)a, (__m256)b); };
   __m256 a = (__m256)h(h(v[0], v[1]), h(v[2], v[3])), b = (__m256)h(h(v[4], v[5]), h(v[6], v[7]));
   return (f32x8)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
@@ -215,7 +219,7 @@ CG_INLINE f32x8 reduce8(const f32x8 v[8]) {
 #endif
 }
 CG_INLINE int32_t sum(i32x8 v) {
-#if defined(CG_AVX512) || defined(CG_AVX2)
+#if CG_X86
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
@@ -224,7 +228,7 @@ CG_INLINE int32_t sum(i32x8 v) {
 #endif
 }
 CG_INLINE u8x32 nibbles(const uint8_t* p) {  // 16 bytes: low nibbles, then high nibbles
-#if defined(CG_AVX512) || defined(CG_AVX2)
+#if CG_X86
   __m128i v = _mm_loadu_si128((const __m128i*)p);
   return (u8x32)_mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(15));
 #else
@@ -234,7 +238,7 @@ CG_INLINE u8x32 nibbles(const uint8_t* p) {  // 16 bytes: low nibbles, then high
 #endif
 }
 CG_INLINE u8x32 spread_bits(const uint8_t* p) {  // 32 bits: byte i is 16 where bit i is set
-#if defined(CG_AVX512) || defined(CG_AVX2)
+#if CG_X86
   __m256i v = _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(p)),
       _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
   __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
@@ -245,21 +249,47 @@ CG_INLINE u8x32 spread_bits(const uint8_t* p) {  // 32 bits: byte i is 16 where 
   return v;
 #endif
 }
-CG_INLINE f32x8 halves(const uint8_t* p, int stride) {  // eight half floats, `stride` bytes apart
-#if defined(CG_AVX512) || defined(CG_AVX2)
-  __m128i v = _mm_cvtsi32_si128(load<uint16_t>(p));
-  v = _mm_insert_epi16(v, load<uint16_t>(p + stride), 1);
-  v = _mm_insert_epi16(v, load<uint16_t>(p + 2 * stride), 2);
-  v = _mm_insert_epi16(v, load<uint16_t>(p + 3 * stride), 3);
-  v = _mm_insert_epi16(v, load<uint16_t>(p + 4 * stride), 4);
-  v = _mm_insert_epi16(v, load<uint16_t>(p + 5 * stride), 5);
-  v = _mm_insert_epi16(v, load<uint16_t>(p + 6 * stride), 6);
-  v = _mm_insert_epi16(v, load<uint16_t>(p + 7 * stride), 7);
-  return (f32x8)_mm256_cvtph_ps(v);
+CG_INLINE f32x8 eight_halves(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, const uint8_t* e,
+                             const uint8_t* f, const uint8_t* g, const uint8_t* h) {
+#if CG_X86
+  __m128i v = _mm_cvtsi32_si128(load<uint16_t>(a));
+  v = _mm_insert_epi16(v, load<uint16_t>(b), 1), v = _mm_insert_epi16(v, load<uint16_t>(c), 2);
+  v = _mm_insert_epi16(v, load<uint16_t>(d), 3), v = _mm_insert_epi16(v, load<uint16_t>(e), 4);
+  v = _mm_insert_epi16(v, load<uint16_t>(f), 5), v = _mm_insert_epi16(v, load<uint16_t>(g), 6);
+  return (f32x8)_mm256_cvtph_ps(_mm_insert_epi16(v, load<uint16_t>(h), 7));
 #else
-  f32x8 v;
-  for (int i = 0; i < 8; i++) v[i] = half(load<uint16_t>(p + i * stride));
-  return v;
+  return f32x8{half(load<uint16_t>(a)), half(load<uint16_t>(b)), half(load<uint16_t>(c)), half(load<uint16_t>(d)),
+               half(load<uint16_t>(e)), half(load<uint16_t>(f)), half(load<uint16_t>(g)), half(load<uint16_t>(h))};
+#endif
+}
+// Which of eight blocks of 32 a lane holds, and the half floats at the start of blocks `n` bytes apart in that order.
+#if CG_X86
+constexpr int ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+CG_INLINE u8x32 two_halves(const uint8_t* low, const uint8_t* high) {
+  return (u8x32)_mm256_set_m128i(_mm_loadu_si128((const __m128i*)high), _mm_loadu_si128((const __m128i*)low));
+}
+#else
+constexpr int ORDER[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+CG_INLINE f32x8 halves(const uint8_t* p, int n) {
+  return eight_halves(p + ORDER[0] * n, p + ORDER[1] * n, p + ORDER[2] * n, p + ORDER[3] * n, p + ORDER[4] * n, p + ORDER[5] * n,
+                      p + ORDER[6] * n, p + ORDER[7] * n);
+}
+CG_INLINE f32x8 halves_in_order(const uint8_t* b, int n, int at) {
+  const uint8_t* p = b + at;
+  return eight_halves(p, p + n, p + 2 * n, p + 3 * n, p + 4 * n, p + 5 * n, p + 6 * n, p + 7 * n);
+}
+CG_INLINE float fold_lanes8(f32x8 v) {  // the lanes hold chains by ORDER
+  float c[8];
+  for (int i = 0; i < 8; i++) c[ORDER[i]] = v[i];
+  return fold8<float>(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]);
+}
+CG_INLINE i32x8 add_pairs(const int16_t* p) {  // lane l: p[2l] + p[2l + 1]
+#if CG_X86
+  return (i32x8)_mm256_madd_epi16(load<__m256i>(p), _mm256_set1_epi16(1));
+#else
+  i32x8 v = load<i32x8>(p);
+  return (v << 16 >> 16) + (v >> 16);
 #endif
 }
 
@@ -323,7 +353,7 @@ CG_INLINE Iv madd16(Iv acc, Iv a, Iv b) {
 }
 #if defined(CG_NEON)
 #define CG_OPAQUE(v) asm volatile("" : "+w"(v))
-#elif defined(__x86_64__)
+#elif defined(__x86_64__) && !defined(SIMDE_VERSION)  // an emulated vector fits no register
 #define CG_OPAQUE(v) asm volatile("" : "+v"(v))
 #else
 #define CG_OPAQUE(v) (void)(v)

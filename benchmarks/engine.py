@@ -1,0 +1,144 @@
+"""Prefill, decode and edit-like decoding against llama.cpp (and transformers) in one run: same files, threads, minutes.
+
+    PYTHONPATH=. .venv/bin/python benchmarks/engine.py [--rounds 5] [--models default,q4_0,q4_k_m,q8_0] [--log]
+
+Each round measures the machine's limits, then ours and the peer in turn; medians, the ratio of each round, and shares of
+the limits of that round. Prefill counts the vocabulary product for the last token only, for both engines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers import Peer
+
+import codegemma
+from codegemma.engine import Request
+from codegemma.native import Slice, measure
+
+ROOT = Path(__file__).parent.parent
+RANDOM = Path.home() / ".cache" / "codegemma" / "bench"
+PROMPT, DECODED = 512, 32
+FUNCTION = (ROOT / "benchmarks" / "edited_function.py").read_text()
+
+
+def run_prompt(model: codegemma.Model, ids: list[int]) -> tuple[float, int, list[Any]]:
+    """Seconds for a prompt with nothing cached, its next token, and the pages."""
+    pages = [model.backend.new_page() for _ in range(-(-(len(ids) + 1024) // 64))]
+    for page in pages:
+        page.data.fill(0)                # touched, as the peer's cache is
+    start, token = time.perf_counter(), 0
+    for at in range(0, len(ids), PROMPT):
+        part = ids[at:at + PROMPT]
+        logits = model.backend.run([Slice(part, at, pages, int(at + len(part) == len(ids)))])
+        token = int(logits.argmax[0]) if at + len(part) == len(ids) else 0
+    return time.perf_counter() - start, token, pages
+
+
+def run_decode(model: codegemma.Model, ids: list[int], count: int) -> float:
+    _, token, pages = run_prompt(model, ids)
+    start = time.perf_counter()
+    for i in range(count):
+        token = int(model.backend.run([Slice([token], len(ids) + i, pages, 1)]).argmax[0])
+    return time.perf_counter() - start
+
+
+def run_edit(model: codegemma.Model, ids: list[int], count: int) -> tuple[float, list[int]]:
+    """Greedy decoding as users get it, with n-gram speculation, after the prompt."""
+    model.engine.cache.forget_all()
+    steps = model.engine.generate(Request(ids, count + 1))
+    tokens = [next(steps).token]
+    start = time.perf_counter()
+    tokens += [step.token for step in steps]
+    return time.perf_counter() - start, tokens
+
+
+def edit_prompt(model: codegemma.Model) -> list[int]:
+    """A function of 60 lines, twice: as it is, and with one name changed in the first lines, to be continued."""
+    renamed = FUNCTION.replace("parse_line", "read_record")
+    start = renamed[:renamed.index("\n", renamed.index("read_record"))]
+    text = f"# before\n{FUNCTION}\n# the same with parse_line renamed to read_record\n{start}"
+    return model.tokenizer.encode(text, bos=True)
+
+
+def weights_bytes(model: codegemma.Model) -> tuple[float, float]:
+    """Bytes read for one token, and multiply-add operations for one prompt token (without the vocabulary)."""
+    tensors = model._checkpoint.tensors
+    operations = 2 * sum(float(np.prod(t.shape)) for name, t in tensors.items() if name.startswith("layers.") and len(t.shape) == 2)
+    return float(sum(t.data.nbytes for t in tensors.values())), operations
+
+
+def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any]:
+    model = codegemma.load(path, threads=threads)
+    read, operations = weights_bytes(model)
+    ids = [2, *np.random.default_rng(0).integers(1000, 200_000, PROMPT - 1).tolist()]
+    rows: list[dict[str, float]] = []
+    with Peer("llamacpp", path, threads=threads, context=2048) as peer:
+        edit = edit_prompt(model)
+        for round in range(rounds + 1):
+            bandwidth, peak = measure(threads, model.backend.level)
+            ours = PROMPT / run_prompt(model, ids)[0]
+            theirs = PROMPT / peer("prefill", ids=ids)["seconds"]
+            our_decode = DECODED / run_decode(model, ids, DECODED)
+            their_decode = DECODED / peer("decode", ids=ids, count=DECODED)["seconds"]
+            row = {"prefill": ours, "prefill_peer": theirs, "prefill_ratio": ours / theirs, "prefill_share": ours * operations / peak,
+                   "decode": our_decode, "decode_peer": their_decode, "decode_ratio": our_decode / their_decode,
+                   "decode_share": our_decode * read / bandwidth, "bandwidth": bandwidth / 1e9, "peak": peak / 1e9}
+            if edits:
+                count = 400
+                seconds, tokens = run_edit(model, edit, count)
+                their = peer("decode", ids=edit, count=count)
+                row |= {"edit": (len(tokens) - 1) / seconds, "edit_peer": count / their["seconds"],
+                        "edit_ratio": (len(tokens) - 1) / seconds * their["seconds"] / count}
+            if round:                    # the first warms both up
+                rows.append(row)
+        about = peer.about
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {"model": path.name, "level": model.backend.level,
+                                                                                  "peer": f"llama.cpp (llama-cpp-python {about['llama_cpp_python']})"}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = ["| model | prefill tok/s | llama.cpp | ratio | share of int8 peak | decode tok/s | llama.cpp | ratio | share of bandwidth | edit ratio |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for r in results:
+        edit = f"{r['edit_ratio']:.2f}" if "edit_ratio" in r else ""
+        lines.append(f"| {r['model']} | {r['prefill']:.1f} | {r['prefill_peer']:.1f} | **{r['prefill_ratio']:.2f}** | {r['prefill_share']:.0%} | "
+                     f"{r['decode']:.1f} | {r['decode_peer']:.1f} | **{r['decode_ratio']:.2f}** | {r['decode_share']:.0%} | {edit} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--models", default="default,q4_0,q4_k_m,q8_0")
+    parser.add_argument("--log", action="store_true", help="append the result to docs/log.md")
+    args = parser.parse_args()
+    from codegemma import hub
+
+    paths: dict[str, Callable[[], Path]] = {"default": lambda: hub.resolve()}
+    results = []
+    for name in args.models.split(","):
+        path = paths[name]() if name in paths else RANDOM / f"random-2b-{name}.gguf"
+        results.append(compare(path, args.rounds, name == "default", args.threads))
+        print(table(results[-1:]), flush=True)
+        print({k: round(v, 2) for k, v in results[-1].items() if isinstance(v, float)}, flush=True)
+    limits = f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s int8 (median), {args.threads} threads, {results[0]['level']}"
+    entry = (f"\n## {datetime.date.today()}: engine against llama.cpp\n\n`benchmarks/engine.py --rounds {args.rounds}`; {results[0]['peer']}; "
+             f"{limits}.\n\n{table(results)}\n")
+    if args.log:
+        with open(ROOT / "docs" / "log.md", "a") as log:
+            log.write(entry)
+    print(entry)
+
+
+if __name__ == "__main__":
+    main()

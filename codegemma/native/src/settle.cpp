@@ -1,0 +1,38 @@
+// Moves a file's memory map into huge pages, at the same addresses and under running readers: streaming weights through
+// 4 KB pages costs a fifth of the memory's speed in address translation.
+#include <cstdint>
+#include <cstring>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace cg {
+
+// Bytes moved; what lies outside whole pages of 2 MB stays. Each piece is copied, then put in place in one step.
+int64_t settle(uint8_t* start, int64_t length) {
+  int64_t moved = 0;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const int64_t huge = 2 << 20, piece = 16 << 20;
+  uint8_t* at = (uint8_t*)(((uintptr_t)start + huge - 1) & ~(uintptr_t)(huge - 1));
+  while (at + huge <= start + length) {
+    int64_t n = (start + length - at) / huge * huge;
+    if (n > piece) n = piece;
+    uint8_t* raw = (uint8_t*)mmap(nullptr, n + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (raw == MAP_FAILED) break;
+    uint8_t* copy = (uint8_t*)(((uintptr_t)raw + huge - 1) & ~(uintptr_t)(huge - 1));
+    madvise(copy, n, MADV_HUGEPAGE);
+    memcpy(copy, at, n);
+    mprotect(copy, n, PROT_READ);
+    bool done = mremap(copy, n, n, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at;
+    if (copy > raw) munmap(raw, copy - raw);
+    if (raw + huge > copy) munmap(copy + n, raw + huge - copy);
+    if (!done) { munmap(copy, n); break; }
+    at += n, moved += n;
+  }
+#else
+  (void)start, (void)length;
+#endif
+  return moved;
+}
+
+}  // namespace cg
