@@ -72,12 +72,14 @@ def edit_prompt(model: codegemma.Model) -> list[int]:
 def weights_bytes(model: codegemma.Model) -> tuple[float, float]:
     """Bytes read for one token, and multiply-add operations for one prompt token (without the vocabulary)."""
     tensors = model._checkpoint.tensors
-    operations = 2 * sum(float(np.prod(t.shape)) for name, t in tensors.items() if name.startswith("layers.") and len(t.shape) == 2)
+    matrices = (t for name, t in tensors.items() if name.startswith("layers.") and len(t.shape) == 2)
+    operations = 2 * sum(float(np.prod(t.shape)) for t in matrices)
     return float(sum(t.data.nbytes for t in tensors.values())), operations
 
 
 def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any]:
     model = codegemma.load(path, threads=threads)
+    model.backend.settle()               # as it does by itself after some runs
     read, operations = weights_bytes(model)
     ids = [2, *np.random.default_rng(0).integers(1000, 200_000, PROMPT - 1).tolist()]
     rows: list[dict[str, float]] = []
@@ -89,7 +91,8 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
             theirs = PROMPT / peer("prefill", ids=ids)["seconds"]
             our_decode = DECODED / run_decode(model, ids, DECODED)
             their_decode = DECODED / peer("decode", ids=ids, count=DECODED)["seconds"]
-            row = {"prefill": ours, "prefill_peer": theirs, "prefill_ratio": ours / theirs, "prefill_share": ours * operations / peak,
+            row = {"prefill": ours, "prefill_peer": theirs, "prefill_ratio": ours / theirs,
+                   "prefill_share": ours * operations / peak,
                    "decode": our_decode, "decode_peer": their_decode, "decode_ratio": our_decode / their_decode,
                    "decode_share": our_decode * read / bandwidth, "bandwidth": bandwidth / 1e9, "peak": peak / 1e9}
             if edits:
@@ -101,17 +104,21 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
             if round:                    # the first warms both up
                 rows.append(row)
         about = peer.about
-    return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {"model": path.name, "level": model.backend.level,
-                                                                                  "peer": f"llama.cpp (llama-cpp-python {about['llama_cpp_python']})"}
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {
+        "model": path.name, "level": model.backend.level,
+        "peer": f"llama.cpp (llama-cpp-python {about['llama_cpp_python']})"}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = ["| model | prefill tok/s | llama.cpp | ratio | share of int8 peak | decode tok/s | llama.cpp | ratio | share of bandwidth | edit ratio |",
+    lines = ["| model | prefill tok/s | llama.cpp | ratio | share of int8 peak "
+             "| decode tok/s | llama.cpp | ratio | share of bandwidth | edit ratio |",
              "|---|---|---|---|---|---|---|---|---|---|"]
     for r in results:
         edit = f"{r['edit_ratio']:.2f}" if "edit_ratio" in r else ""
-        lines.append(f"| {r['model']} | {r['prefill']:.1f} | {r['prefill_peer']:.1f} | **{r['prefill_ratio']:.2f}** | {r['prefill_share']:.0%} | "
-                     f"{r['decode']:.1f} | {r['decode_peer']:.1f} | **{r['decode_ratio']:.2f}** | {r['decode_share']:.0%} | {edit} |")
+        lines.append(f"| {r['model']} | {r['prefill']:.1f} | {r['prefill_peer']:.1f} | **{r['prefill_ratio']:.2f}** "
+                     f"| {r['prefill_share']:.0%} | "
+                     f"{r['decode']:.1f} | {r['decode_peer']:.1f} | **{r['decode_ratio']:.2f}** "
+                     f"| {r['decode_share']:.0%} | {edit} |")
     return "\n".join(lines)
 
 
@@ -131,9 +138,10 @@ def main() -> None:
         results.append(compare(path, args.rounds, name == "default", args.threads))
         print(table(results[-1:]), flush=True)
         print({k: round(v, 2) for k, v in results[-1].items() if isinstance(v, float)}, flush=True)
-    limits = f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s int8 (median), {args.threads} threads, {results[0]['level']}"
-    entry = (f"\n## {datetime.date.today()}: engine against llama.cpp\n\n`benchmarks/engine.py --rounds {args.rounds}`; {results[0]['peer']}; "
-             f"{limits}.\n\n{table(results)}\n")
+    limits = (f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s int8 (median), "
+              f"{args.threads} threads, {results[0]['level']}")
+    entry = (f"\n## {datetime.date.today()}: engine against llama.cpp\n\n`benchmarks/engine.py --rounds {args.rounds}`; "
+             f"{results[0]['peer']}; {limits}.\n\n{table(results)}\n")
     if args.log:
         with open(ROOT / "docs" / "log.md", "a") as log:
             log.write(entry)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from codegemma.local import Completion, Model, load
+    from codegemma.engine import Completion
+    from codegemma.local import Model, load
     from codegemma.prompts import File, Message
     from codegemma.sampling import Sampling
 
 __version__ = "0.1.0"
 __all__ = ["Completion", "File", "Message", "Model", "Sampling", "load"]
 
-_HOME = {"Completion": "local", "Model": "local", "load": "local", "File": "prompts", "Message": "prompts",
+_HOME = {"Completion": "engine", "Model": "local", "load": "local", "File": "prompts", "Message": "prompts",
          "Sampling": "sampling"}
 
 

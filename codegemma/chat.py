@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from codegemma import prompts
-from codegemma.engine import Engine, Request, Step
+from codegemma.engine import Completion, Engine, Request
 from codegemma.native import Cancel
 from codegemma.prompts import Message
 from codegemma.sampling import Sampling
 
 
 def chat(engine: Engine, messages: Sequence[Message], max_tokens: int = 1024, sampling: Sampling = Sampling(),
-         stop: Sequence[str] = (), cancel: Cancel | None = None, speculate: bool = True, top: int = 0) -> Iterator[Step]:
+         stop: Sequence[str] = (), cancel: Cancel | None = None, speculate: bool = True, top: int = 0) -> Completion:
     """The model's next turn. Each turn's prompt begins with the one before it, so the cache holds all but the new text.
 
     Raises ValueError where the roles do not alternate, the model has no turns, or the conversation is too long.

@@ -19,7 +19,7 @@ import typer
 from typer import Argument, Option
 
 if TYPE_CHECKING:
-    from codegemma.engine import Engine, Request, Running, Step
+    from codegemma.engine import Step
     from codegemma.local import Completion, Model
     from codegemma.native import Cancel
     from codegemma.sampling import Sampling
@@ -87,8 +87,6 @@ def complete(
     path = path or (file if files and file != "-" else None)
     loaded = _load(model, threads, quantize, cache, strict)
     if mode == "auto" and not loaded.fim_trained:
-        with warnings.catch_warnings(action="ignore"):   # the line below says more
-            loaded.expect("completion")
         _note(f"{_title(loaded)} was not trained to fill in the middle: it continues the prefix, and what repeats the "
               "suffix is dropped")
     _answer(loaded, lambda cancel: loaded.complete(
@@ -335,10 +333,15 @@ def _answer(model: Model, ask: Callable[[Cancel], Completion], as_json: bool, ca
             sys.stdout.flush()
 
     started, first = time.perf_counter(), None
-    running = _watch(model.engine)
+    answers: list[Completion] = []
+
+    def asked(cancel: Cancel) -> Completion:
+        answers.append(ask(cancel))
+        return answers[-1]
+
     taken: list[Step] = []
     show(echo)
-    with closing(steps_of(ask)) as steps:
+    with closing(steps_of(asked)) as steps:
         for step in steps:
             first = first or time.perf_counter()
             taken.append(step)
@@ -350,7 +353,7 @@ def _answer(model: Model, ask: Callable[[Cancel], Completion], as_json: bool, ca
         first = first or ended
         print(json.dumps({
             "text": text, "stop": taken[-1].stop if taken else "length", "tokens": tokens,
-            "prompt_tokens": running[0].prompt_length, "cached_tokens": running[0].cached,
+            "prompt_tokens": answers[0].prompt_tokens, "cached_tokens": answers[0].cached_tokens,
             "time_to_first_token_ms": round(1000 * (first - started), 3),
             "tokens_per_second": round((tokens - 1) / (ended - first), 3) if tokens > 1 else None,
             "model": str(model.path), **(about or {}), "notice": "; ".join(_notices) or None}))
@@ -358,18 +361,6 @@ def _answer(model: Model, ask: Callable[[Cancel], Completion], as_json: bool, ca
         print()
     if cache is not None:
         model.engine.cache.save(cache)
-
-
-def _watch(engine: Engine) -> list[Running]:
-    """The requests that the engine starts from now on, for the lengths of their prompts."""
-    started, start = [], engine.start
-
-    def watched(request: Request) -> Running:
-        started.append(start(request))
-        return started[-1]
-
-    engine.start = watched  # type: ignore[method-assign]
-    return started
 
 
 if __name__ == "__main__":

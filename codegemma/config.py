@@ -120,13 +120,13 @@ GEMMA3_270M = ModelConfig("gemma3", layers=18, width=640, heads=4, kv_heads=1, h
                           post_norms=True)
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (
-    Preset("2b", GEMMA_2B, ("completion", "generation"), "google/codegemma-2b", "CodeGemma 2B", kaggle="2b-pt"),
-    Preset("1.1-2b", GEMMA_2B, ("completion", "generation"), "google/codegemma-1.1-2b", "CodeGemma 1.1 2B",
+    Preset("2b", GEMMA_2B, ("completion",), "google/codegemma-2b", "CodeGemma 2B", kaggle="2b-pt"),
+    Preset("1.1-2b", GEMMA_2B, ("completion",), "google/codegemma-1.1-2b", "CodeGemma 1.1 2B",
            kaggle="1.1-2b-pt"),
     Preset("7b", GEMMA_7B, ("completion", "generation"), "google/codegemma-7b", "CodeGemma 7B", kaggle="7b-pt"),
     Preset("7b-it", GEMMA_7B, ("generation", "chat", "instructions"), "google/codegemma-7b-it", "CodeGemma 7B IT",
            kaggle="7b-it"),
     Preset("1.1-7b-it", GEMMA_7B, ("generation", "chat", "instructions"), "google/codegemma-1.1-7b-it",
            "CodeGemma 1.1 7B IT", kaggle="1.1-7b-it"),
-    Preset("gemma-3-270m", GEMMA3_270M, ("generation",), "google/gemma-3-270m", "Gemma 3 270M", fim=False),
+    Preset("gemma-3-270m", GEMMA3_270M, ("completion", "generation"), "google/gemma-3-270m", "Gemma 3 270M", fim=False),
 )}

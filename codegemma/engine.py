@@ -157,6 +157,53 @@ class Running:
         return held[:len(held) - keep]
 
 
+class Completion(Iterator[Step]):
+    """Steps as they are made; `text` and `stop` run it to its end first. `close()` stops the work."""
+
+    def __init__(self, steps: Iterator[Step], running: Running) -> None:
+        self._steps, self.running = steps, running
+        self._taken: list[Step] = []
+
+    def __next__(self) -> Step:
+        step = next(self._steps)
+        self._taken.append(step)
+        return step
+
+    @property
+    def steps(self) -> list[Step]:
+        """All of them, in order."""
+        for _ in self:
+            pass
+        return self._taken
+
+    @property
+    def text(self) -> str:
+        return "".join(step.text for step in self.steps)
+
+    @property
+    def stop(self) -> Stop | None:
+        """Why it ended: "end", "stop_text", "length" or "cancelled"; None where it was closed before."""
+        return self.steps[-1].stop if self.steps else None
+
+    @property
+    def ids(self) -> list[int]:
+        """Every generated token, a final sentinel included."""
+        return [step.token for step in self.steps if step.token is not None]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.running.prompt_length
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of the prompt's tokens came from the cache."""
+        return self.running.cached
+
+    def close(self) -> None:
+        if hasattr(self._steps, "close"):
+            self._steps.close()
+
+
 class _Draft:
     """n-gram speculation: what followed the last MATCH tokens when they last occurred, in prompt or output."""
 
@@ -278,14 +325,14 @@ class Engine:
     def context(self) -> int:
         return self.backend.config.context
 
-    def generate(self, request: Request, cancel: Cancel | None = None) -> Iterator[Step]:
+    def generate(self, request: Request, cancel: Cancel | None = None) -> Completion:
         """The Steps of one request. Closing the iterator, or setting `cancel` in another thread, stops the work.
 
         Raises ValueError, at once, where the prompt is empty, too long or holds ids outside the vocabulary.
         """
         batch = Batch(self, cancel or Cancel())
         one = batch.add(request)
-        return self._drain(batch, one)
+        return Completion(self._drain(batch, one), one)
 
     def _drain(self, batch: Batch, one: Running) -> Iterator[Step]:
         try:

@@ -6,8 +6,7 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from codegemma import chat, completion, hub, prompts
 from codegemma.completion import Hole, Mode, Trim
 from codegemma.config import Preset, Use
-from codegemma.engine import Engine, Request, Step, Stop
+from codegemma.engine import Completion, Engine, Request
 from codegemma.formats import Checkpoint, open_checkpoint
 from codegemma.native import Cancel, Native, Slice, measure
 from codegemma.prompts import File, Message
@@ -23,47 +22,11 @@ from codegemma.sampling import Sampling
 from codegemma.tokenizer import Tokenizer
 
 
-class Completion(Iterator[Step]):
-    """Steps as they are made; `text` and `stop` run it to its end first. `close()` stops the work."""
-
-    def __init__(self, steps: Iterator[Step]) -> None:
-        self._steps, self._taken = steps, []
-
-    def __next__(self) -> Step:
-        step = next(self._steps)
-        self._taken.append(step)
-        return step
-
-    @property
-    def steps(self) -> list[Step]:
-        """All of them, in order."""
-        for _ in self:
-            pass
-        return self._taken
-
-    @property
-    def text(self) -> str:
-        return "".join(step.text for step in self.steps)
-
-    @property
-    def stop(self) -> Stop | None:
-        """Why it ended: "end", "stop_text", "length" or "cancelled"; None where it was closed before."""
-        return self.steps[-1].stop if self.steps else None
-
-    @property
-    def ids(self) -> list[int]:
-        """Every generated token, a final sentinel included."""
-        return [step.token for step in self.steps if step.token is not None]
-
-    def close(self) -> None:
-        if hasattr(self._steps, "close"):
-            self._steps.close()
-
-
 class Model:
     """A loaded model. One request runs at a time; `engine.Batch` runs many together."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, cache_bytes: int = 1 << 30, strict: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, cache_bytes: int = 1 << 30,
+                 strict: bool = False) -> None:
         self.path, self.config = checkpoint.path, checkpoint.config
         self._checkpoint, self._strict, self._warned = checkpoint, strict, set[str]()
         self.backend = Native(checkpoint, threads)
@@ -98,8 +61,8 @@ class Model:
         self.expect("completion")
         layout = completion.layout_for(mode, self.fim_trained, spm_trained=False)
         files = tuple(file if isinstance(file, File) else File(*file) for file in context)
-        return Completion(completion.complete(self.engine, Hole(prefix, suffix, path, files), layout, trim, max_tokens,
-                                              sampling, stop, time_budget, cancel, speculate, top))
+        return completion.complete(self.engine, Hole(prefix, suffix, path, files), layout, trim, max_tokens, sampling,
+                                   stop, time_budget, cancel, speculate, top)
 
     def generate(self, prompt: str | Sequence[int], *, max_tokens: int = 256, sampling: Sampling = Sampling(),
                  stop: Sequence[str] = (), raw: bool = False, truncate: Literal["left"] | None = None,
@@ -117,7 +80,7 @@ class Model:
             raise ValueError(f'truncate must be None or "left", got {truncate!r}')
         if truncate:
             ids = truncate_left(ids, self.config.context - min(max_tokens, self.config.context // 2))
-        return Completion(self.engine.generate(Request(ids, max_tokens, sampling, stops, stop, top, speculate), cancel))
+        return self.engine.generate(Request(ids, max_tokens, sampling, stops, stop, top, speculate), cancel)
 
     def chat(self, messages: Sequence[Message | tuple[str, str] | dict[str, str]], *, max_tokens: int = 1024,
              sampling: Sampling = Sampling(), stop: Sequence[str] = (), cancel: Cancel | None = None,
@@ -126,7 +89,7 @@ class Model:
         self.tokenizer  # noqa: B018
         self.expect("chat")
         turns = [_message(message) for message in messages]
-        return Completion(chat.chat(self.engine, turns, max_tokens, sampling, stop, cancel, speculate, top))
+        return chat.chat(self.engine, turns, max_tokens, sampling, stop, cancel, speculate, top)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """float32 [T, V]: row t is the prediction after ids[:t + 1]."""
@@ -141,6 +104,7 @@ class Model:
             raise ValueError(f"benchmark: prompt_tokens + decode_tokens must lie in the context of {self.config.context:,}, "
                              f"got {prompt_tokens} + {decode_tokens}")
         ids = [int(token) for token in np.random.default_rng(0).integers(256, self.config.vocab, prompt_tokens)]
+        self.backend.settle()
         prefills, decodes, limits = [], [], []
         for _ in range(repeats):
             limits.append(measure(self.backend.threads, self.backend.level))
@@ -156,11 +120,12 @@ class Model:
             decodes.append(decode_tokens / (time.perf_counter() - read))
         bandwidth, peak = (float(np.median([limit[i] for limit in limits])) for i in range(2))
         prefill, decode = float(np.median(prefills)), float(np.median(decodes))
-        layer_weights = sum(np.prod(t.shape, dtype=float) for name, t in self._checkpoint.tensors.items()
+        layer_weights = sum(float(np.prod(t.shape)) for name, t in self._checkpoint.tensors.items()
                             if name.startswith("layers.") and len(t.shape) == 2)
         read_bytes = sum(t.data.nbytes for t in self._checkpoint.tensors.values())
         return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode,
-                "prefill_share_of_peak": 2 * layer_weights * prefill / peak, "decode_share_of_bandwidth": read_bytes * decode / bandwidth,
+                "prefill_share_of_peak": 2 * layer_weights * prefill / peak,
+                "decode_share_of_bandwidth": read_bytes * decode / bandwidth,
                 "bandwidth_bytes_per_second": bandwidth, "int8_operations_per_second": peak, "threads": self.backend.threads,
                 "simd": self.backend.level, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ import numpy as np
 
 from codegemma.formats import Checkpoint
 from codegemma.native import _native
+from codegemma.native._native import Cancel as Cancel
 from codegemma.weights import Tensor
 
 PAGE: int = _native.PAGE                 # tokens in a page of keys and values
 NUMERICS = "v1"
 CHUNK = 512                              # tokens that one run takes at most
-Cancel = _native.Cancel
+SETTLE_AFTER = 64                        # runs: by then a process is no one-shot, and huge pages pay
 
 
 def usable_cpus() -> int:
@@ -95,6 +97,7 @@ class Native:
         self._kept: list[np.ndarray] = []
         self._program = self._record(checkpoint.tensors, layer_bytes)
         self._buffers = self._logits_buffers(1)
+        self._runs = 0
 
     def new_page(self) -> Page:
         return Page(np.zeros(self.page_bytes, np.uint8))
@@ -105,6 +108,9 @@ class Native:
 
     def run(self, slices: Sequence[Slice], cancel: _native.Cancel | None = None) -> Logits | None:
         """Runs all slices together and writes their keys and values; None if it was cancelled on the way."""
+        self._runs += 1
+        if self._runs == SETTLE_AFTER:
+            threading.Thread(target=self.settle, daemon=True).start()
         T = sum(len(s.ids) for s in slices)
         ids_T, positions_T, sequences_T = (np.empty(T, np.int32) for _ in range(3))
         pages_SP = np.zeros((len(slices), max(len(s.pages) for s in slices)), np.uint64)
@@ -121,8 +127,8 @@ class Native:
         if n > len(self._buffers.argmax):
             self._buffers = self._logits_buffers(n)
         b = self._buffers
-        done = self._program.run(ids_T, positions_T, sequences_T, pages_SP, np.array(wanted, np.int32), b.values, b.argmax,
-                                 b.normaliser, cancel)
+        done = self._program.run(ids_T, positions_T, sequences_T, pages_SP, np.array(wanted, np.int32),
+                                 b.values, b.argmax, b.normaliser, cancel)
         return Logits(b.values[:n], b.argmax[:n], b.normaliser[:n]) if done else None
 
     def settle(self) -> int:
@@ -179,7 +185,8 @@ class Native:
             base, scale = (c.rope_base, c.rope_scale) if c.is_global(i) else (c.rope_base_local, 1.0)
             p.norm(x, factors("attn_norm"), a, eps, added, post)
             p.product(a, [weight("q"), weight("k"), weight("v")], qkv)
-            p.split_heads(qkv, N, K, H, factors("q_norm"), factors("k_norm"), eps, c.query_scale, base, scale, **offsets)
+            p.split_heads(qkv, N, K, H, factors("q_norm"), factors("k_norm"), eps, c.query_scale, base, scale,
+                          **offsets)
             p.attend(qkv, values, N, K, H, c.layer_window(i) or 0, c.attention_softcap or 0.0, **offsets)
             p.product(values, [weight("o")], y)
             p.norm(x, factors("ffn_norm"), a, eps, y, factors("post_attn_norm"))

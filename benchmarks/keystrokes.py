@@ -1,0 +1,92 @@
+"""A typing trace: time to the first token after each of 60 keystrokes and 5 cursor jumps in a real file.
+
+    PYTHONPATH=. .venv/bin/python benchmarks/keystrokes.py [--rounds 3] [--log]
+
+Ours is `complete` as an editor calls it (encoding, window, cache, first token), in SPM order. The peer is llama.cpp with
+its own prompt cache: in PSM order, as its /infill does it, and in SPM order driven by hand with our very ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import statistics
+import time
+from pathlib import Path
+
+from peers import Peer
+
+import codegemma
+from codegemma import hub, prompts
+
+ROOT = Path(__file__).parent.parent
+TYPED = "    if not isinstance(value, (int, float)):\n        raise TypeErr"  # 60 keystrokes and a few
+Trace = list[tuple[str, str, str]]       # kind, prefix, suffix
+
+
+def trace(text: str) -> Trace:
+    """The cursor stands in the middle of the file; keys are typed there, then it jumps about."""
+    lines = text.splitlines(keepends=True)
+    middle = len(lines) * 3 // 4
+    prefix, suffix = "".join(lines[:middle]), "".join(lines[middle:])
+    steps = [("open", prefix, suffix)]
+    steps += [("key", prefix + TYPED[:i], suffix) for i in range(1, 61)]
+    for part in (0.2, 0.9, 0.5, 0.7, 0.35):
+        at = int(len(lines) * part)
+        steps.append(("jump", "".join(lines[:at]), "".join(lines[at:])))
+    return steps
+
+
+def ours(model: codegemma.Model, steps: Trace) -> list[float]:
+    model.engine.cache.forget_all()
+    seconds = []
+    for _, prefix, suffix in steps:
+        start = time.perf_counter()
+        completion = model.complete(prefix, suffix, path="pkg/stats.py", mode="spm", max_tokens=64)
+        next(completion)
+        seconds.append(time.perf_counter() - start)
+        completion.close()
+    return seconds
+
+
+def peer_times(peer: Peer, model: codegemma.Model, steps: Trace, layout: prompts.Layout) -> list[float]:
+    peer("eval_prompt", ids=[2])         # forget
+    ids = [prompts.fim(model.tokenizer, prefix, suffix, "pkg/stats.py", layout=layout).ids for _, prefix, suffix in steps]
+    return [peer("eval_prompt", ids=one)["seconds"] for one in ids]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--log", action="store_true", help="append the result to docs/log.md")
+    args = parser.parse_args()
+    text = (ROOT / "codegemma" / "completion.py").read_text()[:5600]
+    steps = trace(text)
+    model = codegemma.load(threads=args.threads)
+    model.backend.settle()
+    length = len(model.tokenizer.encode(text))
+    rounds: list[dict[str, list[float]]] = []
+    with Peer("llamacpp", hub.resolve(), threads=args.threads, context=4096) as peer:
+        for _ in range(args.rounds):
+            rounds.append({"ours": ours(model, steps), "psm": peer_times(peer, model, steps, "psm"),
+                           "spm": peer_times(peer, model, steps, "spm")})
+    lines = ["| | ours | llama.cpp, PSM | llama.cpp, SPM | ratio to PSM | ratio to SPM |", "|---|---|---|---|---|---|"]
+    for kind in ("key", "jump", "open"):
+        at = [i for i, step in enumerate(steps) if step[0] == kind]
+        medians = {name: statistics.median(one[name][i] for one in rounds for i in at) for name in rounds[0]}
+        ours_ms, psm_ms, spm_ms = (medians[name] * 1e3 for name in ("ours", "psm", "spm"))
+        lines.append(f"| {kind} | {ours_ms:.1f} ms | {psm_ms:.1f} ms | {spm_ms:.1f} ms | "
+                     f"**1/{psm_ms / ours_ms:.1f}** | **{ours_ms / spm_ms:.2f}** |")
+    entry = (f"\n## {datetime.date.today()}: typing trace\n\n`benchmarks/keystrokes.py --rounds {args.rounds}`: "
+             f"{length:,} tokens around the cursor, medians to the first token, "
+             f"default model, {args.threads} threads, {model.backend.level}.\n\n" + "\n".join(lines) + "\n")
+    if args.log:
+        with open(ROOT / "docs" / "log.md", "a") as log:
+            log.write(entry)
+    print(entry)
+
+
+if __name__ == "__main__":
+    main()
