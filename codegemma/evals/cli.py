@@ -131,7 +131,18 @@ def _run(names: list[str], model: str, endpoint: str | None, adapter: Path | Non
 
 def open_model(model: str, endpoint: str | None, adapter: Path | None) -> Model:
     """The local model, or the server at `endpoint` with that model's tokenizer."""
-    raise ValueError(f"cannot open {model} {endpoint} {adapter}: the engine is not wired in yet")
+    from codegemma import load
+
+    if adapter is not None:
+        raise ValueError(f"--adapter {adapter}: adapters are not read yet; merge it into the model first")
+    loaded = load(model)
+    if endpoint is not None:
+        from codegemma.evals.remote import Remote
+
+        return Remote(endpoint, loaded.tokenizer)
+    from codegemma.evals.local import Local
+
+    return Local(loaded)
 
 
 class _progress:
