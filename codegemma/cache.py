@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import threading
 import warnings
@@ -44,7 +45,7 @@ class PrefixCache:
         self._recent: OrderedDict[_Node, None] = OrderedDict()  # least recently used first; a parent after its children
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return len(self._recent) * self.page_bytes
 
     def find(self, ids: Sequence[int]) -> tuple[list[Page], int]:
@@ -53,7 +54,8 @@ class PrefixCache:
             return self._find(ids)
 
     def _find(self, ids: Sequence[int]) -> tuple[list[Page], int]:
-        node, pages, length = self._root, [], 0
+        node, length = self._root, 0
+        pages: list[Page] = []
         while True:
             rest = tuple(ids[length:length + PAGE])
             child = node.children.get(rest) if len(rest) == PAGE else None
@@ -89,7 +91,7 @@ class PrefixCache:
                     self._forget(shorter)
             node = child
         self._touch(node)
-        while self.bytes > self.most_bytes and self._recent:
+        while self.nbytes > self.most_bytes and self._recent:
             self._forget(next(iter(self._recent)))
 
     def forget_all(self) -> None:
@@ -97,7 +99,7 @@ class PrefixCache:
             self._root = _Node((), None, None)
             self._recent.clear()
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all pages, atomically."""
         with self._lock:
             nodes = list(self._nodes(self._root))
@@ -116,14 +118,14 @@ class PrefixCache:
                 write(node.page.data.tobytes())
             out.write(digest.digest())
 
-    def load(self, path: Path | str) -> bool:
+    def load(self, path: str | os.PathLike[str]) -> bool:
         """Adds the pages of a saved cache. False, with a warning, on a file that is damaged or of another model."""
         try:
             data = Path(path).read_bytes()
             nodes = self._parse(data)
         except FileNotFoundError:
             return False
-        except (ValueError, struct.error, OSError) as error:
+        except (ValueError, TypeError, RecursionError, struct.error, OSError) as error:
             warnings.warn(f"{path}: the saved prefix cache is ignored: {error}", stacklevel=2)
             return False
         for node in nodes:
@@ -147,6 +149,9 @@ class PrefixCache:
         at, root = head + key_length + tree_length, _Node((), None, None)
         nodes: list[_Node] = []
         for parent, ids in tree:
+            whole = parent == -1 or (0 <= parent < len(nodes) and len(nodes[parent].ids) == PAGE)
+            if not whole or not 1 <= len(ids) <= PAGE:
+                raise ValueError("its tree is damaged")
             page = Page(np.frombuffer(data, np.uint8, page_bytes, at).copy(), len(ids))
             node = _Node(tuple(ids), page, nodes[parent] if parent >= 0 else root)
             assert node.parent is not None
