@@ -131,7 +131,7 @@ def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> 
     lines, count = _LINE.findall(text), text.count("\n")
     here, rest = prefix.rpartition("\n")[2], suffix.split("\n", 1)[0].rstrip()
     following = [line.strip() for line in suffix.split("\n") if line.strip()][:2]
-    leaves = _block_end(here + lines[0]) if trim == "block" and count else None
+    leaves = _block_end(here, lines[0]) if trim == "block" and count else None
     for at in range(count + 1):
         whole = "".join(lines[:at]).rstrip()
         kept = _without_overlap(whole, prefix, suffix)
@@ -142,7 +142,7 @@ def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> 
             ends = _repeats(after, following, final)
         if ends is False and at and leaves:
             ends = leaves(after, final)
-        if ends is None:
+        if ends is None or not (ends or final or at < count):
             return kept, False
         if ends:
             own_line = whole and whole == kept and _starts_line(here, rest, trim)
@@ -150,10 +150,11 @@ def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> 
     return _without_overlap(text, prefix, suffix), False
 
 
-def _block_end(first: str) -> Callable[[list[str], bool], bool | None]:
-    """Tells whether lines no longer belong to the block of the cursor's line, `first` as completed; None: not yet."""
-    indent = _indent(first)
-    opens = first.rstrip().endswith((":", "{", "(", "[", "=>", ","))
+def _block_end(here: str, first: str) -> Callable[[list[str], bool], bool | None]:
+    """Tells whether lines no longer belong to the cursor's block; None: not yet known. It is the block that the cursor's
+    line (`here`, completed by `first`) opens, or the one that the line stands in."""
+    indent = _indent(here + first)
+    opens = bool(here.strip()) and (here + first).rstrip().endswith((":", "{", "(", "[", "=>", ","))
 
     def ends(lines: list[str], final: bool) -> bool | None:
         next_line = next((line for line in lines if line.strip()), None)
