@@ -26,7 +26,7 @@ from codegemma.formats.files import replacing
 from codegemma.prompts import Label
 from codegemma.tokenizer import Tokenizer
 
-SHARD_BYTES = 32_000_000                        # of text: a shard of documents, and about what a partition holds
+SHARD_BYTES = 8_000_000  # of text: a shard of documents, and about what a partition holds
 
 
 @dataclass(frozen=True)
