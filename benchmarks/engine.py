@@ -26,7 +26,7 @@ from codegemma.native import Slice, measure
 
 ROOT = Path(__file__).parent.parent
 RANDOM = Path.home() / ".cache" / "codegemma" / "bench"
-PROMPT, DECODED = 512, 32
+PROMPT, BEFORE, DECODED = 512, 64, 32      # tokens read; read before decoding; decoded
 FUNCTION = (ROOT / "benchmarks" / "edited_function.py").read_text()
 
 
@@ -85,12 +85,14 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
     rows: list[dict[str, float]] = []
     with Peer("llamacpp", path, threads=threads, context=2048) as peer:
         edit = edit_prompt(model)
-        for round in range(rounds + 1):
+        run_decode(model, ids[:BEFORE], 2)   # warms both up
+        peer("decode", ids=ids[:BEFORE], count=2)
+        for _ in range(rounds):
             bandwidth, peak = measure(threads, model.backend.level)
             ours = PROMPT / run_prompt(model, ids)[0]
             theirs = PROMPT / peer("prefill", ids=ids)["seconds"]
-            our_decode = DECODED / run_decode(model, ids, DECODED)
-            their_decode = DECODED / peer("decode", ids=ids, count=DECODED)["seconds"]
+            our_decode = DECODED / run_decode(model, ids[:BEFORE], DECODED)
+            their_decode = DECODED / peer("decode", ids=ids[:BEFORE], count=DECODED)["seconds"]
             row = {"prefill": ours, "prefill_peer": theirs, "prefill_ratio": ours / theirs,
                    "prefill_share": ours * operations / peak,
                    "decode": our_decode, "decode_peer": their_decode, "decode_ratio": our_decode / their_decode,
@@ -101,8 +103,7 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
                 their = peer("decode", ids=edit, count=count)
                 row |= {"edit": (len(tokens) - 1) / seconds, "edit_peer": count / their["seconds"],
                         "edit_ratio": (len(tokens) - 1) / seconds * their["seconds"] / count}
-            if round:                    # the first warms both up
-                rows.append(row)
+            rows.append(row)
         about = peer.about
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {
         "model": path.name, "level": model.backend.level,
