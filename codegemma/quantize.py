@@ -128,6 +128,7 @@ def summary(costs: list[Cost]) -> Iterator[str]:
     """What was done, one line for each change of type."""
     kinds = Counter((cost.before, cost.after) for cost in costs)
     for (before, after), count in sorted(kinds.items()):
-        worst = max((cost for cost in costs if (cost.before, cost.after) == (before, after)), key=lambda cost: cost.error)
+        alike = [cost for cost in costs if (cost.before, cost.after) == (before, after)]
+        worst = max(alike, key=lambda cost: cost.error)
         yield (f"{count} matrices left {before}" if before == after else
                f"{count} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})")

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from codegemma.config import ModelConfig
+from codegemma.config import LIMITS, ModelConfig
 
 Format = Literal["gguf", "hf", "flax", "maxtext", "keras", "nemo", "pytorch"]
 
@@ -75,14 +75,37 @@ class Tensor:
 
 class Deferred(Tensor):
     """A tensor whose data is made each time it is looked at, and not kept: how a large model passes through little
-    memory."""
+    memory. `layer` makes one layer alone of a tensor in which layers lie stacked."""
 
-    def __init__(self, type: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> None:
-        vars(self).update(type=type, shape=shape, make=make)
+    def __init__(self, type: str, shape: tuple[int, ...], make: Callable[[], np.ndarray],
+                 layer: Callable[[int], np.ndarray] | None = None) -> None:
+        vars(self).update(type=type, shape=shape, make=make, layer=layer)
 
     @property
     def data(self) -> np.ndarray:  # type: ignore[override]
         return Tensor.view(self.type, self.shape, np.ascontiguousarray(self.make()).view(np.uint8).reshape(-1)).data
+
+
+def unstacked(stored: Mapping[str, Tensor], axis: int, pattern: str) -> dict[str, Tensor]:
+    """Tensors whose layers lie stacked on an axis, one by one. The groups of `pattern` are the name up to the layer's
+    number, and the rest with its separator."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        match = re.fullmatch(pattern, name)
+        if match is None or len(tensor.shape) <= axis:
+            found[name] = tensor
+            continue
+        for index in range(min(tensor.shape[axis], LIMITS["layers"])):
+            found[f"{match[1]}{match[2][0]}{index}{match[2]}"] = _layer(tensor, axis, index)
+    return found
+
+
+def _layer(tensor: Tensor, axis: int, index: int) -> Tensor:
+    def make() -> np.ndarray:
+        one = getattr(tensor, "layer", None)
+        return one(index) if one else np.take(tensor.array(), index, axis)
+
+    return Deferred(tensor.type, tensor.shape[:axis] + tensor.shape[axis + 1:], make)
 
 
 def plain(type: str, values: np.ndarray) -> np.ndarray:
@@ -182,18 +205,20 @@ ARRANGED: dict[Format, tuple[Stored, ...]] = {
         Stored("transformer/final_norm/scale", {"final_norm": "D"}),
         *_norms(_FLAX, "/scale", attn_norm="pre_attention_norm", ffn_norm="pre_ffw_norm", q_norm="attn/_query_norm",
                 k_norm="attn/_key_norm", post_attn_norm="post_attention_norm", post_ffn_norm="post_ffw_norm"),
-        Stored(_FLAX + "attn/qkv_einsum/w", dict.fromkeys("qkv", "1,N,D,H"), where=_fused),
+        Stored(_FLAX + "attn/qkv_einsum/w", {"q": "1,N,D,H", "k": "1,K,D,H", "v": "1,K,D,H"}, where=_fused),
         Stored(_FLAX + "attn/q_einsum/w", {"q": "N,D,H"}, where=lambda config: not _fused(config)),
         Stored(_FLAX + "attn/kv_einsum/w", dict.fromkeys("kv", "1,K,D,H"), where=lambda config: not _fused(config)),
         Stored(_FLAX + "attn/attn_vec_einsum/w", {"o": "N,H,D"}),
-        Stored(_FLAX + "mlp/gating_einsum/w", {"gate": "1,F,D", "up": "1,F,D"}, where=_turned),
-        Stored(_FLAX + "mlp/gating_einsum/w", {"gate": "1,D,F", "up": "1,D,F"}, where=lambda config: not _turned(config)),
+        Stored(_FLAX + "mlp/gating_einsum/w", dict.fromkeys(("gate", "up"), "1,F,D"), where=_turned),
+        Stored(_FLAX + "mlp/gating_einsum/w", dict.fromkeys(("gate", "up"), "1,D,F"),
+               where=lambda config: not _turned(config)),
         Stored(_FLAX + "mlp/linear/w", {"down": "F,D"})),
     "maxtext": (  # Gemma 1 alone; its layers lie stacked on axis 1 (formats/orbax.py takes them apart)
         Stored("token_embedder/embedding", {"embed": "V,D"}, scale=lambda config: config.width ** 0.5),
         Stored("decoder/decoder_norm/scale", {"final_norm": "D"}),
         *_norms(_MAXTEXT, "/scale", attn_norm="pre_self_attention_norm", ffn_norm="pre_ffw_norm"),
-        Stored(_MAXTEXT + "self_attention/query/kernel", {"q": "D,N,H"}, scale=lambda config: config.head_width ** -0.5),
+        Stored(_MAXTEXT + "self_attention/query/kernel", {"q": "D,N,H"},
+               scale=lambda config: config.head_width ** -0.5),
         Stored(_MAXTEXT + "self_attention/key/kernel", {"k": "D,K,H"}),
         Stored(_MAXTEXT + "self_attention/value/kernel", {"v": "D,K,H"}),
         Stored(_MAXTEXT + "self_attention/out/kernel", {"o": "N,H,D"}),
@@ -202,8 +227,9 @@ ARRANGED: dict[Format, tuple[Stored, ...]] = {
     "keras": (
         Stored("layers/reversible_embedding/vars/0", {"embed": "V,D"}),
         Stored("layers/rms_normalization/vars/0", {"final_norm": "D"}),
-        *_norms(_KERAS, "/vars/0", attn_norm="pre_attention_norm", ffn_norm="pre_ffw_norm", q_norm="attention/query_norm",
-                k_norm="attention/key_norm", post_attn_norm="post_attention_norm", post_ffn_norm="post_ffw_norm"),
+        *_norms(_KERAS, "/vars/0", attn_norm="pre_attention_norm", ffn_norm="pre_ffw_norm",
+                q_norm="attention/query_norm", k_norm="attention/key_norm", post_attn_norm="post_attention_norm",
+                post_ffn_norm="post_ffw_norm"),
         Stored(_KERAS + "attention/query_dense/vars/0", {"q": "N,D,H"}),
         Stored(_KERAS + "attention/key_dense/vars/0", {"k": "K,D,H"}),
         Stored(_KERAS + "attention/value_dense/vars/0", {"v": "K,D,H"}),
@@ -220,9 +246,9 @@ ARRANGED: dict[Format, tuple[Stored, ...]] = {
         Stored(_NEMO + "mlp.linear_fc2.weight", {"down": "D,F"})),
     "pytorch": (  # google/gemma_pytorch
         Stored("embedder.weight", {"embed": "V,D"}), Stored("model.norm.weight", {"final_norm": "D"}),
-        *(Stored(row.hf, {row.name.removeprefix("layers.{i}."): row.axes},
-                 where=lambda config, row=row: row.applies(config))  # type: ignore[misc]
-          for row in TABLE[2:] if row.name[-2:] not in (".q", ".k", ".v")),
+        *(Stored(row.hf, {row.name.removeprefix("layers.{i}."): row.axes}, where=row.applies)
+          for row in TABLE[2:] if not re.fullmatch(r"layers\.\{i\}\.[qkv](_norm)?", row.name)),
+        *_norms("model.layers.{i}.self_attn.", ".weight", q_norm="query_norm", k_norm="key_norm"),
         Stored("model.layers.{i}.self_attn.qkv_proj.weight", {"q": "NH,D", "k": "KH,D", "v": "KH,D"}))}
 ONLY_GEMMA_1 = ("maxtext", "nemo")
 
@@ -345,6 +371,8 @@ def read(format: Format, path: Path, config: ModelConfig, stored: Mapping[str, T
     known = wanted.keys() | {TIED_HEAD.get(format, "")}
     extra = [name for name in stored if name not in known and not re.fullmatch(IGNORED.get(format, ""), name)]
     missing = [name for name in wanted if name not in stored]
+    stored = {name: _cut(tensor, wanted[name]) if format in ARRANGED and name in wanted else tensor
+              for name, tensor in stored.items()}
     for fault, names in (("lacks", missing), ("also holds", extra)):
         if names:
             raise ValueError(f"{path}: {fault} {len(names)} tensors ({', '.join(names[:3])}"
@@ -374,6 +402,14 @@ def write(format: Format, config: ModelConfig, tensors: Mapping[str, Tensor]) ->
                 else tensors[place.name] for place in places(config, format)}  # type: ignore[arg-type]
     return {group.stored: Tensor.of(tensors[group.parts[0].name].float32() - shift) if group.is_norm
             else _gathered(group, [tensors[place.name] for place in group.parts]) for group in groups(config, format)}
+
+
+def _cut(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An embedding without the rows that pad it: DeepMind's has 256,128 for 256,000 tokens."""
+    if len(shape) == 2 and len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and \
+            shape[0] < tensor.shape[0] <= shape[0] + 1024 and shape[0] >= 256_000:
+        return Deferred(tensor.type, shape, lambda: tensor.data[:shape[0]])
+    return tensor
 
 
 def _stored(config: ModelConfig, format: Format) -> Iterator[Place]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codegemma.config import ModelConfig
-from codegemma.formats import gguf, safetensors
+from codegemma.formats import gguf, keras, nemo, orbax, safetensors, torch
 from codegemma.tokenizer import Tokenizer
 from codegemma.weights import Tensor
 
@@ -31,28 +31,50 @@ class Checkpoint:
 
     @cached_property
     def nbytes(self) -> int:
-        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Opens a .gguf file, a .safetensors file or a Hugging Face directory, by looking into it.
+    """Opens a checkpoint by looking into it: a .gguf, .safetensors, .nemo, .ckpt or .bin file, or the directory of a
+    Hugging Face model, a Keras preset or an Orbax checkpoint.
 
     Raises ValueError naming file, tensor and rule on anything damaged or foreign, FileNotFoundError on a wrong path.
     """
     path = Path(path)
-    if path.is_dir() and not (path / "config.json").exists():
-        found = sorted(path.glob("*.gguf"))
-        if len(found) != 1:
-            raise ValueError(f"{path}: holds no config.json and {len(found)} .gguf files: pass a Hugging Face "
-                             "directory or one .gguf file")
-        path = found[0]
+    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "model_config.yaml")):
+        found = sorted([*path.glob("*.gguf"), *path.glob("*.nemo"), *path.glob("*.ckpt")])
+        if len(found) == 1:
+            path = found[0]
+        elif orbax.home(path) is None:
+            raise ValueError(f"{path}: holds no config.json, no Orbax checkpoint, and {len(found)} .gguf, .nemo or "
+                             ".ckpt files: pass the directory of a model, or one file")
+    return Checkpoint(path, *_LOADERS[format_of(path)](path))
+
+
+_LOADERS = {"gguf": gguf.load, "safetensors": safetensors.load, "torch": torch.load, "keras": keras.load,
+            "nemo": nemo.load, "orbax": orbax.load}
+
+
+def format_of(path: Path) -> str:
+    """Which of the formats lies at a path. Raises ValueError on anything else."""
     if path.is_dir():
-        return Checkpoint(path, *safetensors.load(path))
+        if (path / "model_config.yaml").exists():
+            return "nemo"
+        if any(path.glob("model.weights.*")):
+            return "keras"
+        if orbax.home(path):
+            return "orbax"
+        torches = any(path.glob("pytorch_model*.bin")) or any(path.glob("*.ckpt"))
+        return "torch" if torches and not any(path.glob("*.safetensors")) else "safetensors"
     with open(path, "rb") as file:
-        start = file.read(9)
+        start = file.read(512)
     if start[:4] == b"GGUF":
-        return Checkpoint(path, *gguf.load(path))
-    if start[8:] == b"{":
-        return Checkpoint(path, *safetensors.load(path))
-    raise ValueError(f"{path}: is neither GGUF nor safetensors: pass a .gguf file or a Hugging Face directory with "
-                     "config.json and *.safetensors")
+        return "gguf"
+    if start[:2] == b"PK":
+        return "torch"
+    if start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar":
+        return "nemo"
+    if start[8:9] == b"{":
+        return "safetensors"
+    raise ValueError(f"{path}: is neither GGUF, safetensors, a PyTorch archive nor a .nemo: pass a file of these, a "
+                     "Hugging Face directory with config.json, a Keras preset or an Orbax checkpoint")

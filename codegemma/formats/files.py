@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def mapped(path: Path) -> mmap.mmap:
@@ -31,3 +32,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def missing(module: str, what: str, extra: str) -> Any:
+    """A library that only some formats need. Raises ValueError saying how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f'{what} need the package {module}: pip install "codegemma[{extra}]"') from None

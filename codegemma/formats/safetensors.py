@@ -6,6 +6,7 @@ sliding_window_pattern) and that of 5 (rope_parameters, layer_types). The text p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from codegemma import weights
-from codegemma.config import ModelConfig
+from codegemma.config import GEMMA2_2B, PRESETS, ModelConfig
 from codegemma.formats.files import mapped, replacing
 from codegemma.tokenizer import Tokenizer
 from codegemma.weights import BLOCKS, Tensor
@@ -271,6 +272,21 @@ def tokenizer(path: Path) -> Callable[[], Tokenizer] | None:
     return None
 
 
+def described(home: Path, format: weights.Format, stored: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Config and config.json of a checkpoint whose own files do not tell: from the config.json of its directory, else
+    the published model that has exactly these tensors. Raises ValueError where there is neither."""
+    file = home / "config.json"
+    fields = read_json(file) if file.exists() else {}
+    if "model_type" in fields:
+        return config(file, fields), fields
+    for known in {preset.config for preset in PRESETS.values()} | {GEMMA2_2B}:
+        with contextlib.suppress(ValueError):
+            weights.read(format, home, known, stored)
+            return known, fields
+    raise ValueError(f"{home}: its tensors are those of no published model, and no config.json tells what they are: "
+                     "put the model's Hugging Face config.json beside them")
+
+
 def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], Callable[[], Tokenizer] | None]:
     """Config, our tensors, config.json, and what builds the tokenizer, from a directory or a file in one.
 
@@ -296,7 +312,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{path}: tensor {name} is {tensor.type}, but safetensors holds {', '.join(TYPES)}: "
                              "decode it first, or write GGUF")
         infos[name] = {"dtype": tensor.type, "shape": tensor.shape,
-                       "data_offsets": (offset, offset := offset + tensor.data.nbytes)}
+                       "data_offsets": (offset, offset := offset + tensor.nbytes)}
     header = json.dumps({"__metadata__": {"format": "pt"}, **infos}).encode()
     header += b" " * (-len(header) % 64 + 56)
     with replacing(path) as file:
