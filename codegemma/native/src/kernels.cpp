@@ -251,9 +251,14 @@ template <class Q, int T> void few32(const Product& p, const Activations& a, int
       eight_blocks<Q, T>(at, a, g, acc);
     }
     if (blocks % 8) {
-      uint8_t rest[8 * Q::BYTES] = {};
-      memcpy(rest, row + whole * 8 * Q::BYTES, (blocks % 8) * Q::BYTES);
-      eight_blocks<Q, T>(rest, a, whole, acc);
+      // The next row's blocks stand in for the missing ones: their activations and scales are zero. The last has none.
+      const uint8_t* at = row + whole * 8 * Q::BYTES;
+      uint8_t rest[8 * Q::BYTES];
+      if ((r + 1) * p.w->row_bytes + 8 * Q::BYTES > p.w->rows * p.w->row_bytes) {
+        memset(rest, 0, sizeof rest), memcpy(rest, at, (blocks % 8) * Q::BYTES);
+        at = rest;
+      }
+      eight_blocks<Q, T>(at, a, whole, acc);
     }
     for (int t = 0; t < T; t++) p.out[t * p.stride + r] = fold_lanes8(acc[t]);
   }
@@ -298,7 +303,10 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
       const uint8_t* at = row + b0 * Q::BYTES;
       uint8_t rest[8 * Q::BYTES];
       const int n = (int)std::min<int64_t>(8, blocks - b0);
-      if (n < 8) memcpy(rest, at, n * Q::BYTES), memset(rest + n * Q::BYTES, 0, (8 - n) * Q::BYTES), at = rest;
+      if (n < 8 && (r + 1) * p.w->row_bytes + 8 * Q::BYTES > p.w->rows * p.w->row_bytes) {  // as in few32
+        memset(rest, 0, sizeof rest), memcpy(rest, at, n * Q::BYTES);
+        at = rest;
+      }
       i32x8 products[T][8] = {}, mins[T][8] = {};
       for (int i = 0; i < n; i++) {
         const uint8_t* block = at + i * Q::BYTES;
@@ -587,7 +595,7 @@ void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scr
   }
 }
 int64_t tile_rows(const Weight& w, bool packed) {
-  int64_t rows = packed ? 65536 / std::max<int64_t>(w.cols, 1) : 49152 / std::max<int64_t>(w.row_bytes, 1);
+  int64_t rows = packed ? 65536 / std::max<int64_t>(w.cols, 1) : 16384 / std::max<int64_t>(w.row_bytes, 1);
   return std::clamp<int64_t>(rows / 4 * 4, packed ? 8 : 4, packed ? 64 : 256);
 }
 
