@@ -151,8 +151,8 @@ def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> 
 
 
 def _block_end(here: str, first: str) -> Callable[[list[str], bool], bool | None]:
-    """Tells whether lines no longer belong to the cursor's block; None: not yet known. It is the block that the cursor's
-    line (`here`, completed by `first`) opens, or the one that the line stands in."""
+    """Tells whether lines no longer belong to the cursor's block; None: not yet known. It is the block that the
+    cursor's line (`here`, completed by `first`) opens, or the one that the line stands in."""
     indent = _indent(here + first)
     opens = bool(here.strip()) and (here + first).rstrip().endswith((":", "{", "(", "[", "=>", ","))
 

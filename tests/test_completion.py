@@ -2,7 +2,6 @@
 
 import re
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -75,8 +74,8 @@ def test_none_drops_only_what_repeats():
     assert kept("a\nreturn 1\nb\n", "", "return 1\n", "none") == "a\n"
 
 
-PARTS = st.sampled_from(["a", "foo", "return x", "\n", "\n\n", "    ", "}", ")", "{", "(", "\r\n", '"', ";", "if x:", "é",
-                         "  b"])
+PARTS = st.sampled_from(["a", "foo", "return x", "\n", "\n\n", "    ", "}", ")", "{", "(", "\r\n", '"', ";", "if x:",
+                         "é", "  b"])
 TEXTS = st.lists(PARTS, max_size=12).map("".join)
 
 

@@ -1,0 +1,230 @@
+"""What `codegemma.load` gives, as a user meets it: on tiny files of each format."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from reference import logits as twin
+from reference import tolerance
+from tiny import KINDS, random_weights, tiny_config, tiny_tensors, tokenizer_metadata, write_tiny_gguf, write_tiny_hf
+
+import codegemma
+from codegemma import Completion, File, Message, Sampling, load
+from codegemma.config import PRESETS
+from codegemma.formats import gguf
+from codegemma.local import truncate_left
+from codegemma.native import Cancel
+from codegemma.weights import Tensor, write
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", KINDS["gemma-mqa"], "Q8_0")
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return load(path, threads=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_formats_give_the_twins_logits(kind, tmp_path):
+    config = tiny_config(kind)
+    params = random_weights(config)
+    tensors = {name: Tensor.of(value) for name, value in params.items()}
+    ids = [2, *np.random.default_rng(0).integers(3, 515, 70).tolist()]
+    expected, bound = twin(config, params, ids), tolerance(config, params, ids)
+    sources = (write_tiny_gguf(tmp_path / "a.gguf", config, tensors=tensors),
+               write_tiny_hf(tmp_path / "b", config, tensors=tensors),
+               write_tiny_hf(tmp_path / "c", config, tensors=tensors, shards=3))
+    for source in sources:
+        got = load(source, threads=2).logits(ids)
+        assert got.dtype == np.float32 and got.shape == (71, 515)
+        assert np.abs(got - expected).max() < bound
+
+
+def test_public_names():
+    assert codegemma.__version__ and all(getattr(codegemma, name) for name in codegemma.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'loud'"):
+        codegemma.loud  # noqa: B018
+
+
+def test_generate_is_an_iterator_with_a_memory(model, path):
+    completion = model.generate("def f", max_tokens=5)
+    assert isinstance(completion, Completion)
+    first = next(completion)
+    assert [first, *completion] == completion.steps and len(completion.steps) == 5
+    assert completion.text == "".join(step.text for step in completion.steps)
+    assert completion.ids == [step.token for step in completion.steps] and completion.stop == "length"
+    assert completion.prompt_tokens == len(model.tokenizer.encode("def f", bos=True))
+    again = model.generate([2, *model.tokenizer.encode("def f")], max_tokens=5)
+    assert again.steps == completion.steps and again.cached_tokens == again.prompt_tokens - 1
+    assert model.path == path
+
+
+def test_closing_ends_it(model):
+    completion = model.generate("x", max_tokens=50)
+    taken = [next(completion), next(completion)]
+    completion.close()
+    assert completion.steps == taken and completion.stop is None
+
+
+def test_cancelling_ends_it(model):
+    cancel = Cancel()
+    completion = model.generate("x", max_tokens=50, cancel=cancel)
+    next(completion)
+    cancel.set()
+    assert completion.stop == "cancelled" and completion.ids == completion.ids[:1]
+
+
+def test_sampling_goes_through(model):
+    draws = [Sampling(temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    texts = [model.generate("x", max_tokens=20, sampling=draw).ids for draw in draws]
+    assert texts[0] == texts[1] != texts[2]
+    step = next(model.generate("x", top=3))
+    assert len(step.top) == 3 and step.top[0] == (step.token, step.logprob)
+
+
+def test_prompts_that_are_too_long(model):
+    ids = [2, *range(300, 500)] * 3
+    with pytest.raises(ValueError, match=r'603 tokens but the model reads 512.*truncate="left"'):
+        model.generate(ids)
+    short = model.generate(ids, max_tokens=12, truncate="left")
+    assert short.prompt_tokens == 500 and len(short.steps) == 12
+    assert short.steps == model.generate([2, *ids[-499:]], max_tokens=12).steps
+    with pytest.raises(ValueError, match='truncate must be None or "left"'):
+        model.generate("x", truncate="right")
+    assert truncate_left([2, 3, 4, 5], 2) == [2, 5] and truncate_left([2, 3], 2) == [2, 3]
+    assert truncate_left([2, 3, 4], 1) == [2]
+
+
+def test_raw_reads_control_tokens_and_text_does_not(model):
+    prompt = "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"
+    spelled, plain = (model.generate(prompt, max_tokens=1, raw=raw).prompt_tokens for raw in (True, False))
+    assert spelled == 6 and plain > 30
+
+
+def test_complete(model):
+    same = model.complete("def f", "x\n", "a.py", [("b.py", "c"), File("d.py", "e")], max_tokens=5)
+    ids = [2, *model.tokenizer.encode("b.py\nc<|file_separator|>d.py\ne<|file_separator|>a.py\n<|fim_prefix|>def f"
+                                      "<|fim_suffix|>x\n<|fim_middle|>", control=True)]
+    assert same.steps == model.generate(ids, max_tokens=5).steps
+    for prefix, suffix in (("", ""), ("a", ""), ("", "b")):
+        for mode in ("auto", "psm", "spm", "prefix"):
+            assert model.complete(prefix, suffix, mode=mode, trim="line", max_tokens=3).stop in ("end", "length")
+
+
+def test_chat(model):
+    messages = [("system", "s"), {"role": "user", "content": "u"}, Message("assistant", "a"), ("user", "v")]
+    answer = model.chat(messages, max_tokens=3)
+    ids = [2, *model.tokenizer.encode("<start_of_turn>user\ns\n\nu<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
+                                      "<start_of_turn>user\nv<end_of_turn>\n<start_of_turn>model\n", control=True)]
+    assert answer.prompt_tokens == len(ids) and answer.steps == model.generate(ids, max_tokens=3).steps
+    assert model.chat([("user", "u"), ("model", "a"), ("user", "v")], max_tokens=1).prompt_tokens > 10
+    for wrong in ([("robot", "x")], [("user", 3)], [{"role": "user"}], []):
+        with pytest.raises(ValueError, match="chat"):
+            model.chat(wrong)
+
+
+def test_a_directory_without_a_tokenizer_still_loads(tmp_path):
+    model = load(write_tiny_hf(tmp_path, KINDS["gemma3"]), threads=1)
+    assert model.logits([2, 3]).shape == (2, 515)
+    completion = model.generate([2, 3], max_tokens=4)
+    assert len(completion.ids) == 4 and completion.text == "" and not model.fim_trained
+    for call in (lambda: model.tokenizer, lambda: model.generate("x"), lambda: model.complete("x"),
+                 lambda: model.chat([("user", "x")])):
+        with pytest.raises(ValueError, match="has no tokenizer.*tokenizer.model"):
+            call()
+
+
+@pytest.mark.parametrize("quantize, least", [("q8_0", 0.999), ("q4_0", 0.9)])
+def test_quantised_while_loading(tmp_path, quantize, least):
+    """Close to the float model in direction, and no longer equal to it."""
+    path = write_tiny_hf(tmp_path, tiny_config("gemma-mqa", ffn_width=192))
+    ids = list(range(2, 60))
+    exact, coarse = load(path, threads=1).logits(ids), load(path, threads=1, quantize=quantize).logits(ids)
+    cosine = (exact * coarse).sum() / np.linalg.norm(exact) / np.linalg.norm(coarse)
+    assert least < cosine < 0.999999
+    with pytest.raises(ValueError, match="q3_9"):
+        load(path, quantize="q3_9")
+
+
+def test_a_saved_cache_is_loaded(path, tmp_path):
+    first = load(path, threads=1)
+    steps = first.generate(list(range(2, 90)), max_tokens=4).steps
+    first.engine.cache.save(tmp_path / "cache")
+    second = load(path, threads=2, cache=tmp_path / "cache")
+    completion = second.generate(list(range(2, 90)), max_tokens=4)
+    assert completion.cached_tokens == 87 and completion.steps == steps
+    assert load(path, threads=1, cache=tmp_path / "none").engine.cache.nbytes == 0
+
+
+def test_another_model_does_not_take_the_cache(path, tmp_path):
+    first = load(path, threads=1)
+    list(first.generate([2, 3], max_tokens=2))
+    first.engine.cache.save(tmp_path / "cache")
+    other = write_tiny_gguf(tmp_path / "other.gguf", KINDS["gemma-mqa"], "Q8_0", seed=1)
+    with pytest.warns(UserWarning, match="another model"):
+        assert load(other, threads=1, cache=tmp_path / "cache").engine.cache.nbytes == 0
+
+
+def test_benchmark(model):
+    result = model.benchmark(prompt_tokens=70, decode_tokens=3, repeats=1)
+    shares = ("prefill_tokens_per_second", "decode_tokens_per_second", "prefill_share_of_peak",
+              "decode_share_of_bandwidth", "bandwidth_bytes_per_second", "int8_operations_per_second")
+    assert all(result[name] > 0 for name in shares)
+    assert (result["threads"], result["prompt_tokens"], result["decode_tokens"]) == (1, 70, 3)
+    assert result["simd"] == model.backend.level
+    for prompt, decode in ((0, 1), (1, 0), (500, 13)):
+        with pytest.raises(ValueError, match="must lie in the context of 512"):
+            model.benchmark(prompt, decode)
+
+
+@pytest.mark.parametrize("ids, message", [([], "prompt is empty"), ([515], "515 ids"), ([2] * 513, "513 tokens")])
+def test_logits_refuse_bad_ids(model, ids, message):
+    with pytest.raises(ValueError, match=message):
+        model.logits(ids)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_bad_threads(path, threads):
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        load(path, threads=threads)
+
+
+def test_bad_levels_and_paths(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODEGEMMA_SIMD", "mmx")
+    with pytest.raises(ValueError, match="SIMD level 'mmx'"):
+        load(path)
+    with pytest.raises(ValueError, match="no model"):
+        load(tmp_path / "nothing.gguf")
+
+
+def named(path, name):
+    """A file that says it is a member of the family, with as many layers and as wide as that, but narrow inside."""
+    config = replace(PRESETS[name].config, heads=1, kv_heads=1, head_width=2, ffn_width=32, query_scale=0.0)
+    tensors = tiny_tensors(replace(config, vocab=512), "Q4_0")
+    zeros = np.zeros((config.vocab, config.width // 32 * 18), np.uint8)
+    tensors["embed"] = Tensor("Q4_0", (config.vocab, config.width), zeros)
+    stored = write("gguf", config, tensors)
+    metadata = gguf.config_metadata(config) | tokenizer_metadata(replace(config, vocab=515))
+    metadata["general.name"] = PRESETS[name].title
+    gguf.write_gguf(path, metadata, [(key, one.type, one.shape, one.data) for key, one in stored.items()])
+    return path
+
+
+def test_a_model_asked_for_what_it_was_not_made_for_warns_once(tmp_path):
+    path = named(tmp_path / "model.gguf", "gemma-3-270m")
+    model = load(path, threads=1)
+    assert model.preset is PRESETS["gemma-3-270m"] and not model.fim_trained
+    with pytest.warns(UserWarning, match="Gemma 3 270M was made for .*generation, not for chat"):
+        model.chat([("user", "x")], max_tokens=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.chat([("user", "x")], max_tokens=1)
+        model.generate("x", max_tokens=1)
+    strict = load(path, threads=1, strict=True)
+    strict.generate("x", max_tokens=1)
+    with pytest.raises(ValueError, match="not for chat: .*--strict"):
+        strict.chat([("user", "x")])
