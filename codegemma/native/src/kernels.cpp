@@ -307,7 +307,9 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
         memset(rest, 0, sizeof rest), memcpy(rest, at, n * Q::BYTES);
         at = rest;
       }
-      i32x8 products[T][8] = {}, mins[T][8] = {};
+      i32x8 products[T][8], mins[T][8];
+      for (int i = n; i < 8; i++)
+        for (int t = 0; t < T; t++) products[t][i] = mins[t][i] = i32x8{};
       for (int i = 0; i < n; i++) {
         const uint8_t* block = at + i * Q::BYTES;
         for (int k = 0; k < Q::BYTES; k += 64) prefetch(block + 1024 + k);
@@ -325,6 +327,7 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
         Q::scales(block, s);
         for (int t = 0; t < T; t++) {
           const int8_t* x = a.q256.q + t * a.padded + (b0 + i) * 256;
+          products[t][i] = i32x8{};
           for (int j = 0; j < 8; j++) {
             i32x8 scale = i32x8{} + (int32_t)s.sc[2 * j];
             if (Q::SUB == 16) for (int l = 4; l < 8; l++) scale[l] = s.sc[2 * j + 1];
@@ -337,8 +340,10 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
       }
       f32x8 d = halves_in_order(at, Q::BYTES, Q::D_AT), dmin = Q::MIN ? halves_in_order(at, Q::BYTES, Q::D_AT + 2) : d;
       for (int t = 0; t < T; t++) {
-        f32x8 dx{};
-        memcpy(&dx, a.q256.scales + t * (a.padded / 256) + b0, 4 * n);
+        const float* scales = a.q256.scales + t * (a.padded / 256) + b0;
+        f32x8 dx;
+        if (n == 8) dx = load<f32x8>(scales);
+        else for (int i = 0; i < 8; i++) dx[i] = i < n ? scales[i] : 0.f;
         i32x8 total = reduce8(products[t]), minus = reduce8(mins[t]);
         acc[t] += Q::MIN ? to_float(total) * (d * dx) - to_float(minus) * (dmin * dx) : to_float(total - minus) * (d * dx);
       }
