@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard codegemma/native/src/*)
 INSTALL = $(PIP) --no-build-isolation --editable
-.PHONY: setup demo test check docs bench bench-env clean
+.PHONY: setup demo test check docs bench bench-env languages clean
 
 setup: .venv/.setup
 
@@ -22,7 +22,7 @@ setup: .venv/.setup
 	@touch $@
 
 .venv/.dev: .venv/.setup
-	$(INSTALL) ".[default-model,data,eval,dev]"
+	$(INSTALL) ".[all,dev]"
 	@touch $@
 
 demo: .venv/.setup
@@ -46,7 +46,12 @@ bench-env: .venv-bench/.setup
 	@touch $@
 
 bench: .venv/.setup .venv-bench/.setup
-	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/engine.py --log
+	$(BIN)/python benchmarks/keystrokes.py --log
+	$(BIN)/python benchmarks/start.py --log
+
+languages:
+	scripts/install_languages
 
 clean:
 	rm -rf .venv .venv-bench build

@@ -12,6 +12,8 @@ import argparse
 import datetime
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +138,8 @@ def main() -> None:
     results = []
     for name in args.models.split(","):
         path = paths[name]() if name in paths else RANDOM / f"random-2b-{name}.gguf"
+        if not path.exists():
+            subprocess.run([sys.executable, str(ROOT / "benchmarks" / "random_model.py"), "2b", name], check=True)
         results.append(compare(path, args.rounds, name == "default", args.threads))
         print(table(results[-1:]), flush=True)
         print({k: round(v, 2) for k, v in results[-1].items() if isinstance(v, float)}, flush=True)

@@ -1,0 +1,52 @@
+"""A cold `codegemma complete --json` (new process, file cache warm): seconds to the first token, and its peak memory.
+
+    PYTHONPATH=. .venv/bin/python benchmarks/start.py [--rounds 5] [--log]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from codegemma import hub
+from codegemma.config import GEMMA3_270M
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "codegemma.cli", "complete", "examples/ledger.py", "--at", "20:1", "-n", "1", "--json"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--log", action="store_true", help="append the result to docs/log.md")
+    args = parser.parse_args()
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    seconds, tokens = [], 0
+    for _ in range(args.rounds + 1):     # the first warms the file cache and compiles
+        start = time.perf_counter()
+        done = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+        tokens = json.loads(done.stdout)["prompt_tokens"]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    file = hub.resolve().stat().st_size / 2**20
+    cache = -(-tokens // 64) * 64 * GEMMA3_270M.kv_bytes_per_token / 2**20
+    entry = (f"\n## {datetime.date.today()}: cold start\n\n`benchmarks/start.py --rounds {args.rounds}`: `codegemma complete --json` "
+             f"on a prompt of {tokens} tokens, one token generated: {statistics.median(seconds[1:]):.2f} s from start to exit "
+             f"(median; target 0.8 s to the first token).\nPeak memory {peak:.0f} MB: the file's {file:.0f}, its keys and values "
+             f"{cache:.0f}, and {peak - file - cache:.0f} more (bound 150).\n")
+    if args.log:
+        with open(ROOT / "docs" / "log.md", "a") as log:
+            log.write(entry)
+    print(entry)
+
+
+if __name__ == "__main__":
+    main()
