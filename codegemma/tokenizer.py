@@ -130,8 +130,23 @@ class Tokenizer:
         _replace_file(file, hashlib.sha256(model).digest() + model)
         return tokenizer
 
+    @property
+    def model(self) -> bytes:
+        """The vocabulary as a SentencePiece `tokenizer.model`."""
+        return bytes(self._engine.serialized_model_proto())
+
+    def pieces(self) -> tuple[list[str], list[float], list[int]]:
+        """Names, scores and SentencePiece types of all ids."""
+        engine, count = self._engine, range(self.vocab_size)
+        kinds = [UNKNOWN if engine.is_unknown(i) else CONTROL if engine.is_control(i) else UNUSED if engine.is_unused(i)
+                 else BYTE if engine.is_byte(i) else NORMAL for i in count]
+        names = [engine.id_to_piece(i) for i in count]
+        first_byte = next((i for i, kind in enumerate(kinds) if kind == BYTE), 0)
+        kinds = [USER_DEFINED if i < first_byte and kind == NORMAL else kind for i, kind in enumerate(kinds)]
+        return names, [engine.get_score(i) for i in count], kinds
+
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
-        return Tokenizer, (self._engine.serialized_model_proto(),)
+        return Tokenizer, (self.model,)
 
     def encode(self, text: str, bos: bool = False, control: bool = False) -> list[int]:
         """Ids of `text`, as SentencePiece gives them; a control token spelled in it is plain text.

@@ -77,6 +77,9 @@ class Deferred(Tensor):
     """A tensor whose data is made each time it is looked at, and not kept: how a large model passes through little
     memory. `layer` makes one layer alone of a tensor in which layers lie stacked."""
 
+    make: Callable[[], np.ndarray]
+    layer: Callable[[int], np.ndarray] | None
+
     def __init__(self, type: str, shape: tuple[int, ...], make: Callable[[], np.ndarray],
                  layer: Callable[[int], np.ndarray] | None = None) -> None:
         vars(self).update(type=type, shape=shape, make=make, layer=layer)
@@ -102,8 +105,9 @@ def unstacked(stored: Mapping[str, Tensor], axis: int, pattern: str) -> dict[str
 
 def _layer(tensor: Tensor, axis: int, index: int) -> Tensor:
     def make() -> np.ndarray:
-        one = getattr(tensor, "layer", None)
-        return one(index) if one else np.take(tensor.array(), index, axis)
+        if isinstance(tensor, Deferred) and tensor.layer:
+            return tensor.layer(index)
+        return np.take(tensor.array(), index, axis)
 
     return Deferred(tensor.type, tensor.shape[:axis] + tensor.shape[axis + 1:], make)
 

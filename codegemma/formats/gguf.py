@@ -10,7 +10,7 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -371,3 +371,42 @@ def write_gguf(path: Path, metadata: Mapping[str, Any],
                 raise ValueError(f"{path}: tensor {name} has {raw.size:,} bytes, but its type and shape make {size:,}")
             file.write(raw.data)
         file.write(bytes(-file.tell() % alignment))
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The header entries for a vocabulary, padded to the embedding's rows, with every id that steers or ends.
+
+    llama.cpp ends a generation at the ids under eos, eot and fim_sep: the separator is CodeGemma's own terminator.
+    """
+    names, scores, kinds = tokenizer.pieces()
+    for token in range(len(names), rows):
+        names, scores, kinds = [*names, f"[PAD{token}]"], [*scores, 0.0], [*kinds, 5]
+    names = [name.replace("\u2581", " ") if kind == 4 else name for name, kind in zip(names, kinds, strict=True)]
+    control = tokenizer.control
+    ids = {"bos": control.bos, "eos": control.eos, "unknown": control.unk, "padding": control.pad, "fim_pre": control.fim_prefix,
+           "fim_mid": control.fim_middle, "fim_suf": control.fim_suffix, "fim_sep": control.file_separator,
+           "eot": control.end_of_turn}
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.tokens": names,
+            "tokenizer.ggml.scores": np.array(scores, "<f4"), "tokenizer.ggml.token_type": np.array(kinds, "<i4"),
+            "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False,
+            "tokenizer.ggml.add_space_prefix": False,
+            **{f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items() if token is not None}}
+
+
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 15, "Q5_K": 17,
+              "Q6_K": 18, "BF16": 32}    # llama.cpp's names for what most matrices are
+
+
+def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None,
+         kept: Mapping[str, Any], name: str, template: str | None) -> None:
+    """Writes a file that llama.cpp reads, tensor by tensor. `kept` are a source header's entries that stay."""
+    stored = weights.write("gguf", config, tensors)
+    kinds = [tensor.type for tensor in tensors.values() if len(tensor.shape) == 2]
+    metadata = {**config_metadata(config), "general.name": name, **kept,
+                "general.file_type": FILE_TYPES[max(set(kinds), key=kinds.count)], "general.quantization_version": 2}
+    if tokenizer:
+        metadata |= tokenizer_metadata(tokenizer, config.vocab)
+    if template:
+        metadata["tokenizer.chat_template"] = template
+    write_gguf(path, metadata, [(key, tensor.type, tensor.shape, partial(getattr, tensor, "data"))
+                                for key, tensor in stored.items()])

@@ -319,3 +319,59 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor.data).data)
+
+
+SHARD = 5 << 30                          # bytes of a file, as transformers cuts
+# Gemma's turns, as prompts.chat builds them; a system text goes before the first user's.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+    "{% for turn in turns %}{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Turns must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else turn['role']) + '\n' "
+    "+ (first if loop.first else '') + (turn['content'] | trim) + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
+
+
+def tokenizer_fields(tokenizer: Tokenizer, template: str | None) -> dict[str, Any]:
+    """A tokenizer_config.json: the control pieces are added tokens, the FIM ones not special, as published."""
+    control = tokenizer.control
+    fim = (control.fim_prefix, control.fim_middle, control.fim_suffix, control.file_separator)
+    steer = (control.pad, control.eos, control.bos, control.unk, control.start_of_turn, control.end_of_turn)
+    added = {str(token): {"content": tokenizer.piece(token), "special": token not in fim, "lstrip": False,
+                          "rstrip": False, "normalized": False, "single_word": False}
+             for token in sorted({one for one in (*fim, *steer) if one is not None})}
+    names = {f"{key}_token": tokenizer.piece(token) for key, token in
+             (("bos", control.bos), ("eos", control.eos), ("pad", control.pad), ("unk", control.unk)) if token is not None}
+    return {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **names,
+            "added_tokens_decoder": added, "clean_up_tokenization_spaces": False, "spaces_between_special_tokens": False,
+            "sp_model_kwargs": {}, "use_default_system_prompt": False,
+            **({"chat_template": template} if template else {})}
+
+
+def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None,
+         template: str | None, stops: list[int]) -> None:
+    """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at `stops`."""
+    stored = weights.write("hf", config, tensors)
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in stored.items():
+        if shards[-1] and sum(one.nbytes for one in shards[-1].values()) + tensor.nbytes > SHARD:
+            shards.append({})
+        shards[-1][name] = tensor
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        write_safetensors(path / file, shard)
+    kind = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[tensors["embed"].type]
+    documents: dict[str, Any] = {
+        "config.json": {**config_fields(config), "torch_dtype": kind},
+        "generation_config.json": {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": stops or 1}}
+    if len(shards) > 1:
+        documents["model.safetensors.index.json"] = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in stored.values())},
+            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard}}
+    if tokenizer:
+        (path / "tokenizer.model").write_bytes(tokenizer.model)
+        documents["tokenizer_config.json"] = tokenizer_fields(tokenizer, template)
+    for name, document in documents.items():
+        (path / name).write_text(json.dumps(document, indent=2) + "\n")

@@ -69,8 +69,11 @@ _DTYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16", "uint8": "U8"
            "bool": "BOOL", "float64": "F64"}
 
 
-class _Reader(pickle._Unpickler):        # type: ignore[name-defined]  # the one in Python: it can be narrowed
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
+_Unpickler: Any = pickle._Unpickler      # type: ignore[attr-defined]  # the one in Python: it can be narrowed
+
+
+class _Reader(_Unpickler):               # type: ignore[misc]
+    dispatch: dict[int, Any] = {code: load for code, load in _Unpickler.dispatch.items()
                 if bytes([code]) not in (pickle.EMPTY_SET, pickle.FROZENSET, pickle.ADDITEMS, pickle.INST, pickle.OBJ,
                                          pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER)}
 
