@@ -349,6 +349,37 @@ def tokenizer_fields(tokenizer: Tokenizer, template: str | None) -> dict[str, An
             **({"chat_template": template} if template else {})}
 
 
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer.json with the same merges: transformers reads tokenizer.model only where protobuf is installed."""
+    names, scores, kinds = tokenizer.pieces()
+    ids = {name: token for token, name in enumerate(names)}
+    merges = [(-scores[token], token, ids[name[:at]], ids[name[at:]]) for token, name in enumerate(names)
+              if kinds[token] in (1, 4) for at in range(1, len(name)) if name[:at] in ids and name[at:] in ids]
+    added = [token for token, kind in enumerate(kinds) if kind in (2, 3, 4)]
+    plain = tokenizer.control
+    fim = (plain.fim_prefix, plain.fim_middle, plain.fim_suffix, plain.file_separator)
+    space, bos = {"String": " "}, "<bos>" if plain.bos is None else names[plain.bos]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": token, "content": names[token], "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": kinds[token] != 4 and token not in fim} for token in added],
+        "normalizer": {"type": "Replace", "pattern": space, "content": "\u2581"},
+        "pre_tokenizer": {"type": "Split", "pattern": space, "behavior": "MergedWithPrevious", "invert": False},
+        "post_processor": {
+            "type": "TemplateProcessing", "pair": [{"SpecialToken": {"id": bos, "type_id": 0}},
+                                                   {"Sequence": {"id": "A", "type_id": 0}},
+                                                   {"SpecialToken": {"id": bos, "type_id": 1}},
+                                                   {"Sequence": {"id": "B", "type_id": 1}}],
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [plain.bos], "tokens": [bos]}}},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+                  "vocab": ids, "merges": [(names[left], names[right]) for *_, left, right in sorted(merges)]}}
+
+
 def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None,
          template: str | None, stops: list[int]) -> None:
     """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at `stops`."""
@@ -373,5 +404,6 @@ def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokeniz
     if tokenizer:
         (path / "tokenizer.model").write_bytes(tokenizer.model)
         documents["tokenizer_config.json"] = tokenizer_fields(tokenizer, template)
+        (path / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), ensure_ascii=False))
     for name, document in documents.items():
         (path / name).write_text(json.dumps(document, indent=2) + "\n")
