@@ -107,7 +107,7 @@ def test_default_model_on_the_plain_level(default_model, monkeypatch):
     if _native.level("auto") == "plain":
         pytest.skip("this CPU has no other level")
     monkeypatch.setenv("CODEGEMMA_SIMD", "plain")
-    plain, ids = load(), np.load(GOLDEN / "llamacpp.npz")["ids"][:40]
+    plain, ids = load(), np.load(GOLDEN / "llamacpp.npz")["ids"][:12]
     log_ours, log_theirs = (log_softmax(one.logits(ids)) for one in (default_model, plain))
     assert (np.exp(log_ours) * (log_ours - log_theirs)).sum(-1).mean() < 0.03
     assert np.abs(log_ours[0] - log_theirs[0]).max() < 1e-3
