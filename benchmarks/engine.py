@@ -8,7 +8,6 @@ the limits of that round. Prefill counts the vocabulary product for the last tok
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import os
 import statistics
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from logbook import ROOT, parser, publish
 from peers import Peer
 
 import codegemma
 from codegemma.engine import Request
 from codegemma.native import Slice, measure
 
-ROOT = Path(__file__).parent.parent
 RANDOM = Path.home() / ".cache" / "codegemma" / "bench"
 PROMPT, BEFORE, DECODED = 512, 64, 32      # tokens read; read before decoding; decoded
 FUNCTION = (ROOT / "benchmarks" / "edited_function.py").read_text()
@@ -112,6 +111,24 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
         "peer": f"llama.cpp (llama-cpp-python {about['llama_cpp_python']})"}
 
 
+def transformers(path: Path, rounds: int, threads: int) -> str:
+    """The default model in transformers on PyTorch (bfloat16) beside ours, in turn."""
+    model = codegemma.load(path, threads=threads)
+    model.backend.settle()
+    ids = [2, *np.random.default_rng(0).integers(1000, 200_000, PROMPT - 1).tolist()]
+    ratios: list[tuple[float, ...]] = []
+    with Peer("torch", path, threads=threads) as peer:
+        peer("prefill", ids=ids[:BEFORE])
+        for _ in range(rounds):
+            ours, theirs = PROMPT / run_prompt(model, ids)[0], PROMPT / peer("prefill", ids=ids)["seconds"]
+            our_decode = DECODED / run_decode(model, ids[:BEFORE], DECODED)
+            their_decode = DECODED / peer("decode", ids=ids[:BEFORE], count=DECODED)["seconds"]
+            ratios.append((theirs, ours / theirs, their_decode, our_decode / their_decode))
+    prefill, prefill_ratio, decode, decode_ratio = (statistics.median(column) for column in zip(*ratios, strict=True))
+    return (f"transformers {peer.about['transformers']} in bfloat16, default model: prefill {prefill:.0f} tok/s (ours "
+            f"**{prefill_ratio:.2f}x**), decode {decode:.1f} tok/s (ours **{decode_ratio:.2f}x**).")
+
+
 def table(results: list[dict[str, Any]]) -> str:
     lines = ["| model | prefill tok/s | llama.cpp | ratio | share of int8 peak "
              "| decode tok/s | llama.cpp | ratio | share of bandwidth | edit ratio |",
@@ -126,31 +143,28 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--models", default="default,q4_0,q4_k_m,q8_0")
-    parser.add_argument("--log", action="store_true", help="append the result to docs/log.md")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    arguments.add_argument("--models", default="default,q4_0,q4_k_m,q8_0")
+    args = arguments.parse_args()
     from codegemma import hub
 
     paths: dict[str, Callable[[], Path]] = {"default": lambda: hub.resolve()}
-    results = []
+    results, beside = [], ""
     for name in args.models.split(","):
         path = paths[name]() if name in paths else RANDOM / f"random-2b-{name}.gguf"
         if not path.exists():
             subprocess.run([sys.executable, str(ROOT / "benchmarks" / "random_model.py"), "2b", name], check=True)
         results.append(compare(path, args.rounds, name == "default", args.threads))
-        print(table(results[-1:]), flush=True)
+        if name == "default":
+            beside = transformers(path, args.rounds, args.threads)
+        print(table(results[-1:]), beside, sep="\n", flush=True)
         print({k: round(v, 2) for k, v in results[-1].items() if isinstance(v, float)}, flush=True)
     limits = (f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s int8 (median), "
               f"{args.threads} threads, {results[0]['level']}")
     entry = (f"\n## {datetime.date.today()}: engine against llama.cpp\n\n`benchmarks/engine.py --rounds {args.rounds}`; "
-             f"{results[0]['peer']}; {limits}.\n\n{table(results)}\n")
-    if args.log:
-        with open(ROOT / "docs" / "log.md", "a") as log:
-            log.write(entry)
-    print(entry)
+             f"{results[0]['peer']}; {limits}.\n\n{table(results)}\n\n{beside}\n")
+    publish(entry, args.log)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,18 @@ its own prompt cache: in PSM order, as its /infill does it, and in SPM order dri
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import os
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from logbook import ROOT, parser, publish
 from peers import Peer
 
 import codegemma
 from codegemma import hub, prompts
 
-ROOT = Path(__file__).parent.parent
 TYPED = "    if not isinstance(value, (int, float)):\n        raise TypeErr"  # 60 keystrokes and a few
 Trace = list[tuple[str, str, str]]       # kind, prefix, suffix
 
@@ -60,11 +58,9 @@ def peer_times(peer: Peer, model: codegemma.Model, steps: Trace, layout: prompts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--log", action="store_true", help="append the result to docs/log.md")
-    args = parser.parse_args()
+    arguments = parser(__doc__, rounds=3)
+    arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    args = arguments.parse_args()
     text = (ROOT / "codegemma" / "completion.py").read_text()[:5600]
     steps = trace(text)
     model = codegemma.load(threads=args.threads)
@@ -86,10 +82,7 @@ def main() -> None:
     entry = (f"\n## {datetime.date.today()}: typing trace\n\n`benchmarks/keystrokes.py --rounds {args.rounds}`: "
              f"{length:,} tokens around the cursor, medians to the first token, "
              f"default model, {args.threads} threads, {model.backend.level}.\n\n" + "\n".join(lines) + "\n")
-    if args.log:
-        with open(ROOT / "docs" / "log.md", "a") as log:
-            log.write(entry)
-    print(entry)
+    publish(entry, args.log)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -14,20 +13,18 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from logbook import ROOT, parser, publish
 
 from codegemma import hub
 from codegemma.config import GEMMA3_270M
 
-ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "codegemma.cli", "complete", "examples/ledger.py", "--at", "20:1", "-n", "1", "--json"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--log", action="store_true", help="append the result to docs/log.md")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    args = arguments.parse_args()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     seconds, tokens = [], 0
     for _ in range(args.rounds + 1):     # the first warms the file cache and compiles
@@ -43,10 +40,7 @@ def main() -> None:
              f"`codegemma complete --json` on a prompt of {tokens} tokens, one token generated: {first:.2f} s from start to exit "
              f"(median; target 0.8 s to the first token).\nPeak memory {peak:.0f} MB: the file's {file:.0f}, its keys and values "
              f"{cache:.0f}, and {peak - file - cache:.0f} more (bound 150).\n")
-    if args.log:
-        with open(ROOT / "docs" / "log.md", "a") as log:
-            log.write(entry)
-    print(entry)
+    publish(entry, args.log)
 
 
 if __name__ == "__main__":
