@@ -1,0 +1,98 @@
+"""Blocks against llama.cpp's own (golden), the gguf package's and each other; types against llama.cpp's rules."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import gguf as peer
+import numpy as np
+import pytest
+from tiny import dequantize, encode, tiny_config, tiny_tensors, write_tiny_gguf
+
+from codegemma.formats import open_checkpoint
+from codegemma.native import _native
+from codegemma.quantize import QUANTISED, bits, chosen, quantize, quantize_checkpoint, summary
+from codegemma.weights import Tensor, row_bytes
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "quantize.npz")
+LEVELS = ["plain", *({"avx2"} & {_native.level("auto").replace("avx512", "avx2")})]
+
+
+def _blocks(type, values, importance=None, level="auto"):
+    out = np.zeros((len(values), row_bytes(type, values.shape[1])), np.uint8)
+    _native.quantise(_native.level(level), type, values, out, importance)
+    return out
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("weighted", ["", "_weighted"])
+@pytest.mark.parametrize("type", QUANTISED)
+def test_blocks_are_llama_cpps_bit_for_bit(type, weighted, level):
+    ours = _blocks(type, GOLDEN["values"], GOLDEN["importance"] if weighted else None, level)
+    np.testing.assert_array_equal(ours, GOLDEN[type + weighted])
+
+
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_1", "Q5_1"])  # it models fused multiply-add in the other two
+def test_blocks_are_the_gguf_packages(type):
+    values = np.random.default_rng(3).normal(0, 1, (64, 768)).astype(np.float32)
+    np.testing.assert_array_equal(_blocks(type, values), peer.quantize(values, peer.GGMLQuantizationType[type]))
+
+
+@pytest.mark.parametrize(("type", "most"), [("Q8_0", 0.006), ("Q6_K", 0.019), ("Q5_K", 0.04), ("Q5_1", 0.04),
+                                            ("Q5_0", 0.046), ("Q4_K", 0.077), ("Q4_1", 0.081), ("Q4_0", 0.091)])
+def test_the_error_reported_is_the_error_made(type, most):
+    values = np.random.default_rng(4).normal(0, 1, (100, 512)).astype(np.float32)
+    tensor, error = quantize(encode(values, "F32"), type, threads=2)
+    true = np.linalg.norm(dequantize(tensor) - values) / np.linalg.norm(values)
+    assert error == pytest.approx(true, rel=1e-3) and 0.5 * most < error < most
+    same, _ = quantize(encode(values, "F32"), type, threads=1)
+    assert np.array_equal(tensor.data, same.data)
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_K", "Q6_K"])
+def test_importance_lowers_the_error_where_it_is_asked_to(type):
+    values = np.random.default_rng(5).normal(0, 1, (64, 512)).astype(np.float32)
+    importance = np.where(np.arange(512) % 8 == 0, 50.0, 0.1).astype(np.float32)
+    wrong = [(np.square(dequantize(quantize(encode(values, "F32"), type, weight)[0]) - values) * importance).sum()
+             for weight in (None, importance)]
+    assert wrong[1] < 0.8 * wrong[0]
+
+
+def test_a_damaged_weight_is_refused_and_named(tmp_path):
+    config = tiny_config("gemma-mqa")
+    tensors = tiny_tensors(config)
+    bad = tensors["layers.1.up"].float32().copy()
+    bad[3, 5] = np.nan
+    path = write_tiny_gguf(tmp_path / "m.gguf", config, tensors=tensors | {"layers.1.up": Tensor.of(bad)})
+    with pytest.raises(ValueError, match=r"m\.gguf: tensor layers\.1\.up holds NaN"):
+        quantize_checkpoint(open_checkpoint(path), "q8_0")
+    with pytest.raises(ValueError, match="cannot quantize to 'q9': choose q4_0"):
+        chosen("q9", open_checkpoint(path))
+
+
+def test_mixes_follow_llama_cpps_rules():
+    """llama_tensor_get_type for Q4_K_M: v and down get Q6_K in the first and last eighth, and in every third layer."""
+    config = tiny_config("gemma-mqa", layers=16, width=256, ffn_width=512, head_width=64)
+    checkpoint = replace(_open(config), config=config)
+    types = chosen("q4_k_m", checkpoint)
+    more = [layer for layer in range(16) if types[f"layers.{layer}.down"] == "Q6_K"]
+    assert more == [0, 1, 4, 7, 10, 13, 14, 15] and all(types[f"layers.{layer}.v"] == "Q6_K" for layer in more)
+    assert types["embed"] == "Q6_K" and types["layers.3.down"] == types["layers.0.q"] == "Q4_K"
+    assert types["final_norm"] == "F32" and chosen("q8_0", checkpoint)["embed"] == "Q8_0"
+
+
+def test_rows_that_blocks_do_not_fill_get_the_next_type_and_nothing_grows():
+    narrow = _open(tiny_config("gemma-mqa"))        # rows of 96, 128 and 160
+    assert chosen("q4_k", narrow)["layers.0.q"] == "Q5_0" and chosen("q4_k", narrow)["embed"] == "Q8_0"
+    odd = _open(tiny_config("gemma-mqa", width=40))
+    assert chosen("q8_0", odd)["layers.0.q"] == "F32" and chosen("q8_0", odd)["layers.0.down"] == "Q8_0"
+    costs = []
+    small = quantize_checkpoint(narrow, "q4_0", report=costs.append)
+    assert small.tensors["layers.0.q"].type == "Q4_0" and small.nbytes < narrow.nbytes / 4
+    assert chosen("q8_0", small)["layers.0.q"] == "Q4_0" and bits("Q4_0") == 4.5
+    assert any("F32 -> Q4_0: error at most" in line for line in summary(costs))
+
+
+def _open(config):
+    from codegemma.formats import Checkpoint
+
+    return Checkpoint(Path("m"), config, tiny_tensors(config), {}, None)
