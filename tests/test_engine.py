@@ -137,13 +137,17 @@ def test_argmax_takes_the_lowest_of_equals_and_normaliser_is_log_sum_exp():
 
 # ------------------------------------------------------------------------------------------------ laws of the engine
 class Counting:
-    """A backend that counts the runs and tokens that go through it."""
+    """A backend that counts the runs and tokens that go through it, and the pages that are copied."""
 
     def __init__(self, backend):
-        self.backend, self.tokens, self.runs = backend, 0, 0
+        self.backend, self.tokens, self.runs, self.copies = backend, 0, 0, 0
 
     def __getattr__(self, name):
         return getattr(self.backend, name)
+
+    def copy_page(self, page, used):
+        self.copies += 1
+        return self.backend.copy_page(page, used)
 
     def run(self, slices, cancel=None):
         self.tokens += sum(len(part.ids) for part in slices)
@@ -248,7 +252,7 @@ def test_speculation_drafts_and_is_worth_it():
     assert backend.runs == 200
     backend.runs = 0
     assert list(Engine(backend).generate(Request(script[:30], 200))) == plain
-    assert backend.runs < 60
+    assert backend.runs < 60 and backend.copies == 0     # rows of refused drafts are given back
     assert [step.token for step in plain] == script[30:230]
 
 
