@@ -16,9 +16,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy (ties: the lowest id). Filters act in the order penalty, temperature, top_k, top_p, min_p,
-    as in transformers and vLLM; top_k 0, top_p 1 and min_p 0 are off. A repetition penalty above 1 lowers every token of
-    the context (Keskar et al. 2019); Gemma's card advises 1."""
+    """temperature 0 is greedy (ties: the lowest id). Filters act in the order penalty, temperature, top_k, top_p,
+    min_p, as in transformers and vLLM; top_k 0, top_p 1 and min_p 0 are off. A repetition penalty above 1 lowers every
+    token of the context (Keskar et al. 2019); Gemma's card advises 1."""
 
     temperature: float = 0.0
     top_k: int = 0

@@ -71,7 +71,8 @@ def test_find_gives_the_longest_known_prefix(stored, asked):
         assert found(cache, ids) == max((common_prefix(ids, one) for one in stored), default=0)
     needed = {tuple(ids[:end]) for ids in stored for end in range(PAGE, len(ids) + 1, PAGE)}
     tails = {tuple(ids) for ids in stored if len(ids) % PAGE}
-    tails = {ids for ids in tails if not any(len(other) > len(ids) and other[:len(ids)] == ids for other in needed | tails)}
+    tails = {ids for ids in tails
+             if not any(len(other) > len(ids) and other[:len(ids)] == ids for other in needed | tails)}
     assert cache.nbytes == (len(needed) + len(tails)) * BYTES    # each page once, no tail that a longer one holds
 
 
