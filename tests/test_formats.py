@@ -1,0 +1,285 @@
+"""Formats of other frameworks: files that those wrote (golden), round trips of ours, and hostile ones."""
+
+import io
+import json
+import pickle
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mutate import fuzz
+from tiny import KINDS, tiny_config, tiny_pieces, tiny_tensors
+
+from codegemma import weights
+from codegemma.config import GEMMA_2B, GEMMA_7B, ModelConfig
+from codegemma.formats import keras, nemo, open_checkpoint, orbax, safetensors, torch
+from codegemma.tokenizer import Tokenizer
+from codegemma.weights import ARRANGED, Tensor, groups
+
+GOLDEN = ModelConfig("gemma", layers=2, width=32, heads=4, kv_heads=2, head_width=16, ffn_width=48, vocab=80, context=64)
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    with zipfile.ZipFile(Path(__file__).parent / "golden" / "formats.zip") as archive:
+        archive.extractall(folder)
+    (folder / "config.json").write_text(json.dumps(safetensors.config_fields(GOLDEN)))
+    for file in (folder / "hf").glob("*.safetensors"):
+        (folder / "whole").mkdir()
+        file.rename(folder / "whole" / file.name)
+    (folder / "whole" / "config.json").write_bytes((folder / "hf" / "config.json").read_bytes())
+    return folder
+
+
+def _equal(checkpoint, tensors, norm=0.0):
+    assert list(checkpoint.tensors) == list(tensors)
+    for name, tensor in tensors.items():
+        read = checkpoint.tensors[name]
+        assert read.shape == tensor.shape, name
+        if name.endswith("norm"):
+            np.testing.assert_allclose(read.float32(), tensor.float32(), atol=max(norm, 1e-6))
+        else:
+            assert read.type == tensor.type and np.array_equal(read.data, tensor.data), name
+
+
+@pytest.mark.parametrize("name", ["gemma_pytorch.ckpt", "hf", "whole", "flat", "nested", "keras", "distributed", "nemo"])
+def test_what_the_frameworks_wrote_is_read(golden, name):
+    checkpoint = open_checkpoint(golden / name)
+    ours = {**vars(GOLDEN), "context": 8192 if name == "keras" else 64}
+    assert vars(checkpoint.config) == ours
+    _equal(checkpoint, tiny_tensors(GOLDEN, "BF16"), norm=2.0 ** -8)   # they hold norms in bfloat16
+
+
+@pytest.mark.parametrize("format", ARRANGED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_arrangement_is_undone_by_reading(kind, format):
+    config = tiny_config(kind, head_width=64)        # 64 ** -0.5 is a power of 2, as the real 256 ** -0.5
+    if format in weights.ONLY_GEMMA_1 and config.architecture != "gemma":
+        with pytest.raises(ValueError, match="known here for Gemma 1"):
+            list(groups(config, format))
+        return
+    tensors = tiny_tensors(config, "BF16")
+    read = weights.read(format, Path("m"), config, weights.write(format, config, tensors))
+    for name, tensor in tensors.items():
+        if format == "maxtext" and name == "embed":  # times sqrt(96), rounded: the one thing that is not exact
+            np.testing.assert_allclose(read[name].float32(), tensor.float32(), rtol=2.0 ** -7)
+        elif name.endswith("norm"):
+            np.testing.assert_allclose(read[name].float32(), tensor.float32(), rtol=1e-6)
+        else:
+            assert np.array_equal(read[name].data, tensor.data), name
+
+
+def test_published_shapes_of_the_flax_and_nemo_checkpoints():
+    """The shapes in reference notes of the Kaggle checkpoints: kv_einsum of the 2B, qkv_einsum of the 7B."""
+    two = {group.stored: group.shape for group in groups(GEMMA_2B, "flax")}
+    seven = {group.stored: group.shape for group in groups(GEMMA_7B, "flax")}
+    assert two["transformer/layer_0/attn/q_einsum/w"] == (8, 2048, 256)
+    assert two["transformer/layer_17/attn/kv_einsum/w"] == (2, 1, 2048, 256)
+    assert two["transformer/layer_0/mlp/gating_einsum/w"] == (2, 2048, 16_384)
+    assert seven["transformer/layer_0/attn/qkv_einsum/w"] == (3, 16, 3072, 256)
+    assert seven["transformer/layer_27/attn/attn_vec_einsum/w"] == (16, 256, 3072)
+    fused = {group.stored: group.shape for group in groups(GEMMA_2B, "nemo")}
+    assert fused["model.decoder.layers.0.self_attention.linear_qkv.weight"] == (2560, 2048)
+    assert fused["model.decoder.layers.0.mlp.linear_fc1.weight"] == (32_768, 2048)
+
+
+def test_nemo_interleaves_q_k_and_v_group_by_group():
+    """As NeMo's converter from Hugging Face builds it: for each group its query heads, its key head, its value head."""
+    config = tiny_config("gemma-mqa", heads=4, kv_heads=2)
+    tensors = tiny_tensors(config)
+    q, k, v = (tensors[f"layers.1.{name}"].float32().reshape(-1, config.head_width, config.width) for name in "qkv")
+    expected = np.concatenate([q[0:2], k[0:1], v[0:1], q[2:4], k[1:2], v[1:2]]).reshape(-1, config.width)
+    stored = weights.write("nemo", config, tensors)["model.decoder.layers.1.self_attention.linear_qkv.weight"]
+    np.testing.assert_array_equal(stored.float32(), expected)
+
+
+def _write(folder, format, config, tensors, tokenizer=None):
+    folder.mkdir(exist_ok=True)
+    if format == "nemo":
+        nemo.save(folder / "m.nemo", config, tensors, tokenizer)
+        return folder / "m.nemo"
+    if format == "keras":
+        keras.save(folder, config, tensors, tokenizer)
+    else:
+        {"orbax": orbax.save, "torch": torch.save}[format](folder, config, tensors)
+        (folder / "config.json").write_text(json.dumps(safetensors.config_fields(config)))
+    return folder
+
+
+@pytest.mark.parametrize("format", ["orbax", "keras", "nemo", "torch"])
+@pytest.mark.parametrize("type", ["BF16", "F16", "F32"])
+def test_a_file_gives_back_what_was_written(tmp_path, format, type):
+    config = tiny_config("gemma-mqa")
+    path = _write(tmp_path / "m", format, config, tiny_tensors(config, type))
+    _equal(open_checkpoint(path), tiny_tensors(config, type))
+
+
+def test_the_tokenizer_travels(tmp_path):
+    config = tiny_config("gemma-mqa")
+    tokenizer = Tokenizer.from_pieces(*tiny_pieces(config))
+    for format in ("nemo", "keras"):
+        read = open_checkpoint(_write(tmp_path / format, format, config, tiny_tensors(config), tokenizer.model)).tokenizer
+        assert read.encode("def f(x):\n  return x") == tokenizer.encode("def f(x):\n  return x")
+        assert read.control == tokenizer.control
+
+
+def test_the_padding_rows_of_deepminds_embedding_come_and_go(tmp_path):
+    config = tiny_config("gemma-mqa", width=8, heads=1, head_width=8, ffn_width=8, layers=1, vocab=256_000)
+    path = _write(tmp_path / "m", "orbax", config, tiny_tensors(config, "BF16"))
+    stored = orbax.read(orbax.home(path))["transformer/embedder/input_embedding"]
+    assert stored.shape == (256_128, 8) and not stored.array()[256_000:].any()
+    assert open_checkpoint(path).tensors["embed"].shape == (256_000, 8)
+
+
+def test_a_gzipped_nemo_is_read_and_a_bomb_is_not(tmp_path):
+    import gzip
+    config = tiny_config("gemma-mqa", layers=1)
+    plain = _write(tmp_path / "m", "nemo", config, tiny_tensors(config, "BF16"))
+    (tmp_path / "z.nemo").write_bytes(gzip.compress(plain.read_bytes(), 1))
+    _equal(open_checkpoint(tmp_path / "z.nemo"), tiny_tensors(config, "BF16"))
+    (tmp_path / "bomb.nemo").write_bytes(gzip.compress(bytes(1 << 26), 9))
+    with pytest.raises(ValueError, match="grows to more than 20 times its size"):
+        open_checkpoint(tmp_path / "bomb.nemo")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bomb.nemo", "m", "z.nemo"]
+
+
+def test_a_checkpoint_of_unknown_shapes_asks_for_its_config(tmp_path):
+    config = tiny_config("gemma-mqa")
+    path = _write(tmp_path / "m", "orbax", config, tiny_tensors(config))
+    (path / "config.json").unlink()
+    with pytest.raises(ValueError, match="tensors are those of no published model, and no config.json"):
+        open_checkpoint(path)
+
+
+# --------------------------------------------------------------------------------------------------------- hostile
+class Evil:
+    def __reduce__(self):
+        return (Path("/tmp/never").touch, ())
+
+
+def _archive(pickled, name="archive/data.pkl", more=(), compression=zipfile.ZIP_STORED):
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", compression) as out:
+        for member, data in ((name, pickled), *more):
+            out.writestr(member, data)
+    return raw.getvalue()
+
+
+def _nested_key():
+    """A key whose hash takes 2 ** 60 steps."""
+    return b"\x80\x02}(K\x01" + b"2\x86" * 60 + b"K\x01u."  # DUP, TUPLE2, 60 times
+
+
+@pytest.mark.parametrize(("raw", "message"), [
+    (_archive(pickle.dumps(Evil(), 2)), r"names __builtin__\.getattr"),
+    (_archive(b"cos\nsystem\n(S'true'\ntR."), r"names os\.system, which no checkpoint needs: it may be an attack"),
+    (_archive(b"ctorch.hub\nload\n."), r"names torch\.hub\.load"),
+    (_archive(_nested_key()), "key of a dictionary is neither"),
+    (_archive(b"\x80\x02}."), "holds no|no published model|lacks"),
+    (_archive(pickle.dumps({"a": [1]}), compression=zipfile.ZIP_DEFLATED), "is compressed"),
+    (_archive(b"."), "cannot be read as a checkpoint"),
+    (_archive(b"N.", name="x"), "holds 0 data.pkl"),
+    (_archive(pickle.dumps({}), more=(("archive/byteorder", b"big"),)), "big-endian"),
+    (b"PK\x03\x04garbage", "no readable PyTorch archive"),
+])
+def test_a_hostile_archive_is_refused_and_runs_nothing(tmp_path, raw, message):
+    path = tmp_path / "m.ckpt"
+    path.write_bytes(raw)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(path)
+    assert time.process_time() - start < 2 and not Path("/tmp/never").exists()
+
+
+@pytest.mark.parametrize(("shape", "strides", "offset"), [((4, 1 << 40), (0, 0), 0), ((1 << 20, 1 << 20), (0, 0), 0),
+                                                          ((8,), (1,), 60), ((8,), (-1,), 8), ((2, 2), (1,), 0)])
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(shape, strides, offset):
+    storage = "F32", np.zeros(64, "<f4")
+    with pytest.raises(ValueError, match="reaches beyond|impossible shape"):
+        torch._tensor(storage, offset, shape, strides)
+
+
+def test_a_view_of_a_storage_is_read_in_its_order():
+    values = np.arange(12, dtype="<f4")
+    turned = torch._tensor(("F32", values), 2, (2, 3), (1, 3))
+    np.testing.assert_array_equal(turned.float32(), [[2, 5, 8], [3, 6, 9]])
+
+
+def _tar(members):
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return raw.getvalue()
+
+
+YAML = b"num_layers: 1\nhidden_size: 8\nnum_attention_heads: 1\nkv_channels: 8\nffn_hidden_size: 8\nencoder_seq_length: 64\n"
+
+
+@pytest.mark.parametrize(("members", "message"), [
+    ([("x", b"")], "holds no model_config.yaml"),
+    ([("model_config.yaml", b"a: &a [1]\nb: *a\n")], "refers to itself"),
+    ([("model_config.yaml", b"a: [")], "cannot be read"),
+    ([("model_config.yaml", b"!!python/object/apply:os.system [true]")], "cannot be read"),
+    ([("model_config.yaml", YAML)], "holds neither model_weights.ckpt nor"),
+    ([("model_config.yaml", YAML + b"normalization: layernorm\n"), ("model_weights/x/.zarray", b"{}")],
+     "described in a way unknown"),
+    ([("model_config.yaml", YAML), ("model_weights/x/.zarray", json.dumps(
+        {"shape": [1 << 30, 1 << 30], "chunks": [1, 1], "dtype": "<f4", "compressor": None}).encode())], "chunks: export"),
+    ([("model_config.yaml", YAML), ("model_weights/x/.zarray", json.dumps(
+        {"shape": [4], "chunks": [4], "dtype": "<f4", "compressor": {"id": "blosc"}}).encode())], "is compressed"),
+    ([("model_config.yaml", YAML), ("model_weights/.metadata", b"cos\nsystem\n.")], r"names os\.system"),
+    ([("model_config.yaml", YAML), ("mp_rank_00/model_weights.ckpt", b""), ("mp_rank_01/model_weights.ckpt", b"")],
+     "split into 2 parts"),
+])
+def test_a_hostile_nemo_is_refused(tmp_path, members, message):
+    (tmp_path / "m.nemo").write_bytes(_tar(members))
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path / "m.nemo")
+
+
+def test_paths_in_a_tar_mean_nothing(tmp_path):
+    config = tiny_config("gemma-mqa", layers=1)
+    plain = _write(tmp_path / "m", "nemo", config, tiny_tensors(config))
+    evil = _tar([("../../escaped", b"x"), ("/tmp/escaped", b"x")])[:2048]    # two headers with their data
+    plain.write_bytes(evil + plain.read_bytes())
+    _equal(open_checkpoint(plain), tiny_tensors(config))
+    assert not any((folder / "escaped").exists() for folder in (tmp_path.parent, Path("/tmp")))
+
+
+@pytest.mark.parametrize(("name", "header", "count"), [("gemma_pytorch.ckpt", 40_000, 300), ("m.nemo", 30_000, 300)])
+def test_hundreds_of_damaged_files_raise_or_load_within_little_memory(golden, tmp_path, name, header, count):
+    if name.endswith(".nemo"):
+        nemo.save(tmp_path / name, GOLDEN, tiny_tensors(GOLDEN, "BF16"), None)
+    else:
+        (tmp_path / name).write_bytes((golden / name).read_bytes())
+    (tmp_path / "config.json").write_bytes((golden / "config.json").read_bytes())
+    path = tmp_path / name
+    raw = path.read_bytes()
+    outcomes = fuzz(lambda: [tensor.data for tensor in open_checkpoint(path).tensors.values()], path, raw,
+                    min(header, len(raw)), count)
+    assert outcomes["refused"] > count / 10
+
+
+def test_a_damaged_keras_file_is_refused(golden, tmp_path):
+    for file in (golden / "keras").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "model.weights.h5"
+    raw = path.read_bytes()
+    for cut in (0, 7, 600, len(raw) // 2):
+        path.write_bytes(raw[:cut])
+        with pytest.raises(ValueError, match="no readable HDF5|lacks"):
+            open_checkpoint(tmp_path)
+
+
+def test_norms_that_a_format_cannot_hold_are_named():
+    config = tiny_config("gemma-mqa")
+    tensors = tiny_tensors(config, "BF16") | {"layers.0.k": Tensor.of(np.zeros((32, 96), np.float32))}
+    with pytest.raises(ValueError, match="is made of BF16 and F32, but this format holds"):
+        weights.write("nemo", config, tensors)
