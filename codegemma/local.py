@@ -16,7 +16,7 @@ from codegemma.completion import Hole, Mode, Trim
 from codegemma.config import Preset, Use
 from codegemma.engine import Completion, Engine, Request
 from codegemma.formats import Checkpoint, open_checkpoint
-from codegemma.native import Cancel, Native, Slice, measure
+from codegemma.native import CHUNK, PAGE, Cancel, Native, Slice, measure
 from codegemma.prompts import File, Message
 from codegemma.sampling import Sampling
 from codegemma.tokenizer import Tokenizer
@@ -103,21 +103,15 @@ class Model:
         if not 1 <= prompt_tokens <= self.config.context - decode_tokens or decode_tokens < 1:
             raise ValueError(f"benchmark: prompt_tokens + decode_tokens must lie in the context of {self.config.context:,}, "
                              f"got {prompt_tokens} + {decode_tokens}")
-        ids = [int(token) for token in np.random.default_rng(0).integers(256, self.config.vocab, prompt_tokens)]
+        ids = [int(token) for token in np.random.default_rng(0).integers(0, self.config.vocab, prompt_tokens)]
         self.backend.settle()
         prefills, decodes, limits = [], [], []
         for _ in range(repeats):
-            limits.append(measure(self.backend.threads, self.backend.level))
-            pages = [self.backend.new_page() for _ in range(-(-(prompt_tokens + decode_tokens) // 64))]
-            started = time.perf_counter()
-            for at in range(0, prompt_tokens, 512):
-                part = ids[at:at + 512]
-                self.backend.run([Slice(part, at, pages, int(at + len(part) == prompt_tokens))])
-            read = time.perf_counter()
-            for i in range(decode_tokens):
-                self.backend.run([Slice([ids[i % prompt_tokens]], prompt_tokens + i, pages, 1)])
-            prefills.append(prompt_tokens / (read - started))
-            decodes.append(decode_tokens / (time.perf_counter() - read))
+            with self.engine.lock:
+                limits.append(measure(self.backend.threads, self.backend.level))
+                read, decoded = self._timed(ids, decode_tokens)
+            prefills.append(prompt_tokens / read)
+            decodes.append(decode_tokens / decoded)
         bandwidth, peak = (float(np.median([limit[i] for limit in limits])) for i in range(2))
         prefill, decode = float(np.median(prefills)), float(np.median(decodes))
         layer_weights = sum(float(np.prod(t.shape)) for name, t in self._checkpoint.tensors.items()
@@ -128,6 +122,18 @@ class Model:
                 "decode_share_of_bandwidth": read_bytes * decode / bandwidth,
                 "bandwidth_bytes_per_second": bandwidth, "int8_operations_per_second": peak, "threads": self.backend.threads,
                 "simd": self.backend.level, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
+
+    def _timed(self, ids: list[int], decode_tokens: int) -> tuple[float, float]:
+        """Seconds to read a prompt with nothing cached, and to decode after it."""
+        pages = [self.backend.new_page() for _ in range(-(-(len(ids) + decode_tokens) // PAGE))]
+        started = time.perf_counter()
+        for at in range(0, len(ids), CHUNK):
+            part = ids[at:at + CHUNK]
+            self.backend.run([Slice(part, at, pages, int(at + len(part) == len(ids)))])
+        read = time.perf_counter()
+        for i in range(decode_tokens):
+            self.backend.run([Slice([ids[i % len(ids)]], len(ids) + i, pages, 1)])
+        return read - started, time.perf_counter() - read
 
     def expect(self, use: Use) -> None:
         """Warns once (an error if `strict`) where the model was not made for a use, as its card says."""
@@ -167,7 +173,8 @@ def truncate_left(ids: list[int], most: int) -> list[int]:
 def _message(message: Message | tuple[str, str] | dict[str, str]) -> Message:
     if isinstance(message, Message):
         return message
-    role, text = (message.get("role"), message.get("content")) if isinstance(message, dict) else message
+    pair = (message.get("role"), message.get("content")) if isinstance(message, dict) else message
+    role, text = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
     if role == "model":
         role = "assistant"
     if role not in ("system", "user", "assistant") or not isinstance(text, str):

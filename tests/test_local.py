@@ -228,3 +228,17 @@ def test_a_model_asked_for_what_it_was_not_made_for_warns_once(tmp_path):
     strict.generate("x", max_tokens=1)
     with pytest.raises(ValueError, match="not for chat: .*--strict"):
         strict.chat([("user", "x")])
+
+
+def test_a_model_does_not_hang_after_a_fork(tmp_path, monkeypatch):
+    """Threads do not survive a fork: a run in the child would wait for them for ever."""
+    model = load(write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa")), threads=2)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="forked"):
+        model.logits([2, 5, 7])
+
+
+def test_a_message_that_is_none_names_the_rule(tmp_path):
+    model = load(write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa")))
+    with pytest.raises(ValueError, match="role"):
+        model.chat([7])

@@ -97,7 +97,7 @@ class Native:
         self._kept: list[np.ndarray] = []
         self._program = self._record(checkpoint.tensors, layer_bytes)
         self._buffers = self._logits_buffers(1)
-        self._runs = 0
+        self._runs, self._process = 0, os.getpid()
 
     def new_page(self) -> Page:
         return Page(np.zeros(self.page_bytes, np.uint8))
@@ -108,6 +108,8 @@ class Native:
 
     def run(self, slices: Sequence[Slice], cancel: _native.Cancel | None = None) -> Logits | None:
         """Runs all slices together and writes their keys and values; None if it was cancelled on the way."""
+        if os.getpid() != self._process:     # threads do not survive a fork, and waiting for them would never end
+            raise RuntimeError("this model was loaded before the process forked: load it in the child, or spawn instead")
         self._runs += 1
         if self._runs == SETTLE_AFTER:
             threading.Thread(target=self.settle, daemon=True).start()
