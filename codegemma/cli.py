@@ -86,9 +86,10 @@ def complete(
     files = [File(str(one), _read(one)) for one in context or ()]
     path = path or (file if files and file != "-" else None)
     loaded = _load(model, threads, quantize, cache, strict)
-    if mode == "auto" and not loaded.fim_trained:
-        _note(f"{_title(loaded)} was not trained to fill in the middle: it continues the prefix, and what repeats the "
-              "suffix is dropped")
+    if not loaded.fim_trained and not strict:
+        _note(f"{_title(loaded)} was not trained to fill in the middle: " + (
+            "it continues the prefix, and what repeats the suffix is dropped" if mode in ("auto", "prefix")
+            else f"expect little of --mode {mode}"))
     _answer(loaded, lambda cancel: loaded.complete(
         prefix, suffix, path, files, trim=trim, mode=mode, max_tokens=max_tokens, sampling=sampling,
         stop=stop or (), time_budget=None if time_budget is None else time_budget / 1000, cancel=cancel),

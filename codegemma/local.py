@@ -59,6 +59,9 @@ class Model:
         """
         self.tokenizer  # noqa: B018  raises where there is none
         self.expect("completion")
+        if self._strict and not self.fim_trained:
+            raise ValueError(f"{self.preset.title if self.preset else self.path} was made for text that goes on, not trained to "
+                             "fill in the middle: choose another model (see `codegemma models`) or drop --strict")
         layout = completion.layout_for(mode, self.fim_trained, spm_trained=False)
         files = tuple(file if isinstance(file, File) else File(*file) for file in context)
         return completion.complete(self.engine, Hole(prefix, suffix, path, files), layout, trim, max_tokens, sampling,

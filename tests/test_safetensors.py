@@ -230,12 +230,12 @@ def test_faults_of_the_directory_are_named(tmp_path):
     with pytest.raises(ValueError, match="a second time"):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="holds no config.json and 0 .gguf files"):
+    with pytest.raises(ValueError, match="holds no config.json"):
         open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="lacks config.json"):
         open_checkpoint(shard)
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(ValueError, match="neither GGUF nor safetensors"):
+    with pytest.raises(ValueError, match="is neither GGUF"):
         open_checkpoint(tmp_path / "text")
 
 

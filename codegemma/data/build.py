@@ -194,6 +194,8 @@ def _begin(run: Build, sources: Sequence[Source], tokenizer: Tokenizer, rules: P
         if complete:
             shutil.rmtree(run.work, ignore_errors=True)
             return False
+    for part in run.out.rglob(".*.part") if resume else ():
+        part.unlink()                    # of a process that was killed while it wrote
     if file.exists() and resume:
         before = json.loads(file.read_text())
         if before != (now := json.loads(json.dumps(state))):
