@@ -97,15 +97,15 @@ def _hugging_face(repository: str) -> Path:
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{repository} does not exist or your token may not see it: check the name at {page} and the "
                          "token (`hf auth whoami`)") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise ValueError(f"{repository} is not in the cache and the Hub cannot be reached ({_short(error)}): connect, "
-                         "unset HF_HUB_OFFLINE, check HF_ENDPOINT, or carry a pack here (codegemma pull --pack, "
-                         "codegemma install)") from None
-    except errors.HfHubHTTPError as error:
-        code = getattr(error.response, "status_code", 0)
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
+        answer = next((found for one in (error, error.__cause__) if (found := getattr(one, "response", None)) is not None), None)
+        if answer is None:
+            raise ValueError(f"{repository} is not in the cache and the Hub cannot be reached ({_short(error)}): connect, "
+                             "unset HF_HUB_OFFLINE, check HF_ENDPOINT, or carry a pack here (codegemma pull --pack, "
+                             "codegemma install)") from None
         remedy = {401: "pass a valid token (`hf auth login`, or HF_TOKEN)", 403: f"ask for access at {page}",
-                  429: "too many requests: wait some minutes and try again"}.get(code, "try again later")
-        raise ValueError(f"{repository}: the Hub answered {code}: {remedy}") from None
+                  429: "too many requests: wait some minutes and try again"}.get(answer.status_code, "try again later")
+        raise ValueError(f"{repository}: the Hub answered {answer.status_code}: {remedy}") from None
     for file in sorted(path.rglob("*")):
         _check_blob(file.resolve())
     return path
@@ -172,6 +172,7 @@ def fetch(url: str, file: Path, *, sha256: str | None = None, token: str | None 
             break
     if sha256 and (found := _sha256(part)) != sha256:
         part.unlink()
+        tag.unlink(missing_ok=True)
         raise ValueError(f"{url}: has the SHA-256 {found}, but {sha256} was expected: the file is damaged or another; "
                          "it was removed")
     os.replace(part, file)
@@ -227,6 +228,7 @@ def _opened(url: str, headers: dict[str, str], token: str | None, last: bool = T
     try:
         answer = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
+        error.close()
         remedies = {401: "a token is needed: NGC_API_KEY for NGC", 403: "accept the model's terms on its page with your "
                     "account, then pass its token", 404: "check the address", 410: "check the address"}
         if error.code in remedies:
@@ -284,7 +286,7 @@ def install(file: Path) -> Path:
             if not re.fullmatch(r"\w[\w.-]*", name) or target.exists():
                 raise ValueError(f"{file}: {target} exists already, or is no name of a model: remove it first")
             with building(target) as folder:
-                for info in archive:
+                while info := archive.next():
                     parts = Path(info.name).parts
                     if not info.isreg() or info.name not in hashes or ".." in parts or Path(info.name).is_absolute():
                         raise ValueError(f"{file}: its member {info.name} is not in its list: it may be an attack")

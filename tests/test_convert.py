@@ -1,0 +1,188 @@
+"""Chains through every format, the proof that verify gives, what inspect finds, and what is written for programs."""
+
+import json
+import tracemalloc
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny import KINDS, tiny_config, tiny_tensors, tokenizer_metadata, write_tiny_gguf, write_tiny_hf
+
+from codegemma import convert as c
+from codegemma.formats import Checkpoint, gguf, open_checkpoint
+from codegemma.weights import Deferred, Tensor, write
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def _source(tmp_path, kind="gemma-mqa", type="BF16", **changes):
+    return write_tiny_gguf(tmp_path / "source.gguf", tiny_config(kind, **changes), type)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("type", ["BF16", "F16"])
+def test_a_chain_through_every_format_keeps_every_bit(tmp_path, kind, type):
+    source = at = _source(tmp_path, kind, type)
+    nemo = [("nemo", "n.nemo")] if kind.startswith("gemma-") else []
+    for to, name in [("safetensors", "s"), ("orbax", "o"), *nemo, ("keras", "k"), ("gguf", "g.gguf"),
+                     ("gemma_pytorch", "t"), ("safetensors", "end")]:
+        at = c.convert(at, tmp_path / name, to).path
+    first, last = open_checkpoint(source), open_checkpoint(at)
+    for name, tensor in first.tensors.items():
+        if name.endswith("norm"):
+            np.testing.assert_allclose(last.tensors[name].float32(), tensor.float32(), rtol=1e-6)
+        else:
+            assert last.tensors[name].type == type and np.array_equal(last.tensors[name].data, tensor.data)
+    proof = c.verify(source, at, threads=1)
+    assert proof.same_ids and not proof.faults and proof.kl < 1e-9 and proof.agreement == 1
+
+
+@pytest.mark.parametrize("type", ["q8_0", "q4_k_m", "q4_0"])
+def test_a_quantised_file_passes_and_a_damaged_one_does_not(tmp_path, type):
+    source = _source(tmp_path, width=256, ffn_width=512)
+    made = c.convert(source, tmp_path / "q.gguf", quantize_to=type)
+    assert made.costs and all(cost.before == "BF16" for cost in made.costs)
+    proof = c.verify(source, made.path, threads=1)
+    assert not proof.faults and proof.kl > 0 and max(proof.errors.values()) == pytest.approx(
+        max(cost.error for cost in made.costs), rel=1e-3)
+    metadata, stored = gguf.read(made.path)
+    bad = stored["blk.1.ffn_up.weight"].data.copy()
+    bad[::2] = bad[1::2]
+    gguf.write_gguf(tmp_path / "bad.gguf", metadata, [
+        (name, t.type, t.shape, bad if name == "blk.1.ffn_up.weight" else t.data) for name, t in stored.items()])
+    faults = c.verify(source, tmp_path / "bad.gguf", threads=1).faults
+    assert any("layers.1.up" in fault and "allows" in fault for fault in faults)
+
+
+def test_another_vocabulary_and_another_config_are_seen(tmp_path):
+    config = tiny_config("gemma-mqa")
+    source, stored = _source(tmp_path), write("gguf", config, tiny_tensors(config, "BF16"))
+    header = gguf.config_metadata(config) | tokenizer_metadata(config)
+    header["tokenizer.ggml.tokens"][67] = "<unused60>"
+    rows = [(name, t.type, t.shape, t.data) for name, t in stored.items()]
+    gguf.write_gguf(tmp_path / "v.gguf", header, rows)
+    proof = c.verify(source, tmp_path / "v.gguf", threads=1)
+    assert proof.same_ids is False and any("tokenizers give different ids" in fault for fault in proof.faults)
+    gguf.write_gguf(tmp_path / "c.gguf", header | {"gemma.attention.layer_norm_rms_epsilon": 1e-5}, rows)
+    assert "the configs differ" in c.verify(source, tmp_path / "c.gguf").faults[0]
+
+
+def test_models_without_a_tokenizer_convert_too(tmp_path):
+    source = write_tiny_hf(tmp_path / "hf", tiny_config("gemma3"), "BF16", shards=2)
+    at = c.convert(source, tmp_path / "k", "keras").path
+    at = c.convert(at, tmp_path / "g.gguf").path
+    assert open_checkpoint(at).tokenizer is None
+    proof = c.verify(source, at, threads=1)
+    assert proof.same_ids is None and not proof.faults
+
+
+def test_blocks_become_bfloat16_where_a_format_has_none_and_dtype_decides(tmp_path):
+    source = _source(tmp_path, type="Q8_0", width=256, ffn_width=512)
+    plain = open_checkpoint(c.convert(source, tmp_path / "s", "safetensors").path)
+    assert {t.type for t in plain.tensors.values() if len(t.shape) == 2} == {"BF16"}
+    wide = open_checkpoint(c.convert(source, tmp_path / "w.gguf", dtype="f32").path)
+    assert {t.type for t in wide.tensors.values()} == {"F32"}
+    assert not c.verify(source, tmp_path / "w.gguf", threads=1).faults
+    assert not c.verify(source, tmp_path / "s", threads=1).faults
+    huge = tiny_tensors(tiny_config("gemma-mqa")) | {"layers.0.q": Tensor.of(np.full((128, 96), 1e6, np.float32))}
+    write_tiny_gguf(tmp_path / "huge.gguf", tiny_config("gemma-mqa"), tensors=huge)
+    with pytest.raises(ValueError, match=r"tensor layers\.0\.q holds NaN, infinite or \(for f16\) too large"):
+        c.convert(tmp_path / "huge.gguf", tmp_path / "h", "safetensors", dtype="f16")
+    assert not (tmp_path / "h").exists() and not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("x", {}, "does not say its format: pass --to gguf, safetensors"),
+    ("x.nemo", {"quantize_to": "q8_0"}, "which nemo cannot hold"),
+    ("x.gguf", {"quantize_to": "q3"}, "cannot quantize to 'q3'"),
+    ("x.gguf", {"dtype": "int8"}, "dtype must be bf16, f16 or f32"),
+    ("source.gguf", {}, "source.gguf exists: choose another name, or pass --overwrite")])
+def test_what_cannot_be_done_is_said(tmp_path, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        c.convert(_source(tmp_path), tmp_path / name, **options)
+
+
+def test_a_full_disk_is_seen_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(c.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match="GB free: make room"):
+        c.convert(_source(tmp_path), tmp_path / "x.gguf")
+
+
+def test_a_large_model_passes_through_little_memory(tmp_path):
+    """Each tensor is made when it is written and let go of: the peak is a few tensors, not the model."""
+    config = tiny_config("gemma-mqa", layers=24, width=256, ffn_width=1024)
+    one = config.ffn_width * config.width * 2
+    tensors = {name: tensor if len(tensor.shape) == 1 else
+               Deferred("BF16", tensor.shape, lambda shape=tensor.shape: np.zeros(shape, "<u2"))
+               for name, tensor in tiny_tensors(config, "BF16").items()}
+    model = Checkpoint(tmp_path / "none.gguf", config, tensors, {}, None)
+    for to in ("safetensors", "gguf", "nemo", "gemma_pytorch", "keras"):
+        folder = tmp_path / to
+        folder.mkdir()
+        tracemalloc.start()
+        c._save(to, folder / f"m.{to}" if to in ("gguf", "nemo") else folder, model)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8 * one < model.nbytes / 8, to
+
+
+def test_a_merge_is_applied_to_the_opened_model(tmp_path):
+    def doubled(model):
+        return replace(model, tensors=model.tensors | {"layers.0.q": Tensor.of(model.tensors["layers.0.q"].float32() * 2)})
+    at = c.convert(_source(tmp_path, type="F32"), tmp_path / "m.gguf", merge=doubled).path
+    np.testing.assert_array_equal(open_checkpoint(at).tensors["layers.0.q"].float32(),
+                                  open_checkpoint(tmp_path / "source.gguf").tensors["layers.0.q"].float32() * 2)
+
+
+def test_progress_ends_at_the_whole(tmp_path):
+    seen = []
+    c.convert(_source(tmp_path), tmp_path / "m.gguf", progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and seen[-1][0] > 0.9 * seen[-1][1]
+
+
+def test_the_separator_ends_generation_in_what_is_written(tmp_path):
+    source = _source(tmp_path)
+    assert any("will not stop at the file separator" in problem for problem in c.inspect(source).problems)
+    made = c.convert(source, tmp_path / "m.gguf").path
+    header = gguf.read(made).metadata
+    assert [header[f"tokenizer.ggml.fim_{name}_token_id"] for name in ("pre", "mid", "suf", "sep")] == [67, 68, 69, 70]
+    assert header["tokenizer.ggml.eot_token_id"] == 107 and not c.inspect(made).problems
+    c.convert(source, tmp_path / "s", "safetensors")
+    assert json.loads((tmp_path / "s" / "generation_config.json").read_text())["eos_token_id"] == [1, 67, 68, 69, 70, 107]
+
+
+def test_inspect_counts_and_finds_damage(tmp_path):
+    found = c.inspect(_source(tmp_path, type="Q8_0"))
+    assert (found.format, found.architecture, found.types, found.vocabulary) == ("gguf", "gemma", {"Q8_0": 22}, 515)
+    assert found.parameters == sum(np.prod(t.shape) for t in tiny_tensors(tiny_config("gemma-mqa")).values())
+    assert found.control["file_separator"] == 70 and found.control["fim"] == "named"
+    metadata, stored = gguf.read(tmp_path / "source.gguf")
+    bad = stored["blk.0.attn_q.weight"].data.copy()
+    bad[0, :2] = 0xFF, 0x7F                              # a NaN scale
+    gguf.write_gguf(tmp_path / "bad.gguf", metadata, [
+        (name, t.type, t.shape, bad if name == "blk.0.attn_q.weight" else t.data) for name, t in stored.items()])
+    assert "tensor layers.0.q holds NaN" in " ".join(c.inspect(tmp_path / "bad.gguf").problems)
+
+
+def test_exports_hold_what_each_program_needs(tmp_path):
+    source = _source(tmp_path)
+    for program in ("ollama", "lmstudio", "llamacpp", "transformers", "nemo"):
+        files = {str(file.relative_to(tmp_path / program)) for file in c.export(program, source, tmp_path / program)}
+        assert "NOTICE" in files and len(files) > 1
+    text = (tmp_path / "ollama" / "Modelfile").read_text()
+    assert ("{{- if .Suffix }}<|fim_prefix|>{{ .Prompt }}<|fim_suffix|>{{ .Suffix }}<|fim_middle|>{{- else }}{{ .Prompt }}"
+            in text)
+    assert 'PARAMETER stop "<|file_separator|>"' in text and "PARAMETER repeat_penalty 1" in text
+    assert open_checkpoint(tmp_path / "transformers").tokenizer and (tmp_path / "lmstudio" / "codegemma").is_dir()
+
+
+def test_a_card_states_scores_licence_and_changes(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "humaneval.json").write_text('{"pass@1": 0.311}')
+    text = c.card(_source(tmp_path), tmp_path / "r", changes="Fine-tuned on X.")
+    assert text.startswith("---\nlicense: gemma\n") and "| humaneval | pass@1 0.311 |" in text
+    assert "ai.google.dev/gemma/terms" in text and "## Statement of changes\n\nFine-tuned on X." in text

@@ -1,0 +1,281 @@
+"""Downloads against a server on this machine that behaves as badly as the real ones; packs; the terms."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config, write_tiny_gguf, write_tiny_hf
+
+from codegemma import hub, hub_pull
+
+BODY = bytes(range(256)) * 20_000
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Answers the next of `script` for each request of a path, then as a good server; `seen` are the requests."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.seen, self.body, self.etag, self.files = [], [], BODY, '"one"', {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server = self.server
+        server.seen.append((self.path, dict(self.headers)))
+        todo = server.script.pop(0) if server.script else None
+        if self.path in server.files:
+            return self._send(200, json.dumps(server.files[self.path]).encode())
+        if isinstance(todo, int):
+            return self._send(todo, b"no", {"Retry-After": "0", **({"X-Error-Code": "GatedRepo"} if todo == 403 else {})})
+        if isinstance(todo, str):
+            return self._send(302, b"", {"Location": todo})
+        body, start = server.body, 0
+        if "Range" in self.headers and self.headers.get("If-Range") == server.etag:
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if start else 200)
+        for key, value in (("ETag", server.etag), ("Content-Length", str(len(body) - start))):
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[start:][:todo["cut"]] if isinstance(todo, dict) else body[start:])
+        if isinstance(todo, dict):
+            self.close_connection = True
+        return None
+
+    def _send(self, code, body, headers=None):
+        self.send_response(code)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_cut_download_goes_on_where_it_was_cut(server, tmp_path):
+    server.script = [{"cut": 1_000_000}, 503, {"cut": 2_000_000}, 429]
+    seen = []
+    file = hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf", sha256=SHA, progress=lambda *a: seen.append(a))
+    assert file.read_bytes() == BODY and [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    starts = [int(headers["Range"][6:-1]) for _, headers in server.seen if "Range" in headers]
+    assert starts[0] == 1_000_000 and starts[-1] == 3_000_000
+    assert seen[-1] == ("m.gguf", len(BODY), len(BODY))
+    requests = len(server.seen)
+    assert hub_pull.fetch(f"{server.url}/m.gguf", file, sha256=SHA) == file and len(server.seen) == requests
+
+
+def test_a_file_that_changed_meanwhile_is_begun_anew(server, tmp_path):
+    server.script = [{"cut": 1_000_000}] + [{"cut": 10}] * 4
+    with pytest.raises(ValueError, match="was cut 5 times.*what came is kept"):
+        hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf")
+    server.body, server.etag = BODY[::-1], '"two"'
+    assert hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf").read_bytes() == BODY[::-1]
+
+
+@pytest.mark.parametrize(("script", "message"), [
+    ([401], "answered 401: a token is needed"), ([403], "answered 403: accept the model's terms"),
+    ([404], "answered 404: check the address"), ([500] * 5, "answered 500 5 times: try again later")])
+def test_refusals_are_explained(server, tmp_path, script, message):
+    server.script = script
+    with pytest.raises(ValueError, match=message):
+        hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf")
+
+
+def test_a_wrong_hash_leaves_nothing(server, tmp_path):
+    with pytest.raises(ValueError, match="has the SHA-256 .* but 00 was expected"):
+        hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "d" / "m.gguf", sha256="00")
+    assert not list((tmp_path / "d").glob("*.gguf*"))
+    with pytest.raises(ValueError, match="only http and https"):
+        hub_pull.fetch("file:///etc/passwd", tmp_path / "x")
+
+
+def test_a_token_is_not_carried_to_another_host(server, tmp_path):
+    other = f"{server.url.replace('127.0.0.1', 'localhost')}/elsewhere"
+    server.script = [other]
+    hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf", token="secret")
+    assert server.seen[0][1]["Authorization"] == "Bearer secret" and "Authorization" not in server.seen[1][1]
+
+
+def test_the_terms_are_asked_once_and_a_no_downloads_nothing(server, tmp_path):
+    asked = []
+    with pytest.raises(ValueError, match="terms were not accepted"):
+        hub_pull.pull(f"{server.url}/m.gguf", "url", ask=lambda text: asked.append(text))
+    assert "ai.google.dev/gemma/terms" in asked[0] and not server.seen
+    for _ in range(2):
+        hub_pull.pull(f"{server.url}/m.gguf", "url", ask=lambda text: bool(asked.append(text) or True))
+    assert len(asked) == 2 and hub_pull.accepted()
+
+
+def test_ngc_lists_then_downloads(server, monkeypatch):
+    monkeypatch.setenv("CODEGEMMA_NGC", server.url)
+    monkeypatch.setenv("NGC_API_KEY", "key")
+    server.files["/codegemma_2b_base/versions/1.0/files"] = {"modelFiles": [{"path": "codegemma.nemo"}]}
+    at = hub_pull.pull("2b", "ngc", ask=lambda _: True)
+    assert at == hub.cache_dir() / "models" / "2b" / "codegemma.nemo" and at.read_bytes() == BODY
+    assert all(headers["Authorization"] == "Bearer key" for _, headers in server.seen)
+    with pytest.raises(ValueError, match="NGC has 2b, 7b alone"):
+        hub_pull.pull("7b-it", "ngc", ask=lambda _: True)
+    with pytest.raises(ValueError, match="no model 'nosuch' on kaggle"):
+        hub_pull.pull("nosuch", "kaggle", ask=lambda _: True)
+
+
+def test_a_pack_carries_a_model_to_a_machine_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    write_tiny_hf(hub.cache_dir() / "models" / "2b", tiny_config("gemma-mqa"))
+    made = hub_pull.pack("2b", tmp_path / "2b.pack")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
+    at = hub_pull.install(made)
+    assert hub.resolve("2b") == at == hub.cache_dir() / "models" / "2b"
+    assert (at / "model.safetensors").read_bytes() == (tmp_path / "here/codegemma/models/2b/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="exists already"):
+        hub_pull.install(made)
+    raw = bytearray(made.read_bytes())
+    raw[-20_000] ^= 1
+    (tmp_path / "bad.pack").write_bytes(raw)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match="has another SHA-256"):
+        hub_pull.install(tmp_path / "bad.pack")
+    assert not (hub.cache_dir() / "models" / "2b").exists()
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil-pack", "a/../../evil"])
+def test_a_pack_cannot_write_outside_its_folder(tmp_path, monkeypatch, name):
+    import io
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tarfile.open(tmp_path / "p", "w") as archive:
+        for member, data in (("codegemma-pack.json", json.dumps({"name": "m", "files": {name: SHA}}).encode()), (name, b"x")):
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    with pytest.raises(ValueError, match="may be an attack"):
+        hub_pull.install(tmp_path / "p")
+    assert not list(tmp_path.rglob("evil*"))
+    (tmp_path / "q").write_bytes(b"x" * 2000)
+    with pytest.raises(ValueError, match="no readable pack"):
+        hub_pull.install(tmp_path / "q")
+
+
+def test_a_path_is_laid_into_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = write_tiny_gguf(tmp_path / "m.gguf", tiny_config("gemma-mqa"))
+    at = hub_pull.pull(str(source), "path", ask=lambda _: True)
+    assert at.read_bytes() == source.read_bytes() and hub.cache_dir() in at.parents
+    with pytest.raises(FileNotFoundError):
+        hub_pull.pull(str(tmp_path / "none"), "path", ask=lambda _: True)
+
+
+# ----------------------------------------------------------------------------------- the Hugging Face Hub's interface
+REPO, COMMIT = "google/codegemma-2b", "c" * 40
+FILES = {"config.json": b"{}", "model.safetensors": BODY[:100_000], "tokenizer.model": b"t"}
+CODE = ("import sys; from codegemma import hub_pull\n"
+        "try: print(hub_pull.pull('2b', ask=lambda _: True))\n"
+        "except ValueError as error: print('refused:', error)")
+
+
+class HubHandler(Handler):
+    """model_info, then each file: HEAD with the Hub's headers, a redirect for large files, GET with ranges."""
+
+    def do_GET(self):
+        server = self.server
+        server.seen.append((self.path, dict(self.headers)))
+        if server.script:
+            code, error = server.script[0]
+            return self._send(code, b'{"error":"no"}', {"X-Error-Code": error, "Retry-After": "0"} if error else {})
+        if "/tree/" in self.path:
+            return self._send(200, json.dumps([{
+                "type": "file", "path": name, "size": len(body), "oid": hashlib.sha256(body).hexdigest()[:40],
+                **({"lfs": {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 100}}
+                   if name.endswith("safetensors") else {})} for name, body in FILES.items()]).encode())
+        if self.path.startswith("/api/"):
+            siblings = [{"rfilename": name} for name in FILES]
+            answer = {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+            return self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+        name = self.path.rpartition("/")[2]
+        body, large = FILES[name], name.endswith("safetensors")
+        sha = hashlib.sha256(body).hexdigest()
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{sha if large else sha[:40]}"', "Content-Length": str(len(body))}
+        if large and not self.path.startswith("/cdn"):
+            headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(body)), "Content-Length": "0"}
+            return self._send(302, b"", {**headers, "Location": f"{server.url}/cdn/{name}"})
+        if server.body is not BODY and large:            # another content of the same size
+            body = body[::-1]
+        return self._send(200, b"" if self.command == "HEAD" else body, headers)
+
+    def _send(self, code, body, headers=None):
+        self.send_response(code)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _pull(server, tmp_path, **env):
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
+                   "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                   "HF_HUB_DISABLE_TELEMETRY": "1", **env}
+    run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def hugging_face(server):
+    pytest.importorskip("huggingface_hub")
+    server.RequestHandlerClass = HubHandler
+    return server
+
+
+def test_the_hub_gives_files_and_again_nothing_new(hugging_face, tmp_path):
+    at = Path(_pull(hugging_face, tmp_path))
+    assert {file.name: file.read_bytes() for file in at.iterdir()} == FILES and COMMIT in str(at)
+    got = len([path for path, _ in hugging_face.seen if "/cdn/" in path])
+    assert _pull(hugging_face, tmp_path) == str(at)
+    assert len([path for path, _ in hugging_face.seen if "/cdn/" in path]) == got
+    assert _pull(hugging_face, tmp_path, HF_HUB_OFFLINE="1") == str(at)
+
+
+def test_another_content_than_its_hash_is_removed(hugging_face, tmp_path):
+    hugging_face.body = b"other"
+    assert "wrong SHA-256" in _pull(hugging_face, tmp_path)
+    hugging_face.body = BODY
+    assert Path(_pull(hugging_face, tmp_path), "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+@pytest.mark.parametrize(("answer", "message"), [
+    ((403, "GatedRepo"), "is gated: accept the terms at https://huggingface.co/google/codegemma-2b"),
+    ((401, "RepoNotFound"), "does not exist or your token may not see it"), ((404, "RepoNotFound"), "does not exist"),
+    ((403, None), "the Hub answered 403: ask for access"), ((429, None), "answered 429: too many requests"),
+    ((500, None), "answered 500: try again later")])
+def test_the_hubs_refusals_are_explained(hugging_face, tmp_path, answer, message):
+    hugging_face.script = [answer]
+    assert message in _pull(hugging_face, tmp_path)
+
+
+def test_without_a_network_the_way_out_is_named(hugging_face, tmp_path):
+    assert "unset HF_HUB_OFFLINE" in _pull(hugging_face, tmp_path, HF_HUB_OFFLINE="1")
