@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
+from codegemma.verbs import VERBS
+
 if TYPE_CHECKING:
     from codegemma.engine import Step
     from codegemma.local import Completion, Model
@@ -185,6 +187,9 @@ def bench(
           f"decode  {found['decode_tokens_per_second']:8,.1f} tokens/s  {found['decode_share_of_bandwidth']:5.0%} of "
           f"{found['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read   ({decode_tokens} tokens behind them)")
 
+
+for verb in VERBS:
+    app.command()(verb)
 
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "codegemma"
 ROOMS = [
     "config", "tokenizer", "prompts", "weights", "formats", "hub", "native", "quantize", "model", "lora", "sampling",
     "cache", "engine", "completion", "chat", "local", "convert", "sandbox", "tutor", "data", "train", "evals", "serve", "terminal",
-    "cli"]
+    "verbs", "cli"]
 
 
 def room(module: str) -> str | None:

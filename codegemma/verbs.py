@@ -1,0 +1,116 @@
+"""The command line's verbs on model files: convert, verify, inspect, export, card, pull, install."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+Source = Annotated[str, Argument(metavar="SRC", help="A model's name, file or directory.")]
+To = Literal["gguf", "safetensors", "orbax", "keras", "nemo", "gemma_pytorch"]
+Program = Literal["ollama", "lmstudio", "llamacpp", "transformers", "nemo"]
+Blocks = Annotated[str | None, Option("--quantize", metavar="TYPE", help="Blocks for a GGUF: q8_0, q4_0, q4_k_m, ...")]
+
+
+def convert(
+    source: Source, target: Annotated[Path, Argument(metavar="DST", help="The file or directory to write.")],
+    to: Annotated[To | None, Option(help="The format, where DST does not say it.")] = None, quantize: Blocks = None,
+    dtype: Annotated[Literal["bf16", "f16", "f32"] | None, Option(help="Type of the floats; the source's where left out.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace DST.")] = False,
+) -> None:
+    """Write a model in another format; nothing stands under DST until it is complete."""
+    from codegemma import convert as formats
+
+    done = formats.convert(source, target, to, quantize_to=quantize, dtype=dtype, overwrite=overwrite, progress=_shown)
+    for cost in done.costs:
+        print(f"{cost.name}: {cost.before} -> {cost.after}, error {cost.error:.2%}")
+    print(f"{done.path} ({done.format})")
+
+
+def verify(source: Source, target: Annotated[str, Argument(metavar="DST", help="The model to compare with it.")]) -> None:
+    """Prove that two checkpoints are one model; exit 1 beyond what the target's types allow."""
+    from codegemma import convert as formats
+
+    proof = formats.verify(source, target)
+    worst = max(proof.errors.items(), key=lambda item: item[1], default=("none", 0.0))
+    ids = {True: "the same", False: "different", None: "not compared: one has no tokenizer"}[proof.same_ids]
+    rows = {"tensors": f"{proof.identical} of {len(proof.errors)} identical; the largest error is {worst[1]:.3%} ({worst[0]})",
+            "token ids": ids, "logits": f"largest difference {proof.largest:.4g}, mean {proof.mean:.4g}",
+            "KL": f"{proof.kl:.4g} nats", "top token": f"the same at {proof.agreement:.1%}"}
+    for name, text in rows.items():
+        print(f"{name:10}  {text}")
+    for fault in proof.faults:
+        print(f"fault: {fault}", file=sys.stderr)
+    raise typer.Exit(1 if proof.faults else 0)
+
+
+def inspect(source: Source, as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False) -> None:
+    """What a checkpoint is, and its problems. No code in it is run."""
+    from codegemma import convert as formats
+
+    found = vars(formats.inspect(source)) | {}
+    if as_json:
+        print(json.dumps(found, default=str))
+        return
+    for name, value in found.items():
+        text = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, dict) else value
+        print(f"{name:14}  {'none' if value in (None, [], {}) else text}")
+
+
+def export(
+    program: Annotated[Program, Argument(help="Who is to read it.")], source: Source,
+    target: Annotated[Path, Argument(metavar="DIR", help="The directory to write.")], quantize: Blocks = None,
+) -> None:
+    """Write a model with all that another program needs beside it."""
+    from codegemma import convert as formats
+
+    for path in formats.export(program, source, target, quantize, _shown):
+        print(path)
+
+
+def card(
+    source: Source,
+    results: Annotated[Path | None, Option(metavar="DIR", help="Scores: the --out of `codegemma eval`.")] = None,
+    manifest: Annotated[Path | None, Option(metavar="FILE", help="The data manifest of `codegemma data build`.")] = None,
+    changes: Annotated[str, Option(metavar="TEXT", help="What was changed (Gemma terms, 3.1).")] = "",
+) -> None:
+    """Print a model card in the Hub's form."""
+    from codegemma import convert as formats
+
+    print(formats.card(source, results, manifest, changes))
+
+
+def pull(
+    name: Annotated[str, Argument(help="A member of the family, a repository, a URL or a path.")],
+    source: Annotated[Literal["hf", "kaggle", "ngc", "url", "path"], Option(help="Where from.")] = "hf",
+    sha256: Annotated[str | None, Option(metavar="HEX", help="What a file from a URL must hash to.")] = None,
+    accept_terms: Annotated[bool, Option("--accept-terms", help="You accept the Gemma terms.")] = False,
+    pack: Annotated[Path | None, Option(metavar="FILE", help="Pack it into a file for a machine without network.")] = None,
+) -> None:
+    """Get a model, once you have accepted the Gemma terms."""
+    from codegemma import hub_pull
+
+    path = hub_pull.pull(name, source, ask=lambda text: accept_terms or typer.confirm(f"{text}\nDo you accept them?"),
+                         sha256=sha256, progress=lambda file, done, size: _shown(done, size or done))
+    print(hub_pull.pack(name, pack) if pack else path)
+
+
+def install(file: Annotated[Path, Argument(help="A pack that `codegemma pull --pack` made.")]) -> None:
+    """Install a packed model."""
+    from codegemma import hub_pull
+
+    print(hub_pull.install(file))
+
+
+VERBS = (convert, verify, inspect, export, card, pull, install)
+
+
+def _shown(done: int, size: int) -> None:
+    """A line that is written over, on a terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if done >= size else ""
+        print(f"\r{done / 1e9:.2f} of {size / 1e9:.2f} GB ({done / max(size, 1):.0%})", end=end, file=sys.stderr)
