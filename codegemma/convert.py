@@ -213,6 +213,19 @@ class Proof:
     faults: list[str] = field(default_factory=list)
 
 
+    def lines(self) -> Iterator[str]:
+        """The table that `codegemma verify` prints."""
+        worst = max(self.errors, key=self.errors.__getitem__, default="")
+        ids = {True: "equal on all texts", False: "different", None: "not compared: a tokenizer is missing"}[self.same_ids]
+        yield f"tensors          {len(self.errors)}, of which {self.identical} identical"
+        yield f"largest error    {self.errors.get(worst, 0.0):.3%} of the weights' norm{f' ({worst})' if worst else ''}"
+        yield f"token ids        {ids}"
+        yield f"logits           differ by at most {self.largest:.3g}, on average {self.mean:.3g}"
+        yield f"KL divergence    {self.kl:.3g} nats per token"
+        yield f"same top token   {self.agreement:.1%}"
+        yield from (f"FAULT            {fault}" for fault in self.faults)
+
+
 def verify(source: str | Path, target: str | Path, texts: tuple[str, ...] = TEXTS, threads: int | None = None) -> Proof:
     """Compares two checkpoints tensor by tensor, then their ids and logits on fixed texts."""
     left, right = (open_checkpoint(hub.resolve(path)) for path in (source, target))
@@ -306,6 +319,18 @@ class Inspection:
     chat_template: str | None
     licence: str
     problems: list[str]
+
+
+    def lines(self) -> Iterator[str]:
+        """What `codegemma inspect` prints."""
+        yield f"{self.path}: {self.format}, {self.architecture}, {self.parameters:,} parameters, {self.nbytes:,} bytes"
+        yield "matrices      " + ", ".join(f"{count} {type}" for type, count in self.types.items())
+        yield "config        " + ", ".join(f"{key} {value}" for key, value in self.config.items() if value is not None)
+        yield "vocabulary    " + ("none" if self.vocabulary is None else f"{self.vocabulary:,} ids; " + ", ".join(
+            f"{key} {value}" for key, value in self.control.items() if value is not None))
+        yield f"chat          {'has a template' if self.chat_template else 'no template'}"
+        yield f"licence       {self.licence}"
+        yield from (f"PROBLEM       {problem}" for problem in self.problems)
 
 
 def inspect(source: str | Path) -> Inspection:

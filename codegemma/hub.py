@@ -114,10 +114,10 @@ def _on_disk(known: Preset) -> Path | None:
 
 
 def _model_in(directory: Path) -> Path | None:
-    """The directory if it holds config.json and weights, else its one GGUF file, else None."""
+    """The directory if it holds config.json and weights, else its one GGUF or NeMo file, else None."""
     if (directory / "config.json").exists() and any(directory.glob("*.safetensors")):
         return directory
-    files = sorted(directory.glob("*.gguf"))
+    files = sorted([*directory.glob("*.gguf"), *directory.glob("*.nemo")])
     return files[0] if len(files) == 1 else None
 
 

@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from codegemma.formats import Checkpoint
+from codegemma.config import ModelConfig
+from codegemma.formats import Checkpoint, gguf
 from codegemma.native import _native, usable_cpus
-from codegemma.weights import BLOCKS, Tensor, row_bytes
+from codegemma.weights import BLOCKS, Tensor, places, row_bytes
 
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0",
             "Q5_1": "Q8_0"}
@@ -132,3 +134,36 @@ def summary(costs: list[Cost]) -> Iterator[str]:
         worst = max(alike, key=lambda cost: cost.error)
         yield (f"{count} matrices left {before}" if before == after else
                f"{count} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})")
+
+
+def read_importance(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The importance that llama.cpp's `llama-imatrix` measured (its GGUF form), by our names.
+
+    It is the mean square of what each column is multiplied with. Raises ValueError on another file or another model.
+    """
+    stored = gguf.read(path).tensors
+    found = {}
+    for place in places(config, "gguf"):
+        sums, counts = (stored.get(f"{place.stored}.{part}") for part in ("in_sum2", "counts"))
+        if sums is None or counts is None:
+            continue
+        values = sums.float32().reshape(-1) / max(1.0, float(counts.float32().reshape(-1)[0]))
+        if values.size != place.shape[-1] or not (np.isfinite(values).all() and (values >= 0).all()):
+            raise ValueError(f"{path}: {place.stored} has {values.size} importances, some of them no numbers, but the "
+                             f"model has {place.shape[-1]} columns: measure it again with this model")
+        found[place.name] = np.ascontiguousarray(values, np.float32)
+    if not found:
+        raise ValueError(f"{path}: holds no importances (NAME.in_sum2, NAME.counts): pass what llama-imatrix wrote")
+    return found
+
+
+def write_importance(path: Path, config: ModelConfig, importance: Importance) -> None:
+    """The same read backwards, for llama-quantize --imatrix."""
+    rows = []
+    for place in places(config, "gguf"):
+        if place.name in importance:
+            values = np.ascontiguousarray(importance[place.name], np.float32)
+            rows += [(f"{place.stored}.in_sum2", "F32", (1, values.size), values),
+                     (f"{place.stored}.counts", "F32", (1, 1), np.ones(1, np.float32))]
+    gguf.write_gguf(path, {"general.type": "imatrix", "imatrix.chunk_count": 1, "imatrix.chunk_size": 512,
+                           "imatrix.datasets": ["codegemma"]}, rows)

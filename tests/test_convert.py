@@ -54,8 +54,9 @@ def test_a_quantised_file_passes_and_a_damaged_one_does_not(tmp_path, type):
     bad[::2] = bad[1::2]
     gguf.write_gguf(tmp_path / "bad.gguf", metadata, [
         (name, t.type, t.shape, bad if name == "blk.1.ffn_up.weight" else t.data) for name, t in stored.items()])
-    faults = c.verify(source, tmp_path / "bad.gguf", threads=1).faults
-    assert any("layers.1.up" in fault and "allows" in fault for fault in faults)
+    proof = c.verify(source, tmp_path / "bad.gguf", threads=1)
+    assert any("layers.1.up" in fault and "allows" in fault for fault in proof.faults)
+    assert any(line.startswith("FAULT") and "layers.1.up" in line for line in proof.lines())
 
 
 def test_another_vocabulary_and_another_config_are_seen(tmp_path):
@@ -165,7 +166,10 @@ def test_inspect_counts_and_finds_damage(tmp_path):
     bad[0, :2] = 0xFF, 0x7F                              # a NaN scale
     gguf.write_gguf(tmp_path / "bad.gguf", metadata, [
         (name, t.type, t.shape, bad if name == "blk.0.attn_q.weight" else t.data) for name, t in stored.items()])
-    assert "tensor layers.0.q holds NaN" in " ".join(c.inspect(tmp_path / "bad.gguf").problems)
+    bad = c.inspect(tmp_path / "bad.gguf")
+    assert "tensor layers.0.q holds NaN" in " ".join(bad.problems)
+    text = "\n".join(bad.lines())
+    assert "22 Q8_0" in text and "file_separator 70" in text and "PROBLEM" in text
 
 
 def test_exports_hold_what_each_program_needs(tmp_path):

@@ -10,7 +10,7 @@ from tiny import dequantize, encode, tiny_config, tiny_tensors, write_tiny_gguf
 
 from codegemma.formats import open_checkpoint
 from codegemma.native import _native
-from codegemma.quantize import QUANTISED, bits, chosen, quantize, quantize_checkpoint, summary
+from codegemma.quantize import QUANTISED, bits, chosen, quantize, quantize_checkpoint, read_importance, summary, write_importance
 from codegemma.weights import Tensor, row_bytes
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "quantize.npz")
@@ -55,6 +55,18 @@ def test_importance_lowers_the_error_where_it_is_asked_to(type):
     wrong = [(np.square(dequantize(quantize(encode(values, "F32"), type, weight)[0]) - values) * importance).sum()
              for weight in (None, importance)]
     assert wrong[1] < 0.8 * wrong[0]
+
+
+def test_importance_is_read_as_llama_imatrix_writes_it(tmp_path):
+    config = tiny_config("gemma-mqa")
+    given = {"layers.0.q": np.arange(96, dtype=np.float32), "layers.2.down": np.ones(160, np.float32)}
+    write_importance(tmp_path / "i.gguf", config, given)
+    read = read_importance(tmp_path / "i.gguf", config)
+    assert read.keys() == given.keys() and all(np.array_equal(read[name], given[name]) for name in given)
+    with pytest.raises(ValueError, match="blk.0.attn_q.weight has 96 importances.*has 64 columns"):
+        read_importance(tmp_path / "i.gguf", tiny_config("gemma-mqa", width=64))
+    with pytest.raises(ValueError, match="holds no importances"):
+        read_importance(write_tiny_gguf(tmp_path / "m.gguf", config), config)
 
 
 def test_a_damaged_weight_is_refused_and_named(tmp_path):
