@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import tarfile
 import time
 import zipfile
@@ -276,6 +277,15 @@ def test_a_damaged_keras_file_is_refused(golden, tmp_path):
         path.write_bytes(raw[:cut])
         with pytest.raises(ValueError, match="no readable HDF5|lacks"):
             open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "file"), [("keras", "model.weights.h5"), ("flat", "checkpoint/manifest.ocdbt")])
+def test_damage_to_a_database_raises_or_loads(golden, tmp_path, name, file):
+    shutil.copytree(golden / name, tmp_path / name)
+    path = tmp_path / name / file
+    raw = path.read_bytes()
+    fuzz(lambda: [tensor.data for tensor in open_checkpoint(tmp_path / name).tensors.values()], path, raw,
+         min(len(raw), 20_000), 60)
 
 
 def test_norms_that_a_format_cannot_hold_are_named():
