@@ -95,6 +95,7 @@ def quantize(tensor: Tensor, type: str, importance: np.ndarray | None = None,
     rows, columns = tensor.shape
     out = np.empty((rows, row_bytes(type, columns)), np.uint8)
     level, step = _native.level("auto"), max(1, CHUNK // columns)
+    tensor = Tensor(tensor.type, tensor.shape, tensor.data)  # a deferred one is made once
 
     def chunk(start: int) -> tuple[float, float]:
         stop = min(rows, start + step)

@@ -127,6 +127,10 @@ def _zarr(path: Path, found: Members, name: str) -> Tensor:
         raise ValueError(f"{path}: array {name} lacks {len(wrong)} of its {len(chunks)} chunks: download it again")
 
     def make(first: int = 0, last: int = shape[0]) -> np.ndarray:
+        index, low = divmod(first, chunk[0])
+        part = chunks[(index, *[0] * (len(shape) - 1))]
+        if chunk[1:] == shape[1:] and low + last - first <= chunk[0] and part is not None:  # in one piece: a view
+            return np.ascontiguousarray(part).view(weights.ELEMENTS[type]).reshape(chunk)[low:low + last - first]
         whole = np.empty((last - first, *shape[1:]), weights.ELEMENTS[type])
         for index, part in chunks.items():
             at = [i * step for i, step in zip(index, chunk, strict=True)]

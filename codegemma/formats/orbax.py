@@ -24,7 +24,7 @@ from codegemma.weights import Deferred, Tensor
 
 TYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 MOST_ARRAYS = 65_536
-PIECE = 1 << 26                          # bytes of a chunk written, so that little memory is taken
+PIECE = 1 << 24                          # bytes of a chunk written, so that little memory is taken
 FLAX_ROWS = {256_000: 256_128}           # the embedding's rows in DeepMind's checkpoints of Gemma 1 and 2
 
 
@@ -75,10 +75,15 @@ def _array(path: Path, ts: Any, store: dict[str, Any], name: str) -> Tensor | No
                          "download it again")
 
     def values(view: Any) -> np.ndarray:
+        rows = max(1, PIECE // (math.prod(view.shape[1:]) * weights.BLOCKS[type][1]))
+        whole = np.empty(view.shape, weights.ELEMENTS[type])
         try:
-            return np.ascontiguousarray(view.read().result()).view(weights.ELEMENTS[type])
+            for start in range(0, len(whole), rows):  # all at once would hold every chunk twice
+                part = np.ascontiguousarray(view[start:min(start + rows, len(whole))].read().result())
+                whole[start:start + rows] = part.view(whole.dtype)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}: array {name} cannot be read ({str(error)[:200]}): download it again") from None
+        return whole
 
     return Deferred(type, shape, lambda: values(array), lambda index: values(array[:, index]))
 
