@@ -21,6 +21,7 @@ from codegemma.native import usable_cpus
 
 CODES = {"q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q6_k": 18}
 ROUNDS = 3
+SILENT = llama_cpp.llama_log_callback(lambda *_: None)
 
 
 def peer(source: Path, target: Path, type: str) -> None:
@@ -37,6 +38,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    llama_cpp.llama_log_set(SILENT, None)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder, "source.gguf")
         if len(sys.argv) < 2:
