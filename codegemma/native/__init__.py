@@ -79,11 +79,14 @@ class Native:
 
     The cache holds float16 keys and values, or float32 where the weights are floats, for parity with other float32
     implementations. Raises ValueError on a weight type without a kernel or a SIMD level that this CPU lacks.
+    `observed` gets, by the name of each matrix but the embedding, the sum of the squares of what each column was
+    multiplied with: float64 [columns], added to by every run.
     """
 
     invariant = True
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, level: str | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, level: str | None = None,
+                 observed: dict[str, np.ndarray] | None = None) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.config = checkpoint.config
@@ -95,7 +98,7 @@ class Native:
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)
         self._kept: list[np.ndarray] = []
-        self._program = self._record(checkpoint.tensors, layer_bytes)
+        self._program = self._record(checkpoint.tensors, layer_bytes, observed)
         self._buffers = self._logits_buffers(1)
         self._runs, self._process = 0, os.getpid()
 
@@ -168,7 +171,8 @@ class Native:
         self._kept.append(values)
         return values
 
-    def _record(self, tensors: dict[str, Tensor], layer_bytes: int) -> _native.Program:
+    def _record(self, tensors: dict[str, Tensor], layer_bytes: int,
+                observed: dict[str, np.ndarray] | None) -> _native.Program:
         c, p = self.config, _native.Program(self._pool, self.level)
         N, K, H, F, eps = c.heads, c.kv_heads, c.head_width, c.ffn_width, c.norm_eps
         x, a, y = p.buffer(c.width), p.buffer(c.width), p.buffer(c.width)
@@ -183,16 +187,25 @@ class Native:
             def factors(name: str, i: int = i) -> np.ndarray | None:
                 return self._factors(tensors.get(f"layers.{i}.{name}"))
 
+            def observe(x: int, width: int, *names: str, i: int = i) -> None:
+                if observed is not None:
+                    p.observe(x, sums := np.zeros(width))
+                    observed.update((f"layers.{i}.{name}", sums) for name in names)
+
             offsets = {"layer_offset": i * layer_bytes, "kv_offset": layer_bytes // 2, "half": self.half}
             base, scale = (c.rope_base, c.rope_scale) if c.is_global(i) else (c.rope_base_local, 1.0)
             p.norm(x, factors("attn_norm"), a, eps, added, post)
+            observe(a, c.width, "q", "k", "v")
             p.product(a, [weight("q"), weight("k"), weight("v")], qkv)
             p.split_heads(qkv, N, K, H, factors("q_norm"), factors("k_norm"), eps, c.query_scale, base, scale,
                           **offsets)
             p.attend(qkv, values, N, K, H, c.layer_window(i) or 0, c.attention_softcap or 0.0, **offsets)
+            observe(values, N * H, "o")
             p.product(values, [weight("o")], y)
             p.norm(x, factors("ffn_norm"), a, eps, y, factors("post_attn_norm"))
+            observe(a, c.width, "gate", "up")
             p.gated(a, weight("gate"), weight("up"), hidden)
+            observe(hidden, F, "down")
             p.product(hidden, [weight("down")], y)
             added, post = y, factors("post_ffn_norm")
         p.norm(x, self._factors(tensors["final_norm"]), a, eps, added, post)  # only for its sum into x

@@ -150,6 +150,7 @@ NB_MODULE(_native, m) {
       .def("norm", [](Program& p, int x, Array<const float, 1> weight, int out, float eps, int add, std::optional<Array<const float, 1>> post) {
         p.norm(x, weight.data(), out, eps, add, post ? post->data() : nullptr);
       }, "x"_a, "weight"_a, "out"_a, "eps"_a, "add"_a = -1, "post"_a = nb::none())
+      .def("observe", [](Program& p, int x, Array<double, 1> sums) { p.observe(x, sums.data()); }, "x"_a, "sums"_a)
       .def("product", &Program::product, "x"_a, "weights"_a, "out"_a)
       .def("gated", &Program::gated, "x"_a, "gate"_a, "up"_a, "out"_a)
       .def("split_heads", [](Program& p, int qkv, int heads, int kv_heads, int width, std::optional<Array<const float, 1>> q_norm,

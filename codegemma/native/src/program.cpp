@@ -75,6 +75,15 @@ void Program::norm(int x, const float* weight, int out, float eps, int y, const 
     k_->quantise(ao, t0, t1);
   });
 }
+void Program::observe(int x, double* sums) {
+  const int64_t columns = 64;
+  add("observe", [=, this] { return (buffers_[x].width + columns - 1) / columns; }, [=, this](int64_t tile, Scratch&) {
+    const Activations& a = buffers_[x].a;
+    for (int t = 0; t < batch_.T; t++)
+      for (int64_t i = tile * columns; i < std::min(a.width, (tile + 1) * columns); i++)
+        sums[i] += (double)a.f[t * a.stride + i] * a.f[t * a.stride + i];
+  });
+}
 void Program::prepare(int b) {
   if (buffers_[b].prepared) return;
   buffers_[b].prepared = true;

@@ -41,6 +41,7 @@ class Program {
   void embed(Weight table, int out, float scale);
   // out = norm(x) * weight; before that x += y, or x += norm(y) * post, where y >= 0.
   void norm(int x, const float* weight, int out, float eps, int y, const float* post);
+  void observe(int x, double* sums);  // sums [width] += x * x, over the tokens
   void product(int in, std::vector<Weight> weights, int out);
   void gated(int in, Weight gate, Weight up, int out);
   void split_heads(int qkv, HeadSplit heads, double base, double scale, int64_t layer_offset, int64_t kv_offset);
