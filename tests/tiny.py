@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from codegemma import weights
 from codegemma.config import ModelConfig
 from codegemma.formats import gguf, safetensors
+from codegemma.lora import LINEAR, Adapter
 from codegemma.weights import BLOCKS, Tensor, places, row_bytes
 
 _MQA = ModelConfig("gemma", layers=3, width=96, heads=4, kv_heads=1, head_width=32, ffn_width=160, vocab=515,
@@ -191,3 +192,18 @@ _DECODERS = {
     "Q5_1": lambda x: _f16(x, 0) * (_nibbles(x[:, 8:]) + 16 * _bits(x[:, 4:8])) + _f16(x, 2),
     "Q8_0": lambda x: _f16(x, 0) * x[:, 2:].view(np.int8),
     "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
+
+
+def random_adapter(config: ModelConfig, seed: int = 0, kinds: Sequence[str] = LINEAR, ranks: Sequence[int] = (4,),
+                   tokens: Sequence[int] = (), alpha: float = 8.0, name: str = "tiny") -> Adapter:
+    """An adapter that moves logits by about as much as they are; layer i has rank ranks[i % len(ranks)]."""
+    rng = np.random.default_rng(seed)
+    rank, a, b = max(ranks), {}, {}
+    for place in places(config, "hf"):
+        layer, _, kind = place.name.removeprefix("layers.").partition(".")
+        if kind in tuple(kinds):
+            r = ranks[int(layer) % len(ranks)]
+            a[place.name] = rng.normal(0, place.shape[1] ** -0.5, (r, place.shape[1])).astype(np.float32)
+            b[place.name] = rng.normal(0, 0.3 * rank / alpha * r ** -0.5, (place.shape[0], r)).astype(np.float32)
+    rows = {token: rng.normal(0, config.width ** -0.5, config.width).astype(np.float32) for token in tokens}
+    return Adapter(name, rank, alpha, a, b, rows)

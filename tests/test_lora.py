@@ -1,0 +1,210 @@
+"""Adapters: PEFT's format and logits (golden files by tools/make_golden_lora.py), merging, hostile files."""
+
+import io
+import json
+import zipfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import golden, logits, tolerance
+from tiny import KINDS, dequantize, random_adapter, tiny_config, tiny_tensors
+
+from codegemma import lora
+from codegemma.formats import Checkpoint, safetensors
+from codegemma.lora import Adapter
+from codegemma.weights import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+PEFT = ("gemma1-mqa", "gemma1-mha", "gemma2", "gemma3")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders that peft saved: {kind}/peft."""
+    folder = tmp_path_factory.mktemp("peft")
+    with zipfile.ZipFile(GOLDEN / "lora.zip") as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@cache
+def peft_logits(kind):
+    with zipfile.ZipFile(GOLDEN / "lora.zip") as archive:
+        return [np.load(io.BytesIO(archive.read(f"{kind}/{name}.npy"))) for name in ("ids", "logits")]
+
+
+def checkpoint(config, params):
+    return Checkpoint(Path("tiny"), config, {name: Tensor.of(value) for name, value in params.items()}, {}, None)
+
+
+def floats(model):
+    return {name: dequantize(tensor) for name, tensor in model.tensors.items()}
+
+
+# ------------------------------------------------------------------------------------------------ peft's format
+@pytest.mark.parametrize("kind", PEFT)
+def test_merged_adapters_of_peft_give_its_logits(kind, saved):
+    """Subsets of layers and modules, ranks and alphas by pattern, rslora, trained tokens."""
+    config, params, *_ = golden(kind)
+    ids, theirs = peft_logits(kind)
+    adapter = lora.load(saved / kind / "peft")
+    merged = floats(lora.merge(checkpoint(config, params), adapter))
+    assert np.abs(logits(config, merged, ids) - theirs).max() < 2 * tolerance(config, merged, ids)
+    assert np.abs(logits(config, params, ids) - theirs).max() > 1
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_saved_adapters_load_as_they_were(kind, saved, tmp_path):
+    adapter = lora.load(saved / kind / "peft")
+    assert lora.load(lora.save(adapter, tmp_path / "again")).digest == adapter.digest
+    for dtype in ("F16", "BF16"):
+        rounded = lora.load(lora.save(adapter, tmp_path / dtype, dtype))
+        assert rounded.scale == adapter.scale
+        for name, values in adapter.a.items():
+            np.testing.assert_allclose(rounded.a[name], values, rtol=2.0 ** -8, atol=1e-7)
+
+
+def test_card_and_fim_orders_travel(tmp_path):
+    adapter = replace(random_adapter(tiny_config("gemma3"), tokens=(67,)), name="fim", card={
+        "base": "google/gemma-3-270m", "fim": {"spm": True, "psm": False}, "hours": 3.5})
+    again = lora.load(lora.save(adapter, tmp_path / "a"))
+    assert (again.name, again.card) == ("fim", {"name": "fim", **adapter.card})
+    assert again.trained("spm") and not again.trained("psm") and not random_adapter(tiny_config("gemma3")).trained("spm")
+    readme = (tmp_path / "a" / "README.md").read_text()
+    assert "base_model: google/gemma-3-270m" in readme and "rank 4" in readme and "Gemma Terms of Use" in readme
+    with pytest.raises(ValueError, match="exists: choose another folder"):
+        lora.save(adapter, tmp_path / "a")
+
+
+def test_layers_with_ranks_of_their_own_keep_their_scale(tmp_path):
+    adapter = random_adapter(tiny_config("gemma2"), ranks=(6, 2, 3), kinds=("q", "down"))
+    again = lora.load(lora.save(adapter, tmp_path / "a"))
+    for name in adapter.a:
+        np.testing.assert_allclose(again.delta(name), adapter.delta(name), rtol=1e-6, atol=1e-7)
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert fields["rank_pattern"][r"model\.layers\.1\.mlp\.down_proj"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ merging
+@pytest.mark.parametrize("type", ["F32", "BF16", "Q8_0", "Q4_K"])
+def test_merging_keeps_types_and_changes_what_it_should(type):
+    config = tiny_config("gemma3", width=256, head_width=64, ffn_width=512)
+    model = Checkpoint(Path("tiny"), config, tiny_tensors(config, type), {}, None)
+    adapter = random_adapter(config, kinds=("q", "up"), tokens=(67, 70))
+    merged = lora.merge(model, adapter)
+    error = {"F32": 1e-6, "BF16": 2.0 ** -8, "Q8_0": 0.012, "Q4_K": 0.19}[type]  # of the type, as a share of the norm
+    for name, tensor in merged.tensors.items():
+        before, after = dequantize(model.tensors[name]), dequantize(Tensor(tensor.type, tensor.shape, tensor.data))
+        assert tensor.type == model.tensors[name].type
+        if name in adapter.a:
+            wanted = before + adapter.scale * adapter.b[name].astype(np.float64) @ adapter.a[name]
+            assert np.linalg.norm(after - wanted) <= error * np.linalg.norm(wanted)
+            assert np.linalg.norm(after - before) > 0.1 * np.linalg.norm(before)
+        elif name == "embed":
+            kept = [token for token in range(config.vocab) if token not in adapter.rows]
+            assert np.array_equal(after[kept], before[kept])
+            for token, row in adapter.rows.items():
+                assert np.linalg.norm(after[token] - row) <= error * np.linalg.norm(row)
+        else:
+            assert np.array_equal(after, before)
+
+
+def test_blocks_may_become_floats_and_adapters_add_up():
+    config = tiny_config("gemma3", width=256, head_width=64, ffn_width=512)
+    model = Checkpoint(Path("tiny"), config, tiny_tensors(config, "Q8_0"), {}, None)
+    two = random_adapter(config, kinds="q"), random_adapter(config, 1, kinds="qk")
+    merged = lora.merge(model, *two, blocks_as="F32")
+    wanted = dequantize(model.tensors["layers.0.q"]) + two[0].delta("layers.0.q") + two[1].delta("layers.0.q")
+    np.testing.assert_allclose(dequantize(merged.tensors["layers.0.q"]), wanted, rtol=1e-6, atol=1e-6)
+    assert merged.tensors["layers.0.v"] is model.tensors["layers.0.v"]
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+@pytest.mark.parametrize("changes, message", [
+    ({"use_dora": True}, "LORA with use_dora.*plain LoRA.*merge"), ({"peft_type": "IA3"}, "is IA3"),
+    ({"bias": "all"}, "bias is 'all'"), ({"modules_to_save": ["embed_tokens"]}, "with modules_to_save"),
+    ({"init_lora_weights": "pissa_niter_16"}, "changes the base's weights"),
+    ({"lora_alpha": float("nan")}, "alpha of .* is nan"), ({"lora_alpha": True}, "alpha of .* is True"),
+    ({"alpha_pattern": {"(a+)+$": 3}}, "too intricate"), ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+    ({"alpha_pattern": [1]}, "must be an object"), ({"trainable_token_indices": [7]}, "2 token ids"),
+    ({"trainable_token_indices": [7, 7]}, "each once"), ({"trainable_token_indices": [7, -1]}, "each once"),
+    ({"trainable_token_indices": None}, "2 token ids")])
+def test_configs_that_say_something_else_are_refused(changes, message, saved, tmp_path):
+    home = copied(saved / "gemma2" / "peft", tmp_path)
+    fields = json.loads((home / "adapter_config.json").read_text())
+    (home / "adapter_config.json").write_text(json.dumps(fields | changes))
+    with pytest.raises(ValueError, match=message):
+        lora.load(home)
+
+
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t | {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight": Tensor.of(np.ones(4))},
+     "no LoRA of a linear layer"),
+    (lambda t: t | {"base_model.model.model.embed_tokens.lora_embedding_A": Tensor.of(np.ones((6, 307)))}, "no LoRA"),
+    (lambda t: {key: value for key, value in t.items() if "layers.1.mlp.up_proj.lora_A" not in key}, "one of its two"),
+    (lambda t: t | {Q_A: Tensor.of(np.ones((7, 72)))}, r"needs \[r, in\] and \[out, r\]"),
+    (lambda t: t | {Q_A: Tensor.of(np.full((6, 72), np.nan))}, "finite"),
+    (lambda t: t | {key.removeprefix("base_model.model."): value for key, value in t.items()}, "twice"),
+    (lambda t: t | {Q_A.removeprefix("base_model.model."): t[Q_A]}, "layers.0.q twice"),
+    (lambda t: {}, "no linear layer")])
+def test_tensors_that_do_not_fit_are_refused(change, message, saved, tmp_path):
+    home = copied(saved / "gemma2" / "peft", tmp_path)
+    safetensors.write_safetensors(home / "adapter_model.safetensors",
+                                  change(safetensors.read(saved / "gemma2" / "peft" / "adapter_model.safetensors")))
+    with pytest.raises(ValueError, match=message):
+        lora.load(home)
+
+
+def copied(source, target):
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_damaged_and_missing_files_are_named(saved, tmp_path):
+    home = copied(saved / "gemma1-mqa" / "peft", tmp_path)
+    assert lora.is_adapter(home) and lora.is_adapter(home / "adapter_model.safetensors") and not lora.is_adapter(tmp_path / "x")
+    file = home / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged"):
+        lora.load(home)
+    file.unlink()
+    with pytest.raises(ValueError, match="lacks adapter_model.safetensors"):
+        lora.load(home)
+    with pytest.raises(ValueError, match="lacks adapter_config.json"):
+        lora.load(tmp_path / "nowhere")
+
+
+def test_adapters_of_another_model_are_refused():
+    adapter = random_adapter(tiny_config("gemma3"), tokens=(67,))
+    with pytest.raises(ValueError, match=r"layers.0.q as a matrix of \[128, 96\], but the model has \[128, 256\]"):
+        adapter.check(tiny_config("gemma3", width=256))
+    with pytest.raises(ValueError, match="no such layer"):
+        adapter.check(tiny_config("gemma-mqa"))
+    with pytest.raises(ValueError, match="replaces row 600"):
+        random_adapter(tiny_config("gemma3"), kinds=(), tokens=(600,)).check(tiny_config("gemma3"))
+    for kind in KINDS:
+        random_adapter(tiny_config(kind)).check(tiny_config(kind))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"rank": 0}, "rank must be"), ({"alpha": 0.0}, "alpha a finite"), ({"a": {}, "b": {}}, "changes no layer"),
+    ({"a": {"layers.0.norm": np.ones((4, 4), np.float32)}, "b": {"layers.0.norm": np.ones((4, 4), np.float32)}}, "no linear"),
+    ({"rank": 3}, "r from 1 to the rank"), ({"rows": {3: np.ones(4)}}, "float32")])
+def test_illegal_adapters_cannot_be_made(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(random_adapter(tiny_config("gemma-mqa")), **changes)
+
+
+def test_digest_changes_with_every_part():
+    config = tiny_config("gemma-mqa")
+    adapters = [random_adapter(config), random_adapter(config, 1), random_adapter(config, alpha=9),
+                random_adapter(config, tokens=(5,)), random_adapter(config, kinds="qkv")]
+    assert len({adapter.digest for adapter in adapters}) == 5
+    assert isinstance(adapters[0], Adapter) and adapters[0].digest == replace(adapters[0], name="other").digest
