@@ -15,11 +15,11 @@ import numpy as np
 
 from codegemma import hub, prompts
 from codegemma.engine import Engine
-from codegemma.formats import Checkpoint, format_of, gguf, keras, nemo, open_checkpoint, orbax, safetensors, torch
+from codegemma.formats import Checkpoint, files, format_of, gguf, keras, nemo, open_checkpoint, orbax, safetensors, torch
 from codegemma.formats.files import building
 from codegemma.native import Native
-from codegemma.quantize import CHUNK, QUANTISED, Cost, Importance, chosen, quantize, rows_float32
-from codegemma.weights import BLOCKS, Deferred, Tensor, plain
+from codegemma.quantize import CHUNK, QUANTISED, Cost, Importance, blocks, chosen, importance_of, rows_float32
+from codegemma.weights import BLOCKS, ELEMENTS, Deferred, Tensor, plain
 
 Target = Literal["gguf", "safetensors", "orbax", "keras", "nemo", "gemma_pytorch"]
 Program = Literal["ollama", "lmstudio", "llamacpp", "transformers", "nemo"]
@@ -36,43 +36,53 @@ class Converted:
 
 
 def convert(source: str | Path, target: Path, to: Target | None = None, *, quantize_to: str | None = None,
-            dtype: str | None = None, importance: Importance | None = None, overwrite: bool = False,
+            dtype: str | None = None, importance: Importance | Path | None = None, overwrite: bool = False,
             merge: Callable[[Checkpoint], Checkpoint] | None = None, progress: Progress | None = None) -> Converted:
     """Writes a model (a name, or a path of any format) in another format, tensor by tensor.
 
     The types of the source are kept, except that formats without blocks get bfloat16 for blocks. `dtype` ("bf16",
-    "f16", "f32") changes them, `quantize_to` (GGUF only) makes blocks; `merge` is applied to the opened model, such as
-    an adapter's. The target appears only when it is complete. Raises ValueError naming what is wrong and what to do.
+    "f16", "f32") changes them; `quantize_to` (GGUF only) makes blocks, weighed by `importance` (its file, or texts to
+    measure it on); `merge` is applied to the opened model, such as an adapter's. The target appears only when it is
+    complete; interrupted quantisation is gone on with. Raises ValueError naming what is wrong and what to do.
     """
     checkpoint = open_checkpoint(hub.resolve(source))
     to = to or SUFFIXES.get(target.suffix)
     if to is None or to not in get_args(Target):
         raise ValueError(f"{target} does not say its format: pass --to {', '.join(get_args(Target))}")
-    if quantize_to and to != "gguf":
-        raise ValueError(f"--quantize makes GGUF blocks, which {to} cannot hold: use --to gguf, or --dtype")
+    if quantize_to and (to != "gguf" or dtype):
+        raise ValueError(f"--quantize makes GGUF blocks, which {to if to != 'gguf' else 'dtype ' + str(dtype)} cannot hold: "
+                         "use --to gguf alone, or --dtype")
+    if importance and not quantize_to:
+        raise ValueError("importance weighs the columns that --quantize rounds: pass --quantize too, or neither")
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists: choose another name, or pass --overwrite")
     checkpoint = merge(checkpoint) if merge else checkpoint
-    costs: list[Cost] = []
-    tensors = _typed(checkpoint, to, quantize_to, dtype, importance, costs)
+    wanted = _wanted(checkpoint, to, quantize_to, dtype)
+    stamp = None if merge or not quantize_to else _stamp(checkpoint, quantize_to, importance)
+    if isinstance(importance, Path):
+        importance = importance_of(importance, checkpoint)
+    sums: dict[str, tuple[float, float]] = {}
+    tensors = {name: _typed(name, tensor, wanted[name], importance or {}, sums) for name, tensor in checkpoint.tensors.items()}
     _room(target, sum(tensor.nbytes for tensor in tensors.values()))
     if target.exists() and overwrite:
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     written = replace(checkpoint, tensors=_watched(tensors, progress))
     if to in ("gguf", "nemo"):
-        _save(to, target, written)
+        _save(to, target, written, stamp)
     else:
         with building(target) as directory:
             _save(to, directory, written)
+    costs = [Cost(name, checkpoint.tensors[name].type, wanted[name], math.sqrt(wrong / size) if size else 0.0)
+             for name, (wrong, size) in sums.items()]
     return Converted(target, to, costs)
 
 
-def _save(to: Target, path: Path, made: Checkpoint) -> None:
+def _save(to: Target, path: Path, made: Checkpoint, stamp: str | None = None) -> None:
     tokenizer, template = made.tokenizer, chat_template(made)
     model = tokenizer.model if tokenizer else None
     match to:
         case "gguf":
-            gguf.save(path, made.config, made.tensors, tokenizer, _kept(made), title(made), template)
+            gguf.save(path, made.config, made.tensors, tokenizer, _kept(made), title(made), template, stamp)
         case "nemo":
             nemo.save(path, made.config, made.tensors, model)
         case "keras":
@@ -92,37 +102,54 @@ def _save(to: Target, path: Path, made: Checkpoint) -> None:
         (path / "NOTICE").write_text(hub.NOTICE)
 
 
-def _typed(checkpoint: Checkpoint, to: Target, quantize_to: str | None, dtype: str | None,
-           importance: Importance | None, costs: list[Cost]) -> dict[str, Tensor]:
-    """The tensors in the types that the target gets, each made when it is written."""
+def _wanted(checkpoint: Checkpoint, to: Target, quantize_to: str | None, dtype: str | None) -> dict[str, str]:
+    """The type that each tensor gets."""
     if dtype and dtype.upper() not in ("BF16", "F16", "F32"):
         raise ValueError(f"dtype must be bf16, f16 or f32, got {dtype!r}")
-    wanted = {name: dtype.upper() if dtype else "BF16" if to != "gguf" and tensor.type in QUANTISED else tensor.type
-              for name, tensor in checkpoint.tensors.items()}
     if quantize_to:
-        wanted = chosen(quantize_to, checkpoint)
+        return chosen(quantize_to, checkpoint)
+    return {name: dtype.upper() if dtype else "BF16" if to != "gguf" and tensor.type in QUANTISED else tensor.type
+            for name, tensor in checkpoint.tensors.items()}
 
-    def block(name: str, tensor: Tensor, type: str) -> np.ndarray:
-        made, error = quantize(tensor, type, (importance or {}).get(name))
-        costs.append(Cost(name, tensor.type, type, error))
-        return made.data
 
-    def made(name: str, tensor: Tensor) -> Tensor:
-        type = wanted[name]
-        if len(tensor.shape) == 1 or type == tensor.type:
-            return tensor
-        make = (lambda: block(name, tensor, type)) if type in QUANTISED else (lambda: _cast(name, tensor, type))
-        return Deferred(type, tensor.shape, make)
+def _stamp(checkpoint: Checkpoint, quantize_to: str, importance: Importance | Path | None) -> str:
+    """All that a quantised file depends on."""
+    files = [checkpoint.path] if checkpoint.path.is_file() else sorted(checkpoint.path.rglob("*"))
+    if isinstance(importance, Path):
+        files += [importance] if importance.is_file() else sorted(importance.rglob("*"))
+    weights = {} if importance is None or isinstance(importance, Path) else importance
+    return repr([quantize_to, *((str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+                 *((name, values.tobytes()) for name, values in weights.items())])
 
-    return {name: made(name, tensor) for name, tensor in checkpoint.tensors.items()}
+
+def _typed(name: str, tensor: Tensor, type: str, importance: Importance, sums: dict[str, tuple[float, float]]) -> Tensor:
+    """The tensor in another type, made when it is written; `sums` gets the squared norms of error and weights."""
+    def quantised(rows: Tensor) -> np.ndarray:
+        try:
+            made, wrong, size = blocks(rows, type, importance.get(name))
+        except ValueError as fault:
+            raise ValueError(f"tensor {name} {fault}") from None
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = before[0] + wrong, before[1] + size
+        return made
+
+    if len(tensor.shape) == 1 or type == tensor.type:
+        return tensor
+    return _by_rows(tensor, type, quantised if type in QUANTISED else lambda rows: _cast(name, rows, type))
+
+
+def _by_rows(tensor: Tensor, type: str, turn: Callable[[Tensor], np.ndarray]) -> Tensor:
+    """A tensor that `turn` makes of this one, of some rows at a time where these can be had alone."""
+    if isinstance(tensor, Deferred) and tensor.part is None:
+        return Deferred(type, tensor.shape, lambda: turn(tensor.rows(0, tensor.shape[0])))
+    return Deferred(type, tensor.shape, part=lambda start, stop: turn(tensor.rows(start, stop)))
 
 
 def _cast(name: str, tensor: Tensor, type: str) -> np.ndarray:
     rows, columns = tensor.shape
-    source = Tensor(tensor.type, tensor.shape, tensor.data)
-    out, step = np.empty(tensor.shape, {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[type]), max(1, CHUNK // columns)
+    out, step = np.empty(tensor.shape, ELEMENTS[type]), max(1, CHUNK // columns)
     for start in range(0, rows, step):
-        values = rows_float32(source, start, min(rows, start + step))
+        values = rows_float32(tensor, start, min(rows, start + step))
         if not np.isfinite(values).all() or type == "F16" and np.abs(values).max() > 65_504:
             raise ValueError(f"tensor {name} holds NaN, infinite or (for f16) too large weights: the model is damaged, "
                              "or choose bf16")
@@ -131,19 +158,18 @@ def _cast(name: str, tensor: Tensor, type: str) -> np.ndarray:
 
 
 def _watched(tensors: Mapping[str, Tensor], progress: Progress | None) -> dict[str, Tensor]:
-    if progress is None:
-        return dict(tensors)
+    """The same tensors; as each is read, progress is told, and what was read before leaves the memory."""
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
 
-    def watched(tensor: Tensor) -> np.ndarray:
+    def watched(rows: Tensor) -> np.ndarray:
         nonlocal done
-        data = tensor.data
-        done += tensor.nbytes
-        progress(done, total)
-        return data
+        files.let_go()
+        done += rows.nbytes
+        if progress:
+            progress(done, total)
+        return rows.data
 
-    return {name: tensor if len(tensor.shape) == 1 else
-            Deferred(tensor.type, tensor.shape, lambda tensor=tensor: watched(tensor))  # type: ignore[misc]
+    return {name: tensor if len(tensor.shape) == 1 else _by_rows(tensor, tensor.type, watched)
             for name, tensor in tensors.items()}
 
 
@@ -252,21 +278,16 @@ def verify(source: str | Path, target: str | Path, texts: tuple[str, ...] = TEXT
 
 
 def _error(left: Tensor, right: Tensor) -> float:
-    if left.type == right.type and np.array_equal(left.data, right.data):
-        return 0.0
-    if len(left.shape) == 1:
-        pairs: Iterator[tuple[np.ndarray, np.ndarray]] = iter([(left.float32(), right.float32())])
-    else:
-        rows, columns = left.shape
-        step = max(1, CHUNK // columns)
-        held = [Tensor(tensor.type, tensor.shape, tensor.data) for tensor in (left, right)]
-        pairs = ((rows_float32(held[0], at, min(rows, at + step)), rows_float32(held[1], at, min(rows, at + step)))
-                 for at in range(0, rows, step))
-    wrong = size = 0.0
-    for a, b in pairs:
+    wrong, size, same = 0.0, 0.0, left.type == right.type
+    for one, other in zip(left.pieces(), right.pieces(), strict=True):
+        one, other = (Tensor(piece.type, piece.shape, piece.data) for piece in (one, other))
+        same = same and np.array_equal(one.data, other.data)
+        a, b = (piece.float32() if len(piece.shape) == 1 else rows_float32(piece, 0, piece.shape[0]) for piece in (one, other))
         size += float(np.vdot(a, a))
-        wrong += float(np.vdot(a - b, a - b))
-    return math.sqrt(wrong / size) if size else math.sqrt(wrong)
+        a = a - b
+        wrong += float(np.vdot(a, a))
+        files.let_go()
+    return 0.0 if same else math.sqrt(wrong / size) if size else math.sqrt(wrong)
 
 
 def _ids(checkpoint: Checkpoint, texts: tuple[str, ...]) -> list[list[int]] | None:
@@ -369,14 +390,12 @@ SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0
 
 
 def _finite(tensor: Tensor) -> bool:
-    data = np.ascontiguousarray(tensor.data)
+    files.let_go()
     if tensor.type in SCALES:
-        blocks = data.reshape(-1, BLOCKS[tensor.type][1])
-        return all((np.ascontiguousarray(blocks[:, at:at + 2]).view("<u2") & 0x7C00 != 0x7C00).all()
-                   for at in SCALES[tensor.type])
-    mask = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[tensor.type]
-    raw = data.reshape(-1).view("<u4" if tensor.type == "F32" else "<u2")
-    return all((raw[at:at + CHUNK] & mask != mask).all() for at in range(0, raw.size, CHUNK))
+        return all((np.ascontiguousarray(piece.data.reshape(-1, BLOCKS[piece.type][1])[:, at:at + 2]).view("<u2") & 0x7C00
+                    != 0x7C00).all() for piece in tensor.pieces() for at in SCALES[piece.type])
+    mask, kind = {"F32": (0x7F800000, "<u4"), "F16": (0x7C00, "<u2"), "BF16": (0x7F80, "<u2")}[tensor.type]
+    return all((np.ascontiguousarray(piece.data).view(kind) & mask != mask).all() for piece in tensor.pieces())
 
 
 # ---------------------------------------------------------------------------------------------------------- export

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from codegemma.config import PRESETS, ModelConfig, Preset
-from codegemma.formats.files import replacing
+from codegemma.formats import orbax
+from codegemma.formats.files import lock, replacing
 
 DEFAULT = "gemma-3-270m"
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
@@ -92,8 +91,8 @@ def resolve(name_or_path: str | Path = DEFAULT) -> Path:
     if known.name == DEFAULT:
         return assemble(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
     raise ValueError(f"{known.title} is not on this machine: accept the Gemma terms at "
-                     f"https://huggingface.co/{known.hub}, run `huggingface-cli download {known.hub}`, and try "
-                     "again; or pass the path of a .gguf file or directory with -m")
+                     f"https://huggingface.co/{known.hub} and run `codegemma pull {known.name}`; or pass the path of a "
+                     ".gguf file or directory with -m")
 
 
 def models() -> list[ModelInfo]:
@@ -114,11 +113,12 @@ def _on_disk(known: Preset) -> Path | None:
 
 
 def _model_in(directory: Path) -> Path | None:
-    """The directory if it holds config.json and weights, else its one GGUF or NeMo file, else None."""
-    if (directory / "config.json").exists() and any(directory.glob("*.safetensors")):
+    """The directory if it holds config.json and weights, or an Orbax checkpoint; else its one GGUF or NeMo file, or None."""
+    if (directory / "config.json").exists() and next(
+            (file for kind in ("*.safetensors", "*.h5", "*.bin", "*.ckpt") for file in directory.glob(kind)), None):
         return directory
     files = sorted([*directory.glob("*.gguf"), *directory.glob("*.nemo")])
-    return files[0] if len(files) == 1 else None
+    return files[0] if len(files) == 1 else directory if orbax.home(directory) else None
 
 
 def _in_hub_cache(repository: str) -> Path | None:
@@ -147,7 +147,8 @@ def assemble(packaged: Packaged, directory: Path) -> Path:
     if _verified(file):
         return file
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / ".lock"):
+    with open(directory / ".lock", "w") as handle:
+        lock(handle)
         if _verified(file):
             return file
         if not (file.exists() and _joined([file]) == (packaged.size, packaged.sha256)):
@@ -223,16 +224,3 @@ def _verified(file: Path) -> bool:
         return _stamp_file(file).read_text() == _stamp(file)
     except (OSError, UnicodeDecodeError):
         return False
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """A lock between processes where the system has flock; elsewhere the atomic rename alone keeps files whole."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(file, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -254,9 +254,9 @@ def _short(error: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ packs
-def pack(name: str, target: Path) -> Path:
-    """One file of a model that is on this machine, with the hash of each of its files, for `install` elsewhere."""
-    path = hub.resolve(name)
+def pack(path: Path, target: Path, name: str = "") -> Path:
+    """One file of a model that is on this machine, with the hash of each of its files, for `install` elsewhere, where it
+    is known by the preset's name, or else its file's."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     root = path.parent if path.is_file() else path
     known = hub.preset(name)

@@ -6,10 +6,11 @@ row is no whole number of blocks the next larger type takes its place, and where
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from codegemma.config import ModelConfig
 from codegemma.formats import Checkpoint, gguf
-from codegemma.native import _native, usable_cpus
+from codegemma.native import PAGE, Native, Slice, _native, usable_cpus
 from codegemma.weights import BLOCKS, Tensor, places, row_bytes
 
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0",
@@ -26,6 +27,8 @@ FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "Q8_0", "Q4_
 MIXES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # attn_v and ffn_down get Q6_K in half of the layers
 QUANTISED = tuple(type for type, (weights, _) in BLOCKS.items() if weights > 1)
 CHUNK = 1 << 20                          # weights that one thread holds as float32
+
+ROW, ROWS, MOST_TEXT = 512, 32, 1 << 24  # tokens of a row, rows, and bytes of text that importance is measured on
 
 Importance = Mapping[str, np.ndarray]    # by tensor name: float32, one number for each column
 
@@ -81,21 +84,20 @@ def _fitting(type: str, tensor: Tensor) -> str:
 def rows_float32(tensor: Tensor, start: int, stop: int) -> np.ndarray:
     """float32 [stop - start, columns] of a matrix of any type."""
     out = np.empty((stop - start, tensor.shape[-1]), np.float32)
-    data = np.ascontiguousarray(tensor.data[start:stop])
+    data = np.ascontiguousarray(tensor.rows(start, stop).data)
     _native.dequantise(_native.level("auto"), _native.Weight(tensor.type, data, *out.shape), out)
     return out
 
 
-def quantize(tensor: Tensor, type: str, importance: np.ndarray | None = None,
-             threads: int | None = None) -> tuple[Tensor, float]:
-    """A matrix as blocks of `type`, and its error. `importance` weighs the columns (what llama.cpp calls an imatrix).
+def blocks(tensor: Tensor, type: str, importance: np.ndarray | None = None,
+           threads: int | None = None) -> tuple[np.ndarray, float, float]:
+    """The blocks of some rows; the squared norms of the error and of the weights. `importance` weighs the columns.
 
     Raises ValueError on NaN or infinite weights and on rows that are no whole number of blocks.
     """
     rows, columns = tensor.shape
     out = np.empty((rows, row_bytes(type, columns)), np.uint8)
     level, step = _native.level("auto"), max(1, CHUNK // columns)
-    tensor = Tensor(tensor.type, tensor.shape, tensor.data)  # a deferred one is made once
 
     def chunk(start: int) -> tuple[float, float]:
         stop = min(rows, start + step)
@@ -108,6 +110,14 @@ def quantize(tensor: Tensor, type: str, importance: np.ndarray | None = None,
     with ThreadPoolExecutor(threads or usable_cpus()) as pool:
         sums = list(pool.map(chunk, range(0, rows, step)))
     wrong, size = (math.fsum(part) for part in zip(*sums, strict=True))
+    return out, wrong, size
+
+
+def quantize(tensor: Tensor, type: str, importance: np.ndarray | None = None,
+             threads: int | None = None) -> tuple[Tensor, float]:
+    """A matrix as blocks of `type`, and its error; arguments and errors as of `blocks`."""
+    whole = Tensor(tensor.type, tensor.shape, tensor.data)  # a deferred one is made once
+    out, wrong, size = blocks(whole, type, importance, threads)
     return Tensor(type, tensor.shape, out), math.sqrt(wrong / size) if size else 0.0
 
 
@@ -137,6 +147,44 @@ def summary(costs: list[Cost]) -> Iterator[str]:
                f"{count} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})")
 
 
+# ------------------------------------------------------------------------------------------------------ importance
+def importance_of(path: Path, checkpoint: Checkpoint) -> Importance:
+    """The importance in llama-imatrix's file, or what the model gives each column on a text, or on a folder's texts."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                return read_importance(path, checkpoint.config)
+    if checkpoint.tokenizer is None:
+        raise ValueError(f"{checkpoint.path} has no tokenizer to read {path} with: put its tokenizer.model beside it")
+    bos, rows = checkpoint.tokenizer.control.bos or 0, []
+    for text in _texts(path):
+        ids = checkpoint.tokenizer.encode(text)
+        rows += [[bos, *ids[at:at + ROW - 1]] for at in range(0, len(ids), ROW - 1)]
+    if not rows:
+        raise ValueError(f"{path}: holds no UTF-8 text and is no file of llama-imatrix: pass code like that which the model "
+                         "is for")
+    return measure_importance(checkpoint, rows[::-(-len(rows) // ROWS)])
+
+
+def _texts(path: Path) -> Iterator[str]:
+    left = MOST_TEXT
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file() and 0 < file.stat().st_size <= left:
+            with contextlib.suppress(UnicodeDecodeError):
+                yield file.read_text("utf-8")
+                left -= file.stat().st_size
+
+
+def measure_importance(checkpoint: Checkpoint, rows: Sequence[Sequence[int]], threads: int | None = None) -> Importance:
+    """The mean square of what each column of each matrix is multiplied with, over the tokens of `rows` (ids)."""
+    sums: dict[str, np.ndarray] = {}
+    native = Native(checkpoint, threads, observed=sums)
+    for ids in rows:
+        native.run([Slice(ids, 0, [native.new_page() for _ in range(0, len(ids), PAGE)], 1)])
+    tokens = sum(map(len, rows))
+    return {name: (total / tokens).astype(np.float32) for name, total in sums.items()}
+
+
 def read_importance(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
     """The importance that llama.cpp's `llama-imatrix` measured (its GGUF form), by our names.
 
@@ -156,15 +204,3 @@ def read_importance(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
     if not found:
         raise ValueError(f"{path}: holds no importances (NAME.in_sum2, NAME.counts): pass what llama-imatrix wrote")
     return found
-
-
-def write_importance(path: Path, config: ModelConfig, importance: Importance) -> None:
-    """The same read backwards, for llama-quantize --imatrix."""
-    rows = []
-    for place in places(config, "gguf"):
-        if place.name in importance:
-            values = np.ascontiguousarray(importance[place.name], np.float32)
-            rows += [(f"{place.stored}.in_sum2", "F32", (1, values.size), values),
-                     (f"{place.stored}.counts", "F32", (1, 1), np.ones(1, np.float32))]
-    gguf.write_gguf(path, {"general.type": "imatrix", "imatrix.chunk_count": 1, "imatrix.chunk_size": 512,
-                           "imatrix.datasets": ["codegemma"]}, rows)

@@ -19,16 +19,19 @@ Blocks = Annotated[str | None, Option("--quantize", metavar="TYPE", help="Blocks
 def convert(
     source: Source, target: Annotated[Path, Argument(metavar="DST", help="The file or directory to write.")],
     to: Annotated[To | None, Option(help="The format, where DST does not say it.")] = None, quantize: Blocks = None,
+    importance: Annotated[Path | None, Option(metavar="PATH", help="Weigh columns by what llama-imatrix measured, or by what "
+                                                                   "the model does on this text or folder of code.")] = None,
     dtype: Annotated[Literal["bf16", "f16", "f32"] | None, Option(help="Type of the floats; the source's where left out.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace DST.")] = False,
 ) -> None:
     """Write a model in another format; nothing stands under DST until it is complete."""
     from codegemma import convert as formats
+    from codegemma.quantize import summary
 
-    done = formats.convert(source, target, to, quantize_to=quantize, dtype=dtype, overwrite=overwrite, progress=_shown)
-    for cost in done.costs:
-        print(f"{cost.name}: {cost.before} -> {cost.after}, error {cost.error:.2%}")
-    print(f"{done.path} ({done.format})")
+    done = formats.convert(source, target, to, quantize_to=quantize, dtype=dtype, importance=importance, overwrite=overwrite,
+                           progress=_shown)
+    for line in (*summary(done.costs), f"{done.path} ({done.format})"):
+        print(line)
 
 
 def verify(source: Source, target: Annotated[str, Argument(metavar="DST", help="The model to compare with it.")]) -> None:
@@ -36,15 +39,7 @@ def verify(source: Source, target: Annotated[str, Argument(metavar="DST", help="
     from codegemma import convert as formats
 
     proof = formats.verify(source, target)
-    worst = max(proof.errors.items(), key=lambda item: item[1], default=("none", 0.0))
-    ids = {True: "the same", False: "different", None: "not compared: one has no tokenizer"}[proof.same_ids]
-    rows = {"tensors": f"{proof.identical} of {len(proof.errors)} identical; the largest error is {worst[1]:.3%} ({worst[0]})",
-            "token ids": ids, "logits": f"largest difference {proof.largest:.4g}, mean {proof.mean:.4g}",
-            "KL": f"{proof.kl:.4g} nats", "top token": f"the same at {proof.agreement:.1%}"}
-    for name, text in rows.items():
-        print(f"{name:10}  {text}")
-    for fault in proof.faults:
-        print(f"fault: {fault}", file=sys.stderr)
+    print(*proof.lines(), sep="\n")
     raise typer.Exit(1 if proof.faults else 0)
 
 
@@ -52,13 +47,8 @@ def inspect(source: Source, as_json: Annotated[bool, Option("--json", help="Prin
     """What a checkpoint is, and its problems. No code in it is run."""
     from codegemma import convert as formats
 
-    found = vars(formats.inspect(source)) | {}
-    if as_json:
-        print(json.dumps(found, default=str))
-        return
-    for name, value in found.items():
-        text = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, dict) else value
-        print(f"{name:14}  {'none' if value in (None, [], {}) else text}")
+    found = formats.inspect(source)
+    print(*([json.dumps(vars(found), default=str)] if as_json else found.lines()), sep="\n")
 
 
 def export(
@@ -96,7 +86,7 @@ def pull(
 
     path = hub_pull.pull(name, source, ask=lambda text: accept_terms or typer.confirm(f"{text}\nDo you accept them?"),
                          sha256=sha256, progress=lambda file, done, size: _shown(done, size or done))
-    print(hub_pull.pack(name, pack) if pack else path)
+    print(hub_pull.pack(path, pack, name) if pack else path)
 
 
 def install(file: Annotated[Path, Argument(help="A pack that `codegemma pull --pack` made.")]) -> None:

@@ -24,6 +24,7 @@ BLOCKS: dict[str, tuple[int, int]] = {  # type: (weights per block, bytes per bl
     "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
 
 
+PIECE = 1 << 24                          # weights that are written at once
 ELEMENTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # unquantised types as NumPy sees them
 
 
@@ -60,6 +61,19 @@ class Tensor:
         """Bytes of `data`, without making it."""
         return math.prod(self.shape[:-1]) * row_bytes(self.type, self.shape[-1])
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Some of its rows, along the first axis."""
+        return Tensor(self.type, (stop - start, *self.shape[1:]), self.data[start:stop])
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All rows, a few at a time: what is written so takes little memory."""
+        step = max(1, PIECE // max(1, math.prod(self.shape[1:])))
+        if len(self.shape) == 1 or self.shape[0] <= step:
+            yield self
+            return
+        whole = self if isinstance(self, Deferred) and self.part else Tensor(self.type, self.shape, self.data)
+        yield from (whole.rows(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+
     def array(self) -> np.ndarray:
         """The elements of an unquantised tensor as they are stored, in its shape: bfloat16 as uint16."""
         return np.ascontiguousarray(self.data).view(ELEMENTS[self.type]).reshape(self.shape)
@@ -75,18 +89,30 @@ class Tensor:
 
 class Deferred(Tensor):
     """A tensor whose data is made each time it is looked at, and not kept: how a large model passes through little
-    memory. `layer` makes one layer alone of a tensor in which layers lie stacked."""
+    memory. Where `part` is given it makes only some rows (start, stop), and `layer` one layer of many stacked on axis 1."""
 
     make: Callable[[], np.ndarray]
+    part: Callable[[int, int], np.ndarray] | None
     layer: Callable[[int], np.ndarray] | None
 
-    def __init__(self, type: str, shape: tuple[int, ...], make: Callable[[], np.ndarray],
+    def __init__(self, type: str, shape: tuple[int, ...], make: Callable[[], np.ndarray] | None = None,
+                 part: Callable[[int, int], np.ndarray] | None = None,
                  layer: Callable[[int], np.ndarray] | None = None) -> None:
-        vars(self).update(type=type, shape=shape, make=make, layer=layer)
+        vars(self).update(type=type, shape=shape, make=make or (lambda: part(0, shape[0])),  # type: ignore[misc]
+                          part=part, layer=layer)
+
+    def _bytes(self, shape: tuple[int, ...], made: np.ndarray) -> np.ndarray:
+        return Tensor.view(self.type, shape, np.ascontiguousarray(made).view(np.uint8).reshape(-1)).data
 
     @property
     def data(self) -> np.ndarray:  # type: ignore[override]
-        return Tensor.view(self.type, self.shape, np.ascontiguousarray(self.make()).view(np.uint8).reshape(-1)).data
+        return self._bytes(self.shape, self.make())
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.part is None:
+            return super().rows(start, stop)
+        shape = (stop - start, *self.shape[1:])
+        return Tensor(self.type, shape, self._bytes(shape, self.part(start, stop)))
 
 
 def unstacked(stored: Mapping[str, Tensor], axis: int, pattern: str) -> dict[str, Tensor]:
@@ -105,6 +131,8 @@ def unstacked(stored: Mapping[str, Tensor], axis: int, pattern: str) -> dict[str
 
 def _layer(tensor: Tensor, axis: int, index: int) -> Tensor:
     def make() -> np.ndarray:
+        if axis == 0:
+            return tensor.rows(index, index + 1).array()[0]
         if isinstance(tensor, Deferred) and tensor.layer:
             return tensor.layer(index)
         return np.take(tensor.array(), index, axis)
@@ -305,6 +333,12 @@ class Group:
     def is_norm(self) -> bool:
         return self.parts[0].is_norm
 
+    @property
+    def same(self) -> bool:
+        """Whether it lies there as it does here."""
+        return len(self.parts) == 1 and self.scale == 1 and self.parts[0].shape == self.shape and len(
+            {*self._letters(self.parts[0])}) == 1
+
     def gather(self, arrays: list[np.ndarray]) -> np.ndarray:
         """The stored elements from ours."""
         turned = []
@@ -412,7 +446,7 @@ def _cut(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An embedding without the rows that pad it: DeepMind's has 256,128 for 256,000 tokens."""
     if len(shape) == 2 and len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and \
             shape[0] < tensor.shape[0] <= shape[0] + 1024 and shape[0] >= 256_000:
-        return Deferred(tensor.type, shape, lambda: tensor.data[:shape[0]])
+        return Deferred(tensor.type, shape, part=lambda start, stop: tensor.rows(start, stop).data)
     return tensor
 
 
@@ -423,6 +457,9 @@ def _stored(config: ModelConfig, format: Format) -> Iterator[Place]:
 
 
 def _part(group: Group, index: int, stored: Tensor) -> Tensor:
+    if group.same:
+        return stored
+
     def make() -> np.ndarray:
         array = stored.array()
         if group.scale != 1:
@@ -438,6 +475,9 @@ def _gathered(group: Group, ours: list[Tensor]) -> Tensor:
     if len(kinds) > 1 or kinds[0] not in ELEMENTS:
         raise ValueError(f"tensor {group.stored} is made of {' and '.join(kinds)}, but this format holds unquantised "
                          "tensors of one type: pass --dtype")
+
+    if group.same:
+        return ours[0]
 
     def make() -> np.ndarray:
         array = group.gather([tensor.array() for tensor in ours])

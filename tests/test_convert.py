@@ -101,6 +101,7 @@ def test_blocks_become_bfloat16_where_a_format_has_none_and_dtype_decides(tmp_pa
     ("x.nemo", {"quantize_to": "q8_0"}, "which nemo cannot hold"),
     ("x.gguf", {"quantize_to": "q3"}, "cannot quantize to 'q3'"),
     ("x.gguf", {"dtype": "int8"}, "dtype must be bf16, f16 or f32"),
+    ("x.gguf", {"dtype": "f32", "quantize_to": "q8_0"}, "which dtype f32 cannot hold"),
     ("source.gguf", {}, "source.gguf exists: choose another name, or pass --overwrite")])
 def test_what_cannot_be_done_is_said(tmp_path, name, options, message):
     with pytest.raises(ValueError, match=message):
@@ -129,6 +130,49 @@ def test_a_large_model_passes_through_little_memory(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 8 * one < model.nbytes / 8, to
+
+
+def test_an_interrupted_quantisation_is_gone_on_with(tmp_path):
+    source, target = _source(tmp_path, width=256, ffn_width=512), tmp_path / "q.gguf"
+    whole = c.convert(source, tmp_path / "whole.gguf", quantize_to="q4_k_m")
+
+    def stop(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            c.convert(source, target, quantize_to="q4_k_m", progress=stop)
+        assert not target.exists() and len(list(tmp_path.glob(".q.gguf.at-*.part"))) == 1
+    rest = c.convert(source, target, quantize_to="q4_k_m").costs
+    assert 0 < len(rest) < 0.7 * len(whole.costs) and set(rest) < set(whole.costs)
+    assert target.read_bytes() == whole.path.read_bytes() and not list(tmp_path.glob(".*.part"))
+
+
+def test_what_another_conversion_or_a_killed_process_left_is_swept_away(tmp_path):
+    source, target = _source(tmp_path, width=256, ffn_width=512), tmp_path / "q.gguf"
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        c.convert(source, target, quantize_to="q4_0", progress=stop)
+    (tmp_path / ".q.gguf.4194305.part").write_text("of a process number that Linux never gives")
+    (tmp_path / ".s.4194305.part").mkdir()
+    c.convert(source, target, quantize_to="q8_0")
+    c.convert(source, tmp_path / "s", "safetensors")
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_importance_lowers_what_the_quantiser_costs_where_it_matters(tmp_path):
+    source = _source(tmp_path, width=256, ffn_width=512)
+    (tmp_path / "code.py").write_text("def f(x):\n    return x\n" * 40)
+    made = [c.verify(source, c.convert(source, tmp_path / f"{name}.gguf", quantize_to="q4_0", importance=path).path,
+                     ("def g(x, y):\n    return y\n",) * 2, threads=1).kl
+            for name, path in (("without", None), ("with", tmp_path / "code.py"))]
+    assert 0 < made[1] < 0.95 * made[0]
+    with pytest.raises(ValueError, match="importance weighs the columns that --quantize rounds"):
+        c.convert(source, tmp_path / "x.gguf", importance=tmp_path / "code.py")
 
 
 def test_a_merge_is_applied_to_the_opened_model(tmp_path):

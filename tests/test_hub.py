@@ -67,7 +67,7 @@ def test_a_path_is_itself_and_a_presets_name_comes_before_a_path(home, monkeypat
     monkeypatch.chdir(home)
     (home / "2b").mkdir()
     assert hub.resolve("./2b").samefile(home / "2b")
-    with pytest.raises(ValueError, match="CodeGemma 2B is not on this machine.*download google/codegemma-2b"):
+    with pytest.raises(ValueError, match="CodeGemma 2B is not on this machine.*codegemma pull 2b"):
         hub.resolve("2b")
 
 

@@ -14,6 +14,8 @@ import pytest
 from tiny import tiny_config, write_tiny_gguf, write_tiny_hf
 
 from codegemma import hub, hub_pull
+from codegemma.convert import convert
+from codegemma.formats import open_checkpoint
 
 BODY = bytes(range(256)) * 20_000
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -148,7 +150,7 @@ def test_ngc_lists_then_downloads(server, monkeypatch):
 def test_a_pack_carries_a_model_to_a_machine_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     write_tiny_hf(hub.cache_dir() / "models" / "2b", tiny_config("gemma-mqa"))
-    made = hub_pull.pack("2b", tmp_path / "2b.pack")
+    made = hub_pull.pack(hub.resolve("2b"), tmp_path / "2b.pack", "codegemma-2b")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
     at = hub_pull.install(made)
     assert hub.resolve("2b") == at == hub.cache_dir() / "models" / "2b"
@@ -162,6 +164,16 @@ def test_a_pack_carries_a_model_to_a_machine_without_a_network(tmp_path, monkeyp
     with pytest.raises(ValueError, match="has another SHA-256"):
         hub_pull.install(tmp_path / "bad.pack")
     assert not (hub.cache_dir() / "models" / "2b").exists()
+
+
+def test_a_packed_orbax_checkpoint_is_found_where_it_was_installed(tmp_path, monkeypatch):
+    """What `pull --source kaggle` downloads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = write_tiny_gguf(tmp_path / "m.gguf", tiny_config("gemma-mqa"), "BF16")
+    at = convert(source, tmp_path / "kagglehub" / "2", "orbax").path
+    hub_pull.install(hub_pull.pack(at, tmp_path / "7b.pack", "7b"))
+    assert hub.resolve("7b") == hub.cache_dir() / "models" / "7b"
+    assert open_checkpoint(hub.resolve("7b")).tensors.keys() == open_checkpoint(source).tensors.keys()
 
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil-pack", "a/../../evil"])

@@ -6,11 +6,12 @@ from pathlib import Path
 import gguf as peer
 import numpy as np
 import pytest
-from tiny import dequantize, encode, tiny_config, tiny_tensors, write_tiny_gguf
+from reference import logits
+from tiny import KINDS, dequantize, encode, tiny_config, tiny_tensors, write_tiny_gguf
 
-from codegemma.formats import open_checkpoint
+from codegemma.formats import gguf, open_checkpoint
 from codegemma.native import _native
-from codegemma.quantize import QUANTISED, bits, chosen, quantize, quantize_checkpoint, read_importance, summary, write_importance
+from codegemma.quantize import QUANTISED, bits, chosen, importance_of, quantize, quantize_checkpoint, summary
 from codegemma.weights import Tensor, row_bytes
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "quantize.npz")
@@ -57,16 +58,48 @@ def test_importance_lowers_the_error_where_it_is_asked_to(type):
     assert wrong[1] < 0.8 * wrong[0]
 
 
+def _imatrix(path, given):
+    """As llama-imatrix writes it."""
+    rows = [row for name, values in given.items() for row in (
+        (f"{name}.in_sum2", "F32", (1, values.size), values * 8), (f"{name}.counts", "F32", (1, 1), np.full(1, 8, "<f4")))]
+    gguf.write_gguf(path, {"general.type": "imatrix", "imatrix.datasets": ["code"]}, rows)
+
+
 def test_importance_is_read_as_llama_imatrix_writes_it(tmp_path):
-    config = tiny_config("gemma-mqa")
-    given = {"layers.0.q": np.arange(96, dtype=np.float32), "layers.2.down": np.ones(160, np.float32)}
-    write_importance(tmp_path / "i.gguf", config, given)
-    read = read_importance(tmp_path / "i.gguf", config)
-    assert read.keys() == given.keys() and all(np.array_equal(read[name], given[name]) for name in given)
+    model, narrow = _open(tiny_config("gemma-mqa")), _open(tiny_config("gemma-mqa", width=64))
+    q, down = np.arange(96, dtype=np.float32), np.ones(160, np.float32)
+    _imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": q, "blk.2.ffn_down.weight": down})
+    read = importance_of(tmp_path / "i.gguf", model)
+    assert read.keys() == {"layers.0.q", "layers.2.down"} and np.array_equal(read["layers.0.q"], q)
     with pytest.raises(ValueError, match="blk.0.attn_q.weight has 96 importances.*has 64 columns"):
-        read_importance(tmp_path / "i.gguf", tiny_config("gemma-mqa", width=64))
+        importance_of(tmp_path / "i.gguf", narrow)
     with pytest.raises(ValueError, match="holds no importances"):
-        read_importance(write_tiny_gguf(tmp_path / "m.gguf", config), config)
+        importance_of(write_tiny_gguf(tmp_path / "m.gguf", model.config), model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_importance_is_the_mean_square_of_what_meets_each_matrix(kind, tmp_path):
+    """By the float64 twin, which tells what each matrix is multiplied with."""
+    model = open_checkpoint(write_tiny_gguf(tmp_path / "m.gguf", tiny_config(kind)))
+    params = {name: dequantize(tensor).astype(np.float64) for name, tensor in model.tensors.items()}
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.py").write_text("def f(x):\n    return x\n")
+    (tmp_path / "texts" / "b.bin").write_bytes(b"\xff\xfe\x00")
+    ids = [2, *model.tokenizer.encode("def f(x):\n    return x\n")]
+    met = {}
+
+    def dot(x, w):
+        met.update({name: np.square(x).mean(0) for name, values in params.items() if values is w})
+        return x @ w.swapaxes(-1, -2)
+
+    logits(model.config, params, ids, dot)
+    found = importance_of(tmp_path / "texts", model)
+    assert found.keys() == met.keys() - {"embed"}
+    for name, values in found.items():
+        np.testing.assert_allclose(values, met[name], rtol=1e-3, atol=1e-5 * met[name].max(), err_msg=name)
+    (tmp_path / "texts" / "a.py").unlink()
+    with pytest.raises(ValueError, match="holds no UTF-8 text"):
+        importance_of(tmp_path / "texts", model)
 
 
 def test_a_damaged_weight_is_refused_and_named(tmp_path):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from codegemma import weights
 from codegemma.config import LIMITS, ModelConfig
-from codegemma.formats.files import mapped, replacing
+from codegemma.formats.files import mapped, replacing, resuming
 from codegemma.tokenizer import Tokenizer
 from codegemma.weights import Tensor, row_bytes
 
@@ -344,33 +344,44 @@ def _text(text: str) -> bytes:
     return _U64.pack(len(raw)) + raw
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Any],
-               tensors: Iterable[tuple[str, str, tuple[int, ...], np.ndarray | Callable[[], np.ndarray]]]) -> None:
+Data = np.ndarray | Callable[[], np.ndarray | Iterator[np.ndarray]]
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...], Data]],
+               stamp: str | None = None) -> None:
     """Writes (name, type, shape, data) one by one; `path` appears only when complete.
 
-    `data` are the bytes of the blocks, or a callable that gives them when their turn comes, so that a large model
-    passes through little memory.
+    `data` are the bytes of the blocks, or a callable that gives them, whole or in pieces, when their turn comes, so that
+    a large model passes through little memory. With a `stamp`, which must tell all that the file depends on, an
+    interrupted file is gone on with: tensors that are in it already are not asked for.
     """
     infos = list(tensors)
     header = [b"GGUF", _U32.pack(3), _U64.pack(len(infos)), _U64.pack(len(metadata))]
     header += [_text(key) + _value_bytes(value) for key, value in metadata.items()]
     alignment = int(metadata.get("general.alignment", ALIGNMENT))
     codes = {name: code for code, name in TYPES.items()}
-    offset, sizes = 0, []
+    places, end = [], 0
     for name, type, shape, _ in infos:
-        sizes.append(math.prod(shape[:-1]) * row_bytes(type, shape[-1]))
         header.append(_text(name) + _U32.pack(len(shape)) + b"".join(map(_U64.pack, shape[::-1]))
-                      + _U32.pack(codes[type]) + _U64.pack(offset))
-        offset += -(-sizes[-1] // alignment) * alignment
-    with replacing(path) as file:
-        file.write(b"".join(header))
-        for (name, _, _, data), size in zip(infos, sizes, strict=True):
-            file.write(bytes(-file.tell() % alignment))
-            raw = np.ascontiguousarray(data() if callable(data) else data).view(np.uint8).reshape(-1)
-            if raw.size != size:
-                raise ValueError(f"{path}: tensor {name} has {raw.size:,} bytes, but its type and shape make {size:,}")
-            file.write(raw.data)
-        file.write(bytes(-file.tell() % alignment))
+                      + _U32.pack(codes[type]) + _U64.pack(end))
+        places.append((end, end + math.prod(shape[:-1]) * row_bytes(type, shape[-1])))
+        end = -(-places[-1][1] // alignment) * alignment
+    head = b"".join(header)
+    head += bytes(-len(head) % alignment)
+    with replacing(path) if stamp is None else resuming(path, stamp) as file:
+        kept = 0 if stamp is None or file.read(len(head)) != head else file.seek(0, 2)
+        file.seek(0)
+        file.write(head)
+        for (name, _, _, data), (start, stop) in zip(infos, places, strict=True):
+            if len(head) + stop > kept:
+                file.truncate(file.seek(len(head) + start))
+                made = data() if callable(data) else data
+                for piece in [made] if isinstance(made, np.ndarray) else made:
+                    file.write(np.ascontiguousarray(piece).view(np.uint8).reshape(-1).data)
+                if (size := file.tell() - len(head) - start) != stop - start:
+                    raise ValueError(f"{path}: tensor {name} has {size:,} bytes, but its type and shape make "
+                                     f"{stop - start:,}")
+        file.truncate(len(head) + end)
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
@@ -398,8 +409,9 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
 
 
 def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None,
-         kept: Mapping[str, Any], name: str, template: str | None) -> None:
-    """Writes a file that llama.cpp reads, tensor by tensor. `kept` are a source header's entries that stay."""
+         kept: Mapping[str, Any], name: str, template: str | None, stamp: str | None = None) -> None:
+    """Writes a file that llama.cpp reads, tensor by tensor. `kept` are a source header's entries that stay; `stamp` as in
+    `write_gguf`."""
     stored = weights.write("gguf", config, tensors)
     kinds = [tensor.type for tensor in tensors.values() if len(tensor.shape) == 2]
     metadata = {**config_metadata(config), "general.name": name, **kept,
@@ -408,5 +420,6 @@ def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokeniz
         metadata |= tokenizer_metadata(tokenizer, config.vocab)
     if template:
         metadata["tokenizer.chat_template"] = template
-    write_gguf(path, metadata, [(key, tensor.type, tensor.shape, partial(getattr, tensor, "data"))
-                                for key, tensor in stored.items()])
+    write_gguf(path, metadata, [(key, tensor.type, tensor.shape,
+                                 lambda tensor=tensor: (piece.data for piece in tensor.pieces()))  # type: ignore[misc]
+                                for key, tensor in stored.items()], stamp)

@@ -87,7 +87,7 @@ def read(path: Path) -> dict[str, Tensor]:
         type = "BF16" if label == "bfloat16" else {"float32": "F32", "float16": "F16"}.get(item.dtype.name)
         if type is None or not item.shape or not all(item.shape) or item.dtype.itemsize != weights.BLOCKS[type][1]:
             return
-        stored[_name(name)] = Deferred(type, item.shape, lambda: _values(path, name, item, type))
+        stored[_name(name)] = Deferred(type, item.shape, part=lambda start, stop: _values(path, name, item, type, start, stop))
 
     try:
         h5py.File(path, "r").visititems(visit)
@@ -96,9 +96,9 @@ def read(path: Path) -> dict[str, Tensor]:
     return stored
 
 
-def _values(path: Path, name: str, dataset: Any, type: str) -> np.ndarray:
+def _values(path: Path, name: str, dataset: Any, type: str, start: int, stop: int) -> np.ndarray:
     try:
-        return np.ascontiguousarray(dataset[...]).view(weights.ELEMENTS[type])
+        return np.ascontiguousarray(dataset[start:stop]).view(weights.ELEMENTS[type])
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path}: dataset {name} cannot be read ({str(error)[:200]}): download it again") from None
 
@@ -140,8 +140,11 @@ def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokeniz
         "name": {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[type]}}
     with h5py.File(path / "model.weights.h5", "w") as file:
         for name, tensor in stored.items():
-            values = tensor.array()
-            dataset = file.create_dataset(name, data=values.view("V2") if tensor.type == "BF16" else values)
+            kind = "V2" if tensor.type == "BF16" else weights.ELEMENTS[tensor.type]
+            dataset, at = file.create_dataset(name, tensor.shape, kind), 0
+            for piece in tensor.pieces():
+                dataset[at:at + piece.shape[0]] = piece.array().view(kind)
+                at += piece.shape[0]
             if tensor.type == "BF16":
                 dataset.attrs["dtype"] = "bfloat16"
     family = "gemma3" if config.architecture == "gemma3" else "gemma"

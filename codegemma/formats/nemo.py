@@ -126,7 +126,7 @@ def _zarr(path: Path, found: Members, name: str) -> Tensor:
     if wrong := [index for index, part in chunks.items() if part is None or part.size != size]:
         raise ValueError(f"{path}: array {name} lacks {len(wrong)} of its {len(chunks)} chunks: download it again")
 
-    def make(first: int = 0, last: int = shape[0]) -> np.ndarray:
+    def make(first: int, last: int) -> np.ndarray:
         index, low = divmod(first, chunk[0])
         part = chunks[(index, *[0] * (len(shape) - 1))]
         if chunk[1:] == shape[1:] and low + last - first <= chunk[0] and part is not None:  # in one piece: a view
@@ -142,7 +142,7 @@ def _zarr(path: Path, found: Members, name: str) -> Tensor:
                 target[...] = values[tuple(slice(length) for length in target.shape)]
         return whole
 
-    return Deferred(type, shape, make, lambda layer: make(layer, layer + 1)[0])
+    return Deferred(type, shape, part=make)
 
 
 def _distributed(path: Path, found: Members) -> Iterator[tuple[str, Tensor]]:
@@ -183,7 +183,7 @@ def _joined(path: Path, name: str, shape: tuple[int, ...], parts: list[tuple[tup
     if len(parts) == 1:
         return parts[0][1]
 
-    def make(first: int = 0, last: int = shape[0]) -> np.ndarray:
+    def make(first: int, last: int) -> np.ndarray:
         whole = np.zeros((last - first, *shape[1:]), weights.ELEMENTS[type])
         for offset, part in parts:
             low, high = max(offset[0], first), min(offset[0] + part.shape[0], last)
@@ -192,7 +192,7 @@ def _joined(path: Path, name: str, shape: tuple[int, ...], parts: list[tuple[tup
                 whole[(slice(low - first, high - first), *rest)] = part.array()[low - offset[0]:high - offset[0]]
         return whole
 
-    return Deferred(type, shape, make, lambda layer: make(layer, layer + 1)[0])
+    return Deferred(type, shape, part=make)
 
 
 def config(path: Path, fields: Mapping[str, Any], vocab: int) -> ModelConfig:
@@ -282,10 +282,18 @@ def _add_zarr(archive: tarfile.TarFile, at: str, layers: list[Tensor], stacked: 
     _add(archive, at + ".zarray", json.dumps(described, indent=4).encode())
     for layer, tensor in enumerate(layers):
         index = [layer, *[0] * len(shape)] if stacked else [0] * len(shape)
-        _add(archive, at + ".".join(map(str, index)), np.ascontiguousarray(tensor.data).reshape(-1).data)
+        archive.addfile(_info(at + ".".join(map(str, index)), tensor.nbytes))
+        for piece in tensor.pieces():
+            archive.fileobj.write(np.ascontiguousarray(piece.data).reshape(-1).data)  # type: ignore
+        archive.offset += tensor.nbytes + -tensor.nbytes % tarfile.BLOCKSIZE
+        archive.fileobj.write(bytes(-tensor.nbytes % tarfile.BLOCKSIZE))  # type: ignore[union-attr]
 
 
-def _add(archive: tarfile.TarFile, name: str, data: Any) -> None:
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    archive.addfile(_info(name, len(data)), io.BytesIO(data))
+
+
+def _info(name: str, size: int) -> tarfile.TarInfo:
     info = tarfile.TarInfo(f"./{name}")
-    info.size = len(data)
-    archive.addfile(info, torch._File(data))  # type: ignore[arg-type]
+    info.size = size
+    return info

@@ -24,7 +24,6 @@ from codegemma.weights import Deferred, Tensor
 
 TYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 MOST_ARRAYS = 65_536
-PIECE = 1 << 24                          # bytes of a chunk written, so that little memory is taken
 FLAX_ROWS = {256_000: 256_128}           # the embedding's rows in DeepMind's checkpoints of Gemma 1 and 2
 
 
@@ -75,7 +74,7 @@ def _array(path: Path, ts: Any, store: dict[str, Any], name: str) -> Tensor | No
                          "download it again")
 
     def values(view: Any) -> np.ndarray:
-        rows = max(1, PIECE // (math.prod(view.shape[1:]) * weights.BLOCKS[type][1]))
+        rows = max(1, weights.PIECE // math.prod(view.shape[1:]))
         whole = np.empty(view.shape, weights.ELEMENTS[type])
         try:
             for start in range(0, len(whole), rows):  # all at once would hold every chunk twice
@@ -85,7 +84,7 @@ def _array(path: Path, ts: Any, store: dict[str, Any], name: str) -> Tensor | No
             raise ValueError(f"{path}: array {name} cannot be read ({str(error)[:200]}): download it again") from None
         return whole
 
-    return Deferred(type, shape, lambda: values(array), lambda index: values(array[:, index]))
+    return Deferred(type, shape, part=lambda start, stop: values(array[start:stop]), layer=lambda index: values(array[:, index]))
 
 
 def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], Callable[[], Tokenizer] | None]:
@@ -123,15 +122,15 @@ def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None
 
 
 def _write(ts: Any, store: dict[str, Any], tensor: Tensor, shape: tuple[int, ...]) -> None:
-    rows = max(1, PIECE // max(1, math.prod(shape[1:]) * weights.BLOCKS[tensor.type][1]))
+    rows = max(1, weights.PIECE // max(1, math.prod(shape[1:])))  # as many as a piece has: each chunk is written once
     name = next(name for name, type in TYPES.items() if type == tensor.type)
     spec = {"driver": "zarr", "kvstore": store, "metadata": {
         "shape": shape, "chunks": [min(rows, shape[0]), *shape[1:]], "compressor": {"id": "zstd", "level": 1},
         "dtype": "bfloat16" if name == "bfloat16" else np.dtype(name).str}}
-    array = ts.open(spec, create=True).result()
-    values = tensor.array().view(array.dtype.numpy_dtype)
-    for start in range(0, shape[0], rows):
-        part = values[start:start + rows]
-        if part.shape[0] < min(rows, shape[0] - start):  # rows past the vocabulary
-            part = np.concatenate([part, np.zeros((min(rows, shape[0] - start) - len(part), *shape[1:]), part.dtype)])
-        array[start:start + len(part)].write(part).result()
+    array, start = ts.open(spec, create=True).result(), 0
+    for piece in tensor.pieces():
+        values = piece.array().view(array.dtype.numpy_dtype)
+        if start + len(values) == tensor.shape[0] < shape[0]:  # rows past the vocabulary
+            values = np.concatenate([values, np.zeros((shape[0] - tensor.shape[0], *shape[1:]), values.dtype)])
+        array[start:start + len(values)].write(values).result()
+        start += len(values)

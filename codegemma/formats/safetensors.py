@@ -318,7 +318,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with replacing(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.data).data)
+            for piece in tensor.pieces():
+                file.write(np.ascontiguousarray(piece.data).data)
 
 
 SHARD = 5 << 30                          # bytes of a file, as transformers cuts

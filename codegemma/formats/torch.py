@@ -276,7 +276,8 @@ def archive(file: Any, value: Mapping[str, Any]) -> None:
             out.writestr(zipfile.ZipInfo(f"archive/{name}"), raw)
         for index, tensor in enumerate(tensors):
             with out.open(zipfile.ZipInfo(f"archive/data/{index}"), "w", force_zip64=tensor.nbytes > 1 << 30) as member:
-                member.write(np.ascontiguousarray(tensor.data).reshape(-1).data)
+                for piece in tensor.pieces():
+                    member.write(np.ascontiguousarray(piece.data).reshape(-1).data)
 
 
 def _pickled(value: Any, tensors: list[Tensor]) -> bytes:
