@@ -1,0 +1,103 @@
+/** A code editor whose ghost text is written by the server, live. */
+
+import type { Hole } from "./api.ts";
+import { editor, languages, Range, Uri } from "./monaco.ts";
+import { placed, type Suggestion, type Suggestions } from "./suggestions.ts";
+
+self.MonacoEnvironment = { getWorker: () => new Worker("editor.worker.js", { type: "module" }) };
+
+const EXPLICIT = languages.InlineCompletionTriggerKind.Explicit;
+const VARIANTS = 3;       // suggestions when asked for by key
+const REFRESH = 80;       // ms between pictures of a suggestion that is being written
+
+const SHAPES = `"""Areas of simple shapes."""
+
+from math import pi
+
+
+def rectangle_area(width: float, height: float) -> float:
+    """The area of a rectangle."""
+    return width * height
+
+
+def circle_area(radius: float) -> float:
+    """The area of a circle."""
+    return \u0020
+
+
+def square_area(side: float) -> float:
+    """The area of a square."""
+    return side * side
+`;
+
+export interface Settings { path: string; automatic: boolean }
+
+export class CodeEditor {
+  shown?: Suggestion;
+  private monaco: editor.IStandaloneCodeEditor;
+  private refreshing = false;
+  private drawn = 0;
+
+  constructor(root: HTMLElement, private suggestions: Suggestions, private settings: Settings, private report: () => void) {
+    this.monaco = editor.create(root, {
+      model: editor.createModel(SHAPES, undefined, Uri.file(settings.path)), automaticLayout: true, minimap: { enabled: false },
+      fontSize: 14, scrollBeyondLastLine: false, quickSuggestions: false, padding: { top: 12, bottom: 12 }, tabSize: 4,
+      fontFamily: "ui-monospace, 'Cascadia Code', 'DejaVu Sans Mono', Menlo, Consolas, monospace", renderLineHighlight: "none",
+      inlineSuggest: { enabled: true, showToolbar: "onHover", minShowDelay: 0 }, ariaLabel: "Code", lineNumbersMinChars: 3,
+    });
+    this.monaco.setPosition({ lineNumber: 13, column: 12 });
+    this.monaco.addAction({
+      id: "codegemma.suggest", label: "Suggest here", keybindings: [512 /* Alt */ | 93 /* \ */],
+      run: () => this.trigger(),
+    });
+    languages.registerInlineCompletionsProvider({ pattern: "**" }, {
+      provideInlineCompletions: (model, position, { triggerKind }) => this.provide(model, position, triggerKind === EXPLICIT),
+      disposeInlineCompletions: () => {}, debounceDelayMs: 0,
+    });
+  }
+
+  focus(): void { this.monaco.focus(); }
+
+  trigger(): void { this.monaco.trigger("page", "editor.action.inlineSuggest.trigger", {}); }
+
+  /** Shows more of the suggestion that is being written. Monaco asks again about an unchanged text only if it shows nothing. */
+  refresh(): void {
+    if (this.drawn || !this.monaco.hasTextFocus()) return;
+    this.drawn = window.setTimeout(() => {
+      this.drawn = 0;
+      this.refreshing = true;
+      this.monaco.trigger("page", "editor.action.inlineSuggest.hide", {});
+      this.trigger();
+      setTimeout(() => this.refreshing = false);
+    }, REFRESH);
+  }
+
+  theme(dark: boolean): void { editor.setTheme(dark ? "vs-dark" : "vs"); }
+
+  /** The same text under another name, whose ending tells the language. */
+  rename(path: string): void {
+    const old = this.monaco.getModel()!, position = this.monaco.getPosition()!;
+    this.monaco.setModel(editor.createModel(old.getValue(), undefined, Uri.file(path)));
+    this.monaco.setPosition(position);
+    old.dispose();
+  }
+
+  private async provide(model: editor.ITextModel, position: { lineNumber: number; column: number }, explicit: boolean) {
+    if (this.refreshing) explicit = false;
+    if (!explicit && !this.settings.automatic) return { items: [] };
+    const text = model.getValue(editor.EndOfLinePreference.LF), { path } = this.settings;
+    const before = model.getValueInRange(Range.fromPositions({ lineNumber: 1, column: 1 }, position), editor.EndOfLinePreference.LF);
+    const hole: Hole = { prefix: before, suffix: text.slice(before.length), path };
+    const count = explicit ? VARIANTS : 1;
+    const one = this.shown = this.suggestions.find(hole, count) ?? this.suggestions.start(hole, count);
+    await one.begun;
+    if (one.finished) this.suggestions.prefetch(one);
+    this.report();
+    const rest = hole.suffix.split("\n", 1)[0];
+    const items = (one.left(hole) ?? []).filter(Boolean).map(text => {
+      const { insert, replaced } = placed(text, rest);
+      return { insertText: insert, range: new Range(position.lineNumber, position.column, position.lineNumber, position.column + replaced) };
+    });
+    return { items };
+  }
+}

@@ -1,0 +1,116 @@
+import { Chat, type Conversation } from "./chat.ts";
+import { Client, type Options, ServerError } from "./api.ts";
+import { CodeEditor } from "./editor.ts";
+import { h } from "./dom.ts";
+import { type Point, picture } from "./picture.ts";
+import { Suggestions } from "./suggestions.ts";
+import "./page.css";
+
+const DEFAULTS = {
+  path: "shapes.py", automatic: true, mode: "auto", adapter: "auto", trim: "block", time_budget_ms: 500, max_tokens: 96,
+  theme: "auto", key: "",
+};
+const settings: typeof DEFAULTS = { ...DEFAULTS, ...stored("settings", {}) };
+const element = <T extends HTMLElement = HTMLElement>(id: string): T => document.getElementById(id) as T;
+const session = Array.from(crypto.getRandomValues(new Uint32Array(2)), part => part.toString(36)).join("");
+const client = (): Client => new Client(location.origin, settings.key);
+const history: Point[] = [];
+
+function stored<T>(name: string, otherwise: T): T {
+  try { return JSON.parse(localStorage.getItem(`codegemma.${name}`)!) ?? otherwise; } catch { return otherwise; }
+}
+
+function store(name: string, value: unknown): void {
+  try { localStorage.setItem(`codegemma.${name}`, JSON.stringify(value)); } catch (error) { say(`not kept: ${error}`); }
+}
+
+function say(text: string): void { element("state").textContent = text; }
+
+const suggestions = new Suggestions((hole, variant, signal) => {
+  const { mode, adapter, trim, time_budget_ms, max_tokens } = settings;
+  const sampling = variant ? { temperature: 0.8, seed: variant } : {};
+  const options = { mode, adapter, trim, time_budget_ms, max_tokens, session: `${session}-${variant}`, ...sampling } as Options;
+  return client().complete(hole, options, signal);
+}, changed => {
+  if (changed !== code.shown) return;
+  code.refresh();
+  if (changed.finished && changed.timings) history.push(changed.timings);
+  report();
+});
+const code = new CodeEditor(element("editor"), suggestions, settings, report);
+
+const chat = new Chat(element("chat"), {
+  ask: (messages, signal) => client().chat(messages, { adapter: settings.adapter, max_tokens: 1024 }, signal),
+  load: () => stored<Conversation[]>("chats", []),
+  save: conversations => store("chats", conversations),
+});
+
+/** State, tokens and times of the suggestion that is shown. */
+function report(): void {
+  const one = code.shown;
+  if (!one) return;
+  if (one.error) return failed(one.error);
+  say(!one.finished ? one.texts[0] ? "writing" : "reading" : one.texts[0] ? "ready: Tab accepts" : "nothing to suggest");
+  element("numbers").replaceChildren(...one.timings ? picture(one.timings, history.slice(-60)) : []);
+}
+
+function failed(error: unknown): void {
+  if (error instanceof ServerError && error.status === 401) {
+    element("key-row").hidden = false;
+    return say("this server asks for a key");
+  }
+  say(error instanceof TypeError ? "the server does not answer" : String(error instanceof Error ? error.message : error));
+}
+
+async function connect(): Promise<void> {
+  try {
+    const about = await client().about();
+    element("model").textContent = about.title || about.model;
+    const names = [["auto", "automatic"], ["none", "base alone"], ...about.adapters.map(name => [name, name])];
+    element("adapter").replaceChildren(...names.map(([value, text]) => h("option", { value }, text)));
+    if (!names.some(([value]) => value === settings.adapter)) settings.adapter = "auto";
+    element<HTMLSelectElement>("adapter").value = settings.adapter;
+    say("ready: type, or press Alt+\\");
+  } catch (error) { failed(error); }
+}
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+function paint(): void {
+  const isDark = settings.theme === "auto" ? dark.matches : settings.theme === "dark";
+  document.documentElement.dataset.theme = isDark ? "dark" : "light";
+  code.theme(isDark);
+}
+
+/** Binds every control of the form to the setting of its name. */
+function bind(control: HTMLInputElement | HTMLSelectElement): void {
+  const name = control.id as keyof typeof settings, box = control instanceof HTMLInputElement && control.type === "checkbox";
+  if (box) control.checked = Boolean(settings[name]);
+  else control.value = String(settings[name]);
+  control.addEventListener("change", () => {
+    const value = box ? control.checked : control.type === "number" ? Number(control.value) : control.value;
+    Object.assign(settings, { [name]: value });
+    store("settings", settings);
+    suggestions.clear();
+    if (name === "path") code.rename(settings.path);
+    if (name === "theme") paint();
+    if (name === "key") void connect();
+  });
+}
+
+function route(): void {
+  const page = location.hash === "#chat" ? "chat" : "complete";
+  for (const name of ["complete", "chat"]) {
+    element(name).hidden = name !== page;
+    element(`to-${name}`).setAttribute("aria-current", name === page ? "page" : "false");
+  }
+  (page === "chat" ? chat : code).focus();
+}
+
+document.querySelectorAll<HTMLInputElement>("[data-setting]").forEach(bind);
+addEventListener("unhandledrejection", event => { if (event.reason?.name === "Canceled") event.preventDefault(); });  // Monaco's way to stop
+addEventListener("hashchange", route);
+dark.addEventListener("change", paint);
+paint();
+route();
+void connect();

@@ -1,0 +1,44 @@
+/** What a suggestion cost, to look at: where the prompt came from, and how long each suggestion took. */
+
+import type { Timings } from "./api.ts";
+import { h } from "./dom.ts";
+
+export type Point = Timings;
+
+const WIDTH = 240, HEIGHT = 56;
+
+export function picture(timings: Timings, history: Point[]): HTMLElement[] {
+  const { prompt_n, cache_n, prompt_ms, predicted_n, predicted_ms, mode, adapter } = timings;
+  const rows = {
+    "From the cache": `${cache_n} tokens`,
+    "Read": `${prompt_n} tokens, ${prompt_ms.toFixed(0)} ms`,
+    "Written": `${predicted_n} tokens, ${predicted_ms.toFixed(0)} ms`,
+    "Speed": predicted_ms ? `${(predicted_n / predicted_ms * 1000).toFixed(0)} tokens a second` : "–",
+    "Order": mode?.toUpperCase() ?? "–", "Adapter": adapter ?? "none",
+  };
+  const share = cache_n / Math.max(1, cache_n + prompt_n);
+  const bar = svg("svg", { viewBox: `0 0 ${WIDTH} 10`, role: "img", "aria-label": `${Math.round(share * 100)}% of the prompt cached` },
+    svg("rect", { width: WIDTH, height: 10, rx: 3, class: "read" }), svg("rect", { width: WIDTH * share, height: 10, rx: 3, class: "cached" }));
+  return [
+    h("p", { className: "caption" }, `Prompt: ${cache_n + prompt_n} tokens, ${Math.round(share * 100)}% from the cache`), bar as any,
+    h("dl", {}, ...Object.entries(rows).flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
+    h("p", { className: "caption" }, "Reading and writing, the last suggestions"), columns(history) as any,
+  ];
+}
+
+function columns(history: Point[]): SVGElement {
+  const most = Math.max(1, ...history.map(one => one.prompt_ms + one.predicted_ms)), step = WIDTH / 60;
+  const bars = history.flatMap((one, index) => {
+    const read = one.prompt_ms / most * HEIGHT, written = one.predicted_ms / most * HEIGHT, x = index * step;
+    return [svg("rect", { x, y: HEIGHT - read, width: step - 1, height: read, class: "read" }),
+            svg("rect", { x, y: HEIGHT - read - written, width: step - 1, height: written, class: "written" })];
+  });
+  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `The longest took ${most.toFixed(0)} ms` }, ...bars);
+}
+
+function svg(tag: string, attributes: Record<string, unknown>, ...children: Element[]): SVGElement {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
+  element.append(...children);
+  return element;
+}
