@@ -310,6 +310,21 @@ def test_same_bytes_on_a_ray_cluster(built, corpus, tokenizer, tmp_path):
     assert digest(tmp_path / "out") == digest(built)
 
 
+def test_windows_and_what_is_held_out(corpus, tokenizer, tmp_path):
+    recipe = Recipe(length=160, shard_bytes=20_000, window=(64, 159), stride=300, hold_out=0.3, seed=5)
+    made = build.build(sources_of(corpus), tmp_path / "a", tokenizer, recipe)
+    build.build(sources_of(corpus)[::-1], tmp_path / "b", tokenizer, recipe, workers=2)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    rows, held = pack.Rows(tmp_path / "a"), pq.read_table(tmp_path / "a" / "held-out").to_pylist()
+    trained = {record["repository"] for at in range(len(rows)) for record in rows.examples(at)}
+    kept_out = {row["repository"] for row in held if row["kind"] == "code"}
+    assert len(trained) > 2 and kept_out and not trained & kept_out
+    assert made.manifests["order"]["counts"]["kept: held out"] == len(held)
+    for at in range(len(rows)):                       # each window of code is a segment of its own
+        segments = [record["segment"] for record in rows.examples(at) if record["kind"] == "code"]
+        assert len(segments) == len(set(segments))
+
+
 def test_mix_gives_the_shares_of_tokens(corpus, tokenizer, tmp_path):
     recipe = Recipe(length=512, shard_bytes=20_000, mix=(("code", 0.8), ("text", 0.2)))
     build.build(sources_of(corpus), tmp_path / "out", tokenizer, recipe)
@@ -371,6 +386,8 @@ def test_show_and_report(built, capsys):
         ({"languages": ("klingon",)}, "klingon not known"),
         ({"mix": (("code", 0.5),)}, "add up to 1"),
         ({"threshold": 0.1}, "0.5 to 1"),
+        ({"window": (64, 9000)}, "window must be FEWEST:MOST tokens, from 32 to below the row's 8192, got 64:9000"),
+        ({"hold_out": 1.0}, "hold-out must lie from 0 to below 1"),
     ],
 )
 def test_recipes_that_contradict_themselves(arguments, message):

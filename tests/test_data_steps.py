@@ -21,6 +21,7 @@ pytest.importorskip("tree_sitter")
 
 from vocabularies import small
 
+from codegemma import prompts
 from codegemma.data import clean, dedup, documents, fim, licences, pack, syntax
 from codegemma.data.documents import Document, Limits, Outcome, Source, decode, expand, language_of, read
 from codegemma.prompts import parse_fim
@@ -628,12 +629,63 @@ def test_nodes_are_drawn_in_proportion_to_their_size():
             sizes[node.start_byte, node.end_byte] = (
                 sizes.get((node.start_byte, node.end_byte), 0) + node.end_byte - node.start_byte
             )
-    drawn = Counter(fim._node(tree, fim.Draw("n", at)) for at in range(4000))
+    drawn = Counter(fim._node(tree, fim.Draw("n", at), 0, tree.root_node.end_byte, 10**9) for at in range(4000))
     whole = sum(sizes.values())
     assert set(drawn) <= set(sizes)
     for node, size in sizes.items():
         share = size / whole
         assert abs(drawn[node] - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5 + 1
+
+
+CODE_TEXT = "import os\n\n\n" + "".join(
+    f"def f{at}(a, b):\n    \'\'\'Säy \u4e16 {at}.\'\'\'\n    if a > b:\n        return a\n    total = a + {at}\n"
+    "    return total * 2\n\n\n"
+    for at in range(40)
+)
+
+
+@pytest.mark.parametrize(("text", "language"), [(CODE_TEXT, "python"), ("世🎉\r\n<eos> é\t(\n" * 300, "text")])
+@pytest.mark.parametrize("limit", [None, 6])
+def test_windows_are_prompts_of_inference_with_their_answer(tokenizer, text, language, limit):
+    recipe = fim.Recipe(0.9, 0.5, 160, window=(64, 159), stride=150, suffix_limit=limit, path_rate=0.5,
+                        loss=frozenset({"middle", "terminator"}))
+    examples = list(fim.fim([Document("r", "a/p.py", text, language)], tokenizer, recipe))
+    assert len(examples) > 0.7 * len(text) / 150
+    layouts, paths = Counter(), Counter()
+    for example in examples:
+        shown, place = text[example.offset : example.offset + example.size], example.split
+        ids, learned = example.ids_T.tolist(), example.ids_T[example.loss_T].tolist()
+        layouts[example.layout] += 1
+        assert len(ids) <= 159
+        if example.layout == "prefix":
+            paths[ids == tokenizer.encode("a/p.py\n") + tokenizer.encode(shown) + ids[-1:]] += 1
+            ended = example.offset + example.size == len(text)
+            assert learned == tokenizer.encode(shown) + [tokenizer.control.file_separator] * ended
+            continue
+        prefix, middle, suffix = shown[: place.start], shown[place.start : place.end], shown[place.end :]
+        path = None if ids[0] in (tokenizer.control.fim_prefix, tokenizer.control.fim_suffix) else "a/p.py"
+        answer = tokenizer.encode(middle) + [tokenizer.control.file_separator]
+        assert ids == prompts.fim(tokenizer, prefix, suffix, path, layout=example.layout).ids[1:] + answer
+        assert learned == answer and middle.strip() and (limit is None or len(tokenizer.encode(suffix)) <= limit)
+        paths[path] += 1
+    assert set(layouts) == {"psm", "spm", "prefix"} and min(paths["a/p.py"], paths[None]) > len(examples) / 5
+
+
+def test_windows_have_the_holes_of_humaneval_infilling(tokenizer):
+    recipe = fim.Recipe(1.0, 0.5, 160, window=(100, 159), stride=40)
+    examples = list(fim.fim([Document("r", "p.py", CODE_TEXT, "python")], tokenizer, recipe))
+    kinds = Counter(example.split.kind for example in examples)
+    assert set(kinds) == set(fim.WINDOW_KINDS)
+    for example in examples:
+        start, end = example.offset + example.split.start, example.offset + example.split.end
+        if example.split.kind in ("line", "whole lines", "function end"):
+            assert CODE_TEXT[start - 1] == "\n" and CODE_TEXT[end - 1] == "\n"
+            assert example.split.kind != "line" or CODE_TEXT[start:end].count("\n") == 1
+        if example.split.kind == "function end":
+            assert example.split.end == example.size and CODE_TEXT[end : end + 2] == "\n\n"
+    alone = [e for e in examples if CODE_TEXT[e.offset :].startswith("def f") and
+             CODE_TEXT[e.offset + e.size - 10 : e.offset + e.size] == "total * 2\n"]
+    assert len(alone) > len(examples) / 20             # whole functions by themselves
 
 
 # ---------------------------------------------------------------------------------------------------- pack

@@ -208,8 +208,8 @@ def _begin(run: Build, sources: Sequence[Source], tokenizer: Tokenizer, rules: P
     with replacing(run.out / "tokenizer.model") as out:
         out.write(tokenizer.__reduce__()[1][0])
     shutil.copyfile(rules, run.work / "unsafe.toml")
-    for name in benchmarks:
-        shutil.copyfile(name, run.work / "benchmarks" / Path(name).name)
+    for name in map(Path, benchmarks):                       # two sets may both have a test.jsonl
+        shutil.copyfile(name, run.work / "benchmarks" / f"{_file_hash(name)[:8]}-{name.name}")
     with replacing(run.out / "recipe.json") as out:
         out.write((json.dumps(state["recipe"], indent=1, sort_keys=True) + "\n").encode())
     with replacing(file) as out:

@@ -36,6 +36,11 @@ def build(
                              typer.Option(help="Benchmark files (JSON lines); files that hold a problem are "
                                                "dropped.")] = None,
     unsafe_rules: Annotated[Path | None, typer.Option(help="Rules of unsafe content in place of our own.")] = None,
+    window: Annotated[str, typer.Option(help="Tokens of an example, such as 64:160 (default: whole files).")] = "",
+    stride: Annotated[int, typer.Option(help="Characters of code for one window.")] = 4000,
+    suffix_limit: Annotated[int | None, typer.Option(help="Tokens of a window's suffix, at most.")] = None,
+    path_rate: Annotated[float, typer.Option(help="Share of the windows that begin with their path.")] = 1.0,
+    hold_out: Annotated[float, typer.Option(help="Share of the repositories kept for evaluation.")] = 0.0,
     engine: Annotated[str, typer.Option(help="local, or ray (RAY_ADDRESS names a cluster).")] = "local",
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted build.")] = False,
@@ -50,7 +55,8 @@ def build(
         parts: Any = tuple(sorted(filter(None, loss.split(","))))
         runner: Any = engine
         recipe = Recipe(fim_rate, spm_rate, length, seed, epoch, tuple(sorted(filter(None, languages.split(",")))),
-                        chosen, mix=shares(mix), loss=parts)
+                        chosen, mix=shares(mix), loss=parts, window=size_range(window), stride=stride,
+                        suffix_limit=suffix_limit, path_rate=path_rate, hold_out=hold_out)
         with _progress() as progress:
             done = run(sources, out, load_tokenizer(tokenizer), recipe, benchmarks=decontaminate or (),
                        unsafe_rules=unsafe_rules,
@@ -92,6 +98,15 @@ def shares(text: str) -> tuple[tuple[str, float], ...]:
                             share in (part.split("=") for part in text.split(",") if part)))
     except ValueError:
         raise ValueError(f"mix must look like code=0.8,text=0.2, got {text!r}") from None
+
+
+def size_range(text: str) -> tuple[int, int] | None:
+    """64:160 -> (64, 160), "" -> None. Raises ValueError."""
+    try:
+        fewest, most = map(int, text.split(":")) if text else (0, 0)
+    except ValueError:
+        raise ValueError(f"window must look like 64:160, got {text!r}") from None
+    return (fewest, most) if text else None
 
 
 def load_tokenizer(name: str) -> Any:

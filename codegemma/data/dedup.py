@@ -157,7 +157,7 @@ def resolve(edges: Iterable[tuple[Node, Node, float]], rank: Callable[[Node], An
 class Benchmarks:
     """N-grams of benchmark problems. A text that holds half of those of one field of a problem holds the problem.
 
-    `files` are JSON lines (also .gz): every string field of a record of at least BENCHMARK_NGRAM words counts, named by
+    `files` are JSON lines or arrays (also .gz): every string field of a record of at least BENCHMARK_NGRAM words counts, named by
     its task_id, or by the file and line.
     """
 
@@ -198,8 +198,10 @@ def _fields(file: Path) -> Iterator[tuple[str, str]]:
     opened: Any = gzip.open if file.suffix == ".gz" else open
     try:
         with opened(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                record = json.loads(line) if line.strip() else {}
+            array = lines.read(1) == "["
+            lines.seek(0)
+            records = json.load(lines) if array else (json.loads(line) if line.strip() else {} for line in lines)
+            for number, record in enumerate(records):
                 name = str(record.get("task_id", f"{file.name}:{number}"))
                 name = name if "/" in name else f"{file.name.split('.')[0]}/{name}"
                 yield from ((name, field) for key, field in record.items() if isinstance(field, str) and key != "test")

@@ -13,6 +13,9 @@ from codegemma.tokenizer import Tokenizer
 WHY = {"node": "the middle is one syntax node, drawn in proportion to its size",
        "siblings": "the middle is a run of neighbours in the syntax tree, nearest to a random span",
        "lines": "the middle is whole lines; the suffix begins with their line break",
+       "line": "the middle is one line with its indentation and its line break",
+       "whole lines": "the middle is lines with their indentation and their line breaks",
+       "function end": "the middle is the last lines of a function, and nothing follows",
        "rest of line": "the middle is the rest of a line from where somebody would stop typing",
        "characters": "the middle lies between two random characters (one split in ten)",
        "whole": "not split: the whole text is learned from left to right"}

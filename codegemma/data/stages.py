@@ -48,6 +48,11 @@ class Recipe:
     benchmarks: tuple[str, ...] = ()
     tokenizer: str = ""
     shard_bytes: int = SHARD_BYTES
+    window: tuple[int, int] | None = None           # and what follows: see fim.Recipe
+    stride: int = 4000
+    suffix_limit: int | None = None
+    path_rate: float = 1.0
+    hold_out: float = 0.0                           # share of the repositories that stay documents, for evaluation
 
     def __post_init__(self) -> None:
         _ = self.fim
@@ -56,13 +61,16 @@ class Recipe:
         if self.mix and (min(share for _, share in self.mix) <= 0
                          or abs(sum(share for _, share in self.mix) - 1) > 1e-6):
             raise ValueError(f"mix: shares must be above 0 and add up to 1, got {dict(self.mix)}")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"hold-out must lie from 0 to below 1, got {self.hold_out}: the rest are rows")
         if not 0.5 <= self.threshold <= 1:
             raise ValueError(f"threshold of near copies must lie from 0.5 to 1, got {self.threshold}: below 0.5 "
                              "the bands find only some of the pairs")
 
     @property
     def fim(self) -> fim.Recipe:
-        return fim.Recipe(self.fim_rate, self.spm_rate, self.length, self.seed, self.epoch, frozenset(self.loss))
+        return fim.Recipe(self.fim_rate, self.spm_rate, self.length, self.seed, self.epoch, frozenset(self.loss),
+                          self.window, self.stride, self.suffix_limit, self.path_rate)
 
     def quality(self, redistributed: bool) -> clean.Quality:
         allowed = licences.permissive() if self.licences == "permissive" or (self.licences == "auto"
@@ -303,10 +311,13 @@ def _link(task: Task) -> dict[str, Any]:
 
 
 def _order(task: Task) -> dict[str, Any]:
-    """One partition of repositories -> its documents in packed order, without the duplicates."""
+    """One partition of repositories -> its documents in packed order, without the duplicates; what is held out goes to
+    files of its own."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    recipe = _recipe(task.recipe)
+    held: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     found: dict[tuple[int, str], list[Document]] = defaultdict(list)
     for number, shard in enumerate(task.inputs["shards"]):
@@ -327,6 +338,10 @@ def _order(task: Task) -> dict[str, Any]:
                 outcomes.append(dropped(document, "same path", "another version stands at this path of the repository"))
             else:
                 documents.append(document)
+        if fim.Draw(recipe.seed, "held out", key[0]).uniform() < recipe.hold_out:
+            held += map(_row, documents)
+            outcomes += [replace(dropped(each, "held out"), outcome="kept") for each in documents]
+            continue
         groups, kept = ordered(documents)
         for group, (via, members) in enumerate(groups):
             vias[via] += len(members)
@@ -335,6 +350,8 @@ def _order(task: Task) -> dict[str, Any]:
         edges += [{"repository": key[1], "source": documents[e.source].path, "target": documents[e.target].path,
                    "importance": e.importance} for e in kept]
     _write_documents(rows, task.file("order"))
+    if recipe.hold_out:
+        _write_documents(held, task.folder.parent / "held-out" / f"part-{task.number:05d}.parquet")
     _write_outcomes(outcomes, task.ledger)
     schema = pa.schema([(name, pa.float64() if name == "importance" else pa.string())
                         for name in ("repository", "source", "target", "importance")])
@@ -384,7 +401,11 @@ def _rows(task: Task) -> dict[str, Any]:
             groups[document.kind].append(pack.Group([], row["via"]))
             current = place
         made = fim.fim([document], tokenizer, recipe.fim)
-        groups[document.kind][-1].examples.extend(replace(example, order=row["at"]) for example in made)
+        for one in (replace(each, order=row["at"]) for each in made):
+            if recipe.window and document.kind == "code":            # each on its own: no other window is its context
+                groups[document.kind].append(pack.Group([one], row["via"]))
+            else:
+                groups[document.kind][-1].examples.append(one)
     packed = [pack.pack(groups.pop(kind), recipe.length, tokenizer.control.bos, tokenizer.control.pad or 0)
               for kind in sorted(groups, key=lambda kind: (kind != "code", kind))]
     joined = pack.join(packed, recipe.length)

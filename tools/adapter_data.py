@@ -1,0 +1,178 @@
+"""The corpus of the default model's adapter: pinned packages -> archives -> the rows of each phase of the curriculum.
+
+    python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, appends to adapter_packages.txt
+    python tools/adapter_data.py fetch                               # what the list names, checked by hash
+    python tools/adapter_data.py rows a1 a2 b c --data BENCHMARKS    # benchmark texts are kept out
+
+All lies under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+
+from codegemma.data.build import Summary, build
+from codegemma.data.cli import load_tokenizer
+from codegemma.data.documents import CODE, Document, Source, read
+from codegemma.data.stages import Recipe
+
+LIST = Path(__file__).with_name("adapter_packages.txt")
+LARGEST = 40_000_000                     # bytes of an archive that is worth its share of the corpus
+
+# The curriculum: short windows first, suffixes growing, the suffix first at first. Strides give about 30, 70, 50 and 20
+# thousand examples; each phase draws other holes.
+_FIRST = Recipe(fim_rate=0.87, spm_rate=0.7, length=256, epoch=1, loss=("middle", "terminator"), window=(64, 160),
+                stride=5000, suffix_limit=32, path_rate=0.5, hold_out=0.03)
+PHASES = {"a1": _FIRST,
+          "a2": replace(_FIRST, spm_rate=0.5, epoch=2, stride=2100, suffix_limit=None),
+          "b": replace(_FIRST, spm_rate=0.5, epoch=3, stride=3000, suffix_limit=None, window=(160, 255)),
+          "c": replace(_FIRST, spm_rate=0.5, epoch=4, stride=7500, suffix_limit=None, window=(512, 1023), length=1024)}
+
+
+@dataclass(frozen=True)
+class Package:
+    """One line of the list. `licence` and `language` are those of most of its code."""
+
+    registry: str
+    name: str
+    version: str
+    file: str
+    sha256: str
+    licence: str
+    language: str
+
+
+def packages() -> list[Package]:
+    lines = [line.split() for line in LIST.read_text().splitlines() if line and line[0] != "#"] if LIST.exists() else []
+    return [Package(*line) for line in lines]
+
+
+# --------------------------------------------------------------------------------------------------- archives
+def from_pypi(name: str, version: str, folder: Path) -> Path:
+    """The source distribution, unbuilt: pip would run its build to learn its metadata."""
+    from unearth import PackageFinder
+    from unearth.preparer import download_link
+
+    finder = PackageFinder(index_urls=["https://pypi.org/simple/"], no_binary=[":all:"], ignore_compatibility=True)
+    found = finder.find_best_match(f"{name}=={version}" if version else name).best
+    if found is None:
+        raise ValueError(f"{name} {version} has no source distribution: drop it from the list")
+    return download_link(finder.session, found.link, folder)
+
+
+def from_npm(name: str, version: str, folder: Path) -> Path:
+    wanted = f"{name}@{version}" if version else name
+    told = subprocess.run(["npm", "pack", "--silent", "--pack-destination", folder, wanted], check=True, text=True,
+                          stdout=subprocess.PIPE)
+    return folder / told.stdout.split()[-1]
+
+
+REGISTRIES = {"pypi": from_pypi, "npm": from_npm}
+
+
+def fetch(package: Package, folder: Path) -> Path:
+    """The archive, from the cache or the registry. Raises ValueError where it is not the one of the list."""
+    file = folder / package.file
+    if not file.exists():
+        REGISTRIES[package.registry](package.name, package.version, folder)
+    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != package.sha256:
+        file.unlink()
+        raise ValueError(f"{file.name} has sha256 {found}, the list says {package.sha256}: fetch again or pin it anew")
+    return file
+
+
+def pin(registry: str, wanted: str, folder: Path) -> tuple[Package, Counter[str]]:
+    """A line for the list, and how many characters of each language the archive holds."""
+    name, _, version = wanted.partition("==")
+    file = REGISTRIES[registry](name, version, folder)
+    if file.stat().st_size > LARGEST:
+        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, more than {LARGEST:,}")
+    sizes, licences = Counter[str](), Counter[str]()
+    for each in read(Source(file, "zip" if file.suffix == ".zip" else "tar")):
+        if isinstance(each, Document) and each.language in CODE:
+            sizes[each.language] += len(each.text)
+            licences[each.licence] += len(each.text)
+    if not sizes:
+        raise ValueError(f"{file.name} holds no code")
+    version = version or file.name.removesuffix(".tgz").removesuffix(".tar.gz").removesuffix(".zip").rpartition("-")[2]
+    licence = licences.most_common(1)[0][0].replace(" ", "_") or "none"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Package(registry, name, version, file.name, digest, licence, sizes.most_common(1)[0][0]), sizes
+
+
+def _pin_all(registry: str, names: list[str], folder: Path) -> None:
+    there = {(package.registry, package.name) for package in packages()}
+    wanted = [name for name in names if (registry, name.partition("==")[0]) not in there]
+
+    def one(name: str) -> tuple[Package, Counter[str]] | str:
+        try:
+            return pin(registry, name, folder)
+        except Exception as error:       # of a client or an archive: the rest of the names goes on
+            return f"{name}: {type(error).__name__}: {error}"
+
+    with ThreadPoolExecutor(4) as pool, LIST.open("a") as out:
+        for found in pool.map(one, wanted):
+            if isinstance(found, str):
+                print("left out", found, file=sys.stderr)
+                continue
+            out.write(" ".join(astuple(found[0])) + "\n")
+            out.flush()
+            print(found[0].name, found[0].licence, dict(found[1].most_common(3)))
+
+
+def fetched(folder: Path) -> Iterator[Path]:
+    with ThreadPoolExecutor(4) as pool:
+        yield from pool.map(lambda package: fetch(package, folder), packages())
+
+
+def rows(phase: str, cache: Path, data: Path, workers: int) -> Summary:
+    """Builds, or goes on with, the rows of a phase."""
+    benchmarks = sorted(file for file in data.rglob("*.json*") if file.is_file())
+    if not benchmarks:
+        raise ValueError(f"{data} has no benchmark files (*.jsonl.gz and the like) to keep out of the rows")
+    sources = [str(file) for file in fetched(cache / "archives")]
+    made = build(sources, cache / "rows" / phase, load_tokenizer("gemma-3-270m"), PHASES[phase], benchmarks=benchmarks,
+                 workers=workers, resume=True, progress=lambda *told: print(phase, *told) if told[1] == told[2] else None)
+    with (cache / "READY").open("a") as out:
+        out.write(f"{phase}\n")
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+                        / "codegemma" / "adapter")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    pinning = verbs.add_parser("pin")
+    pinning.add_argument("registry", choices=REGISTRIES)
+    pinning.add_argument("names", nargs="+")
+    verbs.add_parser("fetch")
+    building = verbs.add_parser("rows")
+    building.add_argument("phases", nargs="+", choices=PHASES)
+    building.add_argument("--data", type=Path, required=True, help="folder of benchmark files to keep out")
+    building.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    archives = args.cache / "archives"
+    archives.mkdir(parents=True, exist_ok=True)
+    if args.verb == "pin":
+        _pin_all(args.registry, args.names, archives)
+    elif args.verb == "rows":
+        for phase in args.phases:
+            made = rows(phase, args.cache, args.data, args.workers)
+            print(phase, made.manifests["rows"]["examples"], "examples", made.tokens, "tokens", made.kept, "of",
+                  made.documents, "documents")
+    else:
+        print(f"{sum(1 for _ in fetched(archives))} archives in {archives}")
+
+
+if __name__ == "__main__":
+    main()
