@@ -1,0 +1,113 @@
+"""Tabby's completions, told from OpenAI's on the same path by `segments`; events and health."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+
+from codegemma import __version__
+from codegemma.native import usable_cpus
+from codegemma.prompts import File
+from codegemma.sampling import Sampling
+from codegemma.serve import stats
+from codegemma.serve.ask import Text
+from codegemma.serve.wire import Own, backend, collect, reply
+
+router = APIRouter(tags=["Tabby"])
+
+MOST_TOKENS = 64                         # Tabby's own: its requests name no length
+MOST_SHOWN = 1024
+
+_shown: OrderedDict[str, stats.Shown] = OrderedDict()  # by completion, until an event tells what became of it
+
+
+class Snippet(BaseModel):
+    filepath: str
+    body: str
+    score: float = 0.0
+
+
+class Segments(BaseModel):
+    prefix: str
+    suffix: str | None = None
+    filepath: str | None = None
+    declarations: list[Snippet] | None = None
+    relevant_snippets_from_changed_files: list[Snippet] | None = None
+    relevant_snippets_from_recently_opened_files: list[Snippet] | None = None
+
+    def files(self) -> list[File]:
+        """The nearest last: opened files, changed files, declarations, each by rising score."""
+        groups = (self.relevant_snippets_from_recently_opened_files, self.relevant_snippets_from_changed_files, self.declarations)
+        return [File(" ".join(one.filepath.split()), one.body) for group in groups
+                for one in sorted(group or (), key=lambda one: one.score)]
+
+
+class Debug(BaseModel):
+    raw_prompt: str | None = None
+    return_prompt: bool = False
+    return_snippets: bool = False
+
+
+class Completion(Own):
+    segments: Segments
+    language: str | None = None
+    user: str | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    debug_options: Debug | None = None
+
+
+class Event(BaseModel):
+    type: str
+    completion_id: str
+    choice_index: int
+    view_id: str | None = None
+    elapsed: int | None = None
+
+
+async def complete(body: Completion, request: Request) -> Response:
+    segments, debug = body.segments, body.debug_options or Debug()
+    body = body.model_copy(update={"path": body.path or segments.filepath})
+    what = body.fill(segments.prefix, segments.suffix, segments.files()) if debug.raw_prompt is None \
+        else Text(debug.raw_prompt, raw=True)
+    answer, = await collect(request, [body.ask(request, what=what, max_tokens=MOST_TOKENS,
+                                               sampling=Sampling(body.temperature or 0.0, seed=body.seed or 0))])
+    found: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "choices": [{"index": 0, "text": answer.text}]}
+    if debug.return_prompt or debug.return_snippets:
+        prompt = backend(request).tokenizer.decode(answer.job.prompt.ids, control=True)
+        found["debug_data"] = {"prompt": prompt if debug.return_prompt else None, "snippets": []}
+    timings = answer.job.timings()
+    _shown[found["id"]] = stats.Shown(body.language or "", timings["queue_ms"] + timings["prompt_ms"] + timings["predicted_ms"],
+                                      len(answer.text))
+    while len(_shown) > MOST_SHOWN:
+        _shown.popitem(last=False)
+    return reply({**found, "timings": timings})
+
+
+@router.post("/v1/events")
+async def events(body: Event) -> Response:
+    """What became of a suggestion goes into the local statistics, and nowhere else."""
+    if body.type in ("select", "dismiss") and (shown := _shown.pop(body.completion_id, None)):
+        stats.record(replace(shown, taken=shown.characters if body.type == "select" else 0))
+    return Response(status_code=200)
+
+
+@router.get("/v1/health")
+@router.post("/v1/health", include_in_schema=False)
+async def health(request: Request) -> Response:
+    """Tabby's, and llama.cpp's `status`."""
+    name = backend(request).name
+    return reply({"status": "ok", "model": name, "chat_model": name, "device": "cpu", "arch": platform.machine(),
+                  "cpu_info": platform.processor() or platform.machine(), "cpu_count": usable_cpus(), "cuda_devices": [],
+                  "version": {"build_date": "", "build_timestamp": "", "git_sha": "", "git_describe": f"codegemma-{__version__}"}})
+
+
+@router.get("/v1beta/server_setting")
+async def server_setting() -> Response:
+    return reply({"disable_client_side_telemetry": True})

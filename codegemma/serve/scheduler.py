@@ -1,0 +1,328 @@
+"""One thread that owns the engine: continuous batching of every client's requests, fair, bounded, and quick to let go.
+
+Laws: a long prompt delays another's next token by at most one decode step and PAUSE; whoever has had least goes first;
+a client that left costs nothing after KEEN, also in the middle of its prompt; by the engine's own law, no neighbour
+changes a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from codegemma import sampling as sampler
+from codegemma.completion import layout_for
+from codegemma.engine import Batch, Engine, Request, Running, Step
+from codegemma.local import Model
+from codegemma.native import CHUNK, PAGE, Cancel
+from codegemma.prompts import Layout
+from codegemma.serve.ask import Ask, Busy, Chat, Fill, Job, Metrics, Prompt, Text, prompt_of
+
+log = logging.getLogger("codegemma.serve")
+
+SLOTS = 16                               # sequences that run together
+QUEUE = 256                              # jobs that wait, and of one client
+QUEUE_OF_ONE = 128
+PAUSE = 0.1                              # seconds of another's prompt between two tokens
+KEEN = 0.05                              # seconds to let go in
+LEAST = 16                               # prompt tokens that a step reads at least
+ROWS = 32                                # of logits at once where a prompt is scored: a row is a megabyte
+
+
+class _Scoring:
+    """A prompt read with the log-probability of each of its tokens; from the start, for the cache keeps no logits."""
+
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self.job = job
+        self.one = engine.start(Request(job.prompt.ids, max_tokens=0))
+        self.one.pages, self.one.done, self.one.cached = [], 0, 0
+
+    def step(self, engine: Engine, cancel: Cancel) -> bool:
+        """Reads some more; True at the end."""
+        one, job = self.one, self.job
+        part = one.ids[one.done:one.done + ROWS]
+        logits = engine.backend.run([engine.claim(one, part, len(part))], cancel)
+        if logits is None:
+            engine.unclaim(one, one.done)
+            return False
+        for row, target in enumerate(one.ids[one.done + 1:one.done + 1 + len(part)]):
+            values_V, normaliser = logits.values[row], float(logits.normaliser[row])
+            best = [logits.argmax[row]] if job.ask.top == 1 else sampler.top(values_V, job.ask.top) if job.ask.top else ()
+            top = tuple((int(token), float(values_V[token]) - normaliser) for token in best)
+            job.scores.append((float(values_V[target]) - normaliser, top))
+        one.done += len(part)
+        return one.done >= len(one.ids)
+
+
+class Scheduler:
+    """This machine's model as a Backend. `submit` in a loop of asyncio; `close` ends the thread."""
+
+    def __init__(self, model: Model, slots: int = SLOTS, queue: int = QUEUE) -> None:
+        self.model, self.engine, self.slots, self.queue = model, model.engine, slots, queue
+        self.tokenizer, self.context = model.tokenizer, model.engine.context
+        self.name = model.preset.name if model.preset else model.path.stem
+        self.title = model.preset.title if model.preset else model.path.name
+        self.size = sum(tensor.data.nbytes for tensor in model.tensors) if hasattr(model, "tensors") else 0
+        self.metrics = Metrics()
+        self._batch = Batch(self.engine)
+        self._jobs: dict[Running, Job] = {}
+        self._waiting: list[Job] = []
+        self._scoring: list[_Scoring] = []
+        self._work: dict[str, float] = {}    # tokens computed for each client, from a common start
+        self._clock = 0.0                    # where a client that comes begins
+        self._changed = threading.Condition()
+        self._closing = self._cut = False    # cut: the step before this one was given up half-way
+        self._until = 0.0                    # when the present step should end
+        self._room = self.engine.cache.most_bytes // self.engine.backend.page_bytes * PAGE  # tokens that may run at once
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def fim_trained(self) -> bool:
+        return self.model.fim_trained
+
+    @property
+    def mode(self) -> Layout:
+        """What "auto" means."""
+        return layout_for("auto", self.fim_trained, spm_trained=False)
+
+    @property
+    def chats(self) -> bool:
+        """Whether it was tuned to talk; where nothing tells, whether it could."""
+        control, preset = self.tokenizer.control, self.model.preset
+        return "chat" in preset.uses if preset else control.start_of_turn is not None
+
+    @property
+    def adapters(self) -> list[str]:
+        return sorted(getattr(self.model, "adapters", ()))
+
+    async def submit(self, asks: Sequence[Ask]) -> list[Job]:
+        """The jobs of one request. Raises ValueError on what the model cannot do, Busy where too many wait."""
+        prepared = await asyncio.to_thread(lambda: [self._prepared(ask) for ask in asks])
+        jobs = [Job(ask, prompt, adapter) for ask, (prompt, adapter) in zip(asks, prepared, strict=True)]
+        with self._changed:
+            if self._closing:
+                raise Busy("the server is stopping", 1)
+            self._bound(jobs[0].ask.client)
+            older = [job for job in (*self._waiting, *self._jobs.values()) if _supersedes(jobs[0], job)]
+            for job in jobs:
+                job.on_cancel = lambda job=job: self._let_go(job)  # type: ignore[misc]
+                self._waiting.append(job)
+                self._work[job.ask.client] = max(self._work.get(job.ask.client, 0.0), self._clock)
+            if len(self._batch.running) == 1 and not self._cut:
+                self._interrupt(PAUSE)       # its chunk was sized for being alone
+            self._changed.notify()
+        for job in older:
+            job.cancel()
+        return jobs
+
+    async def close(self) -> None:
+        """Cancels all and ends the thread."""
+        with self._changed:
+            self._closing = True
+            jobs = [*self._waiting, *self._jobs.values(), *(one.job for one in self._scoring)]
+            self._changed.notify()
+        for job in jobs:
+            job.cancel()
+        await asyncio.to_thread(self._thread.join)
+
+    def _prepared(self, ask: Ask) -> tuple[Prompt, str | None]:
+        """The prompt, and the adapter it is for, checked as the engine will check them."""
+        adapter = self._adapter(ask)
+        if isinstance(ask.what, Fill | Chat):
+            self.model.expect("completion" if isinstance(ask.what, Fill) else "chat")
+        prompt = prompt_of(self.engine, ask, self.fim_trained, spm_trained=False)
+        self.engine.start(self._request(ask, prompt, adapter))  # raises where it will not fit
+        return prompt, adapter
+
+    def _adapter(self, ask: Ask) -> str | None:
+        if ask.adapter in (None, "auto", "none"):
+            return None
+        if ask.adapter not in self.adapters:
+            raise ValueError(f"no adapter {ask.adapter!r}: there are {', '.join(self.adapters) or 'none'}; start the server with "
+                             "--adapter NAME=PATH to add one")
+        return ask.adapter
+
+    @staticmethod
+    def _request(ask: Ask, prompt: Prompt, adapter: str | None) -> Request:
+        chosen: dict[str, Any] = {"adapter": adapter} if adapter else {}
+        return Request(prompt.ids, ask.max_tokens, ask.sampling, prompt.stops | ask.stop_ids, ask.stop, ask.top, **chosen)
+
+    def _bound(self, client: str) -> None:
+        theirs = sum(job.ask.client == client for job in self._waiting)
+        if len(self._waiting) >= self.queue or theirs >= min(QUEUE_OF_ONE, self.queue):
+            self.metrics.counts["rejected"] += 1
+            counts = self.metrics.counts
+            each = (counts["prompt_seconds"] + counts["predicted_seconds"]) / max(counts["requests"], 1)
+            seconds = math.ceil(each * len(self._waiting) / self.slots)
+            raise Busy(f"{len(self._waiting)} requests wait already: try again in a moment", min(max(seconds, 1), 60))
+
+    def _let_go(self, job: Job) -> None:
+        """Nobody reads `job` any more. What waits is dropped at once, what runs is taken out after this step, which is
+        given up where it would take long; but never two in a row, so that those who stay get on."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._end(job, Step(None, "", 0.0, "cancelled"))
+            elif not self._cut or all(one.gone.is_set() for one in self._jobs.values()):
+                self._interrupt(KEEN)
+            self._changed.notify()
+
+    def _interrupt(self, patience: float) -> None:
+        if self._until - time.perf_counter() > patience:
+            self._cut = True
+            self._batch.cancel.set()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._settle()
+                while not (self._closing or self._waiting or self._jobs or self._scoring):
+                    self._changed.wait()
+                if self._closing and not (self._waiting or self._jobs or self._scoring):
+                    return
+                admitted = self._admitted()
+            try:
+                while admitted:
+                    self._start(admitted[-1])
+                    admitted.pop()
+                self._drop()
+                self._turn()
+            except Exception as error:       # a fault of the engine: its requests fail, the server goes on
+                log.exception("the engine failed")
+                self._fail([*self._jobs.values(), *(one.job for one in self._scoring), *admitted], error)
+
+    def _admitted(self) -> list[Job]:
+        """Who waits longest, of those who have had least, while there are slots, and room for the whole of it."""
+        admitted: list[Job] = []
+        running = [*self._jobs.values(), *(one.job for one in self._scoring)]
+        while self._waiting and len(running) < self.slots:
+            job = min(self._waiting, key=lambda one: self._work[one.ask.client])
+            running.append(job)
+            if len(running) > 1 and sum(self._size(one) for one in running) > self._room:
+                break
+            self._waiting.remove(job)
+            admitted.insert(0, job)
+            self._work[job.ask.client] += 1  # so that the next one is another's
+            job.started = time.perf_counter()
+        return admitted
+
+    def _size(self, job: Job) -> int:
+        return min(job.prompt_tokens + job.ask.max_tokens, self.context)
+
+    def _start(self, job: Job) -> None:
+        if isinstance(job.ask.what, Text) and job.ask.what.score and not job.scores:
+            self._scoring.append(_Scoring(self.engine, job))
+            return
+        one = self._batch.add(self._request(job.ask, job.prompt, job.adapter))
+        self._jobs[one] = job
+
+    def _drop(self) -> None:
+        """Takes out who left or is past a deadline."""
+        now = time.perf_counter()
+        for one, job in list(self._jobs.items()):
+            gone = self._closing or job.gone.is_set()
+            if gone or job.overdue(now):
+                self._finish(one, one.end("cancelled" if gone or not job.first else "length"))
+        for scoring in [one for one in self._scoring if self._closing or one.job.gone.is_set()]:
+            self._scoring.remove(scoring)
+            self._end(scoring.job, Step(None, "", 0.0, "cancelled"))
+
+    def _turn(self) -> None:
+        """One step of all sequences, then one of a prompt that is scored."""
+        batch, engine = self._batch, self.engine
+        with self._changed:
+            self._cut = self._cut and batch.cancel.is_set()
+            if batch.cancel.is_set():
+                batch.cancel = Cancel()
+        if batch.running:
+            batch.running.sort(key=lambda one: (self._jobs[one].ask.max_tokens == 0, self._work[self._jobs[one].ask.client]))
+            batch.chunk = self._chunk()
+            before = {one: one.done for one in batch.running}
+            with engine.lock:
+                steps = batch.step()
+            if not batch.cancel.is_set():
+                self._cut = False
+            self._count(before)
+            self._deliver(steps)
+        if self._scoring:
+            scoring = self._scoring[0]
+            done = scoring.one.done
+            with engine.lock:
+                finished = scoring.step(engine, batch.cancel)
+            self._work[scoring.job.ask.client] += scoring.one.done - done
+            self._scoring.append(self._scoring.pop(0))
+            if finished:
+                engine.remember(scoring.one)
+                self._scoring.remove(scoring)
+                self._start(scoring.job)
+
+    def _chunk(self) -> int:
+        """Prompt tokens for this step: PAUSE long, but for one who is alone; and when the step should end."""
+        paused = max(LEAST, int(PAUSE * self.engine.prefill_rate))
+        chunk = CHUNK if len(self._batch.running) == 1 else min(paused, CHUNK)
+        reads = min(sum(len(one.ids) - one.done - 1 for one in self._batch.running), chunk)
+        self._until = time.perf_counter() + reads / self.engine.prefill_rate
+        return chunk
+
+    def _count(self, before: dict[Running, int]) -> None:
+        for one, done in before.items():
+            self._work[self._jobs[one].ask.client] += max(one.done - done, 0)
+        self._clock = max(self._clock, min((self._work[job.ask.client] for job in self._jobs.values()), default=0.0))
+
+    def _deliver(self, steps: Sequence[tuple[Running, Step]]) -> None:
+        for one, step in steps:
+            job = self._jobs.get(one)
+            if job is None:
+                continue                 # trimming ended it at an earlier step of the same draft
+            job.cached_tokens = 0 if job.scores else one.cached
+            shown = job.take(step)
+            if shown.stop is None:
+                job.post([shown])
+            elif one.stop is None:       # trimming ended it
+                self._batch.remove(one)
+                self._leave(one, shown)
+            else:
+                self._leave(one, shown)
+
+    def _finish(self, one: Running, step: Step) -> None:
+        self._batch.remove(one)
+        self._leave(one, self._jobs[one].take(step))
+
+    def _leave(self, one: Running, last: Step) -> None:
+        job = self._jobs.pop(one)
+        self.metrics.finished(job)
+        job.post([last])
+
+    def _end(self, job: Job, step: Step) -> None:
+        """Ends a job that never ran."""
+        last = job.take(step)
+        self.metrics.finished(job)
+        job.post([last])
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        self._jobs.clear()
+        self._scoring.clear()
+        self._batch = Batch(self.engine)
+        for job in jobs:
+            job.stop, job.ended = "cancelled", time.perf_counter()
+            self.metrics.finished(job)
+            job.post([RuntimeError(f"the engine failed: {error}")])
+
+    def _settle(self) -> None:
+        """Brings the gauges up to date, and closes the accounts of clients that are gone."""
+        running = [*self._jobs.values(), *(one.job for one in self._scoring)]
+        self.metrics.running, self.metrics.waiting = len(running), len(self._waiting)
+        if len(self._work) > 4 * self.queue:
+            clients = {job.ask.client for job in (*running, *self._waiting)}
+            self._work = {client: work for client, work in self._work.items() if client in clients}
+
+
+def _supersedes(new: Job, old: Job) -> bool:
+    return (new.ask.session is not None and isinstance(new.ask.what, Fill) and isinstance(old.ask.what, Fill)
+            and (new.ask.client, new.ask.session) == (old.ask.client, old.ask.session))
