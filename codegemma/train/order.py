@@ -1,0 +1,103 @@
+"""Which rows a step reads: a pure function of (seed, step), so that the loader's state is the step number.
+
+`Order` is what the loop calls. The law it keeps: any number of hosts and any resumption see the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from codegemma.data.pack import Rows
+
+
+class Microbatch(NamedTuple):
+    """Rows of one length. Targets are gathered: `index_CM` says where in a part's flattened [B / C * T] positions the
+    state stands that predicts `targets_CM`; of each part only the first `count_C` are real. C: parts of the batch, one for
+    each place that holds a share of it."""
+
+    tokens_BT: np.ndarray
+    positions_BT: np.ndarray
+    segments_BT: np.ndarray
+    index_CM: np.ndarray
+    targets_CM: np.ndarray
+    count_C: np.ndarray
+
+
+@dataclass(frozen=True)
+class Order:
+    """Folders of rows, one after the other (a curriculum), each `epochs` times in an order drawn from the seed.
+
+    A step takes rows of about `batch_tokens` tokens in all. Raises ValueError where a folder has less than one batch.
+    """
+
+    folders: Sequence[Any]               # data.pack.Rows, or sequences of the same dicts
+    batch_tokens: int
+    seed: int = 0
+    epochs: float = 1.0
+    multiple: int = 1                    # rows of a step: a whole number of these
+
+    def __post_init__(self) -> None:
+        for rows in self.folders:
+            if len(rows) * self.epochs < self.batch(rows):
+                raise ValueError(f"{getattr(rows, 'folder', 'rows')}: {len(rows):,} rows in {self.epochs:g} epochs do not fill one "
+                                 f"step of {self.batch(rows):,} rows: lower --batch-tokens or build more rows")
+
+    def length(self, rows: Any) -> int:
+        return len(rows[0]["tokens"])
+
+    def batch(self, rows: Any) -> int:
+        each = max(1, self.batch_tokens // self.length(rows))
+        return -(-each // self.multiple) * self.multiple
+
+    @property
+    def steps(self) -> int:
+        return sum(self._steps(rows) for rows in self.folders)
+
+    def _steps(self, rows: Any) -> int:
+        return int(len(rows) * self.epochs) // self.batch(rows)
+
+    def rows(self, step: int) -> list[dict[str, np.ndarray]]:
+        """The rows of a step, from 0. Raises IndexError after the last."""
+        for number, rows in enumerate(self.folders):
+            steps, batch = self._steps(rows), self.batch(rows)
+            if step < steps:
+                places = range(step * batch, (step + 1) * batch)
+                return [rows[int(_shuffled(len(rows), self.seed, number, place // len(rows))[place % len(rows)])] for place in places]
+            step -= steps
+        raise IndexError(f"step beyond the last, {self.steps:,}")
+
+
+@lru_cache(maxsize=4)
+def _shuffled(n: int, seed: int, folder: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, folder, epoch])).permutation(n)
+
+
+def microbatches(rows: Sequence[dict[str, np.ndarray]], size: int, parts: int = 1, block: int = 1) -> Iterator[Microbatch]:
+    """Rows in microbatches of `size` (a multiple of `parts`), the last one filled up with padding."""
+    length = len(rows[0]["tokens"])
+    for at in range(0, len(rows), size):
+        some = rows[at:at + size]
+        tokens_BT, positions_BT, segments_BT = (
+            np.zeros((size, length), np.int32) for _ in range(3))
+        loss_BT = np.zeros((size, length), bool)
+        for b, row in enumerate(some):
+            tokens_BT[b], positions_BT[b], segments_BT[b], loss_BT[b] = (row[key] for key in ("tokens", "positions", "segments", "loss"))
+        loss_BT[:, 0] = False            # nothing stands before the first token
+        loss_BT[:, 1:] &= segments_BT[:, 1:] == segments_BT[:, :-1]
+        room = -(-size // parts * length // block) * block
+        index_CM, targets_CM = np.zeros((parts, room), np.int32), np.zeros((parts, room), np.int32)
+        count_C = np.zeros(parts, np.int32)
+        for part, (loss, tokens) in enumerate(zip(np.split(loss_BT, parts), np.split(tokens_BT, parts), strict=True)):
+            found = np.flatnonzero(loss)
+            count_C[part] = len(found)
+            index_CM[part, :len(found)], targets_CM[part, :len(found)] = found - 1, tokens.reshape(-1)[found]
+        yield Microbatch(tokens_BT, positions_BT, segments_BT, index_CM, targets_CM, count_C)
+
+
+def open_folders(paths: Sequence[str]) -> list[Rows]:
+    return [Rows(path) for path in paths]
