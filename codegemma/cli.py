@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from codegemma.serve import editor_verbs
+from codegemma.serve import editor_verbs, run
 from codegemma.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def bench(
           f"{found['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read   ({decode_tokens} tokens behind them)")
 
 
-for verb in (*VERBS, *editor_verbs.VERBS):
+for verb in (*VERBS, *run.VERBS, *editor_verbs.VERBS):
     app.command()(verb)
 
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

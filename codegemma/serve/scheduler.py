@@ -8,11 +8,13 @@ changes a token.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from codegemma import sampling as sampler
@@ -62,12 +64,13 @@ class _Scoring:
 class Scheduler:
     """This machine's model as a Backend. `submit` in a loop of asyncio; `close` ends the thread."""
 
-    def __init__(self, model: Model, slots: int = SLOTS, queue: int = QUEUE) -> None:
+    def __init__(self, model: Model, slots: int = SLOTS, queue: int = QUEUE, cache: Path | None = None) -> None:
+        """`cache` is a directory where prompts are kept from one start to the next, in a file for each model."""
         self.model, self.engine, self.slots, self.queue = model, model.engine, slots, queue
         self.tokenizer, self.context = model.tokenizer, model.engine.context
         self.name = model.preset.name if model.preset else model.path.stem
         self.title = model.preset.title if model.preset else model.path.name
-        self.size = sum(tensor.data.nbytes for tensor in model.tensors) if hasattr(model, "tensors") else 0
+        self.size = model.path.stat().st_size if model.path.is_file() else sum(one.stat().st_size for one in model.path.iterdir())
         self.metrics = Metrics()
         self._batch = Batch(self.engine)
         self._jobs: dict[Running, Job] = {}
@@ -79,6 +82,9 @@ class Scheduler:
         self._closing = self._cut = False    # cut: the step before this one was given up half-way
         self._until = 0.0                    # when the present step should end
         self._room = self.engine.cache.most_bytes // self.engine.backend.page_bytes * PAGE  # tokens that may run at once
+        self._saved = cache / hashlib.sha256(self.engine.cache.key.encode()).hexdigest()[:32] if cache else None
+        if self._saved is not None:          # in the background: requests are answered meanwhile
+            threading.Thread(target=self.engine.cache.load, args=(self._saved,), daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -122,7 +128,7 @@ class Scheduler:
         return jobs
 
     async def close(self) -> None:
-        """Cancels all and ends the thread."""
+        """Cancels all, ends the thread and saves the cache."""
         with self._changed:
             self._closing = True
             jobs = [*self._waiting, *self._jobs.values(), *(one.job for one in self._scoring)]
@@ -130,6 +136,12 @@ class Scheduler:
         for job in jobs:
             job.cancel()
         await asyncio.to_thread(self._thread.join)
+        if self._saved is not None:
+            try:
+                self._saved.parent.mkdir(0o700, parents=True, exist_ok=True)  # prompts are private
+                await asyncio.to_thread(self.engine.cache.save, self._saved)
+            except OSError as error:
+                log.warning("the prompt cache is not saved: %s", error)
 
     def _prepared(self, ask: Ask) -> tuple[Prompt, str | None]:
         """The prompt, and the adapter it is for, checked as the engine will check them."""
