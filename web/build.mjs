@@ -16,6 +16,13 @@ const NODE = { ...COMMON, platform: "node", target: "node20" };
 const sums = (folder, names) => Object.fromEntries(names.sort().map(name =>
   [name, createHash("sha256").update(readFileSync(join(folder, name))).digest("hex")]));
 
+const CHAT = ["marked/LICENSE", "dompurify/LICENSE", "highlight.js/LICENSE"];
+
+function licenses(folder, names) {
+  const texts = names.map(name => `--- ${name}\n${readFileSync(join(WEB, "node_modules", name), "utf8").replaceAll("\r", "")}`);
+  writeFileSync(join(folder, "licenses.txt"), texts.join("\n"));
+}
+
 async function page() {
   rmSync(PAGE, { recursive: true, force: true });
   await build({ ...BROWSER, outdir: PAGE, entryPoints: {
@@ -23,9 +30,7 @@ async function page() {
     "editor.worker": join(WEB, "node_modules/monaco-editor/esm/vs/editor/editor.worker.js"),
   } });
   for (const name of ["index.html", "icon.svg"]) cpSync(join(WEB, "src", name), join(PAGE, name));
-  const licenses = ["monaco-editor/LICENSE", "monaco-editor/ThirdPartyNotices.txt", "marked/LICENSE", "dompurify/LICENSE", "highlight.js/LICENSE"];
-  const text = licenses.map(name => `--- ${name}\n${readFileSync(join(WEB, "node_modules", name), "utf8")}`).join("\n");
-  writeFileSync(join(PAGE, "licenses.txt"), text.replaceAll("\r", ""));
+  licenses(PAGE, ["monaco-editor/LICENSE", "monaco-editor/ThirdPartyNotices.txt", ...CHAT]);
   const sources = [...readdirSync(join(WEB, "src")).map(name => `src/${name}`), "build.mjs", "package-lock.json"];
   const manifest = { sources: sums(WEB, sources), built: sums(PAGE, readdirSync(PAGE)) };
   writeFileSync(join(PAGE, "manifest.json"), JSON.stringify(manifest, null, 1) + "\n");
@@ -36,6 +41,8 @@ async function vscode() {
   rmSync(out, { recursive: true, force: true });
   await build({ ...NODE, format: "cjs", external: ["vscode"], outfile: join(out, "extension.js"), entryPoints: [join(VSCODE, "src/extension.ts")] });
   await build({ ...BROWSER, outfile: join(out, "webview.js"), entryPoints: [join(VSCODE, "src/webview.ts")] });
+  licenses(out, CHAT);
+  cpSync(join(ROOT, "LICENSE"), join(out, "LICENSE"));
 }
 
 async function test() {

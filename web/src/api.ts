@@ -14,6 +14,7 @@ export interface Options {
   mode?: Order;
   trim?: Trim;
   max_tokens: number;
+  n_cmpl?: number;         // suggestions: the likeliest, then drawn ones
   time_budget_ms?: number; // until the first token; it sizes the prompt
   temperature?: number;
   seed?: number;
@@ -26,7 +27,8 @@ export interface Timings {
   mode: Order | null; adapter: string | null; stop: string;
 }
 
-export interface Piece { text: string; timings?: Timings }
+/** What was written since the piece before; `index` tells several suggestions apart. */
+export interface Piece { text: string; index?: number; timings?: Timings }
 
 export interface Message { role: "user" | "assistant" | "system"; content: string }
 
@@ -74,9 +76,9 @@ export class Client {
     const { max_tokens: n_predict, ...rest } = options;
     const body = {
       input_prefix: hole.prefix, input_suffix: hole.suffix, prompt: "", path: hole.path,
-      input_extra: hole.context?.map(({ path, text }) => ({ filename: path, text })), n_predict, temperature: 0, ...rest,
+      input_extra: hole.context?.map(({ path, text }) => ({ filename: path, text })), n_predict, ...rest,
     };
-    for await (const { content, timings } of this.stream("infill", body, signal)) yield { text: content ?? "", timings };
+    for await (const { content, index, timings } of this.stream("infill", body, signal)) yield { text: content ?? "", index, timings };
   }
 
   /** The next turn as it is written; the last piece has the timings. */

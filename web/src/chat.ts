@@ -22,7 +22,7 @@ export class Chat {
   private input = h("textarea", { rows: 3, placeholder: "Ask about code", "aria-label": "Message" });
   private sendButton = button("Send", () => this.sendOrStop(), { className: "primary" });
 
-  constructor(root: HTMLElement, private host: Host) {
+  constructor(root: HTMLElement, readonly host: Host) {
     this.conversations = host.load();
     this.current = this.conversations[0] ?? fresh();
     const composer = h("form", { className: "composer", onsubmit: (event: Event) => event.preventDefault() },

@@ -26,11 +26,9 @@ function store(name: string, value: unknown): void {
 
 function say(text: string): void { element("state").textContent = text; }
 
-const suggestions = new Suggestions((hole, variant, signal) => {
+const suggestions = new Suggestions((hole, count, signal) => {
   const { mode, adapter, trim, time_budget_ms, max_tokens } = settings;
-  const sampling = variant ? { temperature: 0.8, seed: variant } : {};
-  const options = { mode, adapter, trim, time_budget_ms, max_tokens, session: `${session}-${variant}`, ...sampling } as Options;
-  return client().complete(hole, options, signal);
+  return client().complete(hole, { mode, adapter, trim, time_budget_ms, max_tokens, session, n_cmpl: count } as Options, signal);
 }, changed => {
   if (changed !== code.shown) return;
   code.refresh();
@@ -109,6 +107,7 @@ function route(): void {
 
 document.querySelectorAll<HTMLInputElement>("[data-setting]").forEach(bind);
 addEventListener("unhandledrejection", event => { if (event.reason?.name === "Canceled") event.preventDefault(); });  // Monaco's way to stop
+addEventListener("submit", event => event.preventDefault());
 addEventListener("hashchange", route);
 dark.addEventListener("change", paint);
 paint();

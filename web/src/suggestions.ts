@@ -3,12 +3,12 @@
 
 import type { Hole, Piece, Timings } from "./api.ts";
 
-export type Ask = (hole: Hole, variant: number, signal: AbortSignal) => AsyncIterable<Piece>;
+export type Ask = (hole: Hole, count: number, signal: AbortSignal) => AsyncIterable<Piece>;
 
 const KEPT = 32;          // suggestions remembered
 
 export class Suggestion {
-  texts: string[] = [""];               // the likeliest first; it grows as it is written
+  texts: string[];                      // the likeliest first; they grow as they are written
   timings?: Timings;
   error?: unknown;
   finished = false;
@@ -18,10 +18,10 @@ export class Suggestion {
   private abort = new AbortController();
 
   constructor(readonly hole: Hole, ask: Ask, readonly count: number, changed: () => void) {
+    this.texts = Array(count).fill("");
     this.begun = new Promise(resolve => this.begin = resolve);
-    const variants = Array.from({ length: count }, (_, variant) => this.read(ask, variant, changed));
-    this.done = Promise.all(variants).then(() => {}, error => {
-      this.error = error;
+    this.done = this.read(ask, changed).catch(error => {
+      if (!this.cancelled) this.error = error;
       this.abort.abort();
     }).then(() => {
       this.texts = [...new Set(this.texts)];
@@ -44,17 +44,13 @@ export class Suggestion {
     return fitting.length ? fitting.map(text => text.slice(typed.length)) : undefined;
   }
 
-  private async read(ask: Ask, variant: number, changed: () => void): Promise<void> {
-    this.texts[variant] = "";
-    try {
-      for await (const { text, timings } of ask(this.hole, variant, this.abort.signal)) {
-        this.texts[variant] += text;
-        if (variant === 0) this.timings = timings ?? this.timings;
-        if (text) this.begin();
-        changed();
-      }
-    } catch (error) {
-      if (!this.abort.signal.aborted) throw error;
+  private async read(ask: Ask, changed: () => void): Promise<void> {
+    for await (const { text, index = 0, timings } of ask(this.hole, this.count, this.abort.signal)) {
+      this.texts[index] += text;
+      if (timings?.stop === "cancelled") this.abort.abort();
+      if (!index) this.timings = timings ?? this.timings;
+      if (text) this.begin();
+      changed();
     }
   }
 }

@@ -1,0 +1,136 @@
+import * as vscode from "vscode";
+import type { Suggestion } from "../../../web/src/suggestions.ts";
+import { ChatView } from "./chatView.ts";
+import { Completions } from "./completions.ts";
+import { Context } from "./context.ts";
+import { type Passage, question, type Task } from "./questions.ts";
+import { Server } from "./server.ts";
+import { enabled, setting, toggle } from "./settings.ts";
+
+const AROUND = 40;        // lines on each side where nothing is selected and no symbol encloses the cursor
+
+let server: Server;
+
+export function activate(extension: vscode.ExtensionContext): void {
+  const log = vscode.window.createOutputChannel("CodeGemma", { log: true });
+  const status = new Status();
+  server = new Server(extension.secrets, log, state => status.show(state));
+  const context = new Context(), chat = new ChatView(extension, server);
+  const completions = new Completions(server, context, (one, ms) => {
+    if (one.error) log.warn(String(one.error));
+    status.suggested(one, ms);
+  });
+  const commands: Record<string, () => unknown> = {
+    complete: () => vscode.commands.executeCommand("editor.action.inlineSuggest.trigger"),
+    explain: () => ask("explain"), fix: () => ask("fix"), tests: () => ask("tests"),
+    toggle: async () => { await toggle(language()); status.show(); },
+    start: () => server.start(), stop: () => server.stop(), log: () => log.show(), menu,
+    key: async () => {
+      const key = await vscode.window.showInputBox({ prompt: "The key that the server asks for; empty for none", password: true });
+      if (key !== undefined) await (key ? extension.secrets.store("key", key) : extension.secrets.delete("key"));
+    },
+  };
+
+  async function ask(task: Task): Promise<void> {
+    const editor = vscode.window.activeTextEditor;
+    if (!editor) return void vscode.window.showInformationMessage("CodeGemma: open a file first.");
+    if (!await context.allows(editor.document))
+      return void vscode.window.showWarningMessage("CodeGemma: this file is ignored by git, or of a kind that holds secrets; it is not sent.");
+    await chat.ask(question(task, await passage(editor)));
+  }
+
+  extension.subscriptions.push(
+    log, status, context,
+    vscode.languages.registerInlineCompletionItemProvider({ pattern: "**" }, completions),
+    vscode.languages.registerCodeActionsProvider({ pattern: "**" }, { provideCodeActions: fixes }, { providedCodeActionKinds: [vscode.CodeActionKind.QuickFix] }),
+    vscode.window.registerWebviewViewProvider("codegemma.chat", chat, { webviewOptions: { retainContextWhenHidden: true } }),
+    vscode.window.onDidChangeActiveTextEditor(() => status.show()),
+    vscode.workspace.onDidChangeConfiguration(event => {
+      if (!event.affectsConfiguration("codegemma")) return;
+      completions.suggestions.clear();
+      status.show();
+    }),
+    ...Object.entries(commands).map(([name, run]) => vscode.commands.registerCommand(`codegemma.${name}`, async () => {
+      try { await run(); } catch (error) { void vscode.window.showErrorMessage(`CodeGemma: ${error instanceof Error ? error.message : error}`); }
+    })),
+  );
+  if (!setting("url")) server.start().catch(() => {});  // the log and the status say it
+}
+
+export function deactivate(): Promise<void> { return server.stop(); }
+
+function language(): string { return vscode.window.activeTextEditor?.document.languageId ?? "*"; }
+
+/** The selection, else the innermost function or class around the cursor, else the lines around it. */
+async function passage({ document, selection }: vscode.TextEditor): Promise<Passage> {
+  let range: vscode.Range = selection;
+  if (selection.isEmpty) {
+    const { line } = selection.active;
+    range = await enclosing(document, selection.active) ?? document.validateRange(new vscode.Range(line - AROUND, 0, line + AROUND + 1, 0));
+  }
+  const problems = vscode.languages.getDiagnostics(document.uri).filter(one => one.range.intersection(range))
+    .map(one => `line ${one.range.start.line + 1}: ${one.message}`);
+  return { path: vscode.workspace.asRelativePath(document.uri, false), language: document.languageId, code: document.getText(range), problems };
+}
+
+async function enclosing(document: vscode.TextDocument, position: vscode.Position): Promise<vscode.Range | undefined> {
+  const symbols = await vscode.commands.executeCommand<vscode.DocumentSymbol[]>("vscode.executeDocumentSymbolProvider", document.uri);
+  let range: vscode.Range | undefined, level = symbols ?? [];
+  for (;;) {
+    const found = level.find(one => one.range?.contains(position));
+    if (!found) return range;
+    range = found.range;
+    level = found.children ?? [];
+  }
+}
+
+function fixes(document: vscode.TextDocument, _: vscode.Range, { diagnostics }: vscode.CodeActionContext): vscode.CodeAction[] {
+  if (!diagnostics.length) return [];
+  const action = new vscode.CodeAction("Fix with CodeGemma", vscode.CodeActionKind.QuickFix);
+  action.command = { command: "codegemma.fix", title: "Fix with CodeGemma" };
+  return [action];
+}
+
+async function menu(): Promise<void> {
+  const on = enabled(language());
+  const entries = { [`Turn ${on ? "off" : "on"} for ${language()}`]: "codegemma.toggle", "Chat": "codegemma.chat.focus",
+    "Start the local server": "codegemma.start", "Stop the local server": "codegemma.stop", "Show the log": "codegemma.log",
+    "Settings": "settings" };
+  const chosen = await vscode.window.showQuickPick(Object.keys(entries), { title: "CodeGemma" });
+  if (chosen && entries[chosen] === "settings") await vscode.commands.executeCommand("workbench.action.openSettings", "@ext:codegemma.codegemma");
+  else if (chosen) await vscode.commands.executeCommand(entries[chosen]);
+}
+
+/** The status bar: what the server does, and how long the last suggestion took. */
+class Status implements vscode.Disposable {
+  private item = vscode.window.createStatusBarItem("codegemma", vscode.StatusBarAlignment.Right, 100);
+  private state = setting("url") ? "ready" : "starting";
+  private last = "";
+
+  constructor() {
+    this.item.name = "CodeGemma";
+    this.item.command = "codegemma.menu";
+    this.show();
+    this.item.show();
+  }
+
+  show(state = this.state): void {
+    this.state = state;
+    const icon = { starting: "$(loading~spin)", ready: "$(sparkle)", stopped: "$(debug-stop)", failed: "$(error)" }[state];
+    const off = !enabled(language());
+    this.item.text = `${off ? "$(circle-slash)" : icon} CodeGemma${state === "ready" ? this.last : ""}`;
+    this.item.tooltip = `CodeGemma: ${state}${off ? `, off for ${language()}` : ""}`;
+    this.item.backgroundColor = state === "failed" ? new vscode.ThemeColor("statusBarItem.errorBackground") : undefined;
+  }
+
+  suggested({ error, timings, finished }: Suggestion, ms: number): void {
+    if (error) return this.show(this.state === "ready" ? "failed" : this.state);
+    if (!finished) return;
+    this.last = ` ${ms} ms`;
+    this.show("ready");
+    if (timings)
+      this.item.tooltip = `CodeGemma: ${timings.prompt_n} tokens read, ${timings.cache_n} from the cache, ${timings.predicted_n} written, ${timings.prompt_ms.toFixed(0)} + ${timings.predicted_ms.toFixed(0)} ms`;
+  }
+
+  dispose(): void { this.item.dispose(); }
+}

@@ -1,0 +1,12 @@
+/** What the chat's view and the extension say to each other. */
+
+import type { Message, Piece } from "../../../web/src/api.ts";
+import type { Conversation } from "../../../web/src/chat.ts";
+
+export type ToExtension =
+  | { type: "ready" } | { type: "ask"; id: number; messages: Message[] } | { type: "stop"; id: number }
+  | { type: "save"; conversations: Conversation[] } | { type: "insert"; code: string };
+
+export type ToView =
+  | { type: "load"; conversations: Conversation[] } | { type: "question"; text: string }
+  | { type: "piece"; id: number; piece: Piece } | { type: "end"; id: number; error?: string };

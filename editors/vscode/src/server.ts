@@ -1,0 +1,63 @@
+/** Where the server is: the configured one, or one that is started when it is first needed and stopped with the window. */
+
+import * as vscode from "vscode";
+import { Client } from "../../../web/src/api.ts";
+import { launch, type Running } from "./process.ts";
+import { setting } from "./settings.ts";
+
+const REST = 30_000;      // ms after a failed start before the next that nobody asked for
+
+export class Server implements vscode.Disposable {
+  private running?: Promise<Running>;
+  private failedAt = -Infinity;
+  private stopped = false;
+
+  constructor(private secrets: vscode.SecretStorage, private log: vscode.LogOutputChannel, private changed: (state: string) => void) {}
+
+  /** A client of it. Rejects where the server cannot be started, or was stopped by hand. */
+  async client(): Promise<Client> {
+    const key = await this.secrets.get("key"), url = setting("url");
+    if (url) return new Client(url, key);
+    if (this.stopped) throw new Error("the server was stopped");
+    if (Date.now() - this.failedAt < REST) throw new Error("the server could not be started: see the log");
+    return new Client((await this.start()).url, key);
+  }
+
+  start(): Promise<Running> {
+    this.stopped = false;
+    return this.running ??= this.launch();
+  }
+
+  async stop(): Promise<void> {
+    this.stopped = true;
+    const running = this.running;
+    this.running = undefined;
+    await running?.then(one => one.stop(), () => {});
+    this.changed("stopped");
+  }
+
+  dispose(): Promise<void> { return this.stop(); }
+
+  private async launch(): Promise<Running> {
+    this.changed("starting");
+    try {
+      const command = [...setting("command"), "serve", "--port", "0", ...setting("arguments")];
+      this.log.info(command.join(" "));
+      const running = await launch(command, line => this.log.info(line));
+      void running.exited.then(why => {
+        if (this.stopped) return;
+        this.running = undefined;
+        this.log.error(why);
+        this.changed("failed");
+      });
+      this.changed("ready");
+      return running;
+    } catch (error) {
+      this.running = undefined;
+      this.failedAt = Date.now();
+      this.log.error(error as Error);
+      this.changed("failed");
+      throw error;
+    }
+  }
+}

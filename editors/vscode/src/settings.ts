@@ -1,0 +1,22 @@
+import * as vscode from "vscode";
+import type { Order, Trim } from "../../../web/src/api.ts";
+
+interface Settings {
+  url: string; command: string[]; arguments: string[]; enable: Record<string, boolean>; adapter: string; mode: Order; trim: Trim;
+  timeBudget: number; maxTokens: number; delay: number; suggestions: number; prefetch: boolean; contextFiles: number; chatTokens: number;
+}
+
+export function setting<K extends keyof Settings>(name: K): Settings[K] {
+  return vscode.workspace.getConfiguration("codegemma").get(name)!;
+}
+
+export function enabled(language: string): boolean {
+  const { [language]: own, "*": all } = setting("enable");
+  return own ?? all ?? true;
+}
+
+/** Turns suggestions in a language on or off, in the user's settings. */
+export async function toggle(language: string): Promise<void> {
+  const on = { ...setting("enable"), [language]: !enabled(language) };
+  await vscode.workspace.getConfiguration("codegemma").update("enable", on, vscode.ConfigurationTarget.Global);
+}

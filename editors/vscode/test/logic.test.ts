@@ -1,0 +1,49 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { around, secret } from "../src/hole.ts";
+import { launch } from "../src/process.ts";
+import { question } from "../src/questions.ts";
+
+const node = (script: string): string[] => [process.execPath, "-e", script];
+
+test("files of keys and passwords are known by name", () => {
+  for (const path of ["/p/.env", "/p/.env.local", "C:\\p\\server.key", "/p/cert.PEM", "/home/a/.ssh/config", "id_ed25519", "/p/secrets.yaml", "/p/.netrc"])
+    assert.ok(secret(path), path);
+  for (const path of ["/p/environment.py", "/p/keys.py", "/p/.env_reader/a.py", "/p/monkey.ts", "/p/secrets.py"])
+    assert.ok(!secret(path), path);
+});
+
+test("the window's start stays put while one types, and the cursor keeps its neighbours", () => {
+  const text = Array.from({ length: 20_000 }, (_, line) => `line ${line}\n`).join("");
+  const starts = new Set<number>();
+  for (let offset = 100_000; offset < 110_000; offset += 100) {
+    const { prefix, suffix } = around(text, offset);
+    assert.ok(text.slice(0, offset).endsWith(prefix) && text.slice(offset).startsWith(suffix));
+    assert.ok(prefix.length > 30_000 && prefix.length <= 48_000 && suffix.length === 16_000);
+    starts.add(offset - prefix.length);
+  }
+  assert.ok(starts.size <= 2);
+  assert.deepEqual(around("ab", 1), { prefix: "a", suffix: "b" });
+});
+
+test("a question fences code that has fences itself, and tells problems where they are to be fixed", () => {
+  const passage = { path: "a.md", language: "markdown", code: "```py\nx\n```", problems: ["line 2: x is not defined"] };
+  assert.match(question("fix", passage), /line 2: x is not defined[\s\S]*\n````markdown\n```py\nx\n```\n````$/);
+  assert.ok(!question("explain", passage).includes("not defined"));
+});
+
+test("a server is running once it says where, and is stopped", async () => {
+  const lines: string[] = [];
+  const running = await launch(node("console.log('loading'); console.log('listening on http://127.0.0.1:81'); setInterval(() => {}, 1e6)"),
+    line => lines.push(line));
+  assert.equal(running.url, "http://127.0.0.1:81");
+  assert.equal(lines[0], "loading");
+  await running.stop();
+  assert.match(await running.exited, /SIGTERM/);
+});
+
+test("a server that cannot start says why", async () => {
+  await assert.rejects(launch(node("console.error('no such model: x'); process.exit(3)"), () => {}), /ended \(3\): no such model: x/);
+  await assert.rejects(launch(["/nowhere/codegemma"], () => {}), /cannot be started: .*ENOENT/);
+  await assert.rejects(launch(node("setInterval(() => {}, 1e6)"), () => {}, 50), /did not say where it listens/);
+});
