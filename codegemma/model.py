@@ -8,7 +8,8 @@ engine and the golden files, whether a sequence stands alone, packed with others
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -22,12 +23,20 @@ from codegemma.config import ModelConfig
 from codegemma.formats import Checkpoint
 from codegemma.quantize import rows_float32
 from codegemma.weights import ELEMENTS, Tensor, places
+
 try:
     from codegemma.native import xla
     from codegemma.native.xla import Blocks
 except ImportError:
     xla = None
+
     class Blocks: pass
+
+# XLA on a CPU fuses sums wrongly in jaxlib 0.10.2 and 0.11: wrong numbers, or a crash (jax-ml/jax#39103, #39257, #40412).
+# Its products stay fused. JAX reads this when it first computes.
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+if "0.10.2" <= jax.__version__ < "0.12" and FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=-reduce".strip()
 
 Weight = jax.Array | Blocks
 Params = dict[str, Weight]
