@@ -19,6 +19,7 @@ import typer
 from typer import Argument, Option
 
 from codegemma.serve import editor_verbs, run
+from codegemma.train import cli as training
 from codegemma.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def bench(
           f"{found['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read   ({decode_tokens} tokens behind them)")
 
 
-for verb in (*VERBS, *run.VERBS, *editor_verbs.VERBS):
+for verb in (*VERBS, *training.VERBS, *run.VERBS, *editor_verbs.VERBS):
     app.command()(verb)
 
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

@@ -1,0 +1,174 @@
+"""A training job from its options to its result: model, rows, loop, adapter or checkpoint with a card.
+
+`run` is what the CLI, `tune` and tools/adapter.py call. The law it keeps: the result is written whole or not at all, and
+says what it was made of.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from codegemma import hub, lora
+from codegemma.data.pack import Rows
+from codegemma.convert import _save as save
+from codegemma.formats import Checkpoint, open_checkpoint
+from codegemma.formats.files import building, missing
+from codegemma.model import Lora, Params, params_of
+from codegemma.prompts import fim_stops
+from codegemma.tokenizer import FIM_NAMES
+from codegemma.train import mesh as meshes
+from codegemma.train import sft
+from codegemma.train.loop import Report, Settings, Trainable, adapter_of, lora_of, new_lora, train
+from codegemma.train.order import Order
+from codegemma.weights import Tensor, plain
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train on what. `kind`: all parameters, an adapter over bfloat16 weights, or one over the file's blocks."""
+
+    model: str
+    sources: tuple[str, ...]
+    out: Path
+    settings: Settings
+    chat: bool = False
+    kind: Literal["full", "lora", "qlora"] = "lora"
+    rank: int = 32
+    alpha: float | None = None
+    adapter: Path | None = None
+    batch_tokens: int = 16_384
+    length: int = 2048
+    epochs: float = 1.0
+    held_out: Path | None = None
+    mesh: str | None = None
+    tensorboard: bool = False
+    name: str = ""
+
+    @property
+    def result(self) -> Path:
+        return self.out / ("model" if self.kind == "full" else "adapter")
+
+
+def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambda report: None,
+        until: float | None = None) -> Path:
+    """Trains and gives the folder of the result. `until` (of time.monotonic) stops it early, keeping what it has."""
+    checkpoint = _checkpoint(plan.model)
+    mesh = meshes.parse(plan.mesh)
+    order, held_out, skipped = _order(plan)
+    base: Params | None = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks=plan.kind == "qlora")
+    trainable = _start(plan, checkpoint, base)
+    terminators = sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else []
+    started = time.monotonic()
+    card = {"base": plan.model, "rows": [str(Path(source).name) for source in plan.sources], "seed": plan.settings.seed,
+            "learning_rate": plan.settings.learning_rate, "batch_tokens": plan.batch_tokens, "skipped": skipped}
+    tokens = 0
+
+    def keep(trained: Trainable, report: Report) -> None:
+        told = card | {"steps": report.step, "loss": report.loss, "held_out": report.held_out,
+                       "hours": round((time.monotonic() - started) / 3600, 3)}
+        if not plan.chat:
+            told["fim"] = {"psm": True, "spm": True}
+        if jax.process_index() == 0:
+            _write(plan, checkpoint, trained, told)
+
+    writer = _tensorboard(plan.out) if plan.tensorboard else None
+    reports = train(checkpoint.config, None if plan.kind == "full" else base, trainable, order, plan.settings, plan.out,
+                    held_out=held_out, resume=resume, mesh=mesh, terminators=terminators, keep_best=keep)
+    for report in reports:
+        tokens += report.tokens
+        tell(report)
+        if writer:
+            for name in ("loss", "right", "learning_rate", "gradient_norm", "held_out"):
+                if (value := getattr(report, name)) is not None:
+                    writer.add_scalar(name, value, report.step)
+        if until is not None and time.monotonic() > until:
+            reports.close()              # type: ignore[attr-defined]
+            break
+    return plan.result
+
+
+def steps_of(plan: Plan) -> int:
+    order = _order(plan)[0]
+    return min(order.steps, plan.settings.steps or order.steps)
+
+
+@lru_cache(maxsize=2)
+def _checkpoint(model: str) -> Checkpoint:
+    return open_checkpoint(hub.resolve(model))
+
+
+@lru_cache(maxsize=2)
+def _order(plan: Plan) -> tuple[Order, list[Any], int]:
+    """The rows to learn from, those to measure on, and how many dialogues were too long."""
+    parts = meshes.batch_parts(meshes.parse(plan.mesh))
+    skipped = 0
+    if plan.chat:
+        tokenizer = _checkpoint(plan.model).tokenizer
+        if tokenizer is None:
+            raise ValueError(f"{plan.model} has no tokenizer to read chats with: put its tokenizer.model beside it")
+        folders: Sequence[Any] = []
+        for source in plan.sources:
+            rows, left = sft.rows(sft.read(Path(source)), tokenizer, plan.length)
+            folders, skipped = [*folders, rows], skipped + left
+        held: list[Any] = [sft.rows(sft.read(plan.held_out), tokenizer, plan.length)[0]] if plan.held_out else []
+    else:
+        folders = [Rows(source) for source in plan.sources]
+        held = [Rows(plan.held_out)] if plan.held_out else []
+    return Order(folders, plan.batch_tokens, plan.settings.seed, plan.epochs, parts), held, skipped
+
+
+def _start(plan: Plan, checkpoint: Checkpoint, base: Params) -> Trainable:
+    if plan.kind == "full":
+        return base
+    if plan.adapter:
+        adapter = lora.load(plan.adapter)
+        adapter.check(checkpoint.config)
+        return lora_of(adapter)
+    ids, start = fim_rows(checkpoint) if not plan.chat else ((), ())
+    return new_lora(checkpoint.config, base, plan.rank, ids, plan.alpha, plan.settings.seed, start)
+
+
+def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The FIM tokens that a base never saw, whose rows of the embedding an adapter learns, and whose rows they start from:
+    the separator from <eos>, which ends texts. None where the vocabulary names them: then the base was trained on them."""
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None or tokenizer.control.fim != "convention":
+        return (), ()
+    control = tokenizer.control
+    ids = tuple(sorted(getattr(control, name) for name in FIM_NAMES))
+    return ids, tuple(control.eos if token == control.file_separator and control.eos is not None else token for token in ids)
+
+
+def _write(plan: Plan, checkpoint: Checkpoint, trained: Trainable, card: dict[str, Any]) -> None:
+    if isinstance(trained, Lora):
+        lora.save(adapter_of(trained, plan.name or plan.out.name, card), plan.result)
+        return
+    kept = {name: checkpoint.tensors[name].type if checkpoint.tensors[name].type in ("F32", "F16", "BF16") else "BF16"
+            for name in trained}
+    tensors = {name: _tensor(np.asarray(value), kept[name]) for name, value in trained.items()}  # type: ignore[arg-type]
+    new = plan.result.with_name("model.new")
+    with building(new) as folder:
+        save("safetensors", folder, replace(checkpoint, tensors=tensors))
+    shutil.rmtree(plan.result, ignore_errors=True)  # `building` replaces no full folder: this is an older state of the run
+    new.rename(plan.result)
+
+
+def _tensor(values: np.ndarray, type: str) -> Tensor:
+    array = np.ascontiguousarray(plain(type, values.astype(np.float32)))
+    return Tensor.view(type, values.shape, array.view(np.uint8).reshape(-1))
+
+
+def _tensorboard(folder: Path) -> Any:
+    missing("tensorboardX", "--tensorboard", "train")
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,90 @@
+"""Chat and instruction data -> training rows: Gemma's turns, loss on the answers alone.
+
+`read` takes chat messages, instruction pairs and NeMo's pairs, one JSON object a line; `rows` packs them. Both differ
+from continued pretraining in the rows alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codegemma import prompts
+from codegemma.data.pack import fit, positions
+from codegemma.prompts import Message
+from codegemma.tokenizer import Tokenizer
+
+PAIRS = (("input", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))  # NeMo's first
+
+
+def read(path: Path) -> Iterator[list[Message]]:
+    """The dialogues of a JSON-lines file. A line is {"messages": [{"role", "content"}, ...]} (or "conversations" with
+    "from" and "value"), {"instruction", "input", "output"}, or a pair such as NeMo's {"input", "output"}.
+
+    Raises ValueError naming the line and what it lacks.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield messages(json.loads(line))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: {error}: a line needs messages of role and content, or instruction "
+                                 "and output, or input and output") from None
+
+
+def messages(one: Mapping[str, Any]) -> list[Message]:
+    """One object of the file as a dialogue that ends with an answer. Raises ValueError."""
+    turns = one.get("messages") or one.get("conversations")
+    if turns:
+        names = {"human": "user", "gpt": "assistant", "model": "assistant"}
+        found = [(turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))) for turn in turns]
+        made = [Message(names.get(role, role), _text(text)) for role, text in found]
+    elif "instruction" in one:
+        more = _text(one.get("input") or "")
+        asked = _text(one["instruction"]) + (f"\n\n{more}" if more else "")
+        made = [Message("user", asked), Message("assistant", _text(one.get("output", one.get("response"))))]
+    else:
+        pair = next((pair for pair in PAIRS if all(name in one for name in pair)), None)
+        if pair is None:
+            raise ValueError(f"it has the fields {', '.join(map(repr, one)) or 'none'}")
+        made = [Message("user", _text(one[pair[0]])), Message("assistant", _text(one[pair[1]]))]
+    if isinstance(one.get("system"), str) and made[0].role != "system":
+        made.insert(0, Message("system", one["system"]))
+    if made[-1].role != "assistant":
+        raise ValueError("the last message must be the assistant's, which is what is learned")
+    return made
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"a text was expected, got {value!r}")
+    return value
+
+
+def rows(dialogues: Iterable[Sequence[Message]], tokenizer: Tokenizer, length: int) -> tuple[list[dict[str, np.ndarray]], int]:
+    """Dialogues packed into rows of `length` tokens, each a segment of its own, and how many were too long to fit one.
+
+    Rows are as data.pack.Rows gives them. Raises ValueError where none is left.
+    """
+    made = [prompts.chat(tokenizer, dialogue, reply=False) for dialogue in dialogues]
+    fitting = [prompt for prompt in made if len(prompt.ids) <= length]
+    if not fitting:
+        raise ValueError(f"none of {len(made):,} dialogues fits a row of {length:,} tokens: raise --length")
+    found = []
+    for items in fit([len(prompt.ids) for prompt in fitting], length):
+        tokens_T, loss_T, segments_T = np.zeros(length, np.int32), np.zeros(length, bool), np.zeros(length, np.uint16)
+        at = 0
+        for segment, item in enumerate(sorted(items), 1):
+            ids, labels = fitting[item].ids, fitting[item].labels
+            end = at + len(ids)
+            tokens_T[at:end], segments_T[at:end] = ids, segment
+            loss_T[at:end] = [label == "reply" for label in labels]
+            at = end
+        found.append({"tokens": tokens_T, "loss": loss_T, "segments": segments_T, "positions": positions(segments_T)})
+    return found, len(made) - len(fitting)
