@@ -1,0 +1,608 @@
+"""The language server, spoken to in raw JSON-RPC by a client of our own: positions, edits, cancellation, what is asked."""
+
+import asyncio
+import json
+import os
+import queue
+import threading
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_config, write_tiny_gguf
+
+import codegemma
+from codegemma.serve import stats
+from codegemma.serve.buffers import Text, plain
+from codegemma.serve.lsp import MOST_PREFIX, MOST_SUFFIX, Server, Settings, names, window
+from codegemma.serve.sources import Here, There
+
+WAIT = 60                                # seconds; the machine may be asleep
+
+
+# ------------------------------------------------------------------------------------------------ positions
+WIDTH = {"utf-8": 1, "utf-16": 2, "utf-32": 4}
+CODEC = {"utf-8": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
+LETTERS = st.lists(st.sampled_from([*"ab (é中\r\n\n\x0c\x1d\u2028", "\r\n", "😋", "𝔊", "e\u0301"]), max_size=30).map("".join)
+
+
+class Twin:
+    """A document as an editor in that encoding sees it: a list of code units, cut where lines end. Nothing shared with ours."""
+
+    def __init__(self, text, encoding):
+        self.encoding = encoding
+        self.units = self.split(text)
+
+    def split(self, text):
+        data, width = text.encode(CODEC[self.encoding]), WIDTH[self.encoding]
+        return [int.from_bytes(data[at:at + width], "little") for at in range(0, len(data), width)]
+
+    def text(self, units=None):
+        units = self.units if units is None else units
+        return b"".join(unit.to_bytes(WIDTH[self.encoding], "little") for unit in units).decode(CODEC[self.encoding])
+
+    def place(self, line, character):
+        """The unit that a position means: past a line is its end, within a character its start."""
+        starts = [0]
+        for at, unit in enumerate(self.units):
+            if unit == 10 or (unit == 13 and self.units[at + 1:at + 2] != [10]):
+                starts.append(at + 1)
+        if line >= len(starts):
+            return len(self.units)
+        end = starts[line]
+        while end < len(self.units) and self.units[end] not in (10, 13):
+            end += 1
+        at = min(starts[line] + character, end)
+        while 0 < at < len(self.units) and (self.encoding == "utf-8" and self.units[at] & 0xC0 == 0x80
+                                           or self.encoding == "utf-16" and 0xDC00 <= self.units[at] < 0xE000):
+            at -= 1
+        return at
+
+
+@pytest.mark.parametrize("encoding", CODEC)
+@settings(max_examples=80, deadline=None)
+@given(text=LETTERS, edits=st.lists(st.tuples(*[st.integers(0, 6), st.integers(0, 12)] * 2, LETTERS), max_size=8))
+def test_edits_at_any_position_give_the_text_that_the_editor_has(encoding, text, edits):
+    ours, twin = Text(text, encoding), Twin(text, encoding)
+    for line, character, line2, character2, new in edits:
+        first, last = sorted((twin.place(line, character), twin.place(line2, character2)))
+        assert ours.text[:ours.offset(line, character)] == twin.text(twin.units[:twin.place(line, character)])
+        ours = ours.edited((line, character), (line2, character2), new)
+        twin.units[first:last] = twin.split(new)
+        assert ours.text == twin.text()
+
+
+@pytest.mark.parametrize("encoding", CODEC)
+@settings(max_examples=80, deadline=None)
+@given(text=LETTERS)
+def test_a_position_made_of_an_offset_leads_back_to_it(encoding, text):
+    ours = Text(text, encoding)
+    for offset in range(len(text) + 1):
+        if not (text[offset - 1:offset + 1] == "\r\n" and offset):       # no position is inside a line's end
+            line, character = ours.position(offset)
+            assert ours.offset(line, character) == offset
+            assert Twin(text, encoding).place(line, character) == len(Twin(text[:offset], encoding).units)
+
+
+def test_halves_of_a_surrogate_pair_count_one_unit_each_and_meet_in_the_prompt():
+    text = Text("x", "utf-16").edited((0, 1), (0, 1), "\ud83d").edited((0, 2), (0, 2), "\ude0b!")
+    assert text.offset(0, 4) == 4 and text.position(4) == (0, 4)
+    assert plain(text.text) == "x😋!" and plain("a\udc00b\r\nc\rd") == "a\ufffdb\nc\nd"
+
+
+def test_windows_are_near_the_cursor_in_whole_lines_and_stay_put_while_one_types():
+    lines = "".join(f"line {number}\n" for number in range(20_000))
+    first, after = window(lines, lines)
+    assert lines.endswith(first) and lines.startswith(after) and first.startswith("line ") and after.endswith("\n")
+    assert MOST_PREFIX / 2 < len(first) <= MOST_PREFIX and MOST_SUFFIX / 2 < len(after) <= MOST_SUFFIX
+    starts = {lines.rfind(window(lines + "x" * typed, "")[0][:40]) for typed in range(2000)}
+    assert len(starts) <= 2
+    assert window("ab", "cd") == ("ab", "cd") and window("x" * 60_000, "") [0] == "x" * (60_000 - 16_384)
+
+
+# ------------------------------------------------------------------------------------------------- a client
+class Client:
+    """JSON-RPC by hand, over two pipes."""
+
+    def __init__(self, incoming, outgoing):
+        self.incoming, self.outgoing, self.id = incoming, outgoing, 0
+        self.answers, self.notes, self.asked = {}, queue.Queue(), queue.Queue()
+        self.replies = {"workspace/configuration": [None]}
+        self.arrived = threading.Condition()
+        self.thread = threading.Thread(target=self.listen, daemon=True)
+        self.thread.start()
+
+    def listen(self):
+        while header := self.incoming.readline():
+            size = int(header.split(b":")[1])
+            while self.incoming.readline().strip():
+                pass
+            message = json.loads(self.incoming.read(size))
+            if "method" in message and "id" in message:
+                self.asked.put(message)
+                self.send(id=message["id"], result=self.replies.get(message["method"]))
+            elif "method" in message:
+                self.notes.put(message)
+            else:
+                with self.arrived:
+                    self.answers[message["id"]] = message
+                    self.arrived.notify_all()
+
+    def send(self, **message):
+        body = json.dumps({"jsonrpc": "2.0"} | message).encode()
+        self.outgoing.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        self.outgoing.flush()
+
+    def start(self, method, **params):
+        self.id += 1
+        self.send(id=self.id, method=method, params=params)
+        return self.id
+
+    def answer(self, id):
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: id in self.answers, WAIT), f"no answer to {id}"
+            return self.answers[id]
+
+    def ask(self, method, **params):
+        answer = self.answer(self.start(method, **params))
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def tell(self, method, **params):
+        self.send(method=method, params=params)
+
+    def note(self, method, text=""):
+        while True:
+            found = self.notes.get(timeout=WAIT)
+            if found["method"] == method and text in found["params"].get("message", ""):
+                return found["params"]
+
+    def open(self, uri, text, language="python"):
+        self.tell("textDocument/didOpen",
+                  textDocument={"uri": uri, "languageId": language, "version": 1, "text": text})
+
+    def change(self, uri, start, end, text):
+        self.tell("textDocument/didChange", textDocument={"uri": uri, "version": 2}, contentChanges=[
+            {"range": {"start": at(*start), "end": at(*end)}, "text": text}])
+
+    def inline(self, uri, line, character, kind=2, **context):
+        return self.start("textDocument/inlineCompletion", textDocument={"uri": uri}, position=at(line, character),
+                          context={"triggerKind": kind} | context)
+
+    def texts(self, id):
+        return [item["insertText"] for item in self.answer(id)["result"]["items"]]
+
+
+def at(line, character):
+    return {"line": line, "character": character}
+
+
+class Stub:
+    """A source that a test answers itself: every request waits in `asks` until its future is given a text."""
+
+    name = "stub"
+
+    def __init__(self):
+        self.asks, self.cancelled, self.closed = queue.Queue(), queue.Queue(), threading.Event()
+
+    async def fill(self, ask):
+        future = asyncio.get_running_loop().create_future()
+        self.asks.put((ask, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.cancelled.put(ask)
+            raise
+
+    async def close(self):
+        self.closed.set()
+
+    def next(self):
+        return self.asks.get(timeout=WAIT)
+
+
+def give(future, text):
+    future.get_loop().call_soon_threadsafe(future.set_result, text)
+
+
+@contextmanager
+def session(source, folder=None, encodings=("utf-16",), inline=True, capabilities=None, **options):
+    """A client and the server in this process, greeted."""
+    to_server, to_client = os.pipe(), os.pipe()
+    files = [os.fdopen(to_server[0], "rb"), os.fdopen(to_client[1], "wb"), os.fdopen(to_client[0], "rb"), os.fdopen(to_server[1], "wb")]
+    server = Server(lambda: source() if callable(source) else source)
+    thread = threading.Thread(target=server.start_io, args=files[:2])
+    thread.start()
+    client = Client(*files[2:])
+    document = {"inlineCompletion": {}} if inline else {}
+    client.hello = client.ask(
+        "initialize", processId=None, rootUri=folder.as_uri() if folder else None, initializationOptions={"restMs": 9 ** 9} | options,
+        capabilities={"general": {"positionEncodings": [*encodings]}, "textDocument": document} | (capabilities or {}))
+    client.tell("initialized")
+    client.server = server
+    try:
+        yield client
+    finally:
+        client.ask("shutdown")
+        client.tell("exit")
+        client.outgoing.close()
+        thread.join(WAIT)
+        client.thread.join(WAIT)
+        assert not thread.is_alive() and not client.thread.is_alive()
+        for file in files:
+            file.close()
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """Large enough that its longest answer takes seconds."""
+    config = tiny_config("gemma3", layers=6, width=512, ffn_width=2048, context=8192)
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", config, "Q8_0")
+
+
+@pytest.fixture(scope="module")
+def said(model_path):
+    """What the model itself puts into the hole."""
+    answer = codegemma.load(model_path, threads=1).complete(PREFIX, SUFFIX, trim="none", max_tokens=48)
+    assert len(answer.ids) == 48 and answer.text.strip()
+    return answer.text
+
+
+PREFIX, SUFFIX = "def re(th):\n    retu", "\n\nreturn 1\n"
+
+
+# ------------------------------------------------------------------------------------------------- requests
+def test_what_the_server_says_it_can_do_is_what_the_client_can_use():
+    with session(Stub(), encodings=("utf-32", "utf-8")) as client:
+        found = client.hello["capabilities"]
+        assert found["positionEncoding"] == "utf-32" and "completionProvider" not in found
+        assert found["textDocumentSync"]["change"] == 2 and "inlineCompletionProvider" in found
+    with session(Stub(), inline=False, encodings=("klingon",)) as client:
+        found = client.hello["capabilities"]
+        assert found["positionEncoding"] == "utf-16" and "." in found["completionProvider"]["triggerCharacters"]
+    for choice, offered in (("never", False), ("always", True)):
+        with session(Stub(), inline=choice == "always", completion=choice) as client:
+            assert ("completionProvider" in client.hello["capabilities"]) == offered
+
+
+@pytest.mark.parametrize("encoding, column", [("utf-8", 16), ("utf-16", 12), ("utf-32", 10)])
+def test_the_hole_is_where_the_editor_says(encoding, column):
+    stub, uri = Stub(), "untitled:one"
+    with session(stub, encodings=(encoding,)) as client:
+        client.open(uri, "# 😋\r\nx = '😋𝔊' + \r\nend\r\n")
+        client.change(uri, (0, 0), (0, 1), "#中")
+        id = client.inline(uri, 1, column)
+        ask, future = stub.next()
+        assert (ask.what.prefix, ask.what.suffix) == ("#中 😋\nx = '😋𝔊' +", " \nend\n")
+        assert ask.what.trim == "block" and ask.max_tokens == 64 and ask.what.path is None
+        give(future, " f(\n  1)")
+        item, = client.answer(id)["result"]["items"]
+        assert item["insertText"] == " f(\r\n  1)"                       # as the document's lines end
+        assert item["range"] == {"start": at(1, column), "end": at(1, column)}
+
+
+def test_a_chosen_entry_of_the_popup_is_completed_in_its_own_range():
+    stub, uri = Stub(), "untitled:one"
+    with session(stub) as client:
+        client.open(uri, "a = os.pa + b\n")
+        span = {"start": at(0, 7), "end": at(0, 9)}
+        id = client.inline(uri, 0, 9, selectedCompletionInfo={"range": span, "text": "path"})
+        ask, future = stub.next()
+        assert (ask.what.prefix, ask.what.suffix, ask.what.trim) == ("a = os.path", " + b\n", "line")
+        give(future, ".sep")
+        item, = client.answer(id)["result"]["items"]
+        assert (item["insertText"], item["range"]) == ("path.sep", span)
+
+
+def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replaces_the_word():
+    stub, uri = Stub(), "untitled:one"
+    with session(stub, inline=False) as client:
+        client.open(uri, "x = 'é'; pri\n")
+        id = client.start("textDocument/completion", textDocument={"uri": uri}, position=at(0, 12), context={"triggerKind": 1})
+        ask, future = stub.next()
+        assert ask.what.prefix == "x = 'é'; pri"
+        give(future, "nt(x)\nprint(y)")
+        found = client.answer(id)["result"]
+        item, = found["items"]
+        assert found["isIncomplete"] and item["label"] == "print(x) …" and item["filterText"].startswith("print(")
+        assert item["textEdit"] == {"range": {"start": at(0, 9), "end": at(0, 12)}, "newText": "print(x)\nprint(y)"}
+        assert "print(x)\nprint(y)" in item["documentation"]["value"]
+
+
+def test_a_cancelled_request_stops_the_work_and_says_so():
+    stub, uri = Stub(), "untitled:one"
+    with session(stub) as client:
+        client.open(uri, "x = \n")
+        id = client.inline(uri, 0, 4)
+        ask, _ = stub.next()
+        client.tell("$/cancelRequest", id=id)
+        assert stub.cancelled.get(timeout=WAIT) is ask
+        assert client.answer(id)["error"]["code"] == -32800
+
+
+def test_a_newer_request_and_an_edit_stop_the_older_one():
+    stub, uri = Stub(), "untitled:one"
+    with session(stub) as client:
+        client.open(uri, "x = \n")
+        first = client.inline(uri, 0, 4)
+        old, _ = stub.next()
+        second = client.inline(uri, 0, 4)
+        assert stub.cancelled.get(timeout=WAIT) is old and client.texts(first) == []
+        newer, _ = stub.next()
+        client.change(uri, (0, 4), (0, 4), "y")
+        assert stub.cancelled.get(timeout=WAIT) is newer and client.texts(second) == []
+
+
+def test_the_engine_itself_stops(model_path):
+    """A long answer, cancelled: the engine has counted it as cancelled and is idle, long before its last token."""
+    source = []
+
+    def open_source():
+        source.append(Here(codegemma.load(model_path, threads=1)))
+        return source[0]
+
+    with session(open_source, maxTokens=8000, trim="none", predictMs=10 ** 8, timeBudgetMs=10 ** 6) as client:
+        client.open("untitled:one", PREFIX + SUFFIX)
+        id = client.inline("untitled:one", 1, 8, kind=1)
+        pause = threading.Event()
+        while not (source and source[0].scheduler.metrics.running):
+            assert not pause.wait(0.005) and id not in client.answers
+        client.tell("$/cancelRequest", id=id)
+        assert client.answer(id)["error"]["code"] == -32800
+        metrics = source[0].scheduler.metrics
+        while metrics.running or not metrics.counts["cancelled"]:
+            pause.wait(0.005)
+        assert metrics.counts["cancelled"] == 1 and metrics.counts["predicted_tokens"] < 4000
+
+
+def test_suggestions_are_the_models_own(model_path, said):
+    with session(lambda: Here(codegemma.load(model_path, threads=1)), maxTokens=48, trim="none", timeBudgetMs=10 ** 6,
+                 predictMs=10 ** 6) as client:
+        client.open("untitled:one", PREFIX + SUFFIX)
+        assert client.texts(client.inline("untitled:one", 1, 8, kind=1)) == [said]
+
+
+def test_while_the_cursor_rests_its_context_is_read(model_path):
+    source = []
+
+    def open_source():
+        source.append(Here(codegemma.load(model_path, threads=1)))
+        return source[0]
+
+    text = "def re(th):\n    return th\n" * 6
+    with session(open_source, restMs=1, timeBudgetMs=10 ** 6) as client:
+        client.open("untitled:one", text)
+        client.tell("codegemma/cursor", textDocument={"uri": "untitled:one"}, position=at(11, 0))
+        pause = threading.Event()
+        while not (source and source[0].scheduler.metrics.counts["requests"] and not source[0].scheduler.metrics.running):
+            pause.wait(0.01)
+        counts = source[0].scheduler.metrics.counts
+        read = counts["prompt_tokens"]
+        assert read > 50 and not counts["predicted_tokens"]
+        client.texts(client.inline("untitled:one", 11, 0, kind=1))
+        assert counts["cached_tokens"] >= 40
+
+
+def test_typing_stops_the_reading_ahead_and_highlights_ask_for_it():
+    stub, uri = Stub(), "untitled:one"
+    with session(stub, restMs=1) as client:
+        client.open(uri, "x = \ny = 1\n")
+        ask, _ = stub.next()
+        assert ask.max_tokens == 0 and ask.what.prefix == ""
+        assert client.ask("textDocument/documentHighlight", textDocument={"uri": uri}, position=at(0, 4)) is None
+        assert stub.cancelled.get(timeout=WAIT) is ask
+        rested, _ = stub.next()
+        assert (rested.max_tokens, rested.what.prefix) == (0, "x = ")
+        id = client.inline(uri, 0, 4, kind=1)
+        assert stub.cancelled.get(timeout=WAIT) is rested
+        asked, future = stub.next()
+        assert asked.max_tokens == 64
+        give(future, "")
+        assert client.texts(id) == []
+
+
+def test_what_is_typed_of_a_suggestion_needs_no_model_and_what_is_taken_is_counted():
+    stub, uri = Stub(), "untitled:one"
+    with session(stub) as client:
+        client.open(uri, "x = \n")
+        id = client.inline(uri, 0, 4)
+        give(stub.next()[1], "foo(bar)")
+        assert client.texts(id) == ["foo(bar)"]
+        client.change(uri, (0, 4), (0, 4), "f")
+        assert client.texts(client.inline(uri, 0, 5)) == ["oo(bar)"]
+        client.change(uri, (0, 5), (0, 5), "oo(bar)")                    # accepted
+        id = client.inline(uri, 0, 12)
+        give(stub.next()[1], "\nprint(x)")
+        client.texts(id)
+        client.change(uri, (0, 12), (0, 12), "!")                        # typed something else
+        id = client.inline(uri, 0, 13)
+        give(stub.next()[1], "  ")
+        assert client.texts(id) == []                                    # blank is nothing
+    first, second = stats.load()
+    assert (first.language, first.characters, first.taken) == ("python", 8, 7)
+    assert (second.characters, second.taken) == (9, 0)
+    assert stub.closed.is_set()
+
+
+def test_nothing_is_asked_inside_a_word_or_where_it_is_switched_off():
+    stub = Stub()
+    with session(stub, disabledLanguages=["markdown"]) as client:
+        client.open("untitled:a", "value = other\n")
+        client.open("untitled:b", "# Title\n", "markdown")
+        assert client.texts(client.inline("untitled:a", 0, 10)) == []
+        assert client.texts(client.inline("untitled:b", 0, 7, kind=1)) == []
+        assert client.texts(client.inline("untitled:unknown", 0, 0)) == []
+        id = client.inline("untitled:a", 0, 10, kind=1)                  # asked for by hand
+        give(stub.next()[1], "x")
+        assert client.texts(id) == ["x"]
+
+
+def test_trigger_kinds_of_older_clients_are_understood():
+    stub = Stub()
+    with session(stub) as client:
+        client.open("untitled:a", "x = \n")
+        id = client.inline("untitled:a", 0, 4, kind=0)
+        give(stub.next()[1], "1")
+        assert client.texts(id) == ["1"]
+
+
+def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_checked():
+    stub = Stub()
+    asking = {"workspace": {"configuration": True, "didChangeConfiguration": {"dynamicRegistration": True}}}
+    with session(stub, capabilities=asking | {"textDocument": {"inlineCompletion": {}}}, maxTokens=7, colour="red") as client:
+        client.note("window/logMessage", "no setting codegemma.colour")
+        client.note("window/logMessage", "stub, ready")
+        assert {client.asked.get(timeout=WAIT)["method"] for _ in range(2)} == {"client/registerCapability", "workspace/configuration"}
+        client.replies["workspace/configuration"] = [{"trim": "line", "timeBudgetMs": "fast"}]
+        client.tell("workspace/didChangeConfiguration", settings=None)
+        client.note("window/logMessage", "codegemma.timeBudgetMs must be a whole number above 0, got 'fast'")
+        client.open("untitled:a", "x = \n")
+        id = client.inline("untitled:a", 0, 4)
+        ask, future = stub.next()
+        assert (ask.max_tokens, ask.what.trim, ask.prompt_seconds) == (7, "line", 0.3)
+        give(future, "")
+        client.answer(id)
+
+
+@pytest.mark.parametrize("name, wrong", [("enabled", 1), ("maxTokens", 0), ("maxTokens", True), ("trim", "word"), ("mode", 3),
+                                         ("disabledLanguages", "c"), ("adapter", None)])
+def test_a_wrong_setting_changes_nothing(name, wrong):
+    found, complaints = Settings().given({name: wrong})
+    assert found == Settings() and len(complaints) == 1 and repr(wrong) in complaints[0] and name in names()
+
+
+def test_a_model_that_is_not_there_is_told_once():
+    def fails():
+        raise ValueError("no model 'x': check the path")
+
+    with session(fails) as client:
+        assert "no model 'x'" in client.note("window/showMessage")["message"]
+        client.open("untitled:a", "x = \n")
+        assert client.texts(client.inline("untitled:a", 0, 4)) == [] == client.texts(client.inline("untitled:a", 0, 4))
+        client.ask("textDocument/documentHighlight", textDocument={"uri": "untitled:a"}, position=at(0, 0))
+        assert all(note["method"] != "window/showMessage" for note in [*client.notes.queue])
+
+
+# ---------------------------------------------------------------------------------------------- what is read
+def test_ignored_files_and_secrets_enter_no_prompt(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitignore").write_text("build/\n")
+    (tmp_path / "lib.py").write_text("def helper(): pass\n")
+    key, other = "AKIAQYLPMN5HNM4CJX2B", "AKIA2E5HXQ7RZ3NLWMTK"
+    stub = Stub()
+    with session(stub, folder=tmp_path) as client:
+        def uri(name):
+            return (tmp_path / name).as_uri()
+
+        client.open(uri(".env"), "KEY=1\n")
+        client.open(uri("build/made.py"), "made = 1\n")
+        client.open(uri("keys.py"), f"password = 'hunter2-Tr0ub4dor&3xyz'\nTOKEN = 'sk_live_{'4eC39HqLyjWDarjtT1' * 2}'\n")
+        client.open(uri("plain.py"), "plain = 1\n")
+        client.open(uri("app.py"), f"import lib\nAWS = '{key}'\nx = \nOLD = '{other}'\n")
+        for refused in (".env", "build/made.py"):
+            assert client.texts(client.inline(uri(refused), 0, 3, kind=1)) == []
+        client.note("window/logMessage", ".env gets no completions: its name speaks of credentials")
+        id = client.inline(uri("app.py"), 2, 4)
+        ask, future = stub.next()
+        assert [file.path for file in ask.what.files] == ["plain.py"] and ask.what.path == "app.py"
+        assert key[4:] not in ask.what.prefix and len(ask.what.prefix) == len(f"import lib\nAWS = '{key}'\nx = ")
+        assert other[4:] not in ask.what.suffix and "EXAMPLE" in ask.what.prefix and "EXAMPLE" in ask.what.suffix
+        give(future, "1")
+        client.answer(id)
+
+
+def test_imports_are_read_once_the_cursor_has_rested(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "lib.py").write_text("def helper(): pass\n")
+    stub = Stub()
+    with session(stub, folder=tmp_path, restMs=1) as client:
+        client.open((tmp_path / "app.py").as_uri(), "from lib import helper\nhelper\n")
+        ask, _ = stub.next()
+        assert [(file.path, file.text) for file in ask.what.files] == [("lib.py", "def helper(): pass\n")]
+        id = client.inline((tmp_path / "app.py").as_uri(), 1, 6, kind=1)
+        ask, future = stub.next()
+        assert [file.path for file in ask.what.files] == ["lib.py"]
+        give(future, "()")
+        client.answer(id)
+
+
+# ------------------------------------------------------------------------------------------- another server
+@contextmanager
+def http(answer):
+    """A loopback server of one route after another: `answer(path, body)` gives (status, JSON), or None to hang. Yields its
+    port, what it was asked, and an event for a client that hung up."""
+    asked, gone, ready, done = [], threading.Event(), threading.Event(), {}
+
+    async def handle(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)
+        body = json.loads(await reader.readexactly(int(fields["Content-Length"])))
+        asked.append((head.split()[1].decode(), body, fields.get("Authorization")))
+        if (found := answer(*asked[-1][:2])) is None:
+            await reader.read()
+            gone.set()
+        else:
+            writer.write(f"HTTP/1.1 {found[0]} X\r\n\r\n{json.dumps(found[1])}".encode())
+        writer.close()
+
+    async def main():
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        done["port"], done["stop"], done["loop"] = server.sockets[0].getsockname()[1], asyncio.Event(), asyncio.get_running_loop()
+        ready.set()
+        async with server:
+            await done["stop"].wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    ready.wait(WAIT)
+    try:
+        yield done["port"], asked, gone
+    finally:
+        done["loop"].call_soon_threadsafe(done["stop"].set)
+        thread.join(WAIT)
+
+
+def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
+    with http(lambda path, body: None if body["prompt"] == "hang = " else (200, {"content": "1\n\nother = 2"})) as (port, asked, gone), \
+            session(There(f"127.0.0.1:{port}", "key")) as client:
+        client.open("untitled:a", "one = 1\nx = \nrest\nhang = \n")
+        assert client.texts(client.inline("untitled:a", 1, 4)) == ["1"]      # trimmed here, where the server did not
+        path, body, key = asked[0]
+        assert (path, key) == ("/infill", "Bearer key")
+        assert (body["input_prefix"], body["prompt"], body["input_suffix"]) == ("one = 1\n", "x = ", "\nrest\nhang = \n")
+        assert body["n_predict"] == 64 and body["t_max_prompt_ms"] == 300 and body["trim"] == "block"
+        id = client.inline("untitled:a", 3, 7)
+        client_waits = threading.Event()
+        while len(asked) < 2:
+            client_waits.wait(0.01)
+        client.tell("$/cancelRequest", id=id)
+        assert gone.wait(WAIT) and client.answer(id)["error"]["code"] == -32800
+
+
+def test_servers_without_infill_are_asked_for_a_completion_with_a_suffix_and_errors_are_told():
+    def answer(path, body):
+        if path == "/infill":
+            return 404, {"detail": "Not Found"}
+        return (500, {"error": "out of memory"}) if body["prompt"] == "bad" else (200, {"choices": [{"text": "1"}]})
+
+    with http(answer) as (port, asked, _), session(There(f"http://127.0.0.1:{port}/v1")) as client:
+        client.open("untitled:a", "x = \nbad")
+        assert client.texts(client.inline("untitled:a", 0, 4)) == ["1"] == client.texts(client.inline("untitled:a", 0, 4, kind=1))
+        assert [path for path, *_ in asked] == ["/infill", "/v1/completions", "/v1/completions"]
+        assert asked[1][1]["suffix"] == "\nbad"
+        client.open("untitled:b", "bad")
+        assert client.texts(client.inline("untitled:b", 0, 3)) == []
+        assert "answered 500" in client.note("window/showMessage")["message"]
+    with session(There(f"http://127.0.0.1:{port}")) as client:
+        client.open("untitled:a", "x = \n")
+        assert client.texts(client.inline("untitled:a", 0, 4)) == []
+        assert "start `codegemma serve`" in client.note("window/showMessage")["message"]
+    with pytest.raises(ValueError, match="must be a URL such as"):
+        There("ftp://x")
