@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "codegemma"
 ROOMS = [
     "config", "tokenizer", "prompts", "weights", "formats", "hub", "native", "quantize", "model", "lora", "sampling",
-    "cache", "engine", "completion", "chat", "local", "convert", "sandbox", "tutor", "data", "train", "evals", "serve", "terminal",
+    "cache", "engine", "completion", "chat", "local", "convert", "sandbox", "tutor", "data", "evals", "train", "serve", "terminal",
     "verbs", "cli"]
 
 

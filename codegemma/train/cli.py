@@ -60,8 +60,9 @@ def train(
         settings = Settings(learning_rate or (5e-5 if full else 1e-3), warmup, weight_decay=weight_decay, z=z_loss,
                             micro_tokens=micro_tokens, steps=steps, evaluate_every=evaluate_every, patience=patience,
                             save_every=save_every, seed=seed, **chosen)
-        plan = job.Plan(model, tuple(map(str, rows)), out, settings, chat=chat, kind="full" if full else "qlora" if qlora else "lora",
-                        rank=lora_rank, alpha=lora_alpha, adapter=adapter, batch_tokens=batch_tokens, length=length, epochs=epochs,
+        kind: Any = "full" if full else "qlora" if qlora else "lora"
+        plan = job.Plan(model, tuple(map(str, rows)), out, settings, chat=chat, kind=kind, rank=lora_rank, alpha=lora_alpha,
+                        adapter=adapter, batch_tokens=batch_tokens, length=length, epochs=epochs,
                         held_out=held_out, mesh=mesh, tensorboard=tensorboard)
         made = job.run(plan, resume, follow(job.steps_of(plan)))
     typer.echo(f"wrote {made}; loss curve: {out / 'loss.svg'}")

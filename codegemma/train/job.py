@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from codegemma import hub, lora
-from codegemma.data.pack import Rows
 from codegemma.convert import _save as save
+from codegemma.data.pack import Rows
 from codegemma.formats import Checkpoint, open_checkpoint
 from codegemma.formats.files import building, missing
 from codegemma.model import Lora, Params, params_of

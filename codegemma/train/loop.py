@@ -220,11 +220,10 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
                                 flops_of(config, tokens, length, seen.targets, not isinstance(trainable, Lora)),
                                 float(rate(run.step - 1)), float(norm))
                 if held_out and (run.step % settings.evaluate_every == 0 or run.step == steps):
-                    report = replace(report, held_out=_held_out(loss, run.trainable, base, held_out, settings, mesh))
-                    assert report.held_out is not None
-                    run.misses = 0 if report.held_out < run.best else run.misses + 1
-                    report = replace(report, best=report.held_out < run.best)
-                    run.best = min(run.best, report.held_out)
+                    measured = _held_out(loss, run.trainable, base, held_out, settings, mesh)
+                    report = replace(report, held_out=measured, best=measured < run.best)
+                    run.misses = 0 if report.best else run.misses + 1
+                    run.best = min(run.best, measured)
                 finished = run.step == steps or 0 < settings.patience <= run.misses
                 store.log(run, report)
                 if report.best or not held_out and (finished or run.step % settings.save_every == 0):
@@ -324,7 +323,8 @@ class Store:
             raise ValueError(f"{self.folder} holds a run with other {', '.join(changed)}: resume it with its own options, or "
                              "choose another folder")
         state = found["state"]
-        run.trainable = replace(run.trainable, weights=state["trainable"]) if isinstance(run.trainable, Lora) else state["trainable"]
+        trained = state["trainable"]
+        run.trainable = replace(run.trainable, weights=trained) if isinstance(run.trainable, Lora) else trained
         run.moments, run.step, run.misses = state["moments"], step, meta["misses"]
         run.best = float("inf") if meta["best"] is None else meta["best"]
         lines = self.metrics.read_text().splitlines()[:step]
@@ -343,7 +343,8 @@ class Store:
         ocp = self._ocp
         meta = {"stamp": self._stamp, "misses": run.misses, "best": run.best if np.isfinite(run.best) else None,
                 "jax": jax.__version__}
-        self.manager.save(run.step, args=ocp.args.Composite(state=ocp.args.StandardSave(_arrays(run)), meta=ocp.args.JsonSave(meta)))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_arrays(run)), meta=ocp.args.JsonSave(meta))
+        self.manager.save(run.step, args=args)
         if self.first:
             (self.folder / "loss.svg").write_text(draw(run.history))
 

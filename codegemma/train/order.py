@@ -67,7 +67,8 @@ class Order:
             steps, batch = self._steps(rows), self.batch(rows)
             if step < steps:
                 places = range(step * batch, (step + 1) * batch)
-                return [rows[int(_shuffled(len(rows), self.seed, number, place // len(rows))[place % len(rows)])] for place in places]
+                n = len(rows)
+                return [rows[int(_shuffled(n, self.seed, number, place // n)[place % n])] for place in places]
             step -= steps
         raise IndexError(f"step beyond the last, {self.steps:,}")
 
@@ -86,7 +87,8 @@ def microbatches(rows: Sequence[dict[str, np.ndarray]], size: int, parts: int = 
             np.zeros((size, length), np.int32) for _ in range(3))
         loss_BT = np.zeros((size, length), bool)
         for b, row in enumerate(some):
-            tokens_BT[b], positions_BT[b], segments_BT[b], loss_BT[b] = (row[key] for key in ("tokens", "positions", "segments", "loss"))
+            tokens_BT[b], positions_BT[b] = row["tokens"], row["positions"]
+            segments_BT[b], loss_BT[b] = row["segments"], row["loss"]
         loss_BT[:, 0] = False            # nothing stands before the first token
         loss_BT[:, 1:] &= segments_BT[:, 1:] == segments_BT[:, :-1]
         room = -(-size // parts * length // block) * block

@@ -1,0 +1,196 @@
+"""`codegemma tune`: a code base in, an adapter out, with the gain measured on files that training never saw.
+
+`tune` is a visible list: hold files out, build rows from the rest, measure, train within the time, measure again. The law
+it keeps: no held-out text is in the rows, and both measurements ask the same holes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from codegemma import lora
+from codegemma.data.build import build
+from codegemma.data.documents import Document, expand, read
+from codegemma.data.fim import Draw
+from codegemma.data.pack import Rows
+from codegemma.data.stages import Recipe
+from codegemma.evals import heldout
+from codegemma.evals.local import Local
+from codegemma.evals.task import Comparison, compare
+from codegemma.local import load
+from codegemma.prompts import Layout
+from codegemma.train import job
+from codegemma.train.loop import Report, Settings
+
+SHARE = 0.1                              # of the files, held out
+NEWEST = 20                              # commits at most whose files are held out too
+LENGTH = 512                             # tokens of a row
+WINDOW = (96, 384)                       # tokens of an example
+BATCH_TOKENS = 4096
+FEWEST = 4                               # files to train on
+PROBE = 3                                # steps that say how long a step takes, the first of which compiles
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over the holes before and after, and the paired difference with its interval."""
+
+    before: float
+    after: float
+    gain: Comparison
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning gave."""
+
+    adapter: Path
+    layout: Layout
+    figures: dict[str, Figure]
+    trained: int
+    held_out: int
+
+    def text(self) -> str:
+        lines = [f"{name:22} {f.before:8.3f} -> {f.after:8.3f}   {f.gain.difference:+.3f} (95 % from {f.gain.low:+.3f} to "
+                 f"{f.gain.high:+.3f})" for name, f in self.figures.items()]
+        return "\n".join([f"{self.trained:,} files taught, {self.held_out:,} held out; holes in {self.layout} order, before -> "
+                          "after:", *lines, f"use it: codegemma complete --adapter {self.adapter} ..."])
+
+
+def tune(repository: Path, model: str, minutes: float, out: Path | None, adapter: str, rank: int, holes: int, seed: int,
+         resume: bool, follow: Callable[[int], Callable[[Report], None]], say: Callable[[str], None]) -> Tuned:
+    """Raises ValueError where there is too little code, or the time is none."""
+    if minutes <= 0:
+        raise ValueError(f"--minutes must be above 0, got {minutes}")
+    out = out or Path(f"{repository.resolve().name}-adapter")
+    if out.exists() and not (out / "work").exists():
+        raise ValueError(f"{out} exists: choose another folder with --out")
+    if (out / "work").exists() and not resume:
+        raise ValueError(f"{out} holds an interrupted run: pass --resume to go on with it, or another folder")
+    work = out / "work"
+    started_from = _start(model, adapter)
+    if not (work / "ready").exists():
+        _prepare(repository, work, model, seed, started_from is None, say)
+    kept = [_document(line) for line in (work / "held-out.jsonl").read_text().splitlines()]
+    engine = load(model)
+    found = heldout.holes(kept, engine.tokenizer, holes, seed)
+    if not found:
+        raise ValueError(f"{repository}: the held-out files have no place for a hole to measure: it needs more code")
+    before, layout = _measured(engine, found, started_from)
+    say(f"before: {_brief(before)}")
+    plan = _plan(work, model, minutes, rank, started_from, seed, job.Rows(work / "rows"))
+    trained = lora.load(job.run(plan, (plan.out / "metrics.jsonl").exists(), follow(job.steps_of(plan)),
+                                time.monotonic() + 60 * minutes))
+    after, _ = _measured(engine, found, trained)
+    figures = {name: _figure(before[name], after[name]) for name in before}
+    result = Tuned(out, layout, figures, len(json.loads((work / "ready").read_text())), len(kept))
+    card = {**trained.card, "name": out.name, "repository": repository.resolve().name,
+            "measured": {name: {"before": f.before, "after": f.after, "gain from": f.gain.low, "gain to": f.gain.high}
+                         for name, f in figures.items()}}
+    made = lora.save(replace(trained, name=out.name, card=card), work / "final")
+    for file in [*made.iterdir(), plan.out / "loss.svg", plan.out / "metrics.jsonl"]:
+        if file.exists():
+            shutil.copyfile(file, out / file.name)
+    shutil.rmtree(work)
+    return result
+
+
+def hold_out(documents: Sequence[Document], repository: Path, seed: int) -> tuple[list[Document], list[Document]]:
+    """(to learn from, held out): a hash's share of the files, and those that the newest commits touched, at most half."""
+    newest = set(_newest_files(repository)) if (repository / ".git").exists() else set()
+    ranked = sorted(documents, key=lambda one: (one.path not in newest, Draw("held out", seed, one.path).uniform()))
+    share = max(1, round(SHARE * len(documents)))
+    recent = sum(one.path in newest for one in documents)
+    count = min(max(share, min(recent, 2 * share)), len(documents) // 2)
+    return ranked[count:], ranked[:count]
+
+
+def _newest_files(repository: Path) -> list[str]:
+    """Paths that the newest commits changed; none where git is missing or the history is not here."""
+    quiet = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "log", f"-{NEWEST}", "--format=",
+               "--name-only", "--no-ext-diff", "--relative"]
+    try:
+        done = subprocess.run(command, cwd=repository, env=quiet, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return list(dict.fromkeys(done.stdout.splitlines())) if done.returncode == 0 else []
+
+
+def _prepare(repository: Path, work: Path, model: str, seed: int, fresh: bool, say: Callable[[str], None]) -> None:
+    documents = [one for source in expand(str(repository)) for one in read(source)
+                 if isinstance(one, Document) and one.kind == "code"]
+    taught, kept = hold_out(documents, repository, seed)
+    if len(taught) < FEWEST:
+        raise ValueError(f"{repository}: {len(documents)} files of code, but tuning needs at least {FEWEST + 1}: pass a larger one")
+    shutil.rmtree(work, ignore_errors=True)
+    folder = work / "taught" / repository.resolve().name
+    for one in taught:
+        file = folder / one.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(one.text, encoding="utf-8", newline="")
+    (folder / ".codegemma").touch()
+    say(f"{len(taught):,} files to learn from, {len(kept):,} held out")
+    engine = load(model)
+    recipe = Recipe(fim_rate=0.9, spm_rate=0.5, length=LENGTH, seed=seed, licences="any", loss=("middle", "terminator"),
+                    window=WINDOW, stride=WINDOW[1], path_rate=0.5)
+    build([str(folder)], work / "rows", engine.tokenizer, recipe)
+    lines = [json.dumps([one.repository, one.path, one.text, one.language]) + "\n" for one in kept]
+    (work / "held-out.jsonl").write_text("".join(lines))
+    (work / "ready").write_text(json.dumps([one.path for one in taught]))
+
+
+def _document(line: str) -> Document:
+    return Document(*json.loads(line))
+
+
+def _start(model: str, adapter: str) -> lora.Adapter | None:
+    if adapter == "none":
+        return None
+    return lora.load(adapter) if adapter != "auto" else None
+
+
+def _measured(engine: Any, found: Sequence[heldout.Hole], adapter: lora.Adapter | None) -> tuple[dict[str, list[float]], Layout]:
+    if adapter is not None:
+        engine.add_adapter("tuned", adapter)
+    model = Local(engine, adapter="tuned" if adapter is not None else None)
+    layout: Layout = "spm"
+    each = heldout.measure(model, found, (layout,))[layout]["each"]
+    names = {"exact match": "exact", "edit similarity": "similarity", "log p(middle), nats": "logp", "stopped by itself": "stopped"}
+    return {title: [float(one[key]) for one in each] for title, key in names.items()}, layout
+
+
+def _figure(before: list[float], after: list[float]) -> Figure:
+    numbered = [{str(i): value for i, value in enumerate(values)} for values in (before, after)]
+    return Figure(sum(before) / len(before), sum(after) / len(after), compare(*numbered))
+
+
+def _brief(figures: dict[str, list[float]]) -> str:
+    return ", ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in figures.items())
+
+
+def _plan(work: Path, model: str, minutes: float, rank: int, start: lora.Adapter | None, seed: int, rows: Rows) -> job.Plan:
+    """Steps that the time allows, from how long a few take; the schedule ends with them."""
+    batch = min(BATCH_TOKENS, len(rows) * LENGTH)
+    path = None
+    if start is not None:
+        path = lora.save(start, work / "start")
+    settings = Settings(1e-3 if start is None else 3e-4, warmup=0.05, micro_tokens=2048, save_every=10, keep=1, seed=seed)
+    plan = job.Plan(model, (str(work / "rows"),), work / "probe", replace(settings, steps=PROBE), rank=rank, adapter=path,
+                    batch_tokens=batch, epochs=100.0)
+    stored = work / "steps"
+    if not stored.exists():
+        seconds: list[float] = []
+        job.run(plan, False, lambda report: seconds.append(report.seconds))
+        left = 60 * minutes - sum(seconds)
+        most = 8 * len(rows) * LENGTH // batch           # more passes than that over little code only repeats it
+        stored.write_text(str(max(PROBE, min(int(left / min(seconds)), max(most, PROBE)))))
+    return replace(plan, out=work / "run", settings=replace(settings, steps=int(stored.read_text())))
