@@ -193,8 +193,8 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
     if stated is None and checkpoint.path.is_dir():
         for name in ("chat_template.jinja", "tokenizer_config.json"):
             if (file := checkpoint.path / name).exists():
-                text = file.read_text()
-                stated = stated or (text if name.endswith("jinja") else json.loads(text).get("chat_template"))
+                stated = stated or (file.read_text() if name.endswith("jinja") else
+                                    safetensors.read_json(file).get("chat_template"))
     known = next(filter(None, (hub.preset_in(name, checkpoint.config) for name in
                                (title(checkpoint), checkpoint.path.name, checkpoint.path.parent.name))), None)
     if isinstance(stated, str):
@@ -218,6 +218,7 @@ def _kept(checkpoint: Checkpoint) -> dict[str, Any]:
 # twice what normally distributed weights lose (tests/test_quantize.py measures them).
 MOST_ERROR = {"F32": 1e-7, "F16": 2.0 ** -11, "BF16": 2.0 ** -9, "Q8_0": 0.012, "Q6_K": 0.04, "Q5_K": 0.09, "Q5_1": 0.09,
               "Q5_0": 0.1, "Q4_K": 0.16, "Q4_1": 0.17, "Q4_0": 0.19}
+CONTEXT = 256                            # tokens of a text that are compared
 MOST_KL = 100.0                          # nats, times the square of the largest relative error
 TEXTS = ("def fibonacci(n: int) -> int:\n    \"\"\"The n-th Fibonacci number.\"\"\"\n    if n < 2:\n        return n\n",
          "#include <stdio.h>\n\nint main(void) {\n\tfor (int i = 0; i < 10; i++)\n\t\tprintf(\"%d\\n\", i * i);\n}\n",
@@ -270,7 +271,7 @@ def verify(source: str | Path, target: str | Path, texts: tuple[str, ...] = TEXT
     if same_ids is False:
         faults.append("the tokenizers give different ids for the same texts, or differ in their control ids")
     rows = encoded[0] or [[2, *(97 + 31 * i % (left.config.vocab - 97) for i in range(64))]]
-    rows = [ids[:128] for ids in rows]
+    rows = [list(ids) for ids in dict.fromkeys(tuple(ids[:CONTEXT]) for ids in rows)]
     blocks = any(tensor.type in QUANTISED for model in (left, right) for tensor in model.tensors.values())
     worst = max(*errors.values(), MOST_ERROR["Q8_0"] * blocks)  # with blocks, activations are rounded to 8 bits too
     proof = _compared(_logits(left, rows, threads), _logits(right, rows, threads), worst, faults)
@@ -302,16 +303,17 @@ def _ids(checkpoint: Checkpoint, texts: tuple[str, ...]) -> list[list[int]] | No
     return [*rows, [token if isinstance(token, int) else 0 for token in vars(tokenizer.control).values()]]
 
 
-def _logits(checkpoint: Checkpoint, rows: list[list[int]], threads: int | None) -> list[np.ndarray]:
-    """float32 [T, V] for each row of ids; the model is let go of afterwards."""
+def _logits(checkpoint: Checkpoint, rows: list[list[int]], threads: int | None) -> Iterator[np.ndarray]:
+    """float32 [T, V] for each row of ids."""
     engine = Engine(Native(checkpoint, threads), None, "verify", 0)
-    return [engine.logits(ids) for ids in rows]
+    return (engine.logits(ids) for ids in rows)
 
 
-def _compared(left: list[np.ndarray], right: list[np.ndarray], worst: float, faults: list[str]) -> Proof:
+def _compared(left: Iterator[np.ndarray], right: Iterator[np.ndarray], worst: float, faults: list[str]) -> Proof:
     largest, total, kl, agree, count = 0.0, 0.0, 0.0, 0, 0
     for a_TV, b_TV in zip(left, right, strict=True):
-        for a_V, b_V in zip(a_TV.astype(np.float64), b_TV.astype(np.float64), strict=True):
+        for a_V, b_V in zip(a_TV, b_TV, strict=True):
+            a_V, b_V = a_V.astype(np.float64), b_V.astype(np.float64)
             difference = np.abs(a_V - b_V)
             largest, total = max(largest, float(difference.max())), total + float(difference.mean())
             p, q = (v - v.max() - np.log(np.exp(v - v.max()).sum()) for v in (a_V, b_V))

@@ -497,7 +497,8 @@ def _factor(format: Format, path: Path, stored: str, norm: Tensor) -> Tensor:
                          "convert the model again") from None
     if STORES_ONE_PLUS_NORM[format]:
         return norm if norm.type == "F32" else Tensor.of(values)
-    return Tensor.of(values + np.float32(1))
+    with np.errstate(invalid="ignore"):  # a damaged norm is reported by name elsewhere
+        return Tensor.of(values + np.float32(1))
 
 
 def _check_tied(path: Path, name: str, head: Tensor, embed: Tensor) -> None:

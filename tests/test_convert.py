@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mutate import fuzz
 from tiny import KINDS, tiny_config, tiny_tensors, tokenizer_metadata, write_tiny_gguf, write_tiny_hf
 
 from codegemma import convert as c
@@ -214,6 +215,19 @@ def test_inspect_counts_and_finds_damage(tmp_path):
     assert "tensor layers.0.q holds NaN" in " ".join(bad.problems)
     text = "\n".join(bad.lines())
     assert "22 Q8_0" in text and "file_separator 70" in text and "PROBLEM" in text
+
+
+@pytest.mark.parametrize(("to", "at", "files"), [
+    ("gguf", "m.gguf", ["."]), ("nemo", "m.nemo", ["."]), ("gemma_pytorch", "m", ["model.ckpt"]),
+    ("safetensors", "m", ["config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.model"]),
+    ("keras", "m", ["config.json", "model.weights.h5", "assets/tokenizer/vocabulary.spm"]),
+    ("orbax", "m", ["config.json", "checkpoint/manifest.ocdbt"])])
+def test_inspecting_damaged_files_reports_or_refuses(tmp_path, to, at, files):
+    source = _source(tmp_path, width=32, ffn_width=32, head_width=16, layers=1, heads=2)
+    path = c.convert(source, tmp_path / at, to).path
+    for file in (path / name for name in files):
+        raw = file.read_bytes()
+        fuzz(lambda: list(c.inspect(path).lines()), file, raw, min(len(raw), 20_000), 40)
 
 
 def test_exports_hold_what_each_program_needs(tmp_path):

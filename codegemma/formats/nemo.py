@@ -33,6 +33,8 @@ from codegemma.weights import BLOCKS, Deferred, Tensor
 
 ZARR_TYPES = {"bfloat16": "BF16", "<f4": "F32", "<f2": "F16"}
 STACK = r"(.*decoder\.layers)(\.\D.*)"
+# Megatron core refuses a checkpoint without the state (none, as nothing is 8-bit here) of Transformer Engine's modules.
+ENGINE_MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 MOST_MEMBERS = 65_536
 MOST_CONFIG = 1 << 20
 MOST_INFLATION = 20                      # bytes from one byte of gzip; weights hardly shrink at all
@@ -270,6 +272,11 @@ def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokeniz
             "sharded_backend": "zarr", "sharded_backend_version": 1, "common_backend": "torch",
             "common_backend_version": 1}).encode())
         _add(archive, "model_weights/common.pt", common.getvalue())
+        nothing = io.BytesIO()
+        torch.archive(nothing, None)
+        for module, layer in itertools.product(ENGINE_MODULES, range(config.layers)):
+            _add(archive, f"model_weights/model.decoder.layers.{module}._extra_state/shard_{layer}_{config.layers}.pt",
+                 nothing.getvalue())
         for stored, layers in stacks.items():
             _add_zarr(archive, f"model_weights/{stored}/", layers, ".layers." in stored)
 

@@ -267,7 +267,7 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
         archive(file, value)
 
 
-def archive(file: Any, value: Mapping[str, Any]) -> None:
+def archive(file: Any, value: Mapping[str, Any] | None) -> None:
     """The archive of nested dictionaries of tensors, texts, numbers and None, into a file."""
     tensors: list[Tensor] = []
     described = b"\x80\x02" + _pickled(value, tensors) + b"."
