@@ -179,3 +179,11 @@ def test_braces_that_a_stop_cut_are_put_back():
         assert code.babelcode_body("java", item, said(text)).count("}") == 2
     assert code.babelcode_body("java", item, said("        return 1;", "stop")).endswith("return 1;\n    }\n}")
     assert code.babelcode_body("java", item, said("        return 1;", "length")).count("}") == 0
+
+
+def test_left_to_right_keeps_as_many_lines_as_were_removed():
+    task = infill.TASKS["infill-multi-l2r"]
+    items = task.items(records("infill-multi"))[0][::150]
+    gold = [item.target["canonical_solution"] + "    raise SystemExit(1)\n" for item in items]
+    assert share(infill.left_to_right_program, items, gold) == (len(items), len(items))
+    assert share(infill.infill_program, items, gold)[0] < len(items)

@@ -1,7 +1,8 @@
-"""HumanEval infilling with the model's own FIM ids, in PSM and SPM order."""
+"""HumanEval infilling with the model's own FIM ids, in PSM and SPM order, and left to right as the baseline."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from codegemma.evals.code import HUMANEVAL_SECONDS, judge_python
@@ -15,7 +16,8 @@ MAX_TOKENS = 128                         # the report's own
 
 def infill_items(name: str, layout: Layout, records: Records) -> tuple[list[Item], str]:
     items = [Item(r["task_id"], r["prompt"], suffix=r["suffix"], target=r) for r in records(name)]
-    return items, f"0-shot, FIM ids in {layout.upper()} order, at most {MAX_TOKENS} tokens"
+    shown = "the prefix alone" if layout == "prefix" else f"FIM ids in {layout.upper()} order"
+    return items, f"0-shot, {shown}, at most {MAX_TOKENS} tokens"
 
 
 def infill_program(item: Item, completion: Completion) -> str:
@@ -24,12 +26,21 @@ def infill_program(item: Item, completion: Completion) -> str:
     return f"{item.prompt}{completion.text}{item.suffix}\n{test}"
 
 
+def left_to_right_program(item: Item, completion: Completion) -> str:
+    """For models that see the prefix only: as many lines as were taken out, since they cannot know where it goes on."""
+    count = item.target["canonical_solution"].count("\n")
+    lines = "".join(line + "\n" for line in completion.text.split("\n")[:count])
+    return infill_program(item, replace(completion, text=lines))
+
+
 def _task(kind: str, layout: Layout) -> Generate:
-    mark, suffix = ("", "") if layout == "psm" else (" (SPM)", "-spm")
+    mark, suffix = {"psm": ("", ""), "spm": (" (SPM)", "-spm"), "prefix": (" (left to right)", "-l2r")}[layout]
+    program = left_to_right_program if layout == "prefix" else infill_program
     return Generate(f"infill-{kind}{suffix}", TITLES[kind] + mark, partial(infill_items, f"infill-{kind}", layout),
-                    partial(judge_python, infill_program, HUMANEVAL_SECONDS), MAX_TOKENS, layout=layout,
-                    group="infilling")
+                    partial(judge_python, program, HUMANEVAL_SECONDS), MAX_TOKENS, layout=layout,
+                    stop=("\n",) if (kind, layout) == ("single", "prefix") else (), group="infilling")
 
 
-LAYOUTS: tuple[Layout, ...] = ("psm", "spm")
-TASKS: dict[str, Generate] = {task.name: task for task in (_task(k, layout) for layout in LAYOUTS for k in TITLES)}
+LAYOUTS: tuple[Layout, ...] = ("psm", "spm", "prefix")
+TASKS: dict[str, Generate] = {task.name: task for task in (_task(k, layout) for layout in LAYOUTS for k in TITLES
+                                                           if (k, layout) != ("span", "prefix"))}

@@ -33,7 +33,7 @@ from codegemma.evals.task import (
 )
 
 TASKS: dict[str, Task] = {**code.TASKS, **infill.TASKS, **language.TASKS, **maths.TASKS}
-CARD = [name for name in TASKS if not name.endswith("-spm") and name not in ("infill-span", "arc-e")]
+CARD = [name for name in TASKS if not name.endswith(("-spm", "-l2r")) and name not in ("infill-span", "arc-e")]
 KEPT = 4_000                             # characters of a prompt's end and of a program's output in the samples file
 GROUP = 32                               # items whose choices are scored in one call
 Progress = Callable[[str, int, int], None]

@@ -1,0 +1,163 @@
+"""How good the default model's adapter is: held-out completions, HumanEval infilling beside the base model, the curve.
+
+    python tools/adapter_eval.py LABEL --adapter FOLDER --tokens SEEN --data BENCHMARKS [--holes 500] [--limit 103]
+    python tools/adapter_eval.py base --data BENCHMARKS          # the base model, left to right and in FIM order
+    python tools/adapter_eval.py --table                         # the learning curve, in Markdown
+
+Writes LABEL.json under --out (~/.cache/codegemma/adapter/evals), with the benchmarks' samples in a folder beside it. The
+base model's answers are made once and kept: every comparison is paired with them, item by item.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from codegemma import hub, lora
+from codegemma.data.documents import Document
+from codegemma.evals import heldout
+from codegemma.evals.local import Local
+from codegemma.evals.records import Records
+from codegemma.evals.report import compare_runs
+from codegemma.evals.run import TASKS, Settings, run
+from codegemma.evals.task import compare
+from codegemma.formats import open_checkpoint
+from codegemma.local import Model
+
+CACHE = Path.home() / ".cache" / "codegemma" / "adapter"
+FIM_TASKS = {kind: (f"infill-{kind}", f"infill-{kind}-spm") for kind in ("single", "multi")}
+
+
+def documents(rows: Path) -> list[Document]:
+    """The repositories that the rows' build held out."""
+    fields = Document.__dataclass_fields__
+    return [Document(**{name: row[name] for name in fields if name != "imports"})
+            for row in pq.read_table(rows / "held-out").to_pylist()]
+
+
+def held_out(model: Local, found: list[Document], holes: int, plain: int) -> dict[str, Any]:
+    report = heldout.measure(model, heldout.holes(found, model.tokenizer, holes)) if holes else {}
+    return report | ({"left_to_right": heldout.left_to_right(model, found, plain)} if plain else {})
+
+
+def infilling(model: Local, names: list[str], data: Path, out: Path, limits: dict[str, int | None]) -> dict[str, Any]:
+    records = Records(data, offline=True)
+    kept = ("score", "low", "high", "items", "outcomes")
+    summaries = {name: run(TASKS[name], model, records, out, Settings(limits[name.split("-")[1]]), resume=True)
+                 for name in names}
+    return {name: {key: summary[key] for key in kept} | {"stopped": _stopped(out, name)} for name, summary in summaries.items()}
+
+
+def _stopped(out: Path, name: str) -> float:
+    stops = json.loads((out / f"{name}.times.json").read_text())["stops"]
+    return stops.get("token", 0) / max(1, sum(stops.values()))
+
+
+def compared(report: dict[str, Any], base: dict[str, Any], out: Path, base_out: Path) -> dict[str, Any]:
+    """Differences to the base model, paired: of each FIM order to its continuation of the prefix, and of held-out code."""
+    found: dict[str, Any] = {}
+    for kind, names in FIM_TASKS.items():
+        for name in names:
+            if name in report["infilling"] and f"infill-{kind}-l2r" in base["infilling"]:
+                found[f"{name} - base left to right"] = _points(_scores(base_out, f"infill-{kind}-l2r"), _scores(out, name))
+    if out != base_out and set(report["infilling"]) & set(base["infilling"]):
+        found |= {f"{name} - base in FIM order": {key: asdict(result)[key] for key in ("items", "difference", "low", "high")}
+                  for name, result in compare_runs(base_out, out).items()}
+    before, after = base["held_out"].get("left_to_right", []), report["held_out"].get("left_to_right", [])
+    if before and len(before) == len(after) and out != base_out:
+        found["nats a token left to right"] = _points(dict(enumerate(before)), dict(enumerate(after)))
+    return found
+
+
+def _points(before: Any, after: Any) -> dict[str, float]:
+    result = asdict(compare(before, after))
+    return {key: result[key] for key in ("items", "difference", "low", "high")}
+
+
+def _scores(folder: Path, name: str) -> dict[str, float]:
+    lines = (folder / f"{name}.jsonl").read_text().splitlines()
+    return {sample["id"]: float(sample["passed"]) for sample in map(json.loads, lines)}
+
+
+def line(report: dict[str, Any]) -> list[str]:
+    """The cells of one row of the learning curve; see HEAD."""
+    held, tasks = report["held_out"], report["infilling"]
+
+    def share(*path: str) -> str:
+        value: Any = report
+        for key in path:
+            value = value.get(key, {})
+        return f"{100 * value:.1f}" if isinstance(value, float) else "-"
+
+    plain = held.get("left_to_right", [])
+    cells = [report["label"], f"{report['tokens'] / 1e6:.1f}"]
+    for layout in heldout.LAYOUTS:
+        cells += [share("held_out", layout, "all", name, "mean") for name in ("exact", "stopped", "ended")]
+        cells += [share("held_out", layout, "random", "exact", "mean")]
+        cells += [f"{held[layout]['all']['gain']['mean']:+.2f}" if layout in held else "-"]
+    cells += [share("infilling", name, "score") for names in FIM_TASKS.values() for name in names]
+    cells += [share("infilling", f"infill-{kind}-l2r", "score") for kind in FIM_TASKS]
+    return [*cells, f"{sum(plain) / len(plain):.4f}" if plain else "-", str(max((t["items"] for t in tasks.values()), default=0))]
+
+
+HEAD = ["run", "M tokens", *(f"{layout} {what}" for layout in ("PSM", "SPM") for what in
+                             ("exact", "stops", "ends", "random exact", "gain")),
+        "single PSM", "single SPM", "multi PSM", "multi SPM", "single l2r", "multi l2r", "nats", "items"]
+
+
+def table(out: Path) -> str:
+    reports = sorted((json.loads(file.read_text()) for file in out.glob("*.json")), key=lambda each: each["tokens"])
+    rows = [HEAD, ["---"] * len(HEAD), *map(line, reports)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("label", nargs="?", help="name of this point of the curve; `base` is the base model")
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--tokens", type=int, default=0, help="tokens seen in training")
+    parser.add_argument("--data", type=Path, help="folder of the benchmarks' official files")
+    parser.add_argument("--rows", type=Path, default=CACHE / "rows" / "a1", help="rows whose held-out part is read")
+    parser.add_argument("--out", type=Path, default=CACHE / "evals")
+    parser.add_argument("--holes", type=int, default=500)
+    parser.add_argument("--plain", type=int, default=64, help="held-out documents for left-to-right nats")
+    parser.add_argument("--limit", type=int, help="items of the single-line set, always the same (default: all)")
+    parser.add_argument("--multi", type=int, default=582, help="items of the multi-line set; 0 leaves it out, -1 is all")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.out))
+        return
+    if not args.label or not args.data:
+        parser.error("a run needs LABEL and --data")
+    if args.label == "base" and args.adapter:
+        parser.error("base is the model without an adapter")
+    checkpoint = open_checkpoint(hub.resolve(args.model))
+    merged = lora.merge(checkpoint, lora.load(args.adapter), blocks_as="BF16") if args.adapter else checkpoint
+    model = Local(Model(merged, args.threads))
+    folder = args.out / args.label
+    limits = {"single": args.limit, "multi": None if args.multi < 0 else args.multi}
+    kinds = [kind for kind in FIM_TASKS if limits[kind] != 0]
+    names = [name for kind in kinds for name in (*FIM_TASKS[kind], *([f"infill-{kind}-l2r"] if args.label == "base" else []))]
+    report: dict[str, Any] = {"label": args.label, "tokens": args.tokens, "adapter": str(args.adapter or ""),
+                              "held_out": held_out(model, documents(args.rows), args.holes, args.plain)}
+    report["infilling"] = infilling(model, names, args.data, folder, limits)
+    base = args.out / "base.json"
+    before = report if args.label == "base" else json.loads(base.read_text()) if base.exists() else None
+    if before:
+        report["compared"] = compared(report, before, folder, args.out / "base")
+    (args.out / f"{args.label}.json").write_text(json.dumps(report, indent=1))
+    print(table(args.out))
+    for name, found in report.get("compared", {}).items():
+        print(f"{name}: {found['difference']:+.4f} (95 % {found['low']:+.4f} to {found['high']:+.4f}, {found['items']} items)")
+
+
+if __name__ == "__main__":
+    main()
