@@ -1,0 +1,170 @@
+"""LoRA training beside transformers and peft in one run: tokens a second, peak memory, share of the machine's peak.
+
+    PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/train.py [--rounds 3] [--length 1024] [--rank 32] [--2b] [--log]
+
+Every contender trains the same adapter (all linear layers) on the same random tokens, one row of `length` at a time, each
+in a process of its own that the others wait for; the median of the steps after the first two counts. "Peak" is this
+machine's float32 matrix peak, measured in the same minutes by the fastest of torch, OpenBLAS and our kernels.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from logbook import ROOT, parser, publish
+
+BENCH = Path.home() / ".cache" / "codegemma" / "bench"
+PEERS = ROOT / ".venv-bench" / "bin" / "python"
+STEPS = 3
+OURS = ("kernels, all tokens", "kernels, middle only", "XLA alone, all tokens")
+THEIRS = ("float32 eager", "float32 compiled", "bfloat16 eager")
+MIDDLE = 0.15                            # share of the tokens that a row with loss on the middle has as targets
+
+
+def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
+    """Seconds of each step, and peak memory."""
+    import jax
+    import numpy as np
+
+    from codegemma import hub
+    from codegemma.formats import open_checkpoint
+    from codegemma.model import params_of
+    from codegemma.train.loop import Settings, flops_of, new_lora, objective, optimizer, schedule
+    from codegemma.train.loss import BLOCK
+    from codegemma.train.order import microbatches
+
+    checkpoint = open_checkpoint(hub.resolve(model))
+    config, kernels = checkpoint.config, name.startswith("kernels")
+    settings = Settings()
+    base = params_of(checkpoint, None if kernels else jax.numpy.float32, blocks=kernels)
+    lora = new_lora(config, base, rank)
+    rng = np.random.default_rng(0)
+    row = {"tokens": rng.integers(0, config.vocab, length, np.int32), "positions": np.arange(length, dtype=np.int32),
+           "segments": np.ones(length, np.uint16), "loss": rng.random(length) < (1 if "all" in name else MIDDLE)}
+    batch = next(microbatches([row], 1, 1, BLOCK))
+    rule = optimizer(settings, schedule(settings, 100))
+    moments = rule.init(lora)
+
+    @jax.jit
+    def step(lora, moments, base):
+        (loss, _), grown = jax.value_and_grad(objective, has_aux=True)(lora, base, batch, config, settings)
+        changes, moments = rule.update(grown, moments, lora)
+        return jax.tree.map(lambda a, b: a + b, lora, changes), moments, loss
+
+    seconds = []
+    for _ in range(STEPS + 2):
+        start = time.perf_counter()
+        lora, moments, loss = jax.block_until_ready(step(lora, moments, base))
+        seconds.append(time.perf_counter() - start)
+    targets = int(batch.count_C.sum())
+    return {"seconds": statistics.median(seconds[2:]), "bytes": _peak(), "flops": flops_of(config, length, length, targets, False)}
+
+
+def theirs(name: str, folder: str, length: int, rank: int) -> dict[str, float]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    kind = torch.bfloat16 if name.startswith("bfloat16") else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    model = get_peft_model(model, lora)
+    rule = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    ids = torch.randint(0, model.config.vocab_size, (1, length))
+    forward = torch.compile(model) if "compiled" in name else model
+    seconds = []
+    for _ in range(STEPS + 2):
+        start = time.perf_counter()
+        forward(input_ids=ids, labels=ids).loss.backward()
+        rule.step()
+        rule.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        if sum(seconds) > 120:
+            break
+    return {"seconds": statistics.median(seconds[min(2, len(seconds) - 1):]), "bytes": _peak()}
+
+
+def peak(threads: int = 2) -> float:
+    """float32 operations a second of a large matrix product, the best of a few."""
+    import numpy as np
+
+    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048 ** 3 / best
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _run(python: str | Path, kind: str, name: str, model: str, length: int, rank: int) -> dict[str, float] | None:
+    command = [str(python), __file__, "--child", kind, name, model, str(length), str(rank)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        kind, name, model, length, rank = sys.argv[2:]
+        print(json.dumps((ours if kind == "ours" else theirs)(name, model, int(length), int(rank))))
+        return
+    options = parser(__doc__, 3)
+    options.add_argument("--length", type=int, default=1024)
+    options.add_argument("--rank", type=int, default=32)
+    options.add_argument("--2b", dest="large", action="store_true", help="a 2B geometry in Q4_0 alone, length 512")
+    options.add_argument("--skip", default="", help="contenders to leave out, by comma")
+    chosen = options.parse_args()
+    if chosen.large:
+        found = _run(sys.executable, "ours", OURS[0], str(BENCH / "random-2b-q4_0.gguf"), 512, chosen.rank)
+        assert found
+        publish(f"\n2B geometry, Q4_0 blocks, length 512, rank {chosen.rank}: {512 / found['seconds']:.1f} tokens/s, peak memory "
+                f"{found['bytes'] / 1e9:.2f} GB, {found['flops'] / found['seconds'] / 1e9:.0f} GFLOP/s\n", chosen.log)
+        return
+    exported = BENCH / "gemma-3-270m-hf"
+    if not exported.exists():
+        convert = ["-m", "codegemma.cli", "convert", "gemma-3-270m", str(exported), "--dtype", "bf16"]
+        subprocess.run([sys.executable, *convert], check=True)
+    times: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    shares: dict[str, list[float]] = {}
+    for _ in range(chosen.rounds):
+        limit = peak()
+        for kind, python, names, model in (("ours", sys.executable, OURS, "gemma-3-270m"),
+                                           ("theirs", PEERS, THEIRS, str(exported))):
+            for name in names:
+                if name in chosen.skip.split(","):
+                    continue
+                found = _run(python, kind, name, model, chosen.length, chosen.rank)
+                if found:
+                    times.setdefault(name, []).append(found["seconds"])
+                    memory[name] = max(memory.get(name, 0), found["bytes"])
+                    if "flops" in found:
+                        shares.setdefault(name, []).append(found["flops"] / found["seconds"] / limit)
+    best = min((statistics.median(times[name]) for name in THEIRS if name in times), default=float("nan"))
+    lines = [f"\n## {datetime.date.today()}: LoRA training beside transformers and peft\n",
+             f"`benchmarks/train.py --rounds {chosen.rounds}`: rank {chosen.rank}, one row of {chosen.length} tokens a step.\n",
+             "| | tokens/s | ratio to their best | peak memory GB | share of the float32 matrix peak |", "|---|---|---|---|---|"]
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        share = f"{statistics.median(shares[name]):.0%}" if name in shares else ""
+        lines.append(f"| {name} | {chosen.length / median:.1f} | {best / median:.2f} | {memory[name] / 1e9:.2f} | {share} |")
+    publish("\n".join(lines) + "\n", chosen.log)
+
+
+if __name__ == "__main__":
+    main()
