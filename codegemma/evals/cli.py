@@ -41,7 +41,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupte
 
 
 @app.command()
-def card(model: ModelOption = "default", endpoint: Endpoint = None, adapter: Adapter = None, limit: Limit = None,
+def card(model: ModelOption = "gemma-3-270m", endpoint: Endpoint = None, adapter: Adapter = None, limit: Limit = None,
          samples: Samples = 1, temperature: Temperature = 0.0, top_p: TopP = 1.0, seed: Seed = 0,
          data: DataDir = None, out: Out = Path("eval"), resume: Resume = False) -> None:
     """Run every benchmark of the model card; those that this machine cannot run are named and left out."""
@@ -51,7 +51,7 @@ def card(model: ModelOption = "default", endpoint: Endpoint = None, adapter: Ada
 
 @app.command("run")
 def run_named(benchmarks: Annotated[list[str], typer.Argument(help="humaneval, infill-single, babelcode-rust ...")],
-              model: ModelOption = "default", endpoint: Endpoint = None, adapter: Adapter = None, limit: Limit = None,
+              model: ModelOption = "gemma-3-270m", endpoint: Endpoint = None, adapter: Adapter = None, limit: Limit = None,
               samples: Samples = 1, temperature: Temperature = 0.0, top_p: TopP = 1.0, seed: Seed = 0,
               data: DataDir = None, out: Out = Path("eval"), resume: Resume = False) -> None:
     """Run benchmarks by name."""
