@@ -43,10 +43,10 @@ def main() -> None:
             rows.append(f"| {type} | {plain.kl:.5f} | {weighed.kl:.5f} | {weighed.kl / plain.kl - 1:+.1%} | "
                         f"{plain.agreement:.2%} | {weighed.agreement:.2%} |")
             print(rows[-1], flush=True)
-    logbook.publish("\n".join([f"\n## Importance-weighted blocks\n\n`benchmarks/importance.py`: {args.model} on {len(texts)} pieces "
-                               "of held-out code, nats per token to the float model.\n",
-                               "| blocks | KL plain | KL weighed | change | same top token | weighed |", "|---|---|---|---|---|---|",
-                               *rows, ""]), args.log)
+    head = [f"\n## Importance-weighted blocks\n\n`benchmarks/importance.py`: {args.model} on {len(texts)} pieces of held-out code, "
+            "nats per token to the float model.\n",
+            "| blocks | KL plain | KL weighed | change | same top token | weighed |", "|---|---|---|---|---|---|"]
+    logbook.publish("\n".join([*head, *rows, ""]), args.log)
 
 
 if __name__ == "__main__":
