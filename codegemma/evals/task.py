@@ -150,14 +150,15 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def interval(values: Sequence[float], z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson's where all values are 0 or 1, else the normal one."""
+    """95 % interval of the mean: Wilson's where all values are 0 or 1, else the normal one, within 0 and 1 for shares."""
     n, mean = len(values), sum(values) / len(values)
     if all(value in (0.0, 1.0) for value in values):
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
         return max(0.0, centre - half), min(1.0, centre + half)
     half = z * math.sqrt(sum((value - mean) ** 2 for value in values) / max(n - 1, 1) / n)
-    return max(0.0, mean - half), min(1.0, mean + half)
+    low, high = (0.0, 1.0) if all(0 <= value <= 1 for value in values) else (-math.inf, math.inf)
+    return max(low, mean - half), min(high, mean + half)
 
 
 @dataclass(frozen=True)
