@@ -24,6 +24,7 @@ from codegemma.serve.wire import dumps, reply
 log = logging.getLogger("codegemma.serve")
 
 WEB = Path(__file__).parent / "web"
+OPEN = {"/", "/health", "/v1/health", "/terms"}  # without a key, as the page's files
 
 clash = APIRouter()
 
@@ -55,12 +56,11 @@ def create(open_backend: Callable[[], Awaitable[Backend]], rules: Rules = Rules(
     async def show_terms() -> Response:
         return Response(terms, media_type="text/plain; charset=utf-8")
 
-    api = {getattr(route, "path", "") for route in app.routes} - {"/health", "/v1/health", "/terms"}
-    app.mount("/", _Page(web))
+    page = _Page(web)
+    app.mount("/", page)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    app.add_middleware(Guard, rules=rules, refuse=refusal,
-                       is_open=lambda path: path not in api and not path.startswith(("/v1/models/", "/api/")))
+    app.add_middleware(Guard, rules=rules, refuse=refusal, is_open=lambda path: path in OPEN or page.has(path))
     return app
 
 
@@ -70,6 +70,12 @@ class _Page(StaticFiles):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory=directory, html=True, check_dir=False)
 
+    def has(self, path: str) -> bool:
+        try:
+            return self.lookup_path(path.lstrip("/"))[1] is not None
+        except (ValueError, OSError):
+            return False
+
     async def get_response(self, path: str, scope: Scope) -> Response:
         try:
             return await super().get_response(path, scope)
@@ -77,7 +83,7 @@ class _Page(StaticFiles):
             if path == "." and error.status_code == 404:
                 return Response("codegemma is running. The page was not built into this installation: see /openapi.json\n",
                                 media_type="text/plain")
-            raise
+            raise HTTPException(404) from None   # also what was posted to no route
         except (ValueError, OSError):    # a NUL in the path, or a name that is too long
             raise HTTPException(404) from None
 

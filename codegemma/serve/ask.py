@@ -91,10 +91,11 @@ class Busy(Exception):
 class Desk(Protocol):
     """What prompts are made with; `engine.Engine` is one."""
 
-    tokenizer: Tokenizer | None
     cache: PrefixCache
     prefill_rate: float
 
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
     @property
     def context(self) -> int: ...
 
@@ -142,7 +143,7 @@ class Job:
         self.stop: str | None = None
         self.lines = False               # whether a line is complete
         self.gone = threading.Event()    # nobody reads it any more
-        self.on_cancel: Callable[[], None] = lambda: None
+        self.on_cancel: Callable[[], object] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._steps: deque[Step | BaseException] = deque()
         self._arrived = asyncio.Event()
@@ -206,6 +207,12 @@ class Job:
                 "predicted_per_second": _round(1000 * predicted / max(predicted_ms, 1e-3)),
                 "queue_ms": _round(1000 * (started - self.queued)), "mode": self.prompt.layout, "adapter": self.adapter,
                 "stop": self.stop}
+
+
+def supersedes(new: Job, old: Job) -> bool:
+    """Whether one editor asked for both: it goes on typing, and the older one is for a text that was."""
+    return (new.ask.session is not None and isinstance(new.ask.what, Fill) and isinstance(old.ask.what, Fill)
+            and (new.ask.client, new.ask.session) == (old.ask.client, old.ask.session))
 
 
 class Backend(Protocol):

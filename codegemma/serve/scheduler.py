@@ -14,8 +14,11 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from fastapi import HTTPException
 
 from codegemma import sampling as sampler
 from codegemma.completion import layout_for
@@ -23,7 +26,7 @@ from codegemma.engine import Batch, Engine, Request, Running, Step
 from codegemma.local import Model
 from codegemma.native import CHUNK, PAGE, Cancel
 from codegemma.prompts import Layout
-from codegemma.serve.ask import Ask, Busy, Chat, Fill, Job, Metrics, Prompt, Text, prompt_of
+from codegemma.serve.ask import Ask, Busy, Chat, Fill, Job, Metrics, Prompt, Text, prompt_of, supersedes
 
 log = logging.getLogger("codegemma.serve")
 
@@ -84,7 +87,7 @@ class Scheduler:
         self._room = self.engine.cache.most_bytes // self.engine.backend.page_bytes * PAGE  # tokens that may run at once
         self._saved = cache / hashlib.sha256(self.engine.cache.key.encode()).hexdigest()[:32] if cache else None
         if self._saved is not None:          # in the background: requests are answered meanwhile
-            threading.Thread(target=self.engine.cache.load, args=(self._saved,), daemon=True).start()
+            threading.Thread(target=self.engine.cache.load, name="cache", args=(self._saved,), daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -115,13 +118,14 @@ class Scheduler:
             if self._closing:
                 raise Busy("the server is stopping", 1)
             self._bound(jobs[0].ask.client)
-            older = [job for job in (*self._waiting, *self._jobs.values()) if _supersedes(jobs[0], job)]
+            older = [job for job in (*self._waiting, *self._jobs.values()) if supersedes(jobs[0], job)]
             for job in jobs:
-                job.on_cancel = lambda job=job: self._let_go(job)  # type: ignore[misc]
+                job.on_cancel = partial(self._let_go, job)
                 self._waiting.append(job)
                 self._work[job.ask.client] = max(self._work.get(job.ask.client, 0.0), self._clock)
             if len(self._batch.running) == 1 and not self._cut:
                 self._interrupt(PAUSE)       # its chunk was sized for being alone
+            self._gauge()
             self._changed.notify()
         for job in older:
             job.cancel()
@@ -199,6 +203,7 @@ class Scheduler:
                 if self._closing and not (self._waiting or self._jobs or self._scoring):
                     return
                 admitted = self._admitted()
+                self._gauge(len(admitted))
             try:
                 while admitted:
                     self._start(admitted[-1])
@@ -308,12 +313,14 @@ class Scheduler:
 
     def _leave(self, one: Running, last: Step) -> None:
         job = self._jobs.pop(one)
+        self._gauge()
         self.metrics.finished(job)
         job.post([last])
 
     def _end(self, job: Job, step: Step) -> None:
         """Ends a job that never ran."""
         last = job.take(step)
+        self._gauge()
         self.metrics.finished(job)
         job.post([last])
 
@@ -321,20 +328,18 @@ class Scheduler:
         self._jobs.clear()
         self._scoring.clear()
         self._batch = Batch(self.engine)
+        self._gauge()
         for job in jobs:
             job.stop, job.ended = "cancelled", time.perf_counter()
             self.metrics.finished(job)
-            job.post([RuntimeError(f"the engine failed: {error}")])
+            job.post([HTTPException(500, f"the engine failed: {error}")])
+
+    def _gauge(self, admitted: int = 0) -> None:
+        self.metrics.running, self.metrics.waiting = len(self._jobs) + len(self._scoring) + admitted, len(self._waiting)
 
     def _settle(self) -> None:
-        """Brings the gauges up to date, and closes the accounts of clients that are gone."""
-        running = [*self._jobs.values(), *(one.job for one in self._scoring)]
-        self.metrics.running, self.metrics.waiting = len(running), len(self._waiting)
+        """Closes the accounts of clients that are gone."""
         if len(self._work) > 4 * self.queue:
+            running = [*self._jobs.values(), *(one.job for one in self._scoring)]
             clients = {job.ask.client for job in (*running, *self._waiting)}
             self._work = {client: work for client, work in self._work.items() if client in clients}
-
-
-def _supersedes(new: Job, old: Job) -> bool:
-    return (new.ask.session is not None and isinstance(new.ask.what, Fill) and isinstance(old.ask.what, Fill)
-            and (new.ask.client, new.ask.session) == (old.ask.client, old.ask.session))

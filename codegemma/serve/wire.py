@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ from codegemma.engine import Step
 from codegemma.prompts import File
 from codegemma.serve.ask import Ask, Backend, Fill, Job
 from codegemma.tokenizer import Tokenizer
+
+log = logging.getLogger("codegemma.serve")
 
 MOST_STOPS = 64
 Stops = str | Annotated[list[str | None], Field(max_length=MOST_STOPS)] | None
@@ -137,11 +140,11 @@ async def merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
     try:
         left = len(jobs)
         while left:
-            index, step = await queue.get()
-            if isinstance(step, BaseException):
-                raise step
-            left -= step.stop is not None
-            yield index, step
+            index, found = await queue.get()
+            if isinstance(found, BaseException):
+                raise found
+            left -= found.stop is not None
+            yield index, found
     finally:
         for task in tasks:
             task.cancel()
@@ -162,7 +165,8 @@ class Stream(Response):
             try:
                 async for part in self._parts:
                     await send({"type": "http.response.body", "body": part, "more_body": True})
-            except RuntimeError as error:
+            except Exception as error:
+                log.warning("%s %s: %s", scope["method"], scope["path"], error)
                 await send({"type": "http.response.body", "body": self._fault(str(error)), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

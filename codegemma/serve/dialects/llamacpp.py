@@ -188,8 +188,8 @@ async def metrics(request: Request) -> Response:
 async def props(request: Request) -> Response:
     served = backend(request)
     return reply({"default_generation_settings": {"n_ctx": served.context, "params": {"n_predict": INFILL_TOKENS}},
-                  "total_slots": served.slots, "model_path": served.name, "chat_template": "", "build_info": f"codegemma {__version__}",
-                  "modalities": {"vision": False, "audio": False},
+                  "total_slots": served.slots, "model_path": served.name, "chat_template": "",
+                  "build_info": f"codegemma {__version__}", "modalities": {"vision": False, "audio": False},
                   "codegemma": {"version": __version__, "model": served.name, "title": served.title,
                                 "fim_trained": served.fim_trained, "mode": served.mode, "adapters": served.adapters,
                                 "chat": served.chats}})

@@ -39,8 +39,8 @@ def error(status: int, message: str) -> dict[str, Any]:
 async def complete(body: Fim, request: Request) -> Response:
     seed = secrets.randbits(32) if body.random_seed is None else body.random_seed
     sampling = Sampling(body.temperature or 0.0, top_p=1.0 if body.top_p is None else body.top_p, seed=seed)
-    ask = body.ask(request, what=body.fill(body.prompt, body.suffix), max_tokens=128 if body.max_tokens is None else body.max_tokens,
-                   sampling=sampling, stop=stops(body.stop))
+    ask = body.ask(request, what=body.fill(body.prompt, body.suffix), sampling=sampling, stop=stops(body.stop),
+                   max_tokens=128 if body.max_tokens is None else body.max_tokens)
     head = {"id": secrets.token_hex(16), "created": int(time.time()), "model": body.model or backend(request).name}
     if body.stream:
         jobs = await backend(request).submit([ask])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -217,7 +216,8 @@ def _logprobs(body: Asked, request: Request, steps: Sequence[Step]) -> dict[str,
     tokenizer = backend(request).tokenizer
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": spelled(tokenizer, token), "logprob": logprob, "bytes": list(tokenizer.decode_bytes([token], control=True))}
+        return {"token": spelled(tokenizer, token), "logprob": logprob,
+                "bytes": list(tokenizer.decode_bytes([token], control=True))}
 
     found = [{**entry(one.token, one.logprob), **({"top_logprobs": [entry(*top) for top in one.top]} if one.top else {})}
              for one in steps if one.token is not None and one.stop != "end"]

@@ -158,7 +158,7 @@ async def complete(body: Completion, request: Request) -> Response:
 @router.post("/chat/completions", include_in_schema=False)
 async def chat(body: ChatCompletion, request: Request) -> Response:
     if body.response_format is not None and body.response_format.type != "text":
-        raise ValueError(f"response_format {body.response_format.type!r} is not supported: ask for JSON in the message, and check it")
+        raise ValueError(f"response_format {body.response_format.type!r} is not supported: ask for JSON in the message")
     if body.tools:
         raise ValueError("tools are not supported: this model was not trained to call any")
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens

@@ -1,0 +1,732 @@
+"""The server on a tiny model, over real sockets: every dialect gives what the model gives; who waits, who goes first, who is let go;
+what hostile clients get."""
+
+import asyncio
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import pytest
+from serving import served
+from tiny import KINDS, tiny_tensors, write_tiny_gguf
+
+from codegemma import File, Message, Sampling, load
+from codegemma.formats import open_checkpoint
+from codegemma.native import Cancel
+from codegemma.serve import ask as asking
+from codegemma.serve import guard, protocol, scheduler
+from codegemma.serve.ask import Ask, Busy, Chat, Fill, Job, Prompt, Text, prompt_of
+from codegemma.serve.guard import Rules
+from codegemma.serve.remote import Remote
+from codegemma.serve.scheduler import Scheduler
+
+HOLE = {"prefix": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"}
+LONG = replace(KINDS["gemma-mqa"], context=8192)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_tiny_gguf(tmp_path_factory.mktemp("served") / "tiny.gguf", LONG, "Q8_0", seed=35)
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return load(path, threads=1)
+
+
+@pytest.fixture(scope="module")
+def server(path):
+    async def opened():
+        return Scheduler(load(path, threads=1))
+
+    with served(opened, terms="the terms") as found:
+        yield found
+
+
+def events(answer):
+    """The data of server-sent events."""
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+    return [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+
+
+def good(answer):
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+# Every dialect gives what the model gives.
+
+def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
+    expected = model.complete(**HOLE, max_tokens=12).text
+    assert expected
+    ids = {"temperature": 0}
+    openai = good(server.post("/v1/completions", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"],
+                                                        "max_tokens": 12, **ids}))
+    assert openai["choices"][0]["text"] == expected and openai["object"] == "text_completion"
+    infill = good(server.post("/infill", json={"input_prefix": HOLE["prefix"][:15], "prompt": HOLE["prefix"][15:],
+                                               "input_suffix": HOLE["suffix"], "n_predict": 12}))
+    assert infill["content"] == expected
+    ollama = good(server.post("/api/generate", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"],
+                                                     "stream": False, "options": {"num_predict": 12}}))
+    assert ollama["response"] == expected and ollama["done"] is True
+    mistral = good(server.post("/v1/fim/completions", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"],
+                                                            "max_tokens": 12}))
+    assert mistral["choices"][0]["message"] == {"role": "assistant", "content": expected, "tool_calls": None}
+    tabby = good(server.post("/v1/completions", json={"language": "python", "segments": HOLE}))
+    assert tabby["choices"][0]["text"] == model.complete(**HOLE, max_tokens=64).text
+
+
+def test_streams_join_to_the_answer(server, model):
+    expected = model.complete(**HOLE, max_tokens=12).text
+    body = {"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 12, "stream": True}
+    *parts, last = events(server.post("/v1/completions", json=body | {"stream_options": {"include_usage": True}}))
+    chunks = [json.loads(part) for part in parts]
+    assert last == "[DONE]" and "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == expected
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1) and chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == len(model.complete(**HOLE, max_tokens=12).ids)
+    assert chunks[-2]["choices"][0]["finish_reason"] and chunks[-2]["timings"]["mode"] == "psm"
+    *parts, last = events(server.post("/v1/fim/completions", json=body))
+    deltas = [json.loads(part)["choices"][0]["delta"]["content"] for part in parts]  # Tabby needs a string in every chunk
+    assert "".join(deltas) == expected and last == "[DONE]"
+    parts = events(server.post("/infill", json={"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 12,
+                                                "stream": True}))
+    assert "".join(json.loads(part)["content"] for part in parts) == expected
+    assert [json.loads(part)["stop"] for part in parts] == [False] * (len(parts) - 1) + [True]
+    answer = server.post("/api/generate", json=body | {"options": {"num_predict": 12}})
+    rows = [json.loads(line) for line in answer.text.splitlines()]
+    assert answer.headers["content-type"] == "application/x-ndjson" and "".join(row["response"] for row in rows) == expected
+    assert [row["done"] for row in rows] == [False] * (len(rows) - 1) + [True] and rows[-1]["eval_duration"] > 0
+
+
+def test_chats_in_both_dialects(server, model):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    expected = model.chat(messages, max_tokens=9).text
+    body = {"model": "m", "messages": messages, "max_tokens": 9, "temperature": 0}
+    assert good(server.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"] == expected
+    parts = [json.loads(part) for part in events(server.post("/v1/chat/completions", json=body | {"stream": True}))[:-1]]
+    assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(part["choices"][0]["delta"].get("content", "") for part in parts) == expected
+    asked = {"model": "m", "messages": messages, "stream": False, "options": {"num_predict": 9, "temperature": 0}}
+    assert good(server.post("/api/chat", json=asked))["message"] == {"role": "assistant", "content": expected}
+    parts = messages[:1] + [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    assert good(server.post("/v1/chat/completions", json=body | {"messages": parts}))["choices"][0]["message"]["content"] == expected
+
+
+def test_token_ids_text_and_raw_prompts(server, model):
+    marked = "<|fim_prefix|>def f(<|fim_suffix|>)<|fim_middle|>"
+    ids = model.tokenizer.encode(marked, bos=True, control=True)
+    assert model.tokenizer.control.fim_prefix in ids
+    expected = model.generate(ids, max_tokens=7).text
+    body = {"model": "m", "max_tokens": 7, "temperature": 0}
+    found = good(server.post("/v1/completions", json=body | {"prompt": [ids, ids[:3]]}))
+    assert [choice["text"] for choice in found["choices"]] == [expected, model.generate(ids[:3], max_tokens=7).text]
+    assert good(server.post("/v1/completions", json=body | {"prompt": marked}))["choices"][0]["text"] == expected  # as Continue does
+    assert good(server.post("/completion", json={"prompt": marked, "n_predict": 7, "temperature": 0}))["content"] == expected
+    assert good(server.post("/completion", json={"prompt": ids, "n_predict": 7, "temperature": 0}))["content"] == expected
+    mixed = {"prompt": [marked[:14], *ids[2:]], "n_predict": 7, "temperature": 0}
+    assert good(server.post("/completion", json=mixed))["content"] == expected
+    ollama = {"model": "m", "prompt": marked, "raw": True, "stream": False, "options": {"num_predict": 7, "temperature": 0}}
+    assert good(server.post("/api/generate", json=ollama))["response"] == expected
+    assert good(server.post("/api/generate", json=ollama | {"raw": False, "template": "{{ .Prompt }}"}))["response"] == expected
+    suffixed = {**body, "prompt": marked, "suffix": "<|file_separator|>"}  # a hole's text is text, whatever it spells
+    plain = model.complete(marked, "<|file_separator|>", max_tokens=7)
+    found = good(server.post("/v1/completions", json=suffixed))
+    assert found["choices"][0]["text"] == plain.text and found["usage"]["prompt_tokens"] == plain.prompt_tokens
+
+
+def test_context_of_several_files(server, model):
+    files = [File("a.py", "def one(): return 1\n"), File("b.py", "def two(): return 2\n")]
+    expected = model.complete(**HOLE, path="c.py", context=files, max_tokens=6)
+    extra = [{"filename": file.path, "text": file.text, "time": [1, 2]} for file in files]
+    infill = good(server.post("/infill", json={"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "input_extra": extra,
+                                               "path": "c.py", "n_predict": 6}))
+    assert (infill["content"], infill["tokens_evaluated"]) == (expected.text, expected.prompt_tokens)
+    assert "<|file_separator|>" in infill["prompt"] and infill["prompt"].startswith("<bos>a.py\ndef one")
+    segments = HOLE | {"filepath": "c.py", "declarations": [{"filepath": "b.py", "body": files[1].text}],
+                       "relevant_snippets_from_changed_files": [{"filepath": "a.py", "body": files[0].text, "score": 1.0}]}
+    tabby = good(server.post("/v1/completions", json={"segments": segments, "debug_options": {"return_prompt": True}}))
+    assert tabby["debug_data"]["prompt"] == infill["prompt"]
+
+
+def test_what_llama_vim_needs(server):
+    body = {"id_slot": 0, "input_prefix": "def f():\n", "input_suffix": "\n", "prompt": "    ret", "n_predict": 4, "top_k": 40,
+            "input_extra": [{"text": "x", "time": [1, 2], "filename": "a.vim"}], "samplers": ["top_k", "infill"], "cache_prompt": True,
+            "t_max_prompt_ms": 500, "t_max_predict_ms": 1000, "n_indent": 4, "stop": [], "stream": False,
+            "response_fields": ["content", "timings/prompt_n", "timings/predicted_ms", "truncated", "tokens_cached", "no_such"]}
+    raw = server.post("/infill", json=body)
+    assert re.match(r'^\s*{', raw.text) and re.search(r'"content"\s*:"', raw.text)  # else it drops the reply in silence
+    assert set(raw.json()) == {"content", "timings/prompt_n", "timings/predicted_ms", "truncated", "tokens_cached"}
+    warm = body | {"input_prefix": "", "input_suffix": "", "prompt": "", "n_predict": 0, "t_max_prompt_ms": 1, "t_max_predict_ms": 1,
+                   "response_fields": [""], "samplers": [], "temperature": 0.0}
+    assert good(server.post("/infill", json=warm))["content"] == ""
+    refused = server.post("/infill", json=body | {"input_extra": [{"text": "x"}]})
+    assert refused.status_code == 400 and "filename" in refused.json()["error"]["message"]
+    refused = server.post("/infill", json=body | {"n_cmpl": 5})
+    assert refused.json()["error"]["message"] == "Field 'n_cmpl': Value must be between 1 <= value <= 4"
+    several = good(server.post("/infill", json=body | {"n_cmpl": 3, "response_fields": None}))
+    assert [one["index"] for one in several] == [0, 1, 2]
+
+
+def test_log_probabilities_of_prompt_and_answer(server, model):
+    ids = model.tokenizer.encode("def f(x): return", bos=True)
+    found = good(server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 3, "echo": True, "logprobs": 2, "temperature": 0}))
+    told = found["choices"][0]["logprobs"]
+    whole = ids + model.generate(ids, max_tokens=3).ids
+    logits = model.logits(whole).astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = [logprobs[at - 1, whole[at]] for at in range(1, len(whole))]
+    assert told["token_logprobs"][0] is None and np.allclose(told["token_logprobs"][1:], expected, atol=1e-4)
+    best = [sorted(logprobs[at - 1])[-1] for at in range(1, len(whole))]
+    assert told["top_logprobs"][0] is None and np.allclose([max(top.values()) for top in told["top_logprobs"][1:]], best, atol=1e-4)
+    text = found["choices"][0]["text"]
+    assert text == model.tokenizer.decode(whole) and len(told["text_offset"]) == len(whole)
+    assert all(text.startswith(token, at) for token, at in zip(told["tokens"][1:], told["text_offset"][1:], strict=True)
+               if not token.startswith("bytes:"))
+    one = good(server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 0, "echo": True, "logprobs": 1}))["choices"][0]
+    assert len(one["logprobs"]["tokens"]) == len(ids) and one["finish_reason"] == "length"
+
+
+def test_choices_seeds_and_the_best_of_several(server, model):
+    body = {"prompt": "def f", "max_tokens": 8, "temperature": 1.5, "seed": 7, "n": 3}
+    first, again = (good(server.post("/v1/completions", json=body))["choices"] for _ in range(2))
+    assert [one["text"] for one in first] == [one["text"] for one in again] and len({one["text"] for one in first}) > 1
+    assert first[0]["text"] == model.generate("def f", max_tokens=8, sampling=Sampling(1.5, seed=7)).text
+    scored = good(server.post("/v1/completions", json=body | {"logprobs": 0, "best_of": 6, "n": 6}))["choices"]
+    means = [np.mean(one["logprobs"]["token_logprobs"]) for one in scored]
+    best = good(server.post("/v1/completions", json=body | {"best_of": 6, "n": 2}))
+    assert [one["text"] for one in best["choices"]] == [scored[i]["text"] for i in np.argsort(means)[::-1][:2]]
+    assert best["usage"]["completion_tokens"] == 48 and best["usage"]["prompt_tokens"] == len(model.tokenizer.encode("def f")) + 1
+    parts = [json.loads(part) for part in events(server.post("/v1/completions", json=body | {"stream": True}))[:-1]]
+    streamed = ["".join(part["choices"][0]["text"] for part in parts if part["choices"][0]["index"] == i) for i in range(3)]
+    assert streamed == [one["text"] for one in first]
+
+
+def test_stop_texts_and_the_reason_of_the_end(server, model):
+    whole = model.generate("def f", max_tokens=12, sampling=Sampling(1.5, seed=5)).text
+    stop = whole[8:10]
+    drawn = {"prompt": "def f", "max_tokens": 12, "temperature": 1.5, "seed": 5}
+    choice, = good(server.post("/v1/completions", json=drawn | {"stop": ["", stop]}))["choices"]
+    assert choice == {"text": whole[:whole.index(stop)], "index": 0, "logprobs": None, "finish_reason": "stop", "stop_reason": stop}
+    assert choice["text"]
+    drawn |= {"n_predict": 12, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    found = good(server.post("/completion", json=drawn | {"stop": ["~~~", stop]}))
+    assert (found["content"], found["stop_type"], found["stopping_word"]) == (choice["text"], "word", stop)
+    assert good(server.post("/completion", json=drawn | {"n_predict": 2}))["stop_type"] == "limit"
+    token = model.generate("def f", max_tokens=3, sampling=Sampling(1.5, seed=5)).ids[2]
+    found = good(server.post("/v1/completions", json=drawn | {"stop_token_ids": [token]}))
+    assert found["choices"][0]["stop_reason"] == token and found["usage"]["completion_tokens"] <= 3
+
+
+def test_tokens_templates_and_descriptions(server, model):
+    text = "def f(): <bos>"
+    assert good(server.post("/tokenize", json={"content": text}))["tokens"] == model.tokenizer.encode(text, control=True)
+    pieces = good(server.post("/tokenize", json={"content": "é", "with_pieces": True}))["tokens"]
+    assert [piece["piece"] for piece in pieces] == [[0xC3], [0xA9]]
+    vllm = good(server.post("/tokenize", json={"prompt": "def"}))
+    assert vllm["tokens"] == model.tokenizer.encode("def", bos=True) and vllm["count"] == len(vllm["tokens"])
+    assert good(server.post("/detokenize", json={"tokens": model.tokenizer.encode(text)}))["content"] == text
+    template = good(server.post("/apply-template", json={"messages": [{"role": "user", "content": "hi"}]}))
+    assert template["prompt"] == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
+    assert good(server.get("/health")) == {"status": "ok"} and good(server.get("/v1/health"))["model"] == "tiny"
+    assert [one["id"] for one in good(server.get("/v1/models"))["data"]] == ["tiny"]
+    assert ".Suffix" in good(server.post("/api/show", json={"model": "tiny"}))["template"]   # how Continue knows of FIM
+    assert "insert" in good(server.post("/api/show", json={"model": "tiny"}))["capabilities"]
+    assert good(server.get("/api/tags"))["models"][0]["name"] == "tiny:latest" and good(server.get("/api/version"))["version"]
+    assert good(server.get("/api/ps"))["models"] and len(good(server.get("/slots"))) == scheduler.SLOTS
+    assert good(server.get("/props"))["codegemma"]["mode"] == "psm" and server.get("/terms").text == "the terms"
+    assert good(server.get("/v1beta/server_setting")) == {"disable_client_side_telemetry": True}
+    assert good(server.post("/api/generate", json={"model": "m", "prompt": ""}))["done_reason"] == "load"
+    assert server.client.head("/").status_code == 200 and server.post("/v1/embeddings", json={}).status_code == 501
+    metrics = dict(line.rsplit(" ", 1) for line in server.get("/metrics").text.splitlines() if not line.startswith("#"))
+    assert float(metrics["llamacpp:tokens_predicted_total"]) > 0 and float(metrics["codegemma_requests_total"]) > 0
+    assert "/v1/fim/completions" in good(server.get("/openapi.json"))["paths"]
+
+
+def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
+    from codegemma.serve import stats
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    found = good(server.post("/v1/completions", json={"language": "python", "segments": HOLE}))
+    event = {"type": "view", "completion_id": found["id"], "choice_index": 0}
+    assert server.post("/v1/events", json=event).status_code == 200 and stats.load() == []
+    assert server.post("/v1/events", json=event | {"type": "select"}).status_code == 200
+    row, = stats.load()
+    assert row.taken == row.characters == len(found["choices"][0]["text"]) and row.language == "python"
+    assert server.post("/v1/events", json=event | {"type": "select"}).status_code == 200 and len(stats.load()) == 1
+
+
+@pytest.mark.parametrize(("route", "body", "status", "words"), [
+    ("/v1/completions", {"prompt": "x", "max_tokens": -1}, 400, ["error", "message", "max_tokens"]),
+    ("/v1/completions", {"prompt": [1, 999_999]}, 400, ["error", "message", "999999"]),
+    ("/v1/completions", {"prompt": [2] * 9000}, 400, ["error", "message", "9,000 tokens"]),
+    ("/v1/completions", {"prompt": "x", "temperature": -1}, 400, ["error", "message", "temperature"]),
+    ("/v1/completions", {"prompt": "\ud800"}, 400, ["error", "message", ""]),
+    ("/v1/completions", {"prompt": "x", "adapter": "no-such"}, 400, ["error", "message", "--adapter"]),
+    ("/v1/completions", {"prompt": ["x"] * 200, "n": 16}, 400, ["error", "message", "choices"]),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, ["error", "message", "user"]),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, ["error", "message", "tools"]),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}}, 400,
+     ["error", "message", "response_format"]),
+    ("/infill", {"input_prefix": 3, "input_suffix": ""}, 400, ["error", "message", "input_prefix"]),
+    ("/api/generate", {"prompt": "x", "model": "m", "format": "json"}, 400, ["error", "format"]),
+    ("/api/chat", {"model": "m", "messages": [{"role": "user", "content": "x", "images": ["aa"]}]}, 400, ["error", "images"]),
+    ("/v1/fim/completions", {"suffix": "x"}, 422, ["detail", 0, "loc", "prompt"]),
+    ("/v1/fim/completions", {"prompt": "x", "temperature": -3}, 400, ["message", "temperature"]),
+    ("/v1/no-such", {}, 404, ["error", "message", "Not Found"]),
+    ("/v1/completions", {"prompt": "x", "path": "a\nb", "suffix": ""}, 400, ["error", "message", "one line"])])
+def test_bad_input_is_refused_in_the_dialects_own_form(server, route, body, status, words):
+    answer = server.client.post(route, content=json.dumps(body))
+    assert answer.status_code == status, answer.text
+    found = answer.json()
+    for key in words[:-1]:
+        found = found[key]
+    assert words[-1] in str(found)
+
+
+def test_tabby_refuses_in_plain_text(server):
+    answer = server.post("/v1/completions", json={"segments": {"suffix": ""}})
+    assert answer.status_code == 422 and answer.headers["content-type"].startswith("text/plain") and "prefix" in answer.text
+
+
+# Who runs, who waits, who is let go.
+
+def test_neighbours_change_no_answer(server, model):
+    rng = np.random.default_rng(0)
+    asks = [{"prompt": [[2, *rng.integers(110, 515, int(size)).tolist()]], "max_tokens": 10, "temperature": 0.7, "seed": i}
+            for i, size in enumerate(rng.integers(1, 300, 8))]
+    alone = [model.generate(ask["prompt"][0], max_tokens=10, sampling=Sampling(0.7, seed=ask["seed"])).text for ask in asks]
+    for together in (1, 2, 3, 8):
+        order = rng.permutation(8)
+        with ThreadPoolExecutor(together) as pool:
+            answers = list(pool.map(lambda i: good(server.post("/v1/completions", json=asks[i]))["choices"][0]["text"], order))
+        assert answers == [alone[i] for i in order]
+
+
+class Held:
+    """A backend that stands still in `run` until it is let on or cancelled; `entered` counts runs."""
+
+    def __init__(self, inner):
+        self.inner, self.entered, self.on, self.cut = inner, threading.Semaphore(0), threading.Event(), 0
+        self.sizes = []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def run(self, slices, cancel: Cancel | None = None):
+        self.sizes.append([len(part.ids) for part in slices])
+        self.entered.release()
+        while not self.on.wait(0.002):
+            if cancel is not None and cancel.is_set():
+                self.cut += 1
+                return None
+        return self.inner.run(slices, cancel)
+
+
+@pytest.fixture
+def held(path):
+    """A server whose engine stands still, and that engine."""
+    loaded = load(path, threads=1)
+    loaded.engine.backend = Held(loaded.engine.backend)
+    loaded.engine.prefill_rate = 100.0   # a prompt of 500 tokens should take 5 s
+
+    async def opened():
+        return Scheduler(loaded, slots=2, queue=4)
+
+    with served(opened) as server:
+        yield server, loaded.engine.backend
+        loaded.engine.backend.on.set()
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def sent(server, path, body, headers=""):
+    """A request on a socket of its own, sent and not read."""
+    data = json.dumps(body).encode()
+    connection = socket.create_connection(server.address)
+    connection.sendall(f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
+def test_a_client_that_leaves_stops_its_prompt_half_way(held):
+    server, engine = held
+    for body in ({"prompt": [2] * 500}, {"prompt": [2] * 500, "stream": True}):
+        connection = sent(server, "/v1/completions", body)
+        assert engine.entered.acquire(timeout=60)
+        connection.close()
+        until(lambda: server.backend.metrics.running == 0)
+    assert engine.cut == 2 and server.backend.metrics.counts["cancelled"] == 2
+
+
+def test_the_newest_completion_of_an_editor_cancels_its_older_ones(held):
+    server, engine = held
+    fill = {"input_prefix": "x" * 2000, "input_suffix": "", "session": "vim"}
+    with ThreadPoolExecutor(2) as pool:
+        other = sent(server, "/infill", fill | {"session": "emacs"})
+        assert engine.entered.acquire(timeout=60)
+        first = pool.submit(server.post, "/infill", json=fill)
+        until(lambda: len(server.backend._jobs) == 2)
+        second = pool.submit(server.post, "/infill", json={k: v for k, v in fill.items() if k != "session"},
+                             headers={"X-Session-Id": "vim"})
+        until(lambda: any(job.gone.is_set() for job in server.backend._jobs.values()))
+        engine.on.set()
+        old = good(first.result(60))
+        assert (old["timings"]["stop"], old["content"]) == ("cancelled", "")
+        assert good(second.result(60))["timings"]["stop"] in ("end", "length")
+    other.close()
+
+
+def test_too_many_are_told_to_come_again(held):
+    server, engine = held
+    small = {"prompt": [2, 3], "max_tokens": 1}
+    waiting = [sent(server, "/v1/completions", small)]
+    assert engine.entered.acquire(timeout=60)
+    waiting += [sent(server, "/v1/completions", small) for _ in range(4)]
+    until(lambda: len(server.backend._waiting) == 4)
+    for path in ("/v1/completions", "/api/generate"):
+        refused = server.post(path, json={"prompt": "x", "model": "m"})
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1 and "error" in refused.json()
+    engine.on.set()
+    for connection in waiting:
+        assert b" 200 OK" in connection.recv(100)
+        connection.close()
+    assert server.backend.metrics.counts["rejected"] == 2
+    until(lambda: good(server.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})))
+
+
+def test_a_long_prompt_leaves_room_between_anothers_tokens(held):
+    server, engine = held
+    backend = server.backend
+    engine.on.set()
+    with server.client.stream("POST", "/v1/completions", json={"prompt": "def f", "max_tokens": 3000, "temperature": 1.0, "stream": True,
+                                                               "stop_token_ids": [], "seed": 3}) as typing:
+        lines = typing.iter_lines()
+        next(lines)
+        engine.sizes.clear()
+        backend.engine.prefill_rate = 300.0
+        backend.engine.measured = lambda tokens, seconds: None
+        long = [2, *np.random.default_rng(0).integers(110, 515, 700).tolist()]
+        assert good(server.post("/v1/completions", json={"prompt": [long], "max_tokens": 1}))["usage"]["prompt_tokens"] == 701
+        shared = [sizes for sizes in engine.sizes if len(sizes) == 2]
+        assert len(shared) >= 20 and all(min(sizes) <= 2 and max(sizes) <= int(scheduler.PAUSE * 300) for sizes in shared)
+
+
+def test_whoever_had_least_goes_first(held):
+    server, engine = held
+    rng = np.random.default_rng(0)
+    order = []
+
+    def asked(name, size):
+        body = {"prompt": [[2, *rng.integers(110, 515, size).tolist()]], "max_tokens": 1, "session": name}
+        good(server.post("/v1/completions", json=body))
+        order.append(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(asked, "greedy", 600)]
+        assert engine.entered.acquire(timeout=60)
+        jobs += [pool.submit(asked, "greedy", 600) for _ in range(2)]
+        until(lambda: len(server.backend._jobs) + len(server.backend._waiting) == 3)
+        jobs.append(pool.submit(asked, "modest", 20))
+        until(lambda: len(server.backend._jobs) + len(server.backend._waiting) == 4)
+        engine.on.set()
+        for job in jobs:
+            job.result(60)
+    assert order.index("modest") < 2 and order[-1] == "greedy"
+
+
+def test_deadlines(model):
+    """Of the prompt, which also sizes it, and of the answer once it has a line."""
+    async def run():
+        backend = Scheduler(model)
+        text = "".join(f"line_{i} = {i}\n" for i in range(400))
+        short, = await backend.submit([Ask(Fill(text), prompt_seconds=30 / model.engine.prefill_rate, max_tokens=1)])
+        whole, = await backend.submit([Ask(Fill(text), max_tokens=1)])
+        assert short.prompt_tokens < whole.prompt_tokens / 4
+        job = Job(Ask(Text("x"), prompt_seconds=1.0, predict_seconds=1.0), Prompt([2], frozenset()))
+        job.started = 100.0
+        assert not job.overdue(101.9) and job.overdue(102.1)
+        job.first = 102.0
+        assert not job.overdue(110.0)
+        job.lines = True
+        assert job.overdue(103.1) and not job.overdue(102.9)
+        soon, = await backend.submit([Ask(Text("def f"), max_tokens=4000, predict_seconds=1e-9)])
+        soon.lines = True
+        steps = [step async for step in soon.steps()]
+        assert steps[-1].stop == "length" and len(steps) < 1000
+        await backend.close()
+
+    asyncio.run(run())
+
+
+def test_a_fault_of_the_engine_fails_its_requests_alone(path, caplog):
+    loaded = load(path, threads=1)
+    sound = loaded.engine.backend.run
+
+    async def opened():
+        return Scheduler(loaded)
+
+    with served(opened) as server:
+        def broken(*_):
+            raise MemoryError("no pages")
+
+        loaded.engine.backend.run = broken
+        for body in ({"prompt": "x"}, {"prompt": "x", "echo": True, "logprobs": 1}):
+            answer = server.post("/v1/completions", json=body)
+            assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert "no pages" in events(server.post("/v1/completions", json={"prompt": "x", "stream": True}))[0]
+        loaded.engine.backend.run = sound
+        assert good(server.post("/v1/completions", json={"prompt": "x"}))["choices"]
+    assert "no pages" in caplog.text
+
+
+def test_prompts_outlive_a_restart(path, tmp_path):
+    body = {"prompt": "def f(x):\n" * 30, "max_tokens": 2, "temperature": 0}
+
+    async def opened():
+        return Scheduler(load(path, threads=1), cache=tmp_path / "kept")
+
+    def asked():
+        with served(opened) as server:
+            until(lambda: not any(thread.name == "cache" and thread.is_alive() for thread in threading.enumerate()))
+            return good(server.post("/v1/completions", json=body))
+
+    first, second = asked(), asked()
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 and first["choices"] == second["choices"]
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["prompt_tokens"] - 1
+    file, = (tmp_path / "kept").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match="damaged"):
+        assert asked()["choices"] == first["choices"]
+
+
+# The remote backend: a second instance of this server generates.
+
+def test_a_server_before_a_server_gives_the_same(server, path, model):
+    async def opened():
+        return await Remote.open(server.url + "/v1/", open_checkpoint(path))
+
+    with served(opened) as front:
+        infill = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 12, "trim": "line", "n_probs": 2}
+        ours, theirs = (good(one.post("/infill", json=infill)) for one in (server, front))
+        assert ours["content"] == theirs["content"] == model.complete(**HOLE, max_tokens=12, trim="line").text
+        scored = {"prompt": "def f(x)", "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0, "stop": ["~"]}
+        ours, theirs = (good(one.post("/v1/completions", json=scored))["choices"][0] for one in (server, front))
+        assert ours["logprobs"]["token_logprobs"] == theirs["logprobs"]["token_logprobs"] and ours["text"] == theirs["text"]
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "temperature": 1.0, "seed": 3, "stream": True,
+                "stream_options": {"include_usage": True}}
+        ours, theirs = ([json.loads(part) for part in events(one.post("/v1/chat/completions", json=chat))[:-1]]
+                        for one in (server, front))
+        texts = ["".join(c["delta"].get("content", "") for chunk in chunks for c in chunk["choices"]) for chunks in (ours, theirs)]
+        assert texts[0] == texts[1] and ours[-1]["usage"]["completion_tokens"] == theirs[-1]["usage"]["completion_tokens"]
+        assert front.post("/v1/completions", json={"prompt": [1, 999_999]}).status_code == 400
+        assert good(front.get("/props"))["codegemma"]["mode"] == "psm" and good(front.get("/api/tags"))["models"]
+        warm = good(front.post("/infill", json=infill | {"n_predict": 0}))
+        assert warm["content"] == "" and warm["timings"]["stop"] == "length"
+
+
+def test_a_remote_that_fails_is_said_to(path, model):
+    async def opened():
+        return await Remote.open(engine.url, open_checkpoint(path))
+
+    async def behind():
+        return Scheduler(model)
+
+    with served(behind) as engine, served(opened) as front:
+        front.backend.client = httpx.AsyncClient(base_url="http://127.0.0.1:9/v1")
+        answer = front.post("/v1/completions", json={"prompt": "x"})
+        assert answer.status_code == 502 and "engine behind" in answer.json()["error"]["message"]
+    with pytest.raises(ValueError, match="does not tell what is served"):
+        asyncio.run(Remote.open("http://127.0.0.1:9", open_checkpoint(path)))
+
+
+def test_a_remote_request_ends_with_its_reader(held, path):
+    engine_server, engine = held
+
+    async def opened():
+        return await Remote.open(engine_server.url, open_checkpoint(path))
+
+    with served(opened) as front:
+        connection = sent(front, "/infill", {"input_prefix": "x" * 500, "input_suffix": ""})
+        assert engine.entered.acquire(timeout=60)
+        connection.close()
+        until(lambda: front.backend.metrics.running == 0 and engine_server.backend.metrics.running == 0)
+        assert engine_server.backend.metrics.counts["cancelled"] == 1
+
+
+# Hostile clients.
+
+def test_pages_of_other_origins_and_rebound_names_are_refused(server):
+    body = {"prompt": "x", "max_tokens": 1}
+    host = server.url.removeprefix("http://")
+    assert server.post("/v1/completions", json=body, headers={"Origin": server.url}).status_code == 200
+    for origin in ("http://evil.example", "null", f"https://{host}.evil.example", "http://127.0.0.1:1"):
+        assert server.post("/v1/completions", json=body, headers={"Origin": origin}).status_code == 403
+        answer = server.client.options("/v1/completions", headers={"Origin": origin, "Access-Control-Request-Method": "POST"})
+        assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    for name in ("evil.example", "evil.example:8012", "127.0.0.1.evil.example", ""):
+        assert server.get("/v1/models", headers={"Host": name}).status_code == 403
+    assert server.get("/v1/models", headers={"Host": "LOCALHOST:1"}).status_code == 200
+
+
+def test_an_allowed_origin_and_keys(model):
+    async def opened():
+        return Scheduler(model)
+
+    keys = guard.keys_of(["# ours", "0123456789abcdef", "fedcba9876543210", ""])
+    with served(opened, Rules(None, frozenset({"https://editor.example"}), keys)) as server:
+        for headers in ({}, {"Authorization": "Bearer 0123456789abcdeg"}, {"x-api-key": "ü".encode()}, {"Authorization": "Basic 0123456789abcdef"}):
+            answer = server.get("/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer" and "key" in answer.text
+        assert server.get("/api/tags").json()["error"] and server.get("/metrics").status_code == 401
+        assert server.get("/openapi.json").status_code == 401 and server.post("/api/none").status_code == 401
+        for headers in ({"Authorization": "Bearer 0123456789abcdef"}, {"x-api-key": "fedcba9876543210"}):
+            answer = server.get("/v1/models", headers=headers | {"Origin": "https://editor.example"})
+            assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://editor.example"
+        preflight = server.client.options("/v1/completions", headers={"Origin": "https://editor.example"})
+        assert preflight.status_code == 204 and "Authorization" in preflight.headers["access-control-allow-headers"]
+        assert server.get("/health").status_code == server.get("/terms").status_code == server.get("/").status_code == 200
+    with pytest.raises(ValueError, match="needs 16"):
+        guard.keys_of(["short"])
+    with pytest.raises(ValueError, match="has no key"):
+        guard.keys_of(["# none"])
+
+
+def test_the_page_and_nothing_beside_it(model, tmp_path):
+    async def opened():
+        return Scheduler(model)
+
+    (tmp_path / "web").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "web" / "app.js").write_text("1")
+    (tmp_path / "web" / "link").symlink_to(tmp_path / "secret")
+    with served(opened, web=tmp_path / "web") as server:
+        assert "was not built" in server.get("/").text
+        (tmp_path / "web" / "index.html").write_text("<p>page</p>")
+        answer = server.get("/")
+        assert answer.text == "<p>page</p>" and "default-src 'self'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff" and server.get("/app.js").text == "1"
+        for path in ("/../secret", "/%2e%2e/secret", "/..%2fsecret", "/link", "/a/../../secret", "//etc/passwd", "/%00", "/" + "a" * 5000,
+                     "/..%5csecret"):
+            connection = socket.create_connection(server.address)
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
+            connection.close()
+            assert answer.split()[1] in (b"404", b"400") and b"secret" not in answer.split(b"\r\n\r\n", 1)[1], (path, answer)
+
+
+@pytest.mark.parametrize(("content", "status"), [
+    (b"{", 400), (b"", 400), (b"\xff\xfe{}", 400), (b'{"prompt":"\xc3"}', 400), (b"[" * 200_000, 400), (b'{"a":' * 50_000, 400),
+    (b'{"prompt":"x","max_tokens":' + b"9" * 5000 + b"}", 400), (b'{"prompt":"x","temperature":NaN}', 400),
+    (b'{"prompt":"x","seed":1e999}', 400), (b'"x"', 400), (b"null", 400), (b'{"prompt":"x","max_tokens":1,"unknown":{}}', 200)])
+def test_bodies_that_are_no_request(server, content, status):
+    for kind in ("application/json", "application/x-www-form-urlencoded"):   # `curl -d` says the latter
+        answer = server.client.post("/v1/completions", content=content, headers={"Content-Type": kind})
+        assert answer.status_code == status, answer.text
+        assert status == 200 or answer.json()["error"]["message"]
+
+
+def test_large_slow_and_half_sent_bodies(model, monkeypatch, caplog):
+    async def opened():
+        return Scheduler(model)
+
+    monkeypatch.setattr(protocol, "PATIENCE", 0.5)
+    with served(opened, Rules(most_body=1 << 20, patience=0.5)) as server:
+        answer = server.client.post("/infill", content=b"x" * (1 << 20 | 1))
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == 413
+
+        def chunks():
+            for _ in range(64):
+                yield b"x" * (1 << 16)
+
+        try:
+            assert server.client.post("/infill", content=chunks()).status_code == 413
+        except httpx.WriteError:
+            pass                         # it closed the connection while we wrote
+        for begun, expected in ((b"POST /infill HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{", b"408"),
+                                (b"POST /infill HTTP/1.1\r\nHo", b""), (b"", b"")):
+            connection = socket.create_connection(server.address)
+            connection.sendall(begun)
+            connection.settimeout(30)
+            assert connection.recv(1000)[9:12] == expected
+            connection.close()
+        assert "sends no request" in caplog.text and good(server.get("/health"))
+
+
+def test_a_reader_that_does_not_read_is_left(model, monkeypatch):
+    async def opened():
+        return Scheduler(model)
+
+    monkeypatch.setattr(protocol, "PATIENCE", 0.2)
+    with served(opened) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(server.address)
+        data = json.dumps({"prompt": [[2]] * 16, "n": 4, "max_tokens": 4000, "stream": True, "logprobs": 20, "temperature": 2}).encode()
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        until(lambda: server.backend.metrics.running > 0)
+        until(lambda: server.backend.metrics.running == 0)
+        assert server.backend.metrics.counts["cancelled"] > 0
+        connection.close()
+
+
+def test_many_idle_connections_leave_it_answering(model, monkeypatch):
+    async def opened():
+        return Scheduler(model)
+
+    monkeypatch.setattr(protocol, "CONNECTIONS", 300)
+    with served(opened) as server:
+        idle = [socket.create_connection(server.address) for _ in range(250)]
+        assert good(server.get("/health"))
+        more = [socket.create_connection(server.address) for _ in range(100)]
+        for connection in idle + more:
+            connection.close()
+        until(lambda: server.get("/health").status_code == 200)
+
+
+# The parts.
+
+def test_prompts_of_asks(model):
+    tokenizer = model.tokenizer
+    plain = prompt_of(model.engine, Ask(Text("<bos>")), True, False)
+    assert plain.ids == tokenizer.encode("<bos>", bos=True) != prompt_of(model.engine, Ask(Text("<bos>", raw=True)), True, False).ids
+    long = tuple(range(110, 400)) * 100
+    cut = prompt_of(model.engine, Ask(Text(long, truncate=True), max_tokens=100), True, False)
+    assert len(cut.ids) == LONG.context - 100 and cut.ids[1:] == list(long[-len(cut.ids) + 1:])
+    assert prompt_of(model.engine, Ask(Fill("x", "y", mode="spm")), True, False).layout == "spm"
+    assert prompt_of(model.engine, Ask(Fill("x")), False, False).layout == "prefix"
+    assert prompt_of(model.engine, Ask(Chat((Message("user", "x"),))), True, False).layout is None
+    with pytest.raises(ValueError, match="time budget"):
+        Ask(Text("x"), prompt_seconds=float("nan"))
+
+
+def test_lines_indented_less_end_a_suggestion():
+    for least, given, kept in ((4, "a\n    b\n\n    c\n  d", "a\n    b\n\n    c"), (2, "a\n  b", "a\n  b"), (4, "x\ny", "x"),
+                               (4, "x\n", "x\n"), (1, "\n\tz\n", "\n\tz\n")):
+        for size in (1, 2, 50):
+            shown = asking._Indented(least)
+            text, parts = "", [given[at:at + size] for at in range(0, len(given), size)]
+            for number, part in enumerate(parts):
+                step = shown.push(asking.Step(5, part, 0.0, "length" if number == len(parts) - 1 else None))
+                text += step.text
+                if step.stop:
+                    break
+            assert text == kept and (step.stop == "length" if kept == given else step.stop)
+
+
+def test_busy_knows_when_to_come_again(model):
+    async def run():
+        backend = Scheduler(model)
+        await backend.close()
+        with pytest.raises(Busy, match="stopping"):
+            await backend.submit([Ask(Text("x"))])
+
+    asyncio.run(run())
