@@ -210,14 +210,16 @@ def give(future, text):
 def session(source, folder=None, encodings=("utf-16",), inline=True, capabilities=None, **options):
     """A client and the server in this process, greeted."""
     to_server, to_client = os.pipe(), os.pipe()
-    files = [os.fdopen(to_server[0], "rb"), os.fdopen(to_client[1], "wb"), os.fdopen(to_client[0], "rb"), os.fdopen(to_server[1], "wb")]
+    ends = ((to_server[0], "rb"), (to_client[1], "wb"), (to_client[0], "rb"), (to_server[1], "wb"))
+    files = [os.fdopen(*end) for end in ends]
     server = Server(lambda: source() if callable(source) else source)
     thread = threading.Thread(target=server.start_io, args=files[:2])
     thread.start()
     client = Client(*files[2:])
     document = {"inlineCompletion": {}} if inline else {}
     client.hello = client.ask(
-        "initialize", processId=None, rootUri=folder.as_uri() if folder else None, initializationOptions={"restMs": 9 ** 9} | options,
+        "initialize", processId=None, rootUri=folder.as_uri() if folder else None,
+        initializationOptions={"restMs": 9 ** 9} | options,
         capabilities={"general": {"positionEncodings": [*encodings]}, "textDocument": document} | (capabilities or {}))
     client.tell("initialized")
     client.server = server
@@ -459,7 +461,8 @@ def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_chec
     with session(stub, capabilities=asking | {"textDocument": {"inlineCompletion": {}}}, maxTokens=7, colour="red") as client:
         client.note("window/logMessage", "no setting codegemma.colour")
         client.note("window/logMessage", "stub, ready")
-        assert {client.asked.get(timeout=WAIT)["method"] for _ in range(2)} == {"client/registerCapability", "workspace/configuration"}
+        asked = {client.asked.get(timeout=WAIT)["method"] for _ in range(2)}
+        assert asked == {"client/registerCapability", "workspace/configuration"}
         client.replies["workspace/configuration"] = [{"trim": "line", "timeBudgetMs": "fast"}]
         client.tell("workspace/didChangeConfiguration", settings=None)
         client.note("window/logMessage", "codegemma.timeBudgetMs must be a whole number above 0, got 'fast'")
@@ -570,8 +573,10 @@ def http(answer):
 
 
 def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
-    with http(lambda path, body: None if body["prompt"] == "hang = " else (200, {"content": "1\n\nother = 2"})) as (port, asked, gone), \
-            session(There(f"127.0.0.1:{port}", "key")) as client:
+    def answer(path, body):
+        return None if body["prompt"] == "hang = " else (200, {"content": "1\n\nother = 2"})
+
+    with http(answer) as (port, asked, gone), session(There(f"127.0.0.1:{port}", "key")) as client:
         client.open("untitled:a", "one = 1\nx = \nrest\nhang = \n")
         assert client.texts(client.inline("untitled:a", 1, 4)) == ["1"]      # trimmed here, where the server did not
         path, body, key = asked[0]

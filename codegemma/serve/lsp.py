@@ -412,10 +412,18 @@ async def completion(ls: Server, params: types.CompletionParams) -> types.Comple
     label = next(line for line in whole.splitlines() if line.strip()).strip()
     item = types.CompletionItem(
         label + " …" * (whole.strip() != label), kind=types.CompletionItemKind.Text, detail="codegemma",
-        documentation=types.MarkupContent(types.MarkupKind.Markdown, f"```{found[1]}\n{whole}\n```"), sort_text=" ",
-        filter_text=whole, insert_text_mode=types.InsertTextMode.AsIs, insert_text_format=types.InsertTextFormat.PlainText,
+        documentation=_documentation(ls, whole, found[1]), sort_text=" ", filter_text=whole,
+        insert_text_mode=types.InsertTextMode.AsIs, insert_text_format=types.InsertTextFormat.PlainText,
         text_edit=types.TextEdit(_span(text, start, at), whole.replace("\n", text.newline)))
     return types.CompletionList(True, [item])
+
+
+def _documentation(ls: Server, code: str, language: str) -> types.MarkupContent | str:
+    document = ls.client_capabilities.text_document
+    item = document.completion.completion_item if document and document.completion else None
+    if item and types.MarkupKind.Markdown in (item.documentation_format or ()):
+        return types.MarkupContent(types.MarkupKind.Markdown, f"```{language}\n{code}\n```")
+    return code
 
 
 def document_highlight(ls: Server, params: types.DocumentHighlightParams) -> None:
