@@ -93,7 +93,7 @@ void products() {
     }
     std::vector<float> a(cols), b(cols);
     for (int64_t r = 0; r < rows; r++) {
-      ours->dequantise(w.weight, r, a.data()), twin->dequantise(w.weight, r, b.data());
+      ours->decode(w.weight, r, 0, cols, a.data()), twin->decode(w.weight, r, 0, cols, b.data());
       expect(!memcmp(a.data(), b.data(), 4 * cols), std::string(l.name) + " row");
     }
   }
@@ -144,10 +144,44 @@ void attention(int H, int window, float cap, bool half) {
   close(out[0], out[1], 0, bound * 4, "attention of heads of " + std::to_string(H) + (half ? " halves" : " floats"));
 }
 
+// What matrix_pool.cpp does, by one thread.
+std::vector<float> train(const Kernels* kernels, cg::Matrix m) {
+  const MatrixKernels& k = *kernels->matrix;
+  const int64_t strip = k.strip(m), strips = (m.width() + strip - 1) / strip;
+  std::vector<float> out(m.T * m.width(), NAN), panels(strips * strip * k.depth), a((m.T + k.tile) * k.depth);
+  m.c = out.data();
+  for (int64_t r0 = 0; r0 < m.depth(); r0 += k.depth) {
+    const int64_t depth = std::min<int64_t>(k.depth, m.depth() - r0);
+    for (int64_t s = 0; s < strips; s++) k.decode_strip(m, r0, depth, s * strip, &panels[s * strip * depth]);
+    k.gather_rows(m, r0, depth, 0, m.T, a.data());
+    k.multiply_rows(m, r0, depth, a.data(), 0, m.T, panels.data(), 0, m.width());
+  }
+  return out;
+}
+void training() {
+  const int64_t T = 29, rows = 75, cols = 512;
+  for (int type = 0; type < TYPES; type++)
+    for (bool transposed : {false, true}) {
+      Matrix w(type, rows, cols);
+      cg::Matrix m{nullptr, nullptr, w.weight, T, 3, rows - 5, transposed};
+      auto x = draws(T * m.depth());
+      m.a = x.data();
+      float largest = 0, longest = 0;  // n roundoffs of n products
+      std::vector<float> line(cols);
+      for (int64_t r = 0; r < rows; r++) {
+        twin->decode(w.weight, r, 0, cols, line.data());
+        for (float v : line) largest = std::max(largest, std::fabs(v));
+      }
+      for (float v : x) longest = std::max(longest, std::fabs(v));
+      close(train(ours, m), train(twin, m), 0, 2 * m.depth() * ROUNDOFF * m.depth() * largest * longest,
+            std::string(TYPE[type].name) + (transposed ? " transposed" : "") + " product of training");
+    }
+}
+
 }  // namespace
 
 int main() {
-  products(), rows();
+  products(), rows(), training();
   for (bool half : {false, true})
     for (int H : {6, 24, 64}) attention(H, 0, 0, half), attention(H, 100, 5, half);
   printf("%s: %d checks, %d failures\n", ours->name, checks, failures);

@@ -29,15 +29,15 @@ def run(*commands):
 
 
 def compare(level, directory, compiler, options, runner=()):
-    """Compiles kernels.cpp as `level` and as plain, links levels.cpp to both, and runs it."""
+    """Compiles the kernels as `level` and as plain, links levels.cpp to both, and runs it."""
     def kernels(name, *more):
-        return [compiler, *FLAGS, f"-DCG_LEVEL={name}", f'-DCG_LEVEL_NAME="{name}"', *more,
-                "-c", SOURCES / "kernels.cpp", "-o", directory / f"{name}.o"]
+        return [[compiler, *FLAGS, f"-DCG_LEVEL={name}", f'-DCG_LEVEL_NAME="{name}"', *more,
+                 "-c", SOURCES / f"{source}.cpp", "-o", directory / f"{name}_{source}.o"] for source in ("kernels", "matrix")]
 
     program = directory / level
-    run(kernels("plain"), kernels(level, *options),
+    run(*kernels("plain"), *kernels(level, *options),
         [compiler, *FLAGS, "-c", TESTS / "levels.cpp", f"-DOTHER={level}", "-o", directory / "main.o"])
-    run([compiler, "-static", *(directory / f"{name}.o" for name in ("main", "plain", level)), "-o", program])
+    run([compiler, "-static", *directory.glob("*.o"), "-o", program])
     return run([*runner, program])[0]
 
 

@@ -14,6 +14,7 @@
 #include "program.h"
 
 void bind_quantise(nanobind::module_& m);  // quantise.cpp
+void bind_xla(nanobind::module_& m);       // xla.cpp
 namespace cg { int64_t settle(uint8_t* start, int64_t length); }  // settle.cpp
 
 namespace nb = nanobind;
@@ -25,17 +26,13 @@ namespace {
 template <class T, int N> using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 
-const char* const TYPE_NAMES[TYPES] = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
-const int BLOCK[TYPES] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256};
-const int BLOCK_BYTES[TYPES] = {4, 2, 2, 18, 20, 22, 24, 34, 144, 176, 210};
-
 Weight weight(const std::string& type, Bytes data, int64_t rows, int64_t cols) {
   for (int t = 0; t < TYPES; t++)
-    if (type == TYPE_NAMES[t]) {
-      if (cols <= 0 || rows <= 0 || cols % BLOCK[t])
-        throw std::invalid_argument("a " + type + " weight needs rows of a multiple of " + std::to_string(BLOCK[t]) + " columns, got " +
+    if (type == TYPE[t].name) {
+      if (cols <= 0 || rows <= 0 || cols % TYPE[t].block)
+        throw std::invalid_argument("a " + type + " weight needs rows of a multiple of " + std::to_string(TYPE[t].block) + " columns, got " +
                                     std::to_string(rows) + " x " + std::to_string(cols));
-      int64_t row_bytes = cols / BLOCK[t] * BLOCK_BYTES[t];
+      int64_t row_bytes = cols / TYPE[t].block * TYPE[t].bytes;
       if ((int64_t)data.nbytes() != rows * row_bytes)
         throw std::invalid_argument("a " + type + " weight of " + std::to_string(rows) + " x " + std::to_string(cols) + " takes " +
                                     std::to_string(rows * row_bytes) + " bytes, got " + std::to_string(data.nbytes()));
@@ -128,7 +125,7 @@ NB_MODULE(_native, m) {
   m.attr("SEGMENT") = SEGMENT;
   m.attr("TYPES") = [] {
     nb::list l;
-    for (auto* t : TYPE_NAMES) l.append(t);
+    for (auto& t : TYPE) l.append(t.name);
     return nb::tuple(l);
   }();
 
@@ -173,6 +170,7 @@ NB_MODULE(_native, m) {
       .def("profile", &Program::profile);
 
   bind_quantise(m);
+  bind_xla(m);
   m.def("level", [](const std::string& level) { return choose_kernels(level)->name; }, "level"_a,
         "The SIMD level that a name stands for on this CPU; 'auto' is the best. ValueError on one it lacks.");
   m.def("multiply", [](const std::string& level, Pool& pool, const Weight& w, Array<const float, 2> x, Array<float, 2> out) {
@@ -195,6 +193,6 @@ NB_MODULE(_native, m) {
     if ((int64_t)out.shape(0) != w.rows || (int64_t)out.shape(1) != w.cols) throw std::invalid_argument("out must be [rows, columns]");
     const Kernels* k = choose_kernels(level);
     nb::gil_scoped_release release;
-    for (int64_t r = 0; r < w.rows; r++) k->dequantise(w, r, out.data() + r * w.cols);
+    for (int64_t r = 0; r < w.rows; r++) k->decode(w, r, 0, w.cols, out.data() + r * w.cols);
   }, "level"_a, "weight"_a, "out"_a);
 }

@@ -41,10 +41,8 @@ template <class Q> void blocks32_row(const uint8_t* p, int64_t n, float* out) {
   for (int64_t b = 0; b < n / 32; b++, p += Q::BYTES) {
     u8x32 q = Q::unpack(p);
     float d = half(load<uint16_t>(p)), m = Q::MIN ? half(load<uint16_t>(p + 2)) : 0;
-    for (int i = 0; i < 32; i++) {
-      int v = Q::MAXQ < 0 && !Q::OFFSET ? (int)(int8_t)q[i] : (int)q[i];
-      out[b * 32 + i] = d * (float)(v - Q::OFFSET) + m;
-    }
+    for (int i = 0; i < 32; i += 8)
+      store(out + b * 32 + i, d * (bytes_to_floats<(Q::MAXQ < 0 && !Q::OFFSET)>((const uint8_t*)&q + i) - (float)Q::OFFSET) + m);
   }
 }
 template <class Q> void blocks256_row(const uint8_t* p, int64_t n, float* out) {
@@ -52,30 +50,31 @@ template <class Q> void blocks256_row(const uint8_t* p, int64_t n, float* out) {
   u8x32 w[8];
   for (int64_t b = 0; b < n / 256; b++, p += Q::BYTES) {
     Q::scales(p, s), Q::unpack(p, w);
-    for (int i = 0; i < 256; i++) {
-      int q = w[i / 32][i % 32], sc = s.sc[i / 16], mn = s.mn[i / 16];
-      out[b * 256 + i] = Q::MIN ? (s.d * sc) * q - s.dmin * mn : s.d * (float)(sc * q - mn);
+    for (int i = 0; i < 256; i += 8) {  // whole numbers below 2^24 are exact as floats
+      f32x8 q = bytes_to_floats<false>((const uint8_t*)w + i);
+      float sc = s.sc[i / 16], mn = s.mn[i / 16];
+      store(out + b * 256 + i, Q::MIN ? (s.d * sc) * q - s.dmin * mn : s.d * (sc * q - mn));
     }
   }
 }
-void dequantise(const Weight& w, int64_t row, float* out) {
-  const uint8_t* p = w.data + row * w.row_bytes;
+void decode(const Weight& w, int64_t row, int64_t first, int64_t n, float* out) {
+  const uint8_t* p = w.data + row * w.row_bytes + first / TYPE[w.type].block * TYPE[w.type].bytes;
   switch (w.type) {
-    case F32_T: return floats_row<F32>(p, w.cols, out);
-    case F16_T: return floats_row<F16>(p, w.cols, out);
-    case BF16_T: return floats_row<BF16>(p, w.cols, out);
-    case Q4_0_T: return blocks32_row<Q4_0>(p, w.cols, out);
-    case Q4_1_T: return blocks32_row<Q4_1>(p, w.cols, out);
-    case Q5_0_T: return blocks32_row<Q5_0>(p, w.cols, out);
-    case Q5_1_T: return blocks32_row<Q5_1>(p, w.cols, out);
-    case Q8_0_T: return blocks32_row<Q8_0>(p, w.cols, out);
-    case Q4_K_T: return blocks256_row<Q4_K>(p, w.cols, out);
-    case Q5_K_T: return blocks256_row<Q5_K>(p, w.cols, out);
-    case Q6_K_T: return blocks256_row<Q6_K>(p, w.cols, out);
+    case F32_T: return floats_row<F32>(p, n, out);
+    case F16_T: return floats_row<F16>(p, n, out);
+    case BF16_T: return floats_row<BF16>(p, n, out);
+    case Q4_0_T: return blocks32_row<Q4_0>(p, n, out);
+    case Q4_1_T: return blocks32_row<Q4_1>(p, n, out);
+    case Q5_0_T: return blocks32_row<Q5_0>(p, n, out);
+    case Q5_1_T: return blocks32_row<Q5_1>(p, n, out);
+    case Q8_0_T: return blocks32_row<Q8_0>(p, n, out);
+    case Q4_K_T: return blocks256_row<Q4_K>(p, n, out);
+    case Q5_K_T: return blocks256_row<Q5_K>(p, n, out);
+    case Q6_K_T: return blocks256_row<Q6_K>(p, n, out);
   }
 }
 void embed(const Weight& w, int64_t row, float scale, float* out) {
-  dequantise(w, row, out);
+  decode(w, row, 0, w.cols, out);
   for (int64_t i = 0; i < w.cols; i++) out[i] *= scale;
 }
 
@@ -839,7 +838,8 @@ int64_t peak(int64_t rounds) {
   return rounds * 8 * FW * 4 * 2;
 }
 
-const Kernels table = {CG_LEVEL_NAME, embed, norm, quantise, product, tile_rows, split_heads, attend, merge, softcap, log_sum, dequantise, peak};
+const Kernels table = {CG_LEVEL_NAME, embed, norm, quantise, product, tile_rows, split_heads, attend, merge, softcap, log_sum, decode, peak,
+                       &matrix_kernels};
 
 }  // namespace
 

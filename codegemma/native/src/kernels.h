@@ -13,6 +13,9 @@ constexpr int PACKED_FROM = 6; // from this many tokens on, products run with to
 
 enum Type : int { F32_T, F16_T, BF16_T, Q4_0_T, Q4_1_T, Q5_0_T, Q5_1_T, Q8_0_T, Q4_K_T, Q5_K_T, Q6_K_T, TYPES };
 enum Form : int { FLOATS = 1, BLOCKS_32 = 2, BLOCKS_256 = 4 };  // how a product wants its activations
+struct TypeInfo { const char* name; int block, bytes; };  // weights a block holds, and its bytes
+constexpr TypeInfo TYPE[TYPES] = {{"F32", 1, 4}, {"F16", 1, 2}, {"BF16", 1, 2}, {"Q4_0", 32, 18}, {"Q4_1", 32, 20}, {"Q5_0", 32, 22},
+    {"Q5_1", 32, 24}, {"Q8_0", 32, 34}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210}};
 inline Form form_of(int type) { return type <= BF16_T ? FLOATS : type <= Q8_0_T ? BLOCKS_32 : BLOCKS_256; }
 
 struct Weight {
@@ -81,6 +84,27 @@ struct AttentionTask {
   float* partial;           // [rows, H + 2]: values, maximum, sum
 };
 
+// One product of training: c [T, width] = a [T, depth] B, where B is rows first .. first + count of w, transposed (x W^T),
+// or as they stand (dy W: `transposed`, for it is the transpose of what a linear layer does).
+struct Matrix {
+  const float* a;
+  float* c;
+  Weight w;
+  int64_t T, first, count;
+  bool transposed;
+  int64_t depth() const { return transposed ? count : w.cols; }
+  int64_t width() const { return transposed ? w.cols : count; }
+};
+struct MatrixKernels {
+  int tile, panel, depth;   // rows of C in registers; its columns; rows of B that a slab holds
+  int64_t (*strip)(const Matrix&);  // columns that decode_strip fills
+  void (*decode_strip)(const Matrix&, int64_t r0, int64_t depth, int64_t j0, float* panels);
+  void (*gather_rows)(const Matrix&, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out);
+  void (*multiply_rows)(const Matrix&, int64_t r0, int64_t depth, const float* rows, int64_t t0, int64_t t1, const float* panels,
+                        int64_t j0, int64_t j1);
+  int64_t (*peak)(int64_t rounds);
+};
+
 struct Kernels {
   const char* name;
   void (*embed)(const Weight&, int64_t row, float scale, float* out);
@@ -93,13 +117,14 @@ struct Kernels {
   void (*merge)(const Attention&, const AttentionTask&, int segments);  // partials in ascending order
   void (*softcap)(float* x, int64_t n, float cap);
   void (*log_sum)(const float* x, int64_t n, float* largest, float* total, int64_t* where);
-  void (*dequantise)(const Weight&, int64_t row, float* out);
+  void (*decode)(const Weight&, int64_t row, int64_t first, int64_t n, float* out);  // whole blocks of one row
   int64_t (*peak)(int64_t rounds);  // int8 operations of a loop that does nothing else, for the benchmarks
+  const MatrixKernels* matrix;
 };
 
-namespace avx512 { const Kernels* kernels(); }
-namespace avx2 { const Kernels* kernels(); }
-namespace neon { const Kernels* kernels(); }
-namespace plain { const Kernels* kernels(); }
+namespace avx512 { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
+namespace avx2 { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
+namespace neon { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
+namespace plain { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 
 }  // namespace cg

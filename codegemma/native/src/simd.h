@@ -218,6 +218,34 @@ CG_INLINE f32x8 reduce8(const f32x8 v[8]) {
   return reduce8_generic(v);
 #endif
 }
+template <bool SIGNED> CG_INLINE f32x8 bytes_to_floats(const void* p) {
+#if CG_X86
+  __m128i v = _mm_loadl_epi64((const __m128i*)p);
+  return (f32x8)_mm256_cvtepi32_ps(SIGNED ? _mm256_cvtepi8_epi32(v) : _mm256_cvtepu8_epi32(v));
+#else
+  f32x8 v;
+  for (int i = 0; i < 8; i++) v[i] = SIGNED ? (float)((const int8_t*)p)[i] : (float)((const uint8_t*)p)[i];
+  return v;
+#endif
+}
+// out[j, i] = in[i, j] of 8 x 8 floats; strides in floats.
+CG_INLINE void transpose8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+#if CG_X86
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(in + i * in_stride);
+  for (int i = 0; i < 4; i++) b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  for (int i = 0; i < 8; i += 4)  // a[i + k]: lane k of both halves, of rows i .. i + 3
+    for (int k = 0; k < 2; k++)
+      a[i + 2 * k] = _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0x44), a[i + 2 * k + 1] = _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0xee);
+  for (int k = 0; k < 4; k++) {
+    _mm256_storeu_ps(out + k * out_stride, _mm256_permute2f128_ps(a[k], a[k + 4], 0x20));
+    _mm256_storeu_ps(out + (k + 4) * out_stride, _mm256_permute2f128_ps(a[k], a[k + 4], 0x31));
+  }
+#else
+  for (int j = 0; j < 8; j++)
+    for (int i = 0; i < 8; i++) out[j * out_stride + i] = in[i * in_stride + j];
+#endif
+}
 CG_INLINE int32_t sum(i32x8 v) {
 #if CG_X86
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));

@@ -1,0 +1,96 @@
+#include "matrix.h"
+
+#include <algorithm>
+#include <cstdlib>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace cg {
+namespace {
+
+constexpr int64_t WIDTH = 4096;  // columns of B that a slab holds: 4 MB
+constexpr int64_t BLOCK = 144;   // rows of A that a thread takes at a time: with a slab's depth, some 150 KB of its L2 cache
+
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t up(int64_t n, int64_t to) { return parts(n, to) * to; }
+
+// Floats in huge pages where there are any, grown as needed and kept.
+class Buffer {
+ public:
+  float* at_least(int64_t n) {
+    constexpr int64_t PAGE_BYTES = 2 << 20;
+    if (n <= size_) return data_.get();
+    size_t bytes = up(4 * n, PAGE_BYTES);
+    data_.reset((float*)std::aligned_alloc(PAGE_BYTES, bytes)), size_ = n;
+    if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+    madvise(data_.get(), bytes, MADV_HUGEPAGE);
+#endif
+    return data_.get();
+  }
+
+ private:
+  struct Free { void operator()(float* p) const { std::free(p); } };
+  std::unique_ptr<float[], Free> data_;
+  int64_t size_ = 0;
+};
+
+// What a thread does with denormals. XLA's threads flush them, a pool's own do not: all must do as the caller.
+struct FloatMode {
+#if defined(__x86_64__)
+  unsigned value = _mm_getcsr();
+  void set() const { _mm_setcsr(value); }
+#elif defined(__aarch64__)
+  uint64_t value = read();
+  static uint64_t read() { uint64_t v; asm volatile("mrs %0, fpcr" : "=r"(v)); return v; }
+  void set() const { asm volatile("msr fpcr, %0" : : "r"(value)); }
+#else
+  void set() const {}
+#endif
+};
+
+}  // namespace
+
+void multiply(const Kernels* kernels, Pool& pool, const Matrix& m) {
+  static Buffer slab;
+  static std::vector<Buffer> gathered;
+  const MatrixKernels& k = *kernels->matrix;
+  const int64_t R = m.depth(), J = m.width(), strip = k.strip(m), threads = pool.threads();
+  const int64_t height = up(parts(m.T, threads * parts(m.T, threads * BLOCK)), k.tile), heights = parts(m.T, height);
+  if ((int64_t)gathered.size() < threads) gathered.resize(threads);
+  float* panels = slab.at_least(k.depth * up(std::min(J, WIDTH), strip));
+  for (Buffer& b : gathered) b.at_least(height * k.depth);
+  const FloatMode mode;
+  for (int64_t j0 = 0; j0 < J; j0 += WIDTH) {
+    const int64_t width = std::min(WIDTH, J - j0), strips = parts(width, strip);
+    const int64_t cuts = std::clamp<int64_t>(parts(8 * threads, heights), 1, parts(width, 8 * k.panel));  // few rows: columns are shared out too
+    const int64_t cut = up(parts(width, cuts), k.panel);
+    std::vector<std::atomic<int64_t>> next(2 * parts(R, k.depth));
+    pool.run([&](int thread) {
+      const FloatMode before;
+      mode.set();
+      float* rows = gathered[thread].at_least(0);
+      for (int64_t r0 = 0, step = 0; r0 < R; r0 += k.depth) {
+        const int64_t depth = std::min<int64_t>(k.depth, R - r0);
+        std::atomic<int64_t> &strip_next = next[step++], &tile_next = next[step++];
+        for (int64_t s; (s = strip_next.fetch_add(1)) < strips;) k.decode_strip(m, r0, depth, j0 + s * strip, panels + s * strip * depth);
+        pool.barrier();
+        int64_t held = -1;
+        for (int64_t i; (i = tile_next.fetch_add(1)) < heights * cuts;) {
+          const int64_t t0 = i / cuts * height, t1 = std::min(t0 + height, m.T), c0 = i % cuts * cut, c1 = std::min(c0 + cut, width);
+          if (c0 >= c1) continue;
+          if (held != t0) k.gather_rows(m, r0, depth, t0, t1, rows), held = t0;
+          k.multiply_rows(m, r0, depth, rows, t0, t1, panels + c0 * depth, j0 + c0, j0 + c1);
+        }
+        pool.barrier();
+      }
+      before.set();
+    });
+  }
+}
+
+}  // namespace cg

@@ -1,0 +1,106 @@
+// Kernels of training as calls that XLA makes: products with frozen weights that stay in their blocks. One job at a
+// time runs on the pool; XLA's own threads wait for it.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "matrix.h"
+#include "program.h"
+#include "xla_ffi.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace cg;
+
+namespace {
+
+struct Engine {
+  std::mutex one;
+  std::unique_ptr<Pool> pool;
+  const Kernels* kernels = nullptr;
+};
+Engine& engine = *new Engine;  // never destroyed: XLA's threads may outlive static objects
+
+void require(bool holds, const char* rule) {
+  if (!holds) throw std::invalid_argument(rule);
+}
+const xla::Buffer& array(const xla::Buffers& buffers, int i, int dtype, int64_t rank) {
+  require(i < buffers.count, "too few arrays");
+  const xla::Buffer& b = *buffers.at[i];
+  require(b.dtype == dtype && b.rank == rank, "an array has another type or rank than this kernel takes");
+  return b;
+}
+template <class T> T scalar(const xla::Call& call, const char* name) {
+  for (int64_t i = 0; i < call.attributes.count; i++)
+    if (!strncmp(call.attributes.names[i]->text, name, call.attributes.names[i]->length)) return *(const T*)call.attributes.at[i]->value;
+  throw std::invalid_argument(std::string("an attribute is missing: ") + name);
+}
+Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
+  int type = scalar<int32_t>(call, "type");
+  require(type >= 0 && type < TYPES && blocks.dims[1] % TYPE[type].bytes == 0, "blocks of this type do not fill a row");
+  return {type, (const uint8_t*)blocks.data, blocks.dims[0], blocks.dims[1] / TYPE[type].bytes * TYPE[type].block, blocks.dims[1]};
+}
+
+// x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; transposed: dy [T, rows], ... -> dy W [T, K]. W is `rows` rows from `first` on.
+template <bool TRANSPOSED> void product(const xla::Call& call) {
+  const xla::Buffer &x = array(call.arguments, 0, xla::F32, 2), &out = array(call.results, 0, xla::F32, 2);
+  Matrix m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), x.dims[0],
+           *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data, TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED};
+  require(m.first >= 0 && m.first + m.count <= m.w.rows, "rows beyond the weight's");
+  require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == m.T, "x and the weight differ in their width");
+  multiply(engine.kernels, *engine.pool, m);
+}
+// ids [n], blocks [R, row bytes] -> rows of the weight as floats [n, K]
+void rows(const xla::Call& call) {
+  const xla::Buffer &ids = array(call.arguments, 0, xla::S32, 1), &out = array(call.results, 0, xla::F32, 2);
+  Weight w = weight(call, array(call.arguments, 1, xla::U8, 2));
+  const int32_t* id = (const int32_t*)ids.data;
+  require(out.dims[1] == w.cols, "rows are as wide as the weight's");
+  for (int64_t i = 0; i < ids.dims[0]; i++) {
+    require(id[i] >= 0 && id[i] < w.rows, "rows beyond the weight's");
+    engine.kernels->decode(w, id[i], 0, w.cols, (float*)out.data + i * w.cols);
+  }
+}
+
+template <void (*RUN)(const xla::Call&)> xla::Error* handle(xla::Call* call) {
+  if (call->extension && call->extension->type == 1) {
+    xla::Version& v = ((xla::MetadataExtension*)call->extension)->metadata->version;
+    v.major = 0, v.minor = 3;
+    return nullptr;
+  }
+  int code = xla::INTERNAL;
+  std::string message;
+  try {
+    std::lock_guard<std::mutex> lock(engine.one);
+    RUN(*call);
+    return nullptr;
+  } catch (const std::invalid_argument& e) {
+    code = xla::INVALID_ARGUMENT, message = e.what();
+  } catch (const std::exception& e) {
+    message = e.what();
+  }
+  xla::ErrorText text{{sizeof(xla::ErrorText), nullptr}, message.c_str(), code};
+  return call->api->create_error(&text);
+}
+
+}  // namespace
+
+void bind_xla(nb::module_& m) {
+  m.def("xla_handlers", [](const std::string& level, int threads) {
+    require(threads > 0, "threads must be at least 1");
+    nb::gil_scoped_release release;
+    std::lock_guard<std::mutex> lock(engine.one);
+    engine.kernels = choose_kernels(level), engine.pool = std::make_unique<Pool>(threads);
+    nb::gil_scoped_acquire acquire;
+    nb::dict handlers;
+    handlers["codegemma_product"] = nb::capsule((void*)handle<product<false>>);
+    handlers["codegemma_product_t"] = nb::capsule((void*)handle<product<true>>);
+    handlers["codegemma_rows"] = nb::capsule((void*)handle<rows>);
+    return handlers;
+  }, "level"_a, "threads"_a, "Calls for XLA by their names, which run on so many threads from now on.");
+}

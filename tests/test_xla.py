@@ -1,0 +1,172 @@
+"""The native products of training against float64 NumPy and against their twins in JAX."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codegemma.native import _native, xla
+from codegemma.weights import BLOCKS, Tensor, row_bytes
+
+ROUNDOFF = 2.0 ** -24
+SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def weight(type, rows, width, seed=0):
+    """Any bytes are quants; scales are halves between 2^-9 and 2^-7 in size, floats are normal."""
+    rng = np.random.default_rng(seed)
+    if type not in SCALES:
+        values = rng.standard_normal((rows, width), np.float32)
+        if type == "BF16":
+            values = (values.view(np.uint32) >> 16).astype(np.uint16)
+        values = values.astype("<f2") if type == "F16" else values
+        return Tensor.view(type, (rows, width), values.view(np.uint8))
+    blocks = rng.integers(0, 256, (rows, row_bytes(type, width)), np.uint8).reshape(rows, -1, BLOCKS[type][1])
+    for at in SCALES[type]:
+        blocks[..., at + 1] = blocks[..., at + 1] & 0x83 | 0x1c
+    return Tensor.view(type, (rows, width), blocks)
+
+
+def exact(tensor):
+    """The weight in float64, by the engine's decoder (which test_quantize compares with ggml's)."""
+    out = np.empty(tensor.shape, np.float32)
+    _native.dequantise("plain", _native.Weight(tensor.type, tensor.data, *tensor.shape), out)
+    return out.astype(np.float64)
+
+
+def inputs(*shape, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def close(values, a, b):
+    """values = a b to the bound of a float32 sum of n terms in any order: n roundoffs of |a| |b|."""
+    bound = (a.shape[-1] + 1) * ROUNDOFF * (np.abs(a) @ np.abs(b))
+    np.testing.assert_array_less(np.abs(np.asarray(values, np.float64) - a @ b), bound + 1e-30)
+
+
+@pytest.fixture(autouse=True)
+def default_threads():
+    yield
+    xla.configure()
+
+
+@pytest.mark.parametrize("type", BLOCKS)
+def test_twin_decodes_as_the_engine(type):
+    tensor = weight(type, 5, 768)
+    ours = np.asarray(jax.jit(xla.Blocks.float32)(xla.Blocks.of(tensor)))
+    np.testing.assert_allclose(ours, exact(tensor), rtol=0, atol=4 * ROUNDOFF * np.abs(ours).max())
+
+
+def check(type, T, N, K):
+    tensor = weight(type, N, K)
+    x, dy, w = inputs(T, K), inputs(T, N, seed=2), exact(tensor)
+    y, back = jax.vjp(lambda x: xla.product(x, xla.Blocks.of(tensor)), jnp.asarray(x))
+    close(y, x, w.T)
+    close(back(jnp.asarray(dy))[0], dy, w)
+
+
+@pytest.mark.parametrize("type", BLOCKS)
+def test_products_of_every_type(type):
+    check(type, 131, 37, 1280 if BLOCKS[type][0] == 256 else 800 if BLOCKS[type][0] == 32 else 773)
+
+
+@pytest.mark.parametrize("type", BLOCKS)
+def test_products_of_every_type_without_simd(type):
+    xla.configure(2, "plain")
+    check(type, 5, 301, 512)
+
+
+@pytest.mark.parametrize("T, N, K", [(1, 1, 32), (7, 300, 32), (320, 17, 544), (3, 4100, 64), (13, 9, 4128)])
+def test_products_of_odd_shapes(T, N, K):
+    check("Q8_0", T, N, K)
+
+
+def test_equal_for_any_number_of_threads():
+    q8, x = xla.Blocks.of(weight("Q8_0", 523, 640)), jnp.asarray(inputs(300, 640) * 1e-19)  # some products are denormal
+    q8 = dataclasses.replace(q8, data=q8.data.at[::2].set(xla.Blocks.of(weight("Q8_0", 523, 640, 5)).data[::2]))
+    results = []
+    for threads in (1, 2, 3, 7):
+        xla.configure(threads)
+        y, back = jax.vjp(lambda x: xla.product(x, q8), x)
+        results.append(np.concatenate([np.asarray(y).ravel(), np.asarray(back(y * 1e-19)[0]).ravel()]).tobytes())
+    assert len(set(results)) == 1
+
+
+def test_a_row_does_not_depend_on_the_others():
+    w, x = xla.Blocks.of(weight("Q4_K", 300, 768)), jnp.asarray(inputs(300, 768))
+    whole = np.asarray(xla.product(x, w))
+    for rows in (slice(0, 1), slice(5, 64), slice(290, 300)):
+        assert np.asarray(xla.product(x[rows], w)).tobytes() == whole[rows].tobytes()
+
+
+def loss(x, weights, by):
+    """A residual stack, as a model would call it: scanned over layers that share one array, checkpointed."""
+    stacked, table = weights
+
+    @jax.checkpoint
+    def layer(x, i):
+        return x + jnp.tanh(xla.product(x, stacked.part(i * 256, 256), by)), None
+
+    x, _ = jax.lax.scan(layer, x, jnp.arange(3))
+    chunks = jax.lax.map(lambda i: xla.product(x, table.part(i * 50, 50), by).max(), jnp.arange(4))
+    return jnp.sum(chunks) + jnp.sum(x ** 2)
+
+
+def test_jit_scan_checkpoint_and_chunks_equal_the_twin():
+    weights = (xla.Blocks.of(*(weight("Q4_K", 256, 256, i) for i in range(3))), xla.Blocks.of(weight("Q6_K", 200, 256, 9)))
+    x = jnp.asarray(inputs(2, 9, 256) / 50)
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+    (ours, gradient), (twin, expected) = step(x, weights, "native"), step(x, weights, "xla")
+    np.testing.assert_allclose(ours, twin, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_no_copy_of_the_blocks_inside_a_scan():
+    weights = (xla.Blocks.of(*(weight("Q4_K", 256, 256, i) for i in range(3))), xla.Blocks.of(weight("Q6_K", 200, 256, 9)))
+    compiled = jax.jit(jax.grad(loss), static_argnums=2).lower(jnp.zeros((2, 9, 256)), weights, "native").compile()
+    copies = [line for line in compiled.as_text().splitlines() if "= u8[" in line and ("copy(" in line or "dynamic-slice(" in line)]
+    assert not copies
+
+
+def test_sixteen_bit_inputs_keep_their_type_in_the_gradient():
+    w = xla.Blocks.of(weight("Q8_0", 40, 64))
+    x = jnp.asarray(inputs(3, 64), jnp.bfloat16)
+    y, back = jax.vjp(lambda x: xla.product(x, w), x)
+    assert y.dtype == jnp.float32 and back(y)[0].dtype == jnp.bfloat16
+    assert (y == xla.product(x.astype(jnp.float32), w)).all()
+
+
+@pytest.mark.parametrize("type", BLOCKS)
+def test_rows_by_id(type):
+    tensor = weight(type, 40, 256)
+    ids = jnp.array([[3, 39, 0], [7, 7, 20]])
+    w = xla.Blocks.of(tensor)
+    np.testing.assert_array_equal(xla.rows(ids, w), exact(tensor)[ids].astype(np.float32))
+    ours = jax.jit(xla.rows, static_argnums=2)(ids, w, "xla")
+    np.testing.assert_allclose(ours, exact(tensor)[ids], rtol=0, atol=4 * ROUNDOFF * np.abs(ours).max())
+
+
+def test_rows_of_a_part():
+    w = xla.Blocks.of(weight("Q8_0", 40, 64))
+    assert (xla.rows(jnp.array([2]), w.part(30, 10)) == xla.rows(jnp.array([32]), w)).all()
+
+
+def test_vmap():
+    w, x = xla.Blocks.of(weight("Q8_0", 40, 64)), jnp.asarray(inputs(2, 3, 64))
+    assert (jax.vmap(lambda x: xla.product(x, w))(x) == xla.product(x, w)).all()
+
+
+def test_what_does_not_fit_is_refused():
+    w = xla.Blocks.of(weight("Q8_0", 40, 64))
+    with pytest.raises(ValueError, match="x has 32 columns but the weight 64"):
+        xla.product(jnp.zeros((3, 32)), w)
+    with pytest.raises(Exception, match="rows beyond the weight's"):
+        xla.product(jnp.zeros((3, 64)), w.part(30, 20)).block_until_ready()
+    with pytest.raises(Exception, match="rows beyond the weight's"):
+        xla.rows(jnp.array([40]), w).block_until_ready()
+    with pytest.raises(ValueError, match="alike in type"):
+        xla.Blocks.of(weight("Q8_0", 4, 64), weight("Q5_0", 4, 64))
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        xla.configure(-1)
