@@ -6,6 +6,7 @@ secret in it; in the cursor's own file a secret is replaced by the fake value th
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ FRESH = 60.0                             # seconds that a list of files holds
 PERSONAL = frozenset(("e-mail", "author", "ipv4", "ipv6", "phone"))  # kinds of finding that are no secrets
 
 SECRET_NAME = re.compile(
-    r"\.env(\..*)?|.*\.(env|pem|key|p12|pfx|jks|keystore|kdbx|ppk|asc|gpg|tfvars|tfstate)|id_(rsa|dsa|ecdsa|ed25519)(\..*)?"
+    r"\.env(rc|\..*)?|.*\.(env|pem|key|p12|pfx|jks|keystore|kdbx|ppk|asc|gpg|tfvars|tfstate)|id_(rsa|dsa|ecdsa|ed25519)(\..*)?"
     r"|\.(netrc|npmrc|pypirc|pgpass|htpasswd|git-credentials|dockercfg)|_netrc|credentials(\..*)?|secrets?\.\w+"
     r"|service[-_]account.*\.json|kubeconfig|known_hosts|authorized_keys", re.I)
 
@@ -48,7 +49,7 @@ class Guard:
 
     def __init__(self, folders: Sequence[Path] = ()) -> None:
         self.folders = [folder.absolute() for folder in folders]
-        self._specs: dict[Path, tuple[int, Any]] = {}
+        self._specs: dict[Path, tuple[int, Sequence[Any]]] = {}
 
     def refuses(self, path: Path) -> str:
         """Why a file must not enter a prompt; "" where it may."""
@@ -69,7 +70,8 @@ class Guard:
     def _ignored(self, path: Path) -> bool:
         """As git decides: the deepest rule that speaks of a file, or of a folder above it, counts."""
         root = self.root(path)
-        rules = [(root, spec) for spec in (self._spec(Path.home() / ".config/git/ignore"), self._spec(root / ".git/info/exclude"))]
+        config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        rules = [(root, self._spec(file)) for file in (config / "git" / "ignore", root / ".git" / "info" / "exclude")]
         names = path.relative_to(root).parts
         for depth in range(len(names)):
             folder = root.joinpath(*names[:depth])
@@ -77,23 +79,34 @@ class Guard:
             verdict = None
             for base, spec in rules:
                 inside = (folder / names[depth]).relative_to(base).as_posix() + "/" * (depth + 1 < len(names))
-                answer = spec.check_file(inside).include if spec else None
-                verdict = verdict if answer is None else answer
+                verdict = next((rule.include for rule in reversed(spec) if _speaks_of(rule, inside)), verdict)
             if verdict:
                 return True
         return False
 
-    def _spec(self, file: Path) -> Any:
-        """The rules of an ignore file, read again when it changes; None where there is none."""
+    def _spec(self, file: Path) -> Sequence[Any]:
+        """The rules of an ignore file, read again when it changes."""
         from pathspec import GitIgnoreSpec
 
         try:
             changed = file.stat().st_mtime_ns
-            if self._specs.get(file, (0, None))[0] != changed:
-                self._specs[file] = changed, GitIgnoreSpec.from_lines(file.read_text("utf-8", "replace").splitlines())
+            if self._specs.get(file, (0, ()))[0] != changed:
+                found = GitIgnoreSpec.from_lines(file.read_text("utf-8", "replace").splitlines())
+                self._specs[file] = changed, [rule for rule in found.patterns if rule.include is not None]
         except OSError:
             self._specs.pop(file, None)
-        return self._specs.get(file, (0, None))[1]
+        return self._specs.get(file, (0, ()))[1]
+
+
+def _speaks_of(rule: Any, path: str) -> bool:
+    """Whether a rule names this very path ("/" behind a folder). pathspec's own check takes what is below a folder too,
+    where git lets `!folder/` bring back the folder alone."""
+    if not rule.regex.pattern.startswith("^"):       # all, or all folders
+        return rule.regex.pattern == "." or path.endswith("/")
+    if "ps_d" in rule.regex.groupindex:
+        return bool(rule.regex.fullmatch(path))
+    found = rule.regex.match(path)       # folder/**
+    return bool(found) and found.end() < len(path)
 
 
 def secrets(text: str) -> list[Finding]:
