@@ -78,7 +78,8 @@ class Process:
             raise RuntimeError(f"the server did not start: {line}{self.child.stderr.read()}")
         self.url = line.split()[-1]
         self.log: list[str] = []
-        threading.Thread(target=lambda: self.log.extend(self.child.stderr), daemon=True).start()
+        self._reading = threading.Thread(target=lambda: self.log.extend(self.child.stderr), daemon=True)
+        self._reading.start()
 
     def __enter__(self) -> Process:
         return self
@@ -86,4 +87,6 @@ class Process:
     def __exit__(self, *_: object) -> None:
         self.child.terminate()
         self.child.wait(60)
+        self._reading.join(60)
         self.child.stdout.close()
+        self.child.stderr.close()

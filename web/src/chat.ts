@@ -13,6 +13,8 @@ export interface Host {
   insert?(code: string): void;
 }
 
+const HINT = "Ask about code: what it does, why it fails, how to test it.";
+
 export class Chat {
   private conversations: Conversation[];
   private current: Conversation;
@@ -32,6 +34,7 @@ export class Chat {
     root.append(h("div", { className: "chat" }, fold, h("section", { className: "talk" }, this.log, composer)));
     this.input.onkeydown = event => this.key(event);
     root.onkeydown = event => { if (event.key === "Escape") this.stop(); };
+    this.hint(HINT);
     this.show();
   }
 
@@ -40,6 +43,9 @@ export class Chat {
     this.open(fresh());
     void this.send(question);
   }
+
+  /** Says what stands in an empty conversation. */
+  hint(text: string): void { this.log.dataset.hint = text; }
 
   focus(): void { this.input.focus(); }
 

@@ -64,6 +64,7 @@ async function connect(): Promise<void> {
   try {
     const about = await client().about();
     element("model").textContent = about.title || about.model;
+    if (!about.chat) chat.hint(`${about.title} was not tuned to chat: it goes on with the text. Serve an instruction-tuned model (-m 7b-it).`);
     const names = [["auto", "automatic"], ["none", "base alone"], ...about.adapters.map(name => [name, name])];
     element("adapter").replaceChildren(...names.map(([value, text]) => h("option", { value }, text)));
     if (!names.some(([value]) => value === settings.adapter)) settings.adapter = "auto";
@@ -97,7 +98,7 @@ function bind(control: HTMLInputElement | HTMLSelectElement): void {
 }
 
 function route(): void {
-  const page = location.hash === "#chat" ? "chat" : "complete";
+  const page = location.hash === "#/chat" ? "chat" : "complete";
   for (const name of ["complete", "chat"]) {
     element(name).hidden = name !== page;
     element(`to-${name}`).setAttribute("aria-current", name === page ? "page" : "false");

@@ -66,7 +66,7 @@ async function passage({ document, selection }: vscode.TextEditor): Promise<Pass
   let range: vscode.Range = selection;
   if (selection.isEmpty) {
     const { line } = selection.active;
-    range = await enclosing(document, selection.active) ?? document.validateRange(new vscode.Range(line - AROUND, 0, line + AROUND + 1, 0));
+    range = await enclosing(document, selection.active) ?? document.validateRange(new vscode.Range(Math.max(0, line - AROUND), 0, line + AROUND + 1, 0));
   }
   const problems = vscode.languages.getDiagnostics(document.uri).filter(one => one.range.intersection(range))
     .map(one => `line ${one.range.start.line + 1}: ${one.message}`);

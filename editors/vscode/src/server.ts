@@ -41,7 +41,7 @@ export class Server implements vscode.Disposable {
   private async launch(): Promise<Running> {
     this.changed("starting");
     try {
-      const command = [...setting("command"), "serve", "--port", "0", ...setting("arguments")];
+      const command = [setting("command"), "serve", "--port", "0", ...setting("arguments")];
       this.log.info(command.join(" "));
       const running = await launch(command, line => this.log.info(line));
       void running.exited.then(why => {
