@@ -107,15 +107,15 @@ def loss(x, weights, by):
 
     @jax.checkpoint
     def layer(x, i):
-        return x + jnp.tanh(xla.product(x, stacked.part(i * 256, 256), by)), None
+        return x + jnp.tanh(xla.product(x, stacked, i * 256, 256, by)), None
 
     x, _ = jax.lax.scan(layer, x, jnp.arange(3))
-    chunks = jax.lax.map(lambda i: xla.product(x, table.part(i * 50, 50), by).max(), jnp.arange(4))
+    chunks = jax.lax.map(lambda i: xla.product(x, table, i * 50, 50, by).max(), jnp.arange(4))
     return jnp.sum(chunks) + jnp.sum(x ** 2)
 
 
 def test_jit_scan_checkpoint_and_chunks_equal_the_twin():
-    weights = (xla.Blocks.of(*(weight("Q4_K", 256, 256, i) for i in range(3))), xla.Blocks.of(weight("Q6_K", 200, 256, 9)))
+    weights = (xla.Blocks.of(weight("Q4_K", 3 * 256, 256)), xla.Blocks.of(weight("Q6_K", 200, 256, 9)))
     x = jnp.asarray(inputs(2, 9, 256) / 50)
     step = jax.jit(jax.value_and_grad(loss), static_argnums=2)
     (ours, gradient), (twin, expected) = step(x, weights, "native"), step(x, weights, "xla")
@@ -124,7 +124,7 @@ def test_jit_scan_checkpoint_and_chunks_equal_the_twin():
 
 
 def test_no_copy_of_the_blocks_inside_a_scan():
-    weights = (xla.Blocks.of(*(weight("Q4_K", 256, 256, i) for i in range(3))), xla.Blocks.of(weight("Q6_K", 200, 256, 9)))
+    weights = (xla.Blocks.of(weight("Q4_K", 3 * 256, 256)), xla.Blocks.of(weight("Q6_K", 200, 256, 9)))
     compiled = jax.jit(jax.grad(loss), static_argnums=2).lower(jnp.zeros((2, 9, 256)), weights, "native").compile()
     copies = [line for line in compiled.as_text().splitlines() if "= u8[" in line and ("copy(" in line or "dynamic-slice(" in line)]
     assert not copies
@@ -143,14 +143,16 @@ def test_rows_by_id(type):
     tensor = weight(type, 40, 256)
     ids = jnp.array([[3, 39, 0], [7, 7, 20]])
     w = xla.Blocks.of(tensor)
-    np.testing.assert_array_equal(xla.rows(ids, w), exact(tensor)[ids].astype(np.float32))
-    ours = jax.jit(xla.rows, static_argnums=2)(ids, w, "xla")
+    np.testing.assert_array_equal(xla.decode_rows(w, ids), exact(tensor)[ids].astype(np.float32))
+    ours = jax.jit(xla.decode_rows, static_argnums=2)(w, ids, "xla")
     np.testing.assert_allclose(ours, exact(tensor)[ids], rtol=0, atol=4 * ROUNDOFF * np.abs(ours).max())
 
 
-def test_rows_of_a_part():
-    w = xla.Blocks.of(weight("Q8_0", 40, 64))
-    assert (xla.rows(jnp.array([2]), w.part(30, 10)) == xla.rows(jnp.array([32]), w)).all()
+def test_products_of_a_part_of_the_rows():
+    tensor = weight("Q8_0", 40, 64)
+    x, dy, w = inputs(3, 64), inputs(3, 7, seed=2), xla.Blocks.of(tensor)
+    close(xla.product(jnp.asarray(x), w, 30, 7), x, exact(tensor)[30:37].T)
+    close(xla.product_t(jnp.asarray(dy), w, 30, 7), dy, exact(tensor)[30:37])
 
 
 def test_vmap():
@@ -162,11 +164,11 @@ def test_what_does_not_fit_is_refused():
     w = xla.Blocks.of(weight("Q8_0", 40, 64))
     with pytest.raises(ValueError, match="x has 32 columns but the weight 64"):
         xla.product(jnp.zeros((3, 32)), w)
+    with pytest.raises(ValueError, match="dy has 30 columns but the weight 40"):
+        xla.product_t(jnp.zeros((3, 30)), w)
     with pytest.raises(Exception, match="rows beyond the weight's"):
-        xla.product(jnp.zeros((3, 64)), w.part(30, 20)).block_until_ready()
+        xla.product(jnp.zeros((3, 64)), w, 30, 20).block_until_ready()
     with pytest.raises(Exception, match="rows beyond the weight's"):
-        xla.rows(jnp.array([40]), w).block_until_ready()
-    with pytest.raises(ValueError, match="alike in type"):
-        xla.Blocks.of(weight("Q8_0", 4, 64), weight("Q5_0", 4, 64))
+        xla.decode_rows(w, jnp.array([40])).block_until_ready()
     with pytest.raises(ValueError, match="threads must be at least 1"):
         xla.configure(-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -23,39 +23,27 @@ from codegemma.weights import BLOCKS, Tensor
 By = Literal["native", "xla"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "first"], meta_fields=["rows", "type"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["type"])
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """`rows` rows of a weight from row `first` on. Layers that are alike may share one `data`, and a chunk of a
-    vocabulary is a part of its table: neither is ever copied."""
+    """A weight [rows, width] in its blocks. A part of it (a chunk of a vocabulary, one of many like layers below each other)
+    is named by `start` and `count` in the calls, where `start` may be traced: it is never copied."""
 
-    data: Array                          # uint8 [all rows, row bytes]
-    rows: int
+    data: Array                          # uint8 [rows, row bytes]
     type: str
-    first: int | Array = 0
 
     @classmethod
-    def of(cls, *tensors: Tensor) -> Blocks:
-        """The rows of all these tensors, one below the other. Raises ValueError where they differ in type or width."""
-        kinds = {(tensor.type, tensor.data.shape[-1]) for tensor in tensors}
-        if len(kinds) != 1:
-            raise ValueError(f"stacked weights must be alike in type and row bytes, got {sorted(kinds)}: stack the others apart")
-        data = tensors[0].data if len(tensors) == 1 else np.concatenate([tensor.data for tensor in tensors])
-        return cls(jnp.asarray(data), len(data), tensors[0].type)
+    def of(cls, tensor: Tensor) -> Blocks:
+        return cls(jnp.asarray(tensor.data), tensor.type)
 
     @property
-    def width(self) -> int:
-        """Columns of the weight."""
+    def shape(self) -> tuple[int, int]:
         weights, size = BLOCKS[self.type]
-        return self.data.shape[1] // size * weights
+        return self.data.shape[0], self.data.shape[1] // size * weights
 
-    def part(self, start: int | Array, rows: int) -> Blocks:
-        """Rows start .. start + rows of these; `start` may be traced."""
-        return replace(self, first=self.first + start, rows=rows)
-
-    def float32(self) -> Array:
-        """The decoded rows, in JAX alone."""
-        return _decode(lax.dynamic_slice_in_dim(self.data, self.first, self.rows), self.type)
+    def float32(self, start: int | Array = 0, count: int | None = None) -> Array:
+        """Decoded rows, in JAX alone."""
+        return _decode(lax.dynamic_slice_in_dim(self.data, start, self.shape[0] if count is None else count), self.type)
 
 
 def configure(threads: int | None = None, level: str = "auto") -> None:
@@ -70,50 +58,65 @@ def configure(threads: int | None = None, level: str = "auto") -> None:
 _registered: dict[str, object] = {}
 
 
-def product(x: Array, weight: Blocks, by: By = "native") -> Array:
-    """x W^T in float32 for x [..., width]: float32 [..., rows]. Differentiable in x, once, in reverse."""
-    if x.shape[-1] != weight.width:
-        raise ValueError(f"x has {x.shape[-1]} columns but the weight {weight.width}: they must be equal")
-    y = _product(x.reshape(-1, weight.width).astype(jnp.float32), weight, by)
-    return y.reshape(*x.shape[:-1], weight.rows)
+def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By = "native") -> Array:
+    """x W^T in float32 for x [..., width] and rows start .. start + count: float32 [..., count]. Differentiable in x, once,
+    in reverse."""
+    count = _fits("x", x, weight.shape[1], weight, count)
+    y = _product(count, by, _flat(x), weight, jnp.int32(start))
+    return y.reshape(*x.shape[:-1], count)
 
 
-def rows(ids: Array, weight: Blocks, by: By = "native") -> Array:
-    """The rows of the weight with these ids, decoded: float32 [..., width]."""
-    ids_n = weight.first + ids.reshape(-1)
+def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By = "native") -> Array:
+    """dy W in float32 for dy [..., count]: float32 [..., width]. Not differentiable."""
+    count = _fits("dy", dy, weight.shape[0] if count is None else count, weight, count)
+    return _backward(count, by, (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
+
+
+def decode_rows(weight: Blocks, ids: Array, by: By = "native") -> Array:
+    """The rows with these ids: float32 [..., width]."""
     if by == "xla":
-        values = _decode(weight.data[ids_n], weight.type)
+        values = _decode(weight.data[ids.reshape(-1)], weight.type)
     else:
-        values = _call("codegemma_rows", (len(ids_n), weight.width), weight.type, ids_n.astype(jnp.int32), weight.data)
-    return values.reshape(*ids.shape, weight.width)
+        values = _call("codegemma_rows", (ids.size, weight.shape[1]), weight, ids.reshape(-1).astype(jnp.int32), weight.data)
+    return values.reshape(*ids.shape, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x_TK: Array, weight: Blocks, by: By) -> Array:
+def _fits(name: str, x: Array, wanted: int, weight: Blocks, count: int | None) -> int:
+    if x.shape[-1] != wanted:
+        raise ValueError(f"{name} has {x.shape[-1]} columns but the weight {wanted}: they must be equal")
+    return weight.shape[0] if count is None else count
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(count: int, by: By, x_TK: Array, weight: Blocks, start: Array) -> Array:
     if by == "xla":
-        return jnp.matmul(x_TK, weight.float32().T, precision="highest")
-    return _call("codegemma_product", (len(x_TK), weight.rows), weight.type, x_TK, weight.data, jnp.int32(weight.first))
+        return jnp.matmul(x_TK, weight.float32(start, count).T, precision="highest")
+    return _call("codegemma_product", (len(x_TK), count), weight, x_TK, weight.data, start)
 
 
-def _forward(x_TK: Array, weight: Blocks, by: By) -> tuple[Array, Blocks]:
-    return _product(x_TK, weight, by), weight
+def _forward(count: int, by: By, x_TK: Array, weight: Blocks, start: Array) -> tuple[Array, tuple[Blocks, Array]]:
+    return _product(count, by, x_TK, weight, start), (weight, start)
 
 
-def _backward(by: By, weight: Blocks, dy_TN: Array) -> tuple[Array, None]:
+def _backward(count: int, by: By, kept: tuple[Blocks, Array], dy_TN: Array) -> tuple[Array, None, None]:
+    weight, start = kept
     if by == "xla":
-        return jnp.matmul(dy_TN, weight.float32(), precision="highest"), None
-    shape = len(dy_TN), weight.width
-    return _call("codegemma_product_t", shape, weight.type, dy_TN, weight.data, jnp.int32(weight.first)), None
+        return jnp.matmul(dy_TN, weight.float32(start, count), precision="highest"), None, None
+    return _call("codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start), None, None
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _call(name: str, shape: tuple[int, int], type: str, *operands: Array) -> Array:
+def _call(name: str, shape: tuple[int, int], weight: Blocks, *operands: Array) -> Array:
     if not _registered:
         configure()
     call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
-    return call(*operands, type=np.int32(_native.TYPES.index(type)))
+    return call(*operands, type=np.int32(_native.TYPES.index(weight.type)))
 
 
 def _decode(raw: Array, type: str) -> Array:
