@@ -161,13 +161,14 @@ def _bare(text: str) -> str:
 def _members(text: str) -> tuple[dict[str, tuple[int, int]], int]:
     """Where the values of the outermost object stand, and where it opens."""
     spans: dict[str, tuple[int, int]] = {}
-    depth, key, start, before = 0, "", 0, 0
+    key: str | None = None
+    depth = start = before = 0
     found = _tokens(text)
     for at, match in enumerate(found):
         token = match[0]
-        if depth == 1 and token in (",", "}") and key:
-            spans[key], key = (start, before), ""
-        if depth == 1 and token == ":" and not key:
+        if depth == 1 and token in (",", "}") and key is not None:
+            spans[key], key = (start, before), None
+        if depth == 1 and token == ":" and key is None:
             key, start = json.loads(found[at - 1][0]), found[at + 1].start()
         depth += (token in "{[") - (token in "}]") if len(token) == 1 else 0
         before = match.end()
