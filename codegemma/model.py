@@ -136,8 +136,18 @@ def embed(params: Mapping[str, Weight], tokens: jax.Array, lora: Lora | None) ->
     x = xla.decode_rows(table_VD, tokens) if isinstance(table_VD, Blocks) else table_VD[tokens].astype(jnp.float32)
     if lora is None or not lora.ids:
         return x
-    own = (tokens[..., None] == jnp.array(lora.ids)).astype(x.dtype)
-    return jnp.where(own.any(-1, keepdims=True), own @ lora.weights["rows"], x)
+    return own_rows(tokens, lora.ids, lora.weights["rows"], x)
+
+
+def own_rows(tokens: jax.Array, ids: tuple[int, ...], rows_RD: jax.Array, else_: jax.Array) -> jax.Array:
+    """An adapter's rows where a token is one of its `ids`."""
+    own = among(tokens, ids).astype(rows_RD.dtype)
+    return jnp.where(own.any(-1, keepdims=True), own @ rows_RD, else_)
+
+
+def among(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """[..., R]: whether a token is the r-th of `ids`."""
+    return jnp.expand_dims(tokens, -1) == jnp.array(ids, jnp.int32).reshape((1,) * tokens.ndim + (-1,))
 
 
 def unembed(params: Mapping[str, Weight], hidden: jax.Array, config: ModelConfig, lora: Lora | None = None) -> jax.Array:
@@ -158,8 +168,9 @@ def product(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
     return y.astype(dtype or x.dtype)
 
 
-def rms_norm(x: jax.Array, factor: Any, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, factor: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
+    factor = factor.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * factor).astype(x.dtype)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codegemma.model import Blocks, Lora, Weight, product, softcap, xla
+from codegemma.model import Blocks, Lora, Weight, among, own_rows, product, softcap, xla
 
 CHUNK_BYTES = 32 << 20                   # of float32 logits held at once
 BLOCK = 256                              # targets that share one pass over the table
@@ -116,8 +116,7 @@ def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, 
 def _behind(ids, cap, z, train_table, kept, cotangents):  # type: ignore[no-untyped-def]
     (_, _, gradient_MD, lse_M, pull_M, own_MR), h_MD, table_VD, rows_RD, targets_M, count = kept
     g_M = cotangents[0]
-    in_rows_MR = targets_M[:, None] == jnp.array(ids, jnp.int32)
-    push_MR = jnp.exp(own_MR - lse_M[:, None]) * pull_M[:, None] - in_rows_MR
+    push_MR = jnp.exp(own_MR - lse_M[:, None]) * pull_M[:, None] - among(targets_M, ids).astype(jnp.float32)
     rows_gradient_RD = (g_M[:, None] * push_MR * _slope(own_MR, cap)).T @ h_MD
     table_gradient = jax.tree.map(_no_gradient, table_VD)
     if train_table:
@@ -125,7 +124,7 @@ def _behind(ids, cap, z, train_table, kept, cotangents):  # type: ignore[no-unty
             numbers_C = start + jnp.arange(size, dtype=jnp.int32)
             logits_MC = softcap(_rows(table_VD, start, size)[0](h_MD), cap)
             push_MC = jnp.exp(_without(ids, logits_MC, numbers_C) - lse_M[:, None]) * pull_M[:, None]
-            push_MC = (push_MC - (targets_M[:, None] == numbers_C)) * _slope(logits_MC, cap) * g_M[:, None]
+            push_MC = (push_MC - (targets_M[:, None] == numbers_C[None]).astype(jnp.float32)) * _slope(logits_MC, cap) * g_M[:, None]
             if ids:
                 push_MC = _without(ids, push_MC, numbers_C, 0.0)
             return jax.lax.dynamic_update_slice(gradient_VD, (push_MC.T @ h_MD).astype(gradient_VD.dtype), (start, 0))
@@ -144,7 +143,7 @@ def _slope(logits: jax.Array, cap: float | None) -> jax.Array:
 
 def _without(ids: tuple[int, ...], logits_MC: jax.Array, numbers_C: jax.Array, value: float = -jnp.inf) -> jax.Array:
     """Columns of the tokens whose rows an adapter replaces do not count."""
-    return jnp.where(jnp.isin(numbers_C, jnp.array(ids, jnp.int32)), value, logits_MC) if ids else logits_MC
+    return jnp.where(jnp.isin(numbers_C, jnp.array(ids, jnp.int32))[None], value, logits_MC) if ids else logits_MC
 
 
 def _over_chunks(V, M, chunk, carry):  # type: ignore[no-untyped-def]
@@ -166,10 +165,7 @@ def _rows(table_VD: Weight, start: jax.Array, size: int):  # type: ignore[no-unt
 
 def _target_rows(ids: tuple[int, ...], table_VD: Weight, rows_RD: jax.Array, targets_M: jax.Array) -> jax.Array:
     rows_MD = xla.decode_rows(table_VD, targets_M) if isinstance(table_VD, Blocks) else table_VD[targets_M].astype(jnp.float32)
-    if not ids:
-        return rows_MD
-    own_MR = (targets_M[:, None] == jnp.array(ids)).astype(jnp.float32)
-    return jnp.where(own_MR.any(-1, keepdims=True), own_MR @ rows_RD, rows_MD)
+    return own_rows(targets_M, ids, rows_RD, rows_MD) if ids else rows_MD
 
 
 def _no_gradient(x: jax.Array) -> jax.Array | np.ndarray:
