@@ -21,16 +21,10 @@ from jax.sharding import PartitionSpec
 
 from codegemma.config import ModelConfig
 from codegemma.formats import Checkpoint
+from codegemma.native import xla
+from codegemma.native.xla import Blocks
 from codegemma.quantize import rows_float32
 from codegemma.weights import ELEMENTS, Tensor, places
-
-try:
-    from codegemma.native import xla
-    from codegemma.native.xla import Blocks
-except ImportError:
-    xla = None
-
-    class Blocks: pass
 
 # XLA on a CPU fuses sums wrongly in jaxlib 0.10.2 and 0.11: wrong numbers, or a crash (jax-ml/jax#39103, #39257, #40412).
 # Its products stay fused. JAX reads this when it first computes.

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codegemma.model import Blocks, Lora, Weight, among, own_rows, product, softcap, xla
+from codegemma.model import Lora, Weight, among, own_rows, product, softcap
+from codegemma.native import xla
+from codegemma.native.xla import Blocks
 
 CHUNK_BYTES = 32 << 20                   # of float32 logits held at once
 BLOCK = 256                              # targets that share one pass over the table
