@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=64, help="held-out documents for left-to-right nats")
     parser.add_argument("--limit", type=int, help="items of the single-line set, always the same (default: all)")
     parser.add_argument("--multi", type=int, default=582, help="items of the multi-line set; 0 leaves it out, -1 is all")
+    parser.add_argument("--base", default="base", help="label of the base model's own run, to compare with")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
@@ -137,22 +138,23 @@ def main() -> None:
         return
     if not args.label or not args.data:
         parser.error("a run needs LABEL and --data")
-    if args.label == "base" and args.adapter:
-        parser.error("base is the model without an adapter")
+    is_base = args.label == args.base
+    if is_base and args.adapter:
+        parser.error(f"{args.base} is the model without an adapter")
     checkpoint = open_checkpoint(hub.resolve(args.model))
     merged = lora.merge(checkpoint, lora.load(args.adapter), blocks_as="BF16") if args.adapter else checkpoint
     model = Local(Model(merged, args.threads))
     folder = args.out / args.label
     limits = {"single": args.limit, "multi": None if args.multi < 0 else args.multi}
     kinds = [kind for kind in FIM_TASKS if limits[kind] != 0]
-    names = [name for kind in kinds for name in (*FIM_TASKS[kind], *([f"infill-{kind}-l2r"] if args.label == "base" else []))]
+    names = [name for kind in kinds for name in (*FIM_TASKS[kind], *([f"infill-{kind}-l2r"] if is_base else []))]
     report: dict[str, Any] = {"label": args.label, "tokens": args.tokens, "adapter": str(args.adapter or ""),
                               "held_out": held_out(model, documents(args.rows), args.holes, args.plain)}
     report["infilling"] = infilling(model, names, args.data, folder, limits)
-    base = args.out / "base.json"
-    before = report if args.label == "base" else json.loads(base.read_text()) if base.exists() else None
+    base = args.out / f"{args.base}.json"
+    before = report if is_base else json.loads(base.read_text()) if base.exists() else None
     if before:
-        report["compared"] = compared(report, before, folder, args.out / "base")
+        report["compared"] = compared(report, before, folder, args.out / args.base)
     (args.out / f"{args.label}.json").write_text(json.dumps(report, indent=1))
     print(table(args.out))
     for name, found in report.get("compared", {}).items():

@@ -1,0 +1,138 @@
+"""The card of the default model's adapter: its data, training, learning curve, scores, licences and terms.
+
+    python tools/adapter_card.py ADAPTER [--metrics metrics.jsonl ...]
+
+Writes README.md and PACKAGES.txt into the adapter's folder from what the corpus, the run and the evaluation left under
+--cache: manifests of the rows, metrics of the training run (JSON lines with tokens and seconds), reports and curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapter_data import LIST, PHASES, Package, packages
+from adapter_eval import CACHE, table
+
+from codegemma import lora
+from codegemma.data.stages import Recipe
+from codegemma.hub import NOTICE
+
+HEAD = """---
+license: gemma
+library_name: peft
+base_model: {base}
+tags: [lora, code, gemma, fill-in-the-middle]
+---
+# {name}: fill-in-the-middle for Gemma 3 270M
+
+A LoRA adapter of rank {rank} that teaches {base}, a model that only continues text, to complete code between a prefix
+and a suffix, in CodeGemma's orders and with its control ids: `<|fim_prefix|>` 67, `<|fim_middle|>` 68, `<|fim_suffix|>` 69,
+`<|file_separator|>` 70, unused ids of Gemma 3. It changes {layers} linear layers and the embedding's rows
+{rows}, as input and as output.
+
+`codegemma complete` uses it by default. With `peft`: prompts are `<bos>[path\\n]<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>`
+(PSM) or `<bos>[path\\n]<|fim_suffix|>S<|fim_prefix|>P<|fim_middle|>` (SPM) as ids, each text encoded alone; any of the four
+ids, or `<eos>`, ends the answer.
+"""
+LIMITS = """It is small: it completes lines and short blocks, mostly Python, and errs often. It has seen no chat, no instructions.
+Suggestions may be wrong or insecure, and may resemble the code it was trained on; read them before you use them.
+"""
+TERMS = """The Gemma Terms of Use and the Gemma Prohibited Use Policy hold for this adapter and for what is made with it. The
+packages it was trained on stand under the licences named above.
+"""
+CHANGES = """The base model's weights are unchanged. This adapter adds low-rank products to its linear layers and replaces the
+embedding rows named above; both were made by this project.
+"""
+
+
+def lines(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
+    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def data(cache: Path, corpus: list[Package]) -> str:
+    """What it was trained on, what was left out and why."""
+    manifests = {phase: {file.stem: json.loads(file.read_text()) for file in (cache / "rows" / phase / "manifests").glob("*.json")}
+                 for phase in PHASES if (cache / "rows" / phase / "index.npy").exists()}
+    if not manifests:
+        raise ValueError(f"{cache} holds no finished rows: run tools/adapter_data.py rows a1 a2 b c --data BENCHMARKS")
+    stages = next(iter(manifests.values()))
+    clean, order, dedup = (stages[name] for name in ("clean", "order", "dedup"))
+    dropped = Counter(stages["documents"]["counts"]) + Counter(clean["counts"]) + Counter(
+        {key: count for key, count in order["counts"].items() if not key.startswith("kept")})
+    licences = Counter(package.licence.strip("_").replace("_", " ") for package in corpus)
+    return "\n".join([
+        f"{len(corpus)} permissively licensed packages, pinned by version and hash in PACKAGES.txt. Licences: "
+        + ", ".join(f"{name} {count}" for name, count in licences.most_common()) + ". A file whose own tag or folder says "
+        "otherwise was dropped.", "",
+        f"{order['counts']['kept']:,} files were kept; {order['counts'].get('kept: held out', 0):,} files of the "
+        f"repositories drawn for evaluation (3 %) are in no row. Left out, and why:", "",
+        lines(((reason, f"{count:,}") for reason, count in dropped.most_common()), ("reason", "files")),
+        f"{dedup['counts'].get('benchmark', 0)} files held a problem of a benchmark ({len(clean['recipe']['benchmarks'])} files of "
+        "problems were compared, HumanEval, its infilling sets, MBPP and BabelCode among them) and were dropped. Replaced by "
+        "fake values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(clean["redacted"].items())) + ".", "",
+        lines((_phase(phase, PHASES[phase], found["rows"]) for phase, found in manifests.items()),
+              ("phase", "window", "suffix first", "examples", "tokens", "learned from"))])
+
+
+def _phase(name: str, recipe: Recipe, rows: dict[str, Any]) -> Sequence[str]:
+    window = recipe.window or (0, 0)
+    suffix = f", suffix to {recipe.suffix_limit}" if recipe.suffix_limit else ""
+    return (name.upper(), f"{window[0]} to {window[1]} tokens{suffix}", f"{recipe.spm_rate:.0%}", f"{rows['examples']:,}",
+            f"{rows['tokens']:,}", f"{rows['learned']:,}")
+
+
+def training(adapter: lora.Adapter, metrics: Sequence[Path]) -> str:
+    """Tokens, hours and settings. A step that was done twice after a stop counts once, as it was done last."""
+    steps: dict[tuple[Path, int], dict[str, Any]] = {}
+    for file in metrics:
+        for report in map(json.loads, file.read_text().splitlines()):
+            if "tokens" in report and "seconds" in report:
+                steps[file, report["step"]] = report
+    tokens, seconds = (sum(report[name] for report in steps.values()) for name in ("tokens", "seconds"))
+    settings = {key: value for key, value in adapter.card.items() if key not in ("name", "base", "fim")}
+    said = [f"{tokens:,} tokens in {len(steps):,} steps and {seconds / 3600:.1f} hours on a CPU."] if steps else []
+    return "\n".join([*said, *(["", "```json", json.dumps(settings, indent=2), "```"] if settings else [])])
+
+
+def scores(evals: Path, label: str) -> str:
+    """The curve, and the differences to the base model of the adapter's own point of it."""
+    file = evals / f"{label}.json"
+    report = json.loads(file.read_text()) if file.exists() else {}
+    rows = [(name, f"{found['difference']:+.4f}", f"{found['low']:+.4f} to {found['high']:+.4f}", found["items"])
+            for name, found in report.get("compared", {}).items()]
+    return "\n".join(["Greedy. `exact`, `stops` (by itself), `ends` (the terminator is the likeliest token behind the true middle) "
+                      "and `gain` (nats that the suffix is worth) are of held-out holes; `single` and `multi` are HumanEval "
+                      "infilling, percent passed; `l2r` is the base model going on from the prefix.", "", table(evals),
+                      *([lines(rows, ("difference", "", "95 %, paired", "items"))] if rows else [])])
+
+
+def card(adapter: lora.Adapter, cache: Path, metrics: Sequence[Path], label: str) -> str:
+    head = HEAD.format(base=adapter.card.get("base") or "google/gemma-3-270m", name=adapter.name, rank=adapter.rank,
+                       layers=len(adapter.a), rows=", ".join(map(str, sorted(adapter.rows))) or "(none)")
+    parts = [("Data", data(cache, packages())), ("Training", training(adapter, metrics)),
+             ("Evaluation", scores(cache / "evals", label)), ("Limits", LIMITS),
+             ("Licence", f"{NOTICE}\n{TERMS}"), ("Statement of changes", CHANGES)]
+    return "\n".join([head, *(f"## {title}\n\n{text.rstrip()}\n" for title, text in parts)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("--metrics", type=Path, nargs="*", default=())
+    parser.add_argument("--label", default="final", help="the adapter's point of the curve")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    args = parser.parse_args()
+    text = card(lora.load(args.adapter), args.cache, args.metrics, args.label)
+    (args.adapter / "README.md").write_text(text)
+    shutil.copyfile(LIST, args.adapter / "PACKAGES.txt")
+    print(args.adapter / "README.md")
+
+
+if __name__ == "__main__":
+    main()
