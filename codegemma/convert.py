@@ -452,24 +452,26 @@ def modelfile(checkpoint: Checkpoint, file: str) -> str:
 
 
 def card(source: str | Path, results: Path | None = None, manifest: Path | None = None, changes: str = "") -> str:
-    """A model card in the Hub's form, with scores (the *.json of `codegemma eval`), data manifest, notice and changes."""
+    """A model card in the Hub's form, with scores (a folder of `codegemma eval`), data manifest, notice and changes."""
     found = inspect(source)
     name = title(open_checkpoint(found.path))
     scores = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))
               if not file.name.endswith(".times.json")} if results else {}
+    if results and not scores:
+        raise ValueError(f"{results} holds no finished benchmark: pass the --out of `codegemma eval run`")
+    index = [{"name": name, "results": [
+        {"task": {"type": "text-generation"}, "dataset": {"type": task, "name": one["title"]},
+         "metrics": [{"type": "score", "value": round(100 * one["score"], 2), "name": one["note"]}]} for task, one in scores.items()]}]
     lines = ["---", "license: gemma", "library_name: codegemma", "pipeline_tag: text-generation", "tags: [code, gemma]",
-             "---", f"# {name}", "", f"{found.parameters:,} parameters, {found.architecture}, "
+             *([f"model-index: {json.dumps(index)}"] if scores else []), "---", f"# {name}", "",
+             f"{found.parameters:,} parameters, {found.architecture}, "
              + ", ".join(f"{count} matrices {type}" for type, count in found.types.items()) + ".", ""]
     if scores:
-        lines += ["## Evaluation", "", "| task | score |", "|---|---|"]
-        lines += [f"| {task} | {_score(result)} |" for task, result in scores.items()] + [""]
+        lines += ["## Evaluation", "", "| benchmark | percent | 95 % | items | how |", "|---|---|---|---|---|"]
+        lines += [f"| {one['title']} | {100 * one['score']:.1f} | {100 * one['low']:.1f} - {100 * one['high']:.1f} | {one['items']} | "
+                  f"{one['note']} |" for one in scores.values()] + [""]
     if manifest:
         lines += ["## Data", "", "```json", manifest.read_text().strip(), "```", ""]
     lines += ["## Licence", "", hub.NOTICE.strip(), "", "## Statement of changes", "",
               changes or f"Converted to {found.format} by codegemma; the weights were not trained further."]
     return "\n".join([*lines, ""])
-
-
-def _score(result: Any) -> str:
-    values = {key: value for key, value in result.items() if isinstance(value, float)} if isinstance(result, dict) else {}
-    return ", ".join(f"{key} {value:.3f}" for key, value in values.items()) or json.dumps(result)[:80]

@@ -1,5 +1,6 @@
 """Downloads against a server on this machine that behaves as badly as the real ones; packs; the terms."""
 
+import errno
 import hashlib
 import json
 import os
@@ -164,6 +165,35 @@ def test_a_pack_carries_a_model_to_a_machine_without_a_network(tmp_path, monkeyp
     with pytest.raises(ValueError, match="has another SHA-256"):
         hub_pull.install(tmp_path / "bad.pack")
     assert not (hub.cache_dir() / "models" / "2b").exists()
+
+
+def test_kaggle_is_asked_for_the_published_variants_and_its_refusal_is_explained(tmp_path, monkeypatch):
+    kagglehub = pytest.importorskip("kagglehub")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(kagglehub, "model_download", lambda handle: asked.append(handle) or str(tmp_path))
+    for name in ("2b", "codegemma-1.1-2b", "7b", "7b-it", "google/codegemma-1.1-7b-it"):
+        assert hub_pull.pull(name, "kaggle", ask=lambda _: True) == tmp_path
+    assert [handle.removeprefix("google/codegemma/flax/") for handle in asked] == [
+        "2b-pt", "1.1-2b-pt", "7b-pt", "7b-it", "1.1-7b-it"]
+
+    def refuse(handle):
+        raise RuntimeError("403 Client Error: you need to consent")
+
+    monkeypatch.setattr(kagglehub, "model_download", refuse)
+    with pytest.raises(ValueError, match="Kaggle refused CodeGemma 2B .403 Client.*KAGGLE_USERNAME and KAGGLE_KEY"):
+        hub_pull.pull("2b", "kaggle", ask=lambda _: True)
+    with pytest.raises(ValueError, match="is not on Kaggle: use --source hf"):
+        hub_pull.pull("gemma-3-270m", "kaggle", ask=lambda _: True)
+
+
+def test_a_full_disk_is_explained(server, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub_pull, "fetch", full)
+    with pytest.raises(ValueError, match="is full: make room, or set XDG_CACHE_HOME"):
+        hub_pull.pull(f"{server.url}/m.gguf", "url", ask=lambda _: True)
 
 
 def test_a_packed_orbax_checkpoint_is_found_where_it_was_installed(tmp_path, monkeypatch):

@@ -73,18 +73,19 @@ def _array(path: Path, ts: Any, store: dict[str, Any], name: str) -> Tensor | No
         raise ValueError(f"{path}: array {name} has the impossible shape {list(shape)} in chunks of {list(chunk)}: "
                          "download it again")
 
-    def values(view: Any) -> np.ndarray:
+    def values(view: Any, first: int, last: int) -> np.ndarray:
         rows = max(1, weights.PIECE // math.prod(view.shape[1:]))
-        whole = np.empty(view.shape, weights.ELEMENTS[type])
+        whole = np.empty((last - first, *view.shape[1:]), weights.ELEMENTS[type])
         try:
-            for start in range(0, len(whole), rows):  # all at once would hold every chunk twice
-                part = np.ascontiguousarray(view[start:min(start + rows, len(whole))].read().result())
-                whole[start:start + rows] = part.view(whole.dtype)
+            for start in range(first, last, rows):  # all at once would hold every chunk twice
+                part = np.ascontiguousarray(view[start:min(start + rows, last)].read().result())
+                whole[start - first:start - first + rows] = part.view(whole.dtype)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}: array {name} cannot be read ({str(error)[:200]}): download it again") from None
         return whole
 
-    return Deferred(type, shape, part=lambda start, stop: values(array[start:stop]), layer=lambda index: values(array[:, index]))
+    return Deferred(type, shape, part=lambda first, last: values(array, first, last),
+                    layer=lambda index: values(array[:, index], 0, shape[0]))
 
 
 def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], Callable[[], Tokenizer] | None]:
