@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import queue
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -305,7 +307,8 @@ def test_a_chosen_entry_of_the_popup_is_completed_in_its_own_range():
 
 def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replaces_the_word():
     stub, uri = Stub(), "untitled:one"
-    with session(stub, inline=False) as client:
+    reads = {"textDocument": {"completion": {"completionItem": {"documentationFormat": ["markdown", "plaintext"]}}}}
+    with session(stub, inline=False, capabilities=reads) as client:
         client.open(uri, "x = 'é'; pri\n")
         id = client.start("textDocument/completion", textDocument={"uri": uri}, position=at(0, 12), context={"triggerKind": 1})
         ask, future = stub.next()
@@ -315,7 +318,7 @@ def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replac
         item, = found["items"]
         assert found["isIncomplete"] and item["label"] == "print(x) …" and item["filterText"].startswith("print(")
         assert item["textEdit"] == {"range": {"start": at(0, 9), "end": at(0, 12)}, "newText": "print(x)\nprint(y)"}
-        assert "print(x)\nprint(y)" in item["documentation"]["value"]
+        assert item["documentation"] == {"kind": "markdown", "value": "```python\nprint(x)\nprint(y)\n```"}
 
 
 def test_a_cancelled_request_stops_the_work_and_says_so():
@@ -453,6 +456,26 @@ def test_trigger_kinds_of_older_clients_are_understood():
         id = client.inline("untitled:a", 0, 4, kind=0)
         give(stub.next()[1], "1")
         assert client.texts(id) == ["1"]
+
+
+def test_wrong_parameters_are_answered():
+    with session(Stub()) as client:
+        for method in ("textDocument/inlineCompletion", "textDocument/documentHighlight"):
+            assert client.answer(client.start(method, position="here"))["error"]["code"] == -32602
+        assert client.answer(client.start("no/such"))["error"]["code"] == -32601
+
+
+def test_an_editor_that_dies_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, "-m", "codegemma.cli", "lsp", "--server", "http://127.0.0.1:9"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write(b'Content-Length: 86\r\n\r\n{"jsonrpc": "2.0", "id": 1, "method": "initialize", '
+                        b'"params": {"capabilities": {}   }}')
+    process.stdin.close()
+    out = process.stdout.read()
+    assert b'"positionEncoding": "utf-16"' in out and process.wait(WAIT) == 1
+    assert process.stderr.read() == b""
+    process.stdout.close()
+    process.stderr.close()
 
 
 def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_checked():

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from lsprotocol import types
+from pygls.exceptions import JsonRpcException
 from pygls.lsp.server import LanguageServer
-from pygls.protocol import LanguageServerProtocol, lsp_method
+from pygls.protocol import JsonRPCNotification, LanguageServerProtocol, lsp_method
 from pygls.uris import to_fs_path
 
 from codegemma import __version__
@@ -108,11 +109,18 @@ class Protocol(LanguageServerProtocol):
         self._server.closed(params.text_document.uri)
 
     def structure_message(self, data: dict[str, Any]) -> Any:
-        """Clients made before the specification was settled count trigger kinds from 0."""
+        """Clients made before the specification was settled count trigger kinds from 0. A request whose parameters are
+        wrong gets an answer, where pygls would leave its client waiting."""
         if data.get("method") == types.TEXT_DOCUMENT_INLINE_COMPLETION and "jsonrpc" in data:
-            context = data["params"].setdefault("context", {"triggerKind": 1})
+            context = data.get("params", {}).setdefault("context", {"triggerKind": 1})
             context["triggerKind"] = context.get("triggerKind") or 1
-        return super().structure_message(data)
+        try:
+            return super().structure_message(data)
+        except JsonRpcException as error:
+            if "id" not in data or "method" not in data:
+                raise
+            self._send_response(data["id"], error=error.to_response_error())
+            return JsonRPCNotification("$/wrong", self.VERSION, None)
 
 
 @dataclass
@@ -203,7 +211,7 @@ class Server(LanguageServer):
     def closed(self, uri: str) -> None:
         self.documents.pop(uri, None)
         if self.suggestion and self.suggestion.uri == uri:
-            self._forget()
+            self.forget()
 
     def tell(self, text: str, kind: types.MessageType = types.MessageType.Info) -> None:
         """Into the editor's log."""
@@ -218,7 +226,7 @@ class Server(LanguageServer):
         self.documents[place.uri] = self.documents.pop(place.uri)
         if rest := self._typed(place):
             return rest
-        self._forget()
+        self.forget()
         task = asyncio.create_task(self._ask(place))
         self._asking = place.uri, task
         try:
@@ -241,7 +249,7 @@ class Server(LanguageServer):
 
     async def goodbye(self) -> None:
         self._interrupt()
-        self._forget()
+        self.forget()
         if self._source and self._source.done() and not self._source.cancelled() and not self._source.exception():
             await self._source.result().close()
 
@@ -336,15 +344,15 @@ class Server(LanguageServer):
         size = len(text) - len(last.before) - len(last.after)
         taken = text[len(last.before):len(last.before) + size] if size > 0 else ""
         if size < 0 or text != last.before + taken + last.after or not last.text.startswith(taken):
-            self._forget()
+            self.forget()
             return
         more, last.there = size - last.there, size
         if more > 2 or (more > 1 and taken == last.text):
             last.shown.taken += more
         if taken == last.text:
-            self._forget()
+            self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """The last suggestion is over: it is recorded."""
         if self.suggestion and self.settings.stats:
             stats.record(self.suggestion.shown)
@@ -480,4 +488,8 @@ def serve(open_source: Callable[[], Source]) -> None:
     """Speaks LSP over stdin and stdout until the editor leaves. Whatever else prints goes to stderr."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    Server(open_source).start_io(sys.stdin.buffer, out)
+    server = Server(open_source)
+    server.start_io(sys.stdin.buffer, out)
+    server.forget()                      # an editor that died said no goodbye
+    sys.stderr.flush()
+    os._exit(0 if server.protocol._shutdown else 1)  # the engine's thread needs not be waited for
