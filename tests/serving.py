@@ -39,10 +39,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(open_backend, rules: Rules = Rules(), web: Path = app.WEB, terms: str = "") -> Iterator[Served]:
+def served(open_backend, rules: Rules | None = None, web: Path = app.WEB, terms: str = "") -> Iterator[Served]:
     """`open_backend` is awaited in the server's loop."""
     listener = run._listening("127.0.0.1", 0)
-    application = app.create(open_backend, rules, terms, web)
+    application = app.create(open_backend, rules or Rules(), terms, web)
     config = uvicorn.Config(application, http=Protocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     started = threading.Event()

@@ -1,7 +1,8 @@
-"""The server on a tiny model, over real sockets: every dialect gives what the model gives; who waits, who goes first, who is let go;
-what hostile clients get."""
+"""The server on a tiny model, over real sockets: every dialect gives what the model gives; who waits, who goes first, who
+is let go; what hostile clients get."""
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -14,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from serving import served
-from tiny import KINDS, tiny_tensors, write_tiny_gguf
+from tiny import KINDS, write_tiny_gguf
 
 from codegemma import File, Message, Sampling, load
 from codegemma.formats import open_checkpoint
@@ -62,21 +63,47 @@ def good(answer):
 
 # Every dialect gives what the model gives.
 
+
 def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
     expected = model.complete(**HOLE, max_tokens=12).text
     assert expected
     ids = {"temperature": 0}
-    openai = good(server.post("/v1/completions", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"],
-                                                        "max_tokens": 12, **ids}))
+    openai = good(
+        server.post(
+            "/v1/completions", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 12, **ids}
+        )
+    )
     assert openai["choices"][0]["text"] == expected and openai["object"] == "text_completion"
-    infill = good(server.post("/infill", json={"input_prefix": HOLE["prefix"][:15], "prompt": HOLE["prefix"][15:],
-                                               "input_suffix": HOLE["suffix"], "n_predict": 12}))
+    infill = good(
+        server.post(
+            "/infill",
+            json={
+                "input_prefix": HOLE["prefix"][:15],
+                "prompt": HOLE["prefix"][15:],
+                "input_suffix": HOLE["suffix"],
+                "n_predict": 12,
+            },
+        )
+    )
     assert infill["content"] == expected
-    ollama = good(server.post("/api/generate", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"],
-                                                     "stream": False, "options": {"num_predict": 12}}))
+    ollama = good(
+        server.post(
+            "/api/generate",
+            json={
+                "model": "any",
+                "prompt": HOLE["prefix"],
+                "suffix": HOLE["suffix"],
+                "stream": False,
+                "options": {"num_predict": 12},
+            },
+        )
+    )
     assert ollama["response"] == expected and ollama["done"] is True
-    mistral = good(server.post("/v1/fim/completions", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"],
-                                                            "max_tokens": 12}))
+    mistral = good(
+        server.post(
+            "/v1/fim/completions", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 12}
+        )
+    )
     assert mistral["choices"][0]["message"] == {"role": "assistant", "content": expected, "tool_calls": None}
     tabby = good(server.post("/v1/completions", json={"language": "python", "segments": HOLE}))
     assert tabby["choices"][0]["text"] == model.complete(**HOLE, max_tokens=64).text
@@ -94,8 +121,11 @@ def test_streams_join_to_the_answer(server, model):
     *parts, last = events(server.post("/v1/fim/completions", json=body))
     deltas = [json.loads(part)["choices"][0]["delta"]["content"] for part in parts]  # Tabby needs a string in every chunk
     assert "".join(deltas) == expected and last == "[DONE]"
-    parts = events(server.post("/infill", json={"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 12,
-                                                "stream": True}))
+    parts = events(
+        server.post(
+            "/infill", json={"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 12, "stream": True}
+        )
+    )
     assert "".join(json.loads(part)["content"] for part in parts) == expected
     assert [json.loads(part)["stop"] for part in parts] == [False] * (len(parts) - 1) + [True]
     answer = server.post("/api/generate", json=body | {"options": {"num_predict": 12}})
@@ -115,7 +145,9 @@ def test_chats_in_both_dialects(server, model):
     asked = {"model": "m", "messages": messages, "stream": False, "options": {"num_predict": 9, "temperature": 0}}
     assert good(server.post("/api/chat", json=asked))["message"] == {"role": "assistant", "content": expected}
     parts = messages[:1] + [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
-    assert good(server.post("/v1/chat/completions", json=body | {"messages": parts}))["choices"][0]["message"]["content"] == expected
+    assert (
+        good(server.post("/v1/chat/completions", json=body | {"messages": parts}))["choices"][0]["message"]["content"] == expected
+    )
 
 
 def test_token_ids_text_and_raw_prompts(server, model):
@@ -126,7 +158,9 @@ def test_token_ids_text_and_raw_prompts(server, model):
     body = {"model": "m", "max_tokens": 7, "temperature": 0}
     found = good(server.post("/v1/completions", json=body | {"prompt": [ids, ids[:3]]}))
     assert [choice["text"] for choice in found["choices"]] == [expected, model.generate(ids[:3], max_tokens=7).text]
-    assert good(server.post("/v1/completions", json=body | {"prompt": marked}))["choices"][0]["text"] == expected  # as Continue does
+    assert (
+        good(server.post("/v1/completions", json=body | {"prompt": marked}))["choices"][0]["text"] == expected
+    )  # as Continue does
     assert good(server.post("/completion", json={"prompt": marked, "n_predict": 7, "temperature": 0}))["content"] == expected
     assert good(server.post("/completion", json={"prompt": ids, "n_predict": 7, "temperature": 0}))["content"] == expected
     mixed = {"prompt": [marked[:14], *ids[2:]], "n_predict": 7, "temperature": 0}
@@ -144,26 +178,61 @@ def test_context_of_several_files(server, model):
     files = [File("a.py", "def one(): return 1\n"), File("b.py", "def two(): return 2\n")]
     expected = model.complete(**HOLE, path="c.py", context=files, max_tokens=6)
     extra = [{"filename": file.path, "text": file.text, "time": [1, 2]} for file in files]
-    infill = good(server.post("/infill", json={"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "input_extra": extra,
-                                               "path": "c.py", "n_predict": 6}))
+    infill = good(
+        server.post(
+            "/infill",
+            json={
+                "input_prefix": HOLE["prefix"],
+                "input_suffix": HOLE["suffix"],
+                "input_extra": extra,
+                "path": "c.py",
+                "n_predict": 6,
+            },
+        )
+    )
     assert (infill["content"], infill["tokens_evaluated"]) == (expected.text, expected.prompt_tokens)
     assert "<|file_separator|>" in infill["prompt"] and infill["prompt"].startswith("<bos>a.py\ndef one")
-    segments = HOLE | {"filepath": "c.py", "declarations": [{"filepath": "b.py", "body": files[1].text}],
-                       "relevant_snippets_from_changed_files": [{"filepath": "a.py", "body": files[0].text, "score": 1.0}]}
+    segments = HOLE | {
+        "filepath": "c.py",
+        "declarations": [{"filepath": "b.py", "body": files[1].text}],
+        "relevant_snippets_from_changed_files": [{"filepath": "a.py", "body": files[0].text, "score": 1.0}],
+    }
     tabby = good(server.post("/v1/completions", json={"segments": segments, "debug_options": {"return_prompt": True}}))
     assert tabby["debug_data"]["prompt"] == infill["prompt"]
 
 
 def test_what_llama_vim_needs(server):
-    body = {"id_slot": 0, "input_prefix": "def f():\n", "input_suffix": "\n", "prompt": "    ret", "n_predict": 4, "top_k": 40,
-            "input_extra": [{"text": "x", "time": [1, 2], "filename": "a.vim"}], "samplers": ["top_k", "infill"], "cache_prompt": True,
-            "t_max_prompt_ms": 500, "t_max_predict_ms": 1000, "n_indent": 4, "stop": [], "stream": False,
-            "response_fields": ["content", "timings/prompt_n", "timings/predicted_ms", "truncated", "tokens_cached", "no_such"]}
+    body = {
+        "id_slot": 0,
+        "input_prefix": "def f():\n",
+        "input_suffix": "\n",
+        "prompt": "    ret",
+        "n_predict": 4,
+        "top_k": 40,
+        "input_extra": [{"text": "x", "time": [1, 2], "filename": "a.vim"}],
+        "samplers": ["top_k", "infill"],
+        "cache_prompt": True,
+        "t_max_prompt_ms": 500,
+        "t_max_predict_ms": 1000,
+        "n_indent": 4,
+        "stop": [],
+        "stream": False,
+        "response_fields": ["content", "timings/prompt_n", "timings/predicted_ms", "truncated", "tokens_cached", "no_such"],
+    }
     raw = server.post("/infill", json=body)
-    assert re.match(r'^\s*{', raw.text) and re.search(r'"content"\s*:"', raw.text)  # else it drops the reply in silence
+    assert re.match(r"^\s*{", raw.text) and re.search(r'"content"\s*:"', raw.text)  # else it drops the reply in silence
     assert set(raw.json()) == {"content", "timings/prompt_n", "timings/predicted_ms", "truncated", "tokens_cached"}
-    warm = body | {"input_prefix": "", "input_suffix": "", "prompt": "", "n_predict": 0, "t_max_prompt_ms": 1, "t_max_predict_ms": 1,
-                   "response_fields": [""], "samplers": [], "temperature": 0.0}
+    warm = body | {
+        "input_prefix": "",
+        "input_suffix": "",
+        "prompt": "",
+        "n_predict": 0,
+        "t_max_prompt_ms": 1,
+        "t_max_predict_ms": 1,
+        "response_fields": [""],
+        "samplers": [],
+        "temperature": 0.0,
+    }
     assert good(server.post("/infill", json=warm))["content"] == ""
     refused = server.post("/infill", json=body | {"input_extra": [{"text": "x"}]})
     assert refused.status_code == 400 and "filename" in refused.json()["error"]["message"]
@@ -175,7 +244,9 @@ def test_what_llama_vim_needs(server):
 
 def test_log_probabilities_of_prompt_and_answer(server, model):
     ids = model.tokenizer.encode("def f(x): return", bos=True)
-    found = good(server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 3, "echo": True, "logprobs": 2, "temperature": 0}))
+    found = good(
+        server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 3, "echo": True, "logprobs": 2, "temperature": 0})
+    )
     told = found["choices"][0]["logprobs"]
     whole = ids + model.generate(ids, max_tokens=3).ids
     logits = model.logits(whole).astype(np.float64)
@@ -186,8 +257,11 @@ def test_log_probabilities_of_prompt_and_answer(server, model):
     assert told["top_logprobs"][0] is None and np.allclose([max(top.values()) for top in told["top_logprobs"][1:]], best, atol=1e-4)
     text = found["choices"][0]["text"]
     assert text == model.tokenizer.decode(whole) and len(told["text_offset"]) == len(whole)
-    assert all(text.startswith(token, at) for token, at in zip(told["tokens"][1:], told["text_offset"][1:], strict=True)
-               if not token.startswith("bytes:"))
+    assert all(
+        text.startswith(token, at)
+        for token, at in zip(told["tokens"][1:], told["text_offset"][1:], strict=True)
+        if not token.startswith("bytes:")
+    )
     one = good(server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 0, "echo": True, "logprobs": 1}))["choices"][0]
     assert len(one["logprobs"]["tokens"]) == len(ids) and one["finish_reason"] == "length"
 
@@ -211,8 +285,14 @@ def test_stop_texts_and_the_reason_of_the_end(server, model):
     whole = model.generate("def f", max_tokens=12, sampling=Sampling(1.5, seed=5)).text
     stop = whole[8:10]
     drawn = {"prompt": "def f", "max_tokens": 12, "temperature": 1.5, "seed": 5}
-    choice, = good(server.post("/v1/completions", json=drawn | {"stop": ["", stop]}))["choices"]
-    assert choice == {"text": whole[:whole.index(stop)], "index": 0, "logprobs": None, "finish_reason": "stop", "stop_reason": stop}
+    (choice,) = good(server.post("/v1/completions", json=drawn | {"stop": ["", stop]}))["choices"]
+    assert choice == {
+        "text": whole[: whole.index(stop)],
+        "index": 0,
+        "logprobs": None,
+        "finish_reason": "stop",
+        "stop_reason": stop,
+    }
     assert choice["text"]
     drawn |= {"n_predict": 12, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     found = good(server.post("/completion", json=drawn | {"stop": ["~~~", stop]}))
@@ -235,7 +315,7 @@ def test_tokens_templates_and_descriptions(server, model):
     assert template["prompt"] == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
     assert good(server.get("/health")) == {"status": "ok"} and good(server.get("/v1/health"))["model"] == "tiny"
     assert [one["id"] for one in good(server.get("/v1/models"))["data"]] == ["tiny"]
-    assert ".Suffix" in good(server.post("/api/show", json={"model": "tiny"}))["template"]   # how Continue knows of FIM
+    assert ".Suffix" in good(server.post("/api/show", json={"model": "tiny"}))["template"]  # how Continue knows of FIM
     assert "insert" in good(server.post("/api/show", json={"model": "tiny"}))["capabilities"]
     assert good(server.get("/api/tags"))["models"][0]["name"] == "tiny:latest" and good(server.get("/api/version"))["version"]
     assert good(server.get("/api/ps"))["models"] and len(good(server.get("/slots"))) == scheduler.SLOTS
@@ -250,35 +330,49 @@ def test_tokens_templates_and_descriptions(server, model):
 
 def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
     from codegemma.serve import stats
+
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     found = good(server.post("/v1/completions", json={"language": "python", "segments": HOLE}))
     event = {"type": "view", "completion_id": found["id"], "choice_index": 0}
     assert server.post("/v1/events", json=event).status_code == 200 and stats.load() == []
     assert server.post("/v1/events", json=event | {"type": "select"}).status_code == 200
-    row, = stats.load()
+    (row,) = stats.load()
     assert row.taken == row.characters == len(found["choices"][0]["text"]) and row.language == "python"
     assert server.post("/v1/events", json=event | {"type": "select"}).status_code == 200 and len(stats.load()) == 1
 
 
-@pytest.mark.parametrize(("route", "body", "status", "words"), [
-    ("/v1/completions", {"prompt": "x", "max_tokens": -1}, 400, ["error", "message", "max_tokens"]),
-    ("/v1/completions", {"prompt": [1, 999_999]}, 400, ["error", "message", "999999"]),
-    ("/v1/completions", {"prompt": [2] * 9000}, 400, ["error", "message", "9,000 tokens"]),
-    ("/v1/completions", {"prompt": "x", "temperature": -1}, 400, ["error", "message", "temperature"]),
-    ("/v1/completions", {"prompt": "\ud800"}, 400, ["error", "message", ""]),
-    ("/v1/completions", {"prompt": "x", "adapter": "no-such"}, 400, ["error", "message", "--adapter"]),
-    ("/v1/completions", {"prompt": ["x"] * 200, "n": 16}, 400, ["error", "message", "choices"]),
-    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, ["error", "message", "user"]),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, ["error", "message", "tools"]),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}}, 400,
-     ["error", "message", "response_format"]),
-    ("/infill", {"input_prefix": 3, "input_suffix": ""}, 400, ["error", "message", "input_prefix"]),
-    ("/api/generate", {"prompt": "x", "model": "m", "format": "json"}, 400, ["error", "format"]),
-    ("/api/chat", {"model": "m", "messages": [{"role": "user", "content": "x", "images": ["aa"]}]}, 400, ["error", "images"]),
-    ("/v1/fim/completions", {"suffix": "x"}, 422, ["detail", 0, "loc", "prompt"]),
-    ("/v1/fim/completions", {"prompt": "x", "temperature": -3}, 400, ["message", "temperature"]),
-    ("/v1/no-such", {}, 404, ["error", "message", "Not Found"]),
-    ("/v1/completions", {"prompt": "x", "path": "a\nb", "suffix": ""}, 400, ["error", "message", "one line"])])
+@pytest.mark.parametrize(
+    ("route", "body", "status", "words"),
+    [
+        ("/v1/completions", {"prompt": "x", "max_tokens": -1}, 400, ["error", "message", "max_tokens"]),
+        ("/v1/completions", {"prompt": [1, 999_999]}, 400, ["error", "message", "999999"]),
+        ("/v1/completions", {"prompt": [2] * 9000}, 400, ["error", "message", "9,000 tokens"]),
+        ("/v1/completions", {"prompt": "x", "temperature": -1}, 400, ["error", "message", "temperature"]),
+        ("/v1/completions", {"prompt": "\ud800"}, 400, ["error", "message", ""]),
+        ("/v1/completions", {"prompt": "x", "adapter": "no-such"}, 400, ["error", "message", "--adapter"]),
+        ("/v1/completions", {"prompt": ["x"] * 200, "n": 16}, 400, ["error", "message", "choices"]),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, ["error", "message", "user"]),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "tools": [{}]},
+            400,
+            ["error", "message", "tools"],
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}},
+            400,
+            ["error", "message", "response_format"],
+        ),
+        ("/infill", {"input_prefix": 3, "input_suffix": ""}, 400, ["error", "message", "input_prefix"]),
+        ("/api/generate", {"prompt": "x", "model": "m", "format": "json"}, 400, ["error", "format"]),
+        ("/api/chat", {"model": "m", "messages": [{"role": "user", "content": "x", "images": ["aa"]}]}, 400, ["error", "images"]),
+        ("/v1/fim/completions", {"suffix": "x"}, 422, ["detail", 0, "loc", "prompt"]),
+        ("/v1/fim/completions", {"prompt": "x", "temperature": -3}, 400, ["message", "temperature"]),
+        ("/v1/no-such", {}, 404, ["error", "message", "Not Found"]),
+        ("/v1/completions", {"prompt": "x", "path": "a\nb", "suffix": ""}, 400, ["error", "message", "one line"]),
+    ],
+)
 def test_bad_input_is_refused_in_the_dialects_own_form(server, route, body, status, words):
     answer = server.client.post(route, content=json.dumps(body))
     assert answer.status_code == status, answer.text
@@ -295,10 +389,13 @@ def test_tabby_refuses_in_plain_text(server):
 
 # Who runs, who waits, who is let go.
 
+
 def test_neighbours_change_no_answer(server, model):
     rng = np.random.default_rng(0)
-    asks = [{"prompt": [[2, *rng.integers(110, 515, int(size)).tolist()]], "max_tokens": 10, "temperature": 0.7, "seed": i}
-            for i, size in enumerate(rng.integers(1, 300, 8))]
+    asks = [
+        {"prompt": [[2, *rng.integers(110, 515, int(size)).tolist()]], "max_tokens": 10, "temperature": 0.7, "seed": i}
+        for i, size in enumerate(rng.integers(1, 300, 8))
+    ]
     alone = [model.generate(ask["prompt"][0], max_tokens=10, sampling=Sampling(0.7, seed=ask["seed"])).text for ask in asks]
     for together in (1, 2, 3, 8):
         order = rng.permutation(8)
@@ -332,7 +429,7 @@ def held(path):
     """A server whose engine stands still, and that engine."""
     loaded = load(path, threads=1)
     loaded.engine.backend = Held(loaded.engine.backend)
-    loaded.engine.prefill_rate = 100.0   # a prompt of 500 tokens should take 5 s
+    loaded.engine.prefill_rate = 100.0  # a prompt of 500 tokens should take 5 s
 
     async def opened():
         return Scheduler(loaded, slots=2, queue=4)
@@ -375,8 +472,9 @@ def test_the_newest_completion_of_an_editor_cancels_its_older_ones(held):
         assert engine.entered.acquire(timeout=60)
         first = pool.submit(server.post, "/infill", json=fill)
         until(lambda: len(server.backend._jobs) == 2)
-        second = pool.submit(server.post, "/infill", json={k: v for k, v in fill.items() if k != "session"},
-                             headers={"X-Session-Id": "vim"})
+        second = pool.submit(
+            server.post, "/infill", json={k: v for k, v in fill.items() if k != "session"}, headers={"X-Session-Id": "vim"}
+        )
         until(lambda: any(job.gone.is_set() for job in server.backend._jobs.values()))
         engine.on.set()
         old = good(first.result(60))
@@ -407,8 +505,11 @@ def test_a_long_prompt_leaves_room_between_anothers_tokens(held):
     server, engine = held
     backend = server.backend
     engine.on.set()
-    with server.client.stream("POST", "/v1/completions", json={"prompt": "def f", "max_tokens": 3000, "temperature": 1.0, "stream": True,
-                                                               "stop_token_ids": [], "seed": 3}) as typing:
+    with server.client.stream(
+        "POST",
+        "/v1/completions",
+        json={"prompt": "def f", "max_tokens": 3000, "temperature": 1.0, "stream": True, "stop_token_ids": [], "seed": 3},
+    ) as typing:
         lines = typing.iter_lines()
         next(lines)
         engine.sizes.clear()
@@ -445,11 +546,12 @@ def test_whoever_had_least_goes_first(held):
 
 def test_deadlines(model):
     """Of the prompt, which also sizes it, and of the answer once it has a line."""
+
     async def run():
         backend = Scheduler(model)
         text = "".join(f"line_{i} = {i}\n" for i in range(400))
-        short, = await backend.submit([Ask(Fill(text), prompt_seconds=30 / model.engine.prefill_rate, max_tokens=1)])
-        whole, = await backend.submit([Ask(Fill(text), max_tokens=1)])
+        (short,) = await backend.submit([Ask(Fill(text), prompt_seconds=30 / model.engine.prefill_rate, max_tokens=1)])
+        (whole,) = await backend.submit([Ask(Fill(text), max_tokens=1)])
         assert short.prompt_tokens < whole.prompt_tokens / 4
         job = Job(Ask(Text("x"), prompt_seconds=1.0, predict_seconds=1.0), Prompt([2], frozenset()))
         job.started = 100.0
@@ -458,7 +560,7 @@ def test_deadlines(model):
         assert not job.overdue(110.0)
         job.lines = True
         assert job.overdue(103.1) and not job.overdue(102.9)
-        soon, = await backend.submit([Ask(Text("def f"), max_tokens=4000, predict_seconds=1e-9)])
+        (soon,) = await backend.submit([Ask(Text("def f"), max_tokens=4000, predict_seconds=1e-9)])
         soon.lines = True
         steps = [step async for step in soon.steps()]
         assert steps[-1].stop == "length" and len(steps) < 1000
@@ -475,6 +577,7 @@ def test_a_fault_of_the_engine_fails_its_requests_alone(path, caplog):
         return Scheduler(loaded)
 
     with served(opened) as server:
+
         def broken(*_):
             raise MemoryError("no pages")
 
@@ -502,13 +605,14 @@ def test_prompts_outlive_a_restart(path, tmp_path):
     first, second = asked(), asked()
     assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 and first["choices"] == second["choices"]
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["prompt_tokens"] - 1
-    file, = (tmp_path / "kept").iterdir()
+    (file,) = (tmp_path / "kept").iterdir()
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.warns(UserWarning, match="damaged"):
         assert asked()["choices"] == first["choices"]
 
 
 # The remote backend: a second instance of this server generates.
+
 
 def test_a_server_before_a_server_gives_the_same(server, path, model):
     async def opened():
@@ -521,10 +625,17 @@ def test_a_server_before_a_server_gives_the_same(server, path, model):
         scored = {"prompt": "def f(x)", "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0, "stop": ["~"]}
         ours, theirs = (good(one.post("/v1/completions", json=scored))["choices"][0] for one in (server, front))
         assert ours["logprobs"]["token_logprobs"] == theirs["logprobs"]["token_logprobs"] and ours["text"] == theirs["text"]
-        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "temperature": 1.0, "seed": 3, "stream": True,
-                "stream_options": {"include_usage": True}}
-        ours, theirs = ([json.loads(part) for part in events(one.post("/v1/chat/completions", json=chat))[:-1]]
-                        for one in (server, front))
+        chat = {
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 6,
+            "temperature": 1.0,
+            "seed": 3,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        ours, theirs = (
+            [json.loads(part) for part in events(one.post("/v1/chat/completions", json=chat))[:-1]] for one in (server, front)
+        )
         texts = ["".join(c["delta"].get("content", "") for chunk in chunks for c in chunk["choices"]) for chunks in (ours, theirs)]
         assert texts[0] == texts[1] and ours[-1]["usage"]["completion_tokens"] == theirs[-1]["usage"]["completion_tokens"]
         assert front.post("/v1/completions", json={"prompt": [1, 999_999]}).status_code == 400
@@ -564,6 +675,7 @@ def test_a_remote_request_ends_with_its_reader(held, path):
 
 # Hostile clients.
 
+
 def test_pages_of_other_origins_and_rebound_names_are_refused(server):
     body = {"prompt": "x", "max_tokens": 1}
     host = server.url.removeprefix("http://")
@@ -583,7 +695,12 @@ def test_an_allowed_origin_and_keys(model):
 
     keys = guard.keys_of(["# ours", "0123456789abcdef", "fedcba9876543210", ""])
     with served(opened, Rules(None, frozenset({"https://editor.example"}), keys)) as server:
-        for headers in ({}, {"Authorization": "Bearer 0123456789abcdeg"}, {"x-api-key": "ü".encode()}, {"Authorization": "Basic 0123456789abcdef"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer 0123456789abcdeg"},
+            {"x-api-key": "ü".encode()},
+            {"Authorization": "Basic 0123456789abcdef"},
+        ):
             answer = server.get("/v1/models", headers=headers)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer" and "key" in answer.text
         assert server.get("/api/tags").json()["error"] and server.get("/metrics").status_code == 401
@@ -614,8 +731,17 @@ def test_the_page_and_nothing_beside_it(model, tmp_path):
         answer = server.get("/")
         assert answer.text == "<p>page</p>" and "default-src 'self'" in answer.headers["content-security-policy"]
         assert answer.headers["x-content-type-options"] == "nosniff" and server.get("/app.js").text == "1"
-        for path in ("/../secret", "/%2e%2e/secret", "/..%2fsecret", "/link", "/a/../../secret", "//etc/passwd", "/%00", "/" + "a" * 5000,
-                     "/..%5csecret"):
+        for path in (
+            "/../secret",
+            "/%2e%2e/secret",
+            "/..%2fsecret",
+            "/link",
+            "/a/../../secret",
+            "//etc/passwd",
+            "/%00",
+            "/" + "a" * 5000,
+            "/..%5csecret",
+        ):
             connection = socket.create_connection(server.address)
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             answer = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
@@ -623,12 +749,25 @@ def test_the_page_and_nothing_beside_it(model, tmp_path):
             assert answer.split()[1] in (b"404", b"400") and b"secret" not in answer.split(b"\r\n\r\n", 1)[1], (path, answer)
 
 
-@pytest.mark.parametrize(("content", "status"), [
-    (b"{", 400), (b"", 400), (b"\xff\xfe{}", 400), (b'{"prompt":"\xc3"}', 400), (b"[" * 200_000, 400), (b'{"a":' * 50_000, 400),
-    (b'{"prompt":"x","max_tokens":' + b"9" * 5000 + b"}", 400), (b'{"prompt":"x","temperature":NaN}', 400),
-    (b'{"prompt":"x","seed":1e999}', 400), (b'"x"', 400), (b"null", 400), (b'{"prompt":"x","max_tokens":1,"unknown":{}}', 200)])
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"{", 400),
+        (b"", 400),
+        (b"\xff\xfe{}", 400),
+        (b'{"prompt":"\xc3"}', 400),
+        (b"[" * 200_000, 400),
+        (b'{"a":' * 50_000, 400),
+        (b'{"prompt":"x","max_tokens":' + b"9" * 5000 + b"}", 400),
+        (b'{"prompt":"x","temperature":NaN}', 400),
+        (b'{"prompt":"x","seed":1e999}', 400),
+        (b'"x"', 400),
+        (b"null", 400),
+        (b'{"prompt":"x","max_tokens":1,"unknown":{}}', 200),
+    ],
+)
 def test_bodies_that_are_no_request(server, content, status):
-    for kind in ("application/json", "application/x-www-form-urlencoded"):   # `curl -d` says the latter
+    for kind in ("application/json", "application/x-www-form-urlencoded"):  # `curl -d` says the latter
         answer = server.client.post("/v1/completions", content=content, headers={"Content-Type": kind})
         assert answer.status_code == status, answer.text
         assert status == 200 or answer.json()["error"]["message"]
@@ -647,12 +786,13 @@ def test_large_slow_and_half_sent_bodies(model, monkeypatch, caplog):
             for _ in range(64):
                 yield b"x" * (1 << 16)
 
-        try:
+        with contextlib.suppress(httpx.WriteError):  # it may close the connection while we write
             assert server.client.post("/infill", content=chunks()).status_code == 413
-        except httpx.WriteError:
-            pass                         # it closed the connection while we wrote
-        for begun, expected in ((b"POST /infill HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{", b"408"),
-                                (b"POST /infill HTTP/1.1\r\nHo", b""), (b"", b"")):
+        for begun, expected in (
+            (b"POST /infill HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{", b"408"),
+            (b"POST /infill HTTP/1.1\r\nHo", b""),
+            (b"", b""),
+        ):
             connection = socket.create_connection(server.address)
             connection.sendall(begun)
             connection.settimeout(30)
@@ -670,8 +810,12 @@ def test_a_reader_that_does_not_read_is_left(model, monkeypatch):
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(server.address)
-        data = json.dumps({"prompt": [[2]] * 16, "n": 4, "max_tokens": 4000, "stream": True, "logprobs": 20, "temperature": 2}).encode()
-        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        data = json.dumps(
+            {"prompt": [[2]] * 16, "n": 4, "max_tokens": 4000, "stream": True, "logprobs": 20, "temperature": 2}
+        ).encode()
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+        )
         until(lambda: server.backend.metrics.running > 0)
         until(lambda: server.backend.metrics.running == 0)
         assert server.backend.metrics.counts["cancelled"] > 0
@@ -694,13 +838,16 @@ def test_many_idle_connections_leave_it_answering(model, monkeypatch):
 
 # The parts.
 
+
 def test_prompts_of_asks(model):
     tokenizer = model.tokenizer
     plain = prompt_of(model.engine, Ask(Text("<bos>")), True, False)
-    assert plain.ids == tokenizer.encode("<bos>", bos=True) != prompt_of(model.engine, Ask(Text("<bos>", raw=True)), True, False).ids
+    assert (
+        plain.ids == tokenizer.encode("<bos>", bos=True) != prompt_of(model.engine, Ask(Text("<bos>", raw=True)), True, False).ids
+    )
     long = tuple(range(110, 400)) * 100
     cut = prompt_of(model.engine, Ask(Text(long, truncate=True), max_tokens=100), True, False)
-    assert len(cut.ids) == LONG.context - 100 and cut.ids[1:] == list(long[-len(cut.ids) + 1:])
+    assert len(cut.ids) == LONG.context - 100 and cut.ids[1:] == list(long[-len(cut.ids) + 1 :])
     assert prompt_of(model.engine, Ask(Fill("x", "y", mode="spm")), True, False).layout == "spm"
     assert prompt_of(model.engine, Ask(Fill("x")), False, False).layout == "prefix"
     assert prompt_of(model.engine, Ask(Chat((Message("user", "x"),))), True, False).layout is None
@@ -709,11 +856,16 @@ def test_prompts_of_asks(model):
 
 
 def test_lines_indented_less_end_a_suggestion():
-    for least, given, kept in ((4, "a\n    b\n\n    c\n  d", "a\n    b\n\n    c"), (2, "a\n  b", "a\n  b"), (4, "x\ny", "x"),
-                               (4, "x\n", "x\n"), (1, "\n\tz\n", "\n\tz\n")):
+    for least, given, kept in (
+        (4, "a\n    b\n\n    c\n  d", "a\n    b\n\n    c"),
+        (2, "a\n  b", "a\n  b"),
+        (4, "x\ny", "x"),
+        (4, "x\n", "x\n"),
+        (1, "\n\tz\n", "\n\tz\n"),
+    ):
         for size in (1, 2, 50):
             shown = asking._Indented(least)
-            text, parts = "", [given[at:at + size] for at in range(0, len(given), size)]
+            text, parts = "", [given[at : at + size] for at in range(0, len(given), size)]
             for number, part in enumerate(parts):
                 step = shown.push(asking.Step(5, part, 0.0, "length" if number == len(parts) - 1 else None))
                 text += step.text

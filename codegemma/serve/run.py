@@ -128,6 +128,7 @@ def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
     def config(app: object, factory: bool = False) -> uvicorn.Config:
         return uvicorn.Config(app, factory=factory, http=Protocol, ws="none", log_config=None, access_log=False, workers=workers,  # type: ignore[arg-type]
                               server_header=False, proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=3,
+                              timeout_worker_healthcheck=120,  # a machine under load is slow to start one
                               backlog=BACKLOG)
 
     if workers > 1:

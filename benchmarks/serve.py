@@ -1,0 +1,303 @@
+"""The server over HTTP: a typing trace, eight clients at once, its cost over the engine, and a long load of many who type.
+
+    PYTHONPATH=. .venv/bin/python benchmarks/serve.py [--rounds 3] [--log]
+    PYTHONPATH=. .venv/bin/python benchmarks/serve.py --load 300 --clients 64 [--plot load.svg] [--log]
+
+The peer is llama-cpp-python's server (`pip install "llama-cpp-python[server]"` in the bench environment) with the same
+file, threads and context, asked in its own order, PSM, with its own prompt cache. Servers run one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from keystrokes import Trace, trace
+from logbook import ROOT, parser, publish
+from peers import PYTHON
+
+import codegemma
+from codegemma import hub
+
+TOKENS = 8  # of a suggestion
+CONTEXT = 4096
+FIM = ("<unused60>", "<unused61>", "<unused62>")  # stand for the peer's FIM tokens: this file names none
+
+
+@contextlib.contextmanager
+def our_server(threads: int) -> Iterator[tuple[str, int]]:
+    command = [sys.executable, "-m", "codegemma.cli", "serve", "--port", "0", "--threads", str(threads), "--no-keep-cache"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert child.stdout
+    try:
+        yield child.stdout.readline().split()[-1], child.pid
+    finally:
+        child.terminate()
+        child.wait()
+
+
+@contextlib.contextmanager
+def peer_server(threads: int) -> Iterator[tuple[str, int]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        PYTHON,
+        "-m",
+        "llama_cpp.server",
+        "--model",
+        hub.resolve(),
+        "--port",
+        port,
+        "--n_ctx",
+        CONTEXT,
+        "--n_batch",
+        512,
+        "--n_threads",
+        threads,
+        "--n_threads_batch",
+        threads,
+        "--verbose",
+        "false",
+    ]
+    child = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:  # until it listens
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.get(f"{url}/v1/models", trust_env=False)
+                break
+            if child.poll() is not None:
+                raise RuntimeError('the peer does not start: pip install "llama-cpp-python[server]" into the bench environment')
+            time.sleep(0.2)
+        yield url, child.pid
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def our_request(prefix: str, suffix: str, tokens: int = TOKENS) -> tuple[str, dict[str, Any]]:
+    return "/v1/completions", {
+        "prompt": prefix,
+        "suffix": suffix,
+        "max_tokens": tokens,
+        "mode": "spm",
+        "path": "pkg/stats.py",
+        "temperature": 0,
+    }
+
+
+def peer_request(prefix: str, suffix: str, tokens: int = TOKENS) -> tuple[str, dict[str, Any]]:
+    prompt = f"pkg/stats.py\n{FIM[0]}{prefix}{FIM[2]}{suffix}{FIM[1]}"
+    return "/v1/completions", {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
+
+
+def typing(url: str, request: Any, steps: Trace, every: int) -> dict[str, list[float]]:
+    """Seconds from a keystroke until its whole suggestion is there, by kind of step; every `every`-th key."""
+    found: dict[str, list[float]] = {"open": [], "key": [], "jump": []}
+    with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
+        for index, (kind, prefix, suffix) in enumerate(steps):
+            if kind == "key" and index % every:
+                continue
+            path, body = request(prefix, suffix)
+            start = time.perf_counter()
+            client.post(path, json=body).raise_for_status()
+            found[kind].append(time.perf_counter() - start)
+    return found
+
+
+def together(url: str, request: Any, count: int = 8, tokens: int = 64) -> tuple[float, list[str]]:
+    """Tokens a second that `count` clients get at once, and what each got."""
+    text = (ROOT / "codegemma" / "completion.py").read_text()
+    starts = [1500 + 700 * i for i in range(count)]
+
+    async def run() -> tuple[float, list[str]]:
+        async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
+            bodies = [request(text[at - 1500 : at], text[at : at + 300], tokens) for at in starts]
+            start = time.perf_counter()
+            answers = [answer.json() for answer in await asyncio.gather(*(client.post(path, json=body) for path, body in bodies))]
+            seconds = time.perf_counter() - start
+        return sum(answer["usage"]["completion_tokens"] for answer in answers) / seconds, [a["choices"][0]["text"] for a in answers]
+
+    return asyncio.run(run())
+
+
+def alone(url: str, request: Any) -> list[str]:
+    """What `together` asks, one after the other."""
+    text = (ROOT / "codegemma" / "completion.py").read_text()
+    with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
+        asked = [request(text[at - 1500 : at], text[at : at + 300], 64) for at in (1500 + 700 * i for i in range(8))]
+        return [client.post(path, json=body).json()["choices"][0]["text"] for path, body in asked]
+
+
+def overhead(url: str, model: codegemma.Model, steps: Trace) -> tuple[list[float], list[float]]:
+    """Seconds of the same warm requests over HTTP and in this process, taken in turns."""
+    served, inside = [], []
+    with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
+        for number, (_, prefix, suffix) in enumerate([step for step in steps if step[0] == "key"] * 2):
+            path, body = our_request(prefix, suffix, 1)
+            start = time.perf_counter()
+            client.post(path, json=body).raise_for_status()
+            between = time.perf_counter()
+            assert model.complete(prefix, suffix, path="pkg/stats.py", mode="spm", max_tokens=1).stop
+            if number >= len(steps) - 6:  # the first time round reads the prompts
+                served.append(between - start)
+                inside.append(time.perf_counter() - between)
+    return served, inside
+
+
+async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
+    """Clients that type without end: each keystroke drops the request before it. Latencies of the answered ones."""
+    steps = trace((ROOT / "codegemma" / "completion.py").read_text()[:5600])
+    end = time.perf_counter() + seconds
+    started = time.perf_counter()
+    answered: list[tuple[float, float]] = []  # when, seconds
+    served: Counter[int] = Counter()
+    statuses: Counter[str] = Counter()
+    memory: list[int] = []
+
+    async def one(number: int, client: httpx.AsyncClient) -> None:
+        draw = random.Random(number)
+        while time.perf_counter() < end:
+            for _, prefix, suffix in steps:
+                path, body = our_request(f"# client {number}\n{prefix}", suffix)
+                start = time.perf_counter()
+                task = asyncio.ensure_future(client.post(path, json=body | {"session": str(number), "time_budget_ms": 1000}))
+                pause = draw.uniform(0.1, 0.4) if draw.random() < 0.9 else draw.uniform(2.0, 6.0)  # typing, then a look
+                done, _ = await asyncio.wait({task}, timeout=pause)
+                if not done:
+                    task.cancel()
+                    statuses["dropped"] += 1
+                    with contextlib.suppress(asyncio.CancelledError, httpx.HTTPError):
+                        await task
+                else:
+                    try:
+                        statuses[str(task.result().status_code)] += 1
+                    except httpx.HTTPError as error:
+                        statuses[type(error).__name__] += 1
+                    else:
+                        now = time.perf_counter()
+                        answered.append((now - started, now - start))
+                        served[number] += task.result().status_code == 200
+                    await asyncio.sleep(max(0.0, start + pause - time.perf_counter()))
+                if time.perf_counter() >= end:
+                    return
+
+    async def watch() -> None:
+        while time.perf_counter() < end:
+            resident = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+            memory.append(int(resident.split()[1]) * 1024)
+            await asyncio.sleep(1)
+
+    limits = httpx.Limits(max_connections=2 * clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False, limits=limits) as client:
+        await asyncio.gather(watch(), *(one(number, client) for number in range(clients)))
+    return {"answered": answered, "served": [served[i] for i in range(clients)], "statuses": statuses, "memory": memory}
+
+
+def plot(answered: list[tuple[float, float]], file: Path) -> None:
+    """Each answer a dot, time across, latency upward on a logarithmic scale from 1 ms to 100 s."""
+    import math
+
+    width, height, last = 900, 400, max(when for when, _ in answered)
+    dots = "".join(
+        f'<circle cx="{40 + 850 * when / last:.1f}" cy="{height - 30 - 70 * (math.log10(max(took, 1e-3)) + 3):.1f}" r="1.5"/>'
+        for when, took in answered
+    )
+    marks = "".join(
+        f'<text x="2" y="{height - 26 - 70 * i}">{name}</text><path d="M40 {height - 30 - 70 * i}H890"/>'
+        for i, name in enumerate(("1 ms", "10 ms", "0.1 s", "1 s", "10 s", "100 s"))
+    )
+    file.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">'
+        f'<rect width="100%" height="100%" fill="white"/><g stroke="#ccc" fill="#333" stroke-width="0.5">{marks}</g>'
+        f'<g fill="#1a73e8" fill-opacity="0.4">{dots}</g><text x="40" y="{height - 8}">0 to {last:.0f} s</text></svg>\n'
+    )
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+
+
+def speed(args: Any) -> str:
+    model = codegemma.load(threads=args.threads)
+    steps = trace((ROOT / "codegemma" / "completion.py").read_text()[:5600])
+    servers = {"ours": (our_server, our_request, 1), "peer": (peer_server, peer_request, 6)}
+    typed: dict[str, dict[str, list[float]]] = {name: {"open": [], "key": [], "jump": []} for name in servers}
+    rates: dict[str, list[float]] = {name: [] for name in servers}
+    costs: list[float] = []
+    same = True
+    for _ in range(args.rounds):
+        for name, (start, request, every) in servers.items():
+            with start(args.threads) as (url, _pid):
+                for kind, seconds in typing(url, request, steps, every).items():
+                    typed[name][kind] += seconds
+                rate, texts = together(url, request)
+                rates[name].append(rate)
+                if name == "ours":
+                    same = same and texts == alone(url, request)
+                    served, inside = overhead(url, model, steps)
+                    costs.append(statistics.median(served) - statistics.median(inside))
+    rows = [
+        "| keystroke to suggestion | ours, median | ours, 95th | peer, median | peer, 95th | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in ("key", "jump", "open"):
+        a, b = typed["ours"][kind], typed["peer"][kind]
+        figures = [statistics.median(a), percentile(a, 0.95), statistics.median(b), percentile(b, 0.95)]
+        rows.append(f"| {kind} | " + " | ".join(f"{1e3 * x:.0f} ms" for x in figures) + f" | **1/{figures[2] / figures[0]:.1f}** |")
+    ours, peer = (statistics.median(rates[name]) for name in ("ours", "peer"))
+    return (
+        f"`benchmarks/serve.py --rounds {args.rounds}`: default model, {args.threads} threads, {TOKENS} tokens a suggestion; "
+        f"the peer is llama-cpp-python's server in PSM order.\n\n" + "\n".join(rows) + "\n\n"
+        f"Eight clients at once, 64 tokens each: {ours:.1f} tokens/s, the peer {peer:.1f}: **{ours / peer:.2f}**; "
+        f"{'each got what it gets alone' if same else 'OUTPUTS DIFFER from those of a single client'}. "
+        f"Over the engine a request costs {1e3 * statistics.median(costs):.1f} ms at the median.\n"
+    )
+
+
+def under_load(args: Any) -> str:
+    with our_server(args.threads) as (url, pid):
+        found = asyncio.run(load(url, pid, args.clients, args.load))
+    seconds = [took for _, took in found["answered"]]
+    memory = [size / 1e6 for size in found["memory"]]
+    if args.plot:
+        plot(found["answered"], args.plot)
+    quarter = max(len(memory) // 4, 1)
+    return (
+        f"`benchmarks/serve.py --load {args.load:g} --clients {args.clients}`: default model, {args.threads} threads, each "
+        f"client types without end and drops what is not there by its next keystroke.\n\n"
+        f"{dict(found['statuses'])}; answers took {1e3 * statistics.median(seconds):.0f} ms at the median, "
+        f"{1e3 * percentile(seconds, 0.95):.0f} ms at the 95th percentile, {1e3 * max(seconds):.0f} ms at most; a client got "
+        f"{min(found['served'])} to {max(found['served'])} answers; memory "
+        f"{statistics.mean(memory[quarter : 2 * quarter] or memory):.0f} MB in the second quarter, "
+        f"{statistics.mean(memory[-quarter:]):.0f} MB in the last.\n"
+    )
+
+
+def main() -> None:
+    arguments = parser(__doc__, rounds=3)
+    arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    arguments.add_argument("--load", type=float, metavar="SECONDS", help="many clients that type, instead of the comparison")
+    arguments.add_argument("--clients", type=int, default=64)
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="an SVG of the latencies under load")
+    args = arguments.parse_args()
+    text = under_load(args) if args.load else speed(args)
+    publish(f"\n## {datetime.date.today()}: the server{' under load' if args.load else ''}\n\n{text}", args.log)
+
+
+if __name__ == "__main__":
+    main()
