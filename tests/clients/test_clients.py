@@ -21,6 +21,8 @@ from codegemma.evals.task import encode_choice
 
 HERE = Path(__file__).parent
 TOOLS = ROOT / ".venv-clients" / "bin"
+pytestmark = pytest.mark.filterwarnings("ignore:Gemma 3 270M was made")  # it chats, badly
+
 PREFIX = 'def area(width, height):\n    """The area of a rectangle."""\n    return '
 SUFFIX = "\n\nprint(area(2, 3))\n"
 

@@ -15,6 +15,8 @@ from serving import ROOT, Process
 
 from codegemma import Sampling, load
 
+pytestmark = pytest.mark.filterwarnings("ignore:Gemma 3 270M was made")  # it chats, badly
+
 PREFIX = 'def area(width, height):\n    """The area of a rectangle."""\n    return '
 SUFFIX = "\n\nprint(area(2, 3))\n"
 
