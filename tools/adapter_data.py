@@ -28,14 +28,14 @@ from codegemma.data.stages import Recipe
 LIST = Path(__file__).with_name("adapter_packages.txt")
 LARGEST = 40_000_000                     # bytes of an archive that is worth its share of the corpus
 
-# The curriculum: short windows first, suffixes growing, the suffix first at first. Strides give about 40, 70, 50 and 20
+# The curriculum: short windows first, suffixes growing, the suffix first at first. Strides give about 42, 100, 70 and 28
 # thousand examples; each phase draws other holes.
 _FIRST = Recipe(fim_rate=0.87, spm_rate=0.7, length=256, epoch=1, loss=("middle", "terminator"), window=(64, 160),
                 stride=5000, suffix_limit=32, path_rate=0.5, hold_out=0.03)
 PHASES = {"a1": _FIRST,
-          "a2": replace(_FIRST, spm_rate=0.5, epoch=2, stride=3000, suffix_limit=None),
-          "b": replace(_FIRST, spm_rate=0.5, epoch=3, stride=4200, suffix_limit=None, window=(160, 255)),
-          "c": replace(_FIRST, spm_rate=0.5, epoch=4, stride=10_500, suffix_limit=None, window=(512, 1023), length=1024)}
+          "a2": replace(_FIRST, spm_rate=0.5, epoch=2, stride=2100, suffix_limit=None),
+          "b": replace(_FIRST, spm_rate=0.5, epoch=3, stride=3000, suffix_limit=None, window=(160, 255)),
+          "c": replace(_FIRST, spm_rate=0.5, epoch=4, stride=7500, suffix_limit=None, window=(512, 1023), length=1024)}
 
 
 @dataclass(frozen=True)
