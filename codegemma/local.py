@@ -26,10 +26,10 @@ class Model:
     """A loaded model. One request runs at a time; `engine.Batch` runs many together."""
 
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None, cache_bytes: int = 1 << 30,
-                 strict: bool = False) -> None:
+                 strict: bool = False, backend: Literal["native", "jax"] = "native") -> None:
         self.path, self.config = checkpoint.path, checkpoint.config
         self._checkpoint, self._strict, self._warned = checkpoint, strict, set[str]()
-        self.backend = Native(checkpoint, threads)
+        self.backend = _backend(backend, checkpoint, threads)
         self.engine = Engine(self.backend, checkpoint.tokenizer, _identity(checkpoint), cache_bytes)
         self.preset = _preset_of(checkpoint)
 
@@ -106,6 +106,8 @@ class Model:
         if not 1 <= prompt_tokens <= self.config.context - decode_tokens or decode_tokens < 1:
             raise ValueError(f"benchmark: prompt_tokens + decode_tokens must lie in the context of {self.config.context:,}, "
                              f"got {prompt_tokens} + {decode_tokens}")
+        if not isinstance(self.backend, Native):
+            raise ValueError("benchmark measures the native engine: load the model without backend=\"jax\"")
         ids = [int(token) for token in np.random.default_rng(0).integers(0, self.config.vocab, prompt_tokens)]
         self.backend.settle()
         prefills, decodes, limits = [], [], []
@@ -151,10 +153,12 @@ class Model:
 
 
 def load(model: str | os.PathLike[str] = hub.DEFAULT, *, threads: int | None = None, quantize: str | None = None,
-         cache: str | os.PathLike[str] | None = None, cache_bytes: int = 1 << 30, strict: bool = False) -> Model:
+         cache: str | os.PathLike[str] | None = None, cache_bytes: int = 1 << 30, strict: bool = False,
+         backend: Literal["native", "jax"] = "native") -> Model:
     """A model by name (`codegemma models` lists them) or path (.gguf, .safetensors, Hugging Face directory).
 
     `quantize` ("q8_0", "q4_0") turns float weights into blocks while loading; `cache` is a prefix cache saved before.
+    `backend`: "native" computes on the CPU, from the file's own blocks; "jax" on a GPU or TPU, with decoded weights.
     Raises ValueError naming what is wrong and what to do.
     """
     checkpoint = open_checkpoint(hub.resolve(os.fspath(model)))
@@ -162,10 +166,20 @@ def load(model: str | os.PathLike[str] = hub.DEFAULT, *, threads: int | None = N
         from codegemma.quantize import quantize_checkpoint
 
         checkpoint = quantize_checkpoint(checkpoint, quantize)
-    loaded = Model(checkpoint, threads, cache_bytes, strict)
+    loaded = Model(checkpoint, threads, cache_bytes, strict, backend)
     if cache is not None:
         loaded.engine.cache.load(cache)
     return loaded
+
+
+def _backend(name: str, checkpoint: Checkpoint, threads: int | None) -> Any:
+    if name == "native":
+        return Native(checkpoint, threads)
+    if name != "jax":
+        raise ValueError(f"backend must be native or jax, got {name!r}")
+    from codegemma.model_backend import Jax
+
+    return Jax(checkpoint)
 
 
 def truncate_left(ids: list[int], most: int) -> list[int]:

@@ -18,6 +18,7 @@ from codegemma.formats import Checkpoint
 from codegemma.model import Cache, Params, forward, params_of, unembed
 from codegemma.native import PAGE, Cancel, Logits, Page, Slice
 
+LENGTHS = (1, 8, 32, 128, 512)           # new tokens of a sequence
 Pages = list[list[jax.Array]]            # of each sequence, [2, L, PAGE, K, H]
 
 
@@ -47,7 +48,7 @@ class Jax:
         """Runs all slices, those of about one length together, and writes their keys and values; None if cancelled."""
         groups: dict[int, list[int]] = {}
         for number, one in enumerate(slices):
-            groups.setdefault(_size(len(one.ids), 8), []).append(number)
+            groups.setdefault(_size(len(one.ids), LENGTHS), []).append(number)
         found: dict[int, tuple[np.ndarray, ...]] = {}
         for length, numbers in groups.items():
             if cancel is not None and cancel.is_set():
@@ -58,7 +59,7 @@ class Jax:
     def _group(self, T: int, slices: dict[int, Slice]) -> dict[int, tuple[np.ndarray, ...]]:
         """Logits, argmax and normaliser of each slice's wanted tokens."""
         touched = -(-T // PAGE) + 1
-        B, P = _size(len(slices), 1), _size(max(one.start // PAGE + touched for one in slices.values()), 4)
+        B, P = _size(len(slices)), max(4, _size(max(one.start // PAGE + touched for one in slices.values())))
         tokens_BT, positions_BT = np.zeros((B, T), np.int32), np.full((B, T), P * PAGE, np.int32)  # a slot outside
         first_B, wanted = np.zeros(B, np.int32), []
         pages: Pages = [[self._empty] * P for _ in range(B)]
@@ -67,7 +68,7 @@ class Jax:
             tokens_BT[b, :n], positions_BT[b, :n] = one.ids, range(one.start, one.start + n)
             pages[b][:len(one.pages)] = map(self._array, one.pages)
             wanted += range(b * T + n - one.wanted, b * T + n)
-        at_W = np.resize(np.array(wanted or [0], np.int32), _size(len(wanted), 1))
+        at_W = np.resize(np.array(wanted or [0], np.int32), _size(len(wanted)))
         rows, made = self._run(self._params, pages, tokens_BT, positions_BT, first_B, at_W)
         values, argmax, normaliser = (np.array(part) for part in rows)
         results, at = {}, 0
@@ -99,6 +100,6 @@ def _run(params: Params, pages: Pages, tokens_BT: jax.Array, positions_BT: jax.A
     return rows, made
 
 
-def _size(count: int, least: int) -> int:
-    """Powers of two, so that few shapes are compiled; 1 stays alone (a token at a time)."""
-    return 1 if count <= 1 else max(least, 1 << (count - 1).bit_length())
+def _size(count: int, sizes: Sequence[int] = ()) -> int:
+    """The first of `sizes` that holds `count`, else a power of two, so that few shapes are compiled."""
+    return next((size for size in sizes if count <= size), 1 << (max(count, 1) - 1).bit_length())
