@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache, partial
 
 from codegemma import sandbox
-from codegemma.evals.languages import LANGUAGES, Toolchain
+from codegemma.evals.languages import LANGUAGES, Toolchain, python_version
 from codegemma.evals.records import Record, Records
 from codegemma.evals.task import Completion, Generate, Item, Program, Verdict, cut
 
@@ -118,13 +118,15 @@ toolchain = cache(Toolchain.find)
 
 def _babelcode(dataset: str, prefix: str, title: str, key: str) -> Generate:
     return Generate(f"{prefix}{key}", f"{title} {LANGUAGES[key].name}", partial(babelcode_items, dataset, key),
-                    partial(judge_babelcode, key), stop=BABELCODE_STOPS[key][0], group=title)
+                    partial(judge_babelcode, key), stop=BABELCODE_STOPS[key][0], group=title,
+                    runs_on=lambda: toolchain(key).version)
 
 
 TASKS: dict[str, Generate] = {task.name: task for task in (
     Generate("humaneval", "HumanEval", humaneval_items,
-             partial(judge_python, humaneval_program, HUMANEVAL_SECONDS), stop=HUMANEVAL_STOPS),
-    Generate("mbpp", "MBPP", mbpp_items, partial(judge_python, mbpp_program, MBPP_SECONDS), stop=("[DONE]",)),
+             partial(judge_python, humaneval_program, HUMANEVAL_SECONDS), stop=HUMANEVAL_STOPS, runs_on=python_version),
+    Generate("mbpp", "MBPP", mbpp_items, partial(judge_python, mbpp_program, MBPP_SECONDS), stop=("[DONE]",),
+             runs_on=python_version),
     *(_babelcode("babelcode-humaneval", "babelcode-", "BabelCode HumanEval", key) for key in LANGUAGES),
     *(_babelcode("babelcode-mbpp", "babelcode-mbpp-", "BabelCode MBPP", key) for key in LANGUAGES),
 )}

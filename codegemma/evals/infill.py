@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from codegemma.evals.code import HUMANEVAL_SECONDS, judge_python
+from codegemma.evals.languages import python_version
 from codegemma.evals.records import Records
 from codegemma.evals.task import Completion, Generate, Item
 from codegemma.prompts import Layout
@@ -38,7 +39,8 @@ def _task(kind: str, layout: Layout) -> Generate:
     program = left_to_right_program if layout == "prefix" else infill_program
     return Generate(f"infill-{kind}{suffix}", TITLES[kind] + mark, partial(infill_items, f"infill-{kind}", layout),
                     partial(judge_python, program, HUMANEVAL_SECONDS), MAX_TOKENS, layout=layout,
-                    stop=("\n",) if (kind, layout) == ("single", "prefix") else (), group="infilling")
+                    stop=("\n",) if (kind, layout) == ("single", "prefix") else (), group="infilling",
+                    runs_on=python_version)
 
 
 LAYOUTS: tuple[Layout, ...] = ("psm", "spm", "prefix")

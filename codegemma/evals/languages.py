@@ -202,9 +202,13 @@ def _said(command: Sequence[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
 
 
+def python_version() -> str:
+    return "Python " + ".".join(map(str, sys.version_info[:3]))
+
+
 def _version(key: str, paths: dict[str, str]) -> str:
     if key == "python":
-        return "Python " + ".".join(map(str, sys.version_info[:3]))
+        return python_version()
     if key == "kotlin":
         return "Kotlin " + (Path(paths["kotlinc"]) / "build.txt").read_text().strip()
     flag = {"go": "version", "csharp": "--version"}.get(key, "--version")

@@ -1,7 +1,8 @@
 """Runs a task: answers (kept as they come, so that a run can go on), verdicts, score, and the files that hold them.
 
 In the folder of a run, for each task: `TASK.jsonl`, the samples in the set's order, and `TASK.json`, the score; both
-are the same bytes for the same model, seed and settings. `TASK.times.json` holds what is not: the times.
+are the same bytes for the same model, seed and settings. `TASK.times.json` holds what is not: the times, and the version
+of what ran the programs.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def run(task: Task, model: Model, records: Records, out: Path, settings: Setting
         del sample["place"]
     summary = identity | _summary(task, samples, settings) | {"note": note}
     _write(out / f"{task.name}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-    _write(out / f"{task.name}.times.json", json.dumps(_times(answers.of), indent=1) + "\n")
+    tool = task.runs_on() if isinstance(task, Generate) and task.runs_on else ""
+    _write(out / f"{task.name}.times.json", json.dumps(_times(answers.of) | {"runs_on": tool}, indent=1) + "\n")
     _write(finished, json.dumps(summary, indent=1) + "\n")
     answers.path.unlink()
     return summary

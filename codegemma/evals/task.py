@@ -84,6 +84,7 @@ class Generate:
     stop: tuple[str, ...] = ()
     layout: Layout = "psm"
     group: str = "code"
+    runs_on: Callable[[], str] | None = None  # the version of what ran the programs
 
     def prompt(self, tokenizer: Tokenizer, item: Item) -> list[int]:
         if item.suffix is None:
