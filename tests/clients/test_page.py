@@ -7,13 +7,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from browser import Page, chromium, expect, picture, watched
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-pytest.importorskip("playwright")
-
-from browser import chromium, picture, watched
-from playwright.sync_api import Page, expect
 from serving import Process
 from tiny import tiny_config, write_tiny_gguf
 
@@ -28,7 +25,8 @@ print("<b>not bold</b>")
 ```html
 <script>window.bad = 5</script>
 ```
-<form action="https://example.org"><input name="key"><button>Send</button></form><svg onload="window.bad=6"><iframe srcdoc="x"></iframe>
+<form action="https://example.org"><input name="key"><button>Send</button></form>
+<svg onload="window.bad=6"><iframe srcdoc="x"></iframe>
 """
 
 
@@ -175,8 +173,7 @@ def test_chat_by_keyboard_alone(server, open_page):
 
 def test_regenerate_and_conversations(open_page, server):
     page = open_page(f"{server.url}/#/chat")
-    replies = iter(["first *answer*", "second", "third"])
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=said(next(replies))))
+    answers(page, "first *answer*", "second", "third")
     ask(page, "one")
     expect(page.locator(".message.assistant em")).to_have_text("answer")
     page.locator(".message.assistant").hover()
@@ -191,9 +188,15 @@ def test_regenerate_and_conversations(open_page, server):
     expect(page.locator(".conversations li")).to_have_count(1)
 
 
-def said(text: str) -> str:
-    return "".join(f"data: {json.dumps({'choices': [{'delta': {'content': part}}]})}\n\n" for part in (text[:7], text[7:])) \
-        + "data: [DONE]\n\n"
+def answers(page: Page, *texts: str) -> None:
+    """What no real model can be made to say."""
+    left = iter(texts)
+
+    def stream(text: str) -> str:
+        parts = [{"choices": [{"delta": {"content": part}}]} for part in (text[:7], text[7:])]
+        return "".join(f"data: {json.dumps(part)}\n\n" for part in parts) + "data: [DONE]\n\n"
+
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=stream(next(left))))
 
 
 def ask(page: Page, text: str) -> None:
@@ -204,7 +207,7 @@ def ask(page: Page, text: str) -> None:
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)])
 def test_what_a_model_says_cannot_do_anything(open_page, server, scheme, width):
     page = open_page(f"{server.url}/#/chat", color_scheme=scheme, viewport={"width": width, "height": 800})
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=said(HOSTILE)))
+    answers(page, HOSTILE)
     ask(page, "Attack!\n<b>me</b>")
     expect(page.locator(".composer button")).to_have_text("Send")
     answer = page.locator(".message.assistant .text")
@@ -221,7 +224,7 @@ def test_what_a_model_says_cannot_do_anything(open_page, server, scheme, width):
 
 def test_code_can_be_copied(open_page, server):
     page = open_page(f"{server.url}/#/chat", permissions=["clipboard-read", "clipboard-write"])
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=said("```python\nx = 1\n```")))
+    answers(page, "```python\nx = 1\n```")
     ask(page, "code")
     page.locator("figure").get_by_role("button", name="Copy").click()
     expect(page.locator("figure").get_by_role("button", name="Copied")).to_be_visible()

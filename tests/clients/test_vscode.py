@@ -1,0 +1,165 @@
+"""The extension inside VS Code (code-server), where it starts `codegemma serve` itself.
+
+Needs `make vscode` and scripts/install_code_server."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from browser import PATIENCE, Page, chromium, expect, picture
+
+ROOT = Path(__file__).parents[2]
+VSIX = ROOT / "editors/vscode/codegemma.vsix"
+CODE = ROOT / "build/code-server/node_modules/code-server/out/node/entry.js"
+SHAPES = '"""Areas of simple shapes."""\n\nfrom math import pi\n\n\ndef circle_area(radius):\n    \n\n\nprint(circle_area(2))\n'
+SETTINGS = {"workbench.startupEditor": "none", "security.workspace.trust.enabled": False, "extensions.autoUpdate": False,
+            "extensions.autoCheckUpdates": False, "telemetry.telemetryLevel": "off", "workbench.colorTheme": "Default Dark Modern",
+            "workbench.tips.enabled": False, "chat.commandCenter.enabled": False,
+            "codegemma.maxTokens": 24, "codegemma.chatTokens": 200}
+
+pytestmark = pytest.mark.skipif(not (CODE.exists() and VSIX.exists()), reason="make vscode; scripts/install_code_server")
+
+
+@pytest.fixture(scope="module")
+def workbench(tmp_path_factory):
+    """VS Code in a browser, with the extension, on a folder with one file."""
+    home = tmp_path_factory.mktemp("code")
+    (home / "work").mkdir()
+    (home / "work/shapes.py").write_text(SHAPES)
+    (home / "work/.env").write_text("KEY=1\n")
+    program = home / "codegemma"         # says where its server listens, for the test
+    program.write_text(f"#!/bin/bash\ncd {shlex.quote(str(ROOT))}\nexec {shlex.quote(sys.executable)} -m codegemma.cli \"$@\" "
+                       f"> >(exec tee {shlex.quote(str(home / 'said'))})\n")
+    program.chmod(0o755)
+    (home / "data/User").mkdir(parents=True)
+    (home / "data/User/settings.json").write_text(json.dumps(SETTINGS | {"codegemma.command": str(program)}))
+    command = ["node", str(CODE), "--user-data-dir", str(home / "data"), "--extensions-dir", str(home / "extensions")]
+    environment = os.environ | {"HOME": str(home), "EXTENSIONS_GALLERY": "{}"}
+    subprocess.run([*command, "--install-extension", str(VSIX)], env=environment, check=True, capture_output=True, timeout=300)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with open(home / "log", "w") as log:
+        code = subprocess.Popen([*command, "--auth", "none", "--bind-addr", address, "--disable-telemetry",
+                                 "--disable-update-check", "--disable-workspace-trust"], env=environment, stdout=log, stderr=log)
+    try:
+        httpx.Client(transport=httpx.HTTPTransport(retries=10), timeout=120).get(f"http://{address}/healthz")
+        with chromium() as browser:
+            page = browser.new_page(viewport={"width": 1280, "height": 800})
+            page.set_default_timeout(PATIENCE)
+            page.goto(f"http://{address}/?folder={home / 'work'}")
+            page.get_by_role("treeitem", name="shapes.py").dblclick()
+            page.locator(".editor-instance .view-line").first.wait_for()
+            yield page, home
+    finally:
+        code.terminate()
+        code.wait(60)
+
+
+def url(home: Path) -> str:
+    return (home / "said").read_text().split("listening on ")[1].split()[0]
+
+
+def status(page: Page):
+    return page.locator(".statusbar-item", has_text="CodeGemma")
+
+
+def command(page: Page, name: str) -> None:
+    page.keyboard.press("F1")
+    page.locator(".quick-input-widget input").first.fill(f">CodeGemma: {name}")
+    page.locator(".quick-input-list").get_by_text(f"CodeGemma: {name}", exact=True).first.wait_for()
+    page.keyboard.press("Enter")
+
+
+def to_line(page: Page, line: int) -> None:
+    page.locator(".editor-instance .view-line").first.click()
+    page.keyboard.press("Control+Home")
+    for _ in range(line - 1):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("End")
+
+
+def ghost(page: Page) -> str:
+    return "".join(page.locator("[class*=ghost-text]").all_text_contents()).replace("\xa0", " ")
+
+
+def whole_ghost(page: Page) -> str:
+    page.locator("[class*=ghost-text]").first.wait_for()
+    return ghost(page)
+
+
+def test_ghost_text_is_the_servers_and_is_taken_by_word_and_whole(workbench):
+    page, home = workbench
+    expect(status(page).locator(".codicon-sparkle")).to_be_visible(timeout=PATIENCE)  # the server is up
+    to_line(page, 7)
+    page.keyboard.type("return pi * ")
+    shown = whole_ghost(page)
+    picture(page, "vscode-ghost")
+    prefix, suffix = SHAPES.split("    \n")
+    answer = httpx.post(f"{url(home)}/infill", timeout=180, json={
+        "input_prefix": f"{prefix}    return pi * ", "input_suffix": f"\n{suffix}", "path": "shapes.py",
+        "mode": "auto", "trim": "block", "adapter": "auto", "n_predict": 24, "input_extra": []}).json()
+    assert shown == answer["content"].replace("\n", "") != ""
+    expect(status(page)).to_contain_text(" ms", timeout=PATIENCE)
+    page.keyboard.press("Control+ArrowRight")
+    word = page.locator(".view-line", has_text="return").inner_text().replace("\xa0", " ")
+    assert word.strip().startswith("return pi * ")
+    page.keyboard.press("Tab")
+    page.wait_for_function("text => [...document.querySelectorAll('.view-line')].some(line => "
+                           "line.textContent.replaceAll('\\u00a0', ' ').trim().startsWith(text))",
+                           arg=f"return pi * {answer['content'].splitlines()[0]}".strip())
+
+
+def test_the_chat_answers_about_the_function_at_the_cursor(workbench):
+    page, _ = workbench
+    to_line(page, 7)
+    command(page, "Explain")
+    view = page.frame_locator("iframe.webview.ready").frame_locator("iframe")
+    question = view.locator(".message.user .text")
+    expect(question).to_contain_text("Explain what this code does", timeout=PATIENCE)
+    expect(question).to_contain_text("def circle_area(radius):")
+    expect(view.locator(".message.assistant .text")).not_to_be_empty(timeout=PATIENCE)
+    stop = view.locator(".composer button")
+    if stop.inner_text() == "Stop":
+        stop.click()
+    expect(stop).to_have_text("Send", timeout=PATIENCE)
+    picture(page, "vscode-chat")
+
+
+def test_off_for_a_language_and_on_again(workbench):
+    page, home = workbench
+    settings = home / "data/User/settings.json"
+    to_line(page, 1)
+    command(page, "Turn On or Off for This Language")
+    expect(status(page).locator(".codicon-circle-slash")).to_be_visible(timeout=PATIENCE)
+    assert json.loads(settings.read_text())["codegemma.enable"]["python"] is False
+    command(page, "Turn On or Off for This Language")
+    expect(status(page).locator(".codicon-circle-slash")).to_have_count(0, timeout=PATIENCE)
+
+
+def test_a_file_of_secrets_is_not_sent(workbench):
+    page, _ = workbench
+    page.keyboard.press("Control+Shift+E")
+    page.get_by_role("treeitem", name=".env").dblclick()
+    page.locator(".tab.active", has_text=".env").wait_for()
+    command(page, "Explain")
+    expect(page.get_by_text("it is not sent").first).to_be_visible(timeout=PATIENCE)
+    page.locator(".tab", has_text="shapes.py").click()
+
+
+def test_the_server_stops_and_starts(workbench):
+    page, home = workbench
+    old = url(home)
+    command(page, "Stop the Local Server")
+    expect(status(page).locator(".codicon-debug-stop")).to_be_visible(timeout=PATIENCE)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{old}/health")
+    command(page, "Start the Local Server")
+    expect(status(page).locator(".codicon-sparkle")).to_be_visible(timeout=PATIENCE)
+    assert httpx.get(f"{url(home)}/health").json() == {"status": "ok"}
