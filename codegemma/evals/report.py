@@ -72,11 +72,11 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
             for r in results.values()]
     timed = [(r["title"], r["times"]) for r in results.values() if r["times"]["samples"]]
     times = [[title, f"{t['seconds']:.1f}", f"{t['seconds'] / t['samples']:.3f}", t["tokens"],
-              ", ".join(f"{why} {count}" for why, count in t["stops"].items()), t.get("runs_on", "")]
-             for title, t in timed]
+              ", ".join(f"{why} {count}" for why, count in t["stops"].items()), t.get("runs_on", "")] for title, t in timed]
     text = f"# {', '.join(sorted({r['model'] for r in results.values()}))}\n\n" + _table(head, rows)
     if times:
-        text += "\n## Time\n\n" + _table(["benchmark", "seconds", "per answer", "tokens", "why it stopped", "programs ran on"], times)
+        head = ["benchmark", "seconds", "per answer", "tokens", "why it stopped", "programs ran on"]
+        text += "\n## Time\n\n" + _table(head, times)
     return text
 
 
