@@ -1,0 +1,89 @@
+"""The card and the curve of the default model's adapter, from what a small corpus and made reports leave."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tree_sitter")
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+
+import adapter_card
+import adapter_data
+import adapter_eval
+from vocabularies import small
+
+from codegemma import lora
+from codegemma.data.build import build
+from codegemma.data.pack import Rows
+from codegemma.data.stages import Recipe
+from codegemma.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cache")
+    for name in ("one", "two", "three"):
+        (root / "src" / name).mkdir(parents=True)
+        (root / "src" / name / "pyproject.toml").write_text("[project]\nlicense = 'MIT'\n")
+        for at in range(8):
+            body = "".join(f"def {name}_{at}_{i}(a, b):\n    return {(len(name) * 101 + at * 13 + i) * 7919} + a\n\n" for i in range(12))
+            (root / "src" / name / f"m{at}.py").write_text(body)
+    recipe = Recipe(length=160, window=(64, 159), stride=300, loss=("middle", "terminator"))
+    build([str(root / "src")], root / "rows" / "a1", Tokenizer.from_sentencepiece(small()), recipe)
+    return root
+
+
+def report(label, tokens, share, nats):
+    layout = {"all": {name: {"mean": share} for name in ("exact", "stopped", "ended", "gain")}, "random": {"exact": {"mean": 0.25}}}
+    return {"label": label, "tokens": tokens, "held_out": {"psm": layout, "spm": layout, "left_to_right": nats}, "infilling": {
+        "infill-single-spm": {"score": share, "items": 4}, "infill-single-l2r": {"score": 0.25, "items": 4}}}
+
+
+def test_the_card_says_what_the_manifests_say(cache, tmp_path):
+    made = Rows(cache / "rows" / "a1")
+    manifest = json.loads((cache / "rows" / "a1" / "manifests" / "rows.json").read_text())
+    adapter = lora.Adapter("fim", 2, 4.0, {"layers.0.q": np.ones((2, 8), np.float32)}, {"layers.0.q": np.ones((8, 2), np.float32)},
+                           {67: np.ones(8, np.float32)}, {"base": "google/gemma-3-270m", "learning_rate": 1e-3})
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"step": step, "tokens": 1000, "seconds": 1800.0}) + "\n" for step in (1, 2, 2, 3)))
+    (cache / "evals").mkdir()
+    (cache / "evals" / "final.json").write_text(json.dumps(report("final", 3000, 0.5, [1.0]) | {"compared": {
+        "infill-single-spm - base left to right": {"difference": 0.25, "low": 0.1, "high": 0.4, "items": 4}}}))
+    text = adapter_card.card(adapter, cache, [metrics], "final")
+    learned = sum(int(made[at]["loss"].sum()) for at in range(len(made)))
+    examples = sum(len(made.examples(at)) for at in range(len(made)))
+    assert f"| {examples:,} | {manifest['tokens']:,} | {learned:,} |" in text and "24 files were kept" in text
+    assert "3,000 tokens in 3 steps and 1.5 hours" in text and '"learning_rate": 0.001' in text
+    assert "+0.2500 | +0.1000 to +0.4000 | 4" in text and "Gemma Terms of Use" in text and "Statement of changes" in text
+
+
+def test_differences_are_paired_with_the_base_models_own_answers(tmp_path):
+    for label, passed in (("base", (1, 0, 0, 0)), ("new", (1, 1, 0, 1))):
+        (tmp_path / label).mkdir()
+        task = "infill-single-l2r" if label == "base" else "infill-single-spm"
+        (tmp_path / label / f"{task}.jsonl").write_text("".join(json.dumps({"id": str(i), "passed": bool(p)}) + "\n"
+                                                                for i, p in enumerate(passed)))
+    base, new = report("base", 0, 0.25, [1.0, 2.0]), report("new", 10**6, 0.75, [1.25, 2.25])
+    del base["infilling"]["infill-single-spm"], new["infilling"]["infill-single-l2r"]
+    found = adapter_eval.compared(new, base, tmp_path / "new", tmp_path / "base")
+    assert found["infill-single-spm - base left to right"]["difference"] == 0.5
+    assert found["nats a token left to right"] == {"items": 2, "difference": 0.25, "low": 0.25, "high": 0.25}
+    for each in (new, base):
+        (tmp_path / f"{each['label']}.json").write_text(json.dumps(each))
+    lines = adapter_eval.table(tmp_path).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| new"] and {line.count("|") for line in lines} == {
+        len(adapter_eval.HEAD) + 1}
+
+
+def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path):
+    package = adapter_data.packages()[0]
+    (tmp_path / package.file).write_bytes(b"something else")
+    with pytest.raises(ValueError, match="the list says"):
+        adapter_data.fetch(package, tmp_path)
+    assert not (tmp_path / package.file).exists()
+    assert all(len(each.sha256) == 64 and each.registry in adapter_data.REGISTRIES for each in adapter_data.packages())
