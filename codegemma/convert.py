@@ -63,6 +63,7 @@ def convert(source: str | Path, target: Path, to: Target | None = None, *, quant
         importance = importance_of(importance, checkpoint)
     sums: dict[str, tuple[float, float]] = {}
     tensors = {name: _typed(name, tensor, wanted[name], importance or {}, sums) for name, tensor in checkpoint.tensors.items()}
+    files.sweep(target)
     _room(target, sum(tensor.nbytes for tensor in tensors.values()))
     if target.exists() and overwrite:
         shutil.rmtree(target) if target.is_dir() else target.unlink()
@@ -461,15 +462,16 @@ def card(source: str | Path, results: Path | None = None, manifest: Path | None 
         raise ValueError(f"{results} holds no finished benchmark: pass the --out of `codegemma eval run`")
     index = [{"name": name, "results": [
         {"task": {"type": "text-generation"}, "dataset": {"type": task, "name": one["title"]},
-         "metrics": [{"type": "score", "value": round(100 * one["score"], 2), "name": one["note"]}]} for task, one in scores.items()]}]
+         "metrics": [{"type": "score", "value": round(100 * one["score"], 2), "name": one["note"]}]}
+        for task, one in scores.items()]}]
     lines = ["---", "license: gemma", "library_name: codegemma", "pipeline_tag: text-generation", "tags: [code, gemma]",
              *([f"model-index: {json.dumps(index)}"] if scores else []), "---", f"# {name}", "",
              f"{found.parameters:,} parameters, {found.architecture}, "
              + ", ".join(f"{count} matrices {type}" for type, count in found.types.items()) + ".", ""]
     if scores:
         lines += ["## Evaluation", "", "| benchmark | percent | 95 % | items | how |", "|---|---|---|---|---|"]
-        lines += [f"| {one['title']} | {100 * one['score']:.1f} | {100 * one['low']:.1f} - {100 * one['high']:.1f} | {one['items']} | "
-                  f"{one['note']} |" for one in scores.values()] + [""]
+        lines += [f"| {one['title']} | {100 * one['score']:.1f} | {100 * one['low']:.1f} - {100 * one['high']:.1f} | "
+                  f"{one['items']} | {one['note']} |" for one in scores.values()] + [""]
     if manifest:
         lines += ["## Data", "", "```json", manifest.read_text().strip(), "```", ""]
     lines += ["## Licence", "", hub.NOTICE.strip(), "", "## Statement of changes", "",

@@ -56,6 +56,9 @@ def resuming(path: Path, stamp: str) -> Iterator[BinaryIO]:
     boot = Path("/proc/sys/kernel/random/boot_id")
     stamp += boot.read_text() if boot.exists() else ""
     part = _part(path, f"at-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}")
+    for other in path.parent.glob(f".{glob.escape(path.name)}.at-*.part"):
+        if other != part:
+            other.unlink(missing_ok=True)
     with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         try:
             lock(file, wait=False)
@@ -96,14 +99,17 @@ def building(path: Path) -> Iterator[Path]:
 
 
 def _part(path: Path, mark: str = "") -> Path:
-    """Where a file grows until it is complete; what killed processes left there, and others' marks, are swept away."""
+    """Where a file grows until it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{path.name}.{mark or os.getpid()}.part")
+    return path.with_name(f".{path.name}.{mark or os.getpid()}.part")
+
+
+def sweep(path: Path) -> None:
+    """Removes what killed processes left beside `path`; what may be resumed stays."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         writer = old.name.split(".")[-2]
-        if writer.isdigit() and not _alive(int(writer)) or mark and old != own and writer.startswith("at-"):
+        if writer.isdigit() and not _alive(int(writer)):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    return own
 
 
 def _alive(process: int) -> bool:
