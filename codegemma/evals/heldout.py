@@ -17,6 +17,7 @@ from codegemma.prompts import fim as fim_prompt
 Kind = Literal["single-line", "multi-line", "random"]
 KINDS: tuple[Kind, ...] = ("single-line", "multi-line", "random")
 MAX_TOKENS = 128
+TOGETHER = 64                            # holes whose prompts are still cached when their likelihoods are asked for
 LAYOUTS: tuple[Layout, ...] = ("psm", "spm")
 
 
@@ -86,7 +87,9 @@ def measure(model: Model, found: Sequence[Hole], layouts: Sequence[Layout] = LAY
     alone = likelihood(model, found, "prefix")
     report: dict[str, Any] = {"holes": len(found), "prefix_logp": [each["logp"] for each in alone]}
     for layout in layouts:
-        each = [a | b for a, b in zip(complete(model, found, layout), likelihood(model, found, layout), strict=True)]
+        parts = [found[at:at + TOGETHER] for at in range(0, len(found), TOGETHER)]
+        each = [a | b for part in parts
+                for a, b in zip(complete(model, part, layout), likelihood(model, part, layout), strict=True)]
         for one, other in zip(each, alone, strict=True):
             one["gain"] = one["logp"] - other["logp"]
         kinds = {"all": each} | {kind: [one for one, hole in zip(each, found, strict=True) if hole.kind == kind]
