@@ -272,6 +272,8 @@ def speed(args: Any) -> str:
 def under_load(args: Any) -> str:
     with our_server(args.threads) as (url, pid):
         found = asyncio.run(load(url, pid, args.clients, args.load))
+    if not found["answered"]:
+        raise RuntimeError(f"no request was answered before its client typed on: {dict(found['statuses'])}")
     seconds = [took for _, took in found["answered"]]
     memory = [size / 1e6 for size in found["memory"]]
     if args.plot:

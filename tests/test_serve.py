@@ -313,6 +313,8 @@ def test_tokens_templates_and_descriptions(server, model):
     assert good(server.post("/detokenize", json={"tokens": model.tokenizer.encode(text)}))["content"] == text
     template = good(server.post("/apply-template", json={"messages": [{"role": "user", "content": "hi"}]}))
     assert template["prompt"] == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
+    found = good(server.get("/tokenizer_info"))
+    assert (found["bos_token"], found["eos_token"], found["pad_token"]) == ("<bos>", "<eos>", "<pad>")
     assert good(server.get("/health")) == {"status": "ok"} and good(server.get("/v1/health"))["model"] == "tiny"
     assert [one["id"] for one in good(server.get("/v1/models"))["data"]] == ["tiny"]
     assert ".Suffix" in good(server.post("/api/show", json={"model": "tiny"}))["template"]  # how Continue knows of FIM

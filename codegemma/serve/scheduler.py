@@ -84,6 +84,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closing = self._cut = False    # cut: the step before this one was given up half-way
         self._until = 0.0                    # when the present step should end
+        self._pace = 0.0                     # seconds of a step without prompts
         self._room = self.engine.cache.most_bytes // self.engine.backend.page_bytes * PAGE  # tokens that may run at once
         self._saved = cache / hashlib.sha256(self.engine.cache.key.encode()).hexdigest()[:32] if cache else None
         if self._saved is not None:          # in the background: requests are answered meanwhile
@@ -185,7 +186,7 @@ class Scheduler:
             if job in self._waiting:
                 self._waiting.remove(job)
                 self._end(job, Step(None, "", 0.0, "cancelled"))
-            elif not self._cut or all(one.gone.is_set() for one in self._jobs.values()):
+            elif not self._cut or all(one.gone.is_set() for one in list(self._jobs.values())):
                 self._interrupt(KEEN)
             self._changed.notify()
 
@@ -261,10 +262,13 @@ class Scheduler:
             batch.running.sort(key=lambda one: (self._jobs[one].ask.max_tokens == 0, self._work[self._jobs[one].ask.client]))
             batch.chunk = self._chunk()
             before = {one: one.done for one in batch.running}
+            started = time.perf_counter()
             with engine.lock:
                 steps = batch.step()
             if not batch.cancel.is_set():
                 self._cut = False
+                if all(one.done - before[one] <= 1 for one in before):
+                    self._pace += (time.perf_counter() - started - self._pace) / 4
             self._count(before)
             self._deliver(steps)
         if self._scoring:
@@ -284,7 +288,7 @@ class Scheduler:
         paused = max(LEAST, int(PAUSE * self.engine.prefill_rate))
         chunk = CHUNK if len(self._batch.running) == 1 else min(paused, CHUNK)
         reads = min(sum(len(one.ids) - one.done - 1 for one in self._batch.running), chunk)
-        self._until = time.perf_counter() + reads / self.engine.prefill_rate
+        self._until = time.perf_counter() + reads / self.engine.prefill_rate + self._pace
         return chunk
 
     def _count(self, before: dict[Running, int]) -> None:

@@ -146,6 +146,16 @@ async def tokenize(body: Tokenize, request: Request) -> Response:
     return reply({"tokens": [{"id": token, "piece": _piece(tokenizer.decode_bytes([token], control=True))} for token in ids]})
 
 
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """vLLM's, which lm-eval asks for."""
+    tokenizer = backend(request).tokenizer
+    names = {name: getattr(tokenizer.control, name.removesuffix("_token"))
+             for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return reply({"tokenizer_class": "GemmaTokenizer", "model_max_length": backend(request).context, "chat_template": None,
+                  **{name: None if token is None else tokenizer.piece(token) for name, token in names.items()}})
+
+
 @router.post("/detokenize")
 async def detokenize(body: Detokenize, request: Request) -> Response:
     text = backend(request).tokenizer.decode(body.tokens, control=True)
