@@ -325,6 +325,7 @@ def test_tokens_templates_and_descriptions(server, model):
     assert good(server.get("/v1beta/server_setting")) == {"disable_client_side_telemetry": True}
     assert good(server.post("/api/generate", json={"model": "m", "prompt": ""}))["done_reason"] == "load"
     assert server.client.head("/").status_code == 200 and server.post("/v1/embeddings", json={}).status_code == 501
+    assert good(server.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}))
     metrics = dict(line.rsplit(" ", 1) for line in server.get("/metrics").text.splitlines() if not line.startswith("#"))
     assert float(metrics["llamacpp:tokens_predicted_total"]) > 0 and float(metrics["codegemma_requests_total"]) > 0
     assert "/v1/fim/completions" in good(server.get("/openapi.json"))["paths"]
@@ -654,7 +655,7 @@ def test_a_remote_that_fails_is_said_to(path, model):
         return Scheduler(model)
 
     with served(behind) as engine, served(opened) as front:
-        front.backend.client = httpx.AsyncClient(base_url="http://127.0.0.1:9/v1")
+        front.backend.client.base_url = "http://127.0.0.1:9/v1"
         answer = front.post("/v1/completions", json={"prompt": "x"})
         assert answer.status_code == 502 and "engine behind" in answer.json()["error"]["message"]
     with pytest.raises(ValueError, match="does not tell what is served"):
