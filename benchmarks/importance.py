@@ -18,13 +18,13 @@ from codegemma import convert, hub
 from codegemma.formats import open_checkpoint
 from codegemma.quantize import importance_of
 
-TYPES = ("q4_0", "q4_1", "q4_k_m", "q5_0", "q5_1", "q6_k")
-FILES, CHARACTERS = 12, 1_000            # tested: from the middle of each, where no licence stands
+FILES, CHARACTERS = 8, 800            # tested: from the middle of each, where no licence stands
 
 
 def main() -> None:
     parser = logbook.parser(__doc__)
     parser.add_argument("model", nargs="?", default=hub.DEFAULT)
+    parser.add_argument("--types", default="q4_0,q4_1,q4_k_m,q5_0")
     args = parser.parse_args()
     modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda file: file.name)
     texts = tuple(text[len(text) // 2:][:CHARACTERS] for file in modules[1::2]
@@ -35,8 +35,8 @@ def main() -> None:
         for file in modules[::2]:
             shutil.copy(file, measured)
         source = convert.convert(args.model, Path(folder, "float.gguf"), dtype="f32").path
-        measured_on_code, rows = importance_of(measured, open_checkpoint(source)), []
-        for type in TYPES:
+        measured_on_code, rows = importance_of(measured, open_checkpoint(hub.resolve(args.model))), []
+        for type in args.types.split(","):
             plain, weighed = (convert.verify(source, convert.convert(source, Path(folder, "q.gguf"), quantize_to=type,
                                                                      importance=importance, overwrite=True).path, texts)
                               for importance in (None, measured_on_code))

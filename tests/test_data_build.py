@@ -241,6 +241,25 @@ def test_same_bytes_for_two_workers_and_another_order(built, corpus, tokenizer, 
     assert json.loads((tmp_path / "out" / "timing.json").read_text())["rows"]["workers"] == 2
 
 
+def test_same_bytes_for_any_order_of_the_rows_in_a_parquet_file(tokenizer, tmp_path):
+    """Also where near and exact copies, and several versions of one path, fall into other shards."""
+    draw, outs = random.Random(3), []
+    texts = [python_file(draw, at, []) for at in range(20)]
+    rows = [{"repository": f"org/r{at % 4}", "path": f"f{at // 4}.py", "content": text} for at, text in enumerate(texts[10:])]
+    rows += [{"repository": "org/copies", "path": f"c{at}.py", "content": text} for at, text in enumerate(texts[10:14])]
+    rows += [{"repository": f"org/r{at % 4}", "path": f"v{at // 4}.py", "content": text + f"# {version}\n"}
+             for at, text in enumerate(texts[:10]) for version in range(3)]   # versions of a path that differ in a line
+    for order in (1, 2, 3):
+        random.Random(order).shuffle(rows)
+        (folder := tmp_path / f"in{order}").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=7)
+        outs.append(tmp_path / f"out{order}")
+        build.build([str(folder / "rows.parquet")], outs[-1], tokenizer,
+                    Recipe(length=512, shard_bytes=4_000, licences="any"))
+    assert json.loads((outs[0] / "manifests" / "dedup.json").read_text())["counts"]["near copy"] > 5
+    assert digest(outs[0]) == digest(outs[1]) == digest(outs[2])
+
+
 def test_same_bytes_after_kill_and_resume(built, corpus, tokenizer, tmp_path):
     """kill -9 at several moments, then resume."""
     out, script = tmp_path / "out", tmp_path / "run.py"

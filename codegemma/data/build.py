@@ -305,13 +305,14 @@ class Dedup:
     def __init__(self, run: Build, shards: int):
         self.run, self.shards = run, shards
         self.said: list[dict[int, tuple[str, str]]] = [{} for _ in range(shards)]    # row -> (how, of what)
-        self.places: dict[int, tuple[str, str]] = {}                                 # node -> (repository, path)
+        self.places: dict[int, tuple[str, str, bytes]] = {}                  # node -> (repository, path, digest)
         self.same: dict[int, list[int]] = {}                                         # node -> its exact copies
 
     def names(self, shard: int, columns: Sequence[str]) -> dict[str, list[Any]]:
         import pyarrow.parquet as pq
 
-        return pq.read_table(self.run.work / "names" / f"{shard:06d}.parquet", columns=list(columns)).to_pydict()
+        with pq.ParquetFile(self.run.work / "names" / f"{shard:06d}.parquet") as file:    # read_table imports pandas
+            return file.read(list(columns), use_threads=False).to_pydict()
 
     def verdicts(self, documents: int) -> tuple[dict[str, int], int]:
         """Writes which rows of each shard are dropped; returns the counts, and the number of repositories compared."""
@@ -375,7 +376,7 @@ class Dedup:
         for part in sets:
             first, *rest = sorted(part.tolist(), key=self.places.__getitem__)
             for node in rest:
-                self.said[node >> 32][node & 0xFFFFFFFF] = ("exact copy", ":".join(self.places[first]))
+                self.said[node >> 32][node & 0xFFFFFFFF] = ("exact copy", ":".join(self.places[first][:2]))
                 self.same.setdefault(first, []).append(node)
 
     def near(self, documents: int) -> None:
@@ -392,33 +393,38 @@ class Dedup:
             edges += [(a, b, s) for (a, b), s in zip(pairs.tolist(), similarity.tolist(), strict=True)]
         self.name_nodes(node for a, b, _ in edges for node in (a, b))
         for node, (kept, _) in dedup.resolve(edges, self.places.__getitem__).items():
-            name = ":".join(self.places[kept])
+            name = ":".join(self.places[kept][:2])
             self.said[node >> 32][node & 0xFFFFFFFF] = ("near copy", name)
             for copy in self.same.get(node, ()):
                 self.said[copy >> 32][copy & 0xFFFFFFFF] = ("exact copy", name)
 
     def name_nodes(self, nodes: Iterable[int]) -> None:
-        """Looks up (repository, path) of the documents that some edge touches, shard by shard."""
+        """Looks up the places of the documents that some edge touches, shard by shard; digests tell versions apart."""
         wanted: dict[int, set[int]] = defaultdict(set)
         for node in nodes:
             wanted[node >> 32].add(node & 0xFFFFFFFF)
         for shard, ats in sorted(wanted.items()):
-            names = self.names(shard, ["repository", "path"])
-            self.places.update({(shard << 32) + at: (names["repository"][at], names["path"][at]) for at in ats})
+            names = self.names(shard, ["repository", "path", "digest"])
+            self.places.update({(shard << 32) + at: (names["repository"][at], names["path"][at], names["digest"][at])
+                                for at in ats})
+
 
 def ledger(run: Build) -> None:
-    """One file of all outcomes, sorted by repository and path in blocks of the order of stages."""
+    """One file of all outcomes: what the first stages dropped, sorted, as shards follow the order of the input; then what
+    became of the rest, partition by partition."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = sorted((run.work / "ledger").glob("*.parquet"))
-    with replacing(run.out / "ledger.parquet") as out:
-        writer = None
-        for file in files:
-            table = pq.read_table(file)
-            writer = writer or pq.ParquetWriter(out, table.schema, compression="zstd")
-            writer.write_table(table)
-        if writer:
-            writer.close()
+    def tables(stage: str) -> Iterator[pa.Table]:
+        for file in sorted((run.work / "ledger").glob(f"{stage}-*.parquet")):
+            with pq.ParquetFile(file) as source:
+                yield source.read(use_threads=False)
+
+    early = pa.concat_tables([*tables("clean"), *tables("documents")])
+    with replacing(run.out / "ledger.parquet") as out, pq.ParquetWriter(out, early.schema, compression="zstd") as writer:
+        for table in (early.sort_by([(name, "ascending") for name in early.schema.names]), *tables("order")):
+            if len(table):
+                writer.write_table(table)
 
 
 def summary(out: str | Path) -> Summary:
