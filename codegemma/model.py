@@ -77,7 +77,7 @@ def params_of(checkpoint: Checkpoint, dtype: Any = None, blocks: bool = False) -
             return Blocks.of(tensor)
         if tensor.type == "BF16" and dtype in (None, jnp.bfloat16):
             return jnp.asarray(tensor.array().view(jnp.bfloat16))
-        return _floats(tensor, dtype or (ELEMENTS[tensor.type] if tensor.type in ELEMENTS else jnp.bfloat16))
+        return _floats(tensor, dtype or ELEMENTS.get(tensor.type, jnp.bfloat16))  # type: ignore[arg-type]
 
     return {name: convert(name, tensor) for name, tensor in checkpoint.tensors.items()}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -174,7 +173,7 @@ class Run:
 def train(config: ModelConfig, base: Params | None, trainable: Trainable, order: Order, settings: Settings, folder: Path, *,
           held_out: Sequence[Any] = (), resume: bool = False, mesh: Any = None, terminators: Sequence[int] = (),
           keep_best: Callable[[Trainable, Report], None] = lambda trainable, report: None) -> Iterator[Report]:
-    """Trains `trainable` (a Lora over the frozen `base`, or all parameters) and reports each step.
+    """Trains `trainable` (a Lora over the frozen `base`, or all parameters; its arrays are used up) and reports each step.
 
     `folder` gets checkpoints, metrics.jsonl and loss.svg. `keep_best` is called with what was best on the held-out rows
     (sequences of rows as data.pack.Rows gives them), or at each checkpoint where there are none. Raises ValueError where
@@ -186,55 +185,62 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     parts = meshes.batch_parts(mesh)
     stamp = {"settings": asdict(replace(settings, save_every=1, keep=1)), "steps": steps, "seed": order.seed,
              "rows": [[len(rows), order.length(rows)] for rows in order.folders], "batch_tokens": order.batch_tokens}
-    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+    with meshes.use(mesh):
         trainable, base = meshes.place(mesh, trainable), meshes.place(mesh, base)
         run = Run(trainable, meshes.place(mesh, rule.init(trainable)))
-        store = Store(folder, settings.keep, stamp, resume)
-        try:
-            store.restore(run)
-            gradient = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), config=config, settings=settings))
-            loss = jax.jit(partial(objective, config=config, settings=settings))
-            total = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+    where, moments_where = (jax.tree.map(lambda leaf: leaf.sharding if mesh else None, tree) for tree in (trainable, run.moments))
+    gradient = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), config=config, settings=settings),
+                       out_shardings=(None, where))
+    loss = jax.jit(partial(objective, config=config, settings=settings))
+    total = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
-            @partial(jax.jit, donate_argnums=(0, 1))
-            def update(trainable: Trainable, moments: Any, gradients: Trainable, count: jax.Array) -> Any:
-                gradients = jax.tree.map(lambda g: g / count, gradients)
-                changes, moments = rule.update(gradients, moments, trainable)
-                return optax.apply_updates(trainable, changes), moments, optax.global_norm(gradients)
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(where, moments_where, None))
+    def update(trainable: Trainable, moments: Any, gradients: Trainable, count: jax.Array) -> Any:
+        gradients = jax.tree.map(lambda g: g / count, gradients)
+        changes, moments = rule.update(gradients, moments, trainable)
+        return optax.apply_updates(trainable, changes), moments, optax.tree.norm(gradients)
 
-            while run.step < steps:
-                started = time.perf_counter()
-                rows = order.rows(run.step)
-                length = order.length(rows)
-                summed: Any = None
-                seen = Tally(terminators)
-                for batch in _batches(rows, settings, parts):
-                    (_, told), grown = gradient(run.trainable, base, meshes.place_batch(mesh, batch))
-                    seen.add(batch, *told)
-                    summed = grown if summed is None else total(summed, grown)
-                run.trainable, run.moments, norm = update(run.trainable, run.moments, summed, jnp.float32(max(seen.targets, 1)))
-                run.step += 1
-                tokens = len(rows) * length
-                report = Report(run.step, steps, seen.loss, seen.right, seen.ends, seen.targets, tokens,
-                                time.perf_counter() - started,
-                                flops_of(config, tokens, length, seen.targets, not isinstance(trainable, Lora)),
-                                float(rate(run.step - 1)), float(norm))
-                if held_out and (run.step % settings.evaluate_every == 0 or run.step == steps):
-                    measured = _held_out(loss, run.trainable, base, held_out, settings, mesh)
-                    report = replace(report, held_out=measured, best=measured < run.best)
-                    run.misses = 0 if report.best else run.misses + 1
-                    run.best = min(run.best, measured)
-                finished = run.step == steps or 0 < settings.patience <= run.misses
+    def step() -> Report:
+        started = time.perf_counter()
+        rows = order.rows(run.step)
+        length = order.length(rows)
+        summed: Any = None
+        seen = Tally(terminators)
+        for batch in _batches(rows, settings, parts):
+            (_, told), grown = gradient(run.trainable, base, meshes.place_batch(mesh, batch))
+            seen.add(batch, *told)
+            summed = grown if summed is None else total(summed, grown)
+        run.trainable, run.moments, norm = update(run.trainable, run.moments, summed, jnp.float32(max(seen.targets, 1)))
+        run.step += 1
+        tokens = len(rows) * length
+        report = Report(run.step, steps, seen.loss, seen.right, seen.ends, seen.targets, tokens, time.perf_counter() - started,
+                        flops_of(config, tokens, length, seen.targets, not isinstance(trainable, Lora)),
+                        float(rate(run.step - 1)), float(norm))
+        if held_out and (run.step % settings.evaluate_every == 0 or run.step == steps):
+            measured = _held_out(loss, run.trainable, base, held_out, settings, mesh)
+            report = replace(report, held_out=measured, best=measured < run.best)
+            run.misses = 0 if report.best else run.misses + 1
+            run.best = min(run.best, measured)
+        return report
+
+    def finished() -> bool:
+        return run.step >= steps or 0 < settings.patience <= run.misses
+
+    store = Store(folder, settings.keep, stamp, resume)
+    try:
+        store.restore(run)
+        while not finished():
+            with meshes.use(mesh):       # not while the caller has the report
+                report = step()
+                saves = finished() or run.step % settings.save_every == 0
                 store.log(run, report)
-                if report.best or not held_out and (finished or run.step % settings.save_every == 0):
+                if report.best or not held_out and saves:
                     keep_best(run.trainable, report)
-                if finished or run.step % settings.save_every == 0:
+                if saves:
                     store.save(run)
-                yield report
-                if finished:
-                    return
-        finally:
-            store.close()
+            yield report
+    finally:
+        store.close()
 
 
 class Tally:

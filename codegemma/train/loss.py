@@ -126,7 +126,8 @@ def _behind(ids, cap, z, train_table, kept, cotangents):  # type: ignore[no-unty
             numbers_C = start + jnp.arange(size, dtype=jnp.int32)
             logits_MC = softcap(_rows(table_VD, start, size)[0](h_MD), cap)
             push_MC = jnp.exp(_without(ids, logits_MC, numbers_C) - lse_M[:, None]) * pull_M[:, None]
-            push_MC = (push_MC - (targets_M[:, None] == numbers_C[None]).astype(jnp.float32)) * _slope(logits_MC, cap) * g_M[:, None]
+            push_MC -= (targets_M[:, None] == numbers_C[None]).astype(jnp.float32)
+            push_MC *= _slope(logits_MC, cap) * g_M[:, None]
             if ids:
                 push_MC = _without(ids, push_MC, numbers_C, 0.0)
             return jax.lax.dynamic_update_slice(gradient_VD, (push_MC.T @ h_MD).astype(gradient_VD.dtype), (start, 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -40,6 +41,11 @@ def parse(text: str | None) -> Mesh | None:
         raise ValueError(f"mesh {text} has {math.prod(sizes.values())} places, but there are {jax.device_count()} devices: "
                          "make the product equal")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def use(mesh: Mesh | None) -> Any:
+    """A context in which `model.forward` divides its activations over the mesh."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def batch_parts(mesh: Mesh | None) -> int:

@@ -1,0 +1,243 @@
+"""The laws of the JAX forward pass: golden logits, the float64 twin, the native engine, cache, packing, remat, bf16.
+
+Bounds are those of `reference.tolerance`: the model's own conditioning, at the unit roundoff of the arithmetic.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from tiny import KINDS, dequantize, random_adapter, random_weights, tiny_config, tiny_tensors
+
+from codegemma.engine import Engine
+from codegemma.formats import Checkpoint
+from codegemma.lora import merge
+from codegemma.model import Cache, forward, init, new_cache, params_of, unembed
+from codegemma.native import Native
+from codegemma.train.loop import lora_of
+
+GOLDEN = ("gemma1-mqa", "gemma1-mha", "gemma2", "gemma3")
+BFLOAT16 = 2.0 ** -8
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def tiny(kind, seed=0, **changes):
+    config = tiny_config(kind, **changes)
+    return config, {name: jnp.asarray(values) for name, values in random_weights(config, seed).items()}
+
+
+def checkpoint(kind, type="F32", **changes):
+    config = tiny_config(kind, **changes)
+    return Checkpoint(Path("tiny"), config, tiny_tensors(config, type), {}, None)
+
+
+def random_ids(count, seed=0, vocab=515):
+    return np.concatenate([[2], np.random.default_rng(seed).integers(3, vocab, count - 1)]).astype(np.int32)
+
+
+def logits(config, params, ids, lora=None, **options):
+    def whole(params, ids_BT, lora):
+        return unembed(params, forward(params, ids_BT, config, lora, **options)[0], config, lora)[0]
+
+    return np.asarray(jax.jit(whole)(params, ids[None], lora))
+
+
+# --------------------------------------------------------------------------------------------------- what is computed
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_logits_are_those_of_transformers_and_of_the_float64_twin(kind):
+    config, params, ids, theirs = reference.golden(kind)
+    ours = logits(config, {name: jnp.asarray(value) for name, value in params.items()}, ids)
+    bound = reference.tolerance(config, params, ids)
+    assert np.abs(ours - reference.logits(config, params, ids)).max() < bound
+    assert np.abs(ours - theirs).max() < 2 * bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_native_engine(kind):
+    """On the same float32 weights, past the windows of 8 and a page of 64; with an adapter worked into the weights."""
+    model, ids = checkpoint(kind), random_ids(80)
+    adapter = random_adapter(model.config, ranks=(4, 2), tokens=(69, 300))
+    params = params_of(model)
+    for changed, lora in ((model, None), (merge(model, adapter), lora_of(adapter))):
+        arrays = {name: tensor.float32() for name, tensor in changed.tensors.items()}
+        bound = 2 * reference.tolerance(model.config, arrays, ids)
+        theirs = Engine(Native(changed, 1)).logits(ids)
+        assert np.abs(logits(model.config, params, ids, lora) - theirs).max() < bound
+
+
+@pytest.mark.parametrize("type", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_params_of_decodes_what_a_file_holds(type):
+    model = checkpoint("gemma3", type)
+    params = params_of(model, jnp.float32)
+    assert params.keys() == model.tensors.keys()
+    for name, tensor in model.tensors.items():
+        assert np.array_equal(np.asarray(params[name]), dequantize(tensor)), name
+    stored = params_of(model)["layers.0.q"]
+    assert stored.dtype == {"F16": jnp.float16}.get(type, jnp.bfloat16)
+    assert np.array_equal(np.asarray(stored, np.float32), np.asarray(params["layers.0.q"].astype(stored.dtype), np.float32))
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "BF16"])
+def test_blocks_give_the_logits_of_their_values(type):
+    """Weights that stay as the file holds them, through the engine's products, on the adapter's side too."""
+    model, ids = checkpoint("gemma2", type, layers=2), random_ids(24)
+    lora = lora_of(random_adapter(model.config, tokens=(69, 300)))
+    kept, decoded = (params_of(model, jnp.float32, blocks=blocks) for blocks in (True, False))
+    values = {name: dequantize(tensor) for name, tensor in model.tensors.items()}
+    bound = 2 * reference.tolerance(model.config, values, ids)
+    assert np.abs(logits(model.config, kept, ids) - reference.logits(model.config, values, ids)).max() < bound
+    assert np.abs(logits(model.config, kept, ids, lora) - logits(model.config, decoded, ids, lora)).max() < 2 * bound
+
+
+def test_init_keeps_the_variance():
+    config = tiny_config("gemma3", layers=1, global_every=1, window=None)
+    params = init(config, jax.random.key(0))
+    assert params.keys() == reference.shapes(config).keys()
+    for name, value in params.items():
+        if name.endswith("norm"):
+            assert (np.asarray(value) == 1).all()
+        else:                            # of n draws, the variance errs by sqrt(2 / n)
+            error = abs(float((value ** 2).mean()) * value.shape[-1] - 1)
+            assert error < 5 * (2 / value.size) ** 0.5, name
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_bfloat16_activations_err_by_their_roundoff(kind):
+    config, params = tiny(kind)
+    ids = random_ids(40)
+    exact = reference.logits(config, params, ids)
+    error = np.abs(logits(config, params, ids, dtype=jnp.bfloat16) - exact)
+    assert error.max() < reference.tolerance(config, params, ids, BFLOAT16)
+    assert error.max() > reference.tolerance(config, params, ids)  # else they were not bfloat16
+
+
+# ------------------------------------------------------------------------------------------------------- cache, packing
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_changes_nothing(kind):
+    """Two sequences at different places, in chunks of several sizes, in a cache larger than they are."""
+    config, params = tiny(kind)
+    ids_BT = np.stack([random_ids(41, seed) for seed in (1, 2)])
+    whole = np.stack([logits(config, params, ids) for ids in ids_BT])
+    step = jax.jit(lambda params, ids, at, cache: forward(params, ids, config, positions_BT=at, cache=cache))
+    cache, at = new_cache(config, 2, 48), np.array([0, 0])
+    done = [[], []]
+    for size, lag in ((16, 3), (1, 0), (1, 0), (16, 5), (1, 0)):  # the second sequence takes `lag` tokens fewer
+        sizes = np.array([size, size - lag])
+        at_BT = np.where(np.arange(size) < sizes[:, None], at[:, None] + np.arange(size), 48)  # slot 48: nowhere
+        given_BT = np.stack([np.resize(ids[start:start + n], size) for ids, start, n in zip(ids_BT, at, sizes, strict=True)])
+        hidden_BTD, cache = step(params, given_BT, at_BT, cache)
+        for b, n in enumerate(sizes):
+            done[b] += list(np.asarray(unembed(params, hidden_BTD[b, :n], config)))
+        at = at + sizes
+    bound = 2 * reference.tolerance(config, params, ids_BT[0])
+    for b in range(2):
+        assert np.abs(np.array(done[b]) - whole[b, :len(done[b])]).max() < bound
+    assert isinstance(cache, Cache) and len(done[0]) == 35
+
+
+def packed(parts, length):
+    """(tokens, positions, segments) of a row."""
+    rest = length - sum(map(len, parts))
+    tokens = np.concatenate([*parts, np.zeros(rest, np.int32)])
+    positions = np.concatenate([np.arange(len(part)) for part in (*parts, range(rest))]).astype(np.int32)
+    segments = np.repeat([*range(1, len(parts) + 1), 0], [*map(len, parts), rest]).astype(np.int32)
+    return tokens[None], positions[None], segments[None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_segments_are_separate_texts(kind):
+    """Their logits are those of the text alone, and no other segment's token moves loss or gradient by a bit."""
+    config, params = tiny(kind)
+    parts = [random_ids(n, seed=n) for n in (12, 19, 9)]
+
+    def mine(params, tokens_BT, positions_BT, segments_BT):
+        hidden, _ = forward(params, tokens_BT, config, positions_BT=positions_BT, segments_BT=segments_BT)
+        rows = unembed(params, hidden, config)[0]
+        at = np.arange(12, 31)           # the second segment
+        return -jnp.take_along_axis(jax.nn.log_softmax(rows[at[:-1]]), tokens_BT[0, at[1:], None], 1).sum(), rows
+
+    step = jax.jit(jax.value_and_grad(mine, has_aux=True))
+    (loss, rows), gradient = step(params, *packed(parts, 48))
+    start = 0
+    for part in parts:
+        alone = logits(config, params, part)
+        assert np.abs(rows[start:start + len(part)] - alone).max() < 2 * reference.tolerance(config, params, part)
+        start += len(part)
+    others = [random_ids(12, seed=99), parts[1], random_ids(9, seed=98)]
+    (other, changed), moved = step(params, *packed(others, 48))
+    assert float(other) == float(loss) and not np.array_equal(changed[:12], rows[:12])
+    for name in params:
+        assert np.array_equal(np.asarray(moved[name]), np.asarray(gradient[name])), name
+
+
+@pytest.mark.parametrize("kind", ["gemma-mqa", "gemma3"])
+def test_remat_changes_nothing(kind):
+    """Neither hidden states nor gradients, beyond the roundoff that another order of fusions costs."""
+    config, params = tiny(kind, layers=3)
+    ids, lora = random_ids(24)[None], lora_of(random_adapter(tiny_config(kind, layers=3), tokens=(69,)))
+
+    def loss(trained, remat):
+        hidden, _ = forward(trained[0], ids, config, trained[1], remat=remat)
+        return (unembed(trained[0], hidden, config, trained[1]) ** 2).mean()
+
+    plain = jax.jit(jax.grad(loss), static_argnums=1)((params, lora), "none")
+    for remat in ("products", "layer"):
+        again = jax.jit(jax.grad(loss), static_argnums=1)((params, lora), remat)
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+            assert np.abs(a - b).max() < 64 * reference.FLOAT32 * np.linalg.norm(a)
+    residuals = {remat: _saved(lambda x, r=remat: loss((params, x), r), lora) for remat in ("none", "products", "layer")}
+    assert residuals["layer"] < residuals["products"] < residuals["none"]
+
+
+def _saved(function, *arguments):
+    """Floats that the backward pass keeps."""
+    _, back = jax.vjp(function, *arguments)
+    return sum(leaf.size for leaf in jax.tree.leaves(back))
+
+
+def test_remat_of_products_computes_no_product_of_the_base_twice():
+    config, params = tiny("gemma3", layers=1, global_every=1, window=None)
+    ids = random_ids(24)[None]
+
+    def products(remat):
+        loss = jax.grad(lambda x: (forward(params | {"embed": x}, ids, config, remat=remat)[0] ** 2).sum())
+        return str(jax.make_jaxpr(loss)(params["embed"])).count("dot_general")
+
+    assert products("products") - products("none") == 1  # the scores, which "mixed" does not give back
+    assert products("layer") > products("products")
+
+
+# ------------------------------------------------------------------------------------------------------ the compiler
+def test_the_compilers_sums_are_right():
+    """jax-ml/jax#39103: without the flag that codegemma.model sets, jaxlib 0.10.2 gets the last rows wrong."""
+    x = jnp.stack([jnp.arange(32_769, dtype=jnp.float32), *[jnp.zeros(32_769)] * 2], 1)
+    made = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)
+    assert float(made[-1]) == 32_768.0 ** 2
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_jit_and_eager_gradients_agree_at_real_widths(kind):
+    """One local and one global layer as wide as the models': a miscompiled fusion errs by more than half of a gradient."""
+    config = replace(tiny_config(kind), layers=2, width=640, heads=4, kv_heads=1, head_width=256, ffn_width=2048, vocab=2048,
+                     window=64, global_every=2, query_scale=0.0)
+    params = init(config, jax.random.key(0))
+    ids = random_ids(128, vocab=2048)[None]
+
+    def loss(params):
+        logits_TV = unembed(params, forward(params, ids, config)[0], config)[0]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits_TV[:-1]), ids[0, 1:, None], 1).mean()
+
+    made = jax.jit(jax.grad(loss))(params)
+    with jax.disable_jit():
+        plain = jax.grad(loss)(params)
+    for name in params:                  # roundoff grows by the depth of the sums; a fault by thousands
+        assert np.linalg.norm(made[name] - plain[name]) < 1e-4 * np.linalg.norm(plain[name]), name

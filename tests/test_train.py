@@ -1,0 +1,335 @@
+"""The laws of training: loss and gradients, parity with PyTorch and peft, order, resumption after kill -9, meshes.
+
+What runs in processes of its own (kills, meshes of 8 devices, two hosts) is `tests/training.py`.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training
+from tiny import dequantize, random_blocks
+
+from codegemma.config import ModelConfig
+from codegemma.lora import Adapter
+from codegemma.model import Lora
+from codegemma.native.xla import Blocks
+from codegemma.train import loss as losses
+from codegemma.train import mesh
+from codegemma.train.loop import Settings, adapter_of, flops_of, lora_of, new_lora, schedule, train
+from codegemma.train.loss import BLOCK, cross_entropy
+from codegemma.train.order import Order, microbatches
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "train.npz")
+CASES = sorted({name.split("/")[0] for name in GOLDEN.files} - {"versions"})
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+def dense(h_MD, targets_M, table_VD, rows_RD, ids, cap, z):
+    """(nats [M], gradients of their weighted sum) in float64 NumPy, from whole logits."""
+    table = table_VD.astype(np.float64)
+    table[list(ids)] = rows_RD
+    h, M = h_MD.astype(np.float64), len(h_MD)
+    raw = h @ table.T
+    logits = cap * np.tanh(raw / cap) if cap else raw
+    lse = np.log(np.exp(logits).sum(-1))
+    nats = lse - logits[np.arange(M), targets_M] + z * lse ** 2
+    weights_M = np.arange(1.0, M + 1)
+    push = np.exp(logits - lse[:, None]) * (1 + 2 * z * lse)[:, None]
+    push[np.arange(M), targets_M] -= 1
+    push *= weights_M[:, None] * (1 - (logits / cap) ** 2 if cap else 1)
+    table_gradient = push.T @ h
+    rows_gradient = table_gradient[list(ids)]
+    table_gradient[list(ids)] = 0
+    return nats, logits.argmax(-1) == targets_M, push @ table, table_gradient, rows_gradient
+
+
+@pytest.mark.parametrize("V, ids, cap, z, chunk", [(1031, (), None, 0.0, 1 << 20), (1031, (7, 600, 1030), 5.0, 1e-2, 4096),
+                                                   (512, (3,), None, 1e-3, 4096), (515, (), 2.0, 0.0, 4096)])
+def test_loss_in_chunks_is_the_dense_loss(monkeypatch, V, ids, cap, z, chunk):
+    """Loss, hits and all gradients; vocabularies that chunks of 512 do and do not fill; targets among the own rows."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk)
+    rng = np.random.default_rng(V)
+    M, D = 6, 24
+    h, table, rows = (rng.normal(0, s, shape).astype(np.float32) for s, shape in ((1, (M, D)), (0.5, (V, D)), (0.5, (len(ids), D))))
+    targets = np.array([*ids, *rng.integers(0, V, M)][:M], np.int32)
+
+    def weighted(h, table, rows):
+        lora = Lora({"rows": rows}, 1.0, ids)
+        made = cross_entropy(h, targets, table, lora, cap=cap, z=z, train_table=True)
+        return (made.nats_M * jnp.arange(1.0, M + 1)).sum(), made
+
+    (_, made), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(h, table, rows)
+    nats, right, *wanted = dense(h, targets, table, rows, ids, cap, z)
+    # a logit errs by D roundoffs of its terms' size, and a sum over V columns by as much again
+    error = 4 * 2.0 ** -24 * (D ** 0.5 * np.linalg.norm(h, axis=1).max() * np.linalg.norm(table, axis=1).max() + np.log(V) * 4)
+    assert np.abs(made.nats_M - nats).max() < error * (1 + 2 * z * 10)
+    assert (np.asarray(made.right_M) == right).all()
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        assert ours.shape == theirs.shape
+        assert np.abs(ours - theirs).max(initial=0) < 4 * error * np.abs(theirs).max(initial=0) + error
+
+
+def test_a_frozen_table_gives_the_same_other_gradients_and_blocks_that_do_not_count_are_left_out():
+    rng = np.random.default_rng(0)
+    M, D, V, ids = 2 * BLOCK, 8, 530, (5, 9)
+    h, table, rows = (jnp.asarray(rng.normal(0, 1, shape), jnp.float32) for shape in ((M, D), (V, D), (2, D)))
+    targets = jnp.asarray(rng.integers(0, V, M), jnp.int32)
+
+    def total(h, rows, count, trained):
+        made = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), count=count, train_table=trained)
+        return (made.nats_M * (jnp.arange(M) < (M if count is None else count))).sum(), made.nats_M
+
+    gradient = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=3)
+    (whole, each), (h_whole, rows_whole) = gradient(h, rows, None, False)
+    (_, _), (h_trained, rows_trained) = gradient(h, rows, None, True)
+    assert np.array_equal(h_whole, h_trained) and np.array_equal(rows_whole, rows_trained)
+    (part, nats), (h_part, _) = gradient(h, rows, jnp.int32(100), False)
+    assert np.array_equal(nats[:BLOCK], each[:BLOCK]) and not np.asarray(nats[BLOCK:]).any()
+    assert abs(float(part) - float(each[:100].sum())) < 1e-3
+    assert np.array_equal(h_part[:100], h_whole[:100]) and not np.asarray(h_part[100:]).any()
+
+
+def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4096)
+    rng, (V, D, M), ids = np.random.default_rng(1), (1031, 64, 9), (7, 1030)
+    tensor = random_blocks("Q4_0", (V, D), 0.5)
+    h, rows = (rng.normal(0, 1, shape).astype(np.float32) for shape in ((M, D), (2, D)))
+    targets = np.array([7, 1030, *rng.integers(0, V, M - 2)], np.int32)
+
+    def weighted(h, rows, table):
+        made = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), cap=30.0)
+        return (made.nats_M * jnp.arange(1.0, M + 1)).sum(), made.nats_M
+
+    (_, nats), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(h, rows, Blocks.of(tensor))
+    wanted, _, h_wanted, _, rows_wanted = dense(h, targets, dequantize(tensor), rows, ids, 30.0, 0.0)
+    error = 2.0 ** -20 * np.abs(h_wanted).max()
+    assert np.abs(nats - wanted).max() < error
+    assert np.abs(gradients[0] - h_wanted).max() < error and np.abs(gradients[1] - rows_wanted).max() < 4 * error
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_memory_is_a_chunk_of_logits(trained):
+    """Whole logits of 2,048 targets would be 512 MB; what the step needs beside its inputs and results
+    are a few chunks of 32 MB and a few arrays as large as the table or the states."""
+    V, D, M = 65_536, 32, 2048
+    kinds = ((M, D), jnp.float32), ((V, D), jnp.float32), ((M,), jnp.int32)
+    shapes = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+
+    def total(h, table, targets):
+        return cross_entropy(h, targets, table, train_table=trained).nats_M.sum()
+
+    step = jax.jit(jax.grad(total, (0, 1) if trained else 0)).lower(*shapes).compile()
+    temporary = step.memory_analysis().temp_size_in_bytes
+    assert temporary < 6 * losses.CHUNK_BYTES + 4 * 4 * D * (V + 4 * M) < 4 * V * M
+
+
+# ------------------------------------------------------------------------------------- parity with PyTorch and with peft
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_steps_are_those_of_pytorch(case, tmp_path):
+    """Losses and all that was trained lie within 8 times the distance that PyTorch's own float32 run had from float64."""
+    about = json.loads(str(GOLDEN[f"{case}/about"]))
+    config = ModelConfig(**about["config"])
+    params = {name: jnp.asarray(value) for name, value in training.reference.random_params(config, about["seed"]).items()}
+    stored = {name.removeprefix(f"{case}/start/"): jnp.asarray(GOLDEN[name]) for name in GOLDEN.files
+              if name.startswith(f"{case}/start/")}
+    lora = about["lora"] and Lora(stored, about["lora"]["lora_alpha"] / about["lora"]["r"],
+                                  tuple(about["lora"].get("trainable_token_indices", ())))
+    ids, marks = GOLDEN[f"{case}/ids"].astype(np.int32), GOLDEN[f"{case}/loss"]
+    rows = [training.row(*pair) for pair in zip(ids.reshape(-1, ids.shape[-1]), marks.reshape(-1, ids.shape[-1]), strict=True)]
+    settings = Settings(**about["settings"] | {"betas": tuple(about["settings"]["betas"])}, micro_tokens=ids[0].size,
+                        save_every=1000)
+    order = training.InOrder([rows], ids[0].size)
+    reports = list(train(config, params if lora else None, lora or params, order, settings, tmp_path))
+    ended, _ = training.result(tmp_path)
+    error = 8 * float(GOLDEN[f"{case}/losses_error"])
+    assert np.abs(np.array([report.loss for report in reports]) - GOLDEN[f"{case}/losses"]).max() < error
+    wanted = {name.removeprefix(f"{case}/end/"): GOLDEN[name] for name in GOLDEN.files if name.startswith(f"{case}/end/")}
+    assert ended.keys() == wanted.keys()
+    for name, values in wanted.items():
+        apart = np.sqrt(np.mean((ended[name] - values) ** 2))
+        assert apart < 8 * GOLDEN[f"{case}/error/{name}"] + 2.0 ** -24 * np.abs(values).max(), name
+
+
+def test_a_new_adapter_changes_nothing_and_becomes_an_adapter():
+    config, params = training.tiny()
+    lora = new_lora(config, params, 4, ids=(67, 69), alpha=8, seed=1, start_from=(1, 2))
+    assert lora.scale == 2 and np.array_equal(lora.weights["rows"], params["embed"][jnp.array([1, 2])])
+    assert all(not np.asarray(value).any() for name, value in lora.weights.items() if name.endswith(".b"))
+    adapter = adapter_of(lora, "tiny", {"base": "x"})
+    adapter.check(config)
+    assert isinstance(adapter, Adapter) and (adapter.rank, adapter.alpha, sorted(adapter.rows)) == (4, 8, [67, 69])
+    again = lora_of(adapter)
+    assert (again.scale, again.ids) == (lora.scale, lora.ids)
+    jax.tree.map(np.testing.assert_array_equal, again.weights, lora.weights)
+
+
+def test_schedule_and_flops_are_as_stated():
+    rate = schedule(Settings(learning_rate=2.0, warmup=0.2, floor=0.25), 20)
+    assert [float(rate(i)) for i in (0, 3, 4, 12, 20)] == pytest.approx([0.5, 2.0, 2.0, 1.25, 0.5])
+    config, _ = training.tiny()
+    weights = sum(int(np.prod(shape)) for name, shape in training.reference.shapes(config).items()
+                  if name.startswith("layers") and len(shape) == 2)
+    attention = sum(6 * config.heads * config.head_width * min(100, config.layer_window(i) or 100) for i in range(config.layers))
+    for full, base, head in ((False, 4, 4), (True, 6, 8)):
+        assert flops_of(config, 300, 100, 40, full) == 300 * (base * weights + attention) + 40 * head * config.vocab * config.width
+
+
+# -------------------------------------------------------------------------------------------------------------- order
+def numbered(count, length=4):
+    return [training.row(np.full(length, i), np.ones(length, bool)) for i in range(count)]
+
+
+def test_order_is_a_pure_function_of_seed_and_step():
+    """Each epoch reads every row once, folders follow one another, and step n is the same from wherever it is asked."""
+    order = Order([numbered(10), numbered(6, 8)], 8, seed=3, epochs=2)
+    taken = [[int(row["tokens"][0]) for row in order.rows(step)] for step in range(order.steps)]
+    assert order.steps == 10 + 12 and [len(rows) for rows in taken] == [2] * 10 + [1] * 12
+    first = sum(taken[:10], [])
+    assert sorted(first[:10]) == sorted(first[10:]) == list(range(10)) and first[:10] != first[10:]
+    assert sorted(sum(taken[10:16], [])) == list(range(6))
+    again = Order([numbered(10), numbered(6, 8)], 8, seed=3, epochs=2)
+    assert [[int(row["tokens"][0]) for row in again.rows(step)] for step in reversed(range(22))] == taken[::-1]
+    assert [int(row["tokens"][0]) for row in replace(order, seed=4).rows(0)] != taken[0]
+    assert Order([numbered(10)], 8, epochs=0.5).steps == 2
+    with pytest.raises(IndexError):
+        order.rows(22)
+    with pytest.raises(ValueError, match="do not fill one step of 5 rows"):
+        Order([numbered(4)], 20)
+
+
+def test_microbatches_hold_every_target_once():
+    """Whatever their size and parts, each marked token is a target, behind the state before it; first ones are not."""
+    rng = np.random.default_rng(0)
+    rows = [training.packed_row(rng) for _ in range(7)]
+    wanted = sorted((r, t, int(row["tokens"][t])) for r, row in enumerate(rows) for t in range(1, 32)
+                    if row["loss"][t] and row["segments"][t] == row["segments"][t - 1])
+    for size, parts, block in ((7, 1, 1), (2, 2, 16), (4, 4, 1), (8, 2, 256)):
+        found = []
+        for number, batch in enumerate(microbatches(rows, size, parts, block)):
+            assert batch.index_CM.shape[1] % block == 0 and len(batch.tokens_BT) == size
+            for part, count in enumerate(batch.count_C):
+                for at, target in zip(batch.index_CM[part, :count], batch.targets_CM[part, :count], strict=True):
+                    row, t = divmod(int(at), 32)
+                    found.append((number * size + part * (size // parts) + row, t + 1, int(target)))
+        assert sorted(found) == wanted
+
+
+# -------------------------------------------------------------------------------------- microbatches, resumption, meshes
+def steps(folder, **options):
+    """Final weights and losses of a run of `tests/training.py` in this process."""
+    return training.run(folder, training.Job(**options))
+
+
+def near(ours, theirs, roundoffs=2 ** 10):
+    """After three steps: losses and weights differ by what another order of sums costs. Adam divides by the gradient's own
+    size, so an error relative to a tensor's gradient is one relative to the learning rate."""
+    assert np.abs(np.subtract(ours[1], theirs[1])).max() < roundoffs * 2.0 ** -24 * max(theirs[1])
+    for name, values in theirs[0].items():
+        apart = np.sqrt(np.mean((ours[0][name] - values) ** 2))
+        assert apart < roundoffs * 2.0 ** -24 * (np.sqrt(np.mean(values ** 2)) + training.RATE), (name, apart)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return {kind: steps(tmp_path_factory.mktemp(kind), kind=kind) for kind in ("full", "lora")}
+
+
+def test_the_microbatch_does_not_change_the_step(one, tmp_path):
+    near(steps(tmp_path, kind="full", micro_tokens=64), one["full"])
+
+
+def test_a_folder_is_not_overwritten_and_other_settings_do_not_resume(tmp_path):
+    steps(tmp_path, kind="lora")
+    with pytest.raises(ValueError, match="holds a training run"):
+        steps(tmp_path, kind="lora")
+    with pytest.raises(ValueError, match="holds a run with other batch_tokens, rows, settings|with other"):
+        steps(tmp_path, kind="lora", resume=True, seed=5)
+
+
+def test_patience_ends_a_run_for_good(tmp_path):
+    """No evaluation of a rate of nearly nothing is better than the first by chance twice: it ends, and stays ended."""
+    options = {"kind": "lora", "steps": 12, "patience": 2, "learning_rate": 1e-30, "held_out": True}
+    _, first = steps(tmp_path, **options)
+    assert len(first) == 3               # the first is the best, two more are not better
+    assert steps(tmp_path, **options, resume=True)[1] == first
+
+
+def child(folder, devices=1, **options):
+    """A process that trains; its result lies in the folder when it ends."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, training.__file__, str(folder), json.dumps(options)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finished(process):
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    return out
+
+
+def test_killed_at_any_moment_and_resumed_nothing_differs(tmp_path):
+    """kill -9 before the first checkpoint, while one is being written, and behind one: weights, moments and metrics are
+    those of the run that was not stopped, bit for bit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    steps(whole, steps=6, held_out=True)
+    for moment, hold in (("step 1", 0), ("write 4", 4), ("step 5", 0), (None, 0)):
+        process = child(cut, steps=6, held_out=True, resume=True, announce=True, hold=hold)
+        if moment:
+            assert any(line.strip() == moment for line in process.stdout)
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == (-signal.SIGKILL if moment else 0), errors[-3000:]
+        assert "4" not in checkpoints(cut) or not hold
+    ours, theirs = training.state(cut), training.state(whole)
+    assert ours.keys() == theirs.keys() and any("mu" in name for name in ours)
+    for name in ours:
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+    assert training.metrics(cut) == training.metrics(whole) and len(training.metrics(cut)) == 6
+    assert checkpoints(cut) == checkpoints(whole) == ["4", "6"]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+MESHES = ("fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
+
+
+def test_meshes_of_eight_devices_do_not_change_the_step(one, tmp_path):
+    """One process, each mesh after the other: full and LoRA, parameters and moments really divided; a checkpoint of one
+    mesh goes on on another."""
+    told = json.loads(finished(child(tmp_path, devices=8, meshes=MESHES)).splitlines()[-1])
+    for places in MESHES:
+        near(training.result(tmp_path / f"full {places}"), one["full"])
+        parts = 4 if "data" in places else 8
+        assert told[places] == {"embed": parts, "q": parts, "moment of down": parts, "norm": 1}
+    near(training.result(tmp_path / f"lora {MESHES[-1]}"), one["lora"])
+    near(training.result(tmp_path / "moved"), one["full"])
+
+
+def test_two_hosts_do_not_change_the_step(one, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    hosts = [child(tmp_path, mesh="fsdp=2", host=[f"127.0.0.1:{port}", 2, i]) for i in range(2)]
+    for host in hosts:
+        finished(host)
+    near(training.result(tmp_path), one["full"])
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "rows=2", "fsdp=1,,tensor=1", "fsdp=3"])
+def test_a_mesh_that_cannot_be_is_refused(text):
+    with pytest.raises(ValueError, match="mesh"):
+        mesh.parse(text)
+    assert mesh.parse(None) is None
