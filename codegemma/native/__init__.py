@@ -10,18 +10,20 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from codegemma.formats import Checkpoint
 from codegemma.native import _native
 from codegemma.native._native import Cancel as Cancel
-from codegemma.weights import Tensor
+from codegemma.weights import Tensor, row_bytes
 
 PAGE: int = _native.PAGE                 # tokens in a page of keys and values
+RANK: int = _native.RANK                 # ranks that one slice of an adapter has
 NUMERICS = "v1"
 CHUNK = 512                              # tokens that one run takes at most
 SETTLE_AFTER = 64                        # runs: by then a process is no one-shot, and huge pages pay
@@ -72,6 +74,16 @@ class Slice:
     start: int
     pages: list[Page]
     wanted: int                          # logits of this many last tokens
+    adapter: str | None = None
+
+
+class LowRank(Protocol):
+    """What of an adapter is computed: see lora.Adapter."""
+
+    scale: float
+    a: Mapping[str, np.ndarray]
+    b: Mapping[str, np.ndarray]
+    rows: Mapping[int, np.ndarray]
 
 
 class Native:
@@ -98,6 +110,8 @@ class Native:
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)
         self._kept: list[np.ndarray] = []
+        self._sites: list[tuple[int, list[str]]] = []
+        self._adapters: dict[str | None, int] = {None: -1}
         self._program = self._record(checkpoint.tensors, layer_bytes, observed)
         self._buffers = self._logits_buffers(1)
         self._runs, self._process = 0, os.getpid()
@@ -109,8 +123,35 @@ class Native:
         """A page of one's own with the first `used` tokens of another."""
         return Page(page.data.copy(), used)
 
+    def add_adapter(self, name: str, adapter: LowRank) -> None:
+        """Makes an adapter that fits the model (lora.Adapter.check) known to `run`. The base weights stay as they are:
+        its low-rank products are computed beside theirs, in blocks of 8 bits where theirs are blocks, else in float32."""
+        parts = []
+        for site, names in self._sites:
+            a, slices = [], []
+            for target, tensor in enumerate(names):
+                for at in range(0, len(adapter.a[tensor]) if tensor in adapter.a else 0, RANK):
+                    a_rI, b_Or = adapter.a[tensor][at:at + RANK], adapter.b[tensor][:, at:at + RANK] * np.float32(adapter.scale)
+                    missing = RANK - len(a_rI)
+                    a.append(np.pad(a_rI, ((0, missing), (0, 0))))
+                    slices.append((target, self._low_rank(np.pad(b_Or, ((0, 0), (0, missing))))))
+            if slices:
+                parts.append((site, self._low_rank(np.concatenate(a)), slices))
+        ids = sorted(adapter.rows)
+        rows = self._weight(Tensor.of(np.stack([adapter.rows[token] for token in ids]))) if ids else None
+        self._adapters[name] = self._program.add_adapter(parts, ids, rows)
+
+    def _low_rank(self, values: np.ndarray) -> _native.Weight:
+        rows, columns = values.shape
+        if not self.half or columns % 32:
+            return self._weight(Tensor.of(values))
+        out = np.empty((rows, row_bytes("Q8_0", columns)), np.uint8)
+        _native.quantise(_native.level("auto"), "Q8_0", np.ascontiguousarray(values, np.float32), out)
+        return self._weight(Tensor("Q8_0", values.shape, out))
+
     def run(self, slices: Sequence[Slice], cancel: _native.Cancel | None = None) -> Logits | None:
-        """Runs all slices together and writes their keys and values; None if it was cancelled on the way."""
+        """Runs all slices together and writes their keys and values; None if it was cancelled on the way. Rows of logits
+        follow the slices; inside, those of one adapter stand together."""
         if os.getpid() != self._process:     # threads do not survive a fork, and waiting for them would never end
             raise RuntimeError("this model was loaded before the process forked: load it in the child, or spawn instead")
         self._runs += 1
@@ -119,21 +160,27 @@ class Native:
         T = sum(len(s.ids) for s in slices)
         ids_T, positions_T, sequences_T = (np.empty(T, np.int32) for _ in range(3))
         pages_SP = np.zeros((len(slices), max(len(s.pages) for s in slices)), np.uint64)
-        wanted: list[int] = []
+        adapters = [self._adapters[s.adapter] for s in slices]
+        adapters_T = np.empty(T, np.int32) if max(adapters) >= 0 else None
+        rows: list[range] = [range(0)] * len(slices)
         at = 0
-        for i, s in enumerate(slices):
+        for i in sorted(range(len(slices)), key=adapters.__getitem__):
+            s = slices[i]
             end = at + len(s.ids)
             ids_T[at:end], sequences_T[at:end] = s.ids, i
+            if adapters_T is not None:
+                adapters_T[at:end] = adapters[i]
             positions_T[at:end] = np.arange(s.start, s.start + len(s.ids))
             pages_SP[i, :len(s.pages)] = [page.data.ctypes.data for page in s.pages]
-            wanted += range(end - s.wanted, end)
+            rows[i] = range(end - s.wanted, end)
             at = end
+        wanted = [row for one in rows for row in one]
         n = len(wanted)
         if n > len(self._buffers.argmax):
             self._buffers = self._logits_buffers(n)
         b = self._buffers
         done = self._program.run(ids_T, positions_T, sequences_T, pages_SP, np.array(wanted, np.int32),
-                                 b.values, b.argmax, b.normaliser, cancel)
+                                 b.values, b.argmax, b.normaliser, cancel, adapters_T)
         return Logits(b.values[:n], b.argmax[:n], b.normaliser[:n]) if done else None
 
     def settle(self) -> int:
@@ -196,17 +243,19 @@ class Native:
             base, scale = (c.rope_base, c.rope_scale) if c.is_global(i) else (c.rope_base_local, 1.0)
             p.norm(x, factors("attn_norm"), a, eps, added, post)
             observe(a, c.width, "q", "k", "v")
-            p.product(a, [weight("q"), weight("k"), weight("v")], qkv)
+            site = p.product(a, [weight("q"), weight("k"), weight("v")], qkv)
+            self._sites.append((site, [f"layers.{i}.{name}" for name in "qkv"]))
             p.split_heads(qkv, N, K, H, factors("q_norm"), factors("k_norm"), eps, c.query_scale, base, scale,
                           **offsets)
             p.attend(qkv, values, N, K, H, c.layer_window(i) or 0, c.attention_softcap or 0.0, **offsets)
             observe(values, N * H, "o")
-            p.product(values, [weight("o")], y)
+            self._sites.append((p.product(values, [weight("o")], y), [f"layers.{i}.o"]))
             p.norm(x, factors("ffn_norm"), a, eps, y, factors("post_attn_norm"))
             observe(a, c.width, "gate", "up")
-            p.gated(a, weight("gate"), weight("up"), hidden)
+            site = p.gated(a, weight("gate"), weight("up"), hidden)
+            self._sites.append((site, [f"layers.{i}.gate", f"layers.{i}.up"]))
             observe(hidden, F, "down")
-            p.product(hidden, [weight("down")], y)
+            self._sites.append((p.product(hidden, [weight("down")], y), [f"layers.{i}.down"]))
             added, post = y, factors("post_ffn_norm")
         p.norm(x, self._factors(tensors["final_norm"]), a, eps, added, post)  # only for its sum into x
         p.logits(x, self._factors(tensors["final_norm"]), eps, table, c.final_softcap or 0.0)

@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
@@ -65,7 +66,7 @@ void multiply(const Kernels* k, Pool& pool, const Weight& w, const float* x, int
 
 bool run(Program& p, Array<const int32_t, 1> ids, Array<const int32_t, 1> positions, Array<const int32_t, 1> sequences,
          Array<const uint64_t, 2> pages, Array<const int32_t, 1> out_rows, Array<float, 2> logits, Array<int32_t, 1> argmax,
-         Array<float, 1> normaliser, const Cancel* cancel) {
+         Array<float, 1> normaliser, const Cancel* cancel, std::optional<Array<const int32_t, 1>> adapters) {
   int T = (int)ids.shape(0), n = (int)out_rows.shape(0);
   if (T < 1 || (int)positions.shape(0) != T || (int)sequences.shape(0) != T)
     throw std::invalid_argument("ids, positions and sequences must be equally long and not empty");
@@ -80,10 +81,13 @@ bool run(Program& p, Array<const int32_t, 1> ids, Array<const int32_t, 1> positi
         !pages.data()[s * pages.shape(1) + at / PAGE])
       throw std::invalid_argument("token " + std::to_string(t) + " at position " + std::to_string(at) + " has no page");
   }
+  if (adapters && (int)adapters->shape(0) != T) throw std::invalid_argument("adapters must name one for each token");
+  for (int t = 0; adapters && t < T; t++)
+    if (adapters->data()[t] < -1 || adapters->data()[t] >= p.adapters()) throw std::invalid_argument("an adapter is unknown");
   for (int i = 0; i < n; i++)
     if (out_rows.data()[i] < 0 || out_rows.data()[i] >= T) throw std::invalid_argument("a wanted token is outside the batch");
   Batch b{T, ids.data(), positions.data(), sequences.data(), pages.data(), (int64_t)pages.shape(1), n, out_rows.data(), logits.data(),
-          argmax.data(), normaliser.data()};
+          argmax.data(), normaliser.data(), adapters ? adapters->data() : nullptr};
   nb::gil_scoped_release release;
   return p.run(b, cancel);
 }
@@ -123,6 +127,7 @@ std::pair<double, double> measure(const Kernels* k, Pool& pool) {
 NB_MODULE(_native, m) {
   m.attr("PAGE") = PAGE;
   m.attr("SEGMENT") = SEGMENT;
+  m.attr("RANK") = RANK;
   m.attr("TYPES") = [] {
     nb::list l;
     for (auto& t : TYPE) l.append(t.name);
@@ -165,7 +170,16 @@ NB_MODULE(_native, m) {
         p.logits(x, weight.data(), eps, table, cap);
       }, "x"_a, "weight"_a, "eps"_a, "table"_a, "cap"_a)
       .def("run", &run, "ids"_a, "positions"_a, "sequences"_a, "pages"_a, "out_rows"_a, "logits"_a, "argmax"_a, "normaliser"_a,
-           "cancel"_a.none())
+           "cancel"_a.none(), "adapters"_a = nb::none())
+      .def("add_adapter", [](Program& p, std::vector<std::tuple<int, Weight, std::vector<std::pair<int, Weight>>>> parts,
+                             std::vector<int32_t> ids, std::optional<Weight> rows) {
+        std::vector<LowRank> sites;
+        for (auto& [site, a, slices] : parts) {
+          sites.push_back({site, a, {}});
+          for (auto& [target, b] : slices) sites.back().slices.push_back({target, b});
+        }
+        return p.add_adapter(std::move(sites), std::move(ids), rows.value_or(Weight{}));
+      }, "sites"_a, "ids"_a, "rows"_a.none(), "The index of an adapter; the caller keeps its arrays alive.")
       .def("set_profiling", &Program::set_profiling, "on"_a)
       .def("profile", &Program::profile);
 

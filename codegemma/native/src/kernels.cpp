@@ -262,6 +262,36 @@ template <class Q, int T> void few32(const Product& p, const Activations& a, int
     for (int t = 0; t < T; t++) p.out[t * p.stride + r] = fold_lanes8(acc[t]);
   }
 }
+// The same where a row is one block: eight rows stand where few32 has eight blocks, the lanes are they, nothing is folded.
+void add_narrow(const Product& p, const Activations& h, int64_t r0, int64_t r1) {
+  using Q = Q8_0;
+  int8_t x[PACKED_FROM][256];
+  for (int t = 0; t < h.T; t++)
+    for (int i = 0; i < 256; i += 32) {
+      const int8_t* q = h.q32.q + t * h.padded;
+#if CG_X86
+      memcpy(x[t] + i, q + i % 64 / 2, 16), memcpy(x[t] + i + 16, q + i % 64 / 2, 16);
+#else
+      memcpy(x[t] + i, q, 32);
+#endif
+    }
+  for (int64_t r = r0; r < r1; r += 8) {
+    const uint8_t* at = p.w->data + r * Q::BYTES;
+    const int n = (int)std::min<int64_t>(8, r1 - r);
+    uint8_t rest[8 * Q::BYTES];
+    if (r + 8 > p.w->rows) memset(rest, 0, sizeof rest), memcpy(rest, at, n * Q::BYTES), at = rest;
+    u8x32 w[8];
+    unpack8<Q>(at, w);
+    f32x8 d = halves(at, Q::BYTES);
+    for (int t = 0; t < h.T; t++) {
+      i32x8 total = dots8<Q>(w, x[t]) - Q::OFFSET * (h.q32.sums[2 * t] + h.q32.sums[2 * t + 1]);
+      f32x8 term = f32x8{} + to_float(total) * (d * h.q32.scales[t]);
+      float y[8], *out = p.out + t * p.stride + r;
+      for (int i = 0; i < 8; i++) y[ORDER[i]] = term[i];
+      for (int i = 0; i < n; i++) out[i] += y[i];
+    }
+  }
+}
 // One super-block against one token: lanes that add up to the scaled products, and to the mins.
 struct Lanes { i32x8 products, mins; };
 #if CG_X86
@@ -358,7 +388,10 @@ template <int G> CG_INLINE void store_rows(const Fv (*res)[G * NV], const Produc
   memcpy(tile, res, sizeof tile);
   int most = std::min(G * GROUP, T - t0);
   float* out = p.out + t0 * p.stride + r;
-  if (rows == 4) for (int t = 0; t < most; t++, out += p.stride)
+  if (p.add_from >= 0)
+    for (int t = 0; t < most; t++, out += p.stride)
+      for (int i = 0; i < rows * (t0 + t >= p.add_from); i++) out[i] += tile[i][t];
+  else if (rows == 4) for (int t = 0; t < most; t++, out += p.stride)
     for (int i = 0; i < 4; i++) out[i] = tile[i][t];
   else for (int t = 0; t < most; t++, out += p.stride)
     for (int i = 0; i < rows; i++) out[i] = tile[i][t];
@@ -374,13 +407,14 @@ template <class T> CG_INLINE const T* lane(const void* base, int64_t g0, int v, 
   return (const T*)((const char*)base + (g0 + v / NV) * per_group + offset + (v % NV) * sizeof(Fv));
 }
 
-template <class Q, int G>
+// CHAINS is 8, or 1 where there is one block only.
+template <class Q, int G, int CHAINS>
 __attribute__((noinline)) void micro32(const uint8_t* q, const float* d, const float* m, const Activations& a, int64_t g0,
                                        int64_t blocks, Fv (*res)[G * NV]) {
   constexpr int VT = G * NV;
   using D = Dot<(Q::MAXQ < 0 && Q::OFFSET ? 127 : Q::MAXQ)>;
   const int64_t P = a.padded, nb = P / 32;
-  Fv acc[8][4][VT] = {};
+  Fv acc[CHAINS][4][VT] = {};
   for (int64_t b = 0; b < blocks; b++) {
     Iv total[4][VT], sums[VT];
     for (int v = 0; v < VT; v++) {
@@ -406,11 +440,12 @@ __attribute__((noinline)) void micro32(const uint8_t* q, const float* d, const f
       for (int r = 0; r < 4; r++) {
         Fv term = to_float(total[r][v]) * (splat(d[r * nb + b]) * dx);
         if (Q::MIN) term = term + to_float(sums[v]) * (splat(m[r * nb + b]) * dx);
-        acc[b % 8][r][v] += term;
+        acc[b % CHAINS][r][v] += term;
       }
     }
   }
-  fold_chains<G>(acc, res);
+  if constexpr (CHAINS == 1) memcpy(res, acc, sizeof acc);
+  else fold_chains<G>(acc, res);
 }
 template <class Q, int G>
 __attribute__((noinline)) void micro256(const uint8_t* q, const KScales* scales, const Activations& a, int64_t g0,
@@ -483,7 +518,9 @@ template <class Q> void many32(const Product& p, const Activations& a, int64_t r
     }
   }
   sweep(p, a, r0, r1, [&](auto wide, int64_t r, int64_t g, auto* res) {
-    micro32<Q, decltype(wide)::value>(q + r * P, d + r * nb, m + r * nb, a, g, blocks, res);
+    constexpr int G = decltype(wide)::value;
+    if (blocks == 1) micro32<Q, G, 1>(q + r * P, d + r * nb, m + r * nb, a, g, blocks, res);
+    else micro32<Q, G, 8>(q + r * P, d + r * nb, m + r * nb, a, g, blocks, res);
   });
 }
 template <class Q> void many256(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
@@ -565,7 +602,11 @@ template <class L> void floats(const Product& p, const Activations& a, int64_t r
       }
       f32x8 y = fold_lanes(acc);
       for (int j = 0; j < 2 && t + j < a.T; j++)
-        for (int i = 0; i < rows; i++) p.out[(t + j) * p.stride + r + i] = y[4 * j + i];
+        for (int i = 0; i < rows; i++) {
+          float& out = p.out[(t + j) * p.stride + r + i];
+          if (p.add_from < 0) out = y[4 * j + i];
+          else if (t + j >= p.add_from) out += y[4 * j + i];
+        }
     }
   }
 }
@@ -584,8 +625,19 @@ void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r
     case Q6_K_T: return product256<Q6_K>(p, a, r0, r1, s);
   }
 }
+void add_sides(const Sides& sides, float* out, int64_t stride, int64_t r0, int64_t r1, Scratch& scratch) {
+  for (const Side* s = sides.at; s < sides.at + sides.count; s++) {
+    Product p{&s->b, nullptr, out + s->start * stride, stride};
+    p.add_from = s->first - s->start;
+    if (s->b.type == Q8_0_T && !s->h.packed) add_narrow(p, s->h, r0, r1);
+    else plain_product(p, s->h, r0, r1, scratch);
+  }
+}
 void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
-  if (!p.gate) return plain_product(p, a, r0, r1, scratch);
+  if (!p.gate) {
+    plain_product(p, a, r0, r1, scratch);
+    return add_sides(p.sides, p.out, p.stride, r0, r1, scratch);
+  }
   const int64_t n = r1 - r0, stride = pad(n, FW);
   reserve(scratch.gate, 2 * a.T * stride * 4);
   size_t used = 0;
@@ -593,6 +645,8 @@ void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scr
   float* u = carve<float>(scratch.gate, used, a.T * stride);
   plain_product({p.gate, nullptr, g - r0, stride}, a, r0, r1, scratch);
   plain_product({p.w, nullptr, u - r0, stride}, a, r0, r1, scratch);
+  add_sides(p.gate_sides, g - r0, stride, r0, r1, scratch);
+  add_sides(p.sides, u - r0, stride, r0, r1, scratch);
   for (int t = 0; t < a.T; t++, g += stride, u += stride) {
     for (int64_t i = 0; i < n; i += FW) store(u + i, gelu(load<Fv>(g + i)) * load<Fv>(u + i));
     memcpy(p.out + t * p.stride + r0, u, 4 * n);

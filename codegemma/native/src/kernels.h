@@ -44,12 +44,23 @@ struct Activations {
 
 struct Scratch { std::vector<uint8_t> tile, gate; };  // of one thread, grown as needed
 
+// What an adapter adds to a product: h b^T, for the tokens from `first` on to the end of h, whose row 0 is token `start`.
+// b has 32 columns: one block a row.
+struct Side {
+  Weight b;
+  Activations h;
+  int start, first;
+};
+struct Sides { const Side* at = nullptr; size_t count = 0; };
+
 // One product: rows r0 .. r1 of a weight (and, for the gated form, of its twin) for every token, to out[t, column + r].
 struct Product {
   const Weight* w;
   const Weight* gate;       // if set: out = gelu(gate x) * (w x)
   float* out;               // already at the first column of this weight
   int64_t stride;
+  Sides sides{}, gate_sides{};
+  int add_from = -1;        // if set: added to what stands in out, for tokens from here on
 };
 
 struct Rope {

@@ -17,7 +17,20 @@ template <class T> T* grown(std::vector<T>& v, size_t n) {
   return v.data();
 }
 
+// Rows from `start` on, which begins a group where packed, `T` of them.
+Activations view(Activations a, int64_t start, int T) {
+  a.f += start * a.stride, a.T = T;
+  for (auto* z : {&a.q32, &a.q256})
+    if (z->q) z->q += start * a.padded, z->scales += start * (a.padded / z->block), z->sums += start * (a.padded / 16);
+  return a;
+}
+
 }  // namespace
+
+int Adapter::row(int32_t id) const {
+  auto at = std::lower_bound(ids.begin(), ids.end(), id);
+  return at != ids.end() && *at == id ? (int)(at - ids.begin()) : -1;
+}
 
 const Kernels* choose_kernels(const std::string& level) {
   const Kernels* have[4] = {};
@@ -55,7 +68,9 @@ void Program::add(std::string kind, std::function<int64_t()> tiles, std::functio
 }
 void Program::embed(Weight table, int out, float scale) {
   add("embed", [this] { return batch_.T; }, [=, this](int64_t t, Scratch&) {
-    k_->embed(table, batch_.ids[t], scale, buffers_[out].a.f + t * buffers_[out].a.stride);
+    const Adapter* adapter = batch_.adapters && batch_.adapters[t] >= 0 ? &adapters_[batch_.adapters[t]] : nullptr;
+    int row = adapter ? adapter->row(batch_.ids[t]) : -1;
+    k_->embed(row >= 0 ? adapter->rows : table, row >= 0 ? row : batch_.ids[t], scale, buffers_[out].a.f + t * buffers_[out].a.stride);
   });
 }
 void Program::norm(int x, const float* weight, int out, float eps, int y, const float* post) {
@@ -87,15 +102,28 @@ void Program::observe(int x, double* sums) {
 void Program::prepare(int b) {
   if (buffers_[b].prepared) return;
   buffers_[b].prepared = true;
-  add("quantise", [this, b] { return buffers_[b].forms & ~FLOATS ? token_tiles() : 0; }, [this, b](int64_t tile, Scratch&) {
+  add("quantise", [this, b] { return buffers_[b].a.forms & ~FLOATS ? token_tiles() : 0; }, [this, b](int64_t tile, Scratch&) {
     int t0 = packed_ ? (int)tile * 16 : (int)tile;
     k_->quantise(buffers_[b].a, t0, packed_ ? t0 + 16 : t0 + 1);
   });
 }
-void Program::product(int in, std::vector<Weight> weights, int out) {
-  buffers_[out].prepared = false;
-  for (auto& w : weights) buffers_[in].forms |= form_of(w.type);
+int Program::site(int in, const std::vector<Weight>& weights) {
+  int index = (int)sites_.size();
+  Site& s = sites_.emplace_back();
+  s.in = in, s.sides.resize(weights.size());
+  for (auto& w : weights) s.rows.push_back(w.rows), buffers_[in].forms |= form_of(w.type);
   prepare(in);
+  add("adapter", [&s] { return (int64_t)s.tasks.size(); }, [&s, this](int64_t i, Scratch& scratch) {
+    const SideTask& task = s.tasks[i];
+    const int64_t r0 = (int64_t)task.slice * RANK;
+    k_->product({&task.a, nullptr, task.h.f - r0, RANK}, task.x, r0, r0 + RANK, scratch);
+    k_->quantise(task.h, 0, packed_ ? (task.h.T + 15) / 16 * 16 : task.h.T);
+  });
+  return index;
+}
+int Program::product(int in, std::vector<Weight> weights, int out) {
+  buffers_[out].prepared = false;
+  const int at = site(in, weights);
   auto tiles_of = [this](const Weight& w) { int64_t n = k_->tile_rows(w, packed_); return (w.rows + n - 1) / n; };
   add("product", [=] { int64_t n = 0; for (auto& w : weights) n += tiles_of(w); return n; },
       [=, this](int64_t tile, Scratch& scratch) {
@@ -105,22 +133,24 @@ void Program::product(int in, std::vector<Weight> weights, int out) {
           int64_t n = tiles_of(w);
           if (tile < n) {
             int64_t rows = k_->tile_rows(w, packed_), r0 = tile * rows;
-            return k_->product({&w, nullptr, o.f + column, o.stride}, buffers_[in].a, r0, std::min(r0 + rows, w.rows), scratch);
+            return k_->product({&w, nullptr, o.f + column, o.stride, sides(at, (int)(&w - weights.data()))}, buffers_[in].a, r0,
+                               std::min(r0 + rows, w.rows), scratch);
           }
           tile -= n, column += w.rows;
         }
       });
+  return at;
 }
-void Program::gated(int in, Weight gate, Weight up, int out) {
+int Program::gated(int in, Weight gate, Weight up, int out) {
   buffers_[out].prepared = false;
-  buffers_[in].forms |= form_of(gate.type) | form_of(up.type);
-  prepare(in);
+  const int at = site(in, {gate, up});
   add("gated", [=, this] { int64_t n = k_->tile_rows(up, packed_); return (up.rows + n - 1) / n; },
       [=, this](int64_t tile, Scratch& scratch) {
         const Activations& o = buffers_[out].a;
         int64_t rows = k_->tile_rows(up, packed_), r0 = tile * rows;
-        k_->product({&up, &gate, o.f, o.stride}, buffers_[in].a, r0, std::min(r0 + rows, up.rows), scratch);
+        k_->product({&up, &gate, o.f, o.stride, sides(at, 1), sides(at, 0)}, buffers_[in].a, r0, std::min(r0 + rows, up.rows), scratch);
       });
+  return at;
 }
 Program::Angles& Program::angles(double base, double scale, int width) {
   auto [at, made] = angles_.try_emplace({base, scale});
@@ -176,6 +206,16 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
         int64_t rows = k_->tile_rows(table, packed()), r0 = tile * rows;
         k_->product({&table, nullptr, batch_.logits, table.rows}, buffers_[head].a, r0, std::min(r0 + rows, table.rows), s);
       });
+  add("adapter", [this] { return spans_.empty() ? 0 : batch_.n_out; }, [=, this](int64_t n, Scratch& s) {
+    const int adapter = batch_.adapters[batch_.out_rows[n]];
+    if (adapter < 0 || adapters_[adapter].ids.empty()) return;
+    const auto& [sites, ids, rows] = adapters_[adapter];
+    Activations x = buffers_[head].a;
+    x.f += n * x.stride, x.T = 1, x.packed = false;
+    std::vector<float> values(ids.size());
+    k_->product({&rows, nullptr, values.data(), rows.rows}, x, 0, rows.rows, s);
+    for (size_t i = 0; i < ids.size(); i++) batch_.logits[n * table.rows + ids[i]] = values[i];
+  });
   int64_t parts = (table.rows + STAT_ROWS - 1) / STAT_ROWS;
   add("log_sum", [=, this] { return batch_.n_out * parts; }, [=, this](int64_t tile, Scratch&) {
     int64_t row = tile / parts, r0 = tile % parts * STAT_ROWS, n = std::min(STAT_ROWS, table.rows - r0);
@@ -200,9 +240,57 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
 // -------------------------------------------------------------------------------------------------------- replaying
 void Program::size(Buffer& b, int T, bool packed) {
   size_t rows = packed ? (T + 15) / 16 * 16 : T, n = rows * b.padded;
-  b.a = {grown(b.f, n), b.width, b.padded, b.padded, T, packed, b.forms, {}, {}};
-  if (b.forms & BLOCKS_32) b.a.q32 = {32, grown(b.q32, n), grown(b.scales32, n / 32), grown(b.sums32, n / 16)};
-  if (b.forms & BLOCKS_256) b.a.q256 = {256, grown(b.q256, n), grown(b.scales256, n / 256), grown(b.sums256, n / 16)};
+  const int forms = b.forms | (spans_.empty() ? 0 : b.side_forms);
+  b.a = {grown(b.f, n), b.width, b.padded, b.padded, T, packed, forms, {}, {}};
+  if (forms & BLOCKS_32) b.a.q32 = {32, grown(b.q32, n), grown(b.scales32, n / 32), grown(b.sums32, n / 16)};
+  if (forms & BLOCKS_256) b.a.q256 = {256, grown(b.q256, n), grown(b.scales256, n / 256), grown(b.sums256, n / 16)};
+}
+int Program::add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows) {
+  auto fits = [](bool holds, const char* what) { if (!holds) throw std::invalid_argument(std::string("an adapter's ") + what); };
+  Adapter made{std::vector<LowRank>(sites_.size()), std::move(ids), rows};
+  fits(std::is_sorted(made.ids.begin(), made.ids.end()) && (made.ids.empty() || rows.rows == (int64_t)made.ids.size()), "ids must ascend");
+  for (int32_t id : made.ids) fits(id >= 0 && id < vocabulary_ && rows.cols == buffers_[head_].width, "rows must be the embedding's");
+  for (auto& low : sites) {
+    fits(low.site >= 0 && low.site < (int)sites_.size(), "site is none of this program");
+    const Site& at = sites_[low.site];
+    fits(low.a.rows == RANK * (int64_t)low.slices.size() && low.a.cols == buffers_[at.in].width, "a does not fit its layer");
+    for (auto& [target, b] : low.slices)
+      fits(target >= 0 && target < (int)at.rows.size() && b.cols == RANK && b.rows == at.rows[target], "b does not fit its layer");
+    buffers_[at.in].side_forms |= form_of(low.a.type);
+    for (auto& slice : low.slices) h_.side_forms |= form_of(slice.b.type);
+    made.sites[low.site] = std::move(low);
+  }
+  adapters_.push_back(std::move(made));
+  return (int)adapters_.size() - 1;
+}
+// Where each site's h = x a^T of this run lies, who computes it, and to what h b^T is added.
+void Program::lay_sides() {
+  constexpr int TOKENS = 64;             // of one task
+  size_t most = 0, total = 0;
+  for (auto& span : spans_) {
+    span.h = total, total += packed_ ? (span.end - span.start + 15) / 16 * 16 : span.end - span.start;
+    for (auto& low : adapters_[span.adapter].sites) most = std::max(most, low.slices.size());
+  }
+  h_.width = h_.padded = RANK;
+  if (total) size(h_, (int)(total * most), packed_);
+  for (size_t i = 0; i < sites_.size(); i++) {
+    Site& s = sites_[i];
+    s.tasks.clear();
+    for (auto& sides : s.sides) sides.clear();
+    for (auto& span : spans_) {
+      const LowRank& low = adapters_[span.adapter].sites[i];
+      for (int slice = 0; slice < (int)low.slices.size(); slice++) {
+        const int T = span.end - span.start;
+        Activations h = view(h_.a, slice * total + span.h, T);
+        h.forms = form_of(low.slices[slice].b.type);
+        for (int t = 0; t < T; t += TOKENS) {
+          const int n = std::min(TOKENS, T - t);
+          s.tasks.push_back({low.a, slice, view(buffers_[s.in].a, span.start + t, n), view(h, t, n)});
+        }
+        s.sides[low.slices[slice].target].push_back({low.slices[slice].b, h, span.start, span.begin});
+      }
+    }
+  }
 }
 void Program::cut(Tasks& tasks) {
   tasks.attend.clear(), tasks.merge.clear(), tasks.segments.clear();
@@ -245,9 +333,16 @@ void Program::cut(Tasks& tasks) {
 }
 bool Program::run(const Batch& batch, const Cancel* cancel) {
   batch_ = batch, packed_ = batch.T >= PACKED_FROM;
+  spans_.clear();
+  for (int t = 0; batch.adapters && t < batch.T; t++) {
+    if (batch.adapters[t] < 0) continue;
+    if (t && batch.adapters[t] == batch.adapters[t - 1]) spans_.back().end = t + 1;
+    else spans_.push_back({batch.adapters[t], t, t + 1, packed_ ? t / 16 * 16 : t, 0});
+  }
   for (size_t i = 0; i < buffers_.size(); i++)
     if ((int)i == head_) size(buffers_[i], batch.n_out, batch.n_out >= PACKED_FROM);
     else size(buffers_[i], batch.T, packed_);
+  lay_sides();
   grown(stats_, batch.n_out * ((vocabulary_ + STAT_ROWS - 1) / STAT_ROWS));
   for (auto& [window, tasks] : tasks_) cut(tasks);
   for (auto& [key, a] : angles_) {

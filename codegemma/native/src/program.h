@@ -31,6 +31,19 @@ struct Batch {
   float* logits;             // [n_out, V]
   int32_t* argmax;           // [n_out]
   float* log_normaliser;     // [n_out]: log sum exp of the logits
+  const int32_t* adapters = nullptr;  // [T]: which each token's sequence has, -1: none. None at all where null
+};
+
+constexpr int RANK = 32;     // ranks of an adapter are cut into slices of this many, one block each
+
+// What an adapter adds at one site: slice s of h = x a^T (its rows RANK s and after) times b^T to output `target`.
+struct Low { int target; Weight b; };
+struct LowRank { int site; Weight a; std::vector<Low> slices; };
+struct Adapter {
+  std::vector<LowRank> sites;  // by site; without slices where it changes nothing
+  std::vector<int32_t> ids;    // replaced rows of the embedding, ascending, and what they are
+  Weight rows;
+  int row(int32_t id) const;   // -1: not replaced
 };
 
 class Program {
@@ -42,13 +55,17 @@ class Program {
   // out = norm(x) * weight; before that x += y, or x += norm(y) * post, where y >= 0.
   void norm(int x, const float* weight, int out, float eps, int y, const float* post);
   void observe(int x, double* sums);  // sums [width] += x * x, over the tokens
-  void product(int in, std::vector<Weight> weights, int out);
-  void gated(int in, Weight gate, Weight up, int out);
+  // Both return their site, where adapters add to what comes out: to one of the weights, or to gate (0) and up (1).
+  int product(int in, std::vector<Weight> weights, int out);
+  int gated(int in, Weight gate, Weight up, int out);
   void split_heads(int qkv, HeadSplit heads, double base, double scale, int64_t layer_offset, int64_t kv_offset);
   void attend(int qkv, Attention attention, int out);
   void logits(int x, const float* weight, float eps, Weight table, float cap);
 
   int64_t vocabulary() const { return vocabulary_; }
+  // Throws where a shape does not fit. Not while a run is on; the index is what Batch::adapters says.
+  int add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows);
+  int adapters() const { return (int)adapters_.size(); }
   bool run(const Batch& batch, const Cancel* cancel);  // false: cancelled, the pages beyond the old length are void
   // Seconds of each step, in order, added up since profiling was switched on.
   const std::vector<std::pair<std::string, double>>& profile() const { return times_; }
@@ -57,7 +74,7 @@ class Program {
  private:
   struct Buffer {
     int64_t width, padded;
-    int forms = 0;
+    int forms = 0, side_forms = 0;  // that products want, and adapters besides
     bool prepared = false;   // while recording: what it holds by now is quantised too
     std::vector<float> f, scales32, scales256;
     std::vector<int8_t> q32, q256;
@@ -75,11 +92,22 @@ class Program {
     std::vector<int> segments;  // of each merge
     std::vector<float> partials;
   };
+  struct SideTask { Weight a; int slice; Activations x, h; };
+  struct Site {
+    int in;
+    std::vector<int64_t> rows;           // of each target
+    std::vector<SideTask> tasks;         // of this run: h = x a^T
+    std::vector<std::vector<Side>> sides;  // of this run, by target
+  };
+  struct Span { int adapter, begin, end, start; size_t h; };  // tokens; the first of its packed group; its rows in h_
   struct Angles { std::vector<double> frequency; std::vector<float> cos, sin; };  // cos, sin: [T, H/2] of the batch
 
   void add(std::string kind, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
   void prepare(int b);       // quantise a buffer, where its readers want blocks and its writer made floats only
   void size(Buffer& b, int T, bool packed);
+  int site(int in, const std::vector<Weight>& weights);
+  void lay_sides();
+  Sides sides(int site, int target) const { return {sites_[site].sides[target].data(), sites_[site].sides[target].size()}; }
   Angles& angles(double base, double scale, int width);
   void cut(Tasks& tasks);
   int token_tiles() const { return packed_ ? (batch_.T + 15) / 16 : batch_.T; }
@@ -90,6 +118,10 @@ class Program {
   std::vector<Step> steps_;
   std::map<std::pair<double, double>, Angles> angles_;
   std::map<int, Tasks> tasks_;
+  std::deque<Adapter> adapters_;
+  std::deque<Site> sites_;
+  std::vector<Span> spans_;
+  Buffer h_;                 // of all spans of one site, slice by slice
   Batch batch_;
   bool packed_ = false, profiling_ = false;
   int head_ = -1;
