@@ -1,8 +1,9 @@
 """The prefix cache: keys and values of every prompt lately seen, in a tree over token ids, shared by all requests.
 
-`find` gives the pages of the longest known prefix, `put` remembers a sequence; the least recently used goes first when
-the bound in bytes is reached. Saved files carry a key (model, adapters, numerics, SIMD level): any other key, or a
-damaged file, is ignored with a warning. The law: a token computed behind cached pages is the token computed without.
+`find` gives the pages of the longest known prefix, `put` remembers a sequence, each under the adapter that they depend
+on ("": none); the least recently used goes first when the bound in bytes is reached. Saved files carry a key (model,
+numerics, SIMD level): any other key, or a damaged file, is ignored with a warning. The law: a token computed behind
+cached pages is the token computed without.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from codegemma.formats.files import replacing
 from codegemma.native import PAGE, Page
 
-_MAGIC = b"codegemma prefix cache 1\n"
+_MAGIC = b"codegemma prefix cache 2\n"
 
 
 class _Node:
@@ -41,20 +42,23 @@ class PrefixCache:
     def __init__(self, key: str, page_bytes: int, most_bytes: int) -> None:
         self.key, self.page_bytes, self.most_bytes = key, page_bytes, most_bytes
         self._lock = threading.RLock()
-        self._root = _Node((), None, None)
+        self._roots: dict[str, _Node] = {}   # by adapter
         self._recent: OrderedDict[_Node, None] = OrderedDict()  # least recently used first; a parent after its children
 
     @property
     def nbytes(self) -> int:
         return len(self._recent) * self.page_bytes
 
-    def find(self, ids: Sequence[int]) -> tuple[list[Page], int]:
+    def find(self, ids: Sequence[int], adapter: str = "") -> tuple[list[Page], int]:
         """Pages of the longest known prefix of `ids`, and its length; the last page may hold more than it."""
         with self._lock:
-            return self._find(ids)
+            return self._find(ids, self._root(adapter))
 
-    def _find(self, ids: Sequence[int]) -> tuple[list[Page], int]:
-        node, length = self._root, 0
+    def _root(self, adapter: str) -> _Node:
+        return self._roots.setdefault(adapter, _Node((), None, None))
+
+    def _find(self, ids: Sequence[int], node: _Node) -> tuple[list[Page], int]:
+        length = 0
         pages: list[Page] = []
         while True:
             rest = tuple(ids[length:length + PAGE])
@@ -71,13 +75,12 @@ class PrefixCache:
             pages.append(child.page)
             node, length = child, length + PAGE
 
-    def put(self, ids: Sequence[int], pages: Sequence[Page]) -> None:
+    def put(self, ids: Sequence[int], pages: Sequence[Page], adapter: str = "") -> None:
         """Remembers that `pages` hold `ids`; pages already known stay the shared ones."""
         with self._lock:
-            self._put(ids, pages)
+            self._put(ids, pages, self._root(adapter))
 
-    def _put(self, ids: Sequence[int], pages: Sequence[Page]) -> None:
-        node = self._root
+    def _put(self, ids: Sequence[int], pages: Sequence[Page], node: _Node) -> None:
         for index, page in enumerate(pages):
             part = tuple(ids[index * PAGE:(index + 1) * PAGE])
             child = node.children.get(part)
@@ -96,15 +99,16 @@ class PrefixCache:
 
     def forget_all(self) -> None:
         with self._lock:
-            self._root = _Node((), None, None)
+            self._roots.clear()
             self._recent.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all pages, atomically."""
         with self._lock:
-            nodes = list(self._nodes(self._root))
-        index: dict[_Node | None, int] = {node: at for at, node in enumerate(nodes)}
-        tree = json.dumps([[index.get(node.parent, -1), list(node.ids)] for node in nodes]).encode()
+            nodes = [node for root in self._roots.values() for node in self._nodes(root)]
+            index: dict[_Node | None, int | str] = {node: at for at, node in enumerate(nodes)}
+            index |= {root: adapter for adapter, root in self._roots.items()}
+        tree = json.dumps([[index[node.parent], list(node.ids)] for node in nodes]).encode()
         digest = hashlib.sha256()
         with replacing(Path(path)) as out:
             def write(data: bytes) -> None:
@@ -122,7 +126,7 @@ class PrefixCache:
         """Adds the pages of a saved cache. False, with a warning, on a file that is damaged or of another model."""
         try:
             data = Path(path).read_bytes()
-            nodes = self._parse(data)
+            nodes, roots = self._parse(data)
         except FileNotFoundError:
             return False
         except (ValueError, TypeError, RecursionError, struct.error, OSError) as error:
@@ -134,10 +138,11 @@ class PrefixCache:
                 while (parent := chain[-1].parent) is not None and parent.page is not None:
                     chain.append(parent)
                 chain.reverse()
-                self.put([token for one in chain for token in one.ids], [one.page for one in chain if one.page])
+                self.put([token for one in chain for token in one.ids], [one.page for one in chain if one.page], roots[parent])
         return True
 
-    def _parse(self, data: bytes) -> list[_Node]:
+    def _parse(self, data: bytes) -> tuple[list[_Node], dict[_Node | None, str]]:
+        """The nodes of a saved tree, and the adapter of each of its roots."""
         head = len(_MAGIC) + 24
         if not data.startswith(_MAGIC) or hashlib.sha256(data[:-32]).digest() != data[-32:]:
             raise ValueError("it is damaged or no cache file")
@@ -146,19 +151,19 @@ class PrefixCache:
         if key != self.key or page_bytes != self.page_bytes:
             raise ValueError(f"it belongs to another model, adapter, engine version or SIMD level ({key!r})")
         tree = json.loads(data[head + key_length:head + key_length + tree_length])
-        at, root = head + key_length + tree_length, _Node((), None, None)
+        at = head + key_length + tree_length
         nodes: list[_Node] = []
+        roots: dict[str, _Node] = {}
         for parent, ids in tree:
-            whole = parent == -1 or (0 <= parent < len(nodes) and len(nodes[parent].ids) == PAGE)
+            whole = isinstance(parent, str) or (0 <= parent < len(nodes) and len(nodes[parent].ids) == PAGE)
             if not whole or not 1 <= len(ids) <= PAGE:
                 raise ValueError("its tree is damaged")
+            above = roots.setdefault(parent, _Node((), None, None)) if isinstance(parent, str) else nodes[parent]
             page = Page(np.frombuffer(data, np.uint8, page_bytes, at).copy(), len(ids))
-            node = _Node(tuple(ids), page, nodes[parent] if parent >= 0 else root)
-            assert node.parent is not None
-            node.parent.children[node.ids] = node
+            node = above.children[tuple(ids)] = _Node(tuple(ids), page, above)
             nodes.append(node)
             at += page_bytes
-        return nodes
+        return nodes, {root: adapter for adapter, root in roots.items()}
 
     def _nodes(self, node: _Node) -> Iterator[_Node]:
         for child in node.children.values():

@@ -65,7 +65,8 @@ def window(tokenizer: Tokenizer, parts: Parts, size: int) -> Parts:
     return replace(parts, prefix=prefix, suffix=suffix, context=tuple(reversed(kept)))
 
 
-def prompt_within(engine: Engine, hole: Hole, layout: Layout, most: int, affordable: int | None = None) -> list[int]:
+def prompt_within(engine: Engine, hole: Hole, layout: Layout, most: int, affordable: int | None = None,
+                  adapter: str | None = None) -> list[int]:
     """The largest prompt of at most `most` tokens, of which at most `affordable` are not in the cache (None: all)."""
     assert engine.tokenizer is not None
     suffix = hole.suffix if layout != "prefix" else ""
@@ -76,14 +77,15 @@ def prompt_within(engine: Engine, hole: Hole, layout: Layout, most: int, afforda
     sizes = [min(total, most - fixed), *(size for size in WINDOWS if size < min(total, most - fixed))]
     for size in sizes:
         ids = prompts.assemble(engine.tokenizer, window(engine.tokenizer, parts, max(size, 1)), layout).ids
-        if affordable is None or len(ids) - engine.cache.find(ids[:-1])[1] <= affordable:
+        if affordable is None or len(ids) - engine.cached(ids, adapter) <= affordable:
             break
     return ids
 
 
 def complete(engine: Engine, hole: Hole, layout: Layout = "psm", trim: Trim = "none", max_tokens: int = 128,
              sampling: Sampling = Sampling(), stop: Sequence[str] = (), time_budget: float | None = None,
-             cancel: Cancel | None = None, speculate: bool = True, top: int = 0) -> Completion:
+             cancel: Cancel | None = None, speculate: bool = True, top: int = 0,
+             adapter: str | None = None) -> Completion:
     """Steps of the suggestion, trimmed. `time_budget` (seconds, until the first token) sizes the prompt by the speed
     that the engine has shown so far. Raises ValueError on bad input, at once."""
     if engine.tokenizer is None:
@@ -97,8 +99,8 @@ def complete(engine: Engine, hole: Hole, layout: Layout = "psm", trim: Trim = "n
         raise ValueError(f"the time budget must be above 0 seconds, got {time_budget}")
     most = engine.context - min(max_tokens, engine.context // 2)
     affordable = None if time_budget is None else max(16, int(time_budget * engine.prefill_rate))
-    ids = prompt_within(engine, hole, layout, most, affordable)
-    request = Request(ids, max_tokens, sampling, prompts.fim_stops(engine.tokenizer), stop, top, speculate)
+    ids = prompt_within(engine, hole, layout, most, affordable, adapter)
+    request = Request(ids, max_tokens, sampling, prompts.fim_stops(engine.tokenizer), stop, top, speculate, adapter)
     steps = engine.generate(request, cancel)
     if trim == "none" and layout != "prefix":
         return steps

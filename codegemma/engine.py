@@ -17,6 +17,7 @@ import numpy as np
 from codegemma import sampling as sampler
 from codegemma.cache import PrefixCache, common_prefix
 from codegemma.config import ModelConfig
+from codegemma.lora import Adapter
 from codegemma.native import CHUNK, PAGE, Cancel, Logits, Page, Slice
 from codegemma.sampling import Sampling
 from codegemma.tokenizer import Stream, Tokenizer
@@ -38,6 +39,7 @@ class Backend(Protocol):
 
     def new_page(self) -> Page: ...
     def copy_page(self, page: Page, used: int) -> Page: ...
+    def add_adapter(self, name: str, adapter: Adapter) -> None: ...
     def run(self, slices: Sequence[Slice], cancel: Cancel | None = None) -> Logits | None: ...
 
 
@@ -58,7 +60,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate. `stop_ids` end it and give no text; `stop` are texts that end it and are cut off."""
+    """What to generate. `stop_ids` end it and give no text; `stop` are texts that end it and are cut off. `adapter` names
+    one of the engine's."""
 
     prompt: Sequence[int]
     max_tokens: int = 256
@@ -67,6 +70,7 @@ class Request:
     stop: Sequence[str] = ()
     top: int = 0
     speculate: bool = True
+    adapter: str | None = None
 
 
 class Running:
@@ -245,6 +249,8 @@ class Batch:
         """Raises ValueError where the request does not fit the model."""
         one = self.engine.start(request)
         for other in self.running:       # the prefix that samples or tasks share is computed once
+            if self.engine.adapters[other.request.adapter] != self.engine.adapters[request.adapter]:
+                continue
             shared = min(common_prefix(one.ids, other.ids), len(one.ids) - 1)
             if shared >= max(one.done, one.shared) + SHARED:
                 one.leader, one.shared = other, shared
@@ -317,6 +323,7 @@ class Engine:
         self.backend, self.tokenizer = backend, tokenizer
         self.cache = PrefixCache(f"{identity} {backend.key}", backend.page_bytes, cache_bytes)
         self.lock = threading.Lock()
+        self.adapters: dict[str | None, str] = {None: ""}  # names, and what cached pages know them by
         c = backend.config
         layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width
         self.prefill_rate = 1e11 / (2 * c.layers * layer)  # tokens a second: at first what 100 GOP/s would give
@@ -324,6 +331,21 @@ class Engine:
     @property
     def context(self) -> int:
         return self.backend.config.context
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Makes an adapter known to requests, by a name that stays its own. Raises ValueError where it does not fit the
+        model, or where the name is another's."""
+        if self.adapters.get(name, adapter.digest) != adapter.digest:
+            raise ValueError(f"another adapter is called {name!r}: choose another name")
+        adapter.check(self.backend.config)
+        with self.lock:
+            if name not in self.adapters:
+                self.backend.add_adapter(name, adapter)
+                self.adapters[name] = adapter.digest
+
+    def cached(self, ids: Sequence[int], adapter: str | None = None) -> int:
+        """How many first tokens of a prompt are in the cache."""
+        return self.cache.find(ids[:-1], self.adapters[adapter])[1]
 
     def generate(self, request: Request, cancel: Cancel | None = None) -> Completion:
         """The Steps of one request. Closing the iterator, or setting `cancel` in another thread, stops the work.
@@ -352,9 +374,9 @@ class Engine:
             if one in batch.running:
                 batch.remove(one)
 
-    def logits(self, ids: Sequence[int], start: int = 0) -> np.ndarray:
+    def logits(self, ids: Sequence[int], start: int = 0, adapter: str | None = None) -> np.ndarray:
         """float32 [T, V]: row t is what the model says after ids[:start + t + 1]. Gigabytes for long texts."""
-        one = self.start(Request(ids, max_tokens=0))
+        one = self.start(Request(ids, max_tokens=0, adapter=adapter))
         one.done, one.pages = 0, []
         logits_TV = np.empty((max(len(one.ids) - start, 0), self.backend.config.vocab), np.float32)
         while one.done < len(one.ids):
@@ -380,6 +402,10 @@ class Engine:
         if len(ids) + min(request.max_tokens, 1) > config.context:
             raise ValueError(f"the prompt has {len(ids):,} tokens but the model reads {config.context:,}: shorten it "
                              'or pass truncate="left"')
+        if request.adapter not in self.adapters:
+            known = ", ".join(name for name in self.adapters if name)
+            raise ValueError(f"no adapter {request.adapter!r}: there {f'are {known}' if known else 'is none'}; add it with "
+                             "add_adapter first")
         if request.max_tokens < 0 or request.top < 0:
             raise ValueError(f"max_tokens and top must be at least 0, got {request.max_tokens} and {request.top}")
         if isinstance(request.stop, str) or not all(request.stop):
@@ -387,7 +413,7 @@ class Engine:
         if request.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this model came without one: pass stop_ids")
         one = Running(request, ids, self.tokenizer, min(request.max_tokens, config.context - len(ids)))
-        one.pages, one.done = self.cache.find(ids[:-1])
+        one.pages, one.done = self.cache.find(ids[:-1], self.adapters[request.adapter])
         one.cached = one.done
         return one
 
@@ -401,7 +427,7 @@ class Engine:
         while len(one.pages) * PAGE < end:
             one.pages.append(self.backend.new_page())
         self._mark(one, start, end)
-        return Slice(ids, start, one.pages, wanted)
+        return Slice(ids, start, one.pages, wanted, one.request.adapter)
 
     def unclaim(self, one: Running, length: int) -> None:
         """Gives back the rows behind `length` that a draft or a cancelled run had claimed."""
@@ -415,7 +441,7 @@ class Engine:
             self.prefill_rate += (tokens / seconds - self.prefill_rate) / 4
 
     def remember(self, one: Running) -> None:
-        self.cache.put(one.ids[:one.done], one.pages[:-(-one.done // PAGE)])
+        self.cache.put(one.ids[:one.done], one.pages[:-(-one.done // PAGE)], self.adapters[one.request.adapter])
 
     @staticmethod
     def _mark(one: Running, start: int, end: int) -> None:

@@ -7,11 +7,13 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from codegemma import chat, completion, hub, prompts
+from codegemma import chat, completion, hub, lora, prompts
 from codegemma.completion import Hole, Mode, Trim
 from codegemma.config import Preset, Use
 from codegemma.engine import Completion, Engine, Request
@@ -21,6 +23,8 @@ from codegemma.prompts import File, Message
 from codegemma.sampling import Sampling
 from codegemma.tokenizer import Tokenizer
 
+ADAPTERS = Path(__file__).parent / "adapters"  # shipped with the package: {preset}-fim completes in the middle
+
 
 class Model:
     """A loaded model. One request runs at a time; `engine.Batch` runs many together."""
@@ -29,6 +33,7 @@ class Model:
                  strict: bool = False, backend: Literal["native", "jax"] = "native") -> None:
         self.path, self.config = checkpoint.path, checkpoint.config
         self._checkpoint, self._strict, self._warned = checkpoint, strict, set[str]()
+        self._adapters: dict[str, lora.Adapter] = {}
         self.backend = _backend(backend, checkpoint, threads)
         self.engine = Engine(self.backend, checkpoint.tokenizer, _identity(checkpoint), cache_bytes)
         self.preset = _preset_of(checkpoint)
@@ -42,34 +47,72 @@ class Model:
         return self.engine.tokenizer
 
     @property
+    def adapters(self) -> list[str]:
+        """Their names; the packaged one from its first use on."""
+        return sorted(self._adapters)
+
+    def add_adapter(self, name: str, adapter: lora.Adapter | str | os.PathLike[str]) -> None:
+        """Makes an adapter (or the one at a path: PEFT's folder, or NeMo's archive) known to `adapter=` by a name.
+
+        Several may serve at once; the base weights stay as they are. Raises ValueError where it does not fit the model.
+        """
+        if name in ("", "auto", "none"):
+            raise ValueError(f"an adapter cannot be called {name!r}: choose another name")
+        made = adapter if isinstance(adapter, lora.Adapter) else lora.load(Path(adapter))
+        self.engine.add_adapter(name, made)
+        self._adapters[name] = made
+
+    @cached_property
+    def _packaged_adapter(self) -> str | None:
+        name = f"{self.preset.name}-fim" if self.preset else ""
+        if not name or not (ADAPTERS / name).is_dir():
+            return None
+        self.add_adapter(name, ADAPTERS / name)
+        return name
+
+    def completing_adapter(self, adapter: str | None = "auto") -> str | None:
+        """Which adapter `complete` takes: "auto" is the packaged one of this model, None where it has none."""
+        return self._packaged_adapter if adapter == "auto" else adapter
+
+    def fim_orders(self, adapter: str | None = "auto") -> frozenset[str]:
+        """The orders, of "psm" and "spm", that it was trained to fill in the middle in: as the adapter's card says, else
+        PSM where the preset says so or the vocabulary names the FIM tokens."""
+        used = self._adapters.get(self.completing_adapter(adapter) or "")
+        if used is not None and (orders := frozenset(order for order in ("psm", "spm") if used.trained(order))):
+            return orders
+        named = self.engine.tokenizer is not None and self.engine.tokenizer.control.fim == "named"
+        return frozenset({"psm"}) if (self.preset.fim if self.preset else named) else frozenset()
+
+    @property
     def fim_trained(self) -> bool:
-        """Whether it was trained to fill in the middle: the vocabulary names the FIM tokens, or its preset says so."""
-        if self.preset is not None:
-            return self.preset.fim
-        return self.engine.tokenizer is not None and self.engine.tokenizer.control.fim == "named"
+        """Whether it was trained to fill in the middle, its packaged adapter counted in."""
+        return bool(self.fim_orders())
 
     def complete(self, prefix: str, suffix: str = "", path: str | None = None, context: Sequence[File] = (), *,
                  trim: Trim = "none", mode: Mode = "auto", max_tokens: int = 128, sampling: Sampling = Sampling(),
                  stop: Sequence[str] = (), time_budget: float | None = None, cancel: Cancel | None = None,
-                 speculate: bool = True, top: int = 0) -> Completion:
+                 speculate: bool = True, top: int = 0, adapter: str | None = "auto") -> Completion:
         """What belongs between `prefix` and `suffix`. `context` are other files (path, text) that it may draw on.
 
+        `adapter` is "auto" for the one that the package has for this model, None for the base, or a name that was added.
         `time_budget` is in seconds, to the first token. Without FIM training, mode "auto" continues the prefix and
         drops what repeats the suffix. Raises ValueError on bad input, at once.
         """
         self.tokenizer  # noqa: B018  raises where there is none
         self.expect("completion")
-        if self._strict and not self.fim_trained:
+        orders = self.fim_orders(adapter)
+        if self._strict and not orders:
             raise ValueError(f"{self.preset.title if self.preset else self.path} was made for text that goes on, not trained to "
                              "fill in the middle: choose another model (see `codegemma models`) or drop --strict")
-        layout = completion.layout_for(mode, self.fim_trained, spm_trained=False)
+        layout = completion.layout_for(mode, bool(orders), "spm" in orders)
         files = tuple(file if isinstance(file, File) else File(*file) for file in context)
         return completion.complete(self.engine, Hole(prefix, suffix, path, files), layout, trim, max_tokens, sampling,
-                                   stop, time_budget, cancel, speculate, top)
+                                   stop, time_budget, cancel, speculate, top, self.completing_adapter(adapter))
 
     def generate(self, prompt: str | Sequence[int], *, max_tokens: int = 256, sampling: Sampling = Sampling(),
                  stop: Sequence[str] = (), raw: bool = False, truncate: Literal["left"] | None = None,
-                 cancel: Cancel | None = None, speculate: bool = True, top: int = 0) -> Completion:
+                 cancel: Cancel | None = None, speculate: bool = True, top: int = 0,
+                 adapter: str | None = None) -> Completion:
         """Continues a text (<bos> is put in front) or ids (taken as they are). `raw` reads control tokens spelled in the
         text. truncate="left" drops the oldest tokens, <bos> excepted, where the prompt is too long."""
         self.expect("generation")
@@ -83,22 +126,23 @@ class Model:
             raise ValueError(f'truncate must be None or "left", got {truncate!r}')
         if truncate:
             ids = truncate_left(ids, self.config.context - min(max_tokens, self.config.context // 2))
-        return self.engine.generate(Request(ids, max_tokens, sampling, stops, stop, top, speculate), cancel)
+        return self.engine.generate(Request(ids, max_tokens, sampling, stops, stop, top, speculate, adapter), cancel)
 
     def chat(self, messages: Sequence[Message | tuple[str, str] | dict[str, str]], *, max_tokens: int = 1024,
              sampling: Sampling = Sampling(), stop: Sequence[str] = (), cancel: Cancel | None = None,
-             speculate: bool = True, top: int = 0) -> Completion:
+             speculate: bool = True, top: int = 0, adapter: str | None = None) -> Completion:
         """The next turn after `messages`: Message, (role, text), or {"role", "content"}; the last one is the user's."""
         self.tokenizer  # noqa: B018
         self.expect("chat")
         turns = [_message(message) for message in messages]
-        return chat.chat(self.engine, turns, max_tokens, sampling, stop, cancel, speculate, top)
+        return chat.chat(self.engine, turns, max_tokens, sampling, stop, cancel, speculate, top, adapter)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
+    def logits(self, ids: Sequence[int], adapter: str | None = None) -> np.ndarray:
         """float32 [T, V]: row t is the prediction after ids[:t + 1]."""
-        return self.engine.logits(ids)
+        return self.engine.logits(ids, adapter=adapter)
 
-    def benchmark(self, prompt_tokens: int = 512, decode_tokens: int = 32, repeats: int = 3) -> dict[str, Any]:
+    def benchmark(self, prompt_tokens: int = 512, decode_tokens: int = 32, repeats: int = 3,
+                  adapter: str | None = None) -> dict[str, Any]:
         """Medians of prefill and decode speed, and their share of what this machine's memory and multipliers can do.
 
         Prefill counts the vocabulary product for the last token only. The limits are measured in the same minutes.
@@ -114,7 +158,7 @@ class Model:
         for _ in range(repeats):
             with self.engine.lock:
                 limits.append(measure(self.backend.threads, self.backend.level))
-                read, decoded = self._timed(ids, decode_tokens)
+                read, decoded = self._timed(ids, decode_tokens, adapter)
             prefills.append(prompt_tokens / read)
             decodes.append(decode_tokens / decoded)
         bandwidth, peak = (float(np.median([limit[i] for limit in limits])) for i in range(2))
@@ -128,16 +172,16 @@ class Model:
                 "bandwidth_bytes_per_second": bandwidth, "int8_operations_per_second": peak, "threads": self.backend.threads,
                 "simd": self.backend.level, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
 
-    def _timed(self, ids: list[int], decode_tokens: int) -> tuple[float, float]:
+    def _timed(self, ids: list[int], decode_tokens: int, adapter: str | None) -> tuple[float, float]:
         """Seconds to read a prompt with nothing cached, and to decode after it."""
         pages = [self.backend.new_page() for _ in range(-(-(len(ids) + decode_tokens) // PAGE))]
         started = time.perf_counter()
         for at in range(0, len(ids), CHUNK):
             part = ids[at:at + CHUNK]
-            self.backend.run([Slice(part, at, pages, int(at + len(part) == len(ids)))])
+            self.backend.run([Slice(part, at, pages, int(at + len(part) == len(ids)), adapter)])
         read = time.perf_counter()
         for i in range(decode_tokens):
-            self.backend.run([Slice([ids[i % len(ids)]], len(ids) + i, pages, 1)])
+            self.backend.run([Slice([ids[i % len(ids)]], len(ids) + i, pages, 1, adapter)])
         return read - started, time.perf_counter() - read
 
     def expect(self, use: Use) -> None:

@@ -194,11 +194,11 @@ def test_damaged_files_are_ignored_with_a_warning(tmp_path, rehash):
         assert cache_of().load(tmp_path / "empty") is False
 
 
-@pytest.mark.parametrize("tree", ["[[0, [1]]]", "[[-2, [1]]]", "[[-1, []]]", "[[-1, [1]], [0, [2]]]", "[1]", "{}",
-                                  '[["a", [1]]]', "[" * 100_000, f"[[-1, {[1] * 65}]]"])
+@pytest.mark.parametrize("tree", ["[[0, [1]]]", "[[-1, [1]]]", '[["", []]]', '[["", [1]], [0, [2]]]', "[1]", "{}",
+                                  '[["", 7]]', "[[null, [1]]]", "[" * 100_000, f'[["", {[1] * 65}]]'])
 def test_trees_that_are_none_are_ignored(tmp_path, tree):
     key = b"a model"
-    data = b"codegemma prefix cache 1\n" + struct.pack("<QQQ", len(key), len(tree), BYTES) + key + tree.encode()
+    data = b"codegemma prefix cache 2\n" + struct.pack("<QQQ", len(key), len(tree), BYTES) + key + tree.encode()
     data += bytes(2 * BYTES)
     (tmp_path / "saved").write_bytes(data + hashlib.sha256(data).digest())
     if tree == "{}":
@@ -206,6 +206,21 @@ def test_trees_that_are_none_are_ignored(tmp_path, tree):
         return
     with pytest.warns(UserWarning, match="is ignored"):
         assert cache_of().load(tmp_path / "saved") is False
+
+
+def test_adapters_do_not_see_each_others_pages(tmp_path):
+    cache = cache_of()
+    kept = {adapter: pages_of([1] * 100) for adapter in ("", "a", "b")}
+    for adapter, pages in kept.items():
+        cache.put([1] * 100, pages, adapter)
+    cache.put([2] * 70, pages_of([2] * 70), "a")
+    cache.save(tmp_path / "saved")
+    again = cache_of()
+    assert again.load(tmp_path / "saved") and again.nbytes == cache.nbytes == 8 * BYTES
+    for adapter, pages in kept.items():
+        assert all(one is other for one, other in zip(cache.find([1] * 100, adapter)[0], pages, strict=True))
+        assert [page.data.tobytes() for page in again.find([1] * 100, adapter)[0]] == [page.data.tobytes() for page in pages]
+    assert cache.find([1] * 100, "c") == ([], 0) and cache.find([2] * 70) == ([], 0) and again.find([2] * 70, "a")[1] == 70
 
 
 def test_an_engine_goes_on_from_a_saved_cache_with_the_same_steps(tmp_path):

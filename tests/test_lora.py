@@ -1,4 +1,5 @@
-"""Adapters: PEFT's format and logits (golden files by tools/make_golden_lora.py), merging, hostile files."""
+"""Adapters: PEFT's format and logits (golden files by tools/make_golden_lora.py), merging, hostile files; and the laws
+of the engine with adapters on, bit for bit, on tiny models of every architecture."""
 
 import io
 import json
@@ -10,11 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference import golden, logits, tolerance
+from test_engine import logits_in_chunks, native, random_ids, repeated, run_all
+from test_native import LEVELS
 from tiny import KINDS, dequantize, random_adapter, tiny_config, tiny_tensors
 
 from codegemma import lora
+from codegemma.engine import Batch, Engine, Request
 from codegemma.formats import Checkpoint, safetensors
 from codegemma.lora import Adapter
+from codegemma.native import PAGE, Native, Slice
+from codegemma.sampling import Sampling
 from codegemma.weights import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -208,3 +214,182 @@ def test_digest_changes_with_every_part():
                 random_adapter(config, tokens=(5,)), random_adapter(config, kinds="qkv")]
     assert len({adapter.digest for adapter in adapters}) == 5
     assert isinstance(adapters[0], Adapter) and adapters[0].digest == replace(adapters[0], name="other").digest
+
+
+# ------------------------------------------------------------------------------------------------ the engine's laws
+TWO = {"one": {"ranks": (40, 3), "tokens": (7, 9)}, "two": {"seed": 1, "kinds": ("q", "v", "down"), "tokens": (9,)}}
+
+
+def adapted(kind, type="F32", threads=1, level=None):
+    """A backend with two adapters: one of more than one slice, with tokens, on all layers; one on some of them."""
+    backend = native(kind, type, threads, level)
+    for name, changes in TWO.items():
+        backend.add_adapter(name, random_adapter(backend.config, **changes))
+    return backend
+
+
+def whole(backend, ids, adapter):
+    """The logits of all tokens, in one run."""
+    pages = [backend.new_page() for _ in range(-(-len(ids) // PAGE))]
+    return backend.run([Slice(ids, 0, pages, len(ids), adapter)]).values.copy()
+
+
+def ids_with_tokens(count, seed=0):
+    ids = random_ids(count, seed)
+    ids[1:3] = 7, 9
+    return ids
+
+
+@pytest.mark.parametrize("kind", PEFT)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_engine_gives_pefts_logits(kind, level, saved):
+    config, params, *_ = golden(kind)
+    ids, theirs = peft_logits(kind)
+    adapter = lora.load(saved / kind / "peft")
+    backend = Native(checkpoint(config, params), 2, level)
+    base = whole(backend, list(ids), None)
+    backend.add_adapter("peft", adapter)
+    bound = 2 * tolerance(config, floats(lora.merge(checkpoint(config, params), adapter)), ids)
+    assert np.abs(whole(backend, list(ids), "peft") - theirs).max() < bound
+    assert whole(backend, list(ids), None).tobytes() == base.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_blocks_an_adapter_costs_little_accuracy(kind):
+    """Against the float64 model with the adapter merged. Rounding a block of 32 to 127 steps of its largest, which is about
+    3.5 times the root mean square, errs by 3.5 / (127 sqrt(12)) of it, and a dot product by that times |x| |w| / sqrt(32)."""
+    backend = adapted(kind, "Q8_0")
+    model = Checkpoint(Path("tiny"), backend.config, tiny_tensors(backend.config, "Q8_0"), {}, None)
+    ids = ids_with_tokens(50)
+    merged = floats(lora.merge(checkpoint(backend.config, floats(model)), random_adapter(backend.config, **TWO["one"])))
+    exact = logits(backend.config, merged, ids)
+    bound = tolerance(backend.config, merged, ids, 3.5 / (127 * 12 ** 0.5 * 32 ** 0.5))
+    assert np.abs(whole(backend, ids, "one") - exact).max() < bound
+    assert np.abs(whole(backend, ids, None) - exact).max() > 2 * bound
+
+
+@pytest.mark.parametrize("kind, type", [("gemma-mqa", "F32"), ("gemma-mha", "Q4_0"), ("gemma2", "Q5_K"), ("gemma3", "Q8_0"),
+                                        ("gemma3", "Q4_K"), ("gemma2", "BF16")])
+def test_chunks_and_threads_change_nothing(kind, type):
+    ids = ids_with_tokens(100)
+    expected = None
+    for threads, chunks in ((1, (100, 1, 5, 6, 17)), (2, (64, 3)), (3, (40, 1))):
+        backend = adapted(kind, type, threads)
+        for chunk in chunks:
+            with_adapter = logits_in_chunks(Named(backend, "one"), ids, repeated(chunk))
+            expected = expected or with_adapter
+            assert with_adapter == expected, f"{threads} threads, chunks of {chunk}"
+
+
+class Named:
+    """A backend whose sequences all have one adapter."""
+
+    def __init__(self, backend, name):
+        self.backend, self.name = backend, name
+
+    def new_page(self):
+        return self.backend.new_page()
+
+    def run(self, slices):
+        return self.backend.run([replace(part, adapter=self.name) for part in slices])
+
+
+@pytest.mark.parametrize("kind, type", [("gemma-mqa", "Q4_0"), ("gemma-mha", "F32"), ("gemma2", "Q6_K"), ("gemma3", "Q8_0")])
+def test_neighbours_with_other_adapters_change_nothing(kind, type):
+    """Nine sequences with either adapter or none, prompts and single tokens mixed, in any order."""
+    backend = adapted(kind, type, threads=2)
+    texts = [ids_with_tokens(length, length) for length in (3, 4, 5, 7, 63, 64, 65, 130, 290)]
+    names = [None, "one", "two", "one", None, "two", "one", "two", None]
+    alone = [whole(backend, ids, name)[-1].tobytes() for ids, name in zip(texts, names, strict=True)]
+    rng = np.random.default_rng(0)
+    for count in (9, 9, 9, 4, 2):
+        order = rng.permutation(len(texts))[:count]
+        heads = {i: len(texts[i]) - 1 if count < 6 else int(rng.integers(0, len(texts[i]))) for i in order}
+        pages = {i: [backend.new_page() for _ in range(-(-len(texts[i]) // PAGE))] for i in order}
+        backend.run([Slice(texts[i][:heads[i]], 0, pages[i], 0, names[i]) for i in order if heads[i]])
+        result = backend.run([Slice(texts[i][heads[i]:], heads[i], pages[i], 1, names[i]) for i in order])
+        for row, i in enumerate(order):
+            assert result.values[row].tobytes() == alone[i]
+
+
+@pytest.mark.parametrize("type", ["F32", "Q8_0", "Q4_K"])
+def test_without_an_adapter_nothing_changes(type):
+    ids = ids_with_tokens(70)
+    backend = native("gemma3", type)
+    before = whole(backend, ids, None)
+    with_adapters = adapted("gemma3", type)
+    whole(with_adapters, ids, "one")
+    assert whole(with_adapters, ids, None).tobytes() == before.tobytes()
+    assert not np.allclose(whole(with_adapters, ids, "one"), before, atol=0.1)
+    assert not np.allclose(whole(with_adapters, ids, "one"), whole(with_adapters, ids, "two"), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_agree_with_an_adapter(kind):
+    """Products on blocks are equal; norms, softmax and GELU round differently, which may move an activation by a step."""
+    rows = [whole(adapted(kind, "Q8_0", level=level), ids_with_tokens(80), "one") for level in LEVELS]
+    for one in rows[1:]:
+        assert np.abs(one - rows[0]).max() < 0.02 * np.abs(rows[0]).max()
+
+
+@pytest.mark.parametrize("kind, type", [("gemma3", "Q4_0"), ("gemma2", "F32")])
+def test_cache_batches_and_speculation_change_no_step_with_adapters(kind, type):
+    backend = adapted(kind, type, threads=2)
+    base = ids_with_tokens(100)
+    texts = [base, base, base, base[:70] + random_ids(30, 1), base[:20] + [7, 8, 9, 10] * 20, base]
+    names = ["one", None, "two", "one", "one", "one"]
+    requests = [Request(ids, 12, Sampling(0.5, seed=3) if i % 2 else Sampling(), top=2, adapter=name)
+                for i, (ids, name) in enumerate(zip(texts, names, strict=True))]
+    fresh = [list(engine_of(backend, 0).generate(replace(request, speculate=False))) for request in requests]
+    assert fresh[0] != fresh[1] != fresh[2] != fresh[0]
+    shared = engine_of(backend)
+    for _ in range(2):                   # the second time all is cached
+        assert [list(shared.generate(request)) for request in requests] == fresh
+    assert run_all(engine_of(backend), requests) == fresh
+    assert run_all(shared, requests, order=[3, 5, 0, 1, 4, 2]) == fresh
+
+
+def engine_of(backend, cache_bytes=1 << 30):
+    engine = Engine(backend, cache_bytes=cache_bytes)
+    for name, changes in TWO.items():
+        engine.add_adapter(name, random_adapter(backend.config, **changes))
+    return engine
+
+
+def test_pages_are_shared_within_an_adapter_only():
+    engine, ids = engine_of(native("gemma3", "Q8_0")), ids_with_tokens(200)
+    engine.add_adapter("again", random_adapter(engine.backend.config, **TWO["one"], name="again"))
+    list(engine.generate(Request(ids, 1, adapter="one")))
+    cached = {name: engine.start(Request(ids, adapter=name)).cached for name in engine.adapters}
+    assert cached == {None: 0, "one": 199, "two": 0, "again": 199}
+    assert engine.cached(ids, "one") == 199 and engine.cached(ids) == 0
+    batch = Batch(engine_of(engine.backend, 0))
+    added = [batch.add(Request(ids, 1, adapter=name)) for name in ("one", "two", None, "one")]
+    assert [one.leader for one in added] == [None, None, None, added[0]]
+    assert engine.logits(ids, adapter="one").tobytes() == whole(engine.backend, ids, "one").tobytes()
+
+
+def test_adapters_are_named_once_and_must_be_known():
+    engine = engine_of(native("gemma3"))
+    with pytest.raises(ValueError, match="no adapter 'three': there are one, two; add it"):
+        engine.start(Request([2, 3], adapter="three"))
+    with pytest.raises(ValueError, match="another adapter is called 'one'"):
+        engine.add_adapter("one", random_adapter(engine.backend.config, 5))
+    engine.add_adapter("one", random_adapter(engine.backend.config, **TWO["one"]))  # the same: nothing to do
+    with pytest.raises(ValueError, match="belongs to another model"):
+        engine.add_adapter("other", random_adapter(tiny_config("gemma3", width=256)))
+
+
+def test_the_native_half_checks_what_it_is_given():
+    backend = native("gemma3")
+    good = backend._low_rank(np.zeros((32, 96), np.float32))
+    b = backend._low_rank(np.zeros((128, 32), np.float32))
+    add = backend._program.add_adapter
+    for sites, ids, rows, message in (
+            ([(99, good, [(0, b)])], [], None, "site"), ([(0, b, [(0, b)])], [], None, "a does not fit"),
+            ([(0, good, [(3, b)])], [], None, "b does not fit"), ([(0, good, [(1, b)])], [], None, "b does not fit"),
+            ([(0, good, [])], [], None, "a does not fit"), ([], [2, 1], good, "ids must ascend"), ([], [1], None, "ids must"),
+            ([], [600], backend._low_rank(np.zeros((1, 96), np.float32)), "rows must be"),
+            ([], [1], backend._low_rank(np.zeros((1, 95), np.float32)), "rows must be")):
+        with pytest.raises(ValueError, match=f"adapter's {message}"):
+            add(sites, ids, rows)

@@ -80,10 +80,14 @@ class Slice:
 class LowRank(Protocol):
     """What of an adapter is computed: see lora.Adapter."""
 
-    scale: float
-    a: Mapping[str, np.ndarray]
-    b: Mapping[str, np.ndarray]
-    rows: Mapping[int, np.ndarray]
+    @property
+    def scale(self) -> float: ...
+    @property
+    def a(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def b(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def rows(self) -> Mapping[int, np.ndarray]: ...
 
 
 class Native:
