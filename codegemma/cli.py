@@ -54,6 +54,8 @@ QuantizeTo = Annotated[Literal["q8_0", "q4_0"] | None, Option(
     "--quantize", help="Turn float weights into blocks while loading.")]
 CacheFile = Annotated[Path | None, Option("--cache", metavar="FILE", help="Load the prompt cache from this file, "
                                           "save it afterwards.")]
+AdapterAt = Annotated[str, Option("--adapter", metavar="PATH", help="An adapter to put on: PEFT's folder or NeMo's archive; "
+                                  "none is the base, auto the one that the package has for completion.")]
 Strict = Annotated[bool, Option("--strict", help="An error, not a warning, where the model was not made for this.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
@@ -78,8 +80,8 @@ def complete(
                                                 "within MS milliseconds.")] = None,
     model: ModelName = None, max_tokens: MaxTokens = 128, temp: Temp = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
     min_p: MinP = 0.0, repeat_penalty: RepeatPenalty = 1.0, seed: Seed = 0, stop: StopTexts = None,
-    threads: Threads = None, quantize: QuantizeTo = None, cache: CacheFile = None, strict: Strict = False,
-    as_json: Json = False,
+    threads: Threads = None, quantize: QuantizeTo = None, adapter: AdapterAt = "auto", cache: CacheFile = None,
+    strict: Strict = False, as_json: Json = False,
 ) -> None:
     """Fill the hole at a cursor."""
     from codegemma.completion import layout_for
@@ -90,14 +92,16 @@ def complete(
     files = [File(str(one), _read(one)) for one in context or ()]
     path = path or (file if files and file != "-" else None)
     loaded = _load(model, threads, quantize, cache, strict)
-    if not loaded.fim_trained and not strict:
+    used = loaded.adapter_at(adapter)
+    orders = loaded.fim_orders(used)
+    if not orders and not strict:
         _note(f"{_title(loaded)} was not trained to fill in the middle: " + (
             "it continues the prefix, and what repeats the suffix is dropped" if mode in ("auto", "prefix")
             else f"expect little of --mode {mode}"))
     _answer(loaded, lambda cancel: loaded.complete(
         prefix, suffix, path, files, trim=trim, mode=mode, max_tokens=max_tokens, sampling=sampling,
-        stop=stop or (), time_budget=None if time_budget is None else time_budget / 1000, cancel=cancel),
-        as_json, cache, {"layout": layout_for(mode, loaded.fim_trained, spm_trained=False)})
+        stop=stop or (), time_budget=None if time_budget is None else time_budget / 1000, cancel=cancel,
+        adapter=used), as_json, cache, {"layout": layout_for(mode, bool(orders), "spm" in orders), "adapter": used})
 
 
 @app.command()
@@ -110,8 +114,8 @@ def generate(
     log_disable: Annotated[bool, Option("--log-disable", help="Accepted: there is no log.")] = False,
     model: ModelName = None, max_tokens: MaxTokens = 256, temp: Temp = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
     min_p: MinP = 0.0, repeat_penalty: RepeatPenalty = 1.0, seed: Seed = 0, stop: StopTexts = None,
-    threads: Threads = None, quantize: QuantizeTo = None, cache: CacheFile = None, strict: Strict = False,
-    as_json: Json = False,
+    threads: Threads = None, quantize: QuantizeTo = None, adapter: AdapterAt = "none", cache: CacheFile = None,
+    strict: Strict = False, as_json: Json = False,
 ) -> None:
     """Echo a prompt and continue it."""
     if file is not None and prompt is not None:
@@ -119,9 +123,10 @@ def generate(
     text = prompt if prompt is not None else _input(file).removesuffix("\n").removesuffix("\r")
     sampling = _sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     loaded = _load(model, threads, quantize, cache, strict)
+    used = loaded.adapter_at(adapter)
     _answer(loaded, lambda cancel: loaded.generate(
         text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), raw=raw, cancel=cancel,
-        truncate=truncate), as_json, cache, echo=text)
+        truncate=truncate, adapter=used), as_json, cache, {"adapter": used}, echo=text)
 
 
 @app.command()
@@ -129,7 +134,7 @@ def chat(
     system: Annotated[str, Option(metavar="TEXT", help="Instructions that go before your first message.")] = "",
     model: ModelName = None, max_tokens: MaxTokens = 1024, temp: Temp = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
     min_p: MinP = 0.0, repeat_penalty: RepeatPenalty = 1.0, seed: Seed = 0, threads: Threads = None,
-    quantize: QuantizeTo = None, strict: Strict = False,
+    quantize: QuantizeTo = None, adapter: AdapterAt = "none", strict: Strict = False,
 ) -> None:
     """Talk with an instruction-tuned model.
 
@@ -140,7 +145,7 @@ def chat(
     sampling = _sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     loaded = _load(model, threads, quantize, None, strict)
     loaded.expect("chat")
-    talk = Conversation(loaded, system, max_tokens, sampling)
+    talk = Conversation(loaded, system, max_tokens, sampling, loaded.adapter_at(adapter))
     for text in messages():
         if not talk.take(text):
             break
@@ -171,14 +176,16 @@ def bench(
     prompt_tokens: Annotated[int, Option(min=1, help="Tokens of the prompt.")] = 512,
     decode_tokens: Annotated[int, Option(min=1, help="Tokens decoded one by one.")] = 32,
     repeats: Annotated[int, Option(min=1, help="Runs; medians are shown.")] = 3,
-    model: ModelName = None, threads: Threads = None, quantize: QuantizeTo = None, as_json: Json = False,
+    model: ModelName = None, threads: Threads = None, quantize: QuantizeTo = None, adapter: AdapterAt = "none",
+    as_json: Json = False,
 ) -> None:
     """Measure speed, and the share of this machine's limit.
 
     The limits, memory bandwidth and int8 operations, are measured in the same minutes.
     """
     loaded = _load(model, threads, quantize, None, False)
-    found = {"model": str(loaded.path), **loaded.benchmark(prompt_tokens, decode_tokens, repeats)}
+    used = loaded.adapter_at(adapter)
+    found = {"model": str(loaded.path), "adapter": used, **loaded.benchmark(prompt_tokens, decode_tokens, repeats, used)}
     if as_json:
         print(json.dumps(found))
         return
@@ -331,7 +338,7 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _answer(model: Model, ask: Callable[[Cancel], Completion], as_json: bool, cache: Path | None,
-            about: dict[str, str] | None = None, echo: str = "") -> None:
+            about: dict[str, str | None] | None = None, echo: str = "") -> None:
     """Runs a request and shows it: text as it comes, or one JSON object with its figures."""
     from codegemma.terminal import steps_of
 

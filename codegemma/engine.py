@@ -76,8 +76,8 @@ class Request:
 class Running:
     """A request on its way: its tokens, the pages behind them, and what has not been shown yet."""
 
-    def __init__(self, request: Request, ids: list[int], tokenizer: Tokenizer | None, limit: int) -> None:
-        self.request, self.ids, self.limit = request, ids, limit
+    def __init__(self, request: Request, ids: list[int], tokenizer: Tokenizer | None, limit: int, adapter: str = "") -> None:
+        self.request, self.ids, self.limit, self.adapter = request, ids, limit, adapter
         self.prompt_length = len(ids)
         self.pages: list[Page] = []
         self.done = 0                    # tokens whose keys and values are in the pages
@@ -249,10 +249,8 @@ class Batch:
         """Raises ValueError where the request does not fit the model."""
         one = self.engine.start(request)
         for other in self.running:       # the prefix that samples or tasks share is computed once
-            if self.engine.adapters[other.request.adapter] != self.engine.adapters[request.adapter]:
-                continue
             shared = min(common_prefix(one.ids, other.ids), len(one.ids) - 1)
-            if shared >= max(one.done, one.shared) + SHARED:
+            if one.adapter == other.adapter and shared >= max(one.done, one.shared) + SHARED:
                 one.leader, one.shared = other, shared
         self.running.append(one)
         return one
@@ -323,7 +321,8 @@ class Engine:
         self.backend, self.tokenizer = backend, tokenizer
         self.cache = PrefixCache(f"{identity} {backend.key}", backend.page_bytes, cache_bytes)
         self.lock = threading.Lock()
-        self.adapters: dict[str | None, str] = {None: ""}  # names, and what cached pages know them by
+        self.adapters: dict[str | None, str] = {None: ""}  # names, and what the backend and cached pages know them by
+        self._known: set[str] = set()
         c = backend.config
         layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width
         self.prefill_rate = 1e11 / (2 * c.layers * layer)  # tokens a second: at first what 100 GOP/s would give
@@ -333,15 +332,14 @@ class Engine:
         return self.backend.config.context
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Makes an adapter known to requests, by a name that stays its own. Raises ValueError where it does not fit the
-        model, or where the name is another's."""
-        if self.adapters.get(name, adapter.digest) != adapter.digest:
-            raise ValueError(f"another adapter is called {name!r}: choose another name")
+        """Makes an adapter known to requests by a name, or gives a name to another one: requests that run keep theirs.
+        Raises ValueError where it does not fit the model."""
         adapter.check(self.backend.config)
         with self.lock:
-            if name not in self.adapters:
-                self.backend.add_adapter(name, adapter)
-                self.adapters[name] = adapter.digest
+            if adapter.digest not in self._known:
+                self.backend.add_adapter(adapter.digest, adapter)
+                self._known.add(adapter.digest)
+            self.adapters[name] = adapter.digest
 
     def cached(self, ids: Sequence[int], adapter: str | None = None) -> int:
         """How many first tokens of a prompt are in the cache."""
@@ -412,8 +410,9 @@ class Engine:
             raise ValueError(f"stop must be a list of texts, none of them empty, got {request.stop!r}")
         if request.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this model came without one: pass stop_ids")
-        one = Running(request, ids, self.tokenizer, min(request.max_tokens, config.context - len(ids)))
-        one.pages, one.done = self.cache.find(ids[:-1], self.adapters[request.adapter])
+        adapter = self.adapters[request.adapter]
+        one = Running(request, ids, self.tokenizer, min(request.max_tokens, config.context - len(ids)), adapter)
+        one.pages, one.done = self.cache.find(ids[:-1], adapter)
         one.cached = one.done
         return one
 
@@ -427,7 +426,7 @@ class Engine:
         while len(one.pages) * PAGE < end:
             one.pages.append(self.backend.new_page())
         self._mark(one, start, end)
-        return Slice(ids, start, one.pages, wanted, one.request.adapter)
+        return Slice(ids, start, one.pages, wanted, one.adapter or None)
 
     def unclaim(self, one: Running, length: int) -> None:
         """Gives back the rows behind `length` that a draft or a cancelled run had claimed."""
@@ -441,7 +440,7 @@ class Engine:
             self.prefill_rate += (tokens / seconds - self.prefill_rate) / 4
 
     def remember(self, one: Running) -> None:
-        self.cache.put(one.ids[:one.done], one.pages[:-(-one.done // PAGE)], self.adapters[one.request.adapter])
+        self.cache.put(one.ids[:one.done], one.pages[:-(-one.done // PAGE)], one.adapter)
 
     @staticmethod
     def _mark(one: Running, start: int, end: int) -> None:

@@ -62,6 +62,14 @@ class Model:
         self.engine.add_adapter(name, made)
         self._adapters[name] = made
 
+    def adapter_at(self, path: str | os.PathLike[str]) -> str | None:
+        """The name of the adapter at a path, added under that of its folder; "auto" is the packaged one, "none" the base."""
+        if path in ("auto", "none"):
+            return self.completing_adapter("auto" if path == "auto" else None)
+        name = Path(path).resolve().stem
+        self.add_adapter(name, path)
+        return name
+
     @cached_property
     def _packaged_adapter(self) -> str | None:
         name = f"{self.preset.name}-fim" if self.preset else ""
@@ -158,7 +166,7 @@ class Model:
         for _ in range(repeats):
             with self.engine.lock:
                 limits.append(measure(self.backend.threads, self.backend.level))
-                read, decoded = self._timed(ids, decode_tokens, adapter)
+                read, decoded = self._timed(ids, decode_tokens, self.engine.adapters[adapter] or None)
             prefills.append(prompt_tokens / read)
             decodes.append(decode_tokens / decoded)
         bandwidth, peak = (float(np.median([limit[i] for limit in limits])) for i in range(2))

@@ -106,6 +106,23 @@ class Adapter:
                 raise ValueError(f"adapter {self.name} replaces row {token} by {list(row.shape)} numbers, but the model "
                                  f"has {config.vocab:,} rows of {config.width}: it belongs to another model")
 
+    def described(self) -> dict[str, Any]:
+        """What it is, for `codegemma inspect`."""
+        kinds = [kind for kind in LINEAR if any(name.endswith(f".{kind}") for name in self.a)]
+        return {"name": self.name, "kind": "LoRA adapter", "rank": self.rank, "alpha": self.alpha, "matrices": kinds,
+                "layers": len({name.split(".")[1] for name in self.a}), "tokens": sorted(self.rows),
+                "parameters": sum(values.size for _, values in self._arrays()),
+                "base": self.card.get("base"), "digest": self.digest, "card": dict(self.card)}
+
+    def lines(self) -> Iterator[str]:
+        """The same to read."""
+        of = self.described()
+        yield f"{self.name}: LoRA adapter, rank {self.rank}, alpha {self.alpha:g}, {of['parameters']:,} parameters"
+        yield f"for           {of['base'] or 'not said'}"
+        yield f"changes       {', '.join(of['matrices']) or 'no matrix'} in {of['layers']} layers; {len(self.rows)} token rows"
+        yield f"completes in  {', '.join(order for order in ('psm', 'spm') if self.trained(order)) or 'no order that is named'}"
+        yield from (f"{key:13} {json.dumps(value)}" for key, value in self.card.items() if key not in ("name", "base", "fim"))
+
     def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         for name in sorted(self.a):
             yield from ((f"{name}.a", self.a[name]), (f"{name}.b", self.b[name]))
@@ -298,14 +315,14 @@ def _fields(adapter: Adapter) -> dict[str, Any]:
 
 def readme(adapter: Adapter) -> str:
     """The card, in the Hub's form."""
-    kinds = [kind for kind in LINEAR if any(name.endswith(f".{kind}") for name in adapter.a)]
-    base = adapter.card.get("base")
+    of = adapter.described()
+    base = of["base"]
     about = {key: value for key, value in adapter.card.items() if key not in ("name", "base")}
     return "\n".join([
         "---", "license: gemma", "library_name: peft", *([f"base_model: {base}"] if base else []), "tags: [lora, code, gemma]",
         "---", f"# {adapter.name}", "",
         f"A LoRA adapter of rank {adapter.rank} (alpha {adapter.alpha:g}) for {base or 'a Gemma model'}: "
-        f"{', '.join(kinds) or 'no linear layer'} in {len({name.split('.')[1] for name in adapter.a})} layers, and "
+        f"{', '.join(of['matrices']) or 'no linear layer'} in {of['layers']} layers, and "
         f"{len(adapter.rows)} replaced rows of the embedding, as input and as output. Use it as "
         "`codegemma complete --adapter FOLDER`, or with `peft`.", "",
         *(["## About", "", "```json", json.dumps(about, indent=2), "```", ""] if about else []),

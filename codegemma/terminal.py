@@ -63,8 +63,9 @@ def steps_of(ask: Callable[[Cancel], Completion]) -> Generator[Step]:
 class Conversation:
     """A chat: `take` answers a message or obeys a command, and says whether to go on."""
 
-    def __init__(self, model: Model, system: str, max_tokens: int, sampling: Sampling) -> None:
+    def __init__(self, model: Model, system: str, max_tokens: int, sampling: Sampling, adapter: str | None = None) -> None:
         self._model, self._system, self._max_tokens, self._sampling = model, system, max_tokens, sampling
+        self._adapter = adapter
         self._turns: list[Message] = []
 
     def take(self, text: str) -> bool:
@@ -93,7 +94,8 @@ class Conversation:
         said: list[str] = []
         try:
             with closing(steps_of(lambda cancel: self._model.chat(
-                    self._messages(), max_tokens=self._max_tokens, sampling=self._sampling, cancel=cancel))) as steps:
+                    self._messages(), max_tokens=self._max_tokens, sampling=self._sampling, cancel=cancel,
+                    adapter=self._adapter))) as steps:
                 for step in steps:
                     said.append(step.text)
                     print(step.text, end="", flush=True)

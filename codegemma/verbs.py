@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from codegemma.formats import Checkpoint
 
 Source = Annotated[str, Argument(metavar="SRC", help="A model's name, file or directory.")]
 To = Literal["gguf", "safetensors", "orbax", "keras", "nemo", "gemma_pytorch"]
@@ -22,14 +25,28 @@ def convert(
     importance: Annotated[Path | None, Option(metavar="PATH", help="Weigh columns by what llama-imatrix measured, or by what "
                                                                    "the model does on this text or folder of code.")] = None,
     dtype: Annotated[Literal["bf16", "f16", "f32"] | None, Option(help="Type of the floats; the source's where left out.")] = None,
+    adapter: Annotated[list[Path] | None, Option(metavar="PATH", help="An adapter to merge into the weights. "
+                                                                      "Repeatable.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace DST.")] = False,
 ) -> None:
     """Write a model in another format; nothing stands under DST until it is complete."""
     from codegemma import convert as formats
-    from codegemma.quantize import summary
+    from codegemma import lora
+    from codegemma.quantize import QUANTISED, summary
+
+    found = [lora.load(path) for path in adapter or ()]
+    floats = "F32" if quantize or dtype else None if (to or formats.SUFFIXES.get(target.suffix)) == "gguf" else "BF16"
+
+    def merge(checkpoint: Checkpoint) -> Checkpoint:
+        changed = {checkpoint.tensors[name].type for one in found for name in one.a if name in checkpoint.tensors}
+        if blocks := sorted(changed & set(QUANTISED)):
+            print(f"note: {source} holds {', '.join(blocks)}: these are decoded, changed, and "
+                  + ("rounded to blocks a second time; merging into the unquantised model is more exact" if floats is None
+                     else "written as floats"), file=sys.stderr)
+        return lora.merge(checkpoint, *found, blocks_as=floats)
 
     done = formats.convert(source, target, to, quantize_to=quantize, dtype=dtype, importance=importance, overwrite=overwrite,
-                           progress=_shown)
+                           merge=merge if found else None, progress=_shown)
     for line in (*summary(done.costs), f"{done.path} ({done.format})"):
         print(line)
 
@@ -44,9 +61,14 @@ def verify(source: Source, target: Annotated[str, Argument(metavar="DST", help="
 
 
 def inspect(source: Source, as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False) -> None:
-    """What a checkpoint is, and its problems. No code in it is run."""
+    """What a checkpoint or an adapter is, and its problems. No code in it is run."""
     from codegemma import convert as formats
+    from codegemma import lora
 
+    if lora.is_adapter(source):
+        adapter = lora.load(source)
+        print(*([json.dumps(adapter.described())] if as_json else adapter.lines()), sep="\n")
+        return
     found = formats.inspect(source)
     print(*([json.dumps(vars(found), default=str)] if as_json else found.lines()), sep="\n")
 

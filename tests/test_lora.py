@@ -3,6 +3,7 @@ of the engine with adapters on, bit for bit, on tiny models of every architectur
 
 import io
 import json
+import tarfile
 import zipfile
 from dataclasses import replace
 from functools import cache
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from reference import golden, logits, tolerance
 from test_engine import logits_in_chunks, native, random_ids, repeated, run_all
 from test_native import LEVELS
-from tiny import KINDS, dequantize, random_adapter, tiny_config, tiny_tensors
+from tiny import KINDS, dequantize, random_adapter, random_weights, tiny_config, tiny_tensors, write_tiny_hf
 
-from codegemma import lora
+from codegemma import lora, lora_nemo, weights
 from codegemma.engine import Batch, Engine, Request
-from codegemma.formats import Checkpoint, safetensors
+from codegemma.formats import Checkpoint, nemo, safetensors, torch
 from codegemma.lora import Adapter
 from codegemma.native import PAGE, Native, Slice
 from codegemma.sampling import Sampling
@@ -92,6 +94,89 @@ def test_layers_with_ranks_of_their_own_keep_their_scale(tmp_path):
         np.testing.assert_allclose(again.delta(name), adapter.delta(name), rtol=1e-6, atol=1e-7)
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert fields["rank_pattern"][r"model\.layers\.1\.mlp\.down_proj"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ NeMo's archives
+@pytest.mark.parametrize("kind", ["gemma-mqa", "gemma-mha"])
+@pytest.mark.parametrize("changes", [{}, {"kinds": ("q", "down")}, {"ranks": (4, 2)}, {"kinds": ("up", "v"), "alpha": 3.0}])
+def test_nemo_adapters_come_back(kind, changes, tmp_path):
+    config = tiny_config(kind)
+    adapter = random_adapter(config, **changes)
+    lora_nemo.save(adapter, tmp_path / "a.nemo", config)
+    assert lora.is_adapter(tmp_path / "a.nemo")
+    again = lora.load(tmp_path / "a.nemo")
+    assert set(adapter.a) <= set(again.a)
+    for name in again.a:
+        wanted = adapter.delta(name) if name in adapter.a else np.zeros_like(again.delta(name))
+        np.testing.assert_allclose(again.delta(name), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gemma-mqa", "gemma-mha"])
+def test_nemos_fused_adapter_changes_the_fused_matrix(kind, tmp_path):
+    """As NeMo's own merging says: linear_qkv += linear_out linear_in (alpha / dim), rows interleaved by group; and the same
+    read by us, merged into the model, and written in NeMo's layout."""
+    config, rng = tiny_config(kind), np.random.default_rng(0)
+    at = "model.decoder.layers.1."
+    shapes = {"self_attention.adapter_layer.lora_kqv_adapter": ((config.heads + 2 * config.kv_heads) * 32, 96),
+              "self_attention.adapter_layer.lora_dense_attention_adapter": (96, 128),
+              "mlp.adapter_layer.lora_hto4h_adapter": (320, 96), "mlp.adapter_layer.lora_4htoh_adapter": (96, 160)}
+    state = {}
+    for name, (rows, columns) in shapes.items():
+        state[f"{at}{name}.linear_in.weight"] = rng.normal(0, 0.3, (8, columns)).astype(np.float32)
+        state[f"{at}{name}.linear_out.weight"] = rng.normal(0, 0.3, (rows, 8)).astype(np.float32)
+    write_nemo(tmp_path / "a.nemo", config, state, {"adapter_dim": 8, "alpha": 16})
+    merged = lora.merge(checkpoint(config, random_weights(config)), lora.load(tmp_path / "a.nemo"))
+    before = weights.write("nemo", config, checkpoint(config, random_weights(config)).tensors)
+    after = weights.write("nemo", config, merged.tensors)
+    modules = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    for module, name in zip(modules, shapes, strict=True):
+        delta = 2 * state[f"{at}{name}.linear_out.weight"] @ state[f"{at}{name}.linear_in.weight"]
+        np.testing.assert_allclose(after[f"{at}{module}.weight"].float32(), before[f"{at}{module}.weight"].float32() + delta,
+                                   rtol=1e-5, atol=1e-5)
+
+
+def write_nemo(path, config, state, tuning, scheme="lora"):
+    fields = yaml.safe_load(nemo.config_yaml(config, None)) | {"peft": {"peft_scheme": scheme, "lora_tuning": tuning}}
+    torch.archive(stored := io.BytesIO(), {name: Tensor.of(value) for name, value in state.items()})
+    with tarfile.open(path, "w") as archive:
+        for name, raw in (("./model_config.yaml", yaml.safe_dump(fields).encode()), ("./model_weights.ckpt", stored.getvalue())):
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            archive.addfile(info, io.BytesIO(raw))
+
+
+ONE = "model.decoder.layers.0.self_attention.adapter_layer."
+
+
+@pytest.mark.parametrize("state, tuning, scheme, message", [
+    ({f"{ONE}lora_kqv_adapter.linear_in.weight": np.ones((4, 96))}, {}, "lora", "one of its two matrices"),
+    ({f"{ONE}lora_kqv_adapter.linear_{side}.weight": np.ones((4, 96)) for side in ("in", "out")}, {}, "lora", "fits no matrix"),
+    ({f"{ONE}odd_adapter.linear_{side}.weight": np.ones((4, 96)) for side in ("in", "out")}, {}, "lora", "fits no matrix"),
+    ({"model.decoder.final_layernorm.weight": np.ones(96)}, {}, "lora", "no part of a LoRA"),
+    ({}, {}, "ptuning", "peft_scheme is 'ptuning'"), ({}, None, "lora", "peft_scheme is 'lora'"),
+    ({f"{ONE}lora_unfused_kqv_adapter.q_adapter.linear_{side}.weight": np.ones(shape) for side, shape in
+      (("in", (4, 96)), ("out", (128, 4)))}, {"alpha": "x"}, "lora", "alpha is 'x'")])
+def test_other_nemo_archives_are_refused(state, tuning, scheme, message, tmp_path):
+    write_nemo(tmp_path / "a.nemo", tiny_config("gemma-mqa"), state, tuning, scheme)
+    with pytest.raises(ValueError, match=message):
+        lora.load(tmp_path / "a.nemo")
+
+
+def test_nemo_refuses_what_it_cannot_say_and_reads_unfused_parts(tmp_path):
+    config = tiny_config("gemma-mqa")
+    with pytest.raises(ValueError, match="no place for: merge"):
+        lora_nemo.save(random_adapter(config, tokens=(7,)), tmp_path / "a.nemo", config)
+    with pytest.raises(ValueError, match="Gemma 1"):
+        lora_nemo.save(random_adapter(tiny_config("gemma3")), tmp_path / "a.nemo", tiny_config("gemma3"))
+    adapter = random_adapter(config, kinds=("q", "gate"))
+    names = {"q": "self_attention.adapter_layer.lora_unfused_kqv_adapter.q_adapter",
+             "gate": "mlp.adapter_layer.lora_unfused_hto4h_adapter.gate_adapter"}
+    state = {f"model.decoder.layers.{name.split('.')[1]}.{names[name.split('.')[2]]}.linear_{side}.weight": value[name]
+             for name in adapter.a for side, value in (("in", adapter.a), ("out", adapter.b))}
+    write_nemo(tmp_path / "a.nemo", config, state, {"adapter_dim": 4, "alpha": adapter.alpha})
+    assert lora.load(tmp_path / "a.nemo").digest == adapter.digest
+    write_tiny_hf(tmp_path / "model", config)
+    assert not lora.is_adapter(tmp_path / "model")
 
 
 # ------------------------------------------------------------------------------------------------ merging
@@ -366,16 +451,23 @@ def test_pages_are_shared_within_an_adapter_only():
     batch = Batch(engine_of(engine.backend, 0))
     added = [batch.add(Request(ids, 1, adapter=name)) for name in ("one", "two", None, "one")]
     assert [one.leader for one in added] == [None, None, None, added[0]]
-    assert engine.logits(ids, adapter="one").tobytes() == whole(engine.backend, ids, "one").tobytes()
+    assert engine.logits(ids, adapter="one").tobytes() == whole(engine.backend, ids, engine.adapters["one"]).tobytes()
 
 
-def test_adapters_are_named_once_and_must_be_known():
+def test_a_name_may_go_to_another_adapter_while_requests_run():
+    engine, ids = engine_of(native("gemma3", "Q8_0")), ids_with_tokens(30)
+    request = Request(ids, 10, adapter="one", speculate=False)
+    expected = list(engine.generate(request))
+    started = engine.generate(request)
+    steps = [next(started)]
+    engine.add_adapter("one", random_adapter(engine.backend.config, 5))
+    assert [*steps, *started] == expected != list(engine.generate(request))
+
+
+def test_adapters_must_be_known_and_fit():
     engine = engine_of(native("gemma3"))
     with pytest.raises(ValueError, match="no adapter 'three': there are one, two; add it"):
         engine.start(Request([2, 3], adapter="three"))
-    with pytest.raises(ValueError, match="another adapter is called 'one'"):
-        engine.add_adapter("one", random_adapter(engine.backend.config, 5))
-    engine.add_adapter("one", random_adapter(engine.backend.config, **TWO["one"]))  # the same: nothing to do
     with pytest.raises(ValueError, match="belongs to another model"):
         engine.add_adapter("other", random_adapter(tiny_config("gemma3", width=256)))
 

@@ -28,7 +28,8 @@ console = Console(stderr=True)
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A preset, a Hub repository or a local model.")]
 Endpoint = Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server that answers instead; "
                                                    "--model then names whose tokenizer it has.")]
-Adapter = Annotated[Path | None, typer.Option(help="LoRA adapter to apply.")]
+Adapter = Annotated[str | None, typer.Option(help="Adapter to put on: a path, auto for the one that the package has, or the "
+                                                   "name that an --endpoint knows; without it, the base.")]
 Limit = Annotated[int | None, typer.Option(help="Score only this many items of each set, always the same ones.")]
 Samples = Annotated[int, typer.Option(help="Answers per item, for pass@k.")]
 Temperature = Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")]
@@ -98,7 +99,7 @@ def check_machine() -> None:
     raise typer.Exit(not ready)
 
 
-def _run(names: list[str], model: str, endpoint: str | None, adapter: Path | None, limit: int | None, samples: int,
+def _run(names: list[str], model: str, endpoint: str | None, adapter: str | None, limit: int | None, samples: int,
          temperature: float, top_p: float, seed: int, data: Path | None, out: Path, resume: bool, skip: bool) -> None:
     from codegemma.evals.doctor import require
     from codegemma.evals.records import Records
@@ -129,20 +130,18 @@ def _run(names: list[str], model: str, endpoint: str | None, adapter: Path | Non
         raise typer.Exit(1) from error
 
 
-def open_model(model: str, endpoint: str | None, adapter: Path | None) -> Model:
-    """The local model, or the server at `endpoint` with that model's tokenizer."""
+def open_model(model: str, endpoint: str | None, adapter: str | None) -> Model:
+    """The local model, or the server at `endpoint` with that model's tokenizer; with an adapter on."""
     from codegemma import load
 
-    if adapter is not None:
-        raise ValueError(f"--adapter {adapter}: adapters are not read yet; merge it into the model first")
     loaded = load(model)
     if endpoint is not None:
         from codegemma.evals.remote import Remote
 
-        return Remote(endpoint, loaded.tokenizer)
+        return Remote(endpoint, loaded.tokenizer, adapter or "")  # a server's adapters are models of its own
     from codegemma.evals.local import Local
 
-    return Local(loaded)
+    return Local(loaded, loaded.adapter_at(adapter) if adapter else None)
 
 
 class _progress:

@@ -19,12 +19,13 @@ REASONS: dict[Stop, StopReason] = {"end": "token", "stop_text": "stop", "length"
 
 
 class Local:
-    """Satisfies `task.Model`. By the engine's law the batch changes no token, so neither does an interruption."""
+    """Satisfies `task.Model`, with one of the model's adapters on if it is named. By the engine's law the batch changes no
+    token, so neither does an interruption."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.engine = model, model.engine
+    def __init__(self, model: Model, adapter: str | None = None) -> None:
+        self.model, self.engine, self.adapter = model, model.engine, adapter
         self.tokenizer = model.tokenizer
-        self.name = model.preset.name if model.preset else model.path.name
+        self.name = (model.preset.name if model.preset else model.path.name) + (f" with {adapter}" if adapter else "")
 
     def sample(self, prompts: list[list[int]], *, max_tokens: int, stop_ids: frozenset[int], stop: list[str],
                temperature: float, top_p: float, seed: int, n: int) -> Iterator[tuple[int, int, Completion]]:
@@ -35,7 +36,7 @@ class Local:
         while True:
             for at, number in islice(waiting, SEQUENCES - len(batch.running)):
                 sampling = Sampling(temperature, top_p=top_p, seed=_seed(seed, prompts[at], number))
-                one = batch.add(Request(prompts[at], max_tokens, sampling, stop_ids, stop))
+                one = batch.add(Request(prompts[at], max_tokens, sampling, stop_ids, stop, adapter=self.adapter))
                 started[one], texts[one] = (at, number, time.perf_counter()), ""
             if not batch.running:
                 return
@@ -67,7 +68,7 @@ class Local:
                 self._read(list(known[:-1]))
             running = []
             for context, continuation in pairs:
-                one = self.engine.start(Request([*context, *continuation[:-1]], max_tokens=0))
+                one = self.engine.start(Request([*context, *continuation[:-1]], max_tokens=0, adapter=self.adapter))
                 one.done = min(one.done, len(context) - 1)
                 running.append(one)
             slices = [self.engine.claim(one, one.ids[one.done:], len(pair[1]))
@@ -87,7 +88,7 @@ class Local:
         """Leaves the keys and values of a context in the cache."""
         if not ids:
             return
-        one = self.engine.start(Request([*ids, ids[-1]], max_tokens=0))
+        one = self.engine.start(Request([*ids, ids[-1]], max_tokens=0, adapter=self.adapter))
         while one.done < len(ids):
             part = ids[one.done:one.done + CHUNK]
             self.engine.backend.run([self.engine.claim(one, part, 0)])
