@@ -24,14 +24,16 @@ from peers import Peer
 
 import codegemma
 from codegemma.engine import Request
+from codegemma.lora import LINEAR, Adapter
 from codegemma.native import Slice, measure
+from codegemma.weights import places
 
 RANDOM = Path.home() / ".cache" / "codegemma" / "bench"
 PROMPT, BEFORE, DECODED = 512, 64, 32      # tokens read; read before decoding; decoded
 FUNCTION = (ROOT / "benchmarks" / "edited_function.py").read_text()
 
 
-def run_prompt(model: codegemma.Model, ids: list[int]) -> tuple[float, int, list[Any]]:
+def run_prompt(model: codegemma.Model, ids: list[int], adapter: str | None = None) -> tuple[float, int, list[Any]]:
     """Seconds for a prompt with nothing cached, its next token, and the pages."""
     pages = [model.backend.new_page() for _ in range(-(-(len(ids) + 1024) // 64))]
     for page in pages:
@@ -39,16 +41,16 @@ def run_prompt(model: codegemma.Model, ids: list[int]) -> tuple[float, int, list
     start, token = time.perf_counter(), 0
     for at in range(0, len(ids), PROMPT):
         part = ids[at:at + PROMPT]
-        logits = model.backend.run([Slice(part, at, pages, int(at + len(part) == len(ids)))])
+        logits = model.backend.run([Slice(part, at, pages, int(at + len(part) == len(ids)), adapter)])
         token = int(logits.argmax[0]) if at + len(part) == len(ids) else 0
     return time.perf_counter() - start, token, pages
 
 
-def run_decode(model: codegemma.Model, ids: list[int], count: int) -> float:
-    _, token, pages = run_prompt(model, ids)
+def run_decode(model: codegemma.Model, ids: list[int], count: int, adapter: str | None = None) -> float:
+    _, token, pages = run_prompt(model, ids, adapter)
     start = time.perf_counter()
     for i in range(count):
-        token = int(model.backend.run([Slice([token], len(ids) + i, pages, 1)]).argmax[0])
+        token = int(model.backend.run([Slice([token], len(ids) + i, pages, 1, adapter)]).argmax[0])
     return time.perf_counter() - start
 
 
@@ -129,6 +131,27 @@ def transformers(path: Path, rounds: int, threads: int) -> str:
             f"**{prefill_ratio:.2f}x**), decode {decode:.1f} tok/s (ours **{decode_ratio:.2f}x**).")
 
 
+def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
+    """What a random adapter on all linear layers and four token rows costs, on and off in turn."""
+    model = codegemma.load(path, threads=threads)
+    rng, (rows, c) = np.random.default_rng(0), ([67, 68, 69, 70], model.config)
+    shapes = {place.name: place.shape for place in places(c, "hf") if place.name.rpartition(".")[2] in LINEAR}
+    a = {name: rng.normal(0, columns ** -0.5, (rank, columns)).astype(np.float32) for name, (_, columns) in shapes.items()}
+    b = {name: rng.normal(0, 0.01, (out, rank)).astype(np.float32) for name, (out, _) in shapes.items()}
+    random = Adapter("random", rank, rank, a, b, {row: rng.normal(0, 0.1, c.width).astype(np.float32) for row in rows})
+    model.backend.add_adapter("random", random)
+    model.backend.settle()
+    ids = [2, *rng.integers(1000, 200_000, PROMPT - 1).tolist()]
+    run_decode(model, ids[:BEFORE], 2, "random")
+    found = []
+    for _ in range(rounds):
+        seconds = [(run_prompt(model, ids, name)[0], run_decode(model, ids[:BEFORE], DECODED, name)) for name in (None, "random")]
+        found.append([on / off for off, on in zip(*seconds, strict=True)])
+    prefill, decode = (statistics.median(column) for column in zip(*found, strict=True))
+    return (f"With an adapter of rank {rank} on all linear layers, default model: prefill takes **{prefill:.3f}x** the time, "
+            f"decode **{decode:.3f}x**.")
+
+
 def table(results: list[dict[str, Any]]) -> str:
     lines = ["| model | prefill tok/s | llama.cpp | ratio | share of int8 peak "
              "| decode tok/s | llama.cpp | ratio | share of bandwidth | edit ratio |",
@@ -157,7 +180,7 @@ def main() -> None:
             subprocess.run([sys.executable, str(ROOT / "benchmarks" / "random_model.py"), "2b", name], check=True)
         results.append(compare(path, args.rounds, name == "default", args.threads))
         if name == "default":
-            beside = transformers(path, args.rounds, args.threads)
+            beside = f"{transformers(path, args.rounds, args.threads)}\n\n{adapters(path, args.rounds, args.threads)}"
         print(table(results[-1:]), beside, sep="\n", flush=True)
         print({k: round(v, 2) for k, v in results[-1].items() if isinstance(v, float)}, flush=True)
     limits = (f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s int8 (median), "

@@ -58,20 +58,36 @@ struct Matrix {
     weight = {type, bytes.data(), rows, cols, row_bytes};
   }
 };
-std::vector<float> multiply(const Kernels* k, const Weight& w, const Weight* gate, const std::vector<float>& x, int T) {
-  int64_t P = (w.cols + 255) / 256 * 256, rows = (T + 15) / 16 * 16;
-  std::vector<float> f(rows * P), out(T * w.rows, NAN);
-  for (int t = 0; t < T; t++) memcpy(&f[t * P], &x[t * w.cols], 4 * w.cols);
-  std::vector<int8_t> q[2] = {std::vector<int8_t>(rows * P), std::vector<int8_t>(rows * P)};
-  std::vector<float> scales[2] = {std::vector<float>(rows * P / 32), std::vector<float>(rows * P / 256)};
-  std::vector<int16_t> sums[2] = {std::vector<int16_t>(rows * P / 16), std::vector<int16_t>(rows * P / 16)};
-  bool packed = T >= PACKED_FROM;
-  Activations a{f.data(), w.cols, P, P, T, packed, form_of(w.type), {32, q[0].data(), scales[0].data(), sums[0].data()},
-                {256, q[1].data(), scales[1].data(), sums[1].data()}};
-  k->quantise(a, 0, packed ? (int)rows : T);
+// T tokens of `cols` columns as a product meets them, rows padded to a multiple of `pad`.
+struct Held {
+  std::vector<float> f, scales[2];
+  std::vector<int8_t> q[2];
+  std::vector<int16_t> sums[2];
+  Activations a;
+  Held(const Kernels* k, const float* x, int64_t cols, int T, int form, int64_t pad) {
+    int64_t P = (cols + pad - 1) / pad * pad, rows = (T + 15) / 16 * 16;
+    f.resize(rows * P);
+    for (int t = 0; t < T; t++) memcpy(&f[t * P], &x[t * cols], 4 * cols);
+    for (int i = 0; i < 2; i++) q[i].resize(rows * P), scales[i].resize(rows * P / 32), sums[i].resize(rows * P / 16);
+    a = {f.data(), cols, P, P, T, T >= PACKED_FROM, form, {32, q[0].data(), scales[0].data(), sums[0].data()},
+         {256, q[1].data(), scales[1].data(), sums[1].data()}};
+    k->quantise(a, 0, a.packed ? (int)rows : T);
+  }
+};
+// With an adapter's `b`, and `h` for the tokens from `first` on.
+std::vector<float> multiply(const Kernels* k, const Weight& w, const Weight* gate, const std::vector<float>& x, int T,
+                            const Weight* b = nullptr, const float* h = nullptr, int first = 0) {
+  std::vector<float> out(T * w.rows, NAN);
+  Held held(k, x.data(), w.cols, T, form_of(w.type), 256);
+  const int start = held.a.packed ? first / 16 * 16 : first;
+  Held low(k, b ? h + start * 32 : x.data(), 32, T - start, b ? form_of(b->type) : 0, 32);
+  low.a.packed = held.a.packed;
+  if (b && low.a.packed) k->quantise(low.a, 0, (T - start + 15) / 16 * 16);
+  Side side{b ? *b : w, low.a, start, first};
   Scratch scratch;
-  int64_t tile = k->tile_rows(w, packed);
-  for (int64_t r = 0; r < w.rows; r += tile) k->product({&w, gate, out.data(), w.rows}, a, r, std::min(r + tile, w.rows), scratch);
+  int64_t tile = k->tile_rows(w, held.a.packed);
+  for (int64_t r = 0; r < w.rows; r += tile)
+    k->product({&w, gate, out.data(), w.rows, {&side, b ? 1u : 0u}}, held.a, r, std::min(r + tile, w.rows), scratch);
   return out;
 }
 
@@ -91,6 +107,17 @@ void products() {
       if (l.block > 1 && T % 5 == 1)  // the products are equal; exp errs by its argument's roundoffs
         close(multiply(ours, w.weight, &gate.weight, x, T), multiply(twin, w.weight, &gate.weight, x, T), 400, 1e-30f, what + " with gate");
     }
+    Matrix low(Q8_0_T, rows, 32);
+    auto h = draws(40 * 32);
+    for (int T : {1, 2, 5, 6, 17, 40})
+      for (int first : {0, T / 2, T - 1}) {  // neighbours keep what they have, and few tokens equal many
+        auto plain = multiply(twin, w.weight, nullptr, x, T), many = multiply(twin, w.weight, nullptr, x, 40, &low.weight, h.data(), first);
+        auto a = multiply(ours, w.weight, nullptr, x, T, &low.weight, h.data(), first);
+        auto b = multiply(twin, w.weight, nullptr, x, T, &low.weight, h.data(), first);
+        if (l.block > 1) expect(!memcmp(a.data(), b.data(), 4 * a.size()), std::string(l.name) + " product with an adapter");
+        expect(!memcmp(b.data(), plain.data(), 4 * first * rows) && !memcmp(b.data(), many.data(), 4 * T * rows) &&
+               memcmp(b.data() + first * rows, plain.data() + first * rows, 4 * rows), "plain: an adapter of some tokens");
+      }
     std::vector<float> a(cols), b(cols);
     for (int64_t r = 0; r < rows; r++) {
       ours->decode(w.weight, r, 0, cols, a.data()), twin->decode(w.weight, r, 0, cols, b.data());

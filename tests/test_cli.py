@@ -13,11 +13,12 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_config, write_tiny_gguf
+from tiny import random_adapter, tiny_config, write_tiny_gguf
 
 import codegemma
-from codegemma import cli, completion, hub, prompts
+from codegemma import cli, completion, hub, lora, prompts
 from codegemma.config import PRESETS
+from codegemma.formats import open_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -264,3 +265,43 @@ def test_stdin_of_a_terminal_is_not_waited_for(gguf):
         _, err = running.communicate(timeout=60)
     os.close(terminal), os.close(ours)
     assert running.returncode == 2 and "no text to work on" in err
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return lora.save(random_adapter(tiny_config("gemma-mqa"), tokens=(67, 70)), tmp_path_factory.mktemp("adapters") / "mine")
+
+
+def test_an_adapter_acts_where_it_is_named(run, gguf, adapter):
+    model = codegemma.load(gguf)
+    model.add_adapter("mine", adapter)
+    prefix, suffix = HOLE.split("<CURSOR>")
+    on, off = (model.complete(prefix, suffix, max_tokens=12, adapter=name).text for name in ("mine", None))
+    assert on != off
+    common = ("-m", gguf, "-n", 12, "--adapter")
+    assert run("complete", *common, adapter, stdin=HOLE)[1] == on
+    assert run("complete", *common, "none", stdin=HOLE)[1] == run("complete", *common, "auto", stdin=HOLE)[1] == off
+    said = model.generate("def f", max_tokens=12, adapter="mine").text
+    assert run("generate", "-p", "def f", *common, adapter)[1] == "def f" + said
+    found = json.loads(run("bench", "-m", gguf, "--adapter", adapter, "--prompt-tokens", 8, "--decode-tokens", 2, "--repeats", 1,
+                           "--json")[1])
+    assert found["adapter"] == "mine" and found["decode_tokens_per_second"] > 0
+    code, _, error = run("complete", *common, adapter.parent / "nothing", stdin=HOLE)
+    assert code == 2 and "lacks adapter_config.json" in error
+
+
+def test_convert_merges_and_inspect_tells(run, gguf, adapter, tmp_path):
+    assert run("convert", gguf, tmp_path / "merged.gguf", "--adapter", adapter)[0] == 0
+    model = codegemma.load(gguf)
+    model.add_adapter("mine", adapter)
+    ids = [2, 67, 100, 200, 70]
+    merged = codegemma.load(tmp_path / "merged.gguf").logits(ids)
+    assert abs(merged - model.logits(ids, "mine")).max() < 1e-3 < abs(merged - model.logits(ids)).max()
+    write_tiny_gguf(tmp_path / "q8.gguf", tiny_config("gemma-mqa"), "Q8_0")
+    code, _, notes = run("convert", tmp_path / "q8.gguf", tmp_path / "again.gguf", "--adapter", adapter)
+    assert code == 0 and "note: " in notes and "rounded to blocks a second time" in notes
+    assert {tensor.type for tensor in open_checkpoint(tmp_path / "again.gguf").tensors.values()} == {"Q8_0", "F32"}
+    _, text, _ = run("inspect", adapter)
+    assert "LoRA adapter, rank 4" in text and "q, k, v, o, gate, up, down in 3 layers; 2 token rows" in text
+    assert json.loads(run("inspect", adapter, "--json")[1])["tokens"] == [67, 70]

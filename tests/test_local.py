@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 from reference import logits as twin
 from reference import tolerance
-from tiny import KINDS, random_weights, tiny_config, tiny_tensors, tokenizer_metadata, write_tiny_gguf, write_tiny_hf
+from tiny import (
+    KINDS,
+    random_adapter,
+    random_weights,
+    tiny_config,
+    tiny_tensors,
+    tokenizer_metadata,
+    write_tiny_gguf,
+    write_tiny_hf,
+)
 
 import codegemma
-from codegemma import Completion, File, Message, Sampling, load
+from codegemma import Completion, File, Message, Sampling, load, local, lora
 from codegemma.config import PRESETS
 from codegemma.formats import gguf
 from codegemma.local import truncate_left
@@ -242,3 +251,32 @@ def test_a_message_that_is_none_names_the_rule(tmp_path):
     model = load(write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa")))
     with pytest.raises(ValueError, match="role"):
         model.chat([7])
+
+
+def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypatch):
+    """Where the package has one for this model; its card says in what order it completes."""
+    monkeypatch.setattr(local, "ADAPTERS", tmp_path)
+    adapter = replace(random_adapter(KINDS["gemma-mqa"], tokens=(67, 70)), card={"fim": {"spm": True, "psm": True}})
+    hole = ("def f(x):\n    return ", "\n")
+
+    def model():
+        made = load(path, threads=1)
+        made.preset = PRESETS["gemma-3-270m"]
+        return made
+
+    absent = model()
+    base, text = absent.complete(*hole, max_tokens=8), absent.generate("def", max_tokens=8).ids
+    assert not absent.fim_trained and absent.completing_adapter() is None
+    lora.save(adapter, tmp_path / "gemma-3-270m-fim")
+    present = model()
+    assert present.generate("def", max_tokens=8).ids == text and present.adapters == []
+    assert present.logits([2, 67]).tobytes() == absent.logits([2, 67]).tobytes()
+    completed = present.complete(*hole, max_tokens=8)
+    assert present.adapters == ["gemma-3-270m-fim"] and present.fim_trained and present.fim_orders() == {"psm", "spm"}
+    assert completed.ids == present.complete(*hole, mode="spm", max_tokens=8, adapter="gemma-3-270m-fim").ids
+    assert completed.running.ids[1] == 69    # SPM: the suffix comes first
+    assert present.complete(*hole, max_tokens=8, adapter=None).steps == base.steps
+    with pytest.raises(ValueError, match="cannot be called 'auto'"):
+        present.add_adapter("auto", adapter)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        present.complete(*hole, adapter="other")
