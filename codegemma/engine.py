@@ -335,6 +335,8 @@ class Engine:
         """Makes an adapter known to requests by a name, or gives a name to another one: requests that run keep theirs.
         Raises ValueError where it does not fit the model."""
         adapter.check(self.backend.config)
+        if not hasattr(self.backend, "add_adapter"):
+            raise ValueError("this backend runs no adapters: merge it into the model (codegemma convert --adapter)")
         with self.lock:
             if adapter.digest not in self._known:
                 self.backend.add_adapter(adapter.digest, adapter)

@@ -73,7 +73,7 @@ class Model:
     @cached_property
     def _packaged_adapter(self) -> str | None:
         name = f"{self.preset.name}-fim" if self.preset else ""
-        if not name or not (ADAPTERS / name).is_dir():
+        if not name or not (ADAPTERS / name).is_dir() or not hasattr(self.backend, "add_adapter"):
             return None
         self.add_adapter(name, ADAPTERS / name)
         return name
