@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from codegemma import hub, lora
+from codegemma import load
 from codegemma.data.documents import Document
 from codegemma.evals import heldout
 from codegemma.evals.local import Local
@@ -26,8 +26,6 @@ from codegemma.evals.records import Records
 from codegemma.evals.report import compare_runs
 from codegemma.evals.run import TASKS, Settings, run
 from codegemma.evals.task import compare
-from codegemma.formats import open_checkpoint
-from codegemma.local import Model
 
 CACHE = Path.home() / ".cache" / "codegemma" / "adapter"
 FIM_TASKS = {kind: (f"infill-{kind}", f"infill-{kind}-spm") for kind in ("single", "multi")}
@@ -141,9 +139,8 @@ def main() -> None:
     is_base = args.label == args.base
     if is_base and args.adapter:
         parser.error(f"{args.base} is the model without an adapter")
-    checkpoint = open_checkpoint(hub.resolve(args.model))
-    merged = lora.merge(checkpoint, lora.load(args.adapter), blocks_as="BF16") if args.adapter else checkpoint
-    model = Local(Model(merged, args.threads))
+    loaded = load(args.model, threads=args.threads)
+    model = Local(loaded, loaded.adapter_at(args.adapter) if args.adapter else None)
     folder = args.out / args.label
     limits = {"single": args.limit, "multi": None if args.multi < 0 else args.multi}
     kinds = [kind for kind in FIM_TASKS if limits[kind] != 0]
