@@ -12,15 +12,17 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import served
 from tiny import tiny_config, write_tiny_gguf
 
 import codegemma
 from codegemma.serve import stats
 from codegemma.serve.buffers import Text, plain
 from codegemma.serve.lsp import MOST_PREFIX, MOST_SUFFIX, Server, Settings, names, window
+from codegemma.serve.scheduler import Scheduler
 from codegemma.serve.sources import Here, There
 
-WAIT = 60                                # seconds; the machine may be asleep
+WAIT = 300                               # seconds; the machine may be asleep
 
 
 # ------------------------------------------------------------------------------------------------ positions
@@ -174,6 +176,16 @@ class Client:
 
     def texts(self, id):
         return [item["insertText"] for item in self.answer(id)["result"]["items"]]
+
+
+def until(condition):
+    """Where nothing tells: a bound on the wait, none on the machine's mood."""
+    pause = threading.Event()
+    for _ in range(WAIT * 100):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("waited in vain")
 
 
 def at(line, character):
@@ -356,14 +368,11 @@ def test_the_engine_itself_stops(model_path):
     with session(open_source, maxTokens=8000, trim="none", predictMs=10 ** 8, timeBudgetMs=10 ** 6) as client:
         client.open("untitled:one", PREFIX + SUFFIX)
         id = client.inline("untitled:one", 1, 8, kind=1)
-        pause = threading.Event()
-        while not (source and source[0].scheduler.metrics.running):
-            assert not pause.wait(0.005) and id not in client.answers
+        until(lambda: source and source[0].scheduler.metrics.running)
         client.tell("$/cancelRequest", id=id)
         assert client.answer(id)["error"]["code"] == -32800
         metrics = source[0].scheduler.metrics
-        while metrics.running or not metrics.counts["cancelled"]:
-            pause.wait(0.005)
+        until(lambda: metrics.counts["cancelled"] and not metrics.running)
         assert metrics.counts["cancelled"] == 1 and metrics.counts["predicted_tokens"] < 4000
 
 
@@ -385,10 +394,9 @@ def test_while_the_cursor_rests_its_context_is_read(model_path):
     with session(open_source, restMs=1, timeBudgetMs=10 ** 6) as client:
         client.open("untitled:one", text)
         client.tell("codegemma/cursor", textDocument={"uri": "untitled:one"}, position=at(11, 0))
-        pause = threading.Event()
-        while not (source and source[0].scheduler.metrics.counts["requests"] and not source[0].scheduler.metrics.running):
-            pause.wait(0.01)
+        until(lambda: source and source[0].scheduler.metrics.counts["prompt_tokens"] > 50)
         counts = source[0].scheduler.metrics.counts
+        until(lambda: not source[0].scheduler.metrics.running)
         read = counts["prompt_tokens"]
         assert read > 50 and not counts["predicted_tokens"]
         client.texts(client.inline("untitled:one", 11, 0, kind=1))
@@ -607,11 +615,32 @@ def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
         assert (body["input_prefix"], body["prompt"], body["input_suffix"]) == ("one = 1\n", "x = ", "\nrest\nhang = \n")
         assert body["n_predict"] == 64 and body["t_max_prompt_ms"] == 300 and body["trim"] == "block"
         id = client.inline("untitled:a", 3, 7)
-        client_waits = threading.Event()
-        while len(asked) < 2:
-            client_waits.wait(0.01)
+        until(lambda: len(asked) == 2)
         client.tell("$/cancelRequest", id=id)
         assert gone.wait(WAIT) and client.answer(id)["error"]["code"] == -32800
+
+
+def test_our_own_server_gives_the_models_suggestion_reads_ahead_and_lets_go(model_path, said):
+    async def opened():
+        return Scheduler(codegemma.load(model_path, threads=1))
+
+    options = {"trim": "none", "timeBudgetMs": 10 ** 6, "predictMs": 10 ** 6}
+    with served(opened) as server:
+        with session(There(server.url), maxTokens=48, **options, restMs=1) as client:
+            client.open("untitled:one", PREFIX + SUFFIX)
+            client.tell("codegemma/cursor", textDocument={"uri": "untitled:one"}, position=at(1, 8))
+            until(lambda: server.backend.metrics.counts["prompt_tokens"] > 10 and not server.backend.metrics.running)
+            assert server.backend.metrics.counts["predicted_tokens"] == 0
+            assert client.texts(client.inline("untitled:one", 1, 8, kind=1)) == [said]
+            assert server.backend.metrics.counts["cached_tokens"] > 0
+        with session(There(server.url), maxTokens=8000, **options) as client:
+            client.open("untitled:one", PREFIX + SUFFIX)
+            id = client.inline("untitled:one", 1, 8, kind=1)
+            until(lambda: server.backend.metrics.running)
+            client.tell("$/cancelRequest", id=id)
+            assert client.answer(id)["error"]["code"] == -32800
+            until(lambda: not server.backend.metrics.running)
+            assert server.backend.metrics.counts["cancelled"] == 1
 
 
 def test_servers_without_infill_are_asked_for_a_completion_with_a_suffix_and_errors_are_told():
