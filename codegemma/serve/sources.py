@@ -39,7 +39,8 @@ class Here:
     async def fill(self, ask: Ask) -> str:
         job, = await self.scheduler.submit([ask])
         try:
-            return "".join([step.text async for step in job.steps()])
+            steps = [step async for step in job.steps()]
+            return "" if steps[-1].stop == "cancelled" else "".join(step.text for step in steps)  # its prompt was overdue
         finally:
             job.cancel()                 # of one that has ended it does nothing
 
