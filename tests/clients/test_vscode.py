@@ -35,7 +35,7 @@ def workbench(tmp_path_factory):
     (home / "work/.env").write_text("KEY=1\n")
     program = home / "codegemma"         # says where its server listens, for the test
     program.write_text(f"#!/bin/bash\ncd {shlex.quote(str(ROOT))}\nexec {shlex.quote(sys.executable)} -m codegemma.cli \"$@\" "
-                       f"> >(exec tee {shlex.quote(str(home / 'said'))})\n")
+                       f"> >(while read -r line; do echo \"$line\" >> {shlex.quote(str(home / 'said'))}; echo \"$line\"; done)\n")
     program.chmod(0o755)
     (home / "data/User").mkdir(parents=True)
     (home / "data/User/settings.json").write_text(json.dumps(SETTINGS | {"codegemma.command": str(program)}))
@@ -56,6 +56,7 @@ def workbench(tmp_path_factory):
             page.goto(f"http://{address}/?folder={home / 'work'}")
             page.get_by_role("treeitem", name="shapes.py").dblclick()
             page.locator(".editor-instance .view-line").first.wait_for()
+            expect(status(page).locator(".codicon-sparkle")).to_be_visible(timeout=PATIENCE)  # the server is up
             yield page, home
     finally:
         code.terminate()
@@ -63,7 +64,7 @@ def workbench(tmp_path_factory):
 
 
 def url(home: Path) -> str:
-    return (home / "said").read_text().split("listening on ")[1].split()[0]
+    return (home / "said").read_text().split("listening on ")[-1].split()[0]
 
 
 def status(page: Page):
@@ -96,7 +97,6 @@ def whole_ghost(page: Page) -> str:
 
 def test_ghost_text_is_the_servers_and_is_taken_by_word_and_whole(workbench):
     page, home = workbench
-    expect(status(page).locator(".codicon-sparkle")).to_be_visible(timeout=PATIENCE)  # the server is up
     to_line(page, 7)
     page.keyboard.type("return pi * ")
     shown = whole_ghost(page)
