@@ -315,10 +315,13 @@ def _compared(left: Iterator[np.ndarray], right: Iterator[np.ndarray], worst: fl
     for a_TV, b_TV in zip(left, right, strict=True):
         for a_V, b_V in zip(a_TV, b_TV, strict=True):
             a_V, b_V = a_V.astype(np.float64), b_V.astype(np.float64)
-            difference = np.abs(a_V - b_V)
-            largest, total = max(largest, float(difference.max())), total + float(difference.mean())
-            p, q = (v - v.max() - np.log(np.exp(v - v.max()).sum()) for v in (a_V, b_V))
-            kl, agree, count = kl + float(np.exp(p) @ (p - q)), agree + int(a_V.argmax() == b_V.argmax()), count + 1
+            difference = a_V - b_V
+            both = np.abs(difference)
+            largest, total = max(largest, float(both.max())), total + float(both.mean())
+            e_V, sums = np.exp(a_V - a_V.max()), np.exp(b_V - b_V.max()).sum()
+            # sum of p log(p / q), where log p = a - max a - log sum exp
+            kl += float(e_V @ difference / e_V.sum() - (a_V.max() + np.log(e_V.sum())) + (b_V.max() + np.log(sums)))
+            agree, count = agree + int(a_V.argmax() == b_V.argmax()), count + 1
     kl /= count
     if not kl <= (most := 1e-9 + MOST_KL * worst ** 2):
         faults.append(f"the predictions differ by {kl:.2g} nats (KL), but errors of at most {worst:.2%} in the weights "
