@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from serving import served
-from tiny import KINDS, write_tiny_gguf
+from tiny import KINDS, random_adapter, write_tiny_gguf
 
 from codegemma import File, Message, Sampling, load
 from codegemma.formats import open_checkpoint
@@ -388,6 +388,36 @@ def test_bad_input_is_refused_in_the_dialects_own_form(server, route, body, stat
 def test_tabby_refuses_in_plain_text(server):
     answer = server.post("/v1/completions", json={"segments": {"suffix": ""}})
     assert answer.status_code == 422 and answer.headers["content-type"].startswith("text/plain") and "prefix" in answer.text
+
+
+def test_adapters_by_field_by_model_name_and_lora(path):
+    loaded = load(path, threads=1)
+    loaded.add_adapter("ours", replace(random_adapter(LONG, seed=3), card={"fim": {"spm": True}}))
+    loaded.add_adapter("worn", random_adapter(LONG, seed=4))
+    fills = {
+        name: loaded.complete(**HOLE, max_tokens=6, adapter=name, sampling=Sampling(1.0, seed=9)) for name in (None, "ours", "worn")
+    }
+    expected = {name: fill.text for name, fill in fills.items()}
+    assert len(set(expected.values())) == 3
+
+    async def opened():
+        return Scheduler(loaded)
+
+    body = {"prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 6, "temperature": 1.0, "seed": 9}
+    with served(opened) as server, ThreadPoolExecutor(6) as pool:
+        asked = [({}, None), ({"adapter": "none"}, None), ({"adapter": "ours"}, "ours"), ({"model": "worn"}, "worn"),
+                 ({"model": "tiny:ours"}, "ours"), ({"model": "unheard-of"}, None)]
+        answers = list(pool.map(lambda one: good(server.post("/v1/completions", json=body | one[0])), asked))
+        for answer, (_, name) in zip(answers, asked, strict=True):
+            assert answer["choices"][0]["text"] == expected[name] and answer["timings"]["adapter"] == name
+        assert answers[2]["timings"]["mode"] == "spm"  # as its card says
+        lora = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 6, "temperature": 1.0, "seed": 9,
+                "top_k": 0, "top_p": 1.0, "min_p": 0.0, "lora": [{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0.0}]}
+        assert good(server.post("/infill", json=lora))["content"] == expected["worn"]
+        assert [one["id"] for one in good(server.get("/v1/models"))["data"]] == ["tiny", "ours", "worn"]
+        assert server.post("/infill", json=lora | {"lora": [{"id": 2}]}).status_code == 400
+        text = good(server.post("/completion", json={"prompt": "def f", "n_predict": 5, "temperature": 0, "adapter": "ours"}))
+        assert text["content"] == loaded.generate("def f", max_tokens=5, adapter="ours").text
 
 
 # Who runs, who waits, who is let go.
@@ -844,16 +874,16 @@ def test_many_idle_connections_leave_it_answering(model, monkeypatch):
 
 def test_prompts_of_asks(model):
     tokenizer = model.tokenizer
-    plain = prompt_of(model.engine, Ask(Text("<bos>")), True, False)
+    plain = prompt_of(model.engine, Ask(Text("<bos>")), {"psm"})
     assert (
-        plain.ids == tokenizer.encode("<bos>", bos=True) != prompt_of(model.engine, Ask(Text("<bos>", raw=True)), True, False).ids
+        plain.ids == tokenizer.encode("<bos>", bos=True) != prompt_of(model.engine, Ask(Text("<bos>", raw=True)), {"psm"}).ids
     )
     long = tuple(range(110, 400)) * 100
-    cut = prompt_of(model.engine, Ask(Text(long, truncate=True), max_tokens=100), True, False)
+    cut = prompt_of(model.engine, Ask(Text(long, truncate=True), max_tokens=100), {"psm"})
     assert len(cut.ids) == LONG.context - 100 and cut.ids[1:] == list(long[-len(cut.ids) + 1 :])
-    assert prompt_of(model.engine, Ask(Fill("x", "y", mode="spm")), True, False).layout == "spm"
-    assert prompt_of(model.engine, Ask(Fill("x")), False, False).layout == "prefix"
-    assert prompt_of(model.engine, Ask(Chat((Message("user", "x"),))), True, False).layout is None
+    assert prompt_of(model.engine, Ask(Fill("x", "y", mode="spm")), {"psm"}).layout == "spm"
+    assert prompt_of(model.engine, Ask(Fill("x")), ()).layout == "prefix"
+    assert prompt_of(model.engine, Ask(Chat((Message("user", "x"),))), {"psm"}).layout is None
     with pytest.raises(ValueError, match="time budget"):
         Ask(Text("x"), prompt_seconds=float("nan"))
 

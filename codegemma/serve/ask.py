@@ -10,12 +10,11 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from codegemma import completion, prompts
-from codegemma.cache import PrefixCache
 from codegemma.completion import Hole, Mode, Trim
 from codegemma.engine import Step
 from codegemma.local import truncate_left
@@ -91,13 +90,13 @@ class Busy(Exception):
 class Desk(Protocol):
     """What prompts are made with; `engine.Engine` is one."""
 
-    cache: PrefixCache
     prefill_rate: float
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...
     @property
     def context(self) -> int: ...
+    def cached(self, ids: Sequence[int], adapter: str | None = None) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,9 @@ class Prompt:
     layout: Layout | None = None         # of a Fill
 
 
-def prompt_of(desk: Desk, ask: Ask, fim_trained: bool, spm_trained: bool) -> Prompt:
-    """The ids that an Ask means. Raises ValueError where it makes no prompt."""
+def prompt_of(desk: Desk, ask: Ask, orders: Collection[str], adapter: str | None = None) -> Prompt:
+    """The ids that an Ask means to a model, with its adapter, that was trained to fill holes in `orders` ("psm", "spm").
+    Raises ValueError where it makes no prompt."""
     tokenizer, what = desk.tokenizer, ask.what
     if tokenizer is None:
         if isinstance(what, Text) and not isinstance(what.prompt, str):
@@ -116,11 +116,11 @@ def prompt_of(desk: Desk, ask: Ask, fim_trained: bool, spm_trained: bool) -> Pro
         raise ValueError("this model came without a tokenizer, so text cannot be read: send token ids")
     most = desk.context - min(ask.max_tokens, desk.context // 2)
     if isinstance(what, Fill):
-        layout = completion.layout_for(what.mode, fim_trained, spm_trained)
+        layout = completion.layout_for(what.mode, bool(orders), "spm" in orders)
         budget = ask.prompt_seconds if ask.max_tokens else None  # what only warms the cache is not waited for
         affordable = None if budget is None else max(16, int(min(budget * desk.prefill_rate, desk.context)))
         hole = Hole(what.prefix, what.suffix, what.path, what.files)
-        ids = completion.prompt_within(desk, hole, layout, most, affordable)  # type: ignore[arg-type]
+        ids = completion.prompt_within(desk, hole, layout, most, affordable, adapter)  # type: ignore[arg-type]
         return Prompt(ids, prompts.fim_stops(tokenizer), layout)
     if isinstance(what, Chat):
         made = prompts.chat(tokenizer, what.messages)

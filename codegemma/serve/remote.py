@@ -77,11 +77,15 @@ class Remote:
     def chats(self) -> bool:
         return "chat" in self._preset.uses if self._preset else self.tokenizer.control.start_of_turn is not None
 
+    def cached(self, ids: Sequence[int], adapter: str | None = None) -> int:
+        """How many first tokens the engine behind probably still has."""
+        return self.cache.find(ids[:-1])[1]
+
     async def submit(self, asks: Sequence[Ask]) -> list[Job]:
         if len(self._jobs) >= SLOTS:
             self.metrics.counts["rejected"] += 1
             raise Busy(f"{len(self._jobs)} requests are under way: try again in a moment", 1)
-        prompts = await asyncio.to_thread(lambda: [prompt_of(self, ask, self.fim_trained, False) for ask in asks])
+        prompts = await asyncio.to_thread(lambda: [prompt_of(self, ask, {self.mode} - {"prefix"}) for ask in asks])
         jobs = [Job(ask, prompt) for ask, prompt in zip(asks, prompts, strict=True)]
         for older in [job for job in self._jobs if supersedes(jobs[0], job)]:
             older.cancel()

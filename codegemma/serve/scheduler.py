@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastapi import HTTPException
 
@@ -44,7 +43,7 @@ class _Scoring:
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self.job = job
-        self.one = engine.start(Request(job.prompt.ids, max_tokens=0))
+        self.one = engine.start(Request(job.prompt.ids, max_tokens=0, adapter=job.adapter))
         self.one.pages, self.one.done, self.one.cached = [], 0, 0
 
     def step(self, engine: Engine, cancel: Cancel) -> bool:
@@ -75,6 +74,7 @@ class Scheduler:
         self.title = model.preset.title if model.preset else model.path.name
         self.size = model.path.stat().st_size if model.path.is_file() else sum(one.stat().st_size for one in model.path.iterdir())
         self.metrics = Metrics()
+        model.completing_adapter()           # loaded now, not with the first request
         self._batch = Batch(self.engine)
         self._jobs: dict[Running, Job] = {}
         self._waiting: list[Job] = []
@@ -99,7 +99,8 @@ class Scheduler:
     @property
     def mode(self) -> Layout:
         """What "auto" means."""
-        return layout_for("auto", self.fim_trained, spm_trained=False)
+        orders = self.model.fim_orders()
+        return layout_for("auto", bool(orders), "spm" in orders)
 
     @property
     def chats(self) -> bool:
@@ -109,7 +110,7 @@ class Scheduler:
 
     @property
     def adapters(self) -> list[str]:
-        return sorted(getattr(self.model, "adapters", ()))
+        return self.model.adapters
 
     async def submit(self, asks: Sequence[Ask]) -> list[Job]:
         """The jobs of one request. Raises ValueError on what the model cannot do, Busy where too many wait."""
@@ -153,12 +154,14 @@ class Scheduler:
         adapter = self._adapter(ask)
         if isinstance(ask.what, Fill | Chat):
             self.model.expect("completion" if isinstance(ask.what, Fill) else "chat")
-        prompt = prompt_of(self.engine, ask, self.fim_trained, spm_trained=False)
+        prompt = prompt_of(self.engine, ask, self.model.fim_orders(adapter), adapter)
         self.engine.start(self._request(ask, prompt, adapter))  # raises where it will not fit
         return prompt, adapter
 
     def _adapter(self, ask: Ask) -> str | None:
-        if ask.adapter in (None, "auto", "none"):
+        if ask.adapter in (None, "auto"):
+            return self.model.completing_adapter() if isinstance(ask.what, Fill) else None
+        if ask.adapter == "none":
             return None
         if ask.adapter not in self.adapters:
             raise ValueError(f"no adapter {ask.adapter!r}: there are {', '.join(self.adapters) or 'none'}; start the server with "
@@ -167,8 +170,7 @@ class Scheduler:
 
     @staticmethod
     def _request(ask: Ask, prompt: Prompt, adapter: str | None) -> Request:
-        chosen: dict[str, Any] = {"adapter": adapter} if adapter else {}
-        return Request(prompt.ids, ask.max_tokens, ask.sampling, prompt.stops | ask.stop_ids, ask.stop, ask.top, **chosen)
+        return Request(prompt.ids, ask.max_tokens, ask.sampling, prompt.stops | ask.stop_ids, ask.stop, ask.top, adapter=adapter)
 
     def _bound(self, client: str) -> None:
         theirs = sum(job.ask.client == client for job in self._waiting)
