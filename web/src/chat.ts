@@ -90,6 +90,7 @@ export class Chat {
     conversation.messages.push(answer);
     this.conversations = [conversation, ...this.conversations.filter(one => one !== conversation)];
     this.show();
+    if (document.activeElement === document.body) this.focus();  // what had the focus is gone, and Escape must stop
     const element = this.log.lastElementChild as HTMLElement;
     let timings: Timings | undefined, failure = "", drawing = false;
     const draw = (): void => {
@@ -124,11 +125,12 @@ export class Chat {
       this.current.messages.splice(index);
       void this.send(area.value.trim() || old);
     };
+    const leave = (): void => { this.show(); this.focus(); };
     area.onkeydown = event => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); done(); }
-      if (event.key === "Escape") { event.stopPropagation(); this.show(); this.focus(); }
+      if (event.key === "Escape") { event.stopPropagation(); leave(); }
     };
-    element.replaceChildren(area, h("div", { className: "actions" }, button("Send", done), button("Cancel", () => this.show())));
+    element.replaceChildren(area, h("div", { className: "actions" }, button("Send", done), button("Cancel", leave)));
     area.focus();
   }
 
