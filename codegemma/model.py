@@ -36,7 +36,7 @@ Weight = jax.Array | Blocks
 Params = dict[str, Weight]
 Remat = Literal["none", "products", "layer"]
 BATCH_AXES = ("data", "fsdp")            # of a mesh: what divides the batch
-SAVED = ("q", "k", "v", "mixed", "gate", "up")
+SAVED = ("q", "k", "v", "mixed", "o", "gate", "up", "down")
 
 
 @jax.tree_util.register_dataclass
