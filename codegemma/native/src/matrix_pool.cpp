@@ -12,7 +12,7 @@
 namespace cg {
 namespace {
 
-constexpr int64_t WIDTH = 4096;  // columns of B that a slab holds: 4 MB
+constexpr int64_t WIDTH = 4096;  // columns of B that a slab holds: 4 MB; narrower slabs are decoded together
 constexpr int64_t BLOCK = 144;   // rows of A that a thread takes at a time: with a slab's depth, some 150 KB of its L2 cache
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -56,35 +56,41 @@ struct FloatMode {
 }  // namespace
 
 void multiply(const Kernels* kernels, Pool& pool, const Matrix& m) {
-  static Buffer slab;
+  static Buffer slabs;
   static std::vector<Buffer> gathered;
   const MatrixKernels& k = *kernels->matrix;
   const int64_t R = m.depth(), J = m.width(), strip = k.strip(m), threads = pool.threads();
   const int64_t height = up(parts(m.T, threads * parts(m.T, threads * BLOCK)), k.tile), heights = parts(m.T, height);
+  const int64_t widest = up(std::min(J, WIDTH), strip), together = std::clamp<int64_t>(WIDTH / widest, 1, parts(R, k.depth));
   if ((int64_t)gathered.size() < threads) gathered.resize(threads);
-  float* panels = slab.at_least(k.depth * up(std::min(J, WIDTH), strip));
+  float* panels = slabs.at_least(together * k.depth * widest);
   for (Buffer& b : gathered) b.at_least(height * k.depth);
   const FloatMode mode;
   for (int64_t j0 = 0; j0 < J; j0 += WIDTH) {
     const int64_t width = std::min(WIDTH, J - j0), strips = parts(width, strip);
     const int64_t cuts = std::clamp<int64_t>(parts(8 * threads, heights), 1, parts(width, 8 * k.panel));  // few rows: columns are shared out too
-    const int64_t cut = up(parts(width, cuts), k.panel);
-    std::vector<std::atomic<int64_t>> next(2 * parts(R, k.depth));
+    const int64_t cut = up(parts(width, cuts), k.panel), span = together * k.depth;
+    std::vector<std::atomic<int64_t>> next(2 * parts(R, span));
     pool.run([&](int thread) {
       const FloatMode before;
       mode.set();
       float* rows = gathered[thread].at_least(0);
-      for (int64_t r0 = 0, step = 0; r0 < R; r0 += k.depth) {
-        const int64_t depth = std::min<int64_t>(k.depth, R - r0);
+      for (int64_t first = 0, step = 0; first < R; first += span) {
+        const int64_t last = std::min(first + span, R);
         std::atomic<int64_t> &strip_next = next[step++], &tile_next = next[step++];
-        for (int64_t s; (s = strip_next.fetch_add(1)) < strips;) k.decode_strip(m, r0, depth, j0 + s * strip, panels + s * strip * depth);
+        auto slab = [&](int64_t r0) { return panels + (r0 - first) * widest; };
+        for (int64_t i; (i = strip_next.fetch_add(1)) < strips * parts(last - first, k.depth);) {
+          const int64_t r0 = first + i / strips * k.depth, depth = std::min<int64_t>(k.depth, last - r0), j = i % strips * strip;
+          k.decode_strip(m, r0, depth, j0 + j, slab(r0) + j * depth);
+        }
         pool.barrier();
-        int64_t held = -1;
         for (int64_t i; (i = tile_next.fetch_add(1)) < heights * cuts;) {
           const int64_t t0 = i / cuts * height, t1 = std::min(t0 + height, m.T), c0 = i % cuts * cut, c1 = std::min(c0 + cut, width);
-          if (c0 >= c1) continue;
-          if (held != t0) k.gather_rows(m, r0, depth, t0, t1, rows), held = t0;
-          k.multiply_rows(m, r0, depth, rows, t0, t1, panels + c0 * depth, j0 + c0, j0 + c1);
+          for (int64_t r0 = first; r0 < last && c0 < c1; r0 += k.depth) {
+            const int64_t depth = std::min<int64_t>(k.depth, last - r0);
+            k.gather_rows(m, r0, depth, t0, t1, rows);
+            k.multiply_rows(m, r0, depth, rows, t0, t1, slab(r0) + c0 * depth, j0 + c0, j0 + c1);
+          }
         }
         pool.barrier();
       }
