@@ -185,9 +185,8 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     parts = meshes.batch_parts(mesh)
     stamp = {"settings": asdict(replace(settings, save_every=1, keep=1)), "steps": steps, "seed": order.seed,
              "rows": [[len(rows), order.length(rows)] for rows in order.folders], "batch_tokens": order.batch_tokens}
-    with meshes.use(mesh):
-        trainable, base = meshes.place(mesh, trainable), meshes.place(mesh, base)
-        run = Run(trainable, meshes.place(mesh, rule.init(trainable)))
+    trainable, base = meshes.place(mesh, trainable), meshes.place(mesh, base)
+    run = Run(trainable, meshes.place(mesh, rule.init(trainable)))
     where, moments_where = (jax.tree.map(lambda leaf: leaf.sharding if mesh else None, tree) for tree in (trainable, run.moments))
     gradient = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), config=config, settings=settings),
                        out_shardings=(None, where))

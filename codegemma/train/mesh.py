@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from codegemma.model import BATCH_AXES
@@ -81,4 +82,5 @@ def place_batch(mesh: Mesh | None, batch: Any) -> Any:
 def _put(array: Any, where: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or isinstance(array, jax.Array) and not array.is_fully_addressable:
         return jax.device_put(array, where)
-    return jax.make_array_from_callback(jax.numpy.shape(array), where, lambda index: array[index])
+    whole = np.asarray(array)            # of this process alone: a slice of a jax.Array would be made on the whole mesh
+    return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
