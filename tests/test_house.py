@@ -32,7 +32,7 @@ def imported(source: str) -> set[str]:
     return {one for one in found if one} - PUBLIC
 
 
-PUBLIC = {"load", "Completion", "File", "Message", "Model", "Sampling"}  # `from codegemma import load`: from local
+PUBLIC = {"__version__", "load", "Completion", "File", "Message", "Model", "Sampling"}  # `from codegemma import load`: from local
 
 
 def modules() -> list[Path]:
