@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from codegemma.formats import Checkpoint
-from codegemma.model import Cache, Params, forward, params_of, unembed
-from codegemma.native import PAGE, Cancel, Logits, Page, Slice
+from codegemma.model import Cache, Lora, Params, forward, params_of, unembed
+from codegemma.native import PAGE, Cancel, Logits, LowRank, Page, Slice
 
 LENGTHS = (1, 8, 32, 128, 512)           # new tokens of a sequence
 Pages = list[list[jax.Array]]            # of each sequence, [2, L, PAGE, K, H]
@@ -35,8 +35,18 @@ class Jax:
         self._shape = (2, c.layers, PAGE, c.kv_heads, c.head_width)
         self.page_bytes = int(np.prod(self._shape)) * self._dtype.itemsize
         self._params: Params = params_of(checkpoint, self._dtype)
+        self._adapters: dict[str | None, Lora | None] = {None: None}
         self._empty = jnp.zeros(self._shape, self._dtype)
         self._run = jax.jit(partial(_run, config=c, dtype=self._dtype))
+
+    def add_adapter(self, name: str, adapter: LowRank) -> None:
+        """Makes an adapter that fits the model (lora.Adapter.check) known to `run`."""
+        ids = sorted(adapter.rows)
+        weights = {f"{tensor}.{part}": jnp.asarray(value, self._dtype)
+                   for part, side in (("a", adapter.a), ("b", adapter.b)) for tensor, value in side.items()}
+        if ids:
+            weights["rows"] = jnp.asarray(np.stack([adapter.rows[token] for token in ids]))
+        self._adapters[name] = Lora(weights, adapter.scale, tuple(ids))
 
     def new_page(self) -> Page:
         return Page(self._empty)
@@ -45,18 +55,18 @@ class Jax:
         return Page(page.data, used)
 
     def run(self, slices: Sequence[Slice], cancel: Cancel | None = None) -> Logits | None:
-        """Runs all slices, those of about one length together, and writes their keys and values; None if cancelled."""
-        groups: dict[int, list[int]] = {}
+        """Runs all slices, those of one adapter and about one length together, and writes keys and values; None if cancelled."""
+        groups: dict[tuple[str | None, int], list[int]] = {}
         for number, one in enumerate(slices):
-            groups.setdefault(_size(len(one.ids), LENGTHS), []).append(number)
+            groups.setdefault((one.adapter, _size(len(one.ids), LENGTHS)), []).append(number)
         found: dict[int, tuple[np.ndarray, ...]] = {}
-        for length, numbers in groups.items():
+        for (adapter, length), numbers in groups.items():
             if cancel is not None and cancel.is_set():
                 return None
-            found.update(self._group(length, {number: slices[number] for number in numbers}))
+            found.update(self._group(self._adapters[adapter], length, {number: slices[number] for number in numbers}))
         return Logits(*(np.concatenate([found[number][i] for number in range(len(slices))]) for i in range(3)))
 
-    def _group(self, T: int, slices: dict[int, Slice]) -> dict[int, tuple[np.ndarray, ...]]:
+    def _group(self, lora: Lora | None, T: int, slices: dict[int, Slice]) -> dict[int, tuple[np.ndarray, ...]]:
         """Logits, argmax and normaliser of each slice's wanted tokens."""
         touched = -(-T // PAGE) + 1
         B, P = _size(len(slices)), max(4, _size(max(one.start // PAGE + touched for one in slices.values())))
@@ -69,7 +79,7 @@ class Jax:
             pages[b][:len(one.pages)] = map(self._array, one.pages)
             wanted += range(b * T + n - one.wanted, b * T + n)
         at_W = np.resize(np.array(wanted or [0], np.int32), _size(len(wanted)))
-        rows, made = self._run(self._params, pages, tokens_BT, positions_BT, first_B, at_W)
+        rows, made = self._run(self._params, lora, pages, tokens_BT, positions_BT, first_B, at_W)
         values, argmax, normaliser = (np.array(part) for part in rows)
         results, at = {}, 0
         for b, (number, one) in enumerate(slices.items()):
@@ -86,16 +96,16 @@ class Jax:
         return page.data
 
 
-def _run(params: Params, pages: Pages, tokens_BT: jax.Array, positions_BT: jax.Array, first_B: jax.Array, at_W: jax.Array,
-         *, config, dtype):  # type: ignore[no-untyped-def]
+def _run(params: Params, lora: Lora | None, pages: Pages, tokens_BT: jax.Array, positions_BT: jax.Array, first_B: jax.Array,
+         at_W: jax.Array, *, config, dtype):  # type: ignore[no-untyped-def]
     """(logits, argmax, log sum exp) of the tokens at `at_W`, and the pages from the `first_B`-th that were written."""
     B, T = tokens_BT.shape
     both = jnp.stack([jnp.concatenate(own, 2) for own in pages], 2)            # [2, L, B, S, K, H]
-    hidden_BTD, cache = forward(params, tokens_BT, config, positions_BT=positions_BT, cache=Cache(*both), dtype=dtype)
+    hidden_BTD, cache = forward(params, tokens_BT, config, lora, positions_BT=positions_BT, cache=Cache(*both), dtype=dtype)
     both = jnp.stack(cache)
     made = [[jax.lax.dynamic_slice_in_dim(both[:, :, b], (first_B[b] + i) * PAGE, PAGE, 2) for i in range(-(-T // PAGE) + 1)]
             for b in range(B)]
-    logits_WV = unembed(params, hidden_BTD.reshape(B * T, -1)[at_W], config)
+    logits_WV = unembed(params, hidden_BTD.reshape(B * T, -1)[at_W], config, lora)
     rows = logits_WV, logits_WV.argmax(-1).astype(jnp.int32), jax.nn.logsumexp(logits_WV, -1)
     return rows, made
 

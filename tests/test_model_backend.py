@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from tiny import KINDS, tiny_config, tiny_tensors, write_tiny_gguf
+from tiny import KINDS, random_adapter, tiny_config, tiny_tensors, write_tiny_gguf
 
 import codegemma
 from codegemma.engine import Batch, Engine, Request
@@ -52,6 +52,25 @@ def test_generation_is_the_native_engines(kind):
             batch.step()
         found.append([one.ids for one in running])
     assert found[0] == found[1]
+
+
+def test_adapters_run_beside_the_base():
+    """Low-rank parts and own rows give the native engine's logits; in one batch, each request has its own adapter's."""
+    checkpoint, found = model("gemma-mqa"), []
+    adapter = random_adapter(checkpoint.config, ranks=(4, 2), tokens=(69, 300))
+    ids = [2, 69, *random_ids(20)[1:]]
+    for backend in (Jax(checkpoint), Native(checkpoint, 1)):
+        engine = Engine(backend)
+        engine.add_adapter("mine", adapter)
+        batch = Batch(engine)
+        running = [batch.add(Request(ids, max_tokens=4, adapter=name)) for name in ("mine", None)]
+        while batch.running:
+            batch.step()
+        found.append(([one.ids for one in running], *(engine.logits(ids, adapter=name) for name in ("mine", None))))
+    (tokens, mine, base), (their_tokens, their_mine, their_base) = found
+    most = bound(checkpoint, ids)
+    assert tokens == their_tokens
+    assert np.abs(base - their_base).max() < most and np.abs(mine - their_mine).max() < 2 * most < np.abs(mine - base).max()
 
 
 def test_logits_behind_cached_pages_are_those_of_the_whole_text():

@@ -286,7 +286,7 @@ def test_killed_at_any_moment_and_resumed_nothing_differs(tmp_path):
     for moment, hold in (("step 1", 0), ("write 4", 4), ("step 5", 0), (None, 0)):
         process = child(cut, steps=6, held_out=True, resume=True, announce=True, hold=hold)
         if moment:
-            assert any(line.strip() == moment for line in process.stdout)
+            assert any(line.strip() == moment for line in process.stdout), process.stderr.read()[-3000:]
             process.send_signal(signal.SIGKILL)
         _, errors = process.communicate(timeout=600)
         assert process.returncode == (-signal.SIGKILL if moment else 0), errors[-3000:]
