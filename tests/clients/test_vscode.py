@@ -49,7 +49,8 @@ def workbench(tmp_path_factory):
         code = subprocess.Popen([*command, "--auth", "none", "--bind-addr", address, "--disable-telemetry",
                                  "--disable-update-check", "--disable-workspace-trust"], env=environment, stdout=log, stderr=log)
     try:
-        httpx.Client(transport=httpx.HTTPTransport(retries=10), timeout=120).get(f"http://{address}/healthz")
+        with httpx.Client(transport=httpx.HTTPTransport(retries=10), timeout=120) as client:
+            client.get(f"http://{address}/healthz")
         with chromium() as browser:
             page = browser.new_page(viewport={"width": 1280, "height": 800})
             page.set_default_timeout(PATIENCE)
