@@ -6,6 +6,7 @@
 # make adapter DATA=BENCHMARKS     the default model's FIM adapter; many hours, goes on where it was stopped
 PYTHON ?= python3
 BIN := .venv/bin
+RUNS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/codegemma/adapter/runs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard codegemma/native/src/*)
 INSTALL = $(PIP) --no-build-isolation --editable
@@ -90,8 +91,9 @@ test-formats: .venv/.setup .venv-bench/.setup .venv-formats/.setup
 adapter: .venv/.dev
 	$(BIN)/python tools/adapter_data.py rows a1 a2 b c --data $(DATA)
 	$(BIN)/python tools/adapter_train.py
-	$(BIN)/python tools/adapter_eval.py final --data $(DATA) --adapter ~/.cache/codegemma/adapter/runs/c/adapter
-	$(BIN)/python tools/adapter_card.py
+	$(BIN)/python tools/adapter_eval.py base --multi -1 --data $(DATA)
+	$(BIN)/python tools/adapter_eval.py final --multi -1 --data $(DATA) --adapter $(RUNS)/c/adapter
+	$(BIN)/python tools/adapter_card.py $(RUNS)/c/adapter --label final --metrics $(RUNS)/*/metrics.jsonl
 
 clean:
 	rm -rf .venv .venv-bench .venv-clients .venv-formats build web/node_modules editors/vscode/node_modules

@@ -31,7 +31,8 @@ def cache(tmp_path_factory):
         (root / "src" / name).mkdir(parents=True)
         (root / "src" / name / "pyproject.toml").write_text("[project]\nlicense = 'MIT'\n")
         for at in range(8):
-            body = "".join(f"def {name}_{at}_{i}(a, b):\n    return {(len(name) * 101 + at * 13 + i) * 7919} + a\n\n" for i in range(12))
+            body = "".join(f"def {name}_{at}_{i}(a, b):\n    return {(len(name) * 101 + at * 13 + i) * 7919} + a\n\n"
+                           for i in range(12))
             (root / "src" / name / f"m{at}.py").write_text(body)
     recipe = Recipe(length=160, window=(64, 159), stride=300, loss=("middle", "terminator"))
     build([str(root / "src")], root / "rows" / "a1", Tokenizer.from_sentencepiece(small()), recipe)
