@@ -169,12 +169,17 @@ def test_what_another_conversion_or_a_killed_process_left_is_swept_away(tmp_path
 
 
 def test_importance_lowers_what_the_quantiser_costs_where_it_matters(tmp_path):
-    source = _source(tmp_path, width=256, ffn_width=512)
+    """In a model whose norms make every eighth column thirty times as large as the others."""
+    config = tiny_config("gemma-mqa", width=256, ffn_width=512)
+    factors = Tensor.of(np.where(np.arange(256) % 8 == 0, 3.0, 0.1))
+    tensors = {name: factors if name.endswith((".attn_norm", ".ffn_norm")) else tensor
+               for name, tensor in tiny_tensors(config).items()}
+    source = write_tiny_gguf(tmp_path / "source.gguf", config, tensors=tensors)
     (tmp_path / "code.py").write_text("def f(x):\n    return x\n" * 40)
     made = [c.verify(source, c.convert(source, tmp_path / f"{name}.gguf", quantize_to="q4_0", importance=path).path,
-                     ("def g(x, y):\n    return y\n",) * 2, threads=1).kl
+                     ("def g(x, y):\n    return y + 12\n", c.TEXTS[0]), threads=1).kl
             for name, path in (("without", None), ("with", tmp_path / "code.py"))]
-    assert 0 < made[1] < 0.95 * made[0]
+    assert 0 < made[1] < 0.8 * made[0]
     with pytest.raises(ValueError, match="importance weighs the columns that --quantize rounds"):
         c.convert(source, tmp_path / "x.gguf", importance=tmp_path / "code.py")
 
