@@ -151,6 +151,7 @@ def all_meshes(folder: Path, job: Job) -> None:
     loop.Store.save = save  # type: ignore[method-assign]
     for mesh in job.meshes:
         run(folder / f"full {mesh}", Job(mesh=mesh))
+    loop.Store.save = original  # type: ignore[method-assign]
     run(folder / f"lora {mesh}", Job("lora", mesh=mesh))
     run(folder / "moved", Job(mesh=job.meshes[0], stop=2))
     run(folder / "moved", Job(mesh=job.meshes[1], resume=True))
