@@ -179,7 +179,7 @@ def test_importance_lowers_what_the_quantiser_costs_where_it_matters(tmp_path):
     made = [c.verify(source, c.convert(source, tmp_path / f"{name}.gguf", quantize_to="q4_0", importance=path).path,
                      ("def g(x, y):\n    return y + 12\n", c.TEXTS[0]), threads=1).kl
             for name, path in (("without", None), ("with", tmp_path / "code.py"))]
-    assert 0 < made[1] < 0.8 * made[0]
+    assert 0 < made[1] < 0.95 * made[0]
     with pytest.raises(ValueError, match="importance weighs the columns that --quantize rounds"):
         c.convert(source, tmp_path / "x.gguf", importance=tmp_path / "code.py")
 
