@@ -58,7 +58,7 @@ languages:
 	scripts/install_languages
 
 web/node_modules: web/package.json web/package-lock.json
-	cd web && npm ci --silent
+	cd web && npm ci --silent --ignore-scripts
 	@touch $@
 
 web: web/node_modules
@@ -66,11 +66,11 @@ web: web/node_modules
 
 vscode: web/node_modules
 	cd web && npm run --silent vscode
-	cd editors/vscode && npm ci --silent && npm run --silent package
+	cd editors/vscode && npm ci --silent --ignore-scripts && npm run --silent package
 
 test-clients: .venv/.dev vscode .venv-clients/.setup
 	scripts/install_code_server
-	cd tests/clients && npm ci --silent
+	cd tests/clients && npm install --silent --ignore-scripts --no-package-lock --no-audit --no-fund
 	$(BIN)/python -m pytest tests/clients
 
 .venv-clients/.setup: tests/clients/requirements.txt
