@@ -36,10 +36,11 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
     from codegemma import hub
     from codegemma.formats import open_checkpoint
     from codegemma.model import params_of
-    from codegemma.train.loop import Settings, flops_of, new_lora, objective, optimizer, schedule
+    from codegemma.train.loop import Settings, flops_of, hold_memory, new_lora, objective, optimizer, schedule
     from codegemma.train.loss import BLOCK
     from codegemma.train.order import microbatches
 
+    hold_memory()
     checkpoint = open_checkpoint(hub.resolve(model))
     config, kernels = checkpoint.config, name.startswith("kernels")
     settings = Settings()

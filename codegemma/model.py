@@ -162,7 +162,7 @@ def product(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
     return y.astype(dtype or x.dtype)
 
 
-def rms_norm(x: jax.Array, factor: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, factor: Any, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     factor = factor.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * factor).astype(x.dtype)

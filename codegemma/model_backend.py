@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ class Jax:
         self._adapters[name] = Lora(weights, adapter.scale, tuple(ids))
 
     def new_page(self) -> Page:
-        return Page(self._empty)
+        return Page(self._empty)  # type: ignore[arg-type]  # a device array, which only this backend looks into
 
     def copy_page(self, page: Page, used: int) -> Page:
         return Page(page.data, used)
@@ -71,7 +72,8 @@ class Jax:
         touched = -(-T // PAGE) + 1
         B, P = _size(len(slices)), max(4, _size(max(one.start // PAGE + touched for one in slices.values())))
         tokens_BT, positions_BT = np.zeros((B, T), np.int32), np.full((B, T), P * PAGE, np.int32)  # a slot outside
-        first_B, wanted = np.zeros(B, np.int32), []
+        first_B = np.zeros(B, np.int32)
+        wanted: list[int] = []
         pages: Pages = [[self._empty] * P for _ in range(B)]
         for b, one in enumerate(slices.values()):
             n, first_B[b] = len(one.ids), one.start // PAGE
@@ -91,9 +93,10 @@ class Jax:
 
     def _array(self, page: Page) -> jax.Array:
         """A page's keys and values; those that a saved cache gave move to the device first."""
-        if isinstance(page.data, np.ndarray):
-            page.data = jnp.asarray(page.data.view(self._dtype).reshape(self._shape))
-        return page.data
+        data: Any = page.data
+        if isinstance(data, np.ndarray):
+            page.data = data = jnp.asarray(data.view(self._dtype).reshape(self._shape))  # type: ignore[assignment]
+        return data
 
 
 def _run(params: Params, lora: Lora | None, pages: Pages, tokens_BT: jax.Array, positions_BT: jax.Array, first_B: jax.Array,
@@ -102,7 +105,7 @@ def _run(params: Params, lora: Lora | None, pages: Pages, tokens_BT: jax.Array, 
     B, T = tokens_BT.shape
     both = jnp.stack([jnp.concatenate(own, 2) for own in pages], 2)            # [2, L, B, S, K, H]
     hidden_BTD, cache = forward(params, tokens_BT, config, lora, positions_BT=positions_BT, cache=Cache(*both), dtype=dtype)
-    both = jnp.stack(cache)
+    both = jnp.stack(cache)  # type: ignore[arg-type]
     made = [[jax.lax.dynamic_slice_in_dim(both[:, :, b], (first_B[b] + i) * PAGE, PAGE, 2) for i in range(-(-T // PAGE) + 1)]
             for b in range(B)]
     logits_WV = unembed(params, hidden_BTD.reshape(B * T, -1)[at_W], config, lora)

@@ -6,11 +6,9 @@ says what it was made of.
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -63,11 +61,10 @@ class Plan:
 def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambda report: None,
         until: float | None = None) -> Path:
     """Trains and gives the folder of the result. `until` (of time.monotonic) stops it early, keeping what it has."""
-    _hold_memory()
     checkpoint = _checkpoint(plan.model)
     mesh = meshes.parse(plan.mesh)
     order, held_out, skipped = _order(plan)
-    base: Params | None = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks=plan.kind == "qlora")
+    base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks=plan.kind == "qlora")
     trainable = _start(plan, checkpoint, base)
     terminators = sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else []
     started = time.monotonic()
@@ -97,15 +94,6 @@ def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambd
             reports.close()              # type: ignore[attr-defined]
             break
     return plan.result
-
-
-def _hold_memory() -> None:
-    """glibc gives a step's large buffers back to the system, which then clears every page of them again for the next step:
-    a fifth of the time on a CPU. Elsewhere there is no mallopt, and nothing happens."""
-    with suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-4, 0), (-1, -1), (-8, 1)):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
-            mallopt(option, value)
 
 
 def steps_of(plan: Plan) -> int:

@@ -20,12 +20,12 @@ class Microbatch(NamedTuple):
     state stands that predicts `targets_CM`; of each part only the first `count_C` are real. C: parts of the batch, one for
     each place that holds a share of it."""
 
-    tokens_BT: np.ndarray
-    positions_BT: np.ndarray
-    segments_BT: np.ndarray
-    index_CM: np.ndarray
-    targets_CM: np.ndarray
-    count_C: np.ndarray
+    tokens_BT: Any                       # int32, of NumPy, and of JAX once placed
+    positions_BT: Any
+    segments_BT: Any
+    index_CM: Any
+    targets_CM: Any
+    count_C: Any
 
 
 @dataclass(frozen=True)
