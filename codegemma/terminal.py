@@ -185,8 +185,8 @@ def models_table(found: Sequence[ModelInfo]) -> None:
     for one in found:
         if one.path or one.packaged:
             print(f"{one.preset.name} is {f'at {_short(one.path)}' if one.path else 'in its package'}")
-    console.print("Another member: accept its licence on huggingface.co, then `huggingface-cli download REPOSITORY` "
-                  "(--json names it). Any .gguf file or directory works with -m.")
+    console.print("Another member: `codegemma pull NAME` (its licence is to be accepted on huggingface.co first). Any .gguf file "
+                  "or directory works with -m.")
 
 
 def _short(path: Path) -> str:
