@@ -1,6 +1,7 @@
 """Real clients against `codegemma serve` in a process of its own, with the default model: what they show is what the model says."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -98,6 +99,7 @@ def test_ollama(server, model, middle):
         client.generate("any", "x", think=True)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves a socket to the collector
 def test_mistral(server, middle):
     from mistralai.client import Mistral
 
@@ -107,6 +109,7 @@ def test_mistral(server, middle):
         assert done.choices[0].message.content == middle and done.usage.completion_tokens == 8
         with client.fim.stream(**asked) as events:
             assert "".join(event.data.choices[0].delta.content for event in events) == middle
+    gc.collect()
 
 
 def test_curl_as_llama_vim_sends(server, middle):
