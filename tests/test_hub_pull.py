@@ -188,7 +188,7 @@ def test_kaggle_is_asked_for_the_published_variants_and_its_refusal_is_explained
 
 
 def test_a_full_disk_is_explained(server, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hub_pull, "fetch", full)
