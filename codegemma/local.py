@@ -82,6 +82,10 @@ class Model:
         """Which adapter `complete` takes: "auto" is the packaged one of this model, None where it has none."""
         return self._packaged_adapter if adapter == "auto" else adapter
 
+    def adapter(self, name: str) -> lora.Adapter:
+        """One of `adapters`."""
+        return self._adapters[name]
+
     def fim_orders(self, adapter: str | None = "auto") -> frozenset[str]:
         """The orders, of "psm" and "spm", that it was trained to fill in the middle in: as the adapter's card says, else
         PSM where the preset says so or the vocabulary names the FIM tokens."""

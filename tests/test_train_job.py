@@ -69,8 +69,8 @@ def test_rows_of_chats_teach_the_answers_alone(model):
 @pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
 def test_a_job_ends_with_something_that_loads_and_has_learned(kind, model, chats, tmp_path):
     settings = Settings(5e-3, micro_tokens=256, save_every=100)
-    plan = job.Plan(str(model), (str(chats),), tmp_path / "out", settings, chat=True, kind=kind, rank=4, batch_tokens=512, length=128,
-                    epochs=8.0)
+    plan = job.Plan(str(model), (str(chats),), tmp_path / "out", settings, chat=True, kind=kind, rank=4, batch_tokens=512,
+                    length=128, epochs=8.0)
     reports = []
     made = job.run(plan, tell=reports.append)
     assert reports[-1].loss < reports[0].loss - 0.5 and made == plan.result

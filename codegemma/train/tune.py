@@ -27,6 +27,7 @@ from codegemma.evals.local import Local
 from codegemma.evals.task import Comparison, compare
 from codegemma.local import load
 from codegemma.prompts import Layout
+from codegemma.tokenizer import Tokenizer
 from codegemma.train import job
 from codegemma.train.loop import Report, Settings
 
@@ -76,11 +77,12 @@ def tune(repository: Path, model: str, minutes: float, out: Path | None, adapter
     if (out / "work").exists() and not resume:
         raise ValueError(f"{out} holds an interrupted run: pass --resume to go on with it, or another folder")
     work = out / "work"
-    started_from = _start(model, adapter)
-    if not (work / "ready").exists():
-        _prepare(repository, work, model, seed, started_from is None, say)
-    kept = [_document(line) for line in (work / "held-out.jsonl").read_text().splitlines()]
     engine = load(model)
+    chosen = engine.adapter_at(adapter)
+    started_from = engine.adapter(chosen) if chosen else None
+    if not (work / "ready").exists():
+        _prepare(repository, work, engine.tokenizer, seed, say)
+    kept = [_document(line) for line in (work / "held-out.jsonl").read_text().splitlines()]
     found = heldout.holes(kept, engine.tokenizer, holes, seed)
     if not found:
         raise ValueError(f"{repository}: the held-out files have no place for a hole to measure: it needs more code")
@@ -125,7 +127,7 @@ def _newest_files(repository: Path) -> list[str]:
     return list(dict.fromkeys(done.stdout.splitlines())) if done.returncode == 0 else []
 
 
-def _prepare(repository: Path, work: Path, model: str, seed: int, fresh: bool, say: Callable[[str], None]) -> None:
+def _prepare(repository: Path, work: Path, tokenizer: Tokenizer, seed: int, say: Callable[[str], None]) -> None:
     documents = [one for source in expand(str(repository)) for one in read(source)
                  if isinstance(one, Document) and one.kind == "code"]
     taught, kept = hold_out(documents, repository, seed)
@@ -139,10 +141,9 @@ def _prepare(repository: Path, work: Path, model: str, seed: int, fresh: bool, s
         file.write_text(one.text, encoding="utf-8", newline="")
     (folder / ".codegemma").touch()
     say(f"{len(taught):,} files to learn from, {len(kept):,} held out")
-    engine = load(model)
     recipe = Recipe(fim_rate=0.9, spm_rate=0.5, length=LENGTH, seed=seed, licences="any", loss=("middle", "terminator"),
                     window=WINDOW, stride=WINDOW[1], path_rate=0.5)
-    build([str(folder)], work / "rows", engine.tokenizer, recipe)
+    build([str(folder)], work / "rows", tokenizer, recipe)
     lines = [json.dumps([one.repository, one.path, one.text, one.language]) + "\n" for one in kept]
     (work / "held-out.jsonl").write_text("".join(lines))
     (work / "ready").write_text(json.dumps([one.path for one in taught]))
@@ -150,12 +151,6 @@ def _prepare(repository: Path, work: Path, model: str, seed: int, fresh: bool, s
 
 def _document(line: str) -> Document:
     return Document(*json.loads(line))
-
-
-def _start(model: str, adapter: str) -> lora.Adapter | None:
-    if adapter == "none":
-        return None
-    return lora.load(adapter) if adapter != "auto" else None
 
 
 def _measured(engine: Any, found: Sequence[heldout.Hole], adapter: lora.Adapter | None) -> tuple[dict[str, list[float]], Layout]:
