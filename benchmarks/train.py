@@ -4,7 +4,7 @@
 
 Every contender trains the same adapter (all linear layers) on the same random tokens, one row of `length` at a time, each
 in a process of its own that the others wait for; the median of the steps after the first two counts. "Peak" is this
-machine's float32 matrix peak, measured in the same minutes by the fastest of torch, OpenBLAS and our kernels.
+machine's float32 matrix peak, measured in the same minutes with OpenBLAS.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def theirs(name: str, folder: str, length: int, rank: int) -> dict[str, float]:
     return {"seconds": statistics.median(seconds[min(2, len(seconds) - 1):]), "bytes": _peak()}
 
 
-def peak(threads: int = 2) -> float:
+def peak() -> float:
     """float32 operations a second of a large matrix product, the best of a few."""
     import numpy as np
 

@@ -69,16 +69,16 @@ def convert(source: str | Path, target: Path, to: Target | None = None, *, quant
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     written = replace(checkpoint, tensors=_watched(tensors, progress))
     if to in ("gguf", "nemo"):
-        _save(to, target, written, stamp)
+        save(to, target, written, stamp)
     else:
         with building(target) as directory:
-            _save(to, directory, written)
+            save(to, directory, written)
     costs = [Cost(name, checkpoint.tensors[name].type, wanted[name], math.sqrt(wrong / size) if size else 0.0)
              for name, (wrong, size) in sums.items()]
     return Converted(target, to, costs)
 
 
-def _save(to: Target, path: Path, made: Checkpoint, stamp: str | None = None) -> None:
+def save(to: Target, path: Path, made: Checkpoint, stamp: str | None = None) -> None:
     tokenizer, template = made.tokenizer, chat_template(made)
     model = tokenizer.model if tokenizer else None
     match to:

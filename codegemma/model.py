@@ -89,11 +89,6 @@ def _floats(tensor: Tensor, dtype: Any) -> jax.Array:
                             for at in range(0, tensor.shape[0], step)])
 
 
-def new_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    shape = (config.layers, batch, length, config.kv_heads, config.head_width)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
 def forward(params: Mapping[str, Weight], tokens_BT: jax.Array, config: ModelConfig, lora: Lora | None = None, *,
             positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None, cache: Cache | None = None,
             remat: Remat = "none", dtype: Any = jnp.float32) -> tuple[jax.Array, Cache | None]:

@@ -130,7 +130,7 @@ def test_a_large_model_passes_through_little_memory(tmp_path):
         folder = tmp_path / to
         folder.mkdir()
         tracemalloc.start()
-        c._save(to, folder / f"m.{to}" if to in ("gguf", "nemo") else folder, model)
+        c.save(to, folder / f"m.{to}" if to in ("gguf", "nemo") else folder, model)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 8 * one < model.nbytes / 8, to

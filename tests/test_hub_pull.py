@@ -269,13 +269,6 @@ class HubHandler(Handler):
             body = body[::-1]
         return self._send(200, b"" if self.command == "HEAD" else body, headers)
 
-    def _send(self, code, body, headers=None):
-        self.send_response(code)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body)
-
 
 def _pull(server, tmp_path, **env):
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",

@@ -16,7 +16,7 @@ from tiny import KINDS, dequantize, random_adapter, random_weights, tiny_config,
 from codegemma.engine import Engine
 from codegemma.formats import Checkpoint
 from codegemma.lora import merge
-from codegemma.model import Cache, forward, init, new_cache, params_of, unembed
+from codegemma.model import Cache, forward, init, params_of, unembed
 from codegemma.native import Native
 from codegemma.train.loop import lora_of
 
@@ -128,7 +128,8 @@ def test_a_cache_changes_nothing(kind):
     ids_BT = np.stack([random_ids(41, seed) for seed in (1, 2)])
     whole = np.stack([logits(config, params, ids) for ids in ids_BT])
     step = jax.jit(lambda params, ids, at, cache: forward(params, ids, config, positions_BT=at, cache=cache))
-    cache, at = new_cache(config, 2, 48), np.array([0, 0])
+    empty = jnp.zeros((config.layers, 2, 48, config.kv_heads, config.head_width))
+    cache, at = Cache(empty, empty), np.array([0, 0])
     done = [[], []]
     for size, lag in ((16, 3), (1, 0), (1, 0), (16, 5), (1, 0)):  # the second sequence takes `lag` tokens fewer
         sizes = np.array([size, size - lag])

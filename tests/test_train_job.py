@@ -68,7 +68,7 @@ def test_rows_of_chats_teach_the_answers_alone(model):
 
 @pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
 def test_a_job_ends_with_something_that_loads_and_has_learned(kind, model, chats, tmp_path):
-    settings = Settings(5e-3, micro_tokens=256, save_every=100)
+    settings = Settings(5e-3, micro_tokens=256, save_every=3)
     plan = job.Plan(str(model), (str(chats),), tmp_path / "out", settings, chat=True, kind=kind, rank=4, batch_tokens=512,
                     length=128, epochs=8.0)
     reports = []
@@ -82,6 +82,14 @@ def test_a_job_ends_with_something_that_loads_and_has_learned(kind, model, chats
         else:
             base.add_adapter("made", lora.load(made))
             assert not np.array_equal(base.engine.logits(ids, adapter="made"), base.logits(ids))
+
+
+def test_a_job_whose_time_is_up_leaves_what_it_has(model, chats, tmp_path):
+    plan = job.Plan(str(model), (str(chats),), tmp_path / "out", Settings(save_every=100), chat=True, rank=4, batch_tokens=512,
+                    length=128)
+    reports = []
+    assert lora.load(job.run(plan, tell=reports.append, until=0.0)).rank == 4
+    assert [report.step for report in reports] == [1] and job.steps_of(plan) > 1
 
 
 def test_files_are_held_out_by_a_hash_and_never_all():

@@ -59,10 +59,12 @@ def packages() -> list[Package]:
 # --------------------------------------------------------------------------------------------------- archives
 def from_pypi(name: str, version: str, folder: Path) -> Path:
     """The source distribution, unbuilt: pip would run its build to learn its metadata."""
+    from pip._internal.models.index import PyPI
     from unearth import PackageFinder
     from unearth.preparer import download_link
 
-    finder = PackageFinder(index_urls=["https://pypi.org/simple/"], no_binary=[":all:"], ignore_compatibility=True)
+    index = os.environ.get("PIP_INDEX_URL", PyPI.simple_url)
+    finder = PackageFinder(index_urls=[index], no_binary=[":all:"], ignore_compatibility=True)
     found = finder.find_best_match(f"{name}=={version}" if version else name).best
     if found is None:
         raise ValueError(f"{name} {version} has no source distribution: drop it from the list")

@@ -82,14 +82,19 @@ def left_to_right(model: Model, documents: Iterable[Document], count: int, token
     return [-sum(score.logprobs) / len(score.logprobs) for score in model.score([(start, ids) for ids in texts])]
 
 
+def answers(model: Model, found: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
+    """What `complete` and `likelihood` say of each hole; the prompts of a part are read once for both."""
+    parts = [found[at:at + TOGETHER] for at in range(0, len(found), TOGETHER)]
+    return [a | b for part in parts
+            for a, b in zip(complete(model, part, layout), likelihood(model, part, layout), strict=True)]
+
+
 def measure(model: Model, found: Sequence[Hole], layouts: Sequence[Layout] = LAYOUTS) -> dict[str, Any]:
     """All of it by layout and kind, as means with their 95 % intervals, and each hole's own figures for comparisons."""
     alone = likelihood(model, found, "prefix")
     report: dict[str, Any] = {"holes": len(found), "prefix_logp": [each["logp"] for each in alone]}
     for layout in layouts:
-        parts = [found[at:at + TOGETHER] for at in range(0, len(found), TOGETHER)]
-        each = [a | b for part in parts
-                for a, b in zip(complete(model, part, layout), likelihood(model, part, layout), strict=True)]
+        each = answers(model, found, layout)
         for one, other in zip(each, alone, strict=True):
             one["gain"] = one["logp"] - other["logp"]
         kinds = {"all": each} | {kind: [one for one, hole in zip(each, found, strict=True) if hole.kind == kind]

@@ -53,18 +53,17 @@ def train(
     from codegemma.train import job
     from codegemma.train.loop import Settings
 
-    with _told():
-        if coordinator or process_count:
-            jax.distributed.initialize(coordinator, process_count, process_id)
-        chosen: Any = {"decay": decay, "remat": remat, "dtype": dtype}
-        settings = Settings(learning_rate or (5e-5 if full else 1e-3), warmup, weight_decay=weight_decay, z=z_loss,
-                            micro_tokens=micro_tokens, steps=steps, evaluate_every=evaluate_every, patience=patience,
-                            save_every=save_every, seed=seed, **chosen)
-        kind: Any = "full" if full else "qlora" if qlora else "lora"
-        plan = job.Plan(model, tuple(map(str, rows)), out, settings, chat=chat, kind=kind, rank=lora_rank, alpha=lora_alpha,
-                        adapter=adapter, batch_tokens=batch_tokens, length=length, epochs=epochs,
-                        held_out=held_out, mesh=mesh, tensorboard=tensorboard)
-        made = job.run(plan, resume, follow(job.steps_of(plan)))
+    if coordinator or process_count:
+        jax.distributed.initialize(coordinator, process_count, process_id)
+    chosen: Any = {"decay": decay, "remat": remat, "dtype": dtype}
+    settings = Settings(learning_rate or (5e-5 if full else 1e-3), warmup, weight_decay=weight_decay, z=z_loss,
+                        micro_tokens=micro_tokens, steps=steps, evaluate_every=evaluate_every, patience=patience,
+                        save_every=save_every, seed=seed, **chosen)
+    kind: Any = "full" if full else "qlora" if qlora else "lora"
+    plan = job.Plan(model, tuple(map(str, rows)), out, settings, chat=chat, kind=kind, rank=lora_rank, alpha=lora_alpha,
+                    adapter=adapter, batch_tokens=batch_tokens, length=length, epochs=epochs,
+                    held_out=held_out, mesh=mesh, tensorboard=tensorboard)
+    made = job.run(plan, resume, follow(job.steps_of(plan)))
     typer.echo(f"wrote {made}; loss curve: {out / 'loss.svg'}")
 
 
@@ -82,8 +81,7 @@ def tune(
     """Teach a model your code base, and measure the gain on files it never saw."""
     from codegemma.train import tune as tuning
 
-    with _told():
-        result = tuning.tune(repository, model, minutes, out, adapter, lora_rank, holes, seed, resume, follow, typer.echo)
+    result = tuning.tune(repository, model, minutes, out, adapter, lora_rank, holes, seed, resume, follow, typer.echo)
     typer.echo(result.text())
 
 
@@ -115,12 +113,6 @@ def follow(total: int) -> Any:
             bar.stop()
 
     return show
-
-
-def _told() -> Any:
-    from codegemma.data.cli import _told as told
-
-    return told()
 
 
 VERBS = (train, tune)

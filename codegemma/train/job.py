@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from codegemma import hub, lora
-from codegemma.convert import _save as save
+from codegemma.convert import save
 from codegemma.data.pack import Rows
 from codegemma.formats import Checkpoint, open_checkpoint
 from codegemma.formats.files import building, missing
@@ -29,7 +29,7 @@ from codegemma.train import mesh as meshes
 from codegemma.train import sft
 from codegemma.train.loop import Report, Settings, Trainable, adapter_of, lora_of, new_lora, train
 from codegemma.train.order import Order
-from codegemma.weights import Tensor, plain
+from codegemma.weights import ELEMENTS, Tensor, plain
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambd
     started = time.monotonic()
     card = {"base": plan.model, "rows": [str(Path(source).name) for source in plan.sources], "seed": plan.settings.seed,
             "learning_rate": plan.settings.learning_rate, "batch_tokens": plan.batch_tokens, "skipped": skipped}
-    tokens = 0
 
     def keep(trained: Trainable, report: Report) -> None:
         told = card | {"steps": report.step, "loss": report.loss, "held_out": report.held_out,
@@ -82,17 +81,13 @@ def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambd
 
     writer = _tensorboard(plan.out) if plan.tensorboard else None
     reports = train(checkpoint.config, None if plan.kind == "full" else base, trainable, order, plan.settings, plan.out,
-                    held_out=held_out, resume=resume, mesh=mesh, terminators=terminators, keep_best=keep)
+                    held_out=held_out, resume=resume, mesh=mesh, terminators=terminators, keep_best=keep, until=until)
     for report in reports:
-        tokens += report.tokens
         tell(report)
         if writer:
             for name in ("loss", "right", "learning_rate", "gradient_norm", "held_out"):
                 if (value := getattr(report, name)) is not None:
                     writer.add_scalar(name, value, report.step)
-        if until is not None and time.monotonic() > until:
-            reports.close()              # type: ignore[attr-defined]
-            break
     return plan.result
 
 
@@ -149,16 +144,17 @@ def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _write(plan: Plan, checkpoint: Checkpoint, trained: Trainable, card: dict[str, Any]) -> None:
+    """In the place of the run's older result, which stays until this one is whole."""
+    new = plan.result.with_name(f"{plan.result.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
     if isinstance(trained, Lora):
-        lora.save(adapter_of(trained, plan.name or plan.out.name, card), plan.result)
-        return
-    kept = {name: checkpoint.tensors[name].type if checkpoint.tensors[name].type in ("F32", "F16", "BF16") else "BF16"
-            for name in trained}
-    tensors = {name: _tensor(np.asarray(value), kept[name]) for name, value in trained.items()}  # type: ignore[arg-type]
-    new = plan.result.with_name("model.new")
-    with building(new) as folder:
-        save("safetensors", folder, replace(checkpoint, tensors=tensors))
-    shutil.rmtree(plan.result, ignore_errors=True)  # `building` replaces no full folder: this is an older state of the run
+        lora.save(adapter_of(trained, plan.name or plan.out.name, card), new)
+    else:
+        types = {name: tensor.type if tensor.type in ELEMENTS else "BF16" for name, tensor in checkpoint.tensors.items()}
+        tensors = {name: _tensor(np.asarray(value), types[name]) for name, value in trained.items()}  # type: ignore[arg-type]
+        with building(new) as folder:
+            save("safetensors", folder, replace(checkpoint, tensors=tensors))
+    shutil.rmtree(plan.result, ignore_errors=True)
     new.rename(plan.result)
 
 

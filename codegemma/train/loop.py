@@ -23,7 +23,7 @@ import optax
 
 from codegemma import lora as adapters
 from codegemma.config import ModelConfig
-from codegemma.model import Lora, Params, Remat, forward
+from codegemma.model import Lora, Params, Remat, embed, forward
 from codegemma.train import mesh as meshes
 from codegemma.train.curve import draw
 from codegemma.train.loss import BLOCK, cross_entropy
@@ -104,8 +104,6 @@ def new_lora(config: ModelConfig, params: Params, rank: int, ids: Sequence[int] 
             weights[f"{name}.a"] = jax.random.uniform(jax.random.fold_in(key, number), (rank, inside), jnp.float32, -limit, limit)
             weights[f"{name}.b"] = jnp.zeros((out, rank))
     if ids:
-        from codegemma.model import embed
-
         weights["rows"] = embed(params, jnp.asarray(list(start_from) or list(ids)), None)
     return Lora(weights, (alpha or rank) / rank, tuple(ids))
 
@@ -174,12 +172,14 @@ class Run:
 
 def train(config: ModelConfig, base: Params | None, trainable: Trainable, order: Order, settings: Settings, folder: Path, *,
           held_out: Sequence[Any] = (), resume: bool = False, mesh: Any = None, terminators: Sequence[int] = (),
-          keep_best: Callable[[Trainable, Report], None] = lambda trainable, report: None) -> Iterator[Report]:
+          keep_best: Callable[[Trainable, Report], None] = lambda trainable, report: None,
+          until: float | None = None) -> Iterator[Report]:
     """Trains `trainable` (a Lora over the frozen `base`, or all parameters; its arrays are used up) and reports each step.
 
     `folder` gets checkpoints, metrics.jsonl and loss.svg. `keep_best` is called with what was best on the held-out rows
-    (sequences of rows as data.pack.Rows gives them), or at each checkpoint where there are none. Raises ValueError where
-    `folder` holds a run and `resume` is not set, or one with other settings.
+    (sequences of rows as data.pack.Rows gives them), or at each checkpoint where there are none. `until`, of
+    time.monotonic, ends the run early, as its last step would. Raises ValueError where `folder` holds a run and `resume` is
+    not set, or one with other settings.
     """
     hold_memory()
     steps = min(order.steps, settings.steps or order.steps)
@@ -226,15 +226,17 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         return report
 
     def finished() -> bool:
-        return run.step >= steps or 0 < settings.patience <= run.misses
+        return run.step >= steps or 0 < settings.patience <= run.misses or until is not None and time.monotonic() > until
 
     store = Store(folder, settings.keep, stamp, resume)
     try:
         store.restore(run)
-        while not finished():
+        over = finished()
+        while not over:
             with meshes.use(mesh):       # not while the caller has the report
                 report = step()
-                saves = finished() or run.step % settings.save_every == 0
+                over = finished()
+                saves = over or run.step % settings.save_every == 0
                 store.log(run, report)
                 if report.best or not held_out and saves:
                     keep_best(run.trainable, report)

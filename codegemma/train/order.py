@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codegemma.data.pack import Rows
-
 
 class Microbatch(NamedTuple):
     """Rows of one length. Targets are gathered: `index_CM` says where in a part's flattened [B / C * T] positions the
@@ -99,7 +97,3 @@ def microbatches(rows: Sequence[dict[str, np.ndarray]], size: int, parts: int = 
             count_C[part] = len(found)
             index_CM[part, :len(found)], targets_CM[part, :len(found)] = found - 1, tokens.reshape(-1)[found]
         yield Microbatch(tokens_BT, positions_BT, segments_BT, index_CM, targets_CM, count_C)
-
-
-def open_folders(paths: Sequence[str]) -> list[Rows]:
-    return [Rows(path) for path in paths]

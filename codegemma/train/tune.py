@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from codegemma import lora
 from codegemma.data.build import build
@@ -25,7 +24,7 @@ from codegemma.data.stages import Recipe
 from codegemma.evals import heldout
 from codegemma.evals.local import Local
 from codegemma.evals.task import Comparison, compare
-from codegemma.local import load
+from codegemma.local import Model, load
 from codegemma.prompts import Layout
 from codegemma.tokenizer import Tokenizer
 from codegemma.train import job
@@ -37,6 +36,7 @@ LENGTH = 512                             # tokens of a row
 WINDOW = (96, 384)                       # tokens of an example
 BATCH_TOKENS = 4096
 FEWEST = 4                               # files to train on
+LAYOUT: Layout = "spm"                   # of the holes that are measured: how an editor asks while one types
 PROBE = 3                                # steps that say how long a step takes, the first of which compiles
 
 
@@ -54,7 +54,6 @@ class Tuned:
     """What tuning gave."""
 
     adapter: Path
-    layout: Layout
     figures: dict[str, Figure]
     trained: int
     held_out: int
@@ -62,7 +61,7 @@ class Tuned:
     def text(self) -> str:
         lines = [f"{name:22} {f.before:8.3f} -> {f.after:8.3f}   {f.gain.difference:+.3f} (95 % from {f.gain.low:+.3f} to "
                  f"{f.gain.high:+.3f})" for name, f in self.figures.items()]
-        return "\n".join([f"{self.trained:,} files taught, {self.held_out:,} held out; holes in {self.layout} order, before -> "
+        return "\n".join([f"{self.trained:,} files taught, {self.held_out:,} held out; holes in {LAYOUT} order, before -> "
                           "after:", *lines, f"use it: codegemma complete --adapter {self.adapter} ..."])
 
 
@@ -86,14 +85,14 @@ def tune(repository: Path, model: str, minutes: float, out: Path | None, adapter
     found = heldout.holes(kept, engine.tokenizer, holes, seed)
     if not found:
         raise ValueError(f"{repository}: the held-out files have no place for a hole to measure: it needs more code")
-    before, layout = _measured(engine, found, started_from)
+    before = _measured(engine, found, started_from)
     say(f"before: {_brief(before)}")
-    plan = _plan(work, model, minutes, rank, started_from, seed, job.Rows(work / "rows"))
+    plan = _plan(work, model, minutes, rank, started_from, seed)
     trained = lora.load(job.run(plan, (plan.out / "metrics.jsonl").exists(), follow(job.steps_of(plan)),
                                 time.monotonic() + 60 * minutes))
-    after, _ = _measured(engine, found, trained)
+    after = _measured(engine, found, trained)
     figures = {name: _figure(before[name], after[name]) for name in before}
-    result = Tuned(out, layout, figures, len(json.loads((work / "ready").read_text())), len(kept))
+    result = Tuned(out, figures, len(json.loads((work / "ready").read_text())), len(kept))
     card = {**trained.card, "name": out.name, "repository": repository.resolve().name,
             "measured": {name: {"before": f.before, "after": f.after, "gain from": f.gain.low, "gain to": f.gain.high}
                          for name, f in figures.items()}}
@@ -139,7 +138,7 @@ def _prepare(repository: Path, work: Path, tokenizer: Tokenizer, seed: int, say:
         file = folder / one.path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(one.text, encoding="utf-8", newline="")
-    (folder / ".codegemma").touch()
+    (folder / "Makefile").touch()        # one project, whatever projects stand inside it
     say(f"{len(taught):,} files to learn from, {len(kept):,} held out")
     recipe = Recipe(fim_rate=0.9, spm_rate=0.5, length=LENGTH, seed=seed, licences="any", loss=("middle", "terminator"),
                     window=WINDOW, stride=WINDOW[1], path_rate=0.5)
@@ -153,14 +152,13 @@ def _document(line: str) -> Document:
     return Document(*json.loads(line))
 
 
-def _measured(engine: Any, found: Sequence[heldout.Hole], adapter: lora.Adapter | None) -> tuple[dict[str, list[float]], Layout]:
+def _measured(engine: Model, found: Sequence[heldout.Hole], adapter: lora.Adapter | None) -> dict[str, list[float]]:
     if adapter is not None:
         engine.add_adapter("tuned", adapter)
     model = Local(engine, adapter="tuned" if adapter is not None else None)
-    layout: Layout = "spm"
-    each = heldout.measure(model, found, (layout,))[layout]["each"]
+    each = heldout.answers(model, found, LAYOUT)
     names = {"exact match": "exact", "edit similarity": "similarity", "log p(middle), nats": "logp", "stopped by itself": "stopped"}
-    return {title: [float(one[key]) for one in each] for title, key in names.items()}, layout
+    return {title: [float(one[key]) for one in each] for title, key in names.items()}
 
 
 def _figure(before: list[float], after: list[float]) -> Figure:
@@ -172,12 +170,13 @@ def _brief(figures: dict[str, list[float]]) -> str:
     return ", ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in figures.items())
 
 
-def _plan(work: Path, model: str, minutes: float, rank: int, start: lora.Adapter | None, seed: int, rows: Rows) -> job.Plan:
+def _plan(work: Path, model: str, minutes: float, rank: int, start: lora.Adapter | None, seed: int) -> job.Plan:
     """Steps that the time allows, from how long a few take; the schedule ends with them."""
+    rows = Rows(work / "rows")
     batch = min(BATCH_TOKENS, len(rows) * LENGTH)
-    path = None
-    if start is not None:
-        path = lora.save(start, work / "start")
+    path = work / "start" if start is not None else None
+    if start is not None and not (work / "start").exists():
+        lora.save(start, work / "start")
     settings = Settings(1e-3 if start is None else 3e-4, warmup=0.05, micro_tokens=2048, save_every=10, keep=1, seed=seed)
     plan = job.Plan(model, (str(work / "rows"),), work / "probe", replace(settings, steps=PROBE), rank=rank, adapter=path,
                     batch_tokens=batch, epochs=100.0)
