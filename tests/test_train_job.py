@@ -86,7 +86,7 @@ def test_a_job_ends_with_something_that_loads_and_has_learned(kind, model, chats
 
 def test_a_job_whose_time_is_up_leaves_what_it_has(model, chats, tmp_path):
     plan = job.Plan(str(model), (str(chats),), tmp_path / "out", Settings(save_every=100), chat=True, rank=4, batch_tokens=512,
-                    length=128)
+                    length=128, epochs=8.0)
     reports = []
     assert lora.load(job.run(plan, tell=reports.append, until=0.0)).rank == 4
     assert [report.step for report in reports] == [1] and job.steps_of(plan) > 1
