@@ -178,7 +178,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
 
     `folder` gets checkpoints, metrics.jsonl and loss.svg. `keep_best` is called with what was best on the held-out rows
     (sequences of rows as data.pack.Rows gives them), or at each checkpoint where there are none. `until`, of
-    time.monotonic, ends the run early, as its last step would. Raises ValueError where `folder` holds a run and `resume` is
+    time.monotonic, ends the run early, after one step at least. Raises ValueError where `folder` holds a run and `resume` is
     not set, or one with other settings.
     """
     hold_memory()
@@ -226,7 +226,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         return report
 
     def finished() -> bool:
-        return run.step >= steps or 0 < settings.patience <= run.misses or until is not None and time.monotonic() > until
+        return run.step >= steps or 0 < settings.patience <= run.misses
 
     store = Store(folder, settings.keep, stamp, resume)
     try:
@@ -235,7 +235,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         while not over:
             with meshes.use(mesh):       # not while the caller has the report
                 report = step()
-                over = finished()
+                over = finished() or until is not None and time.monotonic() > until
                 saves = over or run.step % settings.save_every == 0
                 store.log(run, report)
                 if report.best or not held_out and saves:
