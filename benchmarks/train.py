@@ -55,7 +55,7 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
 
     @jax.jit
     def step(lora, moments, base):
-        (loss, _), grown = jax.value_and_grad(objective, has_aux=True)(lora, base, batch, config, settings)
+        (loss, _), grown = jax.value_and_grad(objective, has_aux=True)(lora, base, batch, config=config, settings=settings)
         changes, moments = rule.update(grown, moments, lora)
         return jax.tree.map(lambda a, b: a + b, lora, changes), moments, loss
 

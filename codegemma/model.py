@@ -157,6 +157,13 @@ def product(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
     return y.astype(dtype or x.dtype)
 
 
+def adapted(x: jax.Array, weight: Weight, a_RI: jax.Array, b_OR: jax.Array) -> jax.Array:
+    """x [..., in] times W + b a [out, in], transposed, in x's type."""
+    if isinstance(weight, Blocks):
+        return xla.adapted(x, weight, a_RI, b_OR).astype(x.dtype)
+    return product(x, weight) + product(product(x, a_RI), b_OR)
+
+
 def rms_norm(x: jax.Array, factor: Any, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     factor = factor.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -189,9 +196,7 @@ def _layer(x_BTD: jax.Array, w: Mapping[str, Any], low: dict[str, jax.Array] | N
     H, eps = config.head_width, config.norm_eps
 
     def linear(x: jax.Array, name: str) -> jax.Array:
-        y = product(x, w[name])
-        if low and f"{name}.a" in low:
-            y += (scale * product(product(x, low[f"{name}.a"]), low[f"{name}.b"])).astype(y.dtype)
+        y = adapted(x, w[name], low[f"{name}.a"], scale * low[f"{name}.b"]) if low and f"{name}.a" in low else product(x, w[name])
         return checkpoint_name(y, name)
 
     a_BTD = rms_norm(x_BTD, w["attn_norm"], eps)

@@ -27,7 +27,7 @@ from codegemma.train import loss as losses
 from codegemma.train import mesh
 from codegemma.train.loop import Settings, adapter_of, flops_of, lora_of, new_lora, schedule, train
 from codegemma.train.loss import BLOCK, cross_entropy
-from codegemma.train.order import Order, microbatches
+from codegemma.train.order import Microbatch, Order, Sample, microbatches
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "train.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN.files} - {"versions"})
@@ -115,6 +115,41 @@ def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch):
     error = 2.0 ** -20 * np.abs(h_wanted).max()
     assert np.abs(nats - wanted).max() < error
     assert np.abs(gradients[0] - h_wanted).max() < error and np.abs(gradients[1] - rows_wanted).max() < 4 * error
+
+
+def test_a_sample_of_the_vocabulary_gives_the_loss_on_average():
+    rng, V, D, M, ids = np.random.default_rng(3), 4000, 16, 12, (7, 3990)
+    h, table, rows = (jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32) for shape in ((M, D), (V, D), (2, D)))
+    tokens = rng.zipf(1.3, (64, 32)).astype(np.int32) % V
+    order = Order([[{"tokens": row} for row in tokens]], 320)
+    targets = jnp.asarray([7, *tokens.reshape(-1)[:M - 1]], jnp.int32)
+
+    @jax.jit
+    def measure(h, rows, sample=None):
+        def total(h, rows):
+            nats = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), sample=sample).nats_M
+            return nats.sum(), nats
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(h, rows)
+
+    (_, exact), (h_exact, rows_exact) = measure(h, rows)
+    batch = Microbatch(*[None] * 4, targets[None], None)
+    draw = order.sampler(1000, V)
+    one, again, other = draw(5, [batch]), draw(5, [batch]), draw(6, [batch])
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True)) and not np.array_equal(one[0], other[0])
+    assert len(one.numbers_S) == len(set(one.numbers_S)) == 1000 and one.weights_S.sum() == pytest.approx(V)
+    certain = set(one.numbers_S[one.weights_S == 1])
+    assert certain >= set(np.asarray(targets)) | set(np.bincount(tokens.reshape(-1)).argsort()[-50:])
+    many = [measure(h, rows, draw(step, [batch])) for step in range(300)]
+    normaliser = np.array([np.exp(np.asarray(nats - exact, np.float64)) for (_, nats), _ in many])  # estimated over exact
+    assert (np.abs(normaliser.mean(0) - 1) < 5 * normaliser.std(0) / 300 ** 0.5).all() and 0.01 < normaliser.std(0).max() < 1
+    for found, wanted in ((np.mean([g[0] for _, g in many], 0), h_exact), (np.mean([g[1] for _, g in many], 0), rows_exact)):
+        assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+    (_, whole), whole_gradients = measure(h, rows, Sample(np.arange(V, dtype=np.int32), np.ones(V, np.float32)))
+    assert np.allclose(whole, exact, 0, 1e-5) and np.allclose(whole_gradients[0], h_exact, 0, 1e-5)
+    with pytest.raises(ValueError, match="frozen table"):
+        cross_entropy(h, targets, table, train_table=True, sample=one)
+    with pytest.raises(ValueError, match="take more of the vocabulary"):
+        order.sampler(20, V)(0, [Microbatch(*[None] * 4, jnp.arange(30)[None], None)])
 
 
 @pytest.mark.parametrize("trained", [False, True])

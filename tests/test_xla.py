@@ -83,6 +83,38 @@ def test_products_of_odd_shapes(T, N, K):
     check("Q8_0", T, N, K)
 
 
+def adapted_case(type, T, N, K, rank):
+    tensor = weight(type, N, K)
+    return tensor, *map(jnp.asarray, (inputs(T, K), inputs(T, N, seed=2), inputs(rank, K, seed=3), inputs(N, rank, seed=4)))
+
+
+@pytest.mark.parametrize("by", ["native", "xla"])
+@pytest.mark.parametrize("type, T, N, K, rank", [("Q4_0", 131, 37, 96, 8), ("Q6_K", 7, 300, 512, 32), ("F16", 1, 1, 33, 1),
+                                                 ("Q8_0", 300, 4100, 64, 5)])
+def test_a_layer_with_an_adapter(type, T, N, K, rank, by):
+    """Result and gradients of x, a and b against float64, to the bound of the sums they are made of."""
+    tensor, x, dy, a, b = adapted_case(type, T, N, K, rank)
+    y, back = jax.vjp(jax.jit(lambda x, a, b: xla.adapted(x, xla.Blocks.of(tensor), a, b, by)), x, a, b)
+    w, (x, dy, a, b) = exact(tensor), (np.asarray(v, np.float64) for v in (x, dy, a, b))
+    u, du = x @ a.T, dy @ b
+    pairs = [(y, (x, w.T), (u, b.T), (x, a.T, b.T))]
+    pairs += [(mine, *terms) for mine, terms in zip(back(jnp.asarray(dy, jnp.float32)), (
+        ((dy, w), (du, a), (dy, b, a)), ((du.T, x), (np.zeros_like(du.T), x), (b.T, dy.T, x)),
+        ((dy.T, u), (np.zeros_like(dy.T), u), (dy.T, x, a.T))), strict=True)]
+    for mine, one, other, inner in pairs:
+        wanted = one[0] @ one[1] + other[0] @ other[1]
+        sizes = np.abs(one[0]) @ np.abs(one[1]) + np.linalg.multi_dot([np.abs(v) for v in inner])
+        bound = (max(T, N, K) + K + N + rank + 2) * ROUNDOFF * sizes
+        np.testing.assert_array_less(np.abs(np.asarray(mine, np.float64) - wanted), bound + 1e-30)
+
+
+def test_an_adapter_that_does_not_fit_is_refused():
+    tensor, x, _, a, b = adapted_case("Q8_0", 3, 40, 64, 4)
+    for wrong in ((a[:, :32], b), (a, b[:30]), (a[:2], b)):
+        with pytest.raises(Exception, match="an adapter fits its layer|shape"):
+            jax.block_until_ready(xla.adapted(x, xla.Blocks.of(tensor), *wrong))
+
+
 def test_equal_for_any_number_of_threads():
     q8, x = xla.Blocks.of(weight("Q8_0", 523, 640)), jnp.asarray(inputs(300, 640) * 1e-19)  # some products are denormal
     q8 = dataclasses.replace(q8, data=q8.data.at[::2].set(xla.Blocks.of(weight("Q8_0", 523, 640, 5)).data[::2]))
@@ -90,7 +122,9 @@ def test_equal_for_any_number_of_threads():
     for threads in (1, 2, 3, 7):
         xla.configure(threads)
         y, back = jax.vjp(lambda x: xla.product(x, q8), x)
-        results.append(np.concatenate([np.asarray(y).ravel(), np.asarray(back(y * 1e-19)[0]).ravel()]).tobytes())
+        low, low_back = jax.vjp(lambda *args: xla.adapted(args[0], q8, *args[1:]), x, inputs(9, 640), inputs(523, 9))
+        parts = [y, back(y * 1e-19)[0], low, *low_back(y)]
+        results.append(np.concatenate([np.asarray(part).ravel() for part in parts]).tobytes())
     assert len(set(results)) == 1
 
 

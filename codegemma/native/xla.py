@@ -1,8 +1,8 @@
 """Products with a frozen weight inside JAX programs, for training adapters on a CPU: the weight stays in its blocks.
 
-`product` is x W^T, and its derivative by x is dy W; the weight has none. Both exist twice: as the engine's own kernels,
-which XLA calls through its foreign function interface and which decode a panel of blocks for all tokens at once, and
-in JAX alone (`by="xla"`), for other devices and as their twin.
+`product` is x W^T, and its derivative by x is dy W; the weight has none. `adapted` has a LoRA beside the weight, which has
+gradients. All exist twice: as the engine's own kernels, which XLA calls through its foreign function interface and which
+decode a panel of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other devices and as their twin.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,12 @@ def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | No
     return _backward(count, by, (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
 
 
+def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By = "native") -> Array:
+    """x (W + b a)^T in float32 for x [..., width]: float32 [..., rows]. Differentiable in x, a and b, once, in reverse."""
+    _fits("x", x, weight.shape[1], weight, None)
+    return _adapted(by, _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
+
+
 def decode_rows(weight: Blocks, ids: Array, by: By = "native") -> Array:
     """The rows with these ids: float32 [..., width]."""
     if by == "xla":
@@ -112,10 +118,44 @@ def _backward(count: int, by: By, kept: tuple[Blocks, Array], dy_TN: Array) -> t
 _product.defvjp(_forward, _backward)
 
 
-def _call(name: str, shape: tuple[int, int], weight: Blocks, *operands: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adapted(by: By, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> tuple[Array, Array]:
+    """The layer's result, and x a^T, which its gradients need."""
+    T, N, R = len(x_TK), weight.shape[0], len(a_RK)
+    if by == "xla":
+        u_TR = jnp.matmul(x_TK, a_RK.T, precision="highest")
+        return _product(N, by, x_TK, weight, jnp.int32(0)) + jnp.matmul(u_TR, b_NR.T, precision="highest"), u_TR
+    return _call("codegemma_adapted", ((T, N), (T, R)), weight, x_TK, weight.data, a_RK, b_NR)
+
+
+def _adapted_forward(by: By, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Any:
+    y_TN, u_TR = _adapted(by, x_TK, weight, a_RK, b_NR)
+    return (y_TN, u_TR), (x_TK, u_TR, weight, a_RK, b_NR)
+
+
+def _adapted_backward(by: By, kept: Any, cotangents: tuple[Array, Array]) -> tuple[Array, None, Array, Array]:
+    x_TK, u_TR, weight, a_RK, b_NR = kept
+    dy_TN, _ = cotangents                # nothing but these gradients reads x a^T
+    if by == "xla":
+        matmul = functools.partial(jnp.matmul, precision="highest")
+        du_TR = matmul(dy_TN, b_NR)
+        dx_TK = _backward(len(b_NR), by, (weight, jnp.int32(0)), dy_TN)[0] + matmul(du_TR, a_RK)
+        return dx_TK, None, matmul(du_TR.T, x_TK), matmul(dy_TN.T, u_TR)
+    dx_TK, da_RK, db_NR = _call("codegemma_adapted_back", (x_TK.shape, a_RK.shape, b_NR.shape), weight, dy_TN, x_TK, u_TR,
+                                weight.data, a_RK, b_NR)
+    return dx_TK, None, da_RK, db_NR
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)
+
+
+def _call(name: str, shapes: tuple[Any, ...], weight: Blocks, *operands: Array) -> Any:
+    """Float32 results of these shapes, or the one of this shape."""
     if not _registered:
         configure()
-    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    results = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes,
+                           is_leaf=lambda x: isinstance(x[0], int))
+    call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
     return call(*operands, type=np.int32(_native.TYPES.index(weight.type)))
 
 

@@ -32,6 +32,8 @@ def train(
     warmup: Annotated[float, typer.Option(help="Share of the steps with a rising rate.")] = 0.03,
     decay: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
     weight_decay: Annotated[float, typer.Option(help="AdamW's, of matrices.")] = 0.0,
+    vocabulary: Annotated[int | None, typer.Option(help="Estimate the loss's normaliser from so many tokens, drawn anew each "
+                                                        "step (default: all, exactly). For adapters.")] = None,
     z_loss: Annotated[float, typer.Option(help="Weight of the squared log normaliser.")] = 0.0,
     held_out: Annotated[Path | None, typer.Option(help="Rows to measure on; the best is kept.")] = None,
     evaluate_every: Annotated[int, typer.Option(help="Steps between measurements.")] = 50,
@@ -57,8 +59,8 @@ def train(
         jax.distributed.initialize(coordinator, process_count, process_id)
     chosen: Any = {"decay": decay, "remat": remat, "dtype": dtype}
     settings = Settings(learning_rate or (5e-5 if full else 1e-3), warmup, weight_decay=weight_decay, z=z_loss,
-                        micro_tokens=micro_tokens, steps=steps, evaluate_every=evaluate_every, patience=patience,
-                        save_every=save_every, seed=seed, **chosen)
+                        vocabulary=vocabulary, micro_tokens=micro_tokens, steps=steps, evaluate_every=evaluate_every,
+                        patience=patience, save_every=save_every, seed=seed, **chosen)
     kind: Any = "full" if full else "qlora" if qlora else "lora"
     plan = job.Plan(model, tuple(map(str, rows)), out, settings, chat=chat, kind=kind, rank=lora_rank, alpha=lora_alpha,
                     adapter=adapter, batch_tokens=batch_tokens, length=length, epochs=epochs,

@@ -27,7 +27,7 @@ from codegemma.model import Lora, Params, Remat, embed, forward
 from codegemma.train import mesh as meshes
 from codegemma.train.curve import draw
 from codegemma.train.loss import BLOCK, cross_entropy
-from codegemma.train.order import Microbatch, Order, microbatches
+from codegemma.train.order import Microbatch, Order, Sample, microbatches
 
 Trainable = Lora | Params
 
@@ -44,6 +44,7 @@ class Settings:
     weight_decay: float = 0.0            # of matrices; never of norm factors
     clip: float = 1.0                    # largest norm of the gradient
     z: float = 0.0
+    vocabulary: int | None = None        # so many tokens estimate the normaliser (order.Sample); None: all, exactly
     micro_tokens: int = 2048
     steps: int | None = None             # stop there; the schedule ends there too
     evaluate_every: int = 50
@@ -58,6 +59,8 @@ class Settings:
         for name in ("learning_rate", "clip", "micro_tokens", "evaluate_every", "save_every", "keep"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if self.vocabulary is not None and self.vocabulary < 2:
+            raise ValueError(f"vocabulary must be at least 2 tokens, or None for all, got {self.vocabulary!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.floor <= 1):
             raise ValueError(f"warmup and floor must lie from 0 to 1, got {self.warmup} and {self.floor}")
 
@@ -125,7 +128,7 @@ def lora_of(adapter: adapters.Adapter) -> Lora:
     return Lora(weights, adapter.scale, tuple(sorted(adapter.rows)))
 
 
-def objective(trainable: Trainable, base: Params | None, batch: Microbatch, config: ModelConfig,
+def objective(trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None, *, config: ModelConfig,
               settings: Settings) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Sum of the targets' losses, and of each its loss and whether it was the likeliest token."""
     lora = trainable if isinstance(trainable, Lora) else None
@@ -137,7 +140,7 @@ def objective(trainable: Trainable, base: Params | None, batch: Microbatch, conf
     picked_MD = jnp.take_along_axis(parts_CPD, batch.index_CM[..., None], 1).reshape(C * M, -1)
     losses = cross_entropy(picked_MD, batch.targets_CM.reshape(-1), params["embed"], lora,
                            count=batch.count_C[0] if C == 1 else None, cap=config.final_softcap, z=settings.z,
-                           train_table=lora is None)
+                           train_table=lora is None, sample=sample)
     live_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
     return jnp.sum(losses.nats_M * live_M), (losses.nats_M, losses.right_M)
 
@@ -193,6 +196,8 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     where, moments_where = (jax.tree.map(lambda leaf: leaf.sharding if mesh else None, tree) for tree in (trainable, run.moments))
     gradient = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), config=config, settings=settings),
                        out_shardings=(None, where))
+    size = settings.vocabulary or config.vocab
+    draw = order.sampler(size, config.vocab) if size < config.vocab else None
     loss = jax.jit(partial(objective, config=config, settings=settings))
     total = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
@@ -208,8 +213,10 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         length = order.length(rows)
         summed: Any = None
         seen = Tally(terminators)
-        for batch in _batches(rows, settings, parts):
-            (_, told), grown = gradient(run.trainable, base, meshes.place_batch(mesh, batch))
+        batches = list(_batches(rows, settings, parts))
+        sample = draw(run.step, batches) if draw else None
+        for batch in batches:
+            (_, told), grown = gradient(run.trainable, base, meshes.place_batch(mesh, batch), sample)
             seen.add(batch, *told)
             summed = grown if summed is None else total(summed, grown)
         run.trainable, run.moments, norm = update(run.trainable, run.moments, summed, jnp.float32(max(seen.targets, 1)))

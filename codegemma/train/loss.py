@@ -3,7 +3,7 @@
 `cross_entropy` is what training and evaluation call. One pass over chunks of the vocabulary keeps a running maximum and
 sum, as attention does over keys, and sums the gradient of the hidden states beside them (there the rows of the table
 are the values), so a chunk of logits is all the memory it takes, and with a frozen table all the work: two products.
-The law it keeps: loss and gradients of the dense logits.
+The law it keeps: loss and gradients of the dense logits; with a `Sample` of the vocabulary, their estimate.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from codegemma.model import Lora, Weight, among, own_rows, product, softcap
 from codegemma.native import xla
 from codegemma.native.xla import Blocks
+from codegemma.train.order import Sample
 
 CHUNK_BYTES = 32 << 20                   # of float32 logits held at once
 BLOCK = 256                              # targets that share one pass over the table
@@ -33,25 +34,29 @@ class Losses(NamedTuple):
 
 def cross_entropy(hidden_MD: jax.Array, targets_M: jax.Array, table_VD: Weight, lora: Lora | None = None, *,
                   count: jax.Array | None = None, cap: float | None = None, z: float = 0.0,
-                  train_table: bool = False) -> Losses:
+                  train_table: bool = False, sample: Sample | None = None) -> Losses:
     """Loss of `targets` after `hidden` states. `count`: only so many of them count (whole blocks of BLOCK are left out at
     the end, and give zeros). `cap` is the model's soft cap on logits; `z` weighs the squared log of the normaliser (PaLM,
-    section 5). `train_table`: the table has a gradient too, at the price of two more products."""
+    section 5). `train_table`: the table has a gradient too, at the price of two more products. `sample`: the normaliser from
+    these tokens alone. Raises ValueError where both are wanted."""
+    if train_table and sample is not None:
+        raise ValueError("a sample of the vocabulary is for a frozen table: train all parameters with the whole vocabulary")
     ids = lora.ids if lora else ()
     rows_RD = lora.weights["rows"] if lora and ids else jnp.zeros((0, hidden_MD.shape[1]), jnp.float32)
     if count is None or len(targets_M) % BLOCK:
         count = None
     return Losses(*_cross_entropy(ids, cap, z, train_table, hidden_MD.astype(jnp.float32), table_VD, rows_RD, targets_M,
-                                  count))
+                                  count, sample))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _cross_entropy(ids, cap, z, train_table, hidden_MD, table_VD, rows_RD, targets_M, count):  # type: ignore[no-untyped-def]
-    return _ahead(ids, cap, z, train_table, hidden_MD, table_VD, rows_RD, targets_M, count)[0]
+def _cross_entropy(ids, cap, z, train_table, hidden_MD, table_VD, rows_RD, targets_M, count, sample):  # type: ignore[no-untyped-def]
+    return _ahead(ids, cap, z, train_table, hidden_MD, table_VD, rows_RD, targets_M, count, sample)[0]
 
 
-def _ahead(ids, cap, z, train_table, h_MD, table_VD, rows_RD, targets_M, count):  # type: ignore[no-untyped-def]
-    block = partial(_block, ids, cap, z, table_VD, rows_RD)
+def _ahead(ids, cap, z, train_table, h_MD, table_VD, rows_RD, targets_M, count, sample):  # type: ignore[no-untyped-def]
+    some_SD = None if sample is None else jax.tree.map(lambda x: x[sample.numbers_S], table_VD)
+    block = partial(_block, ids, cap, z, table_VD, rows_RD, sample, some_SD)
     if count is None:
         made = block(h_MD, targets_M)
     else:
@@ -62,7 +67,7 @@ def _ahead(ids, cap, z, train_table, h_MD, table_VD, rows_RD, targets_M, count):
         empty = jax.tree.map(lambda x: jnp.zeros((len(targets_M), *x.shape[1:]), x.dtype),
                              jax.eval_shape(block, h_MD[:BLOCK], targets_M[:BLOCK]))
         made = jax.lax.fori_loop(0, -(-count // BLOCK), one, empty)
-    return (made.nats_M, made.right_M), (made, h_MD, table_VD, rows_RD, targets_M, count)
+    return (made.nats_M, made.right_M), (made, h_MD, table_VD, rows_RD, targets_M, count, sample)
 
 
 class _Sums(NamedTuple):
@@ -83,15 +88,16 @@ class _Block(NamedTuple):
     own_MR: jax.Array                    # logits of the adapter's own tokens
 
 
-def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, rows_RD: jax.Array, h_MD: jax.Array,
-           targets_M: jax.Array) -> _Block:
+def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, rows_RD: jax.Array,
+           sample: Sample | None, some_SD: Weight | None, h_MD: jax.Array, targets_M: jax.Array) -> _Block:
     M, D = h_MD.shape
 
-    def add(sums: _Sums, logits_MC: jax.Array, numbers_C: jax.Array, back: Callable[[jax.Array], jax.Array]) -> _Sums:
+    def add(sums: _Sums, logits_MC: jax.Array, numbers_C: jax.Array, back: Callable[[jax.Array], jax.Array],
+            counts_C: jax.Array | float = 1.0) -> _Sums:
         """`back` multiplies [M, C] by the rows behind the logits."""
         most_M = jnp.maximum(sums.most_M, logits_MC.max(-1))
         best_M = jnp.where(most_M > sums.most_M, numbers_C[logits_MC.argmax(-1)], sums.best_M)
-        weights_MC, shrink_M = jnp.exp(logits_MC - most_M[:, None]), jnp.exp(sums.most_M - most_M)
+        weights_MC, shrink_M = counts_C * jnp.exp(logits_MC - most_M[:, None]), jnp.exp(sums.most_M - most_M)
         return _Sums(most_M, best_M, sums.sum_M * shrink_M + weights_MC.sum(-1),
                      sums.mean_MD * shrink_M[:, None] + back(weights_MC * _slope(logits_MC, cap)))
 
@@ -101,12 +107,14 @@ def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, 
         sums = add(sums, own_MR, jnp.array(ids, jnp.int32), lambda w: w @ rows_RD)
 
     def chunk(sums: _Sums, start: jax.Array, size: int) -> _Sums:
-        numbers_C = start + jnp.arange(size, dtype=jnp.int32)
-        forward, back = _rows(table_VD, start, size)
+        numbers_C, counts_C = start + jnp.arange(size, dtype=jnp.int32), jnp.ones(())
+        if sample is not None:
+            numbers_C, counts_C = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in sample)
+        forward, back = _rows(table_VD if some_SD is None else some_SD, start, size)
         logits_MC = _without(ids, softcap(forward(h_MD), cap), numbers_C)
-        return add(sums, logits_MC, numbers_C, back)
+        return add(sums, logits_MC, numbers_C, back, counts_C)
 
-    sums = _over_chunks(table_VD.shape[0], M, chunk, sums)
+    sums = _over_chunks(table_VD.shape[0] if sample is None else len(sample.numbers_S), M, chunk, sums)
     target_MD = _target_rows(ids, table_VD, rows_RD, targets_M)
     logit_M = softcap(jnp.sum(h_MD * target_MD, -1), cap)
     lse_M = sums.most_M + jnp.log(sums.sum_M)
@@ -116,7 +124,7 @@ def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, 
 
 
 def _behind(ids, cap, z, train_table, kept, cotangents):  # type: ignore[no-untyped-def]
-    (_, _, gradient_MD, lse_M, pull_M, own_MR), h_MD, table_VD, rows_RD, targets_M, count = kept
+    (_, _, gradient_MD, lse_M, pull_M, own_MR), h_MD, table_VD, rows_RD, targets_M, count, sample = kept
     g_M = cotangents[0]
     push_MR = jnp.exp(own_MR - lse_M[:, None]) * pull_M[:, None] - among(targets_M, ids).astype(jnp.float32)
     rows_gradient_RD = (g_M[:, None] * push_MR * _slope(own_MR, cap)).T @ h_MD
@@ -133,7 +141,7 @@ def _behind(ids, cap, z, train_table, kept, cotangents):  # type: ignore[no-unty
             return jax.lax.dynamic_update_slice(gradient_VD, (push_MC.T @ h_MD).astype(gradient_VD.dtype), (start, 0))
 
         table_gradient = _over_chunks(table_VD.shape[0], len(h_MD), chunk, jnp.zeros(table_VD.shape, table_VD.dtype))
-    return g_M[:, None] * gradient_MD, table_gradient, rows_gradient_RD, *jax.tree.map(_no_gradient, (targets_M, count))
+    return g_M[:, None] * gradient_MD, table_gradient, rows_gradient_RD, *jax.tree.map(_no_gradient, (targets_M, count, sample))
 
 
 _cross_entropy.defvjp(_ahead, _behind)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -24,6 +24,15 @@ class Microbatch(NamedTuple):
     index_CM: Any
     targets_CM: Any
     count_C: Any
+
+
+class Sample(NamedTuple):
+    """Tokens that stand for the vocabulary in the normaliser: each counts `weights_S` times, those that were certain to be
+    drawn once, the others by the inverse of their chance, so that the sum is right on average (Horvitz and Thompson). All
+    targets are certain."""
+
+    numbers_S: Any                       # int32
+    weights_S: Any
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,29 @@ class Order:
                 return [rows[int(_shuffled(n, self.seed, number, place // n)[place % n])] for place in places]
             step -= steps
         raise IndexError(f"step beyond the last, {self.steps:,}")
+
+
+    def sampler(self, size: int, vocab: int) -> Callable[[int, Sequence[Microbatch]], Sample]:
+        """Draws `size` of `vocab` tokens for a step and its microbatches: half of them what these rows hold most of, with the
+        step's targets, and the others by chance."""
+        seen = np.zeros(vocab, np.int64)
+        for rows in self.folders:
+            for i in np.linspace(0, len(rows) - 1, min(len(rows), 1024)).astype(int):
+                np.add.at(seen, rows[i]["tokens"], 1)
+        frequent = np.argsort(-seen, kind="stable")[:size // 2]
+
+        def draw(step: int, batches: Sequence[Microbatch]) -> Sample:
+            certain = np.union1d(frequent, np.concatenate([batch.targets_CM.reshape(-1) for batch in batches]))
+            others = np.setdiff1d(np.arange(vocab), certain, assume_unique=True)
+            if (room := size - len(certain)) < 1:
+                raise ValueError(f"the step's targets and the frequent tokens are {len(certain):,}, above {size:,}: take more "
+                                 "of the vocabulary, or fewer tokens a step")
+            chance = np.random.Generator(np.random.PCG64([self.seed, 1 << 20, step]))
+            drawn = chance.choice(others, room, replace=False)
+            weights = np.repeat(np.array([1, len(others) / room], np.float32), [len(certain), room])
+            return Sample(np.concatenate([certain, drawn]).astype(np.int32), weights)
+
+        return draw
 
 
 @lru_cache(maxsize=4)

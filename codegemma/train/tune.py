@@ -35,6 +35,7 @@ NEWEST = 20                              # commits at most whose files are held 
 LENGTH = 512                             # tokens of a row
 WINDOW = (96, 384)                       # tokens of an example
 BATCH_TOKENS = 4096
+VOCABULARY = 32_768                      # tokens that the normaliser of the loss is estimated from
 FEWEST = 4                               # files to train on
 LAYOUT: Layout = "spm"                   # of the holes that are measured: how an editor asks while one types
 PROBE = 3                                # steps that say how long a step takes, the first of which compiles
@@ -177,9 +178,10 @@ def _plan(work: Path, model: str, minutes: float, rank: int, start: lora.Adapter
     path = work / "start" if start is not None else None
     if start is not None and not (work / "start").exists():
         lora.save(start, work / "start")
-    settings = Settings(1e-3 if start is None else 3e-4, warmup=0.05, micro_tokens=2048, save_every=10, keep=1, seed=seed)
-    plan = job.Plan(model, (str(work / "rows"),), work / "probe", replace(settings, steps=PROBE), rank=rank, adapter=path,
-                    batch_tokens=batch, epochs=100.0)
+    settings = Settings(1e-3 if start is None else 3e-4, warmup=0.05, vocabulary=VOCABULARY, micro_tokens=2048,
+                        save_every=10, keep=1, seed=seed)
+    plan = job.Plan(model, (str(work / "rows"),), work / "probe", replace(settings, steps=PROBE), kind="qlora", rank=rank,
+                    adapter=path, batch_tokens=batch, epochs=100.0)
     stored = work / "steps"
     if not stored.exists():
         seconds: list[float] = []

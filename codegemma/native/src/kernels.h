@@ -96,13 +96,13 @@ struct AttentionTask {
 };
 
 // One product of training: c [T, width] = a [T, depth] B, where B is rows first .. first + count of w, transposed (x W^T),
-// or as they stand (dy W: `transposed`, for it is the transpose of what a linear layer does).
+// or as they stand (dy W: `transposed`, for it is the transpose of what a linear layer does). `add`: c += a B.
 struct Matrix {
   const float* a;
   float* c;
   Weight w;
   int64_t T, first, count;
-  bool transposed;
+  bool transposed, add = false;
   int64_t depth() const { return transposed ? count : w.cols; }
   int64_t width() const { return transposed ? w.cols : count; }
 };

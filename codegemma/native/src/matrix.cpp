@@ -86,7 +86,7 @@ void multiply_rows(const Matrix& m, int64_t r0, int64_t depth, const float* a, i
   const int64_t J = m.width();
   for (int64_t j = j0; j < j1; j += PANEL)
     for (int64_t t = t0; t < t1; t += TILE)
-      tile(a + (t - t0) * DEPTH, panels + (j - j0) * depth, depth, m.c + t * J + j, J, (int)std::min<int64_t>(TILE, t1 - t), J - j, r0 > 0);
+      tile(a + (t - t0) * DEPTH, panels + (j - j0) * depth, depth, m.c + t * J + j, J, (int)std::min<int64_t>(TILE, t1 - t), J - j, m.add || r0 > 0);
 }
 
 // Multiply-adds of floats in registers only: what the multipliers can do.

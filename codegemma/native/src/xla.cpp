@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <vector>
 
 #include "matrix.h"
 #include "program.h"
@@ -55,6 +56,60 @@ template <bool TRANSPOSED> void product(const xla::Call& call) {
   require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == m.T, "x and the weight differ in their width");
   multiply(engine.kernels, *engine.pool, m);
 }
+
+// A linear layer with an adapter of rank r beside it, and its gradients. Each tensor is read as it stands, also where its transpose
+// is wanted: left to XLA, whatever computes dy would run once per element of a transposed copy, against the grain.
+struct Adapted {
+  Weight w, a, b;  // a [r, K], b [N, r]
+  int64_t T, N, K, r;
+  Adapted(const xla::Call& call, int first, int64_t tokens)
+      : w(weight(call, array(call.arguments, first, xla::U8, 2))), a(floats(array(call.arguments, first + 1, xla::F32, 2))),
+        b(floats(array(call.arguments, first + 2, xla::F32, 2))), T(tokens), N(w.rows), K(w.cols), r(a.rows) {
+    require(a.cols == K && b.rows == N && b.cols == r, "an adapter fits its layer");
+  }
+  static Weight floats(const xla::Buffer& x) { return {F32_T, (const uint8_t*)x.data, x.dims[0], x.dims[1], 4 * x.dims[1]}; }
+};
+float* out(const xla::Call& call, int i, int64_t rows, int64_t columns) {
+  const xla::Buffer& b = array(call.results, i, xla::F32, 2);
+  require(b.dims[0] == rows && b.dims[1] == columns, "a result has another shape");
+  return (float*)b.data;
+}
+// c [rows, ...] (+)= a times W, or times its transpose
+void run(const float* a, int64_t rows, const Weight& w, bool transposed, float* c, bool add = false) {
+  multiply(engine.kernels, *engine.pool, {a, c, w, rows, 0, w.rows, transposed, add});
+}
+std::vector<float> transpose(const float* x, int64_t rows, int64_t columns) {
+  std::vector<float> y(rows * columns);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < columns; j++) y[j * rows + i] = x[i * columns + j];
+  return y;
+}
+// x [T, K], blocks, a, b -> y = x W^T + u b^T [T, N], u = x a^T [T, r]
+void adapted(const xla::Call& call) {
+  const xla::Buffer& x = array(call.arguments, 0, xla::F32, 2);
+  Adapted l(call, 1, x.dims[0]);
+  require(x.dims[1] == l.K, "x and the weight differ in their width");
+  float *y = out(call, 0, l.T, l.N), *u = out(call, 1, l.T, l.r);
+  run((const float*)x.data, l.T, l.a, false, u);
+  run((const float*)x.data, l.T, l.w, false, y);
+  run(u, l.T, l.b, false, y, true);
+}
+// dy [T, N], x, u, blocks, a, b -> dx = dy W + du a, da = du^T x, db = dy^T u, where du = dy b
+void adapted_back(const xla::Call& call) {
+  const xla::Buffer &dy = array(call.arguments, 0, xla::F32, 2), &x = array(call.arguments, 1, xla::F32, 2),
+                    &u = array(call.arguments, 2, xla::F32, 2);
+  Adapted l(call, 3, dy.dims[0]);
+  require(dy.dims[1] == l.N && x.dims[0] == l.T && x.dims[1] == l.K && u.dims[0] == l.T && u.dims[1] == l.r, "shapes differ");
+  float *dx = out(call, 0, l.T, l.K), *da = out(call, 1, l.r, l.K), *db = out(call, 2, l.N, l.r);
+  std::vector<float> du(l.T * l.r), db_t(l.r * l.N);
+  run((const float*)dy.data, l.T, l.b, true, du.data());
+  run((const float*)dy.data, l.T, l.w, true, dx);
+  run(du.data(), l.T, l.a, true, dx, true);
+  run(transpose(du.data(), l.T, l.r).data(), l.r, Adapted::floats(x), true, da);
+  run(transpose((const float*)u.data, l.T, l.r).data(), l.r, Adapted::floats(dy), true, db_t.data());
+  std::vector<float> turned = transpose(db_t.data(), l.r, l.N);
+  std::copy(turned.begin(), turned.end(), db);
+}
 // ids [n], blocks [R, row bytes] -> rows of the weight as floats [n, K]
 void rows(const xla::Call& call) {
   const xla::Buffer &ids = array(call.arguments, 0, xla::S32, 1), &out = array(call.results, 0, xla::F32, 2);
@@ -100,6 +155,8 @@ void bind_xla(nb::module_& m) {
     nb::dict handlers;
     handlers["codegemma_product"] = nb::capsule((void*)handle<product<false>>);
     handlers["codegemma_product_t"] = nb::capsule((void*)handle<product<true>>);
+    handlers["codegemma_adapted"] = nb::capsule((void*)handle<adapted>);
+    handlers["codegemma_adapted_back"] = nb::capsule((void*)handle<adapted_back>);
     handlers["codegemma_rows"] = nb::capsule((void*)handle<rows>);
     return handlers;
   }, "level"_a, "threads"_a, "Calls for XLA by their names, which run on so many threads from now on.");
