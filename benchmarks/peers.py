@@ -5,6 +5,7 @@
         peer("decode", ids=[...], count=32)       -> {"seconds", "tokens"}     the prompt is not timed
         peer("eval_prompt", ids=[...])            -> {"seconds", "token", "evaluated"}
         peer("logits", ids=[...], path="x.npy")   -> {"path"}                  float32 [T, V]
+        peer("choose", rows=[...])                -> {"seconds", "right"}      lm-eval: context, choices, label
 
 The child runs in the bench environment (`make bench-env`), and only while the parent waits for its answer. Seconds
 are taken in the child around the engine's own calls; greedy decoding never stops at an end token.
@@ -13,10 +14,12 @@ are taken in the child around the engine's own calls; greedy decoding never stop
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from itertools import takewhile
@@ -26,6 +29,7 @@ from typing import Any
 import numpy as np
 
 PYTHON = Path(__file__).parent.parent / ".venv-bench" / "bin" / "python"
+BENCH = Path.home() / ".cache" / "codegemma" / "bench"    # models that only benchmarks read
 
 
 class Peer:
@@ -199,7 +203,49 @@ class Torch:
         return {"path": path}
 
 
-ENGINES = {"llamacpp": LlamaCpp, "torch": Torch}
+class LmEval:
+    """lm-eval with transformers in float32, its fastest type on a CPU without bfloat16."""
+
+    TASK = """
+task: ours
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FOLDER/rows.jsonl}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{context}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+target_delimiter: " "
+metric_list: [{metric: acc_norm}]
+"""
+
+    def __init__(self, model: str, threads: int) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        os.environ |= {"HF_HOME": self.folder.name, "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        import lm_eval
+        import torch
+        from lm_eval.models.huggingface import HFLM
+
+        torch.set_num_threads(threads)
+        with contextlib.redirect_stdout(sys.stderr):
+            self.model = HFLM(model, dtype="float32", device="cpu", batch_size=8, add_bos_token=True)
+        self.about = {"engine": "lm-eval", "lm_eval": lm_eval.__version__, "torch": torch.__version__, "threads": threads}
+
+    def choose(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        Path(self.folder.name, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(self.folder.name, "task.yaml").write_text(self.TASK.replace("FOLDER", self.folder.name))
+        with contextlib.redirect_stdout(sys.stderr):
+            start = time.perf_counter()
+            found = simple_evaluate(self.model, tasks=["ours"], bootstrap_iters=0,
+                                    task_manager=TaskManager(include_path=self.folder.name))
+            seconds = time.perf_counter() - start
+        return {"seconds": seconds, "right": found["results"]["ours"]["acc_norm,none"]}
+
+
+ENGINES = {"llamacpp": LlamaCpp, "torch": Torch, "lm-eval": LmEval}
 
 
 def main() -> None:

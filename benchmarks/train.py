@@ -18,10 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from logbook import ROOT, parser, publish
+from logbook import parser, publish
+from peers import BENCH, PYTHON
 
-BENCH = Path.home() / ".cache" / "codegemma" / "bench"
-PEERS = ROOT / ".venv-bench" / "bin" / "python"
 STEPS = 3
 OURS = ("kernels, all tokens", "kernels, middle only", "XLA alone, all tokens")
 THEIRS = ("float32 eager", "float32 compiled", "bfloat16 eager")
@@ -146,7 +145,7 @@ def main() -> None:
     for _ in range(chosen.rounds):
         limit = peak()
         for kind, python, names, model in (("ours", sys.executable, OURS, "gemma-3-270m"),
-                                           ("theirs", PEERS, THEIRS, str(exported))):
+                                           ("theirs", PYTHON, THEIRS, str(exported))):
             for name in names:
                 if name in chosen.skip.split(","):
                     continue
