@@ -399,6 +399,8 @@ class Engine:
         if bad is not None:
             raise ValueError(f"the prompt holds token id {bad}, but the vocabulary has {config.vocab:,} ids, from 0: "
                              "use the tokenizer that belongs to the model")
+        if any(not 0 <= token < config.vocab for token, _ in request.sampling.bias):
+            raise ValueError(f"sampling: bias must name token ids from 0 to {config.vocab - 1:,}, got {request.sampling.bias}")
         if len(ids) + min(request.max_tokens, 1) > config.context:
             raise ValueError(f"the prompt has {len(ids):,} tokens but the model reads {config.context:,}: shorten it "
                              'or pass truncate="left"')

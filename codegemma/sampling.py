@@ -16,9 +16,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy (ties: the lowest id). Filters act in the order penalty, temperature, top_k, top_p,
+    """temperature 0 is greedy (ties: the lowest id). Filters act in the order penalties, temperature, top_k, top_p,
     min_p, as in transformers and vLLM; top_k 0, top_p 1 and min_p 0 are off. A repetition penalty above 1 lowers every
-    token of the context (Keskar et al. 2019); Gemma's card advises 1."""
+    token of the context (Keskar et al. 2019); Gemma's card advises 1. OpenAI's penalties are subtracted from what was
+    generated, `presence_penalty` once and `frequency_penalty` as often as it was; `bias` is added to its tokens."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -26,19 +27,25 @@ class Sampling:
     min_p: float = 0.0
     repeat_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 31), ("top_p", 0, 1), ("min_p", 0, 1)):
+        for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 31), ("top_p", 0, 1), ("min_p", 0, 1),
+                                ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2)):
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"sampling: {name} must be from {low} to {high}, got {value}")
         if not (self.repeat_penalty > 0 and math.isfinite(self.repeat_penalty)):
             raise ValueError(f"sampling: repeat_penalty must be above 0, got {self.repeat_penalty}: 1 switches it off")
+        if not all(-100 <= value <= 100 for _, value in self.bias):
+            raise ValueError(f"sampling: bias must be from -100 to 100, got {self.bias}")
 
     @property
     def needs_logits(self) -> bool:
         """False where the argmax is the answer."""
-        return self.temperature > 0 or self.repeat_penalty != 1
+        return bool(self.temperature or self.repeat_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.bias)
 
 
 def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Sequence[int], index: int) -> int:
@@ -50,6 +57,11 @@ def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Seque
         seen = np.unique(np.asarray(context, np.int64))
         at = logits_V[seen]
         logits_V[seen] = np.where(at > 0, at / sampling.repeat_penalty, at * sampling.repeat_penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        seen, counts = np.unique(np.asarray(context[len(context) - index:], np.int64), return_counts=True)
+        logits_V[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    for token, value in sampling.bias:
+        logits_V[token] += value
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     return _draw(sampling, logits_V / sampling.temperature, _uniform(sampling.seed, index))

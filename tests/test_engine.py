@@ -529,6 +529,19 @@ def test_greedy_takes_the_argmax_and_penalties_move_it():
     assert sampling.choose(Sampling(repeat_penalty=2.0), ties, 0, [0], 0) == 0
 
 
+def test_openai_penalties_count_what_was_generated_alone():
+    """logit - frequency * count - presence * (count > 0), and the bias on top; the prompt's tokens count for nothing."""
+    logits_V, context = np.array([1.0, 3.0, 2.9, -1.0], np.float32), [1, 1, 2, 2, 0]
+    for presence, frequency, bias, index in ((0.2, 0, (), 3), (0.0, 0.04, (), 3), (0.0, 0.06, (), 3), (0.5, 1.0, (), 0),
+                                             (0.0, 0.0, ((3, 4.1), (1, -100)), 2), (-2.0, -0.5, (), 3), (2, 2, ((0, 1.5),), 5)):
+        penalised = sampling.Sampling(presence_penalty=presence, frequency_penalty=frequency, bias=bias)
+        expected = logits_V.astype(np.float64)
+        for token in range(4):
+            count = context[5 - index:].count(token)
+            expected[token] += dict(bias).get(token, 0) - frequency * count - presence * (count > 0)
+        assert sampling.choose(penalised, logits_V, 1, context, index) == expected.argmax()
+
+
 def test_top_orders_by_value_then_id():
     values = np.array([1, 5, 5, 2, 5], np.float32)
     assert [sampling.top(values, k).tolist() for k in (1, 2, 4, 9)] == [[1], [1, 2], [1, 2, 4, 3], [1, 2, 4, 3, 0]]
@@ -536,7 +549,8 @@ def test_top_orders_by_value_then_id():
 
 @pytest.mark.parametrize("field, value", [
     ("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 1.1), ("min_p", 2),
-    ("repeat_penalty", 0), ("repeat_penalty", float("inf"))])
+    ("repeat_penalty", 0), ("repeat_penalty", float("inf")), ("presence_penalty", 2.1), ("frequency_penalty", float("nan")),
+    ("bias", ((0, float("nan")),))])
 def test_sampling_refuses_what_means_nothing(field, value):
     with pytest.raises(ValueError, match=f"sampling: {field} must be"):
         Sampling(**{field: value})

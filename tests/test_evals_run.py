@@ -132,7 +132,7 @@ def test_the_partial_scoring_of_winogrande():
 
     items, note = language.winogrande_items(Two())
     assert len(items) == 2 and "not scored" in note and items[0].target == 1
-    assert items[0].choices[0][0].endswith("5 Ann met Bo and Ann") and items[0].choices[0][1] == " spoke."
+    assert items[0].choices[0][0].endswith("3 Ann met Bo and Ann") and items[0].choices[0][1] == " spoke."
     assert "0 Ann met Bo and Bo spoke.\n\n" in items[0].choices[0][0]
 
 

@@ -3,6 +3,7 @@ is let go; what hostile clients get."""
 
 import asyncio
 import contextlib
+import gzip
 import json
 import re
 import socket
@@ -264,6 +265,8 @@ def test_log_probabilities_of_prompt_and_answer(server, model):
     )
     one = good(server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 0, "echo": True, "logprobs": 1}))["choices"][0]
     assert len(one["logprobs"]["tokens"]) == len(ids) and one["finish_reason"] == "length"
+    alone = good(server.post("/v1/completions", json={"prompt": "", "max_tokens": 1, "echo": True, "logprobs": 1}))["choices"][0]
+    assert alone["logprobs"]["token_logprobs"][0] is None and len(alone["logprobs"]["tokens"]) == 2  # <bos> has nothing before it
 
 
 def test_choices_seeds_and_the_best_of_several(server, model):
@@ -368,6 +371,11 @@ def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
             ["error", "message", "response_format"],
         ),
         ("/infill", {"input_prefix": 3, "input_suffix": ""}, 400, ["error", "message", "input_prefix"]),
+        ("/infill", {"input_prefix": "", "input_suffix": "", "grammar": "root ::= x"}, 400, ["error", "message", "grammar"]),
+        ("/completion", {"prompt": []}, 400, ["error", "message", "at least 1"]),
+        ("/completion", {"prompt": ["x"] * 600}, 400, ["error", "message", "choices"]),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {"999999": 1}}, 400, ["error", "message", "bias"]),
+        ("/v1/completions", {"prompt": "x", "presence_penalty": 3}, 400, ["error", "message", "presence_penalty"]),
         ("/api/generate", {"prompt": "x", "model": "m", "format": "json"}, 400, ["error", "format"]),
         ("/api/chat", {"model": "m", "messages": [{"role": "user", "content": "x", "images": ["aa"]}]}, 400, ["error", "images"]),
         ("/v1/fim/completions", {"suffix": "x"}, 422, ["detail", 0, "loc", "prompt"]),
@@ -386,8 +394,47 @@ def test_bad_input_is_refused_in_the_dialects_own_form(server, route, body, stat
 
 
 def test_tabby_refuses_in_plain_text(server):
-    answer = server.post("/v1/completions", json={"segments": {"suffix": ""}})
-    assert answer.status_code == 422 and answer.headers["content-type"].startswith("text/plain") and "prefix" in answer.text
+    for body, word in (({"segments": {"suffix": ""}}, "prefix"), ({"segments": HOLE, "mode": "next_edit_suggestion"}, "mode")):
+        answer = server.post("/v1/completions", json=body)
+        assert answer.status_code == 422 and answer.headers["content-type"].startswith("text/plain") and word in answer.text
+
+
+def test_what_clients_send_to_say_nothing(server, model):
+    """Values that switch a field off, by each protocol's own rules."""
+    expected = model.complete(**HOLE, max_tokens=6).text
+    infill = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 6}
+    for off in ({"t_max_prompt_ms": 0, "t_max_predict_ms": 0}, {"t_max_prompt_ms": -1, "t_max_predict_ms": -1}, {"grammar": ""}):
+        assert good(server.post("/infill", json=infill | off))["content"] == expected
+    openai = {"prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 6}
+    for off in ({"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}, {"logit_bias": None, "presence_penalty": None},
+                {"logit_bias": {"5": 0}}, {"n": None, "best_of": None, "stop": None, "stream_options": {"include_usage": None}}):
+        assert good(server.post("/v1/completions", json=openai | off))["choices"][0]["text"] == expected
+    tabby = good(server.post("/v1/completions", json={"segments": HOLE, "mode": "standard"}))  # its mode, not ours
+    assert tabby["choices"][0]["text"] == model.complete(**HOLE, max_tokens=64).text
+
+
+def test_penalties_and_biases_reach_the_model(server, model):
+    plain = model.generate("def f", max_tokens=8)
+    body = {"prompt": "def f", "max_tokens": 8, "temperature": 0}
+    for fields, sampling in (
+        ({"presence_penalty": 2, "frequency_penalty": 1.5}, Sampling(presence_penalty=2, frequency_penalty=1.5)),
+        ({"logit_bias": {str(plain.ids[0]): -100}}, Sampling(bias=((plain.ids[0], -100),))),
+    ):
+        found = good(server.post("/v1/completions", json=body | fields))["choices"][0]["text"]
+        assert found == model.generate("def f", max_tokens=8, sampling=sampling).text != plain.text
+
+
+def test_methods_slashes_and_encodings(server):
+    for path in ("/api/tags", "/api/version", "/health", "/v1/models"):  # Ollama's clients ask with HEAD
+        answer = server.client.head(path)
+        assert answer.status_code == 200 and not answer.content and int(answer.headers["content-length"]) > 0
+    body = {"prompt": "x", "max_tokens": 1}
+    assert good(server.post("/v1/completions/", json=body))["choices"] and len(good(server.get("/v1/models/"))["data"]) == 1
+    refused = server.get("/v1/completions")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST") and refused.json()["error"]["message"]
+    assert server.post("/api/tags", json={}).status_code == 405 and server.post("/", json={}).status_code == 404
+    packed = server.client.post("/infill", content=gzip.compress(json.dumps(body).encode()), headers={"Content-Encoding": "gzip"})
+    assert packed.status_code == 415 and "compressed" in packed.json()["error"]["message"]
 
 
 def test_adapters_by_field_by_model_name_and_lora(path):
@@ -489,12 +536,13 @@ def sent(server, path, body, headers=""):
 
 def test_a_client_that_leaves_stops_its_prompt_half_way(held):
     server, engine = held
-    for body in ({"prompt": [2] * 500}, {"prompt": [2] * 500, "stream": True}):
+    bodies = [{"prompt": [2] * 500} | more for more in ({}, {"stream": True}, {"echo": True, "logprobs": 1})]
+    for body in bodies:
         connection = sent(server, "/v1/completions", body)
         assert engine.entered.acquire(timeout=60)
         connection.close()
         until(lambda: server.backend.metrics.running == 0)
-    assert engine.cut == 2 and server.backend.metrics.counts["cancelled"] == 2
+    assert engine.cut == 3 and server.backend.metrics.counts["cancelled"] == 3
 
 
 def test_the_newest_completion_of_an_editor_cancels_its_older_ones(held):
@@ -713,7 +761,7 @@ def test_pages_of_other_origins_and_rebound_names_are_refused(server):
     body = {"prompt": "x", "max_tokens": 1}
     host = server.url.removeprefix("http://")
     assert server.post("/v1/completions", json=body, headers={"Origin": server.url}).status_code == 200
-    for origin in ("http://evil.example", "null", f"https://{host}.evil.example", "http://127.0.0.1:1"):
+    for origin in ("http://evil.example", "null", "http://[", f"https://{host}.evil.example", "http://127.0.0.1:1"):
         assert server.post("/v1/completions", json=body, headers={"Origin": origin}).status_code == 403
         answer = server.client.options("/v1/completions", headers={"Origin": origin, "Access-Control-Request-Method": "POST"})
         assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
@@ -738,11 +786,16 @@ def test_an_allowed_origin_and_keys(model):
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer" and "key" in answer.text
         assert server.get("/api/tags").json()["error"] and server.get("/metrics").status_code == 401
         assert server.get("/openapi.json").status_code == 401 and server.post("/api/none").status_code == 401
-        for headers in ({"Authorization": "Bearer 0123456789abcdef"}, {"x-api-key": "fedcba9876543210"}):
+        for headers in (
+            {"Authorization": "Bearer 0123456789abcdef"},
+            {"Authorization": "bearer fedcba9876543210"},
+            {"x-api-key": "fedcba9876543210"},
+        ):
             answer = server.get("/v1/models", headers=headers | {"Origin": "https://editor.example"})
             assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://editor.example"
-        preflight = server.client.options("/v1/completions", headers={"Origin": "https://editor.example"})
-        assert preflight.status_code == 204 and "Authorization" in preflight.headers["access-control-allow-headers"]
+        wanted = {"Origin": "https://editor.example", "Access-Control-Request-Headers": "authorization,x-stainless-lang"}
+        preflight = server.client.options("/v1/completions", headers=wanted)
+        assert preflight.status_code == 204 and "x-stainless-lang" in preflight.headers["access-control-allow-headers"]
         assert server.get("/health").status_code == server.get("/terms").status_code == server.get("/").status_code == 200
     with pytest.raises(ValueError, match="needs 16"):
         guard.keys_of(["short"])

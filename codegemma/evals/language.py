@@ -13,13 +13,15 @@ from codegemma.evals.task import Choose, Completion, Generate, Item, Task, Verdi
 
 def shots_of(records: Records, scored: str, others: Sequence[str],
              count: int) -> tuple[list[Record], list[Record], str]:
-    """(shots, records to score, note). The first records of another split; where there is none, the first of the
-    scored one, which are then not scored."""
+    """(shots, records to score, note). The first records of another split; where there is none, records spread over the
+    scored one, which are then not scored: its first ones may all be of one source, as HellaSwag's are."""
     rows = records(scored)
     for name in others:
         if len(found := records.maybe(name)) >= count:
             return found[:count], rows, f"{count}-shot from {name}"
-    return rows[:count], rows[count:], f"{count}-shot: the first {count} validation items, which are not scored"
+    chosen = {i * len(rows) // count for i in range(count)}
+    return ([rows[i] for i in sorted(chosen)], [row for i, row in enumerate(rows) if i not in chosen],
+            f"{count}-shot: {count} validation items spread over the set, which are not scored")
 
 
 def boolq_items(records: Records) -> tuple[list[Item], str]:

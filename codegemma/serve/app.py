@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import Discriminator, Tag
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -83,7 +84,9 @@ class _Page(StaticFiles):
             if path == "." and error.status_code == 404:
                 return Response("codegemma is running. The page was not built into this installation: see /openapi.json\n",
                                 media_type="text/plain")
-            raise HTTPException(404) from None   # also what was posted to no route
+            allowed = [method for method in ("GET", "POST") for route in scope["app"].routes
+                       if not isinstance(route, Mount) and route.matches({**scope, "method": method})[0] == Match.FULL]
+            raise (HTTPException(405, headers={"Allow": ", ".join(allowed)}) if allowed else HTTPException(404)) from None
         except (ValueError, OSError):    # a NUL in the path, or a name that is too long
             raise HTTPException(404) from None
 

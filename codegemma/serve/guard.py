@@ -12,7 +12,6 @@ import hmac
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Response
 from starlette.datastructures import Headers, MutableHeaders
@@ -57,7 +56,9 @@ class Guard:
         if scope["type"] != "http":      # nothing here speaks over web sockets
             await send({"type": "websocket.close", "code": 1008})
             return
-        headers, path, method = Headers(scope=scope), scope["path"], scope["method"]
+        path, method = "/" + scope["path"].strip("/"), scope["method"]
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}  # uvicorn leaves HEAD's body out
+        headers = Headers(scope=scope)
         origin = headers.get("origin")
         sender = _Sender(send, method, path, origin if origin in self.rules.origins else None)
         fault = self._fault(scope, headers)
@@ -65,9 +66,9 @@ class Guard:
             await self.refuse(path, *fault)(scope, receive, sender)
             return
         if method == "OPTIONS" and origin is not None:
+            wanted = headers.get("access-control-request-headers", "Authorization, Content-Type")  # OpenAI's client has many
             await Response(status_code=204, headers={"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
-                                                     "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Session-Id"}
-                           )(scope, receive, sender)
+                                                     "Access-Control-Allow-Headers": wanted})(scope, receive, sender)
             return
         if method == "POST":             # a body is JSON, whatever its sender calls it: `curl -d` says it is a form
             scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"content-type"] \
@@ -99,15 +100,18 @@ class Guard:
         host, origin, path = headers.get("host", ""), headers.get("origin"), scope["path"]
         if self.rules.hosts is not None and _name(host) not in self.rules.hosts:
             return 403, f"Host {host!r} is not this server's name: use its address, or start it with --host or --allow-host"
-        if origin is not None and origin not in self.rules.origins and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in self.rules.origins and origin.partition("://")[2] != host:
             return 403, f"a page of {origin!r} may not call this server: start it with --allow-origin to let it"
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.rules.most_body:
             return 413, f"the body has {int(length):,} bytes, but at most {self.rules.most_body:,} are read: send less"
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            return 415, "the body is compressed: send it as it is, without Content-Encoding"
         client = scope.get("client")
         name = client[0] if client else ""
         if self.rules.keys:
-            given = headers.get("authorization", "").removeprefix("Bearer ").strip() or headers.get("x-api-key", "")
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
             digest = key_digest(given)
             known = [hmac.compare_digest(digest, key) for key in self.rules.keys]
             if any(known):

@@ -165,7 +165,9 @@ class Remote:
             "stop": list(ask.stop), "logprobs": max(ask.top, 1) if scored or ask.top else None, "echo": scored or None,
             "stream_options": None if scored else {"include_usage": True}, "top_k": sampling.top_k, "min_p": sampling.min_p,
             "top_p": sampling.top_p if sampling.top_p < 1 else None,
-            "repetition_penalty": sampling.repeat_penalty if sampling.repeat_penalty != 1 else None}
+            "repetition_penalty": sampling.repeat_penalty if sampling.repeat_penalty != 1 else None,
+            "presence_penalty": sampling.presence_penalty, "frequency_penalty": sampling.frequency_penalty,
+            "logit_bias": {str(token): value for token, value in sampling.bias}}
         body |= {name: value for name, value in optional.items() if value}
         try:
             async with self.client.stream("POST", "/completions", json=body) as answer:

@@ -236,7 +236,7 @@ class Scheduler:
         return min(job.prompt_tokens + job.ask.max_tokens, self.context)
 
     def _start(self, job: Job) -> None:
-        if isinstance(job.ask.what, Text) and job.ask.what.score and not job.scores:
+        if isinstance(job.ask.what, Text) and job.ask.what.score and not job.scores and job.prompt_tokens > 1:
             self._scoring.append(_Scoring(self.engine, job))
             return
         one = self._batch.add(self._request(job.ask, job.prompt, job.adapter))
@@ -276,6 +276,7 @@ class Scheduler:
         if self._scoring:
             scoring = self._scoring[0]
             done = scoring.one.done
+            self._until = time.perf_counter() + ROWS / engine.prefill_rate
             with engine.lock:
                 finished = scoring.step(engine, batch.cancel)
             self._work[scoring.job.ask.client] += scoring.one.done - done

@@ -25,6 +25,7 @@ log = logging.getLogger("codegemma.serve")
 MOST_STOPS = 64
 Stops = str | Annotated[list[str | None], Field(max_length=MOST_STOPS)] | None
 Milliseconds = Annotated[float, Field(gt=0, le=86_400_000)]
+Limit = Annotated[float, Field(le=86_400_000)]  # llama.cpp's: 0 and below are none
 
 
 class Extra(BaseModel):
@@ -40,8 +41,8 @@ class Own(BaseModel):
     mode: Mode | None = None
     trim: Trim | None = None
     time_budget_ms: Milliseconds | None = None
-    t_max_prompt_ms: Milliseconds | None = None
-    t_max_predict_ms: Milliseconds | None = None
+    t_max_prompt_ms: Limit | None = None
+    t_max_predict_ms: Limit | None = None
     path: str | None = None
     input_extra: list[Extra] | None = None
     adapter: str | None = None
@@ -59,10 +60,10 @@ class Own(BaseModel):
             name = self.model.rpartition(":")[2]
             adapter = name if name in backend(request).adapters else None
         session = self.session or request.headers.get("x-session-id")
-        prompt_ms = self.time_budget_ms or self.t_max_prompt_ms
+        prompt_ms, predict_ms = self.time_budget_ms or max(self.t_max_prompt_ms or 0, 0), max(self.t_max_predict_ms or 0, 0)
         return Ask(adapter=adapter, session=session, client=f"{request.scope.get('client_name', '')} {session or ''}",
                    prompt_seconds=prompt_ms / 1000 if prompt_ms else None,
-                   predict_seconds=self.t_max_predict_ms / 1000 if self.t_max_predict_ms else None, **parts)
+                   predict_seconds=predict_ms / 1000 if predict_ms else None, **parts)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ STOP_TYPES = {"end": "eos", "stop_text": "word", "length": "limit", "cancelled":
 INFILL_TOKENS = 128
 COMPLETION_TOKENS = 1024                 # where n_predict is -1: llama.cpp would go on for ever
 
-Pieces = str | list[int | str]
+Pieces = str | Annotated[list[int | str], Field(min_length=1)]
 
 
 class Lora(BaseModel):
@@ -46,10 +46,14 @@ class Generation(Own):
     return_tokens: bool | None = None
     response_fields: list[str] | None = None
     lora: list[Lora] | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
 
     def make(self, request: Request, what: Fill | Text, most: int, sampling: Sampling, indent: int = 0) -> Ask:
         asked = self.ask(request, what=what, max_tokens=most if self.n_predict is None or self.n_predict < 0 else self.n_predict,
                          sampling=sampling, stop=stops(self.stop), top=self.n_probs or 0, indent=indent)
+        if self.grammar or self.json_schema:
+            raise ValueError("grammar and json_schema are not supported: ask for the form in the prompt, and check it")
         chosen = max(self.lora or (), key=lambda one: one.scale, default=None)
         if chosen is None or chosen.scale <= 0:
             return asked
@@ -78,7 +82,7 @@ class Infill(Generation):
 
 
 class Completion(Generation):
-    prompt: Pieces | Annotated[list[Pieces], Field(min_length=1, max_length=64)]
+    prompt: Pieces | Annotated[list[Pieces], Field(min_length=1)]
 
 
 class Tokenize(BaseModel):
@@ -127,6 +131,7 @@ async def complete(body: Completion, request: Request) -> Response:
     given = body.prompt
     several = isinstance(given, list) and all(isinstance(one, list) or (isinstance(one, str) and len(given) > 1) for one in given)
     pieces: list[Any] = list(given) if several else [given]  # type: ignore[arg-type]
+    openai.expect_choices(len(pieces))
     sampling = body.sampling(0.8, 40, 0.95, 0.05)
     asks = [body.make(request, Text(_ids(request, one), raw=True), COMPLETION_TOKENS, sampling) for one in pieces]
     return await _answered(body, request, asks)

@@ -32,7 +32,7 @@ Ids = Annotated[list[int], Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Generation(Own):
@@ -46,8 +46,8 @@ class Generation(Own):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    logit_bias: Annotated[dict[int, float], Field(max_length=1024)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: int | None = None
     stop: Stops = None
     stop_token_ids: list[int] | None = None
@@ -56,17 +56,15 @@ class Generation(Own):
 
     def sampling(self, temperature: float) -> Sampling:
         """`temperature` where none was sent."""
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported: leave it out, or use repetition_penalty")
         return Sampling(temperature if self.temperature is None else self.temperature, max(self.top_k or 0, 0),
                         1.0 if self.top_p is None else self.top_p, self.min_p or 0.0,
                         1.0 if self.repetition_penalty is None else self.repetition_penalty,
-                        secrets.randbits(32) if self.seed is None else self.seed)
+                        secrets.randbits(32) if self.seed is None else self.seed, self.presence_penalty or 0.0,
+                        self.frequency_penalty or 0.0, tuple((self.logit_bias or {}).items()))
 
     @property
     def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class Completion(Generation):
@@ -74,7 +72,7 @@ class Completion(Generation):
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=16)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
 
     def prompts(self) -> list[str | tuple[int, ...]]:
         given = self.prompt
@@ -131,8 +129,7 @@ async def complete(body: Completion, request: Request) -> Response:
         raise ValueError(f"best_of must be at least n, got {body.best_of} and {n}")
     if drawn > n and body.stream:
         raise ValueError("best_of chooses once all is there: it cannot be streamed")
-    if len(prompts) * drawn > MOST_CHOICES:
-        raise ValueError(f"a request may have {MOST_CHOICES} choices, this one has {len(prompts) * drawn}: split it")
+    expect_choices(len(prompts) * drawn)
     asks = [ask for prompt in prompts for ask in _several(_ask(body, prompt, request), drawn)]
     head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
             "model": body.model or backend(request).name, "system_fingerprint": None}
@@ -190,6 +187,11 @@ async def models(request: Request) -> Response:
 async def model(name: str, request: Request) -> Response:
     """Any name means the one model."""
     return reply(_model(name))
+
+
+def expect_choices(count: int) -> None:
+    if count > MOST_CHOICES:
+        raise ValueError(f"a request may have {MOST_CHOICES} choices, this one has {count:,}: split it")
 
 
 def usage(jobs: Sequence[Job], each: int = 1) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from codegemma import __version__
 from codegemma.native import usable_cpus
@@ -62,6 +62,11 @@ class Completion(Own):
     seed: int | None = None
     debug_options: Debug | None = None
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _ours(cls, mode: Any) -> Any:
+        return None if mode == "standard" else mode  # Tabby's own field of that name; its other value is refused
+
 
 class Event(BaseModel):
     type: str
@@ -102,10 +107,11 @@ async def events(body: Event) -> Response:
 @router.post("/v1/health", include_in_schema=False)
 async def health(request: Request) -> Response:
     """Tabby's, and llama.cpp's `status`."""
-    name = backend(request).name
-    return reply({"status": "ok", "model": name, "chat_model": name, "device": "cpu", "arch": platform.machine(),
-                  "cpu_info": platform.processor() or platform.machine(), "cpu_count": usable_cpus(), "cuda_devices": [],
-                  "version": {"build_date": "", "build_timestamp": "", "git_sha": "", "git_describe": f"codegemma-{__version__}"}})
+    served = backend(request)
+    version = {"build_date": "", "build_timestamp": "", "git_sha": "", "git_describe": f"codegemma-{__version__}"}
+    return reply({"status": "ok", "model": served.name, "chat_model": served.name if served.chats else None, "device": "cpu",
+                  "arch": platform.machine(), "cpu_info": platform.processor() or platform.machine(), "cpu_count": usable_cpus(),
+                  "cuda_devices": [], "version": version})
 
 
 @router.get("/v1beta/server_setting")
