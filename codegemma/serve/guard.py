@@ -111,7 +111,7 @@ class Guard:
         name = client[0] if client else ""
         if self.rules.keys:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+            given = (given.strip() if scheme.lower() == "bearer" else "") or headers.get("x-api-key", "")
             digest = key_digest(given)
             known = [hmac.compare_digest(digest, key) for key in self.rules.keys]
             if any(known):
