@@ -345,6 +345,15 @@ def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
     (row,) = stats.load()
     assert row.taken == row.characters == len(found["choices"][0]["text"]) and row.language == "python"
     assert server.post("/v1/events", json=event | {"type": "select"}).status_code == 200 and len(stats.load()) == 1
+    asked = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 5, "language": "go"}
+    for told, number in (("dismiss", 1), ("select", 2)):
+        *parts, last = (json.loads(part) for part in events(server.post("/infill", json=asked | {"stream": True})))
+        assert "id" not in parts[0]
+        assert server.post("/v1/events", json=event | {"type": told, "completion_id": last["id"]}).status_code == 200
+        row = stats.load()[number]
+        assert row.language == "go" and row.characters == sum(len(part["content"]) for part in [*parts, last])
+        assert row.taken == (row.characters if told == "select" else 0)
+    assert "id" not in good(server.post("/infill", json=asked | {"n_predict": 0}))
 
 
 @pytest.mark.parametrize(
@@ -885,6 +894,17 @@ def test_large_slow_and_half_sent_bodies(model, monkeypatch, caplog):
             assert connection.recv(1000)[9:12] == expected
             connection.close()
         assert "sends no request" in caplog.text and good(server.get("/health"))
+        trickle = socket.create_connection(server.address)  # a byte now and then keeps nothing open
+        trickle.sendall(b"POST /infill HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000\r\n\r\n")
+        trickle.settimeout(0.1)
+        answer = b""
+        for _ in range(300):
+            with contextlib.suppress(TimeoutError):
+                answer = trickle.recv(1000)
+                break
+            trickle.sendall(b" ")
+        trickle.close()
+        assert answer[9:12] == b"408"
 
 
 def test_a_reader_that_does_not_read_is_left(model, monkeypatch):

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,14 +78,14 @@ class Guard:
 
     def _bounded(self, receive: Receive) -> Receive:
         """`receive` of a body in time and size; FastAPI hands an HTTPException on."""
-        left, whole = self.rules.most_body, False
+        left, whole, end = self.rules.most_body, False, time.monotonic() + self.rules.patience
 
         async def bounded() -> Message:
             nonlocal left, whole
             if whole:
                 return await receive()   # that is: wait for the client to leave
             try:
-                message = await asyncio.wait_for(receive(), self.rules.patience)
+                message = await asyncio.wait_for(receive(), end - time.monotonic())
             except TimeoutError:
                 raise HTTPException(408, "the body did not arrive: send it at once") from None
             left -= len(message.get("body", b""))

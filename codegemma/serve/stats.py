@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 MOST_BYTES = 4 << 20                     # about 40,000 suggestions; of a longer file the newer half is kept
 BARS = " ▁▂▃▄▅▆▇█"
+MOST_OFFERED = 1024
+
+_offered: OrderedDict[str, Shown] = OrderedDict()  # by id, until it is told what became of it
 
 
 @dataclass
@@ -66,6 +71,20 @@ def record(shown: Shown) -> None:
             _halve()
     except OSError:
         pass
+
+
+def offer(shown: Shown) -> str:
+    """The id under which `settle` hears what became of a suggestion."""
+    name = f"cmpl-{secrets.token_hex(12)}"
+    _offered[name] = shown
+    while len(_offered) > MOST_OFFERED:
+        _offered.popitem(last=False)
+    return name
+
+
+def settle(name: str, accepted: bool) -> None:
+    if shown := _offered.pop(name, None):
+        record(replace(shown, taken=shown.characters if accepted else 0))
 
 
 def _halve() -> None:

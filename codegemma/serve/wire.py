@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from codegemma.completion import Mode, Trim
 from codegemma.engine import Step
 from codegemma.prompts import File
+from codegemma.serve import stats
 from codegemma.serve.ask import Ask, Backend, Fill, Job
 from codegemma.tokenizer import Tokenizer
 
@@ -95,6 +96,13 @@ def stop_word(answer: Answer, tokenizer: Tokenizer) -> str:
     text = tokenizer.decode([step.token for step in answer.steps if step.token is not None])
     found = [(text.find(one), one) for one in answer.job.ask.stop if one in text]
     return min(found)[1] if found else ""
+
+
+def offer(answer: Answer, language: str | None) -> str:
+    """An answer's id, by which an event may tell what became of it."""
+    timings = answer.job.timings()
+    spent = timings["queue_ms"] + timings["prompt_ms"] + timings["predicted_ms"]
+    return stats.offer(stats.Shown(language or "", spent, len(answer.text)))
 
 
 def dumps(value: Any) -> bytes:

@@ -15,7 +15,7 @@ from codegemma.engine import Step
 from codegemma.sampling import Sampling
 from codegemma.serve.ask import Ask, Fill, Job, Text
 from codegemma.serve.dialects import openai
-from codegemma.serve.wire import Answer, Extra, Own, Stops, Stream, backend, collect, event, merged, reply, stop_word, stops
+from codegemma.serve.wire import Answer, Extra, Own, Stops, Stream, backend, collect, event, merged, offer, reply, stop_word, stops
 
 router = APIRouter(tags=["llama.cpp"])
 
@@ -79,6 +79,7 @@ class Infill(Generation):
     prompt: str | None = None
     n_indent: int | None = None
     n_cmpl: int | None = None
+    language: str | None = None          # for the statistics of suggestions
 
 
 class Completion(Generation):
@@ -276,7 +277,8 @@ def _final(body: Generation, request: Request, answer: Answer, index: int, text:
             "prompt": backend(request).tokenizer.decode(job.prompt.ids, control=True),
             "has_new_line": any("\n" in step.text for step in answer.steps), "truncated": False,
             "stop_type": STOP_TYPES.get(last.stop or "", "none"), "stopping_word": stop_word(answer, backend(request).tokenizer),
-            "tokens_cached": job.cached_tokens, "timings": job.timings(), **_probabilities(body, request, answer.steps)}
+            "tokens_cached": job.cached_tokens, "timings": job.timings(), **_probabilities(body, request, answer.steps),
+            **({"id": offer(answer, body.language)} if isinstance(body, Infill) and answer.text else {})}
 
 
 def _tokens(body: Generation, steps: list[Step]) -> list[int]:

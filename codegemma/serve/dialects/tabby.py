@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import platform
-import secrets
-from collections import OrderedDict
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -17,14 +14,11 @@ from codegemma.prompts import File
 from codegemma.sampling import Sampling
 from codegemma.serve import stats
 from codegemma.serve.ask import Text
-from codegemma.serve.wire import Own, backend, collect, reply
+from codegemma.serve.wire import Own, backend, collect, offer, reply
 
 router = APIRouter(tags=["Tabby"])
 
 MOST_TOKENS = 64                         # Tabby's own: its requests name no length
-MOST_SHOWN = 1024
-
-_shown: OrderedDict[str, stats.Shown] = OrderedDict()  # by completion, until an event tells what became of it
 
 
 class Snippet(BaseModel):
@@ -83,23 +77,18 @@ async def complete(body: Completion, request: Request) -> Response:
         else Text(debug.raw_prompt, raw=True)
     answer, = await collect(request, [body.ask(request, what=what, max_tokens=MOST_TOKENS,
                                                sampling=Sampling(body.temperature or 0.0, seed=body.seed or 0))])
-    found: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "choices": [{"index": 0, "text": answer.text}]}
+    found: dict[str, Any] = {"id": offer(answer, body.language), "choices": [{"index": 0, "text": answer.text}]}
     if debug.return_prompt or debug.return_snippets:
         prompt = backend(request).tokenizer.decode(answer.job.prompt.ids, control=True)
         found["debug_data"] = {"prompt": prompt if debug.return_prompt else None, "snippets": []}
-    timings = answer.job.timings()
-    _shown[found["id"]] = stats.Shown(body.language or "", timings["queue_ms"] + timings["prompt_ms"] + timings["predicted_ms"],
-                                      len(answer.text))
-    while len(_shown) > MOST_SHOWN:
-        _shown.popitem(last=False)
-    return reply({**found, "timings": timings})
+    return reply({**found, "timings": answer.job.timings()})
 
 
 @router.post("/v1/events")
 async def events(body: Event) -> Response:
-    """What became of a suggestion goes into the local statistics, and nowhere else."""
-    if body.type in ("select", "dismiss") and (shown := _shown.pop(body.completion_id, None)):
-        stats.record(replace(shown, taken=shown.characters if body.type == "select" else 0))
+    """What became of a suggestion, of Tabby's or /infill's, goes into the local statistics, and nowhere else."""
+    if body.type in ("select", "dismiss"):
+        stats.settle(body.completion_id, body.type == "select")
     return Response(status_code=200)
 
 
