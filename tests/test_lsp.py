@@ -471,6 +471,11 @@ def test_wrong_parameters_are_answered():
         for method in ("textDocument/inlineCompletion", "textDocument/documentHighlight"):
             assert client.answer(client.start(method, position="here"))["error"]["code"] == -32602
         assert client.answer(client.start("no/such"))["error"]["code"] == -32601
+        for number, params in enumerate((None, [], {"textDocument": {"uri": "untitled:a"}, "position": at(0, 0), "context": 3})):
+            client.send(id=-number, method="textDocument/inlineCompletion", params=params)
+            assert client.answer(-number)["error"]["code"] == -32602
+        bare = client.start("textDocument/inlineCompletion", textDocument={"uri": "untitled:a"}, position=at(0, 0), context=None)
+        assert client.texts(bare) == []      # Emacs' null
 
 
 def test_an_editor_that_dies_leaves_nothing_behind(tmp_path):

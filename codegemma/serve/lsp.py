@@ -111,9 +111,11 @@ class Protocol(LanguageServerProtocol):
     def structure_message(self, data: dict[str, Any]) -> Any:
         """Clients made before the specification was settled count trigger kinds from 0. A request whose parameters are
         wrong gets an answer, where pygls would leave its client waiting."""
-        if data.get("method") == types.TEXT_DOCUMENT_INLINE_COMPLETION and "jsonrpc" in data:
-            context = data.get("params", {}).setdefault("context", {"triggerKind": 1})
-            context["triggerKind"] = context.get("triggerKind") or 1
+        params = data.get("params")
+        if data.get("method") == types.TEXT_DOCUMENT_INLINE_COMPLETION and isinstance(params, dict):
+            context = params.get("context") or {}
+            if isinstance(context, dict):
+                params["context"] = context | {"triggerKind": context.get("triggerKind") or 1}
         try:
             return super().structure_message(data)
         except JsonRpcException as error:
