@@ -34,6 +34,7 @@ if "0.10.2" <= jax.__version__ < "0.12" and FLAG not in os.environ.get("XLA_FLAG
 
 Weight = jax.Array | Blocks
 Params = dict[str, Weight]
+Pair = tuple[jax.Array, jax.Array]
 Remat = Literal["none", "products", "layer"]
 BATCH_AXES = ("data", "fsdp")            # of a mesh: what divides the batch
 SAVED = ("q", "k", "v", "mixed", "o", "gate", "up", "down")
@@ -103,10 +104,12 @@ def forward(params: Mapping[str, Weight], tokens_BT: jax.Array, config: ModelCon
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     x_BTD = _sharded(embed(params, tokens_BT, lora) * jnp.float32(config.embed_scale)).astype(dtype)
     sight = Sight(positions_BT, segments_BT, cache is not None)
+    # behind a barrier: XLA would compute sines and cosines again for every head of every layer
+    turns = jax.lax.optimization_barrier([_rotation(config, is_global, positions_BT) for is_global in (False, True)])
     kept = []
     for i in range(config.layers):
         def layer(x_BTD: jax.Array, own: Mapping[str, Weight], low: dict[str, jax.Array] | None, pair: Any, i: int = i) -> Any:
-            return _layer(x_BTD, own, low, lora.scale if lora else 0.0, config, i, sight, pair)
+            return _layer(x_BTD, own, low, lora.scale if lora else 0.0, config, i, sight, turns[config.is_global(i)], pair)
 
         if remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*(SAVED if remat == "products" else ()))
@@ -191,7 +194,7 @@ class Sight(NamedTuple):
 
 
 def _layer(x_BTD: jax.Array, w: Mapping[str, Any], low: dict[str, jax.Array] | None, scale: float, config: ModelConfig,
-           i: int, sight: Sight, pair: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
+           i: int, sight: Sight, turn: Pair, pair: Pair | None) -> tuple[jax.Array, Any]:
     B, T, _ = x_BTD.shape
     H, eps = config.head_width, config.norm_eps
 
@@ -203,7 +206,6 @@ def _layer(x_BTD: jax.Array, w: Mapping[str, Any], low: dict[str, jax.Array] | N
     q_BTNH, k_BTKH, v_BTKH = (linear(a_BTD, name).reshape(B, T, -1, H) for name in "qkv")
     if config.qk_norm:
         q_BTNH, k_BTKH = rms_norm(q_BTNH, w["q_norm"], eps), rms_norm(k_BTKH, w["k_norm"], eps)
-    turn = _rotation(config, i, sight.positions_BT)
     q_BTNH, k_BTKH = rope(q_BTNH, *turn) * jnp.asarray(config.query_scale, x_BTD.dtype), rope(k_BTKH, *turn)
     if pair is not None:
         at = (jnp.arange(B)[:, None], sight.positions_BT)
@@ -238,9 +240,9 @@ def rope(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Arr
     return jnp.concatenate([a * cos_BT1h - b * sin_BT1h, b * cos_BT1h + a * sin_BT1h], -1).astype(x_BTNH.dtype)
 
 
-def _rotation(config: ModelConfig, i: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _rotation(config: ModelConfig, is_global: bool, positions_BT: jax.Array) -> Pair:
     half = config.head_width // 2
-    base, scale = (config.rope_base, config.rope_scale) if config.is_global(i) else (config.rope_base_local, 1.0)
+    base, scale = (config.rope_base, config.rope_scale) if is_global else (config.rope_base_local, 1.0)
     rates_h = np.exp(-math.log(base) * np.arange(half) / half).astype(np.float32)
     angles = (positions_BT.astype(jnp.float32) / scale)[:, :, None, None] * rates_h[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
