@@ -609,6 +609,10 @@ def test_a_long_prompt_leaves_room_between_anothers_tokens(held):
         assert good(server.post("/v1/completions", json={"prompt": [long], "max_tokens": 1}))["usage"]["prompt_tokens"] == 701
         shared = [sizes for sizes in engine.sizes if len(sizes) == 2]
         assert len(shared) >= 20 and all(min(sizes) <= 2 and max(sizes) <= int(scheduler.PAUSE * 300) for sizes in shared)
+        engine.sizes.clear()
+        scored = {"prompt": [long[:200]], "max_tokens": 0, "echo": True, "logprobs": 1}
+        assert len(good(server.post("/v1/completions", json=scored))["choices"][0]["logprobs"]["tokens"]) == 200
+        assert max(size for sizes in engine.sizes for size in sizes) == scheduler.LEAST
 
 
 def test_whoever_had_least_goes_first(held):

@@ -46,10 +46,10 @@ class _Scoring:
         self.one = engine.start(Request(job.prompt.ids, max_tokens=0, adapter=job.adapter))
         self.one.pages, self.one.done, self.one.cached = [], 0, 0
 
-    def step(self, engine: Engine, cancel: Cancel) -> bool:
+    def step(self, engine: Engine, cancel: Cancel, rows: int) -> bool:
         """Reads some more; True at the end."""
         one, job = self.one, self.job
-        part = one.ids[one.done:one.done + ROWS]
+        part = one.ids[one.done:one.done + rows]
         logits = engine.backend.run([engine.claim(one, part, len(part))], cancel)
         if logits is None:
             engine.unclaim(one, one.done)
@@ -85,6 +85,7 @@ class Scheduler:
         self._closing = self._cut = False    # cut: the step before this one was given up half-way
         self._until = 0.0                    # when the present step should end
         self._pace = 0.0                     # seconds of a step without prompts
+        self._scored: Job | None = None      # whose prompt the present step scores
         self._room = self.engine.cache.most_bytes // self.engine.backend.page_bytes * PAGE  # tokens that may run at once
         self._saved = cache / hashlib.sha256(self.engine.cache.key.encode()).hexdigest()[:32] if cache else None
         if self._saved is not None:          # in the background: requests are answered meanwhile
@@ -188,6 +189,8 @@ class Scheduler:
             if job in self._waiting:
                 self._waiting.remove(job)
                 self._end(job, Step(None, "", 0.0, "cancelled"))
+            elif job is self._scored:
+                self._batch.cancel.set()     # which costs nobody else
             elif not self._cut or all(one.gone.is_set() for one in list(self._jobs.values())):
                 self._interrupt(KEEN)
             self._changed.notify()
@@ -275,10 +278,10 @@ class Scheduler:
             self._deliver(steps)
         if self._scoring:
             scoring = self._scoring[0]
-            done = scoring.one.done
-            self._until = time.perf_counter() + ROWS / engine.prefill_rate
+            done, self._scored = scoring.one.done, scoring.job
             with engine.lock:
-                finished = scoring.step(engine, batch.cancel)
+                finished = scoring.step(engine, batch.cancel, LEAST if batch.running else ROWS)
+            self._scored = None
             self._work[scoring.job.ask.client] += scoring.one.done - done
             self._scoring.append(self._scoring.pop(0))
             if finished:
