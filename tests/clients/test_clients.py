@@ -1,7 +1,7 @@
 """Clients that weigh much, against `codegemma serve` with the default model: `make test-clients`.
 
-npm's openai and ollama, Continue's adapters, lm-eval's two API models, llm, schemathesis. Their environments are
-.venv-clients and node_modules beside this file.
+npm's openai and ollama, Continue's adapters, Spyder's FIM worker, lm-eval's two API models, llm, schemathesis. Their
+environments are .venv-clients and node_modules beside this file.
 """
 
 import json
@@ -55,6 +55,19 @@ def test_npm_clients_and_continue(server, model):
     assert ".Suffix" in found["ollama_template"]  # by which Continue decides to send a suffix
     rendered = f"<|fim_prefix|>{PREFIX}<|fim_suffix|>{SUFFIX}<|fim_middle|>"
     assert found["continue_raw"] == model.generate(rendered, raw=True, max_tokens=8).text
+
+
+def test_spyders_fim_worker_by_each_of_its_backends(server, model):
+    """It strips what it got. Its chat backend renders FIM into a message, where control tokens are text."""
+    found = json.loads(run(TOOLS / "python", HERE / "fim_worker.py", server.url, "codegemma", PREFIX, SUFFIX))
+    rendered = f"<|fim_prefix|>{PREFIX}<|fim_suffix|>{SUFFIX}<|fim_middle|>"
+    middle = model.complete(PREFIX, SUFFIX, max_tokens=8).text.strip()
+    assert middle and found == {
+        "ollama_generate": middle,
+        "openai_completions": middle,
+        "codestral": middle,
+        "chat": model.chat([("user", rendered)], max_tokens=8).text.strip(),
+    }
 
 
 @pytest.mark.parametrize(("name", "count"), [("piqa", 12), ("hellaswag", 4)])
