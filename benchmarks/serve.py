@@ -239,10 +239,13 @@ def speed(args: Any) -> str:
     typed: dict[str, dict[str, list[float]]] = {name: {"open": [], "key": [], "jump": []} for name in servers}
     rates: dict[str, list[float]] = {name: [] for name in servers}
     costs: list[float] = []
+    starts: dict[str, list[float]] = {name: [] for name in servers}
     same = True
     for _ in range(args.rounds):
         for name, (start, request, every) in servers.items():
+            began = time.perf_counter()
             with start(args.threads) as (url, _pid):
+                starts[name].append(time.perf_counter() - began)
                 for kind, seconds in typing(url, request, steps, every).items():
                     typed[name][kind] += seconds
                 rate, texts = together(url, request)
@@ -265,7 +268,9 @@ def speed(args: Any) -> str:
         f"the peer is llama-cpp-python's server in PSM order.\n\n" + "\n".join(rows) + "\n\n"
         f"Eight clients at once, 64 tokens each: {ours:.1f} tokens/s, the peer {peer:.1f}: **{ours / peer:.2f}**; "
         f"{'each got what it gets alone' if same else 'OUTPUTS DIFFER from those of a single client'}. "
-        f"Over the engine a request costs {1e3 * statistics.median(costs):.1f} ms at the median.\n"
+        f"Over the engine a request costs {1e3 * statistics.median(costs):.1f} ms at the median. "
+        f"From the command to a listening server: {statistics.median(starts['ours']):.2f} s, "
+        f"the peer {statistics.median(starts['peer']):.2f} s.\n"
     )
 
 
