@@ -1,6 +1,7 @@
 """The page in headless Chromium, against `codegemma serve` with the default model."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -31,8 +32,8 @@ print("<b>not bold</b>")
 
 
 @pytest.fixture(scope="module")
-def server():
-    with Process() as process:
+def server(tmp_path_factory):
+    with Process(environment=os.environ | {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}) as process:
         yield process
 
 
@@ -99,7 +100,7 @@ def type_in_the_hole(page: Page, text: str) -> None:
 
 def test_ghost_text_is_what_the_server_writes_and_tab_takes_it(server, open_page):
     page = open_page(server.url)
-    bodies = asked(page, "/infill")
+    bodies, told = asked(page, "/infill"), asked(page, "/v1/events")
     type_in_the_hole(page, "pi * ")
     shown = settled(page)
     body = next(one for one in bodies if one["input_prefix"].endswith("return  pi * "))
@@ -112,6 +113,8 @@ def test_ghost_text_is_what_the_server_writes_and_tab_takes_it(server, open_page
     page.keyboard.press("Tab")
     page.wait_for_function("() => !document.querySelector('#state').textContent.startsWith('writing')")
     assert f"return  pi * {answer['content'].split(chr(10))[0]}" in code(page)
+    (accepted,) = {one["completion_id"] for one in told if one["type"] == "select"}
+    assert body["language"] == "python" and accepted in {one["completion_id"] for one in told if one["type"] == "view"}
 
 
 def test_typing_what_is_shown_asks_nothing_and_typing_another_thing_asks_anew(server, open_page):

@@ -8,6 +8,8 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -40,7 +42,7 @@ def workbench(tmp_path_factory):
     (home / "data/User").mkdir(parents=True)
     (home / "data/User/settings.json").write_text(json.dumps(SETTINGS | {"codegemma.command": str(program)}))
     command = ["node", str(CODE), "--user-data-dir", str(home / "data"), "--extensions-dir", str(home / "extensions")]
-    environment = os.environ | {"HOME": str(home), "EXTENSIONS_GALLERY": "{}"}
+    environment = os.environ | {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "EXTENSIONS_GALLERY": "{}"}
     subprocess.run([*command, "--install-extension", str(VSIX)], env=environment, check=True, capture_output=True, timeout=300)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,6 +72,13 @@ def url(home: Path) -> str:
 
 def status(page: Page):
     return page.locator(".statusbar-item", has_text="CodeGemma")
+
+
+def until(found: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE / 1000
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def command(page: Page, name: str) -> None:
@@ -115,6 +124,10 @@ def test_ghost_text_is_the_servers_and_is_taken_by_word_and_whole(workbench):
     page.wait_for_function("text => [...document.querySelectorAll('.view-line')].some(line => "
                            "line.textContent.replaceAll('\\u00a0', ' ').trim().startsWith(text))",
                            arg=f"return pi * {answer['content'].splitlines()[0]}".strip())
+    figures = home / "state/codegemma/suggestions.jsonl"
+    until(lambda: figures.exists() and '"language": "python"' in figures.read_text())
+    row = json.loads(figures.read_text().splitlines()[-1])
+    assert row["taken"] == row["characters"] == len(answer["content"])
 
 
 def test_the_chat_answers_about_the_function_at_the_cursor(workbench):

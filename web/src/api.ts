@@ -2,8 +2,8 @@
 
 export interface File { path: string; text: string }
 
-/** What the editor knows: text before and after the cursor, this file's path, and other files. */
-export interface Hole { prefix: string; suffix: string; path?: string; context?: File[] }
+/** What the editor knows: text before and after the cursor, this file's path and language, and other files. */
+export interface Hole { prefix: string; suffix: string; path?: string; language?: string; context?: File[] }
 
 export type Order = "auto" | "psm" | "spm" | "prefix";
 export type Trim = "none" | "line" | "block";
@@ -27,8 +27,10 @@ export interface Timings {
   mode: Order | null; adapter: string | null; stop: string;
 }
 
-/** What was written since the piece before; `index` tells several suggestions apart. */
-export interface Piece { text: string; index?: number; timings?: Timings }
+/** What was written since the piece before; `index` tells several suggestions apart. The last one has the suggestion's `id`. */
+export interface Piece { text: string; index?: number; timings?: Timings; id?: string }
+
+export type Outcome = "view" | "select" | "dismiss";
 
 export interface Message { role: "user" | "assistant" | "system"; content: string }
 
@@ -75,10 +77,16 @@ export class Client {
   async *complete(hole: Hole, options: Options, signal?: AbortSignal): AsyncGenerator<Piece> {
     const { max_tokens: n_predict, ...rest } = options;
     const body = {
-      input_prefix: hole.prefix, input_suffix: hole.suffix, prompt: "", path: hole.path,
+      input_prefix: hole.prefix, input_suffix: hole.suffix, prompt: "", path: hole.path, language: hole.language,
       input_extra: hole.context?.map(({ path, text }) => ({ filename: path, text })), n_predict, ...rest,
     };
-    for await (const { content, index, timings } of this.stream("infill", body, signal)) yield { text: content ?? "", index, timings };
+    for await (const { content, index, timings, id } of this.stream("infill", body, signal))
+      yield { text: content ?? "", index, timings, id };
+  }
+
+  /** What became of a suggestion, for the server's local figures. */
+  async tell(type: Outcome, completion_id: string): Promise<void> {
+    await this.send("v1/events", { type, completion_id, choice_index: 0 });
   }
 
   /** The next turn as it is written; the last piece has the timings. */

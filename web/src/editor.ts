@@ -2,11 +2,13 @@
 
 import type { Hole } from "./api.ts";
 import { editor, languages, Range, Uri } from "./monaco.ts";
+import type { Outcomes } from "./outcomes.ts";
 import { placed, type Suggestion, type Suggestions } from "./suggestions.ts";
 
 self.MonacoEnvironment = { getWorker: () => new Worker("editor.worker.js", { type: "module" }) };
 
 const EXPLICIT = languages.InlineCompletionTriggerKind.Explicit;
+const ACCEPTED = 0;       // InlineCompletionEndOfLifeReasonKind
 const VARIANTS = 3;       // suggestions when asked for by key
 const REFRESH = 80;       // ms between pictures of a suggestion that is being written
 
@@ -32,13 +34,16 @@ def square_area(side: float) -> float:
 
 export interface Settings { path: string; automatic: boolean }
 
+interface Offer extends languages.InlineCompletions<languages.InlineCompletion & { id?: string }> { one?: Suggestion }
+
 export class CodeEditor {
   shown?: Suggestion;
   private monaco: editor.IStandaloneCodeEditor;
   private refreshing = false;
   private drawn = 0;
 
-  constructor(root: HTMLElement, private suggestions: Suggestions, private settings: Settings, private report: () => void) {
+  constructor(root: HTMLElement, private suggestions: Suggestions, outcomes: Outcomes, private settings: Settings,
+      private report: () => void) {
     this.monaco = editor.create(root, {
       model: editor.createModel(SHAPES, undefined, Uri.file(settings.path)), automaticLayout: true, minimap: { enabled: false },
       fontSize: 14, scrollBeyondLastLine: false, quickSuggestions: false, padding: { top: 12, bottom: 12 }, tabSize: 4,
@@ -52,6 +57,8 @@ export class CodeEditor {
     });
     languages.registerInlineCompletionsProvider({ pattern: "**" }, {
       provideInlineCompletions: (model, position, { triggerKind }) => this.provide(model, position, triggerKind === EXPLICIT),
+      handleItemDidShow: ({ one }: Offer) => { if (one) outcomes.show(one); },
+      handleEndOfLifetime: (_: Offer, { id }: Offer["items"][number], { kind }) => { if (kind === ACCEPTED) outcomes.accept(id); },
       disposeInlineCompletions: () => {}, debounceDelayMs: 0,
     });
   }
@@ -82,12 +89,12 @@ export class CodeEditor {
     old.dispose();
   }
 
-  private async provide(model: editor.ITextModel, position: { lineNumber: number; column: number }, explicit: boolean) {
+  private async provide(model: editor.ITextModel, position: { lineNumber: number; column: number }, explicit: boolean): Promise<Offer> {
     if (this.refreshing) explicit = false;
     if (!explicit && !this.settings.automatic) return { items: [] };
     const text = model.getValue(editor.EndOfLinePreference.LF), { path } = this.settings;
     const before = model.getValueInRange(Range.fromPositions({ lineNumber: 1, column: 1 }, position), editor.EndOfLinePreference.LF);
-    const hole: Hole = { prefix: before, suffix: text.slice(before.length), path };
+    const hole: Hole = { prefix: before, suffix: text.slice(before.length), path, language: model.getLanguageId() };
     const count = explicit ? VARIANTS : 1;
     const one = this.shown = this.suggestions.find(hole, count) ?? this.suggestions.start(hole, count);
     await one.begun;
@@ -96,8 +103,9 @@ export class CodeEditor {
     const rest = hole.suffix.split("\n", 1)[0];
     const items = (one.left(hole) ?? []).filter(Boolean).map(text => {
       const { insert, replaced } = placed(text, rest);
-      return { insertText: insert, range: new Range(position.lineNumber, position.column, position.lineNumber, position.column + replaced) };
+      const range = new Range(position.lineNumber, position.column, position.lineNumber, position.column + replaced);
+      return { insertText: insert, range, id: one.id(hole, text) };
     });
-    return { items };
+    return { items, one };
   }
 }

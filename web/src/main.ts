@@ -2,6 +2,7 @@ import { Chat, type Conversation } from "./chat.ts";
 import { Client, type Options, ServerError } from "./api.ts";
 import { CodeEditor } from "./editor.ts";
 import { h } from "./dom.ts";
+import { Outcomes } from "./outcomes.ts";
 import { type Point, picture } from "./picture.ts";
 import { Suggestions } from "./suggestions.ts";
 import "./page.css";
@@ -35,7 +36,8 @@ const suggestions = new Suggestions((hole, count, signal) => {
   if (changed.finished && changed.timings) history.push(changed.timings);
   report();
 });
-const code = new CodeEditor(element("editor"), suggestions, settings, report);
+const outcomes = new Outcomes((outcome, id) => client().tell(outcome, id));
+const code = new CodeEditor(element("editor"), suggestions, outcomes, settings, report);
 
 const chat = new Chat(element("chat"), {
   ask: (messages, signal) => client().chat(messages, { adapter: settings.adapter, max_tokens: 1024 }, signal),

@@ -9,6 +9,7 @@ const KEPT = 32;          // suggestions remembered
 
 export class Suggestion {
   texts: string[];                      // the likeliest first; they grow as they are written
+  ids: (string | undefined)[] = [];     // the server's, of each text that is whole
   timings?: Timings;
   error?: unknown;
   finished = false;
@@ -24,7 +25,8 @@ export class Suggestion {
       if (!this.cancelled) this.error = error;
       this.abort.abort();
     }).then(() => {
-      this.texts = [...new Set(this.texts)];
+      const first = [...new Set(this.texts)].map(text => this.texts.indexOf(text));
+      [this.texts, this.ids] = [first.map(at => this.texts[at]), first.map(at => this.ids[at])];
       this.finished = !this.cancelled;
       this.begin();
       changed();
@@ -44,9 +46,15 @@ export class Suggestion {
     return fitting.length ? fitting.map(text => text.slice(typed.length)) : undefined;
   }
 
+  /** The id of the text of which `rest` is left. */
+  id(hole: Hole, rest: string): string | undefined {
+    return this.ids[this.texts.indexOf(hole.prefix.slice(this.hole.prefix.length) + rest)];
+  }
+
   private async read(ask: Ask, changed: () => void): Promise<void> {
-    for await (const { text, index = 0, timings } of ask(this.hole, this.count, this.abort.signal)) {
+    for await (const { text, index = 0, timings, id } of ask(this.hole, this.count, this.abort.signal)) {
       this.texts[index] += text;
+      if (id) this.ids[index] = id;
       if (timings?.stop === "cancelled") this.abort.abort();
       if (!index) this.timings = timings ?? this.timings;
       if (text) this.begin();

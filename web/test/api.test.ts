@@ -49,12 +49,12 @@ test("a completion sends the hole under llama.cpp's names and our fields, with t
   const timings = { prompt_n: 3, cache_n: 9, prompt_ms: 1, predicted_n: 2, predicted_ms: 4, queue_ms: 0, mode: "spm", adapter: null, stop: "end" };
   const [pieces, sent] = await served<[Piece[], any]>((body, reply, request) => {
     Object.assign(sentBody, body, { key: request.headers.authorization, path_: request.url });
-    reply.end(`data: {"content":"a","index":0,"stop":false}\n\ndata: {"content":"b","index":0,"stop":true,"timings":${JSON.stringify(timings)}}\n\n`);
-  }, async client => [await all(client.complete({ prefix: "x = ", suffix: "\n", path: "m.py", context: [{ path: "o.py", text: "y" }] },
+    reply.end(`data: {"content":"a","index":0,"stop":false}\n\ndata: {"content":"b","index":0,"stop":true,"id":"c-1","timings":${JSON.stringify(timings)}}\n\n`);
+  }, async client => [await all(client.complete({ prefix: "x = ", suffix: "\n", path: "m.py", language: "python", context: [{ path: "o.py", text: "y" }] },
     { max_tokens: 7, mode: "spm", n_cmpl: 2, time_budget_ms: 300 })), sentBody]);
   assert.equal(pieces.map(piece => piece.text).join(""), "ab");
-  assert.deepEqual(pieces[1].timings, timings);
-  assert.deepEqual(sent, { input_prefix: "x = ", input_suffix: "\n", prompt: "", path: "m.py", input_extra: [{ filename: "o.py", text: "y" }],
+  assert.deepEqual([pieces[1].timings, pieces[1].id], [timings, "c-1"]);
+  assert.deepEqual(sent, { input_prefix: "x = ", input_suffix: "\n", prompt: "", path: "m.py", language: "python", input_extra: [{ filename: "o.py", text: "y" }],
     n_predict: 7, mode: "spm", n_cmpl: 2, time_budget_ms: 300, stream: true, key: "Bearer secret", path_: "/infill" });
 });
 const sentBody: Record<string, unknown> = {};
@@ -70,6 +70,13 @@ test("an error is the server's own sentence, also in the middle of a stream", as
   await served((_, reply) => { reply.statusCode = 502; reply.end("bad gateway"); },
     client => assert.rejects(client.about(), /bad gateway/));
 });
+
+test("what became of a suggestion is told as Tabby's clients do", async () => {
+  const sent = await served<any[]>((body, reply, request) => reply.end(void Object.assign(told, { body, url: request.url })),
+    async client => { await client.tell("select", "c-1"); return [told.url, told.body]; });
+  assert.deepEqual(sent, ["/v1/events", { type: "select", completion_id: "c-1", choice_index: 0 }]);
+});
+const told: { url?: string; body?: unknown } = {};
 
 test("leaving a stream, or aborting it, closes the connection", async () => {
   for (const way of ["leave", "abort"]) {

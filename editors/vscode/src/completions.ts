@@ -2,16 +2,19 @@
 
 import * as vscode from "vscode";
 import type { Hole } from "../../../web/src/api.ts";
+import { Outcomes } from "../../../web/src/outcomes.ts";
 import { placed, type Suggestion, Suggestions } from "../../../web/src/suggestions.ts";
 import type { Context } from "./context.ts";
 import { around } from "./hole.ts";
 import type { Server } from "./server.ts";
 import { enabled, setting } from "./settings.ts";
 
+export const ACCEPTED = "codegemma.accepted";  // what VS Code runs when a suggestion is taken
 const INVOKED = vscode.InlineCompletionTriggerKind.Invoke;
 
 export class Completions implements vscode.InlineCompletionItemProvider {
   readonly suggestions: Suggestions;
+  readonly outcomes: Outcomes;
 
   constructor(server: Server, private context: Context, private report: (one: Suggestion, ms: number) => void) {
     const session = `vscode-${process.pid}-${vscode.env.sessionId}`;
@@ -20,6 +23,7 @@ export class Completions implements vscode.InlineCompletionItemProvider {
       yield* client.complete(hole, { session, n_cmpl: count, mode: setting("mode"), trim: setting("trim"), adapter: setting("adapter"),
         max_tokens: setting("maxTokens"), time_budget_ms: setting("timeBudget") }, signal);
     });
+    this.outcomes = new Outcomes(async (outcome, id) => (await server.client()).tell(outcome, id));
   }
 
   async provideInlineCompletionItems(document: vscode.TextDocument, position: vscode.Position,
@@ -33,6 +37,7 @@ export class Completions implements vscode.InlineCompletionItemProvider {
     this.report(one, Date.now() - began);
     if (token.isCancellationRequested || !one.finished) return [];
     if (setting("prefetch")) setTimeout(() => this.suggestions.prefetch(one));
+    this.outcomes.show(one);
     return this.items(one, hole, document, position, context.selectedCompletionInfo);
   }
 
@@ -58,7 +63,7 @@ export class Completions implements vscode.InlineCompletionItemProvider {
     const replaced = selected ? document.offsetAt(position) - document.offsetAt(selected.range.start) : 0;
     const plain = (part: string): string => part.replace(/\r\n/g, "\n");
     return { prefix: plain(prefix.slice(0, prefix.length - replaced)) + (selected?.text ?? ""), suffix: plain(suffix), path,
-             context: await this.context.files(document, setting("contextFiles")) };
+             language: document.languageId, context: await this.context.files(document, setting("contextFiles")) };
   }
 
   private items(one: Suggestion, hole: Hole, document: vscode.TextDocument, position: vscode.Position,
@@ -67,7 +72,8 @@ export class Completions implements vscode.InlineCompletionItemProvider {
     return (one.left(hole) ?? []).filter(Boolean).map(text => {
       const { insert, replaced } = placed(text, rest);
       const end = selected && !replaced ? selected.range.end : position.translate(0, replaced);
-      return new vscode.InlineCompletionItem((selected?.text ?? "") + insert, new vscode.Range(start, end));
+      const accepted = { command: ACCEPTED, title: "Accepted", arguments: [one.id(hole, text)] };
+      return new vscode.InlineCompletionItem((selected?.text ?? "") + insert, new vscode.Range(start, end), accepted);
     });
   }
 }

@@ -1,7 +1,7 @@
 import * as vscode from "vscode";
 import type { Suggestion } from "../../../web/src/suggestions.ts";
 import { ChatView } from "./chatView.ts";
-import { Completions } from "./completions.ts";
+import { ACCEPTED, Completions } from "./completions.ts";
 import { Context } from "./context.ts";
 import { type Passage, question, type Task } from "./questions.ts";
 import { Server } from "./server.ts";
@@ -42,6 +42,7 @@ export function activate(extension: vscode.ExtensionContext): void {
   extension.subscriptions.push(
     log, status, context,
     vscode.languages.registerInlineCompletionItemProvider({ pattern: "**" }, completions),
+    vscode.commands.registerCommand(ACCEPTED, (id?: string) => completions.outcomes.accept(id)),
     vscode.languages.registerCodeActionsProvider({ pattern: "**" }, { provideCodeActions: fixes }, { providedCodeActionKinds: [vscode.CodeActionKind.QuickFix] }),
     vscode.window.registerWebviewViewProvider("codegemma.chat", chat, { webviewOptions: { retainContextWhenHidden: true } }),
     vscode.window.onDidChangeActiveTextEditor(() => status.show()),
