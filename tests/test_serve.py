@@ -166,6 +166,15 @@ def test_token_ids_text_and_raw_prompts(server, model):
     assert good(server.post("/completion", json={"prompt": ids, "n_predict": 7, "temperature": 0}))["content"] == expected
     mixed = {"prompt": [marked[:14], *ids[2:]], "n_predict": 7, "temperature": 0}
     assert good(server.post("/completion", json=mixed))["content"] == expected
+    told = {"raw_prompt": marked, "return_prompt": True}
+    tabby = good(server.post("/v1/completions", json={"debug_options": told}))
+    assert tabby["choices"][0]["text"] == model.generate(ids, max_tokens=64).text
+    assert tabby["debug_data"]["prompt"] == "<bos>" + marked
+    streamed = {"prompt": ids, "n_predict": 7, "temperature": 0, "stream": True, "return_tokens": True, "n_probs": 1}
+    *parts, last = (json.loads(part) for part in events(server.post("/completion", json=streamed)))
+    whole = good(server.post("/completion", json=streamed | {"stream": False}))
+    for key in ("tokens", "completion_probabilities"):
+        assert [one for part in parts for one in part[key]] == whole[key] and not last.get(key)
     ollama = {"model": "m", "prompt": marked, "raw": True, "stream": False, "options": {"num_predict": 7, "temperature": 0}}
     assert good(server.post("/api/generate", json=ollama))["response"] == expected
     assert good(server.post("/api/generate", json=ollama | {"raw": False, "template": "{{ .Prompt }}"}))["response"] == expected
@@ -235,8 +244,14 @@ def test_what_llama_vim_needs(server):
         "temperature": 0.0,
     }
     assert good(server.post("/infill", json=warm))["content"] == ""
-    refused = server.post("/infill", json=body | {"input_extra": [{"text": "x"}]})
-    assert refused.status_code == 400 and "filename" in refused.json()["error"]["message"]
+    for extra, wrong in (({"filename": "a"}, "text"), ({"text": "x", "filename": 1}, "filename")):
+        refused = server.post("/infill", json=body | {"input_extra": [extra]})
+        assert refused.status_code == 400 and wrong in refused.json()["error"]["message"]
+    *_, last = map(json.loads, events(server.post("/infill", json=body | {"stream": True})))
+    assert set(last) == set(raw.json()) and last["content"] == ""  # its text was told before
+    unnamed = body | {"input_extra": [{"text": "one\n"}, {"text": "two\n", "filename": ""}], "response_fields": ["prompt"]}
+    told = good(server.post("/infill", json=unnamed))["prompt"]
+    assert told.startswith("<bos>one\n<|file_separator|>two\n<|file_separator|><|fim_")
     refused = server.post("/infill", json=body | {"n_cmpl": 5})
     assert refused.json()["error"]["message"] == "Field 'n_cmpl': Value must be between 1 <= value <= 4"
     several = good(server.post("/infill", json=body | {"n_cmpl": 3, "response_fields": None}))
@@ -403,7 +418,11 @@ def test_bad_input_is_refused_in_the_dialects_own_form(server, route, body, stat
 
 
 def test_tabby_refuses_in_plain_text(server):
-    for body, word in (({"segments": {"suffix": ""}}, "prefix"), ({"segments": HOLE, "mode": "next_edit_suggestion"}, "mode")):
+    for body, word in (
+        ({"segments": {"suffix": ""}}, "prefix"),
+        ({"segments": HOLE, "mode": "next_edit_suggestion"}, "mode"),
+        ({"debug_options": {"return_prompt": True}}, "raw_prompt"),
+    ):
         answer = server.post("/v1/completions", json=body)
         assert answer.status_code == 422 and answer.headers["content-type"].startswith("text/plain") and word in answer.text
 

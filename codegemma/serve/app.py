@@ -30,12 +30,12 @@ OPEN = {"/", "/health", "/v1/health", "/terms"}  # without a key, as the page's 
 clash = APIRouter()
 
 _Either = Annotated[Annotated[openai.Completion, Tag("openai")] | Annotated[tabby.Completion, Tag("tabby")],
-                    Discriminator(lambda body: "tabby" if isinstance(body, dict) and "segments" in body else "openai")]
+                    Discriminator(lambda body: "tabby" if tabby.owns(body) else "openai")]
 
 
 @clash.post("/v1/completions", tags=["OpenAI", "Tabby"])
 async def completions(body: _Either, request: Request) -> Response:
-    """OpenAI's, or with `segments` Tabby's."""
+    """OpenAI's, or with `segments` or `debug_options` Tabby's."""
     return await (tabby.complete(body, request) if isinstance(body, tabby.Completion) else openai.complete(body, request))
 
 
@@ -97,7 +97,7 @@ def refusal(path: str, status: int, message: str, body: Any = None) -> Response:
         return reply(ollama.error(status, message), status)
     if path.startswith(("/v1/fim", "/fim")):
         return reply(mistral.error(status, message), status)
-    if path in ("/v1/events", "/v1beta/server_setting") or (isinstance(body, dict) and "segments" in body):
+    if path in ("/v1/events", "/v1beta/server_setting") or tabby.owns(body):
         return Response(dumps(message)[1:-1], status, media_type="text/plain")
     if path.startswith("/v1/") or path in ("/chat/completions", "/models"):
         return reply(openai.error(status, message), status)
@@ -111,7 +111,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     path = request.url.path
     if path.startswith(("/v1/fim", "/fim")):
         return reply({"detail": problems}, 422)
-    status = 422 if isinstance(error.body, dict) and "segments" in error.body or path == "/v1/events" else 400
+    status = 422 if tabby.owns(error.body) or path == "/v1/events" else 400
     places = [".".join(str(part) for part in one["loc"] if part not in ("body", "openai", "tabby")) for one in problems]
     message = "; ".join(dict.fromkeys(f"{place}: {one['msg']}" if place else one["msg"]
                                       for place, one in zip(places, problems, strict=True)))

@@ -30,10 +30,10 @@ Limit = Annotated[float, Field(le=86_400_000)]  # llama.cpp's: 0 and below are n
 
 
 class Extra(BaseModel):
-    """Another file, as llama.cpp's clients send it."""
+    """Another file, as llama.cpp's clients send it; one without a name has no path line in the prompt."""
 
-    filename: str
     text: str
+    filename: str = ""
 
 
 class Own(BaseModel):

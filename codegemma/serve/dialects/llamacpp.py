@@ -248,7 +248,7 @@ async def _answered(body: Generation, request: Request, asks: list[Ask]) -> Resp
         jobs = await backend(request).submit(asks)
         return Stream(request, jobs, _stream(body, request, jobs), lambda message: event(error(500, message)))
     answers = await collect(request, asks)
-    found = [_picked(_final(body, request, answer, index, "".join(step.text for step in answer.steps)), body.response_fields)
+    found = [_picked(_final(body, request, answer, index, answer.steps), body.response_fields)
              for index, answer in enumerate(answers)]
     return reply(found if len(found) > 1 else found[0])
 
@@ -257,27 +257,29 @@ async def _stream(body: Generation, request: Request, jobs: list[Job]) -> AsyncI
     taken: list[list[Step]] = [[] for _ in jobs]
     async for index, step in merged(jobs):
         taken[index].append(step)
-        if step.stop is None and (step.text or body.return_tokens):
+        if step.text or (step.token is not None and (body.return_tokens or body.n_probs)):
             yield event({"index": index, "content": step.text, "tokens": _tokens(body, [step]), "stop": False,
                          "id_slot": -1, "tokens_predicted": jobs[index].predicted_tokens,
                          "tokens_evaluated": jobs[index].prompt_tokens, **_probabilities(body, request, [step])})
-        elif step.stop is not None:
-            yield event(_final(body, request, Answer(jobs[index], taken[index]), index, step.text))
+        if step.stop is not None:
+            last = _final(body, request, Answer(jobs[index], taken[index]), index, [])
+            yield event(_picked(last, body.response_fields))
 
 
-def _final(body: Generation, request: Request, answer: Answer, index: int, text: str) -> dict[str, Any]:
-    """The answer of a whole request, or the last event of a stream, whose `text` is its own."""
+def _final(body: Generation, request: Request, answer: Answer, index: int, steps: list[Step]) -> dict[str, Any]:
+    """The answer of a whole request; or, without steps, the last event of a stream, which has told them."""
     job, last = answer.job, answer.steps[-1]
     sampling = job.ask.sampling
-    return {"index": index, "content": text, "tokens": _tokens(body, answer.steps), "id_slot": -1, "stop": True,
-            "model": backend(request).name, "tokens_predicted": job.predicted_tokens, "tokens_evaluated": job.prompt_tokens,
+    return {"index": index, "content": "".join(step.text for step in steps), "tokens": _tokens(body, steps),
+            "id_slot": -1, "stop": True, "model": backend(request).name,
+            "tokens_predicted": job.predicted_tokens, "tokens_evaluated": job.prompt_tokens,
             "generation_settings": {"n_predict": job.ask.max_tokens, "temperature": sampling.temperature, "top_k": sampling.top_k,
                                     "top_p": sampling.top_p, "min_p": sampling.min_p, "seed": sampling.seed,
                                     "repeat_penalty": sampling.repeat_penalty, "stop": list(job.ask.stop)},
             "prompt": backend(request).tokenizer.decode(job.prompt.ids, control=True),
             "has_new_line": any("\n" in step.text for step in answer.steps), "truncated": False,
             "stop_type": STOP_TYPES.get(last.stop or "", "none"), "stopping_word": stop_word(answer, backend(request).tokenizer),
-            "tokens_cached": job.cached_tokens, "timings": job.timings(), **_probabilities(body, request, answer.steps),
+            "tokens_cached": job.cached_tokens, "timings": job.timings(), **_probabilities(body, request, steps),
             **({"id": offer(answer, body.language)} if isinstance(body, Infill) and answer.text else {})}
 
 
@@ -286,7 +288,7 @@ def _tokens(body: Generation, steps: list[Step]) -> list[int]:
 
 
 def _probabilities(body: Generation, request: Request, steps: list[Step]) -> dict[str, Any]:
-    if not body.n_probs:
+    if not body.n_probs or not steps:
         return {}
     tokenizer = backend(request).tokenizer
 
@@ -299,14 +301,17 @@ def _probabilities(body: Generation, request: Request, steps: list[Step]) -> dic
 
 
 def _picked(answer: dict[str, Any], fields: list[str] | None) -> dict[str, Any]:
-    """The fields asked for; `timings/prompt_n` comes back flat under that very name, as llama.vim reads it."""
+    """The fields asked for, in a stream of its last event; `timings/prompt_n` comes back flat under that very name, as
+    llama.vim reads it."""
     if not fields or fields == [""]:
         return answer
     found: dict[str, Any] = {}
     for name in fields:
         value: Any = answer
         for key in name.split("/"):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
+            if not isinstance(value, dict) or key not in value:
+                break
+            value = value[key]
+        else:
             found[name] = value
     return found

@@ -1,19 +1,19 @@
-"""Tabby's completions, told from OpenAI's on the same path by `segments`; events and health."""
+"""Tabby's completions, told from OpenAI's on the same path by fields of their own; events and health."""
 
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import Any, Self
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, field_validator, model_validator
 
 from codegemma import __version__
 from codegemma.native import usable_cpus
 from codegemma.prompts import File
 from codegemma.sampling import Sampling
 from codegemma.serve import stats
-from codegemma.serve.ask import Text
+from codegemma.serve.ask import Fill, Text
 from codegemma.serve.wire import Own, backend, collect, offer, reply
 
 router = APIRouter(tags=["Tabby"])
@@ -49,7 +49,7 @@ class Debug(BaseModel):
 
 
 class Completion(Own):
-    segments: Segments
+    segments: Segments | None = None
     language: str | None = None
     user: str | None = None
     temperature: float | None = None
@@ -61,6 +61,12 @@ class Completion(Own):
     def _ours(cls, mode: Any) -> Any:
         return None if mode == "standard" else mode  # Tabby's own field of that name; its other value is refused
 
+    @model_validator(mode="after")
+    def _prompted(self) -> Self:
+        if self.segments is None and (self.debug_options is None or self.debug_options.raw_prompt is None):
+            raise ValueError("there is nothing to complete: send segments, or debug_options with a raw_prompt")
+        return self
+
 
 class Event(BaseModel):
     type: str
@@ -70,11 +76,18 @@ class Event(BaseModel):
     elapsed: int | None = None
 
 
+def owns(body: Any) -> bool:
+    return isinstance(body, dict) and ("segments" in body or "debug_options" in body)
+
+
 async def complete(body: Completion, request: Request) -> Response:
     segments, debug = body.segments, body.debug_options or Debug()
-    body = body.model_copy(update={"path": body.path or segments.filepath})
-    what = body.fill(segments.prefix, segments.suffix, segments.files()) if debug.raw_prompt is None \
-        else Text(debug.raw_prompt, raw=True)
+    what: Fill | Text
+    if segments is None or debug.raw_prompt is not None:
+        what = Text(debug.raw_prompt or "", raw=True)
+    else:
+        body = body.model_copy(update={"path": body.path or segments.filepath})
+        what = body.fill(segments.prefix, segments.suffix, segments.files())
     answer, = await collect(request, [body.ask(request, what=what, max_tokens=MOST_TOKENS,
                                                sampling=Sampling(body.temperature or 0.0, seed=body.seed or 0))])
     found: dict[str, Any] = {"id": offer(answer, body.language), "choices": [{"index": 0, "text": answer.text}]}
