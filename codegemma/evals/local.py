@@ -10,10 +10,11 @@ from itertools import islice
 from codegemma.engine import Batch, Request, Running, Stop
 from codegemma.evals.task import Completion, Score, StopReason
 from codegemma.local import Model
-from codegemma.native import CHUNK
+from codegemma.native import CHUNK, PAGE
 from codegemma.sampling import Sampling
 
-SEQUENCES = 16                           # that run together: one group of the packed kernels
+SEQUENCES = 32                           # that run together at most: two groups of the packed kernels; more gain nothing
+CACHE_BYTES = 4 << 30                    # of keys and values that they may take, at 1,024 tokens each
 ROWS = 32                                # of logits at once: a row of 262,144 floats is a megabyte
 REASONS: dict[Stop, StopReason] = {"end": "token", "stop_text": "stop", "length": "length"}
 
@@ -30,11 +31,12 @@ class Local:
     def sample(self, prompts: list[list[int]], *, max_tokens: int, stop_ids: frozenset[int], stop: list[str],
                temperature: float, top_p: float, seed: int, n: int) -> Iterator[tuple[int, int, Completion]]:
         waiting = ((at, number) for at in range(len(prompts)) for number in range(n))
+        together = max(1, min(SEQUENCES, CACHE_BYTES // (1024 // PAGE * self.engine.cache.page_bytes)))
         batch = Batch(self.engine)
         started: dict[Running, tuple[int, int, float]] = {}
         texts: dict[Running, str] = {}
         while True:
-            for at, number in islice(waiting, SEQUENCES - len(batch.running)):
+            for at, number in islice(waiting, together - len(batch.running)):
                 sampling = Sampling(temperature, top_p=top_p, seed=_seed(seed, prompts[at], number))
                 one = batch.add(Request(prompts[at], max_tokens, sampling, stop_ids, stop, adapter=self.adapter))
                 started[one], texts[one] = (at, number, time.perf_counter()), ""
