@@ -218,7 +218,7 @@ async def slots(request: Request) -> Response:
                   for index in range(served.slots)])
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", include_in_schema=False)  # nothing that is offered
 @router.post("/embedding", include_in_schema=False)
 @router.post("/embeddings", include_in_schema=False)
 async def embeddings() -> Response:
