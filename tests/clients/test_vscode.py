@@ -39,8 +39,9 @@ def workbench(tmp_path_factory):
     program.write_text(f"#!/bin/bash\ncd {shlex.quote(str(ROOT))}\nexec {shlex.quote(sys.executable)} -m codegemma.cli \"$@\" "
                        f"> >(while read -r line; do echo \"$line\" >> {shlex.quote(str(home / 'said'))}; echo \"$line\"; done)\n")
     program.chmod(0o755)
-    (home / "data/User").mkdir(parents=True)
-    (home / "data/User/settings.json").write_text(json.dumps(SETTINGS | {"codegemma.command": str(program)}))
+    for place, values in (("User", SETTINGS), ("Machine", {"codegemma.command": str(program)})):
+        (home / "data" / place).mkdir(parents=True)  # a setting of the machine is read there, from the first change on
+        (home / "data" / place / "settings.json").write_text(json.dumps(values))
     command = ["node", str(CODE), "--user-data-dir", str(home / "data"), "--extensions-dir", str(home / "extensions")]
     environment = os.environ | {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "EXTENSIONS_GALLERY": "{}"}
     subprocess.run([*command, "--install-extension", str(VSIX)], env=environment, check=True, capture_output=True, timeout=300)
