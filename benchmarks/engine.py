@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from logbook import ROOT, parser, publish
-from peers import Peer
+from peers import BENCH, Peer
 
 import codegemma
 from codegemma.engine import Request
@@ -28,7 +28,6 @@ from codegemma.lora import LINEAR, Adapter
 from codegemma.native import Slice, measure
 from codegemma.weights import places
 
-RANDOM = Path.home() / ".cache" / "codegemma" / "bench"
 PROMPT, BEFORE, DECODED = 512, 64, 32      # tokens read; read before decoding; decoded
 FUNCTION = (ROOT / "benchmarks" / "edited_function.py").read_text()
 
@@ -175,7 +174,7 @@ def main() -> None:
     paths: dict[str, Callable[[], Path]] = {"default": lambda: hub.resolve()}
     results, beside = [], ""
     for name in args.models.split(","):
-        path = paths[name]() if name in paths else RANDOM / f"random-2b-{name}.gguf"
+        path = paths[name]() if name in paths else BENCH / f"random-2b-{name}.gguf"
         if not path.exists():
             subprocess.run([sys.executable, str(ROOT / "benchmarks" / "random_model.py"), "2b", name], check=True)
         results.append(compare(path, args.rounds, name == "default", args.threads))

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peers import BENCH, Peer
+from peers import Peer, exported
 
 from codegemma import sandbox
 from codegemma.evals import code, language
@@ -96,10 +96,6 @@ def humaneval_decoding(records: Records, name: str, limit: int) -> None:
 
 def hellaswag(records: Records, name: str, limit: int) -> None:
     """HellaSwag 10-shot against lm-eval with transformers in float32 on the same prompts, both with their model loaded."""
-    exported = BENCH / "gemma-3-270m-hf"
-    if not exported.exists():
-        convert = ["-m", "codegemma.cli", "convert", name, exported, "--to", "safetensors", "--dtype", "bf16"]
-        subprocess.run([sys.executable, *map(str, convert)], check=True)
     model, task = open_model(name, None, None), language.TASKS["hellaswag"]
     items = subset(task.items(records)[0], limit)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +103,7 @@ def hellaswag(records: Records, name: str, limit: int) -> None:
         found = json.loads(Path(folder, "ours", "hellaswag.json").read_text())
     rows = [{"context": item.choices[0][0], "choices": [text.strip() for _, text in item.choices], "label": item.target}
             for item in items]
-    with Peer("lm-eval", exported, threads=os.cpu_count()) as peer:
+    with Peer("lm-eval", exported(name), threads=os.cpu_count()) as peer:
         theirs = peer("choose", rows=rows)
     print(f"HellaSwag 10-shot, {limit} items: ours {ours:.1f} s ({found['score']:.1%}), lm-eval {theirs['seconds']:.1f} s "
           f"({theirs['right']:.1%}): {theirs['seconds'] / ours:.2f}x")

@@ -32,6 +32,15 @@ PYTHON = Path(__file__).parent.parent / ".venv-bench" / "bin" / "python"
 BENCH = Path.home() / ".cache" / "codegemma" / "bench"    # models that only benchmarks read
 
 
+def exported(model: str = "gemma-3-270m") -> Path:
+    """A model as transformers reads it, converted once."""
+    folder = BENCH / f"{Path(model).name}-hf"
+    if not folder.exists():
+        convert = ["-m", "codegemma.cli", "convert", model, str(folder), "--to", "safetensors", "--dtype", "bf16"]
+        subprocess.run([sys.executable, *convert], check=True)
+    return folder
+
+
 class Peer:
     """The parent's end. Raises RuntimeError with the child's own words when it fails."""
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from logbook import parser, publish
-from peers import BENCH, PYTHON
+from peers import BENCH, PYTHON, exported
 
 STEPS = 3
 OURS = ("kernels, all tokens", "kernels, middle only", "XLA alone, all tokens")
@@ -135,17 +135,13 @@ def main() -> None:
         publish(f"\n2B geometry, Q4_0 blocks, length 512, rank {chosen.rank}: {512 / found['seconds']:.1f} tokens/s, peak memory "
                 f"{found['bytes'] / 1e9:.2f} GB, {found['flops'] / found['seconds'] / 1e9:.0f} GFLOP/s\n", chosen.log)
         return
-    exported = BENCH / "gemma-3-270m-hf"
-    if not exported.exists():
-        convert = ["-m", "codegemma.cli", "convert", "gemma-3-270m", str(exported), "--to", "safetensors", "--dtype", "bf16"]
-        subprocess.run([sys.executable, *convert], check=True)
     times: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     shares: dict[str, list[float]] = {}
     for _ in range(chosen.rounds):
         limit = peak()
         for kind, python, names, model in (("ours", sys.executable, OURS, "gemma-3-270m"),
-                                           ("theirs", PYTHON, THEIRS, str(exported))):
+                                           ("theirs", PYTHON, THEIRS, str(exported()))):
             for name in names:
                 if name in chosen.skip.split(","):
                     continue

@@ -72,8 +72,7 @@ def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
         weights = np.exp(logits_V - logits_V.max())
         return int(np.searchsorted(np.cumsum(weights), uniform * weights.sum(), "right").clip(0, len(weights) - 1))
-    order, total = _likeliest(sampling, logits_V)
-    weights = np.exp(logits_V[order] - logits_V[order[0]])
+    order, weights, total = _likeliest(sampling, logits_V)
     keep = len(order)
     if sampling.top_p < 1:
         keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p * total)) + 1
@@ -83,19 +82,20 @@ def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
     return int(order[np.searchsorted(cumulative, uniform * cumulative[-1], "right").clip(0, len(cumulative) - 1)])
 
 
-def _likeliest(sampling: Sampling, logits_V: np.ndarray) -> tuple[np.ndarray, float]:
+def _likeliest(sampling: Sampling, logits_V: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Tokens, likeliest first, as many as the filters may keep (to sort all of a large vocabulary would cost more than the
-    model), and the sum of the weights that `top_p` is a share of."""
+    model); their weights; and the sum that `top_p` is a share of."""
     if sampling.top_k:
         order = top(logits_V, sampling.top_k)
-        return order, float(np.exp(logits_V[order] - logits_V[order[0]]).sum())
+        weights = np.exp(logits_V[order] - logits_V[order[0]])
+        return order, weights, float(weights.sum())
     weights_V = np.exp(logits_V - logits_V.max())
     total, size = float(weights_V.sum()), 256
     while True:
         order = top(logits_V, size)
-        kept = weights_V[order]
-        if size >= len(logits_V) or kept.sum() > sampling.top_p * total or kept[-1] < sampling.min_p:
-            return order, total
+        weights = weights_V[order]
+        if size >= len(logits_V) or weights.sum() > sampling.top_p * total or weights[-1] < sampling.min_p:
+            return order, weights, total
         size *= 16
 
 

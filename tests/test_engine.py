@@ -478,25 +478,6 @@ def test_closing_the_iterator_stops_the_work_and_keeps_what_was_done():
 
 
 # ------------------------------------------------------------------------------------------------ sampling
-@pytest.mark.parametrize("options", [{"top_p": 0.95}, {"top_p": 0.3}, {"top_p": 0.0}, {"min_p": 0.05},
-                                     {"top_p": 0.9, "min_p": 1e-3}, {"top_k": 7}, {"top_k": 40, "top_p": 0.8}])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
-def test_a_draw_is_that_of_the_whole_vocabulary_in_order(options, scale):
-    """The slow twin sorts all tokens; ties go to the lowest id."""
-    rng, s = np.random.default_rng(3), Sampling(1.0, **options)
-    for size in (5, 300, 5000):
-        logits_V = rng.normal(0, scale, size)
-        logits_V[rng.integers(0, size, 3)] = logits_V.max()
-        order = np.lexsort((np.arange(size), -logits_V))[:s.top_k or size]
-        weights = np.exp(logits_V[order] - logits_V.max())
-        keep = min(len(order), max(1, int(np.searchsorted(np.cumsum(weights / weights.sum()), s.top_p)) + 1))
-        kept = [token for token, weight in zip(order[:keep], weights, strict=False) if weight >= s.min_p]
-        cumulative = np.cumsum(weights[:len(kept)] / weights[:len(kept)].sum())
-        for i in range(40):
-            uniform = sampling._uniform(s.seed, i)
-            assert sampling.choose(s, logits_V, 0, [], i) == kept[int(np.searchsorted(cumulative, uniform, "right"))]
-
-
 def probabilities(s, logits_V, context=()):
     """What the filters leave, written out plainly."""
     x = logits_V.astype(np.float64).copy()
@@ -535,6 +516,23 @@ def test_draws_follow_the_distribution(s):
         limit = degrees * (1 - 2 / (9 * degrees) + 3.72 * np.sqrt(2 / (9 * degrees))) ** 3
         assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < limit
     assert [sampling.choose(replace(s, seed=9), logits_V, 0, context, i) for i in range(50)] == draws[:50]
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.95}, {"top_p": 0.3}, {"top_p": 0.0}, {"min_p": 0.05},
+                                     {"top_p": 0.9, "min_p": 1e-3}, {"top_k": 7}, {"top_k": 40, "top_p": 0.8}])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_a_draw_is_that_of_the_whole_vocabulary_in_order(options, scale):
+    """Where the filters leave a small part of many tokens, and ties go to the lowest id."""
+    rng, s = np.random.default_rng(3), Sampling(1.0, **options)
+    for size in (5, 300, 5000):
+        logits_V = rng.normal(0, scale, size)
+        logits_V[rng.integers(0, size, 3)] = logits_V.max()
+        q = probabilities(s, logits_V)
+        kept = np.lexsort((np.arange(size), -q))[:np.count_nonzero(q)]
+        cumulative = np.cumsum(q[kept])
+        for i in range(40):
+            uniform = sampling._uniform(s.seed, i)
+            assert sampling.choose(s, logits_V, 0, [], i) == kept[int(np.searchsorted(cumulative, uniform, "right"))]
 
 
 def test_greedy_takes_the_argmax_and_penalties_move_it():

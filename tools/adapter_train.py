@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from codegemma.train import job
-from codegemma.train.loop import Report, Settings
+from codegemma.train.loop import VOCABULARY, Report, Settings
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma" / "adapter"
 PHASES = ("a1", "a2", "b", "c")
@@ -26,7 +26,7 @@ def plan(phase: str, cache: Path) -> job.Plan:
     number = PHASES.index(phase)
     last = number == len(PHASES) - 1
     settings = Settings(PEAK, warmup=0.05 if number == 0 else 0.0, decay="cosine" if last else "constant", floor=0.05,
-                        vocabulary=32_768, micro_tokens=1024, save_every=5)
+                        vocabulary=VOCABULARY, micro_tokens=1024, save_every=5)
     before = cache / "runs" / PHASES[number - 1] / "adapter" if number else None
     return job.Plan("gemma-3-270m", (str(cache / "rows" / phase),), cache / "runs" / phase, settings, kind="qlora", rank=RANK,
                     adapter=before, batch_tokens=BATCH_TOKENS[phase], name="gemma-3-270m-fim")

@@ -30,6 +30,7 @@ from codegemma.train.loss import BLOCK, cross_entropy
 from codegemma.train.order import Microbatch, Order, Sample, microbatches
 
 Trainable = Lora | Params
+VOCABULARY = 32_768                      # of Settings, where the normaliser need not be exact
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     gradient = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), config=config, settings=settings),
                        out_shardings=(None, where))
     size = settings.vocabulary or config.vocab
-    draw = order.sampler(size, config.vocab) if size < config.vocab else None
+    sampler = order.sampler(size, config.vocab) if size < config.vocab else None
     loss = jax.jit(partial(objective, config=config, settings=settings))
     total = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
@@ -214,7 +215,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         summed: Any = None
         seen = Tally(terminators)
         batches = list(_batches(rows, settings, parts))
-        sample = draw(run.step, batches) if draw else None
+        sample = sampler(run.step, batches) if sampler else None
         for batch in batches:
             (_, told), grown = gradient(run.trainable, base, meshes.place_batch(mesh, batch), sample)
             seen.add(batch, *told)

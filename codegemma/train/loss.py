@@ -55,8 +55,8 @@ def _cross_entropy(ids, cap, z, train_table, hidden_MD, table_VD, rows_RD, targe
 
 
 def _ahead(ids, cap, z, train_table, h_MD, table_VD, rows_RD, targets_M, count, sample):  # type: ignore[no-untyped-def]
-    some_SD = None if sample is None else jax.tree.map(lambda x: x[sample.numbers_S], table_VD)
-    block = partial(_block, ids, cap, z, table_VD, rows_RD, sample, some_SD)
+    summed_SD = table_VD if sample is None else jax.tree.map(lambda x: x[sample.numbers_S], table_VD)
+    block = partial(_block, ids, cap, z, table_VD, rows_RD, sample, summed_SD)
     if count is None:
         made = block(h_MD, targets_M)
     else:
@@ -89,11 +89,12 @@ class _Block(NamedTuple):
 
 
 def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, rows_RD: jax.Array,
-           sample: Sample | None, some_SD: Weight | None, h_MD: jax.Array, targets_M: jax.Array) -> _Block:
+           sample: Sample | None, summed_SD: Weight, h_MD: jax.Array, targets_M: jax.Array) -> _Block:
+    """`summed_SD` has the rows that the normaliser sums over: the table's, or those of the sample."""
     M, D = h_MD.shape
 
     def add(sums: _Sums, logits_MC: jax.Array, numbers_C: jax.Array, back: Callable[[jax.Array], jax.Array],
-            counts_C: jax.Array | float = 1.0) -> _Sums:
+            counts_C: jax.Array | float) -> _Sums:
         """`back` multiplies [M, C] by the rows behind the logits."""
         most_M = jnp.maximum(sums.most_M, logits_MC.max(-1))
         best_M = jnp.where(most_M > sums.most_M, numbers_C[logits_MC.argmax(-1)], sums.best_M)
@@ -104,17 +105,18 @@ def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, 
     sums = _Sums(jnp.full(M, -jnp.inf), jnp.zeros(M, jnp.int32), jnp.zeros(M), jnp.zeros((M, D)))
     own_MR = softcap(product(h_MD, rows_RD), cap)
     if ids:
-        sums = add(sums, own_MR, jnp.array(ids, jnp.int32), lambda w: w @ rows_RD)
+        sums = add(sums, own_MR, jnp.array(ids, jnp.int32), lambda w: w @ rows_RD, 1.0)
 
     def chunk(sums: _Sums, start: jax.Array, size: int) -> _Sums:
-        numbers_C, counts_C = start + jnp.arange(size, dtype=jnp.int32), jnp.ones(())
-        if sample is not None:
+        if sample is None:
+            numbers_C, counts_C = start + jnp.arange(size, dtype=jnp.int32), jnp.ones(())
+        else:
             numbers_C, counts_C = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in sample)
-        forward, back = _rows(table_VD if some_SD is None else some_SD, start, size)
+        forward, back = _rows(summed_SD, start, size)
         logits_MC = _without(ids, softcap(forward(h_MD), cap), numbers_C)
         return add(sums, logits_MC, numbers_C, back, counts_C)
 
-    sums = _over_chunks(table_VD.shape[0] if sample is None else len(sample.numbers_S), M, chunk, sums)
+    sums = _over_chunks(summed_SD.shape[0], M, chunk, sums)
     target_MD = _target_rows(ids, table_VD, rows_RD, targets_M)
     logit_M = softcap(jnp.sum(h_MD * target_MD, -1), cap)
     lse_M = sums.most_M + jnp.log(sums.sum_M)

@@ -79,7 +79,6 @@ class Order:
             step -= steps
         raise IndexError(f"step beyond the last, {self.steps:,}")
 
-
     def sampler(self, size: int, vocab: int) -> Callable[[int, Sequence[Microbatch]], Sample]:
         """Draws `size` of `vocab` tokens for a step and its microbatches: half of them what these rows hold most of, with the
         step's targets, and the others by chance."""

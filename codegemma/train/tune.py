@@ -28,14 +28,13 @@ from codegemma.local import Model, load
 from codegemma.prompts import Layout
 from codegemma.tokenizer import Tokenizer
 from codegemma.train import job
-from codegemma.train.loop import Report, Settings
+from codegemma.train.loop import VOCABULARY, Report, Settings
 
 SHARE = 0.1                              # of the files, held out
 NEWEST = 20                              # commits at most whose files are held out too
 LENGTH = 512                             # tokens of a row
 WINDOW = (96, 384)                       # tokens of an example
 BATCH_TOKENS = 4096
-VOCABULARY = 32_768                      # tokens that the normaliser of the loss is estimated from
 FEWEST = 4                               # files to train on
 LAYOUT: Layout = "spm"                   # of the holes that are measured: how an editor asks while one types
 PROBE = 3                                # steps that say how long a step takes, the first of which compiles

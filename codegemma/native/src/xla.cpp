@@ -78,11 +78,9 @@ float* out(const xla::Call& call, int i, int64_t rows, int64_t columns) {
 void run(const float* a, int64_t rows, const Weight& w, bool transposed, float* c, bool add = false) {
   multiply(engine.kernels, *engine.pool, {a, c, w, rows, 0, w.rows, transposed, add});
 }
-std::vector<float> transpose(const float* x, int64_t rows, int64_t columns) {
-  std::vector<float> y(rows * columns);
+void transpose(const float* x, int64_t rows, int64_t columns, float* y) {
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < columns; j++) y[j * rows + i] = x[i * columns + j];
-  return y;
 }
 // x [T, K], blocks, a, b -> y = x W^T + u b^T [T, N], u = x a^T [T, r]
 void adapted(const xla::Call& call) {
@@ -101,14 +99,15 @@ void adapted_back(const xla::Call& call) {
   Adapted l(call, 3, dy.dims[0]);
   require(dy.dims[1] == l.N && x.dims[0] == l.T && x.dims[1] == l.K && u.dims[0] == l.T && u.dims[1] == l.r, "shapes differ");
   float *dx = out(call, 0, l.T, l.K), *da = out(call, 1, l.r, l.K), *db = out(call, 2, l.N, l.r);
-  std::vector<float> du(l.T * l.r), db_t(l.r * l.N);
+  std::vector<float> du(l.T * l.r), turned(l.r * l.T), db_t(l.r * l.N);  // turned: du, then u
   run((const float*)dy.data, l.T, l.b, true, du.data());
   run((const float*)dy.data, l.T, l.w, true, dx);
   run(du.data(), l.T, l.a, true, dx, true);
-  run(transpose(du.data(), l.T, l.r).data(), l.r, Adapted::floats(x), true, da);
-  run(transpose((const float*)u.data, l.T, l.r).data(), l.r, Adapted::floats(dy), true, db_t.data());
-  std::vector<float> turned = transpose(db_t.data(), l.r, l.N);
-  std::copy(turned.begin(), turned.end(), db);
+  transpose(du.data(), l.T, l.r, turned.data());
+  run(turned.data(), l.r, Adapted::floats(x), true, da);
+  transpose((const float*)u.data, l.T, l.r, turned.data());
+  run(turned.data(), l.r, Adapted::floats(dy), true, db_t.data());
+  transpose(db_t.data(), l.r, l.N, db);
 }
 // ids [n], blocks [R, row bytes] -> rows of the weight as floats [n, K]
 void rows(const xla::Call& call) {
