@@ -11,6 +11,7 @@
 
 using namespace cg;
 namespace cg::OTHER { const Kernels* kernels(); }
+void cg::wait_for_none(const std::atomic<int>&) {}  // there is but this thread
 
 namespace {
 
@@ -84,10 +85,11 @@ std::vector<float> multiply(const Kernels* k, const Weight& w, const Weight* gat
   low.a.packed = held.a.packed;
   if (b && low.a.packed) k->quantise(low.a, 0, (T - start + 15) / 16 * 16);
   Side side{b ? *b : w, low.a, start, first};
+  std::atomic<int> none{0};
   Scratch scratch;
   int64_t tile = k->tile_rows(w, held.a.packed);
   for (int64_t r = 0; r < w.rows; r += tile)
-    k->product({&w, gate, out.data(), w.rows, {&side, b ? 1u : 0u}}, held.a, r, std::min(r + tile, w.rows), scratch);
+    k->product({&w, gate, out.data(), w.rows, {&side, b ? 1u : 0u, &none}}, held.a, r, std::min(r + tile, w.rows), scratch);
   return out;
 }
 

@@ -27,7 +27,7 @@ from codegemma.prompts import fim_stops
 from codegemma.tokenizer import FIM_NAMES
 from codegemma.train import mesh as meshes
 from codegemma.train import sft
-from codegemma.train.loop import Report, Settings, Trainable, adapter_of, lora_of, new_lora, train
+from codegemma.train.loop import Report, Settings, Trainable, adapter_of, hold_memory, lora_of, new_lora, train
 from codegemma.train.order import Order
 from codegemma.weights import ELEMENTS, Tensor, plain
 
@@ -61,6 +61,7 @@ class Plan:
 def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambda report: None,
         until: float | None = None) -> Path:
     """Trains and gives the folder of the result. `until` (of time.monotonic) stops it early, keeping what it has."""
+    hold_memory()
     checkpoint = _checkpoint(plan.model)
     mesh = meshes.parse(plan.mesh)
     order, held_out, skipped = _order(plan)

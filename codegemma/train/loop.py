@@ -185,7 +185,6 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     time.monotonic, ends the run early, after one step at least. Raises ValueError where `folder` holds a run and `resume` is
     not set, or one with other settings.
     """
-    hold_memory()
     steps = min(order.steps, settings.steps or order.steps)
     rate = schedule(settings, steps)
     rule = optimizer(settings, rate)
@@ -257,7 +256,8 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
 
 def hold_memory() -> None:
     """glibc gives a step's large buffers back to the system, which then clears every page of them again for the next step:
-    a fifth of the time on a CPU. Elsewhere there is no mallopt, and nothing happens."""
+    a fifth of the time on a CPU. To be called before JAX starts its threads: one that has its own arena by then goes on
+    so. Elsewhere there is no mallopt, and nothing happens."""
     with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-4, 0), (-1, -1), (-8, 1)):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h

@@ -91,7 +91,6 @@ void norm(const float* x, const float* weight, float* out, int64_t n, float eps)
 
 // One row: q = round(x * 127 / max|x|), half to even, in blocks of `block`; scales max|x| / 127; sums of each 16.
 void quantise_row(const float* x, int64_t padded, int block, int8_t* q, float* scales, int16_t* sums) {
-  const Fv round = splat(12582912.0f);  // 1.5 * 2^23
   for (int64_t b = 0; b < padded / block; b++, x += block, q += block, sums += block / 16) {
     Fv most{};
     for (int i = 0; i < block; i += FW) {
@@ -100,19 +99,7 @@ void quantise_row(const float* x, int64_t padded, int block, int8_t* q, float* s
     }
     float top = largest(most), inverse = top > 0 ? 127.0f / top : 0;
     scales[b] = top / 127.0f;
-    Fv by = splat(inverse);
-    for (int i = 0; i < block; i += 16) {
-      int32_t v[16];
-      Iv total{};
-      for (int j = 0; j < 16; j += FW) {
-        Iv whole = __builtin_convertvector((load<Fv>(x + i + j) * by + round) - round, Iv);
-        store(v + j, whole), total += whole;
-      }
-      for (int j = 0; j < 16; j++) q[i + j] = (int8_t)v[j];
-      int s = 0;
-      for (int l = 0; l < FW; l++) s += total[l];
-      sums[i / 16] = (int16_t)s;
-    }
+    for (int i = 0; i < block; i += 16) sums[i / 16] = (int16_t)round16(x + i, inverse, q + i);
   }
 }
 // Rows as unpack8 meets them: of each two blocks the first halves, then the second; scales and sums by ORDER.
@@ -626,6 +613,7 @@ void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r
   }
 }
 void add_sides(const Sides& sides, float* out, int64_t stride, int64_t r0, int64_t r1, Scratch& scratch) {
+  if (sides.count) wait_for_none(*sides.left);
   for (const Side* s = sides.at; s < sides.at + sides.count; s++) {
     Product p{&s->b, nullptr, out + s->start * stride, stride};
     p.add_from = s->first - s->start;

@@ -1,5 +1,6 @@
 // What a SIMD level offers to the program that runs a model: one table of functions, chosen once at run time.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -51,7 +52,12 @@ struct Side {
   Activations h;
   int start, first;
 };
-struct Sides { const Side* at = nullptr; size_t count = 0; };
+void wait_for_none(const std::atomic<int>& left);  // until it is 0: of what other threads have in hand (pool.cpp)
+struct Sides {
+  const Side* at = nullptr;
+  size_t count = 0;
+  const std::atomic<int>* left = nullptr;  // parts of h that are still to come: to be waited for
+};
 
 // One product: rows r0 .. r1 of a weight (and, for the gated form, of its twin) for every token, to out[t, column + r].
 struct Product {

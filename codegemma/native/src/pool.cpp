@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include "kernels.h"
+
 #include <climits>
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -54,6 +56,10 @@ void wait_until_not(std::atomic<uint32_t>& word, uint32_t value) {
 }
 
 }  // namespace
+
+void wait_for_none(const std::atomic<int>& left) {
+  for (int i = 0; left.load(std::memory_order_acquire); i++) i < 1000 ? relax() : std::this_thread::yield();
+}
 
 Pool::Pool(int threads) : threads_(threads) {
   for (int i = 1; i < threads; i++) workers_.emplace_back(&Pool::worker, this, i);

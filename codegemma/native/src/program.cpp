@@ -113,19 +113,24 @@ int Program::site(int in, const std::vector<Weight>& weights) {
   s.in = in, s.sides.resize(weights.size());
   for (auto& w : weights) s.rows.push_back(w.rows), buffers_[in].forms |= form_of(w.type);
   prepare(in);
-  add("adapter", [&s] { return (int64_t)s.tasks.size(); }, [&s, this](int64_t i, Scratch& scratch) {
+  return index;
+}
+void Program::add_beside(std::string kind, int site, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work) {
+  Site& s = sites_[site];
+  add(std::move(kind), [=, &s] { return (int64_t)s.tasks.size() + tiles(); }, [=, &s, this](int64_t i, Scratch& scratch) {
+    if (i >= (int64_t)s.tasks.size()) return work(i - (int64_t)s.tasks.size(), scratch);
     const SideTask& task = s.tasks[i];
     const int64_t r0 = (int64_t)task.slice * RANK;
     k_->product({&task.a, nullptr, task.h.f - r0, RANK}, task.x, r0, r0 + RANK, scratch);
     k_->quantise(task.h, 0, packed_ ? (task.h.T + 15) / 16 * 16 : task.h.T);
+    s.left.fetch_sub(1, std::memory_order_release);
   });
-  return index;
 }
 int Program::product(int in, std::vector<Weight> weights, int out) {
   buffers_[out].prepared = false;
   const int at = site(in, weights);
   auto tiles_of = [this](const Weight& w) { int64_t n = k_->tile_rows(w, packed_); return (w.rows + n - 1) / n; };
-  add("product", [=] { int64_t n = 0; for (auto& w : weights) n += tiles_of(w); return n; },
+  add_beside("product", at, [=] { int64_t n = 0; for (auto& w : weights) n += tiles_of(w); return n; },
       [=, this](int64_t tile, Scratch& scratch) {
         const Activations& o = buffers_[out].a;
         int64_t column = 0;
@@ -144,7 +149,7 @@ int Program::product(int in, std::vector<Weight> weights, int out) {
 int Program::gated(int in, Weight gate, Weight up, int out) {
   buffers_[out].prepared = false;
   const int at = site(in, {gate, up});
-  add("gated", [=, this] { int64_t n = k_->tile_rows(up, packed_); return (up.rows + n - 1) / n; },
+  add_beside("gated", at, [=, this] { int64_t n = k_->tile_rows(up, packed_); return (up.rows + n - 1) / n; },
       [=, this](int64_t tile, Scratch& scratch) {
         const Activations& o = buffers_[out].a;
         int64_t rows = k_->tile_rows(up, packed_), r0 = tile * rows;
@@ -290,6 +295,7 @@ void Program::lay_sides() {
         s.sides[low.slices[slice].target].push_back({low.slices[slice].b, h, span.start, span.begin});
       }
     }
+    s.left = (int)s.tasks.size();
   }
 }
 void Program::cut(Tasks& tasks) {

@@ -97,6 +97,7 @@ class Program {
     int in;
     std::vector<int64_t> rows;           // of each target
     std::vector<SideTask> tasks;         // of this run: h = x a^T
+    std::atomic<int> left{0};            // of them, not done yet
     std::vector<std::vector<Side>> sides;  // of this run, by target
   };
   struct Span { int adapter, begin, end, start; size_t h; };  // tokens; the first of its packed group; its rows in h_
@@ -106,8 +107,10 @@ class Program {
   void prepare(int b);       // quantise a buffer, where its readers want blocks and its writer made floats only
   void size(Buffer& b, int T, bool packed);
   int site(int in, const std::vector<Weight>& weights);
+  // A step of a site: its adapters' tasks, and then the tiles of the product itself, which wait for them where they add h b^T.
+  void add_beside(std::string kind, int site, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
   void lay_sides();
-  Sides sides(int site, int target) const { return {sites_[site].sides[target].data(), sites_[site].sides[target].size()}; }
+  Sides sides(int site, int target) const { return {sites_[site].sides[target].data(), sites_[site].sides[target].size(), &sites_[site].left}; }
   Angles& angles(double base, double scale, int width);
   void cut(Tasks& tasks);
   int token_tiles() const { return packed_ ? (batch_.T + 15) / 16 : batch_.T; }

@@ -62,7 +62,15 @@ CG_INLINE Fv fma(Fv a, Fv b, Fv c) {
 #endif
 }
 CG_INLINE Fv select(Iv mask, Fv yes, Fv no) { return (Fv)((mask & (Iv)yes) | (~mask & (Iv)no)); }
-CG_INLINE Fv max(Fv a, Fv b) { return select(a > b, a, b); }
+CG_INLINE Fv max(Fv a, Fv b) {
+#if defined(CG_AVX512)
+  return (Fv)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(CG_AVX2)
+  return (Fv)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 
 // Sum and maximum of the lanes in one fixed order: halves onto each other.
 CG_INLINE float sum(Fv v) {
@@ -253,6 +261,21 @@ CG_INLINE int32_t sum(i32x8 v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 #else
   return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+#endif
+}
+// Sixteen floats times `by` as whole numbers, half to even, that fit a byte; their sum.
+CG_INLINE int32_t round16(const float* x, float by, int8_t* q) {
+#if CG_X86
+  __m256i a = _mm256_cvtps_epi32(_mm256_loadu_ps(x) * _mm256_set1_ps(by)), b = _mm256_cvtps_epi32(_mm256_loadu_ps(x + 8) * _mm256_set1_ps(by));
+  __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+  _mm_storeu_si128((__m128i*)q, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  return sum((i32x8)_mm256_add_epi32(a, b));
+#else
+  const Fv round = splat(12582912.0f);  // 1.5 * 2^23
+  int32_t v[16], total = 0;
+  for (int i = 0; i < 16; i += FW) store(v + i, __builtin_convertvector((load<Fv>(x + i) * splat(by) + round) - round, Iv));
+  for (int i = 0; i < 16; i++) q[i] = (int8_t)v[i], total += v[i];
+  return total;
 #endif
 }
 CG_INLINE u8x32 nibbles(const uint8_t* p) {  // 16 bytes: low nibbles, then high nibbles
