@@ -88,3 +88,24 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path):
         adapter_data.fetch(package, tmp_path)
     assert not (tmp_path / package.file).exists()
     assert all(len(each.sha256) == 64 and each.registry in adapter_data.REGISTRIES for each in adapter_data.packages())
+
+
+def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
+    """Every chosen segment stands in the rows that it was chosen from, with its loss, once; none that fits is left out."""
+    monkeypatch.setitem(adapter_data.CHOICES, "s", adapter_data.Choice("a1", "spm", 120, 1.0))
+
+    def segments(folder):
+        rows = Rows(folder)
+        for number in range(len(rows)):
+            row = rows[number]
+            for segment in range(1, row["segments"].max() + 1):
+                here = row["segments"] == segment
+                layouts = {each["layout"] for each in rows.examples(number) if each["segment"] == segment}
+                yield row["tokens"][here].tobytes() + row["loss"][here].tobytes(), layouts, int(here.sum())
+
+    assert adapter_data.choose("s", cache) == len(Rows(cache / "rows" / "s"))
+    wanted = sorted(data for data, layouts, size in segments(cache / "rows" / "a1")
+                    if size <= 120 and layouts in ({"spm"}, {"prefix"}))
+    assert wanted and sorted(data for data, _, _ in segments(cache / "rows" / "s")) == wanted
+    assert {layout for _, layouts, _ in segments(cache / "rows" / "s") for layout in layouts} == {"spm", "prefix"}
+    assert "| S | of A1, to 120 tokens | 100% |" in adapter_card.data(cache, [])

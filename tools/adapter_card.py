@@ -1,9 +1,9 @@
 """The card of the default model's adapter: its data, training, learning curve, scores, licences and terms.
 
-    python tools/adapter_card.py ADAPTER [--metrics metrics.jsonl ...]
+    python tools/adapter_card.py ADAPTER --out codegemma/adapters/gemma-3-270m-fim [--orders spm] [--metrics metrics.jsonl ...]
 
-Writes README.md and PACKAGES.txt into the adapter's folder from what the corpus, the run and the evaluation left under
---cache: manifests of the rows, metrics of the training run (JSON lines with tokens and seconds), reports and curve.
+Writes the adapter in 16 bits, and beside it README.md and PACKAGES.txt, from what the corpus, the run and the evaluation left
+under --cache: manifests of the rows, metrics of the training run (JSON lines with tokens and seconds), reports and curve.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapter_data import LIST, PHASES, Package, packages
+from adapter_data import CHOICES, LIST, PHASES, Package, packages
 from adapter_eval import CACHE, table
 
 from codegemma import lora
-from codegemma.data.stages import Recipe
+from codegemma.evals.heldout import LAYOUTS
 from codegemma.hub import NOTICE
 
 HEAD = """---
@@ -58,9 +59,9 @@ def lines(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
 def data(cache: Path, corpus: list[Package]) -> str:
     """What it was trained on, what was left out and why."""
     manifests = {phase: {file.stem: json.loads(file.read_text()) for file in (cache / "rows" / phase / "manifests").glob("*.json")}
-                 for phase in PHASES if (cache / "rows" / phase / "index.npy").exists()}
+                 for phase in (*PHASES, *CHOICES) if (cache / "rows" / phase / "index.npy").exists()}
     if not manifests:
-        raise ValueError(f"{cache} holds no finished rows: run tools/adapter_data.py rows a1 a2 b c --data BENCHMARKS")
+        raise ValueError(f"{cache} holds no finished rows: run tools/adapter_data.py rows a1 a2 s b c --data BENCHMARKS")
     stages = next(iter(manifests.values()))
     clean, order, dedup = (stages[name] for name in ("clean", "order", "dedup"))
     dropped = Counter(stages["documents"]["counts"]) + Counter(clean["counts"]) + Counter(
@@ -76,15 +77,19 @@ def data(cache: Path, corpus: list[Package]) -> str:
         f"{dedup['counts'].get('benchmark', 0)} files held a problem of a benchmark ({len(clean['recipe']['benchmarks'])} files of "
         "problems were compared, HumanEval, its infilling sets, MBPP and BabelCode among them) and were dropped. Replaced by "
         "fake values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(clean["redacted"].items())) + ".", "",
-        lines((_phase(phase, PHASES[phase], found["rows"]) for phase, found in manifests.items()),
+        lines((_phase(phase, found["rows"]) for phase, found in manifests.items()),
               ("phase", "window", "suffix first", "examples", "tokens", "learned from"))])
 
 
-def _phase(name: str, recipe: Recipe, rows: dict[str, Any]) -> Sequence[str]:
+def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
+    counts = f"{rows['examples']:,}", f"{rows['tokens']:,}", f"{rows['learned']:,}"
+    if choice := CHOICES.get(name):
+        return name.upper(), f"of {choice.phase.upper()}, to {choice.most} tokens", f"{float(choice.layout == 'spm'):.0%}", *counts
+    recipe = PHASES[name]
     window = recipe.window or (0, 0)
     suffix = f", suffix to {recipe.suffix_limit}" if recipe.suffix_limit else ""
-    return (name.upper(), f"{window[0]} to {window[1]} tokens{suffix}", f"{recipe.spm_rate:.0%}", f"{rows['examples']:,}",
-            f"{rows['tokens']:,}", f"{rows['learned']:,}")
+    return name.upper(), f"{window[0]} to {window[1]} tokens{suffix}", f"{recipe.spm_rate:.0%}", *counts
+
 
 
 def training(adapter: lora.Adapter, metrics: Sequence[Path]) -> str:
@@ -124,14 +129,18 @@ def card(adapter: lora.Adapter, cache: Path, metrics: Sequence[Path], label: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+    parser.add_argument("--orders", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="orders that it completes in well enough")
     parser.add_argument("--metrics", type=Path, nargs="*", default=())
     parser.add_argument("--label", default="final", help="the adapter's point of the curve")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
-    text = card(lora.load(args.adapter), args.cache, args.metrics, args.label)
-    (args.adapter / "README.md").write_text(text)
-    shutil.copyfile(LIST, args.adapter / "PACKAGES.txt")
-    print(args.adapter / "README.md")
+    adapter = lora.load(args.adapter)
+    adapter = replace(adapter, card={**adapter.card, "fim": {order: order in args.orders for order in LAYOUTS}})
+    lora.save(adapter, args.out, "F16")
+    (args.out / "README.md").write_text(card(adapter, args.cache, args.metrics, args.label))
+    shutil.copyfile(LIST, args.out / "PACKAGES.txt")
+    print(args.out / "README.md")
 
 
 if __name__ == "__main__":

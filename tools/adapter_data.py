@@ -2,7 +2,7 @@
 
     python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, appends to adapter_packages.txt
     python tools/adapter_data.py fetch                               # what the list names, checked by hash
-    python tools/adapter_data.py rows a1 a2 b c --data BENCHMARKS    # benchmark texts are kept out
+    python tools/adapter_data.py rows a1 a2 s b c --data BENCHMARKS  # benchmark texts are kept out
 
 All lies under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per phase.
 """
@@ -11,31 +11,52 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
 
 from codegemma.data.build import Summary, build
 from codegemma.data.cli import load_tokenizer
 from codegemma.data.documents import CODE, Document, Source, read
+from codegemma.data.fim import Draw
+from codegemma.data.pack import Packed, Rows, fit, save
 from codegemma.data.stages import Recipe
 
 LIST = Path(__file__).with_name("adapter_packages.txt")
 LARGEST = 40_000_000                     # bytes of an archive that is worth its share of the corpus
 
-# The curriculum: short windows first, suffixes growing, the suffix first at first. Strides give about 42, 100, 70 and 28
-# thousand examples; each phase draws other holes.
+# The curriculum: short windows first, suffixes growing. After a short start the suffix comes first in all examples, for then
+# prefix and middle stand together, and what is new is to read the suffix and to stop at it. Strides give about 42, 100, 70 and
+# 28 thousand examples; each phase draws other holes.
 _FIRST = Recipe(fim_rate=0.87, spm_rate=0.7, length=256, epoch=1, loss=("middle", "terminator"), window=(64, 160),
                 stride=5000, suffix_limit=32, path_rate=0.5, hold_out=0.03)
 PHASES = {"a1": _FIRST,
           "a2": replace(_FIRST, spm_rate=0.5, epoch=2, stride=2100, suffix_limit=None),
           "b": replace(_FIRST, spm_rate=0.5, epoch=3, stride=3000, suffix_limit=None, window=(160, 255)),
           "c": replace(_FIRST, spm_rate=0.5, epoch=4, stride=7500, suffix_limit=None, window=(512, 1023), length=1024)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Rows of another phase's segments: those of one layout of at most so many tokens, and a share of its plain ones."""
+
+    phase: str
+    layout: str
+    most: int
+    plain: float
+
+
+CHOICES = {"s": Choice("a2", "spm", 128, 0.4)}
 
 
 @dataclass(frozen=True)
@@ -149,6 +170,48 @@ def rows(phase: str, cache: Path, data: Path, workers: int) -> Summary:
     return made
 
 
+def choose(phase: str, cache: Path) -> int:
+    """Writes the rows of a choice and gives how many there are; its manifest names the rows that they were chosen from."""
+    choice = CHOICES[phase]
+    rows, out = Rows(cache / "rows" / choice.phase), cache / "rows" / phase
+    found: list[tuple[dict[str, np.ndarray], list[dict[str, Any]]]] = []
+    for part in sorted({int(part) for part in rows.index_N2[:, 0]}):
+        stem = rows.stem(part)
+        arrays = {name: np.load(stem.with_suffix(f".{name}.npy")) for name in ("tokens", "loss")}
+        whose: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for example in pq.read_table(stem.with_suffix(".examples.parquet")).to_pylist():
+            whose.setdefault((example["row"], example["segment"]), []).append(example)
+        segments = np.load(stem.with_suffix(".segments.npy"))
+        for (row, segment), examples in sorted(whose.items()):
+            layouts = {example["layout"] for example in examples}
+            places = np.flatnonzero(segments[row] == segment)
+            share = {choice.layout: 1.0, "prefix": choice.plain}.get(layouts.pop() if len(layouts) == 1 else "", 0.0)
+            if len(places) <= choice.most and Draw(phase, part, row, segment).uniform() < share:
+                found.append(({name: array[row, places] for name, array in arrays.items()},
+                              [each | {"start": each["start"] - places[0], "end": each["end"] - places[0]} for each in examples]))
+    length = len(rows[0]["tokens"])
+    packed = fit([len(cut["tokens"]) for cut, _ in found], length)
+    shape = (len(packed), length)
+    made = Packed(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.uint16), [])
+    for row, items in enumerate(packed):
+        at = 0
+        for segment, item in enumerate(sorted(items), 1):
+            cut, examples = found[item]
+            here = slice(at, at + len(cut["tokens"]))
+            made.tokens_RT[row, here], made.loss_RT[row, here], made.segments_RT[row, here] = cut["tokens"], cut["loss"], segment
+            made.examples.extend(each | {"row": row, "segment": segment, "start": at + each["start"], "end": at + each["end"]}
+                                 for each in examples)
+            at = here.stop
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    (out / "manifests").mkdir(exist_ok=True)
+    save(made, out / "rows" / "part-00000")
+    np.save(out / "index.npy", np.stack([np.zeros(len(packed), np.int64), np.arange(len(packed))], 1))
+    told = {"chosen": asdict(choice), "examples": len(made.examples), "tokens": sum(len(cut["tokens"]) for cut, _ in found),
+            "learned": int(made.loss_RT.sum()), "of": json.loads((rows.folder / "manifests" / "rows.json").read_text())}
+    (out / "manifests" / "rows.json").write_text(json.dumps(told, indent=1))
+    return len(packed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -159,7 +222,7 @@ def main() -> None:
     pinning.add_argument("names", nargs="+")
     verbs.add_parser("fetch")
     building = verbs.add_parser("rows")
-    building.add_argument("phases", nargs="+", choices=PHASES)
+    building.add_argument("phases", nargs="+", choices=[*PHASES, *CHOICES])
     building.add_argument("--data", type=Path, required=True, help="folder of benchmark files to keep out")
     building.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -169,6 +232,9 @@ def main() -> None:
         _pin_all(args.registry, args.names, archives)
     elif args.verb == "rows":
         for phase in args.phases:
+            if phase in CHOICES:
+                print(phase, choose(phase, args.cache), "rows")
+                continue
             made = rows(phase, args.cache, args.data, args.workers)
             print(phase, made.manifests["rows"]["examples"], "examples", made.tokens, "tokens", made.kept, "of",
                   made.documents, "documents")

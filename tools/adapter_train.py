@@ -2,7 +2,7 @@
 
     python tools/adapter_train.py [--until PHASE]    # rows by tools/adapter_data.py; runs under ~/.cache/codegemma/adapter/runs
 
-Each phase starts from the adapter of the one before it. The rate stays at its peak until the last phase lets it down.
+Each phase starts from the adapter of the one before it.
 """
 
 from __future__ import annotations
@@ -10,31 +10,44 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from codegemma.train import job
 from codegemma.train.loop import VOCABULARY, Report, Settings
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma" / "adapter"
-PHASES = ("a1", "a2", "b", "c")
-BATCH_TOKENS = {"a1": 7168, "a2": 7168, "b": 16_384, "c": 32_768}  # at least 64 examples a step
 RANK = 32
 PEAK = 1e-3
 
 
-def plan(phase: str, cache: Path) -> job.Plan:
-    number = PHASES.index(phase)
-    last = number == len(PHASES) - 1
-    settings = Settings(PEAK, warmup=0.05 if number == 0 else 0.0, decay="cosine" if last else "constant", floor=0.05,
-                        vocabulary=VOCABULARY, micro_tokens=1024, save_every=5)
-    before = cache / "runs" / PHASES[number - 1] / "adapter" if number else None
-    return job.Plan("gemma-3-270m", (str(cache / "rows" / phase),), cache / "runs" / phase, settings, kind="qlora", rank=RANK,
-                    adapter=before, batch_tokens=BATCH_TOKENS[phase], name="gemma-3-270m-fim")
+@dataclass(frozen=True)
+class Phase:
+    """`tokens` of a step: at least 64 examples. The rate of a phase that is `landed` comes down at its end: its adapter is one
+    to use, and the next phase warms up again."""
+
+    tokens: int
+    steps: int | None = None             # None: all rows once
+    warmup: float = 0.0
+    landed: bool = False
+
+
+PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 140, warmup=0.03, landed=True), "a2": Phase(7168, warmup=0.03),
+          "b": Phase(16_384), "c": Phase(32_768, landed=True)}
+
+
+def plan(name: str, cache: Path) -> job.Plan:
+    phase, number = PHASES[name], list(PHASES).index(name)
+    settings = Settings(PEAK, phase.warmup, decay="cosine" if phase.landed else "constant", floor=0.05, vocabulary=VOCABULARY,
+                        micro_tokens=1024, save_every=5, steps=phase.steps)
+    before = cache / "runs" / list(PHASES)[number - 1] / "adapter" if number else None
+    return job.Plan("gemma-3-270m", (str(cache / "rows" / name),), cache / "runs" / name, settings, kind="qlora", rank=RANK,
+                    adapter=before, batch_tokens=phase.tokens, name="gemma-3-270m-fim")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--until", choices=PHASES, default=PHASES[-1])
+    parser.add_argument("--until", choices=PHASES, default=list(PHASES)[-1])
     parser.add_argument("--cache", type=Path, default=CACHE)
     chosen = parser.parse_args()
 
@@ -43,9 +56,9 @@ def main() -> None:
         print(f"{phase} {report.step}/{report.steps} loss {report.loss:.4f} right {report.right:.1%}{ends} "
               f"{report.tokens / report.seconds:.0f} tokens/s", flush=True)
 
-    for phase in PHASES[:PHASES.index(chosen.until) + 1]:
+    for phase in list(PHASES)[:list(PHASES).index(chosen.until) + 1]:
         rows = chosen.cache / "rows" / phase
-        if not (rows / "timing.json").exists():
+        if not (rows / "index.npy").exists():
             sys.exit(f"{rows} is not built: python tools/adapter_data.py rows {phase} --data BENCHMARKS")
         made = plan(phase, chosen.cache)
         steps = job.steps_of(made)
