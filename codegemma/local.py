@@ -35,7 +35,7 @@ class Model:
         self._checkpoint, self._strict, self._warned = checkpoint, strict, set[str]()
         self._adapters: dict[str, lora.Adapter] = {}
         self.backend = _backend(backend, checkpoint, threads)
-        self.engine = Engine(self.backend, checkpoint.tokenizer, _identity(checkpoint), cache_bytes)
+        self.engine = Engine(self.backend, checkpoint.tokenizer, identity(checkpoint), cache_bytes)
         self.preset = _preset_of(checkpoint)
 
     @property
@@ -66,8 +66,9 @@ class Model:
         """The name of the adapter at a path, added under that of its folder; "auto" is the packaged one, "none" the base."""
         if path in ("auto", "none"):
             return self.completing_adapter("auto" if path == "auto" else None)
-        name = Path(path).resolve().stem
-        self.add_adapter(name, path)
+        place = Path(path).resolve()
+        name = place.name if place.is_dir() else place.stem
+        self.add_adapter(name, place)
         return name
 
     @cached_property
@@ -75,7 +76,12 @@ class Model:
         name = f"{self.preset.name}-fim" if self.preset else ""
         if not name or not (ADAPTERS / name).is_dir() or not hasattr(self.backend, "add_adapter"):
             return None
-        self.add_adapter(name, ADAPTERS / name)
+        packaged = lora.load(ADAPTERS / name)
+        try:
+            packaged.check(self.config)
+        except ValueError:               # another model's shapes under this one's name
+            return None
+        self.add_adapter(name, packaged)
         return name
 
     def completing_adapter(self, adapter: str | None = "auto") -> str | None:
@@ -262,7 +268,7 @@ def _preset_of(checkpoint: Checkpoint) -> Preset | None:
     return next((found for name in names if (found := hub.preset_in(name, checkpoint.config))), None)
 
 
-def _identity(checkpoint: Checkpoint) -> str:
+def identity(checkpoint: Checkpoint) -> str:
     """A hash that changes with the model: config, tensor types, and a sample of every tensor's bytes."""
     digest = hashlib.sha256(repr(checkpoint.config).encode())
     for name, tensor in checkpoint.tensors.items():

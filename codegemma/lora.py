@@ -210,15 +210,19 @@ def _parts(home: Path, fields: Mapping[str, Any], stored: Mapping[str, Tensor]
     ours = {module: name for name, module in MODULES.items()}
     sides: dict[str, dict[str, np.ndarray]] = {"A": {}, "B": {}}
     rows: dict[int, np.ndarray] = {}
+    head: np.ndarray | None = None
     for key, tensor in stored.items():
         match = _KEY.fullmatch(key)
         if match is None or match[2] and match[2] not in ours:
             raise ValueError(f"{home}: holds {key}, which is no LoRA of a linear layer and no trained token: train "
                              "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, and tokens by "
                              "trainable_token_indices")
-        if match[4] == "lm_head":        # a second copy, where PEFT did not notice that the two are tied
-            continue
         values = np.array(tensor.float32(), np.float32)
+        if values.ndim != 2 or not values.size:
+            raise ValueError(f"{home}: {key} has shape {list(values.shape)}, but must be a matrix: save the adapter again")
+        if match[4] == "lm_head":        # a second copy, where PEFT did not notice that the two are tied
+            head = values
+            continue
         name = "the trained tokens" if match[4] else f"layers.{int(match[1])}.{ours[match[2]]}"
         if rows if match[4] else name in sides[match[3]]:
             raise ValueError(f"{home}: holds {name} twice: save the adapter again")
@@ -226,6 +230,9 @@ def _parts(home: Path, fields: Mapping[str, Any], stored: Mapping[str, Tensor]
             rows = _rows(home, fields.get("trainable_token_indices"), values)
         else:
             sides[match[3]][name] = values
+    if head is not None and not np.array_equal(head, list(rows.values())):
+        raise ValueError(f"{home}: trains tokens of lm_head that are not those of embed_tokens, but Gemma has one table for both: "
+                         "train the tokens of embed_tokens")
     return sides["A"], sides["B"], rows
 
 
@@ -284,7 +291,7 @@ def save(adapter: Adapter, folder: Path | str, dtype: str = "F32") -> Path:
     with building(folder) as part:
         safetensors.write_safetensors(part / WEIGHTS[0], stored)
         (part / "adapter_config.json").write_text(json.dumps(_fields(adapter), indent=2) + "\n")
-        (part / "card.json").write_text(json.dumps({"name": adapter.name, **adapter.card}, indent=2) + "\n")
+        (part / "card.json").write_text(json.dumps({**adapter.card, "name": adapter.name}, indent=2) + "\n")
         (part / "README.md").write_text(readme(adapter))
         (part / "NOTICE").write_text(NOTICE)
     return folder

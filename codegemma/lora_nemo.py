@@ -7,6 +7,7 @@ NeMo 1 gives q, k, v one adapter together, whose output is laid out as linear_qk
 from __future__ import annotations
 
 import io
+import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ def load(path: Path) -> Adapter:
     alpha = tuning.get("alpha")
     if alpha is not None and (type(alpha) not in (int, float) or alpha == 0):
         raise ValueError(f"{path}: alpha is {alpha!r}, but must be a number other than 0")
-    made = Adapter(path.stem, rank, float(alpha or rank), a, b, card={"nemo": tuning})
+    card = {"nemo": json.loads(json.dumps(tuning, default=str, skipkeys=True))}      # YAML has dates
+    made = Adapter(path.stem, rank, float(alpha or rank), a, b, card=card)
     made.check(replace(config, vocab=max(config.vocab, 1)))
     return made
 

@@ -184,7 +184,7 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) 
     control = tokenizer.control
     if control.start_of_turn is None or control.end_of_turn is None:
         raise ValueError("this vocabulary has no <start_of_turn> and <end_of_turn>: it cannot chat")
-    system, turns = _split_system(messages, reply)
+    system, turns = split_system(messages, reply)
     newline = tokenizer.encode("\n")
     segments: list[tuple[Label, Ids]] = [("bos", _bos(tokenizer))]
     for message in turns:
@@ -277,7 +277,7 @@ def _path_line(tokenizer: Tokenizer, path: str | None) -> Ids:
     return tokenizer.encode(path + "\n") if path else []
 
 
-def _split_system(messages: Sequence[Message], reply: bool) -> tuple[str, Sequence[Message]]:
+def split_system(messages: Sequence[Message], reply: bool) -> tuple[str, Sequence[Message]]:
     """The system text with its blank line, and the turns, checked."""
     system, turns = "", messages
     if messages and messages[0].role == "system":

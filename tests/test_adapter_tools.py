@@ -59,7 +59,7 @@ def test_the_card_says_what_the_manifests_say(cache, tmp_path):
     learned = sum(int(made[at]["loss"].sum()) for at in range(len(made)))
     examples = sum(len(made.examples(at)) for at in range(len(made)))
     assert f"| {examples:,} | {manifest['tokens']:,} | {learned:,} |" in text and "24 files were kept" in text
-    assert "3,000 tokens in 3 steps and 1.5 hours" in text and '"learning_rate": 0.001' in text
+    assert "3,000 tokens in 3 steps and 1.5 hours on a CPU" in text and '"learning_rate": 0.001' in text
     assert "+0.2500 | +0.1000 to +0.4000 | 4" in text and "Gemma Terms of Use" in text and "Statement of changes" in text
 
 

@@ -243,6 +243,8 @@ Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     (lambda t: t | {Q_A: Tensor.of(np.full((6, 72), np.nan))}, "finite"),
     (lambda t: t | {key.removeprefix("base_model.model."): value for key, value in t.items()}, "twice"),
     (lambda t: t | {Q_A.removeprefix("base_model.model."): t[Q_A]}, "layers.0.q twice"),
+    (lambda t: t | {Q_A: Tensor.of(np.ones(72))}, r"shape \[72\], but must be a matrix"),
+    (lambda t: t | {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": Tensor.of(np.ones((2, 72)))}, "of lm_head"),
     (lambda t: {}, "no linear layer")])
 def test_tensors_that_do_not_fit_are_refused(change, message, saved, tmp_path):
     home = copied(saved / "gemma2" / "peft", tmp_path)

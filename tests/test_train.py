@@ -363,7 +363,7 @@ def test_two_hosts_do_not_change_the_step(one, tmp_path):
     near(training.result(tmp_path), one["full"])
 
 
-@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "rows=2", "fsdp=1,,tensor=1", "fsdp=3"])
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "rows=2", "fsdp=1,,tensor=1", "fsdp=3", "fsdp=2,fsdp=1"])
 def test_a_mesh_that_cannot_be_is_refused(text):
     with pytest.raises(ValueError, match="mesh"):
         mesh.parse(text)

@@ -1,8 +1,14 @@
 """Training as users start it: chats and rows into adapters and models, and `codegemma tune` on a small code base."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +16,16 @@ import pytest
 pytest.importorskip("jax")
 pytest.importorskip("tree_sitter")
 
-from tiny import tiny_config, write_tiny_gguf
+from tiny import random_adapter, tiny_config, write_tiny_gguf
 
-from codegemma import load, lora
+from codegemma import cli, load, lora
+from codegemma.data import pack
 from codegemma.data.documents import Document
+from codegemma.formats import open_checkpoint
+from codegemma.model import params_of
 from codegemma.prompts import Message
 from codegemma.train import job, sft, tune
+from codegemma.train.cli import follow
 from codegemma.train.loop import Settings
 
 TURNS = [Message("user", "add one and one"), Message("assistant", "two")]
@@ -36,26 +46,35 @@ def chats(tmp_path_factory):
 @pytest.mark.parametrize("line", [
     {"messages": [{"role": "user", "content": "add one and one"}, {"role": "assistant", "content": "two"}]},
     {"conversations": [{"from": "human", "value": "add one and one"}, {"from": "gpt", "value": "two"}]},
+    {"system": "", "conversations": [{"from": "User", "value": "add one and one"}, {"from": "Assistant", "value": "two"}]},
     {"input": "add one and one", "output": "two"}, {"prompt": "add one and one", "completion": "two"},
-    {"instruction": "add one and one", "input": "", "output": "two"}])
+    {"instruction": "add one and one", "input": "", "output": "two"}, {"input": "add one and one", "output": "two", "system": ""},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "add one "}, {"type": "text", "text": "and one"}]},
+                  {"role": "model", "content": "two"}]}])
 def test_every_form_of_a_dialogue_is_read(line, tmp_path):
     file = tmp_path / "one.jsonl"
-    file.write_text(json.dumps(line) + "\n\n")
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(line).encode() + b"\r\n\r\n")
     assert list(sft.read(file)) == [TURNS]
 
 
 @pytest.mark.parametrize("line", ['{"text": "no pair"}', '{"input": 3, "output": "x"}', "[1]", "{",
-                                  '{"messages": [{"role": "user", "content": "and?"}]}'])
+                                  '{"messages": [{"role": "user", "content": "and?"}]}', "[" * 100_000, '{"input": "\xe9"}',
+                                  '{"conversations": [{"from": "gpt", "value": "hello"}]}', '{"input": "\\ud800", "output": "x"}',
+                                  '{"input": "a", "output": "b", "system": 3}'])
 def test_a_wrong_line_is_named(line, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"input": "a", "output": "b"}\n' + line)
+    (tmp_path / "bad.jsonl").write_bytes(b'{"input": "a", "output": "b"}\n' + line.encode("latin-1"))
     with pytest.raises(ValueError, match="bad.jsonl, line 2: "):
         list(sft.read(tmp_path / "bad.jsonl"))
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="empty.jsonl: is empty"):
+        list(sft.read(tmp_path / "empty.jsonl"))
 
 
 def test_rows_of_chats_teach_the_answers_alone(model):
     tokenizer = load(model).tokenizer
-    rows, left = sft.rows([TURNS, TURNS, [Message("user", "long " * 500), Message("assistant", "x")]], tokenizer, 64)
-    assert left == 1 and sum(row["segments"].max() for row in rows) == 2
+    unfit = [[Message("user", "long " * 500), Message("assistant", "x")], [Message("user", "hm"), Message("assistant", " ")]]
+    rows, left = sft.rows([TURNS, TURNS, *unfit], tokenizer, 64)
+    assert left == 2 and sum(row["segments"].max() for row in rows) == 2
     for row in rows:
         for segment in range(1, row["segments"].max() + 1):
             here = row["segments"] == segment
@@ -100,6 +119,148 @@ def test_files_are_held_out_by_a_hash_and_never_all():
     assert tune.hold_out(documents, Path("/nowhere"), 1)[1] != kept
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({"kind": "full", "adapter": Path("a")}, "are for adapters"), ({"alpha": float("nan")}, "--lora-alpha is a finite"),
+    ({"alpha": 0.0}, "--lora-alpha is a finite"), ({"settings": Settings(patience=2)}, "pass --held-out too"),
+    ({"kind": "full", "settings": Settings(vocabulary=100)}, "are for adapters")])
+def test_plans_that_contradict_themselves_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        job.Plan("m", ("rows",), Path("out"), **{"settings": Settings()} | changes)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--learning-rate", "0"], "learning_rate must be above 0, got 0.0"), (["--full", "--qlora"], "pass one of them"),
+    (["--process-id", "0"], "--process-id must lie"), (["--coordinator", "host"], "HOST:PORT"),
+    (["--process-id", "2", "--process-count", "2"], "got 2 of 2"), (["--steps", "0"], "steps must be"),
+    (["--decay", "cubic"], "decay must be cosine"), (["--remat", "all"], "remat must be"), (["--epochs", "inf"], "epochs"),
+    (["--dtype", "float16"], "dtype must be float32")])
+def test_options_that_cannot_be_are_refused(options, message, model, chats, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--chat", str(chats), "--model", str(model), "--out", str(tmp_path / "out"), *options])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_not_the_models_are_refused(model, tmp_path):
+    """Another vocabulary by its fingerprint, or by its ids; files that are damaged; none at all."""
+    tokens = np.full((8, 16), 600, np.int32)
+    pack.save(pack.Packed(tokens, np.ones((8, 16), bool), np.ones((8, 16), np.uint16), []), tmp_path / "rows" / "part-00000")
+    plan = job.Plan(str(model), (str(tmp_path),), tmp_path / "out", Settings(vocabulary=200), kind="qlora", batch_tokens=64)
+
+    def refused(index, message):
+        np.save(tmp_path / "index.npy", np.array(index, np.int64).reshape(-1, 2))
+        job._order.cache_clear()
+        with pytest.raises(ValueError, match=message):
+            job.run(plan)
+
+    refused([(0, n) for n in range(8)], "hold token 600, but the model's are below 515")
+    refused([(0, 9)] * 8, "part-00000.tokens.npy|part-00000.segments.npy: is damaged")
+    refused([], "has no rows")
+    (tmp_path / "recipe.json").write_text('{"tokenizer": "another"}')
+    refused([(0, 0)] * 8, "built with another vocabulary")
+    (tmp_path / "index.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="index.npy: is damaged"):
+        pack.Rows(tmp_path)
+
+
+def test_a_run_is_resumed_as_it_was_alone(model, chats, tmp_path):
+    plan = job.Plan(str(model), (str(chats),), tmp_path / "out", Settings(save_every=1), chat=True, rank=4, batch_tokens=512,
+                    length=128, epochs=8.0)
+    job.run(plan, until=0.0)
+    for changes, message in (({"kind": "qlora"}, "other options .kind 'lora', not 'qlora'"), ({"alpha": 8.0}, "adapter .1"),
+                             ({"rank": 2}, "shapes"), ({"settings": Settings(2e-3)}, "learning_rate 0.001, not 0.002")):
+        with pytest.raises(ValueError, match=message):
+            job.run(replace(plan, **changes), resume=True)
+    job.run(plan, resume=True, until=0.0)
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_loss_that_is_no_number_ends_the_run(model, chats, tmp_path):
+    plan = job.Plan(str(model), (str(chats),), tmp_path / "out", Settings(1e30, clip=1e30), chat=True, kind="full",
+                    batch_tokens=512, length=128, epochs=8.0)
+    with pytest.raises(ValueError, match="training diverged: lower --learning-rate"):
+        job.run(plan)
+
+
+def test_two_processes_write_one_adapter(model, chats, tmp_path):
+    """Parameters of which each holds a half are gathered for the result."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    options = {"model": model, "out": tmp_path / "out", "length": 128, "batch-tokens": 512, "epochs": 2, "steps": 1,
+               "mesh": "fsdp=2", "coordinator": f"127.0.0.1:{port}", "process-count": 2}
+    command = [sys.executable, "-c", "from codegemma.cli import main; main()", "train", "--chat", str(chats),
+               *(f"--{name}={value}" for name, value in options.items()), "--process-id"]
+    both = [subprocess.Popen([*command, str(i)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
+            for i in range(2)]
+    for one in both:
+        _, errors = one.communicate(timeout=600)
+        assert one.returncode == 0, errors[-3000:]
+    assert lora.load(tmp_path / "out" / "adapter").rank == 32
+
+
+def test_a_bar_ends_with_its_run(monkeypatch):
+    stopped = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("rich.progress.Progress.start", lambda self: None)
+    monkeypatch.setattr("rich.progress.Progress.stop", lambda self: stopped.append(self))
+    show = follow(3)
+    assert not stopped
+    del show
+    assert len(stopped) == 1
+
+
+def test_newest_files_are_known_by_their_own_names(tmp_path):
+    """Also beneath the root of a checkout, and where git would quote them."""
+    for name in ("dir/é.py", 'dir/a "b".py', "c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    assert {"dir/é.py", 'dir/a "b".py', "c.py"} <= set(tune._newest_files(tmp_path))
+    assert set(tune._newest_files(tmp_path / "dir")) - {""} == {"é.py", 'a "b".py'}
+    documents = [Document("r", f"dir/{n}.py", "x = 1\n", "python") for n in range(4)] + [Document("r", "dir/é.py", "y", "python")]
+    taught, kept = tune.hold_out(documents, tmp_path, 0)
+    assert len(taught) == tune.FEWEST and [one.path for one in kept] == ["dir/é.py"]
+
+
+def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
+    (tmp_path / "probe").mkdir()
+    found = []
+    monkeypatch.setattr(tune, "Rows", lambda folder: range(8))
+    monkeypatch.setattr(job, "run", lambda plan, _, tell: found.append(plan.out.exists()) or tell(SimpleNamespace(seconds=9.0)))
+    assert tune._plan(tmp_path, "m", 1.0, 4, None, 0).settings.steps == 5 and found == [False]
+
+
+def test_an_adapter_without_fim_rows_gets_them(model, tmp_path, monkeypatch):
+    """One from another training: its own rows stay, those that fill-in-the-middle needs start as a new adapter's do."""
+    path = lora.save(random_adapter(tiny_config("gemma-mqa", layers=2), tokens=(68,)), tmp_path / "other")
+    checkpoint, ids = open_checkpoint(model), (67, 68, 69, 70)
+    monkeypatch.setattr(job, "fim_rows", lambda checkpoint: (ids, (67, 68, 69, 1)))     # as where the vocabulary names none
+    base, plan = params_of(checkpoint), job.Plan(str(model), (), tmp_path / "out", Settings(), adapter=path)
+    made, fresh = (job._start(each, checkpoint, base) for each in (plan, replace(plan, adapter=None)))
+    assert made.ids == fresh.ids == ids
+    same = [np.array_equal(*(each.weights["rows"][i] for each in (made, fresh))) for i in range(4)]
+    assert same == [True, False, True, True]
+    assert job._start(replace(plan, chat=True), checkpoint, base).ids == (68,)
+
+
+def test_what_rows_leave_out_is_not_held_out(model, tmp_path, monkeypatch):
+    """Licences, data and copies; projects inside a folder do not hide the files beside them."""
+    monkeypatch.setattr(tune, "build", lambda *args: None)
+    repository = tmp_path / "a=b"
+    for n in range(8):
+        file = repository / ("inner" if n % 2 else "") / f"m{n}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"def f{n}(a):\n    return a * {n}\n")
+    (repository / "inner" / "pyproject.toml").write_text("[project]\n")
+    (repository / "copy.py").write_bytes((repository / "m0.py").read_bytes())
+    (repository / "LICENSE").write_text("as is\n")
+    said = []
+    tune._prepare(repository, tmp_path / "work", load(model).tokenizer, ("psm", "spm"), 0, said.append)
+    assert said == ["7 files to learn from, 1 held out"]
+
+
 def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
     repository = tmp_path / "app"
     repository.mkdir()
@@ -113,5 +274,7 @@ def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
     adapter = lora.load(tmp_path / "made")
     assert adapter.card["measured"].keys() == result.figures.keys() and not (tmp_path / "made" / "work").exists()
     assert "before -> after" in result.text() and (tmp_path / "made" / "loss.svg").exists()
+    with pytest.raises(ValueError, match="finite and above 0, got nan"):
+        tune.tune(repository, str(model), float("nan"), tmp_path / "x", "auto", 4, 9, 0, False, lambda total: None, said.append)
     with pytest.raises(ValueError, match="choose another folder"):
         tune.tune(repository, str(model), 1, tmp_path / "made", "auto", 4, 9, 0, False, lambda total: None, said.append)

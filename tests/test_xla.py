@@ -67,6 +67,16 @@ def check(type, T, N, K):
     close(back(jnp.asarray(dy))[0], dy, w)
 
 
+def test_other_devices_take_the_products_of_jax(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(xla, "_call", None)
+    check("Q8_0", 5, 7, 64)
+    blocks, ids = xla.Blocks.of(tensor := weight("Q8_0", 7, 64)), jnp.array([3, 0])
+    np.testing.assert_array_equal(xla.decode_rows(blocks, ids), exact(tensor)[[3, 0]])
+    a, b = jnp.asarray(inputs(2, 64)), jnp.asarray(inputs(7, 2))
+    assert np.isfinite(xla.adapted(jnp.asarray(inputs(5, 64)), blocks, a, b)).all()
+
+
 @pytest.mark.parametrize("type", BLOCKS)
 def test_products_of_every_type(type):
     check(type, 131, 37, 1280 if BLOCKS[type][0] == 256 else 800 if BLOCKS[type][0] == 32 else 773)

@@ -39,7 +39,7 @@ and a suffix, in CodeGemma's orders and with its control ids: `<|fim_prefix|>` 6
 
 `codegemma complete` uses it by default. With `peft`: prompts are `<bos>[path\\n]<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>`
 (PSM) or `<bos>[path\\n]<|fim_suffix|>S<|fim_prefix|>P<|fim_middle|>` (SPM) as ids, each text encoded alone; any of the four
-ids, or `<eos>`, ends the answer.
+ids, or `<eos>`, ends the answer. {orders}
 """
 LIMITS = """It is small: it completes lines and short blocks, mostly Python, and errs often. It has seen no chat, no instructions.
 Suggestions may be wrong or insecure, and may resemble the code it was trained on; read them before you use them.
@@ -77,6 +77,7 @@ def data(cache: Path, corpus: list[Package]) -> str:
         f"{dedup['counts'].get('benchmark', 0)} files held a problem of a benchmark ({len(clean['recipe']['benchmarks'])} files of "
         "problems were compared, HumanEval, its infilling sets, MBPP and BabelCode among them) and were dropped. Replaced by "
         "fake values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(clean["redacted"].items())) + ".", "",
+        "Rows that are built for the phases of the curriculum; what was seen of them so far stands under Training.", "",
         lines((_phase(phase, found["rows"]) for phase, found in manifests.items()),
               ("phase", "window", "suffix first", "examples", "tokens", "learned from"))])
 
@@ -101,7 +102,11 @@ def training(adapter: lora.Adapter, metrics: Sequence[Path]) -> str:
                 steps[file, report["step"]] = report
     tokens, seconds = (sum(report[name] for report in steps.values()) for name in ("tokens", "seconds"))
     settings = {key: value for key, value in adapter.card.items() if key not in ("name", "base", "fim")}
-    said = [f"{tokens:,} tokens in {len(steps):,} steps and {seconds / 3600:.1f} hours on a CPU."] if steps else []
+    seen = Counter[str]()
+    for (file, _), report in steps.items():
+        seen[file.parent.name.upper()] += report["tokens"]
+    phases = ", ".join(f"{phase} {count:,}" for phase, count in seen.items())
+    said = [f"{tokens:,} tokens in {len(steps):,} steps and {seconds / 3600:.1f} hours on a CPU ({phases})."] if steps else []
     return "\n".join([*said, *(["", "```json", json.dumps(settings, indent=2), "```"] if settings else [])])
 
 
@@ -118,7 +123,9 @@ def scores(evals: Path, label: str) -> str:
 
 
 def card(adapter: lora.Adapter, cache: Path, metrics: Sequence[Path], label: str) -> str:
-    head = HEAD.format(base=adapter.card.get("base") or "google/gemma-3-270m", name=adapter.name, rank=adapter.rank,
+    good, weak = ([order.upper() for order in LAYOUTS if adapter.trained(order) is wanted] for wanted in (True, False))
+    orders = f"Use {' or '.join(good)}." + (f" {weak[0]} is not learned well enough yet." if good and weak else "") if good else ""
+    head = HEAD.format(orders=orders, base=adapter.card.get("base") or "google/gemma-3-270m", name=adapter.name, rank=adapter.rank,
                        layers=len(adapter.a), rows=", ".join(map(str, sorted(adapter.rows))) or "(none)")
     parts = [("Data", data(cache, packages())), ("Training", training(adapter, metrics)),
              ("Evaluation", scores(cache / "evals", label)), ("Limits", LIMITS),
@@ -130,13 +137,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
-    parser.add_argument("--orders", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="orders that it completes in well enough")
+    parser.add_argument("--orders", nargs="+", choices=LAYOUTS, help="in which it completes well (default: as its card says)")
     parser.add_argument("--metrics", type=Path, nargs="*", default=())
     parser.add_argument("--label", default="final", help="the adapter's point of the curve")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     adapter = lora.load(args.adapter)
-    adapter = replace(adapter, card={**adapter.card, "fim": {order: order in args.orders for order in LAYOUTS}})
+    orders = args.orders or [order for order in LAYOUTS if adapter.trained(order)]
+    adapter = replace(adapter, card={**adapter.card, "fim": {order: order in orders for order in LAYOUTS}})
     lora.save(adapter, args.out, "F16")
     (args.out / "README.md").write_text(card(adapter, args.cache, args.metrics, args.label))
     shutil.copyfile(LIST, args.out / "PACKAGES.txt")

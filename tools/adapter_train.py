@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from codegemma.prompts import Layout
 from codegemma.train import job
 from codegemma.train.loop import VOCABULARY, Report, Settings
 
@@ -29,11 +30,12 @@ class Phase:
     tokens: int
     steps: int | None = None             # None: all rows once
     warmup: float = 0.0
+    orders: tuple[Layout, ...] = ("psm", "spm")
     landed: bool = False
 
 
-PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 140, warmup=0.03, landed=True), "a2": Phase(7168, warmup=0.03),
-          "b": Phase(16_384), "c": Phase(32_768, landed=True)}
+PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 140, warmup=0.03, orders=("spm",), landed=True),
+          "a2": Phase(7168, warmup=0.03), "b": Phase(16_384), "c": Phase(32_768, landed=True)}
 
 
 def plan(name: str, cache: Path) -> job.Plan:
@@ -42,7 +44,7 @@ def plan(name: str, cache: Path) -> job.Plan:
                         micro_tokens=1024, save_every=5, steps=phase.steps)
     before = cache / "runs" / list(PHASES)[number - 1] / "adapter" if number else None
     return job.Plan("gemma-3-270m", (str(cache / "rows" / name),), cache / "runs" / name, settings, kind="qlora", rank=RANK,
-                    adapter=before, batch_tokens=phase.tokens, name="gemma-3-270m-fim")
+                    adapter=before, batch_tokens=phase.tokens, name="gemma-3-270m-fim", orders=phase.orders)
 
 
 def main() -> None:

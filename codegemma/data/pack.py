@@ -142,7 +142,7 @@ class Rows:
         if not (self.folder / "index.npy").exists():
             raise ValueError(f"{folder} has no finished rows: run `codegemma data build ... --out {folder}`, with "
                              "--resume if it was interrupted")
-        self.index_N2 = np.load(self.folder / "index.npy", mmap_mode="r")
+        self.index_N2 = _load(self.folder / "index.npy")
         self._open: dict[tuple[int, str], np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -150,8 +150,8 @@ class Rows:
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         part, row = self.place(number)
-        segments_T = np.array(self._array(part, "segments")[row])
-        return {"tokens": np.array(self._array(part, "tokens")[row]), "loss": np.array(self._array(part, "loss")[row]),
+        segments_T = self._row(part, "segments", row)
+        return {"tokens": self._row(part, "tokens", row), "loss": self._row(part, "loss", row),
                 "segments": segments_T, "positions": positions(segments_T)}
 
     def place(self, number: int) -> tuple[int, int]:
@@ -171,10 +171,22 @@ class Rows:
     def stem(self, part: int) -> Path:
         return self.folder / "rows" / f"part-{part:05d}"
 
-    def _array(self, part: int, name: str) -> np.ndarray:
+    def _row(self, part: int, name: str, row: int) -> np.ndarray:
+        file = self.stem(part).with_suffix(f".{name}.npy")
         if (part, name) not in self._open:
-            self._open[part, name] = np.load(self.stem(part).with_suffix(f".{name}.npy"), mmap_mode="r")
-        return self._open[part, name]
+            self._open[part, name] = _load(file)
+        found = self._open[part, name]
+        if not 0 <= row < len(found):
+            raise ValueError(f"{file}: is damaged ({len(found):,} rows, but the index names row {row:,}): build the rows again")
+        return np.array(found[row])
+
+
+def _load(file: Path) -> np.ndarray:
+    try:
+        found: np.ndarray = np.load(file, mmap_mode="r")
+        return found
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file}: is damaged ({error}): build the rows again") from None
 
 
 def positions(segments_T: np.ndarray) -> np.ndarray:

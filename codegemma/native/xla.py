@@ -58,33 +58,38 @@ def configure(threads: int | None = None, level: str = "auto") -> None:
 _registered: dict[str, object] = {}
 
 
-def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By = "native") -> Array:
+def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None) -> Array:
     """x W^T in float32 for x [..., width] and rows start .. start + count: float32 [..., count]. Differentiable in x, once,
     in reverse."""
     count = _fits("x", x, weight.shape[1], weight, count)
-    y = _product(count, by, _flat(x), weight, jnp.int32(start))
+    y = _product(count, by or _by(), _flat(x), weight, jnp.int32(start))
     return y.reshape(*x.shape[:-1], count)
 
 
-def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By = "native") -> Array:
+def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None) -> Array:
     """dy W in float32 for dy [..., count]: float32 [..., width]. Not differentiable."""
     count = _fits("dy", dy, weight.shape[0] if count is None else count, weight, count)
-    return _backward(count, by, (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
+    return _backward(count, by or _by(), (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
 
 
-def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By = "native") -> Array:
+def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By | None = None) -> Array:
     """x (W + b a)^T in float32 for x [..., width]: float32 [..., rows]. Differentiable in x, a and b, once, in reverse."""
     _fits("x", x, weight.shape[1], weight, None)
-    return _adapted(by, _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
+    return _adapted(by or _by(), _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
 
 
-def decode_rows(weight: Blocks, ids: Array, by: By = "native") -> Array:
+def decode_rows(weight: Blocks, ids: Array, by: By | None = None) -> Array:
     """The rows with these ids: float32 [..., width]."""
-    if by == "xla":
+    if (by or _by()) == "xla":
         values = _decode(weight.data[ids.reshape(-1)], weight.type)
     else:
         values = _call("codegemma_rows", (ids.size, weight.shape[1]), weight, ids.reshape(-1).astype(jnp.int32), weight.data)
     return values.reshape(*ids.shape, -1)
+
+
+def _by() -> By:
+    """The kernels where there is a CPU for them."""
+    return "native" if jax.default_backend() == "cpu" else "xla"
 
 
 def _fits(name: str, x: Array, wanted: int, weight: Blocks, count: int | None) -> int:

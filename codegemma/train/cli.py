@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from codegemma.formats.files import missing
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="What to train: a preset, a Hub repository or a path.")]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, metrics.jsonl, loss.svg and the result.")]
@@ -19,7 +22,7 @@ def train(
     chat: Annotated[bool, typer.Option("--chat", help="The sources are chats or instructions (messages, instruction and "
                                                       "output, or NeMo's input and output): learn the answers.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train all parameters, not an adapter.")] = False,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 32,
+    lora_rank: Annotated[int, typer.Option(help="Rank of a new adapter.", min=1)] = 32,
     lora_alpha: Annotated[float | None, typer.Option(help="Its scale times its rank (default: the rank).")] = None,
     qlora: Annotated[bool, typer.Option("--qlora", help="Keep the base in its file's own quantised blocks.")] = False,
     adapter: Annotated[Path | None, typer.Option(help="Go on training this adapter.")] = None,
@@ -50,22 +53,24 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
 ) -> None:
     """Train a model on rows: continued pretraining with fill-in-the-middle, or chat."""
-    import jax
-
+    missing("jax", "training jobs", "train")
     from codegemma.train import job
     from codegemma.train.loop import Settings
 
-    if coordinator or process_count:
-        jax.distributed.initialize(coordinator, process_count, process_id)
+    if full and qlora:
+        raise ValueError("--full trains all parameters, --qlora an adapter over blocks: pass one of them")
+    _join(coordinator, process_count, process_id)
     chosen: Any = {"decay": decay, "remat": remat, "dtype": dtype}
-    settings = Settings(learning_rate or (5e-5 if full else 1e-3), warmup, weight_decay=weight_decay, z=z_loss,
-                        vocabulary=vocabulary, micro_tokens=micro_tokens, steps=steps, evaluate_every=evaluate_every,
-                        patience=patience, save_every=save_every, seed=seed, **chosen)
+    rate = (5e-5 if full else 1e-3) if learning_rate is None else learning_rate
+    settings = Settings(rate, warmup, weight_decay=weight_decay, z=z_loss, vocabulary=vocabulary, micro_tokens=micro_tokens,
+                        steps=steps, evaluate_every=evaluate_every, patience=patience, save_every=save_every, seed=seed, **chosen)
     kind: Any = "full" if full else "qlora" if qlora else "lora"
     plan = job.Plan(model, tuple(map(str, rows)), out, settings, chat=chat, kind=kind, rank=lora_rank, alpha=lora_alpha,
                     adapter=adapter, batch_tokens=batch_tokens, length=length, epochs=epochs,
                     held_out=held_out, mesh=mesh, tensorboard=tensorboard)
     made = job.run(plan, resume, follow(job.steps_of(plan)))
+    if left := job.left_out(plan):
+        typer.echo(f"{left:,} dialogues were left out: longer than {length:,} tokens, or with an empty answer", err=True)
     typer.echo(f"wrote {made}; loss curve: {out / 'loss.svg'}")
 
 
@@ -75,21 +80,35 @@ def tune(
     minutes: Annotated[float, typer.Option(help="Time for training; measuring comes on top.")] = 30.0,
     out: Annotated[Path | None, typer.Option(help="Where the adapter goes (default: NAME-adapter here).")] = None,
     adapter: Annotated[str, typer.Option(help="Start from this adapter; auto: the model's own, where it has one; none.")] = "auto",
-    lora_rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 16,
+    lora_rank: Annotated[int, typer.Option(help="Rank of a new adapter.", min=1)] = 16,
     holes: Annotated[int, typer.Option(help="Held-out holes to measure before and after.", min=8)] = 60,
     seed: Annotated[int, typer.Option(help="Decides what is held out, the rows and their order.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Teach a model your code base, and measure the gain on files it never saw."""
+    missing("jax", "training jobs", "train")
     from codegemma.train import tune as tuning
 
     result = tuning.tune(repository, model, minutes, out, adapter, lora_rank, holes, seed, resume, follow, typer.echo)
     typer.echo(result.text())
 
 
+def _join(coordinator: str | None, count: int | None, number: int | None) -> None:
+    """Makes this process one of several, where an option says that there are. Raises ValueError where they contradict."""
+    import jax
+
+    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise ValueError(f"--coordinator must be HOST:PORT of process 0, got {coordinator!r}")
+    if number is not None and (count is None or not 0 <= number < count):
+        raise ValueError(f"--process-id must lie from 0 to below --process-count, got {number} of {count or 'none'}: pass both")
+    if coordinator is not None or count is not None:
+        jax.distributed.initialize(coordinator, count, number)
+
+
 def follow(total: int) -> Any:
     """What shows the reports of a run: a bar with an ETA on a terminal, a line for each step elsewhere."""
     import sys
+    import weakref
 
     from codegemma.train.loop import Report
 
@@ -111,9 +130,8 @@ def follow(total: int) -> Any:
 
     def show(report: Report) -> None:
         bar.update(task, completed=report.step, total=report.steps, description=line(report).split(": ", 1)[1])
-        if report.step == report.steps:
-            bar.stop()
 
+    weakref.finalize(show, bar.stop)     # however the run ends
     return show
 
 

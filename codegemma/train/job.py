@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from codegemma import hub, lora
 from codegemma.convert import save
 from codegemma.data.pack import Rows
 from codegemma.formats import Checkpoint, open_checkpoint
-from codegemma.formats.files import building, missing
-from codegemma.model import Lora, Params, params_of
-from codegemma.prompts import fim_stops
+from codegemma.formats.files import building
+from codegemma.formats.safetensors import read_json
+from codegemma.local import identity
+from codegemma.model import Lora, Params, embed, params_of
+from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
 from codegemma.train import mesh as meshes
 from codegemma.train import sft
-from codegemma.train.loop import Report, Settings, Trainable, adapter_of, hold_memory, lora_of, new_lora, train
+from codegemma.train.loop import Report, Settings, Trainable, adapter_of, hold_memory, lora_of, new_lora, train, whole
 from codegemma.train.order import Order
 from codegemma.weights import ELEMENTS, Tensor, plain
 
@@ -52,6 +55,16 @@ class Plan:
     mesh: str | None = None
     tensorboard: bool = False
     name: str = ""
+    orders: tuple[Layout, ...] = ("psm", "spm")   # of the examples, as the adapter's card will say
+
+    def __post_init__(self) -> None:
+        if self.kind == "full" and (self.adapter or self.alpha is not None or self.settings.vocabulary):
+            raise ValueError("--adapter, --lora-alpha and --vocabulary are for adapters: leave them out, or --full")
+        if self.alpha is not None and (self.adapter or not 0 < abs(self.alpha) < 1e9):
+            raise ValueError(f"--lora-alpha is a finite number other than 0, for a new adapter alone, got {self.alpha}"
+                             + (f" for {self.adapter}: leave it out" if self.adapter else ""))
+        if self.settings.patience and not self.held_out:
+            raise ValueError("--patience counts measurements on held-out rows: pass --held-out too")
 
     @property
     def result(self) -> Path:
@@ -61,9 +74,9 @@ class Plan:
 def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambda report: None,
         until: float | None = None) -> Path:
     """Trains and gives the folder of the result. `until` (of time.monotonic) stops it early, keeping what it has."""
-    hold_memory()
-    checkpoint = _checkpoint(plan.model)
-    mesh = meshes.parse(plan.mesh)
+    checkpoint, mesh = _checkpoint(plan.model), _mesh(plan)
+    if jax.process_index() == 0 and (new := _newer(plan)).exists() and not plan.result.exists():
+        new.rename(plan.result)          # stopped between the two
     order, held_out, skipped = _order(plan)
     base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks=plan.kind == "qlora")
     trainable = _start(plan, checkpoint, base)
@@ -76,13 +89,15 @@ def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambd
         told = card | {"steps": report.step, "loss": report.loss, "held_out": report.held_out,
                        "hours": round((time.monotonic() - started) / 3600, 3)}
         if not plan.chat:
-            told["fim"] = {"psm": True, "spm": True}
+            told["fim"] = {order: order in plan.orders for order in ("psm", "spm")}
+        trained = jax.tree.map(whole, trained)
         if jax.process_index() == 0:
             _write(plan, checkpoint, trained, told)
 
-    writer = _tensorboard(plan.out) if plan.tensorboard else None
+    writer = _tensorboard(plan.out) if plan.tensorboard and jax.process_index() == 0 else None
     reports = train(checkpoint.config, None if plan.kind == "full" else base, trainable, order, plan.settings, plan.out,
-                    held_out=held_out, resume=resume, mesh=mesh, terminators=terminators, keep_best=keep, until=until)
+                    held_out=held_out, resume=resume, mesh=mesh, terminators=terminators, keep_best=keep, until=until,
+                    about={"base": identity(checkpoint), "kind": plan.kind})
     for report in reports:
         tell(report)
         if writer:
@@ -97,15 +112,26 @@ def steps_of(plan: Plan) -> int:
     return min(order.steps, plan.settings.steps or order.steps)
 
 
+def left_out(plan: Plan) -> int:
+    """Dialogues that are too long or have no answer."""
+    return _order(plan)[2]
+
+
 @lru_cache(maxsize=2)
 def _checkpoint(model: str) -> Checkpoint:
     return open_checkpoint(hub.resolve(model))
 
 
+def _mesh(plan: Plan) -> Any:
+    """Asks JAX for its devices, which starts its threads."""
+    hold_memory()
+    return meshes.parse(plan.mesh)
+
+
 @lru_cache(maxsize=2)
 def _order(plan: Plan) -> tuple[Order, list[Any], int]:
-    """The rows to learn from, those to measure on, and how many dialogues were too long."""
-    parts = meshes.batch_parts(meshes.parse(plan.mesh))
+    """The rows to learn from, those to measure on, and how many dialogues were left out."""
+    parts = meshes.batch_parts(_mesh(plan))
     skipped = 0
     if plan.chat:
         tokenizer = _checkpoint(plan.model).tokenizer
@@ -115,21 +141,38 @@ def _order(plan: Plan) -> tuple[Order, list[Any], int]:
         for source in plan.sources:
             rows, left = sft.rows(sft.read(Path(source)), tokenizer, plan.length)
             folders, skipped = [*folders, rows], skipped + left
-        held: list[Any] = [sft.rows(sft.read(plan.held_out), tokenizer, plan.length)[0]] if plan.held_out else []
+        held: list[Any] = []
+        if plan.held_out:
+            rows, left = sft.rows(sft.read(plan.held_out), tokenizer, plan.length)
+            held, skipped = [rows], skipped + left
     else:
-        folders = [Rows(source) for source in plan.sources]
-        held = [Rows(plan.held_out)] if plan.held_out else []
+        folders = [_rows(source, plan.model) for source in plan.sources]
+        held = [_rows(plan.held_out, plan.model)] if plan.held_out else []
     return Order(folders, plan.batch_tokens, plan.settings.seed, plan.epochs, parts), held, skipped
+
+
+def _rows(folder: Path | str, model: str) -> Rows:
+    """Raises ValueError where there are none, or those of another vocabulary."""
+    rows, tokenizer, recipe = Rows(folder), _checkpoint(model).tokenizer, Path(folder, "recipe.json")
+    if not len(rows):
+        raise ValueError(f"{folder} has no rows: build them from more code")
+    if tokenizer and recipe.exists() and read_json(recipe).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise ValueError(f"{folder} was built with another vocabulary than {model}'s: build it with --tokenizer {model}")
+    return rows
 
 
 def _start(plan: Plan, checkpoint: Checkpoint, base: Params) -> Trainable:
     if plan.kind == "full":
         return base
+    ids, start = fim_rows(checkpoint) if not plan.chat else ((), ())
     if plan.adapter:
         adapter = lora.load(plan.adapter)
         adapter.check(checkpoint.config)
+        missing = {token: place for token, place in zip(ids, start, strict=True) if token not in adapter.rows}
+        if missing:                      # an adapter that was trained on other things
+            rows = np.asarray(embed(base, jnp.asarray(list(missing.values()), jnp.int32), None))
+            adapter = replace(adapter, rows={**adapter.rows, **dict(zip(missing, rows, strict=True))})
         return lora_of(adapter)
-    ids, start = fim_rows(checkpoint) if not plan.chat else ((), ())
     return new_lora(checkpoint.config, base, plan.rank, ids, plan.alpha, plan.settings.seed, start)
 
 
@@ -144,9 +187,13 @@ def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return ids, tuple(control.eos if token == control.file_separator and control.eos is not None else token for token in ids)
 
 
+def _newer(plan: Plan) -> Path:
+    return plan.result.with_name(f"{plan.result.name}.new")
+
+
 def _write(plan: Plan, checkpoint: Checkpoint, trained: Trainable, card: dict[str, Any]) -> None:
     """In the place of the run's older result, which stays until this one is whole."""
-    new = plan.result.with_name(f"{plan.result.name}.new")
+    new = _newer(plan)
     shutil.rmtree(new, ignore_errors=True)
     if isinstance(trained, Lora):
         lora.save(adapter_of(trained, plan.name or plan.out.name, card), new)
@@ -165,7 +212,8 @@ def _tensor(values: np.ndarray, type: str) -> Tensor:
 
 
 def _tensorboard(folder: Path) -> Any:
-    missing("tensorboardX", "--tensorboard", "train")
-    from tensorboardX import SummaryWriter
-
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs the package tensorboardX: pip install tensorboardX") from None
     return SummaryWriter(str(folder / "tensorboard"))

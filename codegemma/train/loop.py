@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,16 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip", "micro_tokens", "evaluate_every", "save_every", "keep"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "clip", "micro_tokens", "evaluate_every", "save_every", "keep", "steps"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value!r}")
+        for name in ("weight_decay", "z", "patience"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)!r}")
+        for name, known in (("decay", ("cosine", "linear", "constant")), ("remat", get_args(Remat)),
+                            ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {', '.join(known)}, got {getattr(self, name)!r}")
         if self.vocabulary is not None and self.vocabulary < 2:
             raise ValueError(f"vocabulary must be at least 2 tokens, or None for all, got {self.vocabulary!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.floor <= 1):
@@ -116,7 +124,7 @@ def adapter_of(lora: Lora, name: str, card: dict[str, Any]) -> adapters.Adapter:
     """The trained adapter as what the engine loads."""
     arrays = {key: np.asarray(value, np.float32) for key, value in lora.weights.items()}
     a, b = ({key[:-2]: value for key, value in arrays.items() if key.endswith(end)} for end in (".a", ".b"))
-    rank = max(value.shape[0] for value in a.values())
+    rank = max((value.shape[0] for value in a.values()), default=1)
     return adapters.Adapter(name, rank, lora.scale * rank, a, b,
                             {token: arrays["rows"][i] for i, token in enumerate(lora.ids)}, card)
 
@@ -177,20 +185,22 @@ class Run:
 def train(config: ModelConfig, base: Params | None, trainable: Trainable, order: Order, settings: Settings, folder: Path, *,
           held_out: Sequence[Any] = (), resume: bool = False, mesh: Any = None, terminators: Sequence[int] = (),
           keep_best: Callable[[Trainable, Report], None] = lambda trainable, report: None,
-          until: float | None = None) -> Iterator[Report]:
+          until: float | None = None, about: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Report]:
     """Trains `trainable` (a Lora over the frozen `base`, or all parameters; its arrays are used up) and reports each step.
 
     `folder` gets checkpoints, metrics.jsonl and loss.svg. `keep_best` is called with what was best on the held-out rows
     (sequences of rows as data.pack.Rows gives them), or at each checkpoint where there are none. `until`, of
-    time.monotonic, ends the run early, after one step at least. Raises ValueError where `folder` holds a run and `resume` is
-    not set, or one with other settings.
+    time.monotonic, ends the run early, after one step at least. `about` is what else a run that is resumed must have in
+    common, as JSON. Raises ValueError where `folder` holds a run and `resume` is not set, or one with other settings.
     """
     steps = min(order.steps, settings.steps or order.steps)
     rate = schedule(settings, steps)
     rule = optimizer(settings, rate)
     parts = meshes.batch_parts(mesh)
     stamp = {"settings": asdict(replace(settings, save_every=1, keep=1)), "steps": steps, "seed": order.seed,
-             "rows": [[len(rows), order.length(rows)] for rows in order.folders], "batch_tokens": order.batch_tokens}
+             "rows": [[len(rows), order.length(rows)] for rows in order.folders], "batch_tokens": order.batch_tokens,
+             "model": repr(config), "adapter": [trainable.scale, *trainable.ids] if isinstance(trainable, Lora) else None,
+             "shapes": {name: value.shape for name, value in _weights(trainable).items()}, **about}
     trainable, base = meshes.place(mesh, trainable), meshes.place(mesh, base)
     run = Run(trainable, meshes.place(mesh, rule.init(trainable)))
     where, moments_where = (jax.tree.map(lambda leaf: leaf.sharding if mesh else None, tree) for tree in (trainable, run.moments))
@@ -211,6 +221,9 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         started = time.perf_counter()
         rows = order.rows(run.step)
         length = order.length(rows)
+        if (most := max(int(row["tokens"].max()) for row in rows)) >= config.vocab:
+            raise ValueError(f"the rows hold token {most:,}, but the model's are below {config.vocab:,}: build them with its own "
+                             "tokenizer")
         summed: Any = None
         seen = Tally(terminators)
         batches = list(_batches(rows, settings, parts))
@@ -219,6 +232,9 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
             (_, told), grown = gradient(run.trainable, base, meshes.place_batch(mesh, batch), sample)
             seen.add(batch, *told)
             summed = grown if summed is None else total(summed, grown)
+        if not np.isfinite(seen.loss):
+            raise ValueError(f"step {run.step + 1}: the loss is {seen.loss}: training diverged: lower --learning-rate and begin "
+                             "again in another folder")
         run.trainable, run.moments, norm = update(run.trainable, run.moments, summed, jnp.float32(max(seen.targets, 1)))
         run.step += 1
         tokens = len(rows) * length
@@ -274,7 +290,7 @@ class Tally:
 
     def add(self, batch: Microbatch, nats_M: jax.Array, right_M: jax.Array) -> None:
         live = (np.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
-        nats, right, targets = _whole(nats_M)[live], _whole(right_M)[live], batch.targets_CM.reshape(-1)[live]
+        nats, right, targets = whole(nats_M)[live], whole(right_M)[live], batch.targets_CM.reshape(-1)[live]
         ends = np.isin(targets, self._ids)
         self.targets += len(targets)
         self._nats += float(nats.sum(dtype=np.float64))
@@ -295,7 +311,8 @@ class Tally:
         return self._ended / self._ends if self._ends else None
 
 
-def _whole(array: jax.Array) -> np.ndarray:
+def whole(array: jax.Array) -> np.ndarray:
+    """Its values, of which this process may have a share only: then every process must ask."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils
@@ -327,7 +344,7 @@ class Store:
         self._ocp, self._stamp = ocp, json.loads(json.dumps(stamp))
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
         self.first = jax.process_index() == 0
-        if self.metrics.exists() and not resume:
+        if self.metrics.exists() and self.metrics.stat().st_size and not resume:
             raise ValueError(f"{folder} holds a training run: pass --resume to go on with it, or another folder")
         folder.mkdir(parents=True, exist_ok=True)
         self.manager = ocp.CheckpointManager(
@@ -342,14 +359,15 @@ class Store:
             if self.first:
                 self.metrics.write_text("")
             return
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(run))
-        found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore()))
-        meta = found["meta"]
-        if meta["stamp"] != self._stamp:
-            changed = sorted(key for key in self._stamp if meta["stamp"].get(key) != self._stamp[key])
-            raise ValueError(f"{self.folder} holds a run with other {', '.join(changed)}: resume it with its own options, or "
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        was, now = ({**stamp["settings"], **stamp} for stamp in (meta["stamp"], self._stamp))
+        changed = sorted(key for key in was.keys() & now.keys() - {"settings"} if was[key] != now[key])
+        if changed:
+            shown = "; ".join(f"{key} {was[key]!r:.60}, not {now[key]!r:.60}" for key in changed)
+            raise ValueError(f"{self.folder} holds a run with other options ({shown}): resume it with its own, or "
                              "choose another folder")
-        state = found["state"]
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(run))
+        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
         trained = state["trainable"]
         run.trainable = replace(run.trainable, weights=trained) if isinstance(run.trainable, Lora) else trained
         run.moments, run.step, run.misses = state["moments"], step, meta["misses"]
@@ -380,5 +398,9 @@ class Store:
         self.manager.close()
 
 
+def _weights(trainable: Trainable) -> dict[str, Any]:
+    return trainable.weights if isinstance(trainable, Lora) else trainable  # type: ignore[return-value]
+
+
 def _arrays(run: Run) -> dict[str, Any]:
-    return {"trainable": run.trainable.weights if isinstance(run.trainable, Lora) else run.trainable, "moments": run.moments}
+    return {"trainable": _weights(run.trainable), "moments": run.moments}

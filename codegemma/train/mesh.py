@@ -33,11 +33,15 @@ def parse(text: str | None) -> Mesh | None:
     Raises ValueError naming the rule that the text breaks.
     """
     if text is None:
+        if jax.process_count() > 1:
+            raise ValueError(f"{jax.process_count()} processes train together on a mesh: pass --mesh, such as "
+                             f"fsdp={jax.device_count()}")
         return None
     found = re.findall(r"(?:^|,)(\w+)=(\d+)(?=,|$)", text)
     sizes = dict.fromkeys(AXES, 1) | {name: int(size) for name, size in found}
-    if set(sizes) != set(AXES) or ",".join(f"{name}={size}" for name, size in found) != text or 0 in sizes.values():
-        raise ValueError(f"mesh must look like fsdp=8,tensor=4 with axes of {', '.join(AXES)}, got {text!r}")
+    whole = ",".join(f"{name}={size}" for name, size in found) == text and len(dict(found)) == len(found)
+    if set(sizes) != set(AXES) or not whole or 0 in sizes.values():
+        raise ValueError(f"mesh must look like fsdp=8,tensor=4 with axes of {', '.join(AXES)}, each once, got {text!r}")
     if math.prod(sizes.values()) != jax.device_count():
         raise ValueError(f"mesh {text} has {math.prod(sizes.values())} places, but there are {jax.device_count()} devices: "
                          "make the product equal")

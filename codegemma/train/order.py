@@ -49,10 +49,13 @@ class Order:
     multiple: int = 1                    # rows of a step: a whole number of these
 
     def __post_init__(self) -> None:
+        if not (0 < self.epochs < 1e9 and self.batch_tokens > 0):
+            raise ValueError(f"epochs and batch_tokens must be finite and above 0, got {self.epochs} and {self.batch_tokens}")
         for rows in self.folders:
             if len(rows) * self.epochs < self.batch(rows):
                 raise ValueError(f"{getattr(rows, 'folder', 'rows')}: {len(rows):,} rows in {self.epochs:g} epochs do not fill one "
-                                 f"step of {self.batch(rows):,} rows: lower --batch-tokens or build more rows")
+                                 f"step of {self.batch(rows):,} rows: lower --batch-tokens, take fewer devices, raise --epochs, or "
+                                 "build more rows")
 
     def length(self, rows: Any) -> int:
         return len(rows[0]["tokens"])
@@ -82,10 +85,9 @@ class Order:
     def sampler(self, size: int, vocab: int) -> Callable[[int, Sequence[Microbatch]], Sample]:
         """Draws `size` of `vocab` tokens for a step and its microbatches: half of them what these rows hold most of, with the
         step's targets, and the others by chance."""
-        seen = np.zeros(vocab, np.int64)
-        for rows in self.folders:
-            for i in np.linspace(0, len(rows) - 1, min(len(rows), 1024)).astype(int):
-                np.add.at(seen, rows[i]["tokens"], 1)
+        tokens = [rows[i]["tokens"] for rows in self.folders
+                  for i in np.linspace(0, len(rows) - 1, min(len(rows), 1024)).astype(int)]
+        seen = np.bincount(np.concatenate(tokens), minlength=vocab)[:vocab]
         frequent = np.argsort(-seen, kind="stable")[:size // 2]
 
         def draw(step: int, batches: Sequence[Microbatch]) -> Sample:

@@ -27,24 +27,27 @@ def read(path: Path) -> Iterator[list[Message]]:
 
     Raises ValueError naming the line and what it lacks.
     """
-    with open(path, encoding="utf-8-sig") as file:
+    number = 0
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 yield messages(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}: a line needs messages of role and content, or instruction "
                                  "and output, or input and output") from None
+    if not number:
+        raise ValueError(f"{path}: is empty, but needs one JSON object a line: check that it is the right file")
 
 
 def messages(one: Mapping[str, Any]) -> list[Message]:
     """One object of the file as a dialogue that ends with an answer. Raises ValueError."""
     turns = one.get("messages") or one.get("conversations")
     if turns:
-        names = {"human": "user", "gpt": "assistant", "model": "assistant"}
+        names = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
         found = [(turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))) for turn in turns]
-        made = [Message(names.get(role, role), _text(text)) for role, text in found]
+        made = [Message(names.get(role.lower(), role.lower()), _text(text)) for role, text in found]
     elif "instruction" in one:
         more = _text(one.get("input") or "")
         asked = _text(one["instruction"]) + (f"\n\n{more}" if more else "")
@@ -54,28 +57,35 @@ def messages(one: Mapping[str, Any]) -> list[Message]:
         if pair is None:
             raise ValueError(f"it has the fields {', '.join(map(repr, one)) or 'none'}")
         made = [Message("user", _text(one[pair[0]])), Message("assistant", _text(one[pair[1]]))]
-    if isinstance(one.get("system"), str) and made[0].role != "system":
-        made.insert(0, Message("system", one["system"]))
+    if one.get("system") and made[0].role != "system":
+        made.insert(0, Message("system", _text(one["system"])))
     if made[-1].role != "assistant":
         raise ValueError("the last message must be the assistant's, which is what is learned")
+    prompts.split_system(made, reply=False)
     return made
 
 
 def _text(value: Any) -> str:
+    """A text, whole or in OpenAI's parts."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        return "".join(_text(part.get("text")) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"a text was expected, got {value!r}")
+    value.encode()                       # raises for a lone surrogate, which no token spells
     return value
 
 
 def rows(dialogues: Iterable[Sequence[Message]], tokenizer: Tokenizer, length: int) -> tuple[list[dict[str, np.ndarray]], int]:
-    """Dialogues packed into rows of `length` tokens, each a segment of its own, and how many were too long to fit one.
+    """Dialogues packed into rows of `length` tokens, each a segment of its own, and how many were left out: too long to fit
+    one, or with an empty answer.
 
     Rows are as data.pack.Rows gives them. Raises ValueError where none is left.
     """
     made = [prompts.chat(tokenizer, dialogue, reply=False) for dialogue in dialogues]
-    fitting = [prompt for prompt in made if len(prompt.ids) <= length]
+    fitting = [prompt for prompt in made if len(prompt.ids) <= length
+               and all(len(ids) > 1 for label, ids in prompt.segments if label == "reply")]     # 1: its terminator
     if not fitting:
-        raise ValueError(f"none of {len(made):,} dialogues fits a row of {length:,} tokens: raise --length")
+        raise ValueError(f"none of {len(made):,} dialogues fits a row of {length:,} tokens and has answers: raise --length")
     found = []
     for items in fit([len(prompt.ids) for prompt in fitting], length):
         tokens_T, loss_T, segments_T = np.zeros(length, np.int32), np.zeros(length, bool), np.zeros(length, np.uint16)

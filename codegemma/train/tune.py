@@ -17,7 +17,8 @@ from pathlib import Path
 
 from codegemma import lora
 from codegemma.data.build import build
-from codegemma.data.documents import Document, expand, read
+from codegemma.data.clean import Quality, check
+from codegemma.data.documents import Document, Source, expand, read
 from codegemma.data.fim import Draw
 from codegemma.data.pack import Rows
 from codegemma.data.stages import Recipe
@@ -68,8 +69,8 @@ class Tuned:
 def tune(repository: Path, model: str, minutes: float, out: Path | None, adapter: str, rank: int, holes: int, seed: int,
          resume: bool, follow: Callable[[int], Callable[[Report], None]], say: Callable[[str], None]) -> Tuned:
     """Raises ValueError where there is too little code, or the time is none."""
-    if minutes <= 0:
-        raise ValueError(f"--minutes must be above 0, got {minutes}")
+    if not 0 < minutes < 1e6:
+        raise ValueError(f"--minutes must be finite and above 0, got {minutes}")
     out = out or Path(f"{repository.resolve().name}-adapter")
     if out.exists() and not (out / "work").exists():
         raise ValueError(f"{out} exists: choose another folder with --out")
@@ -79,15 +80,16 @@ def tune(repository: Path, model: str, minutes: float, out: Path | None, adapter
     engine = load(model)
     chosen = engine.adapter_at(adapter)
     started_from = engine.adapter(chosen) if chosen else None
+    orders: tuple[Layout, ...] = ("spm",) if started_from and engine.fim_orders(chosen) == {"spm"} else ("psm", "spm")
     if not (work / "ready").exists():
-        _prepare(repository, work, engine.tokenizer, seed, say)
+        _prepare(repository, work, engine.tokenizer, orders, seed, say)
     kept = [_document(line) for line in (work / "held-out.jsonl").read_text().splitlines()]
     found = heldout.holes(kept, engine.tokenizer, holes, seed)
     if not found:
         raise ValueError(f"{repository}: the held-out files have no place for a hole to measure: it needs more code")
     before = _measured(engine, found, started_from)
     say(f"before: {_brief(before)}")
-    plan = _plan(work, model, minutes, rank, started_from, seed)
+    plan = replace(_plan(work, model, minutes, rank, started_from, seed), orders=orders)
     trained = lora.load(job.run(plan, (plan.out / "metrics.jsonl").exists(), follow(job.steps_of(plan)),
                                 time.monotonic() + 60 * minutes))
     after = _measured(engine, found, trained)
@@ -106,33 +108,37 @@ def tune(repository: Path, model: str, minutes: float, out: Path | None, adapter
 
 def hold_out(documents: Sequence[Document], repository: Path, seed: int) -> tuple[list[Document], list[Document]]:
     """(to learn from, held out): a hash's share of the files, and those that the newest commits touched, at most half."""
-    newest = set(_newest_files(repository)) if (repository / ".git").exists() else set()
+    newest = set(_newest_files(repository))
     ranked = sorted(documents, key=lambda one: (one.path not in newest, Draw("held out", seed, one.path).uniform()))
     share = max(1, round(SHARE * len(documents)))
     recent = sum(one.path in newest for one in documents)
-    count = min(max(share, min(recent, 2 * share)), len(documents) // 2)
+    count = min(max(share, min(recent, 2 * share)), len(documents) // 2, max(1, len(documents) - FEWEST))
     return ranked[count:], ranked[:count]
 
 
 def _newest_files(repository: Path) -> list[str]:
     """Paths that the newest commits changed; none where git is missing or the history is not here."""
-    quiet = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_OPTIONAL_LOCKS": "0"}
+    quiet = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_OPTIONAL_LOCKS": "0",
+             "GIT_NO_LAZY_FETCH": "1"}   # nothing that a repository's own settings name is run
     command = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "log", f"-{NEWEST}", "--format=",
-               "--name-only", "--no-ext-diff", "--relative"]
+               "--name-only", "--no-ext-diff", "--relative", "--no-show-signature", "-z"]
     try:
-        done = subprocess.run(command, cwd=repository, env=quiet, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, cwd=repository, env=quiet, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return list(dict.fromkeys(done.stdout.splitlines())) if done.returncode == 0 else []
+    return list(dict.fromkeys(os.fsdecode(done.stdout).split("\0"))) if done.returncode == 0 else []
 
 
-def _prepare(repository: Path, work: Path, tokenizer: Tokenizer, seed: int, say: Callable[[str], None]) -> None:
-    documents = [one for source in expand(str(repository)) for one in read(source)
-                 if isinstance(one, Document) and one.kind == "code"]
+def _prepare(repository: Path, work: Path, tokenizer: Tokenizer, orders: Sequence[Layout], seed: int,
+             say: Callable[[str], None]) -> None:
+    shutil.rmtree(work, ignore_errors=True)      # which may lie in the repository
+    sources = [Source(repository.resolve(), "folder")] if repository.is_dir() else expand(str(repository))
+    good = Quality()                     # the rows' own, so that what they leave out is not held out; of copies one
+    documents = list({one.digest: one for source in sources for one in read(source)
+                      if isinstance(one, Document) and not check(one, good)[0]}.values())
     taught, kept = hold_out(documents, repository, seed)
     if len(taught) < FEWEST:
         raise ValueError(f"{repository}: {len(documents)} files of code, but tuning needs at least {FEWEST + 1}: pass a larger one")
-    shutil.rmtree(work, ignore_errors=True)
     folder = work / "taught" / repository.resolve().name
     for one in taught:
         file = folder / one.path
@@ -140,9 +146,9 @@ def _prepare(repository: Path, work: Path, tokenizer: Tokenizer, seed: int, say:
         file.write_text(one.text, encoding="utf-8", newline="")
     (folder / "Makefile").touch()        # one project, whatever projects stand inside it
     say(f"{len(taught):,} files to learn from, {len(kept):,} held out")
-    recipe = Recipe(fim_rate=0.9, spm_rate=0.5, length=LENGTH, seed=seed, licences="any", loss=("middle", "terminator"),
+    recipe = Recipe(fim_rate=0.9, spm_rate=1 / len(orders), length=LENGTH, seed=seed, licences="any", loss=("middle", "terminator"),
                     window=WINDOW, stride=WINDOW[1], path_rate=0.5)
-    build([str(folder)], work / "rows", tokenizer, recipe)
+    build([str(folder.resolve())], work / "rows", tokenizer, recipe)
     lines = [json.dumps([one.repository, one.path, one.text, one.language]) + "\n" for one in kept]
     (work / "held-out.jsonl").write_text("".join(lines))
     (work / "ready").write_text(json.dumps([one.path for one in taught]))
@@ -184,6 +190,7 @@ def _plan(work: Path, model: str, minutes: float, rank: int, start: lora.Adapter
     stored = work / "steps"
     if not stored.exists():
         seconds: list[float] = []
+        shutil.rmtree(plan.out, ignore_errors=True)      # of a probe that was interrupted
         job.run(plan, False, lambda report: seconds.append(report.seconds))
         left = 60 * minutes - sum(seconds)
         most = 8 * len(rows) * LENGTH // batch           # more passes than that over little code only repeats it
