@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from codegemma.formats.files import missing
-
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="What to train: a preset, a Hub repository or a path.")]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, metrics.jsonl, loss.svg and the result.")]
 
@@ -53,6 +51,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
 ) -> None:
     """Train a model on rows: continued pretraining with fill-in-the-middle, or chat."""
+    from codegemma.formats.files import missing
+
     missing("jax", "training jobs", "train")
     from codegemma.train import job
     from codegemma.train.loop import Settings
@@ -86,6 +86,8 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Teach a model your code base, and measure the gain on files it never saw."""
+    from codegemma.formats.files import missing
+
     missing("jax", "training jobs", "train")
     from codegemma.train import tune as tuning
 
