@@ -35,7 +35,7 @@ SHARE = 0.1                              # of the files, held out
 NEWEST = 20                              # commits at most whose files are held out too
 LENGTH = 512                             # tokens of a row
 WINDOW = (96, 384)                       # tokens of an example
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096                      # of a step; half of it from an adapter that already completes
 FEWEST = 4                               # files to train on
 LAYOUT: Layout = "spm"                   # of the holes that are measured: how an editor asks while one types
 PROBE = 3                                # steps that say how long a step takes, the first of which compiles
@@ -62,6 +62,9 @@ class Tuned:
     def text(self) -> str:
         lines = [f"{name:22} {f.before:8.3f} -> {f.after:8.3f}   {f.gain.difference:+.3f} (95 % from {f.gain.low:+.3f} to "
                  f"{f.gain.high:+.3f})" for name, f in self.figures.items()]
+        worse = ", ".join(name for name, f in self.figures.items() if f.gain.high < 0)
+        if worse:
+            lines.append(f"worse than before in {worse}: give it more --minutes, or do not use it")
         return "\n".join([f"{self.trained:,} files taught, {self.held_out:,} held out; holes in {LAYOUT} order, before -> "
                           "after:", *lines, f"use it: codegemma complete --adapter {self.adapter} ..."])
 
@@ -179,11 +182,13 @@ def _brief(figures: dict[str, list[float]]) -> str:
 def _plan(work: Path, model: str, minutes: float, rank: int, start: lora.Adapter | None, seed: int) -> job.Plan:
     """Steps that the time allows, from how long a few take; the schedule ends with them."""
     rows = Rows(work / "rows")
-    batch = min(BATCH_TOKENS, len(rows) * LENGTH)
+    batch = min(BATCH_TOKENS if start is None else BATCH_TOKENS // 2, len(rows) * LENGTH)
     path = work / "start" if start is not None else None
     if start is not None and not (work / "start").exists():
         lora.save(start, work / "start")
-    settings = Settings(1e-3 if start is None else 3e-4, warmup=0.05, vocabulary=VOCABULARY, micro_tokens=2048,
+    # Adam's first steps move every weight by the whole rate: an adapter that completes already forgets to stop at 3e-4
+    rate, warmup = (1e-3, 0.05) if start is None else (1e-4, 0.25)
+    settings = Settings(rate, warmup, vocabulary=VOCABULARY, micro_tokens=2048,
                         save_every=10, keep=1, seed=seed)
     plan = job.Plan(model, (str(work / "rows"),), work / "probe", replace(settings, steps=PROBE), kind="qlora", rank=rank,
                     adapter=path, batch_tokens=batch, epochs=100.0)
