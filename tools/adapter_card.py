@@ -92,7 +92,6 @@ def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
     return name.upper(), f"{window[0]} to {window[1]} tokens{suffix}", f"{recipe.spm_rate:.0%}", *counts
 
 
-
 def training(adapter: lora.Adapter, metrics: Sequence[Path]) -> str:
     """Tokens, hours and settings. A step that was done twice after a stop counts once, as it was done last."""
     steps: dict[tuple[Path, int], dict[str, Any]] = {}

@@ -29,8 +29,9 @@ from codegemma.data.build import Summary, build
 from codegemma.data.cli import load_tokenizer
 from codegemma.data.documents import CODE, Document, Source, read
 from codegemma.data.fim import Draw
-from codegemma.data.pack import Packed, Rows, fit, save
+from codegemma.data.pack import Packed, Rows, fit, places, save
 from codegemma.data.stages import Recipe
+from codegemma.formats.files import replacing
 
 LIST = Path(__file__).with_name("adapter_packages.txt")
 LARGEST = 40_000_000                     # bytes of an archive that is worth its share of the corpus
@@ -184,31 +185,29 @@ def choose(phase: str, cache: Path) -> int:
         segments = np.load(stem.with_suffix(".segments.npy"))
         for (row, segment), examples in sorted(whose.items()):
             layouts = {example["layout"] for example in examples}
-            places = np.flatnonzero(segments[row] == segment)
+            where = np.flatnonzero(segments[row] == segment)
             share = {choice.layout: 1.0, "prefix": choice.plain}.get(layouts.pop() if len(layouts) == 1 else "", 0.0)
-            if len(places) <= choice.most and Draw(phase, part, row, segment).uniform() < share:
-                found.append(({name: array[row, places] for name, array in arrays.items()},
-                              [each | {"start": each["start"] - places[0], "end": each["end"] - places[0]} for each in examples]))
+            if len(where) <= choice.most and Draw(phase, part, row, segment).uniform() < share:
+                found.append(({name: array[row, where] for name, array in arrays.items()},
+                              [each | {"start": each["start"] - where[0], "end": each["end"] - where[0]} for each in examples]))
     length = len(rows[0]["tokens"])
-    packed = fit([len(cut["tokens"]) for cut, _ in found], length)
+    sizes = [len(cut["tokens"]) for cut, _ in found]
+    packed = fit(sizes, length)
     shape = (len(packed), length)
     made = Packed(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.uint16), [])
-    for row, items in enumerate(packed):
-        at = 0
-        for segment, item in enumerate(sorted(items), 1):
-            cut, examples = found[item]
-            here = slice(at, at + len(cut["tokens"]))
-            made.tokens_RT[row, here], made.loss_RT[row, here], made.segments_RT[row, here] = cut["tokens"], cut["loss"], segment
-            made.examples.extend(each | {"row": row, "segment": segment, "start": at + each["start"], "end": at + each["end"]}
-                                 for each in examples)
-            at = here.stop
+    for row, segment, item, here in places(packed, sizes):
+        cut, examples = found[item]
+        made.tokens_RT[row, here], made.loss_RT[row, here], made.segments_RT[row, here] = cut["tokens"], cut["loss"], segment
+        made.examples.extend(each | {"row": row, "segment": segment, "start": here.start + each["start"],
+                                     "end": here.start + each["end"]} for each in examples)
     (out / "rows").mkdir(parents=True, exist_ok=True)
     (out / "manifests").mkdir(exist_ok=True)
     save(made, out / "rows" / "part-00000")
-    np.save(out / "index.npy", np.stack([np.zeros(len(packed), np.int64), np.arange(len(packed))], 1))
-    told = {"chosen": asdict(choice), "examples": len(made.examples), "tokens": sum(len(cut["tokens"]) for cut, _ in found),
+    told = {"chosen": asdict(choice), "examples": len(made.examples), "tokens": sum(sizes),
             "learned": int(made.loss_RT.sum()), "of": json.loads((rows.folder / "manifests" / "rows.json").read_text())}
     (out / "manifests" / "rows.json").write_text(json.dumps(told, indent=1))
+    with replacing(out / "index.npy") as file:       # last, as a build's: where it is, the rows are finished
+        np.save(file, np.stack([np.zeros(len(packed), np.int64), np.arange(len(packed))], 1))
     return len(packed)
 
 

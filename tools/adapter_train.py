@@ -36,20 +36,21 @@ class Phase:
 
 PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 140, warmup=0.03, orders=("spm",), landed=True),
           "a2": Phase(7168, warmup=0.03), "b": Phase(16_384), "c": Phase(32_768, landed=True)}
+ORDER = list(PHASES)
 
 
 def plan(name: str, cache: Path) -> job.Plan:
-    phase, number = PHASES[name], list(PHASES).index(name)
+    phase, number = PHASES[name], ORDER.index(name)
     settings = Settings(PEAK, phase.warmup, decay="cosine" if phase.landed else "constant", floor=0.05, vocabulary=VOCABULARY,
                         micro_tokens=1024, save_every=5, steps=phase.steps)
-    before = cache / "runs" / list(PHASES)[number - 1] / "adapter" if number else None
+    before = cache / "runs" / ORDER[number - 1] / "adapter" if number else None
     return job.Plan("gemma-3-270m", (str(cache / "rows" / name),), cache / "runs" / name, settings, kind="qlora", rank=RANK,
                     adapter=before, batch_tokens=phase.tokens, name="gemma-3-270m-fim", orders=phase.orders)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--until", choices=PHASES, default=list(PHASES)[-1])
+    parser.add_argument("--until", choices=PHASES, default=ORDER[-1])
     parser.add_argument("--cache", type=Path, default=CACHE)
     chosen = parser.parse_args()
 
@@ -58,7 +59,7 @@ def main() -> None:
         print(f"{phase} {report.step}/{report.steps} loss {report.loss:.4f} right {report.right:.1%}{ends} "
               f"{report.tokens / report.seconds:.0f} tokens/s", flush=True)
 
-    for phase in list(PHASES)[:list(PHASES).index(chosen.until) + 1]:
+    for phase in ORDER[:ORDER.index(chosen.until) + 1]:
         rows = chosen.cache / "rows" / phase
         if not (rows / "index.npy").exists():
             sys.exit(f"{rows} is not built: python tools/adapter_data.py rows {phase} --data BENCHMARKS")

@@ -74,6 +74,15 @@ def fit(sizes: Sequence[int], length: int) -> list[list[int]]:
     return rows
 
 
+def places(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> Iterator[tuple[int, int, int, slice]]:
+    """(row, segment, item, place in the row) of each item that `fit` gave a row: in their order, segments from 1."""
+    for row, items in enumerate(rows):
+        at = 0
+        for segment, item in enumerate(sorted(items), 1):
+            yield row, segment, item, slice(at, at + sizes[item])
+            at += sizes[item]
+
+
 def pack(groups: Iterable[Group], length: int, bos: int | None, pad: int) -> Packed:
     """Rows of `length` tokens."""
     parts = list(segments(groups, length))
@@ -83,17 +92,15 @@ def pack(groups: Iterable[Group], length: int, bos: int | None, pad: int) -> Pac
     shape = (len(rows), length)
     tokens_RT, loss_RT, segments_RT = np.full(shape, pad, np.int32), np.zeros(shape, bool), np.zeros(shape, np.uint16)
     found = []
-    for row, items in enumerate(rows):
-        at = 0
-        for segment, item in enumerate(sorted(items), 1):
-            segments_RT[row, at:at + sizes[item]] = segment
-            tokens_RT[row, at:at + len(start)] = start
-            at += len(start)
-            for example in parts[item].examples:
-                end = at + len(example.ids_T)
-                tokens_RT[row, at:end], loss_RT[row, at:end] = example.ids_T, example.loss_T
-                found.append(_record(example, parts[item].via, row, segment, at))
-                at = end
+    for row, segment, item, here in places(rows, sizes):
+        segments_RT[row, here] = segment
+        at = here.start + len(start)
+        tokens_RT[row, here.start:at] = start
+        for example in parts[item].examples:
+            end = at + len(example.ids_T)
+            tokens_RT[row, at:end], loss_RT[row, at:end] = example.ids_T, example.loss_T
+            found.append(_record(example, parts[item].via, row, segment, at))
+            at = end
     return Packed(tokens_RT, loss_RT, segments_RT, found)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from codegemma import prompts
-from codegemma.data.pack import fit, positions
+from codegemma.data.pack import fit, places, positions
 from codegemma.prompts import Message
 from codegemma.tokenizer import Tokenizer
 
@@ -86,15 +86,12 @@ def rows(dialogues: Iterable[Sequence[Message]], tokenizer: Tokenizer, length: i
                and all(len(ids) > 1 for label, ids in prompt.segments if label == "reply")]     # 1: its terminator
     if not fitting:
         raise ValueError(f"none of {len(made):,} dialogues fits a row of {length:,} tokens and has answers: raise --length")
-    found = []
-    for items in fit([len(prompt.ids) for prompt in fitting], length):
-        tokens_T, loss_T, segments_T = np.zeros(length, np.int32), np.zeros(length, bool), np.zeros(length, np.uint16)
-        at = 0
-        for segment, item in enumerate(sorted(items), 1):
-            ids, labels = fitting[item].ids, fitting[item].labels
-            end = at + len(ids)
-            tokens_T[at:end], segments_T[at:end] = ids, segment
-            loss_T[at:end] = [label == "reply" for label in labels]
-            at = end
-        found.append({"tokens": tokens_T, "loss": loss_T, "segments": segments_T, "positions": positions(segments_T)})
+    sizes = [len(prompt.ids) for prompt in fitting]
+    packed = fit(sizes, length)
+    tokens_RT, loss_RT, segments_RT = (np.zeros((len(packed), length), kind) for kind in (np.int32, bool, np.uint16))
+    for row, segment, item, here in places(packed, sizes):
+        tokens_RT[row, here], segments_RT[row, here] = fitting[item].ids, segment
+        loss_RT[row, here] = [label == "reply" for label in fitting[item].labels]
+    found = [{"tokens": tokens_T, "loss": loss_T, "segments": segments_T, "positions": positions(segments_T)}
+             for tokens_T, loss_T, segments_T in zip(tokens_RT, loss_RT, segments_RT, strict=True)]
     return found, len(made) - len(fitting)
