@@ -37,7 +37,7 @@ Params = dict[str, Weight]
 Pair = tuple[jax.Array, jax.Array]
 Remat = Literal["none", "products", "layer"]
 BATCH_AXES = ("data", "fsdp")            # of a mesh: what divides the batch
-SAVED = ("q", "k", "v", "mixed", "o", "gate", "up", "down")
+SAVED = ("q", "k", "v", "mixed", "o", "gate", "up", "down", xla.LOW)
 
 
 @jax.tree_util.register_dataclass

@@ -92,7 +92,7 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path):
 
 def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
     """Every chosen segment stands in the rows that it was chosen from, with its loss, once; none that fits is left out."""
-    monkeypatch.setitem(adapter_data.CHOICES, "s", adapter_data.Choice("a1", "spm", 120, 1.0))
+    monkeypatch.setitem(adapter_data.CHOICES, "s", adapter_data.Choice({"a1": 1.0}, "spm", 120, 1.0))
 
     def segments(folder):
         rows = Rows(folder)
@@ -108,4 +108,4 @@ def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
                     if size <= 120 and layouts in ({"spm"}, {"prefix"}))
     assert wanted and sorted(data for data, _, _ in segments(cache / "rows" / "s")) == wanted
     assert {layout for _, layouts, _ in segments(cache / "rows" / "s") for layout in layouts} == {"spm", "prefix"}
-    assert "| S | of A1, to 120 tokens | 100% |" in adapter_card.data(cache, [])
+    assert "| S | from A1, to 120 tokens | 100% |" in adapter_card.data(cache, [])

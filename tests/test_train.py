@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import training
-from tiny import dequantize, random_blocks
+from tiny import dequantize, random_blocks, tiny_config
 
 from codegemma.config import ModelConfig
 from codegemma.lora import Adapter
@@ -25,7 +26,18 @@ from codegemma.model import Lora
 from codegemma.native.xla import Blocks
 from codegemma.train import loss as losses
 from codegemma.train import mesh
-from codegemma.train.loop import Settings, adapter_of, flops_of, lora_of, new_lora, schedule, train
+from codegemma.train.loop import (
+    Settings,
+    adapter_of,
+    flops_of,
+    lora_of,
+    new_lora,
+    objective,
+    optimizer,
+    schedule,
+    scheduler,
+    train,
+)
 from codegemma.train.loss import BLOCK, cross_entropy
 from codegemma.train.order import Microbatch, Order, Sample, microbatches
 
@@ -181,7 +193,7 @@ def test_twenty_steps_are_those_of_pytorch(case, tmp_path):
                                   tuple(about["lora"].get("trainable_token_indices", ())))
     ids, marks = GOLDEN[f"{case}/ids"].astype(np.int32), GOLDEN[f"{case}/loss"]
     rows = [training.row(*pair) for pair in zip(ids.reshape(-1, ids.shape[-1]), marks.reshape(-1, ids.shape[-1]), strict=True)]
-    settings = Settings(**about["settings"] | {"betas": tuple(about["settings"]["betas"])}, micro_tokens=ids[0].size,
+    settings = Settings(**about["settings"] | {"betas": tuple(about["settings"]["betas"])}, row_rate=1, micro_tokens=ids[0].size,
                         save_every=1000)
     order = training.InOrder([rows], ids[0].size)
     reports = list(train(config, params if lora else None, lora or params, order, settings, tmp_path))
@@ -206,6 +218,35 @@ def test_a_new_adapter_changes_nothing_and_becomes_an_adapter():
     again = lora_of(adapter)
     assert (again.scale, again.ids) == (lora.scale, lora.ids)
     jax.tree.map(np.testing.assert_array_equal, again.weights, lora.weights)
+
+
+def test_rows_of_the_embedding_go_slower():
+    config, params = training.tiny()
+    lora = new_lora(config, params, 4, ids=(67,))
+    rule = optimizer(settings := Settings(weight_decay=0.1, row_rate=0.125), lambda step: 1e-2)
+    gradients = jax.tree.map(jnp.ones_like, lora)
+    changes = rule.update(gradients, rule.init(lora), lora)[0].weights
+    decay = settings.weight_decay * lora.weights["rows"]
+    np.testing.assert_allclose(changes["rows"], -1e-2 * 0.125 * (1 + decay), rtol=1e-5)
+    np.testing.assert_allclose(changes["layers.0.q.b"], -1e-2, rtol=1e-5)
+
+
+def test_remat_saves_memory_and_computes_no_kept_product_again():
+    config = tiny_config("gemma3", layers=8, global_every=2, width=64, head_width=32, ffn_width=256, vocab=520)
+    params = {name: Blocks.of(random_blocks("Q8_0", value.shape, 0.2)) if value.ndim == 2 else jnp.asarray(value)
+              for name, value in training.reference.random_params(config, 0).items()}
+    lora = new_lora(config, params, 4)
+    rng = np.random.default_rng(0)
+    rows = [training.row(rng.integers(3, 520, 256), np.arange(256) > 200) for _ in range(4)]
+    batch = next(microbatches(rows, 4))
+    held, calls = {}, {}
+    for remat in ("none", "products", "layer"):
+        settings = Settings(remat=remat)
+        made = jax.jit(jax.grad(partial(objective, config=config, settings=settings), has_aux=True),
+                       compiler_options=scheduler(settings)).lower(lora, params, batch).compile()
+        held[remat], calls[remat] = made.memory_analysis().temp_size_in_bytes, made.as_text().count("custom-call(")
+    assert held["layer"] < 0.5 * held["products"] < 0.4 * held["none"]
+    assert calls["none"] == calls["products"] < calls["layer"]
 
 
 def test_schedule_and_flops_are_as_stated():

@@ -2,7 +2,7 @@
 
     python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, appends to adapter_packages.txt
     python tools/adapter_data.py fetch                               # what the list names, checked by hash
-    python tools/adapter_data.py rows a1 a2 s b c --data BENCHMARKS  # benchmark texts are kept out
+    python tools/adapter_data.py rows a1 a2 s d t b c --data BENCHMARKS  # benchmark texts are kept out
 
 All lies under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per phase.
 """
@@ -44,20 +44,25 @@ _FIRST = Recipe(fim_rate=0.87, spm_rate=0.7, length=256, epoch=1, loss=("middle"
 PHASES = {"a1": _FIRST,
           "a2": replace(_FIRST, spm_rate=0.5, epoch=2, stride=2100, suffix_limit=None),
           "b": replace(_FIRST, spm_rate=0.5, epoch=3, stride=3000, suffix_limit=None, window=(160, 255)),
-          "c": replace(_FIRST, spm_rate=0.5, epoch=4, stride=7500, suffix_limit=None, window=(512, 1023), length=1024)}
+          "c": replace(_FIRST, spm_rate=0.5, epoch=4, stride=7500, suffix_limit=None, window=(512, 1023), length=1024),
+          "d": replace(_FIRST, spm_rate=1.0, epoch=5, stride=400, suffix_limit=None, window=(48, 160))}
+# Small functions with a docstring, as people ask for them and as a library seldom has them.
+ONLY = {"d": {"algorithms", "boltons", "funcy", "labmath", "more-itertools", "primefac", "pyalgos", "pygorithm",
+              "python-algorithms", "python-leetcode", "textdistance", "toolz"}}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Rows of another phase's segments: those of one layout of at most so many tokens, and a share of its plain ones."""
+    """Rows of other phases' segments: a share of each phase's that have one layout and at most so many tokens, and of the plain
+    ones `plain` times that share."""
 
-    phase: str
+    phases: dict[str, float]
     layout: str
     most: int
     plain: float
 
 
-CHOICES = {"s": Choice("a2", "spm", 128, 0.4)}
+CHOICES = {"s": Choice({"a2": 1.0}, "spm", 128, 0.4), "t": Choice({"a2": 0.4, "d": 1.0}, "spm", 160, 0.4)}
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,10 @@ def _pin_all(registry: str, names: list[str], folder: Path) -> None:
             print(found[0].name, found[0].licence, dict(found[1].most_common(3)))
 
 
-def fetched(folder: Path) -> Iterator[Path]:
+def fetched(folder: Path, phase: str = "") -> Iterator[Path]:
+    wanted = [package for package in packages() if phase not in ONLY or package.name in ONLY[phase]]
     with ThreadPoolExecutor(4) as pool:
-        yield from pool.map(lambda package: fetch(package, folder), packages())
+        yield from pool.map(lambda package: fetch(package, folder), wanted)
 
 
 def rows(phase: str, cache: Path, data: Path, workers: int) -> Summary:
@@ -163,7 +169,7 @@ def rows(phase: str, cache: Path, data: Path, workers: int) -> Summary:
     benchmarks = sorted(file for file in data.rglob("*.json*") if file.is_file())
     if not benchmarks:
         raise ValueError(f"{data} has no benchmark files (*.jsonl.gz and the like) to keep out of the rows")
-    sources = [str(file) for file in fetched(cache / "archives")]
+    sources = [str(file) for file in fetched(cache / "archives", phase)]
     made = build(sources, cache / "rows" / phase, load_tokenizer("gemma-3-270m"), PHASES[phase], benchmarks=benchmarks,
                  workers=workers, resume=True, progress=lambda *told: print(phase, *told) if told[1] == told[2] else None)
     with (cache / "READY").open("a") as out:
@@ -171,11 +177,8 @@ def rows(phase: str, cache: Path, data: Path, workers: int) -> Summary:
     return made
 
 
-def choose(phase: str, cache: Path) -> int:
-    """Writes the rows of a choice and gives how many there are; its manifest names the rows that they were chosen from."""
-    choice = CHOICES[phase]
-    rows, out = Rows(cache / "rows" / choice.phase), cache / "rows" / phase
-    found: list[tuple[dict[str, np.ndarray], list[dict[str, Any]]]] = []
+def _chosen(phase: str, choice: Choice, rows: Rows, part_of: float) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+    """The tokens and targets of each segment that was chosen, and its examples."""
     for part in sorted({int(part) for part in rows.index_N2[:, 0]}):
         stem = rows.stem(part)
         arrays = {name: np.load(stem.with_suffix(f".{name}.npy")) for name in ("tokens", "loss")}
@@ -187,10 +190,17 @@ def choose(phase: str, cache: Path) -> int:
             layouts = {example["layout"] for example in examples}
             where = np.flatnonzero(segments[row] == segment)
             share = {choice.layout: 1.0, "prefix": choice.plain}.get(layouts.pop() if len(layouts) == 1 else "", 0.0)
-            if len(where) <= choice.most and Draw(phase, part, row, segment).uniform() < share:
-                found.append(({name: array[row, where] for name, array in arrays.items()},
-                              [each | {"start": each["start"] - where[0], "end": each["end"] - where[0]} for each in examples]))
-    length = len(rows[0]["tokens"])
+            if len(where) <= choice.most and Draw(phase, part, row, segment).uniform() < part_of * share:
+                yield ({name: array[row, where] for name, array in arrays.items()},
+                       [each | {"start": each["start"] - where[0], "end": each["end"] - where[0]} for each in examples])
+
+
+def choose(phase: str, cache: Path) -> int:
+    """Writes the rows of a choice and gives how many there are; its manifest names the rows that they were chosen from."""
+    choice, out = CHOICES[phase], cache / "rows" / phase
+    rows = {name: Rows(cache / "rows" / name) for name in choice.phases}
+    found = [each for name, share in choice.phases.items() for each in _chosen(phase, choice, rows[name], share)]
+    length = len(next(iter(rows.values()))[0]["tokens"])
     sizes = [len(cut["tokens"]) for cut, _ in found]
     packed = fit(sizes, length)
     shape = (len(packed), length)
@@ -204,7 +214,8 @@ def choose(phase: str, cache: Path) -> int:
     (out / "manifests").mkdir(exist_ok=True)
     save(made, out / "rows" / "part-00000")
     told = {"chosen": asdict(choice), "examples": len(made.examples), "tokens": sum(sizes),
-            "learned": int(made.loss_RT.sum()), "of": json.loads((rows.folder / "manifests" / "rows.json").read_text())}
+            "learned": int(made.loss_RT.sum()), "of": {name: json.loads((each.folder / "manifests" / "rows.json").read_text())
+                                                       for name, each in rows.items()}}
     (out / "manifests" / "rows.json").write_text(json.dumps(told, indent=1))
     with replacing(out / "index.npy") as file:       # last, as a build's: where it is, the rows are finished
         np.save(file, np.stack([np.zeros(len(packed), np.int64), np.arange(len(packed))], 1))

@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from codegemma.native import _native, usable_cpus
 from codegemma.weights import BLOCKS, Tensor
 
 By = Literal["native", "xla"]
+LOW = "low"                              # x a^T, by this name, for policies of what a backward pass keeps
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["type"])
@@ -135,7 +137,7 @@ def _adapted(by: By, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> t
 
 def _adapted_forward(by: By, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Any:
     y_TN, u_TR = _adapted(by, x_TK, weight, a_RK, b_NR)
-    return (y_TN, u_TR), (x_TK, u_TR, weight, a_RK, b_NR)
+    return (y_TN, u_TR), (x_TK, checkpoint_name(u_TR, LOW), weight, a_RK, b_NR)
 
 
 def _adapted_backward(by: By, kept: Any, cotangents: tuple[Array, Array]) -> tuple[Array, None, Array, Array]:
