@@ -29,13 +29,13 @@ from codegemma.train import mesh
 from codegemma.train.loop import (
     Settings,
     adapter_of,
+    compiler_options,
     flops_of,
     lora_of,
     new_lora,
     objective,
     optimizer,
     schedule,
-    scheduler,
     train,
 )
 from codegemma.train.loss import BLOCK, cross_entropy
@@ -243,7 +243,7 @@ def test_remat_saves_memory_and_computes_no_kept_product_again():
     for remat in ("none", "products", "layer"):
         settings = Settings(remat=remat)
         made = jax.jit(jax.grad(partial(objective, config=config, settings=settings), has_aux=True),
-                       compiler_options=scheduler(settings)).lower(lora, params, batch).compile()
+                       compiler_options=compiler_options(settings)).lower(lora, params, batch).compile()
         held[remat], calls[remat] = made.memory_analysis().temp_size_in_bytes, made.as_text().count("custom-call(")
     assert held["layer"] < 0.5 * held["products"] < 0.4 * held["none"]
     assert calls["none"] == calls["products"] < calls["layer"]

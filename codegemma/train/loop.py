@@ -170,10 +170,10 @@ def optimizer(settings: Settings, rate: optax.Schedule) -> optax.GradientTransfo
     """AdamW behind a clip. Rows of the embedding go slower: a logit is a sum over the width, and Adam's first steps move all
     its terms at once. At 1e-3, and an L1 norm of 2,000 of the default model's last states, that is two nats a step."""
     matrices = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-    slower = optax.stateless(lambda changes, _: replace(changes, weights=changes.weights | {
-        "rows": settings.row_rate * changes.weights["rows"]}) if "rows" in _weights(changes) else changes)
+    rows = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "rows")
     return optax.chain(optax.clip_by_global_norm(settings.clip),
-                       optax.adamw(rate, *settings.betas, weight_decay=settings.weight_decay, mask=matrices), slower)
+                       optax.adamw(rate, *settings.betas, weight_decay=settings.weight_decay, mask=matrices),
+                       optax.masked(optax.scale(settings.row_rate), rows))
 
 
 @dataclass
@@ -211,7 +211,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     run = Run(trainable, meshes.place(mesh, rule.init(trainable)))
     where, moments_where = (jax.tree.map(lambda leaf: leaf.sharding if mesh else None, tree) for tree in (trainable, run.moments))
     gradient = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), config=config, settings=settings),
-                       out_shardings=(None, where), compiler_options=scheduler(settings))
+                       out_shardings=(None, where), compiler_options=compiler_options(settings))
     size = settings.vocabulary or config.vocab
     sampler = order.sampler(size, config.vocab) if size < config.vocab else None
     loss = jax.jit(partial(objective, config=config, settings=settings))
@@ -223,10 +223,9 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         changes, moments = rule.update(gradients, moments, trainable)
         return optax.apply_updates(trainable, changes), moments, optax.tree.norm(gradients)
 
-    done = 0
+    settling = iter(range(SETTLING))
 
     def step() -> Report:
-        nonlocal done
         started = time.perf_counter()
         rows = order.rows(run.step)
         length = order.length(rows)
@@ -241,7 +240,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
             (_, told), grown = gradient(run.trainable, base, meshes.place_batch(mesh, batch), sample)
             seen.add(batch, *told)
             summed = grown if summed is None else total(summed, grown)
-            if (done := done + 1) <= SETTLING:
+            if next(settling, None) is not None:
                 give_back()
         if not np.isfinite(seen.loss):
             raise ValueError(f"step {run.step + 1}: the loss is {seen.loss}: training diverged: lower --learning-rate and begin "
@@ -281,7 +280,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         store.close()
 
 
-def scheduler(settings: Settings) -> dict[str, str]:
+def compiler_options(settings: Settings) -> dict[str, str]:
     """On a CPU, XLA computes again as early as it can what `remat` wants to have late, and saves nothing, unless it is told
     to mind memory. Without remat there is nothing to gain by it."""
     sparing = settings.remat != "none" and jax.default_backend() == "cpu"
@@ -301,9 +300,10 @@ def hold_memory() -> None:
 def give_back() -> None:
     """What is free by now, to the system. Where a small buffer that lives on lies in a large one's place, the next large one
     takes new ground; once all buffers that live on have their places, the same ground serves every step."""
-    time.sleep(0.05)                     # JAX frees what a call used a moment after its results are there
     with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        trim = ctypes.CDLL(None).malloc_trim
+        time.sleep(0.05)                 # JAX frees what a call used a moment after its results are there
+        trim(0)
 
 
 class Tally:
