@@ -92,7 +92,7 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path):
 
 def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
     """Every chosen segment stands in the rows that it was chosen from, with its loss, once; none that fits is left out."""
-    monkeypatch.setitem(adapter_data.CHOICES, "s", adapter_data.Choice({"a1": 1.0}, "spm", 120, 1.0))
+    monkeypatch.setitem(adapter_data.CHOICES, "s", adapter_data.Choice({"a1": 1.0}, {"spm": 1.0, "prefix": 1.0}, 120))
 
     def segments(folder):
         rows = Rows(folder)

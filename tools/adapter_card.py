@@ -61,7 +61,7 @@ def data(cache: Path, corpus: list[Package]) -> str:
     manifests = {phase: {file.stem: json.loads(file.read_text()) for file in (cache / "rows" / phase / "manifests").glob("*.json")}
                  for phase in (*PHASES, *CHOICES) if (cache / "rows" / phase / "index.npy").exists()}
     if not manifests:
-        raise ValueError(f"{cache} holds no finished rows: run tools/adapter_data.py rows a1 a2 s d t b c --data BENCHMARKS")
+        raise ValueError(f"{cache} holds no finished rows: run tools/adapter_data.py rows a1 a2 s d t p q b c --data BENCHMARKS")
     stages = next(iter(manifests.values()))
     clean, order, dedup = (stages[name] for name in ("clean", "order", "dedup"))
     dropped = Counter(stages["documents"]["counts"]) + Counter(clean["counts"]) + Counter(
@@ -86,7 +86,8 @@ def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
     counts = f"{rows['examples']:,}", f"{rows['tokens']:,}", f"{rows['learned']:,}"
     if choice := CHOICES.get(name):
         of = " and ".join(f"{part:.0%} of {phase.upper()}" if part < 1 else phase.upper() for phase, part in choice.phases.items())
-        return name.upper(), f"from {of}, to {choice.most} tokens", f"{float(choice.layout == 'spm'):.0%}", *counts
+        psm, spm = (rows["layouts"].get(layout, 0) for layout in ("psm", "spm"))
+        return name.upper(), f"from {of}, to {choice.most} tokens", f"{spm / max(1, psm + spm):.0%}", *counts
     recipe = PHASES[name]
     window = recipe.window or (0, 0)
     suffix = f", suffix to {recipe.suffix_limit}" if recipe.suffix_limit else ""

@@ -2,7 +2,7 @@
 
     python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, appends to adapter_packages.txt
     python tools/adapter_data.py fetch                               # what the list names, checked by hash
-    python tools/adapter_data.py rows a1 a2 s d t b c --data BENCHMARKS  # benchmark texts are kept out
+    python tools/adapter_data.py rows a1 a2 s d t p q b c --data BENCHMARKS  # benchmark texts are kept out
 
 All lies under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per phase.
 """
@@ -53,16 +53,17 @@ ONLY = {"d": {"algorithms", "boltons", "funcy", "labmath", "more-itertools", "pr
 
 @dataclass(frozen=True)
 class Choice:
-    """Rows of other phases' segments: a share of each phase's that have one layout and at most so many tokens, and of the plain
-    ones `plain` times that share."""
+    """Rows of other phases' segments of at most `most` tokens: a share of each phase's times a share of each layout's."""
 
     phases: dict[str, float]
-    layout: str
+    layouts: dict[str, float]
     most: int
-    plain: float
 
 
-CHOICES = {"s": Choice({"a2": 1.0}, "spm", 128, 0.4), "t": Choice({"a2": 0.4, "d": 1.0}, "spm", 160, 0.4)}
+CHOICES = {"s": Choice({"a2": 1.0}, {"spm": 1.0, "prefix": 0.4}, 128),
+           "t": Choice({"a2": 0.4, "d": 1.0}, {"spm": 1.0, "prefix": 0.4}, 160),
+           "p": Choice({"a1": 1.0, "a2": 0.25}, {"psm": 1.0, "spm": 0.15, "prefix": 0.4}, 112),
+           "q": Choice({"a2": 0.08, "b": 0.12, "d": 0.25}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255)}
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _chosen(phase: str, choice: Choice, rows: Rows, part_of: float) -> Iterator[
         for (row, segment), examples in sorted(whose.items()):
             layouts = {example["layout"] for example in examples}
             where = np.flatnonzero(segments[row] == segment)
-            share = {choice.layout: 1.0, "prefix": choice.plain}.get(layouts.pop() if len(layouts) == 1 else "", 0.0)
+            share = choice.layouts.get(layouts.pop(), 0.0) if len(layouts) == 1 else 0.0
             if len(where) <= choice.most and Draw(phase, part, row, segment).uniform() < part_of * share:
                 yield ({name: array[row, where] for name, array in arrays.items()},
                        [each | {"start": each["start"] - where[0], "end": each["end"] - where[0]} for each in examples])
@@ -214,6 +215,7 @@ def choose(phase: str, cache: Path) -> int:
     (out / "manifests").mkdir(exist_ok=True)
     save(made, out / "rows" / "part-00000")
     told = {"chosen": asdict(choice), "examples": len(made.examples), "tokens": sum(sizes),
+            "layouts": Counter(each["layout"] for each in made.examples),
             "learned": int(made.loss_RT.sum()), "of": {name: json.loads((each.folder / "manifests" / "rows.json").read_text())
                                                        for name, each in rows.items()}}
     (out / "manifests" / "rows.json").write_text(json.dumps(told, indent=1))

@@ -26,7 +26,8 @@ RANK = 32
 class Phase:
     """`tokens` of a step: at least 64 examples. The rate of a phase that is `landed` comes down at its end: its adapter is one
     to use, and the next phase warms up again. `share` of the change that the phase before made is what it starts from: at a
-    high rate every weight moves by it, and half of the change is noise that costs more than it brings."""
+    high rate every weight moves by it, and half of the change is noise that costs more than it brings. The rows of the embedding
+    for the ids `fresh` start anew."""
 
     tokens: int
     steps: int | None = None             # None: all rows once
@@ -34,12 +35,14 @@ class Phase:
     peak: float = 1e-3
     momentum: float = 0.9
     share: float = 1.0
+    fresh: tuple[int, ...] = ()
     orders: tuple[Layout, ...] = ("psm", "spm")
     landed: bool = False
 
 
 PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 120, warmup=0.03, orders=("spm",), landed=True),
           "t": Phase(6144, 130, 0.06, 6e-4, 0.95, 0.5, ("spm",), landed=True),
+          "p": Phase(5120, 105, 0.05, 1e-3, 0.95, fresh=(69,)), "q": Phase(9216, 40, 0.05, 6e-4, 0.95, 0.8, landed=True),
           "a2": Phase(7168, warmup=0.03), "b": Phase(16_384), "c": Phase(32_768, landed=True)}
 ORDER = list(PHASES)
 
@@ -49,17 +52,18 @@ def plan(name: str, cache: Path) -> job.Plan:
     settings = Settings(phase.peak, phase.warmup, decay="cosine" if phase.landed else "constant", floor=0.05,
                         betas=(phase.momentum, 0.99), vocabulary=VOCABULARY, micro_tokens=1024, save_every=5, steps=phase.steps)
     before = cache / "runs" / ORDER[number - 1] / "adapter" if number else None
-    if before and phase.share != 1:
-        before = part_of(before, phase.share, cache / "runs" / f"{name}-start")
+    if before and (phase.share != 1 or phase.fresh):
+        before = part_of(before, phase, cache / "runs" / f"{name}-start")
     return job.Plan("gemma-3-270m", (str(cache / "rows" / name),), cache / "runs" / name, settings, kind="qlora", rank=RANK,
                     adapter=before, batch_tokens=phase.tokens, name="gemma-3-270m-fim", orders=phase.orders)
 
 
-def part_of(adapter: Path, share: float, out: Path) -> Path:
-    """The adapter with a share of its change: written once."""
+def part_of(adapter: Path, phase: Phase, out: Path) -> Path:
+    """What a phase keeps of the adapter before it: written once."""
     if not out.exists():
         whole = lora.load(adapter)
-        lora.save(replace(whole, alpha=whole.alpha * share), out)
+        rows = {token: row for token, row in whole.rows.items() if token not in phase.fresh}
+        lora.save(replace(whole, alpha=whole.alpha * phase.share, rows=rows), out)
     return out
 
 

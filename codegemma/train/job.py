@@ -178,13 +178,18 @@ def _start(plan: Plan, checkpoint: Checkpoint, base: Params) -> Trainable:
 
 def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The FIM tokens that a base never saw, whose rows of the embedding an adapter learns, and whose rows they start from:
-    the separator from <eos>, which ends texts. None where the vocabulary names them: then the base was trained on them."""
+    the separator from <eos>, which ends texts; the suffix's mark from what was the separator's, for its own is the prefix's
+    mark's almost (a cosine of 0.93 in Gemma 3 270M: no layer could tell them apart). None where the vocabulary names them:
+    then the base was trained on them."""
     tokenizer = checkpoint.tokenizer
     if tokenizer is None or tokenizer.control.fim != "convention":
         return (), ()
     control = tokenizer.control
     ids = tuple(sorted(getattr(control, name) for name in FIM_NAMES))
-    return ids, tuple(control.eos if token == control.file_separator and control.eos is not None else token for token in ids)
+    start = {control.fim_suffix: control.file_separator}
+    if control.eos is not None:
+        start[control.file_separator] = control.eos
+    return ids, tuple(start.get(token, token) for token in ids)
 
 
 def _newer(plan: Plan) -> Path:
