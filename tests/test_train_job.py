@@ -232,6 +232,14 @@ def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
     assert tune._plan(tmp_path, "m", 1.0, 4, None, 0).settings.steps == 5 and found == [False]
 
 
+def test_the_rows_of_fim_tokens_start_from_four_different_ones():
+    """Where a base never saw them: two that start alike are one token to every layer."""
+    control = SimpleNamespace(fim="convention", fim_prefix=67, fim_middle=68, fim_suffix=69, file_separator=70, eos=1)
+    assert job.fim_rows(SimpleNamespace(tokenizer=SimpleNamespace(control=control))) == ((67, 68, 69, 70), (67, 68, 70, 1))
+    control.fim = "named"
+    assert job.fim_rows(SimpleNamespace(tokenizer=SimpleNamespace(control=control))) == ((), ())
+
+
 def test_an_adapter_without_fim_rows_gets_them(model, tmp_path, monkeypatch):
     """One from another training: its own rows stay, those that fill-in-the-middle needs start as a new adapter's do."""
     path = lora.save(random_adapter(tiny_config("gemma-mqa", layers=2), tokens=(68,)), tmp_path / "other")
