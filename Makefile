@@ -90,11 +90,11 @@ test-formats: .venv/.setup .venv-bench/.setup .venv-formats/.setup
 	@touch $@
 
 adapter: .venv/.dev
-	$(BIN)/python tools/adapter_data.py rows a1 a2 s b c --data $(DATA)
+	$(BIN)/python tools/adapter_data.py rows a1 a2 d b c s t p q --data $(DATA)
 	$(BIN)/python tools/adapter_train.py
 	$(BIN)/python tools/adapter_eval.py base --multi -1 --data $(DATA)
-	$(BIN)/python tools/adapter_eval.py final --multi -1 --data $(DATA) --adapter $(RUNS)/c/adapter
-	$(BIN)/python tools/adapter_card.py $(RUNS)/c/adapter --out $(RUNS)/packaged --label final --metrics $(RUNS)/*/metrics.jsonl
+	$(BIN)/python tools/adapter_eval.py final --multi -1 --data $(DATA) --adapter $(RUNS)/final
+	$(BIN)/python tools/adapter_card.py $(RUNS)/final --out $(RUNS)/packaged --label final --metrics $(RUNS)/*/metrics.jsonl
 
 clean:
 	rm -rf .venv .venv-bench .venv-clients .venv-formats build web/node_modules editors/vscode/node_modules
