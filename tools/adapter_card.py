@@ -61,7 +61,7 @@ def data(cache: Path, corpus: list[Package]) -> str:
     manifests = {phase: {file.stem: json.loads(file.read_text()) for file in (cache / "rows" / phase / "manifests").glob("*.json")}
                  for phase in (*PHASES, *CHOICES) if (cache / "rows" / phase / "index.npy").exists()}
     if not manifests:
-        raise ValueError(f"{cache} holds no finished rows: run tools/adapter_data.py rows a1 a2 s d t p q b c --data BENCHMARKS")
+        raise ValueError(f"{cache} holds no finished rows: run tools/adapter_data.py rows a1 a2 d b c s t p q --data BENCHMARKS")
     stages = next(iter(manifests.values()))
     clean, order, dedup = (stages[name] for name in ("clean", "order", "dedup"))
     dropped = Counter(stages["documents"]["counts"]) + Counter(clean["counts"]) + Counter(

@@ -2,7 +2,7 @@
 
     python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, appends to adapter_packages.txt
     python tools/adapter_data.py fetch                               # what the list names, checked by hash
-    python tools/adapter_data.py rows a1 a2 s d t p q b c --data BENCHMARKS  # benchmark texts are kept out
+    python tools/adapter_data.py rows a1 a2 d b c s t p q --data BENCHMARKS  # benchmark texts are kept out
 
 All lies under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per phase.
 """
