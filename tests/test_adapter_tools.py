@@ -9,22 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("jax")
 pytest.importorskip("tree_sitter")
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import adapter_card
 import adapter_data
 import adapter_eval
-import adapter_train
-from tiny import random_adapter, tiny_config, write_tiny_gguf
 from vocabularies import small
 
-from codegemma import load, lora
+from codegemma import lora
 from codegemma.data.build import build
 from codegemma.data.pack import Rows
 from codegemma.data.stages import Recipe
-from codegemma.formats import open_checkpoint
 from codegemma.tokenizer import Tokenizer
 
 
@@ -113,20 +109,3 @@ def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
     assert wanted and sorted(data for data, _, _ in segments(cache / "rows" / "s")) == wanted
     assert {layout for _, layouts, _ in segments(cache / "rows" / "s") for layout in layouts} == {"spm", "prefix"}
     assert "| S | from A1, to 120 tokens | 100% |" in adapter_card.data(cache, [])
-
-
-def test_the_end_gains_what_it_is_given(tmp_path):
-    """In the native engine, on the mean of the states that say a target; the other tokens' logits stay."""
-    file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa", layers=2))
-    checkpoint, chance = open_checkpoint(file), np.random.default_rng(0)
-    end = checkpoint.tokenizer.control.file_separator
-    adapter = random_adapter(checkpoint.config, tokens=(end,))
-    rows = [{"tokens": chance.integers(0, 60, 48).astype(np.int32), "loss": np.arange(48) % 5 > 2,
-             "segments": np.ones(48, np.uint16), "positions": np.arange(48, dtype=np.int32)} for _ in range(3)]
-    engine = load(str(file))
-    for name, each in ("before", adapter), ("after", adapter_train.ending(adapter, checkpoint, rows, 1.5)):
-        engine.add_adapter(name, each)
-    gained = [(engine.logits(row["tokens"].tolist(), "after") - engine.logits(row["tokens"].tolist(), "before"))
-              [np.flatnonzero(row["loss"]) - 1] for row in rows]
-    gained_NV = np.concatenate(gained)
-    assert gained_NV[:, end].mean() == pytest.approx(1.5, abs=0.05) and not np.delete(gained_NV, end, 1).any()
