@@ -84,10 +84,11 @@ def ending(adapter: lora.Adapter, checkpoint: Checkpoint, rows: Sequence[dict[st
     likeliest of many ways on wins over an end that is as likely as all of them together.
     """
     base, end = params_of(checkpoint), checkpoint.tokenizer.control.file_separator
-    look = jax.jit(lambda row: forward(base, row["tokens"][None], checkpoint.config, lora_of(adapter),
-                                       positions_BT=row["positions"][None], segments_BT=row["segments"][None])[0][0])
+    low = lora_of(adapter)
+    look = jax.jit(lambda base, low, row: forward(base, row["tokens"][None], checkpoint.config, low,
+                                                  positions_BT=row["positions"][None], segments_BT=row["segments"][None])[0][0])
     # a target is said by the state before it
-    states_ND = np.concatenate([np.asarray(look(row))[np.flatnonzero(row["loss"]) - 1] for row in rows])
+    states_ND = np.concatenate([np.asarray(look(base, low, row))[np.flatnonzero(row["loss"]) - 1] for row in rows])
     mean_D = states_ND.mean(0, dtype=np.float64)
     moved_D = adapter.rows[end] + nats * mean_D / (mean_D @ mean_D)
     return replace(adapter, rows={**adapter.rows, end: moved_D.astype(np.float32)}, card={**adapter.card, "ending": nats})

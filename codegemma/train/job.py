@@ -179,7 +179,7 @@ def _start(plan: Plan, checkpoint: Checkpoint, base: Params) -> Trainable:
 def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The FIM tokens that a base never saw, whose rows of the embedding an adapter learns, and whose rows they start from:
     the separator from <eos>, which ends texts; the suffix's mark from what was the separator's, for its own is the prefix's
-    mark's almost (a cosine of 0.93 in Gemma 3 270M: no layer could tell them apart). None where the vocabulary names them:
+    mark's almost (a cosine of 0.93 in Gemma 3 270M: a layer can hardly tell them apart). None where the vocabulary names them:
     then the base was trained on them."""
     tokenizer = checkpoint.tokenizer
     if tokenizer is None or tokenizer.control.fim != "convention":
