@@ -40,6 +40,9 @@ def test_infilling_references_pass_and_the_newline_belongs_to_the_middle():
     gold = [item.target["canonical_solution"] for item in items]
     assert share(infill.infill_program, items, gold) == (len(items), len(items))
     assert share(infill.infill_program, items, [text.rstrip("\n") for text in gold])[0] < 0.6 * len(items)
+    remarked = [said(text + "# so\n" * (i % 2)) for i, text in enumerate(gold[:6])]
+    verdicts = [verdict for _, verdict in sorted(task.judge(items[:6], remarked), key=lambda pair: pair[0])]
+    assert [(verdict.passed, verdict.exact) for verdict in verdicts] == [(True, True), (True, False)] * 3
 
 
 def test_verdicts_equal_the_reference_harness():

@@ -304,4 +304,4 @@ def test_the_end_gains_what_it_is_given(tmp_path):
     gained = [(engine.logits(row["tokens"].tolist(), "after") - engine.logits(row["tokens"].tolist(), "before"))
               [np.flatnonzero(row["loss"]) - 1] for row in rows]
     gained_NV = np.concatenate(gained)
-    assert gained_NV[:, end].mean() == pytest.approx(1.5, abs=0.05) and not np.delete(gained_NV, end, 1).any()
+    assert gained_NV[:, end] == pytest.approx(1.5, abs=0.2) and not np.delete(gained_NV, end, 1).any()

@@ -61,7 +61,7 @@ def data(cache: Path, corpus: list[Package]) -> str:
     manifests = {phase: {file.stem: json.loads(file.read_text()) for file in (cache / "rows" / phase / "manifests").glob("*.json")}
                  for phase in (*PHASES, *CHOICES) if (cache / "rows" / phase / "index.npy").exists()}
     if not manifests:
-        raise ValueError(f"{cache} holds no finished rows: run tools/adapter_data.py rows a1 a2 d b c s t p q --data BENCHMARKS")
+        raise ValueError(f"{cache} holds no finished rows: make adapter builds them")
     stages = next(iter(manifests.values()))
     clean, order, dedup = (stages[name] for name in ("clean", "order", "dedup"))
     dropped = Counter(stages["documents"]["counts"]) + Counter(clean["counts"]) + Counter(
@@ -120,7 +120,7 @@ def scores(evals: Path, label: str) -> str:
             for name, found in report.get("compared", {}).items()]
     return "\n".join(["Greedy. `exact`, `stops` (by itself), `ends` (the terminator is the likeliest token behind the true middle) "
                       "and `gain` (nats that the suffix is worth) are of held-out holes; `single` and `multi` are HumanEval "
-                      "infilling, percent passed; `l2r` is the base model going on from the prefix.", "", table(evals),
+                      "infilling, percent passed (and exact); `l2r` is the base model going on from the prefix.", "", table(evals),
                       *([lines(rows, ("difference", "", "95 %, paired", "items"))] if rows else [])])
 
 

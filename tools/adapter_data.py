@@ -2,7 +2,7 @@
 
     python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, appends to adapter_packages.txt
     python tools/adapter_data.py fetch                               # what the list names, checked by hash
-    python tools/adapter_data.py rows a1 a2 d b c s t p q --data BENCHMARKS  # benchmark texts are kept out
+    python tools/adapter_data.py rows a1 a2 d e b c s t p q r --data BENCHMARKS  # benchmark texts are kept out
 
 All lies under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per phase.
 """
@@ -45,10 +45,12 @@ PHASES = {"a1": _FIRST,
           "a2": replace(_FIRST, spm_rate=0.5, epoch=2, stride=2100, suffix_limit=None),
           "b": replace(_FIRST, spm_rate=0.5, epoch=3, stride=3000, suffix_limit=None, window=(160, 255)),
           "c": replace(_FIRST, spm_rate=0.5, epoch=4, stride=7500, suffix_limit=None, window=(512, 1023), length=1024),
-          "d": replace(_FIRST, spm_rate=1.0, epoch=5, stride=400, suffix_limit=None, window=(48, 160))}
+          "d": replace(_FIRST, spm_rate=1.0, epoch=5, stride=400, suffix_limit=None, window=(48, 160)),
+          "e": replace(_FIRST, spm_rate=0.0, epoch=6, stride=400, suffix_limit=None, window=(48, 255))}
 # Small functions with a docstring, as people ask for them and as a library seldom has them.
-ONLY = {"d": {"algorithms", "boltons", "funcy", "labmath", "more-itertools", "primefac", "pyalgos", "pygorithm",
-              "python-algorithms", "python-leetcode", "textdistance", "toolz"}}
+_SMALL = {"algorithms", "boltons", "funcy", "labmath", "more-itertools", "primefac", "pyalgos", "pygorithm", "python-algorithms",
+          "python-leetcode", "textdistance", "toolz"}
+ONLY = {"d": _SMALL, "e": _SMALL}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Choice:
 CHOICES = {"s": Choice({"a2": 1.0}, {"spm": 1.0, "prefix": 0.4}, 128),
            "t": Choice({"a2": 0.4, "d": 1.0}, {"spm": 1.0, "prefix": 0.4}, 160),
            "p": Choice({"a1": 1.0, "a2": 0.25}, {"psm": 1.0, "spm": 0.15, "prefix": 0.4}, 112),
-           "q": Choice({"a2": 0.08, "b": 0.12, "d": 0.25}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255)}
+           "q": Choice({"a2": 0.08, "b": 0.12, "d": 0.25}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255),
+           "r": Choice({"a2": 0.03, "b": 0.015, "d": 0.05, "e": 0.15}, {"psm": 1.0, "spm": 0.5, "prefix": 0.4}, 255)}
 
 
 @dataclass(frozen=True)

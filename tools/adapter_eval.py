@@ -45,7 +45,7 @@ def held_out(model: Local, found: list[Document], holes: int, plain: int) -> dic
 
 def infilling(model: Local, names: list[str], data: Path, out: Path, limits: dict[str, int | None]) -> dict[str, Any]:
     records = Records(data, offline=True)
-    kept = ("score", "low", "high", "items", "outcomes")
+    kept = ("score", "low", "high", "more", "items", "outcomes")
     summaries = {name: run(TASKS[name], model, records, out, Settings(limits[name.split("-")[1]]), resume=True)
                  for name in names}
     return {name: {key: summary[key] for key in kept} | {"stopped": _stopped(out, name)} for name, summary in summaries.items()}
@@ -92,14 +92,18 @@ def line(report: dict[str, Any]) -> list[str]:
             value = value.get(key, {})
         return f"{100 * value:.1f}" if isinstance(value, float) else "-"
 
+    def passed(name: str) -> str:
+        exact = share("infilling", name, "more", "exact")
+        return share("infilling", name, "score") + (f" ({exact})" if exact != "-" else "")
+
     plain = held.get("left_to_right", [])
     cells = [report["label"], f"{report['tokens'] / 1e6:.1f}"]
     for layout in heldout.LAYOUTS:
         cells += [share("held_out", layout, "all", name, "mean") for name in ("exact", "stopped", "ended")]
         cells += [share("held_out", layout, "random", "exact", "mean")]
         cells += [f"{held[layout]['all']['gain']['mean']:+.2f}" if layout in held else "-"]
-    cells += [share("infilling", name, "score") for names in FIM_TASKS.values() for name in names]
-    cells += [share("infilling", f"infill-{kind}-l2r", "score") for kind in FIM_TASKS]
+    cells += [passed(name) for names in FIM_TASKS.values() for name in names]
+    cells += [passed(f"infill-{kind}-l2r") for kind in FIM_TASKS]
     return [*cells, f"{sum(plain) / len(plain):.4f}" if plain else "-", str(max((t["items"] for t in tasks.values()), default=0))]
 
 

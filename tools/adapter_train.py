@@ -28,7 +28,9 @@ from codegemma.train.loop import VOCABULARY, Report, Settings, lora_of
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma" / "adapter"
 RANK = 32
-ENDING = 1.6                             # nats
+ENDING = 1.0                             # nats
+ROWS = 96                                # whose last states say where the terminator's row moves
+RIDGE = 1e-3                             # of a state's mean square
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Phase:
 PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 120, warmup=0.03, orders=("spm",), landed=True),
           "t": Phase(6144, 130, 0.06, 6e-4, 0.95, 0.5, orders=("spm",), landed=True),
           "p": Phase(5120, 105, 0.05, 1e-3, 0.95, fresh=(69,)), "q": Phase(9216, 40, 0.05, 6e-4, 0.95, 0.8, landed=True),
+          "r": Phase(9216, 50, 0.05, 6e-4, 0.95, landed=True),
           "a2": Phase(7168, warmup=0.03), "b": Phase(16_384), "c": Phase(32_768, landed=True)}
 ORDER = list(PHASES)
 
@@ -77,8 +80,8 @@ def part_of(adapter: Path, phase: Phase, out: Path) -> Path:
 
 
 def ending(adapter: lora.Adapter, checkpoint: Checkpoint, rows: Sequence[dict[str, np.ndarray]], nats: float) -> lora.Adapter:
-    """With about `nats` more on the terminator's logit: its row moves along the mean of the last states in which the middles of
-    `rows` are said.
+    """With `nats` more on the terminator's logit wherever a middle is said: its row moves by the vector whose product with the
+    last states comes nearest to one (least squares over the states in which the middles of `rows` are said, with a ridge).
 
     Trained on likelihood, the terminator's odds are right and greedy decoding still ends too late: where the text is unsure, the
     likeliest of many ways on wins over an end that is as likely as all of them together.
@@ -88,9 +91,11 @@ def ending(adapter: lora.Adapter, checkpoint: Checkpoint, rows: Sequence[dict[st
     look = jax.jit(lambda base, low, row: forward(base, row["tokens"][None], checkpoint.config, low,
                                                   positions_BT=row["positions"][None], segments_BT=row["segments"][None])[0][0])
     # a target is said by the state before it
-    states_ND = np.concatenate([np.asarray(look(base, low, row))[np.flatnonzero(row["loss"]) - 1] for row in rows])
-    mean_D = states_ND.mean(0, dtype=np.float64)
-    moved_D = adapter.rows[end] + nats * mean_D / (mean_D @ mean_D)
+    states_ND = np.concatenate([np.asarray(look(base, low, row))[np.flatnonzero(row["loss"]) - 1] for row in rows]).astype(float)
+    square_DD = states_ND.T @ states_ND / len(states_ND)
+    ridge_DD = RIDGE * np.mean(np.diag(square_DD)) * np.eye(len(square_DD))
+    one_D = np.linalg.solve(square_DD + ridge_DD, states_ND.mean(0))
+    moved_D = adapter.rows[end] + nats * one_D
     return replace(adapter, rows={**adapter.rows, end: moved_D.astype(np.float32)}, card={**adapter.card, "ending": nats})
 
 
@@ -117,7 +122,7 @@ def main() -> None:
     final, last = chosen.cache / "runs" / "final", Rows(rows)
     shutil.rmtree(final, ignore_errors=True)
     checkpoint = open_checkpoint(hub.resolve(made.model))
-    lora.save(ending(lora.load(made.result), checkpoint, [last[number] for number in range(min(32, len(last)))], ENDING), final)
+    lora.save(ending(lora.load(made.result), checkpoint, [last[number] for number in range(min(ROWS, len(last)))], ENDING), final)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 from codegemma.evals.code import HUMANEVAL_SECONDS, judge_python
 from codegemma.evals.languages import python_version
 from codegemma.evals.records import Records
-from codegemma.evals.task import Completion, Generate, Item
+from codegemma.evals.task import Completion, Generate, Item, Program, Verdict
 from codegemma.prompts import Layout
 
 TITLES = {"single": "Infilling, single line", "multi": "Infilling, multi-line", "span": "Infilling, random span"}
@@ -34,11 +35,18 @@ def left_to_right_program(item: Item, completion: Completion) -> str:
     return infill_program(item, replace(completion, text=lines))
 
 
+def judge(program: Program, items: Sequence[Item], completions: Sequence[Completion]) -> Iterator[tuple[int, Verdict]]:
+    """Exact where the whole program is the one that the middle was taken from."""
+    for i, verdict in judge_python(program, HUMANEVAL_SECONDS, items, completions):
+        own = infill_program(items[i], replace(completions[i], text=items[i].target["canonical_solution"]))
+        yield i, replace(verdict, exact=verdict.program == own)
+
+
 def _task(kind: str, layout: Layout) -> Generate:
     mark, suffix = {"psm": ("", ""), "spm": (" (SPM)", "-spm"), "prefix": (" (left to right)", "-l2r")}[layout]
     program = left_to_right_program if layout == "prefix" else infill_program
     return Generate(f"infill-{kind}{suffix}", TITLES[kind] + mark, partial(infill_items, f"infill-{kind}", layout),
-                    partial(judge_python, program, HUMANEVAL_SECONDS), MAX_TOKENS, layout=layout,
+                    partial(judge, program), MAX_TOKENS, layout=layout,
                     stop=("\n",) if (kind, layout) == ("single", "prefix") else (), group="infilling",
                     runs_on=python_version)
 

@@ -151,7 +151,8 @@ def _judge(task: Task, items: list[Item], answers: dict[str, list[dict[str, Any]
             yield {"place": place, "id": asked[i].id, "sample": number, "prompt": asked[i].prompt[-KEPT:],
                    "suffix": asked[i].suffix, "completion": said[i].text, "stop_reason": said[i].stop_reason,
                    "tokens": len(said[i].ids), "program": verdict.program, "output": output[:KEPT],
-                   "outcome": verdict.outcome, "passed": verdict.passed}
+                   "outcome": verdict.outcome, "passed": verdict.passed,
+                   **({} if verdict.exact is None else {"exact": verdict.exact})}
         return
     for place, item in enumerate(items):
         scores = [Score(**answer) for answer in answers[item.id]]
@@ -175,6 +176,8 @@ def _summary(task: Task, samples: list[dict[str, Any]], settings: Settings) -> d
                 for k in (1, 10, 100) if k <= settings.samples}
     if not isinstance(task, Generate):
         more = {rule: sum(sample["rules"][rule] for sample in samples) / len(samples) for rule in ("raw", "normalised")}
+    if "exact" in samples[0]:
+        more["exact"] = sum(sample["exact"] for sample in samples) / len(samples)
     if task.name == "gsm8k":
         more["strict"] = sum("strict" in sample["outcome"] for sample in samples) / len(samples)
     return {"title": task.title, "group": task.group, "items": len(by_item), "score": sum(values) / len(values),

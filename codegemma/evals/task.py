@@ -61,10 +61,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Verdict:
+    """`exact`: whether the answer is the reference's own, in sets where that is asked."""
+
     passed: bool
     outcome: str
     program: str = ""
     output: str = ""
+    exact: bool | None = None
 
 
 Program = Callable[[Item, Completion], str]
