@@ -28,7 +28,7 @@ from codegemma.train.loop import VOCABULARY, Report, Settings, lora_of
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma" / "adapter"
 RANK = 32
-ENDING = 1.0                             # nats
+ENDING = 0.5                             # nats
 ROWS = 96                                # whose last states say where the terminator's row moves
 RIDGE = 1e-3                             # of a state's mean square
 
