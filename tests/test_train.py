@@ -231,6 +231,24 @@ def test_rows_of_the_embedding_go_slower():
     np.testing.assert_allclose(changes["layers.0.q.b"], -1e-2, rtol=1e-5)
 
 
+def test_a_terminator_of_weight_three_counts_as_three():
+    config, params = training.tiny()
+    lora, rng = new_lora(config, params, 4, ids=(7,)), np.random.default_rng(0)
+    rows = [training.row(rng.integers(3, 12, 24), np.arange(24) > 8) for _ in range(2)]
+    ends = [{**row, "loss": row["loss"] & (row["tokens"] == 7)} for row in rows]
+    assert 0 < sum(row["loss"].sum() for row in ends) < sum(row["loss"].sum() for row in rows)
+
+    def grown(rows, weight):
+        loss = partial(objective, config=config, settings=Settings(end_weight=weight), terminators=(7,))
+        (total, (nats_M, _)), gradient = jax.value_and_grad(loss, has_aux=True)(lora, params, next(microbatches(rows, 2)))
+        return total, gradient.weights, nats_M
+
+    (total, gradient, nats_M), (plain, once, same_M), (extra, more, _) = grown(rows, 3.0), grown(rows, 1.0), grown(ends, 1.0)
+    assert total == pytest.approx(plain + 2 * extra, rel=1e-5) and (nats_M == same_M).all()
+    for name, value in gradient.items():
+        np.testing.assert_allclose(value, once[name] + 2 * more[name], rtol=1e-4, atol=1e-5)
+
+
 def test_remat_saves_memory_and_computes_no_kept_product_again():
     config = tiny_config("gemma3", layers=8, global_every=2, width=64, head_width=32, ffn_width=256, vocab=520)
     params = {name: Blocks.of(random_blocks("Q8_0", value.shape, 0.2)) if value.ndim == 2 else jnp.asarray(value)

@@ -48,6 +48,7 @@ class Settings:
     row_rate: float = 1 / 32             # of an adapter's rows of the embedding, as a share of the rate
     clip: float = 1.0                    # largest norm of the gradient
     z: float = 0.0
+    end_weight: float = 1.0              # of a terminator's loss: its logarithm is what greedy decoding has more on the end
     vocabulary: int | None = None        # so many tokens estimate the normaliser (order.Sample); None: all, exactly
     micro_tokens: int = 2048
     steps: int | None = None             # stop there; the schedule ends there too
@@ -60,7 +61,7 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip", "micro_tokens", "evaluate_every", "save_every", "keep", "steps"):
+        for name in ("learning_rate", "clip", "end_weight", "micro_tokens", "evaluate_every", "save_every", "keep", "steps"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value!r}")
         for name in ("weight_decay", "row_rate", "z", "patience"):
@@ -140,8 +141,8 @@ def lora_of(adapter: adapters.Adapter) -> Lora:
 
 
 def objective(trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None, *, config: ModelConfig,
-              settings: Settings) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Sum of the targets' losses, and of each its loss and whether it was the likeliest token."""
+              settings: Settings, terminators: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Sum of the targets' losses (the terminators' weighed), and of each its loss and whether it was the likeliest token."""
     lora = trainable if isinstance(trainable, Lora) else None
     params: Params = base if lora is not None else trainable  # type: ignore[assignment]
     hidden_BTD, _ = forward(params, batch.tokens_BT, config, lora, positions_BT=batch.positions_BT,
@@ -153,7 +154,8 @@ def objective(trainable: Trainable, base: Params | None, batch: Microbatch, samp
                            count=batch.count_C[0] if C == 1 else None, cap=config.final_softcap, z=settings.z,
                            train_table=lora is None, sample=sample)
     live_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
-    return jnp.sum(losses.nats_M * live_M), (losses.nats_M, losses.right_M)
+    ends_M = jnp.isin(batch.targets_CM.reshape(-1), jnp.asarray(terminators, jnp.int32))
+    return jnp.sum(losses.nats_M * live_M * jnp.where(ends_M, settings.end_weight, 1.0)), (losses.nats_M, losses.right_M)
 
 
 def schedule(settings: Settings, steps: int) -> optax.Schedule:
@@ -210,7 +212,8 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     trainable, base = meshes.place(mesh, trainable), meshes.place(mesh, base)
     run = Run(trainable, meshes.place(mesh, rule.init(trainable)))
     where, moments_where = (jax.tree.map(lambda leaf: leaf.sharding if mesh else None, tree) for tree in (trainable, run.moments))
-    gradient = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), config=config, settings=settings),
+    gradient = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), config=config, settings=settings,
+                               terminators=tuple(terminators)),
                        out_shardings=(None, where), compiler_options=compiler_options(settings))
     size = settings.vocabulary or config.vocab
     sampler = order.sampler(size, config.vocab) if size < config.vocab else None

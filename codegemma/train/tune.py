@@ -38,6 +38,7 @@ WINDOW = (96, 384)                       # tokens of an example
 BATCH_TOKENS = 4096                      # of a step; half of it from an adapter that already completes
 FEWEST = 4                               # files to train on
 LAYOUT: Layout = "spm"                   # of the holes that are measured: how an editor asks while one types
+END_WEIGHT = 2.0                         # trained on likelihood alone, greedy completions go on for too long
 PROBE = 3                                # steps that say how long a step takes, the first of which compiles
 
 
@@ -188,8 +189,8 @@ def _plan(work: Path, model: str, minutes: float, rank: int, start: lora.Adapter
         lora.save(start, work / "start")
     # Adam's first steps move every weight by the whole rate: an adapter that completes already forgets to stop at 3e-4
     rate, warmup = (1e-3, 0.05) if start is None else (1e-4, 0.25)
-    settings = Settings(rate, warmup, vocabulary=VOCABULARY, micro_tokens=2048,
-                        save_every=10, keep=1, seed=seed)
+    settings = Settings(rate, warmup, end_weight=END_WEIGHT, vocabulary=VOCABULARY, micro_tokens=2048, save_every=10, keep=1,
+                        seed=seed)
     plan = job.Plan(model, (str(work / "rows"),), work / "probe", replace(settings, steps=PROBE), kind="qlora", rank=rank,
                     adapter=path, batch_tokens=batch, epochs=100.0)
     stored = work / "steps"
