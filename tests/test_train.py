@@ -244,7 +244,7 @@ def test_a_terminator_of_weight_three_counts_as_three():
         return total, gradient.weights, nats_M
 
     (total, gradient, nats_M), (plain, once, same_M), (extra, more, _) = grown(rows, 3.0), grown(rows, 1.0), grown(ends, 1.0)
-    assert total == pytest.approx(plain + 2 * extra, rel=1e-5) and (nats_M == same_M).all()
+    assert float(total) == pytest.approx(float(plain + 2 * extra), rel=1e-5) and (nats_M == same_M).all()
     for name, value in gradient.items():
         np.testing.assert_allclose(value, once[name] + 2 * more[name], rtol=1e-4, atol=1e-5)
 
