@@ -90,7 +90,7 @@ test-formats: .venv/.setup .venv-bench/.setup .venv-formats/.setup
 	@touch $@
 
 adapter: .venv/.dev
-	$(BIN)/python tools/adapter_data.py rows a1 a2 d e b c s t p q r --data $(DATA)
+	$(BIN)/python tools/adapter_data.py rows all --data $(DATA)
 	$(BIN)/python tools/adapter_train.py
 	$(BIN)/python tools/adapter_eval.py base --multi -1 --data $(DATA)
 	$(BIN)/python tools/adapter_eval.py final --multi -1 --data $(DATA) --adapter $(RUNS)/final

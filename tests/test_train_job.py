@@ -291,7 +291,7 @@ def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
 
 
 def test_the_end_gains_what_it_is_given(tmp_path):
-    """In the native engine, on the mean of the states that say a target; the other tokens' logits stay."""
+    """In the native engine, wherever a target is said; the other tokens' logits stay."""
     file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa", layers=2))
     checkpoint, chance = open_checkpoint(file), np.random.default_rng(0)
     end = checkpoint.tokenizer.control.file_separator

@@ -2,7 +2,7 @@
 
     python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, appends to adapter_packages.txt
     python tools/adapter_data.py fetch                               # what the list names, checked by hash
-    python tools/adapter_data.py rows a1 a2 d e b c s t p q r --data BENCHMARKS  # benchmark texts are kept out
+    python tools/adapter_data.py rows all --data BENCHMARKS          # or some phases; benchmark texts are kept out
 
 All lies under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per phase.
 """
@@ -237,7 +237,7 @@ def main() -> None:
     pinning.add_argument("names", nargs="+")
     verbs.add_parser("fetch")
     building = verbs.add_parser("rows")
-    building.add_argument("phases", nargs="+", choices=[*PHASES, *CHOICES])
+    building.add_argument("phases", nargs="+", choices=["all", *PHASES, *CHOICES])
     building.add_argument("--data", type=Path, required=True, help="folder of benchmark files to keep out")
     building.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -246,7 +246,7 @@ def main() -> None:
     if args.verb == "pin":
         _pin_all(args.registry, args.names, archives)
     elif args.verb == "rows":
-        for phase in args.phases:
+        for phase in [*PHASES, *CHOICES] if "all" in args.phases else args.phases:
             if phase in CHOICES:
                 print(phase, choose(phase, args.cache), "rows")
                 continue
