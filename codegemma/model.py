@@ -37,6 +37,7 @@ Params = dict[str, Weight]
 Pair = tuple[jax.Array, jax.Array]
 Remat = Literal["none", "products", "layer"]
 BATCH_AXES = ("data", "fsdp")            # of a mesh: what divides the batch
+QUERIES, PARTS = 128, 8                  # of attention: the fewest queries of a part, and the most parts
 SAVED = ("q", "k", "v", "mixed", "o", "gate", "up", "down", xla.LOW)
 
 
@@ -184,12 +185,13 @@ class Sight(NamedTuple):
     segments_BT: jax.Array | None
     cached: bool
 
-    def mask_BTS(self, S: int, window: int | None) -> jax.Array:
-        q = self.positions_BT[:, :, None]
-        k = jnp.arange(S)[None, None] if self.cached else self.positions_BT[:, None]
+    def mask_BTS(self, queries: slice, keys: slice, window: int | None) -> jax.Array:
+        """Of these queries and these keys."""
+        q = self.positions_BT[:, queries, None]
+        k = jnp.arange(keys.start, keys.stop)[None, None] if self.cached else self.positions_BT[:, None, keys]
         seen = (k <= q) & (q - k < (window or 1 << 30))
         if self.segments_BT is not None and not self.cached:
-            seen &= self.segments_BT[:, :, None] == self.segments_BT[:, None]
+            seen &= self.segments_BT[:, queries, None] == self.segments_BT[:, None, keys]
         return seen
 
 
@@ -221,13 +223,27 @@ def _layer(x_BTD: jax.Array, w: Mapping[str, Any], low: dict[str, jax.Array] | N
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sight: Sight, window: int | None,
            cap: float | None) -> jax.Array:
-    """Causal attention within segments, [B, T, N * H]."""
+    """Causal attention within segments, [B, T, N * H]. Without a cache, keys that a part of the queries cannot see, behind it or
+    before its window, are left out of its products."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if sight.cached:
+        return _attend(q_BTNH, k_BSKH, v_BSKH, sight.mask_BTS(slice(0, T), slice(0, S), window), cap)
+    parts, size = [], max(QUERIES, -(-T // PARTS))
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        keys = slice(max(0, (start + 1 - window) // 16 * 16) if window else 0, stop)    # whole vectors of them
+        mask_BQS = sight.mask_BTS(slice(start, stop), keys, window)
+        parts.append(_attend(q_BTNH[:, start:stop], k_BSKH[:, keys], v_BSKH[:, keys], mask_BQS, cap))
+    return jnp.concatenate(parts, 1)
+
+
+def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float | None) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
     scores = jax.lax.dot_general(q_BKGTH, k_BSKH.transpose(0, 2, 1, 3), (((3,), (3,)), ((0, 1), (0, 1))),
                                  preferred_element_type=jnp.float32).reshape(B, K, N // K, T, S)
-    scores = jnp.where(sight.mask_BTS(S, window)[:, None, None], softcap(scores, cap), -1e30)
+    scores = jnp.where(mask_BTS[:, None, None], softcap(scores, cap), -1e30)
     weights = jax.nn.softmax(scores, -1).astype(v_BSKH.dtype).reshape(B, K, N // K * T, S)
     mixed = jax.lax.dot_general(weights, v_BSKH.transpose(0, 2, 1, 3), (((3,), (2,)), ((0, 1), (0, 1))),
                                 preferred_element_type=jnp.float32).astype(q_BTNH.dtype)

@@ -13,6 +13,7 @@ import pytest
 import reference
 from tiny import KINDS, dequantize, random_adapter, random_weights, tiny_config, tiny_tensors
 
+from codegemma import model
 from codegemma.engine import Engine
 from codegemma.formats import Checkpoint
 from codegemma.lora import merge
@@ -178,6 +179,28 @@ def test_packed_segments_are_separate_texts(kind):
     assert float(other) == float(loss) and not np.array_equal(changed[:12], rows[:12])
     for name in params:
         assert np.array_equal(np.asarray(moved[name]), np.asarray(gradient[name])), name
+
+
+@pytest.mark.parametrize("T", [13, 700, 1500])
+@pytest.mark.parametrize("window", [None, 1, 96])
+def test_attention_in_parts_is_attention(T, window):
+    """Result and gradients, of packed segments, beside all queries against all keys."""
+    rng = np.random.default_rng(T)
+    q, k, v, weights = (jnp.asarray(rng.standard_normal((2, T, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
+    segments = np.sort(rng.integers(1, 4, (2, T)), 1)
+    positions = np.stack([np.arange(T) - np.searchsorted(row, row) for row in segments])
+    sight = model.Sight(jnp.asarray(positions), jnp.asarray(segments), False)
+
+    def whole(q, k, v):
+        return model._attend(q, k, v, sight.mask_BTS(slice(0, T), slice(0, T), window), None)
+
+    def parts(q, k, v):
+        return model.attend(q, k, v, sight, window, None)
+
+    one, other = (jax.jit(jax.value_and_grad(lambda x, f=f: (f(*x) * weights.reshape(2, T, -1)).sum()))((q, k, v))
+                  for f in (whole, parts))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.abs(a - b).max() <= 64 * reference.FLOAT32 * np.linalg.norm(a)
 
 
 @pytest.mark.parametrize("kind", ["gemma-mqa", "gemma3"])

@@ -118,6 +118,42 @@ def test_a_layer_with_an_adapter(type, T, N, K, rank, by):
         np.testing.assert_array_less(np.abs(np.asarray(mine, np.float64) - wanted), bound + 1e-30)
 
 
+PAIRS = _native.measure_products("auto", _native.Pool(1), True) > 0
+
+
+def rounded(x):
+    """As the kernels see their factors: bfloat16 where the CPU multiplies it, in float64."""
+    return np.asarray(jnp.asarray(x, jnp.float32).astype(jnp.bfloat16) if PAIRS else x, np.float64)
+
+
+@pytest.mark.parametrize("type, T, N, K", [("Q8_0", 1, 1, 32), ("F32", 7, 301, 33), ("Q4_0", 13, 9, 4128), ("Q6_K", 300, 523, 768),
+                                           ("BF16", 3, 4100, 65)])
+def test_products_of_bfloat16_factors(type, T, N, K):
+    tensor = weight(type, N, K)
+    x, dy, w = inputs(T, K), inputs(T, N, seed=2), rounded(exact(tensor))
+    with jax.default_matmul_precision("bfloat16"):
+        y, back = jax.vjp(lambda x: xla.product(x, xla.Blocks.of(tensor)), jnp.asarray(x))
+    close(y, rounded(x), w.T)
+    close(back(jnp.asarray(dy))[0], rounded(dy), w)          # as the product was, wherever it is traced
+
+
+@pytest.mark.parametrize("by", ["native", "xla"])
+def test_a_layer_with_an_adapter_of_bfloat16_factors(by):
+    """Each of at most three products in a row adds the rounding of its two factors to the float32 result."""
+    tensor, x, dy, a, b = adapted_case("Q8_0", 131, 300, 544, 9)
+    results = []
+    for precision in ("float32", "bfloat16"):
+        with jax.default_matmul_precision(precision):
+            y, back = jax.vjp(lambda x, a, b: xla.adapted(x, xla.Blocks.of(tensor), a, b, by), x, a, b)
+        results.append((y, *back(dy)))
+    x, dy, a, b, w = (np.abs(np.asarray(v)) for v in (x, dy, a, b, exact(tensor)))
+    u, du = x @ a.T, dy @ b
+    for exactly, nearly, sizes in zip(*results, (x @ w.T + u @ b.T, dy @ w + du @ a, du.T @ x, dy.T @ u), strict=True):
+        off = np.abs(exactly - nearly)
+        assert (off <= 6 * 2.0 ** -9 * sizes).all()
+        assert (off > 0).any() == (PAIRS or by == "xla")
+
+
 def test_an_adapter_that_does_not_fit_is_refused():
     tensor, x, _, a, b = adapted_case("Q8_0", 3, 40, 64, 4)
     for wrong in ((a[:, :32], b), (a, b[:30]), (a[:2], b)):
@@ -125,7 +161,13 @@ def test_an_adapter_that_does_not_fit_is_refused():
             jax.block_until_ready(xla.adapted(x, xla.Blocks.of(tensor), *wrong))
 
 
-def test_equal_for_any_number_of_threads():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_equal_for_any_number_of_threads(precision):
+    with jax.default_matmul_precision(precision):
+        _equal_for_any_number_of_threads()
+
+
+def _equal_for_any_number_of_threads():
     q8, x = xla.Blocks.of(weight("Q8_0", 523, 640)), jnp.asarray(inputs(300, 640) * 1e-19)  # some products are denormal
     q8 = dataclasses.replace(q8, data=q8.data.at[::2].set(xla.Blocks.of(weight("Q8_0", 523, 640, 5)).data[::2]))
     results = []

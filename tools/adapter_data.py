@@ -46,11 +46,16 @@ PHASES = {"a1": _FIRST,
           "b": replace(_FIRST, spm_rate=0.5, epoch=3, stride=3000, suffix_limit=None, window=(160, 255)),
           "c": replace(_FIRST, spm_rate=0.5, epoch=4, stride=7500, suffix_limit=None, window=(512, 1023), length=1024),
           "d": replace(_FIRST, spm_rate=1.0, epoch=5, stride=400, suffix_limit=None, window=(48, 160)),
-          "e": replace(_FIRST, spm_rate=0.0, epoch=6, stride=400, suffix_limit=None, window=(48, 255))}
+          "e": replace(_FIRST, spm_rate=0.0, epoch=6, stride=400, suffix_limit=None, window=(48, 255)),
+          # the prefix is learned too where it is said behind the suffix: four times as many targets that the suffix can help
+          "f": replace(_FIRST, spm_rate=1.0, epoch=7, stride=16_000, suffix_limit=None, window=(64, 255),
+                       loss=("prefix", "middle", "terminator")),
+          "g": replace(_FIRST, spm_rate=0.0, epoch=8, stride=32_000, suffix_limit=None, window=(64, 255))}
+PHASES["h"] = replace(PHASES["f"], epoch=9, stride=600)
 # Small functions with a docstring, as people ask for them and as a library seldom has them.
 _SMALL = {"algorithms", "boltons", "funcy", "labmath", "more-itertools", "primefac", "pyalgos", "pygorithm", "python-algorithms",
           "python-leetcode", "textdistance", "toolz"}
-ONLY = {"d": _SMALL, "e": _SMALL}
+ONLY = dict.fromkeys("deh", _SMALL)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ CHOICES = {"s": Choice({"a2": 1.0}, {"spm": 1.0, "prefix": 0.4}, 128),
            "t": Choice({"a2": 0.4, "d": 1.0}, {"spm": 1.0, "prefix": 0.4}, 160),
            "p": Choice({"a1": 1.0, "a2": 0.25}, {"psm": 1.0, "spm": 0.15, "prefix": 0.4}, 112),
            "q": Choice({"a2": 0.08, "b": 0.12, "d": 0.25}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255),
-           "r": Choice({"a2": 0.03, "b": 0.015, "d": 0.05, "e": 0.15}, {"psm": 1.0, "spm": 0.5, "prefix": 0.4}, 255)}
+           "r": Choice({"a2": 0.03, "b": 0.015, "d": 0.05, "e": 0.15}, {"psm": 1.0, "spm": 0.5, "prefix": 0.4}, 255),
+           "u": Choice({"f": 1.0, "g": 1.0, "h": 0.8, "e": 0.3}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255)}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 `product` is x W^T, and its derivative by x is dy W; the weight has none. `adapted` has a LoRA beside the weight, which has
 gradients. All exist twice: as the engine's own kernels, which XLA calls through its foreign function interface and which
-decode a panel of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other devices and as their twin.
+decode a panel of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other devices and as their twin. Traced
+within `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16 where the CPU multiplies those (AVX-512 BF16,
+twice as many a second); sums are float32.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,15 @@ from codegemma.native import _native, usable_cpus
 from codegemma.weights import BLOCKS, Tensor
 
 By = Literal["native", "xla"]
+
+
+class How(NamedTuple):
+    """How a product and its gradients are computed: by whom, and with factors rounded to bfloat16 or not."""
+
+    by: By
+    paired: bool
+
+
 LOW = "low"                              # x a^T, by this name, for policies of what a backward pass keeps
 
 
@@ -64,34 +75,36 @@ def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None 
     """x W^T in float32 for x [..., width] and rows start .. start + count: float32 [..., count]. Differentiable in x, once,
     in reverse."""
     count = _fits("x", x, weight.shape[1], weight, count)
-    y = _product(count, by or _by(), _flat(x), weight, jnp.int32(start))
+    y = _product(count, _how(by), _flat(x), weight, jnp.int32(start))
     return y.reshape(*x.shape[:-1], count)
 
 
 def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None) -> Array:
     """dy W in float32 for dy [..., count]: float32 [..., width]. Not differentiable."""
     count = _fits("dy", dy, weight.shape[0] if count is None else count, weight, count)
-    return _backward(count, by or _by(), (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
+    return _backward(count, _how(by), (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
 
 
 def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By | None = None) -> Array:
     """x (W + b a)^T in float32 for x [..., width]: float32 [..., rows]. Differentiable in x, a and b, once, in reverse."""
     _fits("x", x, weight.shape[1], weight, None)
-    return _adapted(by or _by(), _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
+    return _adapted(_how(by), _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
 
 
 def decode_rows(weight: Blocks, ids: Array, by: By | None = None) -> Array:
     """The rows with these ids: float32 [..., width]."""
-    if (by or _by()) == "xla":
+    how = _how(by)
+    if how.by == "xla":
         values = _decode(weight.data[ids.reshape(-1)], weight.type)
     else:
-        values = _call("codegemma_rows", (ids.size, weight.shape[1]), weight, ids.reshape(-1).astype(jnp.int32), weight.data)
+        values = _call(how, "codegemma_rows", (ids.size, weight.shape[1]), weight, ids.reshape(-1).astype(jnp.int32), weight.data)
     return values.reshape(*ids.shape, -1)
 
 
-def _by() -> By:
+def _how(by: By | None) -> How:
     """The kernels where there is a CPU for them."""
-    return "native" if jax.default_backend() == "cpu" else "xla"
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made of its name
+    return How(by or ("native" if jax.default_backend() == "cpu" else "xla"), precision == "bfloat16")
 
 
 def _fits(name: str, x: Array, wanted: int, weight: Blocks, count: int | None) -> int:
@@ -105,50 +118,49 @@ def _flat(x: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(count: int, by: By, x_TK: Array, weight: Blocks, start: Array) -> Array:
-    if by == "xla":
-        return jnp.matmul(x_TK, weight.float32(start, count).T, precision="highest")
-    return _call("codegemma_product", (len(x_TK), count), weight, x_TK, weight.data, start)
+def _product(count: int, how: How, x_TK: Array, weight: Blocks, start: Array) -> Array:
+    if how.by == "xla":
+        return _matmul(how, x_TK, weight.float32(start, count).T)
+    return _call(how, "codegemma_product", (len(x_TK), count), weight, x_TK, weight.data, start)
 
 
-def _forward(count: int, by: By, x_TK: Array, weight: Blocks, start: Array) -> tuple[Array, tuple[Blocks, Array]]:
-    return _product(count, by, x_TK, weight, start), (weight, start)
+def _forward(count: int, how: How, x_TK: Array, weight: Blocks, start: Array) -> tuple[Array, tuple[Blocks, Array]]:
+    return _product(count, how, x_TK, weight, start), (weight, start)
 
 
-def _backward(count: int, by: By, kept: tuple[Blocks, Array], dy_TN: Array) -> tuple[Array, None, None]:
+def _backward(count: int, how: How, kept: tuple[Blocks, Array], dy_TN: Array) -> tuple[Array, None, None]:
     weight, start = kept
-    if by == "xla":
-        return jnp.matmul(dy_TN, weight.float32(start, count), precision="highest"), None, None
-    return _call("codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start), None, None
+    if how.by == "xla":
+        return _matmul(how, dy_TN, weight.float32(start, count)), None, None
+    return _call(how, "codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start), None, None
 
 
 _product.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted(by: By, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> tuple[Array, Array]:
+def _adapted(how: How, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> tuple[Array, Array]:
     """The layer's result, and x a^T, which its gradients need."""
     T, N, R = len(x_TK), weight.shape[0], len(a_RK)
-    if by == "xla":
-        u_TR = jnp.matmul(x_TK, a_RK.T, precision="highest")
-        return _product(N, by, x_TK, weight, jnp.int32(0)) + jnp.matmul(u_TR, b_NR.T, precision="highest"), u_TR
-    return _call("codegemma_adapted", ((T, N), (T, R)), weight, x_TK, weight.data, a_RK, b_NR)
+    if how.by == "xla":
+        u_TR = _matmul(how, x_TK, a_RK.T)
+        return _product(N, how, x_TK, weight, jnp.int32(0)) + _matmul(how, u_TR, b_NR.T), u_TR
+    return _call(how, "codegemma_adapted", ((T, N), (T, R)), weight, x_TK, weight.data, a_RK, b_NR)
 
 
-def _adapted_forward(by: By, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Any:
-    y_TN, u_TR = _adapted(by, x_TK, weight, a_RK, b_NR)
+def _adapted_forward(how: How, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Any:
+    y_TN, u_TR = _adapted(how, x_TK, weight, a_RK, b_NR)
     return (y_TN, u_TR), (x_TK, checkpoint_name(u_TR, LOW), weight, a_RK, b_NR)
 
 
-def _adapted_backward(by: By, kept: Any, cotangents: tuple[Array, Array]) -> tuple[Array, None, Array, Array]:
+def _adapted_backward(how: How, kept: Any, cotangents: tuple[Array, Array]) -> tuple[Array, None, Array, Array]:
     x_TK, u_TR, weight, a_RK, b_NR = kept
     dy_TN, _ = cotangents                # nothing but these gradients reads x a^T
-    if by == "xla":
-        matmul = functools.partial(jnp.matmul, precision="highest")
-        du_TR = matmul(dy_TN, b_NR)
-        dx_TK = _backward(len(b_NR), by, (weight, jnp.int32(0)), dy_TN)[0] + matmul(du_TR, a_RK)
-        return dx_TK, None, matmul(du_TR.T, x_TK), matmul(dy_TN.T, u_TR)
-    dx_TK, da_RK, db_NR = _call("codegemma_adapted_back", (x_TK.shape, a_RK.shape, b_NR.shape), weight, dy_TN, x_TK, u_TR,
+    if how.by == "xla":
+        du_TR = _matmul(how, dy_TN, b_NR)
+        dx_TK = _backward(len(b_NR), how, (weight, jnp.int32(0)), dy_TN)[0] + _matmul(how, du_TR, a_RK)
+        return dx_TK, None, _matmul(how, du_TR.T, x_TK), _matmul(how, dy_TN.T, u_TR)
+    dx_TK, da_RK, db_NR = _call(how, "codegemma_adapted_back", (x_TK.shape, a_RK.shape, b_NR.shape), weight, dy_TN, x_TK, u_TR,
                                 weight.data, a_RK, b_NR)
     return dx_TK, None, da_RK, db_NR
 
@@ -156,14 +168,20 @@ def _adapted_backward(by: By, kept: Any, cotangents: tuple[Array, Array]) -> tup
 _adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
-def _call(name: str, shapes: tuple[Any, ...], weight: Blocks, *operands: Array) -> Any:
+def _call(how: How, name: str, shapes: tuple[Any, ...], weight: Blocks, *operands: Array) -> Any:
     """Float32 results of these shapes, or the one of this shape."""
     if not _registered:
         configure()
     results = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes,
                            is_leaf=lambda x: isinstance(x[0], int))
     call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
-    return call(*operands, type=np.int32(_native.TYPES.index(weight.type)))
+    return call(*operands, type=np.int32(_native.TYPES.index(weight.type)), paired=np.int32(how.paired))
+
+
+def _matmul(how: How, a: Array, b: Array) -> Array:
+    if how.paired:
+        return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    return jnp.matmul(a, b, precision="highest")
 
 
 def _decode(raw: Array, type: str) -> Array:

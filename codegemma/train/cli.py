@@ -42,6 +42,8 @@ def train(
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
     remat: Annotated[str, typer.Option(help="What is computed again to save memory: none, products or layer.")] = "none",
     dtype: Annotated[str, typer.Option(help="Activations: float32, or bfloat16 on a GPU or TPU.")] = "float32",
+    precision: Annotated[str, typer.Option(help="Factors of products: bfloat16 where it is multiplied faster (AVX-512 BF16), or "
+                                                "float32.")] = "bfloat16",
     mesh: Annotated[str | None, typer.Option(help="Devices, such as fsdp=8,tensor=4.")] = None,
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0, where several processes train.")] = None,
     process_count: Annotated[int | None, typer.Option(help="How many processes (or the cluster's own environment).")] = None,
@@ -60,7 +62,7 @@ def train(
     if full and qlora:
         raise ValueError("--full trains all parameters, --qlora an adapter over blocks: pass one of them")
     _join(coordinator, process_count, process_id)
-    chosen: Any = {"decay": decay, "remat": remat, "dtype": dtype}
+    chosen: Any = {"decay": decay, "remat": remat, "dtype": dtype, "precision": precision}
     rate = (5e-5 if full else 1e-3) if learning_rate is None else learning_rate
     settings = Settings(rate, warmup, weight_decay=weight_decay, z=z_loss, vocabulary=vocabulary, micro_tokens=micro_tokens,
                         steps=steps, evaluate_every=evaluate_every, patience=patience, save_every=save_every, seed=seed, **chosen)

@@ -59,6 +59,7 @@ class Settings:
     seed: int = 0
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "bfloat16"   # of factors, where bfloat16 is multiplied faster; sums are float32
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip", "end_weight", "micro_tokens", "evaluate_every", "save_every", "keep", "steps"):
@@ -68,7 +69,7 @@ class Settings:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)!r}")
         for name, known in (("decay", ("cosine", "linear", "constant")), ("remat", get_args(Remat)),
-                            ("dtype", ("float32", "bfloat16"))):
+                            ("dtype", ("float32", "bfloat16")), ("precision", ("float32", "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {', '.join(known)}, got {getattr(self, name)!r}")
         if self.vocabulary is not None and self.vocabulary < 2:
@@ -145,14 +146,15 @@ def objective(trainable: Trainable, base: Params | None, batch: Microbatch, samp
     """Sum of the targets' losses (the terminators' weighed), and of each its loss and whether it was the likeliest token."""
     lora = trainable if isinstance(trainable, Lora) else None
     params: Params = base if lora is not None else trainable  # type: ignore[assignment]
-    hidden_BTD, _ = forward(params, batch.tokens_BT, config, lora, positions_BT=batch.positions_BT,
-                            segments_BT=batch.segments_BT, remat=settings.remat, dtype=jnp.dtype(settings.dtype))
     C, M = batch.index_CM.shape
-    parts_CPD = hidden_BTD.reshape(C, -1, config.width)
-    picked_MD = jnp.take_along_axis(parts_CPD, batch.index_CM[..., None], 1).reshape(C * M, -1)
-    losses = cross_entropy(picked_MD, batch.targets_CM.reshape(-1), params["embed"], lora,
-                           count=batch.count_C[0] if C == 1 else None, cap=config.final_softcap, z=settings.z,
-                           train_table=lora is None, sample=sample)
+    with jax.default_matmul_precision(settings.precision):
+        hidden_BTD, _ = forward(params, batch.tokens_BT, config, lora, positions_BT=batch.positions_BT,
+                                segments_BT=batch.segments_BT, remat=settings.remat, dtype=jnp.dtype(settings.dtype))
+        parts_CPD = hidden_BTD.reshape(C, -1, config.width)
+        picked_MD = jnp.take_along_axis(parts_CPD, batch.index_CM[..., None], 1).reshape(C * M, -1)
+        losses = cross_entropy(picked_MD, batch.targets_CM.reshape(-1), params["embed"], lora,
+                               count=batch.count_C[0] if C == 1 else None, cap=config.final_softcap, z=settings.z,
+                               train_table=lora is None, sample=sample)
     live_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
     ends_M = jnp.isin(batch.targets_CM.reshape(-1), jnp.asarray(terminators, jnp.int32))
     return jnp.sum(losses.nats_M * live_M * jnp.where(ends_M, settings.end_weight, 1.0)), (losses.nats_M, losses.right_M)

@@ -121,6 +121,17 @@ std::pair<double, double> measure(const Kernels* k, Pool& pool) {
   }
   return {bytes / read, operations / multiply};
 }
+// Float operations a second in products of training; 0 where there are no pairs to multiply.
+double measure_products(const Kernels* k, Pool& pool, bool paired) {
+  double best = 0;
+  for (int i = 0; i < 5 && (!paired || k->matrix->pairs()); i++) {
+    std::atomic<int64_t> operations{0};
+    auto start = std::chrono::steady_clock::now();
+    pool.run([&](int) { operations += k->matrix->peak(2000000, paired); });
+    best = std::max(best, operations / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
 
 }  // namespace
 
@@ -198,6 +209,11 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     return settle((uint8_t*)start, length);
   }, "start"_a, "length"_a, "Moves a read-only memory map (addresses start .. start + length, all of one map) into huge pages in place.");
+  m.def("measure_products", [](const std::string& level, Pool& pool, bool paired) {
+    const Kernels* k = choose_kernels(level);
+    nb::gil_scoped_release release;
+    return measure_products(k, pool, paired);
+  }, "level"_a, "pool"_a, "paired"_a);
   m.def("measure", [](const std::string& level, Pool& pool) {
     const Kernels* k = choose_kernels(level);
     nb::gil_scoped_release release;

@@ -102,24 +102,27 @@ struct AttentionTask {
 };
 
 // One product of training: c [T, width] = a [T, depth] B, where B is rows first .. first + count of w, transposed (x W^T),
-// or as they stand (dy W: `transposed`, for it is the transpose of what a linear layer does). `add`: c += a B.
+// or as they stand (dy W: `transposed`, for it is the transpose of what a linear layer does). `add`: c += a B. `paired`: factors
+// are rounded to bfloat16, and two that follow each other in a sum share a slot of 32 bits.
 struct Matrix {
   const float* a;
   float* c;
   Weight w;
   int64_t T, first, count;
-  bool transposed, add = false;
+  bool transposed, add = false, paired = false;
+  int64_t slots(int64_t rows) const { return paired ? (rows + 1) / 2 : rows; }  // of 32 bits, that so many rows of B fill
   int64_t depth() const { return transposed ? count : w.cols; }
   int64_t width() const { return transposed ? w.cols : count; }
 };
 struct MatrixKernels {
-  int tile, panel, depth;   // rows of C in registers; its columns; rows of B that a slab holds
+  int tile, panel, slots;   // rows of C in registers; its columns; the depth of a slab
+  bool (*pairs)();          // whether the CPU multiplies pairs of bfloat16
   int64_t (*strip)(const Matrix&);  // columns that decode_strip fills
   void (*decode_strip)(const Matrix&, int64_t r0, int64_t depth, int64_t j0, float* panels);
   void (*gather_rows)(const Matrix&, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out);
   void (*multiply_rows)(const Matrix&, int64_t r0, int64_t depth, const float* rows, int64_t t0, int64_t t1, const float* panels,
                         int64_t j0, int64_t j1);
-  int64_t (*peak)(int64_t rounds);
+  int64_t (*peak)(int64_t rounds, bool paired);
 };
 
 struct Kernels {

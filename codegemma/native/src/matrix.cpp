@@ -1,7 +1,8 @@
 // Products of training: many float32 rows times a frozen weight or its transpose, compiled once per SIMD level.
 // C [T, J] = A [T, R] B [R, J], where B is W^T (x W^T: R columns of W, J rows) or W (dy W). Slabs of DEPTH rows of B are
 // decoded once for all T into panels of PANEL columns; the inner loop keeps a tile of C in registers. Sums run in
-// ascending r, DEPTH at a time, whatever the threads, the rows beside and the cut of T.
+// ascending r, a slab at a time, whatever the threads, the rows beside and the cut of T. Where factors are paired, all is
+// the same with pairs of bfloat16 in the slots of floats, and a slab has twice the rows.
 #include "kernels.h"
 #include "simd.h"
 
@@ -16,46 +17,95 @@ constexpr int TILE = 12;
 #else                                       // 16 registers: 12 sums
 constexpr int TILE = 6;
 #endif
-constexpr int PANEL = 2 * FW, DEPTH = 256, STRIP = 256;
+constexpr int PANEL = 2 * FW, SLOTS = 256, STRIP = 256;
 
-// Rows r0 .. r0 + depth of B, columns of one strip, into panels: out[j / PANEL][r - r0][j % PANEL], zero beyond J.
+#if defined(CG_PAIRS)
+// As assembly: these instructions need no compiler flag then, and this level runs on CPUs without them.
+CG_INLINE __m512i rounded(__m512 first, __m512 second) {  // 32 bfloat16
+  __m512i y;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(y) : "v"(second), "v"(first));
+  return y;
+}
+CG_INLINE Fv add_pairs(Fv sum, Fv x, Fv y) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+  return sum;
+}
+bool pairs() { return __builtin_cpu_supports("avx512bf16"); }
+// n floats, then zeros to a whole number of vectors of pairs
+CG_INLINE void pair_up(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += 32, out += 16) {
+    const auto some = [&](int64_t from) { return _mm512_maskz_loadu_ps((__mmask16)((1u << std::clamp<int64_t>(n - from, 0, 16)) - 1), x + from); };
+    _mm512_storeu_si512(out, n - i >= 32 ? rounded(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16)) : rounded(some(i), some(i + 16)));
+  }
+}
+// Columns of two rows, in turn.
+CG_INLINE void pair_rows(const float* first, const float* second, int64_t n, float* out) {
+  const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i both = rounded(_mm512_loadu_ps(first + i), _mm512_loadu_ps(second + i));
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+    _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_and_si512(high, _mm512_slli_epi32(top, 16))));
+  }
+}
+#else
+CG_INLINE Fv add_pairs(Fv sum, Fv, Fv) { return sum; }  // never called: there are no pairs
+CG_INLINE void pair_up(const float*, int64_t, float*) {}
+CG_INLINE void pair_rows(const float*, const float*, int64_t, float*) {}
+bool pairs() { return false; }
+#endif
+
+// Rows r0 .. r0 + depth of B, columns of one strip, into panels: out[j / PANEL][slot][j % PANEL], zero beyond J.
 void decode_strip(const Matrix& m, int64_t r0, int64_t depth, int64_t j0, float* out) {
   const auto decode = kernels()->decode;
   const Weight& w = m.w;
+  const int64_t slots = m.slots(depth);
   if (m.transposed) {
     const int64_t n = std::min<int64_t>(STRIP, m.width() - j0), padded = (n + PANEL - 1) / PANEL * PANEL;
-    float line[STRIP];
-    std::fill(line + n, line + padded, 0.f);
-    for (int64_t r = 0; r < depth; r++) {
-      decode(w, m.first + r0 + r, j0, n, line);
-      for (int64_t j = 0; j < padded; j += PANEL) memcpy(out + j * depth + r * PANEL, line + j, 4 * PANEL);
+    float lines[2][STRIP], pairs[STRIP];
+    for (float* line : lines) std::fill(line + n, line + padded, 0.f);
+    for (int64_t s = 0; s < slots; s++) {
+      const float* line = lines[0];
+      const int64_t r = m.paired ? 2 * s : s;
+      decode(w, m.first + r0 + r, j0, n, lines[0]);
+      if (m.paired) {
+        if (r + 1 < depth) decode(w, m.first + r0 + r + 1, j0, n, lines[1]);
+        else std::fill(lines[1], lines[1] + n, 0.f);
+        pair_rows(lines[0], lines[1], padded, pairs), line = pairs;
+      }
+      for (int64_t j = 0; j < padded; j += PANEL) memcpy(out + j * slots + s * PANEL, line + j, 4 * PANEL);
     }
     return;
   }
-  float lines[8][DEPTH];
+  float lines[8][SLOTS], line[2 * SLOTS];
   for (int64_t j = 0; j < PANEL; j += 8) {
     for (int64_t i = 0; i < 8; i++)
-      if (j0 + j + i < m.width()) decode(w, m.first + j0 + j + i, r0, depth, lines[i]);
-      else std::fill(lines[i], lines[i] + depth, 0.f);
-    int64_t r = 0;
-    for (; r + 8 <= depth; r += 8) transpose8(&lines[0][r], DEPTH, out + r * PANEL + j, PANEL);
-    for (; r < depth; r++)
-      for (int64_t i = 0; i < 8; i++) out[r * PANEL + j + i] = lines[i][r];
+      if (j0 + j + i >= m.width()) std::fill(lines[i], lines[i] + slots, 0.f);
+      else if (!m.paired) decode(w, m.first + j0 + j + i, r0, depth, lines[i]);
+      else decode(w, m.first + j0 + j + i, r0, depth, line), pair_up(line, depth, lines[i]);
+    int64_t s = 0;
+    for (; s + 8 <= slots; s += 8) transpose8(&lines[0][s], SLOTS, out + s * PANEL + j, PANEL);
+    for (; s < slots; s++)
+      for (int64_t i = 0; i < 8; i++) memcpy(out + s * PANEL + j + i, &lines[i][s], 4);
   }
 }
 
-// TILE rows of A (each `DEPTH` floats apart) times one panel; `rows` and `columns` of it exist in C.
-CG_INLINE void tile(const float* a, const float* b, int64_t depth, float* c, int64_t stride, int rows, int64_t columns, bool add) {
+// TILE rows of A (each SLOTS apart) times one panel; `rows` and `columns` of it exist in C.
+template <bool PAIRED> CG_INLINE void tile(const float* a, const float* b, int64_t slots, float* c, int64_t stride, int rows, int64_t columns, bool add) {
   Fv sums[TILE][2] = {};
 #pragma GCC unroll 12
   for (int i = 0; i < TILE; i++)
     if (add && i < rows) prefetch(c + i * stride), prefetch(c + i * stride + PANEL - 1);
-  for (int64_t r = 0; r < depth; r++) {
+  for (int64_t r = 0; r < slots; r++) {
     Fv b0 = load<Fv>(b + r * PANEL), b1 = load<Fv>(b + r * PANEL + FW);
 #pragma GCC unroll 12
     for (int i = 0; i < TILE; i++) {
-      Fv x = splat(a[i * DEPTH + r]);
-      sums[i][0] = fma(x, b0, sums[i][0]), sums[i][1] = fma(x, b1, sums[i][1]);
+      if (PAIRED) {
+        Fv x = (Fv)splat_i(load<int32_t>(a + i * SLOTS + r));
+        sums[i][0] = add_pairs(sums[i][0], x, b0), sums[i][1] = add_pairs(sums[i][1], x, b1);
+      } else {
+        Fv x = splat(a[i * SLOTS + r]);
+        sums[i][0] = fma(x, b0, sums[i][0]), sums[i][1] = fma(x, b1, sums[i][1]);
+      }
     }
   }
   if (rows == TILE && columns >= PANEL) {
@@ -76,40 +126,49 @@ CG_INLINE void tile(const float* a, const float* b, int64_t depth, float* c, int
     }
 }
 
-// Copies rows t0 .. t1 of A's slab for `multiply_rows`: [t / TILE][TILE][DEPTH], zero beyond t1.
+// Rows t0 .. t1 of A's slab for `multiply_rows`: [t / TILE][TILE][SLOTS], zero beyond t1.
 void gather_rows(const Matrix& m, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out) {
-  for (int64_t t = t0; t < t1; t++) memcpy(out + (t - t0) * DEPTH, m.a + t * m.depth() + r0, 4 * depth);
-  for (int64_t t = t1 - t0; t % TILE; t++) memset(out + t * DEPTH, 0, 4 * depth);
+  for (int64_t t = t0; t < t1; t++) {
+    const float* row = m.a + t * m.depth() + r0;
+    if (m.paired) pair_up(row, depth, out + (t - t0) * SLOTS);
+    else memcpy(out + (t - t0) * SLOTS, row, 4 * depth);
+  }
+  for (int64_t t = t1 - t0; t % TILE; t++) memset(out + t * SLOTS, 0, 4 * m.slots(depth));
 }
-void multiply_rows(const Matrix& m, int64_t r0, int64_t depth, const float* a, int64_t t0, int64_t t1, const float* panels,
-                   int64_t j0, int64_t j1) {
+template <bool PAIRED> void multiply_tiles(const Matrix& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1, const float* panels,
+                                           int64_t j0, int64_t j1) {
   const int64_t J = m.width();
   for (int64_t j = j0; j < j1; j += PANEL)
     for (int64_t t = t0; t < t1; t += TILE)
-      tile(a + (t - t0) * DEPTH, panels + (j - j0) * depth, depth, m.c + t * J + j, J, (int)std::min<int64_t>(TILE, t1 - t), J - j, m.add || r0 > 0);
+      tile<PAIRED>(a + (t - t0) * SLOTS, panels + (j - j0) * slots, slots, m.c + t * J + j, J, (int)std::min<int64_t>(TILE, t1 - t), J - j, add);
+}
+void multiply_rows(const Matrix& m, int64_t r0, int64_t depth, const float* a, int64_t t0, int64_t t1, const float* panels,
+                   int64_t j0, int64_t j1) {
+  (m.paired ? multiply_tiles<true> : multiply_tiles<false>)(m, m.add || r0 > 0, m.slots(depth), a, t0, t1, panels, j0, j1);
 }
 
-// Multiply-adds of floats in registers only: what the multipliers can do.
-int64_t peak(int64_t rounds) {
+// Multiply-adds in registers only: what the multipliers can do.
+template <bool PAIRED> int64_t peak_of(int64_t rounds) {
   constexpr int SUMS = 12;          // enough to hide the latency
   Fv x = splat(0.5f), sums[SUMS] = {};
   for (int64_t i = 0; i < rounds; i++) {
 #pragma GCC unroll 12
     for (int j = 0; j < SUMS; j++) {
       CG_OPAQUE(sums[j]);
-      sums[j] = fma(x, x, sums[j]);
+      sums[j] = PAIRED ? add_pairs(sums[j], x, x) : fma(x, x, sums[j]);
     }
   }
 #pragma GCC unroll 12
   for (int j = 1; j < SUMS; j++) sums[0] += sums[j];
   volatile float keep = sums[0][0];
   (void)keep;
-  return rounds * SUMS * FW * 2;
+  return rounds * SUMS * FW * (PAIRED ? 4 : 2);
 }
+int64_t peak(int64_t rounds, bool paired) { return paired ? peak_of<true>(rounds) : peak_of<false>(rounds); }
 int64_t strip(const Matrix& m) { return m.transposed ? STRIP : PANEL; }
 
 }  // namespace
 
-extern const MatrixKernels matrix_kernels = {TILE, PANEL, DEPTH, strip, decode_strip, gather_rows, multiply_rows, peak};
+extern const MatrixKernels matrix_kernels = {TILE, PANEL, SLOTS, pairs, strip, decode_strip, gather_rows, multiply_rows, peak};
 }  // namespace CG_LEVEL
 }  // namespace cg

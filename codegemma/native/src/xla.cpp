@@ -41,6 +41,7 @@ template <class T> T scalar(const xla::Call& call, const char* name) {
     if (!strncmp(call.attributes.names[i]->text, name, call.attributes.names[i]->length)) return *(const T*)call.attributes.at[i]->value;
   throw std::invalid_argument(std::string("an attribute is missing: ") + name);
 }
+bool paired(const xla::Call& call) { return scalar<int32_t>(call, "paired"); }
 Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
   int type = scalar<int32_t>(call, "type");
   require(type >= 0 && type < TYPES && blocks.dims[1] % TYPE[type].bytes == 0, "blocks of this type do not fill a row");
@@ -51,7 +52,7 @@ Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
 template <bool TRANSPOSED> void product(const xla::Call& call) {
   const xla::Buffer &x = array(call.arguments, 0, xla::F32, 2), &out = array(call.results, 0, xla::F32, 2);
   Matrix m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), x.dims[0],
-           *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data, TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED};
+           *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data, TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED, false, paired(call)};
   require(m.first >= 0 && m.first + m.count <= m.w.rows, "rows beyond the weight's");
   require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == m.T, "x and the weight differ in their width");
   multiply(engine.kernels, *engine.pool, m);
@@ -62,10 +63,15 @@ template <bool TRANSPOSED> void product(const xla::Call& call) {
 struct Adapted {
   Weight w, a, b;  // a [r, K], b [N, r]
   int64_t T, N, K, r;
+  bool pairs;
   Adapted(const xla::Call& call, int first, int64_t tokens)
       : w(weight(call, array(call.arguments, first, xla::U8, 2))), a(floats(array(call.arguments, first + 1, xla::F32, 2))),
-        b(floats(array(call.arguments, first + 2, xla::F32, 2))), T(tokens), N(w.rows), K(w.cols), r(a.rows) {
+        b(floats(array(call.arguments, first + 2, xla::F32, 2))), T(tokens), N(w.rows), K(w.cols), r(a.rows), pairs(paired(call)) {
     require(a.cols == K && b.rows == N && b.cols == r, "an adapter fits its layer");
+  }
+  // c [rows, ...] (+)= x times W, or times its transpose
+  void run(const float* x, int64_t rows, const Weight& by, bool transposed, float* c, bool add = false) const {
+    multiply(engine.kernels, *engine.pool, {x, c, by, rows, 0, by.rows, transposed, add, pairs});
   }
   static Weight floats(const xla::Buffer& x) { return {F32_T, (const uint8_t*)x.data, x.dims[0], x.dims[1], 4 * x.dims[1]}; }
 };
@@ -73,10 +79,6 @@ float* out(const xla::Call& call, int i, int64_t rows, int64_t columns) {
   const xla::Buffer& b = array(call.results, i, xla::F32, 2);
   require(b.dims[0] == rows && b.dims[1] == columns, "a result has another shape");
   return (float*)b.data;
-}
-// c [rows, ...] (+)= a times W, or times its transpose
-void run(const float* a, int64_t rows, const Weight& w, bool transposed, float* c, bool add = false) {
-  multiply(engine.kernels, *engine.pool, {a, c, w, rows, 0, w.rows, transposed, add});
 }
 void transpose(const float* x, int64_t rows, int64_t columns, float* y) {
   for (int64_t i = 0; i < rows; i++)
@@ -88,9 +90,9 @@ void adapted(const xla::Call& call) {
   Adapted l(call, 1, x.dims[0]);
   require(x.dims[1] == l.K, "x and the weight differ in their width");
   float *y = out(call, 0, l.T, l.N), *u = out(call, 1, l.T, l.r);
-  run((const float*)x.data, l.T, l.a, false, u);
-  run((const float*)x.data, l.T, l.w, false, y);
-  run(u, l.T, l.b, false, y, true);
+  l.run((const float*)x.data, l.T, l.a, false, u);
+  l.run((const float*)x.data, l.T, l.w, false, y);
+  l.run(u, l.T, l.b, false, y, true);
 }
 // dy [T, N], x, u, blocks, a, b -> dx = dy W + du a, da = du^T x, db = dy^T u, where du = dy b
 void adapted_back(const xla::Call& call) {
@@ -100,13 +102,13 @@ void adapted_back(const xla::Call& call) {
   require(dy.dims[1] == l.N && x.dims[0] == l.T && x.dims[1] == l.K && u.dims[0] == l.T && u.dims[1] == l.r, "shapes differ");
   float *dx = out(call, 0, l.T, l.K), *da = out(call, 1, l.r, l.K), *db = out(call, 2, l.N, l.r);
   std::vector<float> du(l.T * l.r), turned(l.r * l.T), db_t(l.r * l.N);  // turned: du, then u
-  run((const float*)dy.data, l.T, l.b, true, du.data());
-  run((const float*)dy.data, l.T, l.w, true, dx);
-  run(du.data(), l.T, l.a, true, dx, true);
+  l.run((const float*)dy.data, l.T, l.b, true, du.data());
+  l.run((const float*)dy.data, l.T, l.w, true, dx);
+  l.run(du.data(), l.T, l.a, true, dx, true);
   transpose(du.data(), l.T, l.r, turned.data());
-  run(turned.data(), l.r, Adapted::floats(x), true, da);
+  l.run(turned.data(), l.r, Adapted::floats(x), true, da);
   transpose((const float*)u.data, l.T, l.r, turned.data());
-  run(turned.data(), l.r, Adapted::floats(dy), true, db_t.data());
+  l.run(turned.data(), l.r, Adapted::floats(dy), true, db_t.data());
   transpose(db_t.data(), l.r, l.N, db);
 }
 // ids [n], blocks [R, row bytes] -> rows of the weight as floats [n, K]
