@@ -50,16 +50,18 @@ def test_the_card_says_what_the_manifests_say(cache, tmp_path):
     manifest = json.loads((cache / "rows" / "a1" / "manifests" / "rows.json").read_text())
     adapter = lora.Adapter("fim", 2, 4.0, {"layers.0.q": np.ones((2, 8), np.float32)}, {"layers.0.q": np.ones((8, 2), np.float32)},
                            {67: np.ones(8, np.float32)}, {"base": "google/gemma-3-270m", "learning_rate": 1e-3})
-    metrics = tmp_path / "metrics.jsonl"
+    metrics = tmp_path / "a1" / "metrics.jsonl"
+    metrics.parent.mkdir()
     metrics.write_text("".join(json.dumps({"step": step, "tokens": 1000, "seconds": 1800.0}) + "\n" for step in (1, 2, 2, 3)))
     (cache / "evals").mkdir()
     (cache / "evals" / "final.json").write_text(json.dumps(report("final", 3000, 0.5, [1.0]) | {"compared": {
         "infill-single-spm - base left to right": {"difference": 0.25, "low": 0.1, "high": 0.4, "items": 4}}}))
-    text = adapter_card.card(adapter, cache, [metrics], "final")
+    before = "| phase | tokens | steps | hours |\n| --- | --- | --- | --- |\n| A0 | 7 | 1 | 0.1 |\n| A1 | 9 | 1 | 0.2 |\n\n| A9 |\n"
+    text = adapter_card.card(adapter, cache, [metrics], "final", before)
     learned = sum(int(made[at]["loss"].sum()) for at in range(len(made)))
     examples = sum(len(made.examples(at)) for at in range(len(made)))
     assert f"| {examples:,} | {manifest['tokens']:,} | {learned:,} |" in text and "24 files were kept" in text
-    assert "3,000 tokens in 3 steps and 1.5 hours on a CPU" in text and '"learning_rate": 0.001' in text
+    assert "| A0 | 7 | 1 | 0.1 |\n| A1 | 3,000 | 3 | 1.5 |\n\n" in text and '"learning_rate": 0.001' in text   # A0's run is gone
     assert "+0.2500 | +0.1000 to +0.4000 | 4" in text and "Gemma Terms of Use" in text and "Statement of changes" in text
 
 
@@ -108,4 +110,4 @@ def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
                     if size <= 120 and layouts in ({"spm"}, {"prefix"}))
     assert wanted and sorted(data for data, _, _ in segments(cache / "rows" / "s")) == wanted
     assert {layout for _, layouts, _ in segments(cache / "rows" / "s") for layout in layouts} == {"spm", "prefix"}
-    assert "| S | from A1, to 120 tokens | 100% |" in adapter_card.data(cache, [])
+    assert "| S | from A1, to 120 tokens | 100% |" in adapter_card.data(cache, [], "")

@@ -17,7 +17,6 @@ pytest.importorskip("jax")
 pytest.importorskip("tree_sitter")
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
-import adapter_train
 from tiny import random_adapter, tiny_config, write_tiny_gguf
 
 from codegemma import cli, load, lora
@@ -288,20 +287,3 @@ def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
         tune.tune(repository, str(model), float("nan"), tmp_path / "x", "auto", 4, 9, 0, False, lambda total: None, said.append)
     with pytest.raises(ValueError, match="choose another folder"):
         tune.tune(repository, str(model), 1, tmp_path / "made", "auto", 4, 9, 0, False, lambda total: None, said.append)
-
-
-def test_the_end_gains_what_it_is_given(tmp_path):
-    """In the native engine, wherever a target is said; the other tokens' logits stay."""
-    file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa", layers=2))
-    checkpoint, chance = open_checkpoint(file), np.random.default_rng(0)
-    end = checkpoint.tokenizer.control.file_separator
-    adapter = random_adapter(checkpoint.config, tokens=(end,))
-    rows = [{"tokens": chance.integers(0, 60, 48).astype(np.int32), "loss": np.arange(48) % 5 > 2,
-             "segments": np.ones(48, np.uint16), "positions": np.arange(48, dtype=np.int32)} for _ in range(3)]
-    engine = load(str(file))
-    for name, each in ("before", adapter), ("after", adapter_train.ending(adapter, checkpoint, rows, 1.5)):
-        engine.add_adapter(name, each)
-    gained = [(engine.logits(row["tokens"].tolist(), "after") - engine.logits(row["tokens"].tolist(), "before"))
-              [np.flatnonzero(row["loss"]) - 1] for row in rows]
-    gained_NV = np.concatenate(gained)
-    assert gained_NV[:, end] == pytest.approx(1.5, abs=0.2) and not np.delete(gained_NV, end, 1).any()

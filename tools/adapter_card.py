@@ -3,7 +3,8 @@
     python tools/adapter_card.py ADAPTER --out codegemma/adapters/gemma-3-270m-fim [--orders spm] [--metrics metrics.jsonl ...]
 
 Writes the adapter in 16 bits, and beside it README.md and PACKAGES.txt, from what the corpus, the run and the evaluation left
-under --cache: manifests of the rows, metrics of the training run (JSON lines with tokens and seconds), reports and curve.
+under --cache: manifests of the rows, metrics of the training run (JSON lines with tokens and seconds), reports and curve. What
+was done where the cache is gone stands in the card before: the rows of its tables are kept.
 """
 
 from __future__ import annotations
@@ -52,11 +53,23 @@ embedding rows named above; both were made by this project.
 """
 
 
+PACKAGED = Path(__file__).parents[1] / "codegemma" / "adapters" / "gemma-3-270m-fim"
+
+
 def lines(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
 
 
-def data(cache: Path, corpus: list[Package]) -> str:
+def merged(table: str, before: str) -> str:
+    """The table behind the rows of the one with the same head in the card before that it does not make anew."""
+    head, rule, *rows = table.splitlines(keepends=True)
+    _, _, rest = before.partition(head)
+    made = {row.split("|")[1] for row in rows}
+    old = [row for row in rest.partition("\n\n")[0].splitlines(keepends=True)[1:] if row.split("|")[1] not in made]
+    return "".join([head, rule, *old, *rows])
+
+
+def data(cache: Path, corpus: list[Package], before: str) -> str:
     """What it was trained on, what was left out and why."""
     manifests = {phase: {file.stem: json.loads(file.read_text()) for file in (cache / "rows" / phase / "manifests").glob("*.json")}
                  for phase in (*PHASES, *CHOICES) if (cache / "rows" / phase / "index.npy").exists()}
@@ -78,8 +91,8 @@ def data(cache: Path, corpus: list[Package]) -> str:
         "problems were compared, HumanEval, its infilling sets, MBPP and BabelCode among them) and were dropped. Replaced by "
         "fake values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(clean["redacted"].items())) + ".", "",
         "Rows that are built for the phases of the curriculum; what was seen of them so far stands under Training.", "",
-        lines((_phase(phase, found["rows"]) for phase, found in manifests.items()),
-              ("phase", "window", "suffix first", "examples", "tokens", "learned from"))])
+        merged(lines((_phase(phase, found["rows"]) for phase, found in manifests.items()),
+                     ("phase", "window", "suffix first", "examples", "tokens", "learned from")), before)])
 
 
 def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
@@ -95,24 +108,19 @@ def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
     return name.upper(), f"{window[0]} to {window[1]} tokens{suffix}{only}", f"{recipe.spm_rate:.0%}", *counts
 
 
-def training(adapter: lora.Adapter, metrics: Sequence[Path]) -> str:
+def training(adapter: lora.Adapter, metrics: Sequence[Path], before: str) -> str:
     """Tokens, hours and settings. A step that was done twice after a stop counts once, as it was done last."""
-    steps: dict[tuple[Path, int], dict[str, Any]] = {}
+    rows = []
     for file in metrics:
-        for report in map(json.loads, file.read_text().splitlines()):
-            if "tokens" in report and "seconds" in report:
-                steps[file, report["step"]] = report
-    tokens, seconds = (sum(report[name] for report in steps.values()) for name in ("tokens", "seconds"))
+        steps = {report["step"]: report for report in map(json.loads, file.read_text().splitlines())}
+        tokens, seconds = (sum(report[name] for report in steps.values()) for name in ("tokens", "seconds"))
+        rows.append((file.parent.name.upper(), f"{tokens:,}", len(steps), f"{seconds / 3600:.1f}"))
     settings = {key: value for key, value in adapter.card.items() if key not in ("name", "base", "fim")}
-    seen = Counter[str]()
-    for (file, _), report in steps.items():
-        seen[file.parent.name.upper()] += report["tokens"]
-    phases = ", ".join(f"{phase} {count:,}" for phase, count in seen.items())
-    said = [f"{tokens:,} tokens in {len(steps):,} steps and {seconds / 3600:.1f} hours on a CPU ({phases})."] if steps else []
-    return "\n".join([*said, *(["", "```json", json.dumps(settings, indent=2), "```"] if settings else [])])
+    return "\n".join(["On a CPU, phase by phase:", "", merged(lines(rows, ("phase", "tokens", "steps", "hours")), before),
+                      "The last phase:", "", "```json", json.dumps(settings, indent=2), "```"])
 
 
-def scores(evals: Path, label: str) -> str:
+def scores(evals: Path, label: str, before: str) -> str:
     """The curve, and the differences to the base model of the adapter's own point of it."""
     file = evals / f"{label}.json"
     report = json.loads(file.read_text()) if file.exists() else {}
@@ -120,17 +128,18 @@ def scores(evals: Path, label: str) -> str:
             for name, found in report.get("compared", {}).items()]
     return "\n".join(["Greedy. `exact`, `stops` (by itself), `ends` (the terminator is the likeliest token behind the true middle) "
                       "and `gain` (nats that the suffix is worth) are of held-out holes; `single` and `multi` are HumanEval "
-                      "infilling, percent passed (and exact); `l2r` is the base model going on from the prefix.", "", table(evals),
+                      "infilling, percent passed (and exact); `l2r` is the base model going on from the prefix.", "",
+                      merged(table(evals), before),
                       *([lines(rows, ("difference", "", "95 %, paired", "items"))] if rows else [])])
 
 
-def card(adapter: lora.Adapter, cache: Path, metrics: Sequence[Path], label: str) -> str:
+def card(adapter: lora.Adapter, cache: Path, metrics: Sequence[Path], label: str, before: str) -> str:
     good, weak = ([order.upper() for order in LAYOUTS if adapter.trained(order) is wanted] for wanted in (True, False))
     orders = f"Use {' or '.join(good)}." + (f" {weak[0]} is not learned well enough yet." if good and weak else "") if good else ""
     head = HEAD.format(orders=orders, base=adapter.card.get("base") or "google/gemma-3-270m", name=adapter.name, rank=adapter.rank,
                        layers=len(adapter.a), rows=", ".join(map(str, sorted(adapter.rows))) or "(none)")
-    parts = [("Data", data(cache, packages())), ("Training", training(adapter, metrics)),
-             ("Evaluation", scores(cache / "evals", label)), ("Limits", LIMITS),
+    parts = [("Data", data(cache, packages(), before)), ("Training", training(adapter, metrics, before)),
+             ("Evaluation", scores(cache / "evals", label, before)), ("Limits", LIMITS),
              ("Licence", f"{NOTICE}\n{TERMS}"), ("Statement of changes", CHANGES)]
     return "\n".join([head, *(f"## {title}\n\n{text.rstrip()}\n" for title, text in parts)])
 
@@ -142,13 +151,15 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", choices=LAYOUTS, help="in which it completes well (default: as its card says)")
     parser.add_argument("--metrics", type=Path, nargs="*", default=())
     parser.add_argument("--label", default="final", help="the adapter's point of the curve")
+    parser.add_argument("--before", type=Path, default=PACKAGED / "README.md", help="the card whose tables go on")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     adapter = lora.load(args.adapter)
     orders = args.orders or [order for order in LAYOUTS if adapter.trained(order)]
     adapter = replace(adapter, card={**adapter.card, "fim": {order: order in orders for order in LAYOUTS}})
+    made = card(adapter, args.cache, args.metrics, args.label, args.before.read_text() if args.before.exists() else "")
     lora.save(adapter, args.out, "F16")
-    (args.out / "README.md").write_text(card(adapter, args.cache, args.metrics, args.label))
+    (args.out / "README.md").write_text(made)
     shutil.copyfile(LIST, args.out / "PACKAGES.txt")
     print(args.out / "README.md")
 

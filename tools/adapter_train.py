@@ -1,8 +1,9 @@
 """Trains the default model's adapter through the phases of its curriculum; stopped at any moment, it goes on.
 
     python tools/adapter_train.py [--until PHASE]    # rows by tools/adapter_data.py; runs under ~/.cache/codegemma/adapter/runs
+    python tools/adapter_train.py --until PHASE --start codegemma/adapters/gemma-3-270m-fim    # where the runs before are gone
 
-Each phase starts from the adapter of the one before it. Behind the last, runs/final is its adapter with more weight on the end.
+Each phase starts from the adapter of the one before it; runs/final is the last one's.
 """
 
 from __future__ import annotations
@@ -11,26 +12,16 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
-import numpy as np
-
-from codegemma import hub, lora
-from codegemma.data.pack import Rows
-from codegemma.formats import Checkpoint, open_checkpoint
-from codegemma.model import forward, params_of
+from codegemma import lora
 from codegemma.prompts import Layout
 from codegemma.train import job
-from codegemma.train.loop import VOCABULARY, Report, Settings, lora_of
+from codegemma.train.loop import VOCABULARY, Report, Settings
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma" / "adapter"
 RANK = 32
-ENDING = 0.5                             # nats
-ROWS = 96                                # whose last states say where the terminator's row moves
-RIDGE = 1e-3                             # of a state's mean square
 
 
 @dataclass(frozen=True)
@@ -48,6 +39,7 @@ class Phase:
     share: float = 1.0
     fresh: tuple[int, ...] = ()
     orders: tuple[Layout, ...] = ("psm", "spm")
+    end_weight: float = 1.0
     landed: bool = False
 
 
@@ -55,15 +47,17 @@ PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 120, warmup=0.03,
           "t": Phase(6144, 130, 0.06, 6e-4, 0.95, 0.5, orders=("spm",), landed=True),
           "p": Phase(5120, 105, 0.05, 1e-3, 0.95, fresh=(69,)), "q": Phase(9216, 40, 0.05, 6e-4, 0.95, 0.8, landed=True),
           "r": Phase(9216, 50, 0.05, 6e-4, 0.95, landed=True),
+          "u": Phase(8192, 210, 0.05, 6e-4, 0.95, end_weight=2, landed=True),
           "a2": Phase(7168, warmup=0.03), "b": Phase(16_384), "c": Phase(32_768, landed=True)}
 ORDER = list(PHASES)
 
 
-def plan(name: str, cache: Path) -> job.Plan:
+def plan(name: str, cache: Path, start: Path | None = None) -> job.Plan:
     phase, number = PHASES[name], ORDER.index(name)
     settings = Settings(phase.peak, phase.warmup, decay="cosine" if phase.landed else "constant", floor=0.05,
-                        betas=(phase.momentum, 0.99), vocabulary=VOCABULARY, micro_tokens=1024, save_every=5, steps=phase.steps)
-    before = cache / "runs" / ORDER[number - 1] / "adapter" if number else None
+                        betas=(phase.momentum, 0.99), vocabulary=VOCABULARY, micro_tokens=2048, save_every=5, steps=phase.steps,
+                        end_weight=phase.end_weight)
+    before = start or (cache / "runs" / ORDER[number - 1] / "adapter" if number else None)
     if before and (phase.share != 1 or phase.fresh):
         before = part_of(before, phase, cache / "runs" / f"{name}-start")
     return job.Plan("gemma-3-270m", (str(cache / "rows" / name),), cache / "runs" / name, settings, kind="qlora", rank=RANK,
@@ -79,29 +73,10 @@ def part_of(adapter: Path, phase: Phase, out: Path) -> Path:
     return out
 
 
-def ending(adapter: lora.Adapter, checkpoint: Checkpoint, rows: Sequence[dict[str, np.ndarray]], nats: float) -> lora.Adapter:
-    """With `nats` more on the terminator's logit wherever a middle is said: its row moves by the vector whose product with the
-    last states comes nearest to one (least squares over the states in which the middles of `rows` are said, with a ridge).
-
-    Trained on likelihood, the terminator's odds are right and greedy decoding still ends too late: where the text is unsure, the
-    likeliest of many ways on wins over an end that is as likely as all of them together.
-    """
-    base, end = params_of(checkpoint), checkpoint.tokenizer.control.file_separator
-    low = lora_of(adapter)
-    look = jax.jit(lambda base, low, row: forward(base, row["tokens"][None], checkpoint.config, low,
-                                                  positions_BT=row["positions"][None], segments_BT=row["segments"][None])[0][0])
-    # a target is said by the state before it
-    states_ND = np.concatenate([np.asarray(look(base, low, row))[np.flatnonzero(row["loss"]) - 1] for row in rows]).astype(float)
-    square_DD = states_ND.T @ states_ND / len(states_ND)
-    ridge_DD = RIDGE * np.mean(np.diag(square_DD)) * np.eye(len(square_DD))
-    one_D = np.linalg.solve(square_DD + ridge_DD, states_ND.mean(0))
-    moved_D = adapter.rows[end] + nats * one_D
-    return replace(adapter, rows={**adapter.rows, end: moved_D.astype(np.float32)}, card={**adapter.card, "ending": nats})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--until", choices=PHASES, default=ORDER[-1])
+    parser.add_argument("--start", type=Path, help="the adapter that the last phase starts from, in place of the phases before it")
     parser.add_argument("--cache", type=Path, default=CACHE)
     chosen = parser.parse_args()
 
@@ -110,19 +85,18 @@ def main() -> None:
         print(f"{phase} {report.step}/{report.steps} loss {report.loss:.4f} right {report.right:.1%}{ends} "
               f"{report.tokens / report.seconds:.0f} tokens/s", flush=True)
 
-    for phase in ORDER[:ORDER.index(chosen.until) + 1]:
+    for phase in [chosen.until] if chosen.start else ORDER[:ORDER.index(chosen.until) + 1]:
         rows = chosen.cache / "rows" / phase
         if not (rows / "index.npy").exists():
             sys.exit(f"{rows} is not built: python tools/adapter_data.py rows {phase} --data BENCHMARKS")
-        made = plan(phase, chosen.cache)
+        made = plan(phase, chosen.cache, chosen.start)
         steps = job.steps_of(made)
         metrics = made.out / "metrics.jsonl"
         if not metrics.exists() or sum(1 for _ in metrics.open()) < steps:
             job.run(made, metrics.exists(), tell)
-    final, last = chosen.cache / "runs" / "final", Rows(rows)
+    final = chosen.cache / "runs" / "final"
     shutil.rmtree(final, ignore_errors=True)
-    checkpoint = open_checkpoint(hub.resolve(made.model))
-    lora.save(ending(lora.load(made.result), checkpoint, [last[number] for number in range(min(ROWS, len(last)))], ENDING), final)
+    shutil.copytree(made.result, final)
 
 
 if __name__ == "__main__":
