@@ -45,9 +45,9 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
         compiler_options,
         flops_of,
         give_back,
+        gradient,
         hold_memory,
         new_lora,
-        objective,
         optimizer,
         schedule,
     )
@@ -71,7 +71,7 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
 
     @partial(jax.jit, compiler_options=compiler_options(settings))
     def step(lora, moments, base):
-        (loss, _), grown = jax.value_and_grad(objective, has_aux=True)(lora, base, batch, config=config, settings=settings)
+        (loss, _), grown = gradient(config, settings)(lora, base, batch)
         changes, moments = rule.update(grown, moments, lora)
         return jax.tree.map(lambda a, b: a + b, lora, changes), moments, loss
 

@@ -223,15 +223,15 @@ def _layer(x_BTD: jax.Array, w: Mapping[str, Any], low: dict[str, jax.Array] | N
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sight: Sight, window: int | None,
            cap: float | None) -> jax.Array:
-    """Causal attention within segments, [B, T, N * H]. Without a cache, keys that a part of the queries cannot see, behind it or
-    before its window, are left out of its products."""
+    """Causal attention within segments, [B, T, N * H]. Without a cache, positions rise with the index within a segment, and keys
+    that a part of the queries cannot see, behind it or before its window, are left out of its products."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if sight.cached:
         return _attend(q_BTNH, k_BSKH, v_BSKH, sight.mask_BTS(slice(0, T), slice(0, S), window), cap)
-    parts, size = [], max(QUERIES, -(-T // PARTS))
+    parts, size = [], max(QUERIES, -(-T // PARTS // 16) * 16)    # whole vectors, as of the keys
     for start in range(0, T, size):
         stop = min(start + size, T)
-        keys = slice(max(0, (start + 1 - window) // 16 * 16) if window else 0, stop)    # whole vectors of them
+        keys = slice(max(0, (start + 1 - window) // 16 * 16) if window else 0, stop)
         mask_BQS = sight.mask_BTS(slice(start, stop), keys, window)
         parts.append(_attend(q_BTNH[:, start:stop], k_BSKH[:, keys], v_BSKH[:, keys], mask_BQS, cap))
     return jnp.concatenate(parts, 1)

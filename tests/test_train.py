@@ -31,6 +31,7 @@ from codegemma.train.loop import (
     adapter_of,
     compiler_options,
     flops_of,
+    gradient,
     lora_of,
     new_lora,
     objective,
@@ -249,10 +250,24 @@ def test_a_terminator_of_weight_three_counts_as_three():
         np.testing.assert_allclose(value, once[name] + 2 * more[name], rtol=1e-4, atol=1e-5)
 
 
+def in_blocks(layers):
+    config = tiny_config("gemma3", layers=layers, global_every=2, width=64, head_width=32, ffn_width=256, vocab=520)
+    return config, {name: Blocks.of(random_blocks("Q8_0", value.shape, 0.2)) if value.ndim == 2 else jnp.asarray(value)
+                    for name, value in training.reference.random_params(config, 0).items()}
+
+
+@pytest.mark.parametrize("precision, paired", [("float32", 0), ("bfloat16", 1)])
+def test_a_step_is_computed_in_its_precision_ahead_and_back(precision, paired):
+    config, params = in_blocks(2)
+    batch = next(microbatches([training.row(np.arange(24) % 9 + 3, np.arange(24) > 8)], 1))
+    lowered = jax.jit(gradient(config, Settings(precision=precision))).lower(new_lora(config, params, 4), params, batch).as_text()
+    products = {name: [line for line in lowered.splitlines() if f"@codegemma_{name}(" in line]
+                for name in ("adapted", "adapted_back", "product", "product_t")}
+    assert all(lines and all(f"paired = {paired} : i32" in line for line in lines) for lines in products.values()), products
+
+
 def test_remat_saves_memory_and_computes_no_kept_product_again():
-    config = tiny_config("gemma3", layers=8, global_every=2, width=64, head_width=32, ffn_width=256, vocab=520)
-    params = {name: Blocks.of(random_blocks("Q8_0", value.shape, 0.2)) if value.ndim == 2 else jnp.asarray(value)
-              for name, value in training.reference.random_params(config, 0).items()}
+    config, params = in_blocks(8)
     lora = new_lora(config, params, 4)
     rng = np.random.default_rng(0)
     rows = [training.row(rng.integers(3, 520, 256), np.arange(256) > 200) for _ in range(4)]

@@ -139,7 +139,7 @@ def test_products_of_bfloat16_factors(type, T, N, K):
 
 @pytest.mark.parametrize("by", ["native", "xla"])
 def test_a_layer_with_an_adapter_of_bfloat16_factors(by):
-    """Each of at most three products in a row adds the rounding of its two factors to the float32 result."""
+    """Each of at most two products in a row adds the rounding of its two factors to the float32 result."""
     tensor, x, dy, a, b = adapted_case("Q8_0", 131, 300, 544, 9)
     results = []
     for precision in ("float32", "bfloat16"):
@@ -150,7 +150,7 @@ def test_a_layer_with_an_adapter_of_bfloat16_factors(by):
     u, du = x @ a.T, dy @ b
     for exactly, nearly, sizes in zip(*results, (x @ w.T + u @ b.T, dy @ w + du @ a, du.T @ x, dy.T @ u), strict=True):
         off = np.abs(exactly - nearly)
-        assert (off <= 6 * 2.0 ** -9 * sizes).all()
+        assert (off <= 4.01 * 2.0 ** -9 * sizes).all()
         assert (off > 0).any() == (PAIRS or by == "xla")
 
 

@@ -4,7 +4,7 @@
 
 Writes the adapter in 16 bits, and beside it README.md and PACKAGES.txt, from what the corpus, the run and the evaluation left
 under --cache: manifests of the rows, metrics of the training run (JSON lines with tokens and seconds), reports and curve. What
-was done where the cache is gone stands in the card before: the rows of its tables are kept.
+was done where the cache is gone stands in the card --before: the rows of its tables are kept.
 """
 
 from __future__ import annotations
@@ -53,9 +53,6 @@ embedding rows named above; both were made by this project.
 """
 
 
-PACKAGED = Path(__file__).parents[1] / "codegemma" / "adapters" / "gemma-3-270m-fim"
-
-
 def lines(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
 
@@ -75,7 +72,7 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
                  for phase in (*PHASES, *CHOICES) if (cache / "rows" / phase / "index.npy").exists()}
     if not manifests:
         raise ValueError(f"{cache} holds no finished rows: make adapter builds them")
-    stages = next(iter(manifests.values()))
+    stages = next(found for phase, found in manifests.items() if phase not in (*ONLY, *CHOICES))   # of the whole corpus
     clean, order, dedup = (stages[name] for name in ("clean", "order", "dedup"))
     dropped = Counter(stages["documents"]["counts"]) + Counter(clean["counts"]) + Counter(
         {key: count for key, count in order["counts"].items() if not key.startswith("kept")})
@@ -151,13 +148,13 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", choices=LAYOUTS, help="in which it completes well (default: as its card says)")
     parser.add_argument("--metrics", type=Path, nargs="*", default=())
     parser.add_argument("--label", default="final", help="the adapter's point of the curve")
-    parser.add_argument("--before", type=Path, default=PACKAGED / "README.md", help="the card whose tables go on")
+    parser.add_argument("--before", type=Path, help="the card whose tables go on, where the adapter it is of was trained on")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     adapter = lora.load(args.adapter)
     orders = args.orders or [order for order in LAYOUTS if adapter.trained(order)]
     adapter = replace(adapter, card={**adapter.card, "fim": {order: order in orders for order in LAYOUTS}})
-    made = card(adapter, args.cache, args.metrics, args.label, args.before.read_text() if args.before.exists() else "")
+    made = card(adapter, args.cache, args.metrics, args.label, args.before.read_text() if args.before else "")
     lora.save(adapter, args.out, "F16")
     (args.out / "README.md").write_text(made)
     shutil.copyfile(LIST, args.out / "PACKAGES.txt")

@@ -36,9 +36,8 @@ from codegemma.formats.files import replacing
 LIST = Path(__file__).with_name("adapter_packages.txt")
 LARGEST = 40_000_000                     # bytes of an archive that is worth its share of the corpus
 
-# The curriculum: short windows first, suffixes growing. After a short start the suffix comes first in all examples, for then
-# prefix and middle stand together, and what is new is to read the suffix and to stop at it. Strides give about 42, 100, 70,
-# 28 and 9 thousand examples; each phase draws other holes.
+# The curriculum: short windows first, suffixes growing. After a short start the suffix comes first for long, for then prefix
+# and middle stand together, and what is new is to read the suffix and to stop at it. Each phase draws other holes.
 _FIRST = Recipe(fim_rate=0.87, spm_rate=0.7, length=256, epoch=1, loss=("middle", "terminator"), window=(64, 160),
                 stride=5000, suffix_limit=32, path_rate=0.5, hold_out=0.03)
 PHASES = {"a1": _FIRST,

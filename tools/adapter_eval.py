@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--tokens", type=int, default=0, help="tokens seen in training")
     parser.add_argument("--data", type=Path, help="folder of the benchmarks' official files")
-    parser.add_argument("--rows", type=Path, default=CACHE / "rows" / "a1", help="rows whose held-out part is read")
+    parser.add_argument("--rows", type=Path, default=CACHE / "rows" / "f", help="rows whose held-out part is read")
     parser.add_argument("--out", type=Path, default=CACHE / "evals")
     parser.add_argument("--holes", type=int, default=500)
     parser.add_argument("--plain", type=int, default=64, help="held-out documents for left-to-right nats")

@@ -75,17 +75,19 @@ def part_of(adapter: Path, phase: Phase, out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--until", choices=PHASES, default=ORDER[-1])
+    parser.add_argument("--until", choices=PHASES)
     parser.add_argument("--start", type=Path, help="the adapter that the last phase starts from, in place of the phases before it")
     parser.add_argument("--cache", type=Path, default=CACHE)
     chosen = parser.parse_args()
+    if chosen.start and not chosen.until:
+        parser.error("--start is for one phase: name it with --until")
 
     def tell(report: Report) -> None:
         ends = f" ends {report.ends:.0%}" if report.ends is not None else ""
         print(f"{phase} {report.step}/{report.steps} loss {report.loss:.4f} right {report.right:.1%}{ends} "
               f"{report.tokens / report.seconds:.0f} tokens/s", flush=True)
 
-    for phase in [chosen.until] if chosen.start else ORDER[:ORDER.index(chosen.until) + 1]:
+    for phase in [chosen.until] if chosen.start else ORDER[:ORDER.index(chosen.until or ORDER[-1]) + 1]:
         rows = chosen.cache / "rows" / phase
         if not (rows / "index.npy").exists():
             sys.exit(f"{rows} is not built: python tools/adapter_data.py rows {phase} --data BENCHMARKS")

@@ -3,8 +3,8 @@
 `product` is x W^T, and its derivative by x is dy W; the weight has none. `adapted` has a LoRA beside the weight, which has
 gradients. All exist twice: as the engine's own kernels, which XLA calls through its foreign function interface and which
 decode a panel of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other devices and as their twin. Traced
-within `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16 where the CPU multiplies those (AVX-512 BF16,
-twice as many a second); sums are float32.
+within `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: by the kernels where the CPU multiplies it
+(AVX-512 BF16, twice as many a second), by JAX always. Sums are float32.
 """
 
 from __future__ import annotations

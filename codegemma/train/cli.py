@@ -42,8 +42,8 @@ def train(
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
     remat: Annotated[str, typer.Option(help="What is computed again to save memory: none, products or layer.")] = "none",
     dtype: Annotated[str, typer.Option(help="Activations: float32, or bfloat16 on a GPU or TPU.")] = "float32",
-    precision: Annotated[str, typer.Option(help="Factors of products: bfloat16 where it is multiplied faster (AVX-512 BF16), or "
-                                                "float32.")] = "bfloat16",
+    precision: Annotated[str, typer.Option(help="Factors of products with blocks (--qlora): bfloat16, on a CPU where it has "
+                                                "AVX-512 BF16, or float32.")] = "bfloat16",
     mesh: Annotated[str | None, typer.Option(help="Devices, such as fsdp=8,tensor=4.")] = None,
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0, where several processes train.")] = None,
     process_count: Annotated[int | None, typer.Option(help="How many processes (or the cluster's own environment).")] = None,

@@ -59,7 +59,7 @@ class Settings:
     seed: int = 0
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    precision: Literal["float32", "bfloat16"] = "bfloat16"   # of factors, where bfloat16 is multiplied faster; sums are float32
+    precision: Literal["float32", "bfloat16"] = "bfloat16"   # of the factors of products in a step; see native/xla.py
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip", "end_weight", "micro_tokens", "evaluate_every", "save_every", "keep", "steps"):
@@ -146,18 +146,28 @@ def objective(trainable: Trainable, base: Params | None, batch: Microbatch, samp
     """Sum of the targets' losses (the terminators' weighed), and of each its loss and whether it was the likeliest token."""
     lora = trainable if isinstance(trainable, Lora) else None
     params: Params = base if lora is not None else trainable  # type: ignore[assignment]
+    hidden_BTD, _ = forward(params, batch.tokens_BT, config, lora, positions_BT=batch.positions_BT,
+                            segments_BT=batch.segments_BT, remat=settings.remat, dtype=jnp.dtype(settings.dtype))
     C, M = batch.index_CM.shape
-    with jax.default_matmul_precision(settings.precision):
-        hidden_BTD, _ = forward(params, batch.tokens_BT, config, lora, positions_BT=batch.positions_BT,
-                                segments_BT=batch.segments_BT, remat=settings.remat, dtype=jnp.dtype(settings.dtype))
-        parts_CPD = hidden_BTD.reshape(C, -1, config.width)
-        picked_MD = jnp.take_along_axis(parts_CPD, batch.index_CM[..., None], 1).reshape(C * M, -1)
-        losses = cross_entropy(picked_MD, batch.targets_CM.reshape(-1), params["embed"], lora,
-                               count=batch.count_C[0] if C == 1 else None, cap=config.final_softcap, z=settings.z,
-                               train_table=lora is None, sample=sample)
+    parts_CPD = hidden_BTD.reshape(C, -1, config.width)
+    picked_MD = jnp.take_along_axis(parts_CPD, batch.index_CM[..., None], 1).reshape(C * M, -1)
+    losses = cross_entropy(picked_MD, batch.targets_CM.reshape(-1), params["embed"], lora,
+                           count=batch.count_C[0] if C == 1 else None, cap=config.final_softcap, z=settings.z,
+                           train_table=lora is None, sample=sample)
     live_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
     ends_M = jnp.isin(batch.targets_CM.reshape(-1), jnp.asarray(terminators, jnp.int32))
     return jnp.sum(losses.nats_M * live_M * jnp.where(ends_M, settings.end_weight, 1.0)), (losses.nats_M, losses.right_M)
+
+
+def gradient(config: ModelConfig, settings: Settings, terminators: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """(trainable, base, batch, sample) -> (what `objective` gives, its gradient), ahead and back in the settings' precision."""
+    both = jax.value_and_grad(partial(objective, config=config, settings=settings, terminators=terminators), has_aux=True)
+
+    def step(*args: Any) -> Any:
+        with jax.default_matmul_precision(settings.precision):
+            return both(*args)
+
+    return step
 
 
 def schedule(settings: Settings, steps: int) -> optax.Schedule:
@@ -214,9 +224,8 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     trainable, base = meshes.place(mesh, trainable), meshes.place(mesh, base)
     run = Run(trainable, meshes.place(mesh, rule.init(trainable)))
     where, moments_where = (jax.tree.map(lambda leaf: leaf.sharding if mesh else None, tree) for tree in (trainable, run.moments))
-    gradient = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), config=config, settings=settings,
-                               terminators=tuple(terminators)),
-                       out_shardings=(None, where), compiler_options=compiler_options(settings))
+    graded = jax.jit(gradient(config, settings, tuple(terminators)), out_shardings=(None, where),
+                     compiler_options=compiler_options(settings))
     size = settings.vocabulary or config.vocab
     sampler = order.sampler(size, config.vocab) if size < config.vocab else None
     loss = jax.jit(partial(objective, config=config, settings=settings))
@@ -242,7 +251,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         batches = list(_batches(rows, settings, parts))
         sample = sampler(run.step, batches) if sampler else None
         for batch in batches:
-            (_, told), grown = gradient(run.trainable, base, meshes.place_batch(mesh, batch), sample)
+            (_, told), grown = graded(run.trainable, base, meshes.place_batch(mesh, batch), sample)
             seen.add(batch, *told)
             summed = grown if summed is None else total(summed, grown)
             if next(settling, None) is not None:
@@ -391,7 +400,7 @@ class Store:
                 self.metrics.write_text("")
             return
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        was, now = ({**stamp["settings"], **stamp} for stamp in (meta["stamp"], self._stamp))
+        was, now = ({"precision": "float32", **stamp["settings"], **stamp} for stamp in (meta["stamp"], self._stamp))   # once: none
         changed = sorted(key for key in was.keys() & now.keys() - {"settings"} if was[key] != now[key])
         if changed:
             shown = "; ".join(f"{key} {was[key]!r:.60}, not {now[key]!r:.60}" for key in changed)
