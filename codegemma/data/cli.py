@@ -54,8 +54,8 @@ def build(
         chosen: Any = licences if licences in ("any", "permissive", "auto") else names
         parts: Any = tuple(sorted(filter(None, loss.split(","))))
         runner: Any = engine
-        recipe = Recipe(fim_rate, spm_rate, length, seed, epoch, tuple(sorted(filter(None, languages.split(",")))),
-                        chosen, mix=shares(mix), loss=parts, window=size_range(window), stride=stride,
+        recipe = Recipe(fim_rate, spm_rate, length, seed, epoch, languages=tuple(sorted(filter(None, languages.split(",")))),
+                        licences=chosen, mix=shares(mix), loss=parts, window=size_range(window), stride=stride,
                         suffix_limit=suffix_limit, path_rate=path_rate, hold_out=hold_out)
         with _progress() as progress:
             done = run(sources, out, load_tokenizer(tokenizer), recipe, benchmarks=decontaminate or (),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
@@ -77,7 +77,7 @@ class Recipe:
     length: int = 8192
     seed: int = 0
     epoch: int = 0
-    loss: frozenset[Label] = PARTS
+    loss: Collection[Label] = PARTS
     window: tuple[int, int] | None = None          # tokens of an example, drawn evenly; None: whole files
     stride: int = 4000                             # characters of code for one window
     suffix_limit: int | None = None                # tokens of a window's suffix, at most

@@ -30,32 +30,23 @@ SHARD_BYTES = 8_000_000  # of text: a shard of documents, and about what a parti
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(fim.Recipe):
     """All that decides the output, beside the sources. Lists are sorted; files are named by their hash."""
 
-    fim_rate: float = 0.8
-    spm_rate: float = 0.5
-    length: int = 8192
-    seed: int = 0
-    epoch: int = 0
+    loss: tuple[Label, ...] = tuple(sorted(fim.PARTS))
     languages: tuple[str, ...] = ()                 # empty: all that are code
     # auto: any for checkouts, else permissive
     licences: tuple[str, ...] | Literal["any", "permissive", "auto"] = "auto"
     threshold: float = dedup.THRESHOLD
-    loss: tuple[Label, ...] = tuple(sorted(fim.PARTS))
     mix: tuple[tuple[str, float], ...] = ()
     unsafe_rules: str = ""
     benchmarks: tuple[str, ...] = ()
     tokenizer: str = ""
     shard_bytes: int = SHARD_BYTES
-    window: tuple[int, int] | None = None           # and what follows: see fim.Recipe
-    stride: int = 4000
-    suffix_limit: int | None = None
-    path_rate: float = 1.0
     hold_out: float = 0.0                           # share of the repositories that stay documents, for evaluation
 
     def __post_init__(self) -> None:
-        _ = self.fim
+        super().__post_init__()
         if unknown := sorted(set(self.languages) - CODE):
             raise ValueError(f"languages: {', '.join(unknown)} not known; known are {', '.join(sorted(CODE))}")
         if self.mix and (min(share for _, share in self.mix) <= 0
@@ -66,11 +57,6 @@ class Recipe:
         if not 0.5 <= self.threshold <= 1:
             raise ValueError(f"threshold of near copies must lie from 0.5 to 1, got {self.threshold}: below 0.5 "
                              "the bands find only some of the pairs")
-
-    @property
-    def fim(self) -> fim.Recipe:
-        return fim.Recipe(self.fim_rate, self.spm_rate, self.length, self.seed, self.epoch, frozenset(self.loss),
-                          self.window, self.stride, self.suffix_limit, self.path_rate)
 
     def quality(self, redistributed: bool) -> clean.Quality:
         allowed = licences.permissive() if self.licences == "permissive" or (self.licences == "auto"
@@ -400,7 +386,7 @@ def _rows(task: Task) -> dict[str, Any]:
         if place != current or row["via"] == "alone":
             groups[document.kind].append(pack.Group([], row["via"]))
             current = place
-        made = fim.fim([document], tokenizer, recipe.fim)
+        made = fim.fim([document], tokenizer, recipe)
         for one in (replace(each, order=row["at"]) for each in made):
             if recipe.window and document.kind == "code":            # each on its own: no other window is its context
                 groups[document.kind].append(pack.Group([one], row["via"]))
