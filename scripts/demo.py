@@ -31,7 +31,7 @@ def main() -> None:
     warnings.simplefilter("ignore")      # of a base model that is not made for completion: said below
     model = codegemma.load(options.model)
     started = time.perf_counter()
-    steps = model.complete(prefix, suffix, trim="line", max_tokens=64)
+    steps = model.complete(prefix, suffix, path=SAMPLE.name, trim="line", max_tokens=64)    # as an editor asks
     first = next(steps)
     read = time.perf_counter()
     text = "".join(step.text for step in [first, *steps.steps[1:]])

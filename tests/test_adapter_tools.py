@@ -56,7 +56,7 @@ def test_the_card_says_what_the_manifests_say(cache, tmp_path):
     (cache / "evals").mkdir()
     (cache / "evals" / "final.json").write_text(json.dumps(report("final", 3000, 0.5, [1.0]) | {"compared": {
         "infill-single-spm - base left to right": {"difference": 0.25, "low": 0.1, "high": 0.4, "items": 4}}}))
-    before = "| phase | tokens | steps | hours |\n| --- | --- | --- | --- |\n| A0 | 7 | 1 | 0.1 |\n| A1 | 9 | 1 | 0.2 |\n\n| A9 |\n"
+    before = "| phase | tokens | steps | hours |\n| --- | --- | --- | --- |\n| A1 | 9 | 1 | 0.2 |\n| A0 | 7 | 1 | 0.1 |\n\n| A9 |\n"
     text = adapter_card.card(adapter, cache, [metrics], "final", before)
     learned = sum(int(made[at]["loss"].sum()) for at in range(len(made)))
     examples = sum(len(made.examples(at)) for at in range(len(made)))

@@ -17,6 +17,7 @@ pytest.importorskip("jax")
 pytest.importorskip("tree_sitter")
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
+import adapter_train
 from tiny import random_adapter, tiny_config, write_tiny_gguf
 
 from codegemma import cli, load, lora
@@ -287,3 +288,14 @@ def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
         tune.tune(repository, str(model), float("nan"), tmp_path / "x", "auto", 4, 9, 0, False, lambda total: None, said.append)
     with pytest.raises(ValueError, match="choose another folder"):
         tune.tune(repository, str(model), 1, tmp_path / "made", "auto", 4, 9, 0, False, lambda total: None, said.append)
+
+
+def test_halfway_between_two_adapters():
+    config = tiny_config("gemma-mqa", layers=2)
+    one, other = (random_adapter(config, seed=seed, tokens=(7,)) for seed in (1, 2))
+    made = adapter_train.mean(one, other)
+    for part in ("a", "b", "rows"):
+        for key, value in getattr(made, part).items():
+            np.testing.assert_allclose(value, 0.5 * getattr(one, part)[key] + 0.5 * getattr(other, part)[key], rtol=1e-6)
+    with pytest.raises(ValueError, match="have no mean"):
+        adapter_train.mean(replace(one, alpha=2 * one.alpha), other)

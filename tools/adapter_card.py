@@ -62,7 +62,7 @@ def merged(table: str, before: str) -> str:
     head, rule, *rows = table.splitlines(keepends=True)
     _, _, rest = before.partition(head)
     made = {row.split("|")[1] for row in rows}
-    old = [row for row in rest.partition("\n\n")[0].splitlines(keepends=True)[1:] if row.split("|")[1] not in made]
+    old = [f"{row}\n" for row in rest.partition("\n\n")[0].splitlines()[1:] if row.split("|")[1] not in made]
     return "".join([head, rule, *old, *rows])
 
 

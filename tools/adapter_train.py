@@ -3,7 +3,7 @@
     python tools/adapter_train.py [--until PHASE]    # rows by tools/adapter_data.py; runs under ~/.cache/codegemma/adapter/runs
     python tools/adapter_train.py --until PHASE --start codegemma/adapters/gemma-3-270m-fim    # where the runs before are gone
 
-Each phase starts from the adapter of the one before it; runs/final is the last one's.
+Each phase starts from the adapter of the one before it; runs/final is the last one's, or halfway to it from its start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Phase:
     """`tokens` of a step: at least 64 examples. The rate of a phase that is `landed` comes down at its end: its adapter is one
     to use, and the next phase warms up again. `share` of the change that the phase before made is what it starts from: at a
     high rate every weight moves by it, and half of the change is noise that costs more than it brings. The rows of the embedding
-    for the ids `fresh` start anew."""
+    for the ids `fresh` start anew. `end_weight`: see Settings. `halfway`: the mean of what it started from and what it became is
+    the better adapter (docs/log.md)."""
 
     tokens: int
     steps: int | None = None             # None: all rows once
@@ -40,6 +41,7 @@ class Phase:
     fresh: tuple[int, ...] = ()
     orders: tuple[Layout, ...] = ("psm", "spm")
     end_weight: float = 1.0
+    halfway: bool = False
     landed: bool = False
 
 
@@ -47,7 +49,7 @@ PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 120, warmup=0.03,
           "t": Phase(6144, 130, 0.06, 6e-4, 0.95, 0.5, orders=("spm",), landed=True),
           "p": Phase(5120, 105, 0.05, 1e-3, 0.95, fresh=(69,)), "q": Phase(9216, 40, 0.05, 6e-4, 0.95, 0.8, landed=True),
           "r": Phase(9216, 50, 0.05, 6e-4, 0.95, landed=True),
-          "u": Phase(8192, 160, 0.05, 6e-4, 0.95, end_weight=2, landed=True),
+          "u": Phase(8192, 160, 0.05, 6e-4, 0.95, end_weight=2, halfway=True, landed=True),
           "a2": Phase(7168, warmup=0.03), "b": Phase(16_384), "c": Phase(32_768, landed=True)}
 ORDER = list(PHASES)
 
@@ -71,6 +73,15 @@ def part_of(adapter: Path, phase: Phase, out: Path) -> Path:
         rows = {token: row for token, row in whole.rows.items() if token not in phase.fresh}
         lora.save(replace(whole, alpha=whole.alpha * phase.share, rows=rows), out)
     return out
+
+
+def mean(one: lora.Adapter, other: lora.Adapter) -> lora.Adapter:
+    """Halfway between two adapters of one shape, with the other's card. Raises ValueError where they differ in scale."""
+    if one.scale != other.scale:
+        raise ValueError(f"adapters of scale {one.scale} and {other.scale} have no mean: take two of one run")
+    a, b, rows = ({key: (value + getattr(one, part)[key]) / 2 for key, value in getattr(other, part).items()}
+                  for part in ("a", "b", "rows"))
+    return replace(other, a=a, b=b, rows=rows, card={**other.card, "halfway": True})
 
 
 def main() -> None:
@@ -98,7 +109,8 @@ def main() -> None:
             job.run(made, metrics.exists(), tell)
     final = chosen.cache / "runs" / "final"
     shutil.rmtree(final, ignore_errors=True)
-    shutil.copytree(made.result, final)
+    whole = lora.load(made.result)
+    lora.save(mean(lora.load(made.adapter), whole) if made.adapter and PHASES[phase].halfway else whole, final)
 
 
 if __name__ == "__main__":
