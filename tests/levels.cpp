@@ -177,10 +177,10 @@ void attention(int H, int window, float cap, bool half) {
 std::vector<float> train(const Kernels* kernels, cg::Matrix m) {
   const MatrixKernels& k = *kernels->matrix;
   const int64_t strip = k.strip(m), strips = (m.width() + strip - 1) / strip;
-  std::vector<float> out(m.T * m.width(), NAN), panels(strips * strip * k.depth), a((m.T + k.tile) * k.depth);
+  std::vector<float> out(m.T * m.width(), NAN), panels(strips * strip * k.slots), a((m.T + k.tile) * k.slots);
   m.c = out.data();
-  for (int64_t r0 = 0; r0 < m.depth(); r0 += k.depth) {
-    const int64_t depth = std::min<int64_t>(k.depth, m.depth() - r0);
+  for (int64_t r0 = 0; r0 < m.depth(); r0 += k.slots) {
+    const int64_t depth = std::min<int64_t>(k.slots, m.depth() - r0);
     for (int64_t s = 0; s < strips; s++) k.decode_strip(m, r0, depth, s * strip, &panels[s * strip * depth]);
     k.gather_rows(m, r0, depth, 0, m.T, a.data());
     k.multiply_rows(m, r0, depth, a.data(), 0, m.T, panels.data(), 0, m.width());
