@@ -163,18 +163,14 @@ def test_an_adapter_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_equal_for_any_number_of_threads(precision):
-    with jax.default_matmul_precision(precision):
-        _equal_for_any_number_of_threads()
-
-
-def _equal_for_any_number_of_threads():
     q8, x = xla.Blocks.of(weight("Q8_0", 523, 640)), jnp.asarray(inputs(300, 640) * 1e-19)  # some products are denormal
     q8 = dataclasses.replace(q8, data=q8.data.at[::2].set(xla.Blocks.of(weight("Q8_0", 523, 640, 5)).data[::2]))
     results = []
     for threads in (1, 2, 3, 7):
         xla.configure(threads)
-        y, back = jax.vjp(lambda x: xla.product(x, q8), x)
-        low, low_back = jax.vjp(lambda *args: xla.adapted(args[0], q8, *args[1:]), x, inputs(9, 640), inputs(523, 9))
+        with jax.default_matmul_precision(precision):
+            y, back = jax.vjp(lambda x: xla.product(x, q8), x)
+            low, low_back = jax.vjp(lambda *args: xla.adapted(args[0], q8, *args[1:]), x, inputs(9, 640), inputs(523, 9))
         parts = [y, back(y * 1e-19)[0], low, *low_back(y)]
         results.append(np.concatenate([np.asarray(part).ravel() for part in parts]).tobytes())
     assert len(set(results)) == 1

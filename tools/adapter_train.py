@@ -26,7 +26,7 @@ RANK = 32
 
 @dataclass(frozen=True)
 class Phase:
-    """`tokens` of a step: at least 64 examples. The rate of a phase that is `landed` comes down at its end: its adapter is one
+    """`tokens` of a step: some 60 examples or more. The rate of a phase that is `landed` comes down at its end: its adapter is one
     to use, and the next phase warms up again. `share` of the change that the phase before made is what it starts from: at a
     high rate every weight moves by it, and half of the change is noise that costs more than it brings. The rows of the embedding
     for the ids `fresh` start anew. `end_weight`: see Settings. `halfway`: the mean of what it started from and what it became is

@@ -400,7 +400,8 @@ class Store:
                 self.metrics.write_text("")
             return
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        was, now = ({"precision": "float32", **stamp["settings"], **stamp} for stamp in (meta["stamp"], self._stamp))   # once: none
+        # a run from before there was a choice of precision had float32
+        was, now = ({"precision": "float32", **stamp["settings"], **stamp} for stamp in (meta["stamp"], self._stamp))
         changed = sorted(key for key in was.keys() & now.keys() - {"settings"} if was[key] != now[key])
         if changed:
             shown = "; ".join(f"{key} {was[key]!r:.60}, not {now[key]!r:.60}" for key in changed)

@@ -19,7 +19,7 @@ constexpr int TILE = 6;
 #endif
 constexpr int PANEL = 2 * FW, SLOTS = 256, STRIP = 256;
 
-#if defined(CG_PAIRS)
+#if defined(CG_PAIRS)  // not where a test spells AVX-512 out in AVX2: there are no such registers then
 // As assembly: these instructions need no compiler flag then, and this level runs on CPUs without them.
 CG_INLINE __m512i rounded(__m512 first, __m512 second) {  // 32 bfloat16
   __m512i y;

@@ -81,7 +81,7 @@ void multiply(const Kernels* kernels, Pool& pool, const Matrix& wanted) {
       for (int64_t first = 0, step = 0; first < R; first += span) {
         const int64_t last = std::min(first + span, R);
         std::atomic<int64_t> &strip_next = next[step++], &tile_next = next[step++];
-        auto slab = [&](int64_t r0) { return panels + (r0 - first) / most * k.slots * widest; };
+        auto slab = [&](int64_t r0) { return panels + m.slots(r0 - first) * widest; };
         for (int64_t i; (i = strip_next.fetch_add(1)) < strips * parts(last - first, most);) {
           const int64_t r0 = first + i / strips * most, depth = std::min(most, last - r0), j = i % strips * strip;
           k.decode_strip(m, r0, depth, j0 + j, slab(r0) + j * m.slots(depth));
