@@ -38,7 +38,7 @@ Pair = tuple[jax.Array, jax.Array]
 Remat = Literal["none", "products", "layer"]
 BATCH_AXES = ("data", "fsdp")            # of a mesh: what divides the batch
 QUERIES, PARTS = 128, 8                  # of attention: the fewest queries of a part, and the most parts
-SAVED = ("q", "k", "v", "mixed", "o", "gate", "up", "down", xla.LOW)
+SAVED = ("q", "k", "v", "o", "gate", "up", "down", xla.LOW, xla.MIXED, xla.EASED)
 
 
 @jax.tree_util.register_dataclass
@@ -213,8 +213,9 @@ def _layer(x_BTD: jax.Array, w: Mapping[str, Any], low: dict[str, jax.Array] | N
         at = (jnp.arange(B)[:, None], sight.positions_BT)
         pair = (pair[0].at[at].set(k_BTKH.astype(pair[0].dtype)), pair[1].at[at].set(v_BTKH.astype(pair[1].dtype)))
         k_BTKH, v_BTKH = pair[0].astype(x_BTD.dtype), pair[1].astype(x_BTD.dtype)
-    mixed_BTO = attend(q_BTNH, k_BTKH, v_BTKH, sight, config.layer_window(i), config.attention_softcap)
-    y_BTD = linear(checkpoint_name(mixed_BTO, "mixed"), "o")
+    looking = q_BTNH, k_BTKH, v_BTKH, sight, config.layer_window(i), config.attention_softcap
+    mixed_BTO = kernel_attend(*looking) if isinstance(w["q"], Blocks) and pair is None else attend(*looking)
+    y_BTD = linear(mixed_BTO, "o")
     x_BTD = x_BTD + (rms_norm(y_BTD, w["post_attn_norm"], eps) if config.post_norms else y_BTD)
     a_BTD = rms_norm(x_BTD, w["ffn_norm"], eps)
     y_BTD = linear(jax.nn.gelu(linear(a_BTD, "gate"), approximate=True) * linear(a_BTD, "up"), "down")
@@ -227,14 +228,24 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sight: Sight
     that a part of the queries cannot see, behind it or before its window, are left out of its products."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if sight.cached:
-        return _attend(q_BTNH, k_BSKH, v_BSKH, sight.mask_BTS(slice(0, T), slice(0, S), window), cap)
+        return checkpoint_name(_attend(q_BTNH, k_BSKH, v_BSKH, sight.mask_BTS(slice(0, T), slice(0, S), window), cap), xla.MIXED)
     parts, size = [], max(QUERIES, -(-T // PARTS // 16) * 16)    # whole vectors, as of the keys
     for start in range(0, T, size):
         stop = min(start + size, T)
         keys = slice(max(0, (start + 1 - window) // 16 * 16) if window else 0, stop)
         mask_BQS = sight.mask_BTS(slice(start, stop), keys, window)
         parts.append(_attend(q_BTNH[:, start:stop], k_BSKH[:, keys], v_BSKH[:, keys], mask_BQS, cap))
-    return jnp.concatenate(parts, 1)
+    return checkpoint_name(jnp.concatenate(parts, 1), xla.MIXED)
+
+
+def kernel_attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sight: Sight, window: int | None, cap: float | None
+                  ) -> jax.Array:
+    """`attend` without a cache, by the engine's kernels where there is a CPU for them."""
+    if jax.default_backend() != "cpu":
+        return attend(q_BTNH, k_BTKH, v_BTKH, sight, window, cap)
+    segments_BT = jnp.ones_like(sight.positions_BT) if sight.segments_BT is None else sight.segments_BT
+    mixed_BTNH = xla.attention(q_BTNH, k_BTKH, v_BTKH, sight.positions_BT, segments_BT, window, cap)
+    return mixed_BTNH.reshape(*q_BTNH.shape[:2], -1).astype(q_BTNH.dtype)
 
 
 def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float | None) -> jax.Array:

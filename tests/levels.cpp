@@ -205,12 +205,42 @@ void training() {
       close(train(ours, m), train(twin, m), 0, 2 * m.depth() * ROUNDOFF * m.depth() * largest * longest,
             std::string(TYPE[type].name) + (transposed ? " transposed" : "") + " product of training");
     }
+  Matrix w(F32_T, 75, 40);
+  auto x = draws(75 * T);
+  cg::Matrix turned{x.data(), nullptr, w.weight, T, 0, 75, true};
+  turned.turned = true;
+  close(train(ours, turned), train(twin, turned), 0, 75 * 75 * ROUNDOFF * 16, "turned product of training");
+}
+// Attention's own part of training: one row of scores, some of them out of sight.
+void softening() {
+  const int n = 75, H = 21, padded = 80;
+  std::vector<int32_t> positions(padded), segments(padded, -1);
+  for (int i = 0; i < n; i++) positions[i] = i % 50, segments[i] = i / 50;
+  for (float cap : {0.f, 3.f})
+    for (int window : {0, 9}) {
+      const Keys keys{positions.data(), segments.data(), n, 20, 1, window, cap};
+      const auto start = draws(padded), slopes = draws(padded), out = draws(H), d_out = draws(H);
+      std::vector<float> told[2], grown[2];
+      for (int level = 0; level < 2; level++) {
+        const MatrixKernels& k = *(level ? twin : ours)->matrix;
+        float most, sum;
+        std::vector<float> weights = start, scores = start, d = slopes;
+        k.soften(keys, weights.data(), &most, &sum);
+        k.soften_back(keys, scores.data(), d.data(), most + std::log(sum), out.data(), d_out.data(), H);
+        weights.resize(n), scores.resize(n), d.resize(n);
+        told[level] = weights, grown[level] = scores;
+        told[level].push_back(most), told[level].push_back(sum);
+        grown[level].insert(grown[level].end(), d.begin(), d.end());
+      }
+      close(told[0], told[1], 0, 1e-4f, "weights of attention");
+      close(grown[0], grown[1], 0, 1e-4f, "gradients of attention's weights");
+    }
 }
 
 }  // namespace
 
 int main() {
-  products(), rows(), training();
+  products(), rows(), training(), softening();
   for (bool half : {false, true})
     for (int H : {6, 24, 64}) attention(H, 0, 0, half), attention(H, 100, 5, half);
   printf("%s: %d checks, %d failures\n", ours->name, checks, failures);

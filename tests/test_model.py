@@ -181,9 +181,9 @@ def test_packed_segments_are_separate_texts(kind):
         assert np.array_equal(np.asarray(moved[name]), np.asarray(gradient[name])), name
 
 
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (1, None), (98, None), (98, 0.5)])
 @pytest.mark.parametrize("T", [13, 700, 1500])
-@pytest.mark.parametrize("window", [None, 1, 98])
-def test_attention_in_parts_is_attention(T, window):
+def test_attention_in_parts_and_by_kernels_is_attention(T, window, cap):
     """Result and gradients, of packed segments, beside all queries against all keys."""
     rng = np.random.default_rng(T)
     q, k, v, weights = (jnp.asarray(rng.standard_normal((2, T, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
@@ -192,15 +192,22 @@ def test_attention_in_parts_is_attention(T, window):
     sight = model.Sight(jnp.asarray(positions), jnp.asarray(segments), False)
 
     def whole(q, k, v):
-        return model._attend(q, k, v, sight.mask_BTS(slice(0, T), slice(0, T), window), None)
+        return model._attend(q, k, v, sight.mask_BTS(slice(0, T), slice(0, T), window), cap)
 
     def parts(q, k, v):
-        return model.attend(q, k, v, sight, window, None)
+        return model.attend(q, k, v, sight, window, cap)
 
-    one, other = (jax.jit(jax.value_and_grad(lambda x, f=f: (f(*x) * weights.reshape(2, T, -1)).sum()))((q, k, v))
-                  for f in (whole, parts))
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert np.abs(a - b).max() <= 64 * reference.FLOAT32 * np.linalg.norm(a)
+    def kernels(q, k, v):
+        return model.kernel_attend(q, k, v, sight, window, cap)
+
+    def both(attend):
+        return jax.jit(jax.value_and_grad(lambda x: (attend(*x) * weights.reshape(2, T, -1)).sum()))((q, k, v))
+
+    with jax.default_matmul_precision("bfloat16"):
+        rounded = both(kernels)
+    for other, unit in ((both(parts), reference.FLOAT32), (both(kernels), reference.FLOAT32), (rounded, 2.0 ** -9)):
+        for a, b in zip(jax.tree.leaves(both(whole)), jax.tree.leaves(other), strict=True):
+            assert np.abs(a - b).max() <= 64 * unit * max(np.linalg.norm(a), np.linalg.norm(weights))
 
 
 @pytest.mark.parametrize("kind", ["gemma-mqa", "gemma3"])

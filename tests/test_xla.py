@@ -254,3 +254,50 @@ def test_what_does_not_fit_is_refused():
         xla.decode_rows(w, jnp.array([40])).block_until_ready()
     with pytest.raises(ValueError, match="threads must be at least 1"):
         xla.configure(-1)
+
+
+def attended(heads=(4, 2), T=150, H=24, seed=0):
+    """q, k, v, positions and segments of two packed rows."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, T, n, H)), jnp.float32) for n in (heads[0], heads[1], heads[1]))
+    segments = np.sort(rng.integers(0, 3, (2, T)), 1)
+    positions = np.stack([np.arange(T) - np.searchsorted(row, row) for row in segments])
+    return q, k, v, jnp.asarray(positions), jnp.asarray(segments)
+
+
+def test_attention_is_the_same_for_any_threads():
+    """Bit for bit, with its gradients."""
+    found = []
+    for threads in (1, 2, 5):
+        xla.configure(threads)
+        out, back = jax.vjp(lambda q, k, v: xla.attention(q, k, v, *attended()[3:], 40, 30.0), *attended()[:3])
+        found.append([np.asarray(x).tobytes() for x in (out, *back(jnp.cos(out)))])
+    assert found[0] == found[1] == found[2]
+
+
+def test_attention_keeps_segments_and_rows_apart():
+    """What stands in one changes no bit of another, though the keys that its part reads begin elsewhere."""
+    q, k, v, positions, segments = attended(T=400)
+    out = np.asarray(xla.attention(q, k, v, positions, segments, None, None))
+    mine = np.asarray(segments) == 1
+    other = [jnp.where(mine[..., None, None], x, x + 3.0) for x in (q, k, v)]
+    changed = np.asarray(xla.attention(*other, positions, segments, None, None))
+    assert np.array_equal(out[mine], changed[mine]) and not np.array_equal(out[~mine], changed[~mine])
+    row = [x[1:] for x in (q, k, v, positions, segments)]
+    assert np.array_equal(out[1:], xla.attention(*row, None, None))
+
+
+def test_attention_refuses_heads_that_do_not_fit():
+    q, k, v, *sight = attended()
+    with pytest.raises(Exception, match="multiple of those of keys"):
+        jax.block_until_ready(xla.attention(q[:, :, :3], k, v, *sight, None, None))
+    with pytest.raises(Exception, match="differ in their shapes"):
+        jax.block_until_ready(xla.attention(q, k, v[:, :20], *sight, None, None))
+
+
+def test_rows_that_do_not_count_are_zero_and_change_none():
+    w, x = xla.Blocks.of(weight("Q8_0", 70, 64)), jnp.asarray(inputs(29, 64))
+    whole = np.asarray(xla.product(x, w))
+    for used in (0, 1, 12, 29, 40):
+        some = np.asarray(jax.jit(lambda used: xla.product(x, w, used=used))(used))
+        assert np.array_equal(some[:used], whole[:used]) and not some[used:].any()

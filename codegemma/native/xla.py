@@ -1,7 +1,7 @@
 """Products with a frozen weight inside JAX programs, for training adapters on a CPU: the weight stays in its blocks.
 
 `product` is x W^T, and its derivative by x is dy W; the weight has none. `adapted` has a LoRA beside the weight, which has
-gradients. All exist twice: as the engine's own kernels, which XLA calls through its foreign function interface and which
+gradients. `attention` is what such layers have between their products; its twin is model.py's. The others exist twice: as the engine's own kernels, which XLA calls through its foreign function interface and which
 decode a panel of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other devices and as their twin. Traced
 within `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: by the kernels where the CPU multiplies it
 (AVX-512 BF16, twice as many a second), by JAX always. Sums are float32.
@@ -33,7 +33,7 @@ class How(NamedTuple):
     paired: bool
 
 
-LOW = "low"                              # x a^T, by this name, for policies of what a backward pass keeps
+LOW, MIXED, EASED = "low", "mixed", "eased"  # x a^T, and attention's result and logarithms of sums, as policies of remat name them
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["type"])
@@ -71,24 +71,39 @@ def configure(threads: int | None = None, level: str = "auto") -> None:
 _registered: dict[str, object] = {}
 
 
-def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None) -> Array:
+def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None,
+            used: Array | None = None) -> Array:
     """x W^T in float32 for x [..., width] and rows start .. start + count: float32 [..., count]. Differentiable in x, once,
-    in reverse."""
+    in reverse. Only the first `used` rows of x count, where it is given; the others' results mean nothing."""
     count = _fits("x", x, weight.shape[1], weight, count)
-    y = _product(count, _how(by), _flat(x), weight, jnp.int32(start))
+    x_TK = _flat(x)
+    y = _product(count, _how(by), x_TK, weight, jnp.int32(start), jnp.int32(len(x_TK) if used is None else used))
     return y.reshape(*x.shape[:-1], count)
 
 
-def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None) -> Array:
-    """dy W in float32 for dy [..., count]: float32 [..., width]. Not differentiable."""
+def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None,
+              used: Array | None = None) -> Array:
+    """dy W in float32 for dy [..., count]: float32 [..., width]. Not differentiable. `used` as of `product`."""
     count = _fits("dy", dy, weight.shape[0] if count is None else count, weight, count)
-    return _backward(count, _how(by), (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
+    dy_TN = _flat(dy)
+    kept = weight, jnp.int32(start), jnp.int32(len(dy_TN) if used is None else used)
+    return _backward(count, _how(by), kept, dy_TN)[0].reshape(*dy.shape[:-1], -1)
 
 
 def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By | None = None) -> Array:
     """x (W + b a)^T in float32 for x [..., width]: float32 [..., rows]. Differentiable in x, a and b, once, in reverse."""
     _fits("x", x, weight.shape[1], weight, None)
     return _adapted(_how(by), _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
+
+
+def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segments_BT: Array, window: int | None,
+              cap: float | None) -> Array:
+    """Causal attention within segments, float32 [B, T, N, H]: a token sees those of its segment whose position is not above its
+    own and less than `window` below. Positions rise with the index within a segment. `cap`: the soft cap of scores. By the
+    kernels alone, on a CPU; differentiable in q, k and v, once, in reverse. No [T, T] is kept: see `EASED`."""
+    sight = positions_BT.astype(jnp.int32), segments_BT.astype(jnp.int32)
+    told = How("native", _how(None).paired), window or 0, cap or 0.0
+    return _attention(*told, *(x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH)), *sight)
 
 
 def decode_rows(weight: Blocks, ids: Array, by: By | None = None) -> Array:
@@ -118,21 +133,21 @@ def _flat(x: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(count: int, how: How, x_TK: Array, weight: Blocks, start: Array) -> Array:
+def _product(count: int, how: How, x_TK: Array, weight: Blocks, start: Array, used: Array) -> Array:
     if how.by == "xla":
         return _matmul(how, x_TK, weight.float32(start, count).T)
-    return _call(how, "codegemma_product", (len(x_TK), count), weight, x_TK, weight.data, start)
+    return _call(how, "codegemma_product", (len(x_TK), count), weight, x_TK, weight.data, start, used)
 
 
-def _forward(count: int, how: How, x_TK: Array, weight: Blocks, start: Array) -> tuple[Array, tuple[Blocks, Array]]:
-    return _product(count, how, x_TK, weight, start), (weight, start)
+def _forward(count: int, how: How, x_TK: Array, weight: Blocks, start: Array, used: Array) -> Any:
+    return _product(count, how, x_TK, weight, start, used), (weight, start, used)
 
 
-def _backward(count: int, how: How, kept: tuple[Blocks, Array], dy_TN: Array) -> tuple[Array, None, None]:
-    weight, start = kept
+def _backward(count: int, how: How, kept: tuple[Blocks, Array, Array], dy_TN: Array) -> tuple[Array, None, None, None]:
+    weight, start, used = kept
     if how.by == "xla":
-        return _matmul(how, dy_TN, weight.float32(start, count)), None, None
-    return _call(how, "codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start), None, None
+        return _matmul(how, dy_TN, weight.float32(start, count)), None, None, None
+    return _call(how, "codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start, used), None, None, None
 
 
 _product.defvjp(_forward, _backward)
@@ -144,7 +159,7 @@ def _adapted(how: How, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) ->
     T, N, R = len(x_TK), weight.shape[0], len(a_RK)
     if how.by == "xla":
         u_TR = _matmul(how, x_TK, a_RK.T)
-        return _product(N, how, x_TK, weight, jnp.int32(0)) + _matmul(how, u_TR, b_NR.T), u_TR
+        return _matmul(how, x_TK, weight.float32().T) + _matmul(how, u_TR, b_NR.T), u_TR
     return _call(how, "codegemma_adapted", ((T, N), (T, R)), weight, x_TK, weight.data, a_RK, b_NR)
 
 
@@ -158,7 +173,7 @@ def _adapted_backward(how: How, kept: Any, cotangents: tuple[Array, Array]) -> t
     dy_TN, _ = cotangents                # nothing but these gradients reads x a^T
     if how.by == "xla":
         du_TR = _matmul(how, dy_TN, b_NR)
-        dx_TK = _backward(len(b_NR), how, (weight, jnp.int32(0)), dy_TN)[0] + _matmul(how, du_TR, a_RK)
+        dx_TK = _matmul(how, dy_TN, weight.float32()) + _matmul(how, du_TR, a_RK)
         return dx_TK, None, _matmul(how, du_TR.T, x_TK), _matmul(how, dy_TN.T, u_TR)
     dx_TK, da_RK, db_NR = _call(how, "codegemma_adapted_back", (x_TK.shape, a_RK.shape, b_NR.shape), weight, dy_TN, x_TK, u_TR,
                                 weight.data, a_RK, b_NR)
@@ -168,14 +183,39 @@ def _adapted_backward(how: How, kept: Any, cotangents: tuple[Array, Array]) -> t
 _adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(how: How, window: int, cap: float, *qkv_and_sight: Array) -> Array:
+    return _attention_forward(how, window, cap, *qkv_and_sight)[0]
+
+
+def _attention_forward(how: How, window: int, cap: float, *qkv_and_sight: Array) -> Any:
+    shape_BTNH = qkv_and_sight[0].shape
+    told = {"window": np.int32(window), "cap": np.float32(cap)}
+    out_BTNH, sums_BTN = _ffi(how, "codegemma_attention", (shape_BTNH, shape_BTNH[:3]), *qkv_and_sight, **told)
+    out_BTNH, sums_BTN = checkpoint_name(out_BTNH, MIXED), checkpoint_name(sums_BTN, EASED)
+    return out_BTNH, (out_BTNH, sums_BTN, *qkv_and_sight)
+
+
+def _attention_backward(how: How, window: int, cap: float, kept: Any, d_out_BTNH: Array) -> Any:
+    told = {"window": np.int32(window), "cap": np.float32(cap)}
+    return *_ffi(how, "codegemma_attention_back", tuple(x.shape for x in kept[2:5]), d_out_BTNH, *kept, **told), None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
 def _call(how: How, name: str, shapes: tuple[Any, ...], weight: Blocks, *operands: Array) -> Any:
+    return _ffi(how, name, shapes, *operands, type=np.int32(_native.TYPES.index(weight.type)))
+
+
+def _ffi(how: How, name: str, shapes: tuple[Any, ...], *operands: Array, **told: Any) -> Any:
     """Float32 results of these shapes, or the one of this shape."""
     if not _registered:
         configure()
     results = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes,
                            is_leaf=lambda x: isinstance(x[0], int))
     call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
-    return call(*operands, type=np.int32(_native.TYPES.index(weight.type)), paired=np.int32(how.paired))
+    return call(*operands, paired=np.int32(how.paired), **told)
 
 
 def _matmul(how: How, a: Array, b: Array) -> Array:

@@ -58,14 +58,15 @@ def _ahead(ids, cap, z, train_table, h_MD, table_VD, rows_RD, targets_M, count, 
     summed_SD = table_VD if sample is None else jax.tree.map(lambda x: x[sample.numbers_S], table_VD)
     block = partial(_block, ids, cap, z, table_VD, rows_RD, sample, summed_SD)
     if count is None:
-        made = block(h_MD, targets_M)
+        made = block(None, h_MD, targets_M)
     else:
         def one(i: jax.Array, made: _Block) -> _Block:
             cut = [jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK) for x in (h_MD, targets_M)]
-            return jax.tree.map(lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * BLOCK, 0), made, block(*cut))
+            found = block(jnp.minimum(count - i * BLOCK, BLOCK), *cut)
+            return jax.tree.map(lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * BLOCK, 0), made, found)
 
         empty = jax.tree.map(lambda x: jnp.zeros((len(targets_M), *x.shape[1:]), x.dtype),
-                             jax.eval_shape(block, h_MD[:BLOCK], targets_M[:BLOCK]))
+                             jax.eval_shape(block, count, h_MD[:BLOCK], targets_M[:BLOCK]))
         made = jax.lax.fori_loop(0, -(-count // BLOCK), one, empty)
     return (made.nats_M, made.right_M), (made, h_MD, table_VD, rows_RD, targets_M, count, sample)
 
@@ -89,8 +90,8 @@ class _Block(NamedTuple):
 
 
 def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, rows_RD: jax.Array,
-           sample: Sample | None, summed_SD: Weight, h_MD: jax.Array, targets_M: jax.Array) -> _Block:
-    """`summed_SD` has the rows that the normaliser sums over: the table's, or those of the sample."""
+           sample: Sample | None, summed_SD: Weight, used: jax.Array | None, h_MD: jax.Array, targets_M: jax.Array) -> _Block:
+    """`summed_SD` has the rows that the normaliser sums over: the table's, or those of the sample. `used`: how many count."""
     M, D = h_MD.shape
 
     def add(sums: _Sums, logits_MC: jax.Array, numbers_C: jax.Array, back: Callable[[jax.Array], jax.Array],
@@ -112,7 +113,7 @@ def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, 
             numbers_C, counts_C = start + jnp.arange(size, dtype=jnp.int32), jnp.ones(())
         else:
             numbers_C, counts_C = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in sample)
-        forward, back = _rows(summed_SD, start, size)
+        forward, back = _rows(summed_SD, start, size, used)
         logits_MC = _without(ids, softcap(forward(h_MD), cap), numbers_C)
         return add(sums, logits_MC, numbers_C, back, counts_C)
 
@@ -167,11 +168,10 @@ def _over_chunks(V, M, chunk, carry):  # type: ignore[no-untyped-def]
     return chunk(carry, whole * size, V - whole * size) if V % size else carry
 
 
-def _rows(table_VD: Weight, start: jax.Array, size: int):  # type: ignore[no-untyped-def]
+def _rows(table_VD: Weight, start: jax.Array, size: int, used: jax.Array | None = None):  # type: ignore[no-untyped-def]
     """Products with `size` rows of the table from `start`: [M, D] -> [M, C], and back."""
     if isinstance(table_VD, Blocks):
-        return partial(xla.product, weight=table_VD, start=start, count=size), \
-            partial(xla.product_t, weight=table_VD, start=start, count=size)
+        return tuple(partial(do, weight=table_VD, start=start, count=size, used=used) for do in (xla.product, xla.product_t))
     rows_CD = jax.lax.dynamic_slice(table_VD, (start, 0), (size, table_VD.shape[1])).astype(jnp.float32)
     return (lambda h_MD: product(h_MD, rows_CD)), (lambda w_MC: w_MC @ rows_CD)
 

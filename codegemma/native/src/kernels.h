@@ -103,16 +103,26 @@ struct AttentionTask {
 
 // One product of training: c [T, width] = a [T, depth] B, where B is rows first .. first + count of w, transposed (x W^T),
 // or as they stand (dy W: `transposed`, for it is the transpose of what a linear layer does). `add`: c += a B. `paired`: factors
-// are rounded to bfloat16, and two that follow each other in a sum share a slot of 32 bits.
+// are rounded to bfloat16, and two that follow each other in a sum share a slot of 32 bits. `turned`: a is [depth, T].
 struct Matrix {
   const float* a;
   float* c;
   Weight w;
   int64_t T, first, count;
-  bool transposed, add = false, paired = false;
+  bool transposed, add = false, paired = false, turned = false;
+  int64_t a_stride = 0, c_stride = 0;  // of their rows; 0: they stand close
   int64_t slots(int64_t rows) const { return paired ? (rows + 1) / 2 : rows; }  // of 32 bits, that so many rows of B fill
   int64_t depth() const { return transposed ? count : w.cols; }
   int64_t width() const { return transposed ? w.cols : count; }
+  int64_t a_row() const { return a_stride ? a_stride : turned ? T : depth(); }
+  int64_t c_row() const { return c_stride ? c_stride : width(); }
+};
+// The keys that a query of training may see: those of its segment whose position is not above its own, and less than `window` below.
+struct Keys {
+  const int32_t *positions, *segments;  // readable to a whole number of vectors; beyond the keys a segment is none's
+  int64_t count;
+  int32_t position, segment, window;    // of the query; window 0: all
+  float cap;                            // of the scores; 0: none
 };
 struct MatrixKernels {
   int tile, panel, slots;   // rows of C in registers; its columns; the depth of a slab
@@ -123,6 +133,10 @@ struct MatrixKernels {
   void (*multiply_rows)(const Matrix&, int64_t r0, int64_t depth, const float* rows, int64_t t0, int64_t t1, const float* panels,
                         int64_t j0, int64_t j1);
   int64_t (*peak)(int64_t rounds, bool paired);
+  // scores of a query -> exp(score - most), 0 where it does not see; gives `most` and their sum
+  void (*soften)(const Keys&, float* scores, float* most, float* sum);
+  // scores and d weights -> weights and d scores, where the query's result [H] had the gradient d_out
+  void (*soften_back)(const Keys&, float* scores, float* d_weights, float log_sum, const float* out, const float* d_out, int64_t H);
 };
 
 struct Kernels {

@@ -2,7 +2,8 @@
 // C [T, J] = A [T, R] B [R, J], where B is W^T (x W^T: R columns of W, J rows) or W (dy W). Slabs of SLOTS rows of B are
 // decoded once for all T into panels of PANEL columns; the inner loop keeps a tile of C in registers. Sums run in
 // ascending r, a slab at a time, whatever the threads, the rows beside and the cut of T. Where factors are paired, all is
-// the same with pairs of bfloat16 in the slots of floats, and a slab has twice the rows.
+// the same with pairs of bfloat16 in the slots of floats, and a slab has twice the rows. Attention's own part, between its
+// products, is here too.
 #include "kernels.h"
 #include "simd.h"
 
@@ -128,19 +129,31 @@ template <bool PAIRED> CG_INLINE void tile(const float* a, const float* b, int64
 
 // Rows t0 .. t1 of A's slab for `multiply_rows`: [t / TILE][TILE][SLOTS], zero beyond t1.
 void gather_rows(const Matrix& m, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out) {
-  for (int64_t t = t0; t < t1; t++) {
-    const float* row = m.a + t * m.depth() + r0;
+  const int64_t stride = m.a_row();
+  auto take = [&](const float* row, int64_t t) {
     if (m.paired) pair_up(row, depth, out + (t - t0) * SLOTS);
     else memcpy(out + (t - t0) * SLOTS, row, 4 * depth);
+  };
+  float lines[8][2 * SLOTS];
+  for (int64_t t = t0; t < t1; t += 8) {
+    const int64_t n = std::min<int64_t>(8, t1 - t);
+    const float* turned = m.a + r0 * stride + t;
+    int64_t r = 0;
+    if (m.turned && n == 8)
+      for (; r + 8 <= depth; r += 8) transpose8(turned + r * stride, stride, &lines[0][r], 2 * SLOTS);
+    if (m.turned)
+      for (; r < depth; r++)
+        for (int64_t i = 0; i < n; i++) lines[i][r] = turned[r * stride + i];
+    for (int64_t i = 0; i < n; i++) take(m.turned ? lines[i] : m.a + (t + i) * stride + r0, t + i);
   }
   for (int64_t t = t1 - t0; t % TILE; t++) memset(out + t * SLOTS, 0, 4 * m.slots(depth));
 }
 template <bool PAIRED> void multiply_tiles(const Matrix& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1, const float* panels,
                                            int64_t j0, int64_t j1) {
-  const int64_t J = m.width();
+  const int64_t J = m.width(), stride = m.c_row();
   for (int64_t j = j0; j < j1; j += PANEL)
     for (int64_t t = t0; t < t1; t += TILE)
-      tile<PAIRED>(a + (t - t0) * SLOTS, panels + (j - j0) * slots, slots, m.c + t * J + j, J, (int)std::min<int64_t>(TILE, t1 - t), J - j, add);
+      tile<PAIRED>(a + (t - t0) * SLOTS, panels + (j - j0) * slots, slots, m.c + t * stride + j, stride, (int)std::min<int64_t>(TILE, t1 - t), J - j, add);
 }
 void multiply_rows(const Matrix& m, int64_t r0, int64_t depth, const float* a, int64_t t0, int64_t t1, const float* panels,
                    int64_t j0, int64_t j1) {
@@ -167,8 +180,48 @@ template <bool PAIRED> int64_t peak_of(int64_t rounds) {
 int64_t peak(int64_t rounds, bool paired) { return paired ? peak_of<true>(rounds) : peak_of<false>(rounds); }
 int64_t strip(const Matrix& m) { return m.transposed ? STRIP : PANEL; }
 
+CG_INLINE Iv seen(const Keys& k, int64_t i) {
+  const Iv positions = load<Iv>(k.positions + i), below = splat_i(k.position) - positions;
+  const Iv near = (below >= splat_i(0)) & (load<Iv>(k.segments + i) == splat_i(k.segment));
+  return k.window ? near & (below < splat_i(k.window)) : near;
+}
+void soften(const Keys& k, float* scores, float* most, float* sum) {
+  Fv top = splat(-1e30f), total = {};
+  for (int64_t i = 0; i < k.count; i += FW) {
+    Fv x = load<Fv>(scores + i);
+    if (k.cap) x = splat(k.cap) * tanh(x / splat(k.cap));
+    x = select(seen(k, i), x, splat(-INFINITY));
+    store(scores + i, x), top = max(top, x);
+  }
+  *most = largest(top);
+  for (int64_t i = 0; i < k.count; i += FW) {
+    Fv x = exp(load<Fv>(scores + i) - splat(*most));
+    store(scores + i, x), total += x;
+  }
+  *sum = cg::CG_LEVEL::sum(total);
+}
+void soften_back(const Keys& k, float* scores, float* d_weights, float log_sum, const float* out, const float* d_out, int64_t H) {
+  Fv along = {};
+  int64_t h = 0;
+  for (; h + FW <= H; h += FW) along = fma(load<Fv>(out + h), load<Fv>(d_out + h), along);
+  float pull = sum(along);
+  for (; h < H; h++) pull += out[h] * d_out[h];
+  for (int64_t i = 0; i < k.count; i += FW) {
+    const Iv mask = seen(k, i);
+    Fv x = load<Fv>(scores + i), slope = splat(1.f);
+    if (k.cap) {
+      const Fv t = tanh(x / splat(k.cap));
+      x = splat(k.cap) * t, slope = splat(1.f) - t * t;
+    }
+    const Fv weight = select(mask, exp(x - splat(log_sum)), Fv{});
+    store(scores + i, weight);
+    store(d_weights + i, select(mask, weight * (load<Fv>(d_weights + i) - splat(pull)) * slope, Fv{}));
+  }
+}
+
 }  // namespace
 
-extern const MatrixKernels matrix_kernels = {TILE, PANEL, SLOTS, pairs, strip, decode_strip, gather_rows, multiply_rows, peak};
+extern const MatrixKernels matrix_kernels = {TILE,        PANEL,         SLOTS, pairs,  strip,      decode_strip,
+                                             gather_rows, multiply_rows, peak,  soften, soften_back};
 }  // namespace CG_LEVEL
 }  // namespace cg

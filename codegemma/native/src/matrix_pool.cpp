@@ -18,27 +18,6 @@ constexpr int64_t BLOCK = 144;   // rows of A that a thread takes at a time: wit
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t up(int64_t n, int64_t to) { return parts(n, to) * to; }
 
-// Floats in huge pages where there are any, grown as needed and kept.
-class Buffer {
- public:
-  float* at_least(int64_t n) {
-    constexpr int64_t PAGE_BYTES = 2 << 20;
-    if (n <= size_) return data_.get();
-    size_t bytes = up(4 * n, PAGE_BYTES);
-    data_.reset((float*)std::aligned_alloc(PAGE_BYTES, bytes)), size_ = n;
-    if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-    madvise(data_.get(), bytes, MADV_HUGEPAGE);
-#endif
-    return data_.get();
-  }
-
- private:
-  struct Free { void operator()(float* p) const { std::free(p); } };
-  std::unique_ptr<float[], Free> data_;
-  int64_t size_ = 0;
-};
-
 // What a thread does with denormals. XLA's threads flush them, a pool's own do not: all must do as the caller.
 struct FloatMode {
 #if defined(__x86_64__)
@@ -55,6 +34,28 @@ struct FloatMode {
 
 }  // namespace
 
+float* Buffer::at_least(int64_t n) {
+  constexpr int64_t PAGE_BYTES = 2 << 20;
+  if (n <= size_) return data_.get();
+  size_t bytes = up(4 * n, PAGE_BYTES);
+  data_.reset((float*)std::aligned_alloc(PAGE_BYTES, bytes)), size_ = n;
+  if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(data_.get(), bytes, MADV_HUGEPAGE);
+#endif
+  return data_.get();
+}
+
+void share(Pool& pool, const std::function<void(int)>& body) {
+  const FloatMode mode;
+  pool.run([&](int thread) {
+    const FloatMode before;
+    mode.set();
+    body(thread);
+    before.set();
+  });
+}
+
 void multiply(const Kernels* kernels, Pool& pool, const Matrix& wanted) {
   static Buffer slabs;
   static std::vector<Buffer> gathered;
@@ -68,15 +69,12 @@ void multiply(const Kernels* kernels, Pool& pool, const Matrix& wanted) {
   if ((int64_t)gathered.size() < threads) gathered.resize(threads);
   float* panels = slabs.at_least(together * k.slots * widest);
   for (Buffer& b : gathered) b.at_least(height * k.slots);
-  const FloatMode mode;
   for (int64_t j0 = 0; j0 < J; j0 += WIDTH) {
     const int64_t width = std::min(WIDTH, J - j0), strips = parts(width, strip);
     const int64_t cuts = std::clamp<int64_t>(parts(8 * threads, heights), 1, parts(width, 8 * k.panel));  // few rows: columns are shared out too
     const int64_t cut = up(parts(width, cuts), k.panel), span = together * most;
     std::vector<std::atomic<int64_t>> next(2 * parts(R, span));
-    pool.run([&](int thread) {
-      const FloatMode before;
-      mode.set();
+    share(pool, [&](int thread) {
       float* rows = gathered[thread].at_least(0);
       for (int64_t first = 0, step = 0; first < R; first += span) {
         const int64_t last = std::min(first + span, R);
@@ -97,7 +95,6 @@ void multiply(const Kernels* kernels, Pool& pool, const Matrix& wanted) {
         }
         pool.barrier();
       }
-      before.set();
     });
   }
 }

@@ -1,4 +1,4 @@
-// Kernels of training as calls that XLA makes: products with frozen weights that stay in their blocks. One job at a
+// Kernels of training as calls that XLA makes: products with frozen weights that stay in their blocks, and attention. One job at a
 // time runs on the pool; XLA's own threads wait for it.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -48,13 +48,17 @@ Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
   return {type, (const uint8_t*)blocks.data, blocks.dims[0], blocks.dims[1] / TYPE[type].bytes * TYPE[type].block, blocks.dims[1]};
 }
 
-// x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; transposed: dy [T, rows], ... -> dy W [T, K]. W is `rows` rows from `first` on.
+// x [T, K], blocks [R, row bytes], first [], used [] -> x W^T [T, rows]; transposed: dy [T, rows], ... -> dy W [T, K]. W is `rows` rows
+// from `first` on. Only `used` rows of x count: the rest of the result is zero.
 template <bool TRANSPOSED> void product(const xla::Call& call) {
   const xla::Buffer &x = array(call.arguments, 0, xla::F32, 2), &out = array(call.results, 0, xla::F32, 2);
-  Matrix m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), x.dims[0],
+  const int64_t used = *(const int32_t*)array(call.arguments, 3, xla::S32, 0).data;
+  Matrix m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), std::clamp<int64_t>(used, 0, x.dims[0]),
            *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data, TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED, false, paired(call)};
   require(m.first >= 0 && m.first + m.count <= m.w.rows, "rows beyond the weight's");
-  require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == m.T, "x and the weight differ in their width");
+  require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == x.dims[0], "x and the weight differ in their width");
+  std::fill_n(m.c + m.T * m.width(), (x.dims[0] - m.T) * m.width(), 0.f);
+  if (!m.T) return;
   multiply(engine.kernels, *engine.pool, m);
 }
 
@@ -70,8 +74,8 @@ struct Adapted {
     require(a.cols == K && b.rows == N && b.cols == r, "an adapter fits its layer");
   }
   // c [rows, ...] (+)= x times W, or times its transpose
-  void run(const float* x, int64_t rows, const Weight& by, bool transposed, float* c, bool add = false) const {
-    multiply(engine.kernels, *engine.pool, {x, c, by, rows, 0, by.rows, transposed, add, pairs});
+  void run(const float* x, int64_t rows, const Weight& by, bool transposed, float* c, bool add = false, bool turned = false) const {
+    multiply(engine.kernels, *engine.pool, {x, c, by, rows, 0, by.rows, transposed, add, pairs, turned});
   }
   static Weight floats(const xla::Buffer& x) { return {F32_T, (const uint8_t*)x.data, x.dims[0], x.dims[1], 4 * x.dims[1]}; }
 };
@@ -79,10 +83,6 @@ float* out(const xla::Call& call, int i, int64_t rows, int64_t columns) {
   const xla::Buffer& b = array(call.results, i, xla::F32, 2);
   require(b.dims[0] == rows && b.dims[1] == columns, "a result has another shape");
   return (float*)b.data;
-}
-void transpose(const float* x, int64_t rows, int64_t columns, float* y) {
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < columns; j++) y[j * rows + i] = x[i * columns + j];
 }
 // x [T, K], blocks, a, b -> y = x W^T + u b^T [T, N], u = x a^T [T, r]
 void adapted(const xla::Call& call) {
@@ -101,15 +101,45 @@ void adapted_back(const xla::Call& call) {
   Adapted l(call, 3, dy.dims[0]);
   require(dy.dims[1] == l.N && x.dims[0] == l.T && x.dims[1] == l.K && u.dims[0] == l.T && u.dims[1] == l.r, "shapes differ");
   float *dx = out(call, 0, l.T, l.K), *da = out(call, 1, l.r, l.K), *db = out(call, 2, l.N, l.r);
-  std::vector<float> du(l.T * l.r), turned(l.r * l.T), db_t(l.r * l.N);  // turned: du, then u
+  std::vector<float> du(l.T * l.r);
   l.run((const float*)dy.data, l.T, l.b, true, du.data());
   l.run((const float*)dy.data, l.T, l.w, true, dx);
   l.run(du.data(), l.T, l.a, true, dx, true);
-  transpose(du.data(), l.T, l.r, turned.data());
-  l.run(turned.data(), l.r, Adapted::floats(x), true, da);
-  transpose((const float*)u.data, l.T, l.r, turned.data());
-  l.run(turned.data(), l.r, Adapted::floats(dy), true, db_t.data());
-  transpose(db_t.data(), l.r, l.N, db);
+  l.run(du.data(), l.r, Adapted::floats(x), true, da, false, true);
+  l.run((const float*)dy.data, l.N, Adapted::floats(u), true, db, false, true);
+}
+const float* heads(const xla::Buffer& x, const Attended& s, int64_t count) {
+  require(x.dims[0] == s.B && x.dims[1] == s.T && x.dims[2] == count && x.dims[3] == s.H, "arrays of heads differ in their shapes");
+  return (const float*)x.data;
+}
+// From argument `first` on: q [B, T, N, H], k and v [B, T, K, H], positions and segments [B, T]
+Attended attended(const xla::Call& call, int first) {
+  const xla::Buffer &q = array(call.arguments, first, xla::F32, 4), &k = array(call.arguments, first + 1, xla::F32, 4);
+  Attended s{};
+  s.B = q.dims[0], s.T = q.dims[1], s.N = q.dims[2], s.H = q.dims[3], s.K = k.dims[2];
+  require(s.K > 0 && s.N % s.K == 0, "the heads of queries are a multiple of those of keys");
+  s.q = heads(q, s, s.N), s.k = heads(k, s, s.K), s.v = heads(array(call.arguments, first + 2, xla::F32, 4), s, s.K);
+  for (int i : {0, 1}) {
+    const xla::Buffer& x = array(call.arguments, first + 3 + i, xla::S32, 2);
+    require(x.dims[0] == s.B && x.dims[1] == s.T, "every token has a position and a segment");
+    (i ? s.segments : s.positions) = (const int32_t*)x.data;
+  }
+  s.window = scalar<int32_t>(call, "window"), s.cap = scalar<float>(call, "cap"), s.paired = paired(call);
+  return s;
+}
+// ... -> out [B, T, N, H], logarithms of the sums [B, T, N]
+void attention(const xla::Call& call) {
+  const Attended s = attended(call, 0);
+  float* out = (float*)heads(array(call.results, 0, xla::F32, 4), s, s.N);
+  attend(engine.kernels, *engine.pool, s, out, (float*)array(call.results, 1, xla::F32, 3).data);
+}
+// d out, out, logarithms of the sums, ... -> dq, dk, dv
+void attention_back(const xla::Call& call) {
+  const Attended s = attended(call, 3);
+  float* grown[3];
+  for (int i : {0, 1, 2}) grown[i] = (float*)heads(array(call.results, i, xla::F32, 4), s, i ? s.K : s.N);
+  const float *d_out = heads(array(call.arguments, 0, xla::F32, 4), s, s.N), *out = heads(array(call.arguments, 1, xla::F32, 4), s, s.N);
+  attend_back(engine.kernels, *engine.pool, s, out, (const float*)array(call.arguments, 2, xla::F32, 3).data, d_out, grown[0], grown[1], grown[2]);
 }
 // ids [n], blocks [R, row bytes] -> rows of the weight as floats [n, K]
 void rows(const xla::Call& call) {
@@ -158,6 +188,8 @@ void bind_xla(nb::module_& m) {
     handlers["codegemma_product_t"] = nb::capsule((void*)handle<product<true>>);
     handlers["codegemma_adapted"] = nb::capsule((void*)handle<adapted>);
     handlers["codegemma_adapted_back"] = nb::capsule((void*)handle<adapted_back>);
+    handlers["codegemma_attention"] = nb::capsule((void*)handle<attention>);
+    handlers["codegemma_attention_back"] = nb::capsule((void*)handle<attention_back>);
     handlers["codegemma_rows"] = nb::capsule((void*)handle<rows>);
     return handlers;
   }, "level"_a, "threads"_a, "Calls for XLA by their names, which run on so many threads from now on.");
