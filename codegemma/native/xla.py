@@ -1,9 +1,10 @@
 """Products with a frozen weight inside JAX programs, for training adapters on a CPU: the weight stays in its blocks.
 
 `product` is x W^T, and its derivative by x is dy W; the weight has none. `adapted` has a LoRA beside the weight, which has
-gradients. `attention` is what such layers have between their products; its twin is model.py's. The others exist twice: as the engine's own kernels, which XLA calls through its foreign function interface and which
-decode a panel of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other devices and as their twin. Traced
-within `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: by the kernels where the CPU multiplies it
+gradients. `attention` is what such layers have between their products; its twin is `model.attend`. The others exist twice: as
+the engine's own kernels, which XLA calls through its foreign function interface and which decode a panel of blocks for all
+tokens at once, and in JAX alone (`by="xla"`), for other devices and as their twin. Traced within
+`jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: by the kernels where the CPU multiplies it
 (AVX-512 BF16, twice as many a second), by JAX always. Sums are float32.
 """
 
@@ -147,7 +148,8 @@ def _backward(count: int, how: How, kept: tuple[Blocks, Array, Array], dy_TN: Ar
     weight, start, used = kept
     if how.by == "xla":
         return _matmul(how, dy_TN, weight.float32(start, count)), None, None, None
-    return _call(how, "codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start, used), None, None, None
+    shape = len(dy_TN), weight.shape[1]
+    return _call(how, "codegemma_product_t", shape, weight, dy_TN, weight.data, start, used), None, None, None
 
 
 _product.defvjp(_forward, _backward)
