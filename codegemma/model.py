@@ -241,7 +241,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sight: Sight
 def kernel_attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sight: Sight, window: int | None, cap: float | None
                   ) -> jax.Array:
     """`attend` without a cache, by the engine's kernels where there is a CPU for them."""
-    if jax.default_backend() != "cpu":
+    if not xla.kernels():
         return attend(q_BTNH, k_BTKH, v_BTKH, sight, window, cap)
     segments_BT = jnp.ones_like(sight.positions_BT) if sight.segments_BT is None else sight.segments_BT
     mixed_BTNH = xla.attention(q_BTNH, k_BTKH, v_BTKH, sight.positions_BT, segments_BT, window, cap)

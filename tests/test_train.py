@@ -112,22 +112,48 @@ def test_a_frozen_table_gives_the_same_other_gradients_and_blocks_that_do_not_co
     assert np.array_equal(h_part[:100], h_whole[:100]) and not np.asarray(h_part[100:]).any()
 
 
-def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch):
+@pytest.mark.parametrize("V, M, cap", [(1031, 9, 30.0), (9001, 1100, None), (4096, 3, 2.0)])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch, kernels, V, M, cap):
+    """By the kernels (whose chunks are 4,096 rows, for 1,024 targets at a time), and as on other devices."""
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4096)
-    rng, (V, D, M), ids = np.random.default_rng(1), (1031, 64, 9), (7, 1030)
+    monkeypatch.setattr(losses.xla, "kernels", lambda: kernels)
+    rng, D, ids = np.random.default_rng(1), 64, (7, 1030)
     tensor = random_blocks("Q4_0", (V, D), 0.5)
     h, rows = (rng.normal(0, 1, shape).astype(np.float32) for shape in ((M, D), (2, D)))
     targets = np.array([7, 1030, *rng.integers(0, V, M - 2)], np.int32)
 
     def weighted(h, rows, table):
-        made = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), cap=30.0)
-        return (made.nats_M * jnp.arange(1.0, M + 1)).sum(), made.nats_M
+        made = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), cap=cap)
+        return (made.nats_M * jnp.arange(1.0, M + 1)).sum(), made
 
-    (_, nats), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(h, rows, Blocks.of(tensor))
-    wanted, _, h_wanted, _, rows_wanted = dense(h, targets, dequantize(tensor), rows, ids, 30.0, 0.0)
-    error = 2.0 ** -20 * np.abs(h_wanted).max()
-    assert np.abs(nats - wanted).max() < error
-    assert np.abs(gradients[0] - h_wanted).max() < error and np.abs(gradients[1] - rows_wanted).max() < 4 * error
+    (_, made), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(h, rows, Blocks.of(tensor))
+    wanted, right, h_wanted, _, rows_wanted = dense(h, targets, dequantize(tensor), rows, ids, cap, 0.0)
+    error = 2.0 ** -18 * np.abs(h_wanted).max()          # logits of 20 err by some roundoffs of it, and exponentials by as much
+    assert np.abs(made.nats_M - wanted).max() < error and (np.asarray(made.right_M) == right).all()
+    assert np.abs(gradients[0] - h_wanted).max() < error and np.abs(gradients[1] - rows_wanted).max() < error * M ** 0.5
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_kernels_take_a_sample_and_a_count_as_the_chunks_do(monkeypatch, cap):
+    rng, (V, D, S), M, ids = np.random.default_rng(2), (9000, 64, 5000), 2 * BLOCK, (7, 600)
+    table = Blocks.of(random_blocks("Q8_0", (V, D), 0.5))
+    h, rows = (jnp.asarray(rng.normal(0, 1, shape), jnp.float32) for shape in ((M, D), (2, D)))
+    targets = jnp.asarray([7, *rng.integers(0, V, M - 1)], jnp.int32)
+    sample = Sample(jnp.asarray(rng.permutation(V)[:S], jnp.int32), jnp.asarray(rng.uniform(1, 9, S), jnp.float32))
+
+    def total(h, rows, count):
+        made = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), cap=cap, z=1e-3, count=count, sample=sample)
+        return jnp.where(jnp.arange(M) < count, made.nats_M, 0).sum(), made
+
+    found = []
+    for kernels in (True, False):
+        monkeypatch.setattr(losses.xla, "kernels", lambda kernels=kernels: kernels)
+        (_, made), gradients = jax.jit(jax.value_and_grad(lambda *args: total(*args), (0, 1), has_aux=True))(h, rows, jnp.int32(300))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((made, gradients)))
+        found.append((made.nats_M[:300], made.right_M[:300], *gradients))
+    for ours, theirs in zip(*found, strict=True):
+        assert np.abs(np.float32(ours) - np.float32(theirs)).max() <= 2.0 ** -17 * np.abs(np.float32(theirs)).max()
 
 
 def test_a_sample_of_the_vocabulary_gives_the_loss_on_average():
@@ -262,7 +288,7 @@ def test_a_step_is_computed_in_its_precision_ahead_and_back(precision, paired):
     batch = next(microbatches([training.row(np.arange(24) % 9 + 3, np.arange(24) > 8)], 1))
     lowered = jax.jit(gradient(config, Settings(precision=precision))).lower(new_lora(config, params, 4), params, batch).as_text()
     products = {name: [line for line in lowered.splitlines() if f"@codegemma_{name}(" in line]
-                for name in ("adapted", "adapted_back", "product", "product_t")}
+                for name in ("adapted", "adapted_back", "attention", "attention_back", "vocabulary")}
     assert all(lines and all(f"paired = {paired} : i32" in line for line in lines) for lines in products.values()), products
 
 

@@ -1,8 +1,8 @@
 """Products with a frozen weight inside JAX programs, for training adapters on a CPU: the weight stays in its blocks.
 
 `product` is x W^T, and its derivative by x is dy W; the weight has none. `adapted` has a LoRA beside the weight, which has
-gradients. `attention` is what such layers have between their products; its twin is `model.attend`. The others exist twice: as
-the engine's own kernels, which XLA calls through its foreign function interface and which decode a panel of blocks for all
+gradients. `attention` is what such layers have between their products, `vocabulary` what a loss has behind them; their
+twins are `model.attend` and loss.py's own pass. The others exist twice: as the engine's own kernels, which XLA calls through its foreign function interface and which decode a panel of blocks for all
 tokens at once, and in JAX alone (`by="xla"`), for other devices and as their twin. Traced within
 `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: by the kernels where the CPU multiplies it
 (AVX-512 BF16, twice as many a second), by JAX always. Sums are float32.
@@ -72,23 +72,18 @@ def configure(threads: int | None = None, level: str = "auto") -> None:
 _registered: dict[str, object] = {}
 
 
-def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None,
-            used: Array | None = None) -> Array:
+def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None) -> Array:
     """x W^T in float32 for x [..., width] and rows start .. start + count: float32 [..., count]. Differentiable in x, once,
-    in reverse. Only the first `used` rows of x count, where it is given; the others' results mean nothing."""
+    in reverse."""
     count = _fits("x", x, weight.shape[1], weight, count)
-    x_TK = _flat(x)
-    y = _product(count, _how(by), x_TK, weight, jnp.int32(start), jnp.int32(len(x_TK) if used is None else used))
+    y = _product(count, _how(by), _flat(x), weight, jnp.int32(start))
     return y.reshape(*x.shape[:-1], count)
 
 
-def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None,
-              used: Array | None = None) -> Array:
-    """dy W in float32 for dy [..., count]: float32 [..., width]. Not differentiable. `used` as of `product`."""
+def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None) -> Array:
+    """dy W in float32 for dy [..., count]: float32 [..., width]. Not differentiable."""
     count = _fits("dy", dy, weight.shape[0] if count is None else count, weight, count)
-    dy_TN = _flat(dy)
-    kept = weight, jnp.int32(start), jnp.int32(len(dy_TN) if used is None else used)
-    return _backward(count, _how(by), kept, dy_TN)[0].reshape(*dy.shape[:-1], -1)
+    return _backward(count, _how(by), (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
 
 
 def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By | None = None) -> Array:
@@ -107,6 +102,26 @@ def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, 
     return _attention(*told, *(x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH)), *sight)
 
 
+class Sums(NamedTuple):
+    """Over the rows of a vocabulary, of each hidden state: its largest logit so far, whose it is, and of exp(logit - most) the sum
+    and the products with the logit's slope (its soft cap's) and the row behind it."""
+
+    most_M: Array
+    best_M: Array
+    sum_M: Array
+    mean_MD: Array
+
+
+def vocabulary(hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | None, used: Array) -> Sums:
+    """Of the first `used` hidden states, over all rows of a table, each as often as `counts_V` says; where it is 0, the row is
+    out. Rows beyond `used` give 0, 0, 1 and 0. By the kernels alone, on a CPU; not differentiable."""
+    M, D = hidden_MD.shape
+    shapes = (M, D), (M,), jax.ShapeDtypeStruct((M,), jnp.int32), (M,)
+    mean_MD, most_M, best_M, sum_M = _call(How("native", _how(None).paired), "codegemma_vocabulary", shapes, table, _flat(hidden_MD),
+                                           table.data, counts_V.astype(jnp.float32), jnp.int32(used), cap=np.float32(cap or 0))
+    return Sums(most_M, best_M, sum_M, mean_MD)
+
+
 def decode_rows(weight: Blocks, ids: Array, by: By | None = None) -> Array:
     """The rows with these ids: float32 [..., width]."""
     how = _how(by)
@@ -117,10 +132,14 @@ def decode_rows(weight: Blocks, ids: Array, by: By | None = None) -> Array:
     return values.reshape(*ids.shape, -1)
 
 
+def kernels() -> bool:
+    """Whether there is a CPU for them."""
+    return jax.default_backend() == "cpu"
+
+
 def _how(by: By | None) -> How:
-    """The kernels where there is a CPU for them."""
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made of its name
-    return How(by or ("native" if jax.default_backend() == "cpu" else "xla"), precision == "bfloat16")
+    return How(by or ("native" if kernels() else "xla"), precision == "bfloat16")
 
 
 def _fits(name: str, x: Array, wanted: int, weight: Blocks, count: int | None) -> int:
@@ -134,22 +153,21 @@ def _flat(x: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(count: int, how: How, x_TK: Array, weight: Blocks, start: Array, used: Array) -> Array:
+def _product(count: int, how: How, x_TK: Array, weight: Blocks, start: Array) -> Array:
     if how.by == "xla":
         return _matmul(how, x_TK, weight.float32(start, count).T)
-    return _call(how, "codegemma_product", (len(x_TK), count), weight, x_TK, weight.data, start, used)
+    return _call(how, "codegemma_product", (len(x_TK), count), weight, x_TK, weight.data, start)
 
 
-def _forward(count: int, how: How, x_TK: Array, weight: Blocks, start: Array, used: Array) -> Any:
-    return _product(count, how, x_TK, weight, start, used), (weight, start, used)
+def _forward(count: int, how: How, x_TK: Array, weight: Blocks, start: Array) -> tuple[Array, tuple[Blocks, Array]]:
+    return _product(count, how, x_TK, weight, start), (weight, start)
 
 
-def _backward(count: int, how: How, kept: tuple[Blocks, Array, Array], dy_TN: Array) -> tuple[Array, None, None, None]:
-    weight, start, used = kept
+def _backward(count: int, how: How, kept: tuple[Blocks, Array], dy_TN: Array) -> tuple[Array, None, None]:
+    weight, start = kept
     if how.by == "xla":
-        return _matmul(how, dy_TN, weight.float32(start, count)), None, None, None
-    shape = len(dy_TN), weight.shape[1]
-    return _call(how, "codegemma_product_t", shape, weight, dy_TN, weight.data, start, used), None, None, None
+        return _matmul(how, dy_TN, weight.float32(start, count)), None, None
+    return _call(how, "codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start), None, None
 
 
 _product.defvjp(_forward, _backward)
@@ -161,7 +179,7 @@ def _adapted(how: How, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) ->
     T, N, R = len(x_TK), weight.shape[0], len(a_RK)
     if how.by == "xla":
         u_TR = _matmul(how, x_TK, a_RK.T)
-        return _matmul(how, x_TK, weight.float32().T) + _matmul(how, u_TR, b_NR.T), u_TR
+        return _product(N, how, x_TK, weight, jnp.int32(0)) + _matmul(how, u_TR, b_NR.T), u_TR
     return _call(how, "codegemma_adapted", ((T, N), (T, R)), weight, x_TK, weight.data, a_RK, b_NR)
 
 
@@ -175,7 +193,7 @@ def _adapted_backward(how: How, kept: Any, cotangents: tuple[Array, Array]) -> t
     dy_TN, _ = cotangents                # nothing but these gradients reads x a^T
     if how.by == "xla":
         du_TR = _matmul(how, dy_TN, b_NR)
-        dx_TK = _matmul(how, dy_TN, weight.float32()) + _matmul(how, du_TR, a_RK)
+        dx_TK = _backward(len(b_NR), how, (weight, jnp.int32(0)), dy_TN)[0] + _matmul(how, du_TR, a_RK)
         return dx_TK, None, _matmul(how, du_TR.T, x_TK), _matmul(how, dy_TN.T, u_TR)
     dx_TK, da_RK, db_NR = _call(how, "codegemma_adapted_back", (x_TK.shape, a_RK.shape, b_NR.shape), weight, dy_TN, x_TK, u_TR,
                                 weight.data, a_RK, b_NR)
@@ -206,16 +224,16 @@ def _attention_backward(how: How, window: int, cap: float, kept: Any, d_out_BTNH
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _call(how: How, name: str, shapes: tuple[Any, ...], weight: Blocks, *operands: Array) -> Any:
-    return _ffi(how, name, shapes, *operands, type=np.int32(_native.TYPES.index(weight.type)))
+def _call(how: How, name: str, shapes: tuple[Any, ...], weight: Blocks, *operands: Array, **told: Any) -> Any:
+    return _ffi(how, name, shapes, *operands, type=np.int32(_native.TYPES.index(weight.type)), **told)
 
 
 def _ffi(how: How, name: str, shapes: tuple[Any, ...], *operands: Array, **told: Any) -> Any:
-    """Float32 results of these shapes, or the one of this shape."""
+    """Float32 results of these shapes, or the one of this shape, where no type is told."""
     if not _registered:
         configure()
-    results = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes,
-                           is_leaf=lambda x: isinstance(x[0], int))
+    results = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(x, jnp.float32), shapes,
+                           is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct) or isinstance(x[0], int))
     call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
     return call(*operands, paired=np.int32(how.paired), **told)
 

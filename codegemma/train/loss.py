@@ -18,7 +18,7 @@ import numpy as np
 
 from codegemma.model import Lora, Weight, among, own_rows, product, softcap
 from codegemma.native import xla
-from codegemma.native.xla import Blocks
+from codegemma.native.xla import Blocks, Sums
 from codegemma.train.order import Sample
 
 CHUNK_BYTES = 32 << 20                   # of float32 logits held at once
@@ -57,25 +57,19 @@ def _cross_entropy(ids, cap, z, train_table, hidden_MD, table_VD, rows_RD, targe
 def _ahead(ids, cap, z, train_table, h_MD, table_VD, rows_RD, targets_M, count, sample):  # type: ignore[no-untyped-def]
     summed_SD = table_VD if sample is None else jax.tree.map(lambda x: x[sample.numbers_S], table_VD)
     block = partial(_block, ids, cap, z, table_VD, rows_RD, sample, summed_SD)
-    if count is None:
+    if isinstance(summed_SD, Blocks) and xla.kernels():
+        made = block(len(h_MD) if count is None else count, h_MD, targets_M)
+    elif count is None:
         made = block(None, h_MD, targets_M)
     else:
         def one(i: jax.Array, made: _Block) -> _Block:
             cut = [jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK) for x in (h_MD, targets_M)]
-            found = block(jnp.minimum(count - i * BLOCK, BLOCK), *cut)
-            return jax.tree.map(lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * BLOCK, 0), made, found)
+            return jax.tree.map(lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * BLOCK, 0), made, block(None, *cut))
 
         empty = jax.tree.map(lambda x: jnp.zeros((len(targets_M), *x.shape[1:]), x.dtype),
-                             jax.eval_shape(block, count, h_MD[:BLOCK], targets_M[:BLOCK]))
+                             jax.eval_shape(block, None, h_MD[:BLOCK], targets_M[:BLOCK]))
         made = jax.lax.fori_loop(0, -(-count // BLOCK), one, empty)
     return (made.nats_M, made.right_M), (made, h_MD, table_VD, rows_RD, targets_M, count, sample)
-
-
-class _Sums(NamedTuple):
-    most_M: jax.Array                    # largest logit so far, and whose it is
-    best_M: jax.Array
-    sum_M: jax.Array                     # of exp(logit - most)
-    mean_MD: jax.Array                   # of exp(logit - most) * slope * row
 
 
 class _Block(NamedTuple):
@@ -90,34 +84,37 @@ class _Block(NamedTuple):
 
 
 def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, rows_RD: jax.Array,
-           sample: Sample | None, summed_SD: Weight, used: jax.Array | None, h_MD: jax.Array, targets_M: jax.Array) -> _Block:
-    """`summed_SD` has the rows that the normaliser sums over: the table's, or those of the sample. `used`: how many count."""
+           sample: Sample | None, summed_SD: Weight, used: jax.Array | int | None, h_MD: jax.Array, targets_M: jax.Array) -> _Block:
+    """`summed_SD` has the rows that the normaliser sums over: the table's, or those of the sample. `used`: the kernels are to sum,
+    for so many targets."""
     M, D = h_MD.shape
 
-    def add(sums: _Sums, logits_MC: jax.Array, numbers_C: jax.Array, back: Callable[[jax.Array], jax.Array],
-            counts_C: jax.Array | float) -> _Sums:
+    def add(sums: Sums, logits_MC: jax.Array, numbers_C: jax.Array, back: Callable[[jax.Array], jax.Array],
+            counts_C: jax.Array | float) -> Sums:
         """`back` multiplies [M, C] by the rows behind the logits."""
         most_M = jnp.maximum(sums.most_M, logits_MC.max(-1))
         best_M = jnp.where(most_M > sums.most_M, numbers_C[logits_MC.argmax(-1)], sums.best_M)
         weights_MC, shrink_M = counts_C * jnp.exp(logits_MC - most_M[:, None]), jnp.exp(sums.most_M - most_M)
-        return _Sums(most_M, best_M, sums.sum_M * shrink_M + weights_MC.sum(-1),
+        return Sums(most_M, best_M, sums.sum_M * shrink_M + weights_MC.sum(-1),
                      sums.mean_MD * shrink_M[:, None] + back(weights_MC * _slope(logits_MC, cap)))
 
-    sums = _Sums(jnp.full(M, -jnp.inf), jnp.zeros(M, jnp.int32), jnp.zeros(M), jnp.zeros((M, D)))
-    own_MR = softcap(product(h_MD, rows_RD), cap)
-    if ids:
-        sums = add(sums, own_MR, jnp.array(ids, jnp.int32), lambda w: w @ rows_RD, 1.0)
-
-    def chunk(sums: _Sums, start: jax.Array, size: int) -> _Sums:
+    def chunk(sums: Sums, start: jax.Array, size: int) -> Sums:
         if sample is None:
             numbers_C, counts_C = start + jnp.arange(size, dtype=jnp.int32), jnp.ones(())
         else:
             numbers_C, counts_C = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in sample)
-        forward, back = _rows(summed_SD, start, size, used)
+        forward, back = _rows(summed_SD, start, size)
         logits_MC = _without(ids, softcap(forward(h_MD), cap), numbers_C)
         return add(sums, logits_MC, numbers_C, back, counts_C)
 
-    sums = _over_chunks(summed_SD.shape[0], M, chunk, sums)
+    if used is not None:
+        sums = _by_kernels(ids, cap, sample, summed_SD, used, h_MD)
+    else:
+        sums = Sums(jnp.full(M, -jnp.inf), jnp.zeros(M, jnp.int32), jnp.zeros(M), jnp.zeros((M, D)))
+        sums = _over_chunks(summed_SD.shape[0], M, chunk, sums)
+    own_MR = softcap(product(h_MD, rows_RD), cap)
+    if ids:
+        sums = add(sums, own_MR, jnp.array(ids, jnp.int32), lambda w: w @ rows_RD, 1.0)
     target_MD = _target_rows(ids, table_VD, rows_RD, targets_M)
     logit_M = softcap(jnp.sum(h_MD * target_MD, -1), cap)
     lse_M = sums.most_M + jnp.log(sums.sum_M)
@@ -168,10 +165,17 @@ def _over_chunks(V, M, chunk, carry):  # type: ignore[no-untyped-def]
     return chunk(carry, whole * size, V - whole * size) if V % size else carry
 
 
-def _rows(table_VD: Weight, start: jax.Array, size: int, used: jax.Array | None = None):  # type: ignore[no-untyped-def]
+def _by_kernels(ids: tuple[int, ...], cap: float | None, sample: Sample | None, summed_SD: Blocks, used: jax.Array | int,
+                h_MD: jax.Array) -> Sums:
+    numbers_S, counts_S = sample or (jnp.arange(summed_SD.shape[0], dtype=jnp.int32), jnp.ones(summed_SD.shape[0]))
+    sums = xla.vocabulary(h_MD, summed_SD, jnp.where(among(numbers_S, ids).any(-1), 0.0, counts_S), cap, used)
+    return sums._replace(best_M=numbers_S[sums.best_M])
+
+
+def _rows(table_VD: Weight, start: jax.Array, size: int):  # type: ignore[no-untyped-def]
     """Products with `size` rows of the table from `start`: [M, D] -> [M, C], and back."""
     if isinstance(table_VD, Blocks):
-        return tuple(partial(do, weight=table_VD, start=start, count=size, used=used) for do in (xla.product, xla.product_t))
+        return tuple(partial(do, weight=table_VD, start=start, count=size) for do in (xla.product, xla.product_t))
     rows_CD = jax.lax.dynamic_slice(table_VD, (start, 0), (size, table_VD.shape[1])).astype(jnp.float32)
     return (lambda h_MD: product(h_MD, rows_CD)), (lambda w_MC: w_MC @ rows_CD)
 

@@ -1,5 +1,6 @@
 // Attention of training: parts of the queries against the keys that they can see, by the products of matrix_pool.cpp. Weights are
-// computed again on the way back (FlashAttention, Dao et al. 2022, section 3.1): no [T, T] is kept.
+// computed again on the way back (FlashAttention, Dao et al. 2022, section 3.1): no [T, T] is kept. And the loss's pass over a
+// vocabulary, which is attention to the rows of a table, as keys and as values.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,6 +12,13 @@ namespace {
 
 constexpr int64_t ROWS_OF_PART = 512, QUERIES = 128;  // query rows (tokens x heads) and tokens that a part has at least
 constexpr int64_t LANES = 16;                         // of the widest vector: keys of a row are written in so many
+constexpr int64_t TARGETS = 1024, CHUNK = 4096;       // logits that stand at once: 16 MB
+
+void each(Pool& pool, int64_t rows, const std::function<void(int64_t)>& body) {
+  share(pool, [&](int thread) {
+    for (int64_t row = rows * thread / pool.threads(); row < rows * (thread + 1) / pool.threads(); row++) body(row);
+  });
+}
 
 // Tokens q0 .. q0 + queries, of one sequence and one head of keys, and the keys k0 .. k0 + keys that one of them sees.
 struct Part {
@@ -54,11 +62,7 @@ struct Run {
         for (p.head = 0; p.head < s.K; p.head++) body();
       }
   }
-  void each_row(const std::function<void(int64_t)>& body) {
-    share(pool, [&](int thread) {
-      for (int64_t row = rows() * thread / pool.threads(); row < rows() * (thread + 1) / pool.threads(); row++) body(row);
-    });
-  }
+  void each_row(const std::function<void(int64_t)>& body) { each(pool, rows(), body); }
   Keys keys(int64_t row) const {
     return {positions.data(), segments.data(), p.keys, s.positions[token(row)], s.segments[token(row)], s.window, s.cap};
   }
@@ -134,6 +138,27 @@ void attend_back(const Kernels* kernels, Pool& pool, const Attended& s, const fl
     run.mix(slopes, run.of_keys(s.k), q);
     run.each_row([&](int64_t i) { memcpy(dq_BTNH + run.at(i) * H, q + i * H, 4 * H); });
   });
+}
+
+void fold(const Kernels* kernels, Pool& pool, const Vocabulary& v, float* mean_MD, Sums* sums_M) {
+  const int64_t D = v.table.cols, V = v.table.rows;
+  std::fill_n(mean_MD, v.targets * D, 0.f), std::fill_n(sums_M, v.targets, Sums{});
+  std::vector<float> counts(CHUNK);
+  for (int64_t m = 0; m < v.targets; m += TARGETS)
+    for (int64_t first = 0; first < V; first += CHUNK) {
+      const int64_t M = std::min(TARGETS, v.targets - m), count = std::min(CHUNK, V - first), padded = (count + LANES - 1) / LANES * LANES;
+      float* logits = scratch(SCORES, TARGETS * CHUNK);
+      counts.assign(padded, 0.f), std::copy_n(v.counts + first, count, counts.data());
+      multiply(kernels, pool, {.a = v.hidden + m * D, .c = logits, .w = v.table, .T = M, .first = first, .count = count, .transposed = false,
+                               .paired = v.paired, .c_stride = padded});
+      each(pool, M, [&](int64_t i) {
+        const float shrink = kernels->matrix->fold(logits + i * padded, counts.data(), padded, first, v.cap, sums_M[m + i]);
+        float* mean = mean_MD + (m + i) * D;
+        for (int64_t d = 0; shrink < 1 && d < D; d++) mean[d] *= shrink;
+      });
+      multiply(kernels, pool, {.a = logits, .c = mean_MD + m * D, .w = v.table, .T = M, .first = first, .count = count, .transposed = true,
+                               .add = true, .paired = v.paired, .a_stride = padded});
+    }
 }
 
 }  // namespace cg

@@ -124,6 +124,10 @@ struct Keys {
   int32_t position, segment, window;    // of the query; window 0: all
   float cap;                            // of the scores; 0: none
 };
+struct Sums {              // over a vocabulary, of one target: its largest logit and whose it is, and counts * exp(logit - most)
+  float most = -1e30f, sum = 0;
+  int32_t best = 0;
+};
 struct MatrixKernels {
   int tile, panel, slots;   // rows of C in registers; its columns; the depth of a slab
   bool (*pairs)();          // whether the CPU multiplies pairs of bfloat16
@@ -135,6 +139,9 @@ struct MatrixKernels {
   int64_t (*peak)(int64_t rounds, bool paired);
   // scores of a query -> exp(score - most), 0 where it does not see; gives `most` and their sum
   void (*soften)(const Keys&, float* scores, float* most, float* sum);
+  // logits of one target -> counts * exp(logit - most) * slope of the cap, where `sums` has taken them in; gives what its sums of before
+  // are to be multiplied by. n is a whole number of vectors.
+  float (*fold)(float* logits, const float* counts, int64_t n, int64_t first, float cap, Sums& sums);
   // scores and d weights -> weights and d scores, where the query's result [H] had the gradient d_out
   void (*soften_back)(const Keys&, float* scores, float* d_weights, float log_sum, const float* out, const float* d_out, int64_t H);
 };

@@ -198,7 +198,26 @@ void soften(const Keys& k, float* scores, float* most, float* sum) {
     Fv x = exp(load<Fv>(scores + i) - splat(*most));
     store(scores + i, x), total += x;
   }
-  *sum = cg::CG_LEVEL::sum(total);
+  *sum = CG_LEVEL::sum(total);
+}
+float fold(float* logits, const float* counts, int64_t n, int64_t first, float cap, Sums& sums) {
+  Fv top = splat(sums.most);
+  for (int64_t i = 0; i < n; i += FW) {
+    Fv x = load<Fv>(logits + i);
+    if (cap) x = splat(cap) * tanh(x / splat(cap));
+    x = select(load<Fv>(counts + i) > Fv{}, x, splat(-INFINITY));
+    store(logits + i, x), top = max(top, x);
+  }
+  const float most = largest(top), shrink = exp(splat(sums.most - most))[0];
+  if (most > sums.most) sums.best = (int32_t)(first + (std::find(logits, logits + n, most) - logits));
+  Fv total = {};
+  for (int64_t i = 0; i < n; i += FW) {
+    const Fv x = load<Fv>(logits + i), weight = load<Fv>(counts + i) * exp(x - splat(most)), t = x / splat(cap);
+    total += weight;
+    store(logits + i, cap ? select(weight > Fv{}, weight * (splat(1.f) - t * t), Fv{}) : weight);
+  }
+  sums.most = most, sums.sum = sums.sum * shrink + sum(total);
+  return shrink;
 }
 void soften_back(const Keys& k, float* scores, float* d_weights, float log_sum, const float* out, const float* d_out, int64_t H) {
   Fv along = {};
@@ -222,6 +241,6 @@ void soften_back(const Keys& k, float* scores, float* d_weights, float log_sum, 
 }  // namespace
 
 extern const MatrixKernels matrix_kernels = {TILE,        PANEL,         SLOTS, pairs,  strip,      decode_strip,
-                                             gather_rows, multiply_rows, peak,  soften, soften_back};
+                                             gather_rows, multiply_rows, peak,  soften, fold,       soften_back};
 }  // namespace CG_LEVEL
 }  // namespace cg

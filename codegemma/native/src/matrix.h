@@ -38,4 +38,16 @@ void attend(const Kernels* kernels, Pool& pool, const Attended& s, float* out, f
 void attend_back(const Kernels* kernels, Pool& pool, const Attended& s, const float* out, const float* log_sums_BTN,
                  const float* d_out, float* dq, float* dk, float* dv);
 
+// Of `targets` hidden states [M, D], against all rows of a table: their sums, and counts * exp(logit - most) * slope * row [M, D].
+// Rows whose count is 0 are out.
+struct Vocabulary {
+  const float* hidden;
+  int64_t targets;
+  Weight table;
+  const float* counts;
+  float cap;  // of the logits; 0: none
+  bool paired;
+};
+void fold(const Kernels* kernels, Pool& pool, const Vocabulary& v, float* mean_MD, Sums* sums_M);
+
 }  // namespace cg

@@ -1,4 +1,5 @@
-// Kernels of training as calls that XLA makes: products with frozen weights that stay in their blocks, and attention. One job at a
+// Kernels of training as calls that XLA makes: products with frozen weights that stay in their blocks, attention, and the loss's
+// pass over a vocabulary. One job at a
 // time runs on the pool; XLA's own threads wait for it.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -48,17 +49,13 @@ Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
   return {type, (const uint8_t*)blocks.data, blocks.dims[0], blocks.dims[1] / TYPE[type].bytes * TYPE[type].block, blocks.dims[1]};
 }
 
-// x [T, K], blocks [R, row bytes], first [], used [] -> x W^T [T, rows]; transposed: dy [T, rows], ... -> dy W [T, K]. W is `rows` rows
-// from `first` on. Only `used` rows of x count: the rest of the result is zero.
+// x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; transposed: dy [T, rows], ... -> dy W [T, K]. W is `rows` rows from `first` on.
 template <bool TRANSPOSED> void product(const xla::Call& call) {
   const xla::Buffer &x = array(call.arguments, 0, xla::F32, 2), &out = array(call.results, 0, xla::F32, 2);
-  const int64_t used = *(const int32_t*)array(call.arguments, 3, xla::S32, 0).data;
-  Matrix m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), std::clamp<int64_t>(used, 0, x.dims[0]),
+  Matrix m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), x.dims[0],
            *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data, TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED, false, paired(call)};
   require(m.first >= 0 && m.first + m.count <= m.w.rows, "rows beyond the weight's");
-  require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == x.dims[0], "x and the weight differ in their width");
-  std::fill_n(m.c + m.T * m.width(), (x.dims[0] - m.T) * m.width(), 0.f);
-  if (!m.T) return;
+  require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == m.T, "x and the weight differ in their width");
   multiply(engine.kernels, *engine.pool, m);
 }
 
@@ -141,6 +138,21 @@ void attention_back(const xla::Call& call) {
   const float *d_out = heads(array(call.arguments, 0, xla::F32, 4), s, s.N), *out = heads(array(call.arguments, 1, xla::F32, 4), s, s.N);
   attend_back(engine.kernels, *engine.pool, s, out, (const float*)array(call.arguments, 2, xla::F32, 3).data, d_out, grown[0], grown[1], grown[2]);
 }
+// hidden [M, D], blocks [V, row bytes], counts [V], used [] -> mean [M, D], largest logits [M], whose [M], sums [M], of the first `used` targets
+void vocabulary(const xla::Call& call) {
+  const xla::Buffer &hidden = array(call.arguments, 0, xla::F32, 2), &counts = array(call.arguments, 2, xla::F32, 1);
+  const Weight table = weight(call, array(call.arguments, 1, xla::U8, 2));
+  const int64_t M = hidden.dims[0], D = table.cols;
+  const int64_t used = std::clamp<int64_t>(*(const int32_t*)array(call.arguments, 3, xla::S32, 0).data, 0, M);
+  require(hidden.dims[1] == D && counts.dims[0] == table.rows, "hidden states, the table and the counts of its rows differ");
+  float *mean = out(call, 0, M, D), *most = (float*)array(call.results, 1, xla::F32, 1).data, *sum = (float*)array(call.results, 3, xla::F32, 1).data;
+  int32_t* best = (int32_t*)array(call.results, 2, xla::S32, 1).data;
+  std::vector<Sums> sums(M, {0, 1, 0});  // what is not used is finite
+  fold(engine.kernels, *engine.pool, {(const float*)hidden.data, used, table, (const float*)counts.data, scalar<float>(call, "cap"), paired(call)},
+       mean, sums.data());
+  std::fill(mean + used * D, mean + M * D, 0.f);
+  for (int64_t m = 0; m < M; m++) most[m] = sums[m].most, sum[m] = sums[m].sum, best[m] = sums[m].best;
+}
 // ids [n], blocks [R, row bytes] -> rows of the weight as floats [n, K]
 void rows(const xla::Call& call) {
   const xla::Buffer &ids = array(call.arguments, 0, xla::S32, 1), &out = array(call.results, 0, xla::F32, 2);
@@ -190,6 +202,7 @@ void bind_xla(nb::module_& m) {
     handlers["codegemma_adapted_back"] = nb::capsule((void*)handle<adapted_back>);
     handlers["codegemma_attention"] = nb::capsule((void*)handle<attention>);
     handlers["codegemma_attention_back"] = nb::capsule((void*)handle<attention_back>);
+    handlers["codegemma_vocabulary"] = nb::capsule((void*)handle<vocabulary>);
     handlers["codegemma_rows"] = nb::capsule((void*)handle<rows>);
     return handlers;
   }, "level"_a, "threads"_a, "Calls for XLA by their names, which run on so many threads from now on.");
