@@ -15,7 +15,7 @@ import numpy as np
 
 from codegemma import hub, prompts
 from codegemma.engine import Engine
-from codegemma.formats import Checkpoint, files, format_of, gguf, keras, nemo, open_checkpoint, orbax, safetensors, torch
+from codegemma.formats import TAUGHT, Checkpoint, files, format_of, gguf, keras, nemo, open_checkpoint, orbax, safetensors, torch
 from codegemma.formats.files import building
 from codegemma.native import Native
 from codegemma.quantize import CHUNK, QUANTISED, Cost, Importance, blocks, chosen, importance_of, rows_float32
@@ -89,14 +89,14 @@ def save(to: Target, path: Path, made: Checkpoint, stamp: str | None = None) -> 
         case "keras":
             keras.save(path, made.config, made.tensors, model)
         case "safetensors":
-            safetensors.save(path, made.config, made.tensors, tokenizer, template, _stops(made))
+            safetensors.save(path, made.config, made.tensors, tokenizer, template, _stops(made), _taught(made))
             if made.path.is_dir() and format_of(made.path) in ("safetensors", "torch"):
                 for pattern in KEPT_FILES:
                     for file in made.path.glob(pattern):
                         shutil.copyfile(file, path / file.name)
         case "orbax" | "gemma_pytorch":
             (orbax if to == "orbax" else torch).save(path, made.config, made.tensors)
-            (path / "config.json").write_text(json.dumps(safetensors.config_fields(made.config), indent=2) + "\n")
+            (path / "config.json").write_text(json.dumps(safetensors.config_fields(made.config) | _taught(made), indent=2) + "\n")
             if model:
                 (path / "tokenizer.model").write_bytes(model)
     if to not in ("gguf", "nemo"):
@@ -211,7 +211,11 @@ def _kept(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entries of a GGUF header that a new file keeps: what it says of itself and its vocabulary."""
     return {key: value for key, value in checkpoint.metadata.items()
             if key.startswith(("general.", "tokenizer.")) and format_of(checkpoint.path) == "gguf"
-            and key not in ("general.architecture", "general.alignment")}
+            and key not in ("general.architecture", "general.alignment")} | _taught(checkpoint)
+
+
+def _taught(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {key: value for key, value in checkpoint.metadata.items() if key == TAUGHT}
 
 
 # ---------------------------------------------------------------------------------------------------------- verify

@@ -76,6 +76,8 @@ class Model:
         name = f"{self.preset.name}-fim" if self.preset else ""
         if not name or not (ADAPTERS / name).is_dir() or not hasattr(self.backend, "add_adapter"):
             return None
+        if self._checkpoint.taught is not None:
+            return None
         packaged = lora.load(ADAPTERS / name)
         try:
             packaged.check(self.config)
@@ -93,11 +95,13 @@ class Model:
         return self._adapters[name]
 
     def fim_orders(self, adapter: str | None = "auto") -> frozenset[str]:
-        """The orders, of "psm" and "spm", that it was trained to fill in the middle in: as the adapter's card says, else
-        PSM where the preset says so or the vocabulary names the FIM tokens."""
+        """The orders, of "psm" and "spm", that it was trained to fill in the middle in: as the adapter's card says, or the
+        checkpoint's own mark, else PSM where the preset says so or the vocabulary names the FIM tokens."""
         used = self._adapters.get(self.completing_adapter(adapter) or "")
         if used is not None and (orders := frozenset(order for order in ("psm", "spm") if used.trained(order))):
             return orders
+        if self._checkpoint.taught:
+            return self._checkpoint.taught
         named = self.engine.tokenizer is not None and self.engine.tokenizer.control.fim == "named"
         return frozenset({"psm"}) if (self.preset.fim if self.preset else named) else frozenset()
 

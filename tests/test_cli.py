@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -270,7 +271,8 @@ def test_stdin_of_a_terminal_is_not_waited_for(gguf):
 # ------------------------------------------------------------------------------------------------ adapters
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    return lora.save(random_adapter(tiny_config("gemma-mqa"), tokens=(67, 70)), tmp_path_factory.mktemp("adapters") / "mine")
+    made = replace(random_adapter(tiny_config("gemma-mqa"), tokens=(67, 70)), card={"fim": {"psm": True}})
+    return lora.save(made, tmp_path_factory.mktemp("adapters") / "mine")
 
 
 def test_an_adapter_acts_where_it_is_named(run, gguf, adapter):
@@ -299,6 +301,11 @@ def test_convert_merges_and_inspect_tells(run, gguf, adapter, tmp_path):
     ids = [2, 67, 100, 200, 70]
     merged = codegemma.load(tmp_path / "merged.gguf").logits(ids)
     assert abs(merged - model.logits(ids, "mine")).max() < 1e-3 < abs(merged - model.logits(ids)).max()
+    assert run("convert", gguf, tmp_path / "merged", "--to", "safetensors", "--adapter", adapter)[0] == 0
+    for written in (tmp_path / "merged.gguf", tmp_path / "merged"):
+        again = tmp_path / f"again-{written.name}.gguf"
+        assert run("convert", written, again)[0] == 0    # and what it was taught goes with it
+        assert [open_checkpoint(path).taught for path in (gguf, written, again)] == [None, {"psm"}, {"psm"}]
     write_tiny_gguf(tmp_path / "q8.gguf", tiny_config("gemma-mqa"), "Q8_0")
     code, _, notes = run("convert", tmp_path / "q8.gguf", tmp_path / "again.gguf", "--adapter", adapter)
     assert code == 0 and "note: " in notes and "rounded to blocks a second time" in notes

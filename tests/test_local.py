@@ -21,7 +21,7 @@ from tiny import (
 import codegemma
 from codegemma import Completion, File, Message, Sampling, load, local, lora
 from codegemma.config import PRESETS
-from codegemma.formats import gguf
+from codegemma.formats import gguf, open_checkpoint
 from codegemma.local import truncate_left
 from codegemma.native import Cancel
 from codegemma.weights import Tensor, write
@@ -276,6 +276,9 @@ def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypat
     assert completed.ids == present.complete(*hole, mode="spm", max_tokens=8, adapter="gemma-3-270m-fim").ids
     assert completed.running.ids[1] == 69    # SPM: the suffix comes first
     assert present.complete(*hole, max_tokens=8, adapter=None).steps == base.steps
+    merged = local.Model(lora.merge(open_checkpoint(path), replace(adapter, card={"fim": {"spm": True}})), 1)
+    merged.preset = PRESETS["gemma-3-270m"]
+    assert merged.completing_adapter() is None and merged.fim_orders() == {"spm"}   # it has one within
     with pytest.raises(ValueError, match="cannot be called 'auto'"):
         present.add_adapter("auto", adapter)
     with pytest.raises(ValueError, match="no adapter 'other'"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,16 @@ from codegemma.tokenizer import Tokenizer
 from codegemma.weights import Tensor
 
 
+TAUGHT = "codegemma.fim"
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened model: `tensors` by our names (weights.py), `metadata` as the file states it (header, config.json)."""
+    """An opened model: `tensors` by our names (weights.py), `metadata` as the file states it (header, config.json).
+
+    metadata[TAUGHT], where there is any, are the orders ("psm,spm", or "") that weights changed here were taught to fill in the
+    middle in: no adapter of the model that they were made of belongs to them any more.
+    """
 
     path: Path
     config: ModelConfig
@@ -28,6 +35,15 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer | None:
         """Built when first asked for; None where the checkpoint has none, and then ids work but text does not."""
         return self.build_tokenizer() if self.build_tokenizer else None
+
+    @property
+    def taught(self) -> frozenset[str] | None:
+        orders = self.metadata.get(TAUGHT)
+        return None if orders is None else frozenset({"psm", "spm"} & set(str(orders).split(",")))
+
+    def teach(self, orders: Iterable[str], tensors: dict[str, Tensor]) -> Checkpoint:
+        """With other weights, which fill in the middle in these orders."""
+        return replace(self, tensors=tensors, metadata={**self.metadata, TAUGHT: ",".join(sorted(orders))})
 
     @cached_property
     def nbytes(self) -> int:

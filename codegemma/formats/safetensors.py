@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -382,8 +383,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None,
-         template: str | None, stops: list[int]) -> None:
-    """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at `stops`."""
+         template: str | None, stops: list[int], told: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at `stops`. `told`: more for config.json."""
     stored = weights.write("hf", config, tensors)
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in stored.items():
@@ -396,7 +397,7 @@ def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokeniz
         write_safetensors(path / file, shard)
     kind = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[tensors["embed"].type]
     documents: dict[str, Any] = {
-        "config.json": {**config_fields(config), "torch_dtype": kind},
+        "config.json": {**config_fields(config), "torch_dtype": kind, **told},
         "generation_config.json": {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": stops or 1}}
     if len(shards) > 1:
         documents["model.safetensors.index.json"] = {

@@ -6,6 +6,7 @@ says what it was made of.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -206,7 +207,9 @@ def _write(plan: Plan, checkpoint: Checkpoint, trained: Trainable, card: dict[st
         types = {name: tensor.type if tensor.type in ELEMENTS else "BF16" for name, tensor in checkpoint.tensors.items()}
         tensors = {name: _tensor(np.asarray(value), types[name]) for name, value in trained.items()}  # type: ignore[arg-type]
         with building(new) as folder:
-            save("safetensors", folder, replace(checkpoint, tensors=tensors))
+            orders = [order for order in plan.orders if not plan.chat] or checkpoint.taught or ()
+            save("safetensors", folder, checkpoint.teach(orders, tensors))
+            (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     shutil.rmtree(plan.result, ignore_errors=True)
     new.rename(plan.result)
 
