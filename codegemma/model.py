@@ -69,14 +69,18 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
             for place, k in zip(wanted, jax.random.split(key, len(wanted)), strict=True)}
 
 
-def params_of(checkpoint: Checkpoint, dtype: Any = None, blocks: bool = False) -> Params:
-    """A checkpoint's parameters. `blocks`: matrices stay in the file's own type, decoded layer by layer as they are
-    used; else they become `dtype` (None: the file's where it is unquantised, else bfloat16). Norms are float32."""
+def params_of(checkpoint: Checkpoint, dtype: Any = None, blocks: Literal["none", "own", "floats"] = "none") -> Params:
+    """A checkpoint's parameters. `blocks`: "own" leaves matrices in the file's own type, decoded layer by layer as they are
+    used, for the engine's kernels; else they become `dtype` (None: the file's where it is unquantised, else bfloat16), and with
+    "floats" the kernels read these. Norms are float32."""
     def convert(name: str, tensor: Any) -> Weight:
         if len(tensor.shape) == 1:
             return jnp.asarray(tensor.float32())
-        if blocks:
+        if blocks == "own" or blocks == "floats" and tensor.type in ELEMENTS:
             return Blocks.of(tensor)
+        if blocks == "floats":
+            values = _floats(tensor, jnp.bfloat16)
+            return Blocks(jax.lax.bitcast_convert_type(values, jnp.uint8).reshape(tensor.shape[0], -1), "BF16")
         if tensor.type == "BF16" and dtype in (None, jnp.bfloat16):
             return jnp.asarray(tensor.array().view(jnp.bfloat16))
         return _floats(tensor, dtype or ELEMENTS.get(tensor.type, jnp.bfloat16))  # type: ignore[arg-type]
@@ -228,7 +232,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sight: Sight
     that a part of the queries cannot see, behind it or before its window, are left out of its products."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if sight.cached:
-        return checkpoint_name(_attend(q_BTNH, k_BSKH, v_BSKH, sight.mask_BTS(slice(0, T), slice(0, S), window), cap), xla.MIXED)
+        return _attend(q_BTNH, k_BSKH, v_BSKH, sight.mask_BTS(slice(0, T), slice(0, S), window), cap)
     parts, size = [], max(QUERIES, -(-T // PARTS // 16) * 16)    # whole vectors, as of the keys
     for start in range(0, T, size):
         stop = min(start + size, T)
@@ -240,8 +244,8 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sight: Sight
 
 def kernel_attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sight: Sight, window: int | None, cap: float | None
                   ) -> jax.Array:
-    """`attend` without a cache, by the engine's kernels where there is a CPU for them."""
-    if not xla.kernels():
+    """`attend` without a cache, by the engine's kernels where there is a CPU for them, and no mesh that divides the batch."""
+    if not xla.kernels() or not jax.sharding.get_abstract_mesh().empty:
         return attend(q_BTNH, k_BTKH, v_BTKH, sight, window, cap)
     segments_BT = jnp.ones_like(sight.positions_BT) if sight.segments_BT is None else sight.segments_BT
     mixed_BTNH = xla.attention(q_BTNH, k_BTKH, v_BTKH, sight.positions_BT, segments_BT, window, cap)

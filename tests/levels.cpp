@@ -213,20 +213,20 @@ void training() {
 }
 // Attention's own part of training: one row of scores, some of them out of sight.
 void softening() {
-  const int n = 75, H = 21, padded = 80;
-  std::vector<int32_t> positions(padded), segments(padded, -1);
+  const int n = 75, padded = 80;
+  std::vector<int32_t> positions(padded, 1 << 30), segments(padded);
   for (int i = 0; i < n; i++) positions[i] = i % 50, segments[i] = i / 50;
   for (float cap : {0.f, 3.f})
     for (int window : {0, 9}) {
       const Keys keys{positions.data(), segments.data(), n, 20, 1, window, cap};
-      const auto start = draws(padded), slopes = draws(padded), out = draws(H), d_out = draws(H);
+      const auto start = draws(padded), slopes = draws(padded), counts = draws(padded);
       std::vector<float> told[2], grown[2];
       for (int level = 0; level < 2; level++) {
         const MatrixKernels& k = *(level ? twin : ours)->matrix;
         float most, sum;
         std::vector<float> weights = start, scores = start, d = slopes;
         k.soften(keys, weights.data(), &most, &sum);
-        k.soften_back(keys, scores.data(), d.data(), most + std::log(sum), out.data(), d_out.data(), H);
+        k.soften_back(keys, scores.data(), d.data(), most + std::log(sum));
         weights.resize(n), scores.resize(n), d.resize(n);
         told[level] = weights, grown[level] = scores;
         told[level].push_back(most), told[level].push_back(sum);
@@ -234,6 +234,14 @@ void softening() {
       }
       close(told[0], told[1], 0, 1e-4f, "weights of attention");
       close(grown[0], grown[1], 0, 1e-4f, "gradients of attention's weights");
+      for (int level = 0; level < 2; level++) {
+        std::vector<float> logits = start;
+        Sums sums{0.5f, 2, 3};
+        const float shrink = (level ? twin : ours)->matrix->fold(logits.data(), counts.data(), padded, 100, cap, sums);
+        told[level] = logits;
+        told[level].insert(told[level].end(), {shrink, sums.most, sums.sum, (float)sums.best});
+      }
+      close(told[0], told[1], 0, 1e-4f, "sums over a vocabulary");
     }
 }
 

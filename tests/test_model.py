@@ -92,7 +92,7 @@ def test_blocks_give_the_logits_of_their_values(type):
     """Weights that stay as the file holds them, through the engine's products, on the adapter's side too."""
     model, ids = checkpoint("gemma2", type, layers=2), random_ids(24)
     lora = lora_of(random_adapter(model.config, tokens=(69, 300)))
-    kept, decoded = (params_of(model, jnp.float32, blocks=blocks) for blocks in (True, False))
+    kept, decoded = (params_of(model, jnp.float32, blocks=blocks) for blocks in ("own", "none"))
     values = {name: dequantize(tensor) for name, tensor in model.tensors.items()}
     bound = 2 * reference.tolerance(model.config, values, ids)
     assert np.abs(logits(model.config, kept, ids) - reference.logits(model.config, values, ids)).max() < bound
@@ -187,7 +187,7 @@ def test_attention_in_parts_and_by_kernels_is_attention(T, window, cap):
     """Result and gradients, of packed segments, beside all queries against all keys."""
     rng = np.random.default_rng(T)
     q, k, v, weights = (jnp.asarray(rng.standard_normal((2, T, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
-    segments = np.sort(rng.integers(1, 4, (2, T)), 1)
+    segments = np.sort(rng.integers(-1, 2, (2, T)), 1)
     positions = np.stack([np.arange(T) - np.searchsorted(row, row) for row in segments])
     sight = model.Sight(jnp.asarray(positions), jnp.asarray(segments), False)
 
@@ -203,11 +203,14 @@ def test_attention_in_parts_and_by_kernels_is_attention(T, window, cap):
     def both(attend):
         return jax.jit(jax.value_and_grad(lambda x: (attend(*x) * weights.reshape(2, T, -1)).sum()))((q, k, v))
 
+    wanted = jax.tree.leaves(both(whole))
+    for other in (both(parts), both(kernels)):
+        for a, b in zip(wanted, jax.tree.leaves(other), strict=True):
+            assert np.abs(a - b).max() <= 64 * reference.FLOAT32 * max(np.linalg.norm(a), np.linalg.norm(weights))
     with jax.default_matmul_precision("bfloat16"):
         rounded = both(kernels)
-    for other, unit in ((both(parts), reference.FLOAT32), (both(kernels), reference.FLOAT32), (rounded, 2.0 ** -9)):
-        for a, b in zip(jax.tree.leaves(both(whole)), jax.tree.leaves(other), strict=True):
-            assert np.abs(a - b).max() <= 64 * unit * max(np.linalg.norm(a), np.linalg.norm(weights))
+    for a, b in zip(wanted[1:], jax.tree.leaves(rounded)[1:], strict=True):
+        assert np.linalg.norm(a - b) <= 2.0 ** -6 * np.linalg.norm(a)   # nothing where a token sees itself alone
 
 
 @pytest.mark.parametrize("kind", ["gemma-mqa", "gemma3"])

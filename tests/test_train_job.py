@@ -231,7 +231,8 @@ def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(tune, "Rows", lambda folder: range(8))
     monkeypatch.setattr(job, "run", lambda plan, _, tell: found.append(plan.out.exists()) or tell(SimpleNamespace(seconds=9.0)))
-    assert tune._plan(tmp_path, "m", 1.0, 4, None, 0).settings.steps == 5 and found == [False]
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    assert tune._plan(tmp_path, "m", 150.0, 4, None, 0).settings.steps == 5 and found == [False]
 
 
 def test_the_rows_of_fim_tokens_start_from_four_different_ones():
@@ -268,15 +269,38 @@ def test_what_rows_leave_out_is_not_held_out(model, tmp_path, monkeypatch):
     (repository / "LICENSE").write_text("as is\n")
     said = []
     tune._prepare(repository, tmp_path / "work", load(model).tokenizer, ("psm", "spm"), 0, said.append)
-    assert said == ["7 files to learn from, 1 held out"]
+    assert said == ["7 files to learn from, 0 to choose the best step by, 1 held out"]
+
+
+def code(repository, files):
+    repository.mkdir()
+    for n in range(files):
+        (repository / f"m{n}.py").write_text("".join(f"def f_{n}_{i}(a, b):\n    total = a + b * {i}\n    return total\n\n\n"
+                                                      for i in range(30)))
+    return repository
+
+
+@pytest.mark.parametrize("steps", [2, 60])
+def test_tune_stopped_early_keeps_the_best_so_far(model, tmp_path, steps):
+    """Before and after the first choice; what chooses is neither taught nor measured."""
+    repository, said, seen = code(tmp_path / "app", 44), [], []
+
+    def follow(total):
+        def tell(report):
+            seen.append(report)
+            if len(seen) == min(steps, total - 1):
+                raise KeyboardInterrupt
+        return tell
+
+    result = tune.tune(repository, str(model), 0.5, tmp_path / "made", "auto", 4, 9, 0, False, follow, said.append)
+    assert result.trained + result.held_out == 44 - 1 and "37 files to learn from, 1 to choose" in said[0] or said
+    card = lora.load(tmp_path / "made").card
+    assert 0 < card["steps"] <= len(seen) + 1 and card["held_out"] > 0 and card["measured"].keys() == result.figures.keys()
+    assert any("stopped early" in line for line in said) and not (tmp_path / "made" / "work").exists()
 
 
 def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
-    repository = tmp_path / "app"
-    repository.mkdir()
-    for n in range(12):
-        (repository / f"m{n}.py").write_text("".join(f"def f_{n}_{i}(a, b):\n    total = a + b * {i}\n    return total\n\n\n"
-                                                      for i in range(30)))
+    repository = code(tmp_path / "app", 12)
     said = []
     result = tune.tune(repository, str(model), 0.2, tmp_path / "made", "auto", 4, 9, 0, False, lambda total: lambda report: None,
                        said.append)

@@ -112,7 +112,7 @@ class Sums(NamedTuple):
     mean_MD: Array
 
 
-def vocabulary(hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | None, used: Array) -> Sums:
+def vocabulary(hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | None, used: Array | int) -> Sums:
     """Of the first `used` hidden states, over all rows of a table, each as often as `counts_V` says; where it is 0, the row is
     out. Rows beyond `used` give 0, 0, 1 and 0. By the kernels alone, on a CPU; not differentiable."""
     M, D = hidden_MD.shape
@@ -213,12 +213,12 @@ def _attention_forward(how: How, window: int, cap: float, *qkv_and_sight: Array)
     told = {"window": np.int32(window), "cap": np.float32(cap)}
     out_BTNH, sums_BTN = _ffi(how, "codegemma_attention", (shape_BTNH, shape_BTNH[:3]), *qkv_and_sight, **told)
     out_BTNH, sums_BTN = checkpoint_name(out_BTNH, MIXED), checkpoint_name(sums_BTN, EASED)
-    return out_BTNH, (out_BTNH, sums_BTN, *qkv_and_sight)
+    return out_BTNH, (sums_BTN, *qkv_and_sight)
 
 
 def _attention_backward(how: How, window: int, cap: float, kept: Any, d_out_BTNH: Array) -> Any:
     told = {"window": np.int32(window), "cap": np.float32(cap)}
-    return *_ffi(how, "codegemma_attention_back", tuple(x.shape for x in kept[2:5]), d_out_BTNH, *kept, **told), None, None
+    return *_ffi(how, "codegemma_attention_back", tuple(x.shape for x in kept[1:4]), d_out_BTNH, *kept, **told), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

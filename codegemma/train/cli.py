@@ -40,10 +40,11 @@ def train(
     evaluate_every: Annotated[int, typer.Option(help="Steps between measurements.")] = 50,
     patience: Annotated[int, typer.Option(help="Measurements without a better one before it stops; 0: never.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
-    remat: Annotated[str, typer.Option(help="What is computed again to save memory: none, products or layer.")] = "none",
+    remat: Annotated[str, typer.Option(help="What is computed again to save memory: none, products, layer, or auto: layer where "
+                                            "a microbatch would keep more than 3 GB.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Activations: float32, or bfloat16 on a GPU or TPU.")] = "float32",
-    precision: Annotated[str, typer.Option(help="Factors of products with blocks (--qlora): bfloat16, on a CPU where it has "
-                                                "AVX-512 BF16, or float32.")] = "bfloat16",
+    precision: Annotated[str, typer.Option(help="Factors of an adapter's products on a CPU: bfloat16, where it has AVX-512 BF16, or "
+                                                "float32.")] = "bfloat16",
     mesh: Annotated[str | None, typer.Option(help="Devices, such as fsdp=8,tensor=4.")] = None,
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0, where several processes train.")] = None,
     process_count: Annotated[int | None, typer.Option(help="How many processes (or the cluster's own environment).")] = None,

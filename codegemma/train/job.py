@@ -27,6 +27,7 @@ from codegemma.formats.files import building
 from codegemma.formats.safetensors import read_json
 from codegemma.local import identity
 from codegemma.model import Lora, Params, embed, params_of
+from codegemma.native.xla import kernels
 from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
 from codegemma.train import mesh as meshes
@@ -79,7 +80,8 @@ def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambd
     if jax.process_index() == 0 and (new := _newer(plan)).exists() and not plan.result.exists():
         new.rename(plan.result)          # stopped between the two
     order, held_out, skipped = _order(plan)
-    base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks=plan.kind == "qlora")
+    blocks: Any = "own" if plan.kind == "qlora" else "floats" if plan.kind == "lora" and mesh is None and kernels() else "none"
+    base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks)
     trainable = _start(plan, checkpoint, base)
     terminators = sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else []
     started = time.monotonic()

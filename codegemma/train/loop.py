@@ -32,6 +32,7 @@ from codegemma.train.order import Microbatch, Order, Sample, microbatches
 
 Trainable = Lora | Params
 VOCABULARY = 32_768                      # of Settings, where the normaliser need not be exact
+ACTIVATIONS = 3 << 30                    # bytes that a backward pass may keep without being asked
 SETTLING = 8                             # first microbatches, after which the heap is given back each time
 
 
@@ -57,7 +58,7 @@ class Settings:
     save_every: int = 20
     keep: int = 2
     seed: int = 0
-    remat: Remat = "none"
+    remat: Remat | Literal["auto"] = "none"      # auto: layer where activations would take more than ACTIVATIONS
     dtype: Literal["float32", "bfloat16"] = "float32"
     precision: Literal["float32", "bfloat16"] = "bfloat16"   # of the factors of products in a step; see native/xla.py
 
@@ -68,7 +69,7 @@ class Settings:
         for name in ("weight_decay", "row_rate", "z", "patience"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)!r}")
-        for name, known in (("decay", ("cosine", "linear", "constant")), ("remat", get_args(Remat)),
+        for name, known in (("decay", ("cosine", "linear", "constant")), ("remat", ("auto", *get_args(Remat))),
                             ("dtype", ("float32", "bfloat16")), ("precision", ("float32", "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {', '.join(known)}, got {getattr(self, name)!r}")
@@ -95,6 +96,15 @@ class Report:
     gradient_norm: float
     held_out: float | None = None        # loss on the held-out rows, where they were measured
     best: bool = False
+
+
+def sparing(settings: Settings, config: ModelConfig, length: int) -> Settings:
+    """With `remat` chosen, for rows of `length` tokens: what a layer keeps is some arrays as wide as the model, its heads and its
+    feed-forward part."""
+    if settings.remat != "auto":
+        return settings
+    kept = 4 * config.layers * (8 * config.width + 4 * config.heads * config.head_width + 4 * config.ffn_width)
+    return replace(settings, remat="layer" if max(settings.micro_tokens, length) * kept > ACTIVATIONS else "none")
 
 
 def flops_of(config: ModelConfig, tokens: int, length: int, targets: int, full: bool) -> float:
@@ -146,8 +156,9 @@ def objective(trainable: Trainable, base: Params | None, batch: Microbatch, samp
     """Sum of the targets' losses (the terminators' weighed), and of each its loss and whether it was the likeliest token."""
     lora = trainable if isinstance(trainable, Lora) else None
     params: Params = base if lora is not None else trainable  # type: ignore[assignment]
+    remat: Any = settings.remat          # which `sparing` has chosen
     hidden_BTD, _ = forward(params, batch.tokens_BT, config, lora, positions_BT=batch.positions_BT,
-                            segments_BT=batch.segments_BT, remat=settings.remat, dtype=jnp.dtype(settings.dtype))
+                            segments_BT=batch.segments_BT, remat=remat, dtype=jnp.dtype(settings.dtype))
     C, M = batch.index_CM.shape
     parts_CPD = hidden_BTD.reshape(C, -1, config.width)
     picked_MD = jnp.take_along_axis(parts_CPD, batch.index_CM[..., None], 1).reshape(C * M, -1)
@@ -213,6 +224,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     time.monotonic, ends the run early, after one step at least. `about` is what else a run that is resumed must have in
     common, as JSON. Raises ValueError where `folder` holds a run and `resume` is not set, or one with other settings.
     """
+    settings = sparing(settings, config, max(order.length(rows) for rows in order.folders))
     steps = min(order.steps, settings.steps or order.steps)
     rate = schedule(settings, steps)
     rule = optimizer(settings, rate)
@@ -262,15 +274,16 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         run.trainable, run.moments, norm = update(run.trainable, run.moments, summed, jnp.float32(max(seen.targets, 1)))
         run.step += 1
         tokens = len(rows) * length
-        report = Report(run.step, steps, seen.loss, seen.right, seen.ends, seen.targets, tokens, time.perf_counter() - started,
-                        flops_of(config, tokens, length, seen.targets, not isinstance(trainable, Lora)),
-                        float(rate(run.step - 1)), float(norm))
-        if held_out and (run.step % settings.evaluate_every == 0 or run.step == steps):
-            measured = _held_out(loss, run.trainable, base, held_out, settings, mesh)
-            report = replace(report, held_out=measured, best=measured < run.best)
-            run.misses = 0 if report.best else run.misses + 1
-            run.best = min(run.best, measured)
-        return report
+        return Report(run.step, steps, seen.loss, seen.right, seen.ends, seen.targets, tokens, time.perf_counter() - started,
+                      flops_of(config, tokens, length, seen.targets, not isinstance(trainable, Lora)),
+                      float(rate(run.step - 1)), float(norm))
+
+    def measured(report: Report) -> Report:
+        found = _held_out(loss, run.trainable, base, held_out, settings, mesh)
+        best = found < run.best
+        run.misses = 0 if best else run.misses + 1
+        run.best = min(run.best, found)
+        return replace(report, held_out=found, best=best)
 
     def finished() -> bool:
         return run.step >= steps or 0 < settings.patience <= run.misses
@@ -283,6 +296,9 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
             with meshes.use(mesh):       # not while the caller has the report
                 report = step()
                 over = finished() or until is not None and time.monotonic() > until
+                if held_out and (over or run.step % settings.evaluate_every == 0):
+                    report = measured(report)
+                    over = over or finished()
                 saves = over or run.step % settings.save_every == 0
                 store.log(run, report)
                 if report.best or not held_out and saves:
@@ -297,8 +313,8 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
 def compiler_options(settings: Settings) -> dict[str, str]:
     """On a CPU, XLA computes again as early as it can what `remat` wants to have late, and saves nothing, unless it is told
     to mind memory. Without remat there is nothing to gain by it."""
-    sparing = settings.remat != "none" and jax.default_backend() == "cpu"
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if sparing else {}
+    again = settings.remat != "none" and jax.default_backend() == "cpu"
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if again else {}
 
 
 def hold_memory() -> None:

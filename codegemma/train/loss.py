@@ -35,8 +35,8 @@ class Losses(NamedTuple):
 def cross_entropy(hidden_MD: jax.Array, targets_M: jax.Array, table_VD: Weight, lora: Lora | None = None, *,
                   count: jax.Array | None = None, cap: float | None = None, z: float = 0.0,
                   train_table: bool = False, sample: Sample | None = None) -> Losses:
-    """Loss of `targets` after `hidden` states. `count`: only so many of them count (whole blocks of BLOCK are left out at
-    the end, and give zeros). `cap` is the model's soft cap on logits; `z` weighs the squared log of the normaliser (PaLM,
+    """Loss of `targets` after `hidden` states. `count`: only so many of them count (what the others give
+    means nothing). `cap` is the model's soft cap on logits; `z` weighs the squared log of the normaliser (PaLM,
     section 5). `train_table`: the table has a gradient too, at the price of two more products. `sample`: the normaliser from
     these tokens alone. Raises ValueError where both are wanted."""
     if train_table and sample is not None:
@@ -107,7 +107,7 @@ def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, 
         logits_MC = _without(ids, softcap(forward(h_MD), cap), numbers_C)
         return add(sums, logits_MC, numbers_C, back, counts_C)
 
-    if used is not None:
+    if used is not None and isinstance(summed_SD, Blocks):
         sums = _by_kernels(ids, cap, sample, summed_SD, used, h_MD)
     else:
         sums = Sums(jnp.full(M, -jnp.inf), jnp.zeros(M, jnp.int32), jnp.zeros(M), jnp.zeros((M, D)))

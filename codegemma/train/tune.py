@@ -39,6 +39,7 @@ BATCH_TOKENS = 4096                      # of a step; half of it from an adapter
 FEWEST = 4                               # files to train on
 LAYOUT: Layout = "spm"                   # of the holes that are measured: how an editor asks while one types
 END_WEIGHT = 2.0                         # trained on likelihood alone, greedy completions go on for too long
+MOST_CHOOSING, CHOICES = 20, 6           # files whose loss says which step was the best, and how often it is measured
 PROBE = 3                                # steps that say how long a step takes, the first of which compiles
 
 
@@ -91,17 +92,26 @@ def tune(repository: Path, model: str, minutes: float, out: Path | None, adapter
     found = heldout.holes(kept, engine.tokenizer, holes, seed)
     if not found:
         raise ValueError(f"{repository}: the held-out files have no place for a hole to measure: it needs more code")
+    say(f"measuring on {len(found)} holes of the files held out")
     before = _measured(engine, found, started_from)
     say(f"before: {_brief(before)}")
-    plan = replace(_plan(work, model, minutes, rank, started_from, seed), orders=orders)
-    trained = lora.load(job.run(plan, (plan.out / "metrics.jsonl").exists(), follow(job.steps_of(plan)),
-                                time.monotonic() + 60 * minutes))
+    until = time.monotonic() + 60 * minutes
+    say(f"finding out how long a step takes; then training, {minutes:g} minutes in all (Ctrl-C ends it early and keeps the best)")
+    plan = replace(_plan(work, model, until, rank, started_from, seed), orders=orders)
+    try:
+        job.run(plan, (plan.out / "metrics.jsonl").exists(), follow(job.steps_of(plan)), until)
+    except KeyboardInterrupt:
+        say("stopped early: measuring what there is (--resume goes on after another Ctrl-C)")
+        if not plan.result.exists():     # before the first choice: from the last checkpoint, or the start
+            job.run(plan, (plan.out / "metrics.jsonl").exists(), until=time.monotonic())
+    trained = lora.load(plan.result)
     after = _measured(engine, found, trained)
     figures = {name: _figure(before[name], after[name]) for name in before}
     result = Tuned(out, figures, len(json.loads((work / "ready").read_text())), len(kept))
     card = {**trained.card, "name": out.name, "repository": repository.resolve().name,
             "measured": {name: {"before": f.before, "after": f.after, "gain from": f.gain.low, "gain to": f.gain.high}
                          for name, f in figures.items()}}
+    shutil.rmtree(work / "final", ignore_errors=True)    # of a run that died here
     made = lora.save(replace(trained, name=out.name, card=card), work / "final")
     for file in [*made.iterdir(), plan.out / "loss.svg", plan.out / "metrics.jsonl"]:
         if file.exists():
@@ -143,19 +153,28 @@ def _prepare(repository: Path, work: Path, tokenizer: Tokenizer, orders: Sequenc
     taught, kept = hold_out(documents, repository, seed)
     if len(taught) < FEWEST:
         raise ValueError(f"{repository}: {len(documents)} files of code, but tuning needs at least {FEWEST + 1}: pass a larger one")
-    folder = work / "taught" / repository.resolve().name
-    for one in taught:
+    ranked = sorted(taught, key=lambda one: Draw("choose", seed, one.path).uniform())
+    choosing = ranked[:min(len(taught) // 20, MOST_CHOOSING)]
+    taught = [one for one in taught if one not in choosing]
+    say(f"{len(taught):,} files to learn from, {len(choosing):,} to choose the best step by, {len(kept):,} held out")
+    recipe = Recipe(fim_rate=0.9, spm_rate=1 / len(orders), length=LENGTH, seed=seed, licences="any", loss=("middle", "terminator"),
+                    window=WINDOW, stride=WINDOW[1], path_rate=0.5)
+    _build(taught, repository, work, "taught", tokenizer, recipe)
+    if choosing:
+        _build(choosing, repository, work, "choosing", tokenizer, recipe)
+    lines = [json.dumps([one.repository, one.path, one.text, one.language]) + "\n" for one in kept]
+    (work / "held-out.jsonl").write_text("".join(lines))
+    (work / "ready").write_text(json.dumps([one.path for one in taught]))
+
+
+def _build(files: Sequence[Document], repository: Path, work: Path, name: str, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    folder = work / "code" / name / repository.resolve().name
+    for one in files:
         file = folder / one.path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(one.text, encoding="utf-8", newline="")
     (folder / "Makefile").touch()        # one project, whatever projects stand inside it
-    say(f"{len(taught):,} files to learn from, {len(kept):,} held out")
-    recipe = Recipe(fim_rate=0.9, spm_rate=1 / len(orders), length=LENGTH, seed=seed, licences="any", loss=("middle", "terminator"),
-                    window=WINDOW, stride=WINDOW[1], path_rate=0.5)
-    build([str(folder.resolve())], work / "rows", tokenizer, recipe)
-    lines = [json.dumps([one.repository, one.path, one.text, one.language]) + "\n" for one in kept]
-    (work / "held-out.jsonl").write_text("".join(lines))
-    (work / "ready").write_text(json.dumps([one.path for one in taught]))
+    build([str(folder.resolve())], work / name, tokenizer, recipe)
 
 
 def _document(line: str) -> Document:
@@ -180,25 +199,27 @@ def _brief(figures: dict[str, list[float]]) -> str:
     return ", ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in figures.items())
 
 
-def _plan(work: Path, model: str, minutes: float, rank: int, start: lora.Adapter | None, seed: int) -> job.Plan:
+def _plan(work: Path, model: str, until: float, rank: int, start: lora.Adapter | None, seed: int) -> job.Plan:
     """Steps that the time allows, from how long a few take; the schedule ends with them."""
-    rows = Rows(work / "rows")
+    rows, choosing = Rows(work / "taught"), work / "choosing"
     batch = min(BATCH_TOKENS if start is None else BATCH_TOKENS // 2, len(rows) * LENGTH)
     path = work / "start" if start is not None else None
     if start is not None and not (work / "start").exists():
         lora.save(start, work / "start")
     # Adam's first steps move every weight by the whole rate: an adapter that completes already forgets to stop at 3e-4
     rate, warmup = (1e-3, 0.05) if start is None else (1e-4, 0.25)
-    settings = Settings(rate, warmup, end_weight=END_WEIGHT, vocabulary=VOCABULARY, micro_tokens=2048, save_every=10, keep=1,
-                        seed=seed)
-    plan = job.Plan(model, (str(work / "rows"),), work / "probe", replace(settings, steps=PROBE), kind="qlora", rank=rank,
+    settings = Settings(rate, warmup, end_weight=END_WEIGHT, vocabulary=VOCABULARY, save_every=10, keep=1, seed=seed, remat="auto")
+    plan = job.Plan(model, (str(work / "taught"),), work / "probe", replace(settings, steps=PROBE), kind="qlora", rank=rank,
                     adapter=path, batch_tokens=batch, epochs=100.0)
     stored = work / "steps"
     if not stored.exists():
         seconds: list[float] = []
         shutil.rmtree(plan.out, ignore_errors=True)      # of a probe that was interrupted
         job.run(plan, False, lambda report: seconds.append(report.seconds))
-        left = 60 * minutes - sum(seconds)
+        left = until - time.monotonic()
         most = 8 * len(rows) * LENGTH // batch           # more passes than that over little code only repeats it
         stored.write_text(str(max(PROBE, min(int(left / min(seconds)), max(most, PROBE)))))
-    return replace(plan, out=work / "run", settings=replace(settings, steps=int(stored.read_text())))
+    steps = int(stored.read_text())
+    held_out = choosing if (choosing / "index.npy").exists() and len(Rows(choosing)) else None
+    return replace(plan, out=work / "run", held_out=held_out,
+                   settings=replace(settings, steps=steps, evaluate_every=max(1, steps // CHOICES)))

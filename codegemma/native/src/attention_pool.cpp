@@ -2,6 +2,7 @@
 // computed again on the way back (FlashAttention, Dao et al. 2022, section 3.1): no [T, T] is kept. And the loss's pass over a
 // vocabulary, which is attention to the rows of a table, as keys and as values.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 
@@ -41,22 +42,21 @@ struct Run {
   int64_t rows() const { return p.queries * group; }
   int64_t stride() const { return (p.keys + LANES - 1) / LANES * LANES; }  // of scores
   int64_t token(int64_t row) const { return p.b * s.T + p.q0 + row / group; }
-  int64_t at(int64_t row) const { return (token(row) * s.N + p.head * group + row % group); }  // of [B, T, N]
+  int64_t at(int64_t row) const { return token(row) * s.N + p.head * group + row % group; }  // of [B, T, N]
 
   void for_parts(const std::function<void()>& body) {
     const int64_t size = std::max(QUERIES, (ROWS_OF_PART + group - 1) / group);
     for (int64_t b = 0; b < s.B; b++)
       for (int64_t q0 = 0; q0 < s.T; q0 += size) {
         const int64_t queries = std::min(size, s.T - q0);
+        std::vector<int64_t> firsts;                  // of the part's segments: no other query sees a key that these do not
+        for (int64_t i = b * s.T + q0; i < b * s.T + q0 + queries; i++)
+          if (firsts.empty() || s.segments[i] != s.segments[i - 1]) firsts.push_back(i);
         int64_t k0 = 0;
-        auto seen = [&](int64_t key) {
-          for (int64_t i = q0; i < q0 + queries; i++)
-            if (sees(s, b * s.T + i, b * s.T + key)) return true;
-          return false;
-        };
+        auto seen = [&](int64_t key) { return std::any_of(firsts.begin(), firsts.end(), [&](int64_t i) { return sees(s, i, b * s.T + key); }); };
         while (k0 < q0 && !seen(k0)) k0++;
         p = {b, 0, q0, queries, k0, q0 + queries - k0};
-        positions.assign(stride(), 0), segments.assign(stride(), -1);
+        positions.assign(stride(), INT32_MAX), segments.assign(stride(), 0);
         std::copy_n(s.positions + b * s.T + k0, p.keys, positions.data());
         std::copy_n(s.segments + b * s.T + k0, p.keys, segments.data());
         for (p.head = 0; p.head < s.K; p.head++) body();
@@ -74,10 +74,12 @@ struct Run {
   int64_t first_key() const { return ((p.b * s.T + p.k0) * s.K + p.head) * s.H; }
   // out [rows, stride] = x [rows, H] times keys; out [rows, H] = weights times values
   void score(const float* x, const Weight& keys, float* out) {
-    multiply(kernels, pool, {.a = x, .c = out, .w = keys, .T = rows(), .first = 0, .count = p.keys, .transposed = false, .paired = s.paired, .c_stride = stride()});
+    multiply(kernels, pool, {.a = x, .c = out, .w = keys, .T = rows(), .first = 0, .count = p.keys, .transposed = false,
+                             .paired = s.paired, .c_stride = stride()});
   }
   void mix(const float* weights, const Weight& values, float* out) {
-    multiply(kernels, pool, {.a = weights, .c = out, .w = values, .T = rows(), .first = 0, .count = p.keys, .transposed = true, .paired = s.paired, .a_stride = stride()});
+    multiply(kernels, pool, {.a = weights, .c = out, .w = values, .T = rows(), .first = 0, .count = p.keys, .transposed = true,
+                             .paired = s.paired, .a_stride = stride()});
   }
   // to the part's rows of out [B, T, K, H] += weights^T [keys, rows] times x [rows, H]
   void spread(const float* weights, const float* x, float* out) {
@@ -115,8 +117,8 @@ void attend(const Kernels* kernels, Pool& pool, const Attended& s, float* out_BT
   });
 }
 
-void attend_back(const Kernels* kernels, Pool& pool, const Attended& s, const float* out_BTNH, const float* log_sums_BTN,
-                 const float* d_out_BTNH, float* dq_BTNH, float* dk_BTKH, float* dv_BTKH) {
+void attend_back(const Kernels* kernels, Pool& pool, const Attended& s, const float* log_sums_BTN, const float* d_out_BTNH,
+                 float* dq_BTNH, float* dk_BTKH, float* dv_BTKH) {
   Run run{kernels, pool, s};
   std::fill_n(dk_BTKH, s.B * s.T * s.K * s.H, 0.f), std::fill_n(dv_BTKH, s.B * s.T * s.K * s.H, 0.f);
   run.for_parts([&] {
@@ -129,9 +131,7 @@ void attend_back(const Kernels* kernels, Pool& pool, const Attended& s, const fl
     run.score(q, run.of_keys(s.k), weights);
     run.score(d_out, run.of_keys(s.v), slopes);
     run.each_row([&](int64_t i) {
-      const int64_t at = run.at(i);
-      kernels->matrix->soften_back(run.keys(i), weights + i * stride, slopes + i * stride, log_sums_BTN[at], out_BTNH + at * H,
-                                   d_out_BTNH + at * H, H);
+      kernels->matrix->soften_back(run.keys(i), weights + i * stride, slopes + i * stride, log_sums_BTN[run.at(i)]);
     });
     run.spread(weights, d_out, dv_BTKH);
     run.spread(slopes, q, dk_BTKH);

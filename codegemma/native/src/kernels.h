@@ -119,7 +119,7 @@ struct Matrix {
 };
 // The keys that a query of training may see: those of its segment whose position is not above its own, and less than `window` below.
 struct Keys {
-  const int32_t *positions, *segments;  // readable to a whole number of vectors; beyond the keys a segment is none's
+  const int32_t *positions, *segments;  // readable to a whole number of vectors; beyond the keys a position is above all
   int64_t count;
   int32_t position, segment, window;    // of the query; window 0: all
   float cap;                            // of the scores; 0: none
@@ -142,8 +142,8 @@ struct MatrixKernels {
   // logits of one target -> counts * exp(logit - most) * slope of the cap, where `sums` has taken them in; gives what its sums of before
   // are to be multiplied by. n is a whole number of vectors.
   float (*fold)(float* logits, const float* counts, int64_t n, int64_t first, float cap, Sums& sums);
-  // scores and d weights -> weights and d scores, where the query's result [H] had the gradient d_out
-  void (*soften_back)(const Keys&, float* scores, float* d_weights, float log_sum, const float* out, const float* d_out, int64_t H);
+  // scores and d weights -> weights and d scores
+  void (*soften_back)(const Keys&, float* scores, float* d_weights, float log_sum);
 };
 
 struct Kernels {

@@ -219,22 +219,28 @@ float fold(float* logits, const float* counts, int64_t n, int64_t first, float c
   sums.most = most, sums.sum = sums.sum * shrink + sum(total);
   return shrink;
 }
-void soften_back(const Keys& k, float* scores, float* d_weights, float log_sum, const float* out, const float* d_out, int64_t H) {
-  Fv along = {};
-  int64_t h = 0;
-  for (; h + FW <= H; h += FW) along = fma(load<Fv>(out + h), load<Fv>(d_out + h), along);
-  float pull = sum(along);
-  for (; h < H; h++) pull += out[h] * d_out[h];
-  for (int64_t i = 0; i < k.count; i += FW) {
-    const Iv mask = seen(k, i);
-    Fv x = load<Fv>(scores + i), slope = splat(1.f);
+void soften_back(const Keys& k, float* scores, float* d_weights, float log_sum) {
+  auto weight = [&](int64_t i, Fv& slope) {
+    Fv x = load<Fv>(scores + i);
+    slope = splat(1.f);
     if (k.cap) {
       const Fv t = tanh(x / splat(k.cap));
-      x = splat(k.cap) * t, slope = splat(1.f) - t * t;
+      x = splat(k.cap) * t, slope -= t * t;
     }
-    const Fv weight = select(mask, exp(x - splat(log_sum)), Fv{});
-    store(scores + i, weight);
-    store(d_weights + i, select(mask, weight * (load<Fv>(d_weights + i) - splat(pull)) * slope, Fv{}));
+    return select(seen(k, i), exp(x - splat(log_sum)), Fv{});
+  };
+  // What the weights' sum of one takes back is their own sum, not the product of result and gradient that it is without roundoff:
+  // then a row of d scores sums to nothing, whatever the keys have in common.
+  Fv total = {}, along = {}, slope;
+  for (int64_t i = 0; i < k.count; i += FW) {
+    const Fv w = weight(i, slope);
+    total += w, along += select(seen(k, i), w * load<Fv>(d_weights + i), Fv{});
+  }
+  const Fv pull = splat(sum(along) / sum(total));
+  for (int64_t i = 0; i < k.count; i += FW) {
+    const Fv w = weight(i, slope);
+    store(d_weights + i, select(seen(k, i), w * (load<Fv>(d_weights + i) - pull) * slope, Fv{}));
+    store(scores + i, w);
   }
 }
 

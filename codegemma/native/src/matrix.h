@@ -1,5 +1,6 @@
 // Products of training, and attention made of them, spread over a pool of threads. Not to be called from two threads at once.
 #pragma once
+#include <cstdlib>
 #include <functional>
 
 #include "kernels.h"
@@ -35,8 +36,8 @@ struct Attended {
   bool paired;
 };
 void attend(const Kernels* kernels, Pool& pool, const Attended& s, float* out, float* log_sums_BTN);
-void attend_back(const Kernels* kernels, Pool& pool, const Attended& s, const float* out, const float* log_sums_BTN,
-                 const float* d_out, float* dq, float* dk, float* dv);
+void attend_back(const Kernels* kernels, Pool& pool, const Attended& s, const float* log_sums_BTN, const float* d_out,
+                 float* dq, float* dk, float* dv);
 
 // Of `targets` hidden states [M, D], against all rows of a table: their sums, and counts * exp(logit - most) * slope * row [M, D].
 // Rows whose count is 0 are out.

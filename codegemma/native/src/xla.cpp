@@ -1,6 +1,5 @@
 // Kernels of training as calls that XLA makes: products with frozen weights that stay in their blocks, attention, and the loss's
-// pass over a vocabulary. One job at a
-// time runs on the pool; XLA's own threads wait for it.
+// pass over a vocabulary. One job at a time runs on the pool; XLA's own threads wait for it.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -130,13 +129,13 @@ void attention(const xla::Call& call) {
   float* out = (float*)heads(array(call.results, 0, xla::F32, 4), s, s.N);
   attend(engine.kernels, *engine.pool, s, out, (float*)array(call.results, 1, xla::F32, 3).data);
 }
-// d out, out, logarithms of the sums, ... -> dq, dk, dv
+// d out, logarithms of the sums, ... -> dq, dk, dv
 void attention_back(const xla::Call& call) {
-  const Attended s = attended(call, 3);
+  const Attended s = attended(call, 2);
   float* grown[3];
   for (int i : {0, 1, 2}) grown[i] = (float*)heads(array(call.results, i, xla::F32, 4), s, i ? s.K : s.N);
-  const float *d_out = heads(array(call.arguments, 0, xla::F32, 4), s, s.N), *out = heads(array(call.arguments, 1, xla::F32, 4), s, s.N);
-  attend_back(engine.kernels, *engine.pool, s, out, (const float*)array(call.arguments, 2, xla::F32, 3).data, d_out, grown[0], grown[1], grown[2]);
+  const float *d_out = heads(array(call.arguments, 0, xla::F32, 4), s, s.N), *log_sums = (const float*)array(call.arguments, 1, xla::F32, 3).data;
+  attend_back(engine.kernels, *engine.pool, s, log_sums, d_out, grown[0], grown[1], grown[2]);
 }
 // hidden [M, D], blocks [V, row bytes], counts [V], used [] -> mean [M, D], largest logits [M], whose [M], sums [M], of the first `used` targets
 void vocabulary(const xla::Call& call) {
