@@ -94,7 +94,9 @@ adapter: .venv/.dev
 	$(BIN)/python tools/adapter_train.py
 	$(BIN)/python tools/adapter_eval.py base --multi -1 --data $(DATA)
 	$(BIN)/python tools/adapter_eval.py final --multi -1 --data $(DATA) --adapter $(RUNS)/final
+	rm -rf $(RUNS)/packaged
 	$(BIN)/python tools/adapter_card.py $(RUNS)/final --out $(RUNS)/packaged --label final --metrics $(RUNS)/*/metrics.jsonl
+	@echo "to ship it: cp $(RUNS)/packaged/* codegemma/adapters/gemma-3-270m-fim/"
 
 clean:
 	rm -rf .venv .venv-bench .venv-clients .venv-formats build web/node_modules editors/vscode/node_modules

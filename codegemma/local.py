@@ -34,6 +34,7 @@ class Model:
         self.path, self.config = checkpoint.path, checkpoint.config
         self._checkpoint, self._strict, self._warned = checkpoint, strict, set[str]()
         self._adapters: dict[str, lora.Adapter] = {}
+        self._preferred: tuple[str | None, bool] = None, False
         self.backend = _backend(backend, checkpoint, threads)
         self.engine = Engine(self.backend, checkpoint.tokenizer, identity(checkpoint), cache_bytes)
         self.preset = _preset_of(checkpoint)
@@ -86,9 +87,15 @@ class Model:
         self.add_adapter(name, packaged)
         return name
 
+    def prefer(self, path: str | os.PathLike[str]) -> None:
+        """Makes the adapter at a path the one that "auto" names from now on; see `adapter_at`."""
+        self._preferred = self.adapter_at(path), True
+
     def completing_adapter(self, adapter: str | None = "auto") -> str | None:
-        """Which adapter `complete` takes: "auto" is the packaged one of this model, None where it has none."""
-        return self._packaged_adapter if adapter == "auto" else adapter
+        """Which adapter `complete` takes: "auto" is the preferred one, else the packaged one of this model, None where it has
+        none."""
+        chosen, there = self._preferred
+        return adapter if adapter != "auto" else chosen if there else self._packaged_adapter
 
     def adapter(self, name: str) -> lora.Adapter:
         """One of `adapters`."""

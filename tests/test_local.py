@@ -276,6 +276,9 @@ def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypat
     assert completed.ids == present.complete(*hole, mode="spm", max_tokens=8, adapter="gemma-3-270m-fim").ids
     assert completed.running.ids[1] == 69    # SPM: the suffix comes first
     assert present.complete(*hole, max_tokens=8, adapter=None).steps == base.steps
+    absent.prefer(tmp_path / "gemma-3-270m-fim")
+    assert absent.complete(*hole, max_tokens=8).steps == completed.steps
+    assert absent.complete(*hole, max_tokens=8, adapter=None).steps == base.steps
     merged = local.Model(lora.merge(open_checkpoint(path), replace(adapter, card={"fim": {"spm": True}})), 1)
     merged.preset = PRESETS["gemma-3-270m"]
     assert merged.completing_adapter() is None and merged.fim_orders() == {"spm"}   # it has one within

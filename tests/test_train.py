@@ -149,7 +149,8 @@ def test_kernels_take_a_sample_and_a_count_as_the_chunks_do(monkeypatch, cap):
     found = []
     for kernels in (True, False):
         monkeypatch.setattr(losses.xla, "kernels", lambda kernels=kernels: kernels)
-        (_, made), gradients = jax.jit(jax.value_and_grad(lambda *args: total(*args), (0, 1), has_aux=True))(h, rows, jnp.int32(300))
+        step = jax.jit(jax.value_and_grad(lambda *args: total(*args), (0, 1), has_aux=True))
+        (_, made), gradients = step(h, rows, jnp.int32(300))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((made, gradients)))
         found.append((made.nats_M[:300], made.right_M[:300], *gradients))
     for ours, theirs in zip(*found, strict=True):

@@ -26,6 +26,7 @@ from codegemma.data.documents import Document
 from codegemma.formats import open_checkpoint
 from codegemma.model import params_of
 from codegemma.prompts import Message
+from codegemma.train import cli as train_cli
 from codegemma.train import job, sft, tune
 from codegemma.train.cli import follow
 from codegemma.train.loop import Settings
@@ -62,14 +63,15 @@ def test_every_form_of_a_dialogue_is_read(line, tmp_path):
 @pytest.mark.parametrize("line", ['{"text": "no pair"}', '{"input": 3, "output": "x"}', "[1]", "{",
                                   '{"messages": [{"role": "user", "content": "and?"}]}', "[" * 100_000, '{"input": "\xe9"}',
                                   '{"conversations": [{"from": "gpt", "value": "hello"}]}', '{"input": "\\ud800", "output": "x"}',
-                                  '{"input": "a", "output": "b", "system": 3}'])
+                                  '{"input": "a", "output": "b", "system": 3}', '{"messages": [{"content": "a"}]}'])
 def test_a_wrong_line_is_named(line, tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b'{"input": "a", "output": "b"}\n' + line.encode("latin-1"))
     with pytest.raises(ValueError, match="bad.jsonl, line 2: "):
         list(sft.read(tmp_path / "bad.jsonl"))
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="empty.jsonl: is empty"):
-        list(sft.read(tmp_path / "empty.jsonl"))
+    for nothing in ("", "\n \n"):
+        (tmp_path / "empty.jsonl").write_text(nothing)
+        with pytest.raises(ValueError, match="empty.jsonl: is empty"):
+            list(sft.read(tmp_path / "empty.jsonl"))
 
 
 def test_rows_of_chats_teach_the_answers_alone(model):
@@ -135,11 +137,34 @@ def test_plans_that_contradict_themselves_are_refused(changes, message):
     (["--process-id", "0"], "--process-id must lie"), (["--coordinator", "host"], "HOST:PORT"),
     (["--process-id", "2", "--process-count", "2"], "got 2 of 2"), (["--steps", "0"], "steps must be"),
     (["--decay", "cubic"], "decay must be cosine"), (["--remat", "all"], "remat must be"), (["--epochs", "inf"], "epochs"),
-    (["--dtype", "float16"], "dtype must be float32")])
+    (["--dtype", "float16"], "dtype must be float32"), (["--full", "--lora-rank", "8"], "leave it out, or --full")])
 def test_options_that_cannot_be_are_refused(options, message, model, chats, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--chat", str(chats), "--model", str(model), "--out", str(tmp_path / "out"), *options])
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_launchers_processes_join_or_are_told_how(monkeypatch):
+    asked = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *given: asked.append(given))
+    for name, value in ((None, ""), ("SLURM_STEP_NUM_TASKS", "1"), ("OMPI_COMM_WORLD_SIZE", "4")):
+        if name:
+            monkeypatch.setenv(name, value)
+        train_cli._join(None, None, None)
+    assert asked == [(None, None, None)]
+
+    def unknown(*given):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", unknown)
+    with pytest.raises(ValueError, match="cannot join 4 processes .*: pass --coordinator HOST:PORT"):
+        train_cli._join(None, None, None)
+
+
+def test_a_file_is_not_taken_for_rows(chats, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(chats), "--out", str(tmp_path / "out")])
+    assert "pass --chat where it holds" in capsys.readouterr().err
 
 
 def test_rows_that_are_not_the_models_are_refused(model, tmp_path):

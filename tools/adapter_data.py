@@ -33,6 +33,7 @@ from codegemma.data.pack import Packed, Rows, fit, places, save
 from codegemma.data.stages import Recipe
 from codegemma.formats.files import replacing
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma" / "adapter"
 LIST = Path(__file__).with_name("adapter_packages.txt")
 LARGEST = 40_000_000                     # bytes of an archive that is worth its share of the corpus
 
@@ -43,7 +44,6 @@ _FIRST = Recipe(fim_rate=0.87, spm_rate=0.7, length=256, epoch=1, loss=("middle"
 PHASES = {"a1": _FIRST,
           "a2": replace(_FIRST, spm_rate=0.5, epoch=2, stride=2100, suffix_limit=None),
           "b": replace(_FIRST, spm_rate=0.5, epoch=3, stride=3000, suffix_limit=None, window=(160, 255)),
-          "c": replace(_FIRST, spm_rate=0.5, epoch=4, stride=7500, suffix_limit=None, window=(512, 1023), length=1024),
           "d": replace(_FIRST, spm_rate=1.0, epoch=5, stride=400, suffix_limit=None, window=(48, 160)),
           "e": replace(_FIRST, spm_rate=0.0, epoch=6, stride=400, suffix_limit=None, window=(48, 255)),
           # the prefix is learned too where it is said behind the suffix: four times as many targets that the suffix can help
@@ -235,8 +235,7 @@ def choose(phase: str, cache: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-                        / "codegemma" / "adapter")
+    parser.add_argument("--cache", type=Path, default=CACHE)
     verbs = parser.add_subparsers(dest="verb", required=True)
     pinning = verbs.add_parser("pin")
     pinning.add_argument("registry", choices=REGISTRIES)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from adapter_data import CACHE
 
 from codegemma import load
 from codegemma.data.documents import Document
@@ -27,7 +28,6 @@ from codegemma.evals.report import compare_runs
 from codegemma.evals.run import TASKS, Settings, run
 from codegemma.evals.task import compare
 
-CACHE = Path.home() / ".cache" / "codegemma" / "adapter"
 FIM_TASKS = {kind: (f"infill-{kind}", f"infill-{kind}-spm") for kind in ("single", "multi")}
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("label", nargs="?", help="name of this point of the curve; `base` is the base model")
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--tokens", type=int, default=0, help="tokens seen in training")
+    parser.add_argument("--tokens", type=int, help="tokens seen in training (default: those of the runs in the cache)")
     parser.add_argument("--data", type=Path, help="folder of the benchmarks' official files")
     parser.add_argument("--rows", type=Path, default=CACHE / "rows" / "f", help="rows whose held-out part is read")
     parser.add_argument("--out", type=Path, default=CACHE / "evals")
@@ -141,6 +141,9 @@ def main() -> None:
     if not args.label or not args.data:
         parser.error("a run needs LABEL and --data")
     is_base = args.label == args.base
+    if args.tokens is None:
+        lines = [line for file in (CACHE / "runs").glob("*/metrics.jsonl") for line in file.read_text().splitlines() if not is_base]
+        args.tokens = sum(json.loads(line)["tokens"] for line in lines)
     if is_base and args.adapter:
         parser.error(f"{args.base} is the model without an adapter")
     loaded = load(args.model, threads=args.threads)

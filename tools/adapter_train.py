@@ -9,18 +9,18 @@ Each phase starts from the adapter of the one before it; runs/final is the last 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from adapter_data import CACHE
 
 from codegemma import lora
 from codegemma.prompts import Layout
 from codegemma.train import job
 from codegemma.train.loop import VOCABULARY, Report, Settings
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma" / "adapter"
 RANK = 32
 
 
@@ -30,7 +30,7 @@ class Phase:
     to use, and the next phase warms up again. `share` of the change that the phase before made is what it starts from: at a
     high rate every weight moves by it, and half of the change is noise that costs more than it brings. The rows of the embedding
     for the ids `fresh` start anew. `end_weight`: see Settings. `halfway`: the mean of what it started from and what it became is
-    the better adapter (docs/log.md)."""
+    the better adapter, and what the next one starts from (docs/log.md)."""
 
     tokens: int
     steps: int | None = None             # None: all rows once
@@ -50,8 +50,7 @@ PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 120, warmup=0.03,
           "p": Phase(5120, 105, 0.05, 1e-3, 0.95, fresh=(69,)), "q": Phase(9216, 40, 0.05, 6e-4, 0.95, 0.8, landed=True),
           "r": Phase(9216, 50, 0.05, 6e-4, 0.95, landed=True),
           "u": Phase(8192, 160, 0.05, 6e-4, 0.95, end_weight=2, halfway=True, landed=True),
-          "v": Phase(8192, 200, 0.05, 6e-4, 0.95, end_weight=2, halfway=True, landed=True),
-          "a2": Phase(7168, warmup=0.03), "b": Phase(16_384), "c": Phase(32_768, landed=True)}
+          "v": Phase(8192, 200, 0.05, 6e-4, 0.95, end_weight=2, halfway=True, landed=True)}
 ORDER = list(PHASES)
 
 
@@ -60,11 +59,16 @@ def plan(name: str, cache: Path, start: Path | None = None) -> job.Plan:
     settings = Settings(phase.peak, phase.warmup, decay="cosine" if phase.landed else "constant", floor=0.05,
                         betas=(phase.momentum, 0.99), vocabulary=VOCABULARY, micro_tokens=2048, save_every=5, steps=phase.steps,
                         end_weight=phase.end_weight)
-    before = start or (cache / "runs" / ORDER[number - 1] / "adapter" if number else None)
+    before = start or (kept(ORDER[number - 1], cache) if number else None)
     if before and (phase.share != 1 or phase.fresh):
         before = part_of(before, phase, cache / "runs" / f"{name}-start")
     return job.Plan("gemma-3-270m", (str(cache / "rows" / name),), cache / "runs" / name, settings, kind="qlora", rank=RANK,
                     adapter=before, batch_tokens=phase.tokens, name="gemma-3-270m-fim", orders=phase.orders)
+
+
+def kept(name: str, cache: Path) -> Path:
+    """What a phase that is over leaves to the next one."""
+    return cache / "runs" / name / ("halfway" if PHASES[name].halfway else "adapter")
 
 
 def part_of(adapter: Path, phase: Phase, out: Path) -> Path:
@@ -108,10 +112,12 @@ def main() -> None:
         metrics = made.out / "metrics.jsonl"
         if not metrics.exists() or sum(1 for _ in metrics.open()) < steps:
             job.run(made, metrics.exists(), tell)
+        if PHASES[phase].halfway and made.adapter:
+            shutil.rmtree(kept(phase, chosen.cache), ignore_errors=True)
+            lora.save(mean(lora.load(made.adapter), lora.load(made.result)), kept(phase, chosen.cache))
     final = chosen.cache / "runs" / "final"
     shutil.rmtree(final, ignore_errors=True)
-    whole = lora.load(made.result)
-    lora.save(mean(lora.load(made.adapter), whole) if made.adapter and PHASES[phase].halfway else whole, final)
+    lora.save(lora.load(kept(phase, chosen.cache)), final)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from codegemma.formats import gguf, keras, nemo, orbax, safetensors, torch
 from codegemma.tokenizer import Tokenizer
 from codegemma.weights import Tensor
 
-
 TAUGHT = "codegemma.fim"
 
 

@@ -384,7 +384,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None,
          template: str | None, stops: list[int], told: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at `stops`. `told`: more for config.json."""
+    """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at `stops`, config.json says what is
+    `told` too."""
     stored = weights.write("hf", config, tensors)
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in stored.items():

@@ -1,11 +1,11 @@
 """Products with a frozen weight inside JAX programs, for training adapters on a CPU: the weight stays in its blocks.
 
 `product` is x W^T, and its derivative by x is dy W; the weight has none. `adapted` has a LoRA beside the weight, which has
-gradients. `attention` is what such layers have between their products, `vocabulary` what a loss has behind them; their
-twins are `model.attend` and loss.py's own pass. The others exist twice: as the engine's own kernels, which XLA calls through its foreign function interface and which decode a panel of blocks for all
-tokens at once, and in JAX alone (`by="xla"`), for other devices and as their twin. Traced within
-`jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: by the kernels where the CPU multiplies it
-(AVX-512 BF16, twice as many a second), by JAX always. Sums are float32.
+gradients. `attention` is what such layers have between their products, `vocabulary` what a loss has behind them; their twins
+are `model.attend` and loss.py's own pass. The others exist twice: as the engine's own kernels, which XLA calls through its
+foreign function interface and which decode a panel of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other
+devices and as their twin. Traced within `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: by the
+kernels where the CPU multiplies it (AVX-512 BF16, twice as many a second), by JAX always. Sums are float32.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ def vocabulary(hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | No
     out. Rows beyond `used` give 0, 0, 1 and 0. By the kernels alone, on a CPU; not differentiable."""
     M, D = hidden_MD.shape
     shapes = (M, D), (M,), jax.ShapeDtypeStruct((M,), jnp.int32), (M,)
-    mean_MD, most_M, best_M, sum_M = _call(How("native", _how(None).paired), "codegemma_vocabulary", shapes, table, _flat(hidden_MD),
-                                           table.data, counts_V.astype(jnp.float32), jnp.int32(used), cap=np.float32(cap or 0))
+    given = _flat(hidden_MD), table.data, counts_V.astype(jnp.float32), jnp.int32(used)
+    mean_MD, most_M, best_M, sum_M = _call(How("native", _how(None).paired), "codegemma_vocabulary", shapes, table, *given,
+                                           cap=np.float32(cap or 0))
     return Sums(most_M, best_M, sum_M, mean_MD)
 
 

@@ -19,6 +19,8 @@ def lsp(
                                         "model where left out.")] = None,
     server: Annotated[str | None, Option(metavar="URL", help="Ask this server instead of loading a model.")] = None,
     api_key_file: Annotated[Path | None, Option(metavar="FILE", help="Its key.")] = None,
+    adapter: Annotated[str, Option(metavar="PATH", help="An adapter to put on, such as `codegemma tune` makes; none is the base, "
+                                   "auto the model's own.")] = "auto",
     threads: Annotated[int | None, Option("-t", "--threads", min=1, show_default=False,
                                           help="The CPUs that this process may use, where left out.")] = None,
     quantize: Annotated[Literal["q8_0", "q4_0"] | None, Option(help="Turn float weights into blocks while loading.")] = None,
@@ -36,7 +38,7 @@ def lsp(
         if (error.name or "").startswith("codegemma"):
             raise
         raise ValueError(f'codegemma lsp needs {error.name}: pip install "codegemma[serve]"') from error
-    serve(opener(model, server, api_key_file, threads, quantize, cache))
+    serve(opener(model, server, api_key_file, threads, quantize, cache, adapter))
 
 
 def setup(

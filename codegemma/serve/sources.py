@@ -133,8 +133,12 @@ def _infill(ask: Ask, what: Fill) -> dict[str, Any]:
 
 
 def opener(model: str | None, server: str | None, key_file: Path | None = None, threads: int | None = None,
-           quantize: str | None = None, cache: Path | None = None) -> Callable[[], Source]:
+           quantize: str | None = None, cache: Path | None = None, adapter: str = "auto") -> Callable[[], Source]:
     """What opens a source, in a thread: a server where one is named, else a model. Raises ValueError, OSError."""
+    if server and adapter != "auto":
+        raise ValueError("--adapter is for a model in this process: start the server with --adapter NAME=PATH, and name it in the "
+                         "editor's setting `adapter`")
+
     def there() -> Source:
         assert server
         return There(server, key_file.read_text().strip() if key_file else "")
@@ -142,6 +146,8 @@ def opener(model: str | None, server: str | None, key_file: Path | None = None, 
     def here() -> Source:
         from codegemma import hub, load
 
-        return Here(load(model or hub.DEFAULT, threads=threads, quantize=quantize, cache=cache), cache)
+        loaded = load(model or hub.DEFAULT, threads=threads, quantize=quantize, cache=cache)
+        loaded.prefer(adapter)
+        return Here(loaded, cache)
 
     return there if server else here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ def train(
     chat: Annotated[bool, typer.Option("--chat", help="The sources are chats or instructions (messages, instruction and "
                                                       "output, or NeMo's input and output): learn the answers.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train all parameters, not an adapter.")] = False,
-    lora_rank: Annotated[int, typer.Option(help="Rank of a new adapter.", min=1)] = 32,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of a new adapter (default: 32).", min=1)] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Its scale times its rank (default: the rank).")] = None,
     qlora: Annotated[bool, typer.Option("--qlora", help="Keep the base in its file's own quantised blocks.")] = False,
     adapter: Annotated[Path | None, typer.Option(help="Go on training this adapter.")] = None,
@@ -43,32 +44,36 @@ def train(
     remat: Annotated[str, typer.Option(help="What is computed again to save memory: none, products, layer, or auto: layer where "
                                             "a microbatch would keep more than 3 GB.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Activations: float32, or bfloat16 on a GPU or TPU.")] = "float32",
-    precision: Annotated[str, typer.Option(help="Factors of an adapter's products on a CPU: bfloat16, where it has AVX-512 BF16, or "
-                                                "float32.")] = "bfloat16",
+    precision: Annotated[str, typer.Option(help="Factors of an adapter's products on a CPU: bfloat16, where it has AVX-512 "
+                                                "BF16, or float32.")] = "bfloat16",
     mesh: Annotated[str | None, typer.Option(help="Devices, such as fsdp=8,tensor=4.")] = None,
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0, where several processes train.")] = None,
-    process_count: Annotated[int | None, typer.Option(help="How many processes (or the cluster's own environment).")] = None,
+    process_count: Annotated[int | None, typer.Option(help="How many processes (default: as many as the cluster's own environment "
+                                                           "says).")] = None,
     process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the order of rows and the start of the adapter.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides the order of rows and the start of the adapter.", min=0)] = 0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events for TensorBoard too.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
 ) -> None:
     """Train a model on rows: continued pretraining with fill-in-the-middle, or chat."""
-    from codegemma.formats.files import missing
-
-    missing("jax", "training jobs", "train")
+    _installed()
     from codegemma.train import job
     from codegemma.train.loop import Settings
 
     if full and qlora:
         raise ValueError("--full trains all parameters, --qlora an adapter over blocks: pass one of them")
+    if lora_rank is not None and (full or adapter):
+        raise ValueError("--lora-rank is of a new adapter: leave it out, or " + ("--full" if full else "--adapter"))
+    if not chat and (file := next((file for file in rows if file.is_file()), None)):
+        raise ValueError(f"{file} is a file, but rows are folders that `codegemma data build` makes: pass --chat where it holds "
+                         "dialogues")
     _join(coordinator, process_count, process_id)
     chosen: Any = {"decay": decay, "remat": remat, "dtype": dtype, "precision": precision}
     rate = (5e-5 if full else 1e-3) if learning_rate is None else learning_rate
     settings = Settings(rate, warmup, weight_decay=weight_decay, z=z_loss, vocabulary=vocabulary, micro_tokens=micro_tokens,
                         steps=steps, evaluate_every=evaluate_every, patience=patience, save_every=save_every, seed=seed, **chosen)
     kind: Any = "full" if full else "qlora" if qlora else "lora"
-    plan = job.Plan(model, tuple(map(str, rows)), out, settings, chat=chat, kind=kind, rank=lora_rank, alpha=lora_alpha,
+    plan = job.Plan(model, tuple(map(str, rows)), out, settings, chat=chat, kind=kind, rank=lora_rank or 32, alpha=lora_alpha,
                     adapter=adapter, batch_tokens=batch_tokens, length=length, epochs=epochs,
                     held_out=held_out, mesh=mesh, tensorboard=tensorboard)
     made = job.run(plan, resume, follow(job.steps_of(plan)))
@@ -85,29 +90,44 @@ def tune(
     adapter: Annotated[str, typer.Option(help="Start from this adapter; auto: the model's own, where it has one; none.")] = "auto",
     lora_rank: Annotated[int, typer.Option(help="Rank of a new adapter.", min=1)] = 16,
     holes: Annotated[int, typer.Option(help="Held-out holes to measure before and after.", min=8)] = 60,
-    seed: Annotated[int, typer.Option(help="Decides what is held out, the rows and their order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides what is held out, the rows and their order.", min=0)] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Teach a model your code base, and measure the gain on files it never saw."""
-    from codegemma.formats.files import missing
-
-    missing("jax", "training jobs", "train")
+    _installed()
     from codegemma.train import tune as tuning
 
     result = tuning.tune(repository, model, minutes, out, adapter, lora_rank, holes, seed, resume, follow, typer.echo)
     typer.echo(result.text())
 
 
+def _installed() -> None:
+    from codegemma.formats.files import missing
+
+    for module in ("jax", "optax", "orbax.checkpoint", "pyarrow", "pathspec", "tree_sitter"):
+        missing(module, "training jobs", "train")
+
+
+# Of SLURM, Open MPI and JAX itself: how many processes were started together, where a launcher says so.
+PROCESSES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+
+
 def _join(coordinator: str | None, count: int | None, number: int | None) -> None:
-    """Makes this process one of several, where an option says that there are. Raises ValueError where they contradict."""
+    """Makes this process one of several, where an option or a launcher says that there are. Raises ValueError where options
+    contradict, or nothing says where the others are."""
     import jax
 
     if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
         raise ValueError(f"--coordinator must be HOST:PORT of process 0, got {coordinator!r}")
     if number is not None and (count is None or not 0 <= number < count):
         raise ValueError(f"--process-id must lie from 0 to below --process-count, got {number} of {count or 'none'}: pass both")
-    if coordinator is not None or count is not None:
-        jax.distributed.initialize(coordinator, count, number)
+    launched = next((int(text) for name in PROCESSES if (text := os.environ.get(name, "")).isdigit()), 1)
+    if coordinator is not None or count is not None or launched > 1:
+        try:
+            jax.distributed.initialize(coordinator, count, number)
+        except ValueError as error:      # no cluster that JAX knows
+            raise ValueError(f"cannot join {count or launched} processes ({error}): pass --coordinator HOST:PORT, --process-count "
+                             "and --process-id") from None
 
 
 def follow(total: int) -> Any:

@@ -230,7 +230,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     rule = optimizer(settings, rate)
     parts = meshes.batch_parts(mesh)
     stamp = {"settings": asdict(replace(settings, save_every=1, keep=1)), "steps": steps, "seed": order.seed,
-             "rows": [[len(rows), order.length(rows)] for rows in order.folders], "batch_tokens": order.batch_tokens,
+             "rows": [order.told(rows) for rows in order.folders], "batch_tokens": order.batch_tokens,
              "model": repr(config), "adapter": [trainable.scale, *trainable.ids] if isinstance(trainable, Lora) else None,
              "shapes": {name: value.shape for name, value in _weights(trainable).items()}, **about}
     trainable, base = meshes.place(mesh, trainable), meshes.place(mesh, base)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,6 +60,13 @@ class Order:
 
     def length(self, rows: Any) -> int:
         return len(rows[0]["tokens"])
+
+    def told(self, rows: Any) -> list[Any]:
+        """What tells a folder's rows from others: how many, how long, and a hash of some from all over it."""
+        some = hashlib.sha256()
+        for i in np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int):
+            some.update(rows[int(i)]["tokens"].tobytes() + rows[int(i)]["loss"].tobytes())
+        return [len(rows), self.length(rows), some.hexdigest()[:16]]
 
     def batch(self, rows: Any) -> int:
         each = max(1, self.batch_tokens // self.length(rows))

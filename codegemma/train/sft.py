@@ -27,17 +27,18 @@ def read(path: Path) -> Iterator[list[Message]]:
 
     Raises ValueError naming the line and what it lacks.
     """
-    number = 0
+    found = False
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            found = True
             try:
                 yield messages(json.loads(line))
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}: a line needs messages of role and content, or instruction "
                                  "and output, or input and output") from None
-    if not number:
+    if not found:
         raise ValueError(f"{path}: is empty, but needs one JSON object a line: check that it is the right file")
 
 
@@ -47,7 +48,8 @@ def messages(one: Mapping[str, Any]) -> list[Message]:
     if turns:
         names = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
         found = [(turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))) for turn in turns]
-        made = [Message(names.get(role.lower(), role.lower()), _text(text)) for role, text in found]
+        roles: list[Any] = [names.get(_text(role).lower(), _text(role).lower()) for role, _ in found]
+        made = [Message(role, _text(text)) for role, (_, text) in zip(roles, found, strict=True)]
     elif "instruction" in one:
         more = _text(one.get("input") or "")
         asked = _text(one["instruction"]) + (f"\n\n{more}" if more else "")

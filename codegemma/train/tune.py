@@ -68,7 +68,8 @@ class Tuned:
         if worse:
             lines.append(f"worse than before in {worse}: give it more --minutes, or do not use it")
         return "\n".join([f"{self.trained:,} files taught, {self.held_out:,} held out; holes in {LAYOUT} order, before -> "
-                          "after:", *lines, f"use it: codegemma complete --adapter {self.adapter} ..."])
+                          "after:", *lines, f"use it: codegemma complete --adapter {self.adapter} ...",
+                          f"in an editor: codegemma lsp --adapter {self.adapter.resolve()}"])
 
 
 def tune(repository: Path, model: str, minutes: float, out: Path | None, adapter: str, rank: int, holes: int, seed: int,
