@@ -121,7 +121,7 @@ def _join(coordinator: str | None, count: int | None, number: int | None) -> Non
         raise ValueError(f"--coordinator must be HOST:PORT of process 0, got {coordinator!r}")
     if number is not None and (count is None or not 0 <= number < count):
         raise ValueError(f"--process-id must lie from 0 to below --process-count, got {number} of {count or 'none'}: pass both")
-    launched = next((int(text) for name in PROCESSES if (text := os.environ.get(name, "")).isdigit()), 1)
+    launched = max((int(text) for name in PROCESSES if (text := os.environ.get(name, "")).isdigit()), default=1)
     if coordinator is not None or count is not None or launched > 1:
         try:
             jax.distributed.initialize(coordinator, count, number)
