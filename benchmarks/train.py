@@ -28,7 +28,7 @@ SPARING = {"kernels, all tokens, products kept": "products",      # what is elem
            "kernels, all tokens, layers kept": "layer"}           # or all within a layer
 XLA = "XLA alone, all tokens"
 OURS = ("kernels, all tokens", *SPARING, "kernels, middle only", XLA, f"{XLA}, bfloat16")
-THEIRS = ("float32 eager", "float32 compiled", "bfloat16 eager")
+THEIRS = ("float32 eager", "float32 compiled", "bfloat16 eager", "bfloat16 compiled")
 MIDDLE = 0.15                            # share of the tokens that a row with loss on the middle has as targets
 
 

@@ -20,9 +20,11 @@ from tiny import tiny_config
 from codegemma.config import ModelConfig
 from codegemma.data.pack import positions
 from codegemma.model import Lora
+from codegemma.native.xla import Blocks
 from codegemma.train import mesh as meshes
 from codegemma.train.loop import Settings, new_lora, train
 from codegemma.train.order import Order
+from codegemma.weights import Tensor
 
 RATE = 3e-3
 LENGTH = 32
@@ -32,7 +34,7 @@ LENGTH = 32
 class Job:
     """Options of a run, beside the tiny model and its rows."""
 
-    kind: str = "full"
+    kind: str = "full"                   # lora: over floats, in JAX alone; qlora: over blocks (of floats), by the kernels
     steps: int = 3
     stop: int = 0                        # the step after which it is left
     micro_tokens: int = 4 * LENGTH
@@ -45,6 +47,7 @@ class Job:
     host: tuple[str, int, int] | None = None
     meshes: tuple[str, ...] = ()
     announce: bool = False
+    precision: str = "float32"
     hold: int = 0                        # the step whose checkpoint is never finished
 
 
@@ -78,12 +81,14 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
     config, params = tiny()
     rng = np.random.default_rng(5)
     rows = [packed_row(rng) for _ in range(40)]
-    lora = new_lora(config, params, 4, (67, 69), alpha=8) if job.kind == "lora" else None
+    lora = new_lora(config, params, 4, (67, 69), alpha=8) if job.kind != "full" else None
+    if job.kind == "qlora":
+        params = {name: Blocks.of(Tensor.of(np.asarray(value))) if value.ndim == 2 else value for name, value in params.items()}
     if lora:                             # `b` is zero in a new one, which hides half of the gradients
         lora = Lora({name: jax.random.normal(jax.random.key(3), value.shape) * 0.1 if name.endswith(".b") else value
                      for name, value in lora.weights.items()}, lora.scale, lora.ids)
     settings = Settings(learning_rate=job.learning_rate, micro_tokens=job.micro_tokens, steps=job.steps, patience=job.patience,
-                        seed=job.seed, evaluate_every=1, save_every=2)
+                        seed=job.seed, evaluate_every=1, save_every=2, precision=job.precision)
     for report in train(config, params if lora else None, lora or params, Order([rows], 8 * LENGTH, job.seed, epochs=4), settings,
                         folder, held_out=[rows[:3]] if job.held_out else (), resume=job.resume, mesh=meshes.parse(job.mesh)):
         assert report.step <= job.steps
