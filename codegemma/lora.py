@@ -312,7 +312,7 @@ def _fields(adapter: Adapter) -> dict[str, Any]:
     whole = len(modules) == len(kinds) * len(layers) and layers == {str(layer) for layer in range(len(layers))}
     own = {name: value.shape[0] for name, value in adapter.a.items() if value.shape[0] != adapter.rank}
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "r": adapter.rank,
-            "base_model_name_or_path": _on_hub(adapter), "lora_alpha": adapter.alpha, "lora_dropout": 0.0,
+            "base_model_name_or_path": on_hub(adapter), "lora_alpha": adapter.alpha, "lora_dropout": 0.0,
             "target_modules": kinds if whole else sorted(modules.values()), "bias": "none", "use_rslora": False,
             "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True,
             "rank_pattern": {re.escape(modules[name]): rank for name, rank in own.items()},
@@ -320,7 +320,7 @@ def _fields(adapter: Adapter) -> dict[str, Any]:
             "trainable_token_indices": {"embed_tokens": sorted(adapter.rows)} if adapter.rows else None}
 
 
-def _on_hub(adapter: Adapter) -> Any:
+def on_hub(adapter: Adapter) -> Any:
     """Its base by the name that the Hub has for it, where it has one."""
     base = adapter.card.get("base")
     known = preset(str(base))
@@ -330,7 +330,7 @@ def _on_hub(adapter: Adapter) -> Any:
 def readme(adapter: Adapter) -> str:
     """The card, in the Hub's form."""
     of = adapter.described()
-    base = _on_hub(adapter)
+    base = on_hub(adapter)
     about = {key: value for key, value in adapter.card.items() if key not in ("name", "base")}
     return "\n".join([
         "---", "license: gemma", "library_name: peft", *([f"base_model: {base}"] if base else []), "tags: [lora, code, gemma]",

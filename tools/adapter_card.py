@@ -133,7 +133,7 @@ def scores(evals: Path, label: str, before: str) -> str:
 def card(adapter: lora.Adapter, cache: Path, metrics: Sequence[Path], label: str, before: str) -> str:
     good, weak = ([order.upper() for order in LAYOUTS if adapter.trained(order) is wanted] for wanted in (True, False))
     orders = f"Use {' or '.join(good)}." + (f" {weak[0]} is not learned well enough yet." if good and weak else "") if good else ""
-    head = HEAD.format(orders=orders, base=adapter.card.get("base") or "google/gemma-3-270m", name=adapter.name, rank=adapter.rank,
+    head = HEAD.format(orders=orders, base=lora.on_hub(adapter) or "google/gemma-3-270m", name=adapter.name, rank=adapter.rank,
                        layers=len(adapter.a), rows=", ".join(map(str, sorted(adapter.rows))) or "(none)")
     parts = [("Data", data(cache, packages(), before)), ("Training", training(adapter, metrics, before)),
              ("Evaluation", scores(cache / "evals", label, before)), ("Limits", LIMITS),
