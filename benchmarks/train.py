@@ -142,7 +142,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=1024)
     options.add_argument("--rank", type=int, default=32)
     options.add_argument("--2b", dest="large", action="store_true", help="a 2B geometry in Q4_0 alone, length 512")
-    options.add_argument("--skip", default="", help="contenders to leave out, by comma")
+    options.add_argument("--skip", action="append", default=[], help="a contender to leave out; repeatable")
     chosen = options.parse_args()
     if chosen.large:
         path = BENCH / "random-2b-q4_0.gguf"
@@ -162,7 +162,7 @@ def main() -> None:
         for kind, python, names, model in (("ours", sys.executable, OURS, "gemma-3-270m"),
                                            ("theirs", PYTHON, THEIRS, str(exported()))):
             for name in names:
-                if name in chosen.skip.split(","):
+                if name in chosen.skip:
                     continue
                 found = _run(python, kind, name, model, chosen.length, chosen.rank)
                 if found:

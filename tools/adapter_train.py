@@ -51,7 +51,7 @@ PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 120, warmup=0.03,
           "r": Phase(9216, 50, 0.05, 6e-4, 0.95, landed=True),
           "u": Phase(8192, 160, 0.05, 6e-4, 0.95, end_weight=2, halfway=True, landed=True),
           "v": Phase(8192, 200, 0.05, 6e-4, 0.95, end_weight=2, landed=True),
-          "w": Phase(8192, 130, 0.05, 6e-4, 0.95, end_weight=2, landed=True)}
+          "w": Phase(8192, 100, 0.05, 6e-4, 0.95, end_weight=2, landed=True)}
 ORDER = list(PHASES)
 
 
