@@ -50,12 +50,11 @@ PHASES = {"a1": _FIRST,
           "f": replace(_FIRST, spm_rate=1.0, epoch=7, stride=16_000, suffix_limit=None, window=(64, 255),
                        loss=("prefix", "middle", "terminator")),
           "g": replace(_FIRST, spm_rate=0.0, epoch=8, stride=32_000, suffix_limit=None, window=(64, 255))}
-PHASES |= {"h": replace(PHASES["f"], epoch=9, stride=600), "i": replace(PHASES["f"], epoch=10, stride=600),
-           "j": replace(PHASES["e"], epoch=11, window=(64, 255))}
+PHASES["h"] = replace(PHASES["f"], epoch=9, stride=600)
 # Small functions with a docstring, as people ask for them and as a library seldom has them.
 _SMALL = {"algorithms", "boltons", "funcy", "labmath", "more-itertools", "primefac", "pyalgos", "pygorithm", "python-algorithms",
           "python-leetcode", "textdistance", "toolz"}
-ONLY = dict.fromkeys("dehij", _SMALL)
+ONLY = dict.fromkeys("deh", _SMALL)
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ CHOICES = {"s": Choice({"a2": 1.0}, {"spm": 1.0, "prefix": 0.4}, 128),
            "q": Choice({"a2": 0.08, "b": 0.12, "d": 0.25}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255),
            "r": Choice({"a2": 0.03, "b": 0.015, "d": 0.05, "e": 0.15}, {"psm": 1.0, "spm": 0.5, "prefix": 0.4}, 255),
            "u": Choice({"f": 0.3, "g": 1.0, "h": 0.35, "e": 0.5}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255),
-           "v": Choice({"f": 0.5, "g": 0.5, "h": 1.0, "e": 0.7}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255),
-           "w": Choice({"f": 0.15, "g": 0.15, "i": 1.0, "j": 0.7}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255)}
+           "v": Choice({"f": 0.5, "g": 0.5, "h": 1.0, "e": 0.7}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255)}
 
 
 @dataclass(frozen=True)
