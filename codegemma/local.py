@@ -34,7 +34,6 @@ class Model:
         self.path, self.config = checkpoint.path, checkpoint.config
         self._checkpoint, self._strict, self._warned = checkpoint, strict, set[str]()
         self._adapters: dict[str, lora.Adapter] = {}
-        self._preferred: tuple[str | None, bool] = None, False
         self.backend = _backend(backend, checkpoint, threads)
         self.engine = Engine(self.backend, checkpoint.tokenizer, identity(checkpoint), cache_bytes)
         self.preset = _preset_of(checkpoint)
@@ -73,11 +72,11 @@ class Model:
         return name
 
     @cached_property
-    def _packaged_adapter(self) -> str | None:
+    def _own_adapter(self) -> str | None:
+        """The packaged one of this model, until another is preferred."""
         name = f"{self.preset.name}-fim" if self.preset else ""
-        if not name or not (ADAPTERS / name).is_dir() or not hasattr(self.backend, "add_adapter"):
-            return None
-        if self._checkpoint.taught is not None:
+        fits = hasattr(self.backend, "add_adapter") and self._checkpoint.taught is None
+        if not name or not (ADAPTERS / name).is_dir() or not fits:
             return None
         packaged = lora.load(ADAPTERS / name)
         try:
@@ -89,13 +88,12 @@ class Model:
 
     def prefer(self, path: str | os.PathLike[str]) -> None:
         """Makes the adapter at a path the one that "auto" names from now on; see `adapter_at`."""
-        self._preferred = self.adapter_at(path), True
+        self._own_adapter = self.adapter_at(path)
 
     def completing_adapter(self, adapter: str | None = "auto") -> str | None:
         """Which adapter `complete` takes: "auto" is the preferred one, else the packaged one of this model, None where it has
         none."""
-        chosen, there = self._preferred
-        return adapter if adapter != "auto" else chosen if there else self._packaged_adapter
+        return self._own_adapter if adapter == "auto" else adapter
 
     def adapter(self, name: str) -> lora.Adapter:
         """One of `adapters`."""

@@ -98,8 +98,8 @@ def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, 
     own and less than `window` below. Positions rise with the index within a segment. `cap`: the soft cap of scores. By the
     kernels alone, on a CPU; differentiable in q, k and v, once, in reverse. No [T, T] is kept: see `EASED`."""
     sight = positions_BT.astype(jnp.int32), segments_BT.astype(jnp.int32)
-    told = How("native", _how(None).paired), window or 0, cap or 0.0
-    return _attention(*told, *(x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH)), *sight)
+    told = np.int32(window or 0), np.float32(cap or 0)
+    return _attention(How("native", _how(None).paired), *told, *(x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH)), *sight)
 
 
 class Sums(NamedTuple):
@@ -205,21 +205,20 @@ _adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(how: How, window: int, cap: float, *qkv_and_sight: Array) -> Array:
+def _attention(how: How, window: np.int32, cap: np.float32, *qkv_and_sight: Array) -> Array:
     return _attention_forward(how, window, cap, *qkv_and_sight)[0]
 
 
-def _attention_forward(how: How, window: int, cap: float, *qkv_and_sight: Array) -> Any:
+def _attention_forward(how: How, window: np.int32, cap: np.float32, *qkv_and_sight: Array) -> Any:
     shape_BTNH = qkv_and_sight[0].shape
-    told = {"window": np.int32(window), "cap": np.float32(cap)}
-    out_BTNH, sums_BTN = _ffi(how, "codegemma_attention", (shape_BTNH, shape_BTNH[:3]), *qkv_and_sight, **told)
+    out_BTNH, sums_BTN = _ffi(how, "codegemma_attention", (shape_BTNH, shape_BTNH[:3]), *qkv_and_sight, window=window, cap=cap)
     out_BTNH, sums_BTN = checkpoint_name(out_BTNH, MIXED), checkpoint_name(sums_BTN, EASED)
     return out_BTNH, (sums_BTN, *qkv_and_sight)
 
 
-def _attention_backward(how: How, window: int, cap: float, kept: Any, d_out_BTNH: Array) -> Any:
-    told = {"window": np.int32(window), "cap": np.float32(cap)}
-    return *_ffi(how, "codegemma_attention_back", tuple(x.shape for x in kept[1:4]), d_out_BTNH, *kept, **told), None, None
+def _attention_backward(how: How, window: np.int32, cap: np.float32, kept: Any, d_out_BTNH: Array) -> Any:
+    shapes = tuple(x.shape for x in kept[1:4])
+    return *_ffi(how, "codegemma_attention_back", shapes, d_out_BTNH, *kept, window=window, cap=cap), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
