@@ -50,11 +50,23 @@ PHASES = {"a1": _FIRST,
           "f": replace(_FIRST, spm_rate=1.0, epoch=7, stride=16_000, suffix_limit=None, window=(64, 255),
                        loss=("prefix", "middle", "terminator")),
           "g": replace(_FIRST, spm_rate=0.0, epoch=8, stride=32_000, suffix_limit=None, window=(64, 255))}
-PHASES["h"] = replace(PHASES["f"], epoch=9, stride=600)
+PHASES |= {"h": replace(PHASES["f"], epoch=9, stride=600),
+           "i": replace(PHASES["f"], epoch=12), "j": replace(PHASES["g"], epoch=13),
+           "k": replace(PHASES["f"], epoch=14, stride=3000), "l": replace(PHASES["g"], epoch=15, stride=3000)}
 # Small functions with a docstring, as people ask for them and as a library seldom has them.
 _SMALL = {"algorithms", "boltons", "funcy", "labmath", "more-itertools", "primefac", "pyalgos", "pygorithm", "python-algorithms",
           "python-leetcode", "textdistance", "toolz"}
-ONLY = dict.fromkeys("deh", _SMALL)
+# Added for phases K and L: more of the same kind, from more hands. The phases before them do not see these.
+_MORE = set("""
+    pydash python-string-utils mpmath strsimpy jellyfish humanize galois libnum iteration-utilities inflection roman
+    numerizer stringcase bitstring pyprimes numthy eulerlib sorting-algorithms pysorting pydatastructs mathematics
+    intervals intervaltree python-utils pyutils cytoolz fn.py pyfunctional fnc fluentpy dictutils flatten-dict
+    python-benedict dotty-dict deepdiff parse pyparsing calmjs.parse expression pyskiplist trie pygtrie hashids base58
+    pybase64 roman-numerals word2number text2digits pyspellchecker pymorphy thefuzz phonetics metaphone pyjarowinkler
+    weighted-levenshtein pylev python-slugify dateutils delorean maya parsedatetime pythagoras vectormath geomdl
+    euclid polyline pygeohash haversine utm numpy-financial pyfinance
+""".split())
+ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,8 @@ CHOICES = {"s": Choice({"a2": 1.0}, {"spm": 1.0, "prefix": 0.4}, 128),
            "q": Choice({"a2": 0.08, "b": 0.12, "d": 0.25}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255),
            "r": Choice({"a2": 0.03, "b": 0.015, "d": 0.05, "e": 0.15}, {"psm": 1.0, "spm": 0.5, "prefix": 0.4}, 255),
            "u": Choice({"f": 0.3, "g": 1.0, "h": 0.35, "e": 0.5}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255),
-           "v": Choice({"f": 0.5, "g": 0.5, "h": 1.0, "e": 0.7}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255)}
+           "v": Choice({"f": 0.5, "g": 0.5, "h": 1.0, "e": 0.7}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255),
+           "x": Choice({"i": 0.35, "j": 0.5, "k": 0.45, "l": 0.5}, {"psm": 1.0, "spm": 1.0, "prefix": 0.4}, 255)}
 
 
 @dataclass(frozen=True)
@@ -169,7 +182,7 @@ def _pin_all(registry: str, names: list[str], folder: Path) -> None:
 
 
 def fetched(folder: Path, phase: str = "") -> Iterator[Path]:
-    wanted = [package for package in packages() if phase not in ONLY or package.name in ONLY[phase]]
+    wanted = [package for package in packages() if (package.name in ONLY[phase] if phase in ONLY else package.name not in _MORE)]
     with ThreadPoolExecutor(4) as pool:
         yield from pool.map(lambda package: fetch(package, folder), wanted)
 

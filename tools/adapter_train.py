@@ -50,7 +50,8 @@ PHASES = {"a1": Phase(7168, 55, warmup=0.55), "s": Phase(6144, 120, warmup=0.03,
           "p": Phase(5120, 105, 0.05, 1e-3, 0.95, fresh=(69,)), "q": Phase(9216, 40, 0.05, 6e-4, 0.95, 0.8, landed=True),
           "r": Phase(9216, 50, 0.05, 6e-4, 0.95, landed=True),
           "u": Phase(8192, 160, 0.05, 6e-4, 0.95, end_weight=2, halfway=True, landed=True),
-          "v": Phase(8192, 200, 0.05, 6e-4, 0.95, end_weight=2, landed=True)}
+          "v": Phase(8192, 200, 0.05, 6e-4, 0.95, end_weight=2, landed=True),
+          "x": Phase(8192, 240, 0.05, 6e-4, 0.95, end_weight=2, landed=True)}
 ORDER = list(PHASES)
 
 
