@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapter_data import CHOICES, LIST, ONLY, PHASES, Package, packages
+from adapter_data import CHOICES, LIST, ONLY, PHASES, Package, packages, packages_of
 from adapter_eval import CACHE, table
 
 from codegemma import lora
@@ -72,21 +72,29 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
                  for phase in (*PHASES, *CHOICES) if (cache / "rows" / phase / "index.npy").exists()}
     if not manifests:
         raise ValueError(f"{cache} holds no finished rows: make adapter builds them")
-    stages = next(found for phase, found in manifests.items() if phase not in (*ONLY, *CHOICES))   # of the whole corpus
-    clean, order, dedup = (stages[name] for name in ("clean", "order", "dedup"))
-    dropped = Counter(stages["documents"]["counts"]) + Counter(clean["counts"]) + Counter(
-        {key: count for key, count in order["counts"].items() if not key.startswith("kept")})
+    corpora: dict[str, set[str]] = {}    # of the builds, those that share no package: the largest first
+    for phase, names in sorted(((phase, {one.name for one in packages_of(phase)}) for phase in manifests if phase in PHASES),
+                               key=lambda each: -len(each[1])):
+        if not any(names & others for others in corpora.values()):
+            corpora[phase] = names
+    counts, redacted = Counter[str](), Counter[str]()
+    for stages in (manifests[phase] for phase in corpora):
+        for name in ("documents", "clean", "order"):
+            counts.update(stages[name]["counts"])
+        redacted.update(stages["clean"]["redacted"])
+    dropped = Counter({key: count for key, count in counts.items() if not key.startswith("kept")})
+    benchmarks = max(len(manifests[phase]["clean"]["recipe"]["benchmarks"]) for phase in corpora)
     licences = Counter(package.licence.strip("_").replace("_", " ") for package in corpus)
     return "\n".join([
         f"{len(corpus)} permissively licensed packages, pinned by version and hash in PACKAGES.txt. Licences: "
         + ", ".join(f"{name} {count}" for name, count in licences.most_common()) + ". A file whose own tag or folder says "
         "otherwise was dropped.", "",
-        f"{order['counts']['kept']:,} files were kept; {order['counts'].get('kept: held out', 0):,} files of the "
+        f"{counts['kept']:,} files were kept; {counts['kept: held out']:,} files of the "
         f"repositories drawn for evaluation (3 %) are in no row. Left out, and why:", "",
         lines(((reason, f"{count:,}") for reason, count in dropped.most_common()), ("reason", "files")),
-        f"{dedup['counts'].get('benchmark', 0)} files held a problem of a benchmark ({len(clean['recipe']['benchmarks'])} files of "
+        f"{counts['dropped: benchmark']} files held a problem of a benchmark ({benchmarks} files of "
         "problems were compared, HumanEval, its infilling sets, MBPP and BabelCode among them) and were dropped. Replaced by "
-        "fake values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(clean["redacted"].items())) + ".", "",
+        "fake values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(redacted.items())) + ".", "",
         "Rows that are built for the phases of the curriculum; what was seen of them so far stands under Training.", "",
         merged(lines((_phase(phase, found["rows"]) for phase, found in manifests.items()),
                      ("phase", "window", "suffix first", "examples", "tokens", "learned from")), before)])

@@ -56,16 +56,9 @@ PHASES |= {"h": replace(PHASES["f"], epoch=9, stride=600),
 # Small functions with a docstring, as people ask for them and as a library seldom has them.
 _SMALL = {"algorithms", "boltons", "funcy", "labmath", "more-itertools", "primefac", "pyalgos", "pygorithm", "python-algorithms",
           "python-leetcode", "textdistance", "toolz"}
-# Added for phases K and L: more of the same kind, from more hands. The phases before them do not see these.
-_MORE = set("""
-    pydash python-string-utils mpmath strsimpy jellyfish humanize galois libnum iteration-utilities inflection roman
-    numerizer stringcase bitstring pyprimes numthy eulerlib sorting-algorithms pysorting pydatastructs mathematics
-    intervals intervaltree python-utils pyutils cytoolz fn.py pyfunctional fnc fluentpy dictutils flatten-dict
-    python-benedict dotty-dict deepdiff parse pyparsing calmjs.parse expression pyskiplist trie pygtrie hashids base58
-    pybase64 roman-numerals word2number text2digits pyspellchecker pymorphy thefuzz phonetics metaphone pyjarowinkler
-    weighted-levenshtein pylev python-slugify dateutils delorean maya parsedatetime pythagoras vectormath geomdl
-    euclid polyline pygeohash haversine utm numpy-financial pyfinance
-""".split())
+# More of the same kind, from more hands: what stands behind this line of the list. The phases before K do not see them.
+_FROM_K = "# for phases K and L:"
+_MORE = {line.split()[1] for line in LIST.read_text().partition(_FROM_K)[2].splitlines() if line}
 ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
 
 
@@ -102,8 +95,7 @@ class Package:
 
 
 def packages() -> list[Package]:
-    lines = [line.split() for line in LIST.read_text().splitlines() if line and line[0] != "#"] if LIST.exists() else []
-    return [Package(*line) for line in lines]
+    return [Package(*line.split()) for line in LIST.read_text().splitlines() if line and line[0] != "#"]
 
 
 # --------------------------------------------------------------------------------------------------- archives
@@ -181,8 +173,11 @@ def _pin_all(registry: str, names: list[str], folder: Path) -> None:
             print(found[0].name, found[0].licence, dict(found[1].most_common(3)))
 
 
-def fetched(folder: Path, phase: str = "") -> Iterator[Path]:
-    wanted = [package for package in packages() if (package.name in ONLY[phase] if phase in ONLY else package.name not in _MORE)]
+def packages_of(phase: str) -> list[Package]:
+    return [package for package in packages() if (package.name in ONLY[phase] if phase in ONLY else package.name not in _MORE)]
+
+
+def fetched(folder: Path, wanted: list[Package]) -> Iterator[Path]:
     with ThreadPoolExecutor(4) as pool:
         yield from pool.map(lambda package: fetch(package, folder), wanted)
 
@@ -192,7 +187,7 @@ def rows(phase: str, cache: Path, data: Path, workers: int) -> Summary:
     benchmarks = sorted(file for file in data.rglob("*.json*") if file.is_file())
     if not benchmarks:
         raise ValueError(f"{data} has no benchmark files (*.jsonl.gz and the like) to keep out of the rows")
-    sources = [str(file) for file in fetched(cache / "archives", phase)]
+    sources = [str(file) for file in fetched(cache / "archives", packages_of(phase))]
     made = build(sources, cache / "rows" / phase, load_tokenizer("gemma-3-270m"), PHASES[phase], benchmarks=benchmarks,
                  workers=workers, resume=True, progress=lambda *told: print(phase, *told) if told[1] == told[2] else None)
     with (cache / "READY").open("a") as out:
@@ -272,7 +267,7 @@ def main() -> None:
             print(phase, made.manifests["rows"]["examples"], "examples", made.tokens, "tokens", made.kept, "of",
                   made.documents, "documents")
     else:
-        print(f"{sum(1 for _ in fetched(archives))} archives in {archives}")
+        print(f"{sum(1 for _ in fetched(archives, packages()))} archives in {archives}")
 
 
 if __name__ == "__main__":

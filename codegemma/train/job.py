@@ -1,6 +1,6 @@
 """A training job from its options to its result: model, rows, loop, adapter or checkpoint with a card.
 
-`run` is what the CLI, `tune` and tools/adapter.py call. The law it keeps: the result is written whole or not at all, and
+`run` is what the CLI, `tune` and tools/adapter_train.py call. The law it keeps: the result is written whole or not at all, and
 says what it was made of.
 """
 
