@@ -17,7 +17,7 @@ class Ledger:
 
     def add(self, day: date, account: str, cents: int) -> None:
         """Books an amount; below zero it leaves the account."""
-        self.entries.append(<CURSOR>)
+        <CURSOR>
 
     def balance(self, account: str) -> int:
         """The sum of an account's entries."""
