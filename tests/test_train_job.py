@@ -22,6 +22,7 @@ from tiny import random_adapter, tiny_config, write_tiny_gguf
 
 from codegemma import cli, load, lora
 from codegemma.data import pack
+from codegemma.data.build import build
 from codegemma.data.documents import Document
 from codegemma.formats import open_checkpoint
 from codegemma.model import params_of
@@ -260,6 +261,25 @@ def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
     assert tune._plan(tmp_path, "m", 150.0, 4, None, 0).settings.steps == 5 and found == [False]
 
 
+def test_tune_leaves_time_to_choose_the_best_step(tmp_path, monkeypatch):
+    """Measuring counts as training does: 6 measurements of 16 rows, and 8 rows a step."""
+    monkeypatch.setattr(tune, "Rows", lambda folder: range(16))
+    monkeypatch.setattr(job, "run", lambda plan, _, tell: tell(SimpleNamespace(seconds=9.0)))
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    (tmp_path / "choosing").mkdir()
+    (tmp_path / "choosing" / "index.npy").touch()
+    assert tune._plan(tmp_path, "m", 100 + 26 * 9.0, 4, None, 0).settings.steps == 14
+
+
+def test_what_chooses_the_best_step_is_little(model, tmp_path, monkeypatch):
+    """However large its files are."""
+    monkeypatch.setattr(tune, "build", lambda sources, out, *rest: build(sources, out, *rest) if out.name == "choosing" else None)
+    repository = code(tmp_path / "app", 44, 400)
+    tune._prepare(repository, tmp_path / "work", load(model).tokenizer, ("psm", "spm"), 0, lambda line: None)
+    told = json.loads((tmp_path / "work" / "choosing" / "manifests" / "rows.json").read_text())
+    assert tune.EXAMPLES / 2 < told["examples"] < 2 * tune.EXAMPLES
+
+
 def test_the_rows_of_fim_tokens_start_from_four_different_ones():
     """Where a base never saw them: two that start alike are one token to every layer."""
     control = SimpleNamespace(fim="convention", fim_prefix=67, fim_middle=68, fim_suffix=69, file_separator=70, eos=1)
@@ -297,11 +317,11 @@ def test_what_rows_leave_out_is_not_held_out(model, tmp_path, monkeypatch):
     assert said == ["7 files to learn from, 0 to choose the best step by, 1 held out"]
 
 
-def code(repository, files):
+def code(repository, files, functions=30):
     repository.mkdir()
     for n in range(files):
         (repository / f"m{n}.py").write_text("".join(f"def f_{n}_{i}(a, b):\n    total = a + b * {i}\n    return total\n\n\n"
-                                                      for i in range(30)))
+                                                      for i in range(functions)))
     return repository
 
 

@@ -40,6 +40,7 @@ FEWEST = 4                               # files to train on
 LAYOUT: Layout = "spm"                   # of the holes that are measured: how an editor asks while one types
 END_WEIGHT = 2.0                         # trained on likelihood alone, greedy completions go on for too long
 MOST_CHOOSING, CHOICES = 20, 6           # files whose loss says which step was the best, and how often it is measured
+EXAMPLES = 32                            # of these files, about: a measurement of a token takes as long as a step's
 PROBE = 3                                # steps that say how long a step takes, the first of which compiles
 
 
@@ -162,7 +163,8 @@ def _prepare(repository: Path, work: Path, tokenizer: Tokenizer, orders: Sequenc
                     window=WINDOW, stride=WINDOW[1], path_rate=0.5)
     _build(taught, repository, work, "taught", tokenizer, recipe)
     if choosing:
-        _build(choosing, repository, work, "choosing", tokenizer, recipe)
+        some = replace(recipe, stride=max(recipe.stride, sum(len(one.text) for one in choosing) // EXAMPLES))
+        _build(choosing, repository, work, "choosing", tokenizer, some)
     lines = [json.dumps([one.repository, one.path, one.text, one.language]) + "\n" for one in kept]
     (work / "held-out.jsonl").write_text("".join(lines))
     (work / "ready").write_text(json.dumps([one.path for one in taught]))
@@ -212,15 +214,16 @@ def _plan(work: Path, model: str, until: float, rank: int, start: lora.Adapter |
     settings = Settings(rate, warmup, end_weight=END_WEIGHT, vocabulary=VOCABULARY, save_every=10, keep=1, seed=seed, remat="auto")
     plan = job.Plan(model, (str(work / "taught"),), work / "probe", replace(settings, steps=PROBE), kind="qlora", rank=rank,
                     adapter=path, batch_tokens=batch, epochs=100.0)
+    held_out = choosing if (choosing / "index.npy").exists() and len(Rows(choosing)) else None
     stored = work / "steps"
     if not stored.exists():
         seconds: list[float] = []
         shutil.rmtree(plan.out, ignore_errors=True)      # of a probe that was interrupted
         job.run(plan, False, lambda report: seconds.append(report.seconds))
-        left = until - time.monotonic()
+        measured = CHOICES * len(Rows(held_out)) * LENGTH / batch if held_out else 0     # in steps
+        left = (until - time.monotonic()) / min(seconds) - measured
         most = 8 * len(rows) * LENGTH // batch           # more passes than that over little code only repeats it
-        stored.write_text(str(max(PROBE, min(int(left / min(seconds)), max(most, PROBE)))))
+        stored.write_text(str(max(PROBE, min(int(left), max(most, PROBE)))))
     steps = int(stored.read_text())
-    held_out = choosing if (choosing / "index.npy").exists() and len(Rows(choosing)) else None
     return replace(plan, out=work / "run", held_out=held_out,
                    settings=replace(settings, steps=steps, evaluate_every=max(1, steps // CHOICES)))
