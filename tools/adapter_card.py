@@ -72,18 +72,19 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
                  for phase in (*PHASES, *CHOICES) if (cache / "rows" / phase / "index.npy").exists()}
     if not manifests:
         raise ValueError(f"{cache} holds no finished rows: make adapter builds them")
-    corpora: dict[str, set[str]] = {}    # of the builds, those that share no package: the largest first
-    for phase, names in sorted(((phase, {one.name for one in packages_of(phase)}) for phase in manifests if phase in PHASES),
-                               key=lambda each: -len(each[1])):
-        if not any(names & others for others in corpora.values()):
-            corpora[phase] = names
+    stages, seen = [], set[str]()        # of builds that share no package, the largest first
+    for phase in sorted(filter(PHASES.get, manifests), key=lambda phase: -len(packages_of(phase))):
+        names = {package.name for package in packages_of(phase)}
+        if names.isdisjoint(seen):
+            stages.append(manifests[phase])
+            seen |= names
     counts, redacted = Counter[str](), Counter[str]()
-    for stages in (manifests[phase] for phase in corpora):
+    for found in stages:
         for name in ("documents", "clean", "order"):
-            counts.update(stages[name]["counts"])
-        redacted.update(stages["clean"]["redacted"])
+            counts.update(found[name]["counts"])
+        redacted.update(found["clean"]["redacted"])
     dropped = Counter({key: count for key, count in counts.items() if not key.startswith("kept")})
-    benchmarks = max(len(manifests[phase]["clean"]["recipe"]["benchmarks"]) for phase in corpora)
+    benchmarks = max(len(found["clean"]["recipe"]["benchmarks"]) for found in stages)
     licences = Counter(package.licence.strip("_").replace("_", " ") for package in corpus)
     return "\n".join([
         f"{len(corpus)} permissively licensed packages, pinned by version and hash in PACKAGES.txt. Licences: "

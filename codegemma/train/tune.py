@@ -214,16 +214,15 @@ def _plan(work: Path, model: str, until: float, rank: int, start: lora.Adapter |
     settings = Settings(rate, warmup, end_weight=END_WEIGHT, vocabulary=VOCABULARY, save_every=10, keep=1, seed=seed, remat="auto")
     plan = job.Plan(model, (str(work / "taught"),), work / "probe", replace(settings, steps=PROBE), kind="qlora", rank=rank,
                     adapter=path, batch_tokens=batch, epochs=100.0)
-    held_out = choosing if (choosing / "index.npy").exists() and len(Rows(choosing)) else None
+    few = len(Rows(choosing)) if (choosing / "index.npy").exists() else 0
     stored = work / "steps"
     if not stored.exists():
         seconds: list[float] = []
         shutil.rmtree(plan.out, ignore_errors=True)      # of a probe that was interrupted
         job.run(plan, False, lambda report: seconds.append(report.seconds))
-        measured = CHOICES * len(Rows(held_out)) * LENGTH / batch if held_out else 0     # in steps
-        left = (until - time.monotonic()) / min(seconds) - measured
+        left = (until - time.monotonic()) / min(seconds) - CHOICES * few * LENGTH / batch     # in steps
         most = 8 * len(rows) * LENGTH // batch           # more passes than that over little code only repeats it
         stored.write_text(str(max(PROBE, min(int(left), max(most, PROBE)))))
     steps = int(stored.read_text())
-    return replace(plan, out=work / "run", held_out=held_out,
-                   settings=replace(settings, steps=steps, evaluate_every=max(1, steps // CHOICES)))
+    return replace(plan, out=work / "run", held_out=choosing if few else None,
+                   settings=replace(settings, steps=steps, evaluate_every=-(-steps // CHOICES)))
