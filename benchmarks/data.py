@@ -27,8 +27,17 @@ def corpus(folder: Path, megabytes: float, copies: int = 1) -> list[str]:
     """Checkouts of installed packages, cut at the size; a copy is the same text under other names."""
     roots = [Path(sysconfig.get_paths()["purelib"]), Path(sysconfig.get_paths()["stdlib"])]
     endings = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".js", ".ts", ".go", ".rs", ".java"}
-    files = sorted({file for root in roots for file in root.rglob("*.*") if file.suffix in endings and file.is_file()
-                    and "node_modules" not in file.parts and file.stat().st_size < MB})
+    files = sorted(
+        {
+            file
+            for root in roots
+            for file in root.rglob("*.*")
+            if file.suffix in endings
+            and file.is_file()
+            and "node_modules" not in file.parts
+            and file.stat().st_size < MB
+        }
+    )
     random.Random(0).shuffle(files)
     size, seen = 0, set()
     for file in files:
@@ -42,7 +51,7 @@ def corpus(folder: Path, megabytes: float, copies: int = 1) -> list[str]:
             inside = file.relative_to(root)
             to = folder / f"{inside.parts[0].removesuffix(file.suffix)}-{copy}" / inside
             to.parent.mkdir(parents=True, exist_ok=True)
-            mark = f" marker_{copy}_of_the_text" if copy else ""      # else the copies would be dropped as copies
+            mark = f" marker_{copy}_of_the_text" if copy else ""  # else the copies would be dropped as copies
             to.write_text(text.replace(":\n", f":  #{mark}\n") if mark else text)
             (folder / f"{inside.parts[0].removesuffix(file.suffix)}-{copy}" / "Makefile").touch()
     return [str(folder)]
@@ -70,13 +79,19 @@ def timed(call, items) -> float:
 def peer(name: str, items: list[tuple[str, str]]) -> float:
     """Seconds of CPU that a peer takes for the texts."""
     import logging
+
     logging.disable(logging.CRITICAL)
     if name == "datatrove minhash":
         from datatrove.pipeline.dedup import MinhashDedupSignature
         from datatrove.pipeline.dedup.minhash import MinhashConfig
-        step = MinhashDedupSignature(tempfile.mkdtemp(), MinhashConfig(n_grams=5, num_buckets=21, hashes_per_bucket=6))
+
+        step = MinhashDedupSignature(
+            tempfile.mkdtemp(), MinhashConfig(n_grams=5, num_buckets=21, hashes_per_bucket=6)
+        )
         step.get_signature(step.get_shingles("warm up the tokenizer of this thing"))
-        return timed(lambda item: step.get_signature(step.get_shingles(item[1])) if len(item[1]) > 200 else None, items)
+        return timed(
+            lambda item: step.get_signature(step.get_shingles(item[1])) if len(item[1]) > 200 else None, items
+        )
     if name == "datasketch":
         import re
 
@@ -84,15 +99,18 @@ def peer(name: str, items: list[tuple[str, str]]) -> float:
 
         def sketch(item):
             words = re.findall(r"\w+", item[1].lower())
-            grams = {" ".join(words[at:at + 5]).encode() for at in range(max(1, len(words) - 4))}
+            grams = {" ".join(words[at : at + 5]).encode() for at in range(max(1, len(words) - 4))}
             MinHash(num_perm=126).update_batch(grams)
+
         return timed(sketch, items)
     if name == "datatrove pii":
         from datatrove.pipeline.formatters import PIIFormatter
+
         return timed(PIIFormatter().format, [text for _, text in items])
     if name == "detect-secrets":
         from detect_secrets import SecretsCollection
         from detect_secrets.settings import default_settings
+
         folder, files = Path(tempfile.mkdtemp()), []
         for at, (path, text) in enumerate(items):
             files.append(folder / f"{at}{Path(path).suffix}")
@@ -102,9 +120,20 @@ def peer(name: str, items: list[tuple[str, str]]) -> float:
     if name == "data-prep-toolkit order":
         import pandas
         from dpk_repo_level_order.internal.sorting.semantic_ordering import sort_sem
+
         names = {".py": "Python", ".c": "C", ".h": "C", ".cpp": "C++", ".js": "JavaScript", ".go": "Go"}
-        rows = [{"title": path, "new_title": path, "contents": text, "language": names[Path(path).suffix],
-                 "ext": Path(path).suffix, "repo_name": "r/r"} for path, text in items if Path(path).suffix in names]
+        rows = [
+            {
+                "title": path,
+                "new_title": path,
+                "contents": text,
+                "language": names[Path(path).suffix],
+                "ext": Path(path).suffix,
+                "repo_name": "r/r",
+            }
+            for path, text in items
+            if Path(path).suffix in names
+        ]
         frame = pandas.DataFrame(rows)
         return timed(lambda frame: sort_sem(frame, logging.getLogger("quiet")), [frame])
     raise ValueError(name)
@@ -127,23 +156,31 @@ def ours(name: str, items: list[tuple[str, str]]) -> float:
 
 def compare(folder: Path, python: str) -> None:
     """Each of our steps and its peer, one after the other, on a sample (MB) that takes the peer some seconds."""
-    pairs = [("minhash", "datatrove minhash", 4), ("minhash", "datasketch", 8),
-             ("secrets and personal data", "detect-secrets", 1),
-             ("secrets and personal data", "datatrove pii", 8),
-             ("repository order", "data-prep-toolkit order", 2)]
+    pairs = [
+        ("minhash", "datatrove minhash", 4),
+        ("minhash", "datasketch", 8),
+        ("secrets and personal data", "detect-secrets", 1),
+        ("secrets and personal data", "datatrove pii", 8),
+        ("repository order", "data-prep-toolkit order", 2),
+    ]
     for step, name, share in pairs:
         items = texts(folder, share)
         size = sum(len(text.encode()) for _, text in items) / MB
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(items, file)
             file.flush()
-            run = subprocess.run([python, __file__, "--peer", name, file.name], capture_output=True, text=True)
+            run = subprocess.run(
+                [python, __file__, "--peer", name, file.name], capture_output=True, text=True
+            )
         theirs = size / float(run.stdout.split()[-1]) if run.returncode == 0 else float("nan")
         if run.returncode:
             print(f"{name} did not run: {run.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        ours(step, items[:20])                                        # grammars, rules and tables are loaded once
+        ours(step, items[:20])  # grammars, rules and tables are loaded once
         own = size / ours(step, items)
-        print(f"{step:28} {own:8.2f} MB/s   {name:24} {theirs:8.3f} MB/s   ratio {own / theirs:8.1f}", flush=True)
+        print(
+            f"{step:28} {own:8.2f} MB/s   {name:24} {theirs:8.3f} MB/s   ratio {own / theirs:8.1f}",
+            flush=True,
+        )
 
 
 def whole(sources: list[str], out: Path, workers: int, threshold: float = 0.8) -> dict:
@@ -176,16 +213,22 @@ def main() -> None:
         print(f"{size:.0f} MB of source in {sum(file.is_file() for file in folder.rglob('*.*')):,} files")
         compare(folder, options.peers)
         one, two = (whole(sources, out, workers) for workers in (1, 2))
-        print(f"whole pipeline: {size / one['wall']:.2f} MB/s with one worker, {size / two['wall']:.2f} with two, "
-              f"{one['wall'] / two['wall']:.2f} times")
+        print(
+            f"whole pipeline: {size / one['wall']:.2f} MB/s with one worker, {size / two['wall']:.2f} with two, "
+            f"{one['wall'] / two['wall']:.2f} times"
+        )
         for stage in ("documents", "clean", "sign", "link", "order", "rows"):
             seconds = one[stage]["seconds"]
-            print(f"  {stage:10} {seconds:8.1f} s  {seconds / one['wall']:6.1%}  {size / max(seconds, 1e-9):8.1f} MB/s")
+            print(
+                f"  {stage:10} {seconds:8.1f} s  {seconds / one['wall']:6.1%}  {size / max(seconds, 1e-9):8.1f} MB/s"
+            )
         if not options.skip_memory:
             shutil.rmtree(folder)
             large = whole(corpus(folder, options.megabytes, copies=5), out, 2, threshold=1.0)
-            peak = [max(stage.get("peak_bytes", 0) for stage in run.values() if isinstance(stage, dict)) / MB
-                    for run in (two, large)]
+            peak = [
+                max(stage.get("peak_bytes", 0) for stage in run.values() if isinstance(stage, dict)) / MB
+                for run in (two, large)
+            ]
             print(f"peak memory of a worker: {peak[0]:.0f} MB, with five times the input {peak[1]:.0f} MB")
 
 

@@ -28,18 +28,20 @@ from codegemma.lora import LINEAR, Adapter
 from codegemma.native import Slice, measure
 from codegemma.weights import places
 
-PROMPT, BEFORE, DECODED = 512, 64, 32      # tokens read; read before decoding; decoded
+PROMPT, BEFORE, DECODED = 512, 64, 32  # tokens read; read before decoding; decoded
 FUNCTION = (ROOT / "benchmarks" / "edited_function.py").read_text()
 
 
-def run_prompt(model: codegemma.Model, ids: list[int], adapter: str | None = None) -> tuple[float, int, list[Any]]:
+def run_prompt(
+    model: codegemma.Model, ids: list[int], adapter: str | None = None
+) -> tuple[float, int, list[Any]]:
     """Seconds for a prompt with nothing cached, its next token, and the pages."""
     pages = [model.backend.new_page() for _ in range(-(-(len(ids) + 1024) // 64))]
     for page in pages:
-        page.data.fill(0)                # touched, as the peer's cache is
+        page.data.fill(0)  # touched, as the peer's cache is
     start, token = time.perf_counter(), 0
     for at in range(0, len(ids), PROMPT):
-        part = ids[at:at + PROMPT]
+        part = ids[at : at + PROMPT]
         logits = model.backend.run([Slice(part, at, pages, int(at + len(part) == len(ids)), adapter)])
         token = int(logits.argmax[0]) if at + len(part) == len(ids) else 0
     return time.perf_counter() - start, token, pages
@@ -66,7 +68,7 @@ def run_edit(model: codegemma.Model, ids: list[int], count: int) -> tuple[float,
 def edit_prompt(model: codegemma.Model) -> list[int]:
     """A function of 60 lines, twice: as it is, and with one name changed in the first lines, to be continued."""
     renamed = FUNCTION.replace("parse_line", "read_record")
-    start = renamed[:renamed.index("\n", renamed.index("read_record"))]
+    start = renamed[: renamed.index("\n", renamed.index("read_record"))]
     text = f"# before\n{FUNCTION}\n# the same with parse_line renamed to read_record\n{start}"
     return model.tokenizer.encode(text, bos=True)
 
@@ -81,13 +83,13 @@ def weights_bytes(model: codegemma.Model) -> tuple[float, float]:
 
 def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any]:
     model = codegemma.load(path, threads=threads)
-    model.backend.settle()               # as it does by itself after some runs
+    model.backend.settle()  # as it does by itself after some runs
     read, operations = weights_bytes(model)
     ids = [2, *np.random.default_rng(0).integers(1000, 200_000, PROMPT - 1).tolist()]
     rows: list[dict[str, float]] = []
     with Peer("llamacpp", path, threads=threads, context=2048) as peer:
         edit = edit_prompt(model)
-        run_decode(model, ids[:BEFORE], 2)   # warms both up
+        run_decode(model, ids[:BEFORE], 2)  # warms both up
         peer("decode", ids=ids[:BEFORE], count=2)
         for _ in range(rounds):
             bandwidth, peak = measure(threads, model.backend.level)
@@ -95,21 +97,34 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
             theirs = PROMPT / peer("prefill", ids=ids)["seconds"]
             our_decode = DECODED / run_decode(model, ids[:BEFORE], DECODED)
             their_decode = DECODED / peer("decode", ids=ids[:BEFORE], count=DECODED)["seconds"]
-            row = {"prefill": ours, "prefill_peer": theirs, "prefill_ratio": ours / theirs,
-                   "prefill_share": ours * operations / peak,
-                   "decode": our_decode, "decode_peer": their_decode, "decode_ratio": our_decode / their_decode,
-                   "decode_share": our_decode * read / bandwidth, "bandwidth": bandwidth / 1e9, "peak": peak / 1e9}
+            row = {
+                "prefill": ours,
+                "prefill_peer": theirs,
+                "prefill_ratio": ours / theirs,
+                "prefill_share": ours * operations / peak,
+                "decode": our_decode,
+                "decode_peer": their_decode,
+                "decode_ratio": our_decode / their_decode,
+                "decode_share": our_decode * read / bandwidth,
+                "bandwidth": bandwidth / 1e9,
+                "peak": peak / 1e9,
+            }
             if edits:
                 count = 400
                 seconds, tokens = run_edit(model, edit, count)
                 their = peer("decode", ids=edit, count=count)
-                row |= {"edit": (len(tokens) - 1) / seconds, "edit_peer": count / their["seconds"],
-                        "edit_ratio": (len(tokens) - 1) / seconds * their["seconds"] / count}
+                row |= {
+                    "edit": (len(tokens) - 1) / seconds,
+                    "edit_peer": count / their["seconds"],
+                    "edit_ratio": (len(tokens) - 1) / seconds * their["seconds"] / count,
+                }
             rows.append(row)
         about = peer.about
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {
-        "model": path.name, "level": model.backend.level,
-        "peer": f"llama.cpp (llama-cpp-python {about['llama_cpp_python']})"}
+        "model": path.name,
+        "level": model.backend.level,
+        "peer": f"llama.cpp (llama-cpp-python {about['llama_cpp_python']})",
+    }
 
 
 def transformers(path: Path, rounds: int, threads: int) -> str:
@@ -125,9 +140,13 @@ def transformers(path: Path, rounds: int, threads: int) -> str:
             our_decode = DECODED / run_decode(model, ids[:BEFORE], DECODED)
             their_decode = DECODED / peer("decode", ids=ids[:BEFORE], count=DECODED)["seconds"]
             ratios.append((theirs, ours / theirs, their_decode, our_decode / their_decode))
-    prefill, prefill_ratio, decode, decode_ratio = (statistics.median(column) for column in zip(*ratios, strict=True))
-    return (f"transformers {peer.about['transformers']} in bfloat16, default model: prefill {prefill:.0f} tok/s (ours "
-            f"**{prefill_ratio:.2f}x**), decode {decode:.1f} tok/s (ours **{decode_ratio:.2f}x**).")
+    prefill, prefill_ratio, decode, decode_ratio = (
+        statistics.median(column) for column in zip(*ratios, strict=True)
+    )
+    return (
+        f"transformers {peer.about['transformers']} in bfloat16, default model: prefill {prefill:.0f} tok/s (ours "
+        f"**{prefill_ratio:.2f}x**), decode {decode:.1f} tok/s (ours **{decode_ratio:.2f}x**)."
+    )
 
 
 def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
@@ -135,9 +154,14 @@ def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
     model = codegemma.load(path, threads=threads)
     rng, (rows, c) = np.random.default_rng(0), ([67, 68, 69, 70], model.config)
     shapes = {place.name: place.shape for place in places(c, "hf") if place.name.rpartition(".")[2] in LINEAR}
-    a = {name: rng.normal(0, columns ** -0.5, (rank, columns)).astype(np.float32) for name, (_, columns) in shapes.items()}
+    a = {
+        name: rng.normal(0, columns**-0.5, (rank, columns)).astype(np.float32)
+        for name, (_, columns) in shapes.items()
+    }
     b = {name: rng.normal(0, 0.01, (out, rank)).astype(np.float32) for name, (out, _) in shapes.items()}
-    random = Adapter("random", rank, rank, a, b, {row: rng.normal(0, 0.1, c.width).astype(np.float32) for row in rows})
+    random = Adapter(
+        "random", rank, rank, a, b, {row: rng.normal(0, 0.1, c.width).astype(np.float32) for row in rows}
+    )
     model.backend.add_adapter("random", random)
     model.backend.settle()
     ids = [2, *rng.integers(1000, 200_000, PROMPT - 1).tolist()]
@@ -149,26 +173,34 @@ def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
         kept = {name: run_prompt(model, ids, name) for name in both}
         for name in both:
             prefill[name].append(kept[name][0])
-        for i in range(4 * DECODED):     # in turn, token by token: a machine's mood lasts longer than one
+        for i in range(4 * DECODED):  # in turn, token by token: a machine's mood lasts longer than one
             for name in both:
                 start = time.perf_counter()
-                model.backend.run([Slice(ids[i:i + 1], len(ids) + i, kept[name][2], 1, name)])
+                model.backend.run([Slice(ids[i : i + 1], len(ids) + i, kept[name][2], 1, name)])
                 decode[name].append(time.perf_counter() - start)
-    read, decoded = (statistics.median(times["random"]) / statistics.median(times[None]) for times in (prefill, decode))
-    return (f"With an adapter of rank {rank} on all linear layers, default model: prefill takes **{read:.3f}x** the time, "
-            f"decode **{decoded:.3f}x**.")
+    read, decoded = (
+        statistics.median(times["random"]) / statistics.median(times[None]) for times in (prefill, decode)
+    )
+    return (
+        f"With an adapter of rank {rank} on all linear layers, default model: prefill takes **{read:.3f}x** the time, "
+        f"decode **{decoded:.3f}x**."
+    )
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = ["| model | prefill tok/s | llama.cpp | ratio | share of int8 peak "
-             "| decode tok/s | llama.cpp | ratio | share of bandwidth | edit ratio |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| model | prefill tok/s | llama.cpp | ratio | share of int8 peak "
+        "| decode tok/s | llama.cpp | ratio | share of bandwidth | edit ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in results:
         edit = f"{r['edit_ratio']:.2f}" if "edit_ratio" in r else ""
-        lines.append(f"| {r['model']} | {r['prefill']:.1f} | {r['prefill_peer']:.1f} | **{r['prefill_ratio']:.2f}** "
-                     f"| {r['prefill_share']:.0%} | "
-                     f"{r['decode']:.1f} | {r['decode_peer']:.1f} | **{r['decode_ratio']:.2f}** "
-                     f"| {r['decode_share']:.0%} | {edit} |")
+        lines.append(
+            f"| {r['model']} | {r['prefill']:.1f} | {r['prefill_peer']:.1f} | **{r['prefill_ratio']:.2f}** "
+            f"| {r['prefill_share']:.0%} | "
+            f"{r['decode']:.1f} | {r['decode_peer']:.1f} | **{r['decode_ratio']:.2f}** "
+            f"| {r['decode_share']:.0%} | {edit} |"
+        )
     return "\n".join(lines)
 
 
@@ -184,16 +216,22 @@ def main() -> None:
     for name in args.models.split(","):
         path = paths[name]() if name in paths else BENCH / f"random-2b-{name}.gguf"
         if not path.exists():
-            subprocess.run([sys.executable, str(ROOT / "benchmarks" / "random_model.py"), "2b", name], check=True)
+            subprocess.run(
+                [sys.executable, str(ROOT / "benchmarks" / "random_model.py"), "2b", name], check=True
+            )
         results.append(compare(path, args.rounds, name == "default", args.threads))
         if name == "default":
             beside = f"{transformers(path, args.rounds, args.threads)}\n\n{adapters(path, args.rounds, args.threads)}"
         print(table(results[-1:]), beside, sep="\n", flush=True)
         print({k: round(v, 2) for k, v in results[-1].items() if isinstance(v, float)}, flush=True)
-    limits = (f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s int8 (median), "
-              f"{args.threads} threads, {results[0]['level']}")
-    entry = (f"\n## {datetime.date.today()}: engine against llama.cpp\n\n`benchmarks/engine.py --rounds {args.rounds}`; "
-             f"{results[0]['peer']}; {limits}.\n\n{table(results)}\n\n{beside}\n")
+    limits = (
+        f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s int8 (median), "
+        f"{args.threads} threads, {results[0]['level']}"
+    )
+    entry = (
+        f"\n## {datetime.date.today()}: engine against llama.cpp\n\n`benchmarks/engine.py --rounds {args.rounds}`; "
+        f"{results[0]['peer']}; {limits}.\n\n{table(results)}\n\n{beside}\n"
+    )
     publish(entry, args.log)
 
 

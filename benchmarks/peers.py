@@ -29,14 +29,24 @@ from typing import Any
 import numpy as np
 
 PYTHON = Path(__file__).parent.parent / ".venv-bench" / "bin" / "python"
-BENCH = Path.home() / ".cache" / "codegemma" / "bench"    # models that only benchmarks read
+BENCH = Path.home() / ".cache" / "codegemma" / "bench"  # models that only benchmarks read
 
 
 def exported(model: str = "gemma-3-270m") -> Path:
     """A model as transformers reads it, converted once."""
     folder = BENCH / f"{Path(model).name}-hf"
     if not folder.exists():
-        convert = ["-m", "codegemma.cli", "convert", model, str(folder), "--to", "safetensors", "--dtype", "bf16"]
+        convert = [
+            "-m",
+            "codegemma.cli",
+            "convert",
+            model,
+            str(folder),
+            "--to",
+            "safetensors",
+            "--dtype",
+            "bf16",
+        ]
         subprocess.run([sys.executable, *convert], check=True)
     return folder
 
@@ -47,9 +57,10 @@ class Peer:
     def __init__(self, engine: str, model: str | Path, **options: Any) -> None:
         """`options` are the keywords of the engine's class."""
         command = [PYTHON, __file__, engine, model, json.dumps(options)]
-        self._child = subprocess.Popen([str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True)
-        self.about: dict[str, Any] = self._read()    # versions and settings
+        self._child = subprocess.Popen(
+            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.about: dict[str, Any] = self._read()  # versions and settings
 
     def __call__(self, command: str, **arguments: Any) -> dict[str, Any]:
         assert self._child.stdin
@@ -61,7 +72,9 @@ class Peer:
         assert self._child.stdout
         line = self._child.stdout.readline()
         if not line:
-            raise RuntimeError(f"the peer stopped with exit code {self._child.wait()}: its messages are above")
+            raise RuntimeError(
+                f"the peer stopped with exit code {self._child.wait()}: its messages are above"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"the peer failed: {answer['error']}")
@@ -71,7 +84,7 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._child.communicate()    # closes its stdin, which ends it
+        self._child.communicate()  # closes its stdin, which ends it
 
 
 class LlamaCpp:
@@ -84,11 +97,14 @@ class LlamaCpp:
 
     def __init__(self, model: str, threads: int, context: int, batch: int = 512, flash: str = "auto") -> None:
         import llama_cpp
+
         self.api = llama_cpp
         self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self.quiet, None)
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
+        self.model = llama_cpp.llama_model_load_from_file(
+            model.encode(), llama_cpp.llama_model_default_params()
+        )
         if not self.model:
             raise ValueError(f"{model}: llama.cpp does not load it")
         settings = llama_cpp.llama_context_default_params()
@@ -103,14 +119,22 @@ class LlamaCpp:
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.size, self.batch = batch, llama_cpp.llama_batch_init(batch, 0, 1)
         columns = self.batch.token, self.batch.pos, self.batch.logits, self.batch.n_seq_id
-        self.tokens, self.places, self.wanted, sequences = (np.ctypeslib.as_array(at, (batch,)) for at in columns)
+        self.tokens, self.places, self.wanted, sequences = (
+            np.ctypeslib.as_array(at, (batch,)) for at in columns
+        )
         sequences[:] = 1
         for i in range(batch):
             self.batch.seq_id[i][0] = 0
         self.held: list[int] = []
-        self.about = {"engine": "llama.cpp", "llama_cpp_python": llama_cpp.__version__, "threads": threads,
-                      "context": context, "batch": batch, "flash_attention": flash,
-                      "system": llama_cpp.llama_print_system_info().decode().strip()}
+        self.about = {
+            "engine": "llama.cpp",
+            "llama_cpp_python": llama_cpp.__version__,
+            "threads": threads,
+            "context": context,
+            "batch": batch,
+            "flash_attention": flash,
+            "system": llama_cpp.llama_print_system_info().decode().strip(),
+        }
 
     def _rewind(self, length: int) -> None:
         """Keeps the first `length` tokens, or none where the memory cannot go back so far."""
@@ -123,7 +147,7 @@ class LlamaCpp:
         """Appends tokens; logits of the last one, or of all, [.., V], in llama.cpp's own memory until the next call."""
         logits = []
         for at in range(0, len(ids), self.size):
-            part = ids[at:at + self.size]
+            part = ids[at : at + self.size]
             count = self.batch.n_tokens = len(part)
             self.tokens[:count], self.wanted[:count] = part, all_logits
             self.places[:count] = np.arange(len(self.held), len(self.held) + count)
@@ -157,10 +181,12 @@ class LlamaCpp:
     def eval_prompt(self, ids: list[int]) -> dict[str, Any]:
         """Time to the first token with llama.cpp's prompt cache: the longest common prefix stays, the rest runs."""
         start = time.perf_counter()
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self.held, strict=False)))
+        common = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self.held, strict=False))
+        )
         self._rewind(common)
         evaluated = len(ids) - len(self.held)
-        token = int(self._run(ids[len(self.held):]).argmax())
+        token = int(self._run(ids[len(self.held) :]).argmax())
         return {"seconds": time.perf_counter() - start, "token": token, "evaluated": evaluated}
 
     def logits(self, ids: list[int], path: str) -> dict[str, Any]:
@@ -176,19 +202,29 @@ class Torch:
         os.environ["TQDM_DISABLE"] = "1"
         import torch
         import transformers
+
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.torch = torch
         path = Path(model)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name,
-                                                                       dtype=getattr(torch, dtype)).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
+        ).eval()
         self.cache: Any = None
-        self.about = {"engine": "transformers", "transformers": transformers.__version__, "torch": torch.__version__,
-                      "threads": threads, "dtype": dtype, "attention": self.model.config._attn_implementation}
+        self.about = {
+            "engine": "transformers",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "threads": threads,
+            "dtype": dtype,
+            "attention": self.model.config._attn_implementation,
+        }
 
     def _run(self, ids: list[int], keep: int = 1) -> Any:
-        out = self.model(self.torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        out = self.model(
+            self.torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=keep
+        )
         self.cache = out.past_key_values
         return out.logits[0]
 
@@ -238,7 +274,12 @@ metric_list: [{metric: acc_norm}]
         torch.set_num_threads(threads)
         with contextlib.redirect_stdout(sys.stderr):
             self.model = HFLM(model, dtype="float32", device="cpu", batch_size=8, add_bos_token=True)
-        self.about = {"engine": "lm-eval", "lm_eval": lm_eval.__version__, "torch": torch.__version__, "threads": threads}
+        self.about = {
+            "engine": "lm-eval",
+            "lm_eval": lm_eval.__version__,
+            "torch": torch.__version__,
+            "threads": threads,
+        }
 
     def choose(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         from lm_eval import simple_evaluate
@@ -248,8 +289,12 @@ metric_list: [{metric: acc_norm}]
         Path(self.folder.name, "task.yaml").write_text(self.TASK.replace("FOLDER", self.folder.name))
         with contextlib.redirect_stdout(sys.stderr):
             start = time.perf_counter()
-            found = simple_evaluate(self.model, tasks=["ours"], bootstrap_iters=0,
-                                    task_manager=TaskManager(include_path=self.folder.name))
+            found = simple_evaluate(
+                self.model,
+                tasks=["ours"],
+                bootstrap_iters=0,
+                task_manager=TaskManager(include_path=self.folder.name),
+            )
             seconds = time.perf_counter() - start
         return {"seconds": seconds, "right": found["results"]["ours"]["acc_norm,none"]}
 
@@ -258,7 +303,9 @@ ENGINES = {"llamacpp": LlamaCpp, "torch": Torch, "lm-eval": LmEval}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="An engine that answers JSON lines; see the top of this file.")
+    parser = argparse.ArgumentParser(
+        description="An engine that answers JSON lines; see the top of this file."
+    )
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("model")
     parser.add_argument("options", type=json.loads, nargs="?", default={})

@@ -46,17 +46,32 @@ def main() -> None:
         if not (source := args.source):
             from tiny import tiny_config, write_tiny_gguf
 
-            source = write_tiny_gguf(Path(folder, "source.gguf"), tiny_config(
-                "gemma-mqa", layers=12, width=1024, ffn_width=8192, heads=4, head_width=256, vocab=64_000), "BF16")
+            source = write_tiny_gguf(
+                Path(folder, "source.gguf"),
+                tiny_config(
+                    "gemma-mqa", layers=12, width=1024, ffn_width=8192, heads=4, head_width=256, vocab=64_000
+                ),
+                "BF16",
+            )
         target, rows = Path(folder, "target.gguf"), []
         for type in args.types.split(","):
-            pairs = [(seconds(lambda type=type: convert.convert(source, target, quantize_to=type, overwrite=True)),
-                      seconds(lambda type=type: peer(source, target, type))) for _ in range(args.rounds)]
+            pairs = [
+                (
+                    seconds(
+                        lambda type=type: convert.convert(source, target, quantize_to=type, overwrite=True)
+                    ),
+                    seconds(lambda type=type: peer(source, target, type)),
+                )
+                for _ in range(args.rounds)
+            ]
             ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
             rows.append(f"| {type} | {ours:.1f} s | {theirs:.1f} s | {theirs / ours:.2f} |")
             print(rows[-1], flush=True)
-    head = [f"\n## Quantising beside llama.cpp\n\n`benchmarks/quantize.py`: {source.name}, {usable_cpus()} threads.\n",
-            "| blocks | ours | llama.cpp | ratio |", "|---|---|---|---|"]
+    head = [
+        f"\n## Quantising beside llama.cpp\n\n`benchmarks/quantize.py`: {source.name}, {usable_cpus()} threads.\n",
+        "| blocks | ours | llama.cpp | ratio |",
+        "|---|---|---|---|",
+    ]
     logbook.publish("\n".join([*head, *rows, ""]), args.log)
 
 

@@ -22,14 +22,18 @@ from codegemma.weights import BLOCKS, Place, places, row_bytes
 
 CACHE = Path.home() / ".cache" / "codegemma"
 DEFAULT = CACHE / "models" / "gemma-3-270m" / "model.gguf"
-FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}    # general.file_type
-ROWS = 1024                                          # drawn at a time
+FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # general.file_type
+ROWS = 1024  # drawn at a time
 
 # Where a block's float16 factors lie (byte offsets), and what factor 1 does to the standard deviation of a weight
 # whose other bits are random: see ggml's dequantize_row_*. A K block's mins are made 7.5 scales (the mean of its
 # quants) so that weights have the mean zero; every other factor gets a random sign to the same end.
 FACTORS: dict[str, tuple[dict[int, float], float]] = {
-    "Q4_0": ({0: 1.0}, 4.64), "Q8_0": ({0: 1.0}, 73.9), "Q4_K": ({0: 1.0, 2: 7.5}, 258.0), "Q6_K": ({208: 1.0}, 1367.0)}
+    "Q4_0": ({0: 1.0}, 4.64),
+    "Q8_0": ({0: 1.0}, 73.9),
+    "Q4_K": ({0: 1.0, 2: 7.5}, 258.0),
+    "Q6_K": ({208: 1.0}, 1367.0),
+}
 
 
 def tensor_type(place: Place, mix: str, layers: int) -> str:
@@ -54,35 +58,49 @@ def random_blocks(place: Place, type: str) -> np.ndarray:
         return rng.uniform(0.9, 1.1, place.shape).astype(np.float32)
     rows, width = place.shape
     out = np.empty((rows, row_bytes(type, width)), np.uint8)
-    gain = 16.0 if place.name.endswith((".o", ".down")) else 1.0    # or each token would only predict itself
+    gain = 16.0 if place.name.endswith((".o", ".down")) else 1.0  # or each token would only predict itself
     factors, spread = FACTORS[type]
     for at in range(0, rows, ROWS):
-        part = out[at:at + ROWS]
+        part = out[at : at + ROWS]
         part[:] = np.frombuffer(rng.bytes(part.size), np.uint8).reshape(part.shape)
         blocks = part.reshape(-1, BLOCKS[type][1])
-        scale = rng.uniform(0.8, 1.2, len(blocks)) * rng.choice([-1, 1], len(blocks)) * gain / (spread * width ** 0.5)
+        scale = (
+            rng.uniform(0.8, 1.2, len(blocks))
+            * rng.choice([-1, 1], len(blocks))
+            * gain
+            / (spread * width**0.5)
+        )
         for offset, times in factors.items():
-            blocks[:, offset:offset + 2] = (scale * times).astype("<f2").view(np.uint8).reshape(-1, 2)
+            blocks[:, offset : offset + 2] = (scale * times).astype("<f2").view(np.uint8).reshape(-1, 2)
     return out
 
 
 def write(path: Path, config: ModelConfig, mix: str, vocabulary: Path) -> None:
     header = gguf.read(vocabulary).metadata
-    metadata = gguf.config_metadata(config) | {"general.name": path.stem, "general.quantization_version": 2,
-                                               "general.file_type": FILE_TYPES[mix]}
+    metadata = gguf.config_metadata(config) | {
+        "general.name": path.stem,
+        "general.quantization_version": 2,
+        "general.file_type": FILE_TYPES[mix],
+    }
     for key, value in header.items():
         if key.startswith("tokenizer."):
-            metadata[key] = value[:config.vocab] if hasattr(value, "__len__") and not isinstance(value, str) else value
+            metadata[key] = (
+                value[: config.vocab] if hasattr(value, "__len__") and not isinstance(value, str) else value
+            )
 
     def later(place: Place, type: str) -> Callable[[], np.ndarray]:
         return lambda: random_blocks(place, type)
 
     typed = [(place, tensor_type(place, mix, config.layers)) for place in places(config, "gguf")]
-    gguf.write_gguf(path, metadata, [(place.stored, type, place.shape, later(place, type)) for place, type in typed])
+    gguf.write_gguf(
+        path, metadata, [(place.stored, type, place.shape, later(place, type)) for place, type in typed]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("size", choices=["2b", "7b"])
     parser.add_argument("mix", choices=sorted(FILE_TYPES))
     parser.add_argument("--model", type=Path, default=DEFAULT, help="GGUF that lends its vocabulary")

@@ -39,7 +39,17 @@ FIM = ("<unused60>", "<unused61>", "<unused62>")  # stand for the peer's FIM tok
 
 @contextlib.contextmanager
 def our_server(threads: int) -> Iterator[tuple[str, int]]:
-    command = [sys.executable, "-m", "codegemma.cli", "serve", "--port", "0", "--threads", str(threads), "--no-keep-cache"]
+    command = [
+        sys.executable,
+        "-m",
+        "codegemma.cli",
+        "serve",
+        "--port",
+        "0",
+        "--threads",
+        str(threads),
+        "--no-keep-cache",
+    ]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout
     try:
@@ -73,7 +83,9 @@ def peer_server(threads: int) -> Iterator[tuple[str, int]]:
         "--verbose",
         "false",
     ]
-    child = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         while True:  # until it listens
@@ -81,7 +93,9 @@ def peer_server(threads: int) -> Iterator[tuple[str, int]]:
                 httpx.get(f"{url}/v1/models", trust_env=False)
                 break
             if child.poll() is not None:
-                raise RuntimeError('the peer does not start: pip install "llama-cpp-python[server]" into the bench environment')
+                raise RuntimeError(
+                    'the peer does not start: pip install "llama-cpp-python[server]" into the bench environment'
+                )
             time.sleep(0.2)
         yield url, child.pid
     finally:
@@ -128,9 +142,14 @@ def together(url: str, request: Any, count: int = 8, tokens: int = 64) -> tuple[
         async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
             bodies = [request(text[at - 1500 : at], text[at : at + 300], tokens) for at in starts]
             start = time.perf_counter()
-            answers = [answer.json() for answer in await asyncio.gather(*(client.post(path, json=body) for path, body in bodies))]
+            answers = [
+                answer.json()
+                for answer in await asyncio.gather(*(client.post(path, json=body) for path, body in bodies))
+            ]
             seconds = time.perf_counter() - start
-        return sum(answer["usage"]["completion_tokens"] for answer in answers) / seconds, [a["choices"][0]["text"] for a in answers]
+        return sum(answer["usage"]["completion_tokens"] for answer in answers) / seconds, [
+            a["choices"][0]["text"] for a in answers
+        ]
 
     return asyncio.run(run())
 
@@ -139,7 +158,10 @@ def alone(url: str, request: Any) -> list[str]:
     """What `together` asks, one after the other."""
     text = (ROOT / "codegemma" / "completion.py").read_text()
     with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
-        asked = [request(text[at - 1500 : at], text[at : at + 300], 64) for at in (1500 + 700 * i for i in range(8))]
+        asked = [
+            request(text[at - 1500 : at], text[at : at + 300], 64)
+            for at in (1500 + 700 * i for i in range(8))
+        ]
         return [client.post(path, json=body).json()["choices"][0]["text"] for path, body in asked]
 
 
@@ -175,8 +197,12 @@ async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, An
             for _, prefix, suffix in steps:
                 path, body = our_request(f"# client {number}\n{prefix}", suffix)
                 start = time.perf_counter()
-                task = asyncio.ensure_future(client.post(path, json=body | {"session": str(number), "time_budget_ms": 1000}))
-                pause = draw.uniform(0.1, 0.4) if draw.random() < 0.9 else draw.uniform(2.0, 6.0)  # typing, then a look
+                task = asyncio.ensure_future(
+                    client.post(path, json=body | {"session": str(number), "time_budget_ms": 1000})
+                )
+                pause = (
+                    draw.uniform(0.1, 0.4) if draw.random() < 0.9 else draw.uniform(2.0, 6.0)
+                )  # typing, then a look
                 done, _ = await asyncio.wait({task}, timeout=pause)
                 if not done:
                     task.cancel()
@@ -198,14 +224,23 @@ async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, An
 
     async def watch() -> None:
         while time.perf_counter() < end:
-            resident = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+            resident = next(
+                line
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+                if line.startswith("VmRSS")
+            )
             memory.append(int(resident.split()[1]) * 1024)
             await asyncio.sleep(1)
 
     limits = httpx.Limits(max_connections=2 * clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False, limits=limits) as client:
         await asyncio.gather(watch(), *(one(number, client) for number in range(clients)))
-    return {"answered": answered, "served": [served[i] for i in range(clients)], "statuses": statuses, "memory": memory}
+    return {
+        "answered": answered,
+        "served": [served[i] for i in range(clients)],
+        "statuses": statuses,
+        "memory": memory,
+    }
 
 
 def plot(answered: list[tuple[float, float]], file: Path) -> None:
@@ -261,7 +296,11 @@ def speed(args: Any) -> str:
     for kind in ("key", "jump", "open"):
         a, b = typed["ours"][kind], typed["peer"][kind]
         figures = [statistics.median(a), percentile(a, 0.95), statistics.median(b), percentile(b, 0.95)]
-        rows.append(f"| {kind} | " + " | ".join(f"{1e3 * x:.0f} ms" for x in figures) + f" | **1/{figures[2] / figures[0]:.1f}** |")
+        rows.append(
+            f"| {kind} | "
+            + " | ".join(f"{1e3 * x:.0f} ms" for x in figures)
+            + f" | **1/{figures[2] / figures[0]:.1f}** |"
+        )
     ours, peer = (statistics.median(rates[name]) for name in ("ours", "peer"))
     return (
         f"`benchmarks/serve.py --rounds {args.rounds}`: default model, {args.threads} threads, {TOKENS} tokens a suggestion; "
@@ -298,12 +337,16 @@ def under_load(args: Any) -> str:
 def main() -> None:
     arguments = parser(__doc__, rounds=3)
     arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    arguments.add_argument("--load", type=float, metavar="SECONDS", help="many clients that type, instead of the comparison")
+    arguments.add_argument(
+        "--load", type=float, metavar="SECONDS", help="many clients that type, instead of the comparison"
+    )
     arguments.add_argument("--clients", type=int, default=64)
     arguments.add_argument("--plot", type=Path, metavar="FILE", help="an SVG of the latencies under load")
     args = arguments.parse_args()
     text = under_load(args) if args.load else speed(args)
-    publish(f"\n## {datetime.date.today()}: the server{' under load' if args.load else ''}\n\n{text}", args.log)
+    publish(
+        f"\n## {datetime.date.today()}: the server{' under load' if args.load else ''}\n\n{text}", args.log
+    )
 
 
 if __name__ == "__main__":

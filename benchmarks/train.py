@@ -24,12 +24,14 @@ from logbook import parser, publish
 from peers import BENCH, PYTHON, exported
 
 STEPS = 3
-SPARING = {"kernels, all tokens, products kept": "products",      # what is element by element is computed again,
-           "kernels, all tokens, layers kept": "layer"}           # or all within a layer
+SPARING = {
+    "kernels, all tokens, products kept": "products",  # what is element by element is computed again,
+    "kernels, all tokens, layers kept": "layer",
+}  # or all within a layer
 XLA = "XLA alone, all tokens"
 OURS = ("kernels, all tokens", *SPARING, "kernels, middle only", XLA, f"{XLA}, bfloat16")
 THEIRS = ("float32 eager", "float32 compiled", "bfloat16 eager", "bfloat16 compiled")
-MIDDLE = 0.15                            # share of the tokens that a row with loss on the middle has as targets
+MIDDLE = 0.15  # share of the tokens that a row with loss on the middle has as targets
 
 
 def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
@@ -60,11 +62,17 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
     dtype: Any = "bfloat16" if "bfloat16" in name else "float32"
     remat: Any = SPARING.get(name, "none")
     settings = Settings(remat=remat, dtype=dtype)
-    base = params_of(checkpoint, None if kernels else jax.numpy.dtype(dtype), blocks="own" if kernels else "none")
+    base = params_of(
+        checkpoint, None if kernels else jax.numpy.dtype(dtype), blocks="own" if kernels else "none"
+    )
     lora = new_lora(config, base, rank)
     rng = np.random.default_rng(0)
-    row = {"tokens": rng.integers(0, config.vocab, length, np.int32), "positions": np.arange(length, dtype=np.int32),
-           "segments": np.ones(length, np.uint16), "loss": rng.random(length) < (1 if "all" in name else MIDDLE)}
+    row = {
+        "tokens": rng.integers(0, config.vocab, length, np.int32),
+        "positions": np.arange(length, dtype=np.int32),
+        "segments": np.ones(length, np.uint16),
+        "loss": rng.random(length) < (1 if "all" in name else MIDDLE),
+    }
     batch = next(microbatches([row], 1, 1, BLOCK))
     rule = optimizer(settings, schedule(settings, 100))
     moments = rule.init(lora)
@@ -81,9 +89,13 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
         lora, moments, loss = jax.block_until_ready(step(lora, moments, base))
         seconds.append(time.perf_counter() - start)
         if len(seconds) <= 2:
-            give_back()                  # as the loop does at its start
+            give_back()  # as the loop does at its start
     targets = int(batch.count_C.sum())
-    return {"seconds": statistics.median(seconds[2:]), "bytes": _peak(), "flops": flops_of(config, length, length, targets, False)}
+    return {
+        "seconds": statistics.median(seconds[2:]),
+        "bytes": _peak(),
+        "flops": flops_of(config, length, length, targets, False),
+    }
 
 
 def theirs(name: str, folder: str, length: int, rank: int) -> dict[str, float]:
@@ -108,7 +120,7 @@ def theirs(name: str, folder: str, length: int, rank: int) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
         if sum(seconds) > 120:
             break
-    return {"seconds": statistics.median(seconds[min(2, len(seconds) - 1):]), "bytes": _peak()}
+    return {"seconds": statistics.median(seconds[min(2, len(seconds) - 1) :]), "bytes": _peak()}
 
 
 def peak() -> tuple[str, float]:
@@ -124,7 +136,9 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _run(python: str | Path, kind: str, name: str, model: str, length: int, rank: int) -> dict[str, float] | None:
+def _run(
+    python: str | Path, kind: str, name: str, model: str, length: int, rank: int
+) -> dict[str, float] | None:
     command = [str(python), __file__, "--child", kind, name, model, str(length), str(rank)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -141,26 +155,35 @@ def main() -> None:
     options = parser(__doc__, 3)
     options.add_argument("--length", type=int, default=1024)
     options.add_argument("--rank", type=int, default=32)
-    options.add_argument("--2b", dest="large", action="store_true", help="a 2B geometry in Q4_0 alone, length 512")
+    options.add_argument(
+        "--2b", dest="large", action="store_true", help="a 2B geometry in Q4_0 alone, length 512"
+    )
     options.add_argument("--skip", action="append", default=[], help="a contender to leave out; repeatable")
     chosen = options.parse_args()
     if chosen.large:
         path = BENCH / "random-2b-q4_0.gguf"
         if not path.exists():
-            subprocess.run([sys.executable, str(Path(__file__).with_name("random_model.py")), "2b", "q4_0"], check=True)
+            subprocess.run(
+                [sys.executable, str(Path(__file__).with_name("random_model.py")), "2b", "q4_0"], check=True
+            )
         found = _run(sys.executable, "ours", [*SPARING][-1], str(path), 512, chosen.rank)
         assert found
-        publish(f"\n2B geometry, Q4_0 blocks, length 512, rank {chosen.rank}, `--remat layer`: "
-                f"{512 / found['seconds']:.1f} tokens/s, peak memory "
-                f"{found['bytes'] / 1e9:.2f} GB, {found['flops'] / found['seconds'] / 1e9:.0f} GFLOP/s\n", chosen.log)
+        publish(
+            f"\n2B geometry, Q4_0 blocks, length 512, rank {chosen.rank}, `--remat layer`: "
+            f"{512 / found['seconds']:.1f} tokens/s, peak memory "
+            f"{found['bytes'] / 1e9:.2f} GB, {found['flops'] / found['seconds'] / 1e9:.0f} GFLOP/s\n",
+            chosen.log,
+        )
         return
     times: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     shares: dict[str, list[float]] = {}
     for _ in range(chosen.rounds):
         kind_of_peak, limit = peak()
-        for kind, python, names, model in (("ours", sys.executable, OURS, "gemma-3-270m"),
-                                           ("theirs", PYTHON, THEIRS, str(exported()))):
+        for kind, python, names, model in (
+            ("ours", sys.executable, OURS, "gemma-3-270m"),
+            ("theirs", PYTHON, THEIRS, str(exported())),
+        ):
             for name in names:
                 if name in chosen.skip:
                     continue
@@ -171,13 +194,18 @@ def main() -> None:
                     if "flops" in found:
                         shares.setdefault(name, []).append(found["flops"] / found["seconds"] / limit)
     best = min((statistics.median(times[name]) for name in THEIRS if name in times), default=float("nan"))
-    lines = [f"\n## {datetime.date.today()}: LoRA training beside transformers and peft\n",
-             f"`benchmarks/train.py --rounds {chosen.rounds}`: rank {chosen.rank}, one row of {chosen.length} tokens a step.\n",
-             f"| | tokens/s | ratio to their best | peak memory GB | share of the {kind_of_peak} peak |", "|---|---|---|---|---|"]
+    lines = [
+        f"\n## {datetime.date.today()}: LoRA training beside transformers and peft\n",
+        f"`benchmarks/train.py --rounds {chosen.rounds}`: rank {chosen.rank}, one row of {chosen.length} tokens a step.\n",
+        f"| | tokens/s | ratio to their best | peak memory GB | share of the {kind_of_peak} peak |",
+        "|---|---|---|---|---|",
+    ]
     for name, seconds in times.items():
         median = statistics.median(seconds)
         share = f"{statistics.median(shares[name]):.0%}" if name in shares else ""
-        lines.append(f"| {name} | {chosen.length / median:.1f} | {best / median:.2f} | {memory[name] / 1e9:.2f} | {share} |")
+        lines.append(
+            f"| {name} | {chosen.length / median:.1f} | {best / median:.2f} | {memory[name] / 1e9:.2f} | {share} |"
+        )
     publish("\n".join(lines) + "\n", chosen.log)
 
 

@@ -13,8 +13,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Completion", "File", "Message", "Model", "Sampling", "load"]
 
-_HOME = {"Completion": "engine", "Model": "local", "load": "local", "File": "prompts", "Message": "prompts",
-         "Sampling": "sampling"}
+_HOME = {
+    "Completion": "engine",
+    "Model": "local",
+    "load": "local",
+    "File": "prompts",
+    "Message": "prompts",
+    "Sampling": "sampling",
+}
 
 
 def __getattr__(name: str) -> Any:

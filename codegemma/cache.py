@@ -42,8 +42,10 @@ class PrefixCache:
     def __init__(self, key: str, page_bytes: int, most_bytes: int) -> None:
         self.key, self.page_bytes, self.most_bytes = key, page_bytes, most_bytes
         self._lock = threading.RLock()
-        self._roots: dict[str, _Node] = {}   # by adapter
-        self._recent: OrderedDict[_Node, None] = OrderedDict()  # least recently used first; a parent after its children
+        self._roots: dict[str, _Node] = {}  # by adapter
+        self._recent: OrderedDict[_Node, None] = (
+            OrderedDict()
+        )  # least recently used first; a parent after its children
 
     @property
     def nbytes(self) -> int:
@@ -61,11 +63,14 @@ class PrefixCache:
         length = 0
         pages: list[Page] = []
         while True:
-            rest = tuple(ids[length:length + PAGE])
+            rest = tuple(ids[length : length + PAGE])
             child = node.children.get(rest) if len(rest) == PAGE else None
             if child is None:
-                child, common = max(((one, common_prefix(one.ids, rest)) for one in node.children.values()),
-                                    key=lambda found: found[1], default=(None, 0))
+                child, common = max(
+                    ((one, common_prefix(one.ids, rest)) for one in node.children.values()),
+                    key=lambda found: found[1],
+                    default=(None, 0),
+                )
                 if child is not None and common and child.page is not None:
                     self._touch(child)
                     return [*pages, child.page], length + common
@@ -82,15 +87,18 @@ class PrefixCache:
 
     def _put(self, ids: Sequence[int], pages: Sequence[Page], node: _Node) -> None:
         for index, page in enumerate(pages):
-            part = tuple(ids[index * PAGE:(index + 1) * PAGE])
+            part = tuple(ids[index * PAGE : (index + 1) * PAGE])
             child = node.children.get(part)
             if child is None:
-                if len(part) < PAGE and any(one.ids[:len(part)] == part for one in node.children.values()):
-                    break                # a longer one is known
+                if len(part) < PAGE and any(one.ids[: len(part)] == part for one in node.children.values()):
+                    break  # a longer one is known
                 child = node.children[part] = _Node(part, page, node)
                 self._recent[child] = None
-                for shorter in [one for one in node.children.values()
-                                if len(one.ids) < len(part) and part[:len(one.ids)] == one.ids]:
+                for shorter in [
+                    one
+                    for one in node.children.values()
+                    if len(one.ids) < len(part) and part[: len(one.ids)] == one.ids
+                ]:
                     self._forget(shorter)
             node = child
         self._touch(node)
@@ -111,6 +119,7 @@ class PrefixCache:
         tree = json.dumps([[index[node.parent], list(node.ids)] for node in nodes]).encode()
         digest = hashlib.sha256()
         with replacing(Path(path)) as out:
+
             def write(data: bytes) -> None:
                 digest.update(data)
                 out.write(data)
@@ -138,7 +147,11 @@ class PrefixCache:
                 while (parent := chain[-1].parent) is not None and parent.page is not None:
                     chain.append(parent)
                 chain.reverse()
-                self.put([token for one in chain for token in one.ids], [one.page for one in chain if one.page], roots[parent])
+                self.put(
+                    [token for one in chain for token in one.ids],
+                    [one.page for one in chain if one.page],
+                    roots[parent],
+                )
         return True
 
     def _parse(self, data: bytes) -> tuple[list[_Node], dict[_Node | None, str]]:
@@ -147,10 +160,10 @@ class PrefixCache:
         if not data.startswith(_MAGIC) or hashlib.sha256(data[:-32]).digest() != data[-32:]:
             raise ValueError("it is damaged or no cache file")
         key_length, tree_length, page_bytes = struct.unpack_from("<QQQ", data, len(_MAGIC))
-        key = data[head:head + key_length].decode("utf-8", "replace")
+        key = data[head : head + key_length].decode("utf-8", "replace")
         if key != self.key or page_bytes != self.page_bytes:
             raise ValueError(f"it belongs to another model, adapter, engine version or SIMD level ({key!r})")
-        tree = json.loads(data[head + key_length:head + key_length + tree_length])
+        tree = json.loads(data[head + key_length : head + key_length + tree_length])
         at = head + key_length + tree_length
         nodes: list[_Node] = []
         roots: dict[str, _Node] = {}
@@ -158,7 +171,9 @@ class PrefixCache:
             whole = isinstance(parent, str) or (0 <= parent < len(nodes) and len(nodes[parent].ids) == PAGE)
             if not whole or not 1 <= len(ids) <= PAGE:
                 raise ValueError("its tree is damaged")
-            above = roots.setdefault(parent, _Node((), None, None)) if isinstance(parent, str) else nodes[parent]
+            above = (
+                roots.setdefault(parent, _Node((), None, None)) if isinstance(parent, str) else nodes[parent]
+            )
             page = Page(np.frombuffer(data, np.uint8, page_bytes, at).copy(), len(ids))
             node = above.children[tuple(ids)] = _Node(tuple(ids), page, above)
             nodes.append(node)

@@ -11,9 +11,17 @@ from codegemma.prompts import Message
 from codegemma.sampling import Sampling
 
 
-def chat(engine: Engine, messages: Sequence[Message], max_tokens: int = 1024, sampling: Sampling = Sampling(),
-         stop: Sequence[str] = (), cancel: Cancel | None = None, speculate: bool = True, top: int = 0,
-         adapter: str | None = None) -> Completion:
+def chat(
+    engine: Engine,
+    messages: Sequence[Message],
+    max_tokens: int = 1024,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    cancel: Cancel | None = None,
+    speculate: bool = True,
+    top: int = 0,
+    adapter: str | None = None,
+) -> Completion:
     """The model's next turn. Each turn's prompt begins with the one before it, so the cache holds all but the new text.
 
     Raises ValueError where the roles do not alternate, the model has no turns, or the conversation is too long.
@@ -21,4 +29,6 @@ def chat(engine: Engine, messages: Sequence[Message], max_tokens: int = 1024, sa
     if engine.tokenizer is None:
         raise ValueError("this model came without a tokenizer: it cannot chat")
     prompt = prompts.chat(engine.tokenizer, messages)
-    return engine.generate(Request(prompt.ids, max_tokens, sampling, prompt.stops, stop, top, speculate, adapter), cancel)
+    return engine.generate(
+        Request(prompt.ids, max_tokens, sampling, prompt.stops, stop, top, speculate, adapter), cancel
+    )

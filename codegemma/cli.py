@@ -28,60 +28,140 @@ if TYPE_CHECKING:
     from codegemma.native import Cancel
     from codegemma.sampling import Sampling
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-                  help="CodeGemma on this machine: completes, generates, chats, and measures itself.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="CodeGemma on this machine: completes, generates, chats, and measures itself.",
+)
 
-MOUNTED = {"data": ("codegemma.data.cli", "data"), "eval": ("codegemma.evals.cli", "eval")}  # verb: module, extra
+MOUNTED = {
+    "data": ("codegemma.data.cli", "data"),
+    "eval": ("codegemma.evals.cli", "eval"),
+}  # verb: module, extra
 
-Mode = Literal["auto", "psm", "spm", "prefix"]   # as in completion.py, which takes long to import; a test compares
+Mode = Literal[
+    "auto", "psm", "spm", "prefix"
+]  # as in completion.py, which takes long to import; a test compares
 Trim = Literal["none", "line", "block"]
 
-ModelName = Annotated[str | None, Option("-m", "--model", metavar="MODEL", help="A name (see `codegemma models`), a "
-                                            ".gguf file or a directory; the packaged default model where left out.")]
+ModelName = Annotated[
+    str | None,
+    Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="A name (see `codegemma models`), a "
+        ".gguf file or a directory; the packaged default model where left out.",
+    ),
+]
 MaxTokens = Annotated[int, Option("-n", "--max-tokens", min=1, help="Tokens to generate at most.")]
 Temp = Annotated[float, Option("--temp", "--temperature", help="Sampling temperature; 0 is greedy.")]
 TopK = Annotated[int, Option(help="Sample from the K likeliest tokens; 0 is off.")]
 TopP = Annotated[float, Option(help="Sample from the likeliest tokens that sum to P; 1 is off.")]
 MinP = Annotated[float, Option(help="Leave out tokens below P times the likeliest one; 0 is off.")]
-RepeatPenalty = Annotated[float, Option(help="Above 1 lowers tokens that occurred; 1 is off, as Gemma wants it.")]
+RepeatPenalty = Annotated[
+    float, Option(help="Above 1 lowers tokens that occurred; 1 is off, as Gemma wants it.")
+]
 Seed = Annotated[int, Option(help="Same seed, same text.")]
-StopTexts = Annotated[list[str] | None, Option("--stop", metavar="TEXT", help="A text that ends the answer and is "
-                                               "cut off. Repeatable.")]
-Threads = Annotated[int | None, Option("-t", "--threads", min=1, help="The CPUs that this process may use, where left "
-                                       "out.", show_default=False)]
-QuantizeTo = Annotated[Literal["q8_0", "q4_0"] | None, Option(
-    "--quantize", help="Turn float weights into blocks while loading.")]
-CacheFile = Annotated[Path | None, Option("--cache", metavar="FILE", help="Load the prompt cache from this file, "
-                                          "save it afterwards.")]
-AdapterAt = Annotated[str, Option("--adapter", metavar="PATH", help="An adapter to put on: PEFT's folder or NeMo's archive; "
-                                  "none is the base, auto the one that the package has for completion.")]
-Strict = Annotated[bool, Option("--strict", help="An error, not a warning, where the model was not made for this.")]
+StopTexts = Annotated[
+    list[str] | None,
+    Option("--stop", metavar="TEXT", help="A text that ends the answer and is cut off. Repeatable."),
+]
+Threads = Annotated[
+    int | None,
+    Option(
+        "-t",
+        "--threads",
+        min=1,
+        help="The CPUs that this process may use, where left out.",
+        show_default=False,
+    ),
+]
+QuantizeTo = Annotated[
+    Literal["q8_0", "q4_0"] | None, Option("--quantize", help="Turn float weights into blocks while loading.")
+]
+CacheFile = Annotated[
+    Path | None,
+    Option("--cache", metavar="FILE", help="Load the prompt cache from this file, save it afterwards."),
+]
+AdapterAt = Annotated[
+    str,
+    Option(
+        "--adapter",
+        metavar="PATH",
+        help="An adapter to put on: PEFT's folder or NeMo's archive; "
+        "none is the base, auto the one that the package has for completion.",
+    ),
+]
+Strict = Annotated[
+    bool, Option("--strict", help="An error, not a warning, where the model was not made for this.")
+]
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
 def complete(
-    file: Annotated[str | None, Argument(metavar="FILE", help="The file with the hole; stdin where left out or -.",
-                                         show_default=False)] = None,
-    at: Annotated[str | None, Option("--at", metavar="LINE:COL", help="The cursor: before the COL-th character of the "
-                                     "LINE-th line, both from 1.")] = None,
-    cursor_mark: Annotated[str, Option(metavar="TEXT", help="Without --at, the cursor is where this "
-                                            "stands.")] = "<CURSOR>",
-    prefix_file: Annotated[Path | None, Option(metavar="FILE", help="Text before the cursor, instead of FILE.")] = None,
-    suffix_file: Annotated[Path | None, Option(metavar="FILE", help="Text after the cursor, instead of FILE.")] = None,
-    context: Annotated[list[Path] | None, Option(metavar="FILE", help="Another file to draw on. Repeatable, the "
-                                                   "nearest last.")] = None,
-    path: Annotated[str | None, Option(metavar="PATH", help="The path that the model is told; FILE where "
-                                            "there is --context, else none.")] = None,
-    mode: Annotated[Mode, Option(help="Order of the prompt; auto is what the model was trained for.")] = "auto",
+    file: Annotated[
+        str | None,
+        Argument(
+            metavar="FILE", help="The file with the hole; stdin where left out or -.", show_default=False
+        ),
+    ] = None,
+    at: Annotated[
+        str | None,
+        Option(
+            "--at",
+            metavar="LINE:COL",
+            help="The cursor: before the COL-th character of the LINE-th line, both from 1.",
+        ),
+    ] = None,
+    cursor_mark: Annotated[
+        str, Option(metavar="TEXT", help="Without --at, the cursor is where this stands.")
+    ] = "<CURSOR>",
+    prefix_file: Annotated[
+        Path | None, Option(metavar="FILE", help="Text before the cursor, instead of FILE.")
+    ] = None,
+    suffix_file: Annotated[
+        Path | None, Option(metavar="FILE", help="Text after the cursor, instead of FILE.")
+    ] = None,
+    context: Annotated[
+        list[Path] | None,
+        Option(metavar="FILE", help="Another file to draw on. Repeatable, the nearest last."),
+    ] = None,
+    path: Annotated[
+        str | None,
+        Option(
+            metavar="PATH", help="The path that the model is told; FILE where there is --context, else none."
+        ),
+    ] = None,
+    mode: Annotated[
+        Mode, Option(help="Order of the prompt; auto is what the model was trained for.")
+    ] = "auto",
     trim: Annotated[Trim, Option(help="Keep all, the rest of the line, or the rest of the block.")] = "none",
-    time_budget: Annotated[float | None, Option(metavar="MS", help="Shorten the context so that the first token comes "
-                                                "within MS milliseconds.")] = None,
-    model: ModelName = None, max_tokens: MaxTokens = 128, temp: Temp = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
-    min_p: MinP = 0.0, repeat_penalty: RepeatPenalty = 1.0, seed: Seed = 0, stop: StopTexts = None,
-    threads: Threads = None, quantize: QuantizeTo = None, adapter: AdapterAt = "auto", cache: CacheFile = None,
-    strict: Strict = False, as_json: Json = False,
+    time_budget: Annotated[
+        float | None,
+        Option(
+            metavar="MS", help="Shorten the context so that the first token comes within MS milliseconds."
+        ),
+    ] = None,
+    model: ModelName = None,
+    max_tokens: MaxTokens = 128,
+    temp: Temp = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repeat_penalty: RepeatPenalty = 1.0,
+    seed: Seed = 0,
+    stop: StopTexts = None,
+    threads: Threads = None,
+    quantize: QuantizeTo = None,
+    adapter: AdapterAt = "auto",
+    cache: CacheFile = None,
+    strict: Strict = False,
+    as_json: Json = False,
 ) -> None:
     """Fill the hole at a cursor."""
     from codegemma.completion import layout_for
@@ -95,27 +175,70 @@ def complete(
     used = loaded.adapter_at(adapter)
     orders = loaded.fim_orders(used)
     if not orders and not strict:
-        _note(f"{_title(loaded)} was not trained to fill in the middle: " + (
-            "it continues the prefix, and what repeats the suffix is dropped" if mode in ("auto", "prefix")
-            else f"expect little of --mode {mode}"))
-    _answer(loaded, lambda cancel: loaded.complete(
-        prefix, suffix, path, files, trim=trim, mode=mode, max_tokens=max_tokens, sampling=sampling,
-        stop=stop or (), time_budget=None if time_budget is None else time_budget / 1000, cancel=cancel,
-        adapter=used), as_json, cache, {"layout": layout_for(mode, bool(orders), "spm" in orders), "adapter": used})
+        _note(
+            f"{_title(loaded)} was not trained to fill in the middle: "
+            + (
+                "it continues the prefix, and what repeats the suffix is dropped"
+                if mode in ("auto", "prefix")
+                else f"expect little of --mode {mode}"
+            )
+        )
+    _answer(
+        loaded,
+        lambda cancel: loaded.complete(
+            prefix,
+            suffix,
+            path,
+            files,
+            trim=trim,
+            mode=mode,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop or (),
+            time_budget=None if time_budget is None else time_budget / 1000,
+            cancel=cancel,
+            adapter=used,
+        ),
+        as_json,
+        cache,
+        {"layout": layout_for(mode, bool(orders), "spm" in orders), "adapter": used},
+    )
 
 
 @app.command()
 def generate(
-    file: Annotated[str | None, Option("-f", "--file", metavar="FILE", help="The prompt, else stdin; a final newline "
-                                       "is dropped, as llama.cpp does.")] = None,
+    file: Annotated[
+        str | None,
+        Option(
+            "-f",
+            "--file",
+            metavar="FILE",
+            help="The prompt, else stdin; a final newline is dropped, as llama.cpp does.",
+        ),
+    ] = None,
     prompt: Annotated[str | None, Option("-p", "--prompt", metavar="TEXT", help="The prompt itself.")] = None,
-    raw: Annotated[bool, Option("--raw", help="Control tokens spelled in the prompt become control tokens.")] = False,
-    truncate: Annotated[Literal["left"] | None, Option(help="Drop the oldest tokens of too long a prompt.")] = None,
+    raw: Annotated[
+        bool, Option("--raw", help="Control tokens spelled in the prompt become control tokens.")
+    ] = False,
+    truncate: Annotated[
+        Literal["left"] | None, Option(help="Drop the oldest tokens of too long a prompt.")
+    ] = None,
     log_disable: Annotated[bool, Option("--log-disable", help="Accepted: there is no log.")] = False,
-    model: ModelName = None, max_tokens: MaxTokens = 256, temp: Temp = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
-    min_p: MinP = 0.0, repeat_penalty: RepeatPenalty = 1.0, seed: Seed = 0, stop: StopTexts = None,
-    threads: Threads = None, quantize: QuantizeTo = None, adapter: AdapterAt = "none", cache: CacheFile = None,
-    strict: Strict = False, as_json: Json = False,
+    model: ModelName = None,
+    max_tokens: MaxTokens = 256,
+    temp: Temp = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repeat_penalty: RepeatPenalty = 1.0,
+    seed: Seed = 0,
+    stop: StopTexts = None,
+    threads: Threads = None,
+    quantize: QuantizeTo = None,
+    adapter: AdapterAt = "none",
+    cache: CacheFile = None,
+    strict: Strict = False,
+    as_json: Json = False,
 ) -> None:
     """Echo a prompt and continue it."""
     if file is not None and prompt is not None:
@@ -124,17 +247,42 @@ def generate(
     sampling = _sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     loaded = _load(model, threads, quantize, cache, strict)
     used = loaded.adapter_at(adapter)
-    _answer(loaded, lambda cancel: loaded.generate(
-        text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), raw=raw, cancel=cancel,
-        truncate=truncate, adapter=used), as_json, cache, {"adapter": used}, echo=text)
+    _answer(
+        loaded,
+        lambda cancel: loaded.generate(
+            text,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop or (),
+            raw=raw,
+            cancel=cancel,
+            truncate=truncate,
+            adapter=used,
+        ),
+        as_json,
+        cache,
+        {"adapter": used},
+        echo=text,
+    )
 
 
 @app.command()
 def chat(
-    system: Annotated[str, Option(metavar="TEXT", help="Instructions that go before your first message.")] = "",
-    model: ModelName = None, max_tokens: MaxTokens = 1024, temp: Temp = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
-    min_p: MinP = 0.0, repeat_penalty: RepeatPenalty = 1.0, seed: Seed = 0, threads: Threads = None,
-    quantize: QuantizeTo = None, adapter: AdapterAt = "none", strict: Strict = False,
+    system: Annotated[
+        str, Option(metavar="TEXT", help="Instructions that go before your first message.")
+    ] = "",
+    model: ModelName = None,
+    max_tokens: MaxTokens = 1024,
+    temp: Temp = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repeat_penalty: RepeatPenalty = 1.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    quantize: QuantizeTo = None,
+    adapter: AdapterAt = "none",
+    strict: Strict = False,
 ) -> None:
     """Talk with an instruction-tuned model.
 
@@ -161,10 +309,25 @@ def models(as_json: Json = False) -> None:
 
     found = hub.models()
     if as_json:
-        print(json.dumps([{"name": one.preset.name, "title": one.preset.title, "uses": one.preset.uses,
-                           "fill_in_the_middle": one.preset.fim, "path": one.path and str(one.path), "bytes": one.size,
-                           "packaged": one.packaged, "licence": one.preset.licence, "hub": one.preset.hub}
-                          for one in found], indent=1))
+        print(
+            json.dumps(
+                [
+                    {
+                        "name": one.preset.name,
+                        "title": one.preset.title,
+                        "uses": one.preset.uses,
+                        "fill_in_the_middle": one.preset.fim,
+                        "path": one.path and str(one.path),
+                        "bytes": one.size,
+                        "packaged": one.packaged,
+                        "licence": one.preset.licence,
+                        "hub": one.preset.hub,
+                    }
+                    for one in found
+                ],
+                indent=1,
+            )
+        )
         return
     from codegemma.terminal import models_table
 
@@ -176,7 +339,10 @@ def bench(
     prompt_tokens: Annotated[int, Option(min=1, help="Tokens of the prompt.")] = 512,
     decode_tokens: Annotated[int, Option(min=1, help="Tokens decoded one by one.")] = 32,
     repeats: Annotated[int, Option(min=1, help="Runs; medians are shown.")] = 3,
-    model: ModelName = None, threads: Threads = None, quantize: QuantizeTo = None, adapter: AdapterAt = "none",
+    model: ModelName = None,
+    threads: Threads = None,
+    quantize: QuantizeTo = None,
+    adapter: AdapterAt = "none",
     as_json: Json = False,
 ) -> None:
     """Measure speed, and the share of this machine's limit.
@@ -185,16 +351,22 @@ def bench(
     """
     loaded = _load(model, threads, quantize, None, False)
     used = loaded.adapter_at(adapter)
-    found = {"model": str(loaded.path), "adapter": used, **loaded.benchmark(prompt_tokens, decode_tokens, repeats, used)}
+    found = {
+        "model": str(loaded.path),
+        "adapter": used,
+        **loaded.benchmark(prompt_tokens, decode_tokens, repeats, used),
+    }
     if as_json:
         print(json.dumps(found))
         return
-    print(f"{_title(loaded)} ({loaded.path.name}), {found['threads']} threads, {found['simd']}, medians of {repeats}\n"
-          f"prefill {found['prefill_tokens_per_second']:8,.1f} tokens/s  {found['prefill_share_of_peak']:5.0%} of "
-          f"{found['int8_operations_per_second'] / 1e9:,.0f} GOP/s int8   ({prompt_tokens} tokens; the vocabulary "
-          "product for the last one only)\n"
-          f"decode  {found['decode_tokens_per_second']:8,.1f} tokens/s  {found['decode_share_of_bandwidth']:5.0%} of "
-          f"{found['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read   ({decode_tokens} tokens behind them)")
+    print(
+        f"{_title(loaded)} ({loaded.path.name}), {found['threads']} threads, {found['simd']}, medians of {repeats}\n"
+        f"prefill {found['prefill_tokens_per_second']:8,.1f} tokens/s  {found['prefill_share_of_peak']:5.0%} of "
+        f"{found['int8_operations_per_second'] / 1e9:,.0f} GOP/s int8   ({prompt_tokens} tokens; the vocabulary "
+        "product for the last one only)\n"
+        f"decode  {found['decode_tokens_per_second']:8,.1f} tokens/s  {found['decode_share_of_bandwidth']:5.0%} of "
+        f"{found['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read   ({decode_tokens} tokens behind them)"
+    )
 
 
 for verb in (*VERBS, *training.VERBS, *run.VERBS, *editor_verbs.VERBS):
@@ -226,7 +398,10 @@ def mounted(verb: str) -> typer.Typer:
         if (error.name or "").startswith("codegemma"):
             raise
         raise ValueError(f'codegemma {verb} needs {error.name}: pip install "codegemma[{extra}]"') from error
-    found.rich_markup_mode, found.info.context_settings = None, app.info.context_settings  # help in one manner
+    found.rich_markup_mode, found.info.context_settings = (
+        None,
+        app.info.context_settings,
+    )  # help in one manner
     return found
 
 
@@ -251,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(str(error))
 
 
-_notices: list[str] = []                 # what stderr has been told, for --json
+_notices: list[str] = []  # what stderr has been told, for --json
 
 
 def _note(text: str) -> None:
@@ -264,7 +439,9 @@ def _fail(reason: str) -> None:
     sys.exit(2)
 
 
-def _load(model: str | None, threads: int | None, quantize: str | None, cache: Path | None, strict: bool) -> Model:
+def _load(
+    model: str | None, threads: int | None, quantize: str | None, cache: Path | None, strict: bool
+) -> Model:
     from codegemma import hub, load
 
     return load(model or hub.DEFAULT, threads=threads, quantize=quantize, cache=cache, strict=strict)
@@ -274,18 +451,23 @@ def _title(model: Model) -> str:
     return model.preset.title if model.preset else model.path.name
 
 
-def _sampling(temp: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float, seed: int) -> Sampling:
+def _sampling(
+    temp: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float, seed: int
+) -> Sampling:
     from codegemma.sampling import Sampling
 
     return Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
 
 
-def _hole(file: str | None, at: str | None, mark: str, prefix_file: Path | None, suffix_file: Path | None
-          ) -> tuple[str, str]:
+def _hole(
+    file: str | None, at: str | None, mark: str, prefix_file: Path | None, suffix_file: Path | None
+) -> tuple[str, str]:
     """Text before and after the cursor."""
     if prefix_file or suffix_file:
         if file is not None or at is not None:
-            raise ValueError("the text comes from FILE or from --prefix-file and --suffix-file: pass one or the other")
+            raise ValueError(
+                "the text comes from FILE or from --prefix-file and --suffix-file: pass one or the other"
+            )
         return _read(prefix_file) if prefix_file else "", _read(suffix_file) if suffix_file else ""
     text, name = _input(file), "stdin" if file in (None, "-") else str(file)
     return split_at(text, at, name) if at is not None else split_mark(text, mark, name)
@@ -295,15 +477,19 @@ def split_at(text: str, at: str, name: str) -> tuple[str, str]:
     """`text` before and after the cursor at "LINE:COL", both from 1, in characters; \\r\\n ends a line."""
     numbers = at.split(":")
     if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
-        raise ValueError(f"--at must be LINE:COL, two whole numbers from 1, got {at!r}: the start of a file is 1:1")
+        raise ValueError(
+            f"--at must be LINE:COL, two whole numbers from 1, got {at!r}: the start of a file is 1:1"
+        )
     line, column = map(int, numbers)
     lines = text.split("\n")
     if not 1 <= line <= len(lines):
         raise ValueError(f"--at {at}: {name} has lines 1 to {len(lines)}")
     here = lines[line - 1].removesuffix("\r") if line < len(lines) else lines[line - 1]
     if not 1 <= column <= len(here) + 1:
-        raise ValueError(f"--at {at}: line {line} of {name} has columns 1 to {len(here) + 1} (the last is its end)")
-    cursor = sum(len(one) + 1 for one in lines[:line - 1]) + column - 1
+        raise ValueError(
+            f"--at {at}: line {line} of {name} has columns 1 to {len(here) + 1} (the last is its end)"
+        )
+    cursor = sum(len(one) + 1 for one in lines[: line - 1]) + column - 1
     return text[:cursor], text[cursor:]
 
 
@@ -311,8 +497,10 @@ def split_mark(text: str, mark: str, name: str) -> tuple[str, str]:
     """`text` before and after the one place where `mark` stands."""
     count = text.count(mark) if mark else 0
     if count != 1:
-        raise ValueError(f"{name} has the cursor mark {mark!r} {count} times, but needs one: pass --at LINE:COL, "
-                         "or another --cursor-mark")
+        raise ValueError(
+            f"{name} has the cursor mark {mark!r} {count} times, but needs one: pass --at LINE:COL, "
+            "or another --cursor-mark"
+        )
     prefix, _, suffix = text.partition(mark)
     return prefix, suffix
 
@@ -333,12 +521,19 @@ def _decode(data: bytes, name: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start:,} is 0x{data[error.start]:02x}): convert it "
-                         "first") from error
+        raise ValueError(
+            f"{name} is not UTF-8 text (byte {error.start:,} is 0x{data[error.start]:02x}): convert it first"
+        ) from error
 
 
-def _answer(model: Model, ask: Callable[[Cancel], Completion], as_json: bool, cache: Path | None,
-            about: dict[str, str | None] | None = None, echo: str = "") -> None:
+def _answer(
+    model: Model,
+    ask: Callable[[Cancel], Completion],
+    as_json: bool,
+    cache: Path | None,
+    about: dict[str, str | None] | None = None,
+    echo: str = "",
+) -> None:
     """Runs a request and shows it: text as it comes, or one JSON object with its figures."""
     from codegemma.terminal import steps_of
 
@@ -366,12 +561,22 @@ def _answer(model: Model, ask: Callable[[Cancel], Completion], as_json: bool, ca
     if as_json:
         tokens = sum(step.token is not None for step in taken)
         first = first or ended
-        print(json.dumps({
-            "text": text, "stop": taken[-1].stop if taken else "length", "tokens": tokens,
-            "prompt_tokens": answers[0].prompt_tokens, "cached_tokens": answers[0].cached_tokens,
-            "time_to_first_token_ms": round(1000 * (first - started), 3),
-            "tokens_per_second": round((tokens - 1) / (ended - first), 3) if tokens > 1 else None,
-            "model": str(model.path), **(about or {}), "notice": "; ".join(_notices) or None}))
+        print(
+            json.dumps(
+                {
+                    "text": text,
+                    "stop": taken[-1].stop if taken else "length",
+                    "tokens": tokens,
+                    "prompt_tokens": answers[0].prompt_tokens,
+                    "cached_tokens": answers[0].cached_tokens,
+                    "time_to_first_token_ms": round(1000 * (first - started), 3),
+                    "tokens_per_second": round((tokens - 1) / (ended - first), 3) if tokens > 1 else None,
+                    "model": str(model.path),
+                    **(about or {}),
+                    "notice": "; ".join(_notices) or None,
+                }
+            )
+        )
     elif sys.stdout.isatty() and not (echo + text).endswith("\n"):
         print()
     if cache is not None:

@@ -22,7 +22,16 @@ from codegemma.tokenizer import Tokenizer
 Trim = Literal["none", "line", "block"]
 Mode = Literal["auto", "psm", "spm", "prefix"]
 
-WINDOWS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256, 128)  # tokens around the cursor that are tried, largest first
+WINDOWS = (
+    16_384,
+    8_192,
+    4_096,
+    2_048,
+    1_024,
+    512,
+    256,
+    128,
+)  # tokens around the cursor that are tried, largest first
 CLOSERS = {")": "(", "]": "[", "}": "{"}
 QUOTES = ('"', "'", "`", '"""', "'''")
 
@@ -65,13 +74,19 @@ def window(tokenizer: Tokenizer, parts: Parts, size: int) -> Parts:
     return replace(parts, prefix=prefix, suffix=suffix, context=tuple(reversed(kept)))
 
 
-def prompt_within(engine: Engine, hole: Hole, layout: Layout, most: int, affordable: int | None = None,
-                  adapter: str | None = None) -> list[int]:
+def prompt_within(
+    engine: Engine,
+    hole: Hole,
+    layout: Layout,
+    most: int,
+    affordable: int | None = None,
+    adapter: str | None = None,
+) -> list[int]:
     """The largest prompt of at most `most` tokens, of which at most `affordable` are not in the cache (None: all)."""
     assert engine.tokenizer is not None
     suffix = hole.suffix if layout != "prefix" else ""
     parts = prompts.encode_parts(engine.tokenizer, hole.prefix, suffix, hole.path, hole.context)
-    fixed = len(parts.path) + 4          # path line, <bos>, sentinels
+    fixed = len(parts.path) + 4  # path line, <bos>, sentinels
     ids: list[int] = []
     total = len(parts.prefix) + len(parts.suffix) + sum(map(len, parts.context))
     sizes = [min(total, most - fixed), *(size for size in WINDOWS if size < min(total, most - fixed))]
@@ -82,15 +97,27 @@ def prompt_within(engine: Engine, hole: Hole, layout: Layout, most: int, afforda
     return ids
 
 
-def complete(engine: Engine, hole: Hole, layout: Layout = "psm", trim: Trim = "none", max_tokens: int = 128,
-             sampling: Sampling = Sampling(), stop: Sequence[str] = (), time_budget: float | None = None,
-             cancel: Cancel | None = None, speculate: bool = True, top: int = 0,
-             adapter: str | None = None) -> Completion:
+def complete(
+    engine: Engine,
+    hole: Hole,
+    layout: Layout = "psm",
+    trim: Trim = "none",
+    max_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    time_budget: float | None = None,
+    cancel: Cancel | None = None,
+    speculate: bool = True,
+    top: int = 0,
+    adapter: str | None = None,
+) -> Completion:
     """Steps of the suggestion, trimmed. `time_budget` (seconds, until the first token) sizes the prompt by the speed
     that the engine has shown so far. Raises ValueError on bad input, at once."""
     if engine.tokenizer is None:
-        raise ValueError("this model came without a tokenizer, so text cannot be completed: pass ids to generate(), or "
-                         "add tokenizer.model to its directory")
+        raise ValueError(
+            "this model came without a tokenizer, so text cannot be completed: pass ids to generate(), or "
+            "add tokenizer.model to its directory"
+        )
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     if trim not in ("none", "line", "block"):
@@ -100,7 +127,9 @@ def complete(engine: Engine, hole: Hole, layout: Layout = "psm", trim: Trim = "n
     most = engine.context - min(max_tokens, engine.context // 2)
     affordable = None if time_budget is None else max(16, int(time_budget * engine.prefill_rate))
     ids = prompt_within(engine, hole, layout, most, affordable, adapter)
-    request = Request(ids, max_tokens, sampling, prompts.fim_stops(engine.tokenizer), stop, top, speculate, adapter)
+    request = Request(
+        ids, max_tokens, sampling, prompts.fim_stops(engine.tokenizer), stop, top, speculate, adapter
+    )
     steps = engine.generate(request, cancel)
     if trim == "none" and layout != "prefix":
         return steps
@@ -139,7 +168,9 @@ def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> 
         kept = _without_overlap(whole, prefix, suffix)
         after = lines[at:] if final else lines[at:count]
         ends: bool | None = at > 0 and trim == "line" and bool((here + whole).strip())
-        ends = ends or (at == 1 and bool(rest) and whole == kept + rest)  # the cursor's line has its end twice
+        ends = ends or (
+            at == 1 and bool(rest) and whole == kept + rest
+        )  # the cursor's line has its end twice
         if not ends and (at or not here.strip()):
             ends = _repeats(after, following, final)
         if ends is False and at and leaves:
@@ -163,10 +194,11 @@ def _block_end(here: str, first: str) -> Callable[[list[str], bool], bool | None
         if next_line is None:
             return False if final else None
         level = _indent(next_line)
-        if next_line is not lines[0]:    # behind blank lines
+        if next_line is not lines[0]:  # behind blank lines
             return level <= indent and (opens or not indent)
-        return level < indent or (opens and level == indent and next_line.lstrip()[0] not in "})]"
-                                  and not _ELSE.match(next_line))
+        return level < indent or (
+            opens and level == indent and next_line.lstrip()[0] not in "})]" and not _ELSE.match(next_line)
+        )
 
     return ends
 
@@ -218,6 +250,9 @@ def _surplus(tail: str, line: str, code: str) -> bool:
     know of openers above it, and all of the code alone would be misled by a bracket in a comment."""
     closers = [(closer, CLOSERS[closer]) for closer in tail if closer in CLOSERS]
     if closers:
-        return any(all(text.count(closer) > text.count(opener) for text in (line, code)) for closer, opener in closers)
+        return any(
+            all(text.count(closer) > text.count(opener) for text in (line, code))
+            for closer, opener in closers
+        )
     mark = tail.strip()
     return mark in (";", ",", ":") or (mark in QUOTES and line.count(mark) % 2 == 1)

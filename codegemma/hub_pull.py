@@ -30,9 +30,11 @@ from codegemma.formats.files import building, missing, replacing
 Source = Literal["hf", "kaggle", "ngc", "url", "path"]
 Progress = Callable[[str, int, int | None], None]  # file, bytes so far, bytes in all
 TERMS = "https://ai.google.dev/gemma/terms"
-ASK = (f"Gemma models are provided under the Gemma Terms of Use ({TERMS}), which bind whoever uses them and whoever gets "
-       "them from you, and forbid the uses listed in the Prohibited Use Policy "
-       "(https://ai.google.dev/gemma/prohibited_use_policy).")
+ASK = (
+    f"Gemma models are provided under the Gemma Terms of Use ({TERMS}), which bind whoever uses them and whoever gets "
+    "them from you, and forbid the uses listed in the Prohibited Use Policy "
+    "(https://ai.google.dev/gemma/prohibited_use_policy)."
+)
 HF_FILES = ["*.json", "*.safetensors", "*.gguf", "tokenizer.model", "*.jinja", "*.md", "LICENSE*"]
 NGC = {"2b": "codegemma_2b_base", "7b": "codegemma_7b_base"}  # in nvidia/nemo, version 1.0
 ATTEMPTS, BLOCK = 5, 1 << 20
@@ -49,14 +51,22 @@ def accept_terms(ask: Callable[[str], bool]) -> None:
     if accepted():
         return
     if not ask(ASK):
-        raise ValueError("the Gemma terms were not accepted, so nothing was downloaded: pass --accept-terms if you do")
+        raise ValueError(
+            "the Gemma terms were not accepted, so nothing was downloaded: pass --accept-terms if you do"
+        )
     with replacing(hub.cache_dir() / "gemma-terms.json") as out:
         today = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         out.write(json.dumps({"terms": TERMS, "accepted": today}).encode())
 
 
-def pull(name: str, source: Source = "hf", *, ask: Callable[[str], bool], sha256: str | None = None,
-         progress: Progress | None = None) -> Path:
+def pull(
+    name: str,
+    source: Source = "hf",
+    *,
+    ask: Callable[[str], bool],
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Gets a model and says where it is. `name` is a preset, a repository (hf), a URL or a path.
 
     Raises ValueError with the remedy: gated, no token, no network, no space, a wrong hash.
@@ -75,13 +85,20 @@ def pull(name: str, source: Source = "hf", *, ask: Callable[[str], bool], sha256
         if source == "ngc":
             return _ngc(known, progress)
         if source == "url":
-            file = hub.cache_dir() / "models" / "urls" / re.sub(r"[^\w.-]", "_", name.rpartition("/")[2].split("?")[0])
+            file = (
+                hub.cache_dir()
+                / "models"
+                / "urls"
+                / re.sub(r"[^\w.-]", "_", name.rpartition("/")[2].split("?")[0])
+            )
             return fetch(name, file, sha256=sha256, progress=progress)
         return _copied(Path(name))
     except OSError as error:
         if error.errno == 28:
-            raise ValueError(f"the disk of {hub.cache_dir()} is full: make room, or set XDG_CACHE_HOME (HF_HOME for the "
-                             "Hub) to another disk; what was downloaded is kept and resumed") from None
+            raise ValueError(
+                f"the disk of {hub.cache_dir()} is full: make room, or set XDG_CACHE_HOME (HF_HOME for the "
+                "Hub) to another disk; what was downloaded is kept and resumed"
+            ) from None
         raise
 
 
@@ -92,19 +109,35 @@ def _hugging_face(repository: str) -> Path:
     try:
         path = Path(library.snapshot_download(repository, allow_patterns=HF_FILES))
     except errors.GatedRepoError:
-        raise ValueError(f"{repository} is gated: accept the terms at {page} with your account, then pass its token "
-                         "(`hf auth login`, or HF_TOKEN)") from None
+        raise ValueError(
+            f"{repository} is gated: accept the terms at {page} with your account, then pass its token "
+            "(`hf auth login`, or HF_TOKEN)"
+        ) from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"{repository} does not exist or your token may not see it: check the name at {page} and the "
-                         "token (`hf auth whoami`)") from None
+        raise ValueError(
+            f"{repository} does not exist or your token may not see it: check the name at {page} and the "
+            "token (`hf auth whoami`)"
+        ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
-        answer = next((found for one in (error, error.__cause__) if (found := getattr(one, "response", None)) is not None), None)
+        answer = next(
+            (
+                found
+                for one in (error, error.__cause__)
+                if (found := getattr(one, "response", None)) is not None
+            ),
+            None,
+        )
         if answer is None:
-            raise ValueError(f"{repository} is not in the cache and the Hub cannot be reached ({_short(error)}): connect, "
-                             "unset HF_HUB_OFFLINE, check HF_ENDPOINT, or carry a pack here (codegemma pull --pack, "
-                             "codegemma install)") from None
-        remedy = {401: "pass a valid token (`hf auth login`, or HF_TOKEN)", 403: f"ask for access at {page}",
-                  429: "too many requests: wait some minutes and try again"}.get(answer.status_code, "try again later")
+            raise ValueError(
+                f"{repository} is not in the cache and the Hub cannot be reached ({_short(error)}): connect, "
+                "unset HF_HUB_OFFLINE, check HF_ENDPOINT, or carry a pack here (codegemma pull --pack, "
+                "codegemma install)"
+            ) from None
+        remedy = {
+            401: "pass a valid token (`hf auth login`, or HF_TOKEN)",
+            403: f"ask for access at {page}",
+            429: "too many requests: wait some minutes and try again",
+        }.get(answer.status_code, "try again later")
         raise ValueError(f"{repository}: the Hub answered {answer.status_code}: {remedy}") from None
     for file in sorted(path.rglob("*")):
         _check_blob(file.resolve())
@@ -115,7 +148,9 @@ def _check_blob(blob: Path) -> None:
     """The Hub's cache names large files by their SHA-256."""
     if blob.is_file() and re.fullmatch(r"[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
         blob.unlink()
-        raise ValueError(f"{blob}: is not what the Hub says it is (wrong SHA-256), and was removed: pull again")
+        raise ValueError(
+            f"{blob}: is not what the Hub says it is (wrong SHA-256), and was removed: pull again"
+        )
 
 
 def _kaggle(known: Preset | None) -> Path:
@@ -125,9 +160,11 @@ def _kaggle(known: Preset | None) -> Path:
     try:
         return Path(library.model_download(f"google/codegemma/flax/{known.kaggle}"))
     except Exception as error:  # noqa: BLE001  the library raises many kinds
-        raise ValueError(f"Kaggle refused {known.title} ({_short(error)}): accept the terms at "
-                         "https://www.kaggle.com/models/google/codegemma, and pass KAGGLE_USERNAME and KAGGLE_KEY, or "
-                         "~/.kaggle/kaggle.json") from None
+        raise ValueError(
+            f"Kaggle refused {known.title} ({_short(error)}): accept the terms at "
+            "https://www.kaggle.com/models/google/codegemma, and pass KAGGLE_USERNAME and KAGGLE_KEY, or "
+            "~/.kaggle/kaggle.json"
+        ) from None
 
 
 def _ngc(known: Preset | None, progress: Progress | None) -> Path:
@@ -140,8 +177,10 @@ def _ngc(known: Preset | None, progress: Progress | None) -> Path:
     names = [str(file.get("path")) for file in files if str(file.get("path", "")).endswith(".nemo")]
     if not names or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
         raise ValueError(f"NGC lists no .nemo file for {known.title}: use --source hf")
-    return [fetch(f"{at}/{name}", hub.cache_dir() / "models" / known.name / name, token=token, progress=progress)
-            for name in names][0]
+    return [
+        fetch(f"{at}/{name}", hub.cache_dir() / "models" / known.name / name, token=token, progress=progress)
+        for name in names
+    ][0]
 
 
 def _copied(path: Path) -> Path:
@@ -157,8 +196,14 @@ def _copied(path: Path) -> Path:
     return target
 
 
-def fetch(url: str, file: Path, *, sha256: str | None = None, token: str | None = None,
-          progress: Progress | None = None) -> Path:
+def fetch(
+    url: str,
+    file: Path,
+    *,
+    sha256: str | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Downloads a file, going on where an earlier attempt was cut; it appears only when complete and checked.
 
     A part is continued only where the server says, by its ETag, that it is the same file still.
@@ -173,15 +218,18 @@ def fetch(url: str, file: Path, *, sha256: str | None = None, token: str | None 
     if sha256 and (found := _sha256(part)) != sha256:
         part.unlink()
         tag.unlink(missing_ok=True)
-        raise ValueError(f"{url}: has the SHA-256 {found}, but {sha256} was expected: the file is damaged or another; "
-                         "it was removed")
+        raise ValueError(
+            f"{url}: has the SHA-256 {found}, but {sha256} was expected: the file is damaged or another; "
+            "it was removed"
+        )
     os.replace(part, file)
     tag.unlink(missing_ok=True)
     return file
 
 
-def _download(url: str, name: str, part: Path, tag: Path, token: str | None, progress: Progress | None,
-              last: bool) -> bool:
+def _download(
+    url: str, name: str, part: Path, tag: Path, token: str | None, progress: Progress | None, last: bool
+) -> bool:
     """One attempt: True when complete, False where the connection was cut and another may go on."""
     done = part.stat().st_size if part.exists() and tag.exists() else 0
     headers = {"Range": f"bytes={done}-", "If-Range": tag.read_text()} if done else {}
@@ -193,8 +241,10 @@ def _download(url: str, name: str, part: Path, tag: Path, token: str | None, pro
             total = done + int(length) if length and length.isdigit() else None
             tag.write_text(answer.headers.get("ETag", ""))
             if total and shutil.disk_usage(part.parent).free < total - done:
-                raise ValueError(f"{name} takes {total / 1e9:.1f} GB, more than {part.parent} has free: make room, or set "
-                                 "XDG_CACHE_HOME to another disk")
+                raise ValueError(
+                    f"{name} takes {total / 1e9:.1f} GB, more than {part.parent} has free: make room, or set "
+                    "XDG_CACHE_HOME to another disk"
+                )
             with open(part, "ab" if done else "wb") as out:
                 while block := answer.read(BLOCK):
                     out.write(block)
@@ -205,15 +255,17 @@ def _download(url: str, name: str, part: Path, tag: Path, token: str | None, pro
                 return True
             fault: Any = f"{done:,} of {total:,} bytes"
     except urllib.error.HTTPError as error:
-        if error.code == 416:            # the part is whole, or of another file
+        if error.code == 416:  # the part is whole, or of another file
             part.unlink(missing_ok=True)
             return False
         raise
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         fault = error
     if last:
-        raise ValueError(f"{url}: the connection was cut {ATTEMPTS} times ({_short(fault)}): check the network and pull "
-                         "again; what came is kept")
+        raise ValueError(
+            f"{url}: the connection was cut {ATTEMPTS} times ({_short(fault)}): check the network and pull "
+            "again; what came is kept"
+        )
     return False
 
 
@@ -229,14 +281,20 @@ def _opened(url: str, headers: dict[str, str], token: str | None, last: bool = T
         answer = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         error.close()
-        remedies = {401: "a token is needed: NGC_API_KEY for NGC", 403: "accept the model's terms on its page with your "
-                    "account, then pass its token", 404: "check the address", 410: "check the address"}
+        remedies = {
+            401: "a token is needed: NGC_API_KEY for NGC",
+            403: "accept the model's terms on its page with your account, then pass its token",
+            404: "check the address",
+            410: "check the address",
+        }
         if error.code in remedies:
             raise ValueError(f"{url}: the server answered {error.code}: {remedies[error.code]}") from None
         if error.code == 416:
             raise
         if last:
-            raise ValueError(f"{url}: the server answered {error.code} {ATTEMPTS} times: try again later") from None
+            raise ValueError(
+                f"{url}: the server answered {error.code} {ATTEMPTS} times: try again later"
+            ) from None
         pause = error.headers.get("Retry-After", "1")
         time.sleep(min(30.0, float(pause)) if pause.isdigit() else 1.0)
         raise ConnectionError(f"the server answered {error.code}") from None
@@ -260,8 +318,10 @@ def pack(path: Path, target: Path, name: str = "") -> Path:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     root = path.parent if path.is_file() else path
     known = hub.preset(name)
-    manifest = {"name": known.name if known else re.sub(r"[^\w.-]", "-", path.stem),
-                "files": {str(file.relative_to(root)): _sha256(file) for file in files}}
+    manifest = {
+        "name": known.name if known else re.sub(r"[^\w.-]", "-", path.stem),
+        "files": {str(file.relative_to(root)): _sha256(file) for file in files},
+    }
     with replacing(target) as out, tarfile.open(fileobj=out, mode="w") as archive:
         info = tarfile.TarInfo("codegemma-pack.json")
         raw = json.dumps(manifest).encode()
@@ -284,18 +344,29 @@ def install(file: Path) -> Path:
             name, hashes = str(manifest["name"]), dict(manifest["files"])
             target = hub.cache_dir() / "models" / name
             if not re.fullmatch(r"\w[\w.-]*", name) or target.exists():
-                raise ValueError(f"{file}: {target} exists already, or is no name of a model: remove it first")
+                raise ValueError(
+                    f"{file}: {target} exists already, or is no name of a model: remove it first"
+                )
             with building(target) as folder:
                 while info := archive.next():
                     parts = Path(info.name).parts
-                    if not info.isreg() or info.name not in hashes or ".." in parts or Path(info.name).is_absolute():
-                        raise ValueError(f"{file}: its member {info.name} is not in its list: it may be an attack")
+                    if (
+                        not info.isreg()
+                        or info.name not in hashes
+                        or ".." in parts
+                        or Path(info.name).is_absolute()
+                    ):
+                        raise ValueError(
+                            f"{file}: its member {info.name} is not in its list: it may be an attack"
+                        )
                     source = archive.extractfile(info)
                     assert source is not None
                     with replacing(folder / info.name) as out:
                         shutil.copyfileobj(source, out, BLOCK)
                     if _sha256(folder / info.name) != hashes.pop(info.name):
-                        raise ValueError(f"{file}: its member {info.name} has another SHA-256 than it states: copy it again")
+                        raise ValueError(
+                            f"{file}: its member {info.name} has another SHA-256 than it states: copy it again"
+                        )
                 if hashes:
                     raise ValueError(f"{file}: lacks {', '.join(sorted(hashes)[:3])}: copy it again")
     except (tarfile.TarError, KeyError, TypeError, json.JSONDecodeError, EOFError) as error:

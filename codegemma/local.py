@@ -23,14 +23,22 @@ from codegemma.prompts import File, Message
 from codegemma.sampling import Sampling
 from codegemma.tokenizer import Tokenizer
 
-ADAPTERS = Path(__file__).parent / "adapters"  # shipped with the package: {preset}-fim completes in the middle
+ADAPTERS = (
+    Path(__file__).parent / "adapters"
+)  # shipped with the package: {preset}-fim completes in the middle
 
 
 class Model:
     """A loaded model. One request runs at a time; `engine.Batch` runs many together."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, cache_bytes: int = 1 << 30,
-                 strict: bool = False, backend: Literal["native", "jax"] = "native") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        threads: int | None = None,
+        cache_bytes: int = 1 << 30,
+        strict: bool = False,
+        backend: Literal["native", "jax"] = "native",
+    ) -> None:
         self.path, self.config = checkpoint.path, checkpoint.config
         self._checkpoint, self._strict, self._warned = checkpoint, strict, set[str]()
         self._adapters: dict[str, lora.Adapter] = {}
@@ -42,8 +50,10 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError where the checkpoint came without one: ids work, text does not."""
         if self.engine.tokenizer is None:
-            raise ValueError(f"{self.path} has no tokenizer, so text cannot be read or written: use ids, or put its "
-                             "tokenizer.model beside it")
+            raise ValueError(
+                f"{self.path} has no tokenizer, so text cannot be read or written: use ids, or put its "
+                "tokenizer.model beside it"
+            )
         return self.engine.tokenizer
 
     @property
@@ -81,7 +91,7 @@ class Model:
         packaged = lora.load(ADAPTERS / name)
         try:
             packaged.check(self.config)
-        except ValueError:               # another model's shapes under this one's name
+        except ValueError:  # another model's shapes under this one's name
             return None
         self.add_adapter(name, packaged)
         return name
@@ -103,7 +113,9 @@ class Model:
         """The orders, of "psm" and "spm", that it was trained to fill in the middle in: as the adapter's card says, or the
         checkpoint's own mark, else PSM where the preset says so or the vocabulary names the FIM tokens."""
         used = self._adapters.get(self.completing_adapter(adapter) or "")
-        if used is not None and (orders := frozenset(order for order in ("psm", "spm") if used.trained(order))):
+        if used is not None and (
+            orders := frozenset(order for order in ("psm", "spm") if used.trained(order))
+        ):
             return orders
         if self._checkpoint.taught:
             return self._checkpoint.taught
@@ -115,10 +127,24 @@ class Model:
         """Whether it was trained to fill in the middle, its packaged adapter counted in."""
         return bool(self.fim_orders())
 
-    def complete(self, prefix: str, suffix: str = "", path: str | None = None, context: Sequence[File] = (), *,
-                 trim: Trim = "none", mode: Mode = "auto", max_tokens: int = 128, sampling: Sampling = Sampling(),
-                 stop: Sequence[str] = (), time_budget: float | None = None, cancel: Cancel | None = None,
-                 speculate: bool = True, top: int = 0, adapter: str | None = "auto") -> Completion:
+    def complete(
+        self,
+        prefix: str,
+        suffix: str = "",
+        path: str | None = None,
+        context: Sequence[File] = (),
+        *,
+        trim: Trim = "none",
+        mode: Mode = "auto",
+        max_tokens: int = 128,
+        sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+        time_budget: float | None = None,
+        cancel: Cancel | None = None,
+        speculate: bool = True,
+        top: int = 0,
+        adapter: str | None = "auto",
+    ) -> Completion:
         """What belongs between `prefix` and `suffix`. `context` are other files (path, text) that it may draw on.
 
         `adapter` is "auto" for the one that the package has for this model, None for the base, or a name that was added.
@@ -129,17 +155,41 @@ class Model:
         self.expect("completion")
         orders = self.fim_orders(adapter)
         if self._strict and not orders:
-            raise ValueError(f"{self.preset.title if self.preset else self.path} was made for text that goes on, not trained to "
-                             "fill in the middle: choose another model (see `codegemma models`) or drop --strict")
+            raise ValueError(
+                f"{self.preset.title if self.preset else self.path} was made for text that goes on, not trained to "
+                "fill in the middle: choose another model (see `codegemma models`) or drop --strict"
+            )
         layout = completion.layout_for(mode, bool(orders), "spm" in orders)
         files = tuple(file if isinstance(file, File) else File(*file) for file in context)
-        return completion.complete(self.engine, Hole(prefix, suffix, path, files), layout, trim, max_tokens, sampling,
-                                   stop, time_budget, cancel, speculate, top, self.completing_adapter(adapter))
+        return completion.complete(
+            self.engine,
+            Hole(prefix, suffix, path, files),
+            layout,
+            trim,
+            max_tokens,
+            sampling,
+            stop,
+            time_budget,
+            cancel,
+            speculate,
+            top,
+            self.completing_adapter(adapter),
+        )
 
-    def generate(self, prompt: str | Sequence[int], *, max_tokens: int = 256, sampling: Sampling = Sampling(),
-                 stop: Sequence[str] = (), raw: bool = False, truncate: Literal["left"] | None = None,
-                 cancel: Cancel | None = None, speculate: bool = True, top: int = 0,
-                 adapter: str | None = None) -> Completion:
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        truncate: Literal["left"] | None = None,
+        cancel: Cancel | None = None,
+        speculate: bool = True,
+        top: int = 0,
+        adapter: str | None = None,
+    ) -> Completion:
         """Continues a text (<bos> is put in front) or ids (taken as they are). `raw` reads control tokens spelled in the
         text. truncate="left" drops the oldest tokens, <bos> excepted, where the prompt is too long."""
         self.expect("generation")
@@ -153,11 +203,22 @@ class Model:
             raise ValueError(f'truncate must be None or "left", got {truncate!r}')
         if truncate:
             ids = truncate_left(ids, self.config.context - min(max_tokens, self.config.context // 2))
-        return self.engine.generate(Request(ids, max_tokens, sampling, stops, stop, top, speculate, adapter), cancel)
+        return self.engine.generate(
+            Request(ids, max_tokens, sampling, stops, stop, top, speculate, adapter), cancel
+        )
 
-    def chat(self, messages: Sequence[Message | tuple[str, str] | dict[str, str]], *, max_tokens: int = 1024,
-             sampling: Sampling = Sampling(), stop: Sequence[str] = (), cancel: Cancel | None = None,
-             speculate: bool = True, top: int = 0, adapter: str | None = None) -> Completion:
+    def chat(
+        self,
+        messages: Sequence[Message | tuple[str, str] | dict[str, str]],
+        *,
+        max_tokens: int = 1024,
+        sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+        cancel: Cancel | None = None,
+        speculate: bool = True,
+        top: int = 0,
+        adapter: str | None = None,
+    ) -> Completion:
         """The next turn after `messages`: Message, (role, text), or {"role", "content"}; the last one is the user's."""
         self.tokenizer  # noqa: B018
         self.expect("chat")
@@ -168,17 +229,20 @@ class Model:
         """float32 [T, V]: row t is the prediction after ids[:t + 1]."""
         return self.engine.logits(ids, adapter=adapter)
 
-    def benchmark(self, prompt_tokens: int = 512, decode_tokens: int = 32, repeats: int = 3,
-                  adapter: str | None = None) -> dict[str, Any]:
+    def benchmark(
+        self, prompt_tokens: int = 512, decode_tokens: int = 32, repeats: int = 3, adapter: str | None = None
+    ) -> dict[str, Any]:
         """Medians of prefill and decode speed, and their share of what this machine's memory and multipliers can do.
 
         Prefill counts the vocabulary product for the last token only. The limits are measured in the same minutes.
         """
         if not 1 <= prompt_tokens <= self.config.context - decode_tokens or decode_tokens < 1:
-            raise ValueError(f"benchmark: prompt_tokens + decode_tokens must lie in the context of {self.config.context:,}, "
-                             f"got {prompt_tokens} + {decode_tokens}")
+            raise ValueError(
+                f"benchmark: prompt_tokens + decode_tokens must lie in the context of {self.config.context:,}, "
+                f"got {prompt_tokens} + {decode_tokens}"
+            )
         if not isinstance(self.backend, Native):
-            raise ValueError("benchmark measures the native engine: load the model without backend=\"jax\"")
+            raise ValueError('benchmark measures the native engine: load the model without backend="jax"')
         ids = [int(token) for token in np.random.default_rng(0).integers(0, self.config.vocab, prompt_tokens)]
         self.backend.settle()
         prefills, decodes, limits = [], [], []
@@ -190,21 +254,31 @@ class Model:
             decodes.append(decode_tokens / decoded)
         bandwidth, peak = (float(np.median([limit[i] for limit in limits])) for i in range(2))
         prefill, decode = float(np.median(prefills)), float(np.median(decodes))
-        layer_weights = sum(float(np.prod(t.shape)) for name, t in self._checkpoint.tensors.items()
-                            if name.startswith("layers.") and len(t.shape) == 2)
+        layer_weights = sum(
+            float(np.prod(t.shape))
+            for name, t in self._checkpoint.tensors.items()
+            if name.startswith("layers.") and len(t.shape) == 2
+        )
         read_bytes = sum(t.data.nbytes for t in self._checkpoint.tensors.values())
-        return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode,
-                "prefill_share_of_peak": 2 * layer_weights * prefill / peak,
-                "decode_share_of_bandwidth": read_bytes * decode / bandwidth,
-                "bandwidth_bytes_per_second": bandwidth, "int8_operations_per_second": peak, "threads": self.backend.threads,
-                "simd": self.backend.level, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
+        return {
+            "prefill_tokens_per_second": prefill,
+            "decode_tokens_per_second": decode,
+            "prefill_share_of_peak": 2 * layer_weights * prefill / peak,
+            "decode_share_of_bandwidth": read_bytes * decode / bandwidth,
+            "bandwidth_bytes_per_second": bandwidth,
+            "int8_operations_per_second": peak,
+            "threads": self.backend.threads,
+            "simd": self.backend.level,
+            "prompt_tokens": prompt_tokens,
+            "decode_tokens": decode_tokens,
+        }
 
     def _timed(self, ids: list[int], decode_tokens: int, adapter: str | None) -> tuple[float, float]:
         """Seconds to read a prompt with nothing cached, and to decode after it."""
         pages = [self.backend.new_page() for _ in range(-(-(len(ids) + decode_tokens) // PAGE))]
         started = time.perf_counter()
         for at in range(0, len(ids), CHUNK):
-            part = ids[at:at + CHUNK]
+            part = ids[at : at + CHUNK]
             self.backend.run([Slice(part, at, pages, int(at + len(part) == len(ids)), adapter)])
         read = time.perf_counter()
         for i in range(decode_tokens):
@@ -223,9 +297,16 @@ class Model:
         warnings.warn(text, stacklevel=3)
 
 
-def load(model: str | os.PathLike[str] = hub.DEFAULT, *, threads: int | None = None, quantize: str | None = None,
-         cache: str | os.PathLike[str] | None = None, cache_bytes: int = 1 << 30, strict: bool = False,
-         backend: Literal["native", "jax"] = "native") -> Model:
+def load(
+    model: str | os.PathLike[str] = hub.DEFAULT,
+    *,
+    threads: int | None = None,
+    quantize: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_bytes: int = 1 << 30,
+    strict: bool = False,
+    backend: Literal["native", "jax"] = "native",
+) -> Model:
     """A model by name (`codegemma models` lists them) or path (.gguf, .safetensors, Hugging Face directory).
 
     `quantize` ("q8_0", "q4_0") turns float weights into blocks while loading; `cache` is a prefix cache saved before.
@@ -255,7 +336,7 @@ def _backend(name: str, checkpoint: Checkpoint, threads: int | None) -> Any:
 
 def truncate_left(ids: list[int], most: int) -> list[int]:
     """The first id (<bos>) and the last ones, `most` in all."""
-    return ids if len(ids) <= most else [ids[0], *ids[len(ids) - most + 1:]]
+    return ids if len(ids) <= most else [ids[0], *ids[len(ids) - most + 1 :]]
 
 
 def _message(message: Message | tuple[str, str] | dict[str, str]) -> Message:
@@ -272,7 +353,9 @@ def _message(message: Message | tuple[str, str] | dict[str, str]) -> Message:
 
 def _preset_of(checkpoint: Checkpoint) -> Preset | None:
     """The member of the family that a file is, by its own name or its path; None where nothing tells."""
-    names = [str(checkpoint.metadata.get(key, "")) for key in ("general.name", "general.basename", "_name_or_path")]
+    names = [
+        str(checkpoint.metadata.get(key, "")) for key in ("general.name", "general.basename", "_name_or_path")
+    ]
     names += [checkpoint.path.name, checkpoint.path.parent.name]
     return next((found for name in names if (found := hub.preset_in(name, checkpoint.config))), None)
 
@@ -282,6 +365,8 @@ def identity(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256(repr(checkpoint.config).encode())
     for name, tensor in checkpoint.tensors.items():
         raw = tensor.data.reshape(-1)
-        digest.update(f"{name} {tensor.type} {tensor.shape}".encode() + raw[:256].tobytes() + raw[-256:].tobytes())
+        digest.update(
+            f"{name} {tensor.type} {tensor.shape}".encode() + raw[:256].tobytes() + raw[-256:].tobytes()
+        )
         digest.update(raw[:: max(1, len(raw) // 64)][:64].tobytes())
     return digest.hexdigest()

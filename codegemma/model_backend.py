@@ -19,8 +19,8 @@ from codegemma.formats import Checkpoint
 from codegemma.model import Cache, Lora, Params, forward, params_of, unembed
 from codegemma.native import PAGE, Cancel, Logits, LowRank, Page, Slice
 
-LENGTHS = (1, 8, 32, 128, 512)           # new tokens of a sequence
-Pages = list[list[jax.Array]]            # of each sequence, [2, L, PAGE, K, H]
+LENGTHS = (1, 8, 32, 128, 512)  # new tokens of a sequence
+Pages = list[list[jax.Array]]  # of each sequence, [2, L, PAGE, K, H]
 
 
 class Jax:
@@ -43,8 +43,11 @@ class Jax:
     def add_adapter(self, name: str, adapter: LowRank) -> None:
         """Makes an adapter that fits the model (lora.Adapter.check) known to `run`."""
         ids = sorted(adapter.rows)
-        weights = {f"{tensor}.{part}": jnp.asarray(value, self._dtype)
-                   for part, side in (("a", adapter.a), ("b", adapter.b)) for tensor, value in side.items()}
+        weights = {
+            f"{tensor}.{part}": jnp.asarray(value, self._dtype)
+            for part, side in (("a", adapter.a), ("b", adapter.b))
+            for tensor, value in side.items()
+        }
         if ids:
             weights["rows"] = jnp.asarray(np.stack([adapter.rows[token] for token in ids]))
         self._adapters[name] = Lora(weights, adapter.scale, tuple(ids))
@@ -64,30 +67,39 @@ class Jax:
         for (adapter, length), numbers in groups.items():
             if cancel is not None and cancel.is_set():
                 return None
-            found.update(self._group(self._adapters[adapter], length, {number: slices[number] for number in numbers}))
-        return Logits(*(np.concatenate([found[number][i] for number in range(len(slices))]) for i in range(3)))
+            found.update(
+                self._group(self._adapters[adapter], length, {number: slices[number] for number in numbers})
+            )
+        return Logits(
+            *(np.concatenate([found[number][i] for number in range(len(slices))]) for i in range(3))
+        )
 
-    def _group(self, lora: Lora | None, T: int, slices: dict[int, Slice]) -> dict[int, tuple[np.ndarray, ...]]:
+    def _group(
+        self, lora: Lora | None, T: int, slices: dict[int, Slice]
+    ) -> dict[int, tuple[np.ndarray, ...]]:
         """Logits, argmax and normaliser of each slice's wanted tokens."""
         touched = -(-T // PAGE) + 1
         B, P = _size(len(slices)), max(4, _size(max(one.start // PAGE + touched for one in slices.values())))
-        tokens_BT, positions_BT = np.zeros((B, T), np.int32), np.full((B, T), P * PAGE, np.int32)  # a slot outside
+        tokens_BT, positions_BT = (
+            np.zeros((B, T), np.int32),
+            np.full((B, T), P * PAGE, np.int32),
+        )  # a slot outside
         first_B = np.zeros(B, np.int32)
         wanted: list[int] = []
         pages: Pages = [[self._empty] * P for _ in range(B)]
         for b, one in enumerate(slices.values()):
             n, first_B[b] = len(one.ids), one.start // PAGE
             tokens_BT[b, :n], positions_BT[b, :n] = one.ids, range(one.start, one.start + n)
-            pages[b][:len(one.pages)] = map(self._array, one.pages)
+            pages[b][: len(one.pages)] = map(self._array, one.pages)
             wanted += range(b * T + n - one.wanted, b * T + n)
         at_W = np.resize(np.array(wanted or [0], np.int32), _size(len(wanted)))
         rows, made = self._run(self._params, lora, pages, tokens_BT, positions_BT, first_B, at_W)
         values, argmax, normaliser = (np.array(part) for part in rows)
         results, at = {}, 0
         for b, (number, one) in enumerate(slices.items()):
-            for page, data in zip(one.pages[one.start // PAGE:], made[b], strict=False):
+            for page, data in zip(one.pages[one.start // PAGE :], made[b], strict=False):
                 page.data = data
-            results[number] = tuple(part[at:at + one.wanted] for part in (values, argmax, normaliser))
+            results[number] = tuple(part[at : at + one.wanted] for part in (values, argmax, normaliser))
             at += one.wanted
         return results
 
@@ -99,15 +111,32 @@ class Jax:
         return data
 
 
-def _run(params: Params, lora: Lora | None, pages: Pages, tokens_BT: jax.Array, positions_BT: jax.Array, first_B: jax.Array,
-         at_W: jax.Array, *, config, dtype):  # type: ignore[no-untyped-def]
+def _run(
+    params: Params,
+    lora: Lora | None,
+    pages: Pages,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    first_B: jax.Array,
+    at_W: jax.Array,
+    *,
+    config,
+    dtype,
+):  # type: ignore[no-untyped-def]
     """(logits, argmax, log sum exp) of the tokens at `at_W`, and the pages from the `first_B`-th that were written."""
     B, T = tokens_BT.shape
-    both = jnp.stack([jnp.concatenate(own, 2) for own in pages], 2)            # [2, L, B, S, K, H]
-    hidden_BTD, cache = forward(params, tokens_BT, config, lora, positions_BT=positions_BT, cache=Cache(*both), dtype=dtype)
+    both = jnp.stack([jnp.concatenate(own, 2) for own in pages], 2)  # [2, L, B, S, K, H]
+    hidden_BTD, cache = forward(
+        params, tokens_BT, config, lora, positions_BT=positions_BT, cache=Cache(*both), dtype=dtype
+    )
     both = jnp.stack(cache)  # type: ignore[arg-type]
-    made = [[jax.lax.dynamic_slice_in_dim(both[:, :, b], (first_B[b] + i) * PAGE, PAGE, 2) for i in range(-(-T // PAGE) + 1)]
-            for b in range(B)]
+    made = [
+        [
+            jax.lax.dynamic_slice_in_dim(both[:, :, b], (first_B[b] + i) * PAGE, PAGE, 2)
+            for i in range(-(-T // PAGE) + 1)
+        ]
+        for b in range(B)
+    ]
     logits_WV = unembed(params, hidden_BTD.reshape(B * T, -1)[at_W], config, lora)
     rows = logits_WV, logits_WV.argmax(-1).astype(jnp.int32), jax.nn.logsumexp(logits_WV, -1)
     return rows, made

@@ -24,11 +24,23 @@ from codegemma.tokenizer import FIM_NAMES, Tokenizer
 
 Layout = Literal["psm", "spm", "prefix"]
 Role = Literal["system", "user", "assistant"]
-Label = Literal["bos", "context", "path", "sentinel", "prefix", "suffix", "middle", "terminator",  # FIM
-                "raw", "turn", "user", "reply"]                                                    # raw text, chat
+Label = Literal[
+    "bos",
+    "context",
+    "path",
+    "sentinel",
+    "prefix",
+    "suffix",
+    "middle",
+    "terminator",  # FIM
+    "raw",
+    "turn",
+    "user",
+    "reply",
+]  # raw text, chat
 Ids = list[int]
 
-_CONTINUATION = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))   # of a UTF-8 character
+_CONTINUATION = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # of a UTF-8 character
 
 
 @dataclass(frozen=True)
@@ -89,46 +101,78 @@ class Document:
 def fim_stops(tokenizer: Tokenizer) -> frozenset[int]:
     """What ends a completion: any FIM token (the model's own terminator is the separator), <eos>, <end_of_turn>."""
     control = tokenizer.control
-    ends = (control.fim_prefix, control.fim_middle, control.fim_suffix, control.file_separator,
-            control.eos, control.end_of_turn)
+    ends = (
+        control.fim_prefix,
+        control.fim_middle,
+        control.fim_suffix,
+        control.file_separator,
+        control.eos,
+        control.end_of_turn,
+    )
     return frozenset(token for token in ends if token is not None)
 
 
 def chat_stops(tokenizer: Tokenizer) -> frozenset[int]:
-    return frozenset(token for token in (tokenizer.control.end_of_turn, tokenizer.control.eos) if token is not None)
+    return frozenset(
+        token for token in (tokenizer.control.end_of_turn, tokenizer.control.eos) if token is not None
+    )
 
 
-def fim(tokenizer: Tokenizer, prefix: str, suffix: str = "", path: str | None = None,
-        context: Sequence[File] = (), layout: Layout = "psm") -> Prompt:
+def fim(
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str = "",
+    path: str | None = None,
+    context: Sequence[File] = (),
+    layout: Layout = "psm",
+) -> Prompt:
     """The prompt to complete between `prefix` and `suffix`, either of which may be empty; layout "prefix" leaves the
     suffix out. Raises ValueError: a path of several lines, or a vocabulary without FIM ids."""
     return assemble(tokenizer, encode_parts(tokenizer, prefix, suffix, path, context), layout)
 
 
-def encode_parts(tokenizer: Tokenizer, prefix: str, suffix: str = "", path: str | None = None,
-                 context: Sequence[File] = ()) -> Parts:
+def encode_parts(
+    tokenizer: Tokenizer, prefix: str, suffix: str = "", path: str | None = None, context: Sequence[File] = ()
+) -> Parts:
     """Every text of a FIM prompt encoded once and alone."""
-    files = tuple(_path_line(tokenizer, file.path) + tokenizer.encode(file.text) + _separator(tokenizer)
-                  for file in context)
+    files = tuple(
+        _path_line(tokenizer, file.path) + tokenizer.encode(file.text) + _separator(tokenizer)
+        for file in context
+    )
     return Parts(tokenizer.encode(prefix), tokenizer.encode(suffix), _path_line(tokenizer, path), files)
 
 
 def assemble(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> Prompt:
     """The prompt of `parts`; concatenation only."""
     context: list[tuple[Label, Ids]] = [("context", ids) for ids in parts.context]
-    return _prompt([("bos", _bos(tokenizer)), *context, *_fim_segments(tokenizer, parts, layout)], fim_stops(tokenizer))
+    return _prompt(
+        [("bos", _bos(tokenizer)), *context, *_fim_segments(tokenizer, parts, layout)], fim_stops(tokenizer)
+    )
 
 
-def fim_training(tokenizer: Tokenizer, prefix: str, middle: str, suffix: str, path: str | None = None,
-                 layout: Layout = "psm", terminator: Literal["file_separator", "eos"] = "file_separator") -> Prompt:
+def fim_training(
+    tokenizer: Tokenizer,
+    prefix: str,
+    middle: str,
+    suffix: str,
+    path: str | None = None,
+    layout: Layout = "psm",
+    terminator: Literal["file_separator", "eos"] = "file_separator",
+) -> Prompt:
     """One document of a training row, without <bos>. Layout "prefix" is a file that is not FIM: no suffix."""
     if layout == "prefix" and suffix:
-        raise ValueError('layout "prefix" has no place for a suffix: put the whole text into prefix and middle')
+        raise ValueError(
+            'layout "prefix" has no place for a suffix: put the whole text into prefix and middle'
+        )
     end = getattr(tokenizer.control, terminator)
     if end is None:
-        raise ValueError(f"this vocabulary has no {terminator} token to end a document: use CodeGemma's or Gemma's")
+        raise ValueError(
+            f"this vocabulary has no {terminator} token to end a document: use CodeGemma's or Gemma's"
+        )
     segments = _fim_segments(tokenizer, encode_parts(tokenizer, prefix, suffix, path), layout)
-    return _prompt([*segments, ("middle", tokenizer.encode(middle)), ("terminator", [end])], fim_stops(tokenizer))
+    return _prompt(
+        [*segments, ("middle", tokenizer.encode(middle)), ("terminator", [end])], fim_stops(tokenizer)
+    )
 
 
 def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> Document:
@@ -145,22 +189,34 @@ def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> Document:
         body = body[:-1]
     marks = {control.fim_prefix: "prefix", control.fim_suffix: "suffix", control.fim_middle: "middle"}
     found = [(at, marks[token]) for at, token in enumerate(body) if token in marks]
-    layouts: dict[tuple[str, ...], Layout] = {("prefix", "suffix", "middle"): "psm", (): "prefix",
-                                              ("suffix", "prefix", "middle"): "spm"}
+    layouts: dict[tuple[str, ...], Layout] = {
+        ("prefix", "suffix", "middle"): "psm",
+        (): "prefix",
+        ("suffix", "prefix", "middle"): "spm",
+    }
     layout = layouts.get(tuple(name for _, name in found))
     if layout is None:
-        raise ValueError("a FIM document has its tokens in the order prefix, suffix, middle or suffix, prefix, middle; "
-                         f"these ids have {', '.join(name for _, name in found)}: parse one document at a time")
+        raise ValueError(
+            "a FIM document has its tokens in the order prefix, suffix, middle or suffix, prefix, middle; "
+            f"these ids have {', '.join(name for _, name in found)}: parse one document at a time"
+        )
     start = found[0][0] if found else 0
     if control.file_separator in body[start:]:
         raise ValueError("more than one document: split the ids after each file separator")
     head = body[:start]
     while control.file_separator in head:
-        head = head[head.index(control.file_separator) + 1:]
+        head = head[head.index(control.file_separator) + 1 :]
     edges = [at for at, _ in found] + [len(body)]
-    texts = {name: tokenizer.decode(body[at + 1:edge]) for (at, name), edge in zip(found, edges[1:], strict=True)}
-    return Document(texts.get("prefix", tokenizer.decode(body) if not found else ""), texts.get("suffix", ""),
-                    texts.get("middle", ""), tokenizer.decode(head).removesuffix("\n") or None, layout)
+    texts = {
+        name: tokenizer.decode(body[at + 1 : edge]) for (at, name), edge in zip(found, edges[1:], strict=True)
+    }
+    return Document(
+        texts.get("prefix", tokenizer.decode(body) if not found else ""),
+        texts.get("suffix", ""),
+        texts.get("middle", ""),
+        tokenizer.decode(head).removesuffix("\n") or None,
+        layout,
+    )
 
 
 def plain(tokenizer: Tokenizer, text: str) -> Prompt:
@@ -194,8 +250,10 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) 
             segments += [("user", tokenizer.encode(f"user\n{system}{text}")), ("turn", [control.end_of_turn])]
             system = ""
         else:
-            segments += [("turn", tokenizer.encode("model\n")),
-                         ("reply", [*tokenizer.encode(text), control.end_of_turn])]
+            segments += [
+                ("turn", tokenizer.encode("model\n")),
+                ("reply", [*tokenizer.encode(text), control.end_of_turn]),
+            ]
         segments.append(("turn", newline))
     if reply:
         segments.append(("turn", [control.start_of_turn, *tokenizer.encode("model\n")]))
@@ -215,23 +273,24 @@ def tail(tokenizer: Tokenizer, ids: Ids, most: int, step: int = 1) -> Ids:
     if drop >= len(ids):
         drop = len(ids) - most
     reach = range(drop, min(len(ids), drop + most // 4 + 1))
-    return ids[_edge(tokenizer, ids, reach, range(drop, len(ids)), len(ids)):]
+    return ids[_edge(tokenizer, ids, reach, range(drop, len(ids)), len(ids)) :]
 
 
 def head(tokenizer: Tokenizer, ids: Ids, most: int) -> Ids:
     """The start of `ids` in at most `most` tokens: what is nearest to the cursor of a suffix; edges as in `tail`."""
     if len(ids) <= most:
         return ids
-    return ids[:_edge(tokenizer, ids, range(most, most - most // 4 - 1, -1), range(most, 0, -1), 0)]
+    return ids[: _edge(tokenizer, ids, range(most, most - most // 4 - 1, -1), range(most, 0, -1), 0)]
 
 
 def _edge(tokenizer: Tokenizer, ids: Ids, lines: range, characters: range, nothing: int) -> int:
     """The first index that starts a line, else the first that starts a character, else `nothing`."""
+
     def starts_line(at: int) -> bool:
-        return at > 0 and tokenizer.decode_bytes(ids[at - 1:at]).endswith(b"\n")
+        return at > 0 and tokenizer.decode_bytes(ids[at - 1 : at]).endswith(b"\n")
 
     def starts_character(at: int) -> bool:
-        return tokenizer.decode_bytes(ids[at:at + 1])[:1] not in _CONTINUATION
+        return tokenizer.decode_bytes(ids[at : at + 1])[:1] not in _CONTINUATION
 
     found = [next(filter(starts_line, lines), None), next(filter(starts_character, characters), None)]
     return next((at for at in found if at is not None), nothing)
@@ -254,9 +313,14 @@ def _fim_segments(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> list[tu
 def _sentinels(tokenizer: Tokenizer) -> Iterable[tuple[Label, Ids]]:
     control = tokenizer.control
     if control.fim is None:
-        raise ValueError(f"this vocabulary has no FIM tokens ({', '.join(FIM_NAMES.values())}): use layout=\"prefix\"")
-    return [("sentinel", [token]) for token in (control.fim_prefix, control.fim_suffix, control.fim_middle)
-            if token is not None]
+        raise ValueError(
+            f'this vocabulary has no FIM tokens ({", ".join(FIM_NAMES.values())}): use layout="prefix"'
+        )
+    return [
+        ("sentinel", [token])
+        for token in (control.fim_prefix, control.fim_suffix, control.fim_middle)
+        if token is not None
+    ]
 
 
 def _prompt(segments: list[tuple[Label, Ids]], stops: frozenset[int]) -> Prompt:
@@ -273,7 +337,9 @@ def _separator(tokenizer: Tokenizer) -> Ids:
 
 def _path_line(tokenizer: Tokenizer, path: str | None) -> Ids:
     if path is not None and ("\n" in path or "\r" in path):
-        raise ValueError(f"a path must stand on one line, got {path!r}: rename the file or leave its path out")
+        raise ValueError(
+            f"a path must stand on one line, got {path!r}: rename the file or leave its path out"
+        )
     return tokenizer.encode(path + "\n") if path else []
 
 
@@ -285,8 +351,10 @@ def split_system(messages: Sequence[Message], reply: bool) -> tuple[str, Sequenc
     for at, message in enumerate(turns):
         expected = "assistant" if at % 2 else "user"
         if message.role != expected:
-            raise ValueError(f"chat turn {at + 1} must be the {expected}'s, got {message.role!r}: user and assistant "
-                             "alternate, the user first; one system message may stand before them")
+            raise ValueError(
+                f"chat turn {at + 1} must be the {expected}'s, got {message.role!r}: user and assistant "
+                "alternate, the user first; one system message may stand before them"
+            )
     if not turns or (reply and turns[-1].role != "user"):
         raise ValueError("a chat must end with a user's message for the model to answer: add one")
     return system, turns

@@ -22,15 +22,26 @@ from codegemma.formats import Checkpoint, gguf
 from codegemma.native import PAGE, Native, Slice, _native, usable_cpus
 from codegemma.weights import BLOCKS, Tensor, places, row_bytes
 
-FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0",
-            "Q5_1": "Q8_0"}
+FALLBACK = {
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "Q4_0": "Q8_0",
+    "Q4_1": "Q8_0",
+    "Q5_0": "Q8_0",
+    "Q5_1": "Q8_0",
+}
 MIXES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}  # attn_v and ffn_down get Q6_K in half of the layers
 QUANTISED = tuple(type for type, (weights, _) in BLOCKS.items() if weights > 1)
-CHUNK = 1 << 20                          # weights that one thread holds as float32
+CHUNK = 1 << 20  # weights that one thread holds as float32
 
-ROW, ROWS, MOST_TEXT = 512, 32, 1 << 24  # tokens of a row, rows, and bytes of text that importance is measured on
+ROW, ROWS, MOST_TEXT = (
+    512,
+    32,
+    1 << 24,
+)  # tokens of a row, rows, and bytes of text that importance is measured on
 
-Importance = Mapping[str, np.ndarray]    # by tensor name: float32, one number for each column
+Importance = Mapping[str, np.ndarray]  # by tensor name: float32, one number for each column
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,9 @@ def chosen(type: str, checkpoint: Checkpoint) -> dict[str, str]:
     """
     name = type.upper()
     if name not in (*QUANTISED, *MIXES):
-        raise ValueError(f"cannot quantize to {type!r}: choose {', '.join(map(str.lower, (*QUANTISED, *MIXES)))}")
+        raise ValueError(
+            f"cannot quantize to {type!r}: choose {', '.join(map(str.lower, (*QUANTISED, *MIXES)))}"
+        )
     wanted = {key: _mixed(name, key, checkpoint.config.layers) for key in checkpoint.tensors}
     return {key: _fitting(wanted[key], tensor) for key, tensor in checkpoint.tensors.items()}
 
@@ -89,8 +102,9 @@ def rows_float32(tensor: Tensor, start: int, stop: int) -> np.ndarray:
     return out
 
 
-def blocks(tensor: Tensor, type: str, importance: np.ndarray | None = None,
-           threads: int | None = None) -> tuple[np.ndarray, float, float]:
+def blocks(
+    tensor: Tensor, type: str, importance: np.ndarray | None = None, threads: int | None = None
+) -> tuple[np.ndarray, float, float]:
     """The blocks of some rows; the squared norms of the error and of the weights. `importance` weighs the columns.
 
     Raises ValueError on NaN or infinite weights and on rows that are no whole number of blocks.
@@ -113,16 +127,22 @@ def blocks(tensor: Tensor, type: str, importance: np.ndarray | None = None,
     return out, wrong, size
 
 
-def quantize(tensor: Tensor, type: str, importance: np.ndarray | None = None,
-             threads: int | None = None) -> tuple[Tensor, float]:
+def quantize(
+    tensor: Tensor, type: str, importance: np.ndarray | None = None, threads: int | None = None
+) -> tuple[Tensor, float]:
     """A matrix as blocks of `type`, and its error; arguments and errors as of `blocks`."""
     whole = Tensor(tensor.type, tensor.shape, tensor.data)  # a deferred one is made once
     out, wrong, size = blocks(whole, type, importance, threads)
     return Tensor(type, tensor.shape, out), math.sqrt(wrong / size) if size else 0.0
 
 
-def quantize_checkpoint(checkpoint: Checkpoint, type: str, importance: Importance | None = None,
-                        report: Callable[[Cost], None] | None = None, threads: int | None = None) -> Checkpoint:
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    type: str,
+    importance: Importance | None = None,
+    report: Callable[[Cost], None] | None = None,
+    threads: int | None = None,
+) -> Checkpoint:
     """The same model with its matrices in blocks, in memory. `report` hears of every matrix, also one left as it is."""
     tensors = dict(checkpoint.tensors)
     for name, after in chosen(type, checkpoint).items():
@@ -143,8 +163,11 @@ def summary(costs: list[Cost]) -> Iterator[str]:
     for (before, after), count in sorted(kinds.items()):
         alike = [cost for cost in costs if (cost.before, cost.after) == (before, after)]
         worst = max(alike, key=lambda cost: cost.error)
-        yield (f"{count} matrices left {before}" if before == after else
-               f"{count} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})")
+        yield (
+            f"{count} matrices left {before}"
+            if before == after
+            else f"{count} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ importance
@@ -155,15 +178,19 @@ def importance_of(path: Path, checkpoint: Checkpoint) -> Importance:
             if file.read(4) == b"GGUF":
                 return read_importance(path, checkpoint.config)
     if checkpoint.tokenizer is None:
-        raise ValueError(f"{checkpoint.path} has no tokenizer to read {path} with: put its tokenizer.model beside it")
+        raise ValueError(
+            f"{checkpoint.path} has no tokenizer to read {path} with: put its tokenizer.model beside it"
+        )
     bos, rows = checkpoint.tokenizer.control.bos or 0, []
     for text in _texts(path):
         ids = checkpoint.tokenizer.encode(text)
-        rows += [[bos, *ids[at:at + ROW - 1]] for at in range(0, len(ids), ROW - 1)]
+        rows += [[bos, *ids[at : at + ROW - 1]] for at in range(0, len(ids), ROW - 1)]
     if not rows:
-        raise ValueError(f"{path}: holds no UTF-8 text and is no file of llama-imatrix: pass code like that which the model "
-                         "is for")
-    return measure_importance(checkpoint, rows[::-(-len(rows) // ROWS)])
+        raise ValueError(
+            f"{path}: holds no UTF-8 text and is no file of llama-imatrix: pass code like that which the model "
+            "is for"
+        )
+    return measure_importance(checkpoint, rows[:: -(-len(rows) // ROWS)])
 
 
 def _texts(path: Path) -> Iterator[str]:
@@ -175,7 +202,9 @@ def _texts(path: Path) -> Iterator[str]:
                 left -= file.stat().st_size
 
 
-def measure_importance(checkpoint: Checkpoint, rows: Sequence[Sequence[int]], threads: int | None = None) -> Importance:
+def measure_importance(
+    checkpoint: Checkpoint, rows: Sequence[Sequence[int]], threads: int | None = None
+) -> Importance:
     """The mean square of what each column of each matrix is multiplied with, over the tokens of `rows` (ids)."""
     sums: dict[str, np.ndarray] = {}
     native = Native(checkpoint, threads, observed=sums)
@@ -198,9 +227,13 @@ def read_importance(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
             continue
         values = sums.float32().reshape(-1) / max(1.0, float(counts.float32().reshape(-1)[0]))
         if values.size != place.shape[-1] or not (np.isfinite(values).all() and (values >= 0).all()):
-            raise ValueError(f"{path}: {place.stored} has {values.size} importances, some of them no numbers, but the "
-                             f"model has {place.shape[-1]} columns: measure it again with this model")
+            raise ValueError(
+                f"{path}: {place.stored} has {values.size} importances, some of them no numbers, but the "
+                f"model has {place.shape[-1]} columns: measure it again with this model"
+            )
         found[place.name] = np.ascontiguousarray(values, np.float32)
     if not found:
-        raise ValueError(f"{path}: holds no importances (NAME.in_sum2, NAME.counts): pass what llama-imatrix wrote")
+        raise ValueError(
+            f"{path}: holds no importances (NAME.in_sum2, NAME.counts): pass what llama-imatrix wrote"
+        )
     return found

@@ -32,20 +32,34 @@ class Sampling:
     bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 31), ("top_p", 0, 1), ("min_p", 0, 1),
-                                ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2)):
+        for name, low, high in (
+            ("temperature", 0, 100),
+            ("top_k", 0, 1 << 31),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+        ):
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"sampling: {name} must be from {low} to {high}, got {value}")
         if not (self.repeat_penalty > 0 and math.isfinite(self.repeat_penalty)):
-            raise ValueError(f"sampling: repeat_penalty must be above 0, got {self.repeat_penalty}: 1 switches it off")
+            raise ValueError(
+                f"sampling: repeat_penalty must be above 0, got {self.repeat_penalty}: 1 switches it off"
+            )
         if not all(-100 <= value <= 100 for _, value in self.bias):
             raise ValueError(f"sampling: bias must be from -100 to 100, got {self.bias}")
 
     @property
     def needs_logits(self) -> bool:
         """False where the argmax is the answer."""
-        return bool(self.temperature or self.repeat_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.bias)
+        return bool(
+            self.temperature
+            or self.repeat_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.bias
+        )
 
 
 def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Sequence[int], index: int) -> int:
@@ -58,7 +72,7 @@ def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Seque
         at = logits_V[seen]
         logits_V[seen] = np.where(at > 0, at / sampling.repeat_penalty, at * sampling.repeat_penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        seen, counts = np.unique(np.asarray(context[len(context) - index:], np.int64), return_counts=True)
+        seen, counts = np.unique(np.asarray(context[len(context) - index :], np.int64), return_counts=True)
         logits_V[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     for token, value in sampling.bias:
         logits_V[token] += value
@@ -71,15 +85,19 @@ def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
     """Inverse of the cumulative distribution over the tokens that the filters leave, likeliest first."""
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
         weights = np.exp(logits_V - logits_V.max())
-        return int(np.searchsorted(np.cumsum(weights), uniform * weights.sum(), "right").clip(0, len(weights) - 1))
+        return int(
+            np.searchsorted(np.cumsum(weights), uniform * weights.sum(), "right").clip(0, len(weights) - 1)
+        )
     order, weights, total = _likeliest(sampling, logits_V)
     keep = len(order)
     if sampling.top_p < 1:
         keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p * total)) + 1
     if sampling.min_p:
         keep = min(keep, int((weights >= sampling.min_p).sum()))
-    cumulative = np.cumsum(weights[:max(keep, 1)])
-    return int(order[np.searchsorted(cumulative, uniform * cumulative[-1], "right").clip(0, len(cumulative) - 1)])
+    cumulative = np.cumsum(weights[: max(keep, 1)])
+    return int(
+        order[np.searchsorted(cumulative, uniform * cumulative[-1], "right").clip(0, len(cumulative) - 1)]
+    )
 
 
 def _likeliest(sampling: Sampling, logits_V: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -112,4 +130,4 @@ def top(values_V: np.ndarray, k: int) -> np.ndarray:
 def _uniform(seed: int, index: int) -> float:
     """In [0, 1): 53 bits of a hash of (seed, index)."""
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0 ** -53
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

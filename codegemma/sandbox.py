@@ -29,12 +29,30 @@ from typing import Any, Literal
 
 Outcome = Literal["passed", "failed", "timed_out", "out_of_memory", "output_too_long"]
 GUEST = Path(__file__).with_name("sandbox_guest.py")
-GRACE_SECONDS = 300.0                    # a box that says nothing for this long beyond its job's limit is broken
+GRACE_SECONDS = 300.0  # a box that says nothing for this long beyond its job's limit is broken
 TRIES = 3
-SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives", "/etc/ld.so.cache",
-          "/etc/mono", "/etc/localtime", *map(str, Path("/etc").glob("java*")))
+SYSTEM = (
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/etc/alternatives",
+    "/etc/ld.so.cache",
+    "/etc/mono",
+    "/etc/localtime",
+    *map(str, Path("/etc").glob("java*")),
+)
 DEVICES = ("null", "zero", "full", "random", "urandom")
-NO_MEMORY = ("MemoryError", "std::bad_alloc", "OutOfMemory", "heap out of memory", "out of memory", "cannot allocate")
+NO_MEMORY = (
+    "MemoryError",
+    "std::bad_alloc",
+    "OutOfMemory",
+    "heap out of memory",
+    "out of memory",
+    "cannot allocate",
+)
 INSTALL = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
 
 
@@ -49,14 +67,17 @@ class Limits:
     seconds: float = 10.0
     cpu_seconds: int = 0
     memory: int = 512 << 20
-    disk: int = 64 << 20                 # of the private folder, and of one file
-    processes: int = 64                  # and threads
+    disk: int = 64 << 20  # of the private folder, and of one file
+    processes: int = 64  # and threads
     open_files: int = 256
-    output: int = 1 << 20                # stdout and stderr together
+    output: int = 1 << 20  # stdout and stderr together
 
     def __post_init__(self) -> None:
-        if wrong := {name: value for name, value in asdict(self).items() if value < (name != "cpu_seconds")
-                     and not (name == "seconds" and value > 0)}:
+        if wrong := {
+            name: value
+            for name, value in asdict(self).items()
+            if value < (name != "cpu_seconds") and not (name == "seconds" and value > 0)
+        }:
             raise ValueError(f"sandbox limits must be positive, got {wrong}")
 
 
@@ -96,7 +117,9 @@ class Cgroup:
         for swap in (self.memory / name for name in ("memory.swap.max", "memory.swappiness")):
             if swap.exists():
                 swap.write_text("0")
-        (self.pids / "pids.max").write_text(str(limits.processes + 4))      # bubblewrap, supervisor, monitor, init
+        (self.pids / "pids.max").write_text(
+            str(limits.processes + 4)
+        )  # bubblewrap, supervisor, monitor, init
 
     def kills(self) -> int:
         """Processes ended for want of memory so far."""
@@ -105,7 +128,7 @@ class Cgroup:
 
     def close(self) -> None:
         for folder in {self.memory, self.pids}:
-            for _ in range(200):                           # its last processes may still be leaving
+            for _ in range(200):  # its last processes may still be leaving
                 try:
                     folder.rmdir()
                     break
@@ -120,8 +143,12 @@ def _writable_cgroups() -> dict[str, Path]:
         if number == "0" and not kinds:
             for at in [Path("/sys/fs/cgroup" + path), *Path("/sys/fs/cgroup" + path).parents]:
                 control = at / "cgroup.subtree_control"
-                if control.is_file() and {"memory", "pids"} <= set(control.read_text().split()) and \
-                        os.access(at / "cgroup.procs", os.W_OK) and os.access(at, os.W_OK):
+                if (
+                    control.is_file()
+                    and {"memory", "pids"} <= set(control.read_text().split())
+                    and os.access(at / "cgroup.procs", os.W_OK)
+                    and os.access(at, os.W_OK)
+                ):
                     return {"memory": at, "pids": at}
     found = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -142,9 +169,14 @@ class Box:
         self.cgroup = _cgroup(use_cgroups)
         self._rest = b""
         with tempfile.TemporaryFile() as errors:
-            self.process = subprocess.Popen(self.cgroup.enter(command) if self.cgroup else command, env={},
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                            start_new_session=True)
+            self.process = subprocess.Popen(
+                self.cgroup.enter(command) if self.cgroup else command,
+                env={},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
             try:
                 self._read(GRACE_SECONDS)
             except SandboxError as error:
@@ -154,11 +186,15 @@ class Box:
                 raise SandboxError(
                     f"bubblewrap cannot make a sandbox here: {said}\nIt needs user namespaces: on Ubuntu 24.04 allow "
                     "bwrap in AppArmor or set kernel.apparmor_restrict_unprivileged_userns=0; in a container, start it "
-                    "with --security-opt seccomp=unconfined") from error
+                    "with --security-opt seccomp=unconfined"
+                ) from error
 
     def run(self, job: dict[str, Any], limits: Limits) -> Result:
         before = 0
-        bounds = asdict(limits) | {"cpu_seconds": limits.cpu_seconds or int(2 * limits.seconds) + 1, "data": None}
+        bounds = asdict(limits) | {
+            "cpu_seconds": limits.cpu_seconds or int(2 * limits.seconds) + 1,
+            "data": None,
+        }
         if self.cgroup:
             self.cgroup.limit(limits)
             before = self.cgroup.kills()
@@ -210,22 +246,49 @@ def _cgroup(use_cgroups: bool) -> Cgroup | None:
             return Cgroup()
     except OSError:
         pass
-    if os.geteuid() == 0:                # the kernel never counts root's processes against RLIMIT_NPROC
-        raise SandboxError("root without a cgroup to divide cannot be kept from making processes without end: "
-                           "run as an ordinary user")
+    if os.geteuid() == 0:  # the kernel never counts root's processes against RLIMIT_NPROC
+        raise SandboxError(
+            "root without a cgroup to divide cannot be kept from making processes without end: "
+            "run as an ordinary user"
+        )
     return None
 
 
 def _bubblewrap(readonly: Sequence[Path]) -> list[str]:
     if platform.system() != "Linux":
-        raise SandboxError(f"untrusted code is run in bubblewrap, which needs Linux, not {platform.system()}: use a "
-                           "Linux machine, virtual machine or container")
+        raise SandboxError(
+            f"untrusted code is run in bubblewrap, which needs Linux, not {platform.system()}: use a "
+            "Linux machine, virtual machine or container"
+        )
     if not (bwrap := shutil.which("bwrap")):
-        raise SandboxError(f"bubblewrap (bwrap) is not on PATH, and nothing untrusted is run without it: {INSTALL}")
-    python = Path(sys._base_executable).resolve()          # type: ignore[attr-defined]
-    command = [bwrap, "--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox",
-               "--new-session", "--cap-add", "ALL", "--clearenv", "--setenv", "PYTHONHASHSEED", "0",
-               "--setenv", "LANG", "C.UTF-8", "--ro-bind", "/usr", "/usr"]
+        raise SandboxError(
+            f"bubblewrap (bwrap) is not on PATH, and nothing untrusted is run without it: {INSTALL}"
+        )
+    python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
+    command = [
+        bwrap,
+        "--unshare-all",
+        "--unshare-user",
+        "--uid",
+        "1000",
+        "--gid",
+        "1000",
+        "--hostname",
+        "sandbox",
+        "--new-session",
+        "--cap-add",
+        "ALL",
+        "--clearenv",
+        "--setenv",
+        "PYTHONHASHSEED",
+        "0",
+        "--setenv",
+        "LANG",
+        "C.UTF-8",
+        "--ro-bind",
+        "/usr",
+        "/usr",
+    ]
     for path in map(Path, SYSTEM):
         if path.is_symlink() and path.parent == Path("/"):
             command += ["--symlink", os.readlink(path), str(path)]
@@ -237,16 +300,33 @@ def _bubblewrap(readonly: Sequence[Path]) -> list[str]:
     command += ["--ro-bind", str(GUEST), "/guest.py", "--proc", "/proc", "--tmpfs", "/dev"]
     for device in DEVICES:
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    command += ["--symlink", "/proc/self/fd", "/dev/fd", "--dir", "/dev/shm", "--tmpfs", "/tmp",
-                "--remount-ro", "/dev", "--remount-ro", "/", "--", str(python), "-S", "-P", "/guest.py"]
+    command += [
+        "--symlink",
+        "/proc/self/fd",
+        "/dev/fd",
+        "--dir",
+        "/dev/shm",
+        "--tmpfs",
+        "/tmp",
+        "--remount-ro",
+        "/dev",
+        "--remount-ro",
+        "/",
+        "--",
+        str(python),
+        "-S",
+        "-P",
+        "/guest.py",
+    ]
     return command
 
 
 class Sandbox:
     """A pool of warm boxes that see the system's folders and `readonly`. Safe to share between threads."""
 
-    def __init__(self, readonly: Sequence[Path | str] = (), workers: int | None = None, *,
-                 use_cgroups: bool = True) -> None:
+    def __init__(
+        self, readonly: Sequence[Path | str] = (), workers: int | None = None, *, use_cgroups: bool = True
+    ) -> None:
         self.readonly = [Path(path).absolute() for path in readonly]
         self.workers = workers or os.cpu_count() or 1
         self.use_cgroups = use_cgroups
@@ -263,18 +343,34 @@ class Sandbox:
     def close(self) -> None:
         _close_all(self._idle)
 
-    def run_python(self, source: str, *, files: Mapping[str, str | bytes] | None = None, must_finish: bool = True,
-                   limits: Limits | None = None, **bounds: Any) -> Result:
+    def run_python(
+        self,
+        source: str,
+        *,
+        files: Mapping[str, str | bytes] | None = None,
+        must_finish: bool = True,
+        limits: Limits | None = None,
+        **bounds: Any,
+    ) -> Result:
         """Run `source` as __main__ on this interpreter's own standard library.
 
         `passed` means exit code 0 and, with `must_finish`, that the last statement was reached: a program that
         leaves early with code 0 has `failed`. `bounds` are fields of Limits.
         """
-        return self._run({"source": source, "command": [], "must_finish": must_finish}, files, {}, (), limits, bounds)
+        return self._run(
+            {"source": source, "command": [], "must_finish": must_finish}, files, {}, (), limits, bounds
+        )
 
-    def run(self, command: Sequence[str], files: Mapping[str, str | bytes] | None = None, *,
-            env: Mapping[str, str] | None = None, collect: Sequence[str] = (), limits: Limits | None = None,
-            **bounds: Any) -> Result:
+    def run(
+        self,
+        command: Sequence[str],
+        files: Mapping[str, str | bytes] | None = None,
+        *,
+        env: Mapping[str, str] | None = None,
+        collect: Sequence[str] = (),
+        limits: Limits | None = None,
+        **bounds: Any,
+    ) -> Result:
         """Run `command` in a private folder that holds `files`; `passed` means exit code 0.
 
         `collect` names files or folders to hand back in `Result.files`. `bounds` are fields of Limits.
@@ -284,14 +380,29 @@ class Sandbox:
         job = {"source": None, "command": list(command), "must_finish": False}
         return self._run(job, files, env or {}, collect, limits, bounds)
 
-    def _run(self, job: dict[str, Any], files: Mapping[str, str | bytes] | None, env: Mapping[str, str],
-             collect: Sequence[str], limits: Limits | None, bounds: dict[str, Any]) -> Result:
+    def _run(
+        self,
+        job: dict[str, Any],
+        files: Mapping[str, str | bytes] | None,
+        env: Mapping[str, str],
+        collect: Sequence[str],
+        limits: Limits | None,
+        bounds: dict[str, Any],
+    ) -> Result:
         for name in [*(files or {}), *collect]:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"sandbox: file names must stay inside the private folder, got {name!r}")
-        encoded = {name: base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
-                   for name, content in (files or {}).items()}
-        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", **env}
+        encoded = {
+            name: base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
+            for name, content in (files or {}).items()
+        }
+        env = {
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOME": "/tmp",
+            "TMPDIR": "/tmp",
+            "LANG": "C.UTF-8",
+            **env,
+        }
         job = job | {"files": encoded, "collect": list(collect), "env": env}
         limits = limits or Limits(**bounds)
         with self._places:

@@ -21,12 +21,23 @@ import time
 import traceback
 
 FOLDER = "/tmp"
-NEW_NS, NEW_UTS, NEW_IPC, NEW_PID = 0x0002_0000, 0x0400_0000, 0x0800_0000, 0x2000_0000   # linux/sched.h
-NOSUID, NODEV, NOEXEC = 2, 4, 8                                                            # linux/mount.h
-PDEATHSIG = 1                                                                              # linux/prctl.h
-CAPABILITY_V3 = 0x2008_0522                                                                # linux/capability.h
-for common in ("collections", "copy", "functools", "heapq", "itertools", "math", "random", "re", "string", "typing"):
-    __import__(common)                   # once here, not once in every program
+NEW_NS, NEW_UTS, NEW_IPC, NEW_PID = 0x0002_0000, 0x0400_0000, 0x0800_0000, 0x2000_0000  # linux/sched.h
+NOSUID, NODEV, NOEXEC = 2, 4, 8  # linux/mount.h
+PDEATHSIG = 1  # linux/prctl.h
+CAPABILITY_V3 = 0x2008_0522  # linux/capability.h
+for common in (
+    "collections",
+    "copy",
+    "functools",
+    "heapq",
+    "itertools",
+    "math",
+    "random",
+    "re",
+    "string",
+    "typing",
+):
+    __import__(common)  # once here, not once in every program
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -36,7 +47,9 @@ def must(result, what):
 
 
 def mount(kind, target, flags, options):
-    must(libc.mount(kind.encode(), target.encode(), kind.encode(), flags, options.encode()), f"mount {target}")
+    must(
+        libc.mount(kind.encode(), target.encode(), kind.encode(), flags, options.encode()), f"mount {target}"
+    )
 
 
 def supervise():
@@ -62,7 +75,9 @@ def run_monitor(job):
             run_init(job, {name: ends[1] for name, ends in pipes.items()}, nonce)
         for ends in pipes.values():
             os.close(ends[1])
-        reply = watch(job, {ends[0]: name for name, ends in pipes.items()}, init, started + job["limits"]["seconds"])
+        reply = watch(
+            job, {ends[0]: name for name, ends in pipes.items()}, init, started + job["limits"]["seconds"]
+        )
         finished = reply.pop("finished").startswith(nonce) or not job["must_finish"]
         if reply["outcome"] == "passed" and not finished:
             reply["outcome"] = "failed"
@@ -81,7 +96,7 @@ def watch(job, readers, init, deadline):
     outcome, room = None, job["limits"]["output"]
     while readers:
         ready = select.select([*readers, 0], [], [], max(0.0, deadline - time.monotonic()))[0]
-        if 0 in ready or not ready:                        # the host has gone, or time has
+        if 0 in ready or not ready:  # the host has gone, or time has
             outcome = outcome or "timed_out"
         for fd in (fd for fd in ready if fd):
             chunk = os.read(fd, 65_536)
@@ -99,7 +114,7 @@ def watch(job, readers, init, deadline):
             os.kill(init, signal.SIGKILL)
             break
     os.waitpid(init, 0)
-    reply = {name: bytes(text[name][:job["limits"]["output"]]) for name in ("stdout", "stderr")}
+    reply = {name: bytes(text[name][: job["limits"]["output"]]) for name in ("stdout", "stderr")}
     reply |= {"finished": bytes(text["finished"]), "exit_code": None, "files": {}, "peak": 0}
     if outcome:
         return reply | {"outcome": outcome}
@@ -107,7 +122,11 @@ def watch(job, readers, init, deadline):
     if "error" in report:
         raise OSError(report["error"])
     code = report["exit_code"]
-    return reply | report | {"outcome": "timed_out" if code == -signal.SIGXCPU else "failed" if code else "passed"}
+    return (
+        reply
+        | report
+        | {"outcome": "timed_out" if code == -signal.SIGXCPU else "failed" if code else "passed"}
+    )
 
 
 def run_init(job, writers, nonce):
@@ -130,8 +149,11 @@ def run_init(job, writers, nonce):
         if not program:
             run_program(job, writers, nonce)
         status = wait_for(program)
-        report = {"exit_code": os.waitstatus_to_exitcode(status), "files": collect(job["collect"], room),
-                  "peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+        report = {
+            "exit_code": os.waitstatus_to_exitcode(status),
+            "files": collect(job["collect"], room),
+            "peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        }
     except BaseException:
         report = {"error": traceback.format_exc()}
     with os.fdopen(writers["report"], "w") as file:
@@ -170,7 +192,7 @@ def run_program(job, writers, nonce):
     source, limits = job["source"], job["limits"]
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")                             # out of memory: this one goes first, not the supervisor
+            file.write("1000")  # out of memory: this one goes first, not the supervisor
         finished = jail(limits, writers, keep_finished=source is not None)
         os.chdir(FOLDER)
         if source is None:
@@ -188,14 +210,19 @@ def jail(limits, writers, keep_finished):
     os.setsid()
     null = os.open("/dev/null", os.O_RDONLY)
     fds = [null, writers["stdout"], writers["stderr"], writers["finished"]]
-    fds = [os.dup(fd) for fd in fds]                       # out of the way of 0..3
+    fds = [os.dup(fd) for fd in fds]  # out of the way of 0..3
     high = [os.dup2(fd, 100 + i) for i, fd in enumerate(fds)]
     for i, fd in enumerate(high):
         os.dup2(fd, i, inheritable=i < 3)
     os.closerange(4 if keep_finished else 3, 4096)
-    for kind, value in ((resource.RLIMIT_CPU, limits["cpu_seconds"]), (resource.RLIMIT_NOFILE, limits["open_files"]),
-                        (resource.RLIMIT_FSIZE, limits["disk"]), (resource.RLIMIT_CORE, 0),
-                        (resource.RLIMIT_NPROC, limits["processes"]), (resource.RLIMIT_DATA, limits["data"])):
+    for kind, value in (
+        (resource.RLIMIT_CPU, limits["cpu_seconds"]),
+        (resource.RLIMIT_NOFILE, limits["open_files"]),
+        (resource.RLIMIT_FSIZE, limits["disk"]),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NPROC, limits["processes"]),
+        (resource.RLIMIT_DATA, limits["data"]),
+    ):
         if value is not None:
             resource.setrlimit(kind, (value, value + 1 if kind == resource.RLIMIT_CPU else value))
     header = (ctypes.c_uint32 * 2)(CAPABILITY_V3, 0)
@@ -211,7 +238,7 @@ def run_source(source, finished, nonce):
     sys.modules["__main__"] = module = type(sys)("__main__")
     try:
         exec(compile(source, "program.py", "exec"), module.__dict__)
-        if os.getpid() == program:                         # a forked child's end proves nothing
+        if os.getpid() == program:  # a forked child's end proves nothing
             os.write(finished, nonce)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -63,7 +63,9 @@ def steps_of(ask: Callable[[Cancel], Completion]) -> Generator[Step]:
 class Conversation:
     """A chat: `take` answers a message or obeys a command, and says whether to go on."""
 
-    def __init__(self, model: Model, system: str, max_tokens: int, sampling: Sampling, adapter: str | None = None) -> None:
+    def __init__(
+        self, model: Model, system: str, max_tokens: int, sampling: Sampling, adapter: str | None = None
+    ) -> None:
         self._model, self._system, self._max_tokens, self._sampling = model, system, max_tokens, sampling
         self._adapter = adapter
         self._turns: list[Message] = []
@@ -93,9 +95,17 @@ class Conversation:
         self._turns.append(Message("user", text))
         said: list[str] = []
         try:
-            with closing(steps_of(lambda cancel: self._model.chat(
-                    self._messages(), max_tokens=self._max_tokens, sampling=self._sampling, cancel=cancel,
-                    adapter=self._adapter))) as steps:
+            with closing(
+                steps_of(
+                    lambda cancel: self._model.chat(
+                        self._messages(),
+                        max_tokens=self._max_tokens,
+                        sampling=self._sampling,
+                        cancel=cancel,
+                        adapter=self._adapter,
+                    )
+                )
+            ) as steps:
                 for step in steps:
                     said.append(step.text)
                     print(step.text, end="", flush=True)
@@ -115,7 +125,9 @@ class Conversation:
             return
         turns = [{"role": message.role, "content": message.text} for message in self._messages()]
         try:
-            Path(file).expanduser().write_text(json.dumps(turns, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            Path(file).expanduser().write_text(
+                json.dumps(turns, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         except OSError as error:
             print(f"error: {file}: {error.strerror}", file=sys.stderr)
 
@@ -150,7 +162,7 @@ def _typed() -> Iterator[str]:
         try:
             yield _message()
         except KeyboardInterrupt:
-            print()                      # gives the line up, as in a shell
+            print()  # gives the line up, as in a shell
         except EOFError:
             print()
             return
@@ -185,10 +197,12 @@ def models_table(found: Sequence[ModelInfo]) -> None:
     for one in found:
         if one.path or one.packaged:
             print(f"{one.preset.name} is {f'at {_short(one.path)}' if one.path else 'in its package'}")
-    console.print("Another member: `codegemma pull NAME` (its licence is to be accepted on huggingface.co first). Any .gguf file "
-                  "or directory works with -m.")
+    console.print(
+        "Another member: `codegemma pull NAME` (its licence is to be accepted on huggingface.co first). Any .gguf file "
+        "or directory works with -m."
+    )
 
 
 def _short(path: Path) -> str:
     home = os.path.expanduser("~")
-    return "~" + str(path)[len(home):] if str(path).startswith(home + os.sep) else str(path)
+    return "~" + str(path)[len(home) :] if str(path).startswith(home + os.sep) else str(path)

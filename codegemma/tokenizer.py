@@ -31,15 +31,21 @@ from codegemma.config import LIMITS
 # Piece types, numbered alike in sentencepiece_model.proto and in GGUF's tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-FIM_NAMES = {"fim_prefix": "<|fim_prefix|>", "fim_middle": "<|fim_middle|>", "fim_suffix": "<|fim_suffix|>",
-             "file_separator": "<|file_separator|>"}
+FIM_NAMES = {
+    "fim_prefix": "<|fim_prefix|>",
+    "fim_middle": "<|fim_middle|>",
+    "fim_suffix": "<|fim_suffix|>",
+    "file_separator": "<|file_separator|>",
+}
 FIM_IDS = {"fim_prefix": 67, "fim_middle": 68, "fim_suffix": 69, "file_separator": 70}  # CodeGemma's
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNUSED = re.compile(r"<unused\d+>")
-_CONTROL = re.compile(r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>"
-                      r"|\[(@BOS@|multimodal)\]|<\|\w+\|>")
-_SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")   # what a control spelling looks like
+_CONTROL = re.compile(
+    r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>"
+    r"|\[(@BOS@|multimodal)\]|<\|\w+\|>"
+)
+_SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a control spelling looks like
 _LINE = re.compile(rb"[^\n]*\n+|[^\n]+")
 _CACHE_VERSION = b"1"
 
@@ -82,8 +88,10 @@ class Tokenizer:
             self._engine.LoadFromSerializedProto(model)
             self.vocab_size: int = self._engine.get_piece_size()
         except (RuntimeError, IndexError, ValueError) as error:
-            raise ValueError(f"tokenizer: SentencePiece cannot read this vocabulary ({error}): "
-                             "fetch the tokenizer file again") from error
+            raise ValueError(
+                f"tokenizer: SentencePiece cannot read this vocabulary ({error}): "
+                "fetch the tokenizer file again"
+            ) from error
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._bytes: dict[int, bytes] = {}
         self._lines_apart = _LINES_APART + _GEMMA_NORMALIZER in model[-64:]
@@ -91,8 +99,9 @@ class Tokenizer:
         self.control = self._find_control()
 
     @classmethod
-    def from_pieces(cls, pieces: Sequence[str], scores: Sequence[float] | np.ndarray,
-                    types: Sequence[int] | np.ndarray) -> Tokenizer:
+    def from_pieces(
+        cls, pieces: Sequence[str], scores: Sequence[float] | np.ndarray, types: Sequence[int] | np.ndarray
+    ) -> Tokenizer:
         """From GGUF's tokenizer.ggml.tokens, .scores and .token_type, without a dummy space in front of the text.
 
         About 0.5 s for 262k pieces: wrap it in `cached`. Raises ValueError where the arrays contradict each other.
@@ -120,7 +129,9 @@ class Tokenizer:
         directory that cannot be written is no error.
         """
         key = hashlib.sha256(_CACHE_VERSION + source).hexdigest()
-        file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma", "tokenizers", key)
+        file = Path(
+            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma", "tokenizers", key
+        )
         with contextlib.suppress(OSError, ValueError):
             stored = file.read_bytes()
             if hashlib.sha256(stored[32:]).digest() == stored[:32]:
@@ -138,8 +149,18 @@ class Tokenizer:
     def pieces(self) -> tuple[list[str], list[float], list[int]]:
         """Names, scores and SentencePiece types of all ids."""
         engine, count = self._engine, range(self.vocab_size)
-        kinds = [UNKNOWN if engine.is_unknown(i) else CONTROL if engine.is_control(i) else UNUSED if engine.is_unused(i)
-                 else BYTE if engine.is_byte(i) else NORMAL for i in count]
+        kinds = [
+            UNKNOWN
+            if engine.is_unknown(i)
+            else CONTROL
+            if engine.is_control(i)
+            else UNUSED
+            if engine.is_unused(i)
+            else BYTE
+            if engine.is_byte(i)
+            else NORMAL
+            for i in count
+        ]
         names = [engine.id_to_piece(i) for i in count]
         first_byte = next((i for i, kind in enumerate(kinds) if kind == BYTE), 0)
         kinds = [USER_DEFINED if i < first_byte and kind == NORMAL else kind for i, kind in enumerate(kinds)]
@@ -163,8 +184,12 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], control: bool = False) -> bytes:
         """Bytes of `ids`, each piece's own joined: decode(a + b) needs no context. ValueError: id out of range."""
-        return b"".join([self._spell(token) if control and self.is_control(token) else self._piece_bytes(token)
-                         for token in ids])
+        return b"".join(
+            [
+                self._spell(token) if control and self.is_control(token) else self._piece_bytes(token)
+                for token in ids
+            ]
+        )
 
     def piece(self, token: int) -> str:
         """The vocabulary's own spelling of an id, with U+2581 for a space. ValueError: id out of range."""
@@ -186,12 +211,14 @@ class Tokenizer:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"text to encode has a lone surrogate U+{ord(text[error.start]):04X} at character "
-                             f"{error.start}, which UTF-8 cannot spell: replace it") from error
+            raise ValueError(
+                f"text to encode has a lone surrogate U+{ord(text[error.start]):04X} at character "
+                f"{error.start}, which UTF-8 cannot spell: replace it"
+            ) from error
         if not self._lines_apart:
             return self._engine.encode(data)
         ids: list[int] = []
-        for line in _LINE.findall(data):   # while one types, all lines but one are remembered
+        for line in _LINE.findall(data):  # while one types, all lines but one are remembered
             ids += self._remember_line(line) if len(line) < 500 else self._engine.encode(line)
         return ids
 
@@ -200,7 +227,7 @@ class Tokenizer:
         for match in _SPELLING.finditer(text):
             token = self._control_id(match.group())
             if token is not None:
-                ids += [*self._encode_text(text[start:match.start()]), token]
+                ids += [*self._encode_text(text[start : match.start()]), token]
                 start = match.end()
         return ids + self._encode_text(text[start:])
 
@@ -224,8 +251,11 @@ class Tokenizer:
             if self.is_control(token):
                 known = b""
             else:
-                known = (bytes([int(piece[3:5], 16)]) if self._engine.is_byte(token)
-                         else piece.replace("\u2581", " ").encode())
+                known = (
+                    bytes([int(piece[3:5], 16)])
+                    if self._engine.is_byte(token)
+                    else piece.replace("\u2581", " ").encode()
+                )
             self._bytes[token] = known
         return known
 
@@ -235,8 +265,10 @@ class Tokenizer:
         except TypeError as error:
             raise ValueError(f"a token id must be a whole number, got {token!r}") from error
         if not 0 <= index < self.vocab_size:
-            raise ValueError(f"token id {index} is outside the vocabulary of {self.vocab_size:,}: "
-                             "use the tokenizer that belongs to the model")
+            raise ValueError(
+                f"token id {index} is outside the vocabulary of {self.vocab_size:,}: "
+                "use the tokenizer that belongs to the model"
+            )
         return index
 
     def _required_bos(self) -> int:
@@ -255,8 +287,16 @@ class Tokenizer:
             source = "named"
         elif self.vocab_size > 70 and all(_UNUSED.fullmatch(self.piece(token)) for token in FIM_IDS.values()):
             fim, source = {**FIM_IDS}, "convention"
-        return Control(named("<bos>", "<s>"), named("<eos>", "</s>"), named("<pad>"), named("<unk>"),
-                       named("<start_of_turn>"), named("<end_of_turn>"), **fim, fim=source)
+        return Control(
+            named("<bos>", "<s>"),
+            named("<eos>", "</s>"),
+            named("<pad>"),
+            named("<unk>"),
+            named("<start_of_turn>"),
+            named("<end_of_turn>"),
+            **fim,
+            fim=source,
+        )
 
 
 class Stream:
@@ -275,13 +315,19 @@ class Stream:
         return self._decoder.decode(b"", final=True)
 
 
-def _model(pieces: Sequence[str], scores: Sequence[float] | np.ndarray, types: Sequence[int] | np.ndarray,
-           normalizer: bytes = _GEMMA_NORMALIZER) -> bytes:
+def _model(
+    pieces: Sequence[str],
+    scores: Sequence[float] | np.ndarray,
+    types: Sequence[int] | np.ndarray,
+    normalizer: bytes = _GEMMA_NORMALIZER,
+) -> bytes:
     """The canonical ModelProto: the same bytes from every source."""
     V = len(pieces)
     if not 0 < V <= LIMITS["vocab"] or not V == len(scores) == len(types):
-        raise ValueError(f"tokenizer: pieces, scores and types must be equally many, 1 to {LIMITS['vocab']:,}; "
-                         f"got {V:,}, {len(scores):,} and {len(types):,}: the file is damaged")
+        raise ValueError(
+            f"tokenizer: pieces, scores and types must be equally many, 1 to {LIMITS['vocab']:,}; "
+            f"got {V:,}, {len(scores):,} and {len(types):,}: the file is damaged"
+        )
     scores_V, types_V = np.asarray(scores, np.float64), np.asarray(types, np.int64)
     if not np.isfinite(scores_V).all() or not ((types_V >= NORMAL) & (types_V <= BYTE)).all():
         raise ValueError("tokenizer: scores must be finite and types from 1 to 6: the file is damaged")
@@ -290,10 +336,15 @@ def _model(pieces: Sequence[str], scores: Sequence[float] | np.ndarray, types: S
     try:
         rows = b"".join(map(_piece, names, rank_V.tolist(), kinds))
     except UnicodeEncodeError as error:
-        raise ValueError(f"tokenizer: piece {error.object!r} is no Unicode text: the file is damaged") from error
-    trainer = b"\x18\x02" + (b"\x98\x02\x01" if BYTE in kinds else b"")   # model_type BPE, byte_fallback
-    if all(kind == USER_DEFINED and not name.strip("\n")
-           for name, kind in zip(names, kinds, strict=True) if "\n" in name):
+        raise ValueError(
+            f"tokenizer: piece {error.object!r} is no Unicode text: the file is damaged"
+        ) from error
+    trainer = b"\x18\x02" + (b"\x98\x02\x01" if BYTE in kinds else b"")  # model_type BPE, byte_fallback
+    if all(
+        kind == USER_DEFINED and not name.strip("\n")
+        for name, kind in zip(names, kinds, strict=True)
+        if "\n" in name
+    ):
         normalizer = _LINES_APART + normalizer
     return rows + _block(0x12, trainer) + _block(0x1A, normalizer)
 
@@ -332,8 +383,11 @@ def _heal(pieces: Sequence[str], types: list[int]) -> tuple[list[str], list[int]
 
 def _ranks(names: list[str], kinds: list[int], scores_V: np.ndarray) -> np.ndarray:
     """Scores 0, -1, -2, ... in the order of `scores_V` for the pieces BPE can merge: only the order means anything."""
-    merged = [i for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
-              if kind in (NORMAL, UNUSED) and len(name) > 1]
+    merged = [
+        i
+        for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
+        if kind in (NORMAL, UNUSED) and len(name) > 1
+    ]
     rank_V = np.zeros(len(names), np.float32)
     rank_V[merged] = -np.unique(-scores_V[merged], return_inverse=True)[1]
     return rank_V
@@ -355,7 +409,9 @@ def _read_sentencepiece(data: bytes) -> bytes:
                 specs[number] = block
         trainer, normalizer = dict(_fields(specs[2])), dict(_fields(specs[3]))
     except (struct.error, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"tokenizer.model is no SentencePiece model ({error}): fetch the file again") from error
+        raise ValueError(
+            f"tokenizer.model is no SentencePiece model ({error}): fetch the file again"
+        ) from error
     if trainer.get(3, 1) != 2:
         raise ValueError("tokenizer.model is not a BPE model (model_type 2): Gemma's are")
     flags = b"".join(bytes([field << 3, bool(normalizer.get(field, 1))]) for field in (3, 4))
@@ -390,8 +446,11 @@ def _read_json(document: dict[str, Any]) -> bytes:
             score.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), -rank)
         kind = {token["id"]: CONTROL if token.get("special") else USER_DEFINED for token in added}
         pieces = [by_id.get(i, "") for i in range(max(by_id) + 1)]
-        return _model(pieces, [score.get(piece, -len(model["merges"])) for piece in pieces],
-                      [kind.get(i, NORMAL) for i in range(len(pieces))])
+        return _model(
+            pieces,
+            [score.get(piece, -len(model["merges"])) for piece in pieces],
+            [kind.get(i, NORMAL) for i in range(len(pieces))],
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"tokenizer.json lacks or misuses {error}: fetch the file again") from error
     except ValueError as error:
@@ -399,8 +458,9 @@ def _read_json(document: dict[str, Any]) -> bytes:
 
 
 def _piece(name: str, score: float, kind: int) -> bytes:
-    return _block(0x0A, _block(0x0A, name.encode()) + b"\x15" + struct.pack("<f", score)
-                  + bytes([0x18, kind]))
+    return _block(
+        0x0A, _block(0x0A, name.encode()) + b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])
+    )
 
 
 def _block(tag: int, payload: bytes) -> bytes:
@@ -428,7 +488,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         size, at = _varint(data, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
         if at + size > len(data):
             raise ValueError(f"a field of {size:,} bytes at byte {at:,} of {len(data):,}")
-        yield key >> 3, data[at:at + size]
+        yield key >> 3, data[at : at + size]
         at += size
 
 

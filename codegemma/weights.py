@@ -20,11 +20,21 @@ from codegemma.config import LIMITS, ModelConfig
 Format = Literal["gguf", "hf", "flax", "maxtext", "keras", "nemo", "pytorch"]
 
 BLOCKS: dict[str, tuple[int, int]] = {  # type: (weights per block, bytes per block), as in ggml
-    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
-    "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+}
 
 
-PIECE = 1 << 24                          # weights that are written at once
+PIECE = 1 << 24  # weights that are written at once
 ELEMENTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # unquantised types as NumPy sees them
 
 
@@ -72,7 +82,9 @@ class Tensor:
             yield self
             return
         whole = self if isinstance(self, Deferred) and self.part else Tensor(self.type, self.shape, self.data)
-        yield from (whole.rows(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+        yield from (
+            whole.rows(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)
+        )
 
     def array(self) -> np.ndarray:
         """The elements of an unquantised tensor as they are stored, in its shape: bfloat16 as uint16."""
@@ -95,11 +107,21 @@ class Deferred(Tensor):
     part: Callable[[int, int], np.ndarray] | None
     layer: Callable[[int], np.ndarray] | None
 
-    def __init__(self, type: str, shape: tuple[int, ...], make: Callable[[], np.ndarray] | None = None,
-                 part: Callable[[int, int], np.ndarray] | None = None,
-                 layer: Callable[[int], np.ndarray] | None = None) -> None:
-        vars(self).update(type=type, shape=shape, make=make or (lambda: part(0, shape[0])),  # type: ignore[misc]
-                          part=part, layer=layer)
+    def __init__(
+        self,
+        type: str,
+        shape: tuple[int, ...],
+        make: Callable[[], np.ndarray] | None = None,
+        part: Callable[[int, int], np.ndarray] | None = None,
+        layer: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
+        vars(self).update(
+            type=type,
+            shape=shape,
+            make=make or (lambda: part(0, shape[0])),  # type: ignore[misc]
+            part=part,
+            layer=layer,
+        )
 
     def _bytes(self, shape: tuple[int, ...], made: np.ndarray) -> np.ndarray:
         return Tensor.view(self.type, shape, np.ascontiguousarray(made).view(np.uint8).reshape(-1)).data
@@ -137,7 +159,7 @@ def _layer(tensor: Tensor, axis: int, index: int) -> Tensor:
             return tensor.layer(index)
         return np.take(tensor.array(), index, axis)
 
-    return Deferred(tensor.type, tensor.shape[:axis] + tensor.shape[axis + 1:], make)
+    return Deferred(tensor.type, tensor.shape[:axis] + tensor.shape[axis + 1 :], make)
 
 
 def plain(type: str, values: np.ndarray) -> np.ndarray:
@@ -172,21 +194,53 @@ TABLE = (
     Row("layers.{i}.q", "NH,D", "blk.{i}.attn_q.weight", "model.layers.{i}.self_attn.q_proj.weight"),
     Row("layers.{i}.k", "KH,D", "blk.{i}.attn_k.weight", "model.layers.{i}.self_attn.k_proj.weight"),
     Row("layers.{i}.v", "KH,D", "blk.{i}.attn_v.weight", "model.layers.{i}.self_attn.v_proj.weight"),
-    Row("layers.{i}.q_norm", "H", "blk.{i}.attn_q_norm.weight", "model.layers.{i}.self_attn.q_norm.weight", _QK),
-    Row("layers.{i}.k_norm", "H", "blk.{i}.attn_k_norm.weight", "model.layers.{i}.self_attn.k_norm.weight", _QK),
+    Row(
+        "layers.{i}.q_norm",
+        "H",
+        "blk.{i}.attn_q_norm.weight",
+        "model.layers.{i}.self_attn.q_norm.weight",
+        _QK,
+    ),
+    Row(
+        "layers.{i}.k_norm",
+        "H",
+        "blk.{i}.attn_k_norm.weight",
+        "model.layers.{i}.self_attn.k_norm.weight",
+        _QK,
+    ),
     Row("layers.{i}.o", "D,NH", "blk.{i}.attn_output.weight", "model.layers.{i}.self_attn.o_proj.weight"),
-    Row("layers.{i}.post_attn_norm", "D", "blk.{i}.post_attention_norm.weight",
-        "model.layers.{i}.post_attention_layernorm.weight", _POST),
+    Row(
+        "layers.{i}.post_attn_norm",
+        "D",
+        "blk.{i}.post_attention_norm.weight",
+        "model.layers.{i}.post_attention_layernorm.weight",
+        _POST,
+    ),
     # Hugging Face says post_attention_layernorm for two different norms: in Gemma 1 it stands before the feed-forward.
-    Row("layers.{i}.ffn_norm", "D", "blk.{i}.ffn_norm.weight", "model.layers.{i}.post_attention_layernorm.weight",
-        {"post_norms": False}),
-    Row("layers.{i}.ffn_norm", "D", "blk.{i}.ffn_norm.weight", "model.layers.{i}.pre_feedforward_layernorm.weight",
-        _POST),
+    Row(
+        "layers.{i}.ffn_norm",
+        "D",
+        "blk.{i}.ffn_norm.weight",
+        "model.layers.{i}.post_attention_layernorm.weight",
+        {"post_norms": False},
+    ),
+    Row(
+        "layers.{i}.ffn_norm",
+        "D",
+        "blk.{i}.ffn_norm.weight",
+        "model.layers.{i}.pre_feedforward_layernorm.weight",
+        _POST,
+    ),
     Row("layers.{i}.gate", "F,D", "blk.{i}.ffn_gate.weight", "model.layers.{i}.mlp.gate_proj.weight"),
     Row("layers.{i}.up", "F,D", "blk.{i}.ffn_up.weight", "model.layers.{i}.mlp.up_proj.weight"),
     Row("layers.{i}.down", "D,F", "blk.{i}.ffn_down.weight", "model.layers.{i}.mlp.down_proj.weight"),
-    Row("layers.{i}.post_ffn_norm", "D", "blk.{i}.post_ffw_norm.weight",
-        "model.layers.{i}.post_feedforward_layernorm.weight", _POST),
+    Row(
+        "layers.{i}.post_ffn_norm",
+        "D",
+        "blk.{i}.post_ffw_norm.weight",
+        "model.layers.{i}.post_feedforward_layernorm.weight",
+        _POST,
+    ),
 )
 
 
@@ -199,7 +253,7 @@ class Stored:
     """
 
     name: str
-    parts: Mapping[str, str]             # a layer's tensors without their "layers.{i}."
+    parts: Mapping[str, str]  # a layer's tensors without their "layers.{i}."
     join: int = 0
     where: Callable[[ModelConfig], bool] = lambda config: True
     scale: Callable[[ModelConfig], float] = lambda config: 1.0
@@ -225,75 +279,140 @@ def _turned(config: ModelConfig) -> bool:
 def _norms(at: str, end: str, **names: str) -> tuple[Stored, ...]:
     """A layer's norms, under the format's names for them."""
     when = {"post_attn_norm": _post, "post_ffn_norm": _post, "q_norm": _qk, "k_norm": _qk}
-    return tuple(Stored(f"{at}{name}{end}", {ours: "H" if ours in ("q_norm", "k_norm") else "D"},
-                        where=when.get(ours, lambda config: True)) for ours, name in names.items())
+    return tuple(
+        Stored(
+            f"{at}{name}{end}",
+            {ours: "H" if ours in ("q_norm", "k_norm") else "D"},
+            where=when.get(ours, lambda config: True),
+        )
+        for ours, name in names.items()
+    )
 
 
-_FLAX, _KERAS, _NEMO, _MAXTEXT = ("transformer/layer_{i}/", "layers/{block}/", "model.decoder.layers.{i}.",
-                                  "decoder/layers/{i}/")
+_FLAX, _KERAS, _NEMO, _MAXTEXT = (
+    "transformer/layer_{i}/",
+    "layers/{block}/",
+    "model.decoder.layers.{i}.",
+    "decoder/layers/{i}/",
+)
 ARRANGED: dict[Format, tuple[Stored, ...]] = {
     "flax": (  # google-deepmind/gemma, as published on Kaggle
         Stored("transformer/embedder/input_embedding", {"embed": "V,D"}),
         Stored("transformer/final_norm/scale", {"final_norm": "D"}),
-        *_norms(_FLAX, "/scale", attn_norm="pre_attention_norm", ffn_norm="pre_ffw_norm", q_norm="attn/_query_norm",
-                k_norm="attn/_key_norm", post_attn_norm="post_attention_norm", post_ffn_norm="post_ffw_norm"),
+        *_norms(
+            _FLAX,
+            "/scale",
+            attn_norm="pre_attention_norm",
+            ffn_norm="pre_ffw_norm",
+            q_norm="attn/_query_norm",
+            k_norm="attn/_key_norm",
+            post_attn_norm="post_attention_norm",
+            post_ffn_norm="post_ffw_norm",
+        ),
         Stored(_FLAX + "attn/qkv_einsum/w", {"q": "1,N,D,H", "k": "1,K,D,H", "v": "1,K,D,H"}, where=_fused),
         Stored(_FLAX + "attn/q_einsum/w", {"q": "N,D,H"}, where=lambda config: not _fused(config)),
-        Stored(_FLAX + "attn/kv_einsum/w", dict.fromkeys("kv", "1,K,D,H"), where=lambda config: not _fused(config)),
+        Stored(
+            _FLAX + "attn/kv_einsum/w",
+            dict.fromkeys("kv", "1,K,D,H"),
+            where=lambda config: not _fused(config),
+        ),
         Stored(_FLAX + "attn/attn_vec_einsum/w", {"o": "N,H,D"}),
         Stored(_FLAX + "mlp/gating_einsum/w", dict.fromkeys(("gate", "up"), "1,F,D"), where=_turned),
-        Stored(_FLAX + "mlp/gating_einsum/w", dict.fromkeys(("gate", "up"), "1,D,F"),
-               where=lambda config: not _turned(config)),
-        Stored(_FLAX + "mlp/linear/w", {"down": "F,D"})),
+        Stored(
+            _FLAX + "mlp/gating_einsum/w",
+            dict.fromkeys(("gate", "up"), "1,D,F"),
+            where=lambda config: not _turned(config),
+        ),
+        Stored(_FLAX + "mlp/linear/w", {"down": "F,D"}),
+    ),
     "maxtext": (  # Gemma 1 alone; its layers lie stacked on axis 1 (formats/orbax.py takes them apart)
-        Stored("token_embedder/embedding", {"embed": "V,D"}, scale=lambda config: config.width ** 0.5),
+        Stored("token_embedder/embedding", {"embed": "V,D"}, scale=lambda config: config.width**0.5),
         Stored("decoder/decoder_norm/scale", {"final_norm": "D"}),
         *_norms(_MAXTEXT, "/scale", attn_norm="pre_self_attention_norm", ffn_norm="pre_ffw_norm"),
-        Stored(_MAXTEXT + "self_attention/query/kernel", {"q": "D,N,H"},
-               scale=lambda config: config.head_width ** -0.5),
+        Stored(
+            _MAXTEXT + "self_attention/query/kernel",
+            {"q": "D,N,H"},
+            scale=lambda config: config.head_width**-0.5,
+        ),
         Stored(_MAXTEXT + "self_attention/key/kernel", {"k": "D,K,H"}),
         Stored(_MAXTEXT + "self_attention/value/kernel", {"v": "D,K,H"}),
         Stored(_MAXTEXT + "self_attention/out/kernel", {"o": "N,H,D"}),
-        Stored(_MAXTEXT + "mlp/wi_0/kernel", {"gate": "D,F"}), Stored(_MAXTEXT + "mlp/wi_1/kernel", {"up": "D,F"}),
-        Stored(_MAXTEXT + "mlp/wo/kernel", {"down": "F,D"})),
+        Stored(_MAXTEXT + "mlp/wi_0/kernel", {"gate": "D,F"}),
+        Stored(_MAXTEXT + "mlp/wi_1/kernel", {"up": "D,F"}),
+        Stored(_MAXTEXT + "mlp/wo/kernel", {"down": "F,D"}),
+    ),
     "keras": (
         Stored("layers/reversible_embedding/vars/0", {"embed": "V,D"}),
         Stored("layers/rms_normalization/vars/0", {"final_norm": "D"}),
-        *_norms(_KERAS, "/vars/0", attn_norm="pre_attention_norm", ffn_norm="pre_ffw_norm",
-                q_norm="attention/query_norm", k_norm="attention/key_norm", post_attn_norm="post_attention_norm",
-                post_ffn_norm="post_ffw_norm"),
+        *_norms(
+            _KERAS,
+            "/vars/0",
+            attn_norm="pre_attention_norm",
+            ffn_norm="pre_ffw_norm",
+            q_norm="attention/query_norm",
+            k_norm="attention/key_norm",
+            post_attn_norm="post_attention_norm",
+            post_ffn_norm="post_ffw_norm",
+        ),
         Stored(_KERAS + "attention/query_dense/vars/0", {"q": "N,D,H"}),
         Stored(_KERAS + "attention/key_dense/vars/0", {"k": "K,D,H"}),
         Stored(_KERAS + "attention/value_dense/vars/0", {"v": "K,D,H"}),
         Stored(_KERAS + "attention/output_dense/vars/0", {"o": "N,H,D"}),
-        Stored(_KERAS + "gating_ffw/vars/0", {"gate": "D,F"}), Stored(_KERAS + "gating_ffw_2/vars/0", {"up": "D,F"}),
-        Stored(_KERAS + "ffw_linear/vars/0", {"down": "F,D"})),
+        Stored(_KERAS + "gating_ffw/vars/0", {"gate": "D,F"}),
+        Stored(_KERAS + "gating_ffw_2/vars/0", {"up": "D,F"}),
+        Stored(_KERAS + "ffw_linear/vars/0", {"down": "F,D"}),
+    ),
     "nemo": (  # NeMo 1 with Megatron core: Gemma 1 alone
         Stored("model.embedding.word_embeddings.weight", {"embed": "V,D"}),
         Stored("model.decoder.final_layernorm.weight", {"final_norm": "D"}),
-        *_norms(_NEMO, ".layer_norm_weight", attn_norm="self_attention.linear_qkv", ffn_norm="mlp.linear_fc1"),
-        Stored(_NEMO + "self_attention.linear_qkv.weight", {"q": "KGH,D", "k": "K1H,D", "v": "K1H,D"}, join=1),
+        *_norms(
+            _NEMO, ".layer_norm_weight", attn_norm="self_attention.linear_qkv", ffn_norm="mlp.linear_fc1"
+        ),
+        Stored(
+            _NEMO + "self_attention.linear_qkv.weight", {"q": "KGH,D", "k": "K1H,D", "v": "K1H,D"}, join=1
+        ),
         Stored(_NEMO + "self_attention.linear_proj.weight", {"o": "D,NH"}),
         Stored(_NEMO + "mlp.linear_fc1.weight", {"gate": "F,D", "up": "F,D"}),
-        Stored(_NEMO + "mlp.linear_fc2.weight", {"down": "D,F"})),
+        Stored(_NEMO + "mlp.linear_fc2.weight", {"down": "D,F"}),
+    ),
     "pytorch": (  # google/gemma_pytorch
-        Stored("embedder.weight", {"embed": "V,D"}), Stored("model.norm.weight", {"final_norm": "D"}),
-        *(Stored(row.hf, {row.name.removeprefix("layers.{i}."): row.axes}, where=row.applies)
-          for row in TABLE[2:] if not re.fullmatch(r"layers\.\{i\}\.[qkv](_norm)?", row.name)),
+        Stored("embedder.weight", {"embed": "V,D"}),
+        Stored("model.norm.weight", {"final_norm": "D"}),
+        *(
+            Stored(row.hf, {row.name.removeprefix("layers.{i}."): row.axes}, where=row.applies)
+            for row in TABLE[2:]
+            if not re.fullmatch(r"layers\.\{i\}\.[qkv](_norm)?", row.name)
+        ),
         *_norms("model.layers.{i}.self_attn.", ".weight", q_norm="query_norm", k_norm="key_norm"),
-        Stored("model.layers.{i}.self_attn.qkv_proj.weight", {"q": "NH,D", "k": "KH,D", "v": "KH,D"}))}
+        Stored("model.layers.{i}.self_attn.qkv_proj.weight", {"q": "NH,D", "k": "KH,D", "v": "KH,D"}),
+    ),
+}
 ONLY_GEMMA_1 = ("maxtext", "nemo")
 
-STORES_ONE_PLUS_NORM = {"gguf": True, "hf": False, "flax": False, "maxtext": True, "keras": False, "nemo": True,
-                        "pytorch": False}
-TIED_HEAD = {"gguf": "output.weight", "hf": "lm_head.weight"}  # a second copy of the embedding, where a file has one
-IGNORED = {"gguf": r"rope_freqs\.weight", "hf": r".*\.rotary_emb\.inv_freq",  # follow from the config
-           "pytorch": r"(local_|global_)?freqs_cis|.*\.rotary_emb\.inv_freq", "nemo": r".*(_extra_state|inv_freq)"}
+STORES_ONE_PLUS_NORM = {
+    "gguf": True,
+    "hf": False,
+    "flax": False,
+    "maxtext": True,
+    "keras": False,
+    "nemo": True,
+    "pytorch": False,
+}
+TIED_HEAD = {
+    "gguf": "output.weight",
+    "hf": "lm_head.weight",
+}  # a second copy of the embedding, where a file has one
+IGNORED = {
+    "gguf": r"rope_freqs\.weight",
+    "hf": r".*\.rotary_emb\.inv_freq",  # follow from the config
+    "pytorch": r"(local_|global_)?freqs_cis|.*\.rotary_emb\.inv_freq",
+    "nemo": r".*(_extra_state|inv_freq)",
+}
 
 
 class Place(NamedTuple):
-    name: str                            # ours
-    stored: str                          # the format's
+    name: str  # ours
+    stored: str  # the format's
     shape: tuple[int, ...]
 
     @property
@@ -303,8 +422,16 @@ class Place(NamedTuple):
 
 def sizes(config: ModelConfig) -> dict[str, int]:
     """What the letters of the axes stand for."""
-    return {"V": config.vocab, "D": config.width, "N": config.heads, "K": config.kv_heads, "H": config.head_width,
-            "F": config.ffn_width, "G": config.heads // config.kv_heads, "1": 1}
+    return {
+        "V": config.vocab,
+        "D": config.width,
+        "N": config.heads,
+        "K": config.kv_heads,
+        "H": config.head_width,
+        "F": config.ffn_width,
+        "G": config.heads // config.kv_heads,
+        "1": 1,
+    }
 
 
 def places(config: ModelConfig, format: Literal["gguf", "hf"]) -> Iterator[Place]:
@@ -324,7 +451,7 @@ class Group:
 
     stored: str
     shape: tuple[int, ...]
-    parts: tuple[Place, ...]             # ours; `stored` holds the axes there
+    parts: tuple[Place, ...]  # ours; `stored` holds the axes there
     join: int
     scale: float
     size: Mapping[str, int]
@@ -336,8 +463,12 @@ class Group:
     @property
     def same(self) -> bool:
         """Whether it lies there as it does here."""
-        return len(self.parts) == 1 and self.scale == 1 and self.parts[0].shape == self.shape and len(
-            {*self._letters(self.parts[0])}) == 1
+        return (
+            len(self.parts) == 1
+            and self.scale == 1
+            and self.parts[0].shape == self.shape
+            and len({*self._letters(self.parts[0])}) == 1
+        )
 
     def gather(self, arrays: list[np.ndarray]) -> np.ndarray:
         """The stored elements from ours."""
@@ -345,8 +476,11 @@ class Group:
         for place, array in zip(self.parts, arrays, strict=True):
             ours, theirs = self._letters(place)
             loose = array.reshape([self.size[letter] for letter in ours])
-            turned.append(loose.transpose([ours.index(letter) for letter in theirs if letter != "1"])
-                          .reshape([self.size[letter] for letter in theirs]))
+            turned.append(
+                loose.transpose([ours.index(letter) for letter in theirs if letter != "1"]).reshape(
+                    [self.size[letter] for letter in theirs]
+                )
+            )
         return (turned[0] if len(turned) == 1 else np.concatenate(turned, self.join)).reshape(self.shape)
 
     def part(self, index: int, array: np.ndarray) -> np.ndarray:
@@ -355,12 +489,15 @@ class Group:
         ours, theirs = self._letters(place)
         lengths = [self.size[self._letters(part)[1][self.join]] for part in self.parts]
         loose = [self.size[letter] for letter in theirs]
-        whole = array.reshape([*loose[:self.join], sum(lengths), *loose[self.join + 1:]])
+        whole = array.reshape([*loose[: self.join], sum(lengths), *loose[self.join + 1 :]])
         start = sum(lengths[:index])
         cut = whole[(slice(None),) * self.join + (slice(start, start + lengths[index]),)]
         named = [letter for letter in theirs if letter != "1"]
-        return (cut.reshape([self.size[letter] for letter in named])
-                .transpose([named.index(letter) for letter in ours]).reshape(place.shape))
+        return (
+            cut.reshape([self.size[letter] for letter in named])
+            .transpose([named.index(letter) for letter in ours])
+            .reshape(place.shape)
+        )
 
     def _letters(self, place: Place) -> tuple[str, str]:
         """Our letters in their order, and the format's."""
@@ -378,8 +515,10 @@ def groups(config: ModelConfig, format: Format) -> Iterator[Group]:
     Raises ValueError where the format cannot hold the architecture.
     """
     if format in ONLY_GEMMA_1 and config.architecture != "gemma":
-        raise ValueError(f"{format} checkpoints are known here for Gemma 1 (CodeGemma) alone, not for "
-                         f"{config.architecture}: choose safetensors, gguf, orbax, keras or gemma_pytorch")
+        raise ValueError(
+            f"{format} checkpoints are known here for Gemma 1 (CodeGemma) alone, not for "
+            f"{config.architecture}: choose safetensors, gguf, orbax, keras or gemma_pytorch"
+        )
     size, shapes = sizes(config), {place.name: place.shape for place in places(config, "hf")}
     rows = [row for row in ARRANGED[format] if row.where(config)]
     for layer in (None, *range(config.layers)):
@@ -393,9 +532,11 @@ def groups(config: ModelConfig, format: Format) -> Iterator[Group]:
             lengths[row.join] = sum(size[letters[row.join]] for letters in loose)
             shape, start = [], 0
             for axis in parts[0].stored.split(","):
-                shape.append(math.prod(lengths[start:start + len(axis)]))
+                shape.append(math.prod(lengths[start : start + len(axis)]))
                 start += len(axis)
-            yield Group(_named(row.name, config, layer), tuple(shape), parts, row.join, row.scale(config), size)
+            yield Group(
+                _named(row.name, config, layer), tuple(shape), parts, row.join, row.scale(config), size
+            )
 
 
 def _named(name: str, config: ModelConfig, layer: int | None) -> str:
@@ -409,26 +550,40 @@ def read(format: Format, path: Path, config: ModelConfig, stored: Mapping[str, T
     known = wanted.keys() | {TIED_HEAD.get(format, "")}
     extra = [name for name in stored if name not in known and not re.fullmatch(IGNORED.get(format, ""), name)]
     missing = [name for name in wanted if name not in stored]
-    stored = {name: _cut(tensor, wanted[name]) if format in ARRANGED and name in wanted else tensor
-              for name, tensor in stored.items()}
+    stored = {
+        name: _cut(tensor, wanted[name]) if format in ARRANGED and name in wanted else tensor
+        for name, tensor in stored.items()
+    }
     for fault, names in (("lacks", missing), ("also holds", extra)):
         if names:
-            raise ValueError(f"{path}: {fault} {len(names)} tensors ({', '.join(names[:3])}"
-                             f"{', ...' * (len(names) > 3)}): a {config.architecture} model of {config.layers} layers "
-                             f"has exactly {len(wanted)}; the file is incomplete, or of a model unknown here")
+            raise ValueError(
+                f"{path}: {fault} {len(names)} tensors ({', '.join(names[:3])}"
+                f"{', ...' * (len(names) > 3)}): a {config.architecture} model of {config.layers} layers "
+                f"has exactly {len(wanted)}; the file is incomplete, or of a model unknown here"
+            )
     for name, shape in wanted.items():
         if stored[name].shape != shape:
-            raise ValueError(f"{path}: tensor {name} has shape {list(stored[name].shape)}, but the "
-                             f"config makes it {list(shape)}: the header and the weights are of different models")
+            raise ValueError(
+                f"{path}: tensor {name} has shape {list(stored[name].shape)}, but the "
+                f"config makes it {list(shape)}: the header and the weights are of different models"
+            )
     if format not in ARRANGED:
         head = TIED_HEAD[format]
         if head in stored:
             _check_tied(path, head, stored[head], stored[next(iter(wanted))])
-        return {place.name: _factor(format, path, place.stored, stored[place.stored]) if place.is_norm
-                else stored[place.stored] for place in places(config, format)}  # type: ignore[arg-type]
-    tensors = {place.name: _factor(format, path, group.stored, stored[group.stored]) if group.is_norm
-               else _part(group, index, stored[group.stored])
-               for group in groups(config, format) for index, place in enumerate(group.parts)}
+        return {
+            place.name: _factor(format, path, place.stored, stored[place.stored])
+            if place.is_norm
+            else stored[place.stored]
+            for place in places(config, format)
+        }  # type: ignore[arg-type]
+    tensors = {
+        place.name: _factor(format, path, group.stored, stored[group.stored])
+        if group.is_norm
+        else _part(group, index, stored[group.stored])
+        for group in groups(config, format)
+        for index, place in enumerate(group.parts)
+    }
     return {place.name: tensors[place.name] for place in places(config, "hf")}
 
 
@@ -436,16 +591,29 @@ def write(format: Format, config: ModelConfig, tensors: Mapping[str, Tensor]) ->
     """The same row read backwards: a file's tensors from ours."""
     shift = np.float32(0.0 if STORES_ONE_PLUS_NORM[format] else 1.0)
     if format not in ARRANGED:
-        return {place.stored: Tensor.of(tensors[place.name].float32() - shift) if place.is_norm
-                else tensors[place.name] for place in places(config, format)}  # type: ignore[arg-type]
-    return {group.stored: Tensor.of(tensors[group.parts[0].name].float32() - shift) if group.is_norm
-            else _gathered(group, [tensors[place.name] for place in group.parts]) for group in groups(config, format)}
+        return {
+            place.stored: Tensor.of(tensors[place.name].float32() - shift)
+            if place.is_norm
+            else tensors[place.name]
+            for place in places(config, format)
+        }  # type: ignore[arg-type]
+    return {
+        group.stored: Tensor.of(tensors[group.parts[0].name].float32() - shift)
+        if group.is_norm
+        else _gathered(group, [tensors[place.name] for place in group.parts])
+        for group in groups(config, format)
+    }
 
 
 def _cut(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An embedding without the rows that pad it: DeepMind's has 256,128 for 256,000 tokens."""
-    if len(shape) == 2 and len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and \
-            shape[0] < tensor.shape[0] <= shape[0] + 1024 and shape[0] >= 256_000:
+    if (
+        len(shape) == 2
+        and len(tensor.shape) == 2
+        and tensor.shape[1] == shape[1]
+        and shape[0] < tensor.shape[0] <= shape[0] + 1024
+        and shape[0] >= 256_000
+    ):
         return Deferred(tensor.type, shape, part=lambda start, stop: tensor.rows(start, stop).data)
     return tensor
 
@@ -463,7 +631,9 @@ def _part(group: Group, index: int, stored: Tensor) -> Tensor:
     def make() -> np.ndarray:
         array = stored.array()
         if group.scale != 1:
-            values = Tensor(stored.type, stored.shape, array.view(np.uint8)).float32() / np.float32(group.scale)
+            values = Tensor(stored.type, stored.shape, array.view(np.uint8)).float32() / np.float32(
+                group.scale
+            )
             array = plain(stored.type, values)
         return group.part(index, array)
 
@@ -473,8 +643,10 @@ def _part(group: Group, index: int, stored: Tensor) -> Tensor:
 def _gathered(group: Group, ours: list[Tensor]) -> Tensor:
     kinds = sorted({tensor.type for tensor in ours})
     if len(kinds) > 1 or kinds[0] not in ELEMENTS:
-        raise ValueError(f"tensor {group.stored} is made of {' and '.join(kinds)}, but this format holds unquantised "
-                         "tensors of one type: pass --dtype")
+        raise ValueError(
+            f"tensor {group.stored} is made of {' and '.join(kinds)}, but this format holds unquantised "
+            "tensors of one type: pass --dtype"
+        )
 
     if group.same:
         return ours[0]
@@ -493,8 +665,9 @@ def _factor(format: Format, path: Path, stored: str, norm: Tensor) -> Tensor:
     try:
         values = norm.float32()
     except ValueError:
-        raise ValueError(f"{path}: tensor {stored} is {norm.type}, but norms are F32, F16 or BF16: "
-                         "convert the model again") from None
+        raise ValueError(
+            f"{path}: tensor {stored} is {norm.type}, but norms are F32, F16 or BF16: convert the model again"
+        ) from None
     if STORES_ONE_PLUS_NORM[format]:
         return norm if norm.type == "F32" else Tensor.of(values)
     with np.errstate(invalid="ignore"):  # a damaged norm is reported by name elsewhere
@@ -503,7 +676,11 @@ def _factor(format: Format, path: Path, stored: str, norm: Tensor) -> Tensor:
 
 def _check_tied(path: Path, name: str, head: Tensor, embed: Tensor) -> None:
     same = (head.type, head.shape) == (embed.type, embed.shape) and all(
-        np.array_equal(head.data[at:at + 4096], embed.data[at:at + 4096]) for at in range(0, len(embed.data), 4096))
+        np.array_equal(head.data[at : at + 4096], embed.data[at : at + 4096])
+        for at in range(0, len(embed.data), 4096)
+    )
     if not same:
-        raise ValueError(f"{path}: tensor {name} differs from the embedding, but Gemma's output layer is the "
-                         "embedding itself: merge or drop the separate output layer and convert the model again")
+        raise ValueError(
+            f"{path}: tensor {name} differs from the embedding, but Gemma's output layer is the "
+            "embedding itself: merge or drop the separate output layer and convert the model again"
+        )

@@ -28,20 +28,24 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(record=True, width=100 if options.svg else None)
     prefix, suffix = split_mark(SAMPLE.read_text(), "<CURSOR>", SAMPLE.name)
-    warnings.simplefilter("ignore")      # of a base model that is not made for completion: said below
+    warnings.simplefilter("ignore")  # of a base model that is not made for completion: said below
     model = codegemma.load(options.model)
     started = time.perf_counter()
-    steps = model.complete(prefix, suffix, path=SAMPLE.name, trim="line", max_tokens=64)    # as an editor asks
+    steps = model.complete(prefix, suffix, path=SAMPLE.name, trim="line", max_tokens=64)  # as an editor asks
     first = next(steps)
     read = time.perf_counter()
     text = "".join(step.text for step in [first, *steps.steps[1:]])
     rate = (len(steps.ids) - 1) / (time.perf_counter() - read)
     console.print(Panel(_shown(prefix, text, suffix), title=f"examples/{SAMPLE.name}", title_align="left"))
     title = model.preset.title if model.preset else model.path.name
-    console.print(f"[b]{1000 * (read - started):,.0f} ms[/] to the first token, [b]{rate:,.0f} tokens/s[/]: "
-                  f"{title} on {model.backend.threads} threads of this CPU")
+    console.print(
+        f"[b]{1000 * (read - started):,.0f} ms[/] to the first token, [b]{rate:,.0f} tokens/s[/]: "
+        f"{title} on {model.backend.threads} threads of this CPU"
+    )
     if not model.fim_trained:
-        console.print("[dim]It was not trained to fill in the middle: it continues what stands before the cursor.[/]")
+        console.print(
+            "[dim]It was not trained to fill in the middle: it continues what stands before the cursor.[/]"
+        )
     if options.svg:
         own_fonts = re.sub(r"@font-face {{.*?}}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # fetches none
         console.save_svg(str(options.svg), title="make demo", code_format=own_fonts)

@@ -23,7 +23,9 @@ def pages() -> list[tuple[str, str]]:
         if name in cli.MOUNTED:
             sub = cli.mounted(name)
             found.append((f"codegemma {name}", help_of(sub, f"codegemma {name}")))
-            found += [(f"codegemma {name} {verb}", help_of(sub, f"codegemma {name}", verb)) for verb in _verbs(sub)]
+            found += [
+                (f"codegemma {name} {verb}", help_of(sub, f"codegemma {name}", verb)) for verb in _verbs(sub)
+            ]
         else:
             found.append((f"codegemma {name}", help_of(cli.app, "codegemma", name)))
     return found

@@ -26,8 +26,19 @@ def said(text, reason="token"):
 class Letters:
     """One id per byte; the control ids follow."""
 
-    control = SimpleNamespace(bos=256, eos=257, end_of_turn=258, start_of_turn=None, pad=None, unk=None, fim="named",
-                              fim_prefix=259, fim_middle=260, fim_suffix=261, file_separator=262)
+    control = SimpleNamespace(
+        bos=256,
+        eos=257,
+        end_of_turn=258,
+        start_of_turn=None,
+        pad=None,
+        unk=None,
+        fim="named",
+        fim_prefix=259,
+        fim_middle=260,
+        fim_suffix=261,
+        file_separator=262,
+    )
 
     def encode(self, text):
         return list(text.encode())
@@ -54,5 +65,9 @@ class Fixed:
                 yield at, number, said(self.answer(self.tokenizer.decode(prompts[at]), number))
 
     def score(self, pairs):
-        return [Score([self.logprob(self.tokenizer.decode(context), self.tokenizer.decode(rest))] * len(rest), False)
-                for context, rest in pairs]
+        return [
+            Score(
+                [self.logprob(self.tokenizer.decode(context), self.tokenizer.decode(rest))] * len(rest), False
+            )
+            for context, rest in pairs
+        ]

@@ -23,13 +23,13 @@ def mutants(raw: bytes, header: int, count: int, seed: int = 0) -> Iterator[byte
                 case 1:
                     data[at] = int(rng.integers(256))
                 case 2:
-                    data[at:at + 8] = EXTREMES[rng.integers(len(EXTREMES))].to_bytes(8, "little")
+                    data[at : at + 8] = EXTREMES[rng.integers(len(EXTREMES))].to_bytes(8, "little")
                 case 3:
-                    data[at:at + 4] = (EXTREMES[rng.integers(len(EXTREMES))] % 2**32).to_bytes(4, "little")
+                    data[at : at + 4] = (EXTREMES[rng.integers(len(EXTREMES))] % 2**32).to_bytes(4, "little")
                 case 4:
-                    del data[at:at + int(rng.integers(1, 40))]
+                    del data[at : at + int(rng.integers(1, 40))]
                 case 5:
-                    data = data[:int(rng.integers(len(data)))] or bytearray(b"G")
+                    data = data[: int(rng.integers(len(data)))] or bytearray(b"G")
                     break
         yield bytes(data)
 

@@ -22,15 +22,24 @@ from codegemma.config import ModelConfig
 
 Array = np.ndarray
 Dot = Callable[[Array, Array], Array]
-FLOAT32 = 2.0 ** -24                     # unit roundoff
+FLOAT32 = 2.0**-24  # unit roundoff
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of a model."""
     D, F, H = config.width, config.ffn_width, config.head_width
     q, kv = config.heads * H, config.kv_heads * H
-    layer: dict[str, tuple[int, ...]] = {"attn_norm": (D,), "q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q),
-                                         "ffn_norm": (D,), "gate": (F, D), "up": (F, D), "down": (D, F)}
+    layer: dict[str, tuple[int, ...]] = {
+        "attn_norm": (D,),
+        "q": (q, D),
+        "k": (kv, D),
+        "v": (kv, D),
+        "o": (D, q),
+        "ffn_norm": (D,),
+        "gate": (F, D),
+        "up": (F, D),
+        "down": (D, F),
+    }
     if config.qk_norm:
         layer |= {"q_norm": (H,), "k_norm": (H,)}
     if config.post_norms:
@@ -45,6 +54,7 @@ def random_params(config: ModelConfig, seed: int) -> dict[str, Array]:
     Rows keep the variance of what they multiply, norms lie in [0.5, 2), where subtracting one is exact in float32,
     and the attention projections are doubled so that the softmax is neither flat nor one-hot.
     """
+
     def draw(name: str, shape: tuple[int, ...]) -> Array:
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         if len(shape) == 1:
@@ -67,14 +77,23 @@ def dot(x: Array, w: Array) -> Array:
     return x @ w.swapaxes(-1, -2)
 
 
-def logits(config: ModelConfig, params: Mapping[str, Array], ids: ArrayLike, dot: Dot = dot,
-           trace: dict[str, Array] | None = None) -> Array:
+def logits(
+    config: ModelConfig,
+    params: Mapping[str, Array],
+    ids: ArrayLike,
+    dot: Dot = dot,
+    trace: dict[str, Array] | None = None,
+) -> Array:
     """Float64 logits [T, V]. `trace`, if given, receives the activations by name (`layers.0.q_TNH`, ...)."""
     trace = {} if trace is None else trace
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     x_TD = trace["embed_TD"] = p["embed"][np.asarray(ids)] * config.embed_scale
     for i in range(config.layers):
-        own = {name.removeprefix(f"layers.{i}."): value for name, value in p.items() if name.startswith(f"layers.{i}.")}
+        own = {
+            name.removeprefix(f"layers.{i}."): value
+            for name, value in p.items()
+            if name.startswith(f"layers.{i}.")
+        }
         act: dict[str, Array] = {}
         out_TD = attention(config, i, own, rms_norm(x_TD, own["attn_norm"], config), dot, act)
         x_TD = x_TD + (rms_norm(out_TD, own["post_attn_norm"], config) if config.post_norms else out_TD)
@@ -84,8 +103,9 @@ def logits(config: ModelConfig, params: Mapping[str, Array], ids: ArrayLike, dot
     return softcap(dot(rms_norm(x_TD, p["final_norm"], config), p["embed"]), config.final_softcap)
 
 
-def attention(config: ModelConfig, i: int, p: Mapping[str, Array], x_TD: Array, dot: Dot,
-              act: dict[str, Array]) -> Array:
+def attention(
+    config: ModelConfig, i: int, p: Mapping[str, Array], x_TD: Array, dot: Dot, act: dict[str, Array]
+) -> Array:
     T, N, K, H = len(x_TD), config.heads, config.kv_heads, config.head_width
     q_TNH, k_TKH, v_TKH = (dot(x_TD, p[name]).reshape(T, -1, H) for name in "qkv")
     if config.qk_norm:
@@ -104,7 +124,7 @@ def attention(config: ModelConfig, i: int, p: Mapping[str, Array], x_TD: Array, 
 
 def ffn(p: Mapping[str, Array], x_TD: Array, dot: Dot) -> Array:
     gate_TF = dot(x_TD, p["gate"])
-    gelu_TF = gate_TF / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate_TF + 0.044715 * gate_TF ** 3)))
+    gelu_TF = gate_TF / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate_TF + 0.044715 * gate_TF**3)))
     return dot(gelu_TF * dot(x_TD, p["up"]), p["down"])
 
 
@@ -115,7 +135,9 @@ def rms_norm(x: Array, weight: Array, config: ModelConfig) -> Array:
 def rope(config: ModelConfig, i: int, x_TNH: Array) -> Array:
     """Rotates the pair (j, j + H/2) of each head by position * base ** (-2j / H)."""
     T, half = len(x_TNH), config.head_width // 2
-    base, scale = (config.rope_base, config.rope_scale) if config.is_global(i) else (config.rope_base_local, 1.0)
+    base, scale = (
+        (config.rope_base, config.rope_scale) if config.is_global(i) else (config.rope_base_local, 1.0)
+    )
     angle_T1h = (np.arange(T) / scale)[:, None, None] * base ** (-np.arange(half) / half)
     a, b = x_TNH[..., :half], x_TNH[..., half:]
     cos, sin = np.cos(angle_T1h), np.sin(angle_T1h)
@@ -126,8 +148,13 @@ def softcap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * np.tanh(x / cap)
 
 
-def tolerance(config: ModelConfig, params: Mapping[str, Array], ids: ArrayLike, roundoff: float = FLOAT32,
-              draws: int = 3) -> float:
+def tolerance(
+    config: ModelConfig,
+    params: Mapping[str, Array],
+    ids: ArrayLike,
+    roundoff: float = FLOAT32,
+    draws: int = 3,
+) -> float:
     """How far logits may lie from this twin's when every dot product is computed with the given unit roundoff.
 
     A sum of n rounded products errs with a standard deviation below roundoff * |x| * |w|. That error is put on each
@@ -140,7 +167,10 @@ def tolerance(config: ModelConfig, params: Mapping[str, Array], ids: ArrayLike, 
         def noisy(x: Array, w: Array) -> Array:
             norms = dot(np.linalg.norm(x, axis=-1, keepdims=True), np.linalg.norm(w, axis=-1, keepdims=True))
             return dot(x, w) + roundoff * norms * rng.standard_normal(norms.shape)
+
         return noisy
 
-    return 4 * max(float(np.abs(logits(config, params, ids, rounded(np.random.default_rng(draw))) - exact).max())
-                   for draw in range(draws))
+    return 4 * max(
+        float(np.abs(logits(config, params, ids, rounded(np.random.default_rng(draw))) - exact).max())
+        for draw in range(draws)
+    )

@@ -39,11 +39,15 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(open_backend, rules: Rules | None = None, web: Path = app.WEB, terms: str = "") -> Iterator[Served]:
+def served(
+    open_backend, rules: Rules | None = None, web: Path = app.WEB, terms: str = ""
+) -> Iterator[Served]:
     """`open_backend` is awaited in the server's loop."""
     listener = run._listening("127.0.0.1", 0)
     application = app.create(open_backend, rules or Rules(), terms, web)
-    config = uvicorn.Config(application, http=Protocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        application, http=Protocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     started = threading.Event()
 
@@ -72,7 +76,9 @@ class Process:
 
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "codegemma.cli", "serve", "--port", "0", *arguments]
-        self.child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.child = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         line = self.child.stdout.readline()
         if "http://" not in line:
             raise RuntimeError(f"the server did not start: {line}{self.child.stderr.read()}")

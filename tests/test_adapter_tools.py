@@ -31,8 +31,10 @@ def cache(tmp_path_factory):
         (root / "src" / name).mkdir(parents=True)
         (root / "src" / name / "pyproject.toml").write_text("[project]\nlicense = 'MIT'\n")
         for at in range(8):
-            body = "".join(f"def {name}_{at}_{i}(a, b):\n    return {(len(name) * 101 + at * 13 + i) * 7919} + a\n\n"
-                           for i in range(12))
+            body = "".join(
+                f"def {name}_{at}_{i}(a, b):\n    return {(len(name) * 101 + at * 13 + i) * 7919} + a\n\n"
+                for i in range(12)
+            )
             (root / "src" / name / f"m{at}.py").write_text(body)
     recipe = Recipe(length=160, window=(64, 159), stride=300, loss=("middle", "terminator"))
     build([str(root / "src")], root / "rows" / "a1", Tokenizer.from_sentencepiece(small()), recipe)
@@ -40,37 +42,76 @@ def cache(tmp_path_factory):
 
 
 def report(label, tokens, share, nats):
-    layout = {"all": {name: {"mean": share} for name in ("exact", "stopped", "ended", "gain")}, "random": {"exact": {"mean": 0.25}}}
-    return {"label": label, "tokens": tokens, "held_out": {"psm": layout, "spm": layout, "left_to_right": nats}, "infilling": {
-        "infill-single-spm": {"score": share, "items": 4}, "infill-single-l2r": {"score": 0.25, "items": 4}}}
+    layout = {
+        "all": {name: {"mean": share} for name in ("exact", "stopped", "ended", "gain")},
+        "random": {"exact": {"mean": 0.25}},
+    }
+    return {
+        "label": label,
+        "tokens": tokens,
+        "held_out": {"psm": layout, "spm": layout, "left_to_right": nats},
+        "infilling": {
+            "infill-single-spm": {"score": share, "items": 4},
+            "infill-single-l2r": {"score": 0.25, "items": 4},
+        },
+    }
 
 
 def test_the_card_says_what_the_manifests_say(cache, tmp_path):
     made = Rows(cache / "rows" / "a1")
     manifest = json.loads((cache / "rows" / "a1" / "manifests" / "rows.json").read_text())
-    adapter = lora.Adapter("fim", 2, 4.0, {"layers.0.q": np.ones((2, 8), np.float32)}, {"layers.0.q": np.ones((8, 2), np.float32)},
-                           {67: np.ones(8, np.float32)}, {"base": "google/gemma-3-270m", "learning_rate": 1e-3})
+    adapter = lora.Adapter(
+        "fim",
+        2,
+        4.0,
+        {"layers.0.q": np.ones((2, 8), np.float32)},
+        {"layers.0.q": np.ones((8, 2), np.float32)},
+        {67: np.ones(8, np.float32)},
+        {"base": "google/gemma-3-270m", "learning_rate": 1e-3},
+    )
     metrics = tmp_path / "a1" / "metrics.jsonl"
     metrics.parent.mkdir()
-    metrics.write_text("".join(json.dumps({"step": step, "tokens": 1000, "seconds": 1800.0}) + "\n" for step in (1, 2, 2, 3)))
+    metrics.write_text(
+        "".join(json.dumps({"step": step, "tokens": 1000, "seconds": 1800.0}) + "\n" for step in (1, 2, 2, 3))
+    )
     (cache / "evals").mkdir()
-    (cache / "evals" / "final.json").write_text(json.dumps(report("final", 3000, 0.5, [1.0]) | {"compared": {
-        "infill-single-spm - base left to right": {"difference": 0.25, "low": 0.1, "high": 0.4, "items": 4}}}))
+    (cache / "evals" / "final.json").write_text(
+        json.dumps(
+            report("final", 3000, 0.5, [1.0])
+            | {
+                "compared": {
+                    "infill-single-spm - base left to right": {
+                        "difference": 0.25,
+                        "low": 0.1,
+                        "high": 0.4,
+                        "items": 4,
+                    }
+                }
+            }
+        )
+    )
     before = "| phase | tokens | steps | hours |\n| --- | --- | --- | --- |\n| A1 | 9 | 1 | 0.2 |\n| A0 | 7 | 1 | 0.1 |\n\n| A9 |\n"
     text = adapter_card.card(adapter, cache, [metrics], "final", before)
     learned = sum(int(made[at]["loss"].sum()) for at in range(len(made)))
     examples = sum(len(made.examples(at)) for at in range(len(made)))
     assert f"| {examples:,} | {manifest['tokens']:,} | {learned:,} |" in text and "24 files were kept" in text
-    assert "| A0 | 7 | 1 | 0.1 |\n| A1 | 3,000 | 3 | 1.5 |\n\n" in text and '"learning_rate": 0.001' in text   # A0's run is gone
-    assert "+0.2500 | +0.1000 to +0.4000 | 4" in text and "Gemma Terms of Use" in text and "Statement of changes" in text
+    assert (
+        "| A0 | 7 | 1 | 0.1 |\n| A1 | 3,000 | 3 | 1.5 |\n\n" in text and '"learning_rate": 0.001' in text
+    )  # A0's run is gone
+    assert (
+        "+0.2500 | +0.1000 to +0.4000 | 4" in text
+        and "Gemma Terms of Use" in text
+        and "Statement of changes" in text
+    )
 
 
 def test_differences_are_paired_with_the_base_models_own_answers(tmp_path):
     for label, passed in (("base", (1, 0, 0, 0)), ("new", (1, 1, 0, 1))):
         (tmp_path / label).mkdir()
         task = "infill-single-l2r" if label == "base" else "infill-single-spm"
-        (tmp_path / label / f"{task}.jsonl").write_text("".join(json.dumps({"id": str(i), "passed": bool(p)}) + "\n"
-                                                                for i, p in enumerate(passed)))
+        (tmp_path / label / f"{task}.jsonl").write_text(
+            "".join(json.dumps({"id": str(i), "passed": bool(p)}) + "\n" for i, p in enumerate(passed))
+        )
     base, new = report("base", 0, 0.25, [1.0, 2.0]), report("new", 10**6, 0.75, [1.25, 2.25])
     del base["infilling"]["infill-single-spm"], new["infilling"]["infill-single-l2r"]
     found = adapter_eval.compared(new, base, tmp_path / "new", tmp_path / "base")
@@ -79,8 +120,9 @@ def test_differences_are_paired_with_the_base_models_own_answers(tmp_path):
     for each in (new, base):
         (tmp_path / f"{each['label']}.json").write_text(json.dumps(each))
     lines = adapter_eval.table(tmp_path).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| new"] and {line.count("|") for line in lines} == {
-        len(adapter_eval.HEAD) + 1}
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| new"] and {
+        line.count("|") for line in lines
+    } == {len(adapter_eval.HEAD) + 1}
 
 
 def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path):
@@ -89,12 +131,17 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the list says"):
         adapter_data.fetch(package, tmp_path)
     assert not (tmp_path / package.file).exists()
-    assert all(len(each.sha256) == 64 and each.registry in adapter_data.REGISTRIES for each in adapter_data.packages())
+    assert all(
+        len(each.sha256) == 64 and each.registry in adapter_data.REGISTRIES
+        for each in adapter_data.packages()
+    )
 
 
 def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
     """Every chosen segment stands in the rows that it was chosen from, with its loss, once; none that fits is left out."""
-    monkeypatch.setitem(adapter_data.CHOICES, "s", adapter_data.Choice({"a1": 1.0}, {"spm": 1.0, "prefix": 1.0}, 120))
+    monkeypatch.setitem(
+        adapter_data.CHOICES, "s", adapter_data.Choice({"a1": 1.0}, {"spm": 1.0, "prefix": 1.0}, 120)
+    )
 
     def segments(folder):
         rows = Rows(folder)
@@ -106,8 +153,14 @@ def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
                 yield row["tokens"][here].tobytes() + row["loss"][here].tobytes(), layouts, int(here.sum())
 
     assert adapter_data.choose("s", cache) == len(Rows(cache / "rows" / "s"))
-    wanted = sorted(data for data, layouts, size in segments(cache / "rows" / "a1")
-                    if size <= 120 and layouts in ({"spm"}, {"prefix"}))
+    wanted = sorted(
+        data
+        for data, layouts, size in segments(cache / "rows" / "a1")
+        if size <= 120 and layouts in ({"spm"}, {"prefix"})
+    )
     assert wanted and sorted(data for data, _, _ in segments(cache / "rows" / "s")) == wanted
-    assert {layout for _, layouts, _ in segments(cache / "rows" / "s") for layout in layouts} == {"spm", "prefix"}
+    assert {layout for _, layouts, _ in segments(cache / "rows" / "s") for layout in layouts} == {
+        "spm",
+        "prefix",
+    }
     assert "| S | from A1, to 120 tokens | 100% |" in adapter_card.data(cache, [], "")

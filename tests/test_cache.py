@@ -35,8 +35,8 @@ def pages_of(ids):
     pages = []
     for at in range(0, len(ids), PAGE):
         data = np.full(PAGE, -1, np.int64)
-        data[:len(values[at:at + PAGE])] = values[at:at + PAGE]
-        pages.append(Page(data.view(np.uint8), len(values[at:at + PAGE])))
+        data[: len(values[at : at + PAGE])] = values[at : at + PAGE]
+        pages.append(Page(data.view(np.uint8), len(values[at : at + PAGE])))
     return pages
 
 
@@ -55,10 +55,17 @@ def cache_of(most=1 << 30, key="a model"):
 
 
 # Sequences that branch often: runs of few tokens, ends near the edges of pages.
-SEQUENCES = st.lists(st.builds(
-    lambda runs, length: [token for token, count in runs for _ in range(count)][:length],
-    st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 2, 31, 63, 64, 65])), min_size=1, max_size=5),
-    st.sampled_from([1, 5, 63, 64, 65, 128, 130, 200])), min_size=1, max_size=10)
+SEQUENCES = st.lists(
+    st.builds(
+        lambda runs, length: [token for token, count in runs for _ in range(count)][:length],
+        st.lists(
+            st.tuples(st.integers(0, 2), st.sampled_from([1, 2, 31, 63, 64, 65])), min_size=1, max_size=5
+        ),
+        st.sampled_from([1, 5, 63, 64, 65, 128, 130, 200]),
+    ),
+    min_size=1,
+    max_size=10,
+)
 
 
 @settings(deadline=None)
@@ -71,9 +78,14 @@ def test_find_gives_the_longest_known_prefix(stored, asked):
         assert found(cache, ids) == max((common_prefix(ids, one) for one in stored), default=0)
     needed = {tuple(ids[:end]) for ids in stored for end in range(PAGE, len(ids) + 1, PAGE)}
     tails = {tuple(ids) for ids in stored if len(ids) % PAGE}
-    tails = {ids for ids in tails
-             if not any(len(other) > len(ids) and other[:len(ids)] == ids for other in needed | tails)}
-    assert cache.nbytes == (len(needed) + len(tails)) * BYTES    # each page once, no tail that a longer one holds
+    tails = {
+        ids
+        for ids in tails
+        if not any(len(other) > len(ids) and other[: len(ids)] == ids for other in needed | tails)
+    }
+    assert (
+        cache.nbytes == (len(needed) + len(tails)) * BYTES
+    )  # each page once, no tail that a longer one holds
 
 
 @settings(deadline=None)
@@ -94,7 +106,7 @@ def test_the_least_recently_used_goes_first_and_leaves_before_their_stem():
     cache = cache_of(4 * BYTES)
     for ids in branches:
         cache.put(ids, pages_of(ids))
-    assert found(cache, branches[0]) == 2 * PAGE         # used again
+    assert found(cache, branches[0]) == 2 * PAGE  # used again
     other = [9] * 10
     cache.put(other, pages_of(other))
     assert [found(cache, ids) for ids in (*branches, other)] == [2 * PAGE, PAGE, 2 * PAGE, 10]
@@ -162,7 +174,9 @@ def test_a_foreign_file_is_ignored_with_a_warning(tmp_path, other):
     cache = cache_of()
     cache.put([1, 2], pages_of([1, 2]))
     cache.save(tmp_path / "saved")
-    with pytest.warns(UserWarning, match="saved prefix cache is ignored: it belongs to another model.*'a model'"):
+    with pytest.warns(
+        UserWarning, match="saved prefix cache is ignored: it belongs to another model.*'a model'"
+    ):
         assert other.load(tmp_path / "saved") is False
     assert other.nbytes == 0
 
@@ -175,7 +189,7 @@ def test_damaged_files_are_ignored_with_a_warning(tmp_path, rehash):
         cache.put(ids, pages_of(ids))
     cache.save(path)
     raw = path.read_bytes()
-    head = raw.index(b"]]]") + 3         # all that is not pages
+    head = raw.index(b"]]]") + 3  # all that is not pages
     ignored = 0
     for mutant in mutants(raw[:-32] if rehash else raw, head, 300):
         path.write_bytes(mutant + hashlib.sha256(mutant).digest() if rehash else mutant)
@@ -185,7 +199,7 @@ def test_damaged_files_are_ignored_with_a_warning(tmp_path, rehash):
             known = loaded.load(path)
         assert known or len(caught) == 1
         ignored += not known
-        loaded.find([1] * 150)           # whatever it holds, it is a tree
+        loaded.find([1] * 150)  # whatever it holds, it is a tree
     assert ignored == 300 or rehash and ignored > 200
     path.write_bytes(raw[:-32] + hashlib.sha256(raw[:-32]).digest())
     assert cache_of().load(path) is True
@@ -194,15 +208,30 @@ def test_damaged_files_are_ignored_with_a_warning(tmp_path, rehash):
         assert cache_of().load(tmp_path / "empty") is False
 
 
-@pytest.mark.parametrize("tree", ["[[0, [1]]]", "[[-1, [1]]]", '[["", []]]', '[["", [1]], [0, [2]]]', "[1]", "{}",
-                                  '[["", 7]]', "[[null, [1]]]", "[" * 100_000, f'[["", {[1] * 65}]]'])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        "[[0, [1]]]",
+        "[[-1, [1]]]",
+        '[["", []]]',
+        '[["", [1]], [0, [2]]]',
+        "[1]",
+        "{}",
+        '[["", 7]]',
+        "[[null, [1]]]",
+        "[" * 100_000,
+        f'[["", {[1] * 65}]]',
+    ],
+)
 def test_trees_that_are_none_are_ignored(tmp_path, tree):
     key = b"a model"
-    data = b"codegemma prefix cache 2\n" + struct.pack("<QQQ", len(key), len(tree), BYTES) + key + tree.encode()
+    data = (
+        b"codegemma prefix cache 2\n" + struct.pack("<QQQ", len(key), len(tree), BYTES) + key + tree.encode()
+    )
     data += bytes(2 * BYTES)
     (tmp_path / "saved").write_bytes(data + hashlib.sha256(data).digest())
     if tree == "{}":
-        assert cache_of().load(tmp_path / "saved")       # an empty one
+        assert cache_of().load(tmp_path / "saved")  # an empty one
         return
     with pytest.warns(UserWarning, match="is ignored"):
         assert cache_of().load(tmp_path / "saved") is False
@@ -219,8 +248,14 @@ def test_adapters_do_not_see_each_others_pages(tmp_path):
     assert again.load(tmp_path / "saved") and again.nbytes == cache.nbytes == 8 * BYTES
     for adapter, pages in kept.items():
         assert all(one is other for one, other in zip(cache.find([1] * 100, adapter)[0], pages, strict=True))
-        assert [page.data.tobytes() for page in again.find([1] * 100, adapter)[0]] == [page.data.tobytes() for page in pages]
-    assert cache.find([1] * 100, "c") == ([], 0) and cache.find([2] * 70) == ([], 0) and again.find([2] * 70, "a")[1] == 70
+        assert [page.data.tobytes() for page in again.find([1] * 100, adapter)[0]] == [
+            page.data.tobytes() for page in pages
+        ]
+    assert (
+        cache.find([1] * 100, "c") == ([], 0)
+        and cache.find([2] * 70) == ([], 0)
+        and again.find([2] * 70, "a")[1] == 70
+    )
 
 
 def test_an_engine_goes_on_from_a_saved_cache_with_the_same_steps(tmp_path):

@@ -42,11 +42,13 @@ def tireless(tmp_path_factory):
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Runs a command line in this process: (exit code, stdout, stderr)."""
+
     def command(*arguments, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         with pytest.raises(SystemExit) as left:
             cli.main([str(one) for one in arguments])
         return left.value.code or 0, *capsys.readouterr()
+
     return command
 
 
@@ -57,9 +59,15 @@ def base_model(monkeypatch):
 
 
 def process(*arguments, **options):
-    return subprocess.Popen([sys.executable, "-m", "codegemma.cli", *map(str, arguments)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)  # CI may ignore it
+    return subprocess.Popen(
+        [sys.executable, "-m", "codegemma.cli", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )  # CI may ignore it
 
 
 def test_the_documents_show_the_help_as_it_stands():
@@ -72,8 +80,10 @@ def test_the_choices_are_those_of_the_modules():
 
 
 def test_help_imports_no_engine():
-    code = ("import sys\nfrom codegemma.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-            "print(sorted({'numpy', 'rich', 'sentencepiece', 'codegemma.engine'} & set(sys.modules)))")
+    code = (
+        "import sys\nfrom codegemma.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'numpy', 'rich', 'sentencepiece', 'codegemma.engine'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")
 
@@ -82,7 +92,7 @@ def test_help_imports_no_engine():
 def test_a_cursor_is_where_an_editor_would_say(text, data):
     at = data.draw(st.integers(0, len(text)))
     place = f"{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
-    if text[at - 1:at + 1] == "\r\n" and at:
+    if text[at - 1 : at + 1] == "\r\n" and at:
         with pytest.raises(ValueError, match="columns 1 to"):
             cli.split_at(text, place, "it")
     else:
@@ -94,15 +104,22 @@ HOLE = "def add(a, b):\n    return <CURSOR>\n\nprint(add(1, 2))\n"
 
 def test_every_way_to_name_a_hole_gives_the_same_completion(run, gguf, tmp_path):
     prefix, suffix = HOLE.split("<CURSOR>")
-    for name, text in {"hole.py": prefix + suffix, "prefix": prefix, "suffix": suffix, "marked.py": HOLE}.items():
+    for name, text in {
+        "hole.py": prefix + suffix,
+        "prefix": prefix,
+        "suffix": suffix,
+        "marked.py": HOLE,
+    }.items():
         (tmp_path / name).write_text(text)
     expected = codegemma.load(gguf).complete(prefix, suffix, max_tokens=20)
     common = ("-m", gguf, "-n", 20)
-    texts = [run("complete", tmp_path / "hole.py", "--at", "2:12", *common),
-             run("complete", tmp_path / "marked.py", *common),
-             run("complete", "--prefix-file", tmp_path / "prefix", "--suffix-file", tmp_path / "suffix", *common),
-             run("complete", *common, stdin=HOLE),
-             run("complete", "-", "--cursor-mark", "HERE", *common, stdin=HOLE.replace("<CURSOR>", "HERE"))]
+    texts = [
+        run("complete", tmp_path / "hole.py", "--at", "2:12", *common),
+        run("complete", tmp_path / "marked.py", *common),
+        run("complete", "--prefix-file", tmp_path / "prefix", "--suffix-file", tmp_path / "suffix", *common),
+        run("complete", *common, stdin=HOLE),
+        run("complete", "-", "--cursor-mark", "HERE", *common, stdin=HOLE.replace("<CURSOR>", "HERE")),
+    ]
     assert [text[:2] for text in texts] == [(0, expected.text)] * 5
 
 
@@ -110,15 +127,40 @@ def test_every_way_to_name_a_hole_gives_the_same_completion(run, gguf, tmp_path)
 def test_json_tells_what_happened(run, gguf, mode):
     model = codegemma.load(gguf)
     prefix, suffix = HOLE.split("<CURSOR>")
-    code, out, _ = run("complete", "--json", "-m", gguf, "-n", 20, "--mode", mode, "--path", "app.py", "--temp", 1.5,
-                       "--seed", 3, stdin=HOLE)
+    code, out, _ = run(
+        "complete",
+        "--json",
+        "-m",
+        gguf,
+        "-n",
+        20,
+        "--mode",
+        mode,
+        "--path",
+        "app.py",
+        "--temp",
+        1.5,
+        "--seed",
+        3,
+        stdin=HOLE,
+    )
     found = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     ids = prompts.fim(model.tokenizer, prefix, suffix, "app.py", layout=mode).ids
     assert (found["prompt_tokens"], found["cached_tokens"], found["layout"]) == (len(ids), 0, mode)
-    expected = model.complete(prefix, suffix, "app.py", mode=mode, max_tokens=20,
-                              sampling=codegemma.Sampling(temperature=1.5, seed=3))
-    assert (found["text"], found["stop"], found["tokens"]) == (expected.text, expected.stop, len(expected.ids))
+    expected = model.complete(
+        prefix,
+        suffix,
+        "app.py",
+        mode=mode,
+        max_tokens=20,
+        sampling=codegemma.Sampling(temperature=1.5, seed=3),
+    )
+    assert (found["text"], found["stop"], found["tokens"]) == (
+        expected.text,
+        expected.stop,
+        len(expected.ids),
+    )
     assert found["time_to_first_token_ms"] > 0 and found["tokens_per_second"] > 0 and found["model"] == gguf
 
 
@@ -127,8 +169,12 @@ def test_context_files_are_read_and_shown_with_their_paths(run, gguf, tmp_path):
     other.write_text("ONE = 1\n")
     file.write_text(HOLE)
     model = codegemma.load(gguf)
-    found = json.loads(run("complete", file, "--context", other, "--json", "-m", gguf, "-n", 3, "--mode", "psm")[1])
-    expected = prompts.fim(model.tokenizer, *HOLE.split("<CURSOR>"), str(file), [prompts.File(str(other), "ONE = 1\n")])
+    found = json.loads(
+        run("complete", file, "--context", other, "--json", "-m", gguf, "-n", 3, "--mode", "psm")[1]
+    )
+    expected = prompts.fim(
+        model.tokenizer, *HOLE.split("<CURSOR>"), str(file), [prompts.File(str(other), "ONE = 1\n")]
+    )
     assert found["prompt_tokens"] == len(expected.ids)
 
 
@@ -141,15 +187,37 @@ def test_a_saved_cache_is_used_and_changes_nothing(run, gguf, tmp_path):
 
 def test_generate_takes_the_flags_of_the_model_card(run, gguf):
     prompt = (ROOT / "examples" / "non_prime").read_text().removesuffix("\n")
-    code, out, err = run("generate", "-m", gguf, "--temp", 0, "--top-k", 0, "-f", ROOT / "examples" / "non_prime",
-                         "--log-disable", "--repeat-penalty", 1.0)
+    code, out, err = run(
+        "generate",
+        "-m",
+        gguf,
+        "--temp",
+        0,
+        "--top-k",
+        0,
+        "-f",
+        ROOT / "examples" / "non_prime",
+        "--log-disable",
+        "--repeat-penalty",
+        1.0,
+    )
     assert (code, out, err) == (0, prompt + codegemma.load(gguf).generate(prompt).text, "")
 
 
 def test_generate_reads_control_tokens_only_if_raw(run, gguf):
     def length(*more):
-        arguments = ("generate", "--json", "-m", gguf, "-n", 2, "-p", "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>")
+        arguments = (
+            "generate",
+            "--json",
+            "-m",
+            gguf,
+            "-n",
+            2,
+            "-p",
+            "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>",
+        )
         return json.loads(run(*arguments, *more)[1])["prompt_tokens"]
+
     assert length("--raw") == 6 < length()
 
 
@@ -165,26 +233,34 @@ def test_what_a_model_was_not_made_for(run, gguf, base_model):
     code, out, err = run("complete", "--json", "-m", gguf, "-n", 2, stdin=HOLE)
     assert code == 0 and err.count("\n") == 1 and "not trained to fill in the middle" in err
     assert "not trained to fill in the middle" in json.loads(out)["notice"]
-    assert run("complete", "-m", gguf, "-n", 2, "--mode", "psm", stdin=HOLE)[2] == \
-        "note: Gemma 3 270M was not trained to fill in the middle: expect little of --mode psm\n"
+    assert (
+        run("complete", "-m", gguf, "-n", 2, "--mode", "psm", stdin=HOLE)[2]
+        == "note: Gemma 3 270M was not trained to fill in the middle: expect little of --mode psm\n"
+    )
     assert run("generate", "-m", gguf, "-n", 2, stdin="x")[2] == ""
     for verb in ("complete", "chat"):
         code, out, err = run(verb, "-m", gguf, "-n", 2, "--strict", stdin=HOLE)
-        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: Gemma 3 270M was made for")
+        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(
+            "error: Gemma 3 270M was made for"
+        )
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["complete", "no/such.py", "--at", "1:1"], "no/such.py: No such file"),
-    (["complete", "{here}", "--at", "0:1"], "has lines 1 to 4"), (["complete", "{here}", "--at", "2"], "LINE:COL"),
-    (["complete", "{here}", "--at", "1:99"], "line 1 of {here} has columns 1 to 15"),
-    (["complete", "{here}"], "'<CURSOR>' 0 times"),
-    (["complete", "{binary}", "--at", "1:1"], "is not UTF-8 text (byte 1 is 0xff)"),
-    (["complete", "{here}", "--prefix-file", "{here}"], "pass one or the other"),
-    (["complete", "{here}", "--at", "1:1", "-m", "no-such-model"], "no model 'no-such-model'"),
-    (["complete", "{here}", "--at", "1:1", "--temp", "-1"], "temperature must be from 0"),
-    (["complete", "{here}", "--at", "1:1", "-m", "{here}"], "is neither GGUF"),
-    (["generate", "-p", "a", "-f", "{here}"], "pass one of them"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["complete", "no/such.py", "--at", "1:1"], "no/such.py: No such file"),
+        (["complete", "{here}", "--at", "0:1"], "has lines 1 to 4"),
+        (["complete", "{here}", "--at", "2"], "LINE:COL"),
+        (["complete", "{here}", "--at", "1:99"], "line 1 of {here} has columns 1 to 15"),
+        (["complete", "{here}"], "'<CURSOR>' 0 times"),
+        (["complete", "{binary}", "--at", "1:1"], "is not UTF-8 text (byte 1 is 0xff)"),
+        (["complete", "{here}", "--prefix-file", "{here}"], "pass one or the other"),
+        (["complete", "{here}", "--at", "1:1", "-m", "no-such-model"], "no model 'no-such-model'"),
+        (["complete", "{here}", "--at", "1:1", "--temp", "-1"], "temperature must be from 0"),
+        (["complete", "{here}", "--at", "1:1", "-m", "{here}"], "is neither GGUF"),
+        (["generate", "-p", "a", "-f", "{here}"], "pass one of them"),
+    ],
+)
 def test_errors_are_one_line_and_code_2(run, tmp_path, arguments, words):
     here, binary = tmp_path / "here.py", tmp_path / "binary"
     here.write_text("def add(a, b):\n    return a\n\n")
@@ -204,7 +280,9 @@ def test_a_missing_extra_is_named(run, monkeypatch):
 
 def test_chat_from_a_pipe(run, gguf, tmp_path):
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    said = f"def f():\n    pass\n/save {first}\nmore\n/reset\n/system\n\nanew\n/save {second}\n/exit\nunread\n"
+    said = (
+        f"def f():\n    pass\n/save {first}\nmore\n/reset\n/system\n\nanew\n/save {second}\n/exit\nunread\n"
+    )
     code, out, _ = run("chat", "-m", gguf, "-n", 8, "--system", "Be brief.", stdin=said)
     model = codegemma.load(gguf)
     turns = [("system", "Be brief."), ("user", "def f():\n    pass\n")]
@@ -212,7 +290,11 @@ def test_chat_from_a_pipe(run, gguf, tmp_path):
     answers.append(model.chat([*turns, ("assistant", answers[0]), ("user", "more\n")], max_tokens=8).text)
     answers.append(model.chat([("user", "\nanew\n")], max_tokens=8).text)
     assert (code, out) == (0, "".join(answer + "\n" for answer in answers))
-    assert [turn["content"] for turn in json.loads(first.read_text())] == ["Be brief.", turns[1][1], answers[0]]
+    assert [turn["content"] for turn in json.loads(first.read_text())] == [
+        "Be brief.",
+        turns[1][1],
+        answers[0],
+    ]
     assert [turn["role"] for turn in json.loads(second.read_text())] == ["user", "assistant"]
 
 
@@ -225,14 +307,25 @@ def test_models_lists_the_family(run, monkeypatch):
     found = json.loads(run("models", "--json")[1])
     assert [one["name"] for one in found] == list(PRESETS)
     assert found[0] | {"path": None, "bytes": None} == {
-        "name": "2b", "title": "CodeGemma 2B", "uses": ["completion"], "fill_in_the_middle": True,
-        "path": None, "bytes": None, "packaged": False, "licence": "Gemma Terms of Use", "hub": "google/codegemma-2b"}
-    here = hub.ModelInfo(PRESETS["7b-it"], Path("/somewhere/7b.gguf"), 5 * 10 ** 9)
+        "name": "2b",
+        "title": "CodeGemma 2B",
+        "uses": ["completion"],
+        "fill_in_the_middle": True,
+        "path": None,
+        "bytes": None,
+        "packaged": False,
+        "licence": "Gemma Terms of Use",
+        "hub": "google/codegemma-2b",
+    }
+    here = hub.ModelInfo(PRESETS["7b-it"], Path("/somewhere/7b.gguf"), 5 * 10**9)
     monkeypatch.setattr(hub, "models", lambda: [here])
     monkeypatch.setenv("COLUMNS", "80")
     lines = [" ".join(line.split()) for line in run("models")[1].splitlines()]
-    assert lines[1:4] == ["7b-it generation, chat, instructions 5.00 GB Gemma Terms of Use", "",
-                          "7b-it is at /somewhere/7b.gguf"]
+    assert lines[1:4] == [
+        "7b-it generation, chat, instructions 5.00 GB Gemma Terms of Use",
+        "",
+        "7b-it is at /somewhere/7b.gguf",
+    ]
 
 
 def test_bench_says_what_it_measured(run, gguf, monkeypatch):
@@ -246,7 +339,7 @@ def test_bench_says_what_it_measured(run, gguf, monkeypatch):
 
 def test_ctrl_c_stops_the_work(tireless):
     with process("generate", "-m", tireless, "-p", "x = ", "-n", 999_000) as running:
-        assert running.stdout.read(6)        # it has begun
+        assert running.stdout.read(6)  # it has begun
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (130, "")
@@ -280,15 +373,29 @@ def test_an_adapter_acts_where_it_is_named(run, gguf, adapter):
     model.add_adapter("mine", adapter)
     prefix, suffix = HOLE.split("<CURSOR>")
     on, off = (model.complete(prefix, suffix, max_tokens=12, adapter=name) for name in ("mine", None))
-    assert on.steps != off.steps         # their log-probabilities differ at least
+    assert on.steps != off.steps  # their log-probabilities differ at least
     common = ("-m", gguf, "-n", 12, "--adapter")
     for path, name, expected in ((adapter, "mine", on), ("none", None, off), ("auto", None, off)):
         found = json.loads(run("complete", *common, path, "--json", stdin=HOLE)[1])
         assert (found["adapter"], found["text"], found["tokens"]) == (name, expected.text, len(expected.ids))
     said = model.generate("def f", max_tokens=12, adapter="mine").text
     assert run("generate", "-p", "def f", *common, adapter)[1] == "def f" + said
-    found = json.loads(run("bench", "-m", gguf, "--adapter", adapter, "--prompt-tokens", 8, "--decode-tokens", 2, "--repeats", 1,
-                           "--json")[1])
+    found = json.loads(
+        run(
+            "bench",
+            "-m",
+            gguf,
+            "--adapter",
+            adapter,
+            "--prompt-tokens",
+            8,
+            "--decode-tokens",
+            2,
+            "--repeats",
+            1,
+            "--json",
+        )[1]
+    )
     assert found["adapter"] == "mine" and found["decode_tokens_per_second"] > 0
     code, _, error = run("complete", *common, adapter.parent / "nothing", stdin=HOLE)
     assert code == 2 and "lacks adapter_config.json" in error
@@ -304,12 +411,15 @@ def test_convert_merges_and_inspect_tells(run, gguf, adapter, tmp_path):
     assert run("convert", gguf, tmp_path / "merged", "--to", "safetensors", "--adapter", adapter)[0] == 0
     for written in (tmp_path / "merged.gguf", tmp_path / "merged"):
         again = tmp_path / f"again-{written.name}.gguf"
-        assert run("convert", written, again)[0] == 0    # and what it was taught goes with it
+        assert run("convert", written, again)[0] == 0  # and what it was taught goes with it
         assert [open_checkpoint(path).taught for path in (gguf, written, again)] == [None, {"psm"}, {"psm"}]
     write_tiny_gguf(tmp_path / "q8.gguf", tiny_config("gemma-mqa"), "Q8_0")
     code, _, notes = run("convert", tmp_path / "q8.gguf", tmp_path / "again.gguf", "--adapter", adapter)
     assert code == 0 and "note: " in notes and "rounded to blocks a second time" in notes
-    assert {tensor.type for tensor in open_checkpoint(tmp_path / "again.gguf").tensors.values()} == {"Q8_0", "F32"}
+    assert {tensor.type for tensor in open_checkpoint(tmp_path / "again.gguf").tensors.values()} == {
+        "Q8_0",
+        "F32",
+    }
     _, text, _ = run("inspect", adapter)
     assert "LoRA adapter, rank 4" in text and "q, k, v, o, gate, up, down in 3 layers; 2 token rows" in text
     assert json.loads(run("inspect", adapter, "--json")[1])["tokens"] == [67, 70]

@@ -20,51 +20,81 @@ def kept(text, prefix="", suffix="", trim="block"):
 
 
 # ------------------------------------------------------------------------------------------------ what is cut
-@pytest.mark.parametrize("prefix, text, suffix, expected", [
-    # the rest of the cursor's line, and no more
-    ("x = ", "1\ny = 2\n", "", "1"),
-    ("x = foo(", "a)\nbar()\n", ")\n", "a"),
-    ("def f():\n", "    return 1\n\ndef g():\n", "", "    return 1"),
-    ("x = 1\n", "\ny = 2\nz = 3\n", "", "\ny = 2"),             # an empty line is no line
-    ("", "a\nb\n", "c\n", "a\n"),                               # a newline where the suffix starts a line of its own
-    ("foo(", "a, b\nc", "d)\n", "a, b"),                        # ... and none in the middle of one
-    ("    ", "a\n", "", "a"), ("", "", "", ""), ("x", "\n\n", "", ""),
-])
+@pytest.mark.parametrize(
+    "prefix, text, suffix, expected",
+    [
+        # the rest of the cursor's line, and no more
+        ("x = ", "1\ny = 2\n", "", "1"),
+        ("x = foo(", "a)\nbar()\n", ")\n", "a"),
+        ("def f():\n", "    return 1\n\ndef g():\n", "", "    return 1"),
+        ("x = 1\n", "\ny = 2\nz = 3\n", "", "\ny = 2"),  # an empty line is no line
+        ("", "a\nb\n", "c\n", "a\n"),  # a newline where the suffix starts a line of its own
+        ("foo(", "a, b\nc", "d)\n", "a, b"),  # ... and none in the middle of one
+        ("    ", "a\n", "", "a"),
+        ("", "", "", ""),
+        ("x", "\n\n", "", ""),
+    ],
+)
 def test_line(prefix, text, suffix, expected):
     assert kept(text, prefix, suffix, "line") == expected
 
 
-@pytest.mark.parametrize("prefix, text, suffix, expected", [
-    # Python: ends where the indentation falls behind the cursor's line
-    ("def f(x):\n", "    y = x\n    return y\n\n\ndef g():\n    pass\n", "", "    y = x\n    return y"),
-    ("def f(x):", "\n    return x\n\nprint(f(1))\n", "", "\n    return x"),
-    ("    if x:\n        ", "a()\n        b()\n    else:\n        c()\n", "", "a()\n        b()"),
-    ("    if x:", "\n        a()\n    else:\n        b()\n    c()\n", "", "\n        a()\n    else:\n        b()"),
-    ("    x = 1\n    ", "y = 2\n\n    z = 3\n    return z\n\ndef g", "", "y = 2\n\n    z = 3\n    return z"),
-    ("def f(x):\n    ", "for y in x:\n        g(y)\n    return y\n\ndef g", "",
-     "for y in x:\n        g(y)\n    return y"),
-    ("def ", "f(x):\n    return x\n\ndef g(x):\n", "", "f(x):\n    return x"),
-    ("import os\n", "import sys\nimport re\n\ndef f():\n", "", "import sys\nimport re"),
-    # brackets: the block's own closing line belongs to it
-    ("int f() {", "\n  return 1;\n}\nint g() {\n", "", "\n  return 1;\n}"),
-    ("x = [", "\n  1,\n  2,\n]\ny = 2\n", "", "\n  1,\n  2,\n]"),
-    # what the suffix has already
-    ("int f() {\n", "  return 1;\n}\n", "}\n", "  return 1;\n"),
-    ("f() {\n", "  if (x) {\n    y\n  }\n  z\n}\n", "}\n\ng() {\n", "  if (x) {\n    y\n  }\n  z\n"),
-    ("f() {\n  if (x) {\n", "    y\n  }\n  z\n}\n\ng() {", "  }\n  z\n}\n", "    y\n"),
-    ("def f():\n    a = 1\n", "    b = 2\n    return a + b\n", "    return a + b\n", "    b = 2\n"),
-    ("def f():\n    a = 1\n    ", "b = 2\n    return a + b\n    more", "\n    return a + b\n", "b = 2"),
-    ("a = 1\n", "return a\nmore\n", "return a\n", ""),               # nothing is missing
-    ("print(", '"hello")\nprint("world")\n', ")\n", '"hello"'),
-    ("foo(", "a, b)", ")", "a, b"), ("foo(", "bar(a))", ")", "bar(a)"), ("foo(", "bar(a)", ")", "bar(a)"),
-    ("foo(bar(\n    ", "a)", ")\n", "a)"),                           # both brackets are needed: they opened above
-    ("foo(  # :)\n    ", "a)", ")\n", "a"),
-    ("x = [", "1, 2]", "]\n", "1, 2"), ("x = {", '"a": {}}', "}", '"a": {}'), ('s = "', 'abc"', '"\n', "abc"),
-    ("foo(", "a);", ");\n", "a"), ("x = ", "1;", ";\n", "1"), ("x = y", "[0]", "[1]", "[0]"),
-    ("def f(a, ", "b, c):\n    return a\n", "c):\n    return b\n", "b, "),
-    ("", "", "return 1\n", ""), ("x", "", "", ""), ("a\r\n", "b\r\nc\r\n", "c\r\n", "b\n"),
-    ("x = '", "\x0c\u2028a'\nb", "'\n", "\x0c\u2028a"),              # no line ends there
-])
+@pytest.mark.parametrize(
+    "prefix, text, suffix, expected",
+    [
+        # Python: ends where the indentation falls behind the cursor's line
+        ("def f(x):\n", "    y = x\n    return y\n\n\ndef g():\n    pass\n", "", "    y = x\n    return y"),
+        ("def f(x):", "\n    return x\n\nprint(f(1))\n", "", "\n    return x"),
+        ("    if x:\n        ", "a()\n        b()\n    else:\n        c()\n", "", "a()\n        b()"),
+        (
+            "    if x:",
+            "\n        a()\n    else:\n        b()\n    c()\n",
+            "",
+            "\n        a()\n    else:\n        b()",
+        ),
+        (
+            "    x = 1\n    ",
+            "y = 2\n\n    z = 3\n    return z\n\ndef g",
+            "",
+            "y = 2\n\n    z = 3\n    return z",
+        ),
+        (
+            "def f(x):\n    ",
+            "for y in x:\n        g(y)\n    return y\n\ndef g",
+            "",
+            "for y in x:\n        g(y)\n    return y",
+        ),
+        ("def ", "f(x):\n    return x\n\ndef g(x):\n", "", "f(x):\n    return x"),
+        ("import os\n", "import sys\nimport re\n\ndef f():\n", "", "import sys\nimport re"),
+        # brackets: the block's own closing line belongs to it
+        ("int f() {", "\n  return 1;\n}\nint g() {\n", "", "\n  return 1;\n}"),
+        ("x = [", "\n  1,\n  2,\n]\ny = 2\n", "", "\n  1,\n  2,\n]"),
+        # what the suffix has already
+        ("int f() {\n", "  return 1;\n}\n", "}\n", "  return 1;\n"),
+        ("f() {\n", "  if (x) {\n    y\n  }\n  z\n}\n", "}\n\ng() {\n", "  if (x) {\n    y\n  }\n  z\n"),
+        ("f() {\n  if (x) {\n", "    y\n  }\n  z\n}\n\ng() {", "  }\n  z\n}\n", "    y\n"),
+        ("def f():\n    a = 1\n", "    b = 2\n    return a + b\n", "    return a + b\n", "    b = 2\n"),
+        ("def f():\n    a = 1\n    ", "b = 2\n    return a + b\n    more", "\n    return a + b\n", "b = 2"),
+        ("a = 1\n", "return a\nmore\n", "return a\n", ""),  # nothing is missing
+        ("print(", '"hello")\nprint("world")\n', ")\n", '"hello"'),
+        ("foo(", "a, b)", ")", "a, b"),
+        ("foo(", "bar(a))", ")", "bar(a)"),
+        ("foo(", "bar(a)", ")", "bar(a)"),
+        ("foo(bar(\n    ", "a)", ")\n", "a)"),  # both brackets are needed: they opened above
+        ("foo(  # :)\n    ", "a)", ")\n", "a"),
+        ("x = [", "1, 2]", "]\n", "1, 2"),
+        ("x = {", '"a": {}}', "}", '"a": {}'),
+        ('s = "', 'abc"', '"\n', "abc"),
+        ("foo(", "a);", ");\n", "a"),
+        ("x = ", "1;", ";\n", "1"),
+        ("x = y", "[0]", "[1]", "[0]"),
+        ("def f(a, ", "b, c):\n    return a\n", "c):\n    return b\n", "b, "),
+        ("", "", "return 1\n", ""),
+        ("x", "", "", ""),
+        ("a\r\n", "b\r\nc\r\n", "c\r\n", "b\n"),
+        ("x = '", "\x0c\u2028a'\nb", "'\n", "\x0c\u2028a"),  # no line ends there
+    ],
+)
 def test_block(prefix, text, suffix, expected):
     assert kept(text, prefix, suffix, "block") == expected
 
@@ -74,8 +104,9 @@ def test_none_drops_only_what_repeats():
     assert kept("a\nreturn 1\nb\n", "", "return 1\n", "none") == "a\n"
 
 
-PARTS = st.sampled_from(["a", "foo", "return x", "\n", "\n\n", "    ", "}", ")", "{", "(", "\r\n", '"', ";", "if x:",
-                         "é", "  b"])
+PARTS = st.sampled_from(
+    ["a", "foo", "return x", "\n", "\n\n", "    ", "}", ")", "{", "(", "\r\n", '"', ";", "if x:", "é", "  b"]
+)
 TEXTS = st.lists(PARTS, max_size=12).map("".join)
 
 
@@ -114,14 +145,16 @@ CODE = "".join(f"def name_{i}(x):\n    return x + {i}\n\n" for i in range(400))
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, len(CODE)), st.sampled_from([1, 2, 16, 100, 257, 1000, 3000]))
 def test_windows_fit_and_are_fresh_encodings_nearest_to_the_cursor(at, size):
-    parts = prompts.encode_parts(PRETTY, CODE[:at], CODE[at:], None, [File("a.py", "A" * 50), File("b.py", "B" * 30)])
+    parts = prompts.encode_parts(
+        PRETTY, CODE[:at], CODE[at:], None, [File("a.py", "A" * 50), File("b.py", "B" * 30)]
+    )
     cut_ = window(PRETTY, parts, size)
     prefix, suffix = PRETTY.decode(cut_.prefix), PRETTY.decode(cut_.suffix)
     assert CODE[:at].endswith(prefix) and CODE[at:].startswith(suffix)
     assert PRETTY.encode(prefix) == cut_.prefix and PRETTY.encode(suffix) == cut_.suffix
     used = len(cut_.prefix) + len(cut_.suffix)
     assert used + sum(map(len, cut_.context)) <= size
-    assert cut_.context in ((), parts.context[1:], parts.context)    # the last is the nearest
+    assert cut_.context in ((), parts.context[1:], parts.context)  # the last is the nearest
     assert used >= min(size, len(parts.prefix) + len(parts.suffix)) / 2 or size < 64
     assert len(cut_.prefix) >= min(len(parts.prefix), size * 3 // 8) or size < 64
 
@@ -133,9 +166,18 @@ def test_all_is_kept_where_it_fits():
     assert window(PRETTY, parts, total - 1) == prompts.Parts(parts.prefix, parts.suffix, parts.path)
 
 
-@pytest.mark.parametrize("prefix, suffix", [
-    ("", ""), ("x = ", ""), ("", "y\n"), ("a\r\nb", "\r\nc\r\n"), ("😀é\t", "漢\u2028"), ("x" * 20_000, "y" * 20_000),
-    ("<|fim_prefix|>", "<eos>")])
+@pytest.mark.parametrize(
+    "prefix, suffix",
+    [
+        ("", ""),
+        ("x = ", ""),
+        ("", "y\n"),
+        ("a\r\nb", "\r\nc\r\n"),
+        ("😀é\t", "漢\u2028"),
+        ("x" * 20_000, "y" * 20_000),
+        ("<|fim_prefix|>", "<eos>"),
+    ],
+)
 @pytest.mark.parametrize("layout", ["psm", "spm", "prefix"])
 def test_any_text_makes_a_prompt_that_fits(prefix, suffix, layout):
     engine = Engine(Scripted([2, 1], context=400), PRETTY)
@@ -186,12 +228,15 @@ def test_a_time_budget_takes_what_is_affordable_and_what_is_cached():
     engine = Engine(Scripted([2, 1], context=8192), PRETTY)
     hole = Hole(CODE[:3000], CODE[3000:6000])
     whole = prompt_within(engine, hole, "spm", 8000)
-    sizes = [len(prompt_within(engine, hole, "spm", 8000, affordable)) for affordable in (10_000, 1100, 300, 140, 1)]
+    sizes = [
+        len(prompt_within(engine, hole, "spm", 8000, affordable))
+        for affordable in (10_000, 1100, 300, 140, 1)
+    ]
     assert sizes[0] == len(whole) > sizes[1] > sizes[2] > sizes[3] == sizes[4] > 60
     assert sizes[1] <= 1100 and sizes[2] <= 300
     small = prompt_within(engine, hole, "spm", 8000, 300)
     list(engine.generate(Request(small, 1)))
-    assert prompt_within(engine, hole, "spm", 8000, 20) == small     # now it costs one token
+    assert prompt_within(engine, hole, "spm", 8000, 20) == small  # now it costs one token
     list(engine.generate(Request(whole, 1)))
     assert prompt_within(engine, hole, "spm", 8000, 20) == whole
 
@@ -208,29 +253,44 @@ def test_the_budget_follows_the_measured_speed():
         engine.cache.forget_all()
         steps = complete(engine, hole, "spm", time_budget=0.2, max_tokens=1)
         list(steps)
-    assert 1000 < engine.prefill_rate < 5000     # a busy machine is slower still
+    assert 1000 < engine.prefill_rate < 5000  # a busy machine is slower still
     assert 60 < steps.prompt_tokens <= 1100
 
 
 def test_context_files_stand_before_the_file():
     engine = Engine(Scripted([2, 1]), PRETTY)
     ids = prompt_within(engine, Hole("a", "b", "c.py", [File("d.py", "e"), File("f.py", "g")]), "psm", 300)
-    assert PRETTY.decode(ids, control=True) == ("<bos>d.py\ne<|file_separator|>f.py\ng<|file_separator|>c.py\n"
-                                                "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>")
+    assert PRETTY.decode(ids, control=True) == (
+        "<bos>d.py\ne<|file_separator|>f.py\ng<|file_separator|>c.py\n"
+        "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the boundary
-@pytest.mark.parametrize("mode, fim, spm, layout", [
-    ("auto", True, False, "psm"), ("auto", True, True, "spm"), ("auto", False, False, "prefix"),
-    ("spm", False, False, "spm"), ("prefix", True, True, "prefix")])
+@pytest.mark.parametrize(
+    "mode, fim, spm, layout",
+    [
+        ("auto", True, False, "psm"),
+        ("auto", True, True, "spm"),
+        ("auto", False, False, "prefix"),
+        ("spm", False, False, "spm"),
+        ("prefix", True, True, "prefix"),
+    ],
+)
 def test_layout_for(mode, fim, spm, layout):
     assert layout_for(mode, fim, spm) == layout
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"max_tokens": 0}, "max_tokens must be at least 1"), ({"trim": "word"}, 'trim must be "none", "line" or "block"'),
-    ({"time_budget": 0}, "time budget must be above 0"), ({"time_budget": float("nan")}, "time budget"),
-    ({"layout": "mps"}, "layout must be")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"trim": "word"}, 'trim must be "none", "line" or "block"'),
+        ({"time_budget": 0}, "time budget must be above 0"),
+        ({"time_budget": float("nan")}, "time budget"),
+        ({"layout": "mps"}, "layout must be"),
+    ],
+)
 def test_bad_input_is_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         complete(Engine(Scripted([2, 1]), PRETTY), Hole("a"), **options)
@@ -240,8 +300,13 @@ def test_bad_input_is_refused_at_once(options, message):
 
 def test_a_completion_can_be_cancelled():
     cancel = Cancel()
-    steps = complete(Engine(Scripted([2, *PRETTY.encode("abcdefgh" * 9)]), PRETTY), Hole("", "x"), "prefix", "block",
-                     cancel=cancel)
+    steps = complete(
+        Engine(Scripted([2, *PRETTY.encode("abcdefgh" * 9)]), PRETTY),
+        Hole("", "x"),
+        "prefix",
+        "block",
+        cancel=cancel,
+    )
     next(steps)
     cancel.set()
     assert list(steps)[-1].stop == "cancelled"
@@ -250,8 +315,15 @@ def test_a_completion_can_be_cancelled():
 def test_a_real_model_ends_at_a_sentinel_and_stays_silent_about_it():
     engine = Engine(native("gemma-mqa", "Q8_0"), PRETTY)
     for seed in range(3):
-        steps = list(complete(engine, Hole("def f", "return", "a.py"), "psm", max_tokens=40,
-                              sampling=completion.Sampling(temperature=3.0, seed=seed)))
+        steps = list(
+            complete(
+                engine,
+                Hole("def f", "return", "a.py"),
+                "psm",
+                max_tokens=40,
+                sampling=completion.Sampling(temperature=3.0, seed=seed),
+            )
+        )
         text = "".join(step.text for step in steps)
         assert not re.search(r"<\|(fim|file)_", text)
         assert steps[-1].stop in ("end", "length")

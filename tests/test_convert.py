@@ -29,11 +29,18 @@ def _source(tmp_path, kind="gemma-mqa", type="BF16", **changes):
 @pytest.mark.parametrize("type", ["BF16", "F16"])
 def test_a_chain_through_every_format_keeps_every_bit(tmp_path, monkeypatch, kind, type):
     if type == "F16":
-        monkeypatch.setattr(weights, "PIECE", 3_000)     # every matrix goes through in several pieces
+        monkeypatch.setattr(weights, "PIECE", 3_000)  # every matrix goes through in several pieces
     source = at = _source(tmp_path, kind, type)
     nemo = [("nemo", "n.nemo")] if kind.startswith("gemma-") else []
-    for to, name in [("safetensors", "s"), ("orbax", "o"), *nemo, ("keras", "k"), ("gguf", "g.gguf"),
-                     ("gemma_pytorch", "t"), ("safetensors", "end")]:
+    for to, name in [
+        ("safetensors", "s"),
+        ("orbax", "o"),
+        *nemo,
+        ("keras", "k"),
+        ("gguf", "g.gguf"),
+        ("gemma_pytorch", "t"),
+        ("safetensors", "end"),
+    ]:
         at = c.convert(at, tmp_path / name, to).path
     first, last = open_checkpoint(source), open_checkpoint(at)
     for name, tensor in first.tensors.items():
@@ -51,13 +58,22 @@ def test_a_quantised_file_passes_and_a_damaged_one_does_not(tmp_path, type):
     made = c.convert(source, tmp_path / "q.gguf", quantize_to=type)
     assert made.costs and all(cost.before == "BF16" for cost in made.costs)
     proof = c.verify(source, made.path, threads=1)
-    assert not proof.faults and proof.kl > 0 and max(proof.errors.values()) == pytest.approx(
-        max(cost.error for cost in made.costs), rel=1e-3)
+    assert (
+        not proof.faults
+        and proof.kl > 0
+        and max(proof.errors.values()) == pytest.approx(max(cost.error for cost in made.costs), rel=1e-3)
+    )
     metadata, stored = gguf.read(made.path)
     bad = stored["blk.1.ffn_up.weight"].data.copy()
     bad[::2] = bad[1::2]
-    gguf.write_gguf(tmp_path / "bad.gguf", metadata, [
-        (name, t.type, t.shape, bad if name == "blk.1.ffn_up.weight" else t.data) for name, t in stored.items()])
+    gguf.write_gguf(
+        tmp_path / "bad.gguf",
+        metadata,
+        [
+            (name, t.type, t.shape, bad if name == "blk.1.ffn_up.weight" else t.data)
+            for name, t in stored.items()
+        ],
+    )
     proof = c.verify(source, tmp_path / "bad.gguf", threads=1)
     assert any("layers.1.up" in fault and "allows" in fault for fault in proof.faults)
     assert any(line.startswith("FAULT") and "layers.1.up" in line for line in proof.lines())
@@ -93,20 +109,26 @@ def test_blocks_become_bfloat16_where_a_format_has_none_and_dtype_decides(tmp_pa
     assert {t.type for t in wide.tensors.values()} == {"F32"}
     assert not c.verify(source, tmp_path / "w.gguf", threads=1).faults
     assert not c.verify(source, tmp_path / "s", threads=1).faults
-    huge = tiny_tensors(tiny_config("gemma-mqa")) | {"layers.0.q": Tensor.of(np.full((128, 96), 1e6, np.float32))}
+    huge = tiny_tensors(tiny_config("gemma-mqa")) | {
+        "layers.0.q": Tensor.of(np.full((128, 96), 1e6, np.float32))
+    }
     write_tiny_gguf(tmp_path / "huge.gguf", tiny_config("gemma-mqa"), tensors=huge)
     with pytest.raises(ValueError, match=r"tensor layers\.0\.q holds NaN, infinite or \(for f16\) too large"):
         c.convert(tmp_path / "huge.gguf", tmp_path / "h", "safetensors", dtype="f16")
     assert not (tmp_path / "h").exists() and not list(tmp_path.glob(".*.part"))
 
 
-@pytest.mark.parametrize(("name", "options", "message"), [
-    ("x", {}, "does not say its format: pass --to gguf, safetensors"),
-    ("x.nemo", {"quantize_to": "q8_0"}, "which nemo cannot hold"),
-    ("x.gguf", {"quantize_to": "q3"}, "cannot quantize to 'q3'"),
-    ("x.gguf", {"dtype": "int8"}, "dtype must be bf16, f16 or f32"),
-    ("x.gguf", {"dtype": "f32", "quantize_to": "q8_0"}, "which dtype f32 cannot hold"),
-    ("source.gguf", {}, "source.gguf exists: choose another name, or pass --overwrite")])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("x", {}, "does not say its format: pass --to gguf, safetensors"),
+        ("x.nemo", {"quantize_to": "q8_0"}, "which nemo cannot hold"),
+        ("x.gguf", {"quantize_to": "q3"}, "cannot quantize to 'q3'"),
+        ("x.gguf", {"dtype": "int8"}, "dtype must be bf16, f16 or f32"),
+        ("x.gguf", {"dtype": "f32", "quantize_to": "q8_0"}, "which dtype f32 cannot hold"),
+        ("source.gguf", {}, "source.gguf exists: choose another name, or pass --overwrite"),
+    ],
+)
 def test_what_cannot_be_done_is_said(tmp_path, name, options, message):
     with pytest.raises(ValueError, match=message):
         c.convert(_source(tmp_path), tmp_path / name, **options)
@@ -122,9 +144,12 @@ def test_a_large_model_passes_through_little_memory(tmp_path):
     """Each tensor is made when it is written and let go of: the peak is a few tensors, not the model."""
     config = tiny_config("gemma-mqa", layers=24, width=256, ffn_width=1024)
     one = config.ffn_width * config.width * 2
-    tensors = {name: tensor if len(tensor.shape) == 1 else
-               Deferred("BF16", tensor.shape, lambda shape=tensor.shape: np.zeros(shape, "<u2"))
-               for name, tensor in tiny_tensors(config, "BF16").items()}
+    tensors = {
+        name: tensor
+        if len(tensor.shape) == 1
+        else Deferred("BF16", tensor.shape, lambda shape=tensor.shape: np.zeros(shape, "<u2"))
+        for name, tensor in tiny_tensors(config, "BF16").items()
+    }
     model = Checkpoint(tmp_path / "none.gguf", config, tensors, {}, None)
     for to in ("safetensors", "gguf", "nemo", "gemma_pytorch", "keras"):
         folder = tmp_path / to
@@ -172,13 +197,21 @@ def test_importance_lowers_what_the_quantiser_costs_where_it_matters(tmp_path):
     """In a model whose norms make every eighth column thirty times as large as the others."""
     config = tiny_config("gemma-mqa", width=256, ffn_width=512)
     factors = Tensor.of(np.where(np.arange(256) % 8 == 0, 3.0, 0.1))
-    tensors = {name: factors if name.endswith((".attn_norm", ".ffn_norm")) else tensor
-               for name, tensor in tiny_tensors(config).items()}
+    tensors = {
+        name: factors if name.endswith((".attn_norm", ".ffn_norm")) else tensor
+        for name, tensor in tiny_tensors(config).items()
+    }
     source = write_tiny_gguf(tmp_path / "source.gguf", config, tensors=tensors)
     (tmp_path / "code.py").write_text("def f(x):\n    return x\n" * 40)
-    made = [c.verify(source, c.convert(source, tmp_path / f"{name}.gguf", quantize_to="q4_0", importance=path).path,
-                     ("def g(x, y):\n    return y + 12\n", c.TEXTS[0]), threads=1).kl
-            for name, path in (("without", None), ("with", tmp_path / "code.py"))]
+    made = [
+        c.verify(
+            source,
+            c.convert(source, tmp_path / f"{name}.gguf", quantize_to="q4_0", importance=path).path,
+            ("def g(x, y):\n    return y + 12\n", c.TEXTS[0]),
+            threads=1,
+        ).kl
+        for name, path in (("without", None), ("with", tmp_path / "code.py"))
+    ]
     assert 0 < made[1] < 0.95 * made[0]
     with pytest.raises(ValueError, match="importance weighs the columns that --quantize rounds"):
         c.convert(source, tmp_path / "x.gguf", importance=tmp_path / "code.py")
@@ -186,10 +219,16 @@ def test_importance_lowers_what_the_quantiser_costs_where_it_matters(tmp_path):
 
 def test_a_merge_is_applied_to_the_opened_model(tmp_path):
     def doubled(model):
-        return replace(model, tensors=model.tensors | {"layers.0.q": Tensor.of(model.tensors["layers.0.q"].float32() * 2)})
+        return replace(
+            model,
+            tensors=model.tensors | {"layers.0.q": Tensor.of(model.tensors["layers.0.q"].float32() * 2)},
+        )
+
     at = c.convert(_source(tmp_path, type="F32"), tmp_path / "m.gguf", merge=doubled).path
-    np.testing.assert_array_equal(open_checkpoint(at).tensors["layers.0.q"].float32(),
-                                  open_checkpoint(tmp_path / "source.gguf").tensors["layers.0.q"].float32() * 2)
+    np.testing.assert_array_equal(
+        open_checkpoint(at).tensors["layers.0.q"].float32(),
+        open_checkpoint(tmp_path / "source.gguf").tensors["layers.0.q"].float32() * 2,
+    )
 
 
 def test_progress_ends_at_the_whole(tmp_path):
@@ -203,33 +242,66 @@ def test_the_separator_ends_generation_in_what_is_written(tmp_path):
     assert any("will not stop at the file separator" in problem for problem in c.inspect(source).problems)
     made = c.convert(source, tmp_path / "m.gguf").path
     header = gguf.read(made).metadata
-    assert [header[f"tokenizer.ggml.fim_{name}_token_id"] for name in ("pre", "mid", "suf", "sep")] == [67, 68, 69, 70]
+    assert [header[f"tokenizer.ggml.fim_{name}_token_id"] for name in ("pre", "mid", "suf", "sep")] == [
+        67,
+        68,
+        69,
+        70,
+    ]
     assert header["tokenizer.ggml.eot_token_id"] == 107 and not c.inspect(made).problems
     c.convert(source, tmp_path / "s", "safetensors")
-    assert json.loads((tmp_path / "s" / "generation_config.json").read_text())["eos_token_id"] == [1, 67, 68, 69, 70, 107]
+    assert json.loads((tmp_path / "s" / "generation_config.json").read_text())["eos_token_id"] == [
+        1,
+        67,
+        68,
+        69,
+        70,
+        107,
+    ]
 
 
 def test_inspect_counts_and_finds_damage(tmp_path):
     found = c.inspect(_source(tmp_path, type="Q8_0"))
-    assert (found.format, found.architecture, found.types, found.vocabulary) == ("gguf", "gemma", {"Q8_0": 22}, 515)
+    assert (found.format, found.architecture, found.types, found.vocabulary) == (
+        "gguf",
+        "gemma",
+        {"Q8_0": 22},
+        515,
+    )
     assert found.parameters == sum(np.prod(t.shape) for t in tiny_tensors(tiny_config("gemma-mqa")).values())
     assert found.control["file_separator"] == 70 and found.control["fim"] == "named"
     metadata, stored = gguf.read(tmp_path / "source.gguf")
     bad = stored["blk.0.attn_q.weight"].data.copy()
-    bad[0, :2] = 0xFF, 0x7F                              # a NaN scale
-    gguf.write_gguf(tmp_path / "bad.gguf", metadata, [
-        (name, t.type, t.shape, bad if name == "blk.0.attn_q.weight" else t.data) for name, t in stored.items()])
+    bad[0, :2] = 0xFF, 0x7F  # a NaN scale
+    gguf.write_gguf(
+        tmp_path / "bad.gguf",
+        metadata,
+        [
+            (name, t.type, t.shape, bad if name == "blk.0.attn_q.weight" else t.data)
+            for name, t in stored.items()
+        ],
+    )
     bad = c.inspect(tmp_path / "bad.gguf")
     assert "tensor layers.0.q holds NaN" in " ".join(bad.problems)
     text = "\n".join(bad.lines())
     assert "22 Q8_0" in text and "file_separator 70" in text and "PROBLEM" in text
 
 
-@pytest.mark.parametrize(("to", "at", "files"), [
-    ("gguf", "m.gguf", ["."]), ("nemo", "m.nemo", ["."]), ("gemma_pytorch", "m", ["model.ckpt"]),
-    ("safetensors", "m", ["config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.model"]),
-    ("keras", "m", ["config.json", "model.weights.h5", "assets/tokenizer/vocabulary.spm"]),
-    ("orbax", "m", ["config.json", "checkpoint/manifest.ocdbt"])])
+@pytest.mark.parametrize(
+    ("to", "at", "files"),
+    [
+        ("gguf", "m.gguf", ["."]),
+        ("nemo", "m.nemo", ["."]),
+        ("gemma_pytorch", "m", ["model.ckpt"]),
+        (
+            "safetensors",
+            "m",
+            ["config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.model"],
+        ),
+        ("keras", "m", ["config.json", "model.weights.h5", "assets/tokenizer/vocabulary.spm"]),
+        ("orbax", "m", ["config.json", "checkpoint/manifest.ocdbt"]),
+    ],
+)
 def test_inspecting_damaged_files_reports_or_refuses(tmp_path, to, at, files):
     source = _source(tmp_path, width=32, ffn_width=32, head_width=16, layers=1, heads=2)
     path = c.convert(source, tmp_path / at, to).path
@@ -241,13 +313,21 @@ def test_inspecting_damaged_files_reports_or_refuses(tmp_path, to, at, files):
 def test_exports_hold_what_each_program_needs(tmp_path):
     source = _source(tmp_path)
     for program in ("ollama", "lmstudio", "llamacpp", "transformers", "nemo"):
-        files = {str(file.relative_to(tmp_path / program)) for file in c.export(program, source, tmp_path / program)}
+        files = {
+            str(file.relative_to(tmp_path / program))
+            for file in c.export(program, source, tmp_path / program)
+        }
         assert "NOTICE" in files and len(files) > 1
     text = (tmp_path / "ollama" / "Modelfile").read_text()
-    assert ("{{- if .Suffix }}<|fim_prefix|>{{ .Prompt }}<|fim_suffix|>{{ .Suffix }}<|fim_middle|>{{- else }}{{ .Prompt }}"
-            in text)
+    assert (
+        "{{- if .Suffix }}<|fim_prefix|>{{ .Prompt }}<|fim_suffix|>{{ .Suffix }}<|fim_middle|>{{- else }}{{ .Prompt }}"
+        in text
+    )
     assert 'PARAMETER stop "<|file_separator|>"' in text and "PARAMETER repeat_penalty 1" in text
-    assert open_checkpoint(tmp_path / "transformers").tokenizer and (tmp_path / "lmstudio" / "codegemma").is_dir()
+    assert (
+        open_checkpoint(tmp_path / "transformers").tokenizer
+        and (tmp_path / "lmstudio" / "codegemma").is_dir()
+    )
 
 
 def test_a_card_states_scores_licence_and_changes(tmp_path):
@@ -257,12 +337,23 @@ def test_a_card_states_scores_licence_and_changes(tmp_path):
     scores.mkdir()
     with pytest.raises(ValueError, match="holds no finished benchmark"):
         c.card(_source(tmp_path), scores)
-    (scores / "humaneval.json").write_text(json.dumps({
-        "title": "HumanEval", "score": 0.311, "low": 0.24, "high": 0.385, "items": 164, "note": "pass@1", "model": "m"}))
+    (scores / "humaneval.json").write_text(
+        json.dumps(
+            {
+                "title": "HumanEval",
+                "score": 0.311,
+                "low": 0.24,
+                "high": 0.385,
+                "items": 164,
+                "note": "pass@1",
+                "model": "m",
+            }
+        )
+    )
     (scores / "humaneval.times.json").write_text("{}")
     text = c.card(_source(tmp_path), scores, changes="Fine-tuned on X.")
     card = ModelCard(text)
-    result, = card.data.eval_results
+    (result,) = card.data.eval_results
     assert (card.data.license, result.dataset_name, result.metric_value) == ("gemma", "HumanEval", 31.1)
     assert "| HumanEval | 31.1 | 24.0 - 38.5 | 164 | pass@1 |" in text and "ai.google.dev/gemma/terms" in text
     assert "## Statement of changes\n\nFine-tuned on X." in text

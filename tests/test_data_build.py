@@ -52,7 +52,9 @@ def python_file(draw, number, others):
         f"{draw.choice(words)}\n\n\n"
         for at in range(draw.randrange(4, 20))
     )
-    return imports + "\n\n" + body + "# <|fim_prefix|> <eos> <start_of_turn> <|file_separator|> \u00e4\u4e16\n"
+    return (
+        imports + "\n\n" + body + "# <|fim_prefix|> <eos> <start_of_turn> <|file_separator|> \u00e4\u4e16\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +83,13 @@ def corpus(tmp_path_factory):
         "length of the longest run of equal items that is at least minimum long, or None.'''\n",
     }
     (root / "toy.jsonl").write_text(json.dumps(problem) + "\n")
-    (root / "checkouts" / "one" / "leak.py").write_text("import os\n\n" + problem["prompt"] + "    return None\n")
+    (root / "checkouts" / "one" / "leak.py").write_text(
+        "import os\n\n" + problem["prompt"] + "    return None\n"
+    )
     with tarfile.open(root / "thing-1.0.tar.gz", "w:gz") as archive:
         for name, text in {
             "thing-1.0/LICENSE": "Permission is hereby granted, free of charge, to any person. The above copyright "
-                                 "notice "
+            "notice "
             "and this permission notice shall be included in all copies",
             "thing-1.0/a.py": python_file(draw, 1, []),
             "../evil.py": "print()\n",
@@ -105,7 +109,8 @@ def corpus(tmp_path_factory):
     pq.write_table(pa.Table.from_pylist(rows), root / "stack.parquet")
     (root / "notes.jsonl").write_text(
         "".join(
-            json.dumps({"text": f"Note {at}. " + "Some words about a subject. " * 12 * at}) + "\n" for at in range(20)
+            json.dumps({"text": f"Note {at}. " + "Some words about a subject. " * 12 * at}) + "\n"
+            for at in range(20)
         )
         + "not json\n"
     )
@@ -201,14 +206,27 @@ def test_counts_add_up(built, corpus):
     assert {(each.repository, each.path) for each in given} == set(names)
     kept = {f"{row['repository']}:{row['path']}" for row in ledger if row["outcome"] == "kept"}
     for row in ledger:
-        assert row["outcome"] in ("kept", "dropped", "duplicate") and bool(row["reason"]) == (row["outcome"] != "kept")
+        assert row["outcome"] in ("kept", "dropped", "duplicate") and bool(row["reason"]) == (
+            row["outcome"] != "kept"
+        )
     by_reason = Counter(row["reason"] for row in ledger)
-    assert by_reason["copy of a repository"] >= 14 and by_reason["benchmark"] == 1 and by_reason["unreadable"] == 2
-    assert by_reason["licence not allowed"] == 8 and by_reason["path leaves its root"] == 1 and by_reason["binary"] == 1
+    assert (
+        by_reason["copy of a repository"] >= 14
+        and by_reason["benchmark"] == 1
+        and by_reason["unreadable"] == 2
+    )
+    assert (
+        by_reason["licence not allowed"] == 8
+        and by_reason["path leaves its root"] == 1
+        and by_reason["binary"] == 1
+    )
     near = [row for row in ledger if row["reason"] in ("near copy", "exact copy")]
     assert all(row["detail"] in kept for row in near)
     assert next(row for row in ledger if row["reason"] == "benchmark")["detail"] == "Toy/7"
-    assert next(row for row in ledger if row["path"] == "pkg/m3.py" and row["repository"] == "fork")["detail"] == "two"
+    assert (
+        next(row for row in ledger if row["path"] == "pkg/m3.py" and row["repository"] == "fork")["detail"]
+        == "two"
+    )
 
 
 def test_shards_agree_with_the_step_in_memory(built, corpus):
@@ -235,7 +253,12 @@ def test_shards_agree_with_the_step_in_memory(built, corpus):
 
 def test_same_bytes_for_two_workers_and_another_order(built, corpus, tokenizer, tmp_path):
     build.build(
-        sources_of(corpus)[::-1], tmp_path / "out", tokenizer, RECIPE, benchmarks=[corpus / "toy.jsonl"], workers=2
+        sources_of(corpus)[::-1],
+        tmp_path / "out",
+        tokenizer,
+        RECIPE,
+        benchmarks=[corpus / "toy.jsonl"],
+        workers=2,
     )
     assert digest(tmp_path / "out") == digest(built)
     assert json.loads((tmp_path / "out" / "timing.json").read_text())["rows"]["workers"] == 2
@@ -245,17 +268,30 @@ def test_same_bytes_for_any_order_of_the_rows_in_a_parquet_file(tokenizer, tmp_p
     """Also where near and exact copies, and several versions of one path, fall into other shards."""
     draw, outs = random.Random(3), []
     texts = [python_file(draw, at, []) for at in range(20)]
-    rows = [{"repository": f"org/r{at % 4}", "path": f"f{at // 4}.py", "content": text} for at, text in enumerate(texts[10:])]
-    rows += [{"repository": "org/copies", "path": f"c{at}.py", "content": text} for at, text in enumerate(texts[10:14])]
-    rows += [{"repository": f"org/r{at % 4}", "path": f"v{at // 4}.py", "content": text + f"# {version}\n"}
-             for at, text in enumerate(texts[:10]) for version in range(3)]   # versions of a path that differ in a line
+    rows = [
+        {"repository": f"org/r{at % 4}", "path": f"f{at // 4}.py", "content": text}
+        for at, text in enumerate(texts[10:])
+    ]
+    rows += [
+        {"repository": "org/copies", "path": f"c{at}.py", "content": text}
+        for at, text in enumerate(texts[10:14])
+    ]
+    rows += [
+        {"repository": f"org/r{at % 4}", "path": f"v{at // 4}.py", "content": text + f"# {version}\n"}
+        for at, text in enumerate(texts[:10])
+        for version in range(3)
+    ]  # versions of a path that differ in a line
     for order in (1, 2, 3):
         random.Random(order).shuffle(rows)
         (folder := tmp_path / f"in{order}").mkdir()
         pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=7)
         outs.append(tmp_path / f"out{order}")
-        build.build([str(folder / "rows.parquet")], outs[-1], tokenizer,
-                    Recipe(length=512, shard_bytes=4_000, licences="any"))
+        build.build(
+            [str(folder / "rows.parquet")],
+            outs[-1],
+            tokenizer,
+            Recipe(length=512, shard_bytes=4_000, licences="any"),
+        )
     assert json.loads((outs[0] / "manifests" / "dedup.json").read_text())["counts"]["near copy"] > 5
     assert digest(outs[0]) == digest(outs[1]) == digest(outs[2])
 
@@ -339,7 +375,7 @@ def test_windows_and_what_is_held_out(corpus, tokenizer, tmp_path):
     kept_out = {row["repository"] for row in held if row["kind"] == "code"}
     assert len(trained) > 2 and kept_out and not trained & kept_out
     assert made.manifests["order"]["counts"]["kept: held out"] == len(held)
-    for at in range(len(rows)):                       # each window of code is a segment of its own
+    for at in range(len(rows)):  # each window of code is a segment of its own
         segments = [record["segment"] for record in rows.examples(at) if record["kind"] == "code"]
         assert len(segments) == len(set(segments))
 
@@ -355,14 +391,17 @@ def test_mix_gives_the_shares_of_tokens(corpus, tokenizer, tmp_path):
         tokens[kinds.pop()] += int((rows[number]["segments"] > 0).sum())
     assert abs(tokens["text"] - 0.2 * sum(tokens.values())) <= 512
     with pytest.raises(ValueError, match="mix names code, maths but the sources are code, text"):
-        build.build(sources_of(corpus), tmp_path / "no", tokenizer, Recipe(mix=(("code", 0.5), ("maths", 0.5))))
+        build.build(
+            sources_of(corpus), tmp_path / "no", tokenizer, Recipe(mix=(("code", 0.5), ("maths", 0.5)))
+        )
 
 
 def test_rates_lie_within_binomial_bounds(tokenizer):
     from codegemma.data import fim
 
     documents = [
-        Document("r", f"m{at}.py", f"def f{at}(x):\n    y = x + {at}\n    return y\n", "python") for at in range(3000)
+        Document("r", f"m{at}.py", f"def f{at}(x):\n    y = x + {at}\n    return y\n", "python")
+        for at in range(3000)
     ]
     recipe = fim.Recipe(0.8, 0.5, 512, seed=3)
     examples = list(fim.fim(documents, tokenizer, recipe))
@@ -382,16 +421,22 @@ def test_show_and_report(built, capsys):
 
     console = Console(width=100, record=True, file=io.StringIO())
     row = next(
-        at for at in range(len(pack.Rows(built))) if any(r["layout"] != "prefix" for r in pack.Rows(built).examples(at))
+        at
+        for at in range(len(pack.Rows(built)))
+        if any(r["layout"] != "prefix" for r in pack.Rows(built).examples(at))
     )
     show.show(built, row, console)
     text = console.export_text()
-    assert "tokens of 512" in text and any(why[:40] in text for why in show.WHY.values()) and "licence" in text
+    assert (
+        "tokens of 512" in text and any(why[:40] in text for why in show.WHY.values()) and "licence" in text
+    )
     with pytest.raises(ValueError, match="it has rows 0 to"):
         show.show(built, 10**6)
     page = report.report(built).read_text()
     assert (
-        page.count("<svg") >= 12 and "http" not in page.split("<h2>Rows")[0] and "src=" not in page.split("<h2>Rows")[0]
+        page.count("<svg") >= 12
+        and "http" not in page.split("<h2>Rows")[0]
+        and "src=" not in page.split("<h2>Rows")[0]
     )
     assert "copy of a repository" in page and "pkg/m3.py" in page
     (built / "report.html").unlink()
@@ -405,7 +450,10 @@ def test_show_and_report(built, capsys):
         ({"languages": ("klingon",)}, "klingon not known"),
         ({"mix": (("code", 0.5),)}, "add up to 1"),
         ({"threshold": 0.1}, "0.5 to 1"),
-        ({"window": (64, 9000)}, "window must be FEWEST:MOST tokens, from 32 to below the row's 8192, got 64:9000"),
+        (
+            {"window": (64, 9000)},
+            "window must be FEWEST:MOST tokens, from 32 to below the row's 8192, got 64:9000",
+        ),
         ({"hold_out": 1.0}, "hold-out must lie from 0 to below 1"),
     ],
 )

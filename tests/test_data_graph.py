@@ -47,7 +47,11 @@ def naive_linear(count, kept):
                 far[i][j] = min(far[i][j], far[i][k] + far[k][j])
     order: list[int] = []
     while len(order) < count:
-        free = [v for v in range(count) if v not in order and all(e.target in order for e in kept if e.source == v)]
+        free = [
+            v
+            for v in range(count)
+            if v not in order and all(e.target in order for e in kept if e.source == v)
+        ]
         order.append(min(free, key=lambda v: (min((far[v][u] for u in order), default=inf), v)))
     return order
 
@@ -78,7 +82,9 @@ def test_ten_thousand_files_in_seconds():
     draw = random.Random(1)
     documents = []
     for at in range(10_000):
-        names = [draw.randrange(at) if at and draw.random() < 0.97 else draw.randrange(10_000) for _ in range(5)]
+        names = [
+            draw.randrange(at) if at and draw.random() < 0.97 else draw.randrange(10_000) for _ in range(5)
+        ]
         lines = "".join(f"from pkg{n % 100}.m{n} import a, b\n" for n in names)
         documents.append(Document("r", f"pkg{at % 100}/m{at}.py", lines, "python"))
     documents.sort(key=lambda doc: doc.path)
@@ -91,7 +97,9 @@ def test_ten_thousand_files_in_seconds():
 def documents_of(files):
     from codegemma.data.documents import language_of
 
-    return [Document("acme/widget", path, text, language_of(path, text)) for path, text in sorted(files.items())]
+    return [
+        Document("acme/widget", path, text, language_of(path, text)) for path, text in sorted(files.items())
+    ]
 
 
 CASES = {
@@ -116,7 +124,7 @@ CASES = {
     "java": (
         {
             "src/main/java/p/A.java": "package p;\nimport p.q.B;\nimport static p.q.C.make;\nimport p.r.*;\nclass A "
-                                      "{}\n",
+            "{}\n",
             "src/main/java/p/q/B.java": "package p.q;\nimport java.util.List;\nclass B {}\n",
             "src/main/java/p/q/C.java": "package p.q;\nclass C {}\n",
             "src/main/java/p/r/D.java": "package p.r;\nclass D {}\n",
@@ -192,7 +200,9 @@ CASES = {
 def test_imports_of_each_language(language):
     files, expected = CASES[language]
     documents = documents_of(files)
-    found = {(documents[e.source].path, documents[e.target].path) for e in graph.edges("acme/widget", documents)}
+    found = {
+        (documents[e.source].path, documents[e.target].path) for e in graph.edges("acme/widget", documents)
+    }
     assert found == expected
 
 
@@ -218,8 +228,12 @@ def test_python_edges_agree_with_grimp(monkeypatch):
         ),
         key=lambda d: d.path,
     )
-    names = {("hypothesis." + d.path[:-3].replace("/", ".")).removesuffix(".__init__"): d.path for d in documents}
-    ours = {(documents[e.source].path, documents[e.target].path) for e in graph.edges("hypothesis", documents)}
+    names = {
+        ("hypothesis." + d.path[:-3].replace("/", ".")).removesuffix(".__init__"): d.path for d in documents
+    }
+    ours = {
+        (documents[e.source].path, documents[e.target].path) for e in graph.edges("hypothesis", documents)
+    }
     built = grimp.build_graph("hypothesis", cache_dir=None)
     theirs = {
         (names[a], names[b])
@@ -291,7 +305,11 @@ def test_c_edges_agree_with_the_compiler(tmp_path):
 )
 def test_names_of_tests(language, test, implementation):
     decoys = {"zz/Unrelated.x": language, "contest.x": language}
-    files = {test: language, implementation: "typescript" if implementation.endswith(".ts") else language, **decoys}
+    files = {
+        test: language,
+        implementation: "typescript" if implementation.endswith(".ts") else language,
+        **decoys,
+    }
     assert tests_beside.implementations(files) == {test: implementation}
 
 

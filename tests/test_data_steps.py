@@ -69,7 +69,15 @@ def test_checkout_without_links_ignored_and_vendored_files(tmp_path):
     (git / "refs/heads/main").write_text("a" * 40 + "\n")
     (git / "config").write_text('[remote "origin"]\n\turl = git@example.org:me/proj.git\n')
     kept, reasons = of(expand(str(root))[0])
-    assert sorted(kept) == [".gitignore", "GNUmakefile", "a.py", "keep.log.py", "sub/.gitignore", "sub/e/d.py", "tool"]
+    assert sorted(kept) == [
+        ".gitignore",
+        "GNUmakefile",
+        "a.py",
+        "keep.log.py",
+        "sub/.gitignore",
+        "sub/e/d.py",
+        "tool",
+    ]
     assert reasons == {
         "b.log.py": "ignored by git",
         "build/": "ignored by git",
@@ -130,7 +138,9 @@ def test_bombs_stop_early(tmp_path):
     )
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros.py", bytes(64_000_000))
-    assert of(Source(tmp_path / "bomb.zip", "zip"), Limits(ratio=50, file_bytes=10**9))[1] == {"": "unreadable"}
+    assert of(Source(tmp_path / "bomb.zip", "zip"), Limits(ratio=50, file_bytes=10**9))[1] == {
+        "": "unreadable"
+    }
     header = tarfile.TarInfo("huge.py")
     header.size = 10**12  # a header that lies, with nothing behind it
     (tmp_path / "lies.tar").write_bytes(header.tobuf() + bytes(1024))
@@ -256,12 +266,18 @@ CODE = "def area(width, height):\n    '''The area of a rectangle.'''\n    return
         (
             "data in code",
             "a.py",
-            "x = (\n" + ("  'QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVphYmNkZWZnaGlqa2xtbm9wcXJzdHV2'\n") * 20 + ")\n",
+            "x = (\n"
+            + ("  'QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVphYmNkZWZnaGlqa2xtbm9wcXJzdHV2'\n") * 20
+            + ")\n",
         ),
         ("unparsable", "a.py", "@@ def )( class [ ~~~\n<<< fn >>> :: ??\n" * 9),
         ("language not wanted", "a.json", '{"a": 1}\n'),
         ("no exact tokens", "a.py", CODE + "# \u2581\n"),
-        ("unsafe content", "a.py", CODE + "note = 'your files have been encrypted, send bitcoin to this wallet'\n"),
+        (
+            "unsafe content",
+            "a.py",
+            CODE + "note = 'your files have been encrypted, send bitcoin to this wallet'\n",
+        ),
         ("", "a.py", CODE),
     ],
 )
@@ -301,7 +317,10 @@ def planted(count=40, seed=5):
         "aws access key": lambda: ("aws_id: {}", "AKIA" + run("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", 16)),
         "google api key": lambda: ("key={}&q=1", "AIza" + run(letters + "_-", 35)),
         "stripe key": lambda: ("charge('{}')", "sk_live_" + run(letters, 24)),
-        "slack token": lambda: ("bot {}", f"xoxb-{run(string.digits, 11)}-{run(string.digits, 11)}-{run(letters, 24)}"),
+        "slack token": lambda: (
+            "bot {}",
+            f"xoxb-{run(string.digits, 11)}-{run(string.digits, 11)}-{run(letters, 24)}",
+        ),
         "password": lambda: (
             'password = "{}"',
             run(lower, 4) + run(string.digits, 3) + run("!#&*", 1) + run(string.ascii_uppercase, 4),
@@ -329,9 +348,9 @@ def planted(count=40, seed=5):
         "ipv6": lambda: ("[{}]:80", "2a00:1450:" + ":".join(run("0123456789abcdef", 4) for _ in range(6))),
         "phone": lambda: (
             "call {} today",
-            draw.choice(["+44 20 7946 {:04d}", "+1-415-867-{:04d}", "(415) 867-{:04d}", "415-867-{:04d}"]).format(
-                draw.randrange(1000, 9999)
-            ),
+            draw.choice(
+                ["+44 20 7946 {:04d}", "+1-415-867-{:04d}", "(415) 867-{:04d}", "415-867-{:04d}"]
+            ).format(draw.randrange(1000, 9999)),
         ),
         "author": lambda: ("# Author: {}", f"{run(lower, 6).title()} {run(lower, 8).title()}"),
     }
@@ -369,7 +388,13 @@ def planted(count=40, seed=5):
             template, value = make()
             values.append((kind, value))
             truth[kind] += 1
-            lines += ["def compute(value):", "    return value + 1", template.format(value), draw.choice(decoys), ""]
+            lines += [
+                "def compute(value):",
+                "    return value + 1",
+                template.format(value),
+                draw.choice(decoys),
+                "",
+            ]
     return "\n".join(lines + decoys), values, truth
 
 
@@ -381,7 +406,9 @@ def test_precision_and_recall_on_a_planted_corpus(capsys):
     wrong = []
     for finding in found:
         piece = text[finding.start : finding.end]
-        match = next((kind for kind, value in values if piece in value and len(piece) >= 8 or piece == value), None)
+        match = next(
+            (kind for kind, value in values if piece in value and len(piece) >= 8 or piece == value), None
+        )
         if match:
             right[match] += 1
         else:
@@ -477,7 +504,8 @@ def test_shingles_equal_a_slow_twin():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sets(st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda p: p[0] < p[1]), max_size=30), st.randoms()
+    st.sets(st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda p: p[0] < p[1]), max_size=30),
+    st.randoms(),
 )
 def test_whatever_is_dropped_is_like_one_that_is_kept(pairs, draw):
     edges = [(a, b, 0.9) for a, b in pairs]
@@ -492,7 +520,9 @@ def test_whatever_is_dropped_is_like_one_that_is_kept(pairs, draw):
 
 def test_planted_copies_and_order():
     draw = random.Random(11)
-    texts = [" ".join("".join(draw.choices(string.ascii_lowercase, k=5)) for _ in range(300)) for _ in range(20)]
+    texts = [
+        " ".join("".join(draw.choices(string.ascii_lowercase, k=5)) for _ in range(300)) for _ in range(20)
+    ]
     near = [" ".join(mutated(text.split(), 0.01, draw)) for text in texts[:8]]
     found = [Document(f"a{at}", "x.py", text) for at, text in enumerate(texts)]
     found += [Document(f"b{at}", "x.py", text) for at, text in enumerate(near)] + [
@@ -503,7 +533,9 @@ def test_planted_copies_and_order():
         random.Random(seed).shuffle(found)
         result = list(dedup.dedup(found))
         assert {each.name for each in result if isinstance(each, Document)} == expected
-        assert all(each.outcome == "duplicate" and each.detail for each in result if isinstance(each, Outcome))
+        assert all(
+            each.outcome == "duplicate" and each.detail for each in result if isinstance(each, Outcome)
+        )
 
 
 @pytest.mark.parametrize("name", ["humaneval/HumanEval.jsonl.gz", "mbpp/mbpp.jsonl.gz"])
@@ -518,7 +550,10 @@ def test_benchmark_problems_are_found(name):
     missed = total = 0
     for line in gzip.decompress(file.read_bytes()).decode().splitlines():
         record = json.loads(line)
-        text = record.get("prompt", "") + record.get("canonical_solution", "") or record["text"] + "\n" + record["code"]
+        text = (
+            record.get("prompt", "") + record.get("canonical_solution", "")
+            or record["text"] + "\n" + record["code"]
+        )
         planted_file = "import os\n\n" + CODE * 5 + text + "\n\n" + CODE * 5
         total += 1
         missed += not benchmarks(dedup.words(planted_file))
@@ -629,7 +664,9 @@ def test_nodes_are_drawn_in_proportion_to_their_size():
             sizes[node.start_byte, node.end_byte] = (
                 sizes.get((node.start_byte, node.end_byte), 0) + node.end_byte - node.start_byte
             )
-    drawn = Counter(fim._node(tree, fim.Draw("n", at), 0, tree.root_node.end_byte, 10**9) for at in range(4000))
+    drawn = Counter(
+        fim._node(tree, fim.Draw("n", at), 0, tree.root_node.end_byte, 10**9) for at in range(4000)
+    )
     whole = sum(sizes.values())
     assert set(drawn) <= set(sizes)
     for node, size in sizes.items():
@@ -638,17 +675,27 @@ def test_nodes_are_drawn_in_proportion_to_their_size():
 
 
 CODE_TEXT = "import os\n\n\n" + "".join(
-    f"def f{at}(a, b):\n    \'\'\'Säy \u4e16 {at}.\'\'\'\n    if a > b:\n        return a\n    total = a + {at}\n"
+    f"def f{at}(a, b):\n    '''Säy \u4e16 {at}.'''\n    if a > b:\n        return a\n    total = a + {at}\n"
     "    return total * 2\n\n\n"
     for at in range(40)
 )
 
 
-@pytest.mark.parametrize(("text", "language"), [(CODE_TEXT, "python"), ("世🎉\r\n<eos> é\t(\n" * 300, "text")])
+@pytest.mark.parametrize(
+    ("text", "language"), [(CODE_TEXT, "python"), ("世🎉\r\n<eos> é\t(\n" * 300, "text")]
+)
 @pytest.mark.parametrize("limit", [None, 6])
 def test_windows_are_prompts_of_inference_with_their_answer(tokenizer, text, language, limit):
-    recipe = fim.Recipe(0.9, 0.5, 160, window=(64, 159), stride=150, suffix_limit=limit, path_rate=0.5,
-                        loss=frozenset({"middle", "terminator"}))
+    recipe = fim.Recipe(
+        0.9,
+        0.5,
+        160,
+        window=(64, 159),
+        stride=150,
+        suffix_limit=limit,
+        path_rate=0.5,
+        loss=frozenset({"middle", "terminator"}),
+    )
     examples = list(fim.fim([Document("r", "a/p.py", text, language)], tokenizer, recipe))
     assert len(examples) > 0.7 * len(text) / 150
     layouts, paths = Counter(), Counter()
@@ -666,7 +713,9 @@ def test_windows_are_prompts_of_inference_with_their_answer(tokenizer, text, lan
         path = None if ids[0] in (tokenizer.control.fim_prefix, tokenizer.control.fim_suffix) else "a/p.py"
         answer = tokenizer.encode(middle) + [tokenizer.control.file_separator]
         assert ids == prompts.fim(tokenizer, prefix, suffix, path, layout=example.layout).ids[1:] + answer
-        assert learned == answer and middle.strip() and (limit is None or len(tokenizer.encode(suffix)) <= limit)
+        assert (
+            learned == answer and middle.strip() and (limit is None or len(tokenizer.encode(suffix)) <= limit)
+        )
         paths[path] += 1
     assert set(layouts) == {"psm", "spm", "prefix"} and min(paths["a/p.py"], paths[None]) > len(examples) / 5
 
@@ -683,9 +732,13 @@ def test_windows_have_the_holes_of_humaneval_infilling(tokenizer):
             assert example.split.kind != "line" or CODE_TEXT[start:end].count("\n") == 1
         if example.split.kind == "function end":
             assert example.split.end == example.size and CODE_TEXT[end : end + 2] == "\n\n"
-    alone = [e for e in examples if CODE_TEXT[e.offset :].startswith("def f") and
-             CODE_TEXT[e.offset + e.size - 10 : e.offset + e.size] == "total * 2\n"]
-    assert len(alone) > len(examples) / 20             # whole functions by themselves
+    alone = [
+        e
+        for e in examples
+        if CODE_TEXT[e.offset :].startswith("def f")
+        and CODE_TEXT[e.offset + e.size - 10 : e.offset + e.size] == "total * 2\n"
+    ]
+    assert len(alone) > len(examples) / 20  # whole functions by themselves
 
 
 # ---------------------------------------------------------------------------------------------------- pack
@@ -703,7 +756,9 @@ def test_rows_hold_everything_once_and_nothing_overflows(sizes):
 def test_groups_stay_whole_where_they_fit(tokenizer):
     examples = list(
         fim.fim(
-            [Document("r", f"{at}.py", "x = 1\n" * 3, "python") for at in range(8)], tokenizer, fim.Recipe(length=128)
+            [Document("r", f"{at}.py", "x = 1\n" * 3, "python") for at in range(8)],
+            tokenizer,
+            fim.Recipe(length=128),
         )
     )
     group = pack.Group(examples[:3], "graph")

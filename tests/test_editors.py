@@ -36,7 +36,10 @@ def test_the_documentation_has_what_the_command_prints(editor, capsys, monkeypat
 
 def test_the_documentation_has_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", DOCS, re.M))
-    assert rows == {name: json.dumps(value) for name, value in zip(lsp.names(), vars(lsp.Settings()).values(), strict=True)}
+    assert rows == {
+        name: json.dumps(value)
+        for name, value in zip(lsp.names(), vars(lsp.Settings()).values(), strict=True)
+    }
 
 
 @pytest.mark.parametrize("editor", SETUPS)
@@ -104,17 +107,24 @@ def test_comments_and_all_else_stay_where_settings_are_merged():
     changed = [line for line in difflib.ndiff(SETTINGS.splitlines(), new.splitlines()) if line[0] == "-"]
     assert changed == ['-   "edit_predictions": {"mode": "subtle", "provider": "zed"},']
     kept = json.loads(editors._bare(new))
-    assert kept["edit_predictions"] == {"mode": "subtle"} | ours["edit_predictions"] and kept["url"] == "http://x/{"
+    assert (
+        kept["edit_predictions"] == {"mode": "subtle"} | ours["edit_predictions"]
+        and kept["url"] == "http://x/{"
+    )
     assert merged_json(new, ours, "settings.json") == new
     for broken in ("[1]", '{"a": ', "nonsense", '"text"'):
         with pytest.raises(ValueError, match="mend it first"):
             merged_json(broken, ours, "settings.json")
 
 
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
 OBJECTS = st.dictionaries(st.text(max_size=3), VALUES, max_size=4)
-OURS = st.dictionaries(st.text(max_size=3), st.integers() | st.dictionaries(st.text(max_size=3), st.integers()), max_size=3)
+OURS = st.dictionaries(
+    st.text(max_size=3), st.integers() | st.dictionaries(st.text(max_size=3), st.integers()), max_size=3
+)
 
 
 @settings(max_examples=100, deadline=None)

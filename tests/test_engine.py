@@ -31,7 +31,9 @@ PRETTY = Tokenizer.from_pieces(*tiny_pieces(KINDS["gemma-mqa"]))
 
 def native(kind, type="F32", threads=1, level=None, seed=0, **changes):
     config = tiny_config(kind, **(WIDE if type.endswith("K") else {}) | changes)
-    return Native(Checkpoint(Path("tiny"), config, tiny_tensors(config, type, seed), {}, None), threads, level)
+    return Native(
+        Checkpoint(Path("tiny"), config, tiny_tensors(config, type, seed), {}, None), threads, level
+    )
 
 
 def random_ids(count, seed=0, vocab=515):
@@ -43,10 +45,12 @@ def logits_in_chunks(backend, ids, chunks, wanted=None):
     pages = [backend.new_page() for _ in range(-(-len(ids) // PAGE))]
     parts, at = [], 0
     for size in chunks:
-        part = ids[at:at + size]
+        part = ids[at : at + size]
         result = backend.run([Slice(part, at, pages, len(part) if wanted is None else wanted)])
-        parts += [(result.values[i].tobytes(), int(result.argmax[i]), float(result.normaliser[i]))
-                  for i in range(len(result.argmax))]
+        parts += [
+            (result.values[i].tobytes(), int(result.argmax[i]), float(result.normaliser[i]))
+            for i in range(len(result.argmax))
+        ]
         at += len(part)
         if at >= len(ids):
             break
@@ -59,9 +63,15 @@ def repeated(size):
 
 
 # ------------------------------------------------------------------------------------------------ laws of the backend
-@pytest.mark.parametrize("kind, type", [*((kind, "F32") for kind in KINDS), *((kind, "Q8_0") for kind in KINDS),
-                                        *(("gemma3", type) for type in TYPES if type not in ("F32", "Q8_0")),
-                                        ("gemma2", "Q4_K")])
+@pytest.mark.parametrize(
+    "kind, type",
+    [
+        *((kind, "F32") for kind in KINDS),
+        *((kind, "Q8_0") for kind in KINDS),
+        *(("gemma3", type) for type in TYPES if type not in ("F32", "Q8_0")),
+        ("gemma2", "Q4_K"),
+    ],
+)
 def test_chunks_change_nothing(kind, type):
     """Across pages (64), attention segments (256) and sliding windows (8)."""
     backend, ids = native(kind, type), random_ids(300)
@@ -73,8 +83,9 @@ def test_chunks_change_nothing(kind, type):
     assert logits_in_chunks(backend, ids, [299, 1], wanted=1) == [whole[298], whole[299]]
 
 
-@pytest.mark.parametrize("kind, type", [("gemma-mqa", "F32"), ("gemma-mha", "Q4_0"), ("gemma2", "Q5_K"),
-                                        ("gemma3", "Q5_0")])
+@pytest.mark.parametrize(
+    "kind, type", [("gemma-mqa", "F32"), ("gemma-mha", "Q4_0"), ("gemma2", "Q5_K"), ("gemma3", "Q5_0")]
+)
 def test_threads_change_nothing(kind, type):
     ids = random_ids(300)
     one = logits_in_chunks(native(kind, type, threads=1), ids, [260, 3, *[1] * 37])
@@ -82,8 +93,9 @@ def test_threads_change_nothing(kind, type):
         assert logits_in_chunks(native(kind, type, threads), ids, [260, 3, *[1] * 37]) == one
 
 
-@pytest.mark.parametrize("kind, type", [("gemma-mqa", "Q4_0"), ("gemma-mha", "F32"), ("gemma2", "Q6_K"),
-                                        ("gemma3", "Q4_K")])
+@pytest.mark.parametrize(
+    "kind, type", [("gemma-mqa", "Q4_0"), ("gemma-mha", "F32"), ("gemma2", "Q6_K"), ("gemma3", "Q4_K")]
+)
 def test_neighbours_change_nothing(kind, type):
     """Nine sequences of different lengths, prompts and single tokens mixed, in any order."""
     backend = native(kind, type, threads=2)
@@ -94,8 +106,8 @@ def test_neighbours_change_nothing(kind, type):
         order = rng.permutation(len(texts))
         heads = {i: int(rng.integers(0, len(texts[i]))) for i in order}  # this much was read before
         pages = {i: [backend.new_page() for _ in range(-(-len(texts[i]) // PAGE))] for i in order}
-        backend.run([Slice(texts[i][:heads[i]], 0, pages[i], 0) for i in order if heads[i]])
-        result = backend.run([Slice(texts[i][heads[i]:], heads[i], pages[i], 1) for i in order])
+        backend.run([Slice(texts[i][: heads[i]], 0, pages[i], 0) for i in order if heads[i]])
+        result = backend.run([Slice(texts[i][heads[i] :], heads[i], pages[i], 1) for i in order])
         for row, i in enumerate(order):
             assert result.values[row].tobytes() == alone[i][0]
             assert (int(result.argmax[row]), float(result.normaliser[row])) == alone[i][1:]
@@ -128,10 +140,10 @@ def test_argmax_takes_the_lowest_of_equals_and_normaliser_is_log_sum_exp():
         row = np.frombuffer(values, np.float32).astype(np.float64)
         assert argmax == int(row.argmax())
         assert abs(normaliser - np.log(np.exp(row - row.max()).sum()) - row.max()) < 1e-5
-    config = tiny_config("gemma-mqa", vocab=9000)   # two partial sums
+    config = tiny_config("gemma-mqa", vocab=9000)  # two partial sums
     tensors = tiny_tensors(config) | {"embed": Tensor.of(np.ones((9000, config.width), np.float32))}
     flat = Native(Checkpoint(Path("tiny"), config, tensors, {}, None), 2)
-    (_, argmax, normaliser), = logits_in_chunks(flat, [2], [1])
+    ((_, argmax, normaliser),) = logits_in_chunks(flat, [2], [1])
     assert argmax == 0 and abs(normaliser - flat._buffers.values[0, 0] - np.log(9000)) < 1e-5
 
 
@@ -168,17 +180,33 @@ def run_all(engine, requests, order=None):
     return [steps[index] for index in range(len(requests))]
 
 
-@pytest.mark.parametrize("kind, type", [*((kind, "Q4_0") for kind in KINDS), ("gemma3", "Q4_K"), ("gemma2", "F32")])
+@pytest.mark.parametrize(
+    "kind, type", [*((kind, "Q4_0") for kind in KINDS), ("gemma3", "Q4_K"), ("gemma2", "F32")]
+)
 def test_cache_batches_and_speculation_change_no_step(kind, type):
     backend = Counting(native(kind, type, threads=2))
     base = random_ids(100)
-    prompts = [base, base[:70] + random_ids(30, 1), base[:64], base + random_ids(150, 2), random_ids(9, 3),
-               base[:20] + [7, 8, 9, 10] * 20, base]
-    draws = [Sampling(), Sampling(temperature=0.3, seed=5), Sampling(temperature=1, top_k=40, top_p=0.9, seed=6)]
+    prompts = [
+        base,
+        base[:70] + random_ids(30, 1),
+        base[:64],
+        base + random_ids(150, 2),
+        random_ids(9, 3),
+        base[:20] + [7, 8, 9, 10] * 20,
+        base,
+    ]
+    draws = [
+        Sampling(),
+        Sampling(temperature=0.3, seed=5),
+        Sampling(temperature=1, top_k=40, top_p=0.9, seed=6),
+    ]
     requests = [Request(prompt, 12, draws[i % 3], top=2) for i, prompt in enumerate(prompts)]
-    fresh = [list(Engine(backend, cache_bytes=0).generate(replace(request, speculate=False))) for request in requests]
+    fresh = [
+        list(Engine(backend, cache_bytes=0).generate(replace(request, speculate=False)))
+        for request in requests
+    ]
     shared = Engine(backend)
-    for _ in range(2):                   # the second time all is cached
+    for _ in range(2):  # the second time all is cached
         assert [list(shared.generate(request)) for request in requests] == fresh
     assert run_all(Engine(backend), requests) == fresh
     assert run_all(Engine(backend), requests, order=[4, 2, 6, 0, 5, 3, 1]) == fresh
@@ -192,7 +220,7 @@ def test_cached_prefix_is_not_computed_again():
     assert backend.tokens == 200
     assert list(engine.generate(Request(ids, 1))) == first and backend.tokens == 201
     one = engine.start(Request(ids[:150] + [9] * 20, 1))
-    assert one.cached == 150             # in the middle of a page
+    assert one.cached == 150  # in the middle of a page
 
 
 def test_shared_prefix_of_a_batch_is_computed_once():
@@ -246,19 +274,21 @@ def test_a_shared_page_is_copied_before_it_is_written():
 def test_speculation_drafts_and_is_worth_it():
     """A script that repeats itself: most of its tokens come from drafts, in far fewer runs, and none is wrong."""
     script = random_ids(6) + [11, 12, 13, 14, 15, 16, 17, 18] * 30
-    script[150] = 99                     # a draft that fails
+    script[150] = 99  # a draft that fails
     backend = Counting(Scripted(script))
     plain = list(Engine(backend).generate(Request(script[:30], 200, speculate=False)))
     assert backend.runs == 200
     backend.runs = 0
     assert list(Engine(backend).generate(Request(script[:30], 200))) == plain
-    assert backend.runs < 60 and backend.copies == 0     # rows of refused drafts are given back
+    assert backend.runs < 60 and backend.copies == 0  # rows of refused drafts are given back
     assert [step.token for step in plain] == script[30:230]
 
 
 def test_engine_logits_are_those_of_the_backend():
     backend, ids = native("gemma3", "Q8_0"), random_ids(150)
-    rows = np.array([np.frombuffer(values, np.float32) for values, *_ in logits_in_chunks(backend, ids, [150])])
+    rows = np.array(
+        [np.frombuffer(values, np.float32) for values, *_ in logits_in_chunks(backend, ids, [150])]
+    )
     engine = Engine(backend)
     for start in (0, 1, 64, 100, 149):
         assert engine.logits(ids, start).tobytes() == rows[start:].tobytes()
@@ -333,14 +363,16 @@ def test_steps_tell_token_text_and_logprob():
     assert [step.token for step in steps] == [*PRETTY.encode("def"), 1]
     assert all(abs(step.logprob - logprob) < 1e-6 and step.top == () for step in steps)
     top = say("def", top=3)[0].top
-    assert top[0] == (PRETTY.encode("def")[0], pytest.approx(logprob)) and [token for token, _ in top[1:]] == [0, 1]
+    assert top[0] == (PRETTY.encode("def")[0], pytest.approx(logprob)) and [
+        token for token, _ in top[1:]
+    ] == [0, 1]
 
 
 def test_text_never_holds_half_a_character():
-    text = "né 😀 漢字"                     # bytes, in this vocabulary
+    text = "né 😀 漢字"  # bytes, in this vocabulary
     steps = say(text)
     assert "".join(step.text for step in steps) == text and not any("\ufffd" in step.text for step in steps)
-    cut = say(text, max_tokens=2)        # in the middle of é
+    cut = say(text, max_tokens=2)  # in the middle of é
     assert [step.text for step in cut] == ["n", "\ufffd"] and cut[-1].stop == "length"
 
 
@@ -349,10 +381,10 @@ def test_text_never_holds_half_a_character():
 def test_stop_texts_end_the_text_before_the_first(text, stops):
     steps = say(text, stop=stops)
     expected, ended = text, "end"
-    for size in range(len(text) + 1):    # the first moment at which any is complete
+    for size in range(len(text) + 1):  # the first moment at which any is complete
         found = [at for at in (text[:size].find(stop) for stop in stops) if at >= 0]
         if found:
-            expected, ended = text[:min(found)], "stop_text"
+            expected, ended = text[: min(found)], "stop_text"
             break
     assert "".join(step.text for step in steps) == expected
     assert steps[-1].stop == ended and all(step.stop is None for step in steps[:-1])
@@ -360,7 +392,11 @@ def test_stop_texts_end_the_text_before_the_first(text, stops):
 
 def test_text_held_for_a_stop_text_comes_out_in_the_end():
     assert [(step.text, step.stop) for step in say("a<b", stop=["<bc"])] == [
-        ("a", None), ("", None), ("", None), ("<b", "end")]
+        ("a", None),
+        ("", None),
+        ("", None),
+        ("<b", "end"),
+    ]
     assert say("a<b", stop=["<bc"], max_tokens=3)[-1] == replace(say("a<b", max_tokens=3)[-1], text="<b")
 
 
@@ -376,11 +412,18 @@ def test_length_and_context_bound_the_text():
     assert engine.cache.find(script[:100])[1] == 100
 
 
-@pytest.mark.parametrize("request_, message", [
-    (Request([]), "the prompt is empty"), (Request([2, 515]), "token id 515, but the vocabulary has 515 ids"),
-    (Request([2, -1]), "token id -1"), (Request([2], max_tokens=-1), "max_tokens and top must be at least 0, got -1"),
-    (Request([2], top=-1), "at least 0"), (Request([2], stop="ab"), "a list of texts"),
-    (Request([2], stop=["a", ""]), "none of them empty")])
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (Request([]), "the prompt is empty"),
+        (Request([2, 515]), "token id 515, but the vocabulary has 515 ids"),
+        (Request([2, -1]), "token id -1"),
+        (Request([2], max_tokens=-1), "max_tokens and top must be at least 0, got -1"),
+        (Request([2], top=-1), "at least 0"),
+        (Request([2], stop="ab"), "a list of texts"),
+        (Request([2], stop=["a", ""]), "none of them empty"),
+    ],
+)
 def test_bad_requests_are_refused_at_once(request_, message):
     with pytest.raises(ValueError, match=message):
         Engine(Scripted([2]), PRETTY).generate(request_)
@@ -407,9 +450,15 @@ def test_long_prompts_do_not_hold_up_the_others():
 @pytest.fixture(scope="module")
 def heavy():
     """A model whose prompt of 4,000 tokens takes seconds."""
-    config = tiny_config("gemma-mqa", layers=6, width=1024, heads=8, head_width=128, ffn_width=4096, context=8192)
-    tensors = {place.name: Tensor.of(np.ones(place.shape, np.float32)) if place.is_norm else
-               random_blocks("Q4_0", place.shape, place.shape[-1] ** -0.5) for place in places(config, "gguf")}
+    config = tiny_config(
+        "gemma-mqa", layers=6, width=1024, heads=8, head_width=128, ffn_width=4096, context=8192
+    )
+    tensors = {
+        place.name: Tensor.of(np.ones(place.shape, np.float32))
+        if place.is_norm
+        else random_blocks("Q4_0", place.shape, place.shape[-1] ** -0.5)
+        for place in places(config, "gguf")
+    }
     return Native(Checkpoint(Path("heavy"), config, tensors, {}, None), 2)
 
 
@@ -460,7 +509,7 @@ def test_cancel_before_and_between_steps():
 
 def test_a_request_that_waits_for_another_can_be_cancelled():
     engine, cancel = Engine(Scripted(random_ids(60))), Cancel()
-    with engine.lock:                    # another's step
+    with engine.lock:  # another's step
         steps = engine.generate(Request([2], 4), cancel)
         threading.Timer(0.05, cancel.set).start()
         assert [step.stop for step in steps] == ["cancelled"]
@@ -486,7 +535,7 @@ def probabilities(s, logits_V, context=()):
     p = np.exp(x / s.temperature - (x / s.temperature).max())
     ranked = sorted(range(len(p)), key=lambda i: (-p[i], i))
     if s.top_k:
-        ranked = ranked[:s.top_k]
+        ranked = ranked[: s.top_k]
     total, kept, mass = sum(p[i] for i in ranked), [], 0.0
     for i in ranked:
         if kept and (mass / total >= s.top_p or p[i] / p[ranked[0]] < s.min_p):
@@ -498,16 +547,28 @@ def probabilities(s, logits_V, context=()):
     return q
 
 
-@pytest.mark.parametrize("s", [
-    Sampling(1.0), Sampling(0.5), Sampling(2.0, top_k=5), Sampling(1.0, top_p=0.7), Sampling(1.0, min_p=0.2),
-    Sampling(1.3, top_k=8, top_p=0.9, min_p=0.05), Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.0),
-    Sampling(0.8, repeat_penalty=1.5)])
+@pytest.mark.parametrize(
+    "s",
+    [
+        Sampling(1.0),
+        Sampling(0.5),
+        Sampling(2.0, top_k=5),
+        Sampling(1.0, top_p=0.7),
+        Sampling(1.0, min_p=0.2),
+        Sampling(1.3, top_k=8, top_p=0.9, min_p=0.05),
+        Sampling(1.0, top_k=1),
+        Sampling(1.0, top_p=0.0),
+        Sampling(0.8, repeat_penalty=1.5),
+    ],
+)
 def test_draws_follow_the_distribution(s):
     """Pearson's chi-square of 4,000 draws, below the point that one in 10,000 exceeds (Wilson and Hilferty)."""
     logits_V = np.random.default_rng(3).normal(0, 1.5, 12).astype(np.float32)
     context = [0, 3, 3, 7]
     expected = probabilities(s, logits_V, context) * 4000
-    draws = [sampling.choose(replace(s, seed=9), logits_V, int(logits_V.argmax()), context, i) for i in range(4000)]
+    draws = [
+        sampling.choose(replace(s, seed=9), logits_V, int(logits_V.argmax()), context, i) for i in range(4000)
+    ]
     counts = np.bincount(draws, minlength=12)
     assert counts[expected == 0].sum() == 0
     kept = expected > 0
@@ -518,8 +579,18 @@ def test_draws_follow_the_distribution(s):
     assert [sampling.choose(replace(s, seed=9), logits_V, 0, context, i) for i in range(50)] == draws[:50]
 
 
-@pytest.mark.parametrize("options", [{"top_p": 0.95}, {"top_p": 0.3}, {"top_p": 0.0}, {"min_p": 0.05},
-                                     {"top_p": 0.9, "min_p": 1e-3}, {"top_k": 7}, {"top_k": 40, "top_p": 0.8}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.95},
+        {"top_p": 0.3},
+        {"top_p": 0.0},
+        {"min_p": 0.05},
+        {"top_p": 0.9, "min_p": 1e-3},
+        {"top_k": 7},
+        {"top_k": 40, "top_p": 0.8},
+    ],
+)
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
 def test_a_draw_is_that_of_the_whole_vocabulary_in_order(options, scale):
     """Where the filters leave a small part of many tokens, and ties go to the lowest id."""
@@ -528,11 +599,14 @@ def test_a_draw_is_that_of_the_whole_vocabulary_in_order(options, scale):
         logits_V = rng.normal(0, scale, size)
         logits_V[rng.integers(0, size, 3)] = logits_V.max()
         q = probabilities(s, logits_V)
-        kept = np.lexsort((np.arange(size), -q))[:np.count_nonzero(q)]
+        kept = np.lexsort((np.arange(size), -q))[: np.count_nonzero(q)]
         cumulative = np.cumsum(q[kept])
         for i in range(40):
             uniform = sampling._uniform(s.seed, i)
-            assert sampling.choose(s, logits_V, 0, [], i) == kept[int(np.searchsorted(cumulative, uniform, "right"))]
+            assert (
+                sampling.choose(s, logits_V, 0, [], i)
+                == kept[int(np.searchsorted(cumulative, uniform, "right"))]
+            )
 
 
 def test_greedy_takes_the_argmax_and_penalties_move_it():
@@ -549,25 +623,48 @@ def test_greedy_takes_the_argmax_and_penalties_move_it():
 def test_openai_penalties_count_what_was_generated_alone():
     """logit - frequency * count - presence * (count > 0), and the bias on top; the prompt's tokens count for nothing."""
     logits_V, context = np.array([1.0, 3.0, 2.9, -1.0], np.float32), [1, 1, 2, 2, 0]
-    for presence, frequency, bias, index in ((0.2, 0, (), 3), (0.0, 0.04, (), 3), (0.0, 0.06, (), 3), (0.5, 1.0, (), 0),
-                                             (0.0, 0.0, ((3, 4.1), (1, -100)), 2), (-2.0, -0.5, (), 3), (2, 2, ((0, 1.5),), 5)):
+    for presence, frequency, bias, index in (
+        (0.2, 0, (), 3),
+        (0.0, 0.04, (), 3),
+        (0.0, 0.06, (), 3),
+        (0.5, 1.0, (), 0),
+        (0.0, 0.0, ((3, 4.1), (1, -100)), 2),
+        (-2.0, -0.5, (), 3),
+        (2, 2, ((0, 1.5),), 5),
+    ):
         penalised = sampling.Sampling(presence_penalty=presence, frequency_penalty=frequency, bias=bias)
         expected = logits_V.astype(np.float64)
         for token in range(4):
-            count = context[5 - index:].count(token)
+            count = context[5 - index :].count(token)
             expected[token] += dict(bias).get(token, 0) - frequency * count - presence * (count > 0)
         assert sampling.choose(penalised, logits_V, 1, context, index) == expected.argmax()
 
 
 def test_top_orders_by_value_then_id():
     values = np.array([1, 5, 5, 2, 5], np.float32)
-    assert [sampling.top(values, k).tolist() for k in (1, 2, 4, 9)] == [[1], [1, 2], [1, 2, 4, 3], [1, 2, 4, 3, 0]]
+    assert [sampling.top(values, k).tolist() for k in (1, 2, 4, 9)] == [
+        [1],
+        [1, 2],
+        [1, 2, 4, 3],
+        [1, 2, 4, 3, 0],
+    ]
 
 
-@pytest.mark.parametrize("field, value", [
-    ("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 1.1), ("min_p", 2),
-    ("repeat_penalty", 0), ("repeat_penalty", float("inf")), ("presence_penalty", 2.1), ("frequency_penalty", float("nan")),
-    ("bias", ((0, float("nan")),))])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 1.1),
+        ("min_p", 2),
+        ("repeat_penalty", 0),
+        ("repeat_penalty", float("inf")),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("bias", ((0, float("nan")),)),
+    ],
+)
 def test_sampling_refuses_what_means_nothing(field, value):
     with pytest.raises(ValueError, match=f"sampling: {field} must be"):
         Sampling(**{field: value})

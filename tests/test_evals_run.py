@@ -25,8 +25,14 @@ def echo_judge(items, completions):
 
 
 ECHO = Generate("echo", "Echo", echo_items, echo_judge)
-PAIRS = Choose("pairs", "Pairs", lambda _: ([Item(str(i), choices=(("a", " yes"), ("a", " no!")), target=i % 2)
-                                             for i in range(70)], "0-shot"))
+PAIRS = Choose(
+    "pairs",
+    "Pairs",
+    lambda _: (
+        [Item(str(i), choices=(("a", " yes"), ("a", " no!")), target=i % 2) for i in range(70)],
+        "0-shot",
+    ),
+)
 
 
 def even(prompt, number):
@@ -65,7 +71,9 @@ def test_a_torn_line_is_dropped_and_other_settings_are_refused(tmp_path):
 
 
 def test_choices_are_scored_by_likelihood(tmp_path):
-    summary = run(PAIRS, Fixed(logprob=lambda context, rest: -1.0 if "yes" in rest else -2.0), Records(), tmp_path)
+    summary = run(
+        PAIRS, Fixed(logprob=lambda context, rest: -1.0 if "yes" in rest else -2.0), Records(), tmp_path
+    )
     assert summary["score"] == 0.5 and summary["items"] == 70
     sample = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[1])
     assert (sample["completion"], sample["passed"], sample["logprobs"]) == (" yes", False, [-4.0, -8.0])
@@ -90,6 +98,7 @@ def test_the_report_and_the_comparison(tmp_path):
 def test_the_command_runs_benchmarks_by_name(tmp_path, monkeypatch):
     records("boolq")
     from evaldata import FOLDER
+
     monkeypatch.setattr(cli, "open_model", lambda *_: Fixed(logprob=lambda context, rest: -len(rest)))
     where = ["--data", str(FOLDER), "--out", str(tmp_path)]
     said = CliRunner().invoke(cli.app, ["boolq", "piqa", "--limit", "20", *where])
@@ -105,16 +114,28 @@ def test_the_card_is_the_model_cards_tables():
     assert len(CARD) == 2 + 2 + 16 + 7 + 2 and "babelcode-mbpp-kotlin" in CARD and set(CARD) <= set(TASKS)
 
 
-@pytest.mark.parametrize(("name", "file", "count", "shots"), [
-    ("boolq", "boolq", 3270, 0), ("piqa", "piqa", 1838, 0), ("triviaqa", "triviaqa", 7988, 5),
-    ("arc-c", "arc-c-test", 1172, 25), ("arc-e", "arc-e-test", 2376, 0), ("hellaswag", "hellaswag", 10032, 10),
-    ("mmlu", "mmlu-test", None, 5), ("winogrande", "winogrande", 1262, 5), ("gsm8k", "gsm8k-test", 1319, 5)])
+@pytest.mark.parametrize(
+    ("name", "file", "count", "shots"),
+    [
+        ("boolq", "boolq", 3270, 0),
+        ("piqa", "piqa", 1838, 0),
+        ("triviaqa", "triviaqa", 7988, 5),
+        ("arc-c", "arc-c-test", 1172, 25),
+        ("arc-e", "arc-e-test", 2376, 0),
+        ("hellaswag", "hellaswag", 10032, 10),
+        ("mmlu", "mmlu-test", None, 5),
+        ("winogrande", "winogrande", 1262, 5),
+        ("gsm8k", "gsm8k-test", 1319, 5),
+    ],
+)
 def test_language_items(name, file, count, shots):
     found = records(file)
     items, note = TASKS[name].items(found)
     assert len(items) == (count or len(found(file))) and len({item.id for item in items}) == len(items)
     assert ("0-shot" if shots == 0 else f"{shots}-shot") in note
-    contexts = {context for item in items[:3] for context, _ in item.choices} or {item.prompt for item in items[:3]}
+    contexts = {context for item in items[:3] for context, _ in item.choices} or {
+        item.prompt for item in items[:3]
+    }
     assert all(context.count("\n\n") >= shots for context in contexts)
     if items[0].choices:
         assert all(text.startswith(" ") for item in items for _, text in item.choices)
@@ -124,8 +145,10 @@ def test_language_items(name, file, count, shots):
 def test_the_partial_scoring_of_winogrande():
     class Two:
         def __call__(self, name):
-            return [{"sentence": f"{i} Ann met Bo and _ spoke.", "option1": "Ann", "option2": "Bo", "answer": "2"}
-                    for i in range(7)]
+            return [
+                {"sentence": f"{i} Ann met Bo and _ spoke.", "option1": "Ann", "option2": "Bo", "answer": "2"}
+                for i in range(7)
+            ]
 
         def maybe(self, name):
             return []
@@ -158,11 +181,22 @@ class Server(BaseHTTPRequestHandler):
             return self.reply({"error": "too hot"}, 400)
         if asked.get("echo"):
             values = [None, *(-float(i) for i in asked["prompt"][1:]), -1.0]
-            found = {"token_logprobs": values, "top_logprobs": [{"x": v if v != -98.0 else 0.0} if v else None
-                                                                for v in values]}
+            found = {
+                "token_logprobs": values,
+                "top_logprobs": [{"x": v if v != -98.0 else 0.0} if v else None for v in values],
+            }
             return self.reply({"choices": [{"text": "", "logprobs": found if self.echoes else None}]})
-        return self.reply({"choices": [{"text": f"{len(asked['prompt'])} {asked['seed']}", "finish_reason": "stop",
-                                        "stop_reason": "\n" if asked["stop"] else None}]})
+        return self.reply(
+            {
+                "choices": [
+                    {
+                        "text": f"{len(asked['prompt'])} {asked['seed']}",
+                        "finish_reason": "stop",
+                        "stop_reason": "\n" if asked["stop"] else None,
+                    }
+                ]
+            }
+        )
 
     def reply(self, body, status=200):
         data = json.dumps(body).encode()
@@ -188,8 +222,12 @@ def test_a_server_answers_in_place_of_a_model(endpoint, monkeypatch):
     assert model.name == "served"
     options = {"max_tokens": 5, "stop_ids": frozenset({257}), "temperature": 0.5, "top_p": 1.0, "seed": 1}
     found = {(at, number): c for at, number, c in model.sample([[1, 2], [3]], stop=["\n"], n=2, **options)}
-    assert {key: c.text for key, c in found.items()} == {(0, 0): "2 1000003", (0, 1): "2 1000004",
-                                                        (1, 0): "1 1000003", (1, 1): "1 1000004"}
+    assert {key: c.text for key, c in found.items()} == {
+        (0, 0): "2 1000003",
+        (0, 1): "2 1000004",
+        (1, 0): "1 1000003",
+        (1, 1): "1 1000004",
+    }
     assert {c.stop_reason for c in found.values()} == {"stop"}
     first, second = model.score([([256, 97], [98, 99]), ([256], [97, 99])])
     assert (first.logprobs, first.greedy, second.greedy) == ([-98.0, -99.0], False, True)
@@ -207,6 +245,12 @@ def test_a_server_that_is_not_there():
 
 
 def test_trivia_accepts_any_alias():
-    item = Item("x", target={"value": "Sunset Boulevard", "aliases": ["Sunset Blvd"], "normalized_aliases": []})
+    item = Item(
+        "x", target={"value": "Sunset Boulevard", "aliases": ["Sunset Blvd"], "normalized_aliases": []}
+    )
     texts = [" The Sunset Boulevard!\nQuestion: more", "sunset blvd.", "Sunset"]
-    assert [v.passed for _, v in language.judge_trivia([item] * 3, [said(t) for t in texts])] == [True, True, False]
+    assert [v.passed for _, v in language.judge_trivia([item] * 3, [said(t) for t in texts])] == [
+        True,
+        True,
+        False,
+    ]

@@ -21,9 +21,13 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_answer():
 def test_intervals_are_wilsons():
     for right, n in [(0, 10), (3, 10), (60, 164), (164, 164)]:
         expected = binomtest(right, n).proportion_ci(method="wilson")
-        assert interval([1.0] * right + [0.0] * (n - right)) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        assert interval([1.0] * right + [0.0] * (n - right)) == pytest.approx(
+            (expected.low, expected.high), abs=1e-6
+        )
     low, high = interval([0.25, 0.5, 0.75, 0.5])
-    assert (low + high) / 2 == pytest.approx(0.5) and high - low == pytest.approx(2 * 1.96 * 0.2041241 / 2, abs=1e-4)
+    assert (low + high) / 2 == pytest.approx(0.5) and high - low == pytest.approx(
+        2 * 1.96 * 0.2041241 / 2, abs=1e-4
+    )
 
 
 def test_comparison_is_paired():
@@ -45,12 +49,14 @@ def test_ranking_raw_and_by_length():
 
 def test_choices_are_encoded_as_one_text():
     context, continuation = encode_choice(Letters(), ("hello", " yes"))
-    assert (Letters().decode(context), Letters().decode(continuation)) == ("hello", " yes") and context[0] == 256
+    assert (Letters().decode(context), Letters().decode(continuation)) == ("hello", " yes") and context[
+        0
+    ] == 256
 
     class Merge:
         control = Letters.control
 
-        def encode(self, text):                            # "ab" is one token: the seam falls inside of it
+        def encode(self, text):  # "ab" is one token: the seam falls inside of it
             return [300 if piece == "ab" else ord(piece) for piece in re.findall("ab|.", text)]
 
     assert encode_choice(Merge(), ("xa", "b")) == ([256, ord("x")], [300])
@@ -70,15 +76,24 @@ def test_cutting_at_the_first_stop():
     assert cut(said("abc", "stop"), ["\n"]) == ("abc", True)
 
 
-@pytest.mark.parametrize(("text", "plain"), [("The  Sunset, Boulevard!", "sunset boulevard"), ("U.S.A", "u s"),
-                                             ("a_b", "b"), ("an apple", "apple")])
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [("The  Sunset, Boulevard!", "sunset boulevard"), ("U.S.A", "u s"), ("a_b", "b"), ("an apple", "apple")],
+)
 def test_trivia_normalisation(text, plain):
     assert normalise(text) == plain
 
 
-@pytest.mark.parametrize(("text", "strict", "flexible"), [
-    ("so 3 + 4 = 7\n#### 7", 7, 7), ("it costs $1,234.50.", None, 1234.5), ("#### -5 and then 6", -5, 6),
-    ("none", None, None), ("it is 12.", None, 12)])
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("so 3 + 4 = 7\n#### 7", 7, 7),
+        ("it costs $1,234.50.", None, 1234.5),
+        ("#### -5 and then 6", -5, 6),
+        ("none", None, None),
+        ("it is 12.", None, 12),
+    ],
+)
 def test_gsm8k_answers(text, strict, flexible):
     assert gsm8k_answers(text) == {"strict": strict, "flexible": flexible}
 
@@ -86,13 +101,25 @@ def test_gsm8k_answers(text, strict, flexible):
 def test_gsm8k_verdicts():
     items = [Item("x", target="so it is\n#### 1,000")] * 3
     texts = ["... #### 1000\nQuestion: next #### 5", "the answer is 1000", "#### 10"]
-    assert [v.outcome for _, v in judge_gsm8k(items, [said(t) for t in texts])] == ["strict+flexible", "flexible",
-                                                                                  "wrong"]
+    assert [v.outcome for _, v in judge_gsm8k(items, [said(t) for t in texts])] == [
+        "strict+flexible",
+        "flexible",
+        "wrong",
+    ]
 
 
-@pytest.mark.parametrize(("wanted", "answer", "equal"), [
-    (r"\frac{1}{2}", r"0.5", True), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", True), ("x^2+2x+1", "(x+1)^2", True),
-    ("(1,2)", "(2,1)", False), ("12", "13", False), (r"\frac{1}{2}", r"\frac{1}{3}", False), ("7", "", False)])
+@pytest.mark.parametrize(
+    ("wanted", "answer", "equal"),
+    [
+        (r"\frac{1}{2}", r"0.5", True),
+        (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", True),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("(1,2)", "(2,1)", False),
+        ("12", "13", False),
+        (r"\frac{1}{2}", r"\frac{1}{3}", False),
+        ("7", "", False),
+    ],
+)
 def test_math_answers_are_compared_as_mathematics(wanted, answer, equal):
     pytest.importorskip("math_verify")
     item = Item("x", target=rf"We find \boxed{{{wanted}}}.")

@@ -20,7 +20,9 @@ from codegemma.formats import keras, nemo, open_checkpoint, orbax, safetensors, 
 from codegemma.tokenizer import Tokenizer
 from codegemma.weights import ARRANGED, Tensor, groups
 
-GOLDEN = ModelConfig("gemma", layers=2, width=32, heads=4, kv_heads=2, head_width=16, ffn_width=48, vocab=80, context=64)
+GOLDEN = ModelConfig(
+    "gemma", layers=2, width=32, heads=4, kv_heads=2, head_width=16, ffn_width=48, vocab=80, context=64
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +49,20 @@ def _equal(checkpoint, tensors, norm=0.0):
             assert read.type == tensor.type and np.array_equal(read.data, tensor.data), name
 
 
-@pytest.mark.parametrize("name", ["gemma_pytorch.ckpt", "hf", "whole", "flat", "nested", "keras", "distributed", "nemo"])
+@pytest.mark.parametrize(
+    "name", ["gemma_pytorch.ckpt", "hf", "whole", "flat", "nested", "keras", "distributed", "nemo"]
+)
 def test_what_the_frameworks_wrote_is_read(golden, name):
     checkpoint = open_checkpoint(golden / name)
     ours = {**vars(GOLDEN), "context": 8192 if name == "keras" else 64}
     assert vars(checkpoint.config) == ours
-    _equal(checkpoint, tiny_tensors(GOLDEN, "BF16"), norm=2.0 ** -8)   # they hold norms in bfloat16
+    _equal(checkpoint, tiny_tensors(GOLDEN, "BF16"), norm=2.0**-8)  # they hold norms in bfloat16
 
 
 @pytest.mark.parametrize("format", ARRANGED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_arrangement_is_undone_by_reading(kind, format):
-    config = tiny_config(kind, head_width=64)        # 64 ** -0.5 is a power of 2, as the real 256 ** -0.5
+    config = tiny_config(kind, head_width=64)  # 64 ** -0.5 is a power of 2, as the real 256 ** -0.5
     if format in weights.ONLY_GEMMA_1 and config.architecture != "gemma":
         with pytest.raises(ValueError, match="known here for Gemma 1"):
             list(groups(config, format))
@@ -66,8 +70,10 @@ def test_every_arrangement_is_undone_by_reading(kind, format):
     tensors = tiny_tensors(config, "BF16")
     read = weights.read(format, Path("m"), config, weights.write(format, config, tensors))
     for name, tensor in tensors.items():
-        if format == "maxtext" and name == "embed":  # times sqrt(96), rounded: the one thing that is not exact
-            np.testing.assert_allclose(read[name].float32(), tensor.float32(), rtol=2.0 ** -7)
+        if (
+            format == "maxtext" and name == "embed"
+        ):  # times sqrt(96), rounded: the one thing that is not exact
+            np.testing.assert_allclose(read[name].float32(), tensor.float32(), rtol=2.0**-7)
         elif name.endswith("norm"):
             np.testing.assert_allclose(read[name].float32(), tensor.float32(), rtol=1e-6)
         else:
@@ -92,7 +98,9 @@ def test_nemo_interleaves_q_k_and_v_group_by_group():
     """As NeMo's converter from Hugging Face builds it: for each group its query heads, its key head, its value head."""
     config = tiny_config("gemma-mqa", heads=4, kv_heads=2)
     tensors = tiny_tensors(config)
-    q, k, v = (tensors[f"layers.1.{name}"].float32().reshape(-1, config.head_width, config.width) for name in "qkv")
+    q, k, v = (
+        tensors[f"layers.1.{name}"].float32().reshape(-1, config.head_width, config.width) for name in "qkv"
+    )
     expected = np.concatenate([q[0:2], k[0:1], v[0:1], q[2:4], k[1:2], v[1:2]]).reshape(-1, config.width)
     stored = weights.write("nemo", config, tensors)["model.decoder.layers.1.self_attention.linear_qkv.weight"]
     np.testing.assert_array_equal(stored.float32(), expected)
@@ -123,7 +131,9 @@ def test_the_tokenizer_travels(tmp_path):
     config = tiny_config("gemma-mqa")
     tokenizer = Tokenizer.from_pieces(*tiny_pieces(config))
     for format in ("nemo", "keras"):
-        read = open_checkpoint(_write(tmp_path / format, format, config, tiny_tensors(config), tokenizer.model)).tokenizer
+        read = open_checkpoint(
+            _write(tmp_path / format, format, config, tiny_tensors(config), tokenizer.model)
+        ).tokenizer
         assert read.encode("def f(x):\n  return x") == tokenizer.encode("def f(x):\n  return x")
         assert read.control == tokenizer.control
 
@@ -138,6 +148,7 @@ def test_the_padding_rows_of_deepminds_embedding_come_and_go(tmp_path):
 
 def test_a_gzipped_nemo_is_read_and_a_bomb_is_not(tmp_path):
     import gzip
+
     config = tiny_config("gemma-mqa", layers=1)
     plain = _write(tmp_path / "m", "nemo", config, tiny_tensors(config, "BF16"))
     (tmp_path / "z.nemo").write_bytes(gzip.compress(plain.read_bytes(), 1))
@@ -175,18 +186,24 @@ def _nested_key():
     return b"\x80\x02}(K\x01" + b"2\x86" * 60 + b"K\x01u."  # DUP, TUPLE2, 60 times
 
 
-@pytest.mark.parametrize(("raw", "message"), [
-    (_archive(pickle.dumps(Evil(), 2)), r"names __builtin__\.getattr"),
-    (_archive(b"cos\nsystem\n(S'true'\ntR."), r"names os\.system, which no checkpoint needs: it may be an attack"),
-    (_archive(b"ctorch.hub\nload\n."), r"names torch\.hub\.load"),
-    (_archive(_nested_key()), "key of a dictionary is neither"),
-    (_archive(b"\x80\x02}."), "holds no|no published model|lacks"),
-    (_archive(pickle.dumps({"a": [1]}), compression=zipfile.ZIP_DEFLATED), "is compressed"),
-    (_archive(b"."), "cannot be read as a checkpoint"),
-    (_archive(b"N.", name="x"), "holds 0 data.pkl"),
-    (_archive(pickle.dumps({}), more=(("archive/byteorder", b"big"),)), "big-endian"),
-    (b"PK\x03\x04garbage", "no readable PyTorch archive"),
-])
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (_archive(pickle.dumps(Evil(), 2)), r"names __builtin__\.getattr"),
+        (
+            _archive(b"cos\nsystem\n(S'true'\ntR."),
+            r"names os\.system, which no checkpoint needs: it may be an attack",
+        ),
+        (_archive(b"ctorch.hub\nload\n."), r"names torch\.hub\.load"),
+        (_archive(_nested_key()), "key of a dictionary is neither"),
+        (_archive(b"\x80\x02}."), "holds no|no published model|lacks"),
+        (_archive(pickle.dumps({"a": [1]}), compression=zipfile.ZIP_DEFLATED), "is compressed"),
+        (_archive(b"."), "cannot be read as a checkpoint"),
+        (_archive(b"N.", name="x"), "holds 0 data.pkl"),
+        (_archive(pickle.dumps({}), more=(("archive/byteorder", b"big"),)), "big-endian"),
+        (b"PK\x03\x04garbage", "no readable PyTorch archive"),
+    ],
+)
 def test_a_hostile_archive_is_refused_and_runs_nothing(tmp_path, raw, message):
     path = tmp_path / "m.ckpt"
     path.write_bytes(raw)
@@ -196,8 +213,16 @@ def test_a_hostile_archive_is_refused_and_runs_nothing(tmp_path, raw, message):
     assert time.process_time() - start < 2 and not Path("/tmp/never").exists()
 
 
-@pytest.mark.parametrize(("shape", "strides", "offset"), [((4, 1 << 40), (0, 0), 0), ((1 << 20, 1 << 20), (0, 0), 0),
-                                                          ((8,), (1,), 60), ((8,), (-1,), 8), ((2, 2), (1,), 0)])
+@pytest.mark.parametrize(
+    ("shape", "strides", "offset"),
+    [
+        ((4, 1 << 40), (0, 0), 0),
+        ((1 << 20, 1 << 20), (0, 0), 0),
+        ((8,), (1,), 60),
+        ((8,), (-1,), 8),
+        ((2, 2), (1,), 0),
+    ],
+)
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused(shape, strides, offset):
     storage = "F32", np.zeros(64, "<f4")
     with pytest.raises(ValueError, match="reaches beyond|impossible shape"):
@@ -223,22 +248,53 @@ def _tar(members):
 YAML = b"num_layers: 1\nhidden_size: 8\nnum_attention_heads: 1\nkv_channels: 8\nffn_hidden_size: 8\nencoder_seq_length: 64\n"
 
 
-@pytest.mark.parametrize(("members", "message"), [
-    ([("x", b"")], "holds no model_config.yaml"),
-    ([("model_config.yaml", b"a: &a [1]\nb: *a\n")], "refers to itself"),
-    ([("model_config.yaml", b"a: [")], "cannot be read"),
-    ([("model_config.yaml", b"!!python/object/apply:os.system [true]")], "cannot be read"),
-    ([("model_config.yaml", YAML)], "holds neither model_weights.ckpt nor"),
-    ([("model_config.yaml", YAML + b"normalization: layernorm\n"), ("model_weights/x/.zarray", b"{}")],
-     "described in a way unknown"),
-    ([("model_config.yaml", YAML), ("model_weights/x/.zarray", json.dumps(
-        {"shape": [1 << 30, 1 << 30], "chunks": [1, 1], "dtype": "<f4", "compressor": None}).encode())], "chunks: export"),
-    ([("model_config.yaml", YAML), ("model_weights/x/.zarray", json.dumps(
-        {"shape": [4], "chunks": [4], "dtype": "<f4", "compressor": {"id": "blosc"}}).encode())], "is compressed"),
-    ([("model_config.yaml", YAML), ("model_weights/.metadata", b"cos\nsystem\n.")], r"names os\.system"),
-    ([("model_config.yaml", YAML), ("mp_rank_00/model_weights.ckpt", b""), ("mp_rank_01/model_weights.ckpt", b"")],
-     "split into 2 parts"),
-])
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("x", b"")], "holds no model_config.yaml"),
+        ([("model_config.yaml", b"a: &a [1]\nb: *a\n")], "refers to itself"),
+        ([("model_config.yaml", b"a: [")], "cannot be read"),
+        ([("model_config.yaml", b"!!python/object/apply:os.system [true]")], "cannot be read"),
+        ([("model_config.yaml", YAML)], "holds neither model_weights.ckpt nor"),
+        (
+            [("model_config.yaml", YAML + b"normalization: layernorm\n"), ("model_weights/x/.zarray", b"{}")],
+            "described in a way unknown",
+        ),
+        (
+            [
+                ("model_config.yaml", YAML),
+                (
+                    "model_weights/x/.zarray",
+                    json.dumps(
+                        {"shape": [1 << 30, 1 << 30], "chunks": [1, 1], "dtype": "<f4", "compressor": None}
+                    ).encode(),
+                ),
+            ],
+            "chunks: export",
+        ),
+        (
+            [
+                ("model_config.yaml", YAML),
+                (
+                    "model_weights/x/.zarray",
+                    json.dumps(
+                        {"shape": [4], "chunks": [4], "dtype": "<f4", "compressor": {"id": "blosc"}}
+                    ).encode(),
+                ),
+            ],
+            "is compressed",
+        ),
+        ([("model_config.yaml", YAML), ("model_weights/.metadata", b"cos\nsystem\n.")], r"names os\.system"),
+        (
+            [
+                ("model_config.yaml", YAML),
+                ("mp_rank_00/model_weights.ckpt", b""),
+                ("mp_rank_01/model_weights.ckpt", b""),
+            ],
+            "split into 2 parts",
+        ),
+    ],
+)
 def test_a_hostile_nemo_is_refused(tmp_path, members, message):
     (tmp_path / "m.nemo").write_bytes(_tar(members))
     with pytest.raises(ValueError, match=message):
@@ -248,13 +304,15 @@ def test_a_hostile_nemo_is_refused(tmp_path, members, message):
 def test_paths_in_a_tar_mean_nothing(tmp_path):
     config = tiny_config("gemma-mqa", layers=1)
     plain = _write(tmp_path / "m", "nemo", config, tiny_tensors(config))
-    evil = _tar([("../../escaped", b"x"), ("/tmp/escaped", b"x")])[:2048]    # two headers with their data
+    evil = _tar([("../../escaped", b"x"), ("/tmp/escaped", b"x")])[:2048]  # two headers with their data
     plain.write_bytes(evil + plain.read_bytes())
     _equal(open_checkpoint(plain), tiny_tensors(config))
     assert not any((folder / "escaped").exists() for folder in (tmp_path.parent, Path("/tmp")))
 
 
-@pytest.mark.parametrize(("name", "header", "count"), [("gemma_pytorch.ckpt", 40_000, 300), ("m.nemo", 30_000, 300)])
+@pytest.mark.parametrize(
+    ("name", "header", "count"), [("gemma_pytorch.ckpt", 40_000, 300), ("m.nemo", 30_000, 300)]
+)
 def test_hundreds_of_damaged_files_raise_or_load_within_little_memory(golden, tmp_path, name, header, count):
     if name.endswith(".nemo"):
         nemo.save(tmp_path / name, GOLDEN, tiny_tensors(GOLDEN, "BF16"), None)
@@ -263,8 +321,13 @@ def test_hundreds_of_damaged_files_raise_or_load_within_little_memory(golden, tm
     (tmp_path / "config.json").write_bytes((golden / "config.json").read_bytes())
     path = tmp_path / name
     raw = path.read_bytes()
-    outcomes = fuzz(lambda: [tensor.data for tensor in open_checkpoint(path).tensors.values()], path, raw,
-                    min(header, len(raw)), count)
+    outcomes = fuzz(
+        lambda: [tensor.data for tensor in open_checkpoint(path).tensors.values()],
+        path,
+        raw,
+        min(header, len(raw)),
+        count,
+    )
     assert outcomes["refused"] > count / 10
 
 
@@ -279,13 +342,20 @@ def test_a_damaged_keras_file_is_refused(golden, tmp_path):
             open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "file"), [("keras", "model.weights.h5"), ("flat", "checkpoint/manifest.ocdbt")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("keras", "model.weights.h5"), ("flat", "checkpoint/manifest.ocdbt")]
+)
 def test_damage_to_a_database_raises_or_loads(golden, tmp_path, name, file):
     shutil.copytree(golden / name, tmp_path / name)
     path = tmp_path / name / file
     raw = path.read_bytes()
-    fuzz(lambda: [tensor.data for tensor in open_checkpoint(tmp_path / name).tensors.values()], path, raw,
-         min(len(raw), 20_000), 60)
+    fuzz(
+        lambda: [tensor.data for tensor in open_checkpoint(tmp_path / name).tensors.values()],
+        path,
+        raw,
+        min(len(raw), 20_000),
+        60,
+    )
 
 
 def test_norms_that_a_format_cannot_hold_are_named():

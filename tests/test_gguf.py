@@ -25,7 +25,11 @@ def test_reads_what_it_wrote_as_the_gguf_package_does(tmp_path, kind, type):
     assert len(theirs) == len(tensors)
     for place in places(config, "gguf"):
         ours, other = checkpoint.tensors[place.name], theirs[place.stored]
-        assert ours.type == other.tensor_type.name == ("F32" if place.is_norm else fitting(type, place.shape[-1]))
+        assert (
+            ours.type
+            == other.tensor_type.name
+            == ("F32" if place.is_norm else fitting(type, place.shape[-1]))
+        )
         assert ours.shape == tuple(other.shape[::-1]) == place.shape
         raw = other.data.view(np.uint8).reshape(ours.data.shape)
         assert np.array_equal(ours.data, raw) and np.array_equal(ours.data, tensors[place.name].data)
@@ -51,7 +55,13 @@ def test_reads_what_the_gguf_package_wrote(tmp_path):
     metadata, tensors = gguf.read(path)
     assert list(metadata.pop("pieces")) == pieces
     assert metadata.pop("numbers").tolist() == [1, -2, 3]
-    assert metadata == {"general.architecture": "gemma", "text": "größer 🙂", "yes": True, "eps": 1e-6, "large": 2**63}
+    assert metadata == {
+        "general.architecture": "gemma",
+        "text": "größer 🙂",
+        "yes": True,
+        "eps": 1e-6,
+        "large": 2**63,
+    }
     assert tensors["a"].float32().tolist() == [[0, 1, 2], [3, 4, 5]]
     assert tensors["b"].float32().tolist() == [0, 1, 2, 3]
 
@@ -62,20 +72,45 @@ def test_a_config_survives_its_header_entries(config):
 
 
 def test_what_a_header_leaves_out_is_as_llama_cpp_takes_it():
-    shape = {"block_count": 46, "embedding_length": 4608, "attention.head_count": 32, "attention.head_count_kv": 16,
-             "feed_forward_length": 36_864, "context_length": 8192, "attention.layer_norm_rms_epsilon": 1e-6,
-             "attention.key_length": 128}
+    shape = {
+        "block_count": 46,
+        "embedding_length": 4608,
+        "attention.head_count": 32,
+        "attention.head_count_kv": 16,
+        "feed_forward_length": 36_864,
+        "context_length": 8192,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": 128,
+    }
+
     def config(architecture, **more):
         entries = shape | {key.replace("__", "."): value for key, value in more.items()}
-        return gguf.config("f", {"general.architecture": architecture}
-                           | {f"{architecture}.{key}": value for key, value in entries.items()}, 1000)
+        return gguf.config(
+            "f",
+            {"general.architecture": architecture}
+            | {f"{architecture}.{key}": value for key, value in entries.items()},
+            1000,
+        )
+
     two = config("gemma2")  # the 27B of Gemma 2: its query scale goes by D / N, not by H
     assert (two.window, two.global_every, two.attention_softcap, two.final_softcap) == (4096, 2, 50.0, 30.0)
-    assert two.query_scale == pytest.approx((4608 / 32) ** -0.5) and two.rope_base == two.rope_base_local == 1e4
-    three = config("gemma3", rope__freq_base=1e6, rope__scaling__factor=8.0, rope__scaling__type="linear",
-                   attention__sliding_window=1024)
-    assert (three.rope_base, three.rope_base_local, three.rope_scale, three.global_every) == (1e6, 1e4, 8.0, 6)
-    assert three.query_scale == pytest.approx(128 ** -0.5) and three.attention_softcap is None
+    assert (
+        two.query_scale == pytest.approx((4608 / 32) ** -0.5) and two.rope_base == two.rope_base_local == 1e4
+    )
+    three = config(
+        "gemma3",
+        rope__freq_base=1e6,
+        rope__scaling__factor=8.0,
+        rope__scaling__type="linear",
+        attention__sliding_window=1024,
+    )
+    assert (three.rope_base, three.rope_base_local, three.rope_scale, three.global_every) == (
+        1e6,
+        1e4,
+        8.0,
+        6,
+    )
+    assert three.query_scale == pytest.approx(128**-0.5) and three.attention_softcap is None
     assert config("gemma3").window is None and config("gemma3").global_every == 1
     assert config("gemma").rope_base == 1e4
 
@@ -100,8 +135,10 @@ def test_the_tokenizer_comes_from_the_header(tmp_path):
 
 def test_writing_streams_and_leaves_no_half_file(tmp_path):
     path, order = tmp_path / "m.gguf", []
+
     def late(name, size):
         return lambda: order.append(name) or np.ones(size, np.float32)
+
     gguf.write_gguf(path, {}, [(name, "F32", (8,), late(name, 8)) for name in "ab"])
     assert order == ["a", "b"] and gguf.read(path).tensors["b"].float32().tolist() == [1] * 8
     before = path.read_bytes()
@@ -112,9 +149,16 @@ def test_writing_streams_and_leaves_no_half_file(tmp_path):
 
 def _file(tmp_path, tensors=(), metadata=b"", entries=0, version=3, magic=b"GGUF", data=b"", claimed=None):
     """A file put together by hand; tensors are (name, axes, type code, offset)."""
-    infos = b"".join(struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, code, at)
-                     for name, axes, code, at in tensors)
-    raw = magic + struct.pack("<IQQ", version, len(tensors) if claimed is None else claimed, entries) + metadata + infos
+    infos = b"".join(
+        struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, code, at)
+        for name, axes, code, at in tensors
+    )
+    raw = (
+        magic
+        + struct.pack("<IQQ", version, len(tensors) if claimed is None else claimed, entries)
+        + metadata
+        + infos
+    )
     path = tmp_path / "bad.gguf"
     path.write_bytes(raw + bytes(-len(raw) % 32) + data)
     return path
@@ -133,22 +177,45 @@ FAULTS = {
     "entry count": ({"entries": 2**40}, "claims .* header entries"),
     "cut short": ({"entries": 1}, "ends inside its header|reaches beyond|value type"),
     "long key": ({"entries": 1, "metadata": struct.pack("<Q", 2**63)}, "bytes in a key"),
-    "long string": ({"entries": 1, "metadata": _entry(b"k", 8, struct.pack("<Q", 2**20))},
-                    "the value of k reaches beyond"),
-    "not UTF-8": ({"entries": 1, "metadata": _entry(b"k", 8, struct.pack("<Q", 1) + b"\xff")},
-                  "value of k is not UTF-8"),
+    "long string": (
+        {"entries": 1, "metadata": _entry(b"k", 8, struct.pack("<Q", 2**20))},
+        "the value of k reaches beyond",
+    ),
+    "not UTF-8": (
+        {"entries": 1, "metadata": _entry(b"k", 8, struct.pack("<Q", 1) + b"\xff")},
+        "value of k is not UTF-8",
+    ),
     "duplicate key": ({"entries": 2, "metadata": _entry(b"k", 8, TEXT) * 2}, "key k stands twice"),
     "value type": ({"entries": 1, "metadata": _entry(b"k", 77, b"")}, "k has the unknown value type 77"),
-    "nested array": ({"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQ", 9, 1))},
-                     "array of the value type 9"),
-    "long array": ({"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQ", 10, 2**61))}, "array k of .* reaches"),
-    "many strings": ({"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQ", 8, 2**40))}, "k claims .* strings"),
-    "lying strings": ({"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQQ", 8, 9, 2**63))},
-                      "array k of 9 strings"),
-    "alignment": ({"entries": 1, "metadata": _entry(b"general.alignment", 4, struct.pack("<I", 0))}, "multiple of 8"),
+    "nested array": (
+        {"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQ", 9, 1))},
+        "array of the value type 9",
+    ),
+    "long array": (
+        {"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQ", 10, 2**61))},
+        "array k of .* reaches",
+    ),
+    "many strings": (
+        {"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQ", 8, 2**40))},
+        "k claims .* strings",
+    ),
+    "lying strings": (
+        {"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQQ", 8, 9, 2**63))},
+        "array k of 9 strings",
+    ),
+    "alignment": (
+        {"entries": 1, "metadata": _entry(b"general.alignment", 4, struct.pack("<I", 0))},
+        "multiple of 8",
+    ),
     "duplicate tensor": ({"tensors": [(b"a", (8,), 0, 0)] * 2, "data": bytes(64)}, "tensor a stands twice"),
-    "overlap": ({"tensors": [(b"a", (16,), 0, 0), (b"b", (8,), 0, 32)], "data": bytes(96)}, "tensors a and b overlap"),
-    "beyond the file": ({"tensors": [(b"a", (2**20,), 0, 0)], "data": bytes(64)}, "tensor a needs .* bytes of file"),
+    "overlap": (
+        {"tensors": [(b"a", (16,), 0, 0), (b"b", (8,), 0, 32)], "data": bytes(96)},
+        "tensors a and b overlap",
+    ),
+    "beyond the file": (
+        {"tensors": [(b"a", (2**20,), 0, 0)], "data": bytes(64)},
+        "tensor a needs .* bytes of file",
+    ),
     "offset": ({"tensors": [(b"a", (8,), 0, 2**62)], "data": bytes(64)}, "tensor a needs .* bytes of file"),
     "misaligned": ({"tensors": [(b"a", (8,), 0, 4)], "data": bytes(64)}, "no multiple of 32"),
     "absurd axis": ({"tensors": [(b"a", (2**40, 2**40), 0, 0)]}, "impossible shape"),
@@ -157,7 +224,10 @@ FAULTS = {
     "many axes": ({"tensors": [(b"a", (1,) * 9, 0, 0)]}, "axes in tensor a"),
     "foreign type": ({"tensors": [(b"a", (256,), 23, 0)]}, "tensor a is IQ4_XS.*use a Q4_K_M"),
     "unknown type": ({"tensors": [(b"a", (256,), 999, 0)]}, "unknown type 999"),
-    "part of a block": ({"tensors": [(b"a", (33,), 8, 0)], "data": bytes(64)}, "row of 33 weights cannot be Q8_0"),
+    "part of a block": (
+        {"tensors": [(b"a", (33,), 8, 0)], "data": bytes(64)},
+        "row of 33 weights cannot be Q8_0",
+    ),
 }
 
 
@@ -177,23 +247,29 @@ def test_an_empty_file_and_a_missing_one_are_named(tmp_path):
         open_checkpoint(tmp_path / "none.gguf")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"general.architecture": "llama"}, "general.architecture is 'llama'"),
-    ({"gemma3.block_count": 2**31}, "layers must be a whole number"),
-    ({"gemma3.embedding_length": "wide"}, "embedding_length must be one number"),
-    ({"gemma3.feed_forward_length": [1, 2]}, "feed_forward_length must be one number"),
-    ({"gemma3.rope.freq_base": float("nan")}, "rope_base must be a finite number"),
-    ({"gemma3.attention.value_length": 128}, "value_length must equal"),
-    ({"gemma3.rope.scaling.type": "yarn"}, "rope.scaling.type must be linear"),
-    ({"gemma3.attention.head_count": 3}, "shape|multiple"),
-    ({"split.count": 4}, "llama-gguf-split --merge"),
-    ({"tokenizer.ggml.tokens": ["x"] * 600}, "tokenizer.ggml.tokens must be at most 515"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"general.architecture": "llama"}, "general.architecture is 'llama'"),
+        ({"gemma3.block_count": 2**31}, "layers must be a whole number"),
+        ({"gemma3.embedding_length": "wide"}, "embedding_length must be one number"),
+        ({"gemma3.feed_forward_length": [1, 2]}, "feed_forward_length must be one number"),
+        ({"gemma3.rope.freq_base": float("nan")}, "rope_base must be a finite number"),
+        ({"gemma3.attention.value_length": 128}, "value_length must equal"),
+        ({"gemma3.rope.scaling.type": "yarn"}, "rope.scaling.type must be linear"),
+        ({"gemma3.attention.head_count": 3}, "shape|multiple"),
+        ({"split.count": 4}, "llama-gguf-split --merge"),
+        ({"tokenizer.ggml.tokens": ["x"] * 600}, "tokenizer.ggml.tokens must be at most 515"),
+    ],
+)
 def test_a_header_of_another_model_is_refused(tmp_path, change, message):
     config = tiny_config("gemma3")
     metadata, tensors = gguf.read(write_tiny_gguf(tmp_path / "m.gguf", config))
-    gguf.write_gguf(tmp_path / "m2.gguf", metadata | change,
-                    [(name, tensor.type, tensor.shape, tensor.data) for name, tensor in tensors.items()])
+    gguf.write_gguf(
+        tmp_path / "m2.gguf",
+        metadata | change,
+        [(name, tensor.type, tensor.shape, tensor.data) for name, tensor in tensors.items()],
+    )
     with pytest.raises(ValueError, match=message) as caught:
         open_checkpoint(tmp_path / "m2.gguf")
     assert "m2.gguf" in str(caught.value)
@@ -204,7 +280,9 @@ def test_a_broken_vocabulary_is_refused_when_it_is_needed(tmp_path):
     good = gguf.config_metadata(config) | tokenizer_metadata(config)
     stored = gguf.read(write_tiny_gguf(tmp_path / "m.gguf", config)).tensors
     for change in ({"tokenizer.ggml.scores": [0.0]}, {"tokenizer.ggml.model": "gpt2"}):
-        gguf.write_gguf(tmp_path / "m2.gguf", good | change, [(n, t.type, t.shape, t.data) for n, t in stored.items()])
+        gguf.write_gguf(
+            tmp_path / "m2.gguf", good | change, [(n, t.type, t.shape, t.data) for n, t in stored.items()]
+        )
         with pytest.raises(ValueError, match="not a complete SentencePiece vocabulary"):
             assert open_checkpoint(tmp_path / "m2.gguf").tokenizer
 
@@ -217,10 +295,18 @@ def test_a_query_scale_that_gguf_cannot_say_is_refused():
 def test_thousands_of_damaged_files_raise_or_load_within_little_memory(tmp_path):
     config = tiny_config("gemma3", layers=1, width=32, ffn_width=32, heads=2, head_width=16, vocab=64)
     metadata, tensors = gguf.read(write_tiny_gguf(tmp_path / "m.gguf", config, "Q8_0", tokenizer=False))
-    metadata |= {"tokenizer.ggml.tokens": ["<pad>", "é", "return"], "tokenizer.ggml.scores": np.zeros(3, "<f4")}
+    metadata |= {
+        "tokenizer.ggml.tokens": ["<pad>", "é", "return"],
+        "tokenizer.ggml.scores": np.zeros(3, "<f4"),
+    }
     path = tmp_path / "bad.gguf"
     gguf.write_gguf(path, metadata, [(name, t.type, t.shape, t.data) for name, t in tensors.items()])
     raw = path.read_bytes()
-    outcomes = fuzz(lambda: list(open_checkpoint(path).metadata.get("tokenizer.ggml.tokens", ())), path, raw,
-                    raw.index(b"blk.0.ffn_down.weight") + 60, 2400)
+    outcomes = fuzz(
+        lambda: list(open_checkpoint(path).metadata.get("tokenizer.ggml.tokens", ())),
+        path,
+        raw,
+        raw.index(b"blk.0.ffn_down.weight") + 60,
+        2400,
+    )
     assert outcomes["loaded"] > 20 and outcomes["refused"] > 1000

@@ -33,9 +33,12 @@ def bound(kind):
 def test_logits_equal_those_of_transformers(kind, source, tmp_path, monkeypatch):
     """config.json as Google published it, as transformers writes it today, and a GGUF; on each SIMD level."""
     config, params, ids, theirs = golden(kind)
-    if source == "gguf" and kind == "gemma2":            # GGUF has no key for the query scale: into the weights with it
-        params |= {name: value * np.float32(config.query_scale * config.head_width ** 0.5)
-                   for name, value in params.items() if name.endswith(".q")}
+    if source == "gguf" and kind == "gemma2":  # GGUF has no key for the query scale: into the weights with it
+        params |= {
+            name: value * np.float32(config.query_scale * config.head_width**0.5)
+            for name, value in params.items()
+            if name.endswith(".q")
+        }
         config = replace(config, query_scale=0.0)
     tensors = {name: Tensor.of(value) for name, value in params.items()}
     if source == "gguf":
@@ -82,7 +85,7 @@ def test_default_model_agrees_with_llamacpp(default_model):
     file = np.load(GOLDEN / "llamacpp.npz")
     ids, theirs_T64 = file["ids"], file["top_logprobs"].astype(np.float64)
     text = (GOLDEN / "code_1000.py.txt").read_bytes().decode()
-    assert default_model.tokenizer.encode(text, bos=True)[:len(ids)] == ids.tolist()
+    assert default_model.tokenizer.encode(text, bos=True)[: len(ids)] == ids.tolist()
     kl_T, next_T, agree = [], [], 0
     rows_TV = default_model.logits(ids)
     for t, row_V in enumerate(rows_TV):
@@ -94,9 +97,11 @@ def test_default_model_agrees_with_llamacpp(default_model):
         if t + 1 < len(ids):
             next_T.append(log_V[ids[t + 1]])
     loss = -np.mean(next_T), -file["next_logprob"].mean()
-    print(f"KL(llama.cpp || ours): mean {np.mean(kl_T):.5f}, median {np.median(kl_T):.5f}, most {np.max(kl_T):.4f}; "
-          f"same top token {agree / len(ids):.1%}; loss {loss[0]:.4f} and {loss[1]:.4f} nats per token")
-    assert np.mean(kl_T) < 0.0066 + 0.0073               # as if the two roundings had nothing in common
+    print(
+        f"KL(llama.cpp || ours): mean {np.mean(kl_T):.5f}, median {np.median(kl_T):.5f}, most {np.max(kl_T):.4f}; "
+        f"same top token {agree / len(ids):.1%}; loss {loss[0]:.4f} and {loss[1]:.4f} nats per token"
+    )
+    assert np.mean(kl_T) < 0.0066 + 0.0073  # as if the two roundings had nothing in common
     assert agree >= 0.95 * len(ids)
     assert abs(loss[0] - loss[1]) < 0.01
 

@@ -7,9 +7,33 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "codegemma"
 ROOMS = [
-    "config", "tokenizer", "prompts", "weights", "formats", "hub", "native", "quantize", "model", "lora", "sampling",
-    "cache", "engine", "completion", "chat", "local", "convert", "sandbox", "tutor", "data", "evals", "train", "serve", "terminal",
-    "verbs", "cli"]
+    "config",
+    "tokenizer",
+    "prompts",
+    "weights",
+    "formats",
+    "hub",
+    "native",
+    "quantize",
+    "model",
+    "lora",
+    "sampling",
+    "cache",
+    "engine",
+    "completion",
+    "chat",
+    "local",
+    "convert",
+    "sandbox",
+    "tutor",
+    "data",
+    "evals",
+    "train",
+    "serve",
+    "terminal",
+    "verbs",
+    "cli",
+]
 
 
 def room(module: str) -> str | None:
@@ -32,7 +56,15 @@ def imported(source: str) -> set[str]:
     return {one for one in found if one} - PUBLIC
 
 
-PUBLIC = {"__version__", "load", "Completion", "File", "Message", "Model", "Sampling"}  # `from codegemma import load`: from local
+PUBLIC = {
+    "__version__",
+    "load",
+    "Completion",
+    "File",
+    "Message",
+    "Model",
+    "Sampling",
+}  # `from codegemma import load`: from local
 
 
 def modules() -> list[Path]:
@@ -43,9 +75,12 @@ def modules() -> list[Path]:
 def test_imports_point_one_way(file):
     own = room(".".join(("codegemma", *file.relative_to(PACKAGE).with_suffix("").parts)))
     assert own in ROOMS, f"{own} has no place in the order: give it one in DESIGN and here"
-    wrong = [one for one in imported(file.read_text()) if one not in ROOMS[:ROOMS.index(own) + 1]]
+    wrong = [one for one in imported(file.read_text()) if one not in ROOMS[: ROOMS.index(own) + 1]]
     assert not wrong, f"{own} may not import from {wrong}: they stand below it, or nowhere"
 
 
 def test_an_import_that_points_down_is_seen():
-    assert imported("def f():\n    from codegemma import cli\n    import codegemma.serve.app") == {"cli", "serve"}
+    assert imported("def f():\n    from codegemma import cli\n    import codegemma.serve.app") == {
+        "cli",
+        "serve",
+    }

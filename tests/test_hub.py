@@ -39,8 +39,13 @@ def packaged(home, monkeypatch):
     (terms / "GEMMA_TERMS.html").write_text("terms")
     monkeypatch.syspath_prepend(home / "site")
     whole = b"".join(PARTS)
-    packaged = hub.Packaged("tiny_model", tuple(f"m.part{number}" for number in (1, 2, 3)), "m.gguf", len(whole),
-                            hashlib.sha256(whole).hexdigest())
+    packaged = hub.Packaged(
+        "tiny_model",
+        tuple(f"m.part{number}" for number in (1, 2, 3)),
+        "m.gguf",
+        len(whole),
+        hashlib.sha256(whole).hexdigest(),
+    )
     monkeypatch.setattr(hub, "DEFAULT_FILE", packaged)
     return packaged
 
@@ -52,10 +57,19 @@ def _snapshot(repository, revision="abc123"):
     return home / "snapshots" / revision
 
 
-@pytest.mark.parametrize(("name", "meant"), [
-    ("2b", "2b"), ("codegemma-2b", "2b"), ("google/codegemma-2b", "2b"), ("CodeGemma-1.1-7B-it", "1.1-7b-it"),
-    ("google/gemma-3-270m", "gemma-3-270m"), ("gemma-3-270m", "gemma-3-270m"), ("3b", None),
-    ("other/codegemma-2b", None)])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("2b", "2b"),
+        ("codegemma-2b", "2b"),
+        ("google/codegemma-2b", "2b"),
+        ("CodeGemma-1.1-7B-it", "1.1-7b-it"),
+        ("google/gemma-3-270m", "gemma-3-270m"),
+        ("gemma-3-270m", "gemma-3-270m"),
+        ("3b", None),
+        ("other/codegemma-2b", None),
+    ],
+)
 def test_names_and_aliases(name, meant):
     assert hub.preset(name) == (PRESETS[meant] if meant else None)
     assert all(hub.preset(preset.hub) is preset for preset in PRESETS.values())
@@ -158,13 +172,24 @@ def test_a_missing_part_is_a_missing_package(packaged, home, lost):
 
 
 def test_two_processes_do_the_work_once(packaged, home):
-    code = ("import sys, hashlib; from codegemma import hub; "
-            f"hub.DEFAULT_FILE = hub.Packaged({packaged.package!r}, {packaged.parts!r}, {packaged.name!r}, "
-            f"{packaged.size}, {packaged.sha256!r}); print(hub.resolve().stat().st_ino)")
+    code = (
+        "import sys, hashlib; from codegemma import hub; "
+        f"hub.DEFAULT_FILE = hub.Packaged({packaged.package!r}, {packaged.parts!r}, {packaged.name!r}, "
+        f"{packaged.size}, {packaged.sha256!r}); print(hub.resolve().stat().st_ino)"
+    )
     path = os.pathsep.join([str(home / "site"), os.getcwd()])
-    runs = [subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, text=True,
-                             stdout=subprocess.PIPE) for _ in range(3)]
-    assert len({run.communicate(timeout=300)[0] for run in runs}) == 1 and all(run.returncode == 0 for run in runs)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": path},
+            text=True,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
+    assert len({run.communicate(timeout=300)[0] for run in runs}) == 1 and all(
+        run.returncode == 0 for run in runs
+    )
 
 
 def test_the_real_default_package_if_installed(monkeypatch):

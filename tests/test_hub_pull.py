@@ -45,7 +45,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path in server.files:
             return self._send(200, json.dumps(server.files[self.path]).encode())
         if isinstance(todo, int):
-            return self._send(todo, b"no", {"Retry-After": "0", **({"X-Error-Code": "GatedRepo"} if todo == 403 else {})})
+            return self._send(
+                todo, b"no", {"Retry-After": "0", **({"X-Error-Code": "GatedRepo"} if todo == 403 else {})}
+            )
         if isinstance(todo, str):
             return self._send(302, b"", {"Location": todo})
         body, start = server.body, 0
@@ -56,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[start:][:todo["cut"]] if isinstance(todo, dict) else body[start:])
+            self.wfile.write(body[start:][: todo["cut"]] if isinstance(todo, dict) else body[start:])
         if isinstance(todo, dict):
             self.close_connection = True
         return None
@@ -84,7 +86,9 @@ def server(tmp_path, monkeypatch):
 def test_a_cut_download_goes_on_where_it_was_cut(server, tmp_path):
     server.script = [{"cut": 1_000_000}, 503, {"cut": 2_000_000}, 429]
     seen = []
-    file = hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf", sha256=SHA, progress=lambda *a: seen.append(a))
+    file = hub_pull.fetch(
+        f"{server.url}/m.gguf", tmp_path / "m.gguf", sha256=SHA, progress=lambda *a: seen.append(a)
+    )
     assert file.read_bytes() == BODY and [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
     starts = [int(headers["Range"][6:-1]) for _, headers in server.seen if "Range" in headers]
     assert starts[0] == 1_000_000 and starts[-1] == 3_000_000
@@ -101,9 +105,15 @@ def test_a_file_that_changed_meanwhile_is_begun_anew(server, tmp_path):
     assert hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf").read_bytes() == BODY[::-1]
 
 
-@pytest.mark.parametrize(("script", "message"), [
-    ([401], "answered 401: a token is needed"), ([403], "answered 403: accept the model's terms"),
-    ([404], "answered 404: check the address"), ([500] * 5, "answered 500 5 times: try again later")])
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ([401], "answered 401: a token is needed"),
+        ([403], "answered 403: accept the model's terms"),
+        ([404], "answered 404: check the address"),
+        ([500] * 5, "answered 500 5 times: try again later"),
+    ],
+)
 def test_refusals_are_explained(server, tmp_path, script, message):
     server.script = script
     with pytest.raises(ValueError, match=message):
@@ -155,7 +165,9 @@ def test_a_pack_carries_a_model_to_a_machine_without_a_network(tmp_path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
     at = hub_pull.install(made)
     assert hub.resolve("2b") == at == hub.cache_dir() / "models" / "2b"
-    assert (at / "model.safetensors").read_bytes() == (tmp_path / "here/codegemma/models/2b/model.safetensors").read_bytes()
+    assert (at / "model.safetensors").read_bytes() == (
+        tmp_path / "here/codegemma/models/2b/model.safetensors"
+    ).read_bytes()
     with pytest.raises(ValueError, match="exists already"):
         hub_pull.install(made)
     raw = bytearray(made.read_bytes())
@@ -175,13 +187,20 @@ def test_kaggle_is_asked_for_the_published_variants_and_its_refusal_is_explained
     for name in ("2b", "codegemma-1.1-2b", "7b", "7b-it", "google/codegemma-1.1-7b-it"):
         assert hub_pull.pull(name, "kaggle", ask=lambda _: True) == tmp_path
     assert [handle.removeprefix("google/codegemma/flax/") for handle in asked] == [
-        "2b-pt", "1.1-2b-pt", "7b-pt", "7b-it", "1.1-7b-it"]
+        "2b-pt",
+        "1.1-2b-pt",
+        "7b-pt",
+        "7b-it",
+        "1.1-7b-it",
+    ]
 
     def refuse(handle):
         raise RuntimeError("403 Client Error: you need to consent")
 
     monkeypatch.setattr(kagglehub, "model_download", refuse)
-    with pytest.raises(ValueError, match="Kaggle refused CodeGemma 2B .403 Client.*KAGGLE_USERNAME and KAGGLE_KEY"):
+    with pytest.raises(
+        ValueError, match="Kaggle refused CodeGemma 2B .403 Client.*KAGGLE_USERNAME and KAGGLE_KEY"
+    ):
         hub_pull.pull("2b", "kaggle", ask=lambda _: True)
     with pytest.raises(ValueError, match="is not on Kaggle: use --source hf"):
         hub_pull.pull("gemma-3-270m", "kaggle", ask=lambda _: True)
@@ -209,9 +228,13 @@ def test_a_packed_orbax_checkpoint_is_found_where_it_was_installed(tmp_path, mon
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil-pack", "a/../../evil"])
 def test_a_pack_cannot_write_outside_its_folder(tmp_path, monkeypatch, name):
     import io
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with tarfile.open(tmp_path / "p", "w") as archive:
-        for member, data in (("codegemma-pack.json", json.dumps({"name": "m", "files": {name: SHA}}).encode()), (name, b"x")):
+        for member, data in (
+            ("codegemma-pack.json", json.dumps({"name": "m", "files": {name: SHA}}).encode()),
+            (name, b"x"),
+        ):
             info = tarfile.TarInfo(member)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
@@ -235,9 +258,11 @@ def test_a_path_is_laid_into_the_cache(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------- the Hugging Face Hub's interface
 REPO, COMMIT = "google/codegemma-2b", "c" * 40
 FILES = {"config.json": b"{}", "model.safetensors": BODY[:100_000], "tokenizer.model": b"t"}
-CODE = ("import sys; from codegemma import hub_pull\n"
-        "try: print(hub_pull.pull('2b', ask=lambda _: True))\n"
-        "except ValueError as error: print('refused:', error)")
+CODE = (
+    "import sys; from codegemma import hub_pull\n"
+    "try: print(hub_pull.pull('2b', ask=lambda _: True))\n"
+    "except ValueError as error: print('refused:', error)"
+)
 
 
 class HubHandler(Handler):
@@ -248,33 +273,80 @@ class HubHandler(Handler):
         server.seen.append((self.path, dict(self.headers)))
         if server.script:
             code, error = server.script[0]
-            return self._send(code, b'{"error":"no"}', {"X-Error-Code": error, "Retry-After": "0"} if error else {})
+            return self._send(
+                code, b'{"error":"no"}', {"X-Error-Code": error, "Retry-After": "0"} if error else {}
+            )
         if "/tree/" in self.path:
-            return self._send(200, json.dumps([{
-                "type": "file", "path": name, "size": len(body), "oid": hashlib.sha256(body).hexdigest()[:40],
-                **({"lfs": {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 100}}
-                   if name.endswith("safetensors") else {})} for name, body in FILES.items()]).encode())
+            return self._send(
+                200,
+                json.dumps(
+                    [
+                        {
+                            "type": "file",
+                            "path": name,
+                            "size": len(body),
+                            "oid": hashlib.sha256(body).hexdigest()[:40],
+                            **(
+                                {
+                                    "lfs": {
+                                        "oid": hashlib.sha256(body).hexdigest(),
+                                        "size": len(body),
+                                        "pointerSize": 100,
+                                    }
+                                }
+                                if name.endswith("safetensors")
+                                else {}
+                            ),
+                        }
+                        for name, body in FILES.items()
+                    ]
+                ).encode(),
+            )
         if self.path.startswith("/api/"):
             siblings = [{"rfilename": name} for name in FILES]
-            answer = {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+            answer = {
+                "id": REPO,
+                "modelId": REPO,
+                "sha": COMMIT,
+                "siblings": siblings,
+                "tags": [],
+                "private": False,
+            }
             return self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
         name = self.path.rpartition("/")[2]
         body, large = FILES[name], name.endswith("safetensors")
         sha = hashlib.sha256(body).hexdigest()
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{sha if large else sha[:40]}"', "Content-Length": str(len(body))}
+        headers = {
+            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{sha if large else sha[:40]}"',
+            "Content-Length": str(len(body)),
+        }
         if large and not self.path.startswith("/cdn"):
-            headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(body)), "Content-Length": "0"}
+            headers |= {
+                "X-Linked-ETag": headers["ETag"],
+                "X-Linked-Size": str(len(body)),
+                "Content-Length": "0",
+            }
             return self._send(302, b"", {**headers, "Location": f"{server.url}/cdn/{name}"})
-        if server.body is not BODY and large:            # another content of the same size
+        if server.body is not BODY and large:  # another content of the same size
             body = body[::-1]
         return self._send(200, b"" if self.command == "HEAD" else body, headers)
 
 
 def _pull(server, tmp_path, **env):
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-                   "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                   "HF_HUB_DISABLE_TELEMETRY": "1", **env}
-    run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=300)
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **env,
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip().splitlines()[-1]
 
@@ -302,11 +374,17 @@ def test_another_content_than_its_hash_is_removed(hugging_face, tmp_path):
     assert Path(_pull(hugging_face, tmp_path), "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
-@pytest.mark.parametrize(("answer", "message"), [
-    ((403, "GatedRepo"), "is gated: accept the terms at https://huggingface.co/google/codegemma-2b"),
-    ((401, "RepoNotFound"), "does not exist or your token may not see it"), ((404, "RepoNotFound"), "does not exist"),
-    ((403, None), "the Hub answered 403: ask for access"), ((429, None), "answered 429: too many requests"),
-    ((500, None), "answered 500: try again later")])
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((403, "GatedRepo"), "is gated: accept the terms at https://huggingface.co/google/codegemma-2b"),
+        ((401, "RepoNotFound"), "does not exist or your token may not see it"),
+        ((404, "RepoNotFound"), "does not exist"),
+        ((403, None), "the Hub answered 403: ask for access"),
+        ((429, None), "answered 429: too many requests"),
+        ((500, None), "answered 500: try again later"),
+    ],
+)
 def test_the_hubs_refusals_are_explained(hugging_face, tmp_path, answer, message):
     hugging_face.script = [answer]
     assert message in _pull(hugging_face, tmp_path)

@@ -14,14 +14,24 @@ import pytest
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "codegemma" / "native" / "src"
-FLAGS = ["-std=c++20", "-O1", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", f"-I{SOURCES}", f"-isystem{TESTS}"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wno-psabi",
+    f"-I{SOURCES}",
+    f"-isystem{TESTS}",
+]
 SIMDE = Path("/usr/include/simde/x86/avx512.h")
 
 
 def run(*commands):
     """All at once; fails with what the first failing one said."""
-    started = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-               for command in commands]
+    started = [
+        subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
     outputs = [process.communicate(timeout=600)[0] for process in started]
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output
@@ -30,26 +40,46 @@ def run(*commands):
 
 def compare(level, directory, compiler, options, runner=()):
     """Compiles the kernels as `level` and as plain, links levels.cpp to both, and runs it."""
+
     def kernels(name, *more):
-        return [[compiler, *FLAGS, f"-DCG_LEVEL={name}", f'-DCG_LEVEL_NAME="{name}"', *more,
-                 "-c", SOURCES / f"{source}.cpp", "-o", directory / f"{name}_{source}.o"] for source in ("kernels", "matrix")]
+        return [
+            [
+                compiler,
+                *FLAGS,
+                f"-DCG_LEVEL={name}",
+                f'-DCG_LEVEL_NAME="{name}"',
+                *more,
+                "-c",
+                SOURCES / f"{source}.cpp",
+                "-o",
+                directory / f"{name}_{source}.o",
+            ]
+            for source in ("kernels", "matrix")
+        ]
 
     program = directory / level
-    run(*kernels("plain"), *kernels(level, *options),
-        [compiler, *FLAGS, "-c", TESTS / "levels.cpp", f"-DOTHER={level}", "-o", directory / "main.o"])
+    run(
+        *kernels("plain"),
+        *kernels(level, *options),
+        [compiler, *FLAGS, "-c", TESTS / "levels.cpp", f"-DOTHER={level}", "-o", directory / "main.o"],
+    )
     run([compiler, "-static", *directory.glob("*.o"), "-o", program])
     return run([*runner, program])[0]
 
 
-@pytest.mark.skipif(not SIMDE.exists() or platform.machine() != "x86_64" or not shutil.which("g++"),
-                    reason="needs an x86-64 processor, g++ and SIMDe (apt-get install libsimde-dev)")
+@pytest.mark.skipif(
+    not SIMDE.exists() or platform.machine() != "x86_64" or not shutil.which("g++"),
+    reason="needs an x86-64 processor, g++ and SIMDe (apt-get install libsimde-dev)",
+)
 def test_avx512_equals_plain(tmp_path):
     options = ["-DCG_AVX512", "-mavx2", "-mfma", "-mf16c", "-include", TESTS / "simde_avx512.h"]
     assert "avx512: " in compare("avx512", tmp_path, "g++", options)
 
 
-@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"),
-                    reason="needs apt-get install g++-aarch64-linux-gnu qemu-user")
+@pytest.mark.skipif(
+    not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"),
+    reason="needs apt-get install g++-aarch64-linux-gnu qemu-user",
+)
 def test_neon_equals_plain(tmp_path):
     options = ["-DCG_NEON", "-march=armv8.2-a+dotprod+fp16"]
     assert "neon: " in compare("neon", tmp_path, "aarch64-linux-gnu-g++", options, ["qemu-aarch64"])

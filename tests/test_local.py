@@ -44,9 +44,11 @@ def test_both_formats_give_the_twins_logits(kind, tmp_path):
     tensors = {name: Tensor.of(value) for name, value in params.items()}
     ids = [2, *np.random.default_rng(0).integers(3, 515, 70).tolist()]
     expected, bound = twin(config, params, ids), tolerance(config, params, ids)
-    sources = (write_tiny_gguf(tmp_path / "a.gguf", config, tensors=tensors),
-               write_tiny_hf(tmp_path / "b", config, tensors=tensors),
-               write_tiny_hf(tmp_path / "c", config, tensors=tensors, shards=3))
+    sources = (
+        write_tiny_gguf(tmp_path / "a.gguf", config, tensors=tensors),
+        write_tiny_hf(tmp_path / "b", config, tensors=tensors),
+        write_tiny_hf(tmp_path / "c", config, tensors=tensors, shards=3),
+    )
     for source in sources:
         got = load(source, threads=2).logits(ids)
         assert got.dtype == np.float32 and got.shape == (71, 515)
@@ -116,19 +118,34 @@ def test_raw_reads_control_tokens_and_text_does_not(model):
 
 def test_complete(model):
     same = model.complete("def f", "x\n", "a.py", [("b.py", "c"), File("d.py", "e")], max_tokens=5)
-    ids = [2, *model.tokenizer.encode("b.py\nc<|file_separator|>d.py\ne<|file_separator|>a.py\n<|fim_prefix|>def f"
-                                      "<|fim_suffix|>x\n<|fim_middle|>", control=True)]
+    ids = [
+        2,
+        *model.tokenizer.encode(
+            "b.py\nc<|file_separator|>d.py\ne<|file_separator|>a.py\n<|fim_prefix|>def f"
+            "<|fim_suffix|>x\n<|fim_middle|>",
+            control=True,
+        ),
+    ]
     assert same.steps == model.generate(ids, max_tokens=5).steps
     for prefix, suffix in (("", ""), ("a", ""), ("", "b")):
         for mode in ("auto", "psm", "spm", "prefix"):
-            assert model.complete(prefix, suffix, mode=mode, trim="line", max_tokens=3).stop in ("end", "length")
+            assert model.complete(prefix, suffix, mode=mode, trim="line", max_tokens=3).stop in (
+                "end",
+                "length",
+            )
 
 
 def test_chat(model):
     messages = [("system", "s"), {"role": "user", "content": "u"}, Message("assistant", "a"), ("user", "v")]
     answer = model.chat(messages, max_tokens=3)
-    ids = [2, *model.tokenizer.encode("<start_of_turn>user\ns\n\nu<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
-                                      "<start_of_turn>user\nv<end_of_turn>\n<start_of_turn>model\n", control=True)]
+    ids = [
+        2,
+        *model.tokenizer.encode(
+            "<start_of_turn>user\ns\n\nu<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
+            "<start_of_turn>user\nv<end_of_turn>\n<start_of_turn>model\n",
+            control=True,
+        ),
+    ]
     assert answer.prompt_tokens == len(ids) and answer.steps == model.generate(ids, max_tokens=3).steps
     assert model.chat([("user", "u"), ("model", "a"), ("user", "v")], max_tokens=1).prompt_tokens > 10
     for wrong in ([("robot", "x")], [("user", 3)], [{"role": "user"}], []):
@@ -141,8 +158,12 @@ def test_a_directory_without_a_tokenizer_still_loads(tmp_path):
     assert model.logits([2, 3]).shape == (2, 515)
     completion = model.generate([2, 3], max_tokens=4)
     assert len(completion.ids) == 4 and completion.text == "" and not model.fim_trained
-    for call in (lambda: model.tokenizer, lambda: model.generate("x"), lambda: model.complete("x"),
-                 lambda: model.chat([("user", "x")])):
+    for call in (
+        lambda: model.tokenizer,
+        lambda: model.generate("x"),
+        lambda: model.complete("x"),
+        lambda: model.chat([("user", "x")]),
+    ):
         with pytest.raises(ValueError, match="has no tokenizer.*tokenizer.model"):
             call()
 
@@ -180,8 +201,14 @@ def test_another_model_does_not_take_the_cache(path, tmp_path):
 
 def test_benchmark(model):
     result = model.benchmark(prompt_tokens=70, decode_tokens=3, repeats=1)
-    shares = ("prefill_tokens_per_second", "decode_tokens_per_second", "prefill_share_of_peak",
-              "decode_share_of_bandwidth", "bandwidth_bytes_per_second", "int8_operations_per_second")
+    shares = (
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "prefill_share_of_peak",
+        "decode_share_of_bandwidth",
+        "bandwidth_bytes_per_second",
+        "int8_operations_per_second",
+    )
     assert all(result[name] > 0 for name in shares)
     assert (result["threads"], result["prompt_tokens"], result["decode_tokens"]) == (1, 70, 3)
     assert result["simd"] == model.backend.level
@@ -190,7 +217,9 @@ def test_benchmark(model):
             model.benchmark(prompt, decode)
 
 
-@pytest.mark.parametrize("ids, message", [([], "prompt is empty"), ([515], "515 ids"), ([2] * 513, "513 tokens")])
+@pytest.mark.parametrize(
+    "ids, message", [([], "prompt is empty"), ([515], "515 ids"), ([2] * 513, "513 tokens")]
+)
 def test_logits_refuse_bad_ids(model, ids, message):
     with pytest.raises(ValueError, match=message):
         model.logits(ids)
@@ -256,7 +285,9 @@ def test_a_message_that_is_none_names_the_rule(tmp_path):
 def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypatch):
     """Where the package has one for this model; its card says in what order it completes."""
     monkeypatch.setattr(local, "ADAPTERS", tmp_path)
-    adapter = replace(random_adapter(KINDS["gemma-mqa"], tokens=(67, 70)), card={"fim": {"spm": True, "psm": True}})
+    adapter = replace(
+        random_adapter(KINDS["gemma-mqa"], tokens=(67, 70)), card={"fim": {"spm": True, "psm": True}}
+    )
     hole = ("def f(x):\n    return ", "\n")
 
     def model():
@@ -272,16 +303,20 @@ def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypat
     assert present.generate("def", max_tokens=8).ids == text and present.adapters == []
     assert present.logits([2, 67]).tobytes() == absent.logits([2, 67]).tobytes()
     completed = present.complete(*hole, max_tokens=8)
-    assert present.adapters == ["gemma-3-270m-fim"] and present.fim_trained and present.fim_orders() == {"psm", "spm"}
+    assert (
+        present.adapters == ["gemma-3-270m-fim"]
+        and present.fim_trained
+        and present.fim_orders() == {"psm", "spm"}
+    )
     assert completed.ids == present.complete(*hole, mode="spm", max_tokens=8, adapter="gemma-3-270m-fim").ids
-    assert completed.running.ids[1] == 69    # SPM: the suffix comes first
+    assert completed.running.ids[1] == 69  # SPM: the suffix comes first
     assert present.complete(*hole, max_tokens=8, adapter=None).steps == base.steps
     absent.prefer(tmp_path / "gemma-3-270m-fim")
     assert absent.complete(*hole, max_tokens=8).steps == completed.steps
     assert absent.complete(*hole, max_tokens=8, adapter=None).steps == base.steps
     merged = local.Model(lora.merge(open_checkpoint(path), replace(adapter, card={"fim": {"spm": True}})), 1)
     merged.preset = PRESETS["gemma-3-270m"]
-    assert merged.completing_adapter() is None and merged.fim_orders() == {"spm"}   # it has one within
+    assert merged.completing_adapter() is None and merged.fim_orders() == {"spm"}  # it has one within
     with pytest.raises(ValueError, match="cannot be called 'auto'"):
         present.add_adapter("auto", adapter)
     with pytest.raises(ValueError, match="no adapter 'other'"):

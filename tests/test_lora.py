@@ -45,7 +45,9 @@ def peft_logits(kind):
 
 
 def checkpoint(config, params):
-    return Checkpoint(Path("tiny"), config, {name: Tensor.of(value) for name, value in params.items()}, {}, None)
+    return Checkpoint(
+        Path("tiny"), config, {name: Tensor.of(value) for name, value in params.items()}, {}, None
+    )
 
 
 def floats(model):
@@ -72,17 +74,26 @@ def test_saved_adapters_load_as_they_were(kind, saved, tmp_path):
         rounded = lora.load(lora.save(adapter, tmp_path / dtype, dtype))
         assert rounded.scale == adapter.scale
         for name, values in adapter.a.items():
-            np.testing.assert_allclose(rounded.a[name], values, rtol=2.0 ** -8, atol=1e-7)
+            np.testing.assert_allclose(rounded.a[name], values, rtol=2.0**-8, atol=1e-7)
 
 
 def test_card_and_fim_orders_travel(tmp_path):
-    adapter = replace(random_adapter(tiny_config("gemma3"), tokens=(67,)), name="fim", card={
-        "base": "google/gemma-3-270m", "fim": {"spm": True, "psm": False}, "hours": 3.5})
+    adapter = replace(
+        random_adapter(tiny_config("gemma3"), tokens=(67,)),
+        name="fim",
+        card={"base": "google/gemma-3-270m", "fim": {"spm": True, "psm": False}, "hours": 3.5},
+    )
     again = lora.load(lora.save(adapter, tmp_path / "a"))
     assert (again.name, again.card) == ("fim", {"name": "fim", **adapter.card})
-    assert again.trained("spm") and not again.trained("psm") and not random_adapter(tiny_config("gemma3")).trained("spm")
+    assert (
+        again.trained("spm")
+        and not again.trained("psm")
+        and not random_adapter(tiny_config("gemma3")).trained("spm")
+    )
     readme = (tmp_path / "a" / "README.md").read_text()
-    assert "base_model: google/gemma-3-270m" in readme and "rank 4" in readme and "Gemma Terms of Use" in readme
+    assert (
+        "base_model: google/gemma-3-270m" in readme and "rank 4" in readme and "Gemma Terms of Use" in readme
+    )
     with pytest.raises(ValueError, match="exists: choose another folder"):
         lora.save(adapter, tmp_path / "a")
 
@@ -98,7 +109,9 @@ def test_layers_with_ranks_of_their_own_keep_their_scale(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ NeMo's archives
 @pytest.mark.parametrize("kind", ["gemma-mqa", "gemma-mha"])
-@pytest.mark.parametrize("changes", [{}, {"kinds": ("q", "down")}, {"ranks": (4, 2)}, {"kinds": ("up", "v"), "alpha": 3.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"kinds": ("q", "down")}, {"ranks": (4, 2)}, {"kinds": ("up", "v"), "alpha": 3.0}]
+)
 def test_nemo_adapters_come_back(kind, changes, tmp_path):
     config = tiny_config(kind)
     adapter = random_adapter(config, **changes)
@@ -117,9 +130,12 @@ def test_nemos_fused_adapter_changes_the_fused_matrix(kind, tmp_path):
     read by us, merged into the model, and written in NeMo's layout."""
     config, rng = tiny_config(kind), np.random.default_rng(0)
     at = "model.decoder.layers.1."
-    shapes = {"self_attention.adapter_layer.lora_kqv_adapter": ((config.heads + 2 * config.kv_heads) * 32, 96),
-              "self_attention.adapter_layer.lora_dense_attention_adapter": (96, 128),
-              "mlp.adapter_layer.lora_hto4h_adapter": (320, 96), "mlp.adapter_layer.lora_4htoh_adapter": (96, 160)}
+    shapes = {
+        "self_attention.adapter_layer.lora_kqv_adapter": ((config.heads + 2 * config.kv_heads) * 32, 96),
+        "self_attention.adapter_layer.lora_dense_attention_adapter": (96, 128),
+        "mlp.adapter_layer.lora_hto4h_adapter": (320, 96),
+        "mlp.adapter_layer.lora_4htoh_adapter": (96, 160),
+    }
     state = {}
     for name, (rows, columns) in shapes.items():
         state[f"{at}{name}.linear_in.weight"] = rng.normal(0, 0.3, (8, columns)).astype(np.float32)
@@ -131,15 +147,24 @@ def test_nemos_fused_adapter_changes_the_fused_matrix(kind, tmp_path):
     modules = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
     for module, name in zip(modules, shapes, strict=True):
         delta = 2 * state[f"{at}{name}.linear_out.weight"] @ state[f"{at}{name}.linear_in.weight"]
-        np.testing.assert_allclose(after[f"{at}{module}.weight"].float32(), before[f"{at}{module}.weight"].float32() + delta,
-                                   rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            after[f"{at}{module}.weight"].float32(),
+            before[f"{at}{module}.weight"].float32() + delta,
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def write_nemo(path, config, state, tuning, scheme="lora"):
-    fields = yaml.safe_load(nemo.config_yaml(config, None)) | {"peft": {"peft_scheme": scheme, "lora_tuning": tuning}}
+    fields = yaml.safe_load(nemo.config_yaml(config, None)) | {
+        "peft": {"peft_scheme": scheme, "lora_tuning": tuning}
+    }
     torch.archive(stored := io.BytesIO(), {name: Tensor.of(value) for name, value in state.items()})
     with tarfile.open(path, "w") as archive:
-        for name, raw in (("./model_config.yaml", yaml.safe_dump(fields).encode()), ("./model_weights.ckpt", stored.getvalue())):
+        for name, raw in (
+            ("./model_config.yaml", yaml.safe_dump(fields).encode()),
+            ("./model_weights.ckpt", stored.getvalue()),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(raw)
             archive.addfile(info, io.BytesIO(raw))
@@ -148,14 +173,41 @@ def write_nemo(path, config, state, tuning, scheme="lora"):
 ONE = "model.decoder.layers.0.self_attention.adapter_layer."
 
 
-@pytest.mark.parametrize("state, tuning, scheme, message", [
-    ({f"{ONE}lora_kqv_adapter.linear_in.weight": np.ones((4, 96))}, {}, "lora", "one of its two matrices"),
-    ({f"{ONE}lora_kqv_adapter.linear_{side}.weight": np.ones((4, 96)) for side in ("in", "out")}, {}, "lora", "fits no matrix"),
-    ({f"{ONE}odd_adapter.linear_{side}.weight": np.ones((4, 96)) for side in ("in", "out")}, {}, "lora", "fits no matrix"),
-    ({"model.decoder.final_layernorm.weight": np.ones(96)}, {}, "lora", "no part of a LoRA"),
-    ({}, {}, "ptuning", "peft_scheme is 'ptuning'"), ({}, None, "lora", "peft_scheme is 'lora'"),
-    ({f"{ONE}lora_unfused_kqv_adapter.q_adapter.linear_{side}.weight": np.ones(shape) for side, shape in
-      (("in", (4, 96)), ("out", (128, 4)))}, {"alpha": "x"}, "lora", "alpha is 'x'")])
+@pytest.mark.parametrize(
+    "state, tuning, scheme, message",
+    [
+        (
+            {f"{ONE}lora_kqv_adapter.linear_in.weight": np.ones((4, 96))},
+            {},
+            "lora",
+            "one of its two matrices",
+        ),
+        (
+            {f"{ONE}lora_kqv_adapter.linear_{side}.weight": np.ones((4, 96)) for side in ("in", "out")},
+            {},
+            "lora",
+            "fits no matrix",
+        ),
+        (
+            {f"{ONE}odd_adapter.linear_{side}.weight": np.ones((4, 96)) for side in ("in", "out")},
+            {},
+            "lora",
+            "fits no matrix",
+        ),
+        ({"model.decoder.final_layernorm.weight": np.ones(96)}, {}, "lora", "no part of a LoRA"),
+        ({}, {}, "ptuning", "peft_scheme is 'ptuning'"),
+        ({}, None, "lora", "peft_scheme is 'lora'"),
+        (
+            {
+                f"{ONE}lora_unfused_kqv_adapter.q_adapter.linear_{side}.weight": np.ones(shape)
+                for side, shape in (("in", (4, 96)), ("out", (128, 4)))
+            },
+            {"alpha": "x"},
+            "lora",
+            "alpha is 'x'",
+        ),
+    ],
+)
 def test_other_nemo_archives_are_refused(state, tuning, scheme, message, tmp_path):
     write_nemo(tmp_path / "a.nemo", tiny_config("gemma-mqa"), state, tuning, scheme)
     with pytest.raises(ValueError, match=message):
@@ -169,10 +221,17 @@ def test_nemo_refuses_what_it_cannot_say_and_reads_unfused_parts(tmp_path):
     with pytest.raises(ValueError, match="Gemma 1"):
         lora_nemo.save(random_adapter(tiny_config("gemma3")), tmp_path / "a.nemo", tiny_config("gemma3"))
     adapter = random_adapter(config, kinds=("q", "gate"))
-    names = {"q": "self_attention.adapter_layer.lora_unfused_kqv_adapter.q_adapter",
-             "gate": "mlp.adapter_layer.lora_unfused_hto4h_adapter.gate_adapter"}
-    state = {f"model.decoder.layers.{name.split('.')[1]}.{names[name.split('.')[2]]}.linear_{side}.weight": value[name]
-             for name in adapter.a for side, value in (("in", adapter.a), ("out", adapter.b))}
+    names = {
+        "q": "self_attention.adapter_layer.lora_unfused_kqv_adapter.q_adapter",
+        "gate": "mlp.adapter_layer.lora_unfused_hto4h_adapter.gate_adapter",
+    }
+    state = {
+        f"model.decoder.layers.{name.split('.')[1]}.{names[name.split('.')[2]]}.linear_{side}.weight": value[
+            name
+        ]
+        for name in adapter.a
+        for side, value in (("in", adapter.a), ("out", adapter.b))
+    }
     write_nemo(tmp_path / "a.nemo", config, state, {"adapter_dim": 4, "alpha": adapter.alpha})
     assert lora.load(tmp_path / "a.nemo").digest == adapter.digest
     write_tiny_hf(tmp_path / "model", config)
@@ -186,9 +245,14 @@ def test_merging_keeps_types_and_changes_what_it_should(type):
     model = Checkpoint(Path("tiny"), config, tiny_tensors(config, type), {}, None)
     adapter = random_adapter(config, kinds=("q", "up"), tokens=(67, 70))
     merged = lora.merge(model, adapter)
-    error = {"F32": 1e-6, "BF16": 2.0 ** -8, "Q8_0": 0.012, "Q4_K": 0.19}[type]  # of the type, as a share of the norm
+    error = {"F32": 1e-6, "BF16": 2.0**-8, "Q8_0": 0.012, "Q4_K": 0.19}[
+        type
+    ]  # of the type, as a share of the norm
     for name, tensor in merged.tensors.items():
-        before, after = dequantize(model.tensors[name]), dequantize(Tensor(tensor.type, tensor.shape, tensor.data))
+        before, after = (
+            dequantize(model.tensors[name]),
+            dequantize(Tensor(tensor.type, tensor.shape, tensor.data)),
+        )
         assert tensor.type == model.tensors[name].type
         if name in adapter.a:
             wanted = before + adapter.scale * adapter.b[name].astype(np.float64) @ adapter.a[name]
@@ -214,15 +278,25 @@ def test_blocks_may_become_floats_and_adapters_add_up():
 
 
 # ------------------------------------------------------------------------------------------------ refusals
-@pytest.mark.parametrize("changes, message", [
-    ({"use_dora": True}, "LORA with use_dora.*plain LoRA.*merge"), ({"peft_type": "IA3"}, "is IA3"),
-    ({"bias": "all"}, "bias is 'all'"), ({"modules_to_save": ["embed_tokens"]}, "with modules_to_save"),
-    ({"init_lora_weights": "pissa_niter_16"}, "changes the base's weights"),
-    ({"lora_alpha": float("nan")}, "alpha of .* is nan"), ({"lora_alpha": True}, "alpha of .* is True"),
-    ({"alpha_pattern": {"(a+)+$": 3}}, "too intricate"), ({"alpha_pattern": {"(": 3}}, "no regular expression"),
-    ({"alpha_pattern": [1]}, "must be an object"), ({"trainable_token_indices": [7]}, "2 token ids"),
-    ({"trainable_token_indices": [7, 7]}, "each once"), ({"trainable_token_indices": [7, -1]}, "each once"),
-    ({"trainable_token_indices": None}, "2 token ids")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_dora": True}, "LORA with use_dora.*plain LoRA.*merge"),
+        ({"peft_type": "IA3"}, "is IA3"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"modules_to_save": ["embed_tokens"]}, "with modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_16"}, "changes the base's weights"),
+        ({"lora_alpha": float("nan")}, "alpha of .* is nan"),
+        ({"lora_alpha": True}, "alpha of .* is True"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "too intricate"),
+        ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+        ({"alpha_pattern": [1]}, "must be an object"),
+        ({"trainable_token_indices": [7]}, "2 token ids"),
+        ({"trainable_token_indices": [7, 7]}, "each once"),
+        ({"trainable_token_indices": [7, -1]}, "each once"),
+        ({"trainable_token_indices": None}, "2 token ids"),
+    ],
+)
 def test_configs_that_say_something_else_are_refused(changes, message, saved, tmp_path):
     home = copied(saved / "gemma2" / "peft", tmp_path)
     fields = json.loads((home / "adapter_config.json").read_text())
@@ -234,22 +308,55 @@ def test_configs_that_say_something_else_are_refused(changes, message, saved, tm
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t | {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight": Tensor.of(np.ones(4))},
-     "no LoRA of a linear layer"),
-    (lambda t: t | {"base_model.model.model.embed_tokens.lora_embedding_A": Tensor.of(np.ones((6, 307)))}, "no LoRA"),
-    (lambda t: {key: value for key, value in t.items() if "layers.1.mlp.up_proj.lora_A" not in key}, "one of its two"),
-    (lambda t: t | {Q_A: Tensor.of(np.ones((7, 72)))}, r"needs \[r, in\] and \[out, r\]"),
-    (lambda t: t | {Q_A: Tensor.of(np.full((6, 72), np.nan))}, "finite"),
-    (lambda t: t | {key.removeprefix("base_model.model."): value for key, value in t.items()}, "twice"),
-    (lambda t: t | {Q_A.removeprefix("base_model.model."): t[Q_A]}, "layers.0.q twice"),
-    (lambda t: t | {Q_A: Tensor.of(np.ones(72))}, r"shape \[72\], but must be a matrix"),
-    (lambda t: t | {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": Tensor.of(np.ones((2, 72)))}, "of lm_head"),
-    (lambda t: {}, "no linear layer")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda t: (
+                t
+                | {
+                    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight": Tensor.of(
+                        np.ones(4)
+                    )
+                }
+            ),
+            "no LoRA of a linear layer",
+        ),
+        (
+            lambda t: (
+                t | {"base_model.model.model.embed_tokens.lora_embedding_A": Tensor.of(np.ones((6, 307)))}
+            ),
+            "no LoRA",
+        ),
+        (
+            lambda t: {key: value for key, value in t.items() if "layers.1.mlp.up_proj.lora_A" not in key},
+            "one of its two",
+        ),
+        (lambda t: t | {Q_A: Tensor.of(np.ones((7, 72)))}, r"needs \[r, in\] and \[out, r\]"),
+        (lambda t: t | {Q_A: Tensor.of(np.full((6, 72), np.nan))}, "finite"),
+        (lambda t: t | {key.removeprefix("base_model.model."): value for key, value in t.items()}, "twice"),
+        (lambda t: t | {Q_A.removeprefix("base_model.model."): t[Q_A]}, "layers.0.q twice"),
+        (lambda t: t | {Q_A: Tensor.of(np.ones(72))}, r"shape \[72\], but must be a matrix"),
+        (
+            lambda t: (
+                t
+                | {
+                    "base_model.model.lm_head.token_adapter.trainable_tokens_delta": Tensor.of(
+                        np.ones((2, 72))
+                    )
+                }
+            ),
+            "of lm_head",
+        ),
+        (lambda t: {}, "no linear layer"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused(change, message, saved, tmp_path):
     home = copied(saved / "gemma2" / "peft", tmp_path)
-    safetensors.write_safetensors(home / "adapter_model.safetensors",
-                                  change(safetensors.read(saved / "gemma2" / "peft" / "adapter_model.safetensors")))
+    safetensors.write_safetensors(
+        home / "adapter_model.safetensors",
+        change(safetensors.read(saved / "gemma2" / "peft" / "adapter_model.safetensors")),
+    )
     with pytest.raises(ValueError, match=message):
         lora.load(home)
 
@@ -262,7 +369,11 @@ def copied(source, target):
 
 def test_damaged_and_missing_files_are_named(saved, tmp_path):
     home = copied(saved / "gemma1-mqa" / "peft", tmp_path)
-    assert lora.is_adapter(home) and lora.is_adapter(home / "adapter_model.safetensors") and not lora.is_adapter(tmp_path / "x")
+    assert (
+        lora.is_adapter(home)
+        and lora.is_adapter(home / "adapter_model.safetensors")
+        and not lora.is_adapter(tmp_path / "x")
+    )
     file = home / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged"):
@@ -276,7 +387,9 @@ def test_damaged_and_missing_files_are_named(saved, tmp_path):
 
 def test_adapters_of_another_model_are_refused():
     adapter = random_adapter(tiny_config("gemma3"), tokens=(67,))
-    with pytest.raises(ValueError, match=r"layers.0.q as a matrix of \[128, 96\], but the model has \[128, 256\]"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.q as a matrix of \[128, 96\], but the model has \[128, 256\]"
+    ):
         adapter.check(tiny_config("gemma3", width=256))
     with pytest.raises(ValueError, match="no such layer"):
         adapter.check(tiny_config("gemma-mqa"))
@@ -286,10 +399,23 @@ def test_adapters_of_another_model_are_refused():
         random_adapter(tiny_config(kind)).check(tiny_config(kind))
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"rank": 0}, "rank must be"), ({"alpha": 0.0}, "alpha a finite"), ({"a": {}, "b": {}}, "changes no layer"),
-    ({"a": {"layers.0.norm": np.ones((4, 4), np.float32)}, "b": {"layers.0.norm": np.ones((4, 4), np.float32)}}, "no linear"),
-    ({"rank": 3}, "r from 1 to the rank"), ({"rows": {3: np.ones(4)}}, "float32")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rank": 0}, "rank must be"),
+        ({"alpha": 0.0}, "alpha a finite"),
+        ({"a": {}, "b": {}}, "changes no layer"),
+        (
+            {
+                "a": {"layers.0.norm": np.ones((4, 4), np.float32)},
+                "b": {"layers.0.norm": np.ones((4, 4), np.float32)},
+            },
+            "no linear",
+        ),
+        ({"rank": 3}, "r from 1 to the rank"),
+        ({"rows": {3: np.ones(4)}}, "float32"),
+    ],
+)
 def test_illegal_adapters_cannot_be_made(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(random_adapter(tiny_config("gemma-mqa")), **changes)
@@ -297,14 +423,24 @@ def test_illegal_adapters_cannot_be_made(changes, message):
 
 def test_digest_changes_with_every_part():
     config = tiny_config("gemma-mqa")
-    adapters = [random_adapter(config), random_adapter(config, 1), random_adapter(config, alpha=9),
-                random_adapter(config, tokens=(5,)), random_adapter(config, kinds="qkv")]
+    adapters = [
+        random_adapter(config),
+        random_adapter(config, 1),
+        random_adapter(config, alpha=9),
+        random_adapter(config, tokens=(5,)),
+        random_adapter(config, kinds="qkv"),
+    ]
     assert len({adapter.digest for adapter in adapters}) == 5
-    assert isinstance(adapters[0], Adapter) and adapters[0].digest == replace(adapters[0], name="other").digest
+    assert (
+        isinstance(adapters[0], Adapter) and adapters[0].digest == replace(adapters[0], name="other").digest
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the engine's laws
-TWO = {"one": {"ranks": (40, 3), "tokens": (7, 9)}, "two": {"seed": 1, "kinds": ("q", "v", "down"), "tokens": (9,)}}
+TWO = {
+    "one": {"ranks": (40, 3), "tokens": (7, 9)},
+    "two": {"seed": 1, "kinds": ("q", "v", "down"), "tokens": (9,)},
+}
 
 
 def adapted(kind, type="F32", threads=1, level=None):
@@ -348,15 +484,26 @@ def test_on_blocks_an_adapter_costs_little_accuracy(kind):
     backend = adapted(kind, "Q8_0")
     model = Checkpoint(Path("tiny"), backend.config, tiny_tensors(backend.config, "Q8_0"), {}, None)
     ids = ids_with_tokens(50)
-    merged = floats(lora.merge(checkpoint(backend.config, floats(model)), random_adapter(backend.config, **TWO["one"])))
+    merged = floats(
+        lora.merge(checkpoint(backend.config, floats(model)), random_adapter(backend.config, **TWO["one"]))
+    )
     exact = logits(backend.config, merged, ids)
-    bound = tolerance(backend.config, merged, ids, 3.5 / (127 * 12 ** 0.5 * 32 ** 0.5))
+    bound = tolerance(backend.config, merged, ids, 3.5 / (127 * 12**0.5 * 32**0.5))
     assert np.abs(whole(backend, ids, "one") - exact).max() < bound
     assert np.abs(whole(backend, ids, None) - exact).max() > 2 * bound
 
 
-@pytest.mark.parametrize("kind, type", [("gemma-mqa", "F32"), ("gemma-mha", "Q4_0"), ("gemma2", "Q5_K"), ("gemma3", "Q8_0"),
-                                        ("gemma3", "Q4_K"), ("gemma2", "BF16")])
+@pytest.mark.parametrize(
+    "kind, type",
+    [
+        ("gemma-mqa", "F32"),
+        ("gemma-mha", "Q4_0"),
+        ("gemma2", "Q5_K"),
+        ("gemma3", "Q8_0"),
+        ("gemma3", "Q4_K"),
+        ("gemma2", "BF16"),
+    ],
+)
 def test_chunks_and_threads_change_nothing(kind, type):
     ids = ids_with_tokens(100)
     expected = None
@@ -381,7 +528,9 @@ class Named:
         return self.backend.run([replace(part, adapter=self.name) for part in slices])
 
 
-@pytest.mark.parametrize("kind, type", [("gemma-mqa", "Q4_0"), ("gemma-mha", "F32"), ("gemma2", "Q6_K"), ("gemma3", "Q8_0")])
+@pytest.mark.parametrize(
+    "kind, type", [("gemma-mqa", "Q4_0"), ("gemma-mha", "F32"), ("gemma2", "Q6_K"), ("gemma3", "Q8_0")]
+)
 def test_neighbours_with_other_adapters_change_nothing(kind, type):
     """Nine sequences with either adapter or none, prompts and single tokens mixed, in any order."""
     backend = adapted(kind, type, threads=2)
@@ -393,8 +542,8 @@ def test_neighbours_with_other_adapters_change_nothing(kind, type):
         order = rng.permutation(len(texts))[:count]
         heads = {i: len(texts[i]) - 1 if count < 6 else int(rng.integers(0, len(texts[i]))) for i in order}
         pages = {i: [backend.new_page() for _ in range(-(-len(texts[i]) // PAGE))] for i in order}
-        backend.run([Slice(texts[i][:heads[i]], 0, pages[i], 0, names[i]) for i in order if heads[i]])
-        result = backend.run([Slice(texts[i][heads[i]:], heads[i], pages[i], 1, names[i]) for i in order])
+        backend.run([Slice(texts[i][: heads[i]], 0, pages[i], 0, names[i]) for i in order if heads[i]])
+        result = backend.run([Slice(texts[i][heads[i] :], heads[i], pages[i], 1, names[i]) for i in order])
         for row, i in enumerate(order):
             assert result.values[row].tobytes() == alone[i]
 
@@ -425,12 +574,14 @@ def test_cache_batches_and_speculation_change_no_step_with_adapters(kind, type):
     base = ids_with_tokens(100)
     texts = [base, base, base, base[:70] + random_ids(30, 1), base[:20] + [7, 8, 9, 10] * 20, base]
     names = ["one", None, "two", "one", "one", "one"]
-    requests = [Request(ids, 12, Sampling(0.5, seed=3) if i % 2 else Sampling(), top=2, adapter=name)
-                for i, (ids, name) in enumerate(zip(texts, names, strict=True))]
+    requests = [
+        Request(ids, 12, Sampling(0.5, seed=3) if i % 2 else Sampling(), top=2, adapter=name)
+        for i, (ids, name) in enumerate(zip(texts, names, strict=True))
+    ]
     fresh = [list(engine_of(backend, 0).generate(replace(request, speculate=False))) for request in requests]
     assert fresh[0] != fresh[1] != fresh[2] != fresh[0]
     shared = engine_of(backend)
-    for _ in range(2):                   # the second time all is cached
+    for _ in range(2):  # the second time all is cached
         assert [list(shared.generate(request)) for request in requests] == fresh
     assert run_all(engine_of(backend), requests) == fresh
     assert run_all(shared, requests, order=[3, 5, 0, 1, 4, 2]) == fresh
@@ -453,7 +604,10 @@ def test_pages_are_shared_within_an_adapter_only():
     batch = Batch(engine_of(engine.backend, 0))
     added = [batch.add(Request(ids, 1, adapter=name)) for name in ("one", "two", None, "one")]
     assert [one.leader for one in added] == [None, None, None, added[0]]
-    assert engine.logits(ids, adapter="one").tobytes() == whole(engine.backend, ids, engine.adapters["one"]).tobytes()
+    assert (
+        engine.logits(ids, adapter="one").tobytes()
+        == whole(engine.backend, ids, engine.adapters["one"]).tobytes()
+    )
 
 
 def test_a_name_may_go_to_another_adapter_while_requests_run():
@@ -480,10 +634,15 @@ def test_the_native_half_checks_what_it_is_given():
     b = backend._low_rank(np.zeros((128, 32), np.float32))
     add = backend._program.add_adapter
     for sites, ids, rows, message in (
-            ([(99, good, [(0, b)])], [], None, "site"), ([(0, b, [(0, b)])], [], None, "a does not fit"),
-            ([(0, good, [(3, b)])], [], None, "b does not fit"), ([(0, good, [(1, b)])], [], None, "b does not fit"),
-            ([(0, good, [])], [], None, "a does not fit"), ([], [2, 1], good, "ids must ascend"), ([], [1], None, "ids must"),
-            ([], [600], backend._low_rank(np.zeros((1, 96), np.float32)), "rows must be"),
-            ([], [1], backend._low_rank(np.zeros((1, 95), np.float32)), "rows must be")):
+        ([(99, good, [(0, b)])], [], None, "site"),
+        ([(0, b, [(0, b)])], [], None, "a does not fit"),
+        ([(0, good, [(3, b)])], [], None, "b does not fit"),
+        ([(0, good, [(1, b)])], [], None, "b does not fit"),
+        ([(0, good, [])], [], None, "a does not fit"),
+        ([], [2, 1], good, "ids must ascend"),
+        ([], [1], None, "ids must"),
+        ([], [600], backend._low_rank(np.zeros((1, 96), np.float32)), "rows must be"),
+        ([], [1], backend._low_rank(np.zeros((1, 95), np.float32)), "rows must be"),
+    ):
         with pytest.raises(ValueError, match=f"adapter's {message}"):
             add(sites, ids, rows)

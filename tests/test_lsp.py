@@ -22,13 +22,15 @@ from codegemma.serve.lsp import MOST_PREFIX, MOST_SUFFIX, Server, Settings, name
 from codegemma.serve.scheduler import Scheduler
 from codegemma.serve.sources import Here, There
 
-WAIT = 300                               # seconds; the machine may be asleep
+WAIT = 300  # seconds; the machine may be asleep
 
 
 # ------------------------------------------------------------------------------------------------ positions
 WIDTH = {"utf-8": 1, "utf-16": 2, "utf-32": 4}
 CODEC = {"utf-8": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
-LETTERS = st.lists(st.sampled_from([*"ab (é中\r\n\n\x0c\x1d\u2028", "\r\n", "😋", "𝔊", "e\u0301"]), max_size=30).map("".join)
+LETTERS = st.lists(
+    st.sampled_from([*"ab (é中\r\n\n\x0c\x1d\u2028", "\r\n", "😋", "𝔊", "e\u0301"]), max_size=30
+).map("".join)
 
 
 class Twin:
@@ -40,17 +42,19 @@ class Twin:
 
     def split(self, text):
         data, width = text.encode(CODEC[self.encoding]), WIDTH[self.encoding]
-        return [int.from_bytes(data[at:at + width], "little") for at in range(0, len(data), width)]
+        return [int.from_bytes(data[at : at + width], "little") for at in range(0, len(data), width)]
 
     def text(self, units=None):
         units = self.units if units is None else units
-        return b"".join(unit.to_bytes(WIDTH[self.encoding], "little") for unit in units).decode(CODEC[self.encoding])
+        return b"".join(unit.to_bytes(WIDTH[self.encoding], "little") for unit in units).decode(
+            CODEC[self.encoding]
+        )
 
     def place(self, line, character):
         """The unit that a position means: past a line is its end, within a character its start."""
         starts = [0]
         for at, unit in enumerate(self.units):
-            if unit == 10 or (unit == 13 and self.units[at + 1:at + 2] != [10]):
+            if unit == 10 or (unit == 13 and self.units[at + 1 : at + 2] != [10]):
                 starts.append(at + 1)
         if line >= len(starts):
             return len(self.units)
@@ -58,20 +62,28 @@ class Twin:
         while end < len(self.units) and self.units[end] not in (10, 13):
             end += 1
         at = min(starts[line] + character, end)
-        while 0 < at < len(self.units) and (self.encoding == "utf-8" and self.units[at] & 0xC0 == 0x80
-                                           or self.encoding == "utf-16" and 0xDC00 <= self.units[at] < 0xE000):
+        while 0 < at < len(self.units) and (
+            self.encoding == "utf-8"
+            and self.units[at] & 0xC0 == 0x80
+            or self.encoding == "utf-16"
+            and 0xDC00 <= self.units[at] < 0xE000
+        ):
             at -= 1
         return at
 
 
 @pytest.mark.parametrize("encoding", CODEC)
 @settings(max_examples=80, deadline=None)
-@given(text=LETTERS, edits=st.lists(st.tuples(*[st.integers(0, 6), st.integers(0, 12)] * 2, LETTERS), max_size=8))
+@given(
+    text=LETTERS, edits=st.lists(st.tuples(*[st.integers(0, 6), st.integers(0, 12)] * 2, LETTERS), max_size=8)
+)
 def test_edits_at_any_position_give_the_text_that_the_editor_has(encoding, text, edits):
     ours, twin = Text(text, encoding), Twin(text, encoding)
     for line, character, line2, character2, new in edits:
         first, last = sorted((twin.place(line, character), twin.place(line2, character2)))
-        assert ours.text[:ours.offset(line, character)] == twin.text(twin.units[:twin.place(line, character)])
+        assert ours.text[: ours.offset(line, character)] == twin.text(
+            twin.units[: twin.place(line, character)]
+        )
         ours = ours.edited((line, character), (line2, character2), new)
         twin.units[first:last] = twin.split(new)
         assert ours.text == twin.text()
@@ -83,7 +95,7 @@ def test_edits_at_any_position_give_the_text_that_the_editor_has(encoding, text,
 def test_a_position_made_of_an_offset_leads_back_to_it(encoding, text):
     ours = Text(text, encoding)
     for offset in range(len(text) + 1):
-        if not (text[offset - 1:offset + 1] == "\r\n" and offset):       # no position is inside a line's end
+        if not (text[offset - 1 : offset + 1] == "\r\n" and offset):  # no position is inside a line's end
             line, character = ours.position(offset)
             assert ours.offset(line, character) == offset
             assert Twin(text, encoding).place(line, character) == len(Twin(text[:offset], encoding).units)
@@ -98,11 +110,16 @@ def test_halves_of_a_surrogate_pair_count_one_unit_each_and_meet_in_the_prompt()
 def test_windows_are_near_the_cursor_in_whole_lines_and_stay_put_while_one_types():
     lines = "".join(f"line {number}\n" for number in range(20_000))
     first, after = window(lines, lines)
-    assert lines.endswith(first) and lines.startswith(after) and first.startswith("line ") and after.endswith("\n")
+    assert (
+        lines.endswith(first)
+        and lines.startswith(after)
+        and first.startswith("line ")
+        and after.endswith("\n")
+    )
     assert MOST_PREFIX / 2 < len(first) <= MOST_PREFIX and MOST_SUFFIX / 2 < len(after) <= MOST_SUFFIX
     starts = {lines.rfind(window(lines + "x" * typed, "")[0][:40]) for typed in range(2000)}
     assert len(starts) <= 2
-    assert window("ab", "cd") == ("ab", "cd") and window("x" * 60_000, "") [0] == "x" * (60_000 - 16_384)
+    assert window("ab", "cd") == ("ab", "cd") and window("x" * 60_000, "")[0] == "x" * (60_000 - 16_384)
 
 
 # ------------------------------------------------------------------------------------------------- a client
@@ -163,16 +180,25 @@ class Client:
                 return found["params"]
 
     def open(self, uri, text, language="python"):
-        self.tell("textDocument/didOpen",
-                  textDocument={"uri": uri, "languageId": language, "version": 1, "text": text})
+        self.tell(
+            "textDocument/didOpen",
+            textDocument={"uri": uri, "languageId": language, "version": 1, "text": text},
+        )
 
     def change(self, uri, start, end, text):
-        self.tell("textDocument/didChange", textDocument={"uri": uri, "version": 2}, contentChanges=[
-            {"range": {"start": at(*start), "end": at(*end)}, "text": text}])
+        self.tell(
+            "textDocument/didChange",
+            textDocument={"uri": uri, "version": 2},
+            contentChanges=[{"range": {"start": at(*start), "end": at(*end)}, "text": text}],
+        )
 
     def inline(self, uri, line, character, kind=2, **context):
-        return self.start("textDocument/inlineCompletion", textDocument={"uri": uri}, position=at(line, character),
-                          context={"triggerKind": kind} | context)
+        return self.start(
+            "textDocument/inlineCompletion",
+            textDocument={"uri": uri},
+            position=at(line, character),
+            context={"triggerKind": kind} | context,
+        )
 
     def texts(self, id):
         return [item["insertText"] for item in self.answer(id)["result"]["items"]]
@@ -232,9 +258,13 @@ def session(source, folder=None, encodings=("utf-16",), inline=True, capabilitie
     client = Client(*files[2:])
     document = {"inlineCompletion": {}} if inline else {}
     client.hello = client.ask(
-        "initialize", processId=None, rootUri=folder.as_uri() if folder else None,
-        initializationOptions={"restMs": 9 ** 9} | options,
-        capabilities={"general": {"positionEncodings": [*encodings]}, "textDocument": document} | (capabilities or {}))
+        "initialize",
+        processId=None,
+        rootUri=folder.as_uri() if folder else None,
+        initializationOptions={"restMs": 9**9} | options,
+        capabilities={"general": {"positionEncodings": [*encodings]}, "textDocument": document}
+        | (capabilities or {}),
+    )
     client.tell("initialized")
     client.server = server
     try:
@@ -282,7 +312,9 @@ def test_what_the_server_says_it_can_do_is_what_the_client_can_use():
         assert found["textDocumentSync"]["change"] == 2 and "inlineCompletionProvider" in found
     with session(Stub(), inline=False, encodings=("klingon",)) as client:
         found = client.hello["capabilities"]
-        assert found["positionEncoding"] == "utf-16" and "." in found["completionProvider"]["triggerCharacters"]
+        assert (
+            found["positionEncoding"] == "utf-16" and "." in found["completionProvider"]["triggerCharacters"]
+        )
     for choice, offered in (("never", False), ("always", True)):
         with session(Stub(), inline=choice == "always", completion=choice) as client:
             assert ("completionProvider" in client.hello["capabilities"]) == offered
@@ -299,8 +331,8 @@ def test_the_hole_is_where_the_editor_says(encoding, column):
         assert (ask.what.prefix, ask.what.suffix) == ("#中 😋\nx = '😋𝔊' +", " \nend\n")
         assert ask.what.trim == "block" and ask.max_tokens == 64 and ask.what.path is None
         give(future, " f(\n  1)")
-        item, = client.answer(id)["result"]["items"]
-        assert item["insertText"] == " f(\r\n  1)"                       # as the document's lines end
+        (item,) = client.answer(id)["result"]["items"]
+        assert item["insertText"] == " f(\r\n  1)"  # as the document's lines end
         assert item["range"] == {"start": at(1, column), "end": at(1, column)}
 
 
@@ -313,23 +345,37 @@ def test_a_chosen_entry_of_the_popup_is_completed_in_its_own_range():
         ask, future = stub.next()
         assert (ask.what.prefix, ask.what.suffix, ask.what.trim) == ("a = os.path", " + b\n", "line")
         give(future, ".sep")
-        item, = client.answer(id)["result"]["items"]
+        (item,) = client.answer(id)["result"]["items"]
         assert (item["insertText"], item["range"]) == ("path.sep", span)
 
 
 def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replaces_the_word():
     stub, uri = Stub(), "untitled:one"
-    reads = {"textDocument": {"completion": {"completionItem": {"documentationFormat": ["markdown", "plaintext"]}}}}
+    reads = {
+        "textDocument": {"completion": {"completionItem": {"documentationFormat": ["markdown", "plaintext"]}}}
+    }
     with session(stub, inline=False, capabilities=reads) as client:
         client.open(uri, "x = 'é'; pri\n")
-        id = client.start("textDocument/completion", textDocument={"uri": uri}, position=at(0, 12), context={"triggerKind": 1})
+        id = client.start(
+            "textDocument/completion",
+            textDocument={"uri": uri},
+            position=at(0, 12),
+            context={"triggerKind": 1},
+        )
         ask, future = stub.next()
         assert ask.what.prefix == "x = 'é'; pri"
         give(future, "nt(x)\nprint(y)")
         found = client.answer(id)["result"]
-        item, = found["items"]
-        assert found["isIncomplete"] and item["label"] == "print(x) …" and item["filterText"].startswith("print(")
-        assert item["textEdit"] == {"range": {"start": at(0, 9), "end": at(0, 12)}, "newText": "print(x)\nprint(y)"}
+        (item,) = found["items"]
+        assert (
+            found["isIncomplete"]
+            and item["label"] == "print(x) …"
+            and item["filterText"].startswith("print(")
+        )
+        assert item["textEdit"] == {
+            "range": {"start": at(0, 9), "end": at(0, 12)},
+            "newText": "print(x)\nprint(y)",
+        }
         assert item["documentation"] == {"kind": "markdown", "value": "```python\nprint(x)\nprint(y)\n```"}
 
 
@@ -365,7 +411,7 @@ def test_the_engine_itself_stops(model_path):
         source.append(Here(codegemma.load(model_path, threads=1)))
         return source[0]
 
-    with session(open_source, maxTokens=8000, trim="none", predictMs=10 ** 8, timeBudgetMs=10 ** 6) as client:
+    with session(open_source, maxTokens=8000, trim="none", predictMs=10**8, timeBudgetMs=10**6) as client:
         client.open("untitled:one", PREFIX + SUFFIX)
         id = client.inline("untitled:one", 1, 8, kind=1)
         until(lambda: source and source[0].scheduler.metrics.running)
@@ -377,8 +423,13 @@ def test_the_engine_itself_stops(model_path):
 
 
 def test_suggestions_are_the_models_own(model_path, said):
-    with session(lambda: Here(codegemma.load(model_path, threads=1)), maxTokens=48, trim="none", timeBudgetMs=10 ** 6,
-                 predictMs=10 ** 6) as client:
+    with session(
+        lambda: Here(codegemma.load(model_path, threads=1)),
+        maxTokens=48,
+        trim="none",
+        timeBudgetMs=10**6,
+        predictMs=10**6,
+    ) as client:
         client.open("untitled:one", PREFIX + SUFFIX)
         assert client.texts(client.inline("untitled:one", 1, 8, kind=1)) == [said]
 
@@ -391,7 +442,7 @@ def test_while_the_cursor_rests_its_context_is_read(model_path):
         return source[0]
 
     text = "def re(th):\n    return th\n" * 6
-    with session(open_source, restMs=1, timeBudgetMs=10 ** 6) as client:
+    with session(open_source, restMs=1, timeBudgetMs=10**6) as client:
         client.open("untitled:one", text)
         client.tell("codegemma/cursor", textDocument={"uri": "untitled:one"}, position=at(11, 0))
         until(lambda: source and source[0].scheduler.metrics.counts["prompt_tokens"] > 50)
@@ -409,7 +460,9 @@ def test_typing_stops_the_reading_ahead_and_highlights_ask_for_it():
         client.open(uri, "x = \ny = 1\n")
         ask, _ = stub.next()
         assert ask.max_tokens == 0 and ask.what.prefix == ""
-        assert client.ask("textDocument/documentHighlight", textDocument={"uri": uri}, position=at(0, 4)) is None
+        assert (
+            client.ask("textDocument/documentHighlight", textDocument={"uri": uri}, position=at(0, 4)) is None
+        )
         assert stub.cancelled.get(timeout=WAIT) is ask
         rested, _ = stub.next()
         assert (rested.max_tokens, rested.what.prefix) == (0, "x = ")
@@ -430,14 +483,14 @@ def test_what_is_typed_of_a_suggestion_needs_no_model_and_what_is_taken_is_count
         assert client.texts(id) == ["foo(bar)"]
         client.change(uri, (0, 4), (0, 4), "f")
         assert client.texts(client.inline(uri, 0, 5)) == ["oo(bar)"]
-        client.change(uri, (0, 5), (0, 5), "oo(bar)")                    # accepted
+        client.change(uri, (0, 5), (0, 5), "oo(bar)")  # accepted
         id = client.inline(uri, 0, 12)
         give(stub.next()[1], "\nprint(x)")
         client.texts(id)
-        client.change(uri, (0, 12), (0, 12), "!")                        # typed something else
+        client.change(uri, (0, 12), (0, 12), "!")  # typed something else
         id = client.inline(uri, 0, 13)
         give(stub.next()[1], "  ")
-        assert client.texts(id) == []                                    # blank is nothing
+        assert client.texts(id) == []  # blank is nothing
     first, second = stats.load()
     assert (first.language, first.characters, first.taken) == ("python", 8, 7)
     assert (second.characters, second.taken) == (9, 0)
@@ -452,7 +505,7 @@ def test_nothing_is_asked_inside_a_word_or_where_it_is_switched_off():
         assert client.texts(client.inline("untitled:a", 0, 10)) == []
         assert client.texts(client.inline("untitled:b", 0, 7, kind=1)) == []
         assert client.texts(client.inline("untitled:unknown", 0, 0)) == []
-        id = client.inline("untitled:a", 0, 10, kind=1)                  # asked for by hand
+        id = client.inline("untitled:a", 0, 10, kind=1)  # asked for by hand
         give(stub.next()[1], "x")
         assert client.texts(id) == ["x"]
 
@@ -471,18 +524,27 @@ def test_wrong_parameters_are_answered():
         for method in ("textDocument/inlineCompletion", "textDocument/documentHighlight"):
             assert client.answer(client.start(method, position="here"))["error"]["code"] == -32602
         assert client.answer(client.start("no/such"))["error"]["code"] == -32601
-        for number, params in enumerate((None, [], {"textDocument": {"uri": "untitled:a"}, "position": at(0, 0), "context": 3})):
+        for number, params in enumerate(
+            (None, [], {"textDocument": {"uri": "untitled:a"}, "position": at(0, 0), "context": 3})
+        ):
             client.send(id=-number, method="textDocument/inlineCompletion", params=params)
             assert client.answer(-number)["error"]["code"] == -32602
-        bare = client.start("textDocument/inlineCompletion", textDocument={"uri": "untitled:a"}, position=at(0, 0), context=None)
-        assert client.texts(bare) == []      # Emacs' null
+        bare = client.start(
+            "textDocument/inlineCompletion",
+            textDocument={"uri": "untitled:a"},
+            position=at(0, 0),
+            context=None,
+        )
+        assert client.texts(bare) == []  # Emacs' null
 
 
 def test_an_editor_that_dies_leaves_nothing_behind(tmp_path):
     command = [sys.executable, "-m", "codegemma.cli", "lsp", "--server", "http://127.0.0.1:9"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdin.write(b'Content-Length: 86\r\n\r\n{"jsonrpc": "2.0", "id": 1, "method": "initialize", '
-                        b'"params": {"capabilities": {}   }}')
+    process.stdin.write(
+        b'Content-Length: 86\r\n\r\n{"jsonrpc": "2.0", "id": 1, "method": "initialize", '
+        b'"params": {"capabilities": {}   }}'
+    )
     process.stdin.close()
     out = process.stdout.read()
     assert b'"positionEncoding": "utf-16"' in out and process.wait(WAIT) == 1
@@ -494,7 +556,9 @@ def test_an_editor_that_dies_leaves_nothing_behind(tmp_path):
 def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_checked():
     stub = Stub()
     asking = {"workspace": {"configuration": True, "didChangeConfiguration": {"dynamicRegistration": True}}}
-    with session(stub, capabilities=asking | {"textDocument": {"inlineCompletion": {}}}, maxTokens=7, colour="red") as client:
+    with session(
+        stub, capabilities=asking | {"textDocument": {"inlineCompletion": {}}}, maxTokens=7, colour="red"
+    ) as client:
         client.note("window/logMessage", "no setting codegemma.colour")
         client.note("window/logMessage", "stub, ready")
         asked = {client.asked.get(timeout=WAIT)["method"] for _ in range(2)}
@@ -510,8 +574,18 @@ def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_chec
         client.answer(id)
 
 
-@pytest.mark.parametrize("name, wrong", [("enabled", 1), ("maxTokens", 0), ("maxTokens", True), ("trim", "word"), ("mode", 3),
-                                         ("disabledLanguages", "c"), ("adapter", None)])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("enabled", 1),
+        ("maxTokens", 0),
+        ("maxTokens", True),
+        ("trim", "word"),
+        ("mode", 3),
+        ("disabledLanguages", "c"),
+        ("adapter", None),
+    ],
+)
 def test_a_wrong_setting_changes_nothing(name, wrong):
     found, complaints = Settings().given({name: wrong})
     assert found == Settings() and len(complaints) == 1 and repr(wrong) in complaints[0] and name in names()
@@ -524,7 +598,11 @@ def test_a_model_that_is_not_there_is_told_once():
     with session(fails) as client:
         assert "no model 'x'" in client.note("window/showMessage")["message"]
         client.open("untitled:a", "x = \n")
-        assert client.texts(client.inline("untitled:a", 0, 4)) == [] == client.texts(client.inline("untitled:a", 0, 4))
+        assert (
+            client.texts(client.inline("untitled:a", 0, 4))
+            == []
+            == client.texts(client.inline("untitled:a", 0, 4))
+        )
         client.ask("textDocument/documentHighlight", textDocument={"uri": "untitled:a"}, position=at(0, 0))
         assert all(note["method"] != "window/showMessage" for note in [*client.notes.queue])
 
@@ -537,12 +615,16 @@ def test_ignored_files_and_secrets_enter_no_prompt(tmp_path):
     key, other = "AKIAQYLPMN5HNM4CJX2B", "AKIA2E5HXQ7RZ3NLWMTK"
     stub = Stub()
     with session(stub, folder=tmp_path) as client:
+
         def uri(name):
             return (tmp_path / name).as_uri()
 
         client.open(uri(".env"), "KEY=1\n")
         client.open(uri("build/made.py"), "made = 1\n")
-        client.open(uri("keys.py"), f"password = 'hunter2-Tr0ub4dor&3xyz'\nTOKEN = 'sk_live_{'4eC39HqLyjWDarjtT1' * 2}'\n")
+        client.open(
+            uri("keys.py"),
+            f"password = 'hunter2-Tr0ub4dor&3xyz'\nTOKEN = 'sk_live_{'4eC39HqLyjWDarjtT1' * 2}'\n",
+        )
         client.open(uri("plain.py"), "plain = 1\n")
         client.open(uri("app.py"), f"import lib\nAWS = '{key}'\nx = \nOLD = '{other}'\n")
         for refused in (".env", "build/made.py"):
@@ -551,8 +633,12 @@ def test_ignored_files_and_secrets_enter_no_prompt(tmp_path):
         id = client.inline(uri("app.py"), 2, 4)
         ask, future = stub.next()
         assert [file.path for file in ask.what.files] == ["plain.py"] and ask.what.path == "app.py"
-        assert key[4:] not in ask.what.prefix and len(ask.what.prefix) == len(f"import lib\nAWS = '{key}'\nx = ")
-        assert other[4:] not in ask.what.suffix and "EXAMPLE" in ask.what.prefix and "EXAMPLE" in ask.what.suffix
+        assert key[4:] not in ask.what.prefix and len(ask.what.prefix) == len(
+            f"import lib\nAWS = '{key}'\nx = "
+        )
+        assert (
+            other[4:] not in ask.what.suffix and "EXAMPLE" in ask.what.prefix and "EXAMPLE" in ask.what.suffix
+        )
         give(future, "1")
         client.answer(id)
 
@@ -593,7 +679,11 @@ def http(answer):
 
     async def main():
         server = await asyncio.start_server(handle, "127.0.0.1", 0)
-        done["port"], done["stop"], done["loop"] = server.sockets[0].getsockname()[1], asyncio.Event(), asyncio.get_running_loop()
+        done["port"], done["stop"], done["loop"] = (
+            server.sockets[0].getsockname()[1],
+            asyncio.Event(),
+            asyncio.get_running_loop(),
+        )
         ready.set()
         async with server:
             await done["stop"].wait()
@@ -614,10 +704,16 @@ def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
 
     with http(answer) as (port, asked, gone), session(There(f"127.0.0.1:{port}", "key")) as client:
         client.open("untitled:a", "one = 1\nx = \nrest\nhang = \n")
-        assert client.texts(client.inline("untitled:a", 1, 4)) == ["1"]      # trimmed here, where the server did not
+        assert client.texts(client.inline("untitled:a", 1, 4)) == [
+            "1"
+        ]  # trimmed here, where the server did not
         path, body, key = asked[0]
         assert (path, key) == ("/infill", "Bearer key")
-        assert (body["input_prefix"], body["prompt"], body["input_suffix"]) == ("one = 1\n", "x = ", "\nrest\nhang = \n")
+        assert (body["input_prefix"], body["prompt"], body["input_suffix"]) == (
+            "one = 1\n",
+            "x = ",
+            "\nrest\nhang = \n",
+        )
         assert body["n_predict"] == 64 and body["t_max_prompt_ms"] == 300 and body["trim"] == "block"
         id = client.inline("untitled:a", 3, 7)
         until(lambda: len(asked) == 2)
@@ -629,12 +725,16 @@ def test_our_own_server_gives_the_models_suggestion_reads_ahead_and_lets_go(mode
     async def opened():
         return Scheduler(codegemma.load(model_path, threads=1))
 
-    options = {"trim": "none", "timeBudgetMs": 10 ** 6, "predictMs": 10 ** 6}
+    options = {"trim": "none", "timeBudgetMs": 10**6, "predictMs": 10**6}
     with served(opened) as server:
         with session(There(server.url), maxTokens=48, **options, restMs=1) as client:
             client.open("untitled:one", PREFIX + SUFFIX)
             client.tell("codegemma/cursor", textDocument={"uri": "untitled:one"}, position=at(1, 8))
-            until(lambda: server.backend.metrics.counts["prompt_tokens"] > 10 and not server.backend.metrics.running)
+            until(
+                lambda: (
+                    server.backend.metrics.counts["prompt_tokens"] > 10 and not server.backend.metrics.running
+                )
+            )
             assert server.backend.metrics.counts["predicted_tokens"] == 0
             assert client.texts(client.inline("untitled:one", 1, 8, kind=1)) == [said]
             assert server.backend.metrics.counts["cached_tokens"] > 0
@@ -652,11 +752,19 @@ def test_servers_without_infill_are_asked_for_a_completion_with_a_suffix_and_err
     def answer(path, body):
         if path == "/infill":
             return 404, {"detail": "Not Found"}
-        return (500, {"error": "out of memory"}) if body["prompt"] == "bad" else (200, {"choices": [{"text": "1"}]})
+        return (
+            (500, {"error": "out of memory"})
+            if body["prompt"] == "bad"
+            else (200, {"choices": [{"text": "1"}]})
+        )
 
     with http(answer) as (port, asked, _), session(There(f"http://127.0.0.1:{port}/v1")) as client:
         client.open("untitled:a", "x = \nbad")
-        assert client.texts(client.inline("untitled:a", 0, 4)) == ["1"] == client.texts(client.inline("untitled:a", 0, 4, kind=1))
+        assert (
+            client.texts(client.inline("untitled:a", 0, 4))
+            == ["1"]
+            == client.texts(client.inline("untitled:a", 0, 4, kind=1))
+        )
         assert [path for path, *_ in asked] == ["/infill", "/v1/completions", "/v1/completions"]
         assert asked[1][1]["suffix"] == "\nbad"
         client.open("untitled:b", "bad")

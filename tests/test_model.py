@@ -22,7 +22,7 @@ from codegemma.native import Native
 from codegemma.train.loop import lora_of
 
 GOLDEN = ("gemma1-mqa", "gemma1-mha", "gemma2", "gemma3")
-BFLOAT16 = 2.0 ** -8
+BFLOAT16 = 2.0**-8
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,9 @@ def test_params_of_decodes_what_a_file_holds(type):
         assert np.array_equal(np.asarray(params[name]), dequantize(tensor)), name
     stored = params_of(model)["layers.0.q"]
     assert stored.dtype == {"F16": jnp.float16}.get(type, jnp.bfloat16)
-    assert np.array_equal(np.asarray(stored, np.float32), np.asarray(params["layers.0.q"].astype(stored.dtype), np.float32))
+    assert np.array_equal(
+        np.asarray(stored, np.float32), np.asarray(params["layers.0.q"].astype(stored.dtype), np.float32)
+    )
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "BF16"])
@@ -96,7 +98,10 @@ def test_blocks_give_the_logits_of_their_values(type):
     values = {name: dequantize(tensor) for name, tensor in model.tensors.items()}
     bound = 2 * reference.tolerance(model.config, values, ids)
     assert np.abs(logits(model.config, kept, ids) - reference.logits(model.config, values, ids)).max() < bound
-    assert np.abs(logits(model.config, kept, ids, lora) - logits(model.config, decoded, ids, lora)).max() < 2 * bound
+    assert (
+        np.abs(logits(model.config, kept, ids, lora) - logits(model.config, decoded, ids, lora)).max()
+        < 2 * bound
+    )
 
 
 def test_init_keeps_the_variance():
@@ -106,8 +111,8 @@ def test_init_keeps_the_variance():
     for name, value in params.items():
         if name.endswith("norm"):
             assert (np.asarray(value) == 1).all()
-        else:                            # of n draws, the variance errs by sqrt(2 / n)
-            error = abs(float((value ** 2).mean()) * value.shape[-1] - 1)
+        else:  # of n draws, the variance errs by sqrt(2 / n)
+            error = abs(float((value**2).mean()) * value.shape[-1] - 1)
             assert error < 5 * (2 / value.size) ** 0.5, name
 
 
@@ -132,17 +137,27 @@ def test_a_cache_changes_nothing(kind):
     empty = jnp.zeros((config.layers, 2, 48, config.kv_heads, config.head_width))
     cache, at = Cache(empty, empty), np.array([0, 0])
     done = [[], []]
-    for size, lag in ((16, 3), (1, 0), (1, 0), (16, 5), (1, 0)):  # the second sequence takes `lag` tokens fewer
+    for size, lag in (
+        (16, 3),
+        (1, 0),
+        (1, 0),
+        (16, 5),
+        (1, 0),
+    ):  # the second sequence takes `lag` tokens fewer
         sizes = np.array([size, size - lag])
-        at_BT = np.where(np.arange(size) < sizes[:, None], at[:, None] + np.arange(size), 48)  # slot 48: nowhere
-        given_BT = np.stack([np.resize(ids[start:start + n], size) for ids, start, n in zip(ids_BT, at, sizes, strict=True)])
+        at_BT = np.where(
+            np.arange(size) < sizes[:, None], at[:, None] + np.arange(size), 48
+        )  # slot 48: nowhere
+        given_BT = np.stack(
+            [np.resize(ids[start : start + n], size) for ids, start, n in zip(ids_BT, at, sizes, strict=True)]
+        )
         hidden_BTD, cache = step(params, given_BT, at_BT, cache)
         for b, n in enumerate(sizes):
             done[b] += list(np.asarray(unembed(params, hidden_BTD[b, :n], config)))
         at = at + sizes
     bound = 2 * reference.tolerance(config, params, ids_BT[0])
     for b in range(2):
-        assert np.abs(np.array(done[b]) - whole[b, :len(done[b])]).max() < bound
+        assert np.abs(np.array(done[b]) - whole[b, : len(done[b])]).max() < bound
     assert isinstance(cache, Cache) and len(done[0]) == 35
 
 
@@ -164,15 +179,19 @@ def test_packed_segments_are_separate_texts(kind):
     def mine(params, tokens_BT, positions_BT, segments_BT):
         hidden, _ = forward(params, tokens_BT, config, positions_BT=positions_BT, segments_BT=segments_BT)
         rows = unembed(params, hidden, config)[0]
-        at = np.arange(12, 31)           # the second segment
-        return -jnp.take_along_axis(jax.nn.log_softmax(rows[at[:-1]]), tokens_BT[0, at[1:], None], 1).sum(), rows
+        at = np.arange(12, 31)  # the second segment
+        return -jnp.take_along_axis(
+            jax.nn.log_softmax(rows[at[:-1]]), tokens_BT[0, at[1:], None], 1
+        ).sum(), rows
 
     step = jax.jit(jax.value_and_grad(mine, has_aux=True))
     (loss, rows), gradient = step(params, *packed(parts, 48))
     start = 0
     for part in parts:
         alone = logits(config, params, part)
-        assert np.abs(rows[start:start + len(part)] - alone).max() < 2 * reference.tolerance(config, params, part)
+        assert np.abs(rows[start : start + len(part)] - alone).max() < 2 * reference.tolerance(
+            config, params, part
+        )
         start += len(part)
     others = [random_ids(12, seed=99), parts[1], random_ids(9, seed=98)]
     (other, changed), moved = step(params, *packed(others, 48))
@@ -186,7 +205,9 @@ def test_packed_segments_are_separate_texts(kind):
 def test_attention_in_parts_and_by_kernels_is_attention(T, window, cap):
     """Result and gradients, of packed segments, beside all queries against all keys."""
     rng = np.random.default_rng(T)
-    q, k, v, weights = (jnp.asarray(rng.standard_normal((2, T, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
+    q, k, v, weights = (
+        jnp.asarray(rng.standard_normal((2, T, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4)
+    )
     segments = np.sort(rng.integers(-1, 2, (2, T)), 1)
     positions = np.stack([np.arange(T) - np.searchsorted(row, row) for row in segments])
     sight = model.Sight(jnp.asarray(positions), jnp.asarray(segments), False)
@@ -201,16 +222,20 @@ def test_attention_in_parts_and_by_kernels_is_attention(T, window, cap):
         return model.kernel_attend(q, k, v, sight, window, cap)
 
     def both(attend):
-        return jax.jit(jax.value_and_grad(lambda x: (attend(*x) * weights.reshape(2, T, -1)).sum()))((q, k, v))
+        return jax.jit(jax.value_and_grad(lambda x: (attend(*x) * weights.reshape(2, T, -1)).sum()))(
+            (q, k, v)
+        )
 
     wanted = jax.tree.leaves(both(whole))
     for other in (both(parts), both(kernels)):
         for a, b in zip(wanted, jax.tree.leaves(other), strict=True):
-            assert np.abs(a - b).max() <= 64 * reference.FLOAT32 * max(np.linalg.norm(a), np.linalg.norm(weights))
+            assert np.abs(a - b).max() <= 64 * reference.FLOAT32 * max(
+                np.linalg.norm(a), np.linalg.norm(weights)
+            )
     with jax.default_matmul_precision("bfloat16"):
         rounded = both(kernels)
     for a, b in zip(wanted[1:], jax.tree.leaves(rounded)[1:], strict=True):
-        assert np.linalg.norm(a - b) <= 2.0 ** -6 * np.linalg.norm(a)   # nothing where a token sees itself alone
+        assert np.linalg.norm(a - b) <= 2.0**-6 * np.linalg.norm(a)  # nothing where a token sees itself alone
 
 
 @pytest.mark.parametrize("kind", ["gemma-mqa", "gemma3"])
@@ -228,7 +253,10 @@ def test_remat_changes_nothing(kind):
         again = jax.jit(jax.grad(loss), static_argnums=1)((params, lora), remat)
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
             assert np.abs(a - b).max() < 64 * reference.FLOAT32 * np.linalg.norm(a)
-    residuals = {remat: _saved(lambda x, r=remat: loss((params, x), r), lora) for remat in ("none", "products", "layer")}
+    residuals = {
+        remat: _saved(lambda x, r=remat: loss((params, x), r), lora)
+        for remat in ("none", "products", "layer")
+    }
     assert residuals["layer"] < residuals["products"] < residuals["none"]
 
 
@@ -255,14 +283,25 @@ def test_the_compilers_sums_are_right():
     """jax-ml/jax#39103: without the flag that codegemma.model sets, jaxlib 0.10.2 gets the last rows wrong."""
     x = jnp.stack([jnp.arange(32_769, dtype=jnp.float32), *[jnp.zeros(32_769)] * 2], 1)
     made = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)
-    assert float(made[-1]) == 32_768.0 ** 2
+    assert float(made[-1]) == 32_768.0**2
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
 def test_jit_and_eager_gradients_agree_at_real_widths(kind):
     """One local and one global layer as wide as the models': a miscompiled fusion errs by more than half of a gradient."""
-    config = replace(tiny_config(kind), layers=2, width=640, heads=4, kv_heads=1, head_width=256, ffn_width=2048, vocab=2048,
-                     window=64, global_every=2, query_scale=0.0)
+    config = replace(
+        tiny_config(kind),
+        layers=2,
+        width=640,
+        heads=4,
+        kv_heads=1,
+        head_width=256,
+        ffn_width=2048,
+        vocab=2048,
+        window=64,
+        global_every=2,
+        query_scale=0.0,
+    )
     params = init(config, jax.random.key(0))
     ids = random_ids(128, vocab=2048)[None]
 
@@ -273,5 +312,5 @@ def test_jit_and_eager_gradients_agree_at_real_widths(kind):
     made = jax.jit(jax.grad(loss))(params)
     with jax.disable_jit():
         plain = jax.grad(loss)(params)
-    for name in params:                  # roundoff grows by the depth of the sums; a fault by thousands
+    for name in params:  # roundoff grows by the depth of the sums; a fault by thousands
         assert np.linalg.norm(made[name] - plain[name]) < 1e-4 * np.linalg.norm(plain[name]), name

@@ -37,17 +37,23 @@ def test_generation_is_the_native_engines(kind):
     ours, theirs = Engine(Jax(checkpoint)), Engine(Native(checkpoint, 1))
     ids = random_ids(PAGE + 9)
     most = bound(checkpoint, ids)
-    again = ids[:PAGE - 4] + random_ids(20, seed=1)
+    again = ids[: PAGE - 4] + random_ids(20, seed=1)
     for prompt in (ids, again, random_ids(6, seed=2) * 4):
         request = Request(prompt, max_tokens=6, sampling=Sampling(temperature=0.8, seed=3))
         a, b = ours.generate(request), theirs.generate(request)
         assert a.ids == b.ids and a.cached_tokens == b.cached_tokens
-        assert np.abs(np.array([step.logprob for step in a.steps]) - [step.logprob for step in b.steps]).max() < 2 * most
+        assert (
+            np.abs(np.array([step.logprob for step in a.steps]) - [step.logprob for step in b.steps]).max()
+            < 2 * most
+        )
     assert a.prompt_tokens == 24 and b.cached_tokens == 1 < PAGE - 4
     found = []
     for engine in (ours, theirs):
         batch = Batch(engine, chunk=32)
-        running = [batch.add(Request(prompt, max_tokens=5)) for prompt in (random_ids(40, 5), random_ids(3, 6), again)]
+        running = [
+            batch.add(Request(prompt, max_tokens=5))
+            for prompt in (random_ids(40, 5), random_ids(3, 6), again)
+        ]
         while batch.running:
             batch.step()
         found.append([one.ids for one in running])
@@ -66,11 +72,16 @@ def test_adapters_run_beside_the_base():
         running = [batch.add(Request(ids, max_tokens=4, adapter=name)) for name in ("mine", None)]
         while batch.running:
             batch.step()
-        found.append(([one.ids for one in running], *(engine.logits(ids, adapter=name) for name in ("mine", None))))
+        found.append(
+            ([one.ids for one in running], *(engine.logits(ids, adapter=name) for name in ("mine", None)))
+        )
     (tokens, mine, base), (their_tokens, their_mine, their_base) = found
     most = bound(checkpoint, ids)
     assert tokens == their_tokens
-    assert np.abs(base - their_base).max() < most and np.abs(mine - their_mine).max() < 2 * most < np.abs(mine - base).max()
+    assert (
+        np.abs(base - their_base).max() < most
+        and np.abs(mine - their_mine).max() < 2 * most < np.abs(mine - base).max()
+    )
 
 
 def test_logits_behind_cached_pages_are_those_of_the_whole_text():
@@ -78,13 +89,17 @@ def test_logits_behind_cached_pages_are_those_of_the_whole_text():
     engine, ids = Engine(Jax(checkpoint)), random_ids(2 * PAGE + 5)
     whole = engine.logits(ids)
     assert np.abs(whole - Engine(Native(checkpoint, 1)).logits(ids)).max() < bound(checkpoint, ids)
-    for start in (1, PAGE, PAGE + 7):    # a page, its edge, the middle of the next
+    for start in (1, PAGE, PAGE + 7):  # a page, its edge, the middle of the next
         other = [*ids[:start], *random_ids(30, seed=start)[1:]]
         first = engine.generate(Request(other, max_tokens=1, top=3)).steps[0]
         fresh = Engine(Jax(checkpoint)).generate(Request(other, max_tokens=1, top=3)).steps[0]
         assert first.token == fresh.token
-        assert max(abs(a[1] - b[1]) for a, b in zip(first.top, fresh.top, strict=True)) < bound(checkpoint, other)
-    assert np.abs(engine.logits(ids) - whole).max() < bound(checkpoint, ids)  # nobody wrote into a shared page
+        assert max(abs(a[1] - b[1]) for a, b in zip(first.top, fresh.top, strict=True)) < bound(
+            checkpoint, other
+        )
+    assert np.abs(engine.logits(ids) - whole).max() < bound(
+        checkpoint, ids
+    )  # nobody wrote into a shared page
 
 
 def test_a_cancelled_run_leaves_the_cache_usable(tmp_path):
@@ -107,6 +122,9 @@ def test_load_gives_the_backend(tmp_path):
     file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa"))
     ours = codegemma.load(file, backend="jax")
     assert isinstance(ours.backend, Jax)
-    assert ours.generate("def", max_tokens=3).text == codegemma.load(file, threads=1).generate("def", max_tokens=3).text
+    assert (
+        ours.generate("def", max_tokens=3).text
+        == codegemma.load(file, threads=1).generate("def", max_tokens=3).text
+    )
     with pytest.raises(ValueError, match="backend must be native or jax"):
         codegemma.load(file, backend="torch")

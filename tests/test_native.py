@@ -14,7 +14,7 @@ from codegemma.weights import BLOCKS, Tensor
 
 QUANTISED = [type for type in _native.TYPES if BLOCKS[type][0] > 1]
 F32 = np.float32
-ROUNDOFF = 2.0 ** -24
+ROUNDOFF = 2.0**-24
 
 
 def have(level):
@@ -48,14 +48,14 @@ def quantised(x_TK, block):
 
 
 def halves(blocks, at):
-    return np.ascontiguousarray(blocks[..., at:at + 2]).view("<f2")[..., 0].astype(F32)
+    return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0].astype(F32)
 
 
 def whole_numbers(tensor, *scales):
     """int64 [rows, blocks, block]: the values of a tensor once the float16 scales of its blocks are these."""
     blocks = tensor.data.reshape(-1, BLOCKS[tensor.type][1]).copy()
     for offset, scale in zip(_SCALES[tensor.type][0], scales, strict=True):
-        blocks[:, offset:offset + 2] = np.array([scale], "<f2").view(np.uint8)
+        blocks[:, offset : offset + 2] = np.array([scale], "<f2").view(np.uint8)
     values = dequantize(Tensor(tensor.type, tensor.shape, blocks))
     return values.astype(np.int64).reshape(len(values), -1, BLOCKS[tensor.type][0])
 
@@ -93,7 +93,7 @@ def test_quantised_products_equal_numerics_v1(type, level, rows, blocks):
     columns = blocks * size if size == 32 else min(blocks, 9) * size
     tensor = random_blocks(type, (rows, columns), 1.0, seed=rows)
     x_TK = np.random.default_rng(blocks).standard_normal((40, columns)).astype(F32) * 3
-    x_TK[3] = 0                          # a scale of zero
+    x_TK[3] = 0  # a scale of zero
     x_TK[5, :size] = np.arange(size) - size / 2 + 0.5  # halves, which go to the even number
     expected = twin(tensor, x_TK)
     for T in (*range(1, 20), 31, 32, 33, 40):
@@ -108,10 +108,10 @@ def test_extreme_blocks_do_not_overflow(type, level, byte):
     """All quants, scales and activations at their ends at once, where sums in int16 would be the first to wrap."""
     tensor = random_blocks(type, (8, 512), 1.0, seed=byte)
     blocks = tensor.data.reshape(-1, BLOCKS[type][1])
-    keep = {offset: blocks[:, offset:offset + 2].copy() for offset in _SCALES[type][0]}
+    keep = {offset: blocks[:, offset : offset + 2].copy() for offset in _SCALES[type][0]}
     blocks[:] = byte
     for offset, scale in keep.items():
-        blocks[:, offset:offset + 2] = scale
+        blocks[:, offset : offset + 2] = scale
     x_TK = np.ones((24, 512), F32) * np.array([1, -1, 1e30, -1e-30], F32).repeat(6)[:, None]
     x_TK[::3, ::2] *= -1
     expected = twin(tensor, x_TK)
@@ -128,7 +128,9 @@ def test_float_products_within_the_bound_of_any_order(type, level, rows, columns
     rng = np.random.default_rng(rows)
     tensor = encode(rng.standard_normal((rows, columns)), type)
     x_TK = rng.standard_normal((23, columns)).astype(F32)
-    exact, sizes = (f(x_TK).astype(np.float64) @ f(tensor.float32()).astype(np.float64).T for f in (np.asarray, np.abs))
+    exact, sizes = (
+        f(x_TK).astype(np.float64) @ f(tensor.float32()).astype(np.float64).T for f in (np.asarray, np.abs)
+    )
     bound = columns * ROUNDOFF / (1 - columns * ROUNDOFF) * sizes
     whole = multiply(tensor, x_TK, level)
     assert (np.abs(whole - exact) <= bound).all()
@@ -164,9 +166,16 @@ def test_limits_of_the_machine_are_plausible():
     assert 1e8 < bandwidth < 1e13 and 1e8 < operations < 1e15
 
 
-@pytest.mark.parametrize("type, columns, size, message", [
-    ("Q4_0", 31, 18, "multiple of 32"), ("Q4_K", 32, 144, "multiple of 256"), ("Q4_0", 32, 17, "takes 18 bytes, got"),
-    ("IQ4_NL", 32, 18, "no kernel for weights of type IQ4_NL"), ("F32", 0, 0, "multiple of 1")])
+@pytest.mark.parametrize(
+    "type, columns, size, message",
+    [
+        ("Q4_0", 31, 18, "multiple of 32"),
+        ("Q4_K", 32, 144, "multiple of 256"),
+        ("Q4_0", 32, 17, "takes 18 bytes, got"),
+        ("IQ4_NL", 32, 18, "no kernel for weights of type IQ4_NL"),
+        ("F32", 0, 0, "multiple of 1"),
+    ],
+)
 def test_weights_that_lie_are_refused(type, columns, size, message):
     with pytest.raises(ValueError, match=message):
         _native.Weight(type, np.zeros(size, np.uint8), 1, columns)

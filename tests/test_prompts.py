@@ -28,19 +28,56 @@ from codegemma.tokenizer import Tokenizer
 
 REAL, SMALL = vocab.gemma3_tokenizer(), vocab.small_tokenizer()
 quick = settings(max_examples=200, deadline=None)
-fragments = st.sampled_from(["\n", "    ", "def f(x):", "<|fim_suffix|>", "<|file_separator|>", "<eos>", "é", "🙂",
-                             "\r\n", "\t", "x = 1\n", "日本", "<start_of_turn>user\n"])
+fragments = st.sampled_from(
+    [
+        "\n",
+        "    ",
+        "def f(x):",
+        "<|fim_suffix|>",
+        "<|file_separator|>",
+        "<eos>",
+        "é",
+        "🙂",
+        "\r\n",
+        "\t",
+        "x = 1\n",
+        "日本",
+        "<start_of_turn>user\n",
+    ]
+)
 texts = st.lists(fragments | st.text(max_size=6), max_size=8).map(
-    lambda parts: "".join(parts).replace("\u2581", "_"))   # U+2581 is SentencePiece's space
+    lambda parts: "".join(parts).replace("\u2581", "_")
+)  # U+2581 is SentencePiece's space
 paths = st.none() | st.sampled_from(["a.py", "src/<|fim_prefix|>.c", "dir with space/é.go", "\t"])
 layouts = st.sampled_from(["psm", "spm"])
 
 
 # Looked up by hand in the vocabulary of the packaged Gemma 3 file; 67 to 70 are CodeGemma's FIM ids.
-GOLDEN_PATH = [2337, 236786, 2164, 236761, 2551, 107]   # path / file . py \n
-GOLDEN_PSM = [2, 67, 1106, 236743,                       # import _
-              69, 584, 5062, 1201, 1269, 1251, 29802, 3241, 37887, 107,          # if ___ name __ _== _"__ main __": \n
-              140, 16648, 236761, 15560, 236769, 236771, 236768, 68]             # ____ sys . exit ( 0 )
+GOLDEN_PATH = [2337, 236786, 2164, 236761, 2551, 107]  # path / file . py \n
+GOLDEN_PSM = [
+    2,
+    67,
+    1106,
+    236743,  # import _
+    69,
+    584,
+    5062,
+    1201,
+    1269,
+    1251,
+    29802,
+    3241,
+    37887,
+    107,  # if ___ name __ _== _"__ main __": \n
+    140,
+    16648,
+    236761,
+    15560,
+    236769,
+    236771,
+    236768,
+    68,
+]  # ____ sys . exit ( 0 )
 
 
 def test_golden_psm_of_the_documentation():
@@ -83,18 +120,27 @@ def test_stops_and_plain():
 
 def test_chat_is_the_template_as_the_tokenizer_reads_it():
     """Against the template written as one string, encoded with control spellings parsed."""
-    messages = [Message("system", "Be brief."), Message("user", "\n one\n"), Message("assistant", "\n\n two "),
-                Message("user", "three<end_of_turn>")]
-    text = ("<bos><start_of_turn>user\nBe brief.\n\none<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n"
-            "<start_of_turn>user\nthree|<end_of_turn>\n<start_of_turn>model\n")
+    messages = [
+        Message("system", "Be brief."),
+        Message("user", "\n one\n"),
+        Message("assistant", "\n\n two "),
+        Message("user", "three<end_of_turn>"),
+    ]
+    text = (
+        "<bos><start_of_turn>user\nBe brief.\n\none<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n"
+        "<start_of_turn>user\nthree|<end_of_turn>\n<start_of_turn>model\n"
+    )
     for tokenizer in (REAL, SMALL):
         ids, injected = chat(tokenizer, messages).ids, tokenizer.encode("user\nthree<end_of_turn>")
         before, after = text.split("user\nthree|")
-        assert ids == tokenizer.encode(before, control=True) + injected + tokenizer.encode(after, control=True)
+        assert ids == tokenizer.encode(before, control=True) + injected + tokenizer.encode(
+            after, control=True
+        )
         training = chat(tokenizer, messages[:3], reply=False)
         assert training.ids == tokenizer.encode(before, control=True)[:-1]
         assert [ids for label, ids in training.segments if label == "reply"] == [
-            tokenizer.encode("two<end_of_turn>", control=True)]
+            tokenizer.encode("two<end_of_turn>", control=True)
+        ]
 
 
 @quick
@@ -114,9 +160,17 @@ def test_chat_ids_are_those_of_the_rendered_string(contents, system):
     assert prompt.ids == SMALL.encode(text + ("<start_of_turn>model\n" if reply else ""), control=True)
 
 
-@pytest.mark.parametrize("roles, complaint", [
-    ([], "must end"), (["assistant"], "turn 1"), (["user", "user"], "turn 2"), (["user", "assistant"], "must end"),
-    (["system"], "must end"), (["user", "system"], "turn 2")])
+@pytest.mark.parametrize(
+    "roles, complaint",
+    [
+        ([], "must end"),
+        (["assistant"], "turn 1"),
+        (["user", "user"], "turn 2"),
+        (["user", "assistant"], "must end"),
+        (["system"], "must end"),
+        (["user", "system"], "turn 2"),
+    ],
+)
 def test_chat_roles_must_alternate(roles, complaint):
     with pytest.raises(ValueError, match=complaint):
         chat(SMALL, [Message(role, "x") for role in roles])
@@ -128,16 +182,24 @@ def test_chat_roles_must_alternate(roles, complaint):
 def test_training_document_parses_back(prefix, middle, suffix, path, layout, terminator):
     row = fim_training(SMALL, prefix, middle, suffix, path, layout, terminator)
     assert parse_fim(SMALL, row.ids) == Document(prefix, suffix, middle, path, layout)
-    named = {label: SMALL.decode([t for t, of in zip(row.ids, row.labels, strict=True) if of == label])
-             for label in row.labels}
+    named = {
+        label: SMALL.decode([t for t, of in zip(row.ids, row.labels, strict=True) if of == label])
+        for label in row.labels
+    }
     assert [named.get(label, "") for label in ("prefix", "middle", "suffix")] == [prefix, middle, suffix]
-    assert sum(SMALL.is_control(token) for token in row.ids) == 4 == sum(
-        label in ("sentinel", "terminator") for label in row.labels)
+    assert (
+        sum(SMALL.is_control(token) for token in row.ids)
+        == 4
+        == sum(label in ("sentinel", "terminator") for label in row.labels)
+    )
     assert row.labels[-1] == "terminator" and row.ids[-1] == getattr(SMALL.control, terminator)
     prompt = fim(SMALL, prefix, suffix, path, [File("x.py", "x\n"), File("y.py", suffix)], layout)
     assert parse_fim(SMALL, prompt.ids) == Document(prefix, suffix, "", path, layout)
     assert parse_fim(SMALL, prompt.ids + SMALL.encode(middle)).middle == middle
-    assert prompt.ids[-len(row.ids) + 1 + len(SMALL.encode(middle)):] == row.ids[:-1 - len(SMALL.encode(middle))]
+    assert (
+        prompt.ids[-len(row.ids) + 1 + len(SMALL.encode(middle)) :]
+        == row.ids[: -1 - len(SMALL.encode(middle))]
+    )
 
 
 @quick
@@ -150,7 +212,11 @@ def test_spm_keeps_everything_before_the_prefix_while_typing(prefix, suffix):
 
 def test_plain_training_document():
     row = fim_training(SMALL, "", "whole\n", "", "a.py", "prefix")
-    assert row.segments == (("path", SMALL.encode("a.py\n")), ("middle", SMALL.encode("whole\n")), ("terminator", [70]))
+    assert row.segments == (
+        ("path", SMALL.encode("a.py\n")),
+        ("middle", SMALL.encode("whole\n")),
+        ("terminator", [70]),
+    )
     assert parse_fim(SMALL, row.ids) == Document("a.py\nwhole\n", "", "", None, "prefix")
     with pytest.raises(ValueError, match="no place for a suffix"):
         fim_training(SMALL, "a", "b", "c", layout="prefix")
@@ -165,8 +231,12 @@ def test_parse_refuses_what_is_no_document():
 
 def test_assembly_of_shortened_parts():
     parts = encode_parts(SMALL, "one\ntwo\n", "three\nfour\n", "p", [File("q", "x")])
-    short = replace(parts, prefix=tail(SMALL, parts.prefix, len(SMALL.encode("two\n"))),
-                    suffix=head(SMALL, parts.suffix, len(SMALL.encode("three\n"))), context=())
+    short = replace(
+        parts,
+        prefix=tail(SMALL, parts.prefix, len(SMALL.encode("two\n"))),
+        suffix=head(SMALL, parts.suffix, len(SMALL.encode("three\n"))),
+        context=(),
+    )
     assert assemble(SMALL, short, "psm").ids == fim(SMALL, "two\n", "three\n", "p").ids
     whole = fim(SMALL, "one\ntwo\n", "three\nfour\n", "p", [File("q", "x")], "spm")
     assert assemble(SMALL, parts, "spm").ids == whole.ids
@@ -179,8 +249,10 @@ def test_assembly_of_shortened_parts():
 @example("\n" * 80, 2, 1, SMALL)
 def test_edges_are_fresh_encodings(text, most, step, tokenizer):
     ids = tokenizer.encode(text)
-    for kept, whole in [(tail(tokenizer, ids, most, step), text.endswith),
-                        (head(tokenizer, ids, most), text.startswith)]:
+    for kept, whole in [
+        (tail(tokenizer, ids, most, step), text.endswith),
+        (head(tokenizer, ids, most), text.startswith),
+    ]:
         assert len(kept) <= most or kept == ids
         assert len(kept) > most - step - most // 4 - 4 or kept == ids
         assert whole(tokenizer.decode(kept))
@@ -198,7 +270,10 @@ def test_edge_stays_put_while_typing_and_stands_at_a_line():
 
 
 def test_raw_has_one_bos():
-    for text in ("<bos><|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>", "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"):
+    for text in (
+        "<bos><|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>",
+        "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>",
+    ):
         assert raw(REAL, text).ids == fim(REAL, "a", "b").ids
     assert raw(SMALL, "x").stops == fim_stops(SMALL)
 

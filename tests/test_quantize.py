@@ -35,11 +35,24 @@ def test_blocks_are_llama_cpps_bit_for_bit(type, weighted, level):
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_1", "Q5_1"])  # it models fused multiply-add in the other two
 def test_blocks_are_the_gguf_packages(type):
     values = np.random.default_rng(3).normal(0, 1, (64, 768)).astype(np.float32)
-    np.testing.assert_array_equal(_blocks(type, values), peer.quantize(values, peer.GGMLQuantizationType[type]))
+    np.testing.assert_array_equal(
+        _blocks(type, values), peer.quantize(values, peer.GGMLQuantizationType[type])
+    )
 
 
-@pytest.mark.parametrize(("type", "most"), [("Q8_0", 0.006), ("Q6_K", 0.019), ("Q5_K", 0.04), ("Q5_1", 0.04),
-                                            ("Q5_0", 0.046), ("Q4_K", 0.077), ("Q4_1", 0.081), ("Q4_0", 0.091)])
+@pytest.mark.parametrize(
+    ("type", "most"),
+    [
+        ("Q8_0", 0.006),
+        ("Q6_K", 0.019),
+        ("Q5_K", 0.04),
+        ("Q5_1", 0.04),
+        ("Q5_0", 0.046),
+        ("Q4_K", 0.077),
+        ("Q4_1", 0.081),
+        ("Q4_0", 0.091),
+    ],
+)
 def test_the_error_reported_is_the_error_made(type, most):
     values = np.random.default_rng(4).normal(0, 1, (100, 512)).astype(np.float32)
     tensor, error = quantize(encode(values, "F32"), type, threads=2)
@@ -53,15 +66,23 @@ def test_the_error_reported_is_the_error_made(type, most):
 def test_importance_lowers_the_error_where_it_is_asked_to(type):
     values = np.random.default_rng(5).normal(0, 1, (64, 512)).astype(np.float32)
     importance = np.where(np.arange(512) % 8 == 0, 50.0, 0.1).astype(np.float32)
-    wrong = [(np.square(dequantize(quantize(encode(values, "F32"), type, weight)[0]) - values) * importance).sum()
-             for weight in (None, importance)]
+    wrong = [
+        (np.square(dequantize(quantize(encode(values, "F32"), type, weight)[0]) - values) * importance).sum()
+        for weight in (None, importance)
+    ]
     assert wrong[1] < 0.8 * wrong[0]
 
 
 def _imatrix(path, given):
     """As llama-imatrix writes it."""
-    rows = [row for name, values in given.items() for row in (
-        (f"{name}.in_sum2", "F32", (1, values.size), values * 8), (f"{name}.counts", "F32", (1, 1), np.full(1, 8, "<f4")))]
+    rows = [
+        row
+        for name, values in given.items()
+        for row in (
+            (f"{name}.in_sum2", "F32", (1, values.size), values * 8),
+            (f"{name}.counts", "F32", (1, 1), np.full(1, 8, "<f4")),
+        )
+    ]
     gguf.write_gguf(path, {"general.type": "imatrix", "imatrix.datasets": ["code"]}, rows)
 
 
@@ -120,13 +141,15 @@ def test_mixes_follow_llama_cpps_rules():
     checkpoint = replace(_open(config), config=config)
     types = chosen("q4_k_m", checkpoint)
     more = [layer for layer in range(16) if types[f"layers.{layer}.down"] == "Q6_K"]
-    assert more == [0, 1, 4, 7, 10, 13, 14, 15] and all(types[f"layers.{layer}.v"] == "Q6_K" for layer in more)
+    assert more == [0, 1, 4, 7, 10, 13, 14, 15] and all(
+        types[f"layers.{layer}.v"] == "Q6_K" for layer in more
+    )
     assert types["embed"] == "Q6_K" and types["layers.3.down"] == types["layers.0.q"] == "Q4_K"
     assert types["final_norm"] == "F32" and chosen("q8_0", checkpoint)["embed"] == "Q8_0"
 
 
 def test_rows_that_blocks_do_not_fill_get_the_next_type_and_nothing_grows():
-    narrow = _open(tiny_config("gemma-mqa"))        # rows of 96, 128 and 160
+    narrow = _open(tiny_config("gemma-mqa"))  # rows of 96, 128 and 160
     assert chosen("q4_k", narrow)["layers.0.q"] == "Q5_0" and chosen("q4_k", narrow)["embed"] == "Q8_0"
     odd = _open(tiny_config("gemma-mqa", width=40))
     assert chosen("q8_0", odd)["layers.0.q"] == "F32" and chosen("q8_0", odd)["layers.0.down"] == "Q8_0"

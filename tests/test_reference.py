@@ -24,12 +24,21 @@ def test_twin_equals_transformers(kind):
     assert (ours.argmax(-1) == theirs.argmax(-1)).all()
 
 
-@pytest.mark.parametrize("kind, change", [
-    ("gemma1-mqa", {"rope_base": 11_000.0}),
-    ("gemma2", {"attention_softcap": None}), ("gemma2", {"final_softcap": None}), ("gemma2", {"window": 17}),
-    ("gemma2", {"query_scale": 24 ** -0.5}), ("gemma3", {"window": 11}), ("gemma3", {"rope_scale": 7.0}),
-    ("gemma3", {"rope_base": 9e5}), ("gemma3", {"rope_base_local": 9e3}), ("gemma3", {"global_every": 5}),
-])
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        ("gemma1-mqa", {"rope_base": 11_000.0}),
+        ("gemma2", {"attention_softcap": None}),
+        ("gemma2", {"final_softcap": None}),
+        ("gemma2", {"window": 17}),
+        ("gemma2", {"query_scale": 24**-0.5}),
+        ("gemma3", {"window": 11}),
+        ("gemma3", {"rope_scale": 7.0}),
+        ("gemma3", {"rope_base": 9e5}),
+        ("gemma3", {"rope_base_local": 9e3}),
+        ("gemma3", {"global_every": 5}),
+    ],
+)
 def test_golden_files_notice_each_field(kind, change):
     config, params, ids, theirs, bound = load(kind)
     assert np.abs(logits(replace(config, **change), params, ids) - theirs).max() > 10 * bound

@@ -22,7 +22,11 @@ def test_reads_what_it_wrote(tmp_path, kind, type, shards):
     config = tiny_config(kind)
     checkpoint = open_checkpoint(write_tiny_hf(tmp_path, config, type, shards=shards))
     tensors = tiny_tensors(config, type)
-    assert checkpoint.config == config and list(checkpoint.tensors) == list(tensors) and checkpoint.tokenizer is None
+    assert (
+        checkpoint.config == config
+        and list(checkpoint.tensors) == list(tensors)
+        and checkpoint.tokenizer is None
+    )
     for name, tensor in tensors.items():
         read = checkpoint.tensors[name]
         if name.endswith("norm"):
@@ -56,55 +60,124 @@ def test_the_same_weights_mean_the_same_from_gguf_and_from_hugging_face(tmp_path
 
 
 # As published on the Hub (fields without a part in the architecture left out).
-CODEGEMMA_2B = {"model_type": "gemma", "head_dim": 256, "hidden_act": "gelu", "hidden_size": 2048,
-                "intermediate_size": 16384, "max_position_embeddings": 8192, "num_attention_heads": 8,
-                "num_hidden_layers": 18, "num_key_value_heads": 1, "rms_norm_eps": 1e-06, "rope_scaling": None,
-                "rope_theta": 10000.0, "vocab_size": 256000}
-GEMMA_2_2B = {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "head_dim": 256,
-              "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
-              "intermediate_size": 9216, "max_position_embeddings": 8192, "num_attention_heads": 8,
-              "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
-              "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000}
-GEMMA_3_270M = {"model_type": "gemma3_text", "_sliding_window_pattern": 6, "attn_logit_softcapping": None,
-                "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
-                "hidden_size": 640, "intermediate_size": 2048, "layer_types": (["sliding_attention"] * 5
-                                                                               + ["full_attention"]) * 3,
-                "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 18,
-                "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
-                "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512,
-                "use_bidirectional_attention": False, "vocab_size": 262144}
-ROPES_5 = {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
-           "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+CODEGEMMA_2B = {
+    "model_type": "gemma",
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "vocab_size": 256000,
+}
+GEMMA_2_2B = {
+    "model_type": "gemma2",
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "vocab_size": 256000,
+}
+GEMMA_3_270M = {
+    "model_type": "gemma3_text",
+    "_sliding_window_pattern": 6,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 512,
+    "use_bidirectional_attention": False,
+    "vocab_size": 262144,
+}
+ROPES_5 = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 
 
 def _without(fields, *names):
     return {name: value for name, value in fields.items() if name not in names}
 
 
-@pytest.mark.parametrize(("fields", "config"), [
-    (CODEGEMMA_2B, GEMMA_2B),
-    (_without(CODEGEMMA_2B, "rope_theta") | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, GEMMA_2B),
-    (GEMMA_2_2B, GEMMA2_2B),
-    (GEMMA_2_2B | {"layer_types": ["sliding_attention", "full_attention"] * 13}, GEMMA2_2B),
-    (GEMMA_3_270M, GEMMA3_270M),
-    (_without(GEMMA_3_270M, "layer_types") | {"sliding_window_pattern": 6}, GEMMA3_270M),
-    (_without(GEMMA_3_270M, "rope_theta", "rope_local_base_freq") | {"rope_parameters": ROPES_5}, GEMMA3_270M),
-    (_without(GEMMA_3_270M, "rope_theta", "rope_local_base_freq", "layer_types"), GEMMA3_270M),
-], ids=lambda value: getattr(value, "architecture", ""))
+@pytest.mark.parametrize(
+    ("fields", "config"),
+    [
+        (CODEGEMMA_2B, GEMMA_2B),
+        (
+            _without(CODEGEMMA_2B, "rope_theta")
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            GEMMA_2B,
+        ),
+        (GEMMA_2_2B, GEMMA2_2B),
+        (GEMMA_2_2B | {"layer_types": ["sliding_attention", "full_attention"] * 13}, GEMMA2_2B),
+        (GEMMA_3_270M, GEMMA3_270M),
+        (_without(GEMMA_3_270M, "layer_types") | {"sliding_window_pattern": 6}, GEMMA3_270M),
+        (
+            _without(GEMMA_3_270M, "rope_theta", "rope_local_base_freq") | {"rope_parameters": ROPES_5},
+            GEMMA3_270M,
+        ),
+        (_without(GEMMA_3_270M, "rope_theta", "rope_local_base_freq", "layer_types"), GEMMA3_270M),
+    ],
+    ids=lambda value: getattr(value, "architecture", ""),
+)
 def test_published_configs_of_both_generations(fields, config):
     assert safetensors.config("config.json", fields) == config
 
 
 def test_the_text_part_of_a_multimodal_config_states_only_what_differs():
-    four_b = {"model_type": "gemma3", "vision_config": {}, "text_config": {
-        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}}
+    four_b = {
+        "model_type": "gemma3",
+        "vision_config": {},
+        "text_config": {
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+    }
     config = safetensors.config("config.json", four_b)
     assert (config.heads, config.kv_heads, config.head_width, config.vocab) == (8, 4, 256, 262_208)
-    assert (config.rope_base, config.rope_base_local, config.rope_scale, config.context) == (1e6, 1e4, 8.0, 131_072)
+    assert (config.rope_base, config.rope_base_local, config.rope_scale, config.context) == (
+        1e6,
+        1e4,
+        8.0,
+        131_072,
+    )
     four_b["text_config"].pop("rope_scaling")
     four_b["text_config"]["rope_parameters"] = {
-        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": None}
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": None,
+    }
     assert safetensors.config("config.json", four_b) == config
 
 
@@ -120,37 +193,50 @@ def test_a_query_scale_that_transformers_cannot_say_is_refused():
             safetensors.config_fields(config)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "llama"}, "model_type is 'llama'"),
-    ({"model_type": ["gemma"]}, "model_type is"),
-    ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
-    ({"quantization_config": {}}, "quantised in a way of their own"),
-    ({"use_bidirectional_attention": True}, "embedding model"),
-    ({"layer_types": ["full_attention"]}, "one entry for each of the 18 layers"),
-    ({"layer_types": ["full_attention", "sliding_attention"] * 9}, "does not repeat"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope type 'yarn'"),
-    ({"rope_parameters": 3}, "rope_parameters must be an object"),
-    ({"num_hidden_layers": 10**30, "layer_types": None}, "layers must be a whole number"),
-    ({"hidden_size": "640"}, "width must be a whole number"),
-    ({"rms_norm_eps": None}, "norm_eps must be a finite number"),
-    ({"rope_theta": 10**400}, "rope_base must be a finite number"),
-    ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be"),
-    ({"sliding_window": "all"}, "window"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": ["gemma"]}, "model_type is"),
+        ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ({"quantization_config": {}}, "quantised in a way of their own"),
+        ({"use_bidirectional_attention": True}, "embedding model"),
+        ({"layer_types": ["full_attention"]}, "one entry for each of the 18 layers"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 9}, "does not repeat"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope type 'yarn'"),
+        ({"rope_parameters": 3}, "rope_parameters must be an object"),
+        ({"num_hidden_layers": 10**30, "layer_types": None}, "layers must be a whole number"),
+        ({"hidden_size": "640"}, "width must be a whole number"),
+        ({"rms_norm_eps": None}, "norm_eps must be a finite number"),
+        ({"rope_theta": 10**400}, "rope_base must be a finite number"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be"),
+        ({"sliding_window": "all"}, "window"),
+    ],
+)
 def test_a_config_of_another_model_is_refused(change, message):
     with pytest.raises(ValueError, match=f"some/config.json: .*{message}"):
         safetensors.config("some/config.json", GEMMA_3_270M | change)
 
 
-@pytest.mark.parametrize(("prefix", "head"), [("language_model.model.", "language_model.lm_head.weight"),
-                                              ("model.language_model.", "lm_head.weight"), ("", "lm_head.weight")])
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+        ("", "lm_head.weight"),
+    ],
+)
 def test_every_prefix_in_use_is_understood(tmp_path, prefix, head):
     config = tiny_config("gemma3")
     stored = weights.write("hf", config, tiny_tensors(config, "BF16"))
     write_tiny_hf(tmp_path, config)
     named = {prefix + name.removeprefix("model."): tensor for name, tensor in stored.items()}
     norm, query = stored["model.norm.weight"], stored["model.layers.1.self_attn.q_proj.weight"]
-    named |= {head: stored["model.embed_tokens.weight"], "vision_tower.x": norm, "model.multi_modal_projector.y": norm}
+    named |= {
+        head: stored["model.embed_tokens.weight"],
+        "vision_tower.x": norm,
+        "model.multi_modal_projector.y": norm,
+    }
     safetensors.write_safetensors(tmp_path / "model.safetensors", named)
     read = open_checkpoint(tmp_path)
     np.testing.assert_array_equal(read.tensors["layers.1.q"].data, query.data)
@@ -182,23 +268,26 @@ def _info(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-@pytest.mark.parametrize(("header", "message"), [
-    ({"a": _info(offsets=(0, 4))}, "tensor a of 8 bytes lies at 0 to 4"),
-    ({"a": _info(offsets=(8, 0))}, "tensor a of 8 bytes lies"),
-    ({"a": _info(offsets=(-8, 0))}, "tensor a of 8 bytes lies"),
-    ({"a": _info(offsets=(60, 68))}, "in 64 bytes of data"),
-    ({"a": _info(shape=(2**40, 2**40))}, "impossible shape"),
-    ({"a": _info(shape=())}, "impossible shape"),
-    ({"a": _info(shape=(2, -1))}, "impossible shape"),
-    ({"a": _info(shape=("2",))}, "impossible shape"),
-    ({"a": _info(dtype="F8_E4M3")}, "tensor a is F8_E4M3, but this program reads"),
-    ({"a": _info(), "b": _info(offsets=(4, 12))}, "tensor b overlaps"),
-    ({"a": 3}, "tensor a lacks dtype"),
-    ([], "must hold a JSON object"),
-    (b'{"a": 1, "a": 2}', "stands twice"),
-    (b"[" * 100_000, "not valid JSON"),
-    (b"\xff", "not valid JSON"),
-])
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": _info(offsets=(0, 4))}, "tensor a of 8 bytes lies at 0 to 4"),
+        ({"a": _info(offsets=(8, 0))}, "tensor a of 8 bytes lies"),
+        ({"a": _info(offsets=(-8, 0))}, "tensor a of 8 bytes lies"),
+        ({"a": _info(offsets=(60, 68))}, "in 64 bytes of data"),
+        ({"a": _info(shape=(2**40, 2**40))}, "impossible shape"),
+        ({"a": _info(shape=())}, "impossible shape"),
+        ({"a": _info(shape=(2, -1))}, "impossible shape"),
+        ({"a": _info(shape=("2",))}, "impossible shape"),
+        ({"a": _info(dtype="F8_E4M3")}, "tensor a is F8_E4M3, but this program reads"),
+        ({"a": _info(), "b": _info(offsets=(4, 12))}, "tensor b overlaps"),
+        ({"a": 3}, "tensor a lacks dtype"),
+        ([], "must hold a JSON object"),
+        (b'{"a": 1, "a": 2}', "stands twice"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+    ],
+)
 def test_a_lie_in_the_header_is_named(tmp_path, header, message):
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     (tmp_path / "bad.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(64))
@@ -255,7 +344,12 @@ def test_thousands_of_damaged_files_raise_or_load_within_little_memory(tmp_path)
     config = tiny_config("gemma2", layers=1, width=32, ffn_width=32, heads=2, head_width=16, vocab=100)
     raw = (write_tiny_hf(tmp_path, config, "BF16") / "model.safetensors").read_bytes()
     fields = (tmp_path / "config.json").read_bytes()
-    outcomes = fuzz(lambda: open_checkpoint(tmp_path), tmp_path / "model.safetensors", raw,
-                    int.from_bytes(raw[:8], "little") + 8, 2000)
+    outcomes = fuzz(
+        lambda: open_checkpoint(tmp_path),
+        tmp_path / "model.safetensors",
+        raw,
+        int.from_bytes(raw[:8], "little") + 8,
+        2000,
+    )
     outcomes += fuzz(lambda: open_checkpoint(tmp_path), tmp_path / "config.json", fields, len(fields), 1000)
     assert outcomes["loaded"] > 20 and outcomes["refused"] > 1000

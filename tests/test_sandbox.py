@@ -33,46 +33,71 @@ def test_attacks_fail_with_rlimits_alone():
         assert not [(name, what) for name, held, what in self_test(made) if not held]
 
 
-@pytest.mark.parametrize("name", ["network", "reading the host's files", "seeing other processes",
-                                  "reading the environment of its parents", "a forged verdict",
-                                  "leaving before the tests", "leaving by exception"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "network",
+        "reading the host's files",
+        "seeing other processes",
+        "reading the environment of its parents",
+        "a forged verdict",
+        "leaving before the tests",
+        "leaving by exception",
+    ],
+)
 def test_attacks_work_where_nothing_stops_them(name, tmp_path):
     """An attack that fails anywhere would prove nothing."""
     (tmp_path / "secret").write_text("x")
     with socket.create_server(("127.0.0.1", 0)) as server:
         source = ATTACKS[name][0].replace("SECRET", repr(str(tmp_path / "secret")))
-        source = source.replace("HOST", str(server.getsockname()[1])).replace("/proc/1/", f"/proc/{os.getpid()}/")
+        source = source.replace("HOST", str(server.getsockname()[1])).replace(
+            "/proc/1/", f"/proc/{os.getpid()}/"
+        )
         ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert ran.returncode == 0 or "outcome" in ran.stdout
 
 
-@pytest.mark.parametrize(("source", "outcome", "code"), [
-    ("print('out'); import sys; print('err', file=sys.stderr)", "passed", 0),
-    ("raise SystemExit(3)", "failed", 3), ("raise SystemExit('no')", "failed", 1), ("1/0", "failed", 1),
-    ("x = (", "failed", 1), ("import os; os.kill(os.getpid(), 9)", "failed", -9),
-    ("import os\nif os.fork(): os._exit(0)", "failed", 0),
-    ("import threading\nthreading.Thread(target=print, args=['late']).start()", "passed", 0),
-    ("from dataclasses import dataclass\n@dataclass\nclass A: x: int\nassert A(1) == A(1)", "passed", 0),
-])
+@pytest.mark.parametrize(
+    ("source", "outcome", "code"),
+    [
+        ("print('out'); import sys; print('err', file=sys.stderr)", "passed", 0),
+        ("raise SystemExit(3)", "failed", 3),
+        ("raise SystemExit('no')", "failed", 1),
+        ("1/0", "failed", 1),
+        ("x = (", "failed", 1),
+        ("import os; os.kill(os.getpid(), 9)", "failed", -9),
+        ("import os\nif os.fork(): os._exit(0)", "failed", 0),
+        ("import threading\nthreading.Thread(target=print, args=['late']).start()", "passed", 0),
+        ("from dataclasses import dataclass\n@dataclass\nclass A: x: int\nassert A(1) == A(1)", "passed", 0),
+    ],
+)
 def test_outcomes(box, source, outcome, code):
     result = box.run_python(source)
     assert (result.outcome, result.exit_code) == (outcome, code), result.stderr
 
 
 def test_output_is_given_back(box):
-    result = box.run_python("print('out'); import sys; print('err', file=sys.stderr); print(input() if 0 else '')")
+    result = box.run_python(
+        "print('out'); import sys; print('err', file=sys.stderr); print(input() if 0 else '')"
+    )
     assert (result.stdout, result.stderr) == ("out\n\n", "err\n")
     assert box.run_python("raise SystemExit(0)", must_finish=False).outcome == "passed"
 
 
 def test_jobs_do_not_see_each_other(box):
     assert box.run_python("open('left', 'w').write('x')\nimport math\nmath.pi = 3").outcome == "passed"
-    assert box.run_python("import os, math\nassert os.listdir('.') == [] and math.pi > 3.1").outcome == "passed"
+    assert (
+        box.run_python("import os, math\nassert os.listdir('.') == [] and math.pi > 3.1").outcome == "passed"
+    )
 
 
 def test_commands_files_and_what_they_make(box):
-    result = box.run(["/bin/sh", "-c", "mkdir -p out/a; cat in/x > out/a/y; ln -s /etc/passwd out/z; echo $WORD"],
-                     {"in/x": "hello"}, env={"WORD": "there"}, collect=["out", "missing"])
+    result = box.run(
+        ["/bin/sh", "-c", "mkdir -p out/a; cat in/x > out/a/y; ln -s /etc/passwd out/z; echo $WORD"],
+        {"in/x": "hello"},
+        env={"WORD": "there"},
+        collect=["out", "missing"],
+    )
     assert (result.outcome, result.stdout, result.files) == ("passed", "there\n", {"out/a/y": b"hello"})
     assert box.run(["no-such-program"]).exit_code == 127
 

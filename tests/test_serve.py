@@ -71,7 +71,14 @@ def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
     ids = {"temperature": 0}
     openai = good(
         server.post(
-            "/v1/completions", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 12, **ids}
+            "/v1/completions",
+            json={
+                "model": "any",
+                "prompt": HOLE["prefix"],
+                "suffix": HOLE["suffix"],
+                "max_tokens": 12,
+                **ids,
+            },
         )
     )
     assert openai["choices"][0]["text"] == expected and openai["object"] == "text_completion"
@@ -102,7 +109,8 @@ def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
     assert ollama["response"] == expected and ollama["done"] is True
     mistral = good(
         server.post(
-            "/v1/fim/completions", json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 12}
+            "/v1/fim/completions",
+            json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 12},
         )
     )
     assert mistral["choices"][0]["message"] == {"role": "assistant", "content": expected, "tool_calls": None}
@@ -112,42 +120,83 @@ def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
 
 def test_streams_join_to_the_answer(server, model):
     expected = model.complete(**HOLE, max_tokens=12).text
-    body = {"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 12, "stream": True}
-    *parts, last = events(server.post("/v1/completions", json=body | {"stream_options": {"include_usage": True}}))
+    body = {
+        "model": "any",
+        "prompt": HOLE["prefix"],
+        "suffix": HOLE["suffix"],
+        "max_tokens": 12,
+        "stream": True,
+    }
+    *parts, last = events(
+        server.post("/v1/completions", json=body | {"stream_options": {"include_usage": True}})
+    )
     chunks = [json.loads(part) for part in parts]
-    assert last == "[DONE]" and "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == expected
-    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1) and chunks[-1]["choices"] == []
+    assert (
+        last == "[DONE]"
+        and "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == expected
+    )
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1) and chunks[-1][
+        "choices"
+    ] == []
     assert chunks[-1]["usage"]["completion_tokens"] == len(model.complete(**HOLE, max_tokens=12).ids)
     assert chunks[-2]["choices"][0]["finish_reason"] and chunks[-2]["timings"]["mode"] == "psm"
     *parts, last = events(server.post("/v1/fim/completions", json=body))
-    deltas = [json.loads(part)["choices"][0]["delta"]["content"] for part in parts]  # Tabby needs a string in every chunk
+    deltas = [
+        json.loads(part)["choices"][0]["delta"]["content"] for part in parts
+    ]  # Tabby needs a string in every chunk
     assert "".join(deltas) == expected and last == "[DONE]"
     parts = events(
         server.post(
-            "/infill", json={"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 12, "stream": True}
+            "/infill",
+            json={
+                "input_prefix": HOLE["prefix"],
+                "input_suffix": HOLE["suffix"],
+                "n_predict": 12,
+                "stream": True,
+            },
         )
     )
     assert "".join(json.loads(part)["content"] for part in parts) == expected
     assert [json.loads(part)["stop"] for part in parts] == [False] * (len(parts) - 1) + [True]
     answer = server.post("/api/generate", json=body | {"options": {"num_predict": 12}})
     rows = [json.loads(line) for line in answer.text.splitlines()]
-    assert answer.headers["content-type"] == "application/x-ndjson" and "".join(row["response"] for row in rows) == expected
-    assert [row["done"] for row in rows] == [False] * (len(rows) - 1) + [True] and rows[-1]["eval_duration"] > 0
+    assert (
+        answer.headers["content-type"] == "application/x-ndjson"
+        and "".join(row["response"] for row in rows) == expected
+    )
+    assert [row["done"] for row in rows] == [False] * (len(rows) - 1) + [True] and rows[-1][
+        "eval_duration"
+    ] > 0
 
 
 def test_chats_in_both_dialects(server, model):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     expected = model.chat(messages, max_tokens=9).text
     body = {"model": "m", "messages": messages, "max_tokens": 9, "temperature": 0}
-    assert good(server.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"] == expected
-    parts = [json.loads(part) for part in events(server.post("/v1/chat/completions", json=body | {"stream": True}))[:-1]]
+    assert (
+        good(server.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"] == expected
+    )
+    parts = [
+        json.loads(part)
+        for part in events(server.post("/v1/chat/completions", json=body | {"stream": True}))[:-1]
+    ]
     assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(part["choices"][0]["delta"].get("content", "") for part in parts) == expected
-    asked = {"model": "m", "messages": messages, "stream": False, "options": {"num_predict": 9, "temperature": 0}}
+    asked = {
+        "model": "m",
+        "messages": messages,
+        "stream": False,
+        "options": {"num_predict": 9, "temperature": 0},
+    }
     assert good(server.post("/api/chat", json=asked))["message"] == {"role": "assistant", "content": expected}
-    parts = messages[:1] + [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    parts = messages[:1] + [
+        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}
+    ]
     assert (
-        good(server.post("/v1/chat/completions", json=body | {"messages": parts}))["choices"][0]["message"]["content"] == expected
+        good(server.post("/v1/chat/completions", json=body | {"messages": parts}))["choices"][0]["message"][
+            "content"
+        ]
+        == expected
     )
 
 
@@ -158,30 +207,63 @@ def test_token_ids_text_and_raw_prompts(server, model):
     expected = model.generate(ids, max_tokens=7).text
     body = {"model": "m", "max_tokens": 7, "temperature": 0}
     found = good(server.post("/v1/completions", json=body | {"prompt": [ids, ids[:3]]}))
-    assert [choice["text"] for choice in found["choices"]] == [expected, model.generate(ids[:3], max_tokens=7).text]
+    assert [choice["text"] for choice in found["choices"]] == [
+        expected,
+        model.generate(ids[:3], max_tokens=7).text,
+    ]
     assert (
         good(server.post("/v1/completions", json=body | {"prompt": marked}))["choices"][0]["text"] == expected
     )  # as Continue does
-    assert good(server.post("/completion", json={"prompt": marked, "n_predict": 7, "temperature": 0}))["content"] == expected
-    assert good(server.post("/completion", json={"prompt": ids, "n_predict": 7, "temperature": 0}))["content"] == expected
+    assert (
+        good(server.post("/completion", json={"prompt": marked, "n_predict": 7, "temperature": 0}))["content"]
+        == expected
+    )
+    assert (
+        good(server.post("/completion", json={"prompt": ids, "n_predict": 7, "temperature": 0}))["content"]
+        == expected
+    )
     mixed = {"prompt": [marked[:14], *ids[2:]], "n_predict": 7, "temperature": 0}
     assert good(server.post("/completion", json=mixed))["content"] == expected
     told = {"raw_prompt": marked, "return_prompt": True}
     tabby = good(server.post("/v1/completions", json={"debug_options": told}))
     assert tabby["choices"][0]["text"] == model.generate(ids, max_tokens=64).text
     assert tabby["debug_data"]["prompt"] == "<bos>" + marked
-    streamed = {"prompt": ids, "n_predict": 7, "temperature": 0, "stream": True, "return_tokens": True, "n_probs": 1}
+    streamed = {
+        "prompt": ids,
+        "n_predict": 7,
+        "temperature": 0,
+        "stream": True,
+        "return_tokens": True,
+        "n_probs": 1,
+    }
     *parts, last = (json.loads(part) for part in events(server.post("/completion", json=streamed)))
     whole = good(server.post("/completion", json=streamed | {"stream": False}))
     for key in ("tokens", "completion_probabilities"):
         assert [one for part in parts for one in part[key]] == whole[key] and not last.get(key)
-    ollama = {"model": "m", "prompt": marked, "raw": True, "stream": False, "options": {"num_predict": 7, "temperature": 0}}
+    ollama = {
+        "model": "m",
+        "prompt": marked,
+        "raw": True,
+        "stream": False,
+        "options": {"num_predict": 7, "temperature": 0},
+    }
     assert good(server.post("/api/generate", json=ollama))["response"] == expected
-    assert good(server.post("/api/generate", json=ollama | {"raw": False, "template": "{{ .Prompt }}"}))["response"] == expected
-    suffixed = {**body, "prompt": marked, "suffix": "<|file_separator|>"}  # a hole's text is text, whatever it spells
+    assert (
+        good(server.post("/api/generate", json=ollama | {"raw": False, "template": "{{ .Prompt }}"}))[
+            "response"
+        ]
+        == expected
+    )
+    suffixed = {
+        **body,
+        "prompt": marked,
+        "suffix": "<|file_separator|>",
+    }  # a hole's text is text, whatever it spells
     plain = model.complete(marked, "<|file_separator|>", max_tokens=7)
     found = good(server.post("/v1/completions", json=suffixed))
-    assert found["choices"][0]["text"] == plain.text and found["usage"]["prompt_tokens"] == plain.prompt_tokens
+    assert (
+        found["choices"][0]["text"] == plain.text and found["usage"]["prompt_tokens"] == plain.prompt_tokens
+    )
 
 
 def test_context_of_several_files(server, model):
@@ -207,7 +289,9 @@ def test_context_of_several_files(server, model):
         "declarations": [{"filepath": "b.py", "body": files[1].text}],
         "relevant_snippets_from_changed_files": [{"filepath": "a.py", "body": files[0].text, "score": 1.0}],
     }
-    tabby = good(server.post("/v1/completions", json={"segments": segments, "debug_options": {"return_prompt": True}}))
+    tabby = good(
+        server.post("/v1/completions", json={"segments": segments, "debug_options": {"return_prompt": True}})
+    )
     assert tabby["debug_data"]["prompt"] == infill["prompt"]
 
 
@@ -227,11 +311,26 @@ def test_what_llama_vim_needs(server):
         "n_indent": 4,
         "stop": [],
         "stream": False,
-        "response_fields": ["content", "timings/prompt_n", "timings/predicted_ms", "truncated", "tokens_cached", "no_such"],
+        "response_fields": [
+            "content",
+            "timings/prompt_n",
+            "timings/predicted_ms",
+            "truncated",
+            "tokens_cached",
+            "no_such",
+        ],
     }
     raw = server.post("/infill", json=body)
-    assert re.match(r"^\s*{", raw.text) and re.search(r'"content"\s*:"', raw.text)  # else it drops the reply in silence
-    assert set(raw.json()) == {"content", "timings/prompt_n", "timings/predicted_ms", "truncated", "tokens_cached"}
+    assert re.match(r"^\s*{", raw.text) and re.search(
+        r'"content"\s*:"', raw.text
+    )  # else it drops the reply in silence
+    assert set(raw.json()) == {
+        "content",
+        "timings/prompt_n",
+        "timings/predicted_ms",
+        "truncated",
+        "tokens_cached",
+    }
     warm = body | {
         "input_prefix": "",
         "input_suffix": "",
@@ -249,7 +348,10 @@ def test_what_llama_vim_needs(server):
         assert refused.status_code == 400 and wrong in refused.json()["error"]["message"]
     *_, last = map(json.loads, events(server.post("/infill", json=body | {"stream": True})))
     assert set(last) == set(raw.json()) and last["content"] == ""  # its text was told before
-    unnamed = body | {"input_extra": [{"text": "one\n"}, {"text": "two\n", "filename": ""}], "response_fields": ["prompt"]}
+    unnamed = body | {
+        "input_extra": [{"text": "one\n"}, {"text": "two\n", "filename": ""}],
+        "response_fields": ["prompt"],
+    }
     told = good(server.post("/infill", json=unnamed))["prompt"]
     assert told.startswith("<bos>one\n<|file_separator|>two\n<|file_separator|><|fim_")
     refused = server.post("/infill", json=body | {"n_cmpl": 5})
@@ -261,7 +363,10 @@ def test_what_llama_vim_needs(server):
 def test_log_probabilities_of_prompt_and_answer(server, model):
     ids = model.tokenizer.encode("def f(x): return", bos=True)
     found = good(
-        server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 3, "echo": True, "logprobs": 2, "temperature": 0})
+        server.post(
+            "/v1/completions",
+            json={"prompt": [ids], "max_tokens": 3, "echo": True, "logprobs": 2, "temperature": 0},
+        )
     )
     told = found["choices"][0]["logprobs"]
     whole = ids + model.generate(ids, max_tokens=3).ids
@@ -270,7 +375,9 @@ def test_log_probabilities_of_prompt_and_answer(server, model):
     expected = [logprobs[at - 1, whole[at]] for at in range(1, len(whole))]
     assert told["token_logprobs"][0] is None and np.allclose(told["token_logprobs"][1:], expected, atol=1e-4)
     best = [sorted(logprobs[at - 1])[-1] for at in range(1, len(whole))]
-    assert told["top_logprobs"][0] is None and np.allclose([max(top.values()) for top in told["top_logprobs"][1:]], best, atol=1e-4)
+    assert told["top_logprobs"][0] is None and np.allclose(
+        [max(top.values()) for top in told["top_logprobs"][1:]], best, atol=1e-4
+    )
     text = found["choices"][0]["text"]
     assert text == model.tokenizer.decode(whole) and len(told["text_offset"]) == len(whole)
     assert all(
@@ -278,24 +385,44 @@ def test_log_probabilities_of_prompt_and_answer(server, model):
         for token, at in zip(told["tokens"][1:], told["text_offset"][1:], strict=True)
         if not token.startswith("bytes:")
     )
-    one = good(server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 0, "echo": True, "logprobs": 1}))["choices"][0]
+    one = good(
+        server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 0, "echo": True, "logprobs": 1})
+    )["choices"][0]
     assert len(one["logprobs"]["tokens"]) == len(ids) and one["finish_reason"] == "length"
-    alone = good(server.post("/v1/completions", json={"prompt": "", "max_tokens": 1, "echo": True, "logprobs": 1}))["choices"][0]
-    assert alone["logprobs"]["token_logprobs"][0] is None and len(alone["logprobs"]["tokens"]) == 2  # <bos> has nothing before it
+    alone = good(
+        server.post("/v1/completions", json={"prompt": "", "max_tokens": 1, "echo": True, "logprobs": 1})
+    )["choices"][0]
+    assert (
+        alone["logprobs"]["token_logprobs"][0] is None and len(alone["logprobs"]["tokens"]) == 2
+    )  # <bos> has nothing before it
 
 
 def test_choices_seeds_and_the_best_of_several(server, model):
     body = {"prompt": "def f", "max_tokens": 8, "temperature": 1.5, "seed": 7, "n": 3}
     first, again = (good(server.post("/v1/completions", json=body))["choices"] for _ in range(2))
-    assert [one["text"] for one in first] == [one["text"] for one in again] and len({one["text"] for one in first}) > 1
+    assert [one["text"] for one in first] == [one["text"] for one in again] and len(
+        {one["text"] for one in first}
+    ) > 1
     assert first[0]["text"] == model.generate("def f", max_tokens=8, sampling=Sampling(1.5, seed=7)).text
-    scored = good(server.post("/v1/completions", json=body | {"logprobs": 0, "best_of": 6, "n": 6}))["choices"]
+    scored = good(server.post("/v1/completions", json=body | {"logprobs": 0, "best_of": 6, "n": 6}))[
+        "choices"
+    ]
     means = [np.mean(one["logprobs"]["token_logprobs"]) for one in scored]
     best = good(server.post("/v1/completions", json=body | {"best_of": 6, "n": 2}))
-    assert [one["text"] for one in best["choices"]] == [scored[i]["text"] for i in np.argsort(means)[::-1][:2]]
-    assert best["usage"]["completion_tokens"] == 48 and best["usage"]["prompt_tokens"] == len(model.tokenizer.encode("def f")) + 1
-    parts = [json.loads(part) for part in events(server.post("/v1/completions", json=body | {"stream": True}))[:-1]]
-    streamed = ["".join(part["choices"][0]["text"] for part in parts if part["choices"][0]["index"] == i) for i in range(3)]
+    assert [one["text"] for one in best["choices"]] == [
+        scored[i]["text"] for i in np.argsort(means)[::-1][:2]
+    ]
+    assert (
+        best["usage"]["completion_tokens"] == 48
+        and best["usage"]["prompt_tokens"] == len(model.tokenizer.encode("def f")) + 1
+    )
+    parts = [
+        json.loads(part) for part in events(server.post("/v1/completions", json=body | {"stream": True}))[:-1]
+    ]
+    streamed = [
+        "".join(part["choices"][0]["text"] for part in parts if part["choices"][0]["index"] == i)
+        for i in range(3)
+    ]
     assert streamed == [one["text"] for one in first]
 
 
@@ -323,7 +450,9 @@ def test_stop_texts_and_the_reason_of_the_end(server, model):
 
 def test_tokens_templates_and_descriptions(server, model):
     text = "def f(): <bos>"
-    assert good(server.post("/tokenize", json={"content": text}))["tokens"] == model.tokenizer.encode(text, control=True)
+    assert good(server.post("/tokenize", json={"content": text}))["tokens"] == model.tokenizer.encode(
+        text, control=True
+    )
     pieces = good(server.post("/tokenize", json={"content": "é", "with_pieces": True}))["tokens"]
     assert [piece["piece"] for piece in pieces] == [[0xC3], [0xA9]]
     vllm = good(server.post("/tokenize", json={"prompt": "def"}))
@@ -333,19 +462,36 @@ def test_tokens_templates_and_descriptions(server, model):
     assert template["prompt"] == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
     found = good(server.get("/tokenizer_info"))
     assert (found["bos_token"], found["eos_token"], found["pad_token"]) == ("<bos>", "<eos>", "<pad>")
-    assert good(server.get("/health")) == {"status": "ok"} and good(server.get("/v1/health"))["model"] == "tiny"
+    assert (
+        good(server.get("/health")) == {"status": "ok"} and good(server.get("/v1/health"))["model"] == "tiny"
+    )
     assert [one["id"] for one in good(server.get("/v1/models"))["data"]] == ["tiny"]
-    assert ".Suffix" in good(server.post("/api/show", json={"model": "tiny"}))["template"]  # how Continue knows of FIM
+    assert (
+        ".Suffix" in good(server.post("/api/show", json={"model": "tiny"}))["template"]
+    )  # how Continue knows of FIM
     assert "insert" in good(server.post("/api/show", json={"model": "tiny"}))["capabilities"]
-    assert good(server.get("/api/tags"))["models"][0]["name"] == "tiny:latest" and good(server.get("/api/version"))["version"]
+    assert (
+        good(server.get("/api/tags"))["models"][0]["name"] == "tiny:latest"
+        and good(server.get("/api/version"))["version"]
+    )
     assert good(server.get("/api/ps"))["models"] and len(good(server.get("/slots"))) == scheduler.SLOTS
-    assert good(server.get("/props"))["codegemma"]["mode"] == "psm" and server.get("/terms").text == "the terms"
+    assert (
+        good(server.get("/props"))["codegemma"]["mode"] == "psm" and server.get("/terms").text == "the terms"
+    )
     assert good(server.get("/v1beta/server_setting")) == {"disable_client_side_telemetry": True}
     assert good(server.post("/api/generate", json={"model": "m", "prompt": ""}))["done_reason"] == "load"
-    assert server.client.head("/").status_code == 200 and server.post("/v1/embeddings", json={}).status_code == 501
+    assert (
+        server.client.head("/").status_code == 200
+        and server.post("/v1/embeddings", json={}).status_code == 501
+    )
     assert good(server.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}))
-    metrics = dict(line.rsplit(" ", 1) for line in server.get("/metrics").text.splitlines() if not line.startswith("#"))
-    assert float(metrics["llamacpp:tokens_predicted_total"]) > 0 and float(metrics["codegemma_requests_total"]) > 0
+    metrics = dict(
+        line.rsplit(" ", 1) for line in server.get("/metrics").text.splitlines() if not line.startswith("#")
+    )
+    assert (
+        float(metrics["llamacpp:tokens_predicted_total"]) > 0
+        and float(metrics["codegemma_requests_total"]) > 0
+    )
     assert "/v1/fim/completions" in good(server.get("/openapi.json"))["paths"]
 
 
@@ -359,12 +505,20 @@ def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
     assert server.post("/v1/events", json=event | {"type": "select"}).status_code == 200
     (row,) = stats.load()
     assert row.taken == row.characters == len(found["choices"][0]["text"]) and row.language == "python"
-    assert server.post("/v1/events", json=event | {"type": "select"}).status_code == 200 and len(stats.load()) == 1
+    assert (
+        server.post("/v1/events", json=event | {"type": "select"}).status_code == 200
+        and len(stats.load()) == 1
+    )
     asked = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 5, "language": "go"}
     for told, number in (("dismiss", 1), ("select", 2)):
-        *parts, last = (json.loads(part) for part in events(server.post("/infill", json=asked | {"stream": True})))
+        *parts, last = (
+            json.loads(part) for part in events(server.post("/infill", json=asked | {"stream": True}))
+        )
         assert "id" not in parts[0]
-        assert server.post("/v1/events", json=event | {"type": told, "completion_id": last["id"]}).status_code == 200
+        assert (
+            server.post("/v1/events", json=event | {"type": told, "completion_id": last["id"]}).status_code
+            == 200
+        )
         row = stats.load()[number]
         assert row.language == "go" and row.characters == sum(len(part["content"]) for part in [*parts, last])
         assert row.taken == (row.characters if told == "select" else 0)
@@ -381,7 +535,12 @@ def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
         ("/v1/completions", {"prompt": "\ud800"}, 400, ["error", "message", ""]),
         ("/v1/completions", {"prompt": "x", "adapter": "no-such"}, 400, ["error", "message", "--adapter"]),
         ("/v1/completions", {"prompt": ["x"] * 200, "n": 16}, 400, ["error", "message", "choices"]),
-        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, ["error", "message", "user"]),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "assistant", "content": "x"}]},
+            400,
+            ["error", "message", "user"],
+        ),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": "x"}], "tools": [{}]},
@@ -395,17 +554,37 @@ def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
             ["error", "message", "response_format"],
         ),
         ("/infill", {"input_prefix": 3, "input_suffix": ""}, 400, ["error", "message", "input_prefix"]),
-        ("/infill", {"input_prefix": "", "input_suffix": "", "grammar": "root ::= x"}, 400, ["error", "message", "grammar"]),
+        (
+            "/infill",
+            {"input_prefix": "", "input_suffix": "", "grammar": "root ::= x"},
+            400,
+            ["error", "message", "grammar"],
+        ),
         ("/completion", {"prompt": []}, 400, ["error", "message", "at least 1"]),
         ("/completion", {"prompt": ["x"] * 600}, 400, ["error", "message", "choices"]),
         ("/v1/completions", {"prompt": "x", "logit_bias": {"999999": 1}}, 400, ["error", "message", "bias"]),
-        ("/v1/completions", {"prompt": "x", "presence_penalty": 3}, 400, ["error", "message", "presence_penalty"]),
+        (
+            "/v1/completions",
+            {"prompt": "x", "presence_penalty": 3},
+            400,
+            ["error", "message", "presence_penalty"],
+        ),
         ("/api/generate", {"prompt": "x", "model": "m", "format": "json"}, 400, ["error", "format"]),
-        ("/api/chat", {"model": "m", "messages": [{"role": "user", "content": "x", "images": ["aa"]}]}, 400, ["error", "images"]),
+        (
+            "/api/chat",
+            {"model": "m", "messages": [{"role": "user", "content": "x", "images": ["aa"]}]},
+            400,
+            ["error", "images"],
+        ),
         ("/v1/fim/completions", {"suffix": "x"}, 422, ["detail", 0, "loc", "prompt"]),
         ("/v1/fim/completions", {"prompt": "x", "temperature": -3}, 400, ["message", "temperature"]),
         ("/v1/no-such", {}, 404, ["error", "message", "Not Found"]),
-        ("/v1/completions", {"prompt": "x", "path": "a\nb", "suffix": ""}, 400, ["error", "message", "one line"]),
+        (
+            "/v1/completions",
+            {"prompt": "x", "path": "a\nb", "suffix": ""},
+            400,
+            ["error", "message", "one line"],
+        ),
     ],
 )
 def test_bad_input_is_refused_in_the_dialects_own_form(server, route, body, status, words):
@@ -424,20 +603,34 @@ def test_tabby_refuses_in_plain_text(server):
         ({"debug_options": {"return_prompt": True}}, "raw_prompt"),
     ):
         answer = server.post("/v1/completions", json=body)
-        assert answer.status_code == 422 and answer.headers["content-type"].startswith("text/plain") and word in answer.text
+        assert (
+            answer.status_code == 422
+            and answer.headers["content-type"].startswith("text/plain")
+            and word in answer.text
+        )
 
 
 def test_what_clients_send_to_say_nothing(server, model):
     """Values that switch a field off, by each protocol's own rules."""
     expected = model.complete(**HOLE, max_tokens=6).text
     infill = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 6}
-    for off in ({"t_max_prompt_ms": 0, "t_max_predict_ms": 0}, {"t_max_prompt_ms": -1, "t_max_predict_ms": -1}, {"grammar": ""}):
+    for off in (
+        {"t_max_prompt_ms": 0, "t_max_predict_ms": 0},
+        {"t_max_prompt_ms": -1, "t_max_predict_ms": -1},
+        {"grammar": ""},
+    ):
         assert good(server.post("/infill", json=infill | off))["content"] == expected
     openai = {"prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 6}
-    for off in ({"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}, {"logit_bias": None, "presence_penalty": None},
-                {"logit_bias": {"5": 0}}, {"n": None, "best_of": None, "stop": None, "stream_options": {"include_usage": None}}):
+    for off in (
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
+        {"logit_bias": None, "presence_penalty": None},
+        {"logit_bias": {"5": 0}},
+        {"n": None, "best_of": None, "stop": None, "stream_options": {"include_usage": None}},
+    ):
         assert good(server.post("/v1/completions", json=openai | off))["choices"][0]["text"] == expected
-    tabby = good(server.post("/v1/completions", json={"segments": HOLE, "mode": "standard"}))  # its mode, not ours
+    tabby = good(
+        server.post("/v1/completions", json={"segments": HOLE, "mode": "standard"})
+    )  # its mode, not ours
     assert tabby["choices"][0]["text"] == model.complete(**HOLE, max_tokens=64).text
 
 
@@ -445,7 +638,10 @@ def test_penalties_and_biases_reach_the_model(server, model):
     plain = model.generate("def f", max_tokens=8)
     body = {"prompt": "def f", "max_tokens": 8, "temperature": 0}
     for fields, sampling in (
-        ({"presence_penalty": 2, "frequency_penalty": 1.5}, Sampling(presence_penalty=2, frequency_penalty=1.5)),
+        (
+            {"presence_penalty": 2, "frequency_penalty": 1.5},
+            Sampling(presence_penalty=2, frequency_penalty=1.5),
+        ),
         ({"logit_bias": {str(plain.ids[0]): -100}}, Sampling(bias=((plain.ids[0], -100),))),
     ):
         found = good(server.post("/v1/completions", json=body | fields))["choices"][0]["text"]
@@ -457,11 +653,20 @@ def test_methods_slashes_and_encodings(server):
         answer = server.client.head(path)
         assert answer.status_code == 200 and not answer.content and int(answer.headers["content-length"]) > 0
     body = {"prompt": "x", "max_tokens": 1}
-    assert good(server.post("/v1/completions/", json=body))["choices"] and len(good(server.get("/v1/models/"))["data"]) == 1
+    assert (
+        good(server.post("/v1/completions/", json=body))["choices"]
+        and len(good(server.get("/v1/models/"))["data"]) == 1
+    )
     refused = server.get("/v1/completions")
-    assert (refused.status_code, refused.headers["allow"]) == (405, "POST") and refused.json()["error"]["message"]
-    assert server.post("/api/tags", json={}).status_code == 405 and server.post("/", json={}).status_code == 404
-    packed = server.client.post("/infill", content=gzip.compress(json.dumps(body).encode()), headers={"Content-Encoding": "gzip"})
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST") and refused.json()["error"][
+        "message"
+    ]
+    assert (
+        server.post("/api/tags", json={}).status_code == 405 and server.post("/", json={}).status_code == 404
+    )
+    packed = server.client.post(
+        "/infill", content=gzip.compress(json.dumps(body).encode()), headers={"Content-Encoding": "gzip"}
+    )
     assert packed.status_code == 415 and "compressed" in packed.json()["error"]["message"]
 
 
@@ -470,7 +675,8 @@ def test_adapters_by_field_by_model_name_and_lora(path):
     loaded.add_adapter("ours", replace(random_adapter(LONG, seed=3), card={"fim": {"spm": True}}))
     loaded.add_adapter("worn", random_adapter(LONG, seed=4))
     fills = {
-        name: loaded.complete(**HOLE, max_tokens=6, adapter=name, sampling=Sampling(1.0, seed=9)) for name in (None, "ours", "worn")
+        name: loaded.complete(**HOLE, max_tokens=6, adapter=name, sampling=Sampling(1.0, seed=9))
+        for name in (None, "ours", "worn")
     }
     expected = {name: fill.text for name, fill in fills.items()}
     assert len(set(expected.values())) == 3
@@ -478,20 +684,45 @@ def test_adapters_by_field_by_model_name_and_lora(path):
     async def opened():
         return Scheduler(loaded)
 
-    body = {"prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 6, "temperature": 1.0, "seed": 9}
+    body = {
+        "prompt": HOLE["prefix"],
+        "suffix": HOLE["suffix"],
+        "max_tokens": 6,
+        "temperature": 1.0,
+        "seed": 9,
+    }
     with served(opened) as server, ThreadPoolExecutor(6) as pool:
-        asked = [({}, None), ({"adapter": "none"}, None), ({"adapter": "ours"}, "ours"), ({"model": "worn"}, "worn"),
-                 ({"model": "tiny:ours"}, "ours"), ({"model": "unheard-of"}, None)]
+        asked = [
+            ({}, None),
+            ({"adapter": "none"}, None),
+            ({"adapter": "ours"}, "ours"),
+            ({"model": "worn"}, "worn"),
+            ({"model": "tiny:ours"}, "ours"),
+            ({"model": "unheard-of"}, None),
+        ]
         answers = list(pool.map(lambda one: good(server.post("/v1/completions", json=body | one[0])), asked))
         for answer, (_, name) in zip(answers, asked, strict=True):
             assert answer["choices"][0]["text"] == expected[name] and answer["timings"]["adapter"] == name
         assert answers[2]["timings"]["mode"] == "spm"  # as its card says
-        lora = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 6, "temperature": 1.0, "seed": 9,
-                "top_k": 0, "top_p": 1.0, "min_p": 0.0, "lora": [{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0.0}]}
+        lora = {
+            "input_prefix": HOLE["prefix"],
+            "input_suffix": HOLE["suffix"],
+            "n_predict": 6,
+            "temperature": 1.0,
+            "seed": 9,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "lora": [{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0.0}],
+        }
         assert good(server.post("/infill", json=lora))["content"] == expected["worn"]
         assert [one["id"] for one in good(server.get("/v1/models"))["data"]] == ["tiny", "ours", "worn"]
         assert server.post("/infill", json=lora | {"lora": [{"id": 2}]}).status_code == 400
-        text = good(server.post("/completion", json={"prompt": "def f", "n_predict": 5, "temperature": 0, "adapter": "ours"}))
+        text = good(
+            server.post(
+                "/completion", json={"prompt": "def f", "n_predict": 5, "temperature": 0, "adapter": "ours"}
+            )
+        )
         assert text["content"] == loaded.generate("def f", max_tokens=5, adapter="ours").text
 
 
@@ -501,14 +732,26 @@ def test_adapters_by_field_by_model_name_and_lora(path):
 def test_neighbours_change_no_answer(server, model):
     rng = np.random.default_rng(0)
     asks = [
-        {"prompt": [[2, *rng.integers(110, 515, int(size)).tolist()]], "max_tokens": 10, "temperature": 0.7, "seed": i}
+        {
+            "prompt": [[2, *rng.integers(110, 515, int(size)).tolist()]],
+            "max_tokens": 10,
+            "temperature": 0.7,
+            "seed": i,
+        }
         for i, size in enumerate(rng.integers(1, 300, 8))
     ]
-    alone = [model.generate(ask["prompt"][0], max_tokens=10, sampling=Sampling(0.7, seed=ask["seed"])).text for ask in asks]
+    alone = [
+        model.generate(ask["prompt"][0], max_tokens=10, sampling=Sampling(0.7, seed=ask["seed"])).text
+        for ask in asks
+    ]
     for together in (1, 2, 3, 8):
         order = rng.permutation(8)
         with ThreadPoolExecutor(together) as pool:
-            answers = list(pool.map(lambda i: good(server.post("/v1/completions", json=asks[i]))["choices"][0]["text"], order))
+            answers = list(
+                pool.map(
+                    lambda i: good(server.post("/v1/completions", json=asks[i]))["choices"][0]["text"], order
+                )
+            )
         assert answers == [alone[i] for i in order]
 
 
@@ -558,7 +801,10 @@ def sent(server, path, body, headers=""):
     """A request on a socket of its own, sent and not read."""
     data = json.dumps(body).encode()
     connection = socket.create_connection(server.address)
-    connection.sendall(f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    connection.sendall(
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}Content-Length: {len(data)}\r\n\r\n".encode()
+        + data
+    )
     return connection
 
 
@@ -582,7 +828,10 @@ def test_the_newest_completion_of_an_editor_cancels_its_older_ones(held):
         first = pool.submit(server.post, "/infill", json=fill)
         until(lambda: len(server.backend._jobs) == 2)
         second = pool.submit(
-            server.post, "/infill", json={k: v for k, v in fill.items() if k != "session"}, headers={"X-Session-Id": "vim"}
+            server.post,
+            "/infill",
+            json={k: v for k, v in fill.items() if k != "session"},
+            headers={"X-Session-Id": "vim"},
         )
         until(lambda: any(job.gone.is_set() for job in server.backend._jobs.values()))
         engine.on.set()
@@ -601,7 +850,11 @@ def test_too_many_are_told_to_come_again(held):
     until(lambda: len(server.backend._waiting) == 4)
     for path in ("/v1/completions", "/api/generate"):
         refused = server.post(path, json={"prompt": "x", "model": "m"})
-        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1 and "error" in refused.json()
+        assert (
+            refused.status_code == 429
+            and int(refused.headers["retry-after"]) >= 1
+            and "error" in refused.json()
+        )
     engine.on.set()
     for connection in waiting:
         assert b" 200 OK" in connection.recv(100)
@@ -617,7 +870,14 @@ def test_a_long_prompt_leaves_room_between_anothers_tokens(held):
     with server.client.stream(
         "POST",
         "/v1/completions",
-        json={"prompt": "def f", "max_tokens": 3000, "temperature": 1.0, "stream": True, "stop_token_ids": [], "seed": 3},
+        json={
+            "prompt": "def f",
+            "max_tokens": 3000,
+            "temperature": 1.0,
+            "stream": True,
+            "stop_token_ids": [],
+            "seed": 3,
+        },
     ) as typing:
         lines = typing.iter_lines()
         next(lines)
@@ -625,12 +885,21 @@ def test_a_long_prompt_leaves_room_between_anothers_tokens(held):
         backend.engine.prefill_rate = 300.0
         backend.engine.measured = lambda tokens, seconds: None
         long = [2, *np.random.default_rng(0).integers(110, 515, 700).tolist()]
-        assert good(server.post("/v1/completions", json={"prompt": [long], "max_tokens": 1}))["usage"]["prompt_tokens"] == 701
+        assert (
+            good(server.post("/v1/completions", json={"prompt": [long], "max_tokens": 1}))["usage"][
+                "prompt_tokens"
+            ]
+            == 701
+        )
         shared = [sizes for sizes in engine.sizes if len(sizes) == 2]
-        assert len(shared) >= 20 and all(min(sizes) <= 2 and max(sizes) <= int(scheduler.PAUSE * 300) for sizes in shared)
+        assert len(shared) >= 20 and all(
+            min(sizes) <= 2 and max(sizes) <= int(scheduler.PAUSE * 300) for sizes in shared
+        )
         engine.sizes.clear()
         scored = {"prompt": [long[:200]], "max_tokens": 0, "echo": True, "logprobs": 1}
-        assert len(good(server.post("/v1/completions", json=scored))["choices"][0]["logprobs"]["tokens"]) == 200
+        assert (
+            len(good(server.post("/v1/completions", json=scored))["choices"][0]["logprobs"]["tokens"]) == 200
+        )
         assert max(size for sizes in engine.sizes for size in sizes) == scheduler.LEAST
 
 
@@ -663,7 +932,9 @@ def test_deadlines(model):
     async def run():
         backend = Scheduler(model)
         text = "".join(f"line_{i} = {i}\n" for i in range(400))
-        (short,) = await backend.submit([Ask(Fill(text), prompt_seconds=30 / model.engine.prefill_rate, max_tokens=1)])
+        (short,) = await backend.submit(
+            [Ask(Fill(text), prompt_seconds=30 / model.engine.prefill_rate, max_tokens=1)]
+        )
         (whole,) = await backend.submit([Ask(Fill(text), max_tokens=1)])
         assert short.prompt_tokens < whole.prompt_tokens / 4
         job = Job(Ask(Text("x"), prompt_seconds=1.0, predict_seconds=1.0), Prompt([2], frozenset()))
@@ -712,11 +983,18 @@ def test_prompts_outlive_a_restart(path, tmp_path):
 
     def asked():
         with served(opened) as server:
-            until(lambda: not any(thread.name == "cache" and thread.is_alive() for thread in threading.enumerate()))
+            until(
+                lambda: (
+                    not any(thread.name == "cache" and thread.is_alive() for thread in threading.enumerate())
+                )
+            )
             return good(server.post("/v1/completions", json=body))
 
     first, second = asked(), asked()
-    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 and first["choices"] == second["choices"]
+    assert (
+        first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        and first["choices"] == second["choices"]
+    )
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["prompt_tokens"] - 1
     (file,) = (tmp_path / "kept").iterdir()
     file.write_bytes(file.read_bytes()[:-9])
@@ -732,12 +1010,30 @@ def test_a_server_before_a_server_gives_the_same(server, path, model):
         return await Remote.open(server.url + "/v1/", open_checkpoint(path))
 
     with served(opened) as front:
-        infill = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 12, "trim": "line", "n_probs": 2}
+        infill = {
+            "input_prefix": HOLE["prefix"],
+            "input_suffix": HOLE["suffix"],
+            "n_predict": 12,
+            "trim": "line",
+            "n_probs": 2,
+        }
         ours, theirs = (good(one.post("/infill", json=infill)) for one in (server, front))
         assert ours["content"] == theirs["content"] == model.complete(**HOLE, max_tokens=12, trim="line").text
-        scored = {"prompt": "def f(x)", "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0, "stop": ["~"]}
-        ours, theirs = (good(one.post("/v1/completions", json=scored))["choices"][0] for one in (server, front))
-        assert ours["logprobs"]["token_logprobs"] == theirs["logprobs"]["token_logprobs"] and ours["text"] == theirs["text"]
+        scored = {
+            "prompt": "def f(x)",
+            "echo": True,
+            "logprobs": 2,
+            "max_tokens": 3,
+            "temperature": 0,
+            "stop": ["~"],
+        }
+        ours, theirs = (
+            good(one.post("/v1/completions", json=scored))["choices"][0] for one in (server, front)
+        )
+        assert (
+            ours["logprobs"]["token_logprobs"] == theirs["logprobs"]["token_logprobs"]
+            and ours["text"] == theirs["text"]
+        )
         chat = {
             "messages": [{"role": "user", "content": "hi"}],
             "max_tokens": 6,
@@ -747,12 +1043,21 @@ def test_a_server_before_a_server_gives_the_same(server, path, model):
             "stream_options": {"include_usage": True},
         }
         ours, theirs = (
-            [json.loads(part) for part in events(one.post("/v1/chat/completions", json=chat))[:-1]] for one in (server, front)
+            [json.loads(part) for part in events(one.post("/v1/chat/completions", json=chat))[:-1]]
+            for one in (server, front)
         )
-        texts = ["".join(c["delta"].get("content", "") for chunk in chunks for c in chunk["choices"]) for chunks in (ours, theirs)]
-        assert texts[0] == texts[1] and ours[-1]["usage"]["completion_tokens"] == theirs[-1]["usage"]["completion_tokens"]
+        texts = [
+            "".join(c["delta"].get("content", "") for chunk in chunks for c in chunk["choices"])
+            for chunks in (ours, theirs)
+        ]
+        assert (
+            texts[0] == texts[1]
+            and ours[-1]["usage"]["completion_tokens"] == theirs[-1]["usage"]["completion_tokens"]
+        )
         assert front.post("/v1/completions", json={"prompt": [1, 999_999]}).status_code == 400
-        assert good(front.get("/props"))["codegemma"]["mode"] == "psm" and good(front.get("/api/tags"))["models"]
+        assert (
+            good(front.get("/props"))["codegemma"]["mode"] == "psm" and good(front.get("/api/tags"))["models"]
+        )
         warm = good(front.post("/infill", json=infill | {"n_predict": 0}))
         assert warm["content"] == "" and warm["timings"]["stop"] == "length"
 
@@ -793,9 +1098,17 @@ def test_pages_of_other_origins_and_rebound_names_are_refused(server):
     body = {"prompt": "x", "max_tokens": 1}
     host = server.url.removeprefix("http://")
     assert server.post("/v1/completions", json=body, headers={"Origin": server.url}).status_code == 200
-    for origin in ("http://evil.example", "null", "http://[", f"https://{host}.evil.example", "http://127.0.0.1:1"):
+    for origin in (
+        "http://evil.example",
+        "null",
+        "http://[",
+        f"https://{host}.evil.example",
+        "http://127.0.0.1:1",
+    ):
         assert server.post("/v1/completions", json=body, headers={"Origin": origin}).status_code == 403
-        answer = server.client.options("/v1/completions", headers={"Origin": origin, "Access-Control-Request-Method": "POST"})
+        answer = server.client.options(
+            "/v1/completions", headers={"Origin": origin, "Access-Control-Request-Method": "POST"}
+        )
         assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
     for name in ("evil.example", "evil.example:8012", "127.0.0.1.evil.example", ""):
         assert server.get("/v1/models", headers={"Host": name}).status_code == 403
@@ -815,7 +1128,11 @@ def test_an_allowed_origin_and_keys(model):
             {"Authorization": "Basic 0123456789abcdef"},
         ):
             answer = server.get("/v1/models", headers=headers)
-            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer" and "key" in answer.text
+            assert (
+                answer.status_code == 401
+                and answer.headers["www-authenticate"] == "Bearer"
+                and "key" in answer.text
+            )
         assert server.get("/api/tags").json()["error"] and server.get("/metrics").status_code == 401
         assert server.get("/openapi.json").status_code == 401 and server.post("/api/none").status_code == 401
         for headers in (
@@ -824,11 +1141,25 @@ def test_an_allowed_origin_and_keys(model):
             {"x-api-key": "fedcba9876543210"},
         ):
             answer = server.get("/v1/models", headers=headers | {"Origin": "https://editor.example"})
-            assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://editor.example"
-        wanted = {"Origin": "https://editor.example", "Access-Control-Request-Headers": "authorization,x-stainless-lang"}
+            assert (
+                answer.status_code == 200
+                and answer.headers["access-control-allow-origin"] == "https://editor.example"
+            )
+        wanted = {
+            "Origin": "https://editor.example",
+            "Access-Control-Request-Headers": "authorization,x-stainless-lang",
+        }
         preflight = server.client.options("/v1/completions", headers=wanted)
-        assert preflight.status_code == 204 and "x-stainless-lang" in preflight.headers["access-control-allow-headers"]
-        assert server.get("/health").status_code == server.get("/terms").status_code == server.get("/").status_code == 200
+        assert (
+            preflight.status_code == 204
+            and "x-stainless-lang" in preflight.headers["access-control-allow-headers"]
+        )
+        assert (
+            server.get("/health").status_code
+            == server.get("/terms").status_code
+            == server.get("/").status_code
+            == 200
+        )
     with pytest.raises(ValueError, match="needs 16"):
         guard.keys_of(["short"])
     with pytest.raises(ValueError, match="has no key"):
@@ -847,7 +1178,9 @@ def test_the_page_and_nothing_beside_it(model, tmp_path):
         assert "was not built" in server.get("/").text
         (tmp_path / "web" / "index.html").write_text("<p>page</p>")
         answer = server.get("/")
-        assert answer.text == "<p>page</p>" and "default-src 'self'" in answer.headers["content-security-policy"]
+        assert (
+            answer.text == "<p>page</p>" and "default-src 'self'" in answer.headers["content-security-policy"]
+        )
         assert answer.headers["x-content-type-options"] == "nosniff" and server.get("/app.js").text == "1"
         for path in (
             "/../secret",
@@ -861,10 +1194,14 @@ def test_the_page_and_nothing_beside_it(model, tmp_path):
             "/..%5csecret",
         ):
             connection = socket.create_connection(server.address)
-            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            connection.sendall(
+                f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+            )
             answer = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
             connection.close()
-            assert answer.split()[1] in (b"404", b"400") and b"secret" not in answer.split(b"\r\n\r\n", 1)[1], (path, answer)
+            assert (
+                answer.split()[1] in (b"404", b"400") and b"secret" not in answer.split(b"\r\n\r\n", 1)[1]
+            ), (path, answer)
 
 
 @pytest.mark.parametrize(
@@ -940,10 +1277,18 @@ def test_a_reader_that_does_not_read_is_left(model, monkeypatch):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(server.address)
         data = json.dumps(
-            {"prompt": [[2]] * 16, "n": 4, "max_tokens": 4000, "stream": True, "logprobs": 20, "temperature": 2}
+            {
+                "prompt": [[2]] * 16,
+                "n": 4,
+                "max_tokens": 4000,
+                "stream": True,
+                "logprobs": 20,
+                "temperature": 2,
+            }
         ).encode()
         connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+            + data
         )
         until(lambda: server.backend.metrics.running > 0)
         until(lambda: server.backend.metrics.running == 0)
@@ -972,7 +1317,9 @@ def test_prompts_of_asks(model):
     tokenizer = model.tokenizer
     plain = prompt_of(model.engine, Ask(Text("<bos>")), {"psm"})
     assert (
-        plain.ids == tokenizer.encode("<bos>", bos=True) != prompt_of(model.engine, Ask(Text("<bos>", raw=True)), {"psm"}).ids
+        plain.ids
+        == tokenizer.encode("<bos>", bos=True)
+        != prompt_of(model.engine, Ask(Text("<bos>", raw=True)), {"psm"}).ids
     )
     long = tuple(range(110, 400)) * 100
     cut = prompt_of(model.engine, Ask(Text(long, truncate=True), max_tokens=100), {"psm"})

@@ -27,14 +27,21 @@ def run(capsys, *arguments):
 
 def test_what_is_recorded_is_counts_and_times():
     record(Shown("python", 12.345, 30, 30))
-    line, = stats.file().read_text().splitlines()
+    (line,) = stats.file().read_text().splitlines()
     assert set(json.loads(line)) == {"language", "latency_ms", "characters", "taken", "minute"}
-    found, = load()
-    assert (found.language, found.latency_ms, found.characters, found.taken) == ("python", 12.3, 30, 30) and found.minute > 10 ** 7
+    (found,) = load()
+    assert (found.language, found.latency_ms, found.characters, found.taken) == (
+        "python",
+        12.3,
+        30,
+        30,
+    ) and found.minute > 10**7
 
 
 def test_figures_are_those_of_the_rows():
-    rows = [Shown("python", 10.0 * n, 10, 5 if n % 2 else 0) for n in range(1, 21)] + [Shown("", 1000, 20, 40)]
+    rows = [Shown("python", 10.0 * n, 10, 5 if n % 2 else 0) for n in range(1, 21)] + [
+        Shown("", 1000, 20, 40)
+    ]
     found = summary(rows)
     assert (found["shown"], found["accepted"], found["latency_ms_median"]) == (21, 11, 110)
     assert found["characters_kept_share"] == (50 + 20) / 220 and found["latency_ms_95"] == 200
@@ -62,10 +69,20 @@ def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch):
 
 def test_the_picture_shows_each_day_and_each_latency():
     today = 20_000
-    rows = [Shown("go", 30, 4, 4 if n < 2 else 0, today * DAY) for n in range(8)] + [Shown("go", 3000, 4, 0, (today - 2) * DAY)]
+    rows = [Shown("go", 30, 4, 4 if n < 2 else 0, today * DAY) for n in range(8)] + [
+        Shown("go", 3000, 4, 0, (today - 2) * DAY)
+    ]
     shown, accepted, *bars = picture(rows, days=3, today=today).splitlines()
-    assert shown.split("  ")[-2].strip() == "▁ █" and "up to 8 a day" in shown and accepted.rstrip().endswith("▂")
-    assert {line.split()[-1] for line in bars} == {"0", "1", "8"} and bars[1].count("█") == 40 and bars[-1].count("█") == 5
+    assert (
+        shown.split("  ")[-2].strip() == "▁ █"
+        and "up to 8 a day" in shown
+        and accepted.rstrip().endswith("▂")
+    )
+    assert (
+        {line.split()[-1] for line in bars} == {"0", "1", "8"}
+        and bars[1].count("█") == 40
+        and bars[-1].count("█") == 5
+    )
 
 
 def test_the_command_shows_a_table_a_picture_and_json(capsys):
@@ -74,6 +91,8 @@ def test_the_command_shows_a_table_a_picture_and_json(capsys):
     text = run(capsys)
     assert "50%" in text and "20 ms" in text and "█" in text and str(stats.file()) in text.replace("\n", "")
     found = json.loads(run(capsys, "--json"))
-    assert found["all"]["accepted_share"] == 0.5 and Path(found["file"]) == stats.file() and found["recording"]
+    assert (
+        found["all"]["accepted_share"] == 0.5 and Path(found["file"]) == stats.file() and found["recording"]
+    )
     with pytest.raises(SystemExit):
         cli.main(["stats", "--on", "--off"])

@@ -16,20 +16,62 @@ from hypothesis import strategies as st
 
 from codegemma.tokenizer import FIM_IDS, Stream, Tokenizer
 
-CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<unused0>", "<unused61>", "<start_of_turn>", "<end_of_turn>",
-           *vocab.FIM]
-FRAGMENTS = ["\t", "\t\t", "\r\n", "\n", "\n" * 33, " " * 40, "    return x", "1234", "0x7f", "é", "e\u0301", "日本語",
-             "👩\u200d👩\u200d👧", "\0", "\ufeff", "<div>", "</div>", "<b", "\u2581", "\x85\u2028", "if (a<b>c)",
-             "\U0010ffff", "ﬁ", "<", ">", *CONTROL]
+CONTROL = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<unk>",
+    "<mask>",
+    "<unused0>",
+    "<unused61>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    *vocab.FIM,
+]
+FRAGMENTS = [
+    "\t",
+    "\t\t",
+    "\r\n",
+    "\n",
+    "\n" * 33,
+    " " * 40,
+    "    return x",
+    "1234",
+    "0x7f",
+    "é",
+    "e\u0301",
+    "日本語",
+    "👩\u200d👩\u200d👧",
+    "\0",
+    "\ufeff",
+    "<div>",
+    "</div>",
+    "<b",
+    "\u2581",
+    "\x85\u2028",
+    "if (a<b>c)",
+    "\U0010ffff",
+    "ﬁ",
+    "<",
+    ">",
+    *CONTROL,
+]
 CODE = [inspect.getsource(module) for module in (ast, json, textwrap)] + [
-    "all:\n\tgcc -o x x.c\n\t\t@echo done\n", "func f() {\n\tif x {\n\t\treturn\n\t}\n}\r\n", "α = 'naïve'  # → 🙂\n"]
+    "all:\n\tgcc -o x x.c\n\t\t@echo done\n",
+    "func f() {\n\tif x {\n\t\treturn\n\t}\n}\r\n",
+    "α = 'naïve'  # → 🙂\n",
+]
 texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=12), max_size=12).map("".join)
 quick = settings(max_examples=300, deadline=None)
 
 
 def plain(text):
     """No control spelling: there SentencePiece and this tokenizer must agree."""
-    return "" if any(word in text for word in (*CONTROL, "<unused", "[@BOS@]", "[multimodal]", "_of_image")) else text
+    return (
+        ""
+        if any(word in text for word in (*CONTROL, "<unused", "[@BOS@]", "[multimodal]", "_of_image"))
+        else text
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +102,7 @@ def test_ids_equal_sentencepiece(vocabulary, request):
     @given(texts.map(plain))
     def equal(text):
         assert tokenizer.encode(text) == engine.encode(text)
+
     equal()
 
 
@@ -76,6 +119,7 @@ def test_text_never_becomes_control(vocabulary, request):
         ids = tokenizer.encode(text)
         assert not any(tokenizer.is_control(token) for token in ids)
         assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+
     harmless()
 
 
@@ -92,14 +136,25 @@ def test_every_source_gives_the_same_ids(trained, private_cache):
     pieces, scores, types = vocab.rows(data)
     document = vocab.tokenizer_json(pieces, scores, types)
     old = vocab.tokenizer_json(pieces, scores, types, pairs=False)
-    old["model"]["vocab"]["\t"] = old["model"]["vocab"].pop("<0x09>")   # as Hugging Face did while "\t" was missing
+    old["model"]["vocab"]["\t"] = old["model"]["vocab"].pop(
+        "<0x09>"
+    )  # as Hugging Face did while "\t" was missing
     file = private_cache / "tokenizer.json"
     file.write_text(json.dumps(document))
-    spaced = [piece.replace("\u2581", " ") if kind == 4 else piece for piece, kind in zip(pieces, types, strict=True)]
+    spaced = [
+        piece.replace("\u2581", " ") if kind == 4 else piece
+        for piece, kind in zip(pieces, types, strict=True)
+    ]
     googles = [1 if kind == 4 else kind for kind in types]
-    for other in (Tokenizer.from_sentencepiece(data), Tokenizer.from_json(document), Tokenizer.from_json(file),
-                  Tokenizer.from_json(old), Tokenizer.from_pieces(spaced, np.float32(scores), np.int32(types)),
-                  Tokenizer.from_pieces(pieces, scores, googles), pickle.loads(pickle.dumps(tokenizer))):
+    for other in (
+        Tokenizer.from_sentencepiece(data),
+        Tokenizer.from_json(document),
+        Tokenizer.from_json(file),
+        Tokenizer.from_json(old),
+        Tokenizer.from_pieces(spaced, np.float32(scores), np.int32(types)),
+        Tokenizer.from_pieces(pieces, scores, googles),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ):
         assert other.fingerprint == tokenizer.fingerprint
         assert other.control == tokenizer.control
         assert [other.encode(text) for text in CODE] == [tokenizer.encode(text) for text in CODE]
@@ -139,7 +194,10 @@ def test_piece_across_lines_is_used():
     """No Gemma vocabulary has one; with it, lines may not be encoded one by one."""
     pieces, scores, types = vocab.rows(vocab.small())
     pieces, scores, types = [*pieces, "x\ny", "§¶"], [*scores, -1.0, -2.0], [*types, 4, 1]
-    tokenizer, engine = Tokenizer.from_pieces(pieces, scores, types), vocab.sentencepiece_of(pieces, scores, types)
+    tokenizer, engine = (
+        Tokenizer.from_pieces(pieces, scores, types),
+        vocab.sentencepiece_of(pieces, scores, types),
+    )
     assert tokenizer.encode("§¶x\ny§¶") == engine.encode("§¶x\ny§¶") == [1301, 1300, 1301]
 
 
@@ -159,8 +217,11 @@ def test_own_normaliser_is_kept():
 
 def test_control_ids(trained, real):
     named, convention = trained[0].control, real[0].control
-    assert (named.pad, named.eos, named.bos, named.unk) == (convention.pad, convention.eos, convention.bos,
-                                                           convention.unk) == (0, 1, 2, 3)
+    assert (
+        (named.pad, named.eos, named.bos, named.unk)
+        == (convention.pad, convention.eos, convention.bos, convention.unk)
+        == (0, 1, 2, 3)
+    )
     assert (named.start_of_turn, named.end_of_turn) == (106, 107)
     assert (convention.start_of_turn, convention.end_of_turn) == (105, 106)
     for field, token in FIM_IDS.items():
@@ -172,8 +233,10 @@ def test_control_ids(trained, real):
 
 def test_no_control_tokens():
     pieces, scores, types = vocab.rows(vocab.small())
-    bare = [f"<other{i}>" if kind in (3, 4) and i != 3 and "<" in piece or "[" in piece and kind == 4 else piece
-            for i, (piece, kind) in enumerate(zip(pieces, types, strict=True))]
+    bare = [
+        f"<other{i}>" if kind in (3, 4) and i != 3 and "<" in piece or "[" in piece and kind == 4 else piece
+        for i, (piece, kind) in enumerate(zip(pieces, types, strict=True))
+    ]
     control = Tokenizer.from_pieces(bare, scores, types).control
     assert control.unk == 3
     assert {value for name, value in vars(control).items() if name != "unk"} == {None}
@@ -231,20 +294,25 @@ def test_damaged_sources_are_clear_errors(private_cache):
     broken = private_cache / "broken.json"
     broken.write_bytes(b"{")
     cases = [
-        lambda: Tokenizer.from_pieces(pieces[:-1], scores, types), lambda: Tokenizer.from_pieces([], [], []),
+        lambda: Tokenizer.from_pieces(pieces[:-1], scores, types),
+        lambda: Tokenizer.from_pieces([], [], []),
         lambda: Tokenizer.from_pieces(pieces, [float("nan")] * len(pieces), types),
         lambda: Tokenizer.from_pieces(pieces, scores, [9] * len(pieces)),
         lambda: Tokenizer.from_pieces(["a"], [0.0], [1]),
         lambda: Tokenizer.from_pieces(["\ud800", *pieces[1:]], scores, types),
-        lambda: Tokenizer.from_sentencepiece(data[:-7]), lambda: Tokenizer.from_sentencepiece(b""),
+        lambda: Tokenizer.from_sentencepiece(data[:-7]),
+        lambda: Tokenizer.from_sentencepiece(b""),
         lambda: Tokenizer.from_sentencepiece(b"\xff" * 40),
         lambda: Tokenizer.from_sentencepiece(unigram.SerializeToString()),
-        lambda: Tokenizer.from_json(broken), lambda: Tokenizer.from_json({}),
+        lambda: Tokenizer.from_json(broken),
+        lambda: Tokenizer.from_json({}),
         lambda: Tokenizer.from_json(document | {"normalizer": None}),
         lambda: Tokenizer.from_json(document | {"model": document["model"] | bad_json}),
         lambda: Tokenizer.from_json(document | {"model": document["model"] | {"merges": [3]}}),
         lambda: Tokenizer.from_json(document | {"model": document["model"] | {"type": "Unigram"}}),
-        lambda: Tokenizer.from_json(document | {"added_tokens": [{"id": 1}]}), lambda: Tokenizer(b"")]
+        lambda: Tokenizer.from_json(document | {"added_tokens": [{"id": 1}]}),
+        lambda: Tokenizer(b""),
+    ]
     for number, case in enumerate(cases):
         with pytest.raises(ValueError, match=r"^token"):
             case()
@@ -279,7 +347,7 @@ def test_cache_is_used_and_a_damaged_one_rebuilt(private_cache):
     assert len(built) == 4
     file.write_bytes(b"")
     file.unlink()
-    file.mkdir()                                             # cannot be read nor written: still no error
+    file.mkdir()  # cannot be read nor written: still no error
     assert Tokenizer.cached(data, build).fingerprint == first.fingerprint
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
 

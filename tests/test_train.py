@@ -55,7 +55,7 @@ def dense(h_MD, targets_M, table_VD, rows_RD, ids, cap, z):
     raw = h @ table.T
     logits = cap * np.tanh(raw / cap) if cap else raw
     lse = np.log(np.exp(logits).sum(-1))
-    nats = lse - logits[np.arange(M), targets_M] + z * lse ** 2
+    nats = lse - logits[np.arange(M), targets_M] + z * lse**2
     weights_M = np.arange(1.0, M + 1)
     push = np.exp(logits - lse[:, None]) * (1 + 2 * z * lse)[:, None]
     push[np.arange(M), targets_M] -= 1
@@ -66,14 +66,24 @@ def dense(h_MD, targets_M, table_VD, rows_RD, ids, cap, z):
     return nats, logits.argmax(-1) == targets_M, push @ table, table_gradient, rows_gradient
 
 
-@pytest.mark.parametrize("V, ids, cap, z, chunk", [(1031, (), None, 0.0, 1 << 20), (1031, (7, 600, 1030), 5.0, 1e-2, 4096),
-                                                   (512, (3,), None, 1e-3, 4096), (515, (), 2.0, 0.0, 4096)])
+@pytest.mark.parametrize(
+    "V, ids, cap, z, chunk",
+    [
+        (1031, (), None, 0.0, 1 << 20),
+        (1031, (7, 600, 1030), 5.0, 1e-2, 4096),
+        (512, (3,), None, 1e-3, 4096),
+        (515, (), 2.0, 0.0, 4096),
+    ],
+)
 def test_loss_in_chunks_is_the_dense_loss(monkeypatch, V, ids, cap, z, chunk):
     """Loss, hits and all gradients; vocabularies that chunks of 512 do and do not fill; targets among the own rows."""
     monkeypatch.setattr(losses, "CHUNK_BYTES", chunk)
     rng = np.random.default_rng(V)
     M, D = 6, 24
-    h, table, rows = (rng.normal(0, s, shape).astype(np.float32) for s, shape in ((1, (M, D)), (0.5, (V, D)), (0.5, (len(ids), D))))
+    h, table, rows = (
+        rng.normal(0, s, shape).astype(np.float32)
+        for s, shape in ((1, (M, D)), (0.5, (V, D)), (0.5, (len(ids), D)))
+    )
     targets = np.array([*ids, *rng.integers(0, V, M)][:M], np.int32)
 
     def weighted(h, table, rows):
@@ -84,7 +94,11 @@ def test_loss_in_chunks_is_the_dense_loss(monkeypatch, V, ids, cap, z, chunk):
     (_, made), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(h, table, rows)
     nats, right, *wanted = dense(h, targets, table, rows, ids, cap, z)
     # a logit errs by D roundoffs of its terms' size, and a sum over V columns by as much again
-    error = 4 * 2.0 ** -24 * (D ** 0.5 * np.linalg.norm(h, axis=1).max() * np.linalg.norm(table, axis=1).max() + np.log(V) * 4)
+    error = (
+        4
+        * 2.0**-24
+        * (D**0.5 * np.linalg.norm(h, axis=1).max() * np.linalg.norm(table, axis=1).max() + np.log(V) * 4)
+    )
     assert np.abs(made.nats_M - nats).max() < error * (1 + 2 * z * 10)
     assert (np.asarray(made.right_M) == right).all()
     for ours, theirs in zip(gradients, wanted, strict=True):
@@ -99,7 +113,9 @@ def test_a_frozen_table_gives_the_same_other_gradients_and_blocks_that_do_not_co
     targets = jnp.asarray(rng.integers(0, V, M), jnp.int32)
 
     def total(h, rows, count, trained):
-        made = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), count=count, train_table=trained)
+        made = cross_entropy(
+            h, targets, table, Lora({"rows": rows}, 1.0, ids), count=count, train_table=trained
+        )
         return (made.nats_M * (jnp.arange(M) < (M if count is None else count))).sum(), made.nats_M
 
     gradient = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=3)
@@ -127,11 +143,18 @@ def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch, kernels, V,
         made = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), cap=cap)
         return (made.nats_M * jnp.arange(1.0, M + 1)).sum(), made
 
-    (_, made), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(h, rows, Blocks.of(tensor))
+    (_, made), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(
+        h, rows, Blocks.of(tensor)
+    )
     wanted, right, h_wanted, _, rows_wanted = dense(h, targets, dequantize(tensor), rows, ids, cap, 0.0)
-    error = 2.0 ** -18 * np.abs(h_wanted).max()          # logits of 20 err by some roundoffs of it, and exponentials by as much
+    error = (
+        2.0**-18 * np.abs(h_wanted).max()
+    )  # logits of 20 err by some roundoffs of it, and exponentials by as much
     assert np.abs(made.nats_M - wanted).max() < error and (np.asarray(made.right_M) == right).all()
-    assert np.abs(gradients[0] - h_wanted).max() < error and np.abs(gradients[1] - rows_wanted).max() < error * M ** 0.5
+    assert (
+        np.abs(gradients[0] - h_wanted).max() < error
+        and np.abs(gradients[1] - rows_wanted).max() < error * M**0.5
+    )
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
@@ -140,10 +163,14 @@ def test_kernels_take_a_sample_and_a_count_as_the_chunks_do(monkeypatch, cap):
     table = Blocks.of(random_blocks("Q8_0", (V, D), 0.5))
     h, rows = (jnp.asarray(rng.normal(0, 1, shape), jnp.float32) for shape in ((M, D), (2, D)))
     targets = jnp.asarray([7, *rng.integers(0, V, M - 1)], jnp.int32)
-    sample = Sample(jnp.asarray(rng.permutation(V)[:S], jnp.int32), jnp.asarray(rng.uniform(1, 9, S), jnp.float32))
+    sample = Sample(
+        jnp.asarray(rng.permutation(V)[:S], jnp.int32), jnp.asarray(rng.uniform(1, 9, S), jnp.float32)
+    )
 
     def total(h, rows, count):
-        made = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), cap=cap, z=1e-3, count=count, sample=sample)
+        made = cross_entropy(
+            h, targets, table, Lora({"rows": rows}, 1.0, ids), cap=cap, z=1e-3, count=count, sample=sample
+        )
         return jnp.where(jnp.arange(M) < count, made.nats_M, 0).sum(), made
 
     found = []
@@ -154,37 +181,53 @@ def test_kernels_take_a_sample_and_a_count_as_the_chunks_do(monkeypatch, cap):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((made, gradients)))
         found.append((made.nats_M[:300], made.right_M[:300], *gradients))
     for ours, theirs in zip(*found, strict=True):
-        assert np.abs(np.float32(ours) - np.float32(theirs)).max() <= 2.0 ** -17 * np.abs(np.float32(theirs)).max()
+        assert (
+            np.abs(np.float32(ours) - np.float32(theirs)).max() <= 2.0**-17 * np.abs(np.float32(theirs)).max()
+        )
 
 
 def test_a_sample_of_the_vocabulary_gives_the_loss_on_average():
     rng, V, D, M, ids = np.random.default_rng(3), 4000, 16, 12, (7, 3990)
-    h, table, rows = (jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32) for shape in ((M, D), (V, D), (2, D)))
+    h, table, rows = (
+        jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32) for shape in ((M, D), (V, D), (2, D))
+    )
     tokens = rng.zipf(1.3, (64, 32)).astype(np.int32) % V
     order = Order([[{"tokens": row} for row in tokens]], 320)
-    targets = jnp.asarray([7, *tokens.reshape(-1)[:M - 1]], jnp.int32)
+    targets = jnp.asarray([7, *tokens.reshape(-1)[: M - 1]], jnp.int32)
 
     @jax.jit
     def measure(h, rows, sample=None):
         def total(h, rows):
             nats = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), sample=sample).nats_M
             return nats.sum(), nats
+
         return jax.value_and_grad(total, (0, 1), has_aux=True)(h, rows)
 
     (_, exact), (h_exact, rows_exact) = measure(h, rows)
     batch = Microbatch(*[None] * 4, targets[None], None)
     draw = order.sampler(1000, V)
     one, again, other = draw(5, [batch]), draw(5, [batch]), draw(6, [batch])
-    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True)) and not np.array_equal(one[0], other[0])
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True)) and not np.array_equal(
+        one[0], other[0]
+    )
     assert len(one.numbers_S) == len(set(one.numbers_S)) == 1000 and one.weights_S.sum() == pytest.approx(V)
     certain = set(one.numbers_S[one.weights_S == 1])
     assert certain >= set(np.asarray(targets)) | set(np.bincount(tokens.reshape(-1)).argsort()[-50:])
     many = [measure(h, rows, draw(step, [batch])) for step in range(300)]
-    normaliser = np.array([np.exp(np.asarray(nats - exact, np.float64)) for (_, nats), _ in many])  # estimated over exact
-    assert (np.abs(normaliser.mean(0) - 1) < 5 * normaliser.std(0) / 300 ** 0.5).all() and 0.01 < normaliser.std(0).max() < 1
-    for found, wanted in ((np.mean([g[0] for _, g in many], 0), h_exact), (np.mean([g[1] for _, g in many], 0), rows_exact)):
+    normaliser = np.array(
+        [np.exp(np.asarray(nats - exact, np.float64)) for (_, nats), _ in many]
+    )  # estimated over exact
+    assert (
+        np.abs(normaliser.mean(0) - 1) < 5 * normaliser.std(0) / 300**0.5
+    ).all() and 0.01 < normaliser.std(0).max() < 1
+    for found, wanted in (
+        (np.mean([g[0] for _, g in many], 0), h_exact),
+        (np.mean([g[1] for _, g in many], 0), rows_exact),
+    ):
         assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
-    (_, whole), whole_gradients = measure(h, rows, Sample(np.arange(V, dtype=np.int32), np.ones(V, np.float32)))
+    (_, whole), whole_gradients = measure(
+        h, rows, Sample(np.arange(V, dtype=np.int32), np.ones(V, np.float32))
+    )
     assert np.allclose(whole, exact, 0, 1e-5) and np.allclose(whole_gradients[0], h_exact, 0, 1e-5)
     with pytest.raises(ValueError, match="frozen table"):
         cross_entropy(h, targets, table, train_table=True, sample=one)
@@ -214,25 +257,45 @@ def test_twenty_steps_are_those_of_pytorch(case, tmp_path):
     """Losses and all that was trained lie within 8 times the distance that PyTorch's own float32 run had from float64."""
     about = json.loads(str(GOLDEN[f"{case}/about"]))
     config = ModelConfig(**about["config"])
-    params = {name: jnp.asarray(value) for name, value in training.reference.random_params(config, about["seed"]).items()}
-    stored = {name.removeprefix(f"{case}/start/"): jnp.asarray(GOLDEN[name]) for name in GOLDEN.files
-              if name.startswith(f"{case}/start/")}
-    lora = about["lora"] and Lora(stored, about["lora"]["lora_alpha"] / about["lora"]["r"],
-                                  tuple(about["lora"].get("trainable_token_indices", ())))
+    params = {
+        name: jnp.asarray(value)
+        for name, value in training.reference.random_params(config, about["seed"]).items()
+    }
+    stored = {
+        name.removeprefix(f"{case}/start/"): jnp.asarray(GOLDEN[name])
+        for name in GOLDEN.files
+        if name.startswith(f"{case}/start/")
+    }
+    lora = about["lora"] and Lora(
+        stored,
+        about["lora"]["lora_alpha"] / about["lora"]["r"],
+        tuple(about["lora"].get("trainable_token_indices", ())),
+    )
     ids, marks = GOLDEN[f"{case}/ids"].astype(np.int32), GOLDEN[f"{case}/loss"]
-    rows = [training.row(*pair) for pair in zip(ids.reshape(-1, ids.shape[-1]), marks.reshape(-1, ids.shape[-1]), strict=True)]
-    settings = Settings(**about["settings"] | {"betas": tuple(about["settings"]["betas"])}, row_rate=1, micro_tokens=ids[0].size,
-                        save_every=1000)
+    rows = [
+        training.row(*pair)
+        for pair in zip(ids.reshape(-1, ids.shape[-1]), marks.reshape(-1, ids.shape[-1]), strict=True)
+    ]
+    settings = Settings(
+        **about["settings"] | {"betas": tuple(about["settings"]["betas"])},
+        row_rate=1,
+        micro_tokens=ids[0].size,
+        save_every=1000,
+    )
     order = training.InOrder([rows], ids[0].size)
     reports = list(train(config, params if lora else None, lora or params, order, settings, tmp_path))
     ended, _ = training.result(tmp_path)
     error = 8 * float(GOLDEN[f"{case}/losses_error"])
     assert np.abs(np.array([report.loss for report in reports]) - GOLDEN[f"{case}/losses"]).max() < error
-    wanted = {name.removeprefix(f"{case}/end/"): GOLDEN[name] for name in GOLDEN.files if name.startswith(f"{case}/end/")}
+    wanted = {
+        name.removeprefix(f"{case}/end/"): GOLDEN[name]
+        for name in GOLDEN.files
+        if name.startswith(f"{case}/end/")
+    }
     assert ended.keys() == wanted.keys()
     for name, values in wanted.items():
         apart = np.sqrt(np.mean((ended[name] - values) ** 2))
-        assert apart < 8 * GOLDEN[f"{case}/error/{name}"] + 2.0 ** -24 * np.abs(values).max(), name
+        assert apart < 8 * GOLDEN[f"{case}/error/{name}"] + 2.0**-24 * np.abs(values).max(), name
 
 
 def test_a_new_adapter_changes_nothing_and_becomes_an_adapter():
@@ -242,7 +305,11 @@ def test_a_new_adapter_changes_nothing_and_becomes_an_adapter():
     assert all(not np.asarray(value).any() for name, value in lora.weights.items() if name.endswith(".b"))
     adapter = adapter_of(lora, "tiny", {"base": "x"})
     adapter.check(config)
-    assert isinstance(adapter, Adapter) and (adapter.rank, adapter.alpha, sorted(adapter.rows)) == (4, 8, [67, 69])
+    assert isinstance(adapter, Adapter) and (adapter.rank, adapter.alpha, sorted(adapter.rows)) == (
+        4,
+        8,
+        [67, 69],
+    )
     again = lora_of(adapter)
     assert (again.scale, again.ids) == (lora.scale, lora.ids)
     jax.tree.map(np.testing.assert_array_equal, again.weights, lora.weights)
@@ -268,29 +335,47 @@ def test_a_terminator_of_weight_three_counts_as_three():
 
     def grown(rows, weight):
         loss = partial(objective, config=config, settings=Settings(end_weight=weight), terminators=(7,))
-        (total, (nats_M, _)), gradient = jax.value_and_grad(loss, has_aux=True)(lora, params, next(microbatches(rows, 2)))
+        (total, (nats_M, _)), gradient = jax.value_and_grad(loss, has_aux=True)(
+            lora, params, next(microbatches(rows, 2))
+        )
         return total, gradient.weights, nats_M
 
-    (total, gradient, nats_M), (plain, once, same_M), (extra, more, _) = grown(rows, 3.0), grown(rows, 1.0), grown(ends, 1.0)
+    (total, gradient, nats_M), (plain, once, same_M), (extra, more, _) = (
+        grown(rows, 3.0),
+        grown(rows, 1.0),
+        grown(ends, 1.0),
+    )
     assert float(total) == pytest.approx(float(plain + 2 * extra), rel=1e-5) and (nats_M == same_M).all()
     for name, value in gradient.items():
         np.testing.assert_allclose(value, once[name] + 2 * more[name], rtol=1e-4, atol=1e-5)
 
 
 def in_blocks(layers):
-    config = tiny_config("gemma3", layers=layers, global_every=2, width=64, head_width=32, ffn_width=256, vocab=520)
-    return config, {name: Blocks.of(random_blocks("Q8_0", value.shape, 0.2)) if value.ndim == 2 else jnp.asarray(value)
-                    for name, value in training.reference.random_params(config, 0).items()}
+    config = tiny_config(
+        "gemma3", layers=layers, global_every=2, width=64, head_width=32, ffn_width=256, vocab=520
+    )
+    return config, {
+        name: Blocks.of(random_blocks("Q8_0", value.shape, 0.2)) if value.ndim == 2 else jnp.asarray(value)
+        for name, value in training.reference.random_params(config, 0).items()
+    }
 
 
 @pytest.mark.parametrize("precision, paired", [("float32", 0), ("bfloat16", 1)])
 def test_a_step_is_computed_in_its_precision_ahead_and_back(precision, paired):
     config, params = in_blocks(2)
     batch = next(microbatches([training.row(np.arange(24) % 9 + 3, np.arange(24) > 8)], 1))
-    lowered = jax.jit(gradient(config, Settings(precision=precision))).lower(new_lora(config, params, 4), params, batch).as_text()
-    products = {name: [line for line in lowered.splitlines() if f"@codegemma_{name}(" in line]
-                for name in ("adapted", "adapted_back", "attention", "attention_back", "vocabulary")}
-    assert all(lines and all(f"paired = {paired} : i32" in line for line in lines) for lines in products.values()), products
+    lowered = (
+        jax.jit(gradient(config, Settings(precision=precision)))
+        .lower(new_lora(config, params, 4), params, batch)
+        .as_text()
+    )
+    products = {
+        name: [line for line in lowered.splitlines() if f"@codegemma_{name}(" in line]
+        for name in ("adapted", "adapted_back", "attention", "attention_back", "vocabulary")
+    }
+    assert all(
+        lines and all(f"paired = {paired} : i32" in line for line in lines) for lines in products.values()
+    ), products
 
 
 def test_remat_saves_memory_and_computes_no_kept_product_again():
@@ -302,9 +387,18 @@ def test_remat_saves_memory_and_computes_no_kept_product_again():
     held, calls = {}, {}
     for remat in ("none", "products", "layer"):
         settings = Settings(remat=remat)
-        made = jax.jit(jax.grad(partial(objective, config=config, settings=settings), has_aux=True),
-                       compiler_options=compiler_options(settings)).lower(lora, params, batch).compile()
-        held[remat], calls[remat] = made.memory_analysis().temp_size_in_bytes, made.as_text().count("custom-call(")
+        made = (
+            jax.jit(
+                jax.grad(partial(objective, config=config, settings=settings), has_aux=True),
+                compiler_options=compiler_options(settings),
+            )
+            .lower(lora, params, batch)
+            .compile()
+        )
+        held[remat], calls[remat] = (
+            made.memory_analysis().temp_size_in_bytes,
+            made.as_text().count("custom-call("),
+        )
     assert held["layer"] < 0.5 * held["products"] < 0.4 * held["none"]
     assert calls["none"] == calls["products"] < calls["layer"]
 
@@ -313,11 +407,20 @@ def test_schedule_and_flops_are_as_stated():
     rate = schedule(Settings(learning_rate=2.0, warmup=0.2, floor=0.25), 20)
     assert [float(rate(i)) for i in (0, 3, 4, 12, 20)] == pytest.approx([0.5, 2.0, 2.0, 1.25, 0.5])
     config, _ = training.tiny()
-    weights = sum(int(np.prod(shape)) for name, shape in training.reference.shapes(config).items()
-                  if name.startswith("layers") and len(shape) == 2)
-    attention = sum(6 * config.heads * config.head_width * min(100, config.layer_window(i) or 100) for i in range(config.layers))
+    weights = sum(
+        int(np.prod(shape))
+        for name, shape in training.reference.shapes(config).items()
+        if name.startswith("layers") and len(shape) == 2
+    )
+    attention = sum(
+        6 * config.heads * config.head_width * min(100, config.layer_window(i) or 100)
+        for i in range(config.layers)
+    )
     for full, base, head in ((False, 4, 4), (True, 6, 8)):
-        assert flops_of(config, 300, 100, 40, full) == 300 * (base * weights + attention) + 40 * head * config.vocab * config.width
+        assert (
+            flops_of(config, 300, 100, 40, full)
+            == 300 * (base * weights + attention) + 40 * head * config.vocab * config.width
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- order
@@ -334,7 +437,9 @@ def test_order_is_a_pure_function_of_seed_and_step():
     assert sorted(first[:10]) == sorted(first[10:]) == list(range(10)) and first[:10] != first[10:]
     assert sorted(sum(taken[10:16], [])) == list(range(6))
     again = Order([numbered(10), numbered(6, 8)], 8, seed=3, epochs=2)
-    assert [[int(row["tokens"][0]) for row in again.rows(step)] for step in reversed(range(22))] == taken[::-1]
+    assert [[int(row["tokens"][0]) for row in again.rows(step)] for step in reversed(range(22))] == taken[
+        ::-1
+    ]
     assert [int(row["tokens"][0]) for row in replace(order, seed=4).rows(0)] != taken[0]
     assert Order([numbered(10)], 8, epochs=0.5).steps == 2
     with pytest.raises(IndexError):
@@ -347,14 +452,20 @@ def test_microbatches_hold_every_target_once():
     """Whatever their size and parts, each marked token is a target, behind the state before it; first ones are not."""
     rng = np.random.default_rng(0)
     rows = [training.packed_row(rng) for _ in range(7)]
-    wanted = sorted((r, t, int(row["tokens"][t])) for r, row in enumerate(rows) for t in range(1, 32)
-                    if row["loss"][t] and row["segments"][t] == row["segments"][t - 1])
+    wanted = sorted(
+        (r, t, int(row["tokens"][t]))
+        for r, row in enumerate(rows)
+        for t in range(1, 32)
+        if row["loss"][t] and row["segments"][t] == row["segments"][t - 1]
+    )
     for size, parts, block in ((7, 1, 1), (2, 2, 16), (4, 4, 1), (8, 2, 256)):
         found = []
         for number, batch in enumerate(microbatches(rows, size, parts, block)):
             assert batch.index_CM.shape[1] % block == 0 and len(batch.tokens_BT) == size
             for part, count in enumerate(batch.count_C):
-                for at, target in zip(batch.index_CM[part, :count], batch.targets_CM[part, :count], strict=True):
+                for at, target in zip(
+                    batch.index_CM[part, :count], batch.targets_CM[part, :count], strict=True
+                ):
                     row, t = divmod(int(at), 32)
                     found.append((number * size + part * (size // parts) + row, t + 1, int(target)))
         assert sorted(found) == wanted
@@ -366,13 +477,13 @@ def steps(folder, **options):
     return training.run(folder, training.Job(**options))
 
 
-def near(ours, theirs, roundoffs=2 ** 10):
+def near(ours, theirs, roundoffs=2**10):
     """After three steps: losses and weights differ by what another order of sums costs. Adam divides by the gradient's own
     size, so an error relative to a tensor's gradient is one relative to the learning rate."""
-    assert np.abs(np.subtract(ours[1], theirs[1])).max() < roundoffs * 2.0 ** -24 * max(theirs[1])
+    assert np.abs(np.subtract(ours[1], theirs[1])).max() < roundoffs * 2.0**-24 * max(theirs[1])
     for name, values in theirs[0].items():
         apart = np.sqrt(np.mean((ours[0][name] - values) ** 2))
-        assert apart < roundoffs * 2.0 ** -24 * (np.sqrt(np.mean(values ** 2)) + training.RATE), (name, apart)
+        assert apart < roundoffs * 2.0**-24 * (np.sqrt(np.mean(values**2)) + training.RATE), (name, apart)
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +507,7 @@ def test_patience_ends_a_run_for_good(tmp_path):
     """No evaluation of a rate of nearly nothing is better than the first by chance twice: it ends, and stays ended."""
     options = {"kind": "lora", "steps": 12, "patience": 2, "learning_rate": 1e-30, "held_out": True}
     _, first = steps(tmp_path, **options)
-    assert len(first) == 3               # the first is the best, two more are not better
+    assert len(first) == 3  # the first is the best, two more are not better
     assert steps(tmp_path, **options, resume=True)[1] == first
 
 
@@ -404,8 +515,13 @@ def child(folder, devices=1, **options):
     """A process that trains; its result lies in the folder when it ends."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, training.__file__, str(folder), json.dumps(options)], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, training.__file__, str(folder), json.dumps(options)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finished(process):

@@ -43,28 +43,69 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
     file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    file.write_text("".join(json.dumps({"input": f"what is {n} plus {n}?", "output": f"it is {2 * n}"}) + "\n" for n in range(40)))
+    file.write_text(
+        "".join(
+            json.dumps({"input": f"what is {n} plus {n}?", "output": f"it is {2 * n}"}) + "\n"
+            for n in range(40)
+        )
+    )
     return file
 
 
-@pytest.mark.parametrize("line", [
-    {"messages": [{"role": "user", "content": "add one and one"}, {"role": "assistant", "content": "two"}]},
-    {"conversations": [{"from": "human", "value": "add one and one"}, {"from": "gpt", "value": "two"}]},
-    {"system": "", "conversations": [{"from": "User", "value": "add one and one"}, {"from": "Assistant", "value": "two"}]},
-    {"input": "add one and one", "output": "two"}, {"prompt": "add one and one", "completion": "two"},
-    {"instruction": "add one and one", "input": "", "output": "two"}, {"input": "add one and one", "output": "two", "system": ""},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "add one "}, {"type": "text", "text": "and one"}]},
-                  {"role": "model", "content": "two"}]}])
+@pytest.mark.parametrize(
+    "line",
+    [
+        {
+            "messages": [
+                {"role": "user", "content": "add one and one"},
+                {"role": "assistant", "content": "two"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "add one and one"}, {"from": "gpt", "value": "two"}]},
+        {
+            "system": "",
+            "conversations": [
+                {"from": "User", "value": "add one and one"},
+                {"from": "Assistant", "value": "two"},
+            ],
+        },
+        {"input": "add one and one", "output": "two"},
+        {"prompt": "add one and one", "completion": "two"},
+        {"instruction": "add one and one", "input": "", "output": "two"},
+        {"input": "add one and one", "output": "two", "system": ""},
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "add one "}, {"type": "text", "text": "and one"}],
+                },
+                {"role": "model", "content": "two"},
+            ]
+        },
+    ],
+)
 def test_every_form_of_a_dialogue_is_read(line, tmp_path):
     file = tmp_path / "one.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(line).encode() + b"\r\n\r\n")
     assert list(sft.read(file)) == [TURNS]
 
 
-@pytest.mark.parametrize("line", ['{"text": "no pair"}', '{"input": 3, "output": "x"}', "[1]", "{",
-                                  '{"messages": [{"role": "user", "content": "and?"}]}', "[" * 100_000, '{"input": "\xe9"}',
-                                  '{"conversations": [{"from": "gpt", "value": "hello"}]}', '{"input": "\\ud800", "output": "x"}',
-                                  '{"input": "a", "output": "b", "system": 3}', '{"messages": [{"content": "a"}]}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "no pair"}',
+        '{"input": 3, "output": "x"}',
+        "[1]",
+        "{",
+        '{"messages": [{"role": "user", "content": "and?"}]}',
+        "[" * 100_000,
+        '{"input": "\xe9"}',
+        '{"conversations": [{"from": "gpt", "value": "hello"}]}',
+        '{"input": "\\ud800", "output": "x"}',
+        '{"input": "a", "output": "b", "system": 3}',
+        '{"messages": [{"content": "a"}]}',
+    ],
+)
 def test_a_wrong_line_is_named(line, tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b'{"input": "a", "output": "b"}\n' + line.encode("latin-1"))
     with pytest.raises(ValueError, match="bad.jsonl, line 2: "):
@@ -77,7 +118,10 @@ def test_a_wrong_line_is_named(line, tmp_path):
 
 def test_rows_of_chats_teach_the_answers_alone(model):
     tokenizer = load(model).tokenizer
-    unfit = [[Message("user", "long " * 500), Message("assistant", "x")], [Message("user", "hm"), Message("assistant", " ")]]
+    unfit = [
+        [Message("user", "long " * 500), Message("assistant", "x")],
+        [Message("user", "hm"), Message("assistant", " ")],
+    ]
     rows, left = sft.rows([TURNS, TURNS, *unfit], tokenizer, 64)
     assert left == 2 and sum(row["segments"].max() for row in rows) == 2
     for row in rows:
@@ -93,8 +137,18 @@ def test_rows_of_chats_teach_the_answers_alone(model):
 @pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
 def test_a_job_ends_with_something_that_loads_and_has_learned(kind, model, chats, tmp_path):
     settings = Settings(5e-3, micro_tokens=256, save_every=3)
-    plan = job.Plan(str(model), (str(chats),), tmp_path / "out", settings, chat=True, kind=kind, rank=4, batch_tokens=512,
-                    length=128, epochs=8.0)
+    plan = job.Plan(
+        str(model),
+        (str(chats),),
+        tmp_path / "out",
+        settings,
+        chat=True,
+        kind=kind,
+        rank=4,
+        batch_tokens=512,
+        length=128,
+        epochs=8.0,
+    )
     reports = []
     made = job.run(plan, tell=reports.append)
     assert reports[-1].loss < reports[0].loss - 0.5 and made == plan.result
@@ -109,8 +163,17 @@ def test_a_job_ends_with_something_that_loads_and_has_learned(kind, model, chats
 
 
 def test_a_job_whose_time_is_up_leaves_what_it_has(model, chats, tmp_path):
-    plan = job.Plan(str(model), (str(chats),), tmp_path / "out", Settings(save_every=100), chat=True, rank=4, batch_tokens=512,
-                    length=128, epochs=8.0)
+    plan = job.Plan(
+        str(model),
+        (str(chats),),
+        tmp_path / "out",
+        Settings(save_every=100),
+        chat=True,
+        rank=4,
+        batch_tokens=512,
+        length=128,
+        epochs=8.0,
+    )
     reports = []
     assert lora.load(job.run(plan, tell=reports.append, until=0.0)).rank == 4
     assert [report.step for report in reports] == [1] and job.steps_of(plan) > 1
@@ -119,29 +182,49 @@ def test_a_job_whose_time_is_up_leaves_what_it_has(model, chats, tmp_path):
 def test_files_are_held_out_by_a_hash_and_never_all():
     documents = [Document("r", f"{n}.py", "x = 1\n", "python") for n in range(50)]
     taught, kept = tune.hold_out(documents, Path("/nowhere"), 0)
-    assert len(kept) == 5 and {one.path for one in taught} | {one.path for one in kept} == {one.path for one in documents}
+    assert len(kept) == 5 and {one.path for one in taught} | {one.path for one in kept} == {
+        one.path for one in documents
+    }
     assert tune.hold_out(documents[::-1], Path("/nowhere"), 0)[1] == kept
     assert tune.hold_out(documents, Path("/nowhere"), 1)[1] != kept
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"kind": "full", "adapter": Path("a")}, "are for adapters"), ({"alpha": float("nan")}, "--lora-alpha is a finite"),
-    ({"alpha": 0.0}, "--lora-alpha is a finite"), ({"settings": Settings(patience=2)}, "pass --held-out too"),
-    ({"kind": "full", "settings": Settings(vocabulary=100)}, "are for adapters")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"kind": "full", "adapter": Path("a")}, "are for adapters"),
+        ({"alpha": float("nan")}, "--lora-alpha is a finite"),
+        ({"alpha": 0.0}, "--lora-alpha is a finite"),
+        ({"settings": Settings(patience=2)}, "pass --held-out too"),
+        ({"kind": "full", "settings": Settings(vocabulary=100)}, "are for adapters"),
+    ],
+)
 def test_plans_that_contradict_themselves_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         job.Plan("m", ("rows",), Path("out"), **{"settings": Settings()} | changes)
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--learning-rate", "0"], "learning_rate must be above 0, got 0.0"), (["--full", "--qlora"], "pass one of them"),
-    (["--process-id", "0"], "--process-id must lie"), (["--coordinator", "host"], "HOST:PORT"),
-    (["--process-id", "2", "--process-count", "2"], "got 2 of 2"), (["--steps", "0"], "steps must be"),
-    (["--decay", "cubic"], "decay must be cosine"), (["--remat", "all"], "remat must be"), (["--epochs", "inf"], "epochs"),
-    (["--dtype", "float16"], "dtype must be float32"), (["--full", "--lora-rank", "8"], "leave it out, or --full")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--learning-rate", "0"], "learning_rate must be above 0, got 0.0"),
+        (["--full", "--qlora"], "pass one of them"),
+        (["--process-id", "0"], "--process-id must lie"),
+        (["--coordinator", "host"], "HOST:PORT"),
+        (["--process-id", "2", "--process-count", "2"], "got 2 of 2"),
+        (["--steps", "0"], "steps must be"),
+        (["--decay", "cubic"], "decay must be cosine"),
+        (["--remat", "all"], "remat must be"),
+        (["--epochs", "inf"], "epochs"),
+        (["--dtype", "float16"], "dtype must be float32"),
+        (["--full", "--lora-rank", "8"], "leave it out, or --full"),
+    ],
+)
 def test_options_that_cannot_be_are_refused(options, message, model, chats, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["train", "--chat", str(chats), "--model", str(model), "--out", str(tmp_path / "out"), *options])
+        cli.main(
+            ["train", "--chat", str(chats), "--model", str(model), "--out", str(tmp_path / "out"), *options]
+        )
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -171,8 +254,18 @@ def test_a_file_is_not_taken_for_rows(chats, tmp_path, capsys):
 def test_rows_that_are_not_the_models_are_refused(model, tmp_path):
     """Another vocabulary by its fingerprint, or by its ids; files that are damaged; none at all."""
     tokens = np.full((8, 16), 600, np.int32)
-    pack.save(pack.Packed(tokens, np.ones((8, 16), bool), np.ones((8, 16), np.uint16), []), tmp_path / "rows" / "part-00000")
-    plan = job.Plan(str(model), (str(tmp_path),), tmp_path / "out", Settings(vocabulary=200), kind="qlora", batch_tokens=64)
+    pack.save(
+        pack.Packed(tokens, np.ones((8, 16), bool), np.ones((8, 16), np.uint16), []),
+        tmp_path / "rows" / "part-00000",
+    )
+    plan = job.Plan(
+        str(model),
+        (str(tmp_path),),
+        tmp_path / "out",
+        Settings(vocabulary=200),
+        kind="qlora",
+        batch_tokens=64,
+    )
 
     def refused(index, message):
         np.save(tmp_path / "index.npy", np.array(index, np.int64).reshape(-1, 2))
@@ -191,11 +284,24 @@ def test_rows_that_are_not_the_models_are_refused(model, tmp_path):
 
 
 def test_a_run_is_resumed_as_it_was_alone(model, chats, tmp_path):
-    plan = job.Plan(str(model), (str(chats),), tmp_path / "out", Settings(save_every=1), chat=True, rank=4, batch_tokens=512,
-                    length=128, epochs=8.0)
+    plan = job.Plan(
+        str(model),
+        (str(chats),),
+        tmp_path / "out",
+        Settings(save_every=1),
+        chat=True,
+        rank=4,
+        batch_tokens=512,
+        length=128,
+        epochs=8.0,
+    )
     job.run(plan, until=0.0)
-    for changes, message in (({"kind": "qlora"}, "other options .kind 'lora', not 'qlora'"), ({"alpha": 8.0}, "adapter .1"),
-                             ({"rank": 2}, "shapes"), ({"settings": Settings(2e-3)}, "learning_rate 0.001, not 0.002")):
+    for changes, message in (
+        ({"kind": "qlora"}, "other options .kind 'lora', not 'qlora'"),
+        ({"alpha": 8.0}, "adapter .1"),
+        ({"rank": 2}, "shapes"),
+        ({"settings": Settings(2e-3)}, "learning_rate 0.001, not 0.002"),
+    ):
         with pytest.raises(ValueError, match=message):
             job.run(replace(plan, **changes), resume=True)
     job.run(plan, resume=True, until=0.0)
@@ -203,8 +309,17 @@ def test_a_run_is_resumed_as_it_was_alone(model, chats, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(model, chats, tmp_path):
-    plan = job.Plan(str(model), (str(chats),), tmp_path / "out", Settings(1e30, clip=1e30), chat=True, kind="full",
-                    batch_tokens=512, length=128, epochs=8.0)
+    plan = job.Plan(
+        str(model),
+        (str(chats),),
+        tmp_path / "out",
+        Settings(1e30, clip=1e30),
+        chat=True,
+        kind="full",
+        batch_tokens=512,
+        length=128,
+        epochs=8.0,
+    )
     with pytest.raises(ValueError, match="training diverged: lower --learning-rate"):
         job.run(plan)
 
@@ -214,12 +329,33 @@ def test_two_processes_write_one_adapter(model, chats, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    options = {"model": model, "out": tmp_path / "out", "length": 128, "batch-tokens": 512, "epochs": 2, "steps": 1,
-               "mesh": "fsdp=2", "coordinator": f"127.0.0.1:{port}", "process-count": 2}
-    command = [sys.executable, "-c", "from codegemma.cli import main; main()", "train", "--chat", str(chats),
-               *(f"--{name}={value}" for name, value in options.items()), "--process-id"]
-    both = [subprocess.Popen([*command, str(i)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
-            for i in range(2)]
+    options = {
+        "model": model,
+        "out": tmp_path / "out",
+        "length": 128,
+        "batch-tokens": 512,
+        "epochs": 2,
+        "steps": 1,
+        "mesh": "fsdp=2",
+        "coordinator": f"127.0.0.1:{port}",
+        "process-count": 2,
+    }
+    command = [
+        sys.executable,
+        "-c",
+        "from codegemma.cli import main; main()",
+        "train",
+        "--chat",
+        str(chats),
+        *(f"--{name}={value}" for name, value in options.items()),
+        "--process-id",
+    ]
+    both = [
+        subprocess.Popen(
+            [*command, str(i)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
     for one in both:
         _, errors = one.communicate(timeout=600)
         assert one.returncode == 0, errors[-3000:]
@@ -247,7 +383,9 @@ def test_newest_files_are_known_by_their_own_names(tmp_path):
         subprocess.run([*git, *command], check=True)
     assert {"dir/é.py", 'dir/a "b".py', "c.py"} <= set(tune._newest_files(tmp_path))
     assert set(tune._newest_files(tmp_path / "dir")) - {""} == {"é.py", 'a "b".py'}
-    documents = [Document("r", f"dir/{n}.py", "x = 1\n", "python") for n in range(4)] + [Document("r", "dir/é.py", "y", "python")]
+    documents = [Document("r", f"dir/{n}.py", "x = 1\n", "python") for n in range(4)] + [
+        Document("r", "dir/é.py", "y", "python")
+    ]
     taught, kept = tune.hold_out(documents, tmp_path, 0)
     assert len(taught) == tune.FEWEST and [one.path for one in kept] == ["dir/é.py"]
 
@@ -256,7 +394,11 @@ def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
     (tmp_path / "probe").mkdir()
     found = []
     monkeypatch.setattr(tune, "Rows", lambda folder: range(8))
-    monkeypatch.setattr(job, "run", lambda plan, _, tell: found.append(plan.out.exists()) or tell(SimpleNamespace(seconds=9.0)))
+    monkeypatch.setattr(
+        job,
+        "run",
+        lambda plan, _, tell: found.append(plan.out.exists()) or tell(SimpleNamespace(seconds=9.0)),
+    )
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
     assert tune._plan(tmp_path, "m", 150.0, 4, None, 0).settings.steps == 5 and found == [False]
 
@@ -273,7 +415,11 @@ def test_tune_leaves_time_to_choose_the_best_step(tmp_path, monkeypatch):
 
 def test_what_chooses_the_best_step_is_little(model, tmp_path, monkeypatch):
     """However large its files are."""
-    monkeypatch.setattr(tune, "build", lambda sources, out, *rest: build(sources, out, *rest) if out.name == "choosing" else None)
+    monkeypatch.setattr(
+        tune,
+        "build",
+        lambda sources, out, *rest: build(sources, out, *rest) if out.name == "choosing" else None,
+    )
     repository = code(tmp_path / "app", 44, 400)
     tune._prepare(repository, tmp_path / "work", load(model).tokenizer, ("psm", "spm"), 0, lambda line: None)
     told = json.loads((tmp_path / "work" / "choosing" / "manifests" / "rows.json").read_text())
@@ -282,8 +428,13 @@ def test_what_chooses_the_best_step_is_little(model, tmp_path, monkeypatch):
 
 def test_the_rows_of_fim_tokens_start_from_four_different_ones():
     """Where a base never saw them: two that start alike are one token to every layer."""
-    control = SimpleNamespace(fim="convention", fim_prefix=67, fim_middle=68, fim_suffix=69, file_separator=70, eos=1)
-    assert job.fim_rows(SimpleNamespace(tokenizer=SimpleNamespace(control=control))) == ((67, 68, 69, 70), (67, 68, 70, 1))
+    control = SimpleNamespace(
+        fim="convention", fim_prefix=67, fim_middle=68, fim_suffix=69, file_separator=70, eos=1
+    )
+    assert job.fim_rows(SimpleNamespace(tokenizer=SimpleNamespace(control=control))) == (
+        (67, 68, 69, 70),
+        (67, 68, 70, 1),
+    )
     control.fim = "named"
     assert job.fim_rows(SimpleNamespace(tokenizer=SimpleNamespace(control=control))) == ((), ())
 
@@ -292,7 +443,9 @@ def test_an_adapter_without_fim_rows_gets_them(model, tmp_path, monkeypatch):
     """One from another training: its own rows stay, those that fill-in-the-middle needs start as a new adapter's do."""
     path = lora.save(random_adapter(tiny_config("gemma-mqa", layers=2), tokens=(68,)), tmp_path / "other")
     checkpoint, ids = open_checkpoint(model), (67, 68, 69, 70)
-    monkeypatch.setattr(job, "fim_rows", lambda checkpoint: (ids, (67, 68, 69, 1)))     # as where the vocabulary names none
+    monkeypatch.setattr(
+        job, "fim_rows", lambda checkpoint: (ids, (67, 68, 69, 1))
+    )  # as where the vocabulary names none
     base, plan = params_of(checkpoint), job.Plan(str(model), (), tmp_path / "out", Settings(), adapter=path)
     made, fresh = (job._start(each, checkpoint, base) for each in (plan, replace(plan, adapter=None)))
     assert made.ids == fresh.ids == ids
@@ -320,8 +473,12 @@ def test_what_rows_leave_out_is_not_held_out(model, tmp_path, monkeypatch):
 def code(repository, files, functions=30):
     repository.mkdir()
     for n in range(files):
-        (repository / f"m{n}.py").write_text("".join(f"def f_{n}_{i}(a, b):\n    total = a + b * {i}\n    return total\n\n\n"
-                                                      for i in range(functions)))
+        (repository / f"m{n}.py").write_text(
+            "".join(
+                f"def f_{n}_{i}(a, b):\n    total = a + b * {i}\n    return total\n\n\n"
+                for i in range(functions)
+            )
+        )
     return repository
 
 
@@ -335,29 +492,73 @@ def test_tune_stopped_early_keeps_the_best_so_far(model, tmp_path, steps):
             seen.append(report)
             if len(seen) == min(steps, total - 1):
                 raise KeyboardInterrupt
+
         return tell
 
-    result = tune.tune(repository, str(model), 0.5, tmp_path / "made", "auto", 4, 9, 0, False, follow, said.append)
+    result = tune.tune(
+        repository, str(model), 0.5, tmp_path / "made", "auto", 4, 9, 0, False, follow, said.append
+    )
     assert said[0] == "38 files to learn from, 2 to choose the best step by, 4 held out"
     assert (result.trained, result.held_out) == (38, 4)
     card = lora.load(tmp_path / "made").card
-    assert 0 < card["steps"] <= len(seen) + 1 and card["held_out"] > 0 and card["measured"].keys() == result.figures.keys()
+    assert (
+        0 < card["steps"] <= len(seen) + 1
+        and card["held_out"] > 0
+        and card["measured"].keys() == result.figures.keys()
+    )
     assert any("stopped early" in line for line in said) and not (tmp_path / "made" / "work").exists()
 
 
 def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
     repository = code(tmp_path / "app", 12)
     said = []
-    result = tune.tune(repository, str(model), 0.2, tmp_path / "made", "auto", 4, 9, 0, False, lambda total: lambda report: None,
-                       said.append)
+    result = tune.tune(
+        repository,
+        str(model),
+        0.2,
+        tmp_path / "made",
+        "auto",
+        4,
+        9,
+        0,
+        False,
+        lambda total: lambda report: None,
+        said.append,
+    )
     assert result.trained + result.held_out == 12 and result.held_out >= 1
     adapter = lora.load(tmp_path / "made")
-    assert adapter.card["measured"].keys() == result.figures.keys() and not (tmp_path / "made" / "work").exists()
+    assert (
+        adapter.card["measured"].keys() == result.figures.keys() and not (tmp_path / "made" / "work").exists()
+    )
     assert "before -> after" in result.text() and (tmp_path / "made" / "loss.svg").exists()
     with pytest.raises(ValueError, match="finite and above 0, got nan"):
-        tune.tune(repository, str(model), float("nan"), tmp_path / "x", "auto", 4, 9, 0, False, lambda total: None, said.append)
+        tune.tune(
+            repository,
+            str(model),
+            float("nan"),
+            tmp_path / "x",
+            "auto",
+            4,
+            9,
+            0,
+            False,
+            lambda total: None,
+            said.append,
+        )
     with pytest.raises(ValueError, match="choose another folder"):
-        tune.tune(repository, str(model), 1, tmp_path / "made", "auto", 4, 9, 0, False, lambda total: None, said.append)
+        tune.tune(
+            repository,
+            str(model),
+            1,
+            tmp_path / "made",
+            "auto",
+            4,
+            9,
+            0,
+            False,
+            lambda total: None,
+            said.append,
+        )
 
 
 def test_halfway_between_two_adapters():
@@ -366,6 +567,8 @@ def test_halfway_between_two_adapters():
     made = adapter_train.mean(one, other)
     for part in ("a", "b", "rows"):
         for key, value in getattr(made, part).items():
-            np.testing.assert_allclose(value, 0.5 * getattr(one, part)[key] + 0.5 * getattr(other, part)[key], rtol=1e-6)
+            np.testing.assert_allclose(
+                value, 0.5 * getattr(one, part)[key] + 0.5 * getattr(other, part)[key], rtol=1e-6
+            )
     with pytest.raises(ValueError, match="have no mean"):
         adapter_train.mean(replace(one, alpha=2 * one.alpha), other)

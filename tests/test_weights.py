@@ -16,9 +16,16 @@ from codegemma.weights import BLOCKS, Tensor, places
 FILE = Path("model.gguf")
 
 
-@pytest.mark.parametrize(("config", "parameters"), [
-    (GEMMA_2B, 2_506_172_416), (GEMMA_7B, 8_537_680_896), (GEMMA2_2B, 2_614_341_888), (GEMMA3_270M, 268_098_176),
-], ids=lambda value: getattr(value, "architecture", ""))
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (GEMMA_2B, 2_506_172_416),
+        (GEMMA_7B, 8_537_680_896),
+        (GEMMA2_2B, 2_614_341_888),
+        (GEMMA3_270M, 268_098_176),
+    ],
+    ids=lambda value: getattr(value, "architecture", ""),
+)
 def test_the_shapes_add_up_to_the_published_parameter_count(config, parameters):
     assert sum(math.prod(place.shape) for place in places(config, "hf")) == parameters
 
@@ -26,7 +33,11 @@ def test_the_shapes_add_up_to_the_published_parameter_count(config, parameters):
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_agree_with_llama_cpps_map_from_hugging_face(kind):
     config = tiny_config(kind)
-    arch = {"gemma": gguf.MODEL_ARCH.GEMMA, "gemma2": gguf.MODEL_ARCH.GEMMA2, "gemma3": gguf.MODEL_ARCH.GEMMA3}
+    arch = {
+        "gemma": gguf.MODEL_ARCH.GEMMA,
+        "gemma2": gguf.MODEL_ARCH.GEMMA2,
+        "gemma3": gguf.MODEL_ARCH.GEMMA3,
+    }
     names = gguf.get_tensor_name_map(arch[config.architecture], config.layers)
     for ours, theirs in zip(places(config, "gguf"), places(config, "hf"), strict=True):
         assert names.get_name(theirs.stored, try_suffixes=(".weight",)) == ours.stored, theirs.stored
@@ -58,7 +69,9 @@ def test_norms_hold_the_one_in_gguf_and_lack_it_in_hugging_face():
     config = tiny_config("gemma3")
     factor = random_weights(config)["final_norm"]
     tensors = tiny_tensors(config)
-    np.testing.assert_array_equal(weights.write("gguf", config, tensors)["output_norm.weight"].float32(), factor)
+    np.testing.assert_array_equal(
+        weights.write("gguf", config, tensors)["output_norm.weight"].float32(), factor
+    )
     stored = weights.write("hf", config, tensors)
     np.testing.assert_array_equal(stored["model.norm.weight"].float32(), factor - np.float32(1))
     stored["model.norm.weight"] = encode(np.full(config.width, 0.5, np.float32), "BF16")
@@ -82,19 +95,25 @@ def test_a_missing_or_extra_tensor_is_named():
     with pytest.raises(ValueError, match=r"model\.gguf: lacks 1 tensors \(blk\.1\.attn_k\.weight\)"):
         weights.read("gguf", FILE, config, stored)
     with pytest.raises(ValueError, match=r"also holds 1 tensors \(blk\.9\.attn_k\.weight\)"):
-        weights.read("gguf", FILE, config, stored | {"blk.1.attn_k.weight": taken, "blk.9.attn_k.weight": taken})
+        weights.read(
+            "gguf", FILE, config, stored | {"blk.1.attn_k.weight": taken, "blk.9.attn_k.weight": taken}
+        )
 
 
 def test_a_transposed_tensor_is_refused_and_not_turned_round():
     config, stored = _stored()
     turned = stored["blk.0.ffn_up.weight"]
     stored["blk.0.ffn_up.weight"] = Tensor.view(turned.type, turned.shape[::-1], turned.data.reshape(-1))
-    with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight has shape \[96, 160\].*makes it \[160, 96\]"):
+    with pytest.raises(
+        ValueError, match=r"blk\.0\.ffn_up\.weight has shape \[96, 160\].*makes it \[160, 96\]"
+    ):
         weights.read("gguf", FILE, config, stored)
 
 
-@pytest.mark.parametrize(("format", "head", "embed"), [("gguf", "output.weight", "token_embd.weight"),
-                                                       ("hf", "lm_head.weight", "model.embed_tokens.weight")])
+@pytest.mark.parametrize(
+    ("format", "head", "embed"),
+    [("gguf", "output.weight", "token_embd.weight"), ("hf", "lm_head.weight", "model.embed_tokens.weight")],
+)
 def test_a_second_copy_of_the_embedding_is_dropped_but_another_output_layer_refused(format, head, embed):
     config, stored = _stored(format=format)
     stored[head] = stored[embed]

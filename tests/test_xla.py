@@ -10,8 +10,17 @@ import pytest
 from codegemma.native import _native, xla
 from codegemma.weights import BLOCKS, Tensor, row_bytes
 
-ROUNDOFF = 2.0 ** -24
-SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+ROUNDOFF = 2.0**-24
+SCALES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
 
 
 def weight(type, rows, width, seed=0):
@@ -25,7 +34,7 @@ def weight(type, rows, width, seed=0):
         return Tensor.view(type, (rows, width), values.view(np.uint8))
     blocks = rng.integers(0, 256, (rows, row_bytes(type, width)), np.uint8).reshape(rows, -1, BLOCKS[type][1])
     for at in SCALES[type]:
-        blocks[..., at + 1] = blocks[..., at + 1] & 0x83 | 0x1c
+        blocks[..., at + 1] = blocks[..., at + 1] & 0x83 | 0x1C
     return Tensor.view(type, (rows, width), blocks)
 
 
@@ -95,12 +104,16 @@ def test_products_of_odd_shapes(T, N, K):
 
 def adapted_case(type, T, N, K, rank):
     tensor = weight(type, N, K)
-    return tensor, *map(jnp.asarray, (inputs(T, K), inputs(T, N, seed=2), inputs(rank, K, seed=3), inputs(N, rank, seed=4)))
+    return tensor, *map(
+        jnp.asarray, (inputs(T, K), inputs(T, N, seed=2), inputs(rank, K, seed=3), inputs(N, rank, seed=4))
+    )
 
 
 @pytest.mark.parametrize("by", ["native", "xla"])
-@pytest.mark.parametrize("type, T, N, K, rank", [("Q4_0", 131, 37, 96, 8), ("Q6_K", 7, 300, 512, 32), ("F16", 1, 1, 33, 1),
-                                                 ("Q8_0", 300, 4100, 64, 5)])
+@pytest.mark.parametrize(
+    "type, T, N, K, rank",
+    [("Q4_0", 131, 37, 96, 8), ("Q6_K", 7, 300, 512, 32), ("F16", 1, 1, 33, 1), ("Q8_0", 300, 4100, 64, 5)],
+)
 def test_a_layer_with_an_adapter(type, T, N, K, rank, by):
     """Result and gradients of x, a and b against float64, to the bound of the sums they are made of."""
     tensor, x, dy, a, b = adapted_case(type, T, N, K, rank)
@@ -108,9 +121,18 @@ def test_a_layer_with_an_adapter(type, T, N, K, rank, by):
     w, (x, dy, a, b) = exact(tensor), (np.asarray(v, np.float64) for v in (x, dy, a, b))
     u, du = x @ a.T, dy @ b
     pairs = [(y, (x, w.T), (u, b.T), (x, a.T, b.T))]
-    pairs += [(mine, *terms) for mine, terms in zip(back(jnp.asarray(dy, jnp.float32)), (
-        ((dy, w), (du, a), (dy, b, a)), ((du.T, x), (np.zeros_like(du.T), x), (b.T, dy.T, x)),
-        ((dy.T, u), (np.zeros_like(dy.T), u), (dy.T, x, a.T))), strict=True)]
+    pairs += [
+        (mine, *terms)
+        for mine, terms in zip(
+            back(jnp.asarray(dy, jnp.float32)),
+            (
+                ((dy, w), (du, a), (dy, b, a)),
+                ((du.T, x), (np.zeros_like(du.T), x), (b.T, dy.T, x)),
+                ((dy.T, u), (np.zeros_like(dy.T), u), (dy.T, x, a.T)),
+            ),
+            strict=True,
+        )
+    ]
     for mine, one, other, inner in pairs:
         wanted = one[0] @ one[1] + other[0] @ other[1]
         sizes = np.abs(one[0]) @ np.abs(one[1]) + np.linalg.multi_dot([np.abs(v) for v in inner])
@@ -126,15 +148,23 @@ def rounded(x):
     return np.asarray(jnp.asarray(x, jnp.float32).astype(jnp.bfloat16) if PAIRS else x, np.float64)
 
 
-@pytest.mark.parametrize("type, T, N, K", [("Q8_0", 1, 1, 32), ("F32", 7, 301, 33), ("Q4_0", 13, 9, 4128), ("Q6_K", 300, 523, 768),
-                                           ("BF16", 3, 4100, 65)])
+@pytest.mark.parametrize(
+    "type, T, N, K",
+    [
+        ("Q8_0", 1, 1, 32),
+        ("F32", 7, 301, 33),
+        ("Q4_0", 13, 9, 4128),
+        ("Q6_K", 300, 523, 768),
+        ("BF16", 3, 4100, 65),
+    ],
+)
 def test_products_of_bfloat16_factors(type, T, N, K):
     tensor = weight(type, N, K)
     x, dy, w = inputs(T, K), inputs(T, N, seed=2), rounded(exact(tensor))
     with jax.default_matmul_precision("bfloat16"):
         y, back = jax.vjp(lambda x: xla.product(x, xla.Blocks.of(tensor)), jnp.asarray(x))
     close(y, rounded(x), w.T)
-    close(back(jnp.asarray(dy))[0], rounded(dy), w)          # as the product was, wherever it is traced
+    close(back(jnp.asarray(dy))[0], rounded(dy), w)  # as the product was, wherever it is traced
 
 
 @pytest.mark.parametrize("by", ["native", "xla"])
@@ -148,9 +178,11 @@ def test_a_layer_with_an_adapter_of_bfloat16_factors(by):
         results.append((y, *back(dy)))
     x, dy, a, b, w = (np.abs(np.asarray(v)) for v in (x, dy, a, b, exact(tensor)))
     u, du = x @ a.T, dy @ b
-    for exactly, nearly, sizes in zip(*results, (x @ w.T + u @ b.T, dy @ w + du @ a, du.T @ x, dy.T @ u), strict=True):
+    for exactly, nearly, sizes in zip(
+        *results, (x @ w.T + u @ b.T, dy @ w + du @ a, du.T @ x, dy.T @ u), strict=True
+    ):
         off = np.abs(exactly - nearly)
-        assert (off <= 4.01 * 2.0 ** -9 * sizes).all()
+        assert (off <= 4.01 * 2.0**-9 * sizes).all()
         assert (off > 0).any() == (PAIRS or by == "xla")
 
 
@@ -163,14 +195,21 @@ def test_an_adapter_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_equal_for_any_number_of_threads(precision):
-    q8, x = xla.Blocks.of(weight("Q8_0", 523, 640)), jnp.asarray(inputs(300, 640) * 1e-19)  # some products are denormal
-    q8 = dataclasses.replace(q8, data=q8.data.at[::2].set(xla.Blocks.of(weight("Q8_0", 523, 640, 5)).data[::2]))
+    q8, x = (
+        xla.Blocks.of(weight("Q8_0", 523, 640)),
+        jnp.asarray(inputs(300, 640) * 1e-19),
+    )  # some products are denormal
+    q8 = dataclasses.replace(
+        q8, data=q8.data.at[::2].set(xla.Blocks.of(weight("Q8_0", 523, 640, 5)).data[::2])
+    )
     results = []
     for threads in (1, 2, 3, 7):
         xla.configure(threads)
         with jax.default_matmul_precision(precision):
             y, back = jax.vjp(lambda x: xla.product(x, q8), x)
-            low, low_back = jax.vjp(lambda *args: xla.adapted(args[0], q8, *args[1:]), x, inputs(9, 640), inputs(523, 9))
+            low, low_back = jax.vjp(
+                lambda *args: xla.adapted(args[0], q8, *args[1:]), x, inputs(9, 640), inputs(523, 9)
+            )
         parts = [y, back(y * 1e-19)[0], low, *low_back(y)]
         results.append(np.concatenate([np.asarray(part).ravel() for part in parts]).tobytes())
     assert len(set(results)) == 1
@@ -193,7 +232,7 @@ def loss(x, weights, by):
 
     x, _ = jax.lax.scan(layer, x, jnp.arange(3))
     chunks = jax.lax.map(lambda i: xla.product(x, table, i * 50, 50, by).max(), jnp.arange(4))
-    return jnp.sum(chunks) + jnp.sum(x ** 2)
+    return jnp.sum(chunks) + jnp.sum(x**2)
 
 
 def test_jit_scan_checkpoint_and_chunks_equal_the_twin():
@@ -207,8 +246,14 @@ def test_jit_scan_checkpoint_and_chunks_equal_the_twin():
 
 def test_no_copy_of_the_blocks_inside_a_scan():
     weights = (xla.Blocks.of(weight("Q4_K", 3 * 256, 256)), xla.Blocks.of(weight("Q6_K", 200, 256, 9)))
-    compiled = jax.jit(jax.grad(loss), static_argnums=2).lower(jnp.zeros((2, 9, 256)), weights, "native").compile()
-    copies = [line for line in compiled.as_text().splitlines() if "= u8[" in line and ("copy(" in line or "dynamic-slice(" in line)]
+    compiled = (
+        jax.jit(jax.grad(loss), static_argnums=2).lower(jnp.zeros((2, 9, 256)), weights, "native").compile()
+    )
+    copies = [
+        line
+        for line in compiled.as_text().splitlines()
+        if "= u8[" in line and ("copy(" in line or "dynamic-slice(" in line)
+    ]
     assert not copies
 
 
@@ -259,7 +304,9 @@ def test_what_does_not_fit_is_refused():
 def attended(heads=(4, 2), T=150, H=24, seed=0):
     """q, k, v, positions and segments of two packed rows."""
     rng = np.random.default_rng(seed)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, T, n, H)), jnp.float32) for n in (heads[0], heads[1], heads[1]))
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((2, T, n, H)), jnp.float32) for n in (heads[0], heads[1], heads[1])
+    )
     segments = np.sort(rng.integers(0, 3, (2, T)), 1)
     positions = np.stack([np.arange(T) - np.searchsorted(row, row) for row in segments])
     return q, k, v, jnp.asarray(positions), jnp.asarray(segments)
@@ -270,7 +317,9 @@ def test_attention_is_the_same_for_any_threads():
     found = []
     for threads in (1, 2, 5):
         xla.configure(threads)
-        out, back = jax.vjp(lambda q, k, v: xla.attention(q, k, v, *attended()[3:], 40, 30.0), *attended()[:3])
+        out, back = jax.vjp(
+            lambda q, k, v: xla.attention(q, k, v, *attended()[3:], 40, 30.0), *attended()[:3]
+        )
         found.append([np.asarray(x).tobytes() for x in (out, *back(jnp.cos(out)))])
     assert found[0] == found[1] == found[2]
 

@@ -16,14 +16,35 @@ from codegemma.formats import gguf, safetensors
 from codegemma.lora import LINEAR, Adapter
 from codegemma.weights import BLOCKS, Tensor, places, row_bytes
 
-_MQA = ModelConfig("gemma", layers=3, width=96, heads=4, kv_heads=1, head_width=32, ffn_width=160, vocab=515,
-                   context=512)
-_GEMMA3 = replace(_MQA, architecture="gemma3", layers=7, rope_base=1e6, window=8, global_every=6, qk_norm=True,
-                  post_norms=True)
-KINDS = {"gemma-mqa": _MQA, "gemma-mha": replace(_MQA, kv_heads=4),
-         "gemma2": replace(_MQA, architecture="gemma2", layers=4, kv_heads=2, window=8, global_every=2, post_norms=True,
-                           attention_softcap=50.0, final_softcap=30.0),
-         "gemma3": _GEMMA3}
+_MQA = ModelConfig(
+    "gemma", layers=3, width=96, heads=4, kv_heads=1, head_width=32, ffn_width=160, vocab=515, context=512
+)
+_GEMMA3 = replace(
+    _MQA,
+    architecture="gemma3",
+    layers=7,
+    rope_base=1e6,
+    window=8,
+    global_every=6,
+    qk_norm=True,
+    post_norms=True,
+)
+KINDS = {
+    "gemma-mqa": _MQA,
+    "gemma-mha": replace(_MQA, kv_heads=4),
+    "gemma2": replace(
+        _MQA,
+        architecture="gemma2",
+        layers=4,
+        kv_heads=2,
+        window=8,
+        global_every=2,
+        post_norms=True,
+        attention_softcap=50.0,
+        final_softcap=30.0,
+    ),
+    "gemma3": _GEMMA3,
+}
 
 
 def tiny_config(kind: str, **changes: Any) -> ModelConfig:
@@ -34,9 +55,14 @@ def tiny_config(kind: str, **changes: Any) -> ModelConfig:
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """float32 weights by our names, scaled as a trained model's; norms near 1, the 1 included."""
     rng = np.random.default_rng(seed)
-    return {place.name: (rng.normal(1.0, 0.1, place.shape) if place.is_norm
-                         else rng.normal(0.0, place.shape[-1] ** -0.5, place.shape)).astype(np.float32)
-            for place in places(config, "gguf")}
+    return {
+        place.name: (
+            rng.normal(1.0, 0.1, place.shape)
+            if place.is_norm
+            else rng.normal(0.0, place.shape[-1] ** -0.5, place.shape)
+        ).astype(np.float32)
+        for place in places(config, "gguf")
+    }
 
 
 def encode(values: np.ndarray, type: str, seed: int = 0) -> Tensor:
@@ -54,8 +80,16 @@ def encode(values: np.ndarray, type: str, seed: int = 0) -> Tensor:
 
 
 # Where the float16 scales lie in a block, and the standard deviation that a scale of 1 gives random blocks.
-_SCALES = {"Q4_0": ((0,), 4.6), "Q4_1": ((0, 2), 4.6), "Q5_0": ((0,), 9.2), "Q5_1": ((0, 2), 9.2), "Q8_0": ((0,), 74.0),
-           "Q4_K": ((0, 2), 170.0), "Q5_K": ((0, 2), 350.0), "Q6_K": ((208,), 1370.0)}
+_SCALES = {
+    "Q4_0": ((0,), 4.6),
+    "Q4_1": ((0, 2), 4.6),
+    "Q5_0": ((0,), 9.2),
+    "Q5_1": ((0, 2), 9.2),
+    "Q8_0": ((0,), 74.0),
+    "Q4_K": ((0, 2), 170.0),
+    "Q5_K": ((0, 2), 350.0),
+    "Q6_K": ((208,), 1370.0),
+}
 
 
 def random_blocks(type: str, shape: tuple[int, ...], std: float = 1.0, seed: int = 0) -> Tensor:
@@ -66,7 +100,7 @@ def random_blocks(type: str, shape: tuple[int, ...], std: float = 1.0, seed: int
     offsets, unit = _SCALES[type]
     for offset in offsets:
         scales = rng.normal(0.0, std / unit, len(blocks)).astype("<f2")
-        blocks[:, offset:offset + 2] = scales[:, None].view(np.uint8)
+        blocks[:, offset : offset + 2] = scales[:, None].view(np.uint8)
     return Tensor(type, shape, raw)
 
 
@@ -77,24 +111,53 @@ def fitting(type: str, width: int) -> str:
 
 def tiny_tensors(config: ModelConfig, type: str = "F32", seed: int = 0) -> dict[str, Tensor]:
     """`random_weights` as tensors: norms F32, matrices of `type` where it fits."""
-    return {name: encode(values, "F32" if values.ndim == 1 else fitting(type, values.shape[-1]), seed + index)
-            for index, (name, values) in enumerate(random_weights(config, seed).items())}
+    return {
+        name: encode(values, "F32" if values.ndim == 1 else fitting(type, values.shape[-1]), seed + index)
+        for index, (name, values) in enumerate(random_weights(config, seed).items())
+    }
 
 
 def tiny_pieces(config: ModelConfig) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Pieces, scores and types of a small vocabulary with Gemma's control ids, all bytes, and printable ASCII."""
     turn = 105 if config.architecture == "gemma3" else 106
-    special = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", turn: "<start_of_turn>",
-               turn + 1: "<end_of_turn>"}
+    special = {
+        0: "<pad>",
+        1: "<eos>",
+        2: "<bos>",
+        3: "<unk>",
+        4: "<mask>",
+        turn: "<start_of_turn>",
+        turn + 1: "<end_of_turn>",
+    }
     if config.architecture == "gemma":
-        special |= {67: "<|fim_prefix|>", 68: "<|fim_middle|>", 69: "<|fim_suffix|>", 70: "<|file_separator|>"}
+        special |= {
+            67: "<|fim_prefix|>",
+            68: "<|fim_middle|>",
+            69: "<|fim_suffix|>",
+            70: "<|file_separator|>",
+        }
     pieces = [special.get(token, f"<unused{token}>") for token in range(108)]
     kinds = [2 if token == 3 else 3 if token in (0, 1, 2, 4) else 4 for token in range(108)]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     letters = ["▁", "\n", *map(chr, range(33, 127))]
-    merged = ["▁▁", "▁▁▁▁", "\n\n", "re", "tu", "rn", "retu", "return", "de", "def", "▁def", "▁return", "in",
-              "th", "er"]
-    normal = (letters + merged)[:config.vocab - len(pieces) - 256]
+    merged = [
+        "▁▁",
+        "▁▁▁▁",
+        "\n\n",
+        "re",
+        "tu",
+        "rn",
+        "retu",
+        "return",
+        "de",
+        "def",
+        "▁def",
+        "▁return",
+        "in",
+        "th",
+        "er",
+    ]
+    normal = (letters + merged)[: config.vocab - len(pieces) - 256]
     normal += [f"~{number}" for number in range(config.vocab - len(pieces) - 256 - len(normal))]
     scores = [0.0] * (len(pieces) + 256) + [-float(rank) for rank in range(len(normal))]
     kinds += [6] * 256 + [1] * len(normal)
@@ -103,23 +166,45 @@ def tiny_pieces(config: ModelConfig) -> tuple[list[str], np.ndarray, np.ndarray]
 
 def tokenizer_metadata(config: ModelConfig) -> dict[str, Any]:
     pieces, scores, kinds = tiny_pieces(config)
-    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.scores": scores,
-            "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1,
-            "tokenizer.ggml.unknown_token_id": 3, "tokenizer.ggml.padding_token_id": 0,
-            "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False}
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
 
 
-def write_tiny_gguf(path: Path, config: ModelConfig, type: str = "F32", seed: int = 0, tokenizer: bool = True,
-                    tensors: Mapping[str, Tensor] | None = None) -> Path:
+def write_tiny_gguf(
+    path: Path,
+    config: ModelConfig,
+    type: str = "F32",
+    seed: int = 0,
+    tokenizer: bool = True,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
     """A GGUF that ours and llama.cpp's readers load. `tensors` replaces `tiny_tensors(config, type, seed)`."""
     stored = weights.write("gguf", config, tensors or tiny_tensors(config, type, seed))
     metadata = gguf.config_metadata(config) | (tokenizer_metadata(config) if tokenizer else {})
-    gguf.write_gguf(path, metadata, [(name, tensor.type, tensor.shape, tensor.data) for name, tensor in stored.items()])
+    gguf.write_gguf(
+        path, metadata, [(name, tensor.type, tensor.shape, tensor.data) for name, tensor in stored.items()]
+    )
     return path
 
 
-def write_tiny_hf(path: Path, config: ModelConfig, type: str = "F32", seed: int = 0, shards: int = 1,
-                  tensors: Mapping[str, Tensor] | None = None) -> Path:
+def write_tiny_hf(
+    path: Path,
+    config: ModelConfig,
+    type: str = "F32",
+    seed: int = 0,
+    shards: int = 1,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
     """A Hugging Face directory without a tokenizer, in `shards` files."""
     stored = weights.write("hf", config, tensors or tiny_tensors(config, type, seed))
     path.mkdir(parents=True, exist_ok=True)
@@ -127,9 +212,13 @@ def write_tiny_hf(path: Path, config: ModelConfig, type: str = "F32", seed: int 
     if shards == 1:
         safetensors.write_safetensors(path / "model.safetensors", stored)
         return path
-    files = {name: f"model-{index % shards + 1:05}-of-{shards:05}.safetensors" for index, name in enumerate(stored)}
+    files = {
+        name: f"model-{index % shards + 1:05}-of-{shards:05}.safetensors" for index, name in enumerate(stored)
+    }
     for file in set(files.values()):
-        safetensors.write_safetensors(path / file, {name: stored[name] for name in stored if files[name] == file})
+        safetensors.write_safetensors(
+            path / file, {name: stored[name] for name in stored if files[name] == file}
+        )
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return path
 
@@ -143,7 +232,7 @@ def dequantize(tensor: Tensor) -> np.ndarray:
 
 
 def _f16(blocks: np.ndarray, at: int) -> np.ndarray:
-    return np.ascontiguousarray(blocks[:, at:at + 2]).view("<f2").astype(np.float32)
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
@@ -191,11 +280,21 @@ _DECODERS = {
     "Q5_0": lambda x: _f16(x, 0) * (_nibbles(x[:, 6:]) + 16 * _bits(x[:, 2:6]) - 16),
     "Q5_1": lambda x: _f16(x, 0) * (_nibbles(x[:, 8:]) + 16 * _bits(x[:, 4:8])) + _f16(x, 2),
     "Q8_0": lambda x: _f16(x, 0) * x[:, 2:].view(np.int8),
-    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}
 
 
-def random_adapter(config: ModelConfig, seed: int = 0, kinds: Sequence[str] = LINEAR, ranks: Sequence[int] = (4,),
-                   tokens: Sequence[int] = (), alpha: float = 8.0, name: str = "tiny") -> Adapter:
+def random_adapter(
+    config: ModelConfig,
+    seed: int = 0,
+    kinds: Sequence[str] = LINEAR,
+    ranks: Sequence[int] = (4,),
+    tokens: Sequence[int] = (),
+    alpha: float = 8.0,
+    name: str = "tiny",
+) -> Adapter:
     """An adapter that moves logits by about as much as they are; layer i has rank ranks[i % len(ranks)]."""
     rng = np.random.default_rng(seed)
     rank, a, b = max(ranks), {}, {}
@@ -204,6 +303,8 @@ def random_adapter(config: ModelConfig, seed: int = 0, kinds: Sequence[str] = LI
         if kind in tuple(kinds):
             r = ranks[int(layer) % len(ranks)]
             a[place.name] = rng.normal(0, place.shape[1] ** -0.5, (r, place.shape[1])).astype(np.float32)
-            b[place.name] = rng.normal(0, 0.3 * rank / alpha * r ** -0.5, (place.shape[0], r)).astype(np.float32)
-    rows = {token: rng.normal(0, config.width ** -0.5, config.width).astype(np.float32) for token in tokens}
+            b[place.name] = rng.normal(0, 0.3 * rank / alpha * r**-0.5, (place.shape[0], r)).astype(
+                np.float32
+            )
+    rows = {token: rng.normal(0, config.width**-0.5, config.width).astype(np.float32) for token in tokens}
     return Adapter(name, rank, alpha, a, b, rows)

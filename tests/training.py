@@ -34,9 +34,9 @@ LENGTH = 32
 class Job:
     """Options of a run, beside the tiny model and its rows."""
 
-    kind: str = "full"                   # lora: over floats, in JAX alone; qlora: over blocks (of floats), by the kernels
+    kind: str = "full"  # lora: over floats, in JAX alone; qlora: over blocks (of floats), by the kernels
     steps: int = 3
-    stop: int = 0                        # the step after which it is left
+    stop: int = 0  # the step after which it is left
     micro_tokens: int = 4 * LENGTH
     learning_rate: float = RATE
     patience: int = 0
@@ -48,7 +48,7 @@ class Job:
     meshes: tuple[str, ...] = ()
     announce: bool = False
     precision: str = "float32"
-    hold: int = 0                        # the step whose checkpoint is never finished
+    hold: int = 0  # the step whose checkpoint is never finished
 
 
 def tiny() -> tuple[ModelConfig, dict[str, jax.Array]]:
@@ -58,14 +58,25 @@ def tiny() -> tuple[ModelConfig, dict[str, jax.Array]]:
 
 def row(tokens: np.ndarray, loss: np.ndarray, segments: np.ndarray | None = None) -> dict[str, np.ndarray]:
     segments = np.ones(len(tokens), np.int32) if segments is None else segments
-    return {"tokens": tokens.astype(np.int32), "loss": loss.astype(bool), "segments": segments, "positions": positions(segments)}
+    return {
+        "tokens": tokens.astype(np.int32),
+        "loss": loss.astype(bool),
+        "segments": segments,
+        "positions": positions(segments),
+    }
 
 
 def packed_row(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Two segments and padding, loss on most tokens."""
     at = np.arange(LENGTH)
-    segments = np.select([at < rng.integers(8, 16), at < rng.integers(20, LENGTH)], [1, 2], 0).astype(np.int32)
-    return row(np.where(segments, rng.integers(3, 520, LENGTH), 0), (rng.random(LENGTH) < 0.8) & (segments > 0), segments)
+    segments = np.select([at < rng.integers(8, 16), at < rng.integers(20, LENGTH)], [1, 2], 0).astype(
+        np.int32
+    )
+    return row(
+        np.where(segments, rng.integers(3, 520, LENGTH), 0),
+        (rng.random(LENGTH) < 0.8) & (segments > 0),
+        segments,
+    )
 
 
 class InOrder(Order):
@@ -73,7 +84,7 @@ class InOrder(Order):
 
     def rows(self, step: int) -> list[dict[str, np.ndarray]]:
         batch = self.batch(self.folders[0])
-        return list(self.folders[0][step * batch:(step + 1) * batch])
+        return list(self.folders[0][step * batch : (step + 1) * batch])
 
 
 def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
@@ -83,14 +94,42 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
     rows = [packed_row(rng) for _ in range(40)]
     lora = new_lora(config, params, 4, (67, 69), alpha=8) if job.kind != "full" else None
     if job.kind == "qlora":
-        params = {name: Blocks.of(Tensor.of(np.asarray(value))) if value.ndim == 2 else value for name, value in params.items()}
-    if lora:                             # `b` is zero in a new one, which hides half of the gradients
-        lora = Lora({name: jax.random.normal(jax.random.key(3), value.shape) * 0.1 if name.endswith(".b") else value
-                     for name, value in lora.weights.items()}, lora.scale, lora.ids)
-    settings = Settings(learning_rate=job.learning_rate, micro_tokens=job.micro_tokens, steps=job.steps, patience=job.patience,
-                        seed=job.seed, evaluate_every=1, save_every=2, precision=job.precision)
-    for report in train(config, params if lora else None, lora or params, Order([rows], 8 * LENGTH, job.seed, epochs=4), settings,
-                        folder, held_out=[rows[:3]] if job.held_out else (), resume=job.resume, mesh=meshes.parse(job.mesh)):
+        params = {
+            name: Blocks.of(Tensor.of(np.asarray(value))) if value.ndim == 2 else value
+            for name, value in params.items()
+        }
+    if lora:  # `b` is zero in a new one, which hides half of the gradients
+        lora = Lora(
+            {
+                name: jax.random.normal(jax.random.key(3), value.shape) * 0.1
+                if name.endswith(".b")
+                else value
+                for name, value in lora.weights.items()
+            },
+            lora.scale,
+            lora.ids,
+        )
+    settings = Settings(
+        learning_rate=job.learning_rate,
+        micro_tokens=job.micro_tokens,
+        steps=job.steps,
+        patience=job.patience,
+        seed=job.seed,
+        evaluate_every=1,
+        save_every=2,
+        precision=job.precision,
+    )
+    for report in train(
+        config,
+        params if lora else None,
+        lora or params,
+        Order([rows], 8 * LENGTH, job.seed, epochs=4),
+        settings,
+        folder,
+        held_out=[rows[:3]] if job.held_out else (),
+        resume=job.resume,
+        mesh=meshes.parse(job.mesh),
+    ):
         assert report.step <= job.steps
         say(job, f"step {report.step}")
         if report.step == job.stop:
@@ -99,20 +138,30 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
 
 
 def result(folder: Path) -> tuple[dict[str, np.ndarray], list[float]]:
-    found = {name.removeprefix("trainable/"): value for name, value in state(folder).items() if name.startswith("trainable/")}
+    found = {
+        name.removeprefix("trainable/"): value
+        for name, value in state(folder).items()
+        if name.startswith("trainable/")
+    }
     return found, [line["loss"] for line in metrics(folder)]
 
 
 def state(folder: Path) -> dict[str, np.ndarray]:
     """All that the newest checkpoint holds."""
-    path = (folder / "checkpoints" / max((p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()), key=int)
-            / "state").resolve()
+    path = (
+        folder
+        / "checkpoints"
+        / max((p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()), key=int)
+        / "state"
+    ).resolve()
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
         wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         found = checkpointer.restore(path, restore_args=wanted)
-    return {"/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys): np.asarray(value)
-            for keys, value in jax.tree_util.tree_flatten_with_path(found)[0]}
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys): np.asarray(value)
+        for keys, value in jax.tree_util.tree_flatten_with_path(found)[0]
+    }
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -149,8 +198,12 @@ def all_meshes(folder: Path, job: Job) -> None:
         weights = held.trainable if isinstance(held.trainable, dict) else {}
         if weights:
             moments = held.moments[1][0].mu
-            parts[mesh] = {"embed": divided(weights["embed"]), "q": divided(weights["layers.0.q"]),
-                           "norm": divided(weights["final_norm"]), "moment of down": divided(moments["layers.0.down"])}
+            parts[mesh] = {
+                "embed": divided(weights["embed"]),
+                "q": divided(weights["layers.0.q"]),
+                "norm": divided(weights["final_norm"]),
+                "moment of down": divided(moments["layers.0.down"]),
+            }
         original(store, held)
 
     loop.Store.save = save  # type: ignore[method-assign]

@@ -68,11 +68,17 @@ def merged(table: str, before: str) -> str:
 
 def data(cache: Path, corpus: list[Package], before: str) -> str:
     """What it was trained on, what was left out and why."""
-    manifests = {phase: {file.stem: json.loads(file.read_text()) for file in (cache / "rows" / phase / "manifests").glob("*.json")}
-                 for phase in (*PHASES, *CHOICES) if (cache / "rows" / phase / "index.npy").exists()}
+    manifests = {
+        phase: {
+            file.stem: json.loads(file.read_text())
+            for file in (cache / "rows" / phase / "manifests").glob("*.json")
+        }
+        for phase in (*PHASES, *CHOICES)
+        if (cache / "rows" / phase / "index.npy").exists()
+    }
     if not manifests:
         raise ValueError(f"{cache} holds no finished rows: make adapter builds them")
-    stages, seen = [], set[str]()        # of builds that share no package, the largest first
+    stages, seen = [], set[str]()  # of builds that share no package, the largest first
     for phase in sorted(filter(PHASES.get, manifests), key=lambda phase: -len(packages_of(phase))):
         names = {package.name for package in packages_of(phase)}
         if names.isdisjoint(seen):
@@ -86,25 +92,41 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
     dropped = Counter({key: count for key, count in counts.items() if not key.startswith("kept")})
     benchmarks = max(len(found["clean"]["recipe"]["benchmarks"]) for found in stages)
     licences = Counter(package.licence.strip("_").replace("_", " ") for package in corpus)
-    return "\n".join([
-        f"{len(corpus)} permissively licensed packages, pinned by version and hash in PACKAGES.txt. Licences: "
-        + ", ".join(f"{name} {count}" for name, count in licences.most_common()) + ". A file whose own tag or folder says "
-        "otherwise was dropped.", "",
-        f"{counts['kept']:,} files were kept; {counts['kept: held out']:,} files of the "
-        f"repositories drawn for evaluation (3 %) are in no row. Left out, and why:", "",
-        lines(((reason, f"{count:,}") for reason, count in dropped.most_common()), ("reason", "files")),
-        f"{counts['dropped: benchmark']} files held a problem of a benchmark ({benchmarks} files of "
-        "problems were compared, HumanEval, its infilling sets, MBPP and BabelCode among them) and were dropped. Replaced by "
-        "fake values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(redacted.items())) + ".", "",
-        "Rows that are built for the phases of the curriculum; what was seen of them so far stands under Training.", "",
-        merged(lines((_phase(phase, found["rows"]) for phase, found in manifests.items()),
-                     ("phase", "window", "suffix first", "examples", "tokens", "learned from")), before)])
+    return "\n".join(
+        [
+            f"{len(corpus)} permissively licensed packages, pinned by version and hash in PACKAGES.txt. Licences: "
+            + ", ".join(f"{name} {count}" for name, count in licences.most_common())
+            + ". A file whose own tag or folder says "
+            "otherwise was dropped.",
+            "",
+            f"{counts['kept']:,} files were kept; {counts['kept: held out']:,} files of the "
+            f"repositories drawn for evaluation (3 %) are in no row. Left out, and why:",
+            "",
+            lines(((reason, f"{count:,}") for reason, count in dropped.most_common()), ("reason", "files")),
+            f"{counts['dropped: benchmark']} files held a problem of a benchmark ({benchmarks} files of "
+            "problems were compared, HumanEval, its infilling sets, MBPP and BabelCode among them) and were dropped. Replaced by "
+            "fake values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(redacted.items())) + ".",
+            "",
+            "Rows that are built for the phases of the curriculum; what was seen of them so far stands under Training.",
+            "",
+            merged(
+                lines(
+                    (_phase(phase, found["rows"]) for phase, found in manifests.items()),
+                    ("phase", "window", "suffix first", "examples", "tokens", "learned from"),
+                ),
+                before,
+            ),
+        ]
+    )
 
 
 def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
     counts = f"{rows['examples']:,}", f"{rows['tokens']:,}", f"{rows['learned']:,}"
     if choice := CHOICES.get(name):
-        of = " and ".join(f"{part:.0%} of {phase.upper()}" if part < 1 else phase.upper() for phase, part in choice.phases.items())
+        of = " and ".join(
+            f"{part:.0%} of {phase.upper()}" if part < 1 else phase.upper()
+            for phase, part in choice.phases.items()
+        )
         psm, spm = (rows["layouts"].get(layout, 0) for layout in ("psm", "spm"))
         return name.upper(), f"from {of}, to {choice.most} tokens", f"{spm / max(1, psm + spm):.0%}", *counts
     recipe = PHASES[name]
@@ -122,42 +144,82 @@ def training(adapter: lora.Adapter, metrics: Sequence[Path], before: str) -> str
         tokens, seconds = (sum(report[name] for report in steps.values()) for name in ("tokens", "seconds"))
         rows.append((file.parent.name.upper(), f"{tokens:,}", len(steps), f"{seconds / 3600:.1f}"))
     settings = {key: value for key, value in adapter.card.items() if key not in ("name", "base", "fim")}
-    return "\n".join(["On a CPU, phase by phase:", "", merged(lines(rows, ("phase", "tokens", "steps", "hours")), before),
-                      "The last phase:", "", "```json", json.dumps(settings, indent=2), "```"])
+    return "\n".join(
+        [
+            "On a CPU, phase by phase:",
+            "",
+            merged(lines(rows, ("phase", "tokens", "steps", "hours")), before),
+            "The last phase:",
+            "",
+            "```json",
+            json.dumps(settings, indent=2),
+            "```",
+        ]
+    )
 
 
 def scores(evals: Path, label: str, before: str) -> str:
     """The curve, and the differences to the base model of the adapter's own point of it."""
     file = evals / f"{label}.json"
     report = json.loads(file.read_text()) if file.exists() else {}
-    rows = [(name, f"{found['difference']:+.4f}", f"{found['low']:+.4f} to {found['high']:+.4f}", found["items"])
-            for name, found in report.get("compared", {}).items()]
-    return "\n".join(["Greedy. `exact`, `stops` (by itself), `ends` (the terminator is the likeliest token behind the true middle) "
-                      "and `gain` (nats that the suffix is worth) are of held-out holes; `single` and `multi` are HumanEval "
-                      "infilling, percent passed (and exact); `l2r` is the base model going on from the prefix.", "",
-                      merged(table(evals), before),
-                      *([lines(rows, ("difference", "", "95 %, paired", "items"))] if rows else [])])
+    rows = [
+        (name, f"{found['difference']:+.4f}", f"{found['low']:+.4f} to {found['high']:+.4f}", found["items"])
+        for name, found in report.get("compared", {}).items()
+    ]
+    return "\n".join(
+        [
+            "Greedy. `exact`, `stops` (by itself), `ends` (the terminator is the likeliest token behind the true middle) "
+            "and `gain` (nats that the suffix is worth) are of held-out holes; `single` and `multi` are HumanEval "
+            "infilling, percent passed (and exact); `l2r` is the base model going on from the prefix.",
+            "",
+            merged(table(evals), before),
+            *([lines(rows, ("difference", "", "95 %, paired", "items"))] if rows else []),
+        ]
+    )
 
 
 def card(adapter: lora.Adapter, cache: Path, metrics: Sequence[Path], label: str, before: str) -> str:
-    good, weak = ([order.upper() for order in LAYOUTS if adapter.trained(order) is wanted] for wanted in (True, False))
-    orders = f"Use {' or '.join(good)}." + (f" {weak[0]} is not learned well enough yet." if good and weak else "") if good else ""
-    head = HEAD.format(orders=orders, base=lora.on_hub(adapter) or "google/gemma-3-270m", name=adapter.name, rank=adapter.rank,
-                       layers=len(adapter.a), rows=", ".join(map(str, sorted(adapter.rows))) or "(none)")
-    parts = [("Data", data(cache, packages(), before)), ("Training", training(adapter, metrics, before)),
-             ("Evaluation", scores(cache / "evals", label, before)), ("Limits", LIMITS),
-             ("Licence", f"{NOTICE}\n{TERMS}"), ("Statement of changes", CHANGES)]
+    good, weak = (
+        [order.upper() for order in LAYOUTS if adapter.trained(order) is wanted] for wanted in (True, False)
+    )
+    orders = (
+        f"Use {' or '.join(good)}." + (f" {weak[0]} is not learned well enough yet." if good and weak else "")
+        if good
+        else ""
+    )
+    head = HEAD.format(
+        orders=orders,
+        base=lora.on_hub(adapter) or "google/gemma-3-270m",
+        name=adapter.name,
+        rank=adapter.rank,
+        layers=len(adapter.a),
+        rows=", ".join(map(str, sorted(adapter.rows))) or "(none)",
+    )
+    parts = [
+        ("Data", data(cache, packages(), before)),
+        ("Training", training(adapter, metrics, before)),
+        ("Evaluation", scores(cache / "evals", label, before)),
+        ("Limits", LIMITS),
+        ("Licence", f"{NOTICE}\n{TERMS}"),
+        ("Statement of changes", CHANGES),
+    ]
     return "\n".join([head, *(f"## {title}\n\n{text.rstrip()}\n" for title, text in parts)])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
-    parser.add_argument("--orders", nargs="+", choices=LAYOUTS, help="in which it completes well (default: as its card says)")
+    parser.add_argument(
+        "--orders", nargs="+", choices=LAYOUTS, help="in which it completes well (default: as its card says)"
+    )
     parser.add_argument("--metrics", type=Path, nargs="*", default=())
     parser.add_argument("--label", default="final", help="the adapter's point of the curve")
-    parser.add_argument("--before", type=Path, help="the card whose tables go on, where the adapter it is of was trained on")
+    parser.add_argument(
+        "--before", type=Path, help="the card whose tables go on, where the adapter it is of was trained on"
+    )
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     adapter = lora.load(args.adapter)

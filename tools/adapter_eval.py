@@ -34,8 +34,10 @@ FIM_TASKS = {kind: (f"infill-{kind}", f"infill-{kind}-spm") for kind in ("single
 def documents(rows: Path) -> list[Document]:
     """The repositories that the rows' build held out."""
     fields = Document.__dataclass_fields__
-    return [Document(**{name: row[name] for name in fields if name != "imports"})
-            for row in pq.read_table(rows / "held-out").to_pylist()]
+    return [
+        Document(**{name: row[name] for name in fields if name != "imports"})
+        for row in pq.read_table(rows / "held-out").to_pylist()
+    ]
 
 
 def held_out(model: Local, found: list[Document], holes: int, plain: int) -> dict[str, Any]:
@@ -43,12 +45,19 @@ def held_out(model: Local, found: list[Document], holes: int, plain: int) -> dic
     return report | ({"left_to_right": heldout.left_to_right(model, found, plain)} if plain else {})
 
 
-def infilling(model: Local, names: list[str], data: Path, out: Path, limits: dict[str, int | None]) -> dict[str, Any]:
+def infilling(
+    model: Local, names: list[str], data: Path, out: Path, limits: dict[str, int | None]
+) -> dict[str, Any]:
     records = Records(data, offline=True)
     kept = ("score", "low", "high", "more", "items", "outcomes")
-    summaries = {name: run(TASKS[name], model, records, out, Settings(limits[name.split("-")[1]]), resume=True)
-                 for name in names}
-    return {name: {key: summary[key] for key in kept} | {"stopped": _stopped(out, name)} for name, summary in summaries.items()}
+    summaries = {
+        name: run(TASKS[name], model, records, out, Settings(limits[name.split("-")[1]]), resume=True)
+        for name in names
+    }
+    return {
+        name: {key: summary[key] for key in kept} | {"stopped": _stopped(out, name)}
+        for name, summary in summaries.items()
+    }
 
 
 def _stopped(out: Path, name: str) -> float:
@@ -62,10 +71,16 @@ def compared(report: dict[str, Any], base: dict[str, Any], out: Path, base_out: 
     for kind, names in FIM_TASKS.items():
         for name in names:
             if name in report["infilling"] and f"infill-{kind}-l2r" in base["infilling"]:
-                found[f"{name} - base left to right"] = _points(_scores(base_out, f"infill-{kind}-l2r"), _scores(out, name))
+                found[f"{name} - base left to right"] = _points(
+                    _scores(base_out, f"infill-{kind}-l2r"), _scores(out, name)
+                )
     if out != base_out and set(report["infilling"]) & set(base["infilling"]):
-        found |= {f"{name} - base in FIM order": {key: asdict(result)[key] for key in ("items", "difference", "low", "high")}
-                  for name, result in compare_runs(base_out, out).items()}
+        found |= {
+            f"{name} - base in FIM order": {
+                key: asdict(result)[key] for key in ("items", "difference", "low", "high")
+            }
+            for name, result in compare_runs(base_out, out).items()
+        }
     before, after = base["held_out"].get("left_to_right", []), report["held_out"].get("left_to_right", [])
     if before and len(before) == len(after) and out != base_out:
         found["nats a token left to right"] = _points(dict(enumerate(before)), dict(enumerate(after)))
@@ -104,33 +119,63 @@ def line(report: dict[str, Any]) -> list[str]:
         cells += [f"{held[layout]['all']['gain']['mean']:+.2f}" if layout in held else "-"]
     cells += [passed(name) for names in FIM_TASKS.values() for name in names]
     cells += [passed(f"infill-{kind}-l2r") for kind in FIM_TASKS]
-    return [*cells, f"{sum(plain) / len(plain):.4f}" if plain else "-", str(max((t["items"] for t in tasks.values()), default=0))]
+    return [
+        *cells,
+        f"{sum(plain) / len(plain):.4f}" if plain else "-",
+        str(max((t["items"] for t in tasks.values()), default=0)),
+    ]
 
 
-HEAD = ["run", "M tokens", *(f"{layout} {what}" for layout in ("PSM", "SPM") for what in
-                             ("exact", "stops", "ends", "random exact", "gain")),
-        "single PSM", "single SPM", "multi PSM", "multi SPM", "single l2r", "multi l2r", "nats", "items"]
+HEAD = [
+    "run",
+    "M tokens",
+    *(
+        f"{layout} {what}"
+        for layout in ("PSM", "SPM")
+        for what in ("exact", "stops", "ends", "random exact", "gain")
+    ),
+    "single PSM",
+    "single SPM",
+    "multi PSM",
+    "multi SPM",
+    "single l2r",
+    "multi l2r",
+    "nats",
+    "items",
+]
 
 
 def table(out: Path) -> str:
-    reports = sorted((json.loads(file.read_text()) for file in out.glob("*.json")), key=lambda each: each["tokens"])
+    reports = sorted(
+        (json.loads(file.read_text()) for file in out.glob("*.json")), key=lambda each: each["tokens"]
+    )
     rows = [HEAD, ["---"] * len(HEAD), *map(line, reports)]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("label", nargs="?", help="name of this point of the curve; `base` is the base model")
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--tokens", type=int, help="tokens seen in training (default: those of the runs in the cache)")
+    parser.add_argument(
+        "--tokens", type=int, help="tokens seen in training (default: those of the runs in the cache)"
+    )
     parser.add_argument("--data", type=Path, help="folder of the benchmarks' official files")
-    parser.add_argument("--rows", type=Path, default=CACHE / "rows" / "f", help="rows whose held-out part is read")
+    parser.add_argument(
+        "--rows", type=Path, default=CACHE / "rows" / "f", help="rows whose held-out part is read"
+    )
     parser.add_argument("--out", type=Path, default=CACHE / "evals")
     parser.add_argument("--holes", type=int, default=500)
     parser.add_argument("--plain", type=int, default=64, help="held-out documents for left-to-right nats")
-    parser.add_argument("--limit", type=int, help="items of the single-line set, always the same (default: all)")
-    parser.add_argument("--multi", type=int, default=582, help="items of the multi-line set; 0 leaves it out, -1 is all")
+    parser.add_argument(
+        "--limit", type=int, help="items of the single-line set, always the same (default: all)"
+    )
+    parser.add_argument(
+        "--multi", type=int, default=582, help="items of the multi-line set; 0 leaves it out, -1 is all"
+    )
     parser.add_argument("--base", default="base", help="label of the base model's own run, to compare with")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--table", action="store_true")
@@ -142,7 +187,12 @@ def main() -> None:
         parser.error("a run needs LABEL and --data")
     is_base = args.label == args.base
     if args.tokens is None:
-        lines = [line for file in (CACHE / "runs").glob("*/metrics.jsonl") for line in file.read_text().splitlines() if not is_base]
+        lines = [
+            line
+            for file in (CACHE / "runs").glob("*/metrics.jsonl")
+            for line in file.read_text().splitlines()
+            if not is_base
+        ]
         args.tokens = sum(json.loads(line)["tokens"] for line in lines)
     if is_base and args.adapter:
         parser.error(f"{args.base} is the model without an adapter")
@@ -151,9 +201,15 @@ def main() -> None:
     folder = args.out / args.label
     limits = {"single": args.limit, "multi": None if args.multi < 0 else args.multi}
     kinds = [kind for kind in FIM_TASKS if limits[kind] != 0]
-    names = [name for kind in kinds for name in (*FIM_TASKS[kind], *([f"infill-{kind}-l2r"] if is_base else []))]
-    report: dict[str, Any] = {"label": args.label, "tokens": args.tokens, "adapter": str(args.adapter or ""),
-                              "held_out": held_out(model, documents(args.rows), args.holes, args.plain)}
+    names = [
+        name for kind in kinds for name in (*FIM_TASKS[kind], *([f"infill-{kind}-l2r"] if is_base else []))
+    ]
+    report: dict[str, Any] = {
+        "label": args.label,
+        "tokens": args.tokens,
+        "adapter": str(args.adapter or ""),
+        "held_out": held_out(model, documents(args.rows), args.holes, args.plain),
+    }
     report["infilling"] = infilling(model, names, args.data, folder, limits)
     base = args.out / f"{args.base}.json"
     before = report if is_base else json.loads(base.read_text()) if base.exists() else None
@@ -162,7 +218,9 @@ def main() -> None:
     (args.out / f"{args.label}.json").write_text(json.dumps(report, indent=1))
     print(table(args.out))
     for name, found in report.get("compared", {}).items():
-        print(f"{name}: {found['difference']:+.4f} (95 % {found['low']:+.4f} to {found['high']:+.4f}, {found['items']} items)")
+        print(
+            f"{name}: {found['difference']:+.4f} (95 % {found['low']:+.4f} to {found['high']:+.4f}, {found['items']} items)"
+        )
 
 
 if __name__ == "__main__":

@@ -38,13 +38,19 @@ TENSORS = tiny_tensors(GOLDEN, "BF16")
 
 def arrays(format: weights.Format) -> dict[str, np.ndarray]:
     """The stored tensors with NumPy's bfloat16; norms too, as published checkpoints have them."""
-    return {name: tensor.array().view(ml_dtypes.bfloat16) if tensor.type == "BF16" else
-            tensor.float32().astype(ml_dtypes.bfloat16) for name, tensor in weights.write(format, GOLDEN, TENSORS).items()}
+    return {
+        name: tensor.array().view(ml_dtypes.bfloat16)
+        if tensor.type == "BF16"
+        else tensor.float32().astype(ml_dtypes.bfloat16)
+        for name, tensor in weights.write(format, GOLDEN, TENSORS).items()
+    }
 
 
 def torches(format: weights.Format) -> OrderedDict[str, torch.Tensor]:
-    return OrderedDict((name, torch.from_numpy(array.astype(np.float32)).bfloat16())
-                       for name, array in arrays(format).items())
+    return OrderedDict(
+        (name, torch.from_numpy(array.astype(np.float32)).bfloat16())
+        for name, array in arrays(format).items()
+    )
 
 
 def stacked() -> dict[str, list[np.ndarray]]:
@@ -78,15 +84,31 @@ def write(root: Path) -> None:
     with tempfile.TemporaryDirectory() as ours:
         keras.save(Path(ours), GOLDEN, TENSORS, None)
         keras_hub.models.GemmaBackbone.from_preset(ours, dtype="bfloat16").save_to_preset(str(root / "keras"))
-    states = {name: torch.from_numpy(np.stack(layers).astype(np.float32)).bfloat16() if ".layers." in name
-              else torch.from_numpy(layers[0].astype(np.float32)).bfloat16() for name, layers in stacked().items()}
-    dcp.save(states, storage_writer=dcp.FileSystemWriter(root / "distributed" / "model_weights"), no_dist=True)
+    states = {
+        name: torch.from_numpy(np.stack(layers).astype(np.float32)).bfloat16()
+        if ".layers." in name
+        else torch.from_numpy(layers[0].astype(np.float32)).bfloat16()
+        for name, layers in stacked().items()
+    }
+    dcp.save(
+        states, storage_writer=dcp.FileSystemWriter(root / "distributed" / "model_weights"), no_dist=True
+    )
     for name, layers in stacked().items():
         whole = np.stack(layers) if ".layers." in name else layers[0]
-        tensorstore.open({"driver": "zarr", "kvstore": {"driver": "file", "path": f"{root}/nemo/model_weights/{name}/"},
-                          "metadata": {"compressor": None, "dtype": "bfloat16", "shape": whole.shape, "fill_value": None,
-                                       "chunks": [1, *whole.shape[1:]] if ".layers." in name else whole.shape}},
-                         create=True).result().write(whole).result()
+        tensorstore.open(
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": f"{root}/nemo/model_weights/{name}/"},
+                "metadata": {
+                    "compressor": None,
+                    "dtype": "bfloat16",
+                    "shape": whole.shape,
+                    "fill_value": None,
+                    "chunks": [1, *whole.shape[1:]] if ".layers." in name else whole.shape,
+                },
+            },
+            create=True,
+        ).result().write(whole).result()
     for name in ("distributed", "nemo"):
         (root / name / "model_config.yaml").write_bytes(nemo.config_yaml(GOLDEN, None))
 

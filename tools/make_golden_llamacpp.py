@@ -36,33 +36,43 @@ TOKENS, TOP = 1000, 64
 def encode(engine: LlamaCpp, text: bytes) -> list[int]:
     vocab = engine.api.llama_model_get_vocab(engine.model)
     ids = (ctypes.c_int32 * (len(text) + 1))()
-    return list(ids[:engine.api.llama_tokenize(vocab, text, len(text), ids, len(ids), True, False)])
+    return list(ids[: engine.api.llama_tokenize(vocab, text, len(text), ids, len(ids), True, False)])
 
 
 def log_softmax(scores_TV: np.ndarray) -> np.ndarray:
     wide_TV = scores_TV.astype(np.float64)
-    for row_V in wide_TV:    # 2 GB: in place
+    for row_V in wide_TV:  # 2 GB: in place
         row_V -= row_V.max()
         row_V -= np.log(np.exp(row_V).sum())
     return wide_TV
 
 
 def check(ids: list[int], theirs_TV: np.ndarray) -> str:
-    tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(MODEL).tensors}
+    tensors = {
+        tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(MODEL).tensors
+    }
     params = {place.name: tensors[place.stored].reshape(place.shape) for place in places(GEMMA3_270M, "gguf")}
     exact_TV = log_softmax(logits(GEMMA3_270M, params, ids))
-    kl_T = np.array([np.exp(exact_V) @ (exact_V - theirs_V)
-                     for exact_V, theirs_V in zip(exact_TV, theirs_TV, strict=True)])
+    kl_T = np.array(
+        [
+            np.exp(exact_V) @ (exact_V - theirs_V)
+            for exact_V, theirs_V in zip(exact_TV, theirs_TV, strict=True)
+        ]
+    )
     agree = (exact_TV.argmax(-1) == theirs_TV.argmax(-1)).mean()
     follows = np.arange(len(ids) - 1), np.asarray(ids[1:])
     nats = [-log_TV[follows].mean() for log_TV in (exact_TV, theirs_TV)]
-    return (f"KL(float64 twin || llama.cpp): mean {kl_T.mean():.5f}, median {np.median(kl_T):.5f}, "
-            f"most {kl_T.max():.4f}; same top token {agree:.1%}; loss {nats[0]:.4f} and {nats[1]:.4f} nats per token")
+    return (
+        f"KL(float64 twin || llama.cpp): mean {kl_T.mean():.5f}, median {np.median(kl_T):.5f}, "
+        f"most {kl_T.max():.4f}; same top token {agree:.1%}; loss {nats[0]:.4f} and {nats[1]:.4f} nats per token"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--check", action="store_true", help="compare with the float64 twin instead of writing")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the float64 twin instead of writing"
+    )
     args = parser.parse_args()
     engine = LlamaCpp(str(MODEL), threads=2, context=1024)
     ids = encode(engine, (GOLDEN / "code_1000.py.txt").read_bytes())[:TOKENS]
@@ -75,9 +85,14 @@ def main() -> None:
     best_T64 = np.array([np.argsort(-log_V, kind="stable")[:TOP] for log_V in log_TV], np.int32)
     about = engine.about | {"kv": "float16", "model_sha256": hashlib.sha256(MODEL.read_bytes()).hexdigest()}
     np.savez_compressed(
-        GOLDEN / "llamacpp.npz", ids=np.array(ids, np.int32), argmax=best_T64[:, 0], top_ids=best_T64,
-        next_logprob=log_TV[np.arange(len(ids) - 1), ids[1:]].astype(np.float32), about=json.dumps(about),
-        top_logprobs=np.take_along_axis(log_TV, best_T64, -1).astype(np.float32))
+        GOLDEN / "llamacpp.npz",
+        ids=np.array(ids, np.int32),
+        argmax=best_T64[:, 0],
+        top_ids=best_T64,
+        next_logprob=log_TV[np.arange(len(ids) - 1), ids[1:]].astype(np.float32),
+        about=json.dumps(about),
+        top_logprobs=np.take_along_axis(log_TV, best_T64, -1).astype(np.float32),
+    )
     print(f"{len(ids)} tokens, loss {-log_TV[np.arange(len(ids) - 1), ids[1:]].mean():.4f} nats per token")
 
 

@@ -23,19 +23,42 @@ from reference import random_params
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS = {
-    "gemma1-mqa": {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2]},
-    "gemma1-mha": {"r": 8, "lora_alpha": 8, "target_modules": EVERY, "rank_pattern": {"q_proj": 3, "1.mlp.down_proj": 5},
-                   "alpha_pattern": {"k_proj": 20, r".*0\.self_attn\.o_proj": 2}},
-    "gemma2": {"r": 6, "lora_alpha": 5, "target_modules": "all-linear", "use_rslora": True,
-               "trainable_token_indices": {"embed_tokens": [7, 70]}},
-    "gemma3": {"r": 8, "lora_alpha": 40, "target_modules": EVERY, "trainable_token_indices": [67, 68, 69, 70]}}
+    "gemma1-mqa": {
+        "r": 4,
+        "lora_alpha": 12,
+        "target_modules": ["q_proj", "v_proj"],
+        "layers_to_transform": [0, 2],
+    },
+    "gemma1-mha": {
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": EVERY,
+        "rank_pattern": {"q_proj": 3, "1.mlp.down_proj": 5},
+        "alpha_pattern": {"k_proj": 20, r".*0\.self_attn\.o_proj": 2},
+    },
+    "gemma2": {
+        "r": 6,
+        "lora_alpha": 5,
+        "target_modules": "all-linear",
+        "use_rslora": True,
+        "trainable_token_indices": {"embed_tokens": [7, 70]},
+    },
+    "gemma3": {
+        "r": 8,
+        "lora_alpha": 40,
+        "target_modules": EVERY,
+        "trainable_token_indices": [67, 68, 69, 70],
+    },
+}
 
 
 def base(kind: str) -> torch.nn.Module:
     """The tiny model of tests/golden/{kind}.npz."""
     number, (_, config) = list(KINDS).index(kind), KINDS[kind]
     hf = transformers.AutoConfig.for_model(**hub_config(config))
-    model = transformers.AutoModelForCausalLM.from_config(hf, attn_implementation="eager", dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        hf, attn_implementation="eager", dtype=torch.float32
+    ).eval()
     model.load_state_dict(hub_weights(config, random_params(config, number)), strict=True)
     return model
 

@@ -43,8 +43,15 @@ def main() -> None:
             continue
         for suffix, weight in (("", None), ("_weighted", importance.ctypes.data_as(ctypes.c_void_p))):
             out = np.zeros((len(x), row_bytes(type, x.shape[1])), np.uint8)
-            library.ggml_quantize_chunk(code, x.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p),
-                                        ctypes.c_int64(0), rows, columns, weight)
+            library.ggml_quantize_chunk(
+                code,
+                x.ctypes.data_as(ctypes.c_void_p),
+                out.ctypes.data_as(ctypes.c_void_p),
+                ctypes.c_int64(0),
+                rows,
+                columns,
+                weight,
+            )
             found[type + suffix] = out
     np.savez_compressed(GOLDEN, **found)
 

@@ -24,7 +24,7 @@ PERMUTATIONS = BANDS * ROWS
 SHINGLE = 5
 THRESHOLD = 0.8
 BENCHMARK_NGRAM = 10
-MOST_PAIRS = 64              # of one bucket, each document is compared with this many of its first ones
+MOST_PAIRS = 64  # of one bucket, each document is compared with this many of its first ones
 
 Node = TypeVar("Node", bound=Hashable)
 
@@ -32,7 +32,9 @@ Node = TypeVar("Node", bound=Hashable)
 _BASE = 0x9E3779B97F4A7C15
 _STEP = 1 << 16
 _IS_WORD = np.array([chr(byte).isalnum() or byte == 95 or byte > 127 for byte in range(256)])
-_LETTER = np.array([ord(chr(byte).lower()) if byte < 128 else byte for byte in range(256)], np.uint64) + np.uint64(1)
+_LETTER = np.array(
+    [ord(chr(byte).lower()) if byte < 128 else byte for byte in range(256)], np.uint64
+) + np.uint64(1)
 
 
 def _powers(base: int) -> np.ndarray:
@@ -46,7 +48,11 @@ _POWER, _INVERSE = _powers(_BASE), _powers(pow(_BASE, -1, 1 << 64))
 def words(text: str) -> np.ndarray:
     """A 64-bit hash of each word, in order; the same on every machine and in every process."""
     letters = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-    return np.concatenate([_words(part) for part in _blocks(letters)]) if len(letters) else np.empty(0, np.uint64)
+    return (
+        np.concatenate([_words(part) for part in _blocks(letters)])
+        if len(letters)
+        else np.empty(0, np.uint64)
+    )
 
 
 def _blocks(letters: np.ndarray) -> Iterator[np.ndarray]:
@@ -66,7 +72,7 @@ def _words(letters: np.ndarray) -> np.ndarray:
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     starts, ends = edges[::2], edges[1::2]
     with np.errstate(over="ignore"):
-        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_LETTER[letters] * _POWER[:len(letters)])])
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_LETTER[letters] * _POWER[: len(letters)])])
         return _mix((sums[ends] - sums[starts]) * _INVERSE[starts])
 
 
@@ -83,7 +89,7 @@ def ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
     total = np.zeros(count, np.uint64)
     with np.errstate(over="ignore"):
         for at in range(size):
-            total = total * np.uint64(0x100000001B3) + hashes[at:at + count]
+            total = total * np.uint64(0x100000001B3) + hashes[at : at + count]
     return _mix(total)
 
 
@@ -114,13 +120,17 @@ def candidates(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     parallel."""
     order = np.lexsort((rows, keys))
     keys, rows = keys[order], rows[order]
-    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.empty(0, np.int64)
+    starts = (
+        np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+        if len(keys)
+        else np.empty(0, np.int64)
+    )
     first = np.repeat(starts, np.diff(np.concatenate([starts, [len(keys)]])))
     pairs = []
     for back in range(1, int((np.arange(len(keys)) - first).max(initial=0)) + 1):
         left = np.arange(back, len(keys)) - back
         near = keys[left] == keys[left + back]
-        if back > MOST_PAIRS:                            # a huge bucket: compare with its first ones only
+        if back > MOST_PAIRS:  # a huge bucket: compare with its first ones only
             break
         pairs.append(np.stack([rows[left[near]], rows[left[near] + back]], 1))
         firsts = np.minimum(first[left[near] + back] + back - 1, left[near])
@@ -129,7 +139,9 @@ def candidates(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.unique(found[found[:, 0] < found[:, 1]], axis=0)
 
 
-def resolve(edges: Iterable[tuple[Node, Node, float]], rank: Callable[[Node], Any]) -> dict[Node, tuple[Node, float]]:
+def resolve(
+    edges: Iterable[tuple[Node, Node, float]], rank: Callable[[Node], Any]
+) -> dict[Node, tuple[Node, float]]:
     """duplicate -> (the one kept, similarity). In the order of `rank`, a node is kept unless it is like one kept
     before.
 
@@ -177,7 +189,10 @@ class Benchmarks:
                     sizes.append(len(unique))
         flat = np.concatenate([*grams, np.empty(0, np.uint64)])
         order = np.argsort(flat, kind="stable")
-        self.grams, self.owners = flat[order], np.concatenate([*owners, np.empty(0, np.int64)])[order].astype(np.int64)
+        self.grams, self.owners = (
+            flat[order],
+            np.concatenate([*owners, np.empty(0, np.int64)])[order].astype(np.int64),
+        )
         self.sizes = np.array(sizes, np.int64)
 
     def __call__(self, hashes: np.ndarray) -> str:
@@ -200,14 +215,19 @@ def _fields(file: Path) -> Iterator[tuple[str, str]]:
         with opened(file, "rt", encoding="utf-8") as lines:
             array = lines.read(1) == "["
             lines.seek(0)
-            records = json.load(lines) if array else (json.loads(line) if line.strip() else {} for line in lines)
+            records = (
+                json.load(lines) if array else (json.loads(line) if line.strip() else {} for line in lines)
+            )
             for number, record in enumerate(records):
                 name = str(record.get("task_id", f"{file.name}:{number}"))
                 name = name if "/" in name else f"{file.name.split('.')[0]}/{name}"
-                yield from ((name, field) for key, field in record.items() if isinstance(field, str) and key != "test")
+                yield from (
+                    (name, field) for key, field in record.items() if isinstance(field, str) and key != "test"
+                )
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"benchmark file {file} is not JSON lines ({error}): "
-                         "give files such as HumanEval.jsonl.gz") from error
+        raise ValueError(
+            f"benchmark file {file} is not JSON lines ({error}): give files such as HumanEval.jsonl.gz"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ the step
@@ -218,8 +238,9 @@ def similar(matrix: np.ndarray, threshold: float = THRESHOLD) -> list[tuple[int,
     return [(a, b, s) for (a, b), s in zip(pairs.tolist(), alike.tolist(), strict=True) if s >= threshold]
 
 
-def dedup(documents: Iterable[Document], benchmarks: Benchmarks | None = None, threshold: float = THRESHOLD
-          ) -> Iterator[Document | Outcome]:
+def dedup(
+    documents: Iterable[Document], benchmarks: Benchmarks | None = None, threshold: float = THRESHOLD
+) -> Iterator[Document | Outcome]:
     """The step in memory: contaminated files, then copied repositories, then copied files; the rest in its order."""
     everything = list(documents)
     hashes = [words(doc.text) for doc in everything]
@@ -230,7 +251,9 @@ def dedup(documents: Iterable[Document], benchmarks: Benchmarks | None = None, t
     for at in alive:
         if everything[at].kind == "code":
             members[everything[at].repository].append(at)
-    whole = {name: np.unique(np.concatenate([grams[at] for at in ats])) for name, ats in sorted(members.items())}
+    whole = {
+        name: np.unique(np.concatenate([grams[at] for at in ats])) for name, ats in sorted(members.items())
+    }
     copies = resolve(_near(whole, threshold), lambda name: (-len(members[name]), name))
     alive = [at for at in alive if everything[at].kind != "code" or everything[at].repository not in copies]
     exact: dict[bytes, int] = {}
@@ -238,8 +261,9 @@ def dedup(documents: Iterable[Document], benchmarks: Benchmarks | None = None, t
     for at in sorted(alive, key=lambda at: place(everything[at])):
         if exact.setdefault(everything[at].digest, at) != at:
             same[at] = (exact[everything[at].digest], 2.0)
-    near = resolve(_near({at: grams[at] for at in alive if at not in same}, threshold),
-                   lambda at: place(everything[at]))
+    near = resolve(
+        _near({at: grams[at] for at in alive if at not in same}, threshold), lambda at: place(everything[at])
+    )
     for at, document in enumerate(everything):
         if tasks[at]:
             yield dropped(document, "benchmark", tasks[at])
@@ -248,15 +272,22 @@ def dedup(documents: Iterable[Document], benchmarks: Benchmarks | None = None, t
         elif at in same or at in near:
             kept, similarity = same.get(at) or near[at]
             kept = near[kept][0] if kept in near else kept
-            yield dropped(document, "exact copy" if similarity == 2 else "near copy", everything[kept].name,
-                          duplicate=True)
+            yield dropped(
+                document,
+                "exact copy" if similarity == 2 else "near copy",
+                everything[kept].name,
+                duplicate=True,
+            )
         else:
             yield document
 
 
 def _near(shingles: Mapping[Node, np.ndarray], threshold: float) -> list[tuple[Node, Node, float]]:
     names = list(shingles)
-    return [(names[a], names[b], s) for a, b, s in similar(signatures([shingles[name] for name in names]), threshold)]
+    return [
+        (names[a], names[b], s)
+        for a, b, s in similar(signatures([shingles[name] for name in names]), threshold)
+    ]
 
 
 def place(document: Document) -> tuple[str, str]:

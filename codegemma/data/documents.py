@@ -32,7 +32,7 @@ class Document:
     path: str
     text: str
     language: str = ""
-    licence: str = ""                       # SPDX expression; "" where none was found
+    licence: str = ""  # SPDX expression; "" where none was found
     source: str = ""
     commit: str = ""
     encoding: str = "utf-8"
@@ -51,8 +51,12 @@ class Document:
     def key(self) -> int:
         """63 bits that place the document: all files of a repository together, each plain text on its own."""
         owner = self.repository if self.kind == "code" else self.name
-        return int.from_bytes(hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=8).digest(),
-                              "big") >> 1
+        return (
+            int.from_bytes(
+                hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+            )
+            >> 1
+        )
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,10 @@ class Outcome:
     path: str
     outcome: Literal["kept", "dropped", "duplicate"]
     reason: str = ""
-    detail: str = ""                        # the licence found, the benchmark task, the document it repeats, ...
+    detail: str = ""  # the licence found, the benchmark task, the document it repeats, ...
     language: str = ""
     licence: str = ""
-    size: int = 0                           # bytes
+    size: int = 0  # bytes
 
     @property
     def name(self) -> str:
@@ -74,8 +78,16 @@ class Outcome:
 
 
 def dropped(document: Document, reason: str, detail: str = "", duplicate: bool = False) -> Outcome:
-    return Outcome(document.repository, document.path, "duplicate" if duplicate else "dropped", reason, detail,
-                   document.language, document.licence, len(document.text.encode("utf-8", "surrogatepass")))
+    return Outcome(
+        document.repository,
+        document.path,
+        "duplicate" if duplicate else "dropped",
+        reason,
+        detail,
+        document.language,
+        document.licence,
+        len(document.text.encode("utf-8", "surrogatepass")),
+    )
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class Limits:
     file_bytes: int = 1_000_000
     members: int = 200_000
     total_bytes: int = 4_000_000_000
-    ratio: int = 200                        # unpacked to packed size, once more than 32 MB are unpacked
+    ratio: int = 200  # unpacked to packed size, once more than 32 MB are unpacked
 
 
 @dataclass(frozen=True)
@@ -110,12 +122,36 @@ class ArchiveBomb(Exception):
 
 
 # ------------------------------------------------------------------------------------------------ sources
-FORMS = {".parquet": "parquet", ".jsonl": "lines", ".jsonl.gz": "lines", ".json.gz": "lines", ".ndjson": "lines",
-         ".whl": "zip", ".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar",
-         ".tar.xz": "tar", ".txt": "text", ".md": "text", ".rst": "text"}
-PROJECT_FILES = (".git", "pyproject.toml", "setup.py", "package.json", "go.mod", "Cargo.toml", "pom.xml",
-                 "build.gradle",
-                 "CMakeLists.txt", "Makefile", "PKG-INFO")
+FORMS = {
+    ".parquet": "parquet",
+    ".jsonl": "lines",
+    ".jsonl.gz": "lines",
+    ".json.gz": "lines",
+    ".ndjson": "lines",
+    ".whl": "zip",
+    ".zip": "zip",
+    ".tar": "tar",
+    ".tar.gz": "tar",
+    ".tgz": "tar",
+    ".tar.bz2": "tar",
+    ".tar.xz": "tar",
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+}
+PROJECT_FILES = (
+    ".git",
+    "pyproject.toml",
+    "setup.py",
+    "package.json",
+    "go.mod",
+    "Cargo.toml",
+    "pom.xml",
+    "build.gradle",
+    "CMakeLists.txt",
+    "Makefile",
+    "PKG-INFO",
+)
 
 
 def expand(text: str) -> list[Source]:
@@ -126,37 +162,68 @@ def expand(text: str) -> list[Source]:
     kind, _, path_text = text.rpartition("=") if re.match(r"\w+=", text) else ("code", "", text)
     path = Path(path_text).expanduser().resolve()
     if not path.exists():
-        raise ValueError(f"source {path_text} does not exist: give a checkout, a folder of checkouts, a tar, zip, "
-                         "wheel or sdist, a Parquet or a JSON-lines file")
+        raise ValueError(
+            f"source {path_text} does not exist: give a checkout, a folder of checkouts, a tar, zip, "
+            "wheel or sdist, a Parquet or a JSON-lines file"
+        )
     if path.is_dir():
         children = sorted(path.iterdir())
-        inner = [Source(child, "folder", kind) for child in children if child.is_dir() and not child.is_symlink()
-                 and any((child / mark).exists() for mark in PROJECT_FILES)]
-        inner += [Source(child, form, kind) for child in children
-                  if child.is_file() and (form := _form(child, kind)) and (form != "text" or kind != "code")]
+        inner = [
+            Source(child, "folder", kind)
+            for child in children
+            if child.is_dir()
+            and not child.is_symlink()
+            and any((child / mark).exists() for mark in PROJECT_FILES)
+        ]
+        inner += [
+            Source(child, form, kind)
+            for child in children
+            if child.is_file() and (form := _form(child, kind)) and (form != "text" or kind != "code")
+        ]
         is_project = any((path / mark).exists() for mark in PROJECT_FILES)
         return inner if inner and not is_project else [Source(path, "folder", kind)]
     form = _form(path, kind)
     if form is None:
-        raise ValueError(f"source {path_text} is no archive, Parquet or JSON-lines file by its name: give one that "
-                         f"ends in {', '.join(FORMS)}, or a folder")
+        raise ValueError(
+            f"source {path_text} is no archive, Parquet or JSON-lines file by its name: give one that "
+            f"ends in {', '.join(FORMS)}, or a folder"
+        )
     return [Source(path, form, kind)]
 
 
 def _form(path: Path, kind: str) -> Any:
     name = path.name.lower()
-    return next((form for ending, form in FORMS.items() if name.endswith(ending)), None if kind == "code" else "text")
+    return next(
+        (form for ending, form in FORMS.items() if name.endswith(ending)), None if kind == "code" else "text"
+    )
 
 
 def read(source: Source, limits: Limits | None = None) -> Iterator[Document | Outcome]:
     """Every document of a source, and an Outcome for each input that is none. Never raises for what is in the
     source."""
-    reader = {"folder": _folder, "tar": _archive, "zip": _archive, "parquet": _parquet, "lines": _lines,
-              "text": _lines}[source.form]
+    reader = {
+        "folder": _folder,
+        "tar": _archive,
+        "zip": _archive,
+        "parquet": _parquet,
+        "lines": _lines,
+        "text": _lines,
+    }[source.form]
     try:
         yield from reader(source, limits or Limits())
-    except (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-            NotImplementedError, RuntimeError, KeyError, ArchiveBomb) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        NotImplementedError,
+        RuntimeError,
+        KeyError,
+        ArchiveBomb,
+    ) as error:
         detail = str(error) if isinstance(error, ArchiveBomb) else type(error).__name__
         yield Outcome(source.name, "", "dropped", "unreadable", detail)
 
@@ -182,10 +249,9 @@ def decode(data: bytes) -> tuple[str, str]:
 
 
 TAGS = {"ts": "typescript", "c++": "cpp", "c#": "csharp", "pyi": "python"}
-CODE = frozenset("""python java kotlin javascript jsx typescript tsx go c cpp csharp rust ruby php scala swift shell
-    bash zsh perl lua r julia haskell ocaml clojure elixir erlang dart groovy sql cuda cython fortran zig nim d vue
-    svelte objective-c objective-c++ powershell fish makefile cmake dockerfile html css scss sass less verilog vhdl
-    solidity proto thrift elm purescript fennel crystal coffee f# vb tcl awk jinja terraform""".split())  # noqa: SIM905
+CODE = frozenset(
+    ["python", "java", "kotlin", "javascript", "jsx", "typescript", "tsx", "go", "c", "cpp", "csharp", "rust", "ruby", "php", "scala", "swift", "shell", "bash", "zsh", "perl", "lua", "r", "julia", "haskell", "ocaml", "clojure", "elixir", "erlang", "dart", "groovy", "sql", "cuda", "cython", "fortran", "zig", "nim", "d", "vue", "svelte", "objective-c", "objective-c++", "powershell", "fish", "makefile", "cmake", "dockerfile", "html", "css", "scss", "sass", "less", "verilog", "vhdl", "solidity", "proto", "thrift", "elm", "purescript", "fennel", "crystal", "coffee", "f#", "vb", "tcl", "awk", "jinja", "terraform"]
+)  # noqa: SIM905
 
 
 def language_of(path: str, text: str = "") -> str:
@@ -197,11 +263,19 @@ def language_of(path: str, text: str = "") -> str:
         command = identify.parse_shebang(io.BytesIO(text[:200].encode("utf-8", "surrogatepass")))
         tags = identify.tags_from_interpreter(command[0]) if command else set()
     if "header" in tags and "c" in tags:
-        return "cpp" if re.search(r"^\s*(class|namespace|template|using|public:|private:)\b", text, re.M) or \
-            not path.endswith(".h") else "c"
+        return (
+            "cpp"
+            if re.search(r"^\s*(class|namespace|template|using|public:|private:)\b", text, re.M)
+            or not path.endswith(".h")
+            else "c"
+        )
     names = {TAGS.get(tag, tag) for tag in tags}
     known = sorted(names & CODE)
-    return known[0] if known else next(iter(sorted(names - {"text", "binary", "executable", "non-executable"})), "")
+    return (
+        known[0]
+        if known
+        else next(iter(sorted(names - {"text", "binary", "executable", "non-executable"})), "")
+    )
 
 
 @dataclass(frozen=True)
@@ -214,8 +288,13 @@ class _Entry:
     reason: str = ""
 
 
-def _documents(source: Source, entries: Callable[[], Iterator[_Entry]], limits: Limits, commit: str = "",
-               repository: str = "") -> Iterator[Document | Outcome]:
+def _documents(
+    source: Source,
+    entries: Callable[[], Iterator[_Entry]],
+    limits: Limits,
+    commit: str = "",
+    repository: str = "",
+) -> Iterator[Document | Outcome]:
     """The files of one repository. Two passes: the licence files first, since they speak for all the others."""
     found: dict[str, list[tuple[str, str]]] = {}
     folders: set[str] = set()
@@ -226,8 +305,10 @@ def _documents(source: Source, entries: Callable[[], Iterator[_Entry]], limits: 
             if rank_and_licence:
                 found.setdefault(folder, []).append(rank_and_licence)
     top = f"{folders.pop()}/" if source.form != "folder" and len(folders) == 1 and "" not in folders else ""
-    by_folder = {folder.removeprefix(top.rstrip("/")).lstrip("/"): licences.join(votes) for folder,
-                 votes in found.items()}
+    by_folder = {
+        folder.removeprefix(top.rstrip("/")).lstrip("/"): licences.join(votes)
+        for folder, votes in found.items()
+    }
     for entry in entries():
         path = entry.path.removeprefix(top)
         if (shown := _one_line(path)) != path:
@@ -242,8 +323,17 @@ def _documents(source: Source, entries: Callable[[], Iterator[_Entry]], limits: 
             reason = "binary" if isinstance(error, ValueError) else "unreadable"
             yield Outcome(repository, path, "dropped", reason, type(error).__name__, size=entry.size)
             continue
-        yield Document(repository, path, text, language_of(path, text), licences.of_text(text, path, by_folder),
-                       source.name, commit, encoding, source.kind)
+        yield Document(
+            repository,
+            path,
+            text,
+            language_of(path, text),
+            licences.of_text(text, path, by_folder),
+            source.name,
+            commit,
+            encoding,
+            source.kind,
+        )
 
 
 def _one_line(path: str) -> str:
@@ -252,9 +342,9 @@ def _one_line(path: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- folders
-VENDORED = frozenset("""node_modules bower_components vendor vendored _vendor third_party third-party thirdparty .venv
-    venv .tox .nox .eggs __pycache__ site-packages Pods Carthage .git .hg .svn .idea .mypy_cache
-    .pytest_cache""".split())  # noqa: SIM905
+VENDORED = frozenset(
+    ["node_modules", "bower_components", "vendor", "vendored", "_vendor", "third_party", "third-party", "thirdparty", ".venv", "venv", ".tox", ".nox", ".eggs", "__pycache__", "site-packages", "Pods", "Carthage", ".git", ".hg", ".svn", ".idea", ".mypy_cache", ".pytest_cache"]
+)  # noqa: SIM905
 
 
 def _folder(source: Source, limits: Limits) -> Iterator[Document | Outcome]:
@@ -283,14 +373,20 @@ def _walk(root: Path) -> Iterator[_Entry]:
             elif item.is_dir(follow_symlinks=False):
                 if item.name in VENDORED or ignored(path + "/", rules):
                     if item.name != ".git":
-                        yield _Entry(path + "/", 0, bytes, "vendored" if item.name in VENDORED else "ignored by git")
+                        yield _Entry(
+                            path + "/", 0, bytes, "vendored" if item.name in VENDORED else "ignored by git"
+                        )
                 else:
                     yield from visit(Path(item.path), path + "/", rules)
             elif not item.is_file(follow_symlinks=False):
                 yield _Entry(path, 0, bytes, "not a regular file")
             else:
-                yield _Entry(path, item.stat().st_size, Path(item.path).read_bytes,
-                             "ignored by git" if ignored(path, rules) else "")
+                yield _Entry(
+                    path,
+                    item.stat().st_size,
+                    Path(item.path).read_bytes,
+                    "ignored by git" if ignored(path, rules) else "",
+                )
 
     def ignored(path: str, rules: list[tuple[str, Any]]) -> bool:
         verdict = None
@@ -311,7 +407,9 @@ def git_state(root: Path) -> tuple[str, str]:
         head = (folder / "HEAD").read_text().strip()
         config = (folder / "config").read_text() if (folder / "config").exists() else ""
         url = re.search(r'\[remote "origin"\][^\[]*?url\s*=\s*(\S+)', config)
-        remote = re.sub(r"^(\w+://)?([^@/]*@)?", "", url[1]).replace(":", "/").removesuffix(".git") if url else ""
+        remote = (
+            re.sub(r"^(\w+://)?([^@/]*@)?", "", url[1]).replace(":", "/").removesuffix(".git") if url else ""
+        )
         if not head.startswith("ref: "):
             return remote, head
         ref = head[5:]
@@ -342,13 +440,17 @@ def _guard(members: int, unpacked: int, packed: int, limits: Limits) -> None:
     if members > limits.members:
         raise ArchiveBomb(f"more than {limits.members:,} members")
     if unpacked > limits.total_bytes or (unpacked > 32_000_000 and unpacked > limits.ratio * packed):
-        raise ArchiveBomb(f"unpacks to more than {limits.ratio} times its size or {limits.total_bytes:,} bytes")
+        raise ArchiveBomb(
+            f"unpacks to more than {limits.ratio} times its size or {limits.total_bytes:,} bytes"
+        )
 
 
 def _zip_entries(path: Path, limits: Limits) -> Iterator[_Entry]:
     packed, unpacked = path.stat().st_size, 0
     with zipfile.ZipFile(path) as archive:
-        infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda info: info.filename)
+        infos = sorted(
+            (info for info in archive.infolist() if not info.is_dir()), key=lambda info: info.filename
+        )
         for count, info in enumerate(infos, 1):
             unpacked += info.file_size
             _guard(count, unpacked, packed, limits)
@@ -356,7 +458,7 @@ def _zip_entries(path: Path, limits: Limits) -> Iterator[_Entry]:
             locked = "unreadable" if info.flag_bits & 1 else ""
 
             def load(info: zipfile.ZipInfo = info) -> bytes:
-                with archive.open(info) as file:      # the header may lie about the size
+                with archive.open(info) as file:  # the header may lie about the size
                     try:
                         return file.read(limits.file_bytes + 1)
                     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
@@ -392,7 +494,7 @@ def _tar_entries(path: Path, limits: Limits) -> Iterator[_Entry]:
         with tarfile.open(fileobj=stream, mode="r|", errorlevel=1) as archive:
             declared = 0
             for count, member in enumerate(archive, 1):
-                declared += member.size                   # checked before tarfile skips over it, block by block
+                declared += member.size  # checked before tarfile skips over it, block by block
                 _guard(count, declared, stream.packed, limits)
                 if member.isdir():
                     continue
@@ -403,17 +505,21 @@ def _tar_entries(path: Path, limits: Limits) -> Iterator[_Entry]:
                     return file.read() if file else b""
 
                 name = re.sub(r"^(\./)+", "", member.name)
-                yield _Entry(name, member.size, load, _unsafe_path(name) or ("" if member.isreg() else special))
+                yield _Entry(
+                    name, member.size, load, _unsafe_path(name) or ("" if member.isreg() else special)
+                )
     finally:
         stream.close()
 
 
 # ------------------------------------------------------------------------------------------ Parquet and lines
-COLUMNS = {"text": ("content", "text", "code"),
-           "path": ("path", "max_stars_repo_path", "file_path"),
-           "repository": ("repository", "repo_name", "max_stars_repo_name", "repo"),
-           "licence": ("licence", "license", "licenses", "max_stars_repo_licenses", "detected_licenses"),
-           "commit": ("commit", "max_stars_repo_head_hexsha", "revision_id")}
+COLUMNS = {
+    "text": ("content", "text", "code"),
+    "path": ("path", "max_stars_repo_path", "file_path"),
+    "repository": ("repository", "repo_name", "max_stars_repo_name", "repo"),
+    "licence": ("licence", "license", "licenses", "max_stars_repo_licenses", "detected_licenses"),
+    "commit": ("commit", "max_stars_repo_head_hexsha", "revision_id"),
+}
 
 
 def _parquet(source: Source, limits: Limits) -> Iterator[Document | Outcome]:
@@ -421,11 +527,16 @@ def _parquet(source: Source, limits: Limits) -> Iterator[Document | Outcome]:
 
     with pq.ParquetFile(source.path) as file:
         there = set(file.schema_arrow.names)
-        columns = {field: name for field,
-                   names in COLUMNS.items() if (name := next((n for n in names if n in there), None))}
+        columns = {
+            field: name
+            for field, names in COLUMNS.items()
+            if (name := next((n for n in names if n in there), None))
+        }
         missing = {"text"} if source.kind != "code" else {"text", "path", "repository"}
         if lacking := missing - columns.keys():
-            yield Outcome(source.name, "", "dropped", "unreadable", f"no column for {', '.join(sorted(lacking))}")
+            yield Outcome(
+                source.name, "", "dropped", "unreadable", f"no column for {', '.join(sorted(lacking))}"
+            )
             return
         number = 0
         for batch in file.iter_batches(batch_size=256, columns=sorted(set(columns.values()))):
@@ -444,13 +555,23 @@ def _lines(source: Source, limits: Limits) -> Iterator[Document | Outcome]:
             try:
                 row = json.loads(line) if line.strip() else None
             except (ValueError, RecursionError):
-                yield Outcome(source.name, str(number), "dropped", "unreadable", "not a JSON object", size=len(line))
+                yield Outcome(
+                    source.name, str(number), "dropped", "unreadable", "not a JSON object", size=len(line)
+                )
                 continue
             if row is None:
                 continue
             row = row if isinstance(row, dict) else {}
-            yield _record(source, {field: row[name] for field, names in COLUMNS.items()
-                                   if (name := next((n for n in names if n in row), None))}, number, limits)
+            yield _record(
+                source,
+                {
+                    field: row[name]
+                    for field, names in COLUMNS.items()
+                    if (name := next((n for n in names if n in row), None))
+                },
+                number,
+                limits,
+            )
 
 
 def _record(source: Source, row: dict[str, Any], number: int, limits: Limits) -> Document | Outcome:
@@ -464,14 +585,30 @@ def _record(source: Source, row: dict[str, Any], number: int, limits: Limits) ->
             return Outcome(repository, path, "dropped", "binary", size=len(row["text"]))
     if not isinstance(text, str):
         return Outcome(repository, path, "dropped", "unreadable", "no text")
-    reason = "too large" if len(text) > limits.file_bytes else "binary" if "\0" in text else \
-        "unreadable" if re.search("[\ud800-\udfff]",
-                                  text) else "path is not one line of text" if _one_line(path) != path \
+    reason = (
+        "too large"
+        if len(text) > limits.file_bytes
+        else "binary"
+        if "\0" in text
+        else "unreadable"
+        if re.search("[\ud800-\udfff]", text)
+        else "path is not one line of text"
+        if _one_line(path) != path
         else _unsafe_path(path)
+    )
     if reason:
         return Outcome(repository, _one_line(path), "dropped", reason, size=len(text))
     given = row.get("licence") or []
     names = [given] if isinstance(given, str) else [name for name in given if isinstance(name, str)]
-    document = Document(repository, path, text, language_of(path, text) if source.kind == "code" else "text",
-                        " OR ".join(sorted(names)), source.name, str(row.get("commit") or ""), encoding, source.kind)
+    document = Document(
+        repository,
+        path,
+        text,
+        language_of(path, text) if source.kind == "code" else "text",
+        " OR ".join(sorted(names)),
+        source.name,
+        str(row.get("commit") or ""),
+        encoding,
+        source.kind,
+    )
     return replace(document, licence=document.licence or licences.of_text(text, path, {}))

@@ -28,17 +28,32 @@ from codegemma.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import tree_sitter
 
-Kind = Literal["node", "siblings", "lines", "line", "whole lines", "function end", "rest of line", "characters",
-               "whole"]
-KINDS: dict[Kind, float] = {"node": 0.35, "siblings": 0.20, "lines": 0.15, "rest of line": 0.20, "characters": 0.10}
+Kind = Literal[
+    "node", "siblings", "lines", "line", "whole lines", "function end", "rest of line", "characters", "whole"
+]
+KINDS: dict[Kind, float] = {
+    "node": 0.35,
+    "siblings": 0.20,
+    "lines": 0.15,
+    "rest of line": 0.20,
+    "characters": 0.10,
+}
 # Windows are for holes as people leave them: of those that fit 64 to 160 tokens, six in ten are one line or less.
-WINDOW_KINDS: dict[Kind, float] = {"line": 0.16, "whole lines": 0.22, "function end": 0.08, "rest of line": 0.14,
-                                   "node": 0.10, "siblings": 0.12, "lines": 0.08, "characters": 0.10}
+WINDOW_KINDS: dict[Kind, float] = {
+    "line": 0.16,
+    "whole lines": 0.22,
+    "function end": 0.08,
+    "rest of line": 0.14,
+    "node": 0.10,
+    "siblings": 0.12,
+    "lines": 0.08,
+    "characters": 0.10,
+}
 PARTS: frozenset[Label] = frozenset({"prefix", "suffix", "middle", "terminator"})
-DEEPEST = 64                 # ancestors of a place that take part in the draw of a node
-MOST_LINES = 16              # of a middle in a window
-ALONE = 0.25                 # share of windows that end where the function around the hole does
-TRIES = 16                   # draws of a hole that fits its window
+DEEPEST = 64  # ancestors of a place that take part in the draw of a node
+MOST_LINES = 16  # of a middle in a window
+ALONE = 0.25  # share of windows that end where the function around the hole does
+TRIES = 16  # draws of a hole that fits its window
 
 
 class Draw:
@@ -78,22 +93,32 @@ class Recipe:
     seed: int = 0
     epoch: int = 0
     loss: Collection[Label] = PARTS
-    window: tuple[int, int] | None = None          # tokens of an example, drawn evenly; None: whole files
-    stride: int = 4000                             # characters of code for one window
-    suffix_limit: int | None = None                # tokens of a window's suffix, at most
-    path_rate: float = 1.0                         # share of the windows that begin with their path
+    window: tuple[int, int] | None = None  # tokens of an example, drawn evenly; None: whole files
+    stride: int = 4000  # characters of code for one window
+    suffix_limit: int | None = None  # tokens of a window's suffix, at most
+    path_rate: float = 1.0  # share of the windows that begin with their path
 
     def __post_init__(self) -> None:
-        for name, rate in (("fim-rate", self.fim_rate), ("spm-rate", self.spm_rate), ("path-rate", self.path_rate)):
+        for name, rate in (
+            ("fim-rate", self.fim_rate),
+            ("spm-rate", self.spm_rate),
+            ("path-rate", self.path_rate),
+        ):
             if not 0 <= rate <= 1:
-                raise ValueError(f"{name} must lie from 0 to 1, got {rate}: CodeGemma's are 0.8 to 0.9, 0.5 and 1")
+                raise ValueError(
+                    f"{name} must lie from 0 to 1, got {rate}: CodeGemma's are 0.8 to 0.9, 0.5 and 1"
+                )
         if self.length < 64:
             raise ValueError(f"length must be at least 64 tokens, got {self.length}: CodeGemma reads 8192")
         if self.window and not 32 <= self.window[0] <= self.window[1] < self.length:
-            raise ValueError(f"window must be FEWEST:MOST tokens, from 32 to below the row's {self.length}, got "
-                             f"{self.window[0]}:{self.window[1]}")
+            raise ValueError(
+                f"window must be FEWEST:MOST tokens, from 32 to below the row's {self.length}, got "
+                f"{self.window[0]}:{self.window[1]}"
+            )
         if self.stride < 1 or (self.suffix_limit is not None and self.suffix_limit < 1):
-            raise ValueError(f"stride and suffix-limit must be at least 1, got {self.stride} and {self.suffix_limit}")
+            raise ValueError(
+                f"stride and suffix-limit must be at least 1, got {self.stride} and {self.suffix_limit}"
+            )
 
 
 @dataclass(frozen=True)
@@ -101,18 +126,24 @@ class Example:
     """A document, or a piece of one, as it stands in a row: text[offset:offset + size] of its file."""
 
     document: Document
-    ids_T: np.ndarray                     # int32
-    loss_T: np.ndarray                    # bool
+    ids_T: np.ndarray  # int32
+    loss_T: np.ndarray  # bool
     layout: Layout
     offset: int
     size: int
     split: Split
-    order: int = 0                        # place of the document in the packed order of its partition
+    order: int = 0  # place of the document in the packed order of its partition
 
 
 # -------------------------------------------------------------------------------------------------- splits
-def split(text: str, language: str, draw: Draw, kinds: Mapping[Kind, float] = KINDS, within: range | None = None,
-          most: int | None = None) -> Split:
+def split(
+    text: str,
+    language: str,
+    draw: Draw,
+    kinds: Mapping[Kind, float] = KINDS,
+    within: range | None = None,
+    most: int | None = None,
+) -> Split:
     """A split of a text of at least one character. Holes lie in `within` (syntax nodes may lead out of it); those of
     nodes, siblings and characters are made for at most `most` characters."""
     within, most = within or range(len(text)), most or len(text)
@@ -129,11 +160,11 @@ def split(text: str, language: str, draw: Draw, kinds: Mapping[Kind, float] = KI
         if found:
             return _before_break(text, *_characters(text, *found), kind)  # type: ignore[arg-type]
         kind = "lines"
-    here = text[within.start:within.stop]
+    here = text[within.start : within.stop]
     if kind == "function end":
         at = within.start + draw.below(len(within))
         around = _function(text, language, at, at + 1)
-        start, end = _run(_line_spans(text[around.start:around.stop]), draw, MOST_LINES, last=True)
+        start, end = _run(_line_spans(text[around.start : around.stop]), draw, MOST_LINES, last=True)
         return Split(around.start + start, _behind_break(text, around.start + end), "function end")
     if kind != "characters" and here.strip():
         make = {"rest of line": _rest_of_line, "line": _line, "whole lines": _whole_lines}.get(kind, _lines)
@@ -182,7 +213,11 @@ def _siblings(tree: tree_sitter.Tree, draw: Draw, low: int, high: int, most: int
     node = tree.root_node.named_descendant_for_byte_range(first, last)
     children = [child for child in node.named_children if child.end_byte > child.start_byte] if node else []
     if not children:
-        return (node.start_byte, node.end_byte) if node and node.parent and node.end_byte > node.start_byte else None
+        return (
+            (node.start_byte, node.end_byte)
+            if node and node.parent and node.end_byte > node.start_byte
+            else None
+        )
     start = min(range(len(children)), key=lambda i: abs(children[i].start_byte - first))
     end = min(range(start, len(children)), key=lambda i: abs(children[i].end_byte - last))
     return children[start].start_byte, children[end].end_byte
@@ -226,7 +261,7 @@ def _whole_lines(text: str, draw: Draw, most: int = MOST_LINES, kind: Kind = "wh
 
 
 def _behind_break(text: str, at: int) -> int:
-    return at + len(text[at:at + 2]) - len(text[at:at + 2].removeprefix("\r").removeprefix("\n"))
+    return at + len(text[at : at + 2]) - len(text[at : at + 2].removeprefix("\r").removeprefix("\n"))
 
 
 def _line(text: str, draw: Draw) -> Split:
@@ -238,13 +273,18 @@ def _rest_of_line(text: str, draw: Draw) -> Split:
     spans = _line_spans(text)
     start, end = spans[draw.below(len(spans))]
     line = text[start:end]
-    places = [match.start() for match in re.finditer(r"\S", line) if match.start() == 0 or not
-              (line[match.start() - 1].isalnum() and line[match.start()].isalnum())]
+    places = [
+        match.start()
+        for match in re.finditer(r"\S", line)
+        if match.start() == 0 or not (line[match.start() - 1].isalnum() and line[match.start()].isalnum())
+    ]
     return Split(start + places[draw.below(len(places))], end, "rest of line")
 
 
 # ------------------------------------------------------------------------------------------------ examples
-def fim(documents: Iterable[Document], tokenizer: Tokenizer, recipe: Recipe | None = None) -> Iterator[Example]:
+def fim(
+    documents: Iterable[Document], tokenizer: Tokenizer, recipe: Recipe | None = None
+) -> Iterator[Example]:
     """Each document as examples of at most `length` - 1 tokens (a row begins with <bos>); only code is split for FIM,
     and only code is shown in windows."""
     recipe = recipe or Recipe()
@@ -255,7 +295,9 @@ def fim(documents: Iterable[Document], tokenizer: Tokenizer, recipe: Recipe | No
             yield from _examples(document, 0, document.text, tokenizer, recipe)
 
 
-def _examples(document: Document, offset: int, text: str, tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Example]:
+def _examples(
+    document: Document, offset: int, text: str, tokenizer: Tokenizer, recipe: Recipe
+) -> Iterator[Example]:
     """The text as one example if it fits, else cut at line breaks first, so that each piece nearly fills a row: prefix,
     suffix and middle always stand in one row, and the share of FIM examples is the share that was asked for."""
     example = _example(document, offset, text, tokenizer, recipe)
@@ -264,7 +306,9 @@ def _examples(document: Document, offset: int, text: str, tokenizer: Tokenizer, 
         yield example
         return
     if len(text) < 2:
-        raise ValueError(f"{document.name}: its path alone fills a row of {recipe.length} tokens: raise length")
+        raise ValueError(
+            f"{document.name}: its path alone fills a row of {recipe.length} tokens: raise length"
+        )
     at = 0
     for piece in pieces(text, min(len(text) - 1, int(len(text) * 0.95 * recipe.length / size))):
         yield from _examples(document, offset + at, piece, tokenizer, recipe)
@@ -295,11 +339,26 @@ def _layout(draw: Draw, recipe: Recipe) -> Layout:
     return "spm" if draw.uniform() < recipe.spm_rate else "psm"
 
 
-def _made(document: Document, offset: int, text: str, place: Split, path: str | None, layout: Layout,
-          tokenizer: Tokenizer, recipe: Recipe) -> Example:
+def _made(
+    document: Document,
+    offset: int,
+    text: str,
+    place: Split,
+    path: str | None,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+) -> Example:
     """A window that is not FIM and ends before its file does has no end to learn."""
-    prompt = fim_training(tokenizer, text[:place.start], text[place.start:place.end], text[place.end:], path, layout,
-                          "file_separator" if document.kind == "code" else "eos")
+    prompt = fim_training(
+        tokenizer,
+        text[: place.start],
+        text[place.start : place.end],
+        text[place.end :],
+        path,
+        layout,
+        "file_separator" if document.kind == "code" else "eos",
+    )
     learned = np.concatenate([np.full(len(ids), label in recipe.loss) for label, ids in prompt.segments])
     if recipe.window and layout == "prefix" and offset + len(text) < len(document.text):
         learned[-1] = False
@@ -319,7 +378,9 @@ def _windows(document: Document, tokenizer: Tokenizer, recipe: Recipe) -> Iterat
         at += len(piece)
 
 
-def _window(document: Document, within: range, draw: Draw, tokenizer: Tokenizer, recipe: Recipe) -> Example | None:
+def _window(
+    document: Document, within: range, draw: Draw, tokenizer: Tokenizer, recipe: Recipe
+) -> Example | None:
     """None where no hole of this piece fits the tokens that were drawn for the window."""
     assert recipe.window
     layout, text = _layout(draw, recipe), document.text
@@ -327,30 +388,54 @@ def _window(document: Document, within: range, draw: Draw, tokenizer: Tokenizer,
     path = document.path if draw.uniform() < recipe.path_rate else None
     lines = len(tokenizer.encode(f"{path}\n")) if path else 0
     path, lines = (path, lines) if lines < most // 4 else (None, 0)
-    room = most - lines - (4 if layout != "prefix" else 1)           # sentinels, terminator
+    room = most - lines - (4 if layout != "prefix" else 1)  # sentinels, terminator
     if layout == "prefix":
-        start = within.start + _run(_line_spans(text[within.start:within.stop]), draw, 1)[0]
-        ids = head(tokenizer, tokenizer.encode(text[start:start + 5 * room]), room)
+        start = within.start + _run(_line_spans(text[within.start : within.stop]), draw, 1)[0]
+        ids = head(tokenizer, tokenizer.encode(text[start : start + 5 * room]), room)
         size = len(tokenizer.decode(ids))
-        return _made(document, start, text[start:start + size], Split(0, size, "whole"), path, layout, tokenizer, recipe)
+        return _made(
+            document,
+            start,
+            text[start : start + size],
+            Split(0, size, "whole"),
+            path,
+            layout,
+            tokenizer,
+            recipe,
+        )
     for _ in range(TRIES):
         place = split(text, document.language, draw, WINDOW_KINDS, within, 2 * room)
-        middle = text[place.start:place.end]
+        middle = text[place.start : place.end]
         if middle.strip() and len(middle) < 5 * room and (size := len(tokenizer.encode(middle))) <= room // 2:
             alone = place.kind == "function end" or draw.uniform() < ALONE
             around = _function(text, document.language, place.start, place.end) if alone else range(len(text))
             start, end = _around(text, place, around, room - size, draw, tokenizer, recipe.suffix_limit)
-            return _made(document, start, text[start:end], Split(place.start - start, place.end - start, place.kind),
-                         path, layout, tokenizer, recipe)
+            return _made(
+                document,
+                start,
+                text[start:end],
+                Split(place.start - start, place.end - start, place.kind),
+                path,
+                layout,
+                tokenizer,
+                recipe,
+            )
     return None
 
 
-def _around(text: str, place: Split, around: range, room: int, draw: Draw, tokenizer: Tokenizer,
-            suffix_limit: int | None) -> tuple[int, int]:
+def _around(
+    text: str,
+    place: Split,
+    around: range,
+    room: int,
+    draw: Draw,
+    tokenizer: Tokenizer,
+    suffix_limit: int | None,
+) -> tuple[int, int]:
     """Start and end of a window: a tenth to six tenths of `room` tokens for the suffix, the rest for the prefix, each
     lending the other what it does not need. Edges as in a prompt that is cut to a budget, by the same functions."""
-    prefix = tokenizer.encode(text[max(around.start, place.start - 5 * room):place.start])
-    suffix = tokenizer.encode(text[place.end:min(around.stop, place.end + 5 * room)])
+    prefix = tokenizer.encode(text[max(around.start, place.start - 5 * room) : place.start])
+    suffix = tokenizer.encode(text[place.end : min(around.stop, place.end + 5 * room)])
     limit = room if suffix_limit is None else 1 + draw.below(suffix_limit)
     most = min(limit, max(int(room * (0.1 + 0.5 * draw.uniform())), room - len(prefix)))
     suffix = head(tokenizer, suffix, most)

@@ -26,20 +26,35 @@ if TYPE_CHECKING:
     import tree_sitter
 
 TOP_LINES = 200
-MOST_TARGETS = 8         # files that one import of a whole package or namespace may point at
+MOST_TARGETS = 8  # files that one import of a whole package or namespace may point at
 
-FAMILY = {"python": "python", "java": "jvm", "kotlin": "jvm", "javascript": "js", "jsx": "js", "typescript": "js",
-          "tsx": "js", "go": "go", "c": "c", "cpp": "c", "cuda": "c", "csharp": "csharp", "rust": "rust"}
-QUERIES = {"python": "[(import_statement) (import_from_statement)] @i",
-           "java": "[(import_declaration) (package_declaration)] @i",
-           "kotlin": "[(import) (package_header)] @i",
-           "js": "[(import_statement) (export_statement source: (_)) (call_expression function: [(import) (identifier)]"
-                 " arguments: (arguments . (string) .))] @i",
-           "go": "(import_spec) @i",
-           "c": "(preproc_include) @i",
-           "csharp": "[(using_directive) (namespace_declaration name: (_) @n) "
-                     "(file_scoped_namespace_declaration name: (_) @n)] @i",
-           "rust": "[(use_declaration) (mod_item !body)] @i"}
+FAMILY = {
+    "python": "python",
+    "java": "jvm",
+    "kotlin": "jvm",
+    "javascript": "js",
+    "jsx": "js",
+    "typescript": "js",
+    "tsx": "js",
+    "go": "go",
+    "c": "c",
+    "cpp": "c",
+    "cuda": "c",
+    "csharp": "csharp",
+    "rust": "rust",
+}
+QUERIES = {
+    "python": "[(import_statement) (import_from_statement)] @i",
+    "java": "[(import_declaration) (package_declaration)] @i",
+    "kotlin": "[(import) (package_header)] @i",
+    "js": "[(import_statement) (export_statement source: (_)) (call_expression function: [(import) (identifier)]"
+    " arguments: (arguments . (string) .))] @i",
+    "go": "(import_spec) @i",
+    "c": "(preproc_include) @i",
+    "csharp": "[(using_directive) (namespace_declaration name: (_) @n) "
+    "(file_scoped_namespace_declaration name: (_) @n)] @i",
+    "rust": "[(use_declaration) (mod_item !body)] @i",
+}
 
 
 # ------------------------------------------------------------------------------------------------- imports
@@ -82,7 +97,10 @@ def _python(statement: str) -> list[str]:
         names = [name.split(" ")[0] for name in re.split(r"[(),]\s*", rest) if name.strip()]
         base = ("./" if len(dots) == 1 else "../" * (len(dots) - 1)) + module.replace(".", "/")
         return [f"{base} {len(names)}", *[f"{base.rstrip('/')}/{name} 1" for name in names if name != "*"]]
-    return [f"{name.strip().split(' ')[0].replace('.', '/')} 1" for name in flat.removeprefix("import ").split(",")]
+    return [
+        f"{name.strip().split(' ')[0].replace('.', '/')} 1"
+        for name in flat.removeprefix("import ").split(",")
+    ]
 
 
 def _jvm(statement: str) -> list[str]:
@@ -118,7 +136,11 @@ def _rust(statement: str) -> list[str]:
     if match := re.search(r"\bmod\s+(\w+)\s*;", statement):
         return [f"mod/{match[1]} 2"]
     argument = re.sub(r"//.*|\s", "", re.sub(r".*?\buse\s+", "", statement, count=1, flags=re.S).rstrip(";"))
-    return [f"{name.replace('::', '/')} 1" for name in _rust_tree(re.sub(r"as\w+(?=[,}]|$)", "", argument)) if name]
+    return [
+        f"{name.replace('::', '/')} 1"
+        for name in _rust_tree(re.sub(r"as\w+(?=[,}]|$)", "", argument))
+        if name
+    ]
 
 
 def _rust_tree(text: str, depth: int = 0) -> list[str]:
@@ -137,8 +159,15 @@ def _rust_tree(text: str, depth: int = 0) -> list[str]:
     return [head + name for part in parts if part for name in _rust_tree(part, depth + 1)]
 
 
-_READERS: dict[str, Callable[[str], list[str]]] = {"python": _python, "jvm": _jvm, "js": _js, "go": _go, "c": _c,
-                                                   "csharp": _csharp, "rust": _rust}
+_READERS: dict[str, Callable[[str], list[str]]] = {
+    "python": _python,
+    "jvm": _jvm,
+    "js": _js,
+    "go": _go,
+    "c": _c,
+    "csharp": _csharp,
+    "rust": _rust,
+}
 
 
 # ---------------------------------------------------------------------------------------------- resolution
@@ -166,8 +195,13 @@ def _module(path: str, family: str) -> str:
 class Resolver:
     """The suffix index of one repository: import -> files."""
 
-    def __init__(self, repository: str, paths: Sequence[str], languages: Sequence[str],
-                 declared: Iterable[tuple[int, str]] = ()):
+    def __init__(
+        self,
+        repository: str,
+        paths: Sequence[str],
+        languages: Sequence[str],
+        declared: Iterable[tuple[int, str]] = (),
+    ):
         self.paths, self.family = paths, [FAMILY.get(language, "") for language in languages]
         self.name = re.sub(r"[-.\d]*$", "", repository.rsplit("/", 1)[-1]).replace("-", "_").lower()
         self.whole: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -196,8 +230,11 @@ class Resolver:
             return self._nearest(importer, own or suffix)
         if family == "js":
             local = name.startswith(("@/", "~/")) or (name.count("/") > (1 if name.startswith("@") else 0))
-            stem = _module(name.lstrip("@~").lstrip("/"), "js") if re.search(r"\.[cm]?[jt]sx?$",
-                                                                             name) else name.lstrip("@~").lstrip("/")
+            stem = (
+                _module(name.lstrip("@~").lstrip("/"), "js")
+                if re.search(r"\.[cm]?[jt]sx?$", name)
+                else name.lstrip("@~").lstrip("/")
+            )
             return self._nearest(importer, self.suffixes.get(("js", stem), [])) if local else []
         if family == "go":
             return self._tail("go", name.split("/"), most=MOST_TARGETS) if "." in name.split("/")[0] else []
@@ -211,9 +248,15 @@ class Resolver:
             return self._nearest(importer, self.namespaces.get(name[:-2], []), MOST_TARGETS)
         found = self.suffixes.get((family, name), [])
         if "/" not in name:
-            roots = {"", "src", "lib", "python"} | {str(p) for p in PurePosixPath(self.paths[importer]).parents}
-            found = [at for at in found if _flat(_module(self.paths[at], family)[:-len(name)]) in roots | {"."}]
-        if family == "jvm" and not found and "/" in name:       # a static member, or a function of a Kotlin package
+            roots = {"", "src", "lib", "python"} | {
+                str(p) for p in PurePosixPath(self.paths[importer]).parents
+            }
+            found = [
+                at for at in found if _flat(_module(self.paths[at], family)[: -len(name)]) in roots | {"."}
+            ]
+        if (
+            family == "jvm" and not found and "/" in name
+        ):  # a static member, or a function of a Kotlin package
             outer = name.rsplit("/", 1)[0]
             found = self.suffixes.get((family, outer), []) if "/" in outer else []
         return self._nearest(importer, found) or self._tail(family, name.split("/"), 1)
@@ -223,8 +266,9 @@ class Resolver:
         enough."""
         for start in range(1 if family != "go" else 0, len(parts)):
             owner = parts[start - 1].lower() if start else self.name
-            if (len(parts) - start >= 2 or owner == self.name or family == "go") and \
-                    (found := self.whole.get((family, "/".join(parts[start:])))):
+            if (len(parts) - start >= 2 or owner == self.name or family == "go") and (
+                found := self.whole.get((family, "/".join(parts[start:])))
+            ):
                 return found[:most]
         root = parts[-1].lower() == self.name
         return self.whole.get((family, "."), [])[:most] if family == "go" and root else []
@@ -235,8 +279,11 @@ class Resolver:
             return []
         stem = _module(flat, "js") if family == "js" and re.search(r"\.[cm]?[jt]sx?$", flat) else flat
         index = {"python": "__init__", "js": "index"}.get(family)
-        return self.whole.get((family, flat)) or self.whole.get((family, stem)) or \
-            (self.whole.get((family, index), []) if index and stem in ("", ".") else [])
+        return (
+            self.whole.get((family, flat))
+            or self.whole.get((family, stem))
+            or (self.whole.get((family, index), []) if index and stem in ("", ".") else [])
+        )
 
     def _rust(self, importer: int, name: str) -> list[int]:
         path = PurePosixPath(self.paths[importer])
@@ -259,11 +306,15 @@ class Resolver:
 
         def rank(at: int) -> tuple[int, int, str]:
             there = self.paths[at].split("/")[:-1]
-            shared = next((i for i, (a, b) in enumerate(zip(own, there, strict=False)) if a != b),
-                          min(len(own), len(there)))
+            shared = next(
+                (i for i, (a, b) in enumerate(zip(own, there, strict=False)) if a != b),
+                min(len(own), len(there)),
+            )
             return -shared, len(self.paths[at]), self.paths[at]
 
-        return sorted((at for at in found if at != importer), key=rank)[:most] if len(found) > 1 else list(found)
+        return (
+            sorted((at for at in found if at != importer), key=rank)[:most] if len(found) > 1 else list(found)
+        )
 
 
 def _flat(path: str) -> str:
@@ -283,7 +334,9 @@ def edges(repository: str, documents: Sequence[Document]) -> list[Edge]:
     """Who imports whom among documents sorted by path, with the importance of each edge."""
     lists = [imports(doc.text, doc.language) if doc.imports is None else doc.imports for doc in documents]
     declared = [(at, name[1:]) for at, names in enumerate(lists) for name in names if name.startswith("=")]
-    resolve = Resolver(repository, [doc.path for doc in documents], [doc.language for doc in documents], declared)
+    resolve = Resolver(
+        repository, [doc.path for doc in documents], [doc.language for doc in documents], declared
+    )
     names: dict[tuple[int, int], int] = defaultdict(int)
     for source, wanted in enumerate(lists):
         for spec in wanted:
@@ -296,7 +349,10 @@ def edges(repository: str, documents: Sequence[Document]) -> list[Edge]:
     for _, target in names:
         fan_in[target] += 1
     folder = [doc.path.rpartition("/")[0] for doc in documents]
-    return [Edge(s, t, n, n + (folder[s] == folder[t]) - math.log2(fan_in[t])) for (s, t), n in sorted(names.items())]
+    return [
+        Edge(s, t, n, n + (folder[s] == folder[t]) - math.log2(fan_in[t]))
+        for (s, t), n in sorted(names.items())
+    ]
 
 
 # ------------------------------------------------------------------------------------------- linear order
@@ -306,14 +362,14 @@ def acyclic(count: int, found: Sequence[Edge]) -> list[Edge]:
     Ties by (source, target). Incremental topological order of Pearce and Kelly (2006), so that a check looks only at
     the files between the two ends.
     """
-    place = _first_places(count, found)            # place[target] < place[source] for all edges kept
+    place = _first_places(count, found)  # place[target] < place[source] for all edges kept
     up: list[list[int]] = [[] for _ in range(count)]
     down: list[list[int]] = [[] for _ in range(count)]
     kept = []
     for edge in sorted(found, key=lambda e: (-e.importance, e.source, e.target)):
         source, target = edge.source, edge.target
         low, high = place[source], place[target]
-        if low <= high:                            # target stands after source: move it, unless a cycle forbids
+        if low <= high:  # target stands after source: move it, unless a cycle forbids
             above, stack = {source}, [source]
             while stack and target not in above:
                 fresh = [node for node in up[stack.pop()] if place[node] <= high and node not in above]

@@ -8,10 +8,15 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 TAG = re.compile(r"SPDX-License-Identifier:\s*([A-Za-z0-9.+() -]+?)\s*(?:\*/|-->|$)", re.M)
-MANIFESTS = {"pyproject.toml": r'^license\s*=\s*(?:\{\s*text\s*=\s*)?["\']([^"\']+)["\']',
-             "setup.cfg": r"^license\s*=\s*(.+)$", "package.json": r'"license"\s*:\s*"([^"]+)"',
-             "Cargo.toml": r'^license\s*=\s*"([^"]+)"', "METADATA": r"^License-Expression:\s*(.+)$",
-             "PKG-INFO": r"^License-Expression:\s*(.+)$", "pom.xml": r"<license>\s*<name>([^<]+)</name>"}
+MANIFESTS = {
+    "pyproject.toml": r'^license\s*=\s*(?:\{\s*text\s*=\s*)?["\']([^"\']+)["\']',
+    "setup.cfg": r"^license\s*=\s*(.+)$",
+    "package.json": r'"license"\s*:\s*"([^"]+)"',
+    "Cargo.toml": r'^license\s*=\s*"([^"]+)"',
+    "METADATA": r"^License-Expression:\s*(.+)$",
+    "PKG-INFO": r"^License-Expression:\s*(.+)$",
+    "pom.xml": r"<license>\s*<name>([^<]+)</name>",
+}
 FIELDS = {"METADATA": r"^License:\s*(\S.*)$", "PKG-INFO": r"^License:\s*(\S.*)$"}
 FILES = re.compile(r"^(un)?licen[sc]e|^copying|-licen[sc]e", re.I)
 
@@ -31,7 +36,9 @@ def speaks(path: str) -> bool:
 def of_file(path: str, data: bytes) -> tuple[str, tuple[str, str]]:
     """(folder that it speaks for, (its weight, SPDX expression)) of a licence file or manifest; empty where unknown."""
     text, posix = data.decode("utf-8", "replace"), PurePosixPath(path)
-    folders = [part for part in posix.parts[:-1] if not part.endswith(".dist-info") and part.lower() != "licenses"]
+    folders = [
+        part for part in posix.parts[:-1] if not part.endswith(".dist-info") and part.lower() != "licenses"
+    ]
     patterns = [("1", MANIFESTS.get(posix.name)), ("3", FIELDS.get(posix.name))]
     for weight, pattern in patterns:
         if pattern and (match := re.search(pattern, text, re.M)) and (licence := normal(match[1].strip())):
@@ -59,7 +66,9 @@ def of_text(text: str, path: str, by_folder: dict[str, str]) -> str:
 def match_text(text: str) -> str:
     """SPDX id of a licence text: the first rule all of whose phrases stand in it, white space and case ignored."""
     words = " ".join(re.findall(r"[\w.]+", text.lower()))
-    return next((name for name, phrases in rules()["texts"].items() if all(phrase in words for phrase in phrases)), "")
+    return next(
+        (name for name, phrases in rules()["texts"].items() if all(phrase in words for phrase in phrases)), ""
+    )
 
 
 def normal(licence: str) -> str:
@@ -78,10 +87,12 @@ def allowed(expression: str, permitted: frozenset[str] | None) -> bool:
     if permitted is None:
         return True
     flat = re.sub(r"\s+WITH\s+\S+", "", expression.replace("(", " ").replace(")", " ").replace("/", " OR "))
-    if "(" in expression and " AND " in expression:            # nested: be strict rather than clever
+    if "(" in expression and " AND " in expression:  # nested: be strict rather than clever
         flat = flat.replace(" OR ", " AND ")
-    return any(alternative.strip() and all(name.strip() in permitted for name in re.split(r"\s+AND\s+", alternative))
-               for alternative in re.split(r"\s+OR\s+", flat))
+    return any(
+        alternative.strip() and all(name.strip() in permitted for name in re.split(r"\s+AND\s+", alternative))
+        for alternative in re.split(r"\s+OR\s+", flat)
+    )
 
 
 def permissive() -> frozenset[str]:

@@ -17,9 +17,27 @@ import numpy as np
 from codegemma.data.fim import Example
 from codegemma.formats.files import replacing
 
-EXAMPLE_FIELDS = ("row", "segment", "start", "end", "repository", "path", "commit", "licence", "language", "kind",
-                  "source",
-                  "via", "order", "layout", "boundary", "offset", "size", "split_start", "split_end")
+EXAMPLE_FIELDS = (
+    "row",
+    "segment",
+    "start",
+    "end",
+    "repository",
+    "path",
+    "commit",
+    "licence",
+    "language",
+    "kind",
+    "source",
+    "via",
+    "order",
+    "layout",
+    "boundary",
+    "offset",
+    "size",
+    "split_start",
+    "split_end",
+)
 NUMBERS = ("row", "segment", "start", "end", "order", "offset", "size", "split_start", "split_end")
 
 
@@ -61,10 +79,12 @@ def segments(groups: Iterable[Group], length: int) -> Iterator[Group]:
 def fit(sizes: Sequence[int], length: int) -> list[list[int]]:
     """Best fit, largest first: the items of each row. Raises ValueError for an item that is longer than a row."""
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []                       # (room left, row), sorted
+    free: list[tuple[int, int]] = []  # (room left, row), sorted
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         if sizes[item] > length:
-            raise ValueError(f"segment {item} has {sizes[item]:,} tokens but a row {length:,}: cut it before packing")
+            raise ValueError(
+                f"segment {item} has {sizes[item]:,} tokens but a row {length:,}: cut it before packing"
+            )
         at = bisect.bisect_left(free, (sizes[item], -1))
         room, row = free.pop(at) if at < len(free) else (length, len(rows))
         if row == len(rows):
@@ -90,12 +110,16 @@ def pack(groups: Iterable[Group], length: int, bos: int | None, pad: int) -> Pac
     sizes = [len(start) + sum(len(example.ids_T) for example in part.examples) for part in parts]
     rows = fit(sizes, length)
     shape = (len(rows), length)
-    tokens_RT, loss_RT, segments_RT = np.full(shape, pad, np.int32), np.zeros(shape, bool), np.zeros(shape, np.uint16)
+    tokens_RT, loss_RT, segments_RT = (
+        np.full(shape, pad, np.int32),
+        np.zeros(shape, bool),
+        np.zeros(shape, np.uint16),
+    )
     found = []
     for row, segment, item, here in places(rows, sizes):
         segments_RT[row, here] = segment
         at = here.start + len(start)
-        tokens_RT[row, here.start:at] = start
+        tokens_RT[row, here.start : at] = start
         for example in parts[item].examples:
             end = at + len(example.ids_T)
             tokens_RT[row, at:end], loss_RT[row, at:end] = example.ids_T, example.loss_T
@@ -106,22 +130,47 @@ def pack(groups: Iterable[Group], length: int, bos: int | None, pad: int) -> Pac
 
 def _record(example: Example, via: str, row: int, segment: int, start: int) -> dict[str, Any]:
     doc, split = example.document, example.split
-    values = (row, segment, start, start + len(example.ids_T), doc.repository, doc.path, doc.commit, doc.licence,
-              doc.language, doc.kind, doc.source, via, example.order, example.layout, split.kind, example.offset,
-              example.size,
-              split.start, split.end)
+    values = (
+        row,
+        segment,
+        start,
+        start + len(example.ids_T),
+        doc.repository,
+        doc.path,
+        doc.commit,
+        doc.licence,
+        doc.language,
+        doc.kind,
+        doc.source,
+        via,
+        example.order,
+        example.layout,
+        split.kind,
+        example.offset,
+        example.size,
+        split.start,
+        split.end,
+    )
     return dict(zip(EXAMPLE_FIELDS, values, strict=True))
 
 
 def join(parts: Sequence[Packed], length: int) -> Packed:
     """Rows after rows; a part's examples count on from the rows before it."""
     before = np.cumsum([0, *(len(part.tokens_RT) for part in parts)]).tolist()
+
     def joined(name: str, kind: Any) -> np.ndarray:
         return np.concatenate([getattr(part, name) for part in parts] or [np.empty((0, length), kind)])
 
-    return Packed(joined("tokens_RT", np.int32), joined("loss_RT", bool), joined("segments_RT", np.uint16),
-                  [{**example, "row": example["row"] + start} for part, start in zip(parts, before, strict=False)
-                            for example in part.examples])
+    return Packed(
+        joined("tokens_RT", np.int32),
+        joined("loss_RT", bool),
+        joined("segments_RT", np.uint16),
+        [
+            {**example, "row": example["row"] + start}
+            for part, start in zip(parts, before, strict=False)
+            for example in part.examples
+        ],
+    )
 
 
 def save(packed: Packed, stem: Path) -> None:
@@ -134,7 +183,9 @@ def save(packed: Packed, stem: Path) -> None:
             np.save(file, getattr(packed, f"{name}_RT"))
     schema = pa.schema([(name, pa.int32() if name in NUMBERS else pa.string()) for name in EXAMPLE_FIELDS])
     with replacing(stem.with_suffix(".examples.parquet")) as file:
-        pq.write_table(pa.Table.from_pylist(packed.examples, schema), file, row_group_size=4096, compression="zstd")
+        pq.write_table(
+            pa.Table.from_pylist(packed.examples, schema), file, row_group_size=4096, compression="zstd"
+        )
 
 
 class Rows:
@@ -147,8 +198,10 @@ class Rows:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "index.npy").exists():
-            raise ValueError(f"{folder} has no finished rows: run `codegemma data build ... --out {folder}`, with "
-                             "--resume if it was interrupted")
+            raise ValueError(
+                f"{folder} has no finished rows: run `codegemma data build ... --out {folder}`, with "
+                "--resume if it was interrupted"
+            )
         self.index_N2 = _load(self.folder / "index.npy")
         self._open: dict[tuple[int, str], np.ndarray] = {}
 
@@ -158,8 +211,12 @@ class Rows:
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         part, row = self.place(number)
         segments_T = self._row(part, "segments", row)
-        return {"tokens": self._row(part, "tokens", row), "loss": self._row(part, "loss", row),
-                "segments": segments_T, "positions": positions(segments_T)}
+        return {
+            "tokens": self._row(part, "tokens", row),
+            "loss": self._row(part, "loss", row),
+            "segments": segments_T,
+            "positions": positions(segments_T),
+        }
 
     def place(self, number: int) -> tuple[int, int]:
         """(part, row in it) of a row of the index. Raises IndexError outside it."""
@@ -173,7 +230,9 @@ class Rows:
         import pyarrow.parquet as pq
 
         part, row = self.place(number)
-        return pq.read_table(self.stem(part).with_suffix(".examples.parquet"), filters=[("row", "=", row)]).to_pylist()
+        return pq.read_table(
+            self.stem(part).with_suffix(".examples.parquet"), filters=[("row", "=", row)]
+        ).to_pylist()
 
     def stem(self, part: int) -> Path:
         return self.folder / "rows" / f"part-{part:05d}"
@@ -184,7 +243,9 @@ class Rows:
             self._open[part, name] = _load(file)
         found = self._open[part, name]
         if not 0 <= row < len(found):
-            raise ValueError(f"{file}: is damaged ({len(found):,} rows, but the index names row {row:,}): build the rows again")
+            raise ValueError(
+                f"{file}: is damaged ({len(found):,} rows, but the index names row {row:,}): build the rows again"
+            )
         return np.array(found[row])
 
 

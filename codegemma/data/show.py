@@ -10,18 +10,22 @@ from codegemma.data.pack import Rows
 from codegemma.prompts import parse_fim
 from codegemma.tokenizer import Tokenizer
 
-WHY = {"node": "the middle is one syntax node, drawn in proportion to its size",
-       "siblings": "the middle is a run of neighbours in the syntax tree, nearest to a random span",
-       "lines": "the middle is whole lines; the suffix begins with their line break",
-       "line": "the middle is one line with its indentation and its line break",
-       "whole lines": "the middle is lines with their indentation and their line breaks",
-       "function end": "the middle is the last lines of a function, and nothing follows",
-       "rest of line": "the middle is the rest of a line from where somebody would stop typing",
-       "characters": "the middle lies between two random characters (one split in ten)",
-       "whole": "not split: the whole text is learned from left to right"}
-VIA = {"graph": "placed by the dependency graph",
-       "beside tests": "outside the graph: by name, tests beside what they test",
-       "alone": "on its own"}
+WHY = {
+    "node": "the middle is one syntax node, drawn in proportion to its size",
+    "siblings": "the middle is a run of neighbours in the syntax tree, nearest to a random span",
+    "lines": "the middle is whole lines; the suffix begins with their line break",
+    "line": "the middle is one line with its indentation and its line break",
+    "whole lines": "the middle is lines with their indentation and their line breaks",
+    "function end": "the middle is the last lines of a function, and nothing follows",
+    "rest of line": "the middle is the rest of a line from where somebody would stop typing",
+    "characters": "the middle lies between two random characters (one split in ten)",
+    "whole": "not split: the whole text is learned from left to right",
+}
+VIA = {
+    "graph": "placed by the dependency graph",
+    "beside tests": "outside the graph: by name, tests beside what they test",
+    "alone": "on its own",
+}
 PARTS = ("prefix", "middle", "suffix")
 
 
@@ -33,7 +37,7 @@ def parts(rows: Rows, number: int, tokenizer: Tokenizer) -> Iterator[tuple[dict[
     """(record, {prefix, middle, suffix}) of each example of a row, read back from its ids."""
     tokens_T = rows[number]["tokens"]
     for record in rows.examples(number):
-        ids = tokens_T[record["start"]:record["end"]].tolist()
+        ids = tokens_T[record["start"] : record["end"]].tolist()
         found = parse_fim(tokenizer, ids)
         if record["layout"] == "prefix":
             text = found.prefix
@@ -53,14 +57,22 @@ def show(folder: str | Path, row: int = 0, console: Any = None) -> None:
     if not 0 <= row < len(rows):
         raise ValueError(f"row {row} of {folder}: it has rows 0 to {len(rows) - 1:,}")
     filled = int((rows[row]["segments"] > 0).sum())
-    console.print(f"row {row} of {len(rows):,}: {filled:,} tokens of {len(rows[row]['segments']):,}, "
-                  f"{int(rows[row]['loss'].sum()):,} of them learned", style="bold")
+    console.print(
+        f"row {row} of {len(rows):,}: {filled:,} tokens of {len(rows[row]['segments']):,}, "
+        f"{int(rows[row]['loss'].sum()):,} of them learned",
+        style="bold",
+    )
     for record, texts in parts(rows, row, tokenizer_of(rows.folder)):
         console.rule(Text(f"{record['repository']}  {record['path']}"), align="left")
         commit = f", commit {record['commit'][:12]}" if record["commit"] else ""
-        console.print(Text(f"segment {record['segment']}, tokens {record['start']:,} to {record['end']:,}; licence "
-                           f"{record['licence'] or 'none found'}; from {record['source']}{commit}; "
-                           f"{VIA[record['via']]}", "dim"))
+        console.print(
+            Text(
+                f"segment {record['segment']}, tokens {record['start']:,} to {record['end']:,}; licence "
+                f"{record['licence'] or 'none found'}; from {record['source']}{commit}; "
+                f"{VIA[record['via']]}",
+                "dim",
+            )
+        )
         console.print(Text(f"{record['layout'].upper()}: {WHY[record['boundary']]}", "italic"))
         body = Text()
         for name, style in zip(PARTS, ("cyan", "bold black on yellow", "magenta"), strict=True):

@@ -34,7 +34,7 @@ class Recipe(fim.Recipe):
     """All that decides the output, beside the sources. Lists are sorted; files are named by their hash."""
 
     loss: tuple[Label, ...] = tuple(sorted(fim.PARTS))
-    languages: tuple[str, ...] = ()                 # empty: all that are code
+    languages: tuple[str, ...] = ()  # empty: all that are code
     # auto: any for checkouts, else permissive
     licences: tuple[str, ...] | Literal["any", "permissive", "auto"] = "auto"
     threshold: float = dedup.THRESHOLD
@@ -43,25 +43,34 @@ class Recipe(fim.Recipe):
     benchmarks: tuple[str, ...] = ()
     tokenizer: str = ""
     shard_bytes: int = SHARD_BYTES
-    hold_out: float = 0.0                           # share of the repositories that stay documents, for evaluation
+    hold_out: float = 0.0  # share of the repositories that stay documents, for evaluation
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if unknown := sorted(set(self.languages) - CODE):
-            raise ValueError(f"languages: {', '.join(unknown)} not known; known are {', '.join(sorted(CODE))}")
-        if self.mix and (min(share for _, share in self.mix) <= 0
-                         or abs(sum(share for _, share in self.mix) - 1) > 1e-6):
+            raise ValueError(
+                f"languages: {', '.join(unknown)} not known; known are {', '.join(sorted(CODE))}"
+            )
+        if self.mix and (
+            min(share for _, share in self.mix) <= 0 or abs(sum(share for _, share in self.mix) - 1) > 1e-6
+        ):
             raise ValueError(f"mix: shares must be above 0 and add up to 1, got {dict(self.mix)}")
         if not 0 <= self.hold_out < 1:
             raise ValueError(f"hold-out must lie from 0 to below 1, got {self.hold_out}: the rest are rows")
         if not 0.5 <= self.threshold <= 1:
-            raise ValueError(f"threshold of near copies must lie from 0.5 to 1, got {self.threshold}: below 0.5 "
-                             "the bands find only some of the pairs")
+            raise ValueError(
+                f"threshold of near copies must lie from 0.5 to 1, got {self.threshold}: below 0.5 "
+                "the bands find only some of the pairs"
+            )
 
     def quality(self, redistributed: bool) -> clean.Quality:
-        allowed = licences.permissive() if self.licences == "permissive" or (self.licences == "auto"
-                                                                             and redistributed) \
-            else None if isinstance(self.licences, str) else frozenset(self.licences)
+        allowed = (
+            licences.permissive()
+            if self.licences == "permissive" or (self.licences == "auto" and redistributed)
+            else None
+            if isinstance(self.licences, str)
+            else frozenset(self.licences)
+        )
         return clean.Quality(languages=frozenset(self.languages) or CODE, licences=allowed)
 
 
@@ -70,19 +79,35 @@ def _schema() -> Any:
     import pyarrow as pa
 
     text = pa.string()
-    return pa.schema([("key", pa.int64()), ("repository", text), ("path", text), ("text", pa.large_string()),
-                      ("language", text), ("licence", text), ("source", text), ("commit", text), ("encoding", text),
-                      ("kind", text), ("imports", pa.list_(text)), ("group", pa.int32()),
-                      ("via", text)])
+    return pa.schema(
+        [
+            ("key", pa.int64()),
+            ("repository", text),
+            ("path", text),
+            ("text", pa.large_string()),
+            ("language", text),
+            ("licence", text),
+            ("source", text),
+            ("commit", text),
+            ("encoding", text),
+            ("kind", text),
+            ("imports", pa.list_(text)),
+            ("group", pa.int32()),
+            ("via", text),
+        ]
+    )
 
 
 def _write_documents(rows: list[dict[str, Any]], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with replacing(path) as file, pq.ParquetWriter(file, _schema(), compression="zstd", compression_level=1) as writer:
+    with (
+        replacing(path) as file,
+        pq.ParquetWriter(file, _schema(), compression="zstd", compression_level=1) as writer,
+    ):
         for start in range(0, max(1, len(rows)), 256):
-            writer.write_table(pa.Table.from_pylist(rows[start:start + 256], _schema()))
+            writer.write_table(pa.Table.from_pylist(rows[start : start + 256], _schema()))
 
 
 def _row(document: Document) -> dict[str, Any]:
@@ -90,8 +115,10 @@ def _row(document: Document) -> dict[str, Any]:
 
 
 def _document(row: dict[str, Any]) -> Document:
-    return Document(**{name: row[name] for name in Document.__dataclass_fields__
-                       if name != "imports"}, imports=None if row["imports"] is None else tuple(row["imports"]))
+    return Document(
+        **{name: row[name] for name in Document.__dataclass_fields__ if name != "imports"},
+        imports=None if row["imports"] is None else tuple(row["imports"]),
+    )
 
 
 def _read_rows(path: Path, low: int | None = None, high: int | None = None) -> Iterator[dict[str, Any]]:
@@ -113,9 +140,13 @@ def _read_rows(path: Path, low: int | None = None, high: int | None = None) -> I
 def _write_outcomes(outcomes: list[Outcome], path: Path) -> None:
     import pyarrow as pa
 
-    schema = pa.schema([(name, pa.int64() if name == "size" else pa.string()) for name in Outcome.__dataclass_fields__])
-    rows = [vars(outcome) for outcome
-            in sorted(outcomes, key=lambda o: (o.repository, o.path, o.reason, o.detail, o.size))]
+    schema = pa.schema(
+        [(name, pa.int64() if name == "size" else pa.string()) for name in Outcome.__dataclass_fields__]
+    )
+    rows = [
+        vars(outcome)
+        for outcome in sorted(outcomes, key=lambda o: (o.repository, o.path, o.reason, o.detail, o.size))
+    ]
     with replacing(path) as file:
         import pyarrow.parquet as pq
 
@@ -123,8 +154,13 @@ def _write_outcomes(outcomes: list[Outcome], path: Path) -> None:
 
 
 def _counted(outcomes: Iterable[Outcome]) -> dict[str, int]:
-    return dict(sorted(Counter(f"{each.outcome}: {each.reason}" if each.reason else each.outcome for each
-                               in outcomes).items()))
+    return dict(
+        sorted(
+            Counter(
+                f"{each.outcome}: {each.reason}" if each.reason else each.outcome for each in outcomes
+            ).items()
+        )
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the stages
@@ -136,7 +172,7 @@ class Task:
     number: int
     inputs: dict[str, Any]
     work: str
-    recipe: str                                     # JSON of the Recipe
+    recipe: str  # JSON of the Recipe
 
     @property
     def folder(self) -> Path:
@@ -157,8 +193,11 @@ class Task:
 @cache
 def _recipe(text: str) -> Recipe:
     values = json.loads(text)
-    tuples = {name: tuple(tuple(each) if isinstance(each, list) else each for each in value)
-              for name, value in values.items() if isinstance(value, list)}
+    tuples = {
+        name: tuple(tuple(each) if isinstance(each, list) else each for each in value)
+        for name, value in values.items()
+        if isinstance(value, list)
+    }
     return Recipe(**{**values, **tuples})
 
 
@@ -207,8 +246,13 @@ def _documents(task: Task) -> dict[str, Any]:
     if rows:
         flush()
     _write_outcomes(outcomes, task.ledger)
-    return {"shards": shards, "counts": _counted(outcomes), "input": source.name, "documents": len(hashes),
-            "sha256": hashlib.sha256(b"".join(sorted(hashes))).hexdigest()}
+    return {
+        "shards": shards,
+        "counts": _counted(outcomes),
+        "input": source.name,
+        "documents": len(hashes),
+        "sha256": hashlib.sha256(b"".join(sorted(hashes))).hexdigest(),
+    }
 
 
 def _clean(task: Task) -> dict[str, Any]:
@@ -226,14 +270,18 @@ def _clean(task: Task) -> dict[str, Any]:
             kept.append(_row(each))
     _write_documents(kept, task.file("clean"))
     _write_outcomes(outcomes, task.ledger)
-    return {"file": str(task.file("clean")), "documents": len(kept), "counts": _counted(outcomes),
-            "redacted": dict(redacted),
-            "bytes": sum(len(row["text"]) for row in kept)}
+    return {
+        "file": str(task.file("clean")),
+        "documents": len(kept),
+        "counts": _counted(outcomes),
+        "redacted": dict(redacted),
+        "bytes": sum(len(row["text"]) for row in kept),
+    }
 
 
 def fertility(text: str, tokenizer: Tokenizer) -> float:
     """Bytes per token of 512 characters in the middle; a text with the white space of source code is not looked at."""
-    middle = text[max(0, len(text) // 2 - 256):][:512]
+    middle = text[max(0, len(text) // 2 - 256) :][:512]
     if sum(map(str.isspace, middle)) > len(middle) * 0.12:
         return float("inf")
     return len(middle.encode()) / max(1, len(tokenizer.encode(middle)))
@@ -250,9 +298,16 @@ def _sign(task: Task) -> dict[str, Any]:
     for row in _read_rows(Path(task.inputs["file"])):
         document = _document(row)
         hashes = dedup.words(document.text)
-        names.append({"repository": document.repository, "path": document.path, "kind": document.kind,
-                      "key": document.key,
-                      "digest": document.digest, "task": benchmarks(hashes)})
+        names.append(
+            {
+                "repository": document.repository,
+                "path": document.path,
+                "kind": document.kind,
+                "key": document.key,
+                "digest": document.digest,
+                "task": benchmarks(hashes),
+            }
+        )
         shingles.append(np.unique(dedup.ngrams(hashes, dedup.SHINGLE)))
     matrix = dedup.signatures(shingles)
     keys = dedup.band_keys(matrix).ravel()
@@ -261,8 +316,12 @@ def _sign(task: Task) -> dict[str, Any]:
     for what, array in (("signatures", matrix), ("bands", keys[order]), ("band_rows", rows[order])):
         with replacing(task.file(what, "npy")) as file:
             np.save(file, array)
-    schema = pa.schema([(name, pa.binary() if name == "digest" else pa.int64() if name == "key" else pa.string())
-                        for name in ("repository", "path", "kind", "key", "digest", "task")])
+    schema = pa.schema(
+        [
+            (name, pa.binary() if name == "digest" else pa.int64() if name == "key" else pa.string())
+            for name in ("repository", "path", "kind", "key", "digest", "task")
+        ]
+    )
     with replacing(task.file("names")) as file:
         pq.write_table(pa.Table.from_pylist(names, schema), file)
     return {"documents": len(names), "benchmarks": sum(bool(name["task"]) for name in names)}
@@ -278,8 +337,10 @@ def _link(task: Task) -> dict[str, Any]:
     low, high, last = (np.uint64(task.inputs[name]) for name in ("low", "high", "last"))
     keys, nodes, matrices = [], [], []
     for number in range(task.inputs["shards"]):
-        bands, rows, alive, matrix = (np.load(task.folder / what / f"{number:06d}.npy", mmap_mode="r")
-                                      for what in ("bands", "band_rows", "alive", "signatures"))
+        bands, rows, alive, matrix = (
+            np.load(task.folder / what / f"{number:06d}.npy", mmap_mode="r")
+            for what in ("bands", "band_rows", "alive", "signatures")
+        )
         matrices.append(matrix)
         start, end = np.searchsorted(bands, low), len(bands) if last else np.searchsorted(bands, high)
         taken = alive[rows[start:end]]
@@ -288,7 +349,9 @@ def _link(task: Task) -> dict[str, Any]:
     pairs = dedup.candidates(np.concatenate(keys), np.concatenate(nodes))
     similar = np.empty(len(pairs))
     for at, (left, right) in enumerate(pairs.tolist()):
-        similar[at] = np.mean(matrices[left >> 32][left & 0xFFFFFFFF] == matrices[right >> 32][right & 0xFFFFFFFF])
+        similar[at] = np.mean(
+            matrices[left >> 32][left & 0xFFFFFFFF] == matrices[right >> 32][right & 0xFFFFFFFF]
+        )
     good = similar >= _recipe(task.recipe).threshold
     for what, array in (("edges", pairs[good]), ("edge_similarity", similar[good])):
         with replacing(task.file(what, "npy")) as file:
@@ -311,7 +374,9 @@ def _order(task: Task) -> dict[str, Any]:
         for row in _read_rows(Path(shard), task.inputs["low"], task.inputs["high"]):
             document = _document(row)
             if verdict := verdicts.get(row["at"]):
-                outcomes.append(dropped(document, verdict[0], verdict[1], duplicate=verdict[0] != "benchmark"))
+                outcomes.append(
+                    dropped(document, verdict[0], verdict[1], duplicate=verdict[0] != "benchmark")
+                )
             else:
                 found[document.key, document.repository].append(document)
     rows: list[dict[str, Any]] = []
@@ -321,7 +386,9 @@ def _order(task: Task) -> dict[str, Any]:
         documents: list[Document] = []
         for document in sorted(found.pop(key), key=lambda each: (each.path, each.digest)):
             if documents and documents[-1].path == document.path:
-                outcomes.append(dropped(document, "same path", "another version stands at this path of the repository"))
+                outcomes.append(
+                    dropped(document, "same path", "another version stands at this path of the repository")
+                )
             else:
                 documents.append(document)
         if fim.Draw(recipe.seed, "held out", key[0]).uniform() < recipe.hold_out:
@@ -333,18 +400,34 @@ def _order(task: Task) -> dict[str, Any]:
             vias[via] += len(members)
             rows += [{**_row(each), "group": group, "via": via} for each in members]
             outcomes += [replace(dropped(each, ""), outcome="kept") for each in members]
-        edges += [{"repository": key[1], "source": documents[e.source].path, "target": documents[e.target].path,
-                   "importance": e.importance} for e in kept]
+        edges += [
+            {
+                "repository": key[1],
+                "source": documents[e.source].path,
+                "target": documents[e.target].path,
+                "importance": e.importance,
+            }
+            for e in kept
+        ]
     _write_documents(rows, task.file("order"))
     if recipe.hold_out:
         _write_documents(held, task.folder.parent / "held-out" / f"part-{task.number:05d}.parquet")
     _write_outcomes(outcomes, task.ledger)
-    schema = pa.schema([(name, pa.float64() if name == "importance" else pa.string())
-                        for name in ("repository", "source", "target", "importance")])
+    schema = pa.schema(
+        [
+            (name, pa.float64() if name == "importance" else pa.string())
+            for name in ("repository", "source", "target", "importance")
+        ]
+    )
     with replacing(task.folder.parent / "graph" / f"part-{task.number:05d}.parquet") as file:
         pq.write_table(pa.Table.from_pylist(edges, schema), file, compression="zstd")
-    return {"file": str(task.file("order")), "counts": _counted(outcomes), "files": dict(sorted(vias.items())),
-            "edges": len(edges), "documents": len(rows)}
+    return {
+        "file": str(task.file("order")),
+        "counts": _counted(outcomes),
+        "files": dict(sorted(vias.items())),
+        "edges": len(edges),
+        "documents": len(rows),
+    }
 
 
 def ordered(documents: Sequence[Document]) -> tuple[list[tuple[str, list[Document]]], list[graph.Edge]]:
@@ -388,12 +471,14 @@ def _rows(task: Task) -> dict[str, Any]:
             current = place
         made = fim.fim([document], tokenizer, recipe)
         for one in (replace(each, order=row["at"]) for each in made):
-            if recipe.window and document.kind == "code":            # each on its own: no other window is its context
+            if recipe.window and document.kind == "code":  # each on its own: no other window is its context
                 groups[document.kind].append(pack.Group([one], row["via"]))
             else:
                 groups[document.kind][-1].examples.append(one)
-    packed = [pack.pack(groups.pop(kind), recipe.length, tokenizer.control.bos, tokenizer.control.pad or 0)
-              for kind in sorted(groups, key=lambda kind: (kind != "code", kind))]
+    packed = [
+        pack.pack(groups.pop(kind), recipe.length, tokenizer.control.bos, tokenizer.control.pad or 0)
+        for kind in sorted(groups, key=lambda kind: (kind != "code", kind))
+    ]
     joined = pack.join(packed, recipe.length)
     pack.save(joined, task.folder.parent / "rows" / f"part-{task.number:05d}")
     counts: Counter[str] = Counter()
@@ -401,13 +486,23 @@ def _rows(task: Task) -> dict[str, Any]:
         counts[f"layout {example['layout']}"] += 1
         counts[f"boundary {example['boundary']}"] += 1
     kinds = {example["row"]: example["kind"] for example in joined.examples}
-    return {"rows": len(joined.tokens_RT), "tokens": int((joined.segments_RT > 0).sum()),
-            "learned": int(joined.loss_RT.sum()),
-            "examples": len(joined.examples), "segments": int(joined.segments_RT.max(1, initial=0).sum()),
-            "counts": dict(sorted(counts.items())), "kinds": [kinds[row] for row in range(len(joined.tokens_RT))],
-            "filled": (joined.segments_RT > 0).sum(1).tolist()}
+    return {
+        "rows": len(joined.tokens_RT),
+        "tokens": int((joined.segments_RT > 0).sum()),
+        "learned": int(joined.loss_RT.sum()),
+        "examples": len(joined.examples),
+        "segments": int(joined.segments_RT.max(1, initial=0).sum()),
+        "counts": dict(sorted(counts.items())),
+        "kinds": [kinds[row] for row in range(len(joined.tokens_RT))],
+        "filled": (joined.segments_RT > 0).sum(1).tolist(),
+    }
 
 
-TASKS: dict[str, Callable[[Task], dict[str, Any]]] = {"documents": _documents, "clean": _clean, "sign": _sign,
-                                                      "link": _link,
-                                                     "order": _order, "rows": _rows}
+TASKS: dict[str, Callable[[Task], dict[str, Any]]] = {
+    "documents": _documents,
+    "clean": _clean,
+    "sign": _sign,
+    "link": _link,
+    "order": _order,
+    "rows": _rows,
+}

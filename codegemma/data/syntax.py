@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import tree_sitter
 
-GRAMMARS = {"python": "python", "java": "java", "kotlin": "kotlin", "javascript": "javascript", "jsx": "javascript",
-            "typescript": "typescript:language_typescript", "tsx": "typescript:language_tsx", "go": "go", "c": "c",
-            "cpp": "cpp", "csharp": "c_sharp", "rust": "rust"}
+GRAMMARS = {
+    "python": "python",
+    "java": "java",
+    "kotlin": "kotlin",
+    "javascript": "javascript",
+    "jsx": "javascript",
+    "typescript": "typescript:language_typescript",
+    "tsx": "typescript:language_tsx",
+    "go": "go",
+    "c": "c",
+    "cpp": "cpp",
+    "csharp": "c_sharp",
+    "rust": "rust",
+}
 
 # A parse takes time and memory in proportion to the text; grammars have been seen to abort on huge generated files.
 MOST_BYTES = 1_000_000

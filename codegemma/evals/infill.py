@@ -12,8 +12,12 @@ from codegemma.evals.records import Records
 from codegemma.evals.task import Completion, Generate, Item, Program, Verdict
 from codegemma.prompts import Layout
 
-TITLES = {"single": "Infilling, single line", "multi": "Infilling, multi-line", "span": "Infilling, random span"}
-MAX_TOKENS = 128                         # the report's own
+TITLES = {
+    "single": "Infilling, single line",
+    "multi": "Infilling, multi-line",
+    "span": "Infilling, random span",
+}
+MAX_TOKENS = 128  # the report's own
 
 
 def infill_items(name: str, layout: Layout, records: Records) -> tuple[list[Item], str]:
@@ -35,7 +39,9 @@ def left_to_right_program(item: Item, completion: Completion) -> str:
     return infill_program(item, replace(completion, text=lines))
 
 
-def judge(program: Program, items: Sequence[Item], completions: Sequence[Completion]) -> Iterator[tuple[int, Verdict]]:
+def judge(
+    program: Program, items: Sequence[Item], completions: Sequence[Completion]
+) -> Iterator[tuple[int, Verdict]]:
     """Exact where the whole program is the one that the middle was taken from."""
     for i, verdict in judge_python(program, HUMANEVAL_SECONDS, items, completions):
         own = infill_program(items[i], replace(completions[i], text=items[i].target["canonical_solution"]))
@@ -43,14 +49,25 @@ def judge(program: Program, items: Sequence[Item], completions: Sequence[Complet
 
 
 def _task(kind: str, layout: Layout) -> Generate:
-    mark, suffix = {"psm": ("", ""), "spm": (" (SPM)", "-spm"), "prefix": (" (left to right)", "-l2r")}[layout]
+    mark, suffix = {"psm": ("", ""), "spm": (" (SPM)", "-spm"), "prefix": (" (left to right)", "-l2r")}[
+        layout
+    ]
     program = left_to_right_program if layout == "prefix" else infill_program
-    return Generate(f"infill-{kind}{suffix}", TITLES[kind] + mark, partial(infill_items, f"infill-{kind}", layout),
-                    partial(judge, program), MAX_TOKENS, layout=layout,
-                    stop=("\n",) if (kind, layout) == ("single", "prefix") else (), group="infilling",
-                    runs_on=python_version)
+    return Generate(
+        f"infill-{kind}{suffix}",
+        TITLES[kind] + mark,
+        partial(infill_items, f"infill-{kind}", layout),
+        partial(judge, program),
+        MAX_TOKENS,
+        layout=layout,
+        stop=("\n",) if (kind, layout) == ("single", "prefix") else (),
+        group="infilling",
+        runs_on=python_version,
+    )
 
 
 LAYOUTS: tuple[Layout, ...] = ("psm", "spm", "prefix")
-TASKS: dict[str, Generate] = {task.name: task for task in (_task(k, layout) for layout in LAYOUTS for k in TITLES
-                                                           if (k, layout) != ("span", "prefix"))}
+TASKS: dict[str, Generate] = {
+    task.name: task
+    for task in (_task(k, layout) for layout in LAYOUTS for k in TITLES if (k, layout) != ("span", "prefix"))
+}

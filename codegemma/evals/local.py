@@ -13,9 +13,9 @@ from codegemma.local import Model
 from codegemma.native import CHUNK, PAGE
 from codegemma.sampling import Sampling
 
-SEQUENCES = 32                           # that run together at most: two groups of the packed kernels; more gain nothing
-CACHE_BYTES = 4 << 30                    # of keys and values that they may take, at 1,024 tokens each
-ROWS = 32                                # of logits at once: a row of 262,144 floats is a megabyte
+SEQUENCES = 32  # that run together at most: two groups of the packed kernels; more gain nothing
+CACHE_BYTES = 4 << 30  # of keys and values that they may take, at 1,024 tokens each
+ROWS = 32  # of logits at once: a row of 262,144 floats is a megabyte
 REASONS: dict[Stop, StopReason] = {"end": "token", "stop_text": "stop", "length": "length"}
 
 
@@ -26,10 +26,22 @@ class Local:
     def __init__(self, model: Model, adapter: str | None = None) -> None:
         self.model, self.engine, self.adapter = model, model.engine, adapter
         self.tokenizer = model.tokenizer
-        self.name = (model.preset.name if model.preset else model.path.name) + (f" with {adapter}" if adapter else "")
+        self.name = (model.preset.name if model.preset else model.path.name) + (
+            f" with {adapter}" if adapter else ""
+        )
 
-    def sample(self, prompts: list[list[int]], *, max_tokens: int, stop_ids: frozenset[int], stop: list[str],
-               temperature: float, top_p: float, seed: int, n: int) -> Iterator[tuple[int, int, Completion]]:
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_tokens: int,
+        stop_ids: frozenset[int],
+        stop: list[str],
+        temperature: float,
+        top_p: float,
+        seed: int,
+        n: int,
+    ) -> Iterator[tuple[int, int, Completion]]:
         waiting = ((at, number) for at in range(len(prompts)) for number in range(n))
         together = max(1, min(SEQUENCES, CACHE_BYTES // (1024 // PAGE * self.engine.cache.page_bytes)))
         batch = Batch(self.engine)
@@ -38,7 +50,9 @@ class Local:
         while True:
             for at, number in islice(waiting, together - len(batch.running)):
                 sampling = Sampling(temperature, top_p=top_p, seed=_seed(seed, prompts[at], number))
-                one = batch.add(Request(prompts[at], max_tokens, sampling, stop_ids, stop, adapter=self.adapter))
+                one = batch.add(
+                    Request(prompts[at], max_tokens, sampling, stop_ids, stop, adapter=self.adapter)
+                )
                 started[one], texts[one] = (at, number, time.perf_counter()), ""
             if not batch.running:
                 return
@@ -48,8 +62,16 @@ class Local:
                 texts[one] += step.text
                 if step.stop is not None:
                     at, number, since = started.pop(one)
-                    yield at, number, Completion(texts.pop(one), one.ids[one.prompt_length:], REASONS[step.stop],
-                                                 time.perf_counter() - since)
+                    yield (
+                        at,
+                        number,
+                        Completion(
+                            texts.pop(one),
+                            one.ids[one.prompt_length :],
+                            REASONS[step.stop],
+                            time.perf_counter() - since,
+                        ),
+                    )
 
     def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
         scores: list[Score] = []
@@ -70,19 +92,32 @@ class Local:
                 self._read(list(known[:-1]))
             running = []
             for context, continuation in pairs:
-                one = self.engine.start(Request([*context, *continuation[:-1]], max_tokens=0, adapter=self.adapter))
+                one = self.engine.start(
+                    Request([*context, *continuation[:-1]], max_tokens=0, adapter=self.adapter)
+                )
                 one.done = min(one.done, len(context) - 1)
                 running.append(one)
-            slices = [self.engine.claim(one, one.ids[one.done:], len(pair[1]))
-                      for one, pair in zip(running, pairs, strict=True)]
+            slices = [
+                self.engine.claim(one, one.ids[one.done :], len(pair[1]))
+                for one, pair in zip(running, pairs, strict=True)
+            ]
             logits = self.engine.backend.run(slices)
-            assert logits is not None    # nothing cancels it
+            assert logits is not None  # nothing cancels it
             scores, row = [], 0
             for _, continuation in pairs:
                 rows = range(row, row + len(continuation))
-                scores.append(Score([float(logits.values[i, token]) - float(logits.normaliser[i])
-                                     for i, token in zip(rows, continuation, strict=True)],
-                                    all(int(logits.argmax[i]) == token for i, token in zip(rows, continuation, strict=True))))
+                scores.append(
+                    Score(
+                        [
+                            float(logits.values[i, token]) - float(logits.normaliser[i])
+                            for i, token in zip(rows, continuation, strict=True)
+                        ],
+                        all(
+                            int(logits.argmax[i]) == token
+                            for i, token in zip(rows, continuation, strict=True)
+                        ),
+                    )
+                )
                 row = rows.stop
         return scores
 
@@ -92,7 +127,7 @@ class Local:
             return
         one = self.engine.start(Request([*ids, ids[-1]], max_tokens=0, adapter=self.adapter))
         while one.done < len(ids):
-            part = ids[one.done:one.done + CHUNK]
+            part = ids[one.done : one.done + CHUNK]
             self.engine.backend.run([self.engine.claim(one, part, 0)])
             one.done += len(part)
         one.ids = ids

@@ -16,7 +16,9 @@ MATH_STOPS = ("\nProblem:",)
 
 def gsm8k_items(records: Records) -> tuple[list[Item], str]:
     shots = "".join(f"{_gsm8k(r)} {r['answer']}\n\n" for r in records("gsm8k-train")[:5])
-    items = [Item(f"gsm8k/{i}", shots + _gsm8k(r), target=r["answer"]) for i, r in enumerate(records("gsm8k-test"))]
+    items = [
+        Item(f"gsm8k/{i}", shots + _gsm8k(r), target=r["answer"]) for i, r in enumerate(records("gsm8k-test"))
+    ]
     return items, "5-shot from the train split; flexible: the last number"
 
 
@@ -27,7 +29,10 @@ def _gsm8k(r: Record) -> str:
 def gsm8k_answers(text: str) -> dict[str, float | None]:
     """`strict`: the number after ####. `flexible`: the last number of all."""
     strict, numbers = STRICT.search(text), NUMBER.findall(text)
-    return {"strict": _number(strict[1]) if strict else None, "flexible": _number(numbers[-1]) if numbers else None}
+    return {
+        "strict": _number(strict[1]) if strict else None,
+        "flexible": _number(numbers[-1]) if numbers else None,
+    }
 
 
 def _number(text: str) -> float | None:
@@ -50,8 +55,10 @@ def math_items(records: Records) -> tuple[list[Item], str]:
     for r in records("math-train"):
         first.setdefault(r["type"], r)
     shots = "".join(f"{_math(r)} {r['solution']}\n\n" for _, r in sorted(first.items())[:4])
-    items = [Item(f"math/{r['type']}/{i}", shots + _math(r), target=r["solution"])
-             for i, r in enumerate(records("math-test"))]
+    items = [
+        Item(f"math/{r['type']}/{i}", shots + _math(r), target=r["solution"])
+        for i, r in enumerate(records("math-test"))
+    ]
     return items, "4-shot: the first train problem of four subjects"
 
 
@@ -83,11 +90,19 @@ def judge_math(items: Sequence[Item], completions: Sequence[Completion]) -> Iter
     for i, (item, completion) in enumerate(zip(items, completions, strict=True)):
         wanted, said = boxed(item.target) or "", boxed(cut(completion, MATH_STOPS)[0])
         passed = said is not None and (said == wanted or same_maths(wanted, said))
-        yield i, Verdict(passed, "equal" if passed else "different" if said else "no boxed answer",
-                         output=f"wanted: {wanted}")
+        yield (
+            i,
+            Verdict(
+                passed,
+                "equal" if passed else "different" if said else "no boxed answer",
+                output=f"wanted: {wanted}",
+            ),
+        )
 
 
 TASKS: dict[str, Generate] = {
-    "gsm8k": Generate("gsm8k", "GSM8K", gsm8k_items, judge_gsm8k, max_tokens=400, stop=GSM8K_STOPS, group="maths"),
+    "gsm8k": Generate(
+        "gsm8k", "GSM8K", gsm8k_items, judge_gsm8k, max_tokens=400, stop=GSM8K_STOPS, group="maths"
+    ),
     "math": Generate("math", "MATH", math_items, judge_math, max_tokens=512, stop=MATH_STOPS, group="maths"),
 }

@@ -13,7 +13,7 @@ from codegemma.prompts import Layout, fim, fim_stops, plain
 from codegemma.tokenizer import Tokenizer
 
 StopReason = Literal["stop", "token", "length"]
-Choice = tuple[str, str]                 # context, continuation
+Choice = tuple[str, str]  # context, continuation
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,18 @@ class Model(Protocol):
     name: str
     tokenizer: Tokenizer
 
-    def sample(self, prompts: list[list[int]], *, max_tokens: int, stop_ids: frozenset[int], stop: list[str],
-               temperature: float, top_p: float, seed: int, n: int) -> Iterable[tuple[int, int, Completion]]:
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_tokens: int,
+        stop_ids: frozenset[int],
+        stop: list[str],
+        temperature: float,
+        top_p: float,
+        seed: int,
+        n: int,
+    ) -> Iterable[tuple[int, int, Completion]]:
         """(index of the prompt, number of the sample, completion), in the order in which they end."""
 
     def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
@@ -116,7 +126,7 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def cut(completion: Completion, stops: Sequence[str]) -> tuple[str, bool]:
     """The text before the first of `stops`, and whether a stop string ended it."""
     found = [at for stop in stops if (at := completion.text.find(stop)) >= 0]
-    return completion.text[:min(found, default=None)], bool(found) or completion.stop_reason == "stop"
+    return completion.text[: min(found, default=None)], bool(found) or completion.stop_reason == "stop"
 
 
 def encode_choice(tokenizer: Tokenizer, choice: Choice) -> tuple[list[int], list[int]]:
@@ -149,7 +159,9 @@ def subset(items: list[Item], limit: int | None) -> list[Item]:
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Unbiased estimate 1 - C(n-c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374, eq. 1)."""
     if not 0 <= correct <= samples or not 1 <= k <= samples:
-        raise ValueError(f"pass@k needs 0 <= correct <= samples and 1 <= k <= samples, got {correct=} {samples=} {k=}")
+        raise ValueError(
+            f"pass@k needs 0 <= correct <= samples and 1 <= k <= samples, got {correct=} {samples=} {k=}"
+        )
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
@@ -188,5 +200,7 @@ def compare(before: dict[str, float], after: dict[str, float]) -> Comparison:
     half = 1.959964 * math.sqrt(sum((d - mean) ** 2 for d in deltas) / max(len(ids) - 1, 1) / len(ids))
     gained, lost = ([id for id, d in zip(ids, deltas, strict=True) if d * sign > 0] for sign in (1, -1))
     changed = len(gained) + len(lost)
-    tail = sum(math.comb(changed, i) for i in range(min(len(gained), len(lost)) + 1)) / 2 ** changed
-    return Comparison(len(ids), mean, mean - half, mean + half, min(1.0, 2 * tail) if changed else 1.0, gained, lost)
+    tail = sum(math.comb(changed, i) for i in range(min(len(gained), len(lost)) + 1)) / 2**changed
+    return Comparison(
+        len(ids), mean, mean - half, mean + half, min(1.0, 2 * tail) if changed else 1.0, gained, lost
+    )

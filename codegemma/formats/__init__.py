@@ -61,13 +61,21 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         if len(found) == 1:
             path = found[0]
         elif orbax.home(path) is None:
-            raise ValueError(f"{path}: holds no config.json, no Orbax checkpoint, and {len(found)} .gguf, .nemo or "
-                             ".ckpt files: pass the directory of a model, or one file")
+            raise ValueError(
+                f"{path}: holds no config.json, no Orbax checkpoint, and {len(found)} .gguf, .nemo or "
+                ".ckpt files: pass the directory of a model, or one file"
+            )
     return Checkpoint(path, *_LOADERS[format_of(path)](path))
 
 
-_LOADERS = {"gguf": gguf.load, "safetensors": safetensors.load, "torch": torch.load, "keras": keras.load,
-            "nemo": nemo.load, "orbax": orbax.load}
+_LOADERS = {
+    "gguf": gguf.load,
+    "safetensors": safetensors.load,
+    "torch": torch.load,
+    "keras": keras.load,
+    "nemo": nemo.load,
+    "orbax": orbax.load,
+}
 
 
 def format_of(path: Path) -> str:
@@ -91,5 +99,7 @@ def format_of(path: Path) -> str:
         return "nemo"
     if start[8:9] == b"{":
         return "safetensors"
-    raise ValueError(f"{path}: is neither GGUF, safetensors, a PyTorch archive nor a .nemo: pass a file of these, a "
-                     "Hugging Face directory with config.json, a Keras preset or an Orbax checkpoint")
+    raise ValueError(
+        f"{path}: is neither GGUF, safetensors, a PyTorch archive nor a .nemo: pass a file of these, a "
+        "Hugging Face directory with config.json, a Keras preset or an Orbax checkpoint"
+    )

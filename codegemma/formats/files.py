@@ -66,7 +66,7 @@ def resuming(path: Path, stamp: str) -> Iterator[BinaryIO]:
             raise ValueError(f"{path}: is being written by another process: wait for it") from None
         try:
             yield file
-        except ValueError:               # trying again would end in the same way
+        except ValueError:  # trying again would end in the same way
             part.unlink()
             raise
         file.flush()
@@ -92,7 +92,7 @@ def building(path: Path) -> Iterator[Path]:
     try:
         yield part
         if path.exists():
-            path.rmdir()                 # only an empty one is replaced
+            path.rmdir()  # only an empty one is replaced
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -118,7 +118,7 @@ def _alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass                             # another user's
+        pass  # another user's
     return True
 
 

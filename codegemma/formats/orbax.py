@@ -24,14 +24,15 @@ from codegemma.weights import Deferred, Tensor
 
 TYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 MOST_ARRAYS = 65_536
-FLAX_ROWS = {256_000: 256_128}           # the embedding's rows in DeepMind's checkpoints of Gemma 1 and 2
+FLAX_ROWS = {256_000: 256_128}  # the embedding's rows in DeepMind's checkpoints of Gemma 1 and 2
 
 
 def home(path: Path) -> Path | None:
     """The checkpoint itself, at `path` or a directory or two further down ("2b-pt", "0/items"), or None."""
     for directory in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))):
         if any((directory / name).exists() for name in ("manifest.ocdbt", "_METADATA")) or next(
-                directory.glob("*/.zarray"), None):
+            directory.glob("*/.zarray"), None
+        ):
             return directory
     return None
 
@@ -45,10 +46,14 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         names = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
     except (ValueError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no readable Orbax checkpoint ({str(error)[:200]}): download it again") from None
+        raise ValueError(
+            f"{path}: is no readable Orbax checkpoint ({str(error)[:200]}): download it again"
+        ) from None
     arrays = [name.removesuffix("/.zarray") for name in names if name.endswith("/.zarray")]
     if not arrays or len(arrays) > MOST_ARRAYS:
-        raise ValueError(f"{path}: holds {len(arrays)} Zarr arrays: pass the directory of an Orbax checkpoint")
+        raise ValueError(
+            f"{path}: holds {len(arrays)} Zarr arrays: pass the directory of an Orbax checkpoint"
+        )
     return {_key(name): tensor for name in arrays if (tensor := _array(path, ts, store, name)) is not None}
 
 
@@ -64,28 +69,42 @@ def _array(path: Path, ts: Any, store: dict[str, Any], name: str) -> Tensor | No
     spec = {"driver": "zarr", "kvstore": {**store, "path": f"{store.get('path', '')}{name}/"}}
     try:
         array = ts.open(spec, open=True).result()
-        type, shape, chunk = TYPES.get(array.dtype.name), tuple(array.shape), array.chunk_layout.read_chunk.shape
+        type, shape, chunk = (
+            TYPES.get(array.dtype.name),
+            tuple(array.shape),
+            array.chunk_layout.read_chunk.shape,
+        )
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: array {name} cannot be opened ({str(error)[:200]}): download it again") from None
-    if type is None or not shape:        # a step counter
+        raise ValueError(
+            f"{path}: array {name} cannot be opened ({str(error)[:200]}): download it again"
+        ) from None
+    if type is None or not shape:  # a step counter
         return None
     if not all(0 < size <= 1 << 31 for size in shape) or math.prod(chunk) > 2 * math.prod(shape) + 1024:
-        raise ValueError(f"{path}: array {name} has the impossible shape {list(shape)} in chunks of {list(chunk)}: "
-                         "download it again")
+        raise ValueError(
+            f"{path}: array {name} has the impossible shape {list(shape)} in chunks of {list(chunk)}: "
+            "download it again"
+        )
 
     def values(view: Any, first: int, last: int) -> np.ndarray:
         rows = max(1, weights.PIECE // math.prod(view.shape[1:]))
         whole = np.empty((last - first, *view.shape[1:]), weights.ELEMENTS[type])
         try:
             for start in range(first, last, rows):  # all at once would hold every chunk twice
-                part = np.ascontiguousarray(view[start:min(start + rows, last)].read().result())
-                whole[start - first:start - first + rows] = part.view(whole.dtype)
+                part = np.ascontiguousarray(view[start : min(start + rows, last)].read().result())
+                whole[start - first : start - first + rows] = part.view(whole.dtype)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path}: array {name} cannot be read ({str(error)[:200]}): download it again") from None
+            raise ValueError(
+                f"{path}: array {name} cannot be read ({str(error)[:200]}): download it again"
+            ) from None
         return whole
 
-    return Deferred(type, shape, part=lambda first, last: values(array, first, last),
-                    layer=lambda index: values(array[:, index], 0, shape[0]))
+    return Deferred(
+        type,
+        shape,
+        part=lambda first, last: values(array, first, last),
+        layer=lambda index: values(array[:, index], 0, shape[0]),
+    )
 
 
 def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], Callable[[], Tokenizer] | None]:
@@ -96,9 +115,14 @@ def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], Ca
     stored = read(directory)
     format: weights.Format = "maxtext" if any(name.startswith("decoder/") for name in stored) else "flax"
     prefix = "transformer/" if format == "flax" else ("token_embedder/", "decoder/")
-    stored = weights.unstacked({name: tensor for name, tensor in stored.items() if name.startswith(prefix)}, 1,
-                               r"(decoder/layers)(/\D.*)")  # MaxText's lie so
-    places = [place for place in (path, directory, directory.parent) if (place / "config.json").exists()] or [path]
+    stored = weights.unstacked(
+        {name: tensor for name, tensor in stored.items() if name.startswith(prefix)},
+        1,
+        r"(decoder/layers)(/\D.*)",
+    )  # MaxText's lie so
+    places = [place for place in (path, directory, directory.parent) if (place / "config.json").exists()] or [
+        path
+    ]
     model, fields = safetensors.described(places[0], format, stored)
     tokenizers = (safetensors.tokenizer(place) for place in (path, directory, directory.parent))
     return model, weights.read(format, path, model, stored), fields, next(filter(None, tokenizers), None)
@@ -113,25 +137,47 @@ def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None
     described = {}
     for name, tensor in weights.write("flax", config, tensors).items():
         group, key = name.rsplit("/", 1)
-        rows = FLAX_ROWS.get(tensor.shape[0], tensor.shape[0]) if key == "input_embedding" else tensor.shape[0]
+        rows = (
+            FLAX_ROWS.get(tensor.shape[0], tensor.shape[0]) if key == "input_embedding" else tensor.shape[0]
+        )
         _write(ts, {**store, "path": f"{group}.{key}/"}, tensor, (rows, *tensor.shape[1:]))
         described[str((group, key))] = {
             "key_metadata": [{"key": group, "key_type": 2}, {"key": key, "key_type": 2}],
-            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False}}
-    (directory / "_METADATA").write_text(json.dumps({"tree_metadata": described, "use_ocdbt": True, "use_zarr3": False,
-                                                     "store_array_data_equal_to_fill_value": True}))
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
+        }
+    (directory / "_METADATA").write_text(
+        json.dumps(
+            {
+                "tree_metadata": described,
+                "use_ocdbt": True,
+                "use_zarr3": False,
+                "store_array_data_equal_to_fill_value": True,
+            }
+        )
+    )
 
 
 def _write(ts: Any, store: dict[str, Any], tensor: Tensor, shape: tuple[int, ...]) -> None:
-    rows = max(1, weights.PIECE // max(1, math.prod(shape[1:])))  # as many as a piece has: each chunk is written once
+    rows = max(
+        1, weights.PIECE // max(1, math.prod(shape[1:]))
+    )  # as many as a piece has: each chunk is written once
     name = next(name for name, type in TYPES.items() if type == tensor.type)
-    spec = {"driver": "zarr", "kvstore": store, "metadata": {
-        "shape": shape, "chunks": [min(rows, shape[0]), *shape[1:]], "compressor": {"id": "zstd", "level": 1},
-        "dtype": "bfloat16" if name == "bfloat16" else np.dtype(name).str}}
+    spec = {
+        "driver": "zarr",
+        "kvstore": store,
+        "metadata": {
+            "shape": shape,
+            "chunks": [min(rows, shape[0]), *shape[1:]],
+            "compressor": {"id": "zstd", "level": 1},
+            "dtype": "bfloat16" if name == "bfloat16" else np.dtype(name).str,
+        },
+    }
     array, start = ts.open(spec, create=True).result(), 0
     for piece in tensor.pieces():
         values = piece.array().view(array.dtype.numpy_dtype)
         if start + len(values) == tensor.shape[0] < shape[0]:  # rows past the vocabulary
-            values = np.concatenate([values, np.zeros((shape[0] - tensor.shape[0], *shape[1:]), values.dtype)])
-        array[start:start + len(values)].write(values).result()
+            values = np.concatenate(
+                [values, np.zeros((shape[0] - tensor.shape[0], *shape[1:]), values.dtype)]
+            )
+        array[start : start + len(values)].write(values).result()
         start += len(values)

@@ -25,8 +25,13 @@ from codegemma.tokenizer import Tokenizer
 from codegemma.weights import BLOCKS, Tensor
 
 TYPES = ("F32", "F16", "BF16")
-MOST_HEADER = 1 << 24                    # bytes of JSON; a 7B's is under 100 kB
-PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")  # multimodal (new, old), causal, bare
+MOST_HEADER = 1 << 24  # bytes of JSON; a 7B's is under 100 kB
+PREFIXES = (
+    "model.language_model.",
+    "language_model.model.",
+    "model.",
+    "",
+)  # multimodal (new, old), causal, bare
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.")
 
 
@@ -62,11 +67,13 @@ def read(path: Path) -> dict[str, Tensor]:
     data = mapped(path)
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > min(MOST_HEADER, len(data) - 8):
-        raise ValueError(f"{path}: its header of {size:,} bytes must fit the file and be at most {MOST_HEADER:,} "
-                         "bytes: the file is damaged or no safetensors; download it again")
-    infos = _json(path, data[8:8 + size])
+        raise ValueError(
+            f"{path}: its header of {size:,} bytes must fit the file and be at most {MOST_HEADER:,} "
+            "bytes: the file is damaged or no safetensors; download it again"
+        )
+    infos = _json(path, data[8 : 8 + size])
     infos.pop("__metadata__", None)
-    raw = np.frombuffer(data, np.uint8)[8 + size:]
+    raw = np.frombuffer(data, np.uint8)[8 + size :]
     spans = [(_span(path, name, info, raw.size), name) for name, info in infos.items()]
     end = 0
     for (start, stop), name in sorted(spans):
@@ -82,21 +89,29 @@ def _span(path: Path, name: str, info: Any, size: int) -> tuple[int, int]:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
             pass
         case _:
-            raise ValueError(f"{path}: tensor {name} lacks dtype, shape or data_offsets: download the file again")
+            raise ValueError(
+                f"{path}: tensor {name} lacks dtype, shape or data_offsets: download the file again"
+            )
     if dtype not in TYPES:
-        raise ValueError(f"{path}: tensor {name} is {dtype}, but this program reads {', '.join(TYPES)}: use the "
-                         "unquantised model, or a GGUF file")
+        raise ValueError(
+            f"{path}: tensor {name} is {dtype}, but this program reads {', '.join(TYPES)}: use the "
+            "unquantised model, or a GGUF file"
+        )
     if not shape or len(shape) > 4 or not all(type(axis) is int and 0 < axis <= 1 << 31 for axis in shape):
         raise ValueError(f"{path}: tensor {name} has the impossible shape {shape}: download the file again")
     need = math.prod(shape) * BLOCKS[dtype][1]
     if not 0 <= start <= stop <= size or stop - start != need:
-        raise ValueError(f"{path}: tensor {name} of {need:,} bytes lies at {start:,} to {stop:,} in {size:,} bytes of "
-                         "data: the file is damaged or cut short; download it again")
+        raise ValueError(
+            f"{path}: tensor {name} of {need:,} bytes lies at {start:,} to {stop:,} in {size:,} bytes of "
+            "data: the file is damaged or cut short; download it again"
+        )
     return start, stop
 
 
 def _tensor(info: Mapping[str, Any], raw: np.ndarray) -> Tensor:
-    if raw.ctypes.data % BLOCKS[info["dtype"]][1]:  # a header of odd length: rare, and no number lies straight
+    if (
+        raw.ctypes.data % BLOCKS[info["dtype"]][1]
+    ):  # a header of odd length: rare, and no number lies straight
         raw = raw.copy()
     return Tensor.view(info["dtype"], tuple(info["shape"]), raw)
 
@@ -109,18 +124,25 @@ def shards(path: Path) -> list[Path]:
     if index.exists():
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(
-                isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in places.values()):
-            raise ValueError(f"{index}: weight_map must give a file of the same directory for each tensor: "
-                             "download it again")
+            isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in places.values()
+        ):
+            raise ValueError(
+                f"{index}: weight_map must give a file of the same directory for each tensor: "
+                "download it again"
+            )
         found = [path / name for name in sorted(set(places.values()))]
     elif (path / "model.safetensors").exists():
         found = [path / "model.safetensors"]
     else:
         found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter"))
     if missing := [file.name for file in found if not file.exists()]:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}, which its index names: download the directory again")
+        raise ValueError(
+            f"{path}: lacks {', '.join(missing)}, which its index names: download the directory again"
+        )
     if not found:
-        raise ValueError(f"{path}: holds no *.safetensors: download the model in that format, or pass a .gguf file")
+        raise ValueError(
+            f"{path}: holds no *.safetensors: download the model in that format, or pass a .gguf file"
+        )
     return found
 
 
@@ -132,30 +154,67 @@ def _text_tensors(path: Path) -> dict[str, Tensor]:
             if name.removeprefix("model.").startswith(NOT_TEXT):
                 continue
             if not name.endswith("lm_head.weight"):
-                name = "model." + name.removeprefix(next(prefix for prefix in PREFIXES if name.startswith(prefix)))
+                name = "model." + name.removeprefix(
+                    next(prefix for prefix in PREFIXES if name.startswith(prefix))
+                )
             name = name.removeprefix("language_model.")
             if name in stored:
-                raise ValueError(f"{file}: holds {name} a second time: remove the shards that its index does not name")
+                raise ValueError(
+                    f"{file}: holds {name} a second time: remove the shards that its index does not name"
+                )
             stored[name] = tensor
     return stored
 
 
 # The fields of config.json for those of ModelConfig, read and written.
-KEYS = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads", "head_width": "head_dim", "ffn_width": "intermediate_size",
-        "vocab": "vocab_size", "context": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-        "attention_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping",
-        "window": "sliding_window"}
+KEYS = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_width": "head_dim",
+    "ffn_width": "intermediate_size",
+    "vocab": "vocab_size",
+    "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "attention_softcap": "attn_logit_softcapping",
+    "final_softcap": "final_logit_softcapping",
+    "window": "sliding_window",
+}
 # What a field that is not there stands for: multimodal configs state only what differs from transformers' classes.
-_GEMMA3 = {"layers": 26, "width": 2304, "heads": 8, "kv_heads": 4, "head_width": 256, "ffn_width": 9216,
-           "vocab": 262_208, "context": 131_072, "norm_eps": 1e-6, "attention_softcap": None, "final_softcap": None,
-           "window": 4096}
+_GEMMA3 = {
+    "layers": 26,
+    "width": 2304,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_width": 256,
+    "ffn_width": 9216,
+    "vocab": 262_208,
+    "context": 131_072,
+    "norm_eps": 1e-6,
+    "attention_softcap": None,
+    "final_softcap": None,
+    "window": 4096,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma": {"layers": 28, "width": 3072, "heads": 16, "kv_heads": 16, "head_width": 256, "ffn_width": 24_576,
-              "vocab": 256_000, "context": 8_192, "norm_eps": 1e-6, "attention_softcap": None, "final_softcap": None,
-              "window": None},
-    "gemma2": _GEMMA3 | {"vocab": 256_000, "context": 8_192, "attention_softcap": 50.0, "final_softcap": 30.0},
-    "gemma3": _GEMMA3}
+    "gemma": {
+        "layers": 28,
+        "width": 3072,
+        "heads": 16,
+        "kv_heads": 16,
+        "head_width": 256,
+        "ffn_width": 24_576,
+        "vocab": 256_000,
+        "context": 8_192,
+        "norm_eps": 1e-6,
+        "attention_softcap": None,
+        "final_softcap": None,
+        "window": None,
+    },
+    "gemma2": _GEMMA3
+    | {"vocab": 256_000, "context": 8_192, "attention_softcap": 50.0, "final_softcap": 30.0},
+    "gemma3": _GEMMA3,
+}
 ACTIVATIONS = (None, "gelu_pytorch_tanh", "gelu")  # the first Gemma configs said gelu, but mean the tanh form
 
 
@@ -170,17 +229,22 @@ def config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
 def _config(fields: Mapping[str, Any]) -> ModelConfig:
     kind = fields.get("model_type")
     if "quantization_config" in fields:
-        raise ValueError("the weights are quantised in a way of their own (quantization_config): use the unquantised "
-                         "model, or a GGUF file")
+        raise ValueError(
+            "the weights are quantised in a way of their own (quantization_config): use the unquantised "
+            "model, or a GGUF file"
+        )
     if kind == "gemma3" and isinstance(fields.get("text_config"), dict):
         return _config({"model_type": "gemma3_text"} | fields["text_config"])
     architecture: Any = "gemma3" if kind == "gemma3_text" else kind
     if architecture not in ("gemma", "gemma2", "gemma3"):
-        raise ValueError(f"model_type is {kind!r}, but this program runs {', '.join(DEFAULTS)}: choose a Gemma or "
-                         "CodeGemma model")
+        raise ValueError(
+            f"model_type is {kind!r}, but this program runs {', '.join(DEFAULTS)}: choose a Gemma or "
+            "CodeGemma model"
+        )
     if fields.get("use_bidirectional_attention"):
-        raise ValueError("use_bidirectional_attention makes this an embedding model, which writes no text: choose "
-                         "another")
+        raise ValueError(
+            "use_bidirectional_attention makes this an embedding model, which writes no text: choose another"
+        )
     for key in ("hidden_activation", "hidden_act"):
         if fields.get(key) not in ACTIVATIONS:
             raise ValueError(f"{key} is {fields[key]!r}, but every Gemma uses gelu_pytorch_tanh")
@@ -190,9 +254,15 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
     scalar = fields.get("query_pre_attn_scalar", values["head_width"] if architecture == "gemma" else 256)
     if type(scalar) not in (int, float) or not 0 < scalar < 1e12:
         raise ValueError(f"query_pre_attn_scalar must be a number above 0, got {scalar!r}")
-    return ModelConfig(architecture, **values, **_ropes(architecture, fields), post_norms=architecture != "gemma",
-                       global_every=_period(architecture, fields, values), qk_norm=architecture == "gemma3",
-                       query_scale=scalar ** -0.5)
+    return ModelConfig(
+        architecture,
+        **values,
+        **_ropes(architecture, fields),
+        post_norms=architecture != "gemma",
+        global_every=_period(architecture, fields, values),
+        qk_norm=architecture == "gemma3",
+        query_scale=scalar**-0.5,
+    )
 
 
 def _period(architecture: str, fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
@@ -205,12 +275,16 @@ def _period(architecture: str, fields: Mapping[str, Any], values: Mapping[str, A
     if types is None or type(period) is not int:
         return period
     if not isinstance(types, list) or len(types) != values["layers"]:
-        raise ValueError(f"layer_types must be a list with one entry for each of the {values['layers']} layers")
+        raise ValueError(
+            f"layer_types must be a list with one entry for each of the {values['layers']} layers"
+        )
     whole = [kind == "full_attention" for kind in types]
     period = whole.index(True) + 1 if True in whole else max(period, len(types) + 1)
     if whole != [(layer + 1) % period == 0 for layer in range(len(types))]:
-        raise ValueError(f"layer_types {types} does not repeat: every Gemma has one full_attention after a fixed "
-                         "number of sliding_attention layers")
+        raise ValueError(
+            f"layer_types {types} does not repeat: every Gemma has one full_attention after a fixed "
+            "number of sliding_attention layers"
+        )
     return period
 
 
@@ -222,13 +296,18 @@ def _ropes(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     scaling = _table(fields, "rope_scaling") or full
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear") or local.get("rope_type", "default") != "default":
-        raise ValueError(f"rope type {kind!r} (local: {local.get('rope_type')!r}) is in no Gemma: only linear scaling "
-                         "of the global layers is known")
+        raise ValueError(
+            f"rope type {kind!r} (local: {local.get('rope_type')!r}) is in no Gemma: only linear scaling "
+            "of the global layers is known"
+        )
     base = full.get("rope_theta", fields.get("rope_theta", 1e6 if architecture == "gemma3" else 1e4))
     if architecture != "gemma3":
         return {"rope_base": base, "rope_base_local": base, "rope_scale": scaling.get("factor", 1.0)}
-    return {"rope_base": base, "rope_scale": scaling.get("factor", 1.0) if kind == "linear" else 1.0,
-            "rope_base_local": local.get("rope_theta", fields.get("rope_local_base_freq", 1e4))}
+    return {
+        "rope_base": base,
+        "rope_scale": scaling.get("factor", 1.0) if kind == "linear" else 1.0,
+        "rope_base_local": local.get("rope_theta", fields.get("rope_local_base_freq", 1e4)),
+    }
 
 
 def _table(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -241,21 +320,36 @@ def _table(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def config_fields(config: ModelConfig) -> dict[str, Any]:
     """A config.json for a config, in the words that transformers 4 and 5 both read."""
     kind = "gemma3_text" if config.architecture == "gemma3" else config.architecture
-    scalar = max(1, round(config.query_scale ** -2))
-    if (config.architecture == "gemma" and scalar != config.head_width
-            or not math.isclose(scalar ** -0.5, config.query_scale, rel_tol=1e-6)):
-        raise ValueError(f"config.json cannot say the query scale {config.query_scale}: transformers takes 1 / sqrt of "
-                         "a whole number, and in Gemma 1 of head_dim alone")
+    scalar = max(1, round(config.query_scale**-2))
+    if (
+        config.architecture == "gemma"
+        and scalar != config.head_width
+        or not math.isclose(scalar**-0.5, config.query_scale, rel_tol=1e-6)
+    ):
+        raise ValueError(
+            f"config.json cannot say the query scale {config.query_scale}: transformers takes 1 / sqrt of "
+            "a whole number, and in Gemma 1 of head_dim alone"
+        )
     fields: dict[str, Any] = {
-        "architectures": [f"G{config.architecture[1:]}ForCausalLM"], "model_type": kind,
-        **{key: getattr(config, name) for name, key in KEYS.items()}, "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": scalar, "rope_theta": config.rope_base,
-        "attention_bias": False, "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+        "architectures": [f"G{config.architecture[1:]}ForCausalLM"],
+        "model_type": kind,
+        **{key: getattr(config, name) for name, key in KEYS.items()},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "rope_theta": config.rope_base,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
     if config.architecture == "gemma":
         del fields["sliding_window"], fields["query_pre_attn_scalar"]
     else:
-        fields["layer_types"] = ["full_attention" if config.is_global(layer) else "sliding_attention"
-                                 for layer in range(config.layers)]
+        fields["layer_types"] = [
+            "full_attention" if config.is_global(layer) else "sliding_attention"
+            for layer in range(config.layers)
+        ]
         fields["sliding_window_pattern"] = config.global_every
     if config.architecture == "gemma3":
         fields["rope_local_base_freq"] = config.rope_base_local
@@ -273,7 +367,9 @@ def tokenizer(path: Path) -> Callable[[], Tokenizer] | None:
     return None
 
 
-def described(home: Path, format: weights.Format, stored: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Any]]:
+def described(
+    home: Path, format: weights.Format, stored: Mapping[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Any]]:
     """Config and config.json of a checkpoint whose own files do not tell: from the config.json of its directory, else
     the published model that has exactly these tensors. Raises ValueError where there is neither."""
     file = home / "config.json"
@@ -284,8 +380,10 @@ def described(home: Path, format: weights.Format, stored: Mapping[str, Tensor]) 
         with contextlib.suppress(ValueError):
             weights.read(format, home, known, stored)
             return known, fields
-    raise ValueError(f"{home}: its tensors are those of no published model, and no config.json tells what they are: "
-                     "put the model's Hugging Face config.json beside them")
+    raise ValueError(
+        f"{home}: its tensors are those of no published model, and no config.json tells what they are: "
+        "put the model's Hugging Face config.json beside them"
+    )
 
 
 def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], Callable[[], Tokenizer] | None]:
@@ -310,10 +408,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     infos, offset = {}, 0
     for name, tensor in tensors.items():
         if tensor.type not in TYPES:
-            raise ValueError(f"{path}: tensor {name} is {tensor.type}, but safetensors holds {', '.join(TYPES)}: "
-                             "decode it first, or write GGUF")
-        infos[name] = {"dtype": tensor.type, "shape": tensor.shape,
-                       "data_offsets": (offset, offset := offset + tensor.nbytes)}
+            raise ValueError(
+                f"{path}: tensor {name} is {tensor.type}, but safetensors holds {', '.join(TYPES)}: "
+                "decode it first, or write GGUF"
+            )
+        infos[name] = {
+            "dtype": tensor.type,
+            "shape": tensor.shape,
+            "data_offsets": (offset, offset := offset + tensor.nbytes),
+        }
     header = json.dumps({"__metadata__": {"format": "pt"}, **infos}).encode()
     header += b" " * (-len(header) % 64 + 56)
     with replacing(path) as file:
@@ -323,7 +426,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 file.write(np.ascontiguousarray(piece.data).data)
 
 
-SHARD = 5 << 30                          # bytes of a file, as transformers cuts
+SHARD = 5 << 30  # bytes of a file, as transformers cuts
 # Gemma's turns, as prompts.chat builds them; a system text goes before the first user's.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
@@ -332,7 +435,8 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('Turns must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{{ '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else turn['role']) + '\n' "
     "+ (first if loop.first else '') + (turn['content'] | trim) + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 
 
 def tokenizer_fields(tokenizer: Tokenizer, template: str | None) -> dict[str, Any]:
@@ -340,50 +444,122 @@ def tokenizer_fields(tokenizer: Tokenizer, template: str | None) -> dict[str, An
     control = tokenizer.control
     fim = (control.fim_prefix, control.fim_middle, control.fim_suffix, control.file_separator)
     steer = (control.pad, control.eos, control.bos, control.unk, control.start_of_turn, control.end_of_turn)
-    added = {str(token): {"content": tokenizer.piece(token), "special": token not in fim, "lstrip": False,
-                          "rstrip": False, "normalized": False, "single_word": False}
-             for token in sorted({one for one in (*fim, *steer) if one is not None})}
-    names = {f"{key}_token": tokenizer.piece(token) for key, token in
-             (("bos", control.bos), ("eos", control.eos), ("pad", control.pad), ("unk", control.unk)) if token is not None}
-    return {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **names,
-            "added_tokens_decoder": added, "clean_up_tokenization_spaces": False, "spaces_between_special_tokens": False,
-            "sp_model_kwargs": {}, "use_default_system_prompt": False,
-            **({"chat_template": template} if template else {})}
+    added = {
+        str(token): {
+            "content": tokenizer.piece(token),
+            "special": token not in fim,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+        }
+        for token in sorted({one for one in (*fim, *steer) if one is not None})
+    }
+    names = {
+        f"{key}_token": tokenizer.piece(token)
+        for key, token in (
+            ("bos", control.bos),
+            ("eos", control.eos),
+            ("pad", control.pad),
+            ("unk", control.unk),
+        )
+        if token is not None
+    }
+    return {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **names,
+        "added_tokens_decoder": added,
+        "clean_up_tokenization_spaces": False,
+        "spaces_between_special_tokens": False,
+        "sp_model_kwargs": {},
+        "use_default_system_prompt": False,
+        **({"chat_template": template} if template else {}),
+    }
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """A tokenizer.json with the same merges: transformers reads tokenizer.model only where protobuf is installed."""
     names, scores, kinds = tokenizer.pieces()
     ids = {name: token for token, name in enumerate(names)}
-    merges = [(-scores[token], token, ids[name[:at]], ids[name[at:]]) for token, name in enumerate(names)
-              if kinds[token] in (1, 4) for at in range(1, len(name)) if name[:at] in ids and name[at:] in ids]
+    merges = [
+        (-scores[token], token, ids[name[:at]], ids[name[at:]])
+        for token, name in enumerate(names)
+        if kinds[token] in (1, 4)
+        for at in range(1, len(name))
+        if name[:at] in ids and name[at:] in ids
+    ]
     added = [token for token, kind in enumerate(kinds) if kind in (2, 3, 4)]
     plain = tokenizer.control
     fim = (plain.fim_prefix, plain.fim_middle, plain.fim_suffix, plain.file_separator)
     space, bos = {"String": " "}, "<bos>" if plain.bos is None else names[plain.bos]
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": token, "content": names[token], "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": kinds[token] != 4 and token not in fim} for token in added],
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": token,
+                "content": names[token],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": kinds[token] != 4 and token not in fim,
+            }
+            for token in added
+        ],
         "normalizer": {"type": "Replace", "pattern": space, "content": "\u2581"},
-        "pre_tokenizer": {"type": "Split", "pattern": space, "behavior": "MergedWithPrevious", "invert": False},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": space,
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
         "post_processor": {
-            "type": "TemplateProcessing", "pair": [{"SpecialToken": {"id": bos, "type_id": 0}},
-                                                   {"Sequence": {"id": "A", "type_id": 0}},
-                                                   {"SpecialToken": {"id": bos, "type_id": 1}},
-                                                   {"Sequence": {"id": "B", "type_id": 1}}],
+            "type": "TemplateProcessing",
+            "pair": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": bos, "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
             "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "special_tokens": {bos: {"id": bos, "ids": [plain.bos], "tokens": [bos]}}},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
-            {"type": "Fuse"}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-                  "vocab": ids, "merges": [(names[left], names[right]) for *_, left, right in sorted(merges)]}}
+            "special_tokens": {bos: {"id": bos, "ids": [plain.bos], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": [(names[left], names[right]) for *_, left, right in sorted(merges)],
+        },
+    }
 
 
-def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None,
-         template: str | None, stops: list[int], told: Mapping[str, Any] = MappingProxyType({})) -> None:
+def save(
+    path: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    template: str | None,
+    stops: list[int],
+    told: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at `stops`, config.json says what is
     `told` too."""
     stored = weights.write("hf", config, tensors)
@@ -392,18 +568,23 @@ def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokeniz
         if shards[-1] and sum(one.nbytes for one in shards[-1].values()) + tensor.nbytes > SHARD:
             shards.append({})
         shards[-1][name] = tensor
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    )
     for file, shard in zip(names, shards, strict=True):
         write_safetensors(path / file, shard)
     kind = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[tensors["embed"].type]
     documents: dict[str, Any] = {
         "config.json": {**config_fields(config), "torch_dtype": kind, **told},
-        "generation_config.json": {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": stops or 1}}
+        "generation_config.json": {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": stops or 1},
+    }
     if len(shards) > 1:
         documents["model.safetensors.index.json"] = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in stored.values())},
-            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard}}
+            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+        }
     if tokenizer:
         (path / "tokenizer.model").write_bytes(tokenizer.model)
         documents["tokenizer_config.json"] = tokenizer_fields(tokenizer, template)

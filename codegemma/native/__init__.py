@@ -22,11 +22,11 @@ from codegemma.native import _native
 from codegemma.native._native import Cancel as Cancel
 from codegemma.weights import Tensor, row_bytes
 
-PAGE: int = _native.PAGE                 # tokens in a page of keys and values
-RANK: int = _native.RANK                 # ranks that one slice of an adapter has
+PAGE: int = _native.PAGE  # tokens in a page of keys and values
+RANK: int = _native.RANK  # ranks that one slice of an adapter has
 NUMERICS = "v1"
-CHUNK = 512                              # tokens that one run takes at most
-SETTLE_AFTER = 64                        # runs: by then a process is no one-shot, and huge pages pay
+CHUNK = 512  # tokens that one run takes at most
+SETTLE_AFTER = 64  # runs: by then a process is no one-shot, and huge pages pay
 
 
 def usable_cpus() -> int:
@@ -61,9 +61,9 @@ class Page:
 class Logits:
     """Row i belongs to the i-th wanted token. `values` is a buffer that the next run overwrites."""
 
-    values: np.ndarray                   # float32 [n, V]
-    argmax: np.ndarray                   # int32 [n]: the lowest id among equals
-    normaliser: np.ndarray               # float32 [n]: log sum exp
+    values: np.ndarray  # float32 [n, V]
+    argmax: np.ndarray  # int32 [n]: the lowest id among equals
+    normaliser: np.ndarray  # float32 [n]: log sum exp
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Slice:
     ids: Sequence[int]
     start: int
     pages: list[Page]
-    wanted: int                          # logits of this many last tokens
+    wanted: int  # logits of this many last tokens
     adapter: str | None = None
 
 
@@ -101,8 +101,13 @@ class Native:
 
     invariant = True
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, level: str | None = None,
-                 observed: dict[str, np.ndarray] | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        threads: int | None = None,
+        level: str | None = None,
+        observed: dict[str, np.ndarray] | None = None,
+    ) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.config = checkpoint.config
@@ -135,7 +140,10 @@ class Native:
             a, slices = [], []
             for target, tensor in enumerate(names):
                 for at in range(0, len(adapter.a[tensor]) if tensor in adapter.a else 0, RANK):
-                    a_rI, b_Or = adapter.a[tensor][at:at + RANK], adapter.b[tensor][:, at:at + RANK] * np.float32(adapter.scale)
+                    a_rI, b_Or = (
+                        adapter.a[tensor][at : at + RANK],
+                        adapter.b[tensor][:, at : at + RANK] * np.float32(adapter.scale),
+                    )
                     missing = RANK - len(a_rI)
                     a.append(np.pad(a_rI, ((0, missing), (0, 0))))
                     slices.append((target, self._low_rank(np.pad(b_Or, ((0, 0), (0, missing))))))
@@ -156,8 +164,12 @@ class Native:
     def run(self, slices: Sequence[Slice], cancel: _native.Cancel | None = None) -> Logits | None:
         """Runs all slices together and writes their keys and values; None if it was cancelled on the way. Rows of logits
         follow the slices; inside, those of one adapter stand together."""
-        if os.getpid() != self._process:     # threads do not survive a fork, and waiting for them would never end
-            raise RuntimeError("this model was loaded before the process forked: load it in the child, or spawn instead")
+        if (
+            os.getpid() != self._process
+        ):  # threads do not survive a fork, and waiting for them would never end
+            raise RuntimeError(
+                "this model was loaded before the process forked: load it in the child, or spawn instead"
+            )
         self._runs += 1
         if self._runs == SETTLE_AFTER:
             threading.Thread(target=self.settle, daemon=True).start()
@@ -175,7 +187,7 @@ class Native:
             if adapters_T is not None:
                 adapters_T[at:end] = adapters[i]
             positions_T[at:end] = np.arange(s.start, s.start + len(s.ids))
-            pages_SP[i, :len(s.pages)] = [page.data.ctypes.data for page in s.pages]
+            pages_SP[i, : len(s.pages)] = [page.data.ctypes.data for page in s.pages]
             rows[i] = range(end - s.wanted, end)
             at = end
         wanted = [row for one in rows for row in one]
@@ -183,8 +195,18 @@ class Native:
         if n > len(self._buffers.argmax):
             self._buffers = self._logits_buffers(n)
         b = self._buffers
-        done = self._program.run(ids_T, positions_T, sequences_T, pages_SP, np.array(wanted, np.int32),
-                                 b.values, b.argmax, b.normaliser, cancel, adapters_T)
+        done = self._program.run(
+            ids_T,
+            positions_T,
+            sequences_T,
+            pages_SP,
+            np.array(wanted, np.int32),
+            b.values,
+            b.argmax,
+            b.normaliser,
+            cancel,
+            adapters_T,
+        )
         return Logits(b.values[:n], b.argmax[:n], b.normaliser[:n]) if done else None
 
     def settle(self) -> int:
@@ -207,7 +229,9 @@ class Native:
         return times
 
     def _logits_buffers(self, n: int) -> Logits:
-        return Logits(np.empty((n, self.config.vocab), np.float32), np.empty(n, np.int32), np.empty(n, np.float32))
+        return Logits(
+            np.empty((n, self.config.vocab), np.float32), np.empty(n, np.int32), np.empty(n, np.float32)
+        )
 
     def _weight(self, tensor: Tensor) -> _native.Weight:
         rows, columns = tensor.shape
@@ -222,16 +246,18 @@ class Native:
         self._kept.append(values)
         return values
 
-    def _record(self, tensors: dict[str, Tensor], layer_bytes: int,
-                observed: dict[str, np.ndarray] | None) -> _native.Program:
+    def _record(
+        self, tensors: dict[str, Tensor], layer_bytes: int, observed: dict[str, np.ndarray] | None
+    ) -> _native.Program:
         c, p = self.config, _native.Program(self._pool, self.level)
         N, K, H, F, eps = c.heads, c.kv_heads, c.head_width, c.ffn_width, c.norm_eps
         x, a, y = p.buffer(c.width), p.buffer(c.width), p.buffer(c.width)
         qkv, values, hidden = p.buffer((N + 2 * K) * H), p.buffer(N * H), p.buffer(F)
         table = self._weight(tensors["embed"])
         p.embed(table, x, c.embed_scale)
-        added, post = -1, None           # what the next norm first adds to the residual stream
+        added, post = -1, None  # what the next norm first adds to the residual stream
         for i in range(c.layers):
+
             def weight(name: str, i: int = i) -> _native.Weight:
                 return self._weight(tensors[f"layers.{i}.{name}"])
 
@@ -249,8 +275,9 @@ class Native:
             observe(a, c.width, "q", "k", "v")
             site = p.product(a, [weight("q"), weight("k"), weight("v")], qkv)
             self._sites.append((site, [f"layers.{i}.{name}" for name in "qkv"]))
-            p.split_heads(qkv, N, K, H, factors("q_norm"), factors("k_norm"), eps, c.query_scale, base, scale,
-                          **offsets)
+            p.split_heads(
+                qkv, N, K, H, factors("q_norm"), factors("k_norm"), eps, c.query_scale, base, scale, **offsets
+            )
             p.attend(qkv, values, N, K, H, c.layer_window(i) or 0, c.attention_softcap or 0.0, **offsets)
             observe(values, N * H, "o")
             self._sites.append((p.product(values, [weight("o")], y), [f"layers.{i}.o"]))

@@ -34,7 +34,11 @@ class How(NamedTuple):
     paired: bool
 
 
-LOW, MIXED, EASED = "low", "mixed", "eased"  # x a^T, and attention's result and logarithms of sums, as policies of remat name them
+LOW, MIXED, EASED = (
+    "low",
+    "mixed",
+    "eased",
+)  # x a^T, and attention's result and logarithms of sums, as policies of remat name them
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["type"])
@@ -43,7 +47,7 @@ class Blocks:
     """A weight [rows, width] in its blocks. A part of it (a chunk of a vocabulary, one of many like layers below each other)
     is named by `start` and `count` in the calls, where `start` may be traced: it is never copied."""
 
-    data: Array                          # uint8 [rows, row bytes]
+    data: Array  # uint8 [rows, row bytes]
     type: str
 
     @classmethod
@@ -57,7 +61,9 @@ class Blocks:
 
     def float32(self, start: int | Array = 0, count: int | None = None) -> Array:
         """Decoded rows, in JAX alone."""
-        return _decode(lax.dynamic_slice_in_dim(self.data, start, self.shape[0] if count is None else count), self.type)
+        return _decode(
+            lax.dynamic_slice_in_dim(self.data, start, self.shape[0] if count is None else count), self.type
+        )
 
 
 def configure(threads: int | None = None, level: str = "auto") -> None:
@@ -72,7 +78,9 @@ def configure(threads: int | None = None, level: str = "auto") -> None:
 _registered: dict[str, object] = {}
 
 
-def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None) -> Array:
+def product(
+    x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None
+) -> Array:
     """x W^T in float32 for x [..., width] and rows start .. start + count: float32 [..., count]. Differentiable in x, once,
     in reverse."""
     count = _fits("x", x, weight.shape[1], weight, count)
@@ -80,7 +88,9 @@ def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None 
     return y.reshape(*x.shape[:-1], count)
 
 
-def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None) -> Array:
+def product_t(
+    dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None
+) -> Array:
     """dy W in float32 for dy [..., count]: float32 [..., width]. Not differentiable."""
     count = _fits("dy", dy, weight.shape[0] if count is None else count, weight, count)
     return _backward(count, _how(by), (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
@@ -92,14 +102,26 @@ def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By | None = 
     return _adapted(_how(by), _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
 
 
-def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segments_BT: Array, window: int | None,
-              cap: float | None) -> Array:
+def attention(
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    positions_BT: Array,
+    segments_BT: Array,
+    window: int | None,
+    cap: float | None,
+) -> Array:
     """Causal attention within segments, float32 [B, T, N, H]: a token sees those of its segment whose position is not above its
     own and less than `window` below. Positions rise with the index within a segment. `cap`: the soft cap of scores. By the
     kernels alone, on a CPU; differentiable in q, k and v, once, in reverse. No [T, T] is kept: see `EASED`."""
     sight = positions_BT.astype(jnp.int32), segments_BT.astype(jnp.int32)
     told = np.int32(window or 0), np.float32(cap or 0)
-    return _attention(How("native", _how(None).paired), *told, *(x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH)), *sight)
+    return _attention(
+        How("native", _how(None).paired),
+        *told,
+        *(x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH)),
+        *sight,
+    )
 
 
 class Sums(NamedTuple):
@@ -112,14 +134,22 @@ class Sums(NamedTuple):
     mean_MD: Array
 
 
-def vocabulary(hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | None, used: Array | int) -> Sums:
+def vocabulary(
+    hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | None, used: Array | int
+) -> Sums:
     """Of the first `used` hidden states, over all rows of a table, each as often as `counts_V` says; where it is 0, the row is
     out. Rows beyond `used` give 0, 0, 1 and 0. By the kernels alone, on a CPU; not differentiable."""
     M, D = hidden_MD.shape
     shapes = (M, D), (M,), jax.ShapeDtypeStruct((M,), jnp.int32), (M,)
     given = _flat(hidden_MD), table.data, counts_V.astype(jnp.float32), jnp.int32(used)
-    mean_MD, most_M, best_M, sum_M = _call(How("native", _how(None).paired), "codegemma_vocabulary", shapes, table, *given,
-                                           cap=np.float32(cap or 0))
+    mean_MD, most_M, best_M, sum_M = _call(
+        How("native", _how(None).paired),
+        "codegemma_vocabulary",
+        shapes,
+        table,
+        *given,
+        cap=np.float32(cap or 0),
+    )
     return Sums(most_M, best_M, sum_M, mean_MD)
 
 
@@ -129,7 +159,14 @@ def decode_rows(weight: Blocks, ids: Array, by: By | None = None) -> Array:
     if how.by == "xla":
         values = _decode(weight.data[ids.reshape(-1)], weight.type)
     else:
-        values = _call(how, "codegemma_rows", (ids.size, weight.shape[1]), weight, ids.reshape(-1).astype(jnp.int32), weight.data)
+        values = _call(
+            how,
+            "codegemma_rows",
+            (ids.size, weight.shape[1]),
+            weight,
+            ids.reshape(-1).astype(jnp.int32),
+            weight.data,
+        )
     return values.reshape(*ids.shape, -1)
 
 
@@ -160,7 +197,9 @@ def _product(count: int, how: How, x_TK: Array, weight: Blocks, start: Array) ->
     return _call(how, "codegemma_product", (len(x_TK), count), weight, x_TK, weight.data, start)
 
 
-def _forward(count: int, how: How, x_TK: Array, weight: Blocks, start: Array) -> tuple[Array, tuple[Blocks, Array]]:
+def _forward(
+    count: int, how: How, x_TK: Array, weight: Blocks, start: Array
+) -> tuple[Array, tuple[Blocks, Array]]:
     return _product(count, how, x_TK, weight, start), (weight, start)
 
 
@@ -168,7 +207,11 @@ def _backward(count: int, how: How, kept: tuple[Blocks, Array], dy_TN: Array) ->
     weight, start = kept
     if how.by == "xla":
         return _matmul(how, dy_TN, weight.float32(start, count)), None, None
-    return _call(how, "codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start), None, None
+    return (
+        _call(how, "codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start),
+        None,
+        None,
+    )
 
 
 _product.defvjp(_forward, _backward)
@@ -189,15 +232,27 @@ def _adapted_forward(how: How, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: A
     return (y_TN, u_TR), (x_TK, checkpoint_name(u_TR, LOW), weight, a_RK, b_NR)
 
 
-def _adapted_backward(how: How, kept: Any, cotangents: tuple[Array, Array]) -> tuple[Array, None, Array, Array]:
+def _adapted_backward(
+    how: How, kept: Any, cotangents: tuple[Array, Array]
+) -> tuple[Array, None, Array, Array]:
     x_TK, u_TR, weight, a_RK, b_NR = kept
-    dy_TN, _ = cotangents                # nothing but these gradients reads x a^T
+    dy_TN, _ = cotangents  # nothing but these gradients reads x a^T
     if how.by == "xla":
         du_TR = _matmul(how, dy_TN, b_NR)
         dx_TK = _backward(len(b_NR), how, (weight, jnp.int32(0)), dy_TN)[0] + _matmul(how, du_TR, a_RK)
         return dx_TK, None, _matmul(how, du_TR.T, x_TK), _matmul(how, dy_TN.T, u_TR)
-    dx_TK, da_RK, db_NR = _call(how, "codegemma_adapted_back", (x_TK.shape, a_RK.shape, b_NR.shape), weight, dy_TN, x_TK, u_TR,
-                                weight.data, a_RK, b_NR)
+    dx_TK, da_RK, db_NR = _call(
+        how,
+        "codegemma_adapted_back",
+        (x_TK.shape, a_RK.shape, b_NR.shape),
+        weight,
+        dy_TN,
+        x_TK,
+        u_TR,
+        weight.data,
+        a_RK,
+        b_NR,
+    )
     return dx_TK, None, da_RK, db_NR
 
 
@@ -211,14 +266,20 @@ def _attention(how: How, window: np.int32, cap: np.float32, *qkv_and_sight: Arra
 
 def _attention_forward(how: How, window: np.int32, cap: np.float32, *qkv_and_sight: Array) -> Any:
     shape_BTNH = qkv_and_sight[0].shape
-    out_BTNH, sums_BTN = _ffi(how, "codegemma_attention", (shape_BTNH, shape_BTNH[:3]), *qkv_and_sight, window=window, cap=cap)
+    out_BTNH, sums_BTN = _ffi(
+        how, "codegemma_attention", (shape_BTNH, shape_BTNH[:3]), *qkv_and_sight, window=window, cap=cap
+    )
     out_BTNH, sums_BTN = checkpoint_name(out_BTNH, MIXED), checkpoint_name(sums_BTN, EASED)
     return out_BTNH, (sums_BTN, *qkv_and_sight)
 
 
 def _attention_backward(how: How, window: np.int32, cap: np.float32, kept: Any, d_out_BTNH: Array) -> Any:
     shapes = tuple(x.shape for x in kept[1:4])
-    return *_ffi(how, "codegemma_attention_back", shapes, d_out_BTNH, *kept, window=window, cap=cap), None, None
+    return (
+        *_ffi(how, "codegemma_attention_back", shapes, d_out_BTNH, *kept, window=window, cap=cap),
+        None,
+        None,
+    )
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -232,8 +293,11 @@ def _ffi(how: How, name: str, shapes: tuple[Any, ...], *operands: Array, **told:
     """Float32 results of these shapes, or the one of this shape, where no type is told."""
     if not _registered:
         configure()
-    results = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(x, jnp.float32), shapes,
-                           is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct) or isinstance(x[0], int))
+    results = jax.tree.map(
+        lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(x, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct) or isinstance(x[0], int),
+    )
     call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
     return call(*operands, paired=np.int32(how.paired), **told)
 
@@ -253,7 +317,7 @@ def _decode(raw: Array, type: str) -> Array:
         return lax.bitcast_convert_type(b, floats[type]).astype(jnp.float32)
 
     def half(at: int) -> Array:
-        return lax.bitcast_convert_type(b[..., at:at + 2], jnp.float16).astype(jnp.float32)[..., None]
+        return lax.bitcast_convert_type(b[..., at : at + 2], jnp.float16).astype(jnp.float32)[..., None]
 
     values = _decode_256(b, half, type) if weights == 256 else _decode_32(b, half, type)
     return values.reshape(len(raw), -1)
@@ -274,11 +338,15 @@ def _decode_32(b: Array, half: Callable[[int], Array], type: str) -> Array:
 def _decode_256(b: Array, half: Callable[[int], Array], type: str) -> Array:
     low_high = jnp.array([0, 4], jnp.uint8)[:, None]
     if type == "Q6_K":
-        low = b[..., :128].reshape(*b.shape[:2], 2, 1, 64) >> low_high                # [half, nibble, 64]
+        low = b[..., :128].reshape(*b.shape[:2], 2, 1, 64) >> low_high  # [half, nibble, 64]
         top = b[..., 128:192].reshape(*b.shape[:2], 2, 1, 32) >> jnp.array([0, 2, 4, 6], jnp.uint8)[:, None]
         q = (low & 15).reshape(*b.shape[:2], 2, 4, 32) | (top & 3) << 4
         scales = lax.bitcast_convert_type(b[..., 192:208], jnp.int8).astype(jnp.float32)
-        return half(208)[..., None] * scales[..., None] * (q.reshape(*b.shape[:2], 16, 16).astype(jnp.float32) - 32.0)
+        return (
+            half(208)[..., None]
+            * scales[..., None]
+            * (q.reshape(*b.shape[:2], 16, 16).astype(jnp.float32) - 32.0)
+        )
     p = b[..., 4:16]
     first, second, third = p[..., :4], p[..., 4:8], p[..., 8:]
     scales = jnp.concatenate([first & 63, third & 15 | first >> 6 << 4], -1).astype(jnp.float32)

@@ -29,18 +29,27 @@ OPEN = {"/", "/health", "/v1/health", "/terms"}  # without a key, as the page's 
 
 clash = APIRouter()
 
-_Either = Annotated[Annotated[openai.Completion, Tag("openai")] | Annotated[tabby.Completion, Tag("tabby")],
-                    Discriminator(lambda body: "tabby" if tabby.owns(body) else "openai")]
+_Either = Annotated[
+    Annotated[openai.Completion, Tag("openai")] | Annotated[tabby.Completion, Tag("tabby")],
+    Discriminator(lambda body: "tabby" if tabby.owns(body) else "openai"),
+]
 
 
 @clash.post("/v1/completions", tags=["OpenAI", "Tabby"])
 async def completions(body: _Either, request: Request) -> Response:
     """OpenAI's, or with `segments` or `debug_options` Tabby's."""
-    return await (tabby.complete(body, request) if isinstance(body, tabby.Completion) else openai.complete(body, request))
+    return await (
+        tabby.complete(body, request)
+        if isinstance(body, tabby.Completion)
+        else openai.complete(body, request)
+    )
 
 
-def create(open_backend: Callable[[], Awaitable[Backend]], rules: Rules = Rules(), terms: str = "", web: Path = WEB) -> FastAPI:  # noqa: B008
+def create(
+    open_backend: Callable[[], Awaitable[Backend]], rules: Rules = Rules(), terms: str = "", web: Path = WEB
+) -> FastAPI:  # noqa: B008
     """The application. `open_backend` is called once it runs, and what it gives is closed when it ends."""
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.backend = await open_backend()
@@ -61,7 +70,9 @@ def create(open_backend: Callable[[], Awaitable[Backend]], rules: Rules = Rules(
     app.mount("/", page)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    app.add_middleware(Guard, rules=rules, refuse=refusal, is_open=lambda path: path in OPEN or page.has(path))
+    app.add_middleware(
+        Guard, rules=rules, refuse=refusal, is_open=lambda path: path in OPEN or page.has(path)
+    )
     return app
 
 
@@ -82,12 +93,21 @@ class _Page(StaticFiles):
             return await super().get_response(path, scope)
         except HTTPException as error:
             if path == "." and error.status_code == 404:
-                return Response("codegemma is running. The page was not built into this installation: see /openapi.json\n",
-                                media_type="text/plain")
-            allowed = [method for method in ("GET", "POST") for route in scope["app"].routes
-                       if not isinstance(route, Mount) and route.matches({**scope, "method": method})[0] == Match.FULL]
-            raise (HTTPException(405, headers={"Allow": ", ".join(allowed)}) if allowed else HTTPException(404)) from None
-        except (ValueError, OSError):    # a NUL in the path, or a name that is too long
+                return Response(
+                    "codegemma is running. The page was not built into this installation: see /openapi.json\n",
+                    media_type="text/plain",
+                )
+            allowed = [
+                method
+                for method in ("GET", "POST")
+                for route in scope["app"].routes
+                if not isinstance(route, Mount)
+                and route.matches({**scope, "method": method})[0] == Match.FULL
+            ]
+            raise (
+                HTTPException(405, headers={"Allow": ", ".join(allowed)}) if allowed else HTTPException(404)
+            ) from None
+        except (ValueError, OSError):  # a NUL in the path, or a name that is too long
             raise HTTPException(404) from None
 
 
@@ -112,9 +132,16 @@ async def _invalid(request: Request, error: Exception) -> Response:
     if path.startswith(("/v1/fim", "/fim")):
         return reply({"detail": problems}, 422)
     status = 422 if tabby.owns(error.body) or path == "/v1/events" else 400
-    places = [".".join(str(part) for part in one["loc"] if part not in ("body", "openai", "tabby")) for one in problems]
-    message = "; ".join(dict.fromkeys(f"{place}: {one['msg']}" if place else one["msg"]
-                                      for place, one in zip(places, problems, strict=True)))
+    places = [
+        ".".join(str(part) for part in one["loc"] if part not in ("body", "openai", "tabby"))
+        for one in problems
+    ]
+    message = "; ".join(
+        dict.fromkeys(
+            f"{place}: {one['msg']}" if place else one["msg"]
+            for place, one in zip(places, problems, strict=True)
+        )
+    )
     return refusal(path, status, message[:2000], error.body)
 
 
@@ -140,5 +167,10 @@ async def _failed(request: Request, error: Exception) -> Response:
     return refusal(request.url.path, 500, f"the server failed: {type(error).__name__}; its log says more")
 
 
-_HANDLERS: dict[Any, Any] = {RequestValidationError: _invalid, ValueError: _wrong, Busy: _busy, HTTPException: _refused,
-                             Exception: _failed}
+_HANDLERS: dict[Any, Any] = {
+    RequestValidationError: _invalid,
+    ValueError: _wrong,
+    Busy: _busy,
+    HTTPException: _refused,
+    Exception: _failed,
+}

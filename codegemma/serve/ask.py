@@ -22,7 +22,7 @@ from codegemma.prompts import File, Layout, Message
 from codegemma.sampling import Sampling
 from codegemma.tokenizer import Tokenizer
 
-LATE = 2.0                               # a prompt unread after so many times its budget is given up
+LATE = 2.0  # a prompt unread after so many times its budget is given up
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Ask:
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()  # beside those that end every prompt of its kind
     top: int = 0
-    adapter: str | None = None           # None: the model's own choice; "none": the base
+    adapter: str | None = None  # None: the model's own choice; "none": the base
     client: str = ""
     session: str | None = None
     prompt_seconds: float | None = None  # to the first token: sizes a Fill's context
     predict_seconds: float | None = None  # after it: ends at the next look once a line is complete
-    indent: int = 0                      # a line indented less ends a Fill
+    indent: int = 0  # a line indented less ends a Fill
 
     def __post_init__(self) -> None:
         for name, value in (("time budget", self.prompt_seconds), ("t_max_predict_ms", self.predict_seconds)):
@@ -103,7 +103,7 @@ class Desk(Protocol):
 class Prompt:
     ids: list[int]
     stops: frozenset[int]
-    layout: Layout | None = None         # of a Fill
+    layout: Layout | None = None  # of a Fill
 
 
 def prompt_of(desk: Desk, ask: Ask, orders: Collection[str], adapter: str | None = None) -> Prompt:
@@ -141,8 +141,8 @@ class Job:
         self.scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []  # of prompt[1:], where asked for
         self.queued, self.started, self.first, self.ended = time.perf_counter(), 0.0, 0.0, 0.0
         self.stop: str | None = None
-        self.lines = False               # whether a line is complete
-        self.gone = threading.Event()    # nobody reads it any more
+        self.lines = False  # whether a line is complete
+        self.gone = threading.Event()  # nobody reads it any more
         self.on_cancel: Callable[[], object] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._steps: deque[Step | BaseException] = deque()
@@ -191,7 +191,11 @@ class Job:
         """Past a deadline of its own: the prompt's, or the answer's once it has a whole line."""
         ask = self.ask
         if not self.first:
-            return ask.prompt_seconds is not None and ask.max_tokens > 0 and now - self.started > LATE * ask.prompt_seconds
+            return (
+                ask.prompt_seconds is not None
+                and ask.max_tokens > 0
+                and now - self.started > LATE * ask.prompt_seconds
+            )
         return ask.predict_seconds is not None and self.lines and now - self.first > ask.predict_seconds
 
     def timings(self) -> dict[str, Any]:
@@ -200,19 +204,31 @@ class Job:
         first = self.first or ended
         read, predicted = self.prompt_tokens - self.cached_tokens, self.predicted_tokens
         prompt_ms, predicted_ms = 1000 * (first - started), 1000 * (ended - first)
-        return {"prompt_n": read, "cache_n": self.cached_tokens, "prompt_ms": _round(prompt_ms),
-                "prompt_per_token_ms": _round(prompt_ms / max(read, 1)),
-                "prompt_per_second": _round(1000 * read / max(prompt_ms, 1e-3)), "predicted_n": predicted,
-                "predicted_ms": _round(predicted_ms), "predicted_per_token_ms": _round(predicted_ms / max(predicted, 1)),
-                "predicted_per_second": _round(1000 * predicted / max(predicted_ms, 1e-3)),
-                "queue_ms": _round(1000 * (started - self.queued)), "mode": self.prompt.layout, "adapter": self.adapter,
-                "stop": self.stop}
+        return {
+            "prompt_n": read,
+            "cache_n": self.cached_tokens,
+            "prompt_ms": _round(prompt_ms),
+            "prompt_per_token_ms": _round(prompt_ms / max(read, 1)),
+            "prompt_per_second": _round(1000 * read / max(prompt_ms, 1e-3)),
+            "predicted_n": predicted,
+            "predicted_ms": _round(predicted_ms),
+            "predicted_per_token_ms": _round(predicted_ms / max(predicted, 1)),
+            "predicted_per_second": _round(1000 * predicted / max(predicted_ms, 1e-3)),
+            "queue_ms": _round(1000 * (started - self.queued)),
+            "mode": self.prompt.layout,
+            "adapter": self.adapter,
+            "stop": self.stop,
+        }
 
 
 def supersedes(new: Job, old: Job) -> bool:
     """Whether one editor asked for both: it goes on typing, and the older one is for a text that was."""
-    return (new.ask.session is not None and isinstance(new.ask.what, Fill) and isinstance(old.ask.what, Fill)
-            and (new.ask.client, new.ask.session) == (old.ask.client, old.ask.session))
+    return (
+        new.ask.session is not None
+        and isinstance(new.ask.what, Fill)
+        and isinstance(old.ask.what, Fill)
+        and (new.ask.client, new.ask.session) == (old.ask.client, old.ask.session)
+    )
 
 
 class Backend(Protocol):
@@ -242,12 +258,27 @@ class Backend(Protocol):
 class Metrics:
     """Totals since the start; `running` and `waiting` are jobs now."""
 
-    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(
-        ("requests", "rejected", "cancelled", "prompt_tokens", "cached_tokens", "predicted_tokens", "prompt_seconds",
-         "predicted_seconds"), 0.0))
-    buckets: dict[float, int] = field(default_factory=lambda: dict.fromkeys(
-        (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf), 0))
-    waited: float = 0.0                  # seconds from the queue to the first token, summed
+    counts: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(
+            (
+                "requests",
+                "rejected",
+                "cancelled",
+                "prompt_tokens",
+                "cached_tokens",
+                "predicted_tokens",
+                "prompt_seconds",
+                "predicted_seconds",
+            ),
+            0.0,
+        )
+    )
+    buckets: dict[float, int] = field(
+        default_factory=lambda: dict.fromkeys(
+            (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf), 0
+        )
+    )
+    waited: float = 0.0  # seconds from the queue to the first token, summed
     running: int = 0
     waiting: int = 0
 
@@ -296,7 +327,11 @@ class _Indented:
     def push(self, step: Step) -> Step:
         out = ""
         for character in step.text:
-            if not self.inside and not character.isspace() and len(self.held.rpartition("\n")[2]) < self.least:
+            if (
+                not self.inside
+                and not character.isspace()
+                and len(self.held.rpartition("\n")[2]) < self.least
+            ):
                 return replace(step, text=out, stop=step.stop or "end")
             if character == "\n":
                 self.inside = False

@@ -9,7 +9,7 @@ from typing import Literal
 
 Encoding = Literal["utf-8", "utf-16", "utf-32"]
 
-_LINE_END = re.compile(r"\r\n|\r|\n")    # LSP's; str.splitlines knows more, such as the form feeds of C sources
+_LINE_END = re.compile(r"\r\n|\r|\n")  # LSP's; str.splitlines knows more, such as the form feeds of C sources
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -49,7 +49,7 @@ class Text:
     def position(self, offset: int) -> tuple[int, int]:
         """(line, character) of a place in `text`."""
         line = bisect_right(self.starts, offset) - 1
-        before = self.text[self.starts[line]:offset]
+        before = self.text[self.starts[line] : offset]
         return line, sum(_units(letter, self.encoding) for letter in before)
 
     def edited(self, start: tuple[int, int], end: tuple[int, int], text: str) -> Text:

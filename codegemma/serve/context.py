@@ -24,16 +24,18 @@ from codegemma.serve.buffers import plain
 if TYPE_CHECKING:
     from codegemma.data.clean import Finding
 
-MOST_FILES = 20_000                      # of a repository, that imports may point at
-MOST_CHARACTERS = 24_000                 # of all other files together
-MOST_OF_A_FILE = 8_000                   # its start: imports, declarations
-FRESH = 60.0                             # seconds that a list of files holds
+MOST_FILES = 20_000  # of a repository, that imports may point at
+MOST_CHARACTERS = 24_000  # of all other files together
+MOST_OF_A_FILE = 8_000  # its start: imports, declarations
+FRESH = 60.0  # seconds that a list of files holds
 PERSONAL = frozenset(("e-mail", "author", "ipv4", "ipv6", "phone"))  # kinds of finding that are no secrets
 
 SECRET_NAME = re.compile(
     r"\.env(rc|\..*)?|.*\.(env|pem|key|p12|pfx|jks|keystore|kdbx|ppk|asc|gpg|tfvars|tfstate)|id_(rsa|dsa|ecdsa|ed25519)(\..*)?"
     r"|\.(netrc|npmrc|pypirc|pgpass|htpasswd|git-credentials|dockercfg)|_netrc|credentials(\..*)?|secrets?\.\w+"
-    r"|service[-_]account.*\.json|kubeconfig|known_hosts|authorized_keys", re.I)
+    r"|service[-_]account.*\.json|kubeconfig|known_hosts|authorized_keys",
+    re.I,
+)
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,18 @@ class Guard:
         for folder in path.absolute().parents:
             if (folder / ".git").exists():
                 return folder
-        return next((folder for folder in self.folders if folder in path.absolute().parents), path.absolute().parent)
+        return next(
+            (folder for folder in self.folders if folder in path.absolute().parents), path.absolute().parent
+        )
 
     def _ignored(self, path: Path) -> bool:
         """As git decides: the deepest rule that speaks of a file, or of a folder above it, counts."""
         root = self.root(path)
         config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-        rules = [(root, self._spec(file)) for file in (config / "git" / "ignore", root / ".git" / "info" / "exclude")]
+        rules = [
+            (root, self._spec(file))
+            for file in (config / "git" / "ignore", root / ".git" / "info" / "exclude")
+        ]
         names = path.relative_to(root).parts
         for depth in range(len(names)):
             folder = root.joinpath(*names[:depth])
@@ -101,11 +108,11 @@ class Guard:
 def _speaks_of(rule: Any, path: str) -> bool:
     """Whether a rule names this very path ("/" behind a folder). pathspec's own check takes what is below a folder too,
     where git lets `!folder/` bring back the folder alone."""
-    if not rule.regex.pattern.startswith("^"):       # all, or all folders
+    if not rule.regex.pattern.startswith("^"):  # all, or all folders
         return rule.regex.pattern == "." or path.endswith("/")
     if "ps_d" in rule.regex.groupindex:
         return bool(rule.regex.fullmatch(path))
-    found = rule.regex.match(path)       # folder/**
+    found = rule.regex.match(path)  # folder/**
     return bool(found) and found.end() < len(path)
 
 
@@ -132,7 +139,7 @@ def redacted(prefix: str, suffix: str) -> tuple[str, str]:
         sides[1] += piece[left:]
 
     for found in secrets(text):
-        add(at, text[at:found.start])
+        add(at, text[at : found.start])
         if found.end <= cursor:
             sides[0] += found.fake
         else:
@@ -150,9 +157,11 @@ class Neighbours:
         self._told: set[str] = set()
         self._lists: dict[Path, _List] = {}
         self._texts: dict[Path, tuple[tuple[int, int], str]] = {}
-        self._lock = Lock()              # a grammar's parser serves one thread
+        self._lock = Lock()  # a grammar's parser serves one thread
 
-    def files(self, document: Open, others: Iterable[Open], imports: bool = True, hurry: bool = True) -> list[File]:
+    def files(
+        self, document: Open, others: Iterable[Open], imports: bool = True, hurry: bool = True
+    ) -> list[File]:
         """The other open documents, then the files that `document` imports, what is nearest last, as far as they fit.
 
         In a `hurry` no repository is walked: imports are followed once a call that had time has listed its files.
@@ -196,8 +205,10 @@ class Neighbours:
         try:
             return self._resolved(document.path, document.text, hurry)
         except ImportError as error:
-            self.tell(f"imports are not followed, only open documents are read: {error.name} is not installed "
-                      '(pip install "codegemma[data]")')
+            self.tell(
+                f"imports are not followed, only open documents are read: {error.name} is not installed "
+                '(pip install "codegemma[data]")'
+            )
             return []
         finally:
             self._lock.release()
@@ -249,4 +260,4 @@ class _List:
 
 def _start(text: str) -> str:
     """Whole lines from the start, at most MOST_OF_A_FILE characters."""
-    return text if len(text) <= MOST_OF_A_FILE else text[:text.rfind("\n", 0, MOST_OF_A_FILE) + 1]
+    return text if len(text) <= MOST_OF_A_FILE else text[: text.rfind("\n", 0, MOST_OF_A_FILE) + 1]

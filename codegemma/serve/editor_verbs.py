@@ -15,17 +15,44 @@ Editor = Literal["vscode", "neovim", "helix", "emacs", "continue", "zed"]
 
 
 def lsp(
-    model: Annotated[str | None, Option("-m", "--model", metavar="MODEL", help="The model to load; the packaged default "
-                                        "model where left out.")] = None,
-    server: Annotated[str | None, Option(metavar="URL", help="Ask this server instead of loading a model.")] = None,
+    model: Annotated[
+        str | None,
+        Option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="The model to load; the packaged default model where left out.",
+        ),
+    ] = None,
+    server: Annotated[
+        str | None, Option(metavar="URL", help="Ask this server instead of loading a model.")
+    ] = None,
     api_key_file: Annotated[Path | None, Option(metavar="FILE", help="Its key.")] = None,
-    adapter: Annotated[str, Option(metavar="PATH", help="An adapter to put on, such as `codegemma tune` makes; none is the base, "
-                                   "auto the model's own.")] = "auto",
-    threads: Annotated[int | None, Option("-t", "--threads", min=1, show_default=False,
-                                          help="The CPUs that this process may use, where left out.")] = None,
-    quantize: Annotated[Literal["q8_0", "q4_0"] | None, Option(help="Turn float weights into blocks while loading.")] = None,
-    cache: Annotated[Path | None, Option(metavar="FILE", help="Keep the prompt cache in this file from one session to the "
-                                         "next.")] = None,
+    adapter: Annotated[
+        str,
+        Option(
+            metavar="PATH",
+            help="An adapter to put on, such as `codegemma tune` makes; none is the base, "
+            "auto the model's own.",
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int | None,
+        Option(
+            "-t",
+            "--threads",
+            min=1,
+            show_default=False,
+            help="The CPUs that this process may use, where left out.",
+        ),
+    ] = None,
+    quantize: Annotated[
+        Literal["q8_0", "q4_0"] | None, Option(help="Turn float weights into blocks while loading.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Keep the prompt cache in this file from one session to the next."),
+    ] = None,
 ) -> None:
     """Be the language server of an editor, over stdin and stdout.
 
@@ -43,7 +70,9 @@ def lsp(
 
 def setup(
     editor: Annotated[Editor, Argument(help="Which one.")],
-    write: Annotated[bool, Option("--write", help="Change the editor's file; its old one is kept beside it.")] = False,
+    write: Annotated[
+        bool, Option("--write", help="Change the editor's file; its old one is kept beside it.")
+    ] = False,
 ) -> None:
     """Show how to set up an editor, or do it."""
     from codegemma.serve import editors
@@ -72,8 +101,16 @@ def stats(
         kept.clear()
     rows = kept.load()
     if as_json:
-        print(json.dumps({"file": str(kept.file()), "recording": kept.recording(), "all": kept.summary(rows),
-                          "languages": kept.by_language(rows)}))
+        print(
+            json.dumps(
+                {
+                    "file": str(kept.file()),
+                    "recording": kept.recording(),
+                    "all": kept.summary(rows),
+                    "languages": kept.by_language(rows),
+                }
+            )
+        )
     elif not (on or off or clear):
         _show(rows, days)
     if not as_json:
@@ -88,8 +125,14 @@ def _show(rows: list[Shown], days: int) -> None:
 
     table = Table("language", "shown", "accepted", "of characters", "median", "95%", box=None, pad_edge=False)
     for name, row in [*kept.by_language(rows).items(), ("all", kept.summary(rows))]:
-        table.add_row(name, f"{row['shown']:,}", _share(row["accepted_share"]), _share(row["characters_kept_share"]),
-                      _ms(row["latency_ms_median"]), _ms(row["latency_ms_95"]))
+        table.add_row(
+            name,
+            f"{row['shown']:,}",
+            _share(row["accepted_share"]),
+            _share(row["characters_kept_share"]),
+            _ms(row["latency_ms_median"]),
+            _ms(row["latency_ms_95"]),
+        )
     Console(highlight=False).print(table)
     print(f"\n{kept.picture(rows, days)}\n")
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-URL = "http://127.0.0.1:8012"            # where `codegemma serve` listens
+URL = "http://127.0.0.1:8012"  # where `codegemma serve` listens
 MARK = "codegemma: the lines from here were made by `codegemma setup`", "codegemma: the end of them"
 
 
@@ -31,8 +31,8 @@ class Setup:
     kind: Literal["own", "block", "json"]
     language: str
     text: str
-    first: str = ""                      # what to do before
-    then: str = ""                       # and after
+    first: str = ""  # what to do before
+    then: str = ""  # and after
     comment: str = ""
 
 
@@ -62,8 +62,11 @@ def write(editor: str, program_: str | None = None) -> str:
     made = setup(editor, program_ or program())
     file = place(made.file)
     old = file.read_text("utf-8") if file.exists() else ""
-    new = {"own": lambda: made.text, "json": lambda: merged_json(old, json.loads(made.text), str(file)),
-           "block": lambda: merged_block(old, made, str(file))}[made.kind]()
+    new = {
+        "own": lambda: made.text,
+        "json": lambda: merged_json(old, json.loads(made.text), str(file)),
+        "block": lambda: merged_block(old, made, str(file)),
+    }[made.kind]()
     if new == old:
         return f"{file} is set up already."
     diff = "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(file), str(file)))
@@ -73,19 +76,27 @@ def write(editor: str, program_: str | None = None) -> str:
         shutil.copy2(file, backup)
         kept = f"\nThe old one is {backup}."
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.resolve().with_name(f"{file.name}.codegemma-new")   # a link stays a link
+    fresh = file.resolve().with_name(f"{file.name}.codegemma-new")  # a link stays a link
     fresh.write_text(new, "utf-8")
     fresh.replace(file.resolve())
-    return "\n".join(part for part in (made.first, diff.rstrip("\n"), f"{file} is written.{kept}", made.then) if part)
+    return "\n".join(
+        part for part in (made.first, diff.rstrip("\n"), f"{file} is written.{kept}", made.then) if part
+    )
 
 
 def place(shown: str) -> Path:
     """Where a file of the documentation is on this machine."""
     if shown.endswith("Code/User/settings.json"):
-        there = {"darwin": "~/Library/Application Support", "win32": os.environ.get("APPDATA", "~")}.get(sys.platform)
+        there = {"darwin": "~/Library/Application Support", "win32": os.environ.get("APPDATA", "~")}.get(
+            sys.platform
+        )
         shown = shown.replace("~/.config", there) if there else shown
-    if shown == "~/.emacs.d/init.el":    # Emacs takes the first of these that is there
-        found = (one for one in ("~/.emacs", "~/.emacs.el", shown, "~/.config/emacs/init.el") if place_of(one).exists())
+    if shown == "~/.emacs.d/init.el":  # Emacs takes the first of these that is there
+        found = (
+            one
+            for one in ("~/.emacs", "~/.emacs.el", shown, "~/.config/emacs/init.el")
+            if place_of(one).exists()
+        )
         shown = next(found, shown)
     return place_of(shown)
 
@@ -101,12 +112,14 @@ def merged_block(old: str, made: Setup, name: str) -> str:
     first, last = (f"{made.comment} {mark}\n" for mark in MARK)
     start, end = old.find(first), old.find(last)
     if (start < 0) != (end < 0) or end < start:
-        raise ValueError(f"{name} has only one of the two marks of `codegemma setup`: delete it, and try again")
-    others = old[:start] + old[end + len(last):] if start >= 0 else old
+        raise ValueError(
+            f"{name} has only one of the two marks of `codegemma setup`: delete it, and try again"
+        )
+    others = old[:start] + old[end + len(last) :] if start >= 0 else old
     text = _without_languages(made.text, others, name) if made.language == "toml" else made.text
     block = first + text + last
     if start >= 0:
-        return old[:start] + block + old[end + len(last):]
+        return old[:start] + block + old[end + len(last) :]
     return old + ("\n" if old.endswith("\n") or not old else "\n\n") * bool(old) + block
 
 
@@ -120,8 +133,11 @@ def _without_languages(text: str, others: str, name: str) -> str:
     kept = head
     for table in tables:
         language = tomllib.loads(table)["name"]
-        kept += f"# add \"codegemma\" to the language-servers of {language} above\n" if language in taken \
+        kept += (
+            f'# add "codegemma" to the language-servers of {language} above\n'
+            if language in taken
             else f"[[language]]\n{table}"
+        )
     return kept
 
 
@@ -136,7 +152,10 @@ def merged_json(old: str, ours: Mapping[str, Any], name: str) -> str:
     if not isinstance(present, dict):
         raise ValueError(f"{name} must hold a JSON object, as settings do: mend it first")
     wanted = {key: _deep(present.get(key), value) for key, value in ours.items()}
-    shown = {key: json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n  ") for key, value in wanted.items()}
+    shown = {
+        key: json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+        for key, value in wanted.items()
+    }
     fresh = [f"\n  {json.dumps(key)}: {value}" for key, value in shown.items() if key not in present]
     edits = [(inside, inside, ",".join(fresh) + "," * bool(fresh and present))]
     edits += [(*spans[key], shown[key]) for key in shown if key in present and wanted[key] != present[key]]
@@ -155,7 +174,11 @@ def _tokens(text: str) -> list[re.Match[str]]:
 def _bare(text: str) -> str:
     """Without comments and trailing commas."""
     found = [match[0] for match in _tokens(text)]
-    return " ".join(one for one, after in zip(found, [*found[1:], ""], strict=True) if not (one == "," and after in ("}", "]")))
+    return " ".join(
+        one
+        for one, after in zip(found, [*found[1:], ""], strict=True)
+        if not (one == "," and after in ("}", "]"))
+    )
 
 
 def _members(text: str) -> tuple[dict[str, tuple[int, int]], int]:
@@ -186,15 +209,27 @@ def _vscode(program: str) -> Setup:
     settings: dict[str, Any] = {"editor.inlineSuggest.enabled": True}
     if program != "codegemma":
         settings["codegemma.command"] = program
-    return Setup("Visual Studio Code", "~/.config/Code/User/settings.json", "json", "json", _json(settings),
-                 "Install the extension: `make vscode` builds it, `code --install-extension editors/vscode/codegemma.vsix` "
-                 "installs it. It starts and stops the server by itself.")
+    return Setup(
+        "Visual Studio Code",
+        "~/.config/Code/User/settings.json",
+        "json",
+        "json",
+        _json(settings),
+        "Install the extension: `make vscode` builds it, `code --install-extension editors/vscode/codegemma.vsix` "
+        "installs it. It starts and stops the server by itself.",
+    )
 
 
 def _neovim(program: str) -> Setup:
-    return Setup("Neovim", "~/.config/nvim/plugin/codegemma.lua", "own", "lua", NEOVIM.replace("PROGRAM", _quoted(program)),
-                 "Neovim 0.12 shows ghost text, which `<Tab>` takes; Neovim 0.11 has the same suggestions in its pop-up "
-                 "(`<C-y>` takes one).")
+    return Setup(
+        "Neovim",
+        "~/.config/nvim/plugin/codegemma.lua",
+        "own",
+        "lua",
+        NEOVIM.replace("PROGRAM", _quoted(program)),
+        "Neovim 0.12 shows ghost text, which `<Tab>` takes; Neovim 0.11 has the same suggestions in its pop-up "
+        "(`<C-y>` takes one).",
+    )
 
 
 def _helix(program: str) -> Setup:
@@ -202,28 +237,58 @@ def _helix(program: str) -> Setup:
     for name, servers in HELIX.items():
         names = ", ".join(f'"{server}"' for server in (*servers, "codegemma"))
         text += f'\n[[language]]\nname = "{name}"\nlanguage-servers = [{names}]\n'
-    return Setup("Helix", "~/.config/helix/languages.toml", "block", "toml", text,
-                 "Helix shows suggestions in its pop-up, beside those of the language's own server. Any other language goes the "
-                 "same way: its servers are in `hx --health LANGUAGE`.", comment="#")
+    return Setup(
+        "Helix",
+        "~/.config/helix/languages.toml",
+        "block",
+        "toml",
+        text,
+        "Helix shows suggestions in its pop-up, beside those of the language's own server. Any other language goes the "
+        "same way: its servers are in `hx --health LANGUAGE`.",
+        comment="#",
+    )
 
 
 def _emacs(program: str) -> Setup:
-    return Setup("Emacs", "~/.emacs.d/init.el", "block", "elisp", EMACS.replace("PROGRAM", _quoted(program)),
-                 "With lsp-mode, suggestions stand beside those of the language's own server, and `M-i` shows one as ghost text "
-                 "(lsp-mode 9.1). Eglot runs one server for a buffer, so there codegemma serves the languages that have no other.",
-                 comment=";;")
+    return Setup(
+        "Emacs",
+        "~/.emacs.d/init.el",
+        "block",
+        "elisp",
+        EMACS.replace("PROGRAM", _quoted(program)),
+        "With lsp-mode, suggestions stand beside those of the language's own server, and `M-i` shows one as ghost text "
+        "(lsp-mode 9.1). Eglot runs one server for a buffer, so there codegemma serves the languages that have no other.",
+        comment=";;",
+    )
 
 
 def _continue(program: str) -> Setup:
-    return Setup("Continue", "~/.continue/models/codegemma.yaml", "own", "yaml", CONTINUE.replace("URL", URL),
-                 f"Start the server with `{program} serve`. Continue (VS Code, JetBrains) then asks it for completions.")
+    return Setup(
+        "Continue",
+        "~/.continue/models/codegemma.yaml",
+        "own",
+        "yaml",
+        CONTINUE.replace("URL", URL),
+        f"Start the server with `{program} serve`. Continue (VS Code, JetBrains) then asks it for completions.",
+    )
 
 
 def _zed(program: str) -> Setup:
-    served = {"api_url": f"{URL}/v1/completions", "model": "codegemma", "prompt_format": "code_gemma", "max_output_tokens": 64}
+    served = {
+        "api_url": f"{URL}/v1/completions",
+        "model": "codegemma",
+        "prompt_format": "code_gemma",
+        "max_output_tokens": 64,
+    }
     settings = {"edit_predictions": {"provider": "open_ai_compatible_api", "open_ai_compatible_api": served}}
-    return Setup("Zed", "~/.config/zed/settings.json", "json", "json", _json(settings),
-                 f"Start the server with `{program} serve`. Zed then asks it for predictions while you type.")
+    return Setup(
+        "Zed",
+        "~/.config/zed/settings.json",
+        "json",
+        "json",
+        _json(settings),
+        f"Start the server with `{program} serve`. Zed then asks it for predictions while you type.",
+    )
 
 
 def _json(value: Any) -> str:
@@ -235,12 +300,27 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-SETUPS: dict[str, Callable[[str], Setup]] = {"vscode": _vscode, "neovim": _neovim, "helix": _helix, "emacs": _emacs,
-                                             "continue": _continue, "zed": _zed}
-HELIX = {"python": ("ty", "ruff", "jedi", "pylsp"), "javascript": ("typescript-language-server",),
-         "jsx": ("typescript-language-server",), "typescript": ("typescript-language-server",),
-         "tsx": ("typescript-language-server",), "go": ("gopls", "golangci-lint-lsp"), "rust": ("rust-analyzer",),
-         "java": ("jdtls",), "kotlin": ("kotlin-language-server",), "c": ("clangd",), "cpp": ("clangd",)}
+SETUPS: dict[str, Callable[[str], Setup]] = {
+    "vscode": _vscode,
+    "neovim": _neovim,
+    "helix": _helix,
+    "emacs": _emacs,
+    "continue": _continue,
+    "zed": _zed,
+}
+HELIX = {
+    "python": ("ty", "ruff", "jedi", "pylsp"),
+    "javascript": ("typescript-language-server",),
+    "jsx": ("typescript-language-server",),
+    "typescript": ("typescript-language-server",),
+    "tsx": ("typescript-language-server",),
+    "go": ("gopls", "golangci-lint-lsp"),
+    "rust": ("rust-analyzer",),
+    "java": ("jdtls",),
+    "kotlin": ("kotlin-language-server",),
+    "c": ("clangd",),
+    "cpp": ("clangd",),
+}
 
 NEOVIM = """\
 -- Completions by codegemma. Settings go into init_options (docs/editors.md lists them).

@@ -20,14 +20,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("codegemma.serve")
 
-MOST_BODY = 16 << 20                     # bytes
-PATIENCE = 30.0                          # seconds for a request to arrive, and for a reader to take an answer's part
+MOST_BODY = 16 << 20  # bytes
+PATIENCE = 30.0  # seconds for a request to arrive, and for a reader to take an answer's part
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]", "::1"}
-POLICY = ("default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; "
-          "worker-src 'self' blob:; connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
-          "frame-ancestors 'none'")
-HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Content-Security-Policy": POLICY,
-           "Cross-Origin-Resource-Policy": "same-origin"}
+POLICY = (
+    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; "
+    "worker-src 'self' blob:; connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": POLICY,
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 Refuse = Callable[[str, int, str], Response]  # (path, status, message), in the form of the path's protocol
 
@@ -54,11 +60,15 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":      # nothing here speaks over web sockets
+        if scope["type"] != "http":  # nothing here speaks over web sockets
             await send({"type": "websocket.close", "code": 1008})
             return
         path, method = "/" + scope["path"].strip("/"), scope["method"]
-        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}  # uvicorn leaves HEAD's body out
+        scope = {
+            **scope,
+            "path": path,
+            "method": "GET" if method == "HEAD" else method,
+        }  # uvicorn leaves HEAD's body out
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         sender = _Sender(send, method, path, origin if origin in self.rules.origins else None)
@@ -67,13 +77,22 @@ class Guard:
             await self.refuse(path, *fault)(scope, receive, sender)
             return
         if method == "OPTIONS" and origin is not None:
-            wanted = headers.get("access-control-request-headers", "Authorization, Content-Type")  # OpenAI's client has many
-            await Response(status_code=204, headers={"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
-                                                     "Access-Control-Allow-Headers": wanted})(scope, receive, sender)
+            wanted = headers.get(
+                "access-control-request-headers", "Authorization, Content-Type"
+            )  # OpenAI's client has many
+            await Response(
+                status_code=204,
+                headers={
+                    "Access-Control-Allow-Methods": "GET, POST",
+                    "Access-Control-Max-Age": "600",
+                    "Access-Control-Allow-Headers": wanted,
+                },
+            )(scope, receive, sender)
             return
-        if method == "POST":             # a body is JSON, whatever its sender calls it: `curl -d` says it is a form
-            scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"content-type"] \
-                + [(b"content-type", b"application/json")]
+        if method == "POST":  # a body is JSON, whatever its sender calls it: `curl -d` says it is a form
+            scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"content-type"] + [
+                (b"content-type", b"application/json")
+            ]
         await self.app(scope, self._bounded(receive), sender)
 
     def _bounded(self, receive: Receive) -> Receive:
@@ -83,7 +102,7 @@ class Guard:
         async def bounded() -> Message:
             nonlocal left, whole
             if whole:
-                return await receive()   # that is: wait for the client to leave
+                return await receive()  # that is: wait for the client to leave
             try:
                 message = await asyncio.wait_for(receive(), end - time.monotonic())
             except TimeoutError:
@@ -100,12 +119,21 @@ class Guard:
         """Status and message where the request is not let in; sets the client's name where it is."""
         host, origin, path = headers.get("host", ""), headers.get("origin"), scope["path"]
         if self.rules.hosts is not None and _name(host) not in self.rules.hosts:
-            return 403, f"Host {host!r} is not this server's name: use its address, or start it with --host or --allow-host"
+            return (
+                403,
+                f"Host {host!r} is not this server's name: use its address, or start it with --host or --allow-host",
+            )
         if origin is not None and origin not in self.rules.origins and origin.partition("://")[2] != host:
-            return 403, f"a page of {origin!r} may not call this server: start it with --allow-origin to let it"
+            return (
+                403,
+                f"a page of {origin!r} may not call this server: start it with --allow-origin to let it",
+            )
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.rules.most_body:
-            return 413, f"the body has {int(length):,} bytes, but at most {self.rules.most_body:,} are read: send less"
+            return (
+                413,
+                f"the body has {int(length):,} bytes, but at most {self.rules.most_body:,} are read: send less",
+            )
         if headers.get("content-encoding", "identity").lower() != "identity":
             return 415, "the body is compressed: send it as it is, without Content-Encoding"
         client = scope.get("client")
@@ -154,10 +182,14 @@ def keys_of(lines: Sequence[str]) -> tuple[bytes, ...]:
     if not keys:
         raise ValueError("the key file has no key: put one on a line of its own")
     if short := next((key for key in keys if len(key) < 16), None):
-        raise ValueError(f"a key has {len(short)} characters, but needs 16: make one with `openssl rand -hex 16`")
+        raise ValueError(
+            f"a key has {len(short)} characters, but needs 16: make one with `openssl rand -hex 16`"
+        )
     return tuple(key_digest(key) for key in keys)
 
 
 def _name(host: str) -> str:
     """Host without its port."""
-    return (host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host).lower()
+    return (
+        host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
+    ).lower()

@@ -33,10 +33,10 @@ from codegemma.serve.context import Guard, Neighbours, Open, redacted
 from codegemma.serve.sources import Source
 
 MOST_PREFIX, MOST_SUFFIX = 49_152, 12_288  # characters around the cursor that are looked at
-STEP = 8_192                             # by which their edges move, so that they stay put while one types
-MARGIN = 8_192                           # more of them, in which secrets are looked for
+STEP = 8_192  # by which their edges move, so that they stay put while one types
+MARGIN = 8_192  # more of them, in which secrets are looked for
 TRIGGERS = list(".([{=,: ")
-CURSOR = "codegemma/cursor"              # our own notification {textDocument, position}: the cursor rests there
+CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests there
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -45,15 +45,21 @@ class Settings:
     """What an editor may set, in camelCase, as initializationOptions or under "codegemma" in its configuration."""
 
     enabled: bool = True
-    disabled_languages: tuple[str, ...] = ()       # the editor's names for them
-    trim: Literal["auto", "none", "line", "block"] = "auto"  # auto: the line where text follows the cursor, else the block
+    disabled_languages: tuple[str, ...] = ()  # the editor's names for them
+    trim: Literal["auto", "none", "line", "block"] = (
+        "auto"  # auto: the line where text follows the cursor, else the block
+    )
     mode: Mode = "auto"
-    context: Literal["imports", "open", "none"] = "imports"  # other files: open ones and imports, open ones, none
-    completion: Literal["auto", "always", "never"] = "auto"  # in the pop-up: auto is where inline completion is missing
+    context: Literal["imports", "open", "none"] = (
+        "imports"  # other files: open ones and imports, open ones, none
+    )
+    completion: Literal["auto", "always", "never"] = (
+        "auto"  # in the pop-up: auto is where inline completion is missing
+    )
     max_tokens: int = 64
-    time_budget_ms: int = 300                      # to the first token: sizes the context
-    predict_ms: int = 2000                         # after it
-    rest_ms: int = 300                             # the cursor rests: its context is read ahead
+    time_budget_ms: int = 300  # to the first token: sizes the context
+    predict_ms: int = 2000  # after it
+    rest_ms: int = 300  # the cursor rests: its context is read ahead
     adapter: str = "auto"
     stats: bool = True
 
@@ -61,7 +67,7 @@ class Settings:
         """With what an editor gave, and a complaint about each thing that is not so."""
         changes, complaints = dict[str, Any](), []
         hints = get_type_hints(Settings)
-        for key, value in (options.items() if isinstance(options, Mapping) else ()):
+        for key, value in options.items() if isinstance(options, Mapping) else ():
             name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
             if name not in hints:
                 complaints.append(f"there is no setting codegemma.{key}")
@@ -77,7 +83,11 @@ def _wrong(value: Any, hint: Any) -> str:
     if hint is bool:
         return "" if isinstance(value, bool) else "true or false"
     if hint is int:
-        return "" if isinstance(value, int) and not isinstance(value, bool) and value > 0 else "a whole number above 0"
+        return (
+            ""
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0
+            else "a whole number above 0"
+        )
     if hint is str:
         return "" if isinstance(value, str) else "a text"
     if choices := [one for one in get_args(hint) if isinstance(one, str)]:
@@ -134,7 +144,7 @@ class Suggestion:
     text: str
     after: str
     shown: stats.Shown
-    there: int = 0                       # characters of it that the document has by now
+    there: int = 0  # characters of it that the document has by now
 
 
 @dataclass(frozen=True)
@@ -154,8 +164,10 @@ class Server(LanguageServer):
     def __init__(self, open_source: Callable[[], Source]) -> None:
         super().__init__("codegemma", __version__, protocol_cls=Protocol)
         self.open_source = open_source
-        self.settings = self._given = Settings()       # _given: with what the editor said at first
-        self.documents: dict[str, tuple[Text, str]] = {}   # uri: text, language; what was used last stands last
+        self.settings = self._given = Settings()  # _given: with what the editor said at first
+        self.documents: dict[
+            str, tuple[Text, str]
+        ] = {}  # uri: text, language; what was used last stands last
         self.neighbours = Neighbours(Guard(), self.tell)
         self.suggestion: Suggestion | None = None
         self.key = f"lsp-{os.getpid()}-{time.monotonic_ns():x}"
@@ -174,8 +186,10 @@ class Server(LanguageServer):
         self.neighbours.guard = Guard([Path(folder) for folder in dict.fromkeys(folders) if folder])
         inline = params.capabilities.text_document and params.capabilities.text_document.inline_completion
         if self.settings.completion == "always" or (self.settings.completion == "auto" and not inline):
-            self.feature(types.TEXT_DOCUMENT_COMPLETION,
-                         types.CompletionOptions(trigger_characters=TRIGGERS, resolve_provider=False))(completion)
+            self.feature(
+                types.TEXT_DOCUMENT_COMPLETION,
+                types.CompletionOptions(trigger_characters=TRIGGERS, resolve_provider=False),
+            )(completion)
         self._source = asyncio.create_task(self._open())
         self._source.add_done_callback(lambda task: task.cancelled() or task.exception())  # told already
 
@@ -187,7 +201,9 @@ class Server(LanguageServer):
             self.tell(complaint, types.MessageType.Warning)
 
     def opened(self, item: types.TextDocumentItem) -> None:
-        encoding: Any = str(getattr(self.workspace.position_encoding, "value", self.workspace.position_encoding))
+        encoding: Any = str(
+            getattr(self.workspace.position_encoding, "value", self.workspace.position_encoding)
+        )
         self.documents.pop(item.uri, None)
         self.documents[item.uri] = Text(item.text, encoding), item.language_id
         self.rest(item.uri, 0)
@@ -235,7 +251,7 @@ class Server(LanguageServer):
             return await task
         except asyncio.CancelledError:
             if (own := asyncio.current_task()) and own.cancelling():
-                raise                    # by the editor; else by what came after
+                raise  # by the editor; else by what came after
             return ""
         except Busy:
             return ""
@@ -252,7 +268,12 @@ class Server(LanguageServer):
     async def goodbye(self) -> None:
         self._interrupt()
         self.forget()
-        if self._source and self._source.done() and not self._source.cancelled() and not self._source.exception():
+        if (
+            self._source
+            and self._source.done()
+            and not self._source.cancelled()
+            and not self._source.exception()
+        ):
             await self._source.result().close()
 
     async def _open(self) -> Source:
@@ -277,8 +298,8 @@ class Server(LanguageServer):
         self._complaints.clear()
         if found.strip():
             shown = stats.Shown(language, 1000 * (time.perf_counter() - started), len(found))
-            before = plain(text.text[:place.start]) + place.chosen
-            self.suggestion = Suggestion(place.uri, before, found, plain(text.text[place.at:]), shown)
+            before = plain(text.text[: place.start]) + place.chosen
+            self.suggestion = Suggestion(place.uri, before, found, plain(text.text[place.at :]), shown)
         return found if found.strip() else ""
 
     async def _read(self, place: Place) -> None:
@@ -292,8 +313,15 @@ class Server(LanguageServer):
 
     def _request(self, fill: Fill, max_tokens: int) -> Ask:
         settings = self.settings
-        return Ask(fill, max_tokens, adapter=None if settings.adapter == "auto" else settings.adapter, session=self.key,
-                   client=self.key, prompt_seconds=settings.time_budget_ms / 1000, predict_seconds=settings.predict_ms / 1000)
+        return Ask(
+            fill,
+            max_tokens,
+            adapter=None if settings.adapter == "auto" else settings.adapter,
+            session=self.key,
+            client=self.key,
+            prompt_seconds=settings.time_budget_ms / 1000,
+            predict_seconds=settings.predict_ms / 1000,
+        )
 
     def _fill(self, place: Place, hurry: bool) -> Fill | None:
         """The hole, and other files; None where the file must not be read. Runs in a thread."""
@@ -305,11 +333,15 @@ class Server(LanguageServer):
         if path and (reason := self.neighbours.guard.refuses(path)):
             self.neighbours.tell(f"{path} gets no completions: {reason}")
             return None
-        before, after = window(plain(text[:place.start]) + plain(place.chosen), plain(text[place.at:]), MARGIN)
+        before, after = window(
+            plain(text[: place.start]) + plain(place.chosen), plain(text[place.at :]), MARGIN
+        )
         prefix, suffix = window(*redacted(before, after))
         files: list[File] = []
         if self.settings.context != "none":
-            others = [Open(_path(uri), other.text) for uri, (other, _) in documents.items() if uri != place.uri]
+            others = [
+                Open(_path(uri), other.text) for uri, (other, _) in documents.items() if uri != place.uri
+            ]
             files = self.neighbours.files(Open(path, text), others, self.settings.context == "imports", hurry)
         shown = self.neighbours.shown(path) if path and files else None
         return Fill(prefix, suffix, shown, tuple(files), self.settings.mode, self._trim(suffix))
@@ -322,7 +354,7 @@ class Server(LanguageServer):
     def _unwanted(self, place: Place) -> bool:
         """Switched off, or in the middle of a word where nobody asked."""
         text, language = self.documents[place.uri]
-        around = text.text[place.at - 1:place.at + 1] if place.at else ""
+        around = text.text[place.at - 1 : place.at + 1] if place.at else ""
         inside = place.automatic and not place.chosen and len(around) == 2 and re.fullmatch(r"\w\w", around)
         return not self.settings.enabled or language in self.settings.disabled_languages or bool(inside)
 
@@ -332,11 +364,15 @@ class Server(LanguageServer):
         if last is None or last.uri != place.uri or not place.automatic or place.chosen:
             return ""
         text = self.documents[place.uri][0].text
-        before = plain(text[:place.at])
-        typed = before[len(last.before):]
-        if plain(text[place.at:]) != last.after or before != last.before + typed or not last.text.startswith(typed):
+        before = plain(text[: place.at])
+        typed = before[len(last.before) :]
+        if (
+            plain(text[place.at :]) != last.after
+            or before != last.before + typed
+            or not last.text.startswith(typed)
+        ):
             return ""
-        return last.text[len(typed):] if len(typed) < len(last.text) else ""
+        return last.text[len(typed) :] if len(typed) < len(last.text) else ""
 
     def _judge(self, uri: str, text: str) -> None:
         """Notes what an edit took of the last suggestion: more than two characters at once were accepted."""
@@ -344,7 +380,7 @@ class Server(LanguageServer):
         if last is None or last.uri != uri:
             return
         size = len(text) - len(last.before) - len(last.after)
-        taken = text[len(last.before):len(last.before) + size] if size > 0 else ""
+        taken = text[len(last.before) : len(last.before) + size] if size > 0 else ""
         if size < 0 or text != last.before + taken + last.after or not last.text.startswith(taken):
             self.forget()
             return
@@ -377,9 +413,9 @@ def window(prefix: str, suffix: str, more: int = 0) -> tuple[str, str]:
     """What is nearest to the cursor, in whole lines."""
     drop = -(-max(0, len(prefix) - MOST_PREFIX - more) // STEP) * STEP
     if drop:
-        prefix = prefix[prefix.find("\n", drop, len(prefix) - STEP) + 1 or drop:]
+        prefix = prefix[prefix.find("\n", drop, len(prefix) - STEP) + 1 or drop :]
     if len(suffix) > MOST_SUFFIX + more:
-        suffix = suffix[:suffix.rfind("\n", 0, MOST_SUFFIX + more) + 1 or MOST_SUFFIX + more]
+        suffix = suffix[: suffix.rfind("\n", 0, MOST_SUFFIX + more) + 1 or MOST_SUFFIX + more]
     return prefix, suffix
 
 
@@ -399,10 +435,14 @@ async def inline_completion(ls: Server, params: types.InlineCompletionParams) ->
     automatic = params.context.trigger_kind == types.InlineCompletionTriggerKind.Automatic
     place, span = Place(params.text_document.uri, at, at, automatic=automatic), _span(text, at, at)
     if chosen:
-        start, end = (text.offset(edge.line, edge.character) for edge in (chosen.range.start, chosen.range.end))
+        start, end = (
+            text.offset(edge.line, edge.character) for edge in (chosen.range.start, chosen.range.end)
+        )
         place, span = Place(place.uri, start, end, chosen.text, automatic), chosen.range
     added = (await ls.suggest(place)).replace("\n", text.newline)
-    return types.InlineCompletionList([types.InlineCompletionItem(place.chosen + added, range=span)] if added else [])
+    return types.InlineCompletionList(
+        [types.InlineCompletionItem(place.chosen + added, range=span)] if added else []
+    )
 
 
 async def completion(ls: Server, params: types.CompletionParams) -> types.CompletionList:
@@ -416,15 +456,21 @@ async def completion(ls: Server, params: types.CompletionParams) -> types.Comple
     added = await ls.suggest(Place(params.text_document.uri, at, at, automatic=not asked))
     if not added:
         return types.CompletionList(True, [])
-    word = re.search(r"\w*$", text.text[max(0, at - 100):at])
+    word = re.search(r"\w*$", text.text[max(0, at - 100) : at])
     start = at - len(word[0] if word else "")
     whole = text.text[start:at] + added
     label = next(line for line in whole.splitlines() if line.strip()).strip()
     item = types.CompletionItem(
-        label + " …" * (whole.strip() != label), kind=types.CompletionItemKind.Text, detail="codegemma",
-        documentation=_documentation(ls, whole, found[1]), sort_text=" ", filter_text=whole,
-        insert_text_mode=types.InsertTextMode.AsIs, insert_text_format=types.InsertTextFormat.PlainText,
-        text_edit=types.TextEdit(_span(text, start, at), whole.replace("\n", text.newline)))
+        label + " …" * (whole.strip() != label),
+        kind=types.CompletionItemKind.Text,
+        detail="codegemma",
+        documentation=_documentation(ls, whole, found[1]),
+        sort_text=" ",
+        filter_text=whole,
+        insert_text_mode=types.InsertTextMode.AsIs,
+        insert_text_format=types.InsertTextFormat.PlainText,
+        text_edit=types.TextEdit(_span(text, start, at), whole.replace("\n", text.newline)),
+    )
     return types.CompletionList(True, [item])
 
 
@@ -461,9 +507,20 @@ async def configuration_changed(ls: Server, params: types.DidChangeConfiguration
 
 async def initialized(ls: Server, params: types.InitializedParams) -> None:
     workspace = ls.client_capabilities.workspace
-    if workspace and workspace.did_change_configuration and workspace.did_change_configuration.dynamic_registration:
-        ls.client_register_capability(types.RegistrationParams([types.Registration(
-            "settings", types.WORKSPACE_DID_CHANGE_CONFIGURATION, {"section": "codegemma"})]))
+    if (
+        workspace
+        and workspace.did_change_configuration
+        and workspace.did_change_configuration.dynamic_registration
+    ):
+        ls.client_register_capability(
+            types.RegistrationParams(
+                [
+                    types.Registration(
+                        "settings", types.WORKSPACE_DID_CHANGE_CONFIGURATION, {"section": "codegemma"}
+                    )
+                ]
+            )
+        )
     await configuration_changed(ls, types.DidChangeConfigurationParams({}))
 
 
@@ -476,9 +533,14 @@ async def shutdown(ls: Server, params: None) -> None:
 
 
 FEATURES: dict[str, Callable[..., Any]] = {
-    types.INITIALIZE: initialize, types.INITIALIZED: initialized, types.SHUTDOWN: shutdown,
-    types.TEXT_DOCUMENT_INLINE_COMPLETION: inline_completion, types.TEXT_DOCUMENT_DOCUMENT_HIGHLIGHT: document_highlight,
-    types.WORKSPACE_DID_CHANGE_CONFIGURATION: configuration_changed, CURSOR: cursor_rests}
+    types.INITIALIZE: initialize,
+    types.INITIALIZED: initialized,
+    types.SHUTDOWN: shutdown,
+    types.TEXT_DOCUMENT_INLINE_COMPLETION: inline_completion,
+    types.TEXT_DOCUMENT_DOCUMENT_HIGHLIGHT: document_highlight,
+    types.WORKSPACE_DID_CHANGE_CONFIGURATION: configuration_changed,
+    CURSOR: cursor_rests,
+}
 OPTIONS: dict[str, Any] = {types.TEXT_DOCUMENT_INLINE_COMPLETION: types.InlineCompletionOptions()}
 
 
@@ -492,6 +554,6 @@ def serve(open_source: Callable[[], Source]) -> None:
     os.dup2(2, 1)
     server = Server(open_source)
     server.start_io(sys.stdin.buffer, out)
-    server.forget()                      # an editor that died said no goodbye
+    server.forget()  # an editor that died said no goodbye
     sys.stderr.flush()
     os._exit(0 if server.protocol._shutdown else 1)  # the engine's thread needs not be waited for

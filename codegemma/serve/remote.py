@@ -28,9 +28,9 @@ from codegemma.prompts import Layout
 from codegemma.serve.ask import LATE, Ask, Busy, Job, Metrics, Text, prompt_of, supersedes
 from codegemma.tokenizer import Tokenizer
 
-SLOTS = 256                              # requests at once: the engine behind batches and queues them
-FIRST_RATE = 2000.0                      # prompt tokens a second, until it was measured
-REMEMBERED = 1 << 16                     # pages of prompts that the engine behind probably still has
+SLOTS = 256  # requests at once: the engine behind batches and queues them
+FIRST_RATE = 2000.0  # prompt tokens a second, until it was measured
+REMEMBERED = 1 << 16  # pages of prompts that the engine behind probably still has
 
 
 class Remote:
@@ -40,8 +40,15 @@ class Remote:
 
     def __init__(self, client: httpx.AsyncClient, name: str, checkpoint: Checkpoint, context: int) -> None:
         if checkpoint.tokenizer is None:
-            raise ValueError(f"{checkpoint.path} has no tokenizer: -m must name a model whose tokenizer is that of the served one")
-        self.client, self.name, self.title, self.context = client, name, f"{name} at {client.base_url}", context
+            raise ValueError(
+                f"{checkpoint.path} has no tokenizer: -m must name a model whose tokenizer is that of the served one"
+            )
+        self.client, self.name, self.title, self.context = (
+            client,
+            name,
+            f"{name} at {client.base_url}",
+            context,
+        )
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self.slots, self.size, self.metrics = SLOTS, 0, Metrics()
         self.cache = PrefixCache("remote", 1, REMEMBERED)  # which prompts, not their keys and values
@@ -53,8 +60,12 @@ class Remote:
     async def open(cls, url: str, checkpoint: Checkpoint, key: str = "") -> Remote:
         """Raises ValueError where no such server answers."""
         base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        client = httpx.AsyncClient(base_url=base, headers={"Authorization": f"Bearer {key}"} if key else {},
-                                   timeout=httpx.Timeout(600.0, connect=10.0), limits=httpx.Limits(max_connections=SLOTS))
+        client = httpx.AsyncClient(
+            base_url=base,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(600.0, connect=10.0),
+            limits=httpx.Limits(max_connections=SLOTS),
+        )
         try:
             answer = await client.get("/models")
             answer.raise_for_status()
@@ -62,7 +73,9 @@ class Remote:
             name, context = str(served["id"]), int(served.get("max_model_len") or checkpoint.config.context)
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             await client.aclose()
-            raise ValueError(f"{base}/models does not tell what is served ({error}): is it an OpenAI-compatible server?") from error
+            raise ValueError(
+                f"{base}/models does not tell what is served ({error}): is it an OpenAI-compatible server?"
+            ) from error
         return cls(client, name, checkpoint, min(context, checkpoint.config.context))
 
     @property
@@ -75,7 +88,9 @@ class Remote:
 
     @property
     def chats(self) -> bool:
-        return "chat" in self._preset.uses if self._preset else self.tokenizer.control.start_of_turn is not None
+        return (
+            "chat" in self._preset.uses if self._preset else self.tokenizer.control.start_of_turn is not None
+        )
 
     def cached(self, ids: Sequence[int], adapter: str | None = None) -> int:
         """How many first tokens the engine behind probably still has."""
@@ -85,7 +100,9 @@ class Remote:
         if len(self._jobs) >= SLOTS:
             self.metrics.counts["rejected"] += 1
             raise Busy(f"{len(self._jobs)} requests are under way: try again in a moment", 1)
-        prompts = await asyncio.to_thread(lambda: [prompt_of(self, ask, {self.mode} - {"prefix"}) for ask in asks])
+        prompts = await asyncio.to_thread(
+            lambda: [prompt_of(self, ask, {self.mode} - {"prefix"}) for ask in asks]
+        )
         jobs = [Job(ask, prompt) for ask, prompt in zip(asks, prompts, strict=True)]
         for older in [job for job in self._jobs if supersedes(jobs[0], job)]:
             older.cancel()
@@ -158,21 +175,35 @@ class Remote:
         ask, what = job.ask, job.ask.what
         sampling = ask.sampling
         scored = isinstance(what, Text) and what.score
-        body: dict[str, Any] = {"model": self.name, "prompt": job.prompt.ids, "max_tokens": max(ask.max_tokens, 1),
-                                "temperature": sampling.temperature, "seed": sampling.seed, "stream": not scored,
-                                "stop_token_ids": sorted(job.prompt.stops | ask.stop_ids)}
+        body: dict[str, Any] = {
+            "model": self.name,
+            "prompt": job.prompt.ids,
+            "max_tokens": max(ask.max_tokens, 1),
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            "stream": not scored,
+            "stop_token_ids": sorted(job.prompt.stops | ask.stop_ids),
+        }
         optional: dict[str, Any] = {
-            "stop": list(ask.stop), "logprobs": max(ask.top, 1) if scored or ask.top else None, "echo": scored or None,
-            "stream_options": None if scored else {"include_usage": True}, "top_k": sampling.top_k, "min_p": sampling.min_p,
+            "stop": list(ask.stop),
+            "logprobs": max(ask.top, 1) if scored or ask.top else None,
+            "echo": scored or None,
+            "stream_options": None if scored else {"include_usage": True},
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "top_p": sampling.top_p if sampling.top_p < 1 else None,
             "repetition_penalty": sampling.repeat_penalty if sampling.repeat_penalty != 1 else None,
-            "presence_penalty": sampling.presence_penalty, "frequency_penalty": sampling.frequency_penalty,
-            "logit_bias": {str(token): value for token, value in sampling.bias}}
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "logit_bias": {str(token): value for token, value in sampling.bias},
+        }
         body |= {name: value for name, value in optional.items() if value}
         try:
             async with self.client.stream("POST", "/completions", json=body) as answer:
                 if answer.status_code != 200:
-                    raise _refusal(answer.status_code, (await answer.aread()).decode("utf-8", "replace"), answer.headers)
+                    raise _refusal(
+                        answer.status_code, (await answer.aread()).decode("utf-8", "replace"), answer.headers
+                    )
                 if scored:
                     yield self._scored(job, json.loads(await answer.aread()))
                     return
@@ -183,7 +214,9 @@ class Remote:
                             raise HTTPException(502, f"the engine behind failed: {chunk['error']}")
                         yield chunk
         except (httpx.HTTPError, json.JSONDecodeError) as error:
-            raise HTTPException(502, f"the engine behind, {self.client.base_url}, fails: {error!r}") from error
+            raise HTTPException(
+                502, f"the engine behind, {self.client.base_url}, fails: {error!r}"
+            ) from error
 
     def _has_read(self, job: Job) -> None:
         """Brings up to date what the engine behind is thought to have cached, and its speed."""
@@ -200,11 +233,21 @@ class Remote:
         found = choice.get("logprobs") or {}
         values, best = found.get("token_logprobs") or [], found.get("top_logprobs") or []
         if len(values) < count:
-            raise HTTPException(502, f"{self.client.base_url} does not give a prompt's log-probabilities (echo with logprobs)")
-        job.scores = [(float(value), self._tops(top)) for value, top in zip(values[1:count], best[1:count], strict=True)]
+            raise HTTPException(
+                502, f"{self.client.base_url} does not give a prompt's log-probabilities (echo with logprobs)"
+            )
+        job.scores = [
+            (float(value), self._tops(top)) for value, top in zip(values[1:count], best[1:count], strict=True)
+        ]
         text = "".join(found["tokens"][count:])
-        choice["text"] = choice["text"][len(choice["text"]) - len(text):] if text and choice["text"].endswith(text) else ""
-        choice["logprobs"] = {name: found[name][count:] for name in ("tokens", "token_logprobs", "top_logprobs")}
+        choice["text"] = (
+            choice["text"][len(choice["text"]) - len(text) :]
+            if text and choice["text"].endswith(text)
+            else ""
+        )
+        choice["logprobs"] = {
+            name: found[name][count:] for name in ("tokens", "token_logprobs", "top_logprobs")
+        }
         return answer
 
     def _read(self, job: Job, choice: dict[str, Any]) -> Iterator[Step]:
@@ -217,8 +260,13 @@ class Remote:
             return
         for at, token in enumerate(tokens):
             tops = found.get("top_logprobs")
-            yield Step(self._id(token), text if at == 0 else "", float(found["token_logprobs"][at]), None,
-                       self._tops(tops[at]) if tops and job.ask.top else ())
+            yield Step(
+                self._id(token),
+                text if at == 0 else "",
+                float(found["token_logprobs"][at]),
+                None,
+                self._tops(tops[at]) if tops and job.ask.top else (),
+            )
 
     def _tops(self, top: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
         ids = ((self._id(token), float(value)) for token, value in (top or {}).items())
@@ -235,7 +283,11 @@ def _refusal(status: int, text: str, headers: httpx.Headers) -> Exception:
     """Their refusal as ours: what they say of the request goes on to the client."""
     try:
         found = json.loads(text)
-        message = found["error"]["message"] if isinstance(found.get("error"), dict) else found.get("message") or text
+        message = (
+            found["error"]["message"]
+            if isinstance(found.get("error"), dict)
+            else found.get("message") or text
+        )
     except (ValueError, LookupError, TypeError, AttributeError):
         message = text
     if status == 429:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from codegemma.serve.ask import Backend
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-CONNECTIONS = 4096                       # open at once; more are closed unheard
+CONNECTIONS = 4096  # open at once; more are closed unheard
 BACKLOG = 1024
 
 
@@ -41,27 +41,54 @@ class Settings:
 
 
 def serve(
-    model: Annotated[str | None, Option("-m", "--model", metavar="MODEL", help="A name (see `codegemma models`), a .gguf file or "
-                                        "a directory; the packaged default model where left out.")] = None,
-    adapter: Annotated[list[str] | None, Option(metavar="NAME=PATH", help="An adapter that requests may name. "
-                                                "Repeatable.")] = None,
-    host: Annotated[str, Option(help="The address to listen on; any but this machine's own needs --api-key-file.")] = "127.0.0.1",
+    model: Annotated[
+        str | None,
+        Option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="A name (see `codegemma models`), a .gguf file or "
+            "a directory; the packaged default model where left out.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, Option(metavar="NAME=PATH", help="An adapter that requests may name. Repeatable.")
+    ] = None,
+    host: Annotated[
+        str, Option(help="The address to listen on; any but this machine's own needs --api-key-file.")
+    ] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0 lets the system choose.")] = 8012,
-    api_key_file: Annotated[Path | None, Option(metavar="FILE", help="Keys, one a line, of which every request must bring "
-                                                "one.")] = None,
-    workers: Annotated[int, Option(min=1, max=64, help="Processes, each with its own caches and its share of the "
-                                   "threads.")] = 1,
-    remote: Annotated[str | None, Option(metavar="URL", help="Let this OpenAI-compatible server generate; -m gives the "
-                                         "tokenizer.")] = None,
+    api_key_file: Annotated[
+        Path | None, Option(metavar="FILE", help="Keys, one a line, of which every request must bring one.")
+    ] = None,
+    workers: Annotated[
+        int, Option(min=1, max=64, help="Processes, each with its own caches and its share of the threads.")
+    ] = 1,
+    remote: Annotated[
+        str | None,
+        Option(metavar="URL", help="Let this OpenAI-compatible server generate; -m gives the tokenizer."),
+    ] = None,
     remote_key_file: Annotated[Path | None, Option(metavar="FILE", help="The key for --remote.")] = None,
-    allow_origin: Annotated[list[str] | None, Option(metavar="ORIGIN", help="A page beside our own that may call. "
-                                                     "Repeatable.")] = None,
-    allow_host: Annotated[list[str] | None, Option(metavar="NAME", help="A name that this machine is called by. "
-                                                   "Repeatable.")] = None,
-    threads: Annotated[int | None, Option("-t", "--threads", min=1, help="The CPUs that this process may use, where left out.",
-                                          show_default=False)] = None,
-    quantize: Annotated[Literal["q8_0", "q4_0"] | None, Option("--quantize", help="Turn float weights into blocks while "
-                                                               "loading.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, Option(metavar="ORIGIN", help="A page beside our own that may call. Repeatable.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, Option(metavar="NAME", help="A name that this machine is called by. Repeatable.")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        Option(
+            "-t",
+            "--threads",
+            min=1,
+            help="The CPUs that this process may use, where left out.",
+            show_default=False,
+        ),
+    ] = None,
+    quantize: Annotated[
+        Literal["q8_0", "q4_0"] | None,
+        Option("--quantize", help="Turn float weights into blocks while loading."),
+    ] = None,
     cache_mb: Annotated[int, Option(min=1, help="Memory for the prompt cache.")] = 1024,
     keep_cache: Annotated[bool, Option(help="Save the prompt cache on stop and load it on start.")] = True,
 ) -> None:
@@ -74,10 +101,27 @@ def serve(
 
     keys = guard.keys_of(api_key_file.read_text().splitlines()) if api_key_file else ()
     if host not in LOOPBACK and not keys:
-        raise ValueError(f"--host {host} opens this server to the network: give it keys with --api-key-file FILE")
-    names = None if keys else frozenset({*guard.LOOPBACK, host.lower(), *(name.lower() for name in allow_host or ())})
-    settings = Settings(model, tuple(adapter or ()), remote, remote_key_file.read_text().strip() if remote_key_file else "",
-                        threads, quantize, cache_mb << 20, keep_cache, names, frozenset(allow_origin or ()), keys)
+        raise ValueError(
+            f"--host {host} opens this server to the network: give it keys with --api-key-file FILE"
+        )
+    names = (
+        None
+        if keys
+        else frozenset({*guard.LOOPBACK, host.lower(), *(name.lower() for name in allow_host or ())})
+    )
+    settings = Settings(
+        model,
+        tuple(adapter or ()),
+        remote,
+        remote_key_file.read_text().strip() if remote_key_file else "",
+        threads,
+        quantize,
+        cache_mb << 20,
+        keep_cache,
+        names,
+        frozenset(allow_origin or ()),
+        keys,
+    )
     _log()
     with _listening(host, port) as listener:
         _run(settings, listener, workers)
@@ -106,7 +150,12 @@ def application(settings: Settings, share: int = 1) -> FastAPI:
     from codegemma.serve.scheduler import Scheduler
 
     threads = settings.threads or (max(1, usable_cpus() // share) if share > 1 else None)
-    model = load(settings.model or hub.DEFAULT, threads=threads, quantize=settings.quantize, cache_bytes=settings.cache_bytes)
+    model = load(
+        settings.model or hub.DEFAULT,
+        threads=threads,
+        quantize=settings.quantize,
+        cache_bytes=settings.cache_bytes,
+    )
     for given in settings.adapters:
         name, equals, path = given.partition("=")
         if not (name and equals and path):
@@ -126,10 +175,21 @@ def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
     from codegemma.serve.protocol import Protocol
 
     def config(app: object, factory: bool = False) -> uvicorn.Config:
-        return uvicorn.Config(app, factory=factory, http=Protocol, ws="none", log_config=None, access_log=False, workers=workers,  # type: ignore[arg-type]
-                              server_header=False, proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=3,
-                              timeout_worker_healthcheck=120,  # a machine under load is slow to start one
-                              backlog=BACKLOG)
+        return uvicorn.Config(
+            app,
+            factory=factory,
+            http=Protocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            workers=workers,  # type: ignore[arg-type]
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=3,
+            timeout_worker_healthcheck=120,  # a machine under load is slow to start one
+            backlog=BACKLOG,
+        )
 
     if workers > 1:
         _greet(listener)
@@ -153,8 +213,10 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --port, or 0 for "
-                         "any that is free") from error
+        raise ValueError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --port, or 0 for "
+            "any that is free"
+        ) from error
 
 
 def _raise_file_limit() -> None:
@@ -164,15 +226,20 @@ def _raise_file_limit() -> None:
 
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         wanted = 2 * CONNECTIONS
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most)
+        )
 
 
 def _greet(listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, f"[{host}]" if ":" in host else host)
+    host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(
+        host, f"[{host}]" if ":" in host else host
+    )
     url = f"http://{host}:{port}"
     print(f"listening on {url}", flush=True)
-    print(f"""
+    print(
+        f"""
   in a browser         {url}
   VS Code, Neovim, ... codegemma setup vscode | neovim | helix | emacs | continue | zed
   llama.vim            let g:llama_config = {{ 'endpoint_fim': '{url}/infill' }}
@@ -181,7 +248,10 @@ def _greet(listener: socket.socket) -> None:
   Ollama's clients     OLLAMA_HOST={url}
   OpenAI's clients     OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none
   Mistral's clients    server_url = "{url}"
-""", file=sys.stderr, flush=True)
+""",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _log() -> None:

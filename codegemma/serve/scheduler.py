@@ -29,13 +29,13 @@ from codegemma.serve.ask import Ask, Busy, Chat, Fill, Job, Metrics, Prompt, Tex
 
 log = logging.getLogger("codegemma.serve")
 
-SLOTS = 16                               # sequences that run together
-QUEUE = 256                              # jobs that wait, and of one client
+SLOTS = 16  # sequences that run together
+QUEUE = 256  # jobs that wait, and of one client
 QUEUE_OF_ONE = 128
-PAUSE = 0.1                              # seconds of another's prompt between two tokens
-KEEN = 0.05                              # seconds to let go in
-LEAST = 16                               # prompt tokens that a step reads at least
-ROWS = 32                                # of logits at once where a prompt is scored: a row is a megabyte
+PAUSE = 0.1  # seconds of another's prompt between two tokens
+KEEN = 0.05  # seconds to let go in
+LEAST = 16  # prompt tokens that a step reads at least
+ROWS = 32  # of logits at once where a prompt is scored: a row is a megabyte
 
 
 class _Scoring:
@@ -49,14 +49,20 @@ class _Scoring:
     def step(self, engine: Engine, cancel: Cancel, rows: int) -> bool:
         """Reads some more; True at the end."""
         one, job = self.one, self.job
-        part = one.ids[one.done:one.done + rows]
+        part = one.ids[one.done : one.done + rows]
         logits = engine.backend.run([engine.claim(one, part, len(part))], cancel)
         if logits is None:
             engine.unclaim(one, one.done)
             return False
-        for row, target in enumerate(one.ids[one.done + 1:one.done + 1 + len(part)]):
+        for row, target in enumerate(one.ids[one.done + 1 : one.done + 1 + len(part)]):
             values_V, normaliser = logits.values[row], float(logits.normaliser[row])
-            best = [logits.argmax[row]] if job.ask.top == 1 else sampler.top(values_V, job.ask.top) if job.ask.top else ()
+            best = (
+                [logits.argmax[row]]
+                if job.ask.top == 1
+                else sampler.top(values_V, job.ask.top)
+                if job.ask.top
+                else ()
+            )
             top = tuple((int(token), float(values_V[token]) - normaliser) for token in best)
             job.scores.append((float(values_V[target]) - normaliser, top))
         one.done += len(part)
@@ -66,30 +72,42 @@ class _Scoring:
 class Scheduler:
     """This machine's model as a Backend. `submit` in a loop of asyncio; `close` ends the thread."""
 
-    def __init__(self, model: Model, slots: int = SLOTS, queue: int = QUEUE, cache: Path | None = None) -> None:
+    def __init__(
+        self, model: Model, slots: int = SLOTS, queue: int = QUEUE, cache: Path | None = None
+    ) -> None:
         """`cache` is a directory where prompts are kept from one start to the next, in a file for each model."""
         self.model, self.engine, self.slots, self.queue = model, model.engine, slots, queue
         self.tokenizer, self.context = model.tokenizer, model.engine.context
         self.name = model.preset.name if model.preset else model.path.stem
         self.title = model.preset.title if model.preset else model.path.name
-        self.size = model.path.stat().st_size if model.path.is_file() else sum(one.stat().st_size for one in model.path.iterdir())
+        self.size = (
+            model.path.stat().st_size
+            if model.path.is_file()
+            else sum(one.stat().st_size for one in model.path.iterdir())
+        )
         self.metrics = Metrics()
-        model.completing_adapter()           # loaded now, not with the first request
+        model.completing_adapter()  # loaded now, not with the first request
         self._batch = Batch(self.engine)
         self._jobs: dict[Running, Job] = {}
         self._waiting: list[Job] = []
         self._scoring: list[_Scoring] = []
-        self._work: dict[str, float] = {}    # tokens computed for each client, from a common start
-        self._clock = 0.0                    # where a client that comes begins
+        self._work: dict[str, float] = {}  # tokens computed for each client, from a common start
+        self._clock = 0.0  # where a client that comes begins
         self._changed = threading.Condition()
-        self._closing = self._cut = False    # cut: the step before this one was given up half-way
-        self._until = 0.0                    # when the present step should end
-        self._pace = 0.0                     # seconds of a step without prompts
-        self._scored: Job | None = None      # whose prompt the present step scores
-        self._room = self.engine.cache.most_bytes // self.engine.backend.page_bytes * PAGE  # tokens that may run at once
-        self._saved = cache / hashlib.sha256(self.engine.cache.key.encode()).hexdigest()[:32] if cache else None
-        if self._saved is not None:          # in the background: requests are answered meanwhile
-            threading.Thread(target=self.engine.cache.load, name="cache", args=(self._saved,), daemon=True).start()
+        self._closing = self._cut = False  # cut: the step before this one was given up half-way
+        self._until = 0.0  # when the present step should end
+        self._pace = 0.0  # seconds of a step without prompts
+        self._scored: Job | None = None  # whose prompt the present step scores
+        self._room = (
+            self.engine.cache.most_bytes // self.engine.backend.page_bytes * PAGE
+        )  # tokens that may run at once
+        self._saved = (
+            cache / hashlib.sha256(self.engine.cache.key.encode()).hexdigest()[:32] if cache else None
+        )
+        if self._saved is not None:  # in the background: requests are answered meanwhile
+            threading.Thread(
+                target=self.engine.cache.load, name="cache", args=(self._saved,), daemon=True
+            ).start()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -127,7 +145,7 @@ class Scheduler:
                 self._waiting.append(job)
                 self._work[job.ask.client] = max(self._work.get(job.ask.client, 0.0), self._clock)
             if len(self._batch.running) == 1 and not self._cut:
-                self._interrupt(PAUSE)       # its chunk was sized for being alone
+                self._interrupt(PAUSE)  # its chunk was sized for being alone
             self._gauge()
             self._changed.notify()
         for job in older:
@@ -165,13 +183,23 @@ class Scheduler:
         if ask.adapter == "none":
             return None
         if ask.adapter not in self.adapters:
-            raise ValueError(f"no adapter {ask.adapter!r}: there are {', '.join(self.adapters) or 'none'}; start the server with "
-                             "--adapter NAME=PATH to add one")
+            raise ValueError(
+                f"no adapter {ask.adapter!r}: there are {', '.join(self.adapters) or 'none'}; start the server with "
+                "--adapter NAME=PATH to add one"
+            )
         return ask.adapter
 
     @staticmethod
     def _request(ask: Ask, prompt: Prompt, adapter: str | None) -> Request:
-        return Request(prompt.ids, ask.max_tokens, ask.sampling, prompt.stops | ask.stop_ids, ask.stop, ask.top, adapter=adapter)
+        return Request(
+            prompt.ids,
+            ask.max_tokens,
+            ask.sampling,
+            prompt.stops | ask.stop_ids,
+            ask.stop,
+            ask.top,
+            adapter=adapter,
+        )
 
     def _bound(self, client: str) -> None:
         theirs = sum(job.ask.client == client for job in self._waiting)
@@ -180,7 +208,9 @@ class Scheduler:
             counts = self.metrics.counts
             each = (counts["prompt_seconds"] + counts["predicted_seconds"]) / max(counts["requests"], 1)
             seconds = math.ceil(each * len(self._waiting) / self.slots)
-            raise Busy(f"{len(self._waiting)} requests wait already: try again in a moment", min(max(seconds, 1), 60))
+            raise Busy(
+                f"{len(self._waiting)} requests wait already: try again in a moment", min(max(seconds, 1), 60)
+            )
 
     def _let_go(self, job: Job) -> None:
         """Nobody reads `job` any more. What waits is dropped at once, what runs is taken out after this step, which is
@@ -190,7 +220,7 @@ class Scheduler:
                 self._waiting.remove(job)
                 self._end(job, Step(None, "", 0.0, "cancelled"))
             elif job is self._scored:
-                self._batch.cancel.set()     # which costs nobody else
+                self._batch.cancel.set()  # which costs nobody else
             elif not self._cut or all(one.gone.is_set() for one in list(self._jobs.values())):
                 self._interrupt(KEEN)
             self._changed.notify()
@@ -216,7 +246,7 @@ class Scheduler:
                     admitted.pop()
                 self._drop()
                 self._turn()
-            except Exception as error:       # a fault of the engine: its requests fail, the server goes on
+            except Exception as error:  # a fault of the engine: its requests fail, the server goes on
                 log.exception("the engine failed")
                 self._fail([*self._jobs.values(), *(one.job for one in self._scoring), *admitted], error)
 
@@ -264,7 +294,9 @@ class Scheduler:
             if batch.cancel.is_set():
                 batch.cancel = Cancel()
         if batch.running:
-            batch.running.sort(key=lambda one: (self._jobs[one].ask.max_tokens == 0, self._work[self._jobs[one].ask.client]))
+            batch.running.sort(
+                key=lambda one: (self._jobs[one].ask.max_tokens == 0, self._work[self._jobs[one].ask.client])
+            )
             batch.chunk = self._chunk()
             before = {one: one.done for one in batch.running}
             started = time.perf_counter()
@@ -300,18 +332,20 @@ class Scheduler:
     def _count(self, before: dict[Running, int]) -> None:
         for one, done in before.items():
             self._work[self._jobs[one].ask.client] += max(one.done - done, 0)
-        self._clock = max(self._clock, min((self._work[job.ask.client] for job in self._jobs.values()), default=0.0))
+        self._clock = max(
+            self._clock, min((self._work[job.ask.client] for job in self._jobs.values()), default=0.0)
+        )
 
     def _deliver(self, steps: Sequence[tuple[Running, Step]]) -> None:
         for one, step in steps:
             job = self._jobs.get(one)
             if job is None:
-                continue                 # trimming ended it at an earlier step of the same draft
+                continue  # trimming ended it at an earlier step of the same draft
             job.cached_tokens = 0 if job.scores else one.cached
             shown = job.take(step)
             if shown.stop is None:
                 job.post([shown])
-            elif one.stop is None:       # trimming ended it
+            elif one.stop is None:  # trimming ended it
                 self._batch.remove(one)
                 self._leave(one, shown)
             else:
@@ -345,7 +379,10 @@ class Scheduler:
             job.post([HTTPException(500, f"the engine failed: {error}")])
 
     def _gauge(self, admitted: int = 0) -> None:
-        self.metrics.running, self.metrics.waiting = len(self._jobs) + len(self._scoring) + admitted, len(self._waiting)
+        self.metrics.running, self.metrics.waiting = (
+            len(self._jobs) + len(self._scoring) + admitted,
+            len(self._waiting),
+        )
 
     def _settle(self) -> None:
         """Closes the accounts of clients that are gone."""

@@ -16,7 +16,7 @@ from codegemma.local import Model
 from codegemma.serve.ask import Ask, Busy, Fill
 from codegemma.serve.scheduler import Scheduler
 
-WAIT = 60.0                              # seconds for a server's answer
+WAIT = 60.0  # seconds for a server's answer
 
 
 class Source(Protocol):
@@ -37,12 +37,14 @@ class Here:
         self.model, self.cache, self.scheduler = model, cache, Scheduler(model)
 
     async def fill(self, ask: Ask) -> str:
-        job, = await self.scheduler.submit([ask])
+        (job,) = await self.scheduler.submit([ask])
         try:
             steps = [step async for step in job.steps()]
-            return "" if steps[-1].stop == "cancelled" else "".join(step.text for step in steps)  # its prompt was overdue
+            return (
+                "" if steps[-1].stop == "cancelled" else "".join(step.text for step in steps)
+            )  # its prompt was overdue
         finally:
-            job.cancel()                 # of one that has ended it does nothing
+            job.cancel()  # of one that has ended it does nothing
 
     async def close(self) -> None:
         await self.scheduler.close()
@@ -61,7 +63,7 @@ class There:
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
         self.base = parts.path.rstrip("/").removesuffix("/v1")
-        self.infill = True               # until it says that it has no such route
+        self.infill = True  # until it says that it has no such route
 
     async def fill(self, ask: Ask) -> str:
         what = ask.what
@@ -71,9 +73,16 @@ class There:
             self.infill = status not in (404, 405, 501)
         if not self.infill:
             if not ask.max_tokens:
-                return ""                # only our own reads ahead
-            status, answer = await self._post("/v1/completions", {
-                "prompt": what.prefix, "suffix": what.suffix, "max_tokens": ask.max_tokens, "temperature": 0})
+                return ""  # only our own reads ahead
+            status, answer = await self._post(
+                "/v1/completions",
+                {
+                    "prompt": what.prefix,
+                    "suffix": what.suffix,
+                    "max_tokens": ask.max_tokens,
+                    "temperature": 0,
+                },
+            )
         if status == 429:
             raise Busy("the server is busy", 1)
         try:
@@ -88,8 +97,12 @@ class There:
     async def _post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and JSON of an answer. HTTP/1.0, whose answers end with the connection, so that hanging up cancels."""
         data = json.dumps(body).encode()
-        head = (f"POST {self.base}{path} HTTP/1.0\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(data)}\r\n" + f"Authorization: Bearer {self.key}\r\n" * bool(self.key) + "\r\n")
+        head = (
+            f"POST {self.base}{path} HTTP/1.0\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(data)}\r\n"
+            + f"Authorization: Bearer {self.key}\r\n" * bool(self.key)
+            + "\r\n"
+        )
         try:
             async with asyncio.timeout(WAIT):
                 reader, writer = await asyncio.open_connection(self.host, self.port, ssl=self.tls)
@@ -99,8 +112,10 @@ class There:
                 finally:
                     writer.close()
         except (OSError, TimeoutError) as error:
-            raise ValueError(f"{self.name} cannot be reached ({error or 'no answer'}): start `codegemma serve`, or leave the "
-                             "server out to load the model here") from error
+            raise ValueError(
+                f"{self.name} cannot be reached ({error or 'no answer'}): start `codegemma serve`, or leave the "
+                "server out to load the model here"
+            ) from error
         head_bytes, _, payload = answer.partition(b"\r\n\r\n")
         with contextlib.suppress(ValueError, IndexError):
             return int(head_bytes.split()[1]), _json(payload)
@@ -118,9 +133,18 @@ def _infill(ask: Ask, what: Fill) -> dict[str, Any]:
     """llama.cpp's fields, and our server's own."""
     lines, here = what.prefix.rpartition("\n")[::2]
     body: dict[str, Any] = {
-        "input_prefix": lines + "\n" * (len(lines) + len(here) < len(what.prefix)), "prompt": here, "input_suffix": what.suffix,
-        "input_extra": [{"filename": file.path, "text": file.text} for file in what.files], "n_predict": ask.max_tokens,
-        "temperature": 0, "stream": False, "cache_prompt": True, "mode": what.mode, "trim": what.trim, "session": ask.session}
+        "input_prefix": lines + "\n" * (len(lines) + len(here) < len(what.prefix)),
+        "prompt": here,
+        "input_suffix": what.suffix,
+        "input_extra": [{"filename": file.path, "text": file.text} for file in what.files],
+        "n_predict": ask.max_tokens,
+        "temperature": 0,
+        "stream": False,
+        "cache_prompt": True,
+        "mode": what.mode,
+        "trim": what.trim,
+        "session": ask.session,
+    }
     if what.path:
         body["path"] = what.path
     if ask.adapter:
@@ -132,12 +156,21 @@ def _infill(ask: Ask, what: Fill) -> dict[str, Any]:
     return body
 
 
-def opener(model: str | None, server: str | None, key_file: Path | None = None, threads: int | None = None,
-           quantize: str | None = None, cache: Path | None = None, adapter: str = "auto") -> Callable[[], Source]:
+def opener(
+    model: str | None,
+    server: str | None,
+    key_file: Path | None = None,
+    threads: int | None = None,
+    quantize: str | None = None,
+    cache: Path | None = None,
+    adapter: str = "auto",
+) -> Callable[[], Source]:
     """What opens a source, in a thread: a server where one is named, else a model. Raises ValueError, OSError."""
     if server and adapter != "auto":
-        raise ValueError("--adapter is for a model in this process: start the server with --adapter NAME=PATH, and name it in the "
-                         "editor's setting `adapter`")
+        raise ValueError(
+            "--adapter is for a model in this process: start the server with --adapter NAME=PATH, and name it in the "
+            "editor's setting `adapter`"
+        )
 
     def there() -> Source:
         assert server

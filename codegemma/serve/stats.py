@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-MOST_BYTES = 4 << 20                     # about 40,000 suggestions; of a longer file the newer half is kept
+MOST_BYTES = 4 << 20  # about 40,000 suggestions; of a longer file the newer half is kept
 BARS = " ▁▂▃▄▅▆▇█"
 MOST_OFFERED = 1024
 
@@ -61,7 +61,10 @@ def record(shown: Shown) -> None:
     """Adds a line. What cannot be written is not worth an error in an editor."""
     if not recording():
         return
-    row = asdict(shown) | {"latency_ms": round(shown.latency_ms, 1), "minute": shown.minute or int(time.time() // 60)}
+    row = asdict(shown) | {
+        "latency_ms": round(shown.latency_ms, 1),
+        "minute": shown.minute or int(time.time() // 60),
+    }
     try:
         file().parent.mkdir(parents=True, exist_ok=True)
         with open(file(), "ab") as out:  # one write of one line: processes do not mix theirs
@@ -89,7 +92,7 @@ def settle(name: str, accepted: bool) -> None:
 
 def _halve() -> None:
     data = file().read_bytes()
-    kept = data[data.index(b"\n", len(data) // 2) + 1:]
+    kept = data[data.index(b"\n", len(data) // 2) + 1 :]
     fresh = file().with_suffix(".new")
     fresh.write_bytes(kept)
     fresh.replace(file())
@@ -117,11 +120,16 @@ def clear() -> None:
 def summary(rows: Sequence[Shown]) -> dict[str, Any]:
     asked = [row.latency_ms for row in rows]
     characters = sum(row.characters for row in rows)
-    return {"shown": len(rows), "accepted": sum(row.taken > 0 for row in rows),
-            "accepted_share": sum(row.taken > 0 for row in rows) / len(rows) if rows else None,
-            "characters_kept_share": sum(min(row.taken, row.characters) for row in rows) / characters if characters else None,
-            "latency_ms_median": median(asked) if asked else None,
-            "latency_ms_95": quantiles(asked, n=20, method="inclusive")[-1] if len(asked) > 1 else None}
+    return {
+        "shown": len(rows),
+        "accepted": sum(row.taken > 0 for row in rows),
+        "accepted_share": sum(row.taken > 0 for row in rows) / len(rows) if rows else None,
+        "characters_kept_share": sum(min(row.taken, row.characters) for row in rows) / characters
+        if characters
+        else None,
+        "latency_ms_median": median(asked) if asked else None,
+        "latency_ms_95": quantiles(asked, n=20, method="inclusive")[-1] if len(asked) > 1 else None,
+    }
 
 
 def by_language(rows: Sequence[Shown]) -> dict[str, dict[str, Any]]:
@@ -129,7 +137,10 @@ def by_language(rows: Sequence[Shown]) -> dict[str, dict[str, Any]]:
     groups: dict[str, list[Shown]] = {}
     for row in rows:
         groups.setdefault(row.language or "other", []).append(row)
-    return {name: summary(group) for name, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))}
+    return {
+        name: summary(group)
+        for name, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    }
 
 
 def picture(rows: Sequence[Shown], days: int = 30, today: int | None = None) -> str:
@@ -142,10 +153,15 @@ def picture(rows: Sequence[Shown], days: int = 30, today: int | None = None) -> 
             shown[days - 1 - ago] += 1
             accepted[days - 1 - ago] += row.taken > 0
     most = max(shown, default=0)
-    lines = [f"shown     {_bars(shown, most)}  up to {most:,} a day, the last {days} days",
-             f"accepted  {_bars(accepted, most)}"]
+    lines = [
+        f"shown     {_bars(shown, most)}  up to {most:,} a day, the last {days} days",
+        f"accepted  {_bars(accepted, most)}",
+    ]
     edges = (25, 50, 100, 200, 400, 800, 1600)
-    counts = [sum(low <= row.latency_ms < high for row in rows) for low, high in zip((0, *edges), (*edges, 1e9), strict=True)]
+    counts = [
+        sum(low <= row.latency_ms < high for row in rows)
+        for low, high in zip((0, *edges), (*edges, 1e9), strict=True)
+    ]
     width = max(counts, default=0)
     for name, count in zip([*(f"< {edge} ms" for edge in edges), "longer"], counts, strict=True):
         lines.append(f"{name:>9} {'█' * round(40 * count / width) if width else ''} {count:,}")

@@ -16,9 +16,11 @@ def text(model: Path) -> str:
     """The notice, what binds users of this server, and the full text where a copy lies beside the model."""
     copies = [folder / "GEMMA_TERMS.html" for folder in (model, model.parent)]
     copy = next((file for file in copies if file.is_file()), None)
-    head = (f"{NOTICE}\nWhoever uses this server uses Gemma: the Gemma Terms of Use bind you, the restrictions on use of section "
-            f"3.2 included. You must not use Gemma for what the Gemma Prohibited Use Policy lists, nor in violation of laws.\n"
-            f"Terms: {LINKS[0]}\nProhibited uses: {LINKS[1]}\n")
+    head = (
+        f"{NOTICE}\nWhoever uses this server uses Gemma: the Gemma Terms of Use bind you, the restrictions on use of section "
+        f"3.2 included. You must not use Gemma for what the Gemma Prohibited Use Policy lists, nor in violation of laws.\n"
+        f"Terms: {LINKS[0]}\nProhibited uses: {LINKS[1]}\n"
+    )
     if copy is None:
         return head
     reader = _Article()

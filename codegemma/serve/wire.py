@@ -52,7 +52,14 @@ class Own(BaseModel):
 
     def fill(self, prefix: str, suffix: str | None, files: Sequence[File] = ()) -> Fill:
         extra = tuple(File(_line(one.filename), one.text) for one in self.input_extra or ())
-        return Fill(prefix, suffix or "", self.path or None, (*files, *extra), self.mode or "auto", self.trim or "none")
+        return Fill(
+            prefix,
+            suffix or "",
+            self.path or None,
+            (*files, *extra),
+            self.mode or "auto",
+            self.trim or "none",
+        )
 
     def ask(self, request: Request, **parts: Any) -> Ask:
         """An Ask with what our own fields, the headers and the model's name say."""
@@ -61,10 +68,18 @@ class Own(BaseModel):
             name = self.model.rpartition(":")[2]
             adapter = name if name in backend(request).adapters else None
         session = self.session or request.headers.get("x-session-id")
-        prompt_ms, predict_ms = self.time_budget_ms or max(self.t_max_prompt_ms or 0, 0), max(self.t_max_predict_ms or 0, 0)
-        return Ask(adapter=adapter, session=session, client=f"{request.scope.get('client_name', '')} {session or ''}",
-                   prompt_seconds=prompt_ms / 1000 if prompt_ms else None,
-                   predict_seconds=predict_ms / 1000 if predict_ms else None, **parts)
+        prompt_ms, predict_ms = (
+            self.time_budget_ms or max(self.t_max_prompt_ms or 0, 0),
+            max(self.t_max_predict_ms or 0, 0),
+        )
+        return Ask(
+            adapter=adapter,
+            session=session,
+            client=f"{request.scope.get('client_name', '')} {session or ''}",
+            prompt_seconds=prompt_ms / 1000 if prompt_ms else None,
+            predict_seconds=predict_ms / 1000 if predict_ms else None,
+            **parts,
+        )
 
 
 @dataclass(frozen=True)
@@ -162,8 +177,14 @@ async def merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
 class Stream(Response):
     """Parts as they are made. A fault on the way becomes a last part, for the status has been sent."""
 
-    def __init__(self, request: Request, jobs: Sequence[Job], parts: AsyncIterator[bytes], fault: Callable[[str], bytes],
-                 media_type: str = "text/event-stream") -> None:
+    def __init__(
+        self,
+        request: Request,
+        jobs: Sequence[Job],
+        parts: AsyncIterator[bytes],
+        fault: Callable[[str], bytes],
+        media_type: str = "text/event-stream",
+    ) -> None:
         super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type)
         del self.headers["content-length"]
         self._jobs, self._parts, self._fault = jobs, parts, fault
@@ -183,6 +204,7 @@ class Stream(Response):
 @contextlib.asynccontextmanager
 async def _watched(receive: Receive, jobs: Sequence[Job]) -> AsyncIterator[None]:
     """Cancels the jobs where the client leaves before they end."""
+
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass

@@ -31,17 +31,24 @@ def draw(history: Sequence[dict[str, Any]]) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
         return f'<polyline points="{path}" fill="none" {style}/>'
 
-    marks = "".join(f'<text x="{LEFT - 6}" y="{at((0, value))[1] + 4:.0f}" text-anchor="end">{value:.2f}</text>'
-                    for value in (low, (low + high) / 2, high))
-    marks += "".join(f'<text x="{at((tokens * share, low))[0]:.0f}" y="{HEIGHT - 14}" text-anchor="middle">{_short(tokens * share)}'
-                     "</text>" for share in (0, 0.25, 0.5, 0.75, 1))
+    marks = "".join(
+        f'<text x="{LEFT - 6}" y="{at((0, value))[1] + 4:.0f}" text-anchor="end">{value:.2f}</text>'
+        for value in (low, (low + high) / 2, high)
+    )
+    marks += "".join(
+        f'<text x="{at((tokens * share, low))[0]:.0f}" y="{HEIGHT - 14}" text-anchor="middle">{_short(tokens * share)}'
+        "</text>"
+        for share in (0, 0.25, 0.5, 0.75, 1)
+    )
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#e15759"/>' for x, y in map(at, held))
     thin, thick = 'stroke="#4e79a7" stroke-opacity=".3"', 'stroke="#4e79a7" stroke-width="2"'
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui,sans-serif" '
-            f'font-size="11"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>{marks}'
-            f'{line(points, thin)}{line(smooth, thick)}{dots}'
-            f'<text x="{WIDTH - 10}" y="{TOP + 6}" text-anchor="end">nats a target: training (line), held out (dots); tokens seen'
-            "</text></svg>")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui,sans-serif" '
+        f'font-size="11"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>{marks}'
+        f"{line(points, thin)}{line(smooth, thick)}{dots}"
+        f'<text x="{WIDTH - 10}" y="{TOP + 6}" text-anchor="end">nats a target: training (line), held out (dots); tokens seen'
+        "</text></svg>"
+    )
 
 
 def _short(tokens: float) -> str:

@@ -32,7 +32,17 @@ from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
 from codegemma.train import mesh as meshes
 from codegemma.train import sft
-from codegemma.train.loop import Report, Settings, Trainable, adapter_of, hold_memory, lora_of, new_lora, train, whole
+from codegemma.train.loop import (
+    Report,
+    Settings,
+    Trainable,
+    adapter_of,
+    hold_memory,
+    lora_of,
+    new_lora,
+    train,
+    whole,
+)
 from codegemma.train.order import Order
 from codegemma.weights import ELEMENTS, Tensor, plain
 
@@ -57,14 +67,18 @@ class Plan:
     mesh: str | None = None
     tensorboard: bool = False
     name: str = ""
-    orders: tuple[Layout, ...] = ("psm", "spm")   # of the examples, as the adapter's card will say
+    orders: tuple[Layout, ...] = ("psm", "spm")  # of the examples, as the adapter's card will say
 
     def __post_init__(self) -> None:
         if self.kind == "full" and (self.adapter or self.alpha is not None or self.settings.vocabulary):
-            raise ValueError("--adapter, --lora-alpha and --vocabulary are for adapters: leave them out, or --full")
+            raise ValueError(
+                "--adapter, --lora-alpha and --vocabulary are for adapters: leave them out, or --full"
+            )
         if self.alpha is not None and (self.adapter or not 0 < abs(self.alpha) < 1e9):
-            raise ValueError(f"--lora-alpha is a finite number other than 0, for a new adapter alone, got {self.alpha}"
-                             + (f" for {self.adapter}: leave it out" if self.adapter else ""))
+            raise ValueError(
+                f"--lora-alpha is a finite number other than 0, for a new adapter alone, got {self.alpha}"
+                + (f" for {self.adapter}: leave it out" if self.adapter else "")
+            )
         if self.settings.patience and not self.held_out:
             raise ValueError("--patience counts measurements on held-out rows: pass --held-out too")
 
@@ -73,24 +87,44 @@ class Plan:
         return self.out / ("model" if self.kind == "full" else "adapter")
 
 
-def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambda report: None,
-        until: float | None = None) -> Path:
+def run(
+    plan: Plan,
+    resume: bool = False,
+    tell: Callable[[Report], None] = lambda report: None,
+    until: float | None = None,
+) -> Path:
     """Trains and gives the folder of the result. `until` (of time.monotonic) stops it early, keeping what it has."""
     checkpoint, mesh = _checkpoint(plan.model), _mesh(plan)
     if jax.process_index() == 0 and (new := _newer(plan)).exists() and not plan.result.exists():
-        new.rename(plan.result)          # stopped between the two
+        new.rename(plan.result)  # stopped between the two
     order, held_out, skipped = _order(plan)
-    blocks: Any = "own" if plan.kind == "qlora" else "floats" if plan.kind == "lora" and mesh is None and kernels() else "none"
+    blocks: Any = (
+        "own"
+        if plan.kind == "qlora"
+        else "floats"
+        if plan.kind == "lora" and mesh is None and kernels()
+        else "none"
+    )
     base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks)
     trainable = _start(plan, checkpoint, base)
     terminators = sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else []
     started = time.monotonic()
-    card = {"base": plan.model, "rows": [str(Path(source).name) for source in plan.sources], "seed": plan.settings.seed,
-            "learning_rate": plan.settings.learning_rate, "batch_tokens": plan.batch_tokens, "skipped": skipped}
+    card = {
+        "base": plan.model,
+        "rows": [str(Path(source).name) for source in plan.sources],
+        "seed": plan.settings.seed,
+        "learning_rate": plan.settings.learning_rate,
+        "batch_tokens": plan.batch_tokens,
+        "skipped": skipped,
+    }
 
     def keep(trained: Trainable, report: Report) -> None:
-        told = card | {"steps": report.step, "loss": report.loss, "held_out": report.held_out,
-                       "hours": round((time.monotonic() - started) / 3600, 3)}
+        told = card | {
+            "steps": report.step,
+            "loss": report.loss,
+            "held_out": report.held_out,
+            "hours": round((time.monotonic() - started) / 3600, 3),
+        }
         if not plan.chat:
             told["fim"] = {order: order in plan.orders for order in ("psm", "spm")}
         trained = jax.tree.map(whole, trained)
@@ -98,9 +132,21 @@ def run(plan: Plan, resume: bool = False, tell: Callable[[Report], None] = lambd
             _write(plan, checkpoint, trained, told)
 
     writer = _tensorboard(plan.out) if plan.tensorboard and jax.process_index() == 0 else None
-    reports = train(checkpoint.config, None if plan.kind == "full" else base, trainable, order, plan.settings, plan.out,
-                    held_out=held_out, resume=resume, mesh=mesh, terminators=terminators, keep_best=keep, until=until,
-                    about={"base": identity(checkpoint), "kind": plan.kind})
+    reports = train(
+        checkpoint.config,
+        None if plan.kind == "full" else base,
+        trainable,
+        order,
+        plan.settings,
+        plan.out,
+        held_out=held_out,
+        resume=resume,
+        mesh=mesh,
+        terminators=terminators,
+        keep_best=keep,
+        until=until,
+        about={"base": identity(checkpoint), "kind": plan.kind},
+    )
     for report in reports:
         tell(report)
         if writer:
@@ -139,7 +185,9 @@ def _order(plan: Plan) -> tuple[Order, list[Any], int]:
     if plan.chat:
         tokenizer = _checkpoint(plan.model).tokenizer
         if tokenizer is None:
-            raise ValueError(f"{plan.model} has no tokenizer to read chats with: put its tokenizer.model beside it")
+            raise ValueError(
+                f"{plan.model} has no tokenizer to read chats with: put its tokenizer.model beside it"
+            )
         folders: Sequence[Any] = []
         for source in plan.sources:
             rows, left = sft.rows(sft.read(Path(source)), tokenizer, plan.length)
@@ -159,8 +207,14 @@ def _rows(folder: Path | str, model: str) -> Rows:
     rows, tokenizer, recipe = Rows(folder), _checkpoint(model).tokenizer, Path(folder, "recipe.json")
     if not len(rows):
         raise ValueError(f"{folder} has no rows: build them from more code")
-    if tokenizer and recipe.exists() and read_json(recipe).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise ValueError(f"{folder} was built with another vocabulary than {model}'s: build it with --tokenizer {model}")
+    if (
+        tokenizer
+        and recipe.exists()
+        and read_json(recipe).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint
+    ):
+        raise ValueError(
+            f"{folder} was built with another vocabulary than {model}'s: build it with --tokenizer {model}"
+        )
     return rows
 
 
@@ -172,7 +226,7 @@ def _start(plan: Plan, checkpoint: Checkpoint, base: Params) -> Trainable:
         adapter = lora.load(plan.adapter)
         adapter.check(checkpoint.config)
         missing = {token: place for token, place in zip(ids, start, strict=True) if token not in adapter.rows}
-        if missing:                      # an adapter that was trained on other things
+        if missing:  # an adapter that was trained on other things
             rows = np.asarray(embed(base, jnp.asarray(list(missing.values()), jnp.int32), None))
             adapter = replace(adapter, rows={**adapter.rows, **dict(zip(missing, rows, strict=True))})
         return lora_of(adapter)
@@ -206,7 +260,10 @@ def _write(plan: Plan, checkpoint: Checkpoint, trained: Trainable, card: dict[st
     if isinstance(trained, Lora):
         lora.save(adapter_of(trained, plan.name or plan.out.name, card), new)
     else:
-        types = {name: tensor.type if tensor.type in ELEMENTS else "BF16" for name, tensor in checkpoint.tensors.items()}
+        types = {
+            name: tensor.type if tensor.type in ELEMENTS else "BF16"
+            for name, tensor in checkpoint.tensors.items()
+        }
         tensors = {name: _tensor(np.asarray(value), types[name]) for name, value in trained.items()}  # type: ignore[arg-type]
         with building(new) as folder:
             orders = [order for order in plan.orders if not plan.chat] or checkpoint.taught or ()

@@ -31,9 +31,9 @@ from codegemma.train.loss import BLOCK, cross_entropy
 from codegemma.train.order import Microbatch, Order, Sample, microbatches
 
 Trainable = Lora | Params
-VOCABULARY = 32_768                      # of Settings, where the normaliser need not be exact
-ACTIVATIONS = 3 << 30                    # bytes that a backward pass may keep without being asked
-SETTLING = 8                             # first microbatches, after which the heap is given back each time
+VOCABULARY = 32_768  # of Settings, where the normaliser need not be exact
+ACTIVATIONS = 3 << 30  # bytes that a backward pass may keep without being asked
+SETTLING = 8  # first microbatches, after which the heap is given back each time
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,55 @@ class Settings:
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     floor: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0            # of matrices; never of norm factors
-    row_rate: float = 1 / 32             # of an adapter's rows of the embedding, as a share of the rate
-    clip: float = 1.0                    # largest norm of the gradient
+    weight_decay: float = 0.0  # of matrices; never of norm factors
+    row_rate: float = 1 / 32  # of an adapter's rows of the embedding, as a share of the rate
+    clip: float = 1.0  # largest norm of the gradient
     z: float = 0.0
-    end_weight: float = 1.0              # of a terminator's loss: its logarithm is what greedy decoding has more on the end
-    vocabulary: int | None = None        # so many tokens estimate the normaliser (order.Sample); None: all, exactly
+    end_weight: float = (
+        1.0  # of a terminator's loss: its logarithm is what greedy decoding has more on the end
+    )
+    vocabulary: int | None = None  # so many tokens estimate the normaliser (order.Sample); None: all, exactly
     micro_tokens: int = 2048
-    steps: int | None = None             # stop there; the schedule ends there too
+    steps: int | None = None  # stop there; the schedule ends there too
     evaluate_every: int = 50
-    patience: int = 0                    # evaluations without a better loss before it stops; 0: never
+    patience: int = 0  # evaluations without a better loss before it stops; 0: never
     save_every: int = 20
     keep: int = 2
     seed: int = 0
-    remat: Remat | Literal["auto"] = "none"      # auto: layer where activations would take more than ACTIVATIONS
+    remat: Remat | Literal["auto"] = "none"  # auto: layer where activations would take more than ACTIVATIONS
     dtype: Literal["float32", "bfloat16"] = "float32"
-    precision: Literal["float32", "bfloat16"] = "bfloat16"   # of the factors of products in a step; see native/xla.py
+    precision: Literal["float32", "bfloat16"] = (
+        "bfloat16"  # of the factors of products in a step; see native/xla.py
+    )
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip", "end_weight", "micro_tokens", "evaluate_every", "save_every", "keep", "steps"):
+        for name in (
+            "learning_rate",
+            "clip",
+            "end_weight",
+            "micro_tokens",
+            "evaluate_every",
+            "save_every",
+            "keep",
+            "steps",
+        ):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value!r}")
         for name in ("weight_decay", "row_rate", "z", "patience"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)!r}")
-        for name, known in (("decay", ("cosine", "linear", "constant")), ("remat", ("auto", *get_args(Remat))),
-                            ("dtype", ("float32", "bfloat16")), ("precision", ("float32", "bfloat16"))):
+        for name, known in (
+            ("decay", ("cosine", "linear", "constant")),
+            ("remat", ("auto", *get_args(Remat))),
+            ("dtype", ("float32", "bfloat16")),
+            ("precision", ("float32", "bfloat16")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {', '.join(known)}, got {getattr(self, name)!r}")
         if self.vocabulary is not None and self.vocabulary < 2:
-            raise ValueError(f"vocabulary must be at least 2 tokens, or None for all, got {self.vocabulary!r}")
+            raise ValueError(
+                f"vocabulary must be at least 2 tokens, or None for all, got {self.vocabulary!r}"
+            )
         if not (0 <= self.warmup <= 1 and 0 <= self.floor <= 1):
             raise ValueError(f"warmup and floor must lie from 0 to 1, got {self.warmup} and {self.floor}")
 
@@ -83,18 +102,18 @@ class Settings:
 class Report:
     """What a step did. Losses are nats a target; `ends` is the share of terminators that were the likeliest token."""
 
-    step: int                            # steps done
+    step: int  # steps done
     steps: int
     loss: float
     right: float
     ends: float | None
     targets: int
-    tokens: int                          # of this step
+    tokens: int  # of this step
     seconds: float
-    flops: float                         # of this step, by `flops_of`
+    flops: float  # of this step, by `flops_of`
     learning_rate: float
     gradient_norm: float
-    held_out: float | None = None        # loss on the held-out rows, where they were measured
+    held_out: float | None = None  # loss on the held-out rows, where they were measured
     best: bool = False
 
 
@@ -103,8 +122,12 @@ def sparing(settings: Settings, config: ModelConfig, length: int) -> Settings:
     feed-forward part."""
     if settings.remat != "auto":
         return settings
-    kept = 4 * config.layers * (8 * config.width + 4 * config.heads * config.head_width + 4 * config.ffn_width)
-    return replace(settings, remat="layer" if max(settings.micro_tokens, length) * kept > ACTIVATIONS else "none")
+    kept = (
+        4 * config.layers * (8 * config.width + 4 * config.heads * config.head_width + 4 * config.ffn_width)
+    )
+    return replace(
+        settings, remat="layer" if max(settings.micro_tokens, length) * kept > ACTIVATIONS else "none"
+    )
 
 
 def flops_of(config: ModelConfig, tokens: int, length: int, targets: int, full: bool) -> float:
@@ -113,12 +136,24 @@ def flops_of(config: ModelConfig, tokens: int, length: int, targets: int, full: 
     4 V D (8 V D). What is computed twice does not count."""
     c = config
     layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width
-    attention = sum(2 * 3 * c.heads * c.head_width * min(length, c.layer_window(i) or length) for i in range(c.layers))
-    return tokens * ((6 if full else 4) * c.layers * layer + attention) + targets * (8 if full else 4) * c.vocab * c.width
+    attention = sum(
+        2 * 3 * c.heads * c.head_width * min(length, c.layer_window(i) or length) for i in range(c.layers)
+    )
+    return (
+        tokens * ((6 if full else 4) * c.layers * layer + attention)
+        + targets * (8 if full else 4) * c.vocab * c.width
+    )
 
 
-def new_lora(config: ModelConfig, params: Params, rank: int, ids: Sequence[int] = (), alpha: float | None = None, seed: int = 0,
-             start_from: Sequence[int] = ()) -> Lora:
+def new_lora(
+    config: ModelConfig,
+    params: Params,
+    rank: int,
+    ids: Sequence[int] = (),
+    alpha: float | None = None,
+    seed: int = 0,
+    start_from: Sequence[int] = (),
+) -> Lora:
     """Adapters on all linear layers: `a` uniform as a linear layer's start, `b` zero; rows of the embedding for `ids`,
     started from those of `start_from`."""
     weights: dict[str, jax.Array] = {}
@@ -126,8 +161,10 @@ def new_lora(config: ModelConfig, params: Params, rank: int, ids: Sequence[int] 
     for number, (name, weight) in enumerate(sorted(params.items())):
         if name.split(".")[-1] in adapters.LINEAR:
             out, inside = weight.shape
-            limit = inside ** -0.5
-            weights[f"{name}.a"] = jax.random.uniform(jax.random.fold_in(key, number), (rank, inside), jnp.float32, -limit, limit)
+            limit = inside**-0.5
+            weights[f"{name}.a"] = jax.random.uniform(
+                jax.random.fold_in(key, number), (rank, inside), jnp.float32, -limit, limit
+            )
             weights[f"{name}.b"] = jnp.zeros((out, rank))
     if ids:
         weights["rows"] = embed(params, jnp.asarray(list(start_from) or list(ids)), None)
@@ -139,40 +176,82 @@ def adapter_of(lora: Lora, name: str, card: dict[str, Any]) -> adapters.Adapter:
     arrays = {key: np.asarray(value, np.float32) for key, value in lora.weights.items()}
     a, b = ({key[:-2]: value for key, value in arrays.items() if key.endswith(end)} for end in (".a", ".b"))
     rank = max((value.shape[0] for value in a.values()), default=1)
-    return adapters.Adapter(name, rank, lora.scale * rank, a, b,
-                            {token: arrays["rows"][i] for i, token in enumerate(lora.ids)}, card)
+    return adapters.Adapter(
+        name,
+        rank,
+        lora.scale * rank,
+        a,
+        b,
+        {token: arrays["rows"][i] for i, token in enumerate(lora.ids)},
+        card,
+    )
 
 
 def lora_of(adapter: adapters.Adapter) -> Lora:
     """An adapter to go on training from."""
-    weights = {f"{name}.{part}": jnp.asarray(value) for part in "ab" for name, value in getattr(adapter, part).items()}
+    weights = {
+        f"{name}.{part}": jnp.asarray(value)
+        for part in "ab"
+        for name, value in getattr(adapter, part).items()
+    }
     if adapter.rows:
         weights["rows"] = jnp.asarray(np.stack([adapter.rows[token] for token in sorted(adapter.rows)]))
     return Lora(weights, adapter.scale, tuple(sorted(adapter.rows)))
 
 
-def objective(trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None, *, config: ModelConfig,
-              settings: Settings, terminators: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def objective(
+    trainable: Trainable,
+    base: Params | None,
+    batch: Microbatch,
+    sample: Sample | None = None,
+    *,
+    config: ModelConfig,
+    settings: Settings,
+    terminators: tuple[int, ...] = (),
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Sum of the targets' losses (the terminators' weighed), and of each its loss and whether it was the likeliest token."""
     lora = trainable if isinstance(trainable, Lora) else None
     params: Params = base if lora is not None else trainable  # type: ignore[assignment]
-    remat: Any = settings.remat          # which `sparing` has chosen
-    hidden_BTD, _ = forward(params, batch.tokens_BT, config, lora, positions_BT=batch.positions_BT,
-                            segments_BT=batch.segments_BT, remat=remat, dtype=jnp.dtype(settings.dtype))
+    remat: Any = settings.remat  # which `sparing` has chosen
+    hidden_BTD, _ = forward(
+        params,
+        batch.tokens_BT,
+        config,
+        lora,
+        positions_BT=batch.positions_BT,
+        segments_BT=batch.segments_BT,
+        remat=remat,
+        dtype=jnp.dtype(settings.dtype),
+    )
     C, M = batch.index_CM.shape
     parts_CPD = hidden_BTD.reshape(C, -1, config.width)
     picked_MD = jnp.take_along_axis(parts_CPD, batch.index_CM[..., None], 1).reshape(C * M, -1)
-    losses = cross_entropy(picked_MD, batch.targets_CM.reshape(-1), params["embed"], lora,
-                           count=batch.count_C[0] if C == 1 else None, cap=config.final_softcap, z=settings.z,
-                           train_table=lora is None, sample=sample)
+    losses = cross_entropy(
+        picked_MD,
+        batch.targets_CM.reshape(-1),
+        params["embed"],
+        lora,
+        count=batch.count_C[0] if C == 1 else None,
+        cap=config.final_softcap,
+        z=settings.z,
+        train_table=lora is None,
+        sample=sample,
+    )
     live_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
     ends_M = jnp.isin(batch.targets_CM.reshape(-1), jnp.asarray(terminators, jnp.int32))
-    return jnp.sum(losses.nats_M * live_M * jnp.where(ends_M, settings.end_weight, 1.0)), (losses.nats_M, losses.right_M)
+    return jnp.sum(losses.nats_M * live_M * jnp.where(ends_M, settings.end_weight, 1.0)), (
+        losses.nats_M,
+        losses.right_M,
+    )
 
 
-def gradient(config: ModelConfig, settings: Settings, terminators: tuple[int, ...] = ()) -> Callable[..., Any]:
+def gradient(
+    config: ModelConfig, settings: Settings, terminators: tuple[int, ...] = ()
+) -> Callable[..., Any]:
     """(trainable, base, batch, sample) -> (what `objective` gives, its gradient), ahead and back in the settings' precision."""
-    both = jax.value_and_grad(partial(objective, config=config, settings=settings, terminators=terminators), has_aux=True)
+    both = jax.value_and_grad(
+        partial(objective, config=config, settings=settings, terminators=terminators), has_aux=True
+    )
 
     def step(*args: Any) -> Any:
         with jax.default_matmul_precision(settings.precision):
@@ -185,9 +264,11 @@ def schedule(settings: Settings, steps: int) -> optax.Schedule:
     """The learning rate of each step, from 0: a straight warm-up, then down to the floor."""
     warm = max(1, round(settings.warmup * steps))
     peak, rest = settings.learning_rate, max(1, steps - warm)
-    after = {"cosine": optax.cosine_decay_schedule(peak, rest, settings.floor),
-             "linear": optax.linear_schedule(peak, peak * settings.floor, rest),
-             "constant": optax.constant_schedule(peak)}[settings.decay]
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, settings.floor),
+        "linear": optax.linear_schedule(peak, peak * settings.floor, rest),
+        "constant": optax.constant_schedule(peak),
+    }[settings.decay]
     return optax.join_schedules([lambda i: peak * (i + 1) / warm, after], [warm])
 
 
@@ -196,9 +277,11 @@ def optimizer(settings: Settings, rate: optax.Schedule) -> optax.GradientTransfo
     its terms at once. At 1e-3, and an L1 norm of 2,000 of the default model's last states, that is two nats a step."""
     matrices = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     rows = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "rows")
-    return optax.chain(optax.clip_by_global_norm(settings.clip),
-                       optax.adamw(rate, *settings.betas, weight_decay=settings.weight_decay, mask=matrices),
-                       optax.masked(optax.scale(settings.row_rate), rows))
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.adamw(rate, *settings.betas, weight_decay=settings.weight_decay, mask=matrices),
+        optax.masked(optax.scale(settings.row_rate), rows),
+    )
 
 
 @dataclass
@@ -213,10 +296,22 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(config: ModelConfig, base: Params | None, trainable: Trainable, order: Order, settings: Settings, folder: Path, *,
-          held_out: Sequence[Any] = (), resume: bool = False, mesh: Any = None, terminators: Sequence[int] = (),
-          keep_best: Callable[[Trainable, Report], None] = lambda trainable, report: None,
-          until: float | None = None, about: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Report]:
+def train(
+    config: ModelConfig,
+    base: Params | None,
+    trainable: Trainable,
+    order: Order,
+    settings: Settings,
+    folder: Path,
+    *,
+    held_out: Sequence[Any] = (),
+    resume: bool = False,
+    mesh: Any = None,
+    terminators: Sequence[int] = (),
+    keep_best: Callable[[Trainable, Report], None] = lambda trainable, report: None,
+    until: float | None = None,
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[Report]:
     """Trains `trainable` (a Lora over the frozen `base`, or all parameters; its arrays are used up) and reports each step.
 
     `folder` gets checkpoints, metrics.jsonl and loss.svg. `keep_best` is called with what was best on the held-out rows
@@ -229,15 +324,27 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
     rate = schedule(settings, steps)
     rule = optimizer(settings, rate)
     parts = meshes.batch_parts(mesh)
-    stamp = {"settings": asdict(replace(settings, save_every=1, keep=1)), "steps": steps, "seed": order.seed,
-             "rows": [order.told(rows) for rows in order.folders], "batch_tokens": order.batch_tokens,
-             "model": repr(config), "adapter": [trainable.scale, *trainable.ids] if isinstance(trainable, Lora) else None,
-             "shapes": {name: value.shape for name, value in _weights(trainable).items()}, **about}
+    stamp = {
+        "settings": asdict(replace(settings, save_every=1, keep=1)),
+        "steps": steps,
+        "seed": order.seed,
+        "rows": [order.told(rows) for rows in order.folders],
+        "batch_tokens": order.batch_tokens,
+        "model": repr(config),
+        "adapter": [trainable.scale, *trainable.ids] if isinstance(trainable, Lora) else None,
+        "shapes": {name: value.shape for name, value in _weights(trainable).items()},
+        **about,
+    }
     trainable, base = meshes.place(mesh, trainable), meshes.place(mesh, base)
     run = Run(trainable, meshes.place(mesh, rule.init(trainable)))
-    where, moments_where = (jax.tree.map(lambda leaf: leaf.sharding if mesh else None, tree) for tree in (trainable, run.moments))
-    graded = jax.jit(gradient(config, settings, tuple(terminators)), out_shardings=(None, where),
-                     compiler_options=compiler_options(settings))
+    where, moments_where = (
+        jax.tree.map(lambda leaf: leaf.sharding if mesh else None, tree) for tree in (trainable, run.moments)
+    )
+    graded = jax.jit(
+        gradient(config, settings, tuple(terminators)),
+        out_shardings=(None, where),
+        compiler_options=compiler_options(settings),
+    )
     size = settings.vocabulary or config.vocab
     sampler = order.sampler(size, config.vocab) if size < config.vocab else None
     loss = jax.jit(partial(objective, config=config, settings=settings))
@@ -256,8 +363,10 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         rows = order.rows(run.step)
         length = order.length(rows)
         if (most := max(int(row["tokens"].max()) for row in rows)) >= config.vocab:
-            raise ValueError(f"the rows hold token {most:,}, but the model's are below {config.vocab:,}: build them with its own "
-                             "tokenizer")
+            raise ValueError(
+                f"the rows hold token {most:,}, but the model's are below {config.vocab:,}: build them with its own "
+                "tokenizer"
+            )
         summed: Any = None
         seen = Tally(terminators)
         batches = list(_batches(rows, settings, parts))
@@ -269,14 +378,28 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
             if next(settling, None) is not None:
                 give_back()
         if not np.isfinite(seen.loss):
-            raise ValueError(f"step {run.step + 1}: the loss is {seen.loss}: training diverged: lower --learning-rate and begin "
-                             "again in another folder")
-        run.trainable, run.moments, norm = update(run.trainable, run.moments, summed, jnp.float32(max(seen.targets, 1)))
+            raise ValueError(
+                f"step {run.step + 1}: the loss is {seen.loss}: training diverged: lower --learning-rate and begin "
+                "again in another folder"
+            )
+        run.trainable, run.moments, norm = update(
+            run.trainable, run.moments, summed, jnp.float32(max(seen.targets, 1))
+        )
         run.step += 1
         tokens = len(rows) * length
-        return Report(run.step, steps, seen.loss, seen.right, seen.ends, seen.targets, tokens, time.perf_counter() - started,
-                      flops_of(config, tokens, length, seen.targets, not isinstance(trainable, Lora)),
-                      float(rate(run.step - 1)), float(norm))
+        return Report(
+            run.step,
+            steps,
+            seen.loss,
+            seen.right,
+            seen.ends,
+            seen.targets,
+            tokens,
+            time.perf_counter() - started,
+            flops_of(config, tokens, length, seen.targets, not isinstance(trainable, Lora)),
+            float(rate(run.step - 1)),
+            float(norm),
+        )
 
     def measured(report: Report) -> Report:
         found = _held_out(loss, run.trainable, base, held_out, settings, mesh)
@@ -293,7 +416,7 @@ def train(config: ModelConfig, base: Params | None, trainable: Trainable, order:
         store.restore(run)
         over = finished()
         while not over:
-            with meshes.use(mesh):       # not while the caller has the report
+            with meshes.use(mesh):  # not while the caller has the report
                 report = step()
                 over = finished() or until is not None and time.monotonic() > until
                 if held_out and (over or run.step % settings.evaluate_every == 0):
@@ -323,7 +446,11 @@ def hold_memory() -> None:
     so. Elsewhere there is no mallopt, and nothing happens."""
     with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-4, 0), (-1, -1), (-8, 1)):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
+        for option, value in (
+            (-4, 0),
+            (-1, -1),
+            (-8, 1),
+        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
             mallopt(option, value)
 
 
@@ -332,7 +459,7 @@ def give_back() -> None:
     takes new ground; once all buffers that live on have their places, the same ground serves every step."""
     with suppress(AttributeError, OSError, TypeError):
         trim = ctypes.CDLL(None).malloc_trim
-        time.sleep(0.05)                 # JAX frees what a call used a moment after its results are there
+        time.sleep(0.05)  # JAX frees what a call used a moment after its results are there
         trim(0)
 
 
@@ -382,8 +509,14 @@ def _batches(rows: Sequence[dict[str, np.ndarray]], settings: Settings, parts: i
     return microbatches(rows, -(-size // parts) * parts, parts, BLOCK)
 
 
-def _held_out(loss: Any, trainable: Trainable, base: Params | None, held_out: Sequence[Any], settings: Settings,
-              mesh: Any) -> float:
+def _held_out(
+    loss: Any,
+    trainable: Trainable,
+    base: Params | None,
+    held_out: Sequence[Any],
+    settings: Settings,
+    mesh: Any,
+) -> float:
     seen = Tally(())
     for rows in held_out:
         for batch in _batches([rows[i] for i in range(len(rows))], settings, meshes.batch_parts(mesh)):
@@ -401,10 +534,14 @@ class Store:
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
         self.first = jax.process_index() == 0
         if self.metrics.exists() and self.metrics.stat().st_size and not resume:
-            raise ValueError(f"{folder} holds a training run: pass --resume to go on with it, or another folder")
+            raise ValueError(
+                f"{folder} holds a training run: pass --resume to go on with it, or another folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self.manager = ocp.CheckpointManager(
-            (folder / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+            (folder / "checkpoints").resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
 
     def restore(self, run: Run) -> None:
         """Puts the newest committed checkpoint into the run, where there is one. Raises ValueError on other settings."""
@@ -417,16 +554,22 @@ class Store:
             return
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         # a run from before there was a choice of precision had float32
-        was, now = ({"precision": "float32", **stamp["settings"], **stamp} for stamp in (meta["stamp"], self._stamp))
+        was, now = (
+            {"precision": "float32", **stamp["settings"], **stamp} for stamp in (meta["stamp"], self._stamp)
+        )
         changed = sorted(key for key in was.keys() & now.keys() - {"settings"} if was[key] != now[key])
         if changed:
             shown = "; ".join(f"{key} {was[key]!r:.60}, not {now[key]!r:.60}" for key in changed)
-            raise ValueError(f"{self.folder} holds a run with other options ({shown}): resume it with its own, or "
-                             "choose another folder")
+            raise ValueError(
+                f"{self.folder} holds a run with other options ({shown}): resume it with its own, or "
+                "choose another folder"
+            )
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(run))
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
         trained = state["trainable"]
-        run.trainable = replace(run.trainable, weights=trained) if isinstance(run.trainable, Lora) else trained
+        run.trainable = (
+            replace(run.trainable, weights=trained) if isinstance(run.trainable, Lora) else trained
+        )
         run.moments, run.step, run.misses = state["moments"], step, meta["misses"]
         run.best = float("inf") if meta["best"] is None else meta["best"]
         lines = self.metrics.read_text().splitlines()[:step]
@@ -443,8 +586,12 @@ class Store:
     def save(self, run: Run) -> None:
         """Starts to write a checkpoint; the next one, or `close`, waits for it."""
         ocp = self._ocp
-        meta = {"stamp": self._stamp, "misses": run.misses, "best": run.best if np.isfinite(run.best) else None,
-                "jax": jax.__version__}
+        meta = {
+            "stamp": self._stamp,
+            "misses": run.misses,
+            "best": run.best if np.isfinite(run.best) else None,
+            "jax": jax.__version__,
+        }
         args = ocp.args.Composite(state=ocp.args.StandardSave(_arrays(run)), meta=ocp.args.JsonSave(meta))
         self.manager.save(run.step, args=args)
         if self.first:

@@ -21,8 +21,8 @@ from codegemma.native import xla
 from codegemma.native.xla import Blocks, Sums
 from codegemma.train.order import Sample
 
-CHUNK_BYTES = 32 << 20                   # of float32 logits held at once
-BLOCK = 256                              # targets that share one pass over the table
+CHUNK_BYTES = 32 << 20  # of float32 logits held at once
+BLOCK = 256  # targets that share one pass over the table
 
 
 class Losses(NamedTuple):
@@ -32,21 +32,44 @@ class Losses(NamedTuple):
     right_M: jax.Array
 
 
-def cross_entropy(hidden_MD: jax.Array, targets_M: jax.Array, table_VD: Weight, lora: Lora | None = None, *,
-                  count: jax.Array | None = None, cap: float | None = None, z: float = 0.0,
-                  train_table: bool = False, sample: Sample | None = None) -> Losses:
+def cross_entropy(
+    hidden_MD: jax.Array,
+    targets_M: jax.Array,
+    table_VD: Weight,
+    lora: Lora | None = None,
+    *,
+    count: jax.Array | None = None,
+    cap: float | None = None,
+    z: float = 0.0,
+    train_table: bool = False,
+    sample: Sample | None = None,
+) -> Losses:
     """Loss of `targets` after `hidden` states. `count`: only so many of them count (what the others give
     means nothing). `cap` is the model's soft cap on logits; `z` weighs the squared log of the normaliser (PaLM,
     section 5). `train_table`: the table has a gradient too, at the price of two more products. `sample`: the normaliser from
     these tokens alone. Raises ValueError where both are wanted."""
     if train_table and sample is not None:
-        raise ValueError("a sample of the vocabulary is for a frozen table: train all parameters with the whole vocabulary")
+        raise ValueError(
+            "a sample of the vocabulary is for a frozen table: train all parameters with the whole vocabulary"
+        )
     ids = lora.ids if lora else ()
     rows_RD = lora.weights["rows"] if lora and ids else jnp.zeros((0, hidden_MD.shape[1]), jnp.float32)
     if count is None or len(targets_M) % BLOCK:
         count = None
-    return Losses(*_cross_entropy(ids, cap, z, train_table, hidden_MD.astype(jnp.float32), table_VD, rows_RD, targets_M,
-                                  count, sample))
+    return Losses(
+        *_cross_entropy(
+            ids,
+            cap,
+            z,
+            train_table,
+            hidden_MD.astype(jnp.float32),
+            table_VD,
+            rows_RD,
+            targets_M,
+            count,
+            sample,
+        )
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -62,12 +85,19 @@ def _ahead(ids, cap, z, train_table, h_MD, table_VD, rows_RD, targets_M, count, 
     elif count is None:
         made = block(None, h_MD, targets_M)
     else:
+
         def one(i: jax.Array, made: _Block) -> _Block:
             cut = [jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK) for x in (h_MD, targets_M)]
-            return jax.tree.map(lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * BLOCK, 0), made, block(None, *cut))
+            return jax.tree.map(
+                lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * BLOCK, 0),
+                made,
+                block(None, *cut),
+            )
 
-        empty = jax.tree.map(lambda x: jnp.zeros((len(targets_M), *x.shape[1:]), x.dtype),
-                             jax.eval_shape(block, None, h_MD[:BLOCK], targets_M[:BLOCK]))
+        empty = jax.tree.map(
+            lambda x: jnp.zeros((len(targets_M), *x.shape[1:]), x.dtype),
+            jax.eval_shape(block, None, h_MD[:BLOCK], targets_M[:BLOCK]),
+        )
         made = jax.lax.fori_loop(0, -(-count // BLOCK), one, empty)
     return (made.nats_M, made.right_M), (made, h_MD, table_VD, rows_RD, targets_M, count, sample)
 
@@ -77,26 +107,45 @@ class _Block(NamedTuple):
 
     nats_M: jax.Array
     right_M: jax.Array
-    gradient_MD: jax.Array               # of the nats, with respect to the hidden states
+    gradient_MD: jax.Array  # of the nats, with respect to the hidden states
     lse_M: jax.Array
     pull_M: jax.Array
-    own_MR: jax.Array                    # logits of the adapter's own tokens
+    own_MR: jax.Array  # logits of the adapter's own tokens
 
 
-def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, rows_RD: jax.Array,
-           sample: Sample | None, summed_SD: Weight, used: jax.Array | int | None, h_MD: jax.Array, targets_M: jax.Array) -> _Block:
+def _block(
+    ids: tuple[int, ...],
+    cap: float | None,
+    z: float,
+    table_VD: Weight,
+    rows_RD: jax.Array,
+    sample: Sample | None,
+    summed_SD: Weight,
+    used: jax.Array | int | None,
+    h_MD: jax.Array,
+    targets_M: jax.Array,
+) -> _Block:
     """`summed_SD` has the rows that the normaliser sums over: the table's, or those of the sample. `used`: the kernels are to sum,
     for so many targets."""
     M, D = h_MD.shape
 
-    def add(sums: Sums, logits_MC: jax.Array, numbers_C: jax.Array, back: Callable[[jax.Array], jax.Array],
-            counts_C: jax.Array | float) -> Sums:
+    def add(
+        sums: Sums,
+        logits_MC: jax.Array,
+        numbers_C: jax.Array,
+        back: Callable[[jax.Array], jax.Array],
+        counts_C: jax.Array | float,
+    ) -> Sums:
         """`back` multiplies [M, C] by the rows behind the logits."""
         most_M = jnp.maximum(sums.most_M, logits_MC.max(-1))
         best_M = jnp.where(most_M > sums.most_M, numbers_C[logits_MC.argmax(-1)], sums.best_M)
         weights_MC, shrink_M = counts_C * jnp.exp(logits_MC - most_M[:, None]), jnp.exp(sums.most_M - most_M)
-        return Sums(most_M, best_M, sums.sum_M * shrink_M + weights_MC.sum(-1),
-                     sums.mean_MD * shrink_M[:, None] + back(weights_MC * _slope(logits_MC, cap)))
+        return Sums(
+            most_M,
+            best_M,
+            sums.sum_M * shrink_M + weights_MC.sum(-1),
+            sums.mean_MD * shrink_M[:, None] + back(weights_MC * _slope(logits_MC, cap)),
+        )
 
     def chunk(sums: Sums, start: jax.Array, size: int) -> Sums:
         if sample is None:
@@ -120,7 +169,9 @@ def _block(ids: tuple[int, ...], cap: float | None, z: float, table_VD: Weight, 
     lse_M = sums.most_M + jnp.log(sums.sum_M)
     pull_M = 1 + 2 * z * lse_M
     gradient_MD = sums.mean_MD * (pull_M / sums.sum_M)[:, None] - target_MD * _slope(logit_M, cap)[:, None]
-    return _Block(lse_M - logit_M + z * lse_M ** 2, sums.best_M == targets_M, gradient_MD, lse_M, pull_M, own_MR)
+    return _Block(
+        lse_M - logit_M + z * lse_M**2, sums.best_M == targets_M, gradient_MD, lse_M, pull_M, own_MR
+    )
 
 
 def _behind(ids, cap, z, train_table, kept, cotangents):  # type: ignore[no-untyped-def]
@@ -130,6 +181,7 @@ def _behind(ids, cap, z, train_table, kept, cotangents):  # type: ignore[no-unty
     rows_gradient_RD = (g_M[:, None] * push_MR * _slope(own_MR, cap)).T @ h_MD
     table_gradient = jax.tree.map(_no_gradient, table_VD)
     if train_table:
+
         def chunk(gradient_VD: jax.Array, start: jax.Array, size: int) -> jax.Array:
             numbers_C = start + jnp.arange(size, dtype=jnp.int32)
             logits_MC = softcap(_rows(table_VD, start, size)[0](h_MD), cap)
@@ -138,10 +190,19 @@ def _behind(ids, cap, z, train_table, kept, cotangents):  # type: ignore[no-unty
             push_MC *= _slope(logits_MC, cap) * g_M[:, None]
             if ids:
                 push_MC = _without(ids, push_MC, numbers_C, 0.0)
-            return jax.lax.dynamic_update_slice(gradient_VD, (push_MC.T @ h_MD).astype(gradient_VD.dtype), (start, 0))
+            return jax.lax.dynamic_update_slice(
+                gradient_VD, (push_MC.T @ h_MD).astype(gradient_VD.dtype), (start, 0)
+            )
 
-        table_gradient = _over_chunks(table_VD.shape[0], len(h_MD), chunk, jnp.zeros(table_VD.shape, table_VD.dtype))
-    return g_M[:, None] * gradient_MD, table_gradient, rows_gradient_RD, *jax.tree.map(_no_gradient, (targets_M, count, sample))
+        table_gradient = _over_chunks(
+            table_VD.shape[0], len(h_MD), chunk, jnp.zeros(table_VD.shape, table_VD.dtype)
+        )
+    return (
+        g_M[:, None] * gradient_MD,
+        table_gradient,
+        rows_gradient_RD,
+        *jax.tree.map(_no_gradient, (targets_M, count, sample)),
+    )
 
 
 _cross_entropy.defvjp(_ahead, _behind)
@@ -152,9 +213,15 @@ def _slope(logits: jax.Array, cap: float | None) -> jax.Array:
     return jnp.ones_like(logits) if cap is None else 1 - jnp.minimum((logits / cap) ** 2, 1)
 
 
-def _without(ids: tuple[int, ...], logits_MC: jax.Array, numbers_C: jax.Array, value: float = -jnp.inf) -> jax.Array:
+def _without(
+    ids: tuple[int, ...], logits_MC: jax.Array, numbers_C: jax.Array, value: float = -jnp.inf
+) -> jax.Array:
     """Columns of the tokens whose rows an adapter replaces do not count."""
-    return jnp.where(jnp.isin(numbers_C, jnp.array(ids, jnp.int32))[None], value, logits_MC) if ids else logits_MC
+    return (
+        jnp.where(jnp.isin(numbers_C, jnp.array(ids, jnp.int32))[None], value, logits_MC)
+        if ids
+        else logits_MC
+    )
 
 
 def _over_chunks(V, M, chunk, carry):  # type: ignore[no-untyped-def]
@@ -165,9 +232,18 @@ def _over_chunks(V, M, chunk, carry):  # type: ignore[no-untyped-def]
     return chunk(carry, whole * size, V - whole * size) if V % size else carry
 
 
-def _by_kernels(ids: tuple[int, ...], cap: float | None, sample: Sample | None, summed_SD: Blocks, used: jax.Array | int,
-                h_MD: jax.Array) -> Sums:
-    numbers_S, counts_S = sample or (jnp.arange(summed_SD.shape[0], dtype=jnp.int32), jnp.ones(summed_SD.shape[0]))
+def _by_kernels(
+    ids: tuple[int, ...],
+    cap: float | None,
+    sample: Sample | None,
+    summed_SD: Blocks,
+    used: jax.Array | int,
+    h_MD: jax.Array,
+) -> Sums:
+    numbers_S, counts_S = sample or (
+        jnp.arange(summed_SD.shape[0], dtype=jnp.int32),
+        jnp.ones(summed_SD.shape[0]),
+    )
     sums = xla.vocabulary(h_MD, summed_SD, jnp.where(among(numbers_S, ids).any(-1), 0.0, counts_S), cap, used)
     return sums._replace(best_M=numbers_S[sums.best_M])
 
@@ -175,13 +251,21 @@ def _by_kernels(ids: tuple[int, ...], cap: float | None, sample: Sample | None, 
 def _rows(table_VD: Weight, start: jax.Array, size: int):  # type: ignore[no-untyped-def]
     """Products with `size` rows of the table from `start`: [M, D] -> [M, C], and back."""
     if isinstance(table_VD, Blocks):
-        return tuple(partial(do, weight=table_VD, start=start, count=size) for do in (xla.product, xla.product_t))
+        return tuple(
+            partial(do, weight=table_VD, start=start, count=size) for do in (xla.product, xla.product_t)
+        )
     rows_CD = jax.lax.dynamic_slice(table_VD, (start, 0), (size, table_VD.shape[1])).astype(jnp.float32)
     return (lambda h_MD: product(h_MD, rows_CD)), (lambda w_MC: w_MC @ rows_CD)
 
 
-def _target_rows(ids: tuple[int, ...], table_VD: Weight, rows_RD: jax.Array, targets_M: jax.Array) -> jax.Array:
-    rows_MD = xla.decode_rows(table_VD, targets_M) if isinstance(table_VD, Blocks) else table_VD[targets_M].astype(jnp.float32)
+def _target_rows(
+    ids: tuple[int, ...], table_VD: Weight, rows_RD: jax.Array, targets_M: jax.Array
+) -> jax.Array:
+    rows_MD = (
+        xla.decode_rows(table_VD, targets_M)
+        if isinstance(table_VD, Blocks)
+        else table_VD[targets_M].astype(jnp.float32)
+    )
     return own_rows(targets_M, ids, rows_RD, rows_MD) if ids else rows_MD
 
 

@@ -24,7 +24,8 @@ RULES = (  # the first that matches the last part of a name; an axis that does n
     (r"o|down", ("fsdp", "tensor")),
     (r"a|rows", (None, "fsdp")),
     (r"b", ("tensor", None)),
-    (r".*", ()))
+    (r".*", ()),
+)
 
 
 def parse(text: str | None) -> Mesh | None:
@@ -34,17 +35,23 @@ def parse(text: str | None) -> Mesh | None:
     """
     if text is None:
         if jax.process_count() > 1:
-            raise ValueError(f"{jax.process_count()} processes train together on a mesh: pass --mesh, such as "
-                             f"fsdp={jax.device_count()}")
+            raise ValueError(
+                f"{jax.process_count()} processes train together on a mesh: pass --mesh, such as "
+                f"fsdp={jax.device_count()}"
+            )
         return None
     found = re.findall(r"(?:^|,)(\w+)=(\d+)(?=,|$)", text)
     sizes = dict.fromkeys(AXES, 1) | {name: int(size) for name, size in found}
     whole = ",".join(f"{name}={size}" for name, size in found) == text and len(dict(found)) == len(found)
     if set(sizes) != set(AXES) or not whole or 0 in sizes.values():
-        raise ValueError(f"mesh must look like fsdp=8,tensor=4 with axes of {', '.join(AXES)}, each once, got {text!r}")
+        raise ValueError(
+            f"mesh must look like fsdp=8,tensor=4 with axes of {', '.join(AXES)}, each once, got {text!r}"
+        )
     if math.prod(sizes.values()) != jax.device_count():
-        raise ValueError(f"mesh {text} has {math.prod(sizes.values())} places, but there are {jax.device_count()} devices: "
-                         "make the product equal")
+        raise ValueError(
+            f"mesh {text} has {math.prod(sizes.values())} places, but there are {jax.device_count()} devices: "
+            "make the product equal"
+        )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -60,7 +67,10 @@ def batch_parts(mesh: Mesh | None) -> int:
 def sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter (or its gradient, or its moments) lies."""
     spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, name.split(".")[-1]))
-    kept = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)]
+    kept = [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec, shape, strict=False)
+    ]
     return NamedSharding(mesh, PartitionSpec(*kept))
 
 
@@ -86,5 +96,5 @@ def place_batch(mesh: Mesh | None, batch: Any) -> Any:
 def _put(array: Any, where: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or isinstance(array, jax.Array) and not array.is_fully_addressable:
         return jax.device_put(array, where)
-    whole = np.asarray(array)            # of this process alone: a slice of a jax.Array would be made on the whole mesh
+    whole = np.asarray(array)  # of this process alone: a slice of a jax.Array would be made on the whole mesh
     return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])

@@ -19,7 +19,7 @@ class Microbatch(NamedTuple):
     state stands that predicts `targets_CM`; of each part only the first `count_C` are real. C: parts of the batch, one for
     each place that holds a share of it."""
 
-    tokens_BT: Any                       # int32, of NumPy, and of JAX once placed
+    tokens_BT: Any  # int32, of NumPy, and of JAX once placed
     positions_BT: Any
     segments_BT: Any
     index_CM: Any
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     drawn once, the others by the inverse of their chance, so that the sum is right on average (Horvitz and Thompson). All
     targets are certain."""
 
-    numbers_S: Any                       # int32
+    numbers_S: Any  # int32
     weights_S: Any
 
 
@@ -43,20 +43,24 @@ class Order:
     A step takes rows of about `batch_tokens` tokens in all. Raises ValueError where a folder has less than one batch.
     """
 
-    folders: Sequence[Any]               # data.pack.Rows, or sequences of the same dicts
+    folders: Sequence[Any]  # data.pack.Rows, or sequences of the same dicts
     batch_tokens: int
     seed: int = 0
     epochs: float = 1.0
-    multiple: int = 1                    # rows of a step: a whole number of these
+    multiple: int = 1  # rows of a step: a whole number of these
 
     def __post_init__(self) -> None:
         if not (0 < self.epochs < 1e9 and self.batch_tokens > 0):
-            raise ValueError(f"epochs and batch_tokens must be finite and above 0, got {self.epochs} and {self.batch_tokens}")
+            raise ValueError(
+                f"epochs and batch_tokens must be finite and above 0, got {self.epochs} and {self.batch_tokens}"
+            )
         for rows in self.folders:
             if len(rows) * self.epochs < self.batch(rows):
-                raise ValueError(f"{getattr(rows, 'folder', 'rows')}: {len(rows):,} rows in {self.epochs:g} epochs do not fill one "
-                                 f"step of {self.batch(rows):,} rows: lower --batch-tokens, take fewer devices, raise --epochs, or "
-                                 "build more rows")
+                raise ValueError(
+                    f"{getattr(rows, 'folder', 'rows')}: {len(rows):,} rows in {self.epochs:g} epochs do not fill one "
+                    f"step of {self.batch(rows):,} rows: lower --batch-tokens, take fewer devices, raise --epochs, or "
+                    "build more rows"
+                )
 
     def length(self, rows: Any) -> int:
         return len(rows[0]["tokens"])
@@ -93,17 +97,24 @@ class Order:
     def sampler(self, size: int, vocab: int) -> Callable[[int, Sequence[Microbatch]], Sample]:
         """Draws `size` of `vocab` tokens for a step and its microbatches: half of them what these rows hold most of, with the
         step's targets, and the others by chance."""
-        tokens = [rows[i]["tokens"] for rows in self.folders
-                  for i in np.linspace(0, len(rows) - 1, min(len(rows), 1024)).astype(int)]
+        tokens = [
+            rows[i]["tokens"]
+            for rows in self.folders
+            for i in np.linspace(0, len(rows) - 1, min(len(rows), 1024)).astype(int)
+        ]
         seen = np.bincount(np.concatenate(tokens), minlength=vocab)[:vocab]
-        frequent = np.argsort(-seen, kind="stable")[:size // 2]
+        frequent = np.argsort(-seen, kind="stable")[: size // 2]
 
         def draw(step: int, batches: Sequence[Microbatch]) -> Sample:
-            certain = np.union1d(frequent, np.concatenate([batch.targets_CM.reshape(-1) for batch in batches]))
+            certain = np.union1d(
+                frequent, np.concatenate([batch.targets_CM.reshape(-1) for batch in batches])
+            )
             others = np.setdiff1d(np.arange(vocab), certain, assume_unique=True)
             if (room := size - len(certain)) < 1:
-                raise ValueError(f"the step's targets and the frequent tokens are {len(certain):,}, above {size:,}: take more "
-                                 "of the vocabulary, or fewer tokens a step")
+                raise ValueError(
+                    f"the step's targets and the frequent tokens are {len(certain):,}, above {size:,}: take more "
+                    "of the vocabulary, or fewer tokens a step"
+                )
             chance = np.random.Generator(np.random.PCG64([self.seed, 1 << 20, step]))
             drawn = chance.choice(others, room, replace=False)
             weights = np.repeat(np.array([1, len(others) / room], np.float32), [len(certain), room])
@@ -117,24 +128,30 @@ def _shuffled(n: int, seed: int, folder: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, folder, epoch])).permutation(n)
 
 
-def microbatches(rows: Sequence[dict[str, np.ndarray]], size: int, parts: int = 1, block: int = 1) -> Iterator[Microbatch]:
+def microbatches(
+    rows: Sequence[dict[str, np.ndarray]], size: int, parts: int = 1, block: int = 1
+) -> Iterator[Microbatch]:
     """Rows in microbatches of `size` (a multiple of `parts`), the last one filled up with padding."""
     length = len(rows[0]["tokens"])
     for at in range(0, len(rows), size):
-        some = rows[at:at + size]
-        tokens_BT, positions_BT, segments_BT = (
-            np.zeros((size, length), np.int32) for _ in range(3))
+        some = rows[at : at + size]
+        tokens_BT, positions_BT, segments_BT = (np.zeros((size, length), np.int32) for _ in range(3))
         loss_BT = np.zeros((size, length), bool)
         for b, row in enumerate(some):
             tokens_BT[b], positions_BT[b] = row["tokens"], row["positions"]
             segments_BT[b], loss_BT[b] = row["segments"], row["loss"]
-        loss_BT[:, 0] = False            # nothing stands before the first token
+        loss_BT[:, 0] = False  # nothing stands before the first token
         loss_BT[:, 1:] &= segments_BT[:, 1:] == segments_BT[:, :-1]
         room = -(-size // parts * length // block) * block
         index_CM, targets_CM = np.zeros((parts, room), np.int32), np.zeros((parts, room), np.int32)
         count_C = np.zeros(parts, np.int32)
-        for part, (loss, tokens) in enumerate(zip(np.split(loss_BT, parts), np.split(tokens_BT, parts), strict=True)):
+        for part, (loss, tokens) in enumerate(
+            zip(np.split(loss_BT, parts), np.split(tokens_BT, parts), strict=True)
+        ):
             found = np.flatnonzero(loss)
             count_C[part] = len(found)
-            index_CM[part, :len(found)], targets_CM[part, :len(found)] = found - 1, tokens.reshape(-1)[found]
+            index_CM[part, : len(found)], targets_CM[part, : len(found)] = (
+                found - 1,
+                tokens.reshape(-1)[found],
+            )
         yield Microbatch(tokens_BT, positions_BT, segments_BT, index_CM, targets_CM, count_C)

@@ -18,7 +18,12 @@ from codegemma.data.pack import fit, places, positions
 from codegemma.prompts import Message
 from codegemma.tokenizer import Tokenizer
 
-PAIRS = (("input", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))  # NeMo's first
+PAIRS = (
+    ("input", "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)  # NeMo's first
 
 
 def read(path: Path) -> Iterator[list[Message]]:
@@ -36,10 +41,14 @@ def read(path: Path) -> Iterator[list[Message]]:
             try:
                 yield messages(json.loads(line))
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {error}: a line needs messages of role and content, or instruction "
-                                 "and output, or input and output") from None
+                raise ValueError(
+                    f"{path}, line {number}: {error}: a line needs messages of role and content, or instruction "
+                    "and output, or input and output"
+                ) from None
     if not found:
-        raise ValueError(f"{path}: is empty, but needs one JSON object a line: check that it is the right file")
+        raise ValueError(
+            f"{path}: is empty, but needs one JSON object a line: check that it is the right file"
+        )
 
 
 def messages(one: Mapping[str, Any]) -> list[Message]:
@@ -47,7 +56,9 @@ def messages(one: Mapping[str, Any]) -> list[Message]:
     turns = one.get("messages") or one.get("conversations")
     if turns:
         names = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
-        found = [(turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))) for turn in turns]
+        found = [
+            (turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))) for turn in turns
+        ]
         roles: list[Any] = [names.get(_text(role).lower(), _text(role).lower()) for role, _ in found]
         made = [Message(role, _text(text)) for role, (_, text) in zip(roles, found, strict=True)]
     elif "instruction" in one:
@@ -69,31 +80,47 @@ def messages(one: Mapping[str, Any]) -> list[Message]:
 
 def _text(value: Any) -> str:
     """A text, whole or in OpenAI's parts."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(part, dict) and part.get("type") == "text" for part in value)
+    ):
         return "".join(_text(part.get("text")) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"a text was expected, got {value!r}")
-    value.encode()                       # raises for a lone surrogate, which no token spells
+    value.encode()  # raises for a lone surrogate, which no token spells
     return value
 
 
-def rows(dialogues: Iterable[Sequence[Message]], tokenizer: Tokenizer, length: int) -> tuple[list[dict[str, np.ndarray]], int]:
+def rows(
+    dialogues: Iterable[Sequence[Message]], tokenizer: Tokenizer, length: int
+) -> tuple[list[dict[str, np.ndarray]], int]:
     """Dialogues packed into rows of `length` tokens, each a segment of its own, and how many were left out: too long to fit
     one, or with an empty answer.
 
     Rows are as data.pack.Rows gives them. Raises ValueError where none is left.
     """
     made = [prompts.chat(tokenizer, dialogue, reply=False) for dialogue in dialogues]
-    fitting = [prompt for prompt in made if len(prompt.ids) <= length
-               and all(len(ids) > 1 for label, ids in prompt.segments if label == "reply")]     # 1: its terminator
+    fitting = [
+        prompt
+        for prompt in made
+        if len(prompt.ids) <= length
+        and all(len(ids) > 1 for label, ids in prompt.segments if label == "reply")
+    ]  # 1: its terminator
     if not fitting:
-        raise ValueError(f"none of {len(made):,} dialogues fits a row of {length:,} tokens and has answers: raise --length")
+        raise ValueError(
+            f"none of {len(made):,} dialogues fits a row of {length:,} tokens and has answers: raise --length"
+        )
     sizes = [len(prompt.ids) for prompt in fitting]
     packed = fit(sizes, length)
-    tokens_RT, loss_RT, segments_RT = (np.zeros((len(packed), length), kind) for kind in (np.int32, bool, np.uint16))
+    tokens_RT, loss_RT, segments_RT = (
+        np.zeros((len(packed), length), kind) for kind in (np.int32, bool, np.uint16)
+    )
     for row, segment, item, here in places(packed, sizes):
         tokens_RT[row, here], segments_RT[row, here] = fitting[item].ids, segment
         loss_RT[row, here] = [label == "reply" for label in fitting[item].labels]
-    found = [{"tokens": tokens_T, "loss": loss_T, "segments": segments_T, "positions": positions(segments_T)}
-             for tokens_T, loss_T, segments_T in zip(tokens_RT, loss_RT, segments_RT, strict=True)]
+    found = [
+        {"tokens": tokens_T, "loss": loss_T, "segments": segments_T, "positions": positions(segments_T)}
+        for tokens_T, loss_T, segments_T in zip(tokens_RT, loss_RT, segments_RT, strict=True)
+    ]
     return found, len(made) - len(fitting)

@@ -13,15 +13,23 @@ playwright = pytest.importorskip("playwright.sync_api")
 Page, expect = playwright.Page, playwright.expect
 
 PICTURES = Path(__file__).parents[2] / "build/pictures"
-QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]
-PATIENCE = 180_000                       # ms: the machine may be busy
+QUIET = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE = 180_000  # ms: the machine may be busy
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator:
     with playwright.sync_playwright() as found:
-        browser = found.chromium.launch(executable_path=shutil.which("chromium"), args=QUIET, chromium_sandbox=False)
+        browser = found.chromium.launch(
+            executable_path=shutil.which("chromium"), args=QUIET, chromium_sandbox=False
+        )
         yield browser
         browser.close()
 
@@ -37,6 +45,10 @@ def watched(context, own: str) -> list[str]:
     context.set_default_timeout(PATIENCE)
     context.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
     context.on("weberror", lambda error: faults.append(str(error.error)))
-    context.on("request", lambda request: None if request.url.startswith((own, "data:", "blob:"))
-               else faults.append(f"asked {request.url}"))
+    context.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith((own, "data:", "blob:")) else faults.append(f"asked {request.url}")
+        ),
+    )
     return faults

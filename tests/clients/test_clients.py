@@ -41,7 +41,9 @@ def server(model):
 
 def run(*command, **options):
     """A program's output; its messages where it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=1800, **options)
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=1800, **options
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -76,7 +78,11 @@ def test_lm_eval_scores_as_our_own_evaluation(server, model, tmp_path, name, cou
     """lm-eval's remote tokenizer adds no <bos>, so its task spells it."""
     items = TASKS[name].items(records(name))[0][:count]
     rows = [
-        {"context": item.choices[0][0], "choices": [text.strip() for _, text in item.choices], "label": item.target}
+        {
+            "context": item.choices[0][0],
+            "choices": [text.strip() for _, text in item.choices],
+            "label": item.target,
+        }
         for item in items
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -109,21 +115,29 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
         "--log_samples",
         "--batch_size",
         "1",
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ
+        | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    found = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    found = sorted(
+        (json.loads(line) for line in samples.read_text().splitlines()), key=lambda sample: sample["doc_id"]
+    )
     ours = Local(model)
     for sample, row in zip(found, rows, strict=True):
         pairs = [encode_choice(model.tokenizer, (row["context"], f" {choice}")) for choice in row["choices"]]
         expected = [sum(score.logprobs) for score in ours.score(pairs)]
-        theirs = [float(answer[0][0]) if isinstance(answer[0], list) else float(answer[0]) for answer in sample["filtered_resps"]]
+        theirs = [
+            float(answer[0][0]) if isinstance(answer[0], list) else float(answer[0])
+            for answer in sample["filtered_resps"]
+        ]
         assert theirs == pytest.approx(expected, abs=1e-4)
         assert sample["acc"] == float(max(range(len(expected)), key=expected.__getitem__) == row["label"])
 
 
 def test_lm_eval_generates_through_the_chat_route(server, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": f"Count to {n}.", "answer": "x"}) + "\n" for n in (2, 3)))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"question": f"Count to {n}.", "answer": "x"}) + "\n" for n in (2, 3))
+    )
     (tmp_path / "ours.yaml").write_text(f"""
 task: ours_chat
 dataset_path: json
@@ -172,7 +186,10 @@ def test_llm_and_its_openai_plug_in(server, model, tmp_path):
     asked = ("-o", "temperature", "0", "-o", "max_tokens", "8", "--no-log", "--key", "none")
     expected = model.chat([("user", "Say hi.")], max_tokens=8).text
     for stream in ((), ("--no-stream",)):
-        assert run(TOOLS / "llm", "-m", "ours", *asked, *stream, "Say hi.", env=environment).strip() == expected.strip()
+        assert (
+            run(TOOLS / "llm", "-m", "ours", *asked, *stream, "Say hi.", env=environment).strip()
+            == expected.strip()
+        )
     said = run(TOOLS / "llm", "-m", "ours-completion", *asked, "def area(", env=environment)
     assert said.strip() == model.generate("def area(", max_tokens=8).text.strip()
 

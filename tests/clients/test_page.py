@@ -33,7 +33,9 @@ print("<b>not bold</b>")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with Process(environment=os.environ | {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}) as process:
+    with Process(
+        environment=os.environ | {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
+    ) as process:
         yield process
 
 
@@ -77,15 +79,20 @@ def ghost(page: Page) -> str:
 
 def settled(page: Page) -> str:
     """Waits until a suggestion is whole, and returns its first line."""
-    page.wait_for_function("() => document.querySelector('#state').textContent === 'ready: Tab accepts' "
-                           "&& document.querySelector('#editor [class*=ghost-text]')")
+    page.wait_for_function(
+        "() => document.querySelector('#state').textContent === 'ready: Tab accepts' "
+        "&& document.querySelector('#editor [class*=ghost-text]')"
+    )
     return ghost(page)
 
 
 def asked(page: Page, what: str) -> list[dict]:
     """Bodies of the requests to `what`, as they come."""
     bodies: list[dict] = []
-    page.on("request", lambda request: bodies.append(json.loads(request.post_data)) if request.url.endswith(what) else None)
+    page.on(
+        "request",
+        lambda request: bodies.append(json.loads(request.post_data)) if request.url.endswith(what) else None,
+    )
     return bodies
 
 
@@ -105,7 +112,9 @@ def test_ghost_text_is_what_the_server_writes_and_tab_takes_it(server, open_page
     shown = settled(page)
     body = next(one for one in bodies if one["input_prefix"].endswith("return  pi * "))
     assert body["input_suffix"].startswith("\n\n\ndef square_area") and body["path"] == "shapes.py"
-    answer = httpx.post(f"{server.url}/infill", json={**body, "stream": False, "session": "another"}, timeout=180).json()
+    answer = httpx.post(
+        f"{server.url}/infill", json={**body, "stream": False, "session": "another"}, timeout=180
+    ).json()
     assert shown and shown == answer["content"].replace("\n", "")
     picture(page, "page-light-wide")
     numbers = page.locator("#numbers").inner_text()
@@ -114,7 +123,9 @@ def test_ghost_text_is_what_the_server_writes_and_tab_takes_it(server, open_page
     page.wait_for_function("() => !document.querySelector('#state').textContent.startsWith('writing')")
     assert f"return  pi * {answer['content'].split(chr(10))[0]}" in code(page)
     (accepted,) = {one["completion_id"] for one in told if one["type"] == "select"}
-    assert body["language"] == "python" and accepted in {one["completion_id"] for one in told if one["type"] == "view"}
+    assert body["language"] == "python" and accepted in {
+        one["completion_id"] for one in told if one["type"] == "view"
+    }
 
 
 def test_typing_what_is_shown_asks_nothing_and_typing_another_thing_asks_anew(server, open_page):
@@ -123,8 +134,11 @@ def test_typing_what_is_shown_asks_nothing_and_typing_another_thing_asks_anew(se
     shown = settled(page)
     bodies = asked(page, "/infill")
     page.keyboard.type(shown[0])
-    page.wait_for_function("text => [...document.querySelectorAll('#editor [class*=ghost-text]')].map(e => e.textContent).join('')"
-                           ".replaceAll('\\u00a0', ' ') === text", arg=shown[1:])
+    page.wait_for_function(
+        "text => [...document.querySelectorAll('#editor [class*=ghost-text]')].map(e => e.textContent).join('')"
+        ".replaceAll('\\u00a0', ' ') === text",
+        arg=shown[1:],
+    )
     assert not any(body["input_prefix"].endswith("pi * " + shown[0]) for body in bodies)
     page.keyboard.press("Escape")
     assert ghost(page) == ""
@@ -143,7 +157,11 @@ def test_switches_reach_the_model(server, open_page):
         page.keyboard.press("Alt+\\")
         expect(page.locator("#numbers dd", has_text=order.upper())).to_be_visible(timeout=180_000)
         assert {key: bodies[0][key] for key in ("mode", "n_predict", "n_cmpl", "time_budget_ms")} == {
-            "mode": order, "n_predict": 6, "n_cmpl": 3, "time_budget_ms": 500}
+            "mode": order,
+            "n_predict": 6,
+            "n_cmpl": 3,
+            "time_budget_ms": 500,
+        }
     page.reload()
     assert page.input_value("#mode") == "spm" and page.input_value("#max_tokens") == "6"
 
@@ -163,14 +181,17 @@ def test_chat_by_keyboard_alone(server, open_page):
     kept = answer.inner_text()
     page.reload()
     assert answer.inner_text() == kept, "the history outlives the page"
-    page.keyboard.press("ArrowUp")       # edits the last question
+    page.keyboard.press("ArrowUp")  # edits the last question
     page.keyboard.type(" and four")
     page.keyboard.press("Enter")
     expect(page.locator(".message.user .text")).to_have_text("Count to three and four")
     expect(page.locator(".composer button")).to_have_text("Stop")
     page.keyboard.press("Escape")
     expect(page.locator(".composer button")).to_have_text("Send", timeout=180_000)
-    assert [turn["messages"][-1]["content"] for turn in turns] == ["Count to three", "Count to three and four"]
+    assert [turn["messages"][-1]["content"] for turn in turns] == [
+        "Count to three",
+        "Count to three and four",
+    ]
     assert len(turns[1]["messages"]) == 1, "an edited question drops what followed it"
 
 
@@ -199,7 +220,10 @@ def answers(page: Page, *texts: str) -> None:
         parts = [{"choices": [{"delta": {"content": part}}]} for part in (text[:7], text[7:])]
         return "".join(f"data: {json.dumps(part)}\n\n" for part in parts) + "data: [DONE]\n\n"
 
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=stream(next(left))))
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=stream(next(left))),
+    )
 
 
 def ask(page: Page, text: str) -> None:
@@ -207,7 +231,9 @@ def ask(page: Page, text: str) -> None:
     page.keyboard.press("Enter")
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)])
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)]
+)
 def test_what_a_model_says_cannot_do_anything(open_page, server, scheme, width):
     page = open_page(f"{server.url}/#/chat", color_scheme=scheme, viewport={"width": width, "height": 800})
     answers(page, HOSTILE)
@@ -216,8 +242,15 @@ def test_what_a_model_says_cannot_do_anything(open_page, server, scheme, width):
     answer = page.locator(".message.assistant .text")
     expect(answer).to_contain_text("<script>window.bad = 1</script>")
     assert page.evaluate("window.bad") is None
-    assert answer.locator("script, img, style, form, input, svg, iframe, [onerror], [onload], [onmouseover], [style]").count() == 0
-    links = answer.locator("a[href]").evaluate_all("links => links.map(link => [link.href, link.target, link.rel])")
+    assert (
+        answer.locator(
+            "script, img, style, form, input, svg, iframe, [onerror], [onload], [onmouseover], [style]"
+        ).count()
+        == 0
+    )
+    links = answer.locator("a[href]").evaluate_all(
+        "links => links.map(link => [link.href, link.target, link.rel])"
+    )
     assert links == [["https://example.org/", "_blank", "noopener noreferrer"]]
     assert answer.locator("pre").first.inner_text() == 'print("<b>not bold</b>")\n'
     assert page.locator(".message.user .text").inner_text() == "Attack!\n<b>me</b>"
@@ -240,7 +273,12 @@ def test_the_editor_fits_every_screen(open_page, server, scheme, width):
     page = open_page(server.url, color_scheme=scheme, viewport={"width": width, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     dark = scheme == "dark"
-    assert (sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])) < 200) == dark
+    assert (
+        sum(
+            map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
+        )
+        < 200
+    ) == dark
     page.locator("#editor .view-line").first.click()
     page.keyboard.press("Control+Home")
     page.keyboard.press("Alt+\\")

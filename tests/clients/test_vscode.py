@@ -20,12 +20,22 @@ ROOT = Path(__file__).parents[2]
 VSIX = ROOT / "editors/vscode/codegemma.vsix"
 CODE = ROOT / "build/code-server/node_modules/code-server/out/node/entry.js"
 SHAPES = '"""Areas of simple shapes."""\n\nfrom math import pi\n\n\ndef circle_area(radius):\n    \n\n\nprint(circle_area(2))\n'
-SETTINGS = {"workbench.startupEditor": "none", "security.workspace.trust.enabled": False, "extensions.autoUpdate": False,
-            "extensions.autoCheckUpdates": False, "telemetry.telemetryLevel": "off", "workbench.colorTheme": "Default Dark Modern",
-            "workbench.tips.enabled": False, "chat.commandCenter.enabled": False,
-            "codegemma.maxTokens": 24, "codegemma.chatTokens": 200}
+SETTINGS = {
+    "workbench.startupEditor": "none",
+    "security.workspace.trust.enabled": False,
+    "extensions.autoUpdate": False,
+    "extensions.autoCheckUpdates": False,
+    "telemetry.telemetryLevel": "off",
+    "workbench.colorTheme": "Default Dark Modern",
+    "workbench.tips.enabled": False,
+    "chat.commandCenter.enabled": False,
+    "codegemma.maxTokens": 24,
+    "codegemma.chatTokens": 200,
+}
 
-pytestmark = pytest.mark.skipif(not (CODE.exists() and VSIX.exists()), reason="make vscode; scripts/install_code_server")
+pytestmark = pytest.mark.skipif(
+    not (CODE.exists() and VSIX.exists()), reason="make vscode; scripts/install_code_server"
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +45,56 @@ def workbench(tmp_path_factory):
     (home / "work").mkdir()
     (home / "work/shapes.py").write_text(SHAPES)
     (home / "work/.env").write_text("KEY=1\n")
-    program = home / "codegemma"         # says where its server listens, for the test
-    program.write_text(f"#!/bin/bash\ncd {shlex.quote(str(ROOT))}\nexec {shlex.quote(sys.executable)} -m codegemma.cli \"$@\" "
-                       f"> >(while read -r line; do echo \"$line\" >> {shlex.quote(str(home / 'said'))}; echo \"$line\"; done)\n")
+    program = home / "codegemma"  # says where its server listens, for the test
+    program.write_text(
+        f'#!/bin/bash\ncd {shlex.quote(str(ROOT))}\nexec {shlex.quote(sys.executable)} -m codegemma.cli "$@" '
+        f'> >(while read -r line; do echo "$line" >> {shlex.quote(str(home / "said"))}; echo "$line"; done)\n'
+    )
     program.chmod(0o755)
     for place, values in (("User", SETTINGS), ("Machine", {"codegemma.command": str(program)})):
-        (home / "data" / place).mkdir(parents=True)  # a setting of the machine is read there, from the first change on
+        (home / "data" / place).mkdir(
+            parents=True
+        )  # a setting of the machine is read there, from the first change on
         (home / "data" / place / "settings.json").write_text(json.dumps(values))
-    command = ["node", str(CODE), "--user-data-dir", str(home / "data"), "--extensions-dir", str(home / "extensions")]
-    environment = os.environ | {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "EXTENSIONS_GALLERY": "{}"}
-    subprocess.run([*command, "--install-extension", str(VSIX)], env=environment, check=True, capture_output=True, timeout=300)
+    command = [
+        "node",
+        str(CODE),
+        "--user-data-dir",
+        str(home / "data"),
+        "--extensions-dir",
+        str(home / "extensions"),
+    ]
+    environment = os.environ | {
+        "HOME": str(home),
+        "XDG_STATE_HOME": str(home / "state"),
+        "EXTENSIONS_GALLERY": "{}",
+    }
+    subprocess.run(
+        [*command, "--install-extension", str(VSIX)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     with open(home / "log", "w") as log:
-        code = subprocess.Popen([*command, "--auth", "none", "--bind-addr", address, "--disable-telemetry",
-                                 "--disable-update-check", "--disable-workspace-trust"], env=environment, stdout=log, stderr=log)
+        code = subprocess.Popen(
+            [
+                *command,
+                "--auth",
+                "none",
+                "--bind-addr",
+                address,
+                "--disable-telemetry",
+                "--disable-update-check",
+                "--disable-workspace-trust",
+            ],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
     try:
         with httpx.Client(transport=httpx.HTTPTransport(retries=10), timeout=120) as client:
             client.get(f"http://{address}/healthz")
@@ -60,7 +104,9 @@ def workbench(tmp_path_factory):
             page.goto(f"http://{address}/?folder={home / 'work'}")
             page.get_by_role("treeitem", name="shapes.py").dblclick()
             page.locator(".editor-instance .view-line").first.wait_for()
-            expect(status(page).locator(".codicon-sparkle")).to_be_visible(timeout=PATIENCE)  # the server is up
+            expect(status(page).locator(".codicon-sparkle")).to_be_visible(
+                timeout=PATIENCE
+            )  # the server is up
             yield page, home
     finally:
         code.terminate()
@@ -113,18 +159,31 @@ def test_ghost_text_is_the_servers_and_is_taken_by_word_and_whole(workbench):
     shown = whole_ghost(page)
     picture(page, "vscode-ghost")
     prefix, suffix = SHAPES.split("    \n")
-    answer = httpx.post(f"{url(home)}/infill", timeout=180, json={
-        "input_prefix": f"{prefix}    return pi * ", "input_suffix": f"\n{suffix}", "path": "shapes.py",
-        "mode": "auto", "trim": "block", "adapter": "auto", "n_predict": 24, "input_extra": []}).json()
+    answer = httpx.post(
+        f"{url(home)}/infill",
+        timeout=180,
+        json={
+            "input_prefix": f"{prefix}    return pi * ",
+            "input_suffix": f"\n{suffix}",
+            "path": "shapes.py",
+            "mode": "auto",
+            "trim": "block",
+            "adapter": "auto",
+            "n_predict": 24,
+            "input_extra": [],
+        },
+    ).json()
     assert shown == answer["content"].replace("\n", "") != ""
     expect(status(page)).to_contain_text(" ms", timeout=PATIENCE)
     page.keyboard.press("Control+ArrowRight")
     word = page.locator(".view-line", has_text="return").inner_text().replace("\xa0", " ")
     assert word.strip().startswith("return pi * ")
     page.keyboard.press("Tab")
-    page.wait_for_function("text => [...document.querySelectorAll('.view-line')].some(line => "
-                           "line.textContent.replaceAll('\\u00a0', ' ').trim().startsWith(text))",
-                           arg=f"return pi * {answer['content'].splitlines()[0]}".strip())
+    page.wait_for_function(
+        "text => [...document.querySelectorAll('.view-line')].some(line => "
+        "line.textContent.replaceAll('\\u00a0', ' ').trim().startsWith(text))",
+        arg=f"return pi * {answer['content'].splitlines()[0]}".strip(),
+    )
     figures = home / "state/codegemma/suggestions.jsonl"
     until(lambda: figures.exists() and '"language": "python"' in figures.read_text())
     row = json.loads(figures.read_text().splitlines()[-1])

@@ -32,8 +32,12 @@ def home(tmp_path_factory):
     """An environment whose caches are ours, but for the model."""
     cache = tmp_path_factory.mktemp("cache") / "codegemma"
     cache.mkdir()
-    (cache / "models").symlink_to(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "codegemma", "models"))
-    (cache / "tokenizers").symlink_to(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "codegemma", "tokenizers"))
+    (cache / "models").symlink_to(
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "codegemma", "models")
+    )
+    (cache / "tokenizers").symlink_to(
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "codegemma", "tokenizers")
+    )
     return os.environ | {"XDG_CACHE_HOME": str(cache.parent)}
 
 
@@ -73,23 +77,34 @@ def test_openai(server, model, middle, count):
             and chunks[-1].usage.completion_tokens == count
         )
         ids = model.tokenizer.encode("def f(", bos=True)
-        scored = client.completions.create(model="any", prompt=[ids], max_tokens=1, echo=True, logprobs=1, temperature=0)
+        scored = client.completions.create(
+            model="any", prompt=[ids], max_tokens=1, echo=True, logprobs=1, temperature=0
+        )
         assert len(scored.choices[0].logprobs.token_logprobs) == len(ids) + 1
         messages = [{"role": "user", "content": "Say hi."}]
         expected = model.chat([("user", "Say hi.")], max_tokens=6).text
         chat = client.chat.completions.create(
             model="any", messages=messages, max_tokens=6, temperature=0, logprobs=True, top_logprobs=2
         )
-        assert chat.choices[0].message.content == expected and len(chat.choices[0].logprobs.content[0].top_logprobs) == 2
-        streamed = client.chat.completions.create(model="any", messages=messages, max_tokens=6, temperature=0, stream=True)
+        assert (
+            chat.choices[0].message.content == expected
+            and len(chat.choices[0].logprobs.content[0].top_logprobs) == 2
+        )
+        streamed = client.chat.completions.create(
+            model="any", messages=messages, max_tokens=6, temperature=0, stream=True
+        )
         assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
         assert [one.id for one in client.models.list()] == ["gemma-3-270m", *model.adapters]
         with pytest.raises(BadRequestError, match="temperature"):
             client.completions.create(**asked | {"temperature": -1})
         first, second = (
-            client.completions.create(model="any", prompt="def f(", max_tokens=8, temperature=1.0, seed=s) for s in (1, 2)
+            client.completions.create(model="any", prompt="def f(", max_tokens=8, temperature=1.0, seed=s)
+            for s in (1, 2)
         )
-        assert first.choices[0].text == model.generate("def f(", max_tokens=8, sampling=Sampling(1.0, seed=1)).text
+        assert (
+            first.choices[0].text
+            == model.generate("def f(", max_tokens=8, sampling=Sampling(1.0, seed=1)).text
+        )
         assert first.choices[0].text != second.choices[0].text
 
 
@@ -100,16 +115,25 @@ def test_ollama(server, model, middle, count):
     options = {"num_predict": 8, "temperature": 0}
     assert client.generate("any", PREFIX, SUFFIX, options=options).response == middle
     parts = list(client.generate("any", PREFIX, SUFFIX, options=options, stream=True))
-    assert "".join(part.response for part in parts) == middle and parts[-1].done and parts[-1].eval_count == count
+    assert (
+        "".join(part.response for part in parts) == middle
+        and parts[-1].done
+        and parts[-1].eval_count == count
+    )
     expected = model.chat([("user", "Say hi.")], max_tokens=8).text
-    assert client.chat("any", [{"role": "user", "content": "Say hi."}], options=options).message.content == expected
+    assert (
+        client.chat("any", [{"role": "user", "content": "Say hi."}], options=options).message.content
+        == expected
+    )
     assert "insert" in client.show("any").capabilities and ".Suffix" in client.show("any").template
     assert client.list().models[0].model == "gemma-3-270m:latest" and client.ps().models
     with pytest.raises(ResponseError, match="does not support thinking"):
         client.generate("any", "x", think=True)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves a socket to the collector
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # it leaves a socket to the collector
 def test_mistral(server, middle, count):
     from mistralai.client import Mistral
 
@@ -139,7 +163,13 @@ def test_curl_as_llama_vim_sends(server, middle):
         "stop": [],
         "t_max_prompt_ms": 60000,
         "t_max_predict_ms": 60000,
-        "response_fields": ["content", "timings/prompt_n", "timings/predicted_n", "truncated", "tokens_cached"],
+        "response_fields": [
+            "content",
+            "timings/prompt_n",
+            "timings/predicted_n",
+            "truncated",
+            "tokens_cached",
+        ],
     }
     out = subprocess.run(
         [
@@ -167,9 +197,13 @@ def test_curl_as_llama_vim_sends(server, middle):
 def test_tabby_and_the_terms(server, model):
     with httpx.Client(base_url=server.url, timeout=300, trust_env=False) as client:
         answer = client.post(
-            "/v1/completions", json={"language": "python", "segments": {"prefix": PREFIX, "suffix": SUFFIX}, "seed": 1}
+            "/v1/completions",
+            json={"language": "python", "segments": {"prefix": PREFIX, "suffix": SUFFIX}, "seed": 1},
         ).json()
-        assert answer["choices"][0]["text"] == model.complete(PREFIX, SUFFIX, max_tokens=64).text and answer["id"]
+        assert (
+            answer["choices"][0]["text"] == model.complete(PREFIX, SUFFIX, max_tokens=64).text
+            and answer["id"]
+        )
         terms = client.get("/terms").text
         assert "Gemma Terms of Use" in terms and "Prohibited Use Policy" in terms and "Section 3" in terms
         assert client.get("/").status_code == 200
@@ -184,7 +218,15 @@ def test_many_at_once_give_what_one_gets(server, model):
         async with httpx.AsyncClient(base_url=server.url, timeout=300, trust_env=False) as client:
             answers = await asyncio.gather(
                 *(
-                    client.post("/infill", json={"input_prefix": prefix, "input_suffix": suffix, "n_predict": 6, "session": str(n)})
+                    client.post(
+                        "/infill",
+                        json={
+                            "input_prefix": prefix,
+                            "input_suffix": suffix,
+                            "n_predict": 6,
+                            "session": str(n),
+                        },
+                    )
                     for n, (prefix, suffix) in enumerate(holes)
                 )
             )
@@ -200,13 +242,18 @@ def test_after_a_stop_and_after_a_kill(home):
     def cached(url: str) -> int:
         deadline = time.monotonic() + 60  # the cache is read in the background
         while time.monotonic() < deadline:
-            found = httpx.post(f"{url}/infill", json=body, timeout=300, trust_env=False).json()["tokens_cached"]
+            found = httpx.post(f"{url}/infill", json=body, timeout=300, trust_env=False).json()[
+                "tokens_cached"
+            ]
             if found:
                 break
         return found
 
     with Process(environment=home) as first:
-        assert httpx.post(f"{first.url}/infill", json=body, timeout=300, trust_env=False).json()["tokens_cached"] == 0
+        assert (
+            httpx.post(f"{first.url}/infill", json=body, timeout=300, trust_env=False).json()["tokens_cached"]
+            == 0
+        )
     with Process(environment=home) as second:
         before = cached(second.url)
         assert before > 100
@@ -218,11 +265,16 @@ def test_after_a_stop_and_after_a_kill(home):
 
 def test_two_workers_and_an_open_address_need_what_they_need(home, tmp_path):
     refused = subprocess.run(
-        [sys.executable, "-m", "codegemma.cli", "serve", "--host", "0.0.0.0"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "codegemma.cli", "serve", "--host", "0.0.0.0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert refused.returncode == 2 and "--api-key-file" in refused.stderr
     (tmp_path / "keys").write_text("a-key-of-some-length\n")
-    with Process("--host", "0.0.0.0", "--workers", "2", "--api-key-file", str(tmp_path / "keys"), environment=home) as server:
+    with Process(
+        "--host", "0.0.0.0", "--workers", "2", "--api-key-file", str(tmp_path / "keys"), environment=home
+    ) as server:
         url = f"http://127.0.0.1:{server.url.rpartition(':')[2]}"
         with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
             assert client.get("/v1/models").status_code == 401

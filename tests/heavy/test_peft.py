@@ -1,6 +1,6 @@
 """Adapters that we save, loaded by peft on a random model, against our own runtime.
 
-    PYTHONPATH=.:tests .venv-bench/bin/python -m pytest tests/heavy/test_peft.py
+PYTHONPATH=.:tests .venv-bench/bin/python -m pytest tests/heavy/test_peft.py
 """
 
 import sys
@@ -24,16 +24,27 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("kind, changes", [("gemma1-mqa", {"kinds": "qv"}), ("gemma1-mha", {"ranks": (5, 3)}),
-                                           ("gemma2", {"tokens": (7, 70)}), ("gemma3", {"tokens": (67, 68), "ranks": (40,)})])
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("gemma1-mqa", {"kinds": "qv"}),
+        ("gemma1-mha", {"ranks": (5, 3)}),
+        ("gemma2", {"tokens": (7, 70)}),
+        ("gemma3", {"tokens": (67, 68), "ranks": (40,)}),
+    ],
+)
 def test_peft_gives_our_logits(kind, changes, tmp_path):
     from make_golden_lora import base, logits
 
     config, params, ids, _ = golden(kind)
     ids[:4] = [2, 7, 67, 70]
     adapter = random_adapter(config, **changes)
-    theirs = logits(peft.PeftModel.from_pretrained(base(kind), lora.save(adapter, tmp_path / "a")).eval(), ids)
-    checkpoint = Checkpoint(tmp_path, config, {name: Tensor.of(value) for name, value in params.items()}, {}, None)
+    theirs = logits(
+        peft.PeftModel.from_pretrained(base(kind), lora.save(adapter, tmp_path / "a")).eval(), ids
+    )
+    checkpoint = Checkpoint(
+        tmp_path, config, {name: Tensor.of(value) for name, value in params.items()}, {}, None
+    )
     merged = {name: tensor.float32() for name, tensor in lora.merge(checkpoint, adapter).tensors.items()}
     backend = Native(checkpoint)
     engine = Engine(backend)

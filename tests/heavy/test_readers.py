@@ -1,7 +1,7 @@
 """What we write, read by the programs it is written for. Each test runs where its program is installed:
 
-    PYTHONPATH=.:tests .venv-formats/bin/python -m pytest tests/heavy      transformers, KerasHub, Orbax, PyTorch
-    PYTHONPATH=.:tests .venv-bench/bin/python -m pytest tests/heavy        llama-cpp-python, transformers
+PYTHONPATH=.:tests .venv-formats/bin/python -m pytest tests/heavy      transformers, KerasHub, Orbax, PyTorch
+PYTHONPATH=.:tests .venv-bench/bin/python -m pytest tests/heavy        llama-cpp-python, transformers
 """
 
 import json
@@ -28,7 +28,9 @@ TEXT = "def f(x):\n\treturn  x + 1 # größer 🙂\n\n"
 @pytest.fixture(scope="module", params=KINDS)
 def source(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return write_tiny_gguf(folder / "CodeGemma-tiny.gguf", tiny_config(request.param, width=256, ffn_width=512), "BF16")
+    return write_tiny_gguf(
+        folder / "CodeGemma-tiny.gguf", tiny_config(request.param, width=256, ffn_width=512), "BF16"
+    )
 
 
 def _expected(path, ids):
@@ -67,6 +69,7 @@ def test_the_model_cards_samples_run(source, tmp_path):
     at = convert.convert(source, tmp_path / "m", "safetensors").path
     config = json.loads((at / "tokenizer_config.json").read_text())
     from codegemma.formats.safetensors import CHAT_TEMPLATE
+
     (at / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
     tokenizer = transformers.GemmaTokenizer.from_pretrained(at)
     model = transformers.AutoModelForCausalLM.from_pretrained(at)
@@ -74,9 +77,13 @@ def test_the_model_cards_samples_run(source, tmp_path):
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     assert inputs["input_ids"][0].tolist() == prompts.raw(checkpoint.tokenizer, prompt).ids
     outputs = model.generate(**inputs, max_new_tokens=8)
-    assert isinstance(tokenizer.decode(outputs[0][inputs["input_ids"].shape[-1]:]), str)
-    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": " Write a hello world program "},
-            {"role": "assistant", "content": "print()"}, {"role": "user", "content": "Thanks"}]
+    assert isinstance(tokenizer.decode(outputs[0][inputs["input_ids"].shape[-1] :]), str)
+    chat = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": " Write a hello world program "},
+        {"role": "assistant", "content": "print()"},
+        {"role": "user", "content": "Thanks"},
+    ]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(text, add_special_tokens=False, return_tensors="pt")
     ours = prompts.chat(checkpoint.tokenizer, [Message(turn["role"], turn["content"]) for turn in chat]).ids
@@ -94,11 +101,13 @@ def test_llama_cpp_gives_our_logits_and_stops_at_the_separator(source, tmp_path,
     control = open_checkpoint(source).tokenizer.control
     ends = {token for token in range(515) if llama_cpp.llama_vocab_is_eog(vocabulary, token)}
     assert ends == {control.eos, control.end_of_turn, control.file_separator}
-    found = [getattr(llama_cpp, f"llama_vocab_fim_{name}")(vocabulary) for name in ("pre", "mid", "suf", "sep")]
+    found = [
+        getattr(llama_cpp, f"llama_vocab_fim_{name}")(vocabulary) for name in ("pre", "mid", "suf", "sep")
+    ]
     assert found == [67, 68, 69, 70]
     model.eval(_ids(source)[:20])
     theirs, ours = np.array(model.scores[:20]), _expected(at, _ids(source)[:20])
-    assert np.abs(theirs - ours).max() < (0.3 if type else 0.05)    # it rounds keys, values and activations
+    assert np.abs(theirs - ours).max() < (0.3 if type else 0.05)  # it rounds keys, values and activations
     assert (theirs.argmax(-1) == ours.argmax(-1)).mean() > 0.8
 
 
@@ -120,7 +129,9 @@ def test_keras_hub_gives_our_logits(source, tmp_path):
     keras_hub = pytest.importorskip("keras_hub")
     at = convert.convert(source, tmp_path / "m", "keras").path
     config, ids = open_checkpoint(source).config, _ids(source)
-    kind = keras_hub.models.Gemma3Backbone if config.architecture == "gemma3" else keras_hub.models.GemmaBackbone
+    kind = (
+        keras_hub.models.Gemma3Backbone if config.architecture == "gemma3" else keras_hub.models.GemmaBackbone
+    )
     model = kind.from_preset(str(at), dtype="float32")
     hidden = model({"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)))})
     theirs = np.asarray(model.token_embedding(hidden, reverse=True).detach())[0]
@@ -135,8 +146,11 @@ def test_orbax_and_pytorch_restore_what_we_wrote(source, tmp_path):
     checkpoint = open_checkpoint(source)
     at = convert.convert(source, tmp_path / "o", "orbax").path / "checkpoint"
     expected = weights.write("flax", checkpoint.config, checkpoint.tensors)
-    restored = {f"{group}/{key}": np.asarray(value).astype(np.float32)
-                for group, leaves in ocp.StandardCheckpointer().restore(at).items() for key, value in leaves.items()}
+    restored = {
+        f"{group}/{key}": np.asarray(value).astype(np.float32)
+        for group, leaves in ocp.StandardCheckpointer().restore(at).items()
+        for key, value in leaves.items()
+    }
     assert restored.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(restored[name].reshape(-1), tensor.float32().reshape(-1))

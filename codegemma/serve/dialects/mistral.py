@@ -30,8 +30,13 @@ class Fim(Own):
 
 
 def error(status: int, message: str) -> dict[str, Any]:
-    return {"object": "error", "message": message, "type": "invalid_request_error" if status < 500 else "internal_error",
-            "param": None, "code": str(status)}
+    return {
+        "object": "error",
+        "message": message,
+        "type": "invalid_request_error" if status < 500 else "internal_error",
+        "param": None,
+        "code": str(status),
+    }
 
 
 @router.post("/v1/fim/completions")
@@ -39,18 +44,41 @@ def error(status: int, message: str) -> dict[str, Any]:
 async def complete(body: Fim, request: Request) -> Response:
     seed = secrets.randbits(32) if body.random_seed is None else body.random_seed
     sampling = Sampling(body.temperature or 0.0, top_p=1.0 if body.top_p is None else body.top_p, seed=seed)
-    ask = body.ask(request, what=body.fill(body.prompt, body.suffix), sampling=sampling, stop=stops(body.stop),
-                   max_tokens=128 if body.max_tokens is None else body.max_tokens)
-    head = {"id": secrets.token_hex(16), "created": int(time.time()), "model": body.model or backend(request).name}
+    ask = body.ask(
+        request,
+        what=body.fill(body.prompt, body.suffix),
+        sampling=sampling,
+        stop=stops(body.stop),
+        max_tokens=128 if body.max_tokens is None else body.max_tokens,
+    )
+    head = {
+        "id": secrets.token_hex(16),
+        "created": int(time.time()),
+        "model": body.model or backend(request).name,
+    }
     if body.stream:
         jobs = await backend(request).submit([ask])
-        return Stream(request, jobs, _stream({**head, "object": "chat.completion.chunk"}, jobs[0]),
-                      lambda message: event(error(500, message)))
-    answer, = await collect(request, [ask])
-    choice = {"index": 0, "message": {"role": "assistant", "content": answer.text, "tool_calls": None},
-              "finish_reason": FINISH[answer.steps[-1].stop]}
-    return reply({**head, "object": "chat.completion", "choices": [choice], "usage": usage([answer.job]),
-                  "timings": answer.job.timings()})
+        return Stream(
+            request,
+            jobs,
+            _stream({**head, "object": "chat.completion.chunk"}, jobs[0]),
+            lambda message: event(error(500, message)),
+        )
+    (answer,) = await collect(request, [ask])
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": answer.text, "tool_calls": None},
+        "finish_reason": FINISH[answer.steps[-1].stop],
+    }
+    return reply(
+        {
+            **head,
+            "object": "chat.completion",
+            "choices": [choice],
+            "usage": usage([answer.job]),
+            "timings": answer.job.timings(),
+        }
+    )
 
 
 async def _stream(head: dict[str, Any], job: Job) -> AsyncIterator[bytes]:

@@ -19,12 +19,17 @@ from codegemma.serve.wire import Answer, Own, Stops, Stream, backend, collect, l
 
 router = APIRouter(tags=["Ollama"])
 
-VERSION = "0.12.0"                       # of the API that we speak: clients compare it
-TOKENS = 1024                            # where num_predict is -1: Ollama would fill the context
-TEMPLATE = ("{{- if .Suffix }}<|fim_prefix|>{{ .Prompt }}<|fim_suffix|>{{ .Suffix }}<|fim_middle|>{{- else }}"  # Continue looks
-            "{{ .Prompt }}{{- end }}")                                                                         # for .Suffix
-CHAT_TEMPLATE = TEMPLATE.replace("{{- else }}{{ .Prompt }}", "{{- else }}<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n"
-                                 "{{ end }}{{ .Prompt }}<end_of_turn>\n<start_of_turn>model\n")
+VERSION = "0.12.0"  # of the API that we speak: clients compare it
+TOKENS = 1024  # where num_predict is -1: Ollama would fill the context
+TEMPLATE = (
+    "{{- if .Suffix }}<|fim_prefix|>{{ .Prompt }}<|fim_suffix|>{{ .Suffix }}<|fim_middle|>{{- else }}"  # Continue looks
+    "{{ .Prompt }}{{- end }}"
+)  # for .Suffix
+CHAT_TEMPLATE = TEMPLATE.replace(
+    "{{- else }}{{ .Prompt }}",
+    "{{- else }}<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n"
+    "{{ end }}{{ .Prompt }}<end_of_turn>\n<start_of_turn>model\n",
+)
 
 
 class Options(BaseModel):
@@ -41,9 +46,14 @@ class Options(BaseModel):
         def given(value: Any, default: Any) -> Any:
             return default if value is None else value
 
-        return Sampling(given(self.temperature, temperature), max(given(self.top_k, 40 if filters else 0), 0),
-                        given(self.top_p, 0.9 if filters else 1.0), given(self.min_p, 0.0), given(self.repeat_penalty, 1.0),
-                        secrets.randbits(32) if self.seed is None else self.seed)
+        return Sampling(
+            given(self.temperature, temperature),
+            max(given(self.top_k, 40 if filters else 0), 0),
+            given(self.top_p, 0.9 if filters else 1.0),
+            given(self.min_p, 0.0),
+            given(self.repeat_penalty, 1.0),
+            secrets.randbits(32) if self.seed is None else self.seed,
+        )
 
     @property
     def tokens(self) -> int:
@@ -63,8 +73,14 @@ class Asked(Own):
     def make(self, request: Request, what: Fill | Text | Chat) -> Ask:
         options = self.options or Options()
         fill = isinstance(what, Fill)
-        return self.ask(request, what=what, max_tokens=options.tokens, sampling=options.sampling(0.0 if fill else 0.8, not fill),
-                        stop=stops(options.stop), top=(self.top_logprobs or 0) if self.logprobs else 0)
+        return self.ask(
+            request,
+            what=what,
+            max_tokens=options.tokens,
+            sampling=options.sampling(0.0 if fill else 0.8, not fill),
+            stop=stops(options.stop),
+            top=(self.top_logprobs or 0) if self.logprobs else 0,
+        )
 
     def check(self) -> None:
         if self.format:
@@ -122,24 +138,41 @@ async def chat(body: ChatBody, request: Request) -> Response:
     if body.tools:
         raise ValueError(f'"{body.model}" does not support tools')
     if not body.messages:
-        return reply({**_head(body), "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": _loading(body)})
+        return reply(
+            {
+                **_head(body),
+                "message": {"role": "assistant", "content": ""},
+                "done": True,
+                "done_reason": _loading(body),
+            }
+        )
     for one in body.messages:
         if one.role not in ("system", "user", "assistant"):
             raise ValueError(f"a message's role must be system, user or assistant, got {one.role!r}")
         if one.images:
             raise ValueError("this model reads text alone: leave images out")
     ask = body.make(request, Chat(tuple(Message(one.role, one.content or "") for one in body.messages)))  # type: ignore[arg-type]
-    return await _answered(body, request, ask, lambda text: {"message": {"role": "assistant", "content": text}})
+    return await _answered(
+        body, request, ask, lambda text: {"message": {"role": "assistant", "content": text}}
+    )
 
 
 @router.post("/api/show")
 async def show(body: Show, request: Request) -> Response:
     served = backend(request)
     capabilities = ["completion", "insert"]
-    return reply({"modelfile": f"# {served.title}\n", "parameters": "", "template": CHAT_TEMPLATE if served.chats else TEMPLATE,
-                  "license": "Gemma: see /terms", "details": _details(), "capabilities": capabilities,
-                  "model_info": {"general.architecture": "gemma", "gemma.context_length": served.context},
-                  "modified_at": _now()})
+    return reply(
+        {
+            "modelfile": f"# {served.title}\n",
+            "parameters": "",
+            "template": CHAT_TEMPLATE if served.chats else TEMPLATE,
+            "license": "Gemma: see /terms",
+            "details": _details(),
+            "capabilities": capabilities,
+            "model_info": {"general.architecture": "gemma", "gemma.context_length": served.context},
+            "modified_at": _now(),
+        }
+    )
 
 
 @router.get("/api/tags")
@@ -179,9 +212,14 @@ def _what(body: Generate, request: Request) -> Fill | Text | Chat:
 async def _answered(body: Asked, request: Request, ask: Ask, shape: Any, context: bool = False) -> Response:
     if body.stream is not False:
         jobs = await backend(request).submit([ask])
-        return Stream(request, jobs, _stream(body, request, jobs[0], shape, context), lambda message: line(error(500, message)),
-                      "application/x-ndjson")
-    answer, = await collect(request, [ask])
+        return Stream(
+            request,
+            jobs,
+            _stream(body, request, jobs[0], shape, context),
+            lambda message: line(error(500, message)),
+            "application/x-ndjson",
+        )
+    (answer,) = await collect(request, [ask])
     return reply(_final(body, request, answer, shape, answer.text, context, answer.steps))
 
 
@@ -194,20 +232,34 @@ async def _stream(body: Asked, request: Request, job: Job, shape: Any, context: 
     yield line(_final(body, request, Answer(job, taken), shape, "", context, []))
 
 
-def _final(body: Asked, request: Request, answer: Answer, shape: Any, text: str, context: bool, steps: Sequence[Step]
-           ) -> dict[str, Any]:
+def _final(
+    body: Asked, request: Request, answer: Answer, shape: Any, text: str, context: bool, steps: Sequence[Step]
+) -> dict[str, Any]:
     job, timings = answer.job, answer.job.timings()
     reason = "length" if answer.steps[-1].stop == "length" else "stop"
-    ids = [*job.prompt.ids, *(step.token for step in answer.steps if step.token is not None and step.stop != "end")]
+    ids = [
+        *job.prompt.ids,
+        *(step.token for step in answer.steps if step.token is not None and step.stop != "end"),
+    ]
 
     def nanoseconds(milliseconds: float) -> int:
         return int(milliseconds * 1e6)
 
-    return {**_head(body), **shape(text), "done": True, "done_reason": reason, **({"context": ids} if context else {}),
-            "total_duration": nanoseconds(timings["queue_ms"] + timings["prompt_ms"] + timings["predicted_ms"]), "load_duration": 0,
-            "prompt_eval_count": job.prompt_tokens, "prompt_eval_duration": nanoseconds(timings["prompt_ms"]),
-            "eval_count": job.predicted_tokens, "eval_duration": nanoseconds(timings["predicted_ms"]),
-            "timings": timings, **_logprobs(body, request, steps)}
+    return {
+        **_head(body),
+        **shape(text),
+        "done": True,
+        "done_reason": reason,
+        **({"context": ids} if context else {}),
+        "total_duration": nanoseconds(timings["queue_ms"] + timings["prompt_ms"] + timings["predicted_ms"]),
+        "load_duration": 0,
+        "prompt_eval_count": job.prompt_tokens,
+        "prompt_eval_duration": nanoseconds(timings["prompt_ms"]),
+        "eval_count": job.predicted_tokens,
+        "eval_duration": nanoseconds(timings["predicted_ms"]),
+        "timings": timings,
+        **_logprobs(body, request, steps),
+    }
 
 
 def _logprobs(body: Asked, request: Request, steps: Sequence[Step]) -> dict[str, Any]:
@@ -216,11 +268,20 @@ def _logprobs(body: Asked, request: Request, steps: Sequence[Step]) -> dict[str,
     tokenizer = backend(request).tokenizer
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": spelled(tokenizer, token), "logprob": logprob,
-                "bytes": list(tokenizer.decode_bytes([token], control=True))}
+        return {
+            "token": spelled(tokenizer, token),
+            "logprob": logprob,
+            "bytes": list(tokenizer.decode_bytes([token], control=True)),
+        }
 
-    found = [{**entry(one.token, one.logprob), **({"top_logprobs": [entry(*top) for top in one.top]} if one.top else {})}
-             for one in steps if one.token is not None and one.stop != "end"]
+    found = [
+        {
+            **entry(one.token, one.logprob),
+            **({"top_logprobs": [entry(*top) for top in one.top]} if one.top else {}),
+        }
+        for one in steps
+        if one.token is not None and one.stop != "end"
+    ]
     return {"logprobs": found} if found else {}
 
 
@@ -234,13 +295,28 @@ def _head(body: Asked) -> dict[str, str]:
 
 def _models(request: Request) -> list[dict[str, Any]]:
     served = backend(request)
-    return [{"name": name, "model": name, "modified_at": _now(), "size": served.size, "digest": "0" * 64, "details": _details()}
-            for name in (f"{served.name}:latest", *(f"{served.name}:{one}" for one in served.adapters))]
+    return [
+        {
+            "name": name,
+            "model": name,
+            "modified_at": _now(),
+            "size": served.size,
+            "digest": "0" * 64,
+            "details": _details(),
+        }
+        for name in (f"{served.name}:latest", *(f"{served.name}:{one}" for one in served.adapters))
+    ]
 
 
 def _details() -> dict[str, Any]:
-    return {"parent_model": "", "format": "gguf", "family": "gemma", "families": ["gemma"], "parameter_size": "",
-            "quantization_level": ""}
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": "gemma",
+        "families": ["gemma"],
+        "parameter_size": "",
+        "quantization_level": "",
+    }
 
 
 def _now() -> str:

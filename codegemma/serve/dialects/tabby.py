@@ -18,7 +18,7 @@ from codegemma.serve.wire import Own, backend, collect, offer, reply
 
 router = APIRouter(tags=["Tabby"])
 
-MOST_TOKENS = 64                         # Tabby's own: its requests name no length
+MOST_TOKENS = 64  # Tabby's own: its requests name no length
 
 
 class Snippet(BaseModel):
@@ -37,9 +37,16 @@ class Segments(BaseModel):
 
     def files(self) -> list[File]:
         """The nearest last: opened files, changed files, declarations, each by rising score."""
-        groups = (self.relevant_snippets_from_recently_opened_files, self.relevant_snippets_from_changed_files, self.declarations)
-        return [File(" ".join(one.filepath.split()), one.body) for group in groups
-                for one in sorted(group or (), key=lambda one: one.score)]
+        groups = (
+            self.relevant_snippets_from_recently_opened_files,
+            self.relevant_snippets_from_changed_files,
+            self.declarations,
+        )
+        return [
+            File(" ".join(one.filepath.split()), one.body)
+            for group in groups
+            for one in sorted(group or (), key=lambda one: one.score)
+        ]
 
 
 class Debug(BaseModel):
@@ -59,12 +66,16 @@ class Completion(Own):
     @field_validator("mode", mode="before")
     @classmethod
     def _ours(cls, mode: Any) -> Any:
-        return None if mode == "standard" else mode  # Tabby's own field of that name; its other value is refused
+        return (
+            None if mode == "standard" else mode
+        )  # Tabby's own field of that name; its other value is refused
 
     @model_validator(mode="after")
     def _prompted(self) -> Self:
         if self.segments is None and (self.debug_options is None or self.debug_options.raw_prompt is None):
-            raise ValueError("there is nothing to complete: send segments, or debug_options with a raw_prompt")
+            raise ValueError(
+                "there is nothing to complete: send segments, or debug_options with a raw_prompt"
+            )
         return self
 
 
@@ -88,9 +99,21 @@ async def complete(body: Completion, request: Request) -> Response:
     else:
         body = body.model_copy(update={"path": body.path or segments.filepath})
         what = body.fill(segments.prefix, segments.suffix, segments.files())
-    answer, = await collect(request, [body.ask(request, what=what, max_tokens=MOST_TOKENS,
-                                               sampling=Sampling(body.temperature or 0.0, seed=body.seed or 0))])
-    found: dict[str, Any] = {"id": offer(answer, body.language), "choices": [{"index": 0, "text": answer.text}]}
+    (answer,) = await collect(
+        request,
+        [
+            body.ask(
+                request,
+                what=what,
+                max_tokens=MOST_TOKENS,
+                sampling=Sampling(body.temperature or 0.0, seed=body.seed or 0),
+            )
+        ],
+    )
+    found: dict[str, Any] = {
+        "id": offer(answer, body.language),
+        "choices": [{"index": 0, "text": answer.text}],
+    }
     if debug.return_prompt or debug.return_snippets:
         prompt = backend(request).tokenizer.decode(answer.job.prompt.ids, control=True)
         found["debug_data"] = {"prompt": prompt if debug.return_prompt else None, "snippets": []}
@@ -110,10 +133,25 @@ async def events(body: Event) -> Response:
 async def health(request: Request) -> Response:
     """Tabby's, and llama.cpp's `status`."""
     served = backend(request)
-    version = {"build_date": "", "build_timestamp": "", "git_sha": "", "git_describe": f"codegemma-{__version__}"}
-    return reply({"status": "ok", "model": served.name, "chat_model": served.name if served.chats else None, "device": "cpu",
-                  "arch": platform.machine(), "cpu_info": platform.processor() or platform.machine(), "cpu_count": usable_cpus(),
-                  "cuda_devices": [], "version": version})
+    version = {
+        "build_date": "",
+        "build_timestamp": "",
+        "git_sha": "",
+        "git_describe": f"codegemma-{__version__}",
+    }
+    return reply(
+        {
+            "status": "ok",
+            "model": served.name,
+            "chat_model": served.name if served.chats else None,
+            "device": "cpu",
+            "arch": platform.machine(),
+            "cpu_info": platform.processor() or platform.machine(),
+            "cpu_count": usable_cpus(),
+            "cuda_devices": [],
+            "version": version,
+        }
+    )
 
 
 @router.get("/v1beta/server_setting")
