@@ -185,8 +185,8 @@ def compare(folder: Path, python: str) -> None:
 
 def whole(sources: list[str], out: Path, workers: int, threshold: float = 0.8) -> dict:
     """One build from start to end: seconds, and where they go."""
+    from codegemma.cli.data import load_tokenizer
     from codegemma.data.build import build
-    from codegemma.data.cli import load_tokenizer
     from codegemma.data.stages import Recipe
 
     shutil.rmtree(out, ignore_errors=True)

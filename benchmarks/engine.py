@@ -23,10 +23,10 @@ from logbook import ROOT, parser, publish
 from peers import BENCH, Peer
 
 import codegemma
-from codegemma.engine import Request
-from codegemma.lora import LINEAR, Adapter
+from codegemma.adapters.adapter import LINEAR, Adapter
+from codegemma.checkpoints.table import places
+from codegemma.generate.engine import Request
 from codegemma.native import Slice, measure
-from codegemma.weights import places
 
 PROMPT, BEFORE, DECODED = 512, 64, 32  # tokens read; read before decoding; decoded
 FUNCTION = (ROOT / "benchmarks" / "edited_function.py").read_text()

@@ -24,8 +24,8 @@ from typing import Any
 from peers import Peer, exported
 
 from codegemma import sandbox
+from codegemma.cli.evals import open_model
 from codegemma.evals import code, language
-from codegemma.evals.cli import open_model
 from codegemma.evals.records import Records
 from codegemma.evals.run import Settings, run
 from codegemma.evals.task import Completion, subset

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import logbook
 
-from codegemma import convert, hub
-from codegemma.formats import open_checkpoint
-from codegemma.quantize import importance_of
+from codegemma import hub
+from codegemma.checkpoints import open_checkpoint
+from codegemma.convert import convert
+from codegemma.convert.quantize import importance_of
 
 FILES, CHARACTERS = 6, 800  # tested: from the middle of each, where no licence stands
 

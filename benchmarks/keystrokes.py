@@ -68,7 +68,7 @@ def main() -> None:
     arguments = parser(__doc__, rounds=3)
     arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = arguments.parse_args()
-    text = (ROOT / "codegemma" / "completion.py").read_text()[:5600]
+    text = (ROOT / "benchmarks" / "typed_file.txt").read_text()[:5600]
     steps = trace(text)
     model = codegemma.load(threads=args.threads)
     model.backend.settle()

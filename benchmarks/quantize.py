@@ -16,7 +16,7 @@ from pathlib import Path
 import llama_cpp
 import logbook
 
-from codegemma import convert
+from codegemma.convert import convert
 from codegemma.native import usable_cpus
 
 CODES = {"q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q6_k": 18}

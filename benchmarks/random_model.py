@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from codegemma.checkpoints import gguf
+from codegemma.checkpoints.table import BLOCKS, Place, places, row_bytes
 from codegemma.config import PRESETS, ModelConfig
-from codegemma.formats import gguf
-from codegemma.weights import BLOCKS, Place, places, row_bytes
 
 CACHE = Path.home() / ".cache" / "codegemma"
 DEFAULT = CACHE / "models" / "gemma-3-270m" / "model.gguf"

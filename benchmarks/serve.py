@@ -135,7 +135,7 @@ def typing(url: str, request: Any, steps: Trace, every: int) -> dict[str, list[f
 
 def together(url: str, request: Any, count: int = 8, tokens: int = 64) -> tuple[float, list[str]]:
     """Tokens a second that `count` clients get at once, and what each got."""
-    text = (ROOT / "codegemma" / "completion.py").read_text()
+    text = (ROOT / "benchmarks" / "typed_file.txt").read_text()
     starts = [1500 + 700 * i for i in range(count)]
 
     async def run() -> tuple[float, list[str]]:
@@ -156,7 +156,7 @@ def together(url: str, request: Any, count: int = 8, tokens: int = 64) -> tuple[
 
 def alone(url: str, request: Any) -> list[str]:
     """What `together` asks, one after the other."""
-    text = (ROOT / "codegemma" / "completion.py").read_text()
+    text = (ROOT / "benchmarks" / "typed_file.txt").read_text()
     with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
         asked = [
             request(text[at - 1500 : at], text[at : at + 300], 64)
@@ -183,7 +183,7 @@ def overhead(url: str, model: codegemma.Model, steps: Trace) -> tuple[list[float
 
 async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
     """Clients that type without end: each keystroke drops the request before it. Latencies of the answered ones."""
-    steps = trace((ROOT / "codegemma" / "completion.py").read_text()[:5600])
+    steps = trace((ROOT / "benchmarks" / "typed_file.txt").read_text()[:5600])
     end = time.perf_counter() + seconds
     started = time.perf_counter()
     answered: list[tuple[float, float]] = []  # when, seconds
@@ -269,7 +269,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def speed(args: Any) -> str:
     model = codegemma.load(threads=args.threads)
-    steps = trace((ROOT / "codegemma" / "completion.py").read_text()[:5600])
+    steps = trace((ROOT / "benchmarks" / "typed_file.txt").read_text()[:5600])
     servers = {"ours": (our_server, our_request, 1), "peer": (peer_server, peer_request, 6)}
     typed: dict[str, dict[str, list[float]]] = {name: {"open": [], "key": [], "jump": []} for name in servers}
     rates: dict[str, list[float]] = {name: [] for name in servers}

@@ -40,8 +40,8 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
     import numpy as np
 
     from codegemma import hub
-    from codegemma.formats import open_checkpoint
-    from codegemma.model import params_of
+    from codegemma.checkpoints import open_checkpoint
+    from codegemma.jax.forward import params_of
     from codegemma.train.loop import (
         Settings,
         compiler_options,

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from codegemma.engine import Completion
-    from codegemma.local import Model, load
+    from codegemma.generate.engine import Completion
+    from codegemma.generate.model import Model, load
+    from codegemma.generate.sampling import Sampling
     from codegemma.prompts import File, Message
-    from codegemma.sampling import Sampling
 
 __version__ = "0.1.0"
 __all__ = ["Completion", "File", "Message", "Model", "Sampling", "load"]
 
 _HOME = {
-    "Completion": "engine",
-    "Model": "local",
-    "load": "local",
+    "Completion": "generate.engine",
+    "Model": "generate.model",
+    "load": "generate.model",
     "File": "prompts",
     "Message": "prompts",
-    "Sampling": "sampling",
+    "Sampling": "generate.sampling",
 }
 
 

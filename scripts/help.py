@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from codegemma import cli
+from codegemma.cli import main as cli
 
 
 def help_of(app: typer.Typer, program: str, *verbs: str) -> str:

@@ -17,7 +17,7 @@ import adapter_data
 import adapter_eval
 from vocabularies import small
 
-from codegemma import lora
+from codegemma.adapters import adapter as lora
 from codegemma.data.build import build
 from codegemma.data.pack import Rows
 from codegemma.data.stages import Recipe

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from mutate import mutants
 from tiny import tiny_config, tiny_tensors
 
-from codegemma.cache import PrefixCache, common_prefix
-from codegemma.engine import Engine, Request
-from codegemma.formats import Checkpoint
+from codegemma.checkpoints import Checkpoint
+from codegemma.generate.cache import PrefixCache, common_prefix
+from codegemma.generate.engine import Engine, Request
 from codegemma.native import PAGE, Native, Page
 
 BYTES = PAGE * 8

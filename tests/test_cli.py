@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 from tiny import random_adapter, tiny_config, write_tiny_gguf
 
 import codegemma
-from codegemma import cli, completion, hub, lora, prompts
+from codegemma import hub, prompts
+from codegemma.adapters import adapter as lora
+from codegemma.checkpoints import open_checkpoint
+from codegemma.cli import main as cli
 from codegemma.config import PRESETS
-from codegemma.formats import open_checkpoint
+from codegemma.generate import completion
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +58,7 @@ def run(capsys, monkeypatch):
 @pytest.fixture
 def base_model(monkeypatch):
     """The tiny model passes for the default one, which was made for neither completion nor chat."""
-    monkeypatch.setattr("codegemma.local._preset_of", lambda checkpoint: PRESETS["gemma-3-270m"])
+    monkeypatch.setattr("codegemma.generate.model._preset_of", lambda checkpoint: PRESETS["gemma-3-270m"])
 
 
 def process(*arguments, **options):
@@ -82,7 +85,7 @@ def test_the_choices_are_those_of_the_modules():
 def test_help_imports_no_engine():
     code = (
         "import sys\nfrom codegemma.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-        "print(sorted({'numpy', 'rich', 'sentencepiece', 'codegemma.engine'} & set(sys.modules)))"
+        "print(sorted({'numpy', 'rich', 'sentencepiece', 'codegemma.generate.engine'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")
@@ -329,7 +332,7 @@ def test_models_lists_the_family(run, monkeypatch):
 
 
 def test_bench_says_what_it_measured(run, gguf, monkeypatch):
-    monkeypatch.setattr("codegemma.local.measure", lambda threads, level: (2e9, 3e9))
+    monkeypatch.setattr("codegemma.generate.model.measure", lambda threads, level: (2e9, 3e9))
     arguments = ("bench", "-m", gguf, "--prompt-tokens", 8, "--decode-tokens", 2, "--repeats", 1)
     found = json.loads(run(*arguments, "--json")[1])
     assert found["model"] == gguf and found["bandwidth_bytes_per_second"] == 2e9

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import PRETTY, Scripted, native
 
-from codegemma import completion, prompts
-from codegemma.completion import Hole, complete, cut, layout_for, prompt_within, trimmed, window
-from codegemma.engine import Engine, Request, Step
+from codegemma import prompts
+from codegemma.generate import completion
+from codegemma.generate.completion import Hole, complete, cut, layout_for, prompt_within, trimmed, window
+from codegemma.generate.engine import Engine, Request, Step
 from codegemma.native import Cancel
 from codegemma.prompts import File
 

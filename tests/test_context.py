@@ -8,9 +8,8 @@ import threading
 
 import pytest
 
-from codegemma.prompts import File
-from codegemma.serve import context
-from codegemma.serve.context import (
+from codegemma.editor import context
+from codegemma.editor.context import (
     MOST_CHARACTERS,
     MOST_OF_A_FILE,
     Guard,
@@ -19,6 +18,7 @@ from codegemma.serve.context import (
     redacted,
     secrets,
 )
+from codegemma.prompts import File
 
 AWS = "AKIAQYLPMN5HNM4CJX2B"
 PATTERNS = [

@@ -10,10 +10,10 @@ import pytest
 from mutate import fuzz
 from tiny import KINDS, tiny_config, tiny_tensors, tokenizer_metadata, write_tiny_gguf, write_tiny_hf
 
-from codegemma import convert as c
-from codegemma import weights
-from codegemma.formats import Checkpoint, gguf, open_checkpoint
-from codegemma.weights import Deferred, Tensor, write
+from codegemma.checkpoints import Checkpoint, gguf, open_checkpoint
+from codegemma.checkpoints import table as weights
+from codegemma.checkpoints.table import Deferred, Tensor, write
+from codegemma.convert import convert as c
 
 
 @pytest.fixture(autouse=True)

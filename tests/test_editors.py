@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codegemma import cli
-from codegemma.serve import editors, lsp
-from codegemma.serve.editors import SETUPS, advice, merged_block, merged_json, setup, write
+from codegemma.cli import main as cli
+from codegemma.editor import lsp
+from codegemma.editor import setup as editors
+from codegemma.editor.setup import SETUPS, advice, merged_block, merged_json, setup, write
 
 DOCS = (Path(__file__).parent.parent / "docs" / "editors.md").read_text()
 

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import KINDS, random_blocks, tiny_config, tiny_pieces, tiny_tensors
 
-from codegemma import sampling
-from codegemma.engine import Batch, Engine, Request, Step
-from codegemma.formats import Checkpoint
+from codegemma.checkpoints import Checkpoint
+from codegemma.checkpoints.table import Tensor, places
+from codegemma.generate import sampling
+from codegemma.generate.engine import Batch, Engine, Request, Step
+from codegemma.generate.sampling import Sampling
 from codegemma.native import PAGE, Cancel, Logits, Native, Page, Slice, _native
-from codegemma.sampling import Sampling
 from codegemma.tokenizer import Tokenizer
-from codegemma.weights import Tensor, places
 
 TYPES = ("F32", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 WIDE = {"width": 256, "head_width": 64, "ffn_width": 512}  # what K-quants fill

@@ -7,7 +7,8 @@ import pytest
 from evaldata import Fixed, Letters, records, said
 from typer.testing import CliRunner
 
-from codegemma.evals import cli, language
+from codegemma.cli import evals as cli
+from codegemma.evals import language
 from codegemma.evals.records import Records
 from codegemma.evals.remote import Remote
 from codegemma.evals.report import compare_runs, load, write

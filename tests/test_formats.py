@@ -14,11 +14,12 @@ import pytest
 from mutate import fuzz
 from tiny import KINDS, tiny_config, tiny_pieces, tiny_tensors
 
-from codegemma import weights
+from codegemma.checkpoints import huggingface as safetensors
+from codegemma.checkpoints import keras, nemo, open_checkpoint, orbax, torch
+from codegemma.checkpoints import table as weights
+from codegemma.checkpoints.table import ARRANGED, Tensor, groups
 from codegemma.config import GEMMA_2B, GEMMA_7B, ModelConfig
-from codegemma.formats import keras, nemo, open_checkpoint, orbax, safetensors, torch
 from codegemma.tokenizer import Tokenizer
-from codegemma.weights import ARRANGED, Tensor, groups
 
 GOLDEN = ModelConfig(
     "gemma", layers=2, width=32, heads=4, kv_heads=2, head_width=16, ffn_width=48, vocab=80, context=64

@@ -9,9 +9,9 @@ import pytest
 from mutate import fuzz
 from tiny import KINDS, fitting, tiny_config, tiny_tensors, tokenizer_metadata, write_tiny_gguf
 
+from codegemma.checkpoints import gguf, open_checkpoint
+from codegemma.checkpoints.table import BLOCKS, places
 from codegemma.config import GEMMA2_2B, GEMMA3_270M, GEMMA_2B, ModelConfig
-from codegemma.formats import gguf, open_checkpoint
-from codegemma.weights import BLOCKS, places
 
 
 @pytest.mark.parametrize("type", BLOCKS)

@@ -14,8 +14,8 @@ from reference import golden, tolerance
 from tiny import write_tiny_gguf, write_tiny_hf
 
 from codegemma import load
+from codegemma.checkpoints.table import Tensor
 from codegemma.native import _native
-from codegemma.weights import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = ("gemma1-mqa", "gemma1-mha", "gemma2", "gemma3")

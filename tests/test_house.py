@@ -1,86 +1,138 @@
-"""The house's one law of structure: imports point one way."""
+"""The laws of structure: imports point up the list of rooms, in no circle, and take no room's private names."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "codegemma"
-ROOMS = [
+ROOMS = (  # a module imports from its own room and from those above it (DESIGN.md, "The house")
     "config",
     "tokenizer",
     "prompts",
-    "weights",
-    "formats",
+    "files",
+    "sandbox",
+    "checkpoints",
     "hub",
     "native",
-    "quantize",
-    "model",
-    "lora",
-    "sampling",
-    "cache",
-    "engine",
-    "completion",
-    "chat",
-    "local",
-    "convert",
-    "sandbox",
-    "tutor",
     "data",
+    "convert",
+    "jax",
+    "adapters",
+    "safety",
+    "generate",
     "evals",
     "train",
+    "tutor",
     "serve",
-    "terminal",
-    "verbs",
+    "editor",
     "cli",
-]
+)
+ROOT = "codegemma"  # the package's __init__, which alone reaches down
 
 
-def room(module: str) -> str | None:
-    """The room of `codegemma.<room>...`; sandbox_guest belongs to sandbox. None: the package itself, or another's."""
-    names = module.split(".")
-    if names[0] != "codegemma" or len(names) == 1:
-        return None
-    return next((one for one in ROOMS if names[1] == one or names[1].startswith(f"{one}_")), names[1])
+def module_name(file: Path) -> str:
+    """`codegemma/hub/pull.py` -> `codegemma.hub.pull`; an `__init__` has the name of its package."""
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(source: str) -> set[str]:
-    """Every room that a module imports from, at its top or later."""
-    found = set()
+FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports(source: str) -> list[tuple[str, str | None]]:
+    """Every (module, name) of this package that a source imports, at its top or inside a function.
+
+    The name is None where the whole module is imported.
+    """
+    pairs: list[tuple[str, str | None]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {room(name.name) for name in node.names}
+            pairs += [(alias.name, None) for alias in node.names if alias.name.split(".")[0] == ROOT]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            found |= {room(f"{node.module}.{name.name}") for name in node.names}
-    return {one for one in found if one} - PUBLIC
+            if (node.module or "").split(".")[0] == ROOT:
+                for alias in node.names:
+                    module = f"{node.module}.{alias.name}"
+                    pairs.append((module, None) if module in FILES else (str(node.module), alias.name))
+    return pairs
 
 
-PUBLIC = {
-    "__version__",
-    "load",
-    "Completion",
-    "File",
-    "Message",
-    "Model",
-    "Sampling",
-}  # `from codegemma import load`: from local
+def graph() -> dict[str, set[str]]:
+    """Each module's imports inside the package. A module also runs the `__init__` of every package above what it imports."""
+    edges: dict[str, set[str]] = {}
+    for module, file in FILES.items():
+        if module == ROOT:
+            continue
+        targets = {target for target, _ in imports(file.read_text())}
+        edges[module] = {target for target in targets if target not in (ROOT, module)}
+    return edges
 
 
-def modules() -> list[Path]:
-    return [file for file in sorted(PACKAGE.rglob("*.py")) if file != PACKAGE / "__init__.py"]
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """The first circle found, as the modules along it; [] where there is none."""
+    finished: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in finished:
+            return []
+        for target in sorted(edges.get(module, ())):
+            if around := visit(target, [*path, module]):
+                return around
+        finished.add(module)
+        return []
+
+    return next((around for module in sorted(edges) if (around := visit(module, []))), [])
 
 
-@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_point_one_way(file):
-    own = room(".".join(("codegemma", *file.relative_to(PACKAGE).with_suffix("").parts)))
-    assert own in ROOMS, f"{own} has no place in the order: give it one in DESIGN and here"
-    wrong = [one for one in imported(file.read_text()) if one not in ROOMS[: ROOMS.index(own) + 1]]
-    assert not wrong, f"{own} may not import from {wrong}: they stand below it, or nowhere"
+@pytest.mark.parametrize("module", [module for module in FILES if module != ROOT])
+def test_imports_point_up_the_list_of_rooms(module):
+    assert room(module) in ROOMS, f"{room(module)} has no place in the list: give it one in DESIGN and here"
+    allowed = ROOMS[: ROOMS.index(room(module)) + 1]
+    for target, _ in imports(FILES[module].read_text()):
+        if target != ROOT:
+            assert room(target) in allowed, f"{module} imports {target}, which stands below it"
 
 
-def test_an_import_that_points_down_is_seen():
-    assert imported("def f():\n    from codegemma import cli\n    import codegemma.serve.app") == {
-        "cli",
-        "serve",
+@pytest.mark.parametrize("module", [module for module in FILES if module != ROOT])
+def test_no_private_name_crosses_rooms(module):
+    for target, name in imports(FILES[module].read_text()):
+        private = [part for part in (*target.split("."), name or "") if part.startswith("_")]
+        private = [part for part in private if part != "__version__"]
+        if target != ROOT and room(target) != room(module):
+            assert not private, f"{module} takes {private[0]} from {target}: give it a public name, or move it"
+
+
+def test_imports_form_no_circle():
+    assert circle(graph()) == []
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_an_import_inside_a_function_is_seen():
+    source = "def f():\n    from codegemma.cli import main\n    from codegemma import hub\n    import codegemma.serve.app"
+    assert {module for module, _ in imports(source)} == {
+        "codegemma.cli.main",
+        "codegemma.hub",
+        "codegemma.serve.app",
     }
+
+
+def test_a_class_name_stands_once():
+    classes = Counter(
+        node.name
+        for file in FILES.values()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in classes.items() if count > 1] == []

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from tiny import tiny_config, write_tiny_gguf, write_tiny_hf
 
-from codegemma import hub, hub_pull
-from codegemma.convert import convert
-from codegemma.formats import open_checkpoint
+from codegemma import hub
+from codegemma.checkpoints import open_checkpoint
+from codegemma.convert.convert import convert
+from codegemma.hub import pull as hub_pull
 
 BODY = bytes(range(256)) * 20_000
 SHA = hashlib.sha256(BODY).hexdigest()

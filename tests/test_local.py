@@ -19,12 +19,14 @@ from tiny import (
 )
 
 import codegemma
-from codegemma import Completion, File, Message, Sampling, load, local, lora
+from codegemma import Completion, File, Message, Sampling, load
+from codegemma.adapters import adapter as lora
+from codegemma.checkpoints import gguf, open_checkpoint
+from codegemma.checkpoints.table import Tensor, write
 from codegemma.config import PRESETS
-from codegemma.formats import gguf, open_checkpoint
-from codegemma.local import truncate_left
+from codegemma.generate import model as local
+from codegemma.generate.model import truncate_left
 from codegemma.native import Cancel
-from codegemma.weights import Tensor, write
 
 
 @pytest.fixture(scope="module")

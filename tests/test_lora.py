@@ -17,13 +17,16 @@ from test_engine import logits_in_chunks, native, random_ids, repeated, run_all
 from test_native import LEVELS
 from tiny import KINDS, dequantize, random_adapter, random_weights, tiny_config, tiny_tensors, write_tiny_hf
 
-from codegemma import lora, lora_nemo, weights
-from codegemma.engine import Batch, Engine, Request
-from codegemma.formats import Checkpoint, nemo, safetensors, torch
-from codegemma.lora import Adapter
+from codegemma.adapters import adapter as lora
+from codegemma.adapters import nemo as lora_nemo
+from codegemma.adapters.adapter import Adapter
+from codegemma.checkpoints import Checkpoint, nemo, torch
+from codegemma.checkpoints import huggingface as safetensors
+from codegemma.checkpoints import table as weights
+from codegemma.checkpoints.table import Tensor
+from codegemma.generate.engine import Batch, Engine, Request
+from codegemma.generate.sampling import Sampling
 from codegemma.native import PAGE, Native, Slice
-from codegemma.sampling import Sampling
-from codegemma.weights import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 PEFT = ("gemma1-mqa", "gemma1-mha", "gemma2", "gemma3")

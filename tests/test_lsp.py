@@ -16,11 +16,11 @@ from serving import served
 from tiny import tiny_config, write_tiny_gguf
 
 import codegemma
+from codegemma.editor.buffers import Text, plain
+from codegemma.editor.lsp import MOST_PREFIX, MOST_SUFFIX, Server, Settings, names, window
+from codegemma.editor.sources import Here, There
 from codegemma.serve import stats
-from codegemma.serve.buffers import Text, plain
-from codegemma.serve.lsp import MOST_PREFIX, MOST_SUFFIX, Server, Settings, names, window
 from codegemma.serve.scheduler import Scheduler
-from codegemma.serve.sources import Here, There
 
 WAIT = 300  # seconds; the machine may be asleep
 

@@ -13,11 +13,11 @@ import pytest
 import reference
 from tiny import KINDS, dequantize, random_adapter, random_weights, tiny_config, tiny_tensors
 
-from codegemma import model
-from codegemma.engine import Engine
-from codegemma.formats import Checkpoint
-from codegemma.lora import merge
-from codegemma.model import Cache, forward, init, params_of, unembed
+from codegemma.adapters.adapter import merge
+from codegemma.checkpoints import Checkpoint
+from codegemma.generate.engine import Engine
+from codegemma.jax import forward as model
+from codegemma.jax.forward import Cache, forward, init, params_of, unembed
 from codegemma.native import Native
 from codegemma.train.loop import lora_of
 

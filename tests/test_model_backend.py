@@ -8,11 +8,11 @@ import reference
 from tiny import KINDS, random_adapter, tiny_config, tiny_tensors, write_tiny_gguf
 
 import codegemma
-from codegemma.engine import Batch, Engine, Request
-from codegemma.formats import Checkpoint
-from codegemma.model_backend import Jax
+from codegemma.checkpoints import Checkpoint
+from codegemma.generate.engine import Batch, Engine, Request
+from codegemma.generate.sampling import Sampling
+from codegemma.jax.backend import Jax
 from codegemma.native import PAGE, Cancel, Native
-from codegemma.sampling import Sampling
 
 
 def model(kind):

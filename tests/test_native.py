@@ -9,8 +9,8 @@ import pytest
 from tiny import _SCALES, dequantize, encode, random_blocks
 
 from codegemma import native
+from codegemma.checkpoints.table import BLOCKS, Tensor
 from codegemma.native import _native
-from codegemma.weights import BLOCKS, Tensor
 
 QUANTISED = [type for type in _native.TYPES if BLOCKS[type][0] > 1]
 F32 = np.float32

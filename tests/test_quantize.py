@@ -9,10 +9,18 @@ import pytest
 from reference import logits
 from tiny import KINDS, dequantize, encode, tiny_config, tiny_tensors, write_tiny_gguf
 
-from codegemma.formats import gguf, open_checkpoint
+from codegemma.checkpoints import gguf, open_checkpoint
+from codegemma.checkpoints.table import Tensor, row_bytes
+from codegemma.convert.quantize import (
+    QUANTISED,
+    bits,
+    chosen,
+    importance_of,
+    quantize,
+    quantize_checkpoint,
+    summary,
+)
 from codegemma.native import _native
-from codegemma.quantize import QUANTISED, bits, chosen, importance_of, quantize, quantize_checkpoint, summary
-from codegemma.weights import Tensor, row_bytes
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "quantize.npz")
 LEVELS = ["plain", *({"avx2"} & {_native.level("auto").replace("avx512", "avx2")})]
@@ -161,6 +169,6 @@ def test_rows_that_blocks_do_not_fill_get_the_next_type_and_nothing_grows():
 
 
 def _open(config):
-    from codegemma.formats import Checkpoint
+    from codegemma.checkpoints import Checkpoint
 
     return Checkpoint(Path("m"), config, tiny_tensors(config), {}, None)

@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny import KINDS, dequantize, tiny_config, tiny_tensors, write_tiny_gguf, write_tiny_hf
 
-from codegemma import weights
+from codegemma.checkpoints import huggingface as safetensors
+from codegemma.checkpoints import open_checkpoint
+from codegemma.checkpoints import table as weights
 from codegemma.config import GEMMA2_2B, GEMMA3_270M, GEMMA_2B
-from codegemma.formats import open_checkpoint, safetensors
 
 
 @pytest.mark.parametrize("shards", [1, 3])

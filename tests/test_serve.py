@@ -19,13 +19,13 @@ from serving import served
 from tiny import KINDS, random_adapter, write_tiny_gguf
 
 from codegemma import File, Message, Sampling, load
-from codegemma.formats import open_checkpoint
+from codegemma.checkpoints import open_checkpoint
 from codegemma.native import Cancel
-from codegemma.serve import ask as asking
 from codegemma.serve import guard, protocol, scheduler
-from codegemma.serve.ask import Ask, Busy, Chat, Fill, Job, Prompt, Text, prompt_of
+from codegemma.serve import requests as asking
 from codegemma.serve.guard import Rules
 from codegemma.serve.remote import Remote
+from codegemma.serve.requests import Ask, Busy, Chat, Fill, Job, Prompt, Text, prompt_of
 from codegemma.serve.scheduler import Scheduler
 
 HOLE = {"prefix": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"}

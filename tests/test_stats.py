@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from codegemma import cli
+from codegemma.cli import main as cli
 from codegemma.serve import stats
 from codegemma.serve.stats import Shown, by_language, load, picture, record, summary
 

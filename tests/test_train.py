@@ -20,9 +20,9 @@ import pytest
 import training
 from tiny import dequantize, random_blocks, tiny_config
 
+from codegemma.adapters.adapter import Adapter
 from codegemma.config import ModelConfig
-from codegemma.lora import Adapter
-from codegemma.model import Lora
+from codegemma.jax.forward import Lora
 from codegemma.native.xla import Blocks
 from codegemma.train import loss as losses
 from codegemma.train import mesh

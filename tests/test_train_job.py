@@ -20,16 +20,18 @@ sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import adapter_train
 from tiny import random_adapter, tiny_config, write_tiny_gguf
 
-from codegemma import cli, load, lora
+from codegemma import load
+from codegemma.adapters import adapter as lora
+from codegemma.checkpoints import open_checkpoint
+from codegemma.cli import main as cli
+from codegemma.cli import train as train_cli
+from codegemma.cli.train import follow
 from codegemma.data import pack
 from codegemma.data.build import build
 from codegemma.data.documents import Document
-from codegemma.formats import open_checkpoint
-from codegemma.model import params_of
+from codegemma.jax.forward import params_of
 from codegemma.prompts import Message
-from codegemma.train import cli as train_cli
 from codegemma.train import job, sft, tune
-from codegemma.train.cli import follow
 from codegemma.train.loop import Settings
 
 TURNS = [Message("user", "add one and one"), Message("assistant", "two")]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny import KINDS, dequantize, encode, random_blocks, random_weights, tiny_config, tiny_tensors
 
-from codegemma import weights
+from codegemma.checkpoints import table as weights
+from codegemma.checkpoints.table import BLOCKS, Tensor, places
 from codegemma.config import GEMMA2_2B, GEMMA3_270M, GEMMA_2B, GEMMA_7B
-from codegemma.weights import BLOCKS, Tensor, places
 
 FILE = Path("model.gguf")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codegemma.checkpoints.table import BLOCKS, Tensor, row_bytes
 from codegemma.native import _native, xla
-from codegemma.weights import BLOCKS, Tensor, row_bytes
 
 ROUNDOFF = 2.0**-24
 SCALES = {

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from codegemma import weights
+from codegemma.adapters.adapter import LINEAR, Adapter
+from codegemma.checkpoints import gguf
+from codegemma.checkpoints import huggingface as safetensors
+from codegemma.checkpoints import table as weights
+from codegemma.checkpoints.table import BLOCKS, Tensor, places, row_bytes
 from codegemma.config import ModelConfig
-from codegemma.formats import gguf, safetensors
-from codegemma.lora import LINEAR, Adapter
-from codegemma.weights import BLOCKS, Tensor, places, row_bytes
 
 _MQA = ModelConfig(
     "gemma", layers=3, width=96, heads=4, kv_heads=1, head_width=32, ffn_width=160, vocab=515, context=512

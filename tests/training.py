@@ -17,14 +17,14 @@ import orbax.checkpoint as ocp
 import reference
 from tiny import tiny_config
 
+from codegemma.checkpoints.table import Tensor
 from codegemma.config import ModelConfig
 from codegemma.data.pack import positions
-from codegemma.model import Lora
+from codegemma.jax.forward import Lora
 from codegemma.native.xla import Blocks
 from codegemma.train import mesh as meshes
 from codegemma.train.loop import Settings, new_lora, train
 from codegemma.train.order import Order
-from codegemma.weights import Tensor
 
 RATE = 3e-3
 LENGTH = 32

@@ -21,9 +21,9 @@ from typing import Any
 from adapter_data import CHOICES, LIST, ONLY, PHASES, Package, packages, packages_of
 from adapter_eval import CACHE, table
 
-from codegemma import lora
+from codegemma.adapters import adapter as lora
 from codegemma.evals.heldout import LAYOUTS
-from codegemma.hub import NOTICE
+from codegemma.hub.catalogue import NOTICE
 
 HEAD = """---
 license: gemma

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from codegemma.cli.data import load_tokenizer
 from codegemma.data.build import Summary, build
-from codegemma.data.cli import load_tokenizer
 from codegemma.data.documents import CODE, Document, Source, read
 from codegemma.data.fim import Draw
 from codegemma.data.pack import Packed, Rows, fit, places, save
 from codegemma.data.stages import Recipe
-from codegemma.formats.files import replacing
+from codegemma.files import replacing
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma" / "adapter"
 LIST = Path(__file__).with_name("adapter_packages.txt")

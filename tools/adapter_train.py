@@ -16,7 +16,7 @@ from pathlib import Path
 
 from adapter_data import CACHE
 
-from codegemma import lora
+from codegemma.adapters import adapter as lora
 from codegemma.prompts import Layout
 from codegemma.train import job
 from codegemma.train.loop import VOCABULARY, Report, Settings

@@ -30,8 +30,9 @@ from test_formats import GOLDEN
 from tiny import tiny_tensors
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from codegemma import weights
-from codegemma.formats import keras, nemo, safetensors
+from codegemma.checkpoints import huggingface as safetensors
+from codegemma.checkpoints import keras, nemo
+from codegemma.checkpoints import table as weights
 
 TENSORS = tiny_tensors(GOLDEN, "BF16")
 

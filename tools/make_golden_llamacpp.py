@@ -25,8 +25,8 @@ from gguf.quants import dequantize
 from peers import LlamaCpp
 from reference import logits
 
+from codegemma.checkpoints.table import places
 from codegemma.config import GEMMA3_270M
-from codegemma.weights import places
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 MODEL = Path.home() / ".cache" / "codegemma" / "models" / "gemma-3-270m" / "model.gguf"

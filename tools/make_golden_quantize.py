@@ -14,8 +14,8 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from codegemma.formats.gguf import TYPES
-from codegemma.weights import row_bytes
+from codegemma.checkpoints.gguf import TYPES
+from codegemma.checkpoints.table import row_bytes
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "quantize.npz"
 

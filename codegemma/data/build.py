@@ -25,7 +25,7 @@ import numpy as np
 from codegemma.data import clean, dedup, fim, graph
 from codegemma.data.documents import Source, expand
 from codegemma.data.stages import Recipe, Task, run_task
-from codegemma.formats.files import replacing
+from codegemma.files import replacing
 from codegemma.tokenizer import Tokenizer
 
 Engine = Literal["local", "ray"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from codegemma.data.fim import Example
-from codegemma.formats.files import replacing
+from codegemma.files import replacing
 
 EXAMPLE_FIELDS = (
     "row",

@@ -22,7 +22,7 @@ import numpy as np
 
 from codegemma.data import clean, dedup, fim, graph, licences, pack, tests_beside
 from codegemma.data.documents import CODE, Document, Outcome, Source, dropped, read
-from codegemma.formats.files import replacing
+from codegemma.files import replacing
 from codegemma.prompts import Label
 from codegemma.tokenizer import Tokenizer
 

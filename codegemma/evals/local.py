@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from codegemma.engine import Batch, Request, Running, Stop
 from codegemma.evals.task import Completion, Score, StopReason
-from codegemma.local import Model
+from codegemma.generate.engine import Batch, Request, Running, Stop
+from codegemma.generate.model import Model
+from codegemma.generate.sampling import Sampling
 from codegemma.native import CHUNK, PAGE
-from codegemma.sampling import Sampling
 
 SEQUENCES = 32  # that run together at most: two groups of the packed kernels; more gain nothing
 CACHE_BYTES = 4 << 30  # of keys and values that they may take, at 1,024 tokens each

@@ -17,10 +17,10 @@ from typing import Protocol
 
 import numpy as np
 
-from codegemma.formats import Checkpoint
+from codegemma.checkpoints import Checkpoint
+from codegemma.checkpoints.table import Tensor, row_bytes
 from codegemma.native import _native
-from codegemma.native._native import Cancel as Cancel
-from codegemma.weights import Tensor, row_bytes
+from codegemma.native._native import Cancel
 
 PAGE: int = _native.PAGE  # tokens in a page of keys and values
 RANK: int = _native.RANK  # ranks that one slice of an adapter has

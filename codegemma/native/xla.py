@@ -21,8 +21,8 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from codegemma.checkpoints.table import BLOCKS, Tensor
 from codegemma.native import _native, usable_cpus
-from codegemma.weights import BLOCKS, Tensor
 
 By = Literal["native", "xla"]
 

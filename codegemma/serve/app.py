@@ -17,9 +17,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from codegemma import __version__
-from codegemma.serve.ask import Backend, Busy
 from codegemma.serve.dialects import llamacpp, mistral, ollama, openai, tabby
 from codegemma.serve.guard import Guard, Rules
+from codegemma.serve.requests import Backend, Busy
 from codegemma.serve.wire import dumps, reply
 
 log = logging.getLogger("codegemma.serve")

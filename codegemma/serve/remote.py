@@ -19,13 +19,13 @@ import numpy as np
 from fastapi import HTTPException
 
 from codegemma import hub
-from codegemma.cache import PrefixCache
-from codegemma.completion import layout_for
-from codegemma.engine import Step, Stop
-from codegemma.formats import Checkpoint
+from codegemma.checkpoints import Checkpoint
+from codegemma.generate.cache import PrefixCache
+from codegemma.generate.completion import layout_for
+from codegemma.generate.engine import Step, Stop
 from codegemma.native import PAGE, Page
 from codegemma.prompts import Layout
-from codegemma.serve.ask import LATE, Ask, Busy, Job, Metrics, Text, prompt_of, supersedes
+from codegemma.serve.requests import LATE, Ask, Busy, Job, Metrics, Text, prompt_of, supersedes
 from codegemma.tokenizer import Tokenizer
 
 SLOTS = 256  # requests at once: the engine behind batches and queues them

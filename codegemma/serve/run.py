@@ -16,7 +16,7 @@ from typer import Option
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from codegemma.serve.ask import Backend
+    from codegemma.serve.requests import Backend
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CONNECTIONS = 4096  # open at once; more are closed unheard
@@ -136,7 +136,7 @@ def application(settings: Settings, share: int = 1) -> FastAPI:
     rules = Rules(settings.hosts, settings.origins, settings.keys)
     text = terms.text(hub.resolve(settings.model or hub.DEFAULT))
     if settings.remote:
-        from codegemma.formats import open_checkpoint
+        from codegemma.checkpoints import open_checkpoint
         from codegemma.serve.remote import Remote
 
         checkpoint = open_checkpoint(hub.resolve(settings.model or hub.DEFAULT))
@@ -145,7 +145,7 @@ def application(settings: Settings, share: int = 1) -> FastAPI:
             return await Remote.open(str(settings.remote), checkpoint, settings.remote_key)
 
         return app.create(connect, rules, text)
-    from codegemma.local import load
+    from codegemma.generate.model import load
     from codegemma.native import usable_cpus
     from codegemma.serve.scheduler import Scheduler
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from fastapi import HTTPException
 
-from codegemma import sampling as sampler
-from codegemma.completion import layout_for
-from codegemma.engine import Batch, Engine, Request, Running, Step
-from codegemma.local import Model
+from codegemma.generate import sampling as sampler
+from codegemma.generate.completion import layout_for
+from codegemma.generate.engine import Batch, Engine, Request, Running, Step
+from codegemma.generate.model import Model
 from codegemma.native import CHUNK, PAGE, Cancel
 from codegemma.prompts import Layout
-from codegemma.serve.ask import Ask, Busy, Chat, Fill, Job, Metrics, Prompt, Text, prompt_of, supersedes
+from codegemma.serve.requests import Ask, Busy, Chat, Fill, Job, Metrics, Prompt, Text, prompt_of, supersedes
 
 log = logging.getLogger("codegemma.serve")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
-from codegemma.hub import NOTICE
+from codegemma.hub.catalogue import NOTICE
 
 LINKS = "https://ai.google.dev/gemma/terms", "https://ai.google.dev/gemma/prohibited_use_policy"
 BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "br", "tr", "div", "ol", "ul"}

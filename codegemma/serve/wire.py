@@ -14,11 +14,11 @@ from fastapi import Request, Response
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
-from codegemma.completion import Mode, Trim
-from codegemma.engine import Step
+from codegemma.generate.completion import Mode, Trim
+from codegemma.generate.engine import Step
 from codegemma.prompts import File
 from codegemma.serve import stats
-from codegemma.serve.ask import Ask, Backend, Fill, Job
+from codegemma.serve.requests import Ask, Backend, Fill, Job
 from codegemma.tokenizer import Tokenizer
 
 log = logging.getLogger("codegemma.serve")

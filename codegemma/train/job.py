@@ -19,14 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codegemma import hub, lora
-from codegemma.convert import save
+from codegemma import hub
+from codegemma.adapters import adapter as lora
+from codegemma.checkpoints import Checkpoint, open_checkpoint
+from codegemma.checkpoints.huggingface import read_json
+from codegemma.checkpoints.table import ELEMENTS, Tensor, plain
+from codegemma.convert.convert import save
 from codegemma.data.pack import Rows
-from codegemma.formats import Checkpoint, open_checkpoint
-from codegemma.formats.files import building
-from codegemma.formats.safetensors import read_json
-from codegemma.local import identity
-from codegemma.model import Lora, Params, embed, params_of
+from codegemma.files import building
+from codegemma.generate.model import identity
+from codegemma.jax.forward import Lora, Params, embed, params_of
 from codegemma.native.xla import kernels
 from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
@@ -44,7 +46,6 @@ from codegemma.train.loop import (
     whole,
 )
 from codegemma.train.order import Order
-from codegemma.weights import ELEMENTS, Tensor, plain
 
 
 @dataclass(frozen=True)

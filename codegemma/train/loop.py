@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from codegemma import lora as adapters
+from codegemma.adapters import adapter as adapters
 from codegemma.config import ModelConfig
-from codegemma.model import Lora, Params, Remat, embed, forward
+from codegemma.jax.forward import Lora, Params, Remat, embed, forward
 from codegemma.train import mesh as meshes
 from codegemma.train.curve import draw
 from codegemma.train.loss import BLOCK, cross_entropy

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codegemma.model import Lora, Weight, among, own_rows, product, softcap
+from codegemma.jax.forward import Lora, Weight, among, own_rows, product, softcap
 from codegemma.native import xla
 from codegemma.native.xla import Blocks, Sums
 from codegemma.train.order import Sample

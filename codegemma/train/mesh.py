@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from codegemma.model import BATCH_AXES
+from codegemma.jax.forward import BATCH_AXES
 
 AXES = (*BATCH_AXES, "tensor")
 RULES = (  # the first that matches the last part of a name; an axis that does not divide a shape is left out

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from codegemma import lora
+from codegemma.adapters import adapter as lora
 from codegemma.data.build import build
 from codegemma.data.clean import Quality, check
 from codegemma.data.documents import Document, Source, expand, read
@@ -25,7 +25,7 @@ from codegemma.data.stages import Recipe
 from codegemma.evals import heldout
 from codegemma.evals.local import Local
 from codegemma.evals.task import Comparison, compare
-from codegemma.local import Model, load
+from codegemma.generate.model import Model, load
 from codegemma.prompts import Layout
 from codegemma.tokenizer import Tokenizer
 from codegemma.train import job

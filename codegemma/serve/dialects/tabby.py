@@ -9,11 +9,11 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, field_validator, model_validator
 
 from codegemma import __version__
+from codegemma.generate.sampling import Sampling
 from codegemma.native import usable_cpus
 from codegemma.prompts import File
-from codegemma.sampling import Sampling
 from codegemma.serve import stats
-from codegemma.serve.ask import Fill, Text
+from codegemma.serve.requests import Fill, Text
 from codegemma.serve.wire import Own, backend, collect, offer, reply
 
 router = APIRouter(tags=["Tabby"])

@@ -1,0 +1,3 @@
+from codegemma.cli.main import main
+
+main()

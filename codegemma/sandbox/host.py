@@ -1,0 +1,455 @@
+"""Untrusted program -> outcome, in bubblewrap: no network, a read-only system, a private bounded folder, hard limits.
+
+What the program did is a value (`Result.outcome`); what the sandbox failed to do raises SandboxError, and nothing is
+ever run outside it. Boxes are kept warm: each is one bubblewrap with an interpreter (`sandbox_guest.py`) that forks a
+jailed process per job, so a Python program starts in a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import platform
+import queue
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+Outcome = Literal["passed", "failed", "timed_out", "out_of_memory", "output_too_long"]
+GUEST = Path(__file__).with_name("guest.py")
+GRACE_SECONDS = 300.0  # a box that says nothing for this long beyond its job's limit is broken
+TRIES = 3
+SYSTEM = (
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/etc/alternatives",
+    "/etc/ld.so.cache",
+    "/etc/mono",
+    "/etc/localtime",
+    *map(str, Path("/etc").glob("java*")),
+)
+DEVICES = ("null", "zero", "full", "random", "urandom")
+NO_MEMORY = (
+    "MemoryError",
+    "std::bad_alloc",
+    "OutOfMemory",
+    "heap out of memory",
+    "out of memory",
+    "cannot allocate",
+)
+INSTALL = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
+
+
+class SandboxError(RuntimeError):
+    """The sandbox could not do its work. Says nothing about the program, which must not be scored."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on one job. Bytes and seconds; `cpu_seconds` 0 stands for twice the wall time."""
+
+    seconds: float = 10.0
+    cpu_seconds: int = 0
+    memory: int = 512 << 20
+    disk: int = 64 << 20  # of the private folder, and of one file
+    processes: int = 64  # and threads
+    open_files: int = 256
+    output: int = 1 << 20  # stdout and stderr together
+
+    def __post_init__(self) -> None:
+        if wrong := {
+            name: value
+            for name, value in asdict(self).items()
+            if value < (name != "cpu_seconds") and not (name == "seconds" and value > 0)
+        }:
+            raise ValueError(f"sandbox limits must be positive, got {wrong}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program did. `exit_code` is negative for a signal and None where the sandbox ended the program."""
+
+    outcome: Outcome
+    exit_code: int | None
+    stdout: str
+    stderr: str
+    seconds: float
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+
+class Cgroup:
+    """Memory and process limits of one box, where this user may set them: cgroup v2 (delegated) or v1."""
+
+    _number = count()
+
+    def __init__(self) -> None:
+        name = f"codegemma-{os.getpid()}-{next(self._number)}"
+        folders = {kind: at / name for kind, at in _writable_cgroups().items()}
+        self.memory, self.pids = folders["memory"], folders["pids"]
+        self.v2 = self.memory == self.pids
+        for folder in {self.memory, self.pids}:
+            folder.mkdir()
+
+    def enter(self, command: list[str]) -> list[str]:
+        """`command`, joining the group before it starts anything: a process moved later leaves its children out."""
+        folders = [str(folder / "cgroup.procs") for folder in {self.memory, self.pids}]
+        script = 'while [ "$1" != : ]; do echo $$ > "$1" || exit; shift; done; shift; exec "$@"'
+        return ["/bin/sh", "-c", script, "sh", *folders, ":", *command]
+
+    def limit(self, limits: Limits) -> None:
+        (self.memory / ("memory.max" if self.v2 else "memory.limit_in_bytes")).write_text(str(limits.memory))
+        for swap in (self.memory / name for name in ("memory.swap.max", "memory.swappiness")):
+            if swap.exists():
+                swap.write_text("0")
+        (self.pids / "pids.max").write_text(
+            str(limits.processes + 4)
+        )  # bubblewrap, supervisor, monitor, init
+
+    def kills(self) -> int:
+        """Processes ended for want of memory so far."""
+        text = (self.memory / ("memory.events" if self.v2 else "memory.oom_control")).read_text()
+        return int(dict(line.split() for line in text.splitlines()).get("oom_kill", 0))
+
+    def close(self) -> None:
+        for folder in {self.memory, self.pids}:
+            for _ in range(200):  # its last processes may still be leaving
+                try:
+                    folder.rmdir()
+                    break
+                except OSError:
+                    time.sleep(0.005)
+
+
+def _writable_cgroups() -> dict[str, Path]:
+    """Where new groups for memory and processes can be made, or an OSError that says there is no such place."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, kinds, path = line.split(":", 2)
+        if number == "0" and not kinds:
+            for at in [Path("/sys/fs/cgroup" + path), *Path("/sys/fs/cgroup" + path).parents]:
+                control = at / "cgroup.subtree_control"
+                if (
+                    control.is_file()
+                    and {"memory", "pids"} <= set(control.read_text().split())
+                    and os.access(at / "cgroup.procs", os.W_OK)
+                    and os.access(at, os.W_OK)
+                ):
+                    return {"memory": at, "pids": at}
+    found = {}
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        at = Path("/sys/fs/cgroup") / kinds / path.lstrip("/")
+        if kinds in ("memory", "pids") and at.is_dir() and os.access(at, os.W_OK):
+            found[kinds] = at
+    if len(found) < 2:
+        raise PermissionError("no cgroup here that this user may divide")
+    return found
+
+
+class Box:
+    """One warm bubblewrap: jobs go in as JSON lines, replies come out."""
+
+    def __init__(self, readonly: Sequence[Path], use_cgroups: bool) -> None:
+        command = _bubblewrap(readonly)
+        self.cgroup = _cgroup(use_cgroups)
+        self._rest = b""
+        with tempfile.TemporaryFile() as errors:
+            self.process = subprocess.Popen(
+                self.cgroup.enter(command) if self.cgroup else command,
+                env={},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
+            try:
+                self._read(GRACE_SECONDS)
+            except SandboxError as error:
+                self.close()
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip() or str(error)
+                raise SandboxError(
+                    f"bubblewrap cannot make a sandbox here: {said}\nIt needs user namespaces: on Ubuntu 24.04 allow "
+                    "bwrap in AppArmor or set kernel.apparmor_restrict_unprivileged_userns=0; in a container, start it "
+                    "with --security-opt seccomp=unconfined"
+                ) from error
+
+    def run(self, job: dict[str, Any], limits: Limits) -> Result:
+        before = 0
+        bounds = asdict(limits) | {
+            "cpu_seconds": limits.cpu_seconds or int(2 * limits.seconds) + 1,
+            "data": None,
+        }
+        if self.cgroup:
+            self.cgroup.limit(limits)
+            before = self.cgroup.kills()
+            bounds["processes"] = None
+        else:
+            bounds["data"] = limits.memory
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(job | {"limits": bounds}).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError as error:
+            raise SandboxError(f"the sandbox has ended: {error}") from error
+        reply = self._read(limits.seconds + GRACE_SECONDS)
+        if "error" in reply:
+            raise SandboxError(f"the sandbox failed inside: {reply['error']}")
+        outcome = reply["outcome"]
+        killed = self.cgroup.kills() > before if self.cgroup else reply["peak"] > 0.9 * limits.memory
+        if outcome == "failed" and (killed or any(sign in reply["stderr"][-2000:] for sign in NO_MEMORY)):
+            outcome = "out_of_memory"
+        files = {name: base64.b64decode(content) for name, content in reply["files"].items()}
+        return Result(outcome, reply["exit_code"], reply["stdout"], reply["stderr"], reply["seconds"], files)
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        deadline, parts = time.monotonic() + seconds, [self._rest]
+        while b"\n" not in parts[-1]:
+            if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise SandboxError(f"the sandbox did not answer within {seconds:.0f} s")
+            parts.append(os.read(self.process.stdout.fileno(), 1 << 20))
+            if not parts[-1]:
+                raise SandboxError("the sandbox ended without an answer")
+        line, _, self._rest = b"".join(parts).partition(b"\n")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        self.process.wait()
+        if self.cgroup:
+            self.cgroup.close()
+
+
+def _cgroup(use_cgroups: bool) -> Cgroup | None:
+    try:
+        if use_cgroups:
+            return Cgroup()
+    except OSError:
+        pass
+    if os.geteuid() == 0:  # the kernel never counts root's processes against RLIMIT_NPROC
+        raise SandboxError(
+            "root without a cgroup to divide cannot be kept from making processes without end: "
+            "run as an ordinary user"
+        )
+    return None
+
+
+def _bubblewrap(readonly: Sequence[Path]) -> list[str]:
+    if platform.system() != "Linux":
+        raise SandboxError(
+            f"untrusted code is run in bubblewrap, which needs Linux, not {platform.system()}: use a "
+            "Linux machine, virtual machine or container"
+        )
+    if not (bwrap := shutil.which("bwrap")):
+        raise SandboxError(
+            f"bubblewrap (bwrap) is not on PATH, and nothing untrusted is run without it: {INSTALL}"
+        )
+    python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
+    command = [
+        bwrap,
+        "--unshare-all",
+        "--unshare-user",
+        "--uid",
+        "1000",
+        "--gid",
+        "1000",
+        "--hostname",
+        "sandbox",
+        "--new-session",
+        "--cap-add",
+        "ALL",
+        "--clearenv",
+        "--setenv",
+        "PYTHONHASHSEED",
+        "0",
+        "--setenv",
+        "LANG",
+        "C.UTF-8",
+        "--ro-bind",
+        "/usr",
+        "/usr",
+    ]
+    for path in map(Path, SYSTEM):
+        if path.is_symlink() and path.parent == Path("/"):
+            command += ["--symlink", os.readlink(path), str(path)]
+        elif path.exists():
+            command += ["--ro-bind", str(path), str(path)]
+    for path in (Path(sys.base_prefix).resolve(), *readonly):
+        if not path.is_relative_to("/usr"):
+            command += ["--ro-bind", str(path), str(path)]
+    command += ["--ro-bind", str(GUEST), "/guest.py", "--proc", "/proc", "--tmpfs", "/dev"]
+    for device in DEVICES:
+        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    command += [
+        "--symlink",
+        "/proc/self/fd",
+        "/dev/fd",
+        "--dir",
+        "/dev/shm",
+        "--tmpfs",
+        "/tmp",
+        "--remount-ro",
+        "/dev",
+        "--remount-ro",
+        "/",
+        "--",
+        str(python),
+        "-S",
+        "-P",
+        "/guest.py",
+    ]
+    return command
+
+
+class Sandbox:
+    """A pool of warm boxes that see the system's folders and `readonly`. Safe to share between threads."""
+
+    def __init__(
+        self, readonly: Sequence[Path | str] = (), workers: int | None = None, *, use_cgroups: bool = True
+    ) -> None:
+        self.readonly = [Path(path).absolute() for path in readonly]
+        self.workers = workers or os.cpu_count() or 1
+        self.use_cgroups = use_cgroups
+        self._idle: queue.SimpleQueue[Box] = queue.SimpleQueue()
+        self._places = threading.Semaphore(self.workers)
+        self._at_exit = weakref.finalize(self, _close_all, self._idle)
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        _close_all(self._idle)
+
+    def run_python(
+        self,
+        source: str,
+        *,
+        files: Mapping[str, str | bytes] | None = None,
+        must_finish: bool = True,
+        limits: Limits | None = None,
+        **bounds: Any,
+    ) -> Result:
+        """Run `source` as __main__ on this interpreter's own standard library.
+
+        `passed` means exit code 0 and, with `must_finish`, that the last statement was reached: a program that
+        leaves early with code 0 has `failed`. `bounds` are fields of Limits.
+        """
+        return self._run(
+            {"source": source, "command": [], "must_finish": must_finish}, files, {}, (), limits, bounds
+        )
+
+    def run(
+        self,
+        command: Sequence[str],
+        files: Mapping[str, str | bytes] | None = None,
+        *,
+        env: Mapping[str, str] | None = None,
+        collect: Sequence[str] = (),
+        limits: Limits | None = None,
+        **bounds: Any,
+    ) -> Result:
+        """Run `command` in a private folder that holds `files`; `passed` means exit code 0.
+
+        `collect` names files or folders to hand back in `Result.files`. `bounds` are fields of Limits.
+        """
+        if not command:
+            raise ValueError("sandbox: command is empty: give the program's name and arguments")
+        job = {"source": None, "command": list(command), "must_finish": False}
+        return self._run(job, files, env or {}, collect, limits, bounds)
+
+    def _run(
+        self,
+        job: dict[str, Any],
+        files: Mapping[str, str | bytes] | None,
+        env: Mapping[str, str],
+        collect: Sequence[str],
+        limits: Limits | None,
+        bounds: dict[str, Any],
+    ) -> Result:
+        for name in [*(files or {}), *collect]:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"sandbox: file names must stay inside the private folder, got {name!r}")
+        encoded = {
+            name: base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
+            for name, content in (files or {}).items()
+        }
+        env = {
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOME": "/tmp",
+            "TMPDIR": "/tmp",
+            "LANG": "C.UTF-8",
+            **env,
+        }
+        job = job | {"files": encoded, "collect": list(collect), "env": env}
+        limits = limits or Limits(**bounds)
+        with self._places:
+            for attempt in range(1, TRIES + 1):
+                box = None
+                try:
+                    box = self._take()
+                    result = box.run(job, limits)
+                except BaseException as error:
+                    if box:
+                        box.close()
+                    if not isinstance(error, SandboxError) or not box or attempt == TRIES:
+                        raise
+                else:
+                    self._idle.put(box)
+                    return result
+        raise AssertionError("unreachable")
+
+    def _take(self) -> Box:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            return Box(self.readonly, self.use_cgroups)
+
+
+def _close_all(idle: queue.SimpleQueue[Box]) -> None:
+    while not idle.empty():
+        idle.get().close()
+
+
+_default: Sandbox | None = None
+_default_lock = threading.Lock()
+
+
+def default() -> Sandbox:
+    """The process-wide sandbox behind `run_python` and `run`, made at first use."""
+    global _default
+    with _default_lock:
+        _default = _default or Sandbox()
+    return _default
+
+
+def run_python(source: str, **options: Any) -> Result:
+    """`Sandbox.run_python` on the default sandbox."""
+    return default().run_python(source, **options)
+
+
+def run(command: Sequence[str], files: Mapping[str, str | bytes] | None = None, **options: Any) -> Result:
+    """`Sandbox.run` on the default sandbox."""
+    return default().run(command, files, **options)
