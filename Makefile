@@ -1,5 +1,6 @@
 # make demo    sets up and completes a hole in a real file        make test    sets up and runs the tests
-# make setup   the set-up alone, into .venv                       make check   lint and types
+# make setup   the set-up alone, into .venv                       make check   format, lint, types and the rules of the house
+# make docs    the documentation as a site, into build/site
 # make bench   speed beside llama.cpp, in an environment of its own
 # make web, make vscode            the page and the extension, from TypeScript (Node 20 or newer)
 # make test-clients, test-formats  the heavy tests: editors, browsers, other programs' clients and readers
@@ -38,8 +39,18 @@ test: .venv/.dev
 check: .venv/.dev
 	@scripts/check
 
-docs: .venv/.dev
+docs: .venv/.dev .venv-docs/.setup build/mermaid
 	$(BIN)/python scripts/help.py > docs/cli.md
+	.venv-docs/bin/mkdocs build --quiet
+	@echo "build/site/index.html"
+
+.venv-docs/.setup:
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.6,<10"
+	@touch $@
+
+build/mermaid:
+	mkdir -p $@ && cd $@ && npm pack --silent mermaid@11 > /dev/null && tar xzf mermaid-*.tgz package/dist/mermaid.min.js
 
 bench-env: .venv-bench/.setup
 
@@ -99,4 +110,4 @@ adapter: .venv/.dev
 	@echo "to ship it: cp $(RUNS)/packaged/* codegemma/adapters/gemma-3-270m-fim/"
 
 clean:
-	rm -rf .venv .venv-bench .venv-clients .venv-formats build web/node_modules editors/vscode/node_modules
+	rm -rf .venv .venv-bench .venv-clients .venv-docs .venv-formats build web/node_modules editors/vscode/node_modules

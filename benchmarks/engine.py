@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from logbook import ROOT, parser, publish
-from peers import BENCH, Peer
+from peers import BENCH, Peer, check_llama_cpp
 
 import codegemma
 from codegemma.adapters.adapter import LINEAR, Adapter
@@ -212,6 +212,7 @@ def main() -> None:
     from codegemma import hub
 
     paths: dict[str, Callable[[], Path]] = {"default": lambda: hub.resolve()}
+    build_note = check_llama_cpp(hub.resolve())
     results, beside = [], ""
     for name in args.models.split(","):
         path = paths[name]() if name in paths else BENCH / f"random-2b-{name}.gguf"
@@ -230,7 +231,7 @@ def main() -> None:
     )
     entry = (
         f"\n## {datetime.date.today()}: engine against llama.cpp\n\n`benchmarks/engine.py --rounds {args.rounds}`; "
-        f"{results[0]['peer']}; {limits}.\n\n{table(results)}\n\n{beside}\n"
+        f"{'; '.join(filter(None, (results[0]['peer'], build_note, limits)))}.\n\n{table(results)}\n\n{beside}\n"
     )
     publish(entry, args.log)
 

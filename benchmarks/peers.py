@@ -29,7 +29,9 @@ from typing import Any
 import numpy as np
 
 PYTHON = Path(__file__).parent.parent / ".venv-bench" / "bin" / "python"
-BENCH = Path.home() / ".cache" / "codegemma" / "bench"  # models that only benchmarks read
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma")
+BENCH = CACHE / "bench"  # models that only benchmarks read
+BUILD_NOTE = PYTHON.parent.parent / "llama.cpp-build"  # says how llama.cpp was compiled, if not by its defaults
 
 
 def exported(model: str = "gemma-3-270m") -> Path:
@@ -49,6 +51,54 @@ def exported(model: str = "gemma-3-270m") -> Path:
         ]
         subprocess.run([sys.executable, *convert], check=True)
     return folder
+
+
+def check_llama_cpp(model: str | Path) -> str:
+    """Makes sure that llama.cpp survives a prompt here; returns "" or a note on how it had to be compiled.
+
+    llama.cpp's AMX kernels crash on some processors and hypervisors. Where the peer dies, it is compiled again
+    without them, once: a file beside its environment keeps the note. Raises RuntimeError where that does not help.
+    """
+    try:
+        _read_a_prompt(model)
+    except RuntimeError:
+        if BUILD_NOTE.exists():
+            raise
+        print("llama.cpp crashed: compiling it again without its AMX kernels (some minutes)", file=sys.stderr)
+        flags = " ".join(f"-D{flag}" for flag in _flags_without_amx(Path("/proc/cpuinfo").read_text()))
+        subprocess.run(
+            [PYTHON, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "--no-cache-dir"]
+            + ["--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3.36,<0.4"],
+            env=os.environ | {"CMAKE_ARGS": flags},
+            check=True,
+        )
+        _read_a_prompt(model)
+        BUILD_NOTE.write_text("compiled without its AMX kernels, which crash on this machine")
+    return BUILD_NOTE.read_text() if BUILD_NOTE.exists() else ""
+
+
+def _read_a_prompt(model: str | Path) -> None:
+    with Peer("llamacpp", model, threads=2, context=1024) as peer:
+        peer("prefill", ids=[2, *range(1000, 1511)])
+        peer("decode", ids=[2, *range(1000, 1031)], count=2)
+
+
+def _flags_without_amx(cpuinfo: str) -> list[str]:
+    """The options by which llama.cpp's CMake build uses what this processor has, AMX left out."""
+    has = set(cpuinfo.partition("\nflags")[2].partition("\n")[0].split())
+    options = {
+        "GGML_AVX": "avx",
+        "GGML_AVX2": "avx2",
+        "GGML_FMA": "fma",
+        "GGML_F16C": "f16c",
+        "GGML_BMI2": "bmi2",
+        "GGML_AVX_VNNI": "avx_vnni",
+        "GGML_AVX512": "avx512f",
+        "GGML_AVX512_VBMI": "avx512vbmi",
+        "GGML_AVX512_VNNI": "avx512_vnni",
+        "GGML_AVX512_BF16": "avx512_bf16",
+    }
+    return ["GGML_NATIVE=OFF"] + [f"{option}={'ON' if flag in has else 'OFF'}" for option, flag in options.items()]
 
 
 class Peer:

@@ -1,6 +1,6 @@
 """Random weights in the geometry of a CodeGemma as a GGUF, for speed and memory only: the text it writes is noise.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/random_model.py 2b q4_0 [--model gemma-3-270m.gguf]
+    PYTHONPATH=. .venv/bin/python benchmarks/random_model.py 2b q4_0 [--model gemma-3-270m]
 
 Types are chosen tensor by tensor as llama.cpp's quantiser does; blocks are random bytes under scales that keep the
 activations finite and the logits varied. The vocabulary is the first 256,000 pieces of the default model's. Greedy
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from codegemma import hub
 from codegemma.checkpoints import gguf
 from codegemma.checkpoints.table import BLOCKS, Place, places, row_bytes
 from codegemma.config import PRESETS, ModelConfig
 
-CACHE = Path.home() / ".cache" / "codegemma"
-DEFAULT = CACHE / "models" / "gemma-3-270m" / "model.gguf"
+CACHE = hub.cache_dir()
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # general.file_type
 ROWS = 1024  # drawn at a time
 
@@ -103,12 +103,12 @@ def main() -> None:
     )
     parser.add_argument("size", choices=["2b", "7b"])
     parser.add_argument("mix", choices=sorted(FILE_TYPES))
-    parser.add_argument("--model", type=Path, default=DEFAULT, help="GGUF that lends its vocabulary")
+    parser.add_argument("--model", default=hub.DEFAULT, help="model whose vocabulary it takes: a name or a GGUF")
     parser.add_argument("--out", type=Path, help="default: in the cache, unless there already")
     args = parser.parse_args()
     path = args.out or CACHE / "bench" / f"random-{args.size}-{args.mix}.gguf"
     if args.out or not path.exists():
-        write(path, PRESETS[args.size].config, args.mix, args.model)
+        write(path, PRESETS[args.size].config, args.mix, hub.resolve(args.model))
     print(path)
 
 
