@@ -1,4 +1,4 @@
-"""Files as wholes: a read-only map of one, and a new one that appears only when it is complete."""
+"""Files on disk: memory maps, writes that appear only when complete, locks, and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -17,26 +17,32 @@ from typing import IO, Any, BinaryIO
 _MAPS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
-def mapped(path: Path) -> mmap.mmap:
-    """The file's bytes, read from disk as they are used. Raises ValueError on an empty file, OSError as `open` does."""
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/codegemma`, by default ~/.cache/codegemma. It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma")
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A read-only memory map of a file. Raises ValueError on an empty file, OSError as `open` does."""
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ValueError(f"{path}: the file is empty: download it again")
-        _MAPS.add(found := mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return found
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    _MAPS.add(data)
+    return data
 
 
-def let_go() -> None:
-    """Takes the pages of mapped files out of this process; they are read again where they are needed again."""
+def unmap() -> None:
+    """Frees the memory that pages of mapped files take; a page is read from disk again when it is next used."""
     if hasattr(mmap, "MADV_DONTNEED"):
-        for found in _MAPS:
-            found.madvise(mmap.MADV_DONTNEED)
+        for data in _MAPS:
+            data.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, renamed to `path` when the block ends well and removed when it does not."""
-    part = _part(path)
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, renamed to `path` when the block succeeds and removed when it raises."""
+    part = _part(path, str(os.getpid()))
     try:
         with open(part, "wb") as file:
             yield file
@@ -48,10 +54,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def resuming(path: Path, stamp: str) -> Iterator[BinaryIO]:
-    """As `replacing`, but a file whose block was interrupted stays, and is handed out again for the same stamp.
+def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
+    """As `atomic_write`, but an interrupted file is kept, and the next call with the same stamp continues it.
 
-    Not after the machine stopped, since then nobody knows what of the file reached the disk.
+    A block that raises ValueError would fail again in the same way: its file is removed. After a restart of the machine
+    nobody knows which writes reached the disk, so the file begins anew. Raises ValueError where another process writes
+    the same file.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     stamp += boot.read_text() if boot.exists() else ""
@@ -66,7 +74,7 @@ def resuming(path: Path, stamp: str) -> Iterator[BinaryIO]:
             raise ValueError(f"{path}: is being written by another process: wait for it") from None
         try:
             yield file
-        except ValueError:  # trying again would end in the same way
+        except ValueError:
             part.unlink()
             raise
         file.flush()
@@ -75,8 +83,10 @@ def resuming(path: Path, stamp: str) -> Iterator[BinaryIO]:
 
 
 def lock(file: IO[Any], wait: bool = True) -> None:
-    """A lock between processes, until the file is closed. Systems without flock have none: there the atomic rename alone
-    keeps files whole. Raises BlockingIOError where another has it and `wait` is False."""
+    """Locks a file against other processes until it is closed. Does nothing on systems without flock.
+
+    Raises BlockingIOError where another process has the lock and `wait` is False.
+    """
     try:
         import fcntl
     except ImportError:
@@ -85,31 +95,34 @@ def lock(file: IO[Any], wait: bool = True) -> None:
 
 
 @contextmanager
-def building(path: Path) -> Iterator[Path]:
-    """A directory to fill, renamed to `path` when the block ends well and removed when it does not."""
-    part = _part(path)
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, renamed to `path` when the block succeeds and removed when it raises.
+
+    Replaces an empty directory at `path`, but no other.
+    """
+    part = _part(path, str(os.getpid()))
     part.mkdir()
     try:
         yield part
         if path.exists():
-            path.rmdir()  # only an empty one is replaced
+            path.rmdir()
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _part(path: Path, mark: str = "") -> Path:
-    """Where a file grows until it is complete."""
+def _part(path: Path, mark: str) -> Path:
+    """The name under which a file or directory is written until it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{mark or os.getpid()}.part")
+    return path.with_name(f".{path.name}.{mark}.part")
 
 
-def sweep(path: Path) -> None:
-    """Removes what killed processes left beside `path`; what may be resumed stays."""
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        writer = old.name.split(".")[-2]
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed processes left beside `path`, except what `resumable_write` may continue."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        writer = part.name.split(".")[-2]
         if writer.isdigit() and not _alive(int(writer)):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
@@ -122,9 +135,9 @@ def _alive(process: int) -> bool:
     return True
 
 
-def missing(module: str, what: str, extra: str) -> Any:
-    """A library that only some formats need. Raises ValueError saying how to install it."""
+def require(module: str, feature: str, extra: str) -> Any:
+    """Imports an optional library. Raises ValueError saying which extra of codegemma installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f'{what} need the package {module}: pip install "codegemma[{extra}]"') from None
+        raise ValueError(f'{feature} need the package {module}: pip install "codegemma[{extra}]"') from None
