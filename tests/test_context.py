@@ -1,4 +1,4 @@
-"""What may enter a prompt: ignore files as git itself reads them, names and texts that hold secrets, imports, bounds."""
+"""Other files in a prompt: ignore files as git itself reads them, refused names, imports, limits."""
 
 import random
 import string
@@ -9,15 +9,8 @@ import threading
 import pytest
 
 from codegemma.editor import context
-from codegemma.editor.context import (
-    MOST_CHARACTERS,
-    MOST_OF_A_FILE,
-    Guard,
-    Neighbours,
-    Open,
-    redacted,
-    secrets,
-)
+from codegemma.editor.buffers import Buffer
+from codegemma.editor.context import MAX_CONTEXT_CHARACTERS, MAX_FILE_CHARACTERS, ContextFiles, FilePolicy
 from codegemma.prompts import File
 
 AWS = "AKIAQYLPMN5HNM4CJX2B"
@@ -58,7 +51,7 @@ def tree(root, seed):
     rng = random.Random(seed)
     subprocess.run(["git", "init", "-q", root], check=True)
     files = {"/".join(rng.choices(NAMES, k=rng.randint(1, 4))) for _ in range(30)}
-    files = [one for one in sorted(files) if not any(other.startswith(f"{one}/") for other in files)]
+    files = [file for file in sorted(files) if not any(other.startswith(f"{file}/") for other in files)]
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text("x")
@@ -76,75 +69,38 @@ def test_files_are_ignored_where_git_ignores_them(tmp_path, seed):
         ignore.parent.mkdir(parents=True)
         ignore.write_text("x.log\n")
     files = tree(tmp_path / "repo", seed)
-    said = subprocess.run(
+    ignored_by_git = subprocess.run(
         ["git", "check-ignore", "--no-index", "--stdin", "-z"],
         cwd=tmp_path / "repo",
         capture_output=True,
         input="\0".join(files),
         text=True,
     ).stdout.split("\0")
-    guard = Guard()
-    ours = {file for file in files if guard.refuses(tmp_path / "repo" / file) == "git ignores it"}
-    assert ours == set(said) - {""} and files
+    guard = FilePolicy()
+    ours = {file for file in files if guard.refusal(tmp_path / "repo" / file) == "git ignores it"}
+    assert ours == set(ignored_by_git) - {""} and files
 
 
 def test_ignore_files_are_read_again_when_they_change(tmp_path):
     (tmp_path / ".git").mkdir()
-    file, rules, guard = tmp_path / "a.py", tmp_path / ".gitignore", Guard()
-    assert guard.refuses(file) == ""
+    file, rules, guard = tmp_path / "a.py", tmp_path / ".gitignore", FilePolicy()
+    assert guard.refusal(file) == ""
     rules.write_text("a.py\n")
-    assert guard.refuses(file) == "git ignores it"
+    assert guard.refusal(file) == "git ignores it"
     rules.unlink()
-    assert guard.refuses(file) == ""
+    assert guard.refusal(file) == ""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        ".env",
-        ".env.local",
-        "prod.env",
-        "id_rsa",
-        "id_ed25519.pub",
-        "server.PEM",
-        "a.key",
-        ".npmrc",
-        ".netrc",
-        ".envrc",
-        "credentials",
-        "secrets.yaml",
-        "terraform.tfvars",
-        "service-account-1.json",
-        "kubeconfig",
-    ],
-)
-def test_names_that_speak_of_credentials_are_refused(tmp_path, name):
-    (tmp_path / name).write_text("x")
-    (tmp_path / "innocent.txt").symlink_to(tmp_path / name)
-    assert (
-        Guard().refuses(tmp_path / name)
-        == Guard().refuses(tmp_path / "innocent.txt")
-        == "its name speaks of credentials"
-    )
-
-
-@pytest.mark.parametrize(
-    "name", ["environment.py", "env.py", "keys.py", "secret_santa.py", "id_rsa_test/a.py", "monkey.py"]
-)
-def test_others_are_not(tmp_path, name):
-    assert Guard().refuses(tmp_path / name) == ""
-
-
-@pytest.mark.parametrize("cursor", range(0, 60, 3))
-def test_a_secret_is_replaced_wherever_the_cursor_stands(cursor):
-    text = f"a = 1\nkey = '{AWS}'\nmail = 'jo@corp.org'\nend = 2\n"
-    before, after = redacted(text[:cursor], text[cursor:])
-    assert AWS[4:] not in before + after and not secrets(before + after) and "jo@corp.org" in before + after
-    assert (
-        len(before) == cursor
-        and (before + after).startswith("a = 1\nkey = '")
-        and (before + after).endswith("end = 2\n")
-    )
+def test_a_secret_name_is_refused_also_behind_a_link_and_source_code_is_not(tmp_path):
+    policy = FilePolicy()
+    for name in (".env", "credentials", "server.key"):
+        (tmp_path / name).write_text("x")
+        (tmp_path / f"{name}.txt").symlink_to(tmp_path / name)
+        for path in (tmp_path / name, tmp_path / f"{name}.txt"):
+            assert policy.refusal(path) == "files of this name hold credentials"
+    assert policy.refusal(tmp_path / "credentials.go") == policy.refusal(tmp_path / "secrets.py") == ""
+    assert policy.refusal(tmp_path / "translation.key", "java") == ""
+    assert policy.refusal(tmp_path / "translation.key", "plaintext") != ""
 
 
 def test_imports_stand_nearest_then_what_was_used_last(tmp_path):
@@ -152,80 +108,102 @@ def test_imports_stand_nearest_then_what_was_used_last(tmp_path):
     for name, text in (("pkg/one.py", "one = 1\n"), ("pkg/two.py", "two = 2\n"), ("pkg/__init__.py", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    document = Open(tmp_path / "pkg/main.py", "from .two import two\nfrom .one import one, uno\n")
+    document = Buffer("from .two import two\nfrom .one import one, uno\n", path=tmp_path / "pkg/main.py")
     others = [
-        Open(tmp_path / "old.py", "old\n"),
-        Open(None, "scratch\n"),
-        Open(tmp_path / "pkg/two.py", "two = 'edited'\n"),
+        Buffer("old\n", path=tmp_path / "old.py"),
+        Buffer("scratch\n", path=None),
+        Buffer("two = 'edited'\n", path=tmp_path / "pkg/two.py"),
     ]
-    near = Neighbours(Guard())
+    context_files = ContextFiles(FilePolicy())
     walked = [
         File("old.py", "old\n"),
         File("untitled-1", "scratch\n"),
         File("pkg/two.py", "two = 'edited'\n"),
     ]
-    assert near.files(document, others) == walked  # in a hurry: the folder was not looked at
-    assert near.files(document, others, hurry=False) == [*walked, File("pkg/one.py", "one = 1\n")]
-    assert [file.path for file in near.files(document, others)] == [
+    assert context_files.collect(document, others) == walked  # without leave to walk the folder
+    assert context_files.collect(document, others, may_walk=True) == [
+        *walked,
+        File("pkg/one.py", "one = 1\n"),
+    ]
+    assert [file.path for file in context_files.collect(document, others)] == [
         "old.py",
         "untitled-1",
         "pkg/two.py",
         "pkg/one.py",
     ]
     (tmp_path / "pkg/one.py").write_text("one = 11\n")
-    assert near.files(document, [])[-1].text == "one = 11\n"
-    assert [file.path for file in near.files(document, [], imports=False)] == []
+    assert context_files.collect(document, [])[-1].text == "one = 11\n"
+    assert [file.path for file in context_files.collect(document, [], imports=False)] == []
 
 
-def test_what_is_left_out_is_told_once_and_all_stays_in_bounds(tmp_path):
+def test_what_is_left_out_is_logged_once_and_all_stays_in_bounds(tmp_path):
     (tmp_path / ".git").mkdir()
-    told = []
-    near = Neighbours(Guard(), told.append)
+    logged = []
+    context_files = ContextFiles(FilePolicy(), logged.append)
     lines = [f"{letter} = '{letter * 80}'\n" for letter in string.ascii_letters]
-    large = [Open(tmp_path / f"{at}.py", "".join(lines) * 5) for at in range(6)]
-    secret = Open(tmp_path / "config.py", "x = 1\n" * 3000 + f"key = '{AWS}'\n")
+    large = [Buffer("".join(lines) * 5, path=tmp_path / f"{at}.py") for at in range(6)]
+    secret = Buffer(f"key = '{AWS}'\n" + "x = 1\n" * 3000, path=tmp_path / "config.py")
     for _ in range(2):
-        files = near.files(
-            Open(tmp_path / "a.py", ""), [*large, secret, Open(tmp_path / ".env", "A=1\n")], imports=False
+        files = context_files.collect(
+            Buffer("", path=tmp_path / "a.py"),
+            [*large, secret, Buffer("A=1\n", path=tmp_path / ".env")],
+            imports=False,
         )
     assert (
-        sum(len(file.text) for file in files) <= MOST_CHARACTERS
-        and len(files) == MOST_CHARACTERS // MOST_OF_A_FILE
+        sum(len(file.text) for file in files) <= MAX_CONTEXT_CHARACTERS
+        and len(files) == MAX_CONTEXT_CHARACTERS // MAX_FILE_CHARACTERS
     )
-    assert all(file.text.endswith("\n") and len(file.text) <= MOST_OF_A_FILE for file in files)
-    assert [file.path for file in files] == ["3.py", "4.py", "5.py"]  # the last used
-    assert sorted(text.split("/")[-1] for text in told) == [
-        ".env is left out of prompts: its name speaks of credentials",
-        "config.py is left out of prompts: it holds a secret",
+    assert all(file.text.endswith("\n") and len(file.text) <= MAX_FILE_CHARACTERS for file in files)
+    assert [file.path for file in files] == ["4.py", "5.py", "config.py"]  # the last used
+    assert AWS[4:] not in files[-1].text and files[-1].text.startswith("key = 'AKIAEXAMPLE")
+    assert sorted(text.split("/")[-1] for text in logged) == [
+        ".env is left out of prompts: files of this name hold credentials",
+        "config.py holds a secret: prompts have a fake value in its place",
     ]
 
 
-def test_without_grammars_open_documents_are_read_and_that_is_told(tmp_path, monkeypatch):
+def test_a_secret_that_the_end_of_the_window_cuts_is_replaced(tmp_path):
+    (tmp_path / ".git").mkdir()
+    key = (
+        "-----BEGIN PRIVATE KEY-----\n" + ("MIIEvQIBADANBgkqhkiG9w0B\n" * 60) + "-----END PRIVATE KEY-----\n"
+    )
+    text = "x = 1\n" * ((MAX_FILE_CHARACTERS - 500) // 6) + f'KEY = """{key}"""\n' + "y = 2\n" * 200
+    (file,) = ContextFiles(FilePolicy()).collect(
+        Buffer("", path=tmp_path / "a.py"), [Buffer(text, path=tmp_path / "b.py")], imports=False
+    )
+    assert "MIIE" not in file.text and "EXAMPLE" in file.text
+
+
+def test_without_grammars_open_documents_are_read_and_that_is_logged(tmp_path, monkeypatch):
     (tmp_path / ".git").mkdir()
     (tmp_path / "lib.py").write_text("lib = 1\n")
     monkeypatch.setitem(sys.modules, "tree_sitter", None)
-    told = []
-    near = Neighbours(Guard(), told.append)
-    files = near.files(
-        Open(tmp_path / "a.py", "import lib\n"), [Open(tmp_path / "b.py", "b = 1\n")], hurry=False
+    logged = []
+    context_files = ContextFiles(FilePolicy(), logged.append)
+    files = context_files.collect(
+        Buffer("import lib\n", path=tmp_path / "a.py"),
+        [Buffer("b = 1\n", path=tmp_path / "b.py")],
+        may_walk=True,
     )
-    assert [file.path for file in files] == ["b.py"] and "tree_sitter is not installed" in told[0]
+    assert [file.path for file in files] == ["b.py"] and "tree_sitter is not installed" in logged[0]
 
 
 def test_a_keystroke_does_not_wait_for_the_walk_of_a_repository(tmp_path, monkeypatch):
     (tmp_path / ".git").mkdir()
     walking, go_on = threading.Event(), threading.Event()
 
-    def slow(root, own):
+    def slow(root, document):
         walking.set()
         assert go_on.wait(60)
         raise ImportError(name="nothing")
 
-    monkeypatch.setattr(context, "_List", slow)
-    near = Neighbours(Guard())
-    document = Open(tmp_path / "a.py", "import lib\n")
-    thread = threading.Thread(target=near.files, args=(document, [], True, False))
+    monkeypatch.setattr(context, "_ImportIndex", slow)
+    context_files = ContextFiles(FilePolicy())
+    document = Buffer("import lib\n", path=tmp_path / "a.py")
+    thread = threading.Thread(target=context_files.collect, args=(document, [], True, True))
     thread.start()
-    assert walking.wait(60) and near.files(document, [Open(None, "b\n")]) == [File("untitled-0", "b\n")]
+    assert walking.wait(60) and context_files.collect(document, [Buffer("b\n", path=None)]) == [
+        File("untitled-0", "b\n")
+    ]
     go_on.set()
     thread.join(60)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codegemma.cli import main as cli
-from codegemma.editor import lsp
 from codegemma.editor import setup as editors
+from codegemma.editor.settings import EditorSettings, setting_names
 from codegemma.editor.setup import SETUPS, advice, merged_block, merged_json, setup, write
 
 DOCS = (Path(__file__).parent.parent / "docs" / "editors.md").read_text()
@@ -39,14 +39,14 @@ def test_the_documentation_has_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", DOCS, re.M))
     assert rows == {
         name: json.dumps(value)
-        for name, value in zip(lsp.names(), vars(lsp.Settings()).values(), strict=True)
+        for name, value in zip(setting_names(), vars(EditorSettings()).values(), strict=True)
     }
 
 
 @pytest.mark.parametrize("editor", SETUPS)
 def test_writing_twice_changes_nothing_and_the_old_file_is_kept(editor, home):
     made = setup(editor, "/opt/x y/codegemma")
-    file = editors.place(made.file)
+    file = editors.location(made.file)
     assert home in file.parents
     first = write(editor, "/opt/x y/codegemma")
     assert "is written" in first and f"+{made.text.splitlines()[0]}" in first
@@ -80,7 +80,7 @@ def test_blocks_stand_beside_what_is_the_users(home):
         write("helix")
     assert file.read_text() == "[broken"
     with pytest.raises(ValueError, match="only one of the two marks"):
-        merged_block(f";; {editors.MARK[0]}\n", setup("emacs"), "init.el")
+        merged_block(f";; {editors.MARKS[0]}\n", setup("emacs"), "init.el")
 
 
 def test_a_link_stays_a_link_and_emacs_finds_the_file_it_reads(home):
@@ -107,7 +107,7 @@ def test_comments_and_all_else_stay_where_settings_are_merged():
     new = merged_json(SETTINGS, ours, "settings.json")
     changed = [line for line in difflib.ndiff(SETTINGS.splitlines(), new.splitlines()) if line[0] == "-"]
     assert changed == ['-   "edit_predictions": {"mode": "subtle", "provider": "zed"},']
-    kept = json.loads(editors._bare(new))
+    kept = json.loads(editors.without_comments(new))
     assert (
         kept["edit_predictions"] == {"mode": "subtle"} | ours["edit_predictions"]
         and kept["url"] == "http://x/{"
@@ -140,7 +140,10 @@ def test_merging_is_a_deep_union_for_any_json(old, ours, indent, comments):
     if comments:
         text = "/* { */ " + text + " // }"
     new = merged_json(text, ours, "x.json")
-    assert json.loads(editors._bare(new)) == union(old, ours) and merged_json(new, ours, "x.json") == new
+    assert (
+        json.loads(editors.without_comments(new)) == union(old, ours)
+        and merged_json(new, ours, "x.json") == new
+    )
 
 
 def test_lisp_is_balanced_and_unknown_editors_are_named():

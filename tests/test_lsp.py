@@ -1,4 +1,4 @@
-"""The language server, spoken to in raw JSON-RPC by a client of our own: positions, edits, cancellation, what is asked."""
+"""The language server under a raw JSON-RPC client: positions, edits, cancellation, and what it requests."""
 
 import asyncio
 import json
@@ -16,13 +16,14 @@ from serving import served
 from tiny import tiny_config, write_tiny_gguf
 
 import codegemma
-from codegemma.editor.buffers import Text, plain
-from codegemma.editor.lsp import MOST_PREFIX, MOST_SUFFIX, Server, Settings, names, window
-from codegemma.editor.sources import Here, There
+from codegemma.editor.buffers import Buffer, normalize
+from codegemma.editor.lsp import MAX_PREFIX, MAX_SUFFIX, EditorServer, window
+from codegemma.editor.settings import EditorSettings, setting_names
+from codegemma.editor.sources import LocalSource, RemoteSource
 from codegemma.serve import stats
 from codegemma.serve.scheduler import Scheduler
 
-WAIT = 300  # seconds; the machine may be asleep
+WAIT = 300  # seconds; the machine may be busy
 
 
 # ------------------------------------------------------------------------------------------------ positions
@@ -33,8 +34,8 @@ LETTERS = st.lists(
 ).map("".join)
 
 
-class Twin:
-    """A document as an editor in that encoding sees it: a list of code units, cut where lines end. Nothing shared with ours."""
+class EditorTwin:
+    """A document as an editor sees it: a list of code units. It shares no code with Buffer."""
 
     def __init__(self, text, encoding):
         self.encoding = encoding
@@ -78,7 +79,7 @@ class Twin:
     text=LETTERS, edits=st.lists(st.tuples(*[st.integers(0, 6), st.integers(0, 12)] * 2, LETTERS), max_size=8)
 )
 def test_edits_at_any_position_give_the_text_that_the_editor_has(encoding, text, edits):
-    ours, twin = Text(text, encoding), Twin(text, encoding)
+    ours, twin = Buffer(text, encoding), EditorTwin(text, encoding)
     for line, character, line2, character2, new in edits:
         first, last = sorted((twin.place(line, character), twin.place(line2, character2)))
         assert ours.text[: ours.offset(line, character)] == twin.text(
@@ -93,18 +94,20 @@ def test_edits_at_any_position_give_the_text_that_the_editor_has(encoding, text,
 @settings(max_examples=80, deadline=None)
 @given(text=LETTERS)
 def test_a_position_made_of_an_offset_leads_back_to_it(encoding, text):
-    ours = Text(text, encoding)
+    ours = Buffer(text, encoding)
     for offset in range(len(text) + 1):
         if not (text[offset - 1 : offset + 1] == "\r\n" and offset):  # no position is inside a line's end
             line, character = ours.position(offset)
             assert ours.offset(line, character) == offset
-            assert Twin(text, encoding).place(line, character) == len(Twin(text[:offset], encoding).units)
+            assert EditorTwin(text, encoding).place(line, character) == len(
+                EditorTwin(text[:offset], encoding).units
+            )
 
 
 def test_halves_of_a_surrogate_pair_count_one_unit_each_and_meet_in_the_prompt():
-    text = Text("x", "utf-16").edited((0, 1), (0, 1), "\ud83d").edited((0, 2), (0, 2), "\ude0b!")
+    text = Buffer("x", "utf-16").edited((0, 1), (0, 1), "\ud83d").edited((0, 2), (0, 2), "\ude0b!")
     assert text.offset(0, 4) == 4 and text.position(4) == (0, 4)
-    assert plain(text.text) == "x😋!" and plain("a\udc00b\r\nc\rd") == "a\ufffdb\nc\nd"
+    assert normalize(text.text) == "x😋!" and normalize("a\udc00b\r\nc\rd") == "a\ufffdb\nc\nd"
 
 
 def test_windows_are_near_the_cursor_in_whole_lines_and_stay_put_while_one_types():
@@ -116,7 +119,7 @@ def test_windows_are_near_the_cursor_in_whole_lines_and_stay_put_while_one_types
         and first.startswith("line ")
         and after.endswith("\n")
     )
-    assert MOST_PREFIX / 2 < len(first) <= MOST_PREFIX and MOST_SUFFIX / 2 < len(after) <= MOST_SUFFIX
+    assert MAX_PREFIX / 2 < len(first) <= MAX_PREFIX and MAX_SUFFIX / 2 < len(after) <= MAX_SUFFIX
     starts = {lines.rfind(window(lines + "x" * typed, "")[0][:40]) for typed in range(2000)}
     assert len(starts) <= 2
     assert window("ab", "cd") == ("ab", "cd") and window("x" * 60_000, "")[0] == "x" * (60_000 - 16_384)
@@ -124,11 +127,11 @@ def test_windows_are_near_the_cursor_in_whole_lines_and_stay_put_while_one_types
 
 # ------------------------------------------------------------------------------------------------- a client
 class Client:
-    """JSON-RPC by hand, over two pipes."""
+    """A JSON-RPC client over two pipes."""
 
     def __init__(self, incoming, outgoing):
         self.incoming, self.outgoing, self.id = incoming, outgoing, 0
-        self.answers, self.notes, self.asked = {}, queue.Queue(), queue.Queue()
+        self.answers, self.notes, self.server_requests = {}, queue.Queue(), queue.Queue()
         self.replies = {"workspace/configuration": [None]}
         self.arrived = threading.Condition()
         self.thread = threading.Thread(target=self.listen, daemon=True)
@@ -141,7 +144,7 @@ class Client:
                 pass
             message = json.loads(self.incoming.read(size))
             if "method" in message and "id" in message:
-                self.asked.put(message)
+                self.server_requests.put(message)
                 self.send(id=message["id"], result=self.replies.get(message["method"]))
             elif "method" in message:
                 self.notes.put(message)
@@ -175,9 +178,9 @@ class Client:
 
     def note(self, method, text=""):
         while True:
-            found = self.notes.get(timeout=WAIT)
-            if found["method"] == method and text in found["params"].get("message", ""):
-                return found["params"]
+            note = self.notes.get(timeout=WAIT)
+            if note["method"] == method and text in note["params"].get("message", ""):
+                return note["params"]
 
     def open(self, uri, text, language="python"):
         self.tell(
@@ -204,14 +207,14 @@ class Client:
         return [item["insertText"] for item in self.answer(id)["result"]["items"]]
 
 
-def until(condition):
-    """Where nothing tells: a bound on the wait, none on the machine's mood."""
+def wait_until(condition):
+    """Waits for a condition that no event announces."""
     pause = threading.Event()
     for _ in range(WAIT * 100):
         if condition():
             return
         pause.wait(0.01)
-    raise AssertionError("waited in vain")
+    raise AssertionError("the condition never came true")
 
 
 def at(line, character):
@@ -219,40 +222,40 @@ def at(line, character):
 
 
 class Stub:
-    """A source that a test answers itself: every request waits in `asks` until its future is given a text."""
+    """A source that the test answers: every request waits in `requests` until its future has a text."""
 
     name = "stub"
 
     def __init__(self):
-        self.asks, self.cancelled, self.closed = queue.Queue(), queue.Queue(), threading.Event()
+        self.requests, self.cancelled, self.closed = queue.Queue(), queue.Queue(), threading.Event()
 
-    async def fill(self, ask):
+    async def fill(self, request):
         future = asyncio.get_running_loop().create_future()
-        self.asks.put((ask, future))
+        self.requests.put((request, future))
         try:
             return await future
         except asyncio.CancelledError:
-            self.cancelled.put(ask)
+            self.cancelled.put(request)
             raise
 
     async def close(self):
         self.closed.set()
 
     def next(self):
-        return self.asks.get(timeout=WAIT)
+        return self.requests.get(timeout=WAIT)
 
 
-def give(future, text):
+def resolve(future, text):
     future.get_loop().call_soon_threadsafe(future.set_result, text)
 
 
 @contextmanager
 def session(source, folder=None, encodings=("utf-16",), inline=True, capabilities=None, **options):
-    """A client and the server in this process, greeted."""
+    """A client that has initialized a server in this process."""
     to_server, to_client = os.pipe(), os.pipe()
     ends = ((to_server[0], "rb"), (to_client[1], "wb"), (to_client[0], "rb"), (to_server[1], "wb"))
     files = [os.fdopen(*end) for end in ends]
-    server = Server(lambda: source() if callable(source) else source)
+    server = EditorServer(lambda: source() if callable(source) else source)
     thread = threading.Thread(target=server.start_io, args=files[:2])
     thread.start()
     client = Client(*files[2:])
@@ -281,7 +284,7 @@ def session(source, folder=None, encodings=("utf-16",), inline=True, capabilitie
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path, monkeypatch):
+def private_state(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
@@ -294,8 +297,8 @@ def model_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def said(model_path):
-    """What the model itself puts into the hole."""
+def model_text(model_path):
+    """What the model itself writes between PREFIX and SUFFIX."""
     answer = codegemma.load(model_path, threads=1).complete(PREFIX, SUFFIX, trim="none", max_tokens=48)
     assert len(answer.ids) == 48 and answer.text.strip()
     return answer.text
@@ -307,13 +310,14 @@ PREFIX, SUFFIX = "def re(th):\n    retu", "\n\nreturn 1\n"
 # ------------------------------------------------------------------------------------------------- requests
 def test_what_the_server_says_it_can_do_is_what_the_client_can_use():
     with session(Stub(), encodings=("utf-32", "utf-8")) as client:
-        found = client.hello["capabilities"]
-        assert found["positionEncoding"] == "utf-32" and "completionProvider" not in found
-        assert found["textDocumentSync"]["change"] == 2 and "inlineCompletionProvider" in found
+        capabilities = client.hello["capabilities"]
+        assert capabilities["positionEncoding"] == "utf-32" and "completionProvider" not in capabilities
+        assert capabilities["textDocumentSync"]["change"] == 2 and "inlineCompletionProvider" in capabilities
     with session(Stub(), inline=False, encodings=("klingon",)) as client:
-        found = client.hello["capabilities"]
+        capabilities = client.hello["capabilities"]
         assert (
-            found["positionEncoding"] == "utf-16" and "." in found["completionProvider"]["triggerCharacters"]
+            capabilities["positionEncoding"] == "utf-16"
+            and "." in capabilities["completionProvider"]["triggerCharacters"]
         )
     for choice, offered in (("never", False), ("always", True)):
         with session(Stub(), inline=choice == "always", completion=choice) as client:
@@ -322,35 +326,39 @@ def test_what_the_server_says_it_can_do_is_what_the_client_can_use():
 
 @pytest.mark.parametrize("encoding, column", [("utf-8", 16), ("utf-16", 12), ("utf-32", 10)])
 def test_the_hole_is_where_the_editor_says(encoding, column):
-    stub, uri = Stub(), "untitled:one"
+    stub, uri = Stub(), "untitled:main"
     with session(stub, encodings=(encoding,)) as client:
         client.open(uri, "# 😋\r\nx = '😋𝔊' + \r\nend\r\n")
         client.change(uri, (0, 0), (0, 1), "#中")
         id = client.inline(uri, 1, column)
-        ask, future = stub.next()
-        assert (ask.what.prefix, ask.what.suffix) == ("#中 😋\nx = '😋𝔊' +", " \nend\n")
-        assert ask.what.trim == "block" and ask.max_tokens == 64 and ask.what.path is None
-        give(future, " f(\n  1)")
+        request, future = stub.next()
+        assert (request.what.prefix, request.what.suffix) == ("#中 😋\nx = '😋𝔊' +", " \nend\n")
+        assert request.what.trim == "block" and request.max_tokens == 64 and request.what.path is None
+        resolve(future, " f(\n  1)")
         (item,) = client.answer(id)["result"]["items"]
         assert item["insertText"] == " f(\r\n  1)"  # as the document's lines end
         assert item["range"] == {"start": at(1, column), "end": at(1, column)}
 
 
 def test_a_chosen_entry_of_the_popup_is_completed_in_its_own_range():
-    stub, uri = Stub(), "untitled:one"
+    stub, uri = Stub(), "untitled:main"
     with session(stub) as client:
         client.open(uri, "a = os.pa + b\n")
         span = {"start": at(0, 7), "end": at(0, 9)}
         id = client.inline(uri, 0, 9, selectedCompletionInfo={"range": span, "text": "path"})
-        ask, future = stub.next()
-        assert (ask.what.prefix, ask.what.suffix, ask.what.trim) == ("a = os.path", " + b\n", "line")
-        give(future, ".sep")
+        request, future = stub.next()
+        assert (request.what.prefix, request.what.suffix, request.what.trim) == (
+            "a = os.path",
+            " + b\n",
+            "line",
+        )
+        resolve(future, ".sep")
         (item,) = client.answer(id)["result"]["items"]
         assert (item["insertText"], item["range"]) == ("path.sep", span)
 
 
 def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replaces_the_word():
-    stub, uri = Stub(), "untitled:one"
+    stub, uri = Stub(), "untitled:main"
     reads = {
         "textDocument": {"completion": {"completionItem": {"documentationFormat": ["markdown", "plaintext"]}}}
     }
@@ -362,13 +370,13 @@ def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replac
             position=at(0, 12),
             context={"triggerKind": 1},
         )
-        ask, future = stub.next()
-        assert ask.what.prefix == "x = 'é'; pri"
-        give(future, "nt(x)\nprint(y)")
-        found = client.answer(id)["result"]
-        (item,) = found["items"]
+        request, future = stub.next()
+        assert request.what.prefix == "x = 'é'; pri"
+        resolve(future, "nt(x)\nprint(y)")
+        result = client.answer(id)["result"]
+        (item,) = result["items"]
         assert (
-            found["isIncomplete"]
+            result["isIncomplete"]
             and item["label"] == "print(x) …"
             and item["filterText"].startswith("print(")
         )
@@ -380,18 +388,18 @@ def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replac
 
 
 def test_a_cancelled_request_stops_the_work_and_says_so():
-    stub, uri = Stub(), "untitled:one"
+    stub, uri = Stub(), "untitled:main"
     with session(stub) as client:
         client.open(uri, "x = \n")
         id = client.inline(uri, 0, 4)
-        ask, _ = stub.next()
+        request, _ = stub.next()
         client.tell("$/cancelRequest", id=id)
-        assert stub.cancelled.get(timeout=WAIT) is ask
+        assert stub.cancelled.get(timeout=WAIT) is request
         assert client.answer(id)["error"]["code"] == -32800
 
 
 def test_a_newer_request_and_an_edit_stop_the_older_one():
-    stub, uri = Stub(), "untitled:one"
+    stub, uri = Stub(), "untitled:main"
     with session(stub) as client:
         client.open(uri, "x = \n")
         first = client.inline(uri, 0, 4)
@@ -404,92 +412,92 @@ def test_a_newer_request_and_an_edit_stop_the_older_one():
 
 
 def test_the_engine_itself_stops(model_path):
-    """A long answer, cancelled: the engine has counted it as cancelled and is idle, long before its last token."""
+    """Cancelling a long answer: the engine counts it as cancelled, and is idle long before its last token."""
     source = []
 
     def open_source():
-        source.append(Here(codegemma.load(model_path, threads=1)))
+        source.append(LocalSource(codegemma.load(model_path, threads=1)))
         return source[0]
 
     with session(open_source, maxTokens=8000, trim="none", predictMs=10**8, timeBudgetMs=10**6) as client:
-        client.open("untitled:one", PREFIX + SUFFIX)
-        id = client.inline("untitled:one", 1, 8, kind=1)
-        until(lambda: source and source[0].scheduler.metrics.running)
+        client.open("untitled:main", PREFIX + SUFFIX)
+        id = client.inline("untitled:main", 1, 8, kind=1)
+        wait_until(lambda: source and source[0].scheduler.metrics.running)
         client.tell("$/cancelRequest", id=id)
         assert client.answer(id)["error"]["code"] == -32800
         metrics = source[0].scheduler.metrics
-        until(lambda: metrics.counts["cancelled"] and not metrics.running)
+        wait_until(lambda: metrics.counts["cancelled"] and not metrics.running)
         assert metrics.counts["cancelled"] == 1 and metrics.counts["predicted_tokens"] < 4000
 
 
-def test_suggestions_are_the_models_own(model_path, said):
+def test_suggestions_are_the_models_own(model_path, model_text):
     with session(
-        lambda: Here(codegemma.load(model_path, threads=1)),
+        lambda: LocalSource(codegemma.load(model_path, threads=1)),
         maxTokens=48,
         trim="none",
         timeBudgetMs=10**6,
         predictMs=10**6,
     ) as client:
-        client.open("untitled:one", PREFIX + SUFFIX)
-        assert client.texts(client.inline("untitled:one", 1, 8, kind=1)) == [said]
+        client.open("untitled:main", PREFIX + SUFFIX)
+        assert client.texts(client.inline("untitled:main", 1, 8, kind=1)) == [model_text]
 
 
 def test_while_the_cursor_rests_its_context_is_read(model_path):
     source = []
 
     def open_source():
-        source.append(Here(codegemma.load(model_path, threads=1)))
+        source.append(LocalSource(codegemma.load(model_path, threads=1)))
         return source[0]
 
     text = "def re(th):\n    return th\n" * 6
     with session(open_source, restMs=1, timeBudgetMs=10**6) as client:
-        client.open("untitled:one", text)
-        client.tell("codegemma/cursor", textDocument={"uri": "untitled:one"}, position=at(11, 0))
-        until(lambda: source and source[0].scheduler.metrics.counts["prompt_tokens"] > 50)
+        client.open("untitled:main", text)
+        client.tell("codegemma/cursor", textDocument={"uri": "untitled:main"}, position=at(11, 0))
+        wait_until(lambda: source and source[0].scheduler.metrics.counts["prompt_tokens"] > 50)
         counts = source[0].scheduler.metrics.counts
-        until(lambda: not source[0].scheduler.metrics.running)
+        wait_until(lambda: not source[0].scheduler.metrics.running)
         read = counts["prompt_tokens"]
         assert read > 50 and not counts["predicted_tokens"]
-        client.texts(client.inline("untitled:one", 11, 0, kind=1))
+        client.texts(client.inline("untitled:main", 11, 0, kind=1))
         assert counts["cached_tokens"] >= 40
 
 
 def test_typing_stops_the_reading_ahead_and_highlights_ask_for_it():
-    stub, uri = Stub(), "untitled:one"
+    stub, uri = Stub(), "untitled:main"
     with session(stub, restMs=1) as client:
         client.open(uri, "x = \ny = 1\n")
-        ask, _ = stub.next()
-        assert ask.max_tokens == 0 and ask.what.prefix == ""
+        request, _ = stub.next()
+        assert request.max_tokens == 0 and request.what.prefix == ""
         assert (
             client.ask("textDocument/documentHighlight", textDocument={"uri": uri}, position=at(0, 4)) is None
         )
-        assert stub.cancelled.get(timeout=WAIT) is ask
+        assert stub.cancelled.get(timeout=WAIT) is request
         rested, _ = stub.next()
         assert (rested.max_tokens, rested.what.prefix) == (0, "x = ")
         id = client.inline(uri, 0, 4, kind=1)
         assert stub.cancelled.get(timeout=WAIT) is rested
-        asked, future = stub.next()
-        assert asked.max_tokens == 64
-        give(future, "")
+        newest, future = stub.next()
+        assert newest.max_tokens == 64
+        resolve(future, "")
         assert client.texts(id) == []
 
 
 def test_what_is_typed_of_a_suggestion_needs_no_model_and_what_is_taken_is_counted():
-    stub, uri = Stub(), "untitled:one"
+    stub, uri = Stub(), "untitled:main"
     with session(stub) as client:
         client.open(uri, "x = \n")
         id = client.inline(uri, 0, 4)
-        give(stub.next()[1], "foo(bar)")
+        resolve(stub.next()[1], "foo(bar)")
         assert client.texts(id) == ["foo(bar)"]
         client.change(uri, (0, 4), (0, 4), "f")
         assert client.texts(client.inline(uri, 0, 5)) == ["oo(bar)"]
         client.change(uri, (0, 5), (0, 5), "oo(bar)")  # accepted
         id = client.inline(uri, 0, 12)
-        give(stub.next()[1], "\nprint(x)")
+        resolve(stub.next()[1], "\nprint(x)")
         client.texts(id)
         client.change(uri, (0, 12), (0, 12), "!")  # typed something else
         id = client.inline(uri, 0, 13)
-        give(stub.next()[1], "  ")
+        resolve(stub.next()[1], "  ")
         assert client.texts(id) == []  # blank is nothing
     first, second = stats.load()
     assert (first.language, first.characters, first.taken) == ("python", 8, 7)
@@ -506,7 +514,7 @@ def test_nothing_is_asked_inside_a_word_or_where_it_is_switched_off():
         assert client.texts(client.inline("untitled:b", 0, 7, kind=1)) == []
         assert client.texts(client.inline("untitled:unknown", 0, 0)) == []
         id = client.inline("untitled:a", 0, 10, kind=1)  # asked for by hand
-        give(stub.next()[1], "x")
+        resolve(stub.next()[1], "x")
         assert client.texts(id) == ["x"]
 
 
@@ -515,7 +523,7 @@ def test_trigger_kinds_of_older_clients_are_understood():
     with session(stub) as client:
         client.open("untitled:a", "x = \n")
         id = client.inline("untitled:a", 0, 4, kind=0)
-        give(stub.next()[1], "1")
+        resolve(stub.next()[1], "1")
         assert client.texts(id) == ["1"]
 
 
@@ -555,22 +563,27 @@ def test_an_editor_that_dies_leaves_nothing_behind(tmp_path):
 
 def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_checked():
     stub = Stub()
-    asking = {"workspace": {"configuration": True, "didChangeConfiguration": {"dynamicRegistration": True}}}
+    capabilities = {
+        "workspace": {"configuration": True, "didChangeConfiguration": {"dynamicRegistration": True}}
+    }
     with session(
-        stub, capabilities=asking | {"textDocument": {"inlineCompletion": {}}}, maxTokens=7, colour="red"
+        stub,
+        capabilities=capabilities | {"textDocument": {"inlineCompletion": {}}},
+        maxTokens=7,
+        colour="red",
     ) as client:
         client.note("window/logMessage", "no setting codegemma.colour")
         client.note("window/logMessage", "stub, ready")
-        asked = {client.asked.get(timeout=WAIT)["method"] for _ in range(2)}
-        assert asked == {"client/registerCapability", "workspace/configuration"}
+        methods = {client.server_requests.get(timeout=WAIT)["method"] for _ in range(2)}
+        assert methods == {"client/registerCapability", "workspace/configuration"}
         client.replies["workspace/configuration"] = [{"trim": "line", "timeBudgetMs": "fast"}]
         client.tell("workspace/didChangeConfiguration", settings=None)
         client.note("window/logMessage", "codegemma.timeBudgetMs must be a whole number above 0, got 'fast'")
         client.open("untitled:a", "x = \n")
         id = client.inline("untitled:a", 0, 4)
-        ask, future = stub.next()
-        assert (ask.max_tokens, ask.what.trim, ask.prompt_seconds) == (7, "line", 0.3)
-        give(future, "")
+        request, future = stub.next()
+        assert (request.max_tokens, request.what.trim, request.prompt_seconds) == (7, "line", 0.3)
+        resolve(future, "")
         client.answer(id)
 
 
@@ -587,8 +600,13 @@ def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_chec
     ],
 )
 def test_a_wrong_setting_changes_nothing(name, wrong):
-    found, complaints = Settings().given({name: wrong})
-    assert found == Settings() and len(complaints) == 1 and repr(wrong) in complaints[0] and name in names()
+    settings, complaints = EditorSettings().updated({name: wrong})
+    assert (
+        settings == EditorSettings()
+        and len(complaints) == 1
+        and repr(wrong) in complaints[0]
+        and name in setting_names()
+    )
 
 
 def test_a_model_that_is_not_there_is_told_once():
@@ -629,17 +647,22 @@ def test_ignored_files_and_secrets_enter_no_prompt(tmp_path):
         client.open(uri("app.py"), f"import lib\nAWS = '{key}'\nx = \nOLD = '{other}'\n")
         for refused in (".env", "build/made.py"):
             assert client.texts(client.inline(uri(refused), 0, 3, kind=1)) == []
-        client.note("window/logMessage", ".env gets no completions: its name speaks of credentials")
+        client.note("window/logMessage", ".env gets no completions: files of this name hold credentials")
         id = client.inline(uri("app.py"), 2, 4)
-        ask, future = stub.next()
-        assert [file.path for file in ask.what.files] == ["plain.py"] and ask.what.path == "app.py"
-        assert key[4:] not in ask.what.prefix and len(ask.what.prefix) == len(
+        request, future = stub.next()
+        keys, plain = request.what.files
+        assert (keys.path, plain.path, request.what.path) == ("keys.py", "plain.py", "app.py")
+        assert "hunter2" not in keys.text and "4eC39" not in keys.text and keys.text.count("EXAMPLE") == 2
+        assert keys.text.startswith("password = '") and plain.text == "plain = 1\n"
+        assert key[4:] not in request.what.prefix and len(request.what.prefix) == len(
             f"import lib\nAWS = '{key}'\nx = "
         )
         assert (
-            other[4:] not in ask.what.suffix and "EXAMPLE" in ask.what.prefix and "EXAMPLE" in ask.what.suffix
+            other[4:] not in request.what.suffix
+            and "EXAMPLE" in request.what.prefix
+            and "EXAMPLE" in request.what.suffix
         )
-        give(future, "1")
+        resolve(future, "1")
         client.answer(id)
 
 
@@ -649,32 +672,34 @@ def test_imports_are_read_once_the_cursor_has_rested(tmp_path):
     stub = Stub()
     with session(stub, folder=tmp_path, restMs=1) as client:
         client.open((tmp_path / "app.py").as_uri(), "from lib import helper\nhelper\n")
-        ask, _ = stub.next()
-        assert [(file.path, file.text) for file in ask.what.files] == [("lib.py", "def helper(): pass\n")]
+        request, _ = stub.next()
+        assert [(file.path, file.text) for file in request.what.files] == [("lib.py", "def helper(): pass\n")]
         id = client.inline((tmp_path / "app.py").as_uri(), 1, 6, kind=1)
-        ask, future = stub.next()
-        assert [file.path for file in ask.what.files] == ["lib.py"]
-        give(future, "()")
+        request, future = stub.next()
+        assert [file.path for file in request.what.files] == ["lib.py"]
+        resolve(future, "()")
         client.answer(id)
 
 
 # ------------------------------------------------------------------------------------------- another server
 @contextmanager
 def http(answer):
-    """A loopback server of one route after another: `answer(path, body)` gives (status, JSON), or None to hang. Yields its
-    port, what it was asked, and an event for a client that hung up."""
-    asked, gone, ready, done = [], threading.Event(), threading.Event(), {}
+    """A loopback HTTP server. `answer(path, body)` gives (status, JSON), or None to leave the client waiting.
+
+    Yields its port, the list of requests as (path, body, key), and an event that a client's hanging up sets.
+    """
+    received, gone, ready, done = [], threading.Event(), threading.Event(), {}
 
     async def handle(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
         fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)
         body = json.loads(await reader.readexactly(int(fields["Content-Length"])))
-        asked.append((head.split()[1].decode(), body, fields.get("Authorization")))
-        if (found := answer(*asked[-1][:2])) is None:
+        received.append((head.split()[1].decode(), body, fields.get("Authorization")))
+        if (response := answer(*received[-1][:2])) is None:
             await reader.read()
             gone.set()
         else:
-            writer.write(f"HTTP/1.1 {found[0]} X\r\n\r\n{json.dumps(found[1])}".encode())
+            writer.write(f"HTTP/1.1 {response[0]} X\r\n\r\n{json.dumps(response[1])}".encode())
         writer.close()
 
     async def main():
@@ -692,7 +717,7 @@ def http(answer):
     thread.start()
     ready.wait(WAIT)
     try:
-        yield done["port"], asked, gone
+        yield done["port"], received, gone
     finally:
         done["loop"].call_soon_threadsafe(done["stop"].set)
         thread.join(WAIT)
@@ -702,12 +727,12 @@ def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
     def answer(path, body):
         return None if body["prompt"] == "hang = " else (200, {"content": "1\n\nother = 2"})
 
-    with http(answer) as (port, asked, gone), session(There(f"127.0.0.1:{port}", "key")) as client:
+    with http(answer) as (port, received, gone), session(RemoteSource(f"127.0.0.1:{port}", "key")) as client:
         client.open("untitled:a", "one = 1\nx = \nrest\nhang = \n")
         assert client.texts(client.inline("untitled:a", 1, 4)) == [
             "1"
         ]  # trimmed here, where the server did not
-        path, body, key = asked[0]
+        path, body, key = received[0]
         assert (path, key) == ("/infill", "Bearer key")
         assert (body["input_prefix"], body["prompt"], body["input_suffix"]) == (
             "one = 1\n",
@@ -716,35 +741,35 @@ def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
         )
         assert body["n_predict"] == 64 and body["t_max_prompt_ms"] == 300 and body["trim"] == "block"
         id = client.inline("untitled:a", 3, 7)
-        until(lambda: len(asked) == 2)
+        wait_until(lambda: len(received) == 2)
         client.tell("$/cancelRequest", id=id)
         assert gone.wait(WAIT) and client.answer(id)["error"]["code"] == -32800
 
 
-def test_our_own_server_gives_the_models_suggestion_reads_ahead_and_lets_go(model_path, said):
+def test_our_own_server_gives_the_models_suggestion_reads_ahead_and_can_be_cancelled(model_path, model_text):
     async def opened():
         return Scheduler(codegemma.load(model_path, threads=1))
 
     options = {"trim": "none", "timeBudgetMs": 10**6, "predictMs": 10**6}
     with served(opened) as server:
-        with session(There(server.url), maxTokens=48, **options, restMs=1) as client:
-            client.open("untitled:one", PREFIX + SUFFIX)
-            client.tell("codegemma/cursor", textDocument={"uri": "untitled:one"}, position=at(1, 8))
-            until(
+        with session(RemoteSource(server.url), maxTokens=48, **options, restMs=1) as client:
+            client.open("untitled:main", PREFIX + SUFFIX)
+            client.tell("codegemma/cursor", textDocument={"uri": "untitled:main"}, position=at(1, 8))
+            wait_until(
                 lambda: (
                     server.backend.metrics.counts["prompt_tokens"] > 10 and not server.backend.metrics.running
                 )
             )
             assert server.backend.metrics.counts["predicted_tokens"] == 0
-            assert client.texts(client.inline("untitled:one", 1, 8, kind=1)) == [said]
+            assert client.texts(client.inline("untitled:main", 1, 8, kind=1)) == [model_text]
             assert server.backend.metrics.counts["cached_tokens"] > 0
-        with session(There(server.url), maxTokens=8000, **options) as client:
-            client.open("untitled:one", PREFIX + SUFFIX)
-            id = client.inline("untitled:one", 1, 8, kind=1)
-            until(lambda: server.backend.metrics.running)
+        with session(RemoteSource(server.url), maxTokens=8000, **options) as client:
+            client.open("untitled:main", PREFIX + SUFFIX)
+            id = client.inline("untitled:main", 1, 8, kind=1)
+            wait_until(lambda: server.backend.metrics.running)
             client.tell("$/cancelRequest", id=id)
             assert client.answer(id)["error"]["code"] == -32800
-            until(lambda: not server.backend.metrics.running)
+            wait_until(lambda: not server.backend.metrics.running)
             assert server.backend.metrics.counts["cancelled"] == 1
 
 
@@ -758,21 +783,21 @@ def test_servers_without_infill_are_asked_for_a_completion_with_a_suffix_and_err
             else (200, {"choices": [{"text": "1"}]})
         )
 
-    with http(answer) as (port, asked, _), session(There(f"http://127.0.0.1:{port}/v1")) as client:
+    with http(answer) as (port, received, _), session(RemoteSource(f"http://127.0.0.1:{port}/v1")) as client:
         client.open("untitled:a", "x = \nbad")
         assert (
             client.texts(client.inline("untitled:a", 0, 4))
             == ["1"]
             == client.texts(client.inline("untitled:a", 0, 4, kind=1))
         )
-        assert [path for path, *_ in asked] == ["/infill", "/v1/completions", "/v1/completions"]
-        assert asked[1][1]["suffix"] == "\nbad"
+        assert [path for path, *_ in received] == ["/infill", "/v1/completions", "/v1/completions"]
+        assert received[1][1]["suffix"] == "\nbad"
         client.open("untitled:b", "bad")
         assert client.texts(client.inline("untitled:b", 0, 3)) == []
         assert "answered 500" in client.note("window/showMessage")["message"]
-    with session(There(f"http://127.0.0.1:{port}")) as client:
+    with session(RemoteSource(f"http://127.0.0.1:{port}")) as client:
         client.open("untitled:a", "x = \n")
         assert client.texts(client.inline("untitled:a", 0, 4)) == []
         assert "start `codegemma serve`" in client.note("window/showMessage")["message"]
     with pytest.raises(ValueError, match="must be a URL such as"):
-        There("ftp://x")
+        RemoteSource("ftp://x")

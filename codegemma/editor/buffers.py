@@ -1,71 +1,85 @@
-"""An open document: its text, kept in step with the editor's edits, and positions in each of LSP's encodings."""
+"""A document that is open in the editor: its text, kept in step with edits, and positions in each of LSP's
+encodings."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 Encoding = Literal["utf-8", "utf-16", "utf-32"]
 
-_LINE_END = re.compile(r"\r\n|\r|\n")  # LSP's; str.splitlines knows more, such as the form feeds of C sources
+_LINE_END = re.compile(r"\r\n|\r|\n")  # LSP's; str.splitlines has more, such as the form feeds in C sources
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
-class Text:
-    """A text and where its lines start. Immutable, so that a thread may read it while the editor goes on."""
+@dataclass(frozen=True)
+class Buffer:
+    """An open document. Immutable, so that a thread may read it while the user goes on editing.
 
-    def __init__(self, text: str, encoding: Encoding = "utf-16") -> None:
-        self.text, self.encoding = text, encoding
+    `encoding` is the one in which the editor counts characters within a line. `path` is None for a document
+    that is not in a file. `language` is the editor's name for its language.
+    """
+
+    text: str
+    encoding: Encoding = "utf-16"
+    path: Path | None = None
+    language: str = ""
 
     @cached_property
-    def starts(self) -> list[int]:
+    def line_starts(self) -> list[int]:
+        """The offset in `text` of each line's first character."""
         return [0, *(match.end() for match in _LINE_END.finditer(self.text))]
 
     @cached_property
     def newline(self) -> str:
-        """How its first line ends."""
-        found = _LINE_END.search(self.text)
-        return found[0] if found else "\n"
+        """How the first line ends; "\\n" where there is only one line."""
+        match = _LINE_END.search(self.text)
+        return match[0] if match else "\n"
 
     def offset(self, line: int, character: int) -> int:
-        """The place in `text` of a position. Past the line is its end, past the text the text's end; inside a character
-        is before it."""
-        if line >= len(self.starts):
+        """The offset in `text` of an LSP position.
+
+        A position past the end of its line means that end, one past the last line the end of the text, and
+        one inside a character that character's start.
+        """
+        if line >= len(self.line_starts):
             return len(self.text)
-        start = self.starts[line]
-        end = self.starts[line + 1] if line + 1 < len(self.starts) else len(self.text)
-        content = self.text[start:end].rstrip("\r\n")
+        start, *following = self.line_starts[line : line + 2]
+        content = self.text[start : following[0] if following else None].rstrip("\r\n")
         if self.encoding == "utf-32" or content.isascii():
             return start + min(character, len(content))
         units = 0
-        for at, letter in enumerate(content):
-            units += _units(letter, self.encoding)
+        for index, letter in enumerate(content):
+            units += _code_units(letter, self.encoding)
             if units > character:
-                return start + at
+                return start + index
         return start + len(content)
 
     def position(self, offset: int) -> tuple[int, int]:
-        """(line, character) of a place in `text`."""
-        line = bisect_right(self.starts, offset) - 1
-        before = self.text[self.starts[line] : offset]
-        return line, sum(_units(letter, self.encoding) for letter in before)
+        """The LSP position (line, character) of an offset in `text`."""
+        line = bisect_right(self.line_starts, offset) - 1
+        before = self.text[self.line_starts[line] : offset]
+        return line, sum(_code_units(letter, self.encoding) for letter in before)
 
-    def edited(self, start: tuple[int, int], end: tuple[int, int], text: str) -> Text:
-        """The text with what stands between two positions replaced."""
+    def edited(self, start: tuple[int, int], end: tuple[int, int], text: str) -> Buffer:
+        """The buffer with the text between two positions replaced."""
         first, last = sorted((self.offset(*start), self.offset(*end)))
-        return Text(self.text[:first] + text + self.text[last:], self.encoding)
+        return replace(self, text=self.text[:first] + text + self.text[last:])
 
 
-def plain(text: str) -> str:
-    """As a model reads it: lines end with \\n, halves of surrogate pairs are joined, or replaced where one is alone."""
+def normalize(text: str) -> str:
+    """Text as a model reads it: lines end with \\n, and halves of surrogate pairs are joined, or replaced if
+    single."""
     if _SURROGATE.search(text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _units(letter: str, encoding: Encoding) -> int:
+def _code_units(letter: str, encoding: Encoding) -> int:
     point = ord(letter)
     if encoding == "utf-32":
         return 1

@@ -1,7 +1,8 @@
 """The language server: completions where people type, in any editor that speaks LSP.
 
-Its laws: typing pre-empts everything (a request that is cancelled, superseded or out of date stops the engine's work);
-while the cursor rests, its context is read into the prefix cache; what context.Guard refuses enters no prompt.
+Typing always wins: a request that is cancelled, superseded or out of date stops the engine's work. While the
+cursor rests, its context is read into the prefix cache. Files that context.FilePolicy refuses enter no
+prompt.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
 
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
@@ -24,103 +25,50 @@ from pygls.protocol import JsonRPCNotification, LanguageServerProtocol, lsp_meth
 from pygls.uris import to_fs_path
 
 from codegemma import __version__
-from codegemma.editor.buffers import Text, plain
-from codegemma.editor.context import Guard, Neighbours, Open, redacted
-from codegemma.editor.sources import Source
-from codegemma.generate.completion import Mode, Trim
+from codegemma.editor.buffers import Buffer, normalize
+from codegemma.editor.context import ContextFiles, FilePolicy
+from codegemma.editor.settings import EditorSettings
+from codegemma.editor.sources import SuggestionSource
+from codegemma.generate.completion import Trim
 from codegemma.prompts import File
+from codegemma.safety.secrets import redact_at_cursor
 from codegemma.serve import stats
 from codegemma.serve.requests import Ask, Busy, Fill
 
-MOST_PREFIX, MOST_SUFFIX = 49_152, 12_288  # characters around the cursor that are looked at
-STEP = 8_192  # by which their edges move, so that they stay put while one types
-MARGIN = 8_192  # more of them, in which secrets are looked for
+MAX_PREFIX, MAX_SUFFIX = 49_152, 12_288  # characters around the cursor that a prompt is made of
+WINDOW_STEP = (
+    8_192  # the start of the prefix moves in such steps, so that typing keeps what was read in the cache
+)
+REDACTION_MARGIN = (
+    8_192  # characters beyond the window that are searched too, for secrets that its edge would cut
+)
 TRIGGERS = list(".([{=,: ")
 CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests there
 
 
-# ------------------------------------------------------------------------------------------------ settings
-@dataclass(frozen=True)
-class Settings:
-    """What an editor may set, in camelCase, as initializationOptions or under "codegemma" in its configuration."""
+class LspConnection(LanguageServerProtocol):
+    """pygls with buffers of our own: its documents end lines where LSP does not, and cut a long line too
+    early."""
 
-    enabled: bool = True
-    disabled_languages: tuple[str, ...] = ()  # the editor's names for them
-    trim: Literal["auto", "none", "line", "block"] = (
-        "auto"  # auto: the line where text follows the cursor, else the block
-    )
-    mode: Mode = "auto"
-    context: Literal["imports", "open", "none"] = (
-        "imports"  # other files: open ones and imports, open ones, none
-    )
-    completion: Literal["auto", "always", "never"] = (
-        "auto"  # in the pop-up: auto is where inline completion is missing
-    )
-    max_tokens: int = 64
-    time_budget_ms: int = 300  # to the first token: sizes the context
-    predict_ms: int = 2000  # after it
-    rest_ms: int = 300  # the cursor rests: its context is read ahead
-    adapter: str = "auto"
-    stats: bool = True
-
-    def given(self, options: Any) -> tuple[Settings, list[str]]:
-        """With what an editor gave, and a complaint about each thing that is not so."""
-        changes, complaints = dict[str, Any](), []
-        hints = get_type_hints(Settings)
-        for key, value in options.items() if isinstance(options, Mapping) else ():
-            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
-            if name not in hints:
-                complaints.append(f"there is no setting codegemma.{key}")
-            elif problem := _wrong(value, hints[name]):
-                complaints.append(f"codegemma.{key} must be {problem}, got {value!r}")
-            else:
-                changes[name] = tuple(value) if isinstance(value, list) else value
-        return replace(self, **changes), complaints
-
-
-def _wrong(value: Any, hint: Any) -> str:
-    """What a setting must be; "" where it is."""
-    if hint is bool:
-        return "" if isinstance(value, bool) else "true or false"
-    if hint is int:
-        return (
-            ""
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0
-            else "a whole number above 0"
-        )
-    if hint is str:
-        return "" if isinstance(value, str) else "a text"
-    if choices := [one for one in get_args(hint) if isinstance(one, str)]:
-        return "" if value in choices else f"one of {', '.join(choices)}"
-    return "" if isinstance(value, list) and all(isinstance(one, str) for one in value) else "a list of texts"
-
-
-def names() -> list[str]:
-    """The settings as an editor spells them."""
-    return [re.sub(r"_(.)", lambda match: match[1].upper(), one.name) for one in fields(Settings)]
-
-
-# ------------------------------------------------------------------------------------------------- protocol
-class Protocol(LanguageServerProtocol):
-    """pygls with documents of our own: its own split lines where LSP does not, and end a long line too early."""
-
-    _server: Server
+    _server: EditorServer
 
     @lsp_method(types.TEXT_DOCUMENT_DID_OPEN)
     def lsp_text_document__did_open(self, params: types.DidOpenTextDocumentParams) -> None:
-        self._server.opened(params.text_document)
+        self._server.document_opened(params.text_document)
 
     @lsp_method(types.TEXT_DOCUMENT_DID_CHANGE)
     def lsp_text_document__did_change(self, params: types.DidChangeTextDocumentParams) -> None:
-        self._server.changed(params.text_document.uri, params.content_changes)
+        self._server.document_changed(params.text_document.uri, params.content_changes)
 
     @lsp_method(types.TEXT_DOCUMENT_DID_CLOSE)
     def lsp_text_document__did_close(self, params: types.DidCloseTextDocumentParams) -> None:
-        self._server.closed(params.text_document.uri)
+        self._server.document_closed(params.text_document.uri)
 
     def structure_message(self, data: dict[str, Any]) -> Any:
-        """Clients made before the specification was settled count trigger kinds from 0. A request whose parameters are
-        wrong gets an answer, where pygls would leave its client waiting."""
+        """Reads a message. Clients older than the final specification count trigger kinds from 0.
+
+        A request with wrong parameters gets an error as its answer, where pygls would let its client wait.
+        """
         params = data.get("params")
         if data.get("method") == types.TEXT_DOCUMENT_INLINE_COMPLETION and isinstance(params, dict):
             context = params.get("context") or {}
@@ -137,399 +85,383 @@ class Protocol(LanguageServerProtocol):
 
 @dataclass
 class Suggestion:
-    """What the editor was last given: `text`, to stand between `before` and `after` in a document."""
+    """What the editor was last given: `text`, to stand between `before` and `after` in the document `uri`."""
 
     uri: str
     before: str
     text: str
     after: str
     shown: stats.Shown
-    there: int = 0  # characters of it that the document has by now
+    inserted: int = 0  # characters of `text` that the document has by now
+
+    def remaining(self, before: str, after: str) -> str:
+        """The rest of it where the user has typed its beginning; "" where it does not fit the text at the
+        cursor."""
+        typed = before[len(self.before) :]
+        fits = after == self.after and before == self.before + typed and self.text.startswith(typed)
+        return self.text[len(typed) :] if fits else ""
+
+    def follow_edit(self, document: str) -> bool:
+        """Counts what an edit took over of it, and returns whether the suggestion still fits `document`.
+
+        More than two characters at once, or the last two, were accepted; fewer were typed.
+        """
+        size = len(document) - len(self.before) - len(self.after)
+        taken = document[len(self.before) : len(self.before) + size] if size > 0 else ""
+        if size < 0 or document != self.before + taken + self.after or not self.text.startswith(taken):
+            return False
+        more, self.inserted = size - self.inserted, size
+        if more > 2 or (more > 1 and taken == self.text):
+            self.shown.taken += more
+        return taken != self.text
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where text is wanted. `chosen` (of a pop-up) is to replace what stands between `start` and `at`."""
+class CursorPosition:
+    """Where text is wanted, as offsets in the buffer of `uri`.
+
+    The text between `start` and `end` is replaced by `chosen`, the entry that is selected in the editor's
+    pop-up. Without a pop-up both are the cursor. `automatic` is False where the user asked for a suggestion.
+    """
 
     uri: str
     start: int
-    at: int
+    end: int
     chosen: str = ""
     automatic: bool = True
 
+    def sides(self, buffer: Buffer) -> tuple[str, str]:
+        """The text before and after the cursor, as a model reads it."""
+        text = buffer.text
+        return normalize(text[: self.start]) + normalize(self.chosen), normalize(text[self.end :])
 
-class Server(LanguageServer):
-    """One editor's server. `open_source` is called in a thread, once, when the editor has said hello."""
 
-    def __init__(self, open_source: Callable[[], Source]) -> None:
-        super().__init__("codegemma", __version__, protocol_cls=Protocol)
+class EditorServer(LanguageServer):
+    """The language server of one editor. `open_source` is called in a thread, once, when the editor
+    connects."""
+
+    def __init__(self, open_source: Callable[[], SuggestionSource]) -> None:
+        super().__init__("codegemma", __version__, protocol_cls=LspConnection)
         self.open_source = open_source
-        self.settings = self._given = Settings()  # _given: with what the editor said at first
-        self.documents: dict[
-            str, tuple[Text, str]
-        ] = {}  # uri: text, language; what was used last stands last
-        self.neighbours = Neighbours(Guard(), self.tell)
+        self.settings = self._initial_settings = EditorSettings()
+        self.buffers: dict[str, Buffer] = {}  # by URI; the one that was used last stands last
+        self.context = ContextFiles(FilePolicy(), self.log)
         self.suggestion: Suggestion | None = None
-        self.key = f"lsp-{os.getpid()}-{time.monotonic_ns():x}"
-        self._complaints: set[str] = set()
-        self._source: asyncio.Task[Source] | None = None
-        self._asking: tuple[str, asyncio.Task[str]] | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self.session = f"lsp-{os.getpid()}-{time.monotonic_ns():x}"
+        self._reported_errors: set[str] = set()
+        self._source: asyncio.Task[SuggestionSource] | None = None
+        self._request: tuple[str, asyncio.Task[str]] | None = None  # the newest, with its document's URI
+        self._reading_ahead: asyncio.Task[None] | None = None
         for name, feature in FEATURES.items():
             self.feature(name, OPTIONS.get(name))(feature)
 
-    # --------------------------------------------------------------------------------------- what the editor tells
-    def hello(self, params: types.InitializeParams) -> None:
+    # ----------------------------------------------------------------------------- what the editor reports
+    def connect(self, params: types.InitializeParams) -> None:
         self.configure(params.initialization_options)
-        self._given = self.settings
+        self._initial_settings = self.settings
         folders = [to_fs_path(uri) for uri in [*self.workspace.folders, self.workspace.root_uri or ""]]
-        self.neighbours.guard = Guard([Path(folder) for folder in dict.fromkeys(folders) if folder])
+        self.context.policy = FilePolicy([Path(folder) for folder in dict.fromkeys(folders) if folder])
         inline = params.capabilities.text_document and params.capabilities.text_document.inline_completion
         if self.settings.completion == "always" or (self.settings.completion == "auto" and not inline):
-            self.feature(
-                types.TEXT_DOCUMENT_COMPLETION,
-                types.CompletionOptions(trigger_characters=TRIGGERS, resolve_provider=False),
-            )(completion)
-        self._source = asyncio.create_task(self._open())
-        self._source.add_done_callback(lambda task: task.cancelled() or task.exception())  # told already
+            options = types.CompletionOptions(trigger_characters=TRIGGERS, resolve_provider=False)
+            self.feature(types.TEXT_DOCUMENT_COMPLETION, options)(completion)
+        self._source = asyncio.create_task(self._open_source())
+        self._source.add_done_callback(lambda task: task.cancelled() or task.exception())  # reported already
 
     def configure(self, options: Any) -> None:
+        """Applies settings to those of the initialization."""
         if isinstance(options, Mapping) and isinstance(options.get("codegemma"), Mapping):
             options = options["codegemma"]
-        self.settings, complaints = self._given.given(options)
+        self.settings, complaints = self._initial_settings.updated(options)
         for complaint in complaints:
-            self.tell(complaint, types.MessageType.Warning)
+            self.log(complaint, types.MessageType.Warning)
 
-    def opened(self, item: types.TextDocumentItem) -> None:
-        encoding: Any = str(
-            getattr(self.workspace.position_encoding, "value", self.workspace.position_encoding)
-        )
-        self.documents.pop(item.uri, None)
-        self.documents[item.uri] = Text(item.text, encoding), item.language_id
-        self.rest(item.uri, 0)
+    def document_opened(self, item: types.TextDocumentItem) -> None:
+        encoding: Any = self.workspace.position_encoding
+        encoding = str(getattr(encoding, "value", encoding))
+        path = to_fs_path(item.uri) if item.uri.startswith("file:") else None
+        self.buffers.pop(item.uri, None)
+        self.buffers[item.uri] = Buffer(item.text, encoding, Path(path) if path else None, item.language_id)
+        self.cursor_rests(item.uri, 0)
 
-    def changed(self, uri: str, changes: Sequence[types.TextDocumentContentChangeEvent]) -> None:
-        if uri not in self.documents:
+    def document_changed(self, uri: str, changes: Sequence[types.TextDocumentContentChangeEvent]) -> None:
+        if uri not in self.buffers:
             return
-        text, language = self.documents.pop(uri)
-        at = 0
+        buffer = self.buffers.pop(uri)
+        cursor = 0
         for change in changes:
             if isinstance(change, types.TextDocumentContentChangePartial):
                 start, end = change.range.start, change.range.end
-                at = text.offset(start.line, start.character) + len(change.text)
-                text = text.edited((start.line, start.character), (end.line, end.character), change.text)
+                cursor = buffer.offset(start.line, start.character) + len(change.text)
+                buffer = buffer.edited((start.line, start.character), (end.line, end.character), change.text)
             else:
-                text = Text(change.text, text.encoding)
-        self.documents[uri] = text, language
-        self._judge(uri, plain(text.text))
-        if self._asking and self._asking[0] == uri:
-            self._asking[1].cancel()
-        self.rest(uri, at)
+                buffer = replace(buffer, text=change.text)
+        self.buffers[uri] = buffer
+        last = self.suggestion
+        if last and last.uri == uri and not last.follow_edit(normalize(buffer.text)):
+            self.end_suggestion()
+        if self._request and self._request[0] == uri:
+            self._request[1].cancel()
+        self.cursor_rests(uri, cursor)
 
-    def closed(self, uri: str) -> None:
-        self.documents.pop(uri, None)
+    def document_closed(self, uri: str) -> None:
+        self.buffers.pop(uri, None)
         if self.suggestion and self.suggestion.uri == uri:
-            self.forget()
+            self.end_suggestion()
 
-    def tell(self, text: str, kind: types.MessageType = types.MessageType.Info) -> None:
-        """Into the editor's log."""
+    def cursor_rests(self, uri: str, offset: int) -> None:
+        """Reads the context of a place ahead, once nothing has happened for a while."""
+        if self._reading_ahead:
+            self._reading_ahead.cancel()
+        self._reading_ahead = asyncio.create_task(self._read_ahead(CursorPosition(uri, offset, offset)))
+
+    async def disconnect(self) -> None:
+        self._interrupt()
+        self.end_suggestion()
+        source = self._source
+        if source and source.done() and not source.cancelled() and not source.exception():
+            await source.result().close()
+
+    def log(self, text: str, kind: types.MessageType = types.MessageType.Info) -> None:
+        """Writes to the editor's log."""
         self.window_log_message(types.LogMessageParams(kind, text))
 
-    # ------------------------------------------------------------------------------------------------ suggestions
-    async def suggest(self, place: Place) -> str:
+    # ----------------------------------------------------------------------------------------- suggestions
+    async def suggest(self, cursor: CursorPosition) -> str:
         """The text for a place, "" where there is none. The newest call stops the older one."""
         self._interrupt()
-        if place.uri not in self.documents or self._unwanted(place):
+        if cursor.uri not in self.buffers or self._is_unwanted(cursor):
             return ""
-        self.documents[place.uri] = self.documents.pop(place.uri)
-        if rest := self._typed(place):
-            return rest
-        self.forget()
-        task = asyncio.create_task(self._ask(place))
-        self._asking = place.uri, task
+        buffer = self.buffers[cursor.uri] = self.buffers.pop(cursor.uri)
+        last = self.suggestion
+        can_reuse = last and last.uri == cursor.uri and cursor.automatic and not cursor.chosen
+        if last and can_reuse and (remaining := last.remaining(*cursor.sides(buffer))):
+            return remaining
+        self.end_suggestion()
+        task = asyncio.create_task(self._ask(cursor))
+        self._request = cursor.uri, task
         try:
             return await task
         except asyncio.CancelledError:
-            if (own := asyncio.current_task()) and own.cancelling():
-                raise  # by the editor; else by what came after
+            if (current := asyncio.current_task()) and current.cancelling():
+                raise  # by the editor; else by a newer request or an edit
             return ""
         except Busy:
             return ""
         except (ValueError, OSError) as error:
-            self._complain(error)
+            self._report_once(error)
             return ""
 
-    def rest(self, uri: str, at: int) -> None:
-        """Reads the context of a place ahead, once nothing has happened for a while."""
-        if self._reading:
-            self._reading.cancel()
-        self._reading = asyncio.create_task(self._read(Place(uri, at, at)))
-
-    async def goodbye(self) -> None:
-        self._interrupt()
-        self.forget()
-        if (
-            self._source
-            and self._source.done()
-            and not self._source.cancelled()
-            and not self._source.exception()
-        ):
-            await self._source.result().close()
-
-    async def _open(self) -> Source:
-        started = time.monotonic()
-        try:
-            source = await asyncio.to_thread(self.open_source)
-        except (ValueError, OSError, ImportError) as error:
-            self._complain(error)
-            raise
-        self.tell(f"codegemma {__version__}: {source.name}, ready after {time.monotonic() - started:.1f} s")
-        return source
-
-    async def _ask(self, place: Place) -> str:
-        assert self._source
-        text, language = self.documents[place.uri]
-        settings, started = self.settings, time.perf_counter()
-        source = await asyncio.shield(self._source)
-        fill = await asyncio.to_thread(self._fill, place, True)
-        if fill is None:
-            return ""
-        found = await source.fill(self._request(fill, settings.max_tokens))
-        self._complaints.clear()
-        if found.strip():
-            shown = stats.Shown(language, 1000 * (time.perf_counter() - started), len(found))
-            before = plain(text.text[: place.start]) + place.chosen
-            self.suggestion = Suggestion(place.uri, before, found, plain(text.text[place.at :]), shown)
-        return found if found.strip() else ""
-
-    async def _read(self, place: Place) -> None:
-        """In the background; errors were told by what the user asked for."""
-        await asyncio.sleep(self.settings.rest_ms / 1000)
-        if place.uri in self.documents and self._source and not self._unwanted(place):
-            with contextlib.suppress(ValueError, OSError, ImportError, Busy):
-                source = await asyncio.shield(self._source)
-                if fill := await asyncio.to_thread(self._fill, place, False):
-                    await source.fill(self._request(fill, 0))
-
-    def _request(self, fill: Fill, max_tokens: int) -> Ask:
-        settings = self.settings
-        return Ask(
-            fill,
-            max_tokens,
-            adapter=None if settings.adapter == "auto" else settings.adapter,
-            session=self.key,
-            client=self.key,
-            prompt_seconds=settings.time_budget_ms / 1000,
-            predict_seconds=settings.predict_ms / 1000,
-        )
-
-    def _fill(self, place: Place, hurry: bool) -> Fill | None:
-        """The hole, and other files; None where the file must not be read. Runs in a thread."""
-        documents = dict(self.documents)
-        if place.uri not in documents:
-            return None
-        text = documents[place.uri][0].text
-        path = _path(place.uri)
-        if path and (reason := self.neighbours.guard.refuses(path)):
-            self.neighbours.tell(f"{path} gets no completions: {reason}")
-            return None
-        before, after = window(
-            plain(text[: place.start]) + plain(place.chosen), plain(text[place.at :]), MARGIN
-        )
-        prefix, suffix = window(*redacted(before, after))
-        files: list[File] = []
-        if self.settings.context != "none":
-            others = [
-                Open(_path(uri), other.text) for uri, (other, _) in documents.items() if uri != place.uri
-            ]
-            files = self.neighbours.files(Open(path, text), others, self.settings.context == "imports", hurry)
-        shown = self.neighbours.shown(path) if path and files else None
-        return Fill(prefix, suffix, shown, tuple(files), self.settings.mode, self._trim(suffix))
-
-    def _trim(self, suffix: str) -> Trim:
-        if self.settings.trim != "auto":
-            return self.settings.trim
-        return "line" if re.match(r"[^\n]*\w", suffix) else "block"
-
-    def _unwanted(self, place: Place) -> bool:
-        """Switched off, or in the middle of a word where nobody asked."""
-        text, language = self.documents[place.uri]
-        around = text.text[place.at - 1 : place.at + 1] if place.at else ""
-        inside = place.automatic and not place.chosen and len(around) == 2 and re.fullmatch(r"\w\w", around)
-        return not self.settings.enabled or language in self.settings.disabled_languages or bool(inside)
-
-    def _typed(self, place: Place) -> str:
-        """What is left of the last suggestion where the user has typed its start."""
-        last = self.suggestion
-        if last is None or last.uri != place.uri or not place.automatic or place.chosen:
-            return ""
-        text = self.documents[place.uri][0].text
-        before = plain(text[: place.at])
-        typed = before[len(last.before) :]
-        if (
-            plain(text[place.at :]) != last.after
-            or before != last.before + typed
-            or not last.text.startswith(typed)
-        ):
-            return ""
-        return last.text[len(typed) :] if len(typed) < len(last.text) else ""
-
-    def _judge(self, uri: str, text: str) -> None:
-        """Notes what an edit took of the last suggestion: more than two characters at once were accepted."""
-        last = self.suggestion
-        if last is None or last.uri != uri:
-            return
-        size = len(text) - len(last.before) - len(last.after)
-        taken = text[len(last.before) : len(last.before) + size] if size > 0 else ""
-        if size < 0 or text != last.before + taken + last.after or not last.text.startswith(taken):
-            self.forget()
-            return
-        more, last.there = size - last.there, size
-        if more > 2 or (more > 1 and taken == last.text):
-            last.shown.taken += more
-        if taken == last.text:
-            self.forget()
-
-    def forget(self) -> None:
-        """The last suggestion is over: it is recorded."""
+    def end_suggestion(self) -> None:
+        """Records what became of the last suggestion."""
         if self.suggestion and self.settings.stats:
             stats.record(self.suggestion.shown)
         self.suggestion = None
 
+    async def _open_source(self) -> SuggestionSource:
+        started = time.monotonic()
+        try:
+            source = await asyncio.to_thread(self.open_source)
+        except (ValueError, OSError, ImportError) as error:
+            self._report_once(error)
+            raise
+        self.log(f"codegemma {__version__}: {source.name}, ready after {time.monotonic() - started:.1f} s")
+        return source
+
+    async def _ask(self, cursor: CursorPosition) -> str:
+        assert self._source
+        buffer, max_tokens, started = self.buffers[cursor.uri], self.settings.max_tokens, time.perf_counter()
+        source = await asyncio.shield(self._source)
+        hole = await asyncio.to_thread(self._hole, cursor, False)
+        if hole is None:
+            return ""
+        text = await source.fill(self._ask_for(hole, max_tokens))
+        self._reported_errors.clear()
+        if not text.strip():
+            return ""
+        shown = stats.Shown(buffer.language, 1000 * (time.perf_counter() - started), len(text))
+        before, after = cursor.sides(buffer)
+        self.suggestion = Suggestion(cursor.uri, before, text, after, shown)
+        return text
+
+    async def _read_ahead(self, cursor: CursorPosition) -> None:
+        """Reads a place's context into the prefix cache. Errors are left to be reported by what the user asks
+        for."""
+        await asyncio.sleep(self.settings.rest_ms / 1000)
+        if cursor.uri in self.buffers and self._source and not self._is_unwanted(cursor):
+            with contextlib.suppress(ValueError, OSError, ImportError, Busy):
+                source = await asyncio.shield(self._source)
+                if hole := await asyncio.to_thread(self._hole, cursor, True):
+                    await source.fill(self._ask_for(hole, 0))
+
+    def _ask_for(self, hole: Fill, max_tokens: int) -> Ask:
+        settings = self.settings
+        return Ask(
+            hole,
+            max_tokens,
+            adapter=None if settings.adapter == "auto" else settings.adapter,
+            session=self.session,
+            client=self.session,
+            prompt_seconds=settings.time_budget_ms / 1000,
+            predict_seconds=settings.predict_ms / 1000,
+        )
+
+    def _hole(self, cursor: CursorPosition, may_walk: bool) -> Fill | None:
+        """The text around a place, and other files; None where the file must not be read. Runs in a
+        thread."""
+        buffers = dict(self.buffers)
+        buffer = buffers.pop(cursor.uri, None)
+        if buffer is None:
+            return None
+        if buffer.path and (reason := self.context.policy.refusal(buffer.path, buffer.language)):
+            self.context.log_once(f"{buffer.path} gets no completions: {reason}")
+            return None
+        prefix, suffix = redact_at_cursor(*window(*cursor.sides(buffer), REDACTION_MARGIN))
+        prefix, suffix = window(prefix, suffix)
+        files: list[File] = []
+        if self.settings.context != "none":
+            imports = self.settings.context == "imports"
+            files = self.context.collect(buffer, buffers.values(), imports, may_walk)
+        path = self.context.prompt_path(buffer.path) if buffer.path and files else None
+        return Fill(prefix, suffix, path, tuple(files), self.settings.mode, self._trim(suffix))
+
+    def _trim(self, suffix: str) -> Trim:
+        """ "auto" keeps a line where a word follows the cursor on it, else a block."""
+        if self.settings.trim != "auto":
+            return self.settings.trim
+        return "line" if re.match(r"[^\n]*\w", suffix) else "block"
+
+    def _is_unwanted(self, cursor: CursorPosition) -> bool:
+        """Whether suggestions are off here, or the cursor is inside a word and the user did not ask."""
+        buffer = self.buffers[cursor.uri]
+        if not self.settings.enabled or buffer.language in self.settings.disabled_languages:
+            return True
+        around = buffer.text[cursor.end - 1 : cursor.end + 1] if cursor.end else ""
+        return cursor.automatic and not cursor.chosen and bool(re.fullmatch(r"\w\w", around))
+
     def _interrupt(self) -> None:
-        for task in (self._reading, self._asking and self._asking[1]):
+        for task in (self._reading_ahead, self._request and self._request[1]):
             if task:
                 task.cancel()
 
-    def _complain(self, error: Exception) -> None:
-        """Once, until something has worked again."""
-        if str(error) not in self._complaints:
-            self._complaints.add(str(error))
-            self.tell(str(error), types.MessageType.Error)
+    def _report_once(self, error: Exception) -> None:
+        """Shows an error, and not again until something has worked."""
+        if str(error) not in self._reported_errors:
+            self._reported_errors.add(str(error))
+            self.log(str(error), types.MessageType.Error)
             self.window_show_message(types.ShowMessageParams(types.MessageType.Error, f"codegemma: {error}"))
 
 
-def window(prefix: str, suffix: str, more: int = 0) -> tuple[str, str]:
-    """What is nearest to the cursor, in whole lines."""
-    drop = -(-max(0, len(prefix) - MOST_PREFIX - more) // STEP) * STEP
-    if drop:
-        prefix = prefix[prefix.find("\n", drop, len(prefix) - STEP) + 1 or drop :]
-    if len(suffix) > MOST_SUFFIX + more:
-        suffix = suffix[: suffix.rfind("\n", 0, MOST_SUFFIX + more) + 1 or MOST_SUFFIX + more]
+def window(prefix: str, suffix: str, margin: int = 0) -> tuple[str, str]:
+    """The text nearest to the cursor in whole lines: MAX_PREFIX and MAX_SUFFIX characters, each and `margin`
+    more."""
+    excess = max(0, len(prefix) - MAX_PREFIX - margin)
+    if drop := -(-excess // WINDOW_STEP) * WINDOW_STEP:
+        prefix = prefix[prefix.find("\n", drop, len(prefix) - WINDOW_STEP) + 1 or drop :]
+    size = MAX_SUFFIX + margin
+    if len(suffix) > size:
+        suffix = suffix[: suffix.rfind("\n", 0, size) + 1 or size]
     return prefix, suffix
 
 
-def _path(uri: str) -> Path | None:
-    path = to_fs_path(uri) if uri.startswith("file:") else None
-    return Path(path) if path else None
-
-
 # ------------------------------------------------------------------------------------------------- features
-async def inline_completion(ls: Server, params: types.InlineCompletionParams) -> types.InlineCompletionList:
-    """An empty list, not null, where there is nothing: editors take null for no news and go on showing the old text."""
-    found = ls.documents.get(params.text_document.uri)
-    if found is None:
+async def inline_completion(
+    server: EditorServer, params: types.InlineCompletionParams
+) -> types.InlineCompletionList:
+    """Where there is nothing, an empty list: editors take null for no change, and go on showing the old
+    text."""
+    uri, chosen = params.text_document.uri, params.context.selected_completion_info
+    buffer = server.buffers.get(uri)
+    if buffer is None:
         return types.InlineCompletionList([])
-    text, chosen = found[0], params.context.selected_completion_info
-    at = text.offset(params.position.line, params.position.character)
     automatic = params.context.trigger_kind == types.InlineCompletionTriggerKind.Automatic
-    place, span = Place(params.text_document.uri, at, at, automatic=automatic), _span(text, at, at)
-    if chosen:
-        start, end = (
-            text.offset(edge.line, edge.character) for edge in (chosen.range.start, chosen.range.end)
-        )
-        place, span = Place(place.uri, start, end, chosen.text, automatic), chosen.range
-    added = (await ls.suggest(place)).replace("\n", text.newline)
-    return types.InlineCompletionList(
-        [types.InlineCompletionItem(place.chosen + added, range=span)] if added else []
-    )
+    span = chosen.range if chosen else types.Range(params.position, params.position)
+    start, end = (buffer.offset(edge.line, edge.character) for edge in (span.start, span.end))
+    cursor = CursorPosition(uri, start, end, chosen.text if chosen else "", automatic)
+    added = (await server.suggest(cursor)).replace("\n", buffer.newline)
+    span = span if chosen else _range(buffer, start, end)
+    items = [types.InlineCompletionItem(cursor.chosen + added, range=span)] if added else []
+    return types.InlineCompletionList(items)
 
 
-async def completion(ls: Server, params: types.CompletionParams) -> types.CompletionList:
-    """The same as one entry of the pop-up. It replaces the word before the cursor by itself, so that filters let it pass."""
-    found = ls.documents.get(params.text_document.uri)
-    if found is None:
+async def completion(server: EditorServer, params: types.CompletionParams) -> types.CompletionList:
+    """The suggestion as one entry of the pop-up.
+
+    It replaces the word before the cursor by a text that begins with that word, so that the editor's filter
+    keeps it.
+    """
+    buffer = server.buffers.get(params.text_document.uri)
+    if buffer is None:
         return types.CompletionList(True, [])
-    text = found[0]
-    at = text.offset(params.position.line, params.position.character)
-    asked = params.context is None or params.context.trigger_kind == types.CompletionTriggerKind.Invoked
-    added = await ls.suggest(Place(params.text_document.uri, at, at, automatic=not asked))
+    offset = buffer.offset(params.position.line, params.position.character)
+    context = params.context
+    automatic = context is not None and context.trigger_kind != types.CompletionTriggerKind.Invoked
+    added = await server.suggest(
+        CursorPosition(params.text_document.uri, offset, offset, automatic=automatic)
+    )
     if not added:
         return types.CompletionList(True, [])
-    word = re.search(r"\w*$", text.text[max(0, at - 100) : at])
-    start = at - len(word[0] if word else "")
-    whole = text.text[start:at] + added
-    label = next(line for line in whole.splitlines() if line.strip()).strip()
+    word = re.search(r"\w*$", buffer.text[max(0, offset - 100) : offset])
+    start = offset - len(word[0] if word else "")
+    text = buffer.text[start:offset] + added
+    label = next(line for line in text.splitlines() if line.strip()).strip()
     item = types.CompletionItem(
-        label + " …" * (whole.strip() != label),
+        label + " …" * (text.strip() != label),
         kind=types.CompletionItemKind.Text,
         detail="codegemma",
-        documentation=_documentation(ls, whole, found[1]),
+        documentation=_documentation(server, text, buffer.language),
         sort_text=" ",
-        filter_text=whole,
+        filter_text=text,
         insert_text_mode=types.InsertTextMode.AsIs,
         insert_text_format=types.InsertTextFormat.PlainText,
-        text_edit=types.TextEdit(_span(text, start, at), whole.replace("\n", text.newline)),
+        text_edit=types.TextEdit(_range(buffer, start, offset), text.replace("\n", buffer.newline)),
     )
     return types.CompletionList(True, [item])
 
 
-def _documentation(ls: Server, code: str, language: str) -> types.MarkupContent | str:
-    document = ls.client_capabilities.text_document
+def _documentation(server: EditorServer, code: str, language: str) -> types.MarkupContent | str:
+    document = server.client_capabilities.text_document
     item = document.completion.completion_item if document and document.completion else None
     if item and types.MarkupKind.Markdown in (item.documentation_format or ()):
         return types.MarkupContent(types.MarkupKind.Markdown, f"```{language}\n{code}\n```")
     return code
 
 
-def document_highlight(ls: Server, params: types.DocumentHighlightParams) -> None:
-    """Highlights nothing: editors ask for it where the cursor rests, which they tell in no other way."""
-    cursor_rests(ls, params)
-
-
-def cursor_rests(ls: Server, params: Any) -> None:
+def cursor_rests(server: EditorServer, params: Any) -> None:
+    """Also stands for documentHighlight, which editors send where the cursor rests; it highlights nothing."""
     uri = (params.text_document if hasattr(params, "text_document") else params.textDocument).uri
-    if found := ls.documents.get(uri):
-        ls.rest(uri, found[0].offset(params.position.line, params.position.character))
+    if buffer := server.buffers.get(uri):
+        server.cursor_rests(uri, buffer.offset(params.position.line, params.position.character))
 
 
-async def configuration_changed(ls: Server, params: types.DidChangeConfigurationParams) -> None:
-    """Where a client can be asked it is: what it sends along is often empty."""
-    workspace = ls.client_capabilities.workspace
+async def configuration_changed(server: EditorServer, params: types.DidChangeConfigurationParams) -> None:
+    """Asks the client for its settings where it can be asked: those that it sends along are often empty."""
+    workspace = server.client_capabilities.workspace
     if workspace and workspace.configuration:
         section = types.ConfigurationParams([types.ConfigurationItem(section="codegemma")])
-        found = await ls.workspace_configuration_async(section)
-        if found and isinstance(found[0], Mapping) and found[0]:
-            ls.configure(found[0])
+        sections = await server.workspace_configuration_async(section)
+        if sections and isinstance(sections[0], Mapping) and sections[0]:
+            server.configure(sections[0])
     elif isinstance(params.settings, Mapping) and "codegemma" in params.settings:
-        ls.configure(params.settings)
+        server.configure(params.settings)
 
 
-async def initialized(ls: Server, params: types.InitializedParams) -> None:
-    workspace = ls.client_capabilities.workspace
-    if (
-        workspace
-        and workspace.did_change_configuration
-        and workspace.did_change_configuration.dynamic_registration
-    ):
-        ls.client_register_capability(
-            types.RegistrationParams(
-                [
-                    types.Registration(
-                        "settings", types.WORKSPACE_DID_CHANGE_CONFIGURATION, {"section": "codegemma"}
-                    )
-                ]
-            )
-        )
-    await configuration_changed(ls, types.DidChangeConfigurationParams({}))
+async def initialized(server: EditorServer, params: types.InitializedParams) -> None:
+    workspace = server.client_capabilities.workspace
+    changes = workspace and workspace.did_change_configuration
+    if changes and changes.dynamic_registration:
+        method, options = types.WORKSPACE_DID_CHANGE_CONFIGURATION, {"section": "codegemma"}
+        registration = types.Registration("settings", method, options)
+        server.client_register_capability(types.RegistrationParams([registration]))
+    await configuration_changed(server, types.DidChangeConfigurationParams({}))
 
 
-def initialize(ls: Server, params: types.InitializeParams) -> None:
-    ls.hello(params)
+def initialize(server: EditorServer, params: types.InitializeParams) -> None:
+    server.connect(params)
 
 
-async def shutdown(ls: Server, params: None) -> None:
-    await ls.goodbye()
+async def shutdown(server: EditorServer, params: None) -> None:
+    await server.disconnect()
 
 
 FEATURES: dict[str, Callable[..., Any]] = {
@@ -537,23 +469,23 @@ FEATURES: dict[str, Callable[..., Any]] = {
     types.INITIALIZED: initialized,
     types.SHUTDOWN: shutdown,
     types.TEXT_DOCUMENT_INLINE_COMPLETION: inline_completion,
-    types.TEXT_DOCUMENT_DOCUMENT_HIGHLIGHT: document_highlight,
+    types.TEXT_DOCUMENT_DOCUMENT_HIGHLIGHT: cursor_rests,
     types.WORKSPACE_DID_CHANGE_CONFIGURATION: configuration_changed,
     CURSOR: cursor_rests,
 }
 OPTIONS: dict[str, Any] = {types.TEXT_DOCUMENT_INLINE_COMPLETION: types.InlineCompletionOptions()}
 
 
-def _span(text: Text, start: int, end: int) -> types.Range:
-    return types.Range(types.Position(*text.position(start)), types.Position(*text.position(end)))
+def _range(buffer: Buffer, start: int, end: int) -> types.Range:
+    return types.Range(types.Position(*buffer.position(start)), types.Position(*buffer.position(end)))
 
 
-def serve(open_source: Callable[[], Source]) -> None:
+def serve(open_source: Callable[[], SuggestionSource]) -> None:
     """Speaks LSP over stdin and stdout until the editor leaves. Whatever else prints goes to stderr."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    server = Server(open_source)
+    server = EditorServer(open_source)
     server.start_io(sys.stdin.buffer, out)
-    server.forget()  # an editor that died said no goodbye
+    server.end_suggestion()  # where the editor died without a shutdown request
     sys.stderr.flush()
-    os._exit(0 if server.protocol._shutdown else 1)  # the engine's thread needs not be waited for
+    os._exit(0 if server.protocol._shutdown else 1)  # without waiting for the engine's thread

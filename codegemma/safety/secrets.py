@@ -1,0 +1,103 @@
+"""The secrets policy: which files are never read into a prompt, and what is replaced in the others.
+
+The language server and the server's fill-in-the-middle routes use it. scripts/secret_names.py writes the
+tables of names into the VS Code extension. What counts as a secret in a text is in
+codegemma/data/rules/secrets.toml.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from codegemma.prompts import File
+
+if TYPE_CHECKING:
+    from codegemma.data.clean import Finding
+
+# Patterns are in lower case and match the whole name; * stands for any characters. Names are compared without
+# case.
+SECRET_FOLDERS = (".ssh", ".gnupg", ".aws")
+SECRET_FILES = (
+    *(".env", ".env.*", ".envrc", "*.env"),
+    *("*.pem", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.asc", "*.gpg"),
+    *("*.tfvars", "*.tfstate", "*.tfstate.backup", "kubeconfig", "known_hosts", "authorized_keys"),
+    *(".netrc", "_netrc", ".npmrc", ".pypirc", ".pgpass", ".htpasswd", ".git-credentials", ".dockercfg"),
+    *("service-account*.json", "service_account*.json"),
+)
+# These names may belong to source code as well (`secrets.py`, `credentials.go`), which is read.
+SECRET_FILES_UNLESS_CODE = (
+    *("*.key", "credentials", "credentials.*", "secret.*", "secrets.*"),
+    *("id_rsa", "id_rsa.*", "id_dsa", "id_dsa.*", "id_ecdsa", "id_ecdsa.*", "id_ed25519", "id_ed25519.*"),
+)
+# Source code by extension, and by the names that editors give to languages. Shell is missing on purpose:
+# editors show `.env` files as shell scripts, and a `secrets.sh` is mostly a list of passwords.
+CODE_EXTENSIONS = (
+    *("c", "cc", "cpp", "cs", "cxx", "h", "hh", "hpp", "m", "mm", "d", "go", "rs", "swift", "zig", "nim"),
+    *("py", "pyi", "rb", "php", "pl", "lua", "r", "jl", "js", "jsx", "mjs", "cjs", "ts", "tsx", "mts", "cts"),
+    *("java", "kt", "kts", "scala", "groovy", "clj", "dart", "ex", "exs", "erl", "hs", "ml", "fs", "vb"),
+    *("vue", "svelte"),
+)
+CODE_LANGUAGES = (
+    *("c", "cpp", "csharp", "cs", "objective-c", "objc", "objective-cpp", "d", "go", "rust", "swift", "zig"),
+    *("nim", "python", "ruby", "php", "perl", "lua", "r", "julia", "javascript", "javascriptreact"),
+    *("typescript", "typescriptreact", "java", "kotlin", "scala", "groovy", "clojure", "dart", "elixir"),
+    *("erlang", "haskell", "ocaml", "fsharp", "vb", "vue", "svelte"),
+)
+PERSONAL_DATA = frozenset(
+    ("e-mail", "author", "ipv4", "ipv6", "phone")
+)  # kinds of finding that are not secrets
+
+
+def is_secret_name(path: str, language: str = "") -> bool:
+    """Whether a file may never be read into a prompt, by its path alone.
+
+    `path` may have either kind of slash. `language` is the editor's name for the document's language, where
+    it is known: it decides for names such as `*.key` that are code in some projects.
+    """
+    *folders, name = re.split(r"[/\\]", path.lower())
+    if any(folder in SECRET_FOLDERS for folder in folders) or _matches(name, SECRET_FILES):
+        return True
+    is_code = name.rpartition(".")[2] in CODE_EXTENSIONS or language in CODE_LANGUAGES
+    return not is_code and _matches(name, SECRET_FILES_UNLESS_CODE)
+
+
+def find_secrets(text: str) -> list[Finding]:
+    """The credentials in a text, in order and without overlap. Personal data is not among them."""
+    from codegemma.data.clean import default_redactor
+
+    return [finding for finding in default_redactor().find(text) if finding.kind not in PERSONAL_DATA]
+
+
+@lru_cache(64)  # editors send the same files with every keystroke
+def redact(text: str) -> str:
+    """The text with every secret replaced by a fake value."""
+    return "".join(redact_at_cursor(text, ""))
+
+
+def redact_at_cursor(prefix: str, suffix: str) -> tuple[str, str]:
+    """The text before and after a cursor with every secret replaced, also one that the cursor stands in."""
+    text, cursor, end = prefix + suffix, len(prefix), 0
+    before, after = "", ""
+    for finding in find_secrets(text):
+        before += text[end : min(finding.start, cursor)]
+        after += text[max(end, cursor) : finding.start]
+        split = len(finding.fake) if finding.end <= cursor else max(0, cursor - finding.start)
+        before += finding.fake[:split]
+        after += finding.fake[split:]
+        end = finding.end
+    return before + text[end:cursor], after + text[max(end, cursor) :]
+
+
+def safe_files(files: Sequence[File]) -> tuple[File, ...]:
+    """Other files as they may stand in a prompt: those with a secret name are left out, the others
+    redacted."""
+    return tuple(replace(file, text=redact(file.text)) for file in files if not is_secret_name(file.path))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
