@@ -441,10 +441,10 @@ VENDORED = frozenset(
 
 def _folder(source: Source, limits: Limits) -> Iterator[Document | Outcome]:
     remote, commit = git_state(source.path)
-    yield from _documents(source, lambda: _walk(source.path), limits, commit, remote or source.name)
+    yield from _documents(source, lambda: walk(source.path), limits, commit, remote or source.name)
 
 
-def _walk(root: Path) -> Iterator[_Entry]:
+def walk(root: Path) -> Iterator[_Entry]:
     """Files in path order. Links are not followed, so nothing outside the root and no loop is read."""
     from pathspec import GitIgnoreSpec
 
