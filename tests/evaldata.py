@@ -1,4 +1,5 @@
-"""The benchmark files, where this machine has them; they may not be stored here. And a model that needs no weights."""
+"""The benchmark files, where this machine has them (they may not be stored here), and a model without
+weights."""
 
 import os
 from pathlib import Path
@@ -7,24 +8,24 @@ from types import SimpleNamespace
 import pytest
 
 from codegemma.evals.records import Records
-from codegemma.evals.task import Completion, Score
+from codegemma.evals.task import ModelOutput, Score
 
 FOLDER = Path(os.environ.get("CODEGEMMA_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 
 
 def records(name):
-    found = Records(FOLDER if FOLDER.is_dir() else None, offline=True)
-    if not found.maybe(name):
+    files = Records(FOLDER if FOLDER.is_dir() else None, offline=True)
+    if not files.maybe(name):
         pytest.skip(f"no {name} files in CODEGEMMA_DATA or ../shared/data")
-    return found
+    return files
 
 
-def said(text, reason="token"):
-    return Completion(text, list(text.encode()), reason, 0.5)
+def output_of(text, reason="token"):
+    return ModelOutput(text, list(text.encode()), reason, 0.5)
 
 
 class Letters:
-    """One id per byte; the control ids follow."""
+    """A tokenizer with one id per byte; the control ids follow."""
 
     control = SimpleNamespace(
         bos=256,
@@ -48,21 +49,25 @@ class Letters:
 
 
 class Fixed:
-    """Answers from a function of the prompt's text; likelihoods from a function of the continuation's."""
+    """An EvaluatedModel that answers by functions: `answer(prompt, number)` and `logprob(context,
+    continuation)`.
+
+    With `broken_after`, it is interrupted after so many answers.
+    """
 
     name, tokenizer = "fixed", Letters()
 
     def __init__(self, answer=None, logprob=None, broken_after=None):
-        self.answer, self.logprob, self.left, self.asked = answer, logprob, broken_after, []
+        self.answer, self.logprob, self.remaining, self.asked = answer, logprob, broken_after, []
 
-    def sample(self, prompts, *, max_tokens, stop_ids, stop, temperature, top_p, seed, n):
-        for at in reversed(range(len(prompts))):
-            self.asked.append(prompts[at])
-            for number in range(n):
-                if self.left == 0:
+    def sample(self, prompts, decoding):
+        for i in reversed(range(len(prompts))):
+            self.asked.append(prompts[i])
+            for number in range(decoding.samples):
+                if self.remaining == 0:
                     raise KeyboardInterrupt
-                self.left = self.left and self.left - 1
-                yield at, number, said(self.answer(self.tokenizer.decode(prompts[at]), number))
+                self.remaining = self.remaining and self.remaining - 1
+                yield i, number, output_of(self.answer(self.tokenizer.decode(prompts[i]), number))
 
     def score(self, pairs):
         return [

@@ -1,9 +1,10 @@
+import os
 import shutil
 
 import pytest
-from evaldata import records, said
+from evaldata import output_of, records
 
-from codegemma.evals import code, infill
+from codegemma.evals import code, doctor, infill
 from codegemma.evals.languages import LANGUAGES, Toolchain
 from codegemma.evals.task import Item
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is
 
 def share(program, items, texts):
     """(right, all), with more time than the benchmarks give: the machine may be busy."""
-    verdicts = dict(code.judge_python(program, 120.0, items, [said(text) for text in texts]))
+    verdicts = dict(code.judge_python(program, 120.0, items, [output_of(text) for text in texts]))
     assert len(verdicts) == len(items)
     return sum(verdict.passed for verdict in verdicts.values()), len(items)
 
@@ -43,7 +44,7 @@ def test_infilling_references_pass_and_the_newline_belongs_to_the_middle():
     gold = [item.target["canonical_solution"] for item in items]
     assert share(infill.infill_program, items, gold) == (len(items), len(items))
     assert share(infill.infill_program, items, [text.rstrip("\n") for text in gold])[0] < 0.6 * len(items)
-    remarked = [said(text + "# so\n" * (i % 2)) for i, text in enumerate(gold[:6])]
+    remarked = [output_of(text + "# so\n" * (i % 2)) for i, text in enumerate(gold[:6])]
     verdicts = [verdict for _, verdict in sorted(task.judge(items[:6], remarked), key=lambda pair: pair[0])]
     assert [(verdict.passed, verdict.exact) for verdict in verdicts] == [(True, True), (True, False)] * 3
 
@@ -66,13 +67,14 @@ def test_verdicts_equal_the_reference_harness():
     ]
     theirs = [execution.check_correctness(item.target, text, 3.0)["passed"] for item, text in answers]
     ours = dict(
-        code.TASKS["humaneval"].judge([item for item, _ in answers], [said(text) for _, text in answers])
+        code.TASKS["humaneval"].judge([item for item, _ in answers], [output_of(text) for _, text in answers])
     )
     assert [ours[i].passed for i in range(len(answers))] == theirs
     assert sum(theirs) == 8
 
 
-# BabelCode has reworded these questions for the languages without tuples and None; the references answer the old ones.
+# BabelCode has reworded these questions for the languages without tuples and None; the references answer the
+# old ones.
 REWORDED = {
     "12": "out = out or ''",
     "22": "out = [int(x) for x in words[0] if x.isdigit()]",
@@ -105,7 +107,8 @@ def test_babelcode_references_in_python():
     assert len(code.TASKS["babelcode-mbpp-go"].items(records("babelcode-mbpp"))[0]) == 342
 
 
-# The first problem: are any two numbers closer than the threshold? As a model writes it, run on after its stop.
+# The first problem: are any two numbers closer than the threshold? As a model writes it, run on after its
+# stop.
 CLOSE = {
     "cpp": """
     for (size_t i = 0; i < numbers.size(); i++)
@@ -193,7 +196,7 @@ def test_every_language_tells_right_from_wrong(key):
     right = CLOSE[key]
     wrong = FORGED[key] + right.replace("< threshold", "> threshold")  # and prints the verdict it would like
     broken = right.replace("return", "retrun (")
-    verdicts = dict(task.judge([item] * 3, [said(text) for text in (right, wrong, broken)]))
+    verdicts = dict(task.judge([item] * 3, [output_of(text) for text in (right, wrong, broken)]))
     assert [verdicts[i].passed for i in range(3)] == [True, False, False], [
         v.output for v in verdicts.values()
     ]
@@ -206,6 +209,20 @@ def test_a_missing_language_says_how_to_install_it(monkeypatch):
         Toolchain.find("rust")
 
 
+@pytest.mark.parametrize("script", ["echo no default toolchain >&2; exit 1", "exit 0", "kill -9 $$"])
+def test_a_compiler_that_is_there_but_broken_is_reported(script, tmp_path, monkeypatch):
+    """As rustup's proxy is without a toolchain: not a crash, but a language that is not ready."""
+    for tool in ("rustc", "g++", "node", "go", "javac"):
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for key in ("rust", "cpp", "javascript", "go", "java"):
+        with pytest.raises(LookupError, match="is there but broken.*(install|repair)"):
+            Toolchain.find(key)
+    ready = {key: (held, message) for key, held, message in doctor.languages()}
+    assert not ready["rust"][0] and "broken" in ready["rust"][1] and ready["python"][0]
+
+
 def test_braces_that_a_stop_cut_are_put_back():
     item = Item("x", "class Solution {\n    int f() {\n")
     for text in (
@@ -213,11 +230,11 @@ def test_braces_that_a_stop_cut_are_put_back():
         "        return 1;\n    }\n    int g() {",
         "        return 1;\n    }",
     ):
-        assert code.babelcode_body("java", item, said(text)).count("}") == 2
-    assert code.babelcode_body("java", item, said("        return 1;", "stop")).endswith(
+        assert code.babelcode_body("java", item, output_of(text)).count("}") == 2
+    assert code.babelcode_body("java", item, output_of("        return 1;", "stop")).endswith(
         "return 1;\n    }\n}"
     )
-    assert code.babelcode_body("java", item, said("        return 1;", "length")).count("}") == 0
+    assert code.babelcode_body("java", item, output_of("        return 1;", "length")).count("}") == 0
 
 
 def test_left_to_right_keeps_as_many_lines_as_were_removed():

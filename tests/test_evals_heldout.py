@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tree_sitter")
 
-from evaldata import said
+from evaldata import output_of
 from vocabularies import small
 
 from codegemma.data.documents import Document
@@ -28,17 +28,22 @@ def tokenizer():
 
 
 class Oracle:
-    """Right where the hole is on one line, else never ending; -2 nats a token without the suffix, -1 with it."""
+    """Right where the hole is on one line, else never ending; -2 nats a token without the suffix, -1 with
+    it."""
 
     def __init__(self, tokenizer, holes):
         self.name, self.tokenizer = "oracle", tokenizer
         self.middles = {(hole.prefix, hole.suffix): hole.middle for hole in holes}
 
-    def sample(self, prompts, *, max_tokens, **_):
-        for at in reversed(range(len(prompts))):
-            found = parse_fim(self.tokenizer, prompts[at])
-            middle = self.middles[found.prefix, found.suffix]
-            yield at, 0, said(middle) if "\n" not in middle else said(middle + "x" * len(middle), "length")
+    def sample(self, prompts, decoding):
+        for i in reversed(range(len(prompts))):
+            parts = parse_fim(self.tokenizer, prompts[i])
+            middle = self.middles[parts.prefix, parts.suffix]
+            yield (
+                i,
+                0,
+                output_of(middle) if "\n" not in middle else output_of(middle + "x" * len(middle), "length"),
+            )
 
     def score(self, pairs):
         suffix, end = self.tokenizer.control.fim_suffix, self.tokenizer.control.file_separator

@@ -4,16 +4,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from evaldata import Fixed, Letters, records, said
+from evaldata import Fixed, Letters, output_of, records
 from typer.testing import CliRunner
 
 from codegemma.cli import evals as cli
 from codegemma.evals import language
 from codegemma.evals.records import Records
-from codegemma.evals.remote import Remote
+from codegemma.evals.remote import RemoteModel
 from codegemma.evals.report import compare_runs, load, write
-from codegemma.evals.run import CARD, TASKS, Settings, run
-from codegemma.evals.task import Choose, Generate, Item, Verdict
+from codegemma.evals.run import CARD, TASKS, EvalSettings, run
+from codegemma.evals.task import ChoiceTask, Decoding, GenerationTask, Item, Verdict
 
 
 def echo_items(_):
@@ -25,8 +25,8 @@ def echo_judge(items, completions):
         yield i, Verdict(completion.text.startswith(item.target), "judged", output="at 0x7f0011223344")
 
 
-ECHO = Generate("echo", "Echo", echo_items, echo_judge)
-PAIRS = Choose(
+ECHO = GenerationTask("echo", "Echo", echo_items, echo_judge)
+PAIRS = ChoiceTask(
     "pairs",
     "Pairs",
     lambda _: (
@@ -40,8 +40,8 @@ def even(prompt, number):
     return prompt.split()[-1] if (int(prompt.split()[-1]) + number) % 2 == 0 else "no"
 
 
-def test_a_run_is_the_same_bytes_and_goes_on_where_it_was_stopped(tmp_path):
-    settings = Settings(samples=3, temperature=0.5)
+def test_a_run_is_the_same_bytes_and_resumes(tmp_path):
+    settings = EvalSettings(samples=3, temperature=0.5)
     summary = run(ECHO, Fixed(even), Records(), tmp_path / "a", settings)
     assert summary["score"] == pytest.approx(0.5) and summary["more"] == {"pass@1": pytest.approx(0.5)}
     with pytest.raises(KeyboardInterrupt):
@@ -55,20 +55,20 @@ def test_a_run_is_the_same_bytes_and_goes_on_where_it_was_stopped(tmp_path):
     assert not list(tmp_path.glob("*/*.part*"))
 
 
-def test_a_torn_line_is_dropped_and_other_settings_are_refused(tmp_path):
+def test_a_line_that_was_cut_off_is_dropped_and_other_settings_are_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(ECHO, Fixed(even, broken_after=4), Records(), tmp_path)
     with (tmp_path / "echo.partial.jsonl").open("a") as file:
         file.write('{"item/3": [{"te')
     with pytest.raises(ValueError, match="of another run"):
-        run(ECHO, Fixed(even), Records(), tmp_path, Settings(seed=1), resume=True)
+        run(ECHO, Fixed(even), Records(), tmp_path, EvalSettings(seed=1), resume=True)
     assert run(ECHO, Fixed(even), Records(), tmp_path, resume=True)["score"] == 0.5
     run(ECHO, untouched := Fixed(even), Records(), tmp_path, resume=True)
     assert not untouched.asked
     with pytest.raises(ValueError, match="of another run"):
-        run(ECHO, Fixed(even), Records(), tmp_path, Settings(seed=1), resume=True)
+        run(ECHO, Fixed(even), Records(), tmp_path, EvalSettings(seed=1), resume=True)
     with pytest.raises(ValueError, match="pass a temperature"):
-        Settings(samples=5)
+        EvalSettings(samples=5)
 
 
 def test_choices_are_scored_by_likelihood(tmp_path):
@@ -90,8 +90,8 @@ def test_the_report_and_the_comparison(tmp_path):
     assert "token 12" in markdown and "0.500" in markdown
     found = compare_runs(tmp_path / "a", tmp_path / "b")["echo"]
     assert (found.difference, len(found.gained), found.lost) == (0.5, 6, [])
-    said = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")]).output
-    assert "echo: +50.0 points" in said and "+ item/1" in said
+    result = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")]).output
+    assert "echo: +50.0 points" in result and "+ item/1" in result
     with pytest.raises(ValueError, match="no finished benchmark"):
         load(tmp_path)
 
@@ -102,13 +102,14 @@ def test_the_command_runs_benchmarks_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cli, "open_model", lambda *_: Fixed(logprob=lambda context, rest: -len(rest)))
     where = ["--data", str(FOLDER), "--out", str(tmp_path)]
-    said = CliRunner().invoke(cli.app, ["boolq", "piqa", "--limit", "20", *where])
-    assert said.exit_code == 0 and "BoolQ" in said.output and (tmp_path / "report.html").exists(), said.output
-    said = CliRunner().invoke(cli.app, ["run", "nonsense"])
-    assert said.exit_code == 2 and "nonsense" in said.output
+    result = CliRunner().invoke(cli.app, ["boolq", "piqa", "--limit", "20", *where])
+    assert result.exit_code == 0 and "BoolQ" in result.output, result.output
+    assert (tmp_path / "report.html").exists()
+    result = CliRunner().invoke(cli.app, ["run", "nonsense"])
+    assert result.exit_code == 2 and "nonsense" in result.output
     monkeypatch.setattr(cli, "open_model", lambda *_: Fixed())
-    said = CliRunner().invoke(cli.app, ["math", "--data", str(tmp_path), "--out", str(tmp_path)])
-    assert said.exit_code == 1 and "hendrycks_math" in said.output
+    result = CliRunner().invoke(cli.app, ["math", "--data", str(tmp_path), "--out", str(tmp_path)])
+    assert result.exit_code == 1 and "hendrycks_math" in result.output
 
 
 def test_the_card_is_the_model_cards_tables():
@@ -219,21 +220,21 @@ def endpoint():
 
 
 def test_a_server_answers_in_place_of_a_model(endpoint, monkeypatch):
-    model = Remote(endpoint, Letters())
+    model = RemoteModel(endpoint, Letters())
     assert model.name == "served"
-    options = {"max_tokens": 5, "stop_ids": frozenset({257}), "temperature": 0.5, "top_p": 1.0, "seed": 1}
-    found = {(at, number): c for at, number, c in model.sample([[1, 2], [3]], stop=["\n"], n=2, **options)}
-    assert {key: c.text for key, c in found.items()} == {
+    decoding = Decoding(5, frozenset({257}), ("\n",), temperature=0.5, seed=1, samples=2)
+    outputs = {(i, number): output for i, number, output in model.sample([[1, 2], [3]], decoding)}
+    assert {key: output.text for key, output in outputs.items()} == {
         (0, 0): "2 1000003",
         (0, 1): "2 1000004",
         (1, 0): "1 1000003",
         (1, 1): "1 1000004",
     }
-    assert {c.stop_reason for c in found.values()} == {"stop"}
+    assert {output.stop_reason for output in outputs.values()} == {"stop"}
     first, second = model.score([([256, 97], [98, 99]), ([256], [97, 99])])
     assert (first.logprobs, first.greedy, second.greedy) == ([-98.0, -99.0], False, True)
     with pytest.raises(ValueError, match="400: .*too hot"):
-        list(model.sample([[256, ord("!")]], stop=[], n=1, **options))
+        list(model.sample([[256, ord("!")]], Decoding(5, frozenset({257}), temperature=0.5, seed=1)))
     monkeypatch.setattr(Server, "echoes", False)
     with pytest.raises(ValueError, match="use vLLM, or a local model"):
         model.score([([256], [97])])
@@ -242,7 +243,7 @@ def test_a_server_answers_in_place_of_a_model(endpoint, monkeypatch):
 
 def test_a_server_that_is_not_there():
     with pytest.raises(ValueError, match="is the server running"):
-        Remote("http://127.0.0.1:9", Letters(), "x").score([([1], [2])])
+        RemoteModel("http://127.0.0.1:9", Letters(), "x").score([([1], [2])])
 
 
 def test_trivia_accepts_any_alias():
@@ -250,7 +251,7 @@ def test_trivia_accepts_any_alias():
         "x", target={"value": "Sunset Boulevard", "aliases": ["Sunset Blvd"], "normalized_aliases": []}
     )
     texts = [" The Sunset Boulevard!\nQuestion: more", "sunset blvd.", "Sunset"]
-    assert [v.passed for _, v in language.judge_trivia([item] * 3, [said(t) for t in texts])] == [
+    assert [v.passed for _, v in language.judge_trivia([item] * 3, [output_of(t) for t in texts])] == [
         True,
         True,
         False,

@@ -2,7 +2,7 @@ import itertools
 import re
 
 import pytest
-from evaldata import Letters, said
+from evaldata import Letters, output_of
 from scipy.stats import binomtest
 
 from codegemma.evals.language import normalise
@@ -71,9 +71,9 @@ def test_subset_is_fixed_and_in_order():
 
 
 def test_cutting_at_the_first_stop():
-    assert cut(said("a\ndef b\nclass"), ["\nclass", "\ndef"]) == ("a", True)
-    assert cut(said("abc"), ["\n"]) == ("abc", False)
-    assert cut(said("abc", "stop"), ["\n"]) == ("abc", True)
+    assert cut(output_of("a\ndef b\nclass"), ["\nclass", "\ndef"]) == ("a", True)
+    assert cut(output_of("abc"), ["\n"]) == ("abc", False)
+    assert cut(output_of("abc", "stop"), ["\n"]) == ("abc", True)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_gsm8k_answers(text, strict, flexible):
 def test_gsm8k_verdicts():
     items = [Item("x", target="so it is\n#### 1,000")] * 3
     texts = ["... #### 1000\nQuestion: next #### 5", "the answer is 1000", "#### 10"]
-    assert [v.outcome for _, v in judge_gsm8k(items, [said(t) for t in texts])] == [
+    assert [v.outcome for _, v in judge_gsm8k(items, [output_of(t) for t in texts])] == [
         "strict+flexible",
         "flexible",
         "wrong",
@@ -123,7 +123,9 @@ def test_gsm8k_verdicts():
 def test_math_answers_are_compared_as_mathematics(wanted, answer, equal):
     pytest.importorskip("math_verify")
     item = Item("x", target=rf"We find \boxed{{{wanted}}}.")
-    [(_, verdict)] = judge_math([item], [said(rf"Thus \boxed{{{answer}}}." if answer else "I do not know")])
+    [(_, verdict)] = judge_math(
+        [item], [output_of(rf"Thus \boxed{{{answer}}}." if answer else "I do not know")]
+    )
     assert verdict.passed is equal
 
 

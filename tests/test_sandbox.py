@@ -49,7 +49,7 @@ def test_attacks_work_where_nothing_stops_them(name, tmp_path):
     """An attack that fails anywhere would prove nothing."""
     (tmp_path / "secret").write_text("x")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        source = ATTACKS[name][0].replace("SECRET", repr(str(tmp_path / "secret")))
+        source = ATTACKS[name].program.replace("SECRET", repr(str(tmp_path / "secret")))
         source = source.replace("HOST", str(server.getsockname()[1])).replace(
             "/proc/1/", f"/proc/{os.getpid()}/"
         )

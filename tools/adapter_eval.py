@@ -22,10 +22,10 @@ from adapter_data import CACHE
 from codegemma import load
 from codegemma.data.documents import Document
 from codegemma.evals import heldout
-from codegemma.evals.local import Local
+from codegemma.evals.local import LocalModel
 from codegemma.evals.records import Records
 from codegemma.evals.report import compare_runs
-from codegemma.evals.run import TASKS, Settings, run
+from codegemma.evals.run import TASKS, EvalSettings, run
 from codegemma.evals.task import compare
 
 FIM_TASKS = {kind: (f"infill-{kind}", f"infill-{kind}-spm") for kind in ("single", "multi")}
@@ -40,18 +40,18 @@ def documents(rows: Path) -> list[Document]:
     ]
 
 
-def held_out(model: Local, found: list[Document], holes: int, plain: int) -> dict[str, Any]:
+def held_out(model: LocalModel, found: list[Document], holes: int, plain: int) -> dict[str, Any]:
     report = heldout.measure(model, heldout.holes(found, model.tokenizer, holes)) if holes else {}
     return report | ({"left_to_right": heldout.left_to_right(model, found, plain)} if plain else {})
 
 
 def infilling(
-    model: Local, names: list[str], data: Path, out: Path, limits: dict[str, int | None]
+    model: LocalModel, names: list[str], data: Path, out: Path, limits: dict[str, int | None]
 ) -> dict[str, Any]:
     records = Records(data, offline=True)
     kept = ("score", "low", "high", "more", "items", "outcomes")
     summaries = {
-        name: run(TASKS[name], model, records, out, Settings(limits[name.split("-")[1]]), resume=True)
+        name: run(TASKS[name], model, records, out, EvalSettings(limits[name.split("-")[1]]), resume=True)
         for name in names
     }
     return {
@@ -197,7 +197,7 @@ def main() -> None:
     if is_base and args.adapter:
         parser.error(f"{args.base} is the model without an adapter")
     loaded = load(args.model, threads=args.threads)
-    model = Local(loaded, loaded.adapter_at(args.adapter) if args.adapter else None)
+    model = LocalModel(loaded, loaded.adapter_at(args.adapter) if args.adapter else None)
     folder = args.out / args.label
     limits = {"single": args.limit, "multi": None if args.multi < 0 else args.multi}
     kinds = [kind for kind in FIM_TASKS if limits[kind] != 0]

@@ -1,4 +1,4 @@
-"""HumanEval, MBPP and BabelCode: prompts, stops and programs as published."""
+"""HumanEval, MBPP and BabelCode: prompts, stop texts and test programs as published."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from functools import cache, partial
 from codegemma import sandbox
 from codegemma.evals.languages import LANGUAGES, Toolchain, python_version
 from codegemma.evals.records import Record, Records
-from codegemma.evals.task import Completion, Generate, Item, Program, Verdict, cut
+from codegemma.evals.task import GenerationTask, Item, Items, ModelOutput, Program, Verdict, cut
 
 HUMANEVAL_SECONDS = 3.0  # its harness's limit
 MBPP_SECONDS = 10.0  # none is published, and a reference solution can take 3 s
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 PYTHON_STOPS = ("\ndef", "\n#", "\nif", "\nclass")
-# BabelCode's stops, and what a stop cuts off a complete function. Kotlin has none there; ours is that of C++ and Rust.
+# BabelCode's stop texts, and the end of a complete function that they cut off. BabelCode has none for Kotlin;
+# ours are those of C++ and Rust.
 BABELCODE_STOPS: dict[str, tuple[tuple[str, ...], str]] = {
     "cpp": (("\n}",), "\n}"),
     "rust": (("\n}",), "\n}"),
@@ -32,24 +33,23 @@ BABELCODE_STOPS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def humaneval_items(records: Records) -> tuple[list[Item], str]:
+    """HumanEval's prompts as they are."""
     return [Item(r["task_id"], r["prompt"], target=r) for r in records("humaneval")], "0-shot"
 
 
-def humaneval_program(item: Item, completion: Completion) -> str:
-    text, _ = cut(completion, HUMANEVAL_STOPS)
+def humaneval_program(item: Item, output: ModelOutput) -> str:
+    """The answer with HumanEval's check behind it."""
+    text, _ = cut(output, HUMANEVAL_STOPS)
     return f"{item.prompt}{text}\n{item.target['test']}\ncheck({item.target['entry_point']})"
 
 
 def mbpp_items(records: Records) -> tuple[list[Item], str]:
+    """MBPP's test split with the three examples of its paper in front."""
     rows = {r["task_id"]: r for r in records("mbpp")}
-    shots = "".join(
-        f"{_mbpp_question(rows[i])}{rows[i]['code'].replace(chr(13), '')}\n[DONE]\n\n" for i in (2, 3, 4)
-    )
-    items = [
-        Item(f"MBPP/{i}", shots + _mbpp_question(r), target=r)
-        for i, r in sorted(rows.items())
-        if 11 <= i <= 510
-    ]
+    solutions = ((rows[i], rows[i]["code"].replace("\r", "")) for i in (2, 3, 4))
+    shots = "".join(f"{_mbpp_question(row)}{solution}\n[DONE]\n\n" for row, solution in solutions)
+    tests = [(i, r) for i, r in sorted(rows.items()) if 11 <= i <= 510]
+    items = [Item(f"MBPP/{i}", shots + _mbpp_question(r), target=r) for i, r in tests]
     return items, "3-shot (ids 2, 3, 4), test split 11-510"
 
 
@@ -61,80 +61,75 @@ def _mbpp_question(record: Record) -> str:
     )
 
 
-def mbpp_program(item: Item, completion: Completion) -> str:
-    text, _ = cut(completion, ("[DONE]",))
+def mbpp_program(item: Item, output: ModelOutput) -> str:
+    """The answer with MBPP's asserts behind it."""
+    text, _ = cut(output, ("[DONE]",))
     return "\n".join([text, item.target["test_setup_code"], *item.target["test_list"]])
 
 
 def judge_python(
-    program: Program, seconds: float, items: Sequence[Item], completions: Sequence[Completion]
+    program: Program, seconds: float, items: Sequence[Item], outputs: Sequence[ModelOutput]
 ) -> Iterator[tuple[int, Verdict]]:
-    """A program that reaches its end within the time has passed. Equal programs are run once."""
-    sources = [program(item, completion) for item, completion in zip(items, completions, strict=True)]
+    """(index, verdict) as programs end. Passed is one that ends within `seconds`; equal programs run once."""
+    sources = [program(item, output) for item, output in zip(items, outputs, strict=True)]
+    indices: dict[str, list[int]] = {}
+    for i, source in enumerate(sources):
+        indices.setdefault(source, []).append(i)
     box = sandbox.default()
     with ThreadPoolExecutor(box.workers) as pool:
-        running = {
-            pool.submit(box.run_python, source, seconds=seconds): source for source in dict.fromkeys(sources)
-        }
-        places: dict[str, list[int]] = {}
-        for i, source in enumerate(sources):
-            places.setdefault(source, []).append(i)
-        for done in as_completed(running):
-            source, result = running[done], done.result()
-            for i in places[source]:
-                yield (
-                    i,
-                    Verdict(
-                        result.outcome == "passed", result.outcome, source, result.stdout + result.stderr
-                    ),
-                )
+        running = {pool.submit(box.run_python, source, seconds=seconds): source for source in indices}
+        for future in as_completed(running):
+            source, result = running[future], future.result()
+            printed = result.stdout + result.stderr
+            for i in indices[source]:
+                yield i, Verdict(result.outcome == "passed", result.outcome, source, printed)
 
 
 def babelcode_items(dataset: str, key: str, records: Records) -> tuple[list[Item], str]:
-    """BC-MBPP is the 342 problems of MBPP's prompt and train splits, the number that the report's figures fit."""
+    """BC-MBPP is the 342 problems of MBPP's prompt and train splits: the report's figures fit that number."""
     rows = [r for r in records(dataset) if r["language"].lower() in (LANGUAGES[key].name.lower(), key)]
     if dataset == "babelcode-mbpp":
         rows = [r for r in rows if int(r["qid"]) <= 10 or int(r["qid"]) > 600]
     items = [Item(f"{r['title']}", r["signature_with_docstring"] + "\n", target=r) for r in rows]
-    return items, "0-shot; records regenerated with BabelCode's generator" if "extension" in rows[
-        0
-    ] else "0-shot"
+    regenerated = "; records regenerated with BabelCode's generator" if "extension" in rows[0] else ""
+    return items, f"0-shot{regenerated}"
 
 
-def babelcode_body(key: str, item: Item, completion: Completion) -> str:
-    """The function, with the closing braces that a stop has cut off."""
+def babelcode_body(key: str, item: Item, output: ModelOutput) -> str:
+    """The function, with the closing braces that a stop text has cut off."""
     stops, closing = BABELCODE_STOPS[key]
-    text, stopped = cut(replace(completion, text=completion.text + "\n"), stops)
-    return item.prompt + text[: len(completion.text)] + (closing if stopped else "")
+    text, stopped = cut(replace(output, text=output.text + "\n"), stops)
+    return item.prompt + text[: len(output.text)] + (closing if stopped else "")
 
 
 def babelcode_program(record: Record, body: str, nonce: str = "") -> str:
-    """The test program around an answer. Test lines carry `nonce`, so that an answer cannot print its own verdict."""
-    head, tail = record["test_code"].replace("TEST-", f"TEST-{nonce}").split("PLACEHOLDER_CODE_BODY")
+    """The test program around an answer. Its test lines carry `nonce`, which an answer cannot know."""
+    parts = record["test_code"].replace("TEST-", f"TEST-{nonce}").split("PLACEHOLDER_CODE_BODY")
     names = {"PLACEHOLDER_FN_NAME": record["entry_fn_name"], "PLACEHOLDER_CLS_NAME": record["entry_cls_name"]}
-    head, tail = (re.sub("|".join(names), lambda match: names[match[0]], part) for part in (head, tail))
-    return head + body + tail
+    before, after = (re.sub("|".join(names), lambda match: names[match[0]], part) for part in parts)
+    return before + body + after
 
 
 def judge_babelcode(
-    key: str, items: Sequence[Item], completions: Sequence[Completion]
+    key: str, items: Sequence[Item], outputs: Sequence[ModelOutput]
 ) -> Iterator[tuple[int, Verdict]]:
-    bodies = [
-        babelcode_body(key, item, completion) for item, completion in zip(items, completions, strict=True)
-    ]
+    """(index, verdict) as programs end."""
+    bodies = [babelcode_body(key, item, output) for item, output in zip(items, outputs, strict=True)]
     yield from run_babelcode(key, [item.target for item in items], bodies)
 
 
 def run_babelcode(
     key: str, records: Sequence[Record], bodies: Sequence[str]
 ) -> Iterator[tuple[int, Verdict]]:
-    """Every test id must have printed PASSED, once, and nothing else."""
+    """Passed is a program that prints PASSED once for each test id, and nothing else of its tests."""
     nonces = [secrets.token_hex(8) + "-" for _ in bodies]
-    secret = [babelcode_program(*each) for each in zip(records, bodies, nonces, strict=True)]
-    for i, result in toolchain(key).run_all(secret, seconds=float(records[0].get("timeouts", [10])[-1])):
-        found = re.findall(rf"^TEST-{nonces[i]}(.+?)\.\.\.(.*)$", result.stdout, re.M)
+    programs = [babelcode_program(*row) for row in zip(records, bodies, nonces, strict=True)]
+    seconds = float(records[0].get("timeouts", [10])[-1])
+    for i, result in toolchain(key).run_all(programs, seconds=seconds):
+        printed = re.findall(rf"^TEST-{nonces[i]}(.+?)\.\.\.(.*)$", result.stdout, re.M)
+        tests = sorted((id, text.strip()) for id, text in printed)
         wanted = sorted((id, "PASSED") for id in records[i]["test_case_ids"])
-        passed = result.outcome == "passed" and sorted((id, said.strip()) for id, said in found) == wanted
+        passed = result.outcome == "passed" and tests == wanted
         outcome = "passed" if passed else "failed" if result.outcome == "passed" else result.outcome
         output = (result.stdout + result.stderr).replace(nonces[i], "")
         yield i, Verdict(passed, outcome, babelcode_program(records[i], bodies[i]), output)
@@ -143,8 +138,8 @@ def run_babelcode(
 toolchain = cache(Toolchain.find)
 
 
-def _babelcode(dataset: str, prefix: str, title: str, key: str) -> Generate:
-    return Generate(
+def _babelcode(dataset: str, prefix: str, title: str, key: str) -> GenerationTask:
+    return GenerationTask(
         f"{prefix}{key}",
         f"{title} {LANGUAGES[key].name}",
         partial(babelcode_items, dataset, key),
@@ -155,25 +150,20 @@ def _babelcode(dataset: str, prefix: str, title: str, key: str) -> Generate:
     )
 
 
-TASKS: dict[str, Generate] = {
+def _python(
+    name: str, title: str, items: Items, program: Program, seconds: float, stop: tuple[str, ...]
+) -> GenerationTask:
+    judge = partial(judge_python, program, seconds)
+    return GenerationTask(name, title, items, judge, stop=stop, runs_on=python_version)
+
+
+TASKS: dict[str, GenerationTask] = {
     task.name: task
     for task in (
-        Generate(
-            "humaneval",
-            "HumanEval",
-            humaneval_items,
-            partial(judge_python, humaneval_program, HUMANEVAL_SECONDS),
-            stop=HUMANEVAL_STOPS,
-            runs_on=python_version,
+        _python(
+            "humaneval", "HumanEval", humaneval_items, humaneval_program, HUMANEVAL_SECONDS, HUMANEVAL_STOPS
         ),
-        Generate(
-            "mbpp",
-            "MBPP",
-            mbpp_items,
-            partial(judge_python, mbpp_program, MBPP_SECONDS),
-            stop=("[DONE]",),
-            runs_on=python_version,
-        ),
+        _python("mbpp", "MBPP", mbpp_items, mbpp_program, MBPP_SECONDS, ("[DONE]",)),
         *(_babelcode("babelcode-humaneval", "babelcode-", "BabelCode HumanEval", key) for key in LANGUAGES),
         *(_babelcode("babelcode-mbpp", "babelcode-mbpp-", "BabelCode MBPP", key) for key in LANGUAGES),
     )

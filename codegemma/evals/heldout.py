@@ -1,4 +1,4 @@
-"""Completions of files that training never saw: how often they are right, stop by themselves, and use the suffix."""
+"""Completions of files that training never saw: are they right, do they stop, do they use the suffix?"""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from codegemma.data.documents import Document
 from codegemma.data.fim import Draw, Recipe, fim
-from codegemma.evals.task import Model, interval, stop_ids
-from codegemma.prompts import Layout, fim_training, plain
+from codegemma.evals.task import Decoding, EvaluatedModel, interval
+from codegemma.prompts import Layout, fim_stops, fim_training, plain
 from codegemma.prompts import fim as fim_prompt
 
 Kind = Literal["single-line", "multi-line", "random"]
 KINDS: tuple[Kind, ...] = ("single-line", "multi-line", "random")
 MAX_TOKENS = 128
-TOGETHER = 64  # holes whose prompts are still cached when their likelihoods are asked for
+BATCH = 64  # holes whose prompts are still cached when their likelihoods are asked for
 LAYOUTS: tuple[Layout, ...] = ("psm", "spm")
 
 
@@ -31,6 +31,11 @@ class Hole:
     suffix: str
     path: str | None
 
+    def prompt(self, model: EvaluatedModel, layout: Layout) -> list[int]:
+        """The ids of the fill-in-the-middle prompt; layout "prefix" leaves the suffix out."""
+        suffix = "" if layout == "prefix" else self.suffix
+        return fim_prompt(model.tokenizer, self.prefix, suffix, self.path, layout=layout).ids
+
 
 def holes(
     documents: Iterable[Document],
@@ -39,113 +44,99 @@ def holes(
     seed: int = 0,
     tokens: tuple[int, int] = (192, 384),
 ) -> list[Hole]:
-    """`count` holes, a third of each kind, in prompts of `tokens` tokens; always the same for the same documents."""
+    """`count` holes, a third of each kind, in prompts of `tokens` tokens; a function of the documents."""
     recipe = Recipe(1.0, 0.5, tokens[1] + 1, seed, -1, window=tokens, stride=1500)
-    made = [
-        (Draw("hole", seed, each.document.name, each.offset).uniform(), each)
-        for each in fim(documents, tokenizer, recipe)
+    drawn = [
+        (Draw("hole", seed, example.document.name, example.offset).uniform(), example)
+        for example in fim(documents, tokenizer, recipe)
     ]
-    found: dict[Kind, list[Hole]] = {kind: [] for kind in KINDS}
-    for share, each in sorted(made, key=lambda pair: pair[0]):
-        text, split = each.document.text[each.offset : each.offset + each.size], each.split
+    by_kind: dict[Kind, list[Hole]] = {kind: [] for kind in KINDS}
+    for number, example in sorted(drawn, key=lambda pair: pair[0]):
+        text, split = example.document.text[example.offset : example.offset + example.size], example.split
         middle = text[split.start : split.end]
-        kind: Kind = (
-            "random"
-            if split.kind == "characters"
-            else "multi-line"
-            if "\n" in middle.strip("\n")
-            else "single-line"
-        )
-        if len(found[kind]) < -(-count // len(KINDS)):
-            path = each.document.path if share * 1e6 % 2 < 1 else None
-            found[kind].append(Hole(kind, text[: split.start], middle, text[split.end :], path))
-    return [hole for group in found.values() for hole in group][:count]
+        kind: Kind = "multi-line" if "\n" in middle.strip("\n") else "single-line"
+        if split.kind == "characters":
+            kind = "random"
+        if len(by_kind[kind]) < -(-count // len(KINDS)):
+            path = example.document.path if number * 1e6 % 2 < 1 else None
+            by_kind[kind].append(Hole(kind, text[: split.start], middle, text[split.end :], path))
+    return [hole for group in by_kind.values() for hole in group][:count]
 
 
-def complete(model: Model, found: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
-    """Of each hole, greedy: the text, whether it is exact, how similar (0 to 1), and whether it stopped by itself."""
-    asked = [
-        fim_prompt(model.tokenizer, hole.prefix, hole.suffix, hole.path, layout=layout).ids for hole in found
-    ]
-    answers: list[dict[str, Any]] = [{} for _ in found]
-    for at, _, said in model.sample(
-        asked,
-        max_tokens=MAX_TOKENS,
-        stop_ids=stop_ids(model.tokenizer),
-        stop=[],
-        temperature=0.0,
-        top_p=1.0,
-        seed=0,
-        n=1,
-    ):
-        middle = found[at].middle
-        answers[at] = {
-            "text": said.text,
-            "exact": said.text == middle,
-            "stopped": said.stop_reason == "token",
-            "similarity": SequenceMatcher(None, said.text, middle, autojunk=False).ratio(),
+def complete(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
+    """Greedy completions. For each hole: text, exact, similarity (0 to 1), stopped (by a control id)."""
+    prompts = [hole.prompt(model, layout) for hole in holes]
+    answers: list[dict[str, Any]] = [{} for _ in holes]
+    for i, _, output in model.sample(prompts, Decoding(MAX_TOKENS, fim_stops(model.tokenizer))):
+        middle = holes[i].middle
+        answers[i] = {
+            "text": output.text,
+            "exact": output.text == middle,
+            "stopped": output.stop_reason == "token",
+            "similarity": SequenceMatcher(None, output.text, middle, autojunk=False).ratio(),
         }
     return answers
 
 
-def likelihood(model: Model, found: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
-    """Of each hole: the natural log-probability of its middle, and whether the end is the likeliest token behind it."""
-    end = fim_training(model.tokenizer, "", "", "").ids[-1]
+def likelihood(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
+    """For each hole: logp (nats) and tokens of its middle; ended: whether the terminator is likeliest after it."""
+    terminator = fim_training(model.tokenizer, "", "", "").ids[-1]
     pairs: list[tuple[list[int], list[int]]] = []
-    for hole in found:
-        suffix = "" if layout == "prefix" else hole.suffix
-        prompt = fim_prompt(model.tokenizer, hole.prefix, suffix, hole.path, layout=layout).ids
-        middle = model.tokenizer.encode(hole.middle)
-        pairs += [(prompt, middle), ([*prompt, *middle], [end])]
+    for hole in holes:
+        prompt, middle = hole.prompt(model, layout), model.tokenizer.encode(hole.middle)
+        pairs += [(prompt, middle), ([*prompt, *middle], [terminator])]
     scores = iter(model.score(pairs))
     return [
-        {"logp": sum(middle.logprobs), "tokens": len(middle.logprobs), "ended": ended.greedy}
-        for middle, ended in zip(scores, scores, strict=True)
+        {"logp": sum(middle.logprobs), "tokens": len(middle.logprobs), "ended": end.greedy}
+        for middle, end in zip(scores, scores, strict=True)
     ]
 
 
-def left_to_right(model: Model, documents: Iterable[Document], count: int, tokens: int = 256) -> list[float]:
-    """Nats a token of the first `tokens` tokens of `count` documents, behind <bos>: what plain continuation costs."""
+def left_to_right(
+    model: EvaluatedModel, documents: Iterable[Document], count: int, tokens: int = 256
+) -> list[float]:
+    """Loss in nats a token on the first `tokens` tokens of each of `count` documents, behind <bos>."""
     start = plain(model.tokenizer, "").ids
     chosen = islice(sorted(documents, key=lambda doc: Draw("left to right", doc.name).uniform()), count)
     texts = [model.tokenizer.encode(document.text[: 8 * tokens])[:tokens] for document in chosen]
+    scores = model.score([(start, ids) for ids in texts])
+    return [-sum(score.logprobs) / len(score.logprobs) for score in scores]
+
+
+def answers(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
+    """What `complete` and `likelihood` give for each hole; in batches, so that each prompt is read once."""
+    batches = [holes[i : i + BATCH] for i in range(0, len(holes), BATCH)]
     return [
-        -sum(score.logprobs) / len(score.logprobs) for score in model.score([(start, ids) for ids in texts])
+        completed | scored
+        for batch in batches
+        for completed, scored in zip(
+            complete(model, batch, layout), likelihood(model, batch, layout), strict=True
+        )
     ]
 
 
-def answers(model: Model, found: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
-    """What `complete` and `likelihood` say of each hole; the prompts of a part are read once for both."""
-    parts = [found[at : at + TOGETHER] for at in range(0, len(found), TOGETHER)]
-    return [
-        a | b
-        for part in parts
-        for a, b in zip(complete(model, part, layout), likelihood(model, part, layout), strict=True)
-    ]
-
-
-def measure(model: Model, found: Sequence[Hole], layouts: Sequence[Layout] = LAYOUTS) -> dict[str, Any]:
-    """All of it by layout and kind, as means with their 95 % intervals, and each hole's own figures for comparisons."""
-    alone = likelihood(model, found, "prefix")
-    report: dict[str, Any] = {"holes": len(found), "prefix_logp": [each["logp"] for each in alone]}
+def measure(
+    model: EvaluatedModel, holes: Sequence[Hole], layouts: Sequence[Layout] = LAYOUTS
+) -> dict[str, Any]:
+    """By layout and kind: means with 95 % intervals, and each hole's own figures for paired comparisons."""
+    without_suffix = likelihood(model, holes, "prefix")
+    report: dict[str, Any] = {"holes": len(holes), "prefix_logp": [row["logp"] for row in without_suffix]}
     for layout in layouts:
-        each = answers(model, found, layout)
-        for one, other in zip(each, alone, strict=True):
-            one["gain"] = one["logp"] - other["logp"]
-        kinds = {"all": each} | {
-            kind: [one for one, hole in zip(each, found, strict=True) if hole.kind == kind] for kind in KINDS
-        }
-        report[layout] = {
-            kind: {
-                name: _mean([float(one[name]) for one in group])
-                for name in ("exact", "similarity", "stopped", "ended", "gain")
-            }
-            for kind, group in kinds.items()
-            if group
-        } | {"each": each}
+        rows = answers(model, holes, layout)
+        for row, other in zip(rows, without_suffix, strict=True):
+            row["gain"] = row["logp"] - other["logp"]
+        report[layout] = {"all": _means(rows)}
+        for kind in KINDS:
+            if of_kind := [row for row, hole in zip(rows, holes, strict=True) if hole.kind == kind]:
+                report[layout][kind] = _means(of_kind)
+        report[layout]["each"] = rows
     return report
 
 
-def _mean(values: list[float]) -> dict[str, float]:
-    low, high = interval(values)
-    return {"mean": sum(values) / len(values), "low": low, "high": high}
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    means = {}
+    for name in ("exact", "similarity", "stopped", "ended", "gain"):
+        values = [float(row[name]) for row in rows]
+        low, high = interval(values)
+        means[name] = {"mean": sum(values) / len(values), "low": low, "high": high}
+    return means

@@ -1,4 +1,4 @@
-"""A model on this machine as the model of an evaluation: samples and likelihoods in batches that share prefixes."""
+"""An evaluation's model on this machine: samples and likelihoods in batches that share prefixes."""
 
 from __future__ import annotations
 
@@ -7,134 +7,111 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from codegemma.evals.task import Completion, Score, StopReason
+from codegemma.evals.task import Decoding, ModelOutput, Score, StopReason
 from codegemma.generate.engine import Batch, Request, Running, Stop
 from codegemma.generate.model import Model
 from codegemma.generate.sampling import Sampling
 from codegemma.native import CHUNK, PAGE
 
-SEQUENCES = 32  # that run together at most: two groups of the packed kernels; more gain nothing
+MAX_SEQUENCES = 32  # that run together: two groups of the packed kernels; more gain nothing
 CACHE_BYTES = 4 << 30  # of keys and values that they may take, at 1,024 tokens each
-ROWS = 32  # of logits at once: a row of 262,144 floats is a megabyte
+LOGIT_ROWS = 32  # computed in one run: a row of 262,144 floats is a megabyte
 REASONS: dict[Stop, StopReason] = {"end": "token", "stop_text": "stop", "length": "length"}
 
+Pair = tuple[list[int], list[int]]  # context, continuation
 
-class Local:
-    """Satisfies `task.Model`, with one of the model's adapters on if it is named. By the engine's law the batch changes no
-    token, so neither does an interruption."""
+
+class LocalModel:
+    """An EvaluatedModel over the engine, with one of the model's adapters where it is named.
+
+    By the engine's law the batch changes no token, so an interruption changes none either.
+    """
 
     def __init__(self, model: Model, adapter: str | None = None) -> None:
         self.model, self.engine, self.adapter = model, model.engine, adapter
         self.tokenizer = model.tokenizer
-        self.name = (model.preset.name if model.preset else model.path.name) + (
-            f" with {adapter}" if adapter else ""
-        )
+        self.name = model.preset.name if model.preset else model.path.name
+        self.name += f" with {adapter}" if adapter else ""
 
-    def sample(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_tokens: int,
-        stop_ids: frozenset[int],
-        stop: list[str],
-        temperature: float,
-        top_p: float,
-        seed: int,
-        n: int,
-    ) -> Iterator[tuple[int, int, Completion]]:
-        waiting = ((at, number) for at in range(len(prompts)) for number in range(n))
-        together = max(1, min(SEQUENCES, CACHE_BYTES // (1024 // PAGE * self.engine.cache.page_bytes)))
+    def sample(self, prompts: list[list[int]], decoding: Decoding) -> Iterator[tuple[int, int, ModelOutput]]:
+        """See EvaluatedModel."""
+        waiting = ((i, number) for i in range(len(prompts)) for number in range(decoding.samples))
+        page_bytes = self.engine.cache.page_bytes
+        sequences = max(1, min(MAX_SEQUENCES, CACHE_BYTES // (1024 // PAGE * page_bytes)))
         batch = Batch(self.engine)
         started: dict[Running, tuple[int, int, float]] = {}
         texts: dict[Running, str] = {}
         while True:
-            for at, number in islice(waiting, together - len(batch.running)):
-                sampling = Sampling(temperature, top_p=top_p, seed=_seed(seed, prompts[at], number))
-                one = batch.add(
-                    Request(prompts[at], max_tokens, sampling, stop_ids, stop, adapter=self.adapter)
-                )
-                started[one], texts[one] = (at, number, time.perf_counter()), ""
+            for i, number in islice(waiting, sequences - len(batch.running)):
+                running = batch.add(self._request(prompts[i], number, decoding))
+                started[running], texts[running] = (i, number, time.perf_counter()), ""
             if not batch.running:
                 return
             with self.engine.lock:
                 steps = batch.step()
-            for one, step in steps:
-                texts[one] += step.text
+            for running, step in steps:
+                texts[running] += step.text
                 if step.stop is not None:
-                    at, number, since = started.pop(one)
-                    yield (
-                        at,
-                        number,
-                        Completion(
-                            texts.pop(one),
-                            one.ids[one.prompt_length :],
-                            REASONS[step.stop],
-                            time.perf_counter() - since,
-                        ),
-                    )
+                    i, number, start = started.pop(running)
+                    ids, seconds = running.ids[running.prompt_length :], time.perf_counter() - start
+                    yield i, number, ModelOutput(texts.pop(running), ids, REASONS[step.stop], seconds)
 
-    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
+    def _request(self, prompt: list[int], number: int, decoding: Decoding) -> Request:
+        seed = _seed(decoding.seed, prompt, number)
+        sampling = Sampling(decoding.temperature, top_p=decoding.top_p, seed=seed)
+        return Request(
+            prompt, decoding.max_tokens, sampling, decoding.stop_ids, decoding.stop, adapter=self.adapter
+        )
+
+    def score(self, pairs: list[Pair]) -> list[Score]:
+        """See EvaluatedModel. Raises ValueError where a context or a continuation is empty."""
         scores: list[Score] = []
-        pending: list[tuple[list[int], list[int]]] = []
+        batch: list[Pair] = []
         for pair in pairs:
             if not all(pair):
                 raise ValueError("a likelihood needs a context and a continuation of at least one token each")
-            if pending and sum(len(continuation) for _, continuation in pending) + len(pair[1]) > ROWS:
-                scores += self._score(pending)
-                pending = []
-            pending.append(pair)
-        return scores + (self._score(pending) if pending else [])
+            if batch and sum(len(continuation) for _, continuation in batch) + len(pair[1]) > LOGIT_ROWS:
+                scores += self._score(batch)
+                batch = []
+            batch.append(pair)
+        return scores + (self._score(batch) if batch else [])
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-        """Contexts first, each once; then all continuations in one run."""
-        with self.engine.lock:
-            for known in {tuple(context): None for context, _ in pairs}:
-                self._read(list(known[:-1]))
-            running = []
+    def _score(self, pairs: Sequence[Pair]) -> list[Score]:
+        """Reads the contexts first, each once; then all continuations in one run."""
+        engine = self.engine
+        with engine.lock:
+            for ids in dict.fromkeys(tuple(context[:-1]) for context, _ in pairs):
+                self._read(list(ids))
+            slices = []
             for context, continuation in pairs:
-                one = self.engine.start(
-                    Request([*context, *continuation[:-1]], max_tokens=0, adapter=self.adapter)
-                )
-                one.done = min(one.done, len(context) - 1)
-                running.append(one)
-            slices = [
-                self.engine.claim(one, one.ids[one.done :], len(pair[1]))
-                for one, pair in zip(running, pairs, strict=True)
-            ]
-            logits = self.engine.backend.run(slices)
+                request = Request([*context, *continuation[:-1]], max_tokens=0, adapter=self.adapter)
+                running = engine.start(request)
+                running.done = min(running.done, len(context) - 1)
+                slices.append(engine.claim(running, running.ids[running.done :], len(continuation)))
+            logits = engine.backend.run(slices)
             assert logits is not None  # nothing cancels it
-            scores, row = [], 0
+            rows = iter(range(len(logits.argmax)))
+            scores = []
             for _, continuation in pairs:
-                rows = range(row, row + len(continuation))
-                scores.append(
-                    Score(
-                        [
-                            float(logits.values[i, token]) - float(logits.normaliser[i])
-                            for i, token in zip(rows, continuation, strict=True)
-                        ],
-                        all(
-                            int(logits.argmax[i]) == token
-                            for i, token in zip(rows, continuation, strict=True)
-                        ),
-                    )
-                )
-                row = rows.stop
+                tokens = list(zip(continuation, rows, strict=False))  # leaves the rows of later continuations
+                logprobs = [float(logits.values[r, t]) - float(logits.normaliser[r]) for t, r in tokens]
+                scores.append(Score(logprobs, all(int(logits.argmax[r]) == t for t, r in tokens)))
         return scores
 
     def _read(self, ids: list[int]) -> None:
         """Leaves the keys and values of a context in the cache."""
         if not ids:
             return
-        one = self.engine.start(Request([*ids, ids[-1]], max_tokens=0, adapter=self.adapter))
-        while one.done < len(ids):
-            part = ids[one.done : one.done + CHUNK]
-            self.engine.backend.run([self.engine.claim(one, part, 0)])
-            one.done += len(part)
-        one.ids = ids
-        self.engine.remember(one)
+        running = self.engine.start(Request([*ids, ids[-1]], max_tokens=0, adapter=self.adapter))
+        while running.done < len(ids):
+            chunk = ids[running.done : running.done + CHUNK]
+            self.engine.backend.run([self.engine.claim(running, chunk, 0)])
+            running.done += len(chunk)
+        running.ids = ids
+        self.engine.remember(running)
 
 
 def _seed(seed: int, prompt: list[int], number: int) -> int:
-    """Of the prompt itself and not of its place, so that a resumed run draws the same."""
+    """A function of the prompt and not of its index, so that a resumed run draws the same."""
     digest = hashlib.blake2b(f"{seed} {number} {prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

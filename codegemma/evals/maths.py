@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from codegemma.evals.records import Record, Records
-from codegemma.evals.task import Completion, Generate, Item, Verdict, cut
+from codegemma.evals.task import GenerationTask, Item, ModelOutput, Verdict, cut
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 STRICT = re.compile(r"#### ?(-?\$?[\d.,]+)")
@@ -15,6 +15,7 @@ MATH_STOPS = ("\nProblem:",)
 
 
 def gsm8k_items(records: Records) -> tuple[list[Item], str]:
+    """Word problems, with the first five of the train split in front."""
     shots = "".join(f"{_gsm8k(r)} {r['answer']}\n\n" for r in records("gsm8k-train")[:5])
     items = [
         Item(f"gsm8k/{i}", shots + _gsm8k(r), target=r["answer"]) for i, r in enumerate(records("gsm8k-test"))
@@ -27,7 +28,7 @@ def _gsm8k(r: Record) -> str:
 
 
 def gsm8k_answers(text: str) -> dict[str, float | None]:
-    """`strict`: the number after ####. `flexible`: the last number of all."""
+    """`strict` is the number after ####, `flexible` the last number of the text; None where there is none."""
     strict, numbers = STRICT.search(text), NUMBER.findall(text)
     return {
         "strict": _number(strict[1]) if strict else None,
@@ -42,15 +43,17 @@ def _number(text: str) -> float | None:
         return None
 
 
-def judge_gsm8k(items: Sequence[Item], completions: Sequence[Completion]) -> Iterator[tuple[int, Verdict]]:
-    for i, (item, completion) in enumerate(zip(items, completions, strict=True)):
-        wanted, said = gsm8k_answers(item.target)["strict"], gsm8k_answers(cut(completion, GSM8K_STOPS)[0])
-        outcome = "+".join(rule for rule, value in said.items() if value == wanted) or "wrong"
-        yield i, Verdict(said["flexible"] == wanted, outcome, output=f"wanted: {wanted:g}")
+def judge_gsm8k(items: Sequence[Item], outputs: Sequence[ModelOutput]) -> Iterator[tuple[int, Verdict]]:
+    """Right by the flexible rule; the outcome names every rule by which it is."""
+    for i, (item, output) in enumerate(zip(items, outputs, strict=True)):
+        wanted = gsm8k_answers(item.target)["strict"]
+        answers = gsm8k_answers(cut(output, GSM8K_STOPS)[0])
+        outcome = "+".join(rule for rule, value in answers.items() if value == wanted) or "wrong"
+        yield i, Verdict(answers["flexible"] == wanted, outcome, output=f"wanted: {wanted:g}")
 
 
 def math_items(records: Records) -> tuple[list[Item], str]:
-    """The shots are the first problem of four subjects of the train split: the set may not be stored here."""
+    """The shots are the first problems of four subjects of the train split."""
     first: dict[str, Record] = {}
     for r in records("math-train"):
         first.setdefault(r["type"], r)
@@ -67,42 +70,41 @@ def _math(r: Record) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...}, braces balanced."""
-    at = text.rfind("\\boxed{")
-    depth, start = 0, at + len("\\boxed{")
-    for i in range(start, len(text)) if at >= 0 else ():
+    r"""The contents of the last \boxed{...}, with balanced braces; None where there is none."""
+    opening = text.rfind("\\boxed{")
+    if opening < 0:
+        return None
+    depth, start = 0, opening + len("\\boxed{")
+    for i in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth < 0:
             return text[start:i]
     return None
 
 
-def same_maths(wanted: str, said: str) -> bool:
-    """Equal as mathematics, by math-verify. Raises ImportError with the way to install it."""
+def same_maths(wanted: str, answer: str) -> bool:
+    """Whether two answers are equal as mathematics. Raises ImportError where math-verify is not installed."""
     try:
         from math_verify import parse, verify
     except ImportError as error:
         raise ImportError('MATH compares answers with math-verify: pip install "codegemma[eval]"') from error
-    return bool(verify(parse(f"${wanted}$"), parse(f"${said}$")))
+    return bool(verify(parse(f"${wanted}$"), parse(f"${answer}$")))
 
 
-def judge_math(items: Sequence[Item], completions: Sequence[Completion]) -> Iterator[tuple[int, Verdict]]:
-    for i, (item, completion) in enumerate(zip(items, completions, strict=True)):
-        wanted, said = boxed(item.target) or "", boxed(cut(completion, MATH_STOPS)[0])
-        passed = said is not None and (said == wanted or same_maths(wanted, said))
-        yield (
-            i,
-            Verdict(
-                passed,
-                "equal" if passed else "different" if said else "no boxed answer",
-                output=f"wanted: {wanted}",
-            ),
-        )
+def judge_math(items: Sequence[Item], outputs: Sequence[ModelOutput]) -> Iterator[tuple[int, Verdict]]:
+    """Right where the boxed answers are equal as text or as mathematics."""
+    for i, (item, output) in enumerate(zip(items, outputs, strict=True)):
+        wanted, answer = boxed(item.target) or "", boxed(cut(output, MATH_STOPS)[0])
+        passed = answer is not None and (answer == wanted or same_maths(wanted, answer))
+        outcome = "equal" if passed else "different" if answer else "no boxed answer"
+        yield i, Verdict(passed, outcome, output=f"wanted: {wanted}")
 
 
-TASKS: dict[str, Generate] = {
-    "gsm8k": Generate(
+TASKS: dict[str, GenerationTask] = {
+    "gsm8k": GenerationTask(
         "gsm8k", "GSM8K", gsm8k_items, judge_gsm8k, max_tokens=400, stop=GSM8K_STOPS, group="maths"
     ),
-    "math": Generate("math", "MATH", math_items, judge_math, max_tokens=512, stop=MATH_STOPS, group="maths"),
+    "math": GenerationTask(
+        "math", "MATH", math_items, judge_math, max_tokens=512, stop=MATH_STOPS, group="maths"
+    ),
 }

@@ -9,14 +9,15 @@ from typing import Any
 
 import httpx
 
-from codegemma.evals.task import Completion, Score, StopReason
+from codegemma.evals.task import Decoding, ModelOutput, Score, StopReason
 from codegemma.tokenizer import Tokenizer
 
 
-class Remote:
-    """Prompts travel as token ids, so that control tokens stay what they are; `tokenizer` must be the served model's.
+class RemoteModel:
+    """An EvaluatedModel over HTTP. `tokenizer` must be the served model's: prompts are sent as token ids, so
+    that control tokens stay what they are.
 
-    Likelihoods need `echo` and `logprobs` of the server (vLLM has them); a server without raises ValueError.
+    Likelihoods need a server that knows `echo` with `logprobs` (vLLM does).
     """
 
     def __init__(
@@ -28,78 +29,51 @@ class Remote:
         self.tokenizer, self.concurrent = tokenizer, concurrent
         self.name = model or self._request("GET", "/models")["data"][0]["id"]
 
-    def sample(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_tokens: int,
-        stop_ids: frozenset[int],
-        stop: list[str],
-        temperature: float,
-        top_p: float,
-        seed: int,
-        n: int,
-    ) -> Iterator[tuple[int, int, Completion]]:
-        def ask(at: int, number: int) -> Completion:
-            body = {
-                "prompt": prompts[at],
-                "max_tokens": max_tokens,
-                "stop": stop or None,
-                "temperature": temperature,
-                "top_p": top_p,
-                "seed": seed * 1_000_003 + number,
-                "stop_token_ids": sorted(stop_ids),
-            }
+    def sample(self, prompts: list[list[int]], decoding: Decoding) -> Iterator[tuple[int, int, ModelOutput]]:
+        """See EvaluatedModel."""
+
+        def ask(i: int, number: int) -> ModelOutput:
             started = time.monotonic()
-            choice = self._complete(body)
-            text, reason = choice["text"], choice.get("finish_reason")
-            why = choice.get("stop_reason")  # vLLM tells: a string, an id, or none for <eos>
-            ended: StopReason = (
-                "length" if reason == "length" else "stop" if isinstance(why, str) else "token"
+            choice = self._complete(_body(prompts[i], number, decoding))
+            reason = _stop_reason(choice, decoding)
+            return ModelOutput(
+                choice["text"], self.tokenizer.encode(choice["text"]), reason, time.monotonic() - started
             )
-            if "stop_reason" not in choice and reason == "stop" and stop:
-                ended = "stop"  # other servers do not; a stop string is the usual end
-            return Completion(text, self.tokenizer.encode(text), ended, time.monotonic() - started)
 
         with ThreadPoolExecutor(self.concurrent) as pool:
-            running = {
-                pool.submit(ask, at, number): (at, number)
-                for at in range(len(prompts))
-                for number in range(n)
-            }
-            for done in as_completed(running):
-                yield *running[done], done.result()
+            asked = [(i, number) for i in range(len(prompts)) for number in range(decoding.samples)]
+            running = {pool.submit(ask, *pair): pair for pair in asked}
+            for future in as_completed(running):
+                yield *running[future], future.result()
 
     def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
-        def ask(pair: tuple[list[int], list[int]]) -> Score:
-            context, continuation = pair
-            ids = context + continuation
-            choice = self._complete(
-                {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
-            )
-            found = choice.get("logprobs") or {}
-            values = (found.get("token_logprobs") or [])[len(context) : len(ids)]
-            best = (found.get("top_logprobs") or [])[len(context) : len(ids)]
-            if len(values) != len(continuation) or None in values:
-                raise ValueError(
-                    f"{self.url} does not give the log-probabilities of a prompt (echo with logprobs), "
-                    "which this benchmark needs: use vLLM, or a local model"
-                )
-            likeliest = [max(top.values()) for top in best]
-            greedy = len(best) == len(values) and all(
-                v >= top for v, top in zip(values, likeliest, strict=True)
-            )
-            return Score([float(value) for value in values], greedy)
-
+        """See EvaluatedModel. Raises ValueError where the server gives no log-probabilities of a prompt."""
         with ThreadPoolExecutor(self.concurrent) as pool:
-            return list(pool.map(ask, pairs))
+            return list(pool.map(self._score, pairs))
+
+    def _score(self, pair: tuple[list[int], list[int]]) -> Score:
+        context, continuation = pair
+        ids = context + continuation
+        body = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+        logprobs = self._complete(body).get("logprobs") or {}
+        values = (logprobs.get("token_logprobs") or [])[len(context) : len(ids)]
+        top = (logprobs.get("top_logprobs") or [])[len(context) : len(ids)]
+        if len(values) != len(continuation) or None in values:
+            raise ValueError(
+                f"{self.url} does not give the log-probabilities of a prompt (echo with logprobs), "
+                "which this benchmark needs: use vLLM, or a local model"
+            )
+        greedy = len(top) == len(values) and all(
+            value >= max(best.values()) for value, best in zip(values, top, strict=True)
+        )
+        return Score([float(value) for value in values], greedy)
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         body = {"model": self.name} | {name: value for name, value in body.items() if value is not None}
         return self._request("POST", "/completions", body)["choices"][0]
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Raises ValueError with the server's own words where it refuses."""
+        """The JSON answer. Raises ValueError with the server's own message where it refuses."""
         try:
             answer = self.client.request(method, self.url + path, json=body)
         except httpx.HTTPError as error:
@@ -109,3 +83,25 @@ class Remote:
         if answer.status_code != 200:
             raise ValueError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}")
         return answer.json()
+
+
+def _body(prompt: list[int], number: int, decoding: Decoding) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "max_tokens": decoding.max_tokens,
+        "stop": list(decoding.stop) or None,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "seed": decoding.seed * 1_000_003 + number,
+        "stop_token_ids": sorted(decoding.stop_ids),
+    }
+
+
+def _stop_reason(choice: dict[str, Any], decoding: Decoding) -> StopReason:
+    """vLLM's `stop_reason` is a stop text, a token id, or none for <eos>; other servers do not say which it
+    was, and where there are stop texts, one of them is the usual end."""
+    if choice.get("finish_reason") == "length":
+        return "length"
+    if "stop_reason" not in choice and choice.get("finish_reason") == "stop" and decoding.stop:
+        return "stop"
+    return "stop" if isinstance(choice.get("stop_reason"), str) else "token"

@@ -1,9 +1,9 @@
-"""Runs a task: answers (kept as they come, so that a run can go on), verdicts, score, and the files that hold them.
+"""Runs a task: answers (saved as they come, so that a run can resume), verdicts, score, and the files that
+hold them.
 
-In the folder of a run, for each task: `TASK.jsonl`, the samples in the set's order, and `TASK.json`, the score; both
-are the same bytes for the same model, seed and settings. `TASK.times.json` holds what is not: the times, and the version
-of what ran the programs.
-"""
+In the folder of a run, for each task: `TASK.jsonl`, the samples in the set's order, and `TASK.json`, the
+score; both are the same bytes for the same model, seed and settings. `TASK.times.json` holds what may differ:
+the times, and the version of what ran the programs."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from typing import Any
 from codegemma.evals import code, infill, language, maths
 from codegemma.evals.records import Records
 from codegemma.evals.task import (
-    Completion,
-    Generate,
+    Decoding,
+    EvaluatedModel,
+    GenerationTask,
     Item,
-    Model,
+    ModelOutput,
     Score,
     Task,
     encode_choice,
     interval,
     pass_at_k,
     rank,
-    stop_ids,
     subset,
 )
+from codegemma.files import atomic_write
+from codegemma.prompts import fim_stops
 
 TASKS: dict[str, Task] = {**code.TASKS, **infill.TASKS, **language.TASKS, **maths.TASKS}
-CARD = [
-    name for name in TASKS if not name.endswith(("-spm", "-l2r")) and name not in ("infill-span", "arc-e")
-]
-KEPT = 4_000  # characters of a prompt's end and of a program's output in the samples file
-GROUP = 32  # items whose choices are scored in one call
+NOT_ON_THE_CARD = ("infill-span", "arc-e")
+CARD = [name for name in TASKS if not name.endswith(("-spm", "-l2r")) and name not in NOT_ON_THE_CARD]
+MAX_CHARACTERS = 4_000  # of a prompt's end and of a program's output in the samples file
+CHOICE_BATCH = 32  # items whose choices are scored in one call
+
+Answer = dict[str, Any]  # a ModelOutput or a Score as JSON
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to decode and how much of a set to score; `samples` above 1 needs a temperature."""
+class EvalSettings:
+    """How to decode, and how much of a set to score; several `samples` need a temperature above 0."""
 
     limit: int | None = None
     samples: int = 1
@@ -62,187 +65,184 @@ class Settings:
                 f"{self.samples} greedy samples of one prompt are all the same: pass a temperature"
             )
 
+    def decoding(self, task: GenerationTask, stop_ids: frozenset[int]) -> Decoding:
+        return Decoding(
+            task.max_tokens, stop_ids, task.stop, self.temperature, self.top_p, self.seed, self.samples
+        )
+
 
 def run(
     task: Task,
-    model: Model,
+    model: EvaluatedModel,
     records: Records,
     out: Path,
-    settings: Settings | None = None,
+    settings: EvalSettings | None = None,
     *,
     resume: bool = False,
     progress: Progress = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """The task's summary (also written to `out`). `resume` keeps the answers that an interrupted run has left."""
-    settings = settings or Settings()
+    """The task's summary, which is also written to `out`. `resume` keeps the answers of an interrupted run.
+
+    Raises ValueError where `resume` finds a run with other settings, LookupError where records are missing.
+    """
+    settings = settings or EvalSettings()
     out.mkdir(parents=True, exist_ok=True)
     identity = {"task": task.name, "model": model.name, **asdict(settings)}
-    finished = out / f"{task.name}.json"
-    if resume and finished.exists():
-        summary = json.loads(finished.read_text())
-        _same({name: summary[name] for name in identity}, identity, finished)
+    summary_file = out / f"{task.name}.json"
+    if resume and summary_file.exists():
+        summary = json.loads(summary_file.read_text())
+        _check_identity({name: summary[name] for name in identity}, identity, summary_file)
         return summary
-    every, note = task.items(records)
-    items = subset(every, settings.limit)
-    if len(items) < len(every):
-        note += f"; a fixed subset of {len(items)} of {len(every)}"
-    answers = _Answers(out / f"{task.name}.partial.jsonl", identity, resume)
-    todo = [item for item in items if item.id not in answers.of]
+    all_items, note = task.items(records)
+    items = subset(all_items, settings.limit)
+    if len(items) < len(all_items):
+        note += f"; a fixed subset of {len(items)} of {len(all_items)}"
+    answers = _AnswerFile(out / f"{task.name}.partial.jsonl", identity, resume)
+    todo = [item for item in items if item.id not in answers.by_id]
     for done, (item, answer) in enumerate(_ask(task, model, todo, settings), len(items) - len(todo) + 1):
         answers.add(item, answer)
         progress(task.name, done, len(items))
-    samples = sorted(_judge(task, items, answers.of), key=lambda sample: (sample["place"], sample["sample"]))
-    for sample in samples:
-        del sample["place"]
+    samples = list(_samples(task, items, answers.by_id))
     summary = identity | _summary(task, samples, settings) | {"note": note}
+    runs_on = task.runs_on() if isinstance(task, GenerationTask) and task.runs_on else ""
+    times = _times(answers.by_id) | {"runs_on": runs_on}
     _write(out / f"{task.name}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-    tool = task.runs_on() if isinstance(task, Generate) and task.runs_on else ""
-    _write(
-        out / f"{task.name}.times.json", json.dumps(_times(answers.of) | {"runs_on": tool}, indent=1) + "\n"
-    )
-    _write(finished, json.dumps(summary, indent=1) + "\n")
+    _write(out / f"{task.name}.times.json", json.dumps(times, indent=1) + "\n")
+    _write(summary_file, json.dumps(summary, indent=1) + "\n")
     answers.path.unlink()
     return summary
 
 
-class _Answers:
-    """Answers by item id, appended to a file as they come."""
+class _AnswerFile:
+    """Answers by item id, appended to a file as they come. Its first line is the identity of the run."""
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool) -> None:
-        self.path, self.of = path, dict[str, list[dict[str, Any]]]()
-        lines = (
-            path.read_text().split("\n")[:-1] if resume and path.exists() else []
-        )  # a torn last line is dropped
+        self.path, self.by_id = path, dict[str, list[Answer]]()
+        lines = []
+        if resume and path.exists():
+            lines = path.read_text().split("\n")[:-1]  # drops a line that was cut off
         if lines:
-            _same(json.loads(lines[0]), identity, path)
+            _check_identity(json.loads(lines[0]), identity, path)
         for line in lines[1:]:
-            self.of |= json.loads(line)
+            self.by_id |= json.loads(line)
         _write(path, "".join(line + "\n" for line in lines or [json.dumps(identity)]))
 
-    def add(self, item: Item, answer: list[dict[str, Any]]) -> None:
-        self.of[item.id] = answer
+    def add(self, item: Item, answers: list[Answer]) -> None:
+        self.by_id[item.id] = answers
         with self.path.open("a") as file:
-            file.write(json.dumps({item.id: answer}) + "\n")
+            file.write(json.dumps({item.id: answers}) + "\n")
 
 
-def _same(found: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
-    if found != identity:
+def _check_identity(recorded: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
+    if recorded != identity:
         raise ValueError(
-            f"{path} is of another run ({found}), not of {identity}: pass the same settings, another "
+            f"{path} is of another run ({recorded}), not of {identity}: pass the same settings, another "
             "--out, or no --resume"
         )
 
 
 def _ask(
-    task: Task, model: Model, items: list[Item], settings: Settings
-) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """(item, its answers) as soon as all of an item's answers are there."""
-    if isinstance(task, Generate):
-        waiting: dict[int, dict[int, dict[str, Any]]] = {}
+    task: Task, model: EvaluatedModel, items: list[Item], settings: EvalSettings
+) -> Iterator[tuple[Item, list[Answer]]]:
+    """(item, its answers) as soon as all answers of an item are there."""
+    if isinstance(task, GenerationTask):
         prompts = [task.prompt(model.tokenizer, item) for item in items]
-        for at, number, completion in model.sample(
-            prompts,
-            max_tokens=task.max_tokens,
-            stop_ids=stop_ids(model.tokenizer),
-            stop=list(task.stop),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-            n=settings.samples,
-        ):
-            waiting.setdefault(at, {})[number] = asdict(completion)
-            if len(waiting[at]) == settings.samples:
-                yield items[at], [answer for _, answer in sorted(waiting.pop(at).items())]
+        incomplete: dict[int, dict[int, Answer]] = {}
+        for i, number, output in model.sample(prompts, settings.decoding(task, fim_stops(model.tokenizer))):
+            incomplete.setdefault(i, {})[number] = asdict(output)
+            if len(incomplete[i]) == settings.samples:
+                yield items[i], [answer for _, answer in sorted(incomplete.pop(i).items())]
         return
-    for group in _groups(items, GROUP):
-        pairs = [encode_choice(model.tokenizer, choice) for item in group for choice in item.choices]
+    for batch in _batches(items, CHOICE_BATCH):
+        pairs = [encode_choice(model.tokenizer, choice) for item in batch for choice in item.choices]
         scores = iter(model.score(pairs))
-        for item in group:
+        for item in batch:
             yield item, [asdict(score) for score in islice(scores, len(item.choices))]
 
 
-def _groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    rest = iter(items)
-    while group := list(islice(rest, size)):
-        yield group
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
-def _judge(
-    task: Task, items: list[Item], answers: dict[str, list[dict[str, Any]]]
-) -> Iterator[dict[str, Any]]:
-    """The samples, in any order."""
-    if isinstance(task, Generate):
-        places = [
-            (place, number) for place, item in enumerate(items) for number in range(len(answers[item.id]))
-        ]
-        asked = [items[place] for place, _ in places]
-        said = [Completion(**answers[items[place].id][number]) for place, number in places]
-        for i, verdict in task.judge(asked, said):
-            place, number = places[i]
-            output = re.sub(r"0x[0-9a-f]{6,}", "0x...", verdict.output)  # addresses differ from run to run
-            yield {
-                "place": place,
-                "id": asked[i].id,
-                "sample": number,
-                "prompt": asked[i].prompt[-KEPT:],
-                "suffix": asked[i].suffix,
-                "completion": said[i].text,
-                "stop_reason": said[i].stop_reason,
-                "tokens": len(said[i].ids),
-                "program": verdict.program,
-                "output": output[:KEPT],
-                "outcome": verdict.outcome,
-                "passed": verdict.passed,
-                **({} if verdict.exact is None else {"exact": verdict.exact}),
-            }
-        return
-    for place, item in enumerate(items):
-        scores = [Score(**answer) for answer in answers[item.id]]
-        chosen = rank(item, scores)
-        passed = {rule: index == item.target for rule, index in chosen.items()}
-        yield {
-            "place": place,
-            "id": item.id,
-            "sample": 0,
-            "prompt": item.choices[0][0][-KEPT:],
-            "completion": item.choices[chosen[task.by]][1],
-            "choices": [text for _, text in item.choices],
-            "logprobs": [round(sum(score.logprobs), 6) for score in scores],
-            "target": item.target,
-            "passed": passed[task.by],
-            "outcome": "right" if passed[task.by] else "wrong",
-            "rules": passed,
+def _samples(task: Task, items: list[Item], answers: dict[str, list[Answer]]) -> Iterable[dict[str, Any]]:
+    """The lines of the samples file, in the set's order."""
+    if isinstance(task, GenerationTask):
+        return _generated_samples(task, items, answers)
+    return (_choice_sample(item, [Score(**a) for a in answers[item.id]], task.by) for item in items)
+
+
+def _generated_samples(
+    task: GenerationTask, items: list[Item], answers: dict[str, list[Answer]]
+) -> list[dict[str, Any]]:
+    rows = [(item, number) for item in items for number in range(len(answers[item.id]))]
+    asked = [item for item, _ in rows]
+    outputs = [ModelOutput(**answers[item.id][number]) for item, number in rows]
+    samples: dict[int, dict[str, Any]] = {}
+    for i, verdict in task.judge(asked, outputs):
+        printed = re.sub(r"0x[0-9a-f]{6,}", "0x...", verdict.output)  # addresses differ from run to run
+        samples[i] = {
+            "id": asked[i].id,
+            "sample": rows[i][1],
+            "prompt": asked[i].prompt[-MAX_CHARACTERS:],
+            "suffix": asked[i].suffix,
+            "completion": outputs[i].text,
+            "stop_reason": outputs[i].stop_reason,
+            "tokens": len(outputs[i].ids),
+            "program": verdict.program,
+            "output": printed[:MAX_CHARACTERS],
+            "outcome": verdict.outcome,
+            "passed": verdict.passed,
+            **({} if verdict.exact is None else {"exact": verdict.exact}),
         }
+    return [samples[i] for i in sorted(samples)]
 
 
-def _summary(task: Task, samples: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+def _choice_sample(item: Item, scores: list[Score], rule: str) -> dict[str, Any]:
+    chosen = rank(item, scores)
+    passed = {name: index == item.target for name, index in chosen.items()}
+    return {
+        "id": item.id,
+        "sample": 0,
+        "prompt": item.choices[0][0][-MAX_CHARACTERS:],
+        "completion": item.choices[chosen[rule]][1],
+        "choices": [text for _, text in item.choices],
+        "logprobs": [round(sum(score.logprobs), 6) for score in scores],
+        "target": item.target,
+        "passed": passed[rule],
+        "outcome": "right" if passed[rule] else "wrong",
+        "rules": passed,
+    }
+
+
+def passed_by_item(samples: Iterable[dict[str, Any]]) -> dict[str, list[bool]]:
+    """Of each item, whether each of its samples passed."""
     by_item: dict[str, list[bool]] = {}
     for sample in samples:
         by_item.setdefault(sample["id"], []).append(sample["passed"])
-    values = [sum(passed) / len(passed) for passed in by_item.values()]
+    return by_item
+
+
+def _summary(task: Task, samples: list[dict[str, Any]], settings: EvalSettings) -> dict[str, Any]:
+    by_item = passed_by_item(samples)
+    values = [_mean(passed) for passed in by_item.values()]
     low, high = interval(values)
     more: dict[str, float] = {}
     if settings.samples > 1:
-        more = {
-            f"pass@{k}": sum(pass_at_k(len(passed), sum(passed), k) for passed in by_item.values())
-            / len(by_item)
-            for k in (1, 10, 100)
-            if k <= settings.samples
-        }
-    if not isinstance(task, Generate):
-        more = {
-            rule: sum(sample["rules"][rule] for sample in samples) / len(samples)
-            for rule in ("raw", "normalised")
-        }
+        for k in (k for k in (1, 10, 100) if k <= settings.samples):
+            more[f"pass@{k}"] = _mean(pass_at_k(len(p), sum(p), k) for p in by_item.values())
+    if not isinstance(task, GenerationTask):
+        more = {rule: _mean(sample["rules"][rule] for sample in samples) for rule in ("raw", "normalised")}
     if "exact" in samples[0]:
-        more["exact"] = sum(sample["exact"] for sample in samples) / len(samples)
+        more["exact"] = _mean(sample["exact"] for sample in samples)
     if task.name == "gsm8k":
-        more["strict"] = sum("strict" in sample["outcome"] for sample in samples) / len(samples)
+        more["strict"] = _mean("strict" in sample["outcome"] for sample in samples)
     return {
         "title": task.title,
         "group": task.group,
         "items": len(by_item),
-        "score": sum(values) / len(values),
+        "score": _mean(values),
         "low": low,
         "high": high,
         "more": more,
@@ -250,19 +250,21 @@ def _summary(task: Task, samples: list[dict[str, Any]], settings: Settings) -> d
     }
 
 
-def _times(answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    flat = [answer for of in answers.values() for answer in of if "seconds" in answer]
-    seconds, tokens = sum(answer["seconds"] for answer in flat), sum(len(answer["ids"]) for answer in flat)
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _times(answers: dict[str, list[Answer]]) -> dict[str, Any]:
+    timed = [answer for of_item in answers.values() for answer in of_item if "seconds" in answer]
     return {
-        "samples": len(flat),
-        "seconds": seconds,
-        "tokens": tokens,
-        "stops": dict(sorted(Counter(answer["stop_reason"] for answer in flat).items())),
+        "samples": len(timed),
+        "seconds": sum(answer["seconds"] for answer in timed),
+        "tokens": sum(len(answer["ids"]) for answer in timed),
+        "stops": dict(sorted(Counter(answer["stop_reason"] for answer in timed).items())),
     }
 
 
 def _write(path: Path, text: str) -> None:
-    """All of the file or none: a reader never meets half a file."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with atomic_write(path) as file:
+        file.write(text.encode())
