@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import needs
 
 pytest.importorskip("tree_sitter")
 
@@ -250,7 +250,7 @@ def test_python_edges_agree_with_grimp(monkeypatch):
     assert len(extra) <= 0.02 * len(ours), sorted(extra)[:20]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@needs("g++")
 def test_c_edges_agree_with_the_compiler(tmp_path):
     files = {
         "src/main.cc": '#include "util/list.h"\n#include "core.h"\nint main() {}\n',

@@ -6,11 +6,11 @@ an emulated processor. Quantised products must be equal bit for bit, all else wi
 """
 
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from programs import needs
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "codegemma" / "native" / "src"
@@ -67,19 +67,18 @@ def compare(level, directory, compiler, options, runner=()):
     return run([*runner, program])[0]
 
 
+@needs("g++")
 @pytest.mark.skipif(
-    not SIMDE.exists() or platform.machine() != "x86_64" or not shutil.which("g++"),
-    reason="needs an x86-64 processor, g++ and SIMDe (apt-get install libsimde-dev)",
+    not SIMDE.exists() or platform.machine() != "x86_64",
+    reason="needs an x86-64 processor and SIMDe (apt-get install libsimde-dev)",
 )
 def test_avx512_equals_plain(tmp_path):
     options = ["-DCG_AVX512", "-mavx2", "-mfma", "-mf16c", "-include", TESTS / "simde_avx512.h"]
     assert "avx512: " in compare("avx512", tmp_path, "g++", options)
 
 
-@pytest.mark.skipif(
-    not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"),
-    reason="needs apt-get install g++-aarch64-linux-gnu qemu-user",
-)
+@needs("aarch64-linux-gnu-g++")  # apt-get install g++-aarch64-linux-gnu qemu-user
+@needs("qemu-aarch64")
 def test_neon_equals_plain(tmp_path):
     options = ["-DCG_NEON", "-march=armv8.2-a+dotprod+fp16"]
     assert "neon: " in compare("neon", tmp_path, "aarch64-linux-gnu-g++", options, ["qemu-aarch64"])

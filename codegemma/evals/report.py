@@ -45,7 +45,7 @@ def write(folder: Path) -> Path:
         script = f"receive({json.dumps(name)}, {json.dumps(_samples(folder, name))})\n"
         (folder / f"{name}.samples.js").write_text(script)
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True).from_string(template)
+    page = jinja2.Environment(autoescape=True, keep_trailing_newline=True).from_string(template)
     data = {
         "results": results,
         "variants": VARIANTS,

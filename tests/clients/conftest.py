@@ -1,6 +1,24 @@
-"""Makes what the tests beside this folder share importable, also where this folder is run alone."""
+"""Makes what the tests beside this folder share importable, and skips what needs a browser or Node that do not work."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).parent.parent))
+
+from programs import fault  # noqa: E402
+
+NEEDS = {  # what a file of tests drives
+    "test_page.py": ("chromium",),
+    "test_vscode.py": ("chromium", "node"),
+    "test_clients.py": ("node",),
+    "test_neovim.py": (),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for program in NEEDS.get(item.path.name, ()):
+            if reason := fault(program, "--version"):
+                item.add_marker(pytest.mark.skip(reason=reason))
