@@ -1,10 +1,14 @@
 """The secrets policy: names that are never read, redaction at a cursor, and the VS Code extension's table."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 
 from codegemma.prompts import File
 from codegemma.safety.secrets import find_secrets, is_secret_name, redact, redact_at_cursor, safe_files
 
+ROOT = Path(__file__).parent.parent
 AWS = "AKIAQYLPMN5HNM4CJX2B"
 SECRET = [
     ".env",
@@ -87,3 +91,8 @@ def test_other_files_are_left_out_by_name_and_redacted_by_content():
     code, unnamed = safe_files(files)
     assert code.path == "secrets.py" and AWS[4:] not in code.text and "EXAMPLE" in code.text
     assert unnamed == files[2]
+
+
+def test_the_vs_code_extension_has_the_same_names():
+    script = runpy.run_path(str(ROOT / "scripts" / "secret_names.py"))
+    assert script["TARGET"].read_text() == script["document"](), "run scripts/secret_names.py"

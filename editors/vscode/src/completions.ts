@@ -5,18 +5,19 @@ import type { Hole } from "../../../web/src/api.ts";
 import { Outcomes } from "../../../web/src/outcomes.ts";
 import { placed, type Suggestion, Suggestions } from "../../../web/src/suggestions.ts";
 import type { Context } from "./context.ts";
-import { around } from "./hole.ts";
 import type { Server } from "./server.ts";
 import { enabled, setting } from "./settings.ts";
+import { textAround } from "./window.ts";
 
-export const ACCEPTED = "codegemma.accepted";  // what VS Code runs when a suggestion is taken
+export const ACCEPTED = "codegemma.accepted";  // the command that VS Code runs when a suggestion is accepted
 const INVOKED = vscode.InlineCompletionTriggerKind.Invoke;
 
 export class Completions implements vscode.InlineCompletionItemProvider {
   readonly suggestions: Suggestions;
   readonly outcomes: Outcomes;
 
-  constructor(server: Server, private context: Context, private report: (one: Suggestion, ms: number) => void) {
+  /** `report` is called with each suggestion and the milliseconds that it took. */
+  constructor(server: Server, private context: Context, private report: (suggestion: Suggestion, ms: number) => void) {
     const session = `vscode-${process.pid}-${vscode.env.sessionId}`;
     this.suggestions = new Suggestions(async function* (hole, count, signal) {
       const client = await server.client();
@@ -28,51 +29,52 @@ export class Completions implements vscode.InlineCompletionItemProvider {
 
   async provideInlineCompletionItems(document: vscode.TextDocument, position: vscode.Position,
       context: vscode.InlineCompletionContext, token: vscode.CancellationToken): Promise<vscode.InlineCompletionItem[]> {
-    const invoked = context.triggerKind === INVOKED, began = Date.now();
+    const invoked = context.triggerKind === INVOKED, started = Date.now();
     if ((!invoked && !enabled(document.languageId)) || !await this.context.allows(document)) return [];
     const hole = await this.hole(document, position, context.selectedCompletionInfo);
     if (token.isCancellationRequested) return [];
-    const one = await this.suggested(hole, invoked, token);
-    if (!one) return [];
-    this.report(one, Date.now() - began);
-    if (token.isCancellationRequested || !one.finished) return [];
-    if (setting("prefetch")) setTimeout(() => this.suggestions.prefetch(one));
-    this.outcomes.show(one);
-    return this.items(one, hole, document, position, context.selectedCompletionInfo);
+    const suggestion = await this.suggest(hole, invoked, token);
+    if (!suggestion) return [];
+    this.report(suggestion, Date.now() - started);
+    if (token.isCancellationRequested || !suggestion.finished) return [];
+    if (setting("prefetch")) setTimeout(() => this.suggestions.prefetch(suggestion));
+    this.outcomes.show(suggestion);
+    return this.items(suggestion, hole, document, position, context.selectedCompletionInfo);
   }
 
-  private async suggested(hole: Hole, invoked: boolean, token: vscode.CancellationToken): Promise<Suggestion | undefined> {
+  private async suggest(hole: Hole, invoked: boolean, token: vscode.CancellationToken): Promise<Suggestion | undefined> {
     const count = invoked ? setting("suggestions") : 1;
-    let one = this.suggestions.find(hole, count);
-    if (!one) {
+    let known = this.suggestions.find(hole, count);
+    if (!known) {
       if (!invoked) await new Promise(resolve => setTimeout(resolve, setting("delay")));
       if (token.isCancellationRequested) return;
-      one = this.suggestions.start(hole, count);
+      known = this.suggestions.start(hole, count);
     }
-    const asked = one;     // a text that has begun may be typed along; what has not is in the way of the next
-    token.onCancellationRequested(() => { if (!asked.texts[0]) asked.cancel(); });
-    await one.done;
-    return one;
+    const suggestion = known;
+    // One that has begun goes on, since the user may be typing its text; one that has not would delay the next.
+    token.onCancellationRequested(() => { if (!suggestion.texts[0]) suggestion.cancel(); });
+    await suggestion.done;
+    return suggestion;
   }
 
-  /** With the list of plain completions open, the chosen one counts as typed. */
+  /** What the server is asked to complete. While the pop-up of plain completions is open, its selected entry counts as typed. */
   private async hole(document: vscode.TextDocument, position: vscode.Position,
       selected?: vscode.SelectedCompletionInfo): Promise<Hole> {
     const text = document.getText(), path = vscode.workspace.asRelativePath(document.uri, false);
-    const { prefix, suffix } = around(text, document.offsetAt(position));
+    const { prefix, suffix } = textAround(text, document.offsetAt(position));
     const replaced = selected ? document.offsetAt(position) - document.offsetAt(selected.range.start) : 0;
-    const plain = (part: string): string => part.replace(/\r\n/g, "\n");
-    return { prefix: plain(prefix.slice(0, prefix.length - replaced)) + (selected?.text ?? ""), suffix: plain(suffix), path,
+    const normalize = (part: string): string => part.replace(/\r\n/g, "\n");
+    return { prefix: normalize(prefix.slice(0, prefix.length - replaced)) + (selected?.text ?? ""), suffix: normalize(suffix), path,
              language: document.languageId, context: await this.context.files(document, setting("contextFiles")) };
   }
 
-  private items(one: Suggestion, hole: Hole, document: vscode.TextDocument, position: vscode.Position,
+  private items(suggestion: Suggestion, hole: Hole, document: vscode.TextDocument, position: vscode.Position,
       selected?: vscode.SelectedCompletionInfo): vscode.InlineCompletionItem[] {
-    const rest = document.lineAt(position.line).text.slice(position.character), start = selected?.range.start ?? position;
-    return (one.left(hole) ?? []).filter(Boolean).map(text => {
-      const { insert, replaced } = placed(text, rest);
+    const restOfLine = document.lineAt(position.line).text.slice(position.character), start = selected?.range.start ?? position;
+    return (suggestion.left(hole) ?? []).filter(Boolean).map(text => {
+      const { insert, replaced } = placed(text, restOfLine);
       const end = selected && !replaced ? selected.range.end : position.translate(0, replaced);
-      const accepted = { command: ACCEPTED, title: "Accepted", arguments: [one.id(hole, text)] };
+      const accepted = { command: ACCEPTED, title: "Accepted", arguments: [suggestion.id(hole, text)] };
       return new vscode.InlineCompletionItem((selected?.text ?? "") + insert, new vscode.Range(start, end), accepted);
     });
   }

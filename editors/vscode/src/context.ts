@@ -1,52 +1,54 @@
-/** Other open files, the one looked at last nearest to the cursor; secret and ignored ones never. */
+/** Which documents may be sent, and the other open files that go along with a request, the latest one nearest to the cursor. */
 
 import * as vscode from "vscode";
 import type { File } from "../../../web/src/api.ts";
-import { secret } from "./hole.ts";
+import { isSecretName } from "./secrets.ts";
 
-const LONGEST = 50_000;   // characters of a file that is worth sending
+const MAX_CHARACTERS = 50_000;   // of another file that is worth sending
+const MAX_RECENT = 32;           // documents remembered
+const SCHEMES = ["file", "untitled", "vscode-notebook-cell", "vscode-remote", "vscode-vfs"];
 
 export class Context implements vscode.Disposable {
-  private recent: vscode.TextDocument[] = [];
-  private ignored = new Map<string, boolean>();
+  private recent: vscode.TextDocument[] = [];        // the latest first
+  private ignored = new Map<string, boolean>();      // by path: does git ignore it?
   private subscriptions = [
-    vscode.window.onDidChangeActiveTextEditor(editor => editor && this.see(editor.document)),
-    vscode.workspace.onDidCloseTextDocument(document => this.recent = this.recent.filter(one => one !== document)),
+    vscode.window.onDidChangeActiveTextEditor(editor => editor && this.remember(editor.document)),
+    vscode.workspace.onDidCloseTextDocument(closed => this.recent = this.recent.filter(document => document !== closed)),
   ];
 
-  constructor() { for (const { document } of vscode.window.visibleTextEditors) this.see(document); }
+  constructor() { for (const { document } of vscode.window.visibleTextEditors) this.remember(document); }
 
-  /** May this document's text leave it? */
+  /** Whether this document's text may be sent to the server. */
   async allows(document: vscode.TextDocument): Promise<boolean> {
-    if (!["file", "untitled", "vscode-notebook-cell", "vscode-remote", "vscode-vfs"].includes(document.uri.scheme)) return false;
-    if (secret(document.uri.path)) return false;
-    const path = document.uri.fsPath;
-    if (!this.ignored.has(path)) this.ignored.set(path, await ignored(document.uri));
-    return !this.ignored.get(path);
+    const { scheme, path, fsPath } = document.uri;
+    if (!SCHEMES.includes(scheme) || isSecretName(path, document.languageId)) return false;
+    if (!this.ignored.has(fsPath)) this.ignored.set(fsPath, await isIgnored(document.uri));
+    return !this.ignored.get(fsPath);
   }
 
-  async files(beside: vscode.TextDocument, most: number): Promise<File[]> {
-    const found: File[] = [];
+  /** At most `count` other files; the one that was looked at last comes last. */
+  async files(beside: vscode.TextDocument, count: number): Promise<File[]> {
+    const files: File[] = [];
     for (const document of this.recent) {
-      if (found.length === most) break;
-      if (document === beside || document.uri.scheme !== "file" || document.lineCount > LONGEST) continue;
+      if (files.length === count) break;
+      if (document === beside || document.uri.scheme !== "file" || document.lineCount > MAX_CHARACTERS) continue;
       const text = document.getText();
-      if (text.length <= LONGEST && await this.allows(document))
-        found.unshift({ path: vscode.workspace.asRelativePath(document.uri, false), text: text.replace(/\r\n/g, "\n") });
+      if (text.length <= MAX_CHARACTERS && await this.allows(document))
+        files.unshift({ path: vscode.workspace.asRelativePath(document.uri, false), text: text.replace(/\r\n/g, "\n") });
     }
-    return found;
+    return files;
   }
 
-  dispose(): void { for (const one of this.subscriptions) one.dispose(); }
+  dispose(): void { for (const subscription of this.subscriptions) subscription.dispose(); }
 
-  private see(document: vscode.TextDocument): void {
-    this.ignored.delete(document.uri.fsPath);
-    this.recent = [document, ...this.recent.filter(one => one !== document)].slice(0, 32);
+  private remember(latest: vscode.TextDocument): void {
+    this.ignored.delete(latest.uri.fsPath);
+    this.recent = [latest, ...this.recent.filter(document => document !== latest)].slice(0, MAX_RECENT);
   }
 }
 
-/** Asks git, where its extension is there. */
-async function ignored(uri: vscode.Uri): Promise<boolean> {
+/** Asks the git extension, where it is installed and on. */
+async function isIgnored(uri: vscode.Uri): Promise<boolean> {
   const git = vscode.extensions.getExtension("vscode.git");
   if (!git || uri.scheme !== "file") return false;
   try {

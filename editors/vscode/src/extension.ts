@@ -1,3 +1,5 @@
+/** Registers the commands, suggestions, chat and status of the extension. */
+
 import * as vscode from "vscode";
 import type { Suggestion } from "../../../web/src/suggestions.ts";
 import { ChatView } from "./chatView.ts";
@@ -7,7 +9,7 @@ import { type Passage, question, type Task } from "./questions.ts";
 import { Server } from "./server.ts";
 import { enabled, setting, toggle } from "./settings.ts";
 
-const AROUND = 40;        // lines on each side where nothing is selected and no symbol encloses the cursor
+const LINES_AROUND = 40;  // sent on each side of the cursor where nothing is selected and no symbol encloses it
 
 let server: Server;
 
@@ -16,9 +18,9 @@ export function activate(extension: vscode.ExtensionContext): void {
   const status = new Status();
   server = new Server(extension.secrets, log, state => status.show(state));
   const context = new Context(), chat = new ChatView(extension, server);
-  const completions = new Completions(server, context, (one, ms) => {
-    if (one.error) log.warn(String(one.error));
-    status.suggested(one, ms);
+  const completions = new Completions(server, context, (suggestion, ms) => {
+    if (suggestion.error) log.warn(String(suggestion.error));
+    status.suggested(suggestion, ms);
   });
   const commands: Record<string, () => unknown> = {
     complete: () => vscode.commands.executeCommand("editor.action.inlineSuggest.trigger"),
@@ -26,7 +28,7 @@ export function activate(extension: vscode.ExtensionContext): void {
     toggle: async () => { await toggle(language()); status.show(); },
     start: () => server.start(), stop: () => server.stop(), log: () => log.show(), menu,
     key: async () => {
-      const key = await vscode.window.showInputBox({ prompt: "The key that the server asks for; empty for none", password: true });
+      const key = await vscode.window.showInputBox({ prompt: "The API key of the server; leave it empty for none", password: true });
       if (key !== undefined) await (key ? extension.secrets.store("key", key) : extension.secrets.delete("key"));
     },
   };
@@ -35,7 +37,7 @@ export function activate(extension: vscode.ExtensionContext): void {
     const editor = vscode.window.activeTextEditor;
     if (!editor) return void vscode.window.showInformationMessage("CodeGemma: open a file first.");
     if (!await context.allows(editor.document))
-      return void vscode.window.showWarningMessage("CodeGemma: this file is ignored by git, or of a kind that holds secrets; it is not sent.");
+      return void vscode.window.showWarningMessage("CodeGemma: git ignores this file, or files of its name hold credentials; it is not sent.");
     await chat.ask(question(task, await passage(editor)));
   }
 
@@ -55,7 +57,7 @@ export function activate(extension: vscode.ExtensionContext): void {
       try { await run(); } catch (error) { void vscode.window.showErrorMessage(`CodeGemma: ${error instanceof Error ? error.message : error}`); }
     })),
   );
-  if (!setting("url")) server.start().catch(() => {});  // the log and the status say it
+  if (!setting("url")) server.start().catch(() => {});  // the log and the status bar show the error
 }
 
 export function deactivate(): Promise<void> { return server.stop(); }
@@ -67,21 +69,22 @@ async function passage({ document, selection }: vscode.TextEditor): Promise<Pass
   let range: vscode.Range = selection;
   if (selection.isEmpty) {
     const { line } = selection.active;
-    range = await enclosing(document, selection.active) ?? document.validateRange(new vscode.Range(Math.max(0, line - AROUND), 0, line + AROUND + 1, 0));
+    range = await enclosing(document, selection.active) ?? document.validateRange(new vscode.Range(Math.max(0, line - LINES_AROUND), 0, line + LINES_AROUND + 1, 0));
   }
-  const problems = vscode.languages.getDiagnostics(document.uri).filter(one => one.range.intersection(range))
-    .map(one => `line ${one.range.start.line + 1}: ${one.message}`);
+  const problems = vscode.languages.getDiagnostics(document.uri).filter(problem => problem.range.intersection(range))
+    .map(problem => `line ${problem.range.start.line + 1}: ${problem.message}`);
   return { path: vscode.workspace.asRelativePath(document.uri, false), language: document.languageId, code: document.getText(range), problems };
 }
 
+/** The range of the innermost symbol around a position. */
 async function enclosing(document: vscode.TextDocument, position: vscode.Position): Promise<vscode.Range | undefined> {
   const symbols = await vscode.commands.executeCommand<vscode.DocumentSymbol[]>("vscode.executeDocumentSymbolProvider", document.uri);
   let range: vscode.Range | undefined, level = symbols ?? [];
   for (;;) {
-    const found = level.find(one => one.range?.contains(position));
-    if (!found) return range;
-    range = found.range;
-    level = found.children ?? [];
+    const symbol = level.find(candidate => candidate.range?.contains(position));
+    if (!symbol) return range;
+    range = symbol.range;
+    level = symbol.children ?? [];
   }
 }
 
@@ -102,7 +105,7 @@ async function menu(): Promise<void> {
   else if (chosen) await vscode.commands.executeCommand(entries[chosen]);
 }
 
-/** The status bar: what the server does, and how long the last suggestion took. */
+/** The entry in the status bar: the state of the server, and how long the last suggestion took. */
 class Status implements vscode.Disposable {
   private item = vscode.window.createStatusBarItem("codegemma", vscode.StatusBarAlignment.Right, 100);
   private state = setting("url") ? "ready" : "starting";
@@ -130,7 +133,7 @@ class Status implements vscode.Disposable {
     this.last = ` ${ms} ms`;
     this.show("ready");
     if (timings)
-      this.item.tooltip = `CodeGemma: ${timings.prompt_n} tokens read, ${timings.cache_n} from the cache, ${timings.predicted_n} written, ${timings.prompt_ms.toFixed(0)} + ${timings.predicted_ms.toFixed(0)} ms`;
+      this.item.tooltip = `CodeGemma: ${timings.prompt_n} tokens read, ${timings.cache_n} from the cache, ${timings.predicted_n} generated, ${timings.prompt_ms.toFixed(0)} + ${timings.predicted_ms.toFixed(0)} ms`;
   }
 
   dispose(): void { this.item.dispose(); }

@@ -1,4 +1,4 @@
-/** What the chat's view and the extension say to each other. */
+/** The messages between the chat's web view and the extension. */
 
 import type { Message, Piece } from "../../../web/src/api.ts";
 import type { Conversation } from "../../../web/src/chat.ts";

@@ -1,56 +1,57 @@
-/** A server of our own: started, asked where it listens, stopped. */
+/** Starts and stops a server process. */
 
 import { spawn } from "node:child_process";
 
+/** A server that listens at `url`. `exited` resolves with the reason once it has ended. */
 export interface Running { url: string; exited: Promise<string>; stop(): Promise<void> }
 
-const PATIENCE = 120_000;  // ms to load a model
-const GRACE = 10_000;      // ms to save the cache
+const START_MS = 120_000;  // to load a model
+const STOP_MS = 10_000;    // to save the cache
 
-/** Starts `command`; it is running once it has said where it listens. Rejects with its last words. */
-export function launch(command: string[], log: (line: string) => void, patience = PATIENCE): Promise<Running> {
+/** Starts `command`, and resolves once it prints where it listens. Rejects with its last lines where it ends before. */
+export function launch(command: string[], log: (line: string) => void, timeout = START_MS): Promise<Running> {
   const [program, ...args] = command;
   const child = spawn(program, args, { stdio: ["ignore", "pipe", "pipe"], windowsHide: true });
-  const words: string[] = [];
-  const hear = (stream: NodeJS.ReadableStream, found: (line: string) => void): void => {
+  const lastLines: string[] = [];
+  const follow = (stream: NodeJS.ReadableStream, onLine: (line: string) => void): void => {
     let rest = "";
     stream.setEncoding("utf8").on("data", (chunk: string) => {
       const lines = (rest + chunk).split(/\r?\n/);
       rest = lines.pop()!;
       for (const line of lines) {
-        words.push(line);
-        words.splice(0, words.length - 20);
+        lastLines.push(line);
+        lastLines.splice(0, lastLines.length - 20);
         log(line);
-        found(line);
+        onLine(line);
       }
     });
   };
   const exited = new Promise<string>(resolve => {
     child.once("error", error => resolve(`${program} cannot be started: ${error.message}`));
-    child.once("close", (code, signal) => resolve(`${program} ended (${signal ?? code}): ${words.slice(-5).join("\n") || "no output"}`));
+    child.once("close", (code, signal) => resolve(`${program} ended (${signal ?? code}): ${lastLines.slice(-5).join("\n") || "no output"}`));
   });
   const stop = async (): Promise<void> => {
     child.kill("SIGTERM");
-    const last = setTimeout(() => child.kill("SIGKILL"), GRACE);
+    const killTimer = setTimeout(() => child.kill("SIGKILL"), STOP_MS);
     await exited;
-    clearTimeout(last);
+    clearTimeout(killTimer);
   };
   return new Promise((resolve, reject) => {
-    const late = setTimeout(() => {
+    const startTimer = setTimeout(() => {
       void stop();
-      reject(new Error(`${program} did not say where it listens within ${patience / 1000} s: see the log`));
-    }, patience);
-    const found = (line: string): void => {
+      reject(new Error(`${program} did not say where it listens within ${timeout / 1000} s: see the log`));
+    }, timeout);
+    const findUrl = (line: string): void => {
       const url = /^listening on (http:\/\/\S+)/.exec(line)?.[1];
       if (!url) return;
-      clearTimeout(late);
+      clearTimeout(startTimer);
       resolve({ url, exited, stop });
     };
-    hear(child.stdout, found);
-    hear(child.stderr, () => {});
-    void exited.then(why => {
-      clearTimeout(late);
-      reject(new Error(why));
+    follow(child.stdout, findUrl);
+    follow(child.stderr, () => {});
+    void exited.then(reason => {
+      clearTimeout(startTimer);
+      reject(new Error(reason));
     });
   });
 }

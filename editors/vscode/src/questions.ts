@@ -1,5 +1,6 @@
-/** What the commands ask the chat. */
+/** The questions that the commands send to the chat. */
 
+/** A piece of code, and what the tools report about it. */
 export interface Passage { path: string; language: string; code: string; problems: string[] }
 
 const TASKS = {
@@ -10,8 +11,9 @@ const TASKS = {
 
 export type Task = keyof typeof TASKS;
 
+/** The question in Markdown. The fence is longer than any in the code. */
 export function question(task: Task, { path, language, code, problems }: Passage): string {
   const fence = "`".repeat(Math.max(3, ...[...code.matchAll(/`+/g)].map(([ticks]) => ticks.length + 1)));
-  const found = task === "fix" && problems.length ? `\n\nThe tools report:\n${problems.map(one => `- ${one}`).join("\n")}` : "";
-  return `${TASKS[task]}${found}\n\n${path}:\n${fence}${language}\n${code.replace(/\n*$/, "\n")}${fence}`;
+  const reports = task === "fix" && problems.length ? `\n\nThe tools report:\n${problems.map(problem => `- ${problem}`).join("\n")}` : "";
+  return `${TASKS[task]}${reports}\n\n${path}:\n${fence}${language}\n${code.replace(/\n*$/, "\n")}${fence}`;
 }

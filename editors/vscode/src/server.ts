@@ -1,11 +1,11 @@
-/** Where the server is: the configured one, or one that is started when it is first needed and stopped with the window. */
+/** The server: the configured one, or a process that is started when it is first needed and stopped with the window. */
 
 import * as vscode from "vscode";
 import { Client } from "../../../web/src/api.ts";
 import { launch, type Running } from "./process.ts";
 import { setting } from "./settings.ts";
 
-const REST = 30_000;      // ms after a failed start before the next that nobody asked for
+const RETRY_MS = 30_000;  // after a failed start, before the next that is not a command
 
 export class Server implements vscode.Disposable {
   private running?: Promise<Running>;
@@ -14,12 +14,12 @@ export class Server implements vscode.Disposable {
 
   constructor(private secrets: vscode.SecretStorage, private log: vscode.LogOutputChannel, private changed: (state: string) => void) {}
 
-  /** A client of it. Rejects where the server cannot be started, or was stopped by hand. */
+  /** A client of the server. Rejects where the server cannot be started, or was stopped by a command. */
   async client(): Promise<Client> {
     const key = await this.secrets.get("key"), url = setting("url");
     if (url) return new Client(url, key);
     if (this.stopped) throw new Error("the server was stopped");
-    if (Date.now() - this.failedAt < REST) throw new Error("the server could not be started: see the log");
+    if (Date.now() - this.failedAt < RETRY_MS) throw new Error("the server could not be started: see the log");
     return new Client((await this.start()).url, key);
   }
 
@@ -32,7 +32,7 @@ export class Server implements vscode.Disposable {
     this.stopped = true;
     const running = this.running;
     this.running = undefined;
-    await running?.then(one => one.stop(), () => {});
+    await running?.then(server => server.stop(), () => {});
     this.changed("stopped");
   }
 
@@ -44,10 +44,10 @@ export class Server implements vscode.Disposable {
       const command = [setting("command"), "serve", "--port", "0", ...setting("arguments")];
       this.log.info(command.join(" "));
       const running = await launch(command, line => this.log.info(line));
-      void running.exited.then(why => {
+      void running.exited.then(reason => {
         if (this.stopped) return;
         this.running = undefined;
-        this.log.error(why);
+        this.log.error(reason);
         this.changed("failed");
       });
       this.changed("ready");

@@ -1,3 +1,5 @@
+/** The settings under "codegemma"; package.json describes them. */
+
 import * as vscode from "vscode";
 import type { Order, Trim } from "../../../web/src/api.ts";
 
@@ -10,13 +12,14 @@ export function setting<K extends keyof Settings>(name: K): Settings[K] {
   return vscode.workspace.getConfiguration("codegemma").get(name)!;
 }
 
+/** Whether suggestions are on for a language. */
 export function enabled(language: string): boolean {
-  const { [language]: own, "*": all } = setting("enable");
-  return own ?? all ?? true;
+  const { [language]: forLanguage, "*": forOthers } = setting("enable");
+  return forLanguage ?? forOthers ?? true;
 }
 
 /** Turns suggestions in a language on or off, in the user's settings. */
 export async function toggle(language: string): Promise<void> {
-  const on = { ...setting("enable"), [language]: !enabled(language) };
-  await vscode.workspace.getConfiguration("codegemma").update("enable", on, vscode.ConfigurationTarget.Global);
+  const enable = { ...setting("enable"), [language]: !enabled(language) };
+  await vscode.workspace.getConfiguration("codegemma").update("enable", enable, vscode.ConfigurationTarget.Global);
 }

@@ -1,3 +1,5 @@
+/** The chat in the web view. Its requests are messages to the extension. */
+
 import type { Piece } from "../../../web/src/api.ts";
 import { Chat } from "../../../web/src/chat.ts";
 import type { ToExtension, ToView } from "./messages.ts";
@@ -7,10 +9,10 @@ declare function acquireVsCodeApi(): { postMessage(message: ToExtension): void }
 
 const extension = acquireVsCodeApi();
 const answers = new Map<number, ReadableStreamDefaultController<Piece>>();
-let asked = 0, chat: Chat | undefined;
+let lastId = 0, chat: Chat | undefined;
 
 function ask(messages: Parameters<Chat["host"]["ask"]>[0], signal: AbortSignal): ReadableStream<Piece> {
-  const id = ++asked;
+  const id = ++lastId;
   signal.addEventListener("abort", () => extension.postMessage({ type: "stop", id }));
   return new ReadableStream({ start(controller) {
     answers.set(id, controller);

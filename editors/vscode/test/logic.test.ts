@@ -1,38 +1,42 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { around, secret } from "../src/hole.ts";
 import { launch } from "../src/process.ts";
 import { question } from "../src/questions.ts";
+import { isSecretName } from "../src/secrets.ts";
+import { textAround } from "../src/window.ts";
 
 const node = (script: string): string[] => [process.execPath, "-e", script];
 
-test("files of keys and passwords are known by name", () => {
-  for (const path of ["/p/.env", "/p/.env.local", "C:\\p\\server.key", "/p/cert.PEM", "/home/a/.ssh/config", "id_ed25519", "/p/secrets.yaml", "/p/.netrc"])
-    assert.ok(secret(path), path);
-  for (const path of ["/p/environment.py", "/p/keys.py", "/p/.env_reader/a.py", "/p/monkey.ts", "/p/secrets.py"])
-    assert.ok(!secret(path), path);
+test("files that hold credentials are recognized by name, and source code is not among them", () => {
+  for (const path of ["/p/.env", "/p/.env.local", "C:\\p\\server.key", "/p/cert.PEM", "/home/a/.ssh/config", "id_ed25519", "/p/secrets.yaml", "/p/.netrc",
+    "/p/.git-credentials", "/p/prod.tfstate", "/p/kubeconfig", "/p/credentials", "/p/secrets.sh"])
+    assert.ok(isSecretName(path), path);
+  for (const path of ["/p/environment.py", "/p/keys.py", "/p/.env_reader/a.py", "/p/monkey.ts", "/p/secrets.py", "/p/credentials.go", "secret.TS", ""])
+    assert.ok(!isSecretName(path), path);
+  assert.ok(!isSecretName("/p/translation.key", "java") && isSecretName("/p/translation.key", "plaintext"));
+  assert.ok(isSecretName("/p/server.pem", "java") && isSecretName("/p/.env", "python"));
 });
 
-test("the window's start stays put while one types, and the cursor keeps its neighbours", () => {
+test("the start of the text moves in steps while the user types, and nothing next to the cursor is lost", () => {
   const text = Array.from({ length: 20_000 }, (_, line) => `line ${line}\n`).join("");
   const starts = new Set<number>();
   for (let offset = 100_000; offset < 110_000; offset += 100) {
-    const { prefix, suffix } = around(text, offset);
+    const { prefix, suffix } = textAround(text, offset);
     assert.ok(text.slice(0, offset).endsWith(prefix) && text.slice(offset).startsWith(suffix));
     assert.ok(prefix.length > 30_000 && prefix.length <= 48_000 && suffix.length === 16_000);
     starts.add(offset - prefix.length);
   }
   assert.ok(starts.size <= 2);
-  assert.deepEqual(around("ab", 1), { prefix: "a", suffix: "b" });
+  assert.deepEqual(textAround("ab", 1), { prefix: "a", suffix: "b" });
 });
 
-test("a question fences code that has fences itself, and tells problems where they are to be fixed", () => {
+test("a question has a longer fence than its code, and lists problems only where they are to be fixed", () => {
   const passage = { path: "a.md", language: "markdown", code: "```py\nx\n```", problems: ["line 2: x is not defined"] };
   assert.match(question("fix", passage), /line 2: x is not defined[\s\S]*\n````markdown\n```py\nx\n```\n````$/);
   assert.ok(!question("explain", passage).includes("not defined"));
 });
 
-test("a server is running once it says where, and is stopped", async () => {
+test("a server runs once it prints its address, and can be stopped", async () => {
   const lines: string[] = [];
   const running = await launch(node("console.log('loading'); console.log('listening on http://127.0.0.1:81'); setInterval(() => {}, 1e6)"),
     line => lines.push(line));
@@ -42,7 +46,7 @@ test("a server is running once it says where, and is stopped", async () => {
   assert.match(await running.exited, /SIGTERM/);
 });
 
-test("a server that cannot start says why", async () => {
+test("a server that cannot start gives the reason", async () => {
   await assert.rejects(launch(node("console.error('no such model: x'); process.exit(3)"), () => {}), /ended \(3\): no such model: x/);
   await assert.rejects(launch(["/nowhere/codegemma"], () => {}), /cannot be started: .*ENOENT/);
   await assert.rejects(launch(node("setInterval(() => {}, 1e6)"), () => {}, 50), /did not say where it listens/);
