@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from codegemma.cli import main as cli
 from codegemma.editor import setup as editors
-from codegemma.editor.settings import EditorSettings, setting_names
+from codegemma.editor.settings import EditorSettings
 from codegemma.editor.setup import SETUPS, advice, merged_block, merged_json, setup, write
 
 DOCS = (Path(__file__).parent.parent / "docs" / "editors.md").read_text()
@@ -39,7 +39,11 @@ def test_the_documentation_has_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", DOCS, re.M))
     assert rows == {
         name: json.dumps(value)
-        for name, value in zip(setting_names(), vars(EditorSettings()).values(), strict=True)
+        for name, value in zip(
+            [field.alias for field in EditorSettings.model_fields.values()],
+            vars(EditorSettings()).values(),
+            strict=True,
+        )
     }
 
 

@@ -18,7 +18,7 @@ from tiny import tiny_config, write_tiny_gguf
 import codegemma
 from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.lsp import MAX_PREFIX, MAX_SUFFIX, EditorServer, window
-from codegemma.editor.settings import EditorSettings, setting_names
+from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import LocalSource, RemoteSource
 from codegemma.serve import stats
 from codegemma.serve.scheduler import Scheduler
@@ -578,7 +578,9 @@ def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_chec
         assert methods == {"client/registerCapability", "workspace/configuration"}
         client.replies["workspace/configuration"] = [{"trim": "line", "timeBudgetMs": "fast"}]
         client.tell("workspace/didChangeConfiguration", settings=None)
-        client.note("window/logMessage", "codegemma.timeBudgetMs must be a whole number above 0, got 'fast'")
+        client.note(
+            "window/logMessage", "codegemma.timeBudgetMs: Input should be a valid integer, got 'fast'"
+        )
         client.open("untitled:a", "x = \n")
         id = client.inline("untitled:a", 0, 4)
         request, future = stub.next()
@@ -605,7 +607,7 @@ def test_a_wrong_setting_changes_nothing(name, wrong):
         settings == EditorSettings()
         and len(complaints) == 1
         and repr(wrong) in complaints[0]
-        and name in setting_names()
+        and f"codegemma.{name}:" in complaints[0]
     )
 
 

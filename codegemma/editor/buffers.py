@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -52,18 +53,13 @@ class Buffer:
         content = self.text[start : following[0] if following else None].rstrip("\r\n")
         if self.encoding == "utf-32" or content.isascii():
             return start + min(character, len(content))
-        units = 0
-        for index, letter in enumerate(content):
-            units += _code_units(letter, self.encoding)
-            if units > character:
-                return start + index
-        return start + len(content)
+        ends = [*accumulate(_code_units(letter, self.encoding) for letter in content)]
+        return start + bisect_right(ends, character)
 
     def position(self, offset: int) -> tuple[int, int]:
         """The LSP position (line, character) of an offset in `text`."""
         line = bisect_right(self.line_starts, offset) - 1
-        before = self.text[self.line_starts[line] : offset]
-        return line, sum(_code_units(letter, self.encoding) for letter in before)
+        return line, _code_units(self.text[self.line_starts[line] : offset], self.encoding)
 
     def edited(self, start: tuple[int, int], end: tuple[int, int], text: str) -> Buffer:
         """The buffer with the text between two positions replaced."""
@@ -79,10 +75,7 @@ def normalize(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _code_units(letter: str, encoding: Encoding) -> int:
-    point = ord(letter)
-    if encoding == "utf-32":
-        return 1
-    if encoding == "utf-16":
-        return 1 + (point > 0xFFFF)
-    return 1 + (point > 0x7F) + (point > 0x7FF) + (point > 0xFFFF)
+def _code_units(text: str, encoding: Encoding) -> int:
+    """How many units the text has in an encoding. Half of a surrogate pair counts as a character."""
+    width = int(encoding.removeprefix("utf-")) // 8
+    return len(text.encode(f"{encoding}-le" if width > 1 else encoding, "surrogatepass")) // width

@@ -2,68 +2,50 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic.alias_generators import to_camel
 
 from codegemma.generate.completion import Mode
 
 
-@dataclass(frozen=True)
-class EditorSettings:
+class EditorSettings(BaseModel):
     """The settings of the language server; docs/editors.md explains them.
 
     An editor spells them in camelCase, in its initializationOptions or under "codegemma" in its
     configuration.
     """
 
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True, strict=True)
+
     enabled: bool = True
-    disabled_languages: tuple[str, ...] = ()
+    disabled_languages: list[str] = []
     trim: Literal["auto", "none", "line", "block"] = "auto"
     mode: Mode = "auto"
     context: Literal["imports", "open", "none"] = "imports"
     completion: Literal["auto", "always", "never"] = "auto"
-    max_tokens: int = 64
-    time_budget_ms: int = 300
-    predict_ms: int = 2000
-    rest_ms: int = 300
+    max_tokens: PositiveInt = 64
+    time_budget_ms: PositiveInt = 300
+    predict_ms: PositiveInt = 2000
+    rest_ms: PositiveInt = 300
     adapter: str = "auto"
     stats: bool = True
 
     def updated(self, options: Any) -> tuple[EditorSettings, list[str]]:
         """The settings with an editor's `options`, and a complaint about each option that is wrong and not
         applied."""
-        changes, complaints = dict[str, Any](), []
-        hints = get_type_hints(EditorSettings)
-        for key, value in options.items() if isinstance(options, Mapping) else ():
-            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
-            if name not in hints:
-                complaints.append(f"there is no setting codegemma.{key}")
-            elif expected := _expected_if_wrong(value, hints[name]):
-                complaints.append(f"codegemma.{key} must be {expected}, got {value!r}")
-            else:
-                changes[name] = tuple(value) if isinstance(value, list) else value
-        return replace(self, **changes), complaints
-
-
-def setting_names() -> list[str]:
-    """The settings as an editor spells them."""
-    return [re.sub(r"_(.)", lambda match: match[1].upper(), field.name) for field in fields(EditorSettings)]
-
-
-def _expected_if_wrong(value: Any, hint: Any) -> str:
-    """What a setting of type `hint` must be, in words; "" where `value` is of that type."""
-    choices = [choice for choice in get_args(hint) if isinstance(choice, str)]
-    if hint is bool:
-        valid, expected = isinstance(value, bool), "true or false"
-    elif hint is int:
-        valid, expected = type(value) is int and value > 0, "a whole number above 0"
-    elif hint is str:
-        valid, expected = isinstance(value, str), "a string"
-    elif choices:
-        valid, expected = value in choices, f"one of {', '.join(choices)}"
-    else:
-        valid = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        expected = "a list of strings"
-    return "" if valid else expected
+        options = dict(options) if isinstance(options, Mapping) else {}
+        try:
+            return EditorSettings.model_validate(self.model_dump(by_alias=True) | options), []
+        except ValidationError as error:
+            wrong = {problem["loc"][0]: problem for problem in error.errors()}
+        complaints = [
+            f"there is no setting codegemma.{key}"
+            if problem["type"] == "extra_forbidden"
+            else f"codegemma.{key}: {problem['msg']}, got {options[key]!r}"
+            for key, problem in wrong.items()
+        ]
+        valid = {key: value for key, value in options.items() if key not in wrong}
+        return self.updated(valid)[0], complaints
