@@ -17,9 +17,10 @@ from tiny import tiny_config, write_tiny_gguf
 
 import codegemma
 from codegemma.editor.buffers import Buffer, normalize
-from codegemma.editor.lsp import MAX_PREFIX, MAX_SUFFIX, EditorServer, window
+from codegemma.editor.lsp import EditorServer
 from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import LocalSource, RemoteSource
+from codegemma.editor.suggestion import MAX_PREFIX, MAX_SUFFIX, window
 from codegemma.serve import stats
 from codegemma.serve.scheduler import Scheduler
 

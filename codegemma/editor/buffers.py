@@ -1,5 +1,4 @@
-"""A document that is open in the editor: its text, kept in step with edits, and positions in each of LSP's
-encodings."""
+"""An open document: its text, kept in step with the editor's edits, and positions in LSP's encodings."""
 
 from __future__ import annotations
 
@@ -68,8 +67,7 @@ class Buffer:
 
 
 def normalize(text: str) -> str:
-    """Text as a model reads it: lines end with \\n, and halves of surrogate pairs are joined, or replaced if
-    single."""
+    """Text as a model reads it: lines end with \\n, and halves of surrogate pairs are joined or replaced."""
     if _SURROGATE.search(text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")

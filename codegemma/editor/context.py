@@ -1,5 +1,4 @@
-"""What may stand in a prompt beside the cursor's file: the other open documents, and the files that it
-imports.
+"""Context from other files: the open documents, and what the cursor's file imports.
 
 Files that git ignores and files with a secret name (safety/secrets.py) never enter a prompt. In all others,
 secrets are replaced by fake values.
@@ -12,6 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -33,11 +33,9 @@ class FilePolicy:
 
     def __init__(self, folders: Sequence[Path] = ()) -> None:
         self.folders = [folder.absolute() for folder in folders]
-        self._rules: dict[Path, tuple[int, Sequence[Any]]] = {}  # ignore file: (time of change, rules)
 
     def refusal(self, path: Path, language: str = "") -> str:
-        """Why a file must not enter a prompt; "" where it may. `language` is the editor's name for its
-        language."""
+        """Why a file must not enter a prompt; "" where it may. `language` is the editor's name for it."""
         path = path.absolute()
         if any(secrets.is_secret_name(str(name), language) for name in (path, path.resolve())):
             return "files of this name hold credentials"
@@ -46,8 +44,7 @@ class FilePolicy:
         return "git ignores it" if self._is_ignored(path) else ""
 
     def root(self, path: Path) -> Path:
-        """The folder of the repository that a file is in; else the workspace folder, else the file's own
-        folder."""
+        """The folder of a file's repository; else its workspace folder, else the folder that it is in."""
         parents = path.absolute().parents
         repositories = (folder for folder in parents if (folder / ".git").exists())
         workspaces = (folder for folder in self.folders if folder in parents)
@@ -58,11 +55,11 @@ class FilePolicy:
         root = self.root(path)
         config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
         ignore_files = (config / "git" / "ignore", root / ".git" / "info" / "exclude")
-        rules = [(root, self._read_rules(file)) for file in ignore_files]
+        rules = [(root, _ignore_rules(file)) for file in ignore_files]
         names = path.relative_to(root).parts
         for depth, name in enumerate(names):
             folder = root.joinpath(*names[:depth])
-            rules.append((folder, self._read_rules(folder / ".gitignore")))
+            rules.append((folder, _ignore_rules(folder / ".gitignore")))
             verdict = None
             for base, patterns in rules:
                 inside = (folder / name).relative_to(base).as_posix() + "/" * (depth + 1 < len(names))
@@ -72,25 +69,28 @@ class FilePolicy:
                 return True
         return False
 
-    def _read_rules(self, file: Path) -> Sequence[Any]:
-        """The rules of an ignore file, read again when it changes; none where it is missing."""
-        from pathspec import GitIgnoreSpec
 
-        try:
-            changed = file.stat().st_mtime_ns
-            if self._rules.get(file, (0, ()))[0] != changed:
-                spec = GitIgnoreSpec.from_lines(file.read_text("utf-8", "replace").splitlines())
-                self._rules[file] = changed, [rule for rule in spec.patterns if rule.include is not None]
-        except OSError:
-            self._rules.pop(file, None)
-        return self._rules.get(file, (0, ()))[1]
+def _ignore_rules(file: Path) -> Sequence[Any]:
+    """The rules of an ignore file; none where it is missing."""
+    try:
+        return _parse_ignore_file(file, file.stat().st_mtime_ns)
+    except OSError:
+        return ()
+
+
+@lru_cache(1024)
+def _parse_ignore_file(file: Path, changed: int) -> Sequence[Any]:
+    """`changed`, the time of the file's last change, makes it be read again."""
+    from pathspec import GitIgnoreSpec
+
+    spec = GitIgnoreSpec.from_lines(file.read_text("utf-8", "replace").splitlines())
+    return [rule for rule in spec.patterns if rule.include is not None]
 
 
 def _names_path(rule: Any, path: str) -> bool:
     """Whether an ignore rule names this very path (a folder's ends with "/").
 
-    pathspec's own check includes what is below a folder, where git lets `!folder/` bring back the folder
-    alone.
+    pathspec's own check includes what is below a folder, but git's `!folder/` brings back the folder alone.
     """
     if not rule.regex.pattern.startswith("^"):  # all, or all folders
         return rule.regex.pattern == "." or path.endswith("/")
@@ -115,11 +115,10 @@ class ContextFiles:
     def collect(
         self, buffer: Buffer, others: Iterable[Buffer], imports: bool = True, may_walk: bool = False
     ) -> list[File]:
-        """The other open documents, then the files that `buffer` imports, the most relevant last, as far as
-        they fit.
+        """As many as fit of the open documents and of the files that `buffer` imports, the nearest last.
 
-        Imports are followed only in a repository whose files have been listed. A call with `may_walk` lists
-        them, which can take seconds.
+        Imports are followed once the files of the repository are listed. A call with `may_walk` lists them,
+        which can take seconds.
         """
         opened = {other.path or Path(f"untitled-{index}"): other for index, other in enumerate(others)}
         imported = self._imported(buffer, may_walk) if imports and buffer.path else []
@@ -151,12 +150,15 @@ class ContextFiles:
             self.log(text)
 
     def _imported(self, buffer: Buffer, may_walk: bool) -> list[Path]:
-        """The files of the repository that a document imports; those from which it takes most names come
-        last."""
+        """The files that a document imports. Those from which it imports most names come last."""
+        assert buffer.path
         if not self._lock.acquire(timeout=-1 if may_walk else 0.02):
             return []
         try:
-            index = self._index(buffer, may_walk)
+            root = self.policy.root(buffer.path)
+            index = self._indexes.get(root)
+            if may_walk and (index is None or index.is_stale(buffer.path)):
+                index = self._indexes[root] = _ImportIndex(root, buffer.path)
             return index.imported(buffer) if index else []
         except ImportError as error:
             self.log_once(
@@ -167,18 +169,9 @@ class ContextFiles:
         finally:
             self._lock.release()
 
-    def _index(self, buffer: Buffer, may_walk: bool) -> _ImportIndex | None:
-        assert buffer.path
-        root = self.policy.root(buffer.path)
-        index = self._indexes.get(root)
-        if may_walk and (index is None or index.is_stale(buffer.path)):
-            index = self._indexes[root] = _ImportIndex(root, buffer.path)
-        return index
-
 
 class _ImportIndex:
-    """Where the imports of a repository may lead: its files that git does not ignore, and `document`
-    itself."""
+    """The files that imports may lead to: those that git does not ignore, and `document` itself."""
 
     def __init__(self, root: Path, document: Path) -> None:
         from codegemma.data import graph

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,19 @@ from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.context import ContextFiles, FilePolicy
 from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import SuggestionSource
+from codegemma.editor.suggestion import REDACTION_MARGIN, CursorPosition, Suggestion, window
 from codegemma.generate.completion import Trim
 from codegemma.prompts import File
 from codegemma.safety.secrets import redact_at_cursor
 from codegemma.serve import stats
 from codegemma.serve.requests import Ask, Busy, Fill
 
-MAX_PREFIX, MAX_SUFFIX = 49_152, 12_288  # characters around the cursor that a prompt is made of
-WINDOW_STEP = (
-    8_192  # the start of the prefix moves in such steps, so that typing keeps what was read in the cache
-)
-REDACTION_MARGIN = (
-    8_192  # characters beyond the window that are searched too, for secrets that its edge would cut
-)
 TRIGGERS = list(".([{=,: ")
 CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests there
 
 
 class LspConnection(LanguageServerProtocol):
-    """pygls with buffers of our own: its documents end lines where LSP does not, and cut a long line too
-    early."""
+    """pygls with buffers of our own, since its documents end lines where LSP does not."""
 
     _server: EditorServer
 
@@ -83,62 +76,8 @@ class LspConnection(LanguageServerProtocol):
             return JsonRPCNotification("$/wrong", self.VERSION, None)
 
 
-@dataclass
-class Suggestion:
-    """What the editor was last given: `text`, to stand between `before` and `after` in the document `uri`."""
-
-    uri: str
-    before: str
-    text: str
-    after: str
-    shown: stats.Shown
-    inserted: int = 0  # characters of `text` that the document has by now
-
-    def remaining(self, before: str, after: str) -> str:
-        """The rest of it where the user has typed its beginning; "" where it does not fit the text at the
-        cursor."""
-        typed = before[len(self.before) :]
-        fits = after == self.after and before == self.before + typed and self.text.startswith(typed)
-        return self.text[len(typed) :] if fits else ""
-
-    def follow_edit(self, document: str) -> bool:
-        """Counts what an edit took over of it, and returns whether the suggestion still fits `document`.
-
-        More than two characters at once, or the last two, were accepted; fewer were typed.
-        """
-        size = len(document) - len(self.before) - len(self.after)
-        taken = document[len(self.before) : len(self.before) + size] if size > 0 else ""
-        if size < 0 or document != self.before + taken + self.after or not self.text.startswith(taken):
-            return False
-        more, self.inserted = size - self.inserted, size
-        if more > 2 or (more > 1 and taken == self.text):
-            self.shown.taken += more
-        return taken != self.text
-
-
-@dataclass(frozen=True)
-class CursorPosition:
-    """Where text is wanted, as offsets in the buffer of `uri`.
-
-    The text between `start` and `end` is replaced by `chosen`, the entry that is selected in the editor's
-    pop-up. Without a pop-up both are the cursor. `automatic` is False where the user asked for a suggestion.
-    """
-
-    uri: str
-    start: int
-    end: int
-    chosen: str = ""
-    automatic: bool = True
-
-    def sides(self, buffer: Buffer) -> tuple[str, str]:
-        """The text before and after the cursor, as a model reads it."""
-        text = buffer.text
-        return normalize(text[: self.start]) + normalize(self.chosen), normalize(text[self.end :])
-
-
 class EditorServer(LanguageServer):
-    """The language server of one editor. `open_source` is called in a thread, once, when the editor
-    connects."""
+    """The language server of one editor. `open_source` is called once, in a thread, on connection."""
 
     def __init__(self, open_source: Callable[[], SuggestionSource]) -> None:
         super().__init__("codegemma", __version__, protocol_cls=LspConnection)
@@ -156,7 +95,7 @@ class EditorServer(LanguageServer):
             self.feature(name, OPTIONS.get(name))(feature)
 
     # ----------------------------------------------------------------------------- what the editor reports
-    def connect(self, params: types.InitializeParams) -> None:
+    def connect(self: EditorServer, params: types.InitializeParams) -> None:
         self.configure(params.initialization_options)
         self._initial_settings = self.settings
         folders = [to_fs_path(uri) for uri in [*self.workspace.folders, self.workspace.root_uri or ""]]
@@ -215,7 +154,7 @@ class EditorServer(LanguageServer):
             self._reading_ahead.cancel()
         self._reading_ahead = asyncio.create_task(self._read_ahead(CursorPosition(uri, offset, offset)))
 
-    async def disconnect(self) -> None:
+    async def disconnect(self: EditorServer, params: None) -> None:
         self._interrupt()
         self.end_suggestion()
         source = self._source
@@ -269,13 +208,9 @@ class EditorServer(LanguageServer):
         return source
 
     async def _ask(self, cursor: CursorPosition) -> str:
-        assert self._source
-        buffer, max_tokens, started = self.buffers[cursor.uri], self.settings.max_tokens, time.perf_counter()
-        source = await asyncio.shield(self._source)
-        hole = await asyncio.to_thread(self._hole, cursor, False)
-        if hole is None:
-            return ""
-        text = await source.fill(self._ask_for(hole, max_tokens))
+        """Gets a suggestion from the source, and remembers it."""
+        buffer, started = self.buffers[cursor.uri], time.perf_counter()
+        text = await self._fill(cursor, self.settings.max_tokens)
         self._reported_errors.clear()
         if not text.strip():
             return ""
@@ -285,31 +220,24 @@ class EditorServer(LanguageServer):
         return text
 
     async def _read_ahead(self, cursor: CursorPosition) -> None:
-        """Reads a place's context into the prefix cache. Errors are left to be reported by what the user asks
-        for."""
+        """Reads a place's context into the prefix cache. It reports no errors: the next suggestion will."""
         await asyncio.sleep(self.settings.rest_ms / 1000)
         if cursor.uri in self.buffers and self._source and not self._is_unwanted(cursor):
             with contextlib.suppress(ValueError, OSError, ImportError, Busy):
-                source = await asyncio.shield(self._source)
-                if hole := await asyncio.to_thread(self._hole, cursor, True):
-                    await source.fill(self._ask_for(hole, 0))
+                await self._fill(cursor, 0)
 
-    def _ask_for(self, hole: Fill, max_tokens: int) -> Ask:
-        settings = self.settings
-        return Ask(
-            hole,
-            max_tokens,
-            adapter=None if settings.adapter == "auto" else settings.adapter,
-            session=self.session,
-            client=self.session,
-            prompt_seconds=settings.time_budget_ms / 1000,
-            predict_seconds=settings.predict_ms / 1000,
-        )
+    async def _fill(self, cursor: CursorPosition, max_tokens: int) -> str:
+        assert self._source
+        source = await asyncio.shield(self._source)
+        request = await asyncio.to_thread(self._make_request, cursor, max_tokens)
+        return await source.fill(request) if request else ""
 
-    def _hole(self, cursor: CursorPosition, may_walk: bool) -> Fill | None:
-        """The text around a place, and other files; None where the file must not be read. Runs in a
-        thread."""
-        buffers = dict(self.buffers)
+    def _make_request(self, cursor: CursorPosition, max_tokens: int) -> Ask | None:
+        """What to ask for a place; None where its file must not be read. Runs in a thread.
+
+        Only a request of max_tokens 0, which nobody waits for, may list the files of the repository.
+        """
+        settings, buffers = self.settings, dict(self.buffers)
         buffer = buffers.pop(cursor.uri, None)
         if buffer is None:
             return None
@@ -319,14 +247,22 @@ class EditorServer(LanguageServer):
         prefix, suffix = redact_at_cursor(*window(*cursor.sides(buffer), REDACTION_MARGIN))
         prefix, suffix = window(prefix, suffix)
         files: list[File] = []
-        if self.settings.context != "none":
-            imports = self.settings.context == "imports"
-            files = self.context.collect(buffer, buffers.values(), imports, may_walk)
+        if settings.context != "none":
+            imports = settings.context == "imports"
+            files = self.context.collect(buffer, buffers.values(), imports, may_walk=not max_tokens)
         path = self.context.prompt_path(buffer.path) if buffer.path and files else None
-        return Fill(prefix, suffix, path, tuple(files), self.settings.mode, self._trim(suffix))
+        return Ask(
+            Fill(prefix, suffix, path, tuple(files), settings.mode, self._trim(suffix)),
+            max_tokens,
+            adapter=None if settings.adapter == "auto" else settings.adapter,
+            session=self.session,
+            client=self.session,
+            prompt_seconds=settings.time_budget_ms / 1000,
+            predict_seconds=settings.predict_ms / 1000,
+        )
 
     def _trim(self, suffix: str) -> Trim:
-        """ "auto" keeps a line where a word follows the cursor on it, else a block."""
+        """How a suggestion is cut: "auto" is a line where a word follows the cursor on it, else a block."""
         if self.settings.trim != "auto":
             return self.settings.trim
         return "line" if re.match(r"[^\n]*\w", suffix) else "block"
@@ -352,24 +288,11 @@ class EditorServer(LanguageServer):
             self.window_show_message(types.ShowMessageParams(types.MessageType.Error, f"codegemma: {error}"))
 
 
-def window(prefix: str, suffix: str, margin: int = 0) -> tuple[str, str]:
-    """The text nearest to the cursor in whole lines: MAX_PREFIX and MAX_SUFFIX characters, each and `margin`
-    more."""
-    excess = max(0, len(prefix) - MAX_PREFIX - margin)
-    if drop := -(-excess // WINDOW_STEP) * WINDOW_STEP:
-        prefix = prefix[prefix.find("\n", drop, len(prefix) - WINDOW_STEP) + 1 or drop :]
-    size = MAX_SUFFIX + margin
-    if len(suffix) > size:
-        suffix = suffix[: suffix.rfind("\n", 0, size) + 1 or size]
-    return prefix, suffix
-
-
 # ------------------------------------------------------------------------------------------------- features
 async def inline_completion(
     server: EditorServer, params: types.InlineCompletionParams
 ) -> types.InlineCompletionList:
-    """Where there is nothing, an empty list: editors take null for no change, and go on showing the old
-    text."""
+    """An empty list where there is nothing: on null, editors go on showing the old suggestion."""
     uri, chosen = params.text_document.uri, params.context.selected_completion_info
     buffer = server.buffers.get(uri)
     if buffer is None:
@@ -456,18 +379,11 @@ async def initialized(server: EditorServer, params: types.InitializedParams) -> 
     await configuration_changed(server, types.DidChangeConfigurationParams({}))
 
 
-def initialize(server: EditorServer, params: types.InitializeParams) -> None:
-    server.connect(params)
-
-
-async def shutdown(server: EditorServer, params: None) -> None:
-    await server.disconnect()
-
-
+# pygls passes the server to a function that has a first parameter with its class as annotation.
 FEATURES: dict[str, Callable[..., Any]] = {
-    types.INITIALIZE: initialize,
+    types.INITIALIZE: EditorServer.connect,
     types.INITIALIZED: initialized,
-    types.SHUTDOWN: shutdown,
+    types.SHUTDOWN: EditorServer.disconnect,
     types.TEXT_DOCUMENT_INLINE_COMPLETION: inline_completion,
     types.TEXT_DOCUMENT_DOCUMENT_HIGHLIGHT: cursor_rests,
     types.WORKSPACE_DID_CHANGE_CONFIGURATION: configuration_changed,

@@ -34,8 +34,7 @@ class EditorSettings(BaseModel):
     stats: bool = True
 
     def updated(self, options: Any) -> tuple[EditorSettings, list[str]]:
-        """The settings with an editor's `options`, and a complaint about each option that is wrong and not
-        applied."""
+        """The settings with an editor's `options`, and a complaint about each one that is wrong."""
         options = dict(options) if isinstance(options, Mapping) else {}
         try:
             return EditorSettings.model_validate(self.model_dump(by_alias=True) | options), []

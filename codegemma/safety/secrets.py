@@ -94,8 +94,7 @@ def redact_at_cursor(prefix: str, suffix: str) -> tuple[str, str]:
 
 
 def safe_files(files: Sequence[File]) -> tuple[File, ...]:
-    """Other files as they may stand in a prompt: those with a secret name are left out, the others
-    redacted."""
+    """Other files for a prompt: those with a secret name are left out, the others redacted."""
     return tuple(replace(file, text=redact(file.text)) for file in files if not is_secret_name(file.path))
 
 
