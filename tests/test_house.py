@@ -1,4 +1,5 @@
-"""The laws of structure: imports point up the list of rooms, in no circle, and take no room's private names."""
+"""The laws of structure: imports point up the list of rooms, in no circle, and take no room's private
+names."""
 
 import ast
 from collections import Counter
@@ -64,7 +65,8 @@ def imports(source: str) -> list[tuple[str, str | None]]:
 
 
 def graph() -> dict[str, set[str]]:
-    """Each module's imports inside the package. A module also runs the `__init__` of every package above what it imports."""
+    """Each module's imports inside the package. A module also runs the `__init__` of every package above what
+    it imports."""
     edges: dict[str, set[str]] = {}
     for module, file in FILES.items():
         if module == ROOT:
@@ -107,7 +109,9 @@ def test_no_private_name_crosses_rooms(module):
         private = [part for part in (*target.split("."), name or "") if part.startswith("_")]
         private = [part for part in private if part != "__version__"]
         if target != ROOT and room(target) != room(module):
-            assert not private, f"{module} takes {private[0]} from {target}: give it a public name, or move it"
+            assert not private, (
+                f"{module} takes {private[0]} from {target}: give it a public name, or move it"
+            )
 
 
 def test_imports_form_no_circle():

@@ -12,8 +12,6 @@ from programs import fault  # noqa: E402
 NEEDS = {  # what a file of tests drives
     "test_page.py": ("chromium",),
     "test_vscode.py": ("chromium", "node"),
-    "test_clients.py": ("node",),
-    "test_neovim.py": (),
 }
 
 
