@@ -1,9 +1,9 @@
-"""A typing trace: time to the first token after each of 60 keystrokes and 5 cursor jumps in a real file.
+"""Time to the first token after each of 60 keystrokes and 5 cursor jumps in a real file.
 
     PYTHONPATH=. .venv/bin/python benchmarks/keystrokes.py [--rounds 3] [--log]
 
-Ours is `complete` as an editor calls it (encoding, window, cache, first token), in SPM order. The peer is llama.cpp with
-its own prompt cache: in PSM order, as its /infill does it, and in SPM order driven by hand with our very ids.
+Ours is `complete` as an editor calls it (encoding, window, cache, first token), in SPM order. The peer is
+llama.cpp with its own prompt cache: in PSM order, as its /infill works, and in SPM order on our token ids.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from peers import Peer
 import codegemma
 from codegemma import hub, prompts
 
-TYPED = "    if not isinstance(value, (int, float)):\n        raise TypeErr"  # 60 keystrokes and a few
+KEYSTROKES = 60
+TYPED = "    if not isinstance(value, (int, float)):\n        raise TypeErr"[:KEYSTROKES]
 Trace = list[tuple[str, str, str]]  # kind, prefix, suffix
 
 
 def trace(text: str) -> Trace:
-    """The cursor stands in the middle of the file; keys are typed there, then it jumps about."""
+    """Opens the file with the cursor at three quarters of it, types there, then jumps to five places."""
     lines = text.splitlines(keepends=True)
-    middle = len(lines) * 3 // 4
-    prefix, suffix = "".join(lines[:middle]), "".join(lines[middle:])
+    cursor = len(lines) * 3 // 4
+    prefix, suffix = "".join(lines[:cursor]), "".join(lines[cursor:])
     steps = [("open", prefix, suffix)]
-    steps += [("key", prefix + TYPED[:i], suffix) for i in range(1, 61)]
+    steps += [("key", prefix + TYPED[:i], suffix) for i in range(1, KEYSTROKES + 1)]
     for part in (0.2, 0.9, 0.5, 0.7, 0.35):
-        at = int(len(lines) * part)
-        steps.append(("jump", "".join(lines[:at]), "".join(lines[at:])))
+        cursor = int(len(lines) * part)
+        steps.append(("jump", "".join(lines[:cursor]), "".join(lines[cursor:])))
     return steps
 
 
-def ours(model: codegemma.Model, steps: Trace) -> list[float]:
+def our_times(model: codegemma.Model, steps: Trace) -> list[float]:
+    """Seconds to the first token of each step, from an empty cache."""
     model.engine.cache.forget_all()
     seconds = []
     for _, prefix, suffix in steps:
@@ -52,16 +54,19 @@ def ours(model: codegemma.Model, steps: Trace) -> list[float]:
 def peer_times(
     peer: Peer, model: codegemma.Model, steps: Trace, layout: prompts.Layout
 ) -> list[float | None]:
-    """In PSM order only every sixth keystroke is asked (each reads the whole suffix again, more than a second of it)."""
-    peer("eval_prompt", ids=[2])  # forget
+    """Seconds to the first token of each step, from an empty cache.
+
+    In PSM order a keystroke makes the peer read the whole suffix again, which takes more than a second: there only
+    every sixth is measured, and the others are None.
+    """
+    peer("eval_prompt", ids=[2])  # empties its cache
     ids = [
         prompts.fim(model.tokenizer, prefix, suffix, "pkg/stats.py", layout=layout).ids
         for _, prefix, suffix in steps
     ]
-    asked = [layout == "spm" or step[0] != "key" or i % 6 == 0 for i, step in enumerate(steps)]
-    return [
-        peer("eval_prompt", ids=one)["seconds"] if ask else None for one, ask in zip(ids, asked, strict=True)
-    ]
+    measured = [layout == "spm" or kind != "key" or i % 6 == 0 for i, (kind, _, _) in enumerate(steps)]
+    pairs = zip(ids, measured, strict=True)
+    return [peer("eval_prompt", ids=prompt)["seconds"] if wanted else None for prompt, wanted in pairs]
 
 
 def main() -> None:
@@ -71,14 +76,14 @@ def main() -> None:
     text = (ROOT / "benchmarks" / "typed_file.txt").read_text()[:5600]
     steps = trace(text)
     model = codegemma.load(threads=args.threads)
-    model.backend.settle()
+    model.backend.use_huge_pages()
     length = len(model.tokenizer.encode(text))
     rounds: list[dict[str, Sequence[float | None]]] = []
     with Peer("llamacpp", hub.resolve(), threads=args.threads, context=4096) as peer:
         for _ in range(args.rounds):
             rounds.append(
                 {
-                    "ours": ours(model, steps),
+                    "ours": our_times(model, steps),
                     "psm": peer_times(peer, model, steps, "psm"),
                     "spm": peer_times(peer, model, steps, "spm"),
                 }
@@ -88,9 +93,11 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     for kind in ("key", "jump", "open"):
-        at = [i for i, step in enumerate(steps) if step[0] == kind]
+        indexes = [i for i, step in enumerate(steps) if step[0] == kind]
         medians = {
-            name: statistics.median(x for one in rounds for i in at if (x := one[name][i]) is not None)
+            name: statistics.median(
+                x for times in rounds for i in indexes if (x := times[name][i]) is not None
+            )
             for name in rounds[0]
         }
         ours_ms, psm_ms, spm_ms = (medians[name] * 1e3 for name in ("ours", "psm", "spm"))
