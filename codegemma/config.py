@@ -13,6 +13,18 @@ from typing import Literal
 Architecture = Literal["gemma", "gemma2", "gemma3"]
 Use = Literal["completion", "generation", "chat", "instructions"]
 
+# Closed sets that the command line offers as choices; it must not import the modules that act on them.
+Mode = Literal["auto", "psm", "spm", "prefix"]  # order of a prompt; auto: as it was trained
+Trim = Literal["none", "line", "block"]  # how much of a completion is kept
+LoadQuantization = Literal["q8_0", "q4_0"]  # of float weights, while loading
+FloatType = Literal["bf16", "f16", "f32"]
+ExportFormat = Literal["gguf", "safetensors", "orbax", "keras", "nemo", "gemma_pytorch"]  # of `convert`
+Program = Literal["ollama", "lmstudio", "llamacpp", "transformers", "nemo"]  # `codegemma export`
+DownloadSource = Literal["hf", "kaggle", "ngc", "url", "path"]  # `codegemma pull`
+DataEngine = Literal["local", "ray"]  # `codegemma data build`
+
+DEFAULT_MODEL = "gemma-3-270m"
+
 # An absurd value in a file's header must not become an allocation: bounds far above any published Gemma.
 LIMITS = {
     "layers": 512,

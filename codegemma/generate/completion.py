@@ -10,17 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from codegemma import prompts
+from codegemma.config import Mode, Trim
 from codegemma.generate.engine import Completion, Engine, Request, Step, Stop
 from codegemma.generate.sampling import Sampling
 from codegemma.native import Cancel
 from codegemma.prompts import File, Layout, Parts
 from codegemma.tokenizer import Tokenizer
-
-Trim = Literal["none", "line", "block"]
-Mode = Literal["auto", "psm", "spm", "prefix"]
 
 WINDOWS = (
     16_384,
