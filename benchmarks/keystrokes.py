@@ -56,8 +56,8 @@ def peer_times(
 ) -> list[float | None]:
     """Seconds to the first token of each step, from an empty cache.
 
-    In PSM order a keystroke makes the peer read the whole suffix again, which takes more than a second: there only
-    every sixth is measured, and the others are None.
+    In PSM order a keystroke makes the peer read the whole suffix again, which takes more than a second: there
+    only every sixth is measured, and the others are None.
     """
     peer("eval_prompt", ids=[2])  # empties its cache
     ids = [

@@ -1,4 +1,4 @@
-"""A headless Chromium that reports what a page must not do."""
+"""A headless Chromium, and a list of what a page did that it must not do."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE = 180_000  # ms: the machine may be busy
+TIMEOUT_MS = 180_000  # ms: the machine may be busy
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator:
-    with playwright.sync_playwright() as found:
-        browser = found.chromium.launch(
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
             executable_path=shutil.which("chromium"), args=QUIET, chromium_sandbox=False
         )
         yield browser
@@ -39,16 +39,18 @@ def picture(page, name: str) -> None:
     page.screenshot(path=PICTURES / f"{name}.png")
 
 
-def watched(context, own: str) -> list[str]:
-    """Faults of the context's pages, as they come: errors, broken policy, requests to anywhere but `own`."""
+def watched(context, origin: str) -> list[str]:
+    """A growing list of the faults of the context's pages: errors, and requests to anywhere but `origin`."""
     faults: list[str] = []
-    context.set_default_timeout(PATIENCE)
+    context.set_default_timeout(TIMEOUT_MS)
     context.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
     context.on("weberror", lambda error: faults.append(str(error.error)))
     context.on(
         "request",
         lambda request: (
-            None if request.url.startswith((own, "data:", "blob:")) else faults.append(f"asked {request.url}")
+            None
+            if request.url.startswith((origin, "data:", "blob:"))
+            else faults.append(f"requested {request.url}")
         ),
     )
     return faults

@@ -1,4 +1,4 @@
-"""Makes what the tests beside this folder share importable, and skips what needs a browser or Node that do not work."""
+"""Makes the shared modules of tests/ importable; skips what needs a browser or Node that do not work."""
 
 import sys
 from pathlib import Path

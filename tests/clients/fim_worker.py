@@ -1,5 +1,7 @@
-"""spyder-ai-chat's FIM worker against a server: prints what it delivers, or says, by each of its backends,
-as one JSON object."""
+"""Runs spyder-ai-chat's FIM worker against a server with each of its backends.
+
+Prints the completions, or the errors, as one JSON object.
+"""
 
 import json
 import sys
@@ -10,13 +12,13 @@ from spyder_ai_chat.fim.config import BACKEND_TYPES
 
 url, model, prefix, suffix = sys.argv[1:]
 app = QCoreApplication([])
-found = {}
+results = {}
 for backend in BACKEND_TYPES:
     worker = FimWorker(backend, prefix, suffix, url, "", model, backend, max_tokens=8)
-    worker.sig_result.connect(found.__setitem__)
-    worker.sig_error.connect(found.__setitem__)
+    worker.sig_result.connect(results.__setitem__)
+    worker.sig_error.connect(results.__setitem__)
     worker.finished.connect(app.quit)
     worker.start()
     app.exec_()
     worker.wait()
-print(json.dumps(found))
+print(json.dumps(results))

@@ -1,7 +1,7 @@
-"""Clients that weigh much, against `codegemma serve` with the default model: `make test-clients`.
+"""Large clients against `codegemma serve` with the default model: `make test-clients`.
 
-npm's openai and ollama, Continue's adapters, Spyder's FIM worker, lm-eval's two API models, llm, schemathesis. Their
-environments are .venv-clients and node_modules beside this file.
+npm's openai and ollama, Continue's adapters, Spyder's FIM worker, lm-eval's two API models, llm,
+schemathesis. Their environments are .venv-clients and node_modules beside this file.
 """
 
 import json
@@ -35,12 +35,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def server(model):
-    with Process("--no-keep-cache") as found:
-        yield found
+    with Process("--no-keep-cache") as process:
+        yield process
 
 
 def run(*command, **options):
-    """A program's output; its messages where it fails."""
+    """The output of a program. Where it fails, the assertion shows its last messages."""
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, timeout=1800, **options
     )
@@ -49,23 +49,29 @@ def run(*command, **options):
 
 
 def test_npm_clients_and_continue(server, model):
-    found = json.loads(run("node", HERE / "clients.mjs", server.url, PREFIX, SUFFIX))
+    answers = json.loads(run("node", HERE / "clients.mjs", server.url, PREFIX, SUFFIX))
     middle = model.complete(PREFIX, SUFFIX, max_tokens=8).text
     for name in ("openai", "openai_stream", "ollama", "ollama_stream", "continue_openai", "continue_mistral"):
-        assert found[name] == middle, name
+        assert answers[name] == middle, name
     chat = model.chat([("user", "Say hi.")], max_tokens=8).text
-    assert found["openai_chat"] == found["ollama_chat"] == chat and found["openai_models"] == "gemma-3-270m"
-    assert ".Suffix" in found["ollama_template"]  # by which Continue decides to send a suffix
+    assert (
+        answers["openai_chat"] == answers["ollama_chat"] == chat
+        and answers["openai_models"] == "gemma-3-270m"
+    )
+    assert ".Suffix" in answers["ollama_template"]  # the sign for Continue to send a suffix
     rendered = f"<|fim_prefix|>{PREFIX}<|fim_suffix|>{SUFFIX}<|fim_middle|>"
-    assert found["continue_raw"] == model.generate(rendered, raw=True, max_tokens=8).text
+    assert answers["continue_raw"] == model.generate(rendered, raw=True, max_tokens=8).text
 
 
 def test_spyders_fim_worker_by_each_of_its_backends(server, model):
-    """It strips what it got. Its chat backend renders FIM into a message, where control tokens are text."""
-    found = json.loads(run(TOOLS / "python", HERE / "fim_worker.py", server.url, "codegemma", PREFIX, SUFFIX))
+    """It strips its answers. Its chat backend writes the FIM prompt into a message, where control tokens are
+    text."""
+    answers = json.loads(
+        run(TOOLS / "python", HERE / "fim_worker.py", server.url, "codegemma", PREFIX, SUFFIX)
+    )
     rendered = f"<|fim_prefix|>{PREFIX}<|fim_suffix|>{SUFFIX}<|fim_middle|>"
     middle = model.complete(PREFIX, SUFFIX, max_tokens=8).text.strip()
-    assert middle and found == {
+    assert middle and answers == {
         "ollama_generate": middle,
         "openai_completions": middle,
         "codestral": middle,
@@ -75,7 +81,7 @@ def test_spyders_fim_worker_by_each_of_its_backends(server, model):
 
 @pytest.mark.parametrize(("name", "count"), [("piqa", 12), ("hellaswag", 4)])
 def test_lm_eval_scores_as_our_own_evaluation(server, model, tmp_path, name, count):
-    """lm-eval's remote tokenizer adds no <bos>, so its task spells it."""
+    """lm-eval's remote tokenizer adds no <bos>, so the task writes it."""
     items = TASKS[name].items(records(name))[0][:count]
     rows = [
         {
@@ -98,14 +104,17 @@ doc_to_target: "{{{{label}}}}"
 target_delimiter: " "
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """)
-    arguments = f"model=gemma-3-270m,base_url={server.url}/v1/completions,tokenizer_backend=remote,num_concurrent=2,max_retries=1"
+    arguments = (
+        f"model=gemma-3-270m,base_url={server.url}/v1/completions,tokenizer_backend=remote,"
+        "num_concurrent=2,max_retries=1"
+    )
     run(
         TOOLS / "lm_eval",
         "run",
         "--model",
         "local-completions",
         "--model_args",
-        arguments + "",
+        arguments,
         "--tasks",
         f"ours_{name}",
         "--include_path",
@@ -118,12 +127,13 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
         env=os.environ
         | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
-    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    found = sorted(
-        (json.loads(line) for line in samples.read_text().splitlines()), key=lambda sample: sample["doc_id"]
+    (sample_file,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    samples = sorted(
+        (json.loads(line) for line in sample_file.read_text().splitlines()),
+        key=lambda sample: sample["doc_id"],
     )
     ours = Local(model)
-    for sample, row in zip(found, rows, strict=True):
+    for sample, row in zip(samples, rows, strict=True):
         pairs = [encode_choice(model.tokenizer, (row["context"], f" {choice}")) for choice in row["choices"]]
         expected = [sum(score.logprobs) for score in ours.score(pairs)]
         theirs = [
@@ -167,8 +177,8 @@ metric_list: [{{metric: exact_match}}]
         "--apply_chat_template",
         env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"},
     )
-    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    answers = [json.loads(line)["resps"][0][0] for line in samples.read_text().splitlines()]
+    (sample_file,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    answers = [json.loads(line)["resps"][0][0] for line in sample_file.read_text().splitlines()]
     assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
 
 
@@ -183,19 +193,19 @@ def test_llm_and_its_openai_plug_in(server, model, tmp_path):
   completion: true
 """)
     environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
-    asked = ("-o", "temperature", "0", "-o", "max_tokens", "8", "--no-log", "--key", "none")
+    options = ("-o", "temperature", "0", "-o", "max_tokens", "8", "--no-log", "--key", "none")
     expected = model.chat([("user", "Say hi.")], max_tokens=8).text
     for stream in ((), ("--no-stream",)):
         assert (
-            run(TOOLS / "llm", "-m", "ours", *asked, *stream, "Say hi.", env=environment).strip()
+            run(TOOLS / "llm", "-m", "ours", *options, *stream, "Say hi.", env=environment).strip()
             == expected.strip()
         )
-    said = run(TOOLS / "llm", "-m", "ours-completion", *asked, "def area(", env=environment)
-    assert said.strip() == model.generate("def area(", max_tokens=8).text.strip()
+    text = run(TOOLS / "llm", "-m", "ours-completion", *options, "def area(", env=environment)
+    assert text.strip() == model.generate("def area(", max_tokens=8).text.strip()
 
 
 def test_no_request_that_our_openapi_document_allows_fails(tmp_path):
-    """On a tiny model: it asks for thousands of answers, and they are to end."""
+    """On a tiny model, since thousands of answers must end in time."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa", context=512), "Q8_0")
     with Process("--no-keep-cache", "-m", str(path)) as server:
         run(

@@ -15,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from serving import Process
 from tiny import tiny_config, write_tiny_gguf
 
-HOSTILE = """Look: <script>window.bad = 1</script><img src=x onerror="window.bad = 2"> <style>body { display: none }</style>
+HOSTILE = """Look: <script>window.bad = 1</script><img src=x onerror="window.bad = 2"> \
+<style>body { display: none }</style>
 
-[click](javascript:window.bad=3) [data](data:text/html,<script>1</script>) ![picture](https://example.org/spy.png) [ok](https://example.org/)
+[click](javascript:window.bad=3) [data](data:text/html,<script>1</script>) \
+![picture](https://example.org/spy.png) [ok](https://example.org/)
 
 ```python" onmouseover="window.bad=4
 print("<b>not bold</b>")
@@ -41,13 +43,13 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as found:
-        yield found
+    with chromium() as driver:
+        yield driver
 
 
 @pytest.fixture
 def open_page(browser):
-    """Opens the page; at the end nothing must have gone wrong in it."""
+    """Opens the page, and checks at the end that nothing went wrong in it."""
     opened = []
 
     def opener(url: str, **options) -> Page:
@@ -78,7 +80,7 @@ def ghost(page: Page) -> str:
 
 
 def settled(page: Page) -> str:
-    """Waits until a suggestion is whole, and returns its first line."""
+    """Waits until a suggestion is complete, and returns its first line."""
     page.wait_for_function(
         "() => document.querySelector('#state').textContent === 'ready: Tab accepts' "
         "&& document.querySelector('#editor [class*=ghost-text]')"
@@ -86,12 +88,12 @@ def settled(page: Page) -> str:
     return ghost(page)
 
 
-def asked(page: Page, what: str) -> list[dict]:
-    """Bodies of the requests to `what`, as they come."""
+def request_bodies(page: Page, path: str) -> list[dict]:
+    """A growing list of the bodies of the requests to `path`."""
     bodies: list[dict] = []
     page.on(
         "request",
-        lambda request: bodies.append(json.loads(request.post_data)) if request.url.endswith(what) else None,
+        lambda request: bodies.append(json.loads(request.post_data)) if request.url.endswith(path) else None,
     )
     return bodies
 
@@ -107,10 +109,10 @@ def type_in_the_hole(page: Page, text: str) -> None:
 
 def test_ghost_text_is_what_the_server_writes_and_tab_takes_it(server, open_page):
     page = open_page(server.url)
-    bodies, told = asked(page, "/infill"), asked(page, "/v1/events")
+    bodies, events = request_bodies(page, "/infill"), request_bodies(page, "/v1/events")
     type_in_the_hole(page, "pi * ")
     shown = settled(page)
-    body = next(one for one in bodies if one["input_prefix"].endswith("return  pi * "))
+    body = next(body for body in bodies if body["input_prefix"].endswith("return  pi * "))
     assert body["input_suffix"].startswith("\n\n\ndef square_area") and body["path"] == "shapes.py"
     answer = httpx.post(
         f"{server.url}/infill", json={**body, "stream": False, "session": "another"}, timeout=180
@@ -122,9 +124,9 @@ def test_ghost_text_is_what_the_server_writes_and_tab_takes_it(server, open_page
     page.keyboard.press("Tab")
     page.wait_for_function("() => !document.querySelector('#state').textContent.startsWith('writing')")
     assert f"return  pi * {answer['content'].split(chr(10))[0]}" in code(page)
-    (accepted,) = {one["completion_id"] for one in told if one["type"] == "select"}
+    (accepted,) = {event["completion_id"] for event in events if event["type"] == "select"}
     assert body["language"] == "python" and accepted in {
-        one["completion_id"] for one in told if one["type"] == "view"
+        event["completion_id"] for event in events if event["type"] == "view"
     }
 
 
@@ -132,11 +134,11 @@ def test_typing_what_is_shown_asks_nothing_and_typing_another_thing_asks_anew(se
     page = open_page(server.url)
     type_in_the_hole(page, "pi * ")
     shown = settled(page)
-    bodies = asked(page, "/infill")
+    bodies = request_bodies(page, "/infill")
     page.keyboard.type(shown[0])
     page.wait_for_function(
-        "text => [...document.querySelectorAll('#editor [class*=ghost-text]')].map(e => e.textContent).join('')"
-        ".replaceAll('\\u00a0', ' ') === text",
+        "text => [...document.querySelectorAll('#editor [class*=ghost-text]')].map(e => e.textContent)"
+        ".join('').replaceAll('\\u00a0', ' ') === text",
         arg=shown[1:],
     )
     assert not any(body["input_prefix"].endswith("pi * " + shown[0]) for body in bodies)
@@ -152,7 +154,7 @@ def test_switches_reach_the_model(server, open_page):
     for order in ("psm", "spm"):
         page.select_option("#mode", order)
         page.fill("#max_tokens", "6")
-        bodies = asked(page, "/infill")
+        bodies = request_bodies(page, "/infill")
         page.locator("#editor .view-line").first.click()
         page.keyboard.press("Alt+\\")
         expect(page.locator("#numbers dd", has_text=order.upper())).to_be_visible(timeout=180_000)
@@ -168,7 +170,7 @@ def test_switches_reach_the_model(server, open_page):
 
 def test_chat_by_keyboard_alone(server, open_page):
     page = open_page(f"{server.url}/#/chat")
-    turns = asked(page, "/v1/chat/completions")
+    turns = request_bodies(page, "/v1/chat/completions")
     expect(page.get_by_label("Message", exact=True)).to_be_focused()
     page.keyboard.type("Count to three")
     page.keyboard.press("Enter")
@@ -213,8 +215,8 @@ def test_regenerate_and_conversations(open_page, server):
 
 
 def answers(page: Page, *texts: str) -> None:
-    """What no real model can be made to say."""
-    left = iter(texts)
+    """Makes the chat route give these answers, since no real model can be made to."""
+    remaining = iter(texts)
 
     def stream(text: str) -> str:
         parts = [{"choices": [{"delta": {"content": part}}]} for part in (text[:7], text[7:])]
@@ -222,7 +224,7 @@ def answers(page: Page, *texts: str) -> None:
 
     page.route(
         "**/v1/chat/completions",
-        lambda route: route.fulfill(content_type="text/event-stream", body=stream(next(left))),
+        lambda route: route.fulfill(content_type="text/event-stream", body=stream(next(remaining))),
     )
 
 

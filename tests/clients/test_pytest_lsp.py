@@ -1,4 +1,4 @@
-"""`codegemma lsp` as a process, driven by pytest-lsp with the capabilities that real editors were recorded to send."""
+"""`codegemma lsp` as a process, driven by pytest-lsp with the recorded capabilities of real editors."""
 
 import os
 import sys
@@ -43,20 +43,20 @@ async def client(request, model, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "XDG_STATE_HOME": str(tmp_path)}
     started = await pytest_lsp.ClientServerConfig(command, server_env=environment).start()
     started.feature(types.CLIENT_REGISTER_CAPABILITY)(lambda params: None)
-    known = request.param != "of 3.18"
+    recorded = request.param != "of 3.18"
     capabilities = (
         pytest_lsp.client_capabilities(request.param)
-        if known
+        if recorded
         else types.ClientCapabilities(text_document=INLINE)
     )
-    greeted = await started.initialize_session(
+    result = await started.initialize_session(
         types.InitializeParams(
             capabilities=capabilities,
             root_uri=tmp_path.as_uri(),
             initialization_options={"timeBudgetMs": 10**6},
         )
     )
-    started.encoding = str(greeted.capabilities.position_encoding)
+    started.encoding = str(result.capabilities.position_encoding)
     yield started
     await started.shutdown_session()
 
@@ -73,14 +73,14 @@ async def test_every_editor_gets_the_models_suggestion(client, expected):
     position = types.Position(2, len(line.encode(codec)) // width)
     if client.capabilities.text_document.inline_completion:
         context = types.InlineCompletionContext(types.InlineCompletionTriggerKind.Invoked)
-        found = await client.text_document_inline_completion_async(
+        answer = await client.text_document_inline_completion_async(
             types.InlineCompletionParams(context, document, position)
         )
-        (item,) = found.items
+        (item,) = answer.items
         assert item.insert_text == expected and item.range == types.Range(position, position)
     else:
-        found = await client.text_document_completion_async(types.CompletionParams(document, position))
-        (item,) = found.items
+        answer = await client.text_document_completion_async(types.CompletionParams(document, position))
+        (item,) = answer.items
         assert item.text_edit.new_text == "retu" + expected and item.text_edit.range.end == position
     assert any("ready after" in note.message for note in client.log_messages)
     assert not [note for note in client.messages if note.type == types.MessageType.Error]

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from browser import PATIENCE, Page, chromium, expect, picture
+from browser import TIMEOUT_MS, Page, chromium, expect, picture
 
 ROOT = Path(__file__).parents[2]
 VSIX = ROOT / "editors/vscode/codegemma.vsix"
 CODE = ROOT / "build/code-server/node_modules/code-server/out/node/entry.js"
-SHAPES = '"""Areas of simple shapes."""\n\nfrom math import pi\n\n\ndef circle_area(radius):\n    \n\n\nprint(circle_area(2))\n'
+SHAPES = (
+    '"""Areas of simple shapes."""\n\nfrom math import pi\n\n\n'
+    "def circle_area(radius):\n    \n\n\nprint(circle_area(2))\n"
+)
 SETTINGS = {
     "workbench.startupEditor": "none",
     "security.workspace.trust.enabled": False,
@@ -45,17 +48,18 @@ def workbench(tmp_path_factory):
     (home / "work").mkdir()
     (home / "work/shapes.py").write_text(SHAPES)
     (home / "work/.env").write_text("KEY=1\n")
-    program = home / "codegemma"  # says where its server listens, for the test
+    program = home / "codegemma"  # it notes where its server listens, for the test
     program.write_text(
-        f'#!/bin/bash\ncd {shlex.quote(str(ROOT))}\nexec {shlex.quote(sys.executable)} -m codegemma.cli "$@" '
-        f'> >(while read -r line; do echo "$line" >> {shlex.quote(str(home / "said"))}; echo "$line"; done)\n'
+        f"#!/bin/bash\ncd {shlex.quote(str(ROOT))}\n"
+        f'exec {shlex.quote(sys.executable)} -m codegemma.cli "$@" '
+        '> >(while read -r line; do echo "$line" >> '
+        f'{shlex.quote(str(home / "output"))}; echo "$line"; done)\n'
     )
     program.chmod(0o755)
     for place, values in (("User", SETTINGS), ("Machine", {"codegemma.command": str(program)})):
-        (home / "data" / place).mkdir(
-            parents=True
-        )  # a setting of the machine is read there, from the first change on
-        (home / "data" / place / "settings.json").write_text(json.dumps(values))
+        folder = home / "data" / place
+        folder.mkdir(parents=True)
+        (folder / "settings.json").write_text(json.dumps(values))
     command = [
         "node",
         str(CODE),
@@ -100,12 +104,12 @@ def workbench(tmp_path_factory):
             client.get(f"http://{address}/healthz")
         with chromium() as browser:
             page = browser.new_page(viewport={"width": 1280, "height": 800})
-            page.set_default_timeout(PATIENCE)
+            page.set_default_timeout(TIMEOUT_MS)
             page.goto(f"http://{address}/?folder={home / 'work'}")
             page.get_by_role("treeitem", name="shapes.py").dblclick()
             page.locator(".editor-instance .view-line").first.wait_for()
             expect(status(page).locator(".codicon-sparkle")).to_be_visible(
-                timeout=PATIENCE
+                timeout=TIMEOUT_MS
             )  # the server is up
             yield page, home
     finally:
@@ -114,16 +118,16 @@ def workbench(tmp_path_factory):
 
 
 def url(home: Path) -> str:
-    return (home / "said").read_text().split("listening on ")[-1].split()[0]
+    return (home / "output").read_text().split("listening on ")[-1].split()[0]
 
 
 def status(page: Page):
     return page.locator(".statusbar-item", has_text="CodeGemma")
 
 
-def until(found: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE / 1000
-    while not found():
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT_MS / 1000
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
 
@@ -147,16 +151,16 @@ def ghost(page: Page) -> str:
     return "".join(page.locator("[class*=ghost-text]").all_text_contents()).replace("\xa0", " ")
 
 
-def whole_ghost(page: Page) -> str:
+def wait_for_ghost(page: Page) -> str:
     page.locator("[class*=ghost-text]").first.wait_for()
     return ghost(page)
 
 
-def test_ghost_text_is_the_servers_and_is_taken_by_word_and_whole(workbench):
+def test_ghost_text_is_the_servers_and_is_accepted_by_word_and_whole(workbench):
     page, home = workbench
     to_line(page, 7)
     page.keyboard.type("return pi * ")
-    shown = whole_ghost(page)
+    shown = wait_for_ghost(page)
     picture(page, "vscode-ghost")
     prefix, suffix = SHAPES.split("    \n")
     answer = httpx.post(
@@ -174,7 +178,7 @@ def test_ghost_text_is_the_servers_and_is_taken_by_word_and_whole(workbench):
         },
     ).json()
     assert shown == answer["content"].replace("\n", "") != ""
-    expect(status(page)).to_contain_text(" ms", timeout=PATIENCE)
+    expect(status(page)).to_contain_text(" ms", timeout=TIMEOUT_MS)
     page.keyboard.press("Control+ArrowRight")
     word = page.locator(".view-line", has_text="return").inner_text().replace("\xa0", " ")
     assert word.strip().startswith("return pi * ")
@@ -185,7 +189,7 @@ def test_ghost_text_is_the_servers_and_is_taken_by_word_and_whole(workbench):
         arg=f"return pi * {answer['content'].splitlines()[0]}".strip(),
     )
     figures = home / "state/codegemma/suggestions.jsonl"
-    until(lambda: figures.exists() and '"language": "python"' in figures.read_text())
+    wait_until(lambda: figures.exists() and '"language": "python"' in figures.read_text())
     row = json.loads(figures.read_text().splitlines()[-1])
     assert row["taken"] == row["characters"] == len(answer["content"])
 
@@ -196,13 +200,13 @@ def test_the_chat_answers_about_the_function_at_the_cursor(workbench):
     command(page, "Explain")
     view = page.frame_locator("iframe.webview.ready").frame_locator("iframe")
     question = view.locator(".message.user .text")
-    expect(question).to_contain_text("Explain what this code does", timeout=PATIENCE)
+    expect(question).to_contain_text("Explain what this code does", timeout=TIMEOUT_MS)
     expect(question).to_contain_text("def circle_area(radius):")
-    expect(view.locator(".message.assistant .text")).not_to_be_empty(timeout=PATIENCE)
+    expect(view.locator(".message.assistant .text")).not_to_be_empty(timeout=TIMEOUT_MS)
     stop = view.locator(".composer button")
     if stop.inner_text() == "Stop":
         stop.click()
-    expect(stop).to_have_text("Send", timeout=PATIENCE)
+    expect(stop).to_have_text("Send", timeout=TIMEOUT_MS)
     picture(page, "vscode-chat")
 
 
@@ -211,10 +215,10 @@ def test_off_for_a_language_and_on_again(workbench):
     settings = home / "data/User/settings.json"
     to_line(page, 1)
     command(page, "Turn On or Off for This Language")
-    expect(status(page).locator(".codicon-circle-slash")).to_be_visible(timeout=PATIENCE)
+    expect(status(page).locator(".codicon-circle-slash")).to_be_visible(timeout=TIMEOUT_MS)
     assert json.loads(settings.read_text())["codegemma.enable"]["python"] is False
     command(page, "Turn On or Off for This Language")
-    expect(status(page).locator(".codicon-circle-slash")).to_have_count(0, timeout=PATIENCE)
+    expect(status(page).locator(".codicon-circle-slash")).to_have_count(0, timeout=TIMEOUT_MS)
 
 
 def test_a_file_of_secrets_is_not_sent(workbench):
@@ -223,7 +227,7 @@ def test_a_file_of_secrets_is_not_sent(workbench):
     page.get_by_role("treeitem", name=".env").dblclick()
     page.locator(".tab.active", has_text=".env").wait_for()
     command(page, "Explain")
-    expect(page.get_by_text("it is not sent").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("it is not sent").first).to_be_visible(timeout=TIMEOUT_MS)
     page.locator(".tab", has_text="shapes.py").click()
 
 
@@ -231,9 +235,9 @@ def test_the_server_stops_and_starts(workbench):
     page, home = workbench
     old = url(home)
     command(page, "Stop the Local Server")
-    expect(status(page).locator(".codicon-debug-stop")).to_be_visible(timeout=PATIENCE)
+    expect(status(page).locator(".codicon-debug-stop")).to_be_visible(timeout=TIMEOUT_MS)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{old}/health")
     command(page, "Start the Local Server")
-    expect(status(page).locator(".codicon-sparkle")).to_be_visible(timeout=PATIENCE)
+    expect(status(page).locator(".codicon-sparkle")).to_be_visible(timeout=TIMEOUT_MS)
     assert httpx.get(f"{url(home)}/health").json() == {"status": "ok"}
