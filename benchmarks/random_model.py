@@ -1,33 +1,35 @@
-"""Random weights in the geometry of a CodeGemma as a GGUF, for speed and memory only: the text it writes is noise.
+"""Random weights in the geometry of a CodeGemma as a GGUF, for speed and memory only: the text it writes is
+noise.
 
     PYTHONPATH=. .venv/bin/python benchmarks/random_model.py 2b q4_0 [--model gemma-3-270m]
 
-Types are chosen tensor by tensor as llama.cpp's quantiser does; blocks are random bytes under scales that keep the
-activations finite and the logits varied. The vocabulary is the first 256,000 pieces of the default model's. Greedy
-decoding soon repeats a token, as nothing was learnt: time it with speculation off.
-"""
+Types are chosen tensor by tensor as llama.cpp's quantiser does; blocks are random bytes under scales that
+keep the activations finite and the logits varied. The vocabulary is the first 256,000 pieces of the default
+model's. Greedy decoding soon repeats a token, as nothing was learnt: time it with speculation off."""
 
 from __future__ import annotations
 
 import argparse
 import zlib
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from codegemma import hub
-from codegemma.checkpoints import gguf
-from codegemma.checkpoints.table import BLOCKS, Place, places, row_bytes
+from codegemma.checkpoints import gguf, gguf_model
+from codegemma.checkpoints.table import TensorLocation, tensor_locations
+from codegemma.checkpoints.tensors import BLOCKS, LazyTensor, row_bytes
 from codegemma.config import PRESETS, ModelConfig
 
 CACHE = hub.cache_dir()
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # general.file_type
 ROWS = 1024  # drawn at a time
 
-# Where a block's float16 factors lie (byte offsets), and what factor 1 does to the standard deviation of a weight
-# whose other bits are random: see ggml's dequantize_row_*. A K block's mins are made 7.5 scales (the mean of its
-# quants) so that weights have the mean zero; every other factor gets a random sign to the same end.
+# Where a block's float16 factors lie (byte offsets), and what factor 1 does to the standard deviation of a
+# weight whose other bits are random: see ggml's dequantize_row_*. A K block's mins are made 7.5 scales (the
+# mean of its quants) so that weights have the mean zero; every other factor gets a random sign to the same
+# end.
 FACTORS: dict[str, tuple[dict[int, float], float]] = {
     "Q4_0": ({0: 1.0}, 4.64),
     "Q8_0": ({0: 1.0}, 73.9),
@@ -36,7 +38,7 @@ FACTORS: dict[str, tuple[dict[int, float], float]] = {
 }
 
 
-def tensor_type(place: Place, mix: str, layers: int) -> str:
+def tensor_type(place: TensorLocation, mix: str, layers: int) -> str:
     """The type that llama.cpp's quantiser gives a tensor of a model with tied embeddings."""
     if place.is_norm:
         return "F32"
@@ -52,7 +54,7 @@ def tensor_type(place: Place, mix: str, layers: int) -> str:
     return "Q6_K" if own in ("v", "down") and better else "Q4_K"
 
 
-def random_blocks(place: Place, type: str) -> np.ndarray:
+def random_blocks(place: TensorLocation, type: str) -> np.ndarray:
     rng = np.random.default_rng(zlib.crc32(place.name.encode()))
     if type == "F32":
         return rng.uniform(0.9, 1.1, place.shape).astype(np.float32)
@@ -77,7 +79,7 @@ def random_blocks(place: Place, type: str) -> np.ndarray:
 
 def write(path: Path, config: ModelConfig, mix: str, vocabulary: Path) -> None:
     header = gguf.read(vocabulary).metadata
-    metadata = gguf.config_metadata(config) | {
+    metadata = gguf_model.config_metadata(config) | {
         "general.name": path.stem,
         "general.quantization_version": 2,
         "general.file_type": FILE_TYPES[mix],
@@ -88,13 +90,12 @@ def write(path: Path, config: ModelConfig, mix: str, vocabulary: Path) -> None:
                 value[: config.vocab] if hasattr(value, "__len__") and not isinstance(value, str) else value
             )
 
-    def later(place: Place, type: str) -> Callable[[], np.ndarray]:
-        return lambda: random_blocks(place, type)
-
-    typed = [(place, tensor_type(place, mix, config.layers)) for place in places(config, "gguf")]
-    gguf.write_gguf(
-        path, metadata, [(place.stored, type, place.shape, later(place, type)) for place, type in typed]
-    )
+    tensors = {}
+    for location in tensor_locations(config, "gguf"):
+        type = tensor_type(location, mix, config.layers)
+        compute = partial(random_blocks, location, type)
+        tensors[location.stored] = LazyTensor.computed(type, location.shape, compute)
+    gguf.write(path, metadata, tensors)
 
 
 def main() -> None:
@@ -103,7 +104,9 @@ def main() -> None:
     )
     parser.add_argument("size", choices=["2b", "7b"])
     parser.add_argument("mix", choices=sorted(FILE_TYPES))
-    parser.add_argument("--model", default=hub.DEFAULT, help="model whose vocabulary it takes: a name or a GGUF")
+    parser.add_argument(
+        "--model", default=hub.DEFAULT, help="model whose vocabulary it takes: a name or a GGUF"
+    )
     parser.add_argument("--out", type=Path, help="default: in the cache, unless there already")
     args = parser.parse_args()
     path = args.out or CACHE / "bench" / f"random-{args.size}-{args.mix}.gguf"

@@ -9,8 +9,9 @@ import pytest
 from mutate import fuzz
 from tiny import KINDS, fitting, tiny_config, tiny_tensors, tokenizer_metadata, write_tiny_gguf
 
-from codegemma.checkpoints import gguf, open_checkpoint
-from codegemma.checkpoints.table import BLOCKS, places
+from codegemma.checkpoints import gguf, gguf_model, open_checkpoint
+from codegemma.checkpoints.table import tensor_locations
+from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, LazyTensor
 from codegemma.config import GEMMA2_2B, GEMMA3_270M, GEMMA_2B, ModelConfig
 
 
@@ -23,7 +24,7 @@ def test_reads_what_it_wrote_as_the_gguf_package_does(tmp_path, kind, type):
     assert checkpoint.config == config
     theirs = {tensor.name: tensor for tensor in peer.GGUFReader(path).tensors}
     assert len(theirs) == len(tensors)
-    for place in places(config, "gguf"):
+    for place in tensor_locations(config, "gguf"):
         ours, other = checkpoint.tensors[place.name], theirs[place.stored]
         assert (
             ours.type
@@ -68,7 +69,7 @@ def test_reads_what_the_gguf_package_wrote(tmp_path):
 
 @pytest.mark.parametrize("config", [GEMMA_2B, GEMMA2_2B, GEMMA3_270M], ids=lambda config: config.architecture)
 def test_a_config_survives_its_header_entries(config):
-    assert gguf.config("f", gguf.config_metadata(config), config.vocab) == config
+    assert gguf_model.config("f", gguf_model.config_metadata(config), config.vocab) == config
 
 
 def test_what_a_header_leaves_out_is_as_llama_cpp_takes_it():
@@ -85,7 +86,7 @@ def test_what_a_header_leaves_out_is_as_llama_cpp_takes_it():
 
     def config(architecture, **more):
         entries = shape | {key.replace("__", "."): value for key, value in more.items()}
-        return gguf.config(
+        return gguf_model.config(
             "f",
             {"general.architecture": architecture}
             | {f"{architecture}.{key}": value for key, value in entries.items()},
@@ -118,7 +119,7 @@ def test_what_a_header_leaves_out_is_as_llama_cpp_takes_it():
 def test_the_vocabulary_waits_until_it_is_needed(tmp_path):
     path = tmp_path / "m.gguf"
     pieces = [f"piece{number}é" for number in range(262_144)]
-    gguf.write_gguf(path, {"pieces": pieces}, [])
+    gguf.write(path, {"pieces": pieces}, {})
     start = time.process_time()
     strings = gguf.read(path).metadata["pieces"]
     assert time.process_time() - start < 0.3
@@ -136,14 +137,14 @@ def test_the_tokenizer_comes_from_the_header(tmp_path):
 def test_writing_streams_and_leaves_no_half_file(tmp_path):
     path, order = tmp_path / "m.gguf", []
 
-    def late(name, size):
-        return lambda: order.append(name) or np.ones(size, np.float32)
+    def lazy(name):
+        return LazyTensor.computed("F32", (8,), lambda: order.append(name) or np.ones(8, np.float32))
 
-    gguf.write_gguf(path, {}, [(name, "F32", (8,), late(name, 8)) for name in "ab"])
+    gguf.write(path, {}, {name: lazy(name) for name in "ab"})
     assert order == ["a", "b"] and gguf.read(path).tensors["b"].float32().tolist() == [1] * 8
     before = path.read_bytes()
     with pytest.raises(ValueError, match="tensor c has 28 bytes, but its type and shape make 32"):
-        gguf.write_gguf(path, {}, [("c", "F32", (8,), late("c", 7))])
+        gguf.write(path, {}, {"c": ArrayTensor("F32", (8,), np.zeros(28, np.uint8))})
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
@@ -265,11 +266,7 @@ def test_an_empty_file_and_a_missing_one_are_named(tmp_path):
 def test_a_header_of_another_model_is_refused(tmp_path, change, message):
     config = tiny_config("gemma3")
     metadata, tensors = gguf.read(write_tiny_gguf(tmp_path / "m.gguf", config))
-    gguf.write_gguf(
-        tmp_path / "m2.gguf",
-        metadata | change,
-        [(name, tensor.type, tensor.shape, tensor.data) for name, tensor in tensors.items()],
-    )
+    gguf.write(tmp_path / "m2.gguf", metadata | change, tensors)
     with pytest.raises(ValueError, match=message) as caught:
         open_checkpoint(tmp_path / "m2.gguf")
     assert "m2.gguf" in str(caught.value)
@@ -277,19 +274,17 @@ def test_a_header_of_another_model_is_refused(tmp_path, change, message):
 
 def test_a_broken_vocabulary_is_refused_when_it_is_needed(tmp_path):
     config = tiny_config("gemma-mqa")
-    good = gguf.config_metadata(config) | tokenizer_metadata(config)
+    good = gguf_model.config_metadata(config) | tokenizer_metadata(config)
     stored = gguf.read(write_tiny_gguf(tmp_path / "m.gguf", config)).tensors
     for change in ({"tokenizer.ggml.scores": [0.0]}, {"tokenizer.ggml.model": "gpt2"}):
-        gguf.write_gguf(
-            tmp_path / "m2.gguf", good | change, [(n, t.type, t.shape, t.data) for n, t in stored.items()]
-        )
+        gguf.write(tmp_path / "m2.gguf", good | change, stored)
         with pytest.raises(ValueError, match="not a complete SentencePiece vocabulary"):
             assert open_checkpoint(tmp_path / "m2.gguf").tokenizer
 
 
 def test_a_query_scale_that_gguf_cannot_say_is_refused():
     with pytest.raises(ValueError, match="no key for the query scale"):
-        gguf.config_metadata(ModelConfig("gemma", 1, 64, 2, 1, 32, 64, 99, 64, query_scale=0.5))
+        gguf_model.config_metadata(ModelConfig("gemma", 1, 64, 2, 1, 32, 64, 99, 64, query_scale=0.5))
 
 
 def test_thousands_of_damaged_files_raise_or_load_within_little_memory(tmp_path):
@@ -300,7 +295,7 @@ def test_thousands_of_damaged_files_raise_or_load_within_little_memory(tmp_path)
         "tokenizer.ggml.scores": np.zeros(3, "<f4"),
     }
     path = tmp_path / "bad.gguf"
-    gguf.write_gguf(path, metadata, [(name, t.type, t.shape, t.data) for name, t in tensors.items()])
+    gguf.write(path, metadata, tensors)
     raw = path.read_bytes()
     outcomes = fuzz(
         lambda: list(open_checkpoint(path).metadata.get("tokenizer.ggml.tokens", ())),

@@ -14,7 +14,7 @@ from reference import golden, tolerance
 from tiny import write_tiny_gguf, write_tiny_hf
 
 from codegemma import load
-from codegemma.checkpoints.table import Tensor
+from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.native import _native
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,7 +40,7 @@ def test_logits_equal_those_of_transformers(kind, source, tmp_path, monkeypatch)
             if name.endswith(".q")
         }
         config = replace(config, query_scale=0.0)
-    tensors = {name: Tensor.of(value) for name, value in params.items()}
+    tensors = {name: ArrayTensor.of(value) for name, value in params.items()}
     if source == "gguf":
         path = write_tiny_gguf(tmp_path / "model.gguf", config, tensors=tensors, tokenizer=False)
     else:
@@ -57,7 +57,7 @@ def test_logits_equal_those_of_transformers(kind, source, tmp_path, monkeypatch)
 def test_a_missing_feature_would_be_noticed(kind, tmp_path):
     """The bound is no carte blanche: a rotary base that is 1 % off is outside."""
     config, params, ids, theirs = golden(kind)
-    path = write_tiny_hf(tmp_path, config, tensors={name: Tensor.of(value) for name, value in params.items()})
+    path = write_tiny_hf(tmp_path, config, tensors={name: ArrayTensor.of(value) for name, value in params.items()})
     fields = json.loads((path / "config.json").read_text())
     for key in ("rope_theta", "rope_local_base_freq"):
         if key in fields:

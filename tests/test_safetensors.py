@@ -10,9 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny import KINDS, dequantize, tiny_config, tiny_tensors, write_tiny_gguf, write_tiny_hf
 
-from codegemma.checkpoints import huggingface as safetensors
-from codegemma.checkpoints import open_checkpoint
-from codegemma.checkpoints import table as weights
+from codegemma.checkpoints import huggingface, open_checkpoint, safetensors, table
 from codegemma.config import GEMMA2_2B, GEMMA3_270M, GEMMA_2B
 
 
@@ -38,8 +36,8 @@ def test_reads_what_it_wrote(tmp_path, kind, type, shards):
 
 
 def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path):
-    stored = weights.write("hf", config := tiny_config("gemma2"), tiny_tensors(config))
-    safetensors.write_safetensors(tmp_path / "ours.safetensors", stored)
+    stored = table.to_format("hf", config := tiny_config("gemma2"), tiny_tensors(config))
+    safetensors.write(tmp_path / "ours.safetensors", stored)
     with safe_open(tmp_path / "ours.safetensors", "np") as file:
         assert set(file.keys()) == set(stored) and file.metadata() == {"format": "pt"}
         for name, tensor in stored.items():
@@ -150,7 +148,7 @@ def _without(fields, *names):
     ids=lambda value: getattr(value, "architecture", ""),
 )
 def test_published_configs_of_both_generations(fields, config):
-    assert safetensors.config("config.json", fields) == config
+    assert huggingface.config("config.json", fields) == config
 
 
 def test_the_text_part_of_a_multimodal_config_states_only_what_differs():
@@ -166,7 +164,7 @@ def test_the_text_part_of_a_multimodal_config_states_only_what_differs():
             "sliding_window": 1024,
         },
     }
-    config = safetensors.config("config.json", four_b)
+    config = huggingface.config("config.json", four_b)
     assert (config.heads, config.kv_heads, config.head_width, config.vocab) == (8, 4, 256, 262_208)
     assert (config.rope_base, config.rope_base_local, config.rope_scale, config.context) == (
         1e6,
@@ -179,19 +177,19 @@ def test_the_text_part_of_a_multimodal_config_states_only_what_differs():
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": None,
     }
-    assert safetensors.config("config.json", four_b) == config
+    assert huggingface.config("config.json", four_b) == config
 
 
 @pytest.mark.parametrize("config", [GEMMA_2B, GEMMA2_2B, GEMMA3_270M, tiny_config("gemma3", rope_scale=8.0)])
 def test_a_config_survives_its_file(config):
-    fields = json.loads(json.dumps(safetensors.config_fields(config)))
-    assert safetensors.config("config.json", fields) == config
+    fields = json.loads(json.dumps(huggingface.config_fields(config)))
+    assert huggingface.config("config.json", fields) == config
 
 
 def test_a_query_scale_that_transformers_cannot_say_is_refused():
     for config in (tiny_config("gemma-mqa", query_scale=0.5), tiny_config("gemma2", query_scale=0.4)):
         with pytest.raises(ValueError, match="cannot say the query scale"):
-            safetensors.config_fields(config)
+            huggingface.config_fields(config)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +214,7 @@ def test_a_query_scale_that_transformers_cannot_say_is_refused():
 )
 def test_a_config_of_another_model_is_refused(change, message):
     with pytest.raises(ValueError, match=f"some/config.json: .*{message}"):
-        safetensors.config("some/config.json", GEMMA_3_270M | change)
+        huggingface.config("some/config.json", GEMMA_3_270M | change)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +227,7 @@ def test_a_config_of_another_model_is_refused(change, message):
 )
 def test_every_prefix_in_use_is_understood(tmp_path, prefix, head):
     config = tiny_config("gemma3")
-    stored = weights.write("hf", config, tiny_tensors(config, "BF16"))
+    stored = table.to_format("hf", config, tiny_tensors(config, "BF16"))
     write_tiny_hf(tmp_path, config)
     named = {prefix + name.removeprefix("model."): tensor for name, tensor in stored.items()}
     norm, query = stored["model.norm.weight"], stored["model.layers.1.self_attn.q_proj.weight"]
@@ -238,17 +236,17 @@ def test_every_prefix_in_use_is_understood(tmp_path, prefix, head):
         "vision_tower.x": norm,
         "model.multi_modal_projector.y": norm,
     }
-    safetensors.write_safetensors(tmp_path / "model.safetensors", named)
+    safetensors.write(tmp_path / "model.safetensors", named)
     read = open_checkpoint(tmp_path)
     np.testing.assert_array_equal(read.tensors["layers.1.q"].data, query.data)
-    assert set(read.tensors) == {place.name for place in weights.places(config, "hf")}
+    assert set(read.tensors) == {place.name for place in table.tensor_locations(config, "hf")}
 
 
 def test_the_vocabulary_has_the_embeddings_rows(tmp_path):
     config = tiny_config("gemma-mqa")
     write_tiny_hf(tmp_path, config)
     for vocab, message in ((config.vocab - 3, None), (config.vocab + 1, "embed_tokens.weight has shape")):
-        fields = safetensors.config_fields(replace(config, vocab=vocab))
+        fields = huggingface.config_fields(replace(config, vocab=vocab))
         (tmp_path / "config.json").write_text(json.dumps(fields))
         if message is None:
             assert open_checkpoint(tmp_path).config == config
@@ -337,7 +335,7 @@ def test_a_directory_with_one_gguf_is_that_gguf(tmp_path):
 def test_quantised_tensors_are_not_written(tmp_path):
     tensors = tiny_tensors(tiny_config("gemma-mqa"), "Q8_0")
     with pytest.raises(ValueError, match="embed is Q8_0, but safetensors holds"):
-        safetensors.write_safetensors(tmp_path / "m.safetensors", tensors)
+        safetensors.write(tmp_path / "m.safetensors", tensors)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny import KINDS, dequantize, encode, random_blocks, random_weights, tiny_config, tiny_tensors
 
-from codegemma.checkpoints import table as weights
-from codegemma.checkpoints.table import BLOCKS, Tensor, places
+from codegemma.checkpoints import table
+from codegemma.checkpoints.table import tensor_locations
+from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, row_bytes
 from codegemma.config import GEMMA2_2B, GEMMA3_270M, GEMMA_2B, GEMMA_7B
 
 FILE = Path("model.gguf")
@@ -27,7 +28,7 @@ FILE = Path("model.gguf")
     ids=lambda value: getattr(value, "architecture", ""),
 )
 def test_the_shapes_add_up_to_the_published_parameter_count(config, parameters):
-    assert sum(math.prod(place.shape) for place in places(config, "hf")) == parameters
+    assert sum(math.prod(place.shape) for place in tensor_locations(config, "hf")) == parameters
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,7 +40,7 @@ def test_names_agree_with_llama_cpps_map_from_hugging_face(kind):
         "gemma3": gguf.MODEL_ARCH.GEMMA3,
     }
     names = gguf.get_tensor_name_map(arch[config.architecture], config.layers)
-    for ours, theirs in zip(places(config, "gguf"), places(config, "hf"), strict=True):
+    for ours, theirs in zip(tensor_locations(config, "gguf"), tensor_locations(config, "hf"), strict=True):
         assert names.get_name(theirs.stored, try_suffixes=(".weight",)) == ours.stored, theirs.stored
 
 
@@ -58,7 +59,7 @@ def test_blocks_and_the_plain_decoder_agree_with_the_gguf_package(type):
 def test_reading_undoes_writing(kind, format):
     config = tiny_config(kind)
     tensors = tiny_tensors(config, "BF16")
-    read = weights.read(format, FILE, config, weights.write(format, config, tensors))
+    read = table.from_format(format, FILE, config, table.to_format(format, config, tensors))
     assert list(read) == list(tensors)
     for name, tensor in tensors.items():
         assert read[name].type == ("F32" if name.endswith("norm") else "BF16")
@@ -70,32 +71,32 @@ def test_norms_hold_the_one_in_gguf_and_lack_it_in_hugging_face():
     factor = random_weights(config)["final_norm"]
     tensors = tiny_tensors(config)
     np.testing.assert_array_equal(
-        weights.write("gguf", config, tensors)["output_norm.weight"].float32(), factor
+        table.to_format("gguf", config, tensors)["output_norm.weight"].float32(), factor
     )
-    stored = weights.write("hf", config, tensors)
+    stored = table.to_format("hf", config, tensors)
     np.testing.assert_array_equal(stored["model.norm.weight"].float32(), factor - np.float32(1))
     stored["model.norm.weight"] = encode(np.full(config.width, 0.5, np.float32), "BF16")
-    np.testing.assert_array_equal(weights.read("hf", FILE, config, stored)["final_norm"].float32(), 1.5)
+    np.testing.assert_array_equal(table.from_format("hf", FILE, config, stored)["final_norm"].float32(), 1.5)
 
 
 def test_post_attention_layernorm_is_the_norm_before_the_feed_forward_only_in_gemma_1():
     for kind, ours in (("gemma-mqa", "layers.0.ffn_norm"), ("gemma2", "layers.0.post_attn_norm")):
-        names = {place.stored: place.name for place in places(tiny_config(kind), "hf")}
+        names = {place.stored: place.name for place in tensor_locations(tiny_config(kind), "hf")}
         assert names["model.layers.0.post_attention_layernorm.weight"] == ours
 
 
 def _stored(kind="gemma2", format="gguf"):
     config = tiny_config(kind)
-    return config, weights.write(format, config, tiny_tensors(config, "F16"))
+    return config, table.to_format(format, config, tiny_tensors(config, "F16"))
 
 
 def test_a_missing_or_extra_tensor_is_named():
     config, stored = _stored()
     taken = stored.pop("blk.1.attn_k.weight")
     with pytest.raises(ValueError, match=r"model\.gguf: lacks 1 tensors \(blk\.1\.attn_k\.weight\)"):
-        weights.read("gguf", FILE, config, stored)
+        table.from_format("gguf", FILE, config, stored)
     with pytest.raises(ValueError, match=r"also holds 1 tensors \(blk\.9\.attn_k\.weight\)"):
-        weights.read(
+        table.from_format(
             "gguf", FILE, config, stored | {"blk.1.attn_k.weight": taken, "blk.9.attn_k.weight": taken}
         )
 
@@ -103,11 +104,11 @@ def test_a_missing_or_extra_tensor_is_named():
 def test_a_transposed_tensor_is_refused_and_not_turned_round():
     config, stored = _stored()
     turned = stored["blk.0.ffn_up.weight"]
-    stored["blk.0.ffn_up.weight"] = Tensor.view(turned.type, turned.shape[::-1], turned.data.reshape(-1))
+    stored["blk.0.ffn_up.weight"] = ArrayTensor.view(turned.type, turned.shape[::-1], turned.data.reshape(-1))
     with pytest.raises(
         ValueError, match=r"blk\.0\.ffn_up\.weight has shape \[96, 160\].*makes it \[160, 96\]"
     ):
-        weights.read("gguf", FILE, config, stored)
+        table.from_format("gguf", FILE, config, stored)
 
 
 @pytest.mark.parametrize(
@@ -117,26 +118,26 @@ def test_a_transposed_tensor_is_refused_and_not_turned_round():
 def test_a_second_copy_of_the_embedding_is_dropped_but_another_output_layer_refused(format, head, embed):
     config, stored = _stored(format=format)
     stored[head] = stored[embed]
-    assert "output" not in weights.read(format, FILE, config, stored)
+    assert "output" not in table.from_format(format, FILE, config, stored)
     other = stored[embed].data.copy()
     other[-1, -1] ^= 1
     with pytest.raises(ValueError, match=f"{head} differs from the embedding"):
-        weights.read(format, FILE, config, stored | {head: replace(stored[embed], data=other)})
+        table.from_format(format, FILE, config, stored | {head: replace(stored[embed], data=other)})
 
 
 def test_what_follows_from_the_config_is_ignored():
     config, stored = _stored("gemma-mha", "hf")
-    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = Tensor.of(np.ones(16))
-    assert len(weights.read("hf", FILE, config, stored)) == len(stored) - 1
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = ArrayTensor.of(np.ones(16))
+    assert len(table.from_format("hf", FILE, config, stored)) == len(stored) - 1
 
 
 def test_a_quantised_norm_is_refused():
     config, stored = _stored()
     stored["output_norm.weight"] = random_blocks("Q8_0", (config.width,))
     with pytest.raises(ValueError, match=r"output_norm\.weight is Q8_0, but norms are"):
-        weights.read("gguf", FILE, config, stored)
+        table.from_format("gguf", FILE, config, stored)
 
 
 def test_a_row_that_blocks_do_not_fill_is_refused():
     with pytest.raises(ValueError, match="a row of 96 weights cannot be Q4_K"):
-        weights.row_bytes("Q4_K", 96)
+        row_bytes("Q4_K", 96)

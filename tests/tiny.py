@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from codegemma.adapters.adapter import LINEAR, Adapter
-from codegemma.checkpoints import gguf
-from codegemma.checkpoints import huggingface as safetensors
-from codegemma.checkpoints import table as weights
-from codegemma.checkpoints.table import BLOCKS, Tensor, places, row_bytes
+from codegemma.checkpoints import gguf, gguf_model, huggingface, safetensors, table
+from codegemma.checkpoints.table import tensor_locations
+from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, Tensor, row_bytes
 from codegemma.config import ModelConfig
 
 _MQA = ModelConfig(
@@ -62,7 +61,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
             if place.is_norm
             else rng.normal(0.0, place.shape[-1] ** -0.5, place.shape)
         ).astype(np.float32)
-        for place in places(config, "gguf")
+        for place in tensor_locations(config, "gguf")
     }
 
 
@@ -70,13 +69,13 @@ def encode(values: np.ndarray, type: str, seed: int = 0) -> Tensor:
     """A tensor of `values` in an unquantised type; of a quantised type, random valid blocks of about their size."""
     values = np.ascontiguousarray(values, np.float32)
     if type == "F32":
-        return Tensor.of(values)
+        return ArrayTensor.of(values)
     if type == "F16":
-        return Tensor("F16", values.shape, values.astype("<f2").view(np.uint8))
+        return ArrayTensor("F16", values.shape, values.astype("<f2").view(np.uint8))
     if type == "BF16":
         bits = values.view(np.uint32)
         rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
-        return Tensor("BF16", values.shape, rounded.view(np.uint8))
+        return ArrayTensor("BF16", values.shape, rounded.view(np.uint8))
     return random_blocks(type, values.shape, float(values.std()), seed)
 
 
@@ -102,7 +101,7 @@ def random_blocks(type: str, shape: tuple[int, ...], std: float = 1.0, seed: int
     for offset in offsets:
         scales = rng.normal(0.0, std / unit, len(blocks)).astype("<f2")
         blocks[:, offset : offset + 2] = scales[:, None].view(np.uint8)
-    return Tensor(type, shape, raw)
+    return ArrayTensor(type, shape, raw)
 
 
 def fitting(type: str, width: int) -> str:
@@ -190,11 +189,9 @@ def write_tiny_gguf(
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """A GGUF that ours and llama.cpp's readers load. `tensors` replaces `tiny_tensors(config, type, seed)`."""
-    stored = weights.write("gguf", config, tensors or tiny_tensors(config, type, seed))
-    metadata = gguf.config_metadata(config) | (tokenizer_metadata(config) if tokenizer else {})
-    gguf.write_gguf(
-        path, metadata, [(name, tensor.type, tensor.shape, tensor.data) for name, tensor in stored.items()]
-    )
+    stored = table.to_format("gguf", config, tensors or tiny_tensors(config, type, seed))
+    metadata = gguf_model.config_metadata(config) | (tokenizer_metadata(config) if tokenizer else {})
+    gguf.write(path, metadata, stored)
     return path
 
 
@@ -207,17 +204,17 @@ def write_tiny_hf(
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """A Hugging Face directory without a tokenizer, in `shards` files."""
-    stored = weights.write("hf", config, tensors or tiny_tensors(config, type, seed))
+    stored = table.to_format("hf", config, tensors or tiny_tensors(config, type, seed))
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(safetensors.config_fields(config)))
+    (path / "config.json").write_text(json.dumps(huggingface.config_fields(config)))
     if shards == 1:
-        safetensors.write_safetensors(path / "model.safetensors", stored)
+        safetensors.write(path / "model.safetensors", stored)
         return path
     files = {
         name: f"model-{index % shards + 1:05}-of-{shards:05}.safetensors" for index, name in enumerate(stored)
     }
     for file in set(files.values()):
-        safetensors.write_safetensors(
+        safetensors.write(
             path / file, {name: stored[name] for name in stored if files[name] == file}
         )
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
@@ -299,7 +296,7 @@ def random_adapter(
     """An adapter that moves logits by about as much as they are; layer i has rank ranks[i % len(ranks)]."""
     rng = np.random.default_rng(seed)
     rank, a, b = max(ranks), {}, {}
-    for place in places(config, "hf"):
+    for place in tensor_locations(config, "hf"):
         layer, _, kind = place.name.removeprefix("layers.").partition(".")
         if kind in tuple(kinds):
             r = ranks[int(layer) % len(ranks)]

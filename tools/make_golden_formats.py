@@ -30,24 +30,22 @@ from test_formats import GOLDEN
 from tiny import tiny_tensors
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from codegemma.checkpoints import huggingface as safetensors
-from codegemma.checkpoints import keras, nemo
-from codegemma.checkpoints import table as weights
+from codegemma.checkpoints import Checkpoint, huggingface, keras, nemo, table
 
 TENSORS = tiny_tensors(GOLDEN, "BF16")
 
 
-def arrays(format: weights.Format) -> dict[str, np.ndarray]:
+def arrays(format: table.Format) -> dict[str, np.ndarray]:
     """The stored tensors with NumPy's bfloat16; norms too, as published checkpoints have them."""
     return {
         name: tensor.array().view(ml_dtypes.bfloat16)
         if tensor.type == "BF16"
         else tensor.float32().astype(ml_dtypes.bfloat16)
-        for name, tensor in weights.write(format, GOLDEN, TENSORS).items()
+        for name, tensor in table.to_format(format, GOLDEN, TENSORS).items()
     }
 
 
-def torches(format: weights.Format) -> OrderedDict[str, torch.Tensor]:
+def torches(format: table.Format) -> OrderedDict[str, torch.Tensor]:
     return OrderedDict(
         (name, torch.from_numpy(array.astype(np.float32)).bfloat16())
         for name, array in arrays(format).items()
@@ -63,7 +61,7 @@ def stacked() -> dict[str, list[np.ndarray]]:
 
 def write(root: Path) -> None:
     torch.save({"model_state_dict": torches("pytorch")}, root / "gemma_pytorch.ckpt")
-    model = GemmaForCausalLM(GemmaConfig.from_dict(safetensors.config_fields(GOLDEN))).to(torch.bfloat16)
+    model = GemmaForCausalLM(GemmaConfig.from_dict(huggingface.config_fields(GOLDEN))).to(torch.bfloat16)
     model.load_state_dict(torches("hf"), strict=False)
     model.save_pretrained(root / "hf")
     torch.save(model.state_dict(), root / "hf" / "pytorch_model.bin")
@@ -81,9 +79,9 @@ def write(root: Path) -> None:
         saver = ocp.StandardCheckpointer()
         saver.save(root / name / "checkpoint", tree)
         saver.wait_until_finished()
-        (root / name / "config.json").write_text(json.dumps(safetensors.config_fields(GOLDEN)))
+        (root / name / "config.json").write_text(json.dumps(huggingface.config_fields(GOLDEN)))
     with tempfile.TemporaryDirectory() as ours:
-        keras.save(Path(ours), GOLDEN, TENSORS, None)
+        keras.save(Path(ours), Checkpoint(Path(ours), GOLDEN, TENSORS, {}))
         keras_hub.models.GemmaBackbone.from_preset(ours, dtype="bfloat16").save_to_preset(str(root / "keras"))
     states = {
         name: torch.from_numpy(np.stack(layers).astype(np.float32)).bfloat16()

@@ -25,7 +25,7 @@ from gguf.quants import dequantize
 from peers import LlamaCpp
 from reference import logits
 
-from codegemma.checkpoints.table import places
+from codegemma.checkpoints.table import tensor_locations
 from codegemma.config import GEMMA3_270M
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
@@ -51,7 +51,7 @@ def check(ids: list[int], theirs_TV: np.ndarray) -> str:
     tensors = {
         tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(MODEL).tensors
     }
-    params = {place.name: tensors[place.stored].reshape(place.shape) for place in places(GEMMA3_270M, "gguf")}
+    params = {place.name: tensors[place.stored].reshape(place.shape) for place in tensor_locations(GEMMA3_270M, "gguf")}
     exact_TV = log_softmax(logits(GEMMA3_270M, params, ids))
     kl_T = np.array(
         [

@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 
 from codegemma.checkpoints.gguf import TYPES
-from codegemma.checkpoints.table import row_bytes
+from codegemma.checkpoints.tensors import row_bytes
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "quantize.npz"
 

@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from codegemma.checkpoints import gguf, keras, nemo, orbax, torch
-from codegemma.checkpoints import huggingface as safetensors
-from codegemma.checkpoints.table import Tensor
-from codegemma.config import ModelConfig
-from codegemma.tokenizer import Tokenizer
+from codegemma.checkpoints import gguf_model, huggingface, keras, nemo, orbax, torch
+from codegemma.checkpoints.checkpoint import FIM_ORDERS_KEY, Checkpoint
 
-TAUGHT = "codegemma.fim"
+__all__ = ["FIM_ORDERS_KEY", "Checkpoint", "format_of", "open_checkpoint"]
 
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """An opened model: `tensors` by our names (weights.py), `metadata` as the file states it (header, config.json).
-
-    metadata[TAUGHT], where there is any, are the orders ("psm,spm", or "") that weights changed here were taught to fill in the
-    middle in: no adapter of the model that they were made of belongs to them any more.
-    """
-
-    path: Path
-    config: ModelConfig
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
-    build_tokenizer: Callable[[], Tokenizer] | None
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        """Built when first asked for; None where the checkpoint has none, and then ids work but text does not."""
-        return self.build_tokenizer() if self.build_tokenizer else None
-
-    @property
-    def taught(self) -> frozenset[str] | None:
-        orders = self.metadata.get(TAUGHT)
-        return None if orders is None else frozenset({"psm", "spm"} & set(str(orders).split(",")))
-
-    def teach(self, orders: Iterable[str], tensors: dict[str, Tensor]) -> Checkpoint:
-        """With other weights, which fill in the middle in these orders."""
-        return replace(self, tensors=tensors, metadata={**self.metadata, TAUGHT: ",".join(sorted(orders))})
-
-    @cached_property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+LOADERS = {
+    "gguf": gguf_model.load,
+    "safetensors": huggingface.load,
+    "torch": torch.load,
+    "keras": keras.load,
+    "nemo": nemo.load,
+    "orbax": orbax.load,
+}
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -58,38 +27,28 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "model_config.yaml")):
-        found = sorted([*path.glob("*.gguf"), *path.glob("*.nemo"), *path.glob("*.ckpt")])
-        if len(found) == 1:
-            path = found[0]
-        elif orbax.home(path) is None:
+        files = sorted([*path.glob("*.gguf"), *path.glob("*.nemo"), *path.glob("*.ckpt")])
+        if len(files) == 1:
+            path = files[0]
+        elif orbax.find(path) is None:
             raise ValueError(
-                f"{path}: holds no config.json, no Orbax checkpoint, and {len(found)} .gguf, .nemo or "
+                f"{path}: holds no config.json, no Orbax checkpoint, and {len(files)} .gguf, .nemo or "
                 ".ckpt files: pass the directory of a model, or one file"
             )
-    return Checkpoint(path, *_LOADERS[format_of(path)](path))
-
-
-_LOADERS = {
-    "gguf": gguf.load,
-    "safetensors": safetensors.load,
-    "torch": torch.load,
-    "keras": keras.load,
-    "nemo": nemo.load,
-    "orbax": orbax.load,
-}
+    return LOADERS[format_of(path)](path)
 
 
 def format_of(path: Path) -> str:
-    """Which of the formats lies at a path. Raises ValueError on anything else."""
+    """The format of a checkpoint, a key of LOADERS. Raises ValueError on anything else."""
     if path.is_dir():
         if (path / "model_config.yaml").exists():
             return "nemo"
         if any(path.glob("model.weights.*")):
             return "keras"
-        if orbax.home(path):
+        if orbax.find(path):
             return "orbax"
-        torches = any(path.glob("pytorch_model*.bin")) or any(path.glob("*.ckpt"))
-        return "torch" if torches and not any(path.glob("*.safetensors")) else "safetensors"
+        has_torch = any(path.glob("pytorch_model*.bin")) or any(path.glob("*.ckpt"))
+        return "torch" if has_torch and not any(path.glob("*.safetensors")) else "safetensors"
     with open(path, "rb") as file:
         start = file.read(512)
     if start[:4] == b"GGUF":

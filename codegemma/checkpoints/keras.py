@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codegemma.checkpoints import huggingface as safetensors
-from codegemma.checkpoints import table as weights
-from codegemma.checkpoints.table import Deferred, Tensor
+from codegemma.checkpoints import table
+from codegemma.checkpoints.checkpoint import Checkpoint
+from codegemma.checkpoints.tensors import BLOCKS, DTYPES, ELEMENTS, TYPES_BY_DTYPE, LazyTensor, Tensor
+from codegemma.checkpoints.untrusted import indexed_files, naming, read_json, refusing
 from codegemma.config import ModelConfig
-from codegemma.files import missing, replacing
+from codegemma.files import atomic_write, require
 from codegemma.tokenizer import Tokenizer
 
-MOST_DATASETS = 65_536
+MAX_DATASETS = 65_536
 CLASSES = {"GemmaBackbone": "gemma", "Gemma3Backbone": "gemma3"}
-KEYS = {
-    "layers": "num_layers",
-    "width": "hidden_dim",
-    "heads": "num_query_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_width": "head_dim",
-    "ffn_width": "intermediate_dim",
-    "vocab": "vocabulary_size",
-    "norm_eps": "layer_norm_epsilon",
-    "attention_softcap": "attention_logit_soft_cap",
-    "final_softcap": "final_logit_soft_cap",
-}
-CONTEXT = {"gemma": 8_192, "gemma2": 8_192, "gemma3": 32_768}
+VOCABULARY = Path("assets", "tokenizer", "vocabulary.spm")
 
 
 def config(path: Path, document: Mapping[str, Any]) -> ModelConfig:
@@ -46,50 +34,45 @@ def config(path: Path, document: Mapping[str, Any]) -> ModelConfig:
         )
     if kind == "gemma" and fields.get("use_post_ffw_norm"):
         kind = "gemma2"
-    values: dict[str, Any] = {name: fields.get(key) for name, key in KEYS.items()}
+    values = table.config_values("keras", kind, fields)
     if isinstance(values["ffn_width"], int) and kind != "gemma3":
         values["ffn_width"] //= 2  # KerasHub counts gate and up together, except in Gemma 3
     if fields.get("use_sliding_window_attention"):
         values |= {"window": fields.get("sliding_window_size"), "global_every": 6 if kind == "gemma3" else 2}
     if kind == "gemma3":
         values |= {"rope_base": 1e6, "rope_scale": fields.get("global_rope_scaling_factor", 1.0)}
-    scale = fields.get("query_head_dim_normalize", True)
-    try:
-        if not scale:
+    with naming(path):
+        if not fields.get("query_head_dim_normalize", True):
             values["query_scale"] = (values["width"] / values["heads"]) ** -0.5
-        return ModelConfig(
-            kind, **values, context=CONTEXT[kind], post_norms=kind != "gemma", qk_norm=kind == "gemma3"
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        return ModelConfig(kind, **values, post_norms=kind != "gemma", qk_norm=kind == "gemma3")
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
-    """A preset's config.json for a config. Raises ValueError for what KerasHub cannot say."""
-    three = config.architecture == "gemma3"
-    whole = math.isclose(config.query_scale, config.head_width**-0.5, rel_tol=1e-6)
-    if not whole and not math.isclose(
-        config.query_scale, (config.width / config.heads) ** -0.5, rel_tol=1e-6
-    ):
+    """A preset's config.json for a config. Raises ValueError for a query scale that KerasHub cannot say."""
+    by_head_width, by_heads = (
+        math.isclose(config.query_scale, size**-0.5, rel_tol=1e-6)
+        for size in (config.head_width, config.width / config.heads)
+    )
+    if not by_head_width and not by_heads:
         raise ValueError(
             f"KerasHub cannot say the query scale {config.query_scale}: write safetensors instead"
         )
-    name = "Gemma3Backbone" if three else "GemmaBackbone"
-    snake = "gemma3_backbone" if three else "gemma_backbone"
-    fields = {key: getattr(config, field) for field, key in KEYS.items()}
-    if not three:
+    is_gemma3 = config.architecture == "gemma3"
+    module = "gemma3_backbone" if is_gemma3 else "gemma_backbone"
+    fields = table.config_keys("keras", config)
+    if not is_gemma3:
         fields["intermediate_dim"] *= 2
     fields |= {
-        "name": snake,
+        "name": module,
         "trainable": True,
         "dropout": 0,
-        "query_head_dim_normalize": whole,
+        "query_head_dim_normalize": by_head_width,
         "use_post_ffw_norm": config.post_norms,
         "use_post_attention_norm": config.post_norms,
         "use_sliding_window_attention": config.window is not None,
         "sliding_window_size": config.window or 4096,
     }
-    if three:
+    if is_gemma3:
         fields |= {
             "image_size": 896,
             "use_query_key_norm": True,
@@ -97,142 +80,113 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
             "local_rope_scaling_factor": 1.0,
             "global_rope_scaling_factor": config.rope_scale,
         }
-    return {
-        "module": f"keras_hub.src.models.{snake.split('_')[0]}.{snake}",
-        "class_name": name,
-        "config": fields,
-        "registered_name": f"keras_hub>{name}",
-    }
+    return _serialized(module, "Gemma3Backbone" if is_gemma3 else "GemmaBackbone", fields)
+
+
+def _serialized(module: str, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """An object as Keras serialises it."""
+    package = f"keras_hub.src.models.{module.split('_')[0]}.{module}"
+    return {"module": package, "class_name": name, "config": fields, "registered_name": f"keras_hub>{name}"}
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The datasets of a file under their paths, each read when it is looked at."""
-    h5py = missing("h5py", "Keras presets", "formats")
+    """The datasets of an HDF5 file under their paths, each read when it is used."""
+    h5py = require("h5py", "Keras presets", "formats")
     stored: dict[str, Tensor] = {}
 
     def visit(name: str, item: Any) -> None:
         if not isinstance(item, h5py.Dataset):
             return
-        if item.external or item.is_virtual or len(stored) >= MOST_DATASETS:
+        if item.external or item.is_virtual or len(stored) >= MAX_DATASETS:
             raise ValueError(
                 f"{path}: dataset {name} lies in another file, which no preset needs: download it again"
             )
-        label = item.attrs.get("dtype")
-        type = "BF16" if label == "bfloat16" else {"float32": "F32", "float16": "F16"}.get(item.dtype.name)
-        if (
-            type is None
-            or not item.shape
-            or not all(item.shape)
-            or item.dtype.itemsize != weights.BLOCKS[type][1]
-        ):
+        is_bfloat16 = item.attrs.get("dtype") == "bfloat16"  # stored as two bytes without a type
+        type = "BF16" if is_bfloat16 else TYPES_BY_DTYPE.get(item.dtype.name)
+        fits = type is not None and item.dtype.itemsize == BLOCKS[type][1]
+        if type is None or not fits or not item.shape or not all(item.shape):
             return
-        stored[_name(name)] = Deferred(
-            type, item.shape, part=lambda start, stop: _values(path, name, item, type, start, stop)
-        )
 
-    try:
+        def rows(start: int, stop: int) -> np.ndarray:
+            with refusing(f"{path}: dataset {name} cannot be read", OSError, RuntimeError):
+                return np.ascontiguousarray(item[start:stop]).view(ELEMENTS[type])
+
+        stored[_current_name(name)] = LazyTensor(type, item.shape, rows)
+
+    errors = (OSError, RuntimeError, KeyError, TypeError, UnicodeDecodeError)
+    with refusing(f"{path}: is no readable HDF5 file", *errors):
         h5py.File(path, "r").visititems(visit)
-    except (OSError, RuntimeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: is no readable HDF5 file ({str(error)[:200]}): download it again"
-        ) from None
     return stored
 
 
-def _values(path: Path, name: str, dataset: Any, type: str, start: int, stop: int) -> np.ndarray:
-    try:
-        return np.ascontiguousarray(dataset[start:stop]).view(weights.ELEMENTS[type])
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: dataset {name} cannot be read ({str(error)[:200]}): download it again"
-        ) from None
-
-
-def _name(name: str) -> str:
+def _current_name(name: str) -> str:
     """The path as Keras 3 writes it now; its first versions named layers, and called the list otherwise."""
-    name = (
-        name.replace("\\", "/")
-        .replace("_layer_checkpoint_dependencies/", "layers/")
-        .removeprefix("backbone/")
-    )
-    return name.replace("/token_embedding/", "/reversible_embedding/").replace(
-        "/final_normalization/", "/rms_normalization/"
-    )
+    name = name.replace("\\", "/").replace("_layer_checkpoint_dependencies/", "layers/")
+    name = name.removeprefix("backbone/").replace("/token_embedding/", "/reversible_embedding/")
+    return name.replace("/final_normalization/", "/rms_normalization/")
 
 
-def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], Callable[[], Tokenizer] | None]:
-    """Config, our tensors, config.json, and what builds the tokenizer."""
-    document = safetensors.read_json(path / "config.json")
+def load(path: Path) -> Checkpoint:
+    """Opens the directory of a preset."""
+    document = read_json(path / "config.json")
     model = config(path / "config.json", document)
-    names = ["model.weights.h5"]
-    if (index := path / "model.weights.json").exists():
-        places = safetensors.read_json(index).get("weight_map")
-        files = (
-            [one for some in places.values() for one in ([some] if isinstance(some, str) else some)]
-            if isinstance(places, dict)
-            else []
-        )
-        if not files or not all(
-            isinstance(name, str) and re.fullmatch(r"[\w.-]+\.h5", name) for name in files
-        ):
-            raise ValueError(f"{index}: weight_map must name .h5 files of its directory: download it again")
-        names = sorted(set(files))
+    index = path / "model.weights.json"
     stored: dict[str, Tensor] = {}
-    for name in names:
+    for name in indexed_files(index, "h5") if index.exists() else ["model.weights.h5"]:
         stored |= read(path / name)
-    vocabulary = path / "assets" / "tokenizer" / "vocabulary.spm"
+    tensors = table.from_format("keras", path, model, stored)
+    vocabulary = path / VOCABULARY
     build = (lambda: Tokenizer.from_sentencepiece(vocabulary.read_bytes())) if vocabulary.exists() else None
-    return model, weights.read("keras", path, model, stored), document, build
+    return Checkpoint(path, model, tensors, document, build)
 
 
-def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: bytes | None) -> None:
+def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a preset that keras_hub.models.GemmaCausalLM.from_preset reads."""
-    h5py = missing("h5py", "Keras presets", "formats")
-    document = config_fields(config)
-    stored = weights.write("keras", config, tensors)
-    type = stored["layers/reversible_embedding/vars/0"].type
+    stored = table.to_format("keras", checkpoint.config, checkpoint.tensors)
+    _write_weights(path / "model.weights.h5", stored)
+    document = config_fields(checkpoint.config)
     document["config"]["dtype"] = {
         "module": "keras",
         "class_name": "DTypePolicy",
         "registered_name": None,
-        "config": {"name": {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[type]},
+        "config": {"name": DTYPES[checkpoint.tensors["embed"].type]},
     }
-    with h5py.File(path / "model.weights.h5", "w") as file:
-        for name, tensor in stored.items():
-            kind = "V2" if tensor.type == "BF16" else weights.ELEMENTS[tensor.type]
-            dataset, at = file.create_dataset(name, tensor.shape, kind), 0
-            for piece in tensor.pieces():
-                dataset[at : at + piece.shape[0]] = piece.array().view(kind)
-                at += piece.shape[0]
-            if tensor.type == "BF16":
-                dataset.attrs["dtype"] = "bfloat16"
-    family = "gemma3" if config.architecture == "gemma3" else "gemma"
-    Family = family.capitalize()
     documents = {
         "config.json": document,
         "metadata.json": {
             "keras_version": "3.5.0",
             "keras_hub_version": "0.17.0",
             "tasks": ["CausalLM"],
-            "parameter_count": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+            "parameter_count": sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
         },
     }
-    if tokenizer:
-        (path / "assets" / "tokenizer").mkdir(parents=True)
-        (path / "assets" / "tokenizer" / "vocabulary.spm").write_bytes(tokenizer)
-        documents["tokenizer.json"] = {
-            "module": f"keras_hub.src.models.{family}.{family}_tokenizer",
-            "class_name": f"{Family}Tokenizer",
-            "config": {
-                "name": f"{family}_tokenizer",
-                "trainable": True,
-                "dtype": "int32",
-                "proto": None,
-                "sequence_length": None,
-                "config_file": "tokenizer.json",
-            },
-            "registered_name": f"keras_hub>{Family}Tokenizer",
+    if checkpoint.tokenizer:
+        (path / VOCABULARY).parent.mkdir(parents=True)
+        (path / VOCABULARY).write_bytes(checkpoint.tokenizer.model)
+        family = "gemma3" if checkpoint.config.architecture == "gemma3" else "gemma"
+        fields = {
+            "name": f"{family}_tokenizer",
+            "trainable": True,
+            "dtype": "int32",
+            "proto": None,
+            "sequence_length": None,
+            "config_file": "tokenizer.json",
         }
+        name = f"{family.capitalize()}Tokenizer"
+        documents["tokenizer.json"] = _serialized(f"{family}_tokenizer", name, fields)
     for name, content in documents.items():
-        with replacing(path / name) as out:
+        with atomic_write(path / name) as out:
             out.write(json.dumps(content, indent=2).encode())
+
+
+def _write_weights(path: Path, stored: Mapping[str, Tensor]) -> None:
+    h5py = require("h5py", "Keras presets", "formats")
+    with h5py.File(path, "w") as file:
+        for name, tensor in stored.items():
+            kind = "V2" if tensor.type == "BF16" else ELEMENTS[tensor.type]
+            dataset, start = file.create_dataset(name, tensor.shape, kind), 0
+            for piece in tensor.pieces():
+                dataset[start : start + piece.shape[0]] = piece.array().view(kind)
+                start += piece.shape[0]
+            if tensor.type == "BF16":
+                dataset.attrs["dtype"] = "bfloat16"

@@ -1,7 +1,7 @@
 """NeMo 1 archives (.nemo) without NeMo: a tar, plain or gzipped, of model_config.yaml, weights and a tokenizer.
 
 The weights are one PyTorch archive (model_weights.ckpt) or a distributed checkpoint of Megatron core in a directory:
-Zarr arrays, or PyTorch's (.metadata and *.distcp); there the layers lie stacked on axis 0. A tar is never unpacked: its
+Zarr arrays, or PyTorch's (.metadata and *.distcp); there the layers are stacked on axis 0. A tar is never unpacked: its
 members are looked up by name and mapped where they lie, so that no path in it means anything.
 """
 
@@ -18,42 +18,37 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codegemma.checkpoints import table as weights
-from codegemma.checkpoints import torch
-from codegemma.checkpoints.table import BLOCKS, Deferred, Tensor
-from codegemma.config import ModelConfig
-from codegemma.files import mapped, missing, replacing
+from codegemma.checkpoints import table, torch
+from codegemma.checkpoints.checkpoint import Checkpoint
+from codegemma.checkpoints.tensors import (
+    BLOCKS,
+    ELEMENTS,
+    ArrayTensor,
+    LazyTensor,
+    Tensor,
+    possible_shape,
+)
+from codegemma.checkpoints.untrusted import naming, refusing
+from codegemma.config import LIMITS, ModelConfig
+from codegemma.files import atomic_write, map_file, require
 from codegemma.tokenizer import Tokenizer
 
 ZARR_TYPES = {"bfloat16": "BF16", "<f4": "F32", "<f2": "F16"}
-STACK = r"(.*decoder\.layers)(\.\D.*)"
 # Megatron core refuses a checkpoint without the state (none, as nothing is 8-bit here) of Transformer Engine's modules.
 ENGINE_MODULES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
+    *("self_attention.linear_qkv", "self_attention.linear_proj"),
+    *("mlp.linear_fc1", "mlp.linear_fc2"),
 )
-MOST_MEMBERS = 65_536
-MOST_CONFIG = 1 << 20
-MOST_INFLATION = 20  # bytes from one byte of gzip; weights hardly shrink at all
-KEYS = {
-    "layers": "num_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_query_groups",
-    "head_width": "kv_channels",
-    "ffn_width": "ffn_hidden_size",
-    "context": "encoder_seq_length",
-    "norm_eps": "layernorm_epsilon",
-}
-FIXED = {
+MAX_MEMBERS = 65_536
+MAX_CONFIG = 1 << 20  # bytes of YAML
+MAX_INFLATION = 20  # bytes from one byte of gzip; weights hardly shrink at all
+FIXED_FIELDS = {
     "mcore_gpt": True,
     "normalization": "rmsnorm",
     "activation": "geglu",
@@ -65,363 +60,329 @@ FIXED = {
     "position_embedding_type": "rope",
     "transformer_block_type": "pre_ln",
 }
+# What NeMo's converter writes besides, for one device.
+WRITTEN_FIELDS = FIXED_FIELDS | {
+    "make_vocab_size_divisible_by": 128,
+    "precision": "bf16",
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "micro_batch_size": 1,
+    "global_batch_size": 8,
+    "transformer_engine": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "ffn_dropout": 0.0,
+    "attention_type": "multihead",
+    "dist_ckpt_format": "zarr",
+    "megatron_amp_O2": False,
+    "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
+}
+DISTRIBUTED = {
+    "sharded_backend": "zarr",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 Members = dict[str, np.ndarray]
 
 
-def members(path: Path) -> Members:
+def read_members(path: Path) -> Members:
     """The bytes of every file in the archive (or in an unpacked one, a directory), without a leading "./"."""
     if path.is_dir():
-        files = list(
-            itertools.islice((file for file in sorted(path.rglob("*")) if file.is_file()), MOST_MEMBERS)
-        )
-        return {
-            str(file.relative_to(path)): np.frombuffer(mapped(file), np.uint8)
-            if file.stat().st_size
-            else np.empty(0, np.uint8)
-            for file in files
-        }
-    data: Any = mapped(path)
+        files = itertools.islice((file for file in sorted(path.rglob("*")) if file.is_file()), MAX_MEMBERS)
+        maps = {str(file.relative_to(path)): map_file(file) if file.stat().st_size else b"" for file in files}
+        return {name: np.frombuffer(data, np.uint8) for name, data in maps.items()}
+    data: Any = map_file(path)
     if data[:2] == b"\x1f\x8b":
         data = _inflated(path)
     raw = np.frombuffer(data, np.uint8)
-    found: Members = {}
-    try:
-        with tarfile.open(fileobj=torch._File(data), mode="r:") as archive:  # type: ignore[call-overload]
-            for count, info in enumerate(archive):
-                if count >= MOST_MEMBERS:
-                    raise ValueError(f"{path}: holds more than {MOST_MEMBERS:,} members: it is no model")
-                if info.isreg() and not info.sparse:
-                    if info.size < 0 or info.offset_data + info.size > raw.size:
-                        raise ValueError(
-                            f"{path}: its member {info.name} reaches beyond the end: download it again"
-                        )
-                    found[info.name.removeprefix("./")] = raw[info.offset_data : info.offset_data + info.size]
-    except (tarfile.TarError, OSError, OverflowError) as error:
-        raise ValueError(f"{path}: is no readable tar archive ({error}): download it again") from None
-    return found
+    members: Members = {}
+    with (
+        refusing(f"{path}: is no readable tar archive", tarfile.TarError, OSError, OverflowError),
+        tarfile.open(fileobj=torch.BufferFile(data), mode="r:") as archive,  # type: ignore[call-overload]
+    ):
+        for count, info in enumerate(archive):
+            if count >= MAX_MEMBERS:
+                raise ValueError(f"{path}: holds more than {MAX_MEMBERS:,} members: it is no model")
+            if not info.isreg() or info.sparse:
+                continue
+            if info.size < 0 or info.offset_data + info.size > raw.size:
+                raise ValueError(f"{path}: its member {info.name} reaches beyond the end: download it again")
+            members[info.name.removeprefix("./")] = raw[info.offset_data : info.offset_data + info.size]
+    return members
 
 
 def _inflated(path: Path) -> Any:
     """A map of the unzipped archive, in an unnamed file beside it that goes away with the map."""
-    most = path.stat().st_size * MOST_INFLATION + (1 << 20)
+    max_bytes = path.stat().st_size * MAX_INFLATION + (1 << 20)
     with tempfile.TemporaryFile(dir=path.parent) as out, gzip.open(path) as source:
-        try:
+        with refusing(f"{path}: is a damaged gzip file", EOFError, zlib.error, gzip.BadGzipFile):
             while block := source.read(1 << 20):
                 out.write(block)
-                if out.tell() > most:
+                if out.tell() > max_bytes:
                     raise ValueError(
-                        f"{path}: grows to more than {MOST_INFLATION} times its size: it is no model"
+                        f"{path}: grows to more than {MAX_INFLATION} times its size: it is no model"
                     )
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: is a damaged gzip file ({error}): download it again") from None
         out.flush()
         return mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ) if out.tell() else b""
 
 
-def read(path: Path, found: Members) -> dict[str, Tensor]:
+def read(path: Path, members: Members) -> dict[str, Tensor]:
     """The tensors of an archive, layer by layer, whichever of the three forms its weights have."""
-    plain = [name for name in found if name.rpartition("/")[2] == "model_weights.ckpt"]
-    if len(plain) == 1 and "/" not in plain[0]:
-        return torch.state(
-            str(path), torch.read(f"{path}: {plain[0]}", found[plain[0]]), weights.IGNORED["nemo"]
-        )
-    if plain:
+    archives = [name for name in members if name.rpartition("/")[2] == "model_weights.ckpt"]
+    if archives == ["model_weights.ckpt"]:
+        value = torch.read(f"{path}: {archives[0]}", members[archives[0]])
+        return torch.state_dict(str(path), value, "nemo")
+    if archives:
         raise ValueError(
-            f"{path}: is split into {len(plain)} parts for tensor parallelism: save it again with "
+            f"{path}: is split into {len(archives)} parts for tensor parallelism: save it again with "
             "tensor_model_parallel_size=1"
         )
-    if "model_weights/.metadata" in found:
-        return weights.unstacked(dict(_distributed(path, found)), 0, STACK)
-    arrays = [name.split("/")[1] for name in found if re.fullmatch(r"model_weights/[^/]+/\.zarray", name)]
+    if "model_weights/.metadata" in members:
+        return _unstacked(dict(_distributed(path, members)))
+    arrays = [name.split("/")[1] for name in members if re.fullmatch(r"model_weights/[^/]+/\.zarray", name)]
     if not arrays:
         raise ValueError(
             f"{path}: holds neither model_weights.ckpt nor a distributed checkpoint in model_weights/: "
             "export the model again"
         )
-    return weights.unstacked({name: _zarr(path, found, name) for name in arrays}, 0, STACK)
+    return _unstacked({name: _zarr(path, members, name) for name in arrays})
 
 
-def _zarr(path: Path, found: Members, name: str) -> Tensor:
-    """A Zarr array of uncompressed chunks, put together when it is looked at."""
-    at = f"model_weights/{name}/"
-    try:
-        described = json.loads(bytes(found[at + ".zarray"][:65_536]))
+def _unstacked(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose layers are stacked on axis 0, one by one."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        stacked = re.fullmatch(r"(.*decoder\.layers)(\.\D.*)", name)
+        if stacked is None:
+            tensors[name] = tensor
+            continue
+        for index in range(min(tensor.shape[0], LIMITS["layers"])):
+            tensors[f"{stacked[1]}.{index}{stacked[2]}"] = _layer(tensor, index)
+    return tensors
+
+
+def _layer(tensor: Tensor, index: int) -> Tensor:
+    return LazyTensor.computed(
+        tensor.type, tensor.shape[1:], lambda: tensor.rows(index, index + 1).array()[0]
+    )
+
+
+def _zarr(path: Path, members: Members, name: str) -> Tensor:
+    """A Zarr array of uncompressed chunks, put together when it is read."""
+    folder, label = f"model_weights/{name}/", f"{path}: array {name}"
+    errors = (ValueError, KeyError, TypeError, RecursionError)
+    with refusing(f"{label} is described in a way unknown here", *errors, remedy="export the model again"):
+        described = json.loads(bytes(members[folder + ".zarray"][:65_536]))
         shape, chunk = tuple(described["shape"]), tuple(described["chunks"])
         type, packed = ZARR_TYPES[described["dtype"]], described["compressor"] or described.get("filters")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    plain = not packed and described.get("order", "C") == "C"
+    if not plain or len(shape) != len(chunk) or not possible_shape(shape) or not possible_shape(chunk):
         raise ValueError(
-            f"{path}: array {name} is described in a way unknown here ({error}): export the model again"
-        ) from None
-    if (
-        packed
-        or described.get("order", "C") != "C"
-        or len(shape) != len(chunk)
-        or not shape
-        or not all(isinstance(n, int) and 0 < n <= 1 << 31 for n in shape + chunk)
-    ):
-        raise ValueError(
-            f"{path}: array {name} is compressed or of the impossible shape {list(shape)} in chunks of "
+            f"{label} is compressed or of the impossible shape {list(shape)} in chunks of "
             f"{list(chunk)}: export the model again"
         )
     grid = [-(-size // step) for size, step in zip(shape, chunk, strict=True)]
-    if math.prod(grid) > MOST_MEMBERS:
-        raise ValueError(f"{path}: array {name} has {math.prod(grid):,} chunks: export the model again")
+    if math.prod(grid) > MAX_MEMBERS:
+        raise ValueError(f"{label} has {math.prod(grid):,} chunks: export the model again")
     size = math.prod(chunk) * BLOCKS[type][1]
     dot = described.get("dimension_separator", ".")
-    chunks = {index: found.get(at + dot.join(map(str, index))) for index in np.ndindex(*grid)}
-    if wrong := [index for index, part in chunks.items() if part is None or part.size != size]:
-        raise ValueError(
-            f"{path}: array {name} lacks {len(wrong)} of its {len(chunks)} chunks: download it again"
-        )
+    chunks = {index: members.get(folder + dot.join(map(str, index))) for index in np.ndindex(*grid)}
+    complete = {index: raw for index, raw in chunks.items() if raw is not None and raw.size == size}
+    if lacking := len(chunks) - len(complete):
+        raise ValueError(f"{label} lacks {lacking} of its {len(chunks)} chunks: download it again")
+    pieces: list[tuple[tuple[int, ...], Tensor]] = [
+        (tuple(np.multiply(index, chunk)), ArrayTensor.view(type, chunk, raw))
+        for index, raw in complete.items()
+    ]
+    return _assembled(type, shape, pieces)
 
-    def make(first: int, last: int) -> np.ndarray:
-        index, low = divmod(first, chunk[0])
-        part = chunks[(index, *[0] * (len(shape) - 1))]
-        if (
-            chunk[1:] == shape[1:] and low + last - first <= chunk[0] and part is not None
-        ):  # in one piece: a view
-            return (
-                np.ascontiguousarray(part)
-                .view(weights.ELEMENTS[type])
-                .reshape(chunk)[low : low + last - first]
+
+def _assembled(type: str, shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], Tensor]]) -> Tensor:
+    """A tensor of pieces, each from an offset on; what reaches beyond the shape is left out."""
+
+    def rows(first: int, last: int) -> np.ndarray:
+        out = np.zeros((last - first, *shape[1:]), ELEMENTS[type])
+        for offset, piece in pieces:
+            low, high = max(offset[0], first), min(offset[0] + piece.shape[0], last)
+            if low >= high:
+                continue
+            values = piece.rows(low - offset[0], high - offset[0]).array()
+            if values.shape == out.shape:  # all that is asked for is in this piece
+                return values
+            columns = (
+                slice(start, start + size) for start, size in zip(offset[1:], piece.shape[1:], strict=True)
             )
-        whole = np.empty((last - first, *shape[1:]), weights.ELEMENTS[type])
-        for index, part in chunks.items():
-            at = [i * step for i, step in zip(index, chunk, strict=True)]
-            low, high = max(at[0], first), min(at[0] + chunk[0], last)
-            if low < high and part is not None:
-                target = whole[
-                    (
-                        slice(low - first, high - first),
-                        *(slice(start, start + step) for start, step in zip(at[1:], chunk[1:], strict=True)),
-                    )
-                ]
-                values = np.frombuffer(part.tobytes(), whole.dtype).reshape(chunk)[low - at[0] : high - at[0]]
-                target[...] = values[tuple(slice(length) for length in target.shape)]
-        return whole
+            target = out[(slice(low - first, high - first), *columns)]
+            target[...] = values[tuple(slice(length) for length in target.shape)]
+        return out
 
-    return Deferred(type, shape, part=make)
+    return LazyTensor(type, shape, rows)
 
 
-def _distributed(path: Path, found: Members) -> Iterator[tuple[str, Tensor]]:
+def _distributed(path: Path, members: Members) -> Iterator[tuple[str, Tensor]]:
     """The tensors of PyTorch's distributed checkpoint: each in pieces, each piece an archive inside a .distcp file."""
-    described = torch.unpickle(f"{path}: .metadata", bytes(found["model_weights/.metadata"]))
-    pieces: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
-    for index, place in described.field("storage_data").items():
+    metadata = torch.unpickle(f"{path}: .metadata", bytes(members["model_weights/.metadata"]))
+    locations: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+    for index, location in metadata.field("storage_data").items():
         offset = getattr(index.field("offset"), "args", [()])[0] if index.field("offset") is not None else ()
-        pieces.setdefault(index.field("fqn"), []).append((tuple(offset), place))
-    for name, entry in described.field("state_dict_metadata").items():
+        locations.setdefault(index.field("fqn"), []).append((tuple(offset), location))
+    for name, entry in metadata.field("state_dict_metadata").items():
         if "size" not in getattr(entry, "state", {}):
             continue  # bytes: _extra_state
         shape = tuple(entry.field("size").args[0])
-        parts = [(offset, _piece(path, found, name, place)) for offset, place in pieces.get(name, [])]
-        if not parts or sum(math.prod(part.shape) for _, part in parts) != math.prod(shape):
+        pieces = [
+            (offset or (0,) * len(shape), _piece(path, members, name, location))
+            for offset, location in locations.get(name, [])
+        ]
+        if not pieces or sum(math.prod(piece.shape) for _, piece in pieces) != math.prod(shape):
             raise ValueError(
                 f"{path}: the pieces of {name} do not make its shape {list(shape)}: export it again"
             )
-        yield name, _joined(path, name, shape, parts)
+        type = pieces[0][1].type
+        if not all(piece.type == type and _fits(offset, piece.shape, shape) for offset, piece in pieces):
+            raise ValueError(
+                f"{path}: the pieces of tensor {name} do not fit its shape {list(shape)}: export it again"
+            )
+        yield name, pieces[0][1] if len(pieces) == 1 else _assembled(type, shape, pieces)
 
 
-def _piece(path: Path, found: Members, name: str, place: Any) -> Tensor:
-    file, start, length = (place.field(key) for key in ("relative_path", "offset", "length"))
-    data = found.get(f"model_weights/{file}")
+def _fits(offset: tuple[int, ...], piece: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(offset) == len(piece) == len(shape) and all(
+        start + size <= length for start, size, length in zip(offset, piece, shape, strict=True)
+    )
+
+
+def _piece(path: Path, members: Members, name: str, location: Any) -> Tensor:
+    file, start, length = (location.field(key) for key in ("relative_path", "offset", "length"))
+    data = members.get(f"model_weights/{file}")
     if data is None or not (type(start) is type(length) is int and 0 <= start < start + length <= data.size):
         raise ValueError(
             f"{path}: the file {file}, or a piece of tensor {name} in it, is missing: download it again"
         )
     value = torch.read(f"{path}: {file}", data[start : start + length])
-    if not isinstance(value, Tensor):
+    if not isinstance(value, (ArrayTensor, LazyTensor)):
         raise ValueError(f"{path}: a piece of tensor {name} is no float tensor: export the model in bfloat16")
     return value
 
 
-def _joined(
-    path: Path, name: str, shape: tuple[int, ...], parts: list[tuple[tuple[int, ...], Tensor]]
-) -> Tensor:
-    type = parts[0][1].type
-    fits = all(
-        part.type == type
-        and len(offset or shape) == len(part.shape) == len(shape)
-        and all(
-            at + size <= whole
-            for at, size, whole in zip(offset or (0,) * len(shape), part.shape, shape, strict=True)
-        )
-        for offset, part in parts
-    )
-    if not fits:
-        raise ValueError(
-            f"{path}: the pieces of tensor {name} do not fit its shape {list(shape)}: export it again"
-        )
-    if len(parts) == 1:
-        return parts[0][1]
-
-    def make(first: int, last: int) -> np.ndarray:
-        whole = np.zeros((last - first, *shape[1:]), weights.ELEMENTS[type])
-        for offset, part in parts:
-            low, high = max(offset[0], first), min(offset[0] + part.shape[0], last)
-            if low < high:
-                rest = (slice(at, at + size) for at, size in zip(offset[1:], part.shape[1:], strict=True))
-                whole[(slice(low - first, high - first), *rest)] = part.array()[
-                    low - offset[0] : high - offset[0]
-                ]
-        return whole
-
-    return Deferred(type, shape, part=make)
-
-
 def config(path: Path, fields: Mapping[str, Any], vocab: int) -> ModelConfig:
     """The architecture that a model_config.yaml describes. Raises ValueError on one that is no Gemma 1."""
-    for key, value in FIXED.items():
+    for key, value in FIXED_FIELDS.items():
         if fields.get(key, value) != value:
             raise ValueError(
                 f"{path}: {key} is {fields[key]!r}, but Gemma has {value!r}: this is another model"
             )
-    values = {name: fields.get(key) for name, key in KEYS.items()}
+    values = table.config_values("nemo", "gemma", fields)
     values["kv_heads"] = values["kv_heads"] or values["heads"]
-    try:
-        return ModelConfig("gemma", **values, vocab=vocab)  # type: ignore[arg-type]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    with naming(path):
+        return ModelConfig("gemma", **values, vocab=vocab)
 
 
-def _yaml(path: Path, raw: bytes) -> dict[str, Any]:
-    yaml = missing("yaml", "NeMo archives", "formats")
-    if (
-        len(raw) > MOST_CONFIG
-        or b"&" in raw
-        and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw))
+def read_config(path: Path, members: Members) -> dict[str, Any]:
+    """The model_config.yaml of an archive. Raises ValueError where there is none, or one that may be an attack."""
+    if "model_config.yaml" not in members:
+        raise ValueError(f"{path}: holds no model_config.yaml: pass a .nemo archive of NeMo 1")
+    raw, label = bytes(members["model_config.yaml"]), f"{path}: its model_config.yaml"
+    yaml = require("yaml", "NeMo archives", "formats")
+    with refusing(
+        f"{label} cannot be read", yaml.YAMLError, RecursionError, ValueError, remedy="export it again"
     ):
-        raise ValueError(
-            f"{path}: its model_config.yaml is too large or refers to itself: it may be an attack"
+        suspicious = len(raw) > MAX_CONFIG or (
+            b"&" in raw and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw))
         )
-    try:
-        fields = yaml.safe_load(raw)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: its model_config.yaml cannot be read ({str(error)[:200]})") from None
+        fields = None if suspicious else yaml.safe_load(raw)
+    if suspicious:
+        raise ValueError(f"{label} is too large or refers to itself: it may be an attack")
     if not isinstance(fields, dict):
-        raise ValueError(f"{path}: its model_config.yaml holds no mapping: export the model again")
+        raise ValueError(f"{label} holds no mapping: export the model again")
     return fields
 
 
-def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], Callable[[], Tokenizer] | None]:
-    """Config, our tensors, model_config.yaml, and what builds the tokenizer."""
-    found = members(path)
-    if "model_config.yaml" not in found:
-        raise ValueError(f"{path}: holds no model_config.yaml: pass a .nemo archive of NeMo 1")
-    fields = _yaml(path, bytes(found["model_config.yaml"]))
-    stored = {
-        name if name.startswith("model.") else f"model.{name.removeprefix('module.')}": tensor
-        for name, tensor in read(path, found).items()
-    }
-    stored = {
-        name: tensor for name, tensor in stored.items() if not re.fullmatch(weights.IGNORED["nemo"], name)
-    }
-    embed = stored.get("model.embedding.word_embeddings.weight")
+def load(path: Path) -> Checkpoint:
+    """Opens an archive, or the directory of an unpacked one."""
+    members = read_members(path)
+    fields = read_config(path, members)
+    stored: dict[str, Tensor] = {}
+    for name, tensor in read(path, members).items():
+        name = name if name.startswith("model.") else f"model.{name.removeprefix('module.')}"
+        if not table.is_ignored("nemo", name):
+            stored[name] = tensor
+    embed = stored.get(table.stored_name("nemo", "embed"))
     model = config(path, fields, embed.shape[0] if embed else 1)
-    named = fields.get("tokenizer")
-    name = str(named.get("model", "")) if isinstance(named, dict) else ""
-    file = found.get(name.removeprefix("nemo:"))
+    tensors = table.from_format("nemo", path, model, stored)
+    tokenizer = fields.get("tokenizer")
+    name = str(tokenizer.get("model", "")) if isinstance(tokenizer, dict) else ""
+    file = members.get(name.removeprefix("nemo:"))
     build = (lambda: Tokenizer.from_sentencepiece(bytes(file))) if file is not None else None
-    return model, weights.read("nemo", path, model, stored), fields, build
+    return Checkpoint(path, model, tensors, fields, build)
 
 
-def config_yaml(config: ModelConfig, tokenizer: str | None) -> bytes:
-    """A model_config.yaml as NeMo's converter writes it, for one device."""
-    fields: dict[str, Any] = {
-        **{key: getattr(config, name) for name, key in KEYS.items()},
-        **FIXED,
-        "max_position_embeddings": config.context,
-        "make_vocab_size_divisible_by": 128,
-        "precision": "bf16",
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "micro_batch_size": 1,
-        "global_batch_size": 8,
-        "transformer_engine": True,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "ffn_dropout": 0.0,
-        "attention_type": "multihead",
-        "dist_ckpt_format": "zarr",
-        "megatron_amp_O2": False,
-        "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
-    }
+def config_yaml(config: ModelConfig, tokenizer: str | None, **more: Any) -> bytes:
+    """A model_config.yaml as NeMo's converter writes it, for one device; `tokenizer` names a member of the archive."""
+    fields = table.config_keys("nemo", config) | WRITTEN_FIELDS | more
+    fields["max_position_embeddings"] = config.context
     fields["tokenizer"] = {
         "library": "sentencepiece",
         "model": f"nemo:{tokenizer}" if tokenizer else None,
-        "type": None,
-        "vocab_file": None,
-        "merge_file": None,
-        "delimiter": None,
+        **dict.fromkeys(("type", "vocab_file", "merge_file", "delimiter")),
         "sentencepiece_legacy": False,
     }
-    return bytes(missing("yaml", "NeMo archives", "formats").safe_dump(fields).encode())
+    return bytes(require("yaml", "NeMo archives", "formats").safe_dump(fields).encode())
 
 
-def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: bytes | None) -> None:
-    """Writes a .nemo with the Zarr checkpoint of NeMo 1.23, layers stacked, one chunk a layer."""
-    name = (
-        f"{hashlib.md5(tokenizer, usedforsecurity=False).hexdigest()}_tokenizer.model" if tokenizer else None
-    )
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a .nemo with the Zarr checkpoint of NeMo 1.23: layers stacked, one chunk a layer."""
+    model = checkpoint.tokenizer.model if checkpoint.tokenizer else None
+    name = f"{hashlib.md5(model, usedforsecurity=False).hexdigest()}_tokenizer.model" if model else None
     stacks: dict[str, list[Tensor]] = {}
-    for stored, tensor in weights.write("nemo", config, tensors).items():
+    for stored, tensor in table.to_format("nemo", checkpoint.config, checkpoint.tensors).items():
         stacks.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.", stored), []).append(tensor)
-    common = io.BytesIO()
-    torch.archive(common, {"checkpoint_version": 3.0})
-    with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
-        _add(archive, "model_config.yaml", config_yaml(config, name))
-        if tokenizer and name:
-            _add(archive, name, tokenizer)
-        _add(
-            archive,
-            "model_weights/metadata.json",
-            json.dumps(
-                {
-                    "sharded_backend": "zarr",
-                    "sharded_backend_version": 1,
-                    "common_backend": "torch",
-                    "common_backend_version": 1,
-                }
-            ).encode(),
-        )
-        _add(archive, "model_weights/common.pt", common.getvalue())
-        nothing = io.BytesIO()
-        torch.archive(nothing, None)
-        for module, layer in itertools.product(ENGINE_MODULES, range(config.layers)):
-            _add(
-                archive,
-                f"model_weights/model.decoder.layers.{module}._extra_state/shard_{layer}_{config.layers}.pt",
-                nothing.getvalue(),
-            )
-        for stored, layers in stacks.items():
-            _add_zarr(archive, f"model_weights/{stored}/", layers, ".layers." in stored)
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
+        add_member(archive, "model_config.yaml", config_yaml(checkpoint.config, name))
+        if model and name:
+            add_member(archive, name, model)
+        add_member(archive, "model_weights/metadata.json", json.dumps(DISTRIBUTED).encode())
+        add_member(archive, "model_weights/common.pt", _torch_bytes({"checkpoint_version": 3.0}))
+        layers = checkpoint.config.layers
+        for module, layer in itertools.product(ENGINE_MODULES, range(layers)):
+            folder = f"model_weights/model.decoder.layers.{module}._extra_state"
+            add_member(archive, f"{folder}/shard_{layer}_{layers}.pt", _torch_bytes(None))
+        for stored, tensors in stacks.items():
+            _add_zarr(archive, f"model_weights/{stored}/", tensors, ".layers." in stored)
 
 
-def _add_zarr(archive: tarfile.TarFile, at: str, layers: list[Tensor], stacked: bool) -> None:
+def _torch_bytes(value: Mapping[str, Any] | None) -> bytes:
+    torch.write(file := io.BytesIO(), value)
+    return file.getvalue()
+
+
+def _add_zarr(archive: tarfile.TarFile, folder: str, layers: list[Tensor], stacked: bool) -> None:
     shape = layers[0].shape
-    type = next(name for name, one in ZARR_TYPES.items() if one == layers[0].type)
     described = {
         "chunks": [1, *shape] if stacked else shape,
         "compressor": None,
-        "dtype": type,
+        "dtype": next(dtype for dtype, type in ZARR_TYPES.items() if type == layers[0].type),
         "fill_value": None,
         "filters": None,
         "order": "C",
         "shape": [len(layers), *shape] if stacked else shape,
         "zarr_format": 2,
     }
-    _add(archive, at + ".zarray", json.dumps(described, indent=4).encode())
+    add_member(archive, folder + ".zarray", json.dumps(described, indent=4).encode())
+    out: Any = archive.fileobj
     for layer, tensor in enumerate(layers):
         index = [layer, *[0] * len(shape)] if stacked else [0] * len(shape)
-        archive.addfile(_info(at + ".".join(map(str, index)), tensor.nbytes))
-        for piece in tensor.pieces():
-            archive.fileobj.write(np.ascontiguousarray(piece.data).reshape(-1).data)  # type: ignore
-        archive.offset += tensor.nbytes + -tensor.nbytes % tarfile.BLOCKSIZE
-        archive.fileobj.write(bytes(-tensor.nbytes % tarfile.BLOCKSIZE))  # type: ignore[union-attr]
+        archive.addfile(_info(folder + ".".join(map(str, index)), tensor.nbytes))
+        tensor.write_to(out)
+        padding = -tensor.nbytes % tarfile.BLOCKSIZE
+        out.write(bytes(padding))
+        archive.offset += tensor.nbytes + padding
 
 
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Adds a file to an archive that is being written."""
     archive.addfile(_info(name, len(data)), io.BytesIO(data))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -19,27 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from codegemma.checkpoints import huggingface as safetensors
-from codegemma.checkpoints import table as weights
-from codegemma.checkpoints.table import BLOCKS, Deferred, Tensor
-from codegemma.config import ModelConfig
-from codegemma.files import mapped, replacing
-from codegemma.tokenizer import Tokenizer
+from codegemma.checkpoints import huggingface, table
+from codegemma.checkpoints.checkpoint import Checkpoint
+from codegemma.checkpoints.tensors import BLOCKS, DTYPES, ELEMENTS, ArrayTensor, LazyTensor, Tensor
+from codegemma.checkpoints.untrusted import refusing
+from codegemma.files import atomic_write, map_file
 
 STORAGES = {"BFloat16Storage": "BF16", "FloatStorage": "F32", "HalfStorage": "F16"}
-FOREIGN = (
-    "ByteStorage",
-    "CharStorage",
-    "ShortStorage",
-    "IntStorage",
-    "LongStorage",
-    "BoolStorage",
-    "DoubleStorage",
-    "ComplexFloatStorage",
-    "ComplexDoubleStorage",
-)
-MOST_PICKLE = 1 << 24  # bytes; a 7B's is under 100 kB
-MOST_MEMBERS = 65_536
+_OTHER_NUMBERS = ("Byte", "Char", "Short", "Int", "Long", "Bool", "Double", "ComplexFloat", "ComplexDouble")
+OTHER_STORAGES = tuple(f"{kind}Storage" for kind in _OTHER_NUMBERS)  # read as their name alone
+MAX_PICKLE = 1 << 24  # bytes; a 7B's is under 100 kB
+MAX_MEMBERS = 65_536
 
 
 class Record:
@@ -52,6 +41,7 @@ class Record:
         self.state = state
 
     def field(self, name: str) -> Any:
+        """A field of the object. Raises ValueError where it has none of this name."""
         state = getattr(self, "state", None)
         if not isinstance(state, dict) or name not in state:
             raise ValueError(f"a record of the checkpoint lacks {name}")
@@ -63,60 +53,32 @@ class _Dict(dict[Any, Any]):
         pass  # _metadata of a state dict
 
 
-class _Path:
-    def __init__(self, *parts: str) -> None:
-        pass
-
-
 # What a pickle may name. A distributed checkpoint's metadata are dataclasses, enums and dtypes of these modules.
+_CHECKPOINT = "torch.distributed.checkpoint"
 _RECORDS = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
+    f"{_CHECKPOINT}.metadata": (
+        *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties"),
+        *("ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
     ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch.distributed.checkpoint._fsspec_filesystem": (),
+    f"{_CHECKPOINT}.filesystem": ("_StorageInfo", "_StoragePrefix"),
     "torch.serialization": ("_get_layout",),
     "torch": ("Size", "device"),
-    "torch.distributed.checkpoint.planner": (),
+    "pathlib": ("PosixPath", "WindowsPath", "_local"),
 }
-_DTYPES = {
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float16": "F16",
-    "uint8": "U8",
-    "int64": "I64",
-    "int32": "I32",
-    "bool": "BOOL",
-    "float64": "F64",
-}
-
+_TORCH_NAMES = {*STORAGES, *OTHER_STORAGES, *DTYPES.values(), "uint8", "int64", "int32", "bool", "float64"}
+_REFUSED_OPCODES = b"".join(
+    (
+        *(pickle.EMPTY_SET, pickle.FROZENSET, pickle.ADDITEMS, pickle.INST, pickle.OBJ),
+        *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER),
+    )
+)
 
 _Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one in Python: it can be narrowed
 
 
 class _Reader(_Unpickler):  # type: ignore[misc]
     dispatch: dict[int, Any] = {
-        code: load
-        for code, load in _Unpickler.dispatch.items()
-        if bytes([code])
-        not in (
-            pickle.EMPTY_SET,
-            pickle.FROZENSET,
-            pickle.ADDITEMS,
-            pickle.INST,
-            pickle.OBJ,
-            pickle.EXT1,
-            pickle.EXT2,
-            pickle.EXT4,
-            pickle.NEXT_BUFFER,
-        )
+        code: load for code, load in _Unpickler.dispatch.items() if code not in _REFUSED_OPCODES
     }
 
     def __init__(self, raw: bytes, storage: Callable[[str, str, int], Any]) -> None:
@@ -124,25 +86,20 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         self._storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in (*STORAGES, *FOREIGN):
+        if module == "torch" and name in _TORCH_NAMES:
             return name
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        found = {
+        if name in _RECORDS.get(module, ()):
+            return Record
+        known = {
             ("collections", "OrderedDict"): _Dict,
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("pathlib", "PosixPath"): _Path,
-            ("pathlib", "_local"): _Path,
-            ("pathlib", "WindowsPath"): _Path,
-        }.get((module, name))
-        if found is None and name in _RECORDS.get(module, ()):
-            found = Record
-        if found is None:
+        }
+        if (module, name) not in known:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, which no checkpoint needs: it may be an attack"
             )
-        return found
+        return known[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
@@ -168,51 +125,53 @@ class _Reader(_Unpickler):  # type: ignore[misc]
 
 
 def unpickle(name: str, raw: bytes, storage: Callable[[str, str, int], Any] | None = None) -> Any:
-    """The object that a pickle describes, of dictionaries, lists, texts, numbers, tensors and Records."""
-    if len(raw) > MOST_PICKLE:
+    """The object that a pickle describes, of dictionaries, lists, texts, numbers, tensors and Records.
+
+    `storage(kind, key, count)` gives the numbers that a tensor refers to. Raises ValueError, with `name` in it.
+    """
+    if len(raw) > MAX_PICKLE:
         raise ValueError(
-            f"{name}: its pickle of {len(raw):,} bytes is larger than {MOST_PICKLE:,}: not a checkpoint"
+            f"{name}: its pickle of {len(raw):,} bytes is larger than {MAX_PICKLE:,}: not a checkpoint"
         )
-    try:
+    # a damaged pickle can fail in any way
+    with refusing(
+        f"{name}: cannot be read as a checkpoint",
+        Exception,
+        remedy="download it again, from a source you trust",
+    ):
         return _Reader(raw, storage or (lambda *_: None)).load()
-    except Exception as error:  # noqa: BLE001  a damaged pickle can fail in any way
-        raise ValueError(
-            f"{name}: cannot be read as a checkpoint ({error or type(error).__name__}): download it "
-            "again, from a source you trust"
-        ) from None
 
 
-def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Any:
+def rebuild_tensor(storage: tuple[str, np.ndarray], offset: int, shape: Any, strides: Any, *_: Any) -> Any:
+    """A tensor over a storage (type, elements), as torch._utils._rebuild_tensor_v2; other types stay storages.
+
+    Raises ValueError where it reaches beyond the storage.
+    """
     type, elements = storage
     shape, strides = tuple(shape), tuple(strides)
     if type not in BLOCKS:
         return storage
-    numbers = (offset, *shape, *strides)
-    if (
-        len(shape) != len(strides)
-        or not all(isinstance(n, int) and 0 <= n < 1 << 40 for n in numbers)
-        or not shape
-    ):
+    whole = all(isinstance(number, int) and 0 <= number < 1 << 40 for number in (offset, *shape, *strides))
+    if not whole or not shape or len(shape) != len(strides):
         raise ValueError(f"a tensor has the impossible shape {shape}")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if 0 in shape or last >= len(elements) or math.prod(shape) > len(elements):
         raise ValueError(f"a tensor of shape {shape} reaches beyond its {len(elements):,} stored numbers")
-    if strides == tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))):
-        return Tensor.view(type, shape, elements[offset : last + 1].view(np.uint8))
-    step = elements.itemsize
-    return Deferred(
-        type,
-        shape,
-        lambda: np.lib.stride_tricks.as_strided(
-            elements[offset:], shape, [stride * step for stride in strides], writeable=False
-        ).copy(),
-    )
+    if strides == _strides(shape):
+        return ArrayTensor.view(type, shape, elements[offset : last + 1].view(np.uint8))
+    byte_strides = [stride * elements.itemsize for stride in strides]
+    view = np.lib.stride_tricks.as_strided(elements[offset:], shape, byte_strides, writeable=False)
+    return LazyTensor(type, shape, lambda start, stop: view[start:stop].copy())
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of an array without gaps, in elements."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def read(name: str, data: Any) -> Any:
     """The object in an archive given as bytes or a map of them; its tensors are views. ValueError names the rule."""
-    raw = np.frombuffer(data, np.uint8)
-    members = _members(name, data, raw)
+    members = _members(name, data)
     pickles = [member for member in members if member.endswith("data.pkl")]
     if len(pickles) != 1:
         raise ValueError(
@@ -227,67 +186,53 @@ def read(name: str, data: Any) -> Any:
         if member is None:
             raise ValueError(f"the storage {key} is missing")
         type = STORAGES.get(kind, kind)
-        if type in FOREIGN:
+        if type in OTHER_STORAGES:
             return type, member
-        if not 0 <= count * BLOCKS[type][1] <= member.size:
+        size = count * BLOCKS[type][1]
+        if not 0 <= size <= member.size:
             raise ValueError(f"the storage {key} is shorter than it says")
-        dtype = weights.ELEMENTS[type]
-        part = member[: count * BLOCKS[type][1]]
-        return type, part.view(dtype) if part.ctypes.data % part.dtype.itemsize == 0 else part.copy().view(
-            dtype
-        )
+        raw = member[:size]
+        aligned = raw.ctypes.data % BLOCKS[type][1] == 0
+        return type, (raw if aligned else raw.copy()).view(ELEMENTS[type])
 
     return unpickle(name, bytes(members[pickles[0]]), storage)
 
 
-def _members(name: str, data: Any, raw: np.ndarray) -> dict[str, np.ndarray]:
+def _members(name: str, data: Any) -> dict[str, np.ndarray]:
     """The bytes of each member; a zip that compresses, overlaps or reaches beyond the file is refused."""
-    try:
-        with zipfile.ZipFile(_File(data)) as archive:
-            infos = archive.infolist()
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-        OSError,
-        struct.error,
-        NotImplementedError,
-        UnicodeError,
-    ) as error:
-        raise ValueError(
-            f"{name}: is no readable PyTorch archive ({error}): download it again; files older than "
-            "PyTorch 1.6 must be saved again"
-        ) from None
-    found: dict[str, np.ndarray] = {}
+    raw = np.frombuffer(data, np.uint8)
+    errors = (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError)
+    remedy = "download it again; files older than PyTorch 1.6 must be saved again"
+    with (
+        refusing(f"{name}: is no readable PyTorch archive", *errors, remedy=remedy),
+        zipfile.ZipFile(BufferFile(data)) as archive,
+    ):
+        infos = archive.infolist()
+    members: dict[str, np.ndarray] = {}
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
-        at = info.header_offset
-        if (
-            info.compress_type
-            or info.file_size != info.compress_size
-            or info.filename in found
-            or at < end
-            or len(infos) > MOST_MEMBERS
-            or at + 30 > raw.size
-        ):
+        offset = info.header_offset
+        compressed = info.compress_type or info.file_size != info.compress_size
+        overlaps = offset < end or offset + 30 > raw.size
+        if compressed or overlaps or info.filename in members or len(infos) > MAX_MEMBERS:
             raise ValueError(
                 f"{name}: its member {info.filename} is compressed, repeated or overlaps another, which "
                 "PyTorch never writes: download it again"
             )
-        start = (
-            at + 30 + int(raw[at + 26 : at + 28].view("<u2")[0]) + int(raw[at + 28 : at + 30].view("<u2")[0])
-        )
+        name_length, extra_length = raw[offset + 26 : offset + 30].view("<u2").tolist()
+        start = offset + 30 + name_length + extra_length
         end = start + info.file_size
         if end > raw.size:
             raise ValueError(f"{name}: its member {info.filename} reaches beyond the end: download it again")
-        found[info.filename] = raw[start:end]
-    return found
+        members[info.filename] = raw[start:end]
+    return members
 
 
-class _File(io.RawIOBase):
+class BufferFile(io.RawIOBase):
     """A buffer as a file, without a copy."""
 
     def __init__(self, data: Any) -> None:
-        self._data, self._at = memoryview(data), 0
+        self._data, self._offset = memoryview(data), 0
 
     def seekable(self) -> bool:
         return True
@@ -296,104 +241,89 @@ class _File(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, len(self._data))[whence]
-        if self._at < 0:
+        self._offset = offset + (0, self._offset, len(self._data))[whence]
+        if self._offset < 0:
             raise OSError("before the start of the file")
-        return self._at
+        return self._offset
 
     def tell(self) -> int:
-        return self._at
+        return self._offset
 
     def read(self, size: int | None = -1) -> bytes:
-        end = len(self._data) if size is None or size < 0 else self._at + size
-        part = bytes(self._data[self._at : end])
-        self._at += len(part)
+        end = len(self._data) if size is None or size < 0 else self._offset + size
+        part = bytes(self._data[self._offset : end])
+        self._offset += len(part)
         return part
 
 
-def state(name: str, value: Any, ignored: str = "") -> dict[str, Tensor]:
-    """The tensors of a state dict, which may lie under "model_state_dict", "state_dict" or "model"."""
+def state_dict(name: str, value: Any, format: table.Format = "pytorch") -> dict[str, Tensor]:
+    """The tensors of a state dict, which may lie under "model_state_dict", "state_dict" or "model".
+
+    Raises ValueError where there is none, or where a tensor that the format needs is of another type.
+    """
     for key in ("model_state_dict", "state_dict", "model"):
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
     if not isinstance(value, dict):
         raise ValueError(f"{name}: holds no state dict: save the model's state_dict")
-    kept = {}
+    tensors: dict[str, Tensor] = {}
     for key, tensor in value.items():
-        if isinstance(tensor, Tensor):
-            kept[str(key)] = tensor
-        elif isinstance(tensor, tuple) and not re.fullmatch(ignored, str(key)):
+        if isinstance(tensor, (ArrayTensor, LazyTensor)):
+            tensors[str(key)] = tensor
+        elif isinstance(tensor, tuple) and not table.is_ignored(format, str(key)):
             raise ValueError(
                 f"{name}: tensor {key} is {tensor[0].removesuffix('Storage')}, but weights are float32, "
                 "float16 or bfloat16: use the unquantised model"
             )
-    return kept
+    return tensors
 
 
-def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], Callable[[], Tokenizer] | None]:
-    """Config, our tensors, config.json, and what builds the tokenizer, from a .ckpt of gemma_pytorch or the
-    pytorch_model*.bin of a Hugging Face directory."""
+def load(path: Path) -> Checkpoint:
+    """Opens a .ckpt of gemma_pytorch, or the pytorch_model*.bin of a Hugging Face directory."""
     home = path if path.is_dir() else path.parent
     files = sorted([*home.glob("pytorch_model*.bin"), *home.glob("*.ckpt")]) if path.is_dir() else [path]
     stored: dict[str, Tensor] = {}
     for file in files:
-        stored |= state(str(file), read(str(file), mapped(file)), weights.IGNORED["pytorch"])
-    format: weights.Format = "pytorch" if "embedder.weight" in stored else "hf"
-    model, fields = safetensors.described(home, format, stored)
-    return model, weights.read(format, path, model, stored), fields, safetensors.tokenizer(home)
+        stored |= state_dict(str(file), read(str(file), map_file(file)))
+    format: table.Format = "pytorch" if "embedder.weight" in stored else "hf"
+    return huggingface.checkpoint_of(path, [home], format, stored)
 
 
-def save(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Writes `model.ckpt` as gemma_pytorch reads it."""
-    write(path / "model.ckpt", {"model_state_dict": weights.write("pytorch", config, tensors)})
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes `model.ckpt` as gemma_pytorch reads it, with config.json and tokenizer beside it."""
+    stored = table.to_format("pytorch", checkpoint.config, checkpoint.tensors)
+    with atomic_write(path / "model.ckpt") as file:
+        write(file, {"model_state_dict": stored})
+    huggingface.write_companions(path, checkpoint)
 
 
-def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes an archive that torch.load(weights_only=True) reads; `path` appears only when complete."""
-    with replacing(path) as file:
-        archive(file, value)
-
-
-def archive(file: Any, value: Mapping[str, Any] | None) -> None:
-    """The archive of nested dictionaries of tensors, texts, numbers and None, into a file."""
+def write(file: Any, value: Mapping[str, Any] | None) -> None:
+    """Writes an archive that torch.load(weights_only=True) reads: nested dictionaries of tensors, texts, numbers, None."""
     tensors: list[Tensor] = []
     described = b"\x80\x02" + _pickled(value, tensors) + b"."
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as out:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, raw in (("data.pkl", described), ("byteorder", b"little"), ("version", b"3\n")):
-            out.writestr(zipfile.ZipInfo(f"archive/{name}"), raw)
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), raw)
         for index, tensor in enumerate(tensors):
-            with out.open(
-                zipfile.ZipInfo(f"archive/data/{index}"), "w", force_zip64=tensor.nbytes > 1 << 30
-            ) as member:
-                for piece in tensor.pieces():
-                    member.write(np.ascontiguousarray(piece.data).reshape(-1).data)
+            info = zipfile.ZipInfo(f"archive/data/{index}")
+            with archive.open(info, "w", force_zip64=tensor.nbytes > 1 << 30) as member:
+                tensor.write_to(member)
 
 
 def _pickled(value: Any, tensors: list[Tensor]) -> bytes:
-    """Opcodes of pickle protocol 2; tensors are numbered as they come."""
-    if isinstance(value, Tensor):
-        strides = tuple(math.prod(value.shape[axis + 1 :]) for axis in range(len(value.shape)))
+    """Opcodes of pickle protocol 2; tensors are numbered in the order that they come in."""
+    if isinstance(value, (ArrayTensor, LazyTensor)):
         kind = next(name for name, type in STORAGES.items() if type == value.type)
         tensors.append(value)
-        reference = (
-            b"("
-            + _pickled("storage", [])
-            + b"ctorch\n"
-            + kind.encode()
-            + b"\n"
-            + b"".join(_pickled(part, []) for part in (str(len(tensors) - 1), "cpu", math.prod(value.shape)))
-            + b"tQ"
+        storage = _pickled("storage", []) + b"ctorch\n" + kind.encode() + b"\n"
+        storage += b"".join(
+            _pickled(part, []) for part in (str(len(tensors) - 1), "cpu", math.prod(value.shape))
         )
-        return (
-            b"ctorch._utils\n_rebuild_tensor_v2\n("
-            + reference
-            + _pickled(0, [])
-            + _pickled(value.shape, [])
-            + _pickled(strides, [])
-            + b"\x89ccollections\nOrderedDict\n)RtR"
-        )
+        layout = b"".join(_pickled(part, []) for part in (0, value.shape, _strides(value.shape)))
+        no_hooks = b"\x89ccollections\nOrderedDict\n)R"
+        return b"ctorch._utils\n_rebuild_tensor_v2\n((" + storage + b"tQ" + layout + no_hooks + b"tR"
     if isinstance(value, Mapping):
-        return b"}(" + b"".join(_pickled(one, tensors) for item in value.items() for one in item) + b"u"
+        return b"}(" + b"".join(_pickled(part, tensors) for item in value.items() for part in item) + b"u"
     if isinstance(value, tuple):
-        return b"(" + b"".join(_pickled(one, tensors) for one in value) + b"t"
+        return b"(" + b"".join(_pickled(part, tensors) for part in value) + b"t"
     return pickle.dumps(value, 2)[2:-1]  # text, number, bool, None

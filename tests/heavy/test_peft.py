@@ -14,9 +14,10 @@ import pytest
 from reference import golden, tolerance
 from tiny import random_adapter
 
-from codegemma.adapters import adapter as lora
+from codegemma.adapters.merge import merge as merge_adapters
+from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import Checkpoint
-from codegemma.checkpoints.table import Tensor
+from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.generate.engine import Engine
 from codegemma.native import Native
 
@@ -40,12 +41,12 @@ def test_peft_gives_our_logits(kind, changes, tmp_path):
     ids[:4] = [2, 7, 67, 70]
     adapter = random_adapter(config, **changes)
     theirs = logits(
-        peft.PeftModel.from_pretrained(base(kind), lora.save(adapter, tmp_path / "a")).eval(), ids
+        peft.PeftModel.from_pretrained(base(kind), save_adapter(adapter, tmp_path / "a")).eval(), ids
     )
     checkpoint = Checkpoint(
-        tmp_path, config, {name: Tensor.of(value) for name, value in params.items()}, {}, None
+        tmp_path, config, {name: ArrayTensor.of(value) for name, value in params.items()}, {}, None
     )
-    merged = {name: tensor.float32() for name, tensor in lora.merge(checkpoint, adapter).tensors.items()}
+    merged = {name: tensor.float32() for name, tensor in merge_adapters(checkpoint, adapter).tensors.items()}
     backend = Native(checkpoint)
     engine = Engine(backend)
     engine.add_adapter("one", adapter)

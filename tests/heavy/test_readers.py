@@ -18,9 +18,9 @@ from reference import logits
 from tiny import KINDS, dequantize, tiny_config, write_tiny_gguf
 
 from codegemma import hub, prompts
-from codegemma.checkpoints import open_checkpoint
-from codegemma.checkpoints import table as weights
-from codegemma.convert import convert
+from codegemma.checkpoints import open_checkpoint, table
+from codegemma.convert import verify
+from codegemma.convert.convert import convert
 from codegemma.prompts import Message
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -46,7 +46,7 @@ def _ids(path):
 
 def test_transformers_gives_our_logits_and_ids(source, tmp_path):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    at = convert.convert(source, tmp_path / "m", "safetensors").path
+    at = convert(source, tmp_path / "m", "safetensors").path
     tokenizer = transformers.AutoTokenizer.from_pretrained(at)
     assert tokenizer(TEXT)["input_ids"] == _ids(source)
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"], skip_special_tokens=True) == TEXT
@@ -68,9 +68,9 @@ def test_the_model_cards_samples_run(source, tmp_path):
     checkpoint = open_checkpoint(source)
     if checkpoint.tokenizer.control.fim != "named":
         pytest.skip("the samples spell CodeGemma's tokens")
-    at = convert.convert(source, tmp_path / "m", "safetensors").path
+    at = convert(source, tmp_path / "m", "safetensors").path
     config = json.loads((at / "tokenizer_config.json").read_text())
-    from codegemma.checkpoints.huggingface import CHAT_TEMPLATE
+    from codegemma.checkpoints.huggingface_tokenizer import CHAT_TEMPLATE
 
     (at / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
     tokenizer = transformers.GemmaTokenizer.from_pretrained(at)
@@ -96,7 +96,7 @@ def test_the_model_cards_samples_run(source, tmp_path):
 @pytest.mark.parametrize("type", [None, "q8_0", "q4_k_m", "q4_0"])
 def test_llama_cpp_gives_our_logits_and_stops_at_the_separator(source, tmp_path, type):
     llama_cpp = pytest.importorskip("llama_cpp")
-    at = convert.convert(source, tmp_path / "m.gguf", quantize_to=type).path
+    at = convert(source, tmp_path / "m.gguf", quantize_to=type).path
     model = llama_cpp.Llama(str(at), n_ctx=128, logits_all=True, verbose=False)
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
     assert model.tokenize(TEXT.encode()) == _ids(source)
@@ -115,13 +115,13 @@ def test_llama_cpp_gives_our_logits_and_stops_at_the_separator(source, tmp_path,
 
 def test_llama_cpps_quantiser_chooses_the_same_types_and_makes_the_same_blocks(source, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
-    wide = convert.convert(source, tmp_path / "f32.gguf", dtype="f32").path
+    wide = convert(source, tmp_path / "f32.gguf", dtype="f32").path
     for type, code in (("q8_0", 7), ("q4_k_m", 15), ("q5_k_m", 17), ("q4_0", 2), ("q6_k", 18)):
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.nthread = code, 2
         theirs = tmp_path / f"theirs-{type}.gguf"
         assert llama_cpp.llama_model_quantize(str(wide).encode(), str(theirs).encode(), params) == 0
-        ours = open_checkpoint(convert.convert(wide, tmp_path / f"{type}.gguf", quantize_to=type).path)
+        ours = open_checkpoint(convert(wide, tmp_path / f"{type}.gguf", quantize_to=type).path)
         for name, tensor in open_checkpoint(theirs).tensors.items():
             assert ours.tensors[name].type == tensor.type, (type, name)
             np.testing.assert_array_equal(ours.tensors[name].data, tensor.data, err_msg=f"{type} {name}")
@@ -129,7 +129,7 @@ def test_llama_cpps_quantiser_chooses_the_same_types_and_makes_the_same_blocks(s
 
 def test_keras_hub_gives_our_logits(source, tmp_path):
     keras_hub = pytest.importorskip("keras_hub")
-    at = convert.convert(source, tmp_path / "m", "keras").path
+    at = convert(source, tmp_path / "m", "keras").path
     config, ids = open_checkpoint(source).config, _ids(source)
     kind = (
         keras_hub.models.Gemma3Backbone if config.architecture == "gemma3" else keras_hub.models.GemmaBackbone
@@ -146,8 +146,8 @@ def test_keras_hub_gives_our_logits(source, tmp_path):
 def test_orbax_and_pytorch_restore_what_we_wrote(source, tmp_path):
     ocp, torch = pytest.importorskip("orbax.checkpoint"), pytest.importorskip("torch")
     checkpoint = open_checkpoint(source)
-    at = convert.convert(source, tmp_path / "o", "orbax").path / "checkpoint"
-    expected = weights.write("flax", checkpoint.config, checkpoint.tensors)
+    at = convert(source, tmp_path / "o", "orbax").path / "checkpoint"
+    expected = table.to_format("flax", checkpoint.config, checkpoint.tensors)
     restored = {
         f"{group}/{key}": np.asarray(value).astype(np.float32)
         for group, leaves in ocp.StandardCheckpointer().restore(at).items()
@@ -156,8 +156,8 @@ def test_orbax_and_pytorch_restore_what_we_wrote(source, tmp_path):
     assert restored.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(restored[name].reshape(-1), tensor.float32().reshape(-1))
-    at = convert.convert(source, tmp_path / "t", "gemma_pytorch").path / "model.ckpt"
-    expected = weights.write("pytorch", checkpoint.config, checkpoint.tensors)
+    at = convert(source, tmp_path / "t", "gemma_pytorch").path / "model.ckpt"
+    expected = table.to_format("pytorch", checkpoint.config, checkpoint.tensors)
     state = torch.load(at, weights_only=True)["model_state_dict"]
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -170,12 +170,12 @@ def test_the_default_model_in_transformers(tmp_path):
         hub.resolve()
     except ValueError as error:
         pytest.skip(str(error))
-    at = convert.convert(hub.DEFAULT, tmp_path / "m", "safetensors", dtype="f32").path
+    at = convert(hub.DEFAULT, tmp_path / "m", "safetensors", dtype="f32").path
     tokenizer = transformers.AutoTokenizer.from_pretrained(at)
     ours = open_checkpoint(at)
-    for text in (*convert.TEXTS[:3], "<start_of_turn>user\nWhy?<end_of_turn>\n"):
+    for text in (*verify.TEXTS[:3], "<start_of_turn>user\nWhy?<end_of_turn>\n"):
         assert tokenizer(text)["input_ids"] == [2, *ours.tokenizer.encode(text, control=True)], text
-    ids = [2, *ours.tokenizer.encode(convert.TEXTS[0])]
+    ids = [2, *ours.tokenizer.encode(verify.TEXTS[0])]
     model = transformers.AutoModelForCausalLM.from_pretrained(at)
     theirs = model(torch.tensor([ids])).logits[0].detach().numpy()
-    np.testing.assert_allclose(theirs, next(convert._logits(ours, [ids], None)), atol=2e-3)
+    np.testing.assert_allclose(theirs, next(verify._logits(ours, [ids], None)), atol=2e-3)

@@ -1,0 +1,51 @@
+"""An opened model: config, tensors and tokenizer, whichever format they came in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from codegemma.checkpoints.tensors import Tensor
+from codegemma.config import ModelConfig
+from codegemma.tokenizer import Tokenizer
+
+FIM_ORDERS_KEY = "codegemma.fim"  # in a GGUF header or a config.json
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An opened model: `tensors` by our names (formats.toml), `metadata` as the file states it (header, config.json).
+
+    metadata[FIM_ORDERS_KEY] stands where codegemma changed the weights, and lists the orders that they were trained to
+    fill in the middle in ("psm,spm", or ""). Adapters of the model before the change do not belong to such weights.
+    """
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    build_tokenizer: Callable[[], Tokenizer] | None = None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Built when first used. None where the checkpoint has none: then ids work, but text does not."""
+        return self.build_tokenizer() if self.build_tokenizer else None
+
+    @property
+    def fim_orders(self) -> frozenset[str] | None:
+        """The orders that changed weights fill in the middle in; None where codegemma did not change them."""
+        orders = self.metadata.get(FIM_ORDERS_KEY)
+        return None if orders is None else frozenset({"psm", "spm"} & set(str(orders).split(",")))
+
+    def with_weights(self, tensors: dict[str, Tensor], fim_orders: Iterable[str]) -> Checkpoint:
+        """The model with other weights, which fill in the middle in these orders."""
+        metadata = {**self.metadata, FIM_ORDERS_KEY: ",".join(sorted(fim_orders))}
+        return replace(self, tensors=tensors, metadata=metadata)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -1,0 +1,193 @@
+"""Gemma models in GGUF: what llama.cpp's header entries say of the architecture and the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codegemma.checkpoints import gguf, table
+from codegemma.checkpoints.checkpoint import Checkpoint
+from codegemma.checkpoints.untrusted import naming
+from codegemma.config import ModelConfig
+from codegemma.tokenizer import Tokenizer
+
+UNUSED = 5  # SentencePiece's type of a piece that stands for nothing
+
+
+def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
+    """The architecture that a header describes; `path` is for errors. Raises ValueError on one that is no Gemma."""
+    table_of_gguf = table.format_table("gguf")
+    keys, known = table_of_gguf["config"], table_of_gguf["defaults"]
+    architecture: Any = str(metadata.get("general.architecture"))
+    if architecture not in known:
+        raise ValueError(
+            f"{path}: general.architecture is {architecture!r}, but this program runs "
+            f"{', '.join(known)}: choose a Gemma or CodeGemma file"
+        )
+    stated = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+    values = {"rope_base": 1e4} | {
+        name: value
+        for name, value in table.config_values("gguf", architecture, stated).items()
+        if value is not None
+    }
+    for required in ("layers", "width", "heads", "ffn_width", "context", "norm_eps"):
+        if required not in values:
+            raise ValueError(
+                f"{path}: the header lacks {architecture}.{keys[required]}: convert the model again"
+            )
+    for name, value in values.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(
+                f"{path}: {architecture}.{keys[name]} must be one number: "
+                "per-layer values and text are of another kind of model"
+            )
+    values.setdefault("kv_heads", values["heads"])
+    values.setdefault("head_width", values["width"] // max(1, values["heads"]))
+    values.setdefault("rope_base_local", values["rope_base"])
+    for name in ("window", "attention_softcap", "final_softcap"):  # 0 stands for none
+        values[name] = values.get(name) or None
+    if values["window"] is None:
+        values["global_every"] = 1
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if str(stated.get(key, values["head_width"])) != str(values["head_width"]):
+            raise ValueError(
+                f"{path}: {architecture}.{key} must equal attention.key_length ({values['head_width']}) "
+                "in a Gemma model: convert the model again"
+            )
+    if str(stated.get("rope.scaling.type", "linear")) not in ("linear", "none"):
+        raise ValueError(
+            f"{path}: {architecture}.rope.scaling.type must be linear or none, as in every Gemma"
+        )
+    values |= {"post_norms": architecture != "gemma", "qk_norm": architecture == "gemma3"}
+    with naming(path):
+        return ModelConfig(
+            architecture, vocab=vocab, query_scale=_query_scale(architecture, values), **values
+        )
+
+
+def _query_scale(architecture: str, values: Mapping[str, Any]) -> float:
+    """Factor on q: no key holds it; llama.cpp knows the 27B models, whose factor differs, by their layers."""
+    is_27b = {"gemma2": 46, "gemma3": 62}.get(architecture) == values["layers"]
+    return max(1, values["width"] // max(1, values["heads"])) ** -0.5 if is_27b else 0.0
+
+
+def config_metadata(config: ModelConfig) -> dict[str, Any]:
+    """The header entries for a config, which `config` reads. Raises ValueError for what GGUF cannot say."""
+    architecture = config.architecture
+    entries: dict[str, Any] = {"general.architecture": architecture}
+    implied = {"rope_base_local": config.rope_base, "rope_scale": 1.0, "global_every": 1}
+    implied |= dict.fromkeys(("window", "attention_softcap", "final_softcap"), 0)
+    implied |= table.format_table("gguf")["defaults"][architecture]
+    for field, key in table.format_table("gguf")["config"].items():
+        value = getattr(config, field) or 0
+        if field == "rope_base" or implied.get(field) != value:
+            entries[f"{architecture}.{key}"] = value
+    if config.rope_scale != 1:
+        entries[f"{architecture}.rope.scaling.type"] = "linear"
+    entries[f"{architecture}.attention.value_length"] = config.head_width
+    scale = _query_scale(architecture, vars(config)) or config.head_width**-0.5
+    if not math.isclose(config.query_scale, scale, rel_tol=1e-6):
+        raise ValueError(
+            f"GGUF has no key for the query scale {config.query_scale}: readers of a "
+            f"{architecture} file take {scale}; write safetensors instead"
+        )
+    return entries
+
+
+def tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer in the header. Raises ValueError where there is none, or none that Gemma uses."""
+    kind = metadata.get("tokenizer.ggml.model")
+    pieces, scores, types = (
+        metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
+    )
+    if not (
+        str(kind) == "llama"
+        and isinstance(pieces, gguf.Strings)
+        and isinstance(scores, np.ndarray)
+        and isinstance(types, np.ndarray)
+        and len(pieces) == scores.size == types.size
+    ):
+        raise ValueError(
+            f"{path}: the header's tokenizer ({kind!r}) is not a complete "
+            "SentencePiece vocabulary (tokens, scores, token_type): convert the model again"
+        )
+    return Tokenizer.cached(
+        b"gguf" + pieces.raw + scores.tobytes() + types.tobytes(),
+        lambda: Tokenizer.from_pieces(pieces, scores, types),
+    )
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The header entries for a vocabulary, padded to the embedding's rows, with the ids that steer or end.
+
+    llama.cpp ends a generation at the ids under eos, eot and fim_sep: the separator is CodeGemma's own terminator.
+    """
+    pieces, scores, types = tokenizer.pieces()
+    padding = range(len(pieces), rows)
+    pieces = [*pieces, *(f"[PAD{token}]" for token in padding)]
+    scores, types = [*scores, *(0.0 for _ in padding)], [*types, *(UNUSED for _ in padding)]
+    pieces = [
+        piece.replace("\u2581", " ") if type == 4 else piece
+        for piece, type in zip(pieces, types, strict=True)
+    ]
+    names = table.format_table("gguf")["token_ids"]
+    ids = {f"{name}_token_id": getattr(tokenizer.control, field) for name, field in names.items()}
+    entries = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": pieces,
+        "scores": np.array(scores, "<f4"),
+        "token_type": np.array(types, "<i4"),
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "add_space_prefix": False,
+        **{name: token for name, token in ids.items() if token is not None},
+    }
+    return {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
+
+
+def load(path: Path) -> Checkpoint:
+    """Opens a GGUF file; its tokenizer is None where the header has none."""
+    metadata, stored = gguf.read(path)
+    embedding = table.stored_name("gguf", "embed")
+    if str(metadata.get("split.count", 1)) not in ("0", "1"):
+        raise ValueError(
+            f"{path}: is one part of a model split into several files: join them with "
+            "llama-gguf-split --merge"
+        )
+    vocab = stored[embedding].shape[0] if embedding in stored else 1
+    model = config(path, metadata, vocab)
+    tensors = table.from_format("gguf", path, model, stored)
+    pieces = metadata.get("tokenizer.ggml.tokens")
+    if pieces is None:
+        return Checkpoint(path, model, tensors, metadata)
+    if not isinstance(pieces, gguf.Strings) or len(pieces) > vocab:
+        raise ValueError(
+            f"{path}: tokenizer.ggml.tokens must be at most {vocab:,} strings, one for each row of "
+            f"{embedding}: convert the model again"
+        )
+    return Checkpoint(path, model, tensors, metadata, lambda: tokenizer(path, metadata))
+
+
+def save(
+    path: Path, checkpoint: Checkpoint, entries: Mapping[str, Any], template: str | None, stamp: str | None
+) -> None:
+    """Writes a file that llama.cpp reads, tensor by tensor. `entries` are further header values ("general.name");
+    `stamp` as of `gguf.write`."""
+    config = checkpoint.config
+    types = [tensor.type for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
+    metadata = {
+        **config_metadata(config),
+        **entries,
+        "general.file_type": table.format_table("gguf")["file_types"][max(set(types), key=types.count)],
+        "general.quantization_version": 2,
+    }
+    if checkpoint.tokenizer:
+        metadata |= tokenizer_metadata(checkpoint.tokenizer, config.vocab)
+    if template:
+        metadata["tokenizer.chat_template"] = template
+    gguf.write(path, metadata, table.to_format("gguf", config, checkpoint.tensors), stamp)

@@ -1,0 +1,69 @@
+"""Reading files that nobody vouches for: JSON of bounded size, and the errors of libraries as ValueErrors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_JSON = 1 << 24  # bytes; the header of a 7B's safetensors is under 100 kB
+
+
+@contextmanager
+def refusing(problem: str, *errors: type[Exception], remedy: str = "download it again") -> Iterator[None]:
+    """Turns these errors of a block into a ValueError "problem (error): remedy"."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(f"{problem} ({str(error)[:200] or type(error).__name__}): {remedy}") from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before a ValueError or TypeError of a block."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:
+    """A JSON object from a file of bounded size. Raises ValueError naming the file, OSError as `open` does."""
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path}: is larger than {max_bytes:,} bytes: check that it is the right file")
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """A JSON object in which no name stands twice; `path` is for errors."""
+    with refusing(
+        f"{path}: is not valid JSON", ValueError, RecursionError, remedy="download or convert it again"
+    ):
+        value = json.loads(raw, object_pairs_hook=_unique)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object: download or convert it again")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(fields := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice in it")
+    return fields
+
+
+def indexed_files(index: Path, extension: str) -> list[str]:
+    """The names of the weight files that an index (`weight_map`: tensor -> file or files) distributes a model over.
+
+    Raises ValueError where they are not files of the index's own directory.
+    """
+    weight_map = read_json(index).get("weight_map")
+    entries = weight_map.values() if isinstance(weight_map, dict) else [None]
+    names: list[Any] = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+    if not all(isinstance(name, str) and re.fullmatch(rf"[\w.-]+\.{extension}", name) for name in names):
+        raise ValueError(
+            f"{index}: weight_map must give a file of the same directory for each tensor: download it again"
+        )
+    return sorted(set(names))
