@@ -15,7 +15,7 @@ import uvicorn
 
 from codegemma.serve import app, run
 from codegemma.serve.guard import Rules
-from codegemma.serve.protocol import Protocol
+from codegemma.serve.protocol import HttpProtocol
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +46,7 @@ def served(
     listener = run._listening("127.0.0.1", 0)
     application = app.create(open_backend, rules or Rules(), terms, web)
     config = uvicorn.Config(
-        application, http=Protocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
+        application, http=HttpProtocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     started = threading.Event()

@@ -1119,7 +1119,7 @@ def test_an_allowed_origin_and_keys(model):
     async def opened():
         return Scheduler(model)
 
-    keys = guard.keys_of(["# ours", "0123456789abcdef", "fedcba9876543210", ""])
+    keys = guard.read_keys(["# ours", "0123456789abcdef", "fedcba9876543210", ""])
     with served(opened, Rules(None, frozenset({"https://editor.example"}), keys)) as server:
         for headers in (
             {},
@@ -1161,9 +1161,9 @@ def test_an_allowed_origin_and_keys(model):
             == 200
         )
     with pytest.raises(ValueError, match="needs 16"):
-        guard.keys_of(["short"])
+        guard.read_keys(["short"])
     with pytest.raises(ValueError, match="has no key"):
-        guard.keys_of(["# none"])
+        guard.read_keys(["# none"])
 
 
 def test_the_page_and_nothing_beside_it(model, tmp_path):
@@ -1232,8 +1232,8 @@ def test_large_slow_and_half_sent_bodies(model, monkeypatch, caplog):
     async def opened():
         return Scheduler(model)
 
-    monkeypatch.setattr(protocol, "PATIENCE", 0.5)
-    with served(opened, Rules(most_body=1 << 20, patience=0.5)) as server:
+    monkeypatch.setattr(protocol, "CLIENT_TIMEOUT_S", 0.5)
+    with served(opened, Rules(max_body_bytes=1 << 20, timeout_s=0.5)) as server:
         answer = server.client.post("/infill", content=b"x" * (1 << 20 | 1))
         assert answer.status_code == 413 and answer.json()["error"]["code"] == 413
 
@@ -1271,7 +1271,7 @@ def test_a_reader_that_does_not_read_is_left(model, monkeypatch):
     async def opened():
         return Scheduler(model)
 
-    monkeypatch.setattr(protocol, "PATIENCE", 0.2)
+    monkeypatch.setattr(protocol, "CLIENT_TIMEOUT_S", 0.2)
     with served(opened) as server:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -1300,7 +1300,7 @@ def test_many_idle_connections_leave_it_answering(model, monkeypatch):
     async def opened():
         return Scheduler(model)
 
-    monkeypatch.setattr(protocol, "CONNECTIONS", 300)
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 300)
     with served(opened) as server:
         idle = [socket.create_connection(server.address) for _ in range(250)]
         assert good(server.get("/health"))

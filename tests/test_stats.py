@@ -54,9 +54,9 @@ def test_the_switch_and_the_bound(home, capsys):
     assert not load() and "recording is on" in run(capsys, "--on")
     stats.file().parent.mkdir(exist_ok=True)
     row = json.dumps(vars(Shown("python", 1, 1, 0, 5)))
-    stats.file().write_text(f"{row}\n" * (stats.MOST_BYTES // len(row)) + "damaged\n")
+    stats.file().write_text(f"{row}\n" * (stats.MAX_BYTES // len(row)) + "damaged\n")
     record(Shown("go", 2, 2))
-    assert stats.file().stat().st_size < stats.MOST_BYTES * 0.6 and load()[-1].language == "go"
+    assert stats.file().stat().st_size < stats.MAX_BYTES * 0.6 and load()[-1].language == "go"
     run(capsys, "--clear")
     assert not stats.file().exists() and not load()
 

@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from codegemma import __version__
 from codegemma.serve.dialects import llamacpp, mistral, ollama, openai, tabby
-from codegemma.serve.guard import Guard, Rules
+from codegemma.serve.guard import RequestGuard, Rules
 from codegemma.serve.requests import Backend, Busy
 from codegemma.serve.wire import dumps, reply
 
@@ -71,7 +71,7 @@ def create(
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(
-        Guard, rules=rules, refuse=refusal, is_open=lambda path: path in OPEN or page.has(path)
+        RequestGuard, rules=rules, error_response=error_response, is_public=lambda path: path in OPEN or page.has(path)
     )
     return app
 
@@ -111,7 +111,7 @@ class _Page(StaticFiles):
             raise HTTPException(404) from None
 
 
-def refusal(path: str, status: int, message: str, body: Any = None) -> Response:
+def error_response(path: str, status: int, message: str, body: Any = None) -> Response:
     """An error in the form of the path's protocol."""
     if path.startswith("/api/"):
         return reply(ollama.error(status, message), status)
@@ -142,29 +142,29 @@ async def _invalid(request: Request, error: Exception) -> Response:
             for place, one in zip(places, problems, strict=True)
         )
     )
-    return refusal(path, status, message[:2000], error.body)
+    return error_response(path, status, message[:2000], error.body)
 
 
 async def _wrong(request: Request, error: Exception) -> Response:
-    return refusal(request.url.path, 400, str(error))
+    return error_response(request.url.path, 400, str(error))
 
 
 async def _busy(request: Request, error: Exception) -> Response:
     assert isinstance(error, Busy)
-    response = refusal(request.url.path, 429, str(error))
+    response = error_response(request.url.path, 429, str(error))
     response.headers["Retry-After"] = str(error.retry_after)
     return response
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = refusal(request.url.path, error.status_code, str(error.detail))
+    response = error_response(request.url.path, error.status_code, str(error.detail))
     response.headers.update(error.headers or {})
     return response
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return refusal(request.url.path, 500, f"the server failed: {type(error).__name__}; its log says more")
+    return error_response(request.url.path, 500, f"the server failed: {type(error).__name__}; its log says more")
 
 
 _HANDLERS: dict[Any, Any] = {

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, with patience at an end: for half a request, for a reader that does not read."""
+"""HTTP/1.1 as uvicorn speaks it, with a timeout for clients that send half a request or do not read."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import logging
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from codegemma.serve.guard import PATIENCE
-from codegemma.serve.run import CONNECTIONS
+from codegemma.serve.guard import CLIENT_TIMEOUT_S
+from codegemma.serve.run import MAX_CONNECTIONS
 
 log = logging.getLogger("codegemma.serve")
 
 
-class Protocol(H11Protocol):
-    """One connection. h11 bounds the size of a request's head; the body's is bounded by `guard`."""
+class HttpProtocol(H11Protocol):
+    """One connection. h11 limits the size of a request's head, `guard` that of its body."""
 
-    _unheard: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None  # runs while we wait for the head of a request
+    _read_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > CONNECTIONS:
-            log.warning("more than %d connections: one is closed", CONNECTIONS)
+        if len(self.connections) > MAX_CONNECTIONS:
+            log.warning("more than %d connections: one is closed", MAX_CONNECTIONS)
             transport.abort()
         self._watch()
 
@@ -31,29 +31,29 @@ class Protocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, error: Exception | None) -> None:
-        for timer in (self._unheard, self._unread):
+        for timer in (self._send_timer, self._read_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(error)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(PATIENCE, self._give_up, "does not read its answer")
+        self._read_timer = self.loop.call_later(CLIENT_TIMEOUT_S, self._abort, "does not read its answer")
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._unread is not None:
-            self._unread.cancel()
+        if self._read_timer is not None:
+            self._read_timer.cancel()
 
     def _watch(self) -> None:
-        """A connection has PATIENCE to send the head of its first request, and of any that it began."""
-        busy = self.cycle is not None and not self.cycle.response_complete
-        if self._unheard is not None and busy:
-            self._unheard.cancel()
-            self._unheard = None
-        elif self._unheard is None and not busy:
-            self._unheard = self.loop.call_later(PATIENCE, self._give_up, "sends no request")
+        """Starts or stops the timer of a request's head."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if self._send_timer is not None and answering:
+            self._send_timer.cancel()
+            self._send_timer = None
+        elif self._send_timer is None and not answering:
+            self._send_timer = self.loop.call_later(CLIENT_TIMEOUT_S, self._abort, "sends no request")
 
-    def _give_up(self, why: str) -> None:
-        log.warning("a client %s: its connection is closed", why)
+    def _abort(self, reason: str) -> None:
+        log.warning("a client %s: its connection is closed", reason)
         self.transport.abort()

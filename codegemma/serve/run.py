@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from codegemma.serve.requests import Backend
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-CONNECTIONS = 4096  # open at once; more are closed unheard
+MAX_CONNECTIONS = 4096  # open at once; more are closed unheard
 BACKLOG = 1024
 
 
@@ -99,7 +99,7 @@ def serve(
     _needs_extra()
     from codegemma.serve import guard
 
-    keys = guard.keys_of(api_key_file.read_text().splitlines()) if api_key_file else ()
+    keys = guard.read_keys(api_key_file.read_text().splitlines()) if api_key_file else ()
     if host not in LOOPBACK and not keys:
         raise ValueError(
             f"--host {host} opens this server to the network: give it keys with --api-key-file FILE"
@@ -107,7 +107,7 @@ def serve(
     names = (
         None
         if keys
-        else frozenset({*guard.LOOPBACK, host.lower(), *(name.lower() for name in allow_host or ())})
+        else frozenset({*guard.LOOPBACK_NAMES, host.lower(), *(name.lower() for name in allow_host or ())})
     )
     settings = Settings(
         model,
@@ -134,7 +134,7 @@ def application(settings: Settings, share: int = 1) -> FastAPI:
     from codegemma.serve.guard import Rules
 
     rules = Rules(settings.hosts, settings.origins, settings.keys)
-    text = terms.text(hub.resolve(settings.model or hub.DEFAULT))
+    text = terms.terms_text(hub.resolve(settings.model or hub.DEFAULT))
     if settings.remote:
         from codegemma.checkpoints import open_checkpoint
         from codegemma.serve.remote import Remote
@@ -172,13 +172,13 @@ def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
-    from codegemma.serve.protocol import Protocol
+    from codegemma.serve.protocol import HttpProtocol
 
     def config(app: object, factory: bool = False) -> uvicorn.Config:
         return uvicorn.Config(
             app,
             factory=factory,
-            http=Protocol,
+            http=HttpProtocol,
             ws="none",
             log_config=None,
             access_log=False,
@@ -225,7 +225,7 @@ def _raise_file_limit() -> None:
         import resource
 
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        wanted = 2 * CONNECTIONS
+        wanted = 2 * MAX_CONNECTIONS
         resource.setrlimit(
             resource.RLIMIT_NOFILE, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most)
         )

@@ -1,7 +1,7 @@
-"""What came of suggestions: a local file of counts and times, which no part of this program sends anywhere.
+"""Statistics of suggestions: a local file of counts and times, which no part of this program sends anywhere.
 
-One line per suggestion that was shown: the minute, the language, its latency, its length, and how much of it was taken.
-No text, no path. `set_recording(False)` (`codegemma stats --off`) stops it.
+One line for each suggestion that was shown: the minute, the language, its latency, its length, and how many of
+its characters were accepted. No text, no path. `set_recording(False)` (`codegemma stats --off`) stops it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-MOST_BYTES = 4 << 20  # about 40,000 suggestions; of a longer file the newer half is kept
+MAX_BYTES = 4 << 20  # about 40,000 suggestions; of a longer file the newer half is kept
 BARS = " ▁▂▃▄▅▆▇█"
-MOST_OFFERED = 1024
+MAX_PENDING = 1024
+LATENCY_EDGES_MS = (0, 25, 50, 100, 200, 400, 800, 1600, 1e9)
 
-_offered: OrderedDict[str, Shown] = OrderedDict()  # by id, until it is told what became of it
+_pending: OrderedDict[str, Shown] = OrderedDict()  # by id, until the client says whether it was accepted
 
 
 @dataclass
 class Shown:
-    """A suggestion on the screen. `taken` counts the characters of it that were accepted."""
+    """A suggestion that was shown. `taken` counts its characters that were accepted; minute 0 is now."""
 
     language: str
     latency_ms: float
     characters: int
     taken: int = 0
-    minute: int = 0
+    minute: int = 0  # since 1970
 
 
 def state_dir() -> Path:
@@ -41,14 +42,17 @@ def state_dir() -> Path:
 
 
 def file() -> Path:
+    """The file of the statistics."""
     return state_dir() / "suggestions.jsonl"
 
 
 def recording() -> bool:
+    """Whether suggestions are recorded."""
     return not (state_dir() / "stats.off").exists()
 
 
 def set_recording(on: bool) -> None:
+    """Switches the recording on or off, for this and later processes."""
     mark = state_dir() / "stats.off"
     if on:
         mark.unlink(missing_ok=True)
@@ -58,116 +62,114 @@ def set_recording(on: bool) -> None:
 
 
 def record(shown: Shown) -> None:
-    """Adds a line. What cannot be written is not worth an error in an editor."""
+    """Adds a line to the file. A failure to write is ignored: an editor has no use for the error."""
     if not recording():
         return
-    row = asdict(shown) | {
-        "latency_ms": round(shown.latency_ms, 1),
-        "minute": shown.minute or int(time.time() // 60),
-    }
+    minute = shown.minute or int(time.time() // 60)
+    row = asdict(replace(shown, latency_ms=round(shown.latency_ms, 1), minute=minute))
     try:
         file().parent.mkdir(parents=True, exist_ok=True)
-        with open(file(), "ab") as out:  # one write of one line: processes do not mix theirs
+        with open(file(), "ab") as out:  # one write per line, so that lines of several processes do not mix
             out.write(json.dumps(row).encode() + b"\n")
-            full = out.tell() > MOST_BYTES
-        if full:
-            _halve()
+            too_long = out.tell() > MAX_BYTES
+        if too_long:
+            _drop_older_half()
     except OSError:
         pass
 
 
+def _drop_older_half() -> None:
+    data = file().read_bytes()
+    new = file().with_suffix(".new")
+    new.write_bytes(data[data.index(b"\n", len(data) // 2) + 1 :])
+    new.replace(file())
+
+
 def offer(shown: Shown) -> str:
-    """The id under which `settle` hears what became of a suggestion."""
+    """Remembers a suggestion, and returns the id that `settle` knows it by."""
     name = f"cmpl-{secrets.token_hex(12)}"
-    _offered[name] = shown
-    while len(_offered) > MOST_OFFERED:
-        _offered.popitem(last=False)
+    _pending[name] = shown
+    while len(_pending) > MAX_PENDING:
+        _pending.popitem(last=False)
     return name
 
 
 def settle(name: str, accepted: bool) -> None:
-    if shown := _offered.pop(name, None):
+    """Records whether the suggestion of this id was accepted. Unknown ids are ignored."""
+    if shown := _pending.pop(name, None):
         record(replace(shown, taken=shown.characters if accepted else 0))
 
 
-def _halve() -> None:
-    data = file().read_bytes()
-    kept = data[data.index(b"\n", len(data) // 2) + 1 :]
-    fresh = file().with_suffix(".new")
-    fresh.write_bytes(kept)
-    fresh.replace(file())
-
-
 def load() -> list[Shown]:
-    """What was recorded; lines that are damaged are left out."""
-    found = []
+    """The recorded suggestions; damaged lines are left out."""
+    rows = []
     try:
         lines = file().read_text("utf-8", "replace").splitlines()
     except OSError:
         return []
     for line in lines:
         try:
-            found.append(Shown(**json.loads(line)))
+            rows.append(Shown(**json.loads(line)))
         except (ValueError, TypeError):
             continue
-    return found
+    return rows
 
 
 def clear() -> None:
+    """Deletes the file."""
     file().unlink(missing_ok=True)
 
 
 def summary(rows: Sequence[Shown]) -> dict[str, Any]:
-    asked = [row.latency_ms for row in rows]
+    """Counts, shares from 0 to 1, and latencies; None where there are too few rows."""
+    latencies = [row.latency_ms for row in rows]
     characters = sum(row.characters for row in rows)
+    accepted = sum(row.taken > 0 for row in rows)
+    kept = sum(min(row.taken, row.characters) for row in rows)
     return {
         "shown": len(rows),
-        "accepted": sum(row.taken > 0 for row in rows),
-        "accepted_share": sum(row.taken > 0 for row in rows) / len(rows) if rows else None,
-        "characters_kept_share": sum(min(row.taken, row.characters) for row in rows) / characters
-        if characters
-        else None,
-        "latency_ms_median": median(asked) if asked else None,
-        "latency_ms_95": quantiles(asked, n=20, method="inclusive")[-1] if len(asked) > 1 else None,
+        "accepted": accepted,
+        "accepted_share": accepted / len(rows) if rows else None,
+        "characters_kept_share": kept / characters if characters else None,
+        "latency_ms_median": median(latencies) if latencies else None,
+        "latency_ms_95": quantiles(latencies, n=20, method="inclusive")[-1] if len(rows) > 1 else None,
     }
 
 
 def by_language(rows: Sequence[Shown]) -> dict[str, dict[str, Any]]:
-    """The most used first."""
+    """The summary for each language, the most used first."""
     groups: dict[str, list[Shown]] = {}
     for row in rows:
         groups.setdefault(row.language or "other", []).append(row)
-    return {
-        name: summary(group)
-        for name, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    }
+    by_use = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {name: summary(group) for name, group in by_use}
 
 
 def picture(rows: Sequence[Shown], days: int = 30, today: int | None = None) -> str:
-    """Bars: suggestions a day and those accepted, and how long they took."""
+    """Bars as text: suggestions and accepted ones for each day, and a histogram of latencies.
+
+    `today` is a number of days since 1970, by default the present day.
+    """
     today = int(time.time() // 86_400) if today is None else today
     shown, accepted = [0] * days, [0] * days
     for row in rows:
-        ago = today - row.minute // 1440
-        if 0 <= ago < days:
-            shown[days - 1 - ago] += 1
-            accepted[days - 1 - ago] += row.taken > 0
-    most = max(shown, default=0)
+        day = days - 1 - (today - row.minute // 1440)
+        if 0 <= day < days:
+            shown[day] += 1
+            accepted[day] += row.taken > 0
+    peak = max(shown, default=0)
     lines = [
-        f"shown     {_bars(shown, most)}  up to {most:,} a day, the last {days} days",
-        f"accepted  {_bars(accepted, most)}",
+        f"shown     {_bars(shown, peak)}  up to {peak:,} a day, the last {days} days",
+        f"accepted  {_bars(accepted, peak)}",
     ]
-    edges = (25, 50, 100, 200, 400, 800, 1600)
-    counts = [
-        sum(low <= row.latency_ms < high for row in rows)
-        for low, high in zip((0, *edges), (*edges, 1e9), strict=True)
-    ]
-    width = max(counts, default=0)
-    for name, count in zip([*(f"< {edge} ms" for edge in edges), "longer"], counts, strict=True):
-        lines.append(f"{name:>9} {'█' * round(40 * count / width) if width else ''} {count:,}")
+    bins = list(zip(LATENCY_EDGES_MS, LATENCY_EDGES_MS[1:], strict=False))
+    counts = [sum(low <= row.latency_ms < high for row in rows) for low, high in bins]
+    names = [*(f"< {high} ms" for _, high in bins[:-1]), "longer"]
+    for name, count in zip(names, counts, strict=True):
+        lines.append(f"{name:>9} {'█' * round(40 * count / max(*counts, 1))} {count:,}")
     return "\n".join(lines)
 
 
-def _bars(values: Sequence[int], most: int) -> str:
-    """One character a value; what is not zero is seen."""
-    return "".join(BARS[-(-value * 8 // most)] if most else " " for value in values)
+def _bars(values: Sequence[int], peak: int) -> str:
+    """One character for each value, from " " for 0 to a full block for `peak`."""
+    return "".join(BARS[-(-value * 8 // peak)] if peak else " " for value in values)
