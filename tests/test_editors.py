@@ -28,36 +28,30 @@ def home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("editor", SETUPS)
 def test_the_documentation_has_what_the_command_prints(editor, capsys, monkeypatch):
     monkeypatch.setattr(editors, "program", lambda: "codegemma")
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as end:
         cli.main(["setup", editor])
-    assert left.value.code == 0
+    assert end.value.code == 0
     printed = capsys.readouterr().out
     assert f"## {setup(editor).title}\n\n{printed}" in DOCS and printed == advice(editor) + "\n"
 
 
 def test_the_documentation_has_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", DOCS, re.M))
-    assert rows == {
-        name: json.dumps(value)
-        for name, value in zip(
-            [field.alias for field in EditorSettings.model_fields.values()],
-            vars(EditorSettings()).values(),
-            strict=True,
-        )
-    }
+    defaults = EditorSettings().model_dump(by_alias=True)
+    assert rows == {name: json.dumps(value) for name, value in defaults.items()}
 
 
 @pytest.mark.parametrize("editor", SETUPS)
 def test_writing_twice_changes_nothing_and_the_old_file_is_kept(editor, home):
-    made = setup(editor, "/opt/x y/codegemma")
-    file = editors.location(made.file)
+    row = setup(editor, "/opt/x y/codegemma")
+    file = editors.location(row.file)
     assert home in file.parents
     first = write(editor, "/opt/x y/codegemma")
-    assert "is written" in first and f"+{made.text.splitlines()[0]}" in first
+    assert "is written" in first and f"+{row.text.splitlines()[0]}" in first
     assert "set up already" in write(editor, "/opt/x y/codegemma")
     assert not list(file.parent.glob("*before*"))
     old = file.read_text()
-    if "/opt/x y" in made.text:
+    if "/opt/x y" in row.text:
         assert "The old one is" in write(editor, "/opt/moved/codegemma")
         assert file.with_name(f"{file.name}.before-codegemma").read_text() == old
         assert "/opt/moved/codegemma" in file.read_text() and "/opt/x y" not in file.read_text()
@@ -70,15 +64,15 @@ def test_blocks_stand_beside_what_is_the_users(home):
     file.write_text(mine)
     write("helix", "codegemma")
     text = file.read_text()
-    found = tomllib.loads(text)
-    assert text.startswith(mine) and found["language-server"]["codegemma"]["args"] == ["lsp"]
-    servers = {one["name"]: one.get("language-servers") for one in found["language"]}
+    parsed = tomllib.loads(text)
+    assert text.startswith(mine) and parsed["language-server"]["codegemma"]["args"] == ["lsp"]
+    servers = {table["name"]: table.get("language-servers") for table in parsed["language"]}
     assert servers["python"] == ["pyright"] and servers["rust"] == ["rust-analyzer", "codegemma"]
-    assert len(servers) == len(found["language"]) and "language-servers of python above" in text
+    assert len(servers) == len(parsed["language"]) and "language-servers of python above" in text
     file.write_text(text + '\n[[language]]\nname = "go"\n')
     write("helix", "codegemma")
     again = tomllib.loads(file.read_text())
-    assert sum(one["name"] == "go" for one in again["language"]) == 1
+    assert sum(table["name"] == "go" for table in again["language"]) == 1
     file.write_text("[broken")
     with pytest.raises(ValueError, match="is not valid TOML"):
         write("helix")

@@ -146,9 +146,9 @@ def opener(
     cache: Path | None = None,
     adapter: str = "auto",
 ) -> Callable[[], SuggestionSource]:
-    """A function that opens the source: `server` where it is named, else `model`. It may take seconds.
+    """A function that opens the source: `server` where it is named, else `model`.
 
-    Both raise ValueError or OSError.
+    Both raise ValueError; the function also raises OSError.
     """
     if server and adapter != "auto":
         raise ValueError(
@@ -156,15 +156,13 @@ def opener(
             "it in the editor's setting `adapter`"
         )
 
-    def open_remote() -> SuggestionSource:
-        assert server
-        return RemoteSource(server, key_file.read_text().strip() if key_file else "")
-
-    def open_local() -> SuggestionSource:
+    def open_source() -> SuggestionSource:
+        if server:
+            return RemoteSource(server, key_file.read_text().strip() if key_file else "")
         from codegemma import hub, load
 
         loaded = load(model or hub.DEFAULT, threads=threads, quantize=quantize, cache=cache)
         loaded.prefer(adapter)
         return LocalSource(loaded, cache)
 
-    return open_remote if server else open_local
+    return open_source

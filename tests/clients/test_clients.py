@@ -17,7 +17,7 @@ from tiny import tiny_config, write_tiny_gguf
 
 from codegemma import load
 from codegemma.evals.language import TASKS
-from codegemma.evals.local import Local
+from codegemma.evals.local import LocalModel
 from codegemma.evals.task import encode_choice
 
 HERE = Path(__file__).parent
@@ -132,7 +132,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
         (json.loads(line) for line in sample_file.read_text().splitlines()),
         key=lambda sample: sample["doc_id"],
     )
-    ours = Local(model)
+    ours = LocalModel(model)
     for sample, row in zip(samples, rows, strict=True):
         pairs = [encode_choice(model.tokenizer, (row["context"], f" {choice}")) for choice in row["choices"]]
         expected = [sum(score.logprobs) for score in ours.score(pairs)]
