@@ -1,5 +1,5 @@
-"""Adapters: PEFT's format and logits (golden files by tools/make_golden_lora.py), merging, hostile files; and the laws
-of the engine with adapters on, bit for bit, on tiny models of every architecture."""
+"""Adapters: PEFT's format and logits (golden files by tools/make_golden_lora.py), merging, hostile files; and
+the laws of the engine with adapters on, bit for bit, on tiny models of every architecture."""
 
 import io
 import json
@@ -17,13 +17,14 @@ from test_engine import logits_in_chunks, native, random_ids, repeated, run_all
 from test_native import LEVELS
 from tiny import KINDS, dequantize, random_adapter, random_weights, tiny_config, tiny_tensors, write_tiny_hf
 
-from codegemma.adapters import adapter as lora
 from codegemma.adapters import nemo as lora_nemo
 from codegemma.adapters.adapter import Adapter
-from codegemma.checkpoints import Checkpoint, nemo, torch
-from codegemma.checkpoints import huggingface as safetensors
-from codegemma.checkpoints import table as weights
-from codegemma.checkpoints.table import Tensor
+from codegemma.adapters.load import is_adapter
+from codegemma.adapters.load import load as load_adapter
+from codegemma.adapters.merge import merge as merge_adapters
+from codegemma.adapters.peft import save as save_adapter
+from codegemma.checkpoints import Checkpoint, nemo, safetensors, table, torch
+from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.generate.engine import Batch, Engine, Request
 from codegemma.generate.sampling import Sampling
 from codegemma.native import PAGE, Native, Slice
@@ -49,7 +50,7 @@ def peft_logits(kind):
 
 def checkpoint(config, params):
     return Checkpoint(
-        Path("tiny"), config, {name: Tensor.of(value) for name, value in params.items()}, {}, None
+        Path("tiny"), config, {name: ArrayTensor.of(value) for name, value in params.items()}, {}, None
     )
 
 
@@ -63,18 +64,18 @@ def test_merged_adapters_of_peft_give_its_logits(kind, saved):
     """Subsets of layers and modules, ranks and alphas by pattern, rslora, trained tokens."""
     config, params, *_ = golden(kind)
     ids, theirs = peft_logits(kind)
-    adapter = lora.load(saved / kind / "peft")
-    merged = floats(lora.merge(checkpoint(config, params), adapter))
+    adapter = load_adapter(saved / kind / "peft")
+    merged = floats(merge_adapters(checkpoint(config, params), adapter))
     assert np.abs(logits(config, merged, ids) - theirs).max() < 2 * tolerance(config, merged, ids)
     assert np.abs(logits(config, params, ids) - theirs).max() > 1
 
 
 @pytest.mark.parametrize("kind", PEFT)
 def test_saved_adapters_load_as_they_were(kind, saved, tmp_path):
-    adapter = lora.load(saved / kind / "peft")
-    assert lora.load(lora.save(adapter, tmp_path / "again")).digest == adapter.digest
+    adapter = load_adapter(saved / kind / "peft")
+    assert load_adapter(save_adapter(adapter, tmp_path / "again")).digest == adapter.digest
     for dtype in ("F16", "BF16"):
-        rounded = lora.load(lora.save(adapter, tmp_path / dtype, dtype))
+        rounded = load_adapter(save_adapter(adapter, tmp_path / dtype, dtype))
         assert rounded.scale == adapter.scale
         for name, values in adapter.a.items():
             np.testing.assert_allclose(rounded.a[name], values, rtol=2.0**-8, atol=1e-7)
@@ -86,7 +87,7 @@ def test_card_and_fim_orders_travel(tmp_path):
         name="fim",
         card={"base": "google/gemma-3-270m", "fim": {"spm": True, "psm": False}, "hours": 3.5},
     )
-    again = lora.load(lora.save(adapter, tmp_path / "a"))
+    again = load_adapter(save_adapter(adapter, tmp_path / "a"))
     assert (again.name, again.card) == ("fim", {"name": "fim", **adapter.card})
     assert (
         again.trained("spm")
@@ -98,12 +99,12 @@ def test_card_and_fim_orders_travel(tmp_path):
         "base_model: google/gemma-3-270m" in readme and "rank 4" in readme and "Gemma Terms of Use" in readme
     )
     with pytest.raises(ValueError, match="exists: choose another folder"):
-        lora.save(adapter, tmp_path / "a")
+        save_adapter(adapter, tmp_path / "a")
 
 
 def test_layers_with_ranks_of_their_own_keep_their_scale(tmp_path):
     adapter = random_adapter(tiny_config("gemma2"), ranks=(6, 2, 3), kinds=("q", "down"))
-    again = lora.load(lora.save(adapter, tmp_path / "a"))
+    again = load_adapter(save_adapter(adapter, tmp_path / "a"))
     for name in adapter.a:
         np.testing.assert_allclose(again.delta(name), adapter.delta(name), rtol=1e-6, atol=1e-7)
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
@@ -119,8 +120,8 @@ def test_nemo_adapters_come_back(kind, changes, tmp_path):
     config = tiny_config(kind)
     adapter = random_adapter(config, **changes)
     lora_nemo.save(adapter, tmp_path / "a.nemo", config)
-    assert lora.is_adapter(tmp_path / "a.nemo")
-    again = lora.load(tmp_path / "a.nemo")
+    assert is_adapter(tmp_path / "a.nemo")
+    again = load_adapter(tmp_path / "a.nemo")
     assert set(adapter.a) <= set(again.a)
     for name in again.a:
         wanted = adapter.delta(name) if name in adapter.a else np.zeros_like(again.delta(name))
@@ -129,8 +130,8 @@ def test_nemo_adapters_come_back(kind, changes, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gemma-mqa", "gemma-mha"])
 def test_nemos_fused_adapter_changes_the_fused_matrix(kind, tmp_path):
-    """As NeMo's own merging says: linear_qkv += linear_out linear_in (alpha / dim), rows interleaved by group; and the same
-    read by us, merged into the model, and written in NeMo's layout."""
+    """As NeMo's own merging says: linear_qkv += linear_out linear_in (alpha / dim), rows interleaved by
+    group; and the same read by us, merged into the model, and written in NeMo's layout."""
     config, rng = tiny_config(kind), np.random.default_rng(0)
     at = "model.decoder.layers.1."
     shapes = {
@@ -144,9 +145,9 @@ def test_nemos_fused_adapter_changes_the_fused_matrix(kind, tmp_path):
         state[f"{at}{name}.linear_in.weight"] = rng.normal(0, 0.3, (8, columns)).astype(np.float32)
         state[f"{at}{name}.linear_out.weight"] = rng.normal(0, 0.3, (rows, 8)).astype(np.float32)
     write_nemo(tmp_path / "a.nemo", config, state, {"adapter_dim": 8, "alpha": 16})
-    merged = lora.merge(checkpoint(config, random_weights(config)), lora.load(tmp_path / "a.nemo"))
-    before = weights.write("nemo", config, checkpoint(config, random_weights(config)).tensors)
-    after = weights.write("nemo", config, merged.tensors)
+    merged = merge_adapters(checkpoint(config, random_weights(config)), load_adapter(tmp_path / "a.nemo"))
+    before = table.to_format("nemo", config, checkpoint(config, random_weights(config)).tensors)
+    after = table.to_format("nemo", config, merged.tensors)
     modules = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
     for module, name in zip(modules, shapes, strict=True):
         delta = 2 * state[f"{at}{name}.linear_out.weight"] @ state[f"{at}{name}.linear_in.weight"]
@@ -162,7 +163,7 @@ def write_nemo(path, config, state, tuning, scheme="lora"):
     fields = yaml.safe_load(nemo.config_yaml(config, None)) | {
         "peft": {"peft_scheme": scheme, "lora_tuning": tuning}
     }
-    torch.archive(stored := io.BytesIO(), {name: Tensor.of(value) for name, value in state.items()})
+    torch.write(stored := io.BytesIO(), {name: ArrayTensor.of(value) for name, value in state.items()})
     with tarfile.open(path, "w") as archive:
         for name, raw in (
             ("./model_config.yaml", yaml.safe_dump(fields).encode()),
@@ -214,7 +215,7 @@ ONE = "model.decoder.layers.0.self_attention.adapter_layer."
 def test_other_nemo_archives_are_refused(state, tuning, scheme, message, tmp_path):
     write_nemo(tmp_path / "a.nemo", tiny_config("gemma-mqa"), state, tuning, scheme)
     with pytest.raises(ValueError, match=message):
-        lora.load(tmp_path / "a.nemo")
+        load_adapter(tmp_path / "a.nemo")
 
 
 def test_nemo_refuses_what_it_cannot_say_and_reads_unfused_parts(tmp_path):
@@ -236,9 +237,9 @@ def test_nemo_refuses_what_it_cannot_say_and_reads_unfused_parts(tmp_path):
         for side, value in (("in", adapter.a), ("out", adapter.b))
     }
     write_nemo(tmp_path / "a.nemo", config, state, {"adapter_dim": 4, "alpha": adapter.alpha})
-    assert lora.load(tmp_path / "a.nemo").digest == adapter.digest
+    assert load_adapter(tmp_path / "a.nemo").digest == adapter.digest
     write_tiny_hf(tmp_path / "model", config)
-    assert not lora.is_adapter(tmp_path / "model")
+    assert not is_adapter(tmp_path / "model")
 
 
 # ------------------------------------------------------------------------------------------------ merging
@@ -247,14 +248,14 @@ def test_merging_keeps_types_and_changes_what_it_should(type):
     config = tiny_config("gemma3", width=256, head_width=64, ffn_width=512)
     model = Checkpoint(Path("tiny"), config, tiny_tensors(config, type), {}, None)
     adapter = random_adapter(config, kinds=("q", "up"), tokens=(67, 70))
-    merged = lora.merge(model, adapter)
+    merged = merge_adapters(model, adapter)
     error = {"F32": 1e-6, "BF16": 2.0**-8, "Q8_0": 0.012, "Q4_K": 0.19}[
         type
     ]  # of the type, as a share of the norm
     for name, tensor in merged.tensors.items():
         before, after = (
             dequantize(model.tensors[name]),
-            dequantize(Tensor(tensor.type, tensor.shape, tensor.data)),
+            dequantize(ArrayTensor(tensor.type, tensor.shape, tensor.data)),
         )
         assert tensor.type == model.tensors[name].type
         if name in adapter.a:
@@ -274,7 +275,7 @@ def test_blocks_may_become_floats_and_adapters_add_up():
     config = tiny_config("gemma3", width=256, head_width=64, ffn_width=512)
     model = Checkpoint(Path("tiny"), config, tiny_tensors(config, "Q8_0"), {}, None)
     two = random_adapter(config, kinds="q"), random_adapter(config, 1, kinds="qk")
-    merged = lora.merge(model, *two, blocks_as="F32")
+    merged = merge_adapters(model, *two, blocks_as="F32")
     wanted = dequantize(model.tensors["layers.0.q"]) + two[0].delta("layers.0.q") + two[1].delta("layers.0.q")
     np.testing.assert_allclose(dequantize(merged.tensors["layers.0.q"]), wanted, rtol=1e-6, atol=1e-6)
     assert merged.tensors["layers.0.v"] is model.tensors["layers.0.v"]
@@ -305,7 +306,7 @@ def test_configs_that_say_something_else_are_refused(changes, message, saved, tm
     fields = json.loads((home / "adapter_config.json").read_text())
     (home / "adapter_config.json").write_text(json.dumps(fields | changes))
     with pytest.raises(ValueError, match=message):
-        lora.load(home)
+        load_adapter(home)
 
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -318,7 +319,7 @@ Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
             lambda t: (
                 t
                 | {
-                    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight": Tensor.of(
+                    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight": ArrayTensor.of(
                         np.ones(4)
                     )
                 }
@@ -327,7 +328,8 @@ Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (
             lambda t: (
-                t | {"base_model.model.model.embed_tokens.lora_embedding_A": Tensor.of(np.ones((6, 307)))}
+                t
+                | {"base_model.model.model.embed_tokens.lora_embedding_A": ArrayTensor.of(np.ones((6, 307)))}
             ),
             "no LoRA",
         ),
@@ -335,16 +337,16 @@ Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
             lambda t: {key: value for key, value in t.items() if "layers.1.mlp.up_proj.lora_A" not in key},
             "one of its two",
         ),
-        (lambda t: t | {Q_A: Tensor.of(np.ones((7, 72)))}, r"needs \[r, in\] and \[out, r\]"),
-        (lambda t: t | {Q_A: Tensor.of(np.full((6, 72), np.nan))}, "finite"),
+        (lambda t: t | {Q_A: ArrayTensor.of(np.ones((7, 72)))}, r"needs \[r, in\] and \[out, r\]"),
+        (lambda t: t | {Q_A: ArrayTensor.of(np.full((6, 72), np.nan))}, "finite"),
         (lambda t: t | {key.removeprefix("base_model.model."): value for key, value in t.items()}, "twice"),
         (lambda t: t | {Q_A.removeprefix("base_model.model."): t[Q_A]}, "layers.0.q twice"),
-        (lambda t: t | {Q_A: Tensor.of(np.ones(72))}, r"shape \[72\], but must be a matrix"),
+        (lambda t: t | {Q_A: ArrayTensor.of(np.ones(72))}, r"shape \[72\], but must be a matrix"),
         (
             lambda t: (
                 t
                 | {
-                    "base_model.model.lm_head.token_adapter.trainable_tokens_delta": Tensor.of(
+                    "base_model.model.lm_head.token_adapter.trainable_tokens_delta": ArrayTensor.of(
                         np.ones((2, 72))
                     )
                 }
@@ -356,12 +358,12 @@ Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 )
 def test_tensors_that_do_not_fit_are_refused(change, message, saved, tmp_path):
     home = copied(saved / "gemma2" / "peft", tmp_path)
-    safetensors.write_safetensors(
+    safetensors.write(
         home / "adapter_model.safetensors",
         change(safetensors.read(saved / "gemma2" / "peft" / "adapter_model.safetensors")),
     )
     with pytest.raises(ValueError, match=message):
-        lora.load(home)
+        load_adapter(home)
 
 
 def copied(source, target):
@@ -373,19 +375,17 @@ def copied(source, target):
 def test_damaged_and_missing_files_are_named(saved, tmp_path):
     home = copied(saved / "gemma1-mqa" / "peft", tmp_path)
     assert (
-        lora.is_adapter(home)
-        and lora.is_adapter(home / "adapter_model.safetensors")
-        and not lora.is_adapter(tmp_path / "x")
+        is_adapter(home) and is_adapter(home / "adapter_model.safetensors") and not is_adapter(tmp_path / "x")
     )
     file = home / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged"):
-        lora.load(home)
+        load_adapter(home)
     file.unlink()
     with pytest.raises(ValueError, match="lacks adapter_model.safetensors"):
-        lora.load(home)
+        load_adapter(home)
     with pytest.raises(ValueError, match="lacks adapter_config.json"):
-        lora.load(tmp_path / "nowhere")
+        load_adapter(tmp_path / "nowhere")
 
 
 def test_adapters_of_another_model_are_refused():
@@ -447,7 +447,8 @@ TWO = {
 
 
 def adapted(kind, type="F32", threads=1, level=None):
-    """A backend with two adapters: one of more than one slice, with tokens, on all layers; one on some of them."""
+    """A backend with two adapters: one of more than one slice, with tokens, on all layers; one on some of
+    them."""
     backend = native(kind, type, threads, level)
     for name, changes in TWO.items():
         backend.add_adapter(name, random_adapter(backend.config, **changes))
@@ -471,24 +472,27 @@ def ids_with_tokens(count, seed=0):
 def test_the_engine_gives_pefts_logits(kind, level, saved):
     config, params, *_ = golden(kind)
     ids, theirs = peft_logits(kind)
-    adapter = lora.load(saved / kind / "peft")
+    adapter = load_adapter(saved / kind / "peft")
     backend = Native(checkpoint(config, params), 2, level)
     base = whole(backend, list(ids), None)
     backend.add_adapter("peft", adapter)
-    bound = 2 * tolerance(config, floats(lora.merge(checkpoint(config, params), adapter)), ids)
+    bound = 2 * tolerance(config, floats(merge_adapters(checkpoint(config, params), adapter)), ids)
     assert np.abs(whole(backend, list(ids), "peft") - theirs).max() < bound
     assert whole(backend, list(ids), None).tobytes() == base.tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_blocks_an_adapter_costs_little_accuracy(kind):
-    """Against the float64 model with the adapter merged. Rounding a block of 32 to 127 steps of its largest, which is about
-    3.5 times the root mean square, errs by 3.5 / (127 sqrt(12)) of it, and a dot product by that times |x| |w| / sqrt(32)."""
+    """Against the float64 model with the adapter merged. Rounding a block of 32 to 127 steps of its largest,
+    which is about 3.5 times the root mean square, errs by 3.5 / (127 sqrt(12)) of it, and a dot product by
+    that times |x| |w| / sqrt(32)."""
     backend = adapted(kind, "Q8_0")
     model = Checkpoint(Path("tiny"), backend.config, tiny_tensors(backend.config, "Q8_0"), {}, None)
     ids = ids_with_tokens(50)
     merged = floats(
-        lora.merge(checkpoint(backend.config, floats(model)), random_adapter(backend.config, **TWO["one"]))
+        merge_adapters(
+            checkpoint(backend.config, floats(model)), random_adapter(backend.config, **TWO["one"])
+        )
     )
     exact = logits(backend.config, merged, ids)
     bound = tolerance(backend.config, merged, ids, 3.5 / (127 * 12**0.5 * 32**0.5))
@@ -565,7 +569,8 @@ def test_without_an_adapter_nothing_changes(type):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_levels_agree_with_an_adapter(kind):
-    """Products on blocks are equal; norms, softmax and GELU round differently, which may move an activation by a step."""
+    """Products on blocks are equal; norms, softmax and GELU round differently, which may move an activation
+    by a step."""
     rows = [whole(adapted(kind, "Q8_0", level=level), ids_with_tokens(80), "one") for level in LEVELS]
     for one in rows[1:]:
         assert np.abs(one - rows[0]).max() < 0.02 * np.abs(rows[0]).max()

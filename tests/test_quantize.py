@@ -1,4 +1,5 @@
-"""Blocks against llama.cpp's own (golden), the gguf package's and each other; types against llama.cpp's rules."""
+"""Blocks against llama.cpp's own (golden), the gguf package's and each other; types against llama.cpp's
+rules."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,15 @@ from reference import logits
 from tiny import KINDS, dequantize, encode, tiny_config, tiny_tensors, write_tiny_gguf
 
 from codegemma.checkpoints import gguf, open_checkpoint
-from codegemma.checkpoints.table import Tensor, row_bytes
+from codegemma.checkpoints.tensors import ArrayTensor, row_bytes
+from codegemma.convert.importance import importance_of
 from codegemma.convert.quantize import (
     QUANTISED,
     bits,
     chosen,
-    importance_of,
-    quantize,
     quantize_checkpoint,
+    quantize_matrix,
+    relative_error,
     summary,
 )
 from codegemma.native import _native
@@ -49,7 +51,7 @@ def test_blocks_are_the_gguf_packages(type):
 
 
 @pytest.mark.parametrize(
-    ("type", "most"),
+    ("type", "max_error"),
     [
         ("Q8_0", 0.006),
         ("Q6_K", 0.019),
@@ -61,37 +63,33 @@ def test_blocks_are_the_gguf_packages(type):
         ("Q4_0", 0.091),
     ],
 )
-def test_the_error_reported_is_the_error_made(type, most):
+def test_the_reported_error_is_the_actual_error(type, max_error):
     values = np.random.default_rng(4).normal(0, 1, (100, 512)).astype(np.float32)
-    tensor, error = quantize(encode(values, "F32"), type, threads=2)
+    blocks, *norms = quantize_matrix(encode(values, "F32"), type, threads=2)
+    tensor, error = ArrayTensor(type, values.shape, blocks), relative_error(*norms)
     true = np.linalg.norm(dequantize(tensor) - values) / np.linalg.norm(values)
-    assert error == pytest.approx(true, rel=1e-3) and 0.5 * most < error < most
-    same, _ = quantize(encode(values, "F32"), type, threads=1)
-    assert np.array_equal(tensor.data, same.data)
+    assert error == pytest.approx(true, rel=1e-3) and 0.5 * max_error < error < max_error
+    single_threaded, *_ = quantize_matrix(encode(values, "F32"), type, threads=1)
+    assert np.array_equal(blocks, single_threaded)
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "Q4_K", "Q6_K"])
-def test_importance_lowers_the_error_where_it_is_asked_to(type):
+def test_importance_lowers_the_weighted_error(type):
     values = np.random.default_rng(5).normal(0, 1, (64, 512)).astype(np.float32)
     importance = np.where(np.arange(512) % 8 == 0, 50.0, 0.1).astype(np.float32)
-    wrong = [
-        (np.square(dequantize(quantize(encode(values, "F32"), type, weight)[0]) - values) * importance).sum()
-        for weight in (None, importance)
-    ]
-    assert wrong[1] < 0.8 * wrong[0]
+
+    def weighted_error(weights):
+        blocks = quantize_matrix(encode(values, "F32"), type, weights)[0]
+        return (np.square(dequantize(ArrayTensor(type, values.shape, blocks)) - values) * importance).sum()
+
+    assert weighted_error(importance) < 0.8 * weighted_error(None)
 
 
-def _imatrix(path, given):
+def _imatrix(path, importances):
     """As llama-imatrix writes it."""
-    rows = [
-        row
-        for name, values in given.items()
-        for row in (
-            (f"{name}.in_sum2", "F32", (1, values.size), values * 8),
-            (f"{name}.counts", "F32", (1, 1), np.full(1, 8, "<f4")),
-        )
-    ]
-    gguf.write_gguf(path, {"general.type": "imatrix", "imatrix.datasets": ["code"]}, rows)
+    sums = {f"{name}.in_sum2": ArrayTensor.of(values[None] * 8) for name, values in importances.items()}
+    counts = {f"{name}.counts": ArrayTensor.of(np.full((1, 1), 8)) for name in importances}
+    gguf.write(path, {"general.type": "imatrix", "imatrix.datasets": ["code"]}, sums | counts)
 
 
 def test_importance_is_read_as_llama_imatrix_writes_it(tmp_path):
@@ -107,25 +105,27 @@ def test_importance_is_read_as_llama_imatrix_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_importance_is_the_mean_square_of_what_meets_each_matrix(kind, tmp_path):
-    """By the float64 twin, which tells what each matrix is multiplied with."""
+def test_importance_is_the_mean_square_of_each_matrix_input(kind, tmp_path):
+    """Compared with the float64 twin, which records the inputs of each matrix."""
     model = open_checkpoint(write_tiny_gguf(tmp_path / "m.gguf", tiny_config(kind)))
     params = {name: dequantize(tensor).astype(np.float64) for name, tensor in model.tensors.items()}
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.py").write_text("def f(x):\n    return x\n")
     (tmp_path / "texts" / "b.bin").write_bytes(b"\xff\xfe\x00")
     ids = [2, *model.tokenizer.encode("def f(x):\n    return x\n")]
-    met = {}
+    inputs = {}
 
     def dot(x, w):
-        met.update({name: np.square(x).mean(0) for name, values in params.items() if values is w})
+        inputs.update({name: np.square(x).mean(0) for name, values in params.items() if values is w})
         return x @ w.swapaxes(-1, -2)
 
     logits(model.config, params, ids, dot)
-    found = importance_of(tmp_path / "texts", model)
-    assert found.keys() == met.keys() - {"embed"}
-    for name, values in found.items():
-        np.testing.assert_allclose(values, met[name], rtol=1e-3, atol=1e-5 * met[name].max(), err_msg=name)
+    importance = importance_of(tmp_path / "texts", model)
+    assert importance.keys() == inputs.keys() - {"embed"}
+    for name, values in importance.items():
+        np.testing.assert_allclose(
+            values, inputs[name], rtol=1e-3, atol=1e-5 * inputs[name].max(), err_msg=name
+        )
     (tmp_path / "texts" / "a.py").unlink()
     with pytest.raises(ValueError, match="holds no UTF-8 text"):
         importance_of(tmp_path / "texts", model)
@@ -136,7 +136,9 @@ def test_a_damaged_weight_is_refused_and_named(tmp_path):
     tensors = tiny_tensors(config)
     bad = tensors["layers.1.up"].float32().copy()
     bad[3, 5] = np.nan
-    path = write_tiny_gguf(tmp_path / "m.gguf", config, tensors=tensors | {"layers.1.up": Tensor.of(bad)})
+    path = write_tiny_gguf(
+        tmp_path / "m.gguf", config, tensors=tensors | {"layers.1.up": ArrayTensor.of(bad)}
+    )
     with pytest.raises(ValueError, match=r"m\.gguf: tensor layers\.1\.up holds NaN"):
         quantize_checkpoint(open_checkpoint(path), "q8_0")
     with pytest.raises(ValueError, match="cannot quantize to 'q9': choose q4_0"):
@@ -144,7 +146,8 @@ def test_a_damaged_weight_is_refused_and_named(tmp_path):
 
 
 def test_mixes_follow_llama_cpps_rules():
-    """llama_tensor_get_type for Q4_K_M: v and down get Q6_K in the first and last eighth, and in every third layer."""
+    """llama_tensor_get_type for Q4_K_M: v and down get Q6_K in the first and last eighth, and in every third
+    layer."""
     config = tiny_config("gemma-mqa", layers=16, width=256, ffn_width=512, head_width=64)
     checkpoint = replace(_open(config), config=config)
     types = chosen("q4_k_m", checkpoint)

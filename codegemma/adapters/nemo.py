@@ -1,8 +1,8 @@
-"""NeMo's LoRA adapters: a small .nemo with the model's config, `peft` in it, and a state dict of low-rank parts.
+"""NeMo's LoRA adapters: a small .nemo archive of the model's config, with a `peft` section, and a state dict.
 
-NeMo 1 gives q, k, v one adapter together, whose output is laid out as linear_qkv's, and gate and up another; its
-"canonical" variant gives each its own. Both are read; the fused one, which every NeMo 1 reads, is written.
-"""
+NeMo 1 gives q, k and v one adapter together, whose output is laid out as linear_qkv's, and gate and up
+another; its "canonical" variant gives each its own. Both are read; the fused one, which every NeMo 1 reads,
+is written."""
 
 from __future__ import annotations
 
@@ -18,42 +18,47 @@ from typing import Any
 import numpy as np
 
 from codegemma.adapters.adapter import Adapter
-from codegemma.checkpoints import nemo, torch
-from codegemma.checkpoints import table as weights
-from codegemma.checkpoints.table import Group, Tensor
+from codegemma.checkpoints import nemo, table, torch
+from codegemma.checkpoints.table import StoredTensor
+from codegemma.checkpoints.tensors import ArrayTensor, Tensor
 from codegemma.config import ModelConfig
-from codegemma.files import missing, replacing
+from codegemma.files import atomic_write
 
-# Module of the model: adapter beside it, and the name of the target in `target_modules`.
+# By module of the model: the adapter's module, and the name of the target in `target_modules`.
+ATTENTION, MLP = "self_attention.adapter_layer", "mlp.adapter_layer"
 FUSED = {
-    "self_attention.linear_qkv": ("self_attention.adapter_layer.lora_kqv_adapter", "attention_qkv"),
-    "self_attention.linear_proj": (
-        "self_attention.adapter_layer.lora_dense_attention_adapter",
-        "attention_dense",
-    ),
-    "mlp.linear_fc1": ("mlp.adapter_layer.lora_hto4h_adapter", "mlp_fc1"),
-    "mlp.linear_fc2": ("mlp.adapter_layer.lora_4htoh_adapter", "mlp_fc2"),
+    "self_attention.linear_qkv": (f"{ATTENTION}.lora_kqv_adapter", "attention_qkv"),
+    "self_attention.linear_proj": (f"{ATTENTION}.lora_dense_attention_adapter", "attention_dense"),
+    "mlp.linear_fc1": (f"{MLP}.lora_hto4h_adapter", "mlp_fc1"),
+    "mlp.linear_fc2": (f"{MLP}.lora_4htoh_adapter", "mlp_fc2"),
 }
-ALONE = {f"self_attention.adapter_layer.lora_unfused_kqv_adapter.{name}_adapter": name for name in "qkv"} | {
-    f"mlp.adapter_layer.lora_unfused_hto4h_adapter.{name}_adapter": name for name in ("gate", "up")
+MODULES = {adapter: module for module, (adapter, _) in FUSED.items()}
+SEPARATE = {f"{ATTENTION}.lora_unfused_kqv_adapter.{name}_adapter": name for name in "qkv"}
+SEPARATE |= {f"{MLP}.lora_unfused_hto4h_adapter.{name}_adapter": name for name in ("gate", "up")}
+KEY = re.compile(r"(?:model\.)?(?:module\.)?decoder\.layers\.(\d+)\.([\w.]+)\.linear_(in|out)\.weight")
+TUNING = {
+    "adapter_dropout": 0.0,
+    "column_init_method": "xavier",
+    "row_init_method": "zero",
+    "weight_tying": False,
+    "position_embedding_strategy": None,
 }
-_KEY = re.compile(r"(?:model\.)?(?:module\.)?decoder\.layers\.(\d+)\.([\w.]+)\.linear_(in|out)\.weight")
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a .nemo archive is an adapter, by its config."""
-    found = nemo.members(path)
+    members = nemo.read_members(path)
     return (
-        "model_config.yaml" in found
-        and isinstance(_peft(path, found)[1].get("peft_scheme"), str)
-        and not any("word_embeddings" in name for name in found)
+        "model_config.yaml" in members
+        and isinstance(_peft(path, members)[1].get("peft_scheme"), str)
+        and not any("word_embeddings" in name for name in members)
     )
 
 
 def load(path: Path) -> Adapter:
     """The adapter in an archive. Raises ValueError on other kinds of adapters and on damaged files."""
-    found = nemo.members(path)
-    fields, peft = _peft(path, found)
+    members = nemo.read_members(path)
+    fields, peft = _peft(path, members)
     scheme, tuning = peft.get("peft_scheme"), peft.get("lora_tuning")
     if scheme != "lora" or not isinstance(tuning, dict):
         raise ValueError(
@@ -61,10 +66,26 @@ def load(path: Path) -> Adapter:
             "peft_scheme=lora"
         )
     config = nemo.config(path, fields, 1)
-    groups = {group.stored: group for group in weights.groups(config, "nemo")}
+    a: dict[str, np.ndarray] = {}
+    b: dict[str, np.ndarray] = {}
+    for name, a_rI, b_Or in _matrices(path, config, members):
+        a[name], b[name] = a_rI, b_Or
+    rank, alpha = max((len(value) for value in a.values()), default=0), tuning.get("alpha")
+    if alpha is not None and (type(alpha) not in (int, float) or alpha == 0):
+        raise ValueError(f"{path}: alpha is {alpha!r}, but must be a number other than 0")
+    card = {"nemo": json.loads(json.dumps(tuning, default=str, skipkeys=True))}  # YAML has dates
+    adapter = Adapter(path.stem, rank, float(alpha or rank), a, b, card=card)
+    adapter.check(replace(config, vocab=max(config.vocab, 1)))
+    return adapter
+
+
+def _matrices(
+    path: Path, config: ModelConfig, members: nemo.Members
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Our name, a and b of each changed layer."""
     halves: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    for key, tensor in nemo.read(path, found).items():
-        match = _KEY.fullmatch(key)
+    for key, tensor in nemo.read(path, members).items():
+        match = KEY.fullmatch(key)
         if match is None:
             raise ValueError(
                 f"{path}: holds {key}, which is no part of a LoRA adapter: pass the adapter's own .nemo"
@@ -75,118 +96,94 @@ def load(path: Path) -> Adapter:
                 f"{path}: {key} has shape {list(values.shape)}, but must be a matrix: export it again"
             )
         halves.setdefault((match[1], match[2]), {})[match[3]] = values
-    a: dict[str, np.ndarray] = {}
-    b: dict[str, np.ndarray] = {}
-    modules = {adapter: module for module, (adapter, _) in FUSED.items()}
+    layouts = {layout.name: layout for layout in table.stored_tensors(config, "nemo")}
     for (layer, name), half in halves.items():
         if half.keys() != {"in", "out"}:
             raise ValueError(
                 f"{path}: layer {layer}'s {name} has one of its two matrices only: export it again"
             )
-        if name in ALONE:
-            a[f"layers.{layer}.{ALONE[name]}"], b[f"layers.{layer}.{ALONE[name]}"] = half["in"], half["out"]
+        a_rI, b_Or = half["in"], half["out"]
+        if name in SEPARATE:
+            yield f"layers.{layer}.{SEPARATE[name]}", a_rI, b_Or
             continue
-        group = groups.get(f"model.decoder.layers.{layer}.{modules.get(name)}.weight")
-        if group is None or half["out"].shape != (group.shape[0], len(half["in"])):
+        layout = layouts.get(f"model.decoder.layers.{layer}.{MODULES.get(name)}.weight")
+        if layout is None or b_Or.shape != (layout.shape[0], len(a_rI)):
             raise ValueError(
-                f"{path}: layer {layer}'s {name} of {list(half['out'].shape)} fits no matrix of a model of "
+                f"{path}: layer {layer}'s {name} of {list(b_Or.shape)} fits no matrix of a model of "
                 f"{config.layers} layers and width {config.width}: it is of another kind"
             )
-        for index, place in enumerate(group.parts):
-            a[place.name] = half["in"]
-            b[place.name] = (
-                half["out"]
-                if len(group.parts) == 1
-                else np.ascontiguousarray(_narrow(group, len(half["in"])).part(index, half["out"]))
-            )
-    rank = max((len(value) for value in a.values()), default=0)
-    alpha = tuning.get("alpha")
-    if alpha is not None and (type(alpha) not in (int, float) or alpha == 0):
-        raise ValueError(f"{path}: alpha is {alpha!r}, but must be a number other than 0")
-    card = {"nemo": json.loads(json.dumps(tuning, default=str, skipkeys=True))}  # YAML has dates
-    made = Adapter(path.stem, rank, float(alpha or rank), a, b, card=card)
-    made.check(replace(config, vocab=max(config.vocab, 1)))
-    return made
+        for index, part in enumerate(layout.parts):
+            output = b_Or if len(layout.parts) == 1 else _with_rank(layout, len(a_rI)).part(index, b_Or)
+            yield part.name, a_rI, np.ascontiguousarray(output)
 
 
 def save(adapter: Adapter, path: Path, config: ModelConfig) -> None:
-    """Writes an archive that NeMo 1 restores beside a model of this config. Raises ValueError on replaced token rows,
-    which NeMo's adapters cannot say, and on models that are no Gemma 1."""
+    """Writes an archive that NeMo 1 restores beside a model of this config.
+
+    Raises ValueError on replaced token rows, which NeMo's adapters do not have, and on models that are no
+    Gemma 1."""
     adapter.check(config)
     if adapter.rows:
         raise ValueError(
             f"adapter {adapter.name} replaces {len(adapter.rows)} token rows, which NeMo's adapters have no "
             "place for: merge it into the model instead"
         )
-    parts = dict(_fused(adapter, config))
-    dim = max(len(down) for down, _ in parts.values())
+    modules = dict(_fused(adapter, config))
+    rank = max(len(a_rI) for a_rI, _ in modules.values())
     state: dict[str, Tensor] = {}
-    for key, (a_rI, b_Or) in parts.items():
-        spare = dim - len(a_rI)
-        state[f"{key}.linear_in.weight"] = Tensor.of(np.pad(a_rI, ((0, spare), (0, 0))))
-        state[f"{key}.linear_out.weight"] = Tensor.of(np.pad(b_Or, ((0, 0), (0, spare))))
-    layers = sorted({int(key.split(".")[3]) for key in parts})
-    yaml = missing("yaml", "NeMo archives", "formats")
-    fields = yaml.safe_load(nemo.config_yaml(config, None))
-    fields["peft"] = {
-        "peft_scheme": "lora",
-        "restore_from_path": None,
-        "lora_tuning": {
-            "target_modules": sorted(
-                {target for name, target in FUSED.values() if any(name in key for key in parts)}
-            ),
-            "adapter_dim": dim,
-            "alpha": adapter.scale * dim,
-            "adapter_dropout": 0.0,
-            "column_init_method": "xavier",
-            "row_init_method": "zero",
-            "weight_tying": False,
-            "position_embedding_strategy": None,
-            "layer_selection": None if len(layers) == config.layers else [layer + 1 for layer in layers],
-        },
-    }
-    torch.archive(stored := io.BytesIO(), state)
-    with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
-        nemo._add(archive, "model_config.yaml", yaml.safe_dump(fields).encode())
-        nemo._add(archive, "model_weights.ckpt", stored.getvalue())
+    for key, (a_rI, b_Or) in modules.items():
+        padding = (0, rank - len(a_rI))
+        state[f"{key}.linear_in.weight"] = ArrayTensor.of(np.pad(a_rI, (padding, (0, 0))))
+        state[f"{key}.linear_out.weight"] = ArrayTensor.of(np.pad(b_Or, ((0, 0), padding)))
+    layers = sorted({int(key.split(".")[3]) for key in modules})
+    targets = sorted({target for name, target in FUSED.values() if any(name in key for key in modules)})
+    tuning = {"target_modules": targets, "adapter_dim": rank, "alpha": adapter.scale * rank, **TUNING}
+    tuning["layer_selection"] = None if len(layers) == config.layers else [layer + 1 for layer in layers]
+    peft = {"peft_scheme": "lora", "restore_from_path": None, "lora_tuning": tuning}
+    torch.write(stored := io.BytesIO(), state)
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
+        nemo.add_member(archive, "model_config.yaml", nemo.config_yaml(config, None, peft=peft))
+        nemo.add_member(archive, "model_weights.ckpt", stored.getvalue())
 
 
-def _peft(path: Path, found: nemo.Members) -> tuple[dict[str, Any], dict[str, Any]]:
-    if "model_config.yaml" not in found:
-        raise ValueError(f"{path}: holds no model_config.yaml: pass a .nemo archive of NeMo 1")
-    fields = nemo._yaml(path, bytes(found["model_config.yaml"]))
+def _peft(path: Path, members: nemo.Members) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the config, and of its `peft` section."""
+    fields = nemo.read_config(path, members)
     peft = fields.get("peft")
     return fields, peft if isinstance(peft, dict) else {}
 
 
-def _narrow(group: Group, rank: int) -> Group:
-    """A fused matrix with `rank` columns instead of the model's width."""
-    return replace(
-        group,
-        size={**group.size, "D": rank},
-        shape=(group.shape[0], rank),
-        parts=tuple(place._replace(shape=(place.shape[0], rank)) for place in group.parts),
-    )
+def _with_rank(layout: StoredTensor, rank: int) -> StoredTensor:
+    """The layout of a fused matrix with `rank` columns instead of the model's width."""
+    return replace(layout, size={**layout.size, "D": rank})
 
 
 def _fused(adapter: Adapter, config: ModelConfig) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """NeMo's modules with what they add: one `a` where the fused parts share theirs, else all of them in a row, each
-    with columns of its own in b."""
-    for group in weights.groups(config, "nemo"):
-        module = re.fullmatch(r"model\.decoder\.layers\.\d+\.([\w.]+)\.weight", group.stored)
-        mine = [place.name for place in group.parts if place.name in adapter.a]
-        if not mine or module is None or module[1] not in FUSED:
+    """NeMo's modules with their a and b.
+
+    Where all parts of a fused matrix have the same `a` it is written once. Else their a's are stacked, and
+    each part uses its own columns of b."""
+    for layout in table.stored_tensors(config, "nemo"):
+        match = re.fullmatch(r"model\.decoder\.layers\.\d+\.([\w.]+)\.weight", layout.name)
+        changed = [part.name for part in layout.parts if part.name in adapter.a]
+        if not changed or match is None or match[1] not in FUSED:
             continue
-        shared = all(np.array_equal(adapter.a[name], adapter.a[mine[0]]) for name in mine)
-        stacked = [adapter.a[name] for name in (mine[:1] if shared else mine)]
-        rank, at = sum(map(len, stacked)), 0
-        outs = []
-        for place in group.parts:
-            outs.append(np.zeros((place.shape[0], rank), np.float32))
-            if place.name in adapter.a:
-                own = adapter.b[place.name]
-                outs[-1][:, at : at + own.shape[1]] = own
-                at += 0 if shared else own.shape[1]
-        key = group.stored.removesuffix(f"{module[1]}.weight") + FUSED[module[1]][0]
-        out = outs[0] if len(outs) == 1 else np.ascontiguousarray(_narrow(group, rank).gather(outs))
-        yield key, (np.concatenate(stacked), out)
+        shared = all(np.array_equal(adapter.a[name], adapter.a[changed[0]]) for name in changed)
+        stacked = [adapter.a[name] for name in (changed[:1] if shared else changed)]
+        rank, column = sum(map(len, stacked)), 0
+        outputs = []
+        for index, part in enumerate(layout.parts):
+            outputs.append(np.zeros((layout.part_shape(index)[0], rank), np.float32))
+            if part.name in adapter.a:
+                b_Or = adapter.b[part.name]
+                outputs[-1][:, column : column + b_Or.shape[1]] = b_Or
+                column += 0 if shared else b_Or.shape[1]
+        b = (
+            outputs[0]
+            if len(outputs) == 1
+            else np.ascontiguousarray(_with_rank(layout, rank).gather(outputs))
+        )
+        yield (
+            layout.name.removesuffix(f"{match[1]}.weight") + FUSED[match[1]][0],
+            (np.concatenate(stacked), b),
+        )

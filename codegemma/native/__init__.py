@@ -1,9 +1,10 @@
-"""The engine on a CPU: C++ kernels that read the quantised blocks where they lie, under a layer loop in Python.
+"""The engine on a CPU: C++ kernels that read quantised blocks straight from the mapped file, driven by a
+Python layer loop.
 
-`record` is that loop: it states the forward pass of Gemma 1, 2 and 3 once, as a list of steps which the native half
-replays for any number of tokens. The law it keeps (numerics v1): on one SIMD level a token's logits do not depend on
-what else is in the batch, on how the prompt was cut, on whether its prefix came from a cache, or on the threads.
-"""
+`Native._record` is that loop: it states the forward pass of Gemma 1, 2 and 3 once, as a list of steps that
+the C++ side replays for any number of tokens. It keeps one law (numerics v1): on one SIMD level, a token's
+logits do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a
+cache, or the number of threads."""
 
 from __future__ import annotations
 
@@ -18,19 +19,20 @@ from typing import Protocol
 import numpy as np
 
 from codegemma.checkpoints import Checkpoint
-from codegemma.checkpoints.table import Tensor, row_bytes
+from codegemma.checkpoints.tensors import ArrayTensor, Tensor, row_bytes
 from codegemma.native import _native
 from codegemma.native._native import Cancel
 
 PAGE: int = _native.PAGE  # tokens in a page of keys and values
-RANK: int = _native.RANK  # ranks that one slice of an adapter has
+RANK: int = _native.RANK  # adapters are computed in slices of this many ranks
 NUMERICS = "v1"
-CHUNK = 512  # tokens that one run takes at most
-SETTLE_AFTER = 64  # runs: by then a process is no one-shot, and huge pages pay
+CHUNK = 512  # most tokens that one run takes
+NORMS = ("attn", "q", "k", "ffn", "post_attn", "post_ffn")  # of a layer
+HUGE_PAGES_AFTER = 64  # runs: a process that lives this long gains from huge pages
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, bounded by a container's CPU quota."""
+    """The number of CPUs this process may use: its affinity, limited by a container's CPU quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -42,14 +44,38 @@ def usable_cpus() -> int:
 
 
 def measure(threads: int, level: str) -> tuple[float, float]:
-    """This machine's limits now: bytes a second read from memory, int8 operations a second (a multiply-add is two)."""
+    """This machine's limits: bytes per second read from memory, int8 operations per second (a multiply-add is
+    two)."""
     bandwidth, operations = _native.measure(level, _native.Pool(threads))
     return float(bandwidth), float(operations)
 
 
+def dequantize(tensor: Tensor) -> np.ndarray:
+    """float32 [rows, columns] of a matrix of any type."""
+    values = np.empty(tensor.shape, np.float32)
+    weight = _native.Weight(tensor.type, np.ascontiguousarray(tensor.data), *tensor.shape)
+    _native.dequantise(_native.level("auto"), weight, values)
+    return values
+
+
+def quantize_rows(values: np.ndarray, type: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [rows, bytes of a row]: float32 rows as blocks of a GGUF type, the same bits as ggml's reference
+    quantisers.
+
+    `importance` [columns] weighs the rounding errors. Raises ValueError on NaN or infinite values, and where
+    blocks do not fill a row."""
+    rows, columns = values.shape
+    blocks = np.empty((rows, row_bytes(type, columns)), np.uint8)
+    values = np.ascontiguousarray(values, np.float32)
+    _native.quantise(_native.level("auto"), type, values, blocks, importance)
+    return blocks
+
+
 class Page:
-    """Keys and values of up to PAGE consecutive tokens in all layers. Rows below `used` never change again, so pages
-    are shared freely: whoever stands at `used` may append, anybody else copies first."""
+    """Keys and values of up to PAGE consecutive tokens in all layers.
+
+    Rows below `used` never change again, so sequences share pages: the one that ends at `used` may append to
+    the page, any other copies it first."""
 
     __slots__ = ("data", "used")
 
@@ -59,26 +85,28 @@ class Page:
 
 @dataclass(frozen=True, eq=False)
 class Logits:
-    """Row i belongs to the i-th wanted token. `values` is a buffer that the next run overwrites."""
+    """Row i belongs to the i-th wanted token. The arrays are buffers that the next run overwrites."""
 
     values: np.ndarray  # float32 [n, V]
     argmax: np.ndarray  # int32 [n]: the lowest id among equals
-    normaliser: np.ndarray  # float32 [n]: log sum exp
+    normaliser: np.ndarray  # float32 [n]: log sum exp of the values
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """New tokens of one sequence: they stand at `start` and after, and `pages` covers them and all before."""
+    """New tokens of one sequence at positions `start` and on; `pages` hold them and all tokens before
+    them."""
 
     ids: Sequence[int]
     start: int
     pages: list[Page]
-    wanted: int  # logits of this many last tokens
+    wanted: int  # logits are wanted of this many last tokens
     adapter: str | None = None
 
 
 class LowRank(Protocol):
-    """What of an adapter is computed: see lora.Adapter."""
+    """The numbers of an adapter (see adapters.adapter.Adapter): scale * b @ a is added to a matrix, rows are
+    replaced."""
 
     @property
     def scale(self) -> float: ...
@@ -91,15 +119,15 @@ class LowRank(Protocol):
 
 
 class Native:
-    """A checkpoint ready to run. Threads and SIMD level are fixed at birth (`CODEGEMMA_SIMD` forces the level).
+    """A checkpoint ready to run, with a fixed number of threads and SIMD level (`CODEGEMMA_SIMD` forces the
+    level).
 
-    The cache holds float16 keys and values, or float32 where the weights are floats, for parity with other float32
-    implementations. Raises ValueError on a weight type without a kernel or a SIMD level that this CPU lacks.
-    `observed` gets, by the name of each matrix but the embedding, the sum of the squares of what each column was
-    multiplied with: float64 [columns], added to by every run.
-    """
+    The cache holds float16 keys and values, or float32 where the weights are floats, to match float32
+    implementations. `observed`, if given, collects by matrix name (all but the embedding) the sums of squares
+    of each input column: float64 [columns], which every run adds to. Raises ValueError on a weight type
+    without a kernel and on a SIMD level that this CPU lacks."""
 
-    invariant = True
+    invariant = True  # logits do not depend on the batch
 
     def __init__(
         self,
@@ -118,176 +146,153 @@ class Native:
         layer_bytes = 2 * self.config.kv_heads * PAGE * self.config.head_width * (2 if self.half else 4)
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)
-        self._kept: list[np.ndarray] = []
-        self._sites: list[tuple[int, list[str]]] = []
+        self._arrays: list[np.ndarray] = []  # what the program points into
+        self._sites: list[
+            tuple[int, list[str]]
+        ] = []  # of each product: its index, and the names of its matrices
         self._adapters: dict[str | None, int] = {None: -1}
         self._program = self._record(checkpoint.tensors, layer_bytes, observed)
-        self._buffers = self._logits_buffers(1)
+        self._logits = self._new_logits(1)
         self._runs, self._process = 0, os.getpid()
 
     def new_page(self) -> Page:
+        """An empty page."""
         return Page(np.zeros(self.page_bytes, np.uint8))
 
     def copy_page(self, page: Page, used: int) -> Page:
-        """A page of one's own with the first `used` tokens of another."""
+        """A copy that shares no memory, of which the first `used` tokens count."""
         return Page(page.data.copy(), used)
 
     def add_adapter(self, name: str, adapter: LowRank) -> None:
-        """Makes an adapter that fits the model (lora.Adapter.check) known to `run`. The base weights stay as they are:
-        its low-rank products are computed beside theirs, in blocks of 8 bits where theirs are blocks, else in float32."""
-        parts = []
-        for site, names in self._sites:
+        """Makes an adapter available to `run`; it must fit the model (Adapter.check).
+
+        The base weights stay as they are. The low-rank products are computed beside theirs: in 8-bit blocks
+        where the base has blocks, else in float32."""
+        sites = []
+        for site, targets in self._sites:
             a, slices = [], []
-            for target, tensor in enumerate(names):
-                for at in range(0, len(adapter.a[tensor]) if tensor in adapter.a else 0, RANK):
-                    a_rI, b_Or = (
-                        adapter.a[tensor][at : at + RANK],
-                        adapter.b[tensor][:, at : at + RANK] * np.float32(adapter.scale),
-                    )
-                    missing = RANK - len(a_rI)
-                    a.append(np.pad(a_rI, ((0, missing), (0, 0))))
-                    slices.append((target, self._low_rank(np.pad(b_Or, ((0, 0), (0, missing))))))
+            for target, matrix in enumerate(targets):
+                for start in range(0, len(adapter.a.get(matrix, ())), RANK):
+                    a_rI = adapter.a[matrix][start : start + RANK]
+                    b_Or = adapter.b[matrix][:, start : start + RANK] * np.float32(adapter.scale)
+                    padding = (0, RANK - len(a_rI))
+                    a.append(np.pad(a_rI, (padding, (0, 0))))
+                    slices.append((target, self._low_rank(np.pad(b_Or, ((0, 0), padding)))))
             if slices:
-                parts.append((site, self._low_rank(np.concatenate(a)), slices))
+                sites.append((site, self._low_rank(np.concatenate(a)), slices))
         ids = sorted(adapter.rows)
-        rows = self._weight(Tensor.of(np.stack([adapter.rows[token] for token in ids]))) if ids else None
-        self._adapters[name] = self._program.add_adapter(parts, ids, rows)
+        rows = self._weight(ArrayTensor.of(np.stack([adapter.rows[token] for token in ids]))) if ids else None
+        self._adapters[name] = self._program.add_adapter(sites, ids, rows)
 
-    def _low_rank(self, values: np.ndarray) -> _native.Weight:
-        rows, columns = values.shape
-        if not self.half or columns % 32:
-            return self._weight(Tensor.of(values))
-        out = np.empty((rows, row_bytes("Q8_0", columns)), np.uint8)
-        _native.quantise(_native.level("auto"), "Q8_0", np.ascontiguousarray(values, np.float32), out)
-        return self._weight(Tensor("Q8_0", values.shape, out))
+    def run(self, slices: Sequence[Slice], cancel: Cancel | None = None) -> Logits | None:
+        """Runs all slices together and writes their keys and values into their pages.
 
-    def run(self, slices: Sequence[Slice], cancel: _native.Cancel | None = None) -> Logits | None:
-        """Runs all slices together and writes their keys and values; None if it was cancelled on the way. Rows of logits
-        follow the slices; inside, those of one adapter stand together."""
+        Returns the wanted logits in the order of the slices, or None if `cancel` was set meanwhile. Raises
+        RuntimeError in a forked process."""
         if (
             os.getpid() != self._process
-        ):  # threads do not survive a fork, and waiting for them would never end
+        ):  # the pool's threads do not survive a fork: waiting for them never ends
             raise RuntimeError(
-                "this model was loaded before the process forked: load it in the child, or spawn instead"
+                "this model was loaded before the process forked: load it in the child, or spawn"
             )
         self._runs += 1
-        if self._runs == SETTLE_AFTER:
-            threading.Thread(target=self.settle, daemon=True).start()
+        if self._runs == HUGE_PAGES_AFTER:
+            threading.Thread(target=self.use_huge_pages, daemon=True).start()
         T = sum(len(s.ids) for s in slices)
-        ids_T, positions_T, sequences_T = (np.empty(T, np.int32) for _ in range(3))
+        ids_T, positions_T, sequences_T, adapters_T = (np.empty(T, np.int32) for _ in range(4))
         pages_SP = np.zeros((len(slices), max(len(s.pages) for s in slices)), np.uint64)
         adapters = [self._adapters[s.adapter] for s in slices]
-        adapters_T = np.empty(T, np.int32) if max(adapters) >= 0 else None
-        rows: list[range] = [range(0)] * len(slices)
-        at = 0
-        for i in sorted(range(len(slices)), key=adapters.__getitem__):
-            s = slices[i]
-            end = at + len(s.ids)
-            ids_T[at:end], sequences_T[at:end] = s.ids, i
-            if adapters_T is not None:
-                adapters_T[at:end] = adapters[i]
-            positions_T[at:end] = np.arange(s.start, s.start + len(s.ids))
+        wanted: list[range] = [range(0)] * len(slices)
+        end = 0
+        for i in sorted(range(len(slices)), key=adapters.__getitem__):  # tokens of one adapter stand together
+            s, start, end = slices[i], end, end + len(slices[i].ids)
+            ids_T[start:end], sequences_T[start:end], adapters_T[start:end] = s.ids, i, adapters[i]
+            positions_T[start:end] = np.arange(s.start, s.start + len(s.ids))
             pages_SP[i, : len(s.pages)] = [page.data.ctypes.data for page in s.pages]
-            rows[i] = range(end - s.wanted, end)
-            at = end
-        wanted = [row for one in rows for row in one]
-        n = len(wanted)
-        if n > len(self._buffers.argmax):
-            self._buffers = self._logits_buffers(n)
-        b = self._buffers
-        done = self._program.run(
-            ids_T,
-            positions_T,
-            sequences_T,
-            pages_SP,
-            np.array(wanted, np.int32),
-            b.values,
-            b.argmax,
-            b.normaliser,
-            cancel,
-            adapters_T,
-        )
-        return Logits(b.values[:n], b.argmax[:n], b.normaliser[:n]) if done else None
+            wanted[i] = range(end - s.wanted, end)
+        rows = np.array([row for span in wanted for row in span], np.int32)
+        n = len(rows)
+        if n > len(self._logits.argmax):
+            self._logits = self._new_logits(n)
+        values, argmax, normaliser = self._logits.values, self._logits.argmax, self._logits.normaliser
+        used_adapters = adapters_T if max(adapters) >= 0 else None
+        batch = ids_T, positions_T, sequences_T, pages_SP, rows
+        finished = self._program.run(*batch, values, argmax, normaliser, cancel, used_adapters)
+        return Logits(values[:n], argmax[:n], normaliser[:n]) if finished else None
 
-    def settle(self) -> int:
-        """Moves memory-mapped weights into huge pages, in place and while others run: about a quarter more speed for
-        what streams them, at the price of one copy of the file. Returns the bytes moved."""
+    def use_huge_pages(self) -> int:
+        """Moves memory-mapped weights into huge pages, in place and while other threads run.
+
+        Streaming the weights becomes about a quarter faster, for the memory of one copy of the file. Returns
+        the number of bytes moved."""
         maps: dict[int, tuple[int, int]] = {}
-        for data in self._kept:
+        for data in self._arrays:
             root: object = data
             while isinstance(root, np.ndarray | memoryview):
                 root = root.base if isinstance(root, np.ndarray) else root.obj
             if isinstance(root, mmap.mmap):
                 low, high = maps.get(id(root), (1 << 63, 0))
-                maps[id(root)] = (min(low, data.ctypes.data), max(high, data.ctypes.data + data.nbytes))
+                maps[id(root)] = min(low, data.ctypes.data), max(high, data.ctypes.data + data.nbytes)
         return sum(_native.settle(low, high - low) for low, high in maps.values())
 
-    def profile(self, on: bool) -> list[tuple[str, float]]:
-        """Seconds of each step since profiling was switched on."""
-        times: list[tuple[str, float]] = self._program.profile()
-        self._program.set_profiling(on)
-        return times
-
-    def _logits_buffers(self, n: int) -> Logits:
-        return Logits(
-            np.empty((n, self.config.vocab), np.float32), np.empty(n, np.int32), np.empty(n, np.float32)
-        )
+    def _new_logits(self, n: int) -> Logits:
+        values = np.empty((n, self.config.vocab), np.float32)
+        return Logits(values, np.empty(n, np.int32), np.empty(n, np.float32))
 
     def _weight(self, tensor: Tensor) -> _native.Weight:
-        rows, columns = tensor.shape
         data = np.ascontiguousarray(tensor.data)
-        self._kept.append(data)
-        return _native.Weight(tensor.type, data, rows, columns)
+        self._arrays.append(data)
+        return _native.Weight(tensor.type, data, *tensor.shape)
 
-    def _factors(self, tensor: Tensor | None) -> np.ndarray | None:
+    def _low_rank(self, values: np.ndarray) -> _native.Weight:
+        if not self.half or values.shape[1] % 32:
+            return self._weight(ArrayTensor.of(values))
+        return self._weight(ArrayTensor("Q8_0", values.shape, quantize_rows(values, "Q8_0")))
+
+    def _norm(self, tensor: Tensor | None) -> np.ndarray | None:
         if tensor is None:
             return None
         values = np.array(tensor.float32(), np.float32)
-        self._kept.append(values)
+        self._arrays.append(values)
         return values
 
     def _record(
         self, tensors: dict[str, Tensor], layer_bytes: int, observed: dict[str, np.ndarray] | None
     ) -> _native.Program:
         c, p = self.config, _native.Program(self._pool, self.level)
-        N, K, H, F, eps = c.heads, c.kv_heads, c.head_width, c.ffn_width, c.norm_eps
-        x, a, y = p.buffer(c.width), p.buffer(c.width), p.buffer(c.width)
-        qkv, values, hidden = p.buffer((N + 2 * K) * H), p.buffer(N * H), p.buffer(F)
-        table = self._weight(tensors["embed"])
+        N, K, H, D, F, eps = c.heads, c.kv_heads, c.head_width, c.width, c.ffn_width, c.norm_eps
+        x, a, y = p.buffer(D), p.buffer(D), p.buffer(D)
+        qkv, attended, hidden = p.buffer((N + 2 * K) * H), p.buffer(N * H), p.buffer(F)
+        table, final_norm = self._weight(tensors["embed"]), self._norm(tensors["final_norm"])
+
+        def observe(buffer: int, width: int, names: list[str]) -> None:
+            if observed is not None:
+                p.observe(buffer, squares := np.zeros(width))
+                observed.update((name, squares) for name in names)
+
+        def product(buffer: int, width: int, kinds: Sequence[str], output: int) -> None:
+            names = [f"layers.{i}.{kind}" for kind in kinds]
+            observe(buffer, width, names)
+            weights = [self._weight(tensors[name]) for name in names]
+            gated = kinds == ("gate", "up")
+            site = p.gated(buffer, *weights, output) if gated else p.product(buffer, weights, output)
+            self._sites.append((site, names))
+
         p.embed(table, x, c.embed_scale)
-        added, post = -1, None  # what the next norm first adds to the residual stream
+        added, added_norm = -1, None  # what the next norm first adds to the residual stream x
         for i in range(c.layers):
-
-            def weight(name: str, i: int = i) -> _native.Weight:
-                return self._weight(tensors[f"layers.{i}.{name}"])
-
-            def factors(name: str, i: int = i) -> np.ndarray | None:
-                return self._factors(tensors.get(f"layers.{i}.{name}"))
-
-            def observe(x: int, width: int, *names: str, i: int = i) -> None:
-                if observed is not None:
-                    p.observe(x, sums := np.zeros(width))
-                    observed.update((f"layers.{i}.{name}", sums) for name in names)
-
-            offsets = {"layer_offset": i * layer_bytes, "kv_offset": layer_bytes // 2, "half": self.half}
+            norms = {kind: self._norm(tensors.get(f"layers.{i}.{kind}_norm")) for kind in NORMS}
+            cache = {"layer_offset": i * layer_bytes, "kv_offset": layer_bytes // 2, "half": self.half}
             base, scale = (c.rope_base, c.rope_scale) if c.is_global(i) else (c.rope_base_local, 1.0)
-            p.norm(x, factors("attn_norm"), a, eps, added, post)
-            observe(a, c.width, "q", "k", "v")
-            site = p.product(a, [weight("q"), weight("k"), weight("v")], qkv)
-            self._sites.append((site, [f"layers.{i}.{name}" for name in "qkv"]))
-            p.split_heads(
-                qkv, N, K, H, factors("q_norm"), factors("k_norm"), eps, c.query_scale, base, scale, **offsets
-            )
-            p.attend(qkv, values, N, K, H, c.layer_window(i) or 0, c.attention_softcap or 0.0, **offsets)
-            observe(values, N * H, "o")
-            self._sites.append((p.product(values, [weight("o")], y), [f"layers.{i}.o"]))
-            p.norm(x, factors("ffn_norm"), a, eps, y, factors("post_attn_norm"))
-            observe(a, c.width, "gate", "up")
-            site = p.gated(a, weight("gate"), weight("up"), hidden)
-            self._sites.append((site, [f"layers.{i}.gate", f"layers.{i}.up"]))
-            observe(hidden, F, "down")
-            self._sites.append((p.product(hidden, [weight("down")], y), [f"layers.{i}.down"]))
-            added, post = y, factors("post_ffn_norm")
-        p.norm(x, self._factors(tensors["final_norm"]), a, eps, added, post)  # only for its sum into x
-        p.logits(x, self._factors(tensors["final_norm"]), eps, table, c.final_softcap or 0.0)
+            p.norm(x, norms["attn"], a, eps, added, added_norm)
+            product(a, D, ("q", "k", "v"), qkv)
+            p.split_heads(qkv, N, K, H, norms["q"], norms["k"], eps, c.query_scale, base, scale, **cache)
+            p.attend(qkv, attended, N, K, H, c.layer_window(i) or 0, c.attention_softcap or 0.0, **cache)
+            product(attended, N * H, ("o",), y)
+            p.norm(x, norms["ffn"], a, eps, y, norms["post_attn"])
+            product(a, D, ("gate", "up"), hidden)
+            product(hidden, F, ("down",), y)
+            added, added_norm = y, norms["post_ffn"]
+        p.norm(x, final_norm, a, eps, added, added_norm)  # for its sum into x only
+        p.logits(x, final_norm, eps, table, c.final_softcap or 0.0)
         return p

@@ -1,12 +1,17 @@
-"""Products with a frozen weight inside JAX programs, for training adapters on a CPU: the weight stays in its blocks.
+"""JAX operations whose frozen weights stay in quantised blocks, for training adapters on a CPU.
 
-`product` is x W^T, and its derivative by x is dy W; the weight has none. `adapted` has a LoRA beside the weight, which has
-gradients. `attention` is what such layers have between their products, `vocabulary` what a loss has behind them; their twins
-are `model.attend` and loss.py's own pass. The others exist twice: as the engine's own kernels, which XLA calls through its
-foreign function interface and which decode a panel of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other
-devices and as their twin. Traced within `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: by the
-kernels where the CPU multiplies it (AVX-512 BF16, twice as many a second), by JAX always. Sums are float32.
-"""
+- `product`: x W^T, with a gradient for x (dy W) and none for the weight;
+- `adapted`: the same plus a LoRA, which has gradients;
+- `attention`: causal attention within segments, in memory linear in the tokens;
+- `vocabulary`: the softmax sums that a loss takes over all rows of an embedding table;
+- `decode_rows`: rows of a table as float32.
+
+The products exist twice: as C++ kernels called through XLA's foreign function interface, which decode a panel
+of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other devices and as the kernels' slow
+twin. `attention` and `vocabulary` have kernels only; their twins are jax/forward.py's attention and
+train/loss.py's own pass. Sums are float32. Traced within `jax.default_matmul_precision("bfloat16")`, factors
+are rounded to bfloat16: always by JAX, and by the kernels where the CPU multiplies bfloat16 (AVX-512 BF16,
+twice as fast)."""
 
 from __future__ import annotations
 
@@ -21,53 +26,59 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from codegemma.checkpoints.table import BLOCKS, Tensor
+from codegemma.checkpoints.tensors import BLOCKS, Tensor
 from codegemma.native import _native, usable_cpus
 
 By = Literal["native", "xla"]
+# Names of intermediates for rematerialisation policies: x a^T, attention's result, the log sum exp of its
+# scores.
+LOW_RANK, ATTENDED, LOG_SUM_EXP = "low_rank", "attended", "log_sum_exp"
 
 
-class How(NamedTuple):
-    """How a product and its gradients are computed: by whom, and with factors rounded to bfloat16 or not."""
+class Method(NamedTuple):
+    """How an operation and its gradients are computed: by which code, and with factors rounded to bfloat16 or
+    not."""
 
     by: By
-    paired: bool
-
-
-LOW, MIXED, EASED = (
-    "low",
-    "mixed",
-    "eased",
-)  # x a^T, and attention's result and logarithms of sums, as policies of remat name them
+    bfloat16: bool
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["type"])
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A weight [rows, width] in its blocks. A part of it (a chunk of a vocabulary, one of many like layers below each other)
-    is named by `start` and `count` in the calls, where `start` may be traced: it is never copied."""
+    """A weight [rows, width] in its blocks: `data` is uint8 [rows, bytes of a row], `type` a GGUF type.
 
-    data: Array  # uint8 [rows, row bytes]
+    Calls select a part of the rows (a chunk of a vocabulary, one of several stacked layers) by `start`, which
+    may be traced, and `count`, without copying the weight."""
+
+    data: Array
     type: str
 
     @classmethod
     def of(cls, tensor: Tensor) -> Blocks:
+        """A stored matrix as a JAX value."""
         return cls(jnp.asarray(tensor.data), tensor.type)
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, width) in weights."""
         weights, size = BLOCKS[self.type]
         return self.data.shape[0], self.data.shape[1] // size * weights
 
     def float32(self, start: int | Array = 0, count: int | None = None) -> Array:
-        """Decoded rows, in JAX alone."""
-        return _decode(
-            lax.dynamic_slice_in_dim(self.data, start, self.shape[0] if count is None else count), self.type
-        )
+        """float32 [count, width]: rows decoded by JAX alone."""
+        count = self.shape[0] if count is None else count
+        return _decode(lax.dynamic_slice_in_dim(self.data, start, count), self.type)
+
+
+_registered: dict[str, object] = {}  # what XLA knows by now
 
 
 def configure(threads: int | None = None, level: str = "auto") -> None:
-    """Chooses the threads and the SIMD level of all native products from now on; results do not depend on the threads."""
+    """Sets the threads (default: all usable CPUs) and the SIMD level of all kernels from now on.
+
+    Results do not depend on the threads. Raises ValueError on fewer than 1 thread and on an unknown level.
+    """
     handlers = _native.xla_handlers(level, threads or usable_cpus())
     if not _registered:
         for name, handler in handlers.items():
@@ -75,31 +86,37 @@ def configure(threads: int | None = None, level: str = "auto") -> None:
         _registered.update(handlers)
 
 
-_registered: dict[str, object] = {}
-
-
 def product(
     x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None
 ) -> Array:
-    """x W^T in float32 for x [..., width] and rows start .. start + count: float32 [..., count]. Differentiable in x, once,
-    in reverse."""
-    count = _fits("x", x, weight.shape[1], weight, count)
-    y = _product(count, _how(by), _flat(x), weight, jnp.int32(start))
+    """float32 [..., count]: x [..., width] times the transposed rows start .. start + count of a weight.
+
+    Differentiable in x, once, in reverse mode. Raises ValueError where the widths differ.
+    """
+    _check_columns("x", x, weight.shape[1])
+    count = weight.shape[0] if count is None else count
+    y = _product(count, _method(by), _flat(x), weight, jnp.int32(start))
     return y.reshape(*x.shape[:-1], count)
 
 
 def product_t(
     dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None
 ) -> Array:
-    """dy W in float32 for dy [..., count]: float32 [..., width]. Not differentiable."""
-    count = _fits("dy", dy, weight.shape[0] if count is None else count, weight, count)
-    return _backward(count, _how(by), (weight, jnp.int32(start)), _flat(dy))[0].reshape(*dy.shape[:-1], -1)
+    """float32 [..., width]: dy [..., count] times the rows start .. start + count of a weight. Not
+    differentiable.
+
+    Raises ValueError where dy is not as wide as the number of rows.
+    """
+    count = weight.shape[0] if count is None else count
+    _check_columns("dy", dy, count)
+    return _product_t(_method(by), _flat(dy), weight, jnp.int32(start)).reshape(*dy.shape[:-1], -1)
 
 
 def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By | None = None) -> Array:
-    """x (W + b a)^T in float32 for x [..., width]: float32 [..., rows]. Differentiable in x, a and b, once, in reverse."""
-    _fits("x", x, weight.shape[1], weight, None)
-    return _adapted(_how(by), _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
+    """float32 [..., rows]: x (W + b a)^T for x [..., width]. Differentiable in x, a and b, once, in reverse
+    mode."""
+    _check_columns("x", x, weight.shape[1])
+    return _adapted(_method(by), _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
 
 
 def attention(
@@ -111,148 +128,126 @@ def attention(
     window: int | None,
     cap: float | None,
 ) -> Array:
-    """Causal attention within segments, float32 [B, T, N, H]: a token sees those of its segment whose position is not above its
-    own and less than `window` below. Positions rise with the index within a segment. `cap`: the soft cap of scores. By the
-    kernels alone, on a CPU; differentiable in q, k and v, once, in reverse. No [T, T] is kept: see `EASED`."""
-    sight = positions_BT.astype(jnp.int32), segments_BT.astype(jnp.int32)
-    told = np.int32(window or 0), np.float32(cap or 0)
-    return _attention(
-        How("native", _how(None).paired),
-        *told,
-        *(x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH)),
-        *sight,
-    )
+    """Causal attention within segments: float32 [B, T, N, H].
+
+    A token sees those of its segment whose position is at most its own and less than `window` below. Within a
+    segment, positions must rise with the index. `cap` is the soft cap of scores. On a CPU only;
+    differentiable in q, k and v, once, in reverse mode. Of the scores only their log sum exp is kept, [B, T,
+    N]: see `LOG_SUM_EXP`."""
+    qkv = (x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH))
+    mask = positions_BT.astype(jnp.int32), segments_BT.astype(jnp.int32)
+    return _attention(_method("native"), np.int32(window or 0), np.float32(cap or 0), *qkv, *mask)
 
 
-class Sums(NamedTuple):
-    """Over the rows of a vocabulary, of each hidden state: its largest logit so far, whose it is, and of exp(logit - most) the sum
-    and the products with the logit's slope (its soft cap's) and the row behind it."""
+class SoftmaxSums(NamedTuple):
+    """What a softmax over the rows of a vocabulary needs, for each of M hidden states.
 
-    most_M: Array
+    The largest logit so far and its row; the sum of exp(logit - max); and the sum of
+    exp(logit - max) * (slope of the soft cap) * row.
+    """
+
+    max_M: Array
     best_M: Array
     sum_M: Array
-    mean_MD: Array
+    weighted_MD: Array
 
 
 def vocabulary(
     hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | None, used: Array | int
-) -> Sums:
-    """Of the first `used` hidden states, over all rows of a table, each as often as `counts_V` says; where it is 0, the row is
-    out. Rows beyond `used` give 0, 0, 1 and 0. By the kernels alone, on a CPU; not differentiable."""
+) -> SoftmaxSums:
+    """The sums of the first `used` hidden states over all rows of a table; row v counts `counts_V[v]` times
+    (0: out).
+
+    States beyond `used` get max 0, best 0, sum 1 and weighted 0. On a CPU only; not differentiable.
+    """
     M, D = hidden_MD.shape
     shapes = (M, D), (M,), jax.ShapeDtypeStruct((M,), jnp.int32), (M,)
-    given = _flat(hidden_MD), table.data, counts_V.astype(jnp.float32), jnp.int32(used)
-    mean_MD, most_M, best_M, sum_M = _call(
-        How("native", _how(None).paired),
-        "codegemma_vocabulary",
-        shapes,
-        table,
-        *given,
-        cap=np.float32(cap or 0),
+    operands = _flat(hidden_MD), table.data, counts_V.astype(jnp.float32), jnp.int32(used)
+    cap_attribute = {"cap": np.float32(cap or 0)}
+    weighted_MD, max_M, best_M, sum_M = _call(
+        _method("native"), "vocabulary", shapes, table, *operands, **cap_attribute
     )
-    return Sums(most_M, best_M, sum_M, mean_MD)
+    return SoftmaxSums(max_M, best_M, sum_M, weighted_MD)
 
 
 def decode_rows(weight: Blocks, ids: Array, by: By | None = None) -> Array:
-    """The rows with these ids: float32 [..., width]."""
-    how = _how(by)
-    if how.by == "xla":
-        values = _decode(weight.data[ids.reshape(-1)], weight.type)
+    """float32 [..., width]: the rows of a weight with these ids [...]."""
+    method, flat_ids = _method(by), ids.reshape(-1).astype(jnp.int32)
+    if method.by == "xla":
+        values = _decode(weight.data[flat_ids], weight.type)
     else:
-        values = _call(
-            how,
-            "codegemma_rows",
-            (ids.size, weight.shape[1]),
-            weight,
-            ids.reshape(-1).astype(jnp.int32),
-            weight.data,
-        )
+        values = _call(method, "rows", (ids.size, weight.shape[1]), weight, flat_ids, weight.data)
     return values.reshape(*ids.shape, -1)
 
 
 def kernels() -> bool:
-    """Whether there is a CPU for them."""
+    """Whether JAX computes on a CPU, where the C++ kernels run."""
     return jax.default_backend() == "cpu"
 
 
-def _how(by: By | None) -> How:
-    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made of its name
-    return How(by or ("native" if kernels() else "xla"), precision == "bfloat16")
+def _method(by: By | None) -> Method:
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # created by its name
+    return Method(by or ("native" if kernels() else "xla"), precision == "bfloat16")
 
 
-def _fits(name: str, x: Array, wanted: int, weight: Blocks, count: int | None) -> int:
-    if x.shape[-1] != wanted:
-        raise ValueError(f"{name} has {x.shape[-1]} columns but the weight {wanted}: they must be equal")
-    return weight.shape[0] if count is None else count
+def _check_columns(name: str, x: Array, columns: int) -> None:
+    if x.shape[-1] != columns:
+        raise ValueError(f"{name} has {x.shape[-1]} columns but the weight {columns}: they must be equal")
 
 
 def _flat(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
 
+def _product_t(method: Method, dy_TN: Array, weight: Blocks, start: Array) -> Array:
+    if method.by == "xla":
+        return _matmul(method, dy_TN, weight.float32(start, dy_TN.shape[1]))
+    shape = (len(dy_TN), weight.shape[1])
+    return _call(method, "product_t", shape, weight, dy_TN, weight.data, start)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(count: int, how: How, x_TK: Array, weight: Blocks, start: Array) -> Array:
-    if how.by == "xla":
-        return _matmul(how, x_TK, weight.float32(start, count).T)
-    return _call(how, "codegemma_product", (len(x_TK), count), weight, x_TK, weight.data, start)
+def _product(count: int, method: Method, x_TK: Array, weight: Blocks, start: Array) -> Array:
+    if method.by == "xla":
+        return _matmul(method, x_TK, weight.float32(start, count).T)
+    return _call(method, "product", (len(x_TK), count), weight, x_TK, weight.data, start)
 
 
-def _forward(
-    count: int, how: How, x_TK: Array, weight: Blocks, start: Array
-) -> tuple[Array, tuple[Blocks, Array]]:
-    return _product(count, how, x_TK, weight, start), (weight, start)
+def _product_forward(count: int, method: Method, x_TK: Array, weight: Blocks, start: Array) -> Any:
+    return _product(count, method, x_TK, weight, start), (weight, start)
 
 
-def _backward(count: int, how: How, kept: tuple[Blocks, Array], dy_TN: Array) -> tuple[Array, None, None]:
-    weight, start = kept
-    if how.by == "xla":
-        return _matmul(how, dy_TN, weight.float32(start, count)), None, None
-    return (
-        _call(how, "codegemma_product_t", (len(dy_TN), weight.shape[1]), weight, dy_TN, weight.data, start),
-        None,
-        None,
-    )
+def _product_backward(count: int, method: Method, saved: Any, dy_TN: Array) -> tuple[Array, None, None]:
+    return _product_t(method, dy_TN, *saved), None, None
 
 
-_product.defvjp(_forward, _backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted(how: How, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> tuple[Array, Array]:
+def _adapted(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> tuple[Array, Array]:
     """The layer's result, and x a^T, which its gradients need."""
     T, N, R = len(x_TK), weight.shape[0], len(a_RK)
-    if how.by == "xla":
-        u_TR = _matmul(how, x_TK, a_RK.T)
-        return _product(N, how, x_TK, weight, jnp.int32(0)) + _matmul(how, u_TR, b_NR.T), u_TR
-    return _call(how, "codegemma_adapted", ((T, N), (T, R)), weight, x_TK, weight.data, a_RK, b_NR)
+    if method.by == "xla":
+        u_TR = _matmul(method, x_TK, a_RK.T)
+        return _product(N, method, x_TK, weight, jnp.int32(0)) + _matmul(method, u_TR, b_NR.T), u_TR
+    return _call(method, "adapted", ((T, N), (T, R)), weight, x_TK, weight.data, a_RK, b_NR)
 
 
-def _adapted_forward(how: How, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Any:
-    y_TN, u_TR = _adapted(how, x_TK, weight, a_RK, b_NR)
-    return (y_TN, u_TR), (x_TK, checkpoint_name(u_TR, LOW), weight, a_RK, b_NR)
+def _adapted_forward(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Any:
+    y_TN, u_TR = _adapted(method, x_TK, weight, a_RK, b_NR)
+    return (y_TN, u_TR), (x_TK, checkpoint_name(u_TR, LOW_RANK), weight, a_RK, b_NR)
 
 
-def _adapted_backward(
-    how: How, kept: Any, cotangents: tuple[Array, Array]
-) -> tuple[Array, None, Array, Array]:
-    x_TK, u_TR, weight, a_RK, b_NR = kept
-    dy_TN, _ = cotangents  # nothing but these gradients reads x a^T
-    if how.by == "xla":
-        du_TR = _matmul(how, dy_TN, b_NR)
-        dx_TK = _backward(len(b_NR), how, (weight, jnp.int32(0)), dy_TN)[0] + _matmul(how, du_TR, a_RK)
-        return dx_TK, None, _matmul(how, du_TR.T, x_TK), _matmul(how, dy_TN.T, u_TR)
-    dx_TK, da_RK, db_NR = _call(
-        how,
-        "codegemma_adapted_back",
-        (x_TK.shape, a_RK.shape, b_NR.shape),
-        weight,
-        dy_TN,
-        x_TK,
-        u_TR,
-        weight.data,
-        a_RK,
-        b_NR,
-    )
+def _adapted_backward(method: Method, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+    x_TK, u_TR, weight, a_RK, b_NR = saved
+    dy_TN, _ = cotangents  # only these gradients read x a^T
+    if method.by == "xla":
+        du_TR = _matmul(method, dy_TN, b_NR)
+        dx_TK = _product_t(method, dy_TN, weight, jnp.int32(0)) + _matmul(method, du_TR, a_RK)
+        return dx_TK, None, _matmul(method, du_TR.T, x_TK), _matmul(method, dy_TN.T, u_TR)
+    shapes, operands = (x_TK.shape, a_RK.shape, b_NR.shape), (dy_TN, x_TK, u_TR, weight.data, a_RK, b_NR)
+    dx_TK, da_RK, db_NR = _call(method, "adapted_back", shapes, weight, *operands)
     return dx_TK, None, da_RK, db_NR
 
 
@@ -260,37 +255,35 @@ _adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(how: How, window: np.int32, cap: np.float32, *qkv_and_sight: Array) -> Array:
-    return _attention_forward(how, window, cap, *qkv_and_sight)[0]
+def _attention(method: Method, window: np.int32, cap: np.float32, *qkv_and_mask: Array) -> Array:
+    return _attention_forward(method, window, cap, *qkv_and_mask)[0]
 
 
-def _attention_forward(how: How, window: np.int32, cap: np.float32, *qkv_and_sight: Array) -> Any:
-    shape_BTNH = qkv_and_sight[0].shape
-    out_BTNH, sums_BTN = _ffi(
-        how, "codegemma_attention", (shape_BTNH, shape_BTNH[:3]), *qkv_and_sight, window=window, cap=cap
-    )
-    out_BTNH, sums_BTN = checkpoint_name(out_BTNH, MIXED), checkpoint_name(sums_BTN, EASED)
-    return out_BTNH, (sums_BTN, *qkv_and_sight)
+def _attention_forward(method: Method, window: np.int32, cap: np.float32, *qkv_and_mask: Array) -> Any:
+    shape_BTNH = qkv_and_mask[0].shape
+    shapes = (shape_BTNH, shape_BTNH[:3])
+    out_BTNH, sums_BTN = _ffi(method, "attention", shapes, *qkv_and_mask, window=window, cap=cap)
+    out_BTNH, sums_BTN = checkpoint_name(out_BTNH, ATTENDED), checkpoint_name(sums_BTN, LOG_SUM_EXP)
+    return out_BTNH, (sums_BTN, *qkv_and_mask)
 
 
-def _attention_backward(how: How, window: np.int32, cap: np.float32, kept: Any, d_out_BTNH: Array) -> Any:
-    shapes = tuple(x.shape for x in kept[1:4])
-    return (
-        *_ffi(how, "codegemma_attention_back", shapes, d_out_BTNH, *kept, window=window, cap=cap),
-        None,
-        None,
-    )
+def _attention_backward(method: Method, window: np.int32, cap: np.float32, saved: Any, d_out: Array) -> Any:
+    shapes = tuple(x.shape for x in saved[1:4])
+    return *_ffi(method, "attention_back", shapes, d_out, *saved, window=window, cap=cap), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _call(how: How, name: str, shapes: tuple[Any, ...], weight: Blocks, *operands: Array, **told: Any) -> Any:
-    return _ffi(how, name, shapes, *operands, type=np.int32(_native.TYPES.index(weight.type)), **told)
+def _call(method: Method, name: str, shapes: Any, weight: Blocks, *operands: Array, **attributes: Any) -> Any:
+    """`_ffi` for a kernel that reads a weight: it is told the type of the blocks."""
+    type = np.int32(_native.TYPES.index(weight.type))
+    return _ffi(method, name, shapes, *operands, type=type, **attributes)
 
 
-def _ffi(how: How, name: str, shapes: tuple[Any, ...], *operands: Array, **told: Any) -> Any:
-    """Float32 results of these shapes, or the one of this shape, where no type is told."""
+def _ffi(method: Method, name: str, shapes: Any, *operands: Array, **attributes: Any) -> Any:
+    """Calls a kernel. `shapes` is the shape of its result, or a tuple of them: float32 unless it states a
+    dtype."""
     if not _registered:
         configure()
     results = jax.tree.map(
@@ -298,12 +291,12 @@ def _ffi(how: How, name: str, shapes: tuple[Any, ...], *operands: Array, **told:
         shapes,
         is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct) or isinstance(x[0], int),
     )
-    call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
-    return call(*operands, paired=np.int32(how.paired), **told)
+    call = jax.ffi.ffi_call(f"codegemma_{name}", results, vmap_method="sequential")
+    return call(*operands, paired=np.int32(method.bfloat16), **attributes)
 
 
-def _matmul(how: How, a: Array, b: Array) -> Array:
-    if how.paired:
+def _matmul(method: Method, a: Array, b: Array) -> Array:
+    if method.bfloat16:
         return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
     return jnp.matmul(a, b, precision="highest")
 
@@ -316,8 +309,10 @@ def _decode(raw: Array, type: str) -> Array:
     if type in floats:
         return lax.bitcast_convert_type(b, floats[type]).astype(jnp.float32)
 
-    def half(at: int) -> Array:
-        return lax.bitcast_convert_type(b[..., at : at + 2], jnp.float16).astype(jnp.float32)[..., None]
+    def half(offset: int) -> Array:
+        return lax.bitcast_convert_type(b[..., offset : offset + 2], jnp.float16).astype(jnp.float32)[
+            ..., None
+        ]
 
     values = _decode_256(b, half, type) if weights == 256 else _decode_32(b, half, type)
     return values.reshape(len(raw), -1)

@@ -1,0 +1,26 @@
+"""Opening an adapter of either format: PEFT's folder, or NeMo's archive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from codegemma.adapters import nemo, peft
+from codegemma.adapters.adapter import Adapter
+
+
+def load(path: Path | str) -> Adapter:
+    """An adapter from PEFT's folder (or its weights file), or from NeMo's .nemo archive.
+
+    Raises ValueError naming what is damaged, or which kind of adapter it is that plain LoRA cannot express.
+    """
+    path = Path(path)
+    is_archive = path.is_file() and path.name not in peft.WEIGHTS
+    return nemo.load(path) if is_archive or (path / "model_config.yaml").is_file() else peft.load(path)
+
+
+def is_adapter(path: Path | str) -> bool:
+    """Whether a path is an adapter's, and not a model's."""
+    path = Path(path)
+    if path.is_file() and path.suffix == ".nemo":
+        return nemo.is_adapter(path)
+    return (path / "adapter_config.json").is_file() or path.name in peft.WEIGHTS

@@ -1,0 +1,81 @@
+"""A model with all that another program needs beside it: `codegemma export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from codegemma import hub, prompts
+from codegemma.checkpoints import Checkpoint, open_checkpoint
+from codegemma.config import Program
+from codegemma.convert.convert import Progress, convert
+from codegemma.convert.inspect import chat_template, title
+
+LLAMACPP_README = """# llama.cpp
+
+    llama-server -m {file} -c {context} --temp 0 --top-k 0 --repeat-penalty 1.0
+
+`POST /infill` with `input_prefix` and `input_suffix` completes; the file names the FIM ids and ends at the \
+separator.
+A repeat penalty other than 1.0 damages Gemma's output.
+"""
+OLLAMA_CHAT = (
+    "<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
+    "<start_of_turn>model\n{{ .Response }}<end_of_turn>\n"
+)
+
+
+def export(
+    program: Program,
+    source: str | Path,
+    target: Path,
+    quantize_to: str | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Writes a model in a program's format, with its settings and notices, into the folder `target`; returns
+    the files.
+
+    Raises ValueError on an unknown program, and as `convert` does.
+    """
+    if program not in get_args(Program):
+        raise ValueError(f"no program {program!r}: choose {', '.join(get_args(Program))}")
+    checkpoint = open_checkpoint(hub.resolve(source))
+    name = title(checkpoint).lower().replace(" ", "-").replace("/", "-")
+    if program == "transformers":
+        convert(source, target, "safetensors", progress=progress)
+    elif program == "nemo":
+        convert(source, target / f"{name}.nemo", progress=progress)
+    else:
+        folder, file = target / "codegemma" / name if program == "lmstudio" else target, f"{name}.gguf"
+        convert(source, folder / file, quantize_to=quantize_to, progress=progress)
+        if program == "ollama":
+            (target / "Modelfile").write_text(modelfile(checkpoint, file))
+        elif program == "llamacpp":
+            readme = LLAMACPP_README.format(file=file, context=checkpoint.config.context)
+            (target / "README.md").write_text(readme)
+    (target / "NOTICE").write_text(hub.NOTICE)
+    return sorted(file for file in target.rglob("*") if file.is_file())
+
+
+def modelfile(checkpoint: Checkpoint, file: str) -> str:
+    """Ollama's Modelfile: `.Suffix` makes it fill in the middle, turns are for models that chat; with every
+    stop.
+
+    Raises ValueError on a checkpoint without a tokenizer.
+    """
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"{checkpoint.path} has no tokenizer, which Ollama needs: put tokenizer.model beside it"
+        )
+    control = tokenizer.control
+    template = OLLAMA_CHAT if chat_template(checkpoint) else "{{ .Prompt }}"
+    if control.fim:
+        markers = control.fim_prefix, control.fim_suffix, control.fim_middle
+        prefix, suffix, middle = ("" if token is None else tokenizer.piece(token) for token in markers)
+        infill = f"{prefix}{{{{ .Prompt }}}}{suffix}{{{{ .Suffix }}}}{middle}"
+        template = f"{{{{- if .Suffix }}}}{infill}{{{{- else }}}}{template}{{{{- end }}}}"
+    stops = [tokenizer.piece(token) for token in sorted(prompts.fim_stops(tokenizer)) if token != control.eos]
+    lines = [f"FROM ./{file}", f'TEMPLATE """{template}"""', *(f'PARAMETER stop "{stop}"' for stop in stops)]
+    lines += ["PARAMETER repeat_penalty 1", "PARAMETER temperature 0", f'LICENSE """{hub.NOTICE}"""', ""]
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""What a checkpoint is, read from its header without running it: `codegemma inspect`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codegemma import files, hub
+from codegemma.checkpoints import Checkpoint, format_of, open_checkpoint
+from codegemma.checkpoints.huggingface_tokenizer import CHAT_TEMPLATE
+from codegemma.checkpoints.tensors import BLOCKS, Tensor
+from codegemma.checkpoints.untrusted import read_json
+
+# Exponent bits of a float, all set in NaN and infinity, and the type that reads them.
+EXPONENTS = {"F32": (0x7F800000, "<u4"), "F16": (0x7C00, "<u2"), "BF16": (0x7F80, "<u2")}
+SCALES = {  # where the float16 scales of a block lie, in bytes
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q6_K": (208,),
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The facts of a checkpoint. `types` counts its matrices by type, `control` holds the control token
+    ids."""
+
+    path: Path
+    format: str
+    architecture: str
+    config: dict[str, Any]
+    parameters: int
+    nbytes: int
+    types: dict[str, int]
+    vocabulary: int | None
+    control: dict[str, Any]
+    chat_template: str | None
+    licence: str
+    problems: list[str]
+
+    def lines(self) -> Iterator[str]:
+        """What `codegemma inspect` prints."""
+        size = f"{self.parameters:,} parameters, {self.nbytes:,} bytes"
+        yield f"{self.path}: {self.format}, {self.architecture}, {size}"
+        yield "matrices      " + ", ".join(f"{count} {type}" for type, count in self.types.items())
+        yield "config        " + _listed(self.config)
+        ids = "none" if self.vocabulary is None else f"{self.vocabulary:,} ids; {_listed(self.control)}"
+        yield "vocabulary    " + ids
+        yield f"chat          {'has a template' if self.chat_template else 'no template'}"
+        yield f"licence       {self.licence}"
+        yield from (f"PROBLEM       {problem}" for problem in self.problems)
+
+
+def _listed(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in fields.items() if value is not None)
+
+
+def inspect(source: str | Path) -> Inspection:
+    """Reads the header, the tensors' places and the tokenizer, and checks all weights; no code in a file is
+    run.
+
+    Raises ValueError on a damaged file.
+    """
+    checkpoint = open_checkpoint(hub.resolve(source))
+    tensors, tokenizer = checkpoint.tensors, checkpoint.tokenizer
+    types = Counter(tensor.type for tensor in tensors.values() if len(tensor.shape) == 2)
+    return Inspection(
+        path=checkpoint.path,
+        format=format_of(checkpoint.path),
+        architecture=checkpoint.config.architecture,
+        config=vars(checkpoint.config),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        nbytes=checkpoint.nbytes,
+        types=dict(types.most_common()),
+        vocabulary=tokenizer.vocab_size if tokenizer else None,
+        control=dict(vars(tokenizer.control)) if tokenizer else {},
+        chat_template=chat_template(checkpoint),
+        licence=str(checkpoint.metadata.get("general.license", "Gemma Terms of Use")),
+        problems=list(_problems(checkpoint)),
+    )
+
+
+def title(checkpoint: Checkpoint) -> str:
+    """A model's name: as its own header says, else as the family calls it, else its file name."""
+    preset = hub.preset_in(checkpoint.path.name, checkpoint.config)
+    return str(checkpoint.metadata.get("general.name") or (preset.title if preset else checkpoint.path.stem))
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The chat template that came with a model, else Gemma's if the model was made to chat."""
+    stated, path = checkpoint.metadata.get("tokenizer.chat_template"), checkpoint.path
+    if stated is None and (file := path / "chat_template.jinja").is_file():
+        stated = file.read_text()
+    if not stated and (file := path / "tokenizer_config.json").is_file():
+        stated = read_json(file).get("chat_template")
+    if isinstance(stated, str):
+        return stated
+    names = title(checkpoint), path.name, path.parent.name
+    preset = next(filter(None, (hub.preset_in(name, checkpoint.config) for name in names)), None)
+    return CHAT_TEMPLATE if preset and "chat" in preset.uses else None
+
+
+def _problems(checkpoint: Checkpoint) -> Iterator[str]:
+    tokenizer, header, rows = checkpoint.tokenizer, checkpoint.metadata, checkpoint.config.vocab
+    if tokenizer is None:
+        yield "no tokenizer: ids work, text does not; put tokenizer.model beside it"
+    else:
+        if (size := tokenizer.vocab_size) > rows:
+            yield f"the tokenizer has {size:,} ids, the embedding {rows:,} rows: they are of different models"
+        if tokenizer.control.fim != "named":
+            yield "the vocabulary names no FIM tokens: no CodeGemma, unless an adapter taught it ids 67 to 70"
+        separator = header.get("tokenizer.ggml.fim_sep_token_id", header.get("tokenizer.ggml.eot_token_id"))
+        if "tokenizer.ggml.tokens" in header and separator != tokenizer.control.file_separator:
+            yield "llama.cpp will not stop at the file separator: convert it again to add fim_sep_token_id"
+    for name, tensor in checkpoint.tensors.items():
+        if not _finite(tensor):
+            yield f"tensor {name} holds NaN or infinite numbers: the file is damaged"
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all floats, or all scales of blocks, are finite."""
+    files.unmap()
+    mask, dtype = EXPONENTS["F16" if tensor.type in SCALES else tensor.type]
+    for piece in tensor.pieces():
+        floats = [piece.data]
+        if tensor.type in SCALES:
+            blocks = piece.data.reshape(-1, BLOCKS[tensor.type][1])
+            floats = [blocks[:, offset : offset + 2] for offset in SCALES[tensor.type]]
+        if any((np.ascontiguousarray(values).view(dtype) & mask == mask).any() for values in floats):
+            return False
+    return True
