@@ -48,6 +48,7 @@ CODE_LANGUAGES = (
     *("typescript", "typescriptreact", "java", "kotlin", "scala", "groovy", "clojure", "dart", "elixir"),
     *("erlang", "haskell", "ocaml", "fsharp", "vb", "vue", "svelte"),
 )
+MAX_CACHED_CHARACTERS = 100_000  # longer texts are searched anew each time
 PERSONAL_DATA = frozenset(
     ("e-mail", "author", "ipv4", "ipv6", "phone")
 )  # kinds of finding that are not secrets
@@ -73,9 +74,13 @@ def find_secrets(text: str) -> list[Finding]:
     return [finding for finding in default_redactor().find(text) if finding.kind not in PERSONAL_DATA]
 
 
-@lru_cache(64)  # editors send the same files with every keystroke
 def redact(text: str) -> str:
     """The text with every secret replaced by a fake value."""
+    return _redact(text) if len(text) <= MAX_CACHED_CHARACTERS else _redact.__wrapped__(text)
+
+
+@lru_cache(64)  # editors send the same files with every keystroke
+def _redact(text: str) -> str:
     return "".join(redact_at_cursor(text, ""))
 
 
