@@ -21,8 +21,9 @@ from codegemma.checkpoints import gguf, gguf_model
 from codegemma.checkpoints.table import TensorLocation, tensor_locations
 from codegemma.checkpoints.tensors import BLOCKS, LazyTensor, row_bytes
 from codegemma.config import PRESETS, ModelConfig
+from codegemma.files import cache_dir
 
-CACHE = hub.cache_dir()
+CACHE = cache_dir()
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # general.file_type
 ROWS = 1024  # drawn at a time
 

@@ -1,13 +1,15 @@
-"""What a Gemma model is: its architecture as one frozen, checked dataclass, and the published members of the family.
+"""What a Gemma model is: its architecture as one frozen, checked dataclass, and the published members of the
+family.
 
-Axis letters used in every name of this package: B batch, T new tokens, S visible tokens, D model width, N query heads,
-K key/value heads, G = N // K, H head width, F feed-forward width, V vocabulary rows, L layers.
+Axis letters used in every name of this package: B batch, T new tokens, S visible tokens, D model width, N
+query heads, K key/value heads, G = N // K, H head width, F feed-forward width, V vocabulary rows, L layers.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Architecture = Literal["gemma", "gemma2", "gemma3"]
@@ -40,10 +42,11 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One forward path serves Gemma 1, 2 and 3; these fields are all that differs between them.
+    """The architecture of a model: these fields are all that differs between Gemma 1, 2 and 3.
 
-    `window` is the number of tokens a local layer sees, the current one included; every `global_every`-th layer is
-    global (1: all of them). Raises ValueError where the fields contradict each other.
+    `window` is the number of tokens that a local layer sees, the current one included. Every
+    `global_every`-th layer is global (1: all of them). Raises ValueError where the fields contradict each
+    other.
     """
 
     architecture: Architecture
@@ -68,52 +71,41 @@ class ModelConfig:
     final_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        for field, most in LIMITS.items():
-            value = getattr(self, field)
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(
-                    f"model config: {field} must be a whole number from 1 to {most:,}, got {value!r}: "
-                    "the file's header or config.json is damaged"
-                )
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"model config: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
-            )
-        if self.head_width % 2:
-            raise ValueError(
-                f"model config: head_width must be even for rotary positions, got {self.head_width}"
-            )
-        if not isinstance(self.global_every, int) or not isinstance(self.window, (int, type(None))):
-            raise ValueError(
-                f"model config: global_every ({self.global_every!r}) and window ({self.window!r}) must be "
-                "whole numbers"
-            )
-        if self.global_every < 1 or (self.global_every > 1 and not self.window):
-            raise ValueError(
-                f"model config: local layers (global_every={self.global_every}) need a window, "
-                f"got {self.window!r}"
-            )
-        positive = {
-            "norm_eps": self.norm_eps,
-            "rope_base": self.rope_base,
-            "rope_base_local": self.rope_base_local,
-            "rope_scale": self.rope_scale,
-            "query_scale": self.query_scale or 1.0,
-        }
-        optional = {
-            "window": self.window,
-            "attention_softcap": self.attention_softcap,
-            "final_softcap": self.final_softcap,
-        }
-        for field, number in (positive | {k: v for k, v in optional.items() if v is not None}).items():
-            if not isinstance(number, (int, float)) or not 0 < number < 1e18:
-                raise ValueError(f"model config: {field} must be a finite number above 0, got {number!r}")
+        for problem in self._problems():
+            raise ValueError(f"model config: {problem}")
         if not self.query_scale:
             object.__setattr__(self, "query_scale", self.head_width**-0.5)
 
+    def _problems(self) -> Iterator[str]:
+        for field, maximum in LIMITS.items():
+            value = getattr(self, field)
+            if not isinstance(value, int) or not 1 <= value <= maximum:
+                yield (
+                    f"{field} must be a whole number from 1 to {maximum:,}, got {value!r}: "
+                    "the file's header or config.json is damaged"
+                )
+        if self.heads % self.kv_heads:
+            yield f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+        if self.head_width % 2:
+            yield f"head_width must be even for rotary positions, got {self.head_width}"
+        every, window = self.global_every, self.window
+        if not isinstance(every, int) or not isinstance(window, (int, type(None))):
+            yield f"global_every ({every!r}) and window ({window!r}) must be whole numbers"
+        if every < 1 or (every > 1 and not window):
+            yield f"local layers (global_every={every}) need a window, got {window!r}"
+        optional = {name: getattr(self, name) for name in ("window", "attention_softcap", "final_softcap")}
+        positive = {name: number for name, number in optional.items() if number is not None}
+        positive |= {"query_scale": self.query_scale or 1.0}
+        positive |= {
+            name: getattr(self, name) for name in ("norm_eps", "rope_base", "rope_base_local", "rope_scale")
+        }
+        for name, number in positive.items():
+            if not isinstance(number, (int, float)) or not 0 < number < 1e18:
+                yield f"{name} must be a finite number above 0, got {number!r}"
+
     @property
     def embed_scale(self) -> float:
-        """Factor on the embedding, sqrt(D). The engine computes in float32, so it is not rounded to bfloat16."""
+        """Factor on the embedding, sqrt(D), not rounded to bfloat16: the engine computes in float32."""
         return math.sqrt(self.width)
 
     def is_global(self, layer: int) -> bool:
@@ -121,17 +113,18 @@ class ModelConfig:
         return (layer + 1) % self.global_every == 0
 
     def layer_window(self, layer: int) -> int | None:
+        """How many tokens a layer sees, the current one included; None: all."""
         return None if self.is_global(layer) else self.window
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of float16 keys and values that one token takes in all layers."""
+        """Bytes of the float16 keys and values of one token in all layers."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_width
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A published member of the family and what its model card says that it is for."""
+    """A published member of the family, and what its model card says it is for."""
 
     name: str
     config: ModelConfig
@@ -143,32 +136,25 @@ class Preset:
     fim: bool = True  # trained to fill in the middle
 
 
-def _gemma1(layers: int, width: int, heads: int, kv_heads: int, ffn_width: int) -> ModelConfig:
-    return ModelConfig(
-        "gemma",
-        layers=layers,
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_width=256,
-        ffn_width=ffn_width,
-        vocab=256_000,
-        context=8_192,
-    )
-
-
-GEMMA_2B = _gemma1(18, 2048, 8, 1, 16_384)
-GEMMA_7B = _gemma1(28, 3072, 16, 16, 24_576)
-GEMMA2_2B = ModelConfig(
-    "gemma2",
-    layers=26,
-    width=2304,
+GEMMA_2B = ModelConfig(
+    "gemma",
+    layers=18,
+    width=2048,
     heads=8,
-    kv_heads=4,
+    kv_heads=1,
     head_width=256,
-    ffn_width=9216,
+    ffn_width=16_384,
     vocab=256_000,
     context=8_192,
+)
+GEMMA_7B = replace(GEMMA_2B, layers=28, width=3072, heads=16, kv_heads=16, ffn_width=24_576)
+GEMMA2_2B = replace(
+    GEMMA_2B,
+    architecture="gemma2",
+    layers=26,
+    width=2304,
+    kv_heads=4,
+    ffn_width=9216,
     window=4096,
     global_every=2,
     post_norms=True,
@@ -192,49 +178,26 @@ GEMMA3_270M = ModelConfig(
     post_norms=True,
 )
 
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset("2b", GEMMA_2B, ("completion",), "google/codegemma-2b", "CodeGemma 2B", kaggle="2b-pt"),
-        Preset(
-            "1.1-2b",
-            GEMMA_2B,
-            ("completion",),
-            "google/codegemma-1.1-2b",
-            "CodeGemma 1.1 2B",
-            kaggle="1.1-2b-pt",
-        ),
-        Preset(
-            "7b",
-            GEMMA_7B,
-            ("completion", "generation"),
-            "google/codegemma-7b",
-            "CodeGemma 7B",
-            kaggle="7b-pt",
-        ),
-        Preset(
-            "7b-it",
-            GEMMA_7B,
-            ("generation", "chat", "instructions"),
-            "google/codegemma-7b-it",
-            "CodeGemma 7B IT",
-            kaggle="7b-it",
-        ),
-        Preset(
-            "1.1-7b-it",
-            GEMMA_7B,
-            ("generation", "chat", "instructions"),
-            "google/codegemma-1.1-7b-it",
-            "CodeGemma 1.1 7B IT",
-            kaggle="1.1-7b-it",
-        ),
-        Preset(
-            "gemma-3-270m",
-            GEMMA3_270M,
-            ("completion", "generation"),
-            "google/gemma-3-270m",
-            "Gemma 3 270M",
-            fim=False,
-        ),
-    )
-}
+
+def _codegemma(name: str, config: ModelConfig, *uses: Use) -> Preset:
+    title = f"CodeGemma {name.upper().replace('-', ' ')}"
+    kaggle = name if name.endswith("-it") else f"{name}-pt"
+    return Preset(name, config, uses, f"google/codegemma-{name}", title, kaggle=kaggle)
+
+
+_PRESETS = (
+    _codegemma("2b", GEMMA_2B, "completion"),
+    _codegemma("1.1-2b", GEMMA_2B, "completion"),
+    _codegemma("7b", GEMMA_7B, "completion", "generation"),
+    _codegemma("7b-it", GEMMA_7B, "generation", "chat", "instructions"),
+    _codegemma("1.1-7b-it", GEMMA_7B, "generation", "chat", "instructions"),
+    Preset(
+        "gemma-3-270m",
+        GEMMA3_270M,
+        ("completion", "generation"),
+        "google/gemma-3-270m",
+        "Gemma 3 270M",
+        fim=False,
+    ),
+)
+PRESETS = {preset.name: preset for preset in _PRESETS}

@@ -8,6 +8,7 @@ import importlib
 import mmap
 import os
 import shutil
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def unmap() -> None:
-    """Frees the memory that pages of mapped files take; a page is read from disk again when it is next used."""
+    """Frees the memory of mapped files; a page is read from disk again when it is next used."""
     if hasattr(mmap, "MADV_DONTNEED"):
         for data in _MAPS:
             data.madvise(mmap.MADV_DONTNEED)
@@ -42,7 +43,7 @@ def unmap() -> None:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write, renamed to `path` when the block succeeds and removed when it raises."""
-    part = _part(path, str(os.getpid()))
+    part = _part(path, f"{os.getpid()}-{threading.get_ident()}")
     try:
         with open(part, "wb") as file:
             yield file
@@ -57,9 +58,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
     """As `atomic_write`, but an interrupted file is kept, and the next call with the same stamp continues it.
 
-    A block that raises ValueError would fail again in the same way: its file is removed. After a restart of the machine
-    nobody knows which writes reached the disk, so the file begins anew. Raises ValueError where another process writes
-    the same file.
+    A block that raises ValueError would fail again in the same way: its file is removed. After a restart of
+    the machine nobody knows which writes reached the disk, so the file begins anew. Raises ValueError where
+    another process writes the same file.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     stamp += boot.read_text() if boot.exists() else ""
@@ -120,7 +121,7 @@ def _part(path: Path, mark: str) -> Path:
 def remove_leftovers(path: Path) -> None:
     """Removes what killed processes left beside `path`, except what `resumable_write` may continue."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        writer = part.name.split(".")[-2]
+        writer = part.name.split(".")[-2].split("-")[0]
         if writer.isdigit() and not _alive(int(writer)):
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 

@@ -2,7 +2,8 @@
 
 Nothing here is shared with the package but `ModelConfig`. Names and shapes of the parameters:
 
-    embed [V, D]   final_norm [D]   layers.{i}.{q [N*H, D]  k, v [K*H, D]  o [D, N*H]  gate, up [F, D]  down [D, F]}
+    embed [V, D]   final_norm [D]
+    layers.{i}.{q [N*H, D]  k, v [K*H, D]  o [D, N*H]  gate, up [F, D]  down [D, F]}
     layers.{i}.{attn_norm, ffn_norm, post_attn_norm, post_ffn_norm} [D]   layers.{i}.{q_norm, k_norm} [H]
 
 A norm's weight is the factor itself: checkpoints that store it minus one have had the one added.
@@ -49,10 +50,11 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random_params(config: ModelConfig, seed: int) -> dict[str, Array]:
-    """Float32 parameters that depend on the seed and each tensor's name only, so golden files need not hold them.
+    """Float32 parameters that depend on the seed and each tensor's name only, so golden files need not hold
+    them.
 
-    Rows keep the variance of what they multiply, norms lie in [0.5, 2), where subtracting one is exact in float32,
-    and the attention projections are doubled so that the softmax is neither flat nor one-hot.
+    Rows keep the variance of what they multiply, norms lie in [0.5, 2), where subtracting one is exact in
+    float32, and the attention projections are doubled so that the softmax is neither flat nor one-hot.
     """
 
     def draw(name: str, shape: tuple[int, ...]) -> Array:
@@ -66,7 +68,7 @@ def random_params(config: ModelConfig, seed: int) -> dict[str, Array]:
 
 
 def golden(kind: str) -> tuple[ModelConfig, dict[str, Array], Array, Array]:
-    """(config, float32 parameters, ids [T], logits [T, V] by transformers) that tools/make_golden.py stored."""
+    """Config, float32 parameters, ids [T] and transformers' logits [T, V], from tools/make_golden.py."""
     file = np.load(Path(__file__).parent / "golden" / f"{kind}.npz")
     config = ModelConfig(**json.loads(str(file["config"])))
     return config, random_params(config, int(file["seed"])), file["ids"], file["logits"]
@@ -155,11 +157,13 @@ def tolerance(
     roundoff: float = FLOAT32,
     draws: int = 3,
 ) -> float:
-    """How far logits may lie from this twin's when every dot product is computed with the given unit roundoff.
+    """How far logits may lie from this twin's when every dot product is computed with the given unit
+    roundoff.
 
-    A sum of n rounded products errs with a standard deviation below roundoff * |x| * |w|. That error is put on each
-    dot product of the twin, which carries it to the logits with the model's own conditioning (a norm-wise bound
-    would grow with |W| at every layer); the result is 4 times the largest difference in a few draws.
+    A sum of n rounded products errs with a standard deviation below roundoff * |x| * |w|. That error is put
+    on each dot product of the twin, which carries it to the logits with the model's own conditioning (a
+    norm-wise bound would grow with |W| at every layer); the result is 4 times the largest difference in a few
+    draws.
     """
     exact = logits(config, params, ids)
 

@@ -96,14 +96,18 @@ def test_published_shapes_of_the_flax_and_nemo_checkpoints():
 
 
 def test_nemo_interleaves_q_k_and_v_group_by_group():
-    """As NeMo's converter from Hugging Face builds it: for each group its query heads, its key head, its value head."""
+    """As NeMo's converter from Hugging Face builds it: for each group its query heads, its key head, its
+    value head.
+    """
     config = tiny_config("gemma-mqa", heads=4, kv_heads=2)
     tensors = tiny_tensors(config)
     q, k, v = (
         tensors[f"layers.1.{name}"].float32().reshape(-1, config.head_width, config.width) for name in "qkv"
     )
     expected = np.concatenate([q[0:2], k[0:1], v[0:1], q[2:4], k[1:2], v[1:2]]).reshape(-1, config.width)
-    stored = table.to_format("nemo", config, tensors)["model.decoder.layers.1.self_attention.linear_qkv.weight"]
+    stored = table.to_format("nemo", config, tensors)[
+        "model.decoder.layers.1.self_attention.linear_qkv.weight"
+    ]
     np.testing.assert_array_equal(stored.float32(), expected)
 
 
@@ -163,7 +167,8 @@ def test_a_checkpoint_of_unknown_shapes_asks_for_its_config(tmp_path):
         open_checkpoint(path)
 
 
-# --------------------------------------------------------------------------------------------------------- hostile
+# ---------------------------------------------------------------------------------------------------------
+# hostile
 class Evil:
     def __reduce__(self):
         return (Path("/tmp/never").touch, ())
@@ -241,7 +246,8 @@ def _tar(members):
     return raw.getvalue()
 
 
-YAML = b"num_layers: 1\nhidden_size: 8\nnum_attention_heads: 1\nkv_channels: 8\nffn_hidden_size: 8\nencoder_seq_length: 64\n"
+YAML = b"num_layers: 1\nhidden_size: 8\nnum_attention_heads: 1\nkv_channels: 8\n"
+YAML += b"ffn_hidden_size: 8\nencoder_seq_length: 64\n"
 
 
 @pytest.mark.parametrize(
@@ -266,7 +272,7 @@ YAML = b"num_layers: 1\nhidden_size: 8\nnum_attention_heads: 1\nkv_channels: 8\n
                     ).encode(),
                 ),
             ],
-            "chunks: export",
+            "chunks: download or convert",
         ),
         (
             [

@@ -23,7 +23,7 @@ KINDS = ("gemma1-mqa", "gemma1-mha", "gemma2", "gemma3")
 
 @cache
 def bound(kind):
-    """Twice what either may lie off the float64 twin, when each of its dot products rounds as float32 does."""
+    """Twice the error of float32 dot products against the float64 twin: each side may have it."""
     config, params, ids, _ = golden(kind)
     return 2 * tolerance(config, params, ids)
 
@@ -57,7 +57,9 @@ def test_logits_equal_those_of_transformers(kind, source, tmp_path, monkeypatch)
 def test_a_missing_feature_would_be_noticed(kind, tmp_path):
     """The bound is no carte blanche: a rotary base that is 1 % off is outside."""
     config, params, ids, theirs = golden(kind)
-    path = write_tiny_hf(tmp_path, config, tensors={name: ArrayTensor.of(value) for name, value in params.items()})
+    path = write_tiny_hf(
+        tmp_path, config, tensors={name: ArrayTensor.of(value) for name, value in params.items()}
+    )
     fields = json.loads((path / "config.json").read_text())
     for key in ("rope_theta", "rope_local_base_freq"):
         if key in fields:
@@ -80,8 +82,10 @@ def default_model():
 
 
 def test_default_model_agrees_with_llamacpp(default_model):
-    """1,000 tokens of code. Both round activations to 8 bits, each in its own way: KL from the float64 twin is 0.0066
-    for llama.cpp and 0.0073 for us, and 0.0095 between the two; the same top token at 97.5, 96.6 and 96.6 %."""
+    """1,000 tokens of code. Both round activations to 8 bits, each in its own way: KL from the float64 twin
+    is 0.0066 for llama.cpp and 0.0073 for us, and 0.0095 between the two; the same top token at 97.5, 96.6
+    and 96.6 %.
+    """
     file = np.load(GOLDEN / "llamacpp.npz")
     ids, theirs_T64 = file["ids"], file["top_logprobs"].astype(np.float64)
     text = (GOLDEN / "code_1000.py.txt").read_bytes().decode()
@@ -98,7 +102,7 @@ def test_default_model_agrees_with_llamacpp(default_model):
             next_T.append(log_V[ids[t + 1]])
     loss = -np.mean(next_T), -file["next_logprob"].mean()
     print(
-        f"KL(llama.cpp || ours): mean {np.mean(kl_T):.5f}, median {np.median(kl_T):.5f}, most {np.max(kl_T):.4f}; "
+        f"KL(llama.cpp || ours): mean {np.mean(kl_T):.5f}, median {np.median(kl_T):.5f}, max {np.max(kl_T):.4f}; "
         f"same top token {agree / len(ids):.1%}; loss {loss[0]:.4f} and {loss[1]:.4f} nats per token"
     )
     assert np.mean(kl_T) < 0.0066 + 0.0073  # as if the two roundings had nothing in common
@@ -107,8 +111,10 @@ def test_default_model_agrees_with_llamacpp(default_model):
 
 
 def test_default_model_on_the_plain_level(default_model, monkeypatch):
-    """The packaged file's own mix of types, on C++ without SIMD. A last bit in a norm flips a rounding, and layers
-    later all roundings are others: two levels differ by as much as either does from the float64 twin."""
+    """The packaged file's own mix of types, on C++ without SIMD. A last bit in a norm flips a rounding, and
+    layers later all roundings are others: two levels differ by as much as either does from the float64
+    twin.
+    """
     if _native.level("auto") == "plain":
         pytest.skip("this CPU has no other level")
     monkeypatch.setenv("CODEGEMMA_SIMD", "plain")

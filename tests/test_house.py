@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "codegemma"
 ROOMS = (  # a module imports from its own room and from those above it (DESIGN.md, "The house")
     "config",
+    "files",
     "tokenizer",
     "prompts",
-    "files",
     "sandbox",
     "checkpoints",
     "hub",

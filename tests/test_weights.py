@@ -1,4 +1,4 @@
-"""The table against published parameter counts and llama.cpp's own name map; its checks against each fault."""
+"""The table of names against published parameter counts and llama.cpp's map; its checks of each fault."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""Tiny random models, made on the spot: configs of each architecture, weights, files, and a plain block decoder."""
+"""Tiny random models, made on the spot: configs of each architecture, weights, files, and a plain block
+decoder.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def encode(values: np.ndarray, type: str, seed: int = 0) -> Tensor:
-    """A tensor of `values` in an unquantised type; of a quantised type, random valid blocks of about their size."""
+    """A tensor of `values` in an unquantised type; of a quantised type, random valid blocks of about their
+    size.
+    """
     values = np.ascontiguousarray(values, np.float32)
     if type == "F32":
         return ArrayTensor.of(values)
@@ -93,7 +97,9 @@ _SCALES = {
 
 
 def random_blocks(type: str, shape: tuple[int, ...], std: float = 1.0, seed: int = 0) -> Tensor:
-    """Random bytes are valid blocks once their float16 scales are small numbers (both signs, for d and the minimum)."""
+    """Random bytes are valid blocks once their float16 scales are small numbers (both signs, for d and the
+    minimum).
+    """
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (*shape[:-1], row_bytes(type, shape[-1])), np.uint8)
     blocks = raw.reshape(-1, BLOCKS[type][1])
@@ -105,7 +111,9 @@ def random_blocks(type: str, shape: tuple[int, ...], std: float = 1.0, seed: int
 
 
 def fitting(type: str, width: int) -> str:
-    """The type, or the one that takes its place where blocks do not fill a row (as llama.cpp's quantiser does)."""
+    """The type, or the one that takes its place where blocks do not fill a row (as llama.cpp's quantiser
+    does).
+    """
     return next(name for name in (type, "Q8_0", "F32") if width % BLOCKS[name][0] == 0)
 
 
@@ -118,7 +126,9 @@ def tiny_tensors(config: ModelConfig, type: str = "F32", seed: int = 0) -> dict[
 
 
 def tiny_pieces(config: ModelConfig) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Pieces, scores and types of a small vocabulary with Gemma's control ids, all bytes, and printable ASCII."""
+    """Pieces, scores and types of a small vocabulary with Gemma's control ids, all bytes, and printable
+    ASCII.
+    """
     turn = 105 if config.architecture == "gemma3" else 106
     special = {
         0: "<pad>",
@@ -188,7 +198,7 @@ def write_tiny_gguf(
     tokenizer: bool = True,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """A GGUF that ours and llama.cpp's readers load. `tensors` replaces `tiny_tensors(config, type, seed)`."""
+    """A GGUF that we and llama.cpp load. `tensors` replaces `tiny_tensors(config, type, seed)`."""
     stored = table.to_format("gguf", config, tensors or tiny_tensors(config, type, seed))
     metadata = gguf_model.config_metadata(config) | (tokenizer_metadata(config) if tokenizer else {})
     gguf.write(path, metadata, stored)
@@ -214,9 +224,7 @@ def write_tiny_hf(
         name: f"model-{index % shards + 1:05}-of-{shards:05}.safetensors" for index, name in enumerate(stored)
     }
     for file in set(files.values()):
-        safetensors.write(
-            path / file, {name: stored[name] for name in stored if files[name] == file}
-        )
+        safetensors.write(path / file, {name: stored[name] for name in stored if files[name] == file})
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return path
 

@@ -2,8 +2,9 @@
 
     PYTHONPATH=.:tests .venv-bench/bin/python tools/make_golden.py
 
-Each file holds `hub` (config.json in the keys of the published checkpoints), `saved` (the same as transformers writes
-it today), `config` (our ModelConfig), `seed` (of reference.random_params), `ids`, `logits` and the `versions`.
+Each file holds `hub` (config.json in the keys of the published checkpoints), `saved` (the same as
+transformers writes it today), `config` (our ModelConfig), `seed` (of reference.random_params), `ids`,
+`logits` and the `versions`.
 """
 
 from __future__ import annotations

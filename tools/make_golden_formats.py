@@ -1,10 +1,12 @@
-"""Writes tests/golden/formats.zip: one small model as PyTorch, Orbax, KerasHub and transformers themselves write it.
+"""Writes tests/golden/formats.zip: one small model as PyTorch, Orbax, KerasHub and transformers themselves
+write it.
 
     PYTHONPATH=.:tests .venv-formats/bin/python tools/make_golden_formats.py
 
-The weights are `tiny_tensors(GOLDEN, "BF16")` of tests/test_formats.py. Inside: gemma_pytorch.ckpt and hf/ (torch.save,
-save_pretrained), nested/ and flat/ (Orbax's StandardCheckpointer), keras/ (save_to_preset), distributed/ (the torch_dist
-checkpoint of Megatron core: torch.distributed.checkpoint, layers stacked) and nemo/ (Zarr arrays by tensorstore).
+The weights are `tiny_tensors(GOLDEN, "BF16")` of tests/test_formats.py. Inside: gemma_pytorch.ckpt and hf/
+(torch.save, save_pretrained), nested/ and flat/ (Orbax's StandardCheckpointer), keras/ (save_to_preset),
+distributed/ (the torch_dist checkpoint of Megatron core: torch.distributed.checkpoint, layers stacked) and
+nemo/ (Zarr arrays by tensorstore).
 """
 
 from __future__ import annotations

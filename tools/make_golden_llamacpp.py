@@ -1,13 +1,15 @@
-"""Writes tests/golden/llamacpp.npz: what llama.cpp makes of tests/golden/code_1000.py.txt with the default model.
+"""Writes tests/golden/llamacpp.npz: what llama.cpp makes of tests/golden/code_1000.py.txt with the default
+model.
 
     PYTHONPATH=.:benchmarks:tests .venv-bench/bin/python tools/make_golden_llamacpp.py [--check]
 
 Holds `ids` int32 [1000] (llama.cpp's own, BOS first), `next_logprob` float32 [999] of the token that follows,
-`argmax` int32 [1000], `top_ids` int32 and `top_logprobs` float32 [1000, 64] (best first), and `about` (versions,
-settings, hash of the model). KL(llama.cpp || ours) at a position is at least, and nearly, the sum over its top 64 of
-p * (log p - log q) plus the same term for the rest of the mass taken as one outcome.
+`argmax` int32 [1000], `top_ids` int32 and `top_logprobs` float32 [1000, 64] (best first), and `about`
+(versions, settings, hash of the model). KL(llama.cpp || ours) at a position is at least, and nearly, the sum
+over its top 64 of p * (log p - log q) plus the same term for the rest of the mass taken as one outcome.
 
-`--check` runs the float64 twin on the same file: how far llama.cpp's own rounding takes it from the exact model.
+`--check` runs the float64 twin on the same file: how far llama.cpp's own rounding takes it from the exact
+model.
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ def check(ids: list[int], theirs_TV: np.ndarray) -> str:
     tensors = {
         tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(MODEL).tensors
     }
-    params = {place.name: tensors[place.stored].reshape(place.shape) for place in tensor_locations(GEMMA3_270M, "gguf")}
+    params = {
+        place.name: tensors[place.stored].reshape(place.shape)
+        for place in tensor_locations(GEMMA3_270M, "gguf")
+    }
     exact_TV = log_softmax(logits(GEMMA3_270M, params, ids))
     kl_T = np.array(
         [
@@ -64,7 +69,7 @@ def check(ids: list[int], theirs_TV: np.ndarray) -> str:
     nats = [-log_TV[follows].mean() for log_TV in (exact_TV, theirs_TV)]
     return (
         f"KL(float64 twin || llama.cpp): mean {kl_T.mean():.5f}, median {np.median(kl_T):.5f}, "
-        f"most {kl_T.max():.4f}; same top token {agree:.1%}; loss {nats[0]:.4f} and {nats[1]:.4f} nats per token"
+        f"max {kl_T.max():.4f}; same top token {agree:.1%}; loss {nats[0]:.4f} and {nats[1]:.4f} nats per token"
     )
 
 

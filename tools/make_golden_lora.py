@@ -1,10 +1,11 @@
-"""Writes tests/golden/lora.zip: adapters that peft saved for the golden tiny models, and the logits it gives with them.
+"""Writes tests/golden/lora.zip: adapters that peft saved for the golden tiny models, and the logits it gives
+with them.
 
     PYTHONPATH=.:tests .venv-bench/bin/python tools/make_golden_lora.py
 
-Random low-rank parts, large enough to matter, in the ways that people save them: a subset of layers and modules, ranks
-and alphas by pattern, rank-stabilised scaling, trained token rows. For each model: `peft/` as save_pretrained writes it,
-`ids.npy` (which hold the trained tokens) and `logits.npy`.
+Random low-rank parts, large enough to matter, in the ways that people save them: a subset of layers and
+modules, ranks and alphas by pattern, rank-stabilised scaling, trained token rows. For each model: `peft/` as
+save_pretrained writes it, `ids.npy` (which hold the trained tokens) and `logits.npy`.
 """
 
 from __future__ import annotations

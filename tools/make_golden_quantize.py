@@ -1,9 +1,10 @@
-"""Writes tests/golden/quantize.npz: blocks that llama.cpp's own quantisers (libggml) make, with and without importance.
+"""Writes tests/golden/quantize.npz: blocks that llama.cpp's own quantisers (libggml) make, with and without
+importance.
 
     PYTHONPATH=. .venv-bench/bin/python tools/make_golden_quantize.py
 
-Holds `values` float32 [24, 512] (normal, bfloat16, on a grid, heavy-tailed, constant, zero rows), `importance`
-float32 [512], and for each type uint8 `Q4_0` and `Q4_0_weighted`.
+Holds `values` float32 [24, 512] (normal, bfloat16, on a grid, heavy-tailed, constant, zero rows),
+`importance` float32 [512], and for each type uint8 `Q4_0` and `Q4_0_weighted`.
 """
 
 from __future__ import annotations

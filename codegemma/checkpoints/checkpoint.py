@@ -17,10 +17,12 @@ FIM_ORDERS_KEY = "codegemma.fim"  # in a GGUF header or a config.json
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened model: `tensors` by our names (formats.toml), `metadata` as the file states it (header, config.json).
+    """An opened model: `tensors` by our names (formats.toml), `metadata` as the file states it (header,
+    config.json).
 
-    metadata[FIM_ORDERS_KEY] stands where codegemma changed the weights, and lists the orders that they were trained to
-    fill in the middle in ("psm,spm", or ""). Adapters of the model before the change do not belong to such weights.
+    metadata[FIM_ORDERS_KEY] stands where codegemma changed the weights, and lists the orders that they were
+    trained to fill in the middle in ("psm,spm", or ""). Adapters of the model before the change do not belong
+    to such weights.
     """
 
     path: Path

@@ -1,8 +1,9 @@
-"""GGUF, the file format of llama.cpp (versions 2 and 3, little endian): read by memory map, written tensor by tensor.
+"""GGUF, the file format of llama.cpp (versions 2 and 3, little endian): read by memory map, written tensor by
+tensor.
 
-Layout as in ggml's docs/gguf.md: magic, version, counts, typed key-values, tensor infos, then aligned tensor data.
-Nothing in the header is believed before it is checked against the file's length, and no array is copied.
-gguf_model.py says what the entries mean.
+Layout as in ggml's docs/gguf.md: magic, version, counts, typed key-values, tensor infos, then aligned tensor
+data. Nothing in the header is believed before it is checked against the file's length, and no array is
+copied. gguf_model.py says what the entries mean.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from codegemma.checkpoints.table import format_table
 from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, Tensor, possible_shape, row_bytes
+from codegemma.checkpoints.untrusted import REMEDY, damaged
 from codegemma.config import LIMITS
 from codegemma.files import atomic_write, map_file, resumable_write
 
@@ -57,10 +59,7 @@ class Strings(Sequence[str]):
                 items.append(raw[offset + 8 : end].decode())
                 offset = end
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{self._name}: string {len(items)} is not UTF-8 ({error.reason}): "
-                "the file is damaged, or its converter wrote bytes"
-            ) from None
+            raise damaged(f"{self._name}: string {len(items)} is not UTF-8 ({error.reason})") from None
         return items
 
     def __len__(self) -> int:
@@ -83,7 +82,7 @@ class _Header:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.offset, self.strings_read = path, data, 0, 0
 
-    def fault(self, problem: str, remedy: str = "download or convert the file again") -> ValueError:
+    def fault(self, problem: str, remedy: str = REMEDY) -> ValueError:
         return ValueError(f"{self.path}: {problem}: {remedy}")
 
     def number(self, kind: struct.Struct) -> Any:
@@ -154,7 +153,9 @@ class _Header:
 
 
 def read(path: Path) -> Contents:
-    """Reads header and tensor infos. Raises ValueError naming the file and the broken rule; OSError as `open` does."""
+    """Reads header and tensor infos. Raises ValueError naming the file and the broken rule; OSError as `open`
+    does.
+    """
     header = _Header(path, map_file(path))
     if header.data[:4] != b"GGUF":
         raise header.fault("is not a GGUF file: it does not begin with GGUF", "check the path")
@@ -163,9 +164,7 @@ def read(path: Path) -> Contents:
     if version & 0xFFFF == 0:
         raise header.fault("is a big-endian GGUF", "convert it for little-endian machines")
     if version not in (2, 3):
-        raise header.fault(
-            f"is GGUF version {version}, but only 2 and 3 are known", "convert the model again"
-        )
+        raise header.fault(f"is GGUF version {version}, but only 2 and 3 are known", "convert it again")
     tensors, entries = header.count("tensors", MAX_ENTRIES), header.count("header entries", MAX_ENTRIES)
     metadata: dict[str, Any] = {}
     for _ in range(entries):
@@ -192,16 +191,12 @@ def _tensors(header: _Header, count: int, alignment: Any) -> dict[str, Tensor]:
     for name, (type, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
         size = math.prod(shape[:-1]) * row_bytes(type, shape[-1])
         if offset % alignment:
-            raise header.fault(
-                f"tensor {name} begins at offset {offset}, which is no multiple of {alignment}"
-            )
+            raise header.fault(f"tensor {name} has offset {offset}, which is no multiple of {alignment}")
         if offset < end:
             raise header.fault(f"tensors {previous} and {name} overlap")
         previous, end = name, offset + size
         if start + end > len(raw):
-            raise header.fault(
-                f"tensor {name} needs {start + end:,} bytes of file, but there are {len(raw):,}"
-            )
+            raise header.fault(f"tensor {name} needs {start + end:,} bytes of file, not {len(raw):,}")
         tensors[name] = ArrayTensor.view(type, shape, raw[start + offset : start + end])
     return {name: tensors[name] for name in infos}
 
@@ -256,8 +251,9 @@ def write(
 ) -> None:
     """Writes a file tensor by tensor, in pieces; `path` appears only when complete.
 
-    With a `stamp`, which must name everything that the file depends on, an interrupted write resumes: tensors that are
-    in the file already are not read again. Raises ValueError where a tensor's data do not fit its type and shape.
+    With a `stamp`, which must name everything that the file depends on, an interrupted write resumes: tensors
+    that are in the file already are not read again. Raises ValueError where a tensor's data do not fit its
+    type and shape.
     """
     alignment = int(metadata.get("general.alignment", ALIGNMENT))
     codes = {name: code for code, name in TYPES.items()}
@@ -280,8 +276,6 @@ def write(
                 file.truncate(file.seek(len(head) + start))
                 tensor.write_to(file)
                 if (size := file.tell() - len(head) - start) != stop - start:
-                    raise ValueError(
-                        f"{path}: tensor {name} has {size:,} bytes, but its type and shape make "
-                        f"{stop - start:,}"
-                    )
+                    expected = f"its type and shape make {stop - start:,}"
+                    raise ValueError(f"{path}: tensor {name} has {size:,} bytes, but {expected}")
         file.truncate(len(head) + end)

@@ -11,7 +11,7 @@ import numpy as np
 
 from codegemma.checkpoints import gguf, table
 from codegemma.checkpoints.checkpoint import Checkpoint
-from codegemma.checkpoints.untrusted import naming
+from codegemma.checkpoints.untrusted import damaged, naming
 from codegemma.config import ModelConfig
 from codegemma.tokenizer import Tokenizer
 
@@ -19,7 +19,9 @@ UNUSED = 5  # SentencePiece's type of a piece that stands for nothing
 
 
 def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
-    """The architecture that a header describes; `path` is for errors. Raises ValueError on one that is no Gemma."""
+    """The architecture that a header describes; `path` is for errors. Raises ValueError on one that is no
+    Gemma.
+    """
     table_of_gguf = table.format_table("gguf")
     keys, known = table_of_gguf["config"], table_of_gguf["defaults"]
     architecture: Any = str(metadata.get("general.architecture"))
@@ -36,15 +38,10 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     }
     for required in ("layers", "width", "heads", "ffn_width", "context", "norm_eps"):
         if required not in values:
-            raise ValueError(
-                f"{path}: the header lacks {architecture}.{keys[required]}: convert the model again"
-            )
+            raise damaged(f"{path}: the header lacks {architecture}.{keys[required]}")
     for name, value in values.items():
         if not isinstance(value, (int, float)):
-            raise ValueError(
-                f"{path}: {architecture}.{keys[name]} must be one number: "
-                "per-layer values and text are of another kind of model"
-            )
+            raise ValueError(f"{path}: {architecture}.{keys[name]} must be one number: choose a Gemma file")
     values.setdefault("kv_heads", values["heads"])
     values.setdefault("head_width", values["width"] // max(1, values["heads"]))
     values.setdefault("rope_base_local", values["rope_base"])
@@ -54,14 +51,9 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
         values["global_every"] = 1
     for key in ("attention.value_length", "rope.dimension_count"):
         if str(stated.get(key, values["head_width"])) != str(values["head_width"]):
-            raise ValueError(
-                f"{path}: {architecture}.{key} must equal attention.key_length ({values['head_width']}) "
-                "in a Gemma model: convert the model again"
-            )
+            raise damaged(f"{path}: {architecture}.{key} must be attention.key_length, as in every Gemma")
     if str(stated.get("rope.scaling.type", "linear")) not in ("linear", "none"):
-        raise ValueError(
-            f"{path}: {architecture}.rope.scaling.type must be linear or none, as in every Gemma"
-        )
+        raise ValueError(f"{path}: rope.scaling.type must be linear or none, as in every Gemma")
     values |= {"post_norms": architecture != "gemma", "qk_norm": architecture == "gemma3"}
     with naming(path):
         return ModelConfig(
@@ -92,8 +84,7 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     scale = _query_scale(architecture, vars(config)) or config.head_width**-0.5
     if not math.isclose(config.query_scale, scale, rel_tol=1e-6):
         raise ValueError(
-            f"GGUF has no key for the query scale {config.query_scale}: readers of a "
-            f"{architecture} file take {scale}; write safetensors instead"
+            f"GGUF has no key for the query scale {config.query_scale}; {scale} is implied: write safetensors"
         )
     return entries
 
@@ -111,10 +102,7 @@ def tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
         and isinstance(types, np.ndarray)
         and len(pieces) == scores.size == types.size
     ):
-        raise ValueError(
-            f"{path}: the header's tokenizer ({kind!r}) is not a complete "
-            "SentencePiece vocabulary (tokens, scores, token_type): convert the model again"
-        )
+        raise damaged(f"{path}: its tokenizer ({kind!r}) is not a complete SentencePiece vocabulary")
     return Tokenizer.cached(
         b"gguf" + pieces.raw + scores.tobytes() + types.tobytes(),
         lambda: Tokenizer.from_pieces(pieces, scores, types),
@@ -124,7 +112,8 @@ def tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The header entries for a vocabulary, padded to the embedding's rows, with the ids that steer or end.
 
-    llama.cpp ends a generation at the ids under eos, eot and fim_sep: the separator is CodeGemma's own terminator.
+    llama.cpp ends a generation at the ids under eos, eot and fim_sep: the separator is CodeGemma's own
+    terminator.
     """
     pieces, scores, types = tokenizer.pieces()
     padding = range(len(pieces), rows)
@@ -155,10 +144,7 @@ def load(path: Path) -> Checkpoint:
     metadata, stored = gguf.read(path)
     embedding = table.stored_name("gguf", "embed")
     if str(metadata.get("split.count", 1)) not in ("0", "1"):
-        raise ValueError(
-            f"{path}: is one part of a model split into several files: join them with "
-            "llama-gguf-split --merge"
-        )
+        raise ValueError(f"{path}: is one part of a split model: join them with llama-gguf-split --merge")
     vocab = stored[embedding].shape[0] if embedding in stored else 1
     model = config(path, metadata, vocab)
     tensors = table.from_format("gguf", path, model, stored)
@@ -166,18 +152,16 @@ def load(path: Path) -> Checkpoint:
     if pieces is None:
         return Checkpoint(path, model, tensors, metadata)
     if not isinstance(pieces, gguf.Strings) or len(pieces) > vocab:
-        raise ValueError(
-            f"{path}: tokenizer.ggml.tokens must be at most {vocab:,} strings, one for each row of "
-            f"{embedding}: convert the model again"
-        )
+        raise damaged(f"{path}: tokenizer.ggml.tokens must be at most {vocab:,} strings, as {embedding}")
     return Checkpoint(path, model, tensors, metadata, lambda: tokenizer(path, metadata))
 
 
 def save(
     path: Path, checkpoint: Checkpoint, entries: Mapping[str, Any], template: str | None, stamp: str | None
 ) -> None:
-    """Writes a file that llama.cpp reads, tensor by tensor. `entries` are further header values ("general.name");
-    `stamp` as of `gguf.write`."""
+    """Writes a file that llama.cpp reads, tensor by tensor. `entries` are further header values
+    ("general.name"); `stamp` as of `gguf.write`.
+    """
     config = checkpoint.config
     types = [tensor.type for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
     metadata = {

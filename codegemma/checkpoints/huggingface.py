@@ -1,7 +1,9 @@
-"""A Hugging Face directory: config.json, *.safetensors (sharded or not) by memory map, and a tokenizer if there is one.
+"""A Hugging Face directory: config.json, *.safetensors (sharded or not) by memory map, and a tokenizer if
+there is one.
 
-Both generations of config.json are read: that of transformers 4 (rope_theta, rope_local_base_freq, rope_scaling,
-sliding_window_pattern) and that of 5 (rope_parameters, layer_types). The text part of a multimodal Gemma 3 is enough.
+Both generations of config.json are read: that of transformers 4 (rope_theta, rope_local_base_freq,
+rope_scaling, sliding_window_pattern) and that of 5 (rope_parameters, layer_types). The text part of a
+multimodal Gemma 3 is enough.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 from codegemma.checkpoints import huggingface_tokenizer, safetensors, table
 from codegemma.checkpoints.checkpoint import FIM_ORDERS_KEY, Checkpoint
 from codegemma.checkpoints.tensors import DTYPES, Tensor
-from codegemma.checkpoints.untrusted import indexed_files, naming, read_json
+from codegemma.checkpoints.untrusted import damaged, indexed_files, naming, read_json
 from codegemma.config import GEMMA2_2B, PRESETS, ModelConfig
 from codegemma.tokenizer import Tokenizer
 
@@ -29,7 +31,9 @@ SHARD = 5 << 30  # bytes of a file, as transformers cuts
 
 
 def shards(path: Path) -> list[Path]:
-    """The weight files of a directory (or the file itself), as its index names them. Raises ValueError or OSError."""
+    """The weight files of a directory (or the file itself), as its index names them. Raises ValueError or
+    OSError.
+    """
     if not path.is_dir():
         return [path]
     index = path / "model.safetensors.index.json"
@@ -40,13 +44,9 @@ def shards(path: Path) -> list[Path]:
     else:
         files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter"))
     if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(
-            f"{path}: lacks {', '.join(missing)}, which its index names: download the directory again"
-        )
+        raise damaged(f"{path}: lacks {', '.join(missing)}, which its index names")
     if not files:
-        raise ValueError(
-            f"{path}: holds no *.safetensors: download the model in that format, or pass a .gguf file"
-        )
+        raise ValueError(f"{path}: holds no *.safetensors: download them, or pass a .gguf file")
     return files
 
 
@@ -62,15 +62,15 @@ def _text_tensors(path: Path) -> dict[str, Tensor]:
                 name = "model." + name.removeprefix(prefix)
             name = name.removeprefix("language_model.")
             if name in stored:
-                raise ValueError(
-                    f"{file}: holds {name} a second time: remove the shards that its index does not name"
-                )
+                raise ValueError(f"{file}: holds {name} a second time: remove shards that no index names")
             stored[name] = tensor
     return stored
 
 
 def config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a config.json describes; `path` is for errors. Raises ValueError on any other model."""
+    """The architecture that a config.json describes; `path` is for errors. Raises ValueError on any other
+    model.
+    """
     with naming(path):
         return _config(fields)
 
@@ -78,23 +78,15 @@ def config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
 def _config(fields: Mapping[str, Any]) -> ModelConfig:
     kind = fields.get("model_type")
     if "quantization_config" in fields:
-        raise ValueError(
-            "the weights are quantised in a way of their own (quantization_config): use the unquantised "
-            "model, or a GGUF file"
-        )
+        raise ValueError("quantization_config is not supported: use the unquantised model, or a GGUF file")
     if kind == "gemma3" and isinstance(fields.get("text_config"), dict):
         return _config({"model_type": "gemma3_text"} | fields["text_config"])
     architecture: Any = "gemma3" if kind == "gemma3_text" else kind
     known = table.format_table("hf")["defaults"]
     if architecture not in list(known):
-        raise ValueError(
-            f"model_type is {kind!r}, but this program runs {', '.join(known)}: choose a Gemma or "
-            "CodeGemma model"
-        )
+        raise ValueError(f"model_type is {kind!r}, but this program runs {', '.join(known)}: choose a Gemma")
     if fields.get("use_bidirectional_attention"):
-        raise ValueError(
-            "use_bidirectional_attention makes this an embedding model, which writes no text: choose another"
-        )
+        raise ValueError("use_bidirectional_attention makes this an embedding model: choose another")
     for key in ("hidden_activation", "hidden_act"):
         if fields.get(key) not in ACTIVATIONS:
             raise ValueError(f"{key} is {fields[key]!r}, but every Gemma uses gelu_pytorch_tanh")
@@ -125,16 +117,11 @@ def _global_every(architecture: str, fields: Mapping[str, Any], values: Mapping[
     if types is None or type(period) is not int:
         return period
     if not isinstance(types, list) or len(types) != values["layers"]:
-        raise ValueError(
-            f"layer_types must be a list with one entry for each of the {values['layers']} layers"
-        )
+        raise ValueError(f"layer_types must be a list with an entry for each of {values['layers']} layers")
     is_global = [kind == "full_attention" for kind in types]
     period = is_global.index(True) + 1 if True in is_global else max(period, len(types) + 1)
     if is_global != [(layer + 1) % period == 0 for layer in range(len(types))]:
-        raise ValueError(
-            f"layer_types {types} does not repeat: every Gemma has one full_attention after a fixed "
-            "number of sliding_attention layers"
-        )
+        raise ValueError(f"layer_types {types} does not repeat, as in every Gemma: choose another model")
     return period
 
 
@@ -147,8 +134,7 @@ def _ropes(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear") or local.get("rope_type", "default") != "default":
         raise ValueError(
-            f"rope type {kind!r} (local: {local.get('rope_type')!r}) is in no Gemma: only linear scaling "
-            "of the global layers is known"
+            f"rope type {kind!r} (local: {local.get('rope_type')!r}) is in no Gemma: pass one without it"
         )
     is_gemma3 = architecture == "gemma3"
     base = full.get("rope_theta", fields.get("rope_theta", 1e6 if is_gemma3 else 1e4))
@@ -180,14 +166,9 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "architectures": [f"G{config.architecture[1:]}ForCausalLM"],
         "model_type": "gemma3_text" if config.architecture == "gemma3" else config.architecture,
         **table.config_keys("hf", config),
-        "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scalar,
         "rope_theta": config.rope_base,
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
+        **table.written_fields("hf_config"),
     }
     if config.architecture == "gemma":
         del fields["sliding_window"], fields["query_pre_attn_scalar"]
@@ -203,7 +184,9 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def tokenizer_builder(path: Path) -> Callable[[], Tokenizer] | None:
-    """What builds the directory's tokenizer: tokenizer.model, else tokenizer.json; None where there is neither."""
+    """What builds the directory's tokenizer: tokenizer.model, else tokenizer.json; None where there is
+    neither.
+    """
     if (model := path / "tokenizer.model").exists():
         return lambda: Tokenizer.from_sentencepiece(model.read_bytes())
     if (file := path / "tokenizer.json").exists():
@@ -214,8 +197,10 @@ def tokenizer_builder(path: Path) -> Callable[[], Tokenizer] | None:
 def checkpoint_of(
     path: Path, directories: list[Path], format: table.Format, stored: Mapping[str, Tensor]
 ) -> Checkpoint:
-    """A checkpoint whose own files do not state its config: from the first config.json of these directories, else as the
-    published model that has exactly these tensors. The tokenizer lies in one of them. Raises ValueError."""
+    """A checkpoint whose own files do not state its config: from the first config.json of these directories,
+    else as the published model that has exactly these tensors. The tokenizer lies in one of them. Raises
+    ValueError.
+    """
     home = next((place for place in directories if (place / "config.json").exists()), directories[0])
     fields = read_json(home / "config.json") if (home / "config.json").exists() else {}
     build = next(filter(None, map(tokenizer_builder, directories)), None)
@@ -226,8 +211,7 @@ def checkpoint_of(
         with contextlib.suppress(ValueError):
             return Checkpoint(path, known, table.from_format(format, path, known, stored), fields, build)
     raise ValueError(
-        f"{home}: its tensors are those of no published model, and no config.json tells what they are: "
-        "put the model's Hugging Face config.json beside them"
+        f"{home}: its tensors are those of no published model, and no config.json is beside them: add it"
     )
 
 
@@ -250,7 +234,9 @@ def load(path: Path) -> Checkpoint:
 
 
 def write_companions(path: Path, checkpoint: Checkpoint, **more: Any) -> None:
-    """Writes config.json, with `more` fields and what codegemma notes of changed weights, and tokenizer.model."""
+    """Writes config.json, with `more` fields and what codegemma notes of changed weights, and
+    tokenizer.model.
+    """
     notes = {key: value for key, value in checkpoint.metadata.items() if key == FIM_ORDERS_KEY}
     _write_json(path / "config.json", config_fields(checkpoint.config) | more | notes)
     if checkpoint.tokenizer:
@@ -258,7 +244,9 @@ def write_companions(path: Path, checkpoint: Checkpoint, **more: Any) -> None:
 
 
 def save(path: Path, checkpoint: Checkpoint, template: str | None, stops: list[int]) -> None:
-    """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at the ids `stops`."""
+    """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at the ids
+    `stops`.
+    """
     stored = table.to_format("hf", checkpoint.config, checkpoint.tensors)
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in stored.items():
@@ -277,7 +265,7 @@ def save(path: Path, checkpoint: Checkpoint, template: str | None, stops: list[i
     for file, shard in zip(files, shards, strict=True):
         safetensors.write(path / file, shard)
     write_companions(path, checkpoint, torch_dtype=DTYPES[checkpoint.tensors["embed"].type])
-    generation = {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": stops or 1}
+    generation = table.written_fields("hf_generation") | {"eos_token_id": stops or 1}
     _write_json(path / "generation_config.json", generation)
     if tokenizer := checkpoint.tokenizer:
         fields = huggingface_tokenizer.config_fields(tokenizer, template)

@@ -13,7 +13,7 @@ import numpy as np
 from codegemma.checkpoints import table
 from codegemma.checkpoints.checkpoint import Checkpoint
 from codegemma.checkpoints.tensors import BLOCKS, DTYPES, ELEMENTS, TYPES_BY_DTYPE, LazyTensor, Tensor
-from codegemma.checkpoints.untrusted import indexed_files, naming, read_json, refusing
+from codegemma.checkpoints.untrusted import damaged, indexed_files, naming, read_json, refusing
 from codegemma.config import ModelConfig
 from codegemma.files import atomic_write, require
 from codegemma.tokenizer import Tokenizer
@@ -54,9 +54,7 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         for size in (config.head_width, config.width / config.heads)
     )
     if not by_head_width and not by_heads:
-        raise ValueError(
-            f"KerasHub cannot say the query scale {config.query_scale}: write safetensors instead"
-        )
+        raise ValueError(f"KerasHub cannot say the query scale {config.query_scale}: write safetensors")
     is_gemma3 = config.architecture == "gemma3"
     module = "gemma3_backbone" if is_gemma3 else "gemma_backbone"
     fields = table.config_keys("keras", config)
@@ -64,8 +62,7 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         fields["intermediate_dim"] *= 2
     fields |= {
         "name": module,
-        "trainable": True,
-        "dropout": 0,
+        **table.written_fields("keras_backbone"),
         "query_head_dim_normalize": by_head_width,
         "use_post_ffw_norm": config.post_norms,
         "use_post_attention_norm": config.post_norms,
@@ -73,13 +70,8 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "sliding_window_size": config.window or 4096,
     }
     if is_gemma3:
-        fields |= {
-            "image_size": 896,
-            "use_query_key_norm": True,
-            "vision_encoder": None,
-            "local_rope_scaling_factor": 1.0,
-            "global_rope_scaling_factor": config.rope_scale,
-        }
+        fields |= table.written_fields("keras_gemma3")
+        fields["global_rope_scaling_factor"] = config.rope_scale
     return _serialized(module, "Gemma3Backbone" if is_gemma3 else "GemmaBackbone", fields)
 
 
@@ -98,9 +90,7 @@ def read(path: Path) -> dict[str, Tensor]:
         if not isinstance(item, h5py.Dataset):
             return
         if item.external or item.is_virtual or len(stored) >= MAX_DATASETS:
-            raise ValueError(
-                f"{path}: dataset {name} lies in another file, which no preset needs: download it again"
-            )
+            raise damaged(f"{path}: dataset {name} lies in another file, which no preset needs")
         is_bfloat16 = item.attrs.get("dtype") == "bfloat16"  # stored as two bytes without a type
         type = "BF16" if is_bfloat16 else TYPES_BY_DTYPE.get(item.dtype.name)
         fits = type is not None and item.dtype.itemsize == BLOCKS[type][1]
@@ -145,33 +135,16 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     stored = table.to_format("keras", checkpoint.config, checkpoint.tensors)
     _write_weights(path / "model.weights.h5", stored)
     document = config_fields(checkpoint.config)
-    document["config"]["dtype"] = {
-        "module": "keras",
-        "class_name": "DTypePolicy",
-        "registered_name": None,
-        "config": {"name": DTYPES[checkpoint.tensors["embed"].type]},
-    }
-    documents = {
-        "config.json": document,
-        "metadata.json": {
-            "keras_version": "3.5.0",
-            "keras_hub_version": "0.17.0",
-            "tasks": ["CausalLM"],
-            "parameter_count": sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
-        },
-    }
+    dtype = {"config": {"name": DTYPES[checkpoint.tensors["embed"].type]}}
+    document["config"]["dtype"] = table.written_fields("keras_dtype") | dtype
+    count = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    metadata = table.written_fields("keras_metadata") | {"parameter_count": count}
+    documents = {"config.json": document, "metadata.json": metadata}
     if checkpoint.tokenizer:
         (path / VOCABULARY).parent.mkdir(parents=True)
         (path / VOCABULARY).write_bytes(checkpoint.tokenizer.model)
         family = "gemma3" if checkpoint.config.architecture == "gemma3" else "gemma"
-        fields = {
-            "name": f"{family}_tokenizer",
-            "trainable": True,
-            "dtype": "int32",
-            "proto": None,
-            "sequence_length": None,
-            "config_file": "tokenizer.json",
-        }
+        fields = table.written_fields("keras_tokenizer") | {"name": f"{family}_tokenizer"}
         name = f"{family.capitalize()}Tokenizer"
         documents["tokenizer.json"] = _serialized(f"{family}_tokenizer", name, fields)
     for name, content in documents.items():

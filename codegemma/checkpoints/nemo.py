@@ -1,8 +1,10 @@
-"""NeMo 1 archives (.nemo) without NeMo: a tar, plain or gzipped, of model_config.yaml, weights and a tokenizer.
+"""NeMo 1 archives (.nemo) without NeMo: a tar, plain or gzipped, of model_config.yaml, weights and a
+tokenizer.
 
-The weights are one PyTorch archive (model_weights.ckpt) or a distributed checkpoint of Megatron core in a directory:
-Zarr arrays, or PyTorch's (.metadata and *.distcp); there the layers are stacked on axis 0. A tar is never unpacked: its
-members are looked up by name and mapped where they lie, so that no path in it means anything.
+The weights are one PyTorch archive (model_weights.ckpt) or a distributed checkpoint of Megatron core in a
+directory: Zarr arrays, or PyTorch's (.metadata and *.distcp); there the layers are stacked on axis 0. A tar
+is never unpacked: its members are looked up by name and mapped where they lie, so that no path in it means
+anything.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ from codegemma.checkpoints.tensors import (
     Tensor,
     possible_shape,
 )
-from codegemma.checkpoints.untrusted import naming, refusing
+from codegemma.checkpoints.untrusted import damaged, naming, refusing
 from codegemma.config import LIMITS, ModelConfig
 from codegemma.files import atomic_write, map_file, require
 from codegemma.tokenizer import Tokenizer
 
 ZARR_TYPES = {"bfloat16": "BF16", "<f4": "F32", "<f2": "F16"}
-# Megatron core refuses a checkpoint without the state (none, as nothing is 8-bit here) of Transformer Engine's modules.
+# Megatron core refuses a checkpoint without the state (none, as nothing is 8-bit here) of Transformer
+# Engine's modules.
 ENGINE_MODULES = (
     *("self_attention.linear_qkv", "self_attention.linear_proj"),
     *("mlp.linear_fc1", "mlp.linear_fc2"),
@@ -48,42 +51,6 @@ ENGINE_MODULES = (
 MAX_MEMBERS = 65_536
 MAX_CONFIG = 1 << 20  # bytes of YAML
 MAX_INFLATION = 20  # bytes from one byte of gzip; weights hardly shrink at all
-FIXED_FIELDS = {
-    "mcore_gpt": True,
-    "normalization": "rmsnorm",
-    "activation": "geglu",
-    "openai_gelu": True,
-    "bias": False,
-    "apply_embedding_scaling": True,
-    "share_embeddings_and_output_weights": True,
-    "rotary_percentage": 1.0,
-    "position_embedding_type": "rope",
-    "transformer_block_type": "pre_ln",
-}
-# What NeMo's converter writes besides, for one device.
-WRITTEN_FIELDS = FIXED_FIELDS | {
-    "make_vocab_size_divisible_by": 128,
-    "precision": "bf16",
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "micro_batch_size": 1,
-    "global_batch_size": 8,
-    "transformer_engine": True,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "ffn_dropout": 0.0,
-    "attention_type": "multihead",
-    "dist_ckpt_format": "zarr",
-    "megatron_amp_O2": False,
-    "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
-}
-DISTRIBUTED = {
-    "sharded_backend": "zarr",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-
 Members = dict[str, np.ndarray]
 
 
@@ -108,7 +75,7 @@ def read_members(path: Path) -> Members:
             if not info.isreg() or info.sparse:
                 continue
             if info.size < 0 or info.offset_data + info.size > raw.size:
-                raise ValueError(f"{path}: its member {info.name} reaches beyond the end: download it again")
+                raise damaged(f"{path}: its member {info.name} reaches beyond the end")
             members[info.name.removeprefix("./")] = raw[info.offset_data : info.offset_data + info.size]
     return members
 
@@ -121,9 +88,7 @@ def _inflated(path: Path) -> Any:
             while block := source.read(1 << 20):
                 out.write(block)
                 if out.tell() > max_bytes:
-                    raise ValueError(
-                        f"{path}: grows to more than {MAX_INFLATION} times its size: it is no model"
-                    )
+                    raise damaged(f"{path}: grows to more than {MAX_INFLATION} times its size")
         out.flush()
         return mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ) if out.tell() else b""
 
@@ -136,17 +101,13 @@ def read(path: Path, members: Members) -> dict[str, Tensor]:
         return torch.state_dict(str(path), value, "nemo")
     if archives:
         raise ValueError(
-            f"{path}: is split into {len(archives)} parts for tensor parallelism: save it again with "
-            "tensor_model_parallel_size=1"
+            f"{path}: is split into {len(archives)} parts: save it with tensor_model_parallel_size=1"
         )
     if "model_weights/.metadata" in members:
         return _unstacked(dict(_distributed(path, members)))
     arrays = [name.split("/")[1] for name in members if re.fullmatch(r"model_weights/[^/]+/\.zarray", name)]
     if not arrays:
-        raise ValueError(
-            f"{path}: holds neither model_weights.ckpt nor a distributed checkpoint in model_weights/: "
-            "export the model again"
-        )
+        raise damaged(f"{path}: holds neither model_weights.ckpt nor a checkpoint in model_weights/")
     return _unstacked({name: _zarr(path, members, name) for name in arrays})
 
 
@@ -173,25 +134,22 @@ def _zarr(path: Path, members: Members, name: str) -> Tensor:
     """A Zarr array of uncompressed chunks, put together when it is read."""
     folder, label = f"model_weights/{name}/", f"{path}: array {name}"
     errors = (ValueError, KeyError, TypeError, RecursionError)
-    with refusing(f"{label} is described in a way unknown here", *errors, remedy="export the model again"):
+    with refusing(f"{label} is described in a way unknown here", *errors):
         described = json.loads(bytes(members[folder + ".zarray"][:65_536]))
         shape, chunk = tuple(described["shape"]), tuple(described["chunks"])
         type, packed = ZARR_TYPES[described["dtype"]], described["compressor"] or described.get("filters")
     plain = not packed and described.get("order", "C") == "C"
     if not plain or len(shape) != len(chunk) or not possible_shape(shape) or not possible_shape(chunk):
-        raise ValueError(
-            f"{label} is compressed or of the impossible shape {list(shape)} in chunks of "
-            f"{list(chunk)}: export the model again"
-        )
+        raise damaged(f"{label} is compressed or has the impossible shape {shape} in chunks of {chunk}")
     grid = [-(-size // step) for size, step in zip(shape, chunk, strict=True)]
     if math.prod(grid) > MAX_MEMBERS:
-        raise ValueError(f"{label} has {math.prod(grid):,} chunks: export the model again")
+        raise damaged(f"{label} has {math.prod(grid):,} chunks")
     size = math.prod(chunk) * BLOCKS[type][1]
     dot = described.get("dimension_separator", ".")
     chunks = {index: members.get(folder + dot.join(map(str, index))) for index in np.ndindex(*grid)}
     complete = {index: raw for index, raw in chunks.items() if raw is not None and raw.size == size}
     if lacking := len(chunks) - len(complete):
-        raise ValueError(f"{label} lacks {lacking} of its {len(chunks)} chunks: download it again")
+        raise damaged(f"{label} lacks {lacking} of its {len(chunks)} chunks")
     pieces: list[tuple[tuple[int, ...], Tensor]] = [
         (tuple(np.multiply(index, chunk)), ArrayTensor.view(type, chunk, raw))
         for index, raw in complete.items()
@@ -222,7 +180,9 @@ def _assembled(type: str, shape: tuple[int, ...], pieces: list[tuple[tuple[int, 
 
 
 def _distributed(path: Path, members: Members) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of PyTorch's distributed checkpoint: each in pieces, each piece an archive inside a .distcp file."""
+    """The tensors of PyTorch's distributed checkpoint: each in pieces, each piece an archive inside a .distcp
+    file.
+    """
     metadata = torch.unpickle(f"{path}: .metadata", bytes(members["model_weights/.metadata"]))
     locations: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
     for index, location in metadata.field("storage_data").items():
@@ -237,14 +197,10 @@ def _distributed(path: Path, members: Members) -> Iterator[tuple[str, Tensor]]:
             for offset, location in locations.get(name, [])
         ]
         if not pieces or sum(math.prod(piece.shape) for _, piece in pieces) != math.prod(shape):
-            raise ValueError(
-                f"{path}: the pieces of {name} do not make its shape {list(shape)}: export it again"
-            )
+            raise damaged(f"{path}: the pieces of {name} do not make its shape {list(shape)}")
         type = pieces[0][1].type
         if not all(piece.type == type and _fits(offset, piece.shape, shape) for offset, piece in pieces):
-            raise ValueError(
-                f"{path}: the pieces of tensor {name} do not fit its shape {list(shape)}: export it again"
-            )
+            raise damaged(f"{path}: the pieces of tensor {name} do not fit its shape {list(shape)}")
         yield name, pieces[0][1] if len(pieces) == 1 else _assembled(type, shape, pieces)
 
 
@@ -258,9 +214,7 @@ def _piece(path: Path, members: Members, name: str, location: Any) -> Tensor:
     file, start, length = (location.field(key) for key in ("relative_path", "offset", "length"))
     data = members.get(f"model_weights/{file}")
     if data is None or not (type(start) is type(length) is int and 0 <= start < start + length <= data.size):
-        raise ValueError(
-            f"{path}: the file {file}, or a piece of tensor {name} in it, is missing: download it again"
-        )
+        raise damaged(f"{path}: the file {file}, or a piece of tensor {name} in it, is missing")
     value = torch.read(f"{path}: {file}", data[start : start + length])
     if not isinstance(value, (ArrayTensor, LazyTensor)):
         raise ValueError(f"{path}: a piece of tensor {name} is no float tensor: export the model in bfloat16")
@@ -269,11 +223,9 @@ def _piece(path: Path, members: Members, name: str, location: Any) -> Tensor:
 
 def config(path: Path, fields: Mapping[str, Any], vocab: int) -> ModelConfig:
     """The architecture that a model_config.yaml describes. Raises ValueError on one that is no Gemma 1."""
-    for key, value in FIXED_FIELDS.items():
+    for key, value in table.written_fields("nemo_required").items():
         if fields.get(key, value) != value:
-            raise ValueError(
-                f"{path}: {key} is {fields[key]!r}, but Gemma has {value!r}: this is another model"
-            )
+            raise ValueError(f"{path}: {key} is {fields[key]!r}, but Gemma has {value!r}: choose a Gemma")
     values = table.config_values("nemo", "gemma", fields)
     values["kv_heads"] = values["kv_heads"] or values["heads"]
     with naming(path):
@@ -281,14 +233,14 @@ def config(path: Path, fields: Mapping[str, Any], vocab: int) -> ModelConfig:
 
 
 def read_config(path: Path, members: Members) -> dict[str, Any]:
-    """The model_config.yaml of an archive. Raises ValueError where there is none, or one that may be an attack."""
+    """The model_config.yaml of an archive. Raises ValueError where there is none, or one that may be an
+    attack.
+    """
     if "model_config.yaml" not in members:
         raise ValueError(f"{path}: holds no model_config.yaml: pass a .nemo archive of NeMo 1")
     raw, label = bytes(members["model_config.yaml"]), f"{path}: its model_config.yaml"
     yaml = require("yaml", "NeMo archives", "formats")
-    with refusing(
-        f"{label} cannot be read", yaml.YAMLError, RecursionError, ValueError, remedy="export it again"
-    ):
+    with refusing(f"{label} cannot be read", yaml.YAMLError, RecursionError, ValueError):
         suspicious = len(raw) > MAX_CONFIG or (
             b"&" in raw and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw))
         )
@@ -296,7 +248,7 @@ def read_config(path: Path, members: Members) -> dict[str, Any]:
     if suspicious:
         raise ValueError(f"{label} is too large or refers to itself: it may be an attack")
     if not isinstance(fields, dict):
-        raise ValueError(f"{label} holds no mapping: export the model again")
+        raise damaged(f"{label} holds no mapping")
     return fields
 
 
@@ -320,15 +272,13 @@ def load(path: Path) -> Checkpoint:
 
 
 def config_yaml(config: ModelConfig, tokenizer: str | None, **more: Any) -> bytes:
-    """A model_config.yaml as NeMo's converter writes it, for one device; `tokenizer` names a member of the archive."""
-    fields = table.config_keys("nemo", config) | WRITTEN_FIELDS | more
-    fields["max_position_embeddings"] = config.context
-    fields["tokenizer"] = {
-        "library": "sentencepiece",
-        "model": f"nemo:{tokenizer}" if tokenizer else None,
-        **dict.fromkeys(("type", "vocab_file", "merge_file", "delimiter")),
-        "sentencepiece_legacy": False,
-    }
+    """A model_config.yaml as NeMo's converter writes it, for one device; `tokenizer` names a member of the
+    archive.
+    """
+    fields = table.written_fields("nemo_required") | table.written_fields("nemo_config")
+    fields |= table.config_keys("nemo", config) | more | {"max_position_embeddings": config.context}
+    model = f"nemo:{tokenizer}" if tokenizer else None
+    fields["tokenizer"] = table.written_fields("nemo_tokenizer") | {"model": model}
     return bytes(require("yaml", "NeMo archives", "formats").safe_dump(fields).encode())
 
 
@@ -343,7 +293,11 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         add_member(archive, "model_config.yaml", config_yaml(checkpoint.config, name))
         if model and name:
             add_member(archive, name, model)
-        add_member(archive, "model_weights/metadata.json", json.dumps(DISTRIBUTED).encode())
+        add_member(
+            archive,
+            "model_weights/metadata.json",
+            json.dumps(table.written_fields("nemo_distributed")).encode(),
+        )
         add_member(archive, "model_weights/common.pt", _torch_bytes({"checkpoint_version": 3.0}))
         layers = checkpoint.config.layers
         for module, layer in itertools.product(ENGINE_MODULES, range(layers)):
@@ -360,15 +314,10 @@ def _torch_bytes(value: Mapping[str, Any] | None) -> bytes:
 
 def _add_zarr(archive: tarfile.TarFile, folder: str, layers: list[Tensor], stacked: bool) -> None:
     shape = layers[0].shape
-    described = {
+    described = table.written_fields("zarr_array") | {
         "chunks": [1, *shape] if stacked else shape,
-        "compressor": None,
         "dtype": next(dtype for dtype, type in ZARR_TYPES.items() if type == layers[0].type),
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
         "shape": [len(layers), *shape] if stacked else shape,
-        "zarr_format": 2,
     }
     add_member(archive, folder + ".zarray", json.dumps(described, indent=4).encode())
     out: Any = archive.fileobj

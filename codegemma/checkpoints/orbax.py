@@ -1,5 +1,5 @@
-"""Orbax checkpoints: DeepMind's Flax (nested, flat, Kauldron), as on Kaggle, and MaxText's; read and written by
-tensorstore, one array at a time, without JAX or Orbax.
+"""Orbax checkpoints: DeepMind's Flax (nested, flat, Kauldron), as on Kaggle, and MaxText's; read and written
+by tensorstore, one array at a time, without JAX or Orbax.
 
 A checkpoint is a directory of Zarr arrays, each under the path of its key, in files or in an OCDBT database.
 """
@@ -26,7 +26,7 @@ from codegemma.checkpoints.tensors import (
     Tensor,
     possible_shape,
 )
-from codegemma.checkpoints.untrusted import refusing
+from codegemma.checkpoints.untrusted import damaged, refusing
 from codegemma.config import LIMITS
 from codegemma.files import require
 
@@ -39,7 +39,9 @@ FORMATS: dict[table.Format, tuple[str, ...]] = {
 
 
 def find(path: Path) -> Path | None:
-    """The directory of the checkpoint itself: `path` or one or two levels down ("2b-pt", "0/items"); None without one."""
+    """The directory of the checkpoint itself: `path` or one or two levels down ("2b-pt", "0/items"); None
+    without one.
+    """
     for directory in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))):
         marked = any((directory / name).exists() for name in ("manifest.ocdbt", "_METADATA"))
         if marked or next(directory.glob("*/.zarray"), None):
@@ -56,9 +58,7 @@ def read(path: Path) -> dict[str, Tensor]:
         names = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
     arrays = [name.removesuffix("/.zarray") for name in names if name.endswith("/.zarray")]
     if not arrays or len(arrays) > MAX_ARRAYS:
-        raise ValueError(
-            f"{path}: holds {len(arrays)} Zarr arrays: pass the directory of an Orbax checkpoint"
-        )
+        raise ValueError(f"{path}: holds {len(arrays)} Zarr arrays: pass an Orbax checkpoint")
     stored: dict[str, Tensor] = {}
     for name in arrays:
         spec = {"driver": "zarr", "kvstore": {**store, "path": f"{store.get('path', '')}{name}/"}}
@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _flat_key(name: str) -> str:
-    """The key as in the flat layout, where other layouts add "params/" or leave out "transformer/" and "/w"."""
+    """The key of the flat layout; other layouts add "params/" or leave out "transformer/" and "/w"."""
     key = re.sub(r"^(params/)+", "", name.replace(".", "/"))
     if re.match(r"(layer_\d+|embedder|final_norm)/", key):
         key = f"transformer/{key}"
@@ -77,7 +77,9 @@ def _flat_key(name: str) -> str:
 
 
 def _tensors(label: str, key: str, array: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensor of an array of tensorstore, or one for each layer where they are stacked on axis 1, as MaxText's are."""
+    """The tensor of an array of tensorstore, or one for each layer where they are stacked on axis 1, as
+    MaxText's are.
+    """
     type, shape, chunk = (
         TYPES_BY_DTYPE.get(array.dtype.name),
         tuple(array.shape),
@@ -86,9 +88,7 @@ def _tensors(label: str, key: str, array: Any) -> Iterator[tuple[str, Tensor]]:
     if type is None or not shape:  # a step counter
         return
     if not possible_shape(shape) or math.prod(chunk) > 2 * math.prod(shape) + 1024:
-        raise ValueError(
-            f"{label} has the impossible shape {list(shape)} in chunks of {list(chunk)}: download it again"
-        )
+        raise damaged(f"{label} has the impossible shape {list(shape)} in chunks of {list(chunk)}")
     stacked = re.fullmatch(r"decoder/layers/(\D.*)", key)
     if stacked is None or len(shape) < 2:
         yield key, _lazy(label, type, array)
@@ -113,8 +113,9 @@ def _lazy(label: str, type: str, array: Any) -> Tensor:
 
 
 def load(path: Path) -> Checkpoint:
-    """Opens a directory that is, or holds, a checkpoint. Its config is that of a config.json beside it, or of the
-    published model with these shapes."""
+    """Opens a directory that is, or holds, a checkpoint. Its config is that of a config.json beside it, or of
+    the published model with these shapes.
+    """
     directory = find(path)
     if directory is None:
         raise ValueError(f"{path}: holds no Orbax checkpoint (manifest.ocdbt, _METADATA or Zarr arrays)")
@@ -125,7 +126,9 @@ def load(path: Path) -> Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes `checkpoint` in the flat layout of the published files, with config.json and tokenizer beside it."""
+    """Writes `checkpoint` in the flat layout of the published files, with config.json and tokenizer beside
+    it.
+    """
     ts = require("tensorstore", "Orbax checkpoints", "formats")
     directory = path / "checkpoint"
     directory.mkdir()
@@ -141,12 +144,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
             "key_metadata": [{"key": group, "key_type": 2}, {"key": key, "key_type": 2}],
             "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
         }
-    metadata = {
-        "tree_metadata": tree,
-        "use_ocdbt": True,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-    }
+    metadata = table.written_fields("orbax_metadata") | {"tree_metadata": tree}
     (directory / "_METADATA").write_text(json.dumps(metadata))
     huggingface.write_companions(path, checkpoint)
 

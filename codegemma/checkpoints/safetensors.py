@@ -1,6 +1,7 @@
 """safetensors, the file format of Hugging Face: read by memory map, written tensor by tensor.
 
-Layout: u64 length of the header, JSON header {name: {dtype, shape, data_offsets}}, then the data without gaps.
+Layout: u64 length of the header, JSON header {name: {dtype, shape, data_offsets}}, then the data without
+gaps.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from codegemma.checkpoints.tensors import BLOCKS, ELEMENTS, ArrayTensor, Tensor, possible_shape
-from codegemma.checkpoints.untrusted import MAX_JSON, parse_json
+from codegemma.checkpoints.untrusted import MAX_JSON, damaged, parse_json
 from codegemma.files import atomic_write, map_file
 
 TYPES = tuple(ELEMENTS)
+NAMES = ", ".join(TYPES)
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -28,10 +30,7 @@ def read(path: Path) -> dict[str, Tensor]:
     data = map_file(path)
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > min(MAX_JSON, len(data) - 8):
-        raise ValueError(
-            f"{path}: its header of {size:,} bytes must fit the file and be at most {MAX_JSON:,} "
-            "bytes: the file is damaged or no safetensors; download it again"
-        )
+        raise damaged(f"{path}: its header of {size:,} bytes must fit the file and {MAX_JSON:,} bytes")
     infos = parse_json(path, data[8 : 8 + size])
     infos.pop("__metadata__", None)
     raw = np.frombuffer(data, np.uint8)[8 + size :]
@@ -39,33 +38,29 @@ def read(path: Path) -> dict[str, Tensor]:
     end = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: (item[1], item[0])):
         if start < end:
-            raise ValueError(f"{path}: tensor {name} overlaps the one before it: download the file again")
+            raise damaged(f"{path}: tensor {name} overlaps the one before it")
         end = stop
     return {name: _tensor(infos[name], raw[start:stop]) for name, (start, stop) in spans.items()}
 
 
 def _span(path: Path, name: str, info: Any, size: int) -> tuple[int, int]:
-    """First and last byte of a tensor, once its dtype, shape and offsets agree with each other and with the file."""
+    """First and last byte of a tensor, once its dtype, shape and offsets agree with each other and with the
+    file.
+    """
     match info:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
             pass
         case _:
-            raise ValueError(
-                f"{path}: tensor {name} lacks dtype, shape or data_offsets: download the file again"
-            )
+            raise damaged(f"{path}: tensor {name} lacks dtype, shape or data_offsets")
     if dtype not in TYPES:
         raise ValueError(
-            f"{path}: tensor {name} is {dtype}, but this program reads {', '.join(TYPES)}: use the "
-            "unquantised model, or a GGUF file"
+            f"{path}: tensor {name} is {dtype}, but this program reads {NAMES}: choose a GGUF file"
         )
     if len(shape) > 4 or not possible_shape(shape):
-        raise ValueError(f"{path}: tensor {name} has the impossible shape {shape}: download the file again")
+        raise damaged(f"{path}: tensor {name} has the impossible shape {shape}")
     needed = math.prod(shape) * BLOCKS[dtype][1]
     if not 0 <= start <= stop <= size or stop - start != needed:
-        raise ValueError(
-            f"{path}: tensor {name} of {needed:,} bytes lies at {start:,} to {stop:,} in {size:,} bytes of "
-            "data: the file is damaged or cut short; download it again"
-        )
+        raise damaged(f"{path}: tensor {name} of {needed:,} bytes lies at {start:,} to {stop:,} in {size:,}")
     return start, stop
 
 
@@ -78,13 +73,14 @@ def _tensor(info: Mapping[str, Any], raw: np.ndarray) -> Tensor:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes unquantised tensors into one file, which appears only when complete. Raises ValueError on blocks."""
+    """Writes unquantised tensors into one file, which appears only when complete. Raises ValueError on
+    blocks.
+    """
     infos, offset = {}, 0
     for name, tensor in tensors.items():
         if tensor.type not in TYPES:
             raise ValueError(
-                f"{path}: tensor {name} is {tensor.type}, but safetensors holds {', '.join(TYPES)}: "
-                "decode it first, or write GGUF"
+                f"{path}: tensor {name} is {tensor.type}, but safetensors holds {NAMES}: write GGUF"
             )
         span = (offset, offset := offset + tensor.nbytes)
         infos[name] = {"dtype": tensor.type, "shape": tensor.shape, "data_offsets": span}

@@ -5,6 +5,8 @@ Norm factors are held as float32 with the 1 of Gemma's (1 + w) added; formats di
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import re
 import tomllib
@@ -17,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from codegemma.checkpoints.tensors import ELEMENTS, ArrayTensor, LazyTensor, Tensor, from_float32
+from codegemma.checkpoints.untrusted import damaged
 from codegemma.config import ModelConfig
 
 Format = Literal["gguf", "hf", "flax", "maxtext", "keras", "nemo", "pytorch"]
@@ -50,8 +53,21 @@ def format_table(format: Format) -> dict[str, Any]:
     return table
 
 
+@cache
+def _written() -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(Path(__file__).with_name("written_fields.json").read_text("utf-8"))
+    return fields
+
+
+def written_fields(name: str) -> dict[str, Any]:
+    """Constant fields of a document that a format's writer writes, from written_fields.json."""
+    return dict(copy.deepcopy(_written()[name]))
+
+
 def stored_name(format: Format, name: str) -> str:
-    """What a format calls one of our tensors that it stores as we do, such as "embed"; {i} stands for the layer."""
+    """What a format calls one of our tensors that it stores as we do, such as "embed"; {i} stands for the
+    layer.
+    """
     return next(stored for stored, ours in format_table(format)["tensors"]["always"].items() if ours == name)
 
 
@@ -103,7 +119,8 @@ class TensorPart(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that a format stores for one model: the parts it holds, joined along letter `join` of its axes.
+    """A tensor that a format stores for one model: the parts it holds, joined along letter `join` of its
+    axes.
 
     Stored values are ours times `scale`; `size` gives the length of each letter.
     """
@@ -247,7 +264,8 @@ def from_format(
 ) -> dict[str, Tensor]:
     """Our tensors from those of a file, by our names. `path` is for errors.
 
-    Raises ValueError on missing, extra or misshapen tensors, and on an output layer that is not the embedding.
+    Raises ValueError on missing, extra or misshapen tensors, and on an output layer that is not the
+    embedding.
     """
     wanted = {tensor.name: tensor for tensor in stored_tensors(config, format)}
     head = format_table(format).get("tied_head", "")
@@ -279,7 +297,7 @@ def from_format(
 
 
 def to_format(format: Format, config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file, by its names, from ours. Raises ValueError on types that the format cannot hold."""
+    """A file's tensors by its names, from ours. Raises ValueError on types that the format cannot hold."""
     shift = np.float32(0 if format_table(format).get("includes_one") else 1)
     stored: dict[str, Tensor] = {}
     for layout in stored_tensors(config, format):
@@ -338,9 +356,7 @@ def _scaled(type: str, elements: np.ndarray, scale: float, operation: np.ufunc) 
 
 def _norm_factor(format: Format, path: Path, name: str, norm: Tensor) -> Tensor:
     if norm.type not in ELEMENTS:
-        raise ValueError(
-            f"{path}: tensor {name} is {norm.type}, but norms are F32, F16 or BF16: convert the model again"
-        )
+        raise damaged(f"{path}: tensor {name} is {norm.type}, but norms are F32, F16 or BF16")
     values = norm.float32()
     if format_table(format).get("includes_one"):
         return norm if norm.type == "F32" else ArrayTensor.of(values)

@@ -1,4 +1,6 @@
-"""Tensors as checkpoints store them: unquantised numbers or ggml's blocks, mapped from a file or read when needed."""
+"""Tensors as checkpoints store them: unquantised numbers or ggml's blocks, mapped from a file or read when
+needed.
+"""
 
 from __future__ import annotations
 
@@ -123,10 +125,11 @@ class ArrayTensor(Tensor):
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor(Tensor):
-    """A tensor that is read or computed each time it is used, and not kept: a large model needs little memory.
+    """A tensor that is read or computed each time it is used, and not kept: a large model needs little
+    memory.
 
-    `read(start, stop)` gives rows in stored form (elements, or the bytes of blocks). Where `by_rows` is False it has to
-    compute all rows for any of them, so `pieces` asks for all at once.
+    `read(start, stop)` gives rows in stored form (elements, or the bytes of blocks). Where `by_rows` is False
+    it has to compute all rows for any of them, so `pieces` asks for all at once.
     """
 
     type: str

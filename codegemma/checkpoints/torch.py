@@ -1,8 +1,8 @@
 """PyTorch archives (.ckpt, .bin, .pt) without PyTorch: read by memory map, written tensor by tensor.
 
-An archive is a zip file of uncompressed members: a pickle that describes the object, and one member for the bytes of
-each storage. The pickle is interpreted with a closed list of names, each standing for a value of ours; nothing that it
-names is ever imported or called.
+An archive is a zip file of uncompressed members: a pickle that describes the object, and one member for the
+bytes of each storage. The pickle is interpreted with a closed list of names, each standing for a value of
+ours; nothing that it names is ever imported or called.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from codegemma.checkpoints import huggingface, table
 from codegemma.checkpoints.checkpoint import Checkpoint
 from codegemma.checkpoints.tensors import BLOCKS, DTYPES, ELEMENTS, ArrayTensor, LazyTensor, Tensor
-from codegemma.checkpoints.untrusted import refusing
+from codegemma.checkpoints.untrusted import damaged, refusing
 from codegemma.files import atomic_write, map_file
 
 STORAGES = {"BFloat16Storage": "BF16", "FloatStorage": "F32", "HalfStorage": "F16"}
@@ -53,7 +53,8 @@ class _Dict(dict[Any, Any]):
         pass  # _metadata of a state dict
 
 
-# What a pickle may name. A distributed checkpoint's metadata are dataclasses, enums and dtypes of these modules.
+# What a pickle may name. A distributed checkpoint's metadata are dataclasses, enums and dtypes of these
+# modules.
 _CHECKPOINT = "torch.distributed.checkpoint"
 _RECORDS = {
     f"{_CHECKPOINT}.metadata": (
@@ -127,7 +128,8 @@ class _Reader(_Unpickler):  # type: ignore[misc]
 def unpickle(name: str, raw: bytes, storage: Callable[[str, str, int], Any] | None = None) -> Any:
     """The object that a pickle describes, of dictionaries, lists, texts, numbers, tensors and Records.
 
-    `storage(kind, key, count)` gives the numbers that a tensor refers to. Raises ValueError, with `name` in it.
+    `storage(kind, key, count)` gives the numbers that a tensor refers to. Raises ValueError, with `name` in
+    it.
     """
     if len(raw) > MAX_PICKLE:
         raise ValueError(
@@ -143,7 +145,8 @@ def unpickle(name: str, raw: bytes, storage: Callable[[str, str, int], Any] | No
 
 
 def rebuild_tensor(storage: tuple[str, np.ndarray], offset: int, shape: Any, strides: Any, *_: Any) -> Any:
-    """A tensor over a storage (type, elements), as torch._utils._rebuild_tensor_v2; other types stay storages.
+    """A tensor over a storage (type, elements), as torch._utils._rebuild_tensor_v2; other types stay
+    storages.
 
     Raises ValueError where it reaches beyond the storage.
     """
@@ -170,16 +173,16 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read(name: str, data: Any) -> Any:
-    """The object in an archive given as bytes or a map of them; its tensors are views. ValueError names the rule."""
+    """The object in an archive given as bytes or a map of them; its tensors are views. ValueError names the
+    rule.
+    """
     members = _members(name, data)
     pickles = [member for member in members if member.endswith("data.pkl")]
     if len(pickles) != 1:
-        raise ValueError(
-            f"{name}: holds {len(pickles)} data.pkl, but a PyTorch archive has one: convert it again"
-        )
+        raise damaged(f"{name}: holds {len(pickles)} data.pkl, but a PyTorch archive has one")
     root = pickles[0].removesuffix("data.pkl")
     if bytes(members.get(root + "byteorder", b"little")) != b"little":
-        raise ValueError(f"{name}: was written on a big-endian machine: convert it again")
+        raise damaged(f"{name}: was written on a big-endian machine")
 
     def storage(kind: str, key: str, count: int) -> tuple[str, np.ndarray]:
         member = members.get(f"{root}data/{key}")
@@ -215,15 +218,15 @@ def _members(name: str, data: Any) -> dict[str, np.ndarray]:
         compressed = info.compress_type or info.file_size != info.compress_size
         overlaps = offset < end or offset + 30 > raw.size
         if compressed or overlaps or info.filename in members or len(infos) > MAX_MEMBERS:
-            raise ValueError(
+            raise damaged(
                 f"{name}: its member {info.filename} is compressed, repeated or overlaps another, which "
-                "PyTorch never writes: download it again"
+                "PyTorch never writes"
             )
         name_length, extra_length = raw[offset + 26 : offset + 30].view("<u2").tolist()
         start = offset + 30 + name_length + extra_length
         end = start + info.file_size
         if end > raw.size:
-            raise ValueError(f"{name}: its member {info.filename} reaches beyond the end: download it again")
+            raise damaged(f"{name}: its member {info.filename} reaches beyond the end")
         members[info.filename] = raw[start:end]
     return members
 
@@ -298,7 +301,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def write(file: Any, value: Mapping[str, Any] | None) -> None:
-    """Writes an archive that torch.load(weights_only=True) reads: nested dictionaries of tensors, texts, numbers, None."""
+    """Writes an archive that torch.load(weights_only=True) reads: nested dictionaries of tensors, texts,
+    numbers, None.
+    """
     tensors: list[Tensor] = []
     described = b"\x80\x02" + _pickled(value, tensors) + b"."
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

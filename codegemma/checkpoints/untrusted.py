@@ -12,8 +12,16 @@ from typing import Any
 MAX_JSON = 1 << 24  # bytes; the header of a 7B's safetensors is under 100 kB
 
 
+REMEDY = "download or convert it again"
+
+
+def damaged(problem: str) -> ValueError:
+    """The error for a file that cannot have been written so."""
+    return ValueError(f"{problem}: {REMEDY}")
+
+
 @contextmanager
-def refusing(problem: str, *errors: type[Exception], remedy: str = "download it again") -> Iterator[None]:
+def refusing(problem: str, *errors: type[Exception], remedy: str = REMEDY) -> Iterator[None]:
     """Turns these errors of a block into a ValueError "problem (error): remedy"."""
     try:
         yield
@@ -31,7 +39,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. Raises ValueError naming the file, OSError as `open` does."""
+    """A JSON object from a file of bounded size. Raises ValueError naming the file, or OSError."""
     if path.stat().st_size > max_bytes:
         raise ValueError(f"{path}: is larger than {max_bytes:,} bytes: check that it is the right file")
     return parse_json(path, path.read_bytes())
@@ -39,12 +47,10 @@ def read_json(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     """A JSON object in which no name stands twice; `path` is for errors."""
-    with refusing(
-        f"{path}: is not valid JSON", ValueError, RecursionError, remedy="download or convert it again"
-    ):
+    with refusing(f"{path}: is not valid JSON", ValueError, RecursionError):
         value = json.loads(raw, object_pairs_hook=_unique)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object: download or convert it again")
+        raise damaged(f"{path}: must hold a JSON object")
     return value
 
 
@@ -55,7 +61,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def indexed_files(index: Path, extension: str) -> list[str]:
-    """The names of the weight files that an index (`weight_map`: tensor -> file or files) distributes a model over.
+    """The names of the weight files that an index (`weight_map`: tensor -> file or files) distributes a model
+    over.
 
     Raises ValueError where they are not files of the index's own directory.
     """
@@ -63,7 +70,5 @@ def indexed_files(index: Path, extension: str) -> list[str]:
     entries = weight_map.values() if isinstance(weight_map, dict) else [None]
     names: list[Any] = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
     if not all(isinstance(name, str) and re.fullmatch(rf"[\w.-]+\.{extension}", name) for name in names):
-        raise ValueError(
-            f"{index}: weight_map must give a file of the same directory for each tensor: download it again"
-        )
+        raise damaged(f"{index}: weight_map must give a file of the same directory for each tensor")
     return sorted(set(names))

@@ -63,7 +63,7 @@ def test_transformers_gives_our_logits_and_ids(source, tmp_path):
 
 
 def test_the_model_cards_samples_run(source, tmp_path):
-    """The two samples of the cards: a FIM prompt, and a chat through the template; only the model id is ours."""
+    """The two samples of the model cards, a FIM prompt and a chat; only the model id is ours."""
     transformers = pytest.importorskip("transformers")
     checkpoint = open_checkpoint(source)
     if checkpoint.tokenizer.control.fim != "named":
