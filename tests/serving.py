@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Served:
-    """`client` talks to it; `backend` is its own object, to be looked at only."""
+    """`client` talks to it; `service` is its own object, to be looked at only."""
 
     def __init__(self, url: str, application) -> None:
         self.url, self.app = url, application
@@ -29,8 +29,8 @@ class Served:
         self.post, self.get = self.client.post, self.client.get
 
     @property
-    def backend(self):
-        return self.app.state.backend
+    def service(self):
+        return self.app.state.service
 
     @property
     def address(self) -> tuple[str, int]:
@@ -40,11 +40,11 @@ class Served:
 
 @contextlib.contextmanager
 def served(
-    open_backend, rules: Rules | None = None, web: Path = app.WEB, terms: str = ""
+    open_service, rules: Rules | None = None, page: Path = app.PAGE, terms: str = ""
 ) -> Iterator[Served]:
-    """`open_backend` is awaited in the server's loop."""
+    """`open_service` is awaited in the server's loop."""
     listener = run._listening("127.0.0.1", 0)
-    application = app.create(open_backend, rules or Rules(), terms, web)
+    application = app.create(open_service, rules or Rules(), terms, page)
     config = uvicorn.Config(
         application, http=HttpProtocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
     )

@@ -1,14 +1,14 @@
-"""The server: every dialect over one backend, the page, the terms. `create` makes the ASGI application."""
+"""The server's ASGI application: every dialect's routes before one service, the page, the terms of use."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Response
+from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from pydantic import Discriminator, Tag
 from starlette.exceptions import HTTPException
@@ -22,62 +22,69 @@ from codegemma.serve.guard import RequestGuard, Rules
 from codegemma.serve.requests import Backend, Busy
 from codegemma.serve.wire import dumps, reply
 
-log = logging.getLogger("codegemma.serve")
+PAGE = Path(__file__).parent / "web"
+PUBLIC_PATHS = {"/", "/health", "/v1/health", "/terms"}  # these and the page's files need no key
+NO_PAGE = "codegemma is running. The page was not built into this installation: see /openapi.json\n"
 
-WEB = Path(__file__).parent / "web"
-OPEN = {"/", "/health", "/v1/health", "/terms"}  # without a key, as the page's files
+shared_router = APIRouter()
 
-clash = APIRouter()
-
-_Either = Annotated[
-    Annotated[openai.Completion, Tag("openai")] | Annotated[tabby.Completion, Tag("tabby")],
-    Discriminator(lambda body: "tabby" if tabby.owns(body) else "openai"),
+CompletionBody = Annotated[
+    Annotated[openai.OpenAICompletionBody, Tag("openai")] | Annotated[tabby.TabbyCompletionBody, Tag("tabby")],
+    Discriminator(lambda body: "tabby" if tabby.is_tabby(body) else "openai"),
 ]
 
 
-@clash.post("/v1/completions", tags=["OpenAI", "Tabby"])
-async def completions(body: _Either, request: Request) -> Response:
-    """OpenAI's, or with `segments` or `debug_options` Tabby's."""
-    return await (
-        tabby.complete(body, request)
-        if isinstance(body, tabby.Completion)
-        else openai.complete(body, request)
-    )
+@shared_router.post("/v1/completions", tags=["OpenAI", "Tabby"])
+async def completions(body: CompletionBody, http: HttpRequest) -> Response:
+    """OpenAI's completions, or with `segments` or `debug_options` Tabby's."""
+    if isinstance(body, tabby.TabbyCompletionBody):
+        return await tabby.complete(body, http)
+    return await openai.complete(body, http)
 
 
 def create(
-    open_backend: Callable[[], Awaitable[Backend]], rules: Rules = Rules(), terms: str = "", web: Path = WEB
-) -> FastAPI:  # noqa: B008
-    """The application. `open_backend` is called once it runs, and what it gives is closed when it ends."""
+    open_service: Callable[[], Awaitable[Backend]],
+    rules: Rules = Rules(),  # noqa: B008
+    terms: str = "",
+    page: Path = PAGE,
+) -> FastAPI:
+    """The application. It calls `open_service` when it starts, and closes that service when it ends.
+
+    `terms` is the text of /terms, `page` the folder of the page's files.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.backend = await open_backend()
+        app.state.service = await open_service()
         try:
             yield
         finally:
-            await app.state.backend.close()
+            await app.state.service.close()
 
     app = FastAPI(title="codegemma", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for router in (clash, openai.router, llamacpp.router, ollama.router, mistral.router, tabby.router):
+    for router in (shared_router, *(dialect.router for dialect in (openai, llamacpp, ollama, mistral, tabby))):
         app.include_router(router)
 
     @app.get("/terms", tags=["codegemma"])
     async def show_terms() -> Response:
         return Response(terms, media_type="text/plain; charset=utf-8")
 
-    page = _Page(web)
-    app.mount("/", page)
+    files = _PageFiles(page)
+    app.mount("/", files)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(
-        RequestGuard, rules=rules, error_response=error_response, is_public=lambda path: path in OPEN or page.has(path)
+        RequestGuard,
+        rules=rules,
+        error_response=error_response,
+        is_public=lambda path: path in PUBLIC_PATHS or files.has(path),
     )
     return app
 
 
-class _Page(StaticFiles):
-    """The page's files; without them, a line at / that tells what this is. HEAD / is how Ollama's client asks for life."""
+class _PageFiles(StaticFiles):
+    """The page's files; where they were not built, / is a line of text. Ollama's client sends HEAD / to see
+    whether the server runs."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory=directory, html=True, check_dir=False)
@@ -89,24 +96,21 @@ class _Page(StaticFiles):
             return False
 
     async def get_response(self, path: str, scope: Scope) -> Response:
+        """The file, or else 404, or 405 where a route has this path with another method."""
         try:
             return await super().get_response(path, scope)
         except HTTPException as error:
             if path == "." and error.status_code == 404:
-                return Response(
-                    "codegemma is running. The page was not built into this installation: see /openapi.json\n",
-                    media_type="text/plain",
-                )
-            allowed = [
+                return Response(NO_PAGE, media_type="text/plain")
+            routes = [route for route in scope["app"].routes if not isinstance(route, Mount)]
+            methods = [
                 method
                 for method in ("GET", "POST")
-                for route in scope["app"].routes
-                if not isinstance(route, Mount)
-                and route.matches({**scope, "method": method})[0] == Match.FULL
+                if any(route.matches({**scope, "method": method})[0] == Match.FULL for route in routes)
             ]
-            raise (
-                HTTPException(405, headers={"Allow": ", ".join(allowed)}) if allowed else HTTPException(404)
-            ) from None
+            if methods:
+                raise HTTPException(405, headers={"Allow": ", ".join(methods)}) from None
+            raise HTTPException(404) from None
         except (ValueError, OSError):  # a NUL in the path, or a name that is too long
             raise HTTPException(404) from None
 
@@ -117,60 +121,56 @@ def error_response(path: str, status: int, message: str, body: Any = None) -> Re
         return reply(ollama.error(status, message), status)
     if path.startswith(("/v1/fim", "/fim")):
         return reply(mistral.error(status, message), status)
-    if path in ("/v1/events", "/v1beta/server_setting") or tabby.owns(body):
+    if path in ("/v1/events", "/v1beta/server_setting") or tabby.is_tabby(body):
         return Response(dumps(message)[1:-1], status, media_type="text/plain")
     if path.startswith("/v1/") or path in ("/chat/completions", "/models"):
         return reply(openai.error(status, message), status)
     return reply(llamacpp.error(status, message), status)
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
-    """400, and 422 where Mistral's and Tabby's servers say so."""
+async def _on_invalid_body(http: HttpRequest, error: Exception) -> Response:
+    """400, or 422 where Mistral's and Tabby's servers say so."""
     assert isinstance(error, RequestValidationError)
-    problems = [{"loc": list(one["loc"]), "msg": one["msg"], "type": one["type"]} for one in error.errors()]
-    path = request.url.path
+    problems = [{"loc": [*p["loc"]], "msg": p["msg"], "type": p["type"]} for p in error.errors()]
+    path = http.url.path
     if path.startswith(("/v1/fim", "/fim")):
         return reply({"detail": problems}, 422)
-    status = 422 if tabby.owns(error.body) or path == "/v1/events" else 400
-    places = [
-        ".".join(str(part) for part in one["loc"] if part not in ("body", "openai", "tabby"))
-        for one in problems
-    ]
-    message = "; ".join(
-        dict.fromkeys(
-            f"{place}: {one['msg']}" if place else one["msg"]
-            for place, one in zip(places, problems, strict=True)
-        )
-    )
-    return error_response(path, status, message[:2000], error.body)
+    messages = []
+    for problem in problems:
+        field = ".".join(str(part) for part in problem["loc"] if part not in ("body", "openai", "tabby"))
+        messages.append(f"{field}: {problem['msg']}" if field else problem["msg"])
+    message = "; ".join(dict.fromkeys(messages))[:2000]
+    status = 422 if tabby.is_tabby(error.body) or path == "/v1/events" else 400
+    return error_response(path, status, message, error.body)
 
 
-async def _wrong(request: Request, error: Exception) -> Response:
-    return error_response(request.url.path, 400, str(error))
+async def _on_value_error(http: HttpRequest, error: Exception) -> Response:
+    return error_response(http.url.path, 400, str(error))
 
 
-async def _busy(request: Request, error: Exception) -> Response:
+async def _on_busy(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, Busy)
-    response = error_response(request.url.path, 429, str(error))
+    response = error_response(http.url.path, 429, str(error))
     response.headers["Retry-After"] = str(error.retry_after)
     return response
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = error_response(request.url.path, error.status_code, str(error.detail))
+    response = error_response(http.url.path, error.status_code, str(error.detail))
     response.headers.update(error.headers or {})
     return response
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    return error_response(request.url.path, 500, f"the server failed: {type(error).__name__}; its log says more")
+async def _on_failure(http: HttpRequest, error: Exception) -> Response:
+    message = f"the server failed: {type(error).__name__}; its log says more"
+    return error_response(http.url.path, 500, message)
 
 
 _HANDLERS: dict[Any, Any] = {
-    RequestValidationError: _invalid,
-    ValueError: _wrong,
-    Busy: _busy,
-    HTTPException: _refused,
-    Exception: _failed,
+    RequestValidationError: _on_invalid_body,
+    ValueError: _on_value_error,
+    Busy: _on_busy,
+    HTTPException: _on_http_error,
+    Exception: _on_failure,
 }

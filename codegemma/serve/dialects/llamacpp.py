@@ -1,125 +1,118 @@
-"""llama.cpp's server: infill as llama.vim and llama.vscode send it, completion, tokens, health, metrics, props, slots."""
+"""llama.cpp's server: infill as llama.vim and llama.vscode send it, completion, tokens and the server's state."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+from prometheus_client import CollectorRegistry, generate_latest
+from pydantic import AfterValidator, BaseModel, Field
 
 from codegemma import __version__, prompts
 from codegemma.generate.engine import Step
+from codegemma.generate.request import Infill, Request, TextPrompt
+from codegemma.generate.request import Infill, Request, TextPrompt
 from codegemma.generate.sampling import Sampling
-from codegemma.serve.dialects import openai
-from codegemma.serve.requests import Ask, Fill, Job, Text
-from codegemma.serve.wire import (
-    Answer,
-    Extra,
-    Own,
-    Stops,
-    Stream,
-    backend,
-    collect,
-    event,
-    merged,
-    offer,
-    reply,
-    stop_word,
-    stops,
-)
+from codegemma.serve.bodies import ExtensionFields, ExtraFile, StopTexts, sampling_of, stop_texts
+from codegemma.serve.dialects.openai import ERROR_TYPES, OpenAIMessage, check_choice_count, choices_of
+from codegemma.serve.metrics import MetricsCollector
+from codegemma.serve.requests import Job
+from codegemma.serve.wire import Answer, Dialect, event, logprob_entries, merged, reply, service
 
 router = APIRouter(tags=["llama.cpp"])
 
 STOP_TYPES = {"end": "eos", "stop_text": "word", "length": "limit", "cancelled": "limit"}
 INFILL_TOKENS = 128
-COMPLETION_TOKENS = 1024  # where n_predict is -1: llama.cpp would go on for ever
+COMPLETION_TOKENS = 1024  # where n_predict is -1: llama.cpp would continue without end
+SHOWN_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed", "repeat_penalty")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+LLAMA_ERROR_TYPES = ERROR_TYPES | {
+    429: "unavailable_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+}
 
-Pieces = str | Annotated[list[int | str], Field(min_length=1)]
+MixedPrompt = str | Annotated[list[int | str], Field(min_length=1)]
 
 
-class Lora(BaseModel):
+class LlamaAdapter(BaseModel):
     id: int
     scale: float = 1.0
 
 
-class Generation(Own):
+class LlamaFields(ExtensionFields):
+    """What infill and completion have in common. A temperature or a seed below 0 is allowed, as in llama.cpp."""
+
     n_predict: Annotated[int, Field(ge=-2)] | None = None
-    temperature: float | None = None
+    temperature: Annotated[float, AfterValidator(partial(max, 0.0))] | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repeat_penalty: float | None = None
-    seed: int | None = None
-    stop: Stops = None
+    seed: Annotated[int, AfterValidator(lambda seed: None if seed < 0 else seed)] | None = None  # None is random
+    stop: StopTexts = None
     stream: bool | None = None
     id_slot: int | None = None
     n_probs: Annotated[int, Field(ge=0, le=20)] | None = None
     return_tokens: bool | None = None
     response_fields: list[str] | None = None
-    lora: list[Lora] | None = None
+    lora: list[LlamaAdapter] | None = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
 
-    def make(
-        self, request: Request, what: Fill | Text, most: int, sampling: Sampling, indent: int = 0
-    ) -> Ask:
-        asked = self.ask(
-            request,
-            what=what,
-            max_tokens=most if self.n_predict is None or self.n_predict < 0 else self.n_predict,
+    def llama_request(
+        self, http: HttpRequest, prompt: Infill | TextPrompt, limit: int, sampling: Sampling
+    ) -> Request:
+        """A request of at most `limit` tokens where the body sets no limit. Raises ValueError on a bad field."""
+        request = self.request(
+            http,
+            prompt=prompt,
+            max_tokens=limit if self.n_predict is None or self.n_predict < 0 else self.n_predict,
             sampling=sampling,
-            stop=stops(self.stop),
-            top=self.n_probs or 0,
-            indent=indent,
+            stop=stop_texts(self.stop),
+            top_logprobs=self.n_probs or 0,
         )
         if self.grammar or self.json_schema:
-            raise ValueError(
-                "grammar and json_schema are not supported: ask for the form in the prompt, and check it"
-            )
-        chosen = max(self.lora or (), key=lambda one: one.scale, default=None)
-        if chosen is None or chosen.scale <= 0:
-            return asked
-        names = backend(request).adapters
-        if not 0 <= chosen.id < len(names):
-            raise ValueError(
-                f"lora: there is no adapter {chosen.id}, the server has {len(names)}: leave lora out"
-            )
-        return replace(asked, adapter=names[chosen.id])
-
-    def sampling(self, temperature: float, top_k: int, top_p: float, min_p: float) -> Sampling:
-        """Our own defaults where nothing was sent; a seed below 0 is random, as in llama.cpp."""
-
-        def given(value: Any, default: Any) -> Any:
-            return default if value is None else value
-
-        return Sampling(
-            max(given(self.temperature, temperature), 0.0),
-            max(given(self.top_k, top_k), 0),
-            given(self.top_p, top_p),
-            given(self.min_p, min_p),
-            given(self.repeat_penalty, 1.0),
-            secrets.randbits(32) if self.seed is None or self.seed < 0 else self.seed,
-        )
+            remedy = "ask for the form in the prompt, and check it"
+            raise ValueError(f"grammar and json_schema are not supported: {remedy}")
+        strongest = max(self.lora or (), key=lambda adapter: adapter.scale, default=None)
+        if strongest is None or strongest.scale <= 0:
+            return request
+        names = service(http).adapters
+        if not 0 <= strongest.id < len(names):
+            known = f"there is no adapter {strongest.id}, the server has {len(names)}"
+            raise ValueError(f"lora: {known}: leave lora out")
+        return replace(request, adapter=names[strongest.id])
 
 
-class Infill(Generation):
+class LlamaInfillBody(LlamaFields):
     input_prefix: str
     input_suffix: str
-    input_extra: list[Extra] | None = None
+    input_extra: list[ExtraFile] | None = None
     prompt: str | None = None
     n_indent: int | None = None
     n_cmpl: int | None = None
     language: str | None = None  # for the statistics of suggestions
 
 
-class Completion(Generation):
-    prompt: Pieces | Annotated[list[Pieces], Field(min_length=1)]
+class LlamaCompletionBody(LlamaFields):
+    prompt: MixedPrompt | Annotated[list[MixedPrompt], Field(min_length=1)]
+
+    def prompts(self) -> list[Any]:
+        """One prompt, or several: lists, or more than one text."""
+        given = self.prompt
+        if isinstance(given, str):
+            return [given]
+        texts_count = len(given) > 1
+        several = all(isinstance(part, list) or (isinstance(part, str) and texts_count) for part in given)
+        return list(given) if several else [given]
 
 
-class Tokenize(BaseModel):
+class TokenizeBody(BaseModel):
     """llama.cpp's `content`, or vLLM's `prompt`."""
 
     content: str | None = None
@@ -130,157 +123,116 @@ class Tokenize(BaseModel):
     with_pieces: bool = False
 
 
-class Detokenize(BaseModel):
+class DetokenizeBody(BaseModel):
     tokens: Annotated[list[int], Field(max_length=1_000_000)]
 
 
-class Template(BaseModel):
-    messages: Annotated[list[openai.ChatMessage], Field(min_length=1)]
+class TemplateBody(BaseModel):
+    messages: Annotated[list[OpenAIMessage], Field(min_length=1)]
 
 
 def error(status: int, message: str) -> dict[str, Any]:
-    kind = {
-        401: "authentication_error",
-        403: "permission_error",
-        404: "not_found_error",
-        429: "unavailable_error",
-        501: "not_supported_error",
-        503: "unavailable_error",
-    }.get(status, "invalid_request_error" if status < 500 else "server_error")
+    """The value of an error."""
+    kind = LLAMA_ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"code": status, "message": message, "type": kind}}
 
 
+DIALECT = Dialect(error)
+
+
 @router.post("/infill")
-async def infill(body: Infill, request: Request) -> Response:
+async def infill(body: LlamaInfillBody, http: HttpRequest) -> Response:
+    """Fills the middle; `n_cmpl` suggestions, the first of them greedy."""
     count = 1 if body.n_cmpl is None else body.n_cmpl
     if not 1 <= count <= 4:
         raise ValueError("Field 'n_cmpl': Value must be between 1 <= value <= 4")
-    prefix = body.input_prefix + (body.prompt or "")
-    ask = body.make(
-        request,
-        body.fill(prefix, body.input_suffix),
-        INFILL_TOKENS,
-        body.sampling(0.0, 0, 1.0, 0.0),
-        max(body.n_indent or 0, 0),
-    )
-    if count > 1 and body.temperature is None:
-        ask = replace(ask, sampling=replace(ask.sampling, temperature=0.8))  # else all would be one
-    asks = (
-        [replace(ask, sampling=replace(ask.sampling, temperature=0.0)), *openai._several(ask, count)[1:]]
-        if count > 1
-        else [ask]
-    )
-    return await _answered(body, request, asks)
+    sampling = sampling_of(body, temperature=0.0 if count == 1 else 0.8)  # greedy ones would all be the same
+    prompt = body.infill(body.input_prefix + (body.prompt or ""), body.input_suffix)
+    prompt = replace(prompt, min_indent=max(body.n_indent or 0, 0))
+    request = body.llama_request(http, prompt, INFILL_TOKENS, sampling)
+    requests = choices_of(request, count)
+    if count > 1:
+        requests[0] = replace(request, sampling=replace(sampling, temperature=0.0))
+    return await _respond(body, http, requests)
 
 
 @router.post("/completion")
 @router.post("/completions", include_in_schema=False)
-async def complete(body: Completion, request: Request) -> Response:
-    given = body.prompt
-    several = isinstance(given, list) and all(
-        isinstance(one, list) or (isinstance(one, str) and len(given) > 1) for one in given
-    )
-    pieces: list[Any] = list(given) if several else [given]  # type: ignore[arg-type]
-    openai.expect_choices(len(pieces))
-    sampling = body.sampling(0.8, 40, 0.95, 0.05)
-    asks = [
-        body.make(request, Text(_ids(request, one), raw=True), COMPLETION_TOKENS, sampling) for one in pieces
-    ]
-    return await _answered(body, request, asks)
+async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
+    """Continues one prompt or several, of text, token ids or both."""
+    prompts = body.prompts()
+    check_choice_count(len(prompts))
+    sampling = sampling_of(body, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05)
+    texts = [TextPrompt(_text_or_ids(http, prompt), raw=True) for prompt in prompts]
+    requests = [body.llama_request(http, text, COMPLETION_TOKENS, sampling) for text in texts]
+    return await _respond(body, http, requests)
 
 
 @router.post("/tokenize")
-async def tokenize(body: Tokenize, request: Request) -> Response:
-    tokenizer = backend(request).tokenizer
+async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
+    """TextPrompt to token ids."""
+    tokenizer = service(http).tokenizer
     vllm = body.content is None and body.prompt is not None
     bos = body.add_special_tokens if vllm else bool(body.add_special)
-    text = body.prompt if vllm else body.content
-    ids = tokenizer.encode(
-        text or "", bos=bos and tokenizer.control.bos is not None, control=body.parse_special
-    )
+    text = (body.prompt if vllm else body.content) or ""
+    ids = tokenizer.encode(text, bos=bos and tokenizer.control.bos is not None, control=body.parse_special)
     if vllm:
-        return reply({"tokens": ids, "count": len(ids), "max_model_len": backend(request).context})
+        return reply({"tokens": ids, "count": len(ids), "max_model_len": service(http).context})
     if not body.with_pieces:
         return reply({"tokens": ids})
-    return reply(
-        {
-            "tokens": [
-                {"id": token, "piece": _piece(tokenizer.decode_bytes([token], control=True))} for token in ids
-            ]
-        }
-    )
+    pieces = [_text_or_bytes(tokenizer.decode_bytes([token], control=True)) for token in ids]
+    tokens = [{"id": token, "piece": piece} for token, piece in zip(ids, pieces, strict=True)]
+    return reply({"tokens": tokens})
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(request: Request) -> Response:
-    """vLLM's, which lm-eval asks for."""
-    tokenizer = backend(request).tokenizer
-    names = {
-        name: getattr(tokenizer.control, name.removesuffix("_token"))
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-    }
+async def tokenizer_info(http: HttpRequest) -> Response:
+    """vLLM's route, which lm-eval needs."""
+    tokenizer = service(http).tokenizer
+    tokens = {name: getattr(tokenizer.control, name.removesuffix("_token")) for name in SPECIAL_TOKENS}
     return reply(
         {
             "tokenizer_class": "GemmaTokenizer",
-            "model_max_length": backend(request).context,
+            "model_max_length": service(http).context,
             "chat_template": None,
-            **{name: None if token is None else tokenizer.piece(token) for name, token in names.items()},
+            **{name: None if token is None else tokenizer.piece(token) for name, token in tokens.items()},
         }
     )
 
 
 @router.post("/detokenize")
-async def detokenize(body: Detokenize, request: Request) -> Response:
-    text = backend(request).tokenizer.decode(body.tokens, control=True)
+async def detokenize(body: DetokenizeBody, http: HttpRequest) -> Response:
+    """Token ids to text, under the names of llama.cpp and vLLM."""
+    text = service(http).tokenizer.decode(body.tokens, control=True)
     return reply({"content": text, "prompt": text})
 
 
 @router.post("/apply-template")
-async def apply_template(body: Template, request: Request) -> Response:
-    tokenizer = backend(request).tokenizer
-    made = prompts.chat(tokenizer, [one.message() for one in body.messages])
-    return reply({"prompt": tokenizer.decode(made.ids, control=True)})
+async def apply_template(body: TemplateBody, http: HttpRequest) -> Response:
+    """The prompt that a chat makes."""
+    tokenizer = service(http).tokenizer
+    prompt = prompts.chat(tokenizer, [message.message() for message in body.messages])
+    return reply({"prompt": tokenizer.decode(prompt.ids, control=True)})
 
 
 @router.get("/health")
 async def health() -> Response:
+    """Whether the server runs."""
     return reply({"status": "ok"})
 
 
 @router.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """In Prometheus' text format, with llama.cpp's names where it has one."""
-    found = backend(request).metrics
-    counts = found.counts
-    rows = [
-        ("llamacpp:prompt_tokens_total", "counter", counts["prompt_tokens"] - counts["cached_tokens"]),
-        ("llamacpp:prompt_seconds_total", "counter", counts["prompt_seconds"]),
-        ("llamacpp:tokens_predicted_total", "counter", counts["predicted_tokens"]),
-        ("llamacpp:tokens_predicted_seconds_total", "counter", counts["predicted_seconds"]),
-        ("llamacpp:requests_processing", "gauge", found.running),
-        ("llamacpp:requests_deferred", "gauge", found.waiting),
-        *(
-            (f"codegemma_{name}_total", "counter", counts[name])
-            for name in ("requests", "rejected", "cancelled", "cached_tokens")
-        ),
-    ]
-    lines = [part for name, kind, value in rows for part in (f"# TYPE {name} {kind}", f"{name} {value:g}")]
-    name = "codegemma_time_to_first_token_seconds"
-    lines += [
-        f"# TYPE {name} histogram",
-        *(
-            f'{name}_bucket{{le="{"+Inf" if bound == float("inf") else bound}"}} {count}'
-            for bound, count in found.buckets.items()
-        ),
-        f"{name}_sum {found.waited:.6f}",
-        f"{name}_count {max(found.buckets.values())}",
-    ]
-    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+async def metrics(http: HttpRequest) -> Response:
+    """The server's totals in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(MetricsCollector(service(http).metrics))
+    return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 
 @router.get("/props")
-async def props(request: Request) -> Response:
-    served = backend(request)
+async def props(http: HttpRequest) -> Response:
+    """What is served; the page reads `codegemma`."""
+    served = service(http)
     return reply(
         {
             "default_generation_settings": {"n_ctx": served.context, "params": {"n_predict": INFILL_TOKENS}},
@@ -303,145 +255,127 @@ async def props(request: Request) -> Response:
 
 
 @router.get("/slots")
-async def slots(request: Request) -> Response:
-    served = backend(request)
-    return reply(
-        [
-            {"id": index, "n_ctx": served.context, "is_processing": index < served.metrics.running}
-            for index in range(served.slots)
-        ]
-    )
+async def slots(http: HttpRequest) -> Response:
+    """The places for requests that run at once."""
+    served = service(http)
+    running = served.metrics.running
+    slot = {"n_ctx": served.context}
+    return reply([{"id": i, **slot, "is_processing": i < running} for i in range(served.slots)])
 
 
-@router.post("/v1/embeddings", include_in_schema=False)  # nothing that is offered
+@router.post("/v1/embeddings", include_in_schema=False)
 @router.post("/embedding", include_in_schema=False)
 @router.post("/embeddings", include_in_schema=False)
 async def embeddings() -> Response:
+    """Not supported."""
     return reply(error(501, "This server does not support embeddings: CodeGemma is a generator"), 501)
 
 
-def _ids(request: Request, pieces: Pieces) -> str | tuple[int, ...]:
-    """A prompt of text, ids, or both mixed."""
-    if isinstance(pieces, str):
-        return pieces
-    tokenizer = backend(request).tokenizer
-    parts = [tokenizer.encode(one, control=True) if isinstance(one, str) else [one] for one in pieces]
-    if any(isinstance(one, str) for one in pieces[:1]) and tokenizer.control.bos is not None:
+def _text_or_ids(http: HttpRequest, prompt: MixedPrompt) -> str | tuple[int, ...]:
+    """A prompt of text as it is; one of ids, or of both, as ids."""
+    if isinstance(prompt, str):
+        return prompt
+    tokenizer = service(http).tokenizer
+    parts = [tokenizer.encode(part, control=True) if isinstance(part, str) else [part] for part in prompt]
+    if isinstance(prompt[0], str) and tokenizer.control.bos is not None:
         parts.insert(0, [tokenizer.control.bos])
     return tuple(token for part in parts for token in part)
 
 
-def _piece(data: bytes) -> str | list[int]:
+def _text_or_bytes(data: bytes) -> str | list[int]:
     try:
         return data.decode()
     except UnicodeDecodeError:
         return list(data)
 
 
-async def _answered(body: Generation, request: Request, asks: list[Ask]) -> Response:
-    if body.stream:
-        jobs = await backend(request).submit(asks)
-        return Stream(request, jobs, _stream(body, request, jobs), lambda message: event(error(500, message)))
-    answers = await collect(request, asks)
-    found = [
-        _picked(_final(body, request, answer, index, answer.steps), body.response_fields)
-        for index, answer in enumerate(answers)
-    ]
-    return reply(found if len(found) > 1 else found[0])
+async def _respond(body: LlamaFields, http: HttpRequest, requests: list[Request]) -> Response:
+    def complete_answer(answers: list[Answer]) -> Any:
+        values = [
+            _selected(_final(body, http, answer, index, answer.steps), body.response_fields)
+            for index, answer in enumerate(answers)
+        ]
+        return values if len(values) > 1 else values[0]
+
+    return await DIALECT.respond(
+        http, requests, bool(body.stream), complete_answer, lambda jobs: _stream(body, http, jobs)
+    )
 
 
-async def _stream(body: Generation, request: Request, jobs: list[Job]) -> AsyncIterator[bytes]:
-    taken: list[list[Step]] = [[] for _ in jobs]
+async def _stream(body: LlamaFields, http: HttpRequest, jobs: list[Job]) -> AsyncIterator[bytes]:
+    steps: list[list[Step]] = [[] for _ in jobs]
     async for index, step in merged(jobs):
-        taken[index].append(step)
+        steps[index].append(step)
         if step.text or (step.token is not None and (body.return_tokens or body.n_probs)):
-            yield event(
-                {
-                    "index": index,
-                    "content": step.text,
-                    "tokens": _tokens(body, [step]),
-                    "stop": False,
-                    "id_slot": -1,
-                    "tokens_predicted": jobs[index].predicted_tokens,
-                    "tokens_evaluated": jobs[index].prompt_tokens,
-                    **_probabilities(body, request, [step]),
-                }
-            )
+            part = {
+                "index": index,
+                "content": step.text,
+                "tokens": _tokens(body, [step]),
+                "stop": False,
+                "id_slot": -1,
+                "tokens_predicted": jobs[index].predicted_tokens,
+                "tokens_evaluated": jobs[index].prompt_tokens,
+            }
+            yield event(part | _probabilities(body, http, [step]))
         if step.stop is not None:
-            last = _final(body, request, Answer(jobs[index], taken[index]), index, [])
-            yield event(_picked(last, body.response_fields))
+            final = _final(body, http, Answer(jobs[index], steps[index]), index, [])
+            yield event(_selected(final, body.response_fields))
 
 
 def _final(
-    body: Generation, request: Request, answer: Answer, index: int, steps: list[Step]
+    body: LlamaFields, http: HttpRequest, answer: Answer, index: int, steps: Sequence[Step]
 ) -> dict[str, Any]:
-    """The answer of a whole request; or, without steps, the last event of a stream, which has told them."""
-    job, last = answer.job, answer.steps[-1]
-    sampling = job.ask.sampling
-    return {
+    """A complete answer; or, with no `steps`, the last event of a stream that has sent them already."""
+    job, request, tokenizer = answer.job, answer.job.request, service(http).tokenizer
+    value = {
         "index": index,
         "content": "".join(step.text for step in steps),
         "tokens": _tokens(body, steps),
         "id_slot": -1,
         "stop": True,
-        "model": backend(request).name,
+        "model": service(http).name,
         "tokens_predicted": job.predicted_tokens,
         "tokens_evaluated": job.prompt_tokens,
         "generation_settings": {
-            "n_predict": job.ask.max_tokens,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "seed": sampling.seed,
-            "repeat_penalty": sampling.repeat_penalty,
-            "stop": list(job.ask.stop),
+            "n_predict": request.max_tokens,
+            **{name: getattr(request.sampling, name) for name in SHOWN_SETTINGS},
+            "stop": list(request.stop),
         },
-        "prompt": backend(request).tokenizer.decode(job.prompt.ids, control=True),
+        "prompt": tokenizer.decode(job.prompt_ids, control=True),
         "has_new_line": any("\n" in step.text for step in answer.steps),
         "truncated": False,
-        "stop_type": STOP_TYPES.get(last.stop or "", "none"),
-        "stopping_word": stop_word(answer, backend(request).tokenizer),
+        "stop_type": STOP_TYPES.get(answer.stop, "none"),
+        "stopping_word": answer.stop_word(tokenizer),
         "tokens_cached": job.cached_tokens,
         "timings": job.timings(),
-        **_probabilities(body, request, steps),
-        **({"id": offer(answer, body.language)} if isinstance(body, Infill) and answer.text else {}),
+        **_probabilities(body, http, steps),
     }
+    if isinstance(body, LlamaInfillBody) and answer.text:
+        value["id"] = answer.offer(body.language)
+    return value
 
 
-def _tokens(body: Generation, steps: list[Step]) -> list[int]:
+def _tokens(body: LlamaFields, steps: Sequence[Step]) -> list[int]:
     return [step.token for step in steps if step.token is not None] if body.return_tokens else []
 
 
-def _probabilities(body: Generation, request: Request, steps: list[Step]) -> dict[str, Any]:
+def _probabilities(body: LlamaFields, http: HttpRequest, steps: Sequence[Step]) -> dict[str, Any]:
+    def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
+        return {"id": token, "token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": logprob}
+
     if not body.n_probs or not steps:
         return {}
-    tokenizer = backend(request).tokenizer
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        data = tokenizer.decode_bytes([token], control=True)
-        return {
-            "id": token,
-            "token": data.decode("utf-8", "replace"),
-            "bytes": list(data),
-            "logprob": logprob,
-        }
-
-    return {
-        "completion_probabilities": [
-            {**entry(step.token, step.logprob), "top_logprobs": [entry(*one) for one in step.top]}
-            for step in steps
-            if step.token is not None
-        ]
-    }
+    return {"completion_probabilities": logprob_entries(service(http).tokenizer, steps, entry)}
 
 
-def _picked(answer: dict[str, Any], fields: list[str] | None) -> dict[str, Any]:
-    """The fields asked for, in a stream of its last event; `timings/prompt_n` comes back flat under that very name, as
-    llama.vim reads it."""
+def _selected(answer: dict[str, Any], fields: list[str] | None) -> dict[str, Any]:
+    """The fields that the body wants, of a stream's last event only.
+
+    A nested one such as `timings/prompt_n` comes back flat under that name, as llama.vim reads it.
+    """
     if not fields or fields == [""]:
         return answer
-    found: dict[str, Any] = {}
+    selected: dict[str, Any] = {}
     for name in fields:
         value: Any = answer
         for key in name.split("/"):
@@ -449,5 +383,5 @@ def _picked(answer: dict[str, Any], fields: list[str] | None) -> dict[str, Any]:
                 break
             value = value[key]
         else:
-            found[name] = value
-    return found
+            selected[name] = value
+    return selected

@@ -1,7 +1,7 @@
 """OpenAI's completions (with `suffix`), chat completions and models.
 
-Clients of /v1/completions render FIM themselves where they send no suffix, so control tokens spelled in a prompt are
-read; with a suffix, and in chats, text is text.
+Clients of /v1/completions that send no suffix write fill-in-the-middle prompts themselves, so control tokens in
+such a prompt are read as tokens; with a suffix, and in chats, text is only text.
 """
 
 from __future__ import annotations
@@ -12,51 +12,53 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
 from pydantic import BaseModel, Field
 
-from codegemma.generate.engine import Step, Stop
-from codegemma.generate.sampling import Sampling
+from codegemma.generate.engine import Step
+from codegemma.generate.request import Chat, Infill, Request, TextPrompt
+from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.prompts import Message
-from codegemma.serve.requests import Ask, Chat, Fill, Job, Text
+from codegemma.serve.bodies import ExtensionFields, StopTexts, TokenCount, sampling_of, stop_texts
+from codegemma.serve.requests import Job
 from codegemma.serve.wire import (
+    DONE,
     Answer,
-    Own,
-    Stops,
-    Stream,
-    backend,
-    collect,
+    Dialect,
     event,
+    logprob_entries,
     merged,
     reply,
-    stop_word,
-    stops,
+    service,
+    spelled,
 )
 from codegemma.tokenizer import Tokenizer
 
 router = APIRouter(tags=["OpenAI"])
 
-FINISH: dict[Stop | None, str] = {
-    "end": "stop",
-    "stop_text": "stop",
-    "length": "length",
-    "cancelled": "stop",
-    None: "stop",
+SEED_STEP = 1_000_003  # between the seeds of a request's choices
+MAX_CHOICES = 512
+LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
 }
-SEEDS = 1_000_003  # between the seeds of a request's choices
-MOST_CHOICES = 512
 
-Ids = Annotated[list[int], Field(min_length=1)]
+TokenIds = Annotated[list[int], Field(min_length=1)]
+Logprobs = dict[str, list[Any]]  # LOGPROB_LISTS, one entry for each token
 
 
 class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Generation(Own):
+class OpenAIFields(ExtensionFields):
     """What completions and chats have in common."""
 
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: TokenCount | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -67,23 +69,21 @@ class Generation(Own):
     logit_bias: Annotated[dict[int, float], Field(max_length=1024)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: int | None = None
-    stop: Stops = None
+    stop: StopTexts = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def sampling(self, temperature: float) -> Sampling:
-        """`temperature` where none was sent."""
-        return Sampling(
-            temperature if self.temperature is None else self.temperature,
-            max(self.top_k or 0, 0),
-            1.0 if self.top_p is None else self.top_p,
-            self.min_p or 0.0,
-            1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            secrets.randbits(32) if self.seed is None else self.seed,
-            self.presence_penalty or 0.0,
-            self.frequency_penalty or 0.0,
-            tuple((self.logit_bias or {}).items()),
+    def openai_request(self, http: HttpRequest, prompt: Infill | TextPrompt | Chat, limit: int, top: int) -> Request:
+        """A request of at most `limit` tokens with `top` alternatives for each."""
+        return self.request(
+            http,
+            prompt=prompt,
+            max_tokens=limit,
+            sampling=sampling_of(self, temperature=0.0 if isinstance(prompt, Infill) else 1.0),
+            stop=stop_texts(self.stop),
+            stop_ids=frozenset(self.stop_token_ids or ()),
+            top_logprobs=top,
         )
 
     @property
@@ -91,401 +91,321 @@ class Generation(Own):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class Completion(Generation):
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+class OpenAICompletionBody(OpenAIFields):
+    prompt: (
+        str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    )
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
 
     def prompts(self) -> list[str | tuple[int, ...]]:
-        given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        if isinstance(given[0], int):
-            return [tuple(given)]  # type: ignore[arg-type]
-        return [one if isinstance(one, str) else tuple(one) for one in given]  # type: ignore[arg-type]
+        prompts = [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+        return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]  # type: ignore[arg-type]
+
+    def request_for(self, prompt: str | tuple[int, ...], http: HttpRequest) -> Request:
+        """The request that one of the prompts makes. Raises ValueError where its fields exclude each other."""
+        limit = 16 if self.max_tokens is None else self.max_tokens
+        if self.suffix is None:
+            scored = bool(self.echo and self.logprobs is not None)
+            text = TextPrompt(prompt, raw=True, score=scored)
+            return self.openai_request(http, text, limit, self.logprobs or 0)
+        if not isinstance(prompt, str) or self.echo:
+            raise ValueError("suffix goes with a prompt of text, and without echo")
+        return self.openai_request(http, self.infill(prompt, self.suffix), limit, self.logprobs or 0)
 
 
-class Part(BaseModel):
+class OpenAIMessagePart(BaseModel):
     type: str
     text: str | None = None
 
 
-class ChatMessage(BaseModel):
+class OpenAIMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | list[OpenAIMessagePart] | None = None
 
     def message(self) -> Message:
+        """The message to the model. Raises ValueError where a part is not text."""
         content = self.content
         if isinstance(content, list):
             for part in content:
                 if part.type != "text" or part.text is None:
-                    raise ValueError(
-                        f"a message's part is of type {part.type!r}, but this model reads text alone"
-                    )
+                    raise ValueError(f"a message's part is of type {part.type!r}, but this model reads text alone")
             content = "".join(part.text or "" for part in content)
-        role: Literal["system", "user", "assistant"] = "system" if self.role == "developer" else self.role
-        return Message(role, content or "")
+        return Message("system" if self.role == "developer" else self.role, content or "")
 
 
 class ResponseFormat(BaseModel):
     type: str
 
 
-class ChatCompletion(Generation):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+class OpenAIChatBody(OpenAIFields):
+    messages: Annotated[list[OpenAIMessage], Field(min_length=1)]
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
 
 
-def error(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    kind = {
-        401: "authentication_error",
-        403: "permission_error",
-        404: "not_found_error",
-        429: "rate_limit_error",
-    }.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def error(status: int, message: str) -> dict[str, Any]:
+    """The value of an error."""
+    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-async def complete(body: Completion, request: Request) -> Response:
+DIALECT = Dialect(error)
+
+
+async def complete(body: OpenAICompletionBody, http: HttpRequest) -> Response:
+    """/v1/completions, which app shares with Tabby."""
     prompts, n = body.prompts(), body.n or 1
-    drawn = max(body.best_of or n, n)
+    draws = max(body.best_of or n, n)
     if body.best_of is not None and body.best_of < n:
         raise ValueError(f"best_of must be at least n, got {body.best_of} and {n}")
-    if drawn > n and body.stream:
-        raise ValueError("best_of chooses once all is there: it cannot be streamed")
-    expect_choices(len(prompts) * drawn)
-    asks = [ask for prompt in prompts for ask in _several(_ask(body, prompt, request), drawn)]
-    head = {
-        "id": f"cmpl-{secrets.token_hex(12)}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": body.model or backend(request).name,
-        "system_fingerprint": None,
-    }
-    tokenizer = backend(request).tokenizer
-    if body.stream:
-        jobs = await backend(request).submit(asks)
-        return Stream(request, jobs, _stream(head, body, jobs, tokenizer), _fault)
-    answers = await collect(request, asks)
-    groups = [answers[at : at + drawn] for at in range(0, len(answers), drawn)]
-    kept = [
-        answer
-        for group in groups
-        for answer in (sorted(group, key=_likelihood, reverse=True)[:n] if drawn > n else group)
+    if draws > n and body.stream:
+        raise ValueError("best_of compares complete answers, so it cannot be streamed: leave out one of them")
+    check_choice_count(len(prompts) * draws)
+    requests = [
+        request for prompt in prompts for request in choices_of(body.request_for(prompt, http), draws)
     ]
-    choices = []
-    for index, answer in enumerate(kept):
-        shown = _Shown(body, answer.job, tokenizer)
-        parts = [shown.head(), *map(shown.step, answer.steps)]
-        choices.append(
-            {
-                "text": "".join(text for text, _ in parts),
-                "index": index,
-                "logprobs": _joined([found for _, found in parts if found])
-                if body.logprobs is not None
-                else None,
-                "finish_reason": FINISH[answer.steps[-1].stop],
-                "stop_reason": stop_reason(answer, tokenizer),
-            }
-        )
-    return reply(
-        {
-            **head,
-            "choices": choices,
-            "usage": usage([answer.job for answer in answers], drawn),
-            "timings": answers[0].job.timings(),
-        }
-    )
+    head = _head("cmpl", body, http)
+    head = {"id": head["id"], "object": "text_completion"} | head  # in OpenAI's order
+    tokenizer = service(http).tokenizer
+
+    def complete_answer(answers: list[Answer]) -> dict[str, Any]:
+        groups = [answers[start : start + draws] for start in range(0, len(answers), draws)]
+        best = [answer for group in groups for answer in _likeliest(group, n)]
+        choices = [_completion_choice(body, index, answer, tokenizer) for index, answer in enumerate(best)]
+        return {**head, "choices": choices, **_usage_and_timings([answer.job for answer in answers], draws)}
+
+    def parts(jobs: list[Job]) -> AsyncIterator[bytes]:
+        return _stream(head, body, jobs, _completion_chunks(head, body, jobs, tokenizer))
+
+    return await DIALECT.respond(http, requests, bool(body.stream), complete_answer, parts)
 
 
 @router.post("/v1/chat/completions")
 @router.post("/chat/completions", include_in_schema=False)
-async def chat(body: ChatCompletion, request: Request) -> Response:
+async def chat(body: OpenAIChatBody, http: HttpRequest) -> Response:
+    """A chat."""
     if body.response_format is not None and body.response_format.type != "text":
-        raise ValueError(
-            f"response_format {body.response_format.type!r} is not supported: ask for JSON in the message"
-        )
+        form = body.response_format.type
+        raise ValueError(f"response_format {form!r} is not supported: ask for JSON in the message")
     if body.tools:
         raise ValueError("tools are not supported: this model was not trained to call any")
-    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    ask = body.ask(
-        request,
-        what=Chat(tuple(one.message() for one in body.messages)),
-        max_tokens=1024 if most is None else most,
-        sampling=body.sampling(1.0),
-        stop=stops(body.stop),
-        stop_ids=frozenset(body.stop_token_ids or ()),
-        top=(body.top_logprobs or 0) if body.logprobs else 0,
-    )
-    head = {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "created": int(time.time()),
-        "model": body.model or backend(request).name,
-        "system_fingerprint": None,
-    }
-    asks, tokenizer = _several(ask, body.n or 1), backend(request).tokenizer
-    if body.stream:
-        jobs = await backend(request).submit(asks)
-        return Stream(
-            request,
-            jobs,
-            _chat_stream({**head, "object": "chat.completion.chunk"}, body, jobs, tokenizer),
-            _fault,
-        )
-    answers = await collect(request, asks)
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": _chat_logprobs(tokenizer, answer.steps) if body.logprobs else None,
-            "finish_reason": FINISH[answer.steps[-1].stop],
-        }
-        for index, answer in enumerate(answers)
-    ]
-    return reply(
-        {
-            **head,
-            "object": "chat.completion",
-            "choices": choices,
-            "usage": usage([answer.job for answer in answers], len(answers)),
-            "timings": answers[0].job.timings(),
-        }
-    )
+    limits = (body.max_completion_tokens, body.max_tokens, 1024)
+    limit = next(limit for limit in limits if limit is not None)
+    messages = Chat(tuple(message.message() for message in body.messages))
+    request = body.openai_request(http, messages, limit, (body.top_logprobs or 0) if body.logprobs else 0)
+    head, n, tokenizer = _head("chatcmpl", body, http), body.n or 1, service(http).tokenizer
+
+    def complete_answer(answers: list[Answer]) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": _chat_logprobs(tokenizer, answer.steps) if body.logprobs else None,
+                "finish_reason": finish_reason(answer.stop),
+            }
+            for index, answer in enumerate(answers)
+        ]
+        jobs = [answer.job for answer in answers]
+        return {**head, "object": "chat.completion", "choices": choices, **_usage_and_timings(jobs, n)}
+
+    def parts(jobs: list[Job]) -> AsyncIterator[bytes]:
+        chunk_head = {**head, "object": "chat.completion.chunk"}
+        return _stream(chunk_head, body, jobs, _chat_chunks(chunk_head, body, jobs, tokenizer))
+
+    return await DIALECT.respond(http, choices_of(request, n), bool(body.stream), complete_answer, parts)
 
 
 @router.get("/v1/models")
 @router.get("/models", include_in_schema=False)
-async def models(request: Request) -> Response:
-    return reply({"object": "list", "data": [_model(name) for name in _names(request)]})
+async def models(http: HttpRequest) -> Response:
+    """The model, and each of its adapters as a model."""
+    names = [service(http).name, *service(http).adapters]
+    return reply({"object": "list", "data": [_model(name) for name in names]})
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, request: Request) -> Response:
+async def model(name: str) -> Response:
     """Any name means the one model."""
     return reply(_model(name))
 
 
-def expect_choices(count: int) -> None:
-    if count > MOST_CHOICES:
-        raise ValueError(f"a request may have {MOST_CHOICES} choices, this one has {count:,}: split it")
+def check_choice_count(count: int) -> None:
+    """Raises ValueError where one request asks for too many answers."""
+    if count > MAX_CHOICES:
+        raise ValueError(f"a request may have {MAX_CHOICES} choices, this one has {count:,}: split it")
 
 
-def usage(jobs: Sequence[Job], each: int = 1) -> dict[str, Any]:
-    """Tokens of all answers, and of every `each`-th prompt, for a request's choices share one."""
-    prompt, predicted = (
-        sum(job.prompt_tokens for job in jobs[::each]),
-        sum(job.predicted_tokens for job in jobs),
-    )
+def choices_of(request: Request, count: int) -> list[Request]:
+    """The request `count` times, each with a seed of its own."""
+    seeds = [request.sampling.seed + SEED_STEP * number for number in range(count)]
+    return [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+
+
+def finish_reason(stop: str) -> str:
+    """OpenAI's and Mistral's word for why an answer ended."""
+    return "length" if stop == "length" else "stop"
+
+
+def usage(jobs: Sequence[Job], choices: int = 1) -> dict[str, Any]:
+    """Tokens of all answers, and of every `choices`-th prompt: the choices of a request share one."""
+    prompts = jobs[::choices]
+    prompt, predicted = sum(job.prompt_tokens for job in prompts), sum(job.predicted_tokens for job in jobs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": predicted,
         "total_tokens": prompt + predicted,
-        "prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in jobs[::each])},
+        "prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in prompts)},
     }
 
 
-def stop_reason(answer: Answer, tokenizer: Tokenizer) -> str | int | None:
-    """vLLM's: the stop text or the token that ended it."""
-    return stop_word(answer, tokenizer) or (
-        answer.steps[-1].token if answer.steps[-1].stop == "end" else None
-    )
+def _usage_and_timings(jobs: Sequence[Job], choices: int) -> dict[str, Any]:
+    return {"usage": usage(jobs, choices), "timings": jobs[0].timings()}
 
 
-def spelled(tokenizer: Tokenizer, token: int) -> str:
-    """A token as OpenAI shows it: bytes that are no text as \\xNN."""
-    data = tokenizer.decode_bytes([token], control=True)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def _ask(body: Completion, prompt: str | tuple[int, ...], request: Request) -> Ask:
-    what: Fill | Text
-    scored = bool(body.echo and body.logprobs is not None)
-    if body.suffix is not None:
-        if not isinstance(prompt, str) or body.echo:
-            raise ValueError("suffix goes with a prompt of text, and without echo")
-        what = body.fill(prompt, body.suffix)
-    else:
-        what = Text(prompt, raw=True, score=scored)
-    most = 16 if body.max_tokens is None else body.max_tokens
-    return body.ask(
-        request,
-        what=what,
-        max_tokens=most,
-        sampling=body.sampling(0.0 if body.suffix is not None else 1.0),
-        stop=stops(body.stop),
-        stop_ids=frozenset(body.stop_token_ids or ()),
-        top=body.logprobs or 0,
-    )
-
-
-def _several(ask: Ask, count: int) -> list[Ask]:
-    """The same once for each choice, drawn with seeds of their own."""
-    seeds = [ask.sampling.seed + SEEDS * number for number in range(count)]
-    return [replace(ask, sampling=replace(ask.sampling, seed=seed)) for seed in seeds]
-
-
-def _likelihood(answer: Answer) -> float:
-    """Mean log-probability of a token."""
-    values = [step.logprob for step in answer.steps if step.token is not None]
-    return sum(values) / max(len(values), 1)
-
-
-class _Shown:
-    """Steps of one choice as text and log-probabilities."""
-
-    def __init__(self, body: Completion, job: Job, tokenizer: Tokenizer) -> None:
-        self.body, self.job, self.tokenizer, self.offset = body, job, tokenizer, 0
-
-    def head(self) -> tuple[str, dict[str, list[Any]] | None]:
-        """The prompt, where it is to be echoed."""
-        ids, what = self.job.prompt.ids, self.job.ask.what
-        if not self.body.echo or not isinstance(what, Text):
-            return "", None
-        text = what.prompt if isinstance(what.prompt, str) else self.tokenizer.decode(ids)
-        found = (
-            [
-                self._entry(token, logprob, top)
-                for token, (logprob, top) in zip(ids, [(None, None), *self.job.scores], strict=False)
-            ]
-            if self.job.scores or len(ids) == 1
-            else []
-        )
-        return text, _joined(found) if self.body.logprobs is not None else None
-
-    def step(self, step: Step) -> tuple[str, dict[str, list[Any]] | None]:
-        if (
-            self.body.logprobs is None or step.token is None
-        ):  # a final sentinel counts: lm-eval drops the last entry
-            return step.text, None
-        return step.text, self._entry(step.token, step.logprob, step.top)
-
-    def _entry(
-        self, token: int, logprob: float | None, top: Sequence[tuple[int, float]] | None
-    ) -> dict[str, list[Any]]:
-        text = spelled(self.tokenizer, token)
-        best = {spelled(self.tokenizer, one): value for one, value in top or ()}
-        if top is not None and logprob is not None:
-            best.setdefault(text, logprob)  # the chosen one is always among them
-        at, self.offset = (
-            self.offset,
-            self.offset + len(self.tokenizer.decode([token])),
-        )  # <bos> is not in the text
-        return {
-            "tokens": [text],
-            "token_logprobs": [logprob],
-            "top_logprobs": [best if top is not None else None],
-            "text_offset": [at],
-        }
-
-
-def _joined(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+def _head(kind: str, body: OpenAIFields, http: HttpRequest) -> dict[str, Any]:
+    """The fields that every chunk of an answer repeats."""
     return {
-        name: [value for part in parts for value in part[name]]
-        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        "id": f"{kind}-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "model": body.model or service(http).name,
+        "system_fingerprint": None,
     }
-
-
-async def _stream(
-    head: dict[str, Any], body: Completion, jobs: Sequence[Job], tokenizer: Tokenizer
-) -> AsyncIterator[bytes]:
-    choices = [_Shown(body, job, tokenizer) for job in jobs]
-    opened: set[int] = set()
-
-    def chunk(index: int, text: str, logprobs: Any, step: Step | None) -> bytes:
-        last = step is not None and step.stop is not None
-        choice = {
-            "text": text,
-            "index": index,
-            "logprobs": logprobs,
-            "finish_reason": FINISH[step.stop] if last and step else None,
-        }
-        return event(
-            {
-                **head,
-                "choices": [choice],
-                **({"usage": None} if body.wants_usage else {}),
-                **({"timings": jobs[index].timings()} if last else {}),
-            }
-        )
-
-    async for index, step in merged(jobs):
-        if index not in opened and body.echo:
-            opened.add(index)
-            text, found = choices[index].head()
-            yield chunk(index, text, found, None)
-        text, found = choices[index].step(step)
-        if text or found or step.stop is not None:
-            yield chunk(index, text, found, step)
-    if body.wants_usage:
-        yield event({**head, "choices": [], "usage": usage(jobs, body.n or 1), "timings": jobs[0].timings()})
-    yield b"data: [DONE]\n\n"
-
-
-async def _chat_stream(
-    head: dict[str, Any], body: ChatCompletion, jobs: Sequence[Job], tokenizer: Tokenizer
-) -> AsyncIterator[bytes]:
-    def chunk(index: int, delta: dict[str, str], step: Step | None = None) -> bytes:
-        last = step is not None and step.stop is not None
-        found = _chat_logprobs(tokenizer, [step]) if body.logprobs and step is not None else None
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": found,
-            "finish_reason": FINISH[step.stop] if last and step else None,
-        }
-        return event(
-            {
-                **head,
-                "choices": [choice],
-                **({"usage": None} if body.wants_usage else {}),
-                **({"timings": jobs[index].timings()} if last else {}),
-            }
-        )
-
-    for index in range(len(jobs)):
-        yield chunk(index, {"role": "assistant", "content": ""})
-    async for index, step in merged(jobs):
-        if step.text or step.stop is not None or body.logprobs:
-            yield chunk(index, {"content": step.text} if step.text else {}, step)
-    if body.wants_usage:
-        yield event({**head, "choices": [], "usage": usage(jobs, len(jobs)), "timings": jobs[0].timings()})
-    yield b"data: [DONE]\n\n"
-
-
-def _chat_logprobs(tokenizer: Tokenizer, steps: Sequence[Step]) -> dict[str, Any]:
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": spelled(tokenizer, token),
-            "logprob": logprob,
-            "bytes": list(tokenizer.decode_bytes([token], control=True)),
-        }
-
-    return {
-        "content": [
-            {**entry(step.token, step.logprob), "top_logprobs": [entry(*one) for one in step.top]}
-            for step in steps
-            if step.token is not None and step.stop != "end"
-        ],
-        "refusal": None,
-    }
-
-
-def _fault(message: str) -> bytes:
-    return event(error(500, message))
-
-
-def _names(request: Request) -> list[str]:
-    return [backend(request).name, *backend(request).adapters]
 
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "codegemma"}
+
+
+def _likeliest(answers: list[Answer], n: int) -> list[Answer]:
+    """The `n` answers with the highest mean log-probability of a token."""
+
+    def mean_logprob(answer: Answer) -> float:
+        values = [step.logprob for step in answer.steps if step.token is not None]
+        return sum(values) / max(len(values), 1)
+
+    return sorted(answers, key=mean_logprob, reverse=True)[:n] if len(answers) > n else answers
+
+
+def _completion_choice(
+    body: OpenAICompletionBody, index: int, answer: Answer, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    writer = _CompletionWriter(body, answer.job, tokenizer)
+    parts = [writer.echo(), *map(writer.write, answer.steps)]
+    last = answer.steps[-1]
+    return {
+        "text": "".join(text for text, _ in parts),
+        "index": index,
+        "logprobs": None if body.logprobs is None else _joined([lists for _, lists in parts if lists]),
+        "finish_reason": finish_reason(answer.stop),
+        # vLLM's field: the stop text or the token that ended the answer
+        "stop_reason": answer.stop_word(tokenizer) or (last.token if answer.stop == "end" else None),
+    }
+
+
+class _CompletionWriter:
+    """Writes the prompt and the steps of one choice as text and log-probabilities."""
+
+    def __init__(self, body: OpenAICompletionBody, job: Job, tokenizer: Tokenizer) -> None:
+        self.body, self.job, self.tokenizer = body, job, tokenizer
+        self.offset = 0  # of the next token in the text
+
+    def echo(self) -> tuple[str, Logprobs | None]:
+        """The prompt, where the body asks to have it repeated."""
+        ids, prompt = self.job.prompt_ids, self.job.request.prompt
+        if not self.body.echo or not isinstance(prompt, TextPrompt):
+            return "", None
+        text = prompt.prompt if isinstance(prompt.prompt, str) else self.tokenizer.decode(ids)
+        if self.body.logprobs is None:
+            return text, None
+        scores = [(None, None), *self.job.scores]  # the first token has nothing before it
+        scored = zip(ids, scores, strict=False) if self.job.scores or len(ids) == 1 else ()
+        return text, _joined([self._lists(token, logprob, top) for token, (logprob, top) in scored])
+
+    def write(self, step: Step) -> tuple[str, Logprobs | None]:
+        """A step; <eos> counts as a token, since lm-eval drops the last entry."""
+        if self.body.logprobs is None or step.token is None:
+            return step.text, None
+        return step.text, self._lists(step.token, step.logprob, step.top)
+
+    def _lists(
+        self, token: int, logprob: float | None, top: Sequence[tuple[int, float]] | None
+    ) -> Logprobs:
+        """The lists of one token."""
+        text = self._spelled(token)
+        best = None if top is None else {self._spelled(other): value for other, value in top}
+        if best is not None and logprob is not None:
+            best.setdefault(text, logprob)  # the token itself is always among them
+        offset, self.offset = self.offset, self.offset + len(self.tokenizer.decode([token]))  # <bos> has no text
+        return dict(zip(LOGPROB_LISTS, ([text], [logprob], [best], [offset]), strict=True))
+
+    def _spelled(self, token: int) -> str:
+        return spelled(self.tokenizer.decode_bytes([token], control=True))
+
+
+def _joined(parts: Sequence[Logprobs]) -> Logprobs:
+    return {name: [value for part in parts for value in part[name]] for name in LOGPROB_LISTS}
+
+
+async def _stream(
+    head: dict[str, Any], body: OpenAIFields, jobs: list[Job], chunks: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    """The chunks, then the usage where it is wanted, and the end."""
+    async for chunk in chunks:
+        yield chunk
+    if body.wants_usage:
+        yield event({**head, "choices": [], **_usage_and_timings(jobs, body.n or 1)})
+    yield DONE
+
+
+async def _completion_chunks(
+    head: dict[str, Any], body: OpenAICompletionBody, jobs: list[Job], tokenizer: Tokenizer
+) -> AsyncIterator[bytes]:
+    writers = [_CompletionWriter(body, job, tokenizer) for job in jobs]
+    echoed: set[int] = set()
+    async for index, step in merged(jobs):
+        if index not in echoed and body.echo:
+            echoed.add(index)
+            text, logprobs = writers[index].echo()
+            yield _chunk(head, body, jobs[index], {"text": text, "index": index, "logprobs": logprobs})
+        text, logprobs = writers[index].write(step)
+        if text or logprobs or step.stop is not None:
+            choice = {"text": text, "index": index, "logprobs": logprobs}
+            yield _chunk(head, body, jobs[index], choice, step.stop)
+
+
+async def _chat_chunks(
+    head: dict[str, Any], body: OpenAIChatBody, jobs: list[Job], tokenizer: Tokenizer
+) -> AsyncIterator[bytes]:
+    for index, job in enumerate(jobs):
+        start = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        yield _chunk(head, body, job, start)
+    async for index, step in merged(jobs):
+        if step.text or step.stop is not None or body.logprobs:
+            delta = {"content": step.text} if step.text else {}
+            logprobs = _chat_logprobs(tokenizer, [step]) if body.logprobs else None
+            choice = {"index": index, "delta": delta, "logprobs": logprobs}
+            yield _chunk(head, body, jobs[index], choice, step.stop)
+
+
+def _chunk(
+    head: dict[str, Any], body: OpenAIFields, job: Job, choice: dict[str, Any], stop: str | None = None
+) -> bytes:
+    """A chunk of a stream; the last one of a choice has `stop`."""
+    choice["finish_reason"] = finish_reason(stop) if stop else None
+    chunk = {**head, "choices": [choice]}
+    if body.wants_usage:
+        chunk["usage"] = None
+    if stop:
+        chunk["timings"] = job.timings()
+    return event(chunk)
+
+
+def _chat_logprobs(tokenizer: Tokenizer, steps: Sequence[Step]) -> dict[str, Any]:
+    shown = [step for step in steps if step.stop != "end"]
+    return {"content": logprob_entries(tokenizer, shown), "refusal": None}

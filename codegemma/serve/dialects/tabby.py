@@ -1,39 +1,41 @@
-"""Tabby's completions, told from OpenAI's on the same path by fields of their own; events and health."""
+"""Tabby's completions, which differ from OpenAI's on the same path by their fields; its events and health."""
 
 from __future__ import annotations
 
 import platform
 from typing import Any, Self
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
 from pydantic import BaseModel, field_validator, model_validator
 
 from codegemma import __version__
-from codegemma.generate.sampling import Sampling
+from codegemma.generate.request import Infill, TextPrompt
+from codegemma.generate.request import Infill, TextPrompt
 from codegemma.native import usable_cpus
 from codegemma.prompts import File
 from codegemma.serve import stats
-from codegemma.serve.requests import Fill, Text
-from codegemma.serve.wire import Own, backend, collect, offer, reply
+from codegemma.serve.bodies import ExtensionFields, one_line, sampling_of
+from codegemma.serve.wire import collect, reply, service
 
 router = APIRouter(tags=["Tabby"])
 
-MOST_TOKENS = 64  # Tabby's own: its requests name no length
+MAX_TOKENS = 64  # as in Tabby itself: its requests have no length
 
 
-class Snippet(BaseModel):
+class TabbySnippet(BaseModel):
     filepath: str
     body: str
     score: float = 0.0
 
 
-class Segments(BaseModel):
+class TabbySegments(BaseModel):
     prefix: str
     suffix: str | None = None
     filepath: str | None = None
-    declarations: list[Snippet] | None = None
-    relevant_snippets_from_changed_files: list[Snippet] | None = None
-    relevant_snippets_from_recently_opened_files: list[Snippet] | None = None
+    declarations: list[TabbySnippet] | None = None
+    relevant_snippets_from_changed_files: list[TabbySnippet] | None = None
+    relevant_snippets_from_recently_opened_files: list[TabbySnippet] | None = None
 
     def files(self) -> list[File]:
         """The nearest last: opened files, changed files, declarations, each by rising score."""
@@ -42,44 +44,40 @@ class Segments(BaseModel):
             self.relevant_snippets_from_changed_files,
             self.declarations,
         )
-        return [
-            File(" ".join(one.filepath.split()), one.body)
-            for group in groups
-            for one in sorted(group or (), key=lambda one: one.score)
+        snippets = [
+            snippet for group in groups for snippet in sorted(group or (), key=lambda snippet: snippet.score)
         ]
+        return [File(one_line(snippet.filepath), snippet.body) for snippet in snippets]
 
 
-class Debug(BaseModel):
+class TabbyDebugOptions(BaseModel):
     raw_prompt: str | None = None
     return_prompt: bool = False
     return_snippets: bool = False
 
 
-class Completion(Own):
-    segments: Segments | None = None
+class TabbyCompletionBody(ExtensionFields):
+    segments: TabbySegments | None = None
     language: str | None = None
     user: str | None = None
     temperature: float | None = None
     seed: int | None = None
-    debug_options: Debug | None = None
+    debug_options: TabbyDebugOptions | None = None
 
     @field_validator("mode", mode="before")
     @classmethod
-    def _ours(cls, mode: Any) -> Any:
-        return (
-            None if mode == "standard" else mode
-        )  # Tabby's own field of that name; its other value is refused
+    def _ignore_standard_mode(cls, mode: Any) -> Any:
+        """Tabby has a field of our field's name; its other value is refused."""
+        return None if mode == "standard" else mode
 
     @model_validator(mode="after")
-    def _prompted(self) -> Self:
+    def _has_prompt(self) -> Self:
         if self.segments is None and (self.debug_options is None or self.debug_options.raw_prompt is None):
-            raise ValueError(
-                "there is nothing to complete: send segments, or debug_options with a raw_prompt"
-            )
+            raise ValueError("there is nothing to complete: send segments, or debug_options with a raw_prompt")
         return self
 
 
-class Event(BaseModel):
+class TabbyEvent(BaseModel):
     type: str
     completion_id: str
     choice_index: int
@@ -87,42 +85,34 @@ class Event(BaseModel):
     elapsed: int | None = None
 
 
-def owns(body: Any) -> bool:
+def is_tabby(body: Any) -> bool:
+    """Whether a body of /v1/completions is Tabby's, not OpenAI's."""
     return isinstance(body, dict) and ("segments" in body or "debug_options" in body)
 
 
-async def complete(body: Completion, request: Request) -> Response:
-    segments, debug = body.segments, body.debug_options or Debug()
-    what: Fill | Text
+async def complete(body: TabbyCompletionBody, http: HttpRequest) -> Response:
+    """/v1/completions, which app shares with OpenAI."""
+    segments, debug = body.segments, body.debug_options or TabbyDebugOptions()
+    prompt: Infill | TextPrompt
     if segments is None or debug.raw_prompt is not None:
-        what = Text(debug.raw_prompt or "", raw=True)
+        prompt = TextPrompt(debug.raw_prompt or "", raw=True)
     else:
         body = body.model_copy(update={"path": body.path or segments.filepath})
-        what = body.fill(segments.prefix, segments.suffix, segments.files())
-    (answer,) = await collect(
-        request,
-        [
-            body.ask(
-                request,
-                what=what,
-                max_tokens=MOST_TOKENS,
-                sampling=Sampling(body.temperature or 0.0, seed=body.seed or 0),
-            )
-        ],
-    )
-    found: dict[str, Any] = {
-        "id": offer(answer, body.language),
-        "choices": [{"index": 0, "text": answer.text}],
-    }
+        prompt = body.infill(segments.prefix, segments.suffix, segments.files())
+    sampling = sampling_of(body, temperature=0.0, seed=0)
+    request = body.request(http, prompt=prompt, max_tokens=MAX_TOKENS, sampling=sampling)
+    (answer,) = await collect(http, [request])
+    choices = [{"index": 0, "text": answer.text}]
+    value: dict[str, Any] = {"id": answer.offer(body.language), "choices": choices}
     if debug.return_prompt or debug.return_snippets:
-        prompt = backend(request).tokenizer.decode(answer.job.prompt.ids, control=True)
-        found["debug_data"] = {"prompt": prompt if debug.return_prompt else None, "snippets": []}
-    return reply({**found, "timings": answer.job.timings()})
+        text = service(http).tokenizer.decode(answer.job.prompt_ids, control=True)
+        value["debug_data"] = {"prompt": text if debug.return_prompt else None, "snippets": []}
+    return reply({**value, "timings": answer.job.timings()})
 
 
 @router.post("/v1/events")
-async def events(body: Event) -> Response:
-    """What became of a suggestion, of Tabby's or /infill's, goes into the local statistics, and nowhere else."""
+async def events(body: TabbyEvent) -> Response:
+    """Counts in the local statistics whether a suggestion (of Tabby's route or /infill) was accepted."""
     if body.type in ("select", "dismiss"):
         stats.settle(body.completion_id, body.type == "select")
     return Response(status_code=200)
@@ -130,15 +120,10 @@ async def events(body: Event) -> Response:
 
 @router.get("/v1/health")
 @router.post("/v1/health", include_in_schema=False)
-async def health(request: Request) -> Response:
-    """Tabby's, and llama.cpp's `status`."""
-    served = backend(request)
-    version = {
-        "build_date": "",
-        "build_timestamp": "",
-        "git_sha": "",
-        "git_describe": f"codegemma-{__version__}",
-    }
+async def health(http: HttpRequest) -> Response:
+    """Tabby's fields, and llama.cpp's `status`."""
+    served = service(http)
+    build = {"build_date": "", "build_timestamp": "", "git_sha": ""}
     return reply(
         {
             "status": "ok",
@@ -149,11 +134,12 @@ async def health(request: Request) -> Response:
             "cpu_info": platform.processor() or platform.machine(),
             "cpu_count": usable_cpus(),
             "cuda_devices": [],
-            "version": version,
+            "version": {**build, "git_describe": f"codegemma-{__version__}"},
         }
     )
 
 
 @router.get("/v1beta/server_setting")
 async def server_setting() -> Response:
+    """Asks Tabby's plug-ins to send no telemetry."""
     return reply({"disable_client_side_telemetry": True})
