@@ -39,32 +39,32 @@ FACTORS: dict[str, tuple[dict[int, float], float]] = {
 }
 
 
-def tensor_type(place: TensorLocation, mix: str, layers: int) -> str:
+def tensor_type(location: TensorLocation, mix: str, layers: int) -> str:
     """The type that llama.cpp's quantiser gives a tensor of a model with tied embeddings."""
-    if place.is_norm:
+    if location.is_norm:
         return "F32"
     if mix == "q8_0":
         return "Q8_0"
-    if place.name == "embed":
+    if location.name == "embed":
         return "Q6_K"
     if mix == "q4_0":
         return "Q4_0"
-    _, layer, own = place.name.split(".")
+    _, layer, kind = location.name.split(".")
     i, eighth = int(layer), layers // 8
     better = i < eighth or i >= 7 * layers // 8 or (i - eighth) % 3 == 2
-    return "Q6_K" if own in ("v", "down") and better else "Q4_K"
+    return "Q6_K" if kind in ("v", "down") and better else "Q4_K"
 
 
-def random_blocks(place: TensorLocation, type: str) -> np.ndarray:
-    rng = np.random.default_rng(zlib.crc32(place.name.encode()))
+def random_blocks(location: TensorLocation, type: str) -> np.ndarray:
+    rng = np.random.default_rng(zlib.crc32(location.name.encode()))
     if type == "F32":
-        return rng.uniform(0.9, 1.1, place.shape).astype(np.float32)
-    rows, width = place.shape
+        return rng.uniform(0.9, 1.1, location.shape).astype(np.float32)
+    rows, width = location.shape
     out = np.empty((rows, row_bytes(type, width)), np.uint8)
-    gain = 16.0 if place.name.endswith((".o", ".down")) else 1.0  # or each token would only predict itself
+    gain = 16.0 if location.name.endswith((".o", ".down")) else 1.0  # or each token would only predict itself
     factors, spread = FACTORS[type]
-    for at in range(0, rows, ROWS):
-        part = out[at : at + ROWS]
+    for start in range(0, rows, ROWS):
+        part = out[start : start + ROWS]
         part[:] = np.frombuffer(rng.bytes(part.size), np.uint8).reshape(part.shape)
         blocks = part.reshape(-1, BLOCKS[type][1])
         scale = (

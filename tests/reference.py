@@ -50,8 +50,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random_params(config: ModelConfig, seed: int) -> dict[str, Array]:
-    """Float32 parameters that depend on the seed and each tensor's name only, so golden files need not hold
-    them.
+    """Float32 parameters from the seed and each tensor's name alone, so that golden files need not hold them.
 
     Rows keep the variance of what they multiply, norms lie in [0.5, 2), where subtracting one is exact in
     float32, and the attention projections are doubled so that the softmax is neither flat nor one-hot.
@@ -91,16 +90,13 @@ def logits(
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     x_TD = trace["embed_TD"] = p["embed"][np.asarray(ids)] * config.embed_scale
     for i in range(config.layers):
-        own = {
-            name.removeprefix(f"layers.{i}."): value
-            for name, value in p.items()
-            if name.startswith(f"layers.{i}.")
-        }
+        prefix = f"layers.{i}."
+        layer = {name.removeprefix(prefix): value for name, value in p.items() if name.startswith(prefix)}
         act: dict[str, Array] = {}
-        out_TD = attention(config, i, own, rms_norm(x_TD, own["attn_norm"], config), dot, act)
-        x_TD = x_TD + (rms_norm(out_TD, own["post_attn_norm"], config) if config.post_norms else out_TD)
-        out_TD = ffn(own, rms_norm(x_TD, own["ffn_norm"], config), dot)
-        x_TD = x_TD + (rms_norm(out_TD, own["post_ffn_norm"], config) if config.post_norms else out_TD)
+        out_TD = attention(config, i, layer, rms_norm(x_TD, layer["attn_norm"], config), dot, act)
+        x_TD = x_TD + (rms_norm(out_TD, layer["post_attn_norm"], config) if config.post_norms else out_TD)
+        out_TD = ffn(layer, rms_norm(x_TD, layer["ffn_norm"], config), dot)
+        x_TD = x_TD + (rms_norm(out_TD, layer["post_ffn_norm"], config) if config.post_norms else out_TD)
         trace |= {f"layers.{i}.{name}": value for name, value in (act | {"out_TD": x_TD}).items()}
     return softcap(dot(rms_norm(x_TD, p["final_norm"], config), p["embed"]), config.final_softcap)
 

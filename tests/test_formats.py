@@ -83,14 +83,14 @@ def test_every_arrangement_is_undone_by_reading(kind, format):
 
 def test_published_shapes_of_the_flax_and_nemo_checkpoints():
     """The shapes in reference notes of the Kaggle checkpoints: kv_einsum of the 2B, qkv_einsum of the 7B."""
-    two = {group.name: group.shape for group in stored_tensors(GEMMA_2B, "flax")}
-    seven = {group.name: group.shape for group in stored_tensors(GEMMA_7B, "flax")}
+    two = {tensor.name: tensor.shape for tensor in stored_tensors(GEMMA_2B, "flax")}
+    seven = {tensor.name: tensor.shape for tensor in stored_tensors(GEMMA_7B, "flax")}
     assert two["transformer/layer_0/attn/q_einsum/w"] == (8, 2048, 256)
     assert two["transformer/layer_17/attn/kv_einsum/w"] == (2, 1, 2048, 256)
     assert two["transformer/layer_0/mlp/gating_einsum/w"] == (2, 2048, 16_384)
     assert seven["transformer/layer_0/attn/qkv_einsum/w"] == (3, 16, 3072, 256)
     assert seven["transformer/layer_27/attn/attn_vec_einsum/w"] == (16, 256, 3072)
-    fused = {group.name: group.shape for group in stored_tensors(GEMMA_2B, "nemo")}
+    fused = {tensor.name: tensor.shape for tensor in stored_tensors(GEMMA_2B, "nemo")}
     assert fused["model.decoder.layers.0.self_attention.linear_qkv.weight"] == (2560, 2048)
     assert fused["model.decoder.layers.0.mlp.linear_fc1.weight"] == (32_768, 2048)
 

@@ -24,16 +24,16 @@ def test_reads_what_it_wrote_as_the_gguf_package_does(tmp_path, kind, type):
     assert checkpoint.config == config
     theirs = {tensor.name: tensor for tensor in peer.GGUFReader(path).tensors}
     assert len(theirs) == len(tensors)
-    for place in tensor_locations(config, "gguf"):
-        ours, other = checkpoint.tensors[place.name], theirs[place.stored]
+    for location in tensor_locations(config, "gguf"):
+        ours, other = checkpoint.tensors[location.name], theirs[location.stored]
         assert (
             ours.type
             == other.tensor_type.name
-            == ("F32" if place.is_norm else fitting(type, place.shape[-1]))
+            == ("F32" if location.is_norm else fitting(type, location.shape[-1]))
         )
-        assert ours.shape == tuple(other.shape[::-1]) == place.shape
+        assert ours.shape == tuple(other.shape[::-1]) == location.shape
         raw = other.data.view(np.uint8).reshape(ours.data.shape)
-        assert np.array_equal(ours.data, raw) and np.array_equal(ours.data, tensors[place.name].data)
+        assert np.array_equal(ours.data, raw) and np.array_equal(ours.data, tensors[location.name].data)
         assert not ours.data.flags.owndata and ours.data.flags.c_contiguous
 
 
@@ -151,8 +151,8 @@ def test_writing_streams_and_leaves_no_half_file(tmp_path):
 def _file(tmp_path, tensors=(), metadata=b"", entries=0, version=3, magic=b"GGUF", data=b"", claimed=None):
     """A file put together by hand; tensors are (name, axes, type code, offset)."""
     infos = b"".join(
-        struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, code, at)
-        for name, axes, code, at in tensors
+        struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, code, offset)
+        for name, axes, code, offset in tensors
     )
     raw = (
         magic

@@ -82,9 +82,10 @@ def default_model():
 
 
 def test_default_model_agrees_with_llamacpp(default_model):
-    """1,000 tokens of code. Both round activations to 8 bits, each in its own way: KL from the float64 twin
-    is 0.0066 for llama.cpp and 0.0073 for us, and 0.0095 between the two; the same top token at 97.5, 96.6
-    and 96.6 %.
+    """On 1,000 tokens of code. Both round activations to 8 bits, in different ways.
+
+    KL from the float64 twin is 0.0066 for llama.cpp and 0.0073 for us, and 0.0095 between the two; the top
+    token is the same in 97.5, 96.6 and 96.6 % of the places.
     """
     file = np.load(GOLDEN / "llamacpp.npz")
     ids, theirs_T64 = file["ids"], file["top_logprobs"].astype(np.float64)
@@ -102,8 +103,9 @@ def test_default_model_agrees_with_llamacpp(default_model):
             next_T.append(log_V[ids[t + 1]])
     loss = -np.mean(next_T), -file["next_logprob"].mean()
     print(
-        f"KL(llama.cpp || ours): mean {np.mean(kl_T):.5f}, median {np.median(kl_T):.5f}, max {np.max(kl_T):.4f}; "
-        f"same top token {agree / len(ids):.1%}; loss {loss[0]:.4f} and {loss[1]:.4f} nats per token"
+        f"KL(llama.cpp || ours): mean {np.mean(kl_T):.5f}, median {np.median(kl_T):.5f}, "
+        f"max {np.max(kl_T):.4f}; same top token {agree / len(ids):.1%}; "
+        f"loss {loss[0]:.4f} and {loss[1]:.4f} nats per token"
     )
     assert np.mean(kl_T) < 0.0066 + 0.0073  # as if the two roundings had nothing in common
     assert agree >= 0.95 * len(ids)
@@ -111,14 +113,15 @@ def test_default_model_agrees_with_llamacpp(default_model):
 
 
 def test_default_model_on_the_plain_level(default_model, monkeypatch):
-    """The packaged file's own mix of types, on C++ without SIMD. A last bit in a norm flips a rounding, and
-    layers later all roundings are others: two levels differ by as much as either does from the float64
-    twin.
+    """The packaged file's mix of types, on C++ without SIMD.
+
+    A last bit in a norm flips a rounding, and layers later all roundings differ: two levels differ by as much
+    as either does from the float64 twin.
     """
     if _native.level("auto") == "plain":
         pytest.skip("this CPU has no other level")
     monkeypatch.setenv("CODEGEMMA_SIMD", "plain")
     plain, ids = load(), np.load(GOLDEN / "llamacpp.npz")["ids"][:12]
-    log_ours, log_theirs = (log_softmax(one.logits(ids)) for one in (default_model, plain))
+    log_ours, log_theirs = (log_softmax(model.logits(ids)) for model in (default_model, plain))
     assert (np.exp(log_ours) * (log_ours - log_theirs)).sum(-1).mean() < 0.03
     assert np.abs(log_ours[0] - log_theirs[0]).max() < 1e-3

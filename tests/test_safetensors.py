@@ -51,11 +51,11 @@ def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path):
 
 def test_the_same_weights_mean_the_same_from_gguf_and_from_hugging_face(tmp_path):
     config = tiny_config("gemma3")
-    one = open_checkpoint(write_tiny_gguf(tmp_path / "m.gguf", config, "BF16"))
-    two = open_checkpoint(write_tiny_hf(tmp_path / "hf", config, "BF16"))
-    assert one.config == two.config
-    for name, tensor in one.tensors.items():
-        np.testing.assert_allclose(dequantize(two.tensors[name]), dequantize(tensor), rtol=1e-6)
+    from_gguf = open_checkpoint(write_tiny_gguf(tmp_path / "m.gguf", config, "BF16"))
+    from_hf = open_checkpoint(write_tiny_hf(tmp_path / "hf", config, "BF16"))
+    assert from_gguf.config == from_hf.config
+    for name, tensor in from_gguf.tensors.items():
+        np.testing.assert_allclose(dequantize(from_hf.tensors[name]), dequantize(tensor), rtol=1e-6)
 
 
 # As published on the Hub (fields without a part in the architecture left out).
@@ -239,7 +239,7 @@ def test_every_prefix_in_use_is_understood(tmp_path, prefix, head):
     safetensors.write(tmp_path / "model.safetensors", named)
     read = open_checkpoint(tmp_path)
     np.testing.assert_array_equal(read.tensors["layers.1.q"].data, query.data)
-    assert set(read.tensors) == {place.name for place in table.tensor_locations(config, "hf")}
+    assert set(read.tensors) == {location.name for location in table.tensor_locations(config, "hf")}
 
 
 def test_the_vocabulary_has_the_embeddings_rows(tmp_path):
@@ -308,8 +308,8 @@ def test_faults_of_the_directory_are_named(tmp_path):
     with pytest.raises(ValueError, match="lacks model-00001-of-00002.safetensors, which its index names"):
         open_checkpoint(tmp_path)
     kept.rename(shard)
-    whole = index.read_text()
-    index.write_text(whole.replace("model-00001", "../model-00001", 1))
+    index_text = index.read_text()
+    index.write_text(index_text.replace("model-00001", "../model-00001", 1))
     with pytest.raises(ValueError, match="weight_map must give a file of the same directory"):
         open_checkpoint(tmp_path)
     index.unlink()

@@ -28,7 +28,7 @@ FILE = Path("model.gguf")
     ids=lambda value: getattr(value, "architecture", ""),
 )
 def test_the_shapes_add_up_to_the_published_parameter_count(config, parameters):
-    assert sum(math.prod(place.shape) for place in tensor_locations(config, "hf")) == parameters
+    assert sum(math.prod(location.shape) for location in tensor_locations(config, "hf")) == parameters
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,7 +81,7 @@ def test_norms_hold_the_one_in_gguf_and_lack_it_in_hugging_face():
 
 def test_post_attention_layernorm_is_the_norm_before_the_feed_forward_only_in_gemma_1():
     for kind, ours in (("gemma-mqa", "layers.0.ffn_norm"), ("gemma2", "layers.0.post_attn_norm")):
-        names = {place.stored: place.name for place in tensor_locations(tiny_config(kind), "hf")}
+        names = {location.stored: location.name for location in tensor_locations(tiny_config(kind), "hf")}
         assert names["model.layers.0.post_attention_layernorm.weight"] == ours
 
 

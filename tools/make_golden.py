@@ -103,7 +103,7 @@ KINDS: dict[str, tuple[int, ModelConfig]] = {
 def hub_config(config: ModelConfig) -> dict[str, object]:
     """config.json with the keys that Google's checkpoints of that generation carry."""
     scalar = round(config.query_scale**-2)
-    own: dict[str, dict[str, object]] = {
+    kind: dict[str, dict[str, object]] = {
         "gemma": {"model_type": "gemma", "hidden_act": "gelu", "rope_theta": config.rope_base},
         "gemma2": {
             "model_type": "gemma2",
@@ -136,7 +136,7 @@ def hub_config(config: ModelConfig) -> dict[str, object]:
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": True,
-        **own[config.architecture],
+        **kind[config.architecture],
     }
 
 
@@ -157,8 +157,8 @@ def hub_weights(config: ModelConfig, params: dict[str, np.ndarray]) -> dict[str,
 
     def hub_name(name: str) -> str:
         if name.startswith("layers."):
-            _, layer, own = name.split(".")
-            return f"model.layers.{layer}.{names[own]}.weight"
+            _, layer, kind = name.split(".")
+            return f"model.layers.{layer}.{names[kind]}.weight"
         return {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight"}[name]
 
     tensors = {hub_name(name): torch.from_numpy(value - (value.ndim == 1)) for name, value in params.items()}

@@ -73,10 +73,10 @@ def write(root: Path) -> None:
         flat.setdefault(group, {})[key] = array
     nested: dict = {}
     for group, leaves in flat.items():
-        at = nested
+        tree = nested
         for part in group.removeprefix("transformer/").split("/"):
-            at = at.setdefault(part, {})
-        at.update(leaves)
+            tree = tree.setdefault(part, {})
+        tree.update(leaves)
     for name, tree in (("flat", flat), ("nested", nested)):
         saver = ocp.StandardCheckpointer()
         saver.save(root / name / "checkpoint", tree)
@@ -95,7 +95,7 @@ def write(root: Path) -> None:
         states, storage_writer=dcp.FileSystemWriter(root / "distributed" / "model_weights"), no_dist=True
     )
     for name, layers in stacked().items():
-        whole = np.stack(layers) if ".layers." in name else layers[0]
+        stack = np.stack(layers) if ".layers." in name else layers[0]
         tensorstore.open(
             {
                 "driver": "zarr",
@@ -103,13 +103,13 @@ def write(root: Path) -> None:
                 "metadata": {
                     "compressor": None,
                     "dtype": "bfloat16",
-                    "shape": whole.shape,
+                    "shape": stack.shape,
                     "fill_value": None,
-                    "chunks": [1, *whole.shape[1:]] if ".layers." in name else whole.shape,
+                    "chunks": [1, *stack.shape[1:]] if ".layers." in name else stack.shape,
                 },
             },
             create=True,
-        ).result().write(whole).result()
+        ).result().write(stack).result()
     for name in ("distributed", "nemo"):
         (root / name / "model_config.yaml").write_bytes(nemo.config_yaml(GOLDEN, None))
 

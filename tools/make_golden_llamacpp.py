@@ -54,8 +54,8 @@ def check(ids: list[int], theirs_TV: np.ndarray) -> str:
         tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(MODEL).tensors
     }
     params = {
-        place.name: tensors[place.stored].reshape(place.shape)
-        for place in tensor_locations(GEMMA3_270M, "gguf")
+        location.name: tensors[location.stored].reshape(location.shape)
+        for location in tensor_locations(GEMMA3_270M, "gguf")
     }
     exact_TV = log_softmax(logits(GEMMA3_270M, params, ids))
     kl_T = np.array(
@@ -69,7 +69,8 @@ def check(ids: list[int], theirs_TV: np.ndarray) -> str:
     nats = [-log_TV[follows].mean() for log_TV in (exact_TV, theirs_TV)]
     return (
         f"KL(float64 twin || llama.cpp): mean {kl_T.mean():.5f}, median {np.median(kl_T):.5f}, "
-        f"max {kl_T.max():.4f}; same top token {agree:.1%}; loss {nats[0]:.4f} and {nats[1]:.4f} nats per token"
+        f"max {kl_T.max():.4f}; same top token {agree:.1%}; "
+        f"loss {nats[0]:.4f} and {nats[1]:.4f} nats per token"
     )
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     x, importance = values(), np.random.default_rng(8).gamma(1, 1, 512).astype(np.float32)
     rows, columns = (ctypes.c_int64(size) for size in x.shape)
-    found = {"values": x, "importance": importance}
+    arrays = {"values": x, "importance": importance}
     for code, type in TYPES.items():
         if not type.startswith("Q"):
             continue
@@ -53,8 +53,8 @@ def main() -> None:
                 columns,
                 weight,
             )
-            found[type + suffix] = out
-    np.savez_compressed(GOLDEN, **found)
+            arrays[type + suffix] = out
+    np.savez_compressed(GOLDEN, **arrays)
 
 
 if __name__ == "__main__":

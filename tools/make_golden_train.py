@@ -62,8 +62,8 @@ def rate(settings: dict, step: int) -> float:
     if step < warm:
         return settings["learning_rate"] * (step + 1) / warm
     share = (step - warm) / (STEPS - warm)
-    left = (1 + math.cos(math.pi * share)) / 2 if settings["decay"] == "cosine" else 1 - share
-    return settings["learning_rate"] * (settings["floor"] + (1 - settings["floor"]) * left)
+    decay = (1 + math.cos(math.pi * share)) / 2 if settings["decay"] == "cosine" else 1 - share
+    return settings["learning_rate"] * (settings["floor"] + (1 - settings["floor"]) * decay)
 
 
 def built(config, seed: int, dtype: torch.dtype) -> torch.nn.Module:
@@ -126,8 +126,8 @@ def main() -> None:
     torch.set_num_threads(1)
     stored: dict[str, np.ndarray] = {}
     plain_float, plain_softmax = torch.Tensor.float, torch.nn.functional.softmax
-    for number, (case, (kind, changes, own, lora)) in enumerate(CASES.items()):
-        config, settings = replace(KINDS[kind][1], **SMALL | changes), DEFAULTS | own
+    for number, (case, (kind, changes, options, lora)) in enumerate(CASES.items()):
+        config, settings = replace(KINDS[kind][1], **SMALL | changes), DEFAULTS | options
         rng = np.random.default_rng(number)
         ids_SBT = rng.integers(3, config.vocab, (STEPS, ROWS, LENGTH)).astype(np.int16)
         loss_SBT = rng.random(ids_SBT.shape) < 0.7

@@ -20,7 +20,7 @@ import numpy as np
 
 from codegemma.checkpoints.table import format_table
 from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, Tensor, possible_shape, row_bytes
-from codegemma.checkpoints.untrusted import REMEDY, damaged
+from codegemma.checkpoints.untrusted import REMEDY, refusing
 from codegemma.config import LIMITS
 from codegemma.files import atomic_write, map_file, resumable_write
 
@@ -42,24 +42,17 @@ MAX_STRING = 1 << 24  # bytes; the longest real one is a chat template
 class Strings(Sequence[str]):
     """An array of strings, left in the file until it is used (a vocabulary holds 262,144 of them)."""
 
-    def __init__(self, name: str, data: mmap.mmap, start: int, end: int, count: int) -> None:
-        self._name, self._data, self._start, self._end, self._count = name, data, start, end, count
-
-    @property
-    def raw(self) -> bytes:
-        """The array as stored, each string after its length: enough to tell two arrays apart."""
-        return self._data[self._start : self._end]
+    def __init__(self, name: str, raw: memoryview, count: int) -> None:
+        self.name, self.raw, self._count = name, raw, count  # each string stands after its length
 
     @cached_property
     def _items(self) -> list[str]:
-        raw, offset, items, length = self.raw, 0, [], _U64.unpack_from
-        try:
+        raw, offset, items, length = bytes(self.raw), 0, [], _U64.unpack_from
+        with refusing(f"{self.name} is not UTF-8", UnicodeDecodeError):
             for _ in range(self._count):
                 end = offset + 8 + length(raw, offset)[0]
                 items.append(raw[offset + 8 : end].decode())
                 offset = end
-        except UnicodeDecodeError as error:
-            raise damaged(f"{self._name}: string {len(items)} is not UTF-8 ({error.reason})") from None
         return items
 
     def __len__(self) -> int:
@@ -109,10 +102,8 @@ class _Header:
     def string(self, thing: str, max_bytes: int = MAX_STRING) -> str:
         size = self.count(f"bytes in {thing}", max_bytes)
         start = self.skip(size, thing)
-        try:
+        with refusing(f"{self.path}: {thing} is not UTF-8", UnicodeDecodeError):
             return self.data[start : start + size].decode()
-        except UnicodeDecodeError as error:
-            raise self.fault(f"{thing} is not UTF-8 ({error.reason})") from None
 
     def value(self, key: str) -> Any:
         code = self.number(_U32)
@@ -149,13 +140,11 @@ class _Header:
         except (struct.error, OverflowError):
             end = len(data) + 1
         start = self.skip(end - self.offset, f"the array {key} of {count:,} strings")
-        return Strings(f"{self.path}: {key}", data, start, end, count)
+        return Strings(f"{self.path}: {key}", memoryview(data)[start:end], count)
 
 
 def read(path: Path) -> Contents:
-    """Reads header and tensor infos. Raises ValueError naming the file and the broken rule; OSError as `open`
-    does.
-    """
+    """Reads header and tensor infos. Raises ValueError naming the file and the broken rule, or OSError."""
     header = _Header(path, map_file(path))
     if header.data[:4] != b"GGUF":
         raise header.fault("is not a GGUF file: it does not begin with GGUF", "check the path")

@@ -19,11 +19,8 @@ UNUSED = 5  # SentencePiece's type of a piece that stands for nothing
 
 
 def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
-    """The architecture that a header describes; `path` is for errors. Raises ValueError on one that is no
-    Gemma.
-    """
-    table_of_gguf = table.format_table("gguf")
-    keys, known = table_of_gguf["config"], table_of_gguf["defaults"]
+    """The architecture that a header describes; `path` is for errors. Raises ValueError on no Gemma."""
+    keys, known = (table.format_table("gguf")[name] for name in ("config", "defaults"))
     architecture: Any = str(metadata.get("general.architecture"))
     if architecture not in known:
         raise ValueError(
@@ -31,11 +28,8 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
             f"{', '.join(known)}: choose a Gemma or CodeGemma file"
         )
     stated = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
-    values = {"rope_base": 1e4} | {
-        name: value
-        for name, value in table.config_values("gguf", architecture, stated).items()
-        if value is not None
-    }
+    known_values = table.config_values("gguf", architecture, stated).items()
+    values = {"rope_base": 1e4} | {name: value for name, value in known_values if value is not None}
     for required in ("layers", "width", "heads", "ffn_width", "context", "norm_eps"):
         if required not in values:
             raise damaged(f"{path}: the header lacks {architecture}.{keys[required]}")
@@ -54,11 +48,9 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
             raise damaged(f"{path}: {architecture}.{key} must be attention.key_length, as in every Gemma")
     if str(stated.get("rope.scaling.type", "linear")) not in ("linear", "none"):
         raise ValueError(f"{path}: rope.scaling.type must be linear or none, as in every Gemma")
-    values |= {"post_norms": architecture != "gemma", "qk_norm": architecture == "gemma3"}
+    values["query_scale"] = _query_scale(architecture, values)
     with naming(path):
-        return ModelConfig(
-            architecture, vocab=vocab, query_scale=_query_scale(architecture, values), **values
-        )
+        return ModelConfig(architecture, vocab=vocab, **values)
 
 
 def _query_scale(architecture: str, values: Mapping[str, Any]) -> float:
@@ -83,8 +75,9 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     entries[f"{architecture}.attention.value_length"] = config.head_width
     scale = _query_scale(architecture, vars(config)) or config.head_width**-0.5
     if not math.isclose(config.query_scale, scale, rel_tol=1e-6):
+        given = config.query_scale
         raise ValueError(
-            f"GGUF has no key for the query scale {config.query_scale}; {scale} is implied: write safetensors"
+            f"GGUF has no key for the query scale {given}, and implies {scale}: write safetensors"
         )
     return entries
 
@@ -104,16 +97,15 @@ def tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     ):
         raise damaged(f"{path}: its tokenizer ({kind!r}) is not a complete SentencePiece vocabulary")
     return Tokenizer.cached(
-        b"gguf" + pieces.raw + scores.tobytes() + types.tobytes(),
+        b"gguf" + bytes(pieces.raw) + scores.tobytes() + types.tobytes(),
         lambda: Tokenizer.from_pieces(pieces, scores, types),
     )
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """The header entries for a vocabulary, padded to the embedding's rows, with the ids that steer or end.
+    """The header entries for a vocabulary, padded to the embedding's rows, with its control ids.
 
-    llama.cpp ends a generation at the ids under eos, eot and fim_sep: the separator is CodeGemma's own
-    terminator.
+    llama.cpp ends a generation at eos, eot and fim_sep; CodeGemma ends its own at the file separator.
     """
     pieces, scores, types = tokenizer.pieces()
     padding = range(len(pieces), rows)
@@ -159,9 +151,7 @@ def load(path: Path) -> Checkpoint:
 def save(
     path: Path, checkpoint: Checkpoint, entries: Mapping[str, Any], template: str | None, stamp: str | None
 ) -> None:
-    """Writes a file that llama.cpp reads, tensor by tensor. `entries` are further header values
-    ("general.name"); `stamp` as of `gguf.write`.
-    """
+    """Writes a file that llama.cpp reads. `entries` go into its header; `stamp` as of `gguf.write`."""
     config = checkpoint.config
     types = [tensor.type for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
     metadata = {

@@ -31,9 +31,7 @@ SHARD = 5 << 30  # bytes of a file, as transformers cuts
 
 
 def shards(path: Path) -> list[Path]:
-    """The weight files of a directory (or the file itself), as its index names them. Raises ValueError or
-    OSError.
-    """
+    """The weight files of a directory, as its index names them, or the file itself. Raises ValueError."""
     if not path.is_dir():
         return [path]
     index = path / "model.safetensors.index.json"
@@ -68,9 +66,7 @@ def _text_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a config.json describes; `path` is for errors. Raises ValueError on any other
-    model.
-    """
+    """The architecture that a config.json describes; `path` is for errors. Raises ValueError on no Gemma."""
     with naming(path):
         return _config(fields)
 
@@ -100,9 +96,7 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
         architecture,
         **values,
         **_ropes(architecture, fields),
-        post_norms=architecture != "gemma",
         global_every=_global_every(architecture, fields, values),
-        qk_norm=architecture == "gemma3",
         query_scale=scalar**-0.5,
     )
 
@@ -121,7 +115,7 @@ def _global_every(architecture: str, fields: Mapping[str, Any], values: Mapping[
     is_global = [kind == "full_attention" for kind in types]
     period = is_global.index(True) + 1 if True in is_global else max(period, len(types) + 1)
     if is_global != [(layer + 1) % period == 0 for layer in range(len(types))]:
-        raise ValueError(f"layer_types {types} does not repeat, as in every Gemma: choose another model")
+        raise ValueError(f"layer_types {types} does not repeat, as every Gemma's does: choose another model")
     return period
 
 
@@ -133,9 +127,8 @@ def _ropes(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     scaling = _object(fields, "rope_scaling") or full
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear") or local.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"rope type {kind!r} (local: {local.get('rope_type')!r}) is in no Gemma: pass one without it"
-        )
+        kinds = f"{kind!r} (local: {local.get('rope_type')!r})"
+        raise ValueError(f"rope type {kinds} is in no Gemma: choose a model with linear scaling")
     is_gemma3 = architecture == "gemma3"
     base = full.get("rope_theta", fields.get("rope_theta", 1e6 if is_gemma3 else 1e4))
     local_base = local.get("rope_theta", fields.get("rope_local_base_freq", 1e4)) if is_gemma3 else base
@@ -184,9 +177,7 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def tokenizer_builder(path: Path) -> Callable[[], Tokenizer] | None:
-    """What builds the directory's tokenizer: tokenizer.model, else tokenizer.json; None where there is
-    neither.
-    """
+    """What builds the tokenizer of a directory: tokenizer.model, else tokenizer.json; None without either."""
     if (model := path / "tokenizer.model").exists():
         return lambda: Tokenizer.from_sentencepiece(model.read_bytes())
     if (file := path / "tokenizer.json").exists():
@@ -197,9 +188,10 @@ def tokenizer_builder(path: Path) -> Callable[[], Tokenizer] | None:
 def checkpoint_of(
     path: Path, directories: list[Path], format: table.Format, stored: Mapping[str, Tensor]
 ) -> Checkpoint:
-    """A checkpoint whose own files do not state its config: from the first config.json of these directories,
-    else as the published model that has exactly these tensors. The tokenizer lies in one of them. Raises
-    ValueError.
+    """A checkpoint whose own files do not state its config.
+
+    It comes from the first config.json in `directories`, else from the published model that has exactly these
+    tensors; the tokenizer from one of them too. Raises ValueError where neither tells.
     """
     home = next((place for place in directories if (place / "config.json").exists()), directories[0])
     fields = read_json(home / "config.json") if (home / "config.json").exists() else {}
@@ -234,9 +226,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def write_companions(path: Path, checkpoint: Checkpoint, **more: Any) -> None:
-    """Writes config.json, with `more` fields and what codegemma notes of changed weights, and
-    tokenizer.model.
-    """
+    """Writes config.json, with `more` fields and the FIM orders of changed weights, and tokenizer.model."""
     notes = {key: value for key, value in checkpoint.metadata.items() if key == FIM_ORDERS_KEY}
     _write_json(path / "config.json", config_fields(checkpoint.config) | more | notes)
     if checkpoint.tokenizer:
@@ -244,9 +234,7 @@ def write_companions(path: Path, checkpoint: Checkpoint, **more: Any) -> None:
 
 
 def save(path: Path, checkpoint: Checkpoint, template: str | None, stops: list[int]) -> None:
-    """Writes a directory that transformers reads, in files of at most 5 GB; generation ends at the ids
-    `stops`.
-    """
+    """Writes a directory that transformers reads, in files of at most SHARD bytes; `stops` end generation."""
     stored = table.to_format("hf", checkpoint.config, checkpoint.tensors)
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in stored.items():

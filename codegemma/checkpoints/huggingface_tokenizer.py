@@ -44,9 +44,7 @@ def config_fields(tokenizer: Tokenizer, template: str | None) -> dict[str, Any]:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer.json with the same merges: transformers reads tokenizer.model only where protobuf is
-    installed.
-    """
+    """A tokenizer.json: transformers reads tokenizer.model only where protobuf is installed."""
     pieces, scores, types = tokenizer.pieces()
     ids = {piece: token for token, piece in enumerate(pieces)}
     merges = [

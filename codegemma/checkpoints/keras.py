@@ -44,7 +44,7 @@ def config(path: Path, document: Mapping[str, Any]) -> ModelConfig:
     with naming(path):
         if not fields.get("query_head_dim_normalize", True):
             values["query_scale"] = (values["width"] / values["heads"]) ** -0.5
-        return ModelConfig(kind, **values, post_norms=kind != "gemma", qk_norm=kind == "gemma3")
+        return ModelConfig(kind, **values)
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:

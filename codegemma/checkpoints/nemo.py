@@ -28,14 +28,7 @@ import numpy as np
 
 from codegemma.checkpoints import table, torch
 from codegemma.checkpoints.checkpoint import Checkpoint
-from codegemma.checkpoints.tensors import (
-    BLOCKS,
-    ELEMENTS,
-    ArrayTensor,
-    LazyTensor,
-    Tensor,
-    possible_shape,
-)
+from codegemma.checkpoints.tensors import BLOCKS, ELEMENTS, ArrayTensor, LazyTensor, Tensor, possible_shape
 from codegemma.checkpoints.untrusted import damaged, naming, refusing
 from codegemma.config import LIMITS, ModelConfig
 from codegemma.files import atomic_write, map_file, require
@@ -180,9 +173,7 @@ def _assembled(type: str, shape: tuple[int, ...], pieces: list[tuple[tuple[int, 
 
 
 def _distributed(path: Path, members: Members) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of PyTorch's distributed checkpoint: each in pieces, each piece an archive inside a .distcp
-    file.
-    """
+    """The tensors of PyTorch's distributed checkpoint, in pieces: archives inside .distcp files."""
     metadata = torch.unpickle(f"{path}: .metadata", bytes(members["model_weights/.metadata"]))
     locations: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
     for index, location in metadata.field("storage_data").items():
@@ -233,9 +224,7 @@ def config(path: Path, fields: Mapping[str, Any], vocab: int) -> ModelConfig:
 
 
 def read_config(path: Path, members: Members) -> dict[str, Any]:
-    """The model_config.yaml of an archive. Raises ValueError where there is none, or one that may be an
-    attack.
-    """
+    """The model_config.yaml of an archive. Raises ValueError without one, or on a suspicious one."""
     if "model_config.yaml" not in members:
         raise ValueError(f"{path}: holds no model_config.yaml: pass a .nemo archive of NeMo 1")
     raw, label = bytes(members["model_config.yaml"]), f"{path}: its model_config.yaml"
@@ -272,9 +261,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def config_yaml(config: ModelConfig, tokenizer: str | None, **more: Any) -> bytes:
-    """A model_config.yaml as NeMo's converter writes it, for one device; `tokenizer` names a member of the
-    archive.
-    """
+    """A model_config.yaml as NeMo's converter writes it; `tokenizer` names a member of the archive."""
     fields = table.written_fields("nemo_required") | table.written_fields("nemo_config")
     fields |= table.config_keys("nemo", config) | more | {"max_position_embeddings": config.context}
     model = f"nemo:{tokenizer}" if tokenizer else None

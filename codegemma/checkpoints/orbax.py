@@ -39,9 +39,7 @@ FORMATS: dict[table.Format, tuple[str, ...]] = {
 
 
 def find(path: Path) -> Path | None:
-    """The directory of the checkpoint itself: `path` or one or two levels down ("2b-pt", "0/items"); None
-    without one.
-    """
+    """Where the checkpoint is: `path` or one or two levels down ("2b-pt", "0/items"); None without one."""
     for directory in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))):
         marked = any((directory / name).exists() for name in ("manifest.ocdbt", "_METADATA"))
         if marked or next(directory.glob("*/.zarray"), None):
@@ -77,9 +75,7 @@ def _flat_key(name: str) -> str:
 
 
 def _tensors(label: str, key: str, array: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensor of an array of tensorstore, or one for each layer where they are stacked on axis 1, as
-    MaxText's are.
-    """
+    """The tensor of an array, or one for each layer where they are stacked on axis 1, as MaxText's are."""
     type, shape, chunk = (
         TYPES_BY_DTYPE.get(array.dtype.name),
         tuple(array.shape),
@@ -126,9 +122,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes `checkpoint` in the flat layout of the published files, with config.json and tokenizer beside
-    it.
-    """
+    """Writes `checkpoint` in the flat layout of published files, with config.json and tokenizer beside it."""
     ts = require("tensorstore", "Orbax checkpoints", "formats")
     directory = path / "checkpoint"
     directory.mkdir()

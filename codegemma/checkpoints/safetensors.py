@@ -44,9 +44,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _span(path: Path, name: str, info: Any, size: int) -> tuple[int, int]:
-    """First and last byte of a tensor, once its dtype, shape and offsets agree with each other and with the
-    file.
-    """
+    """First and last byte of a tensor, if dtype, shape and offsets agree with each other and the file."""
     match info:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
             pass
@@ -73,9 +71,7 @@ def _tensor(info: Mapping[str, Any], raw: np.ndarray) -> Tensor:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes unquantised tensors into one file, which appears only when complete. Raises ValueError on
-    blocks.
-    """
+    """Writes unquantised tensors into a file that appears only when complete. Raises ValueError on blocks."""
     infos, offset = {}, 0
     for name, tensor in tensors.items():
         if tensor.type not in TYPES:

@@ -35,6 +35,7 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "always": lambda config: True,
     "with_post_norms": lambda config: config.post_norms,
     "without_post_norms": lambda config: not config.post_norms,
+    "with_qk_norm": lambda config: config.qk_norm,
     "multi_head": lambda config: config.kv_heads == config.heads,
     "grouped_query": lambda config: config.kv_heads != config.heads,
     "transposed_gating": _transposed_gating,
@@ -47,16 +48,15 @@ def _tables() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("formats.toml").read_text("utf-8"))
 
 
+@cache
+def _written() -> dict[str, Any]:
+    return dict(json.loads(Path(__file__).with_name("written_fields.json").read_text("utf-8")))
+
+
 def format_table(format: Format) -> dict[str, Any]:
     """What formats.toml says of a format."""
     table: dict[str, Any] = _tables()[format]
     return table
-
-
-@cache
-def _written() -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(Path(__file__).with_name("written_fields.json").read_text("utf-8"))
-    return fields
 
 
 def written_fields(name: str) -> dict[str, Any]:
@@ -65,9 +65,7 @@ def written_fields(name: str) -> dict[str, Any]:
 
 
 def stored_name(format: Format, name: str) -> str:
-    """What a format calls one of our tensors that it stores as we do, such as "embed"; {i} stands for the
-    layer.
-    """
+    """A format's name of a tensor that it stores as we do, such as "embed"; {i} stands for the layer."""
     return next(stored for stored, ours in format_table(format)["tensors"]["always"].items() if ours == name)
 
 
@@ -206,7 +204,6 @@ def stored_tensors(config: ModelConfig, format: Format) -> list[StoredTensor]:
     for condition, tensors in table["tensors"].items():
         if CONDITIONS[condition](config):
             rows += [_row(name, described, size) for name, described in tensors.items()]
-    rows = [row for row in rows if _exists(row.parts[0].name, config)]
     rows.sort(key=lambda row: list(axes).index(row.parts[0].name))
     stored = []
     for layer in (None, *range(config.layers)):
@@ -232,19 +229,13 @@ def _row(name: str, described: str | dict[str, Any], size: Mapping[str, int]) ->
     return StoredTensor(name, parts, size, join, size[letter] ** power)
 
 
-def _exists(name: str, config: ModelConfig) -> bool:
-    """Whether models of this config have a tensor."""
-    kind = name.rpartition(".")[2]
-    return (config.qk_norm or kind not in ("q_norm", "k_norm")) and (
-        config.post_norms or not kind.startswith("post_")
-    )
-
-
 def config_values(format: Format, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig by a format's own keys; what is not stated has the format's default, or None."""
+    """Fields of ModelConfig by a format's keys; what is not stated has the format's default, or None."""
     table = format_table(format)
     defaults = table.get("defaults", {}).get(architecture, {})
-    return defaults | {name: fields.get(key, defaults.get(name)) for name, key in table["config"].items()}
+    norms = {"post_norms": architecture != "gemma", "qk_norm": architecture == "gemma3"}
+    stated = {name: fields.get(key, defaults.get(name)) for name, key in table["config"].items()}
+    return defaults | stated | norms
 
 
 def config_keys(format: Format, config: ModelConfig) -> dict[str, Any]:
@@ -371,6 +362,5 @@ def _check_tied(path: Path, name: str, head: Tensor, embed: Tensor) -> None:
     )
     if not same:
         raise ValueError(
-            f"{path}: tensor {name} differs from the embedding, but Gemma's output layer is the "
-            "embedding itself: merge or drop the separate output layer and convert the model again"
+            f"{path}: tensor {name} differs from the embedding, Gemma's output layer: merge or drop it"
         )

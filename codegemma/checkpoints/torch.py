@@ -53,8 +53,7 @@ class _Dict(dict[Any, Any]):
         pass  # _metadata of a state dict
 
 
-# What a pickle may name. A distributed checkpoint's metadata are dataclasses, enums and dtypes of these
-# modules.
+# What a pickle may name: a distributed checkpoint's metadata are dataclasses, enums and dtypes of these.
 _CHECKPOINT = "torch.distributed.checkpoint"
 _RECORDS = {
     f"{_CHECKPOINT}.metadata": (
@@ -67,12 +66,8 @@ _RECORDS = {
     "pathlib": ("PosixPath", "WindowsPath", "_local"),
 }
 _TORCH_NAMES = {*STORAGES, *OTHER_STORAGES, *DTYPES.values(), "uint8", "int64", "int32", "bool", "float64"}
-_REFUSED_OPCODES = b"".join(
-    (
-        *(pickle.EMPTY_SET, pickle.FROZENSET, pickle.ADDITEMS, pickle.INST, pickle.OBJ),
-        *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER),
-    )
-)
+_SETS_AND_OBJECTS = pickle.EMPTY_SET + pickle.FROZENSET + pickle.ADDITEMS + pickle.INST + pickle.OBJ
+_REFUSED_OPCODES = _SETS_AND_OBJECTS + pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.NEXT_BUFFER
 
 _Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one in Python: it can be narrowed
 
@@ -97,9 +92,8 @@ class _Reader(_Unpickler):  # type: ignore[misc]
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
         }
         if (module, name) not in known:
-            raise pickle.UnpicklingError(
-                f"it names {module}.{name}, which no checkpoint needs: it may be an attack"
-            )
+            attack = "which no checkpoint needs: it may be an attack"
+            raise pickle.UnpicklingError(f"it names {module}.{name}, {attack}")
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -128,27 +122,20 @@ class _Reader(_Unpickler):  # type: ignore[misc]
 def unpickle(name: str, raw: bytes, storage: Callable[[str, str, int], Any] | None = None) -> Any:
     """The object that a pickle describes, of dictionaries, lists, texts, numbers, tensors and Records.
 
-    `storage(kind, key, count)` gives the numbers that a tensor refers to. Raises ValueError, with `name` in
-    it.
+    `storage(kind, key, count)` gives the numbers that a tensor refers to. Raises ValueError naming `name`.
     """
     if len(raw) > MAX_PICKLE:
-        raise ValueError(
-            f"{name}: its pickle of {len(raw):,} bytes is larger than {MAX_PICKLE:,}: not a checkpoint"
-        )
+        raise damaged(f"{name}: its pickle of {len(raw):,} bytes is larger than {MAX_PICKLE:,}")
+    remedy = "download it again, from a source you trust"
     # a damaged pickle can fail in any way
-    with refusing(
-        f"{name}: cannot be read as a checkpoint",
-        Exception,
-        remedy="download it again, from a source you trust",
-    ):
+    with refusing(f"{name}: cannot be read as a checkpoint", Exception, remedy=remedy):
         return _Reader(raw, storage or (lambda *_: None)).load()
 
 
 def rebuild_tensor(storage: tuple[str, np.ndarray], offset: int, shape: Any, strides: Any, *_: Any) -> Any:
-    """A tensor over a storage (type, elements), as torch._utils._rebuild_tensor_v2; other types stay
-    storages.
+    """A tensor over a storage (type, elements), as torch._utils._rebuild_tensor_v2 makes it.
 
-    Raises ValueError where it reaches beyond the storage.
+    Other types stay storages. Raises ValueError on a tensor that reaches beyond its storage.
     """
     type, elements = storage
     shape, strides = tuple(shape), tuple(strides)
@@ -173,9 +160,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read(name: str, data: Any) -> Any:
-    """The object in an archive given as bytes or a map of them; its tensors are views. ValueError names the
-    rule.
-    """
+    """The object in an archive given as bytes or a map; its tensors are views. ValueError names the rule."""
     members = _members(name, data)
     pickles = [member for member in members if member.endswith("data.pkl")]
     if len(pickles) != 1:
@@ -218,10 +203,7 @@ def _members(name: str, data: Any) -> dict[str, np.ndarray]:
         compressed = info.compress_type or info.file_size != info.compress_size
         overlaps = offset < end or offset + 30 > raw.size
         if compressed or overlaps or info.filename in members or len(infos) > MAX_MEMBERS:
-            raise damaged(
-                f"{name}: its member {info.filename} is compressed, repeated or overlaps another, which "
-                "PyTorch never writes"
-            )
+            raise damaged(f"{name}: its member {info.filename} is compressed, repeated or overlaps another")
         name_length, extra_length = raw[offset + 26 : offset + 30].view("<u2").tolist()
         start = offset + 30 + name_length + extra_length
         end = start + info.file_size
@@ -236,12 +218,6 @@ class BufferFile(io.RawIOBase):
 
     def __init__(self, data: Any) -> None:
         self._data, self._offset = memoryview(data), 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._offset = offset + (0, self._offset, len(self._data))[whence]
@@ -274,10 +250,8 @@ def state_dict(name: str, value: Any, format: table.Format = "pytorch") -> dict[
         if isinstance(tensor, (ArrayTensor, LazyTensor)):
             tensors[str(key)] = tensor
         elif isinstance(tensor, tuple) and not table.is_ignored(format, str(key)):
-            raise ValueError(
-                f"{name}: tensor {key} is {tensor[0].removesuffix('Storage')}, but weights are float32, "
-                "float16 or bfloat16: use the unquantised model"
-            )
+            kind = f"{tensor[0].removesuffix('Storage')}, but weights are float32, float16 or bfloat16"
+            raise ValueError(f"{name}: tensor {key} is {kind}: use the unquantised model")
     return tensors
 
 
@@ -301,9 +275,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def write(file: Any, value: Mapping[str, Any] | None) -> None:
-    """Writes an archive that torch.load(weights_only=True) reads: nested dictionaries of tensors, texts,
-    numbers, None.
-    """
+    """Writes an archive for torch.load(weights_only=True): dictionaries of tensors, texts, numbers, None."""
     tensors: list[Tensor] = []
     described = b"\x80\x02" + _pickled(value, tensors) + b"."
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

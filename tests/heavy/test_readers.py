@@ -46,11 +46,11 @@ def _ids(path):
 
 def test_transformers_gives_our_logits_and_ids(source, tmp_path):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    at = convert(source, tmp_path / "m", "safetensors").path
-    tokenizer = transformers.AutoTokenizer.from_pretrained(at)
+    path = convert(source, tmp_path / "m", "safetensors").path
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     assert tokenizer(TEXT)["input_ids"] == _ids(source)
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"], skip_special_tokens=True) == TEXT
-    model = transformers.AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     theirs = model(torch.tensor([_ids(source)])).logits[0].detach().numpy()
     np.testing.assert_allclose(theirs, _expected(source, _ids(source)), atol=2e-4)
     assert set(model.generation_config.eos_token_id) == prompts.fim_stops(open_checkpoint(source).tokenizer)
@@ -68,13 +68,13 @@ def test_the_model_cards_samples_run(source, tmp_path):
     checkpoint = open_checkpoint(source)
     if checkpoint.tokenizer.control.fim != "named":
         pytest.skip("the samples spell CodeGemma's tokens")
-    at = convert(source, tmp_path / "m", "safetensors").path
-    config = json.loads((at / "tokenizer_config.json").read_text())
+    path = convert(source, tmp_path / "m", "safetensors").path
+    config = json.loads((path / "tokenizer_config.json").read_text())
     from codegemma.checkpoints.huggingface_tokenizer import CHAT_TEMPLATE
 
-    (at / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
-    tokenizer = transformers.GemmaTokenizer.from_pretrained(at)
-    model = transformers.AutoModelForCausalLM.from_pretrained(at)
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
+    tokenizer = transformers.GemmaTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
     prompt = "<|fim_prefix|>import datetime\n<|fim_suffix|>\nprint(x)<|fim_middle|>"
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     assert inputs["input_ids"][0].tolist() == prompts.raw(checkpoint.tokenizer, prompt).ids
@@ -96,19 +96,19 @@ def test_the_model_cards_samples_run(source, tmp_path):
 @pytest.mark.parametrize("type", [None, "q8_0", "q4_k_m", "q4_0"])
 def test_llama_cpp_gives_our_logits_and_stops_at_the_separator(source, tmp_path, type):
     llama_cpp = pytest.importorskip("llama_cpp")
-    at = convert(source, tmp_path / "m.gguf", quantize_to=type).path
-    model = llama_cpp.Llama(str(at), n_ctx=128, logits_all=True, verbose=False)
+    path = convert(source, tmp_path / "m.gguf", quantize_to=type).path
+    model = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False)
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
     assert model.tokenize(TEXT.encode()) == _ids(source)
     control = open_checkpoint(source).tokenizer.control
     ends = {token for token in range(515) if llama_cpp.llama_vocab_is_eog(vocabulary, token)}
     assert ends == {control.eos, control.end_of_turn, control.file_separator}
-    found = [
+    fim_ids = [
         getattr(llama_cpp, f"llama_vocab_fim_{name}")(vocabulary) for name in ("pre", "mid", "suf", "sep")
     ]
-    assert found == [67, 68, 69, 70]
+    assert fim_ids == [67, 68, 69, 70]
     model.eval(_ids(source)[:20])
-    theirs, ours = np.array(model.scores[:20]), _expected(at, _ids(source)[:20])
+    theirs, ours = np.array(model.scores[:20]), _expected(path, _ids(source)[:20])
     assert np.abs(theirs - ours).max() < (0.3 if type else 0.05)  # it rounds keys, values and activations
     assert (theirs.argmax(-1) == ours.argmax(-1)).mean() > 0.8
 
@@ -129,36 +129,36 @@ def test_llama_cpps_quantiser_chooses_the_same_types_and_makes_the_same_blocks(s
 
 def test_keras_hub_gives_our_logits(source, tmp_path):
     keras_hub = pytest.importorskip("keras_hub")
-    at = convert(source, tmp_path / "m", "keras").path
+    path = convert(source, tmp_path / "m", "keras").path
     config, ids = open_checkpoint(source).config, _ids(source)
     kind = (
         keras_hub.models.Gemma3Backbone if config.architecture == "gemma3" else keras_hub.models.GemmaBackbone
     )
-    model = kind.from_preset(str(at), dtype="float32")
+    model = kind.from_preset(str(path), dtype="float32")
     hidden = model({"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)))})
     theirs = np.asarray(model.token_embedding(hidden, reverse=True).detach())[0]
     np.testing.assert_allclose(theirs, _expected(source, ids), atol=2e-4)
     if config.architecture != "gemma3":
-        tokenizer = keras_hub.models.GemmaTokenizer.from_preset(str(at))
+        tokenizer = keras_hub.models.GemmaTokenizer.from_preset(str(path))
         assert [2, *np.asarray(tokenizer(TEXT)).tolist()] == ids
 
 
 def test_orbax_and_pytorch_restore_what_we_wrote(source, tmp_path):
     ocp, torch = pytest.importorskip("orbax.checkpoint"), pytest.importorskip("torch")
     checkpoint = open_checkpoint(source)
-    at = convert(source, tmp_path / "o", "orbax").path / "checkpoint"
+    path = convert(source, tmp_path / "o", "orbax").path / "checkpoint"
     expected = table.to_format("flax", checkpoint.config, checkpoint.tensors)
     restored = {
         f"{group}/{key}": np.asarray(value).astype(np.float32)
-        for group, leaves in ocp.StandardCheckpointer().restore(at).items()
+        for group, leaves in ocp.StandardCheckpointer().restore(path).items()
         for key, value in leaves.items()
     }
     assert restored.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(restored[name].reshape(-1), tensor.float32().reshape(-1))
-    at = convert(source, tmp_path / "t", "gemma_pytorch").path / "model.ckpt"
+    path = convert(source, tmp_path / "t", "gemma_pytorch").path / "model.ckpt"
     expected = table.to_format("pytorch", checkpoint.config, checkpoint.tensors)
-    state = torch.load(at, weights_only=True)["model_state_dict"]
+    state = torch.load(path, weights_only=True)["model_state_dict"]
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(state[name].float().numpy().reshape(-1), tensor.float32().reshape(-1))
@@ -170,12 +170,12 @@ def test_the_default_model_in_transformers(tmp_path):
         hub.resolve()
     except ValueError as error:
         pytest.skip(str(error))
-    at = convert(hub.DEFAULT, tmp_path / "m", "safetensors", dtype="f32").path
-    tokenizer = transformers.AutoTokenizer.from_pretrained(at)
-    ours = open_checkpoint(at)
+    path = convert(hub.DEFAULT, tmp_path / "m", "safetensors", dtype="f32").path
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    ours = open_checkpoint(path)
     for text in (*verify.TEXTS[:3], "<start_of_turn>user\nWhy?<end_of_turn>\n"):
         assert tokenizer(text)["input_ids"] == [2, *ours.tokenizer.encode(text, control=True)], text
     ids = [2, *ours.tokenizer.encode(verify.TEXTS[0])]
-    model = transformers.AutoModelForCausalLM.from_pretrained(at)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
     theirs = model(torch.tensor([ids])).logits[0].detach().numpy()
     np.testing.assert_allclose(theirs, next(verify._logits(ours, [ids], None)), atol=2e-3)
