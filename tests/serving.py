@@ -43,7 +43,7 @@ def served(
     open_service, rules: Rules | None = None, page: Path = app.PAGE, terms: str = ""
 ) -> Iterator[Served]:
     """`open_service` is awaited in the server's loop."""
-    listener = run._listening("127.0.0.1", 0)
+    listener = run.open_socket("127.0.0.1", 0)
     application = app.create(open_service, rules or Rules(), terms, page)
     config = uvicorn.Config(
         application, http=HttpProtocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1

@@ -20,12 +20,15 @@ from tiny import KINDS, random_adapter, write_tiny_gguf
 
 from codegemma import File, Message, Sampling, load
 from codegemma.checkpoints import open_checkpoint
+from codegemma.generate.engine import Step
+from codegemma.generate.request import Chat, Infill, Request, TextPrompt
+from codegemma.generate.resolve import resolve
+from codegemma.generate.trim import Trimmer
 from codegemma.native import Cancel
 from codegemma.serve import guard, protocol, scheduler
-from codegemma.serve import requests as asking
 from codegemma.serve.guard import Rules
-from codegemma.serve.remote import Remote
-from codegemma.serve.requests import Ask, Busy, Chat, Fill, Job, Prompt, Text, prompt_of
+from codegemma.serve.remote import RemoteService
+from codegemma.serve.requests import Busy, Job
 from codegemma.serve.scheduler import Scheduler
 
 HOLE = {"prefix": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"}
@@ -676,7 +679,7 @@ def test_adapters_by_field_by_model_name_and_lora(path):
     loaded.add_adapter("worn", random_adapter(LONG, seed=4))
     fills = {
         name: loaded.complete(**HOLE, max_tokens=6, adapter=name, sampling=Sampling(1.0, seed=9))
-        for name in (None, "ours", "worn")
+        for name in ("none", "ours", "worn")
     }
     expected = {name: fill.text for name, fill in fills.items()}
     assert len(set(expected.values())) == 3
@@ -702,7 +705,8 @@ def test_adapters_by_field_by_model_name_and_lora(path):
         ]
         answers = list(pool.map(lambda one: good(server.post("/v1/completions", json=body | one[0])), asked))
         for answer, (_, name) in zip(answers, asked, strict=True):
-            assert answer["choices"][0]["text"] == expected[name] and answer["timings"]["adapter"] == name
+            assert answer["choices"][0]["text"] == expected[name or "none"]
+            assert answer["timings"]["adapter"] == name
         assert answers[2]["timings"]["mode"] == "spm"  # as its card says
         lora = {
             "input_prefix": HOLE["prefix"],
@@ -815,8 +819,8 @@ def test_a_client_that_leaves_stops_its_prompt_half_way(held):
         connection = sent(server, "/v1/completions", body)
         assert engine.entered.acquire(timeout=60)
         connection.close()
-        until(lambda: server.backend.metrics.running == 0)
-    assert engine.cut == 3 and server.backend.metrics.counts["cancelled"] == 3
+        until(lambda: server.service.metrics.running == 0)
+    assert engine.cut == 3 and server.service.metrics.counts["cancelled"] == 3
 
 
 def test_the_newest_completion_of_an_editor_cancels_its_older_ones(held):
@@ -826,14 +830,14 @@ def test_the_newest_completion_of_an_editor_cancels_its_older_ones(held):
         other = sent(server, "/infill", fill | {"session": "emacs"})
         assert engine.entered.acquire(timeout=60)
         first = pool.submit(server.post, "/infill", json=fill)
-        until(lambda: len(server.backend._jobs) == 2)
+        until(lambda: len(server.service._jobs) == 2)
         second = pool.submit(
             server.post,
             "/infill",
             json={k: v for k, v in fill.items() if k != "session"},
             headers={"X-Session-Id": "vim"},
         )
-        until(lambda: any(job.gone.is_set() for job in server.backend._jobs.values()))
+        until(lambda: any(job.gone.is_set() for job in server.service._jobs.values()))
         engine.on.set()
         old = good(first.result(60))
         assert (old["timings"]["stop"], old["content"]) == ("cancelled", "")
@@ -847,7 +851,7 @@ def test_too_many_are_told_to_come_again(held):
     waiting = [sent(server, "/v1/completions", small)]
     assert engine.entered.acquire(timeout=60)
     waiting += [sent(server, "/v1/completions", small) for _ in range(4)]
-    until(lambda: len(server.backend._waiting) == 4)
+    until(lambda: len(server.service._waiting) == 4)
     for path in ("/v1/completions", "/api/generate"):
         refused = server.post(path, json={"prompt": "x", "model": "m"})
         assert (
@@ -859,13 +863,13 @@ def test_too_many_are_told_to_come_again(held):
     for connection in waiting:
         assert b" 200 OK" in connection.recv(100)
         connection.close()
-    assert server.backend.metrics.counts["rejected"] == 2
+    assert server.service.metrics.counts["rejected"] == 2
     until(lambda: good(server.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})))
 
 
 def test_a_long_prompt_leaves_room_between_anothers_tokens(held):
     server, engine = held
-    backend = server.backend
+    backend = server.service
     engine.on.set()
     with server.client.stream(
         "POST",
@@ -917,9 +921,9 @@ def test_whoever_had_least_goes_first(held):
         jobs = [pool.submit(asked, "greedy", 600)]
         assert engine.entered.acquire(timeout=60)
         jobs += [pool.submit(asked, "greedy", 600) for _ in range(2)]
-        until(lambda: len(server.backend._jobs) + len(server.backend._waiting) == 3)
+        until(lambda: len(server.service._jobs) + len(server.service._waiting) == 3)
         jobs.append(pool.submit(asked, "modest", 20))
-        until(lambda: len(server.backend._jobs) + len(server.backend._waiting) == 4)
+        until(lambda: len(server.service._jobs) + len(server.service._waiting) == 4)
         engine.on.set()
         for job in jobs:
             job.result(60)
@@ -933,19 +937,19 @@ def test_deadlines(model):
         backend = Scheduler(model)
         text = "".join(f"line_{i} = {i}\n" for i in range(400))
         (short,) = await backend.submit(
-            [Ask(Fill(text), prompt_seconds=30 / model.engine.prefill_rate, max_tokens=1)]
+            [Request(Infill(text), prompt_seconds=30 / model.engine.prefill_rate, max_tokens=1)]
         )
-        (whole,) = await backend.submit([Ask(Fill(text), max_tokens=1)])
+        (whole,) = await backend.submit([Request(Infill(text), max_tokens=1)])
         assert short.prompt_tokens < whole.prompt_tokens / 4
-        job = Job(Ask(Text("x"), prompt_seconds=1.0, predict_seconds=1.0), Prompt([2], frozenset()))
+        job = Job(Request(TextPrompt("x"), prompt_seconds=1.0, predict_seconds=1.0), Request([2]))
         job.started = 100.0
         assert not job.overdue(101.9) and job.overdue(102.1)
         job.first = 102.0
         assert not job.overdue(110.0)
-        job.lines = True
+        job.has_line = True
         assert job.overdue(103.1) and not job.overdue(102.9)
-        (soon,) = await backend.submit([Ask(Text("def f"), max_tokens=4000, predict_seconds=1e-9)])
-        soon.lines = True
+        (soon,) = await backend.submit([Request(TextPrompt("def f"), max_tokens=4000, predict_seconds=1e-9)])
+        soon.has_line = True
         steps = [step async for step in soon.steps()]
         assert steps[-1].stop == "length" and len(steps) < 1000
         await backend.close()
@@ -1007,7 +1011,7 @@ def test_prompts_outlive_a_restart(path, tmp_path):
 
 def test_a_server_before_a_server_gives_the_same(server, path, model):
     async def opened():
-        return await Remote.open(server.url + "/v1/", open_checkpoint(path))
+        return await RemoteService.open(server.url + "/v1/", open_checkpoint(path))
 
     with served(opened) as front:
         infill = {
@@ -1064,31 +1068,31 @@ def test_a_server_before_a_server_gives_the_same(server, path, model):
 
 def test_a_remote_that_fails_is_said_to(path, model):
     async def opened():
-        return await Remote.open(engine.url, open_checkpoint(path))
+        return await RemoteService.open(engine.url, open_checkpoint(path))
 
     async def behind():
         return Scheduler(model)
 
     with served(behind) as engine, served(opened) as front:
-        front.backend.client.base_url = "http://127.0.0.1:9/v1"
+        front.service.client.base_url = "http://127.0.0.1:9/v1"
         answer = front.post("/v1/completions", json={"prompt": "x"})
         assert answer.status_code == 502 and "engine behind" in answer.json()["error"]["message"]
     with pytest.raises(ValueError, match="does not tell what is served"):
-        asyncio.run(Remote.open("http://127.0.0.1:9", open_checkpoint(path)))
+        asyncio.run(RemoteService.open("http://127.0.0.1:9", open_checkpoint(path)))
 
 
 def test_a_remote_request_ends_with_its_reader(held, path):
     engine_server, engine = held
 
     async def opened():
-        return await Remote.open(engine_server.url, open_checkpoint(path))
+        return await RemoteService.open(engine_server.url, open_checkpoint(path))
 
     with served(opened) as front:
         connection = sent(front, "/infill", {"input_prefix": "x" * 500, "input_suffix": ""})
         assert engine.entered.acquire(timeout=60)
         connection.close()
-        until(lambda: front.backend.metrics.running == 0 and engine_server.backend.metrics.running == 0)
-        assert engine_server.backend.metrics.counts["cancelled"] == 1
+        until(lambda: front.service.metrics.running == 0 and engine_server.service.metrics.running == 0)
+        assert engine_server.service.metrics.counts["cancelled"] == 1
 
 
 # Hostile clients.
@@ -1174,7 +1178,7 @@ def test_the_page_and_nothing_beside_it(model, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "web" / "app.js").write_text("1")
     (tmp_path / "web" / "link").symlink_to(tmp_path / "secret")
-    with served(opened, web=tmp_path / "web") as server:
+    with served(opened, page=tmp_path / "web") as server:
         assert "was not built" in server.get("/").text
         (tmp_path / "web" / "index.html").write_text("<p>page</p>")
         answer = server.get("/")
@@ -1290,9 +1294,9 @@ def test_a_reader_that_does_not_read_is_left(model, monkeypatch):
             f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
             + data
         )
-        until(lambda: server.backend.metrics.running > 0)
-        until(lambda: server.backend.metrics.running == 0)
-        assert server.backend.metrics.counts["cancelled"] > 0
+        until(lambda: server.service.metrics.running > 0)
+        until(lambda: server.service.metrics.running == 0)
+        assert server.service.metrics.counts["cancelled"] > 0
         connection.close()
 
 
@@ -1313,26 +1317,26 @@ def test_many_idle_connections_leave_it_answering(model, monkeypatch):
 # The parts.
 
 
-def test_prompts_of_asks(model):
+def test_requests_are_resolved_to_token_ids(model):
     tokenizer = model.tokenizer
-    plain = prompt_of(model.engine, Ask(Text("<bos>")), {"psm"})
+    plain = resolve(model.engine, Request(TextPrompt("<bos>")), {"psm"})
     assert (
-        plain.ids
+        plain.prompt
         == tokenizer.encode("<bos>", bos=True)
-        != prompt_of(model.engine, Ask(Text("<bos>", raw=True)), {"psm"}).ids
+        != resolve(model.engine, Request(TextPrompt("<bos>", raw=True)), {"psm"}).prompt
     )
     long = tuple(range(110, 400)) * 100
-    cut = prompt_of(model.engine, Ask(Text(long, truncate=True), max_tokens=100), {"psm"})
-    assert len(cut.ids) == LONG.context - 100 and cut.ids[1:] == list(long[-len(cut.ids) + 1 :])
-    assert prompt_of(model.engine, Ask(Fill("x", "y", mode="spm")), {"psm"}).layout == "spm"
-    assert prompt_of(model.engine, Ask(Fill("x")), ()).layout == "prefix"
-    assert prompt_of(model.engine, Ask(Chat((Message("user", "x"),))), {"psm"}).layout is None
+    cut = resolve(model.engine, Request(TextPrompt(long, truncate=True), max_tokens=100), {"psm"})
+    assert len(cut.prompt) == LONG.context - 100 and cut.prompt[1:] == list(long[-len(cut.prompt) + 1 :])
+    assert resolve(model.engine, Request(Infill("x", "y", mode="spm")), {"psm"}).layout == "spm"
+    assert resolve(model.engine, Request(Infill("x")), ()).layout == "prefix"
+    assert resolve(model.engine, Request(Chat((Message("user", "x"),))), {"psm"}).layout is None
     with pytest.raises(ValueError, match="time budget"):
-        Ask(Text("x"), prompt_seconds=float("nan"))
+        Request(TextPrompt("x"), prompt_seconds=float("nan"))
 
 
 def test_lines_indented_less_end_a_suggestion():
-    for least, given, kept in (
+    for min_indent, answer, kept in (
         (4, "a\n    b\n\n    c\n  d", "a\n    b\n\n    c"),
         (2, "a\n  b", "a\n  b"),
         (4, "x\ny", "x"),
@@ -1340,14 +1344,14 @@ def test_lines_indented_less_end_a_suggestion():
         (1, "\n\tz\n", "\n\tz\n"),
     ):
         for size in (1, 2, 50):
-            shown = asking._Indented(least)
-            text, parts = "", [given[at : at + size] for at in range(0, len(given), size)]
+            trimmer = Trimmer(Request(Infill("", min_indent=min_indent)), "psm")
+            text, parts = "", [answer[start : start + size] for start in range(0, len(answer), size)]
             for number, part in enumerate(parts):
-                step = shown.push(asking.Step(5, part, 0.0, "length" if number == len(parts) - 1 else None))
+                step = trimmer.push(Step(5, part, 0.0, "length" if number == len(parts) - 1 else None))
                 text += step.text
                 if step.stop:
                     break
-            assert text == kept and (step.stop == "length" if kept == given else step.stop)
+            assert text == kept and (step.stop == "length" if kept == answer else step.stop)
 
 
 def test_busy_knows_when_to_come_again(model):
@@ -1355,6 +1359,6 @@ def test_busy_knows_when_to_come_again(model):
         backend = Scheduler(model)
         await backend.close()
         with pytest.raises(Busy, match="stopping"):
-            await backend.submit([Ask(Text("x"))])
+            await backend.submit([Request(TextPrompt("x"))])
 
     asyncio.run(run())

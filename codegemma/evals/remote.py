@@ -10,12 +10,23 @@ from typing import Any
 import httpx
 
 from codegemma.evals.task import Decoding, ModelOutput, Score, StopReason
+from codegemma.generate.client import (
+    api_url,
+    completion_body,
+    error_message,
+    key_headers,
+    prompt_logprobs,
+    stopped_by_text,
+)
+from codegemma.generate.request import Request
+from codegemma.generate.sampling import Sampling
 from codegemma.tokenizer import Tokenizer
+
+SEED_STEP = 1_000_003  # between the seeds of runs, so that their samples have different ones
 
 
 class RemoteModel:
-    """An EvaluatedModel over HTTP. `tokenizer` must be the served model's: prompts are sent as token ids, so
-    that control tokens stay what they are.
+    """An EvaluatedModel over HTTP. `tokenizer` must be the served model's.
 
     Likelihoods need a server that knows `echo` with `logprobs` (vLLM does).
     """
@@ -23,9 +34,8 @@ class RemoteModel:
     def __init__(
         self, url: str, tokenizer: Tokenizer, model: str = "", key: str = "", concurrent: int = 16
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(headers=headers, timeout=httpx.Timeout(600.0))
+        self.url = api_url(url)
+        self.client = httpx.Client(headers=key_headers(key), timeout=httpx.Timeout(600.0))
         self.tokenizer, self.concurrent = tokenizer, concurrent
         self.name = model or self._request("GET", "/models")["data"][0]["id"]
 
@@ -34,15 +44,15 @@ class RemoteModel:
 
         def ask(i: int, number: int) -> ModelOutput:
             started = time.monotonic()
-            choice = self._complete(_body(prompts[i], number, decoding))
-            reason = _stop_reason(choice, decoding)
+            choice = self._complete(_sample_request(prompts[i], number, decoding))
+            ids = self.tokenizer.encode(choice["text"])
             return ModelOutput(
-                choice["text"], self.tokenizer.encode(choice["text"]), reason, time.monotonic() - started
+                choice["text"], ids, _stop_reason(choice, decoding), time.monotonic() - started
             )
 
         with ThreadPoolExecutor(self.concurrent) as pool:
-            asked = [(i, number) for i in range(len(prompts)) for number in range(decoding.samples)]
-            running = {pool.submit(ask, *pair): pair for pair in asked}
+            pairs = [(i, number) for i in range(len(prompts)) for number in range(decoding.samples)]
+            running = {pool.submit(ask, *pair): pair for pair in pairs}
             for future in as_completed(running):
                 yield *running[future], future.result()
 
@@ -54,54 +64,42 @@ class RemoteModel:
     def _score(self, pair: tuple[list[int], list[int]]) -> Score:
         context, continuation = pair
         ids = context + continuation
-        body = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
-        logprobs = self._complete(body).get("logprobs") or {}
-        values = (logprobs.get("token_logprobs") or [])[len(context) : len(ids)]
-        top = (logprobs.get("top_logprobs") or [])[len(context) : len(ids)]
-        if len(values) != len(continuation) or None in values:
+        choice = self._complete(Request(ids, max_tokens=1), echo=True)
+        scores = prompt_logprobs(choice, len(context), len(ids))
+        if len(scores) != len(continuation):
             raise ValueError(
                 f"{self.url} does not give the log-probabilities of a prompt (echo with logprobs), "
                 "which this benchmark needs: use vLLM, or a local model"
             )
-        greedy = len(top) == len(values) and all(
-            value >= max(best.values()) for value, best in zip(values, top, strict=True)
-        )
-        return Score([float(value) for value in values], greedy)
+        greedy = all(top and value >= max(top.values()) for value, top in scores)
+        return Score([value for value, _ in scores], greedy)
 
-    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        body = {"model": self.name} | {name: value for name, value in body.items() if value is not None}
-        return self._request("POST", "/completions", body)["choices"][0]
+    def _complete(self, request: Request, echo: bool = False) -> dict[str, Any]:
+        return self._request("POST", "/completions", completion_body(self.name, request, echo))["choices"][0]
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON answer. Raises ValueError with the server's own message where it refuses."""
         try:
             answer = self.client.request(method, self.url + path, json=body)
         except httpx.HTTPError as error:
-            raise ValueError(
-                f"{self.url}{path} cannot be reached ({error}): is the server running?"
-            ) from error
+            problem = f"{self.url}{path} cannot be reached ({error})"
+            raise ValueError(f"{problem}: is the server running?") from error
         if answer.status_code != 200:
-            raise ValueError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}")
+            raise ValueError(f"{self.url}{path} answered {answer.status_code}: {error_message(answer)[:300]}")
         return answer.json()
 
 
-def _body(prompt: list[int], number: int, decoding: Decoding) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "max_tokens": decoding.max_tokens,
-        "stop": list(decoding.stop) or None,
-        "temperature": decoding.temperature,
-        "top_p": decoding.top_p,
-        "seed": decoding.seed * 1_000_003 + number,
-        "stop_token_ids": sorted(decoding.stop_ids),
-    }
+def _sample_request(prompt: list[int], number: int, decoding: Decoding) -> Request:
+    seed = decoding.seed * SEED_STEP + number
+    sampling = Sampling(decoding.temperature, top_p=decoding.top_p, seed=seed)
+    return Request(prompt, decoding.max_tokens, sampling, decoding.stop_ids, decoding.stop)
 
 
 def _stop_reason(choice: dict[str, Any], decoding: Decoding) -> StopReason:
-    """vLLM's `stop_reason` is a stop text, a token id, or none for <eos>; other servers do not say which it
-    was, and where there are stop texts, one of them is the usual end."""
+    """Servers other than vLLM do not say what stopped an answer: where there are stop texts, one of them is
+    the usual reason."""
     if choice.get("finish_reason") == "length":
         return "length"
     if "stop_reason" not in choice and choice.get("finish_reason") == "stop" and decoding.stop:
         return "stop"
-    return "stop" if isinstance(choice.get("stop_reason"), str) else "token"
+    return "stop" if stopped_by_text(choice) else "token"

@@ -19,7 +19,7 @@ from starlette.types import Scope
 from codegemma import __version__
 from codegemma.serve.dialects import llamacpp, mistral, ollama, openai, tabby
 from codegemma.serve.guard import RequestGuard, Rules
-from codegemma.serve.requests import Backend, Busy
+from codegemma.serve.requests import CompletionService, Busy
 from codegemma.serve.wire import dumps, reply
 
 PAGE = Path(__file__).parent / "web"
@@ -29,7 +29,8 @@ NO_PAGE = "codegemma is running. The page was not built into this installation: 
 shared_router = APIRouter()
 
 CompletionBody = Annotated[
-    Annotated[openai.OpenAICompletionBody, Tag("openai")] | Annotated[tabby.TabbyCompletionBody, Tag("tabby")],
+    Annotated[openai.OpenAICompletionBody, Tag("openai")]
+    | Annotated[tabby.TabbyCompletionBody, Tag("tabby")],
     Discriminator(lambda body: "tabby" if tabby.is_tabby(body) else "openai"),
 ]
 
@@ -43,7 +44,7 @@ async def completions(body: CompletionBody, http: HttpRequest) -> Response:
 
 
 def create(
-    open_service: Callable[[], Awaitable[Backend]],
+    open_service: Callable[[], Awaitable[CompletionService]],
     rules: Rules = Rules(),  # noqa: B008
     terms: str = "",
     page: Path = PAGE,
@@ -62,7 +63,10 @@ def create(
             await app.state.service.close()
 
     app = FastAPI(title="codegemma", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for router in (shared_router, *(dialect.router for dialect in (openai, llamacpp, ollama, mistral, tabby))):
+    for router in (
+        shared_router,
+        *(dialect.router for dialect in (openai, llamacpp, ollama, mistral, tabby)),
+    ):
         app.include_router(router)
 
     @app.get("/terms", tags=["codegemma"])

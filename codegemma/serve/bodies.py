@@ -63,7 +63,9 @@ class ExtensionFields(BaseModel):
         """A fill-in-the-middle prompt; the body's extra files come after `files`, nearer to the prefix."""
         extra = tuple(File(one_line(file.filename), file.text) for file in self.input_extra or ())
         files = (*files, *extra)
-        return Infill(prefix, suffix or "", self.path or None, files, self.mode or "auto", self.trim or "none")
+        return Infill(
+            prefix, suffix or "", self.path or None, files, self.mode or "auto", self.trim or "none"
+        )
 
     def request(self, http: HttpRequest, **fields: Any) -> Request:
         """A request with what the shared fields, the headers and the model's name say.

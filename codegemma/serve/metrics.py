@@ -22,7 +22,10 @@ class MetricsCollector(Collector):
         """Every metric with its present value."""
         metrics, counts = self.metrics, self.metrics.counts
         counters = {
-            "llamacpp:prompt_tokens": ("Prompt tokens read", counts["prompt_tokens"] - counts["cached_tokens"]),
+            "llamacpp:prompt_tokens": (
+                "Prompt tokens read",
+                counts["prompt_tokens"] - counts["cached_tokens"],
+            ),
             "llamacpp:prompt_seconds": ("Seconds spent on prompts", counts["prompt_seconds"]),
             "llamacpp:tokens_predicted": ("Tokens generated", counts["predicted_tokens"]),
             "llamacpp:tokens_predicted_seconds": ("Seconds spent generating", counts["predicted_seconds"]),

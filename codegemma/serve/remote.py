@@ -1,8 +1,4 @@
-"""Another OpenAI-compatible server as the engine: prompts, budgets, trimming and dialects are ours, generation is theirs.
-
-Prompts travel as token ids on /v1/completions, so that control tokens stay what they are; the tokenizer must be the
-served model's own.
-"""
+"""Another OpenAI-compatible server generates; prompts, time budgets, trimming and dialects stay here."""
 
 from __future__ import annotations
 
@@ -21,50 +17,56 @@ from fastapi import HTTPException
 from codegemma import hub
 from codegemma.checkpoints import Checkpoint
 from codegemma.generate.cache import PrefixCache
-from codegemma.generate.completion import layout_for
+from codegemma.generate.client import (
+    api_url,
+    completion_body,
+    error_message,
+    key_headers,
+    prompt_logprobs,
+    stopped_by_text,
+)
 from codegemma.generate.engine import Step, Stop
+from codegemma.generate.request import Request
+from codegemma.generate.resolve import layout_for, resolve
 from codegemma.native import PAGE, Page
 from codegemma.prompts import Layout
-from codegemma.serve.requests import LATE, Ask, Busy, Job, Metrics, Text, prompt_of, supersedes
+from codegemma.serve.requests import Busy, Job, Metrics, prompt_timeout, supersedes
 from codegemma.tokenizer import Tokenizer
 
-SLOTS = 256  # requests at once: the engine behind batches and queues them
-FIRST_RATE = 2000.0  # prompt tokens a second, until it was measured
-REMEMBERED = 1 << 16  # pages of prompts that the engine behind probably still has
+MAX_REQUESTS = 256  # at once: the remote server batches and queues them
+INITIAL_PREFILL_RATE = 2000.0  # prompt tokens a second, until it is measured
+REMEMBERED_PAGES = 1 << 16  # of prompts that the remote server probably still has in its cache
 
 
-class Remote:
-    """A Backend. Made by `open`, which asks the server what it serves."""
+class RemoteService:
+    """A CompletionService before another server. `open` makes it."""
 
     adapters: list[str] = []
 
     def __init__(self, client: httpx.AsyncClient, name: str, checkpoint: Checkpoint, context: int) -> None:
         if checkpoint.tokenizer is None:
-            raise ValueError(
-                f"{checkpoint.path} has no tokenizer: -m must name a model whose tokenizer is that of the served one"
-            )
-        self.client, self.name, self.title, self.context = (
-            client,
-            name,
-            f"{name} at {client.base_url}",
-            context,
-        )
+            remedy = "-m must name a model whose tokenizer is that of the served one"
+            raise ValueError(f"{checkpoint.path} has no tokenizer: {remedy}")
+        self.client, self.name, self.context = client, name, context
+        self.title = f"{name} at {client.base_url}"
         self.tokenizer: Tokenizer = checkpoint.tokenizer
-        self.slots, self.size, self.metrics = SLOTS, 0, Metrics()
-        self.cache = PrefixCache("remote", 1, REMEMBERED)  # which prompts, not their keys and values
-        self.prefill_rate = FIRST_RATE
+        self.slots, self.size, self.metrics = MAX_REQUESTS, 0, Metrics()
+        self.cache = PrefixCache("remote", 1, REMEMBERED_PAGES)  # of prompts, without their keys and values
+        self.prefill_rate = INITIAL_PREFILL_RATE
         self._preset = hub.preset(name) or hub.preset_in(name, checkpoint.config)
         self._jobs: dict[Job, asyncio.Task[None]] = {}
 
     @classmethod
-    async def open(cls, url: str, checkpoint: Checkpoint, key: str = "") -> Remote:
-        """Raises ValueError where no such server answers."""
-        base = url.rstrip("/").removesuffix("/v1") + "/v1"
+    async def open(cls, url: str, checkpoint: Checkpoint, key: str = "") -> RemoteService:
+        """Asks the server what it serves. `checkpoint` gives the tokenizer.
+
+        Raises ValueError where no such server answers.
+        """
         client = httpx.AsyncClient(
-            base_url=base,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            base_url=api_url(url),
+            headers=key_headers(key),
             timeout=httpx.Timeout(600.0, connect=10.0),
-            limits=httpx.Limits(max_connections=SLOTS),
+            limits=httpx.Limits(max_connections=MAX_REQUESTS),
         )
         try:
             answer = await client.get("/models")
@@ -73,9 +75,8 @@ class Remote:
             name, context = str(served["id"]), int(served.get("max_model_len") or checkpoint.config.context)
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             await client.aclose()
-            raise ValueError(
-                f"{base}/models does not tell what is served ({error}): is it an OpenAI-compatible server?"
-            ) from error
+            problem = f"{api_url(url)}/models does not tell what is served ({error})"
+            raise ValueError(f"{problem}: is it an OpenAI-compatible server?") from error
         return cls(client, name, checkpoint, min(context, checkpoint.config.context))
 
     @property
@@ -84,36 +85,37 @@ class Remote:
 
     @property
     def mode(self) -> Layout:
-        return layout_for("auto", self.fim_trained, spm_trained=False)
+        return layout_for("auto", {"psm"} if self.fim_trained else ())
 
     @property
     def chats(self) -> bool:
-        return (
-            "chat" in self._preset.uses if self._preset else self.tokenizer.control.start_of_turn is not None
-        )
+        has_turns = self.tokenizer.control.start_of_turn is not None
+        return "chat" in self._preset.uses if self._preset else has_turns
 
-    def cached(self, ids: Sequence[int], adapter: str | None = None) -> int:
-        """How many first tokens the engine behind probably still has."""
+    def cached(self, ids: Sequence[int], adapter: str = "none") -> int:
+        """How many first tokens the remote server probably has in its cache."""
         return self.cache.find(ids[:-1])[1]
 
-    async def submit(self, asks: Sequence[Ask]) -> list[Job]:
-        if len(self._jobs) >= SLOTS:
+    async def submit(self, requests: Sequence[Request]) -> list[Job]:
+        """A job for each request; see CompletionService."""
+        if len(self._jobs) >= MAX_REQUESTS:
             self.metrics.counts["rejected"] += 1
-            raise Busy(f"{len(self._jobs)} requests are under way: try again in a moment", 1)
-        prompts = await asyncio.to_thread(
-            lambda: [prompt_of(self, ask, {self.mode} - {"prefix"}) for ask in asks]
-        )
-        jobs = [Job(ask, prompt) for ask, prompt in zip(asks, prompts, strict=True)]
+            raise Busy(f"{len(self._jobs)} requests are running: try again in a moment", 1)
+        orders = {self.mode} - {"prefix"}
+        resolved = await asyncio.to_thread(lambda: [resolve(self, request, orders) for request in requests])
+        jobs = [Job(*pair) for pair in zip(requests, resolved, strict=True)]
         for older in [job for job in self._jobs if supersedes(jobs[0], job)]:
             older.cancel()
         loop = asyncio.get_running_loop()
         for job in jobs:
+            job.resolved = replace(job.resolved, adapter="none")  # the remote server has none of ours
             task = self._jobs[job] = asyncio.create_task(self._run(job))
             job.on_cancel = partial(loop.call_soon_threadsafe, task.cancel)
         self.metrics.running = len(self._jobs)
         return jobs
 
     async def close(self) -> None:
+        """Cancels all jobs and closes the connections."""
         tasks = list(self._jobs.values())
         for task in tasks:
             task.cancel()
@@ -125,8 +127,7 @@ class Remote:
         job.started = time.perf_counter()
         last = Step(None, "", 0.0, "length")
         try:
-            limit = LATE * job.ask.prompt_seconds if job.ask.prompt_seconds and job.ask.max_tokens else None
-            async with asyncio.timeout(limit) as deadline:
+            async with asyncio.timeout(prompt_timeout(job.request)) as deadline:
                 async for step in self._steps(job):
                     deadline.reschedule(None)
                     if step.stop is not None:
@@ -150,7 +151,7 @@ class Remote:
             self.metrics.finished(job)
 
     async def _steps(self, job: Job) -> AsyncIterator[Step]:
-        """Their chunks as Steps. The last one is held back until their usage has told how many tokens there were."""
+        """The answer as Steps. The last one waits for the usage, which has the number of tokens."""
         last: Step | None = None
         async for chunk in self._chunks(job):
             if usage := chunk.get("usage"):
@@ -158,54 +159,30 @@ class Remote:
                 job.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             for choice in chunk.get("choices") or ():
                 if not job.first:
-                    self._has_read(job)
-                steps = list(self._read(job, choice))
+                    self._remember_prompt(job)
+                steps = list(self._steps_of(job, choice))
                 if (reason := choice.get("finish_reason")) is not None:
-                    stopped = isinstance(choice.get("stop_reason"), str)
-                    stop: Stop = "length" if reason == "length" else "stop_text" if stopped else "end"
-                    last = replace(steps.pop() if steps else Step(None, "", 0.0), stop=stop)
-                if job.ask.max_tokens:
+                    ended: Stop = "stop_text" if stopped_by_text(choice) else "end"
+                    last = steps.pop() if steps else Step(None, "", 0.0)
+                    last = replace(last, stop="length" if reason == "length" else ended)
+                if job.request.max_tokens:
                     for step in steps:
                         yield step
         if last is None:
             raise HTTPException(502, f"{self.client.base_url} broke off its answer")
-        yield last if job.ask.max_tokens else Step(None, "", 0.0, "length")
+        yield last if job.request.max_tokens else Step(None, "", 0.0, "length")
 
     async def _chunks(self, job: Job) -> AsyncIterator[dict[str, Any]]:
-        ask, what = job.ask, job.ask.what
-        sampling = ask.sampling
-        scored = isinstance(what, Text) and what.score
-        body: dict[str, Any] = {
-            "model": self.name,
-            "prompt": job.prompt.ids,
-            "max_tokens": max(ask.max_tokens, 1),
-            "temperature": sampling.temperature,
-            "seed": sampling.seed,
-            "stream": not scored,
-            "stop_token_ids": sorted(job.prompt.stops | ask.stop_ids),
-        }
-        optional: dict[str, Any] = {
-            "stop": list(ask.stop),
-            "logprobs": max(ask.top, 1) if scored or ask.top else None,
-            "echo": scored or None,
-            "stream_options": None if scored else {"include_usage": True},
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "top_p": sampling.top_p if sampling.top_p < 1 else None,
-            "repetition_penalty": sampling.repeat_penalty if sampling.repeat_penalty != 1 else None,
-            "presence_penalty": sampling.presence_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "logit_bias": {str(token): value for token, value in sampling.bias},
-        }
-        body |= {name: value for name, value in optional.items() if value}
+        """The parsed parts of the server's answer. Raises ValueError, Busy and HTTPException as it refuses."""
+        scored = job.request.is_score
+        body = completion_body(self.name, job.resolved, echo=scored, stream=not scored)
         try:
             async with self.client.stream("POST", "/completions", json=body) as answer:
                 if answer.status_code != 200:
-                    raise _refusal(
-                        answer.status_code, (await answer.aread()).decode("utf-8", "replace"), answer.headers
-                    )
+                    await answer.aread()
+                    raise _refusal(answer)
                 if scored:
-                    yield self._scored(job, json.loads(await answer.aread()))
+                    yield self._without_prompt(job, json.loads(await answer.aread()))
                     return
                 async for line in answer.aiter_lines():
                     if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
@@ -214,85 +191,61 @@ class Remote:
                             raise HTTPException(502, f"the engine behind failed: {chunk['error']}")
                         yield chunk
         except (httpx.HTTPError, json.JSONDecodeError) as error:
-            raise HTTPException(
-                502, f"the engine behind, {self.client.base_url}, fails: {error!r}"
-            ) from error
+            reason = f"the engine behind, {self.client.base_url}, fails: {error!r}"
+            raise HTTPException(502, reason) from error
 
-    def _has_read(self, job: Job) -> None:
-        """Brings up to date what the engine behind is thought to have cached, and its speed."""
-        ids = job.prompt.ids
-        fresh = len(ids) - self.cache.find(ids)[1]
+    def _remember_prompt(self, job: Job) -> None:
+        """After a prompt was read: updates which prompts the server probably caches, and its prefill rate."""
+        ids = job.prompt_ids
+        uncached = len(ids) - self.cache.find(ids)[1]
         seconds = time.perf_counter() - job.started
-        if fresh >= 32 and seconds > 0:
-            self.prefill_rate += (fresh / seconds - self.prefill_rate) / 4
+        if uncached >= 32 and seconds > 0:
+            self.prefill_rate += (uncached / seconds - self.prefill_rate) / 4
         self.cache.put(ids, [Page(np.empty(0, np.uint8), PAGE) for _ in range(-(-len(ids) // PAGE))])
 
-    def _scored(self, job: Job, answer: dict[str, Any]) -> dict[str, Any]:
-        """Takes the prompt's log-probabilities out of an echo, and leaves what was generated."""
-        choice, count = answer["choices"][0], len(job.prompt.ids)
-        found = choice.get("logprobs") or {}
-        values, best = found.get("token_logprobs") or [], found.get("top_logprobs") or []
-        if len(values) < count:
-            raise HTTPException(
-                502, f"{self.client.base_url} does not give a prompt's log-probabilities (echo with logprobs)"
+    def _without_prompt(self, job: Job, answer: dict[str, Any]) -> dict[str, Any]:
+        """An echoed answer without its prompt, whose log-probabilities go to the job."""
+        choice, count = answer["choices"][0], len(job.prompt_ids)
+        scores = prompt_logprobs(choice, 1, count)
+        if len(scores) != count - 1:
+            problem = (
+                f"{self.client.base_url} does not give a prompt's log-probabilities (echo with logprobs)"
             )
-        job.scores = [
-            (float(value), self._tops(top)) for value, top in zip(values[1:count], best[1:count], strict=True)
-        ]
-        text = "".join(found["tokens"][count:])
-        choice["text"] = (
-            choice["text"][len(choice["text"]) - len(text) :]
-            if text and choice["text"].endswith(text)
-            else ""
-        )
-        choice["logprobs"] = {
-            name: found[name][count:] for name in ("tokens", "token_logprobs", "top_logprobs")
-        }
+            raise HTTPException(502, problem)
+        job.scores = [(value, self._with_ids(top)) for value, top in scores]
+        choice["logprobs"] = {name: values[count:] for name, values in choice["logprobs"].items()}
+        text = "".join(choice["logprobs"]["tokens"])
+        choice["text"] = text if choice["text"].endswith(text) else ""
         return answer
 
-    def _read(self, job: Job, choice: dict[str, Any]) -> Iterator[Step]:
-        """A chunk as Steps: one for each token where log-probabilities tell them apart, else one for all."""
-        text, found = choice.get("text") or "", choice.get("logprobs") or {}
-        tokens = found.get("tokens") or []
-        if not tokens:
-            if text:
-                yield Step(None, text, 0.0)
-            return
-        for at, token in enumerate(tokens):
-            tops = found.get("top_logprobs")
-            yield Step(
-                self._id(token),
-                text if at == 0 else "",
-                float(found["token_logprobs"][at]),
-                None,
-                self._tops(tops[at]) if tops and job.ask.top else (),
-            )
+    def _steps_of(self, job: Job, choice: dict[str, Any]) -> Iterator[Step]:
+        """A chunk as Steps: one for each token where its log-probabilities tell them apart, else one for all."""
+        text, logprobs = choice.get("text") or "", choice.get("logprobs") or {}
+        tokens = logprobs.get("tokens") or []
+        if not tokens and text:
+            yield Step(None, text, 0.0)
+        tops = (job.request.top_logprobs and logprobs.get("top_logprobs")) or [None] * len(tokens)
+        for token, value, top in zip(tokens, logprobs.get("token_logprobs") or (), tops, strict=False):
+            yield Step(self._token_id(token), text, float(value), None, self._with_ids(top))
+            text = ""
 
-    def _tops(self, top: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
-        ids = ((self._id(token), float(value)) for token, value in (top or {}).items())
+    def _with_ids(self, top: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+        ids = ((self._token_id(token), float(value)) for token, value in (top or {}).items())
         return tuple((token, value) for token, value in ids if token is not None)
 
-    def _id(self, text: str) -> int | None:
-        """The id of a token that a server spells."""
+    def _token_id(self, text: str) -> int | None:
+        """The id of a token as the server writes it."""
         if text.startswith("bytes:\\x") and len(text) == 10:
             text = f"<0x{text[8:].upper()}>"
         return self.tokenizer.token_id(text.replace(" ", "\u2581"))
 
 
-def _refusal(status: int, text: str, headers: httpx.Headers) -> Exception:
-    """Their refusal as ours: what they say of the request goes on to the client."""
-    try:
-        found = json.loads(text)
-        message = (
-            found["error"]["message"]
-            if isinstance(found.get("error"), dict)
-            else found.get("message") or text
-        )
-    except (ValueError, LookupError, TypeError, AttributeError):
-        message = text
+def _refusal(answer: httpx.Response) -> Exception:
+    """The server's refusal as our exception; what it says of the request reaches the client."""
+    status, message = answer.status_code, error_message(answer)
     if status == 429:
-        after = headers.get("retry-after", "")
-        return Busy(str(message), int(after) if after.isdigit() else 1)
+        after = answer.headers.get("retry-after", "")
+        return Busy(message, int(after) if after.isdigit() else 1)
     if status in (400, 422):
-        return ValueError(str(message)[:2000])
-    return HTTPException(502, f"the engine behind answered {status}: {str(message)[:300]}")
+        return ValueError(message[:2000])
+    return HTTPException(502, f"the engine behind answered {status}: {message[:300]}")

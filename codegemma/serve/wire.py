@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from codegemma.generate.engine import Step
 from codegemma.generate.request import Request
 from codegemma.serve import stats
-from codegemma.serve.requests import Backend, Job
+from codegemma.serve.requests import CompletionService, Job
 from codegemma.tokenizer import Tokenizer
 
 log = logging.getLogger("codegemma.serve")
@@ -56,7 +56,7 @@ class Answer:
         return stats.offer(stats.Shown(language or "", latency_ms, len(self.text)))
 
 
-def service(http: HttpRequest) -> Backend:
+def service(http: HttpRequest) -> CompletionService:
     """What answers this server's requests."""
     return http.app.state.service  # type: ignore[no-any-return]
 

@@ -53,7 +53,9 @@ class LlamaFields(ExtensionFields):
     top_p: float | None = None
     min_p: float | None = None
     repeat_penalty: float | None = None
-    seed: Annotated[int, AfterValidator(lambda seed: None if seed < 0 else seed)] | None = None  # None is random
+    seed: Annotated[int, AfterValidator(lambda seed: None if seed < 0 else seed)] | None = (
+        None  # None is random
+    )
     stop: StopTexts = None
     stream: bool | None = None
     id_slot: int | None = None
@@ -361,7 +363,12 @@ def _tokens(body: LlamaFields, steps: Sequence[Step]) -> list[int]:
 
 def _probabilities(body: LlamaFields, http: HttpRequest, steps: Sequence[Step]) -> dict[str, Any]:
     def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
-        return {"id": token, "token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": logprob}
+        return {
+            "id": token,
+            "token": data.decode("utf-8", "replace"),
+            "bytes": list(data),
+            "logprob": logprob,
+        }
 
     if not body.n_probs or not steps:
         return {}

@@ -74,7 +74,9 @@ class OpenAIFields(ExtensionFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def openai_request(self, http: HttpRequest, prompt: Infill | TextPrompt | Chat, limit: int, top: int) -> Request:
+    def openai_request(
+        self, http: HttpRequest, prompt: Infill | TextPrompt | Chat, limit: int, top: int
+    ) -> Request:
         """A request of at most `limit` tokens with `top` alternatives for each."""
         return self.request(
             http,
@@ -93,7 +95,10 @@ class OpenAIFields(ExtensionFields):
 
 class OpenAICompletionBody(OpenAIFields):
     prompt: (
-        str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
     )
     suffix: str | None = None
     echo: bool | None = None
@@ -101,7 +106,9 @@ class OpenAICompletionBody(OpenAIFields):
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
 
     def prompts(self) -> list[str | tuple[int, ...]]:
-        prompts = [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+        prompts = (
+            [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+        )
         return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]  # type: ignore[arg-type]
 
     def request_for(self, prompt: str | tuple[int, ...], http: HttpRequest) -> Request:
@@ -131,7 +138,9 @@ class OpenAIMessage(BaseModel):
         if isinstance(content, list):
             for part in content:
                 if part.type != "text" or part.text is None:
-                    raise ValueError(f"a message's part is of type {part.type!r}, but this model reads text alone")
+                    raise ValueError(
+                        f"a message's part is of type {part.type!r}, but this model reads text alone"
+                    )
             content = "".join(part.text or "" for part in content)
         return Message("system" if self.role == "developer" else self.role, content or "")
 
@@ -333,15 +342,16 @@ class _CompletionWriter:
             return step.text, None
         return step.text, self._lists(step.token, step.logprob, step.top)
 
-    def _lists(
-        self, token: int, logprob: float | None, top: Sequence[tuple[int, float]] | None
-    ) -> Logprobs:
+    def _lists(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]] | None) -> Logprobs:
         """The lists of one token."""
         text = self._spelled(token)
         best = None if top is None else {self._spelled(other): value for other, value in top}
         if best is not None and logprob is not None:
             best.setdefault(text, logprob)  # the token itself is always among them
-        offset, self.offset = self.offset, self.offset + len(self.tokenizer.decode([token]))  # <bos> has no text
+        offset, self.offset = (
+            self.offset,
+            self.offset + len(self.tokenizer.decode([token])),
+        )  # <bos> has no text
         return dict(zip(LOGPROB_LISTS, ([text], [logprob], [best], [offset]), strict=True))
 
     def _spelled(self, token: int) -> str:

@@ -73,7 +73,9 @@ class TabbyCompletionBody(ExtensionFields):
     @model_validator(mode="after")
     def _has_prompt(self) -> Self:
         if self.segments is None and (self.debug_options is None or self.debug_options.raw_prompt is None):
-            raise ValueError("there is nothing to complete: send segments, or debug_options with a raw_prompt")
+            raise ValueError(
+                "there is nothing to complete: send segments, or debug_options with a raw_prompt"
+            )
         return self
 
 
