@@ -1,5 +1,4 @@
-"""Random weights in the geometry of a CodeGemma as a GGUF, for speed and memory only: the text it writes is
-noise.
+"""Random weights of a CodeGemma's shape as a GGUF, to measure speed and memory: its text is noise.
 
     PYTHONPATH=. .venv/bin/python benchmarks/random_model.py 2b q4_0 [--model gemma-3-270m]
 

@@ -1,5 +1,4 @@
-"""What a Gemma model is: its architecture as one frozen, checked dataclass, and the published members of the
-family.
+"""What a Gemma model is: its architecture as a checked dataclass, and the published members of the family.
 
 Axis letters used in every name of this package: B batch, T new tokens, S visible tokens, D model width, N
 query heads, K key/value heads, G = N // K, H head width, F feed-forward width, V vocabulary rows, L layers.
@@ -45,8 +44,7 @@ class ModelConfig:
     """The architecture of a model: these fields are all that differs between Gemma 1, 2 and 3.
 
     `window` is the number of tokens that a local layer sees, the current one included. Every
-    `global_every`-th layer is global (1: all of them). Raises ValueError where the fields contradict each
-    other.
+    `global_every`-th layer is global (1: all of them). Raises ValueError on fields that contradict others.
     """
 
     architecture: Architecture

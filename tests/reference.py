@@ -153,8 +153,7 @@ def tolerance(
     roundoff: float = FLOAT32,
     draws: int = 3,
 ) -> float:
-    """How far logits may lie from this twin's when every dot product is computed with the given unit
-    roundoff.
+    """How far logits may lie from this twin's when dot products have the given unit roundoff.
 
     A sum of n rounded products errs with a standard deviation below roundoff * |x| * |w|. That error is put
     on each dot product of the twin, which carries it to the logits with the model's own conditioning (a

@@ -96,9 +96,7 @@ def test_published_shapes_of_the_flax_and_nemo_checkpoints():
 
 
 def test_nemo_interleaves_q_k_and_v_group_by_group():
-    """As NeMo's converter from Hugging Face builds it: for each group its query heads, its key head, its
-    value head.
-    """
+    """As NeMo's converter builds it: for each group its query heads, its key head, its value head."""
     config = tiny_config("gemma-mqa", heads=4, kv_heads=2)
     tensors = tiny_tensors(config)
     q, k, v = (

@@ -1,5 +1,4 @@
-"""Writes tests/golden/formats.zip: one small model as PyTorch, Orbax, KerasHub and transformers themselves
-write it.
+"""Writes tests/golden/formats.zip: a small model as PyTorch, Orbax, KerasHub and transformers write it.
 
     PYTHONPATH=.:tests .venv-formats/bin/python tools/make_golden_formats.py
 

@@ -1,5 +1,4 @@
-"""Writes tests/golden/llamacpp.npz: what llama.cpp makes of tests/golden/code_1000.py.txt with the default
-model.
+"""Writes tests/golden/llamacpp.npz: llama.cpp's predictions for code_1000.py.txt by the default model.
 
     PYTHONPATH=.:benchmarks:tests .venv-bench/bin/python tools/make_golden_llamacpp.py [--check]
 

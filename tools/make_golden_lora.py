@@ -1,5 +1,4 @@
-"""Writes tests/golden/lora.zip: adapters that peft saved for the golden tiny models, and the logits it gives
-with them.
+"""Writes tests/golden/lora.zip: adapters that peft saved for the golden models, and logits with them.
 
     PYTHONPATH=.:tests .venv-bench/bin/python tools/make_golden_lora.py
 

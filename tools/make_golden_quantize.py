@@ -1,5 +1,4 @@
-"""Writes tests/golden/quantize.npz: blocks that llama.cpp's own quantisers (libggml) make, with and without
-importance.
+"""Writes tests/golden/quantize.npz: blocks by llama.cpp's quantisers, with and without importance.
 
     PYTHONPATH=. .venv-bench/bin/python tools/make_golden_quantize.py
 

@@ -1,11 +1,9 @@
-"""Writes tests/golden/train.npz: 20 AdamW steps of tiny models by PyTorch and transformers, and of LoRA by
-peft.
+"""Writes tests/golden/train.npz: 20 AdamW steps of tiny models by PyTorch, and of LoRA by peft.
 
     PYTHONPATH=.:tests .venv-bench/bin/python tools/make_golden_train.py
 
 Each case is run twice, in float64 and in float32. The file holds the rows, the losses and what was trained as
-float64 gave them, and how far float32 went astray (the root mean square of each tensor's error): the scale of
-the test's bound.
+float64 gave them, and the root mean square error of each tensor in float32: the scale of the test's bound.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """Opens a checkpoint by looking into it: a .gguf, .safetensors, .nemo, .ckpt or .bin file, or the
     directory of a Hugging Face model, a Keras preset or an Orbax checkpoint.
 
-    Raises ValueError naming file, tensor and rule on anything damaged or foreign, FileNotFoundError on a
-    wrong path.
+    Raises ValueError naming file, tensor and rule on anything else, FileNotFoundError on a wrong path.
     """
     path = Path(path)
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "model_config.yaml")):

@@ -21,8 +21,8 @@ class Checkpoint:
     config.json).
 
     metadata[FIM_ORDERS_KEY] stands where codegemma changed the weights, and lists the orders that they were
-    trained to fill in the middle in ("psm,spm", or ""). Adapters of the model before the change do not belong
-    to such weights.
+    trained to fill in the middle in ("psm,spm", or ""). Adapters of the original model do not belong to such
+    weights.
     """
 
     path: Path

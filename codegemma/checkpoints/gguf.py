@@ -1,5 +1,4 @@
-"""GGUF, the file format of llama.cpp (versions 2 and 3, little endian): read by memory map, written tensor by
-tensor.
+"""GGUF, llama.cpp's file format (versions 2 and 3, little endian): memory-mapped, written by tensors.
 
 Layout as in ggml's docs/gguf.md: magic, version, counts, typed key-values, tensor infos, then aligned tensor
 data. Nothing in the header is believed before it is checked against the file's length, and no array is
@@ -241,8 +240,7 @@ def write(
     """Writes a file tensor by tensor, in pieces; `path` appears only when complete.
 
     With a `stamp`, which must name everything that the file depends on, an interrupted write resumes: tensors
-    that are in the file already are not read again. Raises ValueError where a tensor's data do not fit its
-    type and shape.
+    that are in the file already are not read again. Raises ValueError where data do not fit a type and shape.
     """
     alignment = int(metadata.get("general.alignment", ALIGNMENT))
     codes = {name: code for code, name in TYPES.items()}

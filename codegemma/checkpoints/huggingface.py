@@ -1,9 +1,8 @@
-"""A Hugging Face directory: config.json, *.safetensors (sharded or not) by memory map, and a tokenizer if
-there is one.
+"""A Hugging Face directory: config.json, *.safetensors (sharded or not), and perhaps a tokenizer.
 
 Both generations of config.json are read: that of transformers 4 (rope_theta, rope_local_base_freq,
-rope_scaling, sliding_window_pattern) and that of 5 (rope_parameters, layer_types). The text part of a
-multimodal Gemma 3 is enough.
+rope_scaling, sliding_window_pattern) and that of 5 (rope_parameters, layer_types). Of a multimodal Gemma 3
+the text part is read.
 """
 
 from __future__ import annotations

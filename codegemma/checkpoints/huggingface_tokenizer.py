@@ -1,6 +1,4 @@
-"""A tokenizer in the files that transformers reads: tokenizer_config.json, tokenizer.json, and Gemma's chat
-template.
-"""
+"""A tokenizer in the files that transformers reads, and Gemma's chat template."""
 
 from __future__ import annotations
 

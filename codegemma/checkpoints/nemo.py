@@ -1,10 +1,8 @@
-"""NeMo 1 archives (.nemo) without NeMo: a tar, plain or gzipped, of model_config.yaml, weights and a
-tokenizer.
+"""NeMo 1 archives (.nemo) without NeMo: a tar, perhaps gzipped, of model_config.yaml, weights, tokenizer.
 
 The weights are one PyTorch archive (model_weights.ckpt) or a distributed checkpoint of Megatron core in a
 directory: Zarr arrays, or PyTorch's (.metadata and *.distcp); there the layers are stacked on axis 0. A tar
-is never unpacked: its members are looked up by name and mapped where they lie, so that no path in it means
-anything.
+is never unpacked: its members are looked up by name and mapped, so that no path in it means anything.
 """
 
 from __future__ import annotations
@@ -35,8 +33,7 @@ from codegemma.files import atomic_write, map_file, require
 from codegemma.tokenizer import Tokenizer
 
 ZARR_TYPES = {"bfloat16": "BF16", "<f4": "F32", "<f2": "F16"}
-# Megatron core refuses a checkpoint without the state (none, as nothing is 8-bit here) of Transformer
-# Engine's modules.
+# Megatron core refuses a checkpoint without the (empty) state of these modules of Transformer Engine.
 ENGINE_MODULES = (
     *("self_attention.linear_qkv", "self_attention.linear_proj"),
     *("mlp.linear_fc1", "mlp.linear_fc2"),

@@ -1,7 +1,6 @@
 """safetensors, the file format of Hugging Face: read by memory map, written tensor by tensor.
 
-Layout: u64 length of the header, JSON header {name: {dtype, shape, data_offsets}}, then the data without
-gaps.
+Layout: u64 length of the header, JSON header {name: {dtype, shape, data_offsets}}, data without gaps.
 """
 
 from __future__ import annotations

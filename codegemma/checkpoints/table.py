@@ -117,8 +117,7 @@ class TensorPart(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that a format stores for one model: the parts it holds, joined along letter `join` of its
-    axes.
+    """A tensor that a format stores for one model, and the parts it holds, joined along axis letter `join`.
 
     Stored values are ours times `scale`; `size` gives the length of each letter.
     """
@@ -255,8 +254,7 @@ def from_format(
 ) -> dict[str, Tensor]:
     """Our tensors from those of a file, by our names. `path` is for errors.
 
-    Raises ValueError on missing, extra or misshapen tensors, and on an output layer that is not the
-    embedding.
+    Raises ValueError on missing, extra or misshapen tensors, and on an untied output layer.
     """
     wanted = {tensor.name: tensor for tensor in stored_tensors(config, format)}
     head = format_table(format).get("tied_head", "")

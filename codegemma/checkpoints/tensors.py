@@ -1,6 +1,4 @@
-"""Tensors as checkpoints store them: unquantised numbers or ggml's blocks, mapped from a file or read when
-needed.
-"""
+"""Tensors as checkpoints store them: plain numbers or ggml's blocks, mapped from a file or read when used."""
 
 from __future__ import annotations
 
@@ -125,8 +123,7 @@ class ArrayTensor(Tensor):
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor(Tensor):
-    """A tensor that is read or computed each time it is used, and not kept: a large model needs little
-    memory.
+    """A tensor that is read or computed each time it is used, and not kept: large models need little memory.
 
     `read(start, stop)` gives rows in stored form (elements, or the bytes of blocks). Where `by_rows` is False
     it has to compute all rows for any of them, so `pieces` asks for all at once.

@@ -61,8 +61,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def indexed_files(index: Path, extension: str) -> list[str]:
-    """The names of the weight files that an index (`weight_map`: tensor -> file or files) distributes a model
-    over.
+    """The weight files that an index names, in its `weight_map`: tensor -> file or files.
 
     Raises ValueError where they are not files of the index's own directory.
     """
