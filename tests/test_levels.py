@@ -1,5 +1,6 @@
-"""Kernels of SIMD levels that this CPU lacks, against the plain ones: AVX-512 as SIMDe spells it out in AVX2, NEON on
-an emulated processor. Quantised products must be equal bit for bit, all else within its rounding (levels.cpp).
+"""Kernels of SIMD levels that this CPU lacks, against the plain ones: AVX-512 as SIMDe translates it to AVX2,
+NEON on an emulated processor. Quantised products must be equal bit for bit, all else within its rounding
+(levels.cpp).
 
     apt-get install libsimde-dev                            # AVX-512
     apt-get install g++-aarch64-linux-gnu qemu-user         # NEON
@@ -27,7 +28,7 @@ SIMDE = Path("/usr/include/simde/x86/avx512.h")
 
 
 def run(*commands):
-    """All at once; fails with what the first failing one said."""
+    """Runs commands at the same time; fails with the output of the first that fails."""
     started = [
         subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for command in commands

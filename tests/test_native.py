@@ -1,7 +1,8 @@
 """Each kernel against its slow twin, on every SIMD level that this CPU has.
 
-Quantised products equal numerics v1 written in NumPy bit for bit, on every level and for any number of tokens at once.
-Float products lie within the bound of a sum in any order; whole programs are held to the float64 model elsewhere.
+Quantised products equal numerics v1 written in NumPy bit for bit, on every level and for any number of tokens
+at once. Float products lie within the bound of a sum in any order; other tests compare whole programs with
+the float64 model.
 """
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from tiny import _SCALES, dequantize, encode, random_blocks
 
 from codegemma import native
-from codegemma.checkpoints.table import BLOCKS, Tensor
+from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor
 from codegemma.native import _native
 
 QUANTISED = [type for type in _native.TYPES if BLOCKS[type][0] > 1]
@@ -17,14 +18,14 @@ F32 = np.float32
 ROUNDOFF = 2.0**-24
 
 
-def have(level):
+def available(level):
     try:
         return bool(_native.level(level))
     except ValueError:
         return False
 
 
-LEVELS = [level for level in ("plain", "avx2", "avx512", "neon") if have(level)]
+LEVELS = [level for level in ("plain", "avx2", "avx512", "neon") if available(level)]
 POOLS = {threads: _native.Pool(threads) for threads in (1, 2)}
 
 
@@ -38,17 +39,20 @@ def multiply(tensor, x_TK, level, threads=1):
     return out_TR
 
 
-# ------------------------------------------------------------------------------------------------ numerics v1 in NumPy
+# ------------------------------------------------------------------------------------------------ numerics v1
+# in NumPy
 def quantised(x_TK, block):
-    """Whole numbers int64 [T, blocks, block] and scales float32 [T, blocks]: half to even, the largest becomes 127."""
+    """Whole numbers int64 [T, blocks, block] and scales float32 [T, blocks]: half to even, the largest
+    becomes 127.
+    """
     x = x_TK.reshape(len(x_TK), -1, block)
     top = np.abs(x).max(-1)
     inverse = np.divide(F32(127), top, out=np.zeros_like(top), where=top > 0)
     return np.rint(x * inverse[..., None]).astype(np.int64), top / F32(127)
 
 
-def halves(blocks, at):
-    return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0].astype(F32)
+def halves(blocks, offset):
+    return np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0].astype(F32)
 
 
 def whole_numbers(tensor, *scales):
@@ -56,7 +60,7 @@ def whole_numbers(tensor, *scales):
     blocks = tensor.data.reshape(-1, BLOCKS[tensor.type][1]).copy()
     for offset, scale in zip(_SCALES[tensor.type][0], scales, strict=True):
         blocks[:, offset : offset + 2] = np.array([scale], "<f2").view(np.uint8)
-    values = dequantize(Tensor(tensor.type, tensor.shape, blocks))
+    values = dequantize(ArrayTensor(tensor.type, tensor.shape, blocks))
     return values.astype(np.int64).reshape(len(values), -1, BLOCKS[tensor.type][0])
 
 
@@ -71,7 +75,9 @@ def folded(terms_TRB):
 
 
 def twin(tensor, x_TK):
-    """x W^T by numerics v1: one float term of a scale, and one of a minimum where the type has it, for each block."""
+    """x W^T by numerics v1: one float term of a scale, and one of a minimum where the type has it, for each
+    block.
+    """
     size, bytes_ = BLOCKS[tensor.type]
     q_TBi, dx_TB = quantised(x_TK, size)
     blocks_RB, dx_T1B = tensor.data.reshape(tensor.shape[0], -1, bytes_), dx_TB[:, None]
@@ -97,15 +103,17 @@ def test_quantised_products_equal_numerics_v1(type, level, rows, blocks):
     x_TK[5, :size] = np.arange(size) - size / 2 + 0.5  # halves, which go to the even number
     expected = twin(tensor, x_TK)
     for T in (*range(1, 20), 31, 32, 33, 40):
-        got = multiply(tensor, x_TK[:T], level, threads=1 + T % 2)
-        assert got.tobytes() == expected[:T].tobytes(), f"{T} tokens"
+        product = multiply(tensor, x_TK[:T], level, threads=1 + T % 2)
+        assert product.tobytes() == expected[:T].tobytes(), f"{T} tokens"
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("type", QUANTISED)
 @pytest.mark.parametrize("byte", [0x00, 0x0F, 0x7F, 0x80, 0xAA, 0xFF])
 def test_extreme_blocks_do_not_overflow(type, level, byte):
-    """All quants, scales and activations at their ends at once, where sums in int16 would be the first to wrap."""
+    """All quants, scales and activations at their ends at once, where sums in int16 would be the first to
+    wrap.
+    """
     tensor = random_blocks(type, (8, 512), 1.0, seed=byte)
     blocks = tensor.data.reshape(-1, BLOCKS[type][1])
     keep = {offset: blocks[:, offset : offset + 2].copy() for offset in _SCALES[type][0]}
@@ -132,10 +140,10 @@ def test_float_products_within_the_bound_of_any_order(type, level, rows, columns
         f(x_TK).astype(np.float64) @ f(tensor.float32()).astype(np.float64).T for f in (np.asarray, np.abs)
     )
     bound = columns * ROUNDOFF / (1 - columns * ROUNDOFF) * sizes
-    whole = multiply(tensor, x_TK, level)
-    assert (np.abs(whole - exact) <= bound).all()
+    all_tokens = multiply(tensor, x_TK, level)
+    assert (np.abs(all_tokens - exact) <= bound).all()
     for T in range(1, 24):
-        assert multiply(tensor, x_TK[:T], level, threads=1 + T % 2).tobytes() == whole[:T].tobytes()
+        assert multiply(tensor, x_TK[:T], level, threads=1 + T % 2).tobytes() == all_tokens[:T].tobytes()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -154,13 +162,14 @@ def test_every_half_is_read_exactly(level):
     """All finite float16 values, denormals too."""
     every = np.arange(1 << 16, dtype=np.uint16)
     every = every[np.isfinite(every.view("<f2"))]
-    tensor = Tensor("F16", (1, len(every)), every.view(np.uint8).reshape(1, -1))
+    tensor = ArrayTensor("F16", (1, len(every)), every.view(np.uint8).reshape(1, -1))
     out = np.empty((1, len(every)), F32)
     _native.dequantise(level, weight(tensor), out)
     assert out.tobytes() == every.view("<f2").astype(F32).tobytes()
 
 
-# ------------------------------------------------------------------------------------------------ the boundary
+# ------------------------------------------------------------------------------------------------ the
+# boundary
 def test_limits_of_the_machine_are_plausible():
     bandwidth, operations = native.measure(1, "auto")
     assert 1e8 < bandwidth < 1e13 and 1e8 < operations < 1e15
@@ -176,7 +185,7 @@ def test_limits_of_the_machine_are_plausible():
         ("F32", 0, 0, "multiple of 1"),
     ],
 )
-def test_weights_that_lie_are_refused(type, columns, size, message):
+def test_weights_of_wrong_size_are_refused(type, columns, size, message):
     with pytest.raises(ValueError, match=message):
         _native.Weight(type, np.zeros(size, np.uint8), 1, columns)
 

@@ -20,7 +20,6 @@ from codegemma.convert.quantize import (
     quantize_checkpoint,
     quantize_matrix,
     relative_error,
-    summary,
 )
 from codegemma.native import _native
 
@@ -164,11 +163,9 @@ def test_rows_that_blocks_do_not_fill_get_the_next_type_and_nothing_grows():
     assert chosen("q4_k", narrow)["layers.0.q"] == "Q5_0" and chosen("q4_k", narrow)["embed"] == "Q8_0"
     odd = _open(tiny_config("gemma-mqa", width=40))
     assert chosen("q8_0", odd)["layers.0.q"] == "F32" and chosen("q8_0", odd)["layers.0.down"] == "Q8_0"
-    costs = []
-    small = quantize_checkpoint(narrow, "q4_0", report=costs.append)
+    small = quantize_checkpoint(narrow, "q4_0")
     assert small.tensors["layers.0.q"].type == "Q4_0" and small.nbytes < narrow.nbytes / 4
     assert chosen("q8_0", small)["layers.0.q"] == "Q4_0" and bits("Q4_0") == 4.5
-    assert any("F32 -> Q4_0: error at most" in line for line in summary(costs))
 
 
 def _open(config):

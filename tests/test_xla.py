@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codegemma.checkpoints.table import BLOCKS, Tensor, row_bytes
+from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, row_bytes
 from codegemma.native import _native, xla
 
 ROUNDOFF = 2.0**-24
@@ -31,11 +31,11 @@ def weight(type, rows, width, seed=0):
         if type == "BF16":
             values = (values.view(np.uint32) >> 16).astype(np.uint16)
         values = values.astype("<f2") if type == "F16" else values
-        return Tensor.view(type, (rows, width), values.view(np.uint8))
+        return ArrayTensor.view(type, (rows, width), values.view(np.uint8))
     blocks = rng.integers(0, 256, (rows, row_bytes(type, width)), np.uint8).reshape(rows, -1, BLOCKS[type][1])
-    for at in SCALES[type]:
-        blocks[..., at + 1] = blocks[..., at + 1] & 0x83 | 0x1C
-    return Tensor.view(type, (rows, width), blocks)
+    for offset in SCALES[type]:
+        blocks[..., offset + 1] = blocks[..., offset + 1] & 0x83 | 0x1C
+    return ArrayTensor.view(type, (rows, width), blocks)
 
 
 def exact(tensor):
@@ -115,7 +115,7 @@ def adapted_case(type, T, N, K, rank):
     [("Q4_0", 131, 37, 96, 8), ("Q6_K", 7, 300, 512, 32), ("F16", 1, 1, 33, 1), ("Q8_0", 300, 4100, 64, 5)],
 )
 def test_a_layer_with_an_adapter(type, T, N, K, rank, by):
-    """Result and gradients of x, a and b against float64, to the bound of the sums they are made of."""
+    """Result and gradients of x, a and b against float64, within the error bound of their sums."""
     tensor, x, dy, a, b = adapted_case(type, T, N, K, rank)
     y, back = jax.vjp(jax.jit(lambda x, a, b: xla.adapted(x, xla.Blocks.of(tensor), a, b, by)), x, a, b)
     w, (x, dy, a, b) = exact(tensor), (np.asarray(v, np.float64) for v in (x, dy, a, b))
@@ -133,11 +133,11 @@ def test_a_layer_with_an_adapter(type, T, N, K, rank, by):
             strict=True,
         )
     ]
-    for mine, one, other, inner in pairs:
-        wanted = one[0] @ one[1] + other[0] @ other[1]
-        sizes = np.abs(one[0]) @ np.abs(one[1]) + np.linalg.multi_dot([np.abs(v) for v in inner])
+    for mine, base, low_rank, inner in pairs:
+        expected = base[0] @ base[1] + low_rank[0] @ low_rank[1]
+        sizes = np.abs(base[0]) @ np.abs(base[1]) + np.linalg.multi_dot([np.abs(v) for v in inner])
         bound = (max(T, N, K) + K + N + rank + 2) * ROUNDOFF * sizes
-        np.testing.assert_array_less(np.abs(np.asarray(mine, np.float64) - wanted), bound + 1e-30)
+        np.testing.assert_array_less(np.abs(np.asarray(mine, np.float64) - expected), bound + 1e-30)
 
 
 PAIRS = _native.measure_products("auto", _native.Pool(1), True) > 0
@@ -217,9 +217,9 @@ def test_equal_for_any_number_of_threads(precision):
 
 def test_a_row_does_not_depend_on_the_others():
     w, x = xla.Blocks.of(weight("Q4_K", 300, 768)), jnp.asarray(inputs(300, 768))
-    whole = np.asarray(xla.product(x, w))
+    all_rows = np.asarray(xla.product(x, w))
     for rows in (slice(0, 1), slice(5, 64), slice(290, 300)):
-        assert np.asarray(xla.product(x[rows], w)).tobytes() == whole[rows].tobytes()
+        assert np.asarray(xla.product(x[rows], w)).tobytes() == all_rows[rows].tobytes()
 
 
 def loss(x, weights, by):
@@ -301,7 +301,7 @@ def test_what_does_not_fit_is_refused():
         xla.configure(-1)
 
 
-def attended(heads=(4, 2), T=150, H=24, seed=0):
+def attention_inputs(heads=(4, 2), T=150, H=24, seed=0):
     """q, k, v, positions and segments of two packed rows."""
     rng = np.random.default_rng(seed)
     q, k, v = (
@@ -314,19 +314,19 @@ def attended(heads=(4, 2), T=150, H=24, seed=0):
 
 def test_attention_is_the_same_for_any_threads():
     """Bit for bit, with its gradients."""
-    found = []
+    results = []
     for threads in (1, 2, 5):
         xla.configure(threads)
         out, back = jax.vjp(
-            lambda q, k, v: xla.attention(q, k, v, *attended()[3:], 40, 30.0), *attended()[:3]
+            lambda q, k, v: xla.attention(q, k, v, *attention_inputs()[3:], 40, 30.0), *attention_inputs()[:3]
         )
-        found.append([np.asarray(x).tobytes() for x in (out, *back(jnp.cos(out)))])
-    assert found[0] == found[1] == found[2]
+        results.append([np.asarray(x).tobytes() for x in (out, *back(jnp.cos(out)))])
+    assert results[0] == results[1] == results[2]
 
 
 def test_attention_keeps_segments_and_rows_apart():
-    """What stands in one changes no bit of another, though the keys that its part reads begin elsewhere."""
-    q, k, v, positions, segments = attended(T=400)
+    """The contents of one change no bit of another, although the blocks of keys then begin elsewhere."""
+    q, k, v, positions, segments = attention_inputs(T=400)
     out = np.asarray(xla.attention(q, k, v, positions, segments, None, None))
     mine = np.asarray(segments) == 1
     other = [jnp.where(mine[..., None, None], x, x + 3.0) for x in (q, k, v)]
@@ -337,8 +337,8 @@ def test_attention_keeps_segments_and_rows_apart():
 
 
 def test_attention_refuses_heads_that_do_not_fit():
-    q, k, v, *sight = attended()
+    q, k, v, *mask = attention_inputs()
     with pytest.raises(Exception, match="multiple of those of keys"):
-        jax.block_until_ready(xla.attention(q[:, :, :3], k, v, *sight, None, None))
+        jax.block_until_ready(xla.attention(q[:, :, :3], k, v, *mask, None, None))
     with pytest.raises(Exception, match="differ in their shapes"):
-        jax.block_until_ready(xla.attention(q, k, v[:, :20], *sight, None, None))
+        jax.block_until_ready(xla.attention(q, k, v[:, :20], *mask, None, None))

@@ -1,10 +1,11 @@
 """The card of the default model's adapter: its data, training, learning curve, scores, licences and terms.
 
-    python tools/adapter_card.py ADAPTER --out codegemma/adapters/gemma-3-270m-fim [--orders spm] [--metrics metrics.jsonl ...]
+    python tools/adapter_card.py ADAPTER --out codegemma/adapters/gemma-3-270m-fim [--orders spm]
+        [--metrics metrics.jsonl ...]
 
-Writes the adapter in 16 bits, and beside it README.md and PACKAGES.txt, from what the corpus, the run and the evaluation left
-under --cache: manifests of the rows, metrics of the training run (JSON lines with tokens and seconds), reports and curve. What
-was done where the cache is gone stands in the card --before: the rows of its tables are kept.
+Writes the adapter in 16 bits, with README.md and PACKAGES.txt beside it. They are made from the files under
+--cache: manifests of the rows, metrics of the training runs (JSON lines with tokens and seconds), evaluation
+reports. Runs whose cache is gone are described in an earlier card, --before: the rows of its tables are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from typing import Any
 from adapter_data import CHOICES, LIST, ONLY, PHASES, Package, packages, packages_of
 from adapter_eval import CACHE, table
 
-from codegemma.adapters import adapter as lora
+from codegemma.adapters.adapter import Adapter
+from codegemma.adapters.load import load as load_adapter
+from codegemma.adapters.peft import hub_name
+from codegemma.adapters.peft import save as save_adapter
 from codegemma.evals.heldout import LAYOUTS
 from codegemma.hub.catalogue import NOTICE
 
@@ -33,41 +37,52 @@ tags: [lora, code, gemma, fill-in-the-middle]
 ---
 # {name}: fill-in-the-middle for Gemma 3 270M
 
-A LoRA adapter of rank {rank} that teaches {base}, a model that only continues text, to complete code between a prefix
-and a suffix, in CodeGemma's orders and with its control ids: `<|fim_prefix|>` 67, `<|fim_middle|>` 68, `<|fim_suffix|>` 69,
+A LoRA adapter of rank {rank} that teaches {base}, a model that only continues text, to complete code \
+between a prefix
+and a suffix, in CodeGemma's orders and with its control ids: `<|fim_prefix|>` 67, `<|fim_middle|>` 68, \
+`<|fim_suffix|>` 69,
 `<|file_separator|>` 70, unused ids of Gemma 3. It changes {layers} linear layers and the embedding's rows
 {rows}, as input and as output.
 
-`codegemma complete` uses it by default. With `peft`: prompts are `<bos>[path\\n]<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>`
-(PSM) or `<bos>[path\\n]<|fim_suffix|>S<|fim_prefix|>P<|fim_middle|>` (SPM) as ids, each text encoded alone; any of the four
+`codegemma complete` uses it by default. With `peft`: prompts are \
+`<bos>[path\\n]<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>`
+(PSM) or `<bos>[path\\n]<|fim_suffix|>S<|fim_prefix|>P<|fim_middle|>` (SPM) as ids, each text encoded \
+alone; any of the four
 ids, or `<eos>`, ends the answer. {orders}
 """
-LIMITS = """It is small: it completes lines and short blocks, mostly Python, and errs often. It has seen no chat, no instructions.
-Suggestions may be wrong or insecure, and may resemble the code it was trained on; read them before you use them.
+LIMITS = """It is small: it completes lines and short blocks, mostly Python, and errs often. It has seen no \
+chat, no instructions.
+Suggestions may be wrong or insecure, and may resemble the code it was trained on; read them before you use \
+them.
 """
-TERMS = """The Gemma Terms of Use and the Gemma Prohibited Use Policy hold for this adapter and for what is made with it. The
+TERMS = """The Gemma Terms of Use and the Gemma Prohibited Use Policy hold for this adapter and for what is \
+made with it. The
 packages it was trained on stand under the licences named above.
 """
-CHANGES = """The base model's weights are unchanged. This adapter adds low-rank products to its linear layers and replaces the
+CHANGES = """The base model's weights are unchanged. This adapter adds low-rank products to its linear \
+layers and replaces the
 embedding rows named above; both were made by this project.
 """
 
 
-def lines(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
+def markdown_table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
+    """A Markdown table, each row a line."""
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
 
 
 def merged(table: str, before: str) -> str:
-    """The table behind the rows of the one with the same head in the card before that it does not make anew."""
+    """A table that begins with the rows of the same table in an earlier card, except replaced ones."""
     head, rule, *rows = table.splitlines(keepends=True)
     _, _, rest = before.partition(head)
-    made = {row.split("|")[1] for row in rows}
-    old = [f"{row}\n" for row in rest.partition("\n\n")[0].splitlines()[1:] if row.split("|")[1] not in made]
+    replaced = {row.split("|")[1] for row in rows}
+    old = [
+        f"{row}\n" for row in rest.partition("\n\n")[0].splitlines()[1:] if row.split("|")[1] not in replaced
+    ]
     return "".join([head, rule, *old, *rows])
 
 
 def data(cache: Path, corpus: list[Package], before: str) -> str:
-    """What it was trained on, what was left out and why."""
+    """The section on data: what the adapter was trained on, what was left out and why."""
     manifests = {
         phase: {
             file.stem: json.loads(file.read_text())
@@ -78,23 +93,24 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
     }
     if not manifests:
         raise ValueError(f"{cache} holds no finished rows: make adapter builds them")
-    stages, seen = [], set[str]()  # of builds that share no package, the largest first
+    stages, counted = [], set[str]()  # of builds that share no package, the largest first
     for phase in sorted(filter(PHASES.get, manifests), key=lambda phase: -len(packages_of(phase))):
         names = {package.name for package in packages_of(phase)}
-        if names.isdisjoint(seen):
+        if names.isdisjoint(counted):
             stages.append(manifests[phase])
-            seen |= names
+            counted |= names
     counts, redacted = Counter[str](), Counter[str]()
-    for found in stages:
+    for manifest in stages:
         for name in ("documents", "clean", "order"):
-            counts.update(found[name]["counts"])
-        redacted.update(found["clean"]["redacted"])
+            counts.update(manifest[name]["counts"])
+        redacted.update(manifest["clean"]["redacted"])
     dropped = Counter({key: count for key, count in counts.items() if not key.startswith("kept")})
-    benchmarks = max(len(found["clean"]["recipe"]["benchmarks"]) for found in stages)
+    benchmarks = max(len(manifest["clean"]["recipe"]["benchmarks"]) for manifest in stages)
     licences = Counter(package.licence.strip("_").replace("_", " ") for package in corpus)
     return "\n".join(
         [
-            f"{len(corpus)} permissively licensed packages, pinned by version and hash in PACKAGES.txt. Licences: "
+            f"{len(corpus)} permissively licensed packages, pinned by version and hash in PACKAGES.txt. "
+            "Licences: "
             + ", ".join(f"{name} {count}" for name, count in licences.most_common())
             + ". A file whose own tag or folder says "
             "otherwise was dropped.",
@@ -102,16 +118,21 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
             f"{counts['kept']:,} files were kept; {counts['kept: held out']:,} files of the "
             f"repositories drawn for evaluation (3 %) are in no row. Left out, and why:",
             "",
-            lines(((reason, f"{count:,}") for reason, count in dropped.most_common()), ("reason", "files")),
+            markdown_table(
+                ((reason, f"{count:,}") for reason, count in dropped.most_common()), ("reason", "files")
+            ),
             f"{counts['dropped: benchmark']} files held a problem of a benchmark ({benchmarks} files of "
-            "problems were compared, HumanEval, its infilling sets, MBPP and BabelCode among them) and were dropped. Replaced by "
-            "fake values: " + ", ".join(f"{kind} {count}" for kind, count in sorted(redacted.items())) + ".",
+            "problems were compared, HumanEval, its infilling sets, MBPP and BabelCode among them) and were "
+            "dropped. Replaced by fake values: "
+            + ", ".join(f"{kind} {count}" for kind, count in sorted(redacted.items()))
+            + ".",
             "",
-            "Rows that are built for the phases of the curriculum; what was seen of them so far stands under Training.",
+            "Rows that are built for the phases of the curriculum; what was seen of them so far stands under "
+            "Training.",
             "",
             merged(
-                lines(
-                    (_phase(phase, found["rows"]) for phase, found in manifests.items()),
+                markdown_table(
+                    (_phase(phase, manifest["rows"]) for phase, manifest in manifests.items()),
                     ("phase", "window", "suffix first", "examples", "tokens", "learned from"),
                 ),
                 before,
@@ -121,6 +142,7 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
 
 
 def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
+    """The cells of a phase's row."""
     counts = f"{rows['examples']:,}", f"{rows['tokens']:,}", f"{rows['learned']:,}"
     if choice := CHOICES.get(name):
         of = " and ".join(
@@ -128,7 +150,12 @@ def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
             for phase, part in choice.phases.items()
         )
         psm, spm = (rows["layouts"].get(layout, 0) for layout in ("psm", "spm"))
-        return name.upper(), f"from {of}, to {choice.most} tokens", f"{spm / max(1, psm + spm):.0%}", *counts
+        return (
+            name.upper(),
+            f"from {of}, to {choice.max_tokens} tokens",
+            f"{spm / max(1, psm + spm):.0%}",
+            *counts,
+        )
     recipe = PHASES[name]
     window = recipe.window or (0, 0)
     suffix = f", suffix to {recipe.suffix_limit}" if recipe.suffix_limit else ""
@@ -136,8 +163,8 @@ def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
     return name.upper(), f"{window[0]} to {window[1]} tokens{suffix}{only}", f"{recipe.spm_rate:.0%}", *counts
 
 
-def training(adapter: lora.Adapter, metrics: Sequence[Path], before: str) -> str:
-    """Tokens, hours and settings. A step that was done twice after a stop counts once, as it was done last."""
+def training(adapter: Adapter, metrics: Sequence[Path], before: str) -> str:
+    """The section on training: tokens, hours and settings. A step repeated after a stop counts once."""
     rows = []
     for file in metrics:
         steps = {report["step"]: report for report in map(json.loads, file.read_text().splitlines())}
@@ -148,7 +175,7 @@ def training(adapter: lora.Adapter, metrics: Sequence[Path], before: str) -> str
         [
             "On a CPU, phase by phase:",
             "",
-            merged(lines(rows, ("phase", "tokens", "steps", "hours")), before),
+            merged(markdown_table(rows, ("phase", "tokens", "steps", "hours")), before),
             "The last phase:",
             "",
             "```json",
@@ -159,28 +186,37 @@ def training(adapter: lora.Adapter, metrics: Sequence[Path], before: str) -> str
 
 
 def scores(evals: Path, label: str, before: str) -> str:
-    """The curve, and the differences to the base model of the adapter's own point of it."""
+    """The section on evaluation: the learning curve, and the differences between this adapter and the base
+    model.
+    """
     file = evals / f"{label}.json"
     report = json.loads(file.read_text()) if file.exists() else {}
     rows = [
-        (name, f"{found['difference']:+.4f}", f"{found['low']:+.4f} to {found['high']:+.4f}", found["items"])
-        for name, found in report.get("compared", {}).items()
+        (
+            name,
+            f"{points['difference']:+.4f}",
+            f"{points['low']:+.4f} to {points['high']:+.4f}",
+            points["items"],
+        )
+        for name, points in report.get("compared", {}).items()
     ]
     return "\n".join(
         [
-            "Greedy. `exact`, `stops` (by itself), `ends` (the terminator is the likeliest token behind the true middle) "
-            "and `gain` (nats that the suffix is worth) are of held-out holes; `single` and `multi` are HumanEval "
-            "infilling, percent passed (and exact); `l2r` is the base model going on from the prefix.",
+            "Greedy. `exact`, `stops` (by itself), `ends` (the terminator is the likeliest token behind "
+            "the true middle) and `gain` (nats that the suffix is worth) are of held-out holes; `single` "
+            "and `multi` are HumanEval infilling, percent passed (and exact); `l2r` is the base model "
+            "going on from the prefix.",
             "",
             merged(table(evals), before),
-            *([lines(rows, ("difference", "", "95 %, paired", "items"))] if rows else []),
+            *([markdown_table(rows, ("difference", "", "95 %, paired", "items"))] if rows else []),
         ]
     )
 
 
-def card(adapter: lora.Adapter, cache: Path, metrics: Sequence[Path], label: str, before: str) -> str:
+def card(adapter: Adapter, cache: Path, metrics: Sequence[Path], label: str, before: str) -> str:
+    """The card's text; `label` is the adapter's point of the learning curve."""
     good, weak = (
-        [order.upper() for order in LAYOUTS if adapter.trained(order) is wanted] for wanted in (True, False)
+        [order.upper() for order in LAYOUTS if adapter.trained(order) is trained] for trained in (True, False)
     )
     orders = (
         f"Use {' or '.join(good)}." + (f" {weak[0]} is not learned well enough yet." if good and weak else "")
@@ -189,7 +225,7 @@ def card(adapter: lora.Adapter, cache: Path, metrics: Sequence[Path], label: str
     )
     head = HEAD.format(
         orders=orders,
-        base=lora.on_hub(adapter) or "google/gemma-3-270m",
+        base=hub_name(adapter) or "google/gemma-3-270m",
         name=adapter.name,
         rank=adapter.rank,
         layers=len(adapter.a),
@@ -211,23 +247,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("adapter", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument(
-        "--orders", nargs="+", choices=LAYOUTS, help="in which it completes well (default: as its card says)"
+        "--orders",
+        nargs="+",
+        choices=LAYOUTS,
+        help="orders that it completes well in (default: as its card says)",
     )
     parser.add_argument("--metrics", type=Path, nargs="*", default=())
     parser.add_argument("--label", default="final", help="the adapter's point of the curve")
     parser.add_argument(
-        "--before", type=Path, help="the card whose tables go on, where the adapter it is of was trained on"
+        "--before",
+        type=Path,
+        help="the card of the adapter that training started from: its tables are continued",
     )
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
-    adapter = lora.load(args.adapter)
+    adapter = load_adapter(args.adapter)
     orders = args.orders or [order for order in LAYOUTS if adapter.trained(order)]
     adapter = replace(adapter, card={**adapter.card, "fim": {order: order in orders for order in LAYOUTS}})
-    made = card(adapter, args.cache, args.metrics, args.label, args.before.read_text() if args.before else "")
-    lora.save(adapter, args.out, "F16")
-    (args.out / "README.md").write_text(made)
+    text = card(adapter, args.cache, args.metrics, args.label, args.before.read_text() if args.before else "")
+    save_adapter(adapter, args.out, "F16")
+    (args.out / "README.md").write_text(text)
     shutil.copyfile(LIST, args.out / "PACKAGES.txt")
     print(args.out / "README.md")
 

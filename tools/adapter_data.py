@@ -1,10 +1,12 @@
-"""The corpus of the default model's adapter: pinned packages -> archives -> the rows of each phase of the curriculum.
+"""The corpus of the default model's adapter: pinned packages -> archives -> the rows of each phase of the
+curriculum.
 
-    python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, appends to adapter_packages.txt
+    python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, extends the list
     python tools/adapter_data.py fetch                               # what the list names, checked by hash
-    python tools/adapter_data.py rows all --data BENCHMARKS          # or some phases; benchmark texts are kept out
+    python tools/adapter_data.py rows all --data BENCHMARKS          # or some phases, without benchmark texts
 
-All lies under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per phase.
+Files lie under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per
+phase.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ from codegemma.data.documents import CODE, Document, Source, read
 from codegemma.data.fim import Draw
 from codegemma.data.pack import Packed, Rows, fit, places, save
 from codegemma.data.stages import Recipe
-from codegemma.files import replacing
+from codegemma.files import atomic_write, cache_dir
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codegemma" / "adapter"
+CACHE = cache_dir() / "adapter"
 LIST = Path(__file__).with_name("adapter_packages.txt")
-LARGEST = 40_000_000  # bytes of an archive that is worth its share of the corpus
+MAX_ARCHIVE_BYTES = 40_000_000
 
-# The curriculum: short windows first, suffixes growing. After a short start the suffix comes first for long, for then prefix
-# and middle stand together, and what is new is to read the suffix and to stop at it. Each phase draws other holes.
+# The curriculum: short windows first, suffixes growing. After a short start the suffix comes first for a long
+# time: prefix and middle are then adjacent, and only reading the suffix and stopping before it are new. Each
+# phase draws other holes.
 _FIRST = Recipe(
     fim_rate=0.87,
     spm_rate=0.7,
@@ -57,7 +60,8 @@ PHASES = {
     "b": replace(_FIRST, spm_rate=0.5, epoch=3, stride=3000, suffix_limit=None, window=(160, 255)),
     "d": replace(_FIRST, spm_rate=1.0, epoch=5, stride=400, suffix_limit=None, window=(48, 160)),
     "e": replace(_FIRST, spm_rate=0.0, epoch=6, stride=400, suffix_limit=None, window=(48, 255)),
-    # the prefix is learned too where it is said behind the suffix: four times as many targets that the suffix can help
+    # The loss also covers a prefix that follows the suffix: four times as many targets that the suffix helps
+    # to predict.
     "f": replace(
         _FIRST,
         spm_rate=1.0,
@@ -76,7 +80,7 @@ PHASES |= {
     "k": replace(PHASES["f"], epoch=14, stride=3000),
     "l": replace(PHASES["g"], epoch=15, stride=3000),
 }
-# Small functions with a docstring, as people ask for them and as a library seldom has them.
+# Packages of small functions with docstrings, such as people ask for; libraries have few.
 _SMALL = {
     "algorithms",
     "boltons",
@@ -91,7 +95,8 @@ _SMALL = {
     "textdistance",
     "toolz",
 }
-# More of the same kind, from more hands: what stands behind this line of the list. The phases before K do not see them.
+# More of that kind, by other authors: the packages after this line of the list. Phases before K do not use
+# them.
 _FROM_K = "# for phases K and L:"
 _MORE = {line.split()[1] for line in LIST.read_text().partition(_FROM_K)[2].splitlines() if line}
 ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
@@ -99,11 +104,13 @@ ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
 
 @dataclass(frozen=True)
 class Choice:
-    """Rows of other phases' segments of at most `most` tokens: a share of each phase's times a share of each layout's."""
+    """Segments of at most `max_tokens` tokens from other phases: a share of each phase times a share of each
+    layout.
+    """
 
     phases: dict[str, float]
     layouts: dict[str, float]
-    most: int
+    max_tokens: int
 
 
 CHOICES = {
@@ -132,6 +139,7 @@ class Package:
 
 
 def packages() -> list[Package]:
+    """All packages of the list."""
     return [Package(*line.split()) for line in LIST.read_text().splitlines() if line and line[0] != "#"]
 
 
@@ -144,50 +152,51 @@ def from_pypi(name: str, version: str, folder: Path) -> Path:
 
     index = os.environ.get("PIP_INDEX_URL", PyPI.simple_url)
     finder = PackageFinder(index_urls=[index], no_binary=[":all:"], ignore_compatibility=True)
-    found = finder.find_best_match(f"{name}=={version}" if version else name).best
-    if found is None:
+    match = finder.find_best_match(f"{name}=={version}" if version else name).best
+    if match is None:
         raise ValueError(f"{name} {version} has no source distribution: drop it from the list")
-    return download_link(finder.session, found.link, folder)
+    return download_link(finder.session, match.link, folder)
 
 
 def from_npm(name: str, version: str, folder: Path) -> Path:
-    wanted = f"{name}@{version}" if version else name
-    told = subprocess.run(
-        ["npm", "pack", "--silent", "--pack-destination", folder, wanted],
+    """The package as npm packs it."""
+    requested = f"{name}@{version}" if version else name
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", "--pack-destination", folder, requested],
         check=True,
         text=True,
         stdout=subprocess.PIPE,
     )
-    return folder / told.stdout.split()[-1]
+    return folder / packed.stdout.split()[-1]
 
 
 REGISTRIES = {"pypi": from_pypi, "npm": from_npm}
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The archive, from the cache or the registry. Raises ValueError where it is not the one of the list."""
+    """The archive, from the cache or the registry. Raises ValueError where its hash is another."""
     file = folder / package.file
     if not file.exists():
         REGISTRIES[package.registry](package.name, package.version, folder)
-    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != package.sha256:
+    if (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != package.sha256:
         file.unlink()
         raise ValueError(
-            f"{file.name} has sha256 {found}, the list says {package.sha256}: fetch again or pin it anew"
+            f"{file.name} has sha256 {digest}, the list says {package.sha256}: fetch again or pin it anew"
         )
     return file
 
 
-def pin(registry: str, wanted: str, folder: Path) -> tuple[Package, Counter[str]]:
+def pin(registry: str, requirement: str, folder: Path) -> tuple[Package, Counter[str]]:
     """A line for the list, and how many characters of each language the archive holds."""
-    name, _, version = wanted.partition("==")
+    name, _, version = requirement.partition("==")
     file = REGISTRIES[registry](name, version, folder)
-    if file.stat().st_size > LARGEST:
-        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, more than {LARGEST:,}")
+    if file.stat().st_size > MAX_ARCHIVE_BYTES:
+        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, more than {MAX_ARCHIVE_BYTES:,}")
     sizes, licences = Counter[str](), Counter[str]()
-    for each in read(Source(file, "zip" if file.suffix == ".zip" else "tar")):
-        if isinstance(each, Document) and each.language in CODE:
-            sizes[each.language] += len(each.text)
-            licences[each.licence] += len(each.text)
+    for document in read(Source(file, "zip" if file.suffix == ".zip" else "tar")):
+        if isinstance(document, Document) and document.language in CODE:
+            sizes[document.language] += len(document.text)
+            licences[document.licence] += len(document.text)
     if not sizes:
         raise ValueError(f"{file.name} holds no code")
     version = (
@@ -200,26 +209,27 @@ def pin(registry: str, wanted: str, folder: Path) -> tuple[Package, Counter[str]
 
 
 def _pin_all(registry: str, names: list[str], folder: Path) -> None:
-    there = {(package.registry, package.name) for package in packages()}
-    wanted = [name for name in names if (registry, name.partition("==")[0]) not in there]
+    pinned = {(package.registry, package.name) for package in packages()}
+    new = [name for name in names if (registry, name.partition("==")[0]) not in pinned]
 
-    def one(name: str) -> tuple[Package, Counter[str]] | str:
+    def pin_or_error(name: str) -> tuple[Package, Counter[str]] | str:
         try:
             return pin(registry, name, folder)
-        except Exception as error:  # of a client or an archive: the rest of the names goes on
+        except Exception as error:  # of a client or an archive: the other names are still pinned
             return f"{name}: {type(error).__name__}: {error}"
 
     with ThreadPoolExecutor(4) as pool, LIST.open("a") as out:
-        for found in pool.map(one, wanted):
-            if isinstance(found, str):
-                print("left out", found, file=sys.stderr)
+        for result in pool.map(pin_or_error, new):
+            if isinstance(result, str):
+                print("left out", result, file=sys.stderr)
                 continue
-            out.write(" ".join(astuple(found[0])) + "\n")
+            out.write(" ".join(astuple(result[0])) + "\n")
             out.flush()
-            print(found[0].name, found[0].licence, dict(found[1].most_common(3)))
+            print(result[0].name, result[0].licence, dict(result[1].most_common(3)))
 
 
 def packages_of(phase: str) -> list[Package]:
+    """The packages that a phase draws its rows from."""
     return [
         package
         for package in packages()
@@ -227,18 +237,19 @@ def packages_of(phase: str) -> list[Package]:
     ]
 
 
-def fetched(folder: Path, wanted: list[Package]) -> Iterator[Path]:
+def fetch_all(folder: Path, needed: list[Package]) -> Iterator[Path]:
+    """Their archives, in order."""
     with ThreadPoolExecutor(4) as pool:
-        yield from pool.map(lambda package: fetch(package, folder), wanted)
+        yield from pool.map(lambda package: fetch(package, folder), needed)
 
 
 def rows(phase: str, cache: Path, data: Path, workers: int) -> Summary:
-    """Builds, or goes on with, the rows of a phase."""
+    """Builds the rows of a phase, or resumes an interrupted build."""
     benchmarks = sorted(file for file in data.rglob("*.json*") if file.is_file())
     if not benchmarks:
         raise ValueError(f"{data} has no benchmark files (*.jsonl.gz and the like) to keep out of the rows")
-    sources = [str(file) for file in fetched(cache / "archives", packages_of(phase))]
-    made = build(
+    sources = [str(file) for file in fetch_all(cache / "archives", packages_of(phase))]
+    summary = build(
         sources,
         cache / "rows" / phase,
         load_tokenizer("gemma-3-270m"),
@@ -246,83 +257,85 @@ def rows(phase: str, cache: Path, data: Path, workers: int) -> Summary:
         benchmarks=benchmarks,
         workers=workers,
         resume=True,
-        progress=lambda *told: print(phase, *told) if told[1] == told[2] else None,
+        progress=lambda stage, done, total: print(phase, stage, done, total) if done == total else None,
     )
     with (cache / "READY").open("a") as out:
         out.write(f"{phase}\n")
-    return made
+    return summary
 
 
 def _chosen(
-    phase: str, choice: Choice, rows: Rows, part_of: float
+    phase: str, choice: Choice, rows: Rows, phase_share: float
 ) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
-    """The tokens and targets of each segment that was chosen, and its examples."""
+    """The tokens, targets and examples of each chosen segment."""
     for part in sorted({int(part) for part in rows.index_N2[:, 0]}):
         stem = rows.stem(part)
         arrays = {name: np.load(stem.with_suffix(f".{name}.npy")) for name in ("tokens", "loss")}
-        whose: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        by_segment: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for example in pq.read_table(stem.with_suffix(".examples.parquet")).to_pylist():
-            whose.setdefault((example["row"], example["segment"]), []).append(example)
+            by_segment.setdefault((example["row"], example["segment"]), []).append(example)
         segments = np.load(stem.with_suffix(".segments.npy"))
-        for (row, segment), examples in sorted(whose.items()):
+        for (row, segment), examples in sorted(by_segment.items()):
             layouts = {example["layout"] for example in examples}
             where = np.flatnonzero(segments[row] == segment)
             share = choice.layouts.get(layouts.pop(), 0.0) if len(layouts) == 1 else 0.0
-            if len(where) <= choice.most and Draw(phase, part, row, segment).uniform() < part_of * share:
+            if (
+                len(where) <= choice.max_tokens
+                and Draw(phase, part, row, segment).uniform() < phase_share * share
+            ):
                 yield (
                     {name: array[row, where] for name, array in arrays.items()},
-                    [
-                        each | {"start": each["start"] - where[0], "end": each["end"] - where[0]}
-                        for each in examples
-                    ],
+                    [_moved(example, -where[0]) for example in examples],
                 )
 
 
+def _moved(example: dict[str, Any], offset: int, **fields: int) -> dict[str, Any]:
+    """An example whose span stands `offset` tokens later."""
+    return example | fields | {"start": example["start"] + offset, "end": example["end"] + offset}
+
+
 def choose(phase: str, cache: Path) -> int:
-    """Writes the rows of a choice and gives how many there are; its manifest names the rows that they were chosen from."""
+    """Writes the rows of a choice and returns their number; the manifest names the rows that they were chosen
+    from.
+    """
     choice, out = CHOICES[phase], cache / "rows" / phase
     rows = {name: Rows(cache / "rows" / name) for name in choice.phases}
-    found = [
-        each for name, share in choice.phases.items() for each in _chosen(phase, choice, rows[name], share)
+    segments = [
+        chosen
+        for name, share in choice.phases.items()
+        for chosen in _chosen(phase, choice, rows[name], share)
     ]
     length = len(next(iter(rows.values()))[0]["tokens"])
-    sizes = [len(cut["tokens"]) for cut, _ in found]
+    sizes = [len(cut["tokens"]) for cut, _ in segments]
     packed = fit(sizes, length)
     shape = (len(packed), length)
-    made = Packed(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.uint16), [])
+    result = Packed(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.uint16), [])
     for row, segment, item, here in places(packed, sizes):
-        cut, examples = found[item]
-        made.tokens_RT[row, here], made.loss_RT[row, here], made.segments_RT[row, here] = (
+        cut, examples = segments[item]
+        result.tokens_RT[row, here], result.loss_RT[row, here], result.segments_RT[row, here] = (
             cut["tokens"],
             cut["loss"],
             segment,
         )
-        made.examples.extend(
-            each
-            | {
-                "row": row,
-                "segment": segment,
-                "start": here.start + each["start"],
-                "end": here.start + each["end"],
-            }
-            for each in examples
-        )
+        result.examples.extend(_moved(example, here.start, row=row, segment=segment) for example in examples)
     (out / "rows").mkdir(parents=True, exist_ok=True)
     (out / "manifests").mkdir(exist_ok=True)
-    save(made, out / "rows" / "part-00000")
-    told = {
+    save(result, out / "rows" / "part-00000")
+    manifest = {
         "chosen": asdict(choice),
-        "examples": len(made.examples),
+        "examples": len(result.examples),
         "tokens": sum(sizes),
-        "layouts": Counter(each["layout"] for each in made.examples),
-        "learned": int(made.loss_RT.sum()),
+        "layouts": Counter(example["layout"] for example in result.examples),
+        "learned": int(result.loss_RT.sum()),
         "of": {
-            name: json.loads((each.folder / "manifests" / "rows.json").read_text())
-            for name, each in rows.items()
+            name: json.loads((source.folder / "manifests" / "rows.json").read_text())
+            for name, source in rows.items()
         },
     }
-    (out / "manifests" / "rows.json").write_text(json.dumps(told, indent=1))
-    with replacing(out / "index.npy") as file:  # last, as a build's: where it is, the rows are finished
+    (out / "manifests" / "rows.json").write_text(json.dumps(manifest, indent=1))
+    with atomic_write(
+        out / "index.npy"
+    ) as file:  # written last, as by a build: it marks the rows as finished
         np.save(file, np.stack([np.zeros(len(packed), np.int64), np.arange(len(packed))], 1))
     return len(packed)
 
@@ -351,20 +364,12 @@ def main() -> None:
             if phase in CHOICES:
                 print(phase, choose(phase, args.cache), "rows")
                 continue
-            made = rows(phase, args.cache, args.data, args.workers)
-            print(
-                phase,
-                made.manifests["rows"]["examples"],
-                "examples",
-                made.tokens,
-                "tokens",
-                made.kept,
-                "of",
-                made.documents,
-                "documents",
-            )
+            summary = rows(phase, args.cache, args.data, args.workers)
+            examples = summary.manifests["rows"]["examples"]
+            documents = f"{summary.kept} of {summary.documents} documents"
+            print(phase, examples, "examples", summary.tokens, "tokens", documents)
     else:
-        print(f"{sum(1 for _ in fetched(archives, packages()))} archives in {archives}")
+        print(f"{sum(1 for _ in fetch_all(archives, packages()))} archives in {archives}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How good the default model's adapter is: held-out completions, HumanEval infilling beside the base model, the curve.
+"""How good the default model's adapter is: held-out completions, HumanEval infilling beside the base model,
+the curve.
 
-    python tools/adapter_eval.py LABEL --adapter FOLDER --tokens SEEN --data BENCHMARKS [--holes 500] [--limit 103]
-    python tools/adapter_eval.py base --data BENCHMARKS          # the base model, left to right and in FIM order
+    python tools/adapter_eval.py LABEL --adapter FOLDER --tokens SEEN --data BENCHMARKS [--holes 500]
+    python tools/adapter_eval.py base --data BENCHMARKS     # the base model, left to right and in FIM order
     python tools/adapter_eval.py --table                         # the learning curve, in Markdown
 
-Writes LABEL.json under --out (~/.cache/codegemma/adapter/evals), with the benchmarks' samples in a folder beside it. The
-base model's answers are made once and kept: every comparison is paired with them, item by item.
+Writes LABEL.json under --out (~/.cache/codegemma/adapter/evals), with the benchmarks' samples in a folder
+beside it. The base model's answers are kept: every comparison is paired with them, item by item.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FIM_TASKS = {kind: (f"infill-{kind}", f"infill-{kind}-spm") for kind in ("single
 
 
 def documents(rows: Path) -> list[Document]:
-    """The repositories that the rows' build held out."""
+    """The documents of the repositories that the build of the rows held out."""
     fields = Document.__dataclass_fields__
     return [
         Document(**{name: row[name] for name in fields if name != "imports"})
@@ -40,9 +41,9 @@ def documents(rows: Path) -> list[Document]:
     ]
 
 
-def held_out(model: LocalModel, found: list[Document], holes: int, plain: int) -> dict[str, Any]:
-    report = heldout.measure(model, heldout.holes(found, model.tokenizer, holes)) if holes else {}
-    return report | ({"left_to_right": heldout.left_to_right(model, found, plain)} if plain else {})
+def held_out(model: LocalModel, held: list[Document], holes: int, plain: int) -> dict[str, Any]:
+    report = heldout.measure(model, heldout.holes(held, model.tokenizer, holes)) if holes else {}
+    return report | ({"left_to_right": heldout.left_to_right(model, held, plain)} if plain else {})
 
 
 def infilling(
@@ -66,16 +67,18 @@ def _stopped(out: Path, name: str) -> float:
 
 
 def compared(report: dict[str, Any], base: dict[str, Any], out: Path, base_out: Path) -> dict[str, Any]:
-    """Differences to the base model, paired: of each FIM order to its continuation of the prefix, and of held-out code."""
-    found: dict[str, Any] = {}
+    """Paired differences to the base model: of each FIM order to the base continuing the prefix, and of
+    held-out code.
+    """
+    differences: dict[str, Any] = {}
     for kind, names in FIM_TASKS.items():
         for name in names:
             if name in report["infilling"] and f"infill-{kind}-l2r" in base["infilling"]:
-                found[f"{name} - base left to right"] = _points(
+                differences[f"{name} - base left to right"] = _points(
                     _scores(base_out, f"infill-{kind}-l2r"), _scores(out, name)
                 )
     if out != base_out and set(report["infilling"]) & set(base["infilling"]):
-        found |= {
+        differences |= {
             f"{name} - base in FIM order": {
                 key: asdict(result)[key] for key in ("items", "difference", "low", "high")
             }
@@ -83,8 +86,8 @@ def compared(report: dict[str, Any], base: dict[str, Any], out: Path, base_out: 
         }
     before, after = base["held_out"].get("left_to_right", []), report["held_out"].get("left_to_right", [])
     if before and len(before) == len(after) and out != base_out:
-        found["nats a token left to right"] = _points(dict(enumerate(before)), dict(enumerate(after)))
-    return found
+        differences["nats a token left to right"] = _points(dict(enumerate(before)), dict(enumerate(after)))
+    return differences
 
 
 def _points(before: Any, after: Any) -> dict[str, float]:
@@ -130,9 +133,9 @@ HEAD = [
     "run",
     "M tokens",
     *(
-        f"{layout} {what}"
+        f"{layout} {column}"
         for layout in ("PSM", "SPM")
-        for what in ("exact", "stops", "ends", "random exact", "gain")
+        for column in ("exact", "stops", "ends", "random exact", "gain")
     ),
     "single PSM",
     "single SPM",
@@ -147,7 +150,7 @@ HEAD = [
 
 def table(out: Path) -> str:
     reports = sorted(
-        (json.loads(file.read_text()) for file in out.glob("*.json")), key=lambda each: each["tokens"]
+        (json.loads(file.read_text()) for file in out.glob("*.json")), key=lambda report: report["tokens"]
     )
     rows = [HEAD, ["---"] * len(HEAD), *map(line, reports)]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
@@ -197,7 +200,7 @@ def main() -> None:
     if is_base and args.adapter:
         parser.error(f"{args.base} is the model without an adapter")
     loaded = load(args.model, threads=args.threads)
-    model = LocalModel(loaded, loaded.adapter_at(args.adapter) if args.adapter else None)
+    model = LocalModel(loaded, loaded.adapter_at(args.adapter) if args.adapter else "none")
     folder = args.out / args.label
     limits = {"single": args.limit, "multi": None if args.multi < 0 else args.multi}
     kinds = [kind for kind in FIM_TASKS if limits[kind] != 0]
@@ -217,10 +220,9 @@ def main() -> None:
         report["compared"] = compared(report, before, folder, args.out / args.base)
     (args.out / f"{args.label}.json").write_text(json.dumps(report, indent=1))
     print(table(args.out))
-    for name, found in report.get("compared", {}).items():
-        print(
-            f"{name}: {found['difference']:+.4f} (95 % {found['low']:+.4f} to {found['high']:+.4f}, {found['items']} items)"
-        )
+    for name, points in report.get("compared", {}).items():
+        interval = f"95 % {points['low']:+.4f} to {points['high']:+.4f}, {points['items']} items"
+        print(f"{name}: {points['difference']:+.4f} ({interval})")
 
 
 if __name__ == "__main__":

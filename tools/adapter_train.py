@@ -1,9 +1,12 @@
-"""Trains the default model's adapter through the phases of its curriculum; stopped at any moment, it goes on.
+"""Trains the default model's adapter through the phases of its curriculum. An interrupted run resumes.
 
-    python tools/adapter_train.py [--until PHASE]    # rows by tools/adapter_data.py; runs under ~/.cache/codegemma/adapter/runs
-    python tools/adapter_train.py --until PHASE --start codegemma/adapters/gemma-3-270m-fim    # where the runs before are gone
+    python tools/adapter_train.py [--until PHASE]            # all phases, or those up to one
+    python tools/adapter_train.py --until PHASE --start codegemma/adapters/gemma-3-270m-fim   # one phase
 
-Each phase starts from the adapter of the one before it; runs/final is the last one's, or halfway to it from its start.
+Rows are those of tools/adapter_data.py; runs lie under ~/.cache/codegemma/adapter/runs.
+
+Each phase starts from the adapter of the one before it; runs/final is the last one's, or halfway to it from
+its start.
 """
 
 from __future__ import annotations
@@ -16,21 +19,27 @@ from pathlib import Path
 
 from adapter_data import CACHE
 
-from codegemma.adapters import adapter as lora
+from codegemma.adapters.adapter import Adapter
+from codegemma.adapters.load import load as load_adapter
+from codegemma.adapters.peft import save as save_adapter
 from codegemma.prompts import Layout
 from codegemma.train import job
-from codegemma.train.loop import VOCABULARY, Report, Settings
+from codegemma.train.session import StepReport
+from codegemma.train.settings import SAMPLED_VOCABULARY, TrainingSettings
 
 RANK = 32
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`tokens` of a step: some 60 examples or more. The rate of a phase that is `landed` comes down at its end: its adapter is one
-    to use, and the next phase warms up again. `share` of the change that the phase before made is what it starts from: at a
-    high rate every weight moves by it, and half of the change is noise that costs more than it brings. The rows of the embedding
-    for the ids `fresh` start anew. `end_weight`: see Settings. `halfway`: the mean of what it started from and what it became is
-    the better adapter, and what the next one starts from (docs/log.md)."""
+    """A phase of the curriculum; it starts from the adapter of the phase before.
+
+    `tokens` of a step hold some 60 examples or more. A `landed` phase lowers its learning rate to the end, so
+    that its adapter is good to use; the next phase warms up again. It starts from a `share` of the former
+    adapter's change: at a high learning rate half of the change is noise that does more harm than good. The
+    embedding rows of the ids `fresh` are reset. `end_weight`: see TrainingSettings. `halfway`: the mean of
+    its start and its result is better than the result, and is what the next phase starts from (docs/log.md).
+    """
 
     tokens: int
     steps: int | None = None  # None: all rows once
@@ -59,15 +68,15 @@ PHASES = {
 ORDER = list(PHASES)
 
 
-def plan(name: str, cache: Path, start: Path | None = None) -> job.Plan:
+def plan(name: str, cache: Path, start: Path | None = None) -> job.TrainingPlan:
     phase, number = PHASES[name], ORDER.index(name)
-    settings = Settings(
+    settings = TrainingSettings(
         phase.peak,
         phase.warmup,
         decay="cosine" if phase.landed else "constant",
         floor=0.05,
         betas=(phase.momentum, 0.99),
-        vocabulary=VOCABULARY,
+        vocabulary=SAMPLED_VOCABULARY,
         micro_tokens=2048,
         save_every=5,
         steps=phase.steps,
@@ -76,7 +85,7 @@ def plan(name: str, cache: Path, start: Path | None = None) -> job.Plan:
     before = start or (kept(ORDER[number - 1], cache) if number else None)
     if before and (phase.share != 1 or phase.fresh):
         before = part_of(before, phase, cache / "runs" / f"{name}-start")
-    return job.Plan(
+    return job.TrainingPlan(
         "gemma-3-270m",
         (str(cache / "rows" / name),),
         cache / "runs" / name,
@@ -91,28 +100,30 @@ def plan(name: str, cache: Path, start: Path | None = None) -> job.Plan:
 
 
 def kept(name: str, cache: Path) -> Path:
-    """What a phase that is over leaves to the next one."""
+    """The folder of the adapter that a finished phase leaves to the next one."""
     return cache / "runs" / name / ("halfway" if PHASES[name].halfway else "adapter")
 
 
 def part_of(adapter: Path, phase: Phase, out: Path) -> Path:
-    """What a phase keeps of the adapter before it: written once."""
+    """The share of the former adapter that a phase starts from; written once."""
     if not out.exists():
-        whole = lora.load(adapter)
-        rows = {token: row for token, row in whole.rows.items() if token not in phase.fresh}
-        lora.save(replace(whole, alpha=whole.alpha * phase.share, rows=rows), out)
+        former = load_adapter(adapter)
+        rows = {token: row for token, row in former.rows.items() if token not in phase.fresh}
+        save_adapter(replace(former, alpha=former.alpha * phase.share, rows=rows), out)
     return out
 
 
-def mean(one: lora.Adapter, other: lora.Adapter) -> lora.Adapter:
-    """Halfway between two adapters of one shape, with the other's card. Raises ValueError where they differ in scale."""
-    if one.scale != other.scale:
-        raise ValueError(f"adapters of scale {one.scale} and {other.scale} have no mean: take two of one run")
+def mean(start: Adapter, end: Adapter) -> Adapter:
+    """Halfway between two adapters of one shape, with the card of `end`. Raises ValueError where their scales
+    differ.
+    """
+    if start.scale != end.scale:
+        raise ValueError(f"adapters of scale {start.scale} and {end.scale} have no mean: take two of one run")
     a, b, rows = (
-        {key: (value + getattr(one, part)[key]) / 2 for key, value in getattr(other, part).items()}
+        {key: (value + getattr(start, part)[key]) / 2 for key, value in getattr(end, part).items()}
         for part in ("a", "b", "rows")
     )
-    return replace(other, a=a, b=b, rows=rows, card={**other.card, "halfway": True})
+    return replace(end, a=a, b=b, rows=rows, card={**end.card, "halfway": True})
 
 
 def main() -> None:
@@ -124,11 +135,11 @@ def main() -> None:
         help="the adapter that the last phase starts from, in place of the phases before it",
     )
     parser.add_argument("--cache", type=Path, default=CACHE)
-    chosen = parser.parse_args()
-    if chosen.start and not chosen.until:
+    args = parser.parse_args()
+    if args.start and not args.until:
         parser.error("--start is for one phase: name it with --until")
 
-    def tell(report: Report) -> None:
+    def show(report: StepReport) -> None:
         ends = f" ends {report.ends:.0%}" if report.ends is not None else ""
         print(
             f"{phase} {report.step}/{report.steps} loss {report.loss:.4f} right {report.right:.1%}{ends} "
@@ -136,21 +147,24 @@ def main() -> None:
             flush=True,
         )
 
-    for phase in [chosen.until] if chosen.start else ORDER[: ORDER.index(chosen.until or ORDER[-1]) + 1]:
-        rows = chosen.cache / "rows" / phase
+    for phase in [args.until] if args.start else ORDER[: ORDER.index(args.until or ORDER[-1]) + 1]:
+        rows = args.cache / "rows" / phase
         if not (rows / "index.npy").exists():
             sys.exit(f"{rows} is not built: python tools/adapter_data.py rows {phase} --data BENCHMARKS")
-        made = plan(phase, chosen.cache, chosen.start)
-        steps = job.steps_of(made)
-        metrics = made.out / "metrics.jsonl"
-        if not metrics.exists() or sum(1 for _ in metrics.open()) < steps:
-            job.run(made, metrics.exists(), tell)
-        if PHASES[phase].halfway and made.adapter:
-            shutil.rmtree(kept(phase, chosen.cache), ignore_errors=True)
-            lora.save(mean(lora.load(made.adapter), lora.load(made.result)), kept(phase, chosen.cache))
-    final = chosen.cache / "runs" / "final"
+        phase_plan = plan(phase, args.cache, args.start)
+        training = job.TrainingJob(phase_plan)
+        metrics = phase_plan.out / "metrics.jsonl"
+        if not metrics.exists() or sum(1 for _ in metrics.open()) < training.steps:
+            training.run(metrics.exists(), show)
+        if PHASES[phase].halfway and phase_plan.adapter:
+            shutil.rmtree(kept(phase, args.cache), ignore_errors=True)
+            save_adapter(
+                mean(load_adapter(phase_plan.adapter), load_adapter(phase_plan.result)),
+                kept(phase, args.cache),
+            )
+    final = args.cache / "runs" / "final"
     shutil.rmtree(final, ignore_errors=True)
-    lora.save(lora.load(kept(phase, chosen.cache)), final)
+    save_adapter(load_adapter(kept(phase, args.cache)), final)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ class Adapter:
     `a` [r, in] and `b` [out, r] are float32; r is `rank`, or less in some layers. A layer computes x W^T +
     (alpha / rank) (x a^T) b^T. `rows` [D] by token id replace the embedding's, as input and as output. `card`
     is free; card["fim"] = {"psm": bool, "spm": bool} says which orders the adapter was trained to complete
-    in, card["base"] which model it belongs to. Raises ValueError on parts that do not fit each other."""
+    in, card["base"] which model it belongs to. Raises ValueError on parts that do not fit each other.
+    """
 
     name: str
     rank: int

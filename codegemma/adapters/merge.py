@@ -18,7 +18,8 @@ def merge(checkpoint: Checkpoint, *adapters: Adapter, blocks_as: str | None = No
 
     Floats keep their type. Quantised matrices are decoded, changed and quantised again, which adds a second
     rounding; `blocks_as` ("F32", "BF16", "F16") makes the changed ones floats instead. Raises ValueError
-    where an adapter does not fit the model."""
+    where an adapter does not fit the model.
+    """
     for adapter in adapters:
         adapter.check(checkpoint.config)
     tensors = dict(checkpoint.tensors)

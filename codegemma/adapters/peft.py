@@ -1,8 +1,7 @@
-"""PEFT's folder: adapter_config.json and adapter_model.safetensors, as the `peft` library reads and writes
-them.
+"""PEFT's folder: adapter_config.json and adapter_model.safetensors, as the `peft` library has them.
 
-Beside them stand card.json (what the adapter was trained for, and on what) and the same as README.md, for
-readers."""
+Beside them stand card.json (what the adapter was trained for, and on what) and a README.md made from it.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +34,8 @@ UNSUPPORTED = (
     *("fan_in_fan_out", "target_parameters", "arrow_config", "kasa_config", "monteclora_config"),
     *("megatron_config", "modules_to_save"),
 )
-CHANGES_BASE = (
-    "pissa",
-    "olora",
-    "loftq",
-    "corda",
-    "lora_ga",
-)  # initialisations that also change the base's weights
+# Initialisations that also change the base's weights.
+CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 KEY = re.compile(
     r"(?:base_model\.model\.)?(?:model\.|language_model\.)*"
     r"(?:layers\.(?P<layer>\d+)\.(?P<module>[\w.]+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
@@ -51,8 +45,7 @@ TRAINED_ROWS_KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_
 
 
 def load(path: Path) -> Adapter:
-    """The adapter in a folder, or beside a weights file. Raises ValueError naming what is damaged or
-    unsupported."""
+    """The adapter in a folder, or beside a weights file. Raises ValueError where it cannot be used."""
     home = path.parent if path.is_file() else path
     fields = _config(home / "adapter_config.json")
     a, b, rows = _parts(home, fields, _stored(home))
@@ -61,9 +54,7 @@ def load(path: Path) -> Adapter:
     rank = max((value.shape[0] for value in a.values()), default=1)
     scales = {name: _scale(home, fields, name, value.shape[0]) for name, value in a.items()}
     scale = next(iter(scales.values()), 1.0)
-    if any(
-        other != scale for other in scales.values()
-    ):  # an adapter has one scale: the differences move into b
+    if len(set(scales.values())) > 1:  # an adapter has one scale: the differences move into b
         b = {name: value * np.float32(scales[name] / scale) for name, value in b.items()}
     base = fields.get("base_model_name_or_path")
     card = {"base": base} if base else {}
@@ -134,15 +125,13 @@ def _module(name: str) -> str:
 def _config(file: Path) -> dict[str, Any]:
     """The fields of an adapter_config.json that this program can follow."""
     if not file.exists():
-        raise ValueError(
-            f"{file.parent}: lacks adapter_config.json: pass a folder that PEFT or codegemma saved"
-        )
+        raise ValueError(f"{file.parent}: lacks adapter_config.json: pass a folder that PEFT saved")
     fields = read_json(file)
     kind, unsupported = fields.get("peft_type"), [key for key in UNSUPPORTED if fields.get(key)]
     if kind != "LORA" or unsupported:
         raise ValueError(
-            f"{file}: is {' with '.join([str(kind), *unsupported])}, but this program reads plain LoRA: merge it "
-            "into its model with peft (merge_and_unload) and load that"
+            f"{file}: is {' with '.join([str(kind), *unsupported])}, but this program reads plain LoRA: "
+            "merge it into its model with peft (merge_and_unload) and load that"
         )
     if fields.get("bias", "none") != "none":
         raise ValueError(f'{file}: bias is {fields["bias"]!r}, but Gemma has no bias: train with bias="none"')
@@ -209,8 +198,7 @@ def _rows(home: Path, indices: Any, values: np.ndarray) -> dict[int, np.ndarray]
 
 
 def _scale(home: Path, fields: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / rank of a layer, alpha / sqrt(rank) with rslora; alpha_pattern gives some layers another
-    alpha."""
+    """alpha / rank of a layer, or alpha / sqrt(rank) with rslora; alpha_pattern may set its alpha."""
     patterns = fields.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise _damaged(home, "alpha_pattern must be an object")
@@ -224,8 +212,7 @@ def _scale(home: Path, fields: Mapping[str, Any], name: str, rank: int) -> float
 
 
 def _matches(home: Path, pattern: str, module: str) -> bool:
-    """PEFT's rule: a regular expression for the end of a module's name. One that could take exponential time
-    is refused."""
+    """PEFT's rule: a regular expression for the end of a module's name; refused if it could run very long."""
     if len(pattern) > 512 or len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+{?]", pattern):
         raise ValueError(f"{home}: alpha_pattern {pattern[:40]!r} is too intricate: name the modules in full")
     try:

@@ -13,8 +13,7 @@ from codegemma.convert.inspect import inspect, title
 
 
 def render(header: list[str], name: str, description: str, sections: Mapping[str, str], changes: str) -> str:
-    """A card: the Hub's header lines, a title, a description, sections by heading, licence and statement of
-    changes."""
+    """A card: header lines, title, description, sections by heading, licence and statement of changes."""
     sections = {**sections, "Licence": hub.NOTICE.strip(), "Statement of changes": changes}
     parts = ["\n".join(["---", "license: gemma", *header, "---", f"# {name}"]), description]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items()]

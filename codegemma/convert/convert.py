@@ -77,20 +77,17 @@ def convert(
     changes them; `quantize_to` (GGUF only) makes blocks, weighed by `importance` (the numbers, their file, or
     texts to measure them on); `merge` is applied to the opened model, for example an adapter's. The target
     appears only when it is complete, and an interrupted quantisation resumes. Raises ValueError naming what
-    is wrong and what to do."""
+    is wrong and what to do.
+    """
     checkpoint = open_checkpoint(hub.resolve(source))
     to = to or SUFFIXES.get(target.suffix)
     if to is None or to not in get_args(ExportFormat):
         raise ValueError(f"{target} does not say its format: pass --to {', '.join(get_args(ExportFormat))}")
     if quantize_to and (to != "gguf" or dtype):
         other = to if to != "gguf" else f"dtype {dtype}"
-        raise ValueError(
-            f"--quantize makes GGUF blocks, which {other} cannot hold: use --to gguf alone, or --dtype"
-        )
+        raise ValueError(f"--quantize makes GGUF blocks, which {other} cannot hold: drop one of the two")
     if importance and not quantize_to:
-        raise ValueError(
-            "importance weighs the columns that --quantize rounds: pass --quantize too, or neither"
-        )
+        raise ValueError("importance weighs the columns that --quantize rounds: pass both, or neither")
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists: choose another name, or pass --overwrite")
     checkpoint = merge(checkpoint) if merge else checkpoint
@@ -121,8 +118,7 @@ def convert(
 
 
 def save(to: ExportFormat, path: Path, checkpoint: Checkpoint, stamp: str | None = None) -> None:
-    """Writes a checkpoint's tensors, config and tokenizer as they are: a file for GGUF and NeMo, else into a
-    folder.
+    """Writes a checkpoint as it is: as a file in GGUF and NeMo, else into the folder `path`.
 
     A GGUF file with a `stamp` resumes an interrupted write of the same stamp.
     """
@@ -189,8 +185,7 @@ def _stamp(checkpoint: Checkpoint, quantize_to: str, importance: Importance | Pa
 def _with_type(
     name: str, tensor: Tensor, type: str, importance: Importance, norms: dict[str, tuple[float, float]]
 ) -> Tensor:
-    """The tensor in another type, computed when it is read; `norms` gets the squared norms of error and
-    weights."""
+    """The tensor in another type, lazily; `norms` gets the squared norms of error and weights."""
 
     def quantized(rows: Tensor) -> np.ndarray:
         try:
@@ -207,11 +202,12 @@ def _with_type(
 
 
 def _by_rows(tensor: Tensor, type: str, compute: Callable[[Tensor], np.ndarray]) -> Tensor:
-    """A lazy tensor that `compute` makes of this one, from a few rows at a time where they can be read
-    alone."""
-    return LazyTensor(
-        type, tensor.shape, lambda start, stop: compute(tensor.rows(start, stop)), tensor.by_rows
-    )
+    """A lazy tensor of what `compute` makes of this one's rows."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return compute(tensor.rows(start, stop))
+
+    return LazyTensor(type, tensor.shape, read, tensor.by_rows)
 
 
 def _cast(name: str, tensor: Tensor, type: str) -> np.ndarray:

@@ -1,5 +1,4 @@
-"""How much each column of each matrix matters when it is rounded: the mean square of the input it is
-multiplied with."""
+"""How much the columns of a matrix matter when they are rounded: the mean squares of their inputs."""
 
 from __future__ import annotations
 

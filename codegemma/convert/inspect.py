@@ -28,8 +28,7 @@ SCALES = {  # where the float16 scales of a block lie, in bytes
 
 @dataclass(frozen=True)
 class Inspection:
-    """The facts of a checkpoint. `types` counts its matrices by type, `control` holds the control token
-    ids."""
+    """The facts of a checkpoint. `types` counts matrices by type, `control` holds the control token ids."""
 
     path: Path
     format: str

@@ -2,14 +2,14 @@
 
 The blocks equal those of ggml's reference quantisers bit for bit (native/src/quantise.cpp). Norms stay F32.
 Where a row is not a whole number of blocks the next larger type is used, and where none fits the matrix stays
-as it is."""
+as it is.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -63,8 +63,7 @@ def chosen(type: str, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _mixed(mix: str, name: str, layers: int) -> str:
-    """llama.cpp's rule: Q6_K for the embedding (also the output layer) and for the matrices that suffer
-    most."""
+    """llama.cpp's rule: Q6_K for the embedding (also the output layer) and the most sensitive matrices."""
     type = MIXES.get(mix, mix)
     if name == "embed":
         return "Q8_0" if type == "Q8_0" else "Q6_K"
@@ -92,7 +91,8 @@ def quantize_matrix(
     """A matrix as blocks, with the squared norms of the error and of the weights.
 
     The blocks are uint8 [rows, bytes of a row]. `importance` [columns] weighs the rounding errors. Raises
-    ValueError on NaN or infinite weights, and where blocks do not fill a row."""
+    ValueError on NaN or infinite weights, and where blocks do not fill a row.
+    """
     rows, columns = tensor.shape
     tensor = ArrayTensor(tensor.type, tensor.shape, tensor.data)  # a deferred one is read once
     blocks, step = np.empty((rows, row_bytes(type, columns)), np.uint8), max(1, CHUNK // columns)
@@ -111,39 +111,28 @@ def quantize_matrix(
     return blocks, squared_error, squared_norm
 
 
-def quantize_checkpoint(
-    checkpoint: Checkpoint,
-    type: str,
-    importance: Importance | None = None,
-    report: Callable[[Cost], None] | None = None,
-) -> Checkpoint:
-    """The same model with its matrices in blocks, in memory. `report` gets the cost of each, 0 for an
-    unchanged one.
+def quantize_checkpoint(checkpoint: Checkpoint, type: str) -> Checkpoint:
+    """The same model with its matrices in blocks, in memory.
 
     Raises ValueError on an unknown type, and on a matrix with NaN or infinite weights.
     """
     tensors = dict(checkpoint.tensors)
-    for name, after in chosen(type, checkpoint).items():
-        tensor, error = checkpoint.tensors[name], 0.0
-        if after != tensor.type:
+    for name, new_type in chosen(type, checkpoint).items():
+        tensor = tensors[name]
+        if new_type != tensor.type:
             try:
-                blocks, *norms = quantize_matrix(tensor, after, (importance or {}).get(name))
-            except ValueError as fault:
-                raise ValueError(f"{checkpoint.path}: tensor {name} {fault}") from None
-            tensors[name], error = ArrayTensor(after, tensor.shape, blocks), relative_error(*norms)
-        if report and len(tensor.shape) == 2:
-            report(Cost(name, tensor.type, after, error))
+                blocks = quantize_matrix(tensor, new_type)[0]
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: tensor {name} {error}") from None
+            tensors[name] = ArrayTensor(new_type, tensor.shape, blocks)
     return replace(checkpoint, tensors=tensors)
 
 
 def summary(costs: list[Cost]) -> Iterator[str]:
     """What was done, in one line for each pair of types."""
-    for (before, after), count in sorted(Counter((cost.before, cost.after) for cost in costs).items()):
-        worst = max(
-            (cost for cost in costs if (cost.before, cost.after) == (before, after)),
-            key=lambda cost: cost.error,
-        )
-        if before == after:
-            yield f"{count} matrices left {before}"
-        else:
-            yield f"{count} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})"
+    by_types: dict[tuple[str, str], list[Cost]] = {}
+    for cost in costs:
+        by_types.setdefault((cost.before, cost.after), []).append(cost)
+    for (before, after), alike in sorted(by_types.items()):
+        worst = max(alike, key=lambda cost: cost.error)
+        yield f"{len(alike)} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})"

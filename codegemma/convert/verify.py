@@ -34,8 +34,7 @@ IDS_COMPARED = {True: "equal on all texts", False: "different", None: "not compa
 
 @dataclass(frozen=True)
 class Proof:
-    """The result of comparing two checkpoints; `faults` is empty where the target is as good as its types
-    allow."""
+    """How two checkpoints differ; `faults` is empty where the target is as good as its types allow."""
 
     errors: dict[str, float] = field(default_factory=dict)  # by tensor: relative error
     same_ids: bool | None = None  # None where a tokenizer is missing
@@ -62,8 +61,7 @@ class Proof:
 def verify(
     source: str | Path, target: str | Path, texts: tuple[str, ...] = TEXTS, threads: int | None = None
 ) -> Proof:
-    """Compares two checkpoints tensor by tensor, then the ids and the logits that they give for fixed
-    texts."""
+    """Compares two checkpoints tensor by tensor, then their ids and logits for fixed texts."""
     left, right = (open_checkpoint(hub.resolve(path)) for path in (source, target))
     if {**vars(left.config), "context": 0} != {**vars(right.config), "context": 0}:
         return Proof(faults=[f"the configs differ: {left.config} and {right.config}"])
@@ -105,8 +103,7 @@ def _error(left: Tensor, right: Tensor) -> float:
 
 
 def _ids(checkpoint: Checkpoint, texts: tuple[str, ...]) -> list[list[int]] | None:
-    """The ids of each text, without and with the control tokens it spells; a FIM prompt; the control ids
-    themselves."""
+    """Ids of each text, without and with the control tokens it spells; of a FIM prompt; the control ids."""
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         return None

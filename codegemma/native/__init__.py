@@ -4,7 +4,8 @@ Python layer loop.
 `Native._record` is that loop: it states the forward pass of Gemma 1, 2 and 3 once, as a list of steps that
 the C++ side replays for any number of tokens. It keeps one law (numerics v1): on one SIMD level, a token's
 logits do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a
-cache, or the number of threads."""
+cache, or the number of threads.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +45,9 @@ def usable_cpus() -> int:
 
 
 def measure(threads: int, level: str) -> tuple[float, float]:
-    """This machine's limits: bytes per second read from memory, int8 operations per second (a multiply-add is
-    two)."""
+    """This machine's limits: bytes per second from memory, int8 operations (a multiply-add is two) per
+    second.
+    """
     bandwidth, operations = _native.measure(level, _native.Pool(threads))
     return float(bandwidth), float(operations)
 
@@ -63,7 +65,8 @@ def quantize_rows(values: np.ndarray, type: str, importance: np.ndarray | None =
     quantisers.
 
     `importance` [columns] weighs the rounding errors. Raises ValueError on NaN or infinite values, and where
-    blocks do not fill a row."""
+    blocks do not fill a row.
+    """
     rows, columns = values.shape
     blocks = np.empty((rows, row_bytes(type, columns)), np.uint8)
     values = np.ascontiguousarray(values, np.float32)
@@ -75,7 +78,8 @@ class Page:
     """Keys and values of up to PAGE consecutive tokens in all layers.
 
     Rows below `used` never change again, so sequences share pages: the one that ends at `used` may append to
-    the page, any other copies it first."""
+    the page, any other copies it first.
+    """
 
     __slots__ = ("data", "used")
 
@@ -94,8 +98,7 @@ class Logits:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """New tokens of one sequence at positions `start` and on; `pages` hold them and all tokens before
-    them."""
+    """New tokens of one sequence at positions from `start`; `pages` hold them and all tokens before."""
 
     ids: Sequence[int]
     start: int
@@ -105,8 +108,7 @@ class Slice:
 
 
 class LowRank(Protocol):
-    """The numbers of an adapter (see adapters.adapter.Adapter): scale * b @ a is added to a matrix, rows are
-    replaced."""
+    """What an adapter changes (see adapters.adapter.Adapter): scale * b @ a is added, rows are replaced."""
 
     @property
     def scale(self) -> float: ...
@@ -125,7 +127,8 @@ class Native:
     The cache holds float16 keys and values, or float32 where the weights are floats, to match float32
     implementations. `observed`, if given, collects by matrix name (all but the embedding) the sums of squares
     of each input column: float64 [columns], which every run adds to. Raises ValueError on a weight type
-    without a kernel and on a SIMD level that this CPU lacks."""
+    without a kernel and on a SIMD level that this CPU lacks.
+    """
 
     invariant = True  # logits do not depend on the batch
 
@@ -167,7 +170,8 @@ class Native:
         """Makes an adapter available to `run`; it must fit the model (Adapter.check).
 
         The base weights stay as they are. The low-rank products are computed beside theirs: in 8-bit blocks
-        where the base has blocks, else in float32."""
+        where the base has blocks, else in float32.
+        """
         sites = []
         for site, targets in self._sites:
             a, slices = [], []
@@ -188,7 +192,8 @@ class Native:
         """Runs all slices together and writes their keys and values into their pages.
 
         Returns the wanted logits in the order of the slices, or None if `cancel` was set meanwhile. Raises
-        RuntimeError in a forked process."""
+        RuntimeError in a forked process.
+        """
         if (
             os.getpid() != self._process
         ):  # the pool's threads do not survive a fork: waiting for them never ends
@@ -224,7 +229,8 @@ class Native:
         """Moves memory-mapped weights into huge pages, in place and while other threads run.
 
         Streaming the weights becomes about a quarter faster, for the memory of one copy of the file. Returns
-        the number of bytes moved."""
+        the number of bytes moved.
+        """
         maps: dict[int, tuple[int, int]] = {}
         for data in self._arrays:
             root: object = data
@@ -233,7 +239,7 @@ class Native:
             if isinstance(root, mmap.mmap):
                 low, high = maps.get(id(root), (1 << 63, 0))
                 maps[id(root)] = min(low, data.ctypes.data), max(high, data.ctypes.data + data.nbytes)
-        return sum(_native.settle(low, high - low) for low, high in maps.values())
+        return sum(_native.use_huge_pages(low, high - low) for low, high in maps.values())
 
     def _new_logits(self, n: int) -> Logits:
         values = np.empty((n, self.config.vocab), np.float32)

@@ -11,7 +11,8 @@ of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other devic
 twin. `attention` and `vocabulary` have kernels only; their twins are jax/forward.py's attention and
 train/loss.py's own pass. Sums are float32. Traced within `jax.default_matmul_precision("bfloat16")`, factors
 are rounded to bfloat16: always by JAX, and by the kernels where the CPU multiplies bfloat16 (AVX-512 BF16,
-twice as fast)."""
+twice as fast).
+"""
 
 from __future__ import annotations
 
@@ -36,8 +37,7 @@ LOW_RANK, ATTENDED, LOG_SUM_EXP = "low_rank", "attended", "log_sum_exp"
 
 
 class Method(NamedTuple):
-    """How an operation and its gradients are computed: by which code, and with factors rounded to bfloat16 or
-    not."""
+    """How an operation and its gradients are computed: by which code, and whether factors are bfloat16."""
 
     by: By
     bfloat16: bool
@@ -49,7 +49,8 @@ class Blocks:
     """A weight [rows, width] in its blocks: `data` is uint8 [rows, bytes of a row], `type` a GGUF type.
 
     Calls select a part of the rows (a chunk of a vocabulary, one of several stacked layers) by `start`, which
-    may be traced, and `count`, without copying the weight."""
+    may be traced, and `count`, without copying the weight.
+    """
 
     data: Array
     type: str
@@ -133,7 +134,8 @@ def attention(
     A token sees those of its segment whose position is at most its own and less than `window` below. Within a
     segment, positions must rise with the index. `cap` is the soft cap of scores. On a CPU only;
     differentiable in q, k and v, once, in reverse mode. Of the scores only their log sum exp is kept, [B, T,
-    N]: see `LOG_SUM_EXP`."""
+    N]: see `LOG_SUM_EXP`.
+    """
     qkv = (x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH))
     mask = positions_BT.astype(jnp.int32), segments_BT.astype(jnp.int32)
     return _attention(_method("native"), np.int32(window or 0), np.float32(cap or 0), *qkv, *mask)
@@ -292,7 +294,7 @@ def _ffi(method: Method, name: str, shapes: Any, *operands: Array, **attributes:
         is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct) or isinstance(x[0], int),
     )
     call = jax.ffi.ffi_call(f"codegemma_{name}", results, vmap_method="sequential")
-    return call(*operands, paired=np.int32(method.bfloat16), **attributes)
+    return call(*operands, bfloat16=np.int32(method.bfloat16), **attributes)
 
 
 def _matmul(method: Method, a: Array, b: Array) -> Array:

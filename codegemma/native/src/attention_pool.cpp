@@ -1,6 +1,6 @@
-// Attention of training: parts of the queries against the keys that they can see, by the products of matrix_pool.cpp. Weights are
-// computed again on the way back (FlashAttention, Dao et al. 2022, section 3.1): no [T, T] is kept. And the loss's pass over a
-// vocabulary, which is attention to the rows of a table, as keys and as values.
+// Attention of training: blocks of queries against the keys they can see, by the products of matrix_pool.cpp. The backward
+// pass computes the weights again (FlashAttention, Dao et al. 2022, section 3.1), so no [T, T] is kept. Also the loss's
+// softmax over a vocabulary, which is attention to the rows of a table as keys and values.
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -11,50 +11,51 @@
 namespace cg {
 namespace {
 
-constexpr int64_t ROWS_OF_PART = 512, QUERIES = 128;  // query rows (tokens x heads) and tokens that a part has at least
-constexpr int64_t LANES = 16;                         // of the widest vector: keys of a row are written in so many
-constexpr int64_t TARGETS = 1024, CHUNK = 4096;       // logits that stand at once: 16 MB
+constexpr int64_t MIN_ROWS = 512, MIN_QUERIES = 128;  // of a block: query rows (tokens x heads), tokens
+constexpr int64_t LANES = 16;                         // of the widest vector: rows of scores are padded to them
+constexpr int64_t TARGETS = 1024, CHUNK = 4096;       // logits computed at once: 16 MB
 
-void each(Pool& pool, int64_t rows, const std::function<void(int64_t)>& body) {
-  share(pool, [&](int thread) {
+void each_row(Pool& pool, int64_t rows, const std::function<void(int64_t)>& body) {
+  run_on_all(pool, [&](int thread) {
     for (int64_t row = rows * thread / pool.threads(); row < rows * (thread + 1) / pool.threads(); row++) body(row);
   });
 }
 
-// Tokens q0 .. q0 + queries, of one sequence and one head of keys, and the keys k0 .. k0 + keys that one of them sees.
-struct Part {
+// Queries q0 .. q0 + queries of one sequence and one kv head, and keys k0 .. k0 + keys, which hold all that these see.
+struct QueryBlock {
   int64_t b, head, q0, queries, k0, keys;
 };
 
-bool sees(const Attended& s, int64_t query, int64_t key) {
+bool sees(const AttentionInputs& s, int64_t query, int64_t key) {
   const int64_t below = (int64_t)s.positions[query] - s.positions[key];
   return s.segments[query] == s.segments[key] && below >= 0 && (!s.window || below < s.window);
 }
 
-struct Run {
-  const Kernels* kernels;
-  Pool& pool;
-  const Attended& s;
+struct BlockedAttention {
+  const Workers& workers;
+  const AttentionInputs& s;
   int64_t group = s.N / s.K;
-  std::vector<int32_t> positions{}, segments{};       // of a part's keys
-  Part p{};
+  std::vector<int32_t> positions{}, segments{};       // of the block's keys
+  QueryBlock p{};
 
   int64_t rows() const { return p.queries * group; }
   int64_t stride() const { return (p.keys + LANES - 1) / LANES * LANES; }  // of scores
   int64_t token(int64_t row) const { return p.b * s.T + p.q0 + row / group; }
-  int64_t at(int64_t row) const { return token(row) * s.N + p.head * group + row % group; }  // of [B, T, N]
+  int64_t head_of(int64_t row) const { return token(row) * s.N + p.head * group + row % group; }  // of [B, T, N]
 
-  void for_parts(const std::function<void()>& body) {
-    const int64_t size = std::max(QUERIES, (ROWS_OF_PART + group - 1) / group);
+  void for_blocks(const std::function<void()>& body) {
+    const int64_t size = std::max(MIN_QUERIES, (MIN_ROWS + group - 1) / group);
     for (int64_t b = 0; b < s.B; b++)
       for (int64_t q0 = 0; q0 < s.T; q0 += size) {
         const int64_t queries = std::min(size, s.T - q0);
-        std::vector<int64_t> firsts;                  // of the part's segments: no other query sees a key that these do not
+        std::vector<int64_t> firsts;                  // query of each segment: the others see no key before theirs
         for (int64_t i = b * s.T + q0; i < b * s.T + q0 + queries; i++)
           if (firsts.empty() || s.segments[i] != s.segments[i - 1]) firsts.push_back(i);
         int64_t k0 = 0;
-        auto seen = [&](int64_t key) { return std::any_of(firsts.begin(), firsts.end(), [&](int64_t i) { return sees(s, i, b * s.T + key); }); };
-        while (k0 < q0 && !seen(k0)) k0++;
+        auto visible = [&](int64_t key) {
+          return std::any_of(firsts.begin(), firsts.end(), [&](int64_t i) { return sees(s, i, b * s.T + key); });
+        };
+        while (k0 < q0 && !visible(k0)) k0++;
         p = {b, 0, q0, queries, k0, q0 + queries - k0};
         positions.assign(stride(), INT32_MAX), segments.assign(stride(), 0);
         std::copy_n(s.positions + b * s.T + k0, p.keys, positions.data());
@@ -62,11 +63,11 @@ struct Run {
         for (p.head = 0; p.head < s.K; p.head++) body();
       }
   }
-  void each_row(const std::function<void(int64_t)>& body) { each(pool, rows(), body); }
+  void each_row(const std::function<void(int64_t)>& body) { cg::each_row(workers.pool, rows(), body); }
   Keys keys(int64_t row) const {
     return {positions.data(), segments.data(), p.keys, s.positions[token(row)], s.segments[token(row)], s.window, s.cap};
   }
-  // The part's keys or values as a matrix [keys, H]; and rows of our own.
+  // The block's keys or values, or its query rows, as a matrix [keys or rows, H].
   Weight of_keys(const float* x) const {
     return {F32_T, (const uint8_t*)(x + first_key()), p.keys, s.H, 4 * s.K * s.H};
   }
@@ -74,90 +75,88 @@ struct Run {
   int64_t first_key() const { return ((p.b * s.T + p.k0) * s.K + p.head) * s.H; }
   // out [rows, stride] = x [rows, H] times keys; out [rows, H] = weights times values
   void score(const float* x, const Weight& keys, float* out) {
-    multiply(kernels, pool, {.a = x, .c = out, .w = keys, .T = rows(), .first = 0, .count = p.keys, .transposed = false,
-                             .paired = s.paired, .c_stride = stride()});
+    multiply(workers, {.a = x, .c = out, .w = keys, .T = rows(), .first = 0, .count = p.keys, .transposed = false,
+                       .bfloat16 = s.bfloat16, .c_stride = stride()});
   }
-  void mix(const float* weights, const Weight& values, float* out) {
-    multiply(kernels, pool, {.a = weights, .c = out, .w = values, .T = rows(), .first = 0, .count = p.keys, .transposed = true,
-                             .paired = s.paired, .a_stride = stride()});
+  void weigh(const float* weights, const Weight& values, float* out) {
+    multiply(workers, {.a = weights, .c = out, .w = values, .T = rows(), .first = 0, .count = p.keys, .transposed = true,
+                       .bfloat16 = s.bfloat16, .a_stride = stride()});
   }
-  // to the part's rows of out [B, T, K, H] += weights^T [keys, rows] times x [rows, H]
-  void spread(const float* weights, const float* x, float* out) {
-    multiply(kernels, pool, {.a = weights, .c = out + first_key(), .w = of_rows(x), .T = p.keys, .first = 0, .count = rows(), .transposed = true,
-                             .add = true, .paired = s.paired, .turned = true, .a_stride = stride(), .c_stride = s.K * s.H});
+  // out [B, T, K, H], rows of the block's keys += weights^T [keys, rows] times x [rows, H]
+  void scatter(const float* weights, const float* x, float* out) {
+    multiply(workers, {.a = weights, .c = out + first_key(), .w = of_rows(x), .T = p.keys, .first = 0, .count = rows(), .transposed = true,
+                       .add = true, .bfloat16 = s.bfloat16, .a_transposed = true, .a_stride = stride(), .c_stride = s.K * s.H});
   }
 };
-enum { Q, OUT, SCORES, SLOPES, BUFFERS };
-float* scratch(int which, int64_t n) {
-  static Buffer buffers[BUFFERS];
-  return buffers[which].at_least(n);
-}
 
 }  // namespace
 
-void attend(const Kernels* kernels, Pool& pool, const Attended& s, float* out_BTNH, float* log_sums_BTN) {
-  Run run{kernels, pool, s};
-  run.for_parts([&] {
+void attend(const Workers& workers, const AttentionInputs& s, float* out_BTNH, float* log_sums_BTN) {
+  BlockedAttention run{workers, s};
+  run.for_blocks([&] {
     const int64_t H = s.H, rows = run.rows(), stride = run.stride();
-    float *q = scratch(Q, rows * H), *out = scratch(OUT, rows * H), *scores = scratch(SCORES, rows * stride);
+    Buffers& buffers = workers.buffers;
+    float *q = buffers.queries.at_least(rows * H), *out = buffers.outputs.at_least(rows * H);
+    float* scores = buffers.scores.at_least(rows * stride);
     std::vector<float> sums(rows);
-    run.each_row([&](int64_t i) { memcpy(q + i * H, s.q + run.at(i) * H, 4 * H); });
+    run.each_row([&](int64_t i) { memcpy(q + i * H, s.q + run.head_of(i) * H, 4 * H); });
     run.score(q, run.of_keys(s.k), scores);
     run.each_row([&](int64_t i) {
-      float most;
-      kernels->matrix->soften(run.keys(i), scores + i * stride, &most, &sums[i]);
-      log_sums_BTN[run.at(i)] = most + std::log(sums[i]);
+      float max_score;
+      workers.kernels->matrix->softmax(run.keys(i), scores + i * stride, &max_score, &sums[i]);
+      log_sums_BTN[run.head_of(i)] = max_score + std::log(sums[i]);
     });
-    run.mix(scores, run.of_keys(s.v), out);
+    run.weigh(scores, run.of_keys(s.v), out);
     run.each_row([&](int64_t i) {
       const float *from = out + i * H, by = 1 / sums[i];
-      float* to = out_BTNH + run.at(i) * H;
+      float* to = out_BTNH + run.head_of(i) * H;
       for (int64_t h = 0; h < H; h++) to[h] = by * from[h];
     });
   });
 }
 
-void attend_back(const Kernels* kernels, Pool& pool, const Attended& s, const float* log_sums_BTN, const float* d_out_BTNH,
+void attend_back(const Workers& workers, const AttentionInputs& s, const float* log_sums_BTN, const float* d_out_BTNH,
                  float* dq_BTNH, float* dk_BTKH, float* dv_BTKH) {
-  Run run{kernels, pool, s};
+  BlockedAttention run{workers, s};
   std::fill_n(dk_BTKH, s.B * s.T * s.K * s.H, 0.f), std::fill_n(dv_BTKH, s.B * s.T * s.K * s.H, 0.f);
-  run.for_parts([&] {
+  run.for_blocks([&] {
     const int64_t H = s.H, rows = run.rows(), stride = run.stride();
-    float *q = scratch(Q, rows * H), *d_out = scratch(OUT, rows * H);
-    float *weights = scratch(SCORES, rows * stride), *slopes = scratch(SLOPES, rows * stride);
+    Buffers& buffers = workers.buffers;
+    float *q = buffers.queries.at_least(rows * H), *d_out = buffers.outputs.at_least(rows * H);
+    float *weights = buffers.scores.at_least(rows * stride), *slopes = buffers.slopes.at_least(rows * stride);
     run.each_row([&](int64_t i) {
-      memcpy(q + i * H, s.q + run.at(i) * H, 4 * H), memcpy(d_out + i * H, d_out_BTNH + run.at(i) * H, 4 * H);
+      memcpy(q + i * H, s.q + run.head_of(i) * H, 4 * H), memcpy(d_out + i * H, d_out_BTNH + run.head_of(i) * H, 4 * H);
     });
     run.score(q, run.of_keys(s.k), weights);
     run.score(d_out, run.of_keys(s.v), slopes);
     run.each_row([&](int64_t i) {
-      kernels->matrix->soften_back(run.keys(i), weights + i * stride, slopes + i * stride, log_sums_BTN[run.at(i)]);
+      workers.kernels->matrix->softmax_backward(run.keys(i), weights + i * stride, slopes + i * stride, log_sums_BTN[run.head_of(i)]);
     });
-    run.spread(weights, d_out, dv_BTKH);
-    run.spread(slopes, q, dk_BTKH);
-    run.mix(slopes, run.of_keys(s.k), q);
-    run.each_row([&](int64_t i) { memcpy(dq_BTNH + run.at(i) * H, q + i * H, 4 * H); });
+    run.scatter(weights, d_out, dv_BTKH);
+    run.scatter(slopes, q, dk_BTKH);
+    run.weigh(slopes, run.of_keys(s.k), q);
+    run.each_row([&](int64_t i) { memcpy(dq_BTNH + run.head_of(i) * H, q + i * H, 4 * H); });
   });
 }
 
-void fold(const Kernels* kernels, Pool& pool, const Vocabulary& v, float* mean_MD, Sums* sums_M) {
+void vocabulary_softmax(const Workers& workers, const Vocabulary& v, float* weighted_MD, SoftmaxSums* sums_M) {
   const int64_t D = v.table.cols, V = v.table.rows;
-  std::fill_n(mean_MD, v.targets * D, 0.f), std::fill_n(sums_M, v.targets, Sums{});
+  std::fill_n(weighted_MD, v.targets * D, 0.f), std::fill_n(sums_M, v.targets, SoftmaxSums{});
   std::vector<float> counts(CHUNK);
   for (int64_t m = 0; m < v.targets; m += TARGETS)
     for (int64_t first = 0; first < V; first += CHUNK) {
       const int64_t M = std::min(TARGETS, v.targets - m), count = std::min(CHUNK, V - first), padded = (count + LANES - 1) / LANES * LANES;
-      float* logits = scratch(SCORES, TARGETS * CHUNK);
+      float* logits = workers.buffers.scores.at_least(TARGETS * CHUNK);
       counts.assign(padded, 0.f), std::copy_n(v.counts + first, count, counts.data());
-      multiply(kernels, pool, {.a = v.hidden + m * D, .c = logits, .w = v.table, .T = M, .first = first, .count = count, .transposed = false,
-                               .paired = v.paired, .c_stride = padded});
-      each(pool, M, [&](int64_t i) {
-        const float shrink = kernels->matrix->fold(logits + i * padded, counts.data(), padded, first, v.cap, sums_M[m + i]);
-        float* mean = mean_MD + (m + i) * D;
-        for (int64_t d = 0; shrink < 1 && d < D; d++) mean[d] *= shrink;
+      multiply(workers, {.a = v.hidden + m * D, .c = logits, .w = v.table, .T = M, .first = first, .count = count, .transposed = false,
+                         .bfloat16 = v.bfloat16, .c_stride = padded});
+      each_row(workers.pool, M, [&](int64_t i) {
+        const float shrink = workers.kernels->matrix->online_softmax(logits + i * padded, counts.data(), padded, first, v.cap, sums_M[m + i]);
+        float* weighted = weighted_MD + (m + i) * D;
+        for (int64_t d = 0; shrink < 1 && d < D; d++) weighted[d] *= shrink;
       });
-      multiply(kernels, pool, {.a = logits, .c = mean_MD + m * D, .w = v.table, .T = M, .first = first, .count = count, .transposed = true,
-                               .add = true, .paired = v.paired, .a_stride = padded});
+      multiply(workers, {.a = logits, .c = weighted_MD + m * D, .w = v.table, .T = M, .first = first, .count = count, .transposed = true,
+                         .add = true, .bfloat16 = v.bfloat16, .a_stride = padded});
     }
 }
 

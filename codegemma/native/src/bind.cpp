@@ -1,4 +1,4 @@
-// The Python face of the engine's native half. Every array is checked here once; nothing below checks again.
+// The Python bindings of the engine. Every array is checked here, once; no code below checks again.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -16,7 +16,7 @@
 
 void bind_quantise(nanobind::module_& m);  // quantise.cpp
 void bind_xla(nanobind::module_& m);       // xla.cpp
-namespace cg { int64_t settle(uint8_t* start, int64_t length); }  // settle.cpp
+namespace cg { int64_t use_huge_pages(uint8_t* start, int64_t length); }  // use_huge_pages.cpp
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -121,13 +121,13 @@ std::pair<double, double> measure(const Kernels* k, Pool& pool) {
   }
   return {bytes / read, operations / multiply};
 }
-// Float operations a second in products of training; 0 where there are no pairs to multiply.
-double measure_products(const Kernels* k, Pool& pool, bool paired) {
+// Float operations a second in products of training; 0 for bfloat16 on a CPU that does not multiply it.
+double measure_products(const Kernels* k, Pool& pool, bool bfloat16) {
   double best = 0;
-  for (int i = 0; i < 5 && (!paired || k->matrix->pairs()); i++) {
+  for (int i = 0; i < 5 && (!bfloat16 || k->matrix->has_bfloat16()); i++) {
     std::atomic<int64_t> operations{0};
     auto start = std::chrono::steady_clock::now();
-    pool.run([&](int) { operations += k->matrix->peak(2000000, paired); });
+    pool.run([&](int) { operations += k->matrix->peak(2000000, bfloat16); });
     best = std::max(best, operations / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return best;
@@ -190,9 +190,7 @@ NB_MODULE(_native, m) {
           for (auto& [target, b] : slices) sites.back().slices.push_back({target, b});
         }
         return p.add_adapter(std::move(sites), std::move(ids), rows.value_or(Weight{}));
-      }, "sites"_a, "ids"_a, "rows"_a.none(), "The index of an adapter; the caller keeps its arrays alive.")
-      .def("set_profiling", &Program::set_profiling, "on"_a)
-      .def("profile", &Program::profile);
+      }, "sites"_a, "ids"_a, "rows"_a.none(), "The index of an adapter; the caller keeps its arrays alive.");
 
   bind_quantise(m);
   bind_xla(m);
@@ -205,15 +203,15 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     multiply(k, pool, w, x.data(), (int)x.shape(0), out.data());
   }, "level"_a, "pool"_a, "weight"_a, "x"_a, "out"_a);
-  m.def("settle", [](uint64_t start, int64_t length) {
+  m.def("use_huge_pages", [](uint64_t start, int64_t length) {
     nb::gil_scoped_release release;
-    return settle((uint8_t*)start, length);
+    return use_huge_pages((uint8_t*)start, length);
   }, "start"_a, "length"_a, "Moves a read-only memory map (addresses start .. start + length, all of one map) into huge pages in place.");
-  m.def("measure_products", [](const std::string& level, Pool& pool, bool paired) {
+  m.def("measure_products", [](const std::string& level, Pool& pool, bool bfloat16) {
     const Kernels* k = choose_kernels(level);
     nb::gil_scoped_release release;
-    return measure_products(k, pool, paired);
-  }, "level"_a, "pool"_a, "paired"_a);
+    return measure_products(k, pool, bfloat16);
+  }, "level"_a, "pool"_a, "bfloat16"_a);
   m.def("measure", [](const std::string& level, Pool& pool) {
     const Kernels* k = choose_kernels(level);
     nb::gil_scoped_release release;

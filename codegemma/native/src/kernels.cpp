@@ -92,12 +92,12 @@ void norm(const float* x, const float* weight, float* out, int64_t n, float eps)
 // One row: q = round(x * 127 / max|x|), half to even, in blocks of `block`; scales max|x| / 127; sums of each 16.
 void quantise_row(const float* x, int64_t padded, int block, int8_t* q, float* scales, int16_t* sums) {
   for (int64_t b = 0; b < padded / block; b++, x += block, q += block, sums += block / 16) {
-    Fv most{};
+    Fv maxima{};
     for (int i = 0; i < block; i += FW) {
       Fv v = load<Fv>(x + i);
-      most = max(most, max(v, -v));
+      maxima = max(maxima, max(v, -v));
     }
-    float top = largest(most), inverse = top > 0 ? 127.0f / top : 0;
+    float top = largest(maxima), inverse = top > 0 ? 127.0f / top : 0;
     scales[b] = top / 127.0f;
     for (int i = 0; i < block; i += 16) sums[i / 16] = (int16_t)round16(x + i, inverse, q + i);
   }
@@ -193,7 +193,7 @@ template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
 #else
   constexpr bool WIDE_SUMS = Q::MAXQ < 0;
 #endif
-  // Sums of 16-bit pairs stay below 4 * 2 * 31 * 127 < 2^15.
+  // SoftmaxSums of 16-bit pairs stay below 4 * 2 * 31 * 127 < 2^15.
   __m256i a = WIDE_SUMS ? _mm256_hadd_epi32(s[0], s[1]) : _mm256_madd_epi16(_mm256_hadd_epi16(s[0], s[1]), ones);
   __m256i b = WIDE_SUMS ? _mm256_hadd_epi32(s[2], s[3]) : _mm256_madd_epi16(_mm256_hadd_epi16(s[2], s[3]), ones);
   return (i32x8)_mm256_hadd_epi32(a, b);
@@ -227,29 +227,29 @@ template <class Q, int T> CG_INLINE void eight_blocks(const uint8_t* p, const Ac
   }
 }
 template <class Q, int T> void few32(const Product& p, const Activations& a, int64_t r0, int64_t r1) {
-  const int64_t blocks = p.w->cols / 32, whole = blocks / 8;
+  const int64_t blocks = p.w->cols / 32, full_groups = blocks / 8;
   for (int64_t r = r0; r < r1; r++) {
     const uint8_t* row = p.w->data + r * p.w->row_bytes;
     f32x8 acc[T] = {};
-    for (int64_t g = 0; g < whole; g++) {
+    for (int64_t g = 0; g < full_groups; g++) {
       const uint8_t* at = row + g * 8 * Q::BYTES;
       for (int i = 0; i < 8 * Q::BYTES; i += 64) prefetch(at + 1024 + i);
       eight_blocks<Q, T>(at, a, g, acc);
     }
     if (blocks % 8) {
       // The next row's blocks stand in for the missing ones: their activations and scales are zero. The last has none.
-      const uint8_t* at = row + whole * 8 * Q::BYTES;
+      const uint8_t* at = row + full_groups * 8 * Q::BYTES;
       uint8_t rest[8 * Q::BYTES];
       if ((r + 1) * p.w->row_bytes + 8 * Q::BYTES > p.w->rows * p.w->row_bytes) {
         memset(rest, 0, sizeof rest), memcpy(rest, at, (blocks % 8) * Q::BYTES);
         at = rest;
       }
-      eight_blocks<Q, T>(at, a, whole, acc);
+      eight_blocks<Q, T>(at, a, full_groups, acc);
     }
     for (int t = 0; t < T; t++) p.out[t * p.stride + r] = fold_lanes8(acc[t]);
   }
 }
-// The same where a row is one block: eight rows stand where few32 has eight blocks, the lanes are they, nothing is folded.
+// few32 where a row is one block: the eight lanes are eight rows instead of eight blocks, and nothing is folded.
 void add_narrow(const Product& p, const Activations& h, int64_t r0, int64_t r1) {
   using Q = Q8_0;
   int8_t x[PACKED_FROM][256];
@@ -373,14 +373,14 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
 template <int G> CG_INLINE void store_rows(const Fv (*res)[G * NV], const Product& p, int64_t r, int rows, int t0, int T) {
   float tile[4][G * GROUP];
   memcpy(tile, res, sizeof tile);
-  int most = std::min(G * GROUP, T - t0);
+  int count = std::min(G * GROUP, T - t0);
   float* out = p.out + t0 * p.stride + r;
   if (p.add_from >= 0)
-    for (int t = 0; t < most; t++, out += p.stride)
+    for (int t = 0; t < count; t++, out += p.stride)
       for (int i = 0; i < rows * (t0 + t >= p.add_from); i++) out[i] += tile[i][t];
-  else if (rows == 4) for (int t = 0; t < most; t++, out += p.stride)
+  else if (rows == 4) for (int t = 0; t < count; t++, out += p.stride)
     for (int i = 0; i < 4; i++) out[i] = tile[i][t];
-  else for (int t = 0; t < most; t++, out += p.stride)
+  else for (int t = 0; t < count; t++, out += p.stride)
     for (int i = 0; i < rows; i++) out[i] = tile[i][t];
 }
 template <int G> CG_INLINE void fold_chains(Fv (*acc)[4][G * NV], Fv (*res)[G * NV]) {
@@ -612,9 +612,9 @@ void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r
     case Q6_K_T: return product256<Q6_K>(p, a, r0, r1, s);
   }
 }
-void add_sides(const Sides& sides, float* out, int64_t stride, int64_t r0, int64_t r1, Scratch& scratch) {
-  if (sides.count) wait_for_none(*sides.left);
-  for (const Side* s = sides.at; s < sides.at + sides.count; s++) {
+void add_adapter_terms(const AdapterTerms& terms, float* out, int64_t stride, int64_t r0, int64_t r1, Scratch& scratch) {
+  if (terms.count) wait_for_zero(*terms.pending);
+  for (const AdapterTerm* s = terms.data; s < terms.data + terms.count; s++) {
     Product p{&s->b, nullptr, out + s->start * stride, stride};
     p.add_from = s->first - s->start;
     if (s->b.type == Q8_0_T && !s->h.packed) add_narrow(p, s->h, r0, r1);
@@ -624,7 +624,7 @@ void add_sides(const Sides& sides, float* out, int64_t stride, int64_t r0, int64
 void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
   if (!p.gate) {
     plain_product(p, a, r0, r1, scratch);
-    return add_sides(p.sides, p.out, p.stride, r0, r1, scratch);
+    return add_adapter_terms(p.terms, p.out, p.stride, r0, r1, scratch);
   }
   const int64_t n = r1 - r0, stride = pad(n, FW);
   reserve(scratch.gate, 2 * a.T * stride * 4);
@@ -633,8 +633,8 @@ void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scr
   float* u = carve<float>(scratch.gate, used, a.T * stride);
   plain_product({p.gate, nullptr, g - r0, stride}, a, r0, r1, scratch);
   plain_product({p.w, nullptr, u - r0, stride}, a, r0, r1, scratch);
-  add_sides(p.gate_sides, g - r0, stride, r0, r1, scratch);
-  add_sides(p.sides, u - r0, stride, r0, r1, scratch);
+  add_adapter_terms(p.gate_terms, g - r0, stride, r0, r1, scratch);
+  add_adapter_terms(p.terms, u - r0, stride, r0, r1, scratch);
   for (int t = 0; t < a.T; t++, g += stride, u += stride) {
     for (int64_t i = 0; i < n; i += FW) store(u + i, gelu(load<Fv>(g + i)) * load<Fv>(u + i));
     memcpy(p.out + t * p.stride + r0, u, 4 * n);

@@ -43,20 +43,20 @@ struct Activations {
   Quantised q32, q256;
 };
 
-struct Scratch { std::vector<uint8_t> tile, gate; };  // of one thread, grown as needed
+struct Scratch { std::vector<uint8_t> tile, gate; };  // memory of one thread, which grows as needed
 
-// What an adapter adds to a product: h b^T, for the tokens from `first` on to the end of h, whose row 0 is token `start`.
-// b has 32 columns: one block a row.
-struct Side {
+// What an adapter adds to a product: h b^T, for the tokens from `first` to the end of h. Row 0 of h is token `start`.
+// b has 32 columns: one block per row.
+struct AdapterTerm {
   Weight b;
   Activations h;
   int start, first;
 };
-void wait_for_none(const std::atomic<int>& left);  // until it is 0: of what other threads have in hand (pool.cpp)
-struct Sides {
-  const Side* at = nullptr;
+void wait_for_zero(const std::atomic<int>& pending);  // until other threads have finished their tasks (pool.cpp)
+struct AdapterTerms {
+  const AdapterTerm* data = nullptr;
   size_t count = 0;
-  const std::atomic<int>* left = nullptr;  // parts of h that are still to come: to be waited for
+  const std::atomic<int>* pending = nullptr;  // tasks that still compute parts of h
 };
 
 // One product: rows r0 .. r1 of a weight (and, for the gated form, of its twin) for every token, to out[t, column + r].
@@ -65,8 +65,8 @@ struct Product {
   const Weight* gate;       // if set: out = gelu(gate x) * (w x)
   float* out;               // already at the first column of this weight
   int64_t stride;
-  Sides sides{}, gate_sides{};
-  int add_from = -1;        // if set: added to what stands in out, for tokens from here on
+  AdapterTerms terms{}, gate_terms{};
+  int add_from = -1;        // if set: the product is added to out, for tokens from here on
 };
 
 struct Rope {
@@ -101,49 +101,50 @@ struct AttentionTask {
   float* partial;           // [rows, H + 2]: values, maximum, sum
 };
 
-// One product of training: c [T, width] = a [T, depth] B, where B is rows first .. first + count of w, transposed (x W^T),
-// or as they stand (dy W: `transposed`, for it is the transpose of what a linear layer does). `add`: c += a B. `paired`: factors
-// are rounded to bfloat16, and two that follow each other in a sum share a slot of 32 bits. `turned`: a is [depth, T].
-struct Matrix {
+// One product of training: c [T, width] = a [T, depth] B. B is made of rows first .. first + count of w: their transpose
+// (x W^T), or with `transposed` the rows themselves (dy W, the transpose of what a linear layer does). `add`: c += a B.
+// `bfloat16`: factors are rounded to bfloat16, and two consecutive ones of a sum share a slot of 32 bits.
+// `a_transposed`: a is stored as [depth, T].
+struct MatrixProduct {
   const float* a;
   float* c;
   Weight w;
   int64_t T, first, count;
-  bool transposed, add = false, paired = false, turned = false;
-  int64_t a_stride = 0, c_stride = 0;  // of their rows; 0: they stand close
-  int64_t slots(int64_t rows) const { return paired ? (rows + 1) / 2 : rows; }  // of 32 bits, that so many rows of B fill
+  bool transposed, add = false, bfloat16 = false, a_transposed = false;
+  int64_t a_stride = 0, c_stride = 0;  // between rows; 0: contiguous
+  int64_t slots(int64_t rows) const { return bfloat16 ? (rows + 1) / 2 : rows; }  // 32-bit slots for that many rows of B
   int64_t depth() const { return transposed ? count : w.cols; }
   int64_t width() const { return transposed ? w.cols : count; }
-  int64_t a_row() const { return a_stride ? a_stride : turned ? T : depth(); }
+  int64_t a_row() const { return a_stride ? a_stride : a_transposed ? T : depth(); }
   int64_t c_row() const { return c_stride ? c_stride : width(); }
 };
-// The keys that a query of training may see: those of its segment whose position is not above its own, and less than `window` below.
+// The keys that a query of training may see: those of its segment at its own position or less than `window` below it.
 struct Keys {
-  const int32_t *positions, *segments;  // readable to a whole number of vectors; beyond the keys a position is above all
+  const int32_t *positions, *segments;  // padded to whole vectors; positions of the padding are above all others
   int64_t count;
   int32_t position, segment, window;    // of the query; window 0: all
   float cap;                            // of the scores; 0: none
 };
-struct Sums {              // over a vocabulary, of one target: its largest logit and whose it is, and counts * exp(logit - most)
-  float most = -1e30f, sum = 0;
+struct SoftmaxSums {       // of one target over a vocabulary: largest logit, its row, and the sum of counts * exp(logit - max)
+  float max_logit = -1e30f, sum = 0;
   int32_t best = 0;
 };
 struct MatrixKernels {
   int tile, panel, slots;   // rows of C in registers; its columns; the depth of a slab
-  bool (*pairs)();          // whether the CPU multiplies pairs of bfloat16
-  int64_t (*strip)(const Matrix&);  // columns that decode_strip fills
-  void (*decode_strip)(const Matrix&, int64_t r0, int64_t depth, int64_t j0, float* panels);
-  void (*gather_rows)(const Matrix&, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out);
-  void (*multiply_rows)(const Matrix&, int64_t r0, int64_t depth, const float* rows, int64_t t0, int64_t t1, const float* panels,
+  bool (*has_bfloat16)();   // whether the CPU multiplies pairs of bfloat16
+  int64_t (*strip)(const MatrixProduct&);  // columns that decode_strip fills
+  void (*decode_strip)(const MatrixProduct&, int64_t r0, int64_t depth, int64_t j0, float* panels);
+  void (*gather_rows)(const MatrixProduct&, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out);
+  void (*multiply_rows)(const MatrixProduct&, int64_t r0, int64_t depth, const float* rows, int64_t t0, int64_t t1, const float* panels,
                         int64_t j0, int64_t j1);
-  int64_t (*peak)(int64_t rounds, bool paired);
-  // scores of a query -> exp(score - most), 0 where it does not see; gives `most` and their sum
-  void (*soften)(const Keys&, float* scores, float* most, float* sum);
-  // logits of one target -> counts * exp(logit - most) * slope of the cap, where `sums` has taken them in; gives what its sums of before
-  // are to be multiplied by. n is a whole number of vectors.
-  float (*fold)(float* logits, const float* counts, int64_t n, int64_t first, float cap, Sums& sums);
-  // scores and d weights -> weights and d scores
-  void (*soften_back)(const Keys&, float* scores, float* d_weights, float log_sum);
+  int64_t (*peak)(int64_t rounds, bool bfloat16);
+  // Scores of a query -> exp(score - max), 0 for hidden keys; gives the maximum and the sum.
+  void (*softmax)(const Keys&, float* scores, float* max_score, float* sum);
+  // Adds logits of one target to `sums`, and turns them into counts * exp(logit - max) * slope of the soft cap. Returns the
+  // factor by which earlier sums shrink, as the maximum has grown. n is a whole number of vectors.
+  float (*online_softmax)(float* logits, const float* counts, int64_t n, int64_t first, float cap, SoftmaxSums& sums);
+  // Scores and d weights -> weights and d scores.
+  void (*softmax_backward)(const Keys&, float* scores, float* d_weights, float log_sum);
 };
 
 struct Kernels {

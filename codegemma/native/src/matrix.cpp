@@ -1,9 +1,9 @@
 // Products of training: many float32 rows times a frozen weight or its transpose, compiled once per SIMD level.
 // C [T, J] = A [T, R] B [R, J], where B is W^T (x W^T: R columns of W, J rows) or W (dy W). Slabs of SLOTS rows of B are
-// decoded once for all T into panels of PANEL columns; the inner loop keeps a tile of C in registers. Sums run in
-// ascending r, a slab at a time, whatever the threads, the rows beside and the cut of T. Where factors are paired, all is
-// the same with pairs of bfloat16 in the slots of floats, and a slab has twice the rows. Attention's own part, between its
-// products, is here too.
+// decoded once for all T into panels of PANEL columns; the inner loop keeps a tile of C in registers. SoftmaxSums run in
+// ascending r, a slab at a time, whatever the threads, the rows beside and the cut of T. Where factors are bfloat16, all is
+// the same with pairs of bfloat16 in the slots of floats, and a slab has twice the rows. The softmax of attention
+// and of the loss is here too.
 #include "kernels.h"
 #include "simd.h"
 
@@ -20,7 +20,7 @@ constexpr int TILE = 6;
 #endif
 constexpr int PANEL = 2 * FW, SLOTS = 256, STRIP = 256;
 
-#if defined(CG_PAIRS)  // not where a test spells AVX-512 out in AVX2: there are no such registers then
+#if defined(CG_BFLOAT16)  // not where a test spells AVX-512 out in AVX2: there are no such registers then
 // As assembly: these instructions need no compiler flag then, and this level runs on CPUs without them.
 CG_INLINE __m512i rounded(__m512 first, __m512 second) {  // 32 bfloat16
   __m512i y;
@@ -31,7 +31,7 @@ CG_INLINE Fv add_pairs(Fv sum, Fv x, Fv y) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
   return sum;
 }
-bool pairs() { return __builtin_cpu_supports("avx512bf16"); }
+bool has_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 // n floats, then zeros to a whole number of vectors of pairs
 CG_INLINE void pair_up(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += 32, out += 16) {
@@ -52,11 +52,11 @@ CG_INLINE void pair_rows(const float* first, const float* second, int64_t n, flo
 CG_INLINE Fv add_pairs(Fv sum, Fv, Fv) { return sum; }  // never called: there are no pairs
 CG_INLINE void pair_up(const float*, int64_t, float*) {}
 CG_INLINE void pair_rows(const float*, const float*, int64_t, float*) {}
-bool pairs() { return false; }
+bool has_bfloat16() { return false; }
 #endif
 
 // Rows r0 .. r0 + depth of B, columns of one strip, into panels: out[j / PANEL][slot][j % PANEL], zero beyond J.
-void decode_strip(const Matrix& m, int64_t r0, int64_t depth, int64_t j0, float* out) {
+void decode_strip(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t j0, float* out) {
   const auto decode = kernels()->decode;
   const Weight& w = m.w;
   const int64_t slots = m.slots(depth);
@@ -66,9 +66,9 @@ void decode_strip(const Matrix& m, int64_t r0, int64_t depth, int64_t j0, float*
     for (float* line : lines) std::fill(line + n, line + padded, 0.f);
     for (int64_t s = 0; s < slots; s++) {
       const float* line = lines[0];
-      const int64_t r = m.paired ? 2 * s : s;
+      const int64_t r = m.bfloat16 ? 2 * s : s;
       decode(w, m.first + r0 + r, j0, n, lines[0]);
-      if (m.paired) {
+      if (m.bfloat16) {
         if (r + 1 < depth) decode(w, m.first + r0 + r + 1, j0, n, lines[1]);
         else std::fill(lines[1], lines[1] + n, 0.f);
         pair_rows(lines[0], lines[1], padded, pairs), line = pairs;
@@ -81,7 +81,7 @@ void decode_strip(const Matrix& m, int64_t r0, int64_t depth, int64_t j0, float*
   for (int64_t j = 0; j < PANEL; j += 8) {
     for (int64_t i = 0; i < 8; i++)
       if (j0 + j + i >= m.width()) std::fill(lines[i], lines[i] + slots, 0.f);
-      else if (!m.paired) decode(w, m.first + j0 + j + i, r0, depth, lines[i]);
+      else if (!m.bfloat16) decode(w, m.first + j0 + j + i, r0, depth, lines[i]);
       else decode(w, m.first + j0 + j + i, r0, depth, line), pair_up(line, depth, lines[i]);
     int64_t s = 0;
     for (; s + 8 <= slots; s += 8) transpose8(&lines[0][s], SLOTS, out + s * PANEL + j, PANEL);
@@ -91,7 +91,7 @@ void decode_strip(const Matrix& m, int64_t r0, int64_t depth, int64_t j0, float*
 }
 
 // TILE rows of A (each SLOTS apart) times one panel; `rows` and `columns` of it exist in C.
-template <bool PAIRED> CG_INLINE void tile(const float* a, const float* b, int64_t slots, float* c, int64_t stride, int rows, int64_t columns, bool add) {
+template <bool BFLOAT16> CG_INLINE void tile(const float* a, const float* b, int64_t slots, float* c, int64_t stride, int rows, int64_t columns, bool add) {
   Fv sums[TILE][2] = {};
 #pragma GCC unroll 12
   for (int i = 0; i < TILE; i++)
@@ -100,7 +100,7 @@ template <bool PAIRED> CG_INLINE void tile(const float* a, const float* b, int64
     Fv b0 = load<Fv>(b + r * PANEL), b1 = load<Fv>(b + r * PANEL + FW);
 #pragma GCC unroll 12
     for (int i = 0; i < TILE; i++) {
-      if (PAIRED) {
+      if (BFLOAT16) {
         Fv x = (Fv)splat_i(load<int32_t>(a + i * SLOTS + r));
         sums[i][0] = add_pairs(sums[i][0], x, b0), sums[i][1] = add_pairs(sums[i][1], x, b1);
       } else {
@@ -128,98 +128,98 @@ template <bool PAIRED> CG_INLINE void tile(const float* a, const float* b, int64
 }
 
 // Rows t0 .. t1 of A's slab for `multiply_rows`: [t / TILE][TILE][SLOTS], zero beyond t1.
-void gather_rows(const Matrix& m, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out) {
+void gather_rows(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out) {
   const int64_t stride = m.a_row();
   auto take = [&](const float* row, int64_t t) {
-    if (m.paired) pair_up(row, depth, out + (t - t0) * SLOTS);
+    if (m.bfloat16) pair_up(row, depth, out + (t - t0) * SLOTS);
     else memcpy(out + (t - t0) * SLOTS, row, 4 * depth);
   };
   float lines[8][2 * SLOTS];
   for (int64_t t = t0; t < t1; t += 8) {
     const int64_t n = std::min<int64_t>(8, t1 - t);
-    const float* turned = m.a + r0 * stride + t;
+    const float* a_transposed = m.a + r0 * stride + t;
     int64_t r = 0;
-    if (m.turned && n == 8)
-      for (; r + 8 <= depth; r += 8) transpose8(turned + r * stride, stride, &lines[0][r], 2 * SLOTS);
-    if (m.turned)
+    if (m.a_transposed && n == 8)
+      for (; r + 8 <= depth; r += 8) transpose8(a_transposed + r * stride, stride, &lines[0][r], 2 * SLOTS);
+    if (m.a_transposed)
       for (; r < depth; r++)
-        for (int64_t i = 0; i < n; i++) lines[i][r] = turned[r * stride + i];
-    for (int64_t i = 0; i < n; i++) take(m.turned ? lines[i] : m.a + (t + i) * stride + r0, t + i);
+        for (int64_t i = 0; i < n; i++) lines[i][r] = a_transposed[r * stride + i];
+    for (int64_t i = 0; i < n; i++) take(m.a_transposed ? lines[i] : m.a + (t + i) * stride + r0, t + i);
   }
   for (int64_t t = t1 - t0; t % TILE; t++) memset(out + t * SLOTS, 0, 4 * m.slots(depth));
 }
-template <bool PAIRED> void multiply_tiles(const Matrix& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1, const float* panels,
+template <bool BFLOAT16> void multiply_tiles(const MatrixProduct& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1, const float* panels,
                                            int64_t j0, int64_t j1) {
   const int64_t J = m.width(), stride = m.c_row();
   for (int64_t j = j0; j < j1; j += PANEL)
     for (int64_t t = t0; t < t1; t += TILE)
-      tile<PAIRED>(a + (t - t0) * SLOTS, panels + (j - j0) * slots, slots, m.c + t * stride + j, stride, (int)std::min<int64_t>(TILE, t1 - t), J - j, add);
+      tile<BFLOAT16>(a + (t - t0) * SLOTS, panels + (j - j0) * slots, slots, m.c + t * stride + j, stride, (int)std::min<int64_t>(TILE, t1 - t), J - j, add);
 }
-void multiply_rows(const Matrix& m, int64_t r0, int64_t depth, const float* a, int64_t t0, int64_t t1, const float* panels,
+void multiply_rows(const MatrixProduct& m, int64_t r0, int64_t depth, const float* a, int64_t t0, int64_t t1, const float* panels,
                    int64_t j0, int64_t j1) {
-  (m.paired ? multiply_tiles<true> : multiply_tiles<false>)(m, m.add || r0 > 0, m.slots(depth), a, t0, t1, panels, j0, j1);
+  (m.bfloat16 ? multiply_tiles<true> : multiply_tiles<false>)(m, m.add || r0 > 0, m.slots(depth), a, t0, t1, panels, j0, j1);
 }
 
 // Multiply-adds in registers only: what the multipliers can do.
-template <bool PAIRED> int64_t peak_of(int64_t rounds) {
+template <bool BFLOAT16> int64_t peak_of(int64_t rounds) {
   constexpr int SUMS = 12;          // enough to hide the latency
   Fv x = splat(0.5f), sums[SUMS] = {};
   for (int64_t i = 0; i < rounds; i++) {
 #pragma GCC unroll 12
     for (int j = 0; j < SUMS; j++) {
       CG_OPAQUE(sums[j]);
-      sums[j] = PAIRED ? add_pairs(sums[j], x, x) : fma(x, x, sums[j]);
+      sums[j] = BFLOAT16 ? add_pairs(sums[j], x, x) : fma(x, x, sums[j]);
     }
   }
 #pragma GCC unroll 12
   for (int j = 1; j < SUMS; j++) sums[0] += sums[j];
   volatile float keep = sums[0][0];
   (void)keep;
-  return rounds * SUMS * FW * (PAIRED ? 4 : 2);
+  return rounds * SUMS * FW * (BFLOAT16 ? 4 : 2);
 }
-int64_t peak(int64_t rounds, bool paired) { return paired ? peak_of<true>(rounds) : peak_of<false>(rounds); }
-int64_t strip(const Matrix& m) { return m.transposed ? STRIP : PANEL; }
+int64_t peak(int64_t rounds, bool bfloat16) { return bfloat16 ? peak_of<true>(rounds) : peak_of<false>(rounds); }
+int64_t strip(const MatrixProduct& m) { return m.transposed ? STRIP : PANEL; }
 
-CG_INLINE Iv seen(const Keys& k, int64_t i) {
+CG_INLINE Iv visible(const Keys& k, int64_t i) {
   const Iv positions = load<Iv>(k.positions + i), below = splat_i(k.position) - positions;
   const Iv near = (below >= splat_i(0)) & (load<Iv>(k.segments + i) == splat_i(k.segment));
   return k.window ? near & (below < splat_i(k.window)) : near;
 }
-void soften(const Keys& k, float* scores, float* most, float* sum) {
+void softmax(const Keys& k, float* scores, float* max_score, float* sum) {
   Fv top = splat(-1e30f), total = {};
   for (int64_t i = 0; i < k.count; i += FW) {
     Fv x = load<Fv>(scores + i);
     if (k.cap) x = splat(k.cap) * tanh(x / splat(k.cap));
-    x = select(seen(k, i), x, splat(-INFINITY));
+    x = select(visible(k, i), x, splat(-INFINITY));
     store(scores + i, x), top = max(top, x);
   }
-  *most = largest(top);
+  *max_score = largest(top);
   for (int64_t i = 0; i < k.count; i += FW) {
-    Fv x = exp(load<Fv>(scores + i) - splat(*most));
+    Fv x = exp(load<Fv>(scores + i) - splat(*max_score));
     store(scores + i, x), total += x;
   }
   *sum = CG_LEVEL::sum(total);
 }
-float fold(float* logits, const float* counts, int64_t n, int64_t first, float cap, Sums& sums) {
-  Fv top = splat(sums.most);
+float online_softmax(float* logits, const float* counts, int64_t n, int64_t first, float cap, SoftmaxSums& sums) {
+  Fv top = splat(sums.max_logit);
   for (int64_t i = 0; i < n; i += FW) {
     Fv x = load<Fv>(logits + i);
     if (cap) x = splat(cap) * tanh(x / splat(cap));
     x = select(load<Fv>(counts + i) > Fv{}, x, splat(-INFINITY));
     store(logits + i, x), top = max(top, x);
   }
-  const float most = largest(top), shrink = exp(splat(sums.most - most))[0];
-  if (most > sums.most) sums.best = (int32_t)(first + (std::find(logits, logits + n, most) - logits));
+  const float max_logit = largest(top), shrink = exp(splat(sums.max_logit - max_logit))[0];
+  if (max_logit > sums.max_logit) sums.best = (int32_t)(first + (std::find(logits, logits + n, max_logit) - logits));
   Fv total = {};
   for (int64_t i = 0; i < n; i += FW) {
-    const Fv x = load<Fv>(logits + i), weight = load<Fv>(counts + i) * exp(x - splat(most)), t = x / splat(cap);
+    const Fv x = load<Fv>(logits + i), weight = load<Fv>(counts + i) * exp(x - splat(max_logit)), t = x / splat(cap);
     total += weight;
     store(logits + i, cap ? select(weight > Fv{}, weight * (splat(1.f) - t * t), Fv{}) : weight);
   }
-  sums.most = most, sums.sum = sums.sum * shrink + sum(total);
+  sums.max_logit = max_logit, sums.sum = sums.sum * shrink + sum(total);
   return shrink;
 }
-void soften_back(const Keys& k, float* scores, float* d_weights, float log_sum) {
+void softmax_backward(const Keys& k, float* scores, float* d_weights, float log_sum) {
   auto weight = [&](int64_t i, Fv& slope) {
     Fv x = load<Fv>(scores + i);
     slope = splat(1.f);
@@ -227,26 +227,26 @@ void soften_back(const Keys& k, float* scores, float* d_weights, float log_sum) 
       const Fv t = tanh(x / splat(k.cap));
       x = splat(k.cap) * t, slope -= t * t;
     }
-    return select(seen(k, i), exp(x - splat(log_sum)), Fv{});
+    return select(visible(k, i), exp(x - splat(log_sum)), Fv{});
   };
-  // What the weights' sum of one takes back is their own sum, not the product of result and gradient that it is without roundoff:
-  // then a row of d scores sums to nothing, whatever the keys have in common.
+  // The softmax's gradient subtracts a mean: taken from the weights themselves, not from the product of result and gradient
+  // (equal without roundoff), so that each row of d scores sums to zero whatever the keys have in common.
   Fv total = {}, along = {}, slope;
   for (int64_t i = 0; i < k.count; i += FW) {
     const Fv w = weight(i, slope);
-    total += w, along += select(seen(k, i), w * load<Fv>(d_weights + i), Fv{});
+    total += w, along += select(visible(k, i), w * load<Fv>(d_weights + i), Fv{});
   }
   const Fv pull = splat(sum(along) / sum(total));
   for (int64_t i = 0; i < k.count; i += FW) {
     const Fv w = weight(i, slope);
-    store(d_weights + i, select(seen(k, i), w * (load<Fv>(d_weights + i) - pull) * slope, Fv{}));
+    store(d_weights + i, select(visible(k, i), w * (load<Fv>(d_weights + i) - pull) * slope, Fv{}));
     store(scores + i, w);
   }
 }
 
 }  // namespace
 
-extern const MatrixKernels matrix_kernels = {TILE,        PANEL,         SLOTS, pairs,  strip,      decode_strip,
-                                             gather_rows, multiply_rows, peak,  soften, fold,       soften_back};
+extern const MatrixKernels matrix_kernels = {TILE,        PANEL,         SLOTS, has_bfloat16,  strip,      decode_strip,
+                                             gather_rows, multiply_rows, peak,  softmax, online_softmax,       softmax_backward};
 }  // namespace CG_LEVEL
 }  // namespace cg

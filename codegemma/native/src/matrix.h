@@ -1,4 +1,4 @@
-// Products of training, and attention made of them, spread over a pool of threads. Not to be called from two threads at once.
+// Products of training, and attention made of them, spread over a pool of threads. One job at a time.
 #pragma once
 #include <cstdlib>
 #include <functional>
@@ -8,10 +8,7 @@
 
 namespace cg {
 
-// Sets m.c; the same floats for any number of threads.
-void multiply(const Kernels* kernels, Pool& pool, const Matrix& m);
-
-// Floats in huge pages where there are any, grown as needed and kept.
+// Floats, in huge pages where the system has them. The memory grows as needed and is kept.
 class Buffer {
  public:
   float* at_least(int64_t n);
@@ -22,33 +19,49 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Runs body(thread) on every thread, which all do with denormals as the caller does.
-void share(Pool& pool, const std::function<void(int)>& body);
+// Memory that jobs keep between each other: of products, and of attention.
+struct Buffers {
+  Buffer panels;                 // decoded slabs of B
+  std::vector<Buffer> gathered;  // rows of A, by thread
+  Buffer queries, outputs, scores, slopes;
+};
+// What a job runs on.
+struct Workers {
+  const Kernels* kernels;
+  Pool& pool;
+  Buffers& buffers;
+};
+
+// Runs body(thread) on every thread, each with the caller's treatment of denormals.
+void run_on_all(Pool& pool, const std::function<void(int)>& body);
+
+// Sets m.c; the same floats for any number of threads.
+void multiply(const Workers& workers, const MatrixProduct& m);
 
 // Causal attention within segments. Positions rise with the index within a segment. All N heads of q, out and their gradients
 // [B, T, N, H], N / K for each head of k, v and theirs [B, T, K, H].
-struct Attended {
+struct AttentionInputs {
   const float *q, *k, *v;
   const int32_t *positions, *segments;  // [B, T]
   int64_t B, T, N, K, H;
   int32_t window;                       // see Keys
   float cap;
-  bool paired;
+  bool bfloat16;
 };
-void attend(const Kernels* kernels, Pool& pool, const Attended& s, float* out, float* log_sums_BTN);
-void attend_back(const Kernels* kernels, Pool& pool, const Attended& s, const float* log_sums_BTN, const float* d_out,
+void attend(const Workers& workers, const AttentionInputs& s, float* out, float* log_sums_BTN);
+void attend_back(const Workers& workers, const AttentionInputs& s, const float* log_sums_BTN, const float* d_out,
                  float* dq, float* dk, float* dv);
 
-// Of `targets` hidden states [M, D], against all rows of a table: their sums, and counts * exp(logit - most) * slope * row [M, D].
-// Rows whose count is 0 are out.
+// The softmax of `targets` hidden states [M, D] over all rows of a table. Rows whose count is 0 are out.
 struct Vocabulary {
   const float* hidden;
   int64_t targets;
   Weight table;
   const float* counts;
   float cap;  // of the logits; 0: none
-  bool paired;
+  bool bfloat16;
 };
-void fold(const Kernels* kernels, Pool& pool, const Vocabulary& v, float* mean_MD, Sums* sums_M);
+// Gives the sums, and for each target the sum of counts * exp(logit - max) * slope of the soft cap * row.
+void vocabulary_softmax(const Workers& workers, const Vocabulary& v, float* weighted_MD, SoftmaxSums* sums_M);
 
 }  // namespace cg

@@ -18,7 +18,7 @@ constexpr int64_t BLOCK = 144;   // rows of A that a thread takes at a time: wit
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t up(int64_t n, int64_t to) { return parts(n, to) * to; }
 
-// What a thread does with denormals. XLA's threads flush them, a pool's own do not: all must do as the caller.
+// How a thread treats denormals. XLA's threads flush them, a pool's do not: all must do as the calling thread does.
 struct FloatMode {
 #if defined(__x86_64__)
   unsigned value = _mm_getcsr();
@@ -46,7 +46,7 @@ float* Buffer::at_least(int64_t n) {
   return data_.get();
 }
 
-void share(Pool& pool, const std::function<void(int)>& body) {
+void run_on_all(Pool& pool, const std::function<void(int)>& body) {
   const FloatMode mode;
   pool.run([&](int thread) {
     const FloatMode before;
@@ -56,39 +56,39 @@ void share(Pool& pool, const std::function<void(int)>& body) {
   });
 }
 
-void multiply(const Kernels* kernels, Pool& pool, const Matrix& wanted) {
-  static Buffer slabs;
-  static std::vector<Buffer> gathered;
-  const MatrixKernels& k = *kernels->matrix;
-  Matrix m = wanted;
-  m.paired &= k.pairs();
-  const int64_t most = m.paired ? 2 * k.slots : k.slots;  // rows of B in a slab
+void multiply(const Workers& workers, const MatrixProduct& product) {
+  const MatrixKernels& k = *workers.kernels->matrix;
+  Pool& pool = workers.pool;
+  std::vector<Buffer>& gathered = workers.buffers.gathered;
+  MatrixProduct m = product;
+  m.bfloat16 &= k.has_bfloat16();
+  const int64_t slab_rows = m.bfloat16 ? 2 * k.slots : k.slots;  // rows of B in a slab
   const int64_t R = m.depth(), J = m.width(), strip = k.strip(m), threads = pool.threads();
   const int64_t height = up(parts(m.T, threads * parts(m.T, threads * BLOCK)), k.tile), heights = parts(m.T, height);
-  const int64_t widest = up(std::min(J, WIDTH), strip), together = std::clamp<int64_t>(WIDTH / widest, 1, parts(R, most));
+  const int64_t widest = up(std::min(J, WIDTH), strip), together = std::clamp<int64_t>(WIDTH / widest, 1, parts(R, slab_rows));
   if ((int64_t)gathered.size() < threads) gathered.resize(threads);
-  float* panels = slabs.at_least(together * k.slots * widest);
+  float* panels = workers.buffers.panels.at_least(together * k.slots * widest);
   for (Buffer& b : gathered) b.at_least(height * k.slots);
   for (int64_t j0 = 0; j0 < J; j0 += WIDTH) {
     const int64_t width = std::min(WIDTH, J - j0), strips = parts(width, strip);
     const int64_t cuts = std::clamp<int64_t>(parts(8 * threads, heights), 1, parts(width, 8 * k.panel));  // few rows: columns are shared out too
-    const int64_t cut = up(parts(width, cuts), k.panel), span = together * most;
+    const int64_t cut = up(parts(width, cuts), k.panel), span = together * slab_rows;
     std::vector<std::atomic<int64_t>> next(2 * parts(R, span));
-    share(pool, [&](int thread) {
+    run_on_all(pool, [&](int thread) {
       float* rows = gathered[thread].at_least(0);
       for (int64_t first = 0, step = 0; first < R; first += span) {
         const int64_t last = std::min(first + span, R);
         std::atomic<int64_t> &strip_next = next[step++], &tile_next = next[step++];
         auto slab = [&](int64_t r0) { return panels + m.slots(r0 - first) * widest; };
-        for (int64_t i; (i = strip_next.fetch_add(1)) < strips * parts(last - first, most);) {
-          const int64_t r0 = first + i / strips * most, depth = std::min(most, last - r0), j = i % strips * strip;
+        for (int64_t i; (i = strip_next.fetch_add(1)) < strips * parts(last - first, slab_rows);) {
+          const int64_t r0 = first + i / strips * slab_rows, depth = std::min(slab_rows, last - r0), j = i % strips * strip;
           k.decode_strip(m, r0, depth, j0 + j, slab(r0) + j * m.slots(depth));
         }
         pool.barrier();
         for (int64_t i; (i = tile_next.fetch_add(1)) < heights * cuts;) {
           const int64_t t0 = i / cuts * height, t1 = std::min(t0 + height, m.T), c0 = i % cuts * cut, c1 = std::min(c0 + cut, width);
-          for (int64_t r0 = first; r0 < last && c0 < c1; r0 += most) {
-            const int64_t depth = std::min(most, last - r0);
+          for (int64_t r0 = first; r0 < last && c0 < c1; r0 += slab_rows) {
+            const int64_t depth = std::min(slab_rows, last - r0);
             k.gather_rows(m, r0, depth, t0, t1, rows);
             k.multiply_rows(m, r0, depth, rows, t0, t1, slab(r0) + c0 * m.slots(depth), j0 + c0, j0 + c1);
           }

@@ -23,7 +23,7 @@ void relax() {
 #endif
 }
 
-std::atomic<int> sleepers{0};  // a wake is a system call: made only when somebody may sleep
+std::atomic<int> sleepers{0};  // a wake is a system call: made only when a thread may sleep
 
 void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
 #if defined(__linux__)
@@ -57,8 +57,8 @@ void wait_until_not(std::atomic<uint32_t>& word, uint32_t value) {
 
 }  // namespace
 
-void wait_for_none(const std::atomic<int>& left) {
-  for (int i = 0; left.load(std::memory_order_acquire); i++) i < 1000 ? relax() : std::this_thread::yield();
+void wait_for_zero(const std::atomic<int>& pending) {
+  for (int i = 0; pending.load(std::memory_order_acquire); i++) i < 1000 ? relax() : std::this_thread::yield();
 }
 
 Pool::Pool(int threads) : threads_(threads) {
@@ -95,10 +95,10 @@ void Pool::run(const std::function<void(int)>& body) {
 }
 
 void Pool::worker(int thread) {
-  uint32_t seen = 0;
+  uint32_t last_job = 0;
   for (;;) {
-    wait_until_not(job_, seen);
-    seen++;
+    wait_until_not(job_, last_job);
+    last_job++;
     if (stop_) return;
     (*body_)(thread);
     barrier();

@@ -1,7 +1,6 @@
 #include "program.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -12,7 +11,7 @@ namespace {
 
 constexpr int64_t STAT_ROWS = 4096;  // logits that one partial log-sum-exp covers, whatever the number of threads
 
-template <class T> T* grown(std::vector<T>& v, size_t n) {
+template <class T> T* at_least(std::vector<T>& v, size_t n) {
   if (v.size() < n) v.resize(n);
   return v.data();
 }
@@ -63,11 +62,11 @@ int Program::buffer(int64_t width) {
   buffers_.back().padded = (width + 255) / 256 * 256;
   return (int)buffers_.size() - 1;
 }
-void Program::add(std::string kind, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work) {
-  steps_.push_back({std::move(kind), std::move(tiles), std::move(work)});
+void Program::add(std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work) {
+  steps_.push_back({std::move(tiles), std::move(work)});
 }
 void Program::embed(Weight table, int out, float scale) {
-  add("embed", [this] { return batch_.T; }, [=, this](int64_t t, Scratch&) {
+  add([this] { return batch_.T; }, [=, this](int64_t t, Scratch&) {
     const Adapter* adapter = batch_.adapters && batch_.adapters[t] >= 0 ? &adapters_[batch_.adapters[t]] : nullptr;
     int row = adapter ? adapter->row(batch_.ids[t]) : -1;
     k_->embed(row >= 0 ? adapter->rows : table, row >= 0 ? row : batch_.ids[t], scale, buffers_[out].a.f + t * buffers_[out].a.stride);
@@ -75,7 +74,7 @@ void Program::embed(Weight table, int out, float scale) {
 }
 void Program::norm(int x, const float* weight, int out, float eps, int y, const float* post) {
   buffers_[out].prepared = true;
-  add("norm", [this] { return token_tiles(); }, [=, this](int64_t tile, Scratch&) {
+  add([this] { return token_tiles(); }, [=, this](int64_t tile, Scratch&) {
     const Activations &ax = buffers_[x].a, &ao = buffers_[out].a;
     int t0 = packed_ ? (int)tile * 16 : (int)tile, t1 = packed_ ? t0 + 16 : t0 + 1;
     for (int t = t0; t < std::min(t1, batch_.T); t++) {
@@ -92,7 +91,7 @@ void Program::norm(int x, const float* weight, int out, float eps, int y, const 
 }
 void Program::observe(int x, double* sums) {
   const int64_t columns = 64;
-  add("observe", [=, this] { return (buffers_[x].width + columns - 1) / columns; }, [=, this](int64_t tile, Scratch&) {
+  add([=, this] { return (buffers_[x].width + columns - 1) / columns; }, [=, this](int64_t tile, Scratch&) {
     const Activations& a = buffers_[x].a;
     for (int t = 0; t < batch_.T; t++)
       for (int64_t i = tile * columns; i < std::min(a.width, (tile + 1) * columns); i++)
@@ -102,7 +101,7 @@ void Program::observe(int x, double* sums) {
 void Program::prepare(int b) {
   if (buffers_[b].prepared) return;
   buffers_[b].prepared = true;
-  add("quantise", [this, b] { return buffers_[b].a.forms & ~FLOATS ? token_tiles() : 0; }, [this, b](int64_t tile, Scratch&) {
+  add([this, b] { return buffers_[b].a.forms & ~FLOATS ? token_tiles() : 0; }, [this, b](int64_t tile, Scratch&) {
     int t0 = packed_ ? (int)tile * 16 : (int)tile;
     k_->quantise(buffers_[b].a, t0, packed_ ? t0 + 16 : t0 + 1);
   });
@@ -110,27 +109,27 @@ void Program::prepare(int b) {
 int Program::site(int in, const std::vector<Weight>& weights) {
   int index = (int)sites_.size();
   Site& s = sites_.emplace_back();
-  s.in = in, s.sides.resize(weights.size());
+  s.in = in, s.terms.resize(weights.size());
   for (auto& w : weights) s.rows.push_back(w.rows), buffers_[in].forms |= form_of(w.type);
   prepare(in);
   return index;
 }
-void Program::add_beside(std::string kind, int site, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work) {
+void Program::add_with_adapters(int site, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work) {
   Site& s = sites_[site];
-  add(std::move(kind), [=, &s] { return (int64_t)s.tasks.size() + tiles(); }, [=, &s, this](int64_t i, Scratch& scratch) {
+  add([=, &s] { return (int64_t)s.tasks.size() + tiles(); }, [=, &s, this](int64_t i, Scratch& scratch) {
     if (i >= (int64_t)s.tasks.size()) return work(i - (int64_t)s.tasks.size(), scratch);
-    const SideTask& task = s.tasks[i];
+    const AdapterTask& task = s.tasks[i];
     const int64_t r0 = (int64_t)task.slice * RANK;
     k_->product({&task.a, nullptr, task.h.f - r0, RANK}, task.x, r0, r0 + RANK, scratch);
     k_->quantise(task.h, 0, packed_ ? (task.h.T + 15) / 16 * 16 : task.h.T);
-    s.left.fetch_sub(1, std::memory_order_release);
+    s.pending.fetch_sub(1, std::memory_order_release);
   });
 }
 int Program::product(int in, std::vector<Weight> weights, int out) {
   buffers_[out].prepared = false;
   const int at = site(in, weights);
   auto tiles_of = [this](const Weight& w) { int64_t n = k_->tile_rows(w, packed_); return (w.rows + n - 1) / n; };
-  add_beside("product", at, [=] { int64_t n = 0; for (auto& w : weights) n += tiles_of(w); return n; },
+  add_with_adapters(at, [=] { int64_t n = 0; for (auto& w : weights) n += tiles_of(w); return n; },
       [=, this](int64_t tile, Scratch& scratch) {
         const Activations& o = buffers_[out].a;
         int64_t column = 0;
@@ -138,7 +137,7 @@ int Program::product(int in, std::vector<Weight> weights, int out) {
           int64_t n = tiles_of(w);
           if (tile < n) {
             int64_t rows = k_->tile_rows(w, packed_), r0 = tile * rows;
-            return k_->product({&w, nullptr, o.f + column, o.stride, sides(at, (int)(&w - weights.data()))}, buffers_[in].a, r0,
+            return k_->product({&w, nullptr, o.f + column, o.stride, terms(at, (int)(&w - weights.data()))}, buffers_[in].a, r0,
                                std::min(r0 + rows, w.rows), scratch);
           }
           tile -= n, column += w.rows;
@@ -149,23 +148,23 @@ int Program::product(int in, std::vector<Weight> weights, int out) {
 int Program::gated(int in, Weight gate, Weight up, int out) {
   buffers_[out].prepared = false;
   const int at = site(in, {gate, up});
-  add_beside("gated", at, [=, this] { int64_t n = k_->tile_rows(up, packed_); return (up.rows + n - 1) / n; },
+  add_with_adapters(at, [=, this] { int64_t n = k_->tile_rows(up, packed_); return (up.rows + n - 1) / n; },
       [=, this](int64_t tile, Scratch& scratch) {
         const Activations& o = buffers_[out].a;
         int64_t rows = k_->tile_rows(up, packed_), r0 = tile * rows;
-        k_->product({&up, &gate, o.f, o.stride, sides(at, 1), sides(at, 0)}, buffers_[in].a, r0, std::min(r0 + rows, up.rows), scratch);
+        k_->product({&up, &gate, o.f, o.stride, terms(at, 1), terms(at, 0)}, buffers_[in].a, r0, std::min(r0 + rows, up.rows), scratch);
       });
   return at;
 }
 Program::Angles& Program::angles(double base, double scale, int width) {
-  auto [at, made] = angles_.try_emplace({base, scale});
-  if (made)
+  auto [at, inserted] = angles_.try_emplace({base, scale});
+  if (inserted)
     for (int i = 0; i < width / 2; i++) at->second.frequency.push_back(std::pow(base, -2.0 * i / width) / scale);
   return at->second;
 }
 void Program::split_heads(int qkv, HeadSplit h, double base, double scale, int64_t layer_offset, int64_t kv_offset) {
   Angles& angle = angles(base, scale, h.width);
-  add("heads", [this] { return batch_.T; }, [=, &angle, this](int64_t t, Scratch&) {
+  add([this] { return batch_.T; }, [=, &angle, this](int64_t t, Scratch&) {
     HeadSplit s = h;
     int position = batch_.positions[t], half = h.width / 2;
     const uint64_t* pages = batch_.pages + batch_.sequences[t] * batch_.pages_stride;
@@ -186,9 +185,9 @@ void Program::attend(int qkv, Attention a, int out) {
     x.out = buffers_[out].a.f, x.out_stride = buffers_[out].a.stride;
     return x;
   };
-  add("attend", [&tasks] { return (int64_t)tasks.attend.size(); },
+  add([&tasks] { return (int64_t)tasks.attend.size(); },
       [=, this, &tasks](int64_t i, Scratch& s) { k_->attend(at(), tasks.attend[i], s); });
-  add("merge", [&tasks] { return (int64_t)tasks.merge.size(); },
+  add([&tasks] { return (int64_t)tasks.merge.size(); },
       [=, this, &tasks](int64_t i, Scratch&) { k_->merge(at(), tasks.merge[i], tasks.segments[i]); });
 }
 void Program::logits(int x, const float* weight, float eps, Weight table, float cap) {
@@ -196,14 +195,14 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
   buffers_[head].forms = form_of(table.type);
   buffers_[head].prepared = true;
   auto packed = [this] { return batch_.n_out >= PACKED_FROM; };
-  add("norm", [=, this] { return (int64_t)(packed() ? (batch_.n_out + 15) / 16 : batch_.n_out); }, [=, this](int64_t tile, Scratch&) {
+  add([=, this] { return (int64_t)(packed() ? (batch_.n_out + 15) / 16 : batch_.n_out); }, [=, this](int64_t tile, Scratch&) {
     const Activations &ax = buffers_[x].a, &ao = buffers_[head].a;
     int t0 = packed() ? (int)tile * 16 : (int)tile, t1 = packed() ? t0 + 16 : t0 + 1;
     for (int t = t0; t < std::min(t1, batch_.n_out); t++)
       k_->norm(ax.f + batch_.out_rows[t] * ax.stride, weight, ao.f + t * ao.stride, ax.width, eps);
     k_->quantise(ao, t0, t1);
   });
-  add("vocabulary", [=, this] {
+  add([=, this] {
         int64_t n = k_->tile_rows(table, packed());
         return batch_.n_out ? (table.rows + n - 1) / n : 0;
       },
@@ -211,7 +210,8 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
         int64_t rows = k_->tile_rows(table, packed()), r0 = tile * rows;
         k_->product({&table, nullptr, batch_.logits, table.rows}, buffers_[head].a, r0, std::min(r0 + rows, table.rows), s);
       });
-  add("adapter", [this] { return spans_.empty() ? 0 : batch_.n_out; }, [=, this](int64_t n, Scratch& s) {
+  // Logits of the rows that an adapter replaces.
+  add([this] { return spans_.empty() ? 0 : batch_.n_out; }, [=, this](int64_t n, Scratch& s) {
     const int adapter = batch_.adapters[batch_.out_rows[n]];
     if (adapter < 0 || adapters_[adapter].ids.empty()) return;
     const auto& [sites, ids, rows] = adapters_[adapter];
@@ -222,7 +222,8 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
     for (size_t i = 0; i < ids.size(); i++) batch_.logits[n * table.rows + ids[i]] = values[i];
   });
   int64_t parts = (table.rows + STAT_ROWS - 1) / STAT_ROWS;
-  add("log_sum", [=, this] { return batch_.n_out * parts; }, [=, this](int64_t tile, Scratch&) {
+  // Soft cap, then the log-sum-exp of each part.
+  add([=, this] { return batch_.n_out * parts; }, [=, this](int64_t tile, Scratch&) {
     int64_t row = tile / parts, r0 = tile % parts * STAT_ROWS, n = std::min(STAT_ROWS, table.rows - r0);
     float* at = batch_.logits + row * table.rows + r0;
     if (cap > 0) k_->softcap(at, n, cap);
@@ -230,7 +231,8 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
     k_->log_sum(at, n, &stat.largest, &stat.total, &stat.where);
     stat.where += r0;
   });
-  add("choose", [this] { return batch_.n_out; }, [=, this](int64_t row, Scratch&) {
+  // Merge the parts of each row.
+  add([this] { return batch_.n_out; }, [=, this](int64_t row, Scratch&) {
     const Stat* stat = &stats_[row * parts];
     int64_t best = 0;
     for (int64_t i = 1; i < parts; i++) if (stat[i].largest > stat[best].largest) best = i;
@@ -245,43 +247,43 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
 // -------------------------------------------------------------------------------------------------------- replaying
 void Program::size(Buffer& b, int T, bool packed) {
   size_t rows = packed ? (T + 15) / 16 * 16 : T, n = rows * b.padded;
-  const int forms = b.forms | (spans_.empty() ? 0 : b.side_forms);
-  b.a = {grown(b.f, n), b.width, b.padded, b.padded, T, packed, forms, {}, {}};
-  if (forms & BLOCKS_32) b.a.q32 = {32, grown(b.q32, n), grown(b.scales32, n / 32), grown(b.sums32, n / 16)};
-  if (forms & BLOCKS_256) b.a.q256 = {256, grown(b.q256, n), grown(b.scales256, n / 256), grown(b.sums256, n / 16)};
+  const int forms = b.forms | (spans_.empty() ? 0 : b.adapter_forms);
+  b.a = {at_least(b.f, n), b.width, b.padded, b.padded, T, packed, forms, {}, {}};
+  if (forms & BLOCKS_32) b.a.q32 = {32, at_least(b.q32, n), at_least(b.scales32, n / 32), at_least(b.sums32, n / 16)};
+  if (forms & BLOCKS_256) b.a.q256 = {256, at_least(b.q256, n), at_least(b.scales256, n / 256), at_least(b.sums256, n / 16)};
 }
 int Program::add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows) {
   auto fits = [](bool holds, const char* what) { if (!holds) throw std::invalid_argument(std::string("an adapter's ") + what); };
-  Adapter made{std::vector<LowRank>(sites_.size()), std::move(ids), rows};
-  fits(std::is_sorted(made.ids.begin(), made.ids.end()) && (made.ids.empty() || rows.rows == (int64_t)made.ids.size()), "ids must ascend");
-  for (int32_t id : made.ids) fits(id >= 0 && id < vocabulary_ && rows.cols == buffers_[head_].width, "rows must be the embedding's");
+  Adapter adapter{std::vector<LowRank>(sites_.size()), std::move(ids), rows};
+  fits(std::is_sorted(adapter.ids.begin(), adapter.ids.end()) && (adapter.ids.empty() || rows.rows == (int64_t)adapter.ids.size()), "ids must ascend");
+  for (int32_t id : adapter.ids) fits(id >= 0 && id < vocabulary_ && rows.cols == buffers_[head_].width, "rows must be the embedding's");
   for (auto& low : sites) {
     fits(low.site >= 0 && low.site < (int)sites_.size(), "site is none of this program");
     const Site& at = sites_[low.site];
     fits(low.a.rows == RANK * (int64_t)low.slices.size() && low.a.cols == buffers_[at.in].width, "a does not fit its layer");
     for (auto& [target, b] : low.slices)
       fits(target >= 0 && target < (int)at.rows.size() && b.cols == RANK && b.rows == at.rows[target], "b does not fit its layer");
-    buffers_[at.in].side_forms |= form_of(low.a.type);
-    for (auto& slice : low.slices) h_.side_forms |= form_of(slice.b.type);
-    made.sites[low.site] = std::move(low);
+    buffers_[at.in].adapter_forms |= form_of(low.a.type);
+    for (auto& slice : low.slices) h_.adapter_forms |= form_of(slice.b.type);
+    adapter.sites[low.site] = std::move(low);
   }
-  adapters_.push_back(std::move(made));
+  adapters_.push_back(std::move(adapter));
   return (int)adapters_.size() - 1;
 }
-// Where each site's h = x a^T of this run lies, who computes it, and to what h b^T is added.
-void Program::lay_sides() {
+// Lays out each site's h = x a^T for this run, the tasks that compute it, and the terms h b^T that use it.
+void Program::plan_adapters() {
   constexpr int TOKENS = 64;             // of one task
-  size_t most = 0, total = 0;
+  size_t max_slices = 0, total = 0;
   for (auto& span : spans_) {
     span.h = total, total += packed_ ? (span.end - span.start + 15) / 16 * 16 : span.end - span.start;
-    for (auto& low : adapters_[span.adapter].sites) most = std::max(most, low.slices.size());
+    for (auto& low : adapters_[span.adapter].sites) max_slices = std::max(max_slices, low.slices.size());
   }
   h_.width = h_.padded = RANK;
-  if (total) size(h_, (int)(total * most), packed_);
+  if (total) size(h_, (int)(total * max_slices), packed_);
   for (size_t i = 0; i < sites_.size(); i++) {
     Site& s = sites_[i];
     s.tasks.clear();
-    for (auto& sides : s.sides) sides.clear();
+    for (auto& terms : s.terms) terms.clear();
     for (auto& span : spans_) {
       const LowRank& low = adapters_[span.adapter].sites[i];
       for (int slice = 0; slice < (int)low.slices.size(); slice++) {
@@ -292,10 +294,10 @@ void Program::lay_sides() {
           const int n = std::min(TOKENS, T - t);
           s.tasks.push_back({low.a, slice, view(buffers_[s.in].a, span.start + t, n), view(h, t, n)});
         }
-        s.sides[low.slices[slice].target].push_back({low.slices[slice].b, h, span.start, span.begin});
+        s.terms[low.slices[slice].target].push_back({low.slices[slice].b, h, span.start, span.begin});
       }
     }
-    s.left = (int)s.tasks.size();
+    s.pending = (int)s.tasks.size();
   }
 }
 void Program::cut(Tasks& tasks) {
@@ -328,7 +330,7 @@ void Program::cut(Tasks& tasks) {
         }
     t0 = t1;
   }
-  float* base = grown(tasks.partials, partials);
+  float* base = at_least(tasks.partials, partials);
   size_t next = 0, merged = 0, of = 0;
   for (auto& task : tasks.attend)
     if (task.segment >= 0) {
@@ -348,12 +350,12 @@ bool Program::run(const Batch& batch, const Cancel* cancel) {
   for (size_t i = 0; i < buffers_.size(); i++)
     if ((int)i == head_) size(buffers_[i], batch.n_out, batch.n_out >= PACKED_FROM);
     else size(buffers_[i], batch.T, packed_);
-  lay_sides();
-  grown(stats_, batch.n_out * ((vocabulary_ + STAT_ROWS - 1) / STAT_ROWS));
+  plan_adapters();
+  at_least(stats_, batch.n_out * ((vocabulary_ + STAT_ROWS - 1) / STAT_ROWS));
   for (auto& [window, tasks] : tasks_) cut(tasks);
   for (auto& [key, a] : angles_) {
     size_t half = a.frequency.size();
-    grown(a.cos, batch.T * half), grown(a.sin, batch.T * half);
+    at_least(a.cos, batch.T * half), at_least(a.sin, batch.T * half);
     for (int t = 0; t < batch.T; t++)
       for (size_t i = 0; i < half; i++) {
         double angle = batch.positions[t] * a.frequency[i];
@@ -363,18 +365,14 @@ bool Program::run(const Batch& batch, const Cancel* cancel) {
   scratch_.resize(pool_->threads());
   if (!claimed_) claimed_.reset(new std::atomic<int64_t>[steps_.size()]);
   for (size_t i = 0; i < steps_.size(); i++) claimed_[i] = 0;
-  times_.resize(profiling_ ? steps_.size() : 0);
   auto cancelled = [&] { return cancel && cancel->set.load(std::memory_order_relaxed); };
   pool_->run([&](int thread) {
     for (size_t i = 0; i < steps_.size(); i++) {
-      auto start = std::chrono::steady_clock::now();
       int64_t n = steps_[i].tiles();
       if (!n) continue;
       for (int64_t tile; !cancelled() && (tile = claimed_[i].fetch_add(1, std::memory_order_relaxed)) < n;)
         steps_[i].work(tile, scratch_[thread]);
       pool_->barrier();
-      if (profiling_ && !thread)
-        times_[i] = {steps_[i].kind, times_[i].second + std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
     }
   });
   return !cancelled();

@@ -31,17 +31,17 @@ struct Batch {
   float* logits;             // [n_out, V]
   int32_t* argmax;           // [n_out]
   float* log_normaliser;     // [n_out]: log sum exp of the logits
-  const int32_t* adapters = nullptr;  // [T]: which each token's sequence has, -1: none. None at all where null
+  const int32_t* adapters = nullptr;  // [T]: which each token's sequence has, -1: none; null: no token has one
 };
 
-constexpr int RANK = 32;     // ranks of an adapter are cut into slices of this many, one block each
+constexpr int RANK = 32;     // adapters are computed in slices of this many ranks, one block each
 
-// What an adapter adds at one site: slice s of h = x a^T (its rows RANK s and after) times b^T to output `target`.
-struct Low { int target; Weight b; };
-struct LowRank { int site; Weight a; std::vector<Low> slices; };
+// What an adapter adds at one site: slice s of h = x a^T (columns from RANK s on) times b^T, added to output `target`.
+struct LowRankSlice { int target; Weight b; };
+struct LowRank { int site; Weight a; std::vector<LowRankSlice> slices; };
 struct Adapter {
   std::vector<LowRank> sites;  // by site; without slices where it changes nothing
-  std::vector<int32_t> ids;    // replaced rows of the embedding, ascending, and what they are
+  std::vector<int32_t> ids;    // of replaced rows of the embedding, ascending; their values are `rows`
   Weight rows;
   int row(int32_t id) const;   // -1: not replaced
 };
@@ -55,7 +55,7 @@ class Program {
   // out = norm(x) * weight; before that x += y, or x += norm(y) * post, where y >= 0.
   void norm(int x, const float* weight, int out, float eps, int y, const float* post);
   void observe(int x, double* sums);  // sums [width] += x * x, over the tokens
-  // Both return their site, where adapters add to what comes out: to one of the weights, or to gate (0) and up (1).
+  // Both return their site: where adapters add to the output of one of the weights, or of gate (0) and up (1).
   int product(int in, std::vector<Weight> weights, int out);
   int gated(int in, Weight gate, Weight up, int out);
   void split_heads(int qkv, HeadSplit heads, double base, double scale, int64_t layer_offset, int64_t kv_offset);
@@ -63,54 +63,50 @@ class Program {
   void logits(int x, const float* weight, float eps, Weight table, float cap);
 
   int64_t vocabulary() const { return vocabulary_; }
-  // Throws where a shape does not fit. Not while a run is on; the index is what Batch::adapters says.
+  // Returns the index for Batch::adapters. Throws where a shape does not fit. Not to be called during a run.
   int add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows);
   int adapters() const { return (int)adapters_.size(); }
   bool run(const Batch& batch, const Cancel* cancel);  // false: cancelled, the pages beyond the old length are void
-  // Seconds of each step, in order, added up since profiling was switched on.
-  const std::vector<std::pair<std::string, double>>& profile() const { return times_; }
-  void set_profiling(bool on) { profiling_ = on, times_.clear(); }
 
  private:
   struct Buffer {
     int64_t width, padded;
-    int forms = 0, side_forms = 0;  // that products want, and adapters besides
-    bool prepared = false;   // while recording: what it holds by now is quantised too
+    int forms = 0, adapter_forms = 0;  // that products need, and those that adapters need in addition
+    bool prepared = false;   // while recording: its present contents have been quantised
     std::vector<float> f, scales32, scales256;
     std::vector<int8_t> q32, q256;
     std::vector<int16_t> sums32, sums256;
     Activations a;
   };
   struct Step {
-    std::string kind;
     std::function<int64_t()> tiles;
     std::function<void(int64_t tile, Scratch&)> work;
   };
-  struct Tasks {             // how attention of one window is cut; the cut never changes a result
+  struct Tasks {             // how attention of one window is split; the split never changes a result
     int window, heads, kv_heads, width;
     std::vector<AttentionTask> attend, merge;
     std::vector<int> segments;  // of each merge
     std::vector<float> partials;
   };
-  struct SideTask { Weight a; int slice; Activations x, h; };
+  struct AdapterTask { Weight a; int slice; Activations x, h; };
   struct Site {
     int in;
     std::vector<int64_t> rows;           // of each target
-    std::vector<SideTask> tasks;         // of this run: h = x a^T
-    std::atomic<int> left{0};            // of them, not done yet
-    std::vector<std::vector<Side>> sides;  // of this run, by target
+    std::vector<AdapterTask> tasks;         // of this run: h = x a^T
+    std::atomic<int> pending{0};         // tasks that are not done
+    std::vector<std::vector<AdapterTerm>> terms;  // of this run, by target
   };
   struct Span { int adapter, begin, end, start; size_t h; };  // tokens; the first of its packed group; its rows in h_
   struct Angles { std::vector<double> frequency; std::vector<float> cos, sin; };  // cos, sin: [T, H/2] of the batch
 
-  void add(std::string kind, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
-  void prepare(int b);       // quantise a buffer, where its readers want blocks and its writer made floats only
+  void add(std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
+  void prepare(int b);       // quantises a buffer whose readers need blocks and whose writer wrote floats only
   void size(Buffer& b, int T, bool packed);
   int site(int in, const std::vector<Weight>& weights);
-  // A step of a site: its adapters' tasks, and then the tiles of the product itself, which wait for them where they add h b^T.
-  void add_beside(std::string kind, int site, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
-  void lay_sides();
-  Sides sides(int site, int target) const { return {sites_[site].sides[target].data(), sites_[site].sides[target].size(), &sites_[site].left}; }
+  // A step of a site: its adapters' tasks, then the tiles of the product, which wait for the tasks before adding h b^T.
+  void add_with_adapters(int site, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
+  void plan_adapters();
+  AdapterTerms terms(int site, int target) const { return {sites_[site].terms[target].data(), sites_[site].terms[target].size(), &sites_[site].pending}; }
   Angles& angles(double base, double scale, int width);
   void cut(Tasks& tasks);
   int token_tiles() const { return packed_ ? (batch_.T + 15) / 16 : batch_.T; }
@@ -126,14 +122,13 @@ class Program {
   std::vector<Span> spans_;
   Buffer h_;                 // of all spans of one site, slice by slice
   Batch batch_;
-  bool packed_ = false, profiling_ = false;
+  bool packed_ = false;
   int head_ = -1;
   int64_t vocabulary_ = 0;
   std::vector<Scratch> scratch_;
   std::unique_ptr<std::atomic<int64_t>[]> claimed_;
   struct Stat { float largest, total; int64_t where; };
   std::vector<Stat> stats_;  // [n_out, parts] of the logits
-  std::vector<std::pair<std::string, double>> times_;
 };
 
 }  // namespace cg

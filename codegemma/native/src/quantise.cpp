@@ -1,7 +1,7 @@
 // Floats to GGUF blocks: the same bits as ggml's reference quantisers, with and without importance.
 //
 // Those define every sum in the order of its elements, so one sub-block cannot be summed by lanes. But the sub-blocks
-// of a super-block know nothing of each other: here each lane is one of them, and does what the definition says.
+// of a super-block are independent: here each lane is one of them, and follows the definition.
 // Compiled once per SIMD level (float terms never contracted); the plain level carries the binding.
 #ifndef CG_LEVEL
 #define CG_LEVEL plain
@@ -19,9 +19,9 @@ template <int W> struct Lanes {
   typedef int32_t I __attribute__((vector_size(4 * W)));
 };
 template <class I, class V> CG_INLINE V pick(I mask, V yes, V no) { return (V)((mask & (I)yes) | (~mask & (I)no)); }
-template <class V> CG_INLINE V least(V a, V b) { return pick(a < b, a, b); }
-template <class V> CG_INLINE V most(V a, V b) { return pick(a > b, a, b); }
-template <class I> CG_INLINE I clamp(I v, int low, int high) { return least(most(v, I{} + low), I{} + high); }
+template <class V> CG_INLINE V vmin(V a, V b) { return pick(a < b, a, b); }
+template <class V> CG_INLINE V vmax(V a, V b) { return pick(a > b, a, b); }
+template <class I> CG_INLINE I clamp(I v, int low, int high) { return vmin(vmax(v, I{} + low), I{} + high); }
 // To the nearest whole number, half to even, for |v| < 2^22: the sum leaves it in the mantissa.
 template <class I, class F> CG_INLINE I nearest(F v) { return ((I)(v + 12582912.f) & 0x7fffff) - 0x400000; }
 inline int nearest1(float v) {
@@ -69,15 +69,15 @@ template <int W> typename Lanes<W>::F fit_symmetric(const typename Lanes<W>::F* 
 
 struct Steps { float from, by; int count; };
 
-// w = scale * q - minimum, q = 0 .. top: weighted least squares for each of a row of trial scales, least error wins.
+// w = scale * q - minimum, q = 0 .. top: weighted vmin squares for each of a row of trial scales, vmin error wins.
 // A better minimum is also where the later trials begin.
 template <int W> typename Lanes<W>::F fit_affine(const typename Lanes<W>::F* x, const typename Lanes<W>::F* w, int n, int top, Steps steps,
                                                  typename Lanes<W>::I* q, typename Lanes<W>::F& minimum) {
   using F = typename Lanes<W>::F;
   using I = typename Lanes<W>::I;
   F low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
-  for (int i = 1; i < n; i++) low = least(x[i], low), high = most(x[i], high), sum_w += w[i], sum_x += w[i] * x[i];
-  low = least(low, F{});
+  for (int i = 1; i < n; i++) low = vmin(x[i], low), high = vmax(x[i], high), sum_w += w[i], sum_x += w[i] * x[i];
+  low = vmin(low, F{});
   I flat = high <= low, trial[32];
   F inverse = (float)top / (high - low), scale = 1 / inverse, error = {};
   for (int i = 0; i < n; i++) {
@@ -180,7 +180,7 @@ template <int BITS, bool MIN> void row32(const float* x, int64_t n, const float*
   if (!importance) {
     for (; n > 0; n -= 32, x += 32, out += BYTES) {
       F low = load<F>(x), high = low, base = {}, add = F{} + 0.5f;
-      for (int i = 8; i < 32; i += 8) low = least(load<F>(x + i), low), high = most(load<F>(x + i), high);
+      for (int i = 8; i < 32; i += 8) low = vmin(load<F>(x + i), low), high = vmax(load<F>(x + i), high);
       float a = low[0], b = high[0];
       for (int j = 1; j < 8; j++) a = std::min(a, low[j]), b = std::max(b, high[j]);
       float d = (b - a) / TOP;
@@ -193,7 +193,7 @@ template <int BITS, bool MIN> void row32(const float* x, int64_t n, const float*
       }
       float inverse = d ? 1 / d : 0;
       for (int i = 0; i < 32; i += 8) {
-        I v = least(__builtin_convertvector((load<F>(x + i) - base) * inverse + add, I), I{} + TOP);
+        I v = vmin(__builtin_convertvector((load<F>(x + i) - base) * inverse + add, I), I{} + TOP);
         store(q + i, v);
       }
       put32<BITS, MIN>(out, d, a, q);
@@ -222,17 +222,17 @@ void row_q8_0(const float* x, int64_t n, const float*, uint8_t* out) {
   using I = Lanes<8>::I;
   for (; n > 0; n -= 32, x += 32, out += 34) {
     F size = {};
-    for (int i = 0; i < 32; i += 8) size = most((F)((I)load<F>(x + i) & 0x7fffffff), size);
+    for (int i = 0; i < 32; i += 8) size = vmax((F)((I)load<F>(x + i) & 0x7fffffff), size);
     float largest = 0;
     for (int j = 0; j < 8; j++) largest = std::max(largest, size[j]);
     float d = largest / 127, inverse = d ? 1 / d : 0;
     store(out, to_half(d));
     for (int i = 0; i < 32; i += 8) {
       F v = load<F>(x + i) * inverse, a = (F)((I)v & 0x7fffffff);  // half away from zero, as roundf
-      I whole = __builtin_convertvector(a, I);
-      whole -= a - __builtin_convertvector(whole, F) >= 0.5f;
-      whole = pick(v < 0, -whole, whole);
-      for (int j = 0; j < 8; j++) out[2 + i + j] = (uint8_t)whole[j];
+      I rounded = __builtin_convertvector(a, I);
+      rounded -= a - __builtin_convertvector(rounded, F) >= 0.5f;
+      rounded = pick(v < 0, -rounded, rounded);
+      for (int j = 0; j < 8; j++) out[2 + i + j] = (uint8_t)rounded[j];
     }
   }
 }
@@ -326,8 +326,8 @@ void row_q6_k(const float* x, int64_t n, const float* importance, uint8_t* out) 
         scale[h][j] = d * s;
       }
       for (int i = 0; i < 16; i++) {
-        I whole = pick(scale[h] != 0, clamp(nearest<I>(v[h][i] / scale[h]), -32, 31) + 32, l[h][i]);
-        for (int j = 0; j < 8; j++) q[128 * h + 16 * j + i] = (uint8_t)whole[j];
+        I rounded = pick(scale[h] != 0, clamp(nearest<I>(v[h][i] / scale[h]), -32, 31) + 32, l[h][i]);
+        for (int j = 0; j < 8; j++) q[128 * h + 16 * j + i] = (uint8_t)rounded[j];
       }
     }
     for (int i = 0; i < 64; i++) {

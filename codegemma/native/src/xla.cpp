@@ -21,9 +21,11 @@ using namespace cg;
 namespace {
 
 struct Engine {
-  std::mutex one;
+  std::mutex mutex;  // one job at a time
   std::unique_ptr<Pool> pool;
   const Kernels* kernels = nullptr;
+  Buffers buffers;
+  Workers workers() { return {kernels, *pool, buffers}; }
 };
 Engine& engine = *new Engine;  // never destroyed: XLA's threads may outlive static objects
 
@@ -41,7 +43,7 @@ template <class T> T scalar(const xla::Call& call, const char* name) {
     if (!strncmp(call.attributes.names[i]->text, name, call.attributes.names[i]->length)) return *(const T*)call.attributes.at[i]->value;
   throw std::invalid_argument(std::string("an attribute is missing: ") + name);
 }
-bool paired(const xla::Call& call) { return scalar<int32_t>(call, "paired"); }
+bool in_bfloat16(const xla::Call& call) { return scalar<int32_t>(call, "bfloat16"); }
 Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
   int type = scalar<int32_t>(call, "type");
   require(type >= 0 && type < TYPES && blocks.dims[1] % TYPE[type].bytes == 0, "blocks of this type do not fill a row");
@@ -51,27 +53,27 @@ Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
 // x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; transposed: dy [T, rows], ... -> dy W [T, K]. W is `rows` rows from `first` on.
 template <bool TRANSPOSED> void product(const xla::Call& call) {
   const xla::Buffer &x = array(call.arguments, 0, xla::F32, 2), &out = array(call.results, 0, xla::F32, 2);
-  Matrix m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), x.dims[0],
-           *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data, TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED, false, paired(call)};
+  MatrixProduct m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), x.dims[0],
+           *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data, TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED, false, in_bfloat16(call)};
   require(m.first >= 0 && m.first + m.count <= m.w.rows, "rows beyond the weight's");
   require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == m.T, "x and the weight differ in their width");
-  multiply(engine.kernels, *engine.pool, m);
+  multiply(engine.workers(), m);
 }
 
-// A linear layer with an adapter of rank r beside it, and its gradients. Each tensor is read as it stands, also where its transpose
-// is wanted: left to XLA, whatever computes dy would run once per element of a transposed copy, against the grain.
+// A linear layer with an adapter of rank r, and its gradients. Tensors are read in place, also where their transpose is
+// needed: XLA would make a transposed copy, and fuse into it whatever computes dy.
 struct Adapted {
   Weight w, a, b;  // a [r, K], b [N, r]
   int64_t T, N, K, r;
-  bool pairs;
+  bool bfloat16;
   Adapted(const xla::Call& call, int first, int64_t tokens)
       : w(weight(call, array(call.arguments, first, xla::U8, 2))), a(floats(array(call.arguments, first + 1, xla::F32, 2))),
-        b(floats(array(call.arguments, first + 2, xla::F32, 2))), T(tokens), N(w.rows), K(w.cols), r(a.rows), pairs(paired(call)) {
+        b(floats(array(call.arguments, first + 2, xla::F32, 2))), T(tokens), N(w.rows), K(w.cols), r(a.rows), bfloat16(in_bfloat16(call)) {
     require(a.cols == K && b.rows == N && b.cols == r, "an adapter fits its layer");
   }
   // c [rows, ...] (+)= x times W, or times its transpose
-  void run(const float* x, int64_t rows, const Weight& by, bool transposed, float* c, bool add = false, bool turned = false) const {
-    multiply(engine.kernels, *engine.pool, {x, c, by, rows, 0, by.rows, transposed, add, pairs, turned});
+  void run(const float* x, int64_t rows, const Weight& by, bool transposed, float* c, bool add = false, bool a_transposed = false) const {
+    multiply(engine.workers(), {x, c, by, rows, 0, by.rows, transposed, add, bfloat16, a_transposed});
   }
   static Weight floats(const xla::Buffer& x) { return {F32_T, (const uint8_t*)x.data, x.dims[0], x.dims[1], 4 * x.dims[1]}; }
 };
@@ -83,35 +85,35 @@ float* out(const xla::Call& call, int i, int64_t rows, int64_t columns) {
 // x [T, K], blocks, a, b -> y = x W^T + u b^T [T, N], u = x a^T [T, r]
 void adapted(const xla::Call& call) {
   const xla::Buffer& x = array(call.arguments, 0, xla::F32, 2);
-  Adapted l(call, 1, x.dims[0]);
-  require(x.dims[1] == l.K, "x and the weight differ in their width");
-  float *y = out(call, 0, l.T, l.N), *u = out(call, 1, l.T, l.r);
-  l.run((const float*)x.data, l.T, l.a, false, u);
-  l.run((const float*)x.data, l.T, l.w, false, y);
-  l.run(u, l.T, l.b, false, y, true);
+  Adapted layer(call, 1, x.dims[0]);
+  require(x.dims[1] == layer.K, "x and the weight differ in their width");
+  float *y = out(call, 0, layer.T, layer.N), *u = out(call, 1, layer.T, layer.r);
+  layer.run((const float*)x.data, layer.T, layer.a, false, u);
+  layer.run((const float*)x.data, layer.T, layer.w, false, y);
+  layer.run(u, layer.T, layer.b, false, y, true);
 }
 // dy [T, N], x, u, blocks, a, b -> dx = dy W + du a, da = du^T x, db = dy^T u, where du = dy b
 void adapted_back(const xla::Call& call) {
   const xla::Buffer &dy = array(call.arguments, 0, xla::F32, 2), &x = array(call.arguments, 1, xla::F32, 2),
                     &u = array(call.arguments, 2, xla::F32, 2);
-  Adapted l(call, 3, dy.dims[0]);
-  require(dy.dims[1] == l.N && x.dims[0] == l.T && x.dims[1] == l.K && u.dims[0] == l.T && u.dims[1] == l.r, "shapes differ");
-  float *dx = out(call, 0, l.T, l.K), *da = out(call, 1, l.r, l.K), *db = out(call, 2, l.N, l.r);
-  std::vector<float> du(l.T * l.r);
-  l.run((const float*)dy.data, l.T, l.b, true, du.data());
-  l.run((const float*)dy.data, l.T, l.w, true, dx);
-  l.run(du.data(), l.T, l.a, true, dx, true);
-  l.run(du.data(), l.r, Adapted::floats(x), true, da, false, true);
-  l.run((const float*)dy.data, l.N, Adapted::floats(u), true, db, false, true);
+  Adapted layer(call, 3, dy.dims[0]);
+  require(dy.dims[1] == layer.N && x.dims[0] == layer.T && x.dims[1] == layer.K && u.dims[0] == layer.T && u.dims[1] == layer.r, "shapes differ");
+  float *dx = out(call, 0, layer.T, layer.K), *da = out(call, 1, layer.r, layer.K), *db = out(call, 2, layer.N, layer.r);
+  std::vector<float> du(layer.T * layer.r);
+  layer.run((const float*)dy.data, layer.T, layer.b, true, du.data());
+  layer.run((const float*)dy.data, layer.T, layer.w, true, dx);
+  layer.run(du.data(), layer.T, layer.a, true, dx, true);
+  layer.run(du.data(), layer.r, Adapted::floats(x), true, da, false, true);
+  layer.run((const float*)dy.data, layer.N, Adapted::floats(u), true, db, false, true);
 }
-const float* heads(const xla::Buffer& x, const Attended& s, int64_t count) {
+const float* heads(const xla::Buffer& x, const AttentionInputs& s, int64_t count) {
   require(x.dims[0] == s.B && x.dims[1] == s.T && x.dims[2] == count && x.dims[3] == s.H, "arrays of heads differ in their shapes");
   return (const float*)x.data;
 }
 // From argument `first` on: q [B, T, N, H], k and v [B, T, K, H], positions and segments [B, T]
-Attended attended(const xla::Call& call, int first) {
+AttentionInputs attention_inputs(const xla::Call& call, int first) {
   const xla::Buffer &q = array(call.arguments, first, xla::F32, 4), &k = array(call.arguments, first + 1, xla::F32, 4);
-  Attended s{};
+  AttentionInputs s{};
   s.B = q.dims[0], s.T = q.dims[1], s.N = q.dims[2], s.H = q.dims[3], s.K = k.dims[2];
   require(s.K > 0 && s.N % s.K == 0, "the heads of queries are a multiple of those of keys");
   s.q = heads(q, s, s.N), s.k = heads(k, s, s.K), s.v = heads(array(call.arguments, first + 2, xla::F32, 4), s, s.K);
@@ -120,37 +122,37 @@ Attended attended(const xla::Call& call, int first) {
     require(x.dims[0] == s.B && x.dims[1] == s.T, "every token has a position and a segment");
     (i ? s.segments : s.positions) = (const int32_t*)x.data;
   }
-  s.window = scalar<int32_t>(call, "window"), s.cap = scalar<float>(call, "cap"), s.paired = paired(call);
+  s.window = scalar<int32_t>(call, "window"), s.cap = scalar<float>(call, "cap"), s.bfloat16 = in_bfloat16(call);
   return s;
 }
 // ... -> out [B, T, N, H], logarithms of the sums [B, T, N]
 void attention(const xla::Call& call) {
-  const Attended s = attended(call, 0);
+  const AttentionInputs s = attention_inputs(call, 0);
   float* out = (float*)heads(array(call.results, 0, xla::F32, 4), s, s.N);
-  attend(engine.kernels, *engine.pool, s, out, (float*)array(call.results, 1, xla::F32, 3).data);
+  attend(engine.workers(), s, out, (float*)array(call.results, 1, xla::F32, 3).data);
 }
 // d out, logarithms of the sums, ... -> dq, dk, dv
 void attention_back(const xla::Call& call) {
-  const Attended s = attended(call, 2);
-  float* grown[3];
-  for (int i : {0, 1, 2}) grown[i] = (float*)heads(array(call.results, i, xla::F32, 4), s, i ? s.K : s.N);
+  const AttentionInputs s = attention_inputs(call, 2);
+  float* gradients[3];
+  for (int i : {0, 1, 2}) gradients[i] = (float*)heads(array(call.results, i, xla::F32, 4), s, i ? s.K : s.N);
   const float *d_out = heads(array(call.arguments, 0, xla::F32, 4), s, s.N), *log_sums = (const float*)array(call.arguments, 1, xla::F32, 3).data;
-  attend_back(engine.kernels, *engine.pool, s, log_sums, d_out, grown[0], grown[1], grown[2]);
+  attend_back(engine.workers(), s, log_sums, d_out, gradients[0], gradients[1], gradients[2]);
 }
-// hidden [M, D], blocks [V, row bytes], counts [V], used [] -> mean [M, D], largest logits [M], whose [M], sums [M], of the first `used` targets
+// hidden [M, D], blocks [V, row bytes], counts [V], used [] -> weighted [M, D], largest logits [M], their rows [M], sums [M], of the first `used` targets
 void vocabulary(const xla::Call& call) {
   const xla::Buffer &hidden = array(call.arguments, 0, xla::F32, 2), &counts = array(call.arguments, 2, xla::F32, 1);
   const Weight table = weight(call, array(call.arguments, 1, xla::U8, 2));
   const int64_t M = hidden.dims[0], D = table.cols;
   const int64_t used = std::clamp<int64_t>(*(const int32_t*)array(call.arguments, 3, xla::S32, 0).data, 0, M);
   require(hidden.dims[1] == D && counts.dims[0] == table.rows, "hidden states, the table and the counts of its rows differ");
-  float *mean = out(call, 0, M, D), *most = (float*)array(call.results, 1, xla::F32, 1).data, *sum = (float*)array(call.results, 3, xla::F32, 1).data;
+  float *weighted = out(call, 0, M, D), *max_logit = (float*)array(call.results, 1, xla::F32, 1).data, *sum = (float*)array(call.results, 3, xla::F32, 1).data;
   int32_t* best = (int32_t*)array(call.results, 2, xla::S32, 1).data;
-  std::vector<Sums> sums(M, {0, 1, 0});  // what is not used is finite
-  fold(engine.kernels, *engine.pool, {(const float*)hidden.data, used, table, (const float*)counts.data, scalar<float>(call, "cap"), paired(call)},
-       mean, sums.data());
-  std::fill(mean + used * D, mean + M * D, 0.f);
-  for (int64_t m = 0; m < M; m++) most[m] = sums[m].most, sum[m] = sums[m].sum, best[m] = sums[m].best;
+  std::vector<SoftmaxSums> sums(M, {0, 1, 0});  // finite beyond the used targets
+  vocabulary_softmax(engine.workers(), {(const float*)hidden.data, used, table, (const float*)counts.data, scalar<float>(call, "cap"), in_bfloat16(call)},
+       weighted, sums.data());
+  std::fill(weighted + used * D, weighted + M * D, 0.f);
+  for (int64_t m = 0; m < M; m++) max_logit[m] = sums[m].max_logit, sum[m] = sums[m].sum, best[m] = sums[m].best;
 }
 // ids [n], blocks [R, row bytes] -> rows of the weight as floats [n, K]
 void rows(const xla::Call& call) {
@@ -173,7 +175,7 @@ template <void (*RUN)(const xla::Call&)> xla::Error* handle(xla::Call* call) {
   int code = xla::INTERNAL;
   std::string message;
   try {
-    std::lock_guard<std::mutex> lock(engine.one);
+    std::lock_guard<std::mutex> lock(engine.mutex);
     RUN(*call);
     return nullptr;
   } catch (const std::invalid_argument& e) {
@@ -191,7 +193,7 @@ void bind_xla(nb::module_& m) {
   m.def("xla_handlers", [](const std::string& level, int threads) {
     require(threads > 0, "threads must be at least 1");
     nb::gil_scoped_release release;
-    std::lock_guard<std::mutex> lock(engine.one);
+    std::lock_guard<std::mutex> lock(engine.mutex);
     engine.kernels = choose_kernels(level), engine.pool = std::make_unique<Pool>(threads);
     nb::gil_scoped_acquire acquire;
     nb::dict handlers;

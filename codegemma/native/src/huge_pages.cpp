@@ -9,7 +9,7 @@
 namespace cg {
 
 // Bytes moved; what lies outside whole pages of 2 MB stays. Each piece is copied, then put in place in one step.
-int64_t settle(uint8_t* start, int64_t length) {
+int64_t use_huge_pages(uint8_t* start, int64_t length) {
   int64_t moved = 0;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const int64_t huge = 2 << 20, piece = 16 << 20;
