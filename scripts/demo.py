@@ -16,7 +16,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 import codegemma
-from codegemma.cli.main import split_mark
+from codegemma.cli.complete import split_mark
 
 SAMPLE = Path(__file__).parent.parent / "examples" / "ledger.py"
 

@@ -7,9 +7,10 @@ import runpy
 import signal
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -18,11 +19,12 @@ from tiny import random_adapter, tiny_config, write_tiny_gguf
 
 import codegemma
 from codegemma import hub, prompts
-from codegemma.adapters import adapter as lora
+from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import open_checkpoint
 from codegemma.cli import main as cli
+from codegemma.cli import options, output
+from codegemma.cli.complete import split_at
 from codegemma.config import PRESETS
-from codegemma.generate import completion
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,9 +50,9 @@ def run(capsys, monkeypatch):
 
     def command(*arguments, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(one) for one in arguments])
-        return left.value.code or 0, *capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        return exit.value.code or 0, *capsys.readouterr()
 
     return command
 
@@ -78,17 +80,89 @@ def test_the_documents_show_the_help_as_it_stands():
     assert document() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
 
 
-def test_the_choices_are_those_of_the_modules():
-    assert (get_args(cli.Mode), get_args(cli.Trim)) == (get_args(completion.Mode), get_args(completion.Trim))
+def help_texts(table, path=()):
+    """(path of a section, name of an option) of every text in the help's table."""
+    for name, text in table.items():
+        if isinstance(text, dict):
+            yield from help_texts(text, (*path, name))
+        else:
+            yield path, name
+
+
+def test_every_text_of_the_help_has_its_option():
+    """The reverse holds by construction: an option without a text fails when its command is made."""
+    names = {}
+    for verb, (where, _) in cli.VERBS.items():
+        module, _, function = where.partition(":")
+        command = options.command(getattr(import_module(f"codegemma.cli.{module}"), function), verb)
+        names[tuple(verb.split())] = {parameter.name for parameter in command.params}
+    for path, name in help_texts(tomllib.loads(options.HELP.read_text())):
+        verbs = [verb for verb in names if path == ("shared",) or verb[: len(path)] == path]
+        assert any(name in names[verb] for verb in verbs), f"{name} in {path}"
 
 
 def test_help_imports_no_engine():
     code = (
-        "import sys\nfrom codegemma.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "import sys\nfrom codegemma.cli import main\ntry: main.main(['--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'numpy', 'rich', 'sentencepiece', 'codegemma.generate.engine'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")
+
+
+def test_a_verb_imports_no_other_verb():
+    code = (
+        "import sys\nfrom codegemma.cli import main\ntry: main.main(['inspect', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted(name for name in sys.modules if name.startswith('codegemma.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = ["cli", "cli.convert", "cli.main", "cli.options", "cli.output", "config"]
+    assert done.stdout.endswith(f"\n{[f'codegemma.{name}' for name in modules]}\n")
+
+
+def test_the_version_is_that_of_the_package(run):
+    assert run("--version")[:2] == (0, f"codegemma {codegemma.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "completion"),
+    [("codegemma tu", "tune"), ("codegemma eval doc", "doctor"), ("codegemma complete --tri", "--trim")],
+)
+def test_the_shell_completes_verbs_and_options(words, completion):
+    variables = {
+        "_CODEGEMMA_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    command = [sys.executable, "-m", "codegemma.cli"]
+    done = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [completion], done.stderr
+
+
+def test_progress_is_a_line_for_each_tenth_in_a_pipe(capsys):
+    with output.Progress() as progress:
+        for done in range(1, 101):
+            progress("documents", done, 100)
+        progress("step", 1, 3, "loss 1.0000")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [*(f"documents {done} of 100" for done in range(10, 101, 10)), "step 1 of 3: loss 1.0000"]
+    with output.Progress("bytes") as progress:
+        progress("m.gguf", 10**9, None)
+        progress("m.gguf", 10**9, 2 * 10**9)
+    assert capsys.readouterr().err == "m.gguf 1.00 of 2.00 GB\n"
+
+
+def test_progress_is_a_bar_on_a_terminal_and_ends_with_its_block(monkeypatch):
+    stopped = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("rich.progress.Progress.start", lambda self: None)
+    monkeypatch.setattr("rich.progress.Progress.stop", lambda self: stopped.append(self.finished))
+    with pytest.raises(KeyError), output.Progress() as progress:
+        progress("documents", 3, 3)
+        assert not stopped
+        raise KeyError
+    assert stopped == [True]
 
 
 @given(st.text("ab\t\r\né🙂", max_size=30), st.data())
@@ -97,9 +171,9 @@ def test_a_cursor_is_where_an_editor_would_say(text, data):
     place = f"{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
     if text[at - 1 : at + 1] == "\r\n" and at:
         with pytest.raises(ValueError, match="columns 1 to"):
-            cli.split_at(text, place, "it")
+            split_at(text, place, "it")
     else:
-        assert cli.split_at(text, place, "it") == (text[:at], text[at:])
+        assert split_at(text, place, "it") == (text[:at], text[at:])
 
 
 HOLE = "def add(a, b):\n    return <CURSOR>\n\nprint(add(1, 2))\n"
@@ -262,6 +336,16 @@ def test_what_a_model_was_not_made_for(run, gguf, base_model):
         (["complete", "{here}", "--at", "1:1", "--temp", "-1"], "temperature must be from 0"),
         (["complete", "{here}", "--at", "1:1", "-m", "{here}"], "is neither GGUF"),
         (["generate", "-p", "a", "-f", "{here}"], "pass one of them"),
+        (["eval", "nonsense"], "no benchmark is called nonsense"),
+        (["eval", "compare", "{here}", "{here}"], "{here}"),
+        (["eval", "card", "--samples", "2"], "pass a temperature"),
+        (["data", "show", "{here}"], "{here}"),
+        (
+            ["data", "build", "{here}", "--out", "{here}.rows", "--window", "5"],
+            "window must look like 64:160",
+        ),
+        (["train", "{here}", "--full", "--qlora"], "pass one of them"),
+        (["convert", "{here}", "{here}.gguf"], "is neither GGUF"),
     ],
 )
 def test_errors_are_one_line_and_code_2(run, tmp_path, arguments, words):
@@ -273,12 +357,30 @@ def test_errors_are_one_line_and_code_2(run, tmp_path, arguments, words):
     assert words.format(here=here) in err
 
 
-def test_a_missing_extra_is_named(run, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("codegemma.evals")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "rich.progress", None)
-    code, _, err = run("eval", "list")
-    assert code == 2 and 'pip install "codegemma[eval]"' in err
+@pytest.mark.parametrize(
+    ("verb", "library", "extra"),
+    [
+        (["eval", "boolq", "-m", "{gguf}", "--endpoint", "http://127.0.0.1:9"], "httpx", "eval"),
+        (["data", "build", ".", "--out", "rows"], "pathspec", "data"),
+        (["train", "rows"], "optax", "train"),
+        (["serve"], "uvicorn", "serve"),
+        (["lsp"], "pygls", "serve"),
+        (["pull", "2b", "--accept-terms"], "huggingface_hub", "hub"),
+        (["pull", "http://127.0.0.1:9/a", "--source", "url", "--accept-terms"], "httpx", "hub"),
+    ],
+)
+def test_a_missing_extra_is_named(verb, library, extra, gguf, tmp_path):
+    verb = [word.format(gguf=gguf) for word in verb]
+    code = f"import sys\nsys.modules[{library!r}] = None\nfrom codegemma.cli.main import main\nmain({verb!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and f'pip install "codegemma[{extra}]"' in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_chat_from_a_pipe(run, gguf, tmp_path):
@@ -368,14 +470,14 @@ def test_stdin_of_a_terminal_is_not_waited_for(gguf):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     made = replace(random_adapter(tiny_config("gemma-mqa"), tokens=(67, 70)), card={"fim": {"psm": True}})
-    return lora.save(made, tmp_path_factory.mktemp("adapters") / "mine")
+    return save_adapter(made, tmp_path_factory.mktemp("adapters") / "mine")
 
 
 def test_an_adapter_acts_where_it_is_named(run, gguf, adapter):
     model = codegemma.load(gguf)
     model.add_adapter("mine", adapter)
     prefix, suffix = HOLE.split("<CURSOR>")
-    on, off = (model.complete(prefix, suffix, max_tokens=12, adapter=name) for name in ("mine", None))
+    on, off = (model.complete(prefix, suffix, max_tokens=12, adapter=name) for name in ("mine", "none"))
     assert on.steps != off.steps  # their log-probabilities differ at least
     common = ("-m", gguf, "-n", 12, "--adapter")
     for path, name, expected in ((adapter, "mine", on), ("none", None, off), ("auto", None, off)):
@@ -415,7 +517,11 @@ def test_convert_merges_and_inspect_tells(run, gguf, adapter, tmp_path):
     for written in (tmp_path / "merged.gguf", tmp_path / "merged"):
         again = tmp_path / f"again-{written.name}.gguf"
         assert run("convert", written, again)[0] == 0  # and what it was taught goes with it
-        assert [open_checkpoint(path).taught for path in (gguf, written, again)] == [None, {"psm"}, {"psm"}]
+        assert [open_checkpoint(path).fim_orders for path in (gguf, written, again)] == [
+            None,
+            {"psm"},
+            {"psm"},
+        ]
     write_tiny_gguf(tmp_path / "q8.gguf", tiny_config("gemma-mqa"), "Q8_0")
     code, _, notes = run("convert", tmp_path / "q8.gguf", tmp_path / "again.gguf", "--adapter", adapter)
     assert code == 0 and "note: " in notes and "rounded to blocks a second time" in notes

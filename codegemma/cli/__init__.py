@@ -1,0 +1,1 @@
+"""The command line: `codegemma VERB`, one function for each verb."""

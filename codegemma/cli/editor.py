@@ -1,4 +1,4 @@
-"""The command line's verbs for editors: lsp, setup, stats."""
+"""The verbs for editors: `lsp`, `setup` and `stats`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from typer import Argument, Option
+from typer import Option
+
+from codegemma.cli.options import ModelOptions
 
 if TYPE_CHECKING:
     from codegemma.serve.stats import Shown
@@ -15,134 +17,75 @@ Editor = Literal["vscode", "neovim", "helix", "emacs", "continue", "zed"]
 
 
 def lsp(
-    model: Annotated[
-        str | None,
-        Option(
-            "-m",
-            "--model",
-            metavar="MODEL",
-            help="The model to load; the packaged default model where left out.",
-        ),
-    ] = None,
-    server: Annotated[
-        str | None, Option(metavar="URL", help="Ask this server instead of loading a model.")
-    ] = None,
-    api_key_file: Annotated[Path | None, Option(metavar="FILE", help="Its key.")] = None,
-    adapter: Annotated[
-        str,
-        Option(
-            metavar="PATH",
-            help="An adapter to put on, such as `codegemma tune` makes; none is the base, "
-            "auto the model's own.",
-        ),
-    ] = "auto",
-    threads: Annotated[
-        int | None,
-        Option(
-            "-t",
-            "--threads",
-            min=1,
-            show_default=False,
-            help="The CPUs that this process may use, where left out.",
-        ),
-    ] = None,
-    quantize: Annotated[
-        Literal["q8_0", "q4_0"] | None, Option(help="Turn float weights into blocks while loading.")
-    ] = None,
-    cache: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="Keep the prompt cache in this file from one session to the next."),
-    ] = None,
+    model: ModelOptions,
+    server: str | None = None,
+    api_key_file: Path | None = None,
+    adapter: str = "auto",
+    cache: Path | None = None,
 ) -> None:
     """Be the language server of an editor, over stdin and stdout.
 
     `codegemma setup` says how an editor starts it.
     """
-    try:
-        from codegemma.editor.lsp import serve
-        from codegemma.editor.sources import opener
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("codegemma"):
-            raise
-        raise ValueError(f'codegemma lsp needs {error.name}: pip install "codegemma[serve]"') from error
-    serve(opener(model, server, api_key_file, threads, quantize, cache, adapter))
+    from codegemma.editor.lsp import serve
+    from codegemma.editor.sources import opener
+
+    serve(opener(model.model, server, api_key_file, model.threads, model.quantize, cache, adapter))
 
 
-def setup(
-    editor: Annotated[Editor, Argument(help="Which one.")],
-    write: Annotated[
-        bool, Option("--write", help="Change the editor's file; its old one is kept beside it.")
-    ] = False,
-) -> None:
+def setup(editor: Editor, write: bool = False) -> None:
     """Show how to set up an editor, or do it."""
-    from codegemma.editor import setup as editors
+    from codegemma.editor import setup as setups
 
-    print(editors.write(editor) if write else editors.advice(editor, editors.program()))
+    print(setups.write(editor) if write else setups.advice(editor, setups.program()))
 
 
 def stats(
-    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
-    days: Annotated[int, Option(min=1, max=365, help="Days in the picture.")] = 30,
-    off: Annotated[bool, Option("--off", help="Record nothing from now on.")] = False,
-    on: Annotated[bool, Option("--on", help="Record again.")] = False,
-    clear: Annotated[bool, Option("--clear", help="Delete what was recorded.")] = False,
+    as_json: bool = False,
+    days: Annotated[int, Option(min=1, max=365)] = 30,
+    off: bool = False,
+    on: bool = False,
+    clear: bool = False,
 ) -> None:
     """Show what came of suggestions in editors: shown, accepted, how fast.
 
     The figures stay in a file on this machine; nothing sends them anywhere.
     """
-    from codegemma.serve import stats as kept
+    from codegemma.serve import stats as records
 
     if on and off:
         raise ValueError("--on and --off: pass one of them")
     if on or off:
-        kept.set_recording(on)
+        records.set_recording(on)
     if clear:
-        kept.clear()
-    rows = kept.load()
+        records.clear()
+    rows = records.load()
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "file": str(kept.file()),
-                    "recording": kept.recording(),
-                    "all": kept.summary(rows),
-                    "languages": kept.by_language(rows),
-                }
-            )
-        )
-    elif not (on or off or clear):
-        _show(rows, days)
-    if not as_json:
-        print(f"{kept.file()}: recording is {'on' if kept.recording() else 'off'}")
+        facts = {
+            "file": str(records.file()),
+            "recording": records.recording(),
+            "all": records.summary(rows),
+            "languages": records.by_language(rows),
+        }
+        print(json.dumps(facts))
+        return
+    if not (on or off or clear):
+        _print_table(rows, days)
+    print(f"{records.file()}: recording is {'on' if records.recording() else 'off'}")
 
 
-def _show(rows: list[Shown], days: int) -> None:
+def _print_table(rows: list[Shown], days: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from codegemma.serve import stats as kept
+    from codegemma.serve import stats as records
 
     table = Table("language", "shown", "accepted", "of characters", "median", "95%", box=None, pad_edge=False)
-    for name, row in [*kept.by_language(rows).items(), ("all", kept.summary(rows))]:
-        table.add_row(
-            name,
-            f"{row['shown']:,}",
-            _share(row["accepted_share"]),
-            _share(row["characters_kept_share"]),
-            _ms(row["latency_ms_median"]),
-            _ms(row["latency_ms_95"]),
-        )
+    for name, row in [*records.by_language(rows).items(), ("all", records.summary(rows))]:
+        shares = [row["accepted_share"], row["characters_kept_share"]]
+        latencies = [row["latency_ms_median"], row["latency_ms_95"]]
+        cells = ["-" if share is None else f"{share:.0%}" for share in shares]
+        cells += ["-" if latency is None else f"{latency:,.0f} ms" for latency in latencies]
+        table.add_row(name, f"{row['shown']:,}", *cells)
     Console(highlight=False).print(table)
-    print(f"\n{kept.picture(rows, days)}\n")
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f} ms"
-
-
-VERBS = (lsp, setup, stats)
+    print(f"\n{records.picture(rows, days)}\n")

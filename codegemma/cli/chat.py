@@ -1,0 +1,170 @@
+"""The verb `chat`: a conversation at a terminal, or from a pipe."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codegemma.cli.complete import interruptible
+from codegemma.cli.options import ModelOptions, Positive, SamplingOptions
+
+if TYPE_CHECKING:
+    from codegemma.generate.model import Model
+    from codegemma.generate.request import Request
+    from codegemma.prompts import Message
+
+HELP = '''\
+/reset        forget the conversation
+/system TEXT  instructions that go before your first message; without TEXT, none
+/save FILE    write the conversation as JSON
+/exit         leave (so does Ctrl-D)
+"""           opens a message of several lines, and closes it
+Ctrl-C        stops an answer'''
+COMMAND = re.compile(r"/(reset|system|save|help|exit)(?:\s+(.*))?", re.DOTALL)
+
+
+def chat(
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    system: str = "",
+    max_tokens: Positive = 1024,
+    adapter: str = "none",
+    strict: bool = False,
+) -> None:
+    """Talk with an instruction-tuned model.
+
+    /help lists the commands. From a pipe, all lines up to the next command, or the end, are one message.
+    """
+    from codegemma.generate.request import Chat, Request
+
+    request = Request(Chat([]), max_tokens, sampling.sampling())
+    loaded = model.load(strict=strict)
+    loaded.expect("chat")
+    conversation = Conversation(loaded, system, replace(request, adapter=loaded.adapter_at(adapter)))
+    for text in _typed() if sys.stdin.isatty() else _piped():
+        if not conversation.take(text):
+            break
+
+
+class Conversation:
+    """The turns so far, and how the next one is answered."""
+
+    def __init__(self, model: Model, system: str, request: Request) -> None:
+        """`request` says how each turn is answered; its prompt is replaced by the conversation."""
+        self._model, self._system, self._request = model, system, request
+        self._turns: list[Message] = []
+
+    def take(self, text: str) -> bool:
+        """Answers a message or obeys a command. False where the user wants to leave."""
+        command = COMMAND.fullmatch(text.strip())
+        if command is None:
+            if text.strip():
+                self._answer(text)
+            return True
+        verb, argument = command.groups()
+        if verb == "reset":
+            self._turns.clear()
+        elif verb == "system":
+            self._system = argument or ""
+        elif verb == "save":
+            self._save(argument)
+        elif verb == "help":
+            print(HELP)
+        return verb != "exit"
+
+    def _messages(self) -> list[Message]:
+        from codegemma.prompts import Message
+
+        return [Message("system", self._system)] * bool(self._system) + self._turns
+
+    def _answer(self, text: str) -> None:
+        """Answers a message. A stopped answer stays as far as it came; one that failed leaves no trace."""
+        from codegemma.generate.request import Chat
+        from codegemma.native import Cancel
+        from codegemma.prompts import Message
+
+        self._turns.append(Message("user", text))
+        answer: list[str] = []
+        cancel = Cancel()
+        try:
+            completion = self._model.run(replace(self._request, prompt=Chat(self._messages())), cancel)
+            with closing(interruptible(completion, cancel)) as steps:
+                for step in steps:
+                    answer.append(step.text)
+                    print(step.text, end="", flush=True)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+        except ValueError as error:
+            self._turns.pop()
+            print(f"error: {error}; /reset starts anew", file=sys.stderr)
+            return
+        print()
+        self._turns.append(Message("assistant", "".join(answer)))
+
+    def _save(self, file: str | None) -> None:
+        if not file:
+            print("error: /save needs the name of a file", file=sys.stderr)
+            return
+        turns = [{"role": message.role, "content": message.text} for message in self._messages()]
+        text = json.dumps(turns, indent=1, ensure_ascii=False) + "\n"
+        try:
+            Path(file).expanduser().write_text(text, encoding="utf-8")
+        except OSError as error:
+            print(f"error: {file}: {error.strerror}", file=sys.stderr)
+
+
+def _piped() -> Iterator[str]:
+    """The messages and commands on stdin: what stands between two commands is one message."""
+    lines: list[str] = []
+    for line in sys.stdin:
+        if COMMAND.fullmatch(line.strip()):
+            yield "".join(lines)
+            yield line
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines)
+
+
+def _typed() -> Iterator[str]:
+    """The messages and commands typed at a terminal, with the history of earlier conversations."""
+    from codegemma.files import cache_dir
+
+    history = cache_dir() / "chat_history"
+    with suppress(ImportError):
+        import readline
+
+        with suppress(OSError):
+            readline.read_history_file(history)
+        readline.set_history_length(1000)
+    print("Gemma is listening; /help lists the commands.", file=sys.stderr)
+    while True:
+        try:
+            yield _typed_message()
+        except KeyboardInterrupt:
+            print()  # drops the line, as a shell does
+        except EOFError:
+            print()
+            return
+        finally:
+            with suppress(NameError, OSError):
+                history.parent.mkdir(parents=True, exist_ok=True)
+                readline.write_history_file(history)
+
+
+def _typed_message() -> str:
+    line = input(">>> ")
+    if not line.lstrip().startswith('"""'):
+        return line
+    lines = [line.lstrip()[3:]]
+    while not lines[-1].rstrip().endswith('"""'):
+        lines.append(input("... "))
+    lines[-1] = lines[-1].rstrip()[:-3]
+    return "\n".join(lines).strip("\n")

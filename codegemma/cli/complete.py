@@ -1,0 +1,238 @@
+"""The verbs `complete` and `generate`, and how an answer is shown while it is made."""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from typer import Argument
+
+from codegemma.cli.options import ModelOptions, Positive, SamplingOptions, title
+from codegemma.cli.output import note, notes
+from codegemma.config import Mode, Trim
+
+if TYPE_CHECKING:
+    from codegemma.generate.engine import Completion, Step
+    from codegemma.generate.model import Model
+    from codegemma.generate.request import Infill, Request, TextPrompt
+    from codegemma.native import Cancel
+
+
+@dataclass(frozen=True)
+class AnswerOptions(ModelOptions, SamplingOptions):
+    """How to answer one prompt, and how to show the answer."""
+
+    stop: list[str] | None = None
+    cache: Path | None = None
+    strict: bool = False
+    as_json: bool = False
+
+    def request(self, prompt: Infill | TextPrompt, max_tokens: int, seconds: float | None = None) -> Request:
+        """Raises ValueError where a value is out of range."""
+        from codegemma.generate.request import Request
+
+        return Request(prompt, max_tokens, self.sampling(), stop=self.stop or (), prompt_seconds=seconds)
+
+
+def complete(
+    answer: AnswerOptions,
+    file: Annotated[str | None, Argument()] = None,
+    at: str | None = None,
+    cursor_mark: str = "<CURSOR>",
+    prefix_file: Path | None = None,
+    suffix_file: Path | None = None,
+    context: list[Path] | None = None,
+    path: str | None = None,
+    mode: Mode = "auto",
+    trim: Trim = "none",
+    time_budget: float | None = None,
+    max_tokens: Positive = 128,
+    adapter: str = "auto",
+) -> None:
+    """Fill the hole at a cursor."""
+    from codegemma.generate.request import Infill
+    from codegemma.generate.resolve import layout_for
+    from codegemma.prompts import File
+
+    prefix, suffix = _hole(file, at, cursor_mark, prefix_file, suffix_file)
+    files = [File(str(other), _read(other)) for other in context or ()]
+    path = path or (file if files and file != "-" else None)
+    seconds = None if time_budget is None else time_budget / 1000
+    request = answer.request(Infill(prefix, suffix, path, files, mode, trim), max_tokens, seconds)
+    model = answer.load(answer.cache, answer.strict)
+    request = replace(request, adapter=model.adapter_at(adapter))
+    orders = model.fim_orders(request.adapter)
+    if not orders and not answer.strict:
+        consequence = (
+            "it continues the prefix, and what repeats the suffix is dropped"
+            if mode in ("auto", "prefix")
+            else f"expect little of --mode {mode}"
+        )
+        note(f"{title(model)} was not trained to fill in the middle: {consequence}")
+    _answer(model, request, answer, layout=layout_for(mode, orders))
+
+
+def generate(
+    answer: AnswerOptions,
+    file: str | None = None,
+    prompt: str | None = None,
+    raw: bool = False,
+    truncate: Literal["left"] | None = None,
+    log_disable: bool = False,
+    max_tokens: Positive = 256,
+    adapter: str = "none",
+) -> None:
+    """Echo a prompt and continue it."""
+    from codegemma.generate.request import TextPrompt
+
+    if file is not None and prompt is not None:
+        raise ValueError("-f and -p both name the prompt: pass one of them")
+    text = prompt if prompt is not None else _input(file).removesuffix("\n").removesuffix("\r")
+    request = answer.request(TextPrompt(text, raw, truncate is not None), max_tokens)
+    model = answer.load(answer.cache, answer.strict)
+    model.expect("generation")
+    _answer(model, replace(request, adapter=model.adapter_at(adapter)), answer, echo=text)
+
+
+# --------------------------------------------------------------------------------------------- text and cursor
+def _hole(
+    file: str | None, at: str | None, mark: str, prefix_file: Path | None, suffix_file: Path | None
+) -> tuple[str, str]:
+    """Text before and after the cursor."""
+    if prefix_file or suffix_file:
+        if file is not None or at is not None:
+            raise ValueError(
+                "the text comes from FILE or from --prefix-file and --suffix-file: pass one or the other"
+            )
+        return _read(prefix_file) if prefix_file else "", _read(suffix_file) if suffix_file else ""
+    text, name = _input(file), "stdin" if file in (None, "-") else str(file)
+    return split_at(text, at, name) if at is not None else split_mark(text, mark, name)
+
+
+def split_at(text: str, at: str, name: str) -> tuple[str, str]:
+    """`text` before and after the cursor at "LINE:COL", both from 1, in characters; \\r\\n ends a line."""
+    numbers = at.split(":")
+    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise ValueError(
+            f"--at must be LINE:COL, two whole numbers from 1, got {at!r}: the start of a file is 1:1"
+        )
+    line, column = map(int, numbers)
+    lines = text.split("\n")
+    if not 1 <= line <= len(lines):
+        raise ValueError(f"--at {at}: {name} has lines 1 to {len(lines)}")
+    width = len(lines[line - 1].removesuffix("\r") if line < len(lines) else lines[line - 1])
+    if not 1 <= column <= width + 1:
+        raise ValueError(
+            f"--at {at}: line {line} of {name} has columns 1 to {width + 1} (the last is its end)"
+        )
+    cursor = sum(len(earlier) + 1 for earlier in lines[: line - 1]) + column - 1
+    return text[:cursor], text[cursor:]
+
+
+def split_mark(text: str, mark: str, name: str) -> tuple[str, str]:
+    """`text` before and after the one place where `mark` stands."""
+    count = text.count(mark) if mark else 0
+    if count != 1:
+        raise ValueError(
+            f"{name} has the cursor mark {mark!r} {count} times, but needs one: pass --at LINE:COL, "
+            "or another --cursor-mark"
+        )
+    prefix, _, suffix = text.partition(mark)
+    return prefix, suffix
+
+
+def _input(file: str | None) -> str:
+    """The text of a file, or of stdin where `file` is None or "-"."""
+    if file not in (None, "-"):
+        return _read(Path(file))
+    if sys.stdin.isatty() and file is None:
+        raise ValueError("no text to work on: name a file (see --help), or pipe the text in")
+    return _decode(sys.stdin.buffer.read(), "stdin")
+
+
+def _read(file: Path) -> str:
+    return _decode(file.read_bytes(), str(file))
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start:,} is 0x{data[error.start]:02x}"
+        raise ValueError(f"{name} is not UTF-8 text ({byte}): convert it first") from error
+
+
+# ------------------------------------------------------------------------------------------------- the answer
+def interruptible(completion: Completion, cancel: Cancel) -> Generator[Step]:
+    """The Steps of a completion, made in a thread: Ctrl-C reaches the caller at once, also while kernels run.
+
+    When the iterator is closed, or ends in any way, the work has stopped.
+    """
+    steps: queue.SimpleQueue[Step | Exception | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            for step in completion:
+                steps.put(step)
+            steps.put(None)
+        except Exception as error:
+            steps.put(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        while (step := steps.get()) is not None:
+            if isinstance(step, Exception):
+                raise step
+            yield step
+    finally:
+        cancel.set()
+        worker.join()
+
+
+def _answer(model: Model, request: Request, options: AnswerOptions, echo: str = "", **facts: str) -> None:
+    """Prints `echo` and the answer as it comes, or one JSON object with its figures and `facts`."""
+    from codegemma.native import Cancel
+
+    started, first_step, cancel = time.perf_counter(), 0.0, Cancel()
+    completion = model.run(request, cancel)
+
+    def show(text: str) -> None:
+        if not options.as_json:
+            print(text, end="", flush=True)
+
+    show(echo)
+    with closing(interruptible(completion, cancel)) as steps:
+        for step in steps:
+            first_step = first_step or time.perf_counter()
+            show(step.text)
+    ended = time.perf_counter()
+    if options.as_json:
+        tokens = len(completion.ids)
+        first_step = first_step or ended
+        answer = {
+            "text": completion.text,
+            "stop": completion.stop or "length",
+            "tokens": tokens,
+            "prompt_tokens": completion.prompt_tokens,
+            "cached_tokens": completion.cached_tokens,
+            "time_to_first_token_ms": round(1000 * (first_step - started), 3),
+            "tokens_per_second": round((tokens - 1) / (ended - first_step), 3) if tokens > 1 else None,
+            "model": str(model.path),
+            **facts,
+            "adapter": None if request.adapter == "none" else request.adapter,
+            "notice": "; ".join(notes) or None,
+        }
+        print(json.dumps(answer))
+    elif sys.stdout.isatty() and not (echo + completion.text).endswith("\n"):
+        print()
+    if options.cache is not None:
+        model.engine.cache.save(options.cache)

@@ -1,0 +1,128 @@
+"""The verbs about whole models: `models`, `bench`, `pull` and `install`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codegemma.cli.options import ModelOptions, Positive, title
+from codegemma.cli.output import Progress
+from codegemma.config import DownloadSource
+
+if TYPE_CHECKING:
+    from codegemma.hub import ModelInfo
+
+
+def models(as_json: bool = False) -> None:
+    """List the family.
+
+    What each member can do, where it is on disk, its size, its licence.
+    """
+    from codegemma import hub
+
+    infos = hub.models()
+    if not as_json:
+        _print_table(infos)
+        return
+    rows = [
+        {
+            "name": info.preset.name,
+            "title": info.preset.title,
+            "uses": info.preset.uses,
+            "fill_in_the_middle": info.preset.fim,
+            "path": info.path and str(info.path),
+            "bytes": info.size,
+            "packaged": info.packaged,
+            "licence": info.preset.licence,
+            "hub": info.preset.hub,
+        }
+        for info in infos
+    ]
+    print(json.dumps(rows, indent=1))
+
+
+def _print_table(infos: Sequence[ModelInfo]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "made for", "size", "licence", box=None, pad_edge=False)
+    for info in infos:
+        size = f"{info.size / 1e9:.2f} GB" if info.size else "-"
+        table.add_row(info.preset.name, ", ".join(info.preset.uses), size, info.preset.licence)
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    print()
+    for info in infos:
+        if info.path:
+            path = info.path.absolute()
+            home = path.is_relative_to(Path.home())
+            print(f"{info.preset.name} is at {Path('~', path.relative_to(Path.home())) if home else path}")
+        elif info.packaged:
+            print(f"{info.preset.name} is in its package")
+    console.print(
+        "Another member: `codegemma pull NAME` (accept its licence on huggingface.co first). Any .gguf file "
+        "or directory works with -m."
+    )
+
+
+def bench(
+    model: ModelOptions,
+    prompt_tokens: Positive = 512,
+    decode_tokens: Positive = 32,
+    repeats: Positive = 3,
+    adapter: str = "none",
+    as_json: bool = False,
+) -> None:
+    """Measure speed, and the share of this machine's limit.
+
+    The limits, memory bandwidth and int8 operations, are measured in the same minutes.
+    """
+    loaded = model.load()
+    used = loaded.adapter_at(adapter)
+    result = loaded.benchmark(prompt_tokens, decode_tokens, repeats, used)
+    result = {"model": str(loaded.path), "adapter": None if used == "none" else used, **result}
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{title(loaded)} ({loaded.path.name}), {result['threads']} threads, {result['simd']}, "
+        f"medians of {repeats}\n"
+        f"prefill {result['prefill_tokens_per_second']:8,.1f} tokens/s  {result['prefill_share_of_peak']:5.0%} "
+        f"of {result['int8_operations_per_second'] / 1e9:,.0f} GOP/s int8   ({prompt_tokens} tokens; the "
+        "vocabulary product for the last one only)\n"
+        f"decode  {result['decode_tokens_per_second']:8,.1f} tokens/s  {result['decode_share_of_bandwidth']:5.0%} "
+        f"of {result['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read   ({decode_tokens} tokens behind them)"
+    )
+
+
+def pull(
+    name: str,
+    source: DownloadSource = "hf",
+    sha256: str | None = None,
+    accept_terms: bool = False,
+    pack: Path | None = None,
+) -> None:
+    """Get a model, once you have accepted the Gemma terms."""
+    from codegemma.hub import pull as downloads
+
+    with Progress("bytes") as progress:
+        path = downloads.pull(
+            name, source, ask=lambda text: accept_terms or _confirm(text), sha256=sha256, progress=progress
+        )
+    print(downloads.pack(path, pack, name) if pack else path)
+
+
+def _confirm(terms: str) -> bool:
+    try:
+        return input(f"{terms}\nDo you accept them? [y/N]: ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def install(file: Path) -> None:
+    """Install a packed model."""
+    from codegemma.hub import pull as downloads
+
+    print(downloads.install(file))

@@ -1,0 +1,135 @@
+"""How a verb's function becomes a command: its parameters are the options, help.toml says what each means.
+
+A parameter without a default is an argument. The fields of a parameter that is a dataclass are options too, after the
+verb's own: that is how verbs share options, and receive many as one value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections import ChainMap
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
+
+import typer
+from typer import Argument, Option
+
+from codegemma.config import DEFAULT_MODEL, LoadQuantization
+
+if TYPE_CHECKING:
+    from codegemma.generate.model import Model
+    from codegemma.generate.sampling import Sampling
+
+HELP = Path(__file__).with_name("help.toml")
+FLAGS = {  # of options that are not called as their parameter is
+    "model": ("-m", "--model"),
+    "threads": ("-t", "--threads"),
+    "max_tokens": ("-n", "--max-tokens"),
+    "temp": ("--temp", "--temperature"),
+    "file": ("-f", "--file"),
+    "prompt": ("-p", "--prompt"),
+    "as_json": ("--json",),
+    "z": ("--z-loss",),
+    "alpha": ("--lora-alpha",),
+}
+METAVARS: dict[Any, str] = {
+    kind: name
+    for name, type in (("TEXT", str), ("PATH", Path))
+    for kind in (type, type | None, list[type], list[type] | None)  # type: ignore[valid-type]
+}
+Positive = Annotated[int, Option(min=1)]
+Natural = Annotated[int, Option(min=0)]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model to load, and how."""
+
+    model: str = DEFAULT_MODEL
+    threads: Annotated[int | None, Option(min=1)] = None
+    quantize: LoadQuantization | None = None
+
+    def load(self, cache: Path | None = None, strict: bool = False) -> Model:
+        from codegemma.generate.model import load
+
+        return load(self.model, threads=self.threads, quantize=self.quantize, cache=cache, strict=strict)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to choose among the likely tokens."""
+
+    temp: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int = 0
+
+    def sampling(self) -> Sampling:
+        """Raises ValueError where a value is out of range."""
+        from codegemma.generate.sampling import Sampling
+
+        return Sampling(self.temp, self.top_k, self.top_p, self.min_p, self.repeat_penalty, self.seed)
+
+
+def title(model: Model) -> str:
+    """What to call a model in a message."""
+    return model.preset.title if model.preset else model.path.name
+
+
+def command(verb: Callable[..., None], path: str) -> Any:
+    """The command of a verb, whose path is its own name after its group's: "eval run"."""
+    texts = _texts(path)
+    groups: dict[str, Any] = {}
+    own: list[inspect.Parameter] = []
+    shared: list[inspect.Parameter] = []
+    for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if not is_dataclass(kind):
+            own.append(_option(parameter.name, kind, parameter.default, texts))
+            continue
+        groups[parameter.name] = kind
+        hints = get_type_hints(kind, include_extras=True)
+        shared += [_option(field.name, hints[field.name], field.default, texts) for field in fields(kind)]
+
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        verb(**values)
+
+    call.__doc__ = verb.__doc__
+    call.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(path.split()[-1])(call)
+    return typer.main.get_command(app)
+
+
+def _texts(path: str) -> ChainMap[str, Any]:
+    """The help of a verb's options, by parameter: the verb's own, else its group's, else what all verbs share."""
+    table = tomllib.loads(HELP.read_text())
+    sections = [table["shared"]]
+    for name in path.split():
+        table = table.get(name, {})
+        sections.insert(0, table)
+    return ChainMap(*sections)
+
+
+def _option(name: str, kind: Any, default: Any, texts: ChainMap[str, Any]) -> inspect.Parameter:
+    """A parameter as Typer reads it. `kind` may be Annotated with an Option or Argument that has more to say."""
+    required = default is inspect.Parameter.empty
+    info: Any = Argument() if required else Option()
+    if get_origin(kind) is Annotated:
+        kind, info = kind.__origin__, copy(kind.__metadata__[0])
+    if isinstance(info, type(Option())) and default is not True:  # True makes --NAME and --no-NAME
+        info.param_decls = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
+    info.default = ... if required else default
+    text = texts[name]
+    metavar = name.upper() if isinstance(info, type(Argument())) else METAVARS.get(kind)
+    info.metavar, info.help = text if isinstance(text, list) else (metavar, text)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind)

@@ -1,0 +1,70 @@
+"""What a verb shows while it works and beside its answer, all of it on stderr: notes, and the progress of long work."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+notes: list[str] = []  # of this run; --json repeats them
+
+
+def note(text: str) -> None:
+    notes.append(text)
+    print(f"note: {text}", file=sys.stderr)
+
+
+class Progress:
+    """How far long work is: a bar with an ETA for each task on a terminal, plain lines elsewhere.
+
+    Use it as a context manager, and call it with a task's name, what is done, and of how much.
+    """
+
+    def __init__(self, unit: Literal["items", "bytes"] = "items") -> None:
+        self._unit = unit
+        self._bars: Any = None  # rich's Progress, where stderr is a terminal
+        self._tasks: dict[str, Any] = {}  # task: rich's id of its bar, or the tenths that were printed
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            self._bars = _bars(self._unit)
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def __call__(self, task: str, done: int, total: int | None, detail: str = "") -> None:
+        """Shows that `done` of `total` are done; a total of None is not known. A line with a detail is always printed."""
+        if self._bars:
+            if task not in self._tasks:
+                self._tasks[task] = self._bars.add_task(task, detail=detail)
+            self._bars.update(self._tasks[task], completed=done, total=total, detail=detail)
+            return
+        tenths = 10 * done // total if total else 0
+        if not detail and tenths <= self._tasks.get(task, 0):
+            return
+        self._tasks[task] = tenths
+        amount = (
+            f"{done / 1e9:.2f} of {(total or 0) / 1e9:.2f} GB"
+            if self._unit == "bytes"
+            else f"{done:,} of {total:,}"
+        )
+        print(f"{task} {amount}{detail and ': '}{detail}", file=sys.stderr, flush=True)
+
+
+def _bars(unit: str) -> Any:
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description:<10}"),
+        progress.BarColumn(),
+        progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[detail]}"),
+        console=Console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),  # what goes to a pipe must not be drawn above the bar
+    )
