@@ -26,7 +26,7 @@ from peers import BENCH, Peer, check_llama_cpp
 import codegemma
 from codegemma.adapters.adapter import LINEAR, Adapter
 from codegemma.checkpoints.table import tensor_locations
-from codegemma.generate.engine import Request
+from codegemma.generate.request import Request
 from codegemma.native import Slice, measure
 
 PROMPT, BEFORE, DECODED = 512, 64, 32  # tokens read; read before decoding; decoded

@@ -15,7 +15,8 @@ from tiny import tiny_config, tiny_tensors
 
 from codegemma.checkpoints import Checkpoint
 from codegemma.generate.cache import PrefixCache, common_prefix
-from codegemma.generate.engine import Engine, Request
+from codegemma.generate.engine import Engine
+from codegemma.generate.request import Request
 from codegemma.native import PAGE, Native, Page
 
 BYTES = PAGE * 8

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from tiny import KINDS, random_blocks, tiny_config, tiny_pieces, tiny_tensors
 
 from codegemma.checkpoints import Checkpoint
-from codegemma.checkpoints.table import Tensor, places
+from codegemma.checkpoints.table import tensor_locations
+from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.generate import sampling
-from codegemma.generate.engine import Batch, Engine, Request, Step
+from codegemma.generate.engine import Batch, Engine, Step
+from codegemma.generate.request import Request
 from codegemma.generate.sampling import Sampling
 from codegemma.native import PAGE, Cancel, Logits, Native, Page, Slice, _native
 from codegemma.tokenizer import Tokenizer
@@ -141,7 +143,7 @@ def test_argmax_takes_the_lowest_of_equals_and_normaliser_is_log_sum_exp():
         assert argmax == int(row.argmax())
         assert abs(normaliser - np.log(np.exp(row - row.max()).sum()) - row.max()) < 1e-5
     config = tiny_config("gemma-mqa", vocab=9000)  # two partial sums
-    tensors = tiny_tensors(config) | {"embed": Tensor.of(np.ones((9000, config.width), np.float32))}
+    tensors = tiny_tensors(config) | {"embed": ArrayTensor.of(np.ones((9000, config.width), np.float32))}
     flat = Native(Checkpoint(Path("tiny"), config, tensors, {}, None), 2)
     ((_, argmax, normaliser),) = logits_in_chunks(flat, [2], [1])
     assert argmax == 0 and abs(normaliser - flat._buffers.values[0, 0] - np.log(9000)) < 1e-5
@@ -200,7 +202,7 @@ def test_cache_batches_and_speculation_change_no_step(kind, type):
         Sampling(temperature=0.3, seed=5),
         Sampling(temperature=1, top_k=40, top_p=0.9, seed=6),
     ]
-    requests = [Request(prompt, 12, draws[i % 3], top=2) for i, prompt in enumerate(prompts)]
+    requests = [Request(prompt, 12, draws[i % 3], top_logprobs=2) for i, prompt in enumerate(prompts)]
     fresh = [
         list(Engine(backend, cache_bytes=0).generate(replace(request, speculate=False)))
         for request in requests
@@ -362,7 +364,7 @@ def test_steps_tell_token_text_and_logprob():
     logprob = 5 - np.log(np.exp(5) + 514)
     assert [step.token for step in steps] == [*PRETTY.encode("def"), 1]
     assert all(abs(step.logprob - logprob) < 1e-6 and step.top == () for step in steps)
-    top = say("def", top=3)[0].top
+    top = say("def", top_logprobs=3)[0].top
     assert top[0] == (PRETTY.encode("def")[0], pytest.approx(logprob)) and [
         token for token, _ in top[1:]
     ] == [0, 1]
@@ -418,15 +420,29 @@ def test_length_and_context_bound_the_text():
         (Request([]), "the prompt is empty"),
         (Request([2, 515]), "token id 515, but the vocabulary has 515 ids"),
         (Request([2, -1]), "token id -1"),
-        (Request([2], max_tokens=-1), "max_tokens and top must be at least 0, got -1"),
-        (Request([2], top=-1), "at least 0"),
-        (Request([2], stop="ab"), "a list of texts"),
-        (Request([2], stop=["a", ""]), "none of them empty"),
     ],
 )
 def test_bad_requests_are_refused_at_once(request_, message):
     with pytest.raises(ValueError, match=message):
         Engine(Scripted([2]), PRETTY).generate(request_)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_tokens": -1}, "max_tokens and top must be at least 0, got -1"),
+        ({"top_logprobs": -1}, "at least 0"),
+        ({"stop": "ab"}, "a list of texts"),
+        ({"stop": ["a", ""]}, "none of them empty"),
+        ({"adapter": None}, 'adapter must be "auto", "none" .*got None'),
+        ({"adapter": ""}, "adapter must be"),
+        ({"prompt_seconds": 0}, "time budget must be above 0"),
+        ({"predict_seconds": float("inf")}, "t_max_predict_ms must be above 0"),
+    ],
+)
+def test_a_request_is_checked_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        Request([2], **options)
 
 
 def test_stop_texts_need_a_tokenizer():
@@ -454,10 +470,10 @@ def heavy():
         "gemma-mqa", layers=6, width=1024, heads=8, head_width=128, ffn_width=4096, context=8192
     )
     tensors = {
-        place.name: Tensor.of(np.ones(place.shape, np.float32))
+        place.name: ArrayTensor.of(np.ones(place.shape, np.float32))
         if place.is_norm
         else random_blocks("Q4_0", place.shape, place.shape[-1] ** -0.5)
-        for place in places(config, "gguf")
+        for place in tensor_locations(config, "gguf")
     }
     return Native(Checkpoint(Path("heavy"), config, tensors, {}, None), 2)
 

@@ -20,12 +20,14 @@ from tiny import (
 
 import codegemma
 from codegemma import Completion, File, Message, Sampling, load
-from codegemma.adapters import adapter as lora
-from codegemma.checkpoints import gguf, open_checkpoint
-from codegemma.checkpoints.table import Tensor, write
+from codegemma.adapters.merge import merge as merge_adapters
+from codegemma.adapters.peft import save as save_adapter
+from codegemma.checkpoints import gguf, gguf_model, open_checkpoint
+from codegemma.checkpoints.table import to_format
+from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.config import PRESETS
 from codegemma.generate import model as local
-from codegemma.generate.model import truncate_left
+from codegemma.generate.resolve import truncate_left
 from codegemma.native import Cancel
 
 
@@ -43,7 +45,7 @@ def model(path):
 def test_both_formats_give_the_twins_logits(kind, tmp_path):
     config = tiny_config(kind)
     params = random_weights(config)
-    tensors = {name: Tensor.of(value) for name, value in params.items()}
+    tensors = {name: ArrayTensor.of(value) for name, value in params.items()}
     ids = [2, *np.random.default_rng(0).integers(3, 515, 70).tolist()]
     expected, bound = twin(config, params, ids), tolerance(config, params, ids)
     sources = (
@@ -135,6 +137,19 @@ def test_complete(model):
                 "end",
                 "length",
             )
+
+
+def test_completions_refuse_bad_input_at_once(model):
+    for options, message in (
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"trim": "word"}, 'trim must be "none", "line" or "block"'),
+        ({"time_budget": 0}, "time budget must be above 0"),
+        ({"time_budget": float("nan")}, "time budget"),
+        ({"mode": "mps"}, "mode must be"),
+        ({"adapter": None}, "adapter must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.complete("a", **options)
 
 
 def test_chat(model):
@@ -246,11 +261,11 @@ def named(path, name):
     config = replace(PRESETS[name].config, heads=1, kv_heads=1, head_width=2, ffn_width=32, query_scale=0.0)
     tensors = tiny_tensors(replace(config, vocab=512), "Q4_0")
     zeros = np.zeros((config.vocab, config.width // 32 * 18), np.uint8)
-    tensors["embed"] = Tensor("Q4_0", (config.vocab, config.width), zeros)
-    stored = write("gguf", config, tensors)
-    metadata = gguf.config_metadata(config) | tokenizer_metadata(replace(config, vocab=515))
+    tensors["embed"] = ArrayTensor("Q4_0", (config.vocab, config.width), zeros)
+    stored = to_format("gguf", config, tensors)
+    metadata = gguf_model.config_metadata(config) | tokenizer_metadata(replace(config, vocab=515))
     metadata["general.name"] = PRESETS[name].title
-    gguf.write_gguf(path, metadata, [(key, one.type, one.shape, one.data) for key, one in stored.items()])
+    gguf.write(path, metadata, stored)
     return path
 
 
@@ -299,8 +314,8 @@ def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypat
 
     absent = model()
     base, text = absent.complete(*hole, max_tokens=8), absent.generate("def", max_tokens=8).ids
-    assert not absent.fim_trained and absent.completing_adapter() is None
-    lora.save(adapter, tmp_path / "gemma-3-270m-fim")
+    assert not absent.fim_trained and absent.completing_adapter() == "none"
+    save_adapter(adapter, tmp_path / "gemma-3-270m-fim")
     present = model()
     assert present.generate("def", max_tokens=8).ids == text and present.adapters == []
     assert present.logits([2, 67]).tobytes() == absent.logits([2, 67]).tobytes()
@@ -312,13 +327,15 @@ def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypat
     )
     assert completed.ids == present.complete(*hole, mode="spm", max_tokens=8, adapter="gemma-3-270m-fim").ids
     assert completed.running.ids[1] == 69  # SPM: the suffix comes first
-    assert present.complete(*hole, max_tokens=8, adapter=None).steps == base.steps
+    assert present.complete(*hole, max_tokens=8, adapter="none").steps == base.steps
     absent.prefer(tmp_path / "gemma-3-270m-fim")
     assert absent.complete(*hole, max_tokens=8).steps == completed.steps
-    assert absent.complete(*hole, max_tokens=8, adapter=None).steps == base.steps
-    merged = local.Model(lora.merge(open_checkpoint(path), replace(adapter, card={"fim": {"spm": True}})), 1)
+    assert absent.complete(*hole, max_tokens=8, adapter="none").steps == base.steps
+    merged = local.Model(
+        merge_adapters(open_checkpoint(path), replace(adapter, card={"fim": {"spm": True}})), 1
+    )
     merged.preset = PRESETS["gemma-3-270m"]
-    assert merged.completing_adapter() is None and merged.fim_orders() == {"spm"}  # it has one within
+    assert merged.completing_adapter() == "none" and merged.fim_orders() == {"spm"}  # it has one within
     with pytest.raises(ValueError, match="cannot be called 'auto'"):
         present.add_adapter("auto", adapter)
     with pytest.raises(ValueError, match="no adapter 'other'"):

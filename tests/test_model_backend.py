@@ -9,7 +9,8 @@ from tiny import KINDS, random_adapter, tiny_config, tiny_tensors, write_tiny_gg
 
 import codegemma
 from codegemma.checkpoints import Checkpoint
-from codegemma.generate.engine import Batch, Engine, Request
+from codegemma.generate.engine import Batch, Engine
+from codegemma.generate.request import Request
 from codegemma.generate.sampling import Sampling
 from codegemma.jax.backend import Jax
 from codegemma.native import PAGE, Cancel, Native
@@ -69,11 +70,11 @@ def test_adapters_run_beside_the_base():
         engine = Engine(backend)
         engine.add_adapter("mine", adapter)
         batch = Batch(engine)
-        running = [batch.add(Request(ids, max_tokens=4, adapter=name)) for name in ("mine", None)]
+        running = [batch.add(Request(ids, max_tokens=4, adapter=name)) for name in ("mine", "none")]
         while batch.running:
             batch.step()
         found.append(
-            ([one.ids for one in running], *(engine.logits(ids, adapter=name) for name in ("mine", None)))
+            ([one.ids for one in running], *(engine.logits(ids, adapter=name) for name in ("mine", "none")))
         )
     (tokens, mine, base), (their_tokens, their_mine, their_base) = found
     most = bound(checkpoint, ids)
@@ -91,8 +92,8 @@ def test_logits_behind_cached_pages_are_those_of_the_whole_text():
     assert np.abs(whole - Engine(Native(checkpoint, 1)).logits(ids)).max() < bound(checkpoint, ids)
     for start in (1, PAGE, PAGE + 7):  # a page, its edge, the middle of the next
         other = [*ids[:start], *random_ids(30, seed=start)[1:]]
-        first = engine.generate(Request(other, max_tokens=1, top=3)).steps[0]
-        fresh = Engine(Jax(checkpoint)).generate(Request(other, max_tokens=1, top=3)).steps[0]
+        first = engine.generate(Request(other, max_tokens=1, top_logprobs=3)).steps[0]
+        fresh = Engine(Jax(checkpoint)).generate(Request(other, max_tokens=1, top_logprobs=3)).steps[0]
         assert first.token == fresh.token
         assert max(abs(a[1] - b[1]) for a, b in zip(first.top, fresh.top, strict=True)) < bound(
             checkpoint, other

@@ -30,11 +30,12 @@ from codegemma.editor.context import ContextFiles, FilePolicy
 from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import SuggestionSource
 from codegemma.editor.suggestion import REDACTION_MARGIN, CursorPosition, Suggestion, window
-from codegemma.generate.completion import Trim
+from codegemma.config import Trim
+from codegemma.generate.request import Infill, Request
 from codegemma.prompts import File
 from codegemma.safety.secrets import redact_at_cursor
 from codegemma.serve import stats
-from codegemma.serve.requests import Ask, Busy, Fill
+from codegemma.serve.requests import Busy
 
 TRIGGERS = list(".([{=,: ")
 CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests there
@@ -232,7 +233,7 @@ class EditorServer(LanguageServer):
         request = await asyncio.to_thread(self._make_request, cursor, max_tokens)
         return await source.fill(request) if request else ""
 
-    def _make_request(self, cursor: CursorPosition, max_tokens: int) -> Ask | None:
+    def _make_request(self, cursor: CursorPosition, max_tokens: int) -> Request | None:
         """What to ask for a place; None where its file must not be read. Runs in a thread.
 
         Only a request of max_tokens 0, which nobody waits for, may list the files of the repository.
@@ -251,10 +252,10 @@ class EditorServer(LanguageServer):
             imports = settings.context == "imports"
             files = self.context.collect(buffer, buffers.values(), imports, may_walk=not max_tokens)
         path = self.context.prompt_path(buffer.path) if buffer.path and files else None
-        return Ask(
-            Fill(prefix, suffix, path, tuple(files), settings.mode, self._trim(suffix)),
+        return Request(
+            Infill(prefix, suffix, path, tuple(files), settings.mode, self._trim(suffix)),
             max_tokens,
-            adapter=None if settings.adapter == "auto" else settings.adapter,
+            adapter=settings.adapter,
             session=self.session,
             client=self.session,
             prompt_seconds=settings.time_budget_ms / 1000,

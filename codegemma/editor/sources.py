@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import httpx
 
-from codegemma.generate import completion
+from codegemma.generate import trim
+from codegemma.generate.request import Infill, Request
 from codegemma.generate.model import Model
-from codegemma.serve.requests import Ask, Busy, Fill
+from codegemma.serve.requests import Busy
 from codegemma.serve.scheduler import Scheduler
 
 ANSWER_SECONDS = 60.0  # how long a server may take
@@ -23,7 +24,7 @@ class SuggestionSource(Protocol):
 
     name: str
 
-    async def fill(self, ask: Ask) -> str:
+    async def fill(self, ask: Request) -> str:
         """The text of a suggestion. A request of max_tokens 0 reads the prompt into the prefix cache, and
         gives "".
 
@@ -40,7 +41,7 @@ class LocalSource:
         self.name = f"{model.preset.title if model.preset else model.path.name} in this process"
         self.model, self.cache, self.scheduler = model, cache, Scheduler(model)
 
-    async def fill(self, ask: Ask) -> str:
+    async def fill(self, ask: Request) -> str:
         (job,) = await self.scheduler.submit([ask])
         try:
             steps = [step async for step in job.steps()]
@@ -76,9 +77,9 @@ class RemoteSource:
         )
         self.has_infill = True  # until the server answers that it has no such route
 
-    async def fill(self, ask: Ask) -> str:
-        hole = ask.what
-        assert isinstance(hole, Fill)
+    async def fill(self, ask: Request) -> str:
+        hole = ask.prompt
+        assert isinstance(hole, Infill)
         if self.has_infill:
             answer = await self._post("/infill", _infill_body(ask, hole))
             self.has_infill = answer.status_code not in (404, 405, 501)
@@ -98,7 +99,7 @@ class RemoteSource:
             text = answer.json()["content"] if self.has_infill else answer.json()["choices"][0]["text"]
         except (KeyError, IndexError, TypeError, ValueError):
             raise ValueError(f"{self.name} answered {answer.status_code}: {answer.text[:300]}") from None
-        return completion.cut(text, hole.prefix, hole.suffix, hole.trim)[0]  # only our own server trims
+        return trim.cut(text, hole.prefix, hole.suffix, hole.trim)[0]  # only our own server trims
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -113,12 +114,12 @@ class RemoteSource:
             ) from error
 
 
-def _infill_body(ask: Ask, hole: Fill) -> dict[str, Any]:
+def _infill_body(ask: Request, hole: Infill) -> dict[str, Any]:
     """The fields of llama.cpp, and those that our own server adds."""
     start = hole.prefix.rfind("\n") + 1
     optional = {
         "path": hole.path,
-        "adapter": ask.adapter,
+        "adapter": None if ask.adapter == "auto" else ask.adapter,
         "t_max_prompt_ms": ask.prompt_seconds and round(1000 * ask.prompt_seconds),
         "t_max_predict_ms": ask.predict_seconds and round(1000 * ask.predict_seconds),
     }

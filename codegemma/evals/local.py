@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from codegemma.evals.task import Decoding, ModelOutput, Score, StopReason
-from codegemma.generate.engine import Batch, Request, Running, Stop
+from codegemma.generate.engine import Batch, Running, Stop
 from codegemma.generate.model import Model
+from codegemma.generate.request import Request
 from codegemma.generate.sampling import Sampling
 from codegemma.native import CHUNK, PAGE
 
@@ -27,11 +28,11 @@ class LocalModel:
     By the engine's law the batch changes no token, so an interruption changes none either.
     """
 
-    def __init__(self, model: Model, adapter: str | None = None) -> None:
+    def __init__(self, model: Model, adapter: str = "none") -> None:
         self.model, self.engine, self.adapter = model, model.engine, adapter
         self.tokenizer = model.tokenizer
         self.name = model.preset.name if model.preset else model.path.name
-        self.name += f" with {adapter}" if adapter else ""
+        self.name += f" with {adapter}" if adapter != "none" else ""
 
     def sample(self, prompts: list[list[int]], decoding: Decoding) -> Iterator[tuple[int, int, ModelOutput]]:
         """See EvaluatedModel."""

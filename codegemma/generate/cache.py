@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codegemma.files import replacing
+from codegemma.files import atomic_write
 from codegemma.native import PAGE, Page
 
 _MAGIC = b"codegemma prefix cache 2\n"
@@ -118,7 +118,7 @@ class PrefixCache:
             index |= {root: adapter for adapter, root in self._roots.items()}
         tree = json.dumps([[index[node.parent], list(node.ids)] for node in nodes]).encode()
         digest = hashlib.sha256()
-        with replacing(Path(path)) as out:
+        with atomic_write(Path(path)) as out:
 
             def write(data: bytes) -> None:
                 digest.update(data)

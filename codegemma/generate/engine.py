@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -18,7 +18,7 @@ from codegemma.adapters.adapter import Adapter
 from codegemma.config import ModelConfig
 from codegemma.generate import sampling as sampler
 from codegemma.generate.cache import PrefixCache, common_prefix
-from codegemma.generate.sampling import Sampling
+from codegemma.generate.request import Request
 from codegemma.native import CHUNK, PAGE, Cancel, Logits, Page, Slice
 from codegemma.tokenizer import Stream, Tokenizer
 
@@ -58,21 +58,6 @@ class Step:
     top: tuple[tuple[int, float], ...] = ()  # likeliest tokens and their log-probabilities, where asked for
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to generate. `stop_ids` end it and give no text; `stop` are texts that end it and are cut off. `adapter` names
-    one of the engine's."""
-
-    prompt: Sequence[int]
-    max_tokens: int = 256
-    sampling: Sampling = Sampling()
-    stop_ids: Collection[int] = ()
-    stop: Sequence[str] = ()
-    top: int = 0
-    speculate: bool = True
-    adapter: str | None = None
-
-
 class Running:
     """A request on its way: its tokens, the pages behind them, and what has not been shown yet."""
 
@@ -104,7 +89,7 @@ class Running:
         values_V, request = logits.values[row], self.request
         token = sampler.choose(request.sampling, values_V, int(logits.argmax[row]), self.ids, self.generated)
         normaliser = float(logits.normaliser[row])
-        best = sampler.top(values_V, request.top) if request.top else ()
+        best = sampler.top(values_V, request.top_logprobs) if request.top_logprobs else ()
         top = tuple((int(i), float(values_V[i]) - normaliser) for i in best)
         logprob = float(values_V[token]) - normaliser
         self.ids.append(token)
@@ -335,9 +320,8 @@ class Engine:
         self.backend, self.tokenizer = backend, tokenizer
         self.cache = PrefixCache(f"{identity} {backend.key}", backend.page_bytes, cache_bytes)
         self.lock = threading.Lock()
-        self.adapters: dict[str | None, str] = {
-            None: ""
-        }  # names, and what the backend and cached pages know them by
+        # Names, and what the backend and cached pages know them by. A prompt of token ids has no "auto" adapter.
+        self.adapters = {"auto": "", "none": ""}
         self._known: set[str] = set()
         c = backend.config
         layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width
@@ -363,9 +347,19 @@ class Engine:
                 self._known.add(adapter.digest)
             self.adapters[name] = adapter.digest
 
-    def cached(self, ids: Sequence[int], adapter: str | None = None) -> int:
+    def adapter_digest(self, name: str) -> str:
+        """What the backend and cached pages know an adapter by; "" for the base. Raises ValueError on other names."""
+        if name not in self.adapters:
+            names = ", ".join(name for name in self.adapters if name not in ("auto", "none"))
+            raise ValueError(
+                f"no adapter {name!r}: there are {names or 'none'}; add it with add_adapter, or start the server "
+                "with --adapter NAME=PATH"
+            )
+        return self.adapters[name]
+
+    def cached(self, ids: Sequence[int], adapter: str = "none") -> int:
         """How many first tokens of a prompt are in the cache."""
-        return self.cache.find(ids[:-1], self.adapters[adapter])[1]
+        return self.cache.find(ids[:-1], self.adapter_digest(adapter))[1]
 
     def generate(self, request: Request, cancel: Cancel | None = None) -> Completion:
         """The Steps of one request. Closing the iterator, or setting `cancel` in another thread, stops the work.
@@ -396,7 +390,7 @@ class Engine:
             if one in batch.running:
                 batch.remove(one)
 
-    def logits(self, ids: Sequence[int], start: int = 0, adapter: str | None = None) -> np.ndarray:
+    def logits(self, ids: Sequence[int], start: int = 0, adapter: str = "none") -> np.ndarray:
         """float32 [T, V]: row t is what the model says after ids[:start + t + 1]. Gigabytes for long texts."""
         one = self.start(Request(ids, max_tokens=0, adapter=adapter))
         one.done, one.pages = 0, []
@@ -432,21 +426,9 @@ class Engine:
                 f"the prompt has {len(ids):,} tokens but the model reads {config.context:,}: shorten it "
                 'or pass truncate="left"'
             )
-        if request.adapter not in self.adapters:
-            known = ", ".join(name for name in self.adapters if name)
-            raise ValueError(
-                f"no adapter {request.adapter!r}: there {f'are {known}' if known else 'is none'}; add it with "
-                "add_adapter first"
-            )
-        if request.max_tokens < 0 or request.top < 0:
-            raise ValueError(
-                f"max_tokens and top must be at least 0, got {request.max_tokens} and {request.top}"
-            )
-        if isinstance(request.stop, str) or not all(request.stop):
-            raise ValueError(f"stop must be a list of texts, none of them empty, got {request.stop!r}")
         if request.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this model came without one: pass stop_ids")
-        adapter = self.adapters[request.adapter]
+        adapter = self.adapter_digest(request.adapter)
         one = Running(
             request, ids, self.tokenizer, min(request.max_tokens, config.context - len(ids)), adapter
         )

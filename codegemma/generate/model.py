@@ -7,20 +7,23 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from codegemma import hub, prompts
-from codegemma.adapters import adapter as lora
+from codegemma import hub
+from codegemma.adapters.adapter import Adapter
+from codegemma.adapters.load import load as load_adapter
 from codegemma.checkpoints import Checkpoint, open_checkpoint
-from codegemma.config import Preset, Use
-from codegemma.generate import chat, completion
-from codegemma.generate.completion import Hole, Mode, Trim
-from codegemma.generate.engine import Completion, Engine, Request
+from codegemma.config import Mode, Preset, Trim, Use
+from codegemma.generate.engine import Completion, Engine
+from codegemma.generate.request import Chat, Infill, Request, TextPrompt
+from codegemma.generate.resolve import resolve
 from codegemma.generate.sampling import Sampling
+from codegemma.generate.trim import trimmed
 from codegemma.native import CHUNK, PAGE, Cancel, Native, Slice, measure
 from codegemma.prompts import File, Message
 from codegemma.tokenizer import Tokenizer
@@ -43,7 +46,7 @@ class Model:
     ) -> None:
         self.path, self.config = checkpoint.path, checkpoint.config
         self._checkpoint, self._strict, self._warned = checkpoint, strict, set[str]()
-        self._adapters: dict[str, lora.Adapter] = {}
+        self._adapters: dict[str, Adapter] = {}
         self.backend = _backend(backend, checkpoint, threads)
         self.engine = Engine(self.backend, checkpoint.tokenizer, identity(checkpoint), cache_bytes)
         self.preset = _preset_of(checkpoint)
@@ -63,64 +66,65 @@ class Model:
         """Their names; the packaged one from its first use on."""
         return sorted(self._adapters)
 
-    def add_adapter(self, name: str, adapter: lora.Adapter | str | os.PathLike[str]) -> None:
+    def add_adapter(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
         """Makes an adapter (or the one at a path: PEFT's folder, or NeMo's archive) known to `adapter=` by a name.
 
         Several may serve at once; the base weights stay as they are. Raises ValueError where it does not fit the model.
         """
         if name in ("", "auto", "none"):
             raise ValueError(f"an adapter cannot be called {name!r}: choose another name")
-        made = adapter if isinstance(adapter, lora.Adapter) else lora.load(Path(adapter))
+        made = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
         self.engine.add_adapter(name, made)
         self._adapters[name] = made
 
-    def adapter_at(self, path: str | os.PathLike[str]) -> str | None:
-        """The name of the adapter at a path, added under that of its folder; "auto" is the packaged one, "none" the base."""
+    def adapter_at(self, path: str | os.PathLike[str]) -> str:
+        """The name of the adapter at a path, added under that of its folder; "auto" is the completing one, "none" the
+        base."""
         if path in ("auto", "none"):
-            return self.completing_adapter("auto" if path == "auto" else None)
+            return self.completing_adapter(str(path))
         place = Path(path).resolve()
         name = place.name if place.is_dir() else place.stem
         self.add_adapter(name, place)
         return name
 
     @cached_property
-    def _own_adapter(self) -> str | None:
-        """The packaged one of this model, until another is preferred."""
+    def _completing_adapter(self) -> str:
+        """The adapter that the package has for this model, or "none", until `prefer` names another."""
         name = f"{self.preset.name}-fim" if self.preset else ""
-        fits = hasattr(self.backend, "add_adapter") and self._checkpoint.taught is None
-        if not name or not (ADAPTERS / name).is_dir() or not fits:
-            return None
-        packaged = lora.load(ADAPTERS / name)
+        can_adapt = hasattr(self.backend, "add_adapter") and self._checkpoint.fim_orders is None
+        if not name or not (ADAPTERS / name).is_dir() or not can_adapt:
+            return "none"
+        packaged = load_adapter(ADAPTERS / name)
         try:
             packaged.check(self.config)
         except ValueError:  # another model's shapes under this one's name
-            return None
+            return "none"
         self.add_adapter(name, packaged)
         return name
 
     def prefer(self, path: str | os.PathLike[str]) -> None:
         """Makes the adapter at a path the one that "auto" names from now on; see `adapter_at`."""
-        self._own_adapter = self.adapter_at(path)
+        self._completing_adapter = self.adapter_at(path)
 
-    def completing_adapter(self, adapter: str | None = "auto") -> str | None:
-        """Which adapter `complete` takes: "auto" is the preferred one, else the packaged one of this model, None where it has
-        none."""
-        return self._own_adapter if adapter == "auto" else adapter
+    def completing_adapter(self, adapter: str = "auto") -> str:
+        """The adapter of an Infill: for "auto" the preferred one, else the one that the package has for this model, else
+        "none"."""
+        return self._completing_adapter if adapter == "auto" else adapter
 
-    def adapter(self, name: str) -> lora.Adapter:
+    def adapter(self, name: str) -> Adapter:
         """One of `adapters`."""
         return self._adapters[name]
 
-    def fim_orders(self, adapter: str | None = "auto") -> frozenset[str]:
+    def fim_orders(self, adapter: str = "auto") -> frozenset[str]:
         """The orders, of "psm" and "spm", that it was trained to fill in the middle in: as the adapter's card says, or the
         checkpoint's own mark, else PSM where the preset says so or the vocabulary names the FIM tokens."""
-        used = self._adapters.get(self.completing_adapter(adapter) or "")
+        used = self._adapters.get(self.completing_adapter(adapter))
         if used is not None and (
             orders := frozenset(order for order in ("psm", "spm") if used.trained(order))
         ):
             return orders
-        if self._checkpoint.taught:
-            return self._checkpoint.taught
+        if self._checkpoint.fim_orders:
+            return self._checkpoint.fim_orders
         named = self.engine.tokenizer is not None and self.engine.tokenizer.control.fim == "named"
         return frozenset({"psm"}) if (self.preset.fim if self.preset else named) else frozenset()
 
@@ -129,12 +133,44 @@ class Model:
         """Whether it was trained to fill in the middle, its packaged adapter counted in."""
         return bool(self.fim_orders())
 
+    def run(self, request: Request, cancel: Cancel | None = None) -> Completion:
+        """Answers a request of any kind. Setting `cancel` in another thread stops the work.
+
+        Raises ValueError on bad input, at once.
+        """
+        resolved = self.resolve(request)
+        return trimmed(self.engine.generate(resolved, cancel), request, resolved.layout)
+
+    def resolve(self, request: Request) -> Request:
+        """The request as the engine takes it: token ids, with the adapter, the layout and the stop ids of its kind.
+
+        Warns once (an error if the model is `strict`) where the model was not made for it.
+        """
+        prompt = request.prompt
+        if isinstance(prompt, Infill | Chat) or (
+            isinstance(prompt, TextPrompt) and isinstance(prompt.prompt, str)
+        ):
+            self.tokenizer  # noqa: B018  raises where there is none
+        infill = isinstance(prompt, Infill)
+        if isinstance(prompt, Infill | Chat):
+            self.expect("completion" if infill else "chat")
+        adapter = request.adapter
+        if adapter == "auto":
+            adapter = self.completing_adapter() if infill else "none"
+        orders = self.fim_orders(adapter) if infill else frozenset[str]()
+        if self._strict and infill and not orders:
+            raise ValueError(
+                f"{self.preset.title if self.preset else self.path} was made for text that goes on, not trained to "
+                "fill in the middle: choose another model (see `codegemma models`) or drop --strict"
+            )
+        return resolve(self.engine, replace(request, adapter=adapter), orders)
+
     def complete(
         self,
         prefix: str,
         suffix: str = "",
         path: str | None = None,
-        context: Sequence[File] = (),
+        context: Sequence[File | tuple[str, str]] = (),
         *,
         trim: Trim = "none",
         mode: Mode = "auto",
@@ -145,38 +181,22 @@ class Model:
         cancel: Cancel | None = None,
         speculate: bool = True,
         top: int = 0,
-        adapter: str | None = "auto",
+        adapter: str = "auto",
     ) -> Completion:
         """What belongs between `prefix` and `suffix`. `context` are other files (path, text) that it may draw on.
 
-        `adapter` is "auto" for the one that the package has for this model, None for the base, or a name that was added.
-        `time_budget` is in seconds, to the first token. Without FIM training, mode "auto" continues the prefix and
-        drops what repeats the suffix. Raises ValueError on bad input, at once.
+        `adapter` is "auto" for the one that the package has for this model, "none" for the base, or a name that was
+        added. `time_budget` is in seconds, to the first token. Without FIM training, mode "auto" continues the prefix
+        and drops what repeats the suffix. Raises ValueError on bad input, at once.
         """
-        self.tokenizer  # noqa: B018  raises where there is none
-        self.expect("completion")
-        orders = self.fim_orders(adapter)
-        if self._strict and not orders:
-            raise ValueError(
-                f"{self.preset.title if self.preset else self.path} was made for text that goes on, not trained to "
-                "fill in the middle: choose another model (see `codegemma models`) or drop --strict"
-            )
-        layout = completion.layout_for(mode, bool(orders), "spm" in orders)
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         files = tuple(file if isinstance(file, File) else File(*file) for file in context)
-        return completion.complete(
-            self.engine,
-            Hole(prefix, suffix, path, files),
-            layout,
-            trim,
-            max_tokens,
-            sampling,
-            stop,
-            time_budget,
-            cancel,
-            speculate,
-            top,
-            self.completing_adapter(adapter),
+        infill = Infill(prefix, suffix, path, files, mode, trim)
+        request = Request(
+            infill, max_tokens, sampling, (), stop, top, speculate, adapter, prompt_seconds=time_budget
         )
+        return self.run(request, cancel)
 
     def generate(
         self,
@@ -190,24 +210,15 @@ class Model:
         cancel: Cancel | None = None,
         speculate: bool = True,
         top: int = 0,
-        adapter: str | None = None,
+        adapter: str = "auto",
     ) -> Completion:
         """Continues a text (<bos> is put in front) or ids (taken as they are). `raw` reads control tokens spelled in the
         text. truncate="left" drops the oldest tokens, <bos> excepted, where the prompt is too long."""
         self.expect("generation")
-        if isinstance(prompt, str):
-            made = prompts.raw(self.tokenizer, prompt) if raw else prompts.plain(self.tokenizer, prompt)
-            ids, stops = made.ids, made.stops
-        else:
-            ids = list(prompt)
-            stops = prompts.fim_stops(self.engine.tokenizer) if self.engine.tokenizer else frozenset()
         if truncate not in (None, "left"):
             raise ValueError(f'truncate must be None or "left", got {truncate!r}')
-        if truncate:
-            ids = truncate_left(ids, self.config.context - min(max_tokens, self.config.context // 2))
-        return self.engine.generate(
-            Request(ids, max_tokens, sampling, stops, stop, top, speculate, adapter), cancel
-        )
+        text = TextPrompt(prompt, raw, truncate is not None)
+        return self.run(Request(text, max_tokens, sampling, (), stop, top, speculate, adapter), cancel)
 
     def chat(
         self,
@@ -219,20 +230,22 @@ class Model:
         cancel: Cancel | None = None,
         speculate: bool = True,
         top: int = 0,
-        adapter: str | None = None,
+        adapter: str = "auto",
     ) -> Completion:
-        """The next turn after `messages`: Message, (role, text), or {"role", "content"}; the last one is the user's."""
-        self.tokenizer  # noqa: B018
-        self.expect("chat")
-        turns = [_message(message) for message in messages]
-        return chat.chat(self.engine, turns, max_tokens, sampling, stop, cancel, speculate, top, adapter)
+        """The next turn after `messages`: Message, (role, text), or {"role", "content"}; the last one is the user's.
 
-    def logits(self, ids: Sequence[int], adapter: str | None = None) -> np.ndarray:
+        Each turn's prompt begins with the one before it, so the cache holds all but the new text.
+        """
+        conversation = Chat([_message(message) for message in messages])
+        request = Request(conversation, max_tokens, sampling, (), stop, top, speculate, adapter)
+        return self.run(request, cancel)
+
+    def logits(self, ids: Sequence[int], adapter: str = "none") -> np.ndarray:
         """float32 [T, V]: row t is the prediction after ids[:t + 1]."""
         return self.engine.logits(ids, adapter=adapter)
 
     def benchmark(
-        self, prompt_tokens: int = 512, decode_tokens: int = 32, repeats: int = 3, adapter: str | None = None
+        self, prompt_tokens: int = 512, decode_tokens: int = 32, repeats: int = 3, adapter: str = "none"
     ) -> dict[str, Any]:
         """Medians of prefill and decode speed, and their share of what this machine's memory and multipliers can do.
 
@@ -246,7 +259,7 @@ class Model:
         if not isinstance(self.backend, Native):
             raise ValueError('benchmark measures the native engine: load the model without backend="jax"')
         ids = [int(token) for token in np.random.default_rng(0).integers(0, self.config.vocab, prompt_tokens)]
-        self.backend.settle()
+        self.backend.use_huge_pages()
         prefills, decodes, limits = [], [], []
         for _ in range(repeats):
             with self.engine.lock:
@@ -334,11 +347,6 @@ def _backend(name: str, checkpoint: Checkpoint, threads: int | None) -> Any:
     from codegemma.jax.backend import Jax
 
     return Jax(checkpoint)
-
-
-def truncate_left(ids: list[int], most: int) -> list[int]:
-    """The first id (<bos>) and the last ones, `most` in all."""
-    return ids if len(ids) <= most else [ids[0], *ids[len(ids) - most + 1 :]]
 
 
 def _message(message: Message | tuple[str, str] | dict[str, str]) -> Message:

@@ -20,12 +20,13 @@ from pathlib import Path
 from fastapi import HTTPException
 
 from codegemma.generate import sampling as sampler
-from codegemma.generate.completion import layout_for
-from codegemma.generate.engine import Batch, Engine, Request, Running, Step
+from codegemma.generate.engine import Batch, Engine, Running, Step
 from codegemma.generate.model import Model
+from codegemma.generate.request import Request
+from codegemma.generate.resolve import layout_for
 from codegemma.native import CHUNK, PAGE, Cancel
 from codegemma.prompts import Layout
-from codegemma.serve.requests import Ask, Busy, Chat, Fill, Job, Metrics, Prompt, Text, prompt_of, supersedes
+from codegemma.serve.requests import Busy, Job, Metrics, supersedes
 
 log = logging.getLogger("codegemma.serve")
 
@@ -43,7 +44,7 @@ class _Scoring:
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self.job = job
-        self.one = engine.start(Request(job.prompt.ids, max_tokens=0, adapter=job.adapter))
+        self.one = engine.start(Request(job.prompt_ids, max_tokens=0, adapter=job.resolved.adapter))
         self.one.pages, self.one.done, self.one.cached = [], 0, 0
 
     def step(self, engine: Engine, cancel: Cancel, rows: int) -> bool:
@@ -58,9 +59,9 @@ class _Scoring:
             values_V, normaliser = logits.values[row], float(logits.normaliser[row])
             best = (
                 [logits.argmax[row]]
-                if job.ask.top == 1
-                else sampler.top(values_V, job.ask.top)
-                if job.ask.top
+                if job.request.top_logprobs == 1
+                else sampler.top(values_V, job.request.top_logprobs)
+                if job.request.top_logprobs
                 else ()
             )
             top = tuple((int(token), float(values_V[token]) - normaliser) for token in best)
@@ -70,7 +71,7 @@ class _Scoring:
 
 
 class Scheduler:
-    """This machine's model as a Backend. `submit` in a loop of asyncio; `close` ends the thread."""
+    """This machine's model as a CompletionService. `submit` in a loop of asyncio; `close` ends the thread."""
 
     def __init__(
         self, model: Model, slots: int = SLOTS, queue: int = QUEUE, cache: Path | None = None
@@ -118,8 +119,7 @@ class Scheduler:
     @property
     def mode(self) -> Layout:
         """What "auto" means."""
-        orders = self.model.fim_orders()
-        return layout_for("auto", bool(orders), "spm" in orders)
+        return layout_for("auto", self.model.fim_orders())
 
     @property
     def chats(self) -> bool:
@@ -131,19 +131,19 @@ class Scheduler:
     def adapters(self) -> list[str]:
         return self.model.adapters
 
-    async def submit(self, asks: Sequence[Ask]) -> list[Job]:
-        """The jobs of one request. Raises ValueError on what the model cannot do, Busy where too many wait."""
-        prepared = await asyncio.to_thread(lambda: [self._prepared(ask) for ask in asks])
-        jobs = [Job(ask, prompt, adapter) for ask, (prompt, adapter) in zip(asks, prepared, strict=True)]
+    async def submit(self, requests: Sequence[Request]) -> list[Job]:
+        """A job for each request. Raises ValueError on what the model cannot do, Busy where too many wait."""
+        resolved = await asyncio.to_thread(lambda: [self._resolve(request) for request in requests])
+        jobs = [Job(request, ids) for request, ids in zip(requests, resolved, strict=True)]
         with self._changed:
             if self._closing:
                 raise Busy("the server is stopping", 1)
-            self._bound(jobs[0].ask.client)
+            self._bound(jobs[0].request.client)
             older = [job for job in (*self._waiting, *self._jobs.values()) if supersedes(jobs[0], job)]
             for job in jobs:
                 job.on_cancel = partial(self._let_go, job)
                 self._waiting.append(job)
-                self._work[job.ask.client] = max(self._work.get(job.ask.client, 0.0), self._clock)
+                self._work[job.request.client] = max(self._work.get(job.request.client, 0.0), self._clock)
             if len(self._batch.running) == 1 and not self._cut:
                 self._interrupt(PAUSE)  # its chunk was sized for being alone
             self._gauge()
@@ -168,41 +168,14 @@ class Scheduler:
             except OSError as error:
                 log.warning("the prompt cache is not saved: %s", error)
 
-    def _prepared(self, ask: Ask) -> tuple[Prompt, str | None]:
-        """The prompt, and the adapter it is for, checked as the engine will check them."""
-        adapter = self._adapter(ask)
-        if isinstance(ask.what, Fill | Chat):
-            self.model.expect("completion" if isinstance(ask.what, Fill) else "chat")
-        prompt = prompt_of(self.engine, ask, self.model.fim_orders(adapter), adapter)
-        self.engine.start(self._request(ask, prompt, adapter))  # raises where it will not fit
-        return prompt, adapter
-
-    def _adapter(self, ask: Ask) -> str | None:
-        if ask.adapter in (None, "auto"):
-            return self.model.completing_adapter() if isinstance(ask.what, Fill) else None
-        if ask.adapter == "none":
-            return None
-        if ask.adapter not in self.adapters:
-            raise ValueError(
-                f"no adapter {ask.adapter!r}: there are {', '.join(self.adapters) or 'none'}; start the server with "
-                "--adapter NAME=PATH to add one"
-            )
-        return ask.adapter
-
-    @staticmethod
-    def _request(ask: Ask, prompt: Prompt, adapter: str | None) -> Request:
-        return Request(
-            prompt.ids,
-            ask.max_tokens,
-            ask.sampling,
-            prompt.stops | ask.stop_ids,
-            ask.stop,
-            ask.top,
-            adapter=adapter,
-        )
+    def _resolve(self, request: Request) -> Request:
+        """The request as token ids, checked as the engine will check it."""
+        resolved = self.model.resolve(request)
+        self.engine.start(resolved)  # raises where it does not fit
+        return resolved
 
     def _bound(self, client: str) -> None:
-        theirs = sum(job.ask.client == client for job in self._waiting)
+        theirs = sum(job.request.client == client for job in self._waiting)
         if len(self._waiting) >= self.queue or theirs >= min(QUEUE_OF_ONE, self.queue):
             self.metrics.counts["rejected"] += 1
             counts = self.metrics.counts
@@ -221,7 +194,7 @@ class Scheduler:
                 self._end(job, Step(None, "", 0.0, "cancelled"))
             elif job is self._scored:
                 self._batch.cancel.set()  # which costs nobody else
-            elif not self._cut or all(one.gone.is_set() for one in list(self._jobs.values())):
+            elif not self._cut or all(one.cancelled.is_set() for one in list(self._jobs.values())):
                 self._interrupt(KEEN)
             self._changed.notify()
 
@@ -255,34 +228,34 @@ class Scheduler:
         admitted: list[Job] = []
         running = [*self._jobs.values(), *(one.job for one in self._scoring)]
         while self._waiting and len(running) < self.slots:
-            job = min(self._waiting, key=lambda one: self._work[one.ask.client])
+            job = min(self._waiting, key=lambda one: self._work[one.request.client])
             running.append(job)
             if len(running) > 1 and sum(self._size(one) for one in running) > self._room:
                 break
             self._waiting.remove(job)
             admitted.insert(0, job)
-            self._work[job.ask.client] += 1  # so that the next one is another's
+            self._work[job.request.client] += 1  # so that the next one is another's
             job.started = time.perf_counter()
         return admitted
 
     def _size(self, job: Job) -> int:
-        return min(job.prompt_tokens + job.ask.max_tokens, self.context)
+        return min(job.prompt_tokens + job.request.max_tokens, self.context)
 
     def _start(self, job: Job) -> None:
-        if isinstance(job.ask.what, Text) and job.ask.what.score and not job.scores and job.prompt_tokens > 1:
+        if job.request.is_score and not job.scores and job.prompt_tokens > 1:
             self._scoring.append(_Scoring(self.engine, job))
             return
-        one = self._batch.add(self._request(job.ask, job.prompt, job.adapter))
+        one = self._batch.add(job.resolved)
         self._jobs[one] = job
 
     def _drop(self) -> None:
         """Takes out who left or is past a deadline."""
         now = time.perf_counter()
         for one, job in list(self._jobs.items()):
-            gone = self._closing or job.gone.is_set()
+            gone = self._closing or job.cancelled.is_set()
             if gone or job.overdue(now):
                 self._finish(one, one.end("cancelled" if gone or not job.first else "length"))
-        for scoring in [one for one in self._scoring if self._closing or one.job.gone.is_set()]:
+        for scoring in [one for one in self._scoring if self._closing or one.job.cancelled.is_set()]:
             self._scoring.remove(scoring)
             self._end(scoring.job, Step(None, "", 0.0, "cancelled"))
 
@@ -295,7 +268,10 @@ class Scheduler:
                 batch.cancel = Cancel()
         if batch.running:
             batch.running.sort(
-                key=lambda one: (self._jobs[one].ask.max_tokens == 0, self._work[self._jobs[one].ask.client])
+                key=lambda one: (
+                    self._jobs[one].request.max_tokens == 0,
+                    self._work[self._jobs[one].request.client],
+                )
             )
             batch.chunk = self._chunk()
             before = {one: one.done for one in batch.running}
@@ -314,7 +290,7 @@ class Scheduler:
             with engine.lock:
                 finished = scoring.step(engine, batch.cancel, LEAST if batch.running else ROWS)
             self._scored = None
-            self._work[scoring.job.ask.client] += scoring.one.done - done
+            self._work[scoring.job.request.client] += scoring.one.done - done
             self._scoring.append(self._scoring.pop(0))
             if finished:
                 engine.remember(scoring.one)
@@ -331,9 +307,9 @@ class Scheduler:
 
     def _count(self, before: dict[Running, int]) -> None:
         for one, done in before.items():
-            self._work[self._jobs[one].ask.client] += max(one.done - done, 0)
+            self._work[self._jobs[one].request.client] += max(one.done - done, 0)
         self._clock = max(
-            self._clock, min((self._work[job.ask.client] for job in self._jobs.values()), default=0.0)
+            self._clock, min((self._work[job.request.client] for job in self._jobs.values()), default=0.0)
         )
 
     def _deliver(self, steps: Sequence[tuple[Running, Step]]) -> None:
@@ -388,5 +364,5 @@ class Scheduler:
         """Closes the accounts of clients that are gone."""
         if len(self._work) > 4 * self.queue:
             running = [*self._jobs.values(), *(one.job for one in self._scoring)]
-            clients = {job.ask.client for job in (*running, *self._waiting)}
+            clients = {job.request.client for job in (*running, *self._waiting)}
             self._work = {client: work for client, work in self._work.items() if client in clients}

@@ -1,0 +1,137 @@
+"""A Request of any kind -> one whose prompt is token ids, within the model's context and the caller's time.
+
+The laws: the ids of a prompt are those of a fresh encoding of the text it shows; what is nearest to the cursor is kept
+longest; the edges of the window move in coarse steps, so that the cache has all but the last pieces while one types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from codegemma import prompts
+from codegemma.config import Mode
+from codegemma.generate.request import Chat, Infill, Request, TextPrompt
+from codegemma.prompts import Layout, Parts
+from codegemma.tokenizer import Tokenizer
+
+# Tokens around the cursor that are tried, largest first.
+WINDOWS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256, 128)
+MIN_UNCACHED = 16  # tokens that any time budget allows
+
+
+class PromptContext(Protocol):
+    """What a prompt's size depends on; an `Engine` is one. `prefill_rate` is in tokens a second."""
+
+    prefill_rate: float
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def context(self) -> int: ...
+    def cached(self, ids: Sequence[int], adapter: str = "none") -> int: ...
+
+
+def resolve(context: PromptContext, request: Request, fim_orders: Collection[str]) -> Request:
+    """The request with token ids as its prompt, all the ids that stop it, and the layout of an Infill.
+
+    `fim_orders` are those ("psm", "spm") that the model with its adapter was trained in. Raises ValueError where the
+    request makes no prompt: no tokenizer, a chat whose roles do not alternate, a path of several lines.
+    """
+    prompt, tokenizer, budget = request.prompt, context.tokenizer, prompt_budget(context, request)
+    if isinstance(prompt, TextPrompt) and not isinstance(prompt.prompt, str):
+        ids = list(prompt.prompt)
+    elif not isinstance(prompt, Infill | TextPrompt | Chat):
+        ids = list(prompt)
+    elif tokenizer is None:
+        raise ValueError(
+            "this model came without a tokenizer, so text cannot be read: send token ids, or add tokenizer.model "
+            "to its directory"
+        )
+    elif isinstance(prompt, Infill):
+        layout = layout_for(prompt.mode, fim_orders)
+        ids, stop_ids = (
+            infill_ids(context, prompt, layout, budget, request.adapter),
+            prompts.fim_stops(tokenizer),
+        )
+        return replace(request, prompt=ids, stop_ids=stop_ids.union(request.stop_ids), layout=layout)
+    elif isinstance(prompt, Chat):
+        chat = prompts.chat(tokenizer, prompt.messages)
+        return replace(request, prompt=chat.ids, stop_ids=chat.stops.union(request.stop_ids))
+    else:
+        ids = (prompts.raw if prompt.raw else prompts.plain)(tokenizer, prompt.prompt).ids
+    if isinstance(prompt, TextPrompt) and prompt.truncate:
+        ids = truncate_left(ids, budget.max_tokens)
+    stops = prompts.fim_stops(tokenizer) if tokenizer else frozenset()
+    return replace(request, prompt=ids, stop_ids=stops.union(request.stop_ids))
+
+
+def layout_for(mode: Mode, fim_orders: Collection[str]) -> Layout:
+    """What "auto" means: SPM where an adapter's card says that it was trained so, PSM for other models trained to fill
+    in the middle, else a continuation of the prefix."""
+    if mode != "auto":
+        return mode
+    return "spm" if "spm" in fim_orders else "psm" if fim_orders else "prefix"
+
+
+@dataclass(frozen=True)
+class PromptBudget:
+    """How many tokens a prompt may have, and how many of them may lie outside of the cache."""
+
+    max_tokens: int
+    max_uncached: int
+
+
+def prompt_budget(context: PromptContext, request: Request) -> PromptBudget:
+    """The answer gets the tokens it asks for, but at most half of the context, and the prompt the rest. What is read
+    anew takes `prompt_seconds`; a request that only warms the cache (max_tokens 0) has no limit of time."""
+    max_tokens = context.context - min(request.max_tokens, context.context // 2)
+    if request.prompt_seconds is None or not request.max_tokens:
+        return PromptBudget(max_tokens, max_tokens)
+    affordable = int(min(request.prompt_seconds * context.prefill_rate, max_tokens))
+    return PromptBudget(max_tokens, max(MIN_UNCACHED, affordable))
+
+
+def infill_ids(
+    context: PromptContext, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
+) -> list[int]:
+    """The largest prompt of an Infill that the budget allows; tokens that are cached for the adapter cost no time."""
+    tokenizer = context.tokenizer
+    assert tokenizer is not None
+    suffix = infill.suffix if layout != "prefix" else ""
+    parts = prompts.encode_parts(tokenizer, infill.prefix, suffix, infill.path, infill.files)
+    fixed = len(parts.path) + 4  # path line, <bos>, sentinels
+    total = len(parts.prefix) + len(parts.suffix) + sum(map(len, parts.context))
+    largest = min(total, budget.max_tokens - fixed)
+    ids: list[int] = []
+    for size in (largest, *(size for size in WINDOWS if size < largest)):
+        ids = prompts.assemble(tokenizer, window(tokenizer, parts, max(size, 1)), layout).ids
+        if len(ids) - context.cached(ids, adapter) <= budget.max_uncached:
+            break
+    return ids
+
+
+def window(tokenizer: Tokenizer, parts: Parts, size: int) -> Parts:
+    """Parts in about `size` tokens: three quarters for the prefix's end and one for the suffix's start, each lending
+    the other what it does not need, then whole context files, the last first. Edges move in steps of an eighth, so
+    that they stay put while one types."""
+    step, prefix, suffix = max(16, size // 8), parts.prefix, parts.suffix
+    if len(prefix) + len(suffix) > size:
+        max_suffix = max(size // 4, size - len(prefix))
+        max_prefix = max(size - min(len(suffix), max_suffix), 1)
+        prefix_room = -(-min(len(prefix), max_prefix) // step) * step
+        prefix = prompts.tail(tokenizer, prefix, max_prefix, step)
+        suffix = prompts.head(tokenizer, suffix, max(size - prefix_room, 0))
+    room, files = size - len(prefix) - len(suffix), []
+    for ids in reversed(parts.context):
+        if len(ids) > room:
+            break
+        files.append(ids)
+        room -= len(ids)
+    return replace(parts, prefix=prefix, suffix=suffix, context=tuple(reversed(files)))
+
+
+def truncate_left(ids: list[int], max_tokens: int) -> list[int]:
+    """The first id (<bos>) and the last ones, `max_tokens` in all."""
+    return ids if len(ids) <= max_tokens else [ids[0], *ids[len(ids) - max_tokens + 1 :]]

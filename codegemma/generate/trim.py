@@ -1,0 +1,190 @@
+"""What is kept of the answer to an Infill: up to the end of the line or block, without what the suffix has already."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+
+from codegemma.config import Trim
+from codegemma.generate.engine import Completion, Step
+from codegemma.generate.request import Infill, Request
+from codegemma.prompts import Layout
+
+OPENERS = {")": "(", "]": "[", "}": "{"}
+QUOTES = ('"', "'", "`", '"""', "'''")
+
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_LINE_START = re.compile(r"\n([^\S\n]*)")
+_CONTINUES_BLOCK = re.compile(r"\s*(else|elif|except|finally|catch|case|default)\b")
+
+
+class Trimmer:
+    """Turns the Steps of an answer into those that a user sees, one by one; other answers than Infills pass unchanged.
+
+    `layout` is the one of the request's prompt: an answer to a "prefix" prompt may run on into the suffix.
+    """
+
+    def __init__(self, request: Request, layout: Layout | None) -> None:
+        infill = request.prompt if isinstance(request.prompt, Infill) else None
+        cuts = infill is not None and (infill.trim != "none" or layout == "prefix")
+        self.infill = infill if cuts or (infill and infill.min_indent) else None
+        self._cuts = cuts
+        self._text = ""
+        self._shown = 0  # characters of the kept text
+
+    def push(self, step: Step) -> Step:
+        """The step with the text that is now known to be kept; its `stop` is "end" where nothing after it can be."""
+        if self.infill is None:
+            return step
+        infill, final, done = self.infill, step.stop is not None, False
+        self._text += step.text
+        kept = self._text
+        if self._cuts:
+            kept, done = cut(kept, infill.prefix, infill.suffix, infill.trim, final)
+        if infill.min_indent:
+            kept, dedented = cut_dedented(kept, infill.min_indent, final or done)
+            done = done or dedented
+        text, self._shown = kept[self._shown :], len(kept)
+        return replace(step, text=text, stop=step.stop or ("end" if done else None))
+
+
+def trimmed(completion: Completion, request: Request, layout: Layout | None) -> Completion:
+    """The Steps of a request's answer as a user sees them; the work stops where the rest is trimmed away."""
+    trimmer = Trimmer(request, layout)
+    if trimmer.infill is None:
+        return completion
+
+    def steps() -> Iterator[Step]:
+        with closing(completion):
+            for step in completion:
+                step = trimmer.push(step)
+                yield step
+                if step.stop is not None:
+                    return
+
+    return Completion(steps(), completion.running)
+
+
+def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
+    """`text` before its first line, other than blank lines and line 1, with fewer than `min_indent` blanks in front.
+
+    Also says whether there is such a line. Until `final`, whitespace that may stand before one is left out.
+    """
+    held: int | None = None  # where the short and blank lines before this one begin
+    for start in _LINE_START.finditer(text):
+        if len(start[1]) >= min_indent:
+            held = None
+            continue
+        held = start.start() if held is None else held
+        following = text[start.end() : start.end() + 1]
+        if following not in ("", "\n"):
+            return text[:held], True
+    return (text, False) if held is None or final else (text[:held], False)
+
+
+def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> tuple[str, bool]:
+    """What of a suggestion is known to be kept, and whether nothing after it can be.
+
+    Ends of lines are judged in order, once what follows says enough (all is there when `final`). "line" keeps the rest
+    of the line; "block" ends where the cursor's block does. A line that repeats the suffix's first line, a tail that
+    the suffix goes on with, and closing brackets that the suffix already has are dropped. A newline at the cut stays
+    where the suffix starts a line of its own.
+    """
+    lines, count = _LINE.findall(text), text.count("\n")
+    here, rest = prefix.rpartition("\n")[2], suffix.split("\n", 1)[0].rstrip()
+    following = [line.strip() for line in suffix.split("\n") if line.strip()][:2]
+    leaves = _block_end(here, lines[0]) if trim == "block" and count else None
+    for at in range(count + 1):
+        whole = "".join(lines[:at]).rstrip()
+        kept = _drop_overlap(whole, prefix, suffix)
+        after = lines[at:] if final else lines[at:count]
+        ends: bool | None = at > 0 and trim == "line" and bool((here + whole).strip())
+        ends = ends or (
+            at == 1 and bool(rest) and whole == kept + rest
+        )  # the cursor's line has its end twice
+        if not ends and (at or not here.strip()):
+            ends = _repeats_suffix(after, following, final)
+        if ends is False and at and leaves:
+            ends = leaves(after, final)
+        if ends is None or not (ends or final or at < count):
+            return kept, False
+        if ends:
+            own_line = whole and whole == kept and _starts_own_line(here, rest, trim)
+            return kept + "\n" * bool(own_line), True
+    return _drop_overlap(text, prefix, suffix), False
+
+
+def _block_end(here: str, first: str) -> Callable[[list[str], bool], bool | None]:
+    """Tells whether lines no longer belong to the cursor's block; None: not yet known. It is the block that the
+    cursor's line (`here`, completed by `first`) opens, or the one that the line stands in."""
+    indent = _indent(here + first)
+    opens = bool(here.strip()) and (here + first).rstrip().endswith((":", "{", "(", "[", "=>", ","))
+
+    def ends(lines: list[str], final: bool) -> bool | None:
+        next_line = next((line for line in lines if line.strip()), None)
+        if next_line is None:
+            return False if final else None
+        level = _indent(next_line)
+        if next_line is not lines[0]:  # behind blank lines
+            return level <= indent and (opens or not indent)
+        return level < indent or (
+            opens
+            and level == indent
+            and next_line.lstrip()[0] not in "})]"
+            and not _CONTINUES_BLOCK.match(next_line)
+        )
+
+    return ends
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" \t"))
+
+
+def _starts_own_line(here: str, rest: str, trim: Trim) -> bool:
+    """True where `rest` is no rest of the cursor's line, so that text before it must end with a newline."""
+    if not rest or not here.strip():
+        return bool(rest)
+    return trim != "line" and not rest[0].isspace() and rest[0] not in ")]}>,;:.\"'`"
+
+
+def _repeats_suffix(lines: list[str], following: list[str], final: bool) -> bool | None:
+    """The suffix begins again: a long line says enough, of a short one the next must agree. None: not yet known."""
+    again = [line.strip() for line in lines if line.strip()][:2]
+    if not following or not again:
+        return False if following == [] or final else None
+    if not lines[0].strip() or again[0] != following[0]:
+        return False
+    if len(again[0]) > 3 or len(following) < 2:
+        return True
+    if len(again) < 2:
+        return True if final else None
+    return again[1] == following[1]
+
+
+def _drop_overlap(text: str, prefix: str, suffix: str) -> str:
+    """Drops the tail that the suffix's line repeats: words always, brackets and quotes where they are one too many."""
+    rest = suffix.split("\n", 1)[0].rstrip()
+    here = prefix.rpartition("\n")[2]
+    for size in range(min(len(rest), len(text)), 0, -1):
+        tail = rest[:size]
+        if text.endswith(tail) and tail.strip():
+            words = re.search(r"\w", tail) and (size == len(rest) or size > 3)
+            if words or _closes_too_much(tail, here + text + rest, prefix + text + suffix):
+                return text[:-size]
+    return text
+
+
+def _closes_too_much(tail: str, line: str, code: str) -> bool:
+    """True where `line` and all of `code`, which hold `tail` twice, close more than they open: the line alone would not
+    know of openers above it, and all of the code alone would be misled by a bracket in a comment."""
+    closers = [(closer, OPENERS[closer]) for closer in tail if closer in OPENERS]
+    if closers:
+        return any(
+            all(text.count(closer) > text.count(opener) for text in (line, code))
+            for closer, opener in closers
+        )
+    mark = tail.strip()
+    return mark in (";", ",", ":") or (mark in QUOTES and line.count(mark) % 2 == 1)
