@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 import time
@@ -363,3 +364,21 @@ def test_norms_that_a_format_cannot_hold_are_named():
     tensors = tiny_tensors(config, "BF16") | {"layers.0.k": ArrayTensor.of(np.zeros((32, 96), np.float32))}
     with pytest.raises(ValueError, match="is made of BF16 and F32, but this format holds"):
         table.to_format("nemo", config, tensors)
+
+
+def test_layers_that_maxtext_stacks_on_axis_1_are_read(tmp_path):
+    ts = pytest.importorskip("tensorstore")
+    config = tiny_config("gemma-mqa", head_width=64)
+    tensors = tiny_tensors(config, "F32")
+    stacks = {}
+    for name, tensor in table.to_format("maxtext", config, tensors).items():
+        stacks.setdefault(re.sub(r"layers/\d+/", "layers/", name), []).append(tensor.array())
+    for name, arrays in stacks.items():
+        array = np.stack(arrays, 1) if "layers" in name else arrays[0]
+        path = f"{tmp_path}/0/items/params.params.{name.replace('/', '.')}/"
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": path}}
+        ts.open(spec, create=True, dtype=array.dtype, shape=array.shape).result().write(array).result()
+    (tmp_path / "config.json").write_text(json.dumps(huggingface.config_fields(config)))
+    checkpoint = open_checkpoint(tmp_path)
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(checkpoint.tensors[name].float32(), tensor.float32(), rtol=1e-6)

@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,8 @@ from codegemma.tokenizer import Tokenizer
 
 ZARR_TYPES = {"bfloat16": "BF16", "<f4": "F32", "<f2": "F16"}
 # Megatron core refuses a checkpoint without the (empty) state of these modules of Transformer Engine.
-ENGINE_MODULES = (
-    *("self_attention.linear_qkv", "self_attention.linear_proj"),
-    *("mlp.linear_fc1", "mlp.linear_fc2"),
-)
+_LINEAR = ("qkv", "proj", "fc1", "fc2")
+ENGINE_MODULES = [f"{'mlp' if name[:2] == 'fc' else 'self_attention'}.linear_{name}" for name in _LINEAR]
 MAX_MEMBERS = 65_536
 MAX_CONFIG = 1 << 20  # bytes of YAML
 MAX_INFLATION = 20  # bytes from one byte of gzip; weights hardly shrink at all
@@ -90,9 +89,8 @@ def read(path: Path, members: Members) -> dict[str, Tensor]:
         value = torch.read(f"{path}: {archives[0]}", members[archives[0]])
         return torch.state_dict(str(path), value, "nemo")
     if archives:
-        raise ValueError(
-            f"{path}: is split into {len(archives)} parts: save it with tensor_model_parallel_size=1"
-        )
+        parts = f"is split into {len(archives)} parts"
+        raise ValueError(f"{path}: {parts}: save it with tensor_model_parallel_size=1")
     if "model_weights/.metadata" in members:
         return _unstacked(dict(_distributed(path, members)))
     arrays = [name.split("/")[1] for name in members if re.fullmatch(r"model_weights/[^/]+/\.zarray", name)]
@@ -110,14 +108,15 @@ def _unstacked(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = tensor
             continue
         for index in range(min(tensor.shape[0], LIMITS["layers"])):
-            tensors[f"{stacked[1]}.{index}{stacked[2]}"] = _layer(tensor, index)
+            layer = partial(_layer, tensor, index)
+            tensors[f"{stacked[1]}.{index}{stacked[2]}"] = LazyTensor.computed(
+                tensor.type, tensor.shape[1:], layer
+            )
     return tensors
 
 
-def _layer(tensor: Tensor, index: int) -> Tensor:
-    return LazyTensor.computed(
-        tensor.type, tensor.shape[1:], lambda: tensor.rows(index, index + 1).array()[0]
-    )
+def _layer(tensor: Tensor, index: int) -> np.ndarray:
+    return tensor.rows(index, index + 1).array()[0]
 
 
 def _zarr(path: Path, members: Members, name: str) -> Tensor:
@@ -277,11 +276,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         add_member(archive, "model_config.yaml", config_yaml(checkpoint.config, name))
         if model and name:
             add_member(archive, name, model)
-        add_member(
-            archive,
-            "model_weights/metadata.json",
-            json.dumps(table.written_fields("nemo_distributed")).encode(),
-        )
+        backends = json.dumps(table.written_fields("nemo_distributed")).encode()
+        add_member(archive, "model_weights/metadata.json", backends)
         add_member(archive, "model_weights/common.pt", _torch_bytes({"checkpoint_version": 3.0}))
         layers = checkpoint.config.layers
         for module, layer in itertools.product(ENGINE_MODULES, range(layers)):

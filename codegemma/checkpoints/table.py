@@ -76,16 +76,9 @@ def is_ignored(format: Format, name: str) -> bool:
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """The lengths that the letters of axes stand for."""
-    return {
-        "V": config.vocab,
-        "D": config.width,
-        "N": config.heads,
-        "K": config.kv_heads,
-        "H": config.head_width,
-        "F": config.ffn_width,
-        "G": config.heads // config.kv_heads,
-        "1": 1,
-    }
+    names = {"V": "vocab", "D": "width", "N": "heads", "K": "kv_heads", "H": "head_width", "F": "ffn_width"}
+    size: dict[str, int] = {letter: getattr(config, name) for letter, name in names.items()}
+    return size | {"G": config.heads // config.kv_heads, "1": 1}
 
 
 class TensorLocation(NamedTuple):
