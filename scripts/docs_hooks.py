@@ -12,13 +12,19 @@ ROOT = Path(__file__).parent.parent
 MERMAID = ROOT / "build" / "mermaid" / "package" / "dist" / "mermaid.min.js"  # by `make docs`, from npm
 
 
+BESIDE_README = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    files.append(File.generated(config, "index.md", content=home_page((ROOT / "README.md").read_text())))
+    """Adds the pages that stand at the top of the repository, and Mermaid's script."""
+    files.append(File.generated(config, "index.md", content=from_docs((ROOT / "README.md").read_text())))
+    for name in BESIDE_README:
+        files.append(File.generated(config, name, content=from_docs((ROOT / name).read_text())))
     files.append(File.generated(config, "mermaid.min.js", abs_src_path=str(MERMAID)))
     return files
 
 
-def home_page(readme: str) -> str:
-    """The README with its links into docs/ made relative to it; links to other files of the repository become text."""
-    text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", readme)
+def from_docs(text: str) -> str:
+    """A page of the repository's top with its links made relative to docs/; links to other files become text."""
+    text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|[\w-]+\.(?:md|svg)(?:#|\)))[^)]*\)", r"\1", text)
