@@ -1,6 +1,7 @@
 """What clients of other completion servers share: OpenAI's /v1/completions with vLLM's extensions.
 
-Prompts travel as token ids, so that control tokens stay what they are; the tokenizer must be the served model's.
+Prompts travel as token ids, so that control tokens stay what they are; the tokenizer must be that of the
+served model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def key_headers(key: str) -> dict[str, str]:
 
 
 def completion_body(model: str, request: Request, echo: bool = False, stream: bool = False) -> dict[str, Any]:
-    """The body that asks for a request whose prompt is token ids. `echo` asks for the prompt's log-probabilities.
+    """The body of a request whose prompt is token ids; `echo` asks for the prompt's log-probabilities.
 
     Fields that would only say the default are left out: some servers refuse those they do not know.
     """
@@ -55,7 +56,7 @@ def completion_body(model: str, request: Request, echo: bool = False, stream: bo
 
 
 def prompt_logprobs(choice: dict[str, Any], start: int, end: int) -> list[tuple[float, dict[str, float]]]:
-    """Of the prompt's tokens [start, end) of an echo: log-probability and alternatives; [] where they are missing."""
+    """The log-probabilities and alternatives of an echo's tokens [start, end); [] where they are missing."""
     lists = choice.get("logprobs") or {}
     values = (lists.get("token_logprobs") or [])[start:end]
     top = (lists.get("top_logprobs") or [])[start:end]
@@ -66,7 +67,7 @@ def prompt_logprobs(choice: dict[str, Any], start: int, end: int) -> list[tuple[
 
 
 def stopped_by_text(choice: dict[str, Any]) -> bool:
-    """Whether a stop text ended an answer: vLLM's `stop_reason` is that text, a token id, or none for <eos>."""
+    """Whether a stop text ended it: vLLM's `stop_reason` is that text, a token id, or null at <eos>."""
     return isinstance(choice.get("stop_reason"), str)
 
 

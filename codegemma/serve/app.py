@@ -19,7 +19,7 @@ from starlette.types import Scope
 from codegemma import __version__
 from codegemma.serve.dialects import llamacpp, mistral, ollama, openai, tabby
 from codegemma.serve.guard import RequestGuard, Rules
-from codegemma.serve.requests import CompletionService, Busy
+from codegemma.serve.requests import Busy, CompletionService
 from codegemma.serve.wire import dumps, reply
 
 PAGE = Path(__file__).parent / "web"
@@ -48,10 +48,12 @@ def create(
     rules: Rules = Rules(),  # noqa: B008
     terms: str = "",
     page: Path = PAGE,
+    redact: bool = True,
 ) -> FastAPI:
     """The application. It calls `open_service` when it starts, and closes that service when it ends.
 
-    `terms` is the text of /terms, `page` the folder of the page's files.
+    `terms` is the text of /terms, `page` the folder of the page's files. `redact`: whether secrets are taken
+    out of the context files of fill-in-the-middle requests.
     """
 
     @contextlib.asynccontextmanager
@@ -63,6 +65,7 @@ def create(
             await app.state.service.close()
 
     app = FastAPI(title="codegemma", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.redact = redact
     for router in (
         shared_router,
         *(dialect.router for dialect in (openai, llamacpp, ollama, mistral, tabby)),
@@ -75,8 +78,8 @@ def create(
 
     files = _PageFiles(page)
     app.mount("/", files)
-    for kind, handler in _HANDLERS.items():
-        app.add_exception_handler(kind, handler)
+    for kind in (RequestValidationError, ValueError, Busy, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
     app.add_middleware(
         RequestGuard,
         rules=rules,
@@ -132,11 +135,29 @@ def error_response(path: str, status: int, message: str, body: Any = None) -> Re
     return reply(llamacpp.error(status, message), status)
 
 
-async def _on_invalid_body(http: HttpRequest, error: Exception) -> Response:
-    """400, or 422 where Mistral's and Tabby's servers say so."""
-    assert isinstance(error, RequestValidationError)
-    problems = [{"loc": [*p["loc"]], "msg": p["msg"], "type": p["type"]} for p in error.errors()]
+async def _on_error(http: HttpRequest, error: Exception) -> Response:
+    """The response to an exception of a route."""
     path = http.url.path
+    match error:
+        case RequestValidationError():
+            return _on_invalid_body(path, error)
+        case ValueError():
+            return error_response(path, 400, str(error))
+        case Busy():
+            response = error_response(path, 429, str(error))
+            response.headers["Retry-After"] = str(error.retry_after)
+        case HTTPException():
+            response = error_response(path, error.status_code, error.detail)
+            response.headers.update(error.headers or {})
+        case _:
+            message = f"the server failed: {type(error).__name__}; its log says more"
+            response = error_response(path, 500, message)
+    return response
+
+
+def _on_invalid_body(path: str, error: RequestValidationError) -> Response:
+    """400, or 422 where Mistral's and Tabby's servers say so."""
+    problems = [{"loc": [*p["loc"]], "msg": p["msg"], "type": p["type"]} for p in error.errors()]
     if path.startswith(("/v1/fim", "/fim")):
         return reply({"detail": problems}, 422)
     messages = []
@@ -146,35 +167,3 @@ async def _on_invalid_body(http: HttpRequest, error: Exception) -> Response:
     message = "; ".join(dict.fromkeys(messages))[:2000]
     status = 422 if tabby.is_tabby(error.body) or path == "/v1/events" else 400
     return error_response(path, status, message, error.body)
-
-
-async def _on_value_error(http: HttpRequest, error: Exception) -> Response:
-    return error_response(http.url.path, 400, str(error))
-
-
-async def _on_busy(http: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, Busy)
-    response = error_response(http.url.path, 429, str(error))
-    response.headers["Retry-After"] = str(error.retry_after)
-    return response
-
-
-async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    response = error_response(http.url.path, error.status_code, str(error.detail))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_failure(http: HttpRequest, error: Exception) -> Response:
-    message = f"the server failed: {type(error).__name__}; its log says more"
-    return error_response(http.url.path, 500, message)
-
-
-_HANDLERS: dict[Any, Any] = {
-    RequestValidationError: _on_invalid_body,
-    ValueError: _on_value_error,
-    Busy: _on_busy,
-    HTTPException: _on_http_error,
-    Exception: _on_failure,
-}

@@ -10,9 +10,9 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel, Field
 
 from codegemma.config import Mode, Trim
+from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.generate.sampling import Sampling
 from codegemma.prompts import File
-from codegemma.generate.request import Infill, Request
 from codegemma.serve.wire import service
 
 MAX_STOPS = 64
@@ -21,21 +21,24 @@ StopTexts = str | Annotated[list[str | None], Field(max_length=MAX_STOPS)] | Non
 Milliseconds = Annotated[float, Field(gt=0, le=MAX_MS)]
 LlamaMilliseconds = Annotated[float, Field(le=MAX_MS)]  # llama.cpp's: 0 and below are no limit
 TokenCount = Annotated[int, Field(ge=0)]
+TopCount = Annotated[int, Field(ge=0, le=20)]  # of alternatives to a token
 
-# The protocols' names of the fields of Sampling.
-SAMPLING_FIELDS = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repeat_penalty": "repeat_penalty",
-    "repetition_penalty": "repeat_penalty",
-    "seed": "seed",
-    "random_seed": "seed",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "logit_bias": "bias",
-}
+# What the protocols call the limit of the answer's tokens; below 0 is the default.
+LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "n_predict", "num_predict")
+# What they call the fields of Sampling, where it is not the same name.
+SAMPLING_FIELDS = {"repetition_penalty": "repeat_penalty", "random_seed": "seed", "logit_bias": "bias"}
+SAMPLING_FIELDS |= {name: name for name in Sampling.__dataclass_fields__}
+
+
+class SamplingFields(BaseModel):
+    """How an answer is drawn and where it stops, in the names that most protocols have."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: StopTexts = None
 
 
 class ExtraFile(BaseModel):
@@ -61,49 +64,57 @@ class ExtensionFields(BaseModel):
 
     def infill(self, prefix: str, suffix: str | None, files: Sequence[File] = ()) -> Infill:
         """A fill-in-the-middle prompt; the body's extra files come after `files`, nearer to the prefix."""
-        extra = tuple(File(one_line(file.filename), file.text) for file in self.input_extra or ())
+        extra = [File(one_line(file.filename), file.text) for file in self.input_extra or ()]
         files = (*files, *extra)
         return Infill(
             prefix, suffix or "", self.path or None, files, self.mode or "auto", self.trim or "none"
         )
 
-    def request(self, http: HttpRequest, **fields: Any) -> Request:
-        """A request with what the shared fields, the headers and the model's name say.
+    def request(
+        self,
+        http: HttpRequest,
+        prompt: Infill | TextPrompt | Chat,
+        max_tokens: int,
+        top_logprobs: int = 0,
+        options: BaseModel | None = None,
+        **sampling: Any,
+    ) -> Request:
+        """The request that the body, its headers and its model's name ask for.
 
-        A model's name may choose an adapter: "ours", or "tiny:ours".
+        `max_tokens` and `sampling` hold where the body says nothing. `options` has the limit, stops and
+        sampling; by default the body has. A model's name may choose an adapter: "ours", or "tiny:ours".
         """
+        fields = dict(options or self)
+        limit = next((fields[name] for name in LIMIT_FIELDS if fields.get(name) is not None), -1)
         adapter = self.adapter or "auto"
-        if self.adapter is None and self.model:
-            name = self.model.rpartition(":")[2]
-            adapter = name if name in service(http).adapters else "auto"
+        if self.adapter is None and (name := (self.model or "").rpartition(":")[2]) in service(http).adapters:
+            adapter = name
         session = self.session or http.headers.get("x-session-id")
         prompt_ms = self.time_budget_ms or max(self.t_max_prompt_ms or 0, 0)
         predict_ms = max(self.t_max_predict_ms or 0, 0)
+        stop = fields.get("stop") or ()
         return Request(
-            adapter="auto" if adapter is None else adapter,
+            prompt,
+            max_tokens if limit < 0 else limit,
+            _sampling(fields, sampling),
+            frozenset(fields.get("stop_token_ids") or ()),
+            tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text),
+            top_logprobs,
+            adapter=adapter,
             session=session,
             client=f"{http.scope.get('client_name', '')} {session or ''}",
             prompt_seconds=prompt_ms / 1000 or None,
             predict_seconds=predict_ms / 1000 or None,
-            **fields,
         )
 
 
-def sampling_of(body: BaseModel, **defaults: Any) -> Sampling:
-    """The sampling that a body's fields ask for, by any protocol's names; `defaults` for those not sent.
-
-    A seed that was not sent is random.
-    """
-    sent = {SAMPLING_FIELDS[name]: value for name, value in body if name in SAMPLING_FIELDS}
+def _sampling(fields: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
+    """The sampling that fields ask for, by any protocol's names. A seed that was not sent is random."""
+    sent = {SAMPLING_FIELDS[name]: value for name, value in fields.items() if name in SAMPLING_FIELDS}
     values = defaults | {name: value for name, value in sent.items() if value is not None}
     values["top_k"] = max(values.get("top_k", 0), 0)
     values["bias"] = tuple(values.get("bias", {}).items())
     return Sampling(**{"seed": secrets.randbits(32), **values})
-
-
-def stop_texts(stop: StopTexts) -> tuple[str, ...]:
-    """Stop texts as a tuple; empty ones mean nothing."""
-    return tuple(text for text in ([stop] if isinstance(stop, str) else stop or ()) if text)
 
 
 def one_line(path: str) -> str:

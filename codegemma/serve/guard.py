@@ -102,7 +102,7 @@ class RequestGuard:
             raise HTTPException(415, "the body is compressed: send it as it is, without Content-Encoding")
 
     def _authenticate(self, scope: Scope, headers: Headers) -> str:
-        """The client's name: its key's number, or its address. Raises HTTPException where a key is missing."""
+        """The client's name: its key's number, or its address. Raises HTTPException without a valid key."""
         if self.rules.keys:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             key = (key.strip() if scheme.lower() == "bearer" else "") or headers.get("x-api-key", "")
@@ -183,7 +183,9 @@ def read_keys(lines: Sequence[str]) -> tuple[bytes, ...]:
         raise ValueError("the key file has no key: put one on a line of its own")
     shortest = min(map(len, keys))
     if shortest < 16:
-        raise ValueError(f"a key has {shortest} characters, but needs 16: make one with `openssl rand -hex 16`")
+        raise ValueError(
+            f"a key has {shortest} characters, but needs 16: make one with `openssl rand -hex 16`"
+        )
     return tuple(map(key_digest, keys))
 
 

@@ -25,9 +25,9 @@ from codegemma.generate.client import (
     prompt_logprobs,
     stopped_by_text,
 )
-from codegemma.generate.engine import Step, Stop
 from codegemma.generate.request import Request
 from codegemma.generate.resolve import layout_for, resolve
+from codegemma.generate.running import Step, Stop
 from codegemma.native import PAGE, Page
 from codegemma.prompts import Layout
 from codegemma.serve.requests import Busy, Job, Metrics, prompt_timeout, supersedes
@@ -173,7 +173,7 @@ class RemoteService:
         yield last if job.request.max_tokens else Step(None, "", 0.0, "length")
 
     async def _chunks(self, job: Job) -> AsyncIterator[dict[str, Any]]:
-        """The parsed parts of the server's answer. Raises ValueError, Busy and HTTPException as it refuses."""
+        """The parsed parts of the server's answer. Raises ValueError, Busy or HTTPException as it refuses."""
         scored = job.request.is_score
         body = completion_body(self.name, job.resolved, echo=scored, stream=not scored)
         try:
@@ -195,7 +195,7 @@ class RemoteService:
             raise HTTPException(502, reason) from error
 
     def _remember_prompt(self, job: Job) -> None:
-        """After a prompt was read: updates which prompts the server probably caches, and its prefill rate."""
+        """Updates, once a prompt was read, which prompts the server probably caches, and its prefill rate."""
         ids = job.prompt_ids
         uncached = len(ids) - self.cache.find(ids)[1]
         seconds = time.perf_counter() - job.started
@@ -219,7 +219,7 @@ class RemoteService:
         return answer
 
     def _steps_of(self, job: Job, choice: dict[str, Any]) -> Iterator[Step]:
-        """A chunk as Steps: one for each token where its log-probabilities tell them apart, else one for all."""
+        """A chunk as Steps: one for each token where there are log-probabilities, else one for all."""
         text, logprobs = choice.get("text") or "", choice.get("logprobs") or {}
         tokens = logprobs.get("tokens") or []
         if not tokens and text:

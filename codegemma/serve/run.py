@@ -36,7 +36,8 @@ class ServerSettings:
     """What a worker needs to serve; it travels to the processes of --workers.
 
     `adapters` are written NAME=PATH; `remote` is the URL of a server that generates in place of the model;
-    `keep_cache`: whether the prompt cache is saved on stop and loaded on start.
+    `keep_cache`: whether the prompt cache is saved on stop and loaded on start; `redact`: whether secrets are
+    taken out of context files.
     """
 
     model: str
@@ -48,6 +49,7 @@ class ServerSettings:
     quantize: str | None = None
     cache_bytes: int = 1 << 30
     keep_cache: bool = True
+    redact: bool = True
 
 
 def listen(settings: ServerSettings, host: str, port: int, workers: int) -> None:
@@ -74,7 +76,7 @@ def application(settings: ServerSettings, workers: int = 1) -> FastAPI:
         from codegemma.serve.remote import RemoteService
 
         open_remote = partial(RemoteService.open, settings.remote, open_checkpoint(path), settings.remote_key)
-        return app.create(open_remote, settings.rules, text)
+        return app.create(open_remote, settings.rules, text, redact=settings.redact)
     from codegemma.generate.model import load
     from codegemma.native import usable_cpus
     from codegemma.serve.scheduler import Scheduler
@@ -94,7 +96,7 @@ def application(settings: ServerSettings, workers: int = 1) -> FastAPI:
     async def open_local() -> CompletionService:
         return Scheduler(model, cache=hub.cache_dir() / "prefixes" if settings.keep_cache else None)
 
-    return app.create(open_local, settings.rules, text)
+    return app.create(open_local, settings.rules, text, redact=settings.redact)
 
 
 def _run(settings: ServerSettings, listener: socket.socket, workers: int) -> None:

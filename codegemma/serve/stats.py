@@ -1,7 +1,7 @@
 """Statistics of suggestions: a local file of counts and times, which no part of this program sends anywhere.
 
-One line for each suggestion that was shown: the minute, the language, its latency, its length, and how many of
-its characters were accepted. No text, no path. `set_recording(False)` (`codegemma stats --off`) stops it.
+One line for each suggestion that was shown: the minute, the language, its latency, its length, and how many
+of its characters were accepted. No text, no path. `set_recording(False)` (`codegemma stats --off`) stops it.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "br", "tr", "div", "ol", "ul"}
 def terms_text(model: Path) -> str:
     """The notice, what binds users of this server, and the full terms where a copy lies beside the model."""
     head = (
-        f"{NOTICE}\nWhoever uses this server uses Gemma: the Gemma Terms of Use bind you, the restrictions on "
-        "use of section 3.2 included. You must not use Gemma for what the Gemma Prohibited Use Policy lists, nor "
-        f"in violation of laws.\nTerms: {TERMS_URL}\nProhibited uses: {PROHIBITED_USES_URL}\n"
+        f"{NOTICE}\nWhoever uses this server uses Gemma: the Gemma Terms of Use bind you, the restrictions "
+        "on use of section 3.2 included. You must not use Gemma for what the Gemma Prohibited Use Policy "
+        f"lists, nor in violation of laws.\nTerms: {TERMS_URL}\nProhibited uses: {PROHIBITED_USES_URL}\n"
     )
     copies = [folder / "GEMMA_TERMS.html" for folder in (model, model.parent)]
     copy = next((file for file in copies if file.is_file()), None)

@@ -1,4 +1,4 @@
-"""From Steps to bytes: JSON answers, server-sent events and lines of JSON; each stops when its client leaves."""
+"""From Steps to bytes: JSON, server-sent events, lines of JSON. Each stops when its client leaves."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from codegemma.generate.engine import Step
-from codegemma.generate.request import Request
+from codegemma.generate.request import Infill, Request
+from codegemma.generate.running import Step
+from codegemma.safety.secrets import safe_files
 from codegemma.serve import stats
 from codegemma.serve.requests import CompletionService, Job
 from codegemma.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def service(http: HttpRequest) -> CompletionService:
 
 
 def dumps(value: Any) -> bytes:
-    """JSON without spaces (llama.vim drops a reply with one behind a colon), in ASCII (so any string can be sent)."""
+    """JSON in ASCII, without spaces: llama.vim drops a reply with a space behind a colon."""
     return json.dumps(value, separators=(",", ":")).encode()
 
 
@@ -117,9 +118,28 @@ def logprob_entries(
     return entries
 
 
+async def submit(http: HttpRequest, requests: Sequence[Request]) -> list[Job]:
+    """Jobs for the requests, after secrets are taken out of their context files (unless --no-redact).
+
+    The text around the cursor, and any other prompt, stay as they are. Raises ValueError and Busy.
+    """
+    if http.app.state.redact:
+        requests = [await _without_secrets(request) for request in requests]
+    return await service(http).submit(requests)
+
+
+async def _without_secrets(request: Request) -> Request:
+    """The request with its context files as safety/secrets.py lets them stand in a prompt."""
+    prompt = request.prompt
+    if not isinstance(prompt, Infill) or not prompt.files:
+        return request
+    files = await asyncio.to_thread(safe_files, prompt.files)  # a search of megabytes takes time
+    return replace(request, prompt=replace(prompt, files=files))
+
+
 async def collect(http: HttpRequest, requests: Sequence[Request]) -> list[Answer]:
     """The complete answers to all requests. Raises ValueError and Busy as the service does."""
-    jobs = await service(http).submit(requests)
+    jobs = await submit(http, requests)
     async with _cancelled_on_disconnect(http.receive, jobs):
         return [Answer(job, [step async for step in job.steps()]) for job in jobs]
 
@@ -143,7 +163,7 @@ class Dialect:
         """The response to one client: a stream of `parts`, or else the JSON value `complete`."""
         if not stream:
             return reply(complete(await collect(http, requests)))
-        jobs = await service(http).submit(requests)
+        jobs = await submit(http, requests)
         return StreamedAnswer(self, jobs, parts(jobs))
 
 

@@ -1,7 +1,8 @@
-"""llama.cpp's server: infill as llama.vim and llama.vscode send it, completion, tokens and the server's state."""
+"""llama.cpp's server: infill (for llama.vim and llama.vscode), completion, tokens, the server's state."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,11 +14,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import AfterValidator, BaseModel, Field
 
 from codegemma import __version__, prompts
-from codegemma.generate.engine import Step
 from codegemma.generate.request import Infill, Request, TextPrompt
-from codegemma.generate.request import Infill, Request, TextPrompt
-from codegemma.generate.sampling import Sampling
-from codegemma.serve.bodies import ExtensionFields, ExtraFile, StopTexts, sampling_of, stop_texts
+from codegemma.generate.running import Step
+from codegemma.serve.bodies import ExtensionFields, ExtraFile, SamplingFields, TopCount
 from codegemma.serve.dialects.openai import ERROR_TYPES, OpenAIMessage, check_choice_count, choices_of
 from codegemma.serve.metrics import MetricsCollector
 from codegemma.serve.requests import Job
@@ -44,22 +43,16 @@ class LlamaAdapter(BaseModel):
     scale: float = 1.0
 
 
-class LlamaFields(ExtensionFields):
-    """What infill and completion have in common. A temperature or a seed below 0 is allowed, as in llama.cpp."""
+class LlamaFields(ExtensionFields, SamplingFields):
+    """What infill and completion have in common. Values below 0 mean temperature 0, and a random seed."""
 
     n_predict: Annotated[int, Field(ge=-2)] | None = None
     temperature: Annotated[float, AfterValidator(partial(max, 0.0))] | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    seed: Annotated[int, AfterValidator(lambda seed: None if seed < 0 else seed)] | None = None
     repeat_penalty: float | None = None
-    seed: Annotated[int, AfterValidator(lambda seed: None if seed < 0 else seed)] | None = (
-        None  # None is random
-    )
-    stop: StopTexts = None
     stream: bool | None = None
     id_slot: int | None = None
-    n_probs: Annotated[int, Field(ge=0, le=20)] | None = None
+    n_probs: TopCount | None = None
     return_tokens: bool | None = None
     response_fields: list[str] | None = None
     lora: list[LlamaAdapter] | None = None
@@ -67,20 +60,14 @@ class LlamaFields(ExtensionFields):
     json_schema: dict[str, Any] | None = None
 
     def llama_request(
-        self, http: HttpRequest, prompt: Infill | TextPrompt, limit: int, sampling: Sampling
+        self, http: HttpRequest, prompt: Infill | TextPrompt, limit: int, **sampling: Any
     ) -> Request:
-        """A request of at most `limit` tokens where the body sets no limit. Raises ValueError on a bad field."""
-        request = self.request(
-            http,
-            prompt=prompt,
-            max_tokens=limit if self.n_predict is None or self.n_predict < 0 else self.n_predict,
-            sampling=sampling,
-            stop=stop_texts(self.stop),
-            top_logprobs=self.n_probs or 0,
-        )
+        """ExtensionFields.request with the fields that are llama.cpp's. Raises ValueError on a bad one."""
+        request = self.request(http, prompt, limit, self.n_probs or 0, **sampling)
         if self.grammar or self.json_schema:
-            remedy = "ask for the form in the prompt, and check it"
-            raise ValueError(f"grammar and json_schema are not supported: {remedy}")
+            raise ValueError(
+                "grammar and json_schema are not supported: ask for the form in the prompt, and check it"
+            )
         strongest = max(self.lora or (), key=lambda adapter: adapter.scale, default=None)
         if strongest is None or strongest.scale <= 0:
             return request
@@ -106,12 +93,10 @@ class LlamaCompletionBody(LlamaFields):
 
     def prompts(self) -> list[Any]:
         """One prompt, or several: lists, or more than one text."""
-        given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        texts_count = len(given) > 1
-        several = all(isinstance(part, list) or (isinstance(part, str) and texts_count) for part in given)
-        return list(given) if several else [given]
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        prompts = (str, list) if len(self.prompt) > 1 else list  # one text alone is a part of one prompt
+        return list(self.prompt) if all(isinstance(part, prompts) for part in self.prompt) else [self.prompt]
 
 
 class TokenizeBody(BaseModel):
@@ -148,13 +133,12 @@ async def infill(body: LlamaInfillBody, http: HttpRequest) -> Response:
     count = 1 if body.n_cmpl is None else body.n_cmpl
     if not 1 <= count <= 4:
         raise ValueError("Field 'n_cmpl': Value must be between 1 <= value <= 4")
-    sampling = sampling_of(body, temperature=0.0 if count == 1 else 0.8)  # greedy ones would all be the same
     prompt = body.infill(body.input_prefix + (body.prompt or ""), body.input_suffix)
     prompt = replace(prompt, min_indent=max(body.n_indent or 0, 0))
-    request = body.llama_request(http, prompt, INFILL_TOKENS, sampling)
-    requests = choices_of(request, count)
+    temperature = 0.0 if count == 1 else 0.8  # greedy ones would all be the same
+    requests = choices_of(body.llama_request(http, prompt, INFILL_TOKENS, temperature=temperature), count)
     if count > 1:
-        requests[0] = replace(request, sampling=replace(sampling, temperature=0.0))
+        requests[0] = replace(requests[0], sampling=replace(requests[0].sampling, temperature=0.0))
     return await _respond(body, http, requests)
 
 
@@ -164,9 +148,10 @@ async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
     """Continues one prompt or several, of text, token ids or both."""
     prompts = body.prompts()
     check_choice_count(len(prompts))
-    sampling = sampling_of(body, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05)
+    seed = secrets.randbits(32)  # without one in the body, all prompts have the same
+    sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "seed": seed}
     texts = [TextPrompt(_text_or_ids(http, prompt), raw=True) for prompt in prompts]
-    requests = [body.llama_request(http, text, COMPLETION_TOKENS, sampling) for text in texts]
+    requests = [body.llama_request(http, text, COMPLETION_TOKENS, **sampling) for text in texts]
     return await _respond(body, http, requests)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from codegemma.serve.bodies import ExtensionFields, StopTexts, TokenCount, sampling_of, stop_texts
+from codegemma.serve.bodies import ExtensionFields, StopTexts, TokenCount
 from codegemma.serve.dialects.openai import finish_reason, usage
 from codegemma.serve.requests import Job
 from codegemma.serve.wire import DONE, Answer, Dialect, event, merged, service
@@ -42,13 +42,7 @@ DIALECT = Dialect(error)
 @router.post("/fim/completions", include_in_schema=False)
 async def complete(body: MistralFimBody, http: HttpRequest) -> Response:
     """Fills the middle between prompt and suffix."""
-    request = body.request(
-        http,
-        prompt=body.infill(body.prompt, body.suffix),
-        sampling=sampling_of(body, temperature=0.0),
-        stop=stop_texts(body.stop),
-        max_tokens=128 if body.max_tokens is None else body.max_tokens,
-    )
+    request = body.request(http, body.infill(body.prompt, body.suffix), 128)
     created, name = int(time.time()), body.model or service(http).name
     head = {"id": secrets.token_hex(16), "created": created, "model": name}
 
@@ -69,7 +63,7 @@ async def _chunks(head: dict[str, Any], job: Job) -> AsyncIterator[bytes]:
     role: dict[str, str] = {"role": "assistant"}
     async for _, step in merged([job]):
         if step.text or step.stop is not None:
-            reason = finish_reason(step.stop) if step.stop is not None else None
+            reason = finish_reason(step.stop)
             choice = {"index": 0, "delta": {**role, "content": step.text}, "finish_reason": reason}
             end = {"usage": usage([job]), "timings": job.timings()} if reason else {}
             yield event({**head, "object": "chat.completion.chunk", "choices": [choice], **end})

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from codegemma.generate.engine import Step
 from codegemma.generate.request import Chat, Infill, TextPrompt
-from codegemma.generate.request import Chat, Infill, TextPrompt
+from codegemma.generate.running import Step
 from codegemma.prompts import Message
-from codegemma.serve.bodies import ExtensionFields, StopTexts, sampling_of, stop_texts
+from codegemma.serve.bodies import ExtensionFields, SamplingFields, TopCount
 from codegemma.serve.requests import Job
 from codegemma.serve.wire import Answer, Dialect, line, logprob_entries, reply, service
 
@@ -43,15 +42,9 @@ DETAILS = {
 }
 
 
-class OllamaOptions(BaseModel):
+class OllamaOptions(SamplingFields):
     num_predict: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int | None = None
     repeat_penalty: float | None = None
-    stop: StopTexts = None
 
 
 class OllamaFields(ExtensionFields):
@@ -64,7 +57,7 @@ class OllamaFields(ExtensionFields):
     keep_alive: str | float | None = None
     think: bool | str | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: TopCount | None = None
 
     def check(self) -> None:
         """Raises ValueError where the body asks for what is not supported."""
@@ -97,8 +90,8 @@ class OllamaGenerateBody(OllamaFields):
         return not self.suffix
 
     def model_prompt(self, http: HttpRequest) -> Infill | TextPrompt | Chat:
-        """A fill-in-the-middle prompt where there is a suffix; raw text where the client asks for it, or its own
-        template is the bare prompt; else a chat turn where the model has been tuned for chats, or text."""
+        """A fill-in-the-middle prompt where there is a suffix; raw text where the client asks for it, or its
+        template is the bare prompt; else a chat turn where the model was tuned for chats, or text."""
         served, prompt = service(http), self.prompt or ""
         if self.suffix:
             return self.infill(prompt, self.suffix)
@@ -169,7 +162,7 @@ async def chat(body: OllamaChatBody, http: HttpRequest) -> Response:
         raise ValueError(f'"{body.model}" does not support tools')
     if not body.messages:
         return _loaded(body)
-    return await _respond(body, http, Chat(tuple(message.message() for message in body.messages)))
+    return await _respond(body, http, Chat([message.message() for message in body.messages]))
 
 
 @router.post("/api/show")
@@ -210,17 +203,9 @@ async def version() -> Response:
 
 
 async def _respond(body: OllamaFields, http: HttpRequest, prompt: Infill | TextPrompt | Chat) -> Response:
-    options = body.options or OllamaOptions()
-    limit = options.num_predict
-    filters = {} if isinstance(prompt, Infill) else {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
-    request = body.request(
-        http,
-        prompt=prompt,
-        max_tokens=DEFAULT_TOKENS if limit is None or limit < 0 else limit,
-        sampling=sampling_of(options, **filters),
-        stop=stop_texts(options.stop),
-        top_logprobs=(body.top_logprobs or 0) if body.logprobs else 0,
-    )
+    sampling = {} if isinstance(prompt, Infill) else {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+    top, options = (body.top_logprobs or 0) if body.logprobs else 0, body.options or OllamaOptions()
+    request = body.request(http, prompt, DEFAULT_TOKENS, top, options, **sampling)
     final = partial(_final, body, http)
     return await DIALECT.respond(
         http,

@@ -11,11 +11,10 @@ from pydantic import BaseModel, field_validator, model_validator
 
 from codegemma import __version__
 from codegemma.generate.request import Infill, TextPrompt
-from codegemma.generate.request import Infill, TextPrompt
 from codegemma.native import usable_cpus
 from codegemma.prompts import File
 from codegemma.serve import stats
-from codegemma.serve.bodies import ExtensionFields, one_line, sampling_of
+from codegemma.serve.bodies import ExtensionFields, one_line
 from codegemma.serve.wire import collect, reply, service
 
 router = APIRouter(tags=["Tabby"])
@@ -101,8 +100,7 @@ async def complete(body: TabbyCompletionBody, http: HttpRequest) -> Response:
     else:
         body = body.model_copy(update={"path": body.path or segments.filepath})
         prompt = body.infill(segments.prefix, segments.suffix, segments.files())
-    sampling = sampling_of(body, temperature=0.0, seed=0)
-    request = body.request(http, prompt=prompt, max_tokens=MAX_TOKENS, sampling=sampling)
+    request = body.request(http, prompt, MAX_TOKENS, seed=0)
     (answer,) = await collect(http, [request])
     choices = [{"index": 0, "text": answer.text}]
     value: dict[str, Any] = {"id": answer.offer(body.language), "choices": choices}
