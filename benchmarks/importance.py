@@ -53,8 +53,8 @@ def main() -> None:
             print(rows[-1], flush=True)
     head = [
         "\n## Importance-weighted blocks\n\n"
-        f"`benchmarks/importance.py`: {args.model} on {len(pieces)} pieces of held-out code, nats per token to the "
-        "float model.\n",
+        f"`benchmarks/importance.py`: {args.model} on {len(pieces)} held-out texts, nats per token to "
+        "the float model.\n",
         "| blocks | KL plain | KL weighed | change | same top token | weighed |",
         "|---|---|---|---|---|---|",
     ]

@@ -59,7 +59,7 @@ struct Matrix {
     weight = {type, bytes.data(), rows, cols, row_bytes};
   }
 };
-// T tokens of `cols` columns as a product meets them, rows padded to a multiple of `pad`.
+// T tokens of `cols` columns as a product reads them, rows padded to a multiple of `pad`.
 struct PaddedInput {
   std::vector<float> f, scales[2];
   std::vector<int8_t> q[2];

@@ -1,5 +1,5 @@
-// AVX-512 by SIMDe, included before all else when its kernels are checked on a CPU without it. Below: what SIMDe 0.7 gets
-// wrong or lacks.
+// AVX-512 by SIMDe: included first when the AVX-512 kernels are tested on a CPU without it. The definitions below replace
+// functions that SIMDe 0.7 lacks or gets wrong.
 #pragma once
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>

@@ -557,7 +557,7 @@ def test_cache_batches_and_speculation_change_no_step_with_adapters(kind, type):
     backend = adapted(kind, type, threads=2)
     base = ids_with_tokens(100)
     texts = [base, base, base, base[:70] + random_ids(30, 1), base[:20] + [7, 8, 9, 10] * 20, base]
-    names = ["one", None, "two", "one", "one", "one"]
+    names = ["one", "none", "two", "one", "one", "one"]
     requests = [
         Request(ids, 12, Sampling(0.5, seed=3) if i % 2 else Sampling(), top_logprobs=2, adapter=name)
         for i, (ids, name) in enumerate(zip(texts, names, strict=True))

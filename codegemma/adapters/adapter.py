@@ -21,8 +21,7 @@ ORDERS = ("psm", "spm")  # prefix-suffix-middle, suffix-prefix-middle
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Low-rank changes of linear layers, by our names ("layers.0.q"), and replaced rows of the tied
-    embedding.
+    """Low-rank changes of linear layers ("layers.0.q"), and replaced rows of the tied embedding.
 
     `a` [r, in] and `b` [out, r] are float32; r is `rank`, or less in some layers. A layer computes x W^T +
     (alpha / rank) (x a^T) b^T. `rows` [D] by token id replace the embedding's, as input and as output. `card`
@@ -40,26 +39,22 @@ class Adapter:
 
     def __post_init__(self) -> None:
         valid_rank = type(self.rank) is int and 1 <= self.rank <= LIMITS["width"]
+        rule = "rank must be a whole number from 1 and alpha a finite number other than 0"
         given = f"got {self.rank!r} and {self.alpha!r}"
-        rule = f"rank must be a whole number from 1 and alpha a finite number other than 0, {given}"
-        self._require(valid_rank and 0 < abs(self.alpha) < 1e9, rule)
+        self._require(valid_rank and 0 < abs(self.alpha) < 1e9, f"{rule}, {given}")
         single = min(self.a.keys() ^ self.b.keys(), default=None)
         self._require(single is None, f"{single} has one of its two matrices only: save the adapter again")
         self._require(bool(self.a or self.rows), "changes no layer and no token")
         for name, a_rI in self.a.items():
-            linear = re.fullmatch(rf"layers\.\d+\.({'|'.join(LINEAR)})", name)
-            self._require(
-                linear is not None, f"{name} is no linear layer: these are layers.N.{', '.join(LINEAR)}"
-            )
+            linear = re.fullmatch(rf"layers\.\d+\.({'|'.join(LINEAR)})", name) is not None
+            self._require(linear, f"{name} is no linear layer: these are layers.N.{', '.join(LINEAR)}")
             a, b = a_rI.shape, self.b[name].shape
             needed = f"needs [r, in] and [out, r] with r from 1 to the rank, {self.rank}"
             fits = len(a) == len(b) == 2 and 1 <= a[0] == b[1] <= self.rank
             self._require(fits, f"{name} has matrices {list(a)} and {list(b)}, but {needed}")
         for name, values in self._arrays():
             finite = values.dtype == np.float32 and bool(np.isfinite(values).all())
-            self._require(
-                finite, f"{name} must hold finite float32 numbers: it is damaged, or its training diverged"
-            )
+            self._require(finite, f"{name} must hold finite float32 numbers: it is damaged, or diverged")
 
     def _require(self, condition: bool, rule: str) -> None:
         if not condition:

@@ -17,7 +17,6 @@ import numpy as np
 
 from codegemma.adapters.adapter import Adapter
 from codegemma.checkpoints import nemo, table
-from codegemma.checkpoints.table import StoredTensor
 from codegemma.config import ModelConfig
 
 ATTENTION, MLP = "self_attention.adapter_layer", "mlp.adapter_layer"
@@ -74,33 +73,28 @@ def _matrices(
     for key, tensor in nemo.read(path, members).items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise ValueError(
-                f"{path}: holds {key}, which is no part of a LoRA adapter: pass the adapter's own .nemo"
-            )
+            raise ValueError(f"{path}: holds {key}, which is no part of a LoRA adapter: pass another .nemo")
         values = np.array(tensor.float32(), np.float32)
         if values.ndim != 2:
-            raise ValueError(
-                f"{path}: {key} has shape {list(values.shape)}, but must be a matrix: export it again"
-            )
+            raise ValueError(f"{path}: {key} has shape {list(values.shape)}, not a matrix's: export it again")
         halves.setdefault((match[1], match[2]), {})[match[3]] = values
     layouts = {layout.name: layout for layout in table.stored_tensors(config, "nemo")}
     for (layer, name), half in halves.items():
+        module = f"{path}: layer {layer}'s {name}"
         if half.keys() != {"in", "out"}:
-            raise ValueError(
-                f"{path}: layer {layer}'s {name} has one of its two matrices only: export it again"
-            )
+            raise ValueError(f"{module} has one of its two matrices only: export it again")
         a_rI, b_Or = half["in"], half["out"]
         if name in SEPARATE:
             yield f"layers.{layer}.{SEPARATE[name]}", a_rI, b_Or
             continue
         layout = layouts.get(f"model.decoder.layers.{layer}.{FUSED.get(name)}.weight")
         if layout is None or b_Or.shape != (layout.shape[0], len(a_rI)):
-            raise ValueError(
-                f"{path}: layer {layer}'s {name} of {list(b_Or.shape)} fits no matrix of a model of "
-                f"{config.layers} layers and width {config.width}: it is of another kind"
-            )
+            size = f"{config.layers} layers and width {config.width}"
+            raise ValueError(f"{module} of {list(b_Or.shape)} fits no matrix of a model of {size}")
+        if len(layout.parts) > 1:  # the layout of the fused output, with a column for each rank
+            layout = replace(layout, size={**layout.size, "D": len(a_rI)})
         for index, part in enumerate(layout.parts):
-            output = b_Or if len(layout.parts) == 1 else _with_rank(layout, len(a_rI)).part(index, b_Or)
+            output = layout.part(index, b_Or) if len(layout.parts) > 1 else b_Or
             yield part.name, a_rI, np.ascontiguousarray(output)
 
 
@@ -109,8 +103,3 @@ def _peft(path: Path, members: nemo.Members) -> tuple[dict[str, Any], dict[str, 
     fields = nemo.read_config(path, members)
     peft = fields.get("peft")
     return fields, peft if isinstance(peft, dict) else {}
-
-
-def _with_rank(layout: StoredTensor, rank: int) -> StoredTensor:
-    """The layout of a fused matrix with `rank` columns instead of the model's width."""
-    return replace(layout, size={**layout.size, "D": rank})

@@ -79,17 +79,13 @@ def convert(
     appears only when it is complete, and an interrupted quantisation resumes. Raises ValueError naming what
     is wrong and what to do.
     """
-    checkpoint = open_checkpoint(hub.resolve(source))
-    to = to or SUFFIXES.get(target.suffix)
-    if to is None or to not in get_args(ExportFormat):
-        raise ValueError(f"{target} does not say its format: pass --to {', '.join(get_args(ExportFormat))}")
+    to = _target_format(target, to, overwrite)
     if quantize_to and (to != "gguf" or dtype):
         other = to if to != "gguf" else f"dtype {dtype}"
         raise ValueError(f"--quantize makes GGUF blocks, which {other} cannot hold: drop one of the two")
     if importance and not quantize_to:
         raise ValueError("importance weighs the columns that --quantize rounds: pass both, or neither")
-    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} exists: choose another name, or pass --overwrite")
+    checkpoint = open_checkpoint(hub.resolve(source))
     checkpoint = merge(checkpoint) if merge else checkpoint
     types = _types(checkpoint, to, quantize_to, dtype)
     stamp = None if merge or not quantize_to else _stamp(checkpoint, quantize_to, importance)
@@ -115,6 +111,16 @@ def convert(
         for name, pair in norms.items()
     ]
     return Converted(target, to, costs)
+
+
+def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> ExportFormat:
+    """The format to write. Raises ValueError where it is unknown, or where the target may not be replaced."""
+    to = to or SUFFIXES.get(target.suffix)
+    if to is None or to not in get_args(ExportFormat):
+        raise ValueError(f"{target} does not say its format: pass --to {', '.join(get_args(ExportFormat))}")
+    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists: choose another name, or pass --overwrite")
+    return to
 
 
 def save(to: ExportFormat, path: Path, checkpoint: Checkpoint, stamp: str | None = None) -> None:

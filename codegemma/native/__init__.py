@@ -1,10 +1,10 @@
-"""The engine on a CPU: C++ kernels that read quantised blocks straight from the mapped file, driven by a
-Python layer loop.
+"""The engine on a CPU: C++ kernels that read quantised blocks from the mapped file, under a Python layer
+loop.
 
-`Native._record` is that loop: it states the forward pass of Gemma 1, 2 and 3 once, as a list of steps that
-the C++ side replays for any number of tokens. It keeps one law (numerics v1): on one SIMD level, a token's
-logits do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a
-cache, or the number of threads.
+`Native._record` is the loop: it states the forward pass of Gemma 1, 2 and 3 once, as a list of steps that the
+C++ side replays for any number of tokens. It keeps one law (numerics v1): on one SIMD level, a token's logits
+do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a cache, or
+the number of threads.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def usable_cpus() -> int:
 
 
 def measure(threads: int, level: str) -> tuple[float, float]:
-    """This machine's limits: bytes per second from memory, int8 operations (a multiply-add is two) per
-    second.
+    """This machine's limits: bytes read from memory per second, int8 operations per second.
+
+    A multiply-add counts as two operations. `level` is a SIMD level, or "auto".
     """
     bandwidth, operations = _native.measure(level, _native.Pool(threads))
     return float(bandwidth), float(operations)
@@ -61,11 +62,10 @@ def dequantize(tensor: Tensor) -> np.ndarray:
 
 
 def quantize_rows(values: np.ndarray, type: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [rows, bytes of a row]: float32 rows as blocks of a GGUF type, the same bits as ggml's reference
-    quantisers.
+    """uint8 [rows, bytes of a row]: float32 rows as blocks of a GGUF type.
 
-    `importance` [columns] weighs the rounding errors. Raises ValueError on NaN or infinite values, and where
-    blocks do not fill a row.
+    The bits are those of ggml's reference quantisers. `importance` [columns] weighs the rounding errors.
+    Raises ValueError on NaN or infinite values, and where blocks do not fill a row.
     """
     rows, columns = values.shape
     blocks = np.empty((rows, row_bytes(type, columns)), np.uint8)
@@ -121,9 +121,9 @@ class LowRank(Protocol):
 
 
 class Native:
-    """A checkpoint ready to run, with a fixed number of threads and SIMD level (`CODEGEMMA_SIMD` forces the
-    level).
+    """A checkpoint ready to run, with a fixed number of threads and SIMD level.
 
+    The environment variable CODEGEMMA_SIMD sets the level where `level` is None; else it is the CPU's best.
     The cache holds float16 keys and values, or float32 where the weights are floats, to match float32
     implementations. `observed`, if given, collects by matrix name (all but the embedding) the sums of squares
     of each input column: float64 [columns], which every run adds to. Raises ValueError on a weight type
@@ -150,9 +150,7 @@ class Native:
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)
         self._arrays: list[np.ndarray] = []  # what the program points into
-        self._sites: list[
-            tuple[int, list[str]]
-        ] = []  # of each product: its index, and the names of its matrices
+        self._sites: list[tuple[int, list[str]]] = []  # of each product: index, names of its matrices
         self._adapters: dict[str | None, int] = {None: -1}
         self._program = self._record(checkpoint.tensors, layer_bytes, observed)
         self._logits = self._new_logits(1)
@@ -194,12 +192,8 @@ class Native:
         Returns the wanted logits in the order of the slices, or None if `cancel` was set meanwhile. Raises
         RuntimeError in a forked process.
         """
-        if (
-            os.getpid() != self._process
-        ):  # the pool's threads do not survive a fork: waiting for them never ends
-            raise RuntimeError(
-                "this model was loaded before the process forked: load it in the child, or spawn"
-            )
+        if os.getpid() != self._process:  # the pool's threads did not survive: waiting for them never ends
+            raise RuntimeError("this model was loaded before the process forked: load it in the child")
         self._runs += 1
         if self._runs == HUGE_PAGES_AFTER:
             threading.Thread(target=self.use_huge_pages, daemon=True).start()

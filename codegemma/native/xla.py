@@ -103,10 +103,9 @@ def product(
 def product_t(
     dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None
 ) -> Array:
-    """float32 [..., width]: dy [..., count] times the rows start .. start + count of a weight. Not
-    differentiable.
+    """float32 [..., width]: dy [..., count] times the rows start .. start + count of a weight.
 
-    Raises ValueError where dy is not as wide as the number of rows.
+    Not differentiable. Raises ValueError where dy is not as wide as the number of rows.
     """
     count = weight.shape[0] if count is None else count
     _check_columns("dy", dy, count)
@@ -114,8 +113,7 @@ def product_t(
 
 
 def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By | None = None) -> Array:
-    """float32 [..., rows]: x (W + b a)^T for x [..., width]. Differentiable in x, a and b, once, in reverse
-    mode."""
+    """float32 [..., rows]: x (W + b a)^T. Differentiable in x, a and b, once, in reverse mode."""
     _check_columns("x", x, weight.shape[1])
     return _adapted(_method(by), _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
 
@@ -157,18 +155,16 @@ class SoftmaxSums(NamedTuple):
 def vocabulary(
     hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | None, used: Array | int
 ) -> SoftmaxSums:
-    """The sums of the first `used` hidden states over all rows of a table; row v counts `counts_V[v]` times
-    (0: out).
+    """The sums of the first `used` hidden states over all rows of a table.
 
-    States beyond `used` get max 0, best 0, sum 1 and weighted 0. On a CPU only; not differentiable.
+    Row v counts `counts_V[v]` times (0: not at all). States beyond `used` get max 0, best 0, sum 1 and
+    weighted 0. On a CPU only; not differentiable.
     """
     M, D = hidden_MD.shape
-    shapes = (M, D), (M,), jax.ShapeDtypeStruct((M,), jnp.int32), (M,)
+    results = _float32(M, D), _float32(M), jax.ShapeDtypeStruct((M,), jnp.int32), _float32(M)
     operands = _flat(hidden_MD), table.data, counts_V.astype(jnp.float32), jnp.int32(used)
-    cap_attribute = {"cap": np.float32(cap or 0)}
-    weighted_MD, max_M, best_M, sum_M = _call(
-        _method("native"), "vocabulary", shapes, table, *operands, **cap_attribute
-    )
+    sums = _call(_method("native"), "vocabulary", results, table, *operands, cap=np.float32(cap or 0))
+    weighted_MD, max_M, best_M, sum_M = sums
     return SoftmaxSums(max_M, best_M, sum_M, weighted_MD)
 
 
@@ -178,7 +174,7 @@ def decode_rows(weight: Blocks, ids: Array, by: By | None = None) -> Array:
     if method.by == "xla":
         values = _decode(weight.data[flat_ids], weight.type)
     else:
-        values = _call(method, "rows", (ids.size, weight.shape[1]), weight, flat_ids, weight.data)
+        values = _call(method, "rows", _float32(ids.size, weight.shape[1]), weight, flat_ids, weight.data)
     return values.reshape(*ids.shape, -1)
 
 
@@ -204,15 +200,15 @@ def _flat(x: Array) -> Array:
 def _product_t(method: Method, dy_TN: Array, weight: Blocks, start: Array) -> Array:
     if method.by == "xla":
         return _matmul(method, dy_TN, weight.float32(start, dy_TN.shape[1]))
-    shape = (len(dy_TN), weight.shape[1])
-    return _call(method, "product_t", shape, weight, dy_TN, weight.data, start)
+    dx_TK = _float32(len(dy_TN), weight.shape[1])
+    return _call(method, "product_t", dx_TK, weight, dy_TN, weight.data, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(count: int, method: Method, x_TK: Array, weight: Blocks, start: Array) -> Array:
     if method.by == "xla":
         return _matmul(method, x_TK, weight.float32(start, count).T)
-    return _call(method, "product", (len(x_TK), count), weight, x_TK, weight.data, start)
+    return _call(method, "product", _float32(len(x_TK), count), weight, x_TK, weight.data, start)
 
 
 def _product_forward(count: int, method: Method, x_TK: Array, weight: Blocks, start: Array) -> Any:
@@ -233,7 +229,8 @@ def _adapted(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Arr
     if method.by == "xla":
         u_TR = _matmul(method, x_TK, a_RK.T)
         return _product(N, method, x_TK, weight, jnp.int32(0)) + _matmul(method, u_TR, b_NR.T), u_TR
-    return _call(method, "adapted", ((T, N), (T, R)), weight, x_TK, weight.data, a_RK, b_NR)
+    results = _float32(T, N), _float32(T, R)
+    return _call(method, "adapted", results, weight, x_TK, weight.data, a_RK, b_NR)
 
 
 def _adapted_forward(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Any:
@@ -248,8 +245,9 @@ def _adapted_backward(method: Method, saved: Any, cotangents: tuple[Array, Array
         du_TR = _matmul(method, dy_TN, b_NR)
         dx_TK = _product_t(method, dy_TN, weight, jnp.int32(0)) + _matmul(method, du_TR, a_RK)
         return dx_TK, None, _matmul(method, du_TR.T, x_TK), _matmul(method, dy_TN.T, u_TR)
-    shapes, operands = (x_TK.shape, a_RK.shape, b_NR.shape), (dy_TN, x_TK, u_TR, weight.data, a_RK, b_NR)
-    dx_TK, da_RK, db_NR = _call(method, "adapted_back", shapes, weight, *operands)
+    results = tuple(_float32(*x.shape) for x in (x_TK, a_RK, b_NR))
+    operands = dy_TN, x_TK, u_TR, weight.data, a_RK, b_NR
+    dx_TK, da_RK, db_NR = _call(method, "adapted_back", results, weight, *operands)
     return dx_TK, None, da_RK, db_NR
 
 
@@ -263,36 +261,36 @@ def _attention(method: Method, window: np.int32, cap: np.float32, *qkv_and_mask:
 
 def _attention_forward(method: Method, window: np.int32, cap: np.float32, *qkv_and_mask: Array) -> Any:
     shape_BTNH = qkv_and_mask[0].shape
-    shapes = (shape_BTNH, shape_BTNH[:3])
-    out_BTNH, sums_BTN = _ffi(method, "attention", shapes, *qkv_and_mask, window=window, cap=cap)
+    results = _float32(*shape_BTNH), _float32(*shape_BTNH[:3])
+    out_BTNH, sums_BTN = _ffi(method, "attention", results, *qkv_and_mask, window=window, cap=cap)
     out_BTNH, sums_BTN = checkpoint_name(out_BTNH, ATTENDED), checkpoint_name(sums_BTN, LOG_SUM_EXP)
     return out_BTNH, (sums_BTN, *qkv_and_mask)
 
 
 def _attention_backward(method: Method, window: np.int32, cap: np.float32, saved: Any, d_out: Array) -> Any:
-    shapes = tuple(x.shape for x in saved[1:4])
-    return *_ffi(method, "attention_back", shapes, d_out, *saved, window=window, cap=cap), None, None
+    results = tuple(_float32(*x.shape) for x in saved[1:4])
+    return *_ffi(method, "attention_back", results, d_out, *saved, window=window, cap=cap), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _call(method: Method, name: str, shapes: Any, weight: Blocks, *operands: Array, **attributes: Any) -> Any:
-    """`_ffi` for a kernel that reads a weight: it is told the type of the blocks."""
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _call(
+    method: Method, name: str, results: Any, weight: Blocks, *operands: Array, **attributes: Any
+) -> Any:
+    """`_ffi` for a kernel that reads a weight: it gets the type of the blocks."""
     type = np.int32(_native.TYPES.index(weight.type))
-    return _ffi(method, name, shapes, *operands, type=type, **attributes)
+    return _ffi(method, name, results, *operands, type=type, **attributes)
 
 
-def _ffi(method: Method, name: str, shapes: Any, *operands: Array, **attributes: Any) -> Any:
-    """Calls a kernel. `shapes` is the shape of its result, or a tuple of them: float32 unless it states a
-    dtype."""
+def _ffi(method: Method, name: str, results: Any, *operands: Array, **attributes: Any) -> Any:
+    """Calls a kernel; `results` states shape and type of its result, or of each in a tuple."""
     if not _registered:
         configure()
-    results = jax.tree.map(
-        lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(x, jnp.float32),
-        shapes,
-        is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct) or isinstance(x[0], int),
-    )
     call = jax.ffi.ffi_call(f"codegemma_{name}", results, vmap_method="sequential")
     return call(*operands, bfloat16=np.int32(method.bfloat16), **attributes)
 
@@ -312,9 +310,8 @@ def _decode(raw: Array, type: str) -> Array:
         return lax.bitcast_convert_type(b, floats[type]).astype(jnp.float32)
 
     def half(offset: int) -> Array:
-        return lax.bitcast_convert_type(b[..., offset : offset + 2], jnp.float16).astype(jnp.float32)[
-            ..., None
-        ]
+        scales = lax.bitcast_convert_type(b[..., offset : offset + 2], jnp.float16)
+        return scales.astype(jnp.float32)[..., None]
 
     values = _decode_256(b, half, type) if weights == 256 else _decode_32(b, half, type)
     return values.reshape(len(raw), -1)
@@ -339,11 +336,8 @@ def _decode_256(b: Array, half: Callable[[int], Array], type: str) -> Array:
         top = b[..., 128:192].reshape(*b.shape[:2], 2, 1, 32) >> jnp.array([0, 2, 4, 6], jnp.uint8)[:, None]
         q = (low & 15).reshape(*b.shape[:2], 2, 4, 32) | (top & 3) << 4
         scales = lax.bitcast_convert_type(b[..., 192:208], jnp.int8).astype(jnp.float32)
-        return (
-            half(208)[..., None]
-            * scales[..., None]
-            * (q.reshape(*b.shape[:2], 16, 16).astype(jnp.float32) - 32.0)
-        )
+        quants = q.reshape(*b.shape[:2], 16, 16).astype(jnp.float32) - 32.0
+        return half(208)[..., None] * scales[..., None] * quants
     p = b[..., 4:16]
     first, second, third = p[..., :4], p[..., 4:8], p[..., 8:]
     scales = jnp.concatenate([first & 63, third & 15 | first >> 6 << 4], -1).astype(jnp.float32)

@@ -195,7 +195,7 @@ NB_MODULE(_native, m) {
   bind_quantise(m);
   bind_xla(m);
   m.def("level", [](const std::string& level) { return choose_kernels(level)->name; }, "level"_a,
-        "The SIMD level that a name stands for on this CPU; 'auto' is the best. ValueError on one it lacks.");
+        "The SIMD level of a name on this CPU; 'auto' is the best. ValueError on a level that it lacks.");
   m.def("multiply", [](const std::string& level, Pool& pool, const Weight& w, Array<const float, 2> x, Array<float, 2> out) {
     if ((int64_t)x.shape(1) != w.cols || (int64_t)out.shape(1) != w.rows || out.shape(0) != x.shape(0))
       throw std::invalid_argument("x must be [T, columns] and out [T, rows] of the weight");

@@ -1,5 +1,5 @@
-// Moves a file's memory map into huge pages, at the same addresses and under running readers: streaming weights through
-// 4 KB pages costs a fifth of the memory's speed in address translation.
+// Moves a file's memory map into huge pages, at the same addresses and while other threads read it: with pages of 4 KB,
+// address translation costs a fifth of the speed of memory.
 #include <cstdint>
 #include <cstring>
 #if defined(__linux__)
@@ -8,7 +8,7 @@
 
 namespace cg {
 
-// Bytes moved; what lies outside whole pages of 2 MB stays. Each piece is copied, then put in place in one step.
+// Returns the bytes moved: whole pages of 2 MB only. Each piece is copied, then replaces the original in one step.
 int64_t use_huge_pages(uint8_t* start, int64_t length) {
   int64_t moved = 0;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -102,7 +102,7 @@ void quantise_row(const float* x, int64_t padded, int block, int8_t* q, float* s
     for (int i = 0; i < block; i += 16) sums[i / 16] = (int16_t)round16(x + i, inverse, q + i);
   }
 }
-// Rows as unpack8 meets them: of each two blocks the first halves, then the second; scales and sums by ORDER.
+// Reorders a row for unpack8: of each two blocks the first halves, then the second; scales and sums by ORDER.
 void to_chain_order(int8_t* q, float* scales, int16_t* sums, int64_t padded) {
   for (int64_t g = 0; g < padded / 256; g++, q += 256, scales += 8, sums += 16) {
     for (int i = 0; i < 256; i += 64) std::swap_ranges(q + i + 16, q + i + 32, q + i + 32);
@@ -142,10 +142,10 @@ void quantise(const Activations& a, int t0, int t1) {
 }
 
 // ------------------------------------------------------------------------------------------------ few tokens
-// A row of weights is read once for all tokens. Lanes are eight consecutive blocks, which are the eight chains; ORDER
-// says which block a lane holds, and quantise_row lays scales and sums of activations out in the same order.
+// A row of weights is read once for all tokens. Lanes are eight consecutive blocks, which are the eight chains. ORDER
+// gives the block of each lane; scales and sums of activations have the same order.
 #if CG_X86
-// Two blocks share a vector, one in each half: their low nibbles, then their high ones, meet activations laid out alike.
+// Two blocks share a vector, one in each half: low nibbles first, then high ones; activations are in the same order.
 template <class Q> CG_INLINE void unpack8(const uint8_t* p, u8x32 w[8]) {
   for (int i = 0; i < 4; i++, p += 2 * Q::BYTES) {
     if constexpr (Q::MAXQ < 0) {
@@ -193,7 +193,7 @@ template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
 #else
   constexpr bool WIDE_SUMS = Q::MAXQ < 0;
 #endif
-  // SoftmaxSums of 16-bit pairs stay below 4 * 2 * 31 * 127 < 2^15.
+  // Sums of 16-bit pairs stay below 4 * 2 * 31 * 127 < 2^15.
   __m256i a = WIDE_SUMS ? _mm256_hadd_epi32(s[0], s[1]) : _mm256_madd_epi16(_mm256_hadd_epi16(s[0], s[1]), ones);
   __m256i b = WIDE_SUMS ? _mm256_hadd_epi32(s[2], s[3]) : _mm256_madd_epi16(_mm256_hadd_epi16(s[2], s[3]), ones);
   return (i32x8)_mm256_hadd_epi32(a, b);
@@ -282,7 +282,7 @@ void add_narrow(const Product& p, const Activations& h, int64_t r0, int64_t r1) 
 // One super-block against one token: lanes that add up to the scaled products, and to the mins.
 struct Lanes { i32x8 products, mins; };
 #if CG_X86
-// `sc`: the scales of even vectors' first halves repeat in the low lane, see below; `mn` meets sums of 16.
+// `sc`: one scale for each vector in either lane, see dot256; `mn`: one for each sum of 16.
 template <class Q> CG_INLINE void scale_lanes(const uint8_t* b, __m256i& sc, __m256i& mn) {
   if constexpr (Q::SUB == 32) {
     uint32_t w0 = load<uint32_t>(b + 4), w1 = load<uint32_t>(b + 8), w2 = load<uint32_t>(b + 12);
@@ -298,7 +298,7 @@ template <class Q> CG_INLINE void scale_lanes(const uint8_t* b, __m256i& sc, __m
     sc = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(s, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
   }
 }
-// 16-bit pairs times their scale: |pair| <= 2 * 63 * 127, exact. Vector j's scale is word j of either lane.
+// 16-bit pairs times their scale, exact as |pair| <= 2 * 63 * 127. The scale of vector j is word j of either lane.
 template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], __m256i sc, __m256i mn, const int8_t* x, const int16_t* sums) {
   __m256i total = _mm256_setzero_si256();
 #pragma GCC unroll 8
@@ -474,7 +474,7 @@ __attribute__((noinline)) void micro256(const uint8_t* q, const KScales* scales,
   }
   fold_chains<G>(acc, res);
 }
-// Runs `micro` for every four rows of the decoded tile against every group of tokens, WIDE groups at once.
+// Runs `micro` for every four rows of the decoded tile and every group of tokens, WIDE groups at once.
 constexpr int WIDE = NV == 1 ? 2 : 1;
 template <class Micro> CG_INLINE void sweep(const Product& p, const Activations& a, int64_t r0, int64_t r1, Micro micro) {
   int64_t groups = (a.T + GROUP - 1) / GROUP, g = 0;
@@ -686,7 +686,7 @@ struct Rows {              // the query rows of one task, in scratch, padded to 
   float top[ROWS], total[ROWS], merged_top[ROWS], merged_total[ROWS];
   int position[ROWS];
 };
-// Where a chunk's keys or values are read: in their page, or widened to float32 once for many rows.
+// A chunk's keys or values widened to float32, once for many rows.
 template <class L> CG_INLINE void widen_chunk(const uint8_t* p, int H, Rows& s) {
   for (int j = 0; j < CHUNK; j++) {
     floats_row<L>(p + (int64_t)j * H * L::BYTES, H, s.wide + j * s.P);
@@ -739,7 +739,7 @@ template <class L> CG_INLINE void chunk_values(Rows& s, const uint8_t* values, i
     }
   }
 }
-// Scores of a segment to weights: cap, mask, exp(score - maximum); a row that sees nothing here has total 0.
+// Scores of a segment to weights: cap, mask, exp(score - maximum). A row without visible keys has total 0.
 CG_INLINE void segment_softmax(const Attention& a, Rows& s, int first) {
   for (int r = 0; r < s.n; r++) {
     float* x = s.scores + r * SEGMENT;

@@ -1,7 +1,7 @@
 // Products of training: many float32 rows times a frozen weight or its transpose, compiled once per SIMD level.
 // C [T, J] = A [T, R] B [R, J], where B is W^T (x W^T: R columns of W, J rows) or W (dy W). Slabs of SLOTS rows of B are
-// decoded once for all T into panels of PANEL columns; the inner loop keeps a tile of C in registers. SoftmaxSums run in
-// ascending r, a slab at a time, whatever the threads, the rows beside and the cut of T. Where factors are bfloat16, all is
+// decoded once for all T into panels of PANEL columns; the inner loop keeps a tile of C in registers. Sums run in
+// ascending r, a slab at a time, for any number of threads, of rows, and any split of T. Where factors are bfloat16, all is
 // the same with pairs of bfloat16 in the slots of floats, and a slab has twice the rows. The softmax of attention
 // and of the loss is here too.
 #include "kernels.h"

@@ -52,7 +52,7 @@ void attend(const Workers& workers, const AttentionInputs& s, float* out, float*
 void attend_back(const Workers& workers, const AttentionInputs& s, const float* log_sums_BTN, const float* d_out,
                  float* dq, float* dk, float* dv);
 
-// The softmax of `targets` hidden states [M, D] over all rows of a table. Rows whose count is 0 are out.
+// The softmax of `targets` hidden states [M, D] over all rows of a table. Rows whose count is 0 are left out.
 struct Vocabulary {
   const float* hidden;
   int64_t targets;

@@ -51,7 +51,7 @@ const Kernels* choose_kernels(const std::string& level) {
     if (level == have[i]->name) return have[i];
     names += std::string(i ? ", " : "") + have[i]->name;
   }
-  throw std::invalid_argument("SIMD level '" + level + "' is not to be had on this CPU, which has: " + names +
+  throw std::invalid_argument("SIMD level '" + level + "' is not available on this CPU, which has: " + names +
                               ": set CODEGEMMA_SIMD to one of these or leave it unset");
 }
 

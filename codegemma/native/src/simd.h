@@ -386,7 +386,7 @@ template <int MAXQ> struct Dot {
   static CG_INLINE Iv widen(Iv acc, int scale) { return acc * splat_i(scale); }
 #endif
 };
-// VNNI multiplies unsigned by signed: 8-bit weights enter with 128 added, which the sum of the activations takes back.
+// VNNI multiplies unsigned by signed: 128 is added to 8-bit weights, and subtracted again by way of the sum of the activations.
 #if defined(CG_AVX512)
 constexpr int Q8_OFFSET = 128;
 #else
