@@ -12,6 +12,7 @@ from tiny import tiny_config, write_tiny_gguf, write_tiny_hf
 
 from codegemma import hub
 from codegemma.config import PRESETS
+from codegemma.hub import catalogue
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def home(tmp_path, monkeypatch):
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "DEFAULT_FILE", replace(hub.DEFAULT_FILE, package="no_such_package"))
+    monkeypatch.setattr(catalogue, "DEFAULT_FILE", replace(catalogue.DEFAULT_FILE, package="no_such_package"))
     return tmp_path
 
 
@@ -39,14 +40,14 @@ def packaged(home, monkeypatch):
     (terms / "GEMMA_TERMS.html").write_text("terms")
     monkeypatch.syspath_prepend(home / "site")
     whole = b"".join(PARTS)
-    packaged = hub.Packaged(
+    packaged = catalogue.Packaged(
         "tiny_model",
         tuple(f"m.part{number}" for number in (1, 2, 3)),
         "m.gguf",
         len(whole),
         hashlib.sha256(whole).hexdigest(),
     )
-    monkeypatch.setattr(hub, "DEFAULT_FILE", packaged)
+    monkeypatch.setattr(catalogue, "DEFAULT_FILE", packaged)
     return packaged
 
 
@@ -135,7 +136,7 @@ def test_the_default_model_is_assembled_once_and_checked(packaged):
 
 def test_later_starts_do_not_read_the_file(packaged, monkeypatch):
     path = hub.resolve()
-    monkeypatch.setattr(hub, "_joined", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(catalogue, "_joined", lambda *_: pytest.fail("read again"))
     assert hub.resolve() == path
 
 
@@ -150,7 +151,7 @@ def test_a_damaged_file_in_the_cache_is_made_again(packaged):
 def test_a_lost_stamp_needs_no_package(packaged, monkeypatch):
     path = hub.resolve()
     (path.parent / "m.gguf.verified").unlink()
-    monkeypatch.setattr(hub, "DEFAULT_FILE", replace(packaged, package="no_such_package"))
+    monkeypatch.setattr(catalogue, "DEFAULT_FILE", replace(packaged, package="no_such_package"))
     assert hub.resolve() == path
     path.write_bytes(b"short")
     with pytest.raises(ValueError, match=r"missing or damaged: pip install \"codegemma\[default-model\]\""):
@@ -173,8 +174,8 @@ def test_a_missing_part_is_a_missing_package(packaged, home, lost):
 
 def test_two_processes_do_the_work_once(packaged, home):
     code = (
-        "import sys, hashlib; from codegemma import hub; "
-        f"hub.DEFAULT_FILE = hub.Packaged({packaged.package!r}, {packaged.parts!r}, {packaged.name!r}, "
+        "from codegemma import hub; from codegemma.hub import catalogue; "
+        f"catalogue.DEFAULT_FILE = catalogue.Packaged({packaged.package!r}, {packaged.parts!r}, {packaged.name!r}, "
         f"{packaged.size}, {packaged.sha256!r}); print(hub.resolve().stat().st_ino)"
     )
     path = os.pathsep.join([str(home / "site"), os.getcwd()])
@@ -194,7 +195,7 @@ def test_two_processes_do_the_work_once(packaged, home):
 
 def test_the_real_default_package_if_installed(monkeypatch):
     monkeypatch.undo()
-    if not hub._part_files(hub.DEFAULT_FILE):
+    if not catalogue._part_files(catalogue.DEFAULT_FILE):
         pytest.skip("codegemma[default-model] is not installed")
     path = hub.resolve()
     assert path.stat().st_size == 253_113_024

@@ -260,7 +260,7 @@ def test_a_path_is_laid_into_the_cache(tmp_path, monkeypatch):
 REPO, COMMIT = "google/codegemma-2b", "c" * 40
 FILES = {"config.json": b"{}", "model.safetensors": BODY[:100_000], "tokenizer.model": b"t"}
 CODE = (
-    "import sys; from codegemma import hub_pull\n"
+    "from codegemma.hub import pull as hub_pull\n"
     "try: print(hub_pull.pull('2b', ask=lambda _: True))\n"
     "except ValueError as error: print('refused:', error)"
 )

@@ -1,12 +1,11 @@
 """Where a model comes from: its name or path, the caches, the packaged default; licence terms; downloads."""
 
+from codegemma.files import cache_dir
 from codegemma.hub.catalogue import (
     DEFAULT,
     NOTICE,
     ModelInfo,
-    Packaged,
     assemble,
-    cache_dir,
     hub_cache_dir,
     models,
     preset,
@@ -18,7 +17,6 @@ __all__ = [
     "DEFAULT",
     "NOTICE",
     "ModelInfo",
-    "Packaged",
     "assemble",
     "cache_dir",
     "hub_cache_dir",

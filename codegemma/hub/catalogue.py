@@ -7,23 +7,25 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
 from codegemma.checkpoints import orbax
-from codegemma.config import PRESETS, ModelConfig, Preset
-from codegemma.files import lock, replacing
+from codegemma.config import DEFAULT_MODEL, PRESETS, ModelConfig, Preset
+from codegemma.files import atomic_write, cache_dir, lock
 
-DEFAULT = "gemma-3-270m"
+DEFAULT = DEFAULT_MODEL
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+WEIGHTS = ("*.safetensors", "*.h5", "*.bin", "*.ckpt")  # beside a config.json
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A file that a package carries in parts, and what it must be once they are joined."""
+    """A file that Python packages carry in parts, and what it must be once they are joined."""
 
-    package: str
-    parts: tuple[str, ...]  # of the packages package_part1, _part2, ..., in this order
+    package: str  # has the notices; the parts are in package_part1, package_part2, ...
+    parts: tuple[str, ...]
     name: str
     size: int
     sha256: str
@@ -48,38 +50,31 @@ class ModelInfo:
     packaged: bool = False  # installed as a package, assembled when first used
 
 
-def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/codegemma`, by default ~/.cache/codegemma."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma")
-
-
 def hub_cache_dir() -> Path:
-    """Where huggingface_hub keeps its downloads: HF_HUB_CACHE, else $HF_HOME/hub, else huggingface/hub in the cache."""
+    """huggingface_hub's cache: HF_HUB_CACHE, else $HF_HOME/hub, else huggingface/hub in the user's cache folder."""
     home = os.environ.get("HF_HOME") or cache_dir().parent / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
 
 def preset(name: str) -> Preset | None:
-    """The preset that a name means: `2b`, `codegemma-2b` and `google/codegemma-2b` are one."""
+    """The preset that a name means: `2b`, `codegemma-2b` and `google/codegemma-2b` are the same."""
     return PRESETS.get(name.lower().removeprefix("google/").removeprefix("codegemma-"))
 
 
 def preset_in(name: str, config: ModelConfig) -> Preset | None:
-    """The preset that a file's name or title speaks of, provided that its geometry agrees: "CodeGemma 1.1 2B.Q4_0"."""
+    """The preset that a file's name or title contains, such as "CodeGemma 1.1 2B.Q4_0", if its geometry agrees."""
     text = re.sub(r"[\s_]+", "-", name.lower())
-    for known in sorted(PRESETS.values(), key=lambda one: -len(one.name)):
-        base = known.hub.removeprefix("google/")
-        if re.search(rf"(?<![\w.]){re.escape(base)}(?!-it\b|[\w.]*\d-)", text) and (
-            config.layers,
-            config.width,
-            config.vocab,
-        ) == (known.config.layers, known.config.width, known.config.vocab):
+    geometry = (config.layers, config.width, config.vocab)
+    for known in sorted(PRESETS.values(), key=lambda preset: -len(preset.name)):
+        base = re.escape(known.hub.removeprefix("google/"))
+        same = geometry == (known.config.layers, known.config.width, known.config.vocab)
+        if same and re.search(rf"(?<![\w.]){base}(?!-it\b|[\w.]*\d-)", text):
             return known
     return None
 
 
 def resolve(name_or_path: str | Path = DEFAULT) -> Path:
-    """The file or directory of a model, for `formats.open_checkpoint`.
+    """The file or directory of a model, for `checkpoints.open_checkpoint`.
 
     A preset's name comes first (write `./2b` for a directory of that name), then a path, then a repository in the
     Hugging Face cache. Raises ValueError saying how to get a model that is not on this machine.
@@ -87,22 +82,22 @@ def resolve(name_or_path: str | Path = DEFAULT) -> Path:
     name = os.fspath(name_or_path)
     known = preset(name)
     if known is None:
-        if (path := Path(name).expanduser()).exists():
+        path = Path(name).expanduser()
+        if path.exists():
             return path
-        if found := _in_hub_cache(name):
-            return found
+        if snapshot := _in_hub_cache(name):
+            return snapshot
         raise ValueError(
             f"no model {name!r}: neither a file or directory here, nor a repository in {hub_cache_dir()}, "
             f"nor one of {', '.join(PRESETS)}: check the path, or see `codegemma models`"
         )
-    if found := _on_disk(known):
-        return found
+    if on_disk := _on_disk(known):
+        return on_disk
     if known.name == DEFAULT:
         return assemble(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
     raise ValueError(
-        f"{known.title} is not on this machine: accept the Gemma terms at "
-        f"https://huggingface.co/{known.hub} and run `codegemma pull {known.name}`; or pass the path of a "
-        ".gguf file or directory with -m"
+        f"{known.title} is not on this machine: accept the Gemma terms at https://huggingface.co/{known.hub} and run "
+        f"`codegemma pull {known.name}`; or pass the path of a .gguf file or directory with -m"
     )
 
 
@@ -111,26 +106,32 @@ def models() -> list[ModelInfo]:
     infos = []
     for known in PRESETS.values():
         path, packaged = _on_disk(known), known.name == DEFAULT and bool(_part_files(DEFAULT_FILE))
-        size = _weight_bytes(path) if path else DEFAULT_FILE.size if packaged else None
+        size = DEFAULT_FILE.size if packaged else None
+        if path:
+            files = [path] if path.is_file() else path.glob("*.safetensors")
+            size = sum(file.stat().st_size for file in files)
         infos.append(ModelInfo(known, path, size, packaged))
     return infos
 
 
 def _on_disk(known: Preset) -> Path | None:
-    own = cache_dir() / "models" / known.name
-    if known.name == DEFAULT and ((file := own / DEFAULT_FILE.name).exists() or _part_files(DEFAULT_FILE)):
+    directory = cache_dir() / "models" / known.name
+    file = directory / DEFAULT_FILE.name
+    if known.name == DEFAULT and (file.exists() or _part_files(DEFAULT_FILE)):
         return file if _verified(file) else None
-    return _model_in(own) or _in_hub_cache(known.hub) or _in_hub_cache(f"{known.hub}-GGUF")
+    return _model_in(directory) or _in_hub_cache(known.hub) or _in_hub_cache(f"{known.hub}-GGUF")
 
 
 def _model_in(directory: Path) -> Path | None:
-    """The directory if it holds config.json and weights, or an Orbax checkpoint; else its one GGUF or NeMo file, or None."""
-    if (directory / "config.json").exists() and next(
-        (file for kind in ("*.safetensors", "*.h5", "*.bin", "*.ckpt") for file in directory.glob(kind)), None
+    """The directory if it holds config.json and weights, or an Orbax checkpoint; else its only GGUF or NeMo file."""
+    if (directory / "config.json").exists() and any(
+        file for kind in WEIGHTS for file in directory.glob(kind)
     ):
         return directory
-    files = sorted([*directory.glob("*.gguf"), *directory.glob("*.nemo")])
-    return files[0] if len(files) == 1 else directory if orbax.home(directory) else None
+    files = [*directory.glob("*.gguf"), *directory.glob("*.nemo")]
+    if len(files) == 1:
+        return files[0]
+    return directory if orbax.find(directory) else None
 
 
 def _in_hub_cache(repository: str) -> Path | None:
@@ -145,15 +146,12 @@ def _in_hub_cache(repository: str) -> Path | None:
     return _model_in(home / "snapshots" / revision) if revision.isalnum() else None
 
 
-def _weight_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
-
-
+# -------------------------------------------------------------------------------------------- the packaged default
 def assemble(packaged: Packaged, directory: Path) -> Path:
-    """Joins the package's parts into one file, once, and checks it; its licence and notice are laid beside it.
+    """Joins a package's parts into one file, once, and checks it; the licence and notice go beside it.
 
-    Later calls only compare size and time with a stamp. Two processes at once do the work once. Raises ValueError where
-    the package is not installed or does not make the expected file; OSError where the cache cannot be written.
+    Later calls only compare size and time with a stamp; of two processes at once, one does the work. Raises ValueError
+    where the package is not installed or does not make the expected file; OSError where the cache cannot be written.
     """
     file = directory / packaged.name
     if _verified(file):
@@ -165,8 +163,12 @@ def assemble(packaged: Packaged, directory: Path) -> Path:
             return file
         if not (file.exists() and _joined([file]) == (packaged.size, packaged.sha256)):
             _join(packaged, file)
-        _lay_notices(packaged, directory)
-        with replacing(_stamp_file(file)) as out:
+        with atomic_write(directory / "NOTICE") as out:
+            out.write(NOTICE.encode())
+        for name in ("GEMMA_TERMS.html", "NOTICE.md", "README.upstream.md"):
+            if source := _data_file(packaged.package, name):
+                shutil.copyfile(source, directory / name)
+        with atomic_write(_stamp_file(file)) as out:
             out.write(_stamp(file).encode())
     return file
 
@@ -175,7 +177,7 @@ def _join(packaged: Packaged, file: Path) -> None:
     parts = _part_files(packaged)
     if not parts:
         raise ValueError(f'{file} is missing or damaged: pip install "codegemma[default-model]"')
-    with replacing(file) as out:
+    with atomic_write(file) as out:
         size, digest = _joined(parts, out)
         if (size, digest) != (packaged.size, packaged.sha256):
             raise ValueError(
@@ -200,28 +202,15 @@ def _joined(parts: list[Path], out: BinaryIO | None = None) -> tuple[int, str]:
 
 def _part_files(packaged: Packaged) -> list[Path]:
     """The installed parts; empty where any is missing."""
-    found = [
-        _data_file(f"{packaged.package}_part{number}", part) for number, part in enumerate(packaged.parts, 1)
-    ]
-    return [file for file in found if file] if all(found) else []
+    files = [_data_file(f"{packaged.package}_part{i}", name) for i, name in enumerate(packaged.parts, 1)]
+    return [file for file in files if file] if all(files) else []
 
 
 def _data_file(package: str, name: str) -> Path | None:
-    from importlib.util import find_spec
-
     spec = find_spec(package)
-    for place in spec.submodule_search_locations or () if spec else ():
-        if (file := Path(place, "data", name)).exists():
-            return file
-    return None
-
-
-def _lay_notices(packaged: Packaged, directory: Path) -> None:
-    with replacing(directory / "NOTICE") as out:
-        out.write(NOTICE.encode())
-    for name in ("GEMMA_TERMS.html", "NOTICE.md", "README.upstream.md"):
-        if source := _data_file(packaged.package, name):
-            shutil.copyfile(source, directory / name)
+    folders = spec.submodule_search_locations if spec else None
+    files = [Path(folder, "data", name) for folder in folders or ()]
+    return next((file for file in files if file.exists()), None)
 
 
 def _stamp_file(file: Path) -> Path:
@@ -229,13 +218,13 @@ def _stamp_file(file: Path) -> Path:
 
 
 def _stamp(file: Path) -> str:
-    """What changes when the file does, without reading it."""
+    """A text that changes when the file does, made without reading the file."""
     status = file.stat()
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _verified(file: Path) -> bool:
-    """True where the file is as it was when its hash was last checked."""
+    """Whether the file is as it was when its hash was last checked."""
     try:
         return _stamp_file(file).read_text() == _stamp(file)
     except (OSError, UnicodeDecodeError):
