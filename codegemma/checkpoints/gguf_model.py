@@ -28,8 +28,8 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
             f"{', '.join(known)}: choose a Gemma or CodeGemma file"
         )
     stated = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
-    known_values = table.config_values("gguf", architecture, stated).items()
-    values = {"rope_base": 1e4} | {name: value for name, value in known_values if value is not None}
+    values = table.config_values("gguf", architecture, stated)
+    values = {name: value for name, value in values.items() if value is not None}
     for required in ("layers", "width", "heads", "ffn_width", "context", "norm_eps"):
         if required not in values:
             raise damaged(f"{path}: the header lacks {architecture}.{keys[required]}")
@@ -65,7 +65,7 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     entries: dict[str, Any] = {"general.architecture": architecture}
     implied = {"rope_base_local": config.rope_base, "rope_scale": 1.0, "global_every": 1}
     implied |= dict.fromkeys(("window", "attention_softcap", "final_softcap"), 0)
-    implied |= table.format_table("gguf")["defaults"][architecture]
+    implied |= table.config_defaults("gguf", architecture)
     for field, key in table.format_table("gguf")["config"].items():
         value = getattr(config, field) or 0
         if field == "rope_base" or implied.get(field) != value:

@@ -91,21 +91,17 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
     scalar = fields.get("query_pre_attn_scalar", values["head_width"] if architecture == "gemma" else 256)
     if type(scalar) not in (int, float) or not 0 < scalar < 1e12:
         raise ValueError(f"query_pre_attn_scalar must be a number above 0, got {scalar!r}")
-    return ModelConfig(
-        architecture,
-        **values,
-        **_ropes(architecture, fields),
-        global_every=_global_every(architecture, fields, values),
-        query_scale=scalar**-0.5,
-    )
+    values |= _ropes(architecture, fields, values["rope_base"])
+    values["global_every"] = _global_every(fields, values)
+    return ModelConfig(architecture, **values, query_scale=scalar**-0.5)
 
 
-def _global_every(architecture: str, fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
+def _global_every(fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
     """Every how many layers one is global, from layer_types or from the length of the pattern."""
     if values["window"] is None:
         return 1
-    default = {"gemma2": 2, "gemma3": 6}[architecture]
-    period = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern")) or default
+    period = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern"))
+    period = period or values["global_every"]
     types = fields.get("layer_types")
     if types is None or type(period) is not int:
         return period
@@ -118,7 +114,7 @@ def _global_every(architecture: str, fields: Mapping[str, Any], values: Mapping[
     return period
 
 
-def _ropes(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _ropes(architecture: str, fields: Mapping[str, Any], default: float) -> dict[str, Any]:
     """Rotary bases and scale, from rope_parameters (by layer type in Gemma 3) or the older single fields."""
     given = _object(fields, "rope_parameters")
     full = _object(given, "full_attention") if "full_attention" in given else given
@@ -129,7 +125,7 @@ def _ropes(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         kinds = f"{kind!r} (local: {local.get('rope_type')!r})"
         raise ValueError(f"rope type {kinds} is in no Gemma: choose a model with linear scaling")
     is_gemma3 = architecture == "gemma3"
-    base = full.get("rope_theta", fields.get("rope_theta", 1e6 if is_gemma3 else 1e4))
+    base = full.get("rope_theta", fields.get("rope_theta", default))
     local_base = local.get("rope_theta", fields.get("rope_local_base_freq", 1e4)) if is_gemma3 else base
     scale = scaling.get("factor", 1.0) if kind == "linear" or not is_gemma3 else 1.0
     return {"rope_base": base, "rope_base_local": local_base, "rope_scale": scale}

@@ -38,9 +38,11 @@ def config(path: Path, document: Mapping[str, Any]) -> ModelConfig:
     if isinstance(values["ffn_width"], int) and kind != "gemma3":
         values["ffn_width"] //= 2  # KerasHub counts gate and up together, except in Gemma 3
     if fields.get("use_sliding_window_attention"):
-        values |= {"window": fields.get("sliding_window_size"), "global_every": 6 if kind == "gemma3" else 2}
+        values["window"] = fields.get("sliding_window_size")
+    else:
+        values["global_every"] = 1
     if kind == "gemma3":
-        values |= {"rope_base": 1e6, "rope_scale": fields.get("global_rope_scaling_factor", 1.0)}
+        values["rope_scale"] = fields.get("global_rope_scaling_factor", 1.0)
     with naming(path):
         if not fields.get("query_head_dim_normalize", True):
             values["query_scale"] = (values["width"] / values["heads"]) ** -0.5

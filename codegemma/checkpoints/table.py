@@ -221,13 +221,16 @@ def _row(name: str, described: str | dict[str, Any], size: Mapping[str, int]) ->
     return StoredTensor(name, parts, size, join, size[letter] ** power)
 
 
+def config_defaults(format: Format, architecture: str) -> dict[str, Any]:
+    """The fields of ModelConfig that a file of this format may leave out."""
+    defaults = format_table(format).get("defaults", {}).get(architecture, {})
+    return {**_tables()["architectures"][architecture], **defaults}
+
+
 def config_values(format: Format, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig by a format's keys; what is not stated has the format's default, or None."""
-    table = format_table(format)
-    defaults = table.get("defaults", {}).get(architecture, {})
-    norms = {"post_norms": architecture != "gemma", "qk_norm": architecture == "gemma3"}
-    stated = {name: fields.get(key, defaults.get(name)) for name, key in table["config"].items()}
-    return defaults | stated | norms
+    """Fields of ModelConfig from a format's keys; what is not stated has its default, or None."""
+    defaults, keys = config_defaults(format, architecture), format_table(format)["config"]
+    return defaults | {name: fields.get(key, defaults.get(name)) for name, key in keys.items()}
 
 
 def config_keys(format: Format, config: ModelConfig) -> dict[str, Any]:
