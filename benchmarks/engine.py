@@ -77,7 +77,7 @@ def edit_prompt(model: codegemma.Model) -> list[int]:
 
 def weights_bytes(model: codegemma.Model) -> tuple[float, float]:
     """Bytes read for one token, and multiply-add operations for one prompt token (without the vocabulary)."""
-    tensors = model._checkpoint.tensors
+    tensors = model.checkpoint.tensors
     matrices = (t for name, t in tensors.items() if name.startswith("layers.") and len(t.shape) == 2)
     operations = 2 * sum(float(np.prod(t.shape)) for t in matrices)
     return float(sum(t.data.nbytes for t in tensors.values())), operations

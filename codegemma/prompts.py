@@ -1,10 +1,12 @@
-r"""In what order control ids stand: FIM documents, context files, chat turns, and what ends each. Nowhere else.
+r"""The order of control ids: FIM documents, context files, chat turns, and what ends each. It stands nowhere
+else.
 
-A prompt is a row of segments, each a label and the ids of one text encoded alone, so that no piece merges across the
-cursor, no text becomes a control id, and assembling is concatenation. Training rows are the same segments with the
-middle and its terminator behind them; loss masks are made from the labels.
+A prompt is a row of segments, each a label and the ids of one text that was encoded alone. So no piece merges
+across the cursor, no text becomes a control id, and assembling is concatenation. Training rows are the same
+segments, with the middle and its terminator after them; loss masks are made from the labels.
 
-Layouts (CodeGemma report, figures 2 and 4; SPM has no published form, this is the one its run-on output shows):
+Layouts (CodeGemma report, figures 2 and 4; SPM has no published form, this is the one its run-on output
+shows):
 
     psm     [path\n]<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>
     spm     [path\n]<|fim_suffix|>S<|fim_prefix|>P<|fim_middle|>
@@ -15,7 +17,7 @@ in front of it, for each context file, `path\n` + text + `<|file_separator|>`, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -24,22 +26,28 @@ from codegemma.tokenizer import FIM_NAMES, Tokenizer
 
 Layout = Literal["psm", "spm", "prefix"]
 Role = Literal["system", "user", "assistant"]
-Label = Literal[
-    "bos",
-    "context",
-    "path",
-    "sentinel",
-    "prefix",
-    "suffix",
-    "middle",
-    "terminator",  # FIM
-    "raw",
-    "turn",
-    "user",
-    "reply",
-]  # raw text, chat
+FimLabel = Literal["context", "path", "sentinel", "prefix", "suffix", "middle", "terminator"]
+Label = Literal[FimLabel, "bos", "raw", "turn", "user", "reply"]  # the last three are of a chat
 Ids = list[int]
 
+_FIM = FIM_NAMES["fim_prefix"], FIM_NAMES["fim_suffix"], FIM_NAMES["fim_middle"]
+_LAYOUTS: dict[str, Layout] = {"prefix, suffix, middle": "psm", "": "prefix", "suffix, prefix, middle": "spm"}
+
+# Gemma's turns for transformers (Jinja), as `chat` builds them: a system text goes before the first user's.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+    "{% for turn in turns %}{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Turns must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else turn['role']) + '\n' "
+    "+ (first if loop.first else '') + (turn['content'] | trim) + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+# The same for Ollama (Go), of one turn.
+_OLLAMA_TURN = (
+    "<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
+    "<start_of_turn>model\n"
+)
 _CONTINUATION = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # of a UTF-8 character
 
 
@@ -53,6 +61,8 @@ class File:
 
 @dataclass(frozen=True)
 class Message:
+    """A turn of a chat."""
+
     role: Role
     text: str
 
@@ -76,7 +86,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Parts:
-    """A FIM prompt's texts as ids, before assembly: measure with `len`, shorten with `replace` and `head` or `tail`.
+    """A FIM prompt's texts as ids, before assembly: measure with `len`, shorten with `replace` and `head` or
+    `tail`.
 
     `path` holds the newline after the path; each of `context` holds one file with its path and separator.
     """
@@ -99,23 +110,33 @@ class Document:
 
 
 def fim_stops(tokenizer: Tokenizer) -> frozenset[int]:
-    """What ends a completion: any FIM token (the model's own terminator is the separator), <eos>, <end_of_turn>."""
+    """What ends a completion: any FIM token (the model's own terminator is the separator), <eos>,
+    <end_of_turn>."""
     control = tokenizer.control
-    ends = (
-        control.fim_prefix,
-        control.fim_middle,
-        control.fim_suffix,
-        control.file_separator,
-        control.eos,
-        control.end_of_turn,
-    )
-    return frozenset(token for token in ends if token is not None)
+    fim = {control.fim_prefix, control.fim_middle, control.fim_suffix, control.file_separator}
+    return frozenset(token for token in fim | chat_stops(tokenizer) if token is not None)
 
 
 def chat_stops(tokenizer: Tokenizer) -> frozenset[int]:
-    return frozenset(
-        token for token in (tokenizer.control.end_of_turn, tokenizer.control.eos) if token is not None
-    )
+    """What ends the model's turn: <end_of_turn> and <eos>."""
+    ends = tokenizer.control.end_of_turn, tokenizer.control.eos
+    return frozenset(token for token in ends if token is not None)
+
+
+def ollama_template(chats: bool, fim: Sequence[str] | None = _FIM, with_response: bool = False) -> str:
+    """Ollama's TEMPLATE (Go) of a prompt, or of a chat's turn, and of a prompt with a suffix.
+
+    `fim` are the spellings of the prefix, suffix and middle tokens, None where the vocabulary has none.
+    `with_response` adds the model's turn, as a Modelfile has it.
+    """
+    text = _OLLAMA_TURN if chats else "{{ .Prompt }}"
+    if chats and with_response:
+        text += "{{ .Response }}<end_of_turn>\n"
+    if fim is None:
+        return text
+    prefix, suffix, middle = fim
+    infill = prefix + "{{ .Prompt }}" + suffix + "{{ .Suffix }}" + middle
+    return "{{- if .Suffix }}" + infill + "{{- else }}" + text + "{{- end }}"
 
 
 def fim(
@@ -126,8 +147,8 @@ def fim(
     context: Sequence[File] = (),
     layout: Layout = "psm",
 ) -> Prompt:
-    """The prompt to complete between `prefix` and `suffix`, either of which may be empty; layout "prefix" leaves the
-    suffix out. Raises ValueError: a path of several lines, or a vocabulary without FIM ids."""
+    """The prompt to complete between `prefix` and `suffix`, either of which may be empty; layout "prefix"
+    leaves the suffix out. Raises ValueError: a path of several lines, or a vocabulary without FIM ids."""
     return assemble(tokenizer, encode_parts(tokenizer, prefix, suffix, path, context), layout)
 
 
@@ -136,7 +157,9 @@ def encode_parts(
 ) -> Parts:
     """Every text of a FIM prompt encoded once and alone."""
     files = tuple(
-        _path_line(tokenizer, file.path) + tokenizer.encode(file.text) + _separator(tokenizer)
+        _path_line(tokenizer, file.path)
+        + tokenizer.encode(file.text)
+        + _optional(tokenizer.control.file_separator)
         for file in context
     )
     return Parts(tokenizer.encode(prefix), tokenizer.encode(suffix), _path_line(tokenizer, path), files)
@@ -146,7 +169,8 @@ def assemble(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> Prompt:
     """The prompt of `parts`; concatenation only."""
     context: list[tuple[Label, Ids]] = [("context", ids) for ids in parts.context]
     return _prompt(
-        [("bos", _bos(tokenizer)), *context, *_fim_segments(tokenizer, parts, layout)], fim_stops(tokenizer)
+        [("bos", _optional(tokenizer.control.bos)), *context, *_fim_segments(tokenizer, parts, layout)],
+        fim_stops(tokenizer),
     )
 
 
@@ -176,10 +200,11 @@ def fim_training(
 
 
 def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> Document:
-    """The document that `fim_training`, or `fim` with an answer behind it, spelled as `ids`; context files are skipped.
+    """The document that `fim_training`, or `fim` with an answer behind it, spelled as `ids`; context files
+    are skipped.
 
-    Without sentinels all of it is prefix, path included: only sentinels mark where a path ends. Raises ValueError
-    where the sentinels stand in no known order or a second document follows.
+    Without sentinels all of it is prefix, path included: only sentinels mark where a path ends. Raises
+    ValueError where the sentinels stand in no known order or a second document follows.
     """
     control = tokenizer.control
     body = list(ids)
@@ -187,62 +212,57 @@ def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> Document:
         body = body[1:]
     if body and body[-1] in (control.file_separator, control.eos):
         body = body[:-1]
-    marks = {control.fim_prefix: "prefix", control.fim_suffix: "suffix", control.fim_middle: "middle"}
-    found = [(at, marks[token]) for at, token in enumerate(body) if token in marks]
-    layouts: dict[tuple[str, ...], Layout] = {
-        ("prefix", "suffix", "middle"): "psm",
-        (): "prefix",
-        ("suffix", "prefix", "middle"): "spm",
-    }
-    layout = layouts.get(tuple(name for _, name in found))
+    names = {control.fim_prefix: "prefix", control.fim_suffix: "suffix", control.fim_middle: "middle"}
+    marks = [(index, names[token]) for index, token in enumerate(body) if token in names]
+    order = ", ".join(name for _, name in marks)
+    layout = _LAYOUTS.get(order)
     if layout is None:
         raise ValueError(
             "a FIM document has its tokens in the order prefix, suffix, middle or suffix, prefix, middle; "
-            f"these ids have {', '.join(name for _, name in found)}: parse one document at a time"
+            f"these ids have {order}: parse one document at a time"
         )
-    start = found[0][0] if found else 0
+    start = marks[0][0] if marks else 0
     if control.file_separator in body[start:]:
         raise ValueError("more than one document: split the ids after each file separator")
-    head = body[:start]
-    while control.file_separator in head:
-        head = head[head.index(control.file_separator) + 1 :]
-    edges = [at for at, _ in found] + [len(body)]
-    texts = {
-        name: tokenizer.decode(body[at + 1 : edge]) for (at, name), edge in zip(found, edges[1:], strict=True)
-    }
-    return Document(
-        texts.get("prefix", tokenizer.decode(body) if not found else ""),
-        texts.get("suffix", ""),
-        texts.get("middle", ""),
-        tokenizer.decode(head).removesuffix("\n") or None,
-        layout,
-    )
+    if not marks:
+        return Document(tokenizer.decode(body), "", "", None, layout)
+    ends = [index for index, _ in marks[1:]] + [len(body)]
+    texts = {name: tokenizer.decode(body[i + 1 : end]) for (i, name), end in zip(marks, ends, strict=True)}
+    path = body[:start]
+    while control.file_separator in path:
+        path = path[path.index(control.file_separator) + 1 :]
+    return Document(**texts, path=tokenizer.decode(path).removesuffix("\n") or None, layout=layout)
 
 
 def plain(tokenizer: Tokenizer, text: str) -> Prompt:
     """<bos> and text to be continued."""
-    return _prompt([("bos", _bos(tokenizer)), ("prefix", tokenizer.encode(text))], fim_stops(tokenizer))
+    return _prompt(
+        [("bos", _optional(tokenizer.control.bos)), ("prefix", tokenizer.encode(text))], fim_stops(tokenizer)
+    )
 
 
 def raw(tokenizer: Tokenizer, text: str) -> Prompt:
-    """For clients that spell control tokens themselves: the spellings become ids; one <bos>, theirs or ours."""
-    ids = tokenizer.encode(text, control=True)
-    start = [] if ids[:1] == _bos(tokenizer) else _bos(tokenizer)
+    """For clients that spell control tokens themselves: the spellings become ids; one <bos>, theirs or
+    ours."""
+    ids, bos = tokenizer.encode(text, control=True), _optional(tokenizer.control.bos)
+    start = [] if ids[:1] == bos else bos
     return _prompt([("bos", start), ("raw", ids)], fim_stops(tokenizer))
 
 
 def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> Prompt:
-    """Gemma's chat template: turns trimmed, the system text before the first user text with a blank line between.
+    """Gemma's chat template: turns trimmed, the system text before the first user text with a blank line
+    between.
 
-    `reply` opens the model's turn for it to answer; `reply=False` is for training rows, whose "reply" segments are what
-    the model is to learn. Raises ValueError unless user and assistant alternate, the user first, and last with `reply`.
+    `reply` opens the model's turn for it to answer; `reply=False` is for training rows, whose "reply"
+    segments are what the model is to learn. Raises ValueError unless user and assistant alternate, the user
+    first, and last with `reply`.
     """
     control = tokenizer.control
     if control.start_of_turn is None or control.end_of_turn is None:
         raise ValueError("this vocabulary has no <start_of_turn> and <end_of_turn>: it cannot chat")
     system, turns = split_system(messages, reply)
     newline = tokenizer.encode("\n")
-    segments: list[tuple[Label, Ids]] = [("bos", _bos(tokenizer))]
+    segments: list[tuple[Label, Ids]] = [("bos", _optional(tokenizer.control.bos))]
     for message in turns:
         segments.append(("turn", [control.start_of_turn]))
         text = message.text.strip()
@@ -260,79 +280,69 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) 
     return _prompt(segments, chat_stops(tokenizer))
 
 
-def tail(tokenizer: Tokenizer, ids: Ids, most: int, step: int = 1) -> Ids:
-    """The end of `ids` in at most `most` tokens: what is nearest to the cursor of a prefix.
+def tail(tokenizer: Tokenizer, ids: Ids, max_tokens: int, step: int = 1) -> Ids:
+    """The end of `ids` in at most `max_tokens` tokens: what is nearest to the cursor of a prefix.
 
-    The result is a fresh encoding of its own text, as every run of whole characters within a BPE encoding is: no merge
-    crossed its edges. The number of dropped tokens is rounded up to a multiple of `step`, so that the edge stays put
-    while one types; it moves on to the start of a line where that costs at most a quarter of `most`.
+    The result is a fresh encoding of its own text, as every run of whole characters within a BPE encoding is:
+    no merge crossed its edges. The number of dropped tokens is rounded up to a multiple of `step`, so that
+    the edge stays put while one types; it moves on to the start of a line where that costs at most a quarter
+    of `max_tokens`.
     """
-    if len(ids) <= most:
+    if len(ids) <= max_tokens:
         return ids
-    drop = -(-(len(ids) - most) // step) * step
+    drop = -(-(len(ids) - max_tokens) // step) * step
     if drop >= len(ids):
-        drop = len(ids) - most
-    reach = range(drop, min(len(ids), drop + most // 4 + 1))
-    return ids[_edge(tokenizer, ids, reach, range(drop, len(ids)), len(ids)) :]
+        drop = len(ids) - max_tokens
+    near = range(drop, min(len(ids), drop + max_tokens // 4 + 1))
+    return ids[_edge(tokenizer, ids, near, range(drop, len(ids)), len(ids)) :]
 
 
-def head(tokenizer: Tokenizer, ids: Ids, most: int) -> Ids:
-    """The start of `ids` in at most `most` tokens: what is nearest to the cursor of a suffix; edges as in `tail`."""
-    if len(ids) <= most:
+def head(tokenizer: Tokenizer, ids: Ids, max_tokens: int) -> Ids:
+    """The start of `ids` in at most `max_tokens` tokens: what is nearest to the cursor of a suffix; edges as
+    in `tail`."""
+    if len(ids) <= max_tokens:
         return ids
-    return ids[: _edge(tokenizer, ids, range(most, most - most // 4 - 1, -1), range(most, 0, -1), 0)]
+    near = range(max_tokens, max_tokens - max_tokens // 4 - 1, -1)
+    return ids[: _edge(tokenizer, ids, near, range(max_tokens, 0, -1), 0)]
 
 
-def _edge(tokenizer: Tokenizer, ids: Ids, lines: range, characters: range, nothing: int) -> int:
-    """The first index that starts a line, else the first that starts a character, else `nothing`."""
-
-    def starts_line(at: int) -> bool:
-        return at > 0 and tokenizer.decode_bytes(ids[at - 1 : at]).endswith(b"\n")
-
-    def starts_character(at: int) -> bool:
-        return tokenizer.decode_bytes(ids[at : at + 1])[:1] not in _CONTINUATION
-
-    found = [next(filter(starts_line, lines), None), next(filter(starts_character, characters), None)]
-    return next((at for at in found if at is not None), nothing)
+def _edge(tokenizer: Tokenizer, ids: Ids, near: range, reach: range, default: int) -> int:
+    """The first index of `near` that starts a line, else the first of `reach` that starts a character."""
+    for index in near:
+        if index > 0 and tokenizer.decode_bytes(ids[index - 1 : index]).endswith(b"\n"):
+            return index
+    for index in reach:
+        if tokenizer.decode_bytes(ids[index : index + 1])[:1] not in _CONTINUATION:
+            return index
+    return default
 
 
 def _fim_segments(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> list[tuple[Label, Ids]]:
+    control = tokenizer.control
     path: tuple[Label, Ids] = ("path", parts.path)
     prefix: tuple[Label, Ids] = ("prefix", parts.prefix)
     suffix: tuple[Label, Ids] = ("suffix", parts.suffix)
     if layout == "prefix":
         return [path, prefix]
-    opens_prefix, opens_suffix, opens_middle = _sentinels(tokenizer)
-    if layout == "psm":
-        return [path, opens_prefix, prefix, opens_suffix, suffix, opens_middle]
-    if layout == "spm":
-        return [path, opens_suffix, suffix, opens_prefix, prefix, opens_middle]
-    raise ValueError(f'layout must be "psm", "spm" or "prefix", got {layout!r}')
-
-
-def _sentinels(tokenizer: Tokenizer) -> Iterable[tuple[Label, Ids]]:
-    control = tokenizer.control
+    if layout not in ("psm", "spm"):
+        raise ValueError(f'layout must be "psm", "spm" or "prefix", got {layout!r}')
     if control.fim is None:
-        raise ValueError(
-            f'this vocabulary has no FIM tokens ({", ".join(FIM_NAMES.values())}): use layout="prefix"'
-        )
-    return [
-        ("sentinel", [token])
-        for token in (control.fim_prefix, control.fim_suffix, control.fim_middle)
-        if token is not None
-    ]
+        names = ", ".join(FIM_NAMES.values())
+        raise ValueError(f'this vocabulary has no FIM tokens ({names}): use layout="prefix"')
+    start_prefix: tuple[Label, Ids] = ("sentinel", _optional(control.fim_prefix))
+    start_suffix: tuple[Label, Ids] = ("sentinel", _optional(control.fim_suffix))
+    start_middle: tuple[Label, Ids] = ("sentinel", _optional(control.fim_middle))
+    if layout == "psm":
+        return [path, start_prefix, prefix, start_suffix, suffix, start_middle]
+    return [path, start_suffix, suffix, start_prefix, prefix, start_middle]
 
 
 def _prompt(segments: list[tuple[Label, Ids]], stops: frozenset[int]) -> Prompt:
     return Prompt(tuple((label, ids) for label, ids in segments if ids), stops)
 
 
-def _bos(tokenizer: Tokenizer) -> Ids:
-    return [] if tokenizer.control.bos is None else [tokenizer.control.bos]
-
-
-def _separator(tokenizer: Tokenizer) -> Ids:
-    return [] if tokenizer.control.file_separator is None else [tokenizer.control.file_separator]
+def _optional(token: int | None) -> Ids:
+    return [] if token is None else [token]
 
 
 def _path_line(tokenizer: Tokenizer, path: str | None) -> Ids:
@@ -348,11 +358,11 @@ def split_system(messages: Sequence[Message], reply: bool) -> tuple[str, Sequenc
     system, turns = "", messages
     if messages and messages[0].role == "system":
         system, turns = messages[0].text + "\n\n", messages[1:]
-    for at, message in enumerate(turns):
-        expected = "assistant" if at % 2 else "user"
+    for index, message in enumerate(turns):
+        expected = "assistant" if index % 2 else "user"
         if message.role != expected:
             raise ValueError(
-                f"chat turn {at + 1} must be the {expected}'s, got {message.role!r}: user and assistant "
+                f"chat turn {index + 1} must be the {expected}'s, got {message.role!r}: user and assistant "
                 "alternate, the user first; one system message may stand before them"
             )
     if not turns or (reply and turns[-1].role != "user"):

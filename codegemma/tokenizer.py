@@ -1,9 +1,10 @@
-"""Text <-> ids: one SentencePiece BPE vocabulary, whichever file it came from, and control ids that no text can spell.
+"""Text <-> ids: one SentencePiece BPE vocabulary, whichever file it came from, and control ids that no text
+can spell.
 
-Every source (GGUF arrays, `tokenizer.model`, `tokenizer.json`) becomes one canonical SentencePiece model, so ids and
-fingerprint do not depend on the file. SentencePiece matches user-defined pieces inside text, and Gemma marks
-`<start_of_turn>`, the FIM tokens and `<unusedN>` as user-defined: here these become CONTROL, which text never matches.
-Runs of newlines, spaces and tabs, and HTML tags, stay user-defined.
+Every source (GGUF arrays, `tokenizer.model`, `tokenizer.json`) becomes one canonical SentencePiece model, so
+ids and fingerprint do not depend on the file. SentencePiece matches user-defined pieces inside text, and
+Gemma marks `<start_of_turn>`, the FIM tokens and `<unusedN>` as user-defined: here these become CONTROL,
+which text never matches. Runs of newlines, spaces and tabs, and HTML tags, stay user-defined.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ import contextlib
 import hashlib
 import json
 import operator
-import os
 import re
 import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +26,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from codegemma.config import LIMITS
+from codegemma.files import atomic_write, cache_dir
 
 # Piece types, numbered alike in sentencepiece_model.proto and in GGUF's tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -59,8 +59,9 @@ _LINES_APART = b"\x0a\x05lines"
 class Control:
     """Ids that steer the model, None where the vocabulary has none.
 
-    `fim` tells where the four FIM ids come from: "named", the vocabulary spells them (CodeGemma); "convention", its ids
-    67 to 70 are `<unusedN>` and stand in for CodeGemma's (Gemma 1, 2, 3), which says nothing of training; None, no FIM.
+    `fim` tells where the four FIM ids come from: "named", the vocabulary spells them (CodeGemma);
+    "convention", its ids 67 to 70 are `<unusedN>` and stand in for CodeGemma's (Gemma 1, 2, 3), which says
+    nothing of training; None, no FIM.
     """
 
     bos: int | None
@@ -77,9 +78,11 @@ class Control:
 
 
 class Tokenizer:
-    """Immutable and safe to share between threads; pickles as its vocabulary. `fingerprint` names the vocabulary.
+    """Immutable and safe to share between threads; pickles as its vocabulary. `fingerprint` names the
+    vocabulary.
 
-    Raises ValueError where `model` (bytes of a SentencePiece ModelProto, made by the constructors below) is damaged.
+    Raises ValueError where `model` (bytes of a SentencePiece ModelProto, made by the constructors below) is
+    damaged.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -102,20 +105,24 @@ class Tokenizer:
     def from_pieces(
         cls, pieces: Sequence[str], scores: Sequence[float] | np.ndarray, types: Sequence[int] | np.ndarray
     ) -> Tokenizer:
-        """From GGUF's tokenizer.ggml.tokens, .scores and .token_type, without a dummy space in front of the text.
+        """From GGUF's tokenizer.ggml.tokens, .scores and .token_type, without a dummy space in front of the
+        text.
 
-        About 0.5 s for 262k pieces: wrap it in `cached`. Raises ValueError where the arrays contradict each other.
+        About 0.5 s for 262k pieces: wrap it in `cached`. Raises ValueError where the arrays contradict each
+        other.
         """
         return cls(_model(pieces, scores, _mark_user_defined(pieces, types)))
 
     @classmethod
     def from_sentencepiece(cls, data: bytes) -> Tokenizer:
-        """From the bytes of a `tokenizer.model`; its normaliser is kept. ValueError: damaged, or no BPE model."""
+        """From the bytes of a `tokenizer.model`; its normaliser is kept. ValueError: damaged, or no BPE
+        model."""
         return cls.cached(data, lambda: cls(_read_sentencepiece(data)))
 
     @classmethod
     def from_json(cls, source: str | Path | dict[str, Any]) -> Tokenizer:
-        """From a Hugging Face `tokenizer.json` (BPE with byte fallback), by path or parsed. ValueError: any other."""
+        """From a Hugging Face `tokenizer.json` (BPE with byte fallback), by path or parsed. ValueError: any
+        other."""
         if isinstance(source, dict):
             return cls(_read_json(source))
         data = Path(source).read_bytes()
@@ -125,20 +132,19 @@ class Tokenizer:
     def cached(cls, source: bytes, build: Callable[[], Tokenizer]) -> Tokenizer:
         """What `build()` gives, kept in the user's cache directory under the hash of `source`.
 
-        `source` is whatever determines the vocabulary, such as the bytes of a file. A damaged cache file is rebuilt; a
-        directory that cannot be written is no error.
+        `source` is whatever determines the vocabulary, such as the bytes of a file. A damaged cache file is
+        rebuilt; a directory that cannot be written is no error.
         """
         key = hashlib.sha256(_CACHE_VERSION + source).hexdigest()
-        file = Path(
-            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma", "tokenizers", key
-        )
+        file = cache_dir() / "tokenizers" / key
         with contextlib.suppress(OSError, ValueError):
             stored = file.read_bytes()
             if hashlib.sha256(stored[32:]).digest() == stored[:32]:
                 return cls(stored[32:])
         tokenizer = build()
         model = tokenizer._engine.serialized_model_proto()
-        _replace_file(file, hashlib.sha256(model).digest() + model)
+        with contextlib.suppress(OSError), atomic_write(file) as out:
+            out.write(hashlib.sha256(model).digest() + model)
         return tokenizer
 
     @property
@@ -172,18 +178,21 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False, control: bool = False) -> list[int]:
         """Ids of `text`, as SentencePiece gives them; a control token spelled in it is plain text.
 
-        `control=True` is for clients that render prompts themselves: control spellings become control ids (the FIM
-        names also where the ids are FIM by convention). Raises ValueError for a lone surrogate: it has no UTF-8.
+        `control=True` is for clients that render prompts themselves: control spellings become control ids
+        (the FIM names also where the ids are FIM by convention). Raises ValueError for a lone surrogate: it
+        has no UTF-8.
         """
         start = [self._required_bos()] if bos else []
         return start + (self._encode_raw(text) if control else self._encode_text(text))
 
     def decode(self, ids: Iterable[int], control: bool = False) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD; control ids vanish, or show with `control=True`."""
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD; control ids vanish, or show with
+        `control=True`."""
         return self.decode_bytes(ids, control).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], control: bool = False) -> bytes:
-        """Bytes of `ids`, each piece's own joined: decode(a + b) needs no context. ValueError: id out of range."""
+        """Bytes of `ids`, each piece's own joined: decode(a + b) needs no context. ValueError: id out of
+        range."""
         return b"".join(
             [
                 self._spell(token) if control and self.is_control(token) else self._piece_bytes(token)
@@ -196,7 +205,8 @@ class Tokenizer:
         return self._engine.id_to_piece(self._checked(token))
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a piece as the vocabulary spells it, control pieces too; None where it has no such piece."""
+        """The id of a piece as the vocabulary spells it, control pieces too; None where it has no such
+        piece."""
         token = self._engine.piece_to_id(piece)
         return token if self._engine.id_to_piece(token) == piece else None
 
@@ -299,15 +309,17 @@ class Tokenizer:
         )
 
 
-class Stream:
-    """Streaming decoder: the pieces of text given by `push` and `flush`, joined, are `decode` of the same ids."""
+class StreamDecoder:
+    """Streaming decoder: the pieces of text given by `push` and `flush`, joined, are `decode` of the same
+    ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, often "" inside a character spelled in bytes; never half a character."""
+        """The text that `token` completes, often "" inside a character spelled in bytes; never half a
+        character."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
@@ -350,8 +362,8 @@ def _model(
 
 
 def _mark_user_defined(pieces: Sequence[str], types: Sequence[int] | np.ndarray) -> list[int]:
-    """Google's own GGUF files mark user-defined pieces as NORMAL; SentencePiece's trainer writes them before the bytes
-    and learned pieces after, which tells the two apart."""
+    """Google's own GGUF files mark user-defined pieces as NORMAL; SentencePiece's trainer writes them before
+    the bytes and learned pieces after, which tells the two apart."""
     first_byte = next((i for i, piece in enumerate(pieces) if _BYTE.fullmatch(piece)), 0)
     return [USER_DEFINED if i < first_byte and kind == NORMAL else int(kind) for i, kind in enumerate(types)]
 
@@ -359,8 +371,9 @@ def _mark_user_defined(pieces: Sequence[str], types: Sequence[int] | np.ndarray)
 def _heal(pieces: Sequence[str], types: list[int]) -> tuple[list[str], list[int]]:
     """Names and types as Gemma's own tokenizer.model has them, save that control pieces are CONTROL.
 
-    Undone here: GGUF files spell user-defined spaces as " ", mark `<unk>` as CONTROL, and may pad the vocabulary to the
-    embedding's rows with repeated or empty pieces; old Gemma files of Hugging Face spell `<0x09>` as a tab.
+    Undone here: GGUF files spell user-defined spaces as " ", mark `<unk>` as CONTROL, and may pad the
+    vocabulary to the embedding's rows with repeated or empty pieces; old Gemma files of Hugging Face spell
+    `<0x09>` as a tab.
     """
     names = [piece.replace(" ", "\u2581") for piece in pieces]
     if "<0x09>" not in names and "<0x08>" in names and "\t" in names:
@@ -382,7 +395,8 @@ def _heal(pieces: Sequence[str], types: list[int]) -> tuple[list[str], list[int]
 
 
 def _ranks(names: list[str], kinds: list[int], scores_V: np.ndarray) -> np.ndarray:
-    """Scores 0, -1, -2, ... in the order of `scores_V` for the pieces BPE can merge: only the order means anything."""
+    """Scores 0, -1, -2, ... in the order of `scores_V` for the pieces BPE can merge: only the order means
+    anything."""
     merged = [
         i
         for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
@@ -394,8 +408,8 @@ def _ranks(names: list[str], kinds: list[int], scores_V: np.ndarray) -> np.ndarr
 
 
 def _read_sentencepiece(data: bytes) -> bytes:
-    """ModelProto: field 1 pieces, 2 TrainerSpec (3 model_type), 3 NormalizerSpec; read without protobuf's run time,
-    whose version sentencepiece's generated module would otherwise dictate to every other package."""
+    """ModelProto: field 1 pieces, 2 TrainerSpec (3 model_type), 3 NormalizerSpec; read without protobuf's run
+    time, whose version sentencepiece's generated module would otherwise dictate to every other package."""
     pieces, scores, types = [], [], []
     specs: dict[int, bytes] = {2: b"", 3: b""}
     try:
@@ -428,8 +442,9 @@ def _parse_json(data: bytes) -> dict[str, Any]:
 
 
 def _read_json(document: dict[str, Any]) -> bytes:
-    """Hugging Face's BPE keeps ranks of merges where SentencePiece keeps scores of pieces: the first merge that makes a
-    piece gives its score. Not copied: it looks for added tokens before normalisation, and so misses runs of spaces.
+    """Hugging Face's BPE keeps ranks of merges where SentencePiece keeps scores of pieces: the first merge
+    that makes a piece gives its score. Not copied: it looks for added tokens before normalisation, and so
+    misses runs of spaces.
     """
     try:
         model, added = document["model"], document.get("added_tokens") or []
@@ -502,15 +517,3 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
     raise ValueError(f"a number of more than 64 bits at byte {at}")
-
-
-def _replace_file(file: Path, data: bytes) -> None:
-    """Write at once or not at all; a cache is worth no error."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            part.write_bytes(data)
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from test_engine import PRETTY, Scripted, native
 
 from codegemma import prompts
-from codegemma.generate.engine import Completion, Engine, Step
+from codegemma.generate.engine import Completion, Engine
 from codegemma.generate.request import Infill, Request
 from codegemma.generate.resolve import PromptBudget, infill_ids, layout_for, resolve, window
+from codegemma.generate.running import Step
 from codegemma.generate.sampling import Sampling
 from codegemma.generate.trim import cut, trimmed
 from codegemma.native import Cancel
@@ -126,7 +127,8 @@ TEXTS = st.lists(PARTS, max_size=12).map("".join)
 @settings(deadline=None, max_examples=400)
 @given(TEXTS, TEXTS, TEXTS, st.sampled_from(["none", "line", "block"]), st.data())
 def test_what_is_shown_does_not_depend_on_the_tokens(text, prefix, suffix, trim, data):
-    """Any cutting into Steps shows, in the end, what `cut` makes of the whole; what was shown is never taken back."""
+    """Any cutting into Steps shows, in the end, what `cut` makes of the whole; what was shown is never taken
+    back."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     steps = [Step(7, piece, 0.0) for piece in pieces] + [Step(1, "", 0.0, "end")]
@@ -223,7 +225,8 @@ TYPED = "\ndef other_name(value):\n    total = value + name_3(value)\n    return
 @pytest.mark.parametrize("most", [8000, 1000, 300])
 @pytest.mark.parametrize("start", [0, 500, len(CODE) // 2, len(CODE)])
 def test_typing_computes_only_the_last_pieces_in_spm_order(start, most):
-    """The window's edges move only every so many tokens: a few requests in a hundred read the whole window again."""
+    """The window's edges move only every so many tokens: a few requests in a hundred read the whole window
+    again."""
     start = CODE.rfind("\n", 0, start) + 1
     fresh = typing_trace("spm", most, start, TYPED)
     # A typed character changes the last pieces of its line, here at most `return`'s, and the sentinel behind them.

@@ -27,6 +27,7 @@ from codegemma.checkpoints.table import to_format
 from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.config import PRESETS
 from codegemma.generate import model as local
+from codegemma.generate.benchmark import benchmark
 from codegemma.generate.resolve import truncate_left
 from codegemma.native import Cancel
 
@@ -217,7 +218,7 @@ def test_another_model_does_not_take_the_cache(path, tmp_path):
 
 
 def test_benchmark(model):
-    result = model.benchmark(prompt_tokens=70, decode_tokens=3, repeats=1)
+    result = benchmark(model, prompt_tokens=70, decode_tokens=3, repeats=1)
     shares = (
         "prefill_tokens_per_second",
         "decode_tokens_per_second",
@@ -231,7 +232,7 @@ def test_benchmark(model):
     assert result["simd"] == model.backend.level
     for prompt, decode in ((0, 1), (1, 0), (500, 13)):
         with pytest.raises(ValueError, match="must lie in the context of 512"):
-            model.benchmark(prompt, decode)
+            benchmark(model, prompt, decode)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,8 @@ def test_bad_levels_and_paths(path, tmp_path, monkeypatch):
 
 
 def named(path, name):
-    """A file that says it is a member of the family, with as many layers and as wide as that, but narrow inside."""
+    """A file that says it is a member of the family, with as many layers and as wide as that, but narrow
+    inside."""
     config = replace(PRESETS[name].config, heads=1, kv_heads=1, head_width=2, ffn_width=32, query_scale=0.0)
     tensors = tiny_tensors(replace(config, vocab=512), "Q4_0")
     zeros = np.zeros((config.vocab, config.width // 32 * 18), np.uint8)

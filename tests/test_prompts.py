@@ -1,4 +1,5 @@
-"""Golden ids of the documented prompts, and laws: parts never merge, parse undoes render, edges are fresh encodings."""
+"""Golden ids of the documented prompts, and laws: parts never merge, parse undoes render, edges are fresh
+encodings."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""Ids against the sentencepiece library and Hugging Face's tokenizers, from every source; control ids; streaming."""
+"""Ids against the sentencepiece library and Hugging Face's tokenizers, from every source; control ids;
+streaming."""
 
 import ast
 import inspect
@@ -14,7 +15,7 @@ import vocabularies as vocab
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from codegemma.tokenizer import FIM_IDS, Stream, Tokenizer
+from codegemma.tokenizer import FIM_IDS, StreamDecoder, Tokenizer
 
 CONTROL = [
     "<pad>",
@@ -168,8 +169,8 @@ def test_fingerprint_tells_vocabularies_apart(trained):
 
 
 def test_real_pieces_as_json_equal_hugging_face():
-    """All special and single-character pieces and the best 40,000 others. Hugging Face misses runs of spaces and
-    matches control spellings: those are left out."""
+    """All special and single-character pieces and the best 40,000 others. Hugging Face misses runs of spaces
+    and matches control spellings: those are left out."""
     pieces, _, kinds = vocab.gemma3()
     late = set([i for i, piece in enumerate(pieces) if kinds[i] == 1 and len(piece) > 1][40_000:])
     rows = [[value for i, value in enumerate(column) if i not in late] for column in vocab.gemma3()]
@@ -263,7 +264,7 @@ def test_raw_mode_parses_control_spellings(trained, real):
 def test_stream_equals_decode_and_never_splits_a_character(ids, data):
     tokenizer = vocab.small_tokenizer()
     ids = ids + [tokenizer.token_id(f"<0x{byte:02X}>") for byte in data]
-    stream = Stream(tokenizer)
+    stream = StreamDecoder(tokenizer)
     parts = [stream.push(token) for token in ids]
     assert "".join(parts) + stream.flush() == tokenizer.decode(ids)
     assert tokenizer.decode_bytes(ids).endswith(bytes(data))
@@ -353,7 +354,8 @@ def test_cache_is_used_and_a_damaged_one_rebuilt(private_cache):
 
 
 def test_second_start_and_long_text_are_quick(real):
-    """The promise is 0.2 s and 5 ms for a file; the bounds leave room for a busy machine, not for a quadratic loop."""
+    """The promise is 0.2 s and 5 ms for a file; the bounds leave room for a busy machine, not for a quadratic
+    loop."""
     tokenizer, _ = real
     Tokenizer.cached(b"key", lambda: tokenizer)
     start = time.perf_counter()

@@ -1,4 +1,5 @@
-"""Vocabularies for tests: the real one of the packaged Gemma 3 file, and small ones trained with Gemma 1's flags."""
+"""Vocabularies for tests: the real one of the packaged Gemma 3 file, and small ones trained with Gemma 1's
+flags."""
 
 import inspect
 import io
@@ -53,7 +54,8 @@ def gemma3_tokenizer():
 
 @cache
 def small(fim=True, size=1300):
-    """Bytes of a tokenizer.model laid out as CodeGemma's: FIM names at 67..70 (`fim=False`: `<unused60..63>`)."""
+    """Bytes of a tokenizer.model laid out as CodeGemma's: FIM names at 67..70 (`fim=False`:
+    `<unused60..63>`)."""
     unused = [f"<unused{i}>" for i in range(99)]
     if fim:
         unused[60:64] = FIM
@@ -127,7 +129,8 @@ def sentencepiece_of(pieces, scores, types):
 
 
 def tokenizer_json(pieces, scores, types, pairs=True):
-    """The same as a Hugging Face tokenizer.json: every way to merge two pieces into a third, best piece first."""
+    """The same as a Hugging Face tokenizer.json: every way to merge two pieces into a third, best piece
+    first."""
     pieces = [piece.replace(" ", "\u2581") for piece in pieces]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = []

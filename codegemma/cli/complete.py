@@ -20,9 +20,10 @@ from codegemma.cli.output import note, notes
 from codegemma.config import Mode, Trim
 
 if TYPE_CHECKING:
-    from codegemma.generate.engine import Completion, Step
+    from codegemma.generate.engine import Completion
     from codegemma.generate.model import Model
     from codegemma.generate.request import Infill, Request, TextPrompt
+    from codegemma.generate.running import Step
     from codegemma.native import Cancel
 
 

@@ -79,9 +79,11 @@ def bench(
 
     The limits, memory bandwidth and int8 operations, are measured in the same minutes.
     """
+    from codegemma.generate.benchmark import benchmark
+
     loaded = model.load()
     used = loaded.adapter_at(adapter)
-    result = loaded.benchmark(prompt_tokens, decode_tokens, repeats, used)
+    result = benchmark(loaded, prompt_tokens, decode_tokens, repeats, used)
     result = {"model": str(loaded.path), "adapter": None if used == "none" else used, **result}
     if as_json:
         print(json.dumps(result))

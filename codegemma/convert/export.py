@@ -19,10 +19,6 @@ LLAMACPP_README = """# llama.cpp
 separator.
 A repeat penalty other than 1.0 damages Gemma's output.
 """
-OLLAMA_CHAT = (
-    "<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
-    "<start_of_turn>model\n{{ .Response }}<end_of_turn>\n"
-)
 
 
 def export(
@@ -32,8 +28,7 @@ def export(
     quantize_to: str | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Writes a model in a program's format, with its settings and notices, into the folder `target`; returns
-    the files.
+    """Writes a model with what a program needs into the folder `target`; returns the files.
 
     Raises ValueError on an unknown program, and as `convert` does.
     """
@@ -58,8 +53,7 @@ def export(
 
 
 def modelfile(checkpoint: Checkpoint, file: str) -> str:
-    """Ollama's Modelfile: `.Suffix` makes it fill in the middle, turns are for models that chat; with every
-    stop.
+    """Ollama's Modelfile: `.Suffix` fills in the middle, models that chat get turns; every stop is named.
 
     Raises ValueError on a checkpoint without a tokenizer.
     """
@@ -69,12 +63,9 @@ def modelfile(checkpoint: Checkpoint, file: str) -> str:
             f"{checkpoint.path} has no tokenizer, which Ollama needs: put tokenizer.model beside it"
         )
     control = tokenizer.control
-    template = OLLAMA_CHAT if chat_template(checkpoint) else "{{ .Prompt }}"
-    if control.fim:
-        markers = control.fim_prefix, control.fim_suffix, control.fim_middle
-        prefix, suffix, middle = ("" if token is None else tokenizer.piece(token) for token in markers)
-        infill = f"{prefix}{{{{ .Prompt }}}}{suffix}{{{{ .Suffix }}}}{middle}"
-        template = f"{{{{- if .Suffix }}}}{infill}{{{{- else }}}}{template}{{{{- end }}}}"
+    markers = control.fim_prefix, control.fim_suffix, control.fim_middle
+    fim = ["" if token is None else tokenizer.piece(token) for token in markers] if control.fim else None
+    template = prompts.ollama_template(bool(chat_template(checkpoint)), fim, with_response=True)
     stops = [tokenizer.piece(token) for token in sorted(prompts.fim_stops(tokenizer)) if token != control.eos]
     lines = [f"FROM ./{file}", f'TEMPLATE """{template}"""', *(f'PARAMETER stop "{stop}"' for stop in stops)]
     lines += ["PARAMETER repeat_penalty 1", "PARAMETER temperature 0", f'LICENSE """{hub.NOTICE}"""', ""]

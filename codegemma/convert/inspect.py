@@ -13,7 +13,7 @@ import numpy as np
 
 from codegemma import files, hub
 from codegemma.checkpoints import Checkpoint, format_of, open_checkpoint
-from codegemma.checkpoints.huggingface_tokenizer import CHAT_TEMPLATE
+from codegemma.prompts import CHAT_TEMPLATE
 from codegemma.checkpoints.tensors import BLOCKS, Tensor
 from codegemma.checkpoints.untrusted import read_json
 
@@ -61,8 +61,7 @@ def _listed(fields: dict[str, Any]) -> str:
 
 
 def inspect(source: str | Path) -> Inspection:
-    """Reads the header, the tensors' places and the tokenizer, and checks all weights; no code in a file is
-    run.
+    """Reads the header and the tokenizer, and checks all weights. No code in a file is run.
 
     Raises ValueError on a damaged file.
     """

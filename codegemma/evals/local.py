@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from codegemma.evals.task import Decoding, ModelOutput, Score, StopReason
-from codegemma.generate.engine import Batch, Running, Stop
+from codegemma.generate.engine import Batch
 from codegemma.generate.model import Model
 from codegemma.generate.request import Request
+from codegemma.generate.running import RunningRequest, Stop
 from codegemma.generate.sampling import Sampling
 from codegemma.native import CHUNK, PAGE
 
@@ -40,8 +41,8 @@ class LocalModel:
         page_bytes = self.engine.cache.page_bytes
         sequences = max(1, min(MAX_SEQUENCES, CACHE_BYTES // (1024 // PAGE * page_bytes)))
         batch = Batch(self.engine)
-        started: dict[Running, tuple[int, int, float]] = {}
-        texts: dict[Running, str] = {}
+        started: dict[RunningRequest, tuple[int, int, float]] = {}
+        texts: dict[RunningRequest, str] = {}
         while True:
             for i, number in islice(waiting, sequences - len(batch.running)):
                 running = batch.add(self._request(prompts[i], number, decoding))

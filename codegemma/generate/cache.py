@@ -1,9 +1,10 @@
-"""The prefix cache: keys and values of every prompt lately seen, in a tree over token ids, shared by all requests.
+"""The prefix cache: keys and values of every prompt lately seen, in a tree over token ids, shared by all
+requests.
 
-`find` gives the pages of the longest known prefix, `put` remembers a sequence, each under the adapter that they depend
-on ("": none); the least recently used goes first when the bound in bytes is reached. Saved files carry a key (model,
-numerics, SIMD level): any other key, or a damaged file, is ignored with a warning. The law: a token computed behind
-cached pages is the token computed without.
+`find` gives the pages of the longest known prefix, `put` remembers a sequence, each under the adapter that
+they depend on ("": none); the least recently used goes first when the bound in bytes is reached. Saved files
+carry a key (model, numerics, SIMD level): any other key, or a damaged file, is ignored with a warning. The
+law: a token computed behind cached pages is the token computed without.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class _Node:
 class PrefixCache:
     """Safe to share between threads."""
 
-    def __init__(self, key: str, page_bytes: int, most_bytes: int) -> None:
-        self.key, self.page_bytes, self.most_bytes = key, page_bytes, most_bytes
+    def __init__(self, key: str, page_bytes: int, max_bytes: int) -> None:
+        self.key, self.page_bytes, self.max_bytes = key, page_bytes, max_bytes
         self._lock = threading.RLock()
         self._roots: dict[str, _Node] = {}  # by adapter
         self._recent: OrderedDict[_Node, None] = (
@@ -102,7 +103,7 @@ class PrefixCache:
                     self._forget(shorter)
             node = child
         self._touch(node)
-        while self.nbytes > self.most_bytes and self._recent:
+        while self.nbytes > self.max_bytes and self._recent:
             self._forget(next(iter(self._recent)))
 
     def forget_all(self) -> None:
@@ -132,7 +133,8 @@ class PrefixCache:
             out.write(digest.digest())
 
     def load(self, path: str | os.PathLike[str]) -> bool:
-        """Adds the pages of a saved cache. False, with a warning, on a file that is damaged or of another model."""
+        """Adds the pages of a saved cache. False, with a warning, on a file that is damaged or of another
+        model."""
         try:
             data = Path(path).read_bytes()
             nodes, roots = self._parse(data)

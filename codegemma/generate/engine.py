@@ -1,6 +1,7 @@
-"""Generation as an iterator of Steps, over any backend: batches of sequences, a shared prefix cache, exact speculation.
+"""Generation as an iterator of Steps, over any backend: batches of requests, a prefix cache, exact
+speculation.
 
-Users call `Engine.generate` (one request) or drive a `Batch` (many at once: evaluation, the server). The law it keeps:
+Users call `Engine.generate` (one request) or drive a `Batch` (many at once: evaluation, the server). The law:
 batching, caching and speculation never change a token, provided that the backend is `invariant`.
 """
 
@@ -10,27 +11,27 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from codegemma.adapters.adapter import Adapter
 from codegemma.config import ModelConfig
-from codegemma.generate import sampling as sampler
 from codegemma.generate.cache import PrefixCache, common_prefix
 from codegemma.generate.request import Request
+from codegemma.generate.running import RunningRequest, Step, Stop
 from codegemma.native import CHUNK, PAGE, Cancel, Logits, Page, Slice
-from codegemma.tokenizer import Stream, Tokenizer
+from codegemma.tokenizer import Tokenizer
 
-Stop = Literal["end", "stop_text", "length", "cancelled"]
-DRAFTS = (4, 15)  # tokens drafted at first, and once a draft was accepted whole
-MATCH = 3  # tokens that must repeat before a draft is made
-SHARED = 16  # tokens of another's prompt that are worth waiting for
+MIN_SHARED = 16  # tokens of another request's prompt that are worth waiting for
+LOGIT_ROWS = 64  # computed in one run by `logits`
+CANCEL_POLL_S = 0.02  # how often a request that waits for the engine looks whether it was cancelled
+FIRST_OPERATIONS_PER_SECOND = 1e11  # from which the prompt speed is guessed until it was measured
 
 
 class Backend(Protocol):
-    """What computes. `invariant`: logits do not depend on batch, chunking, cache or threads. `key` names all that
-    cached pages depend on besides the weights."""
+    """What computes. `invariant`: logits do not depend on batch, chunking, cache or threads. `key` names all
+    that cached pages depend on besides the weights."""
 
     config: ModelConfig
     invariant: bool
@@ -43,124 +44,16 @@ class Backend(Protocol):
     def run(self, slices: Sequence[Slice], cancel: Cancel | None = None) -> Logits | None: ...
 
 
-@dataclass(frozen=True)
-class Step:
-    """One generated token. `text` is what it adds to the output, often "" while a character or a stop text is open.
-
-    The last step of a request has `stop`: "end" (a sentinel or end of text, whose token it carries), "stop_text",
-    "length", or "cancelled" (token None). `logprob` is the model's own, before temperature and filters.
-    """
-
-    token: int | None
-    text: str
-    logprob: float
-    stop: Stop | None = None
-    top: tuple[tuple[int, float], ...] = ()  # likeliest tokens and their log-probabilities, where asked for
-
-
-class Running:
-    """A request on its way: its tokens, the pages behind them, and what has not been shown yet."""
-
-    def __init__(
-        self, request: Request, ids: list[int], tokenizer: Tokenizer | None, limit: int, adapter: str = ""
-    ) -> None:
-        self.request, self.ids, self.limit, self.adapter = request, ids, limit, adapter
-        self.prompt_length = len(ids)
-        self.pages: list[Page] = []
-        self.done = 0  # tokens whose keys and values are in the pages
-        self.cached = 0  # of these, how many came from the cache
-        self.stop: Stop | None = None
-        self.leader: Running | None = None  # who is reading the first `shared` tokens for both
-        self.shared = 0
-        self._stream = Stream(tokenizer) if tokenizer else None
-        self._held = ""
-        self._draft = _Draft(ids) if request.speculate else None
-
-    @property
-    def generated(self) -> int:
-        return len(self.ids) - self.prompt_length
-
-    def draft(self) -> list[int]:
-        """Tokens that probably follow; never past the limit."""
-        return self._draft.propose(self.ids, self.limit - self.generated - 1) if self._draft else []
-
-    def take(self, row: int, logits: Logits) -> Step:
-        """Chooses the next token from a row of logits and says what it shows."""
-        values_V, request = logits.values[row], self.request
-        token = sampler.choose(request.sampling, values_V, int(logits.argmax[row]), self.ids, self.generated)
-        normaliser = float(logits.normaliser[row])
-        best = sampler.top(values_V, request.top_logprobs) if request.top_logprobs else ()
-        top = tuple((int(i), float(values_V[i]) - normaliser) for i in best)
-        logprob = float(values_V[token]) - normaliser
-        self.ids.append(token)
-        if token in request.stop_ids:
-            return self._last(token, self._flush(), logprob, "end", top)
-        text = self._show(self._stream.push(token) if self._stream else "")
-        if self.stop:
-            return self._last(token, text, logprob, "stop_text", top)
-        if self.generated >= self.limit:
-            return self._last(token, text + self._flush(), logprob, "length", top)
-        return Step(token, text, logprob, None, top)
-
-    def end(self, stop: Stop) -> Step:
-        """Ends without a token."""
-        return self._last(None, self._flush(), 0.0, stop, ())
-
-    def catch_up(self, others: Sequence[Running]) -> bool:
-        """False while another still reads what both prompts start with; then its pages are taken."""
-        if self.leader is None:
-            return True
-        if self.leader.done < self.shared and self.leader in others:
-            return False
-        length = min(self.shared, self.leader.done)
-        if length > self.done:
-            self.pages, self.done, self.cached = self.leader.pages[: -(-length // PAGE)], length, length
-        self.leader = None
-        return True
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        if self._draft and drafted:
-            self._draft.learn(drafted, accepted)
-
-    def _last(
-        self, token: int | None, text: str, logprob: float, stop: Stop, top: tuple[tuple[int, float], ...]
-    ) -> Step:
-        self.stop = stop
-        return Step(token, text, logprob, stop, top)
-
-    def _flush(self) -> str:
-        text = self._held + (self._stream.flush() if self._stream else "")
-        self._held = ""
-        return text
-
-    def _show(self, text: str) -> str:
-        """Adds text; holds back what may be the start of a stop text; sets `stop` where one is complete."""
-        stops = self.request.stop
-        if not stops:
-            return text
-        held = self._held + text
-        found = [at for at in (held.find(stop) for stop in stops) if at >= 0]
-        if found:
-            self.stop, self._held = "stop_text", ""
-            return held[: min(found)]
-        keep = max(
-            (n for stop in stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])),
-            default=0,
-        )
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
-
-
 class Completion(Iterator[Step]):
-    """Steps as they are made; `text` and `stop` run it to its end first. `close()` stops the work."""
+    """Steps as they are made. The other properties run it to its end first; `close()` stops the work."""
 
-    def __init__(self, steps: Iterator[Step], running: Running) -> None:
+    def __init__(self, steps: Iterator[Step], running: RunningRequest) -> None:
         self._steps, self.running = steps, running
-        self._taken: list[Step] = []
+        self._past: list[Step] = []
 
     def __next__(self) -> Step:
         step = next(self._steps)
-        self._taken.append(step)
+        self._past.append(step)
         return step
 
     @property
@@ -168,10 +61,11 @@ class Completion(Iterator[Step]):
         """All of them, in order."""
         for _ in self:
             pass
-        return self._taken
+        return self._past
 
     @property
     def text(self) -> str:
+        """All text."""
         return "".join(step.text for step in self.steps)
 
     @property
@@ -181,51 +75,29 @@ class Completion(Iterator[Step]):
 
     @property
     def ids(self) -> list[int]:
-        """Every generated token, a final sentinel included."""
+        """Every generated token, a final stop id included."""
         return [step.token for step in self.steps if step.token is not None]
 
     @property
     def prompt_tokens(self) -> int:
+        """The length of the prompt; known at once."""
         return self.running.prompt_length
 
     @property
     def cached_tokens(self) -> int:
-        """How many of the prompt's tokens came from the cache."""
+        """How many of the prompt's tokens came from the cache; known at once."""
         return self.running.cached
 
     def close(self) -> None:
+        """Stops the work; what was computed stays in the cache."""
         if hasattr(self._steps, "close"):
             self._steps.close()
 
 
-class _Draft:
-    """n-gram speculation: what followed the last MATCH tokens when they last occurred, in prompt or output."""
-
-    def __init__(self, ids: list[int]) -> None:
-        self._seen: dict[tuple[int, ...], int] = {}
-        self._indexed = MATCH  # next end position to index
-        self._length, self._rest, self._misses = DRAFTS[0], 0, 0
-
-    def propose(self, ids: list[int], most: int) -> list[int]:
-        for end in range(self._indexed, len(ids)):
-            self._seen[tuple(ids[end - MATCH : end])] = end
-        self._indexed = max(self._indexed, len(ids))
-        if self._rest > 0:
-            self._rest -= 1
-            return []
-        at = self._seen.get(tuple(ids[-MATCH:]))
-        return ids[at : at + min(self._length, most)] if at is not None and most > 0 else []
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Longer drafts after a whole one; after misses in a row, a pause that doubles."""
-        self._length = DRAFTS[1] if accepted == drafted else DRAFTS[0]
-        self._misses = self._misses + 1 if accepted == 0 else 0
-        self._rest = min(2**self._misses, 32) if self._misses > 1 else 0
-
-
 @dataclass
 class Batch:
-    """Requests that run together. `add` them at any time; each `step` gives their new Steps, in order, per request.
+    """Requests that run together. `add` them at any time; each `step` returns their new Steps, in order per
+    request.
 
     A step reads at most `chunk` prompt tokens, so that a long prompt does not hold the others up for long.
     """
@@ -233,82 +105,93 @@ class Batch:
     engine: Engine
     cancel: Cancel = field(default_factory=Cancel)
     chunk: int = CHUNK
-    running: list[Running] = field(default_factory=list)
+    running: list[RunningRequest] = field(default_factory=list)
 
-    def add(self, request: Request) -> Running:
+    def add(self, request: Request) -> RunningRequest:
         """Raises ValueError where the request does not fit the model."""
-        one = self.engine.start(request)
-        for other in self.running:  # the prefix that samples or tasks share is computed once
-            shared = min(common_prefix(one.ids, other.ids), len(one.ids) - 1)
-            if one.adapter == other.adapter and shared >= max(one.done, one.shared) + SHARED:
-                one.leader, one.shared = other, shared
-        self.running.append(one)
-        return one
+        running = self.engine.start(request)
+        for other in self.running:  # a prefix that requests share is computed once
+            shared = min(common_prefix(running.ids, other.ids), len(running.ids) - 1)
+            if running.adapter == other.adapter and shared >= max(running.done, running.shared) + MIN_SHARED:
+                running.leader, running.shared = other, shared
+        self.running.append(running)
+        return running
 
-    def remove(self, one: Running) -> None:
+    def remove(self, running: RunningRequest) -> None:
         """Takes a request out, finished or not; what it computed stays in the cache."""
-        self.running.remove(one)
-        self.engine.remember(one)
+        self.running.remove(running)
+        self.engine.remember(running)
 
-    def step(self) -> list[tuple[Running, Step]]:
-        """Runs all requests by one decode step or prompt chunk. Nothing comes back where `cancel` was set meanwhile:
-        the caller removes what is to go, and steps on."""
-        slices, owners, drafts, room = [], [], [], self.chunk
-        for one in self.running:
-            if not one.catch_up(self.running):
-                continue
-            waiting = len(one.ids) - one.done
-            draft = one.draft() if waiting == 1 and one.generated and len(self.running) <= 2 else []
-            ids = (
-                one.ids[one.done : one.done + max(1, min(waiting, room))]
-                if waiting > 1
-                else [one.ids[-1], *draft]
-            )
-            if waiting > 1 and room <= 0:
-                continue
-            room -= len(ids) if waiting > 1 else 0
-            reaches_end = one.done + len(ids) >= len(one.ids)
-            slices.append(self.engine.claim(one, ids, 1 + len(draft) if reaches_end and one.limit else 0))
-            owners.append(one)
-            drafts.append(draft)
+    def step(self) -> list[tuple[RunningRequest, Step]]:
+        """Runs all requests by one token or prompt chunk. Returns nothing where `cancel` was set meanwhile:
+        the caller removes the requests that are to go, and calls it again."""
+        batch, slices, drafts = self._next_slices()
         if not slices:
             return []
         started = time.perf_counter()
         logits = self.engine.backend.run(slices, self.cancel)
         if logits is None:
-            for one, part in zip(owners, slices, strict=True):
-                self.engine.unclaim(one, part.start)
+            for running, part in zip(batch, slices, strict=True):
+                self.engine.unclaim(running, part.start)
             return []
         self.engine.measured(sum(len(part.ids) for part in slices), time.perf_counter() - started)
-        steps: list[tuple[Running, Step]] = []
+        steps: list[tuple[RunningRequest, Step]] = []
         row = 0
-        for one, part, draft in zip(owners, slices, drafts, strict=True):
-            one.done = part.start + len(part.ids) - len(draft)
+        for running, part, draft in zip(batch, slices, drafts, strict=True):
+            running.done = part.start + len(part.ids) - len(draft)
             if part.wanted:
-                steps += [(one, step) for step in self._accept(one, draft, row, logits)]
-            elif one.done == len(one.ids):  # max_tokens is 0: the prompt was only to be read
-                steps.append((one, one.end("length")))
+                steps += [(running, step) for step in self._accept(running, draft, row, logits)]
+            elif running.done == len(running.ids):  # max_tokens is 0: the prompt was only to be read
+                steps.append((running, running.end("length")))
             row += part.wanted
-        for one in [one for one in owners if one.stop]:
-            self.remove(one)
+        for running in batch:
+            if running.stop:
+                self.remove(running)
         return steps
 
-    def _accept(self, one: Running, draft: list[int], row: int, logits: Logits) -> Iterator[Step]:
+    def _next_slices(self) -> tuple[list[RunningRequest], list[Slice], list[list[int]]]:
+        """The requests that take part in the next step, with what each computes and the draft at its end."""
+        batch, slices, drafts, room = [], [], [], self.chunk
+        for running in self.running:
+            if not running.catch_up(self.running):
+                continue
+            unread, draft = len(running.ids) - running.done, []
+            if unread > 1:
+                if room <= 0:
+                    continue
+                ids = running.ids[running.done : running.done + min(unread, room)]
+                room -= len(ids)
+            else:
+                if running.generated and len(self.running) <= 2:
+                    draft = running.draft()
+                ids = [running.ids[-1], *draft]
+            wants_logits = running.limit and running.done + len(ids) >= len(running.ids)
+            slices.append(self.engine.claim(running, ids, 1 + len(draft) if wants_logits else 0))
+            batch.append(running)
+            drafts.append(draft)
+        return batch, slices, drafts
+
+    def _accept(self, running: RunningRequest, draft: list[int], row: int, logits: Logits) -> Iterator[Step]:
         """A drafted token holds where it is what the sampler chose; the first other choice ends the draft."""
         accepted = 0
         for position in range(len(draft) + 1):
-            step = one.take(row + position, logits)
+            step = running.take(row + position, logits)
             yield step
-            if one.stop or position == len(draft) or step.token != draft[position]:
+            if running.stop or position == len(draft) or step.token != draft[position]:
                 break
             accepted += 1
-        one.done += accepted
-        one.learn(len(draft), accepted)
-        self.engine.unclaim(one, one.done)
+        running.done += accepted
+        running.record_draft(len(draft), accepted)
+        self.engine.unclaim(running, running.done)
 
 
 class Engine:
-    """A backend with its prefix cache. Not for several threads at once: `lock` is what callers hold around a step."""
+    """A backend with its prefix cache. Threads take turns: callers hold `lock` around a step of a Batch.
+
+    `prefill_rate` is the prompt speed in tokens a second, as measured so far. `adapters` are names and the
+    digests that the backend and the cache know them by; a prompt of token ids is for the base where it says
+    "auto".
+    """
 
     def __init__(
         self,
@@ -317,38 +200,41 @@ class Engine:
         identity: str = "",
         cache_bytes: int = 1 << 30,
     ) -> None:
+        """`identity` tells the model's weights apart in saved caches."""
         self.backend, self.tokenizer = backend, tokenizer
         self.cache = PrefixCache(f"{identity} {backend.key}", backend.page_bytes, cache_bytes)
         self.lock = threading.Lock()
-        # Names, and what the backend and cached pages know them by. A prompt of token ids has no "auto" adapter.
         self.adapters = {"auto": "", "none": ""}
-        self._known: set[str] = set()
+        self._added: set[str] = set()  # digests
         c = backend.config
-        layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width
-        self.prefill_rate = 1e11 / (
-            2 * c.layers * layer
-        )  # tokens a second: at first what 100 GOP/s would give
+        layer_weights = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width
+        self.prefill_rate = FIRST_OPERATIONS_PER_SECOND / (2 * c.layers * layer_weights)
 
     @property
     def context(self) -> int:
+        """How many tokens the model reads, prompt and answer together."""
         return self.backend.config.context
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Makes an adapter known to requests by a name, or gives a name to another one: requests that run keep theirs.
-        Raises ValueError where it does not fit the model."""
+        """Makes an adapter known to requests by a name. Where the name had another one, running requests keep
+        that.
+
+        Raises ValueError where it does not fit the model or the backend runs no adapters.
+        """
         adapter.check(self.backend.config)
         if not hasattr(self.backend, "add_adapter"):
             raise ValueError(
                 "this backend runs no adapters: merge it into the model (codegemma convert --adapter)"
             )
         with self.lock:
-            if adapter.digest not in self._known:
+            if adapter.digest not in self._added:
                 self.backend.add_adapter(adapter.digest, adapter)
-                self._known.add(adapter.digest)
+                self._added.add(adapter.digest)
             self.adapters[name] = adapter.digest
 
     def adapter_digest(self, name: str) -> str:
-        """What the backend and cached pages know an adapter by; "" for the base. Raises ValueError on other names."""
+        """What the backend and cached pages know an adapter by; "" for the base. Raises ValueError on other
+        names."""
         if name not in self.adapters:
             names = ", ".join(name for name in self.adapters if name not in ("auto", "none"))
             raise ValueError(
@@ -358,111 +244,115 @@ class Engine:
         return self.adapters[name]
 
     def cached(self, ids: Sequence[int], adapter: str = "none") -> int:
-        """How many first tokens of a prompt are in the cache."""
+        """How many of a prompt's first tokens are in the cache."""
         return self.cache.find(ids[:-1], self.adapter_digest(adapter))[1]
 
     def generate(self, request: Request, cancel: Cancel | None = None) -> Completion:
-        """The Steps of one request. Closing the iterator, or setting `cancel` in another thread, stops the work.
-
-        Raises ValueError, at once, where the prompt is empty, too long or holds ids outside the vocabulary.
-        """
+        """The Steps of a request of token ids. Closing the iterator, or setting `cancel` in another thread,
+        stops the work. Raises ValueError, at once, where the request does not fit the model; see `start`."""
         batch = Batch(self, cancel or Cancel())
-        one = batch.add(request)
-        return Completion(self._drain(batch, one), one)
+        running = batch.add(request)
+        return Completion(self._run(batch, running), running)
 
-    def _drain(self, batch: Batch, one: Running) -> Iterator[Step]:
+    def _run(self, batch: Batch, running: RunningRequest) -> Iterator[Step]:
         try:
-            while one.stop is None:
-                steps: list[tuple[Running, Step]] = []
-                if self.lock.acquire(
-                    timeout=0.02
-                ):  # a cancelled request does not wait for another's long prompt
+            while running.stop is None:
+                steps: list[tuple[RunningRequest, Step]] = []
+                if self.lock.acquire(timeout=CANCEL_POLL_S):
                     try:
                         steps = [] if batch.cancel.is_set() else batch.step()
                     finally:
                         self.lock.release()
                 if batch.cancel.is_set():
-                    yield one.end("cancelled")
+                    yield running.end("cancelled")
                     return
                 for _, step in steps:
                     yield step
         finally:
-            if one in batch.running:
-                batch.remove(one)
+            if running in batch.running:
+                batch.remove(running)
 
     def logits(self, ids: Sequence[int], start: int = 0, adapter: str = "none") -> np.ndarray:
-        """float32 [T, V]: row t is what the model says after ids[:start + t + 1]. Gigabytes for long texts."""
-        one = self.start(Request(ids, max_tokens=0, adapter=adapter))
-        one.done, one.pages = 0, []
-        logits_TV = np.empty((max(len(one.ids) - start, 0), self.backend.config.vocab), np.float32)
-        while one.done < len(one.ids):
-            chunk = one.ids[one.done : one.done + 64]
-            end = one.done + len(chunk)
-            wanted = max(0, min(len(chunk), end - start))
+        """float32 [T, V]: row t is the prediction after ids[:start + t + 1]. Gigabytes for long texts."""
+        running = self.start(Request(ids, max_tokens=0, adapter=adapter))
+        running.done, running.pages = 0, []
+        logits_TV = np.empty((max(len(running.ids) - start, 0), self.backend.config.vocab), np.float32)
+        while running.done < len(running.ids):
+            chunk = running.ids[running.done : running.done + LOGIT_ROWS]
+            end = running.done + len(chunk)
+            rows = max(0, min(len(chunk), end - start))
             with self.lock:
-                result = self.backend.run([self.claim(one, chunk, wanted)])
+                result = self.backend.run([self.claim(running, chunk, rows)])
                 assert result is not None  # nothing can cancel it
-                logits_TV[end - start - wanted : max(end - start, 0)] = result.values[:wanted]
-            one.done = end
-        self.remember(one)
+                logits_TV[end - start - rows : max(end - start, 0)] = result.values[:rows]
+            running.done = end
+        self.remember(running)
         return logits_TV
 
-    def start(self, request: Request) -> Running:
-        config, ids = self.backend.config, [int(token) for token in request.prompt]
+    def start(self, request: Request) -> RunningRequest:
+        """A request of token ids with the cached pages of its prompt.
+
+        Raises ValueError where the prompt is empty, too long or holds ids outside of the vocabulary, where
+        the adapter is unknown, and where stop texts were given without a tokenizer.
+        """
+        config, ids = self.backend.config, [int(token) for token in request.prompt_ids]
         if not ids:
             raise ValueError("the prompt is empty: a model needs at least <bos>")
-        bad = next((token for token in ids if not 0 <= token < config.vocab), None)
-        if bad is not None:
+        outside = next((token for token in ids if not 0 <= token < config.vocab), None)
+        if outside is not None:
             raise ValueError(
-                f"the prompt holds token id {bad}, but the vocabulary has {config.vocab:,} ids, from 0: "
+                f"the prompt holds token id {outside}, but the vocabulary has {config.vocab:,} ids, from 0: "
                 "use the tokenizer that belongs to the model"
             )
-        if any(not 0 <= token < config.vocab for token, _ in request.sampling.bias):
-            raise ValueError(
-                f"sampling: bias must name token ids from 0 to {config.vocab - 1:,}, got {request.sampling.bias}"
-            )
+        bias = request.sampling.bias
+        if any(not 0 <= token < config.vocab for token, _ in bias):
+            raise ValueError(f"sampling: bias must name token ids from 0 to {config.vocab - 1:,}, got {bias}")
         if len(ids) + min(request.max_tokens, 1) > config.context:
             raise ValueError(
                 f"the prompt has {len(ids):,} tokens but the model reads {config.context:,}: shorten it "
                 'or pass truncate="left"'
             )
+        adapter = self.adapter_digest(request.adapter)
         if request.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this model came without one: pass stop_ids")
-        adapter = self.adapter_digest(request.adapter)
-        one = Running(
-            request, ids, self.tokenizer, min(request.max_tokens, config.context - len(ids)), adapter
-        )
-        one.pages, one.done = self.cache.find(ids[:-1], adapter)
-        one.cached = one.done
-        return one
+        limit = min(request.max_tokens, config.context - len(ids))
+        running = RunningRequest(request, ids, self.tokenizer, limit, adapter)
+        running.pages, running.done = self.cache.find(ids[:-1], adapter)
+        running.cached = running.done
+        return running
 
-    def claim(self, one: Running, ids: Sequence[int], wanted: int) -> Slice:
-        """Room for `ids` behind the pages of a sequence: a page that others may read is copied before it is written."""
-        start, end = one.done, one.done + len(ids)
-        offset = start % PAGE
-        if offset and one.pages[start // PAGE].used != offset:
-            one.pages[start // PAGE] = self.backend.copy_page(one.pages[start // PAGE], offset)
-        del one.pages[-(-start // PAGE) :]
-        while len(one.pages) * PAGE < end:
-            one.pages.append(self.backend.new_page())
-        self._mark(one, start, end)
-        return Slice(ids, start, one.pages, wanted, one.adapter or None)
+    def claim(self, running: RunningRequest, ids: Sequence[int], wanted: int) -> Slice:
+        """The Slice that computes `ids` after a request's pages, with logits of the last `wanted` ids.
 
-    def unclaim(self, one: Running, length: int) -> None:
-        """Gives back the rows behind `length` that a draft or a cancelled run had claimed."""
-        self._mark(one, length // PAGE * PAGE, length)
-        for page in one.pages[-(-length // PAGE) :]:
+        A page that others may read is copied before it is written.
+        """
+        start, end = running.done, running.done + len(ids)
+        pages, offset = running.pages, start % PAGE
+        if offset and pages[start // PAGE].used != offset:
+            pages[start // PAGE] = self.backend.copy_page(pages[start // PAGE], offset)
+        del pages[-(-start // PAGE) :]
+        while len(pages) * PAGE < end:
+            pages.append(self.backend.new_page())
+        _set_used(pages, start, end)
+        return Slice(ids, start, pages, wanted, running.adapter or None)
+
+    def unclaim(self, running: RunningRequest, length: int) -> None:
+        """Gives back the rows after `length` that a draft or a cancelled run had claimed."""
+        _set_used(running.pages, length // PAGE * PAGE, length)
+        for page in running.pages[-(-length // PAGE) :]:
             page.used = 0
 
     def measured(self, tokens: int, seconds: float) -> None:
-        """Keeps the prompt speed up to date: runs of few tokens are not prompts and say little."""
+        """Updates the prompt speed. Runs of fewer than 32 tokens are not prompts and say little."""
         if tokens >= 32 and seconds > 0:
             self.prefill_rate += (tokens / seconds - self.prefill_rate) / 4
 
-    def remember(self, one: Running) -> None:
-        self.cache.put(one.ids[: one.done], one.pages[: -(-one.done // PAGE)], one.adapter)
+    def remember(self, running: RunningRequest) -> None:
+        """Puts what a request computed into the cache."""
+        pages = running.pages[: -(-running.done // PAGE)]
+        self.cache.put(running.ids[: running.done], pages, running.adapter)
 
-    @staticmethod
-    def _mark(one: Running, start: int, end: int) -> None:
-        for index in range(start // PAGE, -(-end // PAGE)):
-            one.pages[index].used = min(PAGE, end - index * PAGE)
+
+def _set_used(pages: list[Page], start: int, end: int) -> None:
+    for index in range(start // PAGE, -(-end // PAGE)):
+        pages[index].used = min(PAGE, end - index * PAGE)

@@ -1,5 +1,5 @@
-"""What to generate: a Request, made where a caller comes in (Python, command line, server, editor, evaluation)
-and passed whole from there to the engine. Values are checked when it is made."""
+"""What to generate: a Request, made where a caller comes in (Python, command line, server, editor,
+evaluation) and passed whole from there to the engine. Values are checked when it is made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ MODES, TRIMS = get_args(Mode), get_args(Trim)
 class Infill:
     """The text around an editor's cursor, its file's path, and other files that the answer may draw on.
 
-    `trim` cuts the answer (see `trim.cut`); a line of it that has fewer than `min_indent` blanks in front ends it.
+    `trim` cuts the answer (see `trim.cut`); a line of it that has fewer than `min_indent` blanks in front
+    ends it.
     """
 
     prefix: str
@@ -41,8 +42,8 @@ class Infill:
 class TextPrompt:
     """Text, or token ids, to continue.
 
-    `raw` reads control tokens spelled in the text; `truncate` drops the oldest tokens of a prompt that is too long;
-    `score` asks for the log-probability of each token of the prompt (the server computes it).
+    `raw` reads control tokens spelled in the text; `truncate` drops the oldest tokens of a prompt that is too
+    long; `score` asks for the log-probability of each token of the prompt (the server computes it).
     """
 
     prompt: str | Sequence[int]
@@ -62,11 +63,12 @@ class Chat:
 class Request:
     """One answer that is wanted. The engine takes a Request whose prompt is token ids; `resolve` makes it so.
 
-    `max_tokens` 0 only reads the prompt into the cache. `stop_ids` end the answer and give no text; `stop` are texts
-    that end it and are cut off. `adapter` is "auto" (the model's completing adapter for an Infill, otherwise the
-    base), "none" (the base) or the name of one that was added. A newer Infill of the same `client` and `session`
-    replaces an older one in the server. `prompt_seconds`, the time until the first token, limits how much of an
-    Infill's text is read; the answer ends `predict_seconds` after the first token if it has a complete line.
+    `max_tokens` 0 only reads the prompt into the cache. `stop_ids` end the answer and give no text; `stop`
+    are texts that end it and are cut off. `adapter` is "auto" (the model's completing adapter for an Infill,
+    otherwise the base), "none" (the base) or the name of one that was added. A newer Infill of the same
+    `client` and `session` replaces an older one in the server. `prompt_seconds`, the time until the first
+    token, limits how much of an Infill's text is read; the answer ends `predict_seconds` after the first
+    token if it has a complete line.
     """
 
     prompt: Infill | TextPrompt | Chat | Sequence[int]
@@ -100,6 +102,12 @@ class Request:
             raise ValueError(
                 f'adapter must be "auto", "none" (the base model) or the name of an adapter, got {self.adapter!r}'
             )
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """The prompt of a resolved request."""
+        assert not isinstance(self.prompt, Infill | TextPrompt | Chat)
+        return self.prompt
 
     @property
     def is_score(self) -> bool:

@@ -1,7 +1,8 @@
 """A Request of any kind -> one whose prompt is token ids, within the model's context and the caller's time.
 
-The laws: the ids of a prompt are those of a fresh encoding of the text it shows; what is nearest to the cursor is kept
-longest; the edges of the window move in coarse steps, so that the cache has all but the last pieces while one types.
+The laws: the ids of a prompt are those of a fresh encoding of the text it shows; what is nearest to the
+cursor is kept longest; the edges of the window move in coarse steps, so that the cache has all but the last
+pieces while one types.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class PromptContext(Protocol):
 def resolve(context: PromptContext, request: Request, fim_orders: Collection[str]) -> Request:
     """The request with token ids as its prompt, all the ids that stop it, and the layout of an Infill.
 
-    `fim_orders` are those ("psm", "spm") that the model with its adapter was trained in. Raises ValueError where the
-    request makes no prompt: no tokenizer, a chat whose roles do not alternate, a path of several lines.
+    `fim_orders` are those ("psm", "spm") that the model with its adapter was trained in. Raises ValueError
+    where the request makes no prompt: no tokenizer, a chat whose roles do not alternate, a path of several
+    lines.
     """
     prompt, tokenizer, budget = request.prompt, context.tokenizer, prompt_budget(context, request)
     if isinstance(prompt, TextPrompt) and not isinstance(prompt.prompt, str):
@@ -68,8 +70,8 @@ def resolve(context: PromptContext, request: Request, fim_orders: Collection[str
 
 
 def layout_for(mode: Mode, fim_orders: Collection[str]) -> Layout:
-    """What "auto" means: SPM where an adapter's card says that it was trained so, PSM for other models trained to fill
-    in the middle, else a continuation of the prefix."""
+    """What "auto" means: SPM where an adapter's card says that it was trained so, PSM for other models
+    trained to fill in the middle, else a continuation of the prefix."""
     if mode != "auto":
         return mode
     return "spm" if "spm" in fim_orders else "psm" if fim_orders else "prefix"
@@ -84,8 +86,9 @@ class PromptBudget:
 
 
 def prompt_budget(context: PromptContext, request: Request) -> PromptBudget:
-    """The answer gets the tokens it asks for, but at most half of the context, and the prompt the rest. What is read
-    anew takes `prompt_seconds`; a request that only warms the cache (max_tokens 0) has no limit of time."""
+    """The answer gets the tokens it asks for, but at most half of the context, and the prompt the rest. What
+    is read anew takes `prompt_seconds`; a request that only warms the cache (max_tokens 0) has no limit of
+    time."""
     max_tokens = context.context - min(request.max_tokens, context.context // 2)
     if request.prompt_seconds is None or not request.max_tokens:
         return PromptBudget(max_tokens, max_tokens)
@@ -96,7 +99,8 @@ def prompt_budget(context: PromptContext, request: Request) -> PromptBudget:
 def infill_ids(
     context: PromptContext, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
 ) -> list[int]:
-    """The largest prompt of an Infill that the budget allows; tokens that are cached for the adapter cost no time."""
+    """The largest prompt of an Infill that the budget allows; tokens that are cached for the adapter cost no
+    time."""
     tokenizer = context.tokenizer
     assert tokenizer is not None
     suffix = infill.suffix if layout != "prefix" else ""
@@ -113,9 +117,9 @@ def infill_ids(
 
 
 def window(tokenizer: Tokenizer, parts: Parts, size: int) -> Parts:
-    """Parts in about `size` tokens: three quarters for the prefix's end and one for the suffix's start, each lending
-    the other what it does not need, then whole context files, the last first. Edges move in steps of an eighth, so
-    that they stay put while one types."""
+    """Parts in about `size` tokens: three quarters for the prefix's end and one for the suffix's start, each
+    lending the other what it does not need, then whole context files, the last first. Edges move in steps of
+    an eighth, so that they stay put while one types."""
     step, prefix, suffix = max(16, size // 8), parts.prefix, parts.suffix
     if len(prefix) + len(suffix) > size:
         max_suffix = max(size // 4, size - len(prefix))

@@ -1,7 +1,7 @@
 """Logits -> a token: greedy, or drawn by a hash of the seed and the token's index, so that no state travels.
 
-Users call `choose` on one row. Because a draw depends only on (seed, index), the same seed gives the same text alone or
-batched, with speculation or without, on any number of threads.
+Users call `choose` on one row. Because a draw depends only on (seed, index), the same seed gives the same
+text alone or batched, with speculation or without, on any number of threads.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy (ties: the lowest id). Filters act in the order penalties, temperature, top_k, top_p,
-    min_p, as in transformers and vLLM; top_k 0, top_p 1 and min_p 0 are off. A repetition penalty above 1 lowers every
-    token of the context (Keskar et al. 2019); Gemma's card advises 1. OpenAI's penalties are subtracted from what was
-    generated, `presence_penalty` once and `frequency_penalty` as often as it was; `bias` is added to its tokens."""
+    """temperature 0 is greedy (ties: the lowest id). Filters act in the order penalties, temperature, top_k,
+    top_p, min_p, as in transformers and vLLM; top_k 0, top_p 1 and min_p 0 are off. A repetition penalty
+    above 1 lowers every token of the context (Keskar et al. 2019); Gemma's card advises 1. OpenAI's penalties
+    are subtracted from what was generated, `presence_penalty` once and `frequency_penalty` as often as it
+    was; `bias` is added to its tokens."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -101,8 +102,8 @@ def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
 
 
 def _likeliest(sampling: Sampling, logits_V: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Tokens, likeliest first, as many as the filters may keep (to sort all of a large vocabulary would cost more than the
-    model); their weights; and the sum that `top_p` is a share of."""
+    """Tokens, likeliest first, as many as the filters may keep (to sort all of a large vocabulary would cost
+    more than the model); their weights; and the sum that `top_p` is a share of."""
     if sampling.top_k:
         order = top(logits_V, sampling.top_k)
         weights = np.exp(logits_V[order] - logits_V[order[0]])

@@ -1,4 +1,5 @@
-"""What is kept of the answer to an Infill: up to the end of the line or block, without what the suffix has already."""
+"""What is kept of the answer to an Infill: up to the end of the line or block, without what the suffix has
+already."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from contextlib import closing
 from dataclasses import replace
 
 from codegemma.config import Trim
-from codegemma.generate.engine import Completion, Step
+from codegemma.generate.engine import Completion
 from codegemma.generate.request import Infill, Request
+from codegemma.generate.running import Step
 from codegemma.prompts import Layout
 
 OPENERS = {")": "(", "]": "[", "}": "{"}
@@ -21,7 +23,8 @@ _CONTINUES_BLOCK = re.compile(r"\s*(else|elif|except|finally|catch|case|default)
 
 
 class Trimmer:
-    """Turns the Steps of an answer into those that a user sees, one by one; other answers than Infills pass unchanged.
+    """Turns the Steps of an answer into those that a user sees, one by one; other answers than Infills pass
+    unchanged.
 
     `layout` is the one of the request's prompt: an answer to a "prefix" prompt may run on into the suffix.
     """
@@ -35,7 +38,8 @@ class Trimmer:
         self._shown = 0  # characters of the kept text
 
     def push(self, step: Step) -> Step:
-        """The step with the text that is now known to be kept; its `stop` is "end" where nothing after it can be."""
+        """The step with the text that is now known to be kept; its `stop` is "end" where nothing after it can
+        be."""
         if self.infill is None:
             return step
         infill, final, done = self.infill, step.stop is not None, False
@@ -68,7 +72,8 @@ def trimmed(completion: Completion, request: Request, layout: Layout | None) -> 
 
 
 def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
-    """`text` before its first line, other than blank lines and line 1, with fewer than `min_indent` blanks in front.
+    """`text` before its first line, other than blank lines and line 1, with fewer than `min_indent` blanks in
+    front.
 
     Also says whether there is such a line. Until `final`, whitespace that may stand before one is left out.
     """
@@ -87,10 +92,10 @@ def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
 def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> tuple[str, bool]:
     """What of a suggestion is known to be kept, and whether nothing after it can be.
 
-    Ends of lines are judged in order, once what follows says enough (all is there when `final`). "line" keeps the rest
-    of the line; "block" ends where the cursor's block does. A line that repeats the suffix's first line, a tail that
-    the suffix goes on with, and closing brackets that the suffix already has are dropped. A newline at the cut stays
-    where the suffix starts a line of its own.
+    Ends of lines are judged in order, once what follows says enough (all is there when `final`). "line" keeps
+    the rest of the line; "block" ends where the cursor's block does. A line that repeats the suffix's first
+    line, a tail that the suffix goes on with, and closing brackets that the suffix already has are dropped. A
+    newline at the cut stays where the suffix starts a line of its own.
     """
     lines, count = _LINE.findall(text), text.count("\n")
     here, rest = prefix.rpartition("\n")[2], suffix.split("\n", 1)[0].rstrip()
@@ -117,8 +122,8 @@ def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> 
 
 
 def _block_end(here: str, first: str) -> Callable[[list[str], bool], bool | None]:
-    """Tells whether lines no longer belong to the cursor's block; None: not yet known. It is the block that the
-    cursor's line (`here`, completed by `first`) opens, or the one that the line stands in."""
+    """Tells whether lines no longer belong to the cursor's block; None: not yet known. It is the block that
+    the cursor's line (`here`, completed by `first`) opens, or the one that the line stands in."""
     indent = _indent(here + first)
     opens = bool(here.strip()) and (here + first).rstrip().endswith((":", "{", "(", "[", "=>", ","))
 
@@ -151,7 +156,8 @@ def _starts_own_line(here: str, rest: str, trim: Trim) -> bool:
 
 
 def _repeats_suffix(lines: list[str], following: list[str], final: bool) -> bool | None:
-    """The suffix begins again: a long line says enough, of a short one the next must agree. None: not yet known."""
+    """The suffix begins again: a long line says enough, of a short one the next must agree. None: not yet
+    known."""
     again = [line.strip() for line in lines if line.strip()][:2]
     if not following or not again:
         return False if following == [] or final else None
@@ -165,7 +171,8 @@ def _repeats_suffix(lines: list[str], following: list[str], final: bool) -> bool
 
 
 def _drop_overlap(text: str, prefix: str, suffix: str) -> str:
-    """Drops the tail that the suffix's line repeats: words always, brackets and quotes where they are one too many."""
+    """Drops the tail that the suffix's line repeats: words always, brackets and quotes where they are one too
+    many."""
     rest = suffix.split("\n", 1)[0].rstrip()
     here = prefix.rpartition("\n")[2]
     for size in range(min(len(rest), len(text)), 0, -1):
@@ -178,8 +185,9 @@ def _drop_overlap(text: str, prefix: str, suffix: str) -> str:
 
 
 def _closes_too_much(tail: str, line: str, code: str) -> bool:
-    """True where `line` and all of `code`, which hold `tail` twice, close more than they open: the line alone would not
-    know of openers above it, and all of the code alone would be misled by a bracket in a comment."""
+    """True where `line` and all of `code`, which hold `tail` twice, close more than they open: the line alone
+    would not know of openers above it, and all of the code alone would be misled by a bracket in a
+    comment."""
     closers = [(closer, OPENERS[closer]) for closer in tail if closer in OPENERS]
     if closers:
         return any(

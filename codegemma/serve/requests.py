@@ -1,4 +1,5 @@
-"""What every dialect makes of an HTTP body and every CompletionService answers: a Request becomes a Job of Steps."""
+"""What answers requests: a CompletionService turns each Request, which a dialect made, into a Job of
+Steps."""
 
 from __future__ import annotations
 
@@ -11,17 +12,30 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from codegemma.generate.engine import Step
 from codegemma.generate.request import Infill, Request
+from codegemma.generate.running import Step
 from codegemma.generate.trim import Trimmer
 from codegemma.prompts import Layout
 from codegemma.tokenizer import Tokenizer
 
 PROMPT_TIMEOUT_FACTOR = 2.0  # a prompt that is not read after so many times its time budget is given up
+BUCKETS_S = (
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    math.inf,
+)  # of the time to the first token
 
 
 class Busy(Exception):
-    """Too many wait already; `retry_after` is in seconds."""
+    """Too many requests wait already; `retry_after` is in seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -29,16 +43,17 @@ class Busy(Exception):
 
 
 class Job:
-    """A Request being answered: `steps` in the event loop that made it; `cancel` from any thread.
+    """A Request being answered: read `steps` in the event loop that made it; `cancel` it from any thread.
 
-    `resolved` is the request as the engine takes it, with its prompt as token ids.
+    `resolved` is the request as the engine takes it, with token ids as its prompt. Times are of
+    `time.perf_counter`.
     """
 
     def __init__(self, request: Request, resolved: Request) -> None:
         self.request, self.resolved = request, resolved
-        self.prompt_ids: list[int] = list(resolved.prompt)  # type: ignore[arg-type]
+        self.prompt_ids = list(resolved.prompt_ids)
         self.prompt_tokens, self.cached_tokens, self.predicted_tokens = len(self.prompt_ids), 0, 0
-        # Of each token of the prompt but the first, where asked for: its log-probability and the likeliest tokens.
+        # Of each prompt token but the first, where asked for: its log-probability, and the likeliest tokens with theirs.
         self.scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         self.queued, self.started, self.first, self.ended = time.perf_counter(), 0.0, 0.0, 0.0
         self.stop: str | None = None
@@ -51,7 +66,7 @@ class Job:
         self._trimmer = Trimmer(request, resolved.layout)
 
     def take(self, step: Step) -> Step:
-        """What a client is shown of a step. The last one has `stop`."""
+        """Counts a step and returns what the client is shown of it. The last one has `stop`."""
         now = time.perf_counter()
         step = self._trimmer.push(step)
         self.first = self.first or now
@@ -62,21 +77,23 @@ class Job:
         return step
 
     def put(self, steps: Iterable[Step | BaseException]) -> None:
-        """To be called in the reader's loop."""
+        """Gives steps, or an error, to the reader; to be called in its event loop."""
         self._steps.extend(steps)
         self._arrived.set()
 
     def post(self, steps: Iterable[Step | BaseException]) -> None:
-        """From any thread; a loop that has ended needs no answers."""
+        """The same from any thread. Does nothing where the event loop has ended."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.put, steps)
 
     def cancel(self) -> None:
+        """Says that nobody reads the answer. Does nothing where the job has ended."""
         if self.stop is None and not self.cancelled.is_set():
             self.cancelled.set()
             self.on_cancel()
 
     async def steps(self) -> AsyncIterator[Step]:
+        """The steps as they come; raises the error of a job that failed."""
         while True:
             while not self._steps:
                 self._arrived.clear()
@@ -89,49 +106,49 @@ class Job:
                 return
 
     def overdue(self, now: float) -> bool:
-        """Past a deadline of its own: the prompt's, or the answer's once it has a whole line."""
-        request = self.request
+        """Whether a deadline has passed: the prompt's, or that of an answer which has a complete line."""
         if not self.first:
-            seconds = prompt_timeout(request)
+            seconds = prompt_timeout(self.request)
             return seconds is not None and now - self.started > seconds
-        return (
-            request.predict_seconds is not None
-            and self.has_line
-            and now - self.first > request.predict_seconds
-        )
+        seconds = self.request.predict_seconds
+        return seconds is not None and self.has_line and now - self.first > seconds
 
     def timings(self) -> dict[str, Any]:
+        """Counts and times so far, with llama.cpp's names where it has one."""
         ended = self.ended or time.perf_counter()
         started = self.started or ended
         first = self.first or ended
-        read, predicted = self.prompt_tokens - self.cached_tokens, self.predicted_tokens
-        prompt_ms, predicted_ms = 1000 * (first - started), 1000 * (ended - first)
         return {
-            "prompt_n": read,
+            **_speed("prompt", self.prompt_tokens - self.cached_tokens, first - started),
             "cache_n": self.cached_tokens,
-            "prompt_ms": _round(prompt_ms),
-            "prompt_per_token_ms": _round(prompt_ms / max(read, 1)),
-            "prompt_per_second": _round(1000 * read / max(prompt_ms, 1e-3)),
-            "predicted_n": predicted,
-            "predicted_ms": _round(predicted_ms),
-            "predicted_per_token_ms": _round(predicted_ms / max(predicted, 1)),
-            "predicted_per_second": _round(1000 * predicted / max(predicted_ms, 1e-3)),
-            "queue_ms": _round(1000 * (started - self.queued)),
+            **_speed("predicted", self.predicted_tokens, ended - first),
+            "queue_ms": round(1000 * (started - self.queued), 3),
             "mode": self.resolved.layout,
             "adapter": None if self.resolved.adapter == "none" else self.resolved.adapter,
             "stop": self.stop,
         }
 
 
+def _speed(kind: str, tokens: int, seconds: float) -> dict[str, Any]:
+    milliseconds = 1000 * seconds
+    return {
+        f"{kind}_n": tokens,
+        f"{kind}_ms": round(milliseconds, 3),
+        f"{kind}_per_token_ms": round(milliseconds / max(tokens, 1), 3),
+        f"{kind}_per_second": round(1000 * tokens / max(milliseconds, 1e-3), 3),
+    }
+
+
 def prompt_timeout(request: Request) -> float | None:
-    """Seconds after which a prompt that is not read is given up; None: never, as where it only warms the cache."""
+    """Seconds after which an unread prompt is given up; None: never, as where it only warms the cache."""
     if request.prompt_seconds is None or not request.max_tokens:
         return None
     return PROMPT_TIMEOUT_FACTOR * request.prompt_seconds
 
 
 def supersedes(new: Job, old: Job) -> bool:
-    """Whether one editor session asked for both Infills: the older one is for a text that has changed since."""
+    """Whether one editor session asked for both Infills: the older one is for a text that has changed
+    since."""
     return (
         new.request.session is not None
         and isinstance(new.request.prompt, Infill)
@@ -141,7 +158,11 @@ def supersedes(new: Job, old: Job) -> bool:
 
 
 class CompletionService(Protocol):
-    """What answers: this machine's model, or another server. `slots` jobs run at once; `size` is the model's, in bytes."""
+    """What answers: this machine's model, or another server. `slots` jobs run at once; `size` is the model's,
+    in bytes.
+
+    `mode` is what the mode "auto" means; `chats` says whether the model was tuned to talk.
+    """
 
     name: str
     title: str
@@ -163,37 +184,25 @@ class CompletionService(Protocol):
     async def close(self) -> None: ...
 
 
+def _zero_counts() -> dict[str, float]:
+    counts = "requests", "rejected", "cancelled", "prompt_tokens", "cached_tokens", "predicted_tokens"
+    return dict.fromkeys((*counts, "prompt_seconds", "predicted_seconds"), 0.0)
+
+
 @dataclass
 class Metrics:
-    """Totals since the start; `running` and `waiting` are jobs now."""
+    """Totals since the start; `running` and `waiting` are jobs now. `buckets` count the answers whose first
+    token came within so many seconds of the request."""
 
-    counts: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(
-            (
-                "requests",
-                "rejected",
-                "cancelled",
-                "prompt_tokens",
-                "cached_tokens",
-                "predicted_tokens",
-                "prompt_seconds",
-                "predicted_seconds",
-            ),
-            0.0,
-        )
-    )
-    buckets: dict[float, int] = field(
-        default_factory=lambda: dict.fromkeys(
-            (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf), 0
-        )
-    )
-    waited: float = 0.0  # seconds from the queue to the first token, summed
+    counts: dict[str, float] = field(default_factory=_zero_counts)
+    buckets: dict[float, int] = field(default_factory=lambda: dict.fromkeys(BUCKETS_S, 0))
+    waited: float = 0.0  # seconds from the request to the first token, summed
     running: int = 0
     waiting: int = 0
 
     def finished(self, job: Job) -> None:
-        counts, started = self.counts, job.started or job.ended
-        first = job.first or job.ended
+        """Adds a job that has ended."""
+        counts, started, first = self.counts, job.started or job.ended, job.first or job.ended
         counts["requests"] += 1
         counts["cancelled"] += job.stop == "cancelled"
         counts["prompt_tokens"] += job.prompt_tokens
@@ -205,7 +214,3 @@ class Metrics:
             self.waited += first - job.queued
             for bound in self.buckets:
                 self.buckets[bound] += first - job.queued <= bound
-
-
-def _round(value: float) -> float:
-    return round(value, 3)

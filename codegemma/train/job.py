@@ -1,7 +1,7 @@
-"""A training job from its options to its result: model, rows, loop, adapter or checkpoint with a card.
+"""A training job from its options to its result: an adapter or a checkpoint, with a card.
 
-`run` is what the CLI, `tune` and tools/adapter_train.py call. The law it keeps: the result is written whole or not at all, and
-says what it was made of.
+The CLI, `tune` and tools/adapter_train.py call `run`, or a `TrainingJob` where they ask for its size first.
+The law it keeps: the result is written completely or not at all, and says what it was made of.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,268 +19,247 @@ import jax.numpy as jnp
 import numpy as np
 
 from codegemma import hub
-from codegemma.adapters import adapter as lora
+from codegemma.adapters.load import load as load_adapter
+from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import Checkpoint, open_checkpoint
-from codegemma.checkpoints.huggingface import read_json
-from codegemma.checkpoints.table import ELEMENTS, Tensor, plain
+from codegemma.checkpoints.tensors import ELEMENTS, ArrayTensor, Tensor
+from codegemma.checkpoints.untrusted import read_json
 from codegemma.convert.convert import save
 from codegemma.data.pack import Rows
-from codegemma.files import building
-from codegemma.generate.model import identity
-from codegemma.jax.forward import Lora, Params, embed, params_of
+from codegemma.files import atomic_directory
+from codegemma.checkpoints.identity import identity
+from codegemma.jax.forward import LoraParams, Params, embed, params_of
 from codegemma.native.xla import kernels
 from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
 from codegemma.train import mesh as meshes
 from codegemma.train import sft
-from codegemma.train.loop import (
-    Report,
-    Settings,
-    Trainable,
-    adapter_of,
-    hold_memory,
-    lora_of,
-    new_lora,
-    train,
-    whole,
-)
+from codegemma.train.loop import train
+from codegemma.train.lora import adapter_of, lora_of, new_lora
+from codegemma.train.objective import Trainable
 from codegemma.train.order import Order
+from codegemma.train.session import Session, StepReport, prepare_process
+from codegemma.train.settings import TrainingSettings
+
+ORDERS: tuple[Layout, ...] = ("psm", "spm")
+TENSORBOARD = ("loss", "right", "learning_rate", "gradient_norm", "held_out")
+Follow = Callable[[StepReport], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to train on what. `kind`: all parameters, an adapter over bfloat16 weights, or one over the file's blocks."""
+class TrainingPlan:
+    """What to train on what.
+
+    `kind`: all parameters, an adapter over float weights, or an adapter over the file's quantised blocks.
+    Raises ValueError on options that contradict each other.
+    """
 
     model: str
     sources: tuple[str, ...]
     out: Path
-    settings: Settings
+    settings: TrainingSettings
     chat: bool = False
     kind: Literal["full", "lora", "qlora"] = "lora"
     rank: int = 32
     alpha: float | None = None
-    adapter: Path | None = None
+    adapter: Path | None = None  # to train further
     batch_tokens: int = 16_384
-    length: int = 2048
+    length: int = 2048  # tokens of a row, for chat
     epochs: float = 1.0
     held_out: Path | None = None
     mesh: str | None = None
     tensorboard: bool = False
     name: str = ""
-    orders: tuple[Layout, ...] = ("psm", "spm")  # of the examples, as the adapter's card will say
+    orders: tuple[Layout, ...] = ORDERS  # of the examples, for the adapter's card
 
     def __post_init__(self) -> None:
         if self.kind == "full" and (self.adapter or self.alpha is not None or self.settings.vocabulary):
-            raise ValueError(
-                "--adapter, --lora-alpha and --vocabulary are for adapters: leave them out, or --full"
-            )
+            options = "--adapter, --lora-alpha and --vocabulary"
+            raise ValueError(f"{options} are for adapters: leave them out, or --full")
         if self.alpha is not None and (self.adapter or not 0 < abs(self.alpha) < 1e9):
-            raise ValueError(
-                f"--lora-alpha is a finite number other than 0, for a new adapter alone, got {self.alpha}"
-                + (f" for {self.adapter}: leave it out" if self.adapter else "")
-            )
+            rule = "--lora-alpha is a finite number other than 0, for a new adapter alone"
+            remedy = f" for {self.adapter}: leave it out" if self.adapter else ""
+            raise ValueError(f"{rule}, got {self.alpha}{remedy}")
         if self.settings.patience and not self.held_out:
             raise ValueError("--patience counts measurements on held-out rows: pass --held-out too")
 
     @property
     def result(self) -> Path:
+        """The folder of the adapter or the model."""
         return self.out / ("model" if self.kind == "full" else "adapter")
+
+    @property
+    def new_result(self) -> Path:
+        """Where a result is written before it takes the place of an older one."""
+        return self.result.with_name(f"{self.result.name}.new")
 
 
 def run(
-    plan: Plan,
-    resume: bool = False,
-    tell: Callable[[Report], None] = lambda report: None,
-    until: float | None = None,
+    plan: TrainingPlan, resume: bool = False, follow: Follow = lambda _: None, until: float | None = None
 ) -> Path:
-    """Trains and gives the folder of the result. `until` (of time.monotonic) stops it early, keeping what it has."""
-    checkpoint, mesh = _checkpoint(plan.model), _mesh(plan)
-    if jax.process_index() == 0 and (new := _newer(plan)).exists() and not plan.result.exists():
-        new.rename(plan.result)  # stopped between the two
-    order, held_out, skipped = _order(plan)
-    blocks: Any = (
-        "own"
-        if plan.kind == "qlora"
-        else "floats"
-        if plan.kind == "lora" and mesh is None and kernels()
-        else "none"
-    )
-    base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks)
-    trainable = _start(plan, checkpoint, base)
-    terminators = sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else []
-    started = time.monotonic()
-    card = {
-        "base": plan.model,
-        "rows": [str(Path(source).name) for source in plan.sources],
-        "seed": plan.settings.seed,
-        "learning_rate": plan.settings.learning_rate,
-        "batch_tokens": plan.batch_tokens,
-        "skipped": skipped,
-    }
+    """Runs the job of a plan; see `TrainingJob.run`."""
+    return TrainingJob(plan).run(resume, follow, until)
 
-    def keep(trained: Trainable, report: Report) -> None:
-        told = card | {
+
+class TrainingJob:
+    """A plan with its model opened and its rows read; nothing else has started.
+
+    Raises ValueError where rows are missing or do not fit the model.
+    """
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        self.plan, self.checkpoint = plan, open_checkpoint(hub.resolve(plan.model))
+        self.left_out = 0  # dialogues that are too long or have no answer
+        parts = meshes.batch_parts(meshes.parse_axes(plan.mesh))
+        rows, self.held_out = [self._read(Path(source)) for source in plan.sources], []
+        if plan.held_out:
+            self.held_out = [self._read(plan.held_out)]
+        self.order = Order(rows, plan.batch_tokens, plan.settings.seed, plan.epochs, parts)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the complete run."""
+        return min(self.order.steps, self.plan.settings.steps or self.order.steps)
+
+    def run(self, resume: bool = False, follow: Follow = lambda _: None, until: float | None = None) -> Path:
+        """Trains, calls `follow` after each step, and returns the folder of the result.
+
+        `until`, a time of time.monotonic, ends it early and keeps what it has.
+        """
+        plan, checkpoint, self._started = self.plan, self.checkpoint, time.monotonic()
+        prepare_process()
+        mesh = meshes.make(plan.mesh)
+        if jax.process_index() == 0 and plan.new_result.exists() and not plan.result.exists():
+            plan.new_result.rename(plan.result)  # stopped between the last two lines of `_write`
+        by_kernels = plan.kind == "lora" and mesh is None and kernels()
+        blocks: Any = "own" if plan.kind == "qlora" else "floats" if by_kernels else "none"
+        base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks)
+        report_to_tensorboard = _tensorboard(plan)
+        with Session(
+            checkpoint.config,
+            None if plan.kind == "full" else base,
+            base if plan.kind == "full" else initial_adapter(plan, checkpoint, base),
+            self.order,
+            plan.settings,
+            plan.out,
+            resume=resume,
+            held_out=self.held_out,
+            mesh=mesh,
+            terminators=sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else [],
+            about={"base": identity(checkpoint), "kind": plan.kind},
+        ) as session:
+            for report in train(session, self._keep, until):
+                follow(report)
+                report_to_tensorboard(report)
+        return plan.result
+
+    def _read(self, source: Path) -> Any:
+        """Rows of a folder, or of a file of dialogues."""
+        plan, tokenizer = self.plan, self.checkpoint.tokenizer
+        if plan.chat:
+            if tokenizer is None:
+                fault = f"{plan.model} has no tokenizer to read chats with"
+                raise ValueError(f"{fault}: put its tokenizer.model beside it")
+            rows, left_out = sft.rows(sft.read(source), tokenizer, plan.length)
+            self.left_out += left_out
+            return rows
+        folder, recipe = Rows(source), source / "recipe.json"
+        if not len(folder):
+            raise ValueError(f"{source} has no rows: build them from more code")
+        made_with = read_json(recipe).get("tokenizer") if recipe.exists() else None
+        if tokenizer and made_with not in (None, tokenizer.fingerprint):
+            fault = f"{source} was built with another vocabulary than {plan.model}'s"
+            raise ValueError(f"{fault}: build it with --tokenizer {plan.model}")
+        return folder
+
+    def _keep(self, trained: Trainable, report: StepReport) -> None:
+        trained = jax.tree.map(meshes.gather, trained)
+        if jax.process_index() == 0:
+            self._write(trained, self._card(report))
+
+    def _card(self, report: StepReport) -> dict[str, Any]:
+        plan = self.plan
+        card = {
+            "base": plan.model,
+            "rows": [Path(source).name for source in plan.sources],
+            "seed": plan.settings.seed,
+            "learning_rate": plan.settings.learning_rate,
+            "batch_tokens": plan.batch_tokens,
+            "skipped": self.left_out,
             "steps": report.step,
             "loss": report.loss,
             "held_out": report.held_out,
-            "hours": round((time.monotonic() - started) / 3600, 3),
+            "hours": round((time.monotonic() - self._started) / 3600, 3),
         }
-        if not plan.chat:
-            told["fim"] = {order: order in plan.orders for order in ("psm", "spm")}
-        trained = jax.tree.map(whole, trained)
-        if jax.process_index() == 0:
-            _write(plan, checkpoint, trained, told)
+        return card if plan.chat else card | {"fim": {order: order in plan.orders for order in ORDERS}}
 
-    writer = _tensorboard(plan.out) if plan.tensorboard and jax.process_index() == 0 else None
-    reports = train(
-        checkpoint.config,
-        None if plan.kind == "full" else base,
-        trainable,
-        order,
-        plan.settings,
-        plan.out,
-        held_out=held_out,
-        resume=resume,
-        mesh=mesh,
-        terminators=terminators,
-        keep_best=keep,
-        until=until,
-        about={"base": identity(checkpoint), "kind": plan.kind},
-    )
-    for report in reports:
-        tell(report)
-        if writer:
-            for name in ("loss", "right", "learning_rate", "gradient_norm", "held_out"):
-                if (value := getattr(report, name)) is not None:
-                    writer.add_scalar(name, value, report.step)
-    return plan.result
+    def _write(self, trained: Trainable, card: dict[str, Any]) -> None:
+        """Writes a result beside the run's older one, which it then replaces."""
+        plan, checkpoint, new = self.plan, self.checkpoint, self.plan.new_result
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(trained, LoraParams):
+            save_adapter(adapter_of(trained, plan.name or plan.out.name, card), new)
+        else:
+            tensors: dict[str, Tensor] = {}
+            for name, value in trained.items():
+                type = checkpoint.tensors[name].type
+                tensors[name] = ArrayTensor.of(np.asarray(value), type if type in ELEMENTS else "BF16")
+            orders = () if plan.chat else plan.orders
+            with atomic_directory(new) as folder:
+                trained_checkpoint = checkpoint.with_weights(tensors, orders or checkpoint.fim_orders or ())
+                save("safetensors", folder, trained_checkpoint)
+                (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        shutil.rmtree(plan.result, ignore_errors=True)
+        new.rename(plan.result)
 
 
-def steps_of(plan: Plan) -> int:
-    order = _order(plan)[0]
-    return min(order.steps, plan.settings.steps or order.steps)
-
-
-def left_out(plan: Plan) -> int:
-    """Dialogues that are too long or have no answer."""
-    return _order(plan)[2]
-
-
-@lru_cache(maxsize=2)
-def _checkpoint(model: str) -> Checkpoint:
-    return open_checkpoint(hub.resolve(model))
-
-
-def _mesh(plan: Plan) -> Any:
-    """Asks JAX for its devices, which starts its threads."""
-    hold_memory()
-    return meshes.parse(plan.mesh)
-
-
-@lru_cache(maxsize=2)
-def _order(plan: Plan) -> tuple[Order, list[Any], int]:
-    """The rows to learn from, those to measure on, and how many dialogues were left out."""
-    parts = meshes.batch_parts(_mesh(plan))
-    skipped = 0
-    if plan.chat:
-        tokenizer = _checkpoint(plan.model).tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                f"{plan.model} has no tokenizer to read chats with: put its tokenizer.model beside it"
-            )
-        folders: Sequence[Any] = []
-        for source in plan.sources:
-            rows, left = sft.rows(sft.read(Path(source)), tokenizer, plan.length)
-            folders, skipped = [*folders, rows], skipped + left
-        held: list[Any] = []
-        if plan.held_out:
-            rows, left = sft.rows(sft.read(plan.held_out), tokenizer, plan.length)
-            held, skipped = [rows], skipped + left
-    else:
-        folders = [_rows(source, plan.model) for source in plan.sources]
-        held = [_rows(plan.held_out, plan.model)] if plan.held_out else []
-    return Order(folders, plan.batch_tokens, plan.settings.seed, plan.epochs, parts), held, skipped
-
-
-def _rows(folder: Path | str, model: str) -> Rows:
-    """Raises ValueError where there are none, or those of another vocabulary."""
-    rows, tokenizer, recipe = Rows(folder), _checkpoint(model).tokenizer, Path(folder, "recipe.json")
-    if not len(rows):
-        raise ValueError(f"{folder} has no rows: build them from more code")
-    if (
-        tokenizer
-        and recipe.exists()
-        and read_json(recipe).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint
-    ):
-        raise ValueError(
-            f"{folder} was built with another vocabulary than {model}'s: build it with --tokenizer {model}"
-        )
-    return rows
-
-
-def _start(plan: Plan, checkpoint: Checkpoint, base: Params) -> Trainable:
-    if plan.kind == "full":
-        return base
-    ids, start = fim_rows(checkpoint) if not plan.chat else ((), ())
-    if plan.adapter:
-        adapter = lora.load(plan.adapter)
-        adapter.check(checkpoint.config)
-        missing = {token: place for token, place in zip(ids, start, strict=True) if token not in adapter.rows}
-        if missing:  # an adapter that was trained on other things
-            rows = np.asarray(embed(base, jnp.asarray(list(missing.values()), jnp.int32), None))
-            adapter = replace(adapter, rows={**adapter.rows, **dict(zip(missing, rows, strict=True))})
-        return lora_of(adapter)
-    return new_lora(checkpoint.config, base, plan.rank, ids, plan.alpha, plan.settings.seed, start)
+def initial_adapter(plan: TrainingPlan, checkpoint: Checkpoint, base: Params) -> LoraParams:
+    """The adapter that training starts from: the plan's, with the FIM rows that it lacks, or a new one."""
+    ids, start_from = fim_rows(checkpoint) if not plan.chat else ((), ())
+    if not plan.adapter:
+        return new_lora(base, plan.rank, ids, plan.alpha, plan.settings.seed, start_from)
+    adapter = load_adapter(plan.adapter)
+    adapter.check(checkpoint.config)
+    pairs = zip(ids, start_from, strict=True)
+    if missing := {token: start for token, start in pairs if token not in adapter.rows}:
+        starts = jnp.asarray(list(missing.values()), jnp.int32)
+        rows = dict(zip(missing, np.asarray(embed(base, starts, None)), strict=True))
+        adapter = replace(adapter, rows={**adapter.rows, **rows})
+    return lora_of(adapter)
 
 
 def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The FIM tokens that a base never saw, whose rows of the embedding an adapter learns, and whose rows they start from:
-    the separator from <eos>, which ends texts; the suffix's mark from what was the separator's, for its own is the prefix's
-    mark's almost (a cosine of 0.93 in Gemma 3 270M: a layer can hardly tell them apart). None where the vocabulary names them:
-    then the base was trained on them."""
+    """(ids, tokens whose embedding rows theirs start from) of FIM tokens that the base was never trained on.
+
+    The separator starts from <eos>, which ends texts; the suffix's marker from the separator's old row,
+    because its own row nearly equals the prefix's marker (a cosine of 0.93 in Gemma 3 270M), and no layer
+    could tell the two apart. Empty where the vocabulary names the FIM tokens: such a base was trained on
+    them.
+    """
     tokenizer = checkpoint.tokenizer
     if tokenizer is None or tokenizer.control.fim != "convention":
         return (), ()
     control = tokenizer.control
     ids = tuple(sorted(getattr(control, name) for name in FIM_NAMES))
-    start = {control.fim_suffix: control.file_separator}
+    start_from = {control.fim_suffix: control.file_separator}
     if control.eos is not None:
-        start[control.file_separator] = control.eos
-    return ids, tuple(start.get(token, token) for token in ids)
+        start_from[control.file_separator] = control.eos
+    return ids, tuple(start_from.get(token, token) for token in ids)
 
 
-def _newer(plan: Plan) -> Path:
-    return plan.result.with_name(f"{plan.result.name}.new")
-
-
-def _write(plan: Plan, checkpoint: Checkpoint, trained: Trainable, card: dict[str, Any]) -> None:
-    """In the place of the run's older result, which stays until this one is whole."""
-    new = _newer(plan)
-    shutil.rmtree(new, ignore_errors=True)
-    if isinstance(trained, Lora):
-        lora.save(adapter_of(trained, plan.name or plan.out.name, card), new)
-    else:
-        types = {
-            name: tensor.type if tensor.type in ELEMENTS else "BF16"
-            for name, tensor in checkpoint.tensors.items()
-        }
-        tensors = {name: _tensor(np.asarray(value), types[name]) for name, value in trained.items()}  # type: ignore[arg-type]
-        with building(new) as folder:
-            orders = [order for order in plan.orders if not plan.chat] or checkpoint.taught or ()
-            save("safetensors", folder, checkpoint.teach(orders, tensors))
-            (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    shutil.rmtree(plan.result, ignore_errors=True)
-    new.rename(plan.result)
-
-
-def _tensor(values: np.ndarray, type: str) -> Tensor:
-    array = np.ascontiguousarray(plain(type, values.astype(np.float32)))
-    return Tensor.view(type, values.shape, array.view(np.uint8).reshape(-1))
-
-
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(plan: TrainingPlan) -> Follow:
+    """Writes reports as TensorBoard's events, where the plan asks for it."""
+    if not plan.tensorboard or jax.process_index() != 0:
+        return lambda report: None
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise ValueError("--tensorboard needs the package tensorboardX: pip install tensorboardX") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    writer = SummaryWriter(str(plan.out / "tensorboard"))
+
+    def write(report: StepReport) -> None:
+        for name in TENSORBOARD:
+            if (value := getattr(report, name)) is not None:
+                writer.add_scalar(name, value, report.step)
+
+    return write

@@ -70,7 +70,7 @@ def test_the_model_cards_samples_run(source, tmp_path):
         pytest.skip("the samples spell CodeGemma's tokens")
     path = convert(source, tmp_path / "m", "safetensors").path
     config = json.loads((path / "tokenizer_config.json").read_text())
-    from codegemma.checkpoints.huggingface_tokenizer import CHAT_TEMPLATE
+    from codegemma.prompts import CHAT_TEMPLATE
 
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
     tokenizer = transformers.GemmaTokenizer.from_pretrained(path)
