@@ -140,7 +140,7 @@ def test_the_tokenizer_travels(tmp_path):
 def test_the_padding_rows_of_deepminds_embedding_come_and_go(tmp_path):
     config = tiny_config("gemma-mqa", width=8, heads=1, head_width=8, ffn_width=8, layers=1, vocab=256_000)
     path = _write(tmp_path / "m", "orbax", config, tiny_tensors(config, "BF16"))
-    stored = orbax.read(orbax.find(path))["transformer/embedder/input_embedding"]
+    stored = orbax.read(orbax.find_checkpoint(path))["transformer/embedder/input_embedding"]
     assert stored.shape == (256_128, 8) and not stored.array()[256_000:].any()
     assert open_checkpoint(path).tensors["embed"].shape == (256_000, 8)
 

@@ -30,7 +30,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         files = sorted([*path.glob("*.gguf"), *path.glob("*.nemo"), *path.glob("*.ckpt")])
         if len(files) == 1:
             path = files[0]
-        elif orbax.find(path) is None:
+        elif orbax.find_checkpoint(path) is None:
             raise ValueError(
                 f"{path}: holds no config.json, no Orbax checkpoint, and {len(files)} .gguf, .nemo or "
                 ".ckpt files: pass the directory of a model, or one file"
@@ -45,7 +45,7 @@ def format_of(path: Path) -> str:
             return "nemo"
         if any(path.glob("model.weights.*")):
             return "keras"
-        if orbax.find(path):
+        if orbax.find_checkpoint(path):
             return "orbax"
         has_torch = any(path.glob("pytorch_model*.bin")) or any(path.glob("*.ckpt"))
         return "torch" if has_torch and not any(path.glob("*.safetensors")) else "safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -46,6 +47,17 @@ class Checkpoint:
         """The model with other weights, which fill in the middle in these orders."""
         metadata = {**self.metadata, FIM_ORDERS_KEY: ",".join(sorted(fim_orders))}
         return replace(self, tensors=tensors, metadata=metadata)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of config, types and samples of the weights, by which caches and adapters name their model."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in self.tensors.items():
+            raw = tensor.data.reshape(-1)
+            header = f"{name} {tensor.type} {tensor.shape}".encode()
+            digest.update(header + raw[:256].tobytes() + raw[-256:].tobytes())
+            digest.update(raw[:: max(1, len(raw) // 64)][:64].tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def nbytes(self) -> int:

@@ -38,7 +38,7 @@ FORMATS: dict[table.Format, tuple[str, ...]] = {
 }
 
 
-def find(path: Path) -> Path | None:
+def find_checkpoint(path: Path) -> Path | None:
     """Where the checkpoint is: `path` or one or two levels down ("2b-pt", "0/items"); None without one."""
     for directory in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))):
         marked = any((directory / name).exists() for name in ("manifest.ocdbt", "_METADATA"))
@@ -76,11 +76,8 @@ def _flat_key(name: str) -> str:
 
 def _tensors(label: str, key: str, array: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensor of an array, or one for each layer where they are stacked on axis 1, as MaxText's are."""
-    type, shape, chunk = (
-        TYPES_BY_DTYPE.get(array.dtype.name),
-        tuple(array.shape),
-        array.chunk_layout.read_chunk.shape,
-    )
+    type, shape = TYPES_BY_DTYPE.get(array.dtype.name), tuple(array.shape)
+    chunk = array.chunk_layout.read_chunk.shape
     if type is None or not shape:  # a step counter
         return
     if not possible_shape(shape) or math.prod(chunk) > 2 * math.prod(shape) + 1024:
@@ -109,10 +106,8 @@ def _lazy(label: str, type: str, array: Any) -> Tensor:
 
 
 def load(path: Path) -> Checkpoint:
-    """Opens a directory that is, or holds, a checkpoint. Its config is that of a config.json beside it, or of
-    the published model with these shapes.
-    """
-    directory = find(path)
+    """Opens a directory that is, or holds, a checkpoint; config.json and tokenizer may lie beside it."""
+    directory = find_checkpoint(path)
     if directory is None:
         raise ValueError(f"{path}: holds no Orbax checkpoint (manifest.ocdbt, _METADATA or Zarr arrays)")
     stored = read(directory)

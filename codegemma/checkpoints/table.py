@@ -187,10 +187,8 @@ def stored_tensors(config: ModelConfig, format: Format) -> list[StoredTensor]:
     """
     table = format_table(format)
     if table.get("only_gemma_1") and config.architecture != "gemma":
-        raise ValueError(
-            f"{format} checkpoints are known here for Gemma 1 (CodeGemma) alone, not for "
-            f"{config.architecture}: choose safetensors, gguf, orbax, keras or gemma_pytorch"
-        )
+        others = "choose safetensors, gguf, orbax, keras or gemma_pytorch"
+        raise ValueError(f"{format} is known here for Gemma 1 alone, not for {config.architecture}: {others}")
     axes, size = _tables()["axes"], axis_sizes(config)
     rows = []
     for condition, tensors in table["tensors"].items():
@@ -258,19 +256,15 @@ def from_format(
     extra = [name for name in stored if name not in wanted and name != head and not is_ignored(format, name)]
     for fault, names in (("lacks", missing), ("also holds", extra)):
         if names:
-            raise ValueError(
-                f"{path}: {fault} {len(names)} tensors ({', '.join(names[:3])}"
-                f"{', ...' * (len(names) > 3)}): a {config.architecture} model of {config.layers} layers "
-                f"has exactly {len(wanted)}; the file is incomplete, or of a model unknown here"
-            )
+            listed = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+            model = f"a {config.architecture} model of {config.layers} layers has exactly {len(wanted)}"
+            raise damaged(f"{path}: {fault} {len(names)} tensors ({listed}), but {model}")
     tensors: dict[str, Tensor] = {}
     for name, layout in wanted.items():
         tensor = stored[name] if format in ("gguf", "hf") else _without_padding(stored[name], layout.shape)
         if tensor.shape != layout.shape:
-            raise ValueError(
-                f"{path}: tensor {name} has shape {list(tensor.shape)}, but the config makes it "
-                f"{list(layout.shape)}: the header and the weights are of different models"
-            )
+            shapes = f"has shape {list(tensor.shape)}, but the config makes it {list(layout.shape)}"
+            raise damaged(f"{path}: tensor {name} {shapes}")
         for index, part in enumerate(layout.parts):
             if layout.is_norm:
                 tensors[part.name] = _norm_factor(format, path, name, tensor)
@@ -317,10 +311,8 @@ def _part_of(layout: StoredTensor, index: int, stored: Tensor) -> Tensor:
 def _gathered(layout: StoredTensor, ours: list[Tensor]) -> Tensor:
     types = sorted({tensor.type for tensor in ours})
     if len(types) > 1 or types[0] not in ELEMENTS:
-        raise ValueError(
-            f"tensor {layout.name} is made of {' and '.join(types)}, but this format holds unquantised "
-            "tensors of one type: pass --dtype"
-        )
+        rule = "but this format holds unquantised tensors of one type"
+        raise ValueError(f"tensor {layout.name} is made of {' and '.join(types)}, {rule}: pass --dtype")
     if layout.is_plain:
         return ours[0]
 
@@ -355,6 +347,5 @@ def _check_tied(path: Path, name: str, head: Tensor, embed: Tensor) -> None:
         for ours, theirs in zip(head.pieces(), embed.pieces(), strict=True)
     )
     if not same:
-        raise ValueError(
-            f"{path}: tensor {name} differs from the embedding, Gemma's output layer: merge or drop it"
-        )
+        rule = "differs from the embedding, which is Gemma's output layer"
+        raise ValueError(f"{path}: tensor {name} {rule}: merge or drop it")
