@@ -40,13 +40,18 @@ class Served:
 
 @contextlib.contextmanager
 def served(
-    open_service, rules: Rules | None = None, page: Path = app.PAGE, terms: str = ""
+    open_service, rules: Rules | None = None, page: Path = app.PAGE, terms: str = "", redact: bool = True
 ) -> Iterator[Served]:
     """`open_service` is awaited in the server's loop."""
     listener = run.open_socket("127.0.0.1", 0)
-    application = app.create(open_service, rules or Rules(), terms, page)
+    application = app.create(open_service, rules or Rules(), terms, page, redact)
     config = uvicorn.Config(
-        application, http=HttpProtocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
+        application,
+        http=HttpProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     started = threading.Event()

@@ -1,12 +1,18 @@
 """The secrets policy: names that are never read, redaction at a cursor, and the VS Code extension's table."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from serving import served
+from tiny import KINDS, write_tiny_gguf
 
+from codegemma import load
+from codegemma.generate.request import Request
 from codegemma.prompts import File
 from codegemma.safety.secrets import find_secrets, is_secret_name, redact, redact_at_cursor, safe_files
+from codegemma.serve.scheduler import Scheduler
 
 ROOT = Path(__file__).parent.parent
 AWS = "AKIAQYLPMN5HNM4CJX2B"
@@ -96,3 +102,117 @@ def test_other_files_are_left_out_by_name_and_redacted_by_content():
 def test_the_vs_code_extension_has_the_same_names():
     script = runpy.run_path(str(ROOT / "scripts" / "secret_names.py"))
     assert script["TARGET"].read_text() == script["document"](), "run scripts/secret_names.py"
+
+
+# Over the server: each route that takes other files, and those whose text is never changed.
+NAMED = [
+    {"filename": ".env", "text": "TOKEN=1\n"},
+    {"filename": "src/id_rsa", "text": "x\n"},
+    {"filename": "secrets.py", "text": f"KEY = '{AWS}'\n"},
+    {"filename": "", "text": f"key: {AWS}\n"},
+    {"filename": "lib.py", "text": "lib = 1\n"},
+]
+AROUND = {"prompt": f"a = '{AWS}'\nx = ", "suffix": f"\nb = '{AWS}'\n"}
+SNIPPETS = [{"filepath": file["filename"], "body": file["text"]} for file in NAMED]
+ROUTES = {
+    "llama.cpp": (
+        "/infill",
+        {"input_prefix": AROUND["prompt"], "input_suffix": AROUND["suffix"], "n_predict": 1},
+    ),
+    "OpenAI": ("/v1/completions", AROUND | {"model": "any", "max_tokens": 1}),
+    "Mistral": ("/v1/fim/completions", AROUND | {"model": "any", "max_tokens": 1}),
+    "Ollama": ("/api/generate", AROUND | {"model": "any", "options": {"num_predict": 1}}),
+}
+TABBY = {"prefix": AROUND["prompt"], "suffix": AROUND["suffix"], "declarations": SNIPPETS[:2]}
+TABBY["relevant_snippets_from_changed_files"] = SNIPPETS[2:4]
+TABBY["relevant_snippets_from_recently_opened_files"] = SNIPPETS[4:]
+
+
+class RecordingScheduler(Scheduler):
+    """A Scheduler that keeps the requests as the dialects submitted them."""
+
+    requests: list[Request] = []
+
+    async def submit(self, requests):
+        self.requests += requests
+        return await super().submit(requests)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    config = replace(KINDS["gemma-mqa"], context=2048)
+    return load(write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", config, "Q8_0"), threads=1)
+
+
+def submitted(model, route, body, redact=True):
+    """The request that a body becomes on a route."""
+
+    async def open_service():
+        return RecordingScheduler(model)
+
+    RecordingScheduler.requests = []
+    with served(open_service, redact=redact) as server:
+        answer = server.post(route, json=body | {"stream": False} if "segments" not in body else body)
+        assert answer.status_code == 200, answer.text
+    (request,) = RecordingScheduler.requests
+    return request
+
+
+@pytest.mark.parametrize("dialect", [*ROUTES, "Tabby"])
+def test_every_route_leaves_secret_files_out_redacts_the_others_and_keeps_the_buffer(model, dialect):
+    route, body = ROUTES.get(dialect, ("/v1/completions", {"segments": TABBY}))
+    if dialect != "Tabby":
+        body = body | {"input_extra": NAMED}
+    prompt = submitted(model, route, body).prompt
+    files = {file.path: file.text for file in prompt.files}
+    assert set(files) == {"secrets.py", "", "lib.py"} and files["lib.py"] == "lib = 1\n"
+    assert AWS not in "".join(files.values()) and "EXAMPLE" in files["secrets.py"] and "EXAMPLE" in files[""]
+    assert (prompt.prefix, prompt.suffix) == (AROUND["prompt"], AROUND["suffix"])
+
+    prompt = submitted(model, route, body, redact=False).prompt
+    assert {(file.path, file.text) for file in prompt.files} == {
+        (file["filename"], file["text"]) for file in NAMED
+    }
+
+
+def test_a_stream_is_redacted_too(model):
+    route, body = ROUTES["llama.cpp"]
+
+    async def open_service():
+        return RecordingScheduler(model)
+
+    RecordingScheduler.requests = []
+    with served(open_service) as server:
+        answer = server.post(route, json=body | {"input_extra": NAMED, "stream": True, "n_cmpl": 2})
+        assert answer.status_code == 200 and answer.text.startswith("data: ")
+    assert len(RecordingScheduler.requests) == 2
+    for request in RecordingScheduler.requests:
+        assert (
+            AWS not in "".join(file.text for file in request.prompt.files) and len(request.prompt.files) == 3
+        )
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/completion", {"prompt": AROUND["prompt"], "n_predict": 1}),
+        ("/v1/completions", {"model": "any", "prompt": AROUND["prompt"], "max_tokens": 1}),
+        (
+            "/v1/completions",
+            {"model": "any", "prompt": AROUND["prompt"], "max_tokens": 0, "logprobs": 1, "echo": True},
+        ),
+        (
+            "/api/generate",
+            {"model": "any", "prompt": AROUND["prompt"], "raw": True, "options": {"num_predict": 1}},
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": AROUND["prompt"]}], "max_tokens": 1},
+        ),
+        ("/api/chat", {"model": "any", "messages": [{"role": "user", "content": AROUND["prompt"]}]}),
+    ],
+)
+def test_prompts_scores_and_chats_are_never_changed(model, route, body):
+    prompt = submitted(model, route, body).prompt
+    text = prompt.messages[0].text if hasattr(prompt, "messages") else prompt.prompt
+    assert text == AROUND["prompt"]

@@ -23,6 +23,7 @@ def serve(
     allow_host: list[str] | None = None,
     cache_mb: Positive = 1024,
     keep_cache: bool = True,
+    redact: bool = True,
 ) -> None:
     """Serve completions to editors and programs.
 
@@ -50,5 +51,6 @@ def serve(
         quantize=model.quantize,
         cache_bytes=cache_mb << 20,
         keep_cache=keep_cache,
+        redact=redact,
     )
     listen(settings, host, port, workers)
