@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from codegemma.serve.guard import MAX_CONNECTIONS, Rules
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from codegemma.serve.guard import Rules
     from codegemma.serve.requests import CompletionService
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-MAX_CONNECTIONS = 4096  # open at once; further ones are closed at once
 BACKLOG = 1024
 GREETING = """
   in a browser         {url}
