@@ -1,5 +1,5 @@
-"""The server on a tiny model, over real sockets: every dialect gives what the model gives; who waits, who goes first, who
-is let go; what hostile clients get."""
+"""The server on a tiny model, over real sockets: every dialect's answers are the model's; scheduling and
+cancelling; hostile clients."""
 
 import asyncio
 import contextlib
@@ -20,9 +20,9 @@ from tiny import KINDS, random_adapter, write_tiny_gguf
 
 from codegemma import File, Message, Sampling, load
 from codegemma.checkpoints import open_checkpoint
-from codegemma.generate.engine import Step
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.generate.resolve import resolve
+from codegemma.generate.running import Step
 from codegemma.generate.trim import Trimmer
 from codegemma.native import Cancel
 from codegemma.serve import guard, protocol, scheduler
@@ -50,8 +50,8 @@ def server(path):
     async def opened():
         return Scheduler(load(path, threads=1))
 
-    with served(opened, terms="the terms") as found:
-        yield found
+    with served(opened, terms="the terms") as server:
+        yield server
 
 
 def events(answer):
@@ -65,7 +65,7 @@ def good(answer):
     return answer.json()
 
 
-# Every dialect gives what the model gives.
+# Every dialect's answers are the model's.
 
 
 def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
@@ -185,13 +185,16 @@ def test_chats_in_both_dialects(server, model):
     ]
     assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(part["choices"][0]["delta"].get("content", "") for part in parts) == expected
-    asked = {
+    ollama_body = {
         "model": "m",
         "messages": messages,
         "stream": False,
         "options": {"num_predict": 9, "temperature": 0},
     }
-    assert good(server.post("/api/chat", json=asked))["message"] == {"role": "assistant", "content": expected}
+    assert good(server.post("/api/chat", json=ollama_body))["message"] == {
+        "role": "assistant",
+        "content": expected,
+    }
     parts = messages[:1] + [
         {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}
     ]
@@ -209,8 +212,8 @@ def test_token_ids_text_and_raw_prompts(server, model):
     assert model.tokenizer.control.fim_prefix in ids
     expected = model.generate(ids, max_tokens=7).text
     body = {"model": "m", "max_tokens": 7, "temperature": 0}
-    found = good(server.post("/v1/completions", json=body | {"prompt": [ids, ids[:3]]}))
-    assert [choice["text"] for choice in found["choices"]] == [
+    answer = good(server.post("/v1/completions", json=body | {"prompt": [ids, ids[:3]]}))
+    assert [choice["text"] for choice in answer["choices"]] == [
         expected,
         model.generate(ids[:3], max_tokens=7).text,
     ]
@@ -227,8 +230,8 @@ def test_token_ids_text_and_raw_prompts(server, model):
     )
     mixed = {"prompt": [marked[:14], *ids[2:]], "n_predict": 7, "temperature": 0}
     assert good(server.post("/completion", json=mixed))["content"] == expected
-    told = {"raw_prompt": marked, "return_prompt": True}
-    tabby = good(server.post("/v1/completions", json={"debug_options": told}))
+    debug = {"raw_prompt": marked, "return_prompt": True}
+    tabby = good(server.post("/v1/completions", json={"debug_options": debug}))
     assert tabby["choices"][0]["text"] == model.generate(ids, max_tokens=64).text
     assert tabby["debug_data"]["prompt"] == "<bos>" + marked
     streamed = {
@@ -240,9 +243,9 @@ def test_token_ids_text_and_raw_prompts(server, model):
         "n_probs": 1,
     }
     *parts, last = (json.loads(part) for part in events(server.post("/completion", json=streamed)))
-    whole = good(server.post("/completion", json=streamed | {"stream": False}))
+    complete = good(server.post("/completion", json=streamed | {"stream": False}))
     for key in ("tokens", "completion_probabilities"):
-        assert [one for part in parts for one in part[key]] == whole[key] and not last.get(key)
+        assert [entry for part in parts for entry in part[key]] == complete[key] and not last.get(key)
     ollama = {
         "model": "m",
         "prompt": marked,
@@ -263,9 +266,9 @@ def test_token_ids_text_and_raw_prompts(server, model):
         "suffix": "<|file_separator|>",
     }  # a hole's text is text, whatever it spells
     plain = model.complete(marked, "<|file_separator|>", max_tokens=7)
-    found = good(server.post("/v1/completions", json=suffixed))
+    answer = good(server.post("/v1/completions", json=suffixed))
     assert (
-        found["choices"][0]["text"] == plain.text and found["usage"]["prompt_tokens"] == plain.prompt_tokens
+        answer["choices"][0]["text"] == plain.text and answer["usage"]["prompt_tokens"] == plain.prompt_tokens
     )
 
 
@@ -350,48 +353,50 @@ def test_what_llama_vim_needs(server):
         refused = server.post("/infill", json=body | {"input_extra": [extra]})
         assert refused.status_code == 400 and wrong in refused.json()["error"]["message"]
     *_, last = map(json.loads, events(server.post("/infill", json=body | {"stream": True})))
-    assert set(last) == set(raw.json()) and last["content"] == ""  # its text was told before
+    assert set(last) == set(raw.json()) and last["content"] == ""  # its text was sent before
     unnamed = body | {
         "input_extra": [{"text": "one\n"}, {"text": "two\n", "filename": ""}],
         "response_fields": ["prompt"],
     }
-    told = good(server.post("/infill", json=unnamed))["prompt"]
-    assert told.startswith("<bos>one\n<|file_separator|>two\n<|file_separator|><|fim_")
+    prompt = good(server.post("/infill", json=unnamed))["prompt"]
+    assert prompt.startswith("<bos>one\n<|file_separator|>two\n<|file_separator|><|fim_")
     refused = server.post("/infill", json=body | {"n_cmpl": 5})
     assert refused.json()["error"]["message"] == "Field 'n_cmpl': Value must be between 1 <= value <= 4"
     several = good(server.post("/infill", json=body | {"n_cmpl": 3, "response_fields": None}))
-    assert [one["index"] for one in several] == [0, 1, 2]
+    assert [choice["index"] for choice in several] == [0, 1, 2]
 
 
 def test_log_probabilities_of_prompt_and_answer(server, model):
     ids = model.tokenizer.encode("def f(x): return", bos=True)
-    found = good(
+    answer = good(
         server.post(
             "/v1/completions",
             json={"prompt": [ids], "max_tokens": 3, "echo": True, "logprobs": 2, "temperature": 0},
         )
     )
-    told = found["choices"][0]["logprobs"]
-    whole = ids + model.generate(ids, max_tokens=3).ids
-    logits = model.logits(whole).astype(np.float64)
+    lists = answer["choices"][0]["logprobs"]
+    all_ids = ids + model.generate(ids, max_tokens=3).ids
+    logits = model.logits(all_ids).astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = [logprobs[at - 1, whole[at]] for at in range(1, len(whole))]
-    assert told["token_logprobs"][0] is None and np.allclose(told["token_logprobs"][1:], expected, atol=1e-4)
-    best = [sorted(logprobs[at - 1])[-1] for at in range(1, len(whole))]
-    assert told["top_logprobs"][0] is None and np.allclose(
-        [max(top.values()) for top in told["top_logprobs"][1:]], best, atol=1e-4
+    expected = [logprobs[i - 1, all_ids[i]] for i in range(1, len(all_ids))]
+    assert lists["token_logprobs"][0] is None and np.allclose(
+        lists["token_logprobs"][1:], expected, atol=1e-4
     )
-    text = found["choices"][0]["text"]
-    assert text == model.tokenizer.decode(whole) and len(told["text_offset"]) == len(whole)
+    best = [sorted(logprobs[i - 1])[-1] for i in range(1, len(all_ids))]
+    assert lists["top_logprobs"][0] is None and np.allclose(
+        [max(top.values()) for top in lists["top_logprobs"][1:]], best, atol=1e-4
+    )
+    text = answer["choices"][0]["text"]
+    assert text == model.tokenizer.decode(all_ids) and len(lists["text_offset"]) == len(all_ids)
     assert all(
-        text.startswith(token, at)
-        for token, at in zip(told["tokens"][1:], told["text_offset"][1:], strict=True)
+        text.startswith(token, i)
+        for token, i in zip(lists["tokens"][1:], lists["text_offset"][1:], strict=True)
         if not token.startswith("bytes:")
     )
-    one = good(
+    echo = good(
         server.post("/v1/completions", json={"prompt": [ids], "max_tokens": 0, "echo": True, "logprobs": 1})
     )["choices"][0]
-    assert len(one["logprobs"]["tokens"]) == len(ids) and one["finish_reason"] == "length"
+    assert len(echo["logprobs"]["tokens"]) == len(ids) and echo["finish_reason"] == "length"
     alone = good(
         server.post("/v1/completions", json={"prompt": "", "max_tokens": 1, "echo": True, "logprobs": 1})
     )["choices"][0]
@@ -403,16 +408,16 @@ def test_log_probabilities_of_prompt_and_answer(server, model):
 def test_choices_seeds_and_the_best_of_several(server, model):
     body = {"prompt": "def f", "max_tokens": 8, "temperature": 1.5, "seed": 7, "n": 3}
     first, again = (good(server.post("/v1/completions", json=body))["choices"] for _ in range(2))
-    assert [one["text"] for one in first] == [one["text"] for one in again] and len(
-        {one["text"] for one in first}
+    assert [choice["text"] for choice in first] == [choice["text"] for choice in again] and len(
+        {choice["text"] for choice in first}
     ) > 1
     assert first[0]["text"] == model.generate("def f", max_tokens=8, sampling=Sampling(1.5, seed=7)).text
     scored = good(server.post("/v1/completions", json=body | {"logprobs": 0, "best_of": 6, "n": 6}))[
         "choices"
     ]
-    means = [np.mean(one["logprobs"]["token_logprobs"]) for one in scored]
+    means = [np.mean(choice["logprobs"]["token_logprobs"]) for choice in scored]
     best = good(server.post("/v1/completions", json=body | {"best_of": 6, "n": 2}))
-    assert [one["text"] for one in best["choices"]] == [
+    assert [choice["text"] for choice in best["choices"]] == [
         scored[i]["text"] for i in np.argsort(means)[::-1][:2]
     ]
     assert (
@@ -426,16 +431,16 @@ def test_choices_seeds_and_the_best_of_several(server, model):
         "".join(part["choices"][0]["text"] for part in parts if part["choices"][0]["index"] == i)
         for i in range(3)
     ]
-    assert streamed == [one["text"] for one in first]
+    assert streamed == [choice["text"] for choice in first]
 
 
 def test_stop_texts_and_the_reason_of_the_end(server, model):
-    whole = model.generate("def f", max_tokens=12, sampling=Sampling(1.5, seed=5)).text
-    stop = whole[8:10]
+    full_text = model.generate("def f", max_tokens=12, sampling=Sampling(1.5, seed=5)).text
+    stop = full_text[8:10]
     drawn = {"prompt": "def f", "max_tokens": 12, "temperature": 1.5, "seed": 5}
     (choice,) = good(server.post("/v1/completions", json=drawn | {"stop": ["", stop]}))["choices"]
     assert choice == {
-        "text": whole[: whole.index(stop)],
+        "text": full_text[: full_text.index(stop)],
         "index": 0,
         "logprobs": None,
         "finish_reason": "stop",
@@ -443,12 +448,12 @@ def test_stop_texts_and_the_reason_of_the_end(server, model):
     }
     assert choice["text"]
     drawn |= {"n_predict": 12, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    found = good(server.post("/completion", json=drawn | {"stop": ["~~~", stop]}))
-    assert (found["content"], found["stop_type"], found["stopping_word"]) == (choice["text"], "word", stop)
+    answer = good(server.post("/completion", json=drawn | {"stop": ["~~~", stop]}))
+    assert (answer["content"], answer["stop_type"], answer["stopping_word"]) == (choice["text"], "word", stop)
     assert good(server.post("/completion", json=drawn | {"n_predict": 2}))["stop_type"] == "limit"
     token = model.generate("def f", max_tokens=3, sampling=Sampling(1.5, seed=5)).ids[2]
-    found = good(server.post("/v1/completions", json=drawn | {"stop_token_ids": [token]}))
-    assert found["choices"][0]["stop_reason"] == token and found["usage"]["completion_tokens"] <= 3
+    answer = good(server.post("/v1/completions", json=drawn | {"stop_token_ids": [token]}))
+    assert answer["choices"][0]["stop_reason"] == token and answer["usage"]["completion_tokens"] <= 3
 
 
 def test_tokens_templates_and_descriptions(server, model):
@@ -463,12 +468,12 @@ def test_tokens_templates_and_descriptions(server, model):
     assert good(server.post("/detokenize", json={"tokens": model.tokenizer.encode(text)}))["content"] == text
     template = good(server.post("/apply-template", json={"messages": [{"role": "user", "content": "hi"}]}))
     assert template["prompt"] == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
-    found = good(server.get("/tokenizer_info"))
-    assert (found["bos_token"], found["eos_token"], found["pad_token"]) == ("<bos>", "<eos>", "<pad>")
+    info = good(server.get("/tokenizer_info"))
+    assert (info["bos_token"], info["eos_token"], info["pad_token"]) == ("<bos>", "<eos>", "<pad>")
     assert (
         good(server.get("/health")) == {"status": "ok"} and good(server.get("/v1/health"))["model"] == "tiny"
     )
-    assert [one["id"] for one in good(server.get("/v1/models"))["data"]] == ["tiny"]
+    assert [entry["id"] for entry in good(server.get("/v1/models"))["data"]] == ["tiny"]
     assert (
         ".Suffix" in good(server.post("/api/show", json={"model": "tiny"}))["template"]
     )  # how Continue knows of FIM
@@ -502,30 +507,30 @@ def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
     from codegemma.serve import stats
 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    found = good(server.post("/v1/completions", json={"language": "python", "segments": HOLE}))
-    event = {"type": "view", "completion_id": found["id"], "choice_index": 0}
+    answer = good(server.post("/v1/completions", json={"language": "python", "segments": HOLE}))
+    event = {"type": "view", "completion_id": answer["id"], "choice_index": 0}
     assert server.post("/v1/events", json=event).status_code == 200 and stats.load() == []
     assert server.post("/v1/events", json=event | {"type": "select"}).status_code == 200
     (row,) = stats.load()
-    assert row.taken == row.characters == len(found["choices"][0]["text"]) and row.language == "python"
+    assert row.taken == row.characters == len(answer["choices"][0]["text"]) and row.language == "python"
     assert (
         server.post("/v1/events", json=event | {"type": "select"}).status_code == 200
         and len(stats.load()) == 1
     )
-    asked = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 5, "language": "go"}
-    for told, number in (("dismiss", 1), ("select", 2)):
+    body = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 5, "language": "go"}
+    for outcome, number in (("dismiss", 1), ("select", 2)):
         *parts, last = (
-            json.loads(part) for part in events(server.post("/infill", json=asked | {"stream": True}))
+            json.loads(part) for part in events(server.post("/infill", json=body | {"stream": True}))
         )
         assert "id" not in parts[0]
         assert (
-            server.post("/v1/events", json=event | {"type": told, "completion_id": last["id"]}).status_code
+            server.post("/v1/events", json=event | {"type": outcome, "completion_id": last["id"]}).status_code
             == 200
         )
         row = stats.load()[number]
         assert row.language == "go" and row.characters == sum(len(part["content"]) for part in [*parts, last])
-        assert row.taken == (row.characters if told == "select" else 0)
-    assert "id" not in good(server.post("/infill", json=asked | {"n_predict": 0}))
+        assert row.taken == (row.characters if outcome == "select" else 0)
+    assert "id" not in good(server.post("/infill", json=body | {"n_predict": 0}))
 
 
 @pytest.mark.parametrize(
@@ -593,10 +598,10 @@ def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
 def test_bad_input_is_refused_in_the_dialects_own_form(server, route, body, status, words):
     answer = server.client.post(route, content=json.dumps(body))
     assert answer.status_code == status, answer.text
-    found = answer.json()
+    value = answer.json()
     for key in words[:-1]:
-        found = found[key]
-    assert words[-1] in str(found)
+        value = value[key]
+    assert words[-1] in str(value)
 
 
 def test_tabby_refuses_in_plain_text(server):
@@ -647,8 +652,8 @@ def test_penalties_and_biases_reach_the_model(server, model):
         ),
         ({"logit_bias": {str(plain.ids[0]): -100}}, Sampling(bias=((plain.ids[0], -100),))),
     ):
-        found = good(server.post("/v1/completions", json=body | fields))["choices"][0]["text"]
-        assert found == model.generate("def f", max_tokens=8, sampling=sampling).text != plain.text
+        text = good(server.post("/v1/completions", json=body | fields))["choices"][0]["text"]
+        assert text == model.generate("def f", max_tokens=8, sampling=sampling).text != plain.text
 
 
 def test_methods_slashes_and_encodings(server):
@@ -695,7 +700,7 @@ def test_adapters_by_field_by_model_name_and_lora(path):
         "seed": 9,
     }
     with served(opened) as server, ThreadPoolExecutor(6) as pool:
-        asked = [
+        cases = [
             ({}, None),
             ({"adapter": "none"}, None),
             ({"adapter": "ours"}, "ours"),
@@ -703,8 +708,10 @@ def test_adapters_by_field_by_model_name_and_lora(path):
             ({"model": "tiny:ours"}, "ours"),
             ({"model": "unheard-of"}, None),
         ]
-        answers = list(pool.map(lambda one: good(server.post("/v1/completions", json=body | one[0])), asked))
-        for answer, (_, name) in zip(answers, asked, strict=True):
+        answers = list(
+            pool.map(lambda case: good(server.post("/v1/completions", json=body | case[0])), cases)
+        )
+        for answer, (_, name) in zip(answers, cases, strict=True):
             assert answer["choices"][0]["text"] == expected[name or "none"]
             assert answer["timings"]["adapter"] == name
         assert answers[2]["timings"]["mode"] == "spm"  # as its card says
@@ -720,7 +727,7 @@ def test_adapters_by_field_by_model_name_and_lora(path):
             "lora": [{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0.0}],
         }
         assert good(server.post("/infill", json=lora))["content"] == expected["worn"]
-        assert [one["id"] for one in good(server.get("/v1/models"))["data"]] == ["tiny", "ours", "worn"]
+        assert [entry["id"] for entry in good(server.get("/v1/models"))["data"]] == ["tiny", "ours", "worn"]
         assert server.post("/infill", json=lora | {"lora": [{"id": 2}]}).status_code == 400
         text = good(
             server.post(
@@ -730,7 +737,7 @@ def test_adapters_by_field_by_model_name_and_lora(path):
         assert text["content"] == loaded.generate("def f", max_tokens=5, adapter="ours").text
 
 
-# Who runs, who waits, who is let go.
+# Scheduling: who runs, who waits, who is cancelled.
 
 
 def test_neighbours_change_no_answer(server, model):
@@ -837,7 +844,7 @@ def test_the_newest_completion_of_an_editor_cancels_its_older_ones(held):
             json={k: v for k, v in fill.items() if k != "session"},
             headers={"X-Session-Id": "vim"},
         )
-        until(lambda: any(job.gone.is_set() for job in server.service._jobs.values()))
+        until(lambda: any(job.cancelled.is_set() for job in server.service._jobs.values()))
         engine.on.set()
         old = good(first.result(60))
         assert (old["timings"]["stop"], old["content"]) == ("cancelled", "")
@@ -897,14 +904,14 @@ def test_a_long_prompt_leaves_room_between_anothers_tokens(held):
         )
         shared = [sizes for sizes in engine.sizes if len(sizes) == 2]
         assert len(shared) >= 20 and all(
-            min(sizes) <= 2 and max(sizes) <= int(scheduler.PAUSE * 300) for sizes in shared
+            min(sizes) <= 2 and max(sizes) <= int(scheduler.MAX_PAUSE_S * 300) for sizes in shared
         )
         engine.sizes.clear()
         scored = {"prompt": [long[:200]], "max_tokens": 0, "echo": True, "logprobs": 1}
         assert (
             len(good(server.post("/v1/completions", json=scored))["choices"][0]["logprobs"]["tokens"]) == 200
         )
-        assert max(size for sizes in engine.sizes for size in sizes) == scheduler.LEAST
+        assert max(size for sizes in engine.sizes for size in sizes) == scheduler.MIN_CHUNK
 
 
 def test_whoever_had_least_goes_first(held):
@@ -912,17 +919,17 @@ def test_whoever_had_least_goes_first(held):
     rng = np.random.default_rng(0)
     order = []
 
-    def asked(name, size):
+    def post(name, size):
         body = {"prompt": [[2, *rng.integers(110, 515, size).tolist()]], "max_tokens": 1, "session": name}
         good(server.post("/v1/completions", json=body))
         order.append(name)
 
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(asked, "greedy", 600)]
+        jobs = [pool.submit(post, "greedy", 600)]
         assert engine.entered.acquire(timeout=60)
-        jobs += [pool.submit(asked, "greedy", 600) for _ in range(2)]
+        jobs += [pool.submit(post, "greedy", 600) for _ in range(2)]
         until(lambda: len(server.service._jobs) + len(server.service._waiting) == 3)
-        jobs.append(pool.submit(asked, "modest", 20))
+        jobs.append(pool.submit(post, "modest", 20))
         until(lambda: len(server.service._jobs) + len(server.service._waiting) == 4)
         engine.on.set()
         for job in jobs:
@@ -939,8 +946,8 @@ def test_deadlines(model):
         (short,) = await backend.submit(
             [Request(Infill(text), prompt_seconds=30 / model.engine.prefill_rate, max_tokens=1)]
         )
-        (whole,) = await backend.submit([Request(Infill(text), max_tokens=1)])
-        assert short.prompt_tokens < whole.prompt_tokens / 4
+        (unlimited,) = await backend.submit([Request(Infill(text), max_tokens=1)])
+        assert short.prompt_tokens < unlimited.prompt_tokens / 4
         job = Job(Request(TextPrompt("x"), prompt_seconds=1.0, predict_seconds=1.0), Request([2]))
         job.started = 100.0
         assert not job.overdue(101.9) and job.overdue(102.1)
@@ -985,7 +992,7 @@ def test_prompts_outlive_a_restart(path, tmp_path):
     async def opened():
         return Scheduler(load(path, threads=1), cache=tmp_path / "kept")
 
-    def asked():
+    def complete_once():
         with served(opened) as server:
             until(
                 lambda: (
@@ -994,7 +1001,7 @@ def test_prompts_outlive_a_restart(path, tmp_path):
             )
             return good(server.post("/v1/completions", json=body))
 
-    first, second = asked(), asked()
+    first, second = complete_once(), complete_once()
     assert (
         first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         and first["choices"] == second["choices"]
@@ -1003,7 +1010,7 @@ def test_prompts_outlive_a_restart(path, tmp_path):
     (file,) = (tmp_path / "kept").iterdir()
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.warns(UserWarning, match="damaged"):
-        assert asked()["choices"] == first["choices"]
+        assert complete_once()["choices"] == first["choices"]
 
 
 # The remote backend: a second instance of this server generates.
@@ -1021,7 +1028,7 @@ def test_a_server_before_a_server_gives_the_same(server, path, model):
             "trim": "line",
             "n_probs": 2,
         }
-        ours, theirs = (good(one.post("/infill", json=infill)) for one in (server, front))
+        ours, theirs = (good(instance.post("/infill", json=infill)) for instance in (server, front))
         assert ours["content"] == theirs["content"] == model.complete(**HOLE, max_tokens=12, trim="line").text
         scored = {
             "prompt": "def f(x)",
@@ -1032,7 +1039,7 @@ def test_a_server_before_a_server_gives_the_same(server, path, model):
             "stop": ["~"],
         }
         ours, theirs = (
-            good(one.post("/v1/completions", json=scored))["choices"][0] for one in (server, front)
+            good(instance.post("/v1/completions", json=scored))["choices"][0] for instance in (server, front)
         )
         assert (
             ours["logprobs"]["token_logprobs"] == theirs["logprobs"]["token_logprobs"]
@@ -1047,8 +1054,8 @@ def test_a_server_before_a_server_gives_the_same(server, path, model):
             "stream_options": {"include_usage": True},
         }
         ours, theirs = (
-            [json.loads(part) for part in events(one.post("/v1/chat/completions", json=chat))[:-1]]
-            for one in (server, front)
+            [json.loads(part) for part in events(instance.post("/v1/chat/completions", json=chat))[:-1]]
+            for instance in (server, front)
         )
         texts = [
             "".join(c["delta"].get("content", "") for chunk in chunks for c in chunk["choices"])

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger("codegemma.serve")
 
 MAX_BODY_BYTES = 16 << 20
+MAX_CONNECTIONS = 4096  # open at once; further ones are closed at once
 CLIENT_TIMEOUT_S = 30.0  # for a request to arrive, and for a client to read a part of its answer
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]", "::1"}
 POLICY = (

@@ -7,8 +7,7 @@ import logging
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from codegemma.serve.guard import CLIENT_TIMEOUT_S
-from codegemma.serve.run import MAX_CONNECTIONS
+from codegemma.serve.guard import CLIENT_TIMEOUT_S, MAX_CONNECTIONS
 
 log = logging.getLogger("codegemma.serve")
 

@@ -295,7 +295,7 @@ def test_a_key_is_asked_for_and_kept(open_page, tmp_path, browser):
         context = browser.new_context()
         page = context.new_page()
         page.goto(process.url)
-        expect(page.locator("#state")).to_have_text("this server asks for a key")
+        expect(page.locator("#state")).to_have_text("this server needs a key")
         page.get_by_label("Key").fill("correct horse battery")
         page.keyboard.press("Enter")
         expect(page.locator("#state")).to_contain_text("ready")

@@ -2,13 +2,13 @@
 
 export interface File { path: string; text: string }
 
-/** What the editor knows: text before and after the cursor, this file's path and language, and other files. */
-export interface Hole { prefix: string; suffix: string; path?: string; language?: string; context?: File[] }
+/** What an editor sends: the text before and after the cursor, this file's path and language, and other files. */
+export interface Infill { prefix: string; suffix: string; path?: string; language?: string; context?: File[] }
 
 export type Order = "auto" | "psm" | "spm" | "prefix";
 export type Trim = "none" | "line" | "block";
 
-/** Fields of a request under the server's own names. */
+/** The fields of a request under the names that the server uses. */
 export interface Options {
   adapter?: string;        // "auto", "none", or an adapter's name
   mode?: Order;
@@ -21,27 +21,27 @@ export interface Options {
   session?: string;        // the newest completion of a session cancels its older ones
 }
 
-/** What a request cost: tokens read, taken from the cache and written, and the time for it. */
+/** The cost of a request: tokens read, taken from the cache and generated, and the times. */
 export interface Timings {
   prompt_n: number; cache_n: number; prompt_ms: number; predicted_n: number; predicted_ms: number; queue_ms: number;
   mode: Order | null; adapter: string | null; stop: string;
 }
 
-/** What was written since the piece before; `index` tells several suggestions apart. The last one has the suggestion's `id`. */
+/** Text generated since the last piece. `index` numbers several suggestions; the last piece of one has its `id`. */
 export interface Piece { text: string; index?: number; timings?: Timings; id?: string }
 
 export type Outcome = "view" | "select" | "dismiss";
 
 export interface Message { role: "user" | "assistant" | "system"; content: string }
 
-/** What serves: the model's name and what it can do. */
+/** The served model: its name and what it can do. */
 export interface About { model: string; title: string; adapters: string[]; mode: Order; chat: boolean; version: string }
 
 export class ServerError extends Error {
   constructor(readonly status: number, message: string) { super(message); }
 }
 
-/** The `data:` payloads of an event stream, until it ends or says [DONE]. Chunks may split lines and characters. */
+/** The `data:` payloads of an event stream, until it ends or sends [DONE]. Chunks may split lines and characters. */
 export async function* events(body: ReadableStream<Uint8Array>): AsyncGenerator<string> {
   const reader = body.getReader(), decoder = new TextDecoder();
   let rest = "";
@@ -73,23 +73,23 @@ export class Client {
     return this.send("health", undefined, signal).then(() => true, () => false);
   }
 
-  /** The text of the hole as it is written; the last piece has the timings. */
-  async *complete(hole: Hole, options: Options, signal?: AbortSignal): AsyncGenerator<Piece> {
+  /** The text in the middle as it is generated; the last piece has the timings. */
+  async *complete(infill: Infill, options: Options, signal?: AbortSignal): AsyncGenerator<Piece> {
     const { max_tokens: n_predict, ...rest } = options;
     const body = {
-      input_prefix: hole.prefix, input_suffix: hole.suffix, prompt: "", path: hole.path, language: hole.language,
-      input_extra: hole.context?.map(({ path, text }) => ({ filename: path, text })), n_predict, ...rest,
+      input_prefix: infill.prefix, input_suffix: infill.suffix, prompt: "", path: infill.path, language: infill.language,
+      input_extra: infill.context?.map(({ path, text }) => ({ filename: path, text })), n_predict, ...rest,
     };
     for await (const { content, index, timings, id } of this.stream("infill", body, signal))
       yield { text: content ?? "", index, timings, id };
   }
 
-  /** What became of a suggestion, for the server's local figures. */
-  async tell(type: Outcome, completion_id: string): Promise<void> {
+  /** Tells the server, for its local statistics, whether a suggestion was accepted. */
+  async report(type: Outcome, completion_id: string): Promise<void> {
     await this.send("v1/events", { type, completion_id, choice_index: 0 });
   }
 
-  /** The next turn as it is written; the last piece has the timings. */
+  /** The next turn as it is generated; the last piece has the timings. */
   async *chat(messages: Message[], options: Options, signal?: AbortSignal): AsyncGenerator<Piece> {
     for await (const { choices, timings } of this.stream("v1/chat/completions", { messages, ...options }, signal))
       yield { text: choices?.[0]?.delta?.content ?? "", timings };
@@ -99,7 +99,7 @@ export class Client {
     const reply = await this.send(path, { ...body, stream: true }, signal);
     for await (const data of events(reply.body!)) {
       const event = JSON.parse(data);
-      if (event.error) throw new ServerError(event.error.code ?? 500, said(event));
+      if (event.error) throw new ServerError(event.error.code ?? 500, errorMessage(event));
       yield event;
     }
   }
@@ -113,11 +113,11 @@ export class Client {
     if (reply.ok) return reply;
     const text = await reply.text();
     let message = text;
-    try { message = said(JSON.parse(text)); } catch { /* not JSON: the text itself says it */ }
+    try { message = errorMessage(JSON.parse(text)); } catch { /* not JSON: the text itself is the message */ }
     throw new ServerError(reply.status, message || reply.statusText);
   }
 }
 
-function said(reply: any): string {
+function errorMessage(reply: any): string {
   return String(reply.error?.message ?? reply.error ?? reply.detail ?? reply);
 }

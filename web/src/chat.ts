@@ -26,11 +26,11 @@ export class Chat {
 
   constructor(root: HTMLElement, readonly host: Host) {
     this.conversations = host.load();
-    this.current = this.conversations[0] ?? fresh();
+    this.current = this.conversations[0] ?? newConversation();
     const composer = h("form", { className: "composer", onsubmit: (event: Event) => event.preventDefault() },
       this.input, this.sendButton);
     const fold = h("details", { className: "history", open: !matchMedia("(max-width: 760px)").matches },
-      h("summary", {}, "Conversations"), button("New chat", () => this.open(fresh())), this.list);
+      h("summary", {}, "Conversations"), button("New chat", () => this.open(newConversation())), this.list);
     root.append(h("div", { className: "chat" }, fold, h("section", { className: "talk" }, this.log, composer)));
     this.input.onkeydown = event => this.key(event);
     root.onkeydown = event => { if (event.key === "Escape") this.stop(); };
@@ -40,7 +40,7 @@ export class Chat {
 
   /** Puts the question as a new conversation's first. */
   ask(question: string): void {
-    this.open(fresh());
+    this.open(newConversation());
     void this.send(question);
   }
 
@@ -71,7 +71,7 @@ export class Chat {
       event.preventDefault();
       if (!this.writing) this.sendOrStop();
     } else if (event.key === "ArrowUp" && !this.input.value) {
-      const last = this.current.messages.findLastIndex(one => one.role === "user");
+      const last = this.current.messages.findLastIndex(message => message.role === "user");
       if (last >= 0) { event.preventDefault(); this.edit(last); }
     }
   }
@@ -86,9 +86,9 @@ export class Chat {
   private async answer(): Promise<void> {
     this.stop();
     const conversation = this.current, writing = this.writing = new AbortController();
-    const asked = [...conversation.messages], answer: Message = { role: "assistant", content: "" };
+    const question = [...conversation.messages], answer: Message = { role: "assistant", content: "" };
     conversation.messages.push(answer);
-    this.conversations = [conversation, ...this.conversations.filter(one => one !== conversation)];
+    this.conversations = [conversation, ...this.conversations.filter(other => other !== conversation)];
     this.show();
     if (document.activeElement === document.body) this.focus();  // what had the focus is gone, and Escape must stop
     const element = this.log.lastElementChild as HTMLElement;
@@ -100,7 +100,7 @@ export class Chat {
       if (follow) this.log.scrollTop = this.log.scrollHeight;
     };
     try {
-      for await (const piece of this.host.ask(asked, writing.signal)) {
+      for await (const piece of this.host.ask(question, writing.signal)) {
         answer.content += piece.text;
         timings = piece.timings ?? timings;
         if (!drawing) drawing = !!requestAnimationFrame(draw);
@@ -109,11 +109,11 @@ export class Chat {
       if (!writing.signal.aborted) failure = error instanceof Error ? error.message : String(error);
     }
     if (this.writing === writing) this.writing = undefined;
-    if (!answer.content) conversation.messages = conversation.messages.filter(one => one !== answer);
+    if (!answer.content) conversation.messages = conversation.messages.filter(message => message !== answer);
     this.host.save(this.conversations);
     if (this.current !== conversation || this.writing) return;
     this.show();
-    this.log.append(h("p", { className: failure ? "failure" : "note" }, failure || spent(timings, writing.signal.aborted)));
+    this.log.append(h("p", { className: failure ? "failure" : "note" }, failure || costOf(timings, writing.signal.aborted)));
     if (failure) this.log.lastElementChild!.append(" ", button("Try again", () => void this.answer()));
     this.log.scrollTop = this.log.scrollHeight;
   }
@@ -140,17 +140,17 @@ export class Chat {
   }
 
   private remove(conversation: Conversation): void {
-    this.conversations = this.conversations.filter(one => one !== conversation);
+    this.conversations = this.conversations.filter(other => other !== conversation);
     this.host.save(this.conversations);
-    if (conversation === this.current) this.open(this.conversations[0] ?? fresh());
+    if (conversation === this.current) this.open(this.conversations[0] ?? newConversation());
     else this.show();
   }
 
   private show(): void {
     this.sendButton.textContent = this.writing ? "Stop" : "Send";
-    this.list.replaceChildren(...this.conversations.map(one => h("li", {},
-      button(one.title || "New chat", () => this.open(one), { "aria-current": one === this.current, title: one.title }),
-      button("×", () => this.remove(one), { "aria-label": `Delete ${one.title}` }))));
+    this.list.replaceChildren(...this.conversations.map(conversation => h("li", {},
+      button(conversation.title || "New chat", () => this.open(conversation), { "aria-current": conversation === this.current, title: conversation.title }),
+      button("×", () => this.remove(conversation), { "aria-label": `Delete ${conversation.title}` }))));
     this.log.replaceChildren(...this.current.messages.map((message, index) => this.message(message, index)));
     this.log.scrollTop = this.log.scrollHeight;
   }
@@ -165,9 +165,9 @@ export class Chat {
   }
 }
 
-function fresh(): Conversation { return { title: "", messages: [] }; }
+function newConversation(): Conversation { return { title: "", messages: [] }; }
 
-function spent(timings: Timings | undefined, stopped: boolean): string {
+function costOf(timings: Timings | undefined, stopped: boolean): string {
   if (stopped) return "Stopped.";
   if (!timings) return "";
   const { prompt_n, cache_n, predicted_n, predicted_ms } = timings;

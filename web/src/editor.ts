@@ -1,6 +1,6 @@
 /** A code editor whose ghost text is written by the server, live. */
 
-import type { Hole } from "./api.ts";
+import type { Infill } from "./api.ts";
 import { editor, languages, Range, Uri } from "./monaco.ts";
 import type { Outcomes } from "./outcomes.ts";
 import { placed, type Suggestion, type Suggestions } from "./suggestions.ts";
@@ -34,7 +34,7 @@ def square_area(side: float) -> float:
 
 export interface Settings { path: string; automatic: boolean }
 
-interface Offer extends languages.InlineCompletions<languages.InlineCompletion & { id?: string }> { one?: Suggestion }
+interface Offer extends languages.InlineCompletions<languages.InlineCompletion & { id?: string }> { suggestion?: Suggestion }
 
 export class CodeEditor {
   shown?: Suggestion;
@@ -57,7 +57,7 @@ export class CodeEditor {
     });
     languages.registerInlineCompletionsProvider({ pattern: "**" }, {
       provideInlineCompletions: (model, position, { triggerKind }) => this.provide(model, position, triggerKind === EXPLICIT),
-      handleItemDidShow: ({ one }: Offer) => { if (one) outcomes.show(one); },
+      handleItemDidShow: ({ suggestion }: Offer) => { if (suggestion) outcomes.show(suggestion); },
       handleEndOfLifetime: (_: Offer, { id }: Offer["items"][number], { kind }) => { if (kind === ACCEPTED) outcomes.accept(id); },
       disposeInlineCompletions: () => {}, debounceDelayMs: 0,
     });
@@ -94,18 +94,18 @@ export class CodeEditor {
     if (!explicit && !this.settings.automatic) return { items: [] };
     const text = model.getValue(editor.EndOfLinePreference.LF), { path } = this.settings;
     const before = model.getValueInRange(Range.fromPositions({ lineNumber: 1, column: 1 }, position), editor.EndOfLinePreference.LF);
-    const hole: Hole = { prefix: before, suffix: text.slice(before.length), path, language: model.getLanguageId() };
+    const infill: Infill = { prefix: before, suffix: text.slice(before.length), path, language: model.getLanguageId() };
     const count = explicit ? VARIANTS : 1;
-    const one = this.shown = this.suggestions.find(hole, count) ?? this.suggestions.start(hole, count);
-    await one.begun;
-    if (one.finished) this.suggestions.prefetch(one);
+    const suggestion = this.shown = this.suggestions.find(infill, count) ?? this.suggestions.start(infill, count);
+    await suggestion.begun;
+    if (suggestion.finished) this.suggestions.prefetch(suggestion);
     this.report();
-    const rest = hole.suffix.split("\n", 1)[0];
-    const items = (one.left(hole) ?? []).filter(Boolean).map(text => {
+    const rest = infill.suffix.split("\n", 1)[0];
+    const items = (suggestion.remaining(infill) ?? []).filter(Boolean).map(text => {
       const { insert, replaced } = placed(text, rest);
       const range = new Range(position.lineNumber, position.column, position.lineNumber, position.column + replaced);
-      return { insertText: insert, range, id: one.id(hole, text) };
+      return { insertText: insert, range, id: suggestion.id(infill, text) };
     });
-    return { items, one };
+    return { items, suggestion };
   }
 }

@@ -22,21 +22,21 @@ function stored<T>(name: string, otherwise: T): T {
 }
 
 function store(name: string, value: unknown): void {
-  try { localStorage.setItem(`codegemma.${name}`, JSON.stringify(value)); } catch (error) { say(`not kept: ${error}`); }
+  try { localStorage.setItem(`codegemma.${name}`, JSON.stringify(value)); } catch (error) { say(`not saved: ${error}`); }
 }
 
 function say(text: string): void { element("state").textContent = text; }
 
-const suggestions = new Suggestions((hole, count, signal) => {
+const suggestions = new Suggestions((infill, count, signal) => {
   const { mode, adapter, trim, time_budget_ms, max_tokens } = settings;
-  return client().complete(hole, { mode, adapter, trim, time_budget_ms, max_tokens, session, n_cmpl: count } as Options, signal);
+  return client().complete(infill, { mode, adapter, trim, time_budget_ms, max_tokens, session, n_cmpl: count } as Options, signal);
 }, changed => {
   if (changed !== code.shown) return;
   code.refresh();
   if (changed.finished && changed.timings) history.push(changed.timings);
   report();
 });
-const outcomes = new Outcomes((outcome, id) => client().tell(outcome, id));
+const outcomes = new Outcomes((outcome, id) => client().report(outcome, id));
 const code = new CodeEditor(element("editor"), suggestions, outcomes, settings, report);
 
 const chat = new Chat(element("chat"), {
@@ -47,17 +47,17 @@ const chat = new Chat(element("chat"), {
 
 /** State, tokens and times of the suggestion that is shown. */
 function report(): void {
-  const one = code.shown;
-  if (!one) return;
-  if (one.error) return failed(one.error);
-  say(!one.finished ? one.texts[0] ? "writing" : "reading" : one.texts[0] ? "ready: Tab accepts" : "nothing to suggest");
-  element("numbers").replaceChildren(...one.timings ? picture(one.timings, history.slice(-60)) : []);
+  const suggestion = code.shown;
+  if (!suggestion) return;
+  if (suggestion.error) return failed(suggestion.error);
+  say(!suggestion.finished ? suggestion.texts[0] ? "writing" : "reading" : suggestion.texts[0] ? "ready: Tab accepts" : "nothing to suggest");
+  element("numbers").replaceChildren(...suggestion.timings ? picture(suggestion.timings, history.slice(-60)) : []);
 }
 
 function failed(error: unknown): void {
   if (error instanceof ServerError && error.status === 401) {
     element("key-row").hidden = false;
-    return say("this server asks for a key");
+    return say("this server needs a key");
   }
   say(error instanceof TypeError ? "the server does not answer" : String(error instanceof Error ? error.message : error));
 }
@@ -66,7 +66,7 @@ async function connect(): Promise<void> {
   try {
     const about = await client().about();
     element("model").textContent = about.title || about.model;
-    if (!about.chat) chat.hint(`${about.title} was not tuned to chat: it goes on with the text. Serve an instruction-tuned model (-m 7b-it).`);
+    if (!about.chat) chat.hint(`${about.title} was not tuned to chat: it continues the text. Serve an instruction-tuned model (-m 7b-it).`);
     const names = [["auto", "automatic"], ["none", "base alone"], ...about.adapters.map(name => [name, name])];
     element("adapter").replaceChildren(...names.map(([value, text]) => h("option", { value }, text)));
     if (!names.some(([value]) => value === settings.adapter)) settings.adapter = "auto";

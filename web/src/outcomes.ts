@@ -1,25 +1,25 @@
-/** What became of suggestions: told to the server, which keeps figures of it in a local file (`codegemma stats`). */
+/** Reports to the server which suggestions were accepted, for the statistics in its local file (`codegemma stats`). */
 
 import type { Outcome } from "./api.ts";
 import type { Suggestion } from "./suggestions.ts";
 
-export const GRACE = 1000;  // ms: an acceptance may be heard of after the next suggestion is shown
+export const GRACE = 1000;  // ms: an acceptance may be reported after the next suggestion is shown
 
 export class Outcomes {
   private shown?: Suggestion;
 
-  constructor(private tell: (outcome: Outcome, id: string) => Promise<unknown>) {}
+  constructor(private report: (outcome: Outcome, id: string) => Promise<unknown>) {}
 
-  /** This one is on the screen; the one before is not any more. */
-  show(one: Suggestion): void {
-    if (one === this.shown) return;
+  /** This suggestion is shown now; the last one no longer is. */
+  show(suggestion: Suggestion): void {
+    if (suggestion === this.shown) return;
     const last = this.shown?.ids[0];
-    if (last) setTimeout(() => this.say("dismiss", last), GRACE);  // the server counts what it hears first
-    this.shown = one;
-    void one.done.then(() => this.say("view", one.ids[0]));
+    if (last) setTimeout(() => this.say("dismiss", last), GRACE);  // the server counts the first report
+    this.shown = suggestion;
+    void suggestion.done.then(() => this.say("view", suggestion.ids[0]));
   }
 
-  /** A text was taken. One that is still being written has no id, and is heard of again. */
+  /** A text was accepted. While it is still being generated it has no id, and the editor reports it again. */
   accept(id?: string): void {
     if (!id) return;
     this.shown = undefined;
@@ -27,6 +27,6 @@ export class Outcomes {
   }
 
   private say(outcome: Outcome, id?: string): void {
-    if (id) this.tell(outcome, id).catch(() => {});  // figures are not worth an error
+    if (id) this.report(outcome, id).catch(() => {});  // statistics are not worth an error
   }
 }

@@ -1,4 +1,4 @@
-/** What a suggestion cost, to look at: where the prompt came from, and how long each suggestion took. */
+/** A picture of what a suggestion cost: how much of the prompt was cached, and how long each suggestion took. */
 
 import type { Timings } from "./api.ts";
 import { h } from "./dom.ts";
@@ -27,13 +27,13 @@ export function picture(timings: Timings, history: Point[]): HTMLElement[] {
 }
 
 function columns(history: Point[]): SVGElement {
-  const most = Math.max(1, ...history.map(one => one.prompt_ms + one.predicted_ms)), step = WIDTH / 60;
-  const bars = history.flatMap((one, index) => {
-    const read = one.prompt_ms / most * HEIGHT, written = one.predicted_ms / most * HEIGHT, x = index * step;
+  const longest = Math.max(1, ...history.map(point => point.prompt_ms + point.predicted_ms)), step = WIDTH / 60;
+  const bars = history.flatMap((point, index) => {
+    const read = point.prompt_ms / longest * HEIGHT, written = point.predicted_ms / longest * HEIGHT, x = index * step;
     return [svg("rect", { x, y: HEIGHT - read, width: step - 1, height: read, class: "read" }),
             svg("rect", { x, y: HEIGHT - read - written, width: step - 1, height: written, class: "written" })];
   });
-  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `The longest took ${most.toFixed(0)} ms` }, ...bars);
+  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `The longest took ${longest.toFixed(0)} ms` }, ...bars);
 }
 
 function svg(tag: string, attributes: Record<string, unknown>, ...children: Element[]): SVGElement {

@@ -1,15 +1,15 @@
-/** Suggestions while one types: what was suggested is typed along without asking again, the next one is fetched before
- *  it is needed, and a new question cancels the older ones. */
+/** Suggestions while the user types: typing along a suggestion sends no new request, the next one is fetched before
+ *  it is needed, and a new request cancels the older ones. */
 
-import type { Hole, Piece, Timings } from "./api.ts";
+import type { Infill, Piece, Timings } from "./api.ts";
 
-export type Ask = (hole: Hole, count: number, signal: AbortSignal) => AsyncIterable<Piece>;
+export type Ask = (infill: Infill, count: number, signal: AbortSignal) => AsyncIterable<Piece>;
 
-const KEPT = 32;          // suggestions remembered
+const MAX_REMEMBERED = 32;          // suggestions remembered
 
 export class Suggestion {
   texts: string[];                      // the likeliest first; they grow as they are written
-  ids: (string | undefined)[] = [];     // the server's, of each text that is whole
+  ids: (string | undefined)[] = [];     // the server's, of each complete text
   timings?: Timings;
   error?: unknown;
   finished = false;
@@ -18,7 +18,7 @@ export class Suggestion {
   private begin = (): void => {};
   private abort = new AbortController();
 
-  constructor(readonly hole: Hole, ask: Ask, readonly count: number, changed: () => void) {
+  constructor(readonly infill: Infill, ask: Ask, readonly count: number, changed: () => void) {
     this.texts = Array(count).fill("");
     this.begun = new Promise(resolve => this.begin = resolve);
     this.done = this.read(ask, changed).catch(error => {
@@ -26,7 +26,7 @@ export class Suggestion {
       this.abort.abort();
     }).then(() => {
       const first = [...new Set(this.texts)].map(text => this.texts.indexOf(text));
-      [this.texts, this.ids] = [first.map(at => this.texts[at]), first.map(at => this.ids[at])];
+      [this.texts, this.ids] = [first.map(index => this.texts[index]), first.map(index => this.ids[index])];
       this.finished = !this.cancelled;
       this.begin();
       changed();
@@ -35,24 +35,24 @@ export class Suggestion {
 
   get cancelled(): boolean { return this.abort.signal.aborted; }
 
-  /** Ends it, wherever it is; no error comes of it. */
+  /** Stops it; this is no error. */
   cancel(): void { if (!this.finished) this.abort.abort(); }
 
-  /** What is left of each text that begins with what was typed since; undefined: this suggestion is of another place. */
-  left(hole: Hole): string[] | undefined {
-    if (hole.path !== this.hole.path || hole.suffix !== this.hole.suffix || !hole.prefix.startsWith(this.hole.prefix)) return;
-    const typed = hole.prefix.slice(this.hole.prefix.length);
+  /** The rest of each text that begins with what was typed since; undefined where this suggestion is for another place. */
+  remaining(infill: Infill): string[] | undefined {
+    if (infill.path !== this.infill.path || infill.suffix !== this.infill.suffix || !infill.prefix.startsWith(this.infill.prefix)) return;
+    const typed = infill.prefix.slice(this.infill.prefix.length);
     const fitting = this.texts.filter(text => text.startsWith(typed) && (!typed || text.length > typed.length));
     return fitting.length ? fitting.map(text => text.slice(typed.length)) : undefined;
   }
 
-  /** The id of the text of which `rest` is left. */
-  id(hole: Hole, rest: string): string | undefined {
-    return this.ids[this.texts.indexOf(hole.prefix.slice(this.hole.prefix.length) + rest)];
+  /** The id of the text whose end is `rest`. */
+  id(infill: Infill, rest: string): string | undefined {
+    return this.ids[this.texts.indexOf(infill.prefix.slice(this.infill.prefix.length) + rest)];
   }
 
   private async read(ask: Ask, changed: () => void): Promise<void> {
-    for await (const { text, index = 0, timings, id } of ask(this.hole, this.count, this.abort.signal)) {
+    for await (const { text, index = 0, timings, id } of ask(this.infill, this.count, this.abort.signal)) {
       this.texts[index] += text;
       if (id) this.ids[index] = id;
       if (timings?.stop === "cancelled") this.abort.abort();
@@ -64,41 +64,41 @@ export class Suggestion {
 }
 
 export class Suggestions {
-  private kept: Suggestion[] = [];
+  private remembered: Suggestion[] = [];
 
   constructor(private ask: Ask, private changed: (suggestion: Suggestion) => void = () => {}) {}
 
-  /** A suggestion that covers the hole, perhaps one that is still being written; the newest wins. */
-  find(hole: Hole, count = 1): Suggestion | undefined {
-    return this.kept.findLast(one => !one.cancelled && !one.error && one.count >= count && one.left(hole));
+  /** The newest suggestion that fits, perhaps one that is still being generated. */
+  find(infill: Infill, count = 1): Suggestion | undefined {
+    return this.remembered.findLast(suggestion => !suggestion.cancelled && !suggestion.error && suggestion.count >= count && suggestion.remaining(infill));
   }
 
-  /** Asks for `count` suggestions and cancels whatever else is being written. */
-  start(hole: Hole, count = 1): Suggestion {
+  /** Asks for `count` suggestions and cancels all others that are being generated. */
+  start(infill: Infill, count = 1): Suggestion {
     this.cancel();
-    const suggestion: Suggestion = new Suggestion(hole, this.ask, count, () => this.changed(suggestion));
-    this.kept = [...this.kept, suggestion].slice(-KEPT);
+    const suggestion: Suggestion = new Suggestion(infill, this.ask, count, () => this.changed(suggestion));
+    this.remembered = [...this.remembered, suggestion].slice(-MAX_REMEMBERED);
     return suggestion;
   }
 
   /** Fetches what would be suggested once this suggestion is accepted. */
-  prefetch({ hole, texts: [text], finished }: Suggestion): void {
-    const next = { ...hole, prefix: hole.prefix + text };
+  prefetch({ infill, texts: [text], finished }: Suggestion): void {
+    const next = { ...infill, prefix: infill.prefix + text };
     if (finished && text && !this.find(next)) this.start(next);
   }
 
   cancel(): void {
-    for (const one of this.kept) one.cancel();
-    this.kept = this.kept.filter(one => one.finished && !one.error);
+    for (const suggestion of this.remembered) suggestion.cancel();
+    this.remembered = this.remembered.filter(suggestion => suggestion.finished && !suggestion.error);
   }
 
   clear(): void {
     this.cancel();
-    this.kept = [];
+    this.remembered = [];
   }
 }
 
-/** A text of several lines must replace the rest of the cursor's line, which then stands at its own end. */
+/** A text of several lines replaces the rest of the line at the cursor, and ends with it. */
 export function placed(text: string, restOfLine: string): { insert: string; replaced: number } {
   return text.includes("\n") ? { insert: text + restOfLine, replaced: restOfLine.length } : { insert: text, replaced: 0 };
 }

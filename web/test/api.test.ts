@@ -23,9 +23,9 @@ async function served<T>(handler: Handler, use: (client: Client) => Promise<T>):
 }
 
 async function all<T>(stream: AsyncIterable<T>): Promise<T[]> {
-  const found: T[] = [];
-  for await (const one of stream) found.push(one);
-  return found;
+  const items: T[] = [];
+  for await (const item of stream) items.push(item);
+  return items;
 }
 
 function stream(bytes: Uint8Array, size: number): ReadableStream<Uint8Array> {
@@ -45,7 +45,7 @@ test("a stream that ends without [DONE] gives what it said", async () => {
   assert.deepEqual(await all(events(stream(new TextEncoder().encode("data: 1\n\ndata: 2"), 4))), ["1", "2"]);
 });
 
-test("a completion sends the hole under llama.cpp's names and our fields, with the key", async () => {
+test("a completion sends the infill under llama.cpp's names and our fields, with the key", async () => {
   const timings = { prompt_n: 3, cache_n: 9, prompt_ms: 1, predicted_n: 2, predicted_ms: 4, queue_ms: 0, mode: "spm", adapter: null, stop: "end" };
   const [pieces, sent] = await served<[Piece[], any]>((body, reply, request) => {
     Object.assign(sentBody, body, { key: request.headers.authorization, path_: request.url });
@@ -71,12 +71,12 @@ test("an error is the server's own sentence, also in the middle of a stream", as
     client => assert.rejects(client.about(), /bad gateway/));
 });
 
-test("what became of a suggestion is told as Tabby's clients do", async () => {
-  const sent = await served<any[]>((body, reply, request) => reply.end(void Object.assign(told, { body, url: request.url })),
-    async client => { await client.tell("select", "c-1"); return [told.url, told.body]; });
+test("what became of a suggestion is reported as Tabby's clients do", async () => {
+  const sent = await served<any[]>((body, reply, request) => reply.end(void Object.assign(reported, { body, url: request.url })),
+    async client => { await client.report("select", "c-1"); return [reported.url, reported.body]; });
   assert.deepEqual(sent, ["/v1/events", { type: "select", completion_id: "c-1", choice_index: 0 }]);
 });
-const told: { url?: string; body?: unknown } = {};
+const reported: { url?: string; body?: unknown } = {};
 
 test("leaving a stream, or aborting it, closes the connection", async () => {
   for (const way of ["leave", "abort"]) {

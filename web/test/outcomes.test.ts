@@ -1,59 +1,59 @@
 import assert from "node:assert/strict";
 import { type TestContext, test } from "node:test";
-import type { Hole, Piece } from "../src/api.ts";
+import type { Infill, Piece } from "../src/api.ts";
 import { GRACE, Outcomes } from "../src/outcomes.ts";
 import { type Suggestion, Suggestions } from "../src/suggestions.ts";
 
-const HOLE: Hole = { prefix: "x = ", suffix: "\n" };
+const INFILL: Infill = { prefix: "x = ", suffix: "\n" };
 
-/** Outcomes, what they told, and a maker of suggestions that are whole. */
+/** Outcomes, what they reported, and a maker of suggestions that are whole. */
 function scene(t: TestContext, answer = Promise.resolve()) {
   t.mock.timers.enable({ apis: ["setTimeout"] });
-  const told: string[] = [], outcomes = new Outcomes((outcome, id) => { told.push(`${outcome} ${id}`); return answer; });
+  const reported: string[] = [], outcomes = new Outcomes((outcome, id) => { reported.push(`${outcome} ${id}`); return answer; });
   const written = async (...pieces: Piece[]): Promise<Suggestion> => {
-    const one = new Suggestions(async function* () { yield* pieces; }).start(HOLE, pieces.length);
-    await one.done;
-    return one;
+    const suggestion = new Suggestions(async function* () { yield* pieces; }).start(INFILL, pieces.length);
+    await suggestion.done;
+    return suggestion;
   };
-  const show = async (one: Suggestion): Promise<void> => { outcomes.show(one); await one.done; };
-  return { told, outcomes, written, show, later: () => t.mock.timers.tick(GRACE) };
+  const show = async (suggestion: Suggestion): Promise<void> => { outcomes.show(suggestion); await suggestion.done; };
+  return { reported, outcomes, written, show, later: () => t.mock.timers.tick(GRACE) };
 }
 
 test("a suggestion is seen once, however often it is shown, and dismissed when another is", async t => {
-  const { told, written, show, later } = scene(t), one = await written({ text: "1", id: "a" });
-  await show(one);
-  await show(one);
+  const { reported, written, show, later } = scene(t), suggestion = await written({ text: "1", id: "a" });
+  await show(suggestion);
+  await show(suggestion);
   later();
-  assert.deepEqual(told, ["view a"]);
+  assert.deepEqual(reported, ["view a"]);
   await show(await written({ text: "2", id: "b" }));
   later();
-  assert.deepEqual(told, ["view a", "view b", "dismiss a"]);
+  assert.deepEqual(reported, ["view a", "view b", "dismiss a"]);
 });
 
-test("an acceptance that is heard of after the next suggestion is shown is told before the dismissal", async t => {
-  const { told, outcomes, written, show, later } = scene(t);
+test("an acceptance that is heard of after the next suggestion is shown is reported before the dismissal", async t => {
+  const { reported, outcomes, written, show, later } = scene(t);
   await show(await written({ text: "1", id: "a" }));
   await show(await written({ text: "2", id: "b" }));
   outcomes.accept("a");
   later();
-  assert.deepEqual(told, ["view a", "view b", "select a", "dismiss a"]);
+  assert.deepEqual(reported, ["view a", "view b", "select a", "dismiss a"]);
 });
 
 test("what was accepted is not dismissed, and the text that was chosen counts", async t => {
-  const { told, outcomes, written, show, later } = scene(t);
-  const one = await written({ text: "1", index: 0, id: "a" }, { text: "1", index: 1, id: "b" }, { text: "12", index: 2, id: "c" });
-  await show(one);
-  assert.equal(one.id({ ...HOLE, prefix: "x = 1" }, "2"), "c");
-  outcomes.accept(one.id(HOLE, "12"));
+  const { reported, outcomes, written, show, later } = scene(t);
+  const suggestion = await written({ text: "1", index: 0, id: "a" }, { text: "1", index: 1, id: "b" }, { text: "12", index: 2, id: "c" });
+  await show(suggestion);
+  assert.equal(suggestion.id({ ...INFILL, prefix: "x = 1" }, "2"), "c");
+  outcomes.accept(suggestion.id(INFILL, "12"));
   await show(await written({ text: "" }));
   later();
-  assert.deepEqual(told, ["view a", "select c"]);
+  assert.deepEqual(reported, ["view a", "select c"]);
 });
 
-test("a text that is still being written is not told of, and a server that cannot be told is no error", async t => {
-  const { told, outcomes, written, show } = scene(t, Promise.reject(new Error("no server")));
+test("a text that is still being written is not reported of, and a server that cannot be reported is no error", async t => {
+  const { reported, outcomes, written, show } = scene(t, Promise.reject(new Error("no server")));
   outcomes.accept(undefined);
-  assert.deepEqual(told, []);
+  assert.deepEqual(reported, []);
   await show(await written({ text: "1", id: "a" }));
-  assert.deepEqual(told, ["view a"]);
+  assert.deepEqual(reported, ["view a"]);
 });

@@ -1,23 +1,23 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import type { Hole, Piece } from "../src/api.ts";
+import type { Infill, Piece } from "../src/api.ts";
 import { placed, Suggestions } from "../src/suggestions.ts";
 
-const HOLE: Hole = { prefix: "def f():\n    ", suffix: "\n\nf()\n", path: "f.py" };
-const typed = (text: string, hole = HOLE): Hole => ({ ...hole, prefix: hole.prefix + text });
+const INFILL: Infill = { prefix: "def f():\n    ", suffix: "\n\nf()\n", path: "f.py" };
+const typed = (text: string, infill = INFILL): Infill => ({ ...infill, prefix: infill.prefix + text });
 
-/** A model that writes what it is told to, a piece at each call of `write`. */
+/** A model that writes what it is given, a piece at each call of `write`. */
 class Model {
-  asked: Hole[] = [];
-  aborted = new Set<Hole>();
+  asked: Infill[] = [];
+  aborted = new Set<Infill>();
   private waiting: ((piece: Piece | Error | undefined) => void)[] = [];
 
-  ask = async function* (this: Model, hole: Hole, _: number, signal: AbortSignal): AsyncGenerator<Piece> {
-    this.asked.push(hole);
+  ask = async function* (this: Model, infill: Infill, _: number, signal: AbortSignal): AsyncGenerator<Piece> {
+    this.asked.push(infill);
     for (;;) {
       const piece = await new Promise<Piece | Error | undefined>(resolve => {
         this.waiting.push(resolve);
-        signal.addEventListener("abort", () => { this.aborted.add(hole); resolve(new Error("aborted")); }, { once: true });
+        signal.addEventListener("abort", () => { this.aborted.add(infill); resolve(new Error("aborted")); }, { once: true });
       });
       if (piece instanceof Error) throw piece;
       if (!piece) return;
@@ -35,78 +35,78 @@ class Model {
 }
 
 test("a suggestion is typed along without asking again, while it is written and after", async () => {
-  const model = new Model(), suggestions = new Suggestions(model.ask), one = suggestions.start(HOLE);
+  const model = new Model(), suggestions = new Suggestions(model.ask), suggestion = suggestions.start(INFILL);
   await model.write("return ");
-  assert.equal(suggestions.find(typed("ret")), one);
-  assert.deepEqual(one.left(typed("ret")), ["urn "]);
+  assert.equal(suggestions.find(typed("ret")), suggestion);
+  assert.deepEqual(suggestion.remaining(typed("ret")), ["urn "]);
   await model.write("1", undefined);
-  assert.ok(one.finished);
-  assert.deepEqual(suggestions.find(typed("return"))?.left(typed("return")), [" 1"]);
+  assert.ok(suggestion.finished);
+  assert.deepEqual(suggestions.find(typed("return"))?.remaining(typed("return")), [" 1"]);
   assert.equal(suggestions.find(typed("return 1")), undefined, "all of it is typed: what comes next is another question");
   assert.equal(suggestions.find(typed("raise")), undefined);
-  assert.equal(suggestions.find({ ...HOLE, suffix: "" }), undefined);
-  assert.equal(suggestions.find({ ...HOLE, path: "g.py" }), undefined);
+  assert.equal(suggestions.find({ ...INFILL, suffix: "" }), undefined);
+  assert.equal(suggestions.find({ ...INFILL, path: "g.py" }), undefined);
   assert.equal(model.asked.length, 1);
 });
 
 test("nothing to suggest is remembered too", async () => {
-  const model = new Model(), suggestions = new Suggestions(model.ask), one = suggestions.start(HOLE);
+  const model = new Model(), suggestions = new Suggestions(model.ask), suggestion = suggestions.start(INFILL);
   await model.write(undefined);
-  assert.equal(suggestions.find(HOLE), one);
-  assert.deepEqual(one.left(HOLE), [""]);
+  assert.equal(suggestions.find(INFILL), suggestion);
+  assert.deepEqual(suggestion.remaining(INFILL), [""]);
 });
 
 test("a new question cancels the older ones, whose parts are forgotten", async () => {
-  const model = new Model(), suggestions = new Suggestions(model.ask), old = suggestions.start(HOLE);
+  const model = new Model(), suggestions = new Suggestions(model.ask), old = suggestions.start(INFILL);
   await model.write("ret");
   const fresh = suggestions.start(typed("x"));
   await old.done;
-  assert.deepEqual([...model.aborted], [HOLE]);
+  assert.deepEqual([...model.aborted], [INFILL]);
   assert.ok(old.cancelled && !old.finished && old.error === undefined);
-  assert.equal(suggestions.find(HOLE), undefined);
+  assert.equal(suggestions.find(INFILL), undefined);
   assert.equal(suggestions.find(typed("x")), fresh);
 });
 
 test("a suggestion that the server cancelled is not taken for a whole one", async () => {
-  const model = new Model(), suggestions = new Suggestions(model.ask), one = suggestions.start(HOLE);
+  const model = new Model(), suggestions = new Suggestions(model.ask), suggestion = suggestions.start(INFILL);
   await model.write({ text: "re", timings: { stop: "cancelled" } as Piece["timings"] }, undefined);
-  await one.done;
-  assert.ok(!one.finished);
-  assert.equal(suggestions.find(HOLE), undefined);
+  await suggestion.done;
+  assert.ok(!suggestion.finished);
+  assert.equal(suggestions.find(INFILL), undefined);
 });
 
 test("the next suggestion is there once this one is accepted", async () => {
-  const model = new Model(), suggestions = new Suggestions(model.ask), one = suggestions.start(HOLE);
+  const model = new Model(), suggestions = new Suggestions(model.ask), suggestion = suggestions.start(INFILL);
   await model.write("return 1", undefined);
-  suggestions.prefetch(one);
-  suggestions.prefetch(one);
+  suggestions.prefetch(suggestion);
+  suggestions.prefetch(suggestion);
   await model.write("\n", undefined);
-  assert.deepEqual(model.asked.map(hole => hole.prefix), [HOLE.prefix, HOLE.prefix + "return 1"]);
-  assert.deepEqual(suggestions.find(typed("return 1"))?.left(typed("return 1")), ["\n"]);
-  assert.equal(suggestions.find(HOLE), one, "the first is still shown");
+  assert.deepEqual(model.asked.map(infill => infill.prefix), [INFILL.prefix, INFILL.prefix + "return 1"]);
+  assert.deepEqual(suggestions.find(typed("return 1"))?.remaining(typed("return 1")), ["\n"]);
+  assert.equal(suggestions.find(INFILL), suggestion, "the first is still shown");
 });
 
 test("several are told apart, the same one is told once, and one does not stand for several", async () => {
   const model = new Model(), suggestions = new Suggestions(model.ask);
-  const one = suggestions.start(HOLE);
+  const suggestion = suggestions.start(INFILL);
   await model.write("a", undefined);
-  assert.equal(suggestions.find(HOLE, 3), undefined);
-  const three = suggestions.start(HOLE, 3);
+  assert.equal(suggestions.find(INFILL, 3), undefined);
+  const three = suggestions.start(INFILL, 3);
   await model.write({ text: "b", index: 2 }, { text: "a", index: 0 }, { text: "a", index: 1 });
-  assert.deepEqual(three.left(HOLE), ["a", "a", "b"]);
+  assert.deepEqual(three.remaining(INFILL), ["a", "a", "b"]);
   await model.write(undefined);
-  assert.deepEqual(three.left(HOLE), ["a", "b"]);
-  assert.equal(suggestions.find(HOLE), three);
-  assert.ok(one.finished);
+  assert.deepEqual(three.remaining(INFILL), ["a", "b"]);
+  assert.equal(suggestions.find(INFILL), three);
+  assert.ok(suggestion.finished);
 });
 
 test("an error is kept with the suggestion, which is asked for anew", async () => {
-  const model = new Model(), suggestions = new Suggestions(model.ask), one = suggestions.start(HOLE);
+  const model = new Model(), suggestions = new Suggestions(model.ask), suggestion = suggestions.start(INFILL);
   await model.write(new Error("no server"));
-  await one.done;
-  await one.begun;
-  assert.match(String(one.error), /no server/);
-  assert.equal(suggestions.find(HOLE), undefined);
+  await suggestion.done;
+  await suggestion.begun;
+  assert.match(String(suggestion.error), /no server/);
+  assert.equal(suggestions.find(INFILL), undefined);
 });
 
 test("text of several lines replaces the rest of the line, which ends up behind it", () => {

@@ -1,7 +1,7 @@
 /** Ghost text. */
 
 import * as vscode from "vscode";
-import type { Hole } from "../../../web/src/api.ts";
+import type { Infill } from "../../../web/src/api.ts";
 import { Outcomes } from "../../../web/src/outcomes.ts";
 import { placed, type Suggestion, Suggestions } from "../../../web/src/suggestions.ts";
 import type { Context } from "./context.ts";
@@ -19,36 +19,36 @@ export class Completions implements vscode.InlineCompletionItemProvider {
   /** `report` is called with each suggestion and the milliseconds that it took. */
   constructor(server: Server, private context: Context, private report: (suggestion: Suggestion, ms: number) => void) {
     const session = `vscode-${process.pid}-${vscode.env.sessionId}`;
-    this.suggestions = new Suggestions(async function* (hole, count, signal) {
+    this.suggestions = new Suggestions(async function* (infill, count, signal) {
       const client = await server.client();
-      yield* client.complete(hole, { session, n_cmpl: count, mode: setting("mode"), trim: setting("trim"), adapter: setting("adapter"),
+      yield* client.complete(infill, { session, n_cmpl: count, mode: setting("mode"), trim: setting("trim"), adapter: setting("adapter"),
         max_tokens: setting("maxTokens"), time_budget_ms: setting("timeBudget") }, signal);
     });
-    this.outcomes = new Outcomes(async (outcome, id) => (await server.client()).tell(outcome, id));
+    this.outcomes = new Outcomes(async (outcome, id) => (await server.client()).report(outcome, id));
   }
 
   async provideInlineCompletionItems(document: vscode.TextDocument, position: vscode.Position,
       context: vscode.InlineCompletionContext, token: vscode.CancellationToken): Promise<vscode.InlineCompletionItem[]> {
     const invoked = context.triggerKind === INVOKED, started = Date.now();
     if ((!invoked && !enabled(document.languageId)) || !await this.context.allows(document)) return [];
-    const hole = await this.hole(document, position, context.selectedCompletionInfo);
+    const infill = await this.infill(document, position, context.selectedCompletionInfo);
     if (token.isCancellationRequested) return [];
-    const suggestion = await this.suggest(hole, invoked, token);
+    const suggestion = await this.suggest(infill, invoked, token);
     if (!suggestion) return [];
     this.report(suggestion, Date.now() - started);
     if (token.isCancellationRequested || !suggestion.finished) return [];
     if (setting("prefetch")) setTimeout(() => this.suggestions.prefetch(suggestion));
     this.outcomes.show(suggestion);
-    return this.items(suggestion, hole, document, position, context.selectedCompletionInfo);
+    return this.items(suggestion, infill, document, position, context.selectedCompletionInfo);
   }
 
-  private async suggest(hole: Hole, invoked: boolean, token: vscode.CancellationToken): Promise<Suggestion | undefined> {
+  private async suggest(infill: Infill, invoked: boolean, token: vscode.CancellationToken): Promise<Suggestion | undefined> {
     const count = invoked ? setting("suggestions") : 1;
-    let known = this.suggestions.find(hole, count);
+    let known = this.suggestions.find(infill, count);
     if (!known) {
       if (!invoked) await new Promise(resolve => setTimeout(resolve, setting("delay")));
       if (token.isCancellationRequested) return;
-      known = this.suggestions.start(hole, count);
+      known = this.suggestions.start(infill, count);
     }
     const suggestion = known;
     // One that has begun goes on, since the user may be typing its text; one that has not would delay the next.
@@ -58,8 +58,8 @@ export class Completions implements vscode.InlineCompletionItemProvider {
   }
 
   /** What the server is asked to complete. While the pop-up of plain completions is open, its selected entry counts as typed. */
-  private async hole(document: vscode.TextDocument, position: vscode.Position,
-      selected?: vscode.SelectedCompletionInfo): Promise<Hole> {
+  private async infill(document: vscode.TextDocument, position: vscode.Position,
+      selected?: vscode.SelectedCompletionInfo): Promise<Infill> {
     const text = document.getText(), path = vscode.workspace.asRelativePath(document.uri, false);
     const { prefix, suffix } = textAround(text, document.offsetAt(position));
     const replaced = selected ? document.offsetAt(position) - document.offsetAt(selected.range.start) : 0;
@@ -68,13 +68,13 @@ export class Completions implements vscode.InlineCompletionItemProvider {
              language: document.languageId, context: await this.context.files(document, setting("contextFiles")) };
   }
 
-  private items(suggestion: Suggestion, hole: Hole, document: vscode.TextDocument, position: vscode.Position,
+  private items(suggestion: Suggestion, infill: Infill, document: vscode.TextDocument, position: vscode.Position,
       selected?: vscode.SelectedCompletionInfo): vscode.InlineCompletionItem[] {
     const restOfLine = document.lineAt(position.line).text.slice(position.character), start = selected?.range.start ?? position;
-    return (suggestion.left(hole) ?? []).filter(Boolean).map(text => {
+    return (suggestion.remaining(infill) ?? []).filter(Boolean).map(text => {
       const { insert, replaced } = placed(text, restOfLine);
       const end = selected && !replaced ? selected.range.end : position.translate(0, replaced);
-      const accepted = { command: ACCEPTED, title: "Accepted", arguments: [suggestion.id(hole, text)] };
+      const accepted = { command: ACCEPTED, title: "Accepted", arguments: [suggestion.id(infill, text)] };
       return new vscode.InlineCompletionItem((selected?.text ?? "") + insert, new vscode.Range(start, end), accepted);
     });
   }

@@ -1,11 +1,11 @@
 /** The text around the cursor that a completion request carries. */
 
-import type { Hole } from "../../../web/src/api.ts";
+import type { Infill } from "../../../web/src/api.ts";
 
 const BEFORE = 48_000, AFTER = 16_000, STEP = 16_000;  // characters
 
 /** The start moves in steps, so that typing keeps what the server has cached. */
-export function textAround(text: string, offset: number): Pick<Hole, "prefix" | "suffix"> {
+export function textAround(text: string, offset: number): Pick<Infill, "prefix" | "suffix"> {
   const start = Math.max(0, Math.ceil((offset - BEFORE) / STEP) * STEP);
   return { prefix: text.slice(start, offset), suffix: text.slice(offset, offset + AFTER) };
 }
