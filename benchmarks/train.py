@@ -1,11 +1,12 @@
-"""LoRA training beside transformers and peft in one run: tokens a second, peak memory, share of the machine's peak.
+"""LoRA training beside transformers and peft in one run: tokens a second, peak memory, share of the machine's
+peak.
 
-    PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/train.py [--rounds 3] [--length 1024] [--rank 32] [--2b] [--log]
+    PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/train.py [--rounds 3] [--length 1024] [--2b] [--log]
 
-Every contender trains the same adapter (all linear layers) on the same random tokens, one row of `length` at a time, each
-in a process of its own that the others wait for; the median of the steps after the first two counts. "Peak" is what this
-machine's multipliers do in the same minutes: of bfloat16 where it has instructions for them, else of float32.
-"""
+Every contender trains the same adapter (all linear layers) on the same random tokens, one row of `length` at
+a time, each in a process of its own that the others wait for; the median of the steps after the first two
+counts. "Peak" is what this machine's multipliers do in the same minutes: of bfloat16 where it has
+instructions for them, else of float32."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ from logbook import parser, publish
 from peers import BENCH, PYTHON, exported
 
 STEPS = 3
-SPARING = {
-    "kernels, all tokens, products kept": "products",  # what is element by element is computed again,
-    "kernels, all tokens, layers kept": "layer",
-}  # or all within a layer
+REMAT = {
+    "kernels, all tokens, products kept": "products",  # elementwise results are recomputed
+    "kernels, all tokens, layers kept": "layer",  # all within a layer is recomputed
+}
 XLA = "XLA alone, all tokens"
-OURS = ("kernels, all tokens", *SPARING, "kernels, middle only", XLA, f"{XLA}, bfloat16")
+OURS = ("kernels, all tokens", *REMAT, "kernels, middle only", XLA, f"{XLA}, bfloat16")
 THEIRS = ("float32 eager", "float32 compiled", "bfloat16 eager", "bfloat16 compiled")
 MIDDLE = 0.15  # share of the tokens that a row with loss on the middle has as targets
 
@@ -41,31 +42,25 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
 
     from codegemma import hub
     from codegemma.checkpoints import open_checkpoint
+    from codegemma.jax.compiler import compiler_options
     from codegemma.jax.forward import params_of
-    from codegemma.train.loop import (
-        Settings,
-        compiler_options,
-        flops_of,
-        give_back,
-        gradient,
-        hold_memory,
-        new_lora,
-        optimizer,
-        schedule,
-    )
+    from codegemma.train.lora import new_lora
     from codegemma.train.loss import BLOCK
+    from codegemma.train.objective import flops_of, gradient
+    from codegemma.train.optimizer import optimizer, schedule
     from codegemma.train.order import microbatches
+    from codegemma.train.session import prepare_process, trim_heap
+    from codegemma.train.settings import TrainingSettings
 
-    hold_memory()
+    prepare_process()
     checkpoint = open_checkpoint(hub.resolve(model))
     config, kernels = checkpoint.config, name.startswith("kernels")
     dtype: Any = "bfloat16" if "bfloat16" in name else "float32"
-    remat: Any = SPARING.get(name, "none")
-    settings = Settings(remat=remat, dtype=dtype)
-    base = params_of(
-        checkpoint, None if kernels else jax.numpy.dtype(dtype), blocks="own" if kernels else "none"
-    )
-    lora = new_lora(config, base, rank)
+    remat: Any = REMAT.get(name, "none")
+    settings = TrainingSettings(remat=remat, dtype=dtype)
+    kept: Any = {"blocks": "own"} if kernels else {"dtype": jax.numpy.dtype(dtype)}
+    base = params_of(checkpoint, **kept)
+    lora = new_lora(base, rank)
     rng = np.random.default_rng(0)
     row = {
         "tokens": rng.integers(0, config.vocab, length, np.int32),
@@ -77,10 +72,10 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
     rule = optimizer(settings, schedule(settings, 100))
     moments = rule.init(lora)
 
-    @partial(jax.jit, compiler_options=compiler_options(settings))
+    @partial(jax.jit, compiler_options=compiler_options(remat))
     def step(lora, moments, base):
-        (loss, _), grown = gradient(config, settings)(lora, base, batch)
-        changes, moments = rule.update(grown, moments, lora)
+        (loss, _), gradients = gradient(config, settings)(lora, base, batch)
+        changes, moments = rule.update(gradients, moments, lora)
         return jax.tree.map(lambda a, b: a + b, lora, changes), moments, loss
 
     seconds = []
@@ -89,7 +84,7 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
         lora, moments, loss = jax.block_until_ready(step(lora, moments, base))
         seconds.append(time.perf_counter() - start)
         if len(seconds) <= 2:
-            give_back()  # as the loop does at its start
+            trim_heap()  # as a session does at its start
     targets = int(batch.count_C.sum())
     return {
         "seconds": statistics.median(seconds[2:]),
@@ -124,12 +119,12 @@ def theirs(name: str, folder: str, length: int, rank: int) -> dict[str, float]:
 
 
 def peak() -> tuple[str, float]:
-    """Of which type, and its operations a second in all multipliers."""
+    """The type, and the operations a second that all multipliers reach in it."""
     from codegemma.native import _native, usable_cpus
 
     pool = _native.Pool(usable_cpus())
-    paired = _native.measure_products("auto", pool, True)
-    return ("bfloat16", paired) if paired else ("float32", _native.measure_products("auto", pool, False))
+    rounded = _native.measure_products("auto", pool, True)
+    return ("bfloat16", rounded) if rounded else ("float32", _native.measure_products("auto", pool, False))
 
 
 def _peak() -> float:
@@ -159,54 +154,53 @@ def main() -> None:
         "--2b", dest="large", action="store_true", help="a 2B geometry in Q4_0 alone, length 512"
     )
     options.add_argument("--skip", action="append", default=[], help="a contender to leave out; repeatable")
-    chosen = options.parse_args()
-    if chosen.large:
+    args = options.parse_args()
+    if args.large:
         path = BENCH / "random-2b-q4_0.gguf"
         if not path.exists():
             subprocess.run(
                 [sys.executable, str(Path(__file__).with_name("random_model.py")), "2b", "q4_0"], check=True
             )
-        found = _run(sys.executable, "ours", [*SPARING][-1], str(path), 512, chosen.rank)
-        assert found
+        result = _run(sys.executable, "ours", [*REMAT][-1], str(path), 512, args.rank)
+        assert result
         publish(
-            f"\n2B geometry, Q4_0 blocks, length 512, rank {chosen.rank}, `--remat layer`: "
-            f"{512 / found['seconds']:.1f} tokens/s, peak memory "
-            f"{found['bytes'] / 1e9:.2f} GB, {found['flops'] / found['seconds'] / 1e9:.0f} GFLOP/s\n",
-            chosen.log,
+            f"\n2B geometry, Q4_0 blocks, length 512, rank {args.rank}, `--remat layer`: "
+            f"{512 / result['seconds']:.1f} tokens/s, peak memory "
+            f"{result['bytes'] / 1e9:.2f} GB, {result['flops'] / result['seconds'] / 1e9:.0f} GFLOP/s\n",
+            args.log,
         )
         return
     times: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     shares: dict[str, list[float]] = {}
-    for _ in range(chosen.rounds):
+    for _ in range(args.rounds):
         kind_of_peak, limit = peak()
         for kind, python, names, model in (
             ("ours", sys.executable, OURS, "gemma-3-270m"),
             ("theirs", PYTHON, THEIRS, str(exported())),
         ):
             for name in names:
-                if name in chosen.skip:
+                if name in args.skip:
                     continue
-                found = _run(python, kind, name, model, chosen.length, chosen.rank)
-                if found:
-                    times.setdefault(name, []).append(found["seconds"])
-                    memory[name] = max(memory.get(name, 0), found["bytes"])
-                    if "flops" in found:
-                        shares.setdefault(name, []).append(found["flops"] / found["seconds"] / limit)
+                result = _run(python, kind, name, model, args.length, args.rank)
+                if result:
+                    times.setdefault(name, []).append(result["seconds"])
+                    memory[name] = max(memory.get(name, 0), result["bytes"])
+                    if "flops" in result:
+                        shares.setdefault(name, []).append(result["flops"] / result["seconds"] / limit)
     best = min((statistics.median(times[name]) for name in THEIRS if name in times), default=float("nan"))
     lines = [
         f"\n## {datetime.date.today()}: LoRA training beside transformers and peft\n",
-        f"`benchmarks/train.py --rounds {chosen.rounds}`: rank {chosen.rank}, one row of {chosen.length} tokens a step.\n",
+        f"`benchmarks/train.py --rounds {args.rounds}`: rank {args.rank}, {args.length} tokens a step.\n",
         f"| | tokens/s | ratio to their best | peak memory GB | share of the {kind_of_peak} peak |",
         "|---|---|---|---|---|",
     ]
     for name, seconds in times.items():
         median = statistics.median(seconds)
         share = f"{statistics.median(shares[name]):.0%}" if name in shares else ""
-        lines.append(
-            f"| {name} | {chosen.length / median:.1f} | {best / median:.2f} | {memory[name] / 1e9:.2f} | {share} |"
-        )
-    publish("\n".join(lines) + "\n", chosen.log)
+        speed = f"{args.length / median:.1f} | {best / median:.2f}"
+        lines.append(f"| {name} | {speed} | {memory[name] / 1e9:.2f} | {share} |")
+    publish("\n".join(lines) + "\n", args.log)
 
 
 if __name__ == "__main__":

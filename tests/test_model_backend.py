@@ -1,4 +1,4 @@
-"""The engine over JAX against the engine over the native kernels: prefix cache, batches, speculation, cancelling, saving."""
+"""The engine over JAX against the native one: prefix cache, batches, speculation, cancelling, saving."""
 
 from pathlib import Path
 
@@ -32,12 +32,15 @@ def bound(checkpoint, ids):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_is_the_native_engines(kind):
-    """A prompt over two pages; then one that goes on from the middle of a cached page; then three in one batch, one of
-    which repeats itself and is drafted for. Tokens, log-probabilities and how much the cache gave are the same."""
+    """Tokens, log-probabilities and counts of cached tokens are the same.
+
+    A prompt over two pages; one that continues from the middle of a cached page; three in one batch, one of
+    which repeats itself, so that its tokens are speculated.
+    """
     checkpoint = model(kind)
     ours, theirs = Engine(Jax(checkpoint)), Engine(Native(checkpoint, 1))
     ids = random_ids(PAGE + 9)
-    most = bound(checkpoint, ids)
+    tolerance = bound(checkpoint, ids)
     again = ids[: PAGE - 4] + random_ids(20, seed=1)
     for prompt in (ids, again, random_ids(6, seed=2) * 4):
         request = Request(prompt, max_tokens=6, sampling=Sampling(temperature=0.8, seed=3))
@@ -45,10 +48,10 @@ def test_generation_is_the_native_engines(kind):
         assert a.ids == b.ids and a.cached_tokens == b.cached_tokens
         assert (
             np.abs(np.array([step.logprob for step in a.steps]) - [step.logprob for step in b.steps]).max()
-            < 2 * most
+            < 2 * tolerance
         )
     assert a.prompt_tokens == 24 and b.cached_tokens == 1 < PAGE - 4
-    found = []
+    results = []
     for engine in (ours, theirs):
         batch = Batch(engine, chunk=32)
         running = [
@@ -57,13 +60,13 @@ def test_generation_is_the_native_engines(kind):
         ]
         while batch.running:
             batch.step()
-        found.append([one.ids for one in running])
-    assert found[0] == found[1]
+        results.append([request.ids for request in running])
+    assert results[0] == results[1]
 
 
 def test_adapters_run_beside_the_base():
-    """Low-rank parts and own rows give the native engine's logits; in one batch, each request has its own adapter's."""
-    checkpoint, found = model("gemma-mqa"), []
+    """Adapters give the native engine's logits; in one batch, each request has its own adapter's."""
+    checkpoint, results = model("gemma-mqa"), []
     adapter = random_adapter(checkpoint.config, ranks=(4, 2), tokens=(69, 300))
     ids = [2, 69, *random_ids(20)[1:]]
     for backend in (Jax(checkpoint), Native(checkpoint, 1)):
@@ -73,15 +76,18 @@ def test_adapters_run_beside_the_base():
         running = [batch.add(Request(ids, max_tokens=4, adapter=name)) for name in ("mine", "none")]
         while batch.running:
             batch.step()
-        found.append(
-            ([one.ids for one in running], *(engine.logits(ids, adapter=name) for name in ("mine", "none")))
+        results.append(
+            (
+                [request.ids for request in running],
+                *(engine.logits(ids, adapter=name) for name in ("mine", "none")),
+            )
         )
-    (tokens, mine, base), (their_tokens, their_mine, their_base) = found
-    most = bound(checkpoint, ids)
+    (tokens, mine, base), (their_tokens, their_mine, their_base) = results
+    tolerance = bound(checkpoint, ids)
     assert tokens == their_tokens
     assert (
-        np.abs(base - their_base).max() < most
-        and np.abs(mine - their_mine).max() < 2 * most < np.abs(mine - base).max()
+        np.abs(base - their_base).max() < tolerance
+        and np.abs(mine - their_mine).max() < 2 * tolerance < np.abs(mine - base).max()
     )
 
 

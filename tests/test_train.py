@@ -1,6 +1,6 @@
-"""The laws of training: loss and gradients, parity with PyTorch and peft, order, resumption after kill -9, meshes.
+"""The laws of training: loss, gradients, parity with PyTorch and peft, order, resumption, meshes.
 
-What runs in processes of its own (kills, meshes of 8 devices, two hosts) is `tests/training.py`.
+`tests/training.py` runs in processes of its own what needs them: kills, meshes of 8 devices, two hosts.
 """
 
 import json
@@ -22,31 +22,25 @@ from tiny import dequantize, random_blocks, tiny_config
 
 from codegemma.adapters.adapter import Adapter
 from codegemma.config import ModelConfig
-from codegemma.jax.forward import Lora
+from codegemma.jax.compiler import compiler_options
+from codegemma.jax.forward import LoraParams
 from codegemma.native.xla import Blocks
 from codegemma.train import loss as losses
 from codegemma.train import mesh
-from codegemma.train.loop import (
-    Settings,
-    adapter_of,
-    compiler_options,
-    flops_of,
-    gradient,
-    lora_of,
-    new_lora,
-    objective,
-    optimizer,
-    schedule,
-    train,
-)
+from codegemma.train.loop import train
+from codegemma.train.lora import adapter_of, lora_of, new_lora
 from codegemma.train.loss import BLOCK, cross_entropy
+from codegemma.train.objective import flops_of, gradient, objective
+from codegemma.train.optimizer import optimizer, schedule
 from codegemma.train.order import Microbatch, Order, Sample, microbatches
+from codegemma.train.session import Session
+from codegemma.train.settings import TrainingSettings
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "train.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN.files} - {"versions"})
 
 
-# --------------------------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------------------------------------ loss
 def dense(h_MD, targets_M, table_VD, rows_RD, ids, cap, z):
     """(nats [M], gradients of their weighted sum) in float64 NumPy, from whole logits."""
     table = table_VD.astype(np.float64)
@@ -76,7 +70,7 @@ def dense(h_MD, targets_M, table_VD, rows_RD, ids, cap, z):
     ],
 )
 def test_loss_in_chunks_is_the_dense_loss(monkeypatch, V, ids, cap, z, chunk):
-    """Loss, hits and all gradients; vocabularies that chunks of 512 do and do not fill; targets among the own rows."""
+    """Loss, hits and all gradients; vocabularies that chunks of 512 do and do not fill; adapters' targets."""
     monkeypatch.setattr(losses, "CHUNK_BYTES", chunk)
     rng = np.random.default_rng(V)
     M, D = 6, 24
@@ -87,11 +81,11 @@ def test_loss_in_chunks_is_the_dense_loss(monkeypatch, V, ids, cap, z, chunk):
     targets = np.array([*ids, *rng.integers(0, V, M)][:M], np.int32)
 
     def weighted(h, table, rows):
-        lora = Lora({"rows": rows}, 1.0, ids)
-        made = cross_entropy(h, targets, table, lora, cap=cap, z=z, train_table=True)
-        return (made.nats_M * jnp.arange(1.0, M + 1)).sum(), made
+        lora = LoraParams({"rows": rows}, 1.0, ids)
+        loss = cross_entropy(h, targets, table, lora, cap=cap, z=z, train_table=True)
+        return (loss.nats_M * jnp.arange(1.0, M + 1)).sum(), loss
 
-    (_, made), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(h, table, rows)
+    (_, loss), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(h, table, rows)
     nats, right, *wanted = dense(h, targets, table, rows, ids, cap, z)
     # a logit errs by D roundoffs of its terms' size, and a sum over V columns by as much again
     error = (
@@ -99,8 +93,8 @@ def test_loss_in_chunks_is_the_dense_loss(monkeypatch, V, ids, cap, z, chunk):
         * 2.0**-24
         * (D**0.5 * np.linalg.norm(h, axis=1).max() * np.linalg.norm(table, axis=1).max() + np.log(V) * 4)
     )
-    assert np.abs(made.nats_M - nats).max() < error * (1 + 2 * z * 10)
-    assert (np.asarray(made.right_M) == right).all()
+    assert np.abs(loss.nats_M - nats).max() < error * (1 + 2 * z * 10)
+    assert (np.asarray(loss.right_M) == right).all()
     for ours, theirs in zip(gradients, wanted, strict=True):
         assert ours.shape == theirs.shape
         assert np.abs(ours - theirs).max(initial=0) < 4 * error * np.abs(theirs).max(initial=0) + error
@@ -113,19 +107,19 @@ def test_a_frozen_table_gives_the_same_other_gradients_and_blocks_that_do_not_co
     targets = jnp.asarray(rng.integers(0, V, M), jnp.int32)
 
     def total(h, rows, count, trained):
-        made = cross_entropy(
-            h, targets, table, Lora({"rows": rows}, 1.0, ids), count=count, train_table=trained
+        loss = cross_entropy(
+            h, targets, table, LoraParams({"rows": rows}, 1.0, ids), count=count, train_table=trained
         )
-        return (made.nats_M * (jnp.arange(M) < (M if count is None else count))).sum(), made.nats_M
+        return (loss.nats_M * (jnp.arange(M) < (M if count is None else count))).sum(), loss.nats_M
 
     gradient = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=3)
-    (whole, each), (h_whole, rows_whole) = gradient(h, rows, None, False)
+    (total_loss, each), (h_all, rows_all) = gradient(h, rows, None, False)
     (_, _), (h_trained, rows_trained) = gradient(h, rows, None, True)
-    assert np.array_equal(h_whole, h_trained) and np.array_equal(rows_whole, rows_trained)
+    assert np.array_equal(h_all, h_trained) and np.array_equal(rows_all, rows_trained)
     (part, nats), (h_part, _) = gradient(h, rows, jnp.int32(100), False)
     assert np.array_equal(nats[:BLOCK], each[:BLOCK]) and not np.asarray(nats[BLOCK:]).any()
     assert abs(float(part) - float(each[:100].sum())) < 1e-3
-    assert np.array_equal(h_part[:100], h_whole[:100]) and not np.asarray(h_part[100:]).any()
+    assert np.array_equal(h_part[:100], h_all[:100]) and not np.asarray(h_part[100:]).any()
 
 
 @pytest.mark.parametrize("V, M, cap", [(1031, 9, 30.0), (9001, 1100, None), (4096, 3, 2.0)])
@@ -140,17 +134,17 @@ def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch, kernels, V,
     targets = np.array([7, 1030, *rng.integers(0, V, M - 2)], np.int32)
 
     def weighted(h, rows, table):
-        made = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), cap=cap)
-        return (made.nats_M * jnp.arange(1.0, M + 1)).sum(), made
+        loss = cross_entropy(h, targets, table, LoraParams({"rows": rows}, 1.0, ids), cap=cap)
+        return (loss.nats_M * jnp.arange(1.0, M + 1)).sum(), loss
 
-    (_, made), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(
+    (_, loss), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(
         h, rows, Blocks.of(tensor)
     )
     wanted, right, h_wanted, _, rows_wanted = dense(h, targets, dequantize(tensor), rows, ids, cap, 0.0)
     error = (
         2.0**-18 * np.abs(h_wanted).max()
     )  # logits of 20 err by some roundoffs of it, and exponentials by as much
-    assert np.abs(made.nats_M - wanted).max() < error and (np.asarray(made.right_M) == right).all()
+    assert np.abs(loss.nats_M - wanted).max() < error and (np.asarray(loss.right_M) == right).all()
     assert (
         np.abs(gradients[0] - h_wanted).max() < error
         and np.abs(gradients[1] - rows_wanted).max() < error * M**0.5
@@ -168,19 +162,26 @@ def test_kernels_take_a_sample_and_a_count_as_the_chunks_do(monkeypatch, cap):
     )
 
     def total(h, rows, count):
-        made = cross_entropy(
-            h, targets, table, Lora({"rows": rows}, 1.0, ids), cap=cap, z=1e-3, count=count, sample=sample
+        loss = cross_entropy(
+            h,
+            targets,
+            table,
+            LoraParams({"rows": rows}, 1.0, ids),
+            cap=cap,
+            z=1e-3,
+            count=count,
+            sample=sample,
         )
-        return jnp.where(jnp.arange(M) < count, made.nats_M, 0).sum(), made
+        return jnp.where(jnp.arange(M) < count, loss.nats_M, 0).sum(), loss
 
-    found = []
+    results = []
     for kernels in (True, False):
         monkeypatch.setattr(losses.xla, "kernels", lambda kernels=kernels: kernels)
         step = jax.jit(jax.value_and_grad(lambda *args: total(*args), (0, 1), has_aux=True))
-        (_, made), gradients = step(h, rows, jnp.int32(300))
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((made, gradients)))
-        found.append((made.nats_M[:300], made.right_M[:300], *gradients))
-    for ours, theirs in zip(*found, strict=True):
+        (_, loss), gradients = step(h, rows, jnp.int32(300))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, gradients)))
+        results.append((loss.nats_M[:300], loss.right_M[:300], *gradients))
+    for ours, theirs in zip(*results, strict=True):
         assert (
             np.abs(np.float32(ours) - np.float32(theirs)).max() <= 2.0**-17 * np.abs(np.float32(theirs)).max()
         )
@@ -198,7 +199,9 @@ def test_a_sample_of_the_vocabulary_gives_the_loss_on_average():
     @jax.jit
     def measure(h, rows, sample=None):
         def total(h, rows):
-            nats = cross_entropy(h, targets, table, Lora({"rows": rows}, 1.0, ids), sample=sample).nats_M
+            nats = cross_entropy(
+                h, targets, table, LoraParams({"rows": rows}, 1.0, ids), sample=sample
+            ).nats_M
             return nats.sum(), nats
 
         return jax.value_and_grad(total, (0, 1), has_aux=True)(h, rows)
@@ -206,12 +209,13 @@ def test_a_sample_of_the_vocabulary_gives_the_loss_on_average():
     (_, exact), (h_exact, rows_exact) = measure(h, rows)
     batch = Microbatch(*[None] * 4, targets[None], None)
     draw = order.sampler(1000, V)
-    one, again, other = draw(5, [batch]), draw(5, [batch]), draw(6, [batch])
-    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True)) and not np.array_equal(
-        one[0], other[0]
-    )
-    assert len(one.numbers_S) == len(set(one.numbers_S)) == 1000 and one.weights_S.sum() == pytest.approx(V)
-    certain = set(one.numbers_S[one.weights_S == 1])
+    sample, again, other = draw(5, [batch]), draw(5, [batch]), draw(6, [batch])
+    assert all(np.array_equal(a, b) for a, b in zip(sample, again, strict=True))
+    assert not np.array_equal(sample[0], other[0])
+    assert len(sample.numbers_S) == len(
+        set(sample.numbers_S)
+    ) == 1000 and sample.weights_S.sum() == pytest.approx(V)
+    certain = set(sample.numbers_S[sample.weights_S == 1])
     assert certain >= set(np.asarray(targets)) | set(np.bincount(tokens.reshape(-1)).argsort()[-50:])
     many = [measure(h, rows, draw(step, [batch])) for step in range(300)]
     normaliser = np.array(
@@ -220,17 +224,15 @@ def test_a_sample_of_the_vocabulary_gives_the_loss_on_average():
     assert (
         np.abs(normaliser.mean(0) - 1) < 5 * normaliser.std(0) / 300**0.5
     ).all() and 0.01 < normaliser.std(0).max() < 1
-    for found, wanted in (
+    for mean, wanted in (
         (np.mean([g[0] for _, g in many], 0), h_exact),
         (np.mean([g[1] for _, g in many], 0), rows_exact),
     ):
-        assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
-    (_, whole), whole_gradients = measure(
-        h, rows, Sample(np.arange(V, dtype=np.int32), np.ones(V, np.float32))
-    )
-    assert np.allclose(whole, exact, 0, 1e-5) and np.allclose(whole_gradients[0], h_exact, 0, 1e-5)
+        assert np.abs(mean - wanted).max() < 0.1 * np.abs(wanted).max()
+    (_, full), full_gradients = measure(h, rows, Sample(np.arange(V, dtype=np.int32), np.ones(V, np.float32)))
+    assert np.allclose(full, exact, 0, 1e-5) and np.allclose(full_gradients[0], h_exact, 0, 1e-5)
     with pytest.raises(ValueError, match="frozen table"):
-        cross_entropy(h, targets, table, train_table=True, sample=one)
+        cross_entropy(h, targets, table, train_table=True, sample=sample)
     with pytest.raises(ValueError, match="take more of the vocabulary"):
         order.sampler(20, V)(0, [Microbatch(*[None] * 4, jnp.arange(30)[None], None)])
 
@@ -251,10 +253,10 @@ def test_memory_is_a_chunk_of_logits(trained):
     assert temporary < 6 * losses.CHUNK_BYTES + 4 * 4 * D * (V + 4 * M) < 4 * V * M
 
 
-# ------------------------------------------------------------------------------------- parity with PyTorch and with peft
+# ------------------------------------------------------------------------- parity with PyTorch and with peft
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_steps_are_those_of_pytorch(case, tmp_path):
-    """Losses and all that was trained lie within 8 times the distance that PyTorch's own float32 run had from float64."""
+    """Losses and trained arrays err at most 8 times as much as PyTorch's own in float32."""
     about = json.loads(str(GOLDEN[f"{case}/about"]))
     config = ModelConfig(**about["config"])
     params = {
@@ -266,7 +268,7 @@ def test_twenty_steps_are_those_of_pytorch(case, tmp_path):
         for name in GOLDEN.files
         if name.startswith(f"{case}/start/")
     }
-    lora = about["lora"] and Lora(
+    lora = about["lora"] and LoraParams(
         stored,
         about["lora"]["lora_alpha"] / about["lora"]["r"],
         tuple(about["lora"].get("trainable_token_indices", ())),
@@ -276,14 +278,15 @@ def test_twenty_steps_are_those_of_pytorch(case, tmp_path):
         training.row(*pair)
         for pair in zip(ids.reshape(-1, ids.shape[-1]), marks.reshape(-1, ids.shape[-1]), strict=True)
     ]
-    settings = Settings(
+    settings = TrainingSettings(
         **about["settings"] | {"betas": tuple(about["settings"]["betas"])},
         row_rate=1,
         micro_tokens=ids[0].size,
         save_every=1000,
     )
     order = training.InOrder([rows], ids[0].size)
-    reports = list(train(config, params if lora else None, lora or params, order, settings, tmp_path))
+    with Session(config, params if lora else None, lora or params, order, settings, tmp_path) as session:
+        reports = list(train(session))
     ended, _ = training.result(tmp_path)
     error = 8 * float(GOLDEN[f"{case}/losses_error"])
     assert np.abs(np.array([report.loss for report in reports]) - GOLDEN[f"{case}/losses"]).max() < error
@@ -300,7 +303,7 @@ def test_twenty_steps_are_those_of_pytorch(case, tmp_path):
 
 def test_a_new_adapter_changes_nothing_and_becomes_an_adapter():
     config, params = training.tiny()
-    lora = new_lora(config, params, 4, ids=(67, 69), alpha=8, seed=1, start_from=(1, 2))
+    lora = new_lora(params, 4, ids=(67, 69), alpha=8, seed=1, start_from=(1, 2))
     assert lora.scale == 2 and np.array_equal(lora.weights["rows"], params["embed"][jnp.array([1, 2])])
     assert all(not np.asarray(value).any() for name, value in lora.weights.items() if name.endswith(".b"))
     adapter = adapter_of(lora, "tiny", {"base": "x"})
@@ -317,8 +320,8 @@ def test_a_new_adapter_changes_nothing_and_becomes_an_adapter():
 
 def test_rows_of_the_embedding_go_slower():
     config, params = training.tiny()
-    lora = new_lora(config, params, 4, ids=(67,))
-    rule = optimizer(settings := Settings(weight_decay=0.1, row_rate=0.125), lambda step: 1e-2)
+    lora = new_lora(params, 4, ids=(67,))
+    rule = optimizer(settings := TrainingSettings(weight_decay=0.1, row_rate=0.125), lambda step: 1e-2)
     gradients = jax.tree.map(jnp.ones_like, lora)
     changes = rule.update(gradients, rule.init(lora), lora)[0].weights
     decay = settings.weight_decay * lora.weights["rows"]
@@ -328,22 +331,24 @@ def test_rows_of_the_embedding_go_slower():
 
 def test_a_terminator_of_weight_three_counts_as_three():
     config, params = training.tiny()
-    lora, rng = new_lora(config, params, 4, ids=(7,)), np.random.default_rng(0)
+    lora, rng = new_lora(params, 4, ids=(7,)), np.random.default_rng(0)
     rows = [training.row(rng.integers(3, 12, 24), np.arange(24) > 8) for _ in range(2)]
     ends = [{**row, "loss": row["loss"] & (row["tokens"] == 7)} for row in rows]
     assert 0 < sum(row["loss"].sum() for row in ends) < sum(row["loss"].sum() for row in rows)
 
-    def grown(rows, weight):
-        loss = partial(objective, config=config, settings=Settings(end_weight=weight), terminators=(7,))
+    def weighted(rows, weight):
+        loss = partial(
+            objective, config=config, settings=TrainingSettings(end_weight=weight), terminators=(7,)
+        )
         (total, (nats_M, _)), gradient = jax.value_and_grad(loss, has_aux=True)(
             lora, params, next(microbatches(rows, 2))
         )
         return total, gradient.weights, nats_M
 
     (total, gradient, nats_M), (plain, once, same_M), (extra, more, _) = (
-        grown(rows, 3.0),
-        grown(rows, 1.0),
-        grown(ends, 1.0),
+        weighted(rows, 3.0),
+        weighted(rows, 1.0),
+        weighted(ends, 1.0),
     )
     assert float(total) == pytest.approx(float(plain + 2 * extra), rel=1e-5) and (nats_M == same_M).all()
     for name, value in gradient.items():
@@ -360,13 +365,13 @@ def in_blocks(layers):
     }
 
 
-@pytest.mark.parametrize("precision, paired", [("float32", 0), ("bfloat16", 1)])
-def test_a_step_is_computed_in_its_precision_ahead_and_back(precision, paired):
+@pytest.mark.parametrize("precision, rounded", [("float32", 0), ("bfloat16", 1)])
+def test_a_step_is_computed_in_its_precision_forward_and_backward(precision, rounded):
     config, params = in_blocks(2)
     batch = next(microbatches([training.row(np.arange(24) % 9 + 3, np.arange(24) > 8)], 1))
     lowered = (
-        jax.jit(gradient(config, Settings(precision=precision)))
-        .lower(new_lora(config, params, 4), params, batch)
+        jax.jit(gradient(config, TrainingSettings(precision=precision)))
+        .lower(new_lora(params, 4), params, batch)
         .as_text()
     )
     products = {
@@ -374,19 +379,19 @@ def test_a_step_is_computed_in_its_precision_ahead_and_back(precision, paired):
         for name in ("adapted", "adapted_back", "attention", "attention_back", "vocabulary")
     }
     assert all(
-        lines and all(f"paired = {paired} : i32" in line for line in lines) for lines in products.values()
+        lines and all(f"bfloat16 = {rounded} : i32" in line for line in lines) for lines in products.values()
     ), products
 
 
 def test_remat_saves_memory_and_computes_no_kept_product_again():
     config, params = in_blocks(8)
-    lora = new_lora(config, params, 4)
+    lora = new_lora(params, 4)
     rng = np.random.default_rng(0)
     rows = [training.row(rng.integers(3, 520, 256), np.arange(256) > 200) for _ in range(4)]
     batch = next(microbatches(rows, 4))
     held, calls = {}, {}
     for remat in ("none", "products", "layer"):
-        settings = Settings(remat=remat)
+        settings = TrainingSettings(remat=remat)
         made = (
             jax.jit(
                 jax.grad(partial(objective, config=config, settings=settings), has_aux=True),
@@ -404,7 +409,7 @@ def test_remat_saves_memory_and_computes_no_kept_product_again():
 
 
 def test_schedule_and_flops_are_as_stated():
-    rate = schedule(Settings(learning_rate=2.0, warmup=0.2, floor=0.25), 20)
+    rate = schedule(TrainingSettings(learning_rate=2.0, warmup=0.2, floor=0.25), 20)
     assert [float(rate(i)) for i in (0, 3, 4, 12, 20)] == pytest.approx([0.5, 2.0, 2.0, 1.25, 0.5])
     config, _ = training.tiny()
     weights = sum(
@@ -423,13 +428,13 @@ def test_schedule_and_flops_are_as_stated():
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- order
+# ----------------------------------------------------------------------------------------------------- order
 def numbered(count, length=4):
     return [training.row(np.full(length, i), np.ones(length, bool)) for i in range(count)]
 
 
 def test_order_is_a_pure_function_of_seed_and_step():
-    """Each epoch reads every row once, folders follow one another, and step n is the same from wherever it is asked."""
+    """Each epoch reads every row once, folders follow one another, and the order of calls changes nothing."""
     order = Order([numbered(10), numbered(6, 8)], 8, seed=3, epochs=2)
     taken = [[int(row["tokens"][0]) for row in order.rows(step)] for step in range(order.steps)]
     assert order.steps == 10 + 12 and [len(rows) for rows in taken] == [2] * 10 + [1] * 12
@@ -449,7 +454,7 @@ def test_order_is_a_pure_function_of_seed_and_step():
 
 
 def test_microbatches_hold_every_target_once():
-    """Whatever their size and parts, each marked token is a target, behind the state before it; first ones are not."""
+    """In any size and parts, each marked token but a segment's first is the target of the state before it."""
     rng = np.random.default_rng(0)
     rows = [training.packed_row(rng) for _ in range(7)]
     wanted = sorted(
@@ -471,15 +476,18 @@ def test_microbatches_hold_every_target_once():
         assert sorted(found) == wanted
 
 
-# -------------------------------------------------------------------------------------- microbatches, resumption, meshes
+# -------------------------------------------------------------------------- microbatches, resumption, meshes
 def steps(folder, **options):
     """Final weights and losses of a run of `tests/training.py` in this process."""
     return training.run(folder, training.Job(**options))
 
 
 def near(ours, theirs, roundoffs=2**10):
-    """After three steps: losses and weights differ by what another order of sums costs. Adam divides by the gradient's own
-    size, so an error relative to a tensor's gradient is one relative to the learning rate."""
+    """After three steps, losses and weights differ by what another order of sums costs.
+
+    Adam divides by the gradient's size, so an error relative to a tensor's gradient is one relative to the
+    learning rate.
+    """
     assert np.abs(np.subtract(ours[1], theirs[1])).max() < roundoffs * 2.0**-24 * max(theirs[1])
     for name, values in theirs[0].items():
         apart = np.sqrt(np.mean((ours[0][name] - values) ** 2))
@@ -487,12 +495,12 @@ def near(ours, theirs, roundoffs=2**10):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def uncut(tmp_path_factory):
     return {kind: steps(tmp_path_factory.mktemp(kind), kind=kind) for kind in ("full", "lora")}
 
 
-def test_the_microbatch_does_not_change_the_step(one, tmp_path):
-    near(steps(tmp_path, kind="full", micro_tokens=64), one["full"])
+def test_the_microbatch_does_not_change_the_step(uncut, tmp_path):
+    near(steps(tmp_path, kind="full", micro_tokens=64), uncut["full"])
 
 
 def test_a_folder_is_not_overwritten_and_other_settings_do_not_resume(tmp_path):
@@ -504,7 +512,7 @@ def test_a_folder_is_not_overwritten_and_other_settings_do_not_resume(tmp_path):
 
 
 def test_patience_ends_a_run_for_good(tmp_path):
-    """No evaluation of a rate of nearly nothing is better than the first by chance twice: it ends, and stays ended."""
+    """At a rate of nearly 0, no evaluation is better than the first: the run ends, and stays ended."""
     options = {"kind": "lora", "steps": 12, "patience": 2, "learning_rate": 1e-30, "held_out": True}
     _, first = steps(tmp_path, **options)
     assert len(first) == 3  # the first is the best, two more are not better
@@ -530,19 +538,21 @@ def finished(process):
     return out
 
 
-def test_the_kernels_take_the_steps_of_jax_alone(one, tmp_path):
+def test_the_kernels_take_the_steps_of_jax_alone(uncut, tmp_path):
     """Whole models, packed rows, three steps of an adapter; held-out losses too. In bfloat16 nearly."""
-    near(steps(tmp_path / "a", kind="qlora"), one["lora"])
+    near(steps(tmp_path / "a", kind="qlora"), uncut["lora"])
     _, rounded = steps(tmp_path / "b", kind="qlora", precision="bfloat16")
-    assert np.abs(np.subtract(rounded, one["lora"][1])).max() < 0.01
+    assert np.abs(np.subtract(rounded, uncut["lora"][1])).max() < 0.01
 
 
 @pytest.mark.parametrize("kind", ["full", "qlora"])
 def test_killed_at_any_moment_and_resumed_nothing_differs(tmp_path, kind):
-    """kill -9 before the first checkpoint, while one is being written, and behind one: weights, moments and metrics are
-    those of the run that was not stopped, bit for bit."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    steps(whole, kind=kind, steps=6, held_out=True)
+    """kill -9 before the first checkpoint, while one is being written, and after one.
+
+    Weights, moments and metrics are those of the run that was not stopped, bit for bit.
+    """
+    uninterrupted, cut = tmp_path / "uninterrupted", tmp_path / "cut"
+    steps(uninterrupted, kind=kind, steps=6, held_out=True)
     for moment, hold in (("step 1", 0), ("write 4", 4), ("step 5", 0), (None, 0)):
         process = child(cut, kind=kind, steps=6, held_out=True, resume=True, announce=True, hold=hold)
         if moment:
@@ -551,12 +561,12 @@ def test_killed_at_any_moment_and_resumed_nothing_differs(tmp_path, kind):
         _, errors = process.communicate(timeout=600)
         assert process.returncode == (-signal.SIGKILL if moment else 0), errors[-3000:]
         assert "4" not in checkpoints(cut) or not hold
-    ours, theirs = training.state(cut), training.state(whole)
+    ours, theirs = training.state(cut), training.state(uninterrupted)
     assert ours.keys() == theirs.keys() and any("mu" in name for name in ours)
     for name in ours:
         assert ours[name].tobytes() == theirs[name].tobytes(), name
-    assert training.metrics(cut) == training.metrics(whole) and len(training.metrics(cut)) == 6
-    assert checkpoints(cut) == checkpoints(whole) == ["4", "6"]
+    assert training.metrics(cut) == training.metrics(uninterrupted) and len(training.metrics(cut)) == 6
+    assert checkpoints(cut) == checkpoints(uninterrupted) == ["4", "6"]
 
 
 def checkpoints(folder):
@@ -566,30 +576,32 @@ def checkpoints(folder):
 MESHES = ("fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
 
 
-def test_meshes_of_eight_devices_do_not_change_the_step(one, tmp_path):
-    """One process, each mesh after the other: full and LoRA, parameters and moments really divided; a checkpoint of one
-    mesh goes on on another."""
-    told = json.loads(finished(child(tmp_path, devices=8, meshes=MESHES)).splitlines()[-1])
+def test_meshes_of_eight_devices_do_not_change_the_step(uncut, tmp_path):
+    """Full and LoRA on each mesh, in one process.
+
+    Parameters and moments are really divided, and a checkpoint of one mesh is resumed on another.
+    """
+    divided = json.loads(finished(child(tmp_path, devices=8, meshes=MESHES)).splitlines()[-1])
     for places in MESHES:
-        near(training.result(tmp_path / f"full {places}"), one["full"])
+        near(training.result(tmp_path / f"full {places}"), uncut["full"])
         parts = 4 if "data" in places else 8
-        assert told[places] == {"embed": parts, "q": parts, "moment of down": parts, "norm": 1}
-    near(training.result(tmp_path / f"lora {MESHES[-1]}"), one["lora"])
-    near(training.result(tmp_path / "moved"), one["full"])
+        assert divided[places] == {"embed": parts, "q": parts, "moment of down": parts, "norm": 1}
+    near(training.result(tmp_path / f"lora {MESHES[-1]}"), uncut["lora"])
+    near(training.result(tmp_path / "moved"), uncut["full"])
 
 
-def test_two_hosts_do_not_change_the_step(one, tmp_path):
+def test_two_hosts_do_not_change_the_step(uncut, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     hosts = [child(tmp_path, mesh="fsdp=2", host=[f"127.0.0.1:{port}", 2, i]) for i in range(2)]
     for host in hosts:
         finished(host)
-    near(training.result(tmp_path), one["full"])
+    near(training.result(tmp_path), uncut["full"])
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "rows=2", "fsdp=1,,tensor=1", "fsdp=3", "fsdp=2,fsdp=1"])
 def test_a_mesh_that_cannot_be_is_refused(text):
     with pytest.raises(ValueError, match="mesh"):
-        mesh.parse(text)
-    assert mesh.parse(None) is None
+        mesh.make(text)
+    assert mesh.make(None) is None

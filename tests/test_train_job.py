@@ -1,4 +1,4 @@
-"""Training as users start it: chats and rows into adapters and models, and `codegemma tune` on a small code base."""
+"""Training as users start it: adapters and models from chats and rows; `codegemma tune` on a code base."""
 
 import json
 import os
@@ -21,18 +21,18 @@ import adapter_train
 from tiny import random_adapter, tiny_config, write_tiny_gguf
 
 from codegemma import load
-from codegemma.adapters import adapter as lora
+from codegemma.adapters.load import load as load_adapter
+from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import open_checkpoint
 from codegemma.cli import main as cli
-from codegemma.cli import train as train_cli
-from codegemma.cli.train import follow
+from codegemma.cli.train import ClusterOptions
 from codegemma.data import pack
 from codegemma.data.build import build
 from codegemma.data.documents import Document
 from codegemma.jax.forward import params_of
 from codegemma.prompts import Message
-from codegemma.train import job, sft, tune
-from codegemma.train.loop import Settings
+from codegemma.train import job, session, sft, tune
+from codegemma.train.settings import TrainingSettings
 
 TURNS = [Message("user", "add one and one"), Message("assistant", "two")]
 
@@ -136,57 +136,57 @@ def test_rows_of_chats_teach_the_answers_alone(model):
         sft.rows([TURNS], tokenizer, 8)
 
 
+def small_plan(model, chats, folder, settings, **changes):
+    """A plan over the tiny model and the chats."""
+    options = {"chat": True, "rank": 4, "batch_tokens": 512, "length": 128, "epochs": 8.0} | changes
+    return job.TrainingPlan(str(model), (str(chats),), folder / "out", settings, **options)
+
+
 @pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
 def test_a_job_ends_with_something_that_loads_and_has_learned(kind, model, chats, tmp_path):
-    settings = Settings(5e-3, micro_tokens=256, save_every=3)
-    plan = job.Plan(
-        str(model),
-        (str(chats),),
-        tmp_path / "out",
-        settings,
-        chat=True,
-        kind=kind,
-        rank=4,
-        batch_tokens=512,
-        length=128,
-        epochs=8.0,
-    )
+    settings = TrainingSettings(5e-3, micro_tokens=256, save_every=3)
+    plan = small_plan(model, chats, tmp_path, settings, kind=kind)
     reports = []
-    made = job.run(plan, tell=reports.append)
-    assert reports[-1].loss < reports[0].loss - 0.5 and made == plan.result
+    result = job.run(plan, follow=reports.append)
+    assert reports[-1].loss < reports[0].loss - 0.5 and result == plan.result
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base, ids = load(model, cache_bytes=0), load(model).tokenizer.encode("what is 3 plus")
         if kind == "full":
-            assert not np.array_equal(load(made).logits(ids), base.logits(ids))
+            assert not np.array_equal(load(result).logits(ids), base.logits(ids))
         else:
-            base.add_adapter("made", lora.load(made))
-            assert not np.array_equal(base.engine.logits(ids, adapter="made"), base.logits(ids))
+            base.add_adapter("trained", load_adapter(result))
+            assert not np.array_equal(base.engine.logits(ids, adapter="trained"), base.logits(ids))
 
 
 def test_a_job_whose_time_is_up_leaves_what_it_has(model, chats, tmp_path):
-    plan = job.Plan(
-        str(model),
-        (str(chats),),
-        tmp_path / "out",
-        Settings(save_every=100),
-        chat=True,
-        rank=4,
-        batch_tokens=512,
-        length=128,
-        epochs=8.0,
-    )
+    plan = small_plan(model, chats, tmp_path, TrainingSettings(save_every=100))
     reports = []
-    assert lora.load(job.run(plan, tell=reports.append, until=0.0)).rank == 4
-    assert [report.step for report in reports] == [1] and job.steps_of(plan) > 1
+    assert load_adapter(job.run(plan, follow=reports.append, until=0.0)).rank == 4
+    assert [report.step for report in reports] == [1] and job.TrainingJob(plan).steps > 1
+
+
+def test_asking_for_the_steps_changes_nothing(model, chats, tmp_path, monkeypatch):
+    """Neither the heap, nor XLA, nor the disk."""
+    monkeypatch.setattr(session, "keep_heap", lambda: pytest.fail("the heap's policy was changed"))
+    monkeypatch.setattr(session, "configure_xla", lambda: pytest.fail("XLA was configured"))
+    assert job.TrainingJob(small_plan(model, chats, tmp_path, TrainingSettings())).steps > 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_importing_the_forward_pass_sets_no_flag():
+    program = "import os; import codegemma.jax.forward, codegemma.train.job; print(os.environ['XLA_FLAGS'])"
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_files_are_held_out_by_a_hash_and_never_all():
     documents = [Document("r", f"{n}.py", "x = 1\n", "python") for n in range(50)]
     taught, kept = tune.hold_out(documents, Path("/nowhere"), 0)
-    assert len(kept) == 5 and {one.path for one in taught} | {one.path for one in kept} == {
-        one.path for one in documents
-    }
+    assert len(kept) == 5
+    assert sorted(each.path for each in taught + kept) == sorted(each.path for each in documents)
     assert tune.hold_out(documents[::-1], Path("/nowhere"), 0)[1] == kept
     assert tune.hold_out(documents, Path("/nowhere"), 1)[1] != kept
 
@@ -197,13 +197,13 @@ def test_files_are_held_out_by_a_hash_and_never_all():
         ({"kind": "full", "adapter": Path("a")}, "are for adapters"),
         ({"alpha": float("nan")}, "--lora-alpha is a finite"),
         ({"alpha": 0.0}, "--lora-alpha is a finite"),
-        ({"settings": Settings(patience=2)}, "pass --held-out too"),
-        ({"kind": "full", "settings": Settings(vocabulary=100)}, "are for adapters"),
+        ({"settings": TrainingSettings(patience=2)}, "pass --held-out too"),
+        ({"kind": "full", "settings": TrainingSettings(vocabulary=100)}, "are for adapters"),
     ],
 )
 def test_plans_that_contradict_themselves_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        job.Plan("m", ("rows",), Path("out"), **{"settings": Settings()} | changes)
+        job.TrainingPlan("m", ("rows",), Path("out"), **{"settings": TrainingSettings()} | changes)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_launchers_processes_join_or_are_told_how(monkeypatch):
     for name, value in ((None, ""), ("SLURM_STEP_NUM_TASKS", "1"), ("OMPI_COMM_WORLD_SIZE", "4")):
         if name:
             monkeypatch.setenv(name, value)
-        train_cli._join(None, None, None)
+        ClusterOptions().join()
     assert asked == [(None, None, None)]
 
     def unknown(*given):
@@ -244,7 +244,7 @@ def test_a_launchers_processes_join_or_are_told_how(monkeypatch):
 
     monkeypatch.setattr("jax.distributed.initialize", unknown)
     with pytest.raises(ValueError, match="cannot join 4 processes .*: pass --coordinator HOST:PORT"):
-        train_cli._join(None, None, None)
+        ClusterOptions().join()
 
 
 def test_a_file_is_not_taken_for_rows(chats, tmp_path, capsys):
@@ -260,18 +260,17 @@ def test_rows_that_are_not_the_models_are_refused(model, tmp_path):
         pack.Packed(tokens, np.ones((8, 16), bool), np.ones((8, 16), np.uint16), []),
         tmp_path / "rows" / "part-00000",
     )
-    plan = job.Plan(
+    plan = job.TrainingPlan(
         str(model),
         (str(tmp_path),),
         tmp_path / "out",
-        Settings(vocabulary=200),
+        TrainingSettings(vocabulary=200),
         kind="qlora",
         batch_tokens=64,
     )
 
     def refused(index, message):
         np.save(tmp_path / "index.npy", np.array(index, np.int64).reshape(-1, 2))
-        job._order.cache_clear()
         with pytest.raises(ValueError, match=message):
             job.run(plan)
 
@@ -286,23 +285,13 @@ def test_rows_that_are_not_the_models_are_refused(model, tmp_path):
 
 
 def test_a_run_is_resumed_as_it_was_alone(model, chats, tmp_path):
-    plan = job.Plan(
-        str(model),
-        (str(chats),),
-        tmp_path / "out",
-        Settings(save_every=1),
-        chat=True,
-        rank=4,
-        batch_tokens=512,
-        length=128,
-        epochs=8.0,
-    )
+    plan = small_plan(model, chats, tmp_path, TrainingSettings(save_every=1))
     job.run(plan, until=0.0)
     for changes, message in (
         ({"kind": "qlora"}, "other options .kind 'lora', not 'qlora'"),
         ({"alpha": 8.0}, "adapter .1"),
         ({"rank": 2}, "shapes"),
-        ({"settings": Settings(2e-3)}, "learning_rate 0.001, not 0.002"),
+        ({"settings": TrainingSettings(2e-3)}, "learning_rate 0.001, not 0.002"),
     ):
         with pytest.raises(ValueError, match=message):
             job.run(replace(plan, **changes), resume=True)
@@ -311,17 +300,7 @@ def test_a_run_is_resumed_as_it_was_alone(model, chats, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(model, chats, tmp_path):
-    plan = job.Plan(
-        str(model),
-        (str(chats),),
-        tmp_path / "out",
-        Settings(1e30, clip=1e30),
-        chat=True,
-        kind="full",
-        batch_tokens=512,
-        length=128,
-        epochs=8.0,
-    )
+    plan = small_plan(model, chats, tmp_path, TrainingSettings(1e30, clip=1e30), kind="full")
     with pytest.raises(ValueError, match="training diverged: lower --learning-rate"):
         job.run(plan)
 
@@ -345,7 +324,7 @@ def test_two_processes_write_one_adapter(model, chats, tmp_path):
     command = [
         sys.executable,
         "-c",
-        "from codegemma.cli import main; main()",
+        "from codegemma.cli.main import main; main()",
         "train",
         "--chat",
         str(chats),
@@ -358,21 +337,10 @@ def test_two_processes_write_one_adapter(model, chats, tmp_path):
         )
         for i in range(2)
     ]
-    for one in both:
-        _, errors = one.communicate(timeout=600)
-        assert one.returncode == 0, errors[-3000:]
-    assert lora.load(tmp_path / "out" / "adapter").rank == 32
-
-
-def test_a_bar_ends_with_its_run(monkeypatch):
-    stopped = []
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("rich.progress.Progress.start", lambda self: None)
-    monkeypatch.setattr("rich.progress.Progress.stop", lambda self: stopped.append(self))
-    show = follow(3)
-    assert not stopped
-    del show
-    assert len(stopped) == 1
+    for process in both:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-3000:]
+    assert load_adapter(tmp_path / "out" / "adapter").rank == 32
 
 
 def test_newest_files_are_known_by_their_own_names(tmp_path):
@@ -383,36 +351,37 @@ def test_newest_files_are_known_by_their_own_names(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
         subprocess.run([*git, *command], check=True)
-    assert {"dir/é.py", 'dir/a "b".py', "c.py"} <= set(tune._newest_files(tmp_path))
-    assert set(tune._newest_files(tmp_path / "dir")) - {""} == {"é.py", 'a "b".py'}
+    assert {"dir/é.py", 'dir/a "b".py', "c.py"} <= set(tune.newest_files(tmp_path))
+    assert set(tune.newest_files(tmp_path / "dir")) - {""} == {"é.py", 'a "b".py'}
     documents = [Document("r", f"dir/{n}.py", "x = 1\n", "python") for n in range(4)] + [
         Document("r", "dir/é.py", "y", "python")
     ]
     taught, kept = tune.hold_out(documents, tmp_path, 0)
-    assert len(taught) == tune.FEWEST and [one.path for one in kept] == ["dir/é.py"]
+    assert len(taught) == tune.MIN_FILES and [each.path for each in kept] == ["dir/é.py"]
 
 
 def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
-    (tmp_path / "probe").mkdir()
-    found = []
+    options, existed = tune.TuneOptions(Path("r"), "m", 1, tmp_path, rank=4), []
+    (options.work / "probe").mkdir(parents=True)
     monkeypatch.setattr(tune, "Rows", lambda folder: range(8))
     monkeypatch.setattr(
         job,
         "run",
-        lambda plan, _, tell: found.append(plan.out.exists()) or tell(SimpleNamespace(seconds=9.0)),
+        lambda plan, _, follow: existed.append(plan.out.exists()) or follow(SimpleNamespace(seconds=9.0)),
     )
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
-    assert tune._plan(tmp_path, "m", 150.0, 4, None, 0).settings.steps == 5 and found == [False]
+    assert tune.plan_within(options, 150.0, None).settings.steps == 5 and existed == [False]
 
 
 def test_tune_leaves_time_to_choose_the_best_step(tmp_path, monkeypatch):
     """Measuring counts as training does: 6 measurements of 16 rows, and 8 rows a step."""
     monkeypatch.setattr(tune, "Rows", lambda folder: range(16))
-    monkeypatch.setattr(job, "run", lambda plan, _, tell: tell(SimpleNamespace(seconds=9.0)))
+    monkeypatch.setattr(job, "run", lambda plan, _, follow: follow(SimpleNamespace(seconds=9.0)))
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
-    (tmp_path / "choosing").mkdir()
-    (tmp_path / "choosing" / "index.npy").touch()
-    assert tune._plan(tmp_path, "m", 100 + 26 * 9.0, 4, None, 0).settings.steps == 14
+    options = tune.TuneOptions(Path("r"), "m", 1, tmp_path, rank=4)
+    (options.work / "choosing").mkdir(parents=True)
+    (options.work / "choosing" / "index.npy").touch()
+    assert tune.plan_within(options, 100 + 26 * 9.0, None).settings.steps == 14
 
 
 def test_what_chooses_the_best_step_is_little(model, tmp_path, monkeypatch):
@@ -423,9 +392,10 @@ def test_what_chooses_the_best_step_is_little(model, tmp_path, monkeypatch):
         lambda sources, out, *rest: build(sources, out, *rest) if out.name == "choosing" else None,
     )
     repository = code(tmp_path / "app", 44, 400)
-    tune._prepare(repository, tmp_path / "work", load(model).tokenizer, ("psm", "spm"), 0, lambda line: None)
+    options = tune.TuneOptions(repository, str(model), 1, tmp_path)
+    tune.prepare(options, load(model).tokenizer, ("psm", "spm"), lambda line: None)
     told = json.loads((tmp_path / "work" / "choosing" / "manifests" / "rows.json").read_text())
-    assert tune.EXAMPLES / 2 < told["examples"] < 2 * tune.EXAMPLES
+    assert tune.CHOOSING_EXAMPLES / 2 < told["examples"] < 2 * tune.CHOOSING_EXAMPLES
 
 
 def test_the_rows_of_fim_tokens_start_from_four_different_ones():
@@ -442,18 +412,23 @@ def test_the_rows_of_fim_tokens_start_from_four_different_ones():
 
 
 def test_an_adapter_without_fim_rows_gets_them(model, tmp_path, monkeypatch):
-    """One from another training: its own rows stay, those that fill-in-the-middle needs start as a new adapter's do."""
-    path = lora.save(random_adapter(tiny_config("gemma-mqa", layers=2), tokens=(68,)), tmp_path / "other")
+    """An adapter from another training keeps its rows; the FIM rows it lacks start as a new adapter's do."""
+    path = save_adapter(random_adapter(tiny_config("gemma-mqa", layers=2), tokens=(68,)), tmp_path / "other")
     checkpoint, ids = open_checkpoint(model), (67, 68, 69, 70)
     monkeypatch.setattr(
         job, "fim_rows", lambda checkpoint: (ids, (67, 68, 69, 1))
     )  # as where the vocabulary names none
-    base, plan = params_of(checkpoint), job.Plan(str(model), (), tmp_path / "out", Settings(), adapter=path)
-    made, fresh = (job._start(each, checkpoint, base) for each in (plan, replace(plan, adapter=None)))
+    base, plan = (
+        params_of(checkpoint),
+        job.TrainingPlan(str(model), (), tmp_path / "out", TrainingSettings(), adapter=path),
+    )
+    made, fresh = (
+        job.initial_adapter(each, checkpoint, base) for each in (plan, replace(plan, adapter=None))
+    )
     assert made.ids == fresh.ids == ids
     same = [np.array_equal(*(each.weights["rows"][i] for each in (made, fresh))) for i in range(4)]
     assert same == [True, False, True, True]
-    assert job._start(replace(plan, chat=True), checkpoint, base).ids == (68,)
+    assert job.initial_adapter(replace(plan, chat=True), checkpoint, base).ids == (68,)
 
 
 def test_what_rows_leave_out_is_not_held_out(model, tmp_path, monkeypatch):
@@ -468,7 +443,8 @@ def test_what_rows_leave_out_is_not_held_out(model, tmp_path, monkeypatch):
     (repository / "copy.py").write_bytes((repository / "m0.py").read_bytes())
     (repository / "LICENSE").write_text("as is\n")
     said = []
-    tune._prepare(repository, tmp_path / "work", load(model).tokenizer, ("psm", "spm"), 0, said.append)
+    options = tune.TuneOptions(repository, str(model), 1, tmp_path)
+    tune.prepare(options, load(model).tokenizer, ("psm", "spm"), said.append)
     assert said == ["7 files to learn from, 0 to choose the best step by, 1 held out"]
 
 
@@ -487,90 +463,45 @@ def code(repository, files, functions=30):
 @pytest.mark.parametrize("steps", [2, 60])
 def test_tune_stopped_early_keeps_the_best_so_far(model, tmp_path, steps):
     """Before and after the first choice; what chooses is neither taught nor measured."""
-    repository, said, seen = code(tmp_path / "app", 44), [], []
+    repository, said, reports = code(tmp_path / "app", 44), [], []
 
-    def follow(total):
-        def tell(report):
-            seen.append(report)
-            if len(seen) == min(steps, total - 1):
-                raise KeyboardInterrupt
+    def stop(report):
+        reports.append(report)
+        if len(reports) == min(steps, report.steps - 1):
+            raise KeyboardInterrupt
 
-        return tell
-
-    result = tune.tune(
-        repository, str(model), 0.5, tmp_path / "made", "auto", 4, 9, 0, False, follow, said.append
-    )
+    options = tune.TuneOptions(repository, str(model), 0.5, tmp_path / "made", rank=4, holes=9)
+    result = tune.tune(options, stop, said.append)
     assert said[0] == "38 files to learn from, 2 to choose the best step by, 4 held out"
     assert (result.trained, result.held_out) == (38, 4)
-    card = lora.load(tmp_path / "made").card
-    assert (
-        0 < card["steps"] <= len(seen) + 1
-        and card["held_out"] > 0
-        and card["measured"].keys() == result.figures.keys()
-    )
+    card = load_adapter(tmp_path / "made").card
+    assert 0 < card["steps"] <= len(reports) + 1 and card["held_out"] > 0
+    assert card["measured"].keys() == result.gains.keys()
     assert any("stopped early" in line for line in said) and not (tmp_path / "made" / "work").exists()
 
 
 def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
-    repository = code(tmp_path / "app", 12)
-    said = []
-    result = tune.tune(
-        repository,
-        str(model),
-        0.2,
-        tmp_path / "made",
-        "auto",
-        4,
-        9,
-        0,
-        False,
-        lambda total: lambda report: None,
-        said.append,
-    )
+    repository, said = code(tmp_path / "app", 12), []
+    options = tune.TuneOptions(repository, str(model), 0.2, tmp_path / "made", rank=4, holes=9)
+    result = tune.tune(options, lambda report: None, said.append)
     assert result.trained + result.held_out == 12 and result.held_out >= 1
-    adapter = lora.load(tmp_path / "made")
-    assert (
-        adapter.card["measured"].keys() == result.figures.keys() and not (tmp_path / "made" / "work").exists()
-    )
+    card = load_adapter(tmp_path / "made").card
+    assert card["measured"].keys() == result.gains.keys() and not (tmp_path / "made" / "work").exists()
     assert "before -> after" in result.text() and (tmp_path / "made" / "loss.svg").exists()
     with pytest.raises(ValueError, match="finite and above 0, got nan"):
-        tune.tune(
-            repository,
-            str(model),
-            float("nan"),
-            tmp_path / "x",
-            "auto",
-            4,
-            9,
-            0,
-            False,
-            lambda total: None,
-            said.append,
-        )
+        replace(options, minutes=float("nan"))
     with pytest.raises(ValueError, match="choose another folder"):
-        tune.tune(
-            repository,
-            str(model),
-            1,
-            tmp_path / "made",
-            "auto",
-            4,
-            9,
-            0,
-            False,
-            lambda total: None,
-            said.append,
-        )
+        tune.tune(options, lambda report: None, said.append)
 
 
 def test_halfway_between_two_adapters():
     config = tiny_config("gemma-mqa", layers=2)
-    one, other = (random_adapter(config, seed=seed, tokens=(7,)) for seed in (1, 2))
-    made = adapter_train.mean(one, other)
+    first, second = (random_adapter(config, seed=seed, tokens=(7,)) for seed in (1, 2))
+    mean = adapter_train.mean(first, second)
     for part in ("a", "b", "rows"):
-        for key, value in getattr(made, part).items():
+        for key, value in getattr(mean, part).items():
             np.testing.assert_allclose(
-                value, 0.5 * getattr(one, part)[key] + 0.5 * getattr(other, part)[key], rtol=1e-6
+                value, 0.5 * getattr(first, part)[key] + 0.5 * getattr(second, part)[key], rtol=1e-6
             )
     with pytest.raises(ValueError, match="have no mean"):
-        adapter_train.mean(replace(one, alpha=2 * one.alpha), other)
+        adapter_train.mean(replace(first, alpha=2 * first.alpha), second)

@@ -1,4 +1,4 @@
-"""Tiny training runs for tests/test_train.py; as a program, one in a process of its own: training.py FOLDER OPTIONS."""
+"""Tiny training runs for tests/test_train.py; as a program, one run in its own process: FOLDER OPTIONS."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ import orbax.checkpoint as ocp
 import reference
 from tiny import tiny_config
 
-from codegemma.checkpoints.table import Tensor
+from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.config import ModelConfig
 from codegemma.data.pack import positions
-from codegemma.jax.forward import Lora
+from codegemma.jax.compiler import configure_xla
+from codegemma.jax.forward import LoraParams
 from codegemma.native.xla import Blocks
 from codegemma.train import mesh as meshes
-from codegemma.train.loop import Settings, new_lora, train
+from codegemma.train.loop import train
+from codegemma.train.lora import new_lora
 from codegemma.train.order import Order
+from codegemma.train.session import Session
+from codegemma.train.settings import TrainingSettings
+from codegemma.train.store import RunState, Store
+
+configure_xla()  # before the first test computes
 
 RATE = 3e-3
 LENGTH = 32
@@ -36,7 +43,7 @@ class Job:
 
     kind: str = "full"  # lora: over floats, in JAX alone; qlora: over blocks (of floats), by the kernels
     steps: int = 3
-    stop: int = 0  # the step after which it is left
+    stop: int = 0  # the step after which the run is abandoned
     micro_tokens: int = 4 * LENGTH
     learning_rate: float = RATE
     patience: int = 0
@@ -68,22 +75,17 @@ def row(tokens: np.ndarray, loss: np.ndarray, segments: np.ndarray | None = None
 
 def packed_row(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Two segments and padding, loss on most tokens."""
-    at = np.arange(LENGTH)
-    segments = np.select([at < rng.integers(8, 16), at < rng.integers(20, LENGTH)], [1, 2], 0).astype(
-        np.int32
-    )
-    return row(
-        np.where(segments, rng.integers(3, 520, LENGTH), 0),
-        (rng.random(LENGTH) < 0.8) & (segments > 0),
-        segments,
-    )
+    index = np.arange(LENGTH)
+    segments = np.select([index < rng.integers(8, 16), index < rng.integers(20, LENGTH)], [1, 2], 0)
+    tokens = np.where(segments, rng.integers(3, 520, LENGTH), 0)
+    return row(tokens, (rng.random(LENGTH) < 0.8) & (segments > 0), segments.astype(np.int32))
 
 
 class InOrder(Order):
     """Rows as they stand."""
 
     def rows(self, step: int) -> list[dict[str, np.ndarray]]:
-        batch = self.batch(self.folders[0])
+        batch = self.rows_per_step(self.folders[0])
         return list(self.folders[0][step * batch : (step + 1) * batch])
 
 
@@ -92,24 +94,20 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
     config, params = tiny()
     rng = np.random.default_rng(5)
     rows = [packed_row(rng) for _ in range(40)]
-    lora = new_lora(config, params, 4, (67, 69), alpha=8) if job.kind != "full" else None
+    lora = new_lora(params, 4, (67, 69), alpha=8) if job.kind != "full" else None
     if job.kind == "qlora":
         params = {
-            name: Blocks.of(Tensor.of(np.asarray(value))) if value.ndim == 2 else value
+            name: Blocks.of(ArrayTensor.of(np.asarray(value))) if value.ndim == 2 else value
             for name, value in params.items()
         }
     if lora:  # `b` is zero in a new one, which hides half of the gradients
-        lora = Lora(
-            {
-                name: jax.random.normal(jax.random.key(3), value.shape) * 0.1
-                if name.endswith(".b")
-                else value
-                for name, value in lora.weights.items()
-            },
-            lora.scale,
-            lora.ids,
-        )
-    settings = Settings(
+        key = jax.random.key(3)
+        weights = {
+            name: jax.random.normal(key, value.shape) * 0.1 if name.endswith(".b") else value
+            for name, value in lora.weights.items()
+        }
+        lora = LoraParams(weights, lora.scale, lora.ids)
+    settings = TrainingSettings(
         learning_rate=job.learning_rate,
         micro_tokens=job.micro_tokens,
         steps=job.steps,
@@ -119,48 +117,44 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
         save_every=2,
         precision=job.precision,
     )
-    for report in train(
+    with Session(
         config,
         params if lora else None,
         lora or params,
         Order([rows], 8 * LENGTH, job.seed, epochs=4),
         settings,
         folder,
-        held_out=[rows[:3]] if job.held_out else (),
         resume=job.resume,
-        mesh=meshes.parse(job.mesh),
-    ):
-        assert report.step <= job.steps
-        say(job, f"step {report.step}")
-        if report.step == job.stop:
-            break
+        held_out=[rows[:3]] if job.held_out else (),
+        mesh=meshes.make(job.mesh),
+    ) as session:
+        for report in train(session):
+            assert report.step <= job.steps
+            say(job, f"step {report.step}")
+            if report.step == job.stop:
+                break
     return result(folder)
 
 
 def result(folder: Path) -> tuple[dict[str, np.ndarray], list[float]]:
-    found = {
-        name.removeprefix("trainable/"): value
-        for name, value in state(folder).items()
-        if name.startswith("trainable/")
-    }
-    return found, [line["loss"] for line in metrics(folder)]
+    """Final weights and the losses of all steps."""
+    prefix, arrays = "trainable/", state(folder)
+    weights = {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
+    return weights, [line["loss"] for line in metrics(folder)]
 
 
 def state(folder: Path) -> dict[str, np.ndarray]:
-    """All that the newest checkpoint holds."""
-    path = (
-        folder
-        / "checkpoints"
-        / max((p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()), key=int)
-        / "state"
-    ).resolve()
+    """All arrays of the newest checkpoint."""
+    checkpoints = folder / "checkpoints"
+    newest = max((path.name for path in checkpoints.iterdir() if path.name.isdigit()), key=int)
+    path = (checkpoints / newest / "state").resolve()
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
-        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        found = checkpointer.restore(path, restore_args=wanted)
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        arrays = checkpointer.restore(path, restore_args=arguments)
     return {
         "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys): np.asarray(value)
-        for keys, value in jax.tree_util.tree_flatten_with_path(found)[0]
+        for keys, value in jax.tree_util.tree_flatten_with_path(arrays)[0]
     }
 
 
@@ -176,7 +170,7 @@ def say(job: Job, text: str) -> None:
 
 
 def hold(job: Job) -> None:
-    """The checkpoint of one step is written, but stops before it is committed, until somebody kills this process."""
+    """Writes the checkpoint of one step, but stops before it is committed, until this process is killed."""
     rename = os.rename
 
     def held(source: Any, target: Any, **options: Any) -> None:
@@ -189,27 +183,24 @@ def hold(job: Job) -> None:
 
 
 def all_meshes(folder: Path, job: Job) -> None:
-    from codegemma.train import loop
-
+    """Runs on each mesh, and prints into how many parts each divides some parameters and moments."""
     parts: dict[str, dict[str, int]] = {}
-    original = loop.Store.save
+    save = Store.save
 
-    def save(store: Any, held: Any) -> None:
-        weights = held.trainable if isinstance(held.trainable, dict) else {}
-        if weights:
-            moments = held.moments[1][0].mu
-            parts[mesh] = {
-                "embed": divided(weights["embed"]),
-                "q": divided(weights["layers.0.q"]),
-                "norm": divided(weights["final_norm"]),
-                "moment of down": divided(moments["layers.0.down"]),
-            }
-        original(store, held)
+    def counting(store: Store, state: RunState) -> None:
+        moments = state.moments[1][0].mu
+        parts[mesh] = {
+            "embed": divided(state.weights["embed"]),
+            "q": divided(state.weights["layers.0.q"]),
+            "norm": divided(state.weights["final_norm"]),
+            "moment of down": divided(moments["layers.0.down"]),
+        }
+        save(store, state)
 
-    loop.Store.save = save  # type: ignore[method-assign]
+    Store.save = counting  # type: ignore[method-assign]
     for mesh in job.meshes:
         run(folder / f"full {mesh}", Job(mesh=mesh))
-    loop.Store.save = original  # type: ignore[method-assign]
+    Store.save = save  # type: ignore[method-assign]
     run(folder / f"lora {mesh}", Job("lora", mesh=mesh))
     run(folder / "moved", Job(mesh=job.meshes[0], stop=2))
     run(folder / "moved", Job(mesh=job.meshes[1], resume=True))
@@ -217,7 +208,7 @@ def all_meshes(folder: Path, job: Job) -> None:
 
 
 def divided(array: jax.Array) -> int:
-    """How many different parts of it the devices hold."""
+    """How many different parts of an array the devices hold."""
     return len({str(shard.index) for shard in array.addressable_shards})
 
 

@@ -114,9 +114,7 @@ def part_of(adapter: Path, phase: Phase, out: Path) -> Path:
 
 
 def mean(start: Adapter, end: Adapter) -> Adapter:
-    """Halfway between two adapters of one shape, with the card of `end`. Raises ValueError where their scales
-    differ.
-    """
+    """Halfway between two adapters of one shape, with the card of `end`. ValueError if scales differ."""
     if start.scale != end.scale:
         raise ValueError(f"adapters of scale {start.scale} and {end.scale} have no mean: take two of one run")
     a, b, rows = (

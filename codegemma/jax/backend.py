@@ -1,8 +1,9 @@
-"""The `jax` backend of the engine: KV-cached decoding of `model.forward` on a GPU, a TPU, or wherever JAX runs.
+"""The `jax` backend of the engine: decoding with a KV cache on a GPU, a TPU, or wherever JAX runs.
 
-Users call `codegemma.load(..., backend="jax")`. A page is one device array; arrays never change, so copying a page costs
-nothing and running writes new ones. Shapes are rounded up to a few sizes, each compiled once. The law it keeps: the
-native engine's logits within roundoff; not bit for bit whatever runs beside it, so it is not `invariant`.
+Users call `codegemma.load(..., backend="jax")`. A page of keys and values is one device array; arrays never
+change, so copying a page costs nothing and a run makes new ones. Shapes are rounded up to a few sizes, each
+compiled once. The law it keeps: the native engine's logits within roundoff. Unlike the native engine's, a
+token's bits may depend on what else is in the batch: it is not `invariant`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from codegemma.checkpoints import Checkpoint
-from codegemma.jax.forward import Cache, Lora, Params, forward, params_of, unembed
+from codegemma.config import ModelConfig
+from codegemma.jax.compiler import configure_xla
+from codegemma.jax.forward import Cache, LoraParams, Params, forward, params_of, unembed
 from codegemma.native import PAGE, Cancel, Logits, LowRank, Page, Slice
 
-LENGTHS = (1, 8, 32, 128, 512)  # new tokens of a sequence
-Pages = list[list[jax.Array]]  # of each sequence, [2, L, PAGE, K, H]
+LENGTHS = (1, 8, 32, 128, 512)  # new tokens of a sequence, rounded up to one of these
 
 
 class Jax:
-    """A checkpoint ready to run on JAX's default device, in bfloat16 there and in float32 on a CPU."""
+    """A checkpoint ready to run on JAX's default device: in float32 on a CPU, else in bfloat16."""
 
     invariant = False
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        configure_xla()
         self.config = c = checkpoint.config
         platform = jax.default_backend()
         self._dtype = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
@@ -36,75 +39,75 @@ class Jax:
         self._shape = (2, c.layers, PAGE, c.kv_heads, c.head_width)
         self.page_bytes = int(np.prod(self._shape)) * self._dtype.itemsize
         self._params: Params = params_of(checkpoint, self._dtype)
-        self._adapters: dict[str | None, Lora | None] = {None: None}
+        self._adapters: dict[str | None, LoraParams | None] = {None: None}
         self._empty = jnp.zeros(self._shape, self._dtype)
-        self._run = jax.jit(partial(_run, config=c, dtype=self._dtype))
+        self._run = jax.jit(partial(_run, config=c))
 
     def add_adapter(self, name: str, adapter: LowRank) -> None:
-        """Makes an adapter that fits the model (lora.Adapter.check) known to `run`."""
+        """Makes an adapter known to `run` by name; it must fit the model (adapters.adapter.Adapter.check)."""
         ids = sorted(adapter.rows)
+        matrices = [("a", adapter.a), ("b", adapter.b)]
         weights = {
             f"{tensor}.{part}": jnp.asarray(value, self._dtype)
-            for part, side in (("a", adapter.a), ("b", adapter.b))
-            for tensor, value in side.items()
+            for part, values in matrices
+            for tensor, value in values.items()
         }
         if ids:
             weights["rows"] = jnp.asarray(np.stack([adapter.rows[token] for token in ids]))
-        self._adapters[name] = Lora(weights, adapter.scale, tuple(ids))
+        self._adapters[name] = LoraParams(weights, adapter.scale, tuple(ids))
 
     def new_page(self) -> Page:
-        return Page(self._empty)  # type: ignore[arg-type]  # a device array, which only this backend looks into
+        """An empty page."""
+        return Page(self._empty)  # type: ignore[arg-type]  # a device array, read by this backend alone
 
     def copy_page(self, page: Page, used: int) -> Page:
+        """A page of the same first `used` tokens."""
         return Page(page.data, used)
 
     def run(self, slices: Sequence[Slice], cancel: Cancel | None = None) -> Logits | None:
-        """Runs all slices, those of one adapter and about one length together, and writes keys and values; None if cancelled."""
+        """Runs all slices and writes their keys and values into their pages; None if cancelled.
+
+        Slices of one adapter and of about one length run together.
+        """
         groups: dict[tuple[str | None, int], list[int]] = {}
-        for number, one in enumerate(slices):
-            groups.setdefault((one.adapter, _size(len(one.ids), LENGTHS)), []).append(number)
-        found: dict[int, tuple[np.ndarray, ...]] = {}
+        for number, piece in enumerate(slices):
+            groups.setdefault((piece.adapter, _round_up(len(piece.ids), LENGTHS)), []).append(number)
+        results: dict[int, tuple[np.ndarray, ...]] = {}
         for (adapter, length), numbers in groups.items():
             if cancel is not None and cancel.is_set():
                 return None
-            found.update(
-                self._group(self._adapters[adapter], length, {number: slices[number] for number in numbers})
-            )
-        return Logits(
-            *(np.concatenate([found[number][i] for number in range(len(slices))]) for i in range(3))
-        )
+            group = [slices[number] for number in numbers]
+            results.update(zip(numbers, self._run_group(self._adapters[adapter], length, group), strict=True))
+        ordered = [results[number] for number in range(len(slices))]
+        return Logits(*(np.concatenate(parts) for parts in zip(*ordered, strict=True)))
 
-    def _group(
-        self, lora: Lora | None, T: int, slices: dict[int, Slice]
-    ) -> dict[int, tuple[np.ndarray, ...]]:
-        """Logits, argmax and normaliser of each slice's wanted tokens."""
-        touched = -(-T // PAGE) + 1
-        B, P = _size(len(slices)), max(4, _size(max(one.start // PAGE + touched for one in slices.values())))
-        tokens_BT, positions_BT = (
-            np.zeros((B, T), np.int32),
-            np.full((B, T), P * PAGE, np.int32),
-        )  # a slot outside
-        first_B = np.zeros(B, np.int32)
+    def _run_group(
+        self, lora: LoraParams | None, T: int, slices: Sequence[Slice]
+    ) -> list[tuple[np.ndarray, ...]]:
+        """(logits, argmax, normaliser) of each slice's wanted tokens."""
+        written = -(-T // PAGE) + 1  # pages that T tokens may reach into
+        B = _round_up(len(slices))
+        P = max(4, _round_up(max(piece.start // PAGE + written for piece in slices)))
+        tokens_BT, first_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+        positions_BT = np.full((B, T), P * PAGE, np.int32)  # padding writes to a slot outside
         wanted: list[int] = []
-        pages: Pages = [[self._empty] * P for _ in range(B)]
-        for b, one in enumerate(slices.values()):
-            n, first_B[b] = len(one.ids), one.start // PAGE
-            tokens_BT[b, :n], positions_BT[b, :n] = one.ids, range(one.start, one.start + n)
-            pages[b][: len(one.pages)] = map(self._array, one.pages)
-            wanted += range(b * T + n - one.wanted, b * T + n)
-        at_W = np.resize(np.array(wanted or [0], np.int32), _size(len(wanted)))
-        rows, made = self._run(self._params, lora, pages, tokens_BT, positions_BT, first_B, at_W)
-        values, argmax, normaliser = (np.array(part) for part in rows)
-        results, at = {}, 0
-        for b, (number, one) in enumerate(slices.items()):
-            for page, data in zip(one.pages[one.start // PAGE :], made[b], strict=False):
+        pages = [[self._empty] * P for _ in range(B)]
+        for b, piece in enumerate(slices):
+            n, first_B[b] = len(piece.ids), piece.start // PAGE
+            tokens_BT[b, :n], positions_BT[b, :n] = piece.ids, range(piece.start, piece.start + n)
+            pages[b][: len(piece.pages)] = map(self._on_device, piece.pages)
+            wanted += range(b * T + n - piece.wanted, b * T + n)
+        wanted_W = np.resize(np.array(wanted or [0], np.int32), _round_up(len(wanted)))
+        rows, new_pages = self._run(self._params, lora, pages, tokens_BT, positions_BT, first_B, wanted_W)
+        for b, piece in enumerate(slices):
+            for page, data in zip(piece.pages[first_B[b] :], new_pages[b], strict=False):
                 page.data = data
-            results[number] = tuple(part[at : at + one.wanted] for part in (values, argmax, normaliser))
-            at += one.wanted
-        return results
+        ends = np.cumsum([piece.wanted for piece in slices])
+        parts = [np.split(np.array(part)[: ends[-1]], ends[:-1]) for part in rows]
+        return list(zip(*parts, strict=True))
 
-    def _array(self, page: Page) -> jax.Array:
-        """A page's keys and values; those that a saved cache gave move to the device first."""
+    def _on_device(self, page: Page) -> jax.Array:
+        """A page's keys and values; a page that was read from a saved cache moves to the device first."""
         data: Any = page.data
         if isinstance(data, np.ndarray):
             page.data = data = jnp.asarray(data.view(self._dtype).reshape(self._shape))  # type: ignore[assignment]
@@ -113,35 +116,34 @@ class Jax:
 
 def _run(
     params: Params,
-    lora: Lora | None,
-    pages: Pages,
+    lora: LoraParams | None,
+    pages: list[list[jax.Array]],
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
     first_B: jax.Array,
-    at_W: jax.Array,
+    wanted_W: jax.Array,
     *,
-    config,
-    dtype,
-):  # type: ignore[no-untyped-def]
-    """(logits, argmax, log sum exp) of the tokens at `at_W`, and the pages from the `first_B`-th that were written."""
+    config: ModelConfig,
+) -> tuple[tuple[jax.Array, ...], list[list[jax.Array]]]:
+    """(logits, argmax, log sum exp) of the tokens at `wanted_W` of the flattened [B * T], and the new pages.
+
+    `pages` are [2, L, PAGE, K, H] for each sequence; those from the `first_B`-th on may have changed.
+    """
     B, T = tokens_BT.shape
-    both = jnp.stack([jnp.concatenate(own, 2) for own in pages], 2)  # [2, L, B, S, K, H]
+    kv = jnp.stack([jnp.concatenate(sequence, 2) for sequence in pages], 2)  # [2, L, B, S, K, H]
     hidden_BTD, cache = forward(
-        params, tokens_BT, config, lora, positions_BT=positions_BT, cache=Cache(*both), dtype=dtype
+        params, tokens_BT, config, lora, positions_BT=positions_BT, cache=Cache(*kv), dtype=kv.dtype
     )
-    both = jnp.stack(cache)  # type: ignore[arg-type]
-    made = [
-        [
-            jax.lax.dynamic_slice_in_dim(both[:, :, b], (first_B[b] + i) * PAGE, PAGE, 2)
-            for i in range(-(-T // PAGE) + 1)
-        ]
-        for b in range(B)
-    ]
-    logits_WV = unembed(params, hidden_BTD.reshape(B * T, -1)[at_W], config, lora)
-    rows = logits_WV, logits_WV.argmax(-1).astype(jnp.int32), jax.nn.logsumexp(logits_WV, -1)
-    return rows, made
+    kv = jnp.stack(cache)  # type: ignore[arg-type]
+
+    def page(b: int, i: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(kv[:, :, b], (first_B[b] + i) * PAGE, PAGE, 2)
+
+    new_pages = [[page(b, i) for i in range(-(-T // PAGE) + 1)] for b in range(B)]
+    logits_WV = unembed(params, hidden_BTD.reshape(B * T, -1)[wanted_W], config, lora)
+    return (logits_WV, logits_WV.argmax(-1).astype(jnp.int32), jax.nn.logsumexp(logits_WV, -1)), new_pages
 
 
-def _size(count: int, sizes: Sequence[int] = ()) -> int:
-    """The first of `sizes` that holds `count`, else a power of two, so that few shapes are compiled."""
+def _round_up(count: int, sizes: Sequence[int] = ()) -> int:
+    """The first of `sizes` that holds `count`, else a power of two: few shapes are compiled."""
     return next((size for size in sizes if count <= size), 1 << (max(count, 1) - 1).bit_length())

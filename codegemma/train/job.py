@@ -27,7 +27,6 @@ from codegemma.checkpoints.untrusted import read_json
 from codegemma.convert.convert import save
 from codegemma.data.pack import Rows
 from codegemma.files import atomic_directory
-from codegemma.checkpoints.identity import identity
 from codegemma.jax.forward import LoraParams, Params, embed, params_of
 from codegemma.native.xla import kernels
 from codegemma.prompts import Layout, fim_stops
@@ -146,7 +145,7 @@ class TrainingJob:
             held_out=self.held_out,
             mesh=mesh,
             terminators=sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else [],
-            about={"base": identity(checkpoint), "kind": plan.kind},
+            about={"base": checkpoint.identity, "kind": plan.kind},
         ) as session:
             for report in train(session, self._keep, until):
                 follow(report)

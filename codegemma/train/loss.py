@@ -1,24 +1,25 @@
 """Next-token loss against a vocabulary of 256,000 rows without ever holding its logits.
 
-`cross_entropy` is what training and evaluation call. One pass over chunks of the vocabulary keeps a running maximum and
-sum, as attention does over keys, and sums the gradient of the hidden states beside them (there the rows of the table
-are the values), so a chunk of logits is all the memory it takes, and with a frozen table all the work: two products.
-The law it keeps: loss and gradients of the dense logits; with a `Sample` of the vocabulary, their estimate.
+`cross_entropy` is what training and evaluation call. One pass over chunks of the vocabulary keeps a running
+maximum and sum, as attention does over keys, and sums the gradient of the hidden states beside them (there
+the rows of the table are the values). So a chunk of logits is all the memory it takes, and with a frozen
+table two products are all the work. The law it keeps: loss and gradients of the dense logits; with a `Sample`
+of the vocabulary, their estimate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codegemma.jax.forward import Lora, Weight, among, own_rows, product, softcap
+from codegemma.jax.forward import LoraParams, Weight, one_hot, product, replace_rows, softcap, table_rows
 from codegemma.native import xla
-from codegemma.native.xla import Blocks, Sums
+from codegemma.native.xla import Blocks, SoftmaxSums
 from codegemma.train.order import Sample
 
 CHUNK_BYTES = 32 << 20  # of float32 logits held at once
@@ -26,17 +27,48 @@ BLOCK = 256  # targets that share one pass over the table
 
 
 class Losses(NamedTuple):
-    """Of each target: nats of its negative log-probability (the z-loss on top), and whether it was the likeliest."""
+    """Of each target: negative log-probability in nats (plus z-loss), and whether it was the likeliest."""
 
     nats_M: jax.Array
     right_M: jax.Array
+
+
+class LossOptions(NamedTuple):
+    """What a compiled loss is specialised on; see `cross_entropy`."""
+
+    ids: tuple[int, ...]  # tokens whose rows of the table an adapter replaces
+    cap: float | None
+    z: float
+    train_table: bool
+
+
+class LossInputs(NamedTuple):
+    """The arrays of a loss; see `cross_entropy`."""
+
+    hidden_MD: jax.Array
+    table_VD: Weight
+    rows_RD: jax.Array  # the adapter's, for the options' ids
+    targets_M: jax.Array
+    real_count: jax.Array | None
+    sample: Sample | None
+
+
+class BlockLoss(NamedTuple):
+    """The loss of a block of targets, and what its gradients need."""
+
+    nats_M: jax.Array
+    right_M: jax.Array
+    gradient_MD: jax.Array  # of the nats, with respect to the hidden states
+    lse_M: jax.Array  # log sum exp of the logits
+    lse_gradient_M: jax.Array  # of the nats, with respect to it
+    row_logits_MR: jax.Array  # of the adapter's rows
 
 
 def cross_entropy(
     hidden_MD: jax.Array,
     targets_M: jax.Array,
     table_VD: Weight,
-    lora: Lora | None = None,
+    lora: LoraParams | None = None,
     *,
     count: jax.Array | None = None,
     cap: float | None = None,
@@ -44,168 +76,168 @@ def cross_entropy(
     train_table: bool = False,
     sample: Sample | None = None,
 ) -> Losses:
-    """Loss of `targets` after `hidden` states. `count`: only so many of them count (what the others give
-    means nothing). `cap` is the model's soft cap on logits; `z` weighs the squared log of the normaliser (PaLM,
-    section 5). `train_table`: the table has a gradient too, at the price of two more products. `sample`: the normaliser from
-    these tokens alone. Raises ValueError where both are wanted."""
+    """The loss of `targets` after `hidden` states.
+
+    With `count`, only the first `count` targets are real; the results of the others mean nothing. `cap` is
+    the model's soft cap on logits; `z` weighs the squared log of the normaliser (PaLM, section 5). With
+    `train_table` the table has a gradient too, for two more products. With `sample` the normaliser is
+    estimated from these tokens. Raises ValueError where both are set.
+    """
     if train_table and sample is not None:
         raise ValueError(
             "a sample of the vocabulary is for a frozen table: train all parameters with the whole vocabulary"
         )
     ids = lora.ids if lora else ()
     rows_RD = lora.weights["rows"] if lora and ids else jnp.zeros((0, hidden_MD.shape[1]), jnp.float32)
-    if count is None or len(targets_M) % BLOCK:
-        count = None
-    return Losses(
-        *_cross_entropy(
-            ids,
-            cap,
-            z,
-            train_table,
-            hidden_MD.astype(jnp.float32),
-            table_VD,
-            rows_RD,
-            targets_M,
-            count,
-            sample,
-        )
-    )
+    count = None if len(targets_M) % BLOCK else count
+    inputs = LossInputs(hidden_MD.astype(jnp.float32), table_VD, rows_RD, targets_M, count, sample)
+    return _cross_entropy(LossOptions(ids, cap, z, train_table), inputs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _cross_entropy(ids, cap, z, train_table, hidden_MD, table_VD, rows_RD, targets_M, count, sample):  # type: ignore[no-untyped-def]
-    return _ahead(ids, cap, z, train_table, hidden_MD, table_VD, rows_RD, targets_M, count, sample)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(options: LossOptions, inputs: LossInputs) -> Losses:
+    return _forward(options, inputs)[0]
 
 
-def _ahead(ids, cap, z, train_table, h_MD, table_VD, rows_RD, targets_M, count, sample):  # type: ignore[no-untyped-def]
+def _forward(options: LossOptions, inputs: LossInputs) -> tuple[Losses, tuple[BlockLoss, LossInputs]]:
+    h_MD, table_VD, _, targets_M, count, sample = inputs
     summed_SD = table_VD if sample is None else jax.tree.map(lambda x: x[sample.numbers_S], table_VD)
-    block = partial(_block, ids, cap, z, table_VD, rows_RD, sample, summed_SD)
+    block = partial(_block, options, summed_SD)
     if isinstance(summed_SD, Blocks) and xla.kernels():
-        made = block(len(h_MD) if count is None else count, h_MD, targets_M)
+        result = block(inputs, len(h_MD) if count is None else count)
     elif count is None:
-        made = block(None, h_MD, targets_M)
+        result = block(inputs, None)
     else:
 
-        def one(i: jax.Array, made: _Block) -> _Block:
-            cut = [jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK) for x in (h_MD, targets_M)]
-            return jax.tree.map(
-                lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * BLOCK, 0),
-                made,
-                block(None, *cut),
-            )
+        def part(start: jax.Array | int) -> BlockLoss:
+            h_BD, targets_B = (jax.lax.dynamic_slice_in_dim(x, start, BLOCK) for x in (h_MD, targets_M))
+            return block(inputs._replace(hidden_MD=h_BD, targets_M=targets_B), None)
 
-        empty = jax.tree.map(
-            lambda x: jnp.zeros((len(targets_M), *x.shape[1:]), x.dtype),
-            jax.eval_shape(block, None, h_MD[:BLOCK], targets_M[:BLOCK]),
-        )
-        made = jax.lax.fori_loop(0, -(-count // BLOCK), one, empty)
-    return (made.nats_M, made.right_M), (made, h_MD, table_VD, rows_RD, targets_M, count, sample)
+        def write(i: jax.Array, result: BlockLoss) -> BlockLoss:
+            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * BLOCK, axis=0)
+            return jax.tree.map(put, result, part(i * BLOCK))
 
-
-class _Block(NamedTuple):
-    """What a block of targets gives, and what its gradients need."""
-
-    nats_M: jax.Array
-    right_M: jax.Array
-    gradient_MD: jax.Array  # of the nats, with respect to the hidden states
-    lse_M: jax.Array
-    pull_M: jax.Array
-    own_MR: jax.Array  # logits of the adapter's own tokens
+        shapes = jax.eval_shape(part, 0)
+        empty = jax.tree.map(lambda x: jnp.zeros((len(targets_M), *x.shape[1:]), x.dtype), shapes)
+        result = jax.lax.fori_loop(0, -(-count // BLOCK), write, empty)
+    return Losses(result.nats_M, result.right_M), (result, inputs)
 
 
 def _block(
-    ids: tuple[int, ...],
-    cap: float | None,
-    z: float,
-    table_VD: Weight,
-    rows_RD: jax.Array,
-    sample: Sample | None,
-    summed_SD: Weight,
-    used: jax.Array | int | None,
-    h_MD: jax.Array,
-    targets_M: jax.Array,
-) -> _Block:
-    """`summed_SD` has the rows that the normaliser sums over: the table's, or those of the sample. `used`: the kernels are to sum,
-    for so many targets."""
+    options: LossOptions, summed_SD: Weight, inputs: LossInputs, used: jax.Array | int | None
+) -> BlockLoss:
+    """The loss of a block of targets; the normaliser sums over `summed_SD`: the table, or a sample of it.
+
+    With `used`, the kernels compute the sums, of so many targets.
+    """
+    ids, cap, z, _ = options
+    h_MD, table_VD, rows_RD, targets_M, _, _ = inputs
+    if used is not None and isinstance(summed_SD, Blocks):
+        sums = _sums_by_kernels(options, summed_SD, inputs, used)
+    else:
+        sums = _sums_by_chunks(options, summed_SD, inputs)
+    row_logits_MR = softcap(product(h_MD, rows_RD), cap)
+    if ids:
+        slope_MR = _slope(row_logits_MR, cap)
+        sums = _add(sums, row_logits_MR, jnp.array(ids, jnp.int32), 1.0, lambda w: (w * slope_MR) @ rows_RD)
+    target_MD = table_rows(table_VD, targets_M)
+    if ids:
+        target_MD = replace_rows(targets_M, ids, rows_RD, target_MD)
+    logit_M = softcap(jnp.sum(h_MD * target_MD, -1), cap)
+    lse_M = sums.max_M + jnp.log(sums.sum_M)
+    lse_gradient_M = 1 + 2 * z * lse_M
+    gradient_MD = sums.weighted_MD * (lse_gradient_M / sums.sum_M)[:, None]
+    gradient_MD -= target_MD * _slope(logit_M, cap)[:, None]
+    nats_M, right_M = lse_M - logit_M + z * lse_M**2, sums.best_M == targets_M
+    return BlockLoss(nats_M, right_M, gradient_MD, lse_M, lse_gradient_M, row_logits_MR)
+
+
+def _add(
+    sums: SoftmaxSums,
+    logits_MC: jax.Array,
+    numbers_C: jax.Array,
+    counts_C: jax.Array | float,
+    weighted_rows: Callable[[jax.Array], jax.Array],
+) -> SoftmaxSums:
+    """The sums with the logits of C more tokens, each of which counts `counts_C` times.
+
+    `weighted_rows` multiplies weights [M, C] by the slope of the soft cap and the tokens' rows: [M, D].
+    """
+    max_M = jnp.maximum(sums.max_M, logits_MC.max(-1))
+    best_M = jnp.where(max_M > sums.max_M, numbers_C[logits_MC.argmax(-1)], sums.best_M)
+    weights_MC, shrink_M = counts_C * jnp.exp(logits_MC - max_M[:, None]), jnp.exp(sums.max_M - max_M)
+    sum_M = sums.sum_M * shrink_M + weights_MC.sum(-1)
+    return SoftmaxSums(max_M, best_M, sum_M, sums.weighted_MD * shrink_M[:, None] + weighted_rows(weights_MC))
+
+
+def _sums_by_chunks(options: LossOptions, summed_SD: Weight, inputs: LossInputs) -> SoftmaxSums:
+    """Softmax sums over the table's rows (or a sample's), but those of the adapter's tokens."""
+    ids, cap, _, _ = options
+    h_MD, sample = inputs.hidden_MD, inputs.sample
     M, D = h_MD.shape
 
-    def add(
-        sums: Sums,
-        logits_MC: jax.Array,
-        numbers_C: jax.Array,
-        back: Callable[[jax.Array], jax.Array],
-        counts_C: jax.Array | float,
-    ) -> Sums:
-        """`back` multiplies [M, C] by the rows behind the logits."""
-        most_M = jnp.maximum(sums.most_M, logits_MC.max(-1))
-        best_M = jnp.where(most_M > sums.most_M, numbers_C[logits_MC.argmax(-1)], sums.best_M)
-        weights_MC, shrink_M = counts_C * jnp.exp(logits_MC - most_M[:, None]), jnp.exp(sums.most_M - most_M)
-        return Sums(
-            most_M,
-            best_M,
-            sums.sum_M * shrink_M + weights_MC.sum(-1),
-            sums.mean_MD * shrink_M[:, None] + back(weights_MC * _slope(logits_MC, cap)),
-        )
-
-    def chunk(sums: Sums, start: jax.Array, size: int) -> Sums:
+    def chunk(sums: SoftmaxSums, start: jax.Array, size: int) -> SoftmaxSums:
         if sample is None:
             numbers_C, counts_C = start + jnp.arange(size, dtype=jnp.int32), jnp.ones(())
         else:
             numbers_C, counts_C = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in sample)
-        forward, back = _rows(summed_SD, start, size)
-        logits_MC = _without(ids, softcap(forward(h_MD), cap), numbers_C)
-        return add(sums, logits_MC, numbers_C, back, counts_C)
+        logits, weighted_rows = _products(summed_SD, start, size)
+        logits_MC = _replace_columns(ids, softcap(logits(h_MD), cap), numbers_C, -jnp.inf)
+        slope_MC = _slope(logits_MC, cap)
+        return _add(sums, logits_MC, numbers_C, counts_C, lambda w: weighted_rows(w * slope_MC))
 
-    if used is not None and isinstance(summed_SD, Blocks):
-        sums = _by_kernels(ids, cap, sample, summed_SD, used, h_MD)
-    else:
-        sums = Sums(jnp.full(M, -jnp.inf), jnp.zeros(M, jnp.int32), jnp.zeros(M), jnp.zeros((M, D)))
-        sums = _over_chunks(summed_SD.shape[0], M, chunk, sums)
-    own_MR = softcap(product(h_MD, rows_RD), cap)
-    if ids:
-        sums = add(sums, own_MR, jnp.array(ids, jnp.int32), lambda w: w @ rows_RD, 1.0)
-    target_MD = _target_rows(ids, table_VD, rows_RD, targets_M)
-    logit_M = softcap(jnp.sum(h_MD * target_MD, -1), cap)
-    lse_M = sums.most_M + jnp.log(sums.sum_M)
-    pull_M = 1 + 2 * z * lse_M
-    gradient_MD = sums.mean_MD * (pull_M / sums.sum_M)[:, None] - target_MD * _slope(logit_M, cap)[:, None]
-    return _Block(
-        lse_M - logit_M + z * lse_M**2, sums.best_M == targets_M, gradient_MD, lse_M, pull_M, own_MR
-    )
+    empty = SoftmaxSums(jnp.full(M, -jnp.inf), jnp.zeros(M, jnp.int32), jnp.zeros(M), jnp.zeros((M, D)))
+    return _over_chunks(summed_SD.shape[0], M, chunk, empty)
 
 
-def _behind(ids, cap, z, train_table, kept, cotangents):  # type: ignore[no-untyped-def]
-    (_, _, gradient_MD, lse_M, pull_M, own_MR), h_MD, table_VD, rows_RD, targets_M, count, sample = kept
-    g_M = cotangents[0]
-    push_MR = jnp.exp(own_MR - lse_M[:, None]) * pull_M[:, None] - among(targets_M, ids).astype(jnp.float32)
-    rows_gradient_RD = (g_M[:, None] * push_MR * _slope(own_MR, cap)).T @ h_MD
-    table_gradient = jax.tree.map(_no_gradient, table_VD)
-    if train_table:
-
-        def chunk(gradient_VD: jax.Array, start: jax.Array, size: int) -> jax.Array:
-            numbers_C = start + jnp.arange(size, dtype=jnp.int32)
-            logits_MC = softcap(_rows(table_VD, start, size)[0](h_MD), cap)
-            push_MC = jnp.exp(_without(ids, logits_MC, numbers_C) - lse_M[:, None]) * pull_M[:, None]
-            push_MC -= (targets_M[:, None] == numbers_C[None]).astype(jnp.float32)
-            push_MC *= _slope(logits_MC, cap) * g_M[:, None]
-            if ids:
-                push_MC = _without(ids, push_MC, numbers_C, 0.0)
-            return jax.lax.dynamic_update_slice(
-                gradient_VD, (push_MC.T @ h_MD).astype(gradient_VD.dtype), (start, 0)
-            )
-
-        table_gradient = _over_chunks(
-            table_VD.shape[0], len(h_MD), chunk, jnp.zeros(table_VD.shape, table_VD.dtype)
-        )
-    return (
-        g_M[:, None] * gradient_MD,
-        table_gradient,
-        rows_gradient_RD,
-        *jax.tree.map(_no_gradient, (targets_M, count, sample)),
-    )
+def _sums_by_kernels(
+    options: LossOptions, summed_SD: Blocks, inputs: LossInputs, used: jax.Array | int
+) -> SoftmaxSums:
+    """What `_sums_by_chunks` gives, for the first `used` targets, by the engine's kernels."""
+    rows = summed_SD.shape[0]
+    numbers_S, counts_S = inputs.sample or (jnp.arange(rows, dtype=jnp.int32), jnp.ones(rows))
+    counts_S = jnp.where(one_hot(numbers_S, options.ids).any(-1), 0.0, counts_S)
+    sums = xla.vocabulary(inputs.hidden_MD, summed_SD, counts_S, options.cap, used)
+    return sums._replace(best_M=numbers_S[sums.best_M])
 
 
-_cross_entropy.defvjp(_ahead, _behind)
+def _backward(
+    options: LossOptions, saved: tuple[BlockLoss, LossInputs], cotangents: Losses
+) -> tuple[LossInputs]:
+    block, inputs = saved
+    ids, cap = options.ids, options.cap
+    g_M = cotangents.nats_M[:, None]
+    logits_MR, h_MD = block.row_logits_MR, inputs.hidden_MD
+    slope_MR = jnp.exp(logits_MR - block.lse_M[:, None]) * block.lse_gradient_M[:, None]
+    slope_MR -= one_hot(inputs.targets_M, ids).astype(jnp.float32)
+    rows_gradient_RD = (g_M * slope_MR * _slope(logits_MR, cap)).T @ h_MD
+    zeros = jax.tree.map(_no_gradient, inputs)
+    gradients = zeros._replace(hidden_MD=g_M * block.gradient_MD, rows_RD=rows_gradient_RD)
+    if options.train_table:
+        gradients = gradients._replace(table_VD=_table_gradient(options, block, inputs, g_M))
+    return (gradients,)
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _table_gradient(options: LossOptions, block: BlockLoss, inputs: LossInputs, g_M: jax.Array) -> jax.Array:
+    ids, cap = options.ids, options.cap
+    h_MD, table_VD = inputs.hidden_MD, inputs.table_VD
+
+    def chunk(gradient_VD: jax.Array, start: jax.Array, size: int) -> jax.Array:
+        numbers_C = start + jnp.arange(size, dtype=jnp.int32)
+        logits_MC = softcap(_products(table_VD, start, size)[0](h_MD), cap)
+        counted_MC = _replace_columns(ids, logits_MC, numbers_C, -jnp.inf)
+        slope_MC = jnp.exp(counted_MC - block.lse_M[:, None]) * block.lse_gradient_M[:, None]
+        slope_MC -= (inputs.targets_M[:, None] == numbers_C[None]).astype(jnp.float32)
+        slope_MC *= _slope(logits_MC, cap) * g_M
+        slope_MC = _replace_columns(ids, slope_MC, numbers_C, 0.0)
+        gradient_CD = (slope_MC.T @ h_MD).astype(gradient_VD.dtype)
+        return jax.lax.dynamic_update_slice(gradient_VD, gradient_CD, (start, 0))
+
+    empty = jnp.zeros(table_VD.shape, table_VD.dtype)  # type: ignore[union-attr]
+    return _over_chunks(table_VD.shape[0], len(h_MD), chunk, empty)
 
 
 def _slope(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -213,60 +245,30 @@ def _slope(logits: jax.Array, cap: float | None) -> jax.Array:
     return jnp.ones_like(logits) if cap is None else 1 - jnp.minimum((logits / cap) ** 2, 1)
 
 
-def _without(
-    ids: tuple[int, ...], logits_MC: jax.Array, numbers_C: jax.Array, value: float = -jnp.inf
+def _replace_columns(
+    ids: tuple[int, ...], values_MC: jax.Array, numbers_C: jax.Array, value: float
 ) -> jax.Array:
-    """Columns of the tokens whose rows an adapter replaces do not count."""
-    return (
-        jnp.where(jnp.isin(numbers_C, jnp.array(ids, jnp.int32))[None], value, logits_MC)
-        if ids
-        else logits_MC
-    )
+    """`value` in the columns of tokens whose rows an adapter replaces."""
+    if not ids:
+        return values_MC
+    return jnp.where(jnp.isin(numbers_C, jnp.array(ids, jnp.int32))[None], value, values_MC)
 
 
-def _over_chunks(V, M, chunk, carry):  # type: ignore[no-untyped-def]
-    """Folds `chunk(carry, start, size)` over the vocabulary: whole chunks in a loop, then what is left."""
+def _over_chunks(V: int, M: int, chunk: Callable[..., Any], carry: Any) -> Any:
+    """Folds `chunk(carry, start, size)` over the vocabulary: full chunks in a loop, then the rest."""
     size = min(V, max(512, CHUNK_BYTES // (4 * M) // 512 * 512))
-    whole = V // size
-    carry = jax.lax.fori_loop(0, whole, lambda i, carry: chunk(carry, i * size, size), carry)
-    return chunk(carry, whole * size, V - whole * size) if V % size else carry
+    full = V // size
+    carry = jax.lax.fori_loop(0, full, lambda i, carry: chunk(carry, i * size, size), carry)
+    return chunk(carry, full * size, V - full * size) if V % size else carry
 
 
-def _by_kernels(
-    ids: tuple[int, ...],
-    cap: float | None,
-    sample: Sample | None,
-    summed_SD: Blocks,
-    used: jax.Array | int,
-    h_MD: jax.Array,
-) -> Sums:
-    numbers_S, counts_S = sample or (
-        jnp.arange(summed_SD.shape[0], dtype=jnp.int32),
-        jnp.ones(summed_SD.shape[0]),
-    )
-    sums = xla.vocabulary(h_MD, summed_SD, jnp.where(among(numbers_S, ids).any(-1), 0.0, counts_S), cap, used)
-    return sums._replace(best_M=numbers_S[sums.best_M])
-
-
-def _rows(table_VD: Weight, start: jax.Array, size: int):  # type: ignore[no-untyped-def]
-    """Products with `size` rows of the table from `start`: [M, D] -> [M, C], and back."""
+def _products(table_VD: Weight, start: jax.Array, size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Products with `size` rows of the table from `start`: [M, D] -> [M, C], and [M, C] -> [M, D]."""
     if isinstance(table_VD, Blocks):
-        return tuple(
-            partial(do, weight=table_VD, start=start, count=size) for do in (xla.product, xla.product_t)
-        )
+        products = (xla.product, xla.product_t)
+        return tuple(partial(f, weight=table_VD, start=start, count=size) for f in products)  # type: ignore[return-value]
     rows_CD = jax.lax.dynamic_slice(table_VD, (start, 0), (size, table_VD.shape[1])).astype(jnp.float32)
     return (lambda h_MD: product(h_MD, rows_CD)), (lambda w_MC: w_MC @ rows_CD)
-
-
-def _target_rows(
-    ids: tuple[int, ...], table_VD: Weight, rows_RD: jax.Array, targets_M: jax.Array
-) -> jax.Array:
-    rows_MD = (
-        xla.decode_rows(table_VD, targets_M)
-        if isinstance(table_VD, Blocks)
-        else table_VD[targets_M].astype(jnp.float32)
-    )
-    return own_rows(targets_M, ids, rows_RD, rows_MD) if ids else rows_MD
 
 
 def _no_gradient(x: jax.Array) -> jax.Array | np.ndarray:

@@ -1,24 +1,26 @@
 """Where parameters lie on a mesh of devices: rules on names, one code for one device, one host and many.
 
-Axes: "data" repeats everything and divides the batch, "fsdp" divides the batch and each parameter, "tensor" divides
-heads, the feed-forward width and the vocabulary.
+Axes: "data" repeats all parameters and divides the batch, "fsdp" divides the batch and each parameter,
+"tensor" divides heads, the feed-forward width and the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from codegemma.jax.forward import BATCH_AXES
 
 AXES = (*BATCH_AXES, "tensor")
-RULES = (  # the first that matches the last part of a name; an axis that does not divide a shape is left out
+RULES = (  # the first that matches the last part of a name; an axis that does not divide a shape is dropped
     (r"embed", ("tensor", "fsdp")),
     (r"q|k|v|gate|up", ("tensor", "fsdp")),
     (r"o|down", ("fsdp", "tensor")),
@@ -28,50 +30,53 @@ RULES = (  # the first that matches the last part of a name; an axis that does n
 )
 
 
-def parse(text: str | None) -> Mesh | None:
-    """A mesh from "fsdp=8,tensor=4": its product must be the number of devices. None for none.
-
-    Raises ValueError naming the rule that the text breaks.
-    """
+def parse_axes(text: str | None) -> dict[str, int]:
+    """The size of each axis from "fsdp=8,tensor=4"; {} for None. Raises ValueError on another form."""
     if text is None:
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"{jax.process_count()} processes train together on a mesh: pass --mesh, such as "
-                f"fsdp={jax.device_count()}"
-            )
+        return {}
+    pairs = [part.partition("=") for part in text.split(",")]
+    sizes = {name: int(size) for name, _, size in pairs if re.fullmatch(r"0*[1-9]\d*", size)}
+    if len(sizes) != len(pairs) or not set(sizes) <= set(AXES):
+        rule = f"mesh must look like fsdp=8,tensor=4 with axes of {', '.join(AXES)}, each once"
+        raise ValueError(f"{rule}, got {text!r}")
+    return dict.fromkeys(AXES, 1) | sizes
+
+
+def make(text: str | None) -> Mesh | None:
+    """The mesh that `parse_axes` reads, over all devices; None for None.
+
+    Raises ValueError where the product of its axes is not the number of devices, and on None where several
+    processes train together.
+    """
+    axes = parse_axes(text)
+    if not axes:
+        if (processes := jax.process_count()) > 1:
+            example = f"pass --mesh, such as fsdp={jax.device_count()}"
+            raise ValueError(f"{processes} processes train together on a mesh: {example}")
         return None
-    found = re.findall(r"(?:^|,)(\w+)=(\d+)(?=,|$)", text)
-    sizes = dict.fromkeys(AXES, 1) | {name: int(size) for name, size in found}
-    whole = ",".join(f"{name}={size}" for name, size in found) == text and len(dict(found)) == len(found)
-    if set(sizes) != set(AXES) or not whole or 0 in sizes.values():
+    if (places := math.prod(axes.values())) != (devices := jax.device_count()):
         raise ValueError(
-            f"mesh must look like fsdp=8,tensor=4 with axes of {', '.join(AXES)}, each once, got {text!r}"
+            f"mesh {text} has {places} places, but there are {devices} devices: make the product equal"
         )
-    if math.prod(sizes.values()) != jax.device_count():
-        raise ValueError(
-            f"mesh {text} has {math.prod(sizes.values())} places, but there are {jax.device_count()} devices: "
-            "make the product equal"
-        )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(axes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def use(mesh: Mesh | None) -> Any:
-    """A context in which `model.forward` divides its activations over the mesh."""
+    """A context in which `forward` divides its activations over the mesh."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def batch_parts(mesh: Mesh | None) -> int:
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
+def batch_parts(axes: Mapping[str, int]) -> int:
+    """How many parts the batch is divided into on a mesh of these axes."""
+    return math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
 
 
 def sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter (or its gradient, or its moments) lies."""
     spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, name.split(".")[-1]))
-    kept = [
-        axis if axis and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, shape, strict=False)
-    ]
-    return NamedSharding(mesh, PartitionSpec(*kept))
+    axes = zip(spec, shape, strict=False)
+    divided = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in axes]
+    return NamedSharding(mesh, PartitionSpec(*divided))
 
 
 def place(mesh: Mesh | None, tree: Any) -> Any:
@@ -93,8 +98,17 @@ def place_batch(mesh: Mesh | None, batch: Any) -> Any:
     return jax.tree.map(lambda array: _put(array, NamedSharding(mesh, PartitionSpec(BATCH_AXES))), batch)
 
 
-def _put(array: Any, where: NamedSharding) -> jax.Array:
+def gather(array: jax.Array) -> np.ndarray:
+    """All values of an array; every process must call it where each holds a share."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _put(array: Any, place: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return jax.device_put(array, where)
-    whole = np.asarray(array)  # of this process alone: a slice of a jax.Array would be made on the whole mesh
-    return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+        return jax.device_put(array, place)
+    values = np.asarray(
+        array
+    )  # of this process alone: a slice of a jax.Array would be made on the whole mesh
+    return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
