@@ -1,5 +1,4 @@
-"""What weighing columns by their importance gains: KL divergence to the float model on held-out code, with
-and without.
+"""What weighing columns by importance gains: KL divergence to the float model, with and without.
 
     PYTHONPATH=. .venv/bin/python benchmarks/importance.py [MODEL]
 

@@ -42,9 +42,7 @@ def multiply(tensor, x_TK, level, threads=1):
 # ------------------------------------------------------------------------------------------------ numerics v1
 # in NumPy
 def quantised(x_TK, block):
-    """Whole numbers int64 [T, blocks, block] and scales float32 [T, blocks]: half to even, the largest
-    becomes 127.
-    """
+    """Whole numbers int64 [T, blocks, block] and scales float32 [T, blocks]: half to even, maximum 127."""
     x = x_TK.reshape(len(x_TK), -1, block)
     top = np.abs(x).max(-1)
     inverse = np.divide(F32(127), top, out=np.zeros_like(top), where=top > 0)

@@ -186,9 +186,7 @@ def training(adapter: Adapter, metrics: Sequence[Path], before: str) -> str:
 
 
 def scores(evals: Path, label: str, before: str) -> str:
-    """The section on evaluation: the learning curve, and the differences between this adapter and the base
-    model.
-    """
+    """The section on evaluation: the learning curve, and the differences to the base model."""
     file = evals / f"{label}.json"
     report = json.loads(file.read_text()) if file.exists() else {}
     rows = [

@@ -1,5 +1,4 @@
-"""The corpus of the default model's adapter: pinned packages -> archives -> the rows of each phase of the
-curriculum.
+"""The corpus of the default model's adapter: pinned packages -> archives -> rows for each phase.
 
     python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, extends the list
     python tools/adapter_data.py fetch                               # what the list names, checked by hash
@@ -104,9 +103,7 @@ ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
 
 @dataclass(frozen=True)
 class Choice:
-    """Segments of at most `max_tokens` tokens from other phases: a share of each phase times a share of each
-    layout.
-    """
+    """Segments of other phases, up to `max_tokens` long: a share of each phase times one of each layout."""
 
     phases: dict[str, float]
     layouts: dict[str, float]

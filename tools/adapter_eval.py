@@ -1,5 +1,4 @@
-"""How good the default model's adapter is: held-out completions, HumanEval infilling beside the base model,
-the curve.
+"""How good the default model's adapter is, beside the base model: held-out code, HumanEval infilling.
 
     python tools/adapter_eval.py LABEL --adapter FOLDER --tokens SEEN --data BENCHMARKS [--holes 500]
     python tools/adapter_eval.py base --data BENCHMARKS     # the base model, left to right and in FIM order
@@ -42,6 +41,7 @@ def documents(rows: Path) -> list[Document]:
 
 
 def held_out(model: LocalModel, held: list[Document], holes: int, plain: int) -> dict[str, Any]:
+    """Scores on held-out code: of `holes` holes in each FIM order, and of `plain` documents left to right."""
     report = heldout.measure(model, heldout.holes(held, model.tokenizer, holes)) if holes else {}
     return report | ({"left_to_right": heldout.left_to_right(model, held, plain)} if plain else {})
 
@@ -49,6 +49,7 @@ def held_out(model: LocalModel, held: list[Document], holes: int, plain: int) ->
 def infilling(
     model: LocalModel, names: list[str], data: Path, out: Path, limits: dict[str, int | None]
 ) -> dict[str, Any]:
+    """Scores of the named benchmarks; their samples lie in `out`, and a finished one is not run again."""
     records = Records(data, offline=True)
     kept = ("score", "low", "high", "more", "items", "outcomes")
     summaries = {
@@ -67,9 +68,7 @@ def _stopped(out: Path, name: str) -> float:
 
 
 def compared(report: dict[str, Any], base: dict[str, Any], out: Path, base_out: Path) -> dict[str, Any]:
-    """Paired differences to the base model: of each FIM order to the base continuing the prefix, and of
-    held-out code.
-    """
+    """Paired differences to the base model continuing the prefix, for each FIM order and held-out code."""
     differences: dict[str, Any] = {}
     for kind, names in FIM_TASKS.items():
         for name in names:
@@ -149,6 +148,7 @@ HEAD = [
 
 
 def table(out: Path) -> str:
+    """The learning curve in Markdown."""
     reports = sorted(
         (json.loads(file.read_text()) for file in out.glob("*.json")), key=lambda report: report["tokens"]
     )

@@ -69,6 +69,7 @@ ORDER = list(PHASES)
 
 
 def plan(name: str, cache: Path, start: Path | None = None) -> job.TrainingPlan:
+    """What to train in a phase; it starts from `start`, or from the phase before."""
     phase, number = PHASES[name], ORDER.index(name)
     settings = TrainingSettings(
         phase.peak,

@@ -23,8 +23,7 @@ def render(header: list[str], name: str, description: str, sections: Mapping[str
 def card(
     source: str | Path, results: Path | None = None, manifest: Path | None = None, changes: str = ""
 ) -> str:
-    """The card of a model, with scores (a folder of `codegemma eval`) and a data manifest where they are
-    given.
+    """The card of a model; `results` is a folder of `codegemma eval`, `manifest` that of its data.
 
     Raises ValueError where the folder of results holds no finished benchmark.
     """

@@ -19,8 +19,7 @@ MAX_TEXT_BYTES = 1 << 24
 
 
 def importance_of(path: Path, checkpoint: Checkpoint) -> Importance:
-    """The importance of each column: from a file of llama-imatrix, or measured on a text or a folder of
-    texts.
+    """The importance of each column, from a file of llama-imatrix or measured on a file or folder of text.
 
     Raises ValueError on a file of another model, and where there is no text or no tokenizer to read it with.
     """

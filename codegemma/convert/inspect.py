@@ -13,9 +13,9 @@ import numpy as np
 
 from codegemma import files, hub
 from codegemma.checkpoints import Checkpoint, format_of, open_checkpoint
-from codegemma.prompts import CHAT_TEMPLATE
 from codegemma.checkpoints.tensors import BLOCKS, Tensor
 from codegemma.checkpoints.untrusted import read_json
+from codegemma.prompts import CHAT_TEMPLATE
 
 # Exponent bits of a float, all set in NaN and infinity, and the type that reads them.
 EXPONENTS = {"F32": (0x7F800000, "<u4"), "F16": (0x7C00, "<u2"), "BF16": (0x7F80, "<u2")}

@@ -50,8 +50,7 @@ def bits(type: str) -> float:
 
 
 def chosen(type: str, checkpoint: Checkpoint) -> dict[str, str]:
-    """The type that each tensor gets for a type or mix ("q8_0", "q4_k_m"): never one with more bits than it
-    has.
+    """The type that each tensor gets for a type or mix ("q8_0", "q4_k_m"): never one with more bits.
 
     Raises ValueError on an unknown type.
     """

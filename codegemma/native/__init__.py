@@ -1,5 +1,4 @@
-"""The engine on a CPU: C++ kernels that read quantised blocks from the mapped file, under a Python layer
-loop.
+"""The engine on a CPU: C++ kernels that read blocks from the mapped file, under a Python layer loop.
 
 `Native._record` is the loop: it states the forward pass of Gemma 1, 2 and 3 once, as a list of steps that the
 C++ side replays for any number of tokens. It keeps one law (numerics v1): on one SIMD level, a token's logits
