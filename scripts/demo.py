@@ -1,4 +1,4 @@
-"""`make demo`: completes the hole in a real file and shows the file. `--svg FILE` also draws what was shown."""
+"""`make demo`: completes the hole in a real file and shows it. `--svg FILE` also draws what was shown."""
 
 from __future__ import annotations
 

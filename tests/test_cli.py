@@ -1,4 +1,6 @@
-"""The command line against the functions under it, and against a person's view: texts, codes, signals, documents."""
+"""The command line against the functions under it, and against a person's view: texts, codes, signals,
+documents.
+"""
 
 import io
 import json

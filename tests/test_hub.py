@@ -175,7 +175,8 @@ def test_a_missing_part_is_a_missing_package(packaged, home, lost):
 def test_two_processes_do_the_work_once(packaged, home):
     code = (
         "from codegemma import hub; from codegemma.hub import catalogue; "
-        f"catalogue.DEFAULT_FILE = catalogue.Packaged({packaged.package!r}, {packaged.parts!r}, {packaged.name!r}, "
+        f"catalogue.DEFAULT_FILE = catalogue.Packaged({packaged.package!r}, {packaged.parts!r}, "
+        f"{packaged.name!r}, "
         f"{packaged.size}, {packaged.sha256!r}); print(hub.resolve().stat().st_ino)"
     )
     path = os.pathsep.join([str(home / "site"), os.getcwd()])

@@ -24,7 +24,9 @@ SHA = hashlib.sha256(BODY).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Answers the next of `script` for each request of a path, then as a good server; `seen` are the requests."""
+    """Answers the next of `script` for each request of a path, then as a good server; `seen` are the
+    requests.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -256,7 +258,7 @@ def test_a_path_is_laid_into_the_cache(tmp_path, monkeypatch):
         hub_pull.pull(str(tmp_path / "none"), "path", ask=lambda _: True)
 
 
-# ----------------------------------------------------------------------------------- the Hugging Face Hub's interface
+# -------------------------------------------------------------------------------- the Hugging Face Hub's interface
 REPO, COMMIT = "google/codegemma-2b", "c" * 40
 FILES = {"config.json": b"{}", "model.safetensors": BODY[:100_000], "tokenizer.model": b"t"}
 CODE = (

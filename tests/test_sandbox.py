@@ -1,4 +1,5 @@
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -6,7 +7,6 @@ import sys
 
 import pytest
 
-from codegemma import sandbox
 from codegemma.evals.doctor import ATTACKS, self_test
 from codegemma.sandbox import Limits, Sandbox, SandboxError
 
@@ -115,7 +115,7 @@ def test_a_sandbox_that_cannot_be_made_raises(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with Sandbox() as made, pytest.raises(SandboxError, match="apt-get install bubblewrap"):
         made.run_python("pass")
-    monkeypatch.setattr(sandbox.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
     with Sandbox() as made, pytest.raises(SandboxError, match="needs Linux, not Darwin"):
         made.run_python("pass")
     monkeypatch.undo()

@@ -103,7 +103,7 @@ def generate(
     _answer(model, replace(request, adapter=model.adapter_at(adapter)), answer, echo=text)
 
 
-# --------------------------------------------------------------------------------------------- text and cursor
+# -------------------------------------------------------------------------------- text and cursor
 def _hole(
     file: str | None, at: str | None, mark: str, prefix_file: Path | None, suffix_file: Path | None
 ) -> tuple[str, str]:
@@ -171,7 +171,7 @@ def _decode(data: bytes, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8 text ({byte}): convert it first") from error
 
 
-# ------------------------------------------------------------------------------------------------- the answer
+# -------------------------------------------------------------------------------- the answer
 def interruptible(completion: Completion, cancel: Cancel) -> Generator[Step]:
     """The Steps of a completion, made in a thread: Ctrl-C reaches the caller at once, also while kernels run.
 

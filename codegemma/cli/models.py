@@ -88,14 +88,16 @@ def bench(
     if as_json:
         print(json.dumps(result))
         return
+    peak = f"{result['int8_operations_per_second'] / 1e9:,.0f} GOP/s int8"
+    bandwidth = f"{result['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read"
     print(
         f"{title(loaded)} ({loaded.path.name}), {result['threads']} threads, {result['simd']}, "
         f"medians of {repeats}\n"
-        f"prefill {result['prefill_tokens_per_second']:8,.1f} tokens/s  {result['prefill_share_of_peak']:5.0%} "
-        f"of {result['int8_operations_per_second'] / 1e9:,.0f} GOP/s int8   ({prompt_tokens} tokens; the "
-        "vocabulary product for the last one only)\n"
-        f"decode  {result['decode_tokens_per_second']:8,.1f} tokens/s  {result['decode_share_of_bandwidth']:5.0%} "
-        f"of {result['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read   ({decode_tokens} tokens behind them)"
+        f"prefill {result['prefill_tokens_per_second']:8,.1f} tokens/s  "
+        f"{result['prefill_share_of_peak']:5.0%} of {peak}   ({prompt_tokens} tokens; the vocabulary product "
+        "for the last one only)\n"
+        f"decode  {result['decode_tokens_per_second']:8,.1f} tokens/s  "
+        f"{result['decode_share_of_bandwidth']:5.0%} of {bandwidth}   ({decode_tokens} tokens behind them)"
     )
 
 

@@ -1,7 +1,7 @@
 """How a verb's function becomes a command: its parameters are the options, help.toml says what each means.
 
-A parameter without a default is an argument. The fields of a parameter that is a dataclass are options too, after the
-verb's own: that is how verbs share options, and receive many as one value.
+A parameter without a default is an argument. The fields of a parameter that is a dataclass are options too,
+after the verb's own: that is how verbs share options, and receive many as one value.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def command(verb: Callable[..., None], path: str) -> Any:
 
 
 def _texts(path: str) -> ChainMap[str, Any]:
-    """The help of a verb's options, by parameter: the verb's own, else its group's, else what all verbs share."""
+    """The help of a verb's options, by parameter: the verb's own, else its group's, else what all verbs
+    share.
+    """
     table = tomllib.loads(HELP.read_text())
     sections = [table["shared"]]
     for name in path.split():
@@ -121,7 +123,7 @@ def _texts(path: str) -> ChainMap[str, Any]:
 
 
 def _option(name: str, kind: Any, default: Any, texts: ChainMap[str, Any]) -> inspect.Parameter:
-    """A parameter as Typer reads it. `kind` may be Annotated with an Option or Argument that has more to say."""
+    """A parameter as Typer reads it. `kind` may be Annotated with an Option or Argument, for its bounds."""
     required = default is inspect.Parameter.empty
     info: Any = Argument() if required else Option()
     if get_origin(kind) is Annotated:

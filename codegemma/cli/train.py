@@ -134,9 +134,8 @@ def train(
         training = job.TrainingJob(chosen)
         result = training.run(resume, reporter(progress))
     if training.left_out:
-        note(
-            f"{training.left_out:,} dialogues were left out: longer than {plan.length:,} tokens, or with an empty answer"
-        )
+        reason = f"longer than {plan.length:,} tokens, or with an empty answer"
+        note(f"{training.left_out:,} dialogues were left out: {reason}")
     print(f"wrote {result}; loss curve: {plan.out / 'loss.svg'}")
 
 
@@ -156,9 +155,7 @@ def tune(
     from codegemma.train import tune as tuning
 
     with Progress() as progress:
-        options = tuning.TuneOptions(
-            repository, model, minutes, out, adapter, lora_rank, holes, seed, resume
-        )
+        options = tuning.TuneOptions(repository, model, minutes, out, adapter, lora_rank, holes, seed, resume)
         result = tuning.tune(options, reporter(progress), print)
     print(result.text())
 
@@ -179,7 +176,8 @@ def reporter(progress: Progress) -> Callable[[StepReport], None]:
         ends = f", ends {report.ends:.0%}" if report.ends is not None else ""
         detail = (
             f"loss {report.loss:.4f}{held_out}, right {report.right:.1%}{ends}, "
-            f"{report.tokens / report.seconds:,.0f} tokens/s, {report.flops / report.seconds / 1e9:,.0f} GFLOP/s"
+            f"{report.tokens / report.seconds:,.0f} tokens/s, "
+            f"{report.flops / report.seconds / 1e9:,.0f} GFLOP/s"
         )
         progress("step", report.step, report.steps, detail)
 

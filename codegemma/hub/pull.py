@@ -1,7 +1,8 @@
-"""Getting models: from the Hugging Face Hub, Kaggle, NGC, a URL or a path; and packs for machines without a network.
+"""Getting models: from the Hugging Face Hub, Kaggle, NGC, a URL or a path; and packs for machines without a
+network.
 
-The Gemma terms are shown once and the acceptance is recorded. Downloads are resumed, checked against the hashes that
-the source states, and stored where `hub.resolve` looks.
+The Gemma terms are shown once and the acceptance is recorded. Downloads are resumed, checked against the
+hashes that the source states, and stored where `hub.resolve` looks.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from codegemma.files import atomic_directory, atomic_write, cache_dir, require
 Progress = Callable[[str, int, int | None], None]  # file, bytes so far, bytes in all
 TERMS = "https://ai.google.dev/gemma/terms"
 QUESTION = (
-    f"Gemma models are provided under the Gemma Terms of Use ({TERMS}), which bind whoever uses them and whoever gets "
-    "them from you, and forbid the uses listed in the Prohibited Use Policy "
+    f"Gemma models are provided under the Gemma Terms of Use ({TERMS}), which bind whoever uses them and "
+    "whoever gets them from you, and forbid the uses listed in the Prohibited Use Policy "
     "(https://ai.google.dev/gemma/prohibited_use_policy)."
 )
 HF_FILES = ["*.json", "*.safetensors", "*.gguf", "tokenizer.model", "*.jinja", "*.md", "LICENSE*"]
@@ -95,13 +96,13 @@ def pull(
     except OSError as error:
         if error.errno == 28:
             raise ValueError(
-                f"the disk of {cache_dir()} is full: make room, or set XDG_CACHE_HOME (HF_HOME for the Hub) to another "
-                "disk; what was downloaded is kept and resumed"
+                f"the disk of {cache_dir()} is full: make room, or set XDG_CACHE_HOME (HF_HOME for the Hub) to "
+                "another disk; what was downloaded is kept and resumed"
             ) from None
         raise
 
 
-# ---------------------------------------------------------------------------------------------------- the sources
+# -------------------------------------------------------------------------------- the sources
 def _from_hugging_face(repository: str) -> Path:
     library = require("huggingface_hub", "Downloads from the Hub", "hub")
     errors = require("huggingface_hub.errors", "Downloads from the Hub", "hub")
@@ -115,8 +116,8 @@ def _from_hugging_face(repository: str) -> Path:
         ) from None
     except errors.RepositoryNotFoundError:
         raise ValueError(
-            f"{repository} does not exist or your token may not see it: check the name at {page} and the token "
-            "(`hf auth whoami`)"
+            f"{repository} does not exist or your token may not see it: check the name at {page} and "
+            "the token (`hf auth whoami`)"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
         raise _hub_refusal(repository, page, error) from None
@@ -136,8 +137,9 @@ def _hub_refusal(repository: str, page: str, error: Exception) -> ValueError:
     answer: Any = next((answer for answer in answers if answer is not None), None)
     if answer is None:
         return ValueError(
-            f"{repository} is not in the cache and the Hub cannot be reached ({_one_line(error)}): connect, unset "
-            "HF_HUB_OFFLINE, check HF_ENDPOINT, or carry a pack here (codegemma pull --pack, codegemma install)"
+            f"{repository} is not in the cache and the Hub cannot be reached ({_one_line(error)}): connect, "
+            "unset HF_HUB_OFFLINE, check HF_ENDPOINT, or carry a pack here (codegemma pull --pack, "
+            "codegemma install)"
         )
     remedies = {
         401: "pass a valid token (`hf auth login`, or HF_TOKEN)",
@@ -190,9 +192,9 @@ def _from_path(path: Path) -> Path:
     return target
 
 
-# -------------------------------------------------------------------------------------------------------- downloads
+# -------------------------------------------------------------------------------- downloads
 class _Interrupted(Exception):
-    """An attempt failed in a way that may not happen again: what happened, and what to do if it always does."""
+    """An attempt failed, but the next may not. Its arguments: the fault, and what to do if it stays."""
 
 
 def fetch(
@@ -203,10 +205,12 @@ def fetch(
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Downloads a file, continuing where an earlier attempt was cut; it appears only when complete and checked.
+    """Downloads a file, continuing where an earlier attempt was cut; it appears only when complete and
+    checked.
 
-    A part is continued only where the server says, by its ETag, that the file is still the same. Raises ValueError
-    where the server refuses, the connection is cut too often, the disk is full or the hash is wrong.
+    A part is continued only where the server says, by its ETag, that the file is still the same. Raises
+    ValueError where the server refuses, the connection is cut too often, the disk is full or the hash is
+    wrong.
     """
     if file.exists() and (sha256 is None or _sha256(file) == sha256):
         return file
@@ -224,7 +228,8 @@ def fetch(
         part.unlink()
         tag.unlink(missing_ok=True)
         raise ValueError(
-            f"{url}: has the SHA-256 {digest}, but {sha256} was expected: the file is damaged or another; it was removed"
+            f"{url}: has the SHA-256 {digest}, but {sha256} was expected: the file is damaged or another; "
+            "it was removed"
         )
     os.replace(part, file)
     tag.unlink(missing_ok=True)
@@ -234,7 +239,7 @@ def fetch(
 def _download(
     url: str, name: str, part: Path, tag: Path, token: str | None, progress: Progress | None
 ) -> None:
-    """One attempt, which continues `part` where it can. Raises _Interrupted, or ValueError as `fetch` does."""
+    """One attempt, which continues `part` if it can. Raises _Interrupted, or ValueError as `fetch` does."""
     done = part.stat().st_size if part.exists() and tag.exists() else 0
     headers = {"Range": f"bytes={done}-", "If-Range": tag.read_text()} if done else {}
     with _opened(url, headers, token) as answer:
@@ -301,9 +306,10 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# ------------------------------------------------------------------------------------------------------------ packs
+# -------------------------------------------------------------------------------- packs
 def pack(path: Path, target: Path, name: str = "") -> Path:
-    """Writes one file with a model of this machine and the hash of each of its files, for `install` on another.
+    """Writes one file with a model of this machine and the hash of each of its files, for `install` on
+    another.
 
     There it is known by the preset's name, or else by its file's.
     """
@@ -325,7 +331,7 @@ def pack(path: Path, target: Path, name: str = "") -> Path:
 
 
 def install(file: Path) -> Path:
-    """Installs a pack's model in the cache, each file checked. Raises ValueError on a damaged or unsafe pack."""
+    """Installs a pack's model in the cache, each file checked. Raises ValueError on a bad pack."""
     try:
         with tarfile.open(file, mode="r:") as archive:
             target = _unpack(file, archive)

@@ -1,9 +1,9 @@
 """The inside of the sandbox: a warm Python interpreter that forks one jailed process per job.
 
-`sandbox.py` starts this file under bubblewrap and speaks to it in JSON lines. For every job four processes stand in
-a row, each knowing less than the one before: the supervisor reads jobs; a monitor (outside the job's namespaces)
-keeps time and output; an init (process 1 of the job's namespaces) mounts the private folder; and the program, without
-capabilities, descriptors or sight of any other process. Killing init ends the whole tree. Standard library only.
+host.py starts this file under bubblewrap and speaks to it in JSON lines. Each job has a chain of four
+processes: the supervisor reads jobs; a monitor, outside the job's namespaces, watches time and output; an
+init, process 1 of the job's namespaces, mounts the private folder; and the program runs without capabilities
+or descriptors, and sees no other process. Killing init ends the whole tree. Standard library only.
 """
 
 import atexit
@@ -25,35 +25,27 @@ NEW_NS, NEW_UTS, NEW_IPC, NEW_PID = 0x0002_0000, 0x0400_0000, 0x0800_0000, 0x200
 NOSUID, NODEV, NOEXEC = 2, 4, 8  # linux/mount.h
 PDEATHSIG = 1  # linux/prctl.h
 CAPABILITY_V3 = 0x2008_0522  # linux/capability.h
-for common in (
-    "collections",
-    "copy",
-    "functools",
-    "heapq",
-    "itertools",
-    "math",
-    "random",
-    "re",
-    "string",
-    "typing",
-):
-    __import__(common)  # once here, not once in every program
+for name in "collections copy functools heapq itertools math random re string typing".split():  # noqa: SIM905
+    __import__(name)  # once here, not once in every program
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def must(result, what):
+def check(result, call):
+    """Raises OSError where a C call failed."""
     if result:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
 
 
 def mount(kind, target, flags, options):
-    must(
+    check(
         libc.mount(kind.encode(), target.encode(), kind.encode(), flags, options.encode()), f"mount {target}"
     )
 
 
 def supervise():
-    """Serve jobs until the host closes the pipe. Only a monitor that failed ends the box (and the host starts anew)."""
+    """Serves jobs until the host closes the pipe. A monitor that fails ends the box; the host then starts
+    another.
+    """
     site.setquit()
     print(json.dumps({"ready": sys.version.split()[0]}), flush=True)
     for line in sys.stdin:
@@ -66,7 +58,7 @@ def supervise():
 
 def run_monitor(job):
     try:
-        must(libc.unshare(NEW_NS | NEW_UTS | NEW_IPC | NEW_PID), "unshare")
+        check(libc.unshare(NEW_NS | NEW_UTS | NEW_IPC | NEW_PID), "unshare")
         pipes = {name: os.pipe() for name in ("stdout", "stderr", "finished", "report")}
         nonce = os.urandom(16)
         started = time.monotonic()
@@ -91,12 +83,12 @@ def run_monitor(job):
 
 
 def watch(job, readers, init, deadline):
-    """Read everything that the job writes until its namespaces are gone, the time is up or the output is too long."""
+    """Reads what the job writes until its namespaces have ended, the time is up or the output is too long."""
     text = {name: bytearray() for name in readers.values()}
-    outcome, room = None, job["limits"]["output"]
+    outcome, output_left = None, job["limits"]["output"]
     while readers:
         ready = select.select([*readers, 0], [], [], max(0.0, deadline - time.monotonic()))[0]
-        if 0 in ready or not ready:  # the host has gone, or time has
+        if 0 in ready or not ready:  # the host has closed the pipe, or the time is up
             outcome = outcome or "timed_out"
         for fd in (fd for fd in ready if fd):
             chunk = os.read(fd, 65_536)
@@ -107,8 +99,8 @@ def watch(job, readers, init, deadline):
             name = readers[fd]
             text[name] += chunk
             if name in ("stdout", "stderr"):
-                room -= len(chunk)
-        if room < 0:
+                output_left -= len(chunk)
+        if output_left < 0:
             outcome = outcome or "output_too_long"
         if outcome:
             os.kill(init, signal.SIGKILL)
@@ -130,12 +122,14 @@ def watch(job, readers, init, deadline):
 
 
 def run_init(job, writers, nonce):
-    """Process 1 of the job: private mounts, then the program, then the files that were asked for."""
+    """Process 1 of the job: makes private mounts, runs the program, and collects the files that were asked
+    for.
+    """
     try:
         libc.prctl(PDEATHSIG, signal.SIGKILL)
-        room = job["limits"]["disk"]
-        mount("tmpfs", FOLDER, NOSUID | NODEV, f"size={room},nr_inodes=65536,mode=700")
-        mount("tmpfs", "/dev/shm", NOSUID | NODEV | NOEXEC, f"size={room},nr_inodes=1024,mode=700")
+        disk = job["limits"]["disk"]
+        mount("tmpfs", FOLDER, NOSUID | NODEV, f"size={disk},nr_inodes=65536,mode=700")
+        mount("tmpfs", "/dev/shm", NOSUID | NODEV | NOEXEC, f"size={disk},nr_inodes=1024,mode=700")
         mount("proc", "/proc", NOSUID | NODEV | NOEXEC, "")
         with open("/proc/sys/user/max_user_namespaces", "w") as file:
             file.write("0")
@@ -151,7 +145,7 @@ def run_init(job, writers, nonce):
         status = wait_for(program)
         report = {
             "exit_code": os.waitstatus_to_exitcode(status),
-            "files": collect(job["collect"], room),
+            "files": collect(job["collect"], disk),
             "peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         }
     except BaseException:
@@ -162,7 +156,7 @@ def run_init(job, writers, nonce):
 
 
 def wait_for(program):
-    """Reap orphans until the program ends; end whatever it left behind."""
+    """Reaps orphans until the program ends, then ends the processes that it left behind."""
     while True:
         pid, status = os.wait()
         if pid == program:
@@ -175,16 +169,18 @@ def wait_for(program):
         return status
 
 
-def collect(folders, room):
-    """{path: base64} of the regular files under the named folders (or the named files), never through a symlink."""
+def collect(folders, max_bytes):
+    """{path: base64} of the named files, and of the regular files under the named folders; follows no
+    symlink.
+    """
     files = {}
     for folder in folders:
         top = os.path.join(FOLDER, folder)
-        paths = [os.path.join(at, name) for at, _, names in os.walk(top) for name in names] or [top]
+        paths = [os.path.join(parent, name) for parent, _, names in os.walk(top) for name in names] or [top]
         for path in paths:
             if os.path.isfile(path) and not os.path.islink(path):
                 with open(path, "rb") as file:
-                    files[os.path.relpath(path, FOLDER)] = base64.b64encode(file.read(room)).decode()
+                    files[os.path.relpath(path, FOLDER)] = base64.b64encode(file.read(max_bytes)).decode()
     return files
 
 
@@ -192,7 +188,7 @@ def run_program(job, writers, nonce):
     source, limits = job["source"], job["limits"]
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # out of memory: this one goes first, not the supervisor
+            file.write("1000")  # out of memory: the kernel ends this one first, not the supervisor
         finished = jail(limits, writers, keep_finished=source is not None)
         os.chdir(FOLDER)
         if source is None:
@@ -206,7 +202,9 @@ def run_program(job, writers, nonce):
 
 
 def jail(limits, writers, keep_finished):
-    """No capabilities, no descriptors but 0, 1, 2 (and 3: the proof of having finished), limits on all that grows."""
+    """Drops capabilities and all descriptors but 0, 1, 2 (and 3, which proves the end was reached); sets
+    limits.
+    """
     os.setsid()
     null = os.open("/dev/null", os.O_RDONLY)
     fds = [null, writers["stdout"], writers["stderr"], writers["finished"]]
@@ -226,12 +224,12 @@ def jail(limits, writers, keep_finished):
         if value is not None:
             resource.setrlimit(kind, (value, value + 1 if kind == resource.RLIMIT_CPU else value))
     header = (ctypes.c_uint32 * 2)(CAPABILITY_V3, 0)
-    must(libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
+    check(libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
     return 3
 
 
 def run_source(source, finished, nonce):
-    """The exit code that an interpreter would give this program; reaching the end writes the nonce."""
+    """Runs a program; returns the exit code that an interpreter would. Reaching the end writes the nonce."""
     code, program = 0, os.getpid()
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
     sys.argv = ["program.py"]

@@ -1,8 +1,9 @@
-"""Untrusted program -> outcome, in bubblewrap: no network, a read-only system, a private bounded folder, hard limits.
+"""Untrusted program -> outcome, in bubblewrap: no network, a read-only system, a private bounded folder, hard
+limits.
 
-What the program did is a value (`Result.outcome`); what the sandbox failed to do raises SandboxError, and nothing is
-ever run outside it. Boxes are kept warm: each is one bubblewrap with an interpreter (`sandbox_guest.py`) that forks a
-jailed process per job, so a Python program starts in a few milliseconds.
+What the program did is a value (`Result.outcome`); what the sandbox failed to do raises SandboxError, and
+nothing is ever run outside it. Boxes are kept warm: each is one bubblewrap with an interpreter (guest.py)
+that forks a jailed process per job, so a Python program starts in a few milliseconds.
 """
 
 from __future__ import annotations
@@ -23,36 +24,23 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
+
+from codegemma.sandbox.cgroup import Cgroup
 
 Outcome = Literal["passed", "failed", "timed_out", "out_of_memory", "output_too_long"]
 GUEST = Path(__file__).with_name("guest.py")
 GRACE_SECONDS = 300.0  # a box that says nothing for this long beyond its job's limit is broken
 TRIES = 3
-SYSTEM = (
-    "/bin",
-    "/sbin",
-    "/lib",
-    "/lib32",
-    "/lib64",
-    "/libx32",
-    "/etc/alternatives",
-    "/etc/ld.so.cache",
-    "/etc/mono",
-    "/etc/localtime",
-    *map(str, Path("/etc").glob("java*")),
-)
+SYSTEM = "/bin /sbin /lib /lib32 /lib64 /libx32 /etc/alternatives /etc/ld.so.cache /etc/mono /etc/localtime"
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+# The guest drops the capabilities before it runs a program.
+ISOLATION = """--unshare-all --unshare-user --uid 1000 --gid 1000 --hostname sandbox --new-session
+    --cap-add ALL --clearenv --setenv PYTHONHASHSEED 0 --setenv LANG C.UTF-8"""
+FOLDERS = """--symlink /proc/self/fd /dev/fd --dir /dev/shm --tmpfs /tmp --remount-ro /dev --remount-ro /"""
 DEVICES = ("null", "zero", "full", "random", "urandom")
-NO_MEMORY = (
-    "MemoryError",
-    "std::bad_alloc",
-    "OutOfMemory",
-    "heap out of memory",
-    "out of memory",
-    "cannot allocate",
-)
+NO_MEMORY = ("MemoryError", "std::bad_alloc", "OutOfMemory", "out of memory", "cannot allocate")  # in stderr
 INSTALL = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
 
 
@@ -62,7 +50,7 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on one job. Bytes and seconds; `cpu_seconds` 0 stands for twice the wall time."""
+    """Bounds on one job, in bytes and seconds. `cpu_seconds` 0 stands for twice the wall time."""
 
     seconds: float = 10.0
     cpu_seconds: int = 0
@@ -73,17 +61,14 @@ class Limits:
     output: int = 1 << 20  # stdout and stderr together
 
     def __post_init__(self) -> None:
-        if wrong := {
-            name: value
-            for name, value in asdict(self).items()
-            if value < (name != "cpu_seconds") and not (name == "seconds" and value > 0)
-        }:
+        smallest = {"cpu_seconds": 0, "seconds": 1e-6}
+        if wrong := {name: value for name, value in asdict(self).items() if value < smallest.get(name, 1)}:
             raise ValueError(f"sandbox limits must be positive, got {wrong}")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a program did. `exit_code` is negative for a signal and None where the sandbox ended the program."""
+    """What a program did. `exit_code` is negative for a signal, None where the sandbox ended the program."""
 
     outcome: Outcome
     exit_code: int | None
@@ -91,74 +76,6 @@ class Result:
     stderr: str
     seconds: float
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
-
-
-class Cgroup:
-    """Memory and process limits of one box, where this user may set them: cgroup v2 (delegated) or v1."""
-
-    _number = count()
-
-    def __init__(self) -> None:
-        name = f"codegemma-{os.getpid()}-{next(self._number)}"
-        folders = {kind: at / name for kind, at in _writable_cgroups().items()}
-        self.memory, self.pids = folders["memory"], folders["pids"]
-        self.v2 = self.memory == self.pids
-        for folder in {self.memory, self.pids}:
-            folder.mkdir()
-
-    def enter(self, command: list[str]) -> list[str]:
-        """`command`, joining the group before it starts anything: a process moved later leaves its children out."""
-        folders = [str(folder / "cgroup.procs") for folder in {self.memory, self.pids}]
-        script = 'while [ "$1" != : ]; do echo $$ > "$1" || exit; shift; done; shift; exec "$@"'
-        return ["/bin/sh", "-c", script, "sh", *folders, ":", *command]
-
-    def limit(self, limits: Limits) -> None:
-        (self.memory / ("memory.max" if self.v2 else "memory.limit_in_bytes")).write_text(str(limits.memory))
-        for swap in (self.memory / name for name in ("memory.swap.max", "memory.swappiness")):
-            if swap.exists():
-                swap.write_text("0")
-        (self.pids / "pids.max").write_text(
-            str(limits.processes + 4)
-        )  # bubblewrap, supervisor, monitor, init
-
-    def kills(self) -> int:
-        """Processes ended for want of memory so far."""
-        text = (self.memory / ("memory.events" if self.v2 else "memory.oom_control")).read_text()
-        return int(dict(line.split() for line in text.splitlines()).get("oom_kill", 0))
-
-    def close(self) -> None:
-        for folder in {self.memory, self.pids}:
-            for _ in range(200):  # its last processes may still be leaving
-                try:
-                    folder.rmdir()
-                    break
-                except OSError:
-                    time.sleep(0.005)
-
-
-def _writable_cgroups() -> dict[str, Path]:
-    """Where new groups for memory and processes can be made, or an OSError that says there is no such place."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        number, kinds, path = line.split(":", 2)
-        if number == "0" and not kinds:
-            for at in [Path("/sys/fs/cgroup" + path), *Path("/sys/fs/cgroup" + path).parents]:
-                control = at / "cgroup.subtree_control"
-                if (
-                    control.is_file()
-                    and {"memory", "pids"} <= set(control.read_text().split())
-                    and os.access(at / "cgroup.procs", os.W_OK)
-                    and os.access(at, os.W_OK)
-                ):
-                    return {"memory": at, "pids": at}
-    found = {}
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, kinds, path = line.split(":", 2)
-        at = Path("/sys/fs/cgroup") / kinds / path.lstrip("/")
-        if kinds in ("memory", "pids") and at.is_dir() and os.access(at, os.W_OK):
-            found[kinds] = at
-    if len(found) < 2:
-        raise PermissionError("no cgroup here that this user may divide")
-    return found
 
 
 class Box:
@@ -182,25 +99,22 @@ class Box:
             except SandboxError as error:
                 self.close()
                 errors.seek(0)
-                said = errors.read().decode(errors="replace").strip() or str(error)
+                reason = errors.read().decode(errors="replace").strip() or str(error)
                 raise SandboxError(
-                    f"bubblewrap cannot make a sandbox here: {said}\nIt needs user namespaces: on Ubuntu 24.04 allow "
-                    "bwrap in AppArmor or set kernel.apparmor_restrict_unprivileged_userns=0; in a container, start it "
-                    "with --security-opt seccomp=unconfined"
+                    f"bubblewrap cannot make a sandbox here: {reason}\nIt needs user namespaces: on Ubuntu 24.04 "
+                    "allow bwrap in AppArmor or set kernel.apparmor_restrict_unprivileged_userns=0; in a "
+                    "container, start it with --security-opt seccomp=unconfined"
                 ) from error
 
     def run(self, job: dict[str, Any], limits: Limits) -> Result:
-        before = 0
-        bounds = asdict(limits) | {
-            "cpu_seconds": limits.cpu_seconds or int(2 * limits.seconds) + 1,
-            "data": None,
-        }
+        """Raises SandboxError where the box could not do its work; it must then be closed."""
+        kills_before = 0
+        bounds = asdict(limits) | {"cpu_seconds": limits.cpu_seconds or int(2 * limits.seconds) + 1}
+        bounds |= {"data": limits.memory}
         if self.cgroup:
-            self.cgroup.limit(limits)
-            before = self.cgroup.kills()
-            bounds["processes"] = None
-        else:
-            bounds["data"] = limits.memory
+            self.cgroup.limit(limits.memory, limits.processes)
+            kills_before = self.cgroup.kills()
+            bounds |= {"data": None, "processes": None}
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(job | {"limits": bounds}).encode() + b"\n")
@@ -211,8 +125,8 @@ class Box:
         if "error" in reply:
             raise SandboxError(f"the sandbox failed inside: {reply['error']}")
         outcome = reply["outcome"]
-        killed = self.cgroup.kills() > before if self.cgroup else reply["peak"] > 0.9 * limits.memory
-        if outcome == "failed" and (killed or any(sign in reply["stderr"][-2000:] for sign in NO_MEMORY)):
+        killed = self.cgroup.kills() > kills_before if self.cgroup else reply["peak"] > 0.9 * limits.memory
+        if outcome == "failed" and (killed or any(text in reply["stderr"][-2000:] for text in NO_MEMORY)):
             outcome = "out_of_memory"
         files = {name: base64.b64decode(content) for name, content in reply["files"].items()}
         return Result(outcome, reply["exit_code"], reply["stdout"], reply["stderr"], reply["seconds"], files)
@@ -241,55 +155,30 @@ class Box:
 
 
 def _cgroup(use_cgroups: bool) -> Cgroup | None:
-    try:
+    with contextlib.suppress(OSError):
         if use_cgroups:
             return Cgroup()
-    except OSError:
-        pass
     if os.geteuid() == 0:  # the kernel never counts root's processes against RLIMIT_NPROC
         raise SandboxError(
-            "root without a cgroup to divide cannot be kept from making processes without end: "
-            "run as an ordinary user"
+            "root without a cgroup to divide cannot be kept from making processes without end: run as an "
+            "ordinary user"
         )
     return None
 
 
 def _bubblewrap(readonly: Sequence[Path]) -> list[str]:
+    """The command of a box, which sees the system's folders and `readonly`."""
     if platform.system() != "Linux":
         raise SandboxError(
-            f"untrusted code is run in bubblewrap, which needs Linux, not {platform.system()}: use a "
-            "Linux machine, virtual machine or container"
+            f"untrusted code is run in bubblewrap, which needs Linux, not {platform.system()}: use a Linux "
+            "machine, virtual machine or container"
         )
     if not (bwrap := shutil.which("bwrap")):
         raise SandboxError(
             f"bubblewrap (bwrap) is not on PATH, and nothing untrusted is run without it: {INSTALL}"
         )
-    python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
-    command = [
-        bwrap,
-        "--unshare-all",
-        "--unshare-user",
-        "--uid",
-        "1000",
-        "--gid",
-        "1000",
-        "--hostname",
-        "sandbox",
-        "--new-session",
-        "--cap-add",
-        "ALL",
-        "--clearenv",
-        "--setenv",
-        "PYTHONHASHSEED",
-        "0",
-        "--setenv",
-        "LANG",
-        "C.UTF-8",
-        "--ro-bind",
-        "/usr",
-        "/usr",
-    ]
-    for path in map(Path, SYSTEM):
+    command = [bwrap, *ISOLATION.split(), "--ro-bind", "/usr", "/usr"]
+    for path in (*map(Path, SYSTEM.split()), *Path("/etc").glob("java*")):
         if path.is_symlink() and path.parent == Path("/"):
             command += ["--symlink", os.readlink(path), str(path)]
         elif path.exists():
@@ -300,25 +189,8 @@ def _bubblewrap(readonly: Sequence[Path]) -> list[str]:
     command += ["--ro-bind", str(GUEST), "/guest.py", "--proc", "/proc", "--tmpfs", "/dev"]
     for device in DEVICES:
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    command += [
-        "--symlink",
-        "/proc/self/fd",
-        "/dev/fd",
-        "--dir",
-        "/dev/shm",
-        "--tmpfs",
-        "/tmp",
-        "--remount-ro",
-        "/dev",
-        "--remount-ro",
-        "/",
-        "--",
-        str(python),
-        "-S",
-        "-P",
-        "/guest.py",
-    ]
-    return command
+    python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
+    return [*command, *FOLDERS.split(), "--", str(python), "-S", "-P", "/guest.py"]
 
 
 class Sandbox:
@@ -331,7 +203,7 @@ class Sandbox:
         self.workers = workers or os.cpu_count() or 1
         self.use_cgroups = use_cgroups
         self._idle: queue.SimpleQueue[Box] = queue.SimpleQueue()
-        self._places = threading.Semaphore(self.workers)
+        self._slots = threading.Semaphore(self.workers)
         self._at_exit = weakref.finalize(self, _close_all, self._idle)
 
     def __enter__(self) -> Sandbox:
@@ -354,12 +226,11 @@ class Sandbox:
     ) -> Result:
         """Run `source` as __main__ on this interpreter's own standard library.
 
-        `passed` means exit code 0 and, with `must_finish`, that the last statement was reached: a program that
-        leaves early with code 0 has `failed`. `bounds` are fields of Limits.
+        `passed` means exit code 0 and, with `must_finish`, that the last statement was reached: a program
+        that leaves early with code 0 has `failed`. `bounds` are fields of Limits.
         """
-        return self._run(
-            {"source": source, "command": [], "must_finish": must_finish}, files, {}, (), limits, bounds
-        )
+        job = {"source": source, "command": [], "must_finish": must_finish}
+        return self._run(job, files, {}, (), limits or Limits(**bounds))
 
     def run(
         self,
@@ -378,7 +249,7 @@ class Sandbox:
         if not command:
             raise ValueError("sandbox: command is empty: give the program's name and arguments")
         job = {"source": None, "command": list(command), "must_finish": False}
-        return self._run(job, files, env or {}, collect, limits, bounds)
+        return self._run(job, files, env or {}, collect, limits or Limits(**bounds))
 
     def _run(
         self,
@@ -386,8 +257,7 @@ class Sandbox:
         files: Mapping[str, str | bytes] | None,
         env: Mapping[str, str],
         collect: Sequence[str],
-        limits: Limits | None,
-        bounds: dict[str, Any],
+        limits: Limits,
     ) -> Result:
         for name in [*(files or {}), *collect]:
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -396,25 +266,15 @@ class Sandbox:
             name: base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
             for name, content in (files or {}).items()
         }
-        env = {
-            "PATH": "/usr/local/bin:/usr/bin:/bin",
-            "HOME": "/tmp",
-            "TMPDIR": "/tmp",
-            "LANG": "C.UTF-8",
-            **env,
-        }
-        job = job | {"files": encoded, "collect": list(collect), "env": env}
-        limits = limits or Limits(**bounds)
-        with self._places:
+        job = job | {"files": encoded, "collect": list(collect), "env": ENVIRONMENT | dict(env)}
+        with self._slots:
             for attempt in range(1, TRIES + 1):
-                box = None
+                box = self._take()
                 try:
-                    box = self._take()
                     result = box.run(job, limits)
                 except BaseException as error:
-                    if box:
-                        box.close()
-                    if not isinstance(error, SandboxError) or not box or attempt == TRIES:
+                    box.close()
+                    if not isinstance(error, SandboxError) or attempt == TRIES:
                         raise
                 else:
                     self._idle.put(box)

@@ -1,0 +1,75 @@
+"""Control groups (v2, delegated, or v1): memory and process limits of a box, where this user may set them."""
+
+from __future__ import annotations
+
+import os
+import time
+from itertools import count
+from pathlib import Path
+
+ROOT = Path("/sys/fs/cgroup")
+BOX_PROCESSES = 4  # bubblewrap, supervisor, monitor and init
+
+
+class Cgroup:
+    """A new group. Raises OSError where this user may not make one."""
+
+    _number = count()
+
+    def __init__(self) -> None:
+        name = f"codegemma-{os.getpid()}-{next(self._number)}"
+        self._memory, self._pids = (parent / name for parent in _parents())
+        self._is_v2 = self._memory == self._pids
+        self._folders = {self._memory, self._pids}
+        for folder in self._folders:
+            folder.mkdir()
+
+    def enter(self, command: list[str]) -> list[str]:
+        """`command`, joining the group before it starts anything: a process moved later leaves its children
+        out.
+        """
+        files = [str(folder / "cgroup.procs") for folder in self._folders]
+        script = 'while [ "$1" != : ]; do echo $$ > "$1" || exit; shift; done; shift; exec "$@"'
+        return ["/bin/sh", "-c", script, "sh", *files, ":", *command]
+
+    def limit(self, memory: int, processes: int) -> None:
+        """Limits the next program to bytes of memory, without swap, and to a number of processes."""
+        file = self._memory / ("memory.max" if self._is_v2 else "memory.limit_in_bytes")
+        file.write_text(str(memory))
+        for swap in (self._memory / "memory.swap.max", self._memory / "memory.swappiness"):
+            if swap.exists():
+                swap.write_text("0")
+        (self._pids / "pids.max").write_text(str(processes + BOX_PROCESSES))
+
+    def kills(self) -> int:
+        """Processes that the kernel has ended so far because the memory was used up."""
+        text = (self._memory / ("memory.events" if self._is_v2 else "memory.oom_control")).read_text()
+        return int(dict(line.split() for line in text.splitlines()).get("oom_kill", 0))
+
+    def close(self) -> None:
+        for folder in self._folders:
+            for _ in range(200):  # its last processes may not have ended yet
+                try:
+                    folder.rmdir()
+                    break
+                except OSError:
+                    time.sleep(0.005)
+
+
+def _parents() -> tuple[Path, Path]:
+    """The folders in which groups for memory and for processes can be made. Raises OSError where there are
+    none.
+    """
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    paths = {kind: path for _, kind, path in (line.split(":", 2) for line in lines)}  # kind "" is version 2
+    if "" in paths:
+        own = Path(f"{ROOT}{paths['']}")
+        for folder in (own, *own.parents):
+            control = folder / "cgroup.subtree_control"
+            divisible = control.is_file() and {"memory", "pids"} <= set(control.read_text().split())
+            if divisible and os.access(folder / "cgroup.procs", os.W_OK) and os.access(folder, os.W_OK):
+                return folder, folder
+    parents = [ROOT / kind / paths[kind].lstrip("/") for kind in ("memory", "pids") if kind in paths]
+    if len(parents) < 2 or not all(folder.is_dir() and os.access(folder, os.W_OK) for folder in parents):
+        raise PermissionError("no cgroup here that this user may divide")
+    return parents[0], parents[1]
