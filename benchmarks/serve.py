@@ -1,11 +1,12 @@
-"""The server over HTTP: a typing trace, eight clients at once, its cost over the engine, and a long load of many who type.
+"""The server over HTTP: a typing trace, eight clients at once, its cost over the engine, and a long load of
+many who type.
 
     PYTHONPATH=. .venv/bin/python benchmarks/serve.py [--rounds 3] [--log]
     PYTHONPATH=. .venv/bin/python benchmarks/serve.py --load 300 --clients 64 [--plot load.svg] [--log]
 
-The peer is llama-cpp-python's server (`pip install "llama-cpp-python[server]"` in the bench environment) with the same
-file, threads and context, asked in its own order, PSM, with its own prompt cache. Servers run one at a time.
-"""
+The peer is llama-cpp-python's server (`pip install "llama-cpp-python[server]"` in the bench environment) with
+the same file, threads and context, asked in its own order, PSM, with its own prompt cache. Servers run one at
+a time."""
 
 from __future__ import annotations
 
@@ -39,17 +40,8 @@ FIM = ("<unused60>", "<unused61>", "<unused62>")  # stand for the peer's FIM tok
 
 @contextlib.contextmanager
 def our_server(threads: int) -> Iterator[tuple[str, int]]:
-    command = [
-        sys.executable,
-        "-m",
-        "codegemma.cli",
-        "serve",
-        "--port",
-        "0",
-        "--threads",
-        str(threads),
-        "--no-keep-cache",
-    ]
+    options = ["--port", "0", "--threads", str(threads), "--no-keep-cache"]
+    command = [sys.executable, "-m", "codegemma.cli", "serve", *options]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout
     try:
@@ -64,28 +56,18 @@ def peer_server(threads: int) -> Iterator[tuple[str, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        PYTHON,
-        "-m",
-        "llama_cpp.server",
-        "--model",
-        hub.resolve(),
-        "--port",
-        port,
-        "--n_ctx",
-        CONTEXT,
-        "--n_batch",
-        512,
-        "--n_threads",
-        threads,
-        "--n_threads_batch",
-        threads,
-        "--verbose",
-        "false",
-    ]
-    child = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    options = {
+        "--model": hub.resolve(),
+        "--port": port,
+        "--n_ctx": CONTEXT,
+        "--n_batch": 512,
+        "--n_threads": threads,
+        "--n_threads_batch": threads,
+        "--verbose": "false",
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    command = [str(PYTHON), "-m", "llama_cpp.server", *words]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         while True:  # until it listens
@@ -93,9 +75,8 @@ def peer_server(threads: int) -> Iterator[tuple[str, int]]:
                 httpx.get(f"{url}/v1/models", trust_env=False)
                 break
             if child.poll() is not None:
-                raise RuntimeError(
-                    'the peer does not start: pip install "llama-cpp-python[server]" into the bench environment'
-                )
+                remedy = 'pip install "llama-cpp-python[server]" into the bench environment'
+                raise RuntimeError(f"the peer does not start: {remedy}")
             time.sleep(0.2)
         yield url, child.pid
     finally:
@@ -121,7 +102,7 @@ def peer_request(prefix: str, suffix: str, tokens: int = TOKENS) -> tuple[str, d
 
 def typing(url: str, request: Any, steps: Trace, every: int) -> dict[str, list[float]]:
     """Seconds from a keystroke until its whole suggestion is there, by kind of step; every `every`-th key."""
-    found: dict[str, list[float]] = {"open": [], "key": [], "jump": []}
+    seconds: dict[str, list[float]] = {"open": [], "key": [], "jump": []}
     with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
         for index, (kind, prefix, suffix) in enumerate(steps):
             if kind == "key" and index % every:
@@ -129,12 +110,12 @@ def typing(url: str, request: Any, steps: Trace, every: int) -> dict[str, list[f
             path, body = request(prefix, suffix)
             start = time.perf_counter()
             client.post(path, json=body).raise_for_status()
-            found[kind].append(time.perf_counter() - start)
-    return found
+            seconds[kind].append(time.perf_counter() - start)
+    return seconds
 
 
 def together(url: str, request: Any, count: int = 8, tokens: int = 64) -> tuple[float, list[str]]:
-    """Tokens a second that `count` clients get at once, and what each got."""
+    """Tokens a second that `count` clients get at once, and the text that each got."""
     text = (ROOT / "benchmarks" / "typed_file.txt").read_text()
     starts = [1500 + 700 * i for i in range(count)]
 
@@ -155,14 +136,14 @@ def together(url: str, request: Any, count: int = 8, tokens: int = 64) -> tuple[
 
 
 def alone(url: str, request: Any) -> list[str]:
-    """What `together` asks, one after the other."""
+    """The answers to the requests of `together`, one after the other."""
     text = (ROOT / "benchmarks" / "typed_file.txt").read_text()
     with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
-        asked = [
+        requests = [
             request(text[at - 1500 : at], text[at : at + 300], 64)
             for at in (1500 + 700 * i for i in range(8))
         ]
-        return [client.post(path, json=body).json()["choices"][0]["text"] for path, body in asked]
+        return [client.post(path, json=body).json()["choices"][0]["text"] for path, body in requests]
 
 
 def overhead(url: str, model: codegemma.Model, steps: Trace) -> tuple[list[float], list[float]]:
@@ -182,7 +163,7 @@ def overhead(url: str, model: codegemma.Model, steps: Trace) -> tuple[list[float
 
 
 async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
-    """Clients that type without end: each keystroke drops the request before it. Latencies of the answered ones."""
+    """Clients that type without end: each keystroke drops the request before it. The answers' latencies."""
     steps = trace((ROOT / "benchmarks" / "typed_file.txt").read_text()[:5600])
     end = time.perf_counter() + seconds
     started = time.perf_counter()
@@ -191,7 +172,7 @@ async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, An
     statuses: Counter[str] = Counter()
     memory: list[int] = []
 
-    async def one(number: int, client: httpx.AsyncClient) -> None:
+    async def client_loop(number: int, client: httpx.AsyncClient) -> None:
         draw = random.Random(number)
         while time.perf_counter() < end:
             for _, prefix, suffix in steps:
@@ -200,9 +181,8 @@ async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, An
                 task = asyncio.ensure_future(
                     client.post(path, json=body | {"session": str(number), "time_budget_ms": 1000})
                 )
-                pause = (
-                    draw.uniform(0.1, 0.4) if draw.random() < 0.9 else draw.uniform(2.0, 6.0)
-                )  # typing, then a look
+                typing_on = draw.random() < 0.9  # else the user reads for some seconds
+                pause = draw.uniform(0.1, 0.4) if typing_on else draw.uniform(2.0, 6.0)
                 done, _ = await asyncio.wait({task}, timeout=pause)
                 if not done:
                     task.cancel()
@@ -224,17 +204,13 @@ async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, An
 
     async def watch() -> None:
         while time.perf_counter() < end:
-            resident = next(
-                line
-                for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-                if line.startswith("VmRSS")
-            )
-            memory.append(int(resident.split()[1]) * 1024)
+            status = Path(f"/proc/{pid}/status").read_text()
+            memory.append(int(status.partition("VmRSS:")[2].split()[0]) * 1024)
             await asyncio.sleep(1)
 
     limits = httpx.Limits(max_connections=2 * clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False, limits=limits) as client:
-        await asyncio.gather(watch(), *(one(number, client) for number in range(clients)))
+        await asyncio.gather(watch(), *(client_loop(number, client) for number in range(clients)))
     return {
         "answered": answered,
         "served": [served[i] for i in range(clients)],
@@ -244,23 +220,18 @@ async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, An
 
 
 def plot(answered: list[tuple[float, float]], file: Path) -> None:
-    """Each answer a dot, time across, latency upward on a logarithmic scale from 1 ms to 100 s."""
-    import math
+    """A dot for each answer: its time, and its latency on a logarithmic scale."""
+    import matplotlib
 
-    width, height, last = 900, 400, max(when for when, _ in answered)
-    dots = "".join(
-        f'<circle cx="{40 + 850 * when / last:.1f}" cy="{height - 30 - 70 * (math.log10(max(took, 1e-3)) + 3):.1f}" r="1.5"/>'
-        for when, took in answered
-    )
-    marks = "".join(
-        f'<text x="2" y="{height - 26 - 70 * i}">{name}</text><path d="M40 {height - 30 - 70 * i}H890"/>'
-        for i, name in enumerate(("1 ms", "10 ms", "0.1 s", "1 s", "10 s", "100 s"))
-    )
-    file.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">'
-        f'<rect width="100%" height="100%" fill="white"/><g stroke="#ccc" fill="#333" stroke-width="0.5">{marks}</g>'
-        f'<g fill="#1a73e8" fill-opacity="0.4">{dots}</g><text x="40" y="{height - 8}">0 to {last:.0f} s</text></svg>\n'
-    )
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    times, latencies = zip(*answered, strict=True)
+    axes.scatter(times, latencies, s=4, alpha=0.4)
+    axes.set(xlabel="seconds since the start", ylabel="latency in seconds", yscale="log", ylim=(1e-3, 1e2))
+    axes.grid(True, linewidth=0.5)
+    figure.savefig(file)
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -296,16 +267,16 @@ def speed(args: Any) -> str:
     for kind in ("key", "jump", "open"):
         a, b = typed["ours"][kind], typed["peer"][kind]
         figures = [statistics.median(a), percentile(a, 0.95), statistics.median(b), percentile(b, 0.95)]
-        rows.append(
-            f"| {kind} | "
-            + " | ".join(f"{1e3 * x:.0f} ms" for x in figures)
-            + f" | **1/{figures[2] / figures[0]:.1f}** |"
-        )
+        cells = " | ".join(f"{1e3 * seconds:.0f} ms" for seconds in figures)
+        rows.append(f"| {kind} | {cells} | **1/{figures[2] / figures[0]:.1f}** |")
     ours, peer = (statistics.median(rates[name]) for name in ("ours", "peer"))
     return (
-        f"`benchmarks/serve.py --rounds {args.rounds}`: default model, {args.threads} threads, {TOKENS} tokens a suggestion; "
-        f"the peer is llama-cpp-python's server in PSM order.\n\n" + "\n".join(rows) + "\n\n"
-        f"Eight clients at once, 64 tokens each: {ours:.1f} tokens/s, the peer {peer:.1f}: **{ours / peer:.2f}**; "
+        f"`benchmarks/serve.py --rounds {args.rounds}`: default model, {args.threads} threads, "
+        f"{TOKENS} tokens a suggestion; the peer is llama-cpp-python's server in PSM order.\n\n"
+        + "\n".join(rows)
+        + "\n\n"
+        f"Eight clients at once, 64 tokens each: {ours:.1f} tokens/s, the peer {peer:.1f}: "
+        f"**{ours / peer:.2f}**; "
         f"{'each got what it gets alone' if same else 'OUTPUTS DIFFER from those of a single client'}. "
         f"Over the engine a request costs {1e3 * statistics.median(costs):.1f} ms at the median. "
         f"From the command to a listening server: {statistics.median(starts['ours']):.2f} s, "
@@ -315,20 +286,22 @@ def speed(args: Any) -> str:
 
 def under_load(args: Any) -> str:
     with our_server(args.threads) as (url, pid):
-        found = asyncio.run(load(url, pid, args.clients, args.load))
-    if not found["answered"]:
-        raise RuntimeError(f"no request was answered before its client typed on: {dict(found['statuses'])}")
-    seconds = [took for _, took in found["answered"]]
-    memory = [size / 1e6 for size in found["memory"]]
+        result = asyncio.run(load(url, pid, args.clients, args.load))
+    if not result["answered"]:
+        raise RuntimeError(f"no request was answered before its client typed on: {dict(result['statuses'])}")
+    seconds = [took for _, took in result["answered"]]
+    memory = [size / 1e6 for size in result["memory"]]
     if args.plot:
-        plot(found["answered"], args.plot)
+        plot(result["answered"], args.plot)
     quarter = max(len(memory) // 4, 1)
     return (
-        f"`benchmarks/serve.py --load {args.load:g} --clients {args.clients}`: default model, {args.threads} threads, each "
-        f"client types without end and drops what is not there by its next keystroke.\n\n"
-        f"{dict(found['statuses'])}; answers took {1e3 * statistics.median(seconds):.0f} ms at the median, "
-        f"{1e3 * percentile(seconds, 0.95):.0f} ms at the 95th percentile, {1e3 * max(seconds):.0f} ms at most; a client got "
-        f"{min(found['served'])} to {max(found['served'])} answers; memory "
+        f"`benchmarks/serve.py --load {args.load:g} --clients {args.clients}`: default model, "
+        f"{args.threads} threads, each client types without end and drops what is not there by its next "
+        "keystroke.\n\n"
+        f"{dict(result['statuses'])}; answers took {1e3 * statistics.median(seconds):.0f} ms at the median, "
+        f"{1e3 * percentile(seconds, 0.95):.0f} ms at the 95th percentile, "
+        f"{1e3 * max(seconds):.0f} ms at most; a client got {min(result['served'])} to "
+        f"{max(result['served'])} answers; memory "
         f"{statistics.mean(memory[quarter : 2 * quarter] or memory):.0f} MB in the second quarter, "
         f"{statistics.mean(memory[-quarter:]):.0f} MB in the last.\n"
     )

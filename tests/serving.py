@@ -66,11 +66,11 @@ def served(
     thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
     thread.start()
     assert started.wait(60) and server.started
-    found = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", application)
+    instance = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", application)
     try:
-        yield found
+        yield instance
     finally:
-        found.client.close()
+        instance.client.close()
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()

@@ -1297,10 +1297,8 @@ def test_a_reader_that_does_not_read_is_left(model, monkeypatch):
                 "temperature": 2,
             }
         ).encode()
-        connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-            + data
-        )
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
         until(lambda: server.service.metrics.running > 0)
         until(lambda: server.service.metrics.running == 0)
         assert server.service.metrics.counts["cancelled"] > 0

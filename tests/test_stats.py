@@ -1,4 +1,4 @@
-"""The local figures of suggestions: what is written, that it holds no text, the switch, the picture."""
+"""The local statistics of suggestions: what is recorded (never text), the switch, the picture."""
 
 import json
 from pathlib import Path
@@ -29,22 +29,22 @@ def test_what_is_recorded_is_counts_and_times():
     record(Shown("python", 12.345, 30, 30))
     (line,) = stats.file().read_text().splitlines()
     assert set(json.loads(line)) == {"language", "latency_ms", "characters", "taken", "minute"}
-    (found,) = load()
-    assert (found.language, found.latency_ms, found.characters, found.taken) == (
+    (row,) = load()
+    assert (row.language, row.latency_ms, row.characters, row.taken) == (
         "python",
         12.3,
         30,
         30,
-    ) and found.minute > 10**7
+    ) and row.minute > 10**7
 
 
 def test_figures_are_those_of_the_rows():
     rows = [Shown("python", 10.0 * n, 10, 5 if n % 2 else 0) for n in range(1, 21)] + [
         Shown("", 1000, 20, 40)
     ]
-    found = summary(rows)
-    assert (found["shown"], found["accepted"], found["latency_ms_median"]) == (21, 11, 110)
-    assert found["characters_kept_share"] == (50 + 20) / 220 and found["latency_ms_95"] == 200
+    figures = summary(rows)
+    assert (figures["shown"], figures["accepted"], figures["latency_ms_median"]) == (21, 11, 110)
+    assert figures["characters_kept_share"] == (50 + 20) / 220 and figures["latency_ms_95"] == 200
     assert [*by_language(rows)] == ["python", "other"] and summary([])["accepted_share"] is None
 
 
@@ -90,9 +90,11 @@ def test_the_command_shows_a_table_a_picture_and_json(capsys):
         record(Shown("python", 20, 7, taken))
     text = run(capsys)
     assert "50%" in text and "20 ms" in text and "█" in text and str(stats.file()) in text.replace("\n", "")
-    found = json.loads(run(capsys, "--json"))
+    output = json.loads(run(capsys, "--json"))
     assert (
-        found["all"]["accepted_share"] == 0.5 and Path(found["file"]) == stats.file() and found["recording"]
+        output["all"]["accepted_share"] == 0.5
+        and Path(output["file"]) == stats.file()
+        and output["recording"]
     )
     with pytest.raises(SystemExit):
         cli.main(["stats", "--on", "--off"])

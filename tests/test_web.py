@@ -1,4 +1,4 @@
-"""The built page is that of its sources, whole, and asks for nothing from elsewhere."""
+"""The built page was built from the present sources, is complete, and loads nothing from other servers."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def test_the_page_is_built_from_its_sources():
     assert sums(SOURCES, files) == MANIFEST["sources"], "the page is older than its sources: make web"
 
 
-def test_the_page_is_whole():
+def test_the_page_is_complete():
     files = [file for file in BUILT.iterdir() if file.name != "manifest.json"]
     assert sums(BUILT, files) == MANIFEST["built"], "the built page was changed by hand, or in part: make web"
     assert sum(file.stat().st_size for file in files) < 6e6

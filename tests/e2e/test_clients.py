@@ -1,4 +1,5 @@
-"""Real clients against `codegemma serve` in a process of its own, with the default model: what they show is what the model says."""
+"""Real clients against `codegemma serve` in a process of its own, with the default model: they show the
+model's own answers."""
 
 import asyncio
 import gc
@@ -43,15 +44,15 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model, home):
-    with Process(environment=home) as found:
-        yield found
+    with Process(environment=home) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def completed(model):
-    found = model.complete(PREFIX, SUFFIX, max_tokens=8)
-    assert found.text
-    return found
+    completion = model.complete(PREFIX, SUFFIX, max_tokens=8)
+    assert completion.text
+    return completion
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +69,12 @@ def test_openai(server, model, middle, count):
     from openai import BadRequestError, OpenAI
 
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-        asked = {"model": "any", "prompt": PREFIX, "suffix": SUFFIX, "max_tokens": 8, "temperature": 0}
-        done = client.completions.create(**asked)
+        arguments = {"model": "any", "prompt": PREFIX, "suffix": SUFFIX, "max_tokens": 8, "temperature": 0}
+        done = client.completions.create(**arguments)
         assert done.choices[0].text == middle and done.usage.completion_tokens == count
-        chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        chunks = list(
+            client.completions.create(**arguments, stream=True, stream_options={"include_usage": True})
+        )
         assert (
             "".join(choice.text for chunk in chunks for choice in chunk.choices) == middle
             and chunks[-1].usage.completion_tokens == count
@@ -94,9 +97,9 @@ def test_openai(server, model, middle, count):
             model="any", messages=messages, max_tokens=6, temperature=0, stream=True
         )
         assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
-        assert [one.id for one in client.models.list()] == ["gemma-3-270m", *model.adapters]
+        assert [entry.id for entry in client.models.list()] == ["gemma-3-270m", *model.adapters]
         with pytest.raises(BadRequestError, match="temperature"):
-            client.completions.create(**asked | {"temperature": -1})
+            client.completions.create(**arguments | {"temperature": -1})
         first, second = (
             client.completions.create(model="any", prompt="def f(", max_tokens=8, temperature=1.0, seed=s)
             for s in (1, 2)
@@ -138,10 +141,10 @@ def test_mistral(server, middle, count):
     from mistralai.client import Mistral
 
     with Mistral(api_key="none", server_url=server.url, timeout_ms=300_000) as client:
-        asked = {"model": "any", "prompt": PREFIX, "suffix": SUFFIX, "max_tokens": 8, "temperature": 0}
-        done = client.fim.complete(**asked)
+        arguments = {"model": "any", "prompt": PREFIX, "suffix": SUFFIX, "max_tokens": 8, "temperature": 0}
+        done = client.fim.complete(**arguments)
         assert done.choices[0].message.content == middle and done.usage.completion_tokens == count
-        with client.fim.stream(**asked) as events:
+        with client.fim.stream(**arguments) as events:
             assert "".join(event.data.choices[0].delta.content for event in events) == middle
     gc.collect()
 
@@ -242,12 +245,12 @@ def test_after_a_stop_and_after_a_kill(home):
     def cached(url: str) -> int:
         deadline = time.monotonic() + 60  # the cache is read in the background
         while time.monotonic() < deadline:
-            found = httpx.post(f"{url}/infill", json=body, timeout=300, trust_env=False).json()[
+            tokens = httpx.post(f"{url}/infill", json=body, timeout=300, trust_env=False).json()[
                 "tokens_cached"
             ]
-            if found:
+            if tokens:
                 break
-        return found
+        return tokens
 
     with Process(environment=home) as first:
         assert (
