@@ -333,8 +333,8 @@ def test_the_hole_is_where_the_editor_says(encoding, column):
         client.change(uri, (0, 0), (0, 1), "#中")
         id = client.inline(uri, 1, column)
         request, future = stub.next()
-        assert (request.what.prefix, request.what.suffix) == ("#中 😋\nx = '😋𝔊' +", " \nend\n")
-        assert request.what.trim == "block" and request.max_tokens == 64 and request.what.path is None
+        assert (request.prompt.prefix, request.prompt.suffix) == ("#中 😋\nx = '😋𝔊' +", " \nend\n")
+        assert request.prompt.trim == "block" and request.max_tokens == 64 and request.prompt.path is None
         resolve(future, " f(\n  1)")
         (item,) = client.answer(id)["result"]["items"]
         assert item["insertText"] == " f(\r\n  1)"  # as the document's lines end
@@ -348,7 +348,7 @@ def test_a_chosen_entry_of_the_popup_is_completed_in_its_own_range():
         span = {"start": at(0, 7), "end": at(0, 9)}
         id = client.inline(uri, 0, 9, selectedCompletionInfo={"range": span, "text": "path"})
         request, future = stub.next()
-        assert (request.what.prefix, request.what.suffix, request.what.trim) == (
+        assert (request.prompt.prefix, request.prompt.suffix, request.prompt.trim) == (
             "a = os.path",
             " + b\n",
             "line",
@@ -372,7 +372,7 @@ def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replac
             context={"triggerKind": 1},
         )
         request, future = stub.next()
-        assert request.what.prefix == "x = 'é'; pri"
+        assert request.prompt.prefix == "x = 'é'; pri"
         resolve(future, "nt(x)\nprint(y)")
         result = client.answer(id)["result"]
         (item,) = result["items"]
@@ -468,13 +468,13 @@ def test_typing_stops_the_reading_ahead_and_highlights_ask_for_it():
     with session(stub, restMs=1) as client:
         client.open(uri, "x = \ny = 1\n")
         request, _ = stub.next()
-        assert request.max_tokens == 0 and request.what.prefix == ""
+        assert request.max_tokens == 0 and request.prompt.prefix == ""
         assert (
             client.ask("textDocument/documentHighlight", textDocument={"uri": uri}, position=at(0, 4)) is None
         )
         assert stub.cancelled.get(timeout=WAIT) is request
         rested, _ = stub.next()
-        assert (rested.max_tokens, rested.what.prefix) == (0, "x = ")
+        assert (rested.max_tokens, rested.prompt.prefix) == (0, "x = ")
         id = client.inline(uri, 0, 4, kind=1)
         assert stub.cancelled.get(timeout=WAIT) is rested
         newest, future = stub.next()
@@ -585,7 +585,7 @@ def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_chec
         client.open("untitled:a", "x = \n")
         id = client.inline("untitled:a", 0, 4)
         request, future = stub.next()
-        assert (request.max_tokens, request.what.trim, request.prompt_seconds) == (7, "line", 0.3)
+        assert (request.max_tokens, request.prompt.trim, request.prompt_seconds) == (7, "line", 0.3)
         resolve(future, "")
         client.answer(id)
 
@@ -653,17 +653,17 @@ def test_ignored_files_and_secrets_enter_no_prompt(tmp_path):
         client.note("window/logMessage", ".env gets no completions: files of this name hold credentials")
         id = client.inline(uri("app.py"), 2, 4)
         request, future = stub.next()
-        keys, plain = request.what.files
-        assert (keys.path, plain.path, request.what.path) == ("keys.py", "plain.py", "app.py")
+        keys, plain = request.prompt.files
+        assert (keys.path, plain.path, request.prompt.path) == ("keys.py", "plain.py", "app.py")
         assert "hunter2" not in keys.text and "4eC39" not in keys.text and keys.text.count("EXAMPLE") == 2
         assert keys.text.startswith("password = '") and plain.text == "plain = 1\n"
-        assert key[4:] not in request.what.prefix and len(request.what.prefix) == len(
+        assert key[4:] not in request.prompt.prefix and len(request.prompt.prefix) == len(
             f"import lib\nAWS = '{key}'\nx = "
         )
         assert (
-            other[4:] not in request.what.suffix
-            and "EXAMPLE" in request.what.prefix
-            and "EXAMPLE" in request.what.suffix
+            other[4:] not in request.prompt.suffix
+            and "EXAMPLE" in request.prompt.prefix
+            and "EXAMPLE" in request.prompt.suffix
         )
         resolve(future, "1")
         client.answer(id)
@@ -676,10 +676,12 @@ def test_imports_are_read_once_the_cursor_has_rested(tmp_path):
     with session(stub, folder=tmp_path, restMs=1) as client:
         client.open((tmp_path / "app.py").as_uri(), "from lib import helper\nhelper\n")
         request, _ = stub.next()
-        assert [(file.path, file.text) for file in request.what.files] == [("lib.py", "def helper(): pass\n")]
+        assert [(file.path, file.text) for file in request.prompt.files] == [
+            ("lib.py", "def helper(): pass\n")
+        ]
         id = client.inline((tmp_path / "app.py").as_uri(), 1, 6, kind=1)
         request, future = stub.next()
-        assert [file.path for file in request.what.files] == ["lib.py"]
+        assert [file.path for file in request.prompt.files] == ["lib.py"]
         resolve(future, "()")
         client.answer(id)
 
@@ -760,20 +762,20 @@ def test_our_own_server_gives_the_models_suggestion_reads_ahead_and_can_be_cance
             client.tell("codegemma/cursor", textDocument={"uri": "untitled:main"}, position=at(1, 8))
             wait_until(
                 lambda: (
-                    server.backend.metrics.counts["prompt_tokens"] > 10 and not server.backend.metrics.running
+                    server.service.metrics.counts["prompt_tokens"] > 10 and not server.service.metrics.running
                 )
             )
-            assert server.backend.metrics.counts["predicted_tokens"] == 0
+            assert server.service.metrics.counts["predicted_tokens"] == 0
             assert client.texts(client.inline("untitled:main", 1, 8, kind=1)) == [model_text]
-            assert server.backend.metrics.counts["cached_tokens"] > 0
+            assert server.service.metrics.counts["cached_tokens"] > 0
         with session(RemoteSource(server.url), maxTokens=8000, **options) as client:
             client.open("untitled:main", PREFIX + SUFFIX)
             id = client.inline("untitled:main", 1, 8, kind=1)
-            wait_until(lambda: server.backend.metrics.running)
+            wait_until(lambda: server.service.metrics.running)
             client.tell("$/cancelRequest", id=id)
             assert client.answer(id)["error"]["code"] == -32800
-            wait_until(lambda: not server.backend.metrics.running)
-            assert server.backend.metrics.counts["cancelled"] == 1
+            wait_until(lambda: not server.service.metrics.running)
+            assert server.service.metrics.counts["cancelled"] == 1
 
 
 def test_servers_without_infill_are_asked_for_a_completion_with_a_suffix_and_errors_are_told():

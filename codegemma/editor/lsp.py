@@ -25,12 +25,12 @@ from pygls.protocol import JsonRPCNotification, LanguageServerProtocol, lsp_meth
 from pygls.uris import to_fs_path
 
 from codegemma import __version__
+from codegemma.config import Trim
 from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.context import ContextFiles, FilePolicy
 from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import SuggestionSource
 from codegemma.editor.suggestion import REDACTION_MARGIN, CursorPosition, Suggestion, window
-from codegemma.config import Trim
 from codegemma.generate.request import Infill, Request
 from codegemma.prompts import File
 from codegemma.safety.secrets import redact_at_cursor

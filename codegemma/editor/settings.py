@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from pydantic.alias_generators import to_camel
 
-from codegemma.generate.completion import Mode
+from codegemma.config import Mode
 
 
 class EditorSettings(BaseModel):

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import httpx
 
 from codegemma.generate import trim
-from codegemma.generate.request import Infill, Request
+from codegemma.generate.client import error_message, key_headers
 from codegemma.generate.model import Model
+from codegemma.generate.request import Infill, Request
 from codegemma.serve.requests import Busy
 from codegemma.serve.scheduler import Scheduler
 
@@ -24,9 +25,8 @@ class SuggestionSource(Protocol):
 
     name: str
 
-    async def fill(self, ask: Request) -> str:
-        """The text of a suggestion. A request of max_tokens 0 reads the prompt into the prefix cache, and
-        gives "".
+    async def fill(self, request: Request) -> str:
+        """The text of a suggestion; "" of a request of max_tokens 0, which reads its prompt into the cache.
 
         Raises Busy, ValueError or OSError where there is no answer.
         """
@@ -41,8 +41,8 @@ class LocalSource:
         self.name = f"{model.preset.title if model.preset else model.path.name} in this process"
         self.model, self.cache, self.scheduler = model, cache, Scheduler(model)
 
-    async def fill(self, ask: Request) -> str:
-        (job,) = await self.scheduler.submit([ask])
+    async def fill(self, request: Request) -> str:
+        (job,) = await self.scheduler.submit([request])
         try:
             steps = [step async for step in job.steps()]
         finally:
@@ -70,35 +70,32 @@ class RemoteSource:
         self.name = url
         self.client = httpx.AsyncClient(
             base_url=str(base).rstrip("/").removesuffix("/v1"),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=key_headers(key),
             timeout=ANSWER_SECONDS,
             verify=ssl.create_default_context(),
             trust_env=False,  # no proxy stands between an editor and its server
         )
         self.has_infill = True  # until the server answers that it has no such route
 
-    async def fill(self, ask: Request) -> str:
-        hole = ask.prompt
+    async def fill(self, request: Request) -> str:
+        hole = request.prompt
         assert isinstance(hole, Infill)
         if self.has_infill:
-            answer = await self._post("/infill", _infill_body(ask, hole))
+            answer = await self._post("/infill", _infill_body(request, hole))
             self.has_infill = answer.status_code not in (404, 405, 501)
         if not self.has_infill:
-            if not ask.max_tokens:
+            if not request.max_tokens:
                 return ""  # only our own server reads ahead
-            body = {
-                "prompt": hole.prefix,
-                "suffix": hole.suffix,
-                "max_tokens": ask.max_tokens,
-                "temperature": 0,
-            }
-            answer = await self._post("/v1/completions", body)
+            body = {"prompt": hole.prefix, "suffix": hole.suffix, "temperature": 0}
+            answer = await self._post("/v1/completions", body | {"max_tokens": request.max_tokens})
         if answer.status_code == 429:
             raise Busy("the server is busy", 1)
         try:
             text = answer.json()["content"] if self.has_infill else answer.json()["choices"][0]["text"]
         except (KeyError, IndexError, TypeError, ValueError):
-            raise ValueError(f"{self.name} answered {answer.status_code}: {answer.text[:300]}") from None
+            raise ValueError(
+                f"{self.name} answered {answer.status_code}: {error_message(answer)[:300]}"
+            ) from None
         return trim.cut(text, hole.prefix, hole.suffix, hole.trim)[0]  # only our own server trims
 
     async def close(self) -> None:
@@ -114,27 +111,27 @@ class RemoteSource:
             ) from error
 
 
-def _infill_body(ask: Request, hole: Infill) -> dict[str, Any]:
+def _infill_body(request: Request, hole: Infill) -> dict[str, Any]:
     """The fields of llama.cpp, and those that our own server adds."""
     start = hole.prefix.rfind("\n") + 1
     optional = {
         "path": hole.path,
-        "adapter": None if ask.adapter == "auto" else ask.adapter,
-        "t_max_prompt_ms": ask.prompt_seconds and round(1000 * ask.prompt_seconds),
-        "t_max_predict_ms": ask.predict_seconds and round(1000 * ask.predict_seconds),
+        "adapter": None if request.adapter == "auto" else request.adapter,
+        "t_max_prompt_ms": request.prompt_seconds and round(1000 * request.prompt_seconds),
+        "t_max_predict_ms": request.predict_seconds and round(1000 * request.predict_seconds),
     }
     return {
         "input_prefix": hole.prefix[:start],
         "prompt": hole.prefix[start:],
         "input_suffix": hole.suffix,
         "input_extra": [{"filename": file.path, "text": file.text} for file in hole.files],
-        "n_predict": ask.max_tokens,
+        "n_predict": request.max_tokens,
         "temperature": 0,
         "stream": False,
         "cache_prompt": True,
         "mode": hole.mode,
         "trim": hole.trim,
-        "session": ask.session,
+        "session": request.session,
     } | {name: value for name, value in optional.items() if value}
 
 
