@@ -12,7 +12,8 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive
 
 from codegemma.generate.request import Infill, Request
 from codegemma.generate.running import Step
@@ -164,7 +165,20 @@ class Dialect:
         if not stream:
             return reply(complete(await collect(http, requests)))
         jobs = await submit(http, requests)
-        return StreamedAnswer(self, jobs, parts(jobs))
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(self._stream(http, jobs, parts(jobs)), 200, headers, self.media_type)
+
+    async def _stream(
+        self, http: HttpRequest, jobs: list[Job], parts: AsyncIterator[bytes]
+    ) -> AsyncIterator[bytes]:
+        """The parts. An error on the way becomes the last part: the status was sent before."""
+        async with _cancelled_on_disconnect(http.receive, jobs):
+            try:
+                async for part in parts:
+                    yield part
+            except Exception as error:
+                log.warning("%s %s: %s", http.method, http.url.path, error)
+                yield self.write(self.error(500, str(error)))
 
 
 async def merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
@@ -190,30 +204,6 @@ async def merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-class StreamedAnswer(Response):
-    """Sends parts as they are made. An error on the way becomes a last part: the status was sent before."""
-
-    def __init__(self, dialect: Dialect, jobs: Sequence[Job], parts: AsyncIterator[bytes]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(None, 200, headers, dialect.media_type)
-        del self.headers["content-length"]
-        self._dialect, self._jobs, self._parts = dialect, jobs, parts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_body(body: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": body, "more_body": more})
-
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with _cancelled_on_disconnect(receive, self._jobs):
-            try:
-                async for part in self._parts:
-                    await send_body(part)
-            except Exception as error:
-                log.warning("%s %s: %s", scope["method"], scope["path"], error)
-                await send_body(self._dialect.write(self._dialect.error(500, str(error))))
-            await send_body(b"", more=False)
 
 
 @contextlib.asynccontextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
@@ -369,11 +371,6 @@ def _selected(answer: dict[str, Any], fields: list[str] | None) -> dict[str, Any
         return answer
     selected: dict[str, Any] = {}
     for name in fields:
-        value: Any = answer
-        for key in name.split("/"):
-            if not isinstance(value, dict) or key not in value:
-                break
-            value = value[key]
-        else:
-            selected[name] = value
+        with suppress(KeyError, TypeError):  # unknown fields are left out
+            selected[name] = reduce(getitem, name.split("/"), answer)
     return selected

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from codegemma.generate.request import Chat, Infill, TextPrompt
 from codegemma.generate.running import Step
-from codegemma.prompts import Message
+from codegemma.prompts import Message, ollama_template
 from codegemma.serve.bodies import ExtensionFields, SamplingFields, TopCount
 from codegemma.serve.requests import Job
 from codegemma.serve.wire import Answer, Dialect, line, logprob_entries, reply, service
@@ -22,16 +22,6 @@ router = APIRouter(tags=["Ollama"])
 
 VERSION = "0.12.0"  # of the API that this is: clients compare it
 DEFAULT_TOKENS = 1024  # where num_predict is -1: Ollama would fill the context
-# Continue looks for .Suffix to see whether a model fills in the middle.
-TEMPLATE = (
-    "{{- if .Suffix }}<|fim_prefix|>{{ .Prompt }}<|fim_suffix|>{{ .Suffix }}<|fim_middle|>{{- else }}"
-    "{{ .Prompt }}{{- end }}"
-)
-CHAT_TEMPLATE = TEMPLATE.replace(
-    "{{- else }}{{ .Prompt }}",
-    "{{- else }}<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n"
-    "{{ end }}{{ .Prompt }}<end_of_turn>\n<start_of_turn>model\n",
-)
 DETAILS = {
     "parent_model": "",
     "format": "gguf",
@@ -173,7 +163,7 @@ async def show(body: OllamaShowBody, http: HttpRequest) -> Response:
         {
             "modelfile": f"# {served.title}\n",
             "parameters": "",
-            "template": CHAT_TEMPLATE if served.chats else TEMPLATE,
+            "template": ollama_template(served.chats),  # Continue looks for .Suffix in it
             "license": "Gemma: see /terms",
             "details": DETAILS,
             "capabilities": ["completion", "insert"],
