@@ -1,10 +1,9 @@
-"""Text <-> ids: one SentencePiece BPE vocabulary, whichever file it came from, and control ids that no text
-can spell.
+"""Text <-> ids: one SentencePiece BPE vocabulary, and control ids that no text can spell.
 
-Every source (GGUF arrays, `tokenizer.model`, `tokenizer.json`) becomes one canonical SentencePiece model, so
-ids and fingerprint do not depend on the file. SentencePiece matches user-defined pieces inside text, and
-Gemma marks `<start_of_turn>`, the FIM tokens and `<unusedN>` as user-defined: here these become CONTROL,
-which text never matches. Runs of newlines, spaces and tabs, and HTML tags, stay user-defined.
+Every source (GGUF's arrays, `tokenizer.model`, `tokenizer.json`) becomes one canonical SentencePiece model,
+so ids and fingerprint do not depend on it. In it control pieces are CONTROL, which text never matches: Gemma
+marks `<start_of_turn>`, the FIM tokens and `<unusedN>` as user-defined, and SentencePiece matches these
+inside text.
 """
 
 from __future__ import annotations
@@ -28,8 +27,18 @@ from sentencepiece import SentencePieceProcessor
 from codegemma.config import LIMITS
 from codegemma.files import atomic_write, cache_dir
 
-# Piece types, numbered alike in sentencepiece_model.proto and in GGUF's tokenizer.ggml.token_type.
+# Types of pieces, numbered alike in sentencepiece_model.proto and in GGUF's tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_CONTROL = re.compile(
+    r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>"
+    r"|\[(@BOS@|multimodal)\]|<\|\w+\|>"
+)
+# NormalizerSpec: no dummy space, no space removed, " " -> U+2581, as Gemma's. The free-form name says that no
+# piece reaches across the end of a line, so that lines can be encoded, and remembered, one by one.
+_GEMMA_NORMALIZER = b"\x18\x00\x20\x00"
+_SEPARATE_LINES = b"\x0a\x05lines"
 
 FIM_NAMES = {
     "fim_prefix": "<|fim_prefix|>",
@@ -39,20 +48,10 @@ FIM_NAMES = {
 }
 FIM_IDS = {"fim_prefix": 67, "fim_middle": 68, "fim_suffix": 69, "file_separator": 70}  # CodeGemma's
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNUSED = re.compile(r"<unused\d+>")
-_CONTROL = re.compile(
-    r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>"
-    r"|\[(@BOS@|multimodal)\]|<\|\w+\|>"
-)
 _SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a control spelling looks like
 _LINE = re.compile(rb"[^\n]*\n+|[^\n]+")
 _CACHE_VERSION = b"1"
-
-# NormalizerSpec: no dummy space, no space removed, " " -> U+2581, as Gemma's. The free-form name tells the constructor
-# that no piece reaches across the end of a line, so that lines can be encoded, and remembered, one by one.
-_GEMMA_NORMALIZER = b"\x18\x00\x20\x00"
-_LINES_APART = b"\x0a\x05lines"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Tokenizer:
             ) from error
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._bytes: dict[int, bytes] = {}
-        self._lines_apart = _LINES_APART + _GEMMA_NORMALIZER in model[-64:]
+        self._separate_lines = _has_separate_lines(model)
         self._remember_line = lru_cache(maxsize=8192)(self._engine.encode)
         self.control = self._find_control()
 
@@ -111,7 +110,7 @@ class Tokenizer:
         About 0.5 s for 262k pieces: wrap it in `cached`. Raises ValueError where the arrays contradict each
         other.
         """
-        return cls(_model(pieces, scores, _mark_user_defined(pieces, types)))
+        return cls(_canonical_model(pieces, scores, _mark_user_defined(pieces, types)))
 
     @classmethod
     def from_sentencepiece(cls, data: bytes) -> Tokenizer:
@@ -126,7 +125,7 @@ class Tokenizer:
         if isinstance(source, dict):
             return cls(_read_json(source))
         data = Path(source).read_bytes()
-        return cls.cached(data, lambda: cls(_read_json(_parse_json(data))))
+        return cls.cached(data, lambda: cls(_read_json(data)))
 
     @classmethod
     def cached(cls, source: bytes, build: Callable[[], Tokenizer]) -> Tokenizer:
@@ -154,23 +153,16 @@ class Tokenizer:
 
     def pieces(self) -> tuple[list[str], list[float], list[int]]:
         """Names, scores and SentencePiece types of all ids."""
-        engine, count = self._engine, range(self.vocab_size)
-        kinds = [
-            UNKNOWN
-            if engine.is_unknown(i)
-            else CONTROL
-            if engine.is_control(i)
-            else UNUSED
-            if engine.is_unused(i)
-            else BYTE
-            if engine.is_byte(i)
-            else NORMAL
-            for i in count
-        ]
-        names = [engine.id_to_piece(i) for i in count]
-        first_byte = next((i for i, kind in enumerate(kinds) if kind == BYTE), 0)
-        kinds = [USER_DEFINED if i < first_byte and kind == NORMAL else kind for i, kind in enumerate(kinds)]
-        return names, [engine.get_score(i) for i in count], kinds
+        engine, ids = self._engine, range(self.vocab_size)
+        kinds = {
+            UNKNOWN: engine.is_unknown,
+            CONTROL: engine.is_control,
+            UNUSED: engine.is_unused,
+            BYTE: engine.is_byte,
+        }
+        types = [next((kind for kind, matches in kinds.items() if matches(i)), NORMAL) for i in ids]
+        names = [engine.id_to_piece(i) for i in ids]
+        return names, [engine.get_score(i) for i in ids], _mark_user_defined(names, types)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
         return Tokenizer, (self.model,)
@@ -193,11 +185,10 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int], control: bool = False) -> bytes:
         """Bytes of `ids`, each piece's own joined: decode(a + b) needs no context. ValueError: id out of
         range."""
+        if not control:
+            return b"".join(map(self._piece_bytes, ids))
         return b"".join(
-            [
-                self._spell(token) if control and self.is_control(token) else self._piece_bytes(token)
-                for token in ids
-            ]
+            self._spell(token) if self.is_control(token) else self._piece_bytes(token) for token in ids
         )
 
     def piece(self, token: int) -> str:
@@ -225,7 +216,7 @@ class Tokenizer:
                 f"text to encode has a lone surrogate U+{ord(text[error.start]):04X} at character "
                 f"{error.start}, which UTF-8 cannot spell: replace it"
             ) from error
-        if not self._lines_apart:
+        if not self._separate_lines:
             return self._engine.encode(data)
         ids: list[int] = []
         for line in _LINE.findall(data):  # while one types, all lines but one are remembered
@@ -255,19 +246,17 @@ class Tokenizer:
         return self.piece(token).encode()
 
     def _piece_bytes(self, token: int) -> bytes:
-        known = self._bytes.get(token)
-        if known is None:
+        data = self._bytes.get(token)
+        if data is None:
             piece = self.piece(token)
             if self.is_control(token):
-                known = b""
+                data = b""
+            elif self._engine.is_byte(token):
+                data = bytes([int(piece[3:5], 16)])
             else:
-                known = (
-                    bytes([int(piece[3:5], 16)])
-                    if self._engine.is_byte(token)
-                    else piece.replace("\u2581", " ").encode()
-                )
-            self._bytes[token] = known
-        return known
+                data = piece.replace("\u2581", " ").encode()
+            self._bytes[token] = data
+        return data
 
     def _checked(self, token: int) -> int:
         try:
@@ -288,8 +277,8 @@ class Tokenizer:
 
     def _find_control(self) -> Control:
         def named(*spellings: str) -> int | None:
-            found = (self.token_id(spelling) for spelling in spellings)
-            return next((token for token in found if token is not None and self.is_control(token)), None)
+            tokens = (self.token_id(spelling) for spelling in spellings)
+            return next((token for token in tokens if token is not None and self.is_control(token)), None)
 
         fim = {field: named(name) for field, name in FIM_NAMES.items()}
         source: Literal["named", "convention"] | None = None
@@ -327,13 +316,18 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _model(
+def _has_separate_lines(model: bytes) -> bool:
+    """Whether no piece of a canonical model reaches across the end of a line."""
+    return _SEPARATE_LINES + _GEMMA_NORMALIZER in model[-64:]
+
+
+def _canonical_model(
     pieces: Sequence[str],
     scores: Sequence[float] | np.ndarray,
     types: Sequence[int] | np.ndarray,
     normalizer: bytes = _GEMMA_NORMALIZER,
 ) -> bytes:
-    """The canonical ModelProto: the same bytes from every source."""
+    """The canonical ModelProto of pieces. Raises ValueError where the arrays contradict each other."""
     V = len(pieces)
     if not 0 < V <= LIMITS["vocab"] or not V == len(scores) == len(types):
         raise ValueError(
@@ -343,82 +337,45 @@ def _model(
     scores_V, types_V = np.asarray(scores, np.float64), np.asarray(types, np.int64)
     if not np.isfinite(scores_V).all() or not ((types_V >= NORMAL) & (types_V <= BYTE)).all():
         raise ValueError("tokenizer: scores must be finite and types from 1 to 6: the file is damaged")
-    names, kinds = _heal(pieces, types_V.tolist())
+    names, kinds = _canonical_pieces(pieces, types_V.tolist())
     rank_V = _ranks(names, kinds, scores_V)
     try:
-        rows = b"".join(map(_piece, names, rank_V.tolist(), kinds))
+        rows = b"".join(map(_piece_field, names, rank_V.tolist(), kinds))
     except UnicodeEncodeError as error:
         raise ValueError(
             f"tokenizer: piece {error.object!r} is no Unicode text: the file is damaged"
         ) from error
     trainer = b"\x18\x02" + (b"\x98\x02\x01" if BYTE in kinds else b"")  # model_type BPE, byte_fallback
-    if all(
-        kind == USER_DEFINED and not name.strip("\n")
-        for name, kind in zip(names, kinds, strict=True)
-        if "\n" in name
-    ):
-        normalizer = _LINES_APART + normalizer
-    return rows + _block(0x12, trainer) + _block(0x1A, normalizer)
+    with_newline = [(name, kind) for name, kind in zip(names, kinds, strict=True) if "\n" in name]
+    if all(kind == USER_DEFINED and not name.strip("\n") for name, kind in with_newline):
+        normalizer = _SEPARATE_LINES + normalizer
+    return rows + _field(0x12, trainer) + _field(0x1A, normalizer)
 
 
 def _mark_user_defined(pieces: Sequence[str], types: Sequence[int] | np.ndarray) -> list[int]:
-    """Google's own GGUF files mark user-defined pieces as NORMAL; SentencePiece's trainer writes them before
-    the bytes and learned pieces after, which tells the two apart."""
+    """Types with the user-defined pieces that Google's own GGUF files mark as NORMAL: SentencePiece's trainer
+    writes them before the bytes, and learned pieces after."""
     first_byte = next((i for i, piece in enumerate(pieces) if _BYTE.fullmatch(piece)), 0)
     return [USER_DEFINED if i < first_byte and kind == NORMAL else int(kind) for i, kind in enumerate(types)]
 
 
-def _heal(pieces: Sequence[str], types: list[int]) -> tuple[list[str], list[int]]:
-    """Names and types as Gemma's own tokenizer.model has them, save that control pieces are CONTROL.
-
-    Undone here: GGUF files spell user-defined spaces as " ", mark `<unk>` as CONTROL, and may pad the
-    vocabulary to the embedding's rows with repeated or empty pieces; old Gemma files of Hugging Face spell
-    `<0x09>` as a tab.
-    """
-    names = [piece.replace(" ", "\u2581") for piece in pieces]
-    if "<0x09>" not in names and "<0x08>" in names and "\t" in names:
-        names[names.index("\t")] = "<0x09>"
-    seen: set[str] = set()
-    kinds = []
-    for i, (name, kind) in enumerate(zip(names, types, strict=True)):
-        if not name or name in seen:
-            names[i], kind = f"[PAD{i}]", CONTROL
-        elif name == "<unk>":
-            kind = UNKNOWN
-        elif _BYTE.fullmatch(name):
-            kind = BYTE
-        elif kind in (NORMAL, USER_DEFINED) and _CONTROL.fullmatch(name):
-            kind = CONTROL
-        seen.add(names[i])
-        kinds.append(kind)
-    return names, kinds
-
-
-def _ranks(names: list[str], kinds: list[int], scores_V: np.ndarray) -> np.ndarray:
-    """Scores 0, -1, -2, ... in the order of `scores_V` for the pieces BPE can merge: only the order means
-    anything."""
-    merged = [
-        i
-        for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
-        if kind in (NORMAL, UNUSED) and len(name) > 1
-    ]
-    rank_V = np.zeros(len(names), np.float32)
-    rank_V[merged] = -np.unique(-scores_V[merged], return_inverse=True)[1]
-    return rank_V
-
-
 def _read_sentencepiece(data: bytes) -> bytes:
-    """ModelProto: field 1 pieces, 2 TrainerSpec (3 model_type), 3 NormalizerSpec; read without protobuf's run
-    time, whose version sentencepiece's generated module would otherwise dictate to every other package."""
+    """The canonical ModelProto of a `tokenizer.model`; its normaliser is kept. Raises ValueError on a damaged
+    file and on a model that is not BPE.
+
+    ModelProto has the fields 1 pieces, 2 TrainerSpec (3 model_type), 3 NormalizerSpec. It is read without
+    protobuf's run time, whose version sentencepiece's generated module would otherwise dictate to every other
+    package.
+    """
     pieces, scores, types = [], [], []
     specs: dict[int, bytes] = {2: b"", 3: b""}
     try:
         for number, block in _fields(data):
             if number == 1:
-                row = dict(_fields(block))
-                pieces.append(row.get(1, b"").decode("utf-8"))
-                scores.append(struct.unpack("<f", row.get(2, bytes(4)))[0])
-                types.append(row.get(3, NORMAL))
+                piece = dict(_fields(block))
+                pieces.append(piece.get(1, b"").decode("utf-8"))
+                scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
+                types.append(piece.get(3, NORMAL))
             elif number in specs:
                 specs[number] = block
         trainer, normalizer = dict(_fields(specs[2])), dict(_fields(specs[3]))
@@ -428,57 +385,89 @@ def _read_sentencepiece(data: bytes) -> bytes:
         ) from error
     if trainer.get(3, 1) != 2:
         raise ValueError("tokenizer.model is not a BPE model (model_type 2): Gemma's are")
-    flags = b"".join(bytes([field << 3, bool(normalizer.get(field, 1))]) for field in (3, 4))
+    flags = b"".join(bytes([number << 3, bool(normalizer.get(number, 1))]) for number in (3, 4))
     flags += b"" if normalizer.get(5, 1) else b"\x28\x00"
-    charsmap = _block(0x12, normalizer[2]) if normalizer.get(2) else b""
-    return _model(pieces, scores, types, charsmap + flags)
+    charsmap = _field(0x12, normalizer[2]) if normalizer.get(2) else b""
+    return _canonical_model(pieces, scores, types, charsmap + flags)
 
 
-def _parse_json(data: bytes) -> dict[str, Any]:
+def _read_json(source: bytes | dict[str, Any]) -> bytes:
+    """The canonical ModelProto of a Hugging Face `tokenizer.json`, as bytes or parsed. Raises ValueError on
+    any but BPE with byte fallback.
+
+    It keeps ranks of merges where SentencePiece keeps scores of pieces: the first merge that makes a piece
+    gives its score. Not copied: it looks for added tokens before normalisation, and so misses runs of spaces.
+    """
     try:
-        return json.loads(data)
+        document = source if isinstance(source, dict) else json.loads(source)
     except ValueError as error:
         raise ValueError(f"tokenizer.json is not JSON ({error}): fetch the file again") from error
-
-
-def _read_json(document: dict[str, Any]) -> bytes:
-    """Hugging Face's BPE keeps ranks of merges where SentencePiece keeps scores of pieces: the first merge
-    that makes a piece gives its score. Not copied: it looks for added tokens before normalisation, and so
-    misses runs of spaces.
-    """
     try:
         model, added = document["model"], document.get("added_tokens") or []
         if model["type"] != "BPE" or not model.get("byte_fallback"):
             raise ValueError("its model must be BPE with byte_fallback, as Gemma's are")
         if document.get("normalizer") != {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
             raise ValueError('its normalizer must only replace " " by U+2581, as Gemma\'s does')
-        by_id = {token: piece for piece, token in model["vocab"].items()}
-        by_id |= {token["id"]: token["content"] for token in added}
-        if not by_id or not 0 <= min(by_id) <= max(by_id) < LIMITS["vocab"]:
+        names = {token: piece for piece, token in model["vocab"].items()}
+        names |= {token["id"]: token["content"] for token in added}
+        if not names or not 0 <= min(names) <= max(names) < LIMITS["vocab"]:
             raise ValueError(f"its ids must lie from 0 to {LIMITS['vocab']:,}")
         score: dict[str, int] = {}
         for rank, merge in enumerate(model["merges"]):
             score.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), -rank)
-        kind = {token["id"]: CONTROL if token.get("special") else USER_DEFINED for token in added}
-        pieces = [by_id.get(i, "") for i in range(max(by_id) + 1)]
-        return _model(
-            pieces,
-            [score.get(piece, -len(model["merges"])) for piece in pieces],
-            [kind.get(i, NORMAL) for i in range(len(pieces))],
-        )
+        kinds = {token["id"]: CONTROL if token.get("special") else USER_DEFINED for token in added}
+        pieces = [names.get(i, "") for i in range(max(names) + 1)]
+        scores = [score.get(piece, -len(model["merges"])) for piece in pieces]
+        return _canonical_model(pieces, scores, [kinds.get(i, NORMAL) for i in range(len(pieces))])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"tokenizer.json lacks or misuses {error}: fetch the file again") from error
     except ValueError as error:
         raise ValueError(f"tokenizer.json: {error}") from error
 
 
-def _piece(name: str, score: float, kind: int) -> bytes:
-    return _block(
-        0x0A, _block(0x0A, name.encode()) + b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])
+def _canonical_pieces(pieces: Sequence[str], types: list[int]) -> tuple[list[str], list[int]]:
+    """Names and types as Gemma's own tokenizer.model has them, except that control pieces are CONTROL.
+
+    Undone here: GGUF files spell user-defined spaces as " ", mark `<unk>` as CONTROL, and may pad the
+    vocabulary to the embedding's rows with repeated or empty pieces; old Gemma files of Hugging Face spell
+    `<0x09>` as a tab.
+    """
+    names = [piece.replace(" ", "\u2581") for piece in pieces]
+    if "<0x09>" not in names and "<0x08>" in names and "\t" in names:
+        names[names.index("\t")] = "<0x09>"
+    known: set[str] = set()
+    kinds = []
+    for i, (name, kind) in enumerate(zip(names, types, strict=True)):
+        if not name or name in known:
+            names[i], kind = f"[PAD{i}]", CONTROL
+        elif name == "<unk>":
+            kind = UNKNOWN
+        elif _BYTE.fullmatch(name):
+            kind = BYTE
+        elif kind in (NORMAL, USER_DEFINED) and _CONTROL.fullmatch(name):
+            kind = CONTROL
+        known.add(names[i])
+        kinds.append(kind)
+    return names, kinds
+
+
+def _ranks(names: list[str], kinds: list[int], scores_V: np.ndarray) -> np.ndarray:
+    """Scores 0, -1, -2, ... in the order of `scores_V` for the pieces BPE can merge: only the order means
+    anything."""
+    pairs = enumerate(zip(names, kinds, strict=True))
+    merged = [i for i, (name, kind) in pairs if kind in (NORMAL, UNUSED) and len(name) > 1]
+    rank_V = np.zeros(len(names), np.float32)
+    rank_V[merged] = -np.unique(-scores_V[merged], return_inverse=True)[1]
+    return rank_V
+
+
+def _piece_field(name: str, score: float, kind: int) -> bytes:
+    return _field(
+        0x0A, _field(0x0A, name.encode()) + b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])
     )
 
 
-def _block(tag: int, payload: bytes) -> bytes:
+def _field(tag: int, payload: bytes) -> bytes:
     """A length-delimited protobuf field."""
     size, varint = len(payload), bytearray()
     while size > 127:
@@ -490,30 +479,31 @@ def _block(tag: int, payload: bytes) -> bytes:
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """The (number, value) pairs of a protobuf message: int for a varint, bytes for anything longer."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
+    offset = 0
+    while offset < len(data):
+        key, offset = _varint(data, offset)
         wire = key & 7
         if wire == 0:
-            value, at = _varint(data, at)
+            value, offset = _varint(data, offset)
             yield key >> 3, value
             continue
         if wire not in (1, 2, 5):
-            raise ValueError(f"wire type {wire} at byte {at}")
-        size, at = _varint(data, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
-        if at + size > len(data):
-            raise ValueError(f"a field of {size:,} bytes at byte {at:,} of {len(data):,}")
-        yield key >> 3, data[at : at + size]
-        at += size
+            raise ValueError(f"wire type {wire} at byte {offset}")
+        size, offset = _varint(data, offset) if wire == 2 else ({1: 8, 5: 4}[wire], offset)
+        if offset + size > len(data):
+            raise ValueError(f"a field of {size:,} bytes at byte {offset:,} of {len(data):,}")
+        yield key >> 3, data[offset : offset + size]
+        offset += size
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, offset: int) -> tuple[int, int]:
+    """A varint and the offset after it."""
     value = shift = 0
     while shift < 64:
-        byte = data[at]
-        at += 1
+        byte = data[offset]
+        offset += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value, offset
         shift += 7
-    raise ValueError(f"a number of more than 64 bits at byte {at}")
+    raise ValueError(f"a number of more than 64 bits at byte {offset}")

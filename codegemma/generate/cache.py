@@ -1,10 +1,9 @@
-"""The prefix cache: keys and values of every prompt lately seen, in a tree over token ids, shared by all
-requests.
+"""The prefix cache: keys and values of the latest prompts, in a tree over token ids, shared by all requests.
 
-`find` gives the pages of the longest known prefix, `put` remembers a sequence, each under the adapter that
-they depend on ("": none); the least recently used goes first when the bound in bytes is reached. Saved files
-carry a key (model, numerics, SIMD level): any other key, or a damaged file, is ignored with a warning. The
-law: a token computed behind cached pages is the token computed without.
+`find` returns the pages of the longest known prefix, `put` remembers a sequence, each under the adapter that
+they depend on ("": none). The least recently used page goes first when the limit in bytes is reached. Saved
+files carry a key (model, numerics, SIMD level): a file with another key, or a damaged one, is ignored with a
+warning. The law: a token computed after cached pages is the token computed without them.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,16 +25,22 @@ from codegemma.files import atomic_write
 from codegemma.native import PAGE, Page
 
 _MAGIC = b"codegemma prefix cache 2\n"
+_DIGEST_BYTES = 32
 
 
 class _Node:
-    """One page of tokens; a leaf may be partly filled."""
+    """One page of tokens, perhaps partly filled. The root of an adapter has no ids, page and parent."""
 
     __slots__ = ("ids", "page", "parent", "children")
 
-    def __init__(self, ids: tuple[int, ...], page: Page | None, parent: _Node | None) -> None:
+    def __init__(self, ids: tuple[int, ...] = (), page: Any = None, parent: Any = None) -> None:
         self.ids, self.page, self.parent = ids, page, parent
         self.children: dict[tuple[int, ...], _Node] = {}
+
+    def descendants(self) -> Iterator[_Node]:
+        for child in self.children.values():
+            yield child
+            yield from child.descendants()
 
 
 class PrefixCache:
@@ -46,76 +52,67 @@ class PrefixCache:
         self._roots: dict[str, _Node] = {}  # by adapter
         self._recent: OrderedDict[_Node, None] = (
             OrderedDict()
-        )  # least recently used first; a parent after its children
+        )  # least recently used first; parents after children
 
     @property
     def nbytes(self) -> int:
+        """The size of all pages."""
         return len(self._recent) * self.page_bytes
 
     def find(self, ids: Sequence[int], adapter: str = "") -> tuple[list[Page], int]:
         """Pages of the longest known prefix of `ids`, and its length; the last page may hold more than it."""
         with self._lock:
-            return self._find(ids, self._root(adapter))
-
-    def _root(self, adapter: str) -> _Node:
-        return self._roots.setdefault(adapter, _Node((), None, None))
-
-    def _find(self, ids: Sequence[int], node: _Node) -> tuple[list[Page], int]:
-        length = 0
-        pages: list[Page] = []
-        while True:
-            rest = tuple(ids[length : length + PAGE])
-            child = node.children.get(rest) if len(rest) == PAGE else None
-            if child is None:
-                child, common = max(
-                    ((one, common_prefix(one.ids, rest)) for one in node.children.values()),
-                    key=lambda found: found[1],
-                    default=(None, 0),
-                )
-                if child is not None and common and child.page is not None:
-                    self._touch(child)
-                    return [*pages, child.page], length + common
-                self._touch(node)
-                return pages, length
-            assert child.page is not None
-            pages.append(child.page)
-            node, length = child, length + PAGE
+            node, length = self._root(adapter), 0
+            pages: list[Page] = []
+            while True:
+                rest = tuple(ids[length : length + PAGE])
+                child = node.children.get(rest) if len(rest) == PAGE else None
+                if child is None:
+                    break
+                pages.append(child.page)
+                node, length = child, length + PAGE
+            matches = ((common_prefix(child.ids, rest), child) for child in node.children.values())
+            common, closest = max(matches, key=lambda match: match[0], default=(0, node))
+            if common:
+                pages.append(closest.page)
+                node, length = closest, length + common
+            self._touch(node)
+            return pages, length
 
     def put(self, ids: Sequence[int], pages: Sequence[Page], adapter: str = "") -> None:
         """Remembers that `pages` hold `ids`; pages already known stay the shared ones."""
         with self._lock:
-            self._put(ids, pages, self._root(adapter))
-
-    def _put(self, ids: Sequence[int], pages: Sequence[Page], node: _Node) -> None:
-        for index, page in enumerate(pages):
-            part = tuple(ids[index * PAGE : (index + 1) * PAGE])
-            child = node.children.get(part)
-            if child is None:
-                if len(part) < PAGE and any(one.ids[: len(part)] == part for one in node.children.values()):
-                    break  # a longer one is known
-                child = node.children[part] = _Node(part, page, node)
-                self._recent[child] = None
-                for shorter in [
-                    one
-                    for one in node.children.values()
-                    if len(one.ids) < len(part) and part[: len(one.ids)] == one.ids
-                ]:
-                    self._forget(shorter)
-            node = child
-        self._touch(node)
-        while self.nbytes > self.max_bytes and self._recent:
-            self._forget(next(iter(self._recent)))
+            node = self._root(adapter)
+            for index, page in enumerate(pages):
+                part = tuple(ids[index * PAGE : (index + 1) * PAGE])
+                child = node.children.get(part)
+                if child is None:
+                    if len(part) < PAGE and any(ids[: len(part)] == part for ids in node.children):
+                        break  # a longer one is known
+                    child = _Node(part, page, node)
+                    for shorter in [
+                        other for size, other in node.children.items() if part[: len(size)] == size
+                    ]:
+                        self._forget(shorter)
+                    node.children[part] = child
+                    self._recent[child] = None
+                node = child
+            self._touch(node)
+            while self.nbytes > self.max_bytes and self._recent:
+                self._forget(next(iter(self._recent)))
 
     def forget_all(self) -> None:
+        """Empties the cache."""
         with self._lock:
             self._roots.clear()
             self._recent.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all pages, atomically."""
+        """Writes all pages, atomically: a header, the tree as JSON, each node's page, and a SHA-256 of
+        these."""
         with self._lock:
-            nodes = [node for root in self._roots.values() for node in self._nodes(root)]
-            index: dict[_Node | None, int | str] = {node: at for at, node in enumerate(nodes)}
+            nodes = [node for root in self._roots.values() for node in root.descendants()]
+            index: dict[_Node | None, int | str] = {node: number for number, node in enumerate(nodes)}
             index |= {root: adapter for adapter, root in self._roots.items()}
         tree = json.dumps([[index[node.parent], list(node.ids)] for node in nodes]).encode()
         digest = hashlib.sha256()
@@ -128,7 +125,6 @@ class PrefixCache:
             key = self.key.encode()
             write(_MAGIC + struct.pack("<QQQ", len(key), len(tree), self.page_bytes) + key + tree)
             for node in nodes:
-                assert node.page is not None
                 write(node.page.data.tobytes())
             out.write(digest.digest())
 
@@ -136,68 +132,68 @@ class PrefixCache:
         """Adds the pages of a saved cache. False, with a warning, on a file that is damaged or of another
         model."""
         try:
-            data = Path(path).read_bytes()
-            nodes, roots = self._parse(data)
+            roots = self._parse(Path(path).read_bytes())
         except FileNotFoundError:
             return False
         except (ValueError, TypeError, RecursionError, struct.error, OSError) as error:
             warnings.warn(f"{path}: the saved prefix cache is ignored: {error}", stacklevel=2)
             return False
-        for node in nodes:
-            if node.parent is not None and not node.children:
-                chain = [node]
-                while (parent := chain[-1].parent) is not None and parent.page is not None:
-                    chain.append(parent)
-                chain.reverse()
-                self.put(
-                    [token for one in chain for token in one.ids],
-                    [one.page for one in chain if one.page],
-                    roots[parent],
-                )
+        for adapter, root in roots.items():
+            for leaf in root.descendants():
+                if not leaf.children:
+                    chain = [leaf, *_ancestors(leaf)][::-1]
+                    ids = [token for node in chain for token in node.ids]
+                    self.put(ids, [node.page for node in chain], adapter)
         return True
 
-    def _parse(self, data: bytes) -> tuple[list[_Node], dict[_Node | None, str]]:
-        """The nodes of a saved tree, and the adapter of each of its roots."""
-        head = len(_MAGIC) + 24
-        if not data.startswith(_MAGIC) or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+    def _parse(self, data: bytes) -> dict[str, _Node]:
+        """The roots of a saved tree, by adapter."""
+        start = len(_MAGIC) + 24
+        if (
+            not data.startswith(_MAGIC)
+            or hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]
+        ):
             raise ValueError("it is damaged or no cache file")
         key_length, tree_length, page_bytes = struct.unpack_from("<QQQ", data, len(_MAGIC))
-        key = data[head : head + key_length].decode("utf-8", "replace")
+        key = data[start : start + key_length].decode("utf-8", "replace")
         if key != self.key or page_bytes != self.page_bytes:
             raise ValueError(f"it belongs to another model, adapter, engine version or SIMD level ({key!r})")
-        tree = json.loads(data[head + key_length : head + key_length + tree_length])
-        at = head + key_length + tree_length
+        offset = start + key_length + tree_length
         nodes: list[_Node] = []
         roots: dict[str, _Node] = {}
-        for parent, ids in tree:
-            whole = isinstance(parent, str) or (0 <= parent < len(nodes) and len(nodes[parent].ids) == PAGE)
-            if not whole or not 1 <= len(ids) <= PAGE:
-                raise ValueError("its tree is damaged")
-            above = (
-                roots.setdefault(parent, _Node((), None, None)) if isinstance(parent, str) else nodes[parent]
+        for parent, ids in json.loads(data[start + key_length : offset]):
+            is_valid = isinstance(parent, str) or (
+                0 <= parent < len(nodes) and len(nodes[parent].ids) == PAGE
             )
-            page = Page(np.frombuffer(data, np.uint8, page_bytes, at).copy(), len(ids))
+            if not is_valid or not 1 <= len(ids) <= PAGE:
+                raise ValueError("its tree is damaged")
+            above = roots.setdefault(parent, _Node()) if isinstance(parent, str) else nodes[parent]
+            page = Page(np.frombuffer(data, np.uint8, page_bytes, offset).copy(), len(ids))
             node = above.children[tuple(ids)] = _Node(tuple(ids), page, above)
             nodes.append(node)
-            at += page_bytes
-        return nodes, {root: adapter for adapter, root in roots.items()}
+            offset += page_bytes
+        return roots
 
-    def _nodes(self, node: _Node) -> Iterator[_Node]:
-        for child in node.children.values():
-            yield child
-            yield from self._nodes(child)
+    def _root(self, adapter: str) -> _Node:
+        return self._roots.setdefault(adapter, _Node())
 
     def _touch(self, node: _Node) -> None:
         """Makes a node and all above it the most recently used, parents last so that leaves go first."""
-        while node.parent is not None:
-            self._recent.move_to_end(node)
-            node = node.parent
+        for used in (node, *_ancestors(node)):
+            if used.parent is not None:
+                self._recent.move_to_end(used)
 
     def _forget(self, node: _Node) -> None:
         for child in list(node.children.values()):
             self._forget(child)
-        assert node.parent is not None
         del node.parent.children[node.ids], self._recent[node]
+
+
+def _ancestors(node: _Node) -> Iterator[_Node]:
+    """The nodes above a node, the root left out."""
+    while node.parent is not None and node.parent.parent is not None:
+        node = node.parent
+        yield node
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -236,11 +236,9 @@ class Engine:
         """What the backend and cached pages know an adapter by; "" for the base. Raises ValueError on other
         names."""
         if name not in self.adapters:
-            names = ", ".join(name for name in self.adapters if name not in ("auto", "none"))
-            raise ValueError(
-                f"no adapter {name!r}: there are {names or 'none'}; add it with add_adapter, or start the server "
-                "with --adapter NAME=PATH"
-            )
+            names = ", ".join(name for name in self.adapters if name not in ("auto", "none")) or "none"
+            remedy = "add it with add_adapter, or start the server with --adapter NAME=PATH"
+            raise ValueError(f"no adapter {name!r}: there are {names}; {remedy}")
         return self.adapters[name]
 
     def cached(self, ids: Sequence[int], adapter: str = "none") -> int:

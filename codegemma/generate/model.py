@@ -16,7 +16,6 @@ from codegemma import hub
 from codegemma.adapters.adapter import Adapter
 from codegemma.adapters.load import load as load_adapter
 from codegemma.checkpoints import Checkpoint, open_checkpoint
-from codegemma.checkpoints.identity import identity
 from codegemma.config import Mode, Preset, Trim, Use
 from codegemma.generate.engine import Completion, Engine
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
@@ -46,7 +45,7 @@ class Model:
         self._strict, self._warned = strict, set[str]()
         self._adapters: dict[str, Adapter] = {}
         self.backend = _backend(backend, checkpoint, threads)
-        self.engine = Engine(self.backend, checkpoint.tokenizer, identity(checkpoint), cache_bytes)
+        self.engine = Engine(self.backend, checkpoint.tokenizer, checkpoint.identity, cache_bytes)
         self.preset = _preset_of(checkpoint)
 
     @property
@@ -155,8 +154,9 @@ class Model:
             orders = self.fim_orders(adapter)
             if self._strict and not orders:
                 raise ValueError(
-                    f"{self.preset.title if self.preset else self.path} was made for text that goes on, not trained "
-                    "to fill in the middle: choose another model (see `codegemma models`) or drop --strict"
+                    f"{self.preset.title if self.preset else self.path} was made for text that goes on, not "
+                    "trained to fill in the middle: choose another model (see `codegemma models`) or "
+                    "drop --strict"
                 )
         elif isinstance(prompt, Chat):
             self.expect("chat")

@@ -100,7 +100,7 @@ class Request:
             raise ValueError(f"stop must be a list of texts, none of them empty, got {self.stop!r}")
         if not isinstance(self.adapter, str) or not self.adapter:
             raise ValueError(
-                f'adapter must be "auto", "none" (the base model) or the name of an adapter, got {self.adapter!r}'
+                f'adapter must be "auto", "none" (the base) or the name of an adapter, got {self.adapter!r}'
             )
 
     @property

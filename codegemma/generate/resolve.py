@@ -42,31 +42,27 @@ def resolve(context: PromptContext, request: Request, fim_orders: Collection[str
     lines.
     """
     prompt, tokenizer, budget = request.prompt, context.tokenizer, prompt_budget(context, request)
-    if isinstance(prompt, TextPrompt) and not isinstance(prompt.prompt, str):
-        ids = list(prompt.prompt)
-    elif not isinstance(prompt, Infill | TextPrompt | Chat):
-        ids = list(prompt)
+    source = prompt.prompt if isinstance(prompt, TextPrompt) else prompt
+    layout, stop_ids = None, prompts.fim_stops(tokenizer) if tokenizer else frozenset[int]()
+    if not isinstance(source, Infill | Chat | str):
+        ids = list(source)
     elif tokenizer is None:
         raise ValueError(
-            "this model came without a tokenizer, so text cannot be read: send token ids, or add tokenizer.model "
-            "to its directory"
+            "this model came without a tokenizer, so text cannot be read: send token ids, or add "
+            "tokenizer.model to its directory"
         )
-    elif isinstance(prompt, Infill):
-        layout = layout_for(prompt.mode, fim_orders)
-        ids, stop_ids = (
-            infill_ids(context, prompt, layout, budget, request.adapter),
-            prompts.fim_stops(tokenizer),
-        )
-        return replace(request, prompt=ids, stop_ids=stop_ids.union(request.stop_ids), layout=layout)
-    elif isinstance(prompt, Chat):
-        chat = prompts.chat(tokenizer, prompt.messages)
-        return replace(request, prompt=chat.ids, stop_ids=chat.stops.union(request.stop_ids))
+    elif isinstance(source, Infill):
+        layout = layout_for(source.mode, fim_orders)
+        ids = infill_ids(context, source, layout, budget, request.adapter)
+    elif isinstance(source, Chat):
+        chat = prompts.chat(tokenizer, source.messages)
+        ids, stop_ids = chat.ids, chat.stops
     else:
-        ids = (prompts.raw if prompt.raw else prompts.plain)(tokenizer, prompt.prompt).ids
+        is_raw = isinstance(prompt, TextPrompt) and prompt.raw
+        ids = (prompts.raw if is_raw else prompts.plain)(tokenizer, source).ids
     if isinstance(prompt, TextPrompt) and prompt.truncate:
         ids = truncate_left(ids, budget.max_tokens)
-    stops = prompts.fim_stops(tokenizer) if tokenizer else frozenset()
-    return replace(request, prompt=ids, stop_ids=stops.union(request.stop_ids))
+    return replace(request, prompt=ids, stop_ids=stop_ids.union(request.stop_ids), layout=layout)
 
 
 def layout_for(mode: Mode, fim_orders: Collection[str]) -> Layout:

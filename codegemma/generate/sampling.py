@@ -13,6 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_LIMITS = {
+    "temperature": (0, 100),
+    "top_k": (0, 1 << 31),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,48 +42,37 @@ class Sampling:
     bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0, 100),
-            ("top_k", 0, 1 << 31),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("presence_penalty", -2, 2),
-            ("frequency_penalty", -2, 2),
-        ):
+        for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"sampling: {name} must be from {low} to {high}, got {value}")
-        if not (self.repeat_penalty > 0 and math.isfinite(self.repeat_penalty)):
-            raise ValueError(
-                f"sampling: repeat_penalty must be above 0, got {self.repeat_penalty}: 1 switches it off"
-            )
+        penalty = self.repeat_penalty
+        if not (penalty > 0 and math.isfinite(penalty)):
+            raise ValueError(f"sampling: repeat_penalty must be above 0, got {penalty}: 1 switches it off")
         if not all(-100 <= value <= 100 for _, value in self.bias):
             raise ValueError(f"sampling: bias must be from -100 to 100, got {self.bias}")
 
     @property
     def needs_logits(self) -> bool:
         """False where the argmax is the answer."""
-        return bool(
-            self.temperature
-            or self.repeat_penalty != 1
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.bias
-        )
+        penalties = self.repeat_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(self.temperature or penalties or self.bias)
 
 
 def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Sequence[int], index: int) -> int:
-    """The token after `context`, the `index`-th that is generated. `logits_V` is left as it is."""
+    """The token after `context`, of whose tokens the last `index` were generated. `logits_V` is not
+    changed."""
     if not sampling.needs_logits:
         return argmax
     logits_V = logits_V.astype(np.float64)
     if sampling.repeat_penalty != 1:
-        seen = np.unique(np.asarray(context, np.int64))
-        at = logits_V[seen]
-        logits_V[seen] = np.where(at > 0, at / sampling.repeat_penalty, at * sampling.repeat_penalty)
+        tokens = np.unique(np.asarray(context, np.int64))
+        values, penalty = logits_V[tokens], sampling.repeat_penalty
+        logits_V[tokens] = np.where(values > 0, values / penalty, values * penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        seen, counts = np.unique(np.asarray(context[len(context) - index :], np.int64), return_counts=True)
-        logits_V[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        generated = np.asarray(context[len(context) - index :], np.int64)
+        tokens, counts = np.unique(generated, return_counts=True)
+        logits_V[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     for token, value in sampling.bias:
         logits_V[token] += value
     if sampling.temperature == 0:
@@ -85,10 +83,8 @@ def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Seque
 def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
     """Inverse of the cumulative distribution over the tokens that the filters leave, likeliest first."""
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
-        weights = np.exp(logits_V - logits_V.max())
-        return int(
-            np.searchsorted(np.cumsum(weights), uniform * weights.sum(), "right").clip(0, len(weights) - 1)
-        )
+        weights_V = np.exp(logits_V - logits_V.max())
+        return _inverse(np.cumsum(weights_V), uniform * weights_V.sum())
     order, weights, total = _likeliest(sampling, logits_V)
     keep = len(order)
     if sampling.top_p < 1:
@@ -96,14 +92,19 @@ def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
     if sampling.min_p:
         keep = min(keep, int((weights >= sampling.min_p).sum()))
     cumulative = np.cumsum(weights[: max(keep, 1)])
-    return int(
-        order[np.searchsorted(cumulative, uniform * cumulative[-1], "right").clip(0, len(cumulative) - 1)]
-    )
+    return int(order[_inverse(cumulative, uniform * cumulative[-1])])
+
+
+def _inverse(cumulative: np.ndarray, value: float) -> int:
+    return int(np.searchsorted(cumulative, value, "right").clip(0, len(cumulative) - 1))
 
 
 def _likeliest(sampling: Sampling, logits_V: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Tokens, likeliest first, as many as the filters may keep (to sort all of a large vocabulary would cost
-    more than the model); their weights; and the sum that `top_p` is a share of."""
+    """Tokens, likeliest first, as many as the filters may keep; their weights; and the sum that `top_p` is a
+    share of.
+
+    To sort all of a large vocabulary would cost more than the model.
+    """
     if sampling.top_k:
         order = top(logits_V, sampling.top_k)
         weights = np.exp(logits_V[order] - logits_V[order[0]])

@@ -90,56 +90,55 @@ def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
 
 
 def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> tuple[str, bool]:
-    """What of a suggestion is known to be kept, and whether nothing after it can be.
+    """How much of an answer is known to be kept, and whether nothing after it can be; `final`: the answer is
+    complete.
 
-    Ends of lines are judged in order, once what follows says enough (all is there when `final`). "line" keeps
-    the rest of the line; "block" ends where the cursor's block does. A line that repeats the suffix's first
-    line, a tail that the suffix goes on with, and closing brackets that the suffix already has are dropped. A
-    newline at the cut stays where the suffix starts a line of its own.
+    "line" keeps the rest of the cursor's line; "block" ends where the cursor's block does. A line that
+    repeats the suffix's first line ends it, and what the suffix continues with is dropped from the end, as
+    are closing brackets that the suffix already has. A newline stays at the end where the suffix starts a
+    line of its own.
     """
-    lines, count = _LINE.findall(text), text.count("\n")
-    here, rest = prefix.rpartition("\n")[2], suffix.split("\n", 1)[0].rstrip()
-    following = [line.strip() for line in suffix.split("\n") if line.strip()][:2]
-    leaves = _block_end(here, lines[0]) if trim == "block" and count else None
-    for at in range(count + 1):
-        whole = "".join(lines[:at]).rstrip()
-        kept = _drop_overlap(whole, prefix, suffix)
-        after = lines[at:] if final else lines[at:count]
-        ends: bool | None = at > 0 and trim == "line" and bool((here + whole).strip())
-        ends = ends or (
-            at == 1 and bool(rest) and whole == kept + rest
-        )  # the cursor's line has its end twice
-        if not ends and (at or not here.strip()):
-            ends = _repeats_suffix(after, following, final)
-        if ends is False and at and leaves:
-            ends = leaves(after, final)
-        if ends is None or not (ends or final or at < count):
+    lines, newlines = _LINE.findall(text), text.count("\n")
+    cursor_line, rest = prefix.rpartition("\n")[2], suffix.split("\n", 1)[0].rstrip()
+    suffix_lines = [line.strip() for line in suffix.split("\n") if line.strip()][:2]
+    leaves_block = _block_end(cursor_line, lines[0]) if trim == "block" and newlines else None
+    for count in range(newlines + 1):  # does it end after so many lines?
+        head = "".join(lines[:count]).rstrip()
+        kept = _drop_overlap(head, prefix, suffix)
+        after = lines[count:] if final else lines[count:newlines]
+        ends: bool | None = count > 0 and trim == "line" and bool((cursor_line + head).strip())
+        if count == 1 and rest and head == kept + rest:  # the end of the cursor's line stands there twice
+            ends = True
+        if not ends and (count or not cursor_line.strip()):
+            ends = _repeats_suffix(after, suffix_lines, final)
+        if ends is False and count and leaves_block:
+            ends = leaves_block(after, final)
+        if ends is None or not (ends or final or count < newlines):
             return kept, False
         if ends:
-            own_line = whole and whole == kept and _starts_own_line(here, rest, trim)
-            return kept + "\n" * bool(own_line), True
+            own_line = head and head == kept and _starts_own_line(cursor_line, rest, trim)
+            return kept + ("\n" if own_line else ""), True
     return _drop_overlap(text, prefix, suffix), False
 
 
-def _block_end(here: str, first: str) -> Callable[[list[str], bool], bool | None]:
-    """Tells whether lines no longer belong to the cursor's block; None: not yet known. It is the block that
-    the cursor's line (`here`, completed by `first`) opens, or the one that the line stands in."""
-    indent = _indent(here + first)
-    opens = bool(here.strip()) and (here + first).rstrip().endswith((":", "{", "(", "[", "=>", ","))
+def _block_end(cursor_line: str, first: str) -> Callable[[list[str], bool], bool | None]:
+    """A function that says whether lines are outside of the cursor's block; None: not yet known. The block is
+    the one that the cursor's line, completed by `first`, opens, or else the one that the line stands in."""
+    indent = _indent(cursor_line + first)
+    opens = bool(cursor_line.strip()) and (cursor_line + first).rstrip().endswith(
+        (":", "{", "(", "[", "=>", ",")
+    )
 
     def ends(lines: list[str], final: bool) -> bool | None:
         next_line = next((line for line in lines if line.strip()), None)
         if next_line is None:
             return False if final else None
         level = _indent(next_line)
-        if next_line is not lines[0]:  # behind blank lines
+        if next_line is not lines[0]:  # after blank lines
             return level <= indent and (opens or not indent)
-        return level < indent or (
-            opens
-            and level == indent
-            and next_line.lstrip()[0] not in "})]"
-            and not _CONTINUES_BLOCK.match(next_line)
-        )
+        if not opens or level != indent:
+            return level < indent
+        return next_line.lstrip()[0] not in "})]" and not _CONTINUES_BLOCK.match(next_line)
 
     return ends
 
@@ -148,51 +147,49 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip(" \t"))
 
 
-def _starts_own_line(here: str, rest: str, trim: Trim) -> bool:
-    """True where `rest` is no rest of the cursor's line, so that text before it must end with a newline."""
-    if not rest or not here.strip():
+def _starts_own_line(cursor_line: str, rest: str, trim: Trim) -> bool:
+    """Whether `rest` does not belong to the cursor's line, so that text before it must end with a newline."""
+    if not rest or not cursor_line.strip():
         return bool(rest)
     return trim != "line" and not rest[0].isspace() and rest[0] not in ")]}>,;:.\"'`"
 
 
-def _repeats_suffix(lines: list[str], following: list[str], final: bool) -> bool | None:
-    """The suffix begins again: a long line says enough, of a short one the next must agree. None: not yet
-    known."""
-    again = [line.strip() for line in lines if line.strip()][:2]
-    if not following or not again:
-        return False if following == [] or final else None
-    if not lines[0].strip() or again[0] != following[0]:
+def _repeats_suffix(lines: list[str], suffix_lines: list[str], final: bool) -> bool | None:
+    """Whether the suffix's first lines begin here: of a line of up to 3 characters, the next must agree too.
+    None: not yet known."""
+    answer = [line.strip() for line in lines if line.strip()][:2]
+    if not suffix_lines or not answer:
+        return False if not suffix_lines or final else None
+    if not lines[0].strip() or answer[0] != suffix_lines[0]:
         return False
-    if len(again[0]) > 3 or len(following) < 2:
+    if len(answer[0]) > 3 or len(suffix_lines) < 2:
         return True
-    if len(again) < 2:
+    if len(answer) < 2:
         return True if final else None
-    return again[1] == following[1]
+    return answer[1] == suffix_lines[1]
 
 
 def _drop_overlap(text: str, prefix: str, suffix: str) -> str:
-    """Drops the tail that the suffix's line repeats: words always, brackets and quotes where they are one too
+    """Drops the end that the suffix's line repeats: words always, brackets and quotes where there is one too
     many."""
     rest = suffix.split("\n", 1)[0].rstrip()
-    here = prefix.rpartition("\n")[2]
+    cursor_line = prefix.rpartition("\n")[2]
     for size in range(min(len(rest), len(text)), 0, -1):
         tail = rest[:size]
         if text.endswith(tail) and tail.strip():
-            words = re.search(r"\w", tail) and (size == len(rest) or size > 3)
-            if words or _closes_too_much(tail, here + text + rest, prefix + text + suffix):
+            has_words = re.search(r"\w", tail) and (size == len(rest) or size > 3)
+            if has_words or _closes_too_much(tail, cursor_line + text + rest, prefix + text + suffix):
                 return text[:-size]
     return text
 
 
 def _closes_too_much(tail: str, line: str, code: str) -> bool:
-    """True where `line` and all of `code`, which hold `tail` twice, close more than they open: the line alone
-    would not know of openers above it, and all of the code alone would be misled by a bracket in a
-    comment."""
-    closers = [(closer, OPENERS[closer]) for closer in tail if closer in OPENERS]
-    if closers:
-        return any(
-            all(text.count(closer) > text.count(opener) for text in (line, code))
-            for closer, opener in closers
-        )
-    mark = tail.strip()
-    return mark in (";", ",", ":") or (mark in QUOTES and line.count(mark) % 2 == 1)
+    """Whether both `line` and all of `code`, which hold `tail` twice, close more than they open. The line
+    alone does not show openers above it; all of the code alone would be misled by a bracket in a comment."""
+    closers = [closer for closer in tail if closer in OPENERS]
+    if not closers:
+        mark = tail.strip()
+        return mark in (";", ",", ":") or (mark in QUOTES and line.count(mark) % 2 == 1)
+    return any(
+        all(text.count(closer) > text.count(OPENERS[closer]) for text in (line, code)) for closer in closers
+    )

@@ -53,7 +53,7 @@ class Job:
         self.request, self.resolved = request, resolved
         self.prompt_ids = list(resolved.prompt_ids)
         self.prompt_tokens, self.cached_tokens, self.predicted_tokens = len(self.prompt_ids), 0, 0
-        # Of each prompt token but the first, where asked for: its log-probability, and the likeliest tokens with theirs.
+        # Where asked for, of each prompt token but the first: its log-probability and the likeliest tokens.
         self.scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         self.queued, self.started, self.first, self.ended = time.perf_counter(), 0.0, 0.0, 0.0
         self.stop: str | None = None
