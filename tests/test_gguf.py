@@ -186,7 +186,7 @@ FAULTS = {
         {"entries": 1, "metadata": _entry(b"k", 8, struct.pack("<Q", 1) + b"\xff")},
         "value of k is not UTF-8",
     ),
-    "duplicate key": ({"entries": 2, "metadata": _entry(b"k", 8, TEXT) * 2}, "key k stands twice"),
+    "duplicate key": ({"entries": 2, "metadata": _entry(b"k", 8, TEXT) * 2}, "key k appears twice"),
     "value type": ({"entries": 1, "metadata": _entry(b"k", 77, b"")}, "k has the unknown value type 77"),
     "nested array": (
         {"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQ", 9, 1))},
@@ -208,7 +208,7 @@ FAULTS = {
         {"entries": 1, "metadata": _entry(b"general.alignment", 4, struct.pack("<I", 0))},
         "multiple of 8",
     ),
-    "duplicate tensor": ({"tensors": [(b"a", (8,), 0, 0)] * 2, "data": bytes(64)}, "tensor a stands twice"),
+    "duplicate tensor": ({"tensors": [(b"a", (8,), 0, 0)] * 2, "data": bytes(64)}, "tensor a appears twice"),
     "overlap": (
         {"tensors": [(b"a", (16,), 0, 0), (b"b", (8,), 0, 32)], "data": bytes(96)},
         "tensors a and b overlap",

@@ -282,7 +282,7 @@ def _info(dtype="F32", shape=(2,), offsets=(0, 8)):
         ({"a": _info(), "b": _info(offsets=(4, 12))}, "tensor b overlaps"),
         ({"a": 3}, "tensor a lacks dtype"),
         ([], "must hold a JSON object"),
-        (b'{"a": 1, "a": 2}', "stands twice"),
+        (b'{"a": 1, "a": 2}', "appears twice"),
         (b"[" * 100_000, "not valid JSON"),
         (b"\xff", "not valid JSON"),
     ],

@@ -50,7 +50,7 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of config, types and samples of the weights, by which caches and adapters name their model."""
+        """A hash of config, types and samples of the weights: caches and adapters name their model by it."""
         digest = hashlib.sha256(repr(self.config).encode())
         for name, tensor in self.tensors.items():
             raw = tensor.data.reshape(-1)

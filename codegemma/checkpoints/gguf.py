@@ -158,7 +158,7 @@ def read(path: Path) -> Contents:
     for _ in range(entries):
         key = header.string("a key", 65_535)
         if key in metadata:
-            raise header.fault(f"the key {key} stands twice in its header")
+            raise header.fault(f"the key {key} appears twice in its header")
         metadata[key] = header.value(key)
     return Contents(metadata, _tensors(header, tensors, metadata.get("general.alignment", ALIGNMENT)))
 
@@ -170,7 +170,7 @@ def _tensors(header: _Header, count: int, alignment: Any) -> dict[str, Tensor]:
     for _ in range(count):
         name = header.string("a tensor name", 1024)
         if name in infos:
-            raise header.fault(f"the tensor {name} stands twice in its header")
+            raise header.fault(f"the tensor {name} appears twice in its header")
         infos[name] = _info(header, name)
     start = -(-header.offset // alignment) * alignment
     raw = np.frombuffer(header.data, np.uint8)

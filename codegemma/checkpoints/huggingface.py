@@ -172,7 +172,7 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def tokenizer_builder(path: Path) -> Callable[[], Tokenizer] | None:
-    """What builds the tokenizer of a directory: tokenizer.model, else tokenizer.json; None without either."""
+    """Returns a function that builds the tokenizer of a directory; None where it has no tokenizer file."""
     if (model := path / "tokenizer.model").exists():
         return lambda: Tokenizer.from_sentencepiece(model.read_bytes())
     if (file := path / "tokenizer.json").exists():

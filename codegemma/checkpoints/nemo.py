@@ -120,7 +120,7 @@ def _layer(tensor: Tensor, index: int) -> np.ndarray:
 
 
 def _zarr(path: Path, members: Members, name: str) -> Tensor:
-    """A Zarr array of uncompressed chunks, put together when it is read."""
+    """A Zarr array of uncompressed chunks, which are joined when it is read."""
     folder, label = f"model_weights/{name}/", f"{path}: array {name}"
     errors = (ValueError, KeyError, TypeError, RecursionError)
     with refusing(f"{label} is described in a way unknown here", *errors):

@@ -39,7 +39,7 @@ FORMATS: dict[table.Format, tuple[str, ...]] = {
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """Where the checkpoint is: `path` or one or two levels down ("2b-pt", "0/items"); None without one."""
+    """The directory of a checkpoint: `path`, or one or two levels down ("2b-pt", "0/items"); else None."""
     for directory in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))):
         marked = any((directory / name).exists() for name in ("manifest.ocdbt", "_METADATA"))
         if marked or next(directory.glob("*/.zarray"), None):

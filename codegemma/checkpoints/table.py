@@ -1,5 +1,6 @@
-"""One table of names (formats.toml): a format's tensors to ours and back, with every shape checked.
+"""From the tensors of a file format to ours and back, by one table of names (formats.toml).
 
+Our names, axes and shapes are those under [axes] there; every shape in a file is checked against them.
 Norm factors are held as float32 with the 1 of Gemma's (1 + w) added; formats differ in what they store.
 """
 
@@ -54,7 +55,7 @@ def _written() -> dict[str, Any]:
 
 
 def format_table(format: Format) -> dict[str, Any]:
-    """What formats.toml says of a format."""
+    """The section of a format in formats.toml."""
     table: dict[str, Any] = _tables()[format]
     return table
 
@@ -127,7 +128,7 @@ class StoredTensor:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one of our tensors as it stands."""
+        """Whether it is one of our tensors without any change."""
         return len(self.parts) == 1 and self.scale == 1 and self.parts[0].axes == self.parts[0].stored_axes
 
     @cached_property

@@ -46,7 +46,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:
 
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """A JSON object in which no name stands twice; `path` is for errors."""
+    """A JSON object in which each name appears once; `path` is for errors."""
     with refusing(f"{path}: is not valid JSON", ValueError, RecursionError):
         value = json.loads(raw, object_pairs_hook=_unique)
     if not isinstance(value, dict):
@@ -56,7 +56,7 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields := dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice in it")
+        raise ValueError("a name appears twice in it")
     return fields
 
 
