@@ -187,11 +187,11 @@ def whole(sources: list[str], out: Path, workers: int, threshold: float = 0.8) -
     """One build from start to end: seconds, and where they go."""
     from codegemma.cli.data import load_tokenizer
     from codegemma.data.build import build
-    from codegemma.data.stages import Recipe
+    from codegemma.data.recipe import BuildRecipe
 
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
-    build(sources, out, load_tokenizer("gemma-3-270m"), Recipe(threshold=threshold), workers=workers)
+    build(sources, out, load_tokenizer("gemma-3-270m"), BuildRecipe(threshold=threshold), workers=workers)
     return {**json.loads((out / "timing.json").read_text()), "wall": time.perf_counter() - start}
 
 

@@ -20,7 +20,7 @@ from vocabularies import small
 from codegemma.adapters.adapter import Adapter
 from codegemma.data.build import build
 from codegemma.data.pack import Rows
-from codegemma.data.stages import Recipe
+from codegemma.data.recipe import BuildRecipe
 from codegemma.tokenizer import Tokenizer
 
 
@@ -37,7 +37,7 @@ def cache(tmp_path_factory):
                 for i in range(12)
             )
             (root / "src" / name / f"m{number}.py").write_text(body)
-    recipe = Recipe(length=160, window=(64, 159), stride=300, loss=("middle", "terminator"))
+    recipe = BuildRecipe(length=160, window=(64, 159), stride=300, loss=("middle", "terminator"))
     build([str(root / "src")], root / "rows" / "a1", Tokenizer.from_sentencepiece(small()), recipe)
     return root
 

@@ -8,11 +8,12 @@ import json
 import os
 import random
 import signal
+import string
 import subprocess
 import sys
 import tarfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from vocabularies import small
 
-from codegemma.data import build, pack, report, show
-from codegemma.data.documents import Document, expand, read
-from codegemma.data.stages import Recipe
+from codegemma.data import build, dedup, fim, pack, report, show, splits
+from codegemma.data.clean import Cleaner
+from codegemma.data.documents import Document
+from codegemma.data.recipe import BuildRecipe
+from codegemma.data.sources import expand, read
 from codegemma.prompts import parse_fim
 from codegemma.tokenizer import Tokenizer
 
-RECIPE = Recipe(length=512, shard_bytes=20_000)  # several shards and partitions from a small corpus
+RECIPE = BuildRecipe(length=512, shard_bytes=20_000)  # several shards and partitions from a small corpus
 
 
 @pytest.fixture(scope="module")
@@ -172,26 +175,26 @@ def test_rows_give_the_texts_back(built, corpus, tokenizer):
             assert sum(token in control for token in ids) == (
                 1 if record["layout"] == "prefix" else 4
             )  # none from content
-            found = parse_fim(tokenizer, ids)
-            assert found.layout == record["layout"]
-            text = found.prefix + found.middle + found.suffix
+            parsed = parse_fim(tokenizer, ids)
+            assert parsed.layout == record["layout"]
+            text = parsed.prefix + parsed.middle + parsed.suffix
             if record["layout"] == "prefix" and record["kind"] == "code":
                 text = text.removeprefix(record["path"] + "\n")
             else:
-                assert record["kind"] != "code" or found.path == record["path"]
+                assert record["kind"] != "code" or parsed.path == record["path"]
             assert len(text) == record["size"]
             pieces.setdefault((record["repository"], record["path"]), {})[record["offset"]] = text
         assert all(len(names) == 1 for names in repositories.values())
     originals = {
         (each.repository, each.path): each.text
         for source in sources_of(corpus)
-        for each_source in expand(source)
-        for each in read(each_source)
+        for expanded in expand(source)
+        for each in read(expanded)
         if isinstance(each, Document)
     }
     assert len(pieces) > 60
-    for name, found_pieces in pieces.items():
-        whole = "".join(text for _, text in sorted(found_pieces.items()))
+    for name, parts in pieces.items():
+        whole = "".join(text for _, text in sorted(parts.items()))
         if name != ("one", "secret.py"):
             assert whole == originals[name]
         else:
@@ -202,7 +205,7 @@ def test_counts_add_up(built, corpus):
     ledger = pq.read_table(built / "ledger.parquet").to_pylist()
     names = Counter((row["repository"], row["path"]) for row in ledger)
     assert max(names.values()) == 1
-    given = [each for source in sources_of(corpus) for one in expand(source) for each in read(one)]
+    given = [each for text in sources_of(corpus) for source in expand(text) for each in read(source)]
     assert {(each.repository, each.path) for each in given} == set(names)
     kept = {f"{row['repository']}:{row['path']}" for row in ledger if row["outcome"] == "kept"}
     for row in ledger:
@@ -229,26 +232,71 @@ def test_counts_add_up(built, corpus):
     )
 
 
-def test_shards_agree_with_the_step_in_memory(built, corpus):
-    from codegemma.data import dedup
-    from codegemma.data.clean import clean
+def kept_in_memory(documents, benchmarks, threshold):
+    """A slow twin of the stages sign and link: the names of the documents that stay, without shards."""
+    hashes = [dedup.words(document.text) for document in documents]
+    alive = [at for at, words in enumerate(hashes) if not benchmarks(words)]
+    grams = {at: np.unique(dedup.ngrams(hashes[at], dedup.SHINGLE)) for at in alive}
 
+    def similar(shingles):
+        names = list(shingles)
+        pairs = dedup.similar(dedup.signatures([shingles[name] for name in names]), threshold)
+        return [(names[left], names[right], similarity) for left, right, similarity in pairs]
+
+    def place(at):
+        return documents[at].repository, documents[at].path
+
+    members = defaultdict(list)
+    for at in alive:
+        if documents[at].kind == "code":
+            members[documents[at].repository].append(at)
+    merged = {name: np.unique(np.concatenate([grams[at] for at in ats])) for name, ats in members.items()}
+    copies = dedup.resolve(similar(merged), lambda name: (-len(members[name]), name))
+    alive = [at for at in alive if documents[at].kind != "code" or documents[at].repository not in copies]
+    first = {}
+    for at in sorted(alive, key=place):
+        first.setdefault(documents[at].digest, at)
+    near = dedup.resolve(similar({at: grams[at] for at in first.values()}), place)
+    return {documents[at].name for at in first.values() if at not in near}
+
+
+def test_shards_agree_with_a_twin_in_memory(built, corpus):
     documents = [
-        each
-        for source in sources_of(corpus)
-        for one in expand(source)
-        for given in read(one)
-        if isinstance(given, Document)
-        for each in clean([given], RECIPE.quality(one.redistributed))
-        if isinstance(each, Document)
+        cleaned
+        for text in sources_of(corpus)
+        for source in expand(text)
+        for document in read(source)
+        if isinstance(document, Document)
+        for cleaned in [Cleaner(RECIPE.quality(source.redistributed)).clean(document)]
+        if isinstance(cleaned, Document)
     ]
-    kept = {
-        each.name
-        for each in dedup.dedup(documents, dedup.Benchmarks([corpus / "toy.jsonl"]))
-        if isinstance(each, Document)
-    }
+    kept = kept_in_memory(documents, dedup.Benchmarks([corpus / "toy.jsonl"]), RECIPE.threshold)
     ledger = pq.read_table(built / "ledger.parquet").to_pylist()
     assert kept == {f"{row['repository']}:{row['path']}" for row in ledger if row["outcome"] == "kept"}
+
+
+def test_planted_copies_in_any_order(tokenizer, tmp_path):
+    draw = random.Random(11)
+
+    def text_of(words):
+        return "\n".join(" ".join(words[at : at + 10]) for at in range(0, len(words), 10)) + "\n"
+
+    texts = [["".join(draw.choices(string.ascii_lowercase, k=5)) for _ in range(300)] for _ in range(20)]
+    near = [[draw.choice("abc") * 3 if draw.random() < 0.01 else word for word in text] for text in texts[:8]]
+    rows = [(f"a{at}", "x.sh", text) for at, text in enumerate(texts)]
+    rows += [(f"b{at}", "x.sh", text) for at, text in enumerate(near)]
+    rows += [(f"c{at}", "y.sh", texts[at]) for at in (2, 9)]
+    for seed in range(3):
+        random.Random(seed).shuffle(rows)
+        table = [{"repository": name, "path": path, "content": text_of(text)} for name, path, text in rows]
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
+        out = tmp_path / f"out{seed}"
+        recipe = BuildRecipe(length=512, shard_bytes=9_000, licences="any")
+        build.build([str(tmp_path / "rows.parquet")], out, tokenizer, recipe)
+        ledger = pq.read_table(out / "ledger.parquet").to_pylist()
+        kept = {row["repository"] for row in ledger if row["outcome"] == "kept"}
+        assert kept == {f"a{at}" for at in range(20)} and len(ledger) == 30
+        assert all(row["outcome"] == "duplicate" and row["detail"] for row in ledger if row["reason"])
 
 
 def test_same_bytes_for_two_workers_and_another_order(built, corpus, tokenizer, tmp_path):
@@ -290,7 +338,7 @@ def test_same_bytes_for_any_order_of_the_rows_in_a_parquet_file(tokenizer, tmp_p
             [str(folder / "rows.parquet")],
             outs[-1],
             tokenizer,
-            Recipe(length=512, shard_bytes=4_000, licences="any"),
+            BuildRecipe(length=512, shard_bytes=4_000, licences="any"),
         )
     assert json.loads((outs[0] / "manifests" / "dedup.json").read_text())["counts"]["near copy"] > 5
     assert digest(outs[0]) == digest(outs[1]) == digest(outs[2])
@@ -304,11 +352,11 @@ def test_same_bytes_after_kill_and_resume(built, corpus, tokenizer, tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from codegemma.data import build
-from codegemma.data.stages import Recipe
+from codegemma.data.recipe import BuildRecipe
 from codegemma.tokenizer import Tokenizer
 if __name__ == "__main__":
     tokenizer = Tokenizer.from_sentencepiece(open({str(tmp_path / "tokenizer.model")!r}, "rb").read())
-    build.build({sources_of(corpus)!r}, {str(out)!r}, tokenizer, Recipe(length=512, shard_bytes=20_000),
+    build.build({sources_of(corpus)!r}, {str(out)!r}, tokenizer, BuildRecipe(length=512, shard_bytes=20_000),
                 benchmarks=[{str(corpus / "toy.jsonl")!r}], resume=True, progress=lambda *at: print("task", flush=True))
 """)
     killed = 0
@@ -333,7 +381,7 @@ if __name__ == "__main__":
             sources_of(corpus),
             out,
             tokenizer,
-            Recipe(length=256, shard_bytes=20_000),
+            BuildRecipe(length=256, shard_bytes=20_000),
             benchmarks=[corpus / "toy.jsonl"],
             resume=True,
         )
@@ -366,7 +414,7 @@ def test_same_bytes_on_a_ray_cluster(built, corpus, tokenizer, tmp_path):
 
 
 def test_windows_and_what_is_held_out(corpus, tokenizer, tmp_path):
-    recipe = Recipe(length=160, shard_bytes=20_000, window=(64, 159), stride=300, hold_out=0.3, seed=5)
+    recipe = BuildRecipe(length=160, shard_bytes=20_000, window=(64, 159), stride=300, hold_out=0.3, seed=5)
     made = build.build(sources_of(corpus), tmp_path / "a", tokenizer, recipe)
     build.build(sources_of(corpus)[::-1], tmp_path / "b", tokenizer, recipe, workers=2)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
@@ -381,7 +429,7 @@ def test_windows_and_what_is_held_out(corpus, tokenizer, tmp_path):
 
 
 def test_mix_gives_the_shares_of_tokens(corpus, tokenizer, tmp_path):
-    recipe = Recipe(length=512, shard_bytes=20_000, mix=(("code", 0.8), ("text", 0.2)))
+    recipe = BuildRecipe(length=512, shard_bytes=20_000, mix=(("code", 0.8), ("text", 0.2)))
     build.build(sources_of(corpus), tmp_path / "out", tokenizer, recipe)
     rows = pack.Rows(tmp_path / "out")
     tokens: Counter[str] = Counter()
@@ -392,25 +440,23 @@ def test_mix_gives_the_shares_of_tokens(corpus, tokenizer, tmp_path):
     assert abs(tokens["text"] - 0.2 * sum(tokens.values())) <= 512
     with pytest.raises(ValueError, match="mix names code, maths but the sources are code, text"):
         build.build(
-            sources_of(corpus), tmp_path / "no", tokenizer, Recipe(mix=(("code", 0.5), ("maths", 0.5)))
+            sources_of(corpus), tmp_path / "no", tokenizer, BuildRecipe(mix=(("code", 0.5), ("maths", 0.5)))
         )
 
 
 def test_rates_lie_within_binomial_bounds(tokenizer):
-    from codegemma.data import fim
-
     documents = [
         Document("r", f"m{at}.py", f"def f{at}(x):\n    y = x + {at}\n    return y\n", "python")
         for at in range(3000)
     ]
-    recipe = fim.Recipe(0.8, 0.5, 512, seed=3)
+    recipe = fim.FimRecipe(0.8, 0.5, 512, seed=3)
     examples = list(fim.fim(documents, tokenizer, recipe))
     counts = Counter(example.layout for example in examples)
     made = counts["psm"] + counts["spm"]
     assert len(examples) == 3000 and abs(made - 2400) < 4 * (3000 * 0.8 * 0.2) ** 0.5
     assert abs(counts["spm"] - made / 2) < 4 * (made / 4) ** 0.5
     kinds = Counter(example.split.kind for example in examples if example.layout != "prefix")
-    for kind, share in fim.KINDS.items():
+    for kind, share in splits.KINDS.items():
         assert abs(kinds[kind] - made * share) < 4 * (made * share * (1 - share)) ** 0.5 + 1
     again = {e.document.path: e.ids_T.tolist() for e in fim.fim(documents[::-1], tokenizer, recipe)}
     assert all(again[e.document.path] == e.ids_T.tolist() for e in examples)
@@ -459,7 +505,7 @@ def test_show_and_report(built, capsys):
 )
 def test_recipes_that_contradict_themselves(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(**arguments)
+        BuildRecipe(**arguments)
 
 
 def test_a_source_that_is_not_there(tokenizer, tmp_path):

@@ -15,8 +15,9 @@ from programs import needs
 pytest.importorskip("tree_sitter")
 
 from codegemma.data import graph, tests_beside
-from codegemma.data.documents import Document, Source, read
+from codegemma.data.documents import Document, language_of
 from codegemma.data.graph import Edge
+from codegemma.data.sources import Source, read
 
 
 def naive_acyclic(found):
@@ -95,8 +96,6 @@ def test_ten_thousand_files_in_seconds():
 
 
 def documents_of(files):
-    from codegemma.data.documents import language_of
-
     return [
         Document("acme/widget", path, text, language_of(path, text)) for path, text in sorted(files.items())
     ]

@@ -22,8 +22,11 @@ pytest.importorskip("tree_sitter")
 from vocabularies import small
 
 from codegemma import prompts
-from codegemma.data import clean, dedup, documents, fim, licences, pack, syntax
-from codegemma.data.documents import Document, Limits, Outcome, Source, decode, expand, language_of, read
+from codegemma.data import clean, dedup, documents, fim, licences, pack, redact, splits, syntax
+from codegemma.data.archives import ReadLimits
+from codegemma.data.documents import Document, Outcome, decode, language_of
+from codegemma.data.draw import Draw
+from codegemma.data.sources import Source, expand, read
 from codegemma.prompts import parse_fim
 from codegemma.tokenizer import Tokenizer
 
@@ -36,10 +39,10 @@ def tokenizer():
 # ---------------------------------------------------------------------------------------------- documents
 def of(source, limits=None):
     """({path: text}, {path: reason}) of a source."""
-    found = list(read(source, limits))
+    results = list(read(source, limits))
     return (
-        {each.path: each for each in found if isinstance(each, Document)},
-        {each.path: each.reason for each in found if isinstance(each, Outcome)},
+        {each.path: each for each in results if isinstance(each, Document)},
+        {each.path: each.reason for each in results if isinstance(each, Outcome)},
     )
 
 
@@ -116,7 +119,7 @@ def test_tar_that_attacks(tmp_path):
             ("p/big.py", b"x" * 2000),
         ],
     )
-    kept, reasons = of(source, Limits(file_bytes=1000))
+    kept, reasons = of(source, ReadLimits(file_bytes=1000))
     assert sorted(kept) == ["p/a.py"]
     assert reasons == {
         "../up.py": "path leaves its root",
@@ -130,15 +133,17 @@ def test_tar_that_attacks(tmp_path):
 
 def test_bombs_stop_early(tmp_path):
     tar = tar_of(tmp_path / "bomb.tar.gz", [("a.py", b"x = 1\n"), ("zeros", bytes(64_000_000))])
-    kept, reasons = of(tar, Limits(ratio=50))
+    kept, reasons = of(tar, ReadLimits(ratio=50))
     assert reasons[""] == "unreadable"
     many = tar_of(tmp_path / "many.tar.gz", [(f"{at}.py", b"x\n") for at in range(50)])
     assert "members" in next(
-        each.detail for each in read(many, Limits(members=20)) if isinstance(each, Outcome) and not each.path
+        each.detail
+        for each in read(many, ReadLimits(members=20))
+        if isinstance(each, Outcome) and not each.path
     )
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros.py", bytes(64_000_000))
-    assert of(Source(tmp_path / "bomb.zip", "zip"), Limits(ratio=50, file_bytes=10**9))[1] == {
+    assert of(Source(tmp_path / "bomb.zip", "zip"), ReadLimits(ratio=50, file_bytes=10**9))[1] == {
         "": "unreadable"
     }
     header = tarfile.TarInfo("huge.py")
@@ -283,7 +288,7 @@ CODE = "def area(width, height):\n    '''The area of a rectangle.'''\n    return
 )
 def test_reasons(reason, path, text):
     document = Document("r", path, text, language_of(path, text))
-    result = next(clean.clean([document]))
+    result = clean.Cleaner().clean(document)
     assert (result.reason if isinstance(result, Outcome) else "") == reason
     if not reason:
         assert result.text == text
@@ -309,7 +314,7 @@ def planted(count=40, seed=5):
 
     def checked(size):
         payload = run(letters, size)
-        return payload + clean.checksum(payload)
+        return payload + redact.checksum(payload)
 
     makers = {
         "github token": lambda: ("token = '{}'", "ghp_" + checked(30)),
@@ -400,7 +405,7 @@ def planted(count=40, seed=5):
 
 def test_precision_and_recall_on_a_planted_corpus(capsys):
     text, values, truth = planted()
-    redactor = clean.Redactor()
+    redactor = redact.Redactor()
     found = redactor.find(text)
     right: Counter[str] = Counter()
     wrong = []
@@ -452,7 +457,7 @@ def test_precision_and_recall_on_a_planted_corpus(capsys):
     )
 )
 def test_redaction_never_raises_and_settles(parts):
-    redactor, text = clean.default_redactor(), "".join(parts)
+    redactor, text = redact.default_redactor(), "".join(parts)
     once, kinds = redactor(text)
     assert (once == text) == (not kinds) or "example.com" in once
 
@@ -518,26 +523,6 @@ def test_whatever_is_dropped_is_like_one_that_is_kept(pairs, draw):
     assert not any((a, b) in pairs for a in kept for b in kept)
 
 
-def test_planted_copies_and_order():
-    draw = random.Random(11)
-    texts = [
-        " ".join("".join(draw.choices(string.ascii_lowercase, k=5)) for _ in range(300)) for _ in range(20)
-    ]
-    near = [" ".join(mutated(text.split(), 0.01, draw)) for text in texts[:8]]
-    found = [Document(f"a{at}", "x.py", text) for at, text in enumerate(texts)]
-    found += [Document(f"b{at}", "x.py", text) for at, text in enumerate(near)] + [
-        Document(f"c{at}", "y.py", texts[at]) for at in (2, 9)
-    ]
-    expected = {doc.name for doc in found[:20]}
-    for seed in range(3):
-        random.Random(seed).shuffle(found)
-        result = list(dedup.dedup(found))
-        assert {each.name for each in result if isinstance(each, Document)} == expected
-        assert all(
-            each.outcome == "duplicate" and each.detail for each in result if isinstance(each, Outcome)
-        )
-
-
 @pytest.mark.parametrize("name", ["humaneval/HumanEval.jsonl.gz", "mbpp/mbpp.jsonl.gz"])
 def test_benchmark_problems_are_found(name):
     """The benchmark files stand beside the repository, never in it."""
@@ -600,7 +585,7 @@ SPELLINGS = [
 )
 def test_parts_make_the_text_and_no_control_id_comes_from_it(tokenizer, parts, seed, language):
     text = "".join(parts) or "x"
-    recipe = fim.Recipe(1.0, 0.5, 64, seed=seed)
+    recipe = fim.FimRecipe(1.0, 0.5, 64, seed=seed)
     examples = list(fim.fim([Document("r", "p.py", text, language)], tokenizer, recipe))
     control = [
         getattr(tokenizer.control, name)
@@ -635,12 +620,12 @@ def test_syntax_splits_are_nodes_and_suffixes_begin_at_line_breaks():
     while stack:
         node = stack.pop()
         stack += node.children
-        nodes.add(fim._characters(SAMPLE, node.start_byte, node.end_byte))
+        nodes.add(splits.to_characters(SAMPLE, node.start_byte, node.end_byte))
     ends = {end for _, end in nodes}
     starts = {start for start, _ in nodes}
     kinds: Counter[str] = Counter()
     for seed in range(600):
-        place = fim.split(SAMPLE, "python", fim.Draw(seed))
+        place = splits.split(SAMPLE, "python", Draw(seed))
         kinds[place.kind] += 1
         middle = SAMPLE[place.start : place.end]
         if place.kind == "node":
@@ -651,7 +636,7 @@ def test_syntax_splits_are_nodes_and_suffixes_begin_at_line_breaks():
             assert SAMPLE[place.end : place.end + 1] in ("\n", "") and middle.strip()
         if place.kind != "characters":
             assert middle and not middle.endswith("\n")
-    assert set(kinds) == set(fim.KINDS) and 30 < kinds["characters"] < 90
+    assert set(kinds) == set(splits.KINDS) and 30 < kinds["characters"] < 90
 
 
 def test_nodes_are_drawn_in_proportion_to_their_size():
@@ -665,7 +650,7 @@ def test_nodes_are_drawn_in_proportion_to_their_size():
                 sizes.get((node.start_byte, node.end_byte), 0) + node.end_byte - node.start_byte
             )
     drawn = Counter(
-        fim._node(tree, fim.Draw("n", at), 0, tree.root_node.end_byte, 10**9) for at in range(4000)
+        splits.draw_node(tree, Draw("n", at), 0, tree.root_node.end_byte, 10**9) for at in range(4000)
     )
     whole = sum(sizes.values())
     assert set(drawn) <= set(sizes)
@@ -686,7 +671,7 @@ CODE_TEXT = "import os\n\n\n" + "".join(
 )
 @pytest.mark.parametrize("limit", [None, 6])
 def test_windows_are_prompts_of_inference_with_their_answer(tokenizer, text, language, limit):
-    recipe = fim.Recipe(
+    recipe = fim.FimRecipe(
         0.9,
         0.5,
         160,
@@ -721,10 +706,10 @@ def test_windows_are_prompts_of_inference_with_their_answer(tokenizer, text, lan
 
 
 def test_windows_have_the_holes_of_humaneval_infilling(tokenizer):
-    recipe = fim.Recipe(1.0, 0.5, 160, window=(100, 159), stride=40)
+    recipe = fim.FimRecipe(1.0, 0.5, 160, window=(100, 159), stride=40)
     examples = list(fim.fim([Document("r", "p.py", CODE_TEXT, "python")], tokenizer, recipe))
     kinds = Counter(example.split.kind for example in examples)
-    assert set(kinds) == set(fim.WINDOW_KINDS)
+    assert set(kinds) == set(splits.WINDOW_KINDS)
     for example in examples:
         start, end = example.offset + example.split.start, example.offset + example.split.end
         if example.split.kind in ("line", "whole lines", "function end"):
@@ -758,10 +743,12 @@ def test_groups_stay_whole_where_they_fit(tokenizer):
         fim.fim(
             [Document("r", f"{at}.py", "x = 1\n" * 3, "python") for at in range(8)],
             tokenizer,
-            fim.Recipe(length=128),
+            fim.FimRecipe(length=128),
         )
     )
-    group = pack.Group(examples[:3], "graph")
-    assert [len(part.examples) for part in pack.segments([group, pack.Group(examples, "graph")], 128)][0] == 3
-    packed = pack.pack([group, pack.Group(examples[3:5], "graph")], 256, tokenizer.control.bos, 0)
+    group = pack.RowGroup(examples[:3], "graph")
+    assert [len(part.examples) for part in pack.segments([group, pack.RowGroup(examples, "graph")], 128)][
+        0
+    ] == 3
+    packed = pack.pack([group, pack.RowGroup(examples[3:5], "graph")], 256, tokenizer.control.bos, 0)
     assert [record["segment"] for record in packed.examples] == [1, 1, 1, 2, 2]

@@ -28,10 +28,11 @@ import pyarrow.parquet as pq
 
 from codegemma.cli.data import load_tokenizer
 from codegemma.data.build import Summary, build
-from codegemma.data.documents import CODE, Document, Source, read
-from codegemma.data.fim import Draw
+from codegemma.data.documents import CODE_LANGUAGES, Document
+from codegemma.data.draw import Draw
 from codegemma.data.pack import Packed, Rows, fit, places, save
-from codegemma.data.stages import Recipe
+from codegemma.data.recipe import BuildRecipe
+from codegemma.data.sources import Source, read
 from codegemma.files import atomic_write, cache_dir
 
 CACHE = cache_dir() / "adapter"
@@ -41,7 +42,7 @@ MAX_ARCHIVE_BYTES = 40_000_000
 # The curriculum: short windows first, suffixes growing. After a short start the suffix comes first for a long
 # time: prefix and middle are then adjacent, and only reading the suffix and stopping before it are new. Each
 # phase draws other holes.
-_FIRST = Recipe(
+_FIRST = BuildRecipe(
     fim_rate=0.87,
     spm_rate=0.7,
     length=256,
@@ -191,7 +192,7 @@ def pin(registry: str, requirement: str, folder: Path) -> tuple[Package, Counter
         raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, more than {MAX_ARCHIVE_BYTES:,}")
     sizes, licences = Counter[str](), Counter[str]()
     for document in read(Source(file, "zip" if file.suffix == ".zip" else "tar")):
-        if isinstance(document, Document) and document.language in CODE:
+        if isinstance(document, Document) and document.language in CODE_LANGUAGES:
             sizes[document.language] += len(document.text)
             licences[document.licence] += len(document.text)
     if not sizes:

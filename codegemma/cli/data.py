@@ -14,13 +14,13 @@ from codegemma.cli.output import Progress
 from codegemma.config import DEFAULT_MODEL, DataEngine
 
 if TYPE_CHECKING:
-    from codegemma.data.stages import Recipe
+    from codegemma.data.recipe import BuildRecipe
     from codegemma.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """The fields of data.stages.Recipe, as they are written on a command line."""
+    """The fields of data.recipe.BuildRecipe, as they are written on a command line."""
 
     fim_rate: float = 0.8
     spm_rate: float = 0.5
@@ -37,9 +37,9 @@ class RecipeOptions:
     path_rate: float = 1.0
     hold_out: float = 0.0
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> BuildRecipe:
         """Raises ValueError where a value cannot be read or is out of range."""
-        from codegemma.data.stages import Recipe
+        from codegemma.data.recipe import BuildRecipe
 
         values: dict[str, Any] = vars(self) | {
             "languages": _names(self.languages),
@@ -49,7 +49,7 @@ class RecipeOptions:
         }
         if self.licences not in ("any", "permissive", "auto"):
             values["licences"] = _names(self.licences)
-        return Recipe(**values)
+        return BuildRecipe(**values)
 
 
 def build(

@@ -1,11 +1,13 @@
-"""Under which licence a file stands: SPDX tag, manifest, licence text; and whether an allow-list admits it."""
+"""The licence of a file: from its SPDX tag, a manifest or a licence text; and whether an allow-list admits it."""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
+
+from codegemma.data.documents import RULES
 
 TAG = re.compile(r"SPDX-License-Identifier:\s*([A-Za-z0-9.+() -]+?)\s*(?:\*/|-->|$)", re.M)
 MANIFESTS = {
@@ -17,34 +19,36 @@ MANIFESTS = {
     "PKG-INFO": r"^License-Expression:\s*(.+)$",
     "pom.xml": r"<license>\s*<name>([^<]+)</name>",
 }
-FIELDS = {"METADATA": r"^License:\s*(\S.*)$", "PKG-INFO": r"^License:\s*(\S.*)$"}
-FILES = re.compile(r"^(un)?licen[sc]e|^copying|-licen[sc]e", re.I)
+OLD_FIELDS = {"METADATA": r"^License:\s*(\S.*)$", "PKG-INFO": r"^License:\s*(\S.*)$"}
+LICENCE_FILES = re.compile(r"^(un)?licen[sc]e|^copying|-licen[sc]e", re.I)
+# The weight of a vote for a folder's licence; the least decides.
+BY_MANIFEST, BY_TEXT, BY_OLD_FIELD = "1", "2", "3"
 
 
 @cache
 def rules() -> dict[str, dict[str, list[str]]]:
-    return tomllib.loads((Path(__file__).parent / "rules" / "licences.toml").read_text("utf-8"))
+    """The tables of rules/licences.toml."""
+    return tomllib.loads((RULES / "licences.toml").read_text("utf-8"))
 
 
-def speaks(path: str) -> bool:
-    """Whether a file's name says that it states the licence of others."""
+def is_statement(path: str) -> bool:
+    """Whether a file, by its name, states the licence of others."""
     name = PurePosixPath(path).name
     is_text = PurePosixPath(path).suffix.lower() in ("", ".txt", ".md", ".rst")
-    return name in MANIFESTS or (is_text and bool(FILES.search(name)))
+    return name in MANIFESTS or (is_text and bool(LICENCE_FILES.search(name)))
 
 
-def of_file(path: str, data: bytes) -> tuple[str, tuple[str, str]]:
-    """(folder that it speaks for, (its weight, SPDX expression)) of a licence file or manifest; empty where unknown."""
+def of_file(path: str, data: bytes) -> tuple[str, tuple[str, str] | None]:
+    """(folder that a licence file or manifest is for, (weight, SPDX expression)); None where it names no licence."""
     text, posix = data.decode("utf-8", "replace"), PurePosixPath(path)
-    folders = [
-        part for part in posix.parts[:-1] if not part.endswith(".dist-info") and part.lower() != "licenses"
-    ]
-    patterns = [("1", MANIFESTS.get(posix.name)), ("3", FIELDS.get(posix.name))]
-    for weight, pattern in patterns:
-        if pattern and (match := re.search(pattern, text, re.M)) and (licence := normal(match[1].strip())):
-            return "/".join(folders), (weight, licence)
+    parts = [part for part in posix.parts[:-1] if not part.endswith(".dist-info")]
+    folder = "/".join(part for part in parts if part.lower() != "licenses")
+    for weight, patterns in ((BY_MANIFEST, MANIFESTS), (BY_OLD_FIELD, OLD_FIELDS)):
+        match = re.search(patterns[posix.name], text, re.M) if posix.name in patterns else None
+        if match and (licence := normal(match[1].strip())):
+            return folder, (weight, licence)
     by_text = "" if posix.name in MANIFESTS else match_text(text)
-    return "/".join(folders), ("2", by_text) if by_text else ()  # type: ignore[return-value]
+    return folder, (BY_TEXT, by_text) if by_text else None
 
 
 def join(votes: list[tuple[str, str]]) -> str:
@@ -57,29 +61,27 @@ def of_text(text: str, path: str, by_folder: dict[str, str]) -> str:
     """A file's own SPDX tag, else the licence of the nearest folder above it that states one, else ""."""
     if "SPDX-License-Identifier" in (head := text[:4000]) and (tag := TAG.search(head)):
         return tag[1].strip()
-    for folder in [str(parent) for parent in PurePosixPath(path).parents]:
-        if licence := by_folder.get("" if folder == "." else folder):
-            return licence
-    return ""
+    folders = ["" if str(parent) == "." else str(parent) for parent in PurePosixPath(path).parents]
+    return next((by_folder[folder] for folder in folders if by_folder.get(folder)), "")
 
 
 def match_text(text: str) -> str:
     """SPDX id of a licence text: the first rule all of whose phrases stand in it, white space and case ignored."""
     words = " ".join(re.findall(r"[\w.]+", text.lower()))
-    return next(
-        (name for name, phrases in rules()["texts"].items() if all(phrase in words for phrase in phrases)), ""
-    )
+    texts = rules()["texts"].items()
+    return next((name for name, phrases in texts if all(phrase in words for phrase in phrases)), "")
 
 
 def normal(licence: str) -> str:
     """An SPDX expression as it is; a common spelling ("Apache 2.0") as its SPDX id; other free text as ""."""
     if licence.startswith("SPDX") or len(licence) > 100:
         return ""
-    spelled = rules()["spellings"]
     key = re.sub(r"[^a-z0-9.+]+", " ", licence.lower()).strip()
-    named = next((name for name, spellings in spelled.items() if key in spellings or licence == name), "")
+    for name, spellings in rules()["spellings"].items():
+        if key in spellings or licence == name:
+            return name
     expression = re.fullmatch(r"[\w.+-]+(?:\s+(?:OR|AND|WITH)\s+[\w.+-]+)+|[A-Z][\w+]*(?:-[\w.+]+)+", licence)
-    return named or (licence if expression else "")
+    return licence if expression else ""
 
 
 def allowed(expression: str, permitted: frozenset[str] | None) -> bool:
@@ -87,13 +89,12 @@ def allowed(expression: str, permitted: frozenset[str] | None) -> bool:
     if permitted is None:
         return True
     flat = re.sub(r"\s+WITH\s+\S+", "", expression.replace("(", " ").replace(")", " ").replace("/", " OR "))
-    if "(" in expression and " AND " in expression:  # nested: be strict rather than clever
+    if "(" in expression and " AND " in expression:  # nested: require all of them
         flat = flat.replace(" OR ", " AND ")
-    return any(
-        alternative.strip() and all(name.strip() in permitted for name in re.split(r"\s+AND\s+", alternative))
-        for alternative in re.split(r"\s+OR\s+", flat)
-    )
+    alternatives = [re.split(r"\s+AND\s+", part) for part in re.split(r"\s+OR\s+", flat) if part.strip()]
+    return any(all(name.strip() in permitted for name in names) for names in alternatives)
 
 
 def permissive() -> frozenset[str]:
+    """The SPDX ids of permissive licences."""
     return frozenset(rules()["permissive"]["ids"])

@@ -1,287 +1,237 @@
-"""One self-contained page about a build: what was kept and why not, how it was split and packed, and what rows look
-like."""
+"""One page about a build: what was kept and why not, how it was split and packed, and what rows look like."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from codegemma.data.build import summary
+from codegemma.data.folder import BuildFolder
 from codegemma.data.pack import Rows
-from codegemma.data.show import WHY, parts, tokenizer_of
+from codegemma.data.show import WHY, parts
 
-COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#edc948", "#9c755f")
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.6rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd;font-size:1.2rem}.note{color:#666}
-.tiles{display:flex;flex-wrap:wrap;gap:.8rem}.tile{background:#f4f6f9;border-radius:.5rem;padding:.6rem 1rem}
-.tile b{display:block;font-size:1.35rem}.two{display:flex;flex-wrap:wrap;gap:2rem}
-.two>figure{flex:1 1 30rem;min-width:0;margin:0}figcaption{font-weight:600;margin:.8rem 0 .3rem}
-svg{max-width:100%;height:auto;font:12px system-ui,sans-serif}pre{background:#f7f7f7;padding:.7rem;max-height:22rem;
-overflow:auto;font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere}.prefix{color:#1b6d85}.suffix{color:#8e3b8e}
-.middle{background:#ffe27a}table{border-collapse:collapse}td{padding:.2rem .8rem .2rem 0}"""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, RED = "#4e79a7", "#e15759"
+MAX_BARS = 14
+MAX_SIZES = 200_000  # of the ledger's documents, for the histogram
+MAX_GRAPHS, MAX_GRAPH_FILES = 4, 70
+MAX_EXAMPLES, MAX_EXAMPLE_CHARACTERS = 4, 1500  # of a sample row
 
 
-def bars(title: str, counts: Mapping[str, float], most: int = 14, unit: str = "") -> str:
-    """Horizontal bars, largest first; the rest in one."""
+# ----------------------------------------------------------------------------------------------------- plots
+def plot(draw: Callable[[Axes], None], height: float) -> str:
+    """An SVG element, 6 inches wide, that needs nothing from outside the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Text stays text; ids are hashes of what they are for, so that they may repeat in one page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "codegemma", "font.size": 9}):
+        figure = Figure((6, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # needless inside HTML
+
+
+def bars(counts: Mapping[str, float], unit: str = "") -> str:
+    """Horizontal bars, largest first; the last is all beyond MAX_BARS. "" where there are no counts."""
     items = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    if len(items) > most:
-        items = [
-            *items[: most - 1],
-            (f"{len(items) - most + 1} others", sum(value for _, value in items[most - 1 :])),
-        ]
-    largest = max((value for _, value in items), default=0) or 1
-    rows = "".join(
-        f'<text x="190" y="{22 * i + 15}" text-anchor="end">{escape(_short(name))}</text>'
-        f'<rect x="198" y="{22 * i + 3}" width="{max(1, 250 * value / largest):.1f}" height="16" '
-        f'fill="{COLOURS[0]}" rx="2"/>'
-        f'<text x="{204 + 250 * value / largest:.1f}" y="{22 * i + 15}">{value:,.0f}{unit}</text>'
-        for i, (name, value) in enumerate(items)
-    )
-    return _figure(
-        title,
-        f'<svg viewBox="0 0 540 {22 * len(items) + 4}" role="img">{rows}</svg>' if items else "<p>none</p>",
-    )
+    if len(items) > MAX_BARS:
+        rest = items[MAX_BARS - 1 :]
+        items = [*items[: MAX_BARS - 1], (f"{len(rest)} others", sum(value for _, value in rest))]
+
+    def draw(axes: Axes) -> None:
+        places, values = range(len(items)), [value for _, value in items]
+        container = axes.barh(places, values, color=BLUE)
+        axes.bar_label(container, [f"{value:,.0f}{unit}" for value in values], padding=4)
+        axes.set_yticks(places, [_shorten(name) for name, _ in items], parse_math=False)
+        axes.tick_params(left=False)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+
+    return plot(draw, 0.3 + 0.24 * len(items)) if items else ""
 
 
-def histogram(
-    title: str, values: Sequence[float] | np.ndarray, log: bool = False, bins: int = 24, note: str = ""
-) -> str:
-    """Columns of counts, on a log scale of the value where asked."""
-    array = np.asarray(values, float)
+def histogram(values: Sequence[float], label: str, is_log: bool = False) -> str:
+    """Counts of values, on a log scale or from 0 to at least 1. "" without values."""
+    array = np.maximum(np.asarray(values, float), 1 if is_log else -np.inf)
     if not len(array):
-        return _figure(title, "<p>none</p>")
-    scaled = np.log2(np.maximum(array, 1)) if log else array
-    low, high = (
-        (float(scaled.min()), float(scaled.max()))
-        if log
-        else (min(0.0, float(scaled.min())), max(1.0, float(scaled.max())))
-    )
-    counts, edges = np.histogram(scaled, bins, (low, high if high > low else low + 1))
-    width, tall = 500 / bins, max(int(counts.max()), 1)
-    columns = "".join(
-        f'<rect x="{20 + i * width:.1f}" y="{150 - 140 * n / tall:.1f}" width="{width - 1:.1f}" '
-        f'height="{140 * n / tall:.1f}" fill="{COLOURS[0]}"><title>{n:,}</title></rect>'
-        for i, n in enumerate(counts)
-    )
-    marks = "".join(
-        f'<text x="{20 + 500 * share:.0f}" y="168" '
-        f'text-anchor="middle">{_number(2**at if log else at)}</text>'
-        for share in (0, 0.25, 0.5, 0.75, 1)
-        for at in [edges[0] + (edges[-1] - edges[0]) * share]
-    )
-    axis = '<line x1="20" y1="150" x2="520" y2="150" stroke="#999"/>'
-    return _figure(
-        title,
-        f'<svg viewBox="0 0 570 175" role="img">{axis}{columns}{marks}</svg><p '
-        f'class="note">{escape(note)}</p>',
-    )
+        return ""
+    low, high = float(array.min()), float(array.max())
+    low, high = (low, max(high, low * 2)) if is_log else (min(0.0, low), max(1.0, high))
+    edges = np.geomspace(low, high, 25) if is_log else np.linspace(low, high, 25)
+
+    def draw(axes: Axes) -> None:
+        axes.hist(array, edges.tolist(), color=BLUE, rwidth=0.95)
+        axes.set_xscale("log" if is_log else "linear")
+        axes.set_xlabel(label)
+
+    return plot(draw, 2.2)
 
 
-def arcs(repository: str, paths: Sequence[str], edges: Iterable[tuple[str, str]]) -> str:
-    """A repository's files in their packed order from top to bottom; an arc joins a file with one that it imports."""
-    place = {path: at for at, path in enumerate(paths)}
-    lines = []
-    for source, target in sorted(edges):
-        if source in place and target in place:
-            first, last = sorted((14 * place[source] + 10, 14 * place[target] + 10))
-            bend = min(190.0, 12 + (last - first) * 0.55)
-            colour = COLOURS[0] if place[target] < place[source] else COLOURS[3]
-            lines.append(
-                f'<path d="M210 {first} C{210 - bend:.0f} {first} {210 - bend:.0f} {last} 210 {last}" '
-                f'fill="none" '
-                f'stroke="{colour}" stroke-opacity=".45"/>'
-            )
-    dots = "".join(
-        f'<circle cx="210" cy="{14 * at + 10}" r="3.2" fill="#333"/><text x="220" y="{14 * at + 14}">'
-        f"{escape(_short(path, 60))}</text>"
-        for at, path in enumerate(paths)
-    )
-    return _figure(
-        repository, f'<svg viewBox="0 0 640 {14 * len(paths) + 8}" role="img">{"".join(lines)}{dots}</svg>'
-    )
+def arcs(paths: Sequence[str], edges: Iterable[tuple[str, str]]) -> str:
+    """Files in their packed order from top to bottom; an arc joins a file with one that it imports."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Curve
+
+    place = {path: number for number, path in enumerate(paths)}
+    codes = [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]
+
+    def draw(axes: Axes) -> None:
+        for source, target in sorted(edges):
+            if source in place and target in place:
+                start, end = place[source], place[target]
+                bend = -min(13.0, 0.9 + 0.55 * abs(end - start))
+                curve = Curve([(0, start), (bend, start), (bend, end), (0, end)], codes)
+                colour = BLUE if end < start else RED
+                axes.add_patch(PathPatch(curve, fill=False, edgecolor=colour, alpha=0.45))
+        axes.plot([0] * len(paths), range(len(paths)), "o", color="#333", markersize=3.5)
+        for path, number in place.items():
+            axes.text(0.7, number, _shorten(path, 60), va="center", parse_math=False)
+        axes.set(xlim=(-10.5, 24), ylim=(len(paths) - 0.5, -0.5))
+        axes.set_axis_off()
+
+    return plot(draw, 0.3 + 0.18 * len(paths))
 
 
-def _figure(title: str, body: str) -> str:
-    return f"<figure><figcaption>{escape(title)}</figcaption>{body}</figure>"
+def _shorten(name: str, limit: int = 30) -> str:
+    return name if len(name) <= limit else f"{name[: limit // 3]}…{name[-(limit - limit // 3 - 1) :]}"
 
 
-def _short(name: str, most: int = 30) -> str:
-    return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2f}"
-
-
-def _ledger(folder: Path) -> dict[str, Any]:
-    """Counts over the ledger, read in batches: by outcome and reason, language, licence; sizes of a sample of
-    200,000."""
+# ------------------------------------------------------------------------------------------------------ data
+def _read_ledger(folder: BuildFolder) -> tuple[dict[str, Counter[str]], list[float]]:
+    """Counts by outcome, reason, language, licence and original; and the sizes of some documents."""
     import pyarrow.parquet as pq
 
-    found: dict[str, Any] = {
-        name: Counter() for name in ("reasons", "languages", "licences", "copies", "outcomes")
+    names = ("reasons", "languages", "licences", "copies", "outcomes")
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+    sizes: list[float] = []
+    with pq.ParquetFile(folder.ledger) as file:
+        for row in (row for batch in file.iter_batches(65_536) for row in batch.to_pylist()):
+            counts["outcomes"][row["outcome"]] += 1
+            if row["outcome"] == "kept":
+                counts["languages"][row["language"]] += 1
+                counts["licences"][row["licence"] or "none found"] += 1
+                sizes += [row["size"]] if len(sizes) < MAX_SIZES else []
+            else:
+                counts["reasons"][row["reason"]] += 1
+            if row["outcome"] == "duplicate":
+                counts["copies"][row["detail"]] += 1
+    return counts, sizes
+
+
+def _graphs(rows: Rows) -> Iterator[tuple[str, str]]:
+    """(title, picture) of the repositories with the most edges, among those of the first parts."""
+    import pyarrow.parquet as pq
+
+    found = []
+    for part in np.unique(rows.index_N2[:, 0]).tolist()[:8]:
+        edges = pq.read_table(rows.files.graph(part)).to_pylist()
+        for repository, count in Counter(edge["repository"] for edge in edges).most_common(MAX_GRAPHS):
+            pairs = [(e["source"], e["target"]) for e in edges if e["repository"] == repository]
+            found.append((-count, repository, part, pairs))
+    for _, repository, part, pairs in sorted(found)[:MAX_GRAPHS]:
+        filters = [("repository", "=", repository), ("via", "=", "graph")]
+        records = pq.read_table(rows.examples_file(part), columns=["path", "order"], filters=filters)
+        in_order = sorted(records.to_pylist(), key=lambda record: record["order"])
+        paths = list(dict.fromkeys(record["path"] for record in in_order))
+        shown = paths[:MAX_GRAPH_FILES]
+        yield f"{repository}: the first {len(shown)} of {len(paths)} connected files", arcs(shown, pairs)
+
+
+def _sample(rows: Rows, number: int) -> dict[str, Any]:
+    """The first examples of a row, their texts cut."""
+    examples = []
+    for record, texts in list(parts(rows, number))[:MAX_EXAMPLES]:
+        cut = {name: text[:MAX_EXAMPLE_CHARACTERS] for name, text in texts.items()}
+        cut["prefix"] = texts["prefix"][-MAX_EXAMPLE_CHARACTERS:]
+        examples.append(record | {"texts": cut, "why": WHY[record["boundary"]]})
+    return {"number": number, "examples": examples}
+
+
+def _sections(rows: Rows, manifests: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Title of a section -> title of a figure -> figure."""
+    ledger, sizes = _read_ledger(rows.files)
+    splits: dict[str, dict[str, int]] = {"layout": {}, "boundary": {}}
+    for name, count in manifests["rows"]["counts"].items():
+        kind, _, value = name.partition(" ")
+        splits[kind][value] = count
+    sampled = range(0, len(rows), max(1, len(rows) // 2000))
+    filled = [float((rows[number]["segments"] > 0).mean()) for number in sampled]
+    timing = rows.files.timing
+    seconds = json.loads(timing.read_text()) if timing.exists() else {}
+    mix = manifests["rows"]["mix"]
+    return {
+        "Documents": {
+            "Kept, dropped, duplicates": bars(ledger["outcomes"]),
+            "Why not kept": bars(ledger["reasons"]),
+            "Languages of what was kept": bars(ledger["languages"]),
+            "Licences of what was kept": bars(ledger["licences"]),
+            "Bytes of a document": histogram(sizes, "bytes, log scale", is_log=True),
+            "Secrets and personal data replaced": bars(manifests["clean"]["redacted"]),
+        },
+        "Duplicates": {
+            "By how they are alike": bars(manifests["dedup"]["counts"]),
+            "Most copied": bars(dict(ledger["copies"].most_common(10))),
+        },
+        "Fill in the middle": {
+            "Layouts": bars(splits["layout"]),
+            "Where splits fell": bars(splits["boundary"]),
+        },
+        "Packing": {
+            "How full the rows are": histogram(filled, "share of a row's tokens that are not padding"),
+            "Files by the rule that placed them": bars(manifests["order"]["files"]),
+            "Tokens by kind": bars({kind: value["tokens_in_index"] for kind, value in mix.items()}),
+            "Seconds of each stage": bars({name: t["seconds"] for name, t in seconds.items()}, " s"),
+        },
     }
-    sizes: list[int] = []
-    with pq.ParquetFile(folder / "ledger.parquet") as file:
-        for batch in file.iter_batches(65_536):
-            for row in batch.to_pylist():
-                found["outcomes"][row["outcome"]] += 1
-                if row["outcome"] == "kept":
-                    found["languages"][row["language"]] += 1
-                    found["licences"][row["licence"] or "none found"] += 1
-                    if len(sizes) < 200_000:
-                        sizes.append(row["size"])
-                else:
-                    found["reasons"][row["reason"]] += 1
-                if row["outcome"] == "duplicate":
-                    found["copies"][row["detail"]] += 1
-    return {**found, "sizes": sizes}
-
-
-def _graphs(folder: Path, rows: Rows, most: int = 4) -> str:
-    """Pictures of the repositories with the most edges, among those of the first parts, at most 70 files each."""
-    import pyarrow.parquet as pq
-
-    pictures = []
-    for part in sorted({int(part) for part in rows.index_N2[:, 0]})[:8] if len(rows) else []:
-        edges = pq.read_table(folder / "graph" / f"part-{part:05d}.parquet").to_pylist()
-        sizes = Counter(edge["repository"] for edge in edges)
-        for repository, count in sizes.most_common(most):
-            pictures.append(
-                (
-                    -count,
-                    repository,
-                    part,
-                    [(e["source"], e["target"]) for e in edges if e["repository"] == repository],
-                )
-            )
-    drawn = []
-    for _, repository, part, found in sorted(pictures)[:most]:
-        records = pq.read_table(
-            rows.stem(part).with_suffix(".examples.parquet"),
-            columns=["repository", "path", "via", "order"],
-            filters=[("repository", "=", repository), ("via", "=", "graph")],
-        ).to_pylist()
-        order = list(
-            dict.fromkeys(record["path"] for record in sorted(records, key=lambda record: record["order"]))
-        )
-        drawn.append(
-            arcs(
-                f"{repository}: the first {min(70, len(order))} of {len(order)} connected files",
-                order[:70],
-                found,
-            )
-        )
-    return "".join(drawn) or "<p>No file imports another.</p>"
-
-
-def _sample(rows: Rows, number: int) -> str:
-    body = []
-    for record, texts in parts(rows, number, tokenizer_of(rows.folder)):
-        shown = {
-            "prefix": texts["prefix"][-1500:],
-            "middle": texts["middle"][:1500],
-            "suffix": texts["suffix"][:1500],
-        }
-        spans = "".join(
-            f'<span class="{name if record["layout"] != "prefix" else ""}">{escape(text)}</span>'
-            for name, text in shown.items()
-        )
-        body.append(
-            f"<p><b>{escape(record['repository'])}</b> {escape(record['path'])} <span class=note>segment "
-            f"{record['segment']}, "
-            f"{escape(record['licence'] or 'no licence found')}, {record['layout'].upper()}: "
-            f"{WHY[record['boundary']]}</span></p>"
-            f"<pre>{spans}</pre>"
-        )
-        if len(body) == 4:
-            break
-    return f"<h3>Row {number:,}</h3>{''.join(body)}"
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Writes the page (by default report.html in the folder) and returns its path. Raises ValueError: no finished
-    rows."""
+    """Writes the page (by default report.html in the folder) and returns its path.
+
+    Raises ValueError where the folder holds no finished rows.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     rows = Rows(folder)
-    folder, done = rows.folder, summary(folder)
-    ledger, manifests = _ledger(folder), done.manifests
-    counts = manifests["rows"]["counts"]
-    made = {
-        what: {name.removeprefix(f"{what} "): n for name, n in counts.items() if name.startswith(what)}
-        for what in ("layout", "boundary")
-    }
-    filled = [
-        float((rows[at]["segments"] > 0).mean()) for at in range(0, len(rows), max(1, len(rows) // 2000))
-    ]
+    build = summary(folder)
+    of_rows = build.manifests["rows"]
     tiles = {
-        "documents read": done.documents,
-        "kept": done.kept,
-        "rows": done.rows,
-        "tokens": done.tokens,
-        "examples": manifests["rows"]["examples"],
-        "padding": f"{manifests['rows']['padding']:.1%}",
+        "documents read": f"{build.documents:,}",
+        "kept": f"{build.kept:,}",
+        "rows": f"{build.rows:,}",
+        "tokens": f"{build.tokens:,}",
+        "examples": f"{of_rows['examples']:,}",
+        "padding": f"{of_rows['padding']:.1%}",
         "cropped": "0 %",
     }
-    timing = json.loads((folder / "timing.json").read_text()) if (folder / "timing.json").exists() else {}
-    sections = {
-        "Documents": [
-            bars("Kept, dropped, duplicates", ledger["outcomes"]),
-            bars("Why not kept", ledger["reasons"]),
-            bars("Languages of what was kept", ledger["languages"]),
-            bars("Licences of what was kept", ledger["licences"]),
-            histogram("Bytes of a document", ledger["sizes"], log=True, note="log scale"),
-            bars("Secrets and personal data replaced", manifests["clean"]["redacted"]),
-        ],
-        "Duplicates": [
-            bars("By how they are alike", manifests["dedup"]["counts"]),
-            bars("Most copied", dict(ledger["copies"].most_common(10))),
-        ],
-        "Fill in the middle": [bars("Layouts", made["layout"]), bars("Where splits fell", made["boundary"])],
-        "Packing": [
-            histogram("How full the rows are", filled, note="share of a row's tokens that are not padding"),
-            bars("Files by the rule that placed them", manifests["order"]["files"]),
-            bars(
-                "Tokens by kind",
-                {kind: value["tokens_in_index"] for kind, value in manifests["rows"]["mix"].items()},
-            ),
-            bars(
-                "Seconds of each stage",
-                {stage: value["seconds"] for stage, value in timing.items()},
-                unit=" s",
-            ),
-        ],
-    }
-    body = "".join(
-        f"<h2>{title}</h2><div class=two>{''.join(figures)}</div>" for title, figures in sections.items()
+    samples = sorted({round(third * (len(rows) - 1) / 2) for third in range(3)}) if len(rows) else []
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True)
+    page = environment.get_template("report.html.j2").render(
+        name=rows.folder.name,
+        tiles=tiles,
+        sections=_sections(rows, build.manifests),
+        graphs=list(_graphs(rows)),
+        samples=[_sample(rows, number) for number in samples],
+        recipe={name: json.dumps(value) for name, value in of_rows["recipe"].items()},
     )
-    samples = sorted({round(at * (len(rows) - 1) / 2) for at in range(3)}) if len(rows) else []
-    shown = "".join(_sample(rows, number) for number in samples)
-    tiles_html = "".join(
-        f"<div class=tile><b>{value if isinstance(value, str) else f'{value:,}'}</b>{name}</div>"
-        for name, value in tiles.items()
-    )
-    recipe = "".join(
-        f"<tr><td>{name}</td><td>{escape(json.dumps(value))}</td></tr>"
-        for name, value in manifests["rows"]["recipe"].items()
-    )
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
-        f"content='width=device-width'><title>Training rows</title>"
-        f"<style>{STYLE}</style><h1>Training rows: {escape(folder.name)}</h1><div "
-        f"class=tiles>{tiles_html}</div>{body}"
-        "<h2>Files in their packed order</h2><p class=note>From top to bottom; an arc joins a file with one that "
-        "it imports. Blue: "
-        f"the imported file stands first. Red: it stands later.</p><div class=two>{_graphs(folder, rows)}</div>"
-        f"<h2>Rows</h2><p><span class=prefix>prefix</span> <span class=middle>middle</span> <span "
-        f"class=suffix>suffix</span></p>{shown}"
-        f"<h2>Recipe</h2><table>{recipe}</table></html>"
-    )
-    path = Path(out) if out else folder / "report.html"
+    path = Path(out) if out else rows.folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path

@@ -1,8 +1,9 @@
-"""A row for people: its files, where they come from, and each split in colours with the reason why it fell there."""
+"""A row for people: its files, where they come from, and each split in colours with the reason for its place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,25 @@ VIA = {
 PARTS = ("prefix", "middle", "suffix")
 
 
-def tokenizer_of(folder: Path) -> Tokenizer:
-    return Tokenizer((folder / "tokenizer.model").read_bytes())
-
-
-def parts(rows: Rows, number: int, tokenizer: Tokenizer) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+def parts(rows: Rows, number: int) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
     """(record, {prefix, middle, suffix}) of each example of a row, read back from its ids."""
+    tokenizer = _tokenizer(rows.files.tokenizer)
     tokens_T = rows[number]["tokens"]
     for record in rows.examples(number):
         ids = tokens_T[record["start"] : record["end"]].tolist()
-        found = parse_fim(tokenizer, ids)
+        fim = parse_fim(tokenizer, ids)
         if record["layout"] == "prefix":
-            text = found.prefix
+            text = fim.prefix
             if record["kind"] == "code":
                 text = text.removeprefix(record["path"] + "\n")
             yield record, {"prefix": "", "middle": text, "suffix": ""}
         else:
-            yield record, {name: getattr(found, name) for name in PARTS}
+            yield record, {name: getattr(fim, name) for name in PARTS}
+
+
+@cache
+def _tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer(model.read_bytes())
 
 
 def show(folder: str | Path, row: int = 0, console: Any = None) -> None:
@@ -56,23 +59,16 @@ def show(folder: str | Path, row: int = 0, console: Any = None) -> None:
     rows, console = Rows(folder), console or Console()
     if not 0 <= row < len(rows):
         raise ValueError(f"row {row} of {folder}: it has rows 0 to {len(rows) - 1:,}")
-    filled = int((rows[row]["segments"] > 0).sum())
-    console.print(
-        f"row {row} of {len(rows):,}: {filled:,} tokens of {len(rows[row]['segments']):,}, "
-        f"{int(rows[row]['loss'].sum()):,} of them learned",
-        style="bold",
-    )
-    for record, texts in parts(rows, row, tokenizer_of(rows.folder)):
+    arrays = rows[row]
+    filled, learned = int((arrays["segments"] > 0).sum()), int(arrays["loss"].sum())
+    size = f"{filled:,} tokens of {len(arrays['segments']):,}, {learned:,} of them learned"
+    console.print(f"row {row} of {len(rows):,}: {size}", style="bold")
+    for record, texts in parts(rows, row):
         console.rule(Text(f"{record['repository']}  {record['path']}"), align="left")
         commit = f", commit {record['commit'][:12]}" if record["commit"] else ""
-        console.print(
-            Text(
-                f"segment {record['segment']}, tokens {record['start']:,} to {record['end']:,}; licence "
-                f"{record['licence'] or 'none found'}; from {record['source']}{commit}; "
-                f"{VIA[record['via']]}",
-                "dim",
-            )
-        )
+        place = f"segment {record['segment']}, tokens {record['start']:,} to {record['end']:,}"
+        origin = f"licence {record['licence'] or 'none found'}; from {record['source']}{commit}"
+        console.print(Text(f"{place}; {origin}; {VIA[record['via']]}", "dim"))
         console.print(Text(f"{record['layout'].upper()}: {WHY[record['boundary']]}", "italic"))
         body = Text()
         for name, style in zip(PARTS, ("cyan", "bold black on yellow", "magenta"), strict=True):

@@ -25,7 +25,7 @@ GRAMMARS = {
 }
 
 # A parse takes time and memory in proportion to the text; grammars have been seen to abort on huge generated files.
-MOST_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 
 
 @cache
@@ -39,21 +39,20 @@ def parser(language: str) -> tree_sitter.Parser:
 
 
 def parse(text: str, language: str) -> tree_sitter.Tree | None:
-    """The syntax tree of a text (offsets in UTF-8 bytes), or None where no grammar is there or the text is too
-    large."""
+    """The syntax tree of a text, with offsets in UTF-8 bytes; None without a grammar, or above MAX_BYTES."""
     data = text.encode("utf-8", "surrogatepass")
-    return parser(language).parse(data) if language in GRAMMARS and len(data) <= MOST_BYTES else None
+    return parser(language).parse(data) if language in GRAMMARS and len(data) <= MAX_BYTES else None
 
 
 def error_share(tree: tree_sitter.Tree) -> float:
-    """Share of the text, in bytes, that stands in ERROR nodes (the outermost ones are counted)."""
+    """Share of the text, in bytes, in the outermost ERROR nodes."""
     if not tree.root_node.has_error:
         return 0.0
-    wrong, stack = 0, [tree.root_node]
+    errors, stack = 0, [tree.root_node]
     while stack:
         node = stack.pop()
         if node.is_error:
-            wrong += node.end_byte - node.start_byte
+            errors += node.end_byte - node.start_byte
         elif node.has_error:
             stack.extend(node.children)
-    return wrong / max(1, tree.root_node.end_byte)
+    return errors / max(1, tree.root_node.end_byte)

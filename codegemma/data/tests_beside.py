@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 
+from codegemma.data.resolve import shared_parts
+
 TEST_FOLDERS = frozenset(
     {"test", "tests", "__tests__", "spec", "specs", "testing", "unittest", "unittests", "androidTest"}
 )
@@ -39,8 +41,7 @@ NAMES = {
 
 
 def tested(path: str, language: str) -> list[str]:
-    """The names (without ending) of what a file tests by its own name; its own name where only its folder says
-    "test"."""
+    """The names, without ending, of what a file tests; its own name where only its folder says "test"."""
     stem, folders = _stem(path), PurePosixPath(path).parts[:-1]
     names = [match[1] for pattern in NAMES.get(language, ()) if (match := re.fullmatch(pattern, stem))]
     return names or ([stem] if TEST_FOLDERS & set(folders) and language in NAMES else [])
@@ -53,51 +54,41 @@ def _stem(path: str) -> str:
 def implementations(
     files: Mapping[str, str], imported: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, str]:
-    """test -> what it tests, for files given as path -> language."""
+    """test -> what it tests, for files given as path -> language, and what each imports where that is known."""
+    tests = {path: names for path, language in sorted(files.items()) if (names := tested(path, language))}
     by_stem: dict[str, list[str]] = defaultdict(list)
-    for path, language in sorted(files.items()):
-        if not tested(path, language):
-            by_stem[_stem(path)].append(path)
-    found = {}
-    for path, language in sorted(files.items()):
-        named = [
-            other
-            for name in tested(path, language)
-            for other in by_stem.get(name, ())
-            if files[other] == language or language in ("tsx", "jsx", "cpp", "typescript")
-        ]
+    for path in sorted(files.keys() - tests.keys()):
+        by_stem[_stem(path)].append(path)
+    implementation_of = {}
+    for path, names in tests.items():
         targets = (imported or {}).get(path, ())
-        options = named or (
-            [target for target in sorted(targets) if not tested(target, files.get(target, ""))]
-            if tested(path, language)
-            else []
-        )
+        options = [
+            other
+            for name in names
+            for other in by_stem.get(name, ())
+            if files[other] == files[path] or files[path] in ("tsx", "jsx", "cpp", "typescript")
+        ] or [target for target in targets if target not in tests]
         if options:
-            found[path] = min(
-                options, key=lambda other: (other not in targets, *_distance(path, other), other)
-            )
-    return found
+            rank = {other: (other not in targets, *_distance(path, other), other) for other in options}
+            implementation_of[path] = min(options, key=rank.__getitem__)
+    return implementation_of
 
 
 def _distance(test: str, other: str) -> tuple[int, int]:
-    """How far two files stand apart once test folders and the like (src/test/java beside src/main/java) are left
-    out."""
+    """How far two files stand apart, first without test folders and the like (src/test/java, src/main/java)."""
     neutral = TEST_FOLDERS | {"src", "main", "lib"}
-    here = [part for part in PurePosixPath(test).parts[:-1] if part not in neutral]
-    there = [part for part in PurePosixPath(other).parts[:-1] if part not in neutral]
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there))
-    )
-    return len(here) + len(there) - 2 * shared, abs(
-        len(PurePosixPath(test).parts) - len(PurePosixPath(other).parts)
-    )
+    folders = [PurePosixPath(path).parts[:-1] for path in (test, other)]
+    here, there = ([part for part in parts if part not in neutral] for parts in folders)
+    apart = len(here) + len(there) - 2 * shared_parts(here, there)
+    return apart, abs(len(folders[0]) - len(folders[1]))
 
 
 def beside(paths: Sequence[str], tests: Mapping[str, str]) -> list[str]:
     """`paths` in their order, each test moved to directly behind what it tests, if that is among them."""
-    there = set(paths)
+    present = set(paths)
     moved: dict[str, list[str]] = defaultdict(list)
     for path in paths:
-        if tests.get(path) in there:
+        if tests.get(path) in present:
             moved[tests[path]].append(path)
-    return [each for path in paths if tests.get(path) not in there for each in (path, *moved[path])]
+    fixed = [path for path in paths if tests.get(path) not in present]
+    return [each for path in fixed for each in (path, *moved[path])]

@@ -174,14 +174,15 @@ class _ImportIndex:
     """The files that imports may lead to: those that git does not ignore, and `document` itself."""
 
     def __init__(self, root: Path, document: Path) -> None:
-        from codegemma.data import graph
-        from codegemma.data.documents import language_of, walk
+        from codegemma.data.documents import language_of
+        from codegemma.data.resolve import Resolver
+        from codegemma.data.sources import walk
 
         entries = islice(walk(root), MAX_REPOSITORY_FILES)
         own_path = document.relative_to(root).as_posix()
         paths = sorted({own_path, *(entry.path for entry in entries if not entry.reason)})
         self.languages = [language_of(path) for path in paths]
-        self.resolver = graph.Resolver(root.name, paths, self.languages)
+        self.resolver = Resolver(root.name, paths, self.languages)
         self.paths = [root / path for path in paths]
         self.numbers = {path: number for number, path in enumerate(self.paths)}
         self.made = time.monotonic()
@@ -190,13 +191,13 @@ class _ImportIndex:
         return document not in self.numbers or time.monotonic() - self.made > FILE_LIST_SECONDS
 
     def imported(self, buffer: Buffer) -> list[Path]:
-        from codegemma.data import graph
+        from codegemma.data.imports import imports_of_text
 
         if buffer.path not in self.numbers:
             return []
         number = self.numbers[buffer.path]
         counts: Counter[int] = Counter()
-        for spec in graph.imports(normalize(buffer.text), self.languages[number]):
+        for spec in imports_of_text(normalize(buffer.text), self.languages[number]):
             name, _, count = spec.rpartition(" ")
             for target in self.resolver(number, name) if name else ():
                 counts[target] += int(count)

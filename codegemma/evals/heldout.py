@@ -9,7 +9,8 @@ from itertools import islice
 from typing import Any, Literal
 
 from codegemma.data.documents import Document
-from codegemma.data.fim import Draw, Recipe, fim
+from codegemma.data.draw import Draw
+from codegemma.data.fim import FimRecipe, fim
 from codegemma.evals.task import Decoding, EvaluatedModel, interval
 from codegemma.prompts import Layout, fim_stops, fim_training, plain
 from codegemma.prompts import fim as fim_prompt
@@ -45,7 +46,7 @@ def holes(
     tokens: tuple[int, int] = (192, 384),
 ) -> list[Hole]:
     """`count` holes, a third of each kind, in prompts of `tokens` tokens; a function of the documents."""
-    recipe = Recipe(1.0, 0.5, tokens[1] + 1, seed, -1, window=tokens, stride=1500)
+    recipe = FimRecipe(1.0, 0.5, tokens[1] + 1, seed, -1, window=tokens, stride=1500)
     drawn = [
         (Draw("hole", seed, example.document.name, example.offset).uniform(), example)
         for example in fim(documents, tokenizer, recipe)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from codegemma.prompts import File
 
 if TYPE_CHECKING:
-    from codegemma.data.clean import Finding
+    from codegemma.data.redact import Finding
 
 # Patterns are in lower case and match the whole name; * stands for any characters. Names are compared without
 # case.
@@ -69,7 +69,7 @@ def is_secret_name(path: str, language: str = "") -> bool:
 
 def find_secrets(text: str) -> list[Finding]:
     """The credentials in a text, in order and without overlap. Personal data is not among them."""
-    from codegemma.data.clean import default_redactor
+    from codegemma.data.redact import default_redactor
 
     return [finding for finding in default_redactor().find(text) if finding.kind not in PERSONAL_DATA]
 

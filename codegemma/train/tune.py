@@ -20,10 +20,11 @@ from codegemma.adapters.load import load as load_adapter
 from codegemma.adapters.peft import save as save_adapter
 from codegemma.data.build import build
 from codegemma.data.clean import Quality, check
-from codegemma.data.documents import Document, Source, expand, read
-from codegemma.data.fim import Draw
+from codegemma.data.documents import Document
+from codegemma.data.draw import Draw
 from codegemma.data.pack import Rows
-from codegemma.data.stages import Recipe
+from codegemma.data.recipe import BuildRecipe
+from codegemma.data.sources import Source, expand, read
 from codegemma.evals import heldout
 from codegemma.evals.local import LocalModel
 from codegemma.evals.task import Comparison, compare
@@ -253,7 +254,7 @@ def prepare(options: TuneOptions, tokenizer: Tokenizer, orders: Sequence[Layout]
     choosing, taught = taught[:count], taught[count:]
     counts = f"{len(taught):,} files to learn from, {count:,} to choose the best step by"
     say(f"{counts}, {len(held_out):,} held out")
-    recipe = Recipe(
+    recipe = BuildRecipe(
         fim_rate=0.9,
         spm_rate=1 / len(orders),
         length=ROW_TOKENS,
@@ -286,7 +287,7 @@ def _documents(repository: Path) -> list[Document]:
 
 
 def _build(
-    documents: Sequence[Document], options: TuneOptions, name: str, tokenizer: Tokenizer, recipe: Recipe
+    documents: Sequence[Document], options: TuneOptions, name: str, tokenizer: Tokenizer, recipe: BuildRecipe
 ) -> None:
     folder = options.work / "code" / name / options.name
     for document in documents:

@@ -1,0 +1,133 @@
+"""Which documents of a build are dropped as copies: what is decided over all shards, between the tasks.
+
+A node is a document: shard << 32 | row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from codegemma.data import dedup
+from codegemma.data.folder import BuildFolder, write_array, write_json
+
+
+class CopyFinder:
+    """Benchmark problems, copied repositories, exact copies and near copies, found in this order."""
+
+    def __init__(self, folder: BuildFolder, shards: int, threshold: float):
+        self.folder, self.shards, self.threshold = folder, range(shards), threshold
+        self.verdicts: list[dict[int, tuple[str, str]]] = [
+            {} for _ in self.shards
+        ]  # row -> (reason, of what)
+        self.names: dict[int, tuple[str, str, bytes]] = {}  # node -> (repository, path, digest)
+        self.exact_copies: dict[int, list[int]] = defaultdict(list)  # node -> its exact copies
+
+    def before_links(self) -> int:
+        """Finds all but near copies, and writes which rows remain to be compared.
+
+        Returns the number of repositories compared.
+        """
+        for shard in self.shards:
+            tasks = enumerate(self._columns(shard, "task")["task"])
+            self.verdicts[shard] = {row: ("benchmark", task) for row, task in tasks if task}
+        repositories = self._find_repositories()
+        self._find_exact()
+        for shard in self.shards:
+            alive = np.ones(len(self.folder.array("signatures", shard)), bool)
+            alive[list(self.verdicts[shard])] = False
+            write_array(self.folder.shard("alive", shard), alive)
+        return repositories
+
+    def after_links(self, tasks: int) -> Counter[str]:
+        """Finds near copies from the edges of all link tasks; writes the verdicts, returns their counts."""
+        edges: list[tuple[int, int, float]] = []
+        for task in range(tasks):
+            pairs = self.folder.array("edges", task).tolist()
+            similarity = self.folder.array("edge_similarity", task).tolist()
+            edges += [(left, right, s) for (left, right), s in zip(pairs, similarity, strict=True)]
+        self._look_up(node for left, right, _ in edges for node in (left, right))
+        for node, (kept, _) in dedup.resolve(edges, self.names.__getitem__).items():
+            self._mark(node, "near copy", kept)
+            for copy in self.exact_copies.get(node, ()):
+                self._mark(copy, "exact copy", kept)
+        for shard, verdicts in enumerate(self.verdicts):
+            rows = [[row, *verdict] for row, verdict in sorted(verdicts.items())]
+            write_json(self.folder.verdicts(shard), rows)
+        return Counter(reason for verdicts in self.verdicts for reason, _ in verdicts.values())
+
+    def _mark(self, node: int, reason: str, kept: int) -> None:
+        repository, path, _ = self.names[kept]
+        self.verdicts[node >> 32][node & 0xFFFFFFFF] = (reason, f"{repository}:{path}")
+
+    def _columns(self, shard: int, *columns: str) -> dict[str, list[Any]]:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.folder.shard("names", shard)) as file:  # read_table imports pandas
+            table: dict[str, list[Any]] = file.read(list(columns), use_threads=False).to_pydict()
+            return table
+
+    def _code_files(self, shard: int) -> list[tuple[int, str]]:
+        """(row, repository) of each file of code."""
+        table = self._columns(shard, "repository", "kind")
+        rows = enumerate(zip(table["repository"], table["kind"], strict=True))
+        return [(row, repository) for row, (repository, kind) in rows if kind == "code"]
+
+    def _find_repositories(self) -> int:
+        """The least of the files' signatures is the MinHash of all shingles of a repository together."""
+        signatures: dict[str, np.ndarray] = {}
+        files: Counter[str] = Counter()
+        for shard in self.shards:
+            matrix = self.folder.array("signatures", shard)
+            members: dict[str, list[int]] = defaultdict(list)
+            for row, repository in self._code_files(shard):
+                if row not in self.verdicts[shard]:
+                    members[repository].append(row)
+            for repository, rows in members.items():
+                least = matrix[rows].min(0)
+                signatures[repository] = np.minimum(signatures.get(repository, least), least)
+                files[repository] += len(rows)
+        names = sorted(signatures)
+        pairs = dedup.similar([signatures[name] for name in names], self.threshold)
+        edges = [(names[left], names[right], similarity) for left, right, similarity in pairs]
+        copies = dedup.resolve(edges, lambda name: (-files[name], name))
+        for shard in self.shards if copies else ():
+            for row, repository in self._code_files(shard):
+                if repository in copies:
+                    verdict = ("copy of a repository", copies[repository][0])
+                    self.verdicts[shard].setdefault(row, verdict)
+        return len(names)
+
+    def _find_exact(self) -> None:
+        """Equal digests; of each set the first by repository and path is kept."""
+        digests, nodes = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        for shard in self.shards:
+            column = self._columns(shard, "digest")["digest"]
+            rows = [row for row in range(len(column)) if row not in self.verdicts[shard]]
+            digests.append(np.array([int.from_bytes(column[row][:8], "big") for row in rows], np.uint64))
+            nodes.append((np.int64(shard) << np.int64(32)) + np.array(rows, np.int64))
+        keys, flat = np.concatenate(digests), np.concatenate(nodes)
+        order = np.argsort(keys, kind="stable")
+        keys, flat = keys[order], flat[order]
+        sets = np.split(flat, np.flatnonzero(keys[1:] != keys[:-1]) + 1)
+        equal: Sequence[list[int]] = [part.tolist() for part in sets if len(part) > 1]
+        self._look_up(node for part in equal for node in part)
+        for part in equal:
+            first, *rest = sorted(part, key=self.names.__getitem__)
+            for node in rest:
+                self._mark(node, "exact copy", first)
+            self.exact_copies[first] += rest
+
+    def _look_up(self, nodes: Iterable[int]) -> None:
+        """Reads the names of some documents, shard by shard; digests tell versions at one path apart."""
+        wanted: dict[int, set[int]] = defaultdict(set)
+        for node in nodes:
+            wanted[node >> 32].add(node & 0xFFFFFFFF)
+        for shard, rows in sorted(wanted.items()):
+            table = self._columns(shard, "repository", "path", "digest")
+            for row in rows:
+                name = (table["repository"][row], table["path"][row], table["digest"][row])
+                self.names[shard << 32 | row] = name

@@ -1,0 +1,67 @@
+"""What runs the tasks of a build: this process, a pool of processes, or Ray."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from codegemma.data.stages import Task, TaskResult, run_task
+
+Engine = Callable[[Sequence[Task[Any]]], Iterator[TaskResult]]  # results of independent tasks, as they come
+
+
+@contextmanager
+def local(workers: int) -> Iterator[Engine]:
+    """A pool of processes; one worker is this process."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    if workers == 1:
+        yield lambda tasks: map(run_task, tasks)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+
+        def run(tasks: Sequence[Task[Any]]) -> Iterator[TaskResult]:
+            try:
+                for future in as_completed([pool.submit(run_task, task) for task in tasks]):
+                    yield future.result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    f"a worker of stage {tasks[0].stage} died (out of memory?): go on with --resume and "
+                    "fewer --workers"
+                ) from error
+
+        try:
+            yield run
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def ray(workers: int) -> Iterator[Engine]:
+    """Ray Data, one block for each task. The output folder must be on storage that every node shares."""
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        ray.init(address, log_to_driver=False, include_dashboard=False, num_cpus=None if address else workers)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def run(tasks: Sequence[Task[Any]]) -> Iterator[TaskResult]:
+        items = [{"task": pickle.dumps(task)} for task in tasks]
+        blocks = ray.data.from_items(items, override_num_blocks=len(items))
+        for row in blocks.map(_run_pickled, concurrency=workers).iter_rows():
+            yield pickle.loads(row["result"])
+
+    yield run
+
+
+def _run_pickled(row: dict[str, bytes]) -> dict[str, bytes]:
+    return {"result": pickle.dumps(run_task(pickle.loads(row["task"])))}
+
+
+ENGINES: dict[str, Callable[[int], AbstractContextManager[Engine]]] = {"local": local, "ray": ray}

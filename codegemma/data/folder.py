@@ -1,0 +1,158 @@
+"""The files of a build: the one place that knows their names, and how they are written and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from codegemma.data.documents import Document, Outcome
+from codegemma.files import atomic_write
+
+ShardFile = Literal[
+    "clean", "names", "order", "signatures", "bands", "band_rows", "alive", "edges", "edge_similarity"
+]
+
+
+class BuildFolder:
+    """Where each file of a build stands: what it makes in `path`, what it needs on the way in `path`/work."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.index = self.path / "index.npy"  # int64 [rows, 2]: part, row in the part
+        self.ledger = self.path / "ledger.parquet"  # an Outcome for every input
+        self.recipe = self.path / "recipe.json"
+        self.timing = self.path / "timing.json"  # the only file that depends on the machine
+        self.tokenizer = self.path / "tokenizer.model"
+        self.manifests = self.path / "manifests"
+        self.work = self.path / "work"  # removed when the build is complete
+        self.state = self.work / "build.json"
+        self.unsafe_rules = self.work / "unsafe.toml"
+        self.benchmarks = self.work / "benchmarks"
+
+    def manifest(self, stage: str) -> Path:
+        return self.manifests / f"{stage}.json"
+
+    def rows(self, part: int) -> Path:
+        """The stem of a part's files of rows."""
+        return self.path / "rows" / f"part-{part:05d}"
+
+    def graph(self, part: int) -> Path:
+        return self.path / "graph" / f"part-{part:05d}.parquet"
+
+    def held_out(self, part: int) -> Path:
+        return self.path / "held-out" / f"part-{part:05d}.parquet"
+
+    def result(self, stage: str, task: int) -> Path:
+        return self.work / "done" / f"{stage}-{task:06d}.json"
+
+    def outcomes(self, stage: str, task: int) -> Path:
+        return self.work / "ledger" / f"{stage}-{task:06d}.parquet"
+
+    def all_outcomes(self, stage: str) -> list[Path]:
+        return sorted((self.work / "ledger").glob(f"{stage}-*.parquet"))
+
+    def documents(self, source: int, shard: int) -> Path:
+        return self.work / "documents" / f"{source:06d}-{shard:04d}.parquet"
+
+    def shard(self, file: ShardFile, number: int) -> Path:
+        """A file of a shard (or, for links and order, of a task) in the work folder."""
+        ending = "parquet" if file in ("clean", "names", "order") else "npy"
+        return self.work / file / f"{number:06d}.{ending}"
+
+    def array(self, file: ShardFile, number: int) -> np.ndarray:
+        """An array of a shard, memory-mapped."""
+        array: np.ndarray = np.load(self.shard(file, number), mmap_mode="r")
+        return array
+
+    def verdicts(self, shard: int) -> Path:
+        return self.work / "verdicts" / f"{shard:06d}.json"
+
+
+# --------------------------------------------------------------------------------------- writing and reading
+def write_array(path: Path, array: np.ndarray) -> None:
+    with atomic_write(path) as file:
+        np.save(file, array)
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """JSON with sorted keys."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=indent, sort_keys=True).encode())
+        file.write(b"\n" if indent else b"")
+
+
+def write_table(
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    fields: dict[str, str],
+    row_group_size: int | None = None,
+    compression_level: int | None = None,
+) -> None:
+    """Rows as a Parquet table. `fields` gives each column's Arrow type; "strings" is a list of strings."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lists = {"strings": pa.list_(pa.string())}
+    schema = pa.schema([(name, lists.get(kind) or pa.type_for_alias(kind)) for name, kind in fields.items()])
+    options = {"row_group_size": row_group_size, "compression_level": compression_level}
+    with atomic_write(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd", **options)
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """A document in a file: its row there and, once it is ordered, its group of files and what made the group."""
+
+    document: Document
+    row: int = 0
+    group: int | None = None
+    via: str | None = None
+
+
+DOCUMENT_FIELDS = {
+    **{"key": "int64", "repository": "string", "path": "string", "text": "large_string"},
+    **dict.fromkeys(("language", "licence", "source", "commit", "encoding", "kind"), "string"),
+    **{"imports": "strings", "group": "int32", "via": "string"},
+}
+
+
+def write_documents(path: Path, documents: Iterable[StoredDocument]) -> None:
+    rows = [
+        {**vars(stored.document), "key": stored.document.key, "group": stored.group, "via": stored.via}
+        for stored in documents
+    ]
+    write_table(path, rows, DOCUMENT_FIELDS, row_group_size=256, compression_level=1)
+
+
+def read_documents(path: Path, keys: range | None = None) -> Iterator[StoredDocument]:
+    """The documents of a file in their order; with `keys`, only those whose key lies in that range."""
+    import pyarrow.parquet as pq
+
+    first = 0
+    with pq.ParquetFile(path) as file:
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            span = group.column(0).statistics
+            if keys is None or (span is not None and span.max >= keys.start and span.min < keys.stop):
+                rows = file.read_row_group(number, use_threads=False).to_pylist()
+                for at, row in enumerate(rows, first):
+                    if keys is None or row["key"] in keys:
+                        yield _stored(row, at)
+            first += group.num_rows
+
+
+def _stored(row: dict[str, Any], at: int) -> StoredDocument:
+    values = {name: row[name] for name in Document.__dataclass_fields__}
+    values["imports"] = None if row["imports"] is None else tuple(row["imports"])
+    return StoredDocument(Document(**values), at, row["group"], row["via"])
+
+
+def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
+    fields = {name: "int64" if name == "size" else "string" for name in Outcome.__dataclass_fields__}
+    by_place = sorted(outcomes, key=lambda o: (o.repository, o.path, o.reason, o.detail, o.size))
+    write_table(path, [vars(outcome) for outcome in by_place], fields, compression_level=1)

@@ -1,0 +1,58 @@
+"""The recipe of a build: all that decides its rows, beside the sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from codegemma.data import dedup, fim, licences
+from codegemma.data.clean import Quality
+from codegemma.data.documents import CODE_LANGUAGES
+from codegemma.prompts import Label
+
+SHARD_BYTES = 8_000_000  # of text: a shard of documents, and about what a partition holds
+
+
+@dataclass(frozen=True)
+class BuildRecipe(fim.FimRecipe):
+    """How documents are chosen and made into rows. Lists are sorted; files are named by their hash.
+
+    Raises ValueError for a value out of its range.
+    """
+
+    loss: tuple[Label, ...] = tuple(sorted(fim.PARTS))
+    languages: tuple[str, ...] = ()  # empty: all that are code
+    # auto: any for checkouts, else permissive
+    licences: tuple[str, ...] | Literal["any", "permissive", "auto"] = "auto"
+    threshold: float = dedup.THRESHOLD
+    mix: tuple[tuple[str, float], ...] = ()  # each kind's share of the tokens
+    unsafe_rules: str = ""
+    benchmarks: tuple[str, ...] = ()
+    tokenizer: str = ""
+    shard_bytes: int = SHARD_BYTES
+    hold_out: float = 0.0  # share of the repositories that stay documents, for evaluation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := sorted(set(self.languages) - CODE_LANGUAGES):
+            known = ", ".join(sorted(CODE_LANGUAGES))
+            raise ValueError(f"languages: {', '.join(unknown)} not known; known are {known}")
+        shares = [share for _, share in self.mix]
+        if shares and (min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
+            raise ValueError(f"mix: shares must be above 0 and add up to 1, got {dict(self.mix)}")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"hold-out must lie from 0 to below 1, got {self.hold_out}: the rest are rows")
+        if not 0.5 <= self.threshold <= 1:
+            raise ValueError(
+                f"threshold of near copies must lie from 0.5 to 1, got {self.threshold}: below 0.5 "
+                "the bands find only some of the pairs"
+            )
+
+    def quality(self, redistributed: bool) -> Quality:
+        """The limits for documents of a source; redistributed sources need a licence by default."""
+        names: frozenset[str] | None = None
+        if not isinstance(self.licences, str):
+            names = frozenset(self.licences)
+        elif self.licences == "permissive" or (self.licences == "auto" and redistributed):
+            names = licences.permissive()
+        return Quality(frozenset(self.languages) or CODE_LANGUAGES, licences=names)

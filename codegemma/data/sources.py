@@ -1,0 +1,308 @@
+"""Sources of training text: checkouts, archives, Parquet tables, JSON lines and plain text.
+
+Every input is accounted for: one that is not read as a document comes out as an `Outcome` with the reason.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from codegemma.data import licences
+from codegemma.data.archives import ArchiveBomb, FileEntry, ReadLimits, tar_entries, unsafe_path, zip_entries
+from codegemma.data.documents import FILE_RULES, Document, Outcome, decode, language_of
+
+FORMS: dict[str, str] = FILE_RULES["forms"]
+VENDORED = frozenset(FILE_RULES["vendored"])
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, NotImplementedError, RuntimeError, KeyError, ArchiveBomb),
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to read. `redistributed` sources (archives, Parquet) need a licence; a checkout is the user's own."""
+
+    path: Path
+    form: Literal["folder", "tar", "zip", "parquet", "lines", "text"]
+    kind: str = "code"
+
+    @property
+    def name(self) -> str:
+        return self.path.name or "root"
+
+    @property
+    def redistributed(self) -> bool:
+        return self.form in ("tar", "zip", "parquet")
+
+
+def expand(text: str) -> list[Source]:
+    """The sources that `[KIND=]PATH` names: the path itself, or each checkout and archive in that folder.
+
+    Raises ValueError where nothing readable is there.
+    """
+    kind, path_text = text.split("=", 1) if re.match(r"\w+=", text) else ("code", text)
+    path = Path(path_text).expanduser().resolve()
+    if not path.exists():
+        raise ValueError(
+            f"source {path_text} does not exist: give a checkout, a folder of checkouts, a tar, zip, "
+            "wheel or sdist, a Parquet or a JSON-lines file"
+        )
+    if not path.is_dir():
+        if form := _form(path, kind):
+            return [Source(path, form, kind)]
+        raise ValueError(
+            f"source {path_text} is no archive, Parquet or JSON-lines file by its name: give one that "
+            f"ends in {', '.join(FORMS)}, or a folder"
+        )
+    sources = [] if _is_checkout(path) else [*_inside(path, kind)]
+    return sources or [Source(path, "folder", kind)]
+
+
+def _inside(folder: Path, kind: str) -> Iterator[Source]:
+    """The checkouts in a folder, then its archives and tables."""
+    children = sorted(folder.iterdir())
+    for child in children:
+        if child.is_dir() and not child.is_symlink() and _is_checkout(child):
+            yield Source(child, "folder", kind)
+    for child in children:
+        form = _form(child, kind) if child.is_file() else None
+        if form and (form != "text" or kind != "code"):
+            yield Source(child, form, kind)
+
+
+def _is_checkout(folder: Path) -> bool:
+    return any((folder / name).exists() for name in FILE_RULES["project_files"])
+
+
+def _form(path: Path, kind: str) -> Any:
+    default = None if kind == "code" else "text"
+    return next((form for ending, form in FORMS.items() if path.name.lower().endswith(ending)), default)
+
+
+def read(source: Source, limits: ReadLimits | None = None) -> Iterator[Document | Outcome]:
+    """Every document of a source, and an Outcome for each input that is none.
+
+    Never raises for what is in the source: where the rest of it cannot be read, an Outcome says so.
+    """
+    read_form = {"folder": _read_folder, "parquet": _read_parquet, "lines": _read_lines, "text": _read_text}
+    try:
+        yield from read_form.get(source.form, _read_archive)(source, limits or ReadLimits())
+    except UNREADABLE as error:
+        detail = str(error) if isinstance(error, ArchiveBomb) else type(error).__name__
+        yield Outcome(source.name, "", "dropped", "unreadable", detail)
+
+
+# ---------------------------------------------------------------------------------------------- repositories
+def _read_repository(
+    template: Document, entries: Callable[[], Iterator[FileEntry]], limits: ReadLimits, form: str
+) -> Iterator[Document | Outcome]:
+    """The files of one repository as copies of `template`. The first pass reads the licences of folders."""
+    votes: dict[str, list[tuple[str, str]]] = {}
+    top_folders: set[str] = set()
+    for entry in entries():
+        top_folders.add(entry.path.split("/")[0] if "/" in entry.path else "")
+        if not entry.reason and licences.is_statement(entry.path) and entry.size <= limits.file_bytes:
+            folder, vote = licences.of_file(entry.path, entry.load())
+            if vote:
+                votes.setdefault(folder, []).append(vote)
+    # An archive often holds one folder, such as `thing-1.0`: paths and licences are counted from there.
+    is_wrapped = form != "folder" and len(top_folders) == 1 and "" not in top_folders
+    top = top_folders.pop() if is_wrapped else ""
+    by_folder = {
+        folder.removeprefix(top).lstrip("/"): licences.join(found) for folder, found in votes.items()
+    }
+    for entry in entries():
+        path = entry.path.removeprefix(f"{top}/") if top else entry.path
+        yield _read_entry(replace(template, path=path), entry, by_folder, limits)
+
+
+def _read_entry(
+    template: Document, entry: FileEntry, by_folder: dict[str, str], limits: ReadLimits
+) -> Document | Outcome:
+    repository, path = template.repository, template.path
+    if _one_line(path) != path:
+        reason = "path is not one line of text"
+        return Outcome(repository, _one_line(path), "dropped", reason, size=entry.size)
+    if entry.reason or entry.size > limits.file_bytes:
+        return Outcome(repository, path, "dropped", entry.reason or "too large", size=entry.size)
+    try:
+        text, encoding = decode(entry.load())
+    except (ValueError, OSError) as error:
+        reason = "binary" if isinstance(error, ValueError) else "unreadable"
+        return Outcome(repository, path, "dropped", reason, type(error).__name__, size=entry.size)
+    licence = licences.of_text(text, path, by_folder)
+    return replace(template, text=text, language=language_of(path, text), licence=licence, encoding=encoding)
+
+
+def _one_line(path: str) -> str:
+    """A path as it can be written in one line of UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _read_archive(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
+    name = re.sub(r"(\.tar)?\.(gz|tgz|bz2|xz|zip|whl|tar)$", "", source.name)
+    entries = zip_entries if source.form == "zip" else tar_entries
+    template = Document(name, "", "", source=source.name, kind=source.kind)
+    yield from _read_repository(template, lambda: entries(source.path, limits), limits, source.form)
+
+
+def _read_folder(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
+    remote, commit = git_state(source.path)
+    template = Document(remote or source.name, "", "", source=source.name, commit=commit, kind=source.kind)
+    yield from _read_repository(template, lambda: walk(source.path), limits, source.form)
+
+
+def walk(folder: Path, prefix: str = "", rules: Collection[tuple[str, Any]] = ()) -> Iterator[FileEntry]:
+    """The files of a checkout in the order of their paths; `reason` is set on those that must not be read.
+
+    Links are not followed, so nothing outside the folder is read. `prefix` (the folder's path in the
+    checkout) and `rules` (of the .gitignore files above it) are for the recursion.
+    """
+    from pathspec import GitIgnoreSpec
+
+    for name in (".gitignore", ".git/info/exclude"):
+        if (folder / name).is_file():
+            lines = (folder / name).read_text("utf-8", "replace").splitlines()
+            rules = [*rules, (prefix, GitIgnoreSpec.from_lines(lines))]
+    try:
+        items = sorted(os.scandir(folder), key=lambda item: item.name)
+    except OSError:
+        yield FileEntry(prefix.rstrip("/"), reason="unreadable")
+        return
+    for item in items:
+        path = prefix + item.name
+        if item.is_symlink():
+            yield FileEntry(path, reason="symbolic link")
+        elif item.is_dir(follow_symlinks=False):
+            reason = "vendored" if item.name in VENDORED else _ignored(path + "/", rules)
+            if not reason:
+                yield from walk(Path(item.path), path + "/", rules)
+            elif item.name != ".git":
+                yield FileEntry(path + "/", reason=reason)
+        elif not item.is_file(follow_symlinks=False):
+            yield FileEntry(path, reason="not a regular file")
+        else:
+            size = item.stat().st_size
+            yield FileEntry(path, size, Path(item.path).read_bytes, _ignored(path, rules))
+
+
+def _ignored(path: str, rules: Collection[tuple[str, Any]]) -> str:
+    is_ignored = None
+    for folder, spec in rules:
+        answer = spec.check_file(path.removeprefix(folder)).include
+        is_ignored = is_ignored if answer is None else answer
+    return "ignored by git" if is_ignored else ""
+
+
+def git_state(root: Path) -> tuple[str, str]:
+    """(repository as host/owner/name, commit) of a checkout, read from its files: git itself is not run."""
+    folder = root / ".git"
+    try:
+        if folder.is_file():
+            folder = root / folder.read_text().partition("gitdir:")[2].strip()
+        head = (folder / "HEAD").read_text().strip()
+        config = (folder / "config").read_text() if (folder / "config").exists() else ""
+        url = re.search(r'\[remote "origin"\][^\[]*?url\s*=\s*(\S+)', config)
+        address = re.sub(r"^(\w+://)?([^@/]*@)?", "", url[1]) if url else ""
+        remote = address.replace(":", "/").removesuffix(".git")
+        if not head.startswith("ref: "):
+            return remote, head
+        branch = head[5:]
+        if (folder / branch).is_file():
+            return remote, (folder / branch).read_text().strip()
+        packed = (folder / "packed-refs").read_text() if (folder / "packed-refs").exists() else ""
+        line = re.search(rf"^([0-9a-f]{{40,64}}) {re.escape(branch)}$", packed, re.M)
+        return remote, line[1] if line else ""
+    except (OSError, UnicodeDecodeError):
+        return "", ""
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+COLUMNS = {
+    "text": ("content", "text", "code"),
+    "path": ("path", "max_stars_repo_path", "file_path"),
+    "repository": ("repository", "repo_name", "max_stars_repo_name", "repo"),
+    "licence": ("licence", "license", "licenses", "max_stars_repo_licenses", "detected_licenses"),
+    "commit": ("commit", "max_stars_repo_head_hexsha", "revision_id"),
+}
+
+
+def _columns(there: Collection[str]) -> dict[str, str]:
+    """The column of a table for each field of a document, where there is one."""
+    matches = {field: [name for name in names if name in there] for field, names in COLUMNS.items()}
+    return {field: names[0] for field, names in matches.items() if names}
+
+
+def _read_parquet(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(source.path) as file:
+        columns = _columns(file.schema_arrow.names)
+        needed = {"text", "path", "repository"} if source.kind == "code" else {"text"}
+        if missing := sorted(needed - columns.keys()):
+            yield Outcome(source.name, "", "dropped", "unreadable", f"no column for {', '.join(missing)}")
+            return
+        number = 0
+        for batch in file.iter_batches(batch_size=256, columns=sorted(set(columns.values()))):
+            for row in batch.to_pylist():
+                yield _read_row(source, {field: row[name] for field, name in columns.items()}, number, limits)
+                number += 1
+
+
+def _read_text(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
+    yield _read_row(source, {"text": source.path.read_bytes(), "path": source.name}, 0, limits)
+
+
+def _read_lines(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
+    open_file: Any = gzip.open if source.path.suffix == ".gz" else open
+    with open_file(source.path, "rb") as file:
+        for number, line in enumerate(file):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError):
+                detail = "not a JSON object"
+                yield Outcome(source.name, str(number), "dropped", "unreadable", detail, size=len(line))
+                continue
+            if row is not None:
+                row = row if isinstance(row, dict) else {}
+                fields = {field: row[name] for field, name in _columns(row).items()}
+                yield _read_row(source, fields, number, limits)
+
+
+def _read_row(source: Source, row: dict[str, Any], number: int, limits: ReadLimits) -> Document | Outcome:
+    """One row of a table: code with its repository and path, or a plain text named by its number."""
+    repository, path = _one_line(str(row.get("repository") or source.name)), str(row.get("path") or number)
+    text, encoding = row.get("text"), "utf-8"
+    if isinstance(text, bytes):
+        try:
+            text, encoding = decode(text)
+        except ValueError:
+            return Outcome(repository, path, "dropped", "binary", size=len(row["text"]))
+    if not isinstance(text, str):
+        return Outcome(repository, path, "dropped", "unreadable", "no text")
+    reasons = {
+        "too large": len(text) > limits.file_bytes,
+        "binary": "\0" in text,
+        "unreadable": bool(re.search("[\ud800-\udfff]", text)),
+        "path is not one line of text": _one_line(path) != path,
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), "") or unsafe_path(path):
+        return Outcome(repository, _one_line(path), "dropped", reason, size=len(text))
+    language = language_of(path, text) if source.kind == "code" else "text"
+    given = row.get("licence") or []
+    names = [given] if isinstance(given, str) else [name for name in given if isinstance(name, str)]
+    licence = " OR ".join(sorted(names)) or licences.of_text(text, path, {})
+    commit = str(row.get("commit") or "")
+    return Document(repository, path, text, language, licence, source.name, commit, encoding, source.kind)
