@@ -219,7 +219,7 @@ def test_token_ids_text_and_raw_prompts(server, model):
     ]
     assert (
         good(server.post("/v1/completions", json=body | {"prompt": marked}))["choices"][0]["text"] == expected
-    )  # as Continue does
+    )  # as Continue sends it
     assert (
         good(server.post("/completion", json={"prompt": marked, "n_predict": 7, "temperature": 0}))["content"]
         == expected
@@ -604,7 +604,7 @@ def test_bad_input_is_refused_in_the_dialects_own_form(server, route, body, stat
     assert words[-1] in str(value)
 
 
-def test_tabby_refuses_in_plain_text(server):
+def test_tabbys_errors_are_plain_text(server):
     for body, word in (
         ({"segments": {"suffix": ""}}, "prefix"),
         ({"segments": HOLE, "mode": "next_edit_suggestion"}, "mode"),
@@ -618,7 +618,7 @@ def test_tabby_refuses_in_plain_text(server):
         )
 
 
-def test_what_clients_send_to_say_nothing(server, model):
+def test_values_that_switch_a_field_off(server, model):
     """Values that switch a field off, by each protocol's own rules."""
     expected = model.complete(**HOLE, max_tokens=6).text
     infill = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 6}
@@ -681,10 +681,10 @@ def test_methods_slashes_and_encodings(server):
 def test_adapters_by_field_by_model_name_and_lora(path):
     loaded = load(path, threads=1)
     loaded.add_adapter("ours", replace(random_adapter(LONG, seed=3), card={"fim": {"spm": True}}))
-    loaded.add_adapter("worn", random_adapter(LONG, seed=4))
+    loaded.add_adapter("other", random_adapter(LONG, seed=4))
     fills = {
         name: loaded.complete(**HOLE, max_tokens=6, adapter=name, sampling=Sampling(1.0, seed=9))
-        for name in ("none", "ours", "worn")
+        for name in ("none", "ours", "other")
     }
     expected = {name: fill.text for name, fill in fills.items()}
     assert len(set(expected.values())) == 3
@@ -704,7 +704,7 @@ def test_adapters_by_field_by_model_name_and_lora(path):
             ({}, None),
             ({"adapter": "none"}, None),
             ({"adapter": "ours"}, "ours"),
-            ({"model": "worn"}, "worn"),
+            ({"model": "other"}, "other"),
             ({"model": "tiny:ours"}, "ours"),
             ({"model": "unheard-of"}, None),
         ]
@@ -726,8 +726,8 @@ def test_adapters_by_field_by_model_name_and_lora(path):
             "min_p": 0.0,
             "lora": [{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0.0}],
         }
-        assert good(server.post("/infill", json=lora))["content"] == expected["worn"]
-        assert [entry["id"] for entry in good(server.get("/v1/models"))["data"]] == ["tiny", "ours", "worn"]
+        assert good(server.post("/infill", json=lora))["content"] == expected["other"]
+        assert [entry["id"] for entry in good(server.get("/v1/models"))["data"]] == ["tiny", "ours", "other"]
         assert server.post("/infill", json=lora | {"lora": [{"id": 2}]}).status_code == 400
         text = good(
             server.post(
@@ -766,11 +766,16 @@ def test_neighbours_change_no_answer(server, model):
         assert answers == [alone[i] for i in order]
 
 
-class Held:
-    """A backend that stands still in `run` until it is let on or cancelled; `entered` counts runs."""
+class BlockedBackend:
+    """A compute backend whose `run` blocks until it is released or cancelled; `entered` counts runs."""
 
     def __init__(self, inner):
-        self.inner, self.entered, self.on, self.cut = inner, threading.Semaphore(0), threading.Event(), 0
+        self.inner, self.entered, self.released, self.cancelled_runs = (
+            inner,
+            threading.Semaphore(0),
+            threading.Event(),
+            0,
+        )
         self.sizes = []
 
     def __getattr__(self, name):
@@ -779,18 +784,18 @@ class Held:
     def run(self, slices, cancel: Cancel | None = None):
         self.sizes.append([len(part.ids) for part in slices])
         self.entered.release()
-        while not self.on.wait(0.002):
+        while not self.released.wait(0.002):
             if cancel is not None and cancel.is_set():
-                self.cut += 1
+                self.cancelled_runs += 1
                 return None
         return self.inner.run(slices, cancel)
 
 
 @pytest.fixture
-def held(path):
-    """A server whose engine stands still, and that engine."""
+def blocked(path):
+    """A server whose engine is blocked, and that engine."""
     loaded = load(path, threads=1)
-    loaded.engine.backend = Held(loaded.engine.backend)
+    loaded.engine.backend = BlockedBackend(loaded.engine.backend)
     loaded.engine.prefill_rate = 100.0  # a prompt of 500 tokens should take 5 s
 
     async def opened():
@@ -798,7 +803,7 @@ def held(path):
 
     with served(opened) as server:
         yield server, loaded.engine.backend
-        loaded.engine.backend.on.set()
+        loaded.engine.backend.released.set()
 
 
 def until(condition, seconds=60):
@@ -809,7 +814,7 @@ def until(condition, seconds=60):
 
 
 def sent(server, path, body, headers=""):
-    """A request on a socket of its own, sent and not read."""
+    """Sends a request on a new socket; its answer is not read."""
     data = json.dumps(body).encode()
     connection = socket.create_connection(server.address)
     connection.sendall(
@@ -819,19 +824,19 @@ def sent(server, path, body, headers=""):
     return connection
 
 
-def test_a_client_that_leaves_stops_its_prompt_half_way(held):
-    server, engine = held
+def test_a_disconnect_cancels_a_prompt_half_way(blocked):
+    server, engine = blocked
     bodies = [{"prompt": [2] * 500} | more for more in ({}, {"stream": True}, {"echo": True, "logprobs": 1})]
     for body in bodies:
         connection = sent(server, "/v1/completions", body)
         assert engine.entered.acquire(timeout=60)
         connection.close()
         until(lambda: server.service.metrics.running == 0)
-    assert engine.cut == 3 and server.service.metrics.counts["cancelled"] == 3
+    assert engine.cancelled_runs == 3 and server.service.metrics.counts["cancelled"] == 3
 
 
-def test_the_newest_completion_of_an_editor_cancels_its_older_ones(held):
-    server, engine = held
+def test_the_newest_completion_of_an_editor_cancels_its_older_ones(blocked):
+    server, engine = blocked
     fill = {"input_prefix": "x" * 2000, "input_suffix": "", "session": "vim"}
     with ThreadPoolExecutor(2) as pool:
         other = sent(server, "/infill", fill | {"session": "emacs"})
@@ -845,15 +850,15 @@ def test_the_newest_completion_of_an_editor_cancels_its_older_ones(held):
             headers={"X-Session-Id": "vim"},
         )
         until(lambda: any(job.cancelled.is_set() for job in server.service._jobs.values()))
-        engine.on.set()
+        engine.released.set()
         old = good(first.result(60))
         assert (old["timings"]["stop"], old["content"]) == ("cancelled", "")
         assert good(second.result(60))["timings"]["stop"] in ("end", "length")
     other.close()
 
 
-def test_too_many_are_told_to_come_again(held):
-    server, engine = held
+def test_too_many_requests_get_429_and_retry_after(blocked):
+    server, engine = blocked
     small = {"prompt": [2, 3], "max_tokens": 1}
     waiting = [sent(server, "/v1/completions", small)]
     assert engine.entered.acquire(timeout=60)
@@ -866,7 +871,7 @@ def test_too_many_are_told_to_come_again(held):
             and int(refused.headers["retry-after"]) >= 1
             and "error" in refused.json()
         )
-    engine.on.set()
+    engine.released.set()
     for connection in waiting:
         assert b" 200 OK" in connection.recv(100)
         connection.close()
@@ -874,10 +879,10 @@ def test_too_many_are_told_to_come_again(held):
     until(lambda: good(server.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})))
 
 
-def test_a_long_prompt_leaves_room_between_anothers_tokens(held):
-    server, engine = held
+def test_a_long_prompt_delays_other_requests_by_little(blocked):
+    server, engine = blocked
     backend = server.service
-    engine.on.set()
+    engine.released.set()
     with server.client.stream(
         "POST",
         "/v1/completions",
@@ -914,8 +919,8 @@ def test_a_long_prompt_leaves_room_between_anothers_tokens(held):
         assert max(size for sizes in engine.sizes for size in sizes) == scheduler.MIN_CHUNK
 
 
-def test_whoever_had_least_goes_first(held):
-    server, engine = held
+def test_the_client_with_the_least_work_goes_first(blocked):
+    server, engine = blocked
     rng = np.random.default_rng(0)
     order = []
 
@@ -931,14 +936,14 @@ def test_whoever_had_least_goes_first(held):
         until(lambda: len(server.service._jobs) + len(server.service._waiting) == 3)
         jobs.append(pool.submit(post, "modest", 20))
         until(lambda: len(server.service._jobs) + len(server.service._waiting) == 4)
-        engine.on.set()
+        engine.released.set()
         for job in jobs:
             job.result(60)
     assert order.index("modest") < 2 and order[-1] == "greedy"
 
 
 def test_deadlines(model):
-    """Of the prompt, which also sizes it, and of the answer once it has a line."""
+    """A prompt has a deadline, which also limits its size; so has an answer, once it has a line."""
 
     async def run():
         backend = Scheduler(model)
@@ -986,7 +991,7 @@ def test_a_fault_of_the_engine_fails_its_requests_alone(path, caplog):
     assert "no pages" in caplog.text
 
 
-def test_prompts_outlive_a_restart(path, tmp_path):
+def test_the_prompt_cache_survives_a_restart(path, tmp_path):
     body = {"prompt": "def f(x):\n" * 30, "max_tokens": 2, "temperature": 0}
 
     async def opened():
@@ -1016,7 +1021,7 @@ def test_prompts_outlive_a_restart(path, tmp_path):
 # The remote backend: a second instance of this server generates.
 
 
-def test_a_server_before_a_server_gives_the_same(server, path, model):
+def test_a_server_in_front_of_a_server_gives_the_same(server, path, model):
     async def opened():
         return await RemoteService.open(server.url + "/v1/", open_checkpoint(path))
 
@@ -1073,7 +1078,7 @@ def test_a_server_before_a_server_gives_the_same(server, path, model):
         assert warm["content"] == "" and warm["timings"]["stop"] == "length"
 
 
-def test_a_remote_that_fails_is_said_to(path, model):
+def test_a_failing_remote_server_is_reported(path, model):
     async def opened():
         return await RemoteService.open(engine.url, open_checkpoint(path))
 
@@ -1088,8 +1093,8 @@ def test_a_remote_that_fails_is_said_to(path, model):
         asyncio.run(RemoteService.open("http://127.0.0.1:9", open_checkpoint(path)))
 
 
-def test_a_remote_request_ends_with_its_reader(held, path):
-    engine_server, engine = held
+def test_a_remote_request_ends_with_its_reader(blocked, path):
+    engine_server, engine = blocked
 
     async def opened():
         return await RemoteService.open(engine_server.url, open_checkpoint(path))
@@ -1177,7 +1182,7 @@ def test_an_allowed_origin_and_keys(model):
         guard.read_keys(["# none"])
 
 
-def test_the_page_and_nothing_beside_it(model, tmp_path):
+def test_only_the_pages_files_are_served(model, tmp_path):
     async def opened():
         return Scheduler(model)
 
@@ -1232,7 +1237,7 @@ def test_the_page_and_nothing_beside_it(model, tmp_path):
         (b'{"prompt":"x","max_tokens":1,"unknown":{}}', 200),
     ],
 )
-def test_bodies_that_are_no_request(server, content, status):
+def test_malformed_bodies_get_400(server, content, status):
     for kind in ("application/json", "application/x-www-form-urlencoded"):  # `curl -d` says the latter
         answer = server.client.post("/v1/completions", content=content, headers={"Content-Type": kind})
         assert answer.status_code == status, answer.text
@@ -1278,7 +1283,7 @@ def test_large_slow_and_half_sent_bodies(model, monkeypatch, caplog):
         assert answer[9:12] == b"408"
 
 
-def test_a_reader_that_does_not_read_is_left(model, monkeypatch):
+def test_a_client_that_does_not_read_is_disconnected(model, monkeypatch):
     async def opened():
         return Scheduler(model)
 
@@ -1305,7 +1310,7 @@ def test_a_reader_that_does_not_read_is_left(model, monkeypatch):
         connection.close()
 
 
-def test_many_idle_connections_leave_it_answering(model, monkeypatch):
+def test_the_server_answers_beside_many_idle_connections(model, monkeypatch):
     async def opened():
         return Scheduler(model)
 
@@ -1359,7 +1364,7 @@ def test_lines_indented_less_end_a_suggestion():
             assert text == kept and (step.stop == "length" if kept == answer else step.stop)
 
 
-def test_busy_knows_when_to_come_again(model):
+def test_a_stopping_server_is_busy(model):
     async def run():
         backend = Scheduler(model)
         await backend.close()
