@@ -34,14 +34,14 @@ def rows(ids):
 def pages_of(ids):
     values = rows(ids)
     pages = []
-    for at in range(0, len(ids), PAGE):
+    for start in range(0, len(ids), PAGE):
         data = np.full(PAGE, -1, np.int64)
-        data[: len(values[at : at + PAGE])] = values[at : at + PAGE]
-        pages.append(Page(data.view(np.uint8), len(values[at : at + PAGE])))
+        data[: len(values[start : start + PAGE])] = values[start : start + PAGE]
+        pages.append(Page(data.view(np.uint8), len(values[start : start + PAGE])))
     return pages
 
 
-def found(cache, ids):
+def known_length(cache, ids):
     """The length that is known, once the pages are what they ought to be."""
     pages, length = cache.find(ids)
     assert len(pages) == -(-length // PAGE)
@@ -51,8 +51,8 @@ def found(cache, ids):
     return length
 
 
-def cache_of(most=1 << 30, key="a model"):
-    return PrefixCache(key, BYTES, most)
+def cache_of(max_bytes=1 << 30, key="a model"):
+    return PrefixCache(key, BYTES, max_bytes)
 
 
 # Sequences that branch often: runs of few tokens, ends near the edges of pages.
@@ -76,7 +76,7 @@ def test_find_gives_the_longest_known_prefix(stored, asked):
     for ids in stored:
         cache.put(ids, pages_of(ids))
     for ids in [*stored, *asked, []]:
-        assert found(cache, ids) == max((common_prefix(ids, one) for one in stored), default=0)
+        assert known_length(cache, ids) == max((common_prefix(ids, other) for other in stored), default=0)
     needed = {tuple(ids[:end]) for ids in stored for end in range(PAGE, len(ids) + 1, PAGE)}
     tails = {tuple(ids) for ids in stored if len(ids) % PAGE}
     tails = {
@@ -91,14 +91,14 @@ def test_find_gives_the_longest_known_prefix(stored, asked):
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), SEQUENCES), max_size=12), st.integers(0, 6))
-def test_bound_holds_and_what_is_left_is_right(work, most):
-    cache = cache_of(most * BYTES)
+def test_the_limit_holds_and_what_remains_is_right(work, max_pages):
+    cache = cache_of(max_pages * BYTES)
     for stores, sequences in work:
         for ids in sequences:
             if stores:
                 cache.put(ids, pages_of(ids))
-            assert found(cache, ids) <= len(ids)
-            assert cache.nbytes <= most * BYTES
+            assert known_length(cache, ids) <= len(ids)
+            assert cache.nbytes <= max_pages * BYTES
 
 
 def test_the_least_recently_used_goes_first_and_leaves_before_their_stem():
@@ -107,10 +107,10 @@ def test_the_least_recently_used_goes_first_and_leaves_before_their_stem():
     cache = cache_of(4 * BYTES)
     for ids in branches:
         cache.put(ids, pages_of(ids))
-    assert found(cache, branches[0]) == 2 * PAGE  # used again
+    assert known_length(cache, branches[0]) == 2 * PAGE  # used again
     other = [9] * 10
     cache.put(other, pages_of(other))
-    assert [found(cache, ids) for ids in (*branches, other)] == [2 * PAGE, PAGE, 2 * PAGE, 10]
+    assert [known_length(cache, ids) for ids in (*branches, other)] == [2 * PAGE, PAGE, 2 * PAGE, 10]
 
 
 def test_known_pages_stay_the_shared_ones():
@@ -131,7 +131,7 @@ def test_threads_share_it():
         try:
             for _ in range(150):
                 ids = rng.integers(0, 2, 3).repeat(rng.integers(1, 70, 3)).tolist()
-                found(cache, ids)
+                known_length(cache, ids)
                 cache.put(ids, pages_of(ids))
         except Exception as error:  # a thread's failure must reach the test
             failures.append(error)
@@ -144,7 +144,7 @@ def test_threads_share_it():
     assert not failures and cache.nbytes <= 20 * BYTES
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------------------------------- files
 @settings(deadline=None, max_examples=30)
 @given(SEQUENCES)
 def test_a_saved_cache_finds_the_same(tmp_path_factory, stored):
@@ -154,7 +154,7 @@ def test_a_saved_cache_finds_the_same(tmp_path_factory, stored):
         cache.put(ids, pages_of(ids))
     cache.save(path)
     assert loaded.load(path) is True
-    assert [found(loaded, ids) for ids in stored] == [len(ids) for ids in stored]
+    assert [known_length(loaded, ids) for ids in stored] == [len(ids) for ids in stored]
     assert loaded.nbytes == cache.nbytes
 
 

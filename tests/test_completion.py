@@ -33,7 +33,7 @@ def kept(text, prefix="", suffix="", trim="block"):
     return cut(text, prefix, suffix, trim)[0]
 
 
-# ------------------------------------------------------------------------------------------------ what is cut
+# ---------------------------------------------------------------------------------------- what is cut
 @pytest.mark.parametrize(
     "prefix, text, suffix, expected",
     [
@@ -154,7 +154,7 @@ def test_a_finished_suggestion_stops_the_work():
     assert len(steps) == len(PRETTY.encode("a = 1\n"))
 
 
-# ------------------------------------------------------------------------------------------------ prompts and windows
+# ---------------------------------------------------------------------------------------- prompts and windows
 CODE = "".join(f"def name_{i}(x):\n    return x + {i}\n\n" for i in range(400))
 
 
@@ -207,12 +207,12 @@ def test_any_text_makes_a_prompt_that_fits(prefix, suffix, layout):
     list(complete(engine, Request(Infill(prefix, suffix, mode=layout), max_tokens=3)))
 
 
-def typing_trace(layout, most, start, text):
+def typing_trace(layout, max_tokens, start, text):
     """Tokens that were not in the cache, for a request after each typed character."""
     engine = Engine(Scripted([2, 1], context=8192), PRETTY)
     fresh = []
     for end in range(1, len(text) + 1):
-        ids = infill_prompt(engine, Infill(CODE[:start] + text[:end], CODE[start:]), layout, most)
+        ids = infill_prompt(engine, Infill(CODE[:start] + text[:end], CODE[start:]), layout, max_tokens)
         steps = engine.generate(Request(ids, 1))
         fresh.append(len(ids) - steps.cached_tokens)
         list(steps)
@@ -222,17 +222,17 @@ def typing_trace(layout, most, start, text):
 TYPED = "\ndef other_name(value):\n    total = value + name_3(value)\n    return total * total\n"
 
 
-@pytest.mark.parametrize("most", [8000, 1000, 300])
+@pytest.mark.parametrize("max_tokens", [8000, 1000, 300])
 @pytest.mark.parametrize("start", [0, 500, len(CODE) // 2, len(CODE)])
-def test_typing_computes_only_the_last_pieces_in_spm_order(start, most):
+def test_typing_computes_only_the_last_pieces_in_spm_order(start, max_tokens):
     """The window's edges move only every so many tokens: a few requests in a hundred read the whole window
     again."""
     start = CODE.rfind("\n", 0, start) + 1
-    fresh = typing_trace("spm", most, start, TYPED)
-    # A typed character changes the last pieces of its line, here at most `return`'s, and the sentinel behind them.
+    fresh = typing_trace("spm", max_tokens, start, TYPED)
+    # A typed character changes the last pieces of its line, at most `return`'s, and the sentinel after them.
     assert sorted(fresh)[len(fresh) * 9 // 10] <= 8
     again = [count for count in fresh if count > 16]
-    assert len(again) <= 1 + len(PRETTY.encode(TYPED)) // max(16, most // 8)
+    assert len(again) <= 1 + len(PRETTY.encode(TYPED)) // max(16, max_tokens // 8)
 
 
 def test_psm_order_reads_the_suffix_again():
@@ -283,7 +283,7 @@ def test_context_files_stand_before_the_file():
     )
 
 
-# ------------------------------------------------------------------------------------------------ the boundary
+# ---------------------------------------------------------------------------------------- the boundary
 @pytest.mark.parametrize(
     "mode, fim_orders, layout",
     [

@@ -48,16 +48,16 @@ def random_ids(count, seed=0, vocab=515):
 def logits_in_chunks(backend, ids, chunks, wanted=None):
     """Logits of all tokens (or of the last ones of each chunk) as bytes."""
     pages = [backend.new_page() for _ in range(-(-len(ids) // PAGE))]
-    parts, at = [], 0
+    parts, start = [], 0
     for size in chunks:
-        part = ids[at : at + size]
-        result = backend.run([Slice(part, at, pages, len(part) if wanted is None else wanted)])
+        part = ids[start : start + size]
+        result = backend.run([Slice(part, start, pages, len(part) if wanted is None else wanted)])
         parts += [
             (result.values[i].tobytes(), int(result.argmax[i]), float(result.normaliser[i]))
             for i in range(len(result.argmax))
         ]
-        at += len(part)
-        if at >= len(ids):
+        start += len(part)
+        if start >= len(ids):
             break
     return parts
 
@@ -67,7 +67,7 @@ def repeated(size):
         yield size
 
 
-# ------------------------------------------------------------------------------------------------ laws of the backend
+# ---------------------------------------------------------------------------------------- laws of the backend
 @pytest.mark.parametrize(
     "kind, type",
     [
@@ -128,8 +128,8 @@ def test_levels_agree_on_the_model(kind):
         backend = native(kind, "Q8_0", level=level)
         rows = logits_in_chunks(backend, random_ids(80), [80])
         results.append(np.array([np.frombuffer(values, np.float32) for values, *_ in rows]))
-    for one, other in pairwise(results):
-        assert np.abs(one - other).max() < 0.02 * np.abs(one).max()  # 1 of 127 steps, in a few activations
+    for rows, others in pairwise(results):
+        assert np.abs(rows - others).max() < 0.02 * np.abs(rows).max()  # 1 of 127 steps, in a few activations
     assert all(native(kind, level=level).key.split()[1] == level for level in levels)
 
 
@@ -154,7 +154,7 @@ def test_argmax_takes_the_lowest_of_equals_and_normaliser_is_log_sum_exp():
     assert argmax == 0 and abs(normaliser - first - np.log(9000)) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ laws of the engine
+# ---------------------------------------------------------------------------------------- laws of the engine
 class Counting:
     """A backend that counts the runs and tokens that go through it, and the pages that are copied."""
 
@@ -182,8 +182,8 @@ def run_all(engine, requests, order=None):
         if waiting:
             index = waiting.pop(0)
             owners[id(batch.add(requests[index]))] = index
-        for one, step in batch.step():
-            steps[owners[id(one)]].append(step)
+        for running, step in batch.step():
+            steps[owners[id(running)]].append(step)
     return [steps[index] for index in range(len(requests))]
 
 
@@ -226,8 +226,8 @@ def test_cached_prefix_is_not_computed_again():
     first = list(engine.generate(Request(ids, 1)))
     assert backend.tokens == 200
     assert list(engine.generate(Request(ids, 1))) == first and backend.tokens == 201
-    one = engine.start(Request(ids[:150] + [9] * 20, 1))
-    assert one.cached == 150  # in the middle of a page
+    running = engine.start(Request(ids[:150] + [9] * 20, 1))
+    assert running.cached == 150  # in the middle of a page
 
 
 def test_shared_prefix_of_a_batch_is_computed_once():
@@ -242,8 +242,8 @@ def test_shared_prefix_of_a_batch_is_computed_once():
     owners = {id(batch.add(request)): index for index, request in enumerate(requests)}
     steps = [[] for _ in requests]
     while batch.running:
-        for one, step in batch.step():
-            steps[owners[id(one)]].append(step)
+        for running, step in batch.step():
+            steps[owners[id(running)]].append(step)
     assert steps == alone
     assert backend.tokens <= 300 + 3 * 20 + 8 * 4 + 4
 
@@ -317,11 +317,11 @@ def test_two_threads_share_an_engine():
     engine = Engine(native("gemma2", "Q4_0", threads=2))
     requests = [Request(random_ids(90, seed % 3) + [seed], 15) for seed in range(8)]
     alone = [list(Engine(engine.backend).generate(request)) for request in requests]
-    found = [None] * len(requests)
+    results = [None] * len(requests)
 
     def work(first):
         for index in range(first, len(requests), 2):
-            found[index] = list(engine.generate(requests[index]))
+            results[index] = list(engine.generate(requests[index]))
             engine.logits(requests[index].prompt)
 
     threads = [threading.Thread(target=work, args=(first,)) for first in range(2)]
@@ -329,10 +329,10 @@ def test_two_threads_share_an_engine():
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == alone
+    assert results == alone
 
 
-# ------------------------------------------------------------------------------------------------ generation
+# ---------------------------------------------------------------------------------------- generation
 class Scripted:
     """A backend whose likeliest token at position p is script[p + 1], by 5 nats over all others."""
 
@@ -390,9 +390,9 @@ def test_stop_texts_end_the_text_before_the_first(text, stops):
     steps = say(text, stop=stops)
     expected, ended = text, "end"
     for size in range(len(text) + 1):  # the first moment at which any is complete
-        found = [at for at in (text[:size].find(stop) for stop in stops) if at >= 0]
-        if found:
-            expected, ended = text[: min(found)], "stop_text"
+        matches = [start for start in (text[:size].find(stop) for stop in stops) if start >= 0]
+        if matches:
+            expected, ended = text[: min(matches)], "stop_text"
             break
     assert "".join(step.text for step in steps) == expected
     assert steps[-1].stop == ended and all(step.stop is None for step in steps[:-1])
@@ -457,18 +457,18 @@ def test_stop_texts_need_a_tokenizer():
 
 
 def test_long_prompts_do_not_hold_up_the_others():
-    """A step reads at most `chunk` prompt tokens: who already writes gets a token in every step."""
+    """A step reads at most `chunk` prompt tokens: a request that writes gets a token in every step."""
     script = random_ids(400)
     batch = Batch(Engine(Scripted(script)), chunk=32)
     writer = batch.add(Request(script[:8], 100, speculate=False))
     batch.step()
     reader = batch.add(Request(random_ids(300, 5), 5))
     for _ in range(9):
-        assert [one for one, _ in batch.step()] == [writer]
+        assert [running for running, _ in batch.step()] == [writer]
     assert reader.done == 288
 
 
-# ------------------------------------------------------------------------------------------------ stopping
+# ---------------------------------------------------------------------------------------- stopping
 @pytest.fixture(scope="module")
 def heavy():
     """A model whose prompt of 4,000 tokens takes seconds."""
@@ -548,7 +548,7 @@ def test_closing_the_iterator_stops_the_work_and_keeps_what_was_done():
     assert engine.cache.find(backend.script[:200])[1] == 104
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# ---------------------------------------------------------------------------------------- sampling
 def probabilities(s, logits_V, context=()):
     """What the filters leave, written out plainly."""
     x = logits_V.astype(np.float64).copy()

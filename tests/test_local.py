@@ -186,14 +186,14 @@ def test_a_directory_without_a_tokenizer_still_loads(tmp_path):
             call()
 
 
-@pytest.mark.parametrize("quantize, least", [("q8_0", 0.999), ("q4_0", 0.9)])
-def test_quantised_while_loading(tmp_path, quantize, least):
+@pytest.mark.parametrize("quantize, min_cosine", [("q8_0", 0.999), ("q4_0", 0.9)])
+def test_quantised_while_loading(tmp_path, quantize, min_cosine):
     """Close to the float model in direction, and no longer equal to it."""
     path = write_tiny_hf(tmp_path, tiny_config("gemma-mqa", ffn_width=192))
     ids = list(range(2, 60))
     exact, coarse = load(path, threads=1).logits(ids), load(path, threads=1, quantize=quantize).logits(ids)
     cosine = (exact * coarse).sum() / np.linalg.norm(exact) / np.linalg.norm(coarse)
-    assert least < cosine < 0.999999
+    assert min_cosine < cosine < 0.999999
     with pytest.raises(ValueError, match="q3_9"):
         load(path, quantize="q3_9")
 
@@ -310,9 +310,9 @@ def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypat
     hole = ("def f(x):\n    return ", "\n")
 
     def model():
-        made = load(path, threads=1)
-        made.preset = PRESETS["gemma-3-270m"]
-        return made
+        loaded = load(path, threads=1)
+        loaded.preset = PRESETS["gemma-3-270m"]
+        return loaded
 
     absent = model()
     base, text = absent.complete(*hole, max_tokens=8), absent.generate("def", max_tokens=8).ids

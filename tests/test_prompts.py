@@ -248,14 +248,14 @@ def test_assembly_of_shortened_parts():
 @example("🙂" * 40, 7, 1, SMALL)
 @example("x" * 200 + "\n" + "y" * 9, 30, 4, REAL)
 @example("\n" * 80, 2, 1, SMALL)
-def test_edges_are_fresh_encodings(text, most, step, tokenizer):
+def test_edges_are_fresh_encodings(text, max_tokens, step, tokenizer):
     ids = tokenizer.encode(text)
     for kept, whole in [
-        (tail(tokenizer, ids, most, step), text.endswith),
-        (head(tokenizer, ids, most), text.startswith),
+        (tail(tokenizer, ids, max_tokens, step), text.endswith),
+        (head(tokenizer, ids, max_tokens), text.startswith),
     ]:
-        assert len(kept) <= most or kept == ids
-        assert len(kept) > most - step - most // 4 - 4 or kept == ids
+        assert len(kept) <= max_tokens or kept == ids
+        assert len(kept) > max_tokens - step - max_tokens // 4 - 4 or kept == ids
         assert whole(tokenizer.decode(kept))
         assert tokenizer.encode(tokenizer.decode(kept)) == kept
 

@@ -36,15 +36,15 @@ def gemma3():
         at += struct.calcsize("<" + SIZES[kind])
         return value
 
-    found = {}
+    arrays = {}
     for _ in range(count):
         key, kind = scalar(8), scalar(4)
         if kind == 9:
             kind, size = scalar(4), scalar(10)
-            found[key] = [scalar(kind) for _ in range(size)]
+            arrays[key] = [scalar(kind) for _ in range(size)]
         else:
-            found[key] = scalar(kind)
-    return tuple(found[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+            arrays[key] = scalar(kind)
+    return tuple(arrays[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
 
 
 @cache
