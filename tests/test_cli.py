@@ -223,10 +223,10 @@ def test_json_tells_what_happened(run, gguf, mode):
         3,
         stdin=HOLE,
     )
-    found = json.loads(out)
+    answer = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     ids = prompts.fim(model.tokenizer, prefix, suffix, "app.py", layout=mode).ids
-    assert (found["prompt_tokens"], found["cached_tokens"], found["layout"]) == (len(ids), 0, mode)
+    assert (answer["prompt_tokens"], answer["cached_tokens"], answer["layout"]) == (len(ids), 0, mode)
     expected = model.complete(
         prefix,
         suffix,
@@ -235,12 +235,14 @@ def test_json_tells_what_happened(run, gguf, mode):
         max_tokens=20,
         sampling=codegemma.Sampling(temperature=1.5, seed=3),
     )
-    assert (found["text"], found["stop"], found["tokens"]) == (
+    assert (answer["text"], answer["stop"], answer["tokens"]) == (
         expected.text,
         expected.stop,
         len(expected.ids),
     )
-    assert found["time_to_first_token_ms"] > 0 and found["tokens_per_second"] > 0 and found["model"] == gguf
+    assert (
+        answer["time_to_first_token_ms"] > 0 and answer["tokens_per_second"] > 0 and answer["model"] == gguf
+    )
 
 
 def test_context_files_are_read_and_shown_with_their_paths(run, gguf, tmp_path):
@@ -248,13 +250,13 @@ def test_context_files_are_read_and_shown_with_their_paths(run, gguf, tmp_path):
     other.write_text("ONE = 1\n")
     file.write_text(HOLE)
     model = codegemma.load(gguf)
-    found = json.loads(
+    answer = json.loads(
         run("complete", file, "--context", other, "--json", "-m", gguf, "-n", 3, "--mode", "psm")[1]
     )
     expected = prompts.fim(
         model.tokenizer, *HOLE.split("<CURSOR>"), str(file), [prompts.File(str(other), "ONE = 1\n")]
     )
-    assert found["prompt_tokens"] == len(expected.ids)
+    assert answer["prompt_tokens"] == len(expected.ids)
 
 
 def test_a_saved_cache_is_used_and_changes_nothing(run, gguf, tmp_path):
@@ -304,8 +306,8 @@ def test_a_prompt_that_is_too_long_is_an_error_unless_truncated(run, gguf):
     arguments = ("generate", "--json", "-m", gguf, "-n", 2)
     code, out, err = run(*arguments, stdin="x = 1\n" * 400)
     assert (code, out) == (2, "") and 'truncate="left"' in err
-    found = json.loads(run(*arguments, "--truncate", "left", stdin="x = 1\n" * 400)[1])
-    assert (found["prompt_tokens"], found["tokens"]) == (510, 2)
+    answer = json.loads(run(*arguments, "--truncate", "left", stdin="x = 1\n" * 400)[1])
+    assert (answer["prompt_tokens"], answer["tokens"]) == (510, 2)
 
 
 def test_what_a_model_was_not_made_for(run, gguf, base_model):
@@ -354,7 +356,7 @@ def test_errors_are_one_line_and_code_2(run, tmp_path, arguments, words):
     here, binary = tmp_path / "here.py", tmp_path / "binary"
     here.write_text("def add(a, b):\n    return a\n\n")
     binary.write_bytes(b"a\xff")
-    code, out, err = run(*[one.format(here=here, binary=binary) for one in arguments])
+    code, out, err = run(*[argument.format(here=here, binary=binary) for argument in arguments])
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
     assert words.format(here=here) in err
 
@@ -363,7 +365,7 @@ def test_errors_are_one_line_and_code_2(run, tmp_path, arguments, words):
     ("verb", "library", "extra"),
     [
         (["eval", "boolq", "-m", "{gguf}", "--endpoint", "http://127.0.0.1:9"], "httpx", "eval"),
-        (["data", "build", ".", "--out", "rows"], "pathspec", "data"),
+        (["data", "build", "{folder}", "--out", "{folder}/rows", "--tokenizer", "{gguf}"], "pyarrow", "data"),
         (["train", "rows"], "optax", "train"),
         (["serve"], "uvicorn", "serve"),
         (["lsp"], "pygls", "serve"),
@@ -372,7 +374,8 @@ def test_errors_are_one_line_and_code_2(run, tmp_path, arguments, words):
     ],
 )
 def test_a_missing_extra_is_named(verb, library, extra, gguf, tmp_path):
-    verb = [word.format(gguf=gguf) for word in verb]
+    (tmp_path / "a.py").write_text("x = 1\n")
+    verb = [word.format(gguf=gguf, folder=tmp_path) for word in verb]
     code = f"import sys\nsys.modules[{library!r}] = None\nfrom codegemma.cli.main import main\nmain({verb!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -411,9 +414,9 @@ def test_chat_survives_a_message_that_is_too_long(run, gguf):
 
 
 def test_models_lists_the_family(run, monkeypatch):
-    found = json.loads(run("models", "--json")[1])
-    assert [one["name"] for one in found] == list(PRESETS)
-    assert found[0] | {"path": None, "bytes": None} == {
+    answer = json.loads(run("models", "--json")[1])
+    assert [row["name"] for row in answer] == list(PRESETS)
+    assert answer[0] | {"path": None, "bytes": None} == {
         "name": "2b",
         "title": "CodeGemma 2B",
         "uses": ["completion"],
@@ -436,10 +439,10 @@ def test_models_lists_the_family(run, monkeypatch):
 
 
 def test_bench_says_what_it_measured(run, gguf, monkeypatch):
-    monkeypatch.setattr("codegemma.generate.model.measure", lambda threads, level: (2e9, 3e9))
+    monkeypatch.setattr("codegemma.generate.benchmark.measure", lambda threads, level: (2e9, 3e9))
     arguments = ("bench", "-m", gguf, "--prompt-tokens", 8, "--decode-tokens", 2, "--repeats", 1)
-    found = json.loads(run(*arguments, "--json")[1])
-    assert found["model"] == gguf and found["bandwidth_bytes_per_second"] == 2e9
+    answer = json.loads(run(*arguments, "--json")[1])
+    assert answer["model"] == gguf and answer["bandwidth_bytes_per_second"] == 2e9
     out = run(*arguments)[1]
     assert "% of 3 GOP/s int8" in out and "% of 2.0 GB/s read" in out
 
@@ -450,6 +453,20 @@ def test_ctrl_c_stops_the_work(tireless):
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (130, "")
+
+
+@pytest.mark.parametrize("verb", ["serve", "lsp"])
+def test_ctrl_c_has_the_same_code_where_a_verb_waits(gguf, verb, tmp_path):
+    arguments = ["-m", gguf, *(["--port", 0] if verb == "serve" else [])]
+    message = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"capabilities": {}}})
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    with process(verb, *arguments, stdin=subprocess.PIPE, env=environment) as running:
+        if verb == "lsp":
+            running.stdin.write(f"Content-Length: {len(message)}\r\n\r\n{message}")
+            running.stdin.flush()
+        assert running.stdout.read(6)  # it is ready
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=60) == 130
 
 
 def test_a_closed_pipe_is_quiet(tireless):
@@ -483,11 +500,15 @@ def test_an_adapter_acts_where_it_is_named(run, gguf, adapter):
     assert on.steps != off.steps  # their log-probabilities differ at least
     common = ("-m", gguf, "-n", 12, "--adapter")
     for path, name, expected in ((adapter, "mine", on), ("none", None, off), ("auto", None, off)):
-        found = json.loads(run("complete", *common, path, "--json", stdin=HOLE)[1])
-        assert (found["adapter"], found["text"], found["tokens"]) == (name, expected.text, len(expected.ids))
+        answer = json.loads(run("complete", *common, path, "--json", stdin=HOLE)[1])
+        assert (answer["adapter"], answer["text"], answer["tokens"]) == (
+            name,
+            expected.text,
+            len(expected.ids),
+        )
     said = model.generate("def f", max_tokens=12, adapter="mine").text
     assert run("generate", "-p", "def f", *common, adapter)[1] == "def f" + said
-    found = json.loads(
+    answer = json.loads(
         run(
             "bench",
             "-m",
@@ -503,7 +524,7 @@ def test_an_adapter_acts_where_it_is_named(run, gguf, adapter):
             "--json",
         )[1]
     )
-    assert found["adapter"] == "mine" and found["decode_tokens_per_second"] > 0
+    assert answer["adapter"] == "mine" and answer["decode_tokens_per_second"] > 0
     code, _, error = run("complete", *common, adapter.parent / "nothing", stdin=HOLE)
     assert code == 2 and "lacks adapter_config.json" in error
 

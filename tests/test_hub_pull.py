@@ -258,7 +258,7 @@ def test_a_path_is_laid_into_the_cache(tmp_path, monkeypatch):
         hub_pull.pull(str(tmp_path / "none"), "path", ask=lambda _: True)
 
 
-# -------------------------------------------------------------------------------- the Hugging Face Hub's interface
+# ---------------------------------------------------------------------- the Hugging Face Hub's interface
 REPO, COMMIT = "google/codegemma-2b", "c" * 40
 FILES = {"config.json": b"{}", "model.safetensors": BODY[:100_000], "tokenizer.model": b"t"}
 CODE = (
@@ -269,7 +269,7 @@ CODE = (
 
 
 class HubHandler(Handler):
-    """model_info, then each file: HEAD with the Hub's headers, a redirect for large files, GET with ranges."""
+    """model_info, then each file: HEAD with the Hub's headers, a redirect for large files, GET by ranges."""
 
     def do_GET(self):
         server = self.server

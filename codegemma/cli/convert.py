@@ -54,9 +54,7 @@ def convert(
 
 
 def _merge(checkpoint: Checkpoint, adapters: list[Adapter], merged_type: str | None) -> Checkpoint:
-    """The model with adapters in its weights. Changed blocks become `merged_type`, or blocks again where it
-    is None.
-    """
+    """The model with adapters in its weights; changed blocks become `merged_type`, or blocks if None."""
     from codegemma.adapters.merge import merge
     from codegemma.convert.quantize import QUANTISED
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,6 +32,7 @@ def lsp(
     from codegemma.editor.lsp import serve
     from codegemma.editor.sources import opener
 
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # stdin's reader would wait for its next line
     serve(opener(model.model, server, api_key_file, model.threads, model.quantize, cache, adapter))
 
 

@@ -111,10 +111,8 @@ def command(verb: Callable[..., None], path: str) -> Any:
 
 
 def _texts(path: str) -> ChainMap[str, Any]:
-    """The help of a verb's options, by parameter: the verb's own, else its group's, else what all verbs
-    share.
-    """
-    table = tomllib.loads(HELP.read_text())
+    """The help of a verb's options: from the verb's section, else its group's, else `shared`."""
+    table = tomllib.loads(HELP.read_text(encoding="utf-8"))
     sections = [table["shared"]]
     for name in path.split():
         table = table.get(name, {})

@@ -1,6 +1,4 @@
-"""What a verb shows while it works and beside its answer, all of it on stderr: notes, and the progress of
-long work.
-"""
+"""What a verb shows on stderr beside its answer: notes, and the progress of long work."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ class Progress:
             self._bars.stop()
 
     def __call__(self, task: str, done: int, total: int | None, detail: str = "") -> None:
-        """Shows that `done` of `total` are done; a total of None is not known. A line with a detail is always
-        printed.
-        """
+        """Shows that `done` of `total` are done (None: not known). A line with a detail is always printed."""
         if self._bars:
             if task not in self._tasks:
                 self._tasks[task] = self._bars.add_task(task, detail=detail)

@@ -1,6 +1,4 @@
-"""Where a model comes from: a path, our cache, the Hugging Face cache, or the packaged default; and its
-licence.
-"""
+"""Where a model comes from: a path, our cache, the Hugging Face cache, or the packaged default."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ DEFAULT_FILE = Packaged(
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A member of the family and where it is: `path` is None where it is not on this disk, or still in its
-    package.
-    """
+    """A member of the family and where it is: `path` is None if it is not on this disk, or not unpacked."""
 
     preset: Preset
     path: Path | None
@@ -55,9 +51,7 @@ class ModelInfo:
 
 
 def hub_cache_dir() -> Path:
-    """huggingface_hub's cache: HF_HUB_CACHE, else $HF_HOME/hub, else huggingface/hub in the user's cache
-    folder.
-    """
+    """huggingface_hub's cache: HF_HUB_CACHE, else $HF_HOME/hub, else huggingface/hub in ~/.cache."""
     home = os.environ.get("HF_HOME") or cache_dir().parent / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
@@ -68,9 +62,7 @@ def preset(name: str) -> Preset | None:
 
 
 def preset_in(name: str, config: ModelConfig) -> Preset | None:
-    """The preset that a file's name or title contains, such as "CodeGemma 1.1 2B.Q4_0", if its geometry
-    agrees.
-    """
+    """The preset that a name or title contains ("CodeGemma 1.1 2B.Q4_0"), if its geometry agrees."""
     text = re.sub(r"[\s_]+", "-", name.lower())
     geometry = (config.layers, config.width, config.vocab)
     for known in sorted(PRESETS.values(), key=lambda preset: -len(preset.name)):
@@ -131,9 +123,7 @@ def _on_disk(known: Preset) -> Path | None:
 
 
 def _model_in(directory: Path) -> Path | None:
-    """The directory if it holds config.json and weights, or an Orbax checkpoint; else its only GGUF or NeMo
-    file.
-    """
+    """The directory if it holds config.json and weights, or Orbax; else its only GGUF or NeMo file."""
     if (directory / "config.json").exists() and any(
         file for kind in WEIGHTS for file in directory.glob(kind)
     ):

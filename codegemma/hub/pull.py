@@ -96,8 +96,8 @@ def pull(
     except OSError as error:
         if error.errno == 28:
             raise ValueError(
-                f"the disk of {cache_dir()} is full: make room, or set XDG_CACHE_HOME (HF_HOME for the Hub) to "
-                "another disk; what was downloaded is kept and resumed"
+                f"the disk of {cache_dir()} is full: make room, or set XDG_CACHE_HOME (HF_HOME for the "
+                "Hub) to another disk; what was downloaded is kept and resumed"
             ) from None
         raise
 

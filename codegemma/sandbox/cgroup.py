@@ -25,9 +25,7 @@ class Cgroup:
             folder.mkdir()
 
     def enter(self, command: list[str]) -> list[str]:
-        """`command`, joining the group before it starts anything: a process moved later leaves its children
-        out.
-        """
+        """`command`, which first joins the group; moved later, its children would stay outside."""
         files = [str(folder / "cgroup.procs") for folder in self._folders]
         script = 'while [ "$1" != : ]; do echo $$ > "$1" || exit; shift; done; shift; exec "$@"'
         return ["/bin/sh", "-c", script, "sh", *files, ":", *command]
@@ -57,9 +55,7 @@ class Cgroup:
 
 
 def _parents() -> tuple[Path, Path]:
-    """The folders in which groups for memory and for processes can be made. Raises OSError where there are
-    none.
-    """
+    """The folders where groups for memory and for processes can be made. Raises OSError: none."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     paths = {kind: path for _, kind, path in (line.split(":", 2) for line in lines)}  # kind "" is version 2
     if "" in paths:

@@ -43,9 +43,7 @@ def mount(kind, target, flags, options):
 
 
 def supervise():
-    """Serves jobs until the host closes the pipe. A monitor that fails ends the box; the host then starts
-    another.
-    """
+    """Serves jobs until the host closes the pipe. A monitor that fails ends the box."""
     site.setquit()
     print(json.dumps({"ready": sys.version.split()[0]}), flush=True)
     for line in sys.stdin:
@@ -122,9 +120,7 @@ def watch(job, readers, init, deadline):
 
 
 def run_init(job, writers, nonce):
-    """Process 1 of the job: makes private mounts, runs the program, and collects the files that were asked
-    for.
-    """
+    """Process 1 of the job: makes private mounts, runs the program, collects the files asked for."""
     try:
         libc.prctl(PDEATHSIG, signal.SIGKILL)
         disk = job["limits"]["disk"]
@@ -170,9 +166,7 @@ def wait_for(program):
 
 
 def collect(folders, max_bytes):
-    """{path: base64} of the named files, and of the regular files under the named folders; follows no
-    symlink.
-    """
+    """{path: base64} of the named files, and of those under the named folders; follows no symlink."""
     files = {}
     for folder in folders:
         top = os.path.join(FOLDER, folder)
@@ -202,9 +196,7 @@ def run_program(job, writers, nonce):
 
 
 def jail(limits, writers, keep_finished):
-    """Drops capabilities and all descriptors but 0, 1, 2 (and 3, which proves the end was reached); sets
-    limits.
-    """
+    """Drops capabilities and all descriptors but 0, 1, 2 (and 3, which proves the end); sets limits."""
     os.setsid()
     null = os.open("/dev/null", os.O_RDONLY)
     fds = [null, writers["stdout"], writers["stderr"], writers["finished"]]

@@ -101,9 +101,9 @@ class Box:
                 errors.seek(0)
                 reason = errors.read().decode(errors="replace").strip() or str(error)
                 raise SandboxError(
-                    f"bubblewrap cannot make a sandbox here: {reason}\nIt needs user namespaces: on Ubuntu 24.04 "
-                    "allow bwrap in AppArmor or set kernel.apparmor_restrict_unprivileged_userns=0; in a "
-                    "container, start it with --security-opt seccomp=unconfined"
+                    f"bubblewrap cannot make a sandbox here: {reason}\nIt needs user namespaces: on Ubuntu "
+                    "24.04 allow bwrap in AppArmor or set kernel.apparmor_restrict_unprivileged_userns=0; in "
+                    "a container, start it with --security-opt seccomp=unconfined"
                 ) from error
 
     def run(self, job: dict[str, Any], limits: Limits) -> Result:

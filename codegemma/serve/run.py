@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import sys
+import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,17 @@ def _run(settings: ServerSettings, listener: socket.socket, workers: int) -> Non
     if workers > 1:
         _greet(listener)
         factory = partial(application, settings, workers)
-        Multiprocess(config(factory, factory=True), sockets=[listener]).run()
+        supervisor = Multiprocess(config(factory, factory=True), sockets=[listener])
+        interrupted, stop = threading.Event(), supervisor.handle_int
+
+        def interrupt() -> None:
+            interrupted.set()
+            stop()
+
+        supervisor.handle_int = interrupt  # type: ignore[method-assign]
+        supervisor.run()
+        if interrupted.is_set():
+            raise KeyboardInterrupt  # as one worker does
         return
     server = uvicorn.Server(config(application(settings)))
     start = server.startup
