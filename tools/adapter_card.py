@@ -26,6 +26,7 @@ from codegemma.adapters.adapter import Adapter
 from codegemma.adapters.load import load as load_adapter
 from codegemma.adapters.peft import hub_name
 from codegemma.adapters.peft import save as save_adapter
+from codegemma.data.folder import BuildFolder
 from codegemma.evals.heldout import LAYOUTS
 from codegemma.hub.catalogue import NOTICE
 
@@ -86,10 +87,10 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
     manifests = {
         phase: {
             file.stem: json.loads(file.read_text())
-            for file in (cache / "rows" / phase / "manifests").glob("*.json")
+            for file in BuildFolder(cache / "rows" / phase).manifests.glob("*.json")
         }
         for phase in (*PHASES, *CHOICES)
-        if (cache / "rows" / phase / "index.npy").exists()
+        if BuildFolder(cache / "rows" / phase).index.exists()
     }
     if not manifests:
         raise ValueError(f"{cache} holds no finished rows: make adapter builds them")

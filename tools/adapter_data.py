@@ -30,6 +30,7 @@ from codegemma.cli.data import load_tokenizer
 from codegemma.data.build import Summary, build
 from codegemma.data.documents import CODE_LANGUAGES, Document
 from codegemma.data.draw import Draw
+from codegemma.data.folder import BuildFolder
 from codegemma.data.pack import Packed, Rows, fit, places, save
 from codegemma.data.recipe import BuildRecipe
 from codegemma.data.sources import Source, read
@@ -267,10 +268,10 @@ def _chosen(
 ) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
     """The tokens, targets and examples of each chosen segment."""
     for part in sorted({int(part) for part in rows.index_N2[:, 0]}):
-        stem = rows.stem(part)
+        stem = rows.files.rows(part)
         arrays = {name: np.load(stem.with_suffix(f".{name}.npy")) for name in ("tokens", "loss")}
         by_segment: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for example in pq.read_table(stem.with_suffix(".examples.parquet")).to_pylist():
+        for example in pq.read_table(rows.examples_file(part)).to_pylist():
             by_segment.setdefault((example["row"], example["segment"]), []).append(example)
         segments = np.load(stem.with_suffix(".segments.npy"))
         for (row, segment), examples in sorted(by_segment.items()):
@@ -293,10 +294,8 @@ def _moved(example: dict[str, Any], offset: int, **fields: int) -> dict[str, Any
 
 
 def choose(phase: str, cache: Path) -> int:
-    """Writes the rows of a choice and returns their number; the manifest names the rows that they were chosen
-    from.
-    """
-    choice, out = CHOICES[phase], cache / "rows" / phase
+    """Writes the rows of a choice and returns their number; the manifest names the rows they come from."""
+    choice, out = CHOICES[phase], BuildFolder(cache / "rows" / phase)
     rows = {name: Rows(cache / "rows" / name) for name in choice.phases}
     segments = [
         chosen
@@ -316,24 +315,19 @@ def choose(phase: str, cache: Path) -> int:
             segment,
         )
         result.examples.extend(_moved(example, here.start, row=row, segment=segment) for example in examples)
-    (out / "rows").mkdir(parents=True, exist_ok=True)
-    (out / "manifests").mkdir(exist_ok=True)
-    save(result, out / "rows" / "part-00000")
+    for path in (out.rows(0), out.manifest("rows")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    save(result, out.rows(0))
     manifest = {
         "chosen": asdict(choice),
         "examples": len(result.examples),
         "tokens": sum(sizes),
         "layouts": Counter(example["layout"] for example in result.examples),
         "learned": int(result.loss_RT.sum()),
-        "of": {
-            name: json.loads((source.folder / "manifests" / "rows.json").read_text())
-            for name, source in rows.items()
-        },
+        "of": {name: json.loads(source.files.manifest("rows").read_text()) for name, source in rows.items()},
     }
-    (out / "manifests" / "rows.json").write_text(json.dumps(manifest, indent=1))
-    with atomic_write(
-        out / "index.npy"
-    ) as file:  # written last, as by a build: it marks the rows as finished
+    out.manifest("rows").write_text(json.dumps(manifest, indent=1))
+    with atomic_write(out.index) as file:  # last, as in a build: it marks the rows as finished
         np.save(file, np.stack([np.zeros(len(packed), np.int64), np.arange(len(packed))], 1))
     return len(packed)
 

@@ -22,6 +22,7 @@ from adapter_data import CACHE
 from codegemma.adapters.adapter import Adapter
 from codegemma.adapters.load import load as load_adapter
 from codegemma.adapters.peft import save as save_adapter
+from codegemma.data.folder import BuildFolder
 from codegemma.prompts import Layout
 from codegemma.train import job
 from codegemma.train.session import StepReport
@@ -148,7 +149,7 @@ def main() -> None:
 
     for phase in [args.until] if args.start else ORDER[: ORDER.index(args.until or ORDER[-1]) + 1]:
         rows = args.cache / "rows" / phase
-        if not (rows / "index.npy").exists():
+        if not BuildFolder(rows).index.exists():
             sys.exit(f"{rows} is not built: python tools/adapter_data.py rows {phase} --data BENCHMARKS")
         phase_plan = plan(phase, args.cache, args.start)
         training = job.TrainingJob(phase_plan)
