@@ -681,10 +681,10 @@ def test_methods_slashes_and_encodings(server):
 def test_adapters_by_field_by_model_name_and_lora(path):
     loaded = load(path, threads=1)
     loaded.add_adapter("ours", replace(random_adapter(LONG, seed=3), card={"fim": {"spm": True}}))
-    loaded.add_adapter("other", random_adapter(LONG, seed=4))
+    loaded.add_adapter("second", random_adapter(LONG, seed=4))
     fills = {
         name: loaded.complete(**HOLE, max_tokens=6, adapter=name, sampling=Sampling(1.0, seed=9))
-        for name in ("none", "ours", "other")
+        for name in ("none", "ours", "second")
     }
     expected = {name: fill.text for name, fill in fills.items()}
     assert len(set(expected.values())) == 3
@@ -704,7 +704,7 @@ def test_adapters_by_field_by_model_name_and_lora(path):
             ({}, None),
             ({"adapter": "none"}, None),
             ({"adapter": "ours"}, "ours"),
-            ({"model": "other"}, "other"),
+            ({"model": "second"}, "second"),
             ({"model": "tiny:ours"}, "ours"),
             ({"model": "unheard-of"}, None),
         ]
@@ -726,8 +726,8 @@ def test_adapters_by_field_by_model_name_and_lora(path):
             "min_p": 0.0,
             "lora": [{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0.0}],
         }
-        assert good(server.post("/infill", json=lora))["content"] == expected["other"]
-        assert [entry["id"] for entry in good(server.get("/v1/models"))["data"]] == ["tiny", "ours", "other"]
+        assert good(server.post("/infill", json=lora))["content"] == expected["second"]
+        assert [entry["id"] for entry in good(server.get("/v1/models"))["data"]] == ["tiny", "ours", "second"]
         assert server.post("/infill", json=lora | {"lora": [{"id": 2}]}).status_code == 400
         text = good(
             server.post(
