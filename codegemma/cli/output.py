@@ -21,13 +21,10 @@ class Progress:
 
     def __init__(self, unit: Literal["items", "bytes"] = "items") -> None:
         self._unit = unit
-        self._bars: Any = None  # rich's Progress, where stderr is a terminal
+        self._bars: Any = None  # rich's Progress, from the first call on, if stderr is a terminal
         self._tasks: dict[str, Any] = {}  # task: rich's id of its bar, or the tenths that were printed
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            self._bars = _bars(self._unit)
-            self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -36,7 +33,10 @@ class Progress:
 
     def __call__(self, task: str, done: int, total: int | None, detail: str = "") -> None:
         """Shows that `done` of `total` are done (None: not known). A line with a detail is always printed."""
-        if self._bars:
+        if sys.stderr.isatty():
+            if self._bars is None:  # not before: a verb may ask something first
+                self._bars = _bars(self._unit)
+                self._bars.start()
             if task not in self._tasks:
                 self._tasks[task] = self._bars.add_task(task, detail=detail)
             self._bars.update(self._tasks[task], completed=done, total=total, detail=detail)
