@@ -1,5 +1,4 @@
-r"""The order of control ids: FIM documents, context files, chat turns, and what ends each. It stands nowhere
-else.
+r"""The order of control ids, and nowhere else: FIM documents, context files, chat turns, and what ends each.
 
 A prompt is a row of segments, each a label and the ids of one text that was encoded alone. So no piece merges
 across the cursor, no text becomes a control id, and assembling is concatenation. Training rows are the same
@@ -110,8 +109,7 @@ class Document:
 
 
 def fim_stops(tokenizer: Tokenizer) -> frozenset[int]:
-    """What ends a completion: any FIM token (the model's own terminator is the separator), <eos>,
-    <end_of_turn>."""
+    """What ends a completion: any FIM token (the model writes the separator), <eos>, <end_of_turn>."""
     control = tokenizer.control
     fim = {control.fim_prefix, control.fim_middle, control.fim_suffix, control.file_separator}
     return frozenset(token for token in fim | chat_stops(tokenizer) if token is not None)
@@ -242,8 +240,7 @@ def plain(tokenizer: Tokenizer, text: str) -> Prompt:
 
 
 def raw(tokenizer: Tokenizer, text: str) -> Prompt:
-    """For clients that spell control tokens themselves: the spellings become ids; one <bos>, theirs or
-    ours."""
+    """For clients that spell control tokens: the spellings become ids; one <bos>, theirs or ours."""
     ids, bos = tokenizer.encode(text, control=True), _optional(tokenizer.control.bos)
     start = [] if ids[:1] == bos else bos
     return _prompt([("bos", start), ("raw", ids)], fim_stops(tokenizer))
@@ -298,8 +295,7 @@ def tail(tokenizer: Tokenizer, ids: Ids, max_tokens: int, step: int = 1) -> Ids:
 
 
 def head(tokenizer: Tokenizer, ids: Ids, max_tokens: int) -> Ids:
-    """The start of `ids` in at most `max_tokens` tokens: what is nearest to the cursor of a suffix; edges as
-    in `tail`."""
+    """The start of `ids` in at most `max_tokens` tokens, nearest to the cursor of a suffix; see `tail`."""
     if len(ids) <= max_tokens:
         return ids
     near = range(max_tokens, max_tokens - max_tokens // 4 - 1, -1)

@@ -114,14 +114,12 @@ class Tokenizer:
 
     @classmethod
     def from_sentencepiece(cls, data: bytes) -> Tokenizer:
-        """From the bytes of a `tokenizer.model`; its normaliser is kept. ValueError: damaged, or no BPE
-        model."""
+        """From the bytes of a `tokenizer.model`. Raises ValueError where it is damaged or no BPE model."""
         return cls.cached(data, lambda: cls(_read_sentencepiece(data)))
 
     @classmethod
     def from_json(cls, source: str | Path | dict[str, Any]) -> Tokenizer:
-        """From a Hugging Face `tokenizer.json` (BPE with byte fallback), by path or parsed. ValueError: any
-        other."""
+        """From a Hugging Face `tokenizer.json`, by path or parsed. Raises ValueError on all but byte BPE."""
         if isinstance(source, dict):
             return cls(_read_json(source))
         data = Path(source).read_bytes()
@@ -183,8 +181,7 @@ class Tokenizer:
         return self.decode_bytes(ids, control).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], control: bool = False) -> bytes:
-        """Bytes of `ids`, each piece's own joined: decode(a + b) needs no context. ValueError: id out of
-        range."""
+        """Bytes of `ids`, piece by piece: needs no context. Raises ValueError on ids out of range."""
         if not control:
             return b"".join(map(self._piece_bytes, ids))
         return b"".join(
@@ -196,8 +193,7 @@ class Tokenizer:
         return self._engine.id_to_piece(self._checked(token))
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a piece as the vocabulary spells it, control pieces too; None where it has no such
-        piece."""
+        """The id of a piece, control pieces too, as the vocabulary spells it; None where there is none."""
         token = self._engine.piece_to_id(piece)
         return token if self._engine.id_to_piece(token) == piece else None
 
@@ -299,16 +295,14 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Streaming decoder: the pieces of text given by `push` and `flush`, joined, are `decode` of the same
-    ids."""
+    """Decodes token by token: the texts of `push` and `flush`, joined, are `decode` of the same ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, often "" inside a character spelled in bytes; never half a
-        character."""
+        """The text that `token` completes: never half a character, so it may be ""."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
@@ -452,8 +446,7 @@ def _canonical_pieces(pieces: Sequence[str], types: list[int]) -> tuple[list[str
 
 
 def _ranks(names: list[str], kinds: list[int], scores_V: np.ndarray) -> np.ndarray:
-    """Scores 0, -1, -2, ... in the order of `scores_V` for the pieces BPE can merge: only the order means
-    anything."""
+    """Scores 0, -1, -2, ... in the order of `scores_V` for the pieces BPE can merge: only order matters."""
     pairs = enumerate(zip(names, kinds, strict=True))
     merged = [i for i, (name, kind) in pairs if kind in (NORMAL, UNUSED) and len(name) > 1]
     rank_V = np.zeros(len(names), np.float32)

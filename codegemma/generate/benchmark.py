@@ -1,5 +1,4 @@
-"""How fast a model reads and writes on this machine, beside what the machine's memory and multipliers can
-do."""
+"""How fast a model reads and writes on this machine, beside the limits of its memory and multipliers."""
 
 from __future__ import annotations
 

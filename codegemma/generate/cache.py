@@ -108,8 +108,7 @@ class PrefixCache:
             self._recent.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all pages, atomically: a header, the tree as JSON, each node's page, and a SHA-256 of
-        these."""
+        """Writes all pages, atomically: a header, the tree as JSON, each node's page, and their SHA-256."""
         with self._lock:
             nodes = [node for root in self._roots.values() for node in root.descendants()]
             index: dict[_Node | None, int | str] = {node: number for number, node in enumerate(nodes)}
@@ -129,8 +128,7 @@ class PrefixCache:
             out.write(digest.digest())
 
     def load(self, path: str | os.PathLike[str]) -> bool:
-        """Adds the pages of a saved cache. False, with a warning, on a file that is damaged or of another
-        model."""
+        """Adds the pages of a saved cache. False, with a warning, on a damaged or another model's file."""
         try:
             roots = self._parse(Path(path).read_bytes())
         except FileNotFoundError:

@@ -233,8 +233,7 @@ class Engine:
             self.adapters[name] = adapter.digest
 
     def adapter_digest(self, name: str) -> str:
-        """What the backend and cached pages know an adapter by; "" for the base. Raises ValueError on other
-        names."""
+        """The backend's and the cache's name of an adapter; "" for the base. Raises ValueError on others."""
         if name not in self.adapters:
             names = ", ".join(name for name in self.adapters if name not in ("auto", "none")) or "none"
             remedy = "add it with add_adapter, or start the server with --adapter NAME=PATH"

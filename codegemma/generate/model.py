@@ -95,8 +95,7 @@ class Model:
         self._completing_adapter = self.adapter_at(path)
 
     def completing_adapter(self, adapter: str = "auto") -> str:
-        """The adapter of an Infill: for "auto" the preferred one, else the packaged one of this model, else
-        "none"."""
+        """The adapter of an Infill: for "auto" the preferred one, else the packaged one, else "none"."""
         return self._completing_adapter if adapter == "auto" else adapter
 
     @cached_property
@@ -115,9 +114,8 @@ class Model:
         return name
 
     def fim_orders(self, adapter: str = "auto") -> frozenset[str]:
-        """The orders, of "psm" and "spm", that it was trained to fill in the middle in: as the adapter's card
-        says, or the checkpoint's own mark, else PSM where the preset says so or the vocabulary names the FIM
-        tokens."""
+        """The FIM orders, of "psm" and "spm", that it was trained in: as the adapter's card says, or the
+        checkpoint's own mark, else PSM where the preset says so or the vocabulary names the FIM tokens."""
         applied = self._adapters.get(self.completing_adapter(adapter))
         if applied and (orders := frozenset(order for order in ("psm", "spm") if applied.trained(order))):
             return orders
@@ -210,8 +208,7 @@ class Model:
         adapter: str = "auto",
     ) -> Completion:
         """Continues a text (<bos> is put in front) or ids (taken as they are). `raw` reads control tokens
-        spelled in the text. truncate="left" drops the oldest tokens, <bos> excepted, where the prompt is too
-        long."""
+        spelled in the text. truncate="left" drops the oldest tokens, except <bos>, of too long a prompt."""
         self.expect("generation")
         if truncate not in (None, "left"):
             raise ValueError(f'truncate must be None or "left", got {truncate!r}')
@@ -245,8 +242,7 @@ class Model:
         return self.engine.logits(ids, adapter=adapter)
 
     def expect(self, use: Use) -> None:
-        """Warns once (raises ValueError if `strict`) where the model's card does not say that it was made for
-        a use."""
+        """Warns once (raises ValueError if `strict`) where the model's card does not name a use."""
         if self.preset is None or use in self.preset.uses or use in self._warned:
             return
         text = f"{self.preset.title} was made for {', '.join(self.preset.uses)}, not for {use}"

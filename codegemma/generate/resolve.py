@@ -83,8 +83,7 @@ class PromptBudget:
 
 def prompt_budget(context: PromptContext, request: Request) -> PromptBudget:
     """The answer gets the tokens it asks for, but at most half of the context, and the prompt the rest. What
-    is read anew takes `prompt_seconds`; a request that only warms the cache (max_tokens 0) has no limit of
-    time."""
+    is not cached is read within `prompt_seconds`, unless the request only warms the cache (max_tokens 0)."""
     max_tokens = context.context - min(request.max_tokens, context.context // 2)
     if request.prompt_seconds is None or not request.max_tokens:
         return PromptBudget(max_tokens, max_tokens)
@@ -95,8 +94,7 @@ def prompt_budget(context: PromptContext, request: Request) -> PromptBudget:
 def infill_ids(
     context: PromptContext, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
 ) -> list[int]:
-    """The largest prompt of an Infill that the budget allows; tokens that are cached for the adapter cost no
-    time."""
+    """The largest prompt of an Infill that the budget allows, given what is cached for the adapter."""
     tokenizer = context.tokenizer
     assert tokenizer is not None
     suffix = infill.suffix if layout != "prefix" else ""

@@ -1,5 +1,4 @@
-"""A request while it is answered: its tokens, the pages of keys and values behind them, and the text still
-held back."""
+"""A request while it is answered: its tokens, their pages of keys and values, and the text held back."""
 
 from __future__ import annotations
 
@@ -107,8 +106,7 @@ class RunningRequest:
         return text
 
     def _release(self, text: str) -> str:
-        """The text that can be shown; holds back what may start a stop text, and sets `stop` at a complete
-        one."""
+        """The text that can be shown: not what may start a stop text. Sets `stop` at a complete one."""
         stop_texts = self.request.stop
         text = self._held + text
         matches = [start for start in map(text.find, stop_texts) if start >= 0]
@@ -122,8 +120,7 @@ class RunningRequest:
 
 
 class _Drafter:
-    """n-gram speculation: what followed the last MATCH_TOKENS ids when they last occurred, in prompt or
-    output."""
+    """n-gram speculation: what followed the last MATCH_TOKENS ids when they last occurred."""
 
     def __init__(self) -> None:
         self._last_end: dict[tuple[int, ...], int] = {}  # of each n-gram: the index of the token after it
@@ -141,8 +138,7 @@ class _Drafter:
         return [] if start is None or max_tokens <= 0 else ids[start : start + min(self._length, max_tokens)]
 
     def record(self, drafted: int, accepted: int) -> None:
-        """Drafts grow after one that was accepted whole; after misses in a row there is a pause that
-        doubles."""
+        """Drafts grow after one that was accepted whole; after misses in a row, a pause that doubles."""
         self._length = DRAFT_TOKENS[1] if accepted == drafted else DRAFT_TOKENS[0]
         self._misses = self._misses + 1 if accepted == 0 else 0
         self._pause = min(2**self._misses, MAX_PAUSE) if self._misses > 1 else 0

@@ -60,8 +60,7 @@ class Sampling:
 
 
 def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Sequence[int], index: int) -> int:
-    """The token after `context`, of whose tokens the last `index` were generated. `logits_V` is not
-    changed."""
+    """The token after `context`, whose last `index` tokens were generated. `logits_V` is not changed."""
     if not sampling.needs_logits:
         return argmax
     logits_V = logits_V.astype(np.float64)

@@ -1,5 +1,4 @@
-"""What is kept of the answer to an Infill: up to the end of the line or block, without what the suffix has
-already."""
+"""What is kept of an Infill's answer: up to the end of the line or block, without what the suffix has."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ class Trimmer:
         self._shown = 0  # characters of the kept text
 
     def push(self, step: Step) -> Step:
-        """The step with the text that is now known to be kept; its `stop` is "end" where nothing after it can
-        be."""
+        """The step with the text that is now known to be kept; `stop` is "end" where nothing more can be."""
         if self.infill is None:
             return step
         infill, final, done = self.infill, step.stop is not None, False
@@ -170,8 +168,7 @@ def _repeats_suffix(lines: list[str], suffix_lines: list[str], final: bool) -> b
 
 
 def _drop_overlap(text: str, prefix: str, suffix: str) -> str:
-    """Drops the end that the suffix's line repeats: words always, brackets and quotes where there is one too
-    many."""
+    """Drops the end that the suffix's line repeats: words always, brackets where there is one too many."""
     rest = suffix.split("\n", 1)[0].rstrip()
     cursor_line = prefix.rpartition("\n")[2]
     for size in range(min(len(rest), len(text)), 0, -1):

@@ -1,5 +1,4 @@
-"""What answers requests: a CompletionService turns each Request, which a dialect made, into a Job of
-Steps."""
+"""What answers requests: a CompletionService turns each Request of a dialect into a Job of Steps."""
 
 from __future__ import annotations
 
@@ -147,8 +146,7 @@ def prompt_timeout(request: Request) -> float | None:
 
 
 def supersedes(new: Job, old: Job) -> bool:
-    """Whether one editor session asked for both Infills: the older one is for a text that has changed
-    since."""
+    """Whether one editor session sent both Infills: the older one is for a text that has changed since."""
     return (
         new.request.session is not None
         and isinstance(new.request.prompt, Infill)

@@ -43,8 +43,7 @@ CANCELLED = Step(None, "", 0.0, "cancelled")
 
 
 class _Scoring:
-    """A prompt read with the log-probability of each token; from its start, since the cache keeps no
-    logits."""
+    """A prompt read with each token's log-probability; from its start, since the cache keeps no logits."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self.job = job
@@ -79,8 +78,7 @@ class Scheduler:
     def __init__(
         self, model: Model, slots: int = SLOTS, queue: int = MAX_WAITING, cache: Path | None = None
     ) -> None:
-        """`cache` is a directory where prompts are kept from one start to the next, in a file for each
-        model."""
+        """`cache` is a folder where each model's prompts are kept from one start to the next."""
         self.model, self.engine, self.slots, self.queue = model, model.engine, slots, queue
         self.tokenizer, self.context = model.tokenizer, model.engine.context
         self.name = model.preset.name if model.preset else model.path.stem
@@ -233,8 +231,7 @@ class Scheduler:
                 self._fail([*self._running_jobs(), *admitted], error)
 
     def _admit(self) -> list[Job]:
-        """Takes jobs from the queue, the last one first, while there are slots and cache for all of their
-        tokens."""
+        """Takes jobs from the queue while there are slots and room for their tokens; the last stands first."""
         admitted: list[Job] = []
         running = self._running_jobs()
         while self._waiting and len(running) < self.slots:
