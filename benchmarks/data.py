@@ -2,9 +2,9 @@
 
     python benchmarks/data.py [--megabytes 200] [--peers .venv-bench-data/bin/python] [--skip-memory]
 
-The text is the source of packages that are installed anyway. Peers run one after the other in an environment of
-their own (requirements-data.txt), on a sample that takes them some seconds. Time is CPU
-time of one process, except end to end.
+The text is the source of packages that are installed anyway. Peers run one after the other in an environment
+of their own (requirements-data.txt), on a sample that takes them some seconds. Time is CPU time of one
+process, except end to end.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def corpus(folder: Path, megabytes: float, copies: int = 1) -> list[str]:
 
 
 def texts(folder: Path, megabytes: float) -> list[tuple[str, str]]:
-    found, size = [], 0
+    texts_read, size = [], 0
     for file in sorted(each for each in folder.rglob("*.*") if each.is_file()):
         text = file.read_text("utf-8", "replace")
-        found.append((str(file.relative_to(folder)), text))
+        texts_read.append((str(file.relative_to(folder)), text))
         size += len(text.encode())
         if size > megabytes * MB:
             break
-    return found
+    return texts_read
 
 
 def timed(call, items) -> float:
@@ -75,7 +75,7 @@ def timed(call, items) -> float:
     return time.process_time() - start
 
 
-# --------------------------------------------------------------------------------- peers, in their environment
+# ------------------------------------------------------------------------------ peers, in their environment
 def peer(name: str, items: list[tuple[str, str]]) -> float:
     """Seconds of CPU that a peer takes for the texts."""
     import logging
@@ -143,19 +143,19 @@ def peer(name: str, items: list[tuple[str, str]]) -> float:
 def ours(name: str, items: list[tuple[str, str]]) -> float:
     import numpy as np
 
-    from codegemma.data import clean, dedup, graph
+    from codegemma.data import dedup, graph, redact
     from codegemma.data.documents import Document, language_of
 
     if name == "minhash":
         return timed(lambda item: dedup.signatures([np.unique(dedup.ngrams(dedup.words(item[1]), 5))]), items)
     if name == "secrets and personal data":
-        return timed(clean.Redactor(), [text for _, text in items])
+        return timed(redact.Redactor(), [text for _, text in items])
     documents = [Document("r", path, text, language_of(path, text)) for path, text in sorted(items)]
     return timed(lambda docs: graph.order("r", docs), [documents])
 
 
 def compare(folder: Path, python: str) -> None:
-    """Each of our steps and its peer, one after the other, on a sample (MB) that takes the peer some seconds."""
+    """Each of our steps and its peer, one after the other, on a sample that takes the peer some seconds."""
     pairs = [
         ("minhash", "datatrove minhash", 4),
         ("minhash", "datasketch", 8),
@@ -183,7 +183,7 @@ def compare(folder: Path, python: str) -> None:
         )
 
 
-def whole(sources: list[str], out: Path, workers: int, threshold: float = 0.8) -> dict:
+def full_build(sources: list[str], out: Path, workers: int, threshold: float = 0.8) -> dict:
     """One build from start to end: seconds, and where they go."""
     from codegemma.cli.data import load_tokenizer
     from codegemma.data.build import build
@@ -212,22 +212,23 @@ def main() -> None:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / MB
         print(f"{size:.0f} MB of source in {sum(file.is_file() for file in folder.rglob('*.*')):,} files")
         compare(folder, options.peers)
-        one, two = (whole(sources, out, workers) for workers in (1, 2))
+        single, double = (full_build(sources, out, workers) for workers in (1, 2))
         print(
-            f"whole pipeline: {size / one['wall']:.2f} MB/s with one worker, {size / two['wall']:.2f} with two, "
-            f"{one['wall'] / two['wall']:.2f} times"
+            f"whole pipeline: {size / single['wall']:.2f} MB/s with one worker, "
+            f"{size / double['wall']:.2f} with two, {single['wall'] / double['wall']:.2f} times"
         )
         for stage in ("documents", "clean", "sign", "link", "order", "rows"):
-            seconds = one[stage]["seconds"]
+            seconds = single[stage]["seconds"]
             print(
-                f"  {stage:10} {seconds:8.1f} s  {seconds / one['wall']:6.1%}  {size / max(seconds, 1e-9):8.1f} MB/s"
+                f"  {stage:10} {seconds:8.1f} s  {seconds / single['wall']:6.1%}  "
+                f"{size / max(seconds, 1e-9):8.1f} MB/s"
             )
         if not options.skip_memory:
             shutil.rmtree(folder)
-            large = whole(corpus(folder, options.megabytes, copies=5), out, 2, threshold=1.0)
+            large = full_build(corpus(folder, options.megabytes, copies=5), out, 2, threshold=1.0)
             peak = [
                 max(stage.get("peak_bytes", 0) for stage in run.values() if isinstance(stage, dict)) / MB
-                for run in (two, large)
+                for run in (double, large)
             ]
             print(f"peak memory of a worker: {peak[0]:.0f} MB, with five times the input {peak[1]:.0f} MB")
 

@@ -312,15 +312,11 @@ def test_names_of_tests(language, test, implementation):
     assert tests_beside.implementations(files) == {test: implementation}
 
 
-def test_nearest_and_imported_implementation():
+def test_nearest_implementation():
     files = dict.fromkeys(
         ["a/foo.py", "b/foo.py", "tests/b/test_foo.py", "tests/test_foo.py", "tests/test_all.py"], "python"
     )
-    imported = {"tests/test_foo.py": ["b/foo.py"], "tests/test_all.py": ["a/foo.py"]}
-    assert tests_beside.implementations(files, imported) == {
-        "tests/b/test_foo.py": "b/foo.py",
-        "tests/test_foo.py": "b/foo.py",
-        "tests/test_all.py": "a/foo.py",
-    }
-    order = tests_beside.beside(sorted(files), tests_beside.implementations(files, imported))
-    assert order == ["a/foo.py", "tests/test_all.py", "b/foo.py", "tests/b/test_foo.py", "tests/test_foo.py"]
+    implementations = tests_beside.implementations(files)
+    assert implementations == {"tests/b/test_foo.py": "b/foo.py", "tests/test_foo.py": "a/foo.py"}
+    order = tests_beside.beside(sorted(files), implementations)
+    assert order == ["a/foo.py", "tests/test_foo.py", "b/foo.py", "tests/b/test_foo.py", "tests/test_all.py"]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from codegemma.config import DataEngine
-from codegemma.data import clean, dedup
+from codegemma.data import clean, dedup, stages
 from codegemma.data.copies import CopyFinder
 from codegemma.data.documents import RULES
 from codegemma.data.draw import Draw
@@ -30,19 +30,7 @@ from codegemma.data.folder import BuildFolder, write_array, write_json
 from codegemma.data.imports import TOP_LINES
 from codegemma.data.recipe import BuildRecipe
 from codegemma.data.sources import Source, expand
-from codegemma.data.stages import (
-    CleanTask,
-    LinkTask,
-    OrderTask,
-    ReadTask,
-    Result,
-    RowsResult,
-    RowsTask,
-    SignTask,
-    Task,
-    TaskResult,
-    run_task,
-)
+from codegemma.data.stages import Result, RowsResult, Task, TaskResult, run_task
 from codegemma.files import atomic_write
 from codegemma.tokenizer import Tokenizer
 
@@ -262,10 +250,10 @@ def _run_stages(run: Build, sources: Sequence[Source]) -> None:
     shards, characters = _read_and_clean(run, sources)
     _find_copies(run, shards)
     parts = _order(run, shards, max(1, -(-characters // run.recipe.shard_bytes)))
-    rows = run.run("rows", [RowsTask(run.folder, run.recipe, number) for number in range(parts)])
+    rows = run.run("rows", [stages.RowsTask(run.folder, run.recipe, number) for number in range(parts)])
     write_ledger(run.folder)
     index, mix = mix_rows(rows, run.recipe)
-    total, tokens = sum(result.rows for result in rows), sum(result.tokens for result in rows)
+    total, tokens = sum(len(result.kinds) for result in rows), sum(sum(result.filled) for result in rows)
     run.manifest(
         "rows",
         counts=_sum(result.counts for result in rows),
@@ -283,7 +271,7 @@ def _run_stages(run: Build, sources: Sequence[Source]) -> None:
 
 def _read_and_clean(run: Build, sources: Sequence[Source]) -> tuple[int, int]:
     """Returns the number of cleaned shards, and the characters in them."""
-    reads = [ReadTask(run.folder, run.recipe, number, source) for number, source in enumerate(sources)]
+    reads = [stages.ReadTask(run.folder, run.recipe, number, source) for number, source in enumerate(sources)]
     read = run.run("documents", reads)
     run.manifest(
         "documents",
@@ -296,7 +284,7 @@ def _read_and_clean(run: Build, sources: Sequence[Source]) -> tuple[int, int]:
         for number, (source, result) in enumerate(zip(sources, read, strict=True))
         for shard in range(result.shards)
     ]
-    cleans = [CleanTask(run.folder, run.recipe, number, *shard) for number, shard in enumerate(shards)]
+    cleans = [stages.CleanTask(run.folder, run.recipe, number, *shard) for number, shard in enumerate(shards)]
     cleaned = run.run("clean", cleans)
     run.manifest(
         "clean",
@@ -308,13 +296,13 @@ def _read_and_clean(run: Build, sources: Sequence[Source]) -> tuple[int, int]:
 
 
 def _find_copies(run: Build, shards: int) -> None:
-    signed = run.run("sign", [SignTask(run.folder, run.recipe, number) for number in range(shards)])
+    signed = run.run("sign", [stages.SignTask(run.folder, run.recipe, number) for number in range(shards)])
     copies = CopyFinder(run.folder, shards, run.recipe.threshold)
     repositories = copies.before_links()
     ranges = max(1, -(-_documents(signed) // LINK_DOCUMENTS)) if shards else 0
     cuts = [(1 << 64) * number // ranges for number in range(ranges)]
     links = [
-        LinkTask(run.folder, run.recipe, number, low, high, shards)
+        stages.LinkTask(run.folder, run.recipe, number, low, high, shards)
         for number, (low, high) in enumerate(zip(cuts, [*cuts[1:], None], strict=False))
     ]
     run.run("link", links)
@@ -332,7 +320,10 @@ def _order(run: Build, shards: int, parts: int) -> int:
     cuts = [(1 << 63) * part // parts for part in range(parts + 1)]
     ordered = run.run(
         "order",
-        [OrderTask(run.folder, run.recipe, n, range(cuts[n], cuts[n + 1]), shards) for n in range(parts)],
+        [
+            stages.OrderTask(run.folder, run.recipe, n, range(cuts[n], cuts[n + 1]), shards)
+            for n in range(parts)
+        ],
     )
     run.manifest(
         "order",

@@ -1,4 +1,4 @@
-"""Which documents say the same: exact copies, near copies by MinHash, and files that hold a benchmark's problem.
+"""Which documents are near copies, by MinHash, and which hold the problem of a benchmark.
 
 Words are runs of letters, digits, "_" and bytes above 127, in lower case; a shingle is five of them in a
 row, a document of fewer is one shingle. 126 permutations in 21 bands of 6 find a pair of Jaccard similarity
@@ -26,7 +26,7 @@ MAX_PAIRS = 64  # of one bucket, each document is compared with this many of its
 
 Node = TypeVar("Node", bound=Hashable)
 
-# Rolling hash of the prefix: sum of letter[i] * BASE**i modulo 2**64. A word: a difference of two, times BASE**-start.
+# Rolling hash of a prefix: sum of letter[i] * BASE**i modulo 2**64; of a word: difference * BASE**-start.
 _BASE = 0x9E3779B97F4A7C15
 _STEP = 1 << 16
 _IS_WORD = np.array([chr(byte).isalnum() or byte == 95 or byte > 127 for byte in range(256)])
@@ -88,7 +88,7 @@ def ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
 
 
 def signatures(shingles: Sequence[np.ndarray]) -> np.ndarray:
-    """MinHash of each set of shingles: uint32 [documents, PERMUTATIONS]. An empty set has a signature of its own."""
+    """MinHash of each set of shingles: uint32 [documents, PERMUTATIONS]. The empty set has one too."""
     from rensa import RMinHash
 
     if not shingles:
@@ -166,9 +166,9 @@ def resolve(
     return kept_for
 
 
-# --------------------------------------------------------------------------------------------- decontamination
+# ------------------------------------------------------------------------------------------ decontamination
 class Benchmarks:
-    """N-grams of benchmark problems. A text that holds half of those of one field of a problem holds the problem.
+    """N-grams of benchmark problems. A text with half of those of one field of a problem holds the problem.
 
     `files` are JSON lines or arrays (also .gz): every string field of a record of at least BENCHMARK_NGRAM
     words counts, named by its task_id, or by the file and line. Raises ValueError for other files.

@@ -17,7 +17,7 @@ CODE_LANGUAGES = frozenset(FILE_RULES["code_languages"])
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it comes from. `kind` is "code", or the name of another part of the mix ("text", "math")."""
+    """One text and where it comes from. `kind` is "code", or another part of the mix ("text", "math")."""
 
     repository: str
     path: str
@@ -68,13 +68,9 @@ class Outcome:
     licence: str = ""
     size: int = 0  # bytes
 
-    @property
-    def name(self) -> str:
-        return f"{self.repository}:{self.path}"
-
 
 def decode(data: bytes) -> tuple[str, str]:
-    """The text of a file and its encoding; Latin-1 where it is not UTF-8. Raises ValueError for binary data."""
+    """The text of a file and its encoding; Latin-1 if it is not UTF-8. Raises ValueError for binary data."""
     encoding = "utf-8"
     if data.startswith(b"\xef\xbb\xbf"):
         data, encoding = data[3:], "utf-8 with BOM"

@@ -106,7 +106,7 @@ def write_table(
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """A document in a file: its row there and, once it is ordered, its group of files and what made the group."""
+    """A document in a file: its row there and, once ordered, its group of files and what made the group."""
 
     document: Document
     row: int = 0

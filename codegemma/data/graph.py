@@ -98,7 +98,7 @@ def _reachable(
 
 
 def _first_places(count: int, candidates: Sequence[Edge]) -> list[int]:
-    """Where a depth-first search leaves each file: imports first wherever no cycle forbids, so few must move."""
+    """Where a depth-first search leaves each file: imports first where no cycle forbids, so few must move."""
     targets: list[list[int]] = [[] for _ in range(count)]
     for edge in candidates:
         targets[edge.source].append(edge.target)
@@ -119,7 +119,7 @@ def _first_places(count: int, candidates: Sequence[Edge]) -> list[int]:
 
 
 def linear(count: int, kept: Sequence[Edge]) -> list[int]:
-    """Files after what they import; of those that may come next the nearest to the files placed, then the first.
+    """Files after what they import; of those that may be next the nearest to the files placed, or the first.
 
     Distance is the number of edges, whichever way they point. The report's all-pairs distances are needed
     only to the set of placed files, so each placement lowers them by a breadth-first search that stops where
@@ -154,7 +154,7 @@ def linear(count: int, kept: Sequence[Edge]) -> list[int]:
 
 
 def _lower_distances(start: int, near: list[list[int]], distance: list[int]) -> list[int]:
-    """Sets the distance of a file to 0, and of those around it to the edges between; returns those it lowered."""
+    """Sets the distance of a file to 0 and lowers those around it accordingly; returns the files lowered."""
     distance[start], front, lowered = 0, [start], []
     while front:
         reached = []

@@ -1,4 +1,7 @@
-"""What a file imports, read from its top lines: "a/b 2" for two names from a.b, "./a 1" relative, "=a/b" declared."""
+"""What a file imports, by its top lines.
+
+An entry is "a/b 2" for two names from a.b, "./a 1" if relative, or "=a/b" for a package that a file declares.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,7 @@ if TYPE_CHECKING:
     import tree_sitter
 
 TOP_LINES = 200
-FAMILIES = {  # languages whose files may import each other
-    **dict.fromkeys(("java", "kotlin"), "jvm"),
-    **dict.fromkeys(("javascript", "jsx", "typescript", "tsx"), "js"),
-    **dict.fromkeys(("c", "cpp", "cuda"), "c"),
-    **{name: name for name in ("python", "go", "csharp", "rust")},
-}
-QUERIES = {  # by family, or by language where the grammars of a family differ
-    "python": "[(import_statement) (import_from_statement)] @i",
-    "java": "[(import_declaration) (package_declaration)] @i",
-    "kotlin": "[(import) (package_header)] @i",
-    "js": "[(import_statement) (export_statement source: (_)) (call_expression function: [(import) (identifier)]"
-    " arguments: (arguments . (string) .))] @i",
-    "go": "(import_spec) @i",
-    "c": "(preproc_include) @i",
-    "csharp": "[(using_directive) (namespace_declaration name: (_) @n) "
-    "(file_scoped_namespace_declaration name: (_) @n)] @i",
-    "rust": "[(use_declaration) (mod_item !body)] @i",
-}
+FAMILIES: dict[str, str] = syntax.LANGUAGES["families"]
 
 
 def imports_of_text(text: str, language: str) -> tuple[str, ...]:
@@ -63,7 +49,8 @@ def _query(language: str) -> tree_sitter.Query:
 
     grammar = syntax.parser(language).language
     assert grammar is not None
-    return tree_sitter.Query(grammar, QUERIES.get(language) or QUERIES[FAMILIES[language]])
+    queries = syntax.LANGUAGES["queries"]
+    return tree_sitter.Query(grammar, queries.get(language) or queries[FAMILIES[language]])
 
 
 # ------------------------------------------------------------------------------- statement -> what it imports

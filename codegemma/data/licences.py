@@ -1,4 +1,4 @@
-"""The licence of a file: from its SPDX tag, a manifest or a licence text; and whether an allow-list admits it."""
+"""The licence of a file: from its SPDX tag, a manifest or a licence text; and allow-lists."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def is_statement(path: str) -> bool:
 
 
 def of_file(path: str, data: bytes) -> tuple[str, tuple[str, str] | None]:
-    """(folder that a licence file or manifest is for, (weight, SPDX expression)); None where it names no licence."""
+    """(folder that a licence file or manifest is for, (weight, SPDX expression)); None if it names none."""
     text, posix = data.decode("utf-8", "replace"), PurePosixPath(path)
     parts = [part for part in posix.parts[:-1] if not part.endswith(".dist-info")]
     folder = "/".join(part for part in parts if part.lower() != "licenses")
@@ -52,7 +52,7 @@ def of_file(path: str, data: bytes) -> tuple[str, tuple[str, str] | None]:
 
 
 def join(votes: list[tuple[str, str]]) -> str:
-    """The expression of a folder: its manifest's, else all its licence texts together, else a metadata field's."""
+    """The expression of a folder: its manifest's, else all its licence texts', else a metadata field's."""
     best = min(weight for weight, _ in votes)
     return " AND ".join(sorted({licence for weight, licence in votes if weight == best}))
 
@@ -66,7 +66,7 @@ def of_text(text: str, path: str, by_folder: dict[str, str]) -> str:
 
 
 def match_text(text: str) -> str:
-    """SPDX id of a licence text: the first rule all of whose phrases stand in it, white space and case ignored."""
+    """SPDX id of a licence text: the first rule whose phrases all stand in it; space and case are ignored."""
     words = " ".join(re.findall(r"[\w.]+", text.lower()))
     texts = rules()["texts"].items()
     return next((name for name, phrases in texts if all(phrase in words for phrase in phrases)), "")

@@ -60,7 +60,7 @@ def segments(groups: Iterable[RowGroup], length: int) -> Iterator[RowGroup]:
 
 
 def fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Best fit, largest first: the items of each row. Raises ValueError for an item that is longer than a row."""
+    """The items of each row: best fit, largest first. Raises ValueError for an item longer than a row."""
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room left, row), sorted
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

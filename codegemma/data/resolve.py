@@ -15,7 +15,7 @@ JS_ENDING = re.compile(r"\.[cm]?[jt]sx?$")
 
 
 def module_name(path: str, family: str) -> str:
-    """What an import calls a file: its path without the ending; for a package or an index file, its folder."""
+    """What an import calls a file: its path without the ending; a package or index file is its folder."""
     if family == "c":
         return path
     if family == "go":
@@ -52,7 +52,7 @@ class Resolver:
             self.namespaces[name].append(file)
 
     def __call__(self, importer: int, name: str) -> list[int]:
-        """The files that `name`, an import of file `importer`, means; none where it is of another repository."""
+        """The files that `name`, imported by file `importer`, means; none if it is of another repository."""
         family, folder = self.families[importer], PurePosixPath(self.paths[importer]).parent
         if family == "rust":
             return self._rust(importer, name)
@@ -81,7 +81,7 @@ class Resolver:
         return self._nearest(importer, files)
 
     def _absolute(self, importer: int, family: str, name: str) -> list[int]:
-        """Python and the JVM: the import is the end of a path; or its own end, behind the package's name, is one."""
+        """Python and the JVM: the import is the end of a path, or ends with one behind the package's name."""
         if family == "jvm" and name.endswith("/*"):
             return self._nearest(importer, self.namespaces.get(name[:-2], []), MAX_TARGETS)
         files = self.suffixes.get((family, name), [])
@@ -134,7 +134,7 @@ class Resolver:
         return []
 
     def _nearest(self, importer: int, files: Sequence[int], limit: int = 1) -> list[int]:
-        """Of several: those that share most leading folders with the importer, then the shortest, then by name."""
+        """Of several: those with most leading folders in common with the importer, the shortest, by name."""
         here = self.paths[importer].split("/")[:-1]
 
         def rank(file: int) -> tuple[int, int, str]:

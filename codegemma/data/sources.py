@@ -32,7 +32,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Source:
-    """One thing to read. `redistributed` sources (archives, Parquet) need a licence; a checkout is the user's own."""
+    """One thing to read. Those that were redistributed (archives, Parquet) need a licence."""
 
     path: Path
     form: Literal["folder", "tar", "zip", "parquet", "lines", "text"]
@@ -230,18 +230,10 @@ def git_state(root: Path) -> tuple[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------- tables
-COLUMNS = {
-    "text": ("content", "text", "code"),
-    "path": ("path", "max_stars_repo_path", "file_path"),
-    "repository": ("repository", "repo_name", "max_stars_repo_name", "repo"),
-    "licence": ("licence", "license", "licenses", "max_stars_repo_licenses", "detected_licenses"),
-    "commit": ("commit", "max_stars_repo_head_hexsha", "revision_id"),
-}
-
-
 def _columns(there: Collection[str]) -> dict[str, str]:
     """The column of a table for each field of a document, where there is one."""
-    matches = {field: [name for name in names if name in there] for field, names in COLUMNS.items()}
+    columns = FILE_RULES["columns"].items()
+    matches = {field: [name for name in names if name in there] for field, names in columns}
     return {field: names[0] for field, names in matches.items() if names}
 
 

@@ -30,7 +30,7 @@ KINDS: dict[Kind, float] = {
     "rest of line": 0.20,
     "characters": 0.10,
 }
-# Holes in windows are as people leave them: of those that fit 64 to 160 tokens, six in ten are one line or less.
+# Holes in windows are as people leave them: of those in 64 to 160 tokens, six in ten are one line or less.
 WINDOW_KINDS: dict[Kind, float] = {
     "line": 0.16,
     "whole lines": 0.22,
@@ -99,7 +99,7 @@ def _draw_kind(draw: Draw, kinds: Mapping[Kind, float]) -> Kind:
 
 
 def _draw_span(draw: Draw, low: int, high: int, limit: int) -> tuple[int, int]:
-    """Two places from `low` to `high`; where they may lie too far apart, the second is at most `limit` behind."""
+    """Two places from `low` to `high`, in order, at most `limit` apart."""
     first = low + draw.below(high - low + 1)
     if limit >= high - low:
         second = low + draw.below(high - low + 1)
@@ -203,7 +203,7 @@ def line_spans(text: str) -> list[tuple[int, int]]:
 
 
 def draw_lines(spans: list[tuple[int, int]], draw: Draw, limit: int, last: bool = False) -> tuple[int, int]:
-    """(start, end) of some lines in a row, any or the last ones. Their count is log-uniform, at most `limit`."""
+    """(start, end) of lines in a row, any or the last. Their count is log-uniform, at most `limit`."""
     available = min(len(spans), limit)
     count = max(1, min(available, int(math.exp(draw.uniform() * math.log(available + 1)))))
     first = len(spans) - count if last else draw.below(len(spans) - count + 1)

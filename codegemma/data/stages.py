@@ -251,7 +251,7 @@ class LinkTask(Task[TaskResult]):
         similar = similarity >= self.recipe.threshold
         write_array(self.folder.shard("edges", self.number), pairs[similar])
         write_array(self.folder.shard("edge_similarity", self.number), similarity[similar])
-        return TaskResult(counts={"candidates": len(pairs), "edges": int(similar.sum())})
+        return TaskResult()
 
 
 @dataclass(kw_only=True)
@@ -361,8 +361,6 @@ def group_files(
 
 @dataclass(kw_only=True)
 class RowsResult(TaskResult):
-    rows: int
-    tokens: int
     learned: int
     examples: int
     segments: int
@@ -388,8 +386,6 @@ class RowsTask(Task[RowsResult]):
         labels = [f"{name} {example[name]}" for example in rows.examples for name in ("layout", "boundary")]
         filled = (rows.segments_RT > 0).sum(1)
         return RowsResult(
-            rows=len(rows.tokens_RT),
-            tokens=int(filled.sum()),
             learned=int(rows.loss_RT.sum()),
             examples=len(rows.examples),
             segments=int(rows.segments_RT.max(1, initial=0).sum()),

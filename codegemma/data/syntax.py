@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import tomllib
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import tree_sitter
 
-GRAMMARS = {
-    "python": "python",
-    "java": "java",
-    "kotlin": "kotlin",
-    "javascript": "javascript",
-    "jsx": "javascript",
-    "typescript": "typescript:language_typescript",
-    "tsx": "typescript:language_tsx",
-    "go": "go",
-    "c": "c",
-    "cpp": "cpp",
-    "csharp": "c_sharp",
-    "rust": "rust",
-}
+LANGUAGES = tomllib.loads((Path(__file__).parent / "rules" / "languages.toml").read_text("utf-8"))
+GRAMMARS: dict[str, str] = LANGUAGES["grammars"]
 
-# A parse takes time and memory in proportion to the text; grammars have been seen to abort on huge generated files.
+# A parse takes time and memory in proportion to the text; some grammars abort on huge generated files.
 MAX_BYTES = 1_000_000
 
 

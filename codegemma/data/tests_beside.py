@@ -1,49 +1,32 @@
 """Unit tests beside what they test: the order of the files that the dependency graph leaves over.
 
 By name first (test_foo.py, FooTest.java, foo.spec.ts, foo_test.go, Foo.Tests.cs; the report's own example is
-TestFoo.java beside Foo.java), the nearest folder winning; among equals the file that the test imports.
+TestFoo.java beside Foo.java), the nearest folder winning.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
+from codegemma.data import syntax
 from codegemma.data.resolve import shared_parts
 
 TEST_FOLDERS = frozenset(
     {"test", "tests", "__tests__", "spec", "specs", "testing", "unittest", "unittests", "androidTest"}
 )
-# One pattern per way of naming; the group is the name of what is tested.
-CAMEL = (r"Tests?(?=[A-Z])(\w+)", r"(\w+?)(?:Tests?|TestCase|Specs?|IT)")
-SNAKE = (r"tests?_(\w+)", r"(\w+)_(?:unit)?tests?", r"(\w+)_spec")
-DOTTED = (r"([\w.-]+)[.-](?:tests?|spec|specs)", r"tests?[.-]([\w.-]+)")
-NAMES = {
-    "python": SNAKE,
-    "go": (r"(\w+)_test",),
-    "rust": SNAKE,
-    "java": CAMEL,
-    "kotlin": CAMEL,
-    "scala": CAMEL,
-    "csharp": (*CAMEL, r"([\w.]+)\.Tests?"),
-    "javascript": (*DOTTED, *SNAKE),
-    "jsx": DOTTED,
-    "typescript": (*DOTTED, *SNAKE),
-    "tsx": DOTTED,
-    "c": (*SNAKE, *CAMEL, *DOTTED),
-    "cpp": (*SNAKE, *CAMEL, *DOTTED),
-    "ruby": SNAKE,
-    "php": CAMEL,
-    "swift": CAMEL,
+NAMES: dict[str, list[str]] = {  # the patterns of each language
+    language: [pattern for kind in kinds for pattern in syntax.LANGUAGES["test_names"][kind]]
+    for language, kinds in syntax.LANGUAGES["tests"].items()
 }
 
 
 def tested(path: str, language: str) -> list[str]:
     """The names, without ending, of what a file tests; its own name where only its folder says "test"."""
     stem, folders = _stem(path), PurePosixPath(path).parts[:-1]
-    names = [match[1] for pattern in NAMES.get(language, ()) if (match := re.fullmatch(pattern, stem))]
+    names = [match[1] for pattern in NAMES.get(language, []) if (match := re.fullmatch(pattern, stem))]
     return names or ([stem] if TEST_FOLDERS & set(folders) and language in NAMES else [])
 
 
@@ -51,31 +34,27 @@ def _stem(path: str) -> str:
     return PurePosixPath(path).name.rpartition(".")[0] or PurePosixPath(path).name
 
 
-def implementations(
-    files: Mapping[str, str], imported: Mapping[str, Collection[str]] | None = None
-) -> dict[str, str]:
-    """test -> what it tests, for files given as path -> language, and what each imports where that is known."""
+def implementations(files: Mapping[str, str]) -> dict[str, str]:
+    """test -> what it tests, for files given as path -> language."""
     tests = {path: names for path, language in sorted(files.items()) if (names := tested(path, language))}
     by_stem: dict[str, list[str]] = defaultdict(list)
     for path in sorted(files.keys() - tests.keys()):
         by_stem[_stem(path)].append(path)
     implementation_of = {}
     for path, names in tests.items():
-        targets = (imported or {}).get(path, ())
         options = [
             other
             for name in names
             for other in by_stem.get(name, ())
             if files[other] == files[path] or files[path] in ("tsx", "jsx", "cpp", "typescript")
-        ] or [target for target in targets if target not in tests]
+        ]
         if options:
-            rank = {other: (other not in targets, *_distance(path, other), other) for other in options}
-            implementation_of[path] = min(options, key=rank.__getitem__)
+            implementation_of[path] = min((*_distance(path, other), other) for other in options)[-1]
     return implementation_of
 
 
 def _distance(test: str, other: str) -> tuple[int, int]:
-    """How far two files stand apart, first without test folders and the like (src/test/java, src/main/java)."""
+    """How far two files stand apart: without test folders, src and main; then by depth."""
     neutral = TEST_FOLDERS | {"src", "main", "lib"}
     folders = [PurePosixPath(path).parts[:-1] for path in (test, other)]
     here, there = ([part for part in parts if part not in neutral] for parts in folders)
