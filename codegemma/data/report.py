@@ -139,13 +139,13 @@ def _graphs(rows: Rows) -> Iterator[tuple[str, str]]:
     """(title, picture) of the repositories with the most edges, among those of the first parts."""
     import pyarrow.parquet as pq
 
-    found = []
+    graphs = []
     for part in np.unique(rows.index_N2[:, 0]).tolist()[:8]:
         edges = pq.read_table(rows.files.graph(part)).to_pylist()
         for repository, count in Counter(edge["repository"] for edge in edges).most_common(MAX_GRAPHS):
             pairs = [(e["source"], e["target"]) for e in edges if e["repository"] == repository]
-            found.append((-count, repository, part, pairs))
-    for _, repository, part, pairs in sorted(found)[:MAX_GRAPHS]:
+            graphs.append((-count, repository, part, pairs))
+    for _, repository, part, pairs in sorted(graphs)[:MAX_GRAPHS]:
         filters = [("repository", "=", repository), ("via", "=", "graph")]
         records = pq.read_table(rows.examples_file(part), columns=["path", "order"], filters=filters)
         in_order = sorted(records.to_pylist(), key=lambda record: record["order"])

@@ -121,7 +121,7 @@ def _read_repository(
     is_wrapped = form != "folder" and len(top_folders) == 1 and "" not in top_folders
     top = top_folders.pop() if is_wrapped else ""
     by_folder = {
-        folder.removeprefix(top).lstrip("/"): licences.join(found) for folder, found in votes.items()
+        folder.removeprefix(top).lstrip("/"): licences.join(given) for folder, given in votes.items()
     }
     for entry in entries():
         path = entry.path.removeprefix(f"{top}/") if top else entry.path

@@ -21,19 +21,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from codegemma.data import clean, dedup, fim, graph, pack, tests_beside
+from codegemma.data import clean, dedup, fim, folder, graph, pack, tests_beside
 from codegemma.data.documents import Document, Outcome
 from codegemma.data.draw import Draw
-from codegemma.data.folder import (
-    BuildFolder,
-    StoredDocument,
-    read_documents,
-    write_array,
-    write_documents,
-    write_json,
-    write_outcomes,
-    write_table,
-)
+from codegemma.data.folder import BuildFolder, StoredDocument, read_documents
 from codegemma.data.recipe import BuildRecipe
 from codegemma.data.sources import Source, read
 from codegemma.tokenizer import Tokenizer
@@ -84,7 +75,7 @@ def run_task(task: Task[Result]) -> Result:
     result = task.run()
     result.seconds = time.perf_counter() - start
     result.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    write_json(task.folder.result(task.stage, task.number), asdict(result))
+    folder.write_json(task.folder.result(task.stage, task.number), asdict(result))
     return result
 
 
@@ -104,8 +95,8 @@ def _tokenizer(model: Path) -> Tokenizer:
 
 
 @cache
-def _benchmarks(folder: Path) -> dedup.Benchmarks:
-    return dedup.Benchmarks(sorted(folder.glob("*")))
+def _benchmarks(path: Path) -> dedup.Benchmarks:
+    return dedup.Benchmarks(sorted(path.glob("*")))
 
 
 # ---------------------------------------------------------------------------------------------------- stages
@@ -141,7 +132,7 @@ class ReadTask(Task[ReadResult]):
         if documents:
             self._write_shard(documents, shards)
             shards += 1
-        write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
+        folder.write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
         return ReadResult(
             source=self.source.name,
             shards=shards,
@@ -152,7 +143,7 @@ class ReadTask(Task[ReadResult]):
 
     def _write_shard(self, documents: list[Document], shard: int) -> None:
         by_key = sorted(documents, key=lambda document: (document.key, document.repository, document.path))
-        write_documents(self.folder.documents(self.number, shard), map(StoredDocument, by_key))
+        folder.write_documents(self.folder.documents(self.number, shard), map(StoredDocument, by_key))
 
 
 @dataclass(kw_only=True)
@@ -181,8 +172,8 @@ class CleanTask(Task[CleanResult]):
         results = [cleaner.clean(stored.document) for stored in documents]
         kept = [result for result in results if isinstance(result, Document)]
         outcomes = [result for result in results if isinstance(result, Outcome)]
-        write_documents(self.folder.shard("clean", self.number), map(StoredDocument, kept))
-        write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
+        folder.write_documents(self.folder.shard("clean", self.number), map(StoredDocument, kept))
+        folder.write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
         return CleanResult(
             documents=len(kept),
             counts=count_outcomes(outcomes),
@@ -212,11 +203,11 @@ class SignTask(Task[TaskResult]):
         keys = dedup.band_keys(signatures).ravel()
         rows = np.repeat(np.arange(len(names), dtype=np.int64), dedup.BANDS)
         order = np.lexsort((rows, keys))
-        write_array(self.folder.shard("signatures", self.number), signatures)
-        write_array(self.folder.shard("bands", self.number), keys[order])
-        write_array(self.folder.shard("band_rows", self.number), rows[order])
+        folder.write_array(self.folder.shard("signatures", self.number), signatures)
+        folder.write_array(self.folder.shard("bands", self.number), keys[order])
+        folder.write_array(self.folder.shard("band_rows", self.number), rows[order])
         types = dict.fromkeys(("repository", "path", "kind", "task"), "string") | {"digest": "binary"}
-        write_table(self.folder.shard("names", self.number), names, types)
+        folder.write_table(self.folder.shard("names", self.number), names, types)
         return TaskResult(documents=len(names))
 
 
@@ -249,8 +240,8 @@ class LinkTask(Task[TaskResult]):
             signatures = (matrices[node >> 32][node & 0xFFFFFFFF] for node in (left, right))
             similarity[number] = np.mean(np.equal(*signatures))
         similar = similarity >= self.recipe.threshold
-        write_array(self.folder.shard("edges", self.number), pairs[similar])
-        write_array(self.folder.shard("edge_similarity", self.number), similarity[similar])
+        folder.write_array(self.folder.shard("edges", self.number), pairs[similar])
+        folder.write_array(self.folder.shard("edge_similarity", self.number), similarity[similar])
         return TaskResult()
 
 
@@ -288,12 +279,12 @@ class OrderTask(Task[OrderResult]):
             for edge in kept:
                 ends = {"source": documents[edge.source].path, "target": documents[edge.target].path}
                 edges.append({"repository": repository, **ends, "importance": edge.importance})
-        write_documents(self.folder.shard("order", self.number), ordered)
+        folder.write_documents(self.folder.shard("order", self.number), ordered)
         if self.recipe.hold_out:
-            write_documents(self.folder.held_out(self.number), held_out)
-        write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
+            folder.write_documents(self.folder.held_out(self.number), held_out)
+        folder.write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
         types = dict.fromkeys(("repository", "source", "target"), "string") | {"importance": "float64"}
-        write_table(self.folder.graph(self.number), edges, types)
+        folder.write_table(self.folder.graph(self.number), edges, types)
         return OrderResult(
             counts=count_outcomes(outcomes),
             files=count(stored.via or "" for stored in ordered),
