@@ -98,7 +98,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Document:
+class ParsedFim:
     """A FIM document read back from ids."""
 
     prefix: str
@@ -197,7 +197,7 @@ def fim_training(
     )
 
 
-def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> Document:
+def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> ParsedFim:
     """The document that `fim_training`, or `fim` with an answer behind it, spelled as `ids`; context files
     are skipped.
 
@@ -223,13 +223,13 @@ def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> Document:
     if control.file_separator in body[start:]:
         raise ValueError("more than one document: split the ids after each file separator")
     if not marks:
-        return Document(tokenizer.decode(body), "", "", None, layout)
+        return ParsedFim(tokenizer.decode(body), "", "", None, layout)
     ends = [index for index, _ in marks[1:]] + [len(body)]
     texts = {name: tokenizer.decode(body[i + 1 : end]) for (i, name), end in zip(marks, ends, strict=True)}
     path = body[:start]
     while control.file_separator in path:
         path = path[path.index(control.file_separator) + 1 :]
-    return Document(**texts, path=tokenizer.decode(path).removesuffix("\n") or None, layout=layout)
+    return ParsedFim(**texts, path=tokenizer.decode(path).removesuffix("\n") or None, layout=layout)
 
 
 def plain(tokenizer: Tokenizer, text: str) -> Prompt:
