@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from codegemma.prompts import (
-    Document,
     File,
     Message,
+    ParsedFim,
     assemble,
     chat,
     chat_stops,
@@ -182,7 +182,7 @@ def test_chat_roles_must_alternate(roles, complaint):
 @example("a\n", "\n", "\nb", "p", "psm", "eos")
 def test_training_document_parses_back(prefix, middle, suffix, path, layout, terminator):
     row = fim_training(SMALL, prefix, middle, suffix, path, layout, terminator)
-    assert parse_fim(SMALL, row.ids) == Document(prefix, suffix, middle, path, layout)
+    assert parse_fim(SMALL, row.ids) == ParsedFim(prefix, suffix, middle, path, layout)
     named = {
         label: SMALL.decode([t for t, of in zip(row.ids, row.labels, strict=True) if of == label])
         for label in row.labels
@@ -195,7 +195,7 @@ def test_training_document_parses_back(prefix, middle, suffix, path, layout, ter
     )
     assert row.labels[-1] == "terminator" and row.ids[-1] == getattr(SMALL.control, terminator)
     prompt = fim(SMALL, prefix, suffix, path, [File("x.py", "x\n"), File("y.py", suffix)], layout)
-    assert parse_fim(SMALL, prompt.ids) == Document(prefix, suffix, "", path, layout)
+    assert parse_fim(SMALL, prompt.ids) == ParsedFim(prefix, suffix, "", path, layout)
     assert parse_fim(SMALL, prompt.ids + SMALL.encode(middle)).middle == middle
     assert (
         prompt.ids[-len(row.ids) + 1 + len(SMALL.encode(middle)) :]
@@ -218,7 +218,7 @@ def test_plain_training_document():
         ("middle", SMALL.encode("whole\n")),
         ("terminator", [70]),
     )
-    assert parse_fim(SMALL, row.ids) == Document("a.py\nwhole\n", "", "", None, "prefix")
+    assert parse_fim(SMALL, row.ids) == ParsedFim("a.py\nwhole\n", "", "", None, "prefix")
     with pytest.raises(ValueError, match="no place for a suffix"):
         fim_training(SMALL, "a", "b", "c", layout="prefix")
 
