@@ -91,7 +91,7 @@ def test_adapters_run_beside_the_base():
     )
 
 
-def test_logits_behind_cached_pages_are_those_of_the_whole_text():
+def test_logits_after_cached_pages_are_those_of_the_whole_text():
     checkpoint = model("gemma2")
     engine, ids = Engine(Jax(checkpoint)), random_ids(2 * PAGE + 5)
     whole = engine.logits(ids)
