@@ -231,7 +231,7 @@ class Scheduler:
                 self._fail([*self._running_jobs(), *admitted], error)
 
     def _admit(self) -> list[Job]:
-        """Takes jobs from the queue while there are slots and room for their tokens; the last stands first."""
+        """Takes waiting jobs while there are slots and room for their tokens; the last stands first."""
         admitted: list[Job] = []
         running = self._running_jobs()
         while self._waiting and len(running) < self.slots:
