@@ -23,7 +23,7 @@ PAGES = [
 ]
 BLOCK = re.compile(
     r"(?P<mark><!-- not run: [^>]+ -->\n\n?)?"
-    r"(?:^```(?P<language>\w*)\n(?P<fenced>.*?)^```$|(?P<indented>(?:^ {4}\S.*\n?)+))",
+    r"(?:^```(?P<language>\w*)\n(?P<fenced>.*?)^```$|(?P<indented>(?:^ {4}\S[^\n]*\n?)+))",
     re.MULTILINE | re.DOTALL,
 )
 PROGRAMS = ("codegemma", "cat", "git", "pip", "make", "curl")
@@ -46,7 +46,7 @@ def commands(page: Path) -> list[tuple[str, bool]]:
     lines = []
     for text, runs in [*blocks(page, ""), *blocks(page, "sh")]:
         for line in text.replace("\\\n", " ").splitlines():
-            command = re.sub(r"\s+#(?!.*['\"]).*$", "", line).strip()
+            command = line.strip()
             if command.split(" ")[0] in PROGRAMS:
                 lines.append((command, runs))
     return lines
@@ -111,13 +111,13 @@ def sections() -> dict[str, str]:
 def test_the_options_of_a_command_exist(page, command):
     """Also of those that are not run."""
     helps = sections()
-    for part in re.split(r"[|;]", command):
-        words = shlex.split(part.replace("[", " ").replace("]", " "))
+    for part in re.split(r"[|;](?= +codegemma)", command):
+        words = shlex.split(part.replace("[", " ").replace("]", " "), comments=True)
         if not words or words[0] != "codegemma":
             continue
         if words[1] == "eval" and f"codegemma eval {words[2]}" not in helps:
             words.insert(2, "run")  # a benchmark's name in place of a verb
-        verb = next(" ".join(words[:n]) for n in (3, 2) if " ".join(words[:n]) in helps)
+        verb = next(" ".join(words[:n]) for n in (3, 2, 1) if " ".join(words[:n]) in helps)
         for word in words:
             if re.match(r"--?[a-z]", word):
                 assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", helps[verb]), (
