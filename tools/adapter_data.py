@@ -319,7 +319,7 @@ def choose(phase: str, cache: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
     save(result, out.rows(0))
     manifest = {
-        "chosen": asdict(choice),
+        "chosen": {"most" if key == "max_tokens" else key: value for key, value in asdict(choice).items()},
         "examples": len(result.examples),
         "tokens": sum(sizes),
         "layouts": Counter(example["layout"] for example in result.examples),

@@ -73,10 +73,14 @@ def _matrices(
     for key, tensor in nemo.read(path, members).items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{path}: holds {key}, which is no part of a LoRA adapter: pass another .nemo")
+            raise ValueError(
+                f"{path}: holds {key}, which is no part of a LoRA adapter: pass the adapter's own .nemo"
+            )
         values = np.array(tensor.float32(), np.float32)
         if values.ndim != 2:
-            raise ValueError(f"{path}: {key} has shape {list(values.shape)}, not a matrix's: export it again")
+            raise ValueError(
+                f"{path}: {key} has shape {list(values.shape)}, but must be a matrix: export it again"
+            )
         halves.setdefault((match[1], match[2]), {})[match[3]] = values
     layouts = {layout.name: layout for layout in table.stored_tensors(config, "nemo")}
     for (layer, name), half in halves.items():
@@ -90,7 +94,9 @@ def _matrices(
         layout = layouts.get(f"model.decoder.layers.{layer}.{FUSED.get(name)}.weight")
         if layout is None or b_Or.shape != (layout.shape[0], len(a_rI)):
             size = f"{config.layers} layers and width {config.width}"
-            raise ValueError(f"{module} of {list(b_Or.shape)} fits no matrix of a model of {size}")
+            raise ValueError(
+                f"{module} of {list(b_Or.shape)} fits no matrix of a model of {size}: it is of another kind"
+            )
         if len(layout.parts) > 1:  # the layout of the fused output, with a column for each rank
             layout = replace(layout, size={**layout.size, "D": len(a_rI)})
         for index, part in enumerate(layout.parts):

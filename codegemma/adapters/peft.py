@@ -125,7 +125,9 @@ def _module(name: str) -> str:
 def _config(file: Path) -> dict[str, Any]:
     """The fields of an adapter_config.json that this program can follow."""
     if not file.exists():
-        raise ValueError(f"{file.parent}: lacks adapter_config.json: pass a folder that PEFT saved")
+        raise ValueError(
+            f"{file.parent}: lacks adapter_config.json: pass the folder that PEFT or codegemma saved"
+        )
     fields = read_json(file)
     kind, unsupported = fields.get("peft_type"), [key for key in UNSUPPORTED if fields.get(key)]
     if kind != "LORA" or unsupported:

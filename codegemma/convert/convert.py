@@ -82,7 +82,9 @@ def convert(
     to = _target_format(target, to, overwrite)
     if quantize_to and (to != "gguf" or dtype):
         other = to if to != "gguf" else f"dtype {dtype}"
-        raise ValueError(f"--quantize makes GGUF blocks, which {other} cannot hold: drop one of the two")
+        raise ValueError(
+            f"--quantize makes GGUF blocks, which {other} cannot hold: use --to gguf alone, or --dtype"
+        )
     if importance and not quantize_to:
         raise ValueError("importance weighs the columns that --quantize rounds: pass both, or neither")
     checkpoint = open_checkpoint(hub.resolve(source))
@@ -223,7 +225,10 @@ def _cast(name: str, tensor: Tensor, type: str) -> np.ndarray:
     for start in range(0, rows, step):
         values = dequantize(tensor.rows(start, min(rows, start + step)))
         if not np.isfinite(values).all() or type == "F16" and np.abs(values).max() > 65_504:
-            raise ValueError(f"tensor {name} holds NaN, infinite or (for f16) too large weights: choose bf16")
+            raise ValueError(
+                f"tensor {name} holds NaN, infinite or (for f16) too large weights: the model is damaged, or "
+                "choose bf16"
+            )
         elements[start : start + step] = from_float32(type, values)
     return elements
 
@@ -250,5 +255,6 @@ def _check_disk(target: Path, nbytes: int) -> None:
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(parent).free) < nbytes * 1.02 + SPARE_BYTES:
         raise ValueError(
-            f"{target} takes {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free: make room"
+            f"{target} takes {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free: make room, or "
+            "choose another disk"
         )

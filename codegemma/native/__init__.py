@@ -192,7 +192,9 @@ class Native:
         RuntimeError in a forked process.
         """
         if os.getpid() != self._process:  # the pool's threads did not survive: waiting for them never ends
-            raise RuntimeError("this model was loaded before the process forked: load it in the child")
+            raise RuntimeError(
+                "this model was loaded before the process forked: load it in the child, or spawn instead"
+            )
         self._runs += 1
         if self._runs == HUGE_PAGES_AFTER:
             threading.Thread(target=self.use_huge_pages, daemon=True).start()

@@ -117,9 +117,11 @@ class Job:
         ended = self.ended or time.perf_counter()
         started = self.started or ended
         first = self.first or ended
+        prompt_n = self.prompt_tokens - self.cached_tokens
         return {
-            **_speed("prompt", self.prompt_tokens - self.cached_tokens, first - started),
+            "prompt_n": prompt_n,  # in front of cache_n, where clients have always read it
             "cache_n": self.cached_tokens,
+            **_speed("prompt", prompt_n, first - started),
             **_speed("predicted", self.predicted_tokens, ended - first),
             "queue_ms": round(1000 * (started - self.queued), 3),
             "mode": self.resolved.layout,
