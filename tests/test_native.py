@@ -5,9 +5,12 @@ at once. Float products lie within the bound of a sum in any order; other tests 
 the float64 model.
 """
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from tiny import _SCALES, dequantize, encode, random_blocks
+from tiny import _SCALES, dequantize, encode, random_blocks, tiny_config, write_tiny_gguf
 
 from codegemma import native
 from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor
@@ -192,3 +195,23 @@ def test_a_level_that_the_cpu_lacks_is_refused():
     with pytest.raises(ValueError, match=r"'sse9'.*has: .*plain.*CODEGEMMA_SIMD"):
         _native.level("sse9")
     assert _native.level("auto") == LEVELS[-1]
+
+
+def test_a_process_waits_for_the_huge_pages_at_its_end(tmp_path):
+    """A daemon thread that is inside native code when the interpreter ends aborts the process."""
+    model, mark = tmp_path / "model.gguf", tmp_path / "mark"
+    write_tiny_gguf(model, tiny_config("gemma-mqa"))
+    program = f"""
+import pathlib, time
+import codegemma
+from codegemma.native import HUGE_PAGES_AFTER, Native, Slice
+
+Native.use_huge_pages = lambda self: (time.sleep(1), pathlib.Path({str(mark)!r}).write_text("done"))
+backend = codegemma.load({str(model)!r}).backend
+pages = [backend.new_page() for _ in range(-(-HUGE_PAGES_AFTER // 64))]
+for i in range(HUGE_PAGES_AFTER):
+    backend.run([Slice([2], i, pages, 1, None)])
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert mark.read_text() == "done"

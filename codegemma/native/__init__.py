@@ -196,8 +196,8 @@ class Native:
                 "this model was loaded before the process forked: load it in the child, or spawn instead"
             )
         self._runs += 1
-        if self._runs == HUGE_PAGES_AFTER:
-            threading.Thread(target=self.use_huge_pages, daemon=True).start()
+        if self._runs == HUGE_PAGES_AFTER:  # no daemon: one inside native code at exit aborts the process
+            threading.Thread(target=self.use_huge_pages).start()
         T = sum(len(s.ids) for s in slices)
         ids_T, positions_T, sequences_T, adapters_T = (np.empty(T, np.int32) for _ in range(4))
         pages_SP = np.zeros((len(slices), max(len(s.pages) for s in slices)), np.uint64)
