@@ -1,4 +1,4 @@
-"""codegemma: the CodeGemma system. `load()` gives a model that completes, generates and chats; the rest is in modules."""
+"""codegemma: the CodeGemma system. `load()` gives a model that completes, generates and chats."""
 
 from __future__ import annotations
 

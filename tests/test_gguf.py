@@ -256,7 +256,7 @@ def test_an_empty_file_and_a_missing_one_are_named(tmp_path):
         ({"gemma3.embedding_length": "wide"}, "embedding_length must be one number"),
         ({"gemma3.feed_forward_length": [1, 2]}, "feed_forward_length must be one number"),
         ({"gemma3.rope.freq_base": float("nan")}, "rope_base must be a finite number"),
-        ({"gemma3.attention.value_length": 128}, "value_length must be attention.key_length"),
+        ({"gemma3.attention.value_length": 128}, "value_length must equal attention.key_length \\(32\\)"),
         ({"gemma3.rope.scaling.type": "yarn"}, "rope.scaling.type must be linear"),
         ({"gemma3.attention.head_count": 3}, "shape|multiple"),
         ({"split.count": 4}, "llama-gguf-split --merge"),

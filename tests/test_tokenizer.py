@@ -15,6 +15,7 @@ import vocabularies as vocab
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from codegemma.checkpoints import huggingface_tokenizer
 from codegemma.tokenizer import FIM_IDS, StreamDecoder, Tokenizer
 
 CONTROL = [
@@ -364,3 +365,15 @@ def test_second_start_and_long_text_are_quick(real):
     start = time.perf_counter()
     assert tokenizer.decode(tokenizer.encode("=-" * 250_000 + "a" * 500_000)).count("a") == 500_000
     assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize("name", ["<bos>", "<s>"])
+def test_a_written_tokenizer_json_begins_texts_with_the_vocabularys_own_begin_token(name):
+    pieces, scores, types = vocab.rows(vocab.small())
+    tokenizer = Tokenizer.from_pieces(
+        [name if piece == "<bos>" else piece for piece in pieces], scores, types
+    )
+    library = tokenizers.Tokenizer.from_str(json.dumps(huggingface_tokenizer.tokenizer_json(tokenizer)))
+    for pair in (None, "a"):
+        ids = library.encode("def", pair).ids
+        assert ids[0] == tokenizer.control.bos and ids.count(ids[0]) == 1 + (pair is not None)

@@ -152,7 +152,9 @@ def read(path: Path) -> Contents:
     if version & 0xFFFF == 0:
         raise header.fault("is a big-endian GGUF", "convert it for little-endian machines")
     if version not in (2, 3):
-        raise header.fault(f"is GGUF version {version}, but only 2 and 3 are known", "convert it again")
+        raise header.fault(
+            f"is GGUF version {version}, but only 2 and 3 are known", "convert the model again"
+        )
     tensors, entries = header.count("tensors", MAX_ENTRIES), header.count("header entries", MAX_ENTRIES)
     metadata: dict[str, Any] = {}
     for _ in range(entries):
@@ -184,7 +186,9 @@ def _tensors(header: _Header, count: int, alignment: Any) -> dict[str, Tensor]:
             raise header.fault(f"tensors {previous} and {name} overlap")
         previous, end = name, offset + size
         if start + end > len(raw):
-            raise header.fault(f"tensor {name} needs {start + end:,} bytes of file, not {len(raw):,}")
+            raise header.fault(
+                f"tensor {name} needs {start + end:,} bytes of file, but there are {len(raw):,}"
+            )
         tensors[name] = ArrayTensor.view(type, shape, raw[start + offset : start + end])
     return {name: tensors[name] for name in infos}
 

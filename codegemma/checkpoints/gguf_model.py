@@ -45,9 +45,14 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
         values["global_every"] = 1
     for key in ("attention.value_length", "rope.dimension_count"):
         if str(stated.get(key, values["head_width"])) != str(values["head_width"]):
-            raise damaged(f"{path}: {architecture}.{key} must be attention.key_length, as in every Gemma")
+            raise damaged(
+                f"{path}: {architecture}.{key} must equal attention.key_length ({values['head_width']}), "
+                "as in every Gemma"
+            )
     if str(stated.get("rope.scaling.type", "linear")) not in ("linear", "none"):
-        raise ValueError(f"{path}: rope.scaling.type must be linear or none, as in every Gemma")
+        raise ValueError(
+            f"{path}: {architecture}.rope.scaling.type must be linear or none, as in every Gemma"
+        )
     values["query_scale"] = _query_scale(architecture, values)
     with naming(path):
         return ModelConfig(architecture, vocab=vocab, **values)
@@ -77,7 +82,8 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     if not math.isclose(config.query_scale, scale, rel_tol=1e-6):
         given = config.query_scale
         raise ValueError(
-            f"GGUF has no key for the query scale {given}, and implies {scale}: write safetensors"
+            f"GGUF has no key for the query scale {given}: readers of a {architecture} file take {scale}; "
+            "write safetensors instead"
         )
     return entries
 
@@ -136,7 +142,10 @@ def load(path: Path) -> Checkpoint:
     metadata, stored = gguf.read(path)
     embedding = table.stored_name("gguf", "embed")
     if str(metadata.get("split.count", 1)) not in ("0", "1"):
-        raise ValueError(f"{path}: is one part of a split model: join them with llama-gguf-split --merge")
+        raise ValueError(
+            f"{path}: is one part of a model split into several files: join them with "
+            "llama-gguf-split --merge"
+        )
     vocab = stored[embedding].shape[0] if embedding in stored else 1
     model = config(path, metadata, vocab)
     tensors = table.from_format("gguf", path, model, stored)
@@ -144,7 +153,10 @@ def load(path: Path) -> Checkpoint:
     if pieces is None:
         return Checkpoint(path, model, tensors, metadata)
     if not isinstance(pieces, gguf.Strings) or len(pieces) > vocab:
-        raise damaged(f"{path}: tokenizer.ggml.tokens must be at most {vocab:,} strings, as {embedding}")
+        raise damaged(
+            f"{path}: tokenizer.ggml.tokens must be at most {vocab:,} strings, one for each row "
+            f"of {embedding}"
+        )
     return Checkpoint(path, model, tensors, metadata, lambda: tokenizer(path, metadata))
 
 

@@ -43,7 +43,9 @@ def shards(path: Path) -> list[Path]:
     if missing := [file.name for file in files if not file.exists()]:
         raise damaged(f"{path}: lacks {', '.join(missing)}, which its index names")
     if not files:
-        raise ValueError(f"{path}: holds no *.safetensors: download them, or pass a .gguf file")
+        raise ValueError(
+            f"{path}: holds no *.safetensors: download the model in that format, or pass a .gguf file"
+        )
     return files
 
 
@@ -79,7 +81,9 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
     architecture: Any = "gemma3" if kind == "gemma3_text" else kind
     known = table.format_table("hf")["defaults"]
     if architecture not in list(known):
-        raise ValueError(f"model_type is {kind!r}, but this program runs {', '.join(known)}: choose a Gemma")
+        raise ValueError(
+            f"model_type is {kind!r}, but this program runs {', '.join(known)}: choose a Gemma or CodeGemma"
+        )
     if fields.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention makes this an embedding model: choose another")
     for key in ("hidden_activation", "hidden_act"):
@@ -110,7 +114,10 @@ def _global_every(fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
     is_global = [kind == "full_attention" for kind in types]
     period = is_global.index(True) + 1 if True in is_global else max(period, len(types) + 1)
     if is_global != [(layer + 1) % period == 0 for layer in range(len(types))]:
-        raise ValueError(f"layer_types {types} does not repeat, as every Gemma's does: choose another model")
+        raise ValueError(
+            f"layer_types {types} does not repeat: every Gemma has one full_attention after a fixed number "
+            "of sliding_attention: choose another model"
+        )
     return period
 
 

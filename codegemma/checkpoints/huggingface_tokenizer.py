@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from codegemma.checkpoints.table import written_fields
@@ -42,13 +43,24 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         for split in range(1, len(piece))
         if piece[:split] in ids and piece[split:] in ids
     ]
-    document, fim, bos = written_fields("hf_tokenizer"), _fim_ids(tokenizer), tokenizer.control.bos
+    document, fim = written_fields("hf_tokenizer"), _fim_ids(tokenizer)
     document["added_tokens"] = [
         {"id": token, **_added_token(pieces[token], type != USER_DEFINED and token not in fim)}
         for token, type in enumerate(types)
         if type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    document["post_processor"]["special_tokens"]["<bos>"]["ids"] = [bos]
+    document["post_processor"] |= _begin_token(pieces, tokenizer.control.bos)
     document["model"]["vocab"] = ids
     document["model"]["merges"] = [(pieces[left], pieces[right]) for *_, left, right in sorted(merges)]
     return document
+
+
+def _begin_token(pieces: Sequence[str], bos: int | None) -> dict[str, Any]:
+    """What a TemplateProcessing puts in front of each text: the vocabulary's own begin token, often <bos>."""
+    name = "<bos>" if bos is None else pieces[bos]
+    first, second = (
+        [{"SpecialToken": {"id": name, "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]
+        for i, text in enumerate("AB")
+    )
+    tokens = {name: {"id": name, "ids": [bos], "tokens": [name]}}
+    return {"single": first, "pair": first + second, "special_tokens": tokens}

@@ -56,7 +56,9 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         for size in (config.head_width, config.width / config.heads)
     )
     if not by_head_width and not by_heads:
-        raise ValueError(f"KerasHub cannot say the query scale {config.query_scale}: write safetensors")
+        raise ValueError(
+            f"KerasHub cannot say the query scale {config.query_scale}: write safetensors instead"
+        )
     is_gemma3 = config.architecture == "gemma3"
     module = "gemma3_backbone" if is_gemma3 else "gemma_backbone"
     fields = table.config_keys("keras", config)

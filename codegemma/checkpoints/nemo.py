@@ -77,7 +77,9 @@ def _inflated(path: Path) -> Any:
             while block := source.read(1 << 20):
                 out.write(block)
                 if out.tell() > max_bytes:
-                    raise damaged(f"{path}: grows to more than {MAX_INFLATION} times its size")
+                    raise ValueError(
+                        f"{path}: grows to more than {MAX_INFLATION} times its size: it is no model"
+                    )
         out.flush()
         return mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ) if out.tell() else b""
 
@@ -89,13 +91,16 @@ def read(path: Path, members: Members) -> dict[str, Tensor]:
         value = torch.read(f"{path}: {archives[0]}", members[archives[0]])
         return torch.state_dict(str(path), value, "nemo")
     if archives:
-        parts = f"is split into {len(archives)} parts"
+        parts = f"is split into {len(archives)} parts for tensor parallelism"
         raise ValueError(f"{path}: {parts}: save it with tensor_model_parallel_size=1")
     if "model_weights/.metadata" in members:
         return _unstacked(dict(_distributed(path, members)))
     arrays = [name.split("/")[1] for name in members if re.fullmatch(r"model_weights/[^/]+/\.zarray", name)]
     if not arrays:
-        raise damaged(f"{path}: holds neither model_weights.ckpt nor a checkpoint in model_weights/")
+        raise ValueError(
+            f"{path}: holds neither model_weights.ckpt nor a distributed checkpoint in model_weights/: "
+            "export the model again"
+        )
     return _unstacked({name: _zarr(path, members, name) for name in arrays})
 
 

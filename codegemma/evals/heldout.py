@@ -80,7 +80,7 @@ def complete(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> li
 
 
 def likelihood(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
-    """For each hole: logp (nats) and tokens of its middle; ended: whether the terminator is likeliest after it."""
+    """For each hole: logp (nats) and tokens of its middle; ended: is the terminator the likeliest next?"""
     terminator = fim_training(model.tokenizer, "", "", "").ids[-1]
     pairs: list[tuple[list[int], list[int]]] = []
     for hole in holes:
