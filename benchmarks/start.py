@@ -1,4 +1,4 @@
-"""A cold `codegemma complete --json` (new process, warm file cache): seconds to the first token, and peak memory.
+"""A cold `codegemma complete --json` in a new process: seconds to the first token, and peak memory.
 
 PYTHONPATH=. .venv/bin/python benchmarks/start.py [--rounds 5] [--log]
 """
@@ -41,8 +41,8 @@ def main() -> None:
     first = statistics.median(seconds[1:])
     entry = (
         f"\n## {datetime.date.today()}: cold start\n\n`benchmarks/start.py --rounds {args.rounds}`: "
-        f"`codegemma complete --json` on a prompt of {tokens} tokens, one token generated: {first:.2f} s from "
-        "start to exit (median; target 0.8 s to the first token).\n"
+        f"`codegemma complete --json` on a prompt of {tokens} tokens, one token generated: {first:.2f} s "
+        "from start to exit (median; target 0.8 s to the first token).\n"
         f"Peak memory {peak:.0f} MB: the file's {file:.0f}, its keys and values {cache:.0f}, and "
         f"{peak - file - cache:.0f} more (bound 150).\n"
     )

@@ -1,4 +1,4 @@
-"""What mkdocs adds to docs/: the README as the first page, and Mermaid, so that no page asks another site for it."""
+"""What mkdocs adds to docs/: the pages at the top of the repository, and Mermaid's own script."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def from_docs(text: str) -> str:
-    """A page of the repository's top with its links made relative to docs/; links to other files become text."""
+    """A page with its links made relative to docs/; links to files outside docs/ become text."""
     text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|[\w-]+\.(?:md|svg)(?:#|\)))[^)]*\)", r"\1", text)

@@ -1,4 +1,4 @@
-"""Which programs of this machine work: one that is there but broken is skipped with its reason, as a missing one is."""
+"""Which programs of this machine work: what is missing or broken is skipped, with the reason."""
 
 import functools
 import shutil

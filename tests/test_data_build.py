@@ -62,7 +62,7 @@ def python_file(draw, number, others):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Checkouts, a copied repository, an archive, a Parquet table, plain text, and things that cannot be read."""
+    """Checkouts, a copied repository, an archive, a Parquet table, plain text, and unreadable files."""
     root, draw = tmp_path_factory.mktemp("corpus"), random.Random(7)
     for name in ("one", "two", "fork"):
         folder = root / "checkouts" / name
@@ -91,7 +91,8 @@ def corpus(tmp_path_factory):
     )
     with tarfile.open(root / "thing-1.0.tar.gz", "w:gz") as archive:
         for name, text in {
-            "thing-1.0/LICENSE": "Permission is hereby granted, free of charge, to any person. The above copyright "
+            "thing-1.0/LICENSE": "Permission is hereby granted, free of charge, to any person. The above "
+            "copyright "
             "notice "
             "and this permission notice shall be included in all copies",
             "thing-1.0/a.py": python_file(draw, 1, []),
@@ -357,7 +358,8 @@ from codegemma.tokenizer import Tokenizer
 if __name__ == "__main__":
     tokenizer = Tokenizer.from_sentencepiece(open({str(tmp_path / "tokenizer.model")!r}, "rb").read())
     build.build({sources_of(corpus)!r}, {str(out)!r}, tokenizer, BuildRecipe(length=512, shard_bytes=20_000),
-                benchmarks=[{str(corpus / "toy.jsonl")!r}], resume=True, progress=lambda *at: print("task", flush=True))
+                benchmarks=[{str(corpus / "toy.jsonl")!r}], resume=True,
+                progress=lambda *_: print("task", flush=True))
 """)
     killed = 0
     for after in (1, 3, 9, 14, 2, 10**6):  # tasks done before the kill

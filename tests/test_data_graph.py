@@ -37,7 +37,7 @@ def naive_acyclic(found):
 
 
 def naive_linear(count, kept):
-    """The report's words: all-pairs shortest paths, then always the unparented file nearest to the placed ones."""
+    """As the report says: all-pairs shortest paths, then the unparented file nearest to the placed ones."""
     inf = 10**6
     far = [[0 if i == j else inf for j in range(count)] for i in range(count)]
     for e in kept:
@@ -122,7 +122,8 @@ CASES = {
     ),
     "java": (
         {
-            "src/main/java/p/A.java": "package p;\nimport p.q.B;\nimport static p.q.C.make;\nimport p.r.*;\nclass A "
+            "src/main/java/p/A.java": "package p;\nimport p.q.B;\nimport static p.q.C.make;\nimport p.r.*;\n"
+            "class A "
             "{}\n",
             "src/main/java/p/q/B.java": "package p.q;\nimport java.util.List;\nclass B {}\n",
             "src/main/java/p/q/C.java": "package p.q;\nclass C {}\n",
@@ -136,7 +137,8 @@ CASES = {
     ),
     "javascript": (
         {
-            "src/a.js": "import {b} from './b';\nconst c = require('../lib/c.js');\nimport React from 'react';\n",
+            "src/a.js": "import {b} from './b';\nconst c = require('../lib/c.js');\n"
+            "import React from 'react';\n",
             "src/b.mjs": "export {d} from './d';\n",
             "src/d/index.js": "",
             "lib/c.js": "",
@@ -240,7 +242,7 @@ def test_python_edges_agree_with_grimp(monkeypatch):
         for b in built.find_modules_directly_imported_by(a)
         if a in names and b in names
     }
-    # grimp resolves `from pkg import name` to pkg or pkg.name, we draw both edges: compare what grimp finds, and ours
+    # grimp resolves `from pkg import name` to pkg or pkg.name, and we draw both edges: compare both,
     # without the packages' own __init__ files
     missing = theirs - ours
     extra = {edge for edge in ours - theirs if not edge[1].endswith("__init__.py")}

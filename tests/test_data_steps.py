@@ -204,7 +204,8 @@ def test_languages(path, language):
 
 def test_licences_of_a_repository_and_its_parts(tmp_path):
     mit = (
-        b"Permission is hereby granted, free of charge, to any person. The above copyright notice and this permission "
+        b"Permission is hereby granted, free of charge, to any person. The above copyright notice and this "
+        b"permission "
         b"notice shall be included in all copies"
     )
     source = tar_of(
@@ -304,8 +305,7 @@ def test_rules_can_be_replaced(tmp_path):
 
 
 def planted(count=40, seed=5):
-    """(text, {kind: values}) with secrets and personal data of every kind among ordinary code, and decoys beside
-    them."""
+    """(text, {kind: values}) with secrets and personal data of every kind among ordinary code, and decoys."""
     draw = random.Random(seed)
     letters, lower = string.ascii_letters + string.digits, string.ascii_lowercase
 
@@ -608,8 +608,8 @@ def test_parts_make_the_text_and_no_control_id_comes_from_it(tokenizer, parts, s
 
 
 SAMPLE = (
-    "import os\n\n\ndef first(a, b):\n    '''Säy \u4e16.'''\n    if a > b:\n        return a\n    total = a + b\n    "
-    "return total * 2\n\n\n"
+    "import os\n\n\ndef first(a, b):\n    '''Säy \u4e16.'''\n"
+    "    if a > b:\n        return a\n    total = a + b\n    return total * 2\n\n\n"
     "class Thing:\n    size = 3\n\n    def grow(self, by=1):\n        self.size += by\n        return self\n"
 )
 

@@ -124,7 +124,8 @@ def test_a_circle_is_found():
 
 
 def test_an_import_inside_a_function_is_seen():
-    source = "def f():\n    from codegemma.cli import main\n    from codegemma import hub\n    import codegemma.serve.app"
+    lines = ("from codegemma.cli import main", "from codegemma import hub", "import codegemma.serve.app")
+    source = "def f():\n    " + "\n    ".join(lines)
     assert {module for module, _ in imports(source)} == {
         "codegemma.cli.main",
         "codegemma.hub",
