@@ -1,4 +1,4 @@
-"""Control groups (v2, delegated, or v1): memory and process limits of a box, where this user may set them."""
+"""Control groups (v1 or delegated v2), which limit the memory and the processes of a box."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BOX_PROCESSES = 4  # bubblewrap, supervisor, monitor and init
 
 
 class Cgroup:
-    """A new group. Raises OSError where this user may not make one."""
+    """A new control group for one box. Raises OSError where this user may not create one."""
 
     _number = count()
 
@@ -25,13 +25,13 @@ class Cgroup:
             folder.mkdir()
 
     def enter(self, command: list[str]) -> list[str]:
-        """`command`, which first joins the group; moved later, its children would stay outside."""
+        """Wraps `command` so that it joins the group before it starts, and its children are born in it."""
         files = [str(folder / "cgroup.procs") for folder in self._folders]
         script = 'while [ "$1" != : ]; do echo $$ > "$1" || exit; shift; done; shift; exec "$@"'
         return ["/bin/sh", "-c", script, "sh", *files, ":", *command]
 
     def limit(self, memory: int, processes: int) -> None:
-        """Limits the next program to bytes of memory, without swap, and to a number of processes."""
+        """Limits the next program to `memory` bytes, without swap, and to a number of processes."""
         file = self._memory / ("memory.max" if self._is_v2 else "memory.limit_in_bytes")
         file.write_text(str(memory))
         for swap in (self._memory / "memory.swap.max", self._memory / "memory.swappiness"):
@@ -40,13 +40,14 @@ class Cgroup:
         (self._pids / "pids.max").write_text(str(processes + BOX_PROCESSES))
 
     def kills(self) -> int:
-        """Processes that the kernel has ended so far because the memory was used up."""
+        """How many of the group's processes the kernel has killed so far for want of memory."""
         text = (self._memory / ("memory.events" if self._is_v2 else "memory.oom_control")).read_text()
         return int(dict(line.split() for line in text.splitlines()).get("oom_kill", 0))
 
     def close(self) -> None:
+        """Removes the group, once its last processes have ended (waits for up to a second)."""
         for folder in self._folders:
-            for _ in range(200):  # its last processes may not have ended yet
+            for _ in range(200):
                 try:
                     folder.rmdir()
                     break
@@ -55,17 +56,17 @@ class Cgroup:
 
 
 def _parents() -> tuple[Path, Path]:
-    """The folders where groups for memory and for processes can be made. Raises OSError: none."""
+    """The folders in which groups for memory and for processes can be created. Raises OSError without any."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     paths = {kind: path for _, kind, path in (line.split(":", 2) for line in lines)}  # kind "" is version 2
     if "" in paths:
-        own = Path(f"{ROOT}{paths['']}")
-        for folder in (own, *own.parents):
+        current = Path(f"{ROOT}{paths['']}")
+        for folder in (current, *current.parents):
             control = folder / "cgroup.subtree_control"
-            divisible = control.is_file() and {"memory", "pids"} <= set(control.read_text().split())
-            if divisible and os.access(folder / "cgroup.procs", os.W_OK) and os.access(folder, os.W_OK):
+            delegated = control.is_file() and {"memory", "pids"} <= set(control.read_text().split())
+            if delegated and os.access(folder / "cgroup.procs", os.W_OK) and os.access(folder, os.W_OK):
                 return folder, folder
     parents = [ROOT / kind / paths[kind].lstrip("/") for kind in ("memory", "pids") if kind in paths]
     if len(parents) < 2 or not all(folder.is_dir() and os.access(folder, os.W_OK) for folder in parents):
-        raise PermissionError("no cgroup here that this user may divide")
+        raise PermissionError("this user may not create a control group for memory and processes")
     return parents[0], parents[1]

@@ -1,9 +1,10 @@
 """The inside of the sandbox: a warm Python interpreter that forks one jailed process per job.
 
-host.py starts this file under bubblewrap and speaks to it in JSON lines. Each job has a chain of four
-processes: the supervisor reads jobs; a monitor, outside the job's namespaces, watches time and output; an
-init, process 1 of the job's namespaces, mounts the private folder; and the program runs without capabilities
-or descriptors, and sees no other process. Killing init ends the whole tree. Standard library only.
+host.py starts this file under bubblewrap; jobs and replies are JSON lines. Each process below is the parent
+of the next: the supervisor reads jobs; a monitor, outside the job's namespaces, watches time and output; an
+init, process 1 of the job's namespaces, mounts the private folder; the program runs without capabilities or
+inherited descriptors and sees no other process. Killing init kills everything in the job. Standard library
+only.
 """
 
 import atexit
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 FOLDER = "/tmp"
 NEW_NS, NEW_UTS, NEW_IPC, NEW_PID = 0x0002_0000, 0x0400_0000, 0x0800_0000, 0x2000_0000  # linux/sched.h
@@ -26,24 +28,23 @@ NOSUID, NODEV, NOEXEC = 2, 4, 8  # linux/mount.h
 PDEATHSIG = 1  # linux/prctl.h
 CAPABILITY_V3 = 0x2008_0522  # linux/capability.h
 for name in "collections copy functools heapq itertools math random re string typing".split():  # noqa: SIM905
-    __import__(name)  # once here, not once in every program
+    __import__(name)  # here, so that no program has to load it again
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check(result, call):
-    """Raises OSError where a C call failed."""
+    """Raises OSError, with the name of the call, where a C function has returned an error."""
     if result:
         raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
 
 
 def mount(kind, target, flags, options):
-    check(
-        libc.mount(kind.encode(), target.encode(), kind.encode(), flags, options.encode()), f"mount {target}"
-    )
+    result = libc.mount(kind.encode(), target.encode(), kind.encode(), flags, options.encode())
+    check(result, f"mount {target}")
 
 
 def supervise():
-    """Serves jobs until the host closes the pipe. A monitor that fails ends the box."""
+    """Serves jobs until the host closes the pipe, or until a monitor dies."""
     site.setquit()
     print(json.dumps({"ready": sys.version.split()[0]}), flush=True)
     for line in sys.stdin:
@@ -55,23 +56,24 @@ def supervise():
 
 
 def run_monitor(job):
+    """Runs one job in new namespaces and prints its reply; ends the process."""
     try:
         check(libc.unshare(NEW_NS | NEW_UTS | NEW_IPC | NEW_PID), "unshare")
         pipes = {name: os.pipe() for name in ("stdout", "stderr", "finished", "report")}
+        readers = {reader: name for name, (reader, _) in pipes.items()}
+        writers = {name: writer for name, (_, writer) in pipes.items()}
         nonce = os.urandom(16)
         started = time.monotonic()
         init = os.fork()
         if not init:
-            run_init(job, {name: ends[1] for name, ends in pipes.items()}, nonce)
-        for ends in pipes.values():
-            os.close(ends[1])
-        reply = watch(
-            job, {ends[0]: name for name, ends in pipes.items()}, init, started + job["limits"]["seconds"]
-        )
+            run_init(job, writers, nonce)
+        for writer in writers.values():
+            os.close(writer)
+        reply = watch(job, readers, init, started + job["limits"]["seconds"])
         finished = reply.pop("finished").startswith(nonce) or not job["must_finish"]
         if reply["outcome"] == "passed" and not finished:
             reply["outcome"] = "failed"
-            reply["stderr"] += b"\nThe program left before its last statement.\n"
+            reply["stderr"] += b"\nThe program ended before its last statement.\n"
         reply["seconds"] = time.monotonic() - started
         reply |= {name: reply[name].decode(errors="replace") for name in ("stdout", "stderr")}
     except BaseException:
@@ -81,7 +83,7 @@ def run_monitor(job):
 
 
 def watch(job, readers, init, deadline):
-    """Reads what the job writes until its namespaces have ended, the time is up or the output is too long."""
+    """The reply: reads the job's pipes until all are closed, the time is up or the output is too long."""
     text = {name: bytearray() for name in readers.values()}
     outcome, output_left = None, job["limits"]["output"]
     while readers:
@@ -112,35 +114,29 @@ def watch(job, readers, init, deadline):
     if "error" in report:
         raise OSError(report["error"])
     code = report["exit_code"]
-    return (
-        reply
-        | report
-        | {"outcome": "timed_out" if code == -signal.SIGXCPU else "failed" if code else "passed"}
-    )
+    outcome = "timed_out" if code == -signal.SIGXCPU else "failed" if code else "passed"
+    return reply | report | {"outcome": outcome}
 
 
 def run_init(job, writers, nonce):
-    """Process 1 of the job: makes private mounts, runs the program, collects the files asked for."""
+    """Process 1 of the job: makes private mounts, runs the program, reports its exit code and files."""
     try:
         libc.prctl(PDEATHSIG, signal.SIGKILL)
         disk = job["limits"]["disk"]
         mount("tmpfs", FOLDER, NOSUID | NODEV, f"size={disk},nr_inodes=65536,mode=700")
         mount("tmpfs", "/dev/shm", NOSUID | NODEV | NOEXEC, f"size={disk},nr_inodes=1024,mode=700")
         mount("proc", "/proc", NOSUID | NODEV | NOEXEC, "")
-        with open("/proc/sys/user/max_user_namespaces", "w") as file:
-            file.write("0")
+        Path("/proc/sys/user/max_user_namespaces").write_text("0")
         for name, content in job["files"].items():
-            path = os.path.join(FOLDER, name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "wb") as file:
-                file.write(base64.b64decode(content))
-                os.fchmod(file.fileno(), 0o700)
+            path = Path(FOLDER, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(content))
+            path.chmod(0o700)
         program = os.fork()
         if not program:
             run_program(job, writers, nonce)
-        status = wait_for(program)
         report = {
-            "exit_code": os.waitstatus_to_exitcode(status),
+            "exit_code": os.waitstatus_to_exitcode(wait_for(program)),
             "files": collect(job["collect"], disk),
             "peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         }
@@ -152,11 +148,10 @@ def run_init(job, writers, nonce):
 
 
 def wait_for(program):
-    """Reaps orphans until the program ends, then ends the processes that it left behind."""
-    while True:
+    """The program's wait status. Reaps orphans until then, and kills the processes that it left behind."""
+    pid = 0
+    while pid != program:
         pid, status = os.wait()
-        if pid == program:
-            break
     try:
         os.kill(-1, signal.SIGKILL)
         while True:
@@ -166,7 +161,7 @@ def wait_for(program):
 
 
 def collect(folders, max_bytes):
-    """{path: base64} of the named files, and of those under the named folders; follows no symlink."""
+    """{path: base64} of the named files and of all files in the named folders, without symlinks."""
     files = {}
     for folder in folders:
         top = os.path.join(FOLDER, folder)
@@ -179,10 +174,11 @@ def collect(folders, max_bytes):
 
 
 def run_program(job, writers, nonce):
+    """Becomes the program; exit code 127 says that it could not be started."""
     source, limits = job["source"], job["limits"]
     try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # out of memory: the kernel ends this one first, not the supervisor
+        # Out of memory, the kernel then kills this process first, not the supervisor.
+        Path("/proc/self/oom_score_adj").write_text("1000")
         finished = jail(limits, writers, keep_finished=source is not None)
         os.chdir(FOLDER)
         if source is None:
@@ -196,13 +192,15 @@ def run_program(job, writers, nonce):
 
 
 def jail(limits, writers, keep_finished):
-    """Drops capabilities and all descriptors but 0, 1, 2 (and 3, which proves the end); sets limits."""
+    """Sets limits, drops capabilities and closes all descriptors but 0, 1, 2 and, if asked, "finished".
+
+    Returns the descriptor of "finished", to which the program's last statement is reported.
+    """
     os.setsid()
     null = os.open("/dev/null", os.O_RDONLY)
     fds = [null, writers["stdout"], writers["stderr"], writers["finished"]]
-    fds = [os.dup(fd) for fd in fds]  # out of the way of 0..3
-    high = [os.dup2(fd, 100 + i) for i, fd in enumerate(fds)]
-    for i, fd in enumerate(high):
+    copies = [os.dup2(fd, 100 + i) for i, fd in enumerate(fds)]  # some of them may be 0, 1, 2 or 3
+    for i, fd in enumerate(copies):
         os.dup2(fd, i, inheritable=i < 3)
     os.closerange(4 if keep_finished else 3, 4096)
     for kind, value in (
@@ -221,14 +219,17 @@ def jail(limits, writers, keep_finished):
 
 
 def run_source(source, finished, nonce):
-    """Runs a program; returns the exit code that an interpreter would. Reaching the end writes the nonce."""
+    """Runs a program and returns the exit code that an interpreter would give it.
+
+    When its last statement has run, writes the nonce, which the program cannot know, to `finished`.
+    """
     code, program = 0, os.getpid()
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
     sys.argv = ["program.py"]
     sys.modules["__main__"] = module = type(sys)("__main__")
     try:
         exec(compile(source, "program.py", "exec"), module.__dict__)
-        if os.getpid() == program:  # a forked child's end proves nothing
+        if os.getpid() == program:  # not a forked child, whose end proves nothing
             os.write(finished, nonce)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

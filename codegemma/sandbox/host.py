@@ -1,9 +1,8 @@
-"""Untrusted program -> outcome, in bubblewrap: no network, a read-only system, a private bounded folder, hard
-limits.
+"""Runs untrusted programs in bubblewrap and says how each ended, within limits of time, memory and output.
 
-What the program did is a value (`Result.outcome`); what the sandbox failed to do raises SandboxError, and
-nothing is ever run outside it. Boxes are kept warm: each is one bubblewrap with an interpreter (guest.py)
-that forks a jailed process per job, so a Python program starts in a few milliseconds.
+How a program ended is a value (`Result.outcome`); a sandbox that fails raises SandboxError, and no program is
+ever run outside it. Boxes are kept warm: each is one bubblewrap with an interpreter (guest.py) that forks a
+jailed process per job, so a Python program starts in a few milliseconds.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +31,11 @@ from codegemma.sandbox.cgroup import Cgroup
 
 Outcome = Literal["passed", "failed", "timed_out", "out_of_memory", "output_too_long"]
 GUEST = Path(__file__).with_name("guest.py")
-GRACE_SECONDS = 300.0  # a box that says nothing for this long beyond its job's limit is broken
-TRIES = 3
+GRACE_SECONDS = 300.0  # a box that has not answered this long after its job's time limit is broken
+TRIES = 3  # boxes that a job is given to, before the sandbox's failure is raised
 SYSTEM = "/bin /sbin /lib /lib32 /lib64 /libx32 /etc/alternatives /etc/ld.so.cache /etc/mono /etc/localtime"
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
-# The guest drops the capabilities before it runs a program.
+# The guest needs capabilities to mount a job's folder; it drops them before it runs the program.
 ISOLATION = """--unshare-all --unshare-user --uid 1000 --gid 1000 --hostname sandbox --new-session
     --cap-add ALL --clearenv --setenv PYTHONHASHSEED 0 --setenv LANG C.UTF-8"""
 FOLDERS = """--symlink /proc/self/fd /dev/fd --dir /dev/shm --tmpfs /tmp --remount-ro /dev --remount-ro /"""
@@ -45,12 +45,12 @@ INSTALL = "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf i
 
 
 class SandboxError(RuntimeError):
-    """The sandbox could not do its work. Says nothing about the program, which must not be scored."""
+    """The sandbox itself failed, so nothing is known of the program, which must not be scored."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on one job, in bytes and seconds. `cpu_seconds` 0 stands for twice the wall time."""
+    """Limits of one job, in bytes and seconds. `cpu_seconds` 0 means twice `seconds`, which is wall time."""
 
     seconds: float = 10.0
     cpu_seconds: int = 0
@@ -68,7 +68,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Result:
-    """What a program did. `exit_code` is negative for a signal, None where the sandbox ended the program."""
+    """How a program ended. `exit_code` is minus the signal's number, or None if the sandbox killed it."""
 
     outcome: Outcome
     exit_code: int | None
@@ -84,7 +84,6 @@ class Box:
     def __init__(self, readonly: Sequence[Path], use_cgroups: bool) -> None:
         command = _bubblewrap(readonly)
         self.cgroup = _cgroup(use_cgroups)
-        self._rest = b""
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
                 self.cgroup.enter(command) if self.cgroup else command,
@@ -94,6 +93,8 @@ class Box:
                 stderr=errors,
                 start_new_session=True,
             )
+            assert self.process.stdin and self.process.stdout
+            self._jobs, self._replies = self.process.stdin, self.process.stdout
             try:
                 self._read(GRACE_SECONDS)
             except SandboxError as error:
@@ -107,18 +108,17 @@ class Box:
                 ) from error
 
     def run(self, job: dict[str, Any], limits: Limits) -> Result:
-        """Raises SandboxError where the box could not do its work; it must then be closed."""
+        """Raises SandboxError where the box failed; it must then be closed."""
         kills_before = 0
-        bounds = asdict(limits) | {"cpu_seconds": limits.cpu_seconds or int(2 * limits.seconds) + 1}
-        bounds |= {"data": limits.memory}
+        cpu_seconds = limits.cpu_seconds or int(2 * limits.seconds) + 1
+        bounds = asdict(limits) | {"cpu_seconds": cpu_seconds, "data": limits.memory}
         if self.cgroup:
             self.cgroup.limit(limits.memory, limits.processes)
             kills_before = self.cgroup.kills()
             bounds |= {"data": None, "processes": None}
-        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps(job | {"limits": bounds}).encode() + b"\n")
-            self.process.stdin.flush()
+            self._jobs.write(json.dumps(job | {"limits": bounds}).encode() + b"\n")
+            self._jobs.flush()
         except OSError as error:
             raise SandboxError(f"the sandbox has ended: {error}") from error
         reply = self._read(limits.seconds + GRACE_SECONDS)
@@ -132,24 +132,21 @@ class Box:
         return Result(outcome, reply["exit_code"], reply["stdout"], reply["stderr"], reply["seconds"], files)
 
     def _read(self, seconds: float) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        deadline, parts = time.monotonic() + seconds, [self._rest]
-        while b"\n" not in parts[-1]:
-            if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        """The next reply. Raises SandboxError where none comes within so many seconds."""
+        deadline, line = time.monotonic() + seconds, bytearray()
+        while not line.endswith(b"\n"):
+            if not select.select([self._replies], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise SandboxError(f"the sandbox did not answer within {seconds:.0f} s")
-            parts.append(os.read(self.process.stdout.fileno(), 1 << 20))
-            if not parts[-1]:
+            chunk = os.read(self._replies.fileno(), 1 << 20)
+            if not chunk:
                 raise SandboxError("the sandbox ended without an answer")
-        line, _, self._rest = b"".join(parts).partition(b"\n")
+            line += chunk
         return json.loads(line)
 
     def close(self) -> None:
         self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self.process.wait()
+        with contextlib.suppress(OSError), self.process:  # closes the pipes and waits for the end
+            pass
         if self.cgroup:
             self.cgroup.close()
 
@@ -160,14 +157,14 @@ def _cgroup(use_cgroups: bool) -> Cgroup | None:
             return Cgroup()
     if os.geteuid() == 0:  # the kernel never counts root's processes against RLIMIT_NPROC
         raise SandboxError(
-            "root without a cgroup to divide cannot be kept from making processes without end: run as an "
-            "ordinary user"
+            "a sandbox of root cannot limit the number of processes, because no control group can be created "
+            "here: run as an ordinary user"
         )
     return None
 
 
 def _bubblewrap(readonly: Sequence[Path]) -> list[str]:
-    """The command of a box, which sees the system's folders and `readonly`."""
+    """The command of a box, which sees the system's folders and the `readonly` ones."""
     if platform.system() != "Linux":
         raise SandboxError(
             f"untrusted code is run in bubblewrap, which needs Linux, not {platform.system()}: use a Linux "
@@ -194,7 +191,10 @@ def _bubblewrap(readonly: Sequence[Path]) -> list[str]:
 
 
 class Sandbox:
-    """A pool of warm boxes that see the system's folders and `readonly`. Safe to share between threads."""
+    """A pool of at most `workers` warm boxes, one for each job at a time. Safe to share between threads.
+
+    Programs can read the system's folders and the `readonly` ones.
+    """
 
     def __init__(
         self, readonly: Sequence[Path | str] = (), workers: int | None = None, *, use_cgroups: bool = True
@@ -229,8 +229,8 @@ class Sandbox:
         `passed` means exit code 0 and, with `must_finish`, that the last statement was reached: a program
         that leaves early with code 0 has `failed`. `bounds` are fields of Limits.
         """
-        job = {"source": source, "command": [], "must_finish": must_finish}
-        return self._run(job, files, {}, (), limits or Limits(**bounds))
+        job = {"source": source, "command": [], "must_finish": must_finish, "collect": [], "env": {}}
+        return self._run(job, files or {}, limits or Limits(**bounds))
 
     def run(
         self,
@@ -248,28 +248,25 @@ class Sandbox:
         """
         if not command:
             raise ValueError("sandbox: command is empty: give the program's name and arguments")
-        job = {"source": None, "command": list(command), "must_finish": False}
-        return self._run(job, files, env or {}, collect, limits or Limits(**bounds))
+        job: dict[str, Any] = {"source": None, "command": list(command), "must_finish": False}
+        job |= {"collect": list(collect), "env": dict(env or {})}
+        return self._run(job, files or {}, limits or Limits(**bounds))
 
-    def _run(
-        self,
-        job: dict[str, Any],
-        files: Mapping[str, str | bytes] | None,
-        env: Mapping[str, str],
-        collect: Sequence[str],
-        limits: Limits,
-    ) -> Result:
-        for name in [*(files or {}), *collect]:
+    def _run(self, job: dict[str, Any], files: Mapping[str, str | bytes], limits: Limits) -> Result:
+        for name in [*files, *job["collect"]]:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"sandbox: file names must stay inside the private folder, got {name!r}")
         encoded = {
             name: base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
-            for name, content in (files or {}).items()
+            for name, content in files.items()
         }
-        job = job | {"files": encoded, "collect": list(collect), "env": ENVIRONMENT | dict(env)}
+        job |= {"files": encoded, "env": ENVIRONMENT | job["env"]}
         with self._slots:
             for attempt in range(1, TRIES + 1):
-                box = self._take()
+                try:
+                    box = self._idle.get_nowait()
+                except queue.Empty:
+                    box = Box(self.readonly, self.use_cgroups)
                 try:
                     result = box.run(job, limits)
                 except BaseException as error:
@@ -281,28 +278,16 @@ class Sandbox:
                     return result
         raise AssertionError("unreachable")
 
-    def _take(self) -> Box:
-        try:
-            return self._idle.get_nowait()
-        except queue.Empty:
-            return Box(self.readonly, self.use_cgroups)
-
 
 def _close_all(idle: queue.SimpleQueue[Box]) -> None:
     while not idle.empty():
         idle.get().close()
 
 
-_default: Sandbox | None = None
-_default_lock = threading.Lock()
-
-
+@cache
 def default() -> Sandbox:
-    """The process-wide sandbox behind `run_python` and `run`, made at first use."""
-    global _default
-    with _default_lock:
-        _default = _default or Sandbox()
-    return _default
+    """The process-wide sandbox of `run_python` and `run`, created at first use."""
+    return Sandbox()
 
 
 def run_python(source: str, **options: Any) -> Result:
