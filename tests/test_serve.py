@@ -899,7 +899,7 @@ def test_a_long_prompt_delays_other_requests_by_little(blocked):
         next(lines)
         engine.sizes.clear()
         backend.engine.prefill_rate = 300.0
-        backend.engine.measured = lambda tokens, seconds: None
+        backend.engine.update_prefill_rate = lambda tokens, seconds: None
         long = [2, *np.random.default_rng(0).integers(110, 515, 700).tolist()]
         assert (
             good(server.post("/v1/completions", json={"prompt": [long], "max_tokens": 1}))["usage"][

@@ -20,10 +20,11 @@ from codegemma import __version__
 from codegemma.serve.dialects import llamacpp, mistral, ollama, openai, tabby
 from codegemma.serve.guard import RequestGuard, Rules
 from codegemma.serve.requests import Busy, CompletionService
-from codegemma.serve.wire import dumps, reply
+from codegemma.serve.wire import AnswerWriter, dumps, reply
 
 PAGE = Path(__file__).parent / "web"
 PUBLIC_PATHS = {"/", "/health", "/v1/health", "/terms"}  # these and the page's files need no key
+MISTRAL_PATHS = ("/v1/fim", "/fim")
 NO_PAGE = "codegemma is running. The page was not built into this installation: see /openapi.json\n"
 
 shared_router = APIRouter()
@@ -124,15 +125,16 @@ class _PageFiles(StaticFiles):
 
 def error_response(path: str, status: int, message: str, body: Any = None) -> Response:
     """An error in the form of the path's protocol."""
+    writer: type[AnswerWriter] = llamacpp.LlamaWriter
     if path.startswith("/api/"):
-        return reply(ollama.error(status, message), status)
-    if path.startswith(("/v1/fim", "/fim")):
-        return reply(mistral.error(status, message), status)
-    if path in ("/v1/events", "/v1beta/server_setting") or tabby.is_tabby(body):
+        writer = ollama.OllamaWriter
+    elif path.startswith(MISTRAL_PATHS):
+        writer = mistral.MistralWriter
+    elif path in ("/v1/events", "/v1beta/server_setting") or tabby.is_tabby(body):
         return Response(dumps(message)[1:-1], status, media_type="text/plain")
-    if path.startswith("/v1/") or path in ("/chat/completions", "/models"):
-        return reply(openai.error(status, message), status)
-    return reply(llamacpp.error(status, message), status)
+    elif path.startswith("/v1/") or path in ("/chat/completions", "/models"):
+        writer = openai.OpenAIWriter
+    return reply(writer.error(status, message), status)
 
 
 async def _on_error(http: HttpRequest, error: Exception) -> Response:
@@ -158,7 +160,7 @@ async def _on_error(http: HttpRequest, error: Exception) -> Response:
 def _on_invalid_body(path: str, error: RequestValidationError) -> Response:
     """400, or 422 where Mistral's and Tabby's servers say so."""
     problems = [{"loc": [*p["loc"]], "msg": p["msg"], "type": p["type"]} for p in error.errors()]
-    if path.startswith(("/v1/fim", "/fim")):
+    if path.startswith(MISTRAL_PATHS):
         return reply({"detail": problems}, 422)
     messages = []
     for problem in problems:

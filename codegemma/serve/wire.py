@@ -1,4 +1,4 @@
-"""From Steps to bytes: JSON, server-sent events, lines of JSON. Each stops when its client leaves."""
+"""From Steps to HTTP responses in JSON, complete or streamed. A client that leaves cancels its jobs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +24,12 @@ from codegemma.tokenizer import Tokenizer
 
 log = logging.getLogger("codegemma.serve")
 
-DONE = b"data: [DONE]\n\n"  # the end of OpenAI's and Mistral's streams
-
 
 @dataclass(frozen=True)
 class Answer:
-    """A job with all its steps."""
+    """A job with its steps so far; `index` is its place among the answers to one HTTP request."""
 
+    index: int
     job: Job
     steps: list[Step]
 
@@ -59,7 +58,7 @@ class Answer:
 
 
 def service(http: HttpRequest) -> CompletionService:
-    """What answers this server's requests."""
+    """The service that answers this server's requests."""
     return http.app.state.service  # type: ignore[no-any-return]
 
 
@@ -73,50 +72,12 @@ def reply(value: Any, status: int = 200) -> Response:
     return Response(dumps(value), status, media_type="application/json")
 
 
-def event(value: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + dumps(value) + b"\n\n"
-
-
-def line(value: Any) -> bytes:
-    """A line of JSON."""
-    return dumps(value) + b"\n"
-
-
-def spelled(data: bytes) -> str:
-    """A token's bytes as OpenAI shows them: those that are no text as \\xNN."""
+def token_text(data: bytes) -> str:
+    """A token's bytes in OpenAI's form: text, or bytes:\\xNN where they are no valid UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-LogprobEntry = Callable[[int, float, bytes], dict[str, Any]]  # (token, log-probability, the token's bytes)
-
-
-def openai_entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
-    """A token of a log-probability list, as OpenAI and Ollama write it."""
-    return {"token": spelled(data), "logprob": logprob, "bytes": list(data)}
-
-
-def logprob_entries(
-    tokenizer: Tokenizer, steps: Sequence[Step], entry: LogprobEntry = openai_entry, keep_empty: bool = True
-) -> list[dict[str, Any]]:
-    """The log-probabilities of the steps' tokens, each with its alternatives in `top_logprobs`.
-
-    `keep_empty`: whether a token without alternatives has an empty list.
-    """
-
-    def entry_of(token: int, logprob: float) -> dict[str, Any]:
-        return entry(token, logprob, tokenizer.decode_bytes([token], control=True))
-
-    entries = []
-    for step in steps:
-        if step.token is not None:
-            alternatives = [entry_of(*top) for top in step.top]
-            more = {"top_logprobs": alternatives} if alternatives or keep_empty else {}
-            entries.append(entry_of(step.token, step.logprob) | more)
-    return entries
 
 
 async def submit(http: HttpRequest, requests: Sequence[Request]) -> list[Job]:
@@ -142,46 +103,90 @@ async def collect(http: HttpRequest, requests: Sequence[Request]) -> list[Answer
     """The complete answers to all requests. Raises ValueError and Busy as the service does."""
     jobs = await submit(http, requests)
     async with _cancelled_on_disconnect(http.receive, jobs):
-        return [Answer(job, [step async for step in job.steps()]) for job in jobs]
+        return [Answer(index, job, [step async for step in job.steps()]) for index, job in enumerate(jobs)]
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """How a protocol writes: `write` makes a part of a stream, `error` the value of an error."""
+class AnswerWriter:
+    """Writes the answers to one HTTP request in a protocol's form. Each protocol has a subclass."""
 
-    error: Callable[[int, str], dict[str, Any]]
-    write: Callable[[Any], bytes] = event
-    media_type: str = "text/event-stream"
+    media_type = "text/event-stream"  # of a stream
+    end_marker = b""  # the last bytes of a stream
 
-    async def respond(
-        self,
-        http: HttpRequest,
-        requests: Sequence[Request],
-        stream: bool,
-        complete: Callable[[list[Answer]], Any],
-        parts: Callable[[list[Job]], AsyncIterator[bytes]],
-    ) -> Response:
-        """The response to one client: a stream of `parts`, or else the JSON value `complete`."""
+    def __init__(self, http: HttpRequest) -> None:
+        self.http, self.service = http, service(http)
+        self.tokenizer = self.service.tokenizer
+
+    @staticmethod
+    def error(status: int, message: str) -> dict[str, Any]:
+        """The JSON value of an error."""
+        raise NotImplementedError
+
+    def complete(self, answers: list[Answer]) -> Any:
+        """The JSON value of finished answers."""
+        raise NotImplementedError
+
+    def begin(self, answers: list[Answer]) -> Iterable[Any]:
+        """The JSON values of a stream before the first step."""
+        return ()
+
+    def parts(self, answer: Answer, step: Step) -> Iterable[Any]:
+        """The JSON values that a stream sends for a step, which is the last of `answer.steps` so far."""
+        raise NotImplementedError
+
+    def end(self, answers: list[Answer]) -> Iterable[Any]:
+        """The JSON values of a stream after the last step."""
+        return ()
+
+    def encode(self, value: Any) -> bytes:
+        """A JSON value of a stream as bytes: a server-sent event."""
+        return b"data: " + dumps(value) + b"\n\n"
+
+    def logprob_entry(self, token: int, logprob: float) -> dict[str, Any]:
+        """A token of a log-probability list, as OpenAI and Ollama write it."""
+        data = self.tokenizer.decode_bytes([token], control=True)
+        return {"token": token_text(data), "logprob": logprob, "bytes": list(data)}
+
+    def logprob_entries(self, steps: Sequence[Step], keep_empty: bool = True) -> list[dict[str, Any]]:
+        """The log-probabilities of the steps' tokens, each with its alternatives in `top_logprobs`.
+
+        `keep_empty`: whether a token without alternatives has an empty list.
+        """
+        entries = []
+        for step in steps:
+            if step.token is not None:
+                alternatives = [self.logprob_entry(*top) for top in step.top]
+                more = {"top_logprobs": alternatives} if alternatives or keep_empty else {}
+                entries.append(self.logprob_entry(step.token, step.logprob) | more)
+        return entries
+
+    async def respond(self, requests: Sequence[Request], stream: bool) -> Response:
+        """The response with the answers to all requests. Raises ValueError and Busy as the service does."""
         if not stream:
-            return reply(complete(await collect(http, requests)))
-        jobs = await submit(http, requests)
+            return reply(self.complete(await collect(self.http, requests)))
+        jobs = await submit(self.http, requests)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(self._stream(http, jobs, parts(jobs)), 200, headers, self.media_type)
+        return StreamingResponse(self._stream(jobs), 200, headers, self.media_type)
 
-    async def _stream(
-        self, http: HttpRequest, jobs: list[Job], parts: AsyncIterator[bytes]
-    ) -> AsyncIterator[bytes]:
-        """The parts. An error on the way becomes the last part: the status was sent before."""
-        async with _cancelled_on_disconnect(http.receive, jobs):
+    async def _stream(self, jobs: list[Job]) -> AsyncIterator[bytes]:
+        """The bytes of a stream. An error becomes its last value, since the status was sent before."""
+        answers = [Answer(index, job, []) for index, job in enumerate(jobs)]
+        async with _cancelled_on_disconnect(self.http.receive, jobs):
             try:
-                async for part in parts:
-                    yield part
+                for value in self.begin(answers):
+                    yield self.encode(value)
+                async for index, step in _merged(jobs):
+                    answers[index].steps.append(step)
+                    for value in self.parts(answers[index], step):
+                        yield self.encode(value)
+                for value in self.end(answers):
+                    yield self.encode(value)
+                yield self.end_marker
             except Exception as error:
-                log.warning("%s %s: %s", http.method, http.url.path, error)
-                yield self.write(self.error(500, str(error)))
+                log.warning("%s %s: %s", self.http.method, self.http.url.path, error)
+                yield self.encode(self.error(500, str(error)))
 
 
-async def merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
+async def _merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
     """The steps of all jobs as they come, each with its job's index."""
     queue: asyncio.Queue[tuple[int, Step | Exception]] = asyncio.Queue()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, reduce
@@ -18,11 +18,10 @@ from pydantic import AfterValidator, BaseModel, Field
 from codegemma import __version__, prompts
 from codegemma.generate.request import Infill, Request, TextPrompt
 from codegemma.generate.running import Step
-from codegemma.serve.bodies import ExtensionFields, ExtraFile, SamplingFields, TopCount
+from codegemma.serve.bodies import ExtensionFields, SamplingFields, TopCount
 from codegemma.serve.dialects.openai import ERROR_TYPES, OpenAIMessage, check_choice_count, choices_of
 from codegemma.serve.metrics import MetricsCollector
-from codegemma.serve.requests import Job
-from codegemma.serve.wire import Answer, Dialect, event, logprob_entries, merged, reply, service
+from codegemma.serve.wire import Answer, AnswerWriter, reply, service
 
 router = APIRouter(tags=["llama.cpp"])
 
@@ -83,7 +82,6 @@ class LlamaFields(ExtensionFields, SamplingFields):
 class LlamaInfillBody(LlamaFields):
     input_prefix: str
     input_suffix: str
-    input_extra: list[ExtraFile] | None = None
     prompt: str | None = None
     n_indent: int | None = None
     n_cmpl: int | None = None
@@ -120,13 +118,78 @@ class TemplateBody(BaseModel):
     messages: Annotated[list[OpenAIMessage], Field(min_length=1)]
 
 
-def error(status: int, message: str) -> dict[str, Any]:
-    """The value of an error."""
-    kind = LLAMA_ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"code": status, "message": message, "type": kind}}
+class LlamaWriter(AnswerWriter):
+    """Writes each answer as one value, in a stream after a value for each part of its text."""
 
+    def __init__(self, http: HttpRequest, body: LlamaInfillBody | LlamaCompletionBody) -> None:
+        super().__init__(http)
+        self.body = body
 
-DIALECT = Dialect(error)
+    @staticmethod
+    def error(status: int, message: str) -> dict[str, Any]:
+        kind = LLAMA_ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        return {"error": {"code": status, "message": message, "type": kind}}
+
+    def complete(self, answers: list[Answer]) -> Any:
+        values = [self._final(answer, answer.steps) for answer in answers]
+        return values if len(values) > 1 else values[0]
+
+    def parts(self, answer: Answer, step: Step) -> Iterable[dict[str, Any]]:
+        if step.text or (step.token is not None and (self.body.return_tokens or self.body.n_probs)):
+            yield {
+                "index": answer.index,
+                "content": step.text,
+                "tokens": self._tokens([step]),
+                "stop": False,
+                "id_slot": -1,
+                "tokens_predicted": answer.job.predicted_tokens,
+                "tokens_evaluated": answer.job.prompt_tokens,
+                **self._probabilities([step]),
+            }
+        if step.stop is not None:
+            yield self._final(answer, [])
+
+    def logprob_entry(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self.tokenizer.decode_bytes([token], control=True)
+        text = data.decode("utf-8", "replace")
+        return {"id": token, "token": text, "bytes": list(data), "logprob": logprob}
+
+    def _final(self, answer: Answer, steps: Sequence[Step]) -> dict[str, Any]:
+        """A complete answer; or, with no `steps`, the last event of a stream that has sent them already."""
+        job, request = answer.job, answer.job.request
+        value = {
+            "index": answer.index,
+            "content": "".join(step.text for step in steps),
+            "tokens": self._tokens(steps),
+            "id_slot": -1,
+            "stop": True,
+            "model": self.service.name,
+            "tokens_predicted": job.predicted_tokens,
+            "tokens_evaluated": job.prompt_tokens,
+            "generation_settings": {
+                "n_predict": request.max_tokens,
+                **{name: getattr(request.sampling, name) for name in SHOWN_SETTINGS},
+                "stop": list(request.stop),
+            },
+            "prompt": self.tokenizer.decode(job.prompt_ids, control=True),
+            "has_new_line": job.has_line,
+            "truncated": False,
+            "stop_type": STOP_TYPES.get(answer.stop, "none"),
+            "stopping_word": answer.stop_word(self.tokenizer),
+            "tokens_cached": job.cached_tokens,
+            "timings": job.timings(),
+            **self._probabilities(steps),
+        }
+        if isinstance(self.body, LlamaInfillBody) and answer.text:
+            value["id"] = answer.offer(self.body.language)
+        return _selected(value, self.body.response_fields)
+
+    def _tokens(self, steps: Sequence[Step]) -> list[int]:
+        return [step.token for step in steps if step.token is not None] if self.body.return_tokens else []
+
+    def _probabilities(self, steps: Sequence[Step]) -> dict[str, Any]:
+        wanted = self.body.n_probs and steps
+        return {"completion_probabilities": self.logprob_entries(steps)} if wanted else {}
 
 
 @router.post("/infill")
@@ -141,7 +204,7 @@ async def infill(body: LlamaInfillBody, http: HttpRequest) -> Response:
     requests = choices_of(body.llama_request(http, prompt, INFILL_TOKENS, temperature=temperature), count)
     if count > 1:
         requests[0] = replace(requests[0], sampling=replace(requests[0].sampling, temperature=0.0))
-    return await _respond(body, http, requests)
+    return await LlamaWriter(http, body).respond(requests, bool(body.stream))
 
 
 @router.post("/completion")
@@ -154,12 +217,12 @@ async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
     sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "seed": seed}
     texts = [TextPrompt(_text_or_ids(http, prompt), raw=True) for prompt in prompts]
     requests = [body.llama_request(http, text, COMPLETION_TOKENS, **sampling) for text in texts]
-    return await _respond(body, http, requests)
+    return await LlamaWriter(http, body).respond(requests, bool(body.stream))
 
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
-    """TextPrompt to token ids."""
+    """Text to token ids."""
     tokenizer = service(http).tokenizer
     vllm = body.content is None and body.prompt is not None
     bos = body.add_special_tokens if vllm else bool(body.add_special)
@@ -257,7 +320,9 @@ async def slots(http: HttpRequest) -> Response:
 @router.post("/embeddings", include_in_schema=False)
 async def embeddings() -> Response:
     """Not supported."""
-    return reply(error(501, "This server does not support embeddings: CodeGemma is a generator"), 501)
+    return reply(
+        LlamaWriter.error(501, "This server does not support embeddings: CodeGemma is a generator"), 501
+    )
 
 
 def _text_or_ids(http: HttpRequest, prompt: MixedPrompt) -> str | tuple[int, ...]:
@@ -276,90 +341,6 @@ def _text_or_bytes(data: bytes) -> str | list[int]:
         return data.decode()
     except UnicodeDecodeError:
         return list(data)
-
-
-async def _respond(body: LlamaFields, http: HttpRequest, requests: list[Request]) -> Response:
-    def complete_answer(answers: list[Answer]) -> Any:
-        values = [
-            _selected(_final(body, http, answer, index, answer.steps), body.response_fields)
-            for index, answer in enumerate(answers)
-        ]
-        return values if len(values) > 1 else values[0]
-
-    return await DIALECT.respond(
-        http, requests, bool(body.stream), complete_answer, lambda jobs: _stream(body, http, jobs)
-    )
-
-
-async def _stream(body: LlamaFields, http: HttpRequest, jobs: list[Job]) -> AsyncIterator[bytes]:
-    steps: list[list[Step]] = [[] for _ in jobs]
-    async for index, step in merged(jobs):
-        steps[index].append(step)
-        if step.text or (step.token is not None and (body.return_tokens or body.n_probs)):
-            part = {
-                "index": index,
-                "content": step.text,
-                "tokens": _tokens(body, [step]),
-                "stop": False,
-                "id_slot": -1,
-                "tokens_predicted": jobs[index].predicted_tokens,
-                "tokens_evaluated": jobs[index].prompt_tokens,
-            }
-            yield event(part | _probabilities(body, http, [step]))
-        if step.stop is not None:
-            final = _final(body, http, Answer(jobs[index], steps[index]), index, [])
-            yield event(_selected(final, body.response_fields))
-
-
-def _final(
-    body: LlamaFields, http: HttpRequest, answer: Answer, index: int, steps: Sequence[Step]
-) -> dict[str, Any]:
-    """A complete answer; or, with no `steps`, the last event of a stream that has sent them already."""
-    job, request, tokenizer = answer.job, answer.job.request, service(http).tokenizer
-    value = {
-        "index": index,
-        "content": "".join(step.text for step in steps),
-        "tokens": _tokens(body, steps),
-        "id_slot": -1,
-        "stop": True,
-        "model": service(http).name,
-        "tokens_predicted": job.predicted_tokens,
-        "tokens_evaluated": job.prompt_tokens,
-        "generation_settings": {
-            "n_predict": request.max_tokens,
-            **{name: getattr(request.sampling, name) for name in SHOWN_SETTINGS},
-            "stop": list(request.stop),
-        },
-        "prompt": tokenizer.decode(job.prompt_ids, control=True),
-        "has_new_line": any("\n" in step.text for step in answer.steps),
-        "truncated": False,
-        "stop_type": STOP_TYPES.get(answer.stop, "none"),
-        "stopping_word": answer.stop_word(tokenizer),
-        "tokens_cached": job.cached_tokens,
-        "timings": job.timings(),
-        **_probabilities(body, http, steps),
-    }
-    if isinstance(body, LlamaInfillBody) and answer.text:
-        value["id"] = answer.offer(body.language)
-    return value
-
-
-def _tokens(body: LlamaFields, steps: Sequence[Step]) -> list[int]:
-    return [step.token for step in steps if step.token is not None] if body.return_tokens else []
-
-
-def _probabilities(body: LlamaFields, http: HttpRequest, steps: Sequence[Step]) -> dict[str, Any]:
-    def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
-        return {
-            "id": token,
-            "token": data.decode("utf-8", "replace"),
-            "bytes": list(data),
-            "logprob": logprob,
-        }
-
-    if not body.n_probs or not steps:
-        return {}
-    return {"completion_probabilities": logprob_entries(service(http).tokenizer, steps, entry)}
 
 
 def _selected(answer: dict[str, Any], fields: list[str] | None) -> dict[str, Any]:

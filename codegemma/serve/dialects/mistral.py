@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
+from codegemma.generate.running import Step
 from codegemma.serve.bodies import ExtensionFields, StopTexts, TokenCount
-from codegemma.serve.dialects.openai import finish_reason, usage
-from codegemma.serve.requests import Job
-from codegemma.serve.wire import DONE, Answer, Dialect, event, merged, service
+from codegemma.serve.dialects.openai import DONE, finish_reason, usage
+from codegemma.serve.wire import Answer, AnswerWriter
 
 router = APIRouter(tags=["Mistral"])
 
@@ -29,13 +29,38 @@ class MistralFimBody(ExtensionFields):
     stream: bool | None = None
 
 
-def error(status: int, message: str) -> dict[str, Any]:
-    """The value of an error."""
-    kind = "invalid_request_error" if status < 500 else "internal_error"
-    return {"object": "error", "message": message, "type": kind, "param": None, "code": str(status)}
+class MistralWriter(AnswerWriter):
+    """Writes the one answer. Every chunk has a string in `delta.content`, which Tabby insists on."""
+
+    end_marker = DONE
+
+    def __init__(self, http: HttpRequest, body: MistralFimBody) -> None:
+        super().__init__(http)
+        created, model = int(time.time()), body.model or self.service.name
+        self.head = {"id": secrets.token_hex(16), "created": created, "model": model}
+        self.role: dict[str, str] = {"role": "assistant"}  # in the first chunk
+
+    @staticmethod
+    def error(status: int, message: str) -> dict[str, Any]:
+        kind = "invalid_request_error" if status < 500 else "internal_error"
+        return {"object": "error", "message": message, "type": kind, "param": None, "code": str(status)}
+
+    def complete(self, answers: list[Answer]) -> dict[str, Any]:
+        (answer,) = answers
+        message = {"role": "assistant", "content": answer.text, "tool_calls": None}
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason(answer.stop)}
+        return {**self.head, "object": "chat.completion", "choices": [choice], **_totals(answer)}
+
+    def parts(self, answer: Answer, step: Step) -> Iterable[dict[str, Any]]:
+        if step.text or step.stop is not None:
+            delta, self.role = {**self.role, "content": step.text}, {}
+            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason(step.stop)}
+            totals = _totals(answer) if step.stop else {}
+            yield {**self.head, "object": "chat.completion.chunk", "choices": [choice], **totals}
 
 
-DIALECT = Dialect(error)
+def _totals(answer: Answer) -> dict[str, Any]:
+    return {"usage": usage([answer.job]), "timings": answer.job.timings()}
 
 
 @router.post("/v1/fim/completions")
@@ -43,29 +68,4 @@ DIALECT = Dialect(error)
 async def complete(body: MistralFimBody, http: HttpRequest) -> Response:
     """Fills the middle between prompt and suffix."""
     request = body.request(http, body.infill(body.prompt, body.suffix), 128)
-    created, name = int(time.time()), body.model or service(http).name
-    head = {"id": secrets.token_hex(16), "created": created, "model": name}
-
-    def complete_answer(answers: list[Answer]) -> dict[str, Any]:
-        (answer,) = answers
-        message = {"role": "assistant", "content": answer.text, "tool_calls": None}
-        choice = {"index": 0, "message": message, "finish_reason": finish_reason(answer.stop)}
-        end = {"usage": usage([answer.job]), "timings": answer.job.timings()}
-        return {**head, "object": "chat.completion", "choices": [choice], **end}
-
-    return await DIALECT.respond(
-        http, [request], bool(body.stream), complete_answer, lambda jobs: _chunks(head, jobs[0])
-    )
-
-
-async def _chunks(head: dict[str, Any], job: Job) -> AsyncIterator[bytes]:
-    """Every chunk has a string in `delta.content`, which Tabby insists on."""
-    role: dict[str, str] = {"role": "assistant"}
-    async for _, step in merged([job]):
-        if step.text or step.stop is not None:
-            reason = finish_reason(step.stop)
-            choice = {"index": 0, "delta": {**role, "content": step.text}, "finish_reason": reason}
-            end = {"usage": usage([job]), "timings": job.timings()} if reason else {}
-            yield event({**head, "object": "chat.completion.chunk", "choices": [choice], **end})
-            role = {}
-    yield DONE
+    return await MistralWriter(http, body).respond([request], bool(body.stream))

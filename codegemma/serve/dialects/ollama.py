@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -15,8 +14,8 @@ from codegemma.generate.request import Chat, Infill, TextPrompt
 from codegemma.generate.running import Step
 from codegemma.prompts import Message, ollama_template
 from codegemma.serve.bodies import ExtensionFields, SamplingFields, TopCount
-from codegemma.serve.requests import Job
-from codegemma.serve.wire import Answer, Dialect, line, logprob_entries, reply, service
+from codegemma.serve.dialects.openai import finish_reason, without_end_token
+from codegemma.serve.wire import Answer, AnswerWriter, dumps, reply, service
 
 router = APIRouter(tags=["Ollama"])
 
@@ -56,15 +55,6 @@ class OllamaFields(ExtensionFields):
         if self.think and self.think != "false":
             raise ValueError(f'"{self.model}" does not support thinking')
 
-    def answer_field(self, text: str) -> dict[str, Any]:
-        """The field that has an answer's text."""
-        return {"response": text}
-
-    @property
-    def wants_context(self) -> bool:
-        """Whether the answer has the ids of the whole conversation."""
-        return False
-
 
 class OllamaGenerateBody(OllamaFields):
     prompt: str | None = None
@@ -74,10 +64,6 @@ class OllamaGenerateBody(OllamaFields):
     context: list[int] | None = None
     raw: bool | None = None
     images: list[str] | None = None
-
-    @property
-    def wants_context(self) -> bool:
-        return not self.suffix
 
     def model_prompt(self, http: HttpRequest) -> Infill | TextPrompt | Chat:
         """A fill-in-the-middle prompt where there is a suffix; raw text where the client asks for it, or its
@@ -116,21 +102,70 @@ class OllamaChatBody(OllamaFields):
     messages: list[OllamaMessage] | None = None
     tools: list[Any] | None = None
 
-    def answer_field(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
 
 class OllamaShowBody(BaseModel):
     model: str | None = None
     name: str | None = None
 
 
-def error(status: int, message: str) -> dict[str, Any]:
-    """The value of an error."""
-    return {"error": message}
+class OllamaWriter(AnswerWriter):
+    """Writes the one answer as lines of JSON."""
 
+    media_type = "application/x-ndjson"
 
-DIALECT = Dialect(error, line, "application/x-ndjson")
+    def __init__(self, http: HttpRequest, body: OllamaGenerateBody | OllamaChatBody) -> None:
+        super().__init__(http)
+        self.body = body
+
+    @staticmethod
+    def error(status: int, message: str) -> dict[str, Any]:
+        return {"error": message}
+
+    def encode(self, value: Any) -> bytes:
+        return dumps(value) + b"\n"
+
+    def head(self, text: str) -> dict[str, Any]:
+        """The fields that every value has, with a text of the answer."""
+        message = {"message": {"role": "assistant", "content": text}}
+        content = message if isinstance(self.body, OllamaChatBody) else {"response": text}
+        return {"model": self.body.model, "created_at": _utc_time(), **content}
+
+    def complete(self, answers: list[Answer]) -> dict[str, Any]:
+        return self._final(answers[0], answers[0].text, answers[0].steps)
+
+    def parts(self, answer: Answer, step: Step) -> Iterable[dict[str, Any]]:
+        if step.text:
+            yield {**self.head(step.text), "done": False, **self._logprobs([step])}
+        if step.stop is not None:
+            yield self._final(answer, "", [])
+
+    def _final(self, answer: Answer, text: str, steps: Sequence[Step]) -> dict[str, Any]:
+        """The last value of an answer, with the text and the steps that were not sent before."""
+        job, timings = answer.job, answer.job.timings()
+        context = {}
+        if isinstance(self.body, OllamaGenerateBody) and not self.body.suffix:
+            tokens = [step.token for step in without_end_token(answer.steps) if step.token is not None]
+            context = {"context": [*job.prompt_ids, *tokens]}
+        latency_ms = timings["queue_ms"] + timings["prompt_ms"] + timings["predicted_ms"]
+        return {
+            **self.head(text),
+            "done": True,
+            "done_reason": finish_reason(answer.stop),
+            **context,
+            "total_duration": int(latency_ms * 1e6),  # durations in nanoseconds
+            "load_duration": 0,
+            "prompt_eval_count": job.prompt_tokens,
+            "prompt_eval_duration": int(timings["prompt_ms"] * 1e6),
+            "eval_count": job.predicted_tokens,
+            "eval_duration": int(timings["predicted_ms"] * 1e6),
+            "timings": timings,
+            **self._logprobs(steps),
+        }
+
+    def _logprobs(self, steps: Sequence[Step]) -> dict[str, Any]:
+        shown = without_end_token(steps) if self.body.logprobs else []
+        entries = self.logprob_entries(shown, keep_empty=False)
+        return {"logprobs": entries} if entries else {}
 
 
 @router.post("/api/generate")
@@ -139,9 +174,8 @@ async def generate(body: OllamaGenerateBody, http: HttpRequest) -> Response:
     body.check()
     if body.images:
         raise ValueError("this model reads text alone: leave images out")
-    if not body.prompt and not body.suffix:
-        return _loaded(body)
-    return await _respond(body, http, body.model_prompt(http))
+    prompt = body.model_prompt(http) if body.prompt or body.suffix else None
+    return await _respond(body, http, prompt)
 
 
 @router.post("/api/chat")
@@ -150,9 +184,8 @@ async def chat(body: OllamaChatBody, http: HttpRequest) -> Response:
     body.check()
     if body.tools:
         raise ValueError(f'"{body.model}" does not support tools')
-    if not body.messages:
-        return _loaded(body)
-    return await _respond(body, http, Chat([message.message() for message in body.messages]))
+    messages = [message.message() for message in body.messages or ()]
+    return await _respond(body, http, Chat(messages) if messages else None)
 
 
 @router.post("/api/show")
@@ -192,70 +225,18 @@ async def version() -> Response:
     return reply({"version": VERSION})
 
 
-async def _respond(body: OllamaFields, http: HttpRequest, prompt: Infill | TextPrompt | Chat) -> Response:
+async def _respond(
+    body: OllamaGenerateBody | OllamaChatBody, http: HttpRequest, prompt: Infill | TextPrompt | Chat | None
+) -> Response:
+    """The answer to a prompt; or, where there is none, as from Ollama when it has loaded a model."""
+    writer = OllamaWriter(http, body)
+    if prompt is None:
+        reason = "unload" if body.keep_alive in (0, "0", "0s") else "load"
+        return reply({**writer.head(""), "done": True, "done_reason": reason})
     sampling = {} if isinstance(prompt, Infill) else {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
     top, options = (body.top_logprobs or 0) if body.logprobs else 0, body.options or OllamaOptions()
     request = body.request(http, prompt, DEFAULT_TOKENS, top, options, **sampling)
-    final = partial(_final, body, http)
-    return await DIALECT.respond(
-        http,
-        [request],
-        body.stream is not False,
-        lambda answers: final(answers[0], answers[0].text, answers[0].steps),
-        lambda jobs: _stream(body, http, jobs[0]),
-    )
-
-
-async def _stream(body: OllamaFields, http: HttpRequest, job: Job) -> AsyncIterator[bytes]:
-    steps: list[Step] = []
-    async for step in job.steps():
-        steps.append(step)
-        if step.text:
-            text = body.answer_field(step.text)
-            yield line({**_head(body), **text, "done": False, **_logprobs(body, http, [step])})
-    yield line(_final(body, http, Answer(job, steps), "", []))
-
-
-def _final(
-    body: OllamaFields, http: HttpRequest, answer: Answer, text: str, steps: Sequence[Step]
-) -> dict[str, Any]:
-    """The last value of an answer, with the text and the steps that were not sent before."""
-    job, timings = answer.job, answer.job.timings()
-    ids = [step.token for step in answer.steps if step.token is not None and step.stop != "end"]
-    latency_ms = timings["queue_ms"] + timings["prompt_ms"] + timings["predicted_ms"]
-    return {
-        **_head(body),
-        **body.answer_field(text),
-        "done": True,
-        "done_reason": "length" if answer.stop == "length" else "stop",
-        **({"context": [*job.prompt_ids, *ids]} if body.wants_context else {}),
-        "total_duration": int(latency_ms * 1e6),  # durations in nanoseconds
-        "load_duration": 0,
-        "prompt_eval_count": job.prompt_tokens,
-        "prompt_eval_duration": int(timings["prompt_ms"] * 1e6),
-        "eval_count": job.predicted_tokens,
-        "eval_duration": int(timings["predicted_ms"] * 1e6),
-        "timings": timings,
-        **_logprobs(body, http, steps),
-    }
-
-
-def _logprobs(body: OllamaFields, http: HttpRequest, steps: Sequence[Step]) -> dict[str, Any]:
-    if not body.logprobs:
-        return {}
-    shown = [step for step in steps if step.stop != "end"]
-    entries = logprob_entries(service(http).tokenizer, shown, keep_empty=False)
-    return {"logprobs": entries} if entries else {}
-
-
-def _loaded(body: OllamaFields) -> Response:
-    """The answer to a body without a prompt, by which clients load and unload models."""
-    reason = "unload" if body.keep_alive in (0, "0", "0s") else "load"
-    return reply({**_head(body), **body.answer_field(""), "done": True, "done_reason": reason})
-
-
-def _head(body: OllamaFields) -> dict[str, str]:
-    return {"model": body.model, "created_at": _utc_time()}
+    return await writer.respond([request], body.stream is not False)
 
 
 def _models(http: HttpRequest) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -22,20 +22,11 @@ from codegemma.generate.running import Step
 from codegemma.prompts import Message
 from codegemma.serve.bodies import ExtensionFields, SamplingFields, TokenCount, TopCount
 from codegemma.serve.requests import Job
-from codegemma.serve.wire import (
-    DONE,
-    Answer,
-    Dialect,
-    event,
-    logprob_entries,
-    merged,
-    reply,
-    service,
-    spelled,
-)
+from codegemma.serve.wire import Answer, AnswerWriter, reply, service, token_text
 
 router = APIRouter(tags=["OpenAI"])
 
+DONE = b"data: [DONE]\n\n"  # the end of OpenAI's and Mistral's streams
 SEED_STEP = 1_000_003  # between the seeds of a request's choices
 MAX_CHOICES = 512
 LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -134,15 +125,6 @@ class OpenAIChatBody(OpenAIFields):
     tools: list[Any] | None = None
 
 
-def error(status: int, message: str) -> dict[str, Any]:
-    """The value of an error."""
-    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-DIALECT = Dialect(error)
-
-
 async def complete(body: OpenAICompletionBody, http: HttpRequest) -> Response:
     """/v1/completions, which app shares with Tabby."""
     prompts, n = body.prompts(), body.n or 1
@@ -154,7 +136,7 @@ async def complete(body: OpenAICompletionBody, http: HttpRequest) -> Response:
     check_choice_count(len(prompts) * draws)
     requests = [body.request_for(prompt, http) for prompt in prompts]
     choices = [choice for request in requests for choice in choices_of(request, draws)]
-    return await _respond(http, choices, draws, _CompletionWriter(body, http))
+    return await OpenAICompletionWriter(http, body, draws).respond(choices, bool(body.stream))
 
 
 @router.post("/v1/chat/completions")
@@ -168,8 +150,8 @@ async def chat(body: OpenAIChatBody, http: HttpRequest) -> Response:
         raise ValueError("tools are not supported: this model was not trained to call any")
     prompt, top = Chat([message.message() for message in body.messages]), body.top_logprobs or 0
     request = body.request(http, prompt, 1024, top if body.logprobs else 0, temperature=1.0)
-    n = body.n or 1
-    return await _respond(http, choices_of(request, n), n, _ChatWriter(body, http))
+    choices = choices_of(request, body.n or 1)
+    return await OpenAIChatWriter(http, body).respond(choices, bool(body.stream))
 
 
 @router.get("/v1/models")
@@ -219,80 +201,121 @@ def usage(jobs: Sequence[Job], choices: int = 1) -> dict[str, Any]:
     }
 
 
-class _ChatWriter:
+def without_end_token(steps: Sequence[Step]) -> list[Step]:
+    """The steps whose tokens belong to the answer: not the one of the stop id that ended it."""
+    return [step for step in steps if step.stop != "end"]
+
+
+class OpenAIWriter(AnswerWriter):
+    """What completions and chats have in common. Each prompt has `draws` answers, of which n are shown."""
+
+    end_marker = DONE
+
+    def __init__(self, http: HttpRequest, body: OpenAIFields, draws: int) -> None:
+        super().__init__(http)
+        self.n, self.draws, self.wants_usage = body.n or 1, draws, body.wants_usage
+        model = body.model or self.service.name
+        self.head = {"created": int(time.time()), "model": model, "system_fingerprint": None}
+
+    @staticmethod
+    def error(status: int, message: str) -> dict[str, Any]:
+        kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+    def choice(self, answer: Answer) -> dict[str, Any]:
+        """A finished choice."""
+        raise NotImplementedError
+
+    def complete(self, answers: list[Answer]) -> dict[str, Any]:
+        groups = [answers[start : start + self.draws] for start in range(0, len(answers), self.draws)]
+        best = [answer for group in groups for answer in _likeliest(group, self.n)]
+        choices = [self.choice(replace(answer, index=index)) for index, answer in enumerate(best)]
+        return {**self.head, "choices": choices, **self._totals(answers)}
+
+    def chunk(self, choice: dict[str, Any], ended: Job | None = None) -> dict[str, Any]:
+        """A value of a stream that adds to one choice; `ended` is the choice's job if this is its end."""
+        choice["finish_reason"] = finish_reason(ended.stop) if ended else None
+        no_usage = {"usage": None} if self.wants_usage else {}
+        timings = {"timings": ended.timings()} if ended else {}
+        return {**self.head, "choices": [choice], **no_usage, **timings}
+
+    def end(self, answers: list[Answer]) -> Iterable[dict[str, Any]]:
+        if self.wants_usage:
+            yield {**self.head, "choices": [], **self._totals(answers)}
+
+    def _totals(self, answers: list[Answer]) -> dict[str, Any]:
+        jobs = [answer.job for answer in answers]
+        return {"usage": usage(jobs, self.draws), "timings": jobs[0].timings()}
+
+
+class OpenAIChatWriter(OpenAIWriter):
     """Writes the choices of a chat."""
 
-    def __init__(self, body: OpenAIChatBody, http: HttpRequest) -> None:
-        self.body, self.tokenizer = body, service(http).tokenizer
+    def __init__(self, http: HttpRequest, body: OpenAIChatBody) -> None:
+        super().__init__(http, body, body.n or 1)
+        self.with_logprobs = bool(body.logprobs)
+        name = "chat.completion.chunk" if body.stream else "chat.completion"
+        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", **self.head, "object": name}
 
-    def head(self, common: dict[str, Any], streamed: bool) -> dict[str, Any]:
-        """The fields that every part of an answer has."""
-        name = "chat.completion.chunk" if streamed else "chat.completion"
-        return {"id": f"chatcmpl-{secrets.token_hex(12)}", **common, "object": name}
-
-    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """A complete choice."""
+    def choice(self, answer: Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         logprobs, reason = self._logprobs(answer.steps), finish_reason(answer.stop)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": answer.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
-    async def chunks(self, jobs: list[Job]) -> AsyncIterator[tuple[dict[str, Any], str | None]]:
-        """The choices of a stream as they grow, each with the reason of its end."""
-        for index in range(len(jobs)):
-            yield {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}, None
-        async for index, step in merged(jobs):
-            if step.text or step.stop is not None or self.body.logprobs:
-                delta = {"content": step.text} if step.text else {}
-                yield {"index": index, "delta": delta, "logprobs": self._logprobs([step])}, step.stop
+    def begin(self, answers: list[Answer]) -> Iterable[dict[str, Any]]:
+        for answer in answers:
+            delta = {"role": "assistant", "content": ""}
+            yield self.chunk({"index": answer.index, "delta": delta, "logprobs": None})
+
+    def parts(self, answer: Answer, step: Step) -> Iterable[dict[str, Any]]:
+        if step.text or step.stop is not None or self.with_logprobs:
+            delta = {"content": step.text} if step.text else {}
+            choice = {"index": answer.index, "delta": delta, "logprobs": self._logprobs([step])}
+            yield self.chunk(choice, answer.job if step.stop else None)
 
     def _logprobs(self, steps: Sequence[Step]) -> dict[str, Any] | None:
-        if not self.body.logprobs:
+        if not self.with_logprobs:
             return None
-        shown = [step for step in steps if step.stop != "end"]
-        return {"content": logprob_entries(self.tokenizer, shown), "refusal": None}
+        return {"content": self.logprob_entries(without_end_token(steps)), "refusal": None}
 
 
-class _CompletionWriter:
+class OpenAICompletionWriter(OpenAIWriter):
     """Writes the choices of a completion: the prompt where it is echoed, then the steps."""
 
-    def __init__(self, body: OpenAICompletionBody, http: HttpRequest) -> None:
-        self.body, self.tokenizer = body, service(http).tokenizer
+    def __init__(self, http: HttpRequest, body: OpenAICompletionBody, draws: int) -> None:
+        super().__init__(http, body, draws)
+        self.echo, self.with_logprobs = bool(body.echo), body.logprobs is not None
+        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", **self.head}
         self.offsets: Counter[int] = Counter()  # by choice: where its next token begins in its text
 
-    def head(self, common: dict[str, Any], streamed: bool) -> dict[str, Any]:
-        """The fields that every part of an answer has."""
-        return {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", **common}
-
-    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """A complete choice."""
+    def choice(self, answer: Answer) -> dict[str, Any]:
+        index, last = answer.index, answer.steps[-1]
         parts = [self._echo(index, answer.job), *(self._part(index, step) for step in answer.steps)]
-        logprobs = _joined([lists for _, lists in parts if lists]) if self.body.logprobs is not None else None
-        choice = {"text": "".join(text for text, _ in parts), "index": index, "logprobs": logprobs}
-        # vLLM's field: the stop text or the token that ended the answer
-        ended_by = answer.stop_word(self.tokenizer) or (
-            answer.steps[-1].token if answer.stop == "end" else None
-        )
-        return {**choice, "finish_reason": finish_reason(answer.stop), "stop_reason": ended_by}
+        return {
+            "text": "".join(text for text, _ in parts),
+            "index": index,
+            "logprobs": _joined([lists for _, lists in parts if lists]) if self.with_logprobs else None,
+            "finish_reason": finish_reason(answer.stop),
+            # vLLM's field: the stop text or the token that ended the answer
+            "stop_reason": answer.stop_word(self.tokenizer) or (last.token if answer.stop == "end" else None),
+        }
 
-    async def chunks(self, jobs: list[Job]) -> AsyncIterator[tuple[dict[str, Any], str | None]]:
-        """The choices of a stream as they grow, each with the reason of its end."""
-        echoed: set[int] = set()
-        async for index, step in merged(jobs):
-            if self.body.echo and index not in echoed:
-                echoed.add(index)
-                text, logprobs = self._echo(index, jobs[index])
-                yield {"text": text, "index": index, "logprobs": logprobs}, None
-            text, logprobs = self._part(index, step)
-            if text or logprobs or step.stop is not None:
-                yield {"text": text, "index": index, "logprobs": logprobs}, step.stop
+    def parts(self, answer: Answer, step: Step) -> Iterable[dict[str, Any]]:
+        if self.echo and len(answer.steps) == 1:
+            text, logprobs = self._echo(answer.index, answer.job)
+            yield self.chunk({"text": text, "index": answer.index, "logprobs": logprobs})
+        text, logprobs = self._part(answer.index, step)
+        if text or logprobs or step.stop is not None:
+            choice = {"text": text, "index": answer.index, "logprobs": logprobs}
+            yield self.chunk(choice, answer.job if step.stop else None)
 
     def _echo(self, index: int, job: Job) -> tuple[str, Logprobs | None]:
         """The prompt, where the body asks to have it repeated."""
         ids, prompt = job.prompt_ids, job.request.prompt
-        if not self.body.echo or not isinstance(prompt, TextPrompt):
+        if not self.echo or not isinstance(prompt, TextPrompt):
             return "", None
         text = prompt.prompt if isinstance(prompt.prompt, str) else self.tokenizer.decode(ids)
-        if self.body.logprobs is None:
+        if not self.with_logprobs:
             return text, None
         scores = [(None, None), *job.scores]  # the first token has nothing before it
         scored = zip(ids, scores, strict=False) if job.scores or len(ids) == 1 else ()
@@ -300,7 +323,7 @@ class _CompletionWriter:
 
     def _part(self, index: int, step: Step) -> tuple[str, Logprobs | None]:
         """A step; <eos> counts as a token, since lm-eval drops the last entry."""
-        if self.body.logprobs is None or step.token is None:
+        if not self.with_logprobs or step.token is None:
             return step.text, None
         return step.text, self._lists(index, step.token, step.logprob, step.top)
 
@@ -308,51 +331,20 @@ class _CompletionWriter:
         self, index: int, token: int, logprob: float | None, top: Sequence[tuple[int, float]] | None
     ) -> Logprobs:
         """The lists of one token."""
-        text = self._spelled(token)
-        best = None if top is None else {self._spelled(other): value for other, value in top}
+        text = self._text_of(token)
+        best = None if top is None else {self._text_of(other): value for other, value in top}
         if best is not None and logprob is not None:
             best.setdefault(text, logprob)  # the token itself is always among them
         offset = self.offsets[index]
         self.offsets[index] += len(self.tokenizer.decode([token]))  # <bos> has no text
         return dict(zip(LOGPROB_LISTS, ([text], [logprob], [best], [offset]), strict=True))
 
-    def _spelled(self, token: int) -> str:
-        return spelled(self.tokenizer.decode_bytes([token], control=True))
+    def _text_of(self, token: int) -> str:
+        return token_text(self.tokenizer.decode_bytes([token], control=True))
 
 
 def _joined(parts: Sequence[Logprobs]) -> Logprobs:
     return {name: [value for part in parts for value in part[name]] for name in LOGPROB_LISTS}
-
-
-async def _respond(
-    http: HttpRequest, requests: list[Request], draws: int, writer: _ChatWriter | _CompletionWriter
-) -> Response:
-    """The response with the choices of `requests`, `draws` for each prompt, of which the best n are shown."""
-    body = writer.body
-    model = body.model or service(http).name
-    common = {"created": int(time.time()), "model": model, "system_fingerprint": None}
-    head = writer.head(common, bool(body.stream))
-
-    def end(jobs: Sequence[Job]) -> dict[str, Any]:
-        return {"usage": usage(jobs, draws), "timings": jobs[0].timings()}
-
-    def complete_answer(answers: list[Answer]) -> dict[str, Any]:
-        groups = [answers[start : start + draws] for start in range(0, len(answers), draws)]
-        best = [answer for group in groups for answer in _likeliest(group, body.n or 1)]
-        choices = [writer.choice(index, answer) for index, answer in enumerate(best)]
-        return {**head, "choices": choices, **end([answer.job for answer in answers])}
-
-    async def parts(jobs: list[Job]) -> AsyncIterator[bytes]:
-        no_usage = {"usage": None} if body.wants_usage else {}
-        async for choice, stop in writer.chunks(jobs):
-            timings = {"timings": jobs[choice["index"]].timings()} if stop else {}
-            choice["finish_reason"] = finish_reason(stop)
-            yield event({**head, "choices": [choice], **no_usage, **timings})
-        if body.wants_usage:
-            yield event({**head, "choices": [], **end(jobs)})
-        yield DONE
-
-    return await DIALECT.respond(http, requests, bool(body.stream), complete_answer, parts)
 
 
 def _likeliest(answers: list[Answer], n: int) -> list[Answer]:
