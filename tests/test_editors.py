@@ -43,15 +43,15 @@ def test_the_documentation_has_every_setting_with_its_default():
 
 @pytest.mark.parametrize("editor", SETUPS)
 def test_writing_twice_changes_nothing_and_the_old_file_is_kept(editor, home):
-    row = setup(editor, "/opt/x y/codegemma")
-    file = editors.location(row.file)
+    steps = setup(editor, "/opt/x y/codegemma")
+    file = editors.location(steps.file)
     assert home in file.parents
     first = write(editor, "/opt/x y/codegemma")
-    assert "is written" in first and f"+{row.text.splitlines()[0]}" in first
+    assert "is written" in first and f"+{steps.text.splitlines()[0]}" in first
     assert "set up already" in write(editor, "/opt/x y/codegemma")
     assert not list(file.parent.glob("*before*"))
     old = file.read_text()
-    if "/opt/x y" in row.text:
+    if "/opt/x y" in steps.text:
         assert "The old one is" in write(editor, "/opt/moved/codegemma")
         assert file.with_name(f"{file.name}.before-codegemma").read_text() == old
         assert "/opt/moved/codegemma" in file.read_text() and "/opt/x y" not in file.read_text()
@@ -75,7 +75,7 @@ def test_blocks_stand_beside_what_is_the_users(home):
     assert sum(table["name"] == "go" for table in again["language"]) == 1
     file.write_text("[broken")
     with pytest.raises(ValueError, match="is not valid TOML"):
-        write("helix")
+        write("helix", "codegemma")
     assert file.read_text() == "[broken"
     with pytest.raises(ValueError, match="only one of the two marks"):
         merged_block(f";; {editors.MARKS[0]}\n", setup("emacs"), "init.el")

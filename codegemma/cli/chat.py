@@ -24,7 +24,7 @@ HELP = '''\
 /system TEXT  instructions that go before your first message; without TEXT, none
 /save FILE    write the conversation as JSON
 /exit         leave (so does Ctrl-D)
-"""           opens a message of several lines, and closes it
+"""           starts and ends a message of several lines
 Ctrl-C        stops an answer'''
 COMMAND = re.compile(r"/(reset|system|save|help|exit)(?:\s+(.*))?", re.DOTALL)
 
@@ -47,8 +47,8 @@ def chat(
     loaded = model.load(strict=strict)
     loaded.expect("chat")
     conversation = Conversation(loaded, system, replace(request, adapter=loaded.adapter_at(adapter)))
-    for text in _typed() if sys.stdin.isatty() else _piped():
-        if not conversation.take(text):
+    for text in _terminal_input() if sys.stdin.isatty() else _pipe_input():
+        if not conversation.handle(text):
             break
 
 
@@ -60,8 +60,8 @@ class Conversation:
         self._model, self._system, self._request = model, system, request
         self._turns: list[Message] = []
 
-    def take(self, text: str) -> bool:
-        """Answers a message or obeys a command. False where the user wants to leave."""
+    def handle(self, text: str) -> bool:
+        """Answers a message or carries out a command. Returns False if the user wants to leave."""
         command = COMMAND.fullmatch(text.strip())
         if command is None:
             if text.strip():
@@ -84,7 +84,7 @@ class Conversation:
         return [Message("system", self._system)] * bool(self._system) + self._turns
 
     def _answer(self, text: str) -> None:
-        """Answers a message. A stopped answer stays as far as it came; one that failed leaves no trace."""
+        """Answers a message. An interrupted answer is kept; a message that cannot be answered is not."""
         from codegemma.generate.request import Chat
         from codegemma.native import Cancel
         from codegemma.prompts import Message
@@ -103,7 +103,7 @@ class Conversation:
                 raise
         except ValueError as error:
             self._turns.pop()
-            print(f"error: {error}; /reset starts anew", file=sys.stderr)
+            print(f"error: {error}; /reset starts a new conversation", file=sys.stderr)
             return
         print()
         self._turns.append(Message("assistant", "".join(answer)))
@@ -120,8 +120,8 @@ class Conversation:
             print(f"error: {file}: {error.strerror}", file=sys.stderr)
 
 
-def _piped() -> Iterator[str]:
-    """The messages and commands on stdin: what stands between two commands is one message."""
+def _pipe_input() -> Iterator[str]:
+    """The messages and commands on stdin: all lines between two commands are one message."""
     lines: list[str] = []
     for line in sys.stdin:
         if COMMAND.fullmatch(line.strip()):
@@ -133,8 +133,8 @@ def _piped() -> Iterator[str]:
     yield "".join(lines)
 
 
-def _typed() -> Iterator[str]:
-    """The messages and commands typed at a terminal, with the history of earlier conversations."""
+def _terminal_input() -> Iterator[str]:
+    """The messages and commands typed at a terminal; the arrow keys recall those of earlier sessions."""
     from codegemma.files import cache_dir
 
     history = cache_dir() / "chat_history"
@@ -149,7 +149,7 @@ def _typed() -> Iterator[str]:
         try:
             yield _typed_message()
         except KeyboardInterrupt:
-            print()  # drops the line, as a shell does
+            print()  # Ctrl-C discards the line, as in a shell
         except EOFError:
             print()
             return

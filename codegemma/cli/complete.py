@@ -1,4 +1,4 @@
-"""The verbs `complete` and `generate`, and how an answer is shown while it is made."""
+"""The verbs `complete` and `generate`, and how an answer is shown while it is generated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from codegemma.config import Mode, Trim
 if TYPE_CHECKING:
     from codegemma.generate.engine import Completion
     from codegemma.generate.model import Model
-    from codegemma.generate.request import Infill, Request, TextPrompt
+    from codegemma.generate.request import Request
     from codegemma.generate.running import Step
     from codegemma.native import Cancel
 
@@ -35,12 +35,6 @@ class AnswerOptions(ModelOptions, SamplingOptions):
     cache: Path | None = None
     strict: bool = False
     as_json: bool = False
-
-    def request(self, prompt: Infill | TextPrompt, max_tokens: int, seconds: float | None = None) -> Request:
-        """Raises ValueError where a value is out of range."""
-        from codegemma.generate.request import Request
-
-        return Request(prompt, max_tokens, self.sampling(), stop=self.stop or (), prompt_seconds=seconds)
 
 
 def complete(
@@ -59,7 +53,7 @@ def complete(
     adapter: str = "auto",
 ) -> None:
     """Fill the hole at a cursor."""
-    from codegemma.generate.request import Infill
+    from codegemma.generate.request import Infill, Request
     from codegemma.generate.resolve import layout_for
     from codegemma.prompts import File
 
@@ -67,7 +61,8 @@ def complete(
     files = [File(str(other), _read(other)) for other in context or ()]
     path = path or (file if files and file != "-" else None)
     seconds = None if time_budget is None else time_budget / 1000
-    request = answer.request(Infill(prefix, suffix, path, files, mode, trim), max_tokens, seconds)
+    prompt = Infill(prefix, suffix, path, files, mode, trim)
+    request = Request(prompt, max_tokens, answer.sampling(), stop=answer.stop or (), prompt_seconds=seconds)
     model = answer.load(answer.cache, answer.strict)
     request = replace(request, adapter=model.adapter_at(adapter))
     orders = model.fim_orders(request.adapter)
@@ -92,12 +87,13 @@ def generate(
     adapter: str = "none",
 ) -> None:
     """Echo a prompt and continue it."""
-    from codegemma.generate.request import TextPrompt
+    from codegemma.generate.request import Request, TextPrompt
 
     if file is not None and prompt is not None:
         raise ValueError("-f and -p both name the prompt: pass one of them")
     text = prompt if prompt is not None else _input(file).removesuffix("\n").removesuffix("\r")
-    request = answer.request(TextPrompt(text, raw, truncate is not None), max_tokens)
+    text_prompt = TextPrompt(text, raw, truncate is not None)
+    request = Request(text_prompt, max_tokens, answer.sampling(), stop=answer.stop or ())
     model = answer.load(answer.cache, answer.strict)
     model.expect("generation")
     _answer(model, replace(request, adapter=model.adapter_at(adapter)), answer, echo=text)
@@ -139,7 +135,7 @@ def split_at(text: str, at: str, name: str) -> tuple[str, str]:
 
 
 def split_mark(text: str, mark: str, name: str) -> tuple[str, str]:
-    """`text` before and after the one place where `mark` stands."""
+    """`text` before and after `mark`, which must occur exactly once."""
     count = text.count(mark) if mark else 0
     if count != 1:
         raise ValueError(
@@ -173,9 +169,9 @@ def _decode(data: bytes, name: str) -> str:
 
 # -------------------------------------------------------------------------------- the answer
 def interruptible(completion: Completion, cancel: Cancel) -> Generator[Step]:
-    """The Steps of a completion, made in a thread: Ctrl-C reaches the caller at once, also while kernels run.
+    """Yields the steps of a completion. A thread computes them: Ctrl-C acts at once, even in a kernel.
 
-    When the iterator is closed, or ends in any way, the work has stopped.
+    Once the iterator has ended or was closed, the computation has stopped.
     """
     steps: queue.SimpleQueue[Step | Exception | None] = queue.SimpleQueue()
 

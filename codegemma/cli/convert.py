@@ -54,7 +54,7 @@ def convert(
 
 
 def _merge(checkpoint: Checkpoint, adapters: list[Adapter], merged_type: str | None) -> Checkpoint:
-    """The model with adapters in its weights; changed blocks become `merged_type`, or blocks if None."""
+    """Merges adapters into the weights. Changed blocks become `merged_type`; if None, blocks again."""
     from codegemma.adapters.merge import merge
     from codegemma.convert.quantize import QUANTISED
 
@@ -76,7 +76,7 @@ def _merge(checkpoint: Checkpoint, adapters: list[Adapter], merged_type: str | N
 
 
 def verify(source: str, target: str) -> None:
-    """Prove that two checkpoints are one model; exit 1 beyond what the target's types allow."""
+    """Prove that two checkpoints are one model; exit 1 if they differ by more than DST's types explain."""
     from codegemma.convert import verify as proofs
 
     proof = proofs.verify(source, target)
@@ -85,13 +85,13 @@ def verify(source: str, target: str) -> None:
 
 
 def inspect(source: str, as_json: bool = False) -> None:
-    """What a checkpoint or an adapter is, and its problems. No code in it is run."""
+    """Describe a checkpoint or an adapter, and list its problems. No code in it is run."""
     from codegemma.adapters.load import is_adapter, load
     from codegemma.convert import inspect as inspections
 
     if is_adapter(source):
         adapter = load(source)
-        facts, lines = adapter.described(), adapter.lines()
+        facts, lines = adapter.facts(), adapter.lines()
     else:
         inspection = inspections.inspect(source)
         facts, lines = vars(inspection), inspection.lines()
@@ -99,7 +99,7 @@ def inspect(source: str, as_json: bool = False) -> None:
 
 
 def export(program: Program, source: str, target: Path, quantize: str | None = None) -> None:
-    """Write a model with all that another program needs beside it."""
+    """Write a model and all the files that another program needs to run it."""
     from codegemma.convert import export as exports
 
     with Progress("bytes") as progress:

@@ -25,22 +25,36 @@ def lsp(
     adapter: str = "auto",
     cache: Path | None = None,
 ) -> None:
-    """Be the language server of an editor, over stdin and stdout.
+    """Run the language server of an editor, over stdin and stdout.
 
     `codegemma setup` says how an editor starts it.
     """
     from codegemma.editor.lsp import serve
-    from codegemma.editor.sources import opener
+    from codegemma.editor.sources import LocalSource, RemoteSource, SuggestionSource
 
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # stdin's reader would wait for its next line
-    serve(opener(model.model, server, api_key_file, model.threads, model.quantize, cache, adapter))
+    if server and adapter != "auto":
+        raise ValueError(
+            "--adapter is for a model in this process: start the server with --adapter NAME=PATH, and name "
+            "it in the editor's setting `adapter`"
+        )
+
+    def open_source() -> SuggestionSource:
+        if server:
+            return RemoteSource(server, api_key_file.read_text().strip() if api_key_file else "")
+        loaded = model.load(cache)
+        loaded.prefer(adapter)
+        return LocalSource(loaded, cache)
+
+    # A normal exit would wait until the thread that reads stdin gets its next line.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    serve(open_source)
 
 
 def setup(editor: Editor, write: bool = False) -> None:
     """Show how to set up an editor, or do it."""
     from codegemma.editor import setup as setups
 
-    print(setups.write(editor) if write else setups.advice(editor, setups.program()))
+    print((setups.write if write else setups.advice)(editor, setups.program()))
 
 
 def stats(
@@ -50,7 +64,7 @@ def stats(
     on: bool = False,
     clear: bool = False,
 ) -> None:
-    """Show what came of suggestions in editors: shown, accepted, how fast.
+    """Show how many suggestions were shown and accepted in editors, and how fast they came.
 
     The figures stay in a file on this machine; nothing sends them anywhere.
     """

@@ -35,7 +35,7 @@ class RunOptions:
 
 
 def card(run: RunOptions) -> None:
-    """Run every benchmark of the model card; those that this machine cannot run are named and left out."""
+    """Run every benchmark of the model card; those whose data is missing are named and left out."""
     from codegemma.evals.run import CARD
 
     _run(CARD, run, skip=True)
@@ -63,26 +63,26 @@ def list_benchmarks() -> None:
 
 
 def doctor() -> None:
-    """Test the sandbox with planted attacks, and each language with programs known right and wrong."""
+    """Test the sandbox with planted attacks, and each language with a correct and a wrong program."""
     from codegemma.evals.doctor import languages, self_test
     from codegemma.sandbox import Sandbox, SandboxError
 
     ready = True
     try:
         with Sandbox() as sandbox:
-            for name, held, message in self_test(sandbox):
-                ready &= held
-                print(f"{'ok     ' if held else 'BROKEN '} {name}" + ("" if held else f": {message}"))
+            for name, passed, message in self_test(sandbox):
+                ready &= passed
+                print(f"{'ok     ' if passed else 'BROKEN '} {name}" + ("" if passed else f": {message}"))
     except SandboxError as error:
         print(f"BROKEN  sandbox: {error}")
         raise typer.Exit(1) from error
-    for key, held, message in languages():
-        ready &= held or key != "python"
-        print(f"{'ready  ' if held else 'missing'} {key}: {message}")
+    for key, works, message in languages():
+        ready &= works or key != "python"
+        print(f"{'ready  ' if works else 'missing'} {key}: {message}")
     raise typer.Exit(not ready)
 
 
-def _run(names: Sequence[str], chosen: RunOptions, skip: bool) -> None:
+def _run(names: Sequence[str], options: RunOptions, skip: bool) -> None:
     """Runs benchmarks and writes the report. `skip` leaves out those whose data is missing."""
     from codegemma.evals import report
     from codegemma.evals.doctor import require
@@ -92,12 +92,12 @@ def _run(names: Sequence[str], chosen: RunOptions, skip: bool) -> None:
 
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"no benchmark is called {', '.join(unknown)}: codegemma eval list names them all")
-    settings = EvalSettings(chosen.limit, chosen.samples, chosen.temp, chosen.top_p, chosen.seed)
-    records = Records(chosen.data)
+    settings = EvalSettings(options.limit, options.samples, options.temp, options.top_p, options.seed)
+    records = Records(options.data)
     try:
         if any(TASKS[name].group not in ("language", "maths") for name in names):
             require(default())
-        model = open_model(chosen.model, chosen.endpoint, chosen.adapter)
+        model = open_model(options.model, options.endpoint, options.adapter)
         for name in names:
             try:
                 with Progress() as progress:
@@ -105,9 +105,9 @@ def _run(names: Sequence[str], chosen: RunOptions, skip: bool) -> None:
                         TASKS[name],
                         model,
                         records,
-                        chosen.out,
+                        options.out,
                         settings,
-                        resume=chosen.resume,
+                        resume=options.resume,
                         progress=progress,
                     )
             except LookupError as error:
@@ -117,8 +117,8 @@ def _run(names: Sequence[str], chosen: RunOptions, skip: bool) -> None:
     except SandboxError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
-    print(report.markdown(report.load(chosen.out)))
-    print(f"report: {report.write(chosen.out)}", file=sys.stderr)
+    print(report.markdown(report.load(options.out)))
+    print(f"report: {report.write(options.out)}", file=sys.stderr)
 
 
 def open_model(model: str, endpoint: str | None, adapter: str | None) -> EvaluatedModel:

@@ -116,7 +116,7 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
-    """What stands before the verb."""
+    """Handles the options before the verb."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

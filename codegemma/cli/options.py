@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from codegemma.generate.sampling import Sampling
 
 HELP = Path(__file__).with_name("help.toml")
-FLAGS = {  # of options that are not called as their parameter is
+FLAGS = {  # of options whose flag is not their parameter's name
     "model": ("-m", "--model"),
     "threads": ("-t", "--threads"),
     "max_tokens": ("-n", "--max-tokens"),
@@ -83,19 +83,19 @@ def title(model: Model) -> str:
 
 
 def command(verb: Callable[..., None], path: str) -> Any:
-    """The command of a verb, whose path is its own name after its group's: "eval run"."""
+    """The command that calls the function `verb`. `path` is the verb behind its group, as in "eval run"."""
     texts = _texts(path)
     groups: dict[str, Any] = {}
-    own: list[inspect.Parameter] = []
-    shared: list[inspect.Parameter] = []
+    of_verb: list[inspect.Parameter] = []
+    of_groups: list[inspect.Parameter] = []
     for parameter in inspect.signature(verb, eval_str=True).parameters.values():
         kind = parameter.annotation
         if not is_dataclass(kind):
-            own.append(_option(parameter.name, kind, parameter.default, texts))
+            of_verb.append(_option(parameter.name, kind, parameter.default, texts))
             continue
         groups[parameter.name] = kind
         hints = get_type_hints(kind, include_extras=True)
-        shared += [_option(field.name, hints[field.name], field.default, texts) for field in fields(kind)]
+        of_groups += [_option(field.name, hints[field.name], field.default, texts) for field in fields(kind)]
 
     def call(**values: Any) -> None:
         for name, group in groups.items():
@@ -103,8 +103,8 @@ def command(verb: Callable[..., None], path: str) -> Any:
         verb(**values)
 
     call.__doc__ = verb.__doc__
-    call.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
+    call.__signature__ = inspect.Signature([*of_verb, *of_groups])  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*of_verb, *of_groups)}
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(path.split()[-1])(call)
     return typer.main.get_command(app)

@@ -14,9 +14,9 @@ def note(text: str) -> None:
 
 
 class Progress:
-    """How far long work is: a bar with an ETA for each task on a terminal, plain lines elsewhere.
+    """Shows the progress of long work: a bar with an ETA for each task on a terminal, plain lines elsewhere.
 
-    Use it as a context manager, and call it with a task's name, what is done, and of how much.
+    Use it as a context manager, and call it with the name of a task and its progress.
     """
 
     def __init__(self, unit: Literal["items", "bytes"] = "items") -> None:
@@ -32,9 +32,12 @@ class Progress:
             self._bars.stop()
 
     def __call__(self, task: str, done: int, total: int | None, detail: str = "") -> None:
-        """Shows that `done` of `total` are done (None: not known). A line with a detail is always printed."""
+        """Shows that `done` of `total` (None: unknown) are done.
+
+        Where stderr is no terminal, it prints a line at each tenth, and whenever there is a `detail`.
+        """
         if sys.stderr.isatty():
-            if self._bars is None:  # not before: a verb may ask something first
+            if self._bars is None:  # not earlier: a verb may ask the user something first
                 self._bars = _bars(self._unit)
                 self._bars.start()
             if task not in self._tasks:

@@ -29,7 +29,7 @@ def serve(
 
     It understands the clients of OpenAI, llama.cpp, Ollama, Mistral and Tabby; see docs/server.md.
     """
-    import fastapi  # noqa: F401  where it is missing, the extra is named before anything is read
+    import fastapi  # noqa: F401  reports a missing extra before anything is read
     import uvicorn  # noqa: F401
 
     from codegemma.serve.guard import LOOPBACK_NAMES, Rules, read_keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ from codegemma.config import DEFAULT_MODEL
 if TYPE_CHECKING:
     from codegemma.train.session import StepReport
 
-# Of SLURM, Open MPI and JAX itself: how many processes were started together, where a launcher says so.
+# Where SLURM, Open MPI and JAX's own launcher state how many processes they started together.
 PROCESS_COUNT_VARIABLES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
 LIBRARIES = ("jax", "optax", "orbax.checkpoint", "matplotlib", "pyarrow", "pathspec", "tree_sitter")
 
@@ -69,7 +69,7 @@ class ClusterOptions:
     process_id: int | None = None
 
     def join(self) -> None:
-        """Makes this process one of several, where an option or a launcher says that there are.
+        """Joins the other processes of the run, if an option or a launcher says that there are any.
 
         Raises ValueError where options contradict, or where nothing says how to reach the others.
         """
@@ -116,22 +116,22 @@ def train(
         raise ValueError("--full trains all parameters, --qlora an adapter over blocks: pass one of them")
     if lora_rank is not None and (full or plan.adapter):
         other = "--full" if full else "--adapter"
-        raise ValueError(f"--lora-rank is of a new adapter: leave it out, or {other}")
+        raise ValueError(f"--lora-rank is for a new adapter: leave it out, or {other}")
     if not plan.chat and (file := next((file for file in rows if file.is_file()), None)):
         raise ValueError(
             f"{file} is a file, but rows are folders that `codegemma data build` makes: pass --chat where it "
             "holds dialogues"
         )
     cluster.join()
-    values: dict[str, Any] = dict(vars(settings))
     if settings.learning_rate is None:
-        values["learning_rate"] = 5e-5 if full else 1e-3
-    parts: dict[str, Any] = vars(plan) | {"kind": "full" if full else "qlora" if qlora else "lora"}
-    chosen = job.TrainingPlan(
-        model, tuple(map(str, rows)), settings=TrainingSettings(**values), rank=lora_rank or 32, **parts
-    )
+        settings = replace(settings, learning_rate=5e-5 if full else 1e-3)
+    fields: dict[str, Any] = vars(plan) | {"kind": "full" if full else "qlora" if qlora else "lora"}
+    checked = TrainingSettings(**vars(settings))
+    sources = tuple(map(str, rows))
     with Progress() as progress:
-        training = job.TrainingJob(chosen)
+        training = job.TrainingJob(
+            job.TrainingPlan(model, sources, settings=checked, rank=lora_rank or 32, **fields)
+        )
         result = training.run(resume, reporter(progress))
     if training.left_out:
         reason = f"longer than {plan.length:,} tokens, or with an empty answer"
@@ -161,7 +161,7 @@ def tune(
 
 
 def _check_libraries() -> None:
-    """Raises ValueError before hours of work where a library that its end needs is missing."""
+    """Raises ValueError for a missing library now, not after the hours of work that come before its use."""
     from codegemma.files import require
 
     for library in LIBRARIES:

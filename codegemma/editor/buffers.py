@@ -20,8 +20,8 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 class Buffer:
     """An open document. Immutable, so that a thread may read it while the user goes on editing.
 
-    `encoding` is the one in which the editor counts characters within a line. `path` is None for a document
-    that is not in a file. `language` is the editor's name for its language.
+    `encoding`: in which the editor counts characters within a line; `path`: None if the document is not in a
+    file; `language`: the editor's name for its language.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Buffer:
 
     @cached_property
     def newline(self) -> str:
-        """How the first line ends; "\\n" where there is only one line."""
+        """How the first line ends; "\\n" if there is only one line."""
         match = _LINE_END.search(self.text)
         return match[0] if match else "\n"
 
@@ -67,13 +67,13 @@ class Buffer:
 
 
 def normalize(text: str) -> str:
-    """Text as a model reads it: lines end with \\n, and halves of surrogate pairs are joined or replaced."""
+    """Text as a model reads it: \\n ends each line, surrogate pairs are joined, lone ones replaced."""
     if _SURROGATE.search(text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _code_units(text: str, encoding: Encoding) -> int:
-    """How many units the text has in an encoding. Half of a surrogate pair counts as a character."""
+    """The length of a text in code units of an encoding. A lone surrogate counts as one character."""
     width = int(encoding.removeprefix("utf-")) // 8
     return len(text.encode(f"{encoding}-le" if width > 1 else encoding, "surrogatepass")) // width

@@ -35,7 +35,7 @@ class FilePolicy:
         self.folders = [folder.absolute() for folder in folders]
 
     def refusal(self, path: Path, language: str = "") -> str:
-        """Why a file must not enter a prompt; "" where it may. `language` is the editor's name for it."""
+        """Why a file must not enter a prompt; "" if it may. `language`: as the editor names it."""
         path = path.absolute()
         if any(secrets.is_secret_name(str(name), language) for name in (path, path.resolve())):
             return "files of this name hold credentials"
@@ -80,7 +80,7 @@ def _ignore_rules(file: Path) -> Sequence[Any]:
 
 @lru_cache(1024)
 def _parse_ignore_file(file: Path, changed: int) -> Sequence[Any]:
-    """`changed`, the time of the file's last change, makes it be read again."""
+    """`changed` is the time of the last change: a changed file is another key of the cache."""
     from pathspec import GitIgnoreSpec
 
     spec = GitIgnoreSpec.from_lines(file.read_text("utf-8", "replace").splitlines())
@@ -88,7 +88,7 @@ def _parse_ignore_file(file: Path, changed: int) -> Sequence[Any]:
 
 
 def _names_path(rule: Any, path: str) -> bool:
-    """Whether an ignore rule names this very path (a folder's ends with "/").
+    """Whether an ignore rule matches this path itself, not only a folder above it. A folder ends with "/".
 
     pathspec's own check includes what is below a folder, but git's `!folder/` brings back the folder alone.
     """
@@ -101,7 +101,7 @@ def _names_path(rule: Any, path: str) -> bool:
 
 
 class ContextFiles:
-    """Collects the other files that a completion may use. Safe to call from several threads.
+    """Collects the other files that go into a prompt. Safe to call from several threads.
 
     `log` is called with each file that is left out or changed, and why, once each.
     """
@@ -115,7 +115,7 @@ class ContextFiles:
     def collect(
         self, buffer: Buffer, others: Iterable[Buffer], imports: bool = True, may_walk: bool = False
     ) -> list[File]:
-        """As many as fit of the open documents and of the files that `buffer` imports, the nearest last.
+        """The open documents and the files that `buffer` imports, as many as fit, the most relevant last.
 
         Imports are followed once the files of the repository are listed. A call with `may_walk` lists them,
         which can take seconds.
@@ -179,16 +179,16 @@ class _ImportIndex:
         from codegemma.data.sources import walk
 
         entries = islice(walk(root), MAX_REPOSITORY_FILES)
-        own_path = document.relative_to(root).as_posix()
-        paths = sorted({own_path, *(entry.path for entry in entries if not entry.reason)})
+        document_path = document.relative_to(root).as_posix()
+        paths = sorted({document_path, *(entry.path for entry in entries if not entry.reason)})
         self.languages = [language_of(path) for path in paths]
         self.resolver = Resolver(root.name, paths, self.languages)
         self.paths = [root / path for path in paths]
         self.numbers = {path: number for number, path in enumerate(self.paths)}
-        self.made = time.monotonic()
+        self.created = time.monotonic()
 
     def is_stale(self, document: Path) -> bool:
-        return document not in self.numbers or time.monotonic() - self.made > FILE_LIST_SECONDS
+        return document not in self.numbers or time.monotonic() - self.created > FILE_LIST_SECONDS
 
     def imported(self, buffer: Buffer) -> list[Path]:
         from codegemma.data.imports import imports_of_text

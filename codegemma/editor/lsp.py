@@ -1,7 +1,7 @@
-"""The language server: completions where people type, in any editor that speaks LSP.
+"""The language server: completions at the cursor, in any editor that speaks LSP.
 
-Typing always wins: a request that is cancelled, superseded or out of date stops the engine's work. While the
-cursor rests, its context is read into the prefix cache. Files that context.FilePolicy refuses enter no
+Typing has priority: the engine stops work on a request that is cancelled, superseded or out of date. While
+the cursor rests, its context is read into the prefix cache. Files that context.FilePolicy refuses enter no
 prompt.
 """
 
@@ -25,7 +25,6 @@ from pygls.protocol import JsonRPCNotification, LanguageServerProtocol, lsp_meth
 from pygls.uris import to_fs_path
 
 from codegemma import __version__
-from codegemma.config import Trim
 from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.context import ContextFiles, FilePolicy
 from codegemma.editor.settings import EditorSettings
@@ -38,11 +37,11 @@ from codegemma.serve import stats
 from codegemma.serve.requests import Busy
 
 TRIGGERS = list(".([{=,: ")
-CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests there
+CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests at it
 
 
 class LspConnection(LanguageServerProtocol):
-    """pygls with buffers of our own, since its documents end lines where LSP does not."""
+    """pygls with our Buffers in place of its documents, which end lines where LSP does not."""
 
     _server: EditorServer
 
@@ -84,13 +83,15 @@ class EditorServer(LanguageServer):
         super().__init__("codegemma", __version__, protocol_cls=LspConnection)
         self.open_source = open_source
         self.settings = self._initial_settings = EditorSettings()
-        self.buffers: dict[str, Buffer] = {}  # by URI; the one that was used last stands last
+        self.buffers: dict[str, Buffer] = {}  # by URI, the most recently used last
         self.context = ContextFiles(FilePolicy(), self.log)
         self.suggestion: Suggestion | None = None
         self.session = f"lsp-{os.getpid()}-{time.monotonic_ns():x}"
         self._reported_errors: set[str] = set()
         self._source: asyncio.Task[SuggestionSource] | None = None
-        self._request: tuple[str, asyncio.Task[str]] | None = None  # the newest, with its document's URI
+        self._request: tuple[str, asyncio.Task[str]] | None = (
+            None  # the newest: its document's URI, and its task
+        )
         self._reading_ahead: asyncio.Task[None] | None = None
         for name, feature in FEATURES.items():
             self.feature(name, OPTIONS.get(name))(feature)
@@ -109,7 +110,7 @@ class EditorServer(LanguageServer):
         self._source.add_done_callback(lambda task: task.cancelled() or task.exception())  # reported already
 
     def configure(self, options: Any) -> None:
-        """Applies settings to those of the initialization."""
+        """Applies new settings on top of those of the initialization."""
         if isinstance(options, Mapping) and isinstance(options.get("codegemma"), Mapping):
             options = options["codegemma"]
         self.settings, complaints = self._initial_settings.updated(options)
@@ -150,7 +151,7 @@ class EditorServer(LanguageServer):
             self.end_suggestion()
 
     def cursor_rests(self, uri: str, offset: int) -> None:
-        """Reads the context of a place ahead, once nothing has happened for a while."""
+        """Reads the context of an offset ahead, once the editor has been idle for `rest_ms`."""
         if self._reading_ahead:
             self._reading_ahead.cancel()
         self._reading_ahead = asyncio.create_task(self._read_ahead(CursorPosition(uri, offset, offset)))
@@ -168,7 +169,7 @@ class EditorServer(LanguageServer):
 
     # ----------------------------------------------------------------------------------------- suggestions
     async def suggest(self, cursor: CursorPosition) -> str:
-        """The text for a place, "" where there is none. The newest call stops the older one."""
+        """The text to insert at a cursor, "" if there is none. A new call cancels the one before."""
         self._interrupt()
         if cursor.uri not in self.buffers or self._is_unwanted(cursor):
             return ""
@@ -184,7 +185,7 @@ class EditorServer(LanguageServer):
             return await task
         except asyncio.CancelledError:
             if (current := asyncio.current_task()) and current.cancelling():
-                raise  # by the editor; else by a newer request or an edit
+                raise  # the editor cancelled it; else a newer request or an edit did
             return ""
         except Busy:
             return ""
@@ -221,7 +222,7 @@ class EditorServer(LanguageServer):
         return text
 
     async def _read_ahead(self, cursor: CursorPosition) -> None:
-        """Reads a place's context into the prefix cache. It reports no errors: the next suggestion will."""
+        """Reads a cursor's context into the prefix cache. Reports no errors: the next suggestion will."""
         await asyncio.sleep(self.settings.rest_ms / 1000)
         if cursor.uri in self.buffers and self._source and not self._is_unwanted(cursor):
             with contextlib.suppress(ValueError, OSError, ImportError, Busy):
@@ -234,7 +235,7 @@ class EditorServer(LanguageServer):
         return await source.fill(request) if request else ""
 
     def _make_request(self, cursor: CursorPosition, max_tokens: int) -> Request | None:
-        """What to ask for a place; None where its file must not be read. Runs in a thread.
+        """The request for a cursor; None if its file must not be read. Runs in a thread.
 
         Only a request of max_tokens 0, which nobody waits for, may list the files of the repository.
         """
@@ -253,7 +254,7 @@ class EditorServer(LanguageServer):
             files = self.context.collect(buffer, buffers.values(), imports, may_walk=not max_tokens)
         path = self.context.prompt_path(buffer.path) if buffer.path and files else None
         return Request(
-            Infill(prefix, suffix, path, tuple(files), settings.mode, self._trim(suffix)),
+            Infill(prefix, suffix, path, tuple(files), settings.mode, settings.trim_before(suffix)),
             max_tokens,
             adapter=settings.adapter,
             session=self.session,
@@ -262,14 +263,8 @@ class EditorServer(LanguageServer):
             predict_seconds=settings.predict_ms / 1000,
         )
 
-    def _trim(self, suffix: str) -> Trim:
-        """How a suggestion is cut: "auto" is a line where a word follows the cursor on it, else a block."""
-        if self.settings.trim != "auto":
-            return self.settings.trim
-        return "line" if re.match(r"[^\n]*\w", suffix) else "block"
-
     def _is_unwanted(self, cursor: CursorPosition) -> bool:
-        """Whether suggestions are off here, or the cursor is inside a word and the user did not ask."""
+        """Whether suggestions are off for the document, or nobody asked and the cursor is inside a word."""
         buffer = self.buffers[cursor.uri]
         if not self.settings.enabled or buffer.language in self.settings.disabled_languages:
             return True
@@ -282,7 +277,7 @@ class EditorServer(LanguageServer):
                 task.cancel()
 
     def _report_once(self, error: Exception) -> None:
-        """Shows an error, and not again until something has worked."""
+        """Shows an error to the user, but not the same one again before a suggestion has succeeded."""
         if str(error) not in self._reported_errors:
             self._reported_errors.add(str(error))
             self.log(str(error), types.MessageType.Error)
@@ -293,7 +288,7 @@ class EditorServer(LanguageServer):
 async def inline_completion(
     server: EditorServer, params: types.InlineCompletionParams
 ) -> types.InlineCompletionList:
-    """An empty list where there is nothing: on null, editors go on showing the old suggestion."""
+    """Answers with an empty list if there is no suggestion: on null, editors keep showing the old one."""
     uri, chosen = params.text_document.uri, params.context.selected_completion_info
     buffer = server.buffers.get(uri)
     if buffer is None:
@@ -309,10 +304,9 @@ async def inline_completion(
 
 
 async def completion(server: EditorServer, params: types.CompletionParams) -> types.CompletionList:
-    """The suggestion as one entry of the pop-up.
+    """The suggestion as an entry of the pop-up.
 
-    It replaces the word before the cursor by a text that begins with that word, so that the editor's filter
-    keeps it.
+    It replaces the word before the cursor by text that starts with that word, to pass the editor's filter.
     """
     buffer = server.buffers.get(params.text_document.uri)
     if buffer is None:
@@ -351,15 +345,15 @@ def _documentation(server: EditorServer, code: str, language: str) -> types.Mark
     return code
 
 
-def cursor_rests(server: EditorServer, params: Any) -> None:
-    """Also stands for documentHighlight, which editors send where the cursor rests; it highlights nothing."""
+def cursor_notification(server: EditorServer, params: Any) -> None:
+    """Handles our notification and documentHighlight, which editors send when the cursor rests."""
     uri = (params.text_document if hasattr(params, "text_document") else params.textDocument).uri
     if buffer := server.buffers.get(uri):
         server.cursor_rests(uri, buffer.offset(params.position.line, params.position.character))
 
 
 async def configuration_changed(server: EditorServer, params: types.DidChangeConfigurationParams) -> None:
-    """Asks the client for its settings where it can be asked: those that it sends along are often empty."""
+    """Asks the client for its settings, if it supports that: those in the notification are often empty."""
     workspace = server.client_capabilities.workspace
     if workspace and workspace.configuration:
         section = types.ConfigurationParams([types.ConfigurationItem(section="codegemma")])
@@ -386,9 +380,9 @@ FEATURES: dict[str, Callable[..., Any]] = {
     types.INITIALIZED: initialized,
     types.SHUTDOWN: EditorServer.disconnect,
     types.TEXT_DOCUMENT_INLINE_COMPLETION: inline_completion,
-    types.TEXT_DOCUMENT_DOCUMENT_HIGHLIGHT: cursor_rests,
+    types.TEXT_DOCUMENT_DOCUMENT_HIGHLIGHT: cursor_notification,
     types.WORKSPACE_DID_CHANGE_CONFIGURATION: configuration_changed,
-    CURSOR: cursor_rests,
+    CURSOR: cursor_notification,
 }
 OPTIONS: dict[str, Any] = {types.TEXT_DOCUMENT_INLINE_COMPLETION: types.InlineCompletionOptions()}
 
@@ -398,11 +392,11 @@ def _range(buffer: Buffer, start: int, end: int) -> types.Range:
 
 
 def serve(open_source: Callable[[], SuggestionSource]) -> None:
-    """Speaks LSP over stdin and stdout until the editor leaves. Whatever else prints goes to stderr."""
+    """Speaks LSP over stdin and stdout until the editor exits. All other output goes to stderr."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     server = EditorServer(open_source)
     server.start_io(sys.stdin.buffer, out)
-    server.end_suggestion()  # where the editor died without a shutdown request
+    server.end_suggestion()  # if the editor died without a shutdown request
     sys.stderr.flush()
     os._exit(0 if server.protocol._shutdown else 1)  # without waiting for the engine's thread

@@ -1,21 +1,21 @@
-"""What an editor may set, and the check of what it sent."""
+"""The settings of the language server, and the check of those that an editor sends."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from pydantic.alias_generators import to_camel
 
-from codegemma.config import Mode
+from codegemma.config import Mode, Trim
 
 
 class EditorSettings(BaseModel):
     """The settings of the language server; docs/editors.md explains them.
 
-    An editor spells them in camelCase, in its initializationOptions or under "codegemma" in its
-    configuration.
+    An editor sends them in camelCase, in its initializationOptions or under "codegemma" in its configuration.
     """
 
     model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True, strict=True)
@@ -33,18 +33,24 @@ class EditorSettings(BaseModel):
     adapter: str = "auto"
     stats: bool = True
 
+    def trim_before(self, suffix: str) -> Trim:
+        """How much of a suggestion to keep: for "auto", a line if a word follows the cursor, else a block."""
+        if self.trim != "auto":
+            return self.trim
+        return "line" if re.match(r"[^\n]*\w", suffix) else "block"
+
     def updated(self, options: Any) -> tuple[EditorSettings, list[str]]:
-        """The settings with an editor's `options`, and a complaint about each one that is wrong."""
+        """These settings with an editor's `options` applied, and a complaint about each invalid option."""
         options = dict(options) if isinstance(options, Mapping) else {}
         try:
             return EditorSettings.model_validate(self.model_dump(by_alias=True) | options), []
         except ValidationError as error:
-            wrong = {problem["loc"][0]: problem for problem in error.errors()}
+            invalid = {problem["loc"][0]: problem for problem in error.errors()}
         complaints = [
             f"there is no setting codegemma.{key}"
             if problem["type"] == "extra_forbidden"
             else f"codegemma.{key}: {problem['msg']}, got {options[key]!r}"
-            for key, problem in wrong.items()
+            for key, problem in invalid.items()
         ]
-        valid = {key: value for key, value in options.items() if key not in wrong}
+        valid = {key: value for key, value in options.items() if key not in invalid}
         return self.updated(valid)[0], complaints

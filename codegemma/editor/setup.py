@@ -1,6 +1,6 @@
-"""Sets up an editor: the text that goes into one of its files, shown or merged into that file.
+"""Sets up an editor: shows the text that belongs in one of its files, or merges it into that file.
 
-editors.toml has the texts. docs/editors.md shows what `advice` says of each editor; a test compares them.
+editors.toml has the texts. docs/editors.md has the `advice` for each editor; a test compares them.
 """
 
 from __future__ import annotations
@@ -40,44 +40,41 @@ class EditorSetup:
 
 
 def setup(editor: str, program: str = "codegemma") -> EditorSetup:
-    """What an editor needs to run the command `program`. Raises ValueError on an unknown editor."""
+    """What an editor needs to run the command `program`. Raises ValueError for an unknown editor."""
     if editor not in SETUPS:
         raise ValueError(f"no set-up for {editor!r}: there are {', '.join(SETUPS)}")
-    row = EditorSetup(**SETUPS[editor])  # type: ignore[arg-type]
-    quoted = (
-        '"' + program.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    )  # in Lua, TOML and Emacs Lisp alike
-    text = row.text.replace("PROGRAM", quoted)
+    template = EditorSetup(**SETUPS[editor])  # type: ignore[arg-type]
+    # Lua, TOML and Emacs Lisp quote a path as JSON does.
+    text = template.text.replace("PROGRAM", json.dumps(program, ensure_ascii=False))
     if editor == "vscode" and program != "codegemma":
         text = json.dumps(json.loads(text) | {"codegemma.command": program}, indent=2) + "\n"
-    return replace(row, text=text, before=row.before.replace("PROGRAM", program))
+    return replace(template, text=text, before=template.before.replace("PROGRAM", program))
 
 
 def program() -> str:
-    """`codegemma` where the shell finds it, else its path."""
-    beside = Path(sys.executable).with_name("codegemma")
-    return "codegemma" if shutil.which("codegemma") or not beside.exists() else str(beside)
+    """`codegemma` if the shell finds it, else its path beside this Python."""
+    path = Path(sys.executable).with_name("codegemma")
+    return "codegemma" if shutil.which("codegemma") or not path.exists() else str(path)
 
 
 def advice(editor: str, program: str = "codegemma") -> str:
-    """Markdown: what to do, and what to paste where."""
-    row = setup(editor, program)
-    return f"{row.before}\n\nInto `{row.file}`:\n\n```{row.language}\n{row.text}```"
+    """What to do and what to paste into which file, in Markdown."""
+    steps = setup(editor, program)
+    return f"{steps.before}\n\nInto `{steps.file}`:\n\n```{steps.language}\n{steps.text}```"
 
 
-def write(editor: str, program_: str | None = None) -> str:
-    """Merges the set-up into the editor's file, keeps the old file beside it, and returns what was changed.
+def write(editor: str, program: str) -> str:
+    """Merges the set-up into the editor's file, keeps a copy of the old file, and returns a diff.
 
-    A second call changes nothing. Raises ValueError where the file cannot be understood; then nothing is
-    written.
+    A second call changes nothing. Raises ValueError, and writes nothing, if the file cannot be parsed.
     """
-    row = setup(editor, program_ or program())
-    file = location(row.file)
+    steps = setup(editor, program)
+    file = location(steps.file)
     old = file.read_text("utf-8") if file.exists() else ""
-    if row.kind == "json":
-        new = merged_json(old, json.loads(row.text), str(file))
+    if steps.kind == "json":
+        new = merged_json(old, json.loads(steps.text), str(file))
     else:
-        new = row.text if row.kind == "file" else merged_block(old, row, str(file))
+        new = steps.text if steps.kind == "file" else merged_block(old, steps, str(file))
     if new == old:
         return f"{file} is set up already."
     diff = "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(file), str(file)))
@@ -86,18 +83,17 @@ def write(editor: str, program_: str | None = None) -> str:
         backup = file.with_name(f"{file.name}.before-codegemma")
         shutil.copy2(file, backup)
         written += f"\nThe old one is {backup}."
-    with atomic_write(file.resolve()) as out:  # where the file is a link, it stays one
+    with atomic_write(file.resolve()) as out:  # a symbolic link stays one
         out.write(new.encode())
-    return "\n".join((row.before, diff.rstrip("\n"), written))
+    return "\n".join((steps.before, diff.rstrip("\n"), written))
 
 
 def location(file: str) -> Path:
     """Where a file of editors.toml is on this machine."""
     names = [file]
     if file.endswith("Code/User/settings.json") and sys.platform in ("darwin", "win32"):
-        folder = (
-            "~/Library/Application Support" if sys.platform == "darwin" else os.environ.get("APPDATA", "~")
-        )
+        appdata = os.environ.get("APPDATA", "~")
+        folder = "~/Library/Application Support" if sys.platform == "darwin" else appdata
         names = [file.replace("~/.config", folder)]
     elif file == "~/.emacs.d/init.el":  # Emacs reads the first of these that exists
         names = ["~/.emacs", "~/.emacs.el", file, "~/.config/emacs/init.el"]
@@ -108,17 +104,17 @@ def location(file: str) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------- merging
-def merged_block(old: str, row: EditorSetup, name: str) -> str:
-    """The file `old` with our lines between their marks, at the end where they are new."""
-    first, last = (f"{row.comment} {mark}\n" for mark in MARKS)
+def merged_block(old: str, steps: EditorSetup, name: str) -> str:
+    """The text `old` of the file `name` with our lines between their marks, at the end if they are new."""
+    first, last = (f"{steps.comment} {mark}\n" for mark in MARKS)
     start, end = old.find(first), old.find(last)
     if (start < 0) != (end < 0) or end < start:
         raise ValueError(
             f"{name} has only one of the two marks of `codegemma setup`: delete it, and try again"
         )
     before, after = (old[:start], old[end + len(last) :]) if start >= 0 else (old, "")
-    text = row.text
-    if row.language == "toml":
+    text = steps.text
+    if steps.language == "toml":
         text = _without_languages(text, before + after, name)
     if start < 0 and old:
         before += "\n" if old.endswith("\n") else "\n\n"
@@ -126,9 +122,9 @@ def merged_block(old: str, row: EditorSetup, name: str) -> str:
 
 
 def _without_languages(text: str, others: str, name: str) -> str:
-    """Helix's languages without those that the user has set up: there the server must be added by hand."""
+    """Our lines for Helix without the languages that `others`, the user's lines, set up already."""
     try:
-        users = {table.get("name") for table in tomllib.loads(others).get("language", [])}
+        configured = {table.get("name") for table in tomllib.loads(others).get("language", [])}
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{name} is not valid TOML ({error}): mend it first") from error
     header = "[[language]]\n"
@@ -136,12 +132,12 @@ def _without_languages(text: str, others: str, name: str) -> str:
     for table in tables:
         language = tomllib.loads(table)["name"]
         note = f'# add "codegemma" to the language-servers of {language} above\n'
-        kept += note if language in users else header + table
+        kept += note if language in configured else header + table
     return kept
 
 
 def merged_json(old: str, ours: Mapping[str, Any], name: str) -> str:
-    """A JSON file with comments, `old`, with our settings in it. All else stays as it was, to the letter."""
+    """The JSON text `old`, which may have comments, with our settings. Everything else stays as it is."""
     text = old if old.strip() else "{\n}\n"
     try:
         present = json.loads(without_comments(text))
@@ -179,7 +175,7 @@ def without_comments(text: str) -> str:
 
 
 def _members(text: str) -> tuple[dict[str, tuple[int, int]], int]:
-    """The spans of the values in the outermost object, by key, and the offset behind its opening brace."""
+    """The span of each value in the outermost object, by key, and the offset behind its opening brace."""
     spans: dict[str, tuple[int, int]] = {}
     key: str | None = None
     depth = start = end = 0
@@ -196,7 +192,7 @@ def _members(text: str) -> tuple[dict[str, tuple[int, int]], int]:
 
 
 def _union(present: Any, ours: Any) -> Any:
-    """Two JSON values as one: objects are merged by key, and of other values ours is taken."""
+    """Two JSON values merged: objects key by key; otherwise ours replaces the present one."""
     if isinstance(present, dict) and isinstance(ours, Mapping):
         return present | {key: _union(present.get(key), value) for key, value in ours.items()}
     return ours

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,21 +20,21 @@ ANSWER_SECONDS = 60.0  # how long a server may take
 
 
 class SuggestionSource(Protocol):
-    """Answers fill-in-the-middle requests. Cancelling the task that awaits `fill` stops the work at once."""
+    """Answers fill-in-the-middle requests. Cancelling the task that awaits `fill` stops the work."""
 
     name: str
 
     async def fill(self, request: Request) -> str:
-        """The text of a suggestion; "" of a request of max_tokens 0, which reads its prompt into the cache.
+        """The text of a suggestion. With max_tokens 0 it is "": the prompt is only read into the cache.
 
-        Raises Busy, ValueError or OSError where there is no answer.
+        Raises Busy, ValueError or OSError if there is no answer.
         """
 
     async def close(self) -> None: ...
 
 
 class LocalSource:
-    """A model in this process. Its prompt cache is saved in the file `cache`, where one is named."""
+    """A model in this process. Its prompt cache is saved to the file `cache`, if there is one."""
 
     def __init__(self, model: Model, cache: Path | None = None) -> None:
         self.name = f"{model.preset.title if model.preset else model.path.name} in this process"
@@ -46,7 +45,7 @@ class LocalSource:
         try:
             steps = [step async for step in job.steps()]
         finally:
-            job.cancel()  # does nothing where the job has ended
+            job.cancel()  # no effect if the job has ended
         if steps[-1].stop == "cancelled":  # the prompt took too long
             return ""
         return "".join(step.text for step in steps)
@@ -58,7 +57,7 @@ class LocalSource:
 
 
 class RemoteSource:
-    """A server of ours, or any that has llama.cpp's /infill or OpenAI's /v1/completions with a suffix."""
+    """Our server, or another with llama.cpp's /infill or OpenAI's /v1/completions with a suffix."""
 
     def __init__(self, url: str, key: str = "") -> None:
         try:
@@ -75,7 +74,7 @@ class RemoteSource:
             verify=ssl.create_default_context(),
             trust_env=False,  # no proxy stands between an editor and its server
         )
-        self.has_infill = True  # until the server answers that it has no such route
+        self.has_infill = True  # until the server answers that this route is missing
 
     async def fill(self, request: Request) -> str:
         hole = request.prompt
@@ -96,7 +95,7 @@ class RemoteSource:
             raise ValueError(
                 f"{self.name} answered {answer.status_code}: {error_message(answer)[:300]}"
             ) from None
-        return trim.cut(text, hole.prefix, hole.suffix, hole.trim)[0]  # only our own server trims
+        return trim.cut(text, hole)[0]  # only our own server trims
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -112,7 +111,7 @@ class RemoteSource:
 
 
 def _infill_body(request: Request, hole: Infill) -> dict[str, Any]:
-    """The fields of llama.cpp, and those that our own server adds."""
+    """The body of /infill: llama.cpp's fields, and those that our server adds."""
     start = hole.prefix.rfind("\n") + 1
     optional = {
         "path": hole.path,
@@ -133,34 +132,3 @@ def _infill_body(request: Request, hole: Infill) -> dict[str, Any]:
         "trim": hole.trim,
         "session": request.session,
     } | {name: value for name, value in optional.items() if value}
-
-
-def opener(
-    model: str | None,
-    server: str | None,
-    key_file: Path | None = None,
-    threads: int | None = None,
-    quantize: str | None = None,
-    cache: Path | None = None,
-    adapter: str = "auto",
-) -> Callable[[], SuggestionSource]:
-    """A function that opens the source: `server` where it is named, else `model`.
-
-    Both raise ValueError; the function also raises OSError.
-    """
-    if server and adapter != "auto":
-        raise ValueError(
-            "--adapter is for a model in this process: start the server with --adapter NAME=PATH, and name "
-            "it in the editor's setting `adapter`"
-        )
-
-    def open_source() -> SuggestionSource:
-        if server:
-            return RemoteSource(server, key_file.read_text().strip() if key_file else "")
-        from codegemma import hub, load
-
-        loaded = load(model or hub.DEFAULT, threads=threads, quantize=quantize, cache=cache)
-        loaded.prefer(adapter)
-        return LocalSource(loaded, cache)
-
-    return open_source

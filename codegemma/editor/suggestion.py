@@ -1,4 +1,4 @@
-"""The place where text is wanted, the window of text around it, and what becomes of a suggestion there."""
+"""The cursor, the window of text around it, and how far the user has accepted a suggestion there."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ REDACTION_MARGIN = 8_192  # characters beyond the window, where a secret that it
 
 @dataclass
 class Suggestion:
-    """What the editor was last given: `text`, to stand between `before` and `after` in the document `uri`."""
+    """The last suggestion that the editor got: `text`, between `before` and `after` in the document `uri`."""
 
     uri: str
     before: str
     text: str
     after: str
     shown: stats.Shown
-    inserted: int = 0  # characters of `text` that the document has by now
+    inserted: int = 0  # characters of `text` that are in the document by now
 
     def remaining(self, before: str, after: str) -> str:
-        """The rest of it where the user has typed its beginning; "" where it does not fit at the cursor."""
+        """The part of `text` that the user has not typed yet; "" if the suggestion does not fit here."""
         typed = before[len(self.before) :]
         fits = after == self.after and before == self.before + typed and self.text.startswith(typed)
         return self.text[len(typed) :] if fits else ""
 
     def follow_edit(self, document: str) -> bool:
-        """Counts what an edit took over of it, and returns whether the suggestion still fits `document`.
+        """Counts the accepted characters after an edit. Returns whether more of the suggestion can follow.
 
-        More than two characters at once, or the last two, were accepted; fewer were typed.
+        An edit that inserted more than two of its characters, or its last two, accepted them; else they were
+        typed.
         """
         size = len(document) - len(self.before) - len(self.after)
-        taken = document[len(self.before) : len(self.before) + size] if size > 0 else ""
-        if size < 0 or document != self.before + taken + self.after or not self.text.startswith(taken):
+        inserted = document[len(self.before) : len(self.before) + size] if size > 0 else ""
+        if size < 0 or document != self.before + inserted + self.after or not self.text.startswith(inserted):
             return False
         more, self.inserted = size - self.inserted, size
-        if more > 2 or (more > 1 and taken == self.text):
+        if more > 2 or (more > 1 and inserted == self.text):
             self.shown.taken += more
-        return taken != self.text
+        return inserted != self.text
 
 
 @dataclass(frozen=True)
 class CursorPosition:
     """Where text is wanted, as offsets in the buffer of `uri`.
 
-    The text between `start` and `end` is replaced by `chosen`, the entry that is selected in the editor's
-    pop-up. Without a pop-up both are the cursor. `automatic` is False where the user asked for a suggestion.
+    While a pop-up is open, its selected entry `chosen` replaces the text from `start` to `end`; else both are
+    the cursor. `automatic` is False if the user asked for a suggestion.
     """
 
     uri: str

@@ -48,14 +48,12 @@ CODE_LANGUAGES = (
     *("typescript", "typescriptreact", "java", "kotlin", "scala", "groovy", "clojure", "dart", "elixir"),
     *("erlang", "haskell", "ocaml", "fsharp", "vb", "vue", "svelte"),
 )
-MAX_CACHED_CHARACTERS = 100_000  # longer texts are searched anew each time
-PERSONAL_DATA = frozenset(
-    ("e-mail", "author", "ipv4", "ipv6", "phone")
-)  # kinds of finding that are not secrets
+MAX_CACHED_CHARACTERS = 100_000  # longer texts are searched again each time
+PERSONAL_DATA = ("e-mail", "author", "ipv4", "ipv6", "phone")  # kinds of finding that are not secrets
 
 
 def is_secret_name(path: str, language: str = "") -> bool:
-    """Whether a file may never be read into a prompt, by its path alone.
+    """Whether a file must never be read into a prompt, by its path alone.
 
     `path` may have either kind of slash. `language` is the editor's name for the document's language, where
     it is known: it decides for names such as `*.key` that are code in some projects.
@@ -85,7 +83,7 @@ def _redact(text: str) -> str:
 
 
 def redact_at_cursor(prefix: str, suffix: str) -> tuple[str, str]:
-    """The text before and after a cursor with every secret replaced, also one that the cursor stands in."""
+    """The text before and after a cursor with every secret replaced, also one around the cursor."""
     text, cursor, end = prefix + suffix, len(prefix), 0
     before, after = "", ""
     for finding in find_secrets(text):
