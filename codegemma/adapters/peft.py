@@ -1,6 +1,6 @@
-"""PEFT's folder: adapter_config.json and adapter_model.safetensors, as the `peft` library has them.
+"""PEFT's folder: adapter_config.json and adapter_model.safetensors, as the `peft` library writes them.
 
-Beside them stand card.json (what the adapter was trained for, and on what) and a README.md made from it.
+`save` adds card.json (Adapter.card), a README.md made from it, and Gemma's NOTICE.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from codegemma.adapters.adapter import LINEAR, Adapter
 from codegemma.checkpoints import safetensors, torch
 from codegemma.checkpoints.table import stored_name
-from codegemma.checkpoints.tensors import ArrayTensor, Tensor, from_float32
+from codegemma.checkpoints.tensors import ELEMENTS, ArrayTensor, Tensor, from_float32
 from codegemma.checkpoints.untrusted import read_json
 from codegemma.convert.card import render
 from codegemma.files import atomic_directory, map_file
@@ -28,13 +28,13 @@ MODULES = {
 }  # "q": "self_attn.q_proj"
 KINDS = {module: kind for kind, module in MODULES.items()}
 MAX_ROWS = 65_536  # replaced rows of the embedding
-# Options that change what an adapter means beyond a low-rank product: refused where they are switched on.
+# Options that make an adapter more than low-rank products: refused where they are set.
 UNSUPPORTED = (
     *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "lora_bias"),
     *("fan_in_fan_out", "target_parameters", "arrow_config", "kasa_config", "monteclora_config"),
     *("megatron_config", "modules_to_save"),
 )
-# Initialisations that also change the base's weights.
+# Initialisations that change the base's weights too, by the start of their names.
 CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 KEY = re.compile(
     r"(?:base_model\.model\.)?(?:model\.|language_model\.)*"
@@ -45,7 +45,7 @@ TRAINED_ROWS_KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_
 
 
 def load(path: Path) -> Adapter:
-    """The adapter in a folder, or beside a weights file. Raises ValueError where it cannot be used."""
+    """The adapter in a folder, or of a weights file in one. Raises ValueError where it cannot be used."""
     home = path.parent if path.is_file() else path
     fields = _config(home / "adapter_config.json")
     a, b, rows = _parts(home, fields, _stored(home))
@@ -64,13 +64,13 @@ def load(path: Path) -> Adapter:
 
 
 def save(adapter: Adapter, folder: Path | str, dtype: str = "F32") -> Path:
-    """Writes a folder that appears when it is complete; `dtype` is F32, F16 or BF16.
+    """Writes an adapter's folder, which appears only when it is complete; `dtype` is F32, F16 or BF16.
 
     Raises ValueError where the folder holds something already, or where a weight is too large for F16.
     """
     folder = Path(folder)
-    if dtype not in safetensors.TYPES:
-        raise ValueError(f"dtype must be {', '.join(safetensors.TYPES)}, got {dtype!r}")
+    if dtype not in ELEMENTS:
+        raise ValueError(f"dtype must be {', '.join(ELEMENTS)}, got {dtype!r}")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists: choose another folder for the adapter")
     stored: dict[str, Tensor] = {}
@@ -98,7 +98,7 @@ def hub_name(adapter: Adapter) -> Any:
 
 def readme(adapter: Adapter) -> str:
     """The adapter's card in the Hub's form."""
-    facts, base = adapter.described(), hub_name(adapter)
+    facts, base = adapter.facts(), hub_name(adapter)
     header = ["library_name: peft", *([f"base_model: {base}"] if base else []), "tags: [lora, code, gemma]"]
     description = (
         f"A LoRA adapter of rank {adapter.rank} (alpha {adapter.alpha:g}) for {base or 'a Gemma model'}: "
@@ -123,7 +123,7 @@ def _module(name: str) -> str:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    """The fields of an adapter_config.json that this program can follow."""
+    """The fields of an adapter_config.json. Raises ValueError where it is more than plain LoRA."""
     if not file.exists():
         raise ValueError(
             f"{file.parent}: lacks adapter_config.json: pass the folder that PEFT or codegemma saved"
@@ -172,14 +172,14 @@ def _parts(
         if values.ndim != 2 or not values.size:
             raise _damaged(home, f"{key} has shape {list(values.shape)}, but must be a matrix")
         name = match["table"] or f"layers.{int(match['layer'])}.{KINDS[match['module']]}"
-        into = tables if match["table"] else sides[match["side"]]
-        if name in into and name != "lm_head":
+        group = tables if match["table"] else sides[match["side"]]
+        if name in group and name != "lm_head":
             raise _damaged(home, f"holds {name} twice")
-        into[name] = values
+        group[name] = values
     rows: dict[int, np.ndarray] = {}
     if "embed_tokens" in tables:
         rows = _rows(home, fields.get("trainable_token_indices"), tables["embed_tokens"])
-    # PEFT writes lm_head as well where it did not notice that the two are tied.
+    # PEFT writes lm_head too where it does not notice that it is tied to the embedding.
     if "lm_head" in tables and not np.array_equal(tables["lm_head"], list(rows.values())):
         raise ValueError(
             f"{home}: trains tokens of lm_head that are not those of embed_tokens, but Gemma has one table "
@@ -214,7 +214,7 @@ def _scale(home: Path, fields: Mapping[str, Any], name: str, rank: int) -> float
 
 
 def _matches(home: Path, pattern: str, module: str) -> bool:
-    """PEFT's rule: a regular expression for the end of a module's name; refused if it could run very long."""
+    """PEFT's rule: a regular expression for the end of a module's name. Refuses one that could run long."""
     if len(pattern) > 512 or len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+{?]", pattern):
         raise ValueError(f"{home}: alpha_pattern {pattern[:40]!r} is too intricate: name the modules in full")
     try:
@@ -235,7 +235,7 @@ def _fields(adapter: Adapter) -> dict[str, Any]:
     modules = {name: _module(name) for name in adapter.a}
     kinds = sorted({module.rpartition(".")[2] for module in modules.values()})
     layers = {int(name.split(".")[1]) for name in modules}
-    everywhere = len(modules) == len(kinds) * len(layers) and layers == set(range(len(layers)))
+    same_in_all_layers = len(modules) == len(kinds) * len(layers) and layers == set(range(len(layers)))
     ranks = {name: value.shape[0] for name, value in adapter.a.items() if value.shape[0] != adapter.rank}
     return {
         "peft_type": "LORA",
@@ -245,7 +245,7 @@ def _fields(adapter: Adapter) -> dict[str, Any]:
         "base_model_name_or_path": hub_name(adapter),
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
-        "target_modules": kinds if everywhere else sorted(modules.values()),
+        "target_modules": kinds if same_in_all_layers else sorted(modules.values()),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,

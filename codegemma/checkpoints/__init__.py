@@ -1,4 +1,4 @@
-"""Checkpoints: what the bytes on disk mean, whichever format they came in."""
+"""Opens checkpoints: recognises the format of a file or directory and calls its loader."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ LOADERS = {
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Opens a checkpoint by looking into it: a .gguf, .safetensors, .nemo, .ckpt or .bin file, or the
-    directory of a Hugging Face model, a Keras preset or an Orbax checkpoint.
+    """Opens a .gguf, .safetensors, .nemo, .ckpt or .bin file, or the directory of a model.
 
-    Raises ValueError naming file, tensor and rule on anything else, FileNotFoundError on a wrong path.
+    A directory holds one of these files, a Hugging Face model, a Keras preset or an Orbax checkpoint. The
+    format is recognised by contents. Raises ValueError naming file, tensor and rule on anything else,
+    FileNotFoundError on a wrong path.
     """
     path = Path(path)
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "model_config.yaml")):
@@ -31,10 +32,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         if len(files) == 1:
             path = files[0]
         elif orbax.find_checkpoint(path) is None:
-            raise ValueError(
-                f"{path}: holds no config.json, no Orbax checkpoint, and {len(files)} .gguf, .nemo or "
-                ".ckpt files: pass the directory of a model, or one file"
-            )
+            rule = f"no Orbax checkpoint, and {len(files)} .gguf, .nemo or .ckpt files"
+            raise ValueError(f"{path}: holds no config.json, {rule}: pass a model's directory, or one file")
     return LOADERS[format_of(path)](path)
 
 
@@ -59,7 +58,5 @@ def format_of(path: Path) -> str:
         return "nemo"
     if start[8:9] == b"{":
         return "safetensors"
-    raise ValueError(
-        f"{path}: is neither GGUF, safetensors, a PyTorch archive nor a .nemo: pass a file of these, a "
-        "Hugging Face directory with config.json, a Keras preset or an Orbax checkpoint"
-    )
+    remedy = "pass a file of these, a Hugging Face directory with config.json, a Keras preset or an Orbax one"
+    raise ValueError(f"{path}: is neither GGUF, safetensors, a PyTorch archive nor a .nemo: {remedy}")

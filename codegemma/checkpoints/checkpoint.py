@@ -18,12 +18,10 @@ FIM_ORDERS_KEY = "codegemma.fim"  # in a GGUF header or a config.json
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened model: `tensors` by our names (formats.toml), `metadata` as the file states it (header,
-    config.json).
+    """An opened model: `tensors` by our names (formats.toml), `metadata` from its header or config.json.
 
-    metadata[FIM_ORDERS_KEY] stands where codegemma changed the weights, and lists the orders that they were
-    trained to fill in the middle in ("psm,spm", or ""). Adapters of the original model do not belong to such
-    weights.
+    Where codegemma changed the weights, metadata[FIM_ORDERS_KEY] lists the FIM orders that they were trained
+    on ("psm,spm", or ""). Adapters of the original model do not fit such weights.
     """
 
     path: Path
@@ -34,23 +32,23 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Built when first used. None where the checkpoint has none: then ids work, but text does not."""
+        """Built when first used; None where the checkpoint has none: then only token ids work."""
         return self.build_tokenizer() if self.build_tokenizer else None
 
     @property
     def fim_orders(self) -> frozenset[str] | None:
-        """The orders that changed weights fill in the middle in; None where codegemma did not change them."""
+        """The FIM orders that changed weights were trained on; None where codegemma did not change them."""
         orders = self.metadata.get(FIM_ORDERS_KEY)
         return None if orders is None else frozenset({"psm", "spm"} & set(str(orders).split(",")))
 
     def with_weights(self, tensors: dict[str, Tensor], fim_orders: Iterable[str]) -> Checkpoint:
-        """The model with other weights, which fill in the middle in these orders."""
+        """The model with other weights, which were trained on these FIM orders."""
         metadata = {**self.metadata, FIM_ORDERS_KEY: ",".join(sorted(fim_orders))}
         return replace(self, tensors=tensors, metadata=metadata)
 
     @cached_property
     def identity(self) -> str:
-        """A hash of config, types and samples of the weights: caches and adapters name their model by it."""
+        """A hash of config, types and samples of the weights, by which caches and adapters name a model."""
         digest = hashlib.sha256(repr(self.config).encode())
         for name, tensor in self.tensors.items():
             raw = tensor.data.reshape(-1)

@@ -1,8 +1,8 @@
-"""GGUF, llama.cpp's file format (versions 2 and 3, little endian): memory-mapped, written by tensors.
+"""GGUF, llama.cpp's file format (versions 2 and 3, little endian): read by memory map, written by tensor.
 
 Layout as in ggml's docs/gguf.md: magic, version, counts, typed key-values, tensor infos, then aligned tensor
-data. Nothing in the header is believed before it is checked against the file's length, and no array is
-copied. gguf_model.py says what the entries mean.
+data. Every size in the header is checked against the file's length before it is used, and no array is
+copied. gguf_model.py interprets the entries.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _STRUCTS = {code: struct.Struct("<" + letter) for code, letter in SCALARS.items(
 _U32, _U64 = _STRUCTS[4], _STRUCTS[10]
 
 ALIGNMENT = 32
-MAX_ENTRIES = 65_536  # key-values, tensors
-MAX_ITEMS = LIMITS["vocab"]  # strings in arrays
+MAX_ENTRIES = 65_536  # key-values, and tensors
+MAX_STRINGS = LIMITS["vocab"]  # in all arrays of a header
 MAX_STRING = 1 << 24  # bytes; the longest real one is a chat template
 
 
 class Strings(Sequence[str]):
-    """An array of strings, left in the file until it is used (a vocabulary holds 262,144 of them)."""
+    """An array of strings that is decoded when it is first used (a vocabulary holds 262,144 of them)."""
 
     def __init__(self, name: str, raw: memoryview, count: int) -> None:
-        self.name, self.raw, self._count = name, raw, count  # each string stands after its length
+        self.name, self.raw, self._count = name, raw, count  # each string follows its length (u64)
 
     @cached_property
     def _items(self) -> list[str]:
@@ -62,7 +62,7 @@ class Strings(Sequence[str]):
 
 
 class Contents(NamedTuple):
-    """A file's header values, and its tensors under their own names as views of the memory map."""
+    """The header of a file, and its tensors under the file's names as views of the memory map."""
 
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -84,24 +84,24 @@ class _Header:
         self.offset += kind.size
         return value
 
-    def count(self, things: str, maximum: int, kind: struct.Struct = _U64) -> int:
+    def count(self, counted: str, maximum: int, kind: struct.Struct = _U64) -> int:
         value: int = self.number(kind)
         if value > maximum:
-            raise self.fault(f"claims {value:,} {things}, but at most {maximum:,} make sense")
+            raise self.fault(f"claims {value:,} {counted}, but at most {maximum:,} make sense")
         return value
 
-    def skip(self, size: int, thing: str) -> int:
-        """Moves on by `size` bytes; returns where they start."""
+    def skip(self, size: int, label: str) -> int:
+        """Advances by `size` bytes and returns the offset of the first."""
         start = self.offset
         if size > len(self.data) - start:
-            raise self.fault(f"{thing} reaches beyond the end of the file ({len(self.data):,} bytes)")
+            raise self.fault(f"{label} reaches beyond the end of the file ({len(self.data):,} bytes)")
         self.offset += size
         return start
 
-    def string(self, thing: str, max_bytes: int = MAX_STRING) -> str:
-        size = self.count(f"bytes in {thing}", max_bytes)
-        start = self.skip(size, thing)
-        with refusing(f"{self.path}: {thing} is not UTF-8", UnicodeDecodeError):
+    def string(self, label: str, max_bytes: int = MAX_STRING) -> str:
+        size = self.count(f"bytes in {label}", max_bytes)
+        start = self.skip(size, label)
+        with refusing(f"{self.path}: {label} is not UTF-8", UnicodeDecodeError):
             return self.data[start : start + size].decode()
 
     def value(self, key: str) -> Any:
@@ -120,9 +120,7 @@ class _Header:
         if code == STRING:
             return self.strings(key, count)
         if code not in SCALARS:
-            raise self.fault(
-                f"{key} is an array of the value type {code}, but only numbers and strings are known"
-            )
+            raise self.fault(f"{key} is an array of the value type {code}, not of numbers or strings")
         dtype = np.dtype("<" + SCALARS[code])
         start = self.skip(count * dtype.itemsize, f"the array {key} of {count:,} items")
         raw = np.frombuffer(self.data, np.uint8, count * dtype.itemsize, start)
@@ -130,8 +128,8 @@ class _Header:
 
     def strings(self, key: str, count: int) -> Strings:
         self.strings_read += count
-        if self.strings_read > MAX_ITEMS:
-            raise self.fault(f"{key} claims {count:,} strings, but at most {MAX_ITEMS:,} in all make sense")
+        if self.strings_read > MAX_STRINGS:
+            raise self.fault(f"{key} claims {count:,} strings, but at most {MAX_STRINGS:,} in all make sense")
         data, end, length = self.data, self.offset, _U64.unpack_from
         try:
             for _ in range(count):
@@ -143,7 +141,7 @@ class _Header:
 
 
 def read(path: Path) -> Contents:
-    """Reads header and tensor infos. Raises ValueError naming the file and the broken rule, or OSError."""
+    """Reads header and tensor infos. Raises ValueError on a damaged file, OSError where it cannot be read."""
     header = _Header(path, map_file(path))
     if header.data[:4] != b"GGUF":
         raise header.fault("is not a GGUF file: it does not begin with GGUF", "check the path")
@@ -152,17 +150,15 @@ def read(path: Path) -> Contents:
     if version & 0xFFFF == 0:
         raise header.fault("is a big-endian GGUF", "convert it for little-endian machines")
     if version not in (2, 3):
-        raise header.fault(
-            f"is GGUF version {version}, but only 2 and 3 are known", "convert the model again"
-        )
-    tensors, entries = header.count("tensors", MAX_ENTRIES), header.count("header entries", MAX_ENTRIES)
+        raise header.fault(f"is GGUF version {version}, but only 2 and 3 are known")
+    tensor_count = header.count("tensors", MAX_ENTRIES)
     metadata: dict[str, Any] = {}
-    for _ in range(entries):
+    for _ in range(header.count("header entries", MAX_ENTRIES)):
         key = header.string("a key", 65_535)
         if key in metadata:
             raise header.fault(f"the key {key} appears twice in its header")
         metadata[key] = header.value(key)
-    return Contents(metadata, _tensors(header, tensors, metadata.get("general.alignment", ALIGNMENT)))
+    return Contents(metadata, _tensors(header, tensor_count, metadata.get("general.alignment", ALIGNMENT)))
 
 
 def _tensors(header: _Header, count: int, alignment: Any) -> dict[str, Tensor]:
@@ -186,15 +182,13 @@ def _tensors(header: _Header, count: int, alignment: Any) -> dict[str, Tensor]:
             raise header.fault(f"tensors {previous} and {name} overlap")
         previous, end = name, offset + size
         if start + end > len(raw):
-            raise header.fault(
-                f"tensor {name} needs {start + end:,} bytes of file, but there are {len(raw):,}"
-            )
+            raise header.fault(f"tensor {name} needs {start + end:,} bytes of file, of {len(raw):,}")
         tensors[name] = ArrayTensor.view(type, shape, raw[start + offset : start + end])
     return {name: tensors[name] for name in infos}
 
 
 def _info(header: _Header, name: str) -> tuple[str, tuple[int, ...], int]:
-    """Type, shape (rows first: GGUF counts its axes from the innermost) and offset within the data."""
+    """Type, shape (rows first; the file lists the innermost axis first) and offset from the data's start."""
     axes = header.count(f"axes in tensor {name}", 4, _U32)
     shape = tuple(header.number(_U64) for _ in range(axes))[::-1]
     code, offset = header.number(_U32), header.number(_U64)
@@ -202,20 +196,16 @@ def _info(header: _Header, name: str) -> tuple[str, tuple[int, ...], int]:
         raise header.fault(f"tensor {name} has the impossible shape {list(shape)}")
     if code not in TYPES:
         known = code < len(GGML_TYPES) and GGML_TYPES[code] != "-"
-        raise header.fault(
-            f"tensor {name} is {GGML_TYPES[code] if known else f'of the unknown type {code}'}, which this "
-            "program does not compute with",
-            "use a Q4_K_M, Q5_K_M, Q6_K, Q8_0, Q4_0, BF16 or F16 file",
-        )
-    try:
+        type = GGML_TYPES[code] if known else f"of the unknown type {code}"
+        remedy = "use a Q4_K_M, Q5_K_M, Q6_K, Q8_0, Q4_0, BF16 or F16 file"
+        raise header.fault(f"tensor {name} is {type}, which this program does not compute with", remedy)
+    with refusing(f"{header.path}: tensor {name} has an impossible row", ValueError):
         row_bytes(TYPES[code], shape[-1])
-    except ValueError as error:
-        raise header.fault(f"tensor {name}: {error}") from None
     return TYPES[code], shape, offset
 
 
 def _value_bytes(value: Any) -> bytes:
-    """A value with its type code. Python numbers take the types that llama.cpp asks for: u32, f32, bool."""
+    """A value with its type code. Python numbers get the types that llama.cpp expects: u32, f32, bool."""
     if isinstance(value, str):
         return _U32.pack(STRING) + _string_bytes(value)
     if isinstance(value, Strings) or (
@@ -244,7 +234,7 @@ def write(
     """Writes a file tensor by tensor, in pieces; `path` appears only when complete.
 
     With a `stamp`, which must name everything that the file depends on, an interrupted write resumes: tensors
-    that are in the file already are not read again. Raises ValueError where data do not fit a type and shape.
+    that are in the file already are not read again. Raises ValueError where a tensor's data do not fit.
     """
     alignment = int(metadata.get("general.alignment", ALIGNMENT))
     codes = {name: code for code, name in TYPES.items()}

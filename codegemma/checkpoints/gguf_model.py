@@ -1,4 +1,4 @@
-"""Gemma models in GGUF: what llama.cpp's header entries say of the architecture and the tokenizer."""
+"""Gemma models in GGUF: architecture and tokenizer from llama.cpp's header entries, and back."""
 
 from __future__ import annotations
 
@@ -13,22 +13,18 @@ from codegemma.checkpoints import gguf, table
 from codegemma.checkpoints.checkpoint import Checkpoint
 from codegemma.checkpoints.untrusted import damaged, naming
 from codegemma.config import ModelConfig
-from codegemma.tokenizer import Tokenizer
-
-UNUSED = 5  # SentencePiece's type of a piece that stands for nothing
+from codegemma.tokenizer import UNUSED, USER_DEFINED, Tokenizer
 
 
 def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
-    """The architecture that a header describes; `path` is for errors. Raises ValueError on no Gemma."""
-    keys, known = (table.format_table("gguf")[name] for name in ("config", "defaults"))
+    """The architecture that a header describes; errors name `path`. Raises ValueError on other models."""
+    keys, architectures = (table.format_table("gguf")[name] for name in ("config", "defaults"))
     architecture: Any = str(metadata.get("general.architecture"))
-    if architecture not in known:
-        raise ValueError(
-            f"{path}: general.architecture is {architecture!r}, but this program runs "
-            f"{', '.join(known)}: choose a Gemma or CodeGemma file"
-        )
-    stated = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
-    values = table.config_values("gguf", architecture, stated)
+    if architecture not in architectures:
+        rule = f"but this program runs {', '.join(architectures)}: choose a Gemma or CodeGemma file"
+        raise ValueError(f"{path}: general.architecture is {architecture!r}, {rule}")
+    entries = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+    values = table.config_values("gguf", architecture, entries)
     values = {name: value for name, value in values.items() if value is not None}
     for required in ("layers", "width", "heads", "ffn_width", "context", "norm_eps"):
         if required not in values:
@@ -39,33 +35,32 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     values.setdefault("kv_heads", values["heads"])
     values.setdefault("head_width", values["width"] // max(1, values["heads"]))
     values.setdefault("rope_base_local", values["rope_base"])
-    for name in ("window", "attention_softcap", "final_softcap"):  # 0 stands for none
+    for name in ("window", "attention_softcap", "final_softcap"):  # 0 means none
         values[name] = values.get(name) or None
     if values["window"] is None:
         values["global_every"] = 1
+    width = values["head_width"]
     for key in ("attention.value_length", "rope.dimension_count"):
-        if str(stated.get(key, values["head_width"])) != str(values["head_width"]):
+        if str(value := entries.get(key, width)) != str(width):
             raise damaged(
-                f"{path}: {architecture}.{key} must equal attention.key_length ({values['head_width']}), "
-                "as in every Gemma"
+                f"{path}: {architecture}.{key} must equal attention.key_length ({width}), got {value}"
             )
-    if str(stated.get("rope.scaling.type", "linear")) not in ("linear", "none"):
-        raise ValueError(
-            f"{path}: {architecture}.rope.scaling.type must be linear or none, as in every Gemma"
-        )
+    if (kind := str(entries.get("rope.scaling.type", "linear"))) not in ("linear", "none"):
+        rule = f"must be linear or none, got {kind!r}: choose a Gemma file"
+        raise ValueError(f"{path}: {architecture}.rope.scaling.type {rule}")
     values["query_scale"] = _query_scale(architecture, values)
     with naming(path):
         return ModelConfig(architecture, vocab=vocab, **values)
 
 
 def _query_scale(architecture: str, values: Mapping[str, Any]) -> float:
-    """Factor on q: no key holds it; llama.cpp knows the 27B models, whose factor differs, by their layers."""
+    """The factor on q, which no key states; 27B models have another, and are recognised by their layers."""
     is_27b = {"gemma2": 46, "gemma3": 62}.get(architecture) == values["layers"]
     return max(1, values["width"] // max(1, values["heads"])) ** -0.5 if is_27b else 0.0
 
 
 def config_metadata(config: ModelConfig) -> dict[str, Any]:
-    """The header entries for a config, which `config` reads. Raises ValueError for what GGUF cannot say."""
+    """The header entries for a config. Raises ValueError for a query scale that GGUF cannot express."""
     architecture = config.architecture
     entries: dict[str, Any] = {"general.architecture": architecture}
     implied = {"rope_base_local": config.rope_base, "rope_scale": 1.0, "global_every": 1}
@@ -80,20 +75,16 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     entries[f"{architecture}.attention.value_length"] = config.head_width
     scale = _query_scale(architecture, vars(config)) or config.head_width**-0.5
     if not math.isclose(config.query_scale, scale, rel_tol=1e-6):
-        given = config.query_scale
-        raise ValueError(
-            f"GGUF has no key for the query scale {given}: readers of a {architecture} file take {scale}; "
-            "write safetensors instead"
-        )
+        rule = f"readers of a {architecture} file take {scale}; write safetensors instead"
+        raise ValueError(f"GGUF has no key for the query scale {config.query_scale}: {rule}")
     return entries
 
 
 def tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer in the header. Raises ValueError where there is none, or none that Gemma uses."""
+    """The tokenizer in the header. Raises ValueError where it is missing, or no SentencePiece vocabulary."""
     kind = metadata.get("tokenizer.ggml.model")
-    pieces, scores, types = (
-        metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
-    )
+    fields = ("tokens", "scores", "token_type")
+    pieces, scores, types = (metadata.get(f"tokenizer.ggml.{field}") for field in fields)
     if not (
         str(kind) == "llama"
         and isinstance(pieces, gguf.Strings)
@@ -111,14 +102,12 @@ def tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The header entries for a vocabulary, padded to the embedding's rows, with its control ids.
 
-    llama.cpp ends a generation at eos, eot and fim_sep; CodeGemma ends its own at the file separator.
+    llama.cpp stops at eos, eot and fim_sep: the latter is the file separator, at which CodeGemma stops.
     """
     pieces, scores, types = tokenizer.pieces()
     padding = range(len(pieces), rows)
-    pieces = [*pieces, *(f"[PAD{token}]" for token in padding)]
-    scores, types = [*scores, *(0.0 for _ in padding)], [*types, *(UNUSED for _ in padding)]
-    pieces = [
-        piece.replace("\u2581", " ") if type == 4 else piece
+    texts = [
+        piece.replace("\u2581", " ") if type == USER_DEFINED else piece
         for piece, type in zip(pieces, types, strict=True)
     ]
     names = table.format_table("gguf")["token_ids"]
@@ -126,9 +115,9 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     entries = {
         "model": "llama",
         "pre": "default",
-        "tokens": pieces,
-        "scores": np.array(scores, "<f4"),
-        "token_type": np.array(types, "<i4"),
+        "tokens": texts + [f"[PAD{token}]" for token in padding],
+        "scores": np.array([*scores, *[0.0] * len(padding)], "<f4"),
+        "token_type": np.array([*types, *[UNUSED] * len(padding)], "<i4"),
         "add_bos_token": True,
         "add_eos_token": False,
         "add_space_prefix": False,
@@ -143,8 +132,7 @@ def load(path: Path) -> Checkpoint:
     embedding = table.stored_name("gguf", "embed")
     if str(metadata.get("split.count", 1)) not in ("0", "1"):
         raise ValueError(
-            f"{path}: is one part of a model split into several files: join them with "
-            "llama-gguf-split --merge"
+            f"{path}: is one part of a split model: join its files with llama-gguf-split --merge"
         )
     vocab = stored[embedding].shape[0] if embedding in stored else 1
     model = config(path, metadata, vocab)
@@ -154,8 +142,7 @@ def load(path: Path) -> Checkpoint:
         return Checkpoint(path, model, tensors, metadata)
     if not isinstance(pieces, gguf.Strings) or len(pieces) > vocab:
         raise damaged(
-            f"{path}: tokenizer.ggml.tokens must be at most {vocab:,} strings, one for each row "
-            f"of {embedding}"
+            f"{path}: tokenizer.ggml.tokens must be at most {vocab:,} strings (rows of {embedding})"
         )
     return Checkpoint(path, model, tensors, metadata, lambda: tokenizer(path, metadata))
 
@@ -163,7 +150,7 @@ def load(path: Path) -> Checkpoint:
 def save(
     path: Path, checkpoint: Checkpoint, entries: Mapping[str, Any], template: str | None, stamp: str | None
 ) -> None:
-    """Writes a file that llama.cpp reads. `entries` go into its header; `stamp` as of `gguf.write`."""
+    """Writes a file that llama.cpp reads, with `entries` in its header; `stamp` as for `gguf.write`."""
     config = checkpoint.config
     types = [tensor.type for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
     metadata = {

@@ -1,8 +1,8 @@
 """A Hugging Face directory: config.json, *.safetensors (sharded or not), and perhaps a tokenizer.
 
 Both generations of config.json are read: that of transformers 4 (rope_theta, rope_local_base_freq,
-rope_scaling, sliding_window_pattern) and that of 5 (rope_parameters, layer_types). Of a multimodal Gemma 3
-the text part is read.
+rope_scaling, sliding_window_pattern) and that of transformers 5 (rope_parameters, layer_types). A multimodal
+Gemma 3 is read without its vision part.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from codegemma.checkpoints.untrusted import damaged, indexed_files, naming, read
 from codegemma.config import GEMMA2_2B, PRESETS, ModelConfig
 from codegemma.tokenizer import Tokenizer
 
-# Where the language model's names begin: multimodal (new, old), causal, bare.
+# Prefixes of the language model's tensors: multimodal (new, old), causal, bare.
 PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.")
-ACTIVATIONS = (None, "gelu_pytorch_tanh", "gelu")  # the first Gemma configs said gelu, but mean the tanh form
-SHARD = 5 << 30  # bytes of a file, as transformers cuts
+ACTIVATIONS = (None, "gelu_pytorch_tanh", "gelu")  # the first Gemma configs say gelu, but mean the tanh form
+MAX_SHARD = 5 << 30  # bytes of a weight file, as transformers writes them
 
 
 def shards(path: Path) -> list[Path]:
-    """The weight files of a directory, as its index names them, or the file itself. Raises ValueError."""
+    """The weight files of a directory, or the file itself. Raises ValueError where files are missing."""
     if not path.is_dir():
         return [path]
     index = path / "model.safetensors.index.json"
@@ -43,14 +43,12 @@ def shards(path: Path) -> list[Path]:
     if missing := [file.name for file in files if not file.exists()]:
         raise damaged(f"{path}: lacks {', '.join(missing)}, which its index names")
     if not files:
-        raise ValueError(
-            f"{path}: holds no *.safetensors: download the model in that format, or pass a .gguf file"
-        )
+        raise ValueError(f"{path}: holds no *.safetensors: download the model so, or pass a .gguf file")
     return files
 
 
 def _text_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of the language model, all named as in a causal model."""
+    """The tensors of the language model, named as in a causal model."""
     stored: dict[str, Tensor] = {}
     for file in shards(path):
         for name, tensor in safetensors.read(file).items():
@@ -67,7 +65,7 @@ def _text_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a config.json describes; `path` is for errors. Raises ValueError on no Gemma."""
+    """The architecture in a config.json; errors name `path`. Raises ValueError on other models."""
     with naming(path):
         return _config(fields)
 
@@ -79,11 +77,10 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
     if kind == "gemma3" and isinstance(fields.get("text_config"), dict):
         return _config({"model_type": "gemma3_text"} | fields["text_config"])
     architecture: Any = "gemma3" if kind == "gemma3_text" else kind
-    known = table.format_table("hf")["defaults"]
-    if architecture not in list(known):
-        raise ValueError(
-            f"model_type is {kind!r}, but this program runs {', '.join(known)}: choose a Gemma or CodeGemma"
-        )
+    architectures = list(table.format_table("hf")["defaults"])
+    if architecture not in architectures:
+        rule = f"but this program runs {', '.join(architectures)}: choose a Gemma or CodeGemma"
+        raise ValueError(f"model_type is {kind!r}, {rule}")
     if fields.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention makes this an embedding model: choose another")
     for key in ("hidden_activation", "hidden_act"):
@@ -101,7 +98,7 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def _global_every(fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
-    """Every how many layers one is global, from layer_types or from the length of the pattern."""
+    """Each how-many-th layer is global, by layer_types or sliding_window_pattern; 1 where all layers are."""
     if values["window"] is None:
         return 1
     period = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern"))
@@ -114,18 +111,16 @@ def _global_every(fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
     is_global = [kind == "full_attention" for kind in types]
     period = is_global.index(True) + 1 if True in is_global else max(period, len(types) + 1)
     if is_global != [(layer + 1) % period == 0 for layer in range(len(types))]:
-        raise ValueError(
-            f"layer_types {types} does not repeat: every Gemma has one full_attention after a fixed number "
-            "of sliding_attention: choose another model"
-        )
+        rule = "does not repeat one full_attention after a fixed number of sliding_attention: choose a Gemma"
+        raise ValueError(f"layer_types {types} {rule}")
     return period
 
 
 def _ropes(architecture: str, fields: Mapping[str, Any], default: float) -> dict[str, Any]:
-    """Rotary bases and scale, from rope_parameters (by layer type in Gemma 3) or the older single fields."""
-    given = _object(fields, "rope_parameters")
-    full = _object(given, "full_attention") if "full_attention" in given else given
-    local = _object(given, "sliding_attention")
+    """Rotary bases and scale, from rope_parameters (by layer type in Gemma 3) or from the older fields."""
+    ropes = _object(fields, "rope_parameters")
+    full = _object(ropes, "full_attention") if "full_attention" in ropes else ropes
+    local = _object(ropes, "sliding_attention")
     scaling = _object(fields, "rope_scaling") or full
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear") or local.get("rope_type", "default") != "default":
@@ -148,15 +143,13 @@ def _object(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def config_fields(config: ModelConfig) -> dict[str, Any]:
     """A config.json for a config, with the keys of both transformers 4 and 5.
 
-    Raises ValueError for a query scale that it cannot say.
+    Raises ValueError for a query scale that it cannot express.
     """
     scalar = max(1, round(config.query_scale**-2))
     exact = math.isclose(scalar**-0.5, config.query_scale, rel_tol=1e-6)
     if not exact or config.architecture == "gemma" and scalar != config.head_width:
-        raise ValueError(
-            f"config.json cannot say the query scale {config.query_scale}: transformers takes 1 / sqrt of "
-            "a whole number, and in Gemma 1 of head_dim alone"
-        )
+        rule = "transformers takes 1 / sqrt of a whole number, and in Gemma 1 of head_dim alone"
+        raise ValueError(f"config.json cannot say the query scale {config.query_scale}: {rule}")
     fields: dict[str, Any] = {
         "architectures": [f"G{config.architecture[1:]}ForCausalLM"],
         "model_type": "gemma3_text" if config.architecture == "gemma3" else config.architecture,
@@ -190,29 +183,29 @@ def tokenizer_builder(path: Path) -> Callable[[], Tokenizer] | None:
 def checkpoint_of(
     path: Path, directories: list[Path], format: table.Format, stored: Mapping[str, Tensor]
 ) -> Checkpoint:
-    """A checkpoint whose own files do not state its config.
+    """A checkpoint from tensors that come without a config.
 
-    It comes from the first config.json in `directories`, else from the published model that has exactly these
-    tensors; the tokenizer from one of them too. Raises ValueError where neither tells.
+    The config is the first config.json in `directories`, else that of the published model with these tensors;
+    the tokenizer is the first in `directories`. Raises ValueError where there is neither kind of config.
     """
-    home = next((place for place in directories if (place / "config.json").exists()), directories[0])
-    fields = read_json(home / "config.json") if (home / "config.json").exists() else {}
+    files = [directory / "config.json" for directory in directories]
+    file = next((file for file in files if file.exists()), files[0])
+    fields = read_json(file) if file.exists() else {}
     build = next(filter(None, map(tokenizer_builder, directories)), None)
     if "model_type" in fields:
-        model = config(home / "config.json", fields)
+        model = config(file, fields)
         return Checkpoint(path, model, table.from_format(format, path, model, stored), fields, build)
-    for known in {preset.config for preset in PRESETS.values()} | {GEMMA2_2B}:
+    for model in {preset.config for preset in PRESETS.values()} | {GEMMA2_2B}:
         with contextlib.suppress(ValueError):
-            return Checkpoint(path, known, table.from_format(format, path, known, stored), fields, build)
-    raise ValueError(
-        f"{home}: its tensors are those of no published model, and no config.json is beside them: add it"
-    )
+            return Checkpoint(path, model, table.from_format(format, path, model, stored), fields, build)
+    rule = "its tensors are those of no published model, and no config.json is beside them: add it"
+    raise ValueError(f"{file.parent}: {rule}")
 
 
 def load(path: Path) -> Checkpoint:
     """Opens a directory, or a .safetensors file in one.
 
-    The vocabulary is as many rows as the embedding has: at least what config.json says, which may be less.
+    The embedding may have more rows than config.json says: then the vocabulary is as large as the embedding.
     """
     home = path if path.is_dir() else path.parent
     file = home / "config.json"
@@ -229,39 +222,43 @@ def load(path: Path) -> Checkpoint:
 
 def write_companions(path: Path, checkpoint: Checkpoint, **more: Any) -> None:
     """Writes config.json, with `more` fields and the FIM orders of changed weights, and tokenizer.model."""
-    notes = {key: value for key, value in checkpoint.metadata.items() if key == FIM_ORDERS_KEY}
-    _write_json(path / "config.json", config_fields(checkpoint.config) | more | notes)
+    orders = {key: value for key, value in checkpoint.metadata.items() if key == FIM_ORDERS_KEY}
+    _write_json(path / "config.json", config_fields(checkpoint.config) | more | orders)
     if checkpoint.tokenizer:
         (path / "tokenizer.model").write_bytes(checkpoint.tokenizer.model)
 
 
 def save(path: Path, checkpoint: Checkpoint, template: str | None, stops: list[int]) -> None:
-    """Writes a directory that transformers reads, in files of at most SHARD bytes; `stops` end generation."""
-    stored = table.to_format("hf", checkpoint.config, checkpoint.tensors)
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in stored.items():
-        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > SHARD:
-            shards.append({})
-        shards[-1][name] = tensor
-    count, files = len(shards), ["model.safetensors"]
-    if count > 1:
-        files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in stored.values())},
-            "weight_map": weight_map,
-        }
-        _write_json(path / "model.safetensors.index.json", index)
-    for file, shard in zip(files, shards, strict=True):
-        safetensors.write(path / file, shard)
+    """Writes a directory that transformers reads, with weight files of at most MAX_SHARD bytes.
+
+    `template` is the chat template, and `stops` are the tokens that end generation.
+    """
+    _write_weights(path, table.to_format("hf", checkpoint.config, checkpoint.tensors))
     write_companions(path, checkpoint, torch_dtype=DTYPES[checkpoint.tensors["embed"].type])
     generation = table.written_fields("hf_generation") | {"eos_token_id": stops or 1}
     _write_json(path / "generation_config.json", generation)
     if tokenizer := checkpoint.tokenizer:
         fields = huggingface_tokenizer.config_fields(tokenizer, template)
         _write_json(path / "tokenizer_config.json", fields)
-        merges = huggingface_tokenizer.tokenizer_json(tokenizer)
-        (path / "tokenizer.json").write_text(json.dumps(merges, ensure_ascii=False))
+        document = huggingface_tokenizer.tokenizer_json(tokenizer)
+        (path / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False))
+
+
+def _write_weights(path: Path, stored: Mapping[str, Tensor]) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in stored.items():
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > MAX_SHARD:
+            shards.append({})
+        shards[-1][name] = tensor
+    files, count = ["model.safetensors"], len(shards)
+    if count > 1:
+        files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in stored.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(path / "model.safetensors.index.json", index)
+    for file, shard in zip(files, shards, strict=True):
+        safetensors.write(path / file, shard)
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A tokenizer in the files that transformers reads, and Gemma's chat template."""
+"""The tokenizer files that transformers reads: tokenizer_config.json and tokenizer.json."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from codegemma.checkpoints.table import written_fields
-from codegemma.tokenizer import Tokenizer
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # SentencePiece's types of pieces
+from codegemma.tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer
 
 
 def _added_token(content: str, special: bool) -> dict[str, Any]:
@@ -21,11 +19,11 @@ def _fim_ids(tokenizer: Tokenizer) -> tuple[int | None, ...]:
 
 
 def config_fields(tokenizer: Tokenizer, template: str | None) -> dict[str, Any]:
-    """A tokenizer_config.json: control pieces are added tokens, FIM ones not special, as published."""
+    """A tokenizer_config.json: control tokens are added tokens, and special except those of FIM."""
     control, fim = tokenizer.control, _fim_ids(tokenizer)
     named = {"bos": control.bos, "eos": control.eos, "pad": control.pad, "unk": control.unk}
-    steering = (*fim, *named.values(), control.start_of_turn, control.end_of_turn)
-    ids = sorted({token for token in steering if token is not None})
+    control_ids = (*fim, *named.values(), control.start_of_turn, control.end_of_turn)
+    ids = sorted({token for token in control_ids if token is not None})
     names = {f"{key}_token": tokenizer.piece(token) for key, token in named.items() if token is not None}
     added = {str(token): _added_token(tokenizer.piece(token), token not in fim) for token in ids}
     fields = written_fields("hf_tokenizer_config") | names | {"added_tokens_decoder": added}
@@ -33,7 +31,7 @@ def config_fields(tokenizer: Tokenizer, template: str | None) -> dict[str, Any]:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer.json: transformers reads tokenizer.model only where protobuf is installed."""
+    """A tokenizer.json, since transformers reads tokenizer.model only where protobuf is installed."""
     pieces, scores, types = tokenizer.pieces()
     ids = {piece: token for token, piece in enumerate(pieces)}
     merges = [
@@ -56,7 +54,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _begin_token(pieces: Sequence[str], bos: int | None) -> dict[str, Any]:
-    """What a TemplateProcessing puts in front of each text: the vocabulary's own begin token, often <bos>."""
+    """The fields of a TemplateProcessing that puts the begin token (often <bos>) before each text."""
     name = "<bos>" if bos is None else pieces[bos]
     first, second = (
         [{"SpecialToken": {"id": name, "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]

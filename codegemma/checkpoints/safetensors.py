@@ -17,12 +17,11 @@ from codegemma.checkpoints.tensors import BLOCKS, ELEMENTS, ArrayTensor, Tensor,
 from codegemma.checkpoints.untrusted import MAX_JSON, damaged, parse_json
 from codegemma.files import atomic_write, map_file
 
-TYPES = tuple(ELEMENTS)
-NAMES = ", ".join(TYPES)
+NAMES = ", ".join(ELEMENTS)
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file under their own names, as views of its memory map.
+    """The tensors of a file by its names, as views of the memory map.
 
     Raises ValueError naming file, tensor and rule where the header does not fit the file.
     """
@@ -39,20 +38,24 @@ def read(path: Path) -> dict[str, Tensor]:
         if start < end:
             raise damaged(f"{path}: tensor {name} overlaps the one before it")
         end = stop
-    return {name: _tensor(infos[name], raw[start:stop]) for name, (start, stop) in spans.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, (start, stop) in spans.items():
+        type, stored = infos[name]["dtype"], raw[start:stop]
+        if stored.ctypes.data % BLOCKS[type][1]:  # unaligned after a header of odd length, which is rare
+            stored = stored.copy()
+        tensors[name] = ArrayTensor.view(type, tuple(infos[name]["shape"]), stored)
+    return tensors
 
 
 def _span(path: Path, name: str, info: Any, size: int) -> tuple[int, int]:
-    """First and last byte of a tensor, if dtype, shape and offsets agree with each other and the file."""
+    """Where the data of a tensor begin and end, in bytes. Raises ValueError where its entry is wrong."""
     match info:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
             pass
         case _:
             raise damaged(f"{path}: tensor {name} lacks dtype, shape or data_offsets")
-    if dtype not in TYPES:
-        raise ValueError(
-            f"{path}: tensor {name} is {dtype}, but this program reads {NAMES}: choose a GGUF file"
-        )
+    if dtype not in ELEMENTS:
+        raise ValueError(f"{path}: tensor {name} is {dtype}, but this program reads {NAMES}: choose GGUF")
     if len(shape) > 4 or not possible_shape(shape):
         raise damaged(f"{path}: tensor {name} has the impossible shape {shape}")
     needed = math.prod(shape) * BLOCKS[dtype][1]
@@ -61,22 +64,13 @@ def _span(path: Path, name: str, info: Any, size: int) -> tuple[int, int]:
     return start, stop
 
 
-def _tensor(info: Mapping[str, Any], raw: np.ndarray) -> Tensor:
-    if (
-        raw.ctypes.data % BLOCKS[info["dtype"]][1]
-    ):  # a header of odd length, which is rare, leaves data unaligned
-        raw = raw.copy()
-    return ArrayTensor.view(info["dtype"], tuple(info["shape"]), raw)
-
-
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes unquantised tensors into a file that appears only when complete. Raises ValueError on blocks."""
+    """Writes a file that appears only when complete. Raises ValueError on quantised tensors."""
     infos, offset = {}, 0
     for name, tensor in tensors.items():
-        if tensor.type not in TYPES:
-            raise ValueError(
-                f"{path}: tensor {name} is {tensor.type}, but safetensors holds {NAMES}: write GGUF"
-            )
+        if tensor.type not in ELEMENTS:
+            rule = f"but safetensors holds {NAMES}: write GGUF"
+            raise ValueError(f"{path}: tensor {name} is {tensor.type}, {rule}")
         span = (offset, offset := offset + tensor.nbytes)
         infos[name] = {"dtype": tensor.type, "shape": tensor.shape, "data_offsets": span}
     header = json.dumps({"__metadata__": {"format": "pt"}, **infos}).encode()

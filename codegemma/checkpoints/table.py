@@ -1,7 +1,7 @@
-"""From the tensors of a file format to ours and back, by one table of names (formats.toml).
+"""Converts the tensors of each file format to ours and back, by one table of names and axes (formats.toml).
 
-Our names, axes and shapes are those under [axes] there; every shape in a file is checked against them.
-Norm factors are held as float32 with the 1 of Gemma's (1 + w) added; formats differ in what they store.
+Section [axes] of that table lists our tensors; the shapes of each file are checked against it. We hold norm
+factors as float32 with the 1 of Gemma's (1 + w) added; some formats store w alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +25,7 @@ from codegemma.config import ModelConfig
 
 Format = Literal["gguf", "hf", "flax", "maxtext", "keras", "nemo", "pytorch"]
 MAX_PADDING = 1024  # rows; DeepMind's embedding has 256,128 for 256,000 tokens
+AXES = {"V": "vocab", "D": "width", "N": "heads", "K": "kv_heads", "H": "head_width", "F": "ffn_width"}
 
 
 def _transposed_gating(config: ModelConfig) -> bool:
@@ -45,45 +46,33 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
 
 
 @cache
-def _tables() -> dict[str, Any]:
-    return tomllib.loads(Path(__file__).with_name("formats.toml").read_text("utf-8"))
-
-
-@cache
-def _written() -> dict[str, Any]:
-    return dict(json.loads(Path(__file__).with_name("written_fields.json").read_text("utf-8")))
+def _data(name: str) -> dict[str, Any]:
+    text = Path(__file__).with_name(name).read_text("utf-8")
+    return tomllib.loads(text) if name.endswith(".toml") else dict(json.loads(text))
 
 
 def format_table(format: Format) -> dict[str, Any]:
     """The section of a format in formats.toml."""
-    table: dict[str, Any] = _tables()[format]
-    return table
+    return dict(_data("formats.toml")[format])
 
 
 def written_fields(name: str) -> dict[str, Any]:
-    """Constant fields of a document that a format's writer writes, from written_fields.json."""
-    return dict(copy.deepcopy(_written()[name]))
+    """The constant fields of a document that a format's writer writes, from written_fields.json."""
+    return dict(copy.deepcopy(_data("written_fields.json")[name]))
 
 
 def stored_name(format: Format, name: str) -> str:
-    """A format's name of a tensor that it stores as we do, such as "embed"; {i} stands for the layer."""
+    """A format's name of a tensor that it stores unchanged, such as "embed"; {i} stands for the layer."""
     return next(stored for stored, ours in format_table(format)["tensors"]["always"].items() if ours == name)
 
 
 def is_ignored(format: Format, name: str) -> bool:
-    """Whether a stored tensor follows from the config, so that it need not be read."""
+    """Whether a stored tensor can be computed from the config, so that it need not be read."""
     return re.fullmatch(format_table(format).get("ignored", ""), name) is not None
 
 
-def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """The lengths that the letters of axes stand for."""
-    names = {"V": "vocab", "D": "width", "N": "heads", "K": "kv_heads", "H": "head_width", "F": "ffn_width"}
-    size: dict[str, int] = {letter: getattr(config, name) for letter, name in names.items()}
-    return size | {"G": config.heads // config.kv_heads, "1": 1}
-
-
 class TensorLocation(NamedTuple):
-    """A tensor of a model: our name, the name of the stored tensor that holds it, and our shape."""
+    """A tensor of a model: our name, the name of the stored tensor that contains it, and our shape."""
 
     name: str
     stored: str
@@ -95,7 +84,7 @@ class TensorLocation(NamedTuple):
 
 
 class TensorPart(NamedTuple):
-    """One of our tensors inside a stored one: its name, and its axes here and there ("NH,D", "N,D,H")."""
+    """One of our tensors inside a stored one: its name, our axes ("NH,D") and the stored axes ("N,D,H")."""
 
     name: str
     axes: str
@@ -103,17 +92,16 @@ class TensorPart(NamedTuple):
 
     @property
     def letters(self) -> tuple[str, str]:
-        """Single axes here and there."""
-        stored = self.stored_axes.replace(",", "")
-        axes = self.axes.replace(",", "")
-        return axes.replace("N", "KG") if "G" in stored else axes, stored
+        """Our axes and the stored ones, one letter each; N is written KG where the format splits it."""
+        ours, stored = self.axes.replace(",", ""), self.stored_axes.replace(",", "")
+        return ours.replace("N", "KG") if "G" in stored else ours, stored
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that a format stores for one model, and the parts it holds, joined along axis letter `join`.
+    """A tensor that a format stores, made of one or more of ours, which are joined along axis letter `join`.
 
-    Stored values are ours times `scale`; `size` gives the length of each letter.
+    Stored values are ours times `scale`; `size` gives the length of each axis letter.
     """
 
     name: str
@@ -128,7 +116,7 @@ class StoredTensor:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one of our tensors without any change."""
+        """Whether it equals one of our tensors."""
         return len(self.parts) == 1 and self.scale == 1 and self.parts[0].axes == self.parts[0].stored_axes
 
     @cached_property
@@ -138,7 +126,7 @@ class StoredTensor:
 
     def part_shape(self, index: int) -> tuple[int, ...]:
         """Our shape of a part."""
-        return _shape(self.parts[index].axes, self.size)
+        return tuple(math.prod(self._lengths(axis)) for axis in self.parts[index].axes.split(","))
 
     def _lengths(self, letters: str) -> list[int]:
         return [self.size[letter] for letter in letters]
@@ -159,30 +147,25 @@ class StoredTensor:
         rearranged = []
         for part, array in zip(self.parts, arrays, strict=True):
             ours, stored = part.letters
-            order = [ours.index(letter) for letter in stored if letter != "1"]
-            array = array.reshape(self._lengths(ours)).transpose(order)
-            rearranged.append(array.reshape(self._lengths(stored)))
+            rearranged.append(self._transposed(array, ours, stored).reshape(self._lengths(stored)))
         joined = rearranged[0] if len(rearranged) == 1 else np.concatenate(rearranged, self.join)
         return joined.reshape(self.shape)
 
     def part(self, index: int, array: np.ndarray) -> np.ndarray:
         """The elements of one part, from the stored ones; values are not scaled."""
         ours, stored = self.parts[index].letters
-        lengths = self._part_lengths
-        start = sum(lengths[:index])
-        span = slice(start, start + lengths[index])
-        array = array.reshape(self._joined_lengths)[(slice(None),) * self.join + (span,)]
-        named = stored.replace("1", "")
-        array = array.reshape(self._lengths(named)).transpose([named.index(letter) for letter in ours])
-        return array.reshape(self.part_shape(index))
+        boundaries = np.cumsum(self._part_lengths)[:-1]
+        part = np.split(array.reshape(self._joined_lengths), boundaries, self.join)[index]
+        return self._transposed(part, stored, ours).reshape(self.part_shape(index))
 
-
-def _shape(axes: str, size: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(math.prod(size[letter] for letter in axis) for axis in axes.split(","))
+    def _transposed(self, array: np.ndarray, axes: str, new_axes: str) -> np.ndarray:
+        """Brings axes into another order; axes of one element ("1") are dropped."""
+        axes, new_axes = axes.replace("1", ""), new_axes.replace("1", "")
+        return array.reshape(self._lengths(axes)).transpose([axes.index(letter) for letter in new_axes])
 
 
 def stored_tensors(config: ModelConfig, format: Format) -> list[StoredTensor]:
-    """Every tensor that a file of this format has for a model of this config: layer by layer, in our order.
+    """All tensors in a file of this format for a model of this config: layer by layer, in our order.
 
     Raises ValueError where the format cannot hold the architecture.
     """
@@ -190,44 +173,46 @@ def stored_tensors(config: ModelConfig, format: Format) -> list[StoredTensor]:
     if table.get("only_gemma_1") and config.architecture != "gemma":
         others = "choose safetensors, gguf, orbax, keras or gemma_pytorch"
         raise ValueError(f"{format} is known here for Gemma 1 alone, not for {config.architecture}: {others}")
-    axes, size = _tables()["axes"], axis_sizes(config)
-    rows = []
-    for condition, tensors in table["tensors"].items():
-        if CONDITIONS[condition](config):
-            rows += [_row(name, described, size) for name, described in tensors.items()]
-    rows.sort(key=lambda row: list(axes).index(row.parts[0].name))
+    size = {letter: getattr(config, field) for letter, field in AXES.items()}
+    size |= {"G": config.heads // config.kv_heads, "1": 1}
+    templates = [
+        _template(name, entry, size)
+        for condition, entries in table["tensors"].items()
+        if CONDITIONS[condition](config)
+        for name, entry in entries.items()
+    ]
+    order = list(_data("formats.toml")["axes"])
+    templates.sort(key=lambda template: order.index(template.parts[0].name))
+    keras_block = f"{'gemma3' if config.architecture == 'gemma3' else 'gemma'}_decoder_block"
     stored = []
     for layer in (None, *range(config.layers)):
-        block = f"{'gemma3' if config.architecture == 'gemma3' else 'gemma'}_decoder_block"
-        block += f"_{layer}" if layer else ""
-        for row in rows:
-            if ("{" in row.name) == (layer is not None):
-                parts = tuple(part._replace(name=part.name.format(i=layer)) for part in row.parts)
-                name = row.name.format(i=layer, block=block)
-                stored.append(StoredTensor(name, parts, size, row.join, row.scale))
+        names = {"i": layer, "block": f"{keras_block}_{layer}" if layer else keras_block}
+        for template in templates:
+            if ("{" in template.name) == (layer is not None):
+                parts = tuple(part._replace(name=part.name.format(**names)) for part in template.parts)
+                stored.append(replace(template, name=template.name.format(**names), parts=parts))
     return stored
 
 
-def _row(name: str, described: str | dict[str, Any], size: Mapping[str, int]) -> StoredTensor:
-    """A line of formats.toml; names still hold {i} for the layer."""
-    axes, prefix = _tables()["axes"], "layers.{i}." if "{" in name else ""
-    if isinstance(described, str):
-        ours = prefix + described
-        return StoredTensor(name, (TensorPart(ours, axes[ours], axes[ours]),), size)
-    options = dict(described)
-    join, (letter, power) = options.pop("join", 0), options.pop("scale", ("1", 1))
-    parts = tuple(TensorPart(prefix + part, axes[prefix + part], stored) for part, stored in options.items())
-    return StoredTensor(name, parts, size, join, size[letter] ** power)
+def _template(name: str, entry: str | dict[str, Any], size: Mapping[str, int]) -> StoredTensor:
+    """An entry of formats.toml, where {i} or {block} in names stands for the layer."""
+    axes, prefix = _data("formats.toml")["axes"], "layers.{i}." if "{" in name else ""
+    if isinstance(entry, str):
+        return StoredTensor(name, (TensorPart(prefix + entry, *[axes[prefix + entry]] * 2),), size)
+    parts = dict(entry)
+    join, (letter, power) = parts.pop("join", 0), parts.pop("scale", ("1", 1))
+    ours = tuple(TensorPart(prefix + part, axes[prefix + part], stored) for part, stored in parts.items())
+    return StoredTensor(name, ours, size, join, size[letter] ** power)
 
 
 def config_defaults(format: Format, architecture: str) -> dict[str, Any]:
     """The fields of ModelConfig that a file of this format may leave out."""
     defaults = format_table(format).get("defaults", {}).get(architecture, {})
-    return {**_tables()["architectures"][architecture], **defaults}
+    return {**_data("formats.toml")["architectures"][architecture], **defaults}
 
 
 def config_values(format: Format, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig from a format's keys; what is not stated has its default, or None."""
+    """Fields of ModelConfig from a format's keys; a missing key gives the default, or None."""
     defaults, keys = config_defaults(format, architecture), format_table(format)["config"]
     return defaults | {name: fields.get(key, defaults.get(name)) for name, key in keys.items()}
 
@@ -247,21 +232,21 @@ def tensor_locations(config: ModelConfig, format: Format = "hf") -> Iterator[Ten
 def from_format(
     format: Format, path: Path, config: ModelConfig, stored: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our tensors from those of a file, by our names. `path` is for errors.
+    """Our tensors, by name, from those of a file. Errors name `path`.
 
     Raises ValueError on missing, extra or misshapen tensors, and on an untied output layer.
     """
-    wanted = {tensor.name: tensor for tensor in stored_tensors(config, format)}
+    layouts = {layout.name: layout for layout in stored_tensors(config, format)}
     head = format_table(format).get("tied_head", "")
-    missing = [name for name in wanted if name not in stored]
-    extra = [name for name in stored if name not in wanted and name != head and not is_ignored(format, name)]
+    missing = [name for name in layouts if name not in stored]
+    extra = [name for name in stored if name not in layouts and name != head and not is_ignored(format, name)]
     for fault, names in (("lacks", missing), ("also holds", extra)):
         if names:
             listed = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-            model = f"a {config.architecture} model of {config.layers} layers has exactly {len(wanted)}"
+            model = f"a {config.architecture} model of {config.layers} layers has exactly {len(layouts)}"
             raise damaged(f"{path}: {fault} {len(names)} tensors ({listed}), but {model}")
     tensors: dict[str, Tensor] = {}
-    for name, layout in wanted.items():
+    for name, layout in layouts.items():
         tensor = stored[name] if format in ("gguf", "hf") else _without_padding(stored[name], layout.shape)
         if tensor.shape != layout.shape:
             shapes = f"has shape {list(tensor.shape)}, but the config makes it {list(layout.shape)}"
@@ -292,9 +277,11 @@ def to_format(format: Format, config: ModelConfig, tensors: Mapping[str, Tensor]
 
 
 def _without_padding(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An embedding of at least 256,000 rows without those that pad it."""
-    padded = len(shape) == len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and shape[0] >= 256_000
-    if not padded or not shape[0] < tensor.shape[0] <= shape[0] + MAX_PADDING:
+    """The tensor without padding rows, which only embeddings of at least 256,000 rows have."""
+    is_embedding = (
+        len(shape) == len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and shape[0] >= 256_000
+    )
+    if not is_embedding or not shape[0] < tensor.shape[0] <= shape[0] + MAX_PADDING:
         return tensor
     return LazyTensor(tensor.type, shape, lambda start, stop: tensor.rows(start, stop).data)
 
@@ -343,10 +330,9 @@ def _norm_factor(format: Format, path: Path, name: str, norm: Tensor) -> Tensor:
 
 
 def _check_tied(path: Path, name: str, head: Tensor, embed: Tensor) -> None:
-    same = (head.type, head.shape) == (embed.type, embed.shape) and all(
+    if (head.type, head.shape) != (embed.type, embed.shape) or not all(
         np.array_equal(ours.data, theirs.data)
         for ours, theirs in zip(head.pieces(), embed.pieces(), strict=True)
-    )
-    if not same:
+    ):
         rule = "differs from the embedding, which is Gemma's output layer"
         raise ValueError(f"{path}: tensor {name} {rule}: merge or drop it")

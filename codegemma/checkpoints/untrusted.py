@@ -1,4 +1,4 @@
-"""Reading files that nobody vouches for: JSON of bounded size, and the errors of libraries as ValueErrors."""
+"""Reading files from untrusted sources: JSON of bounded size, and errors of libraries as ValueErrors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON = 1 << 24  # bytes; the header of a 7B's safetensors is under 100 kB
-
-
 REMEDY = "download or convert it again"
 
 
 def damaged(problem: str) -> ValueError:
-    """The error for a file that cannot have been written so."""
+    """The error for a file that no program writes so."""
     return ValueError(f"{problem}: {REMEDY}")
 
 
 @contextmanager
 def refusing(problem: str, *errors: type[Exception], remedy: str = REMEDY) -> Iterator[None]:
-    """Turns these errors of a block into a ValueError "problem (error): remedy"."""
+    """Turns these errors in the block into a ValueError "problem (error): remedy"."""
     try:
         yield
     except errors as error:
@@ -31,7 +29,7 @@ def refusing(problem: str, *errors: type[Exception], remedy: str = REMEDY) -> It
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the file's name before a ValueError or TypeError of a block."""
+    """Puts the file's name before the text of a ValueError or TypeError raised in the block."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -46,7 +44,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:
 
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """A JSON object in which each name appears once; `path` is for errors."""
+    """A JSON object in which each name appears once; errors name `path`."""
     with refusing(f"{path}: is not valid JSON", ValueError, RecursionError):
         value = json.loads(raw, object_pairs_hook=_unique)
     if not isinstance(value, dict):
@@ -61,7 +59,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def indexed_files(index: Path, extension: str) -> list[str]:
-    """The weight files that an index names, in its `weight_map`: tensor -> file or files.
+    """The weight files in the `weight_map` of an index, which gives a file or list of files for each tensor.
 
     Raises ValueError where they are not files of the index's own directory.
     """
