@@ -30,7 +30,7 @@ def infill_prompt(engine, infill, layout, max_tokens, max_uncached=10**9):
 
 
 def kept(text, prefix="", suffix="", trim="block"):
-    return cut(text, prefix, suffix, trim)[0]
+    return cut(text, Infill(prefix, suffix, trim=trim))[0]
 
 
 # ---------------------------------------------------------------------------------------- what is cut

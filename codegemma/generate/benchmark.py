@@ -1,4 +1,4 @@
-"""How fast a model reads and writes on this machine, beside the limits of its memory and multipliers."""
+"""Prefill and decode speed of a model on this machine, beside its memory bandwidth and int8 peak."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from codegemma.native import CHUNK, PAGE, Native, Slice, measure
 def benchmark(
     model: Model, prompt_tokens: int = 512, decode_tokens: int = 32, repeats: int = 3, adapter: str = "none"
 ) -> dict[str, Any]:
-    """Medians of prefill and decode speed (tokens a second), and their share of the limits, measured in
-    between.
+    """Median prefill and decode speed in tokens a second, and their shares of the machine's limits.
 
-    Prefill counts the vocabulary product for the last token only. Raises ValueError where the tokens do not
-    fit the context or the model is not on the native backend.
+    The limits are measured before each repeat. Prefill computes logits for the last token only. Raises
+    ValueError where the tokens do not fit the context or the model is not on the native backend.
     """
     backend, context = model.backend, model.config.context
     if not 1 <= prompt_tokens <= context - decode_tokens or decode_tokens < 1:
@@ -56,13 +55,14 @@ def benchmark(
 
 
 def _seconds(backend: Native, ids: list[int], decode_tokens: int, adapter: str | None) -> tuple[float, float]:
-    """Seconds to read a prompt with nothing cached, and to decode after it."""
+    """Seconds to read an uncached prompt, and to decode `decode_tokens` after it."""
+
     pages = [backend.new_page() for _ in range(-(-(len(ids) + decode_tokens) // PAGE))]
     started = time.perf_counter()
     for start in range(0, len(ids), CHUNK):
         part = ids[start : start + CHUNK]
         backend.run([Slice(part, start, pages, int(start + len(part) == len(ids)), adapter)])
-    read = time.perf_counter()
+    prefilled = time.perf_counter()
     for i in range(decode_tokens):
         backend.run([Slice([ids[i % len(ids)]], len(ids) + i, pages, 1, adapter)])
-    return read - started, time.perf_counter() - read
+    return prefilled - started, time.perf_counter() - prefilled

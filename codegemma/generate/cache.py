@@ -1,9 +1,9 @@
 """The prefix cache: keys and values of the latest prompts, in a tree over token ids, shared by all requests.
 
-`find` returns the pages of the longest known prefix, `put` remembers a sequence, each under the adapter that
-they depend on ("": none). The least recently used page goes first when the limit in bytes is reached. Saved
-files carry a key (model, numerics, SIMD level): a file with another key, or a damaged one, is ignored with a
-warning. The law: a token computed after cached pages is the token computed without them.
+`find` returns the pages of the longest cached prefix and `put` adds a sequence. Each adapter has its own tree
+("" is the base), since keys and values depend on it. At the limit in bytes, the least recently used page is
+removed first. Saved files carry a key (model, numerics, SIMD level): a file with another key, or a damaged
+one, is ignored with a warning. The law: a token computed after cached pages is the token computed without.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _DIGEST_BYTES = 32
 
 
 class _Node:
-    """One page of tokens, perhaps partly filled. The root of an adapter has no ids, page and parent."""
+    """A page of tokens, perhaps partly filled. An adapter's root has neither ids nor a page nor a parent."""
 
     __slots__ = ("ids", "page", "parent", "children")
 
@@ -50,9 +51,8 @@ class PrefixCache:
         self.key, self.page_bytes, self.max_bytes = key, page_bytes, max_bytes
         self._lock = threading.RLock()
         self._roots: dict[str, _Node] = {}  # by adapter
-        self._recent: OrderedDict[_Node, None] = (
-            OrderedDict()
-        )  # least recently used first; parents after children
+        # Least recently used first, and every node before its parent.
+        self._recent: OrderedDict[_Node, None] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +60,7 @@ class PrefixCache:
         return len(self._recent) * self.page_bytes
 
     def find(self, ids: Sequence[int], adapter: str = "") -> tuple[list[Page], int]:
-        """Pages of the longest known prefix of `ids`, and its length; the last page may hold more than it."""
+        """The pages of the longest cached prefix of `ids`, and its length; the last page may hold more."""
         with self._lock:
             node, length = self._root(adapter), 0
             pages: list[Page] = []
@@ -80,7 +80,7 @@ class PrefixCache:
             return pages, length
 
     def put(self, ids: Sequence[int], pages: Sequence[Page], adapter: str = "") -> None:
-        """Remembers that `pages` hold `ids`; pages already known stay the shared ones."""
+        """Adds the pages of `ids`. Where a page is cached already, that one stays."""
         with self._lock:
             node = self._root(adapter)
             for index, page in enumerate(pages):
@@ -88,12 +88,11 @@ class PrefixCache:
                 child = node.children.get(part)
                 if child is None:
                     if len(part) < PAGE and any(ids[: len(part)] == part for ids in node.children):
-                        break  # a longer one is known
+                        break  # a page that starts with this part is cached
                     child = _Node(part, page, node)
-                    for shorter in [
-                        other for size, other in node.children.items() if part[: len(size)] == size
-                    ]:
-                        self._forget(shorter)
+                    for other_ids, other in list(node.children.items()):
+                        if part[: len(other_ids)] == other_ids:
+                            self._forget(other)
                     node.children[part] = child
                     self._recent[child] = None
                 node = child
@@ -108,27 +107,25 @@ class PrefixCache:
             self._recent.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all pages, atomically: a header, the tree as JSON, each node's page, and their SHA-256."""
+        """Writes all pages, atomically: a header, the tree as JSON, the page of each node, and a SHA-256."""
+
         with self._lock:
             nodes = [node for root in self._roots.values() for node in root.descendants()]
             index: dict[_Node | None, int | str] = {node: number for number, node in enumerate(nodes)}
             index |= {root: adapter for adapter, root in self._roots.items()}
+        key = self.key.encode()
         tree = json.dumps([[index[node.parent], list(node.ids)] for node in nodes]).encode()
+        header = _MAGIC + struct.pack("<QQQ", len(key), len(tree), self.page_bytes) + key + tree
         digest = hashlib.sha256()
         with atomic_write(Path(path)) as out:
-
-            def write(data: bytes) -> None:
+            for data in chain([header], (node.page.data.tobytes() for node in nodes)):
                 digest.update(data)
                 out.write(data)
-
-            key = self.key.encode()
-            write(_MAGIC + struct.pack("<QQQ", len(key), len(tree), self.page_bytes) + key + tree)
-            for node in nodes:
-                write(node.page.data.tobytes())
             out.write(digest.digest())
 
     def load(self, path: str | os.PathLike[str]) -> bool:
-        """Adds the pages of a saved cache. False, with a warning, on a damaged or another model's file."""
+        """Adds the pages of a saved cache. Returns False where there is no file and, with a warning, where it
+        is damaged or another model's."""
         try:
             roots = self._parse(Path(path).read_bytes())
         except FileNotFoundError:
@@ -139,18 +136,15 @@ class PrefixCache:
         for adapter, root in roots.items():
             for leaf in root.descendants():
                 if not leaf.children:
-                    chain = [leaf, *_ancestors(leaf)][::-1]
-                    ids = [token for node in chain for token in node.ids]
-                    self.put(ids, [node.page for node in chain], adapter)
+                    branch = [leaf, *_ancestors(leaf)][::-1]
+                    ids = [token for node in branch for token in node.ids]
+                    self.put(ids, [node.page for node in branch], adapter)
         return True
 
     def _parse(self, data: bytes) -> dict[str, _Node]:
-        """The roots of a saved tree, by adapter."""
-        start = len(_MAGIC) + 24
-        if (
-            not data.startswith(_MAGIC)
-            or hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]
-        ):
+        """The roots of a saved tree, by adapter. Raises ValueError where it is damaged or another model's."""
+        start, content = len(_MAGIC) + 24, data[:-_DIGEST_BYTES]
+        if not data.startswith(_MAGIC) or hashlib.sha256(content).digest() != data[-_DIGEST_BYTES:]:
             raise ValueError("it is damaged or no cache file")
         key_length, tree_length, page_bytes = struct.unpack_from("<QQQ", data, len(_MAGIC))
         key = data[start : start + key_length].decode("utf-8", "replace")
@@ -160,15 +154,14 @@ class PrefixCache:
         nodes: list[_Node] = []
         roots: dict[str, _Node] = {}
         for parent, ids in json.loads(data[start + key_length : offset]):
-            is_valid = isinstance(parent, str) or (
-                0 <= parent < len(nodes) and len(nodes[parent].ids) == PAGE
-            )
+            is_root = isinstance(parent, str)
+            is_valid = is_root or (0 <= parent < len(nodes) and len(nodes[parent].ids) == PAGE)
             if not is_valid or not 1 <= len(ids) <= PAGE:
                 raise ValueError("its tree is damaged")
-            above = roots.setdefault(parent, _Node()) if isinstance(parent, str) else nodes[parent]
+            above = roots.setdefault(parent, _Node()) if is_root else nodes[parent]
             page = Page(np.frombuffer(data, np.uint8, page_bytes, offset).copy(), len(ids))
-            node = above.children[tuple(ids)] = _Node(tuple(ids), page, above)
-            nodes.append(node)
+            above.children[tuple(ids)] = _Node(tuple(ids), page, above)
+            nodes.append(above.children[tuple(ids)])
             offset += page_bytes
         return roots
 
@@ -176,7 +169,7 @@ class PrefixCache:
         return self._roots.setdefault(adapter, _Node())
 
     def _touch(self, node: _Node) -> None:
-        """Makes a node and all above it the most recently used, parents last so that leaves go first."""
+        """Makes a node and its ancestors the most recently used, parents last: leaves are removed first."""
         for used in (node, *_ancestors(node)):
             if used.parent is not None:
                 self._recent.move_to_end(used)
@@ -188,12 +181,13 @@ class PrefixCache:
 
 
 def _ancestors(node: _Node) -> Iterator[_Node]:
-    """The nodes above a node, the root left out."""
+    """The nodes above a node, without the root."""
     while node.parent is not None and node.parent.parent is not None:
         node = node.parent
         yield node
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences have in common at their starts."""
+    """The length of the longest common prefix of two sequences."""
+
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

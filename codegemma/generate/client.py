@@ -1,7 +1,6 @@
-"""What clients of other completion servers share: OpenAI's /v1/completions with vLLM's extensions.
+"""Requests to other completion servers and their answers: OpenAI's /v1/completions with vLLM's extensions.
 
-Prompts travel as token ids, so that control tokens stay what they are; the tokenizer must be that of the
-served model.
+Prompts are sent as token ids, so that control tokens survive; the tokenizer must be the served model's.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from codegemma.generate.request import Request
 
 
 def api_url(url: str) -> str:
-    """A server's URL with /v1, however its user wrote it."""
+    """The URL of a server's API, ending in /v1, from a URL with or without /v1 or /completions."""
     return url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
 
 
 def key_headers(key: str) -> dict[str, str]:
-    """The headers that carry an API key; none for ""."""
+    """The HTTP headers for an API key; none for "" (no key)."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def completion_body(model: str, request: Request, echo: bool = False, stream: bool = False) -> dict[str, Any]:
-    """The body of a request whose prompt is token ids; `echo` asks for the prompt's log-probabilities.
+    """The JSON body of a request of token ids. `echo` asks for the prompt's log-probabilities.
 
-    Fields that would only say the default are left out: some servers refuse those they do not know.
+    Fields at their default are left out, since some servers refuse fields that they do not know.
     """
     sampling = request.sampling
     body: dict[str, Any] = {
@@ -56,7 +55,7 @@ def completion_body(model: str, request: Request, echo: bool = False, stream: bo
 
 
 def prompt_logprobs(choice: dict[str, Any], start: int, end: int) -> list[tuple[float, dict[str, float]]]:
-    """The log-probabilities and alternatives of an echo's tokens [start, end); [] where they are missing."""
+    """Log-probability and alternatives of the echoed tokens [start, end); [] where any of them is missing."""
     lists = choice.get("logprobs") or {}
     values = (lists.get("token_logprobs") or [])[start:end]
     top = (lists.get("top_logprobs") or [])[start:end]
@@ -67,12 +66,14 @@ def prompt_logprobs(choice: dict[str, Any], start: int, end: int) -> list[tuple[
 
 
 def stopped_by_text(choice: dict[str, Any]) -> bool:
-    """Whether a stop text ended it: vLLM's `stop_reason` is that text, a token id, or null at <eos>."""
+    """Whether a stop text ended the answer: vLLM's `stop_reason` is that text, a token id or null (<eos>)."""
+
     return isinstance(choice.get("stop_reason"), str)
 
 
 def error_message(answer: httpx.Response) -> str:
-    """What a server's refusal says, in the forms of OpenAI and vLLM, or else its whole text."""
+    """The message of an error response in the forms of OpenAI and vLLM, otherwise its whole text."""
+
     try:
         value = answer.json()
         error = value.get("error")

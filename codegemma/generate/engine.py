@@ -1,7 +1,6 @@
-"""Generation as an iterator of Steps, over any backend: batches of requests, a prefix cache, exact
-speculation.
+"""Generation as an iterator of Steps over any backend: request batches, a prefix cache, exact speculation.
 
-Users call `Engine.generate` (one request) or drive a `Batch` (many at once: evaluation, the server). The law:
+Callers use `Engine.generate` (one request) or step a `Batch` (many at once: evaluation, the server). The law:
 batching, caching and speculation never change a token, provided that the backend is `invariant`.
 """
 
@@ -23,15 +22,15 @@ from codegemma.generate.running import RunningRequest, Step, Stop
 from codegemma.native import CHUNK, PAGE, Cancel, Logits, Page, Slice
 from codegemma.tokenizer import Tokenizer
 
-MIN_SHARED = 16  # tokens of another request's prompt that are worth waiting for
-LOGIT_ROWS = 64  # computed in one run by `logits`
-CANCEL_POLL_S = 0.02  # how often a request that waits for the engine looks whether it was cancelled
-FIRST_OPERATIONS_PER_SECOND = 1e11  # from which the prompt speed is guessed until it was measured
+MIN_SHARED = 16  # a request waits for another that computes at least this many tokens of its prompt
+LOGIT_ROWS = 64  # that `logits` computes per run
+CANCEL_POLL_S = 0.02  # how often a request that waits for the lock checks whether it was cancelled
+INITIAL_OPERATIONS_PER_SECOND = 1e11  # assumed for the prompt speed until it has been measured
 
 
 class Backend(Protocol):
-    """What computes. `invariant`: logits do not depend on batch, chunking, cache or threads. `key` names all
-    that cached pages depend on besides the weights."""
+    """Runs the model. `invariant`: logits do not depend on batch, chunking, cache or threads. `key` names
+    everything besides the weights that cached pages depend on."""
 
     config: ModelConfig
     invariant: bool
@@ -45,7 +44,9 @@ class Backend(Protocol):
 
 
 class Completion(Iterator[Step]):
-    """Steps as they are made. The other properties run it to its end first; `close()` stops the work."""
+    """The Steps of an answer as they are computed; `close()` stops the computation.
+
+    `steps`, `text`, `stop` and `ids` first run it to its end."""
 
     def __init__(self, steps: Iterator[Step], running: RunningRequest) -> None:
         self._steps, self.running = steps, running
@@ -58,48 +59,47 @@ class Completion(Iterator[Step]):
 
     @property
     def steps(self) -> list[Step]:
-        """All of them, in order."""
+        """All steps, in order."""
         for _ in self:
             pass
         return self._past
 
     @property
     def text(self) -> str:
-        """All text."""
+        """The whole answer."""
         return "".join(step.text for step in self.steps)
 
     @property
     def stop(self) -> Stop | None:
-        """Why it ended: "end", "stop_text", "length" or "cancelled"; None where it was closed before."""
+        """Why it ended: "end", "stop_text", "length" or "cancelled"; None if it was closed before its end."""
         return self.steps[-1].stop if self.steps else None
 
     @property
     def ids(self) -> list[int]:
-        """Every generated token, a final stop id included."""
+        """The generated tokens, including a final stop id."""
         return [step.token for step in self.steps if step.token is not None]
 
     @property
     def prompt_tokens(self) -> int:
-        """The length of the prompt; known at once."""
+        """The length of the prompt, known from the start."""
         return self.running.prompt_length
 
     @property
     def cached_tokens(self) -> int:
-        """How many of the prompt's tokens came from the cache; known at once."""
+        """How many of the prompt's tokens came from the cache, known from the start."""
         return self.running.cached
 
     def close(self) -> None:
-        """Stops the work; what was computed stays in the cache."""
+        """Stops the computation; its results so far stay in the cache."""
         if hasattr(self._steps, "close"):
             self._steps.close()
 
 
 @dataclass
 class Batch:
-    """Requests that run together. `add` them at any time; each `step` returns their new Steps, in order per
-    request.
+    """Requests that run together: `add` them at any time; each `step` returns their new Steps.
 
-    A step reads at most `chunk` prompt tokens, so that a long prompt does not hold the others up for long.
+    A step reads at most `chunk` prompt tokens, so that a long prompt does not delay the other requests.
     """
 
     engine: Engine
@@ -108,9 +108,9 @@ class Batch:
     running: list[RunningRequest] = field(default_factory=list)
 
     def add(self, request: Request) -> RunningRequest:
-        """Raises ValueError where the request does not fit the model."""
+        """Adds a request of token ids. Raises ValueError where it does not fit the model (`Engine.start`)."""
         running = self.engine.start(request)
-        for other in self.running:  # a prefix that requests share is computed once
+        for other in self.running:  # compute a shared prefix once
             shared = min(common_prefix(running.ids, other.ids), len(running.ids) - 1)
             if running.adapter == other.adapter and shared >= max(running.done, running.shared) + MIN_SHARED:
                 running.leader, running.shared = other, shared
@@ -118,40 +118,43 @@ class Batch:
         return running
 
     def remove(self, running: RunningRequest) -> None:
-        """Takes a request out, finished or not; what it computed stays in the cache."""
+        """Removes a request, finished or not, and caches what it computed."""
         self.running.remove(running)
         self.engine.remember(running)
 
     def step(self) -> list[tuple[RunningRequest, Step]]:
-        """Runs all requests by one token or prompt chunk. Returns nothing where `cancel` was set meanwhile:
-        the caller removes the requests that are to go, and calls it again."""
-        batch, slices, drafts = self._next_slices()
+        """Advances every request by a token or a prompt chunk; a request's Steps are in order.
+
+        Returns [] where `cancel` was set during the run: the caller removes the cancelled requests and calls
+        `step` again.
+        """
+        scheduled, slices, drafts = self._next_slices()
         if not slices:
             return []
         started = time.perf_counter()
         logits = self.engine.backend.run(slices, self.cancel)
         if logits is None:
-            for running, part in zip(batch, slices, strict=True):
+            for running, part in zip(scheduled, slices, strict=True):
                 self.engine.unclaim(running, part.start)
             return []
-        self.engine.measured(sum(len(part.ids) for part in slices), time.perf_counter() - started)
+        self.engine.update_prefill_rate(sum(len(part.ids) for part in slices), time.perf_counter() - started)
         steps: list[tuple[RunningRequest, Step]] = []
         row = 0
-        for running, part, draft in zip(batch, slices, drafts, strict=True):
+        for running, part, draft in zip(scheduled, slices, drafts, strict=True):
             running.done = part.start + len(part.ids) - len(draft)
             if part.wanted:
                 steps += [(running, step) for step in self._accept(running, draft, row, logits)]
-            elif running.done == len(running.ids):  # max_tokens is 0: the prompt was only to be read
+            elif running.done == len(running.ids):  # max_tokens is 0: only the prompt is read
                 steps.append((running, running.end("length")))
             row += part.wanted
-        for running in batch:
+        for running in scheduled:
             if running.stop:
                 self.remove(running)
         return steps
 
     def _next_slices(self) -> tuple[list[RunningRequest], list[Slice], list[list[int]]]:
-        """The requests that take part in the next step, with what each computes and the draft at its end."""
-        batch, slices, drafts, room = [], [], [], self.chunk
+        """The requests of the next step, the slice that each computes, and the drafted tokens at its end."""
+        scheduled, slices, drafts, room = [], [], [], self.chunk
         for running in self.running:
             if not running.catch_up(self.running):
                 continue
@@ -167,15 +170,15 @@ class Batch:
                 ids = [running.ids[-1], *draft]
             wants_logits = running.limit and running.done + len(ids) >= len(running.ids)
             slices.append(self.engine.claim(running, ids, 1 + len(draft) if wants_logits else 0))
-            batch.append(running)
+            scheduled.append(running)
             drafts.append(draft)
-        return batch, slices, drafts
+        return scheduled, slices, drafts
 
     def _accept(self, running: RunningRequest, draft: list[int], row: int, logits: Logits) -> Iterator[Step]:
-        """A drafted token holds where it is what the sampler chose; the first other choice ends the draft."""
+        """Accepts drafted tokens up to the first that differs from the sampler's choice."""
         accepted = 0
         for position in range(len(draft) + 1):
-            step = running.take(row + position, logits)
+            step = running.next_step(row + position, logits)
             yield step
             if running.stop or position == len(draft) or step.token != draft[position]:
                 break
@@ -188,9 +191,8 @@ class Batch:
 class Engine:
     """A backend with its prefix cache. Threads take turns: callers hold `lock` around a step of a Batch.
 
-    `prefill_rate` is the prompt speed in tokens a second, as measured so far. `adapters` are names and the
-    digests that the backend and the cache know them by; a prompt of token ids is for the base where it says
-    "auto".
+    `prefill_rate` is the measured prompt speed in tokens a second. `adapters` maps each adapter's name to its
+    digest, its name in the backend and the cache; "auto" and "none" are the base here, "".
     """
 
     def __init__(
@@ -200,7 +202,7 @@ class Engine:
         identity: str = "",
         cache_bytes: int = 1 << 30,
     ) -> None:
-        """`identity` tells the model's weights apart in saved caches."""
+        """`identity` distinguishes the weights of models in saved caches."""
         self.backend, self.tokenizer = backend, tokenizer
         self.cache = PrefixCache(f"{identity} {backend.key}", backend.page_bytes, cache_bytes)
         self.lock = threading.Lock()
@@ -208,7 +210,7 @@ class Engine:
         self._added: set[str] = set()  # digests
         c = backend.config
         layer_weights = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width
-        self.prefill_rate = FIRST_OPERATIONS_PER_SECOND / (2 * c.layers * layer_weights)
+        self.prefill_rate = INITIAL_OPERATIONS_PER_SECOND / (2 * c.layers * layer_weights)
 
     @property
     def context(self) -> int:
@@ -216,16 +218,14 @@ class Engine:
         return self.backend.config.context
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Makes an adapter known to requests by a name. Where the name had another one, running requests keep
-        that.
+        """Lets requests name an adapter; if the name was taken, running requests keep the old adapter.
 
         Raises ValueError where it does not fit the model or the backend runs no adapters.
         """
         adapter.check(self.backend.config)
         if not hasattr(self.backend, "add_adapter"):
-            raise ValueError(
-                "this backend runs no adapters: merge it into the model (codegemma convert --adapter)"
-            )
+            remedy = "merge it into the model (codegemma convert --adapter)"
+            raise ValueError(f"this backend runs no adapters: {remedy}")
         with self.lock:
             if adapter.digest not in self._added:
                 self.backend.add_adapter(adapter.digest, adapter)
@@ -233,7 +233,7 @@ class Engine:
             self.adapters[name] = adapter.digest
 
     def adapter_digest(self, name: str) -> str:
-        """The backend's and the cache's name of an adapter; "" for the base. Raises ValueError on others."""
+        """The digest of an added adapter, "" for the base. Raises ValueError on an unknown name."""
         if name not in self.adapters:
             names = ", ".join(name for name in self.adapters if name not in ("auto", "none")) or "none"
             remedy = "add it with add_adapter, or start the server with --adapter NAME=PATH"
@@ -241,12 +241,12 @@ class Engine:
         return self.adapters[name]
 
     def cached(self, ids: Sequence[int], adapter: str = "none") -> int:
-        """How many of a prompt's first tokens are in the cache."""
+        """The length of the prompt's longest cached prefix, in tokens."""
         return self.cache.find(ids[:-1], self.adapter_digest(adapter))[1]
 
     def generate(self, request: Request, cancel: Cancel | None = None) -> Completion:
         """The Steps of a request of token ids. Closing the iterator, or setting `cancel` in another thread,
-        stops the work. Raises ValueError, at once, where the request does not fit the model; see `start`."""
+        stops it. Raises ValueError, before the first Step, where the request does not fit; see `start`."""
         batch = Batch(self, cancel or Cancel())
         running = batch.add(request)
         return Completion(self._run(batch, running), running)
@@ -270,7 +270,7 @@ class Engine:
                 batch.remove(running)
 
     def logits(self, ids: Sequence[int], start: int = 0, adapter: str = "none") -> np.ndarray:
-        """float32 [T, V]: row t is the prediction after ids[:start + t + 1]. Gigabytes for long texts."""
+        """float32 [T, V]: row t predicts the token after ids[:start + t + 1]. Gigabytes for long texts."""
         running = self.start(Request(ids, max_tokens=0, adapter=adapter))
         running.done, running.pages = 0, []
         logits_TV = np.empty((max(len(running.ids) - start, 0), self.backend.config.vocab), np.float32)
@@ -287,10 +287,10 @@ class Engine:
         return logits_TV
 
     def start(self, request: Request) -> RunningRequest:
-        """A request of token ids with the cached pages of its prompt.
+        """Prepares a request of token ids, with the cached pages of its prompt.
 
-        Raises ValueError where the prompt is empty, too long or holds ids outside of the vocabulary, where
-        the adapter is unknown, and where stop texts were given without a tokenizer.
+        Raises ValueError on a prompt that is empty, too long or has ids outside the vocabulary, on an unknown
+        adapter, and on stop texts without a tokenizer.
         """
         config, ids = self.backend.config, [int(token) for token in request.prompt_ids]
         if not ids:
@@ -319,9 +319,9 @@ class Engine:
         return running
 
     def claim(self, running: RunningRequest, ids: Sequence[int], wanted: int) -> Slice:
-        """The Slice that computes `ids` after a request's pages, with logits of the last `wanted` ids.
+        """Reserves rows of a request's pages for `ids`; returns the Slice that computes them.
 
-        A page that others may read is copied before it is written.
+        `wanted` is how many of the last ids need logits. A page that others may read is copied first.
         """
         start, end = running.done, running.done + len(ids)
         pages, offset = running.pages, start % PAGE
@@ -334,18 +334,19 @@ class Engine:
         return Slice(ids, start, pages, wanted, running.adapter or None)
 
     def unclaim(self, running: RunningRequest, length: int) -> None:
-        """Gives back the rows after `length` that a draft or a cancelled run had claimed."""
+        """Releases the rows after `length`, which a refused draft or a cancelled run had reserved."""
         _set_used(running.pages, length // PAGE * PAGE, length)
         for page in running.pages[-(-length // PAGE) :]:
             page.used = 0
 
-    def measured(self, tokens: int, seconds: float) -> None:
-        """Updates the prompt speed. Runs of fewer than 32 tokens are not prompts and say little."""
+    def update_prefill_rate(self, tokens: int, seconds: float) -> None:
+        """Averages a run into the prompt speed, unless it has fewer than 32 tokens: those only decode."""
         if tokens >= 32 and seconds > 0:
             self.prefill_rate += (tokens / seconds - self.prefill_rate) / 4
 
     def remember(self, running: RunningRequest) -> None:
-        """Puts what a request computed into the cache."""
+        """Caches the pages that a request has computed."""
+
         pages = running.pages[: -(-running.done // PAGE)]
         self.cache.put(running.ids[: running.done], pages, running.adapter)
 

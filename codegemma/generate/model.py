@@ -1,4 +1,4 @@
-"""A model on this machine: what `codegemma.load` returns, and the command line, server and evaluation use."""
+"""A model on this machine, as `codegemma.load` returns it: completion, generation, chat and adapters."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ from codegemma.native import Cancel, Native
 from codegemma.prompts import File, Message
 from codegemma.tokenizer import Tokenizer
 
-# Shipped with the package: the folder {preset}-fim completes in the middle.
+# The adapters in the package; {preset}-fim is trained to fill in the middle.
 ADAPTERS = Path(__file__).parent.parent / "adapters"
 
 
+STRICT_REMEDY = "choose another model (see `codegemma models`) or drop --strict"
+
+
 class Model:
-    """A loaded model. One request runs at a time; `engine.Batch` runs many together."""
+    """A loaded model. Its methods answer one request at a time; `engine.Batch` runs many together."""
 
     def __init__(
         self,
@@ -50,17 +53,15 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ValueError where the checkpoint came without one: ids work, text does not."""
+        """Raises ValueError where the checkpoint has none: such a model reads and writes ids only."""
         if self.engine.tokenizer is None:
-            raise ValueError(
-                f"{self.path} has no tokenizer, so text cannot be read or written: use ids, or put its "
-                "tokenizer.model beside it"
-            )
+            remedy = "use ids, or put its tokenizer.model beside it"
+            raise ValueError(f"{self.path} has no tokenizer, so text cannot be read or written: {remedy}")
         return self.engine.tokenizer
 
     @property
     def adapters(self) -> list[str]:
-        """The names that were added; the packaged adapter's from its first use on."""
+        """The names of the added adapters; the packaged adapter is added when it is first used."""
         return sorted(self._adapters)
 
     def adapter(self, name: str) -> Adapter:
@@ -68,12 +69,9 @@ class Model:
         return self._adapters[name]
 
     def add_adapter(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
-        """Makes an adapter (or the one at a path: PEFT's folder, or NeMo's archive) known to `adapter=` by a
-        name.
-
-        Several may serve at once; the base weights stay as they are. Raises ValueError where it does not fit
-        the model.
-        """
+        """Adds an adapter, or the one at a path (PEFT's folder or NeMo's archive), under a name that requests
+        then choose with `adapter=`. The base weights do not change, and requests with different adapters run
+        together. Raises ValueError where it does not fit the model."""
         if name in ("", "auto", "none"):
             raise ValueError(f"an adapter cannot be called {name!r}: choose another name")
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
@@ -81,8 +79,8 @@ class Model:
         self._adapters[name] = loaded
 
     def adapter_at(self, path: str | os.PathLike[str]) -> str:
-        """The name of the adapter at a path, added under that of its folder. "auto" is the completing
-        adapter, "none" the base."""
+        """Adds the adapter at a path under the path's name, and returns that name. For "auto", the name of
+        the completing adapter; for "none", "none"."""
         if path in ("auto", "none"):
             return self.completing_adapter(str(path))
         folder = Path(path).resolve()
@@ -91,11 +89,11 @@ class Model:
         return name
 
     def prefer(self, path: str | os.PathLike[str]) -> None:
-        """Makes the adapter at a path the one that "auto" names from now on; see `adapter_at`."""
+        """Makes the adapter at a path (see `adapter_at`) the completing adapter from now on."""
         self._completing_adapter = self.adapter_at(path)
 
     def completing_adapter(self, adapter: str = "auto") -> str:
-        """The adapter of an Infill: for "auto" the preferred one, else the packaged one, else "none"."""
+        """The adapter that answers an Infill: for "auto" the preferred or else the packaged one, or "none"."""
         return self._completing_adapter if adapter == "auto" else adapter
 
     @cached_property
@@ -114,8 +112,11 @@ class Model:
         return name
 
     def fim_orders(self, adapter: str = "auto") -> frozenset[str]:
-        """The FIM orders, of "psm" and "spm", that it was trained in: as the adapter's card says, or the
-        checkpoint's own mark, else PSM where the preset says so or the vocabulary names the FIM tokens."""
+        """The layouts, of "psm" and "spm", that the model with an adapter was trained in.
+
+        The adapter's card says so, or else the checkpoint's metadata; otherwise it is PSM where the preset
+        is trained for FIM or, without a preset, the vocabulary names the FIM tokens.
+        """
         applied = self._adapters.get(self.completing_adapter(adapter))
         if applied and (orders := frozenset(order for order in ("psm", "spm") if applied.trained(order))):
             return orders
@@ -126,22 +127,21 @@ class Model:
 
     @property
     def fim_trained(self) -> bool:
-        """Whether it, or its completing adapter, was trained to fill in the middle."""
+        """Whether the model, with its completing adapter, was trained to fill in the middle."""
         return bool(self.fim_orders())
 
     def run(self, request: Request, cancel: Cancel | None = None) -> Completion:
-        """Answers a request of any kind. Setting `cancel` in another thread stops the work.
+        """Answers any request. Setting `cancel` in another thread stops it.
 
-        Raises ValueError on bad input, at once.
+        Raises ValueError on bad input, before the first Step.
         """
         resolved = self.resolve(request)
         return trimmed(self.engine.generate(resolved, cancel), request, resolved.layout)
 
     def resolve(self, request: Request) -> Request:
-        """The request as the engine takes it: token ids, with the adapter, the layout and the stop ids of its
-        kind.
+        """The request as token ids, with its adapter, layout and stop ids, for the engine.
 
-        Warns once (raises ValueError if the model is `strict`) where the model was not made for it.
+        Warns once (raises ValueError if the model is `strict`) where the model was not made for such requests.
         """
         prompt, adapter, orders = request.prompt, request.adapter, frozenset[str]()
         if isinstance(prompt, Infill | Chat) or isinstance(getattr(prompt, "prompt", None), str):
@@ -152,9 +152,8 @@ class Model:
             orders = self.fim_orders(adapter)
             if self._strict and not orders:
                 raise ValueError(
-                    f"{self.preset.title if self.preset else self.path} was made for text that goes on, not "
-                    "trained to fill in the middle: choose another model (see `codegemma models`) or "
-                    "drop --strict"
+                    f"{self.preset.title if self.preset else self.path} was made to continue text, not "
+                    f"trained to fill in the middle: {STRICT_REMEDY}"
                 )
         elif isinstance(prompt, Chat):
             self.expect("chat")
@@ -179,12 +178,11 @@ class Model:
         top: int = 0,
         adapter: str = "auto",
     ) -> Completion:
-        """What belongs between `prefix` and `suffix`. `context` are other files (path, text) that it may draw
-        on.
+        """Completes the code between `prefix` and `suffix`; `context` are other files (path, text) to read.
 
-        `adapter` is "auto" for the one that the package has for this model, "none" for the base, or a name
-        that was added. `time_budget` is in seconds, to the first token. Without FIM training, mode "auto"
-        continues the prefix and drops what repeats the suffix. Raises ValueError on bad input, at once.
+        `adapter` is "auto" for the completing adapter, "none" for the base, or the name of an added one.
+        `time_budget` is in seconds, until the first token. Without FIM training, mode "auto" continues the
+        prefix and drops what repeats the suffix. Raises ValueError on bad input, before the first Step.
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -207,8 +205,8 @@ class Model:
         top: int = 0,
         adapter: str = "auto",
     ) -> Completion:
-        """Continues a text (<bos> is put in front) or ids (taken as they are). `raw` reads control tokens
-        spelled in the text. truncate="left" drops the oldest tokens, except <bos>, of too long a prompt."""
+        """Continues a text, after <bos>, or ids, as they are. `raw`: control tokens spelled in the text become
+        control ids. truncate="left" drops the oldest tokens, except <bos>, of a prompt that is too long."""
         self.expect("generation")
         if truncate not in (None, "left"):
             raise ValueError(f'truncate must be None or "left", got {truncate!r}')
@@ -227,27 +225,24 @@ class Model:
         top: int = 0,
         adapter: str = "auto",
     ) -> Completion:
-        """The next turn after `messages`: Message, (role, text), or {"role", "content"}; the last one is the
-        user's.
+        """The model's turn after `messages`: Message, (role, text) or {"role", "content"}, the last a user's.
 
-        Each turn's prompt begins with the one before it, so the cache holds all but the new text.
+        A turn's prompt starts with the previous turn's, so the cache holds all but the new text.
         """
-        conversation = Chat([_message(message) for message in messages])
-        return self.run(
-            Request(conversation, max_tokens, sampling, (), stop, top, speculate, adapter), cancel
-        )
+        prompt = Chat([_message(message) for message in messages])
+        return self.run(Request(prompt, max_tokens, sampling, (), stop, top, speculate, adapter), cancel)
 
     def logits(self, ids: Sequence[int], adapter: str = "none") -> np.ndarray:
-        """float32 [T, V]: row t is the prediction after ids[:t + 1]."""
+        """float32 [T, V]: row t predicts the token after ids[:t + 1]."""
         return self.engine.logits(ids, adapter=adapter)
 
     def expect(self, use: Use) -> None:
-        """Warns once (raises ValueError if `strict`) where the model's card does not name a use."""
+        """Warns once (raises ValueError if `strict`) of a use that the model's card does not name."""
         if self.preset is None or use in self.preset.uses or use in self._warned:
             return
         text = f"{self.preset.title} was made for {', '.join(self.preset.uses)}, not for {use}"
         if self._strict:
-            raise ValueError(f"{text}: choose another model (see `codegemma models`) or drop --strict")
+            raise ValueError(f"{text}: {STRICT_REMEDY}")
         self._warned.add(use)
         warnings.warn(text, stacklevel=5)  # for a caller of `complete` or `chat`
 
@@ -262,11 +257,11 @@ def load(
     strict: bool = False,
     backend: Literal["native", "jax"] = "native",
 ) -> Model:
-    """A model by name (`codegemma models` lists them) or path (.gguf, .safetensors, Hugging Face directory).
+    """Loads a model by name (see `codegemma models`) or path (.gguf, .safetensors, Hugging Face directory).
 
-    `quantize` ("q8_0", "q4_0") turns float weights into blocks while loading; `cache` is a prefix cache saved
-    before. `backend`: "native" computes on the CPU, from the file's own blocks; "jax" on a GPU or TPU, with
-    decoded weights. Raises ValueError naming what is wrong and what to do.
+    `quantize` ("q8_0", "q4_0") quantizes float weights while loading; `cache` is a saved prefix cache.
+    `backend`: "native" computes on the CPU with the weights as stored; "jax" on a GPU or TPU with float
+    weights. Raises ValueError where the model cannot be found, read or run.
     """
     checkpoint = open_checkpoint(hub.resolve(os.fspath(model)))
     if quantize is not None:
@@ -301,12 +296,9 @@ def _message(message: Message | tuple[str, str] | dict[str, str]) -> Message:
 
 
 def _preset_of(checkpoint: Checkpoint) -> Preset | None:
-    """The member of the family that a file is, by its own name or its path; None where neither says it."""
+    """The preset that a checkpoint's metadata or path names; None where neither names one."""
     keys = ("general.name", "general.basename", "_name_or_path")
-    names = [
-        *(str(checkpoint.metadata.get(key, "")) for key in keys),
-        checkpoint.path.name,
-        checkpoint.path.parent.name,
-    ]
+    names = [str(checkpoint.metadata.get(key, "")) for key in keys]
+    names += [checkpoint.path.name, checkpoint.path.parent.name]
     presets = (hub.preset_in(name, checkpoint.config) for name in names)
     return next((preset for preset in presets if preset), None)

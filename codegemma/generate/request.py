@@ -1,5 +1,5 @@
-"""What to generate: a Request, made where a caller comes in (Python, command line, server, editor,
-evaluation) and passed whole from there to the engine. Values are checked when it is made."""
+"""What to generate: a Request, made at the boundary (Python, command line, server, editor, evaluation),
+checked when it is made, and passed whole to the engine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from codegemma.config import Mode, Trim
 from codegemma.generate.sampling import Sampling
 from codegemma.prompts import File, Layout, Message
 
-MODES, TRIMS = get_args(Mode), get_args(Trim)
-
 
 @dataclass(frozen=True)
 class Infill:
-    """The text around an editor's cursor, its file's path, and other files that the answer may draw on.
+    """The text around an editor's cursor, the path of its file, and other files as context.
 
-    `trim` cuts the answer (see `trim.cut`); a line of it that has fewer than `min_indent` blanks in front
-    ends it.
+    `trim` says where the answer is cut (see `trim.cut`). The answer also ends before the first line that is
+    indented by fewer than `min_indent` blanks.
     """
 
     prefix: str
@@ -32,9 +30,9 @@ class Infill:
     min_indent: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if self.mode not in get_args(Mode):
             raise ValueError(f'mode must be "auto", "psm", "spm" or "prefix", got {self.mode!r}')
-        if self.trim not in TRIMS:
+        if self.trim not in get_args(Trim):
             raise ValueError(f'trim must be "none", "line" or "block", got {self.trim!r}')
 
 
@@ -42,8 +40,8 @@ class Infill:
 class TextPrompt:
     """Text, or token ids, to continue.
 
-    `raw` reads control tokens spelled in the text; `truncate` drops the oldest tokens of a prompt that is too
-    long; `score` asks for the log-probability of each token of the prompt (the server computes it).
+    `raw`: control tokens spelled in the text become control ids. `truncate`: a prompt that is too long loses
+    its oldest tokens. `score`: the log-probability of each prompt token is wanted (the server computes it).
     """
 
     prompt: str | Sequence[int]
@@ -61,14 +59,14 @@ class Chat:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted. The engine takes a Request whose prompt is token ids; `resolve` makes it so.
+    """A prompt and how to answer it. The engine needs token ids as the prompt: `resolve` encodes the others.
 
-    `max_tokens` 0 only reads the prompt into the cache. `stop_ids` end the answer and give no text; `stop`
-    are texts that end it and are cut off. `adapter` is "auto" (the model's completing adapter for an Infill,
-    otherwise the base), "none" (the base) or the name of one that was added. A newer Infill of the same
-    `client` and `session` replaces an older one in the server. `prompt_seconds`, the time until the first
-    token, limits how much of an Infill's text is read; the answer ends `predict_seconds` after the first
-    token if it has a complete line.
+    `max_tokens` 0 only reads the prompt into the cache. The answer ends at a token of `stop_ids`, which has
+    no text, or before a text of `stop`. `adapter` is "auto" (the model's completing adapter for an Infill,
+    otherwise the base), "none" (the base) or the name of an added adapter. In the server, a newer Infill of
+    the same `client` and `session` cancels the older one. `prompt_seconds`, the time until the first token,
+    limits how much of an Infill's text is read. An answer with a complete line ends `predict_seconds` after
+    its first token.
     """
 
     prompt: Infill | TextPrompt | Chat | Sequence[int]
@@ -76,32 +74,28 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: Collection[int] = ()
     stop: Sequence[str] = ()
-    top_logprobs: int = 0  # how many of the likeliest tokens each Step tells
+    top_logprobs: int = 0  # how many of the likeliest tokens each Step reports
     speculate: bool = True
     adapter: str = "auto"
     client: str = ""
     session: str | None = None
     prompt_seconds: float | None = None
     predict_seconds: float | None = None
-    layout: Layout | None = None  # set by `resolve` for an Infill: the order that its prompt is written in
+    layout: Layout | None = None  # order of an Infill's prompt, set by `resolve`
 
     def __post_init__(self) -> None:
-        for name, seconds in (
-            ("time budget", self.prompt_seconds),
-            ("t_max_predict_ms", self.predict_seconds),
-        ):
+        limits = {"time budget": self.prompt_seconds, "t_max_predict_ms": self.predict_seconds}
+        for name, seconds in limits.items():
             if seconds is not None and not 0 < seconds < math.inf:
                 raise ValueError(f"the {name} must be above 0 seconds, got {seconds:g}")
         if self.max_tokens < 0 or self.top_logprobs < 0:
-            raise ValueError(
-                f"max_tokens and top must be at least 0, got {self.max_tokens} and {self.top_logprobs}"
-            )
+            counts = f"{self.max_tokens} and {self.top_logprobs}"
+            raise ValueError(f"max_tokens and top must be at least 0, got {counts}")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop must be a list of texts, none of them empty, got {self.stop!r}")
         if not isinstance(self.adapter, str) or not self.adapter:
-            raise ValueError(
-                f'adapter must be "auto", "none" (the base) or the name of an adapter, got {self.adapter!r}'
-            )
+            rule = 'adapter must be "auto", "none" (the base) or the name of an adapter'
+            raise ValueError(f"{rule}, got {self.adapter!r}")
 
     @property
     def prompt_ids(self) -> Sequence[int]:

@@ -1,8 +1,8 @@
-"""A Request of any kind -> one whose prompt is token ids, within the model's context and the caller's time.
+"""Any Request -> one whose prompt is token ids, within the model's context and the caller's time budget.
 
-The laws: the ids of a prompt are those of a fresh encoding of the text it shows; what is nearest to the
-cursor is kept longest; the edges of the window move in coarse steps, so that the cache has all but the last
-pieces while one types.
+The laws: encoding the text of a shortened prompt gives the prompt's ids; the text nearest to the cursor is
+kept longest; the window's edges move in coarse steps, so that a keystroke changes only the prompt's last ids
+and the rest is cached.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.prompts import Layout, Parts
 from codegemma.tokenizer import Tokenizer
 
-# Tokens around the cursor that are tried, largest first.
-WINDOWS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256, 128)
-MIN_UNCACHED = 16  # tokens that any time budget allows
+WINDOWS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256, 128)  # sizes to try, in tokens around the cursor
+MIN_UNCACHED = 16  # tokens that every time budget allows
 
 
 class PromptContext(Protocol):
-    """What a prompt's size depends on; an `Engine` is one. `prefill_rate` is in tokens a second."""
+    """What prompts are encoded and sized with, such as an `Engine`. `prefill_rate` is in tokens a second."""
 
     prefill_rate: float
 
@@ -35,11 +34,10 @@ class PromptContext(Protocol):
 
 
 def resolve(context: PromptContext, request: Request, fim_orders: Collection[str]) -> Request:
-    """The request with token ids as its prompt, all the ids that stop it, and the layout of an Infill.
+    """The request with token ids as its prompt, all its stop ids, and the layout of an Infill.
 
-    `fim_orders` are those ("psm", "spm") that the model with its adapter was trained in. Raises ValueError
-    where the request makes no prompt: no tokenizer, a chat whose roles do not alternate, a path of several
-    lines.
+    `fim_orders`: the layouts ("psm", "spm") that the model with its adapter was trained in. Raises ValueError
+    on text without a tokenizer, a chat whose roles do not alternate, and a path of several lines.
     """
     prompt, tokenizer, budget = request.prompt, context.tokenizer, prompt_budget(context, request)
     source = prompt.prompt if isinstance(prompt, TextPrompt) else prompt
@@ -47,10 +45,8 @@ def resolve(context: PromptContext, request: Request, fim_orders: Collection[str
     if not isinstance(source, Infill | Chat | str):
         ids = list(source)
     elif tokenizer is None:
-        raise ValueError(
-            "this model came without a tokenizer, so text cannot be read: send token ids, or add "
-            "tokenizer.model to its directory"
-        )
+        remedy = "send token ids, or add tokenizer.model to its directory"
+        raise ValueError(f"this model came without a tokenizer, so text cannot be read: {remedy}")
     elif isinstance(source, Infill):
         layout = layout_for(source.mode, fim_orders)
         ids = infill_ids(context, source, layout, budget, request.adapter)
@@ -66,8 +62,8 @@ def resolve(context: PromptContext, request: Request, fim_orders: Collection[str
 
 
 def layout_for(mode: Mode, fim_orders: Collection[str]) -> Layout:
-    """What "auto" means: SPM where an adapter's card says that it was trained so, PSM for other models
-    trained to fill in the middle, else a continuation of the prefix."""
+    """The layout of a mode. "auto" is "spm" where the model was trained in it, else "psm" where it was
+    trained to fill in the middle, else "prefix"."""
     if mode != "auto":
         return mode
     return "spm" if "spm" in fim_orders else "psm" if fim_orders else "prefix"
@@ -75,15 +71,15 @@ def layout_for(mode: Mode, fim_orders: Collection[str]) -> Layout:
 
 @dataclass(frozen=True)
 class PromptBudget:
-    """How many tokens a prompt may have, and how many of them may lie outside of the cache."""
+    """How many tokens a prompt may have, and how many of them may be missing in the cache."""
 
     max_tokens: int
     max_uncached: int
 
 
 def prompt_budget(context: PromptContext, request: Request) -> PromptBudget:
-    """The answer gets the tokens it asks for, but at most half of the context, and the prompt the rest. What
-    is not cached is read within `prompt_seconds`, unless the request only warms the cache (max_tokens 0)."""
+    """The prompt gets the context that the answer leaves, at least half of it. Its uncached tokens must be
+    read within `prompt_seconds`, unless the request only fills the cache (max_tokens 0)."""
     max_tokens = context.context - min(request.max_tokens, context.context // 2)
     if request.prompt_seconds is None or not request.max_tokens:
         return PromptBudget(max_tokens, max_tokens)
@@ -94,14 +90,13 @@ def prompt_budget(context: PromptContext, request: Request) -> PromptBudget:
 def infill_ids(
     context: PromptContext, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
 ) -> list[int]:
-    """The largest prompt of an Infill that the budget allows, given what is cached for the adapter."""
+    """The ids of the largest window of an Infill that the budget allows, given the adapter's cache."""
     tokenizer = context.tokenizer
     assert tokenizer is not None
     suffix = infill.suffix if layout != "prefix" else ""
     parts = prompts.encode_parts(tokenizer, infill.prefix, suffix, infill.path, infill.files)
-    fixed = len(parts.path) + 4  # path line, <bos>, sentinels
     total = len(parts.prefix) + len(parts.suffix) + sum(map(len, parts.context))
-    largest = min(total, budget.max_tokens - fixed)
+    largest = min(total, budget.max_tokens - len(parts.path) - 4)  # <bos> and three sentinels
     ids: list[int] = []
     for size in (largest, *(size for size in WINDOWS if size < largest)):
         ids = prompts.assemble(tokenizer, window(tokenizer, parts, max(size, 1)), layout).ids
@@ -111,9 +106,9 @@ def infill_ids(
 
 
 def window(tokenizer: Tokenizer, parts: Parts, size: int) -> Parts:
-    """Parts in about `size` tokens: three quarters for the prefix's end and one for the suffix's start, each
-    lending the other what it does not need, then whole context files, the last first. Edges move in steps of
-    an eighth, so that they stay put while one types."""
+    """Shortens a prompt's parts to about `size` tokens: at most three quarters for the end of the prefix and
+    a quarter for the start of the suffix (more where the other is shorter), then whole context files in the
+    remaining room, the last first. Edges move in steps of `size` / 8, so that they stay while one types."""
     step, prefix, suffix = max(16, size // 8), parts.prefix, parts.suffix
     if len(prefix) + len(suffix) > size:
         max_suffix = max(size // 4, size - len(prefix))
@@ -131,5 +126,6 @@ def window(tokenizer: Tokenizer, parts: Parts, size: int) -> Parts:
 
 
 def truncate_left(ids: list[int], max_tokens: int) -> list[int]:
-    """The first id (<bos>) and the last ones, `max_tokens` in all."""
+    """The first id (<bos>) and as many of the last ids as make `max_tokens` in all."""
+
     return ids if len(ids) <= max_tokens else [ids[0], *ids[len(ids) - max_tokens + 1 :]]

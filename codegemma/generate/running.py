@@ -1,4 +1,4 @@
-"""A request while it is answered: its tokens, their pages of keys and values, and the text held back."""
+"""A request while the engine answers it: its tokens, their pages of keys and values, its text, its drafts."""
 
 from __future__ import annotations
 
@@ -12,63 +12,62 @@ from codegemma.native import PAGE, Logits, Page
 from codegemma.tokenizer import StreamDecoder, Tokenizer
 
 Stop = Literal["end", "stop_text", "length", "cancelled"]
-DRAFT_TOKENS = (4, 15)  # drafted at first, and after a draft that was accepted whole
-MATCH_TOKENS = 3  # that must repeat before a draft is made
-MAX_PAUSE = 32  # tokens without a draft, after drafts that failed
+DRAFT_TOKENS = (4, 15)  # length of a draft: normally, and after one that was accepted completely
+MATCH_TOKENS = 3  # a draft follows an n-gram of this length that occurred before
+MAX_PAUSE = 32  # tokens without a draft after refused ones
 
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token. `text` is what it adds, often "" while a character or a stop text is incomplete.
+    """One generated token. `text` is "" while a character, or what may be a stop text, is incomplete.
 
-    The last step of a request has `stop`: "end" (a stop id, which `token` is), "stop_text", "length", or
-    "cancelled" (token None). `logprob` is the model's own, before temperature and filters.
+    The last step of a request has a `stop`: "end" (`token` is a stop id), "stop_text", "length", or
+    "cancelled" (`token` is None). `logprob` is from the model's logits, before temperature and filters;
+    `top` are the likeliest tokens with theirs, as many as the request wants.
     """
 
     token: int | None
     text: str
     logprob: float
     stop: Stop | None = None
-    top: tuple[
-        tuple[int, float], ...
-    ] = ()  # the likeliest tokens and their log-probabilities, where asked for
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class RunningRequest:
-    """A request of token ids on its way through the engine. `ids` are the prompt's and the generated ones."""
+    """The state of a request of token ids in the engine. `ids` are the prompt's and the generated tokens."""
 
     def __init__(
         self, request: Request, ids: list[int], tokenizer: Tokenizer | None, limit: int, adapter: str
     ) -> None:
-        """`limit` is the most tokens to generate; `adapter` is the backend's name of it, "" for the base."""
+        """`limit` is the maximum of generated tokens; `adapter` is a digest, "" for the base."""
         self.request, self.ids, self.limit, self.adapter = request, ids, limit, adapter
         self.prompt_length = len(ids)
         self.pages: list[Page] = []
-        self.done = 0  # tokens whose keys and values are in the pages
-        self.cached = 0  # of these, how many came from the cache
+        self.done = 0  # number of tokens whose keys and values are in the pages
+        self.cached = 0  # how many of them came from the cache
         self.stop: Stop | None = None
-        self.leader: RunningRequest | None = None  # it computes the first `shared` tokens for both
+        self.leader: RunningRequest | None = None  # computes the first `shared` tokens for this one too
         self.shared = 0
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
-        self._held = ""  # text that may be the start of a stop text
+        self._held = ""  # text held back because a stop text may start in it
         self._drafter = _Drafter() if request.speculate else None
 
     @property
     def generated(self) -> int:
-        """How many tokens were generated."""
+        """The number of generated tokens."""
         return len(self.ids) - self.prompt_length
 
     def draft(self) -> list[int]:
-        """Tokens that probably follow; never past the limit."""
+        """A guess of the next tokens, within the limit; [] where there is none."""
         return self._drafter.propose(self.ids, self.limit - self.generated - 1) if self._drafter else []
 
     def record_draft(self, drafted: int, accepted: int) -> None:
-        """Tells the drafter how many of its tokens were right."""
+        """Tells the drafter how many of its tokens were accepted."""
         if self._drafter and drafted:
             self._drafter.record(drafted, accepted)
 
-    def take(self, row: int, logits: Logits) -> Step:
-        """Chooses the next token from a row of the logits and returns its Step."""
+    def next_step(self, row: int, logits: Logits) -> Step:
+        """Samples the next token from a row of the logits, appends it and returns its Step."""
         values_V, request = logits.values[row], self.request
         token = sampling.choose(request.sampling, values_V, int(logits.argmax[row]), self.ids, self.generated)
         normaliser = float(logits.normaliser[row])
@@ -78,7 +77,7 @@ class RunningRequest:
         if token in request.stop_ids:
             text, self.stop = self._flush(), "end"
         else:
-            text = self._release(self._decoder.push(token) if self._decoder else "")
+            text = self._hold_back(self._decoder.push(token) if self._decoder else "")
             if self.stop is None and self.generated >= self.limit:
                 text, self.stop = text + self._flush(), "length"
         return Step(token, text, float(values_V[token]) - normaliser, self.stop, top)
@@ -89,7 +88,7 @@ class RunningRequest:
         return Step(None, self._flush(), 0.0, stop)
 
     def catch_up(self, others: Sequence[RunningRequest]) -> bool:
-        """False while the leader still computes the shared prefix; when it has, takes over its pages."""
+        """False while the leader computes the shared prefix. Once it has, copies its list of pages."""
         if self.leader is None:
             return True
         if self.leader.done < self.shared and self.leader in others:
@@ -105,8 +104,8 @@ class RunningRequest:
         self._held = ""
         return text
 
-    def _release(self, text: str) -> str:
-        """The text that can be shown: not what may start a stop text. Sets `stop` at a complete one."""
+    def _hold_back(self, text: str) -> str:
+        """The text without an end that may start a stop text. Sets `stop` at a complete stop text."""
         stop_texts = self.request.stop
         text = self._held + text
         matches = [start for start in map(text.find, stop_texts) if start >= 0]
@@ -120,11 +119,11 @@ class RunningRequest:
 
 
 class _Drafter:
-    """n-gram speculation: what followed the last MATCH_TOKENS ids when they last occurred."""
+    """n-gram speculation: drafts what followed the last MATCH_TOKENS ids where they last occurred."""
 
     def __init__(self) -> None:
-        self._last_end: dict[tuple[int, ...], int] = {}  # of each n-gram: the index of the token after it
-        self._indexed = MATCH_TOKENS  # the next end to index
+        self._last_end: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last match
+        self._indexed = MATCH_TOKENS  # the next value to add to `_last_end`
         self._length, self._pause, self._misses = DRAFT_TOKENS[0], 0, 0
 
     def propose(self, ids: list[int], max_tokens: int) -> list[int]:
@@ -138,7 +137,8 @@ class _Drafter:
         return [] if start is None or max_tokens <= 0 else ids[start : start + min(self._length, max_tokens)]
 
     def record(self, drafted: int, accepted: int) -> None:
-        """Drafts grow after one that was accepted whole; after misses in a row, a pause that doubles."""
+        """A completely accepted draft makes the next longer; refused ones in a row double the pause."""
+
         self._length = DRAFT_TOKENS[1] if accepted == drafted else DRAFT_TOKENS[0]
         self._misses = self._misses + 1 if accepted == 0 else 0
         self._pause = min(2**self._misses, MAX_PAUSE) if self._misses > 1 else 0

@@ -1,7 +1,7 @@
-"""Logits -> a token: greedy, or drawn by a hash of the seed and the token's index, so that no state travels.
+"""Logits -> a token: greedy, or drawn with a hash of the seed and the token's index as random number.
 
-Users call `choose` on one row. Because a draw depends only on (seed, index), the same seed gives the same
-text alone or batched, with speculation or without, on any number of threads.
+Callers use `choose` on one row. Because a draw depends only on (seed, index) and no generator has a state,
+a seed gives the same text alone or batched, with speculation or without, on any number of threads.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy (ties: the lowest id). Filters act in the order penalties, temperature, top_k,
-    top_p, min_p, as in transformers and vLLM; top_k 0, top_p 1 and min_p 0 are off. A repetition penalty
-    above 1 lowers every token of the context (Keskar et al. 2019); Gemma's card advises 1. OpenAI's penalties
-    are subtracted from what was generated, `presence_penalty` once and `frequency_penalty` as often as it
-    was; `bias` is added to its tokens."""
+    """How to choose a token. temperature 0 is greedy (ties: the lowest id).
+
+    The order is penalties, temperature, top_k, top_p, min_p, as in transformers and vLLM; top_k 0, top_p 1
+    and min_p 0 are off. `repeat_penalty` above 1 lowers the logit of every token in the context (Keskar et
+    al. 2019); Gemma's card advises 1. OpenAI's penalties lower those of generated tokens: `presence_penalty`
+    is subtracted once, `frequency_penalty` once for each occurrence. `bias` has (id, value) pairs to add.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -54,13 +56,14 @@ class Sampling:
 
     @property
     def needs_logits(self) -> bool:
-        """False where the argmax is the answer."""
+        """False where the token is always the argmax."""
         penalties = self.repeat_penalty != 1 or self.presence_penalty or self.frequency_penalty
         return bool(self.temperature or penalties or self.bias)
 
 
 def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Sequence[int], index: int) -> int:
-    """The token after `context`, whose last `index` tokens were generated. `logits_V` is not changed."""
+    """The token after `context`, whose last `index` tokens were generated. Does not change `logits_V`."""
+
     if not sampling.needs_logits:
         return argmax
     logits_V = logits_V.astype(np.float64)
@@ -80,7 +83,7 @@ def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Seque
 
 
 def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
-    """Inverse of the cumulative distribution over the tokens that the filters leave, likeliest first."""
+    """Inverts the cumulative distribution at `uniform`, over the filtered tokens ordered by likelihood."""
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
         weights_V = np.exp(logits_V - logits_V.max())
         return _inverse(np.cumsum(weights_V), uniform * weights_V.sum())
@@ -99,10 +102,9 @@ def _inverse(cumulative: np.ndarray, value: float) -> int:
 
 
 def _likeliest(sampling: Sampling, logits_V: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Tokens, likeliest first, as many as the filters may keep; their weights; and the sum that `top_p` is a
-    share of.
+    """At least the tokens that the filters keep, likeliest first; their weights; the total for `top_p`.
 
-    To sort all of a large vocabulary would cost more than the model.
+    Sorting the whole vocabulary would take longer than the model's forward pass.
     """
     if sampling.top_k:
         order = top(logits_V, sampling.top_k)
@@ -119,7 +121,8 @@ def _likeliest(sampling: Sampling, logits_V: np.ndarray) -> tuple[np.ndarray, np
 
 
 def top(values_V: np.ndarray, k: int) -> np.ndarray:
-    """Ids of the k largest values, largest first; among equals the lowest id."""
+    """Ids of the k largest values, largest first; equal values by ascending id."""
+
     if k < len(values_V):
         bound = np.partition(values_V, len(values_V) - k)[len(values_V) - k]
         ids = np.flatnonzero(values_V >= bound)

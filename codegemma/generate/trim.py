@@ -1,9 +1,9 @@
-"""What is kept of an Infill's answer: up to the end of the line or block, without what the suffix has."""
+"""Trims an Infill's answer: it ends with the line or block and does not repeat the suffix."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from codegemma.generate.running import Step
 from codegemma.prompts import Layout
 
 OPENERS = {")": "(", "]": "[", "}": "{"}
+BLOCK_OPENERS = (":", "{", "(", "[", "=>", ",")
 QUOTES = ('"', "'", "`", '"""', "'''")
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -22,10 +23,9 @@ _CONTINUES_BLOCK = re.compile(r"\s*(else|elif|except|finally|catch|case|default)
 
 
 class Trimmer:
-    """Turns the Steps of an answer into those that a user sees, one by one; other answers than Infills pass
-    unchanged.
+    """Trims the Steps of an answer one by one; only the answers to an Infill are changed.
 
-    `layout` is the one of the request's prompt: an answer to a "prefix" prompt may run on into the suffix.
+    `layout` is that of the prompt: after a "prefix" prompt, the model does not know where the suffix starts.
     """
 
     def __init__(self, request: Request, layout: Layout | None) -> None:
@@ -34,17 +34,17 @@ class Trimmer:
         self.infill = infill if cuts or (infill and infill.min_indent) else None
         self._cuts = cuts
         self._text = ""
-        self._shown = 0  # characters of the kept text
+        self._shown = 0  # how many characters were returned
 
     def push(self, step: Step) -> Step:
-        """The step with the text that is now known to be kept; `stop` is "end" where nothing more can be."""
+        """The step with the text that is now certain to be kept; `stop` is "end" where the rest is cut."""
         if self.infill is None:
             return step
         infill, final, done = self.infill, step.stop is not None, False
         self._text += step.text
         kept = self._text
         if self._cuts:
-            kept, done = cut(kept, infill.prefix, infill.suffix, infill.trim, final)
+            kept, done = cut(kept, infill, final)
         if infill.min_indent:
             kept, dedented = cut_dedented(kept, infill.min_indent, final or done)
             done = done or dedented
@@ -53,7 +53,7 @@ class Trimmer:
 
 
 def trimmed(completion: Completion, request: Request, layout: Layout | None) -> Completion:
-    """The Steps of a request's answer as a user sees them; the work stops where the rest is trimmed away."""
+    """The trimmed Steps of an answer. Generation stops at the step whose rest is cut."""
     trimmer = Trimmer(request, layout)
     if trimmer.infill is None:
         return completion
@@ -70,12 +70,9 @@ def trimmed(completion: Completion, request: Request, layout: Layout | None) -> 
 
 
 def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
-    """`text` before its first line, other than blank lines and line 1, with fewer than `min_indent` blanks in
-    front.
-
-    Also says whether there is such a line. Until `final`, whitespace that may stand before one is left out.
-    """
-    held: int | None = None  # where the short and blank lines before this one begin
+    """The text before the first line that is indented by fewer than `min_indent` blanks, and whether there is
+    one; line 1 and blank lines do not count. Until `final`, whitespace that may precede one is held back."""
+    held: int | None = None  # where the less indented and blank lines before this one begin
     for start in _LINE_START.finditer(text):
         if len(start[1]) >= min_indent:
             held = None
@@ -87,74 +84,81 @@ def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
     return (text, False) if held is None or final else (text[:held], False)
 
 
-def cut(text: str, prefix: str, suffix: str, trim: Trim, final: bool = True) -> tuple[str, bool]:
-    """How much of an answer is known to be kept, and whether nothing after it can be; `final`: the answer is
-    complete.
+def cut(text: str, infill: Infill, final: bool = True) -> tuple[str, bool]:
+    """The part of an answer that is certain to be kept, and whether the answer ends after it.
 
-    "line" keeps the rest of the cursor's line; "block" ends where the cursor's block does. A line that
-    repeats the suffix's first line ends it, and what the suffix continues with is dropped from the end, as
-    are closing brackets that the suffix already has. A newline stays at the end where the suffix starts a
-    line of its own.
+    `final`: the answer is complete. An answer ends with the cursor's line (trim "line") or block ("block"),
+    or before a line that repeats the suffix's first. If its end repeats the rest of the cursor's line, or
+    closes a bracket that the suffix closes, that is dropped. It keeps a last newline if the suffix needs it.
     """
+    cursor_line, rest = _cursor_line(infill)
     lines, newlines = _LINE.findall(text), text.count("\n")
-    cursor_line, rest = prefix.rpartition("\n")[2], suffix.split("\n", 1)[0].rstrip()
-    suffix_lines = [line.strip() for line in suffix.split("\n") if line.strip()][:2]
-    leaves_block = _block_end(cursor_line, lines[0]) if trim == "block" and newlines else None
-    for count in range(newlines + 1):  # does it end after so many lines?
+    suffix_lines = [line.strip() for line in infill.suffix.split("\n") if line.strip()][:2]
+    first_line = cursor_line + lines[0] if newlines else ""
+    block_indent = _indent(first_line)
+    opens_block = bool(cursor_line.strip()) and first_line.rstrip().endswith(BLOCK_OPENERS)
+
+    def ends_after(count: int, head: str, kept: str) -> bool | None:
+        """Whether the answer ends after `count` lines; None: more of the answer is needed to tell."""
+        if infill.trim == "line" and count and (cursor_line + head).strip():
+            return True
+        if count == 1 and rest and head == kept + rest:  # the answer repeats the rest of the cursor's line
+            return True
+        following = lines[count:] if final else lines[count:newlines]
+        if count or not cursor_line.strip():
+            repeats = _repeats_suffix(following, suffix_lines, final)
+            if repeats is not False:
+                return repeats
+        leaves = infill.trim == "block" and count
+        return _leaves_block(following, block_indent, opens_block, final) if leaves else False
+
+    for count in range(newlines + 1):
         head = "".join(lines[:count]).rstrip()
-        kept = _drop_overlap(head, prefix, suffix)
-        after = lines[count:] if final else lines[count:newlines]
-        ends: bool | None = count > 0 and trim == "line" and bool((cursor_line + head).strip())
-        if count == 1 and rest and head == kept + rest:  # the end of the cursor's line stands there twice
-            ends = True
-        if not ends and (count or not cursor_line.strip()):
-            ends = _repeats_suffix(after, suffix_lines, final)
-        if ends is False and count and leaves_block:
-            ends = leaves_block(after, final)
-        if ends is None or not (ends or final or count < newlines):
-            return kept, False
+        kept = _drop_overlap(head, infill)
+        ends = ends_after(count, head, kept)
         if ends:
-            own_line = head and head == kept and _starts_own_line(cursor_line, rest, trim)
-            return kept + ("\n" if own_line else ""), True
-    return _drop_overlap(text, prefix, suffix), False
+            needs_newline = head and head == kept and _starts_line(cursor_line, rest, infill.trim)
+            return kept + ("\n" if needs_newline else ""), True
+        if ends is None or (count == newlines and not final):
+            return kept, False
+    return _drop_overlap(text, infill), False
 
 
-def _block_end(cursor_line: str, first: str) -> Callable[[list[str], bool], bool | None]:
-    """A function that says whether lines are outside of the cursor's block; None: not yet known. The block is
-    the one that the cursor's line, completed by `first`, opens, or else the one that the line stands in."""
-    indent = _indent(cursor_line + first)
-    opens = bool(cursor_line.strip()) and (cursor_line + first).rstrip().endswith(
-        (":", "{", "(", "[", "=>", ",")
-    )
+def _cursor_line(infill: Infill) -> tuple[str, str]:
+    """The cursor's line before and after the cursor."""
+    return infill.prefix.rpartition("\n")[2], infill.suffix.split("\n", 1)[0].rstrip()
 
-    def ends(lines: list[str], final: bool) -> bool | None:
-        next_line = next((line for line in lines if line.strip()), None)
-        if next_line is None:
-            return False if final else None
-        level = _indent(next_line)
-        if next_line is not lines[0]:  # after blank lines
-            return level <= indent and (opens or not indent)
-        if not opens or level != indent:
-            return level < indent
-        return next_line.lstrip()[0] not in "})]" and not _CONTINUES_BLOCK.match(next_line)
 
-    return ends
+def _leaves_block(lines: list[str], indent: int, opens_block: bool, final: bool) -> bool | None:
+    """Whether the next of `lines` is outside the cursor's block; None: not yet known.
+
+    The cursor's line, indented by `indent`, stands in the block or, with `opens_block`, opens it.
+    """
+    next_line = next((line for line in lines if line.strip()), None)
+    if next_line is None:
+        return False if final else None
+    level = _indent(next_line)
+    if next_line is not lines[0]:  # after blank lines
+        return level <= indent and (opens_block or not indent)
+    if not opens_block or level != indent:
+        return level < indent
+    return next_line.lstrip()[0] not in "})]" and not _CONTINUES_BLOCK.match(next_line)
 
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip(" \t"))
 
 
-def _starts_own_line(cursor_line: str, rest: str, trim: Trim) -> bool:
-    """Whether `rest` does not belong to the cursor's line, so that text before it must end with a newline."""
+def _starts_line(cursor_line: str, rest: str, trim: Trim) -> bool:
+    """Whether `rest`, the suffix's first line, does not continue the cursor's line but needs its own."""
     if not rest or not cursor_line.strip():
         return bool(rest)
     return trim != "line" and not rest[0].isspace() and rest[0] not in ")]}>,;:.\"'`"
 
 
 def _repeats_suffix(lines: list[str], suffix_lines: list[str], final: bool) -> bool | None:
-    """Whether the suffix's first lines begin here: of a line of up to 3 characters, the next must agree too.
-    None: not yet known."""
+    """Whether `lines` begin as the suffix does: with the same line, or with the same two lines if the first
+    has at most 3 characters. None: not yet known."""
     answer = [line.strip() for line in lines if line.strip()][:2]
     if not suffix_lines or not answer:
         return False if not suffix_lines or final else None
@@ -167,25 +171,26 @@ def _repeats_suffix(lines: list[str], suffix_lines: list[str], final: bool) -> b
     return answer[1] == suffix_lines[1]
 
 
-def _drop_overlap(text: str, prefix: str, suffix: str) -> str:
-    """Drops the end that the suffix's line repeats: words always, brackets where there is one too many."""
-    rest = suffix.split("\n", 1)[0].rstrip()
-    cursor_line = prefix.rpartition("\n")[2]
+def _drop_overlap(text: str, infill: Infill) -> str:
+    """Drops the longest end that the rest of the cursor's line repeats: one with words always, punctuation
+    only where it closes too much."""
+    cursor_line, rest = _cursor_line(infill)
     for size in range(min(len(rest), len(text)), 0, -1):
-        tail = rest[:size]
-        if text.endswith(tail) and tail.strip():
-            has_words = re.search(r"\w", tail) and (size == len(rest) or size > 3)
-            if has_words or _closes_too_much(tail, cursor_line + text + rest, prefix + text + suffix):
+        overlap = rest[:size]
+        if text.endswith(overlap) and overlap.strip():
+            has_words = re.search(r"\w", overlap) and (size == len(rest) or size > 3)
+            code = infill.prefix, text, infill.suffix
+            if has_words or _closes_too_much(overlap, cursor_line + text + rest, "".join(code)):
                 return text[:-size]
     return text
 
 
-def _closes_too_much(tail: str, line: str, code: str) -> bool:
-    """Whether both `line` and all of `code`, which hold `tail` twice, close more than they open. The line
-    alone does not show openers above it; all of the code alone would be misled by a bracket in a comment."""
-    closers = [closer for closer in tail if closer in OPENERS]
+def _closes_too_much(overlap: str, line: str, code: str) -> bool:
+    """Whether both `line` and all of `code`, which have `overlap` twice, close more than they open. The line
+    alone misses the brackets that opened above it; the code alone counts those in comments."""
+    closers = [closer for closer in overlap if closer in OPENERS]
     if not closers:
-        mark = tail.strip()
+        mark = overlap.strip()
         return mark in (";", ",", ":") or (mark in QUOTES and line.count(mark) % 2 == 1)
     return any(
         all(text.count(closer) > text.count(OPENERS[closer]) for text in (line, code)) for closer in closers
