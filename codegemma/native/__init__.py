@@ -1,9 +1,9 @@
-"""The engine on a CPU: C++ kernels that read blocks from the mapped file, under a Python layer loop.
+"""The engine on a CPU: C++ kernels that read blocks from the memory-mapped file, under a Python layer loop.
 
-`Native._record` is the loop: it states the forward pass of Gemma 1, 2 and 3 once, as a list of steps that the
-C++ side replays for any number of tokens. It keeps one law (numerics v1): on one SIMD level, a token's logits
-do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a cache, or
-the number of threads.
+`Native._record` is the loop: it records the forward pass of Gemma 1, 2 and 3 once, as a list of steps that
+the C++ side replays for any number of tokens. One law holds (numerics v1): on one SIMD level, a token's
+logits do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a
+cache, or the number of threads.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from codegemma.native._native import Cancel
 PAGE: int = _native.PAGE  # tokens in a page of keys and values
 RANK: int = _native.RANK  # adapters are computed in slices of this many ranks
 NUMERICS = "v1"
-CHUNK = 512  # most tokens that one run takes
+CHUNK = 512  # the largest number of tokens in one run
 NORMS = ("attn", "q", "k", "ffn", "post_attn", "post_ffn")  # of a layer
-HUGE_PAGES_AFTER = 64  # runs: a process that lives this long gains from huge pages
+HUGE_PAGES_AFTER = 64  # runs; a process that runs less gains nothing from huge pages
 
 
 def usable_cpus() -> int:
@@ -73,17 +73,16 @@ def quantize_rows(values: np.ndarray, type: str, importance: np.ndarray | None =
     return blocks
 
 
+@dataclass(slots=True, eq=False)
 class Page:
     """Keys and values of up to PAGE consecutive tokens in all layers.
 
-    Rows below `used` never change again, so sequences share pages: the one that ends at `used` may append to
-    the page, any other copies it first.
+    Rows below `used` never change again, so sequences share pages: a sequence that ends at `used` may append
+    to the page, any other must copy it first.
     """
 
-    __slots__ = ("data", "used")
-
-    def __init__(self, data: np.ndarray, used: int = 0) -> None:
-        self.data, self.used = data, used
+    data: np.ndarray
+    used: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,23 +90,23 @@ class Logits:
     """Row i belongs to the i-th wanted token. The arrays are buffers that the next run overwrites."""
 
     values: np.ndarray  # float32 [n, V]
-    argmax: np.ndarray  # int32 [n]: the lowest id among equals
+    argmax: np.ndarray  # int32 [n]: the lowest id if several are largest
     normaliser: np.ndarray  # float32 [n]: log sum exp of the values
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """New tokens of one sequence at positions from `start`; `pages` hold them and all tokens before."""
+    """New tokens of one sequence at positions from `start`; `pages` hold these and all tokens before."""
 
     ids: Sequence[int]
     start: int
     pages: list[Page]
-    wanted: int  # logits are wanted of this many last tokens
+    wanted: int  # of how many tokens, counted from the last, logits are wanted
     adapter: str | None = None
 
 
 class LowRank(Protocol):
-    """What an adapter changes (see adapters.adapter.Adapter): scale * b @ a is added, rows are replaced."""
+    """An adapter (adapters.adapter.Adapter): adds scale * b @ a to matrices and replaces embedding rows."""
 
     @property
     def scale(self) -> float: ...
@@ -122,11 +121,11 @@ class LowRank(Protocol):
 class Native:
     """A checkpoint ready to run, with a fixed number of threads and SIMD level.
 
-    The environment variable CODEGEMMA_SIMD sets the level where `level` is None; else it is the CPU's best.
-    The cache holds float16 keys and values, or float32 where the weights are floats, to match float32
-    implementations. `observed`, if given, collects by matrix name (all but the embedding) the sums of squares
-    of each input column: float64 [columns], which every run adds to. Raises ValueError on a weight type
-    without a kernel and on a SIMD level that this CPU lacks.
+    The level is `level`, else the environment variable CODEGEMMA_SIMD, else the CPU's best. The cache holds
+    float16 keys and values, or float32 where the weights are floats, to match float32 implementations.
+    `observed`, if given, collects for each matrix but the embedding, by name, the sum of squares of its input
+    columns: float64 [columns], to which every run adds. Raises ValueError on a weight type without a kernel
+    and on a SIMD level that this CPU lacks.
     """
 
     invariant = True  # logits do not depend on the batch
@@ -148,8 +147,8 @@ class Native:
         layer_bytes = 2 * self.config.kv_heads * PAGE * self.config.head_width * (2 if self.half else 4)
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)
-        self._arrays: list[np.ndarray] = []  # what the program points into
-        self._sites: list[tuple[int, list[str]]] = []  # of each product: index, names of its matrices
+        self._arrays: list[np.ndarray] = []  # kept alive, since the program points into them
+        self._sites: list[tuple[int, list[str]]] = []  # index and names of the matrices of each product
         self._adapters: dict[str | None, int] = {None: -1}
         self._program = self._record(checkpoint.tensors, layer_bytes, observed)
         self._logits = self._new_logits(1)
@@ -160,14 +159,14 @@ class Native:
         return Page(np.zeros(self.page_bytes, np.uint8))
 
     def copy_page(self, page: Page, used: int) -> Page:
-        """A copy that shares no memory, of which the first `used` tokens count."""
+        """A copy of a page, of which the first `used` tokens are valid."""
         return Page(page.data.copy(), used)
 
     def add_adapter(self, name: str, adapter: LowRank) -> None:
         """Makes an adapter available to `run`; it must fit the model (Adapter.check).
 
-        The base weights stay as they are. The low-rank products are computed beside theirs: in 8-bit blocks
-        where the base has blocks, else in float32.
+        The base weights stay as they are; the low-rank products are added to theirs. They are computed in
+        8-bit blocks where the base has blocks, else in float32.
         """
         sites = []
         for site, targets in self._sites:
@@ -188,15 +187,15 @@ class Native:
     def run(self, slices: Sequence[Slice], cancel: Cancel | None = None) -> Logits | None:
         """Runs all slices together and writes their keys and values into their pages.
 
-        Returns the wanted logits in the order of the slices, or None if `cancel` was set meanwhile. Raises
-        RuntimeError in a forked process.
+        Returns the wanted logits in the order of the slices, or None if `cancel` was set during the run.
+        Raises RuntimeError in a forked process.
         """
-        if os.getpid() != self._process:  # the pool's threads did not survive: waiting for them never ends
+        if os.getpid() != self._process:  # it lacks the pool's threads and would wait for them forever
             raise RuntimeError(
                 "this model was loaded before the process forked: load it in the child, or spawn instead"
             )
         self._runs += 1
-        if self._runs == HUGE_PAGES_AFTER:  # no daemon: one inside native code at exit aborts the process
+        if self._runs == HUGE_PAGES_AFTER:  # no daemon, which would abort a process that exits meanwhile
             threading.Thread(target=self.use_huge_pages).start()
         T = sum(len(s.ids) for s in slices)
         ids_T, positions_T, sequences_T, adapters_T = (np.empty(T, np.int32) for _ in range(4))
@@ -204,7 +203,7 @@ class Native:
         adapters = [self._adapters[s.adapter] for s in slices]
         wanted: list[range] = [range(0)] * len(slices)
         end = 0
-        for i in sorted(range(len(slices)), key=adapters.__getitem__):  # tokens of one adapter stand together
+        for i in sorted(range(len(slices)), key=adapters.__getitem__):  # tokens of one adapter side by side
             s, start, end = slices[i], end, end + len(slices[i].ids)
             ids_T[start:end], sequences_T[start:end], adapters_T[start:end] = s.ids, i, adapters[i]
             positions_T[start:end] = np.arange(s.start, s.start + len(s.ids))
@@ -223,8 +222,8 @@ class Native:
     def use_huge_pages(self) -> int:
         """Moves memory-mapped weights into huge pages, in place and while other threads run.
 
-        Streaming the weights becomes about a quarter faster, for the memory of one copy of the file. Returns
-        the number of bytes moved.
+        Reading the weights becomes about a quarter faster, at the cost of memory for a copy of the file.
+        Returns the number of bytes moved.
         """
         maps: dict[int, tuple[int, int]] = {}
         for data in self._arrays:
@@ -280,7 +279,7 @@ class Native:
             self._sites.append((site, names))
 
         p.embed(table, x, c.embed_scale)
-        added, added_norm = -1, None  # what the next norm first adds to the residual stream x
+        added, added_norm = -1, None  # the buffer that the next norm adds to x before all else, and its norm
         for i in range(c.layers):
             norms = {kind: self._norm(tensors.get(f"layers.{i}.{kind}_norm")) for kind in NORMS}
             cache = {"layer_offset": i * layer_bytes, "kv_offset": layer_bytes // 2, "half": self.half}
@@ -294,6 +293,6 @@ class Native:
             product(a, D, ("gate", "up"), hidden)
             product(hidden, F, ("down",), y)
             added, added_norm = y, norms["post_ffn"]
-        p.norm(x, final_norm, a, eps, added, added_norm)  # for its sum into x only
+        p.norm(x, final_norm, a, eps, added, added_norm)  # adds to x; its result is not used
         p.logits(x, final_norm, eps, table, c.final_softcap or 0.0)
         return p

@@ -6,20 +6,19 @@
 - `vocabulary`: the softmax sums that a loss takes over all rows of an embedding table;
 - `decode_rows`: rows of a table as float32.
 
-The products exist twice: as C++ kernels called through XLA's foreign function interface, which decode a panel
-of blocks for all tokens at once, and in JAX alone (`by="xla"`), for other devices and as the kernels' slow
-twin. `attention` and `vocabulary` have kernels only; their twins are jax/forward.py's attention and
-train/loss.py's own pass. Sums are float32. Traced within `jax.default_matmul_precision("bfloat16")`, factors
-are rounded to bfloat16: always by JAX, and by the kernels where the CPU multiplies bfloat16 (AVX-512 BF16,
-twice as fast).
+The products exist twice. On a CPU they are C++ kernels called through XLA's foreign function interface, which
+decode a panel of blocks for all tokens at once. On other devices they are written in JAX alone, which is also
+the slow twin of the kernels. `attention` and `vocabulary` have kernels only; their slow twins are
+`jax.forward.attend` and the loss's pass by chunks. Sums are float32. Under
+`jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: always by JAX, and by the kernels
+where the CPU multiplies bfloat16 (AVX-512 BF16, twice as fast).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +29,17 @@ from jax.ad_checkpoint import checkpoint_name
 from codegemma.checkpoints.tensors import BLOCKS, Tensor
 from codegemma.native import _native, usable_cpus
 
-By = Literal["native", "xla"]
-# Names of intermediates for rematerialisation policies: x a^T, attention's result, the log sum exp of its
-# scores.
+# Names of intermediates for rematerialisation policies: x a^T, attention's result, its scores' log sum exp.
 LOW_RANK, ATTENDED, LOG_SUM_EXP = "low_rank", "attended", "log_sum_exp"
 
 
 class Method(NamedTuple):
-    """How an operation and its gradients are computed: by which code, and whether factors are bfloat16."""
+    """How an operation and its gradients are computed: by C++ kernels or JAX alone, in which type of factors.
 
-    by: By
+    Chosen when the operation is traced, since its gradients may be traced under other settings.
+    """
+
+    kernels: bool
     bfloat16: bool
 
 
@@ -72,7 +72,7 @@ class Blocks:
         return _decode(lax.dynamic_slice_in_dim(self.data, start, count), self.type)
 
 
-_registered: dict[str, object] = {}  # what XLA knows by now
+_registered: dict[str, object] = {}  # the handlers that XLA knows
 
 
 def configure(threads: int | None = None, level: str = "auto") -> None:
@@ -87,35 +87,31 @@ def configure(threads: int | None = None, level: str = "auto") -> None:
         _registered.update(handlers)
 
 
-def product(
-    x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None
-) -> Array:
+def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None) -> Array:
     """float32 [..., count]: x [..., width] times the transposed rows start .. start + count of a weight.
 
     Differentiable in x, once, in reverse mode. Raises ValueError where the widths differ.
     """
-    _check_columns("x", x, weight.shape[1])
-    count = weight.shape[0] if count is None else count
-    y = _product(count, _method(by), _flat(x), weight, jnp.int32(start))
-    return y.reshape(*x.shape[:-1], count)
+    x_TK, count = _flat("x", x, weight.shape[1]), weight.shape[0] if count is None else count
+    return _product(count, _method(), x_TK, weight, jnp.int32(start)).reshape(*x.shape[:-1], count)
 
 
-def product_t(
-    dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None, by: By | None = None
-) -> Array:
+def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None) -> Array:
     """float32 [..., width]: dy [..., count] times the rows start .. start + count of a weight.
 
     Not differentiable. Raises ValueError where dy is not as wide as the number of rows.
     """
-    count = weight.shape[0] if count is None else count
-    _check_columns("dy", dy, count)
-    return _product_t(_method(by), _flat(dy), weight, jnp.int32(start)).reshape(*dy.shape[:-1], -1)
+    dy_TN = _flat("dy", dy, weight.shape[0] if count is None else count)
+    return _product_t(_method(), dy_TN, weight, jnp.int32(start)).reshape(*dy.shape[:-1], -1)
 
 
-def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array, by: By | None = None) -> Array:
-    """float32 [..., rows]: x (W + b a)^T. Differentiable in x, a and b, once, in reverse mode."""
-    _check_columns("x", x, weight.shape[1])
-    return _adapted(_method(by), _flat(x), weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
+def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Array:
+    """float32 [..., rows]: x (W + b a)^T. Differentiable in x, a and b, once, in reverse mode.
+
+    Raises ValueError where x is not as wide as the weight.
+    """
+    x_TK = _flat("x", x, weight.shape[1])
+    return _adapted(_method(), x_TK, weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
 
 
 def attention(
@@ -130,13 +126,13 @@ def attention(
     """Causal attention within segments: float32 [B, T, N, H].
 
     A token sees those of its segment whose position is at most its own and less than `window` below. Within a
-    segment, positions must rise with the index. `cap` is the soft cap of scores. On a CPU only;
-    differentiable in q, k and v, once, in reverse mode. Of the scores only their log sum exp is kept, [B, T,
-    N]: see `LOG_SUM_EXP`.
+    segment, positions must rise with the index. `cap` is the soft cap of scores. On a CPU only.
+    Differentiable in q, k and v, once, in reverse mode; for the gradient it keeps the log sum exp of the
+    scores [B, T, N], not the scores.
     """
     qkv = (x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH))
     mask = positions_BT.astype(jnp.int32), segments_BT.astype(jnp.int32)
-    return _attention(_method("native"), np.int32(window or 0), np.float32(cap or 0), *qkv, *mask)
+    return _attention(_method(), np.int32(window or 0), np.float32(cap or 0), *qkv, *mask)
 
 
 class SoftmaxSums(NamedTuple):
@@ -162,19 +158,19 @@ def vocabulary(
     """
     M, D = hidden_MD.shape
     results = _float32(M, D), _float32(M), jax.ShapeDtypeStruct((M,), jnp.int32), _float32(M)
-    operands = _flat(hidden_MD), table.data, counts_V.astype(jnp.float32), jnp.int32(used)
-    sums = _call(_method("native"), "vocabulary", results, table, *operands, cap=np.float32(cap or 0))
+    operands = hidden_MD.astype(jnp.float32), table, counts_V.astype(jnp.float32), jnp.int32(used)
+    sums = _call(_method(), "vocabulary", results, *operands, cap=np.float32(cap or 0))
     weighted_MD, max_M, best_M, sum_M = sums
     return SoftmaxSums(max_M, best_M, sum_M, weighted_MD)
 
 
-def decode_rows(weight: Blocks, ids: Array, by: By | None = None) -> Array:
+def decode_rows(weight: Blocks, ids: Array) -> Array:
     """float32 [..., width]: the rows of a weight with these ids [...]."""
-    method, flat_ids = _method(by), ids.reshape(-1).astype(jnp.int32)
-    if method.by == "xla":
-        values = _decode(weight.data[flat_ids], weight.type)
+    method, flat_ids = _method(), ids.reshape(-1).astype(jnp.int32)
+    if method.kernels:
+        values = _call(method, "rows", _float32(ids.size, weight.shape[1]), flat_ids, weight)
     else:
-        values = _call(method, "rows", _float32(ids.size, weight.shape[1]), weight, flat_ids, weight.data)
+        values = _decode(weight.data[flat_ids], weight.type)
     return values.reshape(*ids.shape, -1)
 
 
@@ -183,32 +179,29 @@ def kernels() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _method(by: By | None) -> Method:
+def _method() -> Method:
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # created by its name
-    return Method(by or ("native" if kernels() else "xla"), precision == "bfloat16")
+    return Method(kernels(), precision == "bfloat16")
 
 
-def _check_columns(name: str, x: Array, columns: int) -> None:
+def _flat(name: str, x: Array, columns: int) -> Array:
+    """float32 [T, columns] of x [..., columns]."""
     if x.shape[-1] != columns:
         raise ValueError(f"{name} has {x.shape[-1]} columns but the weight {columns}: they must be equal")
-
-
-def _flat(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return x.reshape(-1, columns).astype(jnp.float32)
 
 
 def _product_t(method: Method, dy_TN: Array, weight: Blocks, start: Array) -> Array:
-    if method.by == "xla":
+    if not method.kernels:
         return _matmul(method, dy_TN, weight.float32(start, dy_TN.shape[1]))
-    dx_TK = _float32(len(dy_TN), weight.shape[1])
-    return _call(method, "product_t", dx_TK, weight, dy_TN, weight.data, start)
+    return _call(method, "product_t", _float32(len(dy_TN), weight.shape[1]), dy_TN, weight, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(count: int, method: Method, x_TK: Array, weight: Blocks, start: Array) -> Array:
-    if method.by == "xla":
+    if not method.kernels:
         return _matmul(method, x_TK, weight.float32(start, count).T)
-    return _call(method, "product", _float32(len(x_TK), count), weight, x_TK, weight.data, start)
+    return _call(method, "product", _float32(len(x_TK), count), x_TK, weight, start)
 
 
 def _product_forward(count: int, method: Method, x_TK: Array, weight: Blocks, start: Array) -> Any:
@@ -226,11 +219,10 @@ _product.defvjp(_product_forward, _product_backward)
 def _adapted(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> tuple[Array, Array]:
     """The layer's result, and x a^T, which its gradients need."""
     T, N, R = len(x_TK), weight.shape[0], len(a_RK)
-    if method.by == "xla":
+    if not method.kernels:
         u_TR = _matmul(method, x_TK, a_RK.T)
         return _product(N, method, x_TK, weight, jnp.int32(0)) + _matmul(method, u_TR, b_NR.T), u_TR
-    results = _float32(T, N), _float32(T, R)
-    return _call(method, "adapted", results, weight, x_TK, weight.data, a_RK, b_NR)
+    return _call(method, "adapted", (_float32(T, N), _float32(T, R)), x_TK, weight, a_RK, b_NR)
 
 
 def _adapted_forward(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Any:
@@ -240,14 +232,13 @@ def _adapted_forward(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b
 
 def _adapted_backward(method: Method, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     x_TK, u_TR, weight, a_RK, b_NR = saved
-    dy_TN, _ = cotangents  # only these gradients read x a^T
-    if method.by == "xla":
+    dy_TN, _ = cotangents  # x a^T has no other reader, so no gradient arrives for it
+    if not method.kernels:
         du_TR = _matmul(method, dy_TN, b_NR)
         dx_TK = _product_t(method, dy_TN, weight, jnp.int32(0)) + _matmul(method, du_TR, a_RK)
         return dx_TK, None, _matmul(method, du_TR.T, x_TK), _matmul(method, dy_TN.T, u_TR)
     results = tuple(_float32(*x.shape) for x in (x_TK, a_RK, b_NR))
-    operands = dy_TN, x_TK, u_TR, weight.data, a_RK, b_NR
-    dx_TK, da_RK, db_NR = _call(method, "adapted_back", results, weight, *operands)
+    dx_TK, da_RK, db_NR = _call(method, "adapted_back", results, dy_TN, x_TK, u_TR, weight, a_RK, b_NR)
     return dx_TK, None, da_RK, db_NR
 
 
@@ -262,14 +253,14 @@ def _attention(method: Method, window: np.int32, cap: np.float32, *qkv_and_mask:
 def _attention_forward(method: Method, window: np.int32, cap: np.float32, *qkv_and_mask: Array) -> Any:
     shape_BTNH = qkv_and_mask[0].shape
     results = _float32(*shape_BTNH), _float32(*shape_BTNH[:3])
-    out_BTNH, sums_BTN = _ffi(method, "attention", results, *qkv_and_mask, window=window, cap=cap)
+    out_BTNH, sums_BTN = _call(method, "attention", results, *qkv_and_mask, window=window, cap=cap)
     out_BTNH, sums_BTN = checkpoint_name(out_BTNH, ATTENDED), checkpoint_name(sums_BTN, LOG_SUM_EXP)
     return out_BTNH, (sums_BTN, *qkv_and_mask)
 
 
 def _attention_backward(method: Method, window: np.int32, cap: np.float32, saved: Any, d_out: Array) -> Any:
     results = tuple(_float32(*x.shape) for x in saved[1:4])
-    return *_ffi(method, "attention_back", results, d_out, *saved, window=window, cap=cap), None, None
+    return *_call(method, "attention_back", results, d_out, *saved, window=window, cap=cap), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -279,20 +270,20 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _call(
-    method: Method, name: str, results: Any, weight: Blocks, *operands: Array, **attributes: Any
-) -> Any:
-    """`_ffi` for a kernel that reads a weight: it gets the type of the blocks."""
-    type = np.int32(_native.TYPES.index(weight.type))
-    return _ffi(method, name, results, *operands, type=type, **attributes)
+def _call(method: Method, name: str, results: Any, *operands: Array | Blocks, **attributes: Any) -> Any:
+    """Calls a kernel, which also gets the type of its Blocks.
 
-
-def _ffi(method: Method, name: str, results: Any, *operands: Array, **attributes: Any) -> Any:
-    """Calls a kernel; `results` states shape and type of its result, or of each in a tuple."""
+    `results` states shape and type of its result, or of each in a tuple.
+    """
     if not _registered:
         configure()
+    arrays = []
+    for operand in operands:
+        if isinstance(operand, Blocks):
+            attributes["type"] = np.int32(_native.TYPES.index(operand.type))
+        arrays.append(operand.data if isinstance(operand, Blocks) else operand)
     call = jax.ffi.ffi_call(f"codegemma_{name}", results, vmap_method="sequential")
-    return call(*operands, bfloat16=np.int32(method.bfloat16), **attributes)
+    return call(*arrays, bfloat16=np.int32(method.bfloat16), **attributes)
 
 
 def _matmul(method: Method, a: Array, b: Array) -> Array:
@@ -309,27 +300,32 @@ def _decode(raw: Array, type: str) -> Array:
     if type in floats:
         return lax.bitcast_convert_type(b, floats[type]).astype(jnp.float32)
 
-    def half(offset: int) -> Array:
-        scales = lax.bitcast_convert_type(b[..., offset : offset + 2], jnp.float16)
-        return scales.astype(jnp.float32)[..., None]
-
-    values = _decode_256(b, half, type) if weights == 256 else _decode_32(b, half, type)
-    return values.reshape(len(raw), -1)
+    return (_decode_256(b, type) if weights == 256 else _decode_32(b, type)).reshape(len(raw), -1)
 
 
-def _decode_32(b: Array, half: Callable[[int], Array], type: str) -> Array:
+def _half(b: Array, offset: int) -> Array:
+    """float32 [..., 1]: the float16 at an offset of each block."""
+    scales = lax.bitcast_convert_type(b[..., offset : offset + 2], jnp.float16)
+    return scales.astype(jnp.float32)[..., None]
+
+
+def _decode_32(b: Array, type: str) -> Array:
     if type == "Q8_0":
-        return half(0) * lax.bitcast_convert_type(b[..., 2:], jnp.int8).astype(jnp.float32)
+        return _half(b, 0) * lax.bitcast_convert_type(b[..., 2:], jnp.int8).astype(jnp.float32)
     nibbles = b[..., -16:]
     q = jnp.concatenate([nibbles & 15, nibbles >> 4], -1)
     if type.startswith("Q5"):
         bits = b[..., -20:-16, None] >> jnp.arange(8, dtype=jnp.uint8) & 1
         q = q | bits.reshape(q.shape) << 4
-    scaled = half(0) * q.astype(jnp.float32)
-    return scaled + half(2) if type.endswith("1") else scaled - half(0) * (8.0 if type == "Q4_0" else 16.0)
+    scaled = _half(b, 0) * q.astype(jnp.float32)
+    return (
+        scaled + _half(b, 2)
+        if type.endswith("1")
+        else scaled - _half(b, 0) * (8.0 if type == "Q4_0" else 16.0)
+    )
 
 
-def _decode_256(b: Array, half: Callable[[int], Array], type: str) -> Array:
+def _decode_256(b: Array, type: str) -> Array:
     low_high = jnp.array([0, 4], jnp.uint8)[:, None]
     if type == "Q6_K":
         low = b[..., :128].reshape(*b.shape[:2], 2, 1, 64) >> low_high  # [half, nibble, 64]
@@ -337,7 +333,7 @@ def _decode_256(b: Array, half: Callable[[int], Array], type: str) -> Array:
         q = (low & 15).reshape(*b.shape[:2], 2, 4, 32) | (top & 3) << 4
         scales = lax.bitcast_convert_type(b[..., 192:208], jnp.int8).astype(jnp.float32)
         quants = q.reshape(*b.shape[:2], 16, 16).astype(jnp.float32) - 32.0
-        return half(208)[..., None] * scales[..., None] * quants
+        return _half(b, 208)[..., None] * scales[..., None] * quants
     p = b[..., 4:16]
     first, second, third = p[..., :4], p[..., 4:8], p[..., 8:]
     scales = jnp.concatenate([first & 63, third & 15 | first >> 6 << 4], -1).astype(jnp.float32)
@@ -346,4 +342,4 @@ def _decode_256(b: Array, half: Callable[[int], Array], type: str) -> Array:
     q = (nibbles & 15).reshape(*b.shape[:2], 8, 32)
     if type == "Q5_K":
         q = q | (b[..., None, 16:48] >> jnp.arange(8, dtype=jnp.uint8)[:, None] & 1) << 4
-    return (half(0) * scales)[..., None] * q.astype(jnp.float32) - (half(2) * mins)[..., None]
+    return (_half(b, 0) * scales)[..., None] * q.astype(jnp.float32) - (_half(b, 2) * mins)[..., None]
