@@ -1,4 +1,4 @@
-"""The server's ASGI application: every dialect's routes before one service, the page, the terms of use."""
+"""The server's ASGI application: the routes of every protocol, the page, the terms of use, and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from pydantic import Discriminator, Tag
 from starlette.exceptions import HTTPException
-from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -51,10 +50,10 @@ def create(
     page: Path = PAGE,
     redact: bool = True,
 ) -> FastAPI:
-    """The application. It calls `open_service` when it starts, and closes that service when it ends.
+    """The application. It awaits `open_service` when it starts, and closes that service when it ends.
 
-    `terms` is the text of /terms, `page` the folder of the page's files. `redact`: whether secrets are taken
-    out of the context files of fill-in-the-middle requests.
+    `terms` is the text of /terms, `page` the folder of the page's files. `redact`: whether secrets are
+    removed from the context files of fill-in-the-middle requests.
     """
 
     @contextlib.asynccontextmanager
@@ -67,18 +66,16 @@ def create(
 
     app = FastAPI(title="codegemma", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.redact = redact
-    for router in (
-        shared_router,
-        *(dialect.router for dialect in (openai, llamacpp, ollama, mistral, tabby)),
-    ):
-        app.include_router(router)
+    app.include_router(shared_router)
+    for dialect in (openai, llamacpp, ollama, mistral, tabby):
+        app.include_router(dialect.router)
 
     @app.get("/terms", tags=["codegemma"])
     async def show_terms() -> Response:
         return Response(terms, media_type="text/plain; charset=utf-8")
 
     files = _PageFiles(page)
-    app.mount("/", files)
+    app.router.default = files  # answers where no route has the path
     for kind in (RequestValidationError, ValueError, Busy, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(
@@ -91,8 +88,7 @@ def create(
 
 
 class _PageFiles(StaticFiles):
-    """The page's files; where they were not built, / is a line of text. Ollama's client sends HEAD / to see
-    whether the server runs."""
+    """The page's files. / always has an answer, since Ollama's client asks there whether the server runs."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory=directory, html=True, check_dir=False)
@@ -104,22 +100,12 @@ class _PageFiles(StaticFiles):
             return False
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """The file, or else 404, or 405 where a route has this path with another method."""
+        """The file. Raises HTTPException 404 where there is none."""
         try:
             return await super().get_response(path, scope)
-        except HTTPException as error:
-            if path == "." and error.status_code == 404:
+        except (HTTPException, ValueError, OSError) as error:  # or a path with NUL, or a name too long
+            if path == "." and isinstance(error, HTTPException) and error.status_code == 404:
                 return Response(NO_PAGE, media_type="text/plain")
-            routes = [route for route in scope["app"].routes if not isinstance(route, Mount)]
-            methods = [
-                method
-                for method in ("GET", "POST")
-                if any(route.matches({**scope, "method": method})[0] == Match.FULL for route in routes)
-            ]
-            if methods:
-                raise HTTPException(405, headers={"Allow": ", ".join(methods)}) from None
-            raise HTTPException(404) from None
-        except (ValueError, OSError):  # a NUL in the path, or a name that is too long
             raise HTTPException(404) from None
 
 

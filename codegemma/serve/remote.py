@@ -26,11 +26,12 @@ from codegemma.generate.client import (
     stopped_by_text,
 )
 from codegemma.generate.request import Request
-from codegemma.generate.resolve import layout_for, resolve
+from codegemma.generate.resolve import resolve
 from codegemma.generate.running import Step, Stop
 from codegemma.native import PAGE, Page
 from codegemma.prompts import Layout
-from codegemma.serve.requests import Busy, Job, Metrics, prompt_timeout, supersedes
+from codegemma.serve.metrics import Metrics
+from codegemma.serve.requests import Busy, Job, can_chat, prompt_timeout, supersedes
 from codegemma.tokenizer import Tokenizer
 
 MAX_REQUESTS = 256  # at once: the remote server batches and queues them
@@ -53,7 +54,10 @@ class RemoteService:
         self.slots, self.size, self.metrics = MAX_REQUESTS, 0, Metrics()
         self.cache = PrefixCache("remote", 1, REMEMBERED_PAGES)  # of prompts, without their keys and values
         self.prefill_rate = INITIAL_PREFILL_RATE
-        self._preset = hub.preset(name) or hub.preset_in(name, checkpoint.config)
+        preset = hub.preset(name) or hub.preset_in(name, checkpoint.config)
+        fim_trained = preset.fim if preset else self.tokenizer.control.fim == "named"
+        self.mode: Layout = "psm" if fim_trained else "prefix"
+        self.chats = can_chat(preset, self.tokenizer)
         self._jobs: dict[Job, asyncio.Task[None]] = {}
 
     @classmethod
@@ -78,19 +82,6 @@ class RemoteService:
             problem = f"{api_url(url)}/models does not tell what is served ({error})"
             raise ValueError(f"{problem}: is it an OpenAI-compatible server?") from error
         return cls(client, name, checkpoint, min(context, checkpoint.config.context))
-
-    @property
-    def fim_trained(self) -> bool:
-        return self._preset.fim if self._preset else self.tokenizer.control.fim == "named"
-
-    @property
-    def mode(self) -> Layout:
-        return layout_for("auto", {"psm"} if self.fim_trained else ())
-
-    @property
-    def chats(self) -> bool:
-        has_turns = self.tokenizer.control.start_of_turn is not None
-        return "chat" in self._preset.uses if self._preset else has_turns
 
     def cached(self, ids: Sequence[int], adapter: str = "none") -> int:
         """How many first tokens the remote server probably has in its cache."""
@@ -148,7 +139,7 @@ class RemoteService:
         finally:
             self._jobs.pop(job, None)
             self.metrics.running = len(self._jobs)
-            self.metrics.finished(job)
+            self.metrics.add(job.timings())
 
     async def _steps(self, job: Job) -> AsyncIterator[Step]:
         """The answer as Steps. The last one waits for the usage, which has the number of tokens."""

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from codegemma.generate.request import Infill, Request
 from codegemma.generate.running import Step
 from codegemma.generate.trim import Trimmer
+from codegemma.hub.catalogue import Preset
 from codegemma.prompts import Layout
+from codegemma.serve.metrics import Metrics
 from codegemma.tokenizer import Tokenizer
 
 PROMPT_TIMEOUT_FACTOR = 2.0  # a prompt that is not read after so many times its time budget is given up
-BUCKETS_S = (
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    math.inf,
-)  # of the time to the first token
 
 
 class Busy(Exception):
@@ -157,60 +144,33 @@ def supersedes(new: Job, old: Job) -> bool:
     )
 
 
-class CompletionService(Protocol):
-    """What answers: this machine's model, or another server. `slots` jobs run at once; `size` is the model's,
-    in bytes.
+def can_chat(preset: Preset | None, tokenizer: Tokenizer) -> bool:
+    """Whether a model was tuned for chats. Without a preset: whether its vocabulary has turns."""
+    return "chat" in preset.uses if preset else tokenizer.control.start_of_turn is not None
 
-    `mode` is what the mode "auto" means; `chats` says whether the model was tuned to talk.
-    """
+
+class CompletionService(Protocol):
+    """What answers the requests: this machine's model, or another server."""
 
     name: str
     title: str
     tokenizer: Tokenizer
-    context: int
-    slots: int
-    size: int
+    context: int  # in tokens
+    slots: int  # jobs that run at once
+    size: int  # of the model, in bytes
+    chats: bool  # whether the model was tuned for chats
     metrics: Metrics
 
     @property
-    def fim_trained(self) -> bool: ...
+    def mode(self) -> Layout:
+        """What the mode "auto" means; "prefix" for a model that was not trained to fill in the middle."""
+
     @property
-    def mode(self) -> Layout: ...
-    @property
-    def chats(self) -> bool: ...
-    @property
-    def adapters(self) -> list[str]: ...
-    async def submit(self, requests: Sequence[Request]) -> list[Job]: ...
-    async def close(self) -> None: ...
+    def adapters(self) -> list[str]:
+        """The names that a request may choose."""
 
+    async def submit(self, requests: Sequence[Request]) -> list[Job]:
+        """A job for each request. Raises ValueError on what the model cannot do, Busy where too many wait."""
 
-def _zero_counts() -> dict[str, float]:
-    counts = "requests", "rejected", "cancelled", "prompt_tokens", "cached_tokens", "predicted_tokens"
-    return dict.fromkeys((*counts, "prompt_seconds", "predicted_seconds"), 0.0)
-
-
-@dataclass
-class Metrics:
-    """Totals since the start; `running` and `waiting` are jobs now. `buckets` count the answers whose first
-    token came within so many seconds of the request."""
-
-    counts: dict[str, float] = field(default_factory=_zero_counts)
-    buckets: dict[float, int] = field(default_factory=lambda: dict.fromkeys(BUCKETS_S, 0))
-    waited: float = 0.0  # seconds from the request to the first token, summed
-    running: int = 0
-    waiting: int = 0
-
-    def finished(self, job: Job) -> None:
-        """Adds a job that has ended."""
-        counts, started, first = self.counts, job.started or job.ended, job.first or job.ended
-        counts["requests"] += 1
-        counts["cancelled"] += job.stop == "cancelled"
-        counts["prompt_tokens"] += job.prompt_tokens
-        counts["cached_tokens"] += job.cached_tokens
-        counts["predicted_tokens"] += job.predicted_tokens
-        counts["prompt_seconds"] += first - started
-        counts["predicted_seconds"] += job.ended - first
-        if job.predicted_tokens:
-            self.waited += first - job.queued
-            for bound in self.buckets:
-                self.buckets[bound] += first - job.queued <= bound
+    async def close(self) -> None:
+        """Cancels all jobs and frees what the service holds."""

@@ -28,7 +28,8 @@ from codegemma.generate.resolve import layout_for
 from codegemma.generate.running import RunningRequest, Step
 from codegemma.native import CHUNK, PAGE, Cancel
 from codegemma.prompts import Layout
-from codegemma.serve.requests import Busy, Job, Metrics, supersedes
+from codegemma.serve.metrics import Metrics
+from codegemma.serve.requests import Busy, Job, can_chat, supersedes
 
 log = logging.getLogger("codegemma.serve")
 
@@ -85,7 +86,7 @@ class Scheduler:
         self.title = model.preset.title if model.preset else model.path.name
         files = [model.path] if model.path.is_file() else list(model.path.iterdir())
         self.size = sum(file.stat().st_size for file in files)
-        self.metrics = Metrics()
+        self.chats, self.metrics = can_chat(model.preset, self.tokenizer), Metrics()
         model.completing_adapter()  # loaded now, not with the first request
         self._batch = Batch(self.engine)
         self._jobs: dict[RunningRequest, Job] = {}
@@ -111,20 +112,9 @@ class Scheduler:
         self._thread.start()
 
     @property
-    def fim_trained(self) -> bool:
-        """Whether the model, with its completing adapter, was trained to fill in the middle."""
-        return self.model.fim_trained
-
-    @property
     def mode(self) -> Layout:
         """What the mode "auto" means."""
         return layout_for("auto", self.model.fim_orders())
-
-    @property
-    def chats(self) -> bool:
-        """Whether the model was tuned to talk; where its preset is not known, whether it could."""
-        control, preset = self.tokenizer.control, self.model.preset
-        return "chat" in preset.uses if preset else control.start_of_turn is not None
 
     @property
     def adapters(self) -> list[str]:
@@ -340,7 +330,7 @@ class Scheduler:
 
     def _finish(self, job: Job, last: Step) -> None:
         self._update_gauges()
-        self.metrics.finished(job)
+        self.metrics.add(job.timings())
         job.post([last])
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
@@ -350,7 +340,7 @@ class Scheduler:
         self._update_gauges()
         for job in jobs:
             job.stop, job.ended = "cancelled", time.perf_counter()
-            self.metrics.finished(job)
+            self.metrics.add(job.timings())
             job.post([HTTPException(500, f"the engine failed: {error}")])
 
     def _update_gauges(self, admitted: int = 0) -> None:

@@ -20,7 +20,6 @@ from codegemma.generate.request import Infill, Request, TextPrompt
 from codegemma.generate.running import Step
 from codegemma.serve.bodies import ExtensionFields, SamplingFields, TopCount
 from codegemma.serve.dialects.openai import ERROR_TYPES, OpenAIMessage, check_choice_count, choices_of
-from codegemma.serve.metrics import MetricsCollector
 from codegemma.serve.wire import Answer, AnswerWriter, reply, service
 
 router = APIRouter(tags=["llama.cpp"])
@@ -277,7 +276,7 @@ async def health() -> Response:
 async def metrics(http: HttpRequest) -> Response:
     """The server's totals in Prometheus' text format."""
     registry = CollectorRegistry()
-    registry.register(MetricsCollector(service(http).metrics))
+    registry.register(service(http).metrics)
     return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 
@@ -297,7 +296,7 @@ async def props(http: HttpRequest) -> Response:
                 "version": __version__,
                 "model": served.name,
                 "title": served.title,
-                "fim_trained": served.fim_trained,
+                "fim_trained": served.mode != "prefix",
                 "mode": served.mode,
                 "adapters": served.adapters,
                 "chat": served.chats,
