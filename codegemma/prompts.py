@@ -1,17 +1,16 @@
-r"""The order of control ids, and nowhere else: FIM documents, context files, chat turns, and what ends each.
+r"""The only place that orders control ids: FIM documents, context files, chat turns, and their stop ids.
 
-A prompt is a row of segments, each a label and the ids of one text that was encoded alone. So no piece merges
-across the cursor, no text becomes a control id, and assembling is concatenation. Training rows are the same
-segments, with the middle and its terminator after them; loss masks are made from the labels.
+A prompt is a list of segments, each a label and the ids of a text that was encoded alone. So no piece merges
+across the cursor, no text becomes a control id, and a prompt is a concatenation. A training row has the same
+segments, then the middle and its terminator; loss masks follow from the labels.
 
-Layouts (CodeGemma report, figures 2 and 4; SPM has no published form, this is the one its run-on output
-shows):
+Layouts (CodeGemma report, figures 2 and 4; SPM is not published, this is how CodeGemma itself writes it):
 
     psm     [path\n]<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>
     spm     [path\n]<|fim_suffix|>S<|fim_prefix|>P<|fim_middle|>
     prefix  [path\n]P
 
-in front of it, for each context file, `path\n` + text + `<|file_separator|>`, and <bos> first of all.
+Before it come <bos> and, for each context file, `path\n` + text + `<|file_separator|>`.
 """
 
 from __future__ import annotations
@@ -26,13 +25,16 @@ from codegemma.tokenizer import FIM_NAMES, Tokenizer
 Layout = Literal["psm", "spm", "prefix"]
 Role = Literal["system", "user", "assistant"]
 FimLabel = Literal["context", "path", "sentinel", "prefix", "suffix", "middle", "terminator"]
-Label = Literal[FimLabel, "bos", "raw", "turn", "user", "reply"]  # the last three are of a chat
+Label = Literal[FimLabel, "bos", "raw", "turn", "user", "reply"]  # the last three: chats
 Ids = list[int]
 
 _FIM = FIM_NAMES["fim_prefix"], FIM_NAMES["fim_suffix"], FIM_NAMES["fim_middle"]
-_LAYOUTS: dict[str, Layout] = {"prefix, suffix, middle": "psm", "": "prefix", "suffix, prefix, middle": "spm"}
+_ORDERS: dict[Layout, tuple[Literal["prefix", "suffix"], ...]] = {
+    "psm": ("prefix", "suffix"),
+    "spm": ("suffix", "prefix"),
+}
 
-# Gemma's turns for transformers (Jinja), as `chat` builds them: a system text goes before the first user's.
+# The Jinja template of `chat` for transformers: a system text is put before the first user's.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
     "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
@@ -42,17 +44,17 @@ CHAT_TEMPLATE = (
     "+ (first if loop.first else '') + (turn['content'] | trim) + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-# The same for Ollama (Go), of one turn.
+# The Go template of one turn for Ollama.
 _OLLAMA_TURN = (
     "<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
     "<start_of_turn>model\n"
 )
-_CONTINUATION = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # of a UTF-8 character
+_CONTINUATION = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # not first in a UTF-8 character
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the repository: context for a completion."""
+    """A file of the repository, as context for a completion."""
 
     path: str
     text: str
@@ -68,7 +70,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads, and the ids that end its answer."""
+    """A prompt as labelled segments of ids, and the ids that end its answer."""
 
     segments: tuple[tuple[Label, Ids], ...]
     stops: frozenset[int]
@@ -85,10 +87,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Parts:
-    """A FIM prompt's texts as ids, before assembly: measure with `len`, shorten with `replace` and `head` or
-    `tail`.
+    """The texts of a FIM prompt as ids, which `head` and `tail` shorten before `assemble` joins them.
 
-    `path` holds the newline after the path; each of `context` holds one file with its path and separator.
+    `path` includes the newline after it; each item of `context` is a file with its path and separator.
     """
 
     prefix: Ids
@@ -99,7 +100,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class ParsedFim:
-    """A FIM document read back from ids."""
+    """The texts of a FIM document, parsed from its ids."""
 
     prefix: str
     suffix: str
@@ -109,23 +110,23 @@ class ParsedFim:
 
 
 def fim_stops(tokenizer: Tokenizer) -> frozenset[int]:
-    """What ends a completion: any FIM token (the model writes the separator), <eos>, <end_of_turn>."""
+    """The ids that end a completion: FIM tokens (the model writes the separator), <eos>, <end_of_turn>."""
     control = tokenizer.control
     fim = {control.fim_prefix, control.fim_middle, control.fim_suffix, control.file_separator}
     return frozenset(token for token in fim | chat_stops(tokenizer) if token is not None)
 
 
 def chat_stops(tokenizer: Tokenizer) -> frozenset[int]:
-    """What ends the model's turn: <end_of_turn> and <eos>."""
+    """The ids that end the model's turn: <end_of_turn> and <eos>."""
     ends = tokenizer.control.end_of_turn, tokenizer.control.eos
     return frozenset(token for token in ends if token is not None)
 
 
 def ollama_template(chats: bool, fim: Sequence[str] | None = _FIM, with_response: bool = False) -> str:
-    """Ollama's TEMPLATE (Go) of a prompt, or of a chat's turn, and of a prompt with a suffix.
+    """Ollama's TEMPLATE (Go): of a chat's turn (`chats`) or a plain prompt, and of a prompt with a suffix.
 
     `fim` are the spellings of the prefix, suffix and middle tokens, None where the vocabulary has none.
-    `with_response` adds the model's turn, as a Modelfile has it.
+    `with_response` adds the model's answer, as Modelfiles do.
     """
     text = _OLLAMA_TURN if chats else "{{ .Prompt }}"
     if chats and with_response:
@@ -145,31 +146,25 @@ def fim(
     context: Sequence[File] = (),
     layout: Layout = "psm",
 ) -> Prompt:
-    """The prompt to complete between `prefix` and `suffix`, either of which may be empty; layout "prefix"
-    leaves the suffix out. Raises ValueError: a path of several lines, or a vocabulary without FIM ids."""
+    """The prompt to complete between `prefix` and `suffix`, both possibly empty; layout "prefix" ignores the
+    suffix. Raises ValueError on a path of several lines and on a vocabulary without FIM ids."""
     return assemble(tokenizer, encode_parts(tokenizer, prefix, suffix, path, context), layout)
 
 
 def encode_parts(
     tokenizer: Tokenizer, prefix: str, suffix: str = "", path: str | None = None, context: Sequence[File] = ()
 ) -> Parts:
-    """Every text of a FIM prompt encoded once and alone."""
-    files = tuple(
-        _path_line(tokenizer, file.path)
-        + tokenizer.encode(file.text)
-        + _optional(tokenizer.control.file_separator)
-        for file in context
-    )
-    return Parts(tokenizer.encode(prefix), tokenizer.encode(suffix), _path_line(tokenizer, path), files)
+    """Encodes each text of a FIM prompt alone. Raises ValueError on a path of several lines."""
+    separator, encode = _optional(tokenizer.control.file_separator), tokenizer.encode
+    files = tuple(_path_line(tokenizer, file.path) + encode(file.text) + separator for file in context)
+    return Parts(encode(prefix), encode(suffix), _path_line(tokenizer, path), files)
 
 
 def assemble(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> Prompt:
-    """The prompt of `parts`; concatenation only."""
-    context: list[tuple[Label, Ids]] = [("context", ids) for ids in parts.context]
-    return _prompt(
-        [("bos", _optional(tokenizer.control.bos)), *context, *_fim_segments(tokenizer, parts, layout)],
-        fim_stops(tokenizer),
-    )
+    """Joins the parts of a FIM prompt. Raises ValueError on a vocabulary without FIM ids."""
+    segments: list[tuple[Label, Ids]] = [("bos", _optional(tokenizer.control.bos))]
+    segments += [("context", ids) for ids in parts.context]
+    return _prompt(segments + _fim_segments(tokenizer, parts, layout), fim_stops(tokenizer))
 
 
 def fim_training(
@@ -181,28 +176,24 @@ def fim_training(
     layout: Layout = "psm",
     terminator: Literal["file_separator", "eos"] = "file_separator",
 ) -> Prompt:
-    """One document of a training row, without <bos>. Layout "prefix" is a file that is not FIM: no suffix."""
+    """A document of a training row, without <bos>. Layout "prefix" is for plain text and has no suffix.
+
+    Raises ValueError on a suffix in layout "prefix" and on a vocabulary without the ids."""
     if layout == "prefix" and suffix:
-        raise ValueError(
-            'layout "prefix" has no place for a suffix: put the whole text into prefix and middle'
-        )
+        raise ValueError('layout "prefix" has no place for a suffix: put all text into prefix and middle')
     end = getattr(tokenizer.control, terminator)
     if end is None:
-        raise ValueError(
-            f"this vocabulary has no {terminator} token to end a document: use CodeGemma's or Gemma's"
-        )
+        raise ValueError(f"this vocabulary has no {terminator} to end a document: use CodeGemma's or Gemma's")
     segments = _fim_segments(tokenizer, encode_parts(tokenizer, prefix, suffix, path), layout)
-    return _prompt(
-        [*segments, ("middle", tokenizer.encode(middle)), ("terminator", [end])], fim_stops(tokenizer)
-    )
+    segments += [("middle", tokenizer.encode(middle)), ("terminator", [end])]
+    return _prompt(segments, fim_stops(tokenizer))
 
 
 def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> ParsedFim:
-    """The document that `fim_training`, or `fim` with an answer behind it, spelled as `ids`; context files
-    are skipped.
+    """Parses the ids of `fim_training`, or of `fim` and an answer; skips context files.
 
-    Without sentinels all of it is prefix, path included: only sentinels mark where a path ends. Raises
-    ValueError where the sentinels stand in no known order or a second document follows.
+    Without sentinels all text is prefix, path included, since nothing marks where the path ends. Raises
+    ValueError on an unknown order of sentinels and on ids after the document.
     """
     control = tokenizer.control
     body = list(ids)
@@ -212,12 +203,13 @@ def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> ParsedFim:
         body = body[:-1]
     names = {control.fim_prefix: "prefix", control.fim_suffix: "suffix", control.fim_middle: "middle"}
     marks = [(index, names[token]) for index, token in enumerate(body) if token in names]
-    order = ", ".join(name for _, name in marks)
-    layout = _LAYOUTS.get(order)
+    order = tuple(name for _, name in marks)
+    layouts: dict[tuple[str, ...], Layout] = {(*order, "middle"): layout for layout, order in _ORDERS.items()}
+    layout = layouts.get(order) if order else "prefix"
     if layout is None:
         raise ValueError(
             "a FIM document has its tokens in the order prefix, suffix, middle or suffix, prefix, middle; "
-            f"these ids have {order}: parse one document at a time"
+            f"these ids have {', '.join(order)}: parse one document at a time"
         )
     start = marks[0][0] if marks else 0
     if control.file_separator in body[start:]:
@@ -233,33 +225,31 @@ def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> ParsedFim:
 
 
 def plain(tokenizer: Tokenizer, text: str) -> Prompt:
-    """<bos> and text to be continued."""
-    return _prompt(
-        [("bos", _optional(tokenizer.control.bos)), ("prefix", tokenizer.encode(text))], fim_stops(tokenizer)
-    )
+    """<bos> and a text to continue."""
+    bos = _optional(tokenizer.control.bos)
+    return _prompt([("bos", bos), ("prefix", tokenizer.encode(text))], fim_stops(tokenizer))
 
 
 def raw(tokenizer: Tokenizer, text: str) -> Prompt:
-    """For clients that spell control tokens: the spellings become ids; one <bos>, theirs or ours."""
+    """A text to continue whose control spellings become control ids, after <bos> unless it spells that."""
     ids, bos = tokenizer.encode(text, control=True), _optional(tokenizer.control.bos)
     start = [] if ids[:1] == bos else bos
     return _prompt([("bos", start), ("raw", ids)], fim_stops(tokenizer))
 
 
 def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> Prompt:
-    """Gemma's chat template: turns trimmed, the system text before the first user text with a blank line
-    between.
+    """Gemma's chat template. Turns are stripped; a system text and a blank line precede the first user text.
 
-    `reply` opens the model's turn for it to answer; `reply=False` is for training rows, whose "reply"
-    segments are what the model is to learn. Raises ValueError unless user and assistant alternate, the user
-    first, and last with `reply`.
+    `reply` opens the model's turn; False is for training rows, whose "reply" segments the model learns.
+    Raises ValueError unless user and assistant alternate, the user first (with `reply` also last), and on a
+    vocabulary without turns.
     """
     control = tokenizer.control
     if control.start_of_turn is None or control.end_of_turn is None:
         raise ValueError("this vocabulary has no <start_of_turn> and <end_of_turn>: it cannot chat")
     system, turns = split_system(messages, reply)
-    newline = tokenizer.encode("\n")
-    segments: list[tuple[Label, Ids]] = [("bos", _optional(tokenizer.control.bos))]
+    newline, model = tokenizer.encode("\n"), tokenizer.encode("model\n")
+    segments: list[tuple[Label, Ids]] = [("bos", _optional(control.bos))]
     for message in turns:
         segments.append(("turn", [control.start_of_turn]))
         text = message.text.strip()
@@ -267,23 +257,19 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) 
             segments += [("user", tokenizer.encode(f"user\n{system}{text}")), ("turn", [control.end_of_turn])]
             system = ""
         else:
-            segments += [
-                ("turn", tokenizer.encode("model\n")),
-                ("reply", [*tokenizer.encode(text), control.end_of_turn]),
-            ]
+            segments += [("turn", model), ("reply", [*tokenizer.encode(text), control.end_of_turn])]
         segments.append(("turn", newline))
     if reply:
-        segments.append(("turn", [control.start_of_turn, *tokenizer.encode("model\n")]))
+        segments.append(("turn", [control.start_of_turn, *model]))
     return _prompt(segments, chat_stops(tokenizer))
 
 
 def tail(tokenizer: Tokenizer, ids: Ids, max_tokens: int, step: int = 1) -> Ids:
-    """The end of `ids` in at most `max_tokens` tokens: what is nearest to the cursor of a prefix.
+    """The last ids, at most `max_tokens`: the part of a prefix that is nearest to the cursor.
 
-    The result is a fresh encoding of its own text, as every run of whole characters within a BPE encoding is:
-    no merge crossed its edges. The number of dropped tokens is rounded up to a multiple of `step`, so that
-    the edge stays put while one types; it moves on to the start of a line where that costs at most a quarter
-    of `max_tokens`.
+    Encoding their text again gives the same ids, as for every run of whole characters in a BPE encoding. The
+    number of dropped ids is a multiple of `step`, so that the edge stays while text is typed, or more where
+    a line starts within the next quarter of `max_tokens`.
     """
     if len(ids) <= max_tokens:
         return ids
@@ -295,7 +281,7 @@ def tail(tokenizer: Tokenizer, ids: Ids, max_tokens: int, step: int = 1) -> Ids:
 
 
 def head(tokenizer: Tokenizer, ids: Ids, max_tokens: int) -> Ids:
-    """The start of `ids` in at most `max_tokens` tokens, nearest to the cursor of a suffix; see `tail`."""
+    """The first ids, at most `max_tokens`: the part of a suffix that is nearest to the cursor; see `tail`."""
     if len(ids) <= max_tokens:
         return ids
     near = range(max_tokens, max_tokens - max_tokens // 4 - 1, -1)
@@ -303,7 +289,7 @@ def head(tokenizer: Tokenizer, ids: Ids, max_tokens: int) -> Ids:
 
 
 def _edge(tokenizer: Tokenizer, ids: Ids, near: range, reach: range, default: int) -> int:
-    """The first index of `near` that starts a line, else the first of `reach` that starts a character."""
+    """The first index of `near` where a line starts, else the first of `reach` where a character starts."""
     for index in near:
         if index > 0 and tokenizer.decode_bytes(ids[index - 1 : index]).endswith(b"\n"):
             return index
@@ -315,22 +301,18 @@ def _edge(tokenizer: Tokenizer, ids: Ids, near: range, reach: range, default: in
 
 def _fim_segments(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> list[tuple[Label, Ids]]:
     control = tokenizer.control
-    path: tuple[Label, Ids] = ("path", parts.path)
-    prefix: tuple[Label, Ids] = ("prefix", parts.prefix)
-    suffix: tuple[Label, Ids] = ("suffix", parts.suffix)
+    segments: list[tuple[Label, Ids]] = [("path", parts.path)]
     if layout == "prefix":
-        return [path, prefix]
-    if layout not in ("psm", "spm"):
+        return [*segments, ("prefix", parts.prefix)]
+    if layout not in _ORDERS:
         raise ValueError(f'layout must be "psm", "spm" or "prefix", got {layout!r}')
     if control.fim is None:
         names = ", ".join(FIM_NAMES.values())
         raise ValueError(f'this vocabulary has no FIM tokens ({names}): use layout="prefix"')
-    start_prefix: tuple[Label, Ids] = ("sentinel", _optional(control.fim_prefix))
-    start_suffix: tuple[Label, Ids] = ("sentinel", _optional(control.fim_suffix))
-    start_middle: tuple[Label, Ids] = ("sentinel", _optional(control.fim_middle))
-    if layout == "psm":
-        return [path, start_prefix, prefix, start_suffix, suffix, start_middle]
-    return [path, start_suffix, suffix, start_prefix, prefix, start_middle]
+    for part in _ORDERS[layout]:
+        sentinel = _optional(getattr(control, f"fim_{part}"))
+        segments += [("sentinel", sentinel), (part, getattr(parts, part))]
+    return [*segments, ("sentinel", _optional(control.fim_middle))]
 
 
 def _prompt(segments: list[tuple[Label, Ids]], stops: frozenset[int]) -> Prompt:
@@ -343,14 +325,15 @@ def _optional(token: int | None) -> Ids:
 
 def _path_line(tokenizer: Tokenizer, path: str | None) -> Ids:
     if path is not None and ("\n" in path or "\r" in path):
-        raise ValueError(
-            f"a path must stand on one line, got {path!r}: rename the file or leave its path out"
-        )
+        raise ValueError(f"a path must be one line, got {path!r}: rename the file or leave its path out")
     return tokenizer.encode(path + "\n") if path else []
 
 
 def split_system(messages: Sequence[Message], reply: bool) -> tuple[str, Sequence[Message]]:
-    """The system text with its blank line, and the turns, checked."""
+    """The system text with a blank line after it, and the other messages.
+
+    Raises ValueError unless these alternate between user and assistant, the user first (with `reply` also
+    last)."""
     system, turns = "", messages
     if messages and messages[0].role == "system":
         system, turns = messages[0].text + "\n\n", messages[1:]

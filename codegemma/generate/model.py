@@ -93,7 +93,7 @@ class Model:
         self._completing_adapter = self.adapter_at(path)
 
     def completing_adapter(self, adapter: str = "auto") -> str:
-        """The adapter that answers an Infill: for "auto" the preferred or else the packaged one, or "none"."""
+        """The adapter for an Infill: "auto" means the preferred one, else the packaged one, else "none"."""
         return self._completing_adapter if adapter == "auto" else adapter
 
     @cached_property
@@ -141,7 +141,7 @@ class Model:
     def resolve(self, request: Request) -> Request:
         """The request as token ids, with its adapter, layout and stop ids, for the engine.
 
-        Warns once (raises ValueError if the model is `strict`) where the model was not made for such requests.
+        Warns once (raises ValueError if the model is `strict`) where the model was not made for such a use.
         """
         prompt, adapter, orders = request.prompt, request.adapter, frozenset[str]()
         if isinstance(prompt, Infill | Chat) or isinstance(getattr(prompt, "prompt", None), str):
@@ -205,8 +205,9 @@ class Model:
         top: int = 0,
         adapter: str = "auto",
     ) -> Completion:
-        """Continues a text, after <bos>, or ids, as they are. `raw`: control tokens spelled in the text become
+        """Continues a text, after <bos>, or ids as they are. `raw`: control tokens spelled in the text become
         control ids. truncate="left" drops the oldest tokens, except <bos>, of a prompt that is too long."""
+
         self.expect("generation")
         if truncate not in (None, "left"):
             raise ValueError(f'truncate must be None or "left", got {truncate!r}')
