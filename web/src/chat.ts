@@ -1,4 +1,4 @@
-/** The chat: conversations, streaming, stop, edit, regenerate. The page and the editor give it a host. */
+/** The chat: conversations, streaming, stop, edit, regenerate. The page and VS Code each implement its Host. */
 
 import type { Message, Piece, Timings } from "./api.ts";
 import { button, h } from "./dom.ts";
@@ -38,13 +38,13 @@ export class Chat {
     this.show();
   }
 
-  /** Puts the question as a new conversation's first. */
+  /** Starts a new conversation with a question. */
   ask(question: string): void {
     this.open(newConversation());
     void this.send(question);
   }
 
-  /** Says what stands in an empty conversation. */
+  /** Sets the text that an empty conversation shows. */
   hint(text: string): void { this.log.dataset.hint = text; }
 
   focus(): void { this.input.focus(); }
@@ -82,7 +82,7 @@ export class Chat {
     return this.answer();
   }
 
-  /** Asks for the turn after the last message and writes it as it comes. */
+  /** Requests an answer to the last message and shows it as it is generated. */
   private async answer(): Promise<void> {
     this.stop();
     const conversation = this.current, writing = this.writing = new AbortController();
@@ -90,7 +90,7 @@ export class Chat {
     conversation.messages.push(answer);
     this.conversations = [conversation, ...this.conversations.filter(other => other !== conversation)];
     this.show();
-    if (document.activeElement === document.body) this.focus();  // what had the focus is gone, and Escape must stop
+    if (document.activeElement === document.body) this.focus();  // the focused button was removed, and Escape must reach the chat
     const element = this.log.lastElementChild as HTMLElement;
     let timings: Timings | undefined, failure = "", drawing = false;
     const draw = (): void => {

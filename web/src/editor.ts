@@ -1,4 +1,4 @@
-/** A code editor whose ghost text is written by the server, live. */
+/** A code editor whose ghost text is shown while the server generates it. */
 
 import type { Infill } from "./api.ts";
 import { editor, languages, Range, Uri } from "./monaco.ts";
@@ -8,9 +8,9 @@ import { placed, type Suggestion, type Suggestions } from "./suggestions.ts";
 self.MonacoEnvironment = { getWorker: () => new Worker("editor.worker.js", { type: "module" }) };
 
 const EXPLICIT = languages.InlineCompletionTriggerKind.Explicit;
-const ACCEPTED = 0;       // InlineCompletionEndOfLifeReasonKind
-const VARIANTS = 3;       // suggestions when asked for by key
-const REFRESH = 80;       // ms between pictures of a suggestion that is being written
+const ACCEPTED = 0;       // InlineCompletionEndOfLifeReasonKind.Accepted
+const VARIANTS = 3;       // suggestions when the user asks by key
+const REFRESH_MS = 80;    // between updates of a suggestion that is being generated
 
 const SHAPES = `"""Areas of simple shapes."""
 
@@ -67,7 +67,7 @@ export class CodeEditor {
 
   trigger(): void { this.monaco.trigger("page", "editor.action.inlineSuggest.trigger", {}); }
 
-  /** Shows more of the suggestion that is being written. Monaco asks again about an unchanged text only if it shows nothing. */
+  /** Shows what has been generated since. Monaco asks again about an unchanged text only if it shows nothing. */
   refresh(): void {
     if (this.drawn || !this.monaco.hasTextFocus()) return;
     this.drawn = window.setTimeout(() => {
@@ -76,12 +76,12 @@ export class CodeEditor {
       this.monaco.trigger("page", "editor.action.inlineSuggest.hide", {});
       this.trigger();
       setTimeout(() => this.refreshing = false);
-    }, REFRESH);
+    }, REFRESH_MS);
   }
 
   theme(dark: boolean): void { editor.setTheme(dark ? "vs-dark" : "vs"); }
 
-  /** The same text under another name, whose ending tells the language. */
+  /** Renames the document; the extension of its name sets the language. */
   rename(path: string): void {
     const old = this.monaco.getModel()!, position = this.monaco.getPosition()!;
     this.monaco.setModel(editor.createModel(old.getValue(), undefined, Uri.file(path)));
@@ -97,7 +97,7 @@ export class CodeEditor {
     const infill: Infill = { prefix: before, suffix: text.slice(before.length), path, language: model.getLanguageId() };
     const count = explicit ? VARIANTS : 1;
     const suggestion = this.shown = this.suggestions.find(infill, count) ?? this.suggestions.start(infill, count);
-    await suggestion.begun;
+    await suggestion.firstText;
     if (suggestion.finished) this.suggestions.prefetch(suggestion);
     this.report();
     const rest = infill.suffix.split("\n", 1)[0];

@@ -17,15 +17,15 @@ const session = Array.from(crypto.getRandomValues(new Uint32Array(2)), part => p
 const client = (): Client => new Client(location.origin, settings.key);
 const history: Point[] = [];
 
-function stored<T>(name: string, otherwise: T): T {
-  try { return JSON.parse(localStorage.getItem(`codegemma.${name}`)!) ?? otherwise; } catch { return otherwise; }
+function stored<T>(name: string, fallback: T): T {
+  try { return JSON.parse(localStorage.getItem(`codegemma.${name}`)!) ?? fallback; } catch { return fallback; }
 }
 
 function store(name: string, value: unknown): void {
-  try { localStorage.setItem(`codegemma.${name}`, JSON.stringify(value)); } catch (error) { say(`not saved: ${error}`); }
+  try { localStorage.setItem(`codegemma.${name}`, JSON.stringify(value)); } catch (error) { showState(`not saved: ${error}`); }
 }
 
-function say(text: string): void { element("state").textContent = text; }
+function showState(text: string): void { element("state").textContent = text; }
 
 const suggestions = new Suggestions((infill, count, signal) => {
   const { mode, adapter, trim, time_budget_ms, max_tokens } = settings;
@@ -45,21 +45,21 @@ const chat = new Chat(element("chat"), {
   save: conversations => store("chats", conversations),
 });
 
-/** State, tokens and times of the suggestion that is shown. */
+/** Shows the state, tokens and times of the current suggestion. */
 function report(): void {
   const suggestion = code.shown;
   if (!suggestion) return;
-  if (suggestion.error) return failed(suggestion.error);
-  say(!suggestion.finished ? suggestion.texts[0] ? "writing" : "reading" : suggestion.texts[0] ? "ready: Tab accepts" : "nothing to suggest");
+  if (suggestion.error) return showError(suggestion.error);
+  showState(!suggestion.finished ? suggestion.texts[0] ? "writing" : "reading" : suggestion.texts[0] ? "ready: Tab accepts" : "nothing to suggest");
   element("numbers").replaceChildren(...suggestion.timings ? picture(suggestion.timings, history.slice(-60)) : []);
 }
 
-function failed(error: unknown): void {
+function showError(error: unknown): void {
   if (error instanceof ServerError && error.status === 401) {
     element("key-row").hidden = false;
-    return say("this server needs a key");
+    return showState("this server needs a key");
   }
-  say(error instanceof TypeError ? "the server does not answer" : String(error instanceof Error ? error.message : error));
+  showState(error instanceof TypeError ? "the server does not answer" : String(error instanceof Error ? error.message : error));
 }
 
 async function connect(): Promise<void> {
@@ -71,19 +71,19 @@ async function connect(): Promise<void> {
     element("adapter").replaceChildren(...names.map(([value, text]) => h("option", { value }, text)));
     if (!names.some(([value]) => value === settings.adapter)) settings.adapter = "auto";
     element<HTMLSelectElement>("adapter").value = settings.adapter;
-    say("ready: type, or press Alt+\\");
-  } catch (error) { failed(error); }
+    showState("ready: type, or press Alt+\\");
+  } catch (error) { showError(error); }
 }
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-function paint(): void {
+function applyTheme(): void {
   const isDark = settings.theme === "auto" ? dark.matches : settings.theme === "dark";
   document.documentElement.dataset.theme = isDark ? "dark" : "light";
   code.theme(isDark);
 }
 
-/** Binds every control of the form to the setting of its name. */
+/** Binds a control of the form to the setting that has its id as name. */
 function bind(control: HTMLInputElement | HTMLSelectElement): void {
   const name = control.id as keyof typeof settings, box = control instanceof HTMLInputElement && control.type === "checkbox";
   if (box) control.checked = Boolean(settings[name]);
@@ -94,12 +94,12 @@ function bind(control: HTMLInputElement | HTMLSelectElement): void {
     store("settings", settings);
     suggestions.clear();
     if (name === "path") code.rename(settings.path);
-    if (name === "theme") paint();
+    if (name === "theme") applyTheme();
     if (name === "key") void connect();
   });
 }
 
-function route(): void {
+function showPage(): void {
   const page = location.hash === "#/chat" ? "chat" : "complete";
   for (const name of ["complete", "chat"]) {
     element(name).hidden = name !== page;
@@ -109,10 +109,10 @@ function route(): void {
 }
 
 document.querySelectorAll<HTMLInputElement>("[data-setting]").forEach(bind);
-addEventListener("unhandledrejection", event => { if (event.reason?.name === "Canceled") event.preventDefault(); });  // Monaco's way to stop
+addEventListener("unhandledrejection", event => { if (event.reason?.name === "Canceled") event.preventDefault(); });  // Monaco cancels by rejecting
 addEventListener("submit", event => event.preventDefault());
-addEventListener("hashchange", route);
-dark.addEventListener("change", paint);
-paint();
-route();
+addEventListener("hashchange", showPage);
+dark.addEventListener("change", applyTheme);
+applyTheme();
+showPage();
 void connect();

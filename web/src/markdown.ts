@@ -1,4 +1,4 @@
-/** Markdown from a model, which is hostile until proven otherwise: no scripts, styles, forms, pictures or page classes. */
+/** Markdown from a model, which is not trusted: no scripts, styles, forms, images or classes of the page. */
 
 import DOMPurify from "dompurify";
 import hljs from "highlight.js/lib/core";
@@ -24,10 +24,10 @@ import { button, h } from "./dom.ts";
 const LANGUAGES = { bash, cpp, csharp, css, diff, go, java, javascript, json, kotlin, python, rust, sql, typescript, xml, yaml };
 for (const [name, language] of Object.entries(LANGUAGES)) hljs.registerLanguage(name, language);
 
-const markdown = new Marked({ renderer: { html: ({ text }) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;") } });  // HTML is shown, not meant
+const markdown = new Marked({ renderer: { html: ({ text }) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;") } });  // HTML is shown as text
 const TAGS = ("p br hr h1 h2 h3 h4 h5 h6 strong em del code pre blockquote ul ol li a table thead tbody tr th td").split(" ");
 
-/** What `text` says, as safe nodes; code is highlighted and can be copied, or handed to `insert` where that is given. */
+/** Renders Markdown as safe nodes. Code is highlighted, with a button to copy it and, if there is `insert`, one to insert it. */
 export function rendered(text: string, insert?: (code: string) => void): DocumentFragment {
   const fragment = DOMPurify.sanitize(markdown.parse(text, { async: false }), {
     ALLOWED_TAGS: TAGS, ALLOWED_ATTR: ["href", "class", "start"], ALLOW_DATA_ATTR: false, ALLOW_ARIA_ATTR: false,

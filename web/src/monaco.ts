@@ -1,4 +1,4 @@
-/** The parts of Monaco that the page uses: editing, finding, inline completions, and these languages. */
+/** The parts of Monaco that the page uses: editing, search, inline completions, and these languages. */
 
 import "monaco-editor/features/bracketMatching/register";
 import "monaco-editor/features/caretOperations/register";

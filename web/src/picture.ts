@@ -1,4 +1,4 @@
-/** A picture of what a suggestion cost: how much of the prompt was cached, and how long each suggestion took. */
+/** A plot of the cost of suggestions: how much of the prompt was cached, and how long each suggestion took. */
 
 import type { Timings } from "./api.ts";
 import { h } from "./dom.ts";

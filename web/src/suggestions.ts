@@ -5,22 +5,22 @@ import type { Infill, Piece, Timings } from "./api.ts";
 
 export type Ask = (infill: Infill, count: number, signal: AbortSignal) => AsyncIterable<Piece>;
 
-const MAX_REMEMBERED = 32;          // suggestions remembered
+const MAX_REMEMBERED = 32;          // suggestions
 
 export class Suggestion {
-  texts: string[];                      // the likeliest first; they grow as they are written
+  texts: string[];                      // the likeliest first; they grow while they are generated
   ids: (string | undefined)[] = [];     // the server's, of each complete text
   timings?: Timings;
   error?: unknown;
   finished = false;
   readonly done: Promise<void>;
-  readonly begun: Promise<void>;        // there is a text to show, or none will come
+  readonly firstText: Promise<void>;    // resolves when there is text to show, or none will come
   private begin = (): void => {};
   private abort = new AbortController();
 
   constructor(readonly infill: Infill, ask: Ask, readonly count: number, changed: () => void) {
     this.texts = Array(count).fill("");
-    this.begun = new Promise(resolve => this.begin = resolve);
+    this.firstText = new Promise(resolve => this.begin = resolve);
     this.done = this.read(ask, changed).catch(error => {
       if (!this.cancelled) this.error = error;
       this.abort.abort();
@@ -35,10 +35,10 @@ export class Suggestion {
 
   get cancelled(): boolean { return this.abort.signal.aborted; }
 
-  /** Stops it; this is no error. */
+  /** Stops the request. That does not count as an error. */
   cancel(): void { if (!this.finished) this.abort.abort(); }
 
-  /** The rest of each text that begins with what was typed since; undefined where this suggestion is for another place. */
+  /** The rest of each text that starts with what was typed since; undefined if the suggestion does not fit here. */
   remaining(infill: Infill): string[] | undefined {
     if (infill.path !== this.infill.path || infill.suffix !== this.infill.suffix || !infill.prefix.startsWith(this.infill.prefix)) return;
     const typed = infill.prefix.slice(this.infill.prefix.length);
@@ -46,7 +46,7 @@ export class Suggestion {
     return fitting.length ? fitting.map(text => text.slice(typed.length)) : undefined;
   }
 
-  /** The id of the text whose end is `rest`. */
+  /** The id of the text of which `rest` is still to be typed. */
   id(infill: Infill, rest: string): string | undefined {
     return this.ids[this.texts.indexOf(infill.prefix.slice(this.infill.prefix.length) + rest)];
   }
@@ -98,7 +98,7 @@ export class Suggestions {
   }
 }
 
-/** A text of several lines replaces the rest of the line at the cursor, and ends with it. */
+/** What to insert: a text of several lines replaces the rest of the line at the cursor, and ends with that rest. */
 export function placed(text: string, restOfLine: string): { insert: string; replaced: number } {
   return text.includes("\n") ? { insert: text + restOfLine, replaced: restOfLine.length } : { insert: text, replaced: 0 };
 }

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { type TestContext, test } from "node:test";
 import type { Infill, Piece } from "../src/api.ts";
-import { GRACE, Outcomes } from "../src/outcomes.ts";
+import { GRACE_MS, Outcomes } from "../src/outcomes.ts";
 import { type Suggestion, Suggestions } from "../src/suggestions.ts";
 
 const INFILL: Infill = { prefix: "x = ", suffix: "\n" };
@@ -16,7 +16,7 @@ function scene(t: TestContext, answer = Promise.resolve()) {
     return suggestion;
   };
   const show = async (suggestion: Suggestion): Promise<void> => { outcomes.show(suggestion); await suggestion.done; };
-  return { reported, outcomes, written, show, later: () => t.mock.timers.tick(GRACE) };
+  return { reported, outcomes, written, show, later: () => t.mock.timers.tick(GRACE_MS) };
 }
 
 test("a suggestion is seen once, however often it is shown, and dismissed when another is", async t => {

@@ -104,7 +104,7 @@ test("an error is kept with the suggestion, which is asked for anew", async () =
   const model = new Model(), suggestions = new Suggestions(model.ask), suggestion = suggestions.start(INFILL);
   await model.write(new Error("no server"));
   await suggestion.done;
-  await suggestion.begun;
+  await suggestion.firstText;
   assert.match(String(suggestion.error), /no server/);
   assert.equal(suggestions.find(INFILL), undefined);
 });

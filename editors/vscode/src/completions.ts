@@ -1,4 +1,4 @@
-/** Ghost text. */
+/** Suggestions as ghost text. */
 
 import * as vscode from "vscode";
 import type { Infill } from "../../../web/src/api.ts";
@@ -51,7 +51,7 @@ export class Completions implements vscode.InlineCompletionItemProvider {
       known = this.suggestions.start(infill, count);
     }
     const suggestion = known;
-    // One that has begun goes on, since the user may be typing its text; one that has not would delay the next.
+    // With text it continues, since the user may be typing that text; without, it would delay the next suggestion.
     token.onCancellationRequested(() => { if (!suggestion.texts[0]) suggestion.cancel(); });
     await suggestion.done;
     return suggestion;

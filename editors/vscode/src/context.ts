@@ -1,11 +1,11 @@
-/** Which documents may be sent, and the other open files that go along with a request, the latest one nearest to the cursor. */
+/** Which documents may be sent, and the other open files that go along with a request, the most recent one last, nearest to the cursor. */
 
 import * as vscode from "vscode";
 import type { File } from "../../../web/src/api.ts";
 import { isSecretName } from "./secrets.ts";
 
-const MAX_CHARACTERS = 50_000;   // of another file that is worth sending
-const MAX_RECENT = 32;           // documents remembered
+const MAX_CHARACTERS = 50_000;   // longer files are not sent
+const MAX_RECENT = 32;           // documents
 const SCHEMES = ["file", "untitled", "vscode-notebook-cell", "vscode-remote", "vscode-vfs"];
 
 export class Context implements vscode.Disposable {
@@ -47,7 +47,7 @@ export class Context implements vscode.Disposable {
   }
 }
 
-/** Asks the git extension, where it is installed and on. */
+/** Asks the git extension, if it is installed and enabled. */
 async function isIgnored(uri: vscode.Uri): Promise<boolean> {
   const git = vscode.extensions.getExtension("vscode.git");
   if (!git || uri.scheme !== "file") return false;

@@ -3,13 +3,13 @@
 import { spawn } from "node:child_process";
 
 /** A server that listens at `url`. `exited` resolves with the reason once it has ended. */
-export interface Running { url: string; exited: Promise<string>; stop(): Promise<void> }
+export interface ServerProcess { url: string; exited: Promise<string>; stop(): Promise<void> }
 
 const START_MS = 120_000;  // to load a model
 const STOP_MS = 10_000;    // to save the cache
 
-/** Starts `command`, and resolves once it prints where it listens. Rejects with its last lines where it ends before. */
-export function launch(command: string[], log: (line: string) => void, timeout = START_MS): Promise<Running> {
+/** Starts `command`, and resolves once it prints its URL. Rejects with its last output if it exits before that. */
+export function launch(command: string[], log: (line: string) => void, timeout = START_MS): Promise<ServerProcess> {
   const [program, ...args] = command;
   const child = spawn(program, args, { stdio: ["ignore", "pipe", "pipe"], windowsHide: true });
   const lastLines: string[] = [];

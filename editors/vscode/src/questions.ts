@@ -1,6 +1,6 @@
 /** The questions that the commands send to the chat. */
 
-/** A piece of code, and what the tools report about it. */
+/** A piece of code, and the diagnostics about it. */
 export interface Passage { path: string; language: string; code: string; problems: string[] }
 
 const TASKS = {

@@ -2,13 +2,13 @@
 
 import * as vscode from "vscode";
 import { Client } from "../../../web/src/api.ts";
-import { launch, type Running } from "./process.ts";
+import { launch, type ServerProcess } from "./process.ts";
 import { setting } from "./settings.ts";
 
-const RETRY_MS = 30_000;  // after a failed start, before the next that is not a command
+const RETRY_MS = 30_000;  // after a failed start, before a suggestion or a chat may start it again
 
 export class Server implements vscode.Disposable {
-  private running?: Promise<Running>;
+  private running?: Promise<ServerProcess>;
   private failedAt = -Infinity;
   private stopped = false;
 
@@ -23,7 +23,7 @@ export class Server implements vscode.Disposable {
     return new Client((await this.start()).url, key);
   }
 
-  start(): Promise<Running> {
+  start(): Promise<ServerProcess> {
     this.stopped = false;
     return this.running ??= this.launch();
   }
@@ -38,7 +38,7 @@ export class Server implements vscode.Disposable {
 
   dispose(): Promise<void> { return this.stop(); }
 
-  private async launch(): Promise<Running> {
+  private async launch(): Promise<ServerProcess> {
     this.changed("starting");
     try {
       const command = [setting("command"), "serve", "--port", "0", ...setting("arguments")];
