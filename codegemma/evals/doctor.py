@@ -1,4 +1,4 @@
-"""Tests whether this machine can run untrusted programs: attacks, good programs, the eight languages."""
+"""Tests whether this machine can run untrusted programs: with attacks, good programs and eight languages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from codegemma.sandbox import Sandbox, SandboxError
 
 @dataclass(frozen=True)
 class Attack:
-    """A program that tries to do harm, and the outcomes by which the sandbox has held; see attacks.toml."""
+    """A program that tries to do harm, and the outcomes that show that it could not; see attacks.toml."""
 
     program: str
     expected: tuple[str, ...]
@@ -29,7 +29,7 @@ ATTACKS = {name: Attack(a["program"], tuple(a["expected"])) for name, a in _PROG
 
 
 def self_test(sandbox: Sandbox) -> Iterator[tuple[str, bool, str]]:
-    """(name, whether the sandbox held, what happened) for each good program and each attack."""
+    """Yields (name, whether the sandbox held, what happened) for each good program and each attack."""
     for name, program in GOOD.items():
         result = sandbox.run_python(program, seconds=60)
         yield f"runs {name}", result.outcome == "passed", f"{result.outcome} {result.stderr[-200:]}"
@@ -53,7 +53,7 @@ def _listener() -> Iterator[int]:
 
 
 def _alive(mark: str) -> bool:
-    """Whether the command line of a process of this machine starts with the mark."""
+    """Whether a process of this machine has a command line that starts with `mark`."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if path.read_bytes().startswith(mark.encode()):
@@ -62,29 +62,29 @@ def _alive(mark: str) -> bool:
 
 
 def require(sandbox: Sandbox) -> None:
-    """Raises SandboxError unless the self-test holds, so that nothing is scored in a sandbox that leaks."""
+    """Raises SandboxError unless the self-test passes, so that nothing is scored in a sandbox that leaks."""
     broken = [f"{name} ({message.strip()})" for name, held, message in self_test(sandbox) if not held]
     if broken:
         raise SandboxError(f"the sandbox failed its self-test: {'; '.join(broken)}. Nothing was run in it")
 
 
 def languages() -> Iterator[tuple[str, bool, str]]:
-    """(language, ready, version or what to do) for each language.
+    """Yields (language, whether it is ready, version or what to do) for each language.
 
-    It is ready where its right program passes, and its wrong one and one that does not compile fail.
+    A language is ready if a right program passes, and a wrong one and one that does not compile fail.
     """
     for key, language in LANGUAGES.items():
         try:
-            chain = Toolchain.find(key)
+            toolchain = Toolchain.find(key)
             programs = [language.proof.replace("OP", word) for word in ("+", "-", "+ +* (")]
-            results = dict(chain.run_all(programs, seconds=60))
-            chain.sandbox.close()
+            results = dict(toolchain.run_all(programs, seconds=60))
+            toolchain.sandbox.close()
         except (LookupError, SandboxError) as error:
             yield key, False, str(error)
             continue
         passed = [results[i].outcome == "passed" and "TEST-0...PASSED" in results[i].stdout for i in range(3)]
         if passed == [True, False, False]:
-            yield key, True, chain.version
+            yield key, True, toolchain.version
         else:
-            faults = f"its right, wrong and broken programs were judged {passed}: {results[0].stderr[-300:]}"
-            yield key, False, f"{chain.version}: {faults}"
+            fault = f"a right, a wrong and a broken program were judged {passed}: {results[0].stderr[-300:]}"
+            yield key, False, f"{toolchain.version}: {fault}"

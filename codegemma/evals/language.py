@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from codegemma.evals.records import Record, Records
 from codegemma.evals.task import ChoiceTask, GenerationTask, Item, ModelOutput, Task, Verdict, cut
 
 
-def shots_of(
+@dataclass(frozen=True)
+class Question:
+    """A record as a question: the text before the answer, the choices and the index of the right one."""
+
+    text: str
+    choices: Sequence[str]
+    target: int
+    group: str = ""  # part of the item's id
+
+    def solved(self) -> str:
+        """The question with its answer, as an example in a prompt."""
+        return f"{self.text} {self.choices[self.target]}\n\n"
+
+    def item(self, name: str, index: int, examples: str) -> Item:
+        """The question as an item, behind solved examples."""
+        choices = tuple((examples + self.text, f" {text}") for text in self.choices)
+        return Item(f"{name}/{self.group}{index}", choices=choices, target=self.target)
+
+
+def split_shots(
     records: Records, scored: str, others: Sequence[str], count: int
 ) -> tuple[list[Record], list[Record], str]:
-    """(shots, records to score, note). The shots are the first records of another split.
+    """(`count` records to show as examples, records to score, note). The examples are the first records of
+    the first of the `others` that is there.
 
-    Where there is no other split, they are records spread over the scored one (its first ones may all be of
-    one source, as HellaSwag's are), and are not scored."""
+    Without any, they are records of the scored set, which are then not scored. They are spread over it,
+    because its first ones may all be of one source, as HellaSwag's are.
+    """
     rows = records(scored)
+    if not count:
+        return [], rows, "0-shot"
     for name in others:
         if len(examples := records.maybe(name)) >= count:
             return examples[:count], rows, f"{count}-shot from {name}"
@@ -28,68 +52,38 @@ def shots_of(
     return examples, [row for i, row in enumerate(rows) if i not in chosen], note
 
 
-def boolq_items(records: Records) -> tuple[list[Item], str]:
-    """Yes or no to a question about a passage."""
-
-    def item(i: int, r: Record) -> Item:
-        context = f"{r['passage']}\nQuestion: {r['question']}?\nAnswer:"
-        return _choices(f"boolq/{i}", context, ("no", "yes"), int(r["answer"]))
-
-    return [item(i, r) for i, r in enumerate(records("boolq"))], "0-shot"
-
-
-def piqa_items(records: Records) -> tuple[list[Item], str]:
-    """Which of two ways reaches a goal."""
-
-    def item(i: int, r: Record) -> Item:
-        context = f"Question: {r['goal']}\nAnswer:"
-        return _choices(f"piqa/{i}", context, (r["sol1"], r["sol2"]), r["label"])
-
-    return [item(i, r) for i, r in enumerate(records("piqa"))], "0-shot"
+def choice_items(
+    name: str,
+    question: Callable[[Record], Question],
+    scored: str,
+    others: Sequence[str],
+    shots: int,
+    records: Records,
+) -> tuple[list[Item], str]:
+    """The items of a benchmark, each with the same solved examples (see split_shots) before its question."""
+    shown, rows, note = split_shots(records, scored, others, shots)
+    examples = "".join(question(r).solved() for r in shown)
+    return [question(r).item(name, i, examples) for i, r in enumerate(rows)], note
 
 
-def _choices(id: str, context: str, texts: Sequence[str], target: int) -> Item:
-    return Item(id, choices=tuple((context, f" {text}") for text in texts), target=target)
+def _boolq(r: Record) -> Question:
+    return Question(f"{r['passage']}\nQuestion: {r['question']}?\nAnswer:", ("no", "yes"), int(r["answer"]))
 
 
-def arc_items(kind: str, shots: int, records: Records) -> tuple[list[Item], str]:
-    """ARC-Challenge ("c") or ARC-Easy ("e")."""
-    others = (f"arc-{kind}-train", f"arc-{kind}-validation")
-    examples, rows, note = shots_of(records, f"arc-{kind}-test", others, shots)
-    lead = "".join(f"{question} {choices[gold]}\n\n" for question, choices, gold in map(_arc, examples))
-    items = [
-        _choices(f"arc-{kind}/{i}", lead + question, choices, gold)
-        for i, (question, choices, gold) in enumerate(map(_arc, rows))
-    ]
-    return items, note if shots else "0-shot"
+def _piqa(r: Record) -> Question:
+    return Question(f"Question: {r['goal']}\nAnswer:", (r["sol1"], r["sol2"]), r["label"])
 
 
-def _arc(r: Record) -> tuple[str, list[str], int]:
-    """(question, choices, index of the right one)."""
+def _arc(r: Record) -> Question:
     if "query" in r:  # the form in which evaluation harnesses publish it, with "Question: " in front
-        return f"{r['query']}\nAnswer:", r["choices"], r["gold"]
+        return Question(f"{r['query']}\nAnswer:", r["choices"], r["gold"])
     texts, labels = r["choices"]["text"], r["choices"]["label"]
-    return f"Question: {r['question']}\nAnswer:", texts, labels.index(r["answerKey"])
+    return Question(f"Question: {r['question']}\nAnswer:", texts, labels.index(r["answerKey"]))
 
 
-def hellaswag_items(records: Records) -> tuple[list[Item], str]:
-    """How a scene goes on."""
-    examples, rows, note = shots_of(records, "hellaswag", ("hellaswag-train",), 10)
-    lead = "".join(f"{_hellaswag(r)} {_clean(r['endings'][int(r['label'])])}\n\n" for r in examples)
-    items = [
-        _choices(
-            f"hellaswag/{r['ind']}/{i}",
-            lead + _hellaswag(r),
-            list(map(_clean, r["endings"])),
-            int(r["label"]),
-        )
-        for i, r in enumerate(rows)
-    ]
-    return items, note
-
-
-def _hellaswag(r: Record) -> str:
-    return _clean(f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}")
+def _hellaswag(r: Record) -> Question:
+    text = _clean(f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}")
+    return Question(text, [_clean(ending) for ending in r["endings"]], int(r["label"]), f"{r['ind']}/")
 
 
 def _clean(text: str) -> str:
@@ -97,48 +91,41 @@ def _clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
+def _mmlu(r: Record) -> Question:
+    options = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", r["choices"], strict=True))
+    text = f"{r['question'].strip()}{options}\nAnswer:"
+    return Question(text, "ABCD", r["answer"], f"{r['subject']}/")
+
+
 def mmlu_items(records: Records) -> tuple[list[Item], str]:
     """Four-choice questions, with the five examples of the question's subject in front."""
-    leads: dict[str, str] = {}
+    title = "The following are multiple choice questions (with answers) about {}.\n\n"
+    examples: dict[str, str] = {}
     for r in records("mmlu-dev"):
-        subject = r["subject"]
-        title = (
-            "The following are multiple choice questions (with answers) about "
-            f"{subject.replace('_', ' ')}.\n\n"
-        )
-        leads[subject] = f"{leads.get(subject, title)}{_mmlu(r)} {'ABCD'[r['answer']]}\n\n"
-    items = [
-        _choices(f"mmlu/{r['subject']}/{i}", leads[r["subject"]] + _mmlu(r), "ABCD", r["answer"])
-        for i, r in enumerate(records("mmlu-test"))
-    ]
-    return items, "5-shot from the dev split"
-
-
-def _mmlu(r: Record) -> str:
-    options = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", r["choices"], strict=True))
-    return f"{r['question'].strip()}{options}\nAnswer:"
+        before = examples.get(r["subject"]) or title.format(r["subject"].replace("_", " "))
+        examples[r["subject"]] = before + _mmlu(r).solved()
+    rows = enumerate(records("mmlu-test"))
+    return [_mmlu(r).item("mmlu", i, examples[r["subject"]]) for i, r in rows], "5-shot from the dev split"
 
 
 def winogrande_items(records: Records) -> tuple[list[Item], str]:
-    """Partial scoring: the likelihood of the text behind the blank, given each filling of it."""
-    examples, rows, note = shots_of(records, "winogrande", ("winogrande-train",), 5)
-    lead = "".join(f"{r['sentence'].replace('_', r['option' + r['answer']])}\n\n" for r in examples)
+    """Partial scoring: the likelihood of the text after the blank, given each option in the blank."""
+    shown, rows, note = split_shots(records, "winogrande", ("winogrande-train",), 5)
+    examples = "".join(f"{r['sentence'].replace('_', r['option' + r['answer']])}\n\n" for r in shown)
     items = []
     for i, r in enumerate(rows):
         before, after = r["sentence"].split("_")
-        fillings = tuple(
-            (lead + before + r[option], " " + after.strip()) for option in ("option1", "option2")
-        )
-        items.append(Item(f"winogrande/{i}", choices=fillings, target=int(r["answer"]) - 1))
+        choices = tuple((examples + before + r[f"option{n}"], f" {after.strip()}") for n in (1, 2))
+        items.append(Item(f"winogrande/{i}", choices=choices, target=int(r["answer"]) - 1))
     return items, note
 
 
 def triviaqa_items(records: Records) -> tuple[list[Item], str]:
-    """Questions that are answered by a name or a date."""
-    examples, rows, note = shots_of(records, "triviaqa", ("triviaqa-train",), 5)
-    lead = "".join(f"{_trivia(r)} {r['answer']['value']}\n\n" for r in examples)
+    """Questions whose answer is a name, a date or the like."""
+    shown, rows, note = split_shots(records, "triviaqa", ("triviaqa-train",), 5)
+    examples = "".join(f"{_trivia(r)} {r['answer']['value']}\n\n" for r in shown)
     items = [
-        Item(r.get("question_id") or f"triviaqa/{i}", lead + _trivia(r), target=r["answer"])
+        Item(r.get("question_id") or f"triviaqa/{i}", examples + _trivia(r), target=r["answer"])
         for i, r in enumerate(rows)
     ]
     return items, note
@@ -156,7 +143,7 @@ def normalise(answer: str) -> str:
 
 
 def judge_trivia(items: Sequence[Item], outputs: Sequence[ModelOutput]) -> Iterator[tuple[int, Verdict]]:
-    """An answer is right that equals an alias, both normalised."""
+    """An answer is right if its first line equals one of the aliases, both normalised."""
     for i, (item, output) in enumerate(zip(items, outputs, strict=True)):
         answer = normalise(cut(output, ("\n",))[0])
         aliases = {normalise(text) for text in [item.target["value"], *item.target["aliases"]]}
@@ -165,17 +152,22 @@ def judge_trivia(items: Sequence[Item], outputs: Sequence[ModelOutput]) -> Itera
         yield i, Verdict(passed, outcome, output=f"wanted: {item.target['value']}")
 
 
+BOOLQ = partial(choice_items, "boolq", _boolq, "boolq", (), 0)
+PIQA = partial(choice_items, "piqa", _piqa, "piqa", (), 0)
+ARC_C = partial(choice_items, "arc-c", _arc, "arc-c-test", ("arc-c-train", "arc-c-validation"), 25)
+ARC_E = partial(choice_items, "arc-e", _arc, "arc-e-test", (), 0)
+HELLASWAG = partial(choice_items, "hellaswag", _hellaswag, "hellaswag", ("hellaswag-train",), 10)
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        ChoiceTask("boolq", "BoolQ", boolq_items),
-        ChoiceTask("piqa", "PIQA", piqa_items),
+        ChoiceTask("boolq", "BoolQ", BOOLQ),
+        ChoiceTask("piqa", "PIQA", PIQA),
         GenerationTask(
             "triviaqa", "TriviaQA", triviaqa_items, judge_trivia, 32, stop=("\n",), group="language"
         ),
-        ChoiceTask("arc-c", "ARC-Challenge", partial(arc_items, "c", 25), by="normalised"),
-        ChoiceTask("arc-e", "ARC-Easy", partial(arc_items, "e", 0)),
-        ChoiceTask("hellaswag", "HellaSwag", hellaswag_items, by="normalised"),
+        ChoiceTask("arc-c", "ARC-Challenge", ARC_C, rule="normalised"),
+        ChoiceTask("arc-e", "ARC-Easy", ARC_E),
+        ChoiceTask("hellaswag", "HellaSwag", HELLASWAG, rule="normalised"),
         ChoiceTask("mmlu", "MMLU", mmlu_items),
         ChoiceTask("winogrande", "WinoGrande", winogrande_items),
     )

@@ -1,4 +1,4 @@
-"""How each of BabelCode's eight languages is found, built and run in the sandbox, many programs at a time."""
+"""Finds the tools of BabelCode's eight languages, and builds and runs programs with them in the sandbox."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,8 +20,8 @@ from codegemma.sandbox import Limits, Result, Sandbox, SandboxError
 INSTALLED = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) / "codegemma/languages"
 BUILD = Limits(seconds=60, memory=2 << 30, disk=256 << 20, processes=256, open_files=1024)
 RUN = Limits(seconds=10, memory=1 << 30, processes=256)
-BATCH = 24  # programs that one compiler's virtual machine builds
-VERSION_SECONDS = 120.0  # a compiler that does not tell its version by then is broken
+BATCH = 24  # programs that one Java virtual machine builds
+VERSION_SECONDS = 120.0  # a compiler that has not printed its version by then is broken
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,8 @@ class Language:
 
 
 def _languages() -> dict[str, Language]:
-    table: dict[str, dict[str, Any]] = tomllib.loads(
-        Path(__file__).with_name("languages.toml").read_text("utf-8")
-    )
+    text = Path(__file__).with_name("languages.toml").read_text("utf-8")
+    table: dict[str, dict[str, Any]] = tomllib.loads(text)
     for entry in table.values():
         entry |= {name: tuple(entry.get(name, ())) for name in ("tools", "run", "build")}
     return {key: Language(**entry) for key, entry in table.items()}
@@ -52,21 +51,20 @@ LANGUAGES = _languages()
 
 @dataclass
 class Toolchain:
-    """A language as this machine has it: its programs, the folders that the sandbox must see, its version."""
+    """The tools of a language on this machine, with a sandbox that sees their folders."""
 
     language: Language
     version: str
-    paths: dict[str, str]
-    readonly: list[Path]
+    paths: dict[str, str]  # by the tool's name
     env: dict[str, str]
     sandbox: Sandbox = field(repr=False)
 
     @classmethod
     def find(cls, key: str, workers: int | None = None) -> Toolchain:
-        """Raises LookupError, with the way to install it, where a tool is missing or does not run."""
+        """Raises LookupError, which says how to install it, where a tool is missing or does not run."""
         language = LANGUAGES[key]
         paths = {tool: _path(language, tool) for tool in language.tools}
-        env = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
+        env: dict[str, str] = {}
         go_cache = None
         if key == "rust":
             home = Path(_output(language, [paths["rustc"], "--print", "sysroot"]))
@@ -77,31 +75,29 @@ class Toolchain:
             go_cache = cache_dir() / (home / "VERSION").read_text().split()[0]
             go_cache.mkdir(parents=True, exist_ok=True)
             readonly = [home, go_cache]
-            env |= {"GOROOT": str(home), "GOCACHE": str(go_cache)}
+            env = {"GOROOT": str(home), "GOCACHE": str(go_cache)}
             env |= {"GO111MODULE": "off", "CGO_ENABLED": "0", "GOTELEMETRY": "off"}
         else:
             readonly = [Path(path).resolve().parent.parent for path in paths.values()]
             if "kotlinc" in paths:
                 paths["kotlinc"] = str(Path(paths["kotlinc"]).resolve().parent.parent)
         readonly = [home for home in readonly if not home.is_relative_to("/usr")]
-        version = _version(key, paths)
-        chain = cls(language, version, paths, readonly, env, Sandbox(readonly, workers))
+        toolchain = cls(language, _version(key, paths), paths, env, Sandbox(readonly, workers))
         if go_cache and not any(go_cache.iterdir()):
-            chain.fill_cache(go_cache)
-        return chain
+            toolchain._fill_cache(go_cache)
+        return toolchain
 
     def command(self, words: Sequence[str]) -> list[str]:
-        """The words with the paths of tools in place of their names in braces."""
+        """The command with each tool's name in braces replaced by its path."""
         for tool, path in self.paths.items():
             words = [word.replace("{" + tool + "}", path) for word in words]
         return list(words)
 
-    def fill_cache(self, folder: Path) -> None:
+    def _fill_cache(self, folder: Path) -> None:
         """Compiles Go's standard library once, into a cache that later builds read but cannot write."""
         env = self.env | {"GOCACHE": "/tmp/cache"}
-        source = self.language.proof.replace("OP", "+")
         limits = replace(BUILD, seconds=300)
-        files = {self.language.source: source}
+        files = {self.language.source: self.language.proof.replace("OP", "+")}
         command = self.command(self.language.build)
         result = self.sandbox.run(command, files, env=env, collect=["cache"], limits=limits)
         if result.outcome != "passed":
@@ -112,62 +108,52 @@ class Toolchain:
             (folder / Path(name).relative_to("cache")).write_bytes(content)
 
     def run_all(self, programs: Sequence[str], seconds: float = RUN.seconds) -> Iterator[tuple[int, Result]]:
-        """(index, result) in the order in which programs end. A program that does not build has failed."""
-        width = BATCH if self.language.batch else 1
-        groups = [list(range(i, min(i + width, len(programs)))) for i in range(0, len(programs), width)]
+        """Yields (index, result) as programs, or batches of them, end. One that does not build has failed."""
         limits = replace(RUN, seconds=seconds)
-        with ThreadPoolExecutor(self.sandbox.workers) as pool:
-            if not self.language.build:
-                sources = [{self.language.source: text} for text in programs]
-                runs = {pool.submit(self._run, source, limits): i for i, source in enumerate(sources)}
-                yield from _ended(runs)
-                return
-            builds = [pool.submit(self._build, {i: programs[i] for i in group}) for group in groups]
-            for build in as_completed(builds):
-                runs = {}
-                for i, result in build.result().items():
-                    if result.outcome == "passed":
-                        runs[pool.submit(self._run, result.files, limits)] = i
-                    else:
-                        yield i, result
-                yield from _ended(runs)
+        size = BATCH if self.language.batch else 1
+        batches = [range(i, min(i + size, len(programs))) for i in range(0, len(programs), size)]
 
-    def _run(self, files: dict[str, str] | dict[str, bytes], limits: Limits) -> Result:
+        def build_and_run(batch: range) -> dict[int, Result]:
+            built = self._build({i: programs[i] for i in batch})
+            passed = {i: result.files for i, result in built.items() if result.outcome == "passed"}
+            return built | {i: self._run(files, limits) for i, files in passed.items()}
+
+        with ThreadPoolExecutor(self.sandbox.workers) as pool:
+            for job in as_completed([pool.submit(build_and_run, batch) for batch in batches]):
+                yield from job.result().items()
+
+    def _run(self, files: dict[str, bytes], limits: Limits) -> Result:
         if self.language.name == "Python":
-            return self.sandbox.run_python(str(files[self.language.source]), must_finish=False, limits=limits)
+            source = files[self.language.source].decode()
+            return self.sandbox.run_python(source, must_finish=False, limits=limits)
         return self.sandbox.run(self.command(self.language.run), files, env=self.env, limits=limits)
 
     def _build(self, programs: dict[int, str]) -> dict[int, Result]:
-        """By index, a result whose files are what the program needs to run."""
+        """The build of each program by index; the files of one that passed are what it needs to run."""
         command, source = self.command(self.language.build), self.language.source
         if not self.language.batch:
             [(i, text)] = programs.items()
-            files = {source: text}
+            files = {source: text.encode()}
+            if not command:
+                return {i: Result("passed", 0, "", "", 0.0, files)}
             return {i: self.sandbox.run(command, files, env=self.env, collect=["main.exe"], limits=BUILD)}
         driver = _driver(self.sandbox)
         batch = {f"in/{i}/{source}": text.encode() for i, text in programs.items()} | driver
         limits = replace(BUILD, seconds=60 + 10 * len(programs))
         result = self.sandbox.run(command, batch, env=self.env, collect=["out"], limits=limits)
-        if result.outcome != "passed" and len(programs) > 1:  # one of them broke the compiler: find it
+        if result.outcome != "passed" and len(programs) > 1:  # one of them crashed the compiler: find it
             items, half = list(programs.items()), len(programs) // 2
             return self._build(dict(items[:half])) | self._build(dict(items[half:]))
         if result.outcome != "passed":
             return dict.fromkeys(programs, result)
-        return {i: _result_of_one(result, i, driver) for i in programs}
+        return {i: _from_batch(result, i, driver) for i in programs}
 
 
-def _ended(runs: dict[Future[Result], int]) -> Iterator[tuple[int, Result]]:
-    return ((runs[future], future.result()) for future in as_completed(runs))
-
-
-def _result_of_one(result: Result, i: int, driver: dict[str, bytes]) -> Result:
-    """One program's part of a batch that was built."""
-    prefix = f"out/{i}/"
-    files = {
-        "out/" + name.removeprefix(prefix): content
-        for name, content in result.files.items()
-        if name.startswith(prefix)
-    }
+def _from_batch(result: Result, i: int, driver: dict[str, bytes]) -> Result:
+    """The build of program `i`, from that of its whole batch."""
+    start = f"out/{i}/"
+    built = {name: content for name, content in result.files.items() if name.startswith(start)}
+    files = {"out/" + name.removeprefix(start): content for name, content in built.items()}
     if errors := files.get("out/errors"):
         stderr = errors.decode(errors="replace")
         return replace(result, outcome="failed", exit_code=1, stderr=stderr, files={})
@@ -192,13 +178,12 @@ def _path(language: Language, tool: str) -> str:
 
 
 def _output(language: Language, command: Sequence[str]) -> str:
-    """What a tool prints. Raises LookupError where it does not run, as a rustup proxy without a toolchain."""
+    """What a tool prints. Raises LookupError where it fails (rustup's proxy does, without a toolchain)."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=VERSION_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise LookupError(
-            f"{language.name}: {command[0]} does not run ({error}): {language.install}"
-        ) from error
+        fault = f"{language.name}: {command[0]} does not run ({error})"
+        raise LookupError(f"{fault}: {language.install}") from error
     if result.returncode != 0 or not result.stdout.strip():
         reason = (result.stderr.strip() or "it prints nothing").splitlines()[0]
         raise LookupError(
@@ -214,12 +199,12 @@ def python_version() -> str:
 
 
 def _version(key: str, paths: dict[str, str]) -> str:
-    language = LANGUAGES[key]
+    """The version of a language's first tool. Raises LookupError where one of its tools does not run."""
     if key == "python":
         return python_version()
-    if key == "kotlin":
-        _output(language, [paths["java"], "--version"])
-        return "Kotlin " + (Path(paths["kotlinc"]) / "build.txt").read_text().strip()
+    programs = [path for tool, path in paths.items() if tool != "kotlinc"]
     flag = "version" if key == "go" else "--version"
-    versions = [_output(language, [paths[tool], flag]) for tool in language.tools]
+    versions = [_output(LANGUAGES[key], [program, flag]) for program in programs]
+    if key == "kotlin":
+        return "Kotlin " + (Path(paths["kotlinc"]) / "build.txt").read_text().strip()
     return versions[0].splitlines()[0]

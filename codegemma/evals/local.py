@@ -1,4 +1,4 @@
-"""An evaluation's model on this machine: samples and likelihoods in batches that share prefixes."""
+"""Evaluates a model on this machine: samples and likelihoods in batches that share prefixes."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from codegemma.evals.task import Decoding, ModelOutput, Score, StopReason
+from codegemma.evals.task import Decoding, IdPair, ModelOutput, Score, StopReason
 from codegemma.generate.engine import Batch
 from codegemma.generate.model import Model
 from codegemma.generate.request import Request
 from codegemma.generate.running import RunningRequest, Stop
-from codegemma.generate.sampling import Sampling
 from codegemma.native import CHUNK, PAGE
 
-MAX_SEQUENCES = 32  # that run together: two groups of the packed kernels; more gain nothing
-CACHE_BYTES = 4 << 30  # of keys and values that they may take, at 1,024 tokens each
-LOGIT_ROWS = 32  # computed in one run: a row of 262,144 floats is a megabyte
+MAX_SEQUENCES = 32  # that are decoded together: two groups of the packed kernels; more are no faster
+CACHE_BYTES = 4 << 30  # of the keys and values of these sequences, at 1,024 tokens each
+LOGIT_ROWS = 32  # that one run computes: a row of 262,144 floats is a megabyte
 REASONS: dict[Stop, StopReason] = {"end": "token", "stop_text": "stop", "length": "length"}
-
-Pair = tuple[list[int], list[int]]  # context, continuation
 
 
 class LocalModel:
-    """An EvaluatedModel over the engine, with one of the model's adapters where it is named.
+    """An EvaluatedModel over the engine, with the named adapter ("none": the base model).
 
-    By the engine's law the batch changes no token, so an interruption changes none either.
+    The engine generates the same tokens whatever else is in the batch, so a resumed run equals a whole one.
     """
 
     def __init__(self, model: Model, adapter: str = "none") -> None:
@@ -45,7 +42,8 @@ class LocalModel:
         texts: dict[RunningRequest, str] = {}
         while True:
             for i, number in islice(waiting, sequences - len(batch.running)):
-                running = batch.add(self._request(prompts[i], number, decoding))
+                seed = _seed(decoding.seed, prompts[i], number)
+                running = batch.add(decoding.request(prompts[i], seed, self.adapter))
                 started[running], texts[running] = (i, number, time.perf_counter()), ""
             if not batch.running:
                 return
@@ -58,17 +56,10 @@ class LocalModel:
                     ids, seconds = running.ids[running.prompt_length :], time.perf_counter() - start
                     yield i, number, ModelOutput(texts.pop(running), ids, REASONS[step.stop], seconds)
 
-    def _request(self, prompt: list[int], number: int, decoding: Decoding) -> Request:
-        seed = _seed(decoding.seed, prompt, number)
-        sampling = Sampling(decoding.temperature, top_p=decoding.top_p, seed=seed)
-        return Request(
-            prompt, decoding.max_tokens, sampling, decoding.stop_ids, decoding.stop, adapter=self.adapter
-        )
-
-    def score(self, pairs: list[Pair]) -> list[Score]:
+    def score(self, pairs: list[IdPair]) -> list[Score]:
         """See EvaluatedModel. Raises ValueError where a context or a continuation is empty."""
         scores: list[Score] = []
-        batch: list[Pair] = []
+        batch: list[IdPair] = []
         for pair in pairs:
             if not all(pair):
                 raise ValueError("a likelihood needs a context and a continuation of at least one token each")
@@ -78,8 +69,8 @@ class LocalModel:
             batch.append(pair)
         return scores + (self._score(batch) if batch else [])
 
-    def _score(self, pairs: Sequence[Pair]) -> list[Score]:
-        """Reads the contexts first, each once; then all continuations in one run."""
+    def _score(self, pairs: Sequence[IdPair]) -> list[Score]:
+        """Runs each different context once, which fills the cache, then all continuations in one run."""
         engine = self.engine
         with engine.lock:
             for ids in dict.fromkeys(tuple(context[:-1]) for context, _ in pairs):
@@ -101,7 +92,7 @@ class LocalModel:
         return scores
 
     def _read(self, ids: list[int]) -> None:
-        """Leaves the keys and values of a context in the cache."""
+        """Runs the tokens, so that the cache holds their keys and values."""
         if not ids:
             return
         running = self.engine.start(Request([*ids, ids[-1]], max_tokens=0, adapter=self.adapter))
@@ -114,6 +105,6 @@ class LocalModel:
 
 
 def _seed(seed: int, prompt: list[int], number: int) -> int:
-    """A function of the prompt and not of its index, so that a resumed run draws the same."""
+    """A sample's seed. It depends on the prompt and not on its index, which differs in a resumed run."""
     digest = hashlib.blake2b(f"{seed} {number} {prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible completions server as the model of an evaluation."""
+"""Evaluates a model behind any OpenAI-compatible completions server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from codegemma.evals.task import Decoding, ModelOutput, Score, StopReason
+from codegemma.evals.task import Decoding, IdPair, ModelOutput, Score, StopReason
 from codegemma.generate.client import (
     api_url,
     completion_body,
@@ -19,10 +19,9 @@ from codegemma.generate.client import (
     stopped_by_text,
 )
 from codegemma.generate.request import Request
-from codegemma.generate.sampling import Sampling
 from codegemma.tokenizer import Tokenizer
 
-SEED_STEP = 1_000_003  # between the seeds of runs, so that their samples have different ones
+SEED_STEP = 1_000_003  # a run's seed times this is its first sample's seed, so that runs share none
 
 
 class RemoteModel:
@@ -44,11 +43,9 @@ class RemoteModel:
 
         def ask(i: int, number: int) -> ModelOutput:
             started = time.monotonic()
-            choice = self._complete(_sample_request(prompts[i], number, decoding))
-            ids = self.tokenizer.encode(choice["text"])
-            return ModelOutput(
-                choice["text"], ids, _stop_reason(choice, decoding), time.monotonic() - started
-            )
+            choice = self._complete(decoding.request(prompts[i], decoding.seed * SEED_STEP + number))
+            text, seconds = choice["text"], time.monotonic() - started
+            return ModelOutput(text, self.tokenizer.encode(text), _stop_reason(choice, decoding), seconds)
 
         with ThreadPoolExecutor(self.concurrent) as pool:
             pairs = [(i, number) for i in range(len(prompts)) for number in range(decoding.samples)]
@@ -56,12 +53,12 @@ class RemoteModel:
             for future in as_completed(running):
                 yield *running[future], future.result()
 
-    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
+    def score(self, pairs: list[IdPair]) -> list[Score]:
         """See EvaluatedModel. Raises ValueError where the server gives no log-probabilities of a prompt."""
         with ThreadPoolExecutor(self.concurrent) as pool:
             return list(pool.map(self._score, pairs))
 
-    def _score(self, pair: tuple[list[int], list[int]]) -> Score:
+    def _score(self, pair: IdPair) -> Score:
         context, continuation = pair
         ids = context + continuation
         choice = self._complete(Request(ids, max_tokens=1), echo=True)
@@ -82,24 +79,19 @@ class RemoteModel:
         try:
             answer = self.client.request(method, self.url + path, json=body)
         except httpx.HTTPError as error:
-            problem = f"{self.url}{path} cannot be reached ({error})"
-            raise ValueError(f"{problem}: is the server running?") from error
+            raise ValueError(
+                f"{self.url}{path} cannot be reached ({error}): is the server running?"
+            ) from error
         if answer.status_code != 200:
             raise ValueError(f"{self.url}{path} answered {answer.status_code}: {error_message(answer)[:300]}")
         return answer.json()
 
 
-def _sample_request(prompt: list[int], number: int, decoding: Decoding) -> Request:
-    seed = decoding.seed * SEED_STEP + number
-    sampling = Sampling(decoding.temperature, top_p=decoding.top_p, seed=seed)
-    return Request(prompt, decoding.max_tokens, sampling, decoding.stop_ids, decoding.stop)
-
-
 def _stop_reason(choice: dict[str, Any], decoding: Decoding) -> StopReason:
-    """Servers other than vLLM do not say what stopped an answer: where there are stop texts, one of them is
-    the usual reason."""
+    """What ended an answer. Servers other than vLLM do not say whether it was a stop text or a control id:
+    where the request had stop texts, it is taken for one.
+    """
     if choice.get("finish_reason") == "length":
         return "length"
-    if "stop_reason" not in choice and choice.get("finish_reason") == "stop" and decoding.stop:
-        return "stop"
-    return "stop" if stopped_by_text(choice) else "token"
+    guess = "stop_reason" not in choice and choice.get("finish_reason") == "stop" and bool(decoding.stop)
+    return "stop" if guess or stopped_by_text(choice) else "token"

@@ -1,9 +1,9 @@
-"""Runs a task: answers (saved as they come, so that a run can resume), verdicts, score, and the files that
-hold them.
+"""Runs a task: asks the model, judges its answers, and writes samples and scores to a folder.
 
-In the folder of a run, for each task: `TASK.jsonl`, the samples in the set's order, and `TASK.json`, the
-score; both are the same bytes for the same model, seed and settings. `TASK.times.json` holds what may differ:
-the times, and the version of what ran the programs."""
+The folder gets, for each task: `TASK.jsonl`, the samples in the set's order, and `TASK.json`, the score; both
+are the same bytes for the same model, seed and settings. `TASK.times.json` holds what may differ: the times,
+and the version of what ran the programs. `TASK.partial.jsonl` keeps the answers until the task is finished.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from codegemma.evals import code, infill, language, maths
 from codegemma.evals.records import Records
 from codegemma.evals.task import (
+    ChoiceTask,
     Decoding,
     EvaluatedModel,
     GenerationTask,
@@ -37,17 +39,19 @@ from codegemma.prompts import fim_stops
 
 TASKS: dict[str, Task] = {**code.TASKS, **infill.TASKS, **language.TASKS, **maths.TASKS}
 NOT_ON_THE_CARD = ("infill-span", "arc-e")
+# The benchmarks of CodeGemma's model card, which has no orders of infilling but PSM.
 CARD = [name for name in TASKS if not name.endswith(("-spm", "-l2r")) and name not in NOT_ON_THE_CARD]
-MAX_CHARACTERS = 4_000  # of a prompt's end and of a program's output in the samples file
+MAX_CHARACTERS = 4_000  # of a prompt (its end) and of a program's output in the samples file
 CHOICE_BATCH = 32  # items whose choices are scored in one call
 
 Answer = dict[str, Any]  # a ModelOutput or a Score as JSON
-Progress = Callable[[str, int, int], None]
+Sample = dict[str, Any]  # a line of the samples file
+Progress = Callable[[str, int, int], None]  # name of the task, answered items, all items
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How to decode, and how much of a set to score; several `samples` need a temperature above 0."""
+    """How to decode, and how many items of a set to score (None: all)."""
 
     limit: int | None = None
     samples: int = 1
@@ -57,18 +61,11 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or (self.limit is not None and self.limit < 1) or self.temperature < 0:
-            raise ValueError(
-                f"samples and limit must be at least 1 and the temperature 0 or more, got {self}"
-            )
+            raise ValueError(f"samples and limit must be at least 1, temperature at least 0, got {self}")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"{self.samples} greedy samples of one prompt are all the same: pass a temperature"
+                f"{self.samples} greedy samples of a prompt are all the same: pass a temperature"
             )
-
-    def decoding(self, task: GenerationTask, stop_ids: frozenset[int]) -> Decoding:
-        return Decoding(
-            task.max_tokens, stop_ids, task.stop, self.temperature, self.top_p, self.seed, self.samples
-        )
 
 
 def run(
@@ -81,7 +78,7 @@ def run(
     resume: bool = False,
     progress: Progress = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """The task's summary, which is also written to `out`. `resume` keeps the answers of an interrupted run.
+    """Runs a task, writes its files to `out` and returns its summary. `resume` continues an interrupted run.
 
     Raises ValueError where `resume` finds a run with other settings, LookupError where records are missing.
     """
@@ -99,12 +96,20 @@ def run(
         note += f"; a fixed subset of {len(items)} of {len(all_items)}"
     answers = _AnswerFile(out / f"{task.name}.partial.jsonl", identity, resume)
     todo = [item for item in items if item.id not in answers.by_id]
-    for done, (item, answer) in enumerate(_ask(task, model, todo, settings), len(items) - len(todo) + 1):
+    if isinstance(task, GenerationTask):
+        answered = _generate(task, model, todo, settings)
+    else:
+        answered = _score_choices(model, todo)
+    for done, (item, answer) in enumerate(answered, len(items) - len(todo) + 1):
         answers.add(item, answer)
         progress(task.name, done, len(items))
-    samples = list(_samples(task, items, answers.by_id))
+    if isinstance(task, GenerationTask):
+        samples = _generated_samples(task, items, answers.by_id)
+        runs_on = task.runs_on() if task.runs_on else ""
+    else:
+        samples = [_choice_sample(item, answers.by_id[item.id], task.rule) for item in items]
+        runs_on = ""
     summary = identity | _summary(task, samples, settings) | {"note": note}
-    runs_on = task.runs_on() if isinstance(task, GenerationTask) and task.runs_on else ""
     times = _times(answers.by_id) | {"runs_on": runs_on}
     _write(out / f"{task.name}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     _write(out / f"{task.name}.times.json", json.dumps(times, indent=1) + "\n")
@@ -114,7 +119,9 @@ def run(
 
 
 class _AnswerFile:
-    """Answers by item id, appended to a file as they come. Its first line is the identity of the run."""
+    """Answers by item id, appended to a file as they come. Its first line is the run's identity: the task,
+    the model and the settings.
+    """
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool) -> None:
         self.path, self.by_id = path, dict[str, list[Answer]]()
@@ -141,52 +148,51 @@ def _check_identity(recorded: dict[str, Any], identity: dict[str, Any], path: Pa
         )
 
 
-def _ask(
-    task: Task, model: EvaluatedModel, items: list[Item], settings: EvalSettings
+def _generate(
+    task: GenerationTask, model: EvaluatedModel, items: list[Item], settings: EvalSettings
 ) -> Iterator[tuple[Item, list[Answer]]]:
-    """(item, its answers) as soon as all answers of an item are there."""
-    if isinstance(task, GenerationTask):
-        prompts = [task.prompt(model.tokenizer, item) for item in items]
-        incomplete: dict[int, dict[int, Answer]] = {}
-        for i, number, output in model.sample(prompts, settings.decoding(task, fim_stops(model.tokenizer))):
-            incomplete.setdefault(i, {})[number] = asdict(output)
-            if len(incomplete[i]) == settings.samples:
-                yield items[i], [answer for _, answer in sorted(incomplete.pop(i).items())]
-        return
-    for batch in _batches(items, CHOICE_BATCH):
+    """Yields an item with its samples as soon as the last of them has ended."""
+    decoding = Decoding(
+        task.max_tokens,
+        fim_stops(model.tokenizer),
+        task.stop,
+        settings.temperature,
+        settings.top_p,
+        settings.seed,
+        settings.samples,
+    )
+    prompts = [task.prompt(model.tokenizer, item) for item in items]
+    incomplete: dict[int, dict[int, Answer]] = {}
+    for i, number, output in model.sample(prompts, decoding):
+        incomplete.setdefault(i, {})[number] = asdict(output)
+        if len(incomplete[i]) == settings.samples:
+            yield items[i], [answer for _, answer in sorted(incomplete.pop(i).items())]
+
+
+def _score_choices(model: EvaluatedModel, items: list[Item]) -> Iterator[tuple[Item, list[Answer]]]:
+    """Yields each item with the likelihoods of its choices."""
+    for start in range(0, len(items), CHOICE_BATCH):
+        batch = items[start : start + CHOICE_BATCH]
         pairs = [encode_choice(model.tokenizer, choice) for item in batch for choice in item.choices]
         scores = iter(model.score(pairs))
         for item in batch:
             yield item, [asdict(score) for score in islice(scores, len(item.choices))]
 
 
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def _samples(task: Task, items: list[Item], answers: dict[str, list[Answer]]) -> Iterable[dict[str, Any]]:
-    """The lines of the samples file, in the set's order."""
-    if isinstance(task, GenerationTask):
-        return _generated_samples(task, items, answers)
-    return (_choice_sample(item, [Score(**a) for a in answers[item.id]], task.by) for item in items)
-
-
 def _generated_samples(
     task: GenerationTask, items: list[Item], answers: dict[str, list[Answer]]
-) -> list[dict[str, Any]]:
-    rows = [(item, number) for item in items for number in range(len(answers[item.id]))]
-    asked = [item for item, _ in rows]
-    outputs = [ModelOutput(**answers[item.id][number]) for item, number in rows]
-    samples: dict[int, dict[str, Any]] = {}
-    for i, verdict in task.judge(asked, outputs):
+) -> list[Sample]:
+    rows = [(item, number, answer) for item in items for number, answer in enumerate(answers[item.id])]
+    outputs = [ModelOutput(**answer) for _, _, answer in rows]
+    samples: dict[int, Sample] = {}
+    for i, verdict in task.judge([item for item, _, _ in rows], outputs):
+        item, number, _ = rows[i]
         printed = re.sub(r"0x[0-9a-f]{6,}", "0x...", verdict.output)  # addresses differ from run to run
         samples[i] = {
-            "id": asked[i].id,
-            "sample": rows[i][1],
-            "prompt": asked[i].prompt[-MAX_CHARACTERS:],
-            "suffix": asked[i].suffix,
+            "id": item.id,
+            "sample": number,
+            "prompt": item.prompt[-MAX_CHARACTERS:],
+            "suffix": item.suffix,
             "completion": outputs[i].text,
             "stop_reason": outputs[i].stop_reason,
             "tokens": len(outputs[i].ids),
@@ -199,7 +205,8 @@ def _generated_samples(
     return [samples[i] for i in sorted(samples)]
 
 
-def _choice_sample(item: Item, scores: list[Score], rule: str) -> dict[str, Any]:
+def _choice_sample(item: Item, answers: list[Answer], rule: str) -> Sample:
+    scores = [Score(**answer) for answer in answers]
     chosen = rank(item, scores)
     passed = {name: index == item.target for name, index in chosen.items()}
     return {
@@ -216,33 +223,33 @@ def _choice_sample(item: Item, scores: list[Score], rule: str) -> dict[str, Any]
     }
 
 
-def passed_by_item(samples: Iterable[dict[str, Any]]) -> dict[str, list[bool]]:
-    """Of each item, whether each of its samples passed."""
+def passed_by_item(samples: Iterable[Sample]) -> dict[str, list[bool]]:
+    """Whether each sample passed, by the id of its item."""
     by_item: dict[str, list[bool]] = {}
     for sample in samples:
         by_item.setdefault(sample["id"], []).append(sample["passed"])
     return by_item
 
 
-def _summary(task: Task, samples: list[dict[str, Any]], settings: EvalSettings) -> dict[str, Any]:
+def _summary(task: Task, samples: list[Sample], settings: EvalSettings) -> dict[str, Any]:
     by_item = passed_by_item(samples)
-    values = [_mean(passed) for passed in by_item.values()]
+    values = [fmean(passed) for passed in by_item.values()]
     low, high = interval(values)
-    more: dict[str, float] = {}
-    if settings.samples > 1:
+    more: dict[str, float] = {}  # scores by other rules
+    if isinstance(task, ChoiceTask):
+        more = {rule: fmean(sample["rules"][rule] for sample in samples) for rule in ("raw", "normalised")}
+    elif settings.samples > 1:
         for k in (k for k in (1, 10, 100) if k <= settings.samples):
-            more[f"pass@{k}"] = _mean(pass_at_k(len(p), sum(p), k) for p in by_item.values())
-    if not isinstance(task, GenerationTask):
-        more = {rule: _mean(sample["rules"][rule] for sample in samples) for rule in ("raw", "normalised")}
+            more[f"pass@{k}"] = fmean(pass_at_k(len(p), sum(p), k) for p in by_item.values())
     if "exact" in samples[0]:
-        more["exact"] = _mean(sample["exact"] for sample in samples)
+        more["exact"] = fmean(sample["exact"] for sample in samples)
     if task.name == "gsm8k":
-        more["strict"] = _mean("strict" in sample["outcome"] for sample in samples)
+        more["strict"] = fmean("strict" in sample["outcome"] for sample in samples)
     return {
         "title": task.title,
         "group": task.group,
         "items": len(by_item),
-        "score": _mean(values),
+        "score": fmean(values),
         "low": low,
         "high": high,
         "more": more,
@@ -250,13 +257,8 @@ def _summary(task: Task, samples: list[dict[str, Any]], settings: EvalSettings) 
     }
 
 
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
 def _times(answers: dict[str, list[Answer]]) -> dict[str, Any]:
-    timed = [answer for of_item in answers.values() for answer in of_item if "seconds" in answer]
+    timed = [answer for samples in answers.values() for answer in samples if "seconds" in answer]
     return {
         "samples": len(timed),
         "seconds": sum(answer["seconds"] for answer in timed),

@@ -1,5 +1,4 @@
-"""What an evaluation is: the items of a task, how a model answers them, how answers become verdicts and a
-score."""
+"""What an evaluation is made of: items, a model's answers, verdicts on them, scores and comparisons."""
 
 from __future__ import annotations
 
@@ -10,17 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from codegemma.evals.records import Records
+from codegemma.generate.request import Request
+from codegemma.generate.sampling import Sampling
 from codegemma.prompts import Layout, fim, plain
 from codegemma.tokenizer import Tokenizer
 
 StopReason = Literal["stop", "token", "length"]
-Choice = tuple[str, str]  # context, continuation
-Z_95 = 1.959964  # the normal distribution's 97.5 % point: 95 % intervals
+Choice = tuple[str, str]  # (context, continuation)
+IdPair = tuple[list[int], list[int]]  # the token ids of a context and of its continuation
+Z_95 = 1.959964  # the normal distribution's 97.5 % point, for 95 % intervals
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """One answer. `text` ends before the stop text ("stop") or control id ("token") that ended it."""
+    """One generated answer, without the stop text ("stop") or the control id ("token") that ended it."""
 
     text: str
     ids: list[int]
@@ -30,17 +32,15 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one continuation: the log-probability of each of its tokens, and whether each was the likeliest
-    token."""
+    """The likelihood of one continuation: the log-probability of each token, in nats."""
 
     logprobs: list[float]
-    greedy: bool
+    greedy: bool  # whether every token was the likeliest one
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are sampled: `samples` of each prompt, ended by `stop` texts, `stop_ids` or
-    `max_tokens`."""
+    """How to sample `samples` answers to each prompt; `stop` texts, `stop_ids` or `max_tokens` end them."""
 
     max_tokens: int
     stop_ids: frozenset[int]
@@ -50,42 +50,47 @@ class Decoding:
     seed: int = 0
     samples: int = 1
 
+    def request(self, prompt: list[int], seed: int, adapter: str = "auto") -> Request:
+        """The engine's request for one sample."""
+        sampling = Sampling(self.temperature, top_p=self.top_p, seed=seed)
+        return Request(prompt, self.max_tokens, sampling, self.stop_ids, self.stop, adapter=adapter)
+
 
 class EvaluatedModel(Protocol):
-    """A model that answers. Its randomness depends on (seed, prompt ids, sample number) alone, so that runs
-    resume."""
+    """A model under evaluation. A sample depends only on the seed, the prompt and the sample's number, so
+    that an interrupted run can resume.
+    """
 
     name: str
     tokenizer: Tokenizer
 
     def sample(self, prompts: list[list[int]], decoding: Decoding) -> Iterable[tuple[int, int, ModelOutput]]:
-        """(index of the prompt, number of the sample, output), in the order in which they end."""
+        """Yields (index of the prompt, number of the sample, output) in the order in which samples end."""
 
-    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
-        """One score for each (context, continuation)."""
+    def score(self, pairs: list[IdPair]) -> list[Score]:
+        """The likelihood of each continuation after its context."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. With `suffix`, fill in between `prompt` and it. With `choices`, rank these instead of
-    generating."""
+    """One question of a benchmark."""
 
     id: str
     prompt: str = ""
-    suffix: str | None = None
-    choices: tuple[Choice, ...] = ()
-    target: Any = None
+    suffix: str | None = None  # with it, the answer is the text between prompt and suffix
+    choices: tuple[Choice, ...] = ()  # with them, the likeliest one is the answer
+    target: Any = None  # what the verdict needs: the right answer, its index or the whole record
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`exact` says whether the answer equals the reference; None for sets that do not ask this."""
+    """Whether an answer is right, and why."""
 
     passed: bool
     outcome: str
-    program: str = ""
-    output: str = ""
-    exact: bool | None = None
+    program: str = ""  # the program that was run, if one was
+    output: str = ""  # what it printed, or the answer that was expected
+    exact: bool | None = None  # whether the answer equals the reference; None where that is not measured
 
 
 Program = Callable[[Item, ModelOutput], str]
@@ -95,7 +100,7 @@ Items = Callable[[Records], tuple[list[Item], str]]  # the questions, and a note
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """A task whose answers are text. `runs_on` gives the version of what ran the programs."""
+    """A benchmark whose answers are generated. `runs_on` gives the version of what runs their programs."""
 
     name: str
     title: str
@@ -108,6 +113,7 @@ class GenerationTask:
     runs_on: Callable[[], str] | None = None
 
     def prompt(self, tokenizer: Tokenizer, item: Item) -> list[int]:
+        """The token ids of the item's prompt."""
         if item.suffix is None:
             return plain(tokenizer, item.prompt).ids
         return fim(tokenizer, item.prompt, item.suffix, layout=self.layout).ids
@@ -115,13 +121,12 @@ class GenerationTask:
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """A task whose answer is the likeliest choice: by log-probability ("raw"), or by that divided by the
-    choice's length in characters ("normalised")."""
+    """A benchmark whose answer is the likeliest choice by one of the rules of `rank`."""
 
     name: str
     title: str
     items: Items
-    by: Literal["raw", "normalised"] = "raw"
+    rule: Literal["raw", "normalised"] = "raw"
     group: str = "language"
 
 
@@ -129,14 +134,13 @@ Task = GenerationTask | ChoiceTask
 
 
 def cut(output: ModelOutput, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first of `stops`, and whether a stop text ended it."""
+    """The text before the first of `stops`, and whether a stop text ended the answer."""
     offsets = [offset for stop in stops if (offset := output.text.find(stop)) >= 0]
     return output.text[: min(offsets, default=None)], bool(offsets) or output.stop_reason == "stop"
 
 
-def encode_choice(tokenizer: Tokenizer, choice: Choice) -> tuple[list[int], list[int]]:
-    """(context, continuation) ids of both texts encoded as one; a token across the seam belongs to the
-    continuation."""
+def encode_choice(tokenizer: Tokenizer, choice: Choice) -> IdPair:
+    """Encodes both texts as one; a token with characters of both belongs to the continuation."""
     context, continuation = choice
     context_ids = plain(tokenizer, context).ids
     ids = plain(tokenizer, context + continuation).ids
@@ -146,7 +150,9 @@ def encode_choice(tokenizer: Tokenizer, choice: Choice) -> tuple[list[int], list
 
 
 def rank(item: Item, scores: Sequence[Score]) -> dict[str, int]:
-    """The index of the chosen answer by each rule ("raw", "normalised")."""
+    """The index of the likeliest choice by two rules: "raw" compares the log-probabilities, "normalised"
+    divides each by the choice's length in characters.
+    """
     totals = [sum(score.logprobs) for score in scores]
     lengths = [max(len(continuation.strip()), 1) for _, continuation in item.choices]
     normalised = [total / length for total, length in zip(totals, lengths, strict=True)]
@@ -154,8 +160,7 @@ def rank(item: Item, scores: Sequence[Score]) -> dict[str, int]:
 
 
 def subset(items: list[Item], limit: int | None) -> list[Item]:
-    """The same `limit` items on every machine, spread over the set by a hash of their ids, in the set's
-    order."""
+    """The `limit` items with the smallest hashes of their ids, in the set's order; all without a limit."""
     if limit is None or limit >= len(items):
         return items
     chosen = sorted(items, key=lambda item: hashlib.sha256(item.id.encode()).digest())[:limit]
@@ -175,30 +180,36 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def interval(values: Sequence[float], z: float = Z_95) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson's where all values are 0 or 1, else the normal one (shares stay in 0
-    to 1)."""
-    n, mean = len(values), sum(values) / len(values)
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson's where all values are 0 or 1, otherwise the normal distribution's,
+    clipped to [0, 1] where all values lie in it.
+    """
+    n, mean, z = len(values), sum(values) / len(values), Z_95
     if all(value in (0.0, 1.0) for value in values):
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
         return max(0.0, centre - half), min(1.0, centre + half)
-    half = z * math.sqrt(sum((value - mean) ** 2 for value in values) / max(n - 1, 1) / n)
+    half = _half_width(values)
     low, high = (0.0, 1.0) if all(0 <= value <= 1 for value in values) else (-math.inf, math.inf)
     return max(low, mean - half), min(high, mean + half)
 
 
+def _half_width(values: Sequence[float]) -> float:
+    """Half the width of the normal distribution's 95 % interval of the mean."""
+    n, mean = len(values), sum(values) / len(values)
+    return Z_95 * math.sqrt(sum((value - mean) ** 2 for value in values) / max(n - 1, 1) / n)
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """Paired difference of two runs on the same items, after - before; `p` of the exact sign (McNemar)
-    test."""
+    """The mean difference of two runs on the same items, after - before, with its 95 % interval."""
 
     items: int
     difference: float
     low: float
     high: float
-    p: float
-    gained: list[str] = field(default_factory=list)
+    p: float  # of the exact sign test (McNemar's) on the items that changed
+    gained: list[str] = field(default_factory=list)  # ids of the items whose score rose
     lost: list[str] = field(default_factory=list)
 
 
@@ -209,7 +220,7 @@ def compare(before: dict[str, float], after: dict[str, float]) -> Comparison:
         raise ValueError("the two runs share no item: compare runs of the same benchmark")
     deltas = [after[id] - before[id] for id in ids]
     mean = sum(deltas) / len(ids)
-    half = Z_95 * math.sqrt(sum((d - mean) ** 2 for d in deltas) / max(len(ids) - 1, 1) / len(ids))
+    half = _half_width(deltas)
     gained, lost = ([id for id, d in zip(ids, deltas, strict=True) if d * sign > 0] for sign in (1, -1))
     changed = len(gained) + len(lost)
     tail = sum(math.comb(changed, i) for i in range(min(len(gained), len(lost)) + 1)) / 2**changed
