@@ -320,5 +320,7 @@ def test_nearest_implementation():
     )
     implementations = tests_beside.implementations(files)
     assert implementations == {"tests/b/test_foo.py": "b/foo.py", "tests/test_foo.py": "a/foo.py"}
-    order = tests_beside.beside(sorted(files), implementations)
-    assert order == ["a/foo.py", "tests/test_foo.py", "b/foo.py", "tests/b/test_foo.py", "tests/test_all.py"]
+    documents = [Document("r", path, "", "python") for path in sorted(files)]
+    [(rule, group)], _ = tests_beside.group_files(documents)
+    order = ["a/foo.py", "tests/test_foo.py", "b/foo.py", "tests/b/test_foo.py", "tests/test_all.py"]
+    assert rule == "beside tests" and [document.path for document in group] == order

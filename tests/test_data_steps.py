@@ -750,5 +750,5 @@ def test_groups_stay_whole_where_they_fit(tokenizer):
     assert [len(part.examples) for part in pack.segments([group, pack.RowGroup(examples, "graph")], 128)][
         0
     ] == 3
-    packed = pack.pack([group, pack.RowGroup(examples[3:5], "graph")], 256, tokenizer.control.bos, 0)
+    packed = pack.pack([[group, pack.RowGroup(examples[3:5], "graph")]], 256, tokenizer.control.bos, 0)
     assert [record["segment"] for record in packed.examples] == [1, 1, 1, 2, 2]

@@ -29,6 +29,7 @@ from codegemma.cli.train import ClusterOptions
 from codegemma.data import pack
 from codegemma.data.build import build
 from codegemma.data.documents import Document
+from codegemma.data.folder import BuildFolder
 from codegemma.jax.forward import params_of
 from codegemma.prompts import Message
 from codegemma.train import job, session, sft, tune
@@ -124,14 +125,15 @@ def test_rows_of_chats_teach_the_answers_alone(model):
         [Message("user", "long " * 500), Message("assistant", "x")],
         [Message("user", "hm"), Message("assistant", " ")],
     ]
-    rows, left = sft.rows([TURNS, TURNS, *unfit], tokenizer, 64)
-    assert left == 2 and sum(row["segments"].max() for row in rows) == 2
+    rows, left_out = sft.rows([TURNS, TURNS, *unfit], tokenizer, 64)
+    assert left_out == 2 and sum(row["segments"].max() for row in rows) == 2
     for row in rows:
         for segment in range(1, row["segments"].max() + 1):
-            here = row["segments"] == segment
-            learned = row["tokens"][here & row["loss"]].tolist()
+            in_segment = row["segments"] == segment
+            learned = row["tokens"][in_segment & row["loss"]].tolist()
             assert learned[-1] == tokenizer.control.end_of_turn and tokenizer.decode(learned[:-1]) == "two"
-            assert row["tokens"][here][0] == tokenizer.control.bos and row["positions"][here][0] == 0
+            assert row["tokens"][in_segment][0] == tokenizer.control.bos
+            assert row["positions"][in_segment][0] == 0
     with pytest.raises(ValueError, match="none of 1 dialogues fits"):
         sft.rows([TURNS], tokenizer, 8)
 
@@ -143,11 +145,11 @@ def small_plan(model, chats, folder, settings, **changes):
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
-def test_a_job_ends_with_something_that_loads_and_has_learned(kind, model, chats, tmp_path):
+def test_a_job_writes_a_result_that_loads_and_has_learned(kind, model, chats, tmp_path):
     settings = TrainingSettings(5e-3, micro_tokens=256, save_every=3)
     plan = small_plan(model, chats, tmp_path, settings, kind=kind)
     reports = []
-    result = job.run(plan, follow=reports.append)
+    result = job.run(plan, on_step=reports.append)
     assert reports[-1].loss < reports[0].loss - 0.5 and result == plan.result
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -162,7 +164,7 @@ def test_a_job_ends_with_something_that_loads_and_has_learned(kind, model, chats
 def test_a_job_whose_time_is_up_leaves_what_it_has(model, chats, tmp_path):
     plan = small_plan(model, chats, tmp_path, TrainingSettings(save_every=100))
     reports = []
-    assert load_adapter(job.run(plan, follow=reports.append, until=0.0)).rank == 4
+    assert load_adapter(job.run(plan, on_step=reports.append, until=0.0)).rank == 4
     assert [report.step for report in reports] == [1] and job.TrainingJob(plan).steps > 1
 
 
@@ -184,11 +186,11 @@ def test_importing_the_forward_pass_sets_no_flag():
 
 def test_files_are_held_out_by_a_hash_and_never_all():
     documents = [Document("r", f"{n}.py", "x = 1\n", "python") for n in range(50)]
-    taught, kept = tune.hold_out(documents, Path("/nowhere"), 0)
-    assert len(kept) == 5
-    assert sorted(each.path for each in taught + kept) == sorted(each.path for each in documents)
-    assert tune.hold_out(documents[::-1], Path("/nowhere"), 0)[1] == kept
-    assert tune.hold_out(documents, Path("/nowhere"), 1)[1] != kept
+    taught, held_out = tune.hold_out(documents, Path("/nowhere"), 0)
+    assert len(held_out) == 5
+    assert sorted(doc.path for doc in taught + held_out) == sorted(doc.path for doc in documents)
+    assert tune.hold_out(documents[::-1], Path("/nowhere"), 0)[1] == held_out
+    assert tune.hold_out(documents, Path("/nowhere"), 1)[1] != held_out
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_plans_that_contradict_themselves_are_refused(changes, message):
         (["--full", "--lora-rank", "8"], "leave it out, or --full"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, message, model, chats, tmp_path, capsys):
+def test_invalid_options_are_refused(options, message, model, chats, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(
             ["train", "--chat", str(chats), "--model", str(model), "--out", str(tmp_path / "out"), *options]
@@ -231,18 +233,18 @@ def test_options_that_cannot_be_are_refused(options, message, model, chats, tmp_
 
 
 def test_a_launchers_processes_join_or_are_told_how(monkeypatch):
-    asked = []
-    monkeypatch.setattr("jax.distributed.initialize", lambda *given: asked.append(given))
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *arguments: calls.append(arguments))
     for name, value in ((None, ""), ("SLURM_STEP_NUM_TASKS", "1"), ("OMPI_COMM_WORLD_SIZE", "4")):
         if name:
             monkeypatch.setenv(name, value)
         ClusterOptions().join()
-    assert asked == [(None, None, None)]
+    assert calls == [(None, None, None)]
 
-    def unknown(*given):
+    def no_cluster(*arguments):
         raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr("jax.distributed.initialize", unknown)
+    monkeypatch.setattr("jax.distributed.initialize", no_cluster)
     with pytest.raises(ValueError, match="cannot join 4 processes .*: pass --coordinator HOST:PORT"):
         ClusterOptions().join()
 
@@ -258,7 +260,8 @@ def test_rows_that_are_not_the_models_are_refused(model, tmp_path):
     tokens = np.full((8, 16), 600, np.int32)
     pack.save(
         pack.Packed(tokens, np.ones((8, 16), bool), np.ones((8, 16), np.uint16), []),
-        tmp_path / "rows" / "part-00000",
+        BuildFolder(tmp_path),
+        0,
     )
     plan = job.TrainingPlan(
         str(model),
@@ -356,8 +359,8 @@ def test_newest_files_are_known_by_their_own_names(tmp_path):
     documents = [Document("r", f"dir/{n}.py", "x = 1\n", "python") for n in range(4)] + [
         Document("r", "dir/é.py", "y", "python")
     ]
-    taught, kept = tune.hold_out(documents, tmp_path, 0)
-    assert len(taught) == tune.MIN_FILES and [each.path for each in kept] == ["dir/é.py"]
+    taught, held_out = tune.hold_out(documents, tmp_path, 0)
+    assert len(taught) == tune.MIN_FILES and [doc.path for doc in held_out] == ["dir/é.py"]
 
 
 def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
@@ -367,7 +370,7 @@ def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         job,
         "run",
-        lambda plan, _, follow: existed.append(plan.out.exists()) or follow(SimpleNamespace(seconds=9.0)),
+        lambda plan, _, on_step: existed.append(plan.out.exists()) or on_step(SimpleNamespace(seconds=9.0)),
     )
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
     assert tune.plan_within(options, 150.0, None).settings.steps == 5 and existed == [False]
@@ -376,7 +379,7 @@ def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
 def test_tune_leaves_time_to_choose_the_best_step(tmp_path, monkeypatch):
     """Measuring counts as training does: 6 measurements of 16 rows, and 8 rows a step."""
     monkeypatch.setattr(tune, "Rows", lambda folder: range(16))
-    monkeypatch.setattr(job, "run", lambda plan, _, follow: follow(SimpleNamespace(seconds=9.0)))
+    monkeypatch.setattr(job, "run", lambda plan, _, on_step: on_step(SimpleNamespace(seconds=9.0)))
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
     options = tune.TuneOptions(Path("r"), "m", 1, tmp_path, rank=4)
     (options.work / "choosing").mkdir(parents=True)
@@ -384,8 +387,8 @@ def test_tune_leaves_time_to_choose_the_best_step(tmp_path, monkeypatch):
     assert tune.plan_within(options, 100 + 26 * 9.0, None).settings.steps == 14
 
 
-def test_what_chooses_the_best_step_is_little(model, tmp_path, monkeypatch):
-    """However large its files are."""
+def test_few_examples_choose_the_best_step(model, tmp_path, monkeypatch):
+    """However large the files for it are."""
     monkeypatch.setattr(
         tune,
         "build",
@@ -394,12 +397,12 @@ def test_what_chooses_the_best_step_is_little(model, tmp_path, monkeypatch):
     repository = code(tmp_path / "app", 44, 400)
     options = tune.TuneOptions(repository, str(model), 1, tmp_path)
     tune.prepare(options, load(model).tokenizer, ("psm", "spm"), lambda line: None)
-    told = json.loads((tmp_path / "work" / "choosing" / "manifests" / "rows.json").read_text())
-    assert tune.CHOOSING_EXAMPLES / 2 < told["examples"] < 2 * tune.CHOOSING_EXAMPLES
+    manifest = json.loads((tmp_path / "work" / "choosing" / "manifests" / "rows.json").read_text())
+    assert tune.CHOOSING_EXAMPLES / 2 < manifest["examples"] < 2 * tune.CHOOSING_EXAMPLES
 
 
-def test_the_rows_of_fim_tokens_start_from_four_different_ones():
-    """Where a base never saw them: two that start alike are one token to every layer."""
+def test_the_rows_of_fim_tokens_start_from_four_different_rows():
+    """Where the base was not trained on them: two equal rows would be one token to every layer."""
     control = SimpleNamespace(
         fim="convention", fim_prefix=67, fim_middle=68, fim_suffix=69, file_separator=70, eos=1
     )
@@ -415,18 +418,14 @@ def test_an_adapter_without_fim_rows_gets_them(model, tmp_path, monkeypatch):
     """An adapter from another training keeps its rows; the FIM rows it lacks start as a new adapter's do."""
     path = save_adapter(random_adapter(tiny_config("gemma-mqa", layers=2), tokens=(68,)), tmp_path / "other")
     checkpoint, ids = open_checkpoint(model), (67, 68, 69, 70)
-    monkeypatch.setattr(
-        job, "fim_rows", lambda checkpoint: (ids, (67, 68, 69, 1))
-    )  # as where the vocabulary names none
-    base, plan = (
-        params_of(checkpoint),
-        job.TrainingPlan(str(model), (), tmp_path / "out", TrainingSettings(), adapter=path),
-    )
-    made, fresh = (
-        job.initial_adapter(each, checkpoint, base) for each in (plan, replace(plan, adapter=None))
-    )
-    assert made.ids == fresh.ids == ids
-    same = [np.array_equal(*(each.weights["rows"][i] for each in (made, fresh))) for i in range(4)]
+    # as for a vocabulary that names no FIM tokens
+    monkeypatch.setattr(job, "fim_rows", lambda checkpoint: (ids, (67, 68, 69, 1)))
+    base = params_of(checkpoint)
+    plan = job.TrainingPlan(str(model), (), tmp_path / "out", TrainingSettings(), adapter=path)
+    extended = job.initial_adapter(plan, checkpoint, base)
+    new = job.initial_adapter(replace(plan, adapter=None), checkpoint, base)
+    assert extended.ids == new.ids == ids
+    same = [np.array_equal(*(lora.weights["rows"][i] for lora in (extended, new))) for i in range(4)]
     assert same == [True, False, True, True]
     assert job.initial_adapter(replace(plan, chat=True), checkpoint, base).ids == (68,)
 
@@ -442,10 +441,10 @@ def test_what_rows_leave_out_is_not_held_out(model, tmp_path, monkeypatch):
     (repository / "inner" / "pyproject.toml").write_text("[project]\n")
     (repository / "copy.py").write_bytes((repository / "m0.py").read_bytes())
     (repository / "LICENSE").write_text("as is\n")
-    said = []
+    lines = []
     options = tune.TuneOptions(repository, str(model), 1, tmp_path)
-    tune.prepare(options, load(model).tokenizer, ("psm", "spm"), said.append)
-    assert said == ["7 files to learn from, 0 to choose the best step by, 1 held out"]
+    tune.prepare(options, load(model).tokenizer, ("psm", "spm"), lines.append)
+    assert lines == ["7 files to learn from, 0 to choose the best step by, 1 held out"]
 
 
 def code(repository, files, functions=30):
@@ -462,8 +461,8 @@ def code(repository, files, functions=30):
 
 @pytest.mark.parametrize("steps", [2, 60])
 def test_tune_stopped_early_keeps_the_best_so_far(model, tmp_path, steps):
-    """Before and after the first choice; what chooses is neither taught nor measured."""
-    repository, said, reports = code(tmp_path / "app", 44), [], []
+    """Before and after the first measurement; the files that choose are neither trained nor measured on."""
+    repository, lines, reports = code(tmp_path / "app", 44), [], []
 
     def stop(report):
         reports.append(report)
@@ -471,19 +470,19 @@ def test_tune_stopped_early_keeps_the_best_so_far(model, tmp_path, steps):
             raise KeyboardInterrupt
 
     options = tune.TuneOptions(repository, str(model), 0.5, tmp_path / "made", rank=4, holes=9)
-    result = tune.tune(options, stop, said.append)
-    assert said[0] == "38 files to learn from, 2 to choose the best step by, 4 held out"
+    result = tune.tune(options, stop, lines.append)
+    assert lines[0] == "38 files to learn from, 2 to choose the best step by, 4 held out"
     assert (result.trained, result.held_out) == (38, 4)
     card = load_adapter(tmp_path / "made").card
     assert 0 < card["steps"] <= len(reports) + 1 and card["held_out"] > 0
     assert card["measured"].keys() == result.gains.keys()
-    assert any("stopped early" in line for line in said) and not (tmp_path / "made" / "work").exists()
+    assert any("stopped early" in line for line in lines) and not (tmp_path / "made" / "work").exists()
 
 
 def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
-    repository, said = code(tmp_path / "app", 12), []
+    repository, lines = code(tmp_path / "app", 12), []
     options = tune.TuneOptions(repository, str(model), 0.2, tmp_path / "made", rank=4, holes=9)
-    result = tune.tune(options, lambda report: None, said.append)
+    result = tune.tune(options, lambda report: None, lines.append)
     assert result.trained + result.held_out == 12 and result.held_out >= 1
     card = load_adapter(tmp_path / "made").card
     assert card["measured"].keys() == result.gains.keys() and not (tmp_path / "made" / "work").exists()
@@ -491,7 +490,7 @@ def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
     with pytest.raises(ValueError, match="finite and above 0, got nan"):
         replace(options, minutes=float("nan"))
     with pytest.raises(ValueError, match="choose another folder"):
-        tune.tune(options, lambda report: None, said.append)
+        tune.tune(options, lambda report: None, lines.append)
 
 
 def test_halfway_between_two_adapters():

@@ -1,11 +1,11 @@
 """The corpus of the default model's adapter: pinned packages -> archives -> rows for each phase.
 
     python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, extends the list
-    python tools/adapter_data.py fetch                               # what the list names, checked by hash
-    python tools/adapter_data.py rows all --data BENCHMARKS          # or some phases, without benchmark texts
+    python tools/adapter_data.py fetch                               # fetches the list, checks the hashes
+    python tools/adapter_data.py rows all --data BENCHMARKS          # rows of all phases, or of those named
 
-Files lie under --cache (~/.cache/codegemma/adapter): archives/, rows/PHASE; the file READY gains a line per
-phase.
+Files are written under --cache (~/.cache/codegemma/adapter), to archives/ and rows/PHASE. READY there lists
+the finished phases.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ CACHE = cache_dir() / "adapter"
 LIST = Path(__file__).with_name("adapter_packages.txt")
 MAX_ARCHIVE_BYTES = 40_000_000
 
-# The curriculum: short windows first, suffixes growing. After a short start the suffix comes first for a long
-# time: prefix and middle are then adjacent, and only reading the suffix and stopping before it are new. Each
-# phase draws other holes.
+# The curriculum: short windows first, then longer suffixes. After a short start, most examples have the
+# suffix first: prefix and middle are then adjacent, and the model only has to learn to read the suffix and to
+# stop before it. Each phase draws other holes.
 _FIRST = BuildRecipe(
     fim_rate=0.87,
     spm_rate=0.7,
@@ -96,8 +96,7 @@ _SMALL = {
     "textdistance",
     "toolz",
 }
-# More of that kind, by other authors: the packages after this line of the list. Phases before K do not use
-# them.
+# More packages of that kind: those after this line of the list. Phases before K do not use them.
 _FROM_K = "# for phases K and L:"
 _MORE = {line.split()[1] for line in LIST.read_text().partition(_FROM_K)[2].splitlines() if line}
 ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
@@ -105,7 +104,10 @@ ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
 
 @dataclass(frozen=True)
 class Choice:
-    """Segments of other phases, up to `max_tokens` long: a share of each phase times one of each layout."""
+    """A random choice of other phases' segments, of at most `max_tokens` tokens.
+
+    A segment is taken with the share of its phase times the share of its layout.
+    """
 
     phases: dict[str, float]
     layouts: dict[str, float]
@@ -144,7 +146,7 @@ def packages() -> list[Package]:
 
 # --------------------------------------------------------------------------------------------------- archives
 def from_pypi(name: str, version: str, folder: Path) -> Path:
-    """The source distribution, unbuilt: pip would run its build to learn its metadata."""
+    """Downloads the source distribution. pip is not used, as it would build the package for its metadata."""
     from pip._internal.models.index import PyPI
     from unearth import PackageFinder
     from unearth.preparer import download_link
@@ -158,7 +160,7 @@ def from_pypi(name: str, version: str, folder: Path) -> Path:
 
 
 def from_npm(name: str, version: str, folder: Path) -> Path:
-    """The package as npm packs it."""
+    """Downloads the package by `npm pack`."""
     requested = f"{name}@{version}" if version else name
     packed = subprocess.run(
         ["npm", "pack", "--silent", "--pack-destination", folder, requested],
@@ -173,7 +175,7 @@ REGISTRIES = {"pypi": from_pypi, "npm": from_npm}
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The archive, from the cache or the registry. Raises ValueError where its hash is another."""
+    """The archive, from the cache or the registry. Raises ValueError if its hash is not the list's."""
     file = folder / package.file
     if not file.exists():
         REGISTRIES[package.registry](package.name, package.version, folder)
@@ -186,7 +188,7 @@ def fetch(package: Package, folder: Path) -> Path:
 
 
 def pin(registry: str, requirement: str, folder: Path) -> tuple[Package, Counter[str]]:
-    """A line for the list, and how many characters of each language the archive holds."""
+    """A line for the list, and the number of characters of each language in the archive."""
     name, _, version = requirement.partition("==")
     file = REGISTRIES[registry](name, version, folder)
     if file.stat().st_size > MAX_ARCHIVE_BYTES:
@@ -214,7 +216,7 @@ def _pin_all(registry: str, names: list[str], folder: Path) -> None:
     def pin_or_error(name: str) -> tuple[Package, Counter[str]] | str:
         try:
             return pin(registry, name, folder)
-        except Exception as error:  # of a client or an archive: the other names are still pinned
+        except Exception as error:  # whatever fails for one package, the others are still pinned
             return f"{name}: {type(error).__name__}: {error}"
 
     with ThreadPoolExecutor(4) as pool, LIST.open("a") as out:
@@ -237,7 +239,7 @@ def packages_of(phase: str) -> list[Package]:
 
 
 def fetch_all(folder: Path, needed: list[Package]) -> Iterator[Path]:
-    """Their archives, in order."""
+    """The archives of packages, in order."""
     with ThreadPoolExecutor(4) as pool:
         yield from pool.map(lambda package: fetch(package, folder), needed)
 
@@ -268,33 +270,32 @@ def _chosen(
 ) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
     """The tokens, targets and examples of each chosen segment."""
     for part in sorted({int(part) for part in rows.index_N2[:, 0]}):
-        stem = rows.files.rows(part)
-        arrays = {name: np.load(stem.with_suffix(f".{name}.npy")) for name in ("tokens", "loss")}
+        arrays = {name: np.load(rows.files.rows(part, f"{name}.npy")) for name in ("tokens", "loss")}
         by_segment: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for example in pq.read_table(rows.examples_file(part)).to_pylist():
+        for example in pq.read_table(rows.files.rows(part, "examples.parquet")).to_pylist():
             by_segment.setdefault((example["row"], example["segment"]), []).append(example)
-        segments = np.load(stem.with_suffix(".segments.npy"))
+        segments = np.load(rows.files.rows(part, "segments.npy"))
         for (row, segment), examples in sorted(by_segment.items()):
             layouts = {example["layout"] for example in examples}
-            where = np.flatnonzero(segments[row] == segment)
+            columns = np.flatnonzero(segments[row] == segment)
             share = choice.layouts.get(layouts.pop(), 0.0) if len(layouts) == 1 else 0.0
             if (
-                len(where) <= choice.max_tokens
+                len(columns) <= choice.max_tokens
                 and Draw(phase, part, row, segment).uniform() < phase_share * share
             ):
                 yield (
-                    {name: array[row, where] for name, array in arrays.items()},
-                    [_moved(example, -where[0]) for example in examples],
+                    {name: array[row, columns] for name, array in arrays.items()},
+                    [_moved(example, -columns[0]) for example in examples],
                 )
 
 
 def _moved(example: dict[str, Any], offset: int, **fields: int) -> dict[str, Any]:
-    """An example whose span stands `offset` tokens later."""
+    """An example moved by `offset` tokens, with other fields set."""
     return example | fields | {"start": example["start"] + offset, "end": example["end"] + offset}
 
 
 def choose(phase: str, cache: Path) -> int:
-    """Writes the rows of a choice and returns their number; the manifest names the rows they come from."""
+    """Writes the rows of a choice and returns their number; their manifest holds those of its phases."""
     choice, out = CHOICES[phase], BuildFolder(cache / "rows" / phase)
     rows = {name: Rows(cache / "rows" / name) for name in choice.phases}
     segments = [
@@ -303,21 +304,21 @@ def choose(phase: str, cache: Path) -> int:
         for chosen in _chosen(phase, choice, rows[name], share)
     ]
     length = len(next(iter(rows.values()))[0]["tokens"])
-    sizes = [len(cut["tokens"]) for cut, _ in segments]
+    sizes = [len(arrays["tokens"]) for arrays, _ in segments]
     packed = fit(sizes, length)
     shape = (len(packed), length)
     result = Packed(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.uint16), [])
-    for row, segment, item, here in places(packed, sizes):
-        cut, examples = segments[item]
-        result.tokens_RT[row, here], result.loss_RT[row, here], result.segments_RT[row, here] = (
-            cut["tokens"],
-            cut["loss"],
-            segment,
+    for row, segment, item, columns in places(packed, sizes):
+        arrays, examples = segments[item]
+        result.tokens_RT[row, columns] = arrays["tokens"]
+        result.loss_RT[row, columns] = arrays["loss"]
+        result.segments_RT[row, columns] = segment
+        result.examples.extend(
+            _moved(example, columns.start, row=row, segment=segment) for example in examples
         )
-        result.examples.extend(_moved(example, here.start, row=row, segment=segment) for example in examples)
-    for path in (out.rows(0), out.manifest("rows")):
+    for path in (out.index, out.manifest("rows")):
         path.parent.mkdir(parents=True, exist_ok=True)
-    save(result, out.rows(0))
+    save(result, out, 0)
     manifest = {
         "chosen": {"most" if key == "max_tokens" else key: value for key, value in asdict(choice).items()},
         "examples": len(result.examples),

@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -26,15 +26,15 @@ from codegemma.data.copies import CopyFinder
 from codegemma.data.documents import RULES
 from codegemma.data.draw import Draw
 from codegemma.data.engines import ENGINES, Engine
-from codegemma.data.folder import BuildFolder, write_array, write_json
+from codegemma.data.folder import BuildFolder, read_table, write_array, write_json
 from codegemma.data.imports import TOP_LINES
 from codegemma.data.recipe import BuildRecipe
 from codegemma.data.sources import Source, expand
-from codegemma.data.stages import Result, RowsResult, Task, TaskResult, run_task
+from codegemma.data.stages import Task, TaskResult, total
 from codegemma.files import atomic_write
 from codegemma.tokenizer import Tokenizer
 
-Progress = Callable[[str, int, int], None]  # stage, tasks done, tasks in all
+Progress = Callable[[str, int, int], None]  # stage, tasks done, all tasks
 LINK_DOCUMENTS = 500_000  # per task that compares bands
 
 
@@ -68,48 +68,6 @@ def summary(out: str | Path) -> Summary:
     )
 
 
-class Build:
-    """A build in progress: its folder, its recipe, and how to run a stage."""
-
-    def __init__(self, folder: BuildFolder, recipe: BuildRecipe, workers: int, progress: Progress | None):
-        self.folder, self.recipe, self.workers, self.progress = folder, recipe, workers, progress
-        self.engine: Engine = lambda tasks: map(run_task, tasks)
-        self.timing: dict[str, Any] = {}
-
-    def run(self, stage: str, tasks: Sequence[Task[Result]]) -> list[Result]:
-        """The results of a stage in the order of its tasks."""
-        start = time.perf_counter()
-        waiting = [task for task in tasks if not task.is_done]
-        for done, _ in enumerate(self.engine(waiting) if waiting else (), len(tasks) - len(waiting) + 1):
-            if self.progress:
-                self.progress(stage, done, len(tasks))
-        results = [task.result() for task in tasks]
-        self.timing[stage] = {
-            "seconds": time.perf_counter() - start,
-            "tasks": len(tasks),
-            "workers": self.workers,
-            "cpu_seconds": sum(result.seconds for result in results),
-            "peak_bytes": max((result.peak_bytes for result in results), default=0),
-        }
-        return results
-
-    def manifest(self, stage: str, **content: Any) -> None:
-        """Writes what a stage read, by which code and recipe, and its counts."""
-        document = {"stage": stage, "code": code_version(), "recipe": asdict(self.recipe), **content}
-        write_json(self.folder.manifest(stage), document, indent=1)
-
-
-@cache
-def code_version() -> dict[str, str]:
-    """The hash of this package's data code and rules, and the versions of the libraries that decide bytes."""
-    folder = Path(__file__).parent
-    beside = [folder.parent / "prompts.py", folder.parent / "tokenizer.py"]
-    files = sorted([*folder.glob("*.py"), *folder.glob("rules/*"), *beside])
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    libraries = ("rensa", "tree-sitter", "identify", "pyarrow", "sentencepiece", "numpy")
-    return {"codegemma": code, **{name: importlib.metadata.version(name) for name in libraries}}
-
-
 def build(
     sources: Sequence[str],
     out: str | Path,
@@ -130,28 +88,25 @@ def build(
     the ledger instead.
     """
     start = time.perf_counter()
-    if tokenizer.control.fim is None:
-        raise ValueError(
-            "the tokenizer has no FIM tokens, so no FIM rows can be made: use CodeGemma's or Gemma's"
-        )
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     expanded = {source for text in sources for source in expand(text)}
-    to_read = sorted(expanded, key=lambda source: (source.name, source.kind, str(source.path)))
     inputs = _Inputs(
-        to_read, tokenizer, Path(unsafe_rules or RULES / "unsafe.toml"), [Path(file) for file in benchmarks]
+        sorted(expanded, key=lambda source: (source.name, source.kind, str(source.path))),
+        tokenizer,
+        Path(unsafe_rules or RULES / "unsafe.toml"),
+        [Path(file) for file in benchmarks],
     )
     recipe = inputs.complete(recipe or BuildRecipe())
     folder = BuildFolder(Path(out).resolve())
-    if not _prepare(folder, recipe, inputs, resume):
-        return summary(folder.path)
-    run = Build(folder, recipe, workers, progress)
-    with ENGINES[engine](workers) as run.engine:
-        _run_stages(run, to_read)
-    run.timing["total"] = {"seconds": time.perf_counter() - start}
-    with atomic_write(folder.timing) as file:
-        file.write(json.dumps(run.timing, indent=1).encode())
-    shutil.rmtree(folder.work)
+    if _prepare(folder, recipe, inputs, resume):
+        with ENGINES[engine](workers) as run_tasks:
+            runner = _StageRunner(folder, recipe, run_tasks, workers, progress)
+            _run_stages(runner, inputs.sources)
+        timing = runner.timing | {"total": {"seconds": time.perf_counter() - start}}
+        with atomic_write(folder.timing) as file:
+            file.write(json.dumps(timing, indent=1).encode())
+        shutil.rmtree(folder.work)
     return summary(folder.path)
 
 
@@ -167,6 +122,10 @@ class _Inputs:
 
     def complete(self, recipe: BuildRecipe) -> BuildRecipe:
         """The recipe with the hashes of the inputs. Raises ValueError where an input does not fit."""
+        if self.tokenizer.control.fim is None:
+            raise ValueError(
+                "the tokenizer has no FIM tokens, so no FIM rows can be made: use CodeGemma's or Gemma's"
+            )
         if not self.sources:
             raise ValueError("no sources: give at least one checkout, archive, Parquet or JSON-lines file")
         clean.Unsafe(self.unsafe_rules)  # both raise for a file that is not of their form
@@ -201,7 +160,7 @@ def _prepare(folder: BuildFolder, recipe: BuildRecipe, inputs: _Inputs, resume: 
     state = json.loads(json.dumps(state))  # as it is read back
     out = folder.path
     if not resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: pass --resume to go on with it, or another --out")
+        raise ValueError(f"{out} is not empty: pass --resume to continue it, or another --out")
     if folder.index.exists():
         before = json.loads(folder.recipe.read_text())
         if before != state["recipe"]:
@@ -237,134 +196,142 @@ def _file_hash(path: Path) -> str:
 def _stamp(path: Path) -> str:
     """A hash of names, sizes and times, which changes when a source does; files are not read."""
     inside = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    total = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in inside if path.is_dir() else [path]:
         status = file.lstat()
-        total.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
-    return total.hexdigest()
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """The hash of this package's data code and rules, and the versions of the libraries that decide bytes."""
+    folder = Path(__file__).parent
+    beside = [folder.parent / "prompts.py", folder.parent / "tokenizer.py"]
+    files = sorted([*folder.glob("*.py"), *folder.glob("rules/*"), *beside])
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    libraries = ("rensa", "tree-sitter", "identify", "pyarrow", "sentencepiece", "numpy")
+    return {"codegemma": code, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
 # ------------------------------------------------------------------------------------------------ the stages
-def _run_stages(run: Build, sources: Sequence[Source]) -> None:
+@dataclass
+class _StageRunner:
+    """Runs the stages of a build, and writes their manifests."""
+
+    folder: BuildFolder
+    recipe: BuildRecipe
+    run_tasks: Engine
+    workers: int
+    progress: Progress | None
+    timing: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, task_type: type[Task], arguments: Iterable[tuple[Any, ...]]) -> list[TaskResult]:
+        """The results of a stage: one task, and its result, for each tuple of arguments."""
+        start = time.perf_counter()
+        tasks = [task_type(self.folder, self.recipe, n, *values) for n, values in enumerate(arguments)]
+        waiting = [task for task in tasks if not task.is_done]
+        for done, _ in enumerate(self.run_tasks(waiting) if waiting else (), len(tasks) - len(waiting) + 1):
+            if self.progress:
+                self.progress(task_type.stage, done, len(tasks))
+        results = [task.result() for task in tasks]
+        self.timing[task_type.stage] = {
+            "seconds": time.perf_counter() - start,
+            "tasks": len(tasks),
+            "workers": self.workers,
+            "cpu_seconds": sum(result.seconds for result in results),
+            "peak_bytes": max((result.peak_bytes for result in results), default=0),
+        }
+        return results
+
+    def manifest(self, stage: str, **content: Any) -> None:
+        """Writes what a stage read, by which code and recipe, and its counts."""
+        document = {"stage": stage, "code": code_version(), "recipe": asdict(self.recipe), **content}
+        write_json(self.folder.manifest(stage), document, indent=1)
+
+
+def _run_stages(runner: _StageRunner, sources: Sequence[Source]) -> None:
     """documents -> clean -> sign, link -> order -> rows -> index."""
-    shards, characters = _read_and_clean(run, sources)
-    _find_copies(run, shards)
-    parts = _order(run, shards, max(1, -(-characters // run.recipe.shard_bytes)))
-    rows = run.run("rows", [stages.RowsTask(run.folder, run.recipe, number) for number in range(parts)])
-    write_ledger(run.folder)
-    index, mix = mix_rows(rows, run.recipe)
-    total, tokens = sum(len(result.kinds) for result in rows), sum(sum(result.filled) for result in rows)
-    run.manifest(
+    shards, characters = _read_and_clean(runner, sources)
+    _find_copies(runner, shards)
+    parts = max(1, -(-characters // runner.recipe.shard_bytes))
+    cuts = [(1 << 63) * part // parts for part in range(parts + 1)]
+    key_ranges = map(range, cuts, cuts[1:])
+    ordered = total(runner.run(stages.OrderTask, ((keys, shards) for keys in key_ranges)))
+    runner.manifest(
+        "order", counts=ordered.counts, files=ordered.files, edges=ordered.edges, top_lines=TOP_LINES
+    )
+    rows = runner.run(stages.RowsTask, [()] * parts)
+    write_ledger(runner.folder)
+    index, mix = mix_rows(rows, runner.recipe)
+    packed = total(rows)
+    filled = [tokens for result in rows for tokens in result.filled]
+    runner.manifest(
         "rows",
-        counts=_sum(result.counts for result in rows),
-        rows=total,
+        counts=packed.counts,
+        rows=len(filled),
         rows_in_index=len(index),
-        tokens=tokens,
+        tokens=sum(filled),
         mix=mix,
-        examples=sum(result.examples for result in rows),
-        segments=sum(result.segments for result in rows),
-        learned=sum(result.learned for result in rows),
-        padding=1 - tokens / max(1, total * run.recipe.length),
+        examples=packed.examples,
+        segments=packed.segments,
+        learned=packed.learned,
+        padding=1 - sum(filled) / max(1, len(filled) * runner.recipe.length),
     )
-    write_array(run.folder.index, index)
+    write_array(runner.folder.index, index)
 
 
-def _read_and_clean(run: Build, sources: Sequence[Source]) -> tuple[int, int]:
+def _read_and_clean(runner: _StageRunner, sources: Sequence[Source]) -> tuple[int, int]:
     """Returns the number of cleaned shards, and the characters in them."""
-    reads = [stages.ReadTask(run.folder, run.recipe, number, source) for number, source in enumerate(sources)]
-    read = run.run("documents", reads)
-    run.manifest(
-        "documents",
-        inputs=sorted([result.source, result.sha256] for result in read),
-        counts=_sum(result.counts for result in read),
-        documents=_documents(read),
-    )
+    results = runner.run(stages.ReadTask, ((source,) for source in sources))
+    documents = total(results)
+    inputs = sorted([result.source, result.sha256] for result in results)
+    runner.manifest("documents", inputs=inputs, counts=documents.counts, documents=documents.documents)
     shards = [
-        (number, shard, source.redistributed)
-        for number, (source, result) in enumerate(zip(sources, read, strict=True))
+        (task, shard, source.redistributed)
+        for task, (source, result) in enumerate(zip(sources, results, strict=True))
         for shard in range(result.shards)
     ]
-    cleans = [stages.CleanTask(run.folder, run.recipe, number, *shard) for number, shard in enumerate(shards)]
-    cleaned = run.run("clean", cleans)
-    run.manifest(
-        "clean",
-        documents=_documents(cleaned),
-        counts=_sum(result.counts for result in cleaned),
-        redacted=_sum(result.redacted for result in cleaned),
-    )
-    return len(shards), sum(result.characters for result in cleaned)
+    cleaned = total(runner.run(stages.CleanTask, shards))
+    runner.manifest("clean", documents=cleaned.documents, counts=cleaned.counts, redacted=cleaned.redacted)
+    return len(shards), cleaned.characters
 
 
-def _find_copies(run: Build, shards: int) -> None:
-    signed = run.run("sign", [stages.SignTask(run.folder, run.recipe, number) for number in range(shards)])
-    copies = CopyFinder(run.folder, shards, run.recipe.threshold)
+def _find_copies(runner: _StageRunner, shards: int) -> None:
+    documents = total(runner.run(stages.SignTask, [()] * shards)).documents
+    copies = CopyFinder(runner.folder, shards, runner.recipe.threshold)
     repositories = copies.before_links()
-    ranges = max(1, -(-_documents(signed) // LINK_DOCUMENTS)) if shards else 0
+    ranges = max(1, -(-documents // LINK_DOCUMENTS)) if shards else 0
     cuts = [(1 << 64) * number // ranges for number in range(ranges)]
-    links = [
-        stages.LinkTask(run.folder, run.recipe, number, low, high, shards)
-        for number, (low, high) in enumerate(zip(cuts, [*cuts[1:], None], strict=False))
-    ]
-    run.run("link", links)
-    run.manifest(
+    runner.run(stages.LinkTask, ((*cut, shards) for cut in zip(cuts, [*cuts[1:], None], strict=False)))
+    runner.manifest(
         "dedup",
-        counts=_sum([copies.after_links(ranges)]),
-        threshold=run.recipe.threshold,
+        counts=copies.after_links(ranges),
+        threshold=runner.recipe.threshold,
         permutations=dedup.PERMUTATIONS,
         repositories=repositories,
     )
 
 
-def _order(run: Build, shards: int, parts: int) -> int:
-    """Orders the documents in `parts` ranges of repositories; returns how many."""
-    cuts = [(1 << 63) * part // parts for part in range(parts + 1)]
-    ordered = run.run(
-        "order",
-        [
-            stages.OrderTask(run.folder, run.recipe, n, range(cuts[n], cuts[n + 1]), shards)
-            for n in range(parts)
-        ],
-    )
-    run.manifest(
-        "order",
-        counts=_sum(result.counts for result in ordered),
-        files=_sum(result.files for result in ordered),
-        edges=sum(result.edges for result in ordered),
-        top_lines=TOP_LINES,
-    )
-    return parts
-
-
-def _documents(results: Iterable[TaskResult]) -> int:
-    return sum(result.documents for result in results)
-
-
-def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    return dict(sorted(total.items()))
-
-
-def mix_rows(results: Sequence[RowsResult], recipe: BuildRecipe) -> tuple[np.ndarray, dict[str, Any]]:
+def mix_rows(results: Sequence[TaskResult], recipe: BuildRecipe) -> tuple[np.ndarray, dict[str, Any]]:
     """The index of rows, int64 [rows, 2] (part, row), and each kind's tokens.
 
     With a mix, a kind that is in excess is thinned by hash to its share of the tokens; its rows stay in
     their files.
     """
-    places: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    rows_of: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for part, result in enumerate(results):
         for row, (kind, filled) in enumerate(zip(result.kinds, result.filled, strict=True)):
-            places[kind].append((part, row, filled))
-    tokens = {kind: sum(filled for *_, filled in rows) for kind, rows in places.items()}
+            rows_of[kind].append((part, row, filled))
+    tokens = {kind: sum(filled for *_, filled in rows) for kind, rows in rows_of.items()}
     shares = dict(recipe.mix)
-    total = min((tokens.get(kind, 0) / share for kind, share in shares.items()), default=0)
+    total_tokens = min((tokens.get(kind, 0) / share for kind, share in shares.items()), default=0)
     index, report = [], {}
-    for kind, rows in sorted(places.items()):
-        goal = shares[kind] * total if shares else tokens[kind]
+    for kind, rows in sorted(rows_of.items()):
+        goal = shares[kind] * total_tokens if shares else tokens[kind]
         used = 0
         for part, row, filled in sorted(
-            rows, key=lambda place: Draw("mix", recipe.seed, kind, *place[:2]).uniform()
+            rows, key=lambda row: Draw("mix", recipe.seed, kind, *row[:2]).uniform()
         ):
             if used + filled / 2 <= goal or not shares:
                 index.append((part, row))
@@ -379,17 +346,12 @@ def write_ledger(folder: BuildFolder) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def tables(stage: str) -> Iterator[pa.Table]:
-        for path in folder.all_outcomes(stage):
-            with pq.ParquetFile(path) as table:
-                yield table.read(use_threads=False)
-
-    early = pa.concat_tables([*tables("clean"), *tables("documents")])
+    early = pa.concat_tables(map(read_table, folder.all_outcomes("clean") + folder.all_outcomes("documents")))
     by_all_columns = early.sort_by([(name, "ascending") for name in early.schema.names])
     with (
         atomic_write(folder.ledger) as file,
         pq.ParquetWriter(file, early.schema, compression="zstd") as writer,
     ):
-        for table in (by_all_columns, *tables("order")):
+        for table in (by_all_columns, *map(read_table, folder.all_outcomes("order"))):
             if len(table):
                 writer.write_table(table)

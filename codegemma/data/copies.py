@@ -1,4 +1,4 @@
-"""Which documents of a build are dropped as copies: what is decided over all shards, between the tasks.
+"""Which documents of a build are dropped as copies, decided over all shards between the tasks.
 
 A node is a document: shard << 32 | row.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from codegemma.data import dedup
-from codegemma.data.folder import BuildFolder, write_array, write_json
+from codegemma.data.folder import BuildFolder, read_table, write_array, write_json
 
 
 class CopyFinder:
@@ -20,9 +20,8 @@ class CopyFinder:
 
     def __init__(self, folder: BuildFolder, shards: int, threshold: float):
         self.folder, self.shards, self.threshold = folder, range(shards), threshold
-        self.verdicts: list[dict[int, tuple[str, str]]] = [
-            {} for _ in self.shards
-        ]  # row -> (reason, of what)
+        # For each shard, row -> (reason, the original or the benchmark problem).
+        self.verdicts: list[dict[int, tuple[str, str]]] = [{} for _ in self.shards]
         self.names: dict[int, tuple[str, str, bytes]] = {}  # node -> (repository, path, digest)
         self.exact_copies: dict[int, list[int]] = defaultdict(list)  # node -> its exact copies
 
@@ -32,8 +31,8 @@ class CopyFinder:
         Returns the number of repositories compared.
         """
         for shard in self.shards:
-            tasks = enumerate(self._columns(shard, "task")["task"])
-            self.verdicts[shard] = {row: ("benchmark", task) for row, task in tasks if task}
+            problems = enumerate(self._column(shard, "task"))
+            self.verdicts[shard] = {row: ("benchmark", problem) for row, problem in problems if problem}
         repositories = self._find_repositories()
         self._find_exact()
         for shard in self.shards:
@@ -59,25 +58,25 @@ class CopyFinder:
             write_json(self.folder.verdicts(shard), rows)
         return Counter(reason for verdicts in self.verdicts for reason, _ in verdicts.values())
 
-    def _mark(self, node: int, reason: str, kept: int) -> None:
-        repository, path, _ = self.names[kept]
+    def _mark(self, node: int, reason: str, original: int) -> None:
+        repository, path, _ = self.names[original]
         self.verdicts[node >> 32][node & 0xFFFFFFFF] = (reason, f"{repository}:{path}")
 
-    def _columns(self, shard: int, *columns: str) -> dict[str, list[Any]]:
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(self.folder.shard("names", shard)) as file:  # read_table imports pandas
-            table: dict[str, list[Any]] = file.read(list(columns), use_threads=False).to_pydict()
-            return table
+    def _column(self, shard: int, name: str) -> list[Any]:
+        column: list[Any] = read_table(self.folder.shard("names", shard), [name])[name].to_pylist()
+        return column
 
     def _code_files(self, shard: int) -> list[tuple[int, str]]:
         """(row, repository) of each file of code."""
-        table = self._columns(shard, "repository", "kind")
-        rows = enumerate(zip(table["repository"], table["kind"], strict=True))
-        return [(row, repository) for row, (repository, kind) in rows if kind == "code"]
+        repositories = enumerate(self._column(shard, "repository"))
+        kinds = self._column(shard, "kind")
+        return [(row, repository) for row, repository in repositories if kinds[row] == "code"]
 
     def _find_repositories(self) -> int:
-        """The least of the files' signatures is the MinHash of all shingles of a repository together."""
+        """Marks the copies of whole repositories; returns the number of repositories compared.
+
+        The element-wise minimum of the files' signatures is the MinHash of all shingles of a repository.
+        """
         signatures: dict[str, np.ndarray] = {}
         files: Counter[str] = Counter()
         for shard in self.shards:
@@ -102,10 +101,10 @@ class CopyFinder:
         return len(names)
 
     def _find_exact(self) -> None:
-        """Equal digests; of each set the first by repository and path is kept."""
+        """Marks the documents with equal digests, except the first of each set by repository and path."""
         digests, nodes = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for shard in self.shards:
-            column = self._columns(shard, "digest")["digest"]
+            column = self._column(shard, "digest")
             rows = [row for row in range(len(column)) if row not in self.verdicts[shard]]
             digests.append(np.array([int.from_bytes(column[row][:8], "big") for row in rows], np.uint64))
             nodes.append((np.int64(shard) << np.int64(32)) + np.array(rows, np.int64))
@@ -122,12 +121,12 @@ class CopyFinder:
             self.exact_copies[first] += rest
 
     def _look_up(self, nodes: Iterable[int]) -> None:
-        """Reads the names of some documents, shard by shard; digests tell versions at one path apart."""
+        """Adds documents to `names`. The digest makes a name unique where one path has several versions."""
         wanted: dict[int, set[int]] = defaultdict(set)
         for node in nodes:
             wanted[node >> 32].add(node & 0xFFFFFFFF)
         for shard, rows in sorted(wanted.items()):
-            table = self._columns(shard, "repository", "path", "digest")
+            columns = [self._column(shard, name) for name in ("repository", "path", "digest")]
             for row in rows:
-                name = (table["repository"][row], table["path"][row], table["digest"][row])
-                self.names[shard << 32 | row] = name
+                repository, path, digest = (column[row] for column in columns)
+                self.names[shard << 32 | row] = (repository, path, digest)

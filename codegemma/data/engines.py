@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from codegemma.data.stages import Task, TaskResult, run_task
+from codegemma.data.stages import Task, run_task
 
-Engine = Callable[[Sequence[Task[Any]]], Iterator[TaskResult]]  # results of independent tasks, as they come
+Engine = Callable[[Sequence[Task]], Iterator[Any]]  # runs independent tasks; yields when a task is done
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def local(workers: int) -> Iterator[Engine]:
         return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
 
-        def run(tasks: Sequence[Task[Any]]) -> Iterator[TaskResult]:
+        def run(tasks: Sequence[Task]) -> Iterator[None]:
             try:
                 for future in as_completed([pool.submit(run_task, task) for task in tasks]):
                     yield future.result()
@@ -51,17 +51,17 @@ def ray(workers: int) -> Iterator[Engine]:
         ray.init(address, log_to_driver=False, include_dashboard=False, num_cpus=None if address else workers)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    def run(tasks: Sequence[Task[Any]]) -> Iterator[TaskResult]:
+    def run(tasks: Sequence[Task]) -> Iterator[Any]:
         items = [{"task": pickle.dumps(task)} for task in tasks]
         blocks = ray.data.from_items(items, override_num_blocks=len(items))
-        for row in blocks.map(_run_pickled, concurrency=workers).iter_rows():
-            yield pickle.loads(row["result"])
+        yield from blocks.map(_run_pickled, concurrency=workers).iter_rows()
 
     yield run
 
 
 def _run_pickled(row: dict[str, bytes]) -> dict[str, bytes]:
-    return {"result": pickle.dumps(run_task(pickle.loads(row["task"])))}
+    run_task(pickle.loads(row["task"]))
+    return row
 
 
 ENGINES: dict[str, Callable[[int], AbstractContextManager[Engine]]] = {"local": local, "ray": ray}

@@ -1,17 +1,22 @@
-"""The files of a build: the one place that knows their names, and how they are written and read."""
+"""The files of a build: their names, and how they are written and read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from codegemma.data.documents import Document, Outcome
 from codegemma.files import atomic_write
+from codegemma.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ShardFile = Literal[
     "clean", "names", "order", "signatures", "bands", "band_rows", "alive", "edges", "edge_similarity"
@@ -19,7 +24,7 @@ ShardFile = Literal[
 
 
 class BuildFolder:
-    """Where each file of a build stands: what it makes in `path`, what it needs on the way in `path`/work."""
+    """The path of each file of a build: its products in `path`, intermediate files in `path`/work."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -37,9 +42,9 @@ class BuildFolder:
     def manifest(self, stage: str) -> Path:
         return self.manifests / f"{stage}.json"
 
-    def rows(self, part: int) -> Path:
-        """The stem of a part's files of rows."""
-        return self.path / "rows" / f"part-{part:05d}"
+    def rows(self, part: int, file: str) -> Path:
+        """`file` is "tokens.npy", "loss.npy", "segments.npy" or "examples.parquet"."""
+        return self.path / "rows" / f"part-{part:05d}.{file}"
 
     def graph(self, part: int) -> Path:
         return self.path / "graph" / f"part-{part:05d}.parquet"
@@ -60,7 +65,7 @@ class BuildFolder:
         return self.work / "documents" / f"{source:06d}-{shard:04d}.parquet"
 
     def shard(self, file: ShardFile, number: int) -> Path:
-        """A file of a shard (or, for links and order, of a task) in the work folder."""
+        """A file of a shard or, for edges and order, of a task."""
         ending = "parquet" if file in ("clean", "names", "order") else "npy"
         return self.work / file / f"{number:06d}.{ending}"
 
@@ -71,6 +76,12 @@ class BuildFolder:
 
     def verdicts(self, shard: int) -> Path:
         return self.work / "verdicts" / f"{shard:06d}.json"
+
+
+@cache
+def load_tokenizer(model: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.model, read once per process."""
+    return Tokenizer(model.read_bytes())
 
 
 # --------------------------------------------------------------------------------------- writing and reading
@@ -86,27 +97,28 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
         file.write(b"\n" if indent else b"")
 
 
-def write_table(
-    path: Path,
-    rows: Sequence[dict[str, Any]],
-    fields: dict[str, str],
-    row_group_size: int | None = None,
-    compression_level: int | None = None,
-) -> None:
+def write_table(path: Path, rows: Sequence[dict[str, Any]], fields: dict[str, str], **options: Any) -> None:
     """Rows as a Parquet table. `fields` gives each column's Arrow type; "strings" is a list of strings."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     lists = {"strings": pa.list_(pa.string())}
     schema = pa.schema([(name, lists.get(kind) or pa.type_for_alias(kind)) for name, kind in fields.items()])
-    options = {"row_group_size": row_group_size, "compression_level": compression_level}
     with atomic_write(path) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd", **options)
 
 
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet table, or some of its columns, without pandas, which pyarrow's own read_table imports."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read(columns, use_threads=False)
+
+
 @dataclass(frozen=True)
 class StoredDocument:
-    """A document in a file: its row there and, once ordered, its group of files and what made the group."""
+    """A document in a file, its row there and, once ordered, its group of files and what made the group."""
 
     document: Document
     row: int = 0
@@ -137,22 +149,18 @@ def read_documents(path: Path, keys: range | None = None) -> Iterator[StoredDocu
     with pq.ParquetFile(path) as file:
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
-            span = group.column(0).statistics
-            if keys is None or (span is not None and span.max >= keys.start and span.min < keys.stop):
-                rows = file.read_row_group(number, use_threads=False).to_pylist()
-                for at, row in enumerate(rows, first):
-                    if keys is None or row["key"] in keys:
-                        yield _stored(row, at)
+            bounds = group.column(0).statistics
+            if keys is None or (bounds is not None and bounds.max >= keys.start and bounds.min < keys.stop):
+                values = file.read_row_group(number, use_threads=False).to_pylist()
+                for row, fields in enumerate(values, first):
+                    key, file_group, via = (fields.pop(name) for name in ("key", "group", "via"))
+                    if keys is None or key in keys:
+                        imports = None if fields["imports"] is None else tuple(fields["imports"])
+                        yield StoredDocument(Document(**fields | {"imports": imports}), row, file_group, via)
             first += group.num_rows
-
-
-def _stored(row: dict[str, Any], at: int) -> StoredDocument:
-    values = {name: row[name] for name in Document.__dataclass_fields__}
-    values["imports"] = None if row["imports"] is None else tuple(row["imports"])
-    return StoredDocument(Document(**values), at, row["group"], row["via"])
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     fields = {name: "int64" if name == "size" else "string" for name in Outcome.__dataclass_fields__}
-    by_place = sorted(outcomes, key=lambda o: (o.repository, o.path, o.reason, o.detail, o.size))
-    write_table(path, [vars(outcome) for outcome in by_place], fields, compression_level=1)
+    by_path = sorted(outcomes, key=lambda o: (o.repository, o.path, o.reason, o.detail, o.size))
+    write_table(path, [vars(outcome) for outcome in by_path], fields, compression_level=1)

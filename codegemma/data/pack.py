@@ -1,7 +1,7 @@
 """Examples -> rows of one length, and rows on disk that training reads at random without parsing.
 
 A segment is what attention sees: <bos> and the examples of one group of files of a repository. A row holds
-whole segments, the fullest row that still has room taken first, and padding.
+whole segments and padding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows R of T tokens, and what stands where (EXAMPLE_FIELDS)."""
+    """Rows R of T tokens, and a record of each example (EXAMPLE_FIELDS)."""
 
     tokens_RT: np.ndarray  # int32
     loss_RT: np.ndarray  # bool
@@ -78,7 +78,7 @@ def fit(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 
 def places(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> Iterator[tuple[int, int, int, slice]]:
-    """(row, segment from 1, item, place in the row) of each item, for rows as `fit` gives them."""
+    """(row, segment from 1, item, its tokens in the row) of each item, for rows as `fit` returns them."""
     for row, items in enumerate(rows):
         start = 0
         for segment, item in enumerate(sorted(items), 1):
@@ -86,30 +86,32 @@ def places(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> Iterator[tupl
             start += sizes[item]
 
 
-def pack(groups: Iterable[RowGroup], length: int, bos: int | None, pad: int) -> Packed:
-    """Rows of `length` tokens."""
-    parts = list(segments(groups, length))
-    first = [] if bos is None else [bos]
-    sizes = [len(first) + sum(len(example.ids_T) for example in part.examples) for part in parts]
-    rows = fit(sizes, length)
-    packed = _empty(len(rows), length, pad)
-    for row, segment, item, place in places(rows, sizes):
-        packed.segments_RT[row, place] = segment
-        start = place.start + len(first)
-        packed.tokens_RT[row, place.start : start] = first
+def pack(kinds: Iterable[Iterable[RowGroup]], length: int, bos: int | None, pad: int) -> Packed:
+    """Rows of `length` tokens; groups of different kinds never share a row."""
+    prefix = [] if bos is None else [bos]
+    parts: list[RowGroup] = []
+    sizes: list[int] = []
+    rows: list[list[int]] = []
+    for groups in kinds:
+        of_kind = list(segments(groups, length))
+        lengths = [len(prefix) + sum(len(example.ids_T) for example in part.examples) for part in of_kind]
+        rows += [[len(parts) + item for item in items] for items in fit(lengths, length)]
+        parts += of_kind
+        sizes += lengths
+    shape = len(rows), length
+    packed = Packed(np.full(shape, pad, np.int32), np.zeros(shape, bool), np.zeros(shape, np.uint16), [])
+    for row, segment, item, span in places(rows, sizes):
+        packed.segments_RT[row, span] = segment
+        start = span.start + len(prefix)
+        packed.tokens_RT[row, span.start : start] = prefix
         for example in parts[item].examples:
             end = start + len(example.ids_T)
             packed.tokens_RT[row, start:end] = example.ids_T
             packed.loss_RT[row, start:end] = example.loss_T
-            where = {"row": row, "segment": segment, "start": start, "end": end, "via": parts[item].via}
-            packed.examples.append(where | _record(example))
+            position = {"row": row, "segment": segment, "start": start, "end": end, "via": parts[item].via}
+            packed.examples.append(position | _record(example))
             start = end
     return packed
-
-
-def _empty(rows: int, length: int, pad: int = 0) -> Packed:
-    shape = (rows, length)
-    return Packed(np.full(shape, pad, np.int32), np.zeros(shape, bool), np.zeros(shape, np.uint16), [])
 
 
 def _record(example: Example) -> dict[str, Any]:
@@ -126,21 +128,11 @@ def _record(example: Example) -> dict[str, Any]:
     }
 
 
-def join(parts: Sequence[Packed], length: int) -> Packed:
-    """Rows after rows; a part's examples count on from the rows before it."""
-    joined, examples, before = [_empty(0, length), *parts], [], 0
-    for part in parts:
-        examples += [{**example, "row": example["row"] + before} for example in part.examples]
-        before += len(part.tokens_RT)
-    tokens, loss, segments = zip(*((p.tokens_RT, p.loss_RT, p.segments_RT) for p in joined), strict=True)
-    return Packed(np.concatenate(tokens), np.concatenate(loss), np.concatenate(segments), examples)
-
-
-def save(packed: Packed, stem: Path) -> None:
-    """Writes `stem`.tokens.npy, .loss.npy, .segments.npy and .examples.parquet."""
+def save(packed: Packed, folder: BuildFolder, part: int) -> None:
+    """Writes the files of a part: an array each of tokens, loss and segments, and the table of examples."""
     for name in ("tokens", "loss", "segments"):
-        write_array(stem.with_suffix(f".{name}.npy"), getattr(packed, f"{name}_RT"))
-    write_table(stem.with_suffix(".examples.parquet"), packed.examples, EXAMPLE_FIELDS, row_group_size=4096)
+        write_array(folder.rows(part, f"{name}.npy"), getattr(packed, f"{name}_RT"))
+    write_table(folder.rows(part, "examples.parquet"), packed.examples, EXAMPLE_FIELDS, row_group_size=4096)
 
 
 class Rows:
@@ -159,8 +151,8 @@ class Rows:
                 f"{folder} has no finished rows: run `codegemma data build ... --out {folder}`, with "
                 "--resume if it was interrupted"
             )
-        self.index_N2 = _load(self.files.index)
         self._arrays: dict[Path, np.ndarray] = {}
+        self.index_N2 = self._array(self.files.index)
 
     def __len__(self) -> int:
         return len(self.index_N2)
@@ -178,36 +170,32 @@ class Rows:
         return int(part), int(row)
 
     def examples(self, number: int) -> list[dict[str, Any]]:
-        """What stands in a row: provenance, tokens, layout and split of each example."""
+        """The source, position, layout and split of each example of a row."""
         import pyarrow.parquet as pq
 
         part, row = self.place(number)
-        return pq.read_table(self.examples_file(part), filters=[("row", "=", row)]).to_pylist()
-
-    def examples_file(self, part: int) -> Path:
-        return self.files.rows(part).with_suffix(".examples.parquet")
+        file = self.files.rows(part, "examples.parquet")
+        return pq.read_table(file, filters=[("row", "=", row)]).to_pylist()
 
     def _row(self, part: int, name: str, row: int) -> np.ndarray:
-        file = self.files.rows(part).with_suffix(f".{name}.npy")
-        if file not in self._arrays:
-            self._arrays[file] = _load(file)
-        array = self._arrays[file]
+        file = self.files.rows(part, f"{name}.npy")
+        array = self._array(file)
         if not 0 <= row < len(array):
             rows = f"{len(array):,} rows, but the index names row {row:,}"
             raise ValueError(f"{file}: is damaged ({rows}): build the rows again")
         return np.array(array[row])
 
-
-def _load(file: Path) -> np.ndarray:
-    try:
-        array: np.ndarray = np.load(file, mmap_mode="r")
-        return array
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file}: is damaged ({error}): build the rows again") from None
+    def _array(self, file: Path) -> np.ndarray:
+        if file not in self._arrays:
+            try:
+                self._arrays[file] = np.load(file, mmap_mode="r")
+            except (ValueError, EOFError) as error:
+                raise ValueError(f"{file}: is damaged ({error}): build the rows again") from None
+        return self._arrays[file]
 
 
 def positions(segments_T: np.ndarray) -> np.ndarray:
-    """Places in the segment, from 0; padding counts on as a segment of its own."""
-    places_T = np.arange(len(segments_T), dtype=np.int32)
-    starts_T = np.concatenate([[True], segments_T[1:] != segments_T[:-1]])
-    return places_T - np.maximum.accumulate(np.where(starts_T, places_T, 0))
+    """Each token's position in its segment, from 0; the padding counts as a segment."""
+    index_T = np.arange(len(segments_T), dtype=np.int32)
+    is_start_T = np.concatenate([[True], segments_T[1:] != segments_T[:-1]])
+    return index_T - np.maximum.accumulate(np.where(is_start_T, index_T, 0))

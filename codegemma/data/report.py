@@ -147,7 +147,9 @@ def _graphs(rows: Rows) -> Iterator[tuple[str, str]]:
             graphs.append((-count, repository, part, pairs))
     for _, repository, part, pairs in sorted(graphs)[:MAX_GRAPHS]:
         filters = [("repository", "=", repository), ("via", "=", "graph")]
-        records = pq.read_table(rows.examples_file(part), columns=["path", "order"], filters=filters)
+        records = pq.read_table(
+            rows.files.rows(part, "examples.parquet"), columns=["path", "order"], filters=filters
+        )
         in_order = sorted(records.to_pylist(), key=lambda record: record["order"])
         paths = list(dict.fromkeys(record["path"] for record in in_order))
         shown = paths[:MAX_GRAPH_FILES]

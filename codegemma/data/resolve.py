@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from os.path import commonprefix
 from pathlib import PurePosixPath
+from posixpath import normpath
 
 from codegemma.data.imports import FAMILIES
 
@@ -25,9 +27,9 @@ def module_name(path: str, family: str) -> str:
 
 
 class Resolver:
-    """The index of one repository's files by the ends of their paths. Files are numbers: places in `paths`.
+    """The index of one repository's files by the ends of their paths. A file is its index in `paths`.
 
-    `declared` gives the packages and namespaces (file, name) that files say they belong to.
+    `declared` gives the packages and namespaces that files declare, as (file, name).
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Resolver:
             self.namespaces[name].append(file)
 
     def __call__(self, importer: int, name: str) -> list[int]:
-        """The files that `name`, imported by file `importer`, means; none if it is of another repository."""
+        """The files that file `importer` means by importing `name`; none if it is of another repository."""
         family, folder = self.families[importer], PurePosixPath(self.paths[importer]).parent
         if family == "rust":
             return self._rust(importer, name)
@@ -81,7 +83,7 @@ class Resolver:
         return self._nearest(importer, files)
 
     def _absolute(self, importer: int, family: str, name: str) -> list[int]:
-        """Python and the JVM: the import is the end of a path, or ends with one behind the package's name."""
+        """Python and the JVM: an import is the end of a path, perhaps behind the name of the repository."""
         if family == "jvm" and name.endswith("/*"):
             return self._nearest(importer, self.namespaces.get(name[:-2], []), MAX_TARGETS)
         files = self.suffixes.get((family, name), [])
@@ -96,9 +98,9 @@ class Resolver:
         return self._nearest(importer, files) or self._by_tail(family, name, 1)
 
     def _by_tail(self, family: str, name: str, limit: int) -> list[int]:
-        """The files whose whole name is the longest end of an import.
+        """The files whose full name is the longest possible end of an import.
 
-        What is cut off must end with the repository's name, unless two parts or more are left.
+        An end of one part counts only where the part before it is the repository's name.
         """
         parts, is_go = name.split("/"), family == "go"
         for start in range(0 if is_go else 1, len(parts)):
@@ -110,7 +112,7 @@ class Resolver:
         return self.modules.get((family, "."), [])[:limit] if is_root else []
 
     def _at_path(self, family: str, path: str) -> list[int]:
-        """The files at a path of the repository, whose ending may be missing."""
+        """The files at a path of the repository that may lack its ending."""
         flat = _flat(path)
         stem = module_name(flat, "js") if family == "js" and JS_ENDING.search(flat) else flat
         files = self.modules.get((family, flat)) or self.modules.get((family, stem))
@@ -134,32 +136,19 @@ class Resolver:
         return []
 
     def _nearest(self, importer: int, files: Sequence[int], limit: int = 1) -> list[int]:
-        """Of several: those with most leading folders in common with the importer, the shortest, by name."""
-        here = self.paths[importer].split("/")[:-1]
+        """The files nearest to the importer: most leading folders in common, then shortest path, then name."""
+        folders = self.paths[importer].split("/")[:-1]
 
         def rank(file: int) -> tuple[int, int, str]:
             path = self.paths[file]
-            return -shared_parts(here, path.split("/")[:-1]), len(path), path
+            return -len(commonprefix([folders, path.split("/")[:-1]])), len(path), path
 
         if len(files) <= 1:
             return list(files)
         return sorted((file for file in files if file != importer), key=rank)[:limit]
 
 
-def shared_parts(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many leading parts two paths have in common."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
 def _flat(path: str) -> str:
-    """A path without "." and ".."; one that leaves the repository becomes "\\0", which no file is called."""
-    parts: list[str] = []
-    for part in path.split("/"):
-        if part == "..":
-            if not parts:
-                return "\0"
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/".join(parts)
+    """A path without "." and inner ".."; "" for the root. One that leaves the repository begins with ".."."""
+    flat = normpath(path.lstrip("/"))
+    return "" if flat == "." else flat

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from codegemma.data.folder import load_tokenizer
 from codegemma.data.pack import Rows
 from codegemma.prompts import parse_fim
-from codegemma.tokenizer import Tokenizer
 
 WHY = {
     "node": "the middle is one syntax node, drawn in proportion to its size",
@@ -32,7 +31,7 @@ PARTS = ("prefix", "middle", "suffix")
 
 def parts(rows: Rows, number: int) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
     """(record, {prefix, middle, suffix}) of each example of a row, read back from its ids."""
-    tokenizer = _tokenizer(rows.files.tokenizer)
+    tokenizer = load_tokenizer(rows.files.tokenizer)
     tokens_T = rows[number]["tokens"]
     for record in rows.examples(number):
         ids = tokens_T[record["start"] : record["end"]].tolist()
@@ -44,11 +43,6 @@ def parts(rows: Rows, number: int) -> Iterator[tuple[dict[str, Any], dict[str, s
             yield record, {"prefix": "", "middle": text, "suffix": ""}
         else:
             yield record, {name: getattr(fim, name) for name in PARTS}
-
-
-@cache
-def _tokenizer(model: Path) -> Tokenizer:
-    return Tokenizer(model.read_bytes())
 
 
 def show(folder: str | Path, row: int = 0, console: Any = None) -> None:

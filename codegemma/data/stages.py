@@ -17,71 +17,94 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from codegemma.data import clean, dedup, fim, folder, graph, pack, tests_beside
+from codegemma.data import clean, dedup, fim, folder, pack
 from codegemma.data.documents import Document, Outcome
 from codegemma.data.draw import Draw
-from codegemma.data.folder import BuildFolder, StoredDocument, read_documents
+from codegemma.data.folder import BuildFolder, StoredDocument, load_tokenizer, read_documents
 from codegemma.data.recipe import BuildRecipe
 from codegemma.data.sources import Source, read
-from codegemma.tokenizer import Tokenizer
+from codegemma.data.tests_beside import group_files
 
 
 @dataclass(kw_only=True)
 class TaskResult:
-    """What a task reports: counts, its wall time, and the peak memory of its process."""
+    """What a task reports; a field that its stage does not count stays as it is here."""
 
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # inputs by outcome and reason, or examples by split
     documents: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
+    seconds: float = 0.0  # wall time
+    peak_bytes: int = 0  # of the memory of the process
+    # documents
+    source: str = ""
+    shards: int = 0
+    sha256: str = ""  # of the documents, in any order
+    # clean
+    redacted: dict[str, int] = field(default_factory=dict)  # replacements by kind
+    characters: int = 0
+    # order
+    files: dict[str, int] = field(default_factory=dict)  # by the rule that placed them
+    edges: int = 0
+    # rows
+    examples: int = 0
+    segments: int = 0
+    learned: int = 0  # tokens
+    kinds: list[str] = field(default_factory=list)  # of each row
+    filled: list[int] = field(default_factory=list)  # tokens of each row that are not padding
 
 
-Result = TypeVar("Result", bound=TaskResult)
+def total(results: Sequence[TaskResult]) -> TaskResult:
+    """The counts of several results added up."""
+    sums = TaskResult()
+    for name in ("documents", "characters", "edges", "examples", "segments", "learned"):
+        setattr(sums, name, sum(getattr(result, name) for result in results))
+    for name in ("counts", "redacted", "files"):
+        entries = Counter[str]()
+        for result in results:
+            entries.update(getattr(result, name))
+        setattr(sums, name, dict(sorted(entries.items())))
+    return sums
 
 
 @dataclass(frozen=True)
-class Task(ABC, Generic[Result]):
+class Task(ABC):
     """One unit of work of a stage: a number, what it reads, and the folder and recipe that it belongs to."""
 
     stage: ClassVar[str]
-    result_type: ClassVar[type[TaskResult]]
     folder: BuildFolder
     recipe: BuildRecipe
     number: int
 
     @abstractmethod
-    def run(self) -> Result:
+    def run(self) -> TaskResult:
         """Writes the task's files and returns its result."""
 
     @property
     def is_done(self) -> bool:
         return self.folder.result(self.stage, self.number).exists()
 
-    def result(self) -> Result:
+    def result(self) -> TaskResult:
         """The result of a task that is done."""
-        values = json.loads(self.folder.result(self.stage, self.number).read_text())
-        return self.result_type(**values)  # type: ignore[return-value]
+        return TaskResult(**json.loads(self.folder.result(self.stage, self.number).read_text()))
+
+    def write_outcomes(self, outcomes: Sequence[Outcome]) -> dict[str, int]:
+        """Writes the task's part of the ledger; returns how many inputs had each outcome and reason."""
+        folder.write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
+        return count(f"{each.outcome}: {each.reason}" if each.reason else each.outcome for each in outcomes)
 
 
-def run_task(task: Task[Result]) -> Result:
-    """Runs a task unless its result is there already, and returns the result."""
+def run_task(task: Task) -> None:
+    """Runs a task and writes its result, unless that exists already."""
     if task.is_done:
-        return task.result()
+        return
     start = time.perf_counter()
     result = task.run()
     result.seconds = time.perf_counter() - start
     result.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     folder.write_json(task.folder.result(task.stage, task.number), asdict(result))
-    return result
-
-
-def count_outcomes(outcomes: Iterable[Outcome]) -> dict[str, int]:
-    """How many inputs had each outcome and reason."""
-    return count(f"{each.outcome}: {each.reason}" if each.reason else each.outcome for each in outcomes)
 
 
 def count(names: Iterable[str]) -> dict[str, int]:
@@ -89,33 +112,15 @@ def count(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 
-@cache
-def _tokenizer(model: Path) -> Tokenizer:
-    return Tokenizer(model.read_bytes())
-
-
-@cache
-def _benchmarks(path: Path) -> dedup.Benchmarks:
-    return dedup.Benchmarks(sorted(path.glob("*")))
-
-
 # ---------------------------------------------------------------------------------------------------- stages
-@dataclass(kw_only=True)
-class ReadResult(TaskResult):
-    source: str
-    shards: int
-    sha256: str  # of the documents, in any order
-
-
 @dataclass(frozen=True)
-class ReadTask(Task[ReadResult]):
+class ReadTask(Task):
     """One source -> shards of documents, each sorted by the hash of their repository."""
 
     stage = "documents"
-    result_type = ReadResult
     source: Source
 
-    def run(self) -> ReadResult:
+    def run(self) -> TaskResult:
         outcomes: list[Outcome] = []
         documents: list[Document] = []
         hashes, size, shards = [], 0, 0
@@ -132,11 +137,10 @@ class ReadTask(Task[ReadResult]):
         if documents:
             self._write_shard(documents, shards)
             shards += 1
-        folder.write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
-        return ReadResult(
+        return TaskResult(
             source=self.source.name,
             shards=shards,
-            counts=count_outcomes(outcomes),
+            counts=self.write_outcomes(outcomes),
             documents=len(hashes),
             sha256=hashlib.sha256(b"".join(sorted(hashes))).hexdigest(),
         )
@@ -146,48 +150,38 @@ class ReadTask(Task[ReadResult]):
         folder.write_documents(self.folder.documents(self.number, shard), map(StoredDocument, by_key))
 
 
-@dataclass(kw_only=True)
-class CleanResult(TaskResult):
-    redacted: dict[str, int]
-    characters: int
-
-
 @dataclass(frozen=True)
-class CleanTask(Task[CleanResult]):
+class CleanTask(Task):
     """A shard of documents -> the cleaned shard."""
 
     stage = "clean"
-    result_type = CleanResult
     source: int  # the task that read it
     shard: int
     redistributed: bool
 
-    def run(self) -> CleanResult:
-        documents = read_documents(self.folder.documents(self.source, self.shard))
+    def run(self) -> TaskResult:
         cleaner = clean.Cleaner(
             self.recipe.quality(self.redistributed),
             clean.Unsafe(self.folder.unsafe_rules),
-            _tokenizer(self.folder.tokenizer),
+            load_tokenizer(self.folder.tokenizer),
         )
+        documents = read_documents(self.folder.documents(self.source, self.shard))
         results = [cleaner.clean(stored.document) for stored in documents]
         kept = [result for result in results if isinstance(result, Document)]
-        outcomes = [result for result in results if isinstance(result, Outcome)]
         folder.write_documents(self.folder.shard("clean", self.number), map(StoredDocument, kept))
-        folder.write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
-        return CleanResult(
+        return TaskResult(
             documents=len(kept),
-            counts=count_outcomes(outcomes),
+            counts=self.write_outcomes([result for result in results if isinstance(result, Outcome)]),
             redacted=dict(cleaner.redacted),
             characters=sum(len(document.text) for document in kept),
         )
 
 
 @dataclass(frozen=True)
-class SignTask(Task[TaskResult]):
+class SignTask(Task):
     """A cleaned shard -> MinHash signatures, bands sorted by key, and names with the benchmark they hold."""
 
     stage = "sign"
-    result_type = TaskResult
 
     def run(self) -> TaskResult:
         benchmarks = _benchmarks(self.folder.benchmarks)
@@ -211,15 +205,19 @@ class SignTask(Task[TaskResult]):
         return TaskResult(documents=len(names))
 
 
+@cache
+def _benchmarks(path: Path) -> dedup.Benchmarks:
+    return dedup.Benchmarks(sorted(path.glob("*")))
+
+
 @dataclass(frozen=True)
-class LinkTask(Task[TaskResult]):
+class LinkTask(Task):
     """One range of band keys over all shards -> pairs of documents whose signatures agree.
 
     A node is shard << 32 | row. `high` is None for the last range.
     """
 
     stage = "link"
-    result_type = TaskResult
     low: int
     high: int | None
     shards: int
@@ -245,22 +243,15 @@ class LinkTask(Task[TaskResult]):
         return TaskResult()
 
 
-@dataclass(kw_only=True)
-class OrderResult(TaskResult):
-    files: dict[str, int]  # by the rule that placed them
-    edges: int
-
-
 @dataclass(frozen=True)
-class OrderTask(Task[OrderResult]):
+class OrderTask(Task):
     """One range of repositories -> their documents in packed order, without duplicates; some are held out."""
 
     stage = "order"
-    result_type = OrderResult
     keys: range
     shards: int
 
-    def run(self) -> OrderResult:
+    def run(self) -> TaskResult:
         outcomes: list[Outcome] = []
         ordered: list[StoredDocument] = []
         held_out: list[StoredDocument] = []
@@ -268,25 +259,26 @@ class OrderTask(Task[OrderResult]):
         repositories = self._repositories(outcomes)
         for key, repository in sorted(repositories):
             documents = _unique_paths(repositories.pop((key, repository)), outcomes)
-            if Draw(self.recipe.seed, "held out", key).uniform() < self.recipe.hold_out:
+            is_held_out = Draw(self.recipe.seed, "held out", key).uniform() < self.recipe.hold_out
+            outcomes += [
+                document.outcome("kept", "held out" if is_held_out else "") for document in documents
+            ]
+            if is_held_out:
                 held_out += map(StoredDocument, documents)
-                outcomes += [document.outcome("kept", "held out") for document in documents]
                 continue
             groups, kept = group_files(documents)
             for group, (via, members) in enumerate(groups):
                 ordered += [StoredDocument(document, 0, group, via) for document in members]
-            outcomes += [document.outcome("kept") for document in documents]
             for edge in kept:
                 ends = {"source": documents[edge.source].path, "target": documents[edge.target].path}
                 edges.append({"repository": repository, **ends, "importance": edge.importance})
         folder.write_documents(self.folder.shard("order", self.number), ordered)
         if self.recipe.hold_out:
             folder.write_documents(self.folder.held_out(self.number), held_out)
-        folder.write_outcomes(self.folder.outcomes(self.stage, self.number), outcomes)
         types = dict.fromkeys(("repository", "source", "target"), "string") | {"importance": "float64"}
         folder.write_table(self.folder.graph(self.number), edges, types)
-        return OrderResult(
-            counts=count_outcomes(outcomes),
+        return TaskResult(
+            counts=self.write_outcomes(outcomes),
             files=count(stored.via or "" for stored in ordered),
             edges=len(edges),
             documents=len(ordered),
@@ -309,7 +301,7 @@ class OrderTask(Task[OrderResult]):
 
 @cache
 def _verdicts(path: Path) -> dict[int, tuple[str, str]]:
-    return {int(row): (reason, of) for row, reason, of in json.loads(path.read_text())}
+    return {int(row): (reason, detail) for row, reason, detail in json.loads(path.read_text())}
 
 
 def _unique_paths(documents: Iterable[Document], outcomes: list[Outcome]) -> list[Document]:
@@ -324,65 +316,27 @@ def _unique_paths(documents: Iterable[Document], outcomes: list[Outcome]) -> lis
     return unique
 
 
-def group_files(
-    documents: Sequence[Document],
-) -> tuple[list[tuple[str, list[Document]]], list[graph.Edge]]:
-    """(rule, files) of each group of a repository whose documents are sorted by path; and the graph's edges.
-
-    Each connected part of the graph is a group, then the files left over, tests beside what they test. A
-    test outside the graph whose implementation is in it joins that part.
-    """
-    if not documents or documents[0].kind != "code":
-        return [("alone", [document]) for document in documents], []
-    parts, kept = graph.order(documents[0].repository, documents)
-    tests = tests_beside.implementations({document.path: document.language for document in documents})
-    by_path = {document.path: document for document in documents}
-    covered = {documents[node].path for part in parts for node in part}
-    groups = []
-    for part in parts:
-        paths = [documents[node].path for node in part]
-        inside = set(paths)
-        guests = sorted(test for test, target in tests.items() if target in inside and test not in covered)
-        order = tests_beside.beside(paths + guests, {guest: tests[guest] for guest in guests})
-        groups.append(("graph", [by_path[path] for path in order]))
-        covered.update(guests)
-    rest = tests_beside.beside([path for path in by_path if path not in covered], tests)
-    return groups + ([("beside tests", [by_path[path] for path in rest])] if rest else []), kept
-
-
-@dataclass(kw_only=True)
-class RowsResult(TaskResult):
-    learned: int
-    examples: int
-    segments: int
-    kinds: list[str]  # of each row
-    filled: list[int]  # tokens of each row that are no padding
-
-
 @dataclass(frozen=True)
-class RowsTask(Task[RowsResult]):
+class RowsTask(Task):
     """One partition in packed order -> rows; kinds of the mix never share a row."""
 
     stage = "rows"
-    result_type = RowsResult
 
-    def run(self) -> RowsResult:
-        recipe, control = self.recipe, _tokenizer(self.folder.tokenizer).control
+    def run(self) -> TaskResult:
+        control = load_tokenizer(self.folder.tokenizer).control
         groups = self._groups()
-        kinds = sorted(groups, key=lambda kind: (kind != "code", kind))
-        packed = [pack.pack(groups.pop(kind), recipe.length, control.bos, control.pad or 0) for kind in kinds]
-        rows = pack.join(packed, recipe.length)
-        pack.save(rows, self.folder.rows(self.number))
+        kinds = [groups[kind] for kind in sorted(groups, key=lambda kind: (kind != "code", kind))]
+        rows = pack.pack(kinds, self.recipe.length, control.bos, control.pad or 0)
+        pack.save(rows, self.folder, self.number)
         kind_of = {example["row"]: example["kind"] for example in rows.examples}
         labels = [f"{name} {example[name]}" for example in rows.examples for name in ("layout", "boundary")]
-        filled = (rows.segments_RT > 0).sum(1)
-        return RowsResult(
+        return TaskResult(
             learned=int(rows.loss_RT.sum()),
             examples=len(rows.examples),
             segments=int(rows.segments_RT.max(1, initial=0).sum()),
             counts=count(labels),
             kinds=[kind_of[row] for row in range(len(rows.tokens_RT))],
-            filled=filled.tolist(),
+            filled=(rows.segments_RT > 0).sum(1).tolist(),
         )
 
     def _groups(self) -> dict[str, list[pack.RowGroup]]:
@@ -392,11 +346,11 @@ class RowsTask(Task[RowsResult]):
         for stored in read_documents(self.folder.shard("order", self.number)):
             document, via = stored.document, stored.via or ""
             of_kind = groups[document.kind]
-            place = (document.repository, stored.group, via)
-            if place != current or via == "alone":
+            group = (document.repository, stored.group, via)
+            if group != current or via == "alone":
                 of_kind.append(pack.RowGroup([], via))
-                current = place
-            for example in fim.fim([document], _tokenizer(self.folder.tokenizer), self.recipe):
+                current = group
+            for example in fim.fim([document], load_tokenizer(self.folder.tokenizer), self.recipe):
                 example = replace(example, order=stored.row)
                 if self.recipe.window and document.kind == "code":  # no window is the context of another
                     of_kind.append(pack.RowGroup([example], via))

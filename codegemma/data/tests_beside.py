@@ -1,7 +1,7 @@
-"""Unit tests beside what they test: the order of the files that the dependency graph leaves over.
+"""The files of a repository in groups: parts of the dependency graph, then the rest with tests beside files.
 
-By name first (test_foo.py, FooTest.java, foo.spec.ts, foo_test.go, Foo.Tests.cs; the report's own example is
-TestFoo.java beside Foo.java), the nearest folder winning.
+A test that the graph leaves over is matched by its name (test_foo.py, FooTest.java, foo.spec.ts, foo_test.go,
+Foo.Tests.cs), the nearest folder winning. The CodeGemma report's example is TestFoo.java beside Foo.java.
 """
 
 from __future__ import annotations
@@ -9,22 +9,24 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from pathlib import PurePosixPath
 
-from codegemma.data import syntax
-from codegemma.data.resolve import shared_parts
+from codegemma.data import graph, syntax
+from codegemma.data.documents import Document
 
 TEST_FOLDERS = frozenset(
     {"test", "tests", "__tests__", "spec", "specs", "testing", "unittest", "unittests", "androidTest"}
 )
-NAMES: dict[str, list[str]] = {  # the patterns of each language
+NEUTRAL_FOLDERS = TEST_FOLDERS | {"src", "main", "lib"}  # a test and its implementation may differ in these
+NAMES: dict[str, list[str]] = {  # language -> patterns of the names of its tests
     language: [pattern for kind in kinds for pattern in syntax.LANGUAGES["test_names"][kind]]
     for language, kinds in syntax.LANGUAGES["tests"].items()
 }
 
 
-def tested(path: str, language: str) -> list[str]:
-    """The names, without ending, of what a file tests; its own name where only its folder says "test"."""
+def tested_names(path: str, language: str) -> list[str]:
+    """Names, without ending, of what a file may test: its own name if only its folder is one of tests."""
     stem, folders = _stem(path), PurePosixPath(path).parts[:-1]
     names = [match[1] for pattern in NAMES.get(language, []) if (match := re.fullmatch(pattern, stem))]
     return names or ([stem] if TEST_FOLDERS & set(folders) and language in NAMES else [])
@@ -34,40 +36,56 @@ def _stem(path: str) -> str:
     return PurePosixPath(path).name.rpartition(".")[0] or PurePosixPath(path).name
 
 
-def implementations(files: Mapping[str, str]) -> dict[str, str]:
-    """test -> what it tests, for files given as path -> language."""
-    tests = {path: names for path, language in sorted(files.items()) if (names := tested(path, language))}
+def implementations(languages: Mapping[str, str]) -> dict[str, str]:
+    """test -> the file that it tests, given the language of each path."""
+    tests = {path: names for path, lang in sorted(languages.items()) if (names := tested_names(path, lang))}
     by_stem: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(files.keys() - tests.keys()):
+    for path in sorted(languages.keys() - tests.keys()):
         by_stem[_stem(path)].append(path)
     implementation_of = {}
-    for path, names in tests.items():
+    for test, names in tests.items():
+        language = languages[test]
         options = [
-            other
+            path
             for name in names
-            for other in by_stem.get(name, ())
-            if files[other] == files[path] or files[path] in ("tsx", "jsx", "cpp", "typescript")
+            for path in by_stem.get(name, ())
+            if languages[path] == language or language in ("tsx", "jsx", "cpp", "typescript")
         ]
         if options:
-            implementation_of[path] = min((*_distance(path, other), other) for other in options)[-1]
+            implementation_of[test] = min(options, key=lambda path: (*_distance(test, path), path))
     return implementation_of
 
 
-def _distance(test: str, other: str) -> tuple[int, int]:
-    """How far two files stand apart: without test folders, src and main; then by depth."""
-    neutral = TEST_FOLDERS | {"src", "main", "lib"}
-    folders = [PurePosixPath(path).parts[:-1] for path in (test, other)]
-    here, there = ([part for part in parts if part not in neutral] for parts in folders)
-    apart = len(here) + len(there) - 2 * shared_parts(here, there)
+def _distance(test: str, path: str) -> tuple[int, int]:
+    """How many folders lie between two files, neutral ones not counted; then the difference in depth."""
+    folders = [PurePosixPath(file).parts[:-1] for file in (test, path)]
+    counted = [[part for part in parts if part not in NEUTRAL_FOLDERS] for parts in folders]
+    apart = sum(map(len, counted)) - 2 * len(commonprefix(counted))
     return apart, abs(len(folders[0]) - len(folders[1]))
 
 
-def beside(paths: Sequence[str], tests: Mapping[str, str]) -> list[str]:
-    """`paths` in their order, each test moved to directly behind what it tests, if that is among them."""
-    present = set(paths)
-    moved: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        if tests.get(path) in present:
-            moved[tests[path]].append(path)
-    fixed = [path for path in paths if tests.get(path) not in present]
-    return [each for path in fixed for each in (path, *moved[path])]
+def group_files(
+    documents: Sequence[Document],
+) -> tuple[list[tuple[str, list[Document]]], list[graph.Edge]]:
+    """(rule, files) of each group of a repository whose documents are sorted by path; and the graph's edges.
+
+    Each connected part of the graph is a group, and so are the files left over. A test outside the graph
+    stands directly behind its implementation, whichever group that is in.
+    """
+    if not documents or documents[0].kind != "code":
+        return [("alone", [document]) for document in documents], []
+    parts, edges = graph.order(documents[0].repository, documents)
+    tests = implementations({document.path: document.language for document in documents})
+    in_graph = {node for part in parts for node in part}
+    tests_of: dict[str, list[Document]] = defaultdict(list)
+    rest: list[Document] = []
+    for node, document in enumerate(documents):
+        if node not in in_graph:
+            target = tests.get(document.path)
+            (tests_of[target] if target else rest).append(document)
+    groups = [("graph", [documents[node] for node in part]) for part in parts]
+    groups += [("beside tests", rest)] if rest else []
+    with_tests = [
+        (rule, [each for file in files for each in (file, *tests_of[file.path])]) for rule, files in groups
+    ]
+    return with_tests, edges
