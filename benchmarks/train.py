@@ -46,7 +46,7 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
     from codegemma.jax.forward import params_of
     from codegemma.train.lora import new_lora
     from codegemma.train.loss import BLOCK
-    from codegemma.train.objective import flops_of, gradient
+    from codegemma.train.objective import Objective, flops_of
     from codegemma.train.optimizer import optimizer, schedule
     from codegemma.train.order import microbatches
     from codegemma.train.session import prepare_process, trim_heap
@@ -58,7 +58,7 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
     dtype: Any = "bfloat16" if "bfloat16" in name else "float32"
     remat: Any = REMAT.get(name, "none")
     settings = TrainingSettings(remat=remat, dtype=dtype)
-    kept: Any = {"blocks": "own"} if kernels else {"dtype": jax.numpy.dtype(dtype)}
+    kept: Any = {"blocks": "stored"} if kernels else {"dtype": jax.numpy.dtype(dtype)}
     base = params_of(checkpoint, **kept)
     lora = new_lora(base, rank)
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
 
     @partial(jax.jit, compiler_options=compiler_options(remat))
     def step(lora, moments, base):
-        (loss, _), gradients = gradient(config, settings)(lora, base, batch)
+        (loss, _), gradients = Objective(config, settings).gradient(lora, base, batch)
         changes, moments = rule.update(gradients, moments, lora)
         return jax.tree.map(lambda a, b: a + b, lora, changes), moments, loss
 

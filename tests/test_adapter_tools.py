@@ -124,8 +124,8 @@ def test_differences_are_paired_with_the_base_models_own_answers(tmp_path):
         "low": 0.25,
         "high": 0.25,
     }
-    for written in (new, base):
-        (tmp_path / f"{written['label']}.json").write_text(json.dumps(written))
+    for results in (new, base):
+        (tmp_path / f"{results['label']}.json").write_text(json.dumps(results))
     lines = adapter_eval.table(tmp_path).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| new"] and {
         line.count("|") for line in lines
@@ -155,11 +155,12 @@ def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
         for number in range(len(rows)):
             row = rows[number]
             for segment in range(1, row["segments"].max() + 1):
-                here = row["segments"] == segment
+                in_segment = row["segments"] == segment
                 layouts = {
                     example["layout"] for example in rows.examples(number) if example["segment"] == segment
                 }
-                yield row["tokens"][here].tobytes() + row["loss"][here].tobytes(), layouts, int(here.sum())
+                data = row["tokens"][in_segment].tobytes() + row["loss"][in_segment].tobytes()
+                yield data, layouts, int(in_segment.sum())
 
     assert adapter_data.choose("s", cache) == len(Rows(cache / "rows" / "s"))
     wanted = sorted(

@@ -20,6 +20,7 @@ from codegemma.jax.compiler import configure_xla
 from codegemma.jax.forward import (
     AttentionMask,
     Cache,
+    LoraParams,
     attend,
     attend_at_once,
     forward,
@@ -28,7 +29,6 @@ from codegemma.jax.forward import (
     unembed,
 )
 from codegemma.native import Native
-from codegemma.train.lora import lora_of
 
 configure_xla()  # before the first test computes
 
@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_native_engine(kind):
     model, ids = checkpoint(kind), random_ids(80)
     adapter = random_adapter(model.config, ranks=(4, 2), tokens=(69, 300))
     params = params_of(model)
-    for changed, lora in ((model, None), (merge(model, adapter), lora_of(adapter))):
+    for changed, lora in ((model, None), (merge(model, adapter), LoraParams.of(adapter))):
         arrays = {name: tensor.float32() for name, tensor in changed.tensors.items()}
         bound = 2 * reference.tolerance(model.config, arrays, ids)
         theirs = Engine(Native(changed, 1)).logits(ids)
@@ -87,7 +87,7 @@ def test_logits_are_those_of_the_native_engine(kind):
 
 
 @pytest.mark.parametrize("type", ["F16", "BF16", "Q8_0", "Q4_0"])
-def test_params_of_decodes_what_a_file_holds(type):
+def test_params_of_decodes_the_values_of_a_file(type):
     model = checkpoint("gemma3", type)
     params = params_of(model, jnp.float32)
     assert params.keys() == model.tensors.keys()
@@ -104,13 +104,15 @@ def test_params_of_decodes_what_a_file_holds(type):
 def test_blocks_give_the_logits_of_their_values(type):
     """Weights that stay as the file holds them, through the engine's products, on the adapter's side too."""
     model, ids = checkpoint("gemma2", type, layers=2), random_ids(24)
-    lora = lora_of(random_adapter(model.config, tokens=(69, 300)))
-    kept, decoded = (params_of(model, jnp.float32, blocks=blocks) for blocks in ("own", "none"))
+    lora = LoraParams.of(random_adapter(model.config, tokens=(69, 300)))
+    stored, decoded = (params_of(model, jnp.float32, blocks=blocks) for blocks in ("stored", "none"))
     values = {name: dequantize(tensor) for name, tensor in model.tensors.items()}
     bound = 2 * reference.tolerance(model.config, values, ids)
-    assert np.abs(logits(model.config, kept, ids) - reference.logits(model.config, values, ids)).max() < bound
     assert (
-        np.abs(logits(model.config, kept, ids, lora) - logits(model.config, decoded, ids, lora)).max()
+        np.abs(logits(model.config, stored, ids) - reference.logits(model.config, values, ids)).max() < bound
+    )
+    assert (
+        np.abs(logits(model.config, stored, ids, lora) - logits(model.config, decoded, ids, lora)).max()
         < 2 * bound
     )
 
@@ -131,33 +133,31 @@ def test_a_cache_changes_nothing(kind):
     """Two sequences at different places, in chunks of several sizes, in a cache larger than they are."""
     config, params = tiny(kind)
     ids_BT = np.stack([random_ids(41, seed) for seed in (1, 2)])
-    whole = np.stack([logits(config, params, ids) for ids in ids_BT])
-    step = jax.jit(lambda params, ids, at, cache: forward(params, ids, config, positions_BT=at, cache=cache))
-    empty = jnp.zeros((config.layers, 2, 48, config.kv_heads, config.head_width))
-    cache, at = Cache(empty, empty), np.array([0, 0])
-    done = [[], []]
-    for size, lag in (
-        (16, 3),
-        (1, 0),
-        (1, 0),
-        (16, 5),
-        (1, 0),
-    ):  # the second sequence takes `lag` tokens fewer
-        sizes = np.array([size, size - lag])
-        at_BT = np.where(
-            np.arange(size) < sizes[:, None], at[:, None] + np.arange(size), 48
-        )  # slot 48: nowhere
-        given_BT = np.stack(
-            [np.resize(ids[start : start + n], size) for ids, start, n in zip(ids_BT, at, sizes, strict=True)]
+    uncached = np.stack([logits(config, params, ids) for ids in ids_BT])
+    step = jax.jit(
+        lambda params, ids, positions, cache: forward(
+            params, ids, config, positions_BT=positions, cache=cache
         )
-        hidden_BTD, cache = step(params, given_BT, at_BT, cache)
+    )
+    empty = jnp.zeros((config.layers, 2, 48, config.kv_heads, config.head_width))
+    cache, starts = Cache(empty, empty), np.array([0, 0])
+    rows = [[], []]
+    # the second sequence takes `lag` tokens fewer
+    for size, lag in ((16, 3), (1, 0), (1, 0), (16, 5), (1, 0)):
+        sizes = np.array([size, size - lag])
+        positions_BT = starts[:, None] + np.arange(size)
+        positions_BT = np.where(np.arange(size) < sizes[:, None], positions_BT, 48)  # no slot 48 exists
+        chunk_BT = np.stack(
+            [np.resize(ids[i : i + n], size) for ids, i, n in zip(ids_BT, starts, sizes, strict=True)]
+        )
+        hidden_BTD, cache = step(params, chunk_BT, positions_BT, cache)
         for b, n in enumerate(sizes):
-            done[b] += list(np.asarray(unembed(params, hidden_BTD[b, :n], config)))
-        at = at + sizes
+            rows[b] += list(np.asarray(unembed(params, hidden_BTD[b, :n], config)))
+        starts = starts + sizes
     bound = 2 * reference.tolerance(config, params, ids_BT[0])
     for b in range(2):
-        assert np.abs(np.array(done[b]) - whole[b, : len(done[b])]).max() < bound
-    assert isinstance(cache, Cache) and len(done[0]) == 35
+        assert np.abs(np.array(rows[b]) - uncached[b, : len(rows[b])]).max() < bound
+    assert isinstance(cache, Cache) and len(rows[0]) == 35
 
 
 def packed(parts, length):
@@ -178,10 +178,9 @@ def test_packed_segments_are_separate_texts(kind):
     def second_segment(params, tokens_BT, positions_BT, segments_BT):
         hidden, _ = forward(params, tokens_BT, config, positions_BT=positions_BT, segments_BT=segments_BT)
         rows = unembed(params, hidden, config)[0]
-        at = np.arange(12, 31)  # the second segment
-        return -jnp.take_along_axis(
-            jax.nn.log_softmax(rows[at[:-1]]), tokens_BT[0, at[1:], None], 1
-        ).sum(), rows
+        positions = np.arange(12, 31)  # of the second segment
+        logprobs = jax.nn.log_softmax(rows[positions[:-1]])
+        return -jnp.take_along_axis(logprobs, tokens_BT[0, positions[1:], None], 1).sum(), rows
 
     step = jax.jit(jax.value_and_grad(second_segment, has_aux=True))
     (loss, rows), gradient = step(params, *packed(parts, 48))
@@ -241,7 +240,7 @@ def test_attention_in_parts_and_by_kernels_is_attention(T, window, cap):
 def test_remat_changes_nothing(kind):
     """Neither hidden states nor gradients, beyond the roundoff that another order of fusions costs."""
     config, params = tiny(kind, layers=3)
-    ids, lora = random_ids(24)[None], lora_of(random_adapter(tiny_config(kind, layers=3), tokens=(69,)))
+    ids, lora = random_ids(24)[None], LoraParams.of(random_adapter(config, tokens=(69,)))
 
     def loss(trained, remat):
         hidden, _ = forward(trained[0], ids, config, trained[1], remat=remat)
@@ -281,8 +280,8 @@ def test_remat_of_products_computes_no_product_of_the_base_twice():
 def test_the_compilers_sums_are_right():
     """jax-ml/jax#39103: without the flag that configure_xla sets, jaxlib 0.10.2 gets the last rows wrong."""
     x = jnp.stack([jnp.arange(32_769, dtype=jnp.float32), *[jnp.zeros(32_769)] * 2], 1)
-    made = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)
-    assert float(made[-1]) == 32_768.0**2
+    sums = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)
+    assert float(sums[-1]) == 32_768.0**2
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
@@ -313,8 +312,8 @@ def test_jit_and_eager_gradients_agree_at_real_widths(kind):
         logits_TV = unembed(params, forward(params, ids, config)[0], config)[0]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits_TV[:-1]), ids[0, 1:, None], 1).mean()
 
-    made = jax.jit(jax.grad(loss))(params)
+    jitted = jax.jit(jax.grad(loss))(params)
     with jax.disable_jit():
         plain = jax.grad(loss)(params)
     for name in params:  # roundoff grows by the depth of the sums; a fault by thousands
-        assert np.linalg.norm(made[name] - plain[name]) < 1e-4 * np.linalg.norm(plain[name]), name
+        assert np.linalg.norm(jitted[name] - plain[name]) < 1e-4 * np.linalg.norm(plain[name]), name

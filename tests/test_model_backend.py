@@ -91,11 +91,11 @@ def test_adapters_run_beside_the_base():
     )
 
 
-def test_logits_after_cached_pages_are_those_of_the_whole_text():
+def test_logits_after_cached_pages_are_those_of_the_complete_text():
     checkpoint = model("gemma2")
     engine, ids = Engine(Jax(checkpoint)), random_ids(2 * PAGE + 5)
-    whole = engine.logits(ids)
-    assert np.abs(whole - Engine(Native(checkpoint, 1)).logits(ids)).max() < bound(checkpoint, ids)
+    before = engine.logits(ids)
+    assert np.abs(before - Engine(Native(checkpoint, 1)).logits(ids)).max() < bound(checkpoint, ids)
     for start in (1, PAGE, PAGE + 7):  # a page, its edge, the middle of the next
         other = [*ids[:start], *random_ids(30, seed=start)[1:]]
         first = engine.generate(Request(other, max_tokens=1, top_logprobs=3)).steps[0]
@@ -104,9 +104,8 @@ def test_logits_after_cached_pages_are_those_of_the_whole_text():
         assert max(abs(a[1] - b[1]) for a, b in zip(first.top, fresh.top, strict=True)) < bound(
             checkpoint, other
         )
-    assert np.abs(engine.logits(ids) - whole).max() < bound(
-        checkpoint, ids
-    )  # nobody wrote into a shared page
+    # no run has written into a shared page
+    assert np.abs(engine.logits(ids) - before).max() < bound(checkpoint, ids)
 
 
 def test_a_cancelled_run_leaves_the_cache_usable(tmp_path):
@@ -115,12 +114,12 @@ def test_a_cancelled_run_leaves_the_cache_usable(tmp_path):
     cancel = Cancel()
     cancel.set()
     assert engine.backend.run([engine.claim(engine.start(Request(ids)), ids, 1)], cancel) is None
-    want = engine.generate(Request(ids, max_tokens=4)).ids
+    expected = engine.generate(Request(ids, max_tokens=4)).ids
     engine.cache.save(tmp_path / "cache")
     loaded = Engine(Jax(checkpoint))
     assert loaded.cache.load(tmp_path / "cache")
-    made = loaded.generate(Request(ids, max_tokens=4))
-    assert made.ids == want and made.cached_tokens == len(ids) - 1
+    result = loaded.generate(Request(ids, max_tokens=4))
+    assert result.ids == expected and result.cached_tokens == len(ids) - 1
     with pytest.warns(UserWarning, match="another model"):
         assert not Engine(Native(checkpoint, 1)).cache.load(tmp_path / "cache")
 

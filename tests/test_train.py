@@ -1,6 +1,6 @@
 """The laws of training: loss, gradients, parity with PyTorch and peft, order, resumption, meshes.
 
-`tests/training.py` runs in processes of its own what needs them: kills, meshes of 8 devices, two hosts.
+`tests/training.py` runs the cases that need separate processes: kills, meshes of 8 devices, two hosts.
 """
 
 import json
@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,10 +26,9 @@ from codegemma.jax.forward import LoraParams
 from codegemma.native.xla import Blocks
 from codegemma.train import loss as losses
 from codegemma.train import mesh
-from codegemma.train.loop import train
-from codegemma.train.lora import adapter_of, lora_of, new_lora
+from codegemma.train.lora import adapter_of, new_lora
 from codegemma.train.loss import BLOCK, cross_entropy
-from codegemma.train.objective import flops_of, gradient, objective
+from codegemma.train.objective import Objective, flops_of
 from codegemma.train.optimizer import optimizer, schedule
 from codegemma.train.order import Microbatch, Order, Sample, microbatches
 from codegemma.train.session import Session
@@ -42,7 +40,7 @@ CASES = sorted({name.split("/")[0] for name in GOLDEN.files} - {"versions"})
 
 # ------------------------------------------------------------------------------------------------------ loss
 def dense(h_MD, targets_M, table_VD, rows_RD, ids, cap, z):
-    """(nats [M], gradients of their weighted sum) in float64 NumPy, from whole logits."""
+    """(nats [M], hits [M], gradients of the nats' weighted sum) in float64 NumPy, from all logits at once."""
     table = table_VD.astype(np.float64)
     table[list(ids)] = rows_RD
     h, M = h_MD.astype(np.float64), len(h_MD)
@@ -51,13 +49,13 @@ def dense(h_MD, targets_M, table_VD, rows_RD, ids, cap, z):
     lse = np.log(np.exp(logits).sum(-1))
     nats = lse - logits[np.arange(M), targets_M] + z * lse**2
     weights_M = np.arange(1.0, M + 1)
-    push = np.exp(logits - lse[:, None]) * (1 + 2 * z * lse)[:, None]
-    push[np.arange(M), targets_M] -= 1
-    push *= weights_M[:, None] * (1 - (logits / cap) ** 2 if cap else 1)
-    table_gradient = push.T @ h
+    slope = np.exp(logits - lse[:, None]) * (1 + 2 * z * lse)[:, None]
+    slope[np.arange(M), targets_M] -= 1
+    slope *= weights_M[:, None] * (1 - (logits / cap) ** 2 if cap else 1)
+    table_gradient = slope.T @ h
     rows_gradient = table_gradient[list(ids)]
     table_gradient[list(ids)] = 0
-    return nats, logits.argmax(-1) == targets_M, push @ table, table_gradient, rows_gradient
+    return nats, logits.argmax(-1) == targets_M, slope @ table, table_gradient, rows_gradient
 
 
 @pytest.mark.parametrize(
@@ -141,9 +139,7 @@ def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch, kernels, V,
         h, rows, Blocks.of(tensor)
     )
     wanted, right, h_wanted, _, rows_wanted = dense(h, targets, dequantize(tensor), rows, ids, cap, 0.0)
-    error = (
-        2.0**-18 * np.abs(h_wanted).max()
-    )  # logits of 20 err by some roundoffs of it, and exponentials by as much
+    error = 2.0**-18 * np.abs(h_wanted).max()  # logits of 20 and their exponentials err by some roundoffs
     assert np.abs(loss.nats_M - wanted).max() < error and (np.asarray(loss.right_M) == right).all()
     assert (
         np.abs(gradients[0] - h_wanted).max() < error
@@ -212,15 +208,14 @@ def test_a_sample_of_the_vocabulary_gives_the_loss_on_average():
     sample, again, other = draw(5, [batch]), draw(5, [batch]), draw(6, [batch])
     assert all(np.array_equal(a, b) for a, b in zip(sample, again, strict=True))
     assert not np.array_equal(sample[0], other[0])
-    assert len(sample.numbers_S) == len(
-        set(sample.numbers_S)
+    assert len(sample.tokens_S) == len(
+        set(sample.tokens_S)
     ) == 1000 and sample.weights_S.sum() == pytest.approx(V)
-    certain = set(sample.numbers_S[sample.weights_S == 1])
+    certain = set(sample.tokens_S[sample.weights_S == 1])
     assert certain >= set(np.asarray(targets)) | set(np.bincount(tokens.reshape(-1)).argsort()[-50:])
     many = [measure(h, rows, draw(step, [batch])) for step in range(300)]
-    normaliser = np.array(
-        [np.exp(np.asarray(nats - exact, np.float64)) for (_, nats), _ in many]
-    )  # estimated over exact
+    ratios = [np.exp(np.asarray(nats - exact, np.float64)) for (_, nats), _ in many]
+    normaliser = np.array(ratios)  # estimated over exact
     assert (
         np.abs(normaliser.mean(0) - 1) < 5 * normaliser.std(0) / 300**0.5
     ).all() and 0.01 < normaliser.std(0).max() < 1
@@ -239,8 +234,8 @@ def test_a_sample_of_the_vocabulary_gives_the_loss_on_average():
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_memory_is_a_chunk_of_logits(trained):
-    """Whole logits of 2,048 targets would be 512 MB; what the step needs beside its inputs and results
-    are a few chunks of 32 MB and a few arrays as large as the table or the states."""
+    """All logits of 2,048 targets would be 512 MB. Beside its inputs and results, the step needs a few chunks
+    of 32 MB and a few arrays as large as the table or the hidden states."""
     V, D, M = 65_536, 32, 2048
     kinds = ((M, D), jnp.float32), ((V, D), jnp.float32), ((M,), jnp.int32)
     shapes = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
@@ -286,7 +281,7 @@ def test_twenty_steps_are_those_of_pytorch(case, tmp_path):
     )
     order = training.InOrder([rows], ids[0].size)
     with Session(config, params if lora else None, lora or params, order, settings, tmp_path) as session:
-        reports = list(train(session))
+        reports = list(session.train())
     ended, _ = training.result(tmp_path)
     error = 8 * float(GOLDEN[f"{case}/losses_error"])
     assert np.abs(np.array([report.loss for report in reports]) - GOLDEN[f"{case}/losses"]).max() < error
@@ -313,7 +308,7 @@ def test_a_new_adapter_changes_nothing_and_becomes_an_adapter():
         8,
         [67, 69],
     )
-    again = lora_of(adapter)
+    again = LoraParams.of(adapter)
     assert (again.scale, again.ids) == (lora.scale, lora.ids)
     jax.tree.map(np.testing.assert_array_equal, again.weights, lora.weights)
 
@@ -337,9 +332,7 @@ def test_a_terminator_of_weight_three_counts_as_three():
     assert 0 < sum(row["loss"].sum() for row in ends) < sum(row["loss"].sum() for row in rows)
 
     def weighted(rows, weight):
-        loss = partial(
-            objective, config=config, settings=TrainingSettings(end_weight=weight), terminators=(7,)
-        )
+        loss = Objective(config, TrainingSettings(end_weight=weight), (7,)).loss
         (total, (nats_M, _)), gradient = jax.value_and_grad(loss, has_aux=True)(
             lora, params, next(microbatches(rows, 2))
         )
@@ -370,7 +363,7 @@ def test_a_step_is_computed_in_its_precision_forward_and_backward(precision, rou
     config, params = in_blocks(2)
     batch = next(microbatches([training.row(np.arange(24) % 9 + 3, np.arange(24) > 8)], 1))
     lowered = (
-        jax.jit(gradient(config, TrainingSettings(precision=precision)))
+        jax.jit(Objective(config, TrainingSettings(precision=precision)).gradient)
         .lower(new_lora(params, 4), params, batch)
         .as_text()
     )
@@ -391,18 +384,17 @@ def test_remat_saves_memory_and_computes_no_kept_product_again():
     batch = next(microbatches(rows, 4))
     held, calls = {}, {}
     for remat in ("none", "products", "layer"):
-        settings = TrainingSettings(remat=remat)
-        made = (
+        compiled = (
             jax.jit(
-                jax.grad(partial(objective, config=config, settings=settings), has_aux=True),
-                compiler_options=compiler_options(settings),
+                jax.grad(Objective(config, TrainingSettings(remat=remat)).loss, has_aux=True),
+                compiler_options=compiler_options(remat),
             )
             .lower(lora, params, batch)
             .compile()
         )
         held[remat], calls[remat] = (
-            made.memory_analysis().temp_size_in_bytes,
-            made.as_text().count("custom-call("),
+            compiled.memory_analysis().temp_size_in_bytes,
+            compiled.as_text().count("custom-call("),
         )
     assert held["layer"] < 0.5 * held["products"] < 0.4 * held["none"]
     assert calls["none"] == calls["products"] < calls["layer"]
@@ -464,16 +456,15 @@ def test_microbatches_hold_every_target_once():
         if row["loss"][t] and row["segments"][t] == row["segments"][t - 1]
     )
     for size, parts, block in ((7, 1, 1), (2, 2, 16), (4, 4, 1), (8, 2, 256)):
-        found = []
+        targets = []
         for number, batch in enumerate(microbatches(rows, size, parts, block)):
             assert batch.index_CM.shape[1] % block == 0 and len(batch.tokens_BT) == size
             for part, count in enumerate(batch.count_C):
-                for at, target in zip(
-                    batch.index_CM[part, :count], batch.targets_CM[part, :count], strict=True
-                ):
-                    row, t = divmod(int(at), 32)
-                    found.append((number * size + part * (size // parts) + row, t + 1, int(target)))
-        assert sorted(found) == wanted
+                pairs = zip(batch.index_CM[part, :count], batch.targets_CM[part, :count], strict=True)
+                for index, target in pairs:
+                    row, t = divmod(int(index), 32)
+                    targets.append((number * size + part * (size // parts) + row, t + 1, int(target)))
+        assert sorted(targets) == wanted
 
 
 # -------------------------------------------------------------------------- microbatches, resumption, meshes
@@ -483,7 +474,7 @@ def steps(folder, **options):
 
 
 def near(ours, theirs, roundoffs=2**10):
-    """After three steps, losses and weights differ by what another order of sums costs.
+    """After three steps, losses and weights differ by no more than another order of the sums explains.
 
     Adam divides by the gradient's size, so an error relative to a tensor's gradient is one relative to the
     learning rate.
@@ -495,19 +486,19 @@ def near(ours, theirs, roundoffs=2**10):
 
 
 @pytest.fixture(scope="module")
-def uncut(tmp_path_factory):
+def unsplit(tmp_path_factory):
     return {kind: steps(tmp_path_factory.mktemp(kind), kind=kind) for kind in ("full", "lora")}
 
 
-def test_the_microbatch_does_not_change_the_step(uncut, tmp_path):
-    near(steps(tmp_path, kind="full", micro_tokens=64), uncut["full"])
+def test_the_microbatch_does_not_change_the_step(unsplit, tmp_path):
+    near(steps(tmp_path, kind="full", micro_tokens=64), unsplit["full"])
 
 
 def test_a_folder_is_not_overwritten_and_other_settings_do_not_resume(tmp_path):
     steps(tmp_path, kind="lora")
     with pytest.raises(ValueError, match="holds a training run"):
         steps(tmp_path, kind="lora")
-    with pytest.raises(ValueError, match="holds a run with other batch_tokens, rows, settings|with other"):
+    with pytest.raises(ValueError, match=r"holds a run with other options \(seed 0, not 5\): resume it"):
         steps(tmp_path, kind="lora", resume=True, seed=5)
 
 
@@ -538,11 +529,11 @@ def finished(process):
     return out
 
 
-def test_the_kernels_take_the_same_steps_as_jax_alone(uncut, tmp_path):
-    """Whole models, packed rows, three steps of an adapter; held-out losses too. In bfloat16 nearly."""
-    near(steps(tmp_path / "a", kind="qlora"), uncut["lora"])
+def test_kernels_take_the_same_steps_as_jax_alone(unsplit, tmp_path):
+    """Three steps of an adapter on packed rows; in bfloat16, with nearly the same losses."""
+    near(steps(tmp_path / "a", kind="qlora"), unsplit["lora"])
     _, rounded = steps(tmp_path / "b", kind="qlora", precision="bfloat16")
-    assert np.abs(np.subtract(rounded, uncut["lora"][1])).max() < 0.01
+    assert np.abs(np.subtract(rounded, unsplit["lora"][1])).max() < 0.01
 
 
 @pytest.mark.parametrize("kind", ["full", "qlora"])
@@ -576,32 +567,32 @@ def checkpoints(folder):
 MESHES = ("fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
 
 
-def test_meshes_of_eight_devices_do_not_change_the_step(uncut, tmp_path):
+def test_meshes_of_eight_devices_do_not_change_the_step(unsplit, tmp_path):
     """Full and LoRA on each mesh, in one process.
 
     Parameters and moments are really divided, and a checkpoint of one mesh is resumed on another.
     """
     divided = json.loads(finished(child(tmp_path, devices=8, meshes=MESHES)).splitlines()[-1])
     for places in MESHES:
-        near(training.result(tmp_path / f"full {places}"), uncut["full"])
+        near(training.result(tmp_path / f"full {places}"), unsplit["full"])
         parts = 4 if "data" in places else 8
         assert divided[places] == {"embed": parts, "q": parts, "moment of down": parts, "norm": 1}
-    near(training.result(tmp_path / f"lora {MESHES[-1]}"), uncut["lora"])
-    near(training.result(tmp_path / "moved"), uncut["full"])
+    near(training.result(tmp_path / f"lora {MESHES[-1]}"), unsplit["lora"])
+    near(training.result(tmp_path / "moved"), unsplit["full"])
 
 
-def test_two_hosts_do_not_change_the_step(uncut, tmp_path):
+def test_two_hosts_do_not_change_the_step(unsplit, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     hosts = [child(tmp_path, mesh="fsdp=2", host=[f"127.0.0.1:{port}", 2, i]) for i in range(2)]
     for host in hosts:
         finished(host)
-    near(training.result(tmp_path), uncut["full"])
+    near(training.result(tmp_path), unsplit["full"])
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "rows=2", "fsdp=1,,tensor=1", "fsdp=3", "fsdp=2,fsdp=1"])
-def test_a_mesh_that_cannot_be_is_refused(text):
+def test_invalid_meshes_are_refused(text):
     with pytest.raises(ValueError, match="mesh"):
         mesh.make(text)
     assert mesh.make(None) is None

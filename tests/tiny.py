@@ -1,6 +1,4 @@
-"""Tiny random models, made on the spot: configs of each architecture, weights, files, and a plain block
-decoder.
-"""
+"""Tiny random models: configs of each architecture, weights, adapters, files, and a plain block decoder."""
 
 from __future__ import annotations
 
@@ -55,22 +53,20 @@ def tiny_config(kind: str, **changes: Any) -> ModelConfig:
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """float32 weights by our names, scaled as a trained model's; norms near 1, the 1 included."""
+    """float32 weights by our names, scaled like a trained model's; norm factors, 1 + w, are near 1."""
     rng = np.random.default_rng(seed)
     return {
-        place.name: (
-            rng.normal(1.0, 0.1, place.shape)
-            if place.is_norm
-            else rng.normal(0.0, place.shape[-1] ** -0.5, place.shape)
+        location.name: (
+            rng.normal(1.0, 0.1, location.shape)
+            if location.is_norm
+            else rng.normal(0.0, location.shape[-1] ** -0.5, location.shape)
         ).astype(np.float32)
-        for place in tensor_locations(config, "gguf")
+        for location in tensor_locations(config, "gguf")
     }
 
 
 def encode(values: np.ndarray, type: str, seed: int = 0) -> Tensor:
-    """A tensor of `values` in an unquantised type; of a quantised type, random valid blocks of about their
-    size.
-    """
+    """`values` in an unquantised type; for a quantised type, random valid blocks of about the same size."""
     values = np.ascontiguousarray(values, np.float32)
     if type == "F32":
         return ArrayTensor.of(values)
@@ -97,9 +93,7 @@ _SCALES = {
 
 
 def random_blocks(type: str, shape: tuple[int, ...], std: float = 1.0, seed: int = 0) -> Tensor:
-    """Random bytes are valid blocks once their float16 scales are small numbers (both signs, for d and the
-    minimum).
-    """
+    """Blocks of random bytes whose float16 scales, d and the minimum, are small numbers of both signs."""
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (*shape[:-1], row_bytes(type, shape[-1])), np.uint8)
     blocks = raw.reshape(-1, BLOCKS[type][1])
@@ -111,9 +105,7 @@ def random_blocks(type: str, shape: tuple[int, ...], std: float = 1.0, seed: int
 
 
 def fitting(type: str, width: int) -> str:
-    """The type, or the one that takes its place where blocks do not fill a row (as llama.cpp's quantiser
-    does).
-    """
+    """The type, or its substitute where blocks do not fill a row, as llama.cpp's quantiser chooses it."""
     return next(name for name in (type, "Q8_0", "F32") if width % BLOCKS[name][0] == 0)
 
 
@@ -126,9 +118,7 @@ def tiny_tensors(config: ModelConfig, type: str = "F32", seed: int = 0) -> dict[
 
 
 def tiny_pieces(config: ModelConfig) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Pieces, scores and types of a small vocabulary with Gemma's control ids, all bytes, and printable
-    ASCII.
-    """
+    """Pieces, scores and types of a small vocabulary: Gemma's control ids, all bytes, printable ASCII."""
     turn = 105 if config.architecture == "gemma3" else 106
     special = {
         0: "<pad>",
@@ -148,7 +138,7 @@ def tiny_pieces(config: ModelConfig) -> tuple[list[str], np.ndarray, np.ndarray]
         }
     pieces = [special.get(token, f"<unused{token}>") for token in range(108)]
     kinds = [2 if token == 3 else 3 if token in (0, 1, 2, 4) else 4 for token in range(108)]
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     letters = ["▁", "\n", *map(chr, range(33, 127))]
     merged = [
         "▁▁",
@@ -171,7 +161,7 @@ def tiny_pieces(config: ModelConfig) -> tuple[list[str], np.ndarray, np.ndarray]
     normal += [f"~{number}" for number in range(config.vocab - len(pieces) - 256 - len(normal))]
     scores = [0.0] * (len(pieces) + 256) + [-float(rank) for rank in range(len(normal))]
     kinds += [6] * 256 + [1] * len(normal)
-    return pieces + bytes_ + normal, np.array(scores, "<f4"), np.array(kinds, "<i4")
+    return pieces + byte_pieces + normal, np.array(scores, "<f4"), np.array(kinds, "<i4")
 
 
 def tokenizer_metadata(config: ModelConfig) -> dict[str, Any]:
@@ -237,8 +227,8 @@ def dequantize(tensor: Tensor) -> np.ndarray:
     return _DECODERS[tensor.type](blocks).astype(np.float32).reshape(tensor.shape)
 
 
-def _f16(blocks: np.ndarray, at: int) -> np.ndarray:
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
+def _f16(blocks: np.ndarray, offset: int) -> np.ndarray:
+    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2").astype(np.float32)
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
@@ -304,12 +294,14 @@ def random_adapter(
     """An adapter that moves logits by about as much as they are; layer i has rank ranks[i % len(ranks)]."""
     rng = np.random.default_rng(seed)
     rank, a, b = max(ranks), {}, {}
-    for place in tensor_locations(config, "hf"):
-        layer, _, kind = place.name.removeprefix("layers.").partition(".")
+    for location in tensor_locations(config, "hf"):
+        layer, _, kind = location.name.removeprefix("layers.").partition(".")
         if kind in tuple(kinds):
             r = ranks[int(layer) % len(ranks)]
-            a[place.name] = rng.normal(0, place.shape[1] ** -0.5, (r, place.shape[1])).astype(np.float32)
-            b[place.name] = rng.normal(0, 0.3 * rank / alpha * r**-0.5, (place.shape[0], r)).astype(
+            a[location.name] = rng.normal(0, location.shape[1] ** -0.5, (r, location.shape[1])).astype(
+                np.float32
+            )
+            b[location.name] = rng.normal(0, 0.3 * rank / alpha * r**-0.5, (location.shape[0], r)).astype(
                 np.float32
             )
     rows = {token: rng.normal(0, config.width**-0.5, config.width).astype(np.float32) for token in tokens}

@@ -24,7 +24,6 @@ from codegemma.jax.compiler import configure_xla
 from codegemma.jax.forward import LoraParams
 from codegemma.native.xla import Blocks
 from codegemma.train import mesh as meshes
-from codegemma.train.loop import train
 from codegemma.train.lora import new_lora
 from codegemma.train.order import Order
 from codegemma.train.session import Session
@@ -43,7 +42,7 @@ class Job:
 
     kind: str = "full"  # lora: over floats, in JAX alone; qlora: over blocks (of floats), by the kernels
     steps: int = 3
-    stop: int = 0  # the step after which the run is abandoned
+    stop: int = 0  # the step after which the run is abandoned; 0: none
     micro_tokens: int = 4 * LENGTH
     learning_rate: float = RATE
     patience: int = 0
@@ -82,7 +81,7 @@ def packed_row(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 class InOrder(Order):
-    """Rows as they stand."""
+    """Rows in their own order."""
 
     def rows(self, step: int) -> list[dict[str, np.ndarray]]:
         batch = self.rows_per_step(self.folders[0])
@@ -100,7 +99,7 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
             name: Blocks.of(ArrayTensor.of(np.asarray(value))) if value.ndim == 2 else value
             for name, value in params.items()
         }
-    if lora:  # `b` is zero in a new one, which hides half of the gradients
+    if lora:  # in a new adapter `b` is zero, which makes half of the gradients zero
         key = jax.random.key(3)
         weights = {
             name: jax.random.normal(key, value.shape) * 0.1 if name.endswith(".b") else value
@@ -128,7 +127,7 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
         held_out=[rows[:3]] if job.held_out else (),
         mesh=meshes.make(job.mesh),
     ) as session:
-        for report in train(session):
+        for report in session.train():
             assert report.step <= job.steps
             say(job, f"step {report.step}")
             if report.step == job.stop:
@@ -159,7 +158,7 @@ def state(folder: Path) -> dict[str, np.ndarray]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Without the time that steps took."""
+    """The lines of metrics.jsonl, without the time of each step."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 

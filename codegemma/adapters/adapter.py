@@ -1,4 +1,4 @@
-"""LoRA adapters as values: their parts, what they belong to, and what they change."""
+"""A LoRA adapter in memory: its matrices and embedding rows, with the checks that they fit a model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ ORDERS = ("psm", "spm")  # prefix-suffix-middle, suffix-prefix-middle
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Low-rank changes of linear layers ("layers.0.q"), and replaced rows of the tied embedding.
+    """Low-rank changes of linear layers ("layers.0.q"), and replacements for rows of the tied embedding.
 
     `a` [r, in] and `b` [out, r] are float32; r is `rank`, or less in some layers. A layer computes x W^T +
     (alpha / rank) (x a^T) b^T. `rows` [D] by token id replace the embedding's, as input and as output. `card`
-    is free; card["fim"] = {"psm": bool, "spm": bool} says which orders the adapter was trained to complete
-    in, card["base"] which model it belongs to. Raises ValueError on parts that do not fit each other.
+    is a free JSON object; card["fim"] = {"psm": bool, "spm": bool} says in which orders the adapter was
+    trained to complete, and card["base"] for which model. Raises ValueError on parts that do not fit each
+    other.
     """
 
     name: str
@@ -42,8 +43,10 @@ class Adapter:
         rule = "rank must be a whole number from 1 and alpha a finite number other than 0"
         given = f"got {self.rank!r} and {self.alpha!r}"
         self._require(valid_rank and 0 < abs(self.alpha) < 1e9, f"{rule}, {given}")
-        single = min(self.a.keys() ^ self.b.keys(), default=None)
-        self._require(single is None, f"{single} has one of its two matrices only: save the adapter again")
+        unpaired = min(self.a.keys() ^ self.b.keys(), default=None)
+        self._require(
+            unpaired is None, f"{unpaired} has one of its two matrices only: save the adapter again"
+        )
         self._require(bool(self.a or self.rows), "changes no layer and no token")
         for name, a_rI in self.a.items():
             linear = re.fullmatch(rf"layers\.\d+\.({'|'.join(LINEAR)})", name) is not None
@@ -73,14 +76,14 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all that changes logits; caches of keys and values carry it."""
+        """A hash of all that changes logits; it identifies the adapter in caches of keys and values."""
         digest = hashlib.sha256(f"{self.scale!r}".encode())
         for name, values in self._arrays():
             digest.update(f"{name} {values.shape}".encode() + np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()[:32]
 
     def trained(self, order: str) -> bool:
-        """Whether its card says that it completes in this order, "psm" or "spm"."""
+        """Whether the card says that it was trained to complete in this order, "psm" or "spm"."""
         fim = self.card.get("fim")
         return isinstance(fim, dict) and fim.get(order) is True
 
@@ -90,7 +93,7 @@ class Adapter:
         return product
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ValueError where it does not belong to a model of this config."""
+        """Raises ValueError where its shapes do not fit a model of this config."""
         base = self.card.get("base") or "its card does not say which"
         belongs = f"it belongs to another model ({base})"
         shapes = {location.name: location.shape for location in tensor_locations(config)}
@@ -105,7 +108,7 @@ class Adapter:
             rule = f"replaces row {token} by {list(row.shape)} numbers, but the model has {rows}: {belongs}"
             self._require(fits, rule)
 
-    def described(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """The facts that `codegemma inspect --json` prints."""
         return {
             "name": self.name,
@@ -123,12 +126,12 @@ class Adapter:
 
     def lines(self) -> Iterator[str]:
         """The same facts as text."""
-        facts = self.described()
+        facts = self.facts()
         size = f"rank {self.rank}, alpha {self.alpha:g}, {facts['parameters']:,} parameters"
         matrices = ", ".join(facts["matrices"]) or "no matrix"
-        orders = ", ".join(order for order in ORDERS if self.trained(order)) or "no order that is named"
+        orders = ", ".join(order for order in ORDERS if self.trained(order)) or "unknown orders"
         yield f"{self.name}: LoRA adapter, {size}"
-        yield f"for           {facts['base'] or 'not said'}"
+        yield f"for           {facts['base'] or 'unknown'}"
         yield f"changes       {matrices} in {facts['layers']} layers; {len(self.rows)} token rows"
         yield f"completes in  {orders}"
         for key, value in self.card.items():

@@ -11,7 +11,7 @@ from codegemma.adapters.adapter import Adapter
 def load(path: Path | str) -> Adapter:
     """An adapter from PEFT's folder (or its weights file), or from NeMo's .nemo archive.
 
-    Raises ValueError naming what is damaged, or which kind of adapter it is that plain LoRA cannot express.
+    Raises ValueError on damaged files, and on adapters that are more than plain LoRA.
     """
     path = Path(path)
     is_archive = path.is_file() and path.name not in peft.WEIGHTS
@@ -19,7 +19,7 @@ def load(path: Path | str) -> Adapter:
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Whether a path is an adapter's, and not a model's."""
+    """Whether a path holds an adapter, and not a model."""
     path = Path(path)
     if path.is_file() and path.suffix == ".nemo":
         return nemo.is_adapter(path)

@@ -1,4 +1,4 @@
-"""Working adapters into a model's weights."""
+"""Merging adapters into a model's weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from codegemma.native import dequantize
 
 
 def merge(checkpoint: Checkpoint, *adapters: Adapter, blocks_as: str | None = None) -> Checkpoint:
-    """The model with adapters worked into its weights; each tensor is computed when it is read.
+    """The model with adapters merged into its weights; each tensor is computed when it is read.
 
-    Floats keep their type. Quantised matrices are decoded, changed and quantised again, which adds a second
-    rounding; `blocks_as` ("F32", "BF16", "F16") makes the changed ones floats instead. Raises ValueError
-    where an adapter does not fit the model.
+    Floats keep their type. Quantised matrices are decoded, changed and quantised again, which rounds them a
+    second time; with `blocks_as` ("F32", "BF16", "F16"), changed ones are stored in that type instead. Raises
+    ValueError where an adapter does not fit the model.
     """
     for adapter in adapters:
         adapter.check(checkpoint.config)
@@ -43,7 +43,7 @@ def _merged_matrix(name: str, tensor: Tensor, adapters: list[Adapter], type: str
 
 
 def _merged_embedding(tensor: Tensor, adapters: list[Adapter], type: str) -> np.ndarray:
-    """The embedding with replaced rows; the bits of all other rows stay as they are."""
+    """The embedding with replaced rows; all other rows keep their exact bits."""
     data = np.array(tensor.data) if tensor.type == type else _encoded(dequantize(tensor), type)
     for adapter in adapters:
         for token, row in adapter.rows.items():

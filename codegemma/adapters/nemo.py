@@ -1,7 +1,7 @@
 """NeMo's LoRA adapters: a small .nemo archive of the model's config, with a `peft` section, and a state dict.
 
-NeMo 1 gives q, k and v one adapter together, whose output is laid out as linear_qkv's, and gate and up
-another; its "canonical" variant gives each its own. Both are read.
+In NeMo 1, q, k and v share one adapter, whose output has the layout of linear_qkv, and gate and up share
+another; in its "canonical" variant each has its own. Both are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from codegemma.checkpoints import nemo, table
 from codegemma.config import ModelConfig
 
 ATTENTION, MLP = "self_attention.adapter_layer", "mlp.adapter_layer"
-FUSED = {  # by adapter: the module that it adds to
+FUSED = {  # for each adapter: the module that it changes
     f"{ATTENTION}.lora_kqv_adapter": "self_attention.linear_qkv",
     f"{ATTENTION}.lora_dense_attention_adapter": "self_attention.linear_proj",
     f"{MLP}.lora_hto4h_adapter": "mlp.linear_fc1",
@@ -68,7 +68,7 @@ def load(path: Path) -> Adapter:
 def _matrices(
     path: Path, config: ModelConfig, members: nemo.Members
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Our name, a and b of each changed layer."""
+    """The name, a and b of each changed layer."""
     halves: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for key, tensor in nemo.read(path, members).items():
         match = KEY.fullmatch(key)

@@ -1,9 +1,9 @@
 """The `jax` backend of the engine: decoding with a KV cache on a GPU, a TPU, or wherever JAX runs.
 
-Users call `codegemma.load(..., backend="jax")`. A page of keys and values is one device array; arrays never
-change, so copying a page costs nothing and a run makes new ones. Shapes are rounded up to a few sizes, each
-compiled once. The law it keeps: the native engine's logits within roundoff. Unlike the native engine's, a
-token's bits may depend on what else is in the batch: it is not `invariant`.
+Users call `codegemma.load(..., backend="jax")`. A page of keys and values is one immutable device array:
+copying a page costs nothing, and a run makes new ones. Shapes are rounded up to a few sizes, each compiled
+once. The law it keeps: the native engine's logits within roundoff. It is not `invariant`: the exact bits of a
+token's logits may depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -45,29 +45,20 @@ class Jax:
 
     def add_adapter(self, name: str, adapter: LowRank) -> None:
         """Makes an adapter known to `run` by name; it must fit the model (adapters.adapter.Adapter.check)."""
-        ids = sorted(adapter.rows)
-        matrices = [("a", adapter.a), ("b", adapter.b)]
-        weights = {
-            f"{tensor}.{part}": jnp.asarray(value, self._dtype)
-            for part, values in matrices
-            for tensor, value in values.items()
-        }
-        if ids:
-            weights["rows"] = jnp.asarray(np.stack([adapter.rows[token] for token in ids]))
-        self._adapters[name] = LoraParams(weights, adapter.scale, tuple(ids))
+        self._adapters[name] = LoraParams.of(adapter, self._dtype)
 
     def new_page(self) -> Page:
         """An empty page."""
         return Page(self._empty)  # type: ignore[arg-type]  # a device array, read by this backend alone
 
     def copy_page(self, page: Page, used: int) -> Page:
-        """A page of the same first `used` tokens."""
+        """A page with the first `used` tokens of another."""
         return Page(page.data, used)
 
     def run(self, slices: Sequence[Slice], cancel: Cancel | None = None) -> Logits | None:
         """Runs all slices and writes their keys and values into their pages; None if cancelled.
 
-        Slices of one adapter and of about one length run together.
+        Slices with the same adapter and the same rounded length run together.
         """
         groups: dict[tuple[str | None, int], list[int]] = {}
         for number, piece in enumerate(slices):
@@ -85,11 +76,11 @@ class Jax:
         self, lora: LoraParams | None, T: int, slices: Sequence[Slice]
     ) -> list[tuple[np.ndarray, ...]]:
         """(logits, argmax, normaliser) of each slice's wanted tokens."""
-        written = -(-T // PAGE) + 1  # pages that T tokens may reach into
+        written = -(-T // PAGE) + 1  # the most pages that T tokens write to
         B = _round_up(len(slices))
         P = max(4, _round_up(max(piece.start // PAGE + written for piece in slices)))
         tokens_BT, first_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
-        positions_BT = np.full((B, T), P * PAGE, np.int32)  # padding writes to a slot outside
+        positions_BT = np.full((B, T), P * PAGE, np.int32)  # padding: behind the last slot, so never written
         wanted: list[int] = []
         pages = [[self._empty] * P for _ in range(B)]
         for b, piece in enumerate(slices):
@@ -107,7 +98,7 @@ class Jax:
         return list(zip(*parts, strict=True))
 
     def _on_device(self, page: Page) -> jax.Array:
-        """A page's keys and values; a page that was read from a saved cache moves to the device first."""
+        """A page's keys and values; a page that a saved cache loaded is moved to the device first."""
         data: Any = page.data
         if isinstance(data, np.ndarray):
             page.data = data = jnp.asarray(data.view(self._dtype).reshape(self._shape))  # type: ignore[assignment]
@@ -145,5 +136,5 @@ def _run(
 
 
 def _round_up(count: int, sizes: Sequence[int] = ()) -> int:
-    """The first of `sizes` that holds `count`, else a power of two: few shapes are compiled."""
+    """The first of `sizes` that is at least `count`, else a power of two, so that few shapes are compiled."""
     return next((size for size in sizes if count <= size), 1 << (max(count, 1) - 1).bit_length())

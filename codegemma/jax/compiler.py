@@ -1,4 +1,4 @@
-"""How XLA is set up: the flags of this process, and the options of a compiled training step."""
+"""XLA's flags for this process, and the compiler options of a training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward pass of Gemma 1, 2 and 3 in JAX: what is computed, for training, GPU and TPU.
+"""The forward pass of Gemma 1, 2 and 3 in JAX, for training and for GPU and TPU.
 
 `forward` gives hidden states and `unembed` logits. Parameters are a flat dict by the names of
 checkpoints/table.py; a weight is an array, or `Blocks` that stay quantised. The law it keeps: the same logits
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from codegemma.checkpoints import Checkpoint
 from codegemma.checkpoints.tensors import ELEMENTS, Tensor
 from codegemma.config import ModelConfig
-from codegemma.native import dequantize, xla
+from codegemma.native import LowRank, dequantize, xla
 from codegemma.native.xla import Blocks
 
 Weight = jax.Array | Blocks
@@ -31,14 +31,14 @@ Params = dict[str, Weight]
 Pair = tuple[jax.Array, jax.Array]
 Remat = Literal["none", "products", "layer"]
 BATCH_AXES = ("data", "fsdp")  # axes of a mesh that divide the batch
-MIN_QUERIES, MAX_PARTS = 128, 8  # attention goes by parts of the queries
+MIN_QUERIES, MAX_PARTS = 128, 8  # attention is computed for a part of the queries at a time
 SAVED = ("q", "k", "v", "o", "gate", "up", "down", xla.LOW_RANK, xla.ATTENDED, xla.LOG_SUM_EXP)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraParams:
-    """An adapter in training.
+    """An adapter as JAX arrays.
 
     `weights` holds "layers.0.q.a" [r, in], "layers.0.q.b" [out, r] and so on, and "rows" [R, D]: the rows
     that replace those of the tied embedding for the tokens `ids`, as input and as output. `scale` multiplies
@@ -48,6 +48,16 @@ class LoraParams:
     weights: dict[str, jax.Array]
     scale: float = field(metadata={"static": True})
     ids: tuple[int, ...] = field(default=(), metadata={"static": True})
+
+    @classmethod
+    def of(cls, adapter: LowRank, dtype: Any = jnp.float32) -> LoraParams:
+        """A loaded adapter with matrices of `dtype`; its embedding rows stay float32."""
+        ids = tuple(sorted(adapter.rows))
+        weights = {f"{name}.a": jnp.asarray(value, dtype) for name, value in adapter.a.items()}
+        weights |= {f"{name}.b": jnp.asarray(value, dtype) for name, value in adapter.b.items()}
+        if ids:
+            weights["rows"] = jnp.asarray(np.stack([adapter.rows[token] for token in ids]))
+        return cls(weights, adapter.scale, ids)
 
 
 class Cache(NamedTuple):
@@ -60,7 +70,7 @@ class Cache(NamedTuple):
 class AttentionMask(NamedTuple):
     """Which keys a query sees: those of its segment, up to its position, within the layer's window.
 
-    With `cached`, keys stand by position (slot s holds position s) and segments do not count.
+    With `cached`, the key in slot s is that of position s, and segments are ignored.
     """
 
     positions_BT: jax.Array
@@ -79,19 +89,19 @@ class AttentionMask(NamedTuple):
 
 
 def params_of(
-    checkpoint: Checkpoint, dtype: Any = None, blocks: Literal["none", "own", "floats"] = "none"
+    checkpoint: Checkpoint, dtype: Any = None, blocks: Literal["none", "stored", "floats"] = "none"
 ) -> Params:
     """A checkpoint's parameters; norms are float32.
 
-    `blocks`: "none" decodes matrices to arrays of `dtype` (default: the file's own float type, bfloat16 where
-    it is quantised); "own" leaves them in the file's type as Blocks for the engine's kernels, which decode as
-    they multiply; "floats" gives Blocks of the file's float type, bfloat16 where it is quantised.
+    `blocks` says how matrices are held. "none": decoded to arrays of `dtype` (default: the file's float type,
+    bfloat16 where it is quantised). "stored": as Blocks of the file's type, which the engine's kernels decode
+    as they multiply. "floats": as Blocks of the file's float type, bfloat16 where it is quantised.
     """
 
     def convert(tensor: Any) -> Weight:
         if len(tensor.shape) == 1:
             return jnp.asarray(tensor.float32())
-        if blocks == "own" or blocks == "floats" and tensor.type in ELEMENTS:
+        if blocks == "stored" or blocks == "floats" and tensor.type in ELEMENTS:
             return Blocks.of(tensor)
         if blocks == "floats":
             raw = jax.lax.bitcast_convert_type(_decoded(tensor, jnp.bfloat16), jnp.uint8)
@@ -104,7 +114,7 @@ def params_of(
 
 
 def _decoded(tensor: Tensor, dtype: Any) -> jax.Array:
-    """Decoded a few rows at a time: float32 of the whole embedding would be gigabytes."""
+    """A matrix in `dtype`, decoded a few rows at a time: the embedding in float32 would be gigabytes."""
     rows, columns = tensor.shape
     step = max(1, (1 << 22) // columns)
     parts = (dequantize(tensor.rows(start, min(start + step, rows))) for start in range(0, rows, step))
@@ -132,25 +142,21 @@ def forward(
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     x_BTD = _sharded(embed(params, tokens_BT, lora) * jnp.float32(config.embed_scale)).astype(dtype)
-    mask = AttentionMask(positions_BT, segments_BT, cache is not None)
     # behind a barrier: XLA would compute sines and cosines again for every head of every layer
     rotations = jax.lax.optimization_barrier(
         [_rotation(config, is_global, positions_BT) for is_global in (False, True)]
     )
     policy = jax.checkpoint_policies.save_only_these_names(*(SAVED if remat == "products" else ()))
+    lora_weights, scale = (lora.weights, lora.scale) if lora else ({}, 0.0)
     kv_L = []
     for i in range(config.layers):
-        layer: Any = partial(
-            _layer,
-            config=config,
-            mask=mask._replace(window=config.layer_window(i)),
-            rotation=rotations[config.is_global(i)],
-            scale=lora.scale if lora else 0.0,
-        )
+        mask = AttentionMask(positions_BT, segments_BT, cache is not None, config.layer_window(i))
+        rotation = rotations[config.is_global(i)]
+        layer: Any = partial(_layer, config=config, mask=mask, rotation=rotation, scale=scale)
         if remat != "none":
             layer = jax.checkpoint(layer, policy=policy)
         kv = (cache.k_LBSKH[i], cache.v_LBSKH[i]) if cache else None
-        x_BTD, kv = layer(x_BTD, _of_layer(params, i), _of_layer(lora.weights if lora else {}, i), kv)
+        x_BTD, kv = layer(x_BTD, _of_layer(params, i), _of_layer(lora_weights, i), kv)
         x_BTD = _sharded(x_BTD)
         kv_L.append(kv)
     x_BTD = rms_norm(x_BTD, params["final_norm"], config.norm_eps)
@@ -266,8 +272,8 @@ def attend(
 ) -> jax.Array:
     """Causal attention within segments, [B, T, N * H]; `cap` is the soft cap of scores.
 
-    Without a cache, positions rise with the index within a segment, so keys after a part of the queries, or
-    before its window, are left out of its products.
+    Without a cache, positions rise with the index within a segment. So the products of a part of the queries
+    leave out the keys after it and those before its window.
     """
     T, S, window = q_BTNH.shape[1], k_BSKH.shape[1], mask.window
     if mask.cached:

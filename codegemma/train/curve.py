@@ -10,11 +10,11 @@ SMOOTHING = 0.1  # weight of the newest step in the running mean
 
 
 def draw(history: Sequence[dict[str, Any]], file: Path) -> None:
-    """Writes an SVG: training loss of each step, its running mean, and held-out loss, by tokens read.
+    """Writes an SVG: each step's training loss, its running mean, and the held-out loss, over tokens read.
 
-    `history` are the lines of metrics.jsonl: "tokens" of the step, "loss" and "held_out" in nats a target.
+    `history` is the lines of metrics.jsonl: a step's "tokens", "loss" and "held_out" in nats per target.
     """
-    from matplotlib.figure import Figure  # takes longer to import than a step
+    from matplotlib.figure import Figure  # its import takes longer than a step
 
     tokens, mean = 0, history[0]["loss"] if history else 0.0
     points, held_out = [], []

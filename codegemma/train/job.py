@@ -1,7 +1,7 @@
 """A training job from its options to its result: an adapter or a checkpoint, with a card.
 
-The CLI, `tune` and tools/adapter_train.py call `run`, or a `TrainingJob` where they ask for its size first.
-The law it keeps: the result is written completely or not at all, and says what it was made of.
+The CLI, `tune` and tools/adapter_train.py call `run`, or make a `TrainingJob` to know its steps first. The
+law it keeps: the result is written completely or not at all, with a card of what it was made from.
 """
 
 from __future__ import annotations
@@ -33,24 +33,23 @@ from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
 from codegemma.train import mesh as meshes
 from codegemma.train import sft
-from codegemma.train.loop import train
-from codegemma.train.lora import adapter_of, lora_of, new_lora
+from codegemma.train.lora import adapter_of, new_lora
 from codegemma.train.objective import Trainable
 from codegemma.train.order import Order
 from codegemma.train.session import Session, StepReport, prepare_process
 from codegemma.train.settings import TrainingSettings
 
 ORDERS: tuple[Layout, ...] = ("psm", "spm")
-TENSORBOARD = ("loss", "right", "learning_rate", "gradient_norm", "held_out")
-Follow = Callable[[StepReport], None]
+TENSORBOARD_SCALARS = ("loss", "right", "learning_rate", "gradient_norm", "held_out")
+OnStep = Callable[[StepReport], None]
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What to train on what.
+    """Which model to train, on which rows, and how.
 
-    `kind`: all parameters, an adapter over float weights, or an adapter over the file's quantised blocks.
-    Raises ValueError on options that contradict each other.
+    `kind` is what to train: all parameters, an adapter over float weights ("lora"), or an adapter over the
+    file's quantised blocks ("qlora"). Raises ValueError on options that contradict each other.
     """
 
     model: str
@@ -69,7 +68,7 @@ class TrainingPlan:
     mesh: str | None = None
     tensorboard: bool = False
     name: str = ""
-    orders: tuple[Layout, ...] = ORDERS  # of the examples, for the adapter's card
+    orders: tuple[Layout, ...] = ORDERS  # of the examples, for the result's card
 
     def __post_init__(self) -> None:
         if self.kind == "full" and (self.adapter or self.alpha is not None or self.settings.vocabulary):
@@ -89,15 +88,15 @@ class TrainingPlan:
 
     @property
     def new_result(self) -> Path:
-        """Where a result is written before it takes the place of an older one."""
+        """Where a result is written before it replaces an older one."""
         return self.result.with_name(f"{self.result.name}.new")
 
 
 def run(
-    plan: TrainingPlan, resume: bool = False, follow: Follow = lambda _: None, until: float | None = None
+    plan: TrainingPlan, resume: bool = False, on_step: OnStep = lambda _: None, until: float | None = None
 ) -> Path:
     """Runs the job of a plan; see `TrainingJob.run`."""
-    return TrainingJob(plan).run(resume, follow, until)
+    return TrainingJob(plan).run(resume, on_step, until)
 
 
 class TrainingJob:
@@ -108,7 +107,7 @@ class TrainingJob:
 
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan, self.checkpoint = plan, open_checkpoint(hub.resolve(plan.model))
-        self.left_out = 0  # dialogues that are too long or have no answer
+        self.left_out = 0  # dialogues that are too long or have an empty answer
         parts = meshes.batch_parts(meshes.parse_axes(plan.mesh))
         rows, self.held_out = [self._read(Path(source)) for source in plan.sources], []
         if plan.held_out:
@@ -120,18 +119,18 @@ class TrainingJob:
         """Steps of the complete run."""
         return min(self.order.steps, self.plan.settings.steps or self.order.steps)
 
-    def run(self, resume: bool = False, follow: Follow = lambda _: None, until: float | None = None) -> Path:
-        """Trains, calls `follow` after each step, and returns the folder of the result.
+    def run(self, resume: bool = False, on_step: OnStep = lambda _: None, until: float | None = None) -> Path:
+        """Trains, calls `on_step` after each step, and returns the folder of the result.
 
-        `until`, a time of time.monotonic, ends it early and keeps what it has.
+        At `until`, on the clock of time.monotonic, the run ends early with the result so far.
         """
         plan, checkpoint, self._started = self.plan, self.checkpoint, time.monotonic()
         prepare_process()
         mesh = meshes.make(plan.mesh)
         if jax.process_index() == 0 and plan.new_result.exists() and not plan.result.exists():
-            plan.new_result.rename(plan.result)  # stopped between the last two lines of `_write`
-        by_kernels = plan.kind == "lora" and mesh is None and kernels()
-        blocks: Any = "own" if plan.kind == "qlora" else "floats" if by_kernels else "none"
+            plan.new_result.rename(plan.result)  # an earlier run stopped between the last lines of `_save`
+        use_kernels = plan.kind == "lora" and mesh is None and kernels()
+        blocks: Any = "stored" if plan.kind == "qlora" else "floats" if use_kernels else "none"
         base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks)
         report_to_tensorboard = _tensorboard(plan)
         with Session(
@@ -147,13 +146,13 @@ class TrainingJob:
             terminators=sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else [],
             about={"base": checkpoint.identity, "kind": plan.kind},
         ) as session:
-            for report in train(session, self._keep, until):
-                follow(report)
+            for report in session.train(self._save, until):
+                on_step(report)
                 report_to_tensorboard(report)
         return plan.result
 
     def _read(self, source: Path) -> Any:
-        """Rows of a folder, or of a file of dialogues."""
+        """The rows of a folder, or of a file of dialogues."""
         plan, tokenizer = self.plan, self.checkpoint.tokenizer
         if plan.chat:
             if tokenizer is None:
@@ -171,11 +170,6 @@ class TrainingJob:
             raise ValueError(f"{fault}: build it with --tokenizer {plan.model}")
         return folder
 
-    def _keep(self, trained: Trainable, report: StepReport) -> None:
-        trained = jax.tree.map(meshes.gather, trained)
-        if jax.process_index() == 0:
-            self._write(trained, self._card(report))
-
     def _card(self, report: StepReport) -> dict[str, Any]:
         plan = self.plan
         card = {
@@ -192,9 +186,12 @@ class TrainingJob:
         }
         return card if plan.chat else card | {"fim": {order: order in plan.orders for order in ORDERS}}
 
-    def _write(self, trained: Trainable, card: dict[str, Any]) -> None:
-        """Writes a result beside the run's older one, which it then replaces."""
-        plan, checkpoint, new = self.plan, self.checkpoint, self.plan.new_result
+    def _save(self, trained: Trainable, report: StepReport) -> None:
+        """Writes a result beside the older one, and then replaces that."""
+        trained = jax.tree.map(meshes.gather, trained)
+        if jax.process_index() != 0:
+            return
+        plan, checkpoint, new, card = self.plan, self.checkpoint, self.plan.new_result, self._card(report)
         shutil.rmtree(new, ignore_errors=True)
         if isinstance(trained, LoraParams):
             save_adapter(adapter_of(trained, plan.name or plan.out.name, card), new)
@@ -213,7 +210,7 @@ class TrainingJob:
 
 
 def initial_adapter(plan: TrainingPlan, checkpoint: Checkpoint, base: Params) -> LoraParams:
-    """The adapter that training starts from: the plan's, with the FIM rows that it lacks, or a new one."""
+    """The adapter that training starts from: the plan's, with any missing FIM rows added, or a new one."""
     ids, start_from = fim_rows(checkpoint) if not plan.chat else ((), ())
     if not plan.adapter:
         return new_lora(base, plan.rank, ids, plan.alpha, plan.settings.seed, start_from)
@@ -224,16 +221,16 @@ def initial_adapter(plan: TrainingPlan, checkpoint: Checkpoint, base: Params) ->
         starts = jnp.asarray(list(missing.values()), jnp.int32)
         rows = dict(zip(missing, np.asarray(embed(base, starts, None)), strict=True))
         adapter = replace(adapter, rows={**adapter.rows, **rows})
-    return lora_of(adapter)
+    return LoraParams.of(adapter)
 
 
 def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(ids, tokens whose embedding rows theirs start from) of FIM tokens that the base was never trained on.
+    """(FIM tokens, tokens whose embedding rows they start from) of a base that was never trained on them.
 
-    The separator starts from <eos>, which ends texts; the suffix's marker from the separator's old row,
-    because its own row nearly equals the prefix's marker (a cosine of 0.93 in Gemma 3 270M), and no layer
-    could tell the two apart. Empty where the vocabulary names the FIM tokens: such a base was trained on
-    them.
+    The separator starts from the row of <eos>, which ends texts. The suffix's marker starts from the row of
+    the separator: its own is nearly the row of the prefix's marker (a cosine of 0.93 in Gemma 3 270M), so
+    that no layer could tell the two apart. Both are empty where the vocabulary names the FIM tokens, because
+    then the base was trained on them.
     """
     tokenizer = checkpoint.tokenizer
     if tokenizer is None or tokenizer.control.fim != "convention":
@@ -246,8 +243,8 @@ def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return ids, tuple(start_from.get(token, token) for token in ids)
 
 
-def _tensorboard(plan: TrainingPlan) -> Follow:
-    """Writes reports as TensorBoard's events, where the plan asks for it."""
+def _tensorboard(plan: TrainingPlan) -> OnStep:
+    """A function that writes a report as TensorBoard's events; it does nothing where the plan has none."""
     if not plan.tensorboard or jax.process_index() != 0:
         return lambda report: None
     try:
@@ -257,7 +254,7 @@ def _tensorboard(plan: TrainingPlan) -> Follow:
     writer = SummaryWriter(str(plan.out / "tensorboard"))
 
     def write(report: StepReport) -> None:
-        for name in TENSORBOARD:
+        for name in TENSORBOARD_SCALARS:
             if (value := getattr(report, name)) is not None:
                 writer.add_scalar(name, value, report.step)
 

@@ -1,4 +1,4 @@
-"""Adapters in training: new ones, and to and from those that the engine loads."""
+"""A new adapter to train, and a trained one for the engine."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def new_lora(
     seed: int = 0,
     start_from: Sequence[int] = (),
 ) -> LoraParams:
-    """An adapter on all linear layers: `a` uniform, as a linear layer is initialised, and `b` zero.
+    """An adapter of all linear layers, with `a` uniform, as a linear layer is initialised, and `b` zero.
 
-    It has embedding rows for `ids`, copied from those of the tokens `start_from` (default: their own).
+    Its embedding rows for the tokens `ids` are copies of the rows of `start_from` (default: of `ids`).
     """
     weights: dict[str, jax.Array] = {}
     key = jax.random.key(seed)
     for number, (name, weight) in enumerate(sorted(params.items())):
         if name.split(".")[-1] in LINEAR:
             out, inputs = weight.shape
-            limit, own_key = inputs**-0.5, jax.random.fold_in(key, number)
-            weights[f"{name}.a"] = jax.random.uniform(own_key, (rank, inputs), jnp.float32, -limit, limit)
+            limit, layer_key = inputs**-0.5, jax.random.fold_in(key, number)
+            weights[f"{name}.a"] = jax.random.uniform(layer_key, (rank, inputs), jnp.float32, -limit, limit)
             weights[f"{name}.b"] = jnp.zeros((out, rank))
     if ids:
         weights["rows"] = embed(params, jnp.asarray(list(start_from) or list(ids)), None)
@@ -45,13 +45,3 @@ def adapter_of(lora: LoraParams, name: str, card: dict[str, Any]) -> Adapter:
     rank = max((value.shape[0] for value in a.values()), default=1)
     rows = {token: arrays["rows"][i] for i, token in enumerate(lora.ids)}
     return Adapter(name, rank, lora.scale * rank, a, b, rows, card)
-
-
-def lora_of(adapter: Adapter) -> LoraParams:
-    """A loaded adapter, to train it further."""
-    weights = {f"{name}.a": jnp.asarray(value) for name, value in adapter.a.items()}
-    weights |= {f"{name}.b": jnp.asarray(value) for name, value in adapter.b.items()}
-    ids = tuple(sorted(adapter.rows))
-    if ids:
-        weights["rows"] = jnp.asarray(np.stack([adapter.rows[token] for token in ids]))
-    return LoraParams(weights, adapter.scale, ids)

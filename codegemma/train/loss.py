@@ -1,10 +1,10 @@
 """Next-token loss against a vocabulary of 256,000 rows without ever holding its logits.
 
 `cross_entropy` is what training and evaluation call. One pass over chunks of the vocabulary keeps a running
-maximum and sum, as attention does over keys, and sums the gradient of the hidden states beside them (there
-the rows of the table are the values). So a chunk of logits is all the memory it takes, and with a frozen
-table two products are all the work. The law it keeps: loss and gradients of the dense logits; with a `Sample`
-of the vocabulary, their estimate.
+maximum and sum, as FlashAttention does over keys. The same pass sums the gradient of the hidden states: in
+that sum the table's rows are the values. So it needs the memory of one chunk of logits, and with a frozen
+table only two products. The law it keeps: loss and gradients of the dense logits; with a `Sample` of the
+vocabulary, their estimate.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ BLOCK = 256  # targets that share one pass over the table
 
 
 class Losses(NamedTuple):
-    """Of each target: negative log-probability in nats (plus z-loss), and whether it was the likeliest."""
+    """Each target's negative log-probability in nats (plus z-loss), and whether it was the likeliest."""
 
     nats_M: jax.Array
     right_M: jax.Array
 
 
 class LossOptions(NamedTuple):
-    """What a compiled loss is specialised on; see `cross_entropy`."""
+    """The static options of a loss; see `cross_entropy`."""
 
     ids: tuple[int, ...]  # tokens whose rows of the table an adapter replaces
     cap: float | None
@@ -47,9 +47,9 @@ class LossInputs(NamedTuple):
 
     hidden_MD: jax.Array
     table_VD: Weight
-    rows_RD: jax.Array  # the adapter's, for the options' ids
+    rows_RD: jax.Array  # the adapter's rows for LossOptions.ids
     targets_M: jax.Array
-    real_count: jax.Array | None
+    real_count: jax.Array | None  # how many of the targets are real; None: all
     sample: Sample | None
 
 
@@ -60,7 +60,7 @@ class BlockLoss(NamedTuple):
     right_M: jax.Array
     gradient_MD: jax.Array  # of the nats, with respect to the hidden states
     lse_M: jax.Array  # log sum exp of the logits
-    lse_gradient_M: jax.Array  # of the nats, with respect to it
+    lse_gradient_M: jax.Array  # of the nats, with respect to lse_M
     row_logits_MR: jax.Array  # of the adapter's rows
 
 
@@ -78,10 +78,10 @@ def cross_entropy(
 ) -> Losses:
     """The loss of `targets` after `hidden` states.
 
-    With `count`, only the first `count` targets are real; the results of the others mean nothing. `cap` is
+    With `count`, only the first `count` targets are real; the results of the others are undefined. `cap` is
     the model's soft cap on logits; `z` weighs the squared log of the normaliser (PaLM, section 5). With
     `train_table` the table has a gradient too, for two more products. With `sample` the normaliser is
-    estimated from these tokens. Raises ValueError where both are set.
+    estimated from its tokens. Raises ValueError where both `train_table` and `sample` are set.
     """
     if train_table and sample is not None:
         raise ValueError(
@@ -101,17 +101,14 @@ def _cross_entropy(options: LossOptions, inputs: LossInputs) -> Losses:
 
 def _forward(options: LossOptions, inputs: LossInputs) -> tuple[Losses, tuple[BlockLoss, LossInputs]]:
     h_MD, table_VD, _, targets_M, count, sample = inputs
-    summed_SD = table_VD if sample is None else jax.tree.map(lambda x: x[sample.numbers_S], table_VD)
-    block = partial(_block, options, summed_SD)
-    if isinstance(summed_SD, Blocks) and xla.kernels():
-        result = block(inputs, len(h_MD) if count is None else count)
-    elif count is None:
-        result = block(inputs, None)
+    summed_SD = table_VD if sample is None else jax.tree.map(lambda x: x[sample.tokens_S], table_VD)
+    if count is None or isinstance(summed_SD, Blocks) and xla.kernels():
+        result = _block(options, summed_SD, inputs)
     else:
 
         def part(start: jax.Array | int) -> BlockLoss:
             h_BD, targets_B = (jax.lax.dynamic_slice_in_dim(x, start, BLOCK) for x in (h_MD, targets_M))
-            return block(inputs._replace(hidden_MD=h_BD, targets_M=targets_B), None)
+            return _block(options, summed_SD, inputs._replace(hidden_MD=h_BD, targets_M=targets_B))
 
         def write(i: jax.Array, result: BlockLoss) -> BlockLoss:
             put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * BLOCK, axis=0)
@@ -123,25 +120,18 @@ def _forward(options: LossOptions, inputs: LossInputs) -> tuple[Losses, tuple[Bl
     return Losses(result.nats_M, result.right_M), (result, inputs)
 
 
-def _block(
-    options: LossOptions, summed_SD: Weight, inputs: LossInputs, used: jax.Array | int | None
-) -> BlockLoss:
-    """The loss of a block of targets; the normaliser sums over `summed_SD`: the table, or a sample of it.
-
-    With `used`, the kernels compute the sums, of so many targets.
-    """
+def _block(options: LossOptions, summed_SD: Weight, inputs: LossInputs) -> BlockLoss:
+    """The loss of a block of targets; the normaliser sums over `summed_SD`: the table, or a sample of it."""
     ids, cap, z, _ = options
     h_MD, table_VD, rows_RD, targets_M, _, _ = inputs
-    if used is not None and isinstance(summed_SD, Blocks):
-        sums = _sums_by_kernels(options, summed_SD, inputs, used)
+    if isinstance(summed_SD, Blocks) and xla.kernels():
+        sums = _sums_by_kernels(options, summed_SD, inputs)
     else:
         sums = _sums_by_chunks(options, summed_SD, inputs)
     row_logits_MR = softcap(product(h_MD, rows_RD), cap)
-    if ids:
-        slope_MR = _slope(row_logits_MR, cap)
-        sums = _add(sums, row_logits_MR, jnp.array(ids, jnp.int32), 1.0, lambda w: (w * slope_MR) @ rows_RD)
     target_MD = table_rows(table_VD, targets_M)
     if ids:
+        sums = _add(sums, row_logits_MR, jnp.array(ids, jnp.int32), 1.0, rows_RD, cap)
         target_MD = replace_rows(targets_M, ids, rows_RD, target_MD)
     logit_M = softcap(jnp.sum(h_MD * target_MD, -1), cap)
     lse_M = sums.max_M + jnp.log(sums.sum_M)
@@ -155,50 +145,47 @@ def _block(
 def _add(
     sums: SoftmaxSums,
     logits_MC: jax.Array,
-    numbers_C: jax.Array,
+    tokens_C: jax.Array,
     counts_C: jax.Array | float,
-    weighted_rows: Callable[[jax.Array], jax.Array],
+    rows_CD: jax.Array,
+    cap: float | None,
 ) -> SoftmaxSums:
-    """The sums with the logits of C more tokens, each of which counts `counts_C` times.
-
-    `weighted_rows` multiplies weights [M, C] by the slope of the soft cap and the tokens' rows: [M, D].
-    """
+    """Adds the logits of C more tokens, and their rows, to the sums; each token counts `counts_C` times."""
     max_M = jnp.maximum(sums.max_M, logits_MC.max(-1))
-    best_M = jnp.where(max_M > sums.max_M, numbers_C[logits_MC.argmax(-1)], sums.best_M)
+    best_M = jnp.where(max_M > sums.max_M, tokens_C[logits_MC.argmax(-1)], sums.best_M)
     weights_MC, shrink_M = counts_C * jnp.exp(logits_MC - max_M[:, None]), jnp.exp(sums.max_M - max_M)
     sum_M = sums.sum_M * shrink_M + weights_MC.sum(-1)
-    return SoftmaxSums(max_M, best_M, sum_M, sums.weighted_MD * shrink_M[:, None] + weighted_rows(weights_MC))
+    weighted_MD = sums.weighted_MD * shrink_M[:, None] + (weights_MC * _slope(logits_MC, cap)) @ rows_CD
+    return SoftmaxSums(max_M, best_M, sum_M, weighted_MD)
 
 
 def _sums_by_chunks(options: LossOptions, summed_SD: Weight, inputs: LossInputs) -> SoftmaxSums:
-    """Softmax sums over the table's rows (or a sample's), but those of the adapter's tokens."""
+    """Softmax sums over the rows of `summed_SD`, except tokens whose rows the adapter replaces."""
     ids, cap, _, _ = options
     h_MD, sample = inputs.hidden_MD, inputs.sample
     M, D = h_MD.shape
 
     def chunk(sums: SoftmaxSums, start: jax.Array, size: int) -> SoftmaxSums:
         if sample is None:
-            numbers_C, counts_C = start + jnp.arange(size, dtype=jnp.int32), jnp.ones(())
+            tokens_C, counts_C = start + jnp.arange(size, dtype=jnp.int32), jnp.ones(())
         else:
-            numbers_C, counts_C = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in sample)
-        logits, weighted_rows = _products(summed_SD, start, size)
-        logits_MC = _replace_columns(ids, softcap(logits(h_MD), cap), numbers_C, -jnp.inf)
-        slope_MC = _slope(logits_MC, cap)
-        return _add(sums, logits_MC, numbers_C, counts_C, lambda w: weighted_rows(w * slope_MC))
+            tokens_C, counts_C = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in sample)
+        rows_CD = _chunk_rows(summed_SD, start, size)
+        logits_MC = _replace_columns(ids, softcap(product(h_MD, rows_CD), cap), tokens_C, -jnp.inf)
+        return _add(sums, logits_MC, tokens_C, counts_C, rows_CD, cap)
 
     empty = SoftmaxSums(jnp.full(M, -jnp.inf), jnp.zeros(M, jnp.int32), jnp.zeros(M), jnp.zeros((M, D)))
     return _over_chunks(summed_SD.shape[0], M, chunk, empty)
 
 
-def _sums_by_kernels(
-    options: LossOptions, summed_SD: Blocks, inputs: LossInputs, used: jax.Array | int
-) -> SoftmaxSums:
-    """What `_sums_by_chunks` gives, for the first `used` targets, by the engine's kernels."""
-    rows = summed_SD.shape[0]
-    numbers_S, counts_S = inputs.sample or (jnp.arange(rows, dtype=jnp.int32), jnp.ones(rows))
-    counts_S = jnp.where(one_hot(numbers_S, options.ids).any(-1), 0.0, counts_S)
+def _sums_by_kernels(options: LossOptions, summed_SD: Blocks, inputs: LossInputs) -> SoftmaxSums:
+    """The sums of `_sums_by_chunks` for the real targets, by the engine's kernels."""
+    rows, count = summed_SD.shape[0], inputs.real_count
+    tokens_S, counts_S = inputs.sample or (jnp.arange(rows, dtype=jnp.int32), jnp.ones(rows))
+    counts_S = jnp.where(one_hot(tokens_S, options.ids).any(-1), 0.0, counts_S)
+    used = len(inputs.hidden_MD) if count is None else count
     sums = xla.vocabulary(inputs.hidden_MD, summed_SD, counts_S, options.cap, used)
-    return sums._replace(best_M=numbers_S[sums.best_M])
+    return sums._replace(best_M=tokens_S[sums.best_M])
 
 
 def _backward(
@@ -226,13 +213,13 @@ def _table_gradient(options: LossOptions, block: BlockLoss, inputs: LossInputs, 
     h_MD, table_VD = inputs.hidden_MD, inputs.table_VD
 
     def chunk(gradient_VD: jax.Array, start: jax.Array, size: int) -> jax.Array:
-        numbers_C = start + jnp.arange(size, dtype=jnp.int32)
-        logits_MC = softcap(_products(table_VD, start, size)[0](h_MD), cap)
-        counted_MC = _replace_columns(ids, logits_MC, numbers_C, -jnp.inf)
+        tokens_C = start + jnp.arange(size, dtype=jnp.int32)
+        logits_MC = softcap(product(h_MD, _chunk_rows(table_VD, start, size)), cap)
+        counted_MC = _replace_columns(ids, logits_MC, tokens_C, -jnp.inf)
         slope_MC = jnp.exp(counted_MC - block.lse_M[:, None]) * block.lse_gradient_M[:, None]
-        slope_MC -= (inputs.targets_M[:, None] == numbers_C[None]).astype(jnp.float32)
+        slope_MC -= (inputs.targets_M[:, None] == tokens_C[None]).astype(jnp.float32)
         slope_MC *= _slope(logits_MC, cap) * g_M
-        slope_MC = _replace_columns(ids, slope_MC, numbers_C, 0.0)
+        slope_MC = _replace_columns(ids, slope_MC, tokens_C, 0.0)
         gradient_CD = (slope_MC.T @ h_MD).astype(gradient_VD.dtype)
         return jax.lax.dynamic_update_slice(gradient_VD, gradient_CD, (start, 0))
 
@@ -241,17 +228,15 @@ def _table_gradient(options: LossOptions, block: BlockLoss, inputs: LossInputs, 
 
 
 def _slope(logits: jax.Array, cap: float | None) -> jax.Array:
-    """Derivative of the soft cap, from its result; 0 where a column does not count."""
+    """The soft cap's derivative, from its result; 0 for a logit of -inf."""
     return jnp.ones_like(logits) if cap is None else 1 - jnp.minimum((logits / cap) ** 2, 1)
 
 
 def _replace_columns(
-    ids: tuple[int, ...], values_MC: jax.Array, numbers_C: jax.Array, value: float
+    ids: tuple[int, ...], values_MC: jax.Array, tokens_C: jax.Array, value: float
 ) -> jax.Array:
-    """`value` in the columns of tokens whose rows an adapter replaces."""
-    if not ids:
-        return values_MC
-    return jnp.where(jnp.isin(numbers_C, jnp.array(ids, jnp.int32))[None], value, values_MC)
+    """The values, with `value` in the columns of tokens whose rows an adapter replaces."""
+    return jnp.where(one_hot(tokens_C, ids).any(-1)[None], value, values_MC)
 
 
 def _over_chunks(V: int, M: int, chunk: Callable[..., Any], carry: Any) -> Any:
@@ -262,13 +247,11 @@ def _over_chunks(V: int, M: int, chunk: Callable[..., Any], carry: Any) -> Any:
     return chunk(carry, full * size, V - full * size) if V % size else carry
 
 
-def _products(table_VD: Weight, start: jax.Array, size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Products with `size` rows of the table from `start`: [M, D] -> [M, C], and [M, C] -> [M, D]."""
+def _chunk_rows(table_VD: Weight, start: jax.Array, size: int) -> jax.Array:
+    """float32 [C, D]: `size` rows of the table from `start`."""
     if isinstance(table_VD, Blocks):
-        products = (xla.product, xla.product_t)
-        return tuple(partial(f, weight=table_VD, start=start, count=size) for f in products)  # type: ignore[return-value]
-    rows_CD = jax.lax.dynamic_slice(table_VD, (start, 0), (size, table_VD.shape[1])).astype(jnp.float32)
-    return (lambda h_MD: product(h_MD, rows_CD)), (lambda w_MC: w_MC @ rows_CD)
+        return table_VD.float32(start, size)
+    return jax.lax.dynamic_slice(table_VD, (start, 0), (size, table_VD.shape[1])).astype(jnp.float32)
 
 
 def _no_gradient(x: jax.Array) -> jax.Array | np.ndarray:

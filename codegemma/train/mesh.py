@@ -1,6 +1,6 @@
-"""Where parameters lie on a mesh of devices: rules on names, one code for one device, one host and many.
+"""How parameters and batches are sharded over a mesh of devices, of one host or several.
 
-Axes: "data" repeats all parameters and divides the batch, "fsdp" divides the batch and each parameter,
+Axes: "data" replicates all parameters and divides the batch, "fsdp" divides the batch and each parameter,
 "tensor" divides heads, the feed-forward width and the vocabulary.
 """
 
@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from codegemma.jax.forward import BATCH_AXES
 
 AXES = (*BATCH_AXES, "tensor")
-RULES = (  # the first that matches the last part of a name; an axis that does not divide a shape is dropped
+RULES = (  # the first pattern that matches a name's last part; an axis that does not divide a size is dropped
     (r"embed", ("tensor", "fsdp")),
     (r"q|k|v|gate|up", ("tensor", "fsdp")),
     (r"o|down", ("fsdp", "tensor")),
@@ -31,7 +31,7 @@ RULES = (  # the first that matches the last part of a name; an axis that does n
 
 
 def parse_axes(text: str | None) -> dict[str, int]:
-    """The size of each axis from "fsdp=8,tensor=4"; {} for None. Raises ValueError on another form."""
+    """The size of each axis from "fsdp=8,tensor=4"; {} for None. Raises ValueError on other text."""
     if text is None:
         return {}
     pairs = [part.partition("=") for part in text.split(",")]
@@ -43,9 +43,9 @@ def parse_axes(text: str | None) -> dict[str, int]:
 
 
 def make(text: str | None) -> Mesh | None:
-    """The mesh that `parse_axes` reads, over all devices; None for None.
+    """The mesh of all devices with the axes of `text` (see `parse_axes`); None for None.
 
-    Raises ValueError where the product of its axes is not the number of devices, and on None where several
+    Raises ValueError where the product of the axes is not the number of devices, and on None where several
     processes train together.
     """
     axes = parse_axes(text)
@@ -67,12 +67,12 @@ def use(mesh: Mesh | None) -> Any:
 
 
 def batch_parts(axes: Mapping[str, int]) -> int:
-    """How many parts the batch is divided into on a mesh of these axes."""
+    """Into how many parts a mesh with these axes divides the batch."""
     return math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
 
 
 def sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter (or its gradient, or its moments) lies."""
+    """The sharding of a parameter, which its gradient and moments have too."""
     spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, name.split(".")[-1]))
     axes = zip(spec, shape, strict=False)
     divided = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in axes]
@@ -80,7 +80,7 @@ def sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def place(mesh: Mesh | None, tree: Any) -> Any:
-    """Puts every leaf where its name says; leaves without a name (counters) lie everywhere."""
+    """Shards every leaf by its name; leaves without a name (counters) are replicated."""
     if mesh is None:
         return tree
 
@@ -92,23 +92,21 @@ def place(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def place_batch(mesh: Mesh | None, batch: Any) -> Any:
-    """Divides arrays by their first axis; every process holds the whole batch and puts its share."""
+    """Divides arrays by their first axis; every process has the complete batch and places its share."""
     if mesh is None:
         return batch
     return jax.tree.map(lambda array: _put(array, NamedSharding(mesh, PartitionSpec(BATCH_AXES))), batch)
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """All values of an array; every process must call it where each holds a share."""
+    """All values of an array; where each process holds a share, every process must call this."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def _put(array: Any, place: NamedSharding) -> jax.Array:
+def _put(array: Any, target: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return jax.device_put(array, place)
-    values = np.asarray(
-        array
-    )  # of this process alone: a slice of a jax.Array would be made on the whole mesh
-    return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+        return jax.device_put(array, target)
+    values = np.asarray(array)  # in this process: slicing a jax.Array would run on the complete mesh
+    return jax.make_array_from_callback(values.shape, target, lambda index: values[index])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,73 +17,68 @@ from codegemma.train.settings import TrainingSettings
 Trainable = LoraParams | Params
 
 
-def objective(
-    trainable: Trainable,
-    base: Params | None,
-    batch: Microbatch,
-    sample: Sample | None = None,
-    *,
-    config: ModelConfig,
-    settings: TrainingSettings,
-    terminators: tuple[int, ...] = (),
-) -> tuple[jax.Array, Losses]:
-    """The sum of the targets' losses, terminators' times `end_weight`; and each target's own, unweighted.
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises: next-token loss, in which a terminator counts `settings.end_weight` times.
 
-    `trainable` is an adapter over the frozen `base`, or all parameters.
+    In both methods, `trainable` is an adapter over the frozen `base`, or all parameters.
     """
-    lora = trainable if isinstance(trainable, LoraParams) else None
-    params: Params = base if lora is not None else trainable  # type: ignore[assignment]
-    remat: Any = settings.remat  # "auto" has been resolved by session.choose_remat
-    hidden_BTD, _ = forward(
-        params,
-        batch.tokens_BT,
-        config,
-        lora,
-        positions_BT=batch.positions_BT,
-        segments_BT=batch.segments_BT,
-        remat=remat,
-        dtype=jnp.dtype(settings.dtype),
-    )
-    C, M = batch.index_CM.shape
-    hidden_CPD = hidden_BTD.reshape(C, -1, config.width)
-    hidden_MD = jnp.take_along_axis(hidden_CPD, batch.index_CM[..., None], 1).reshape(C * M, -1)
-    targets_M = batch.targets_CM.reshape(-1)
-    losses = cross_entropy(
-        hidden_MD,
-        targets_M,
-        params["embed"],
-        lora,
-        count=batch.count_C[0] if C == 1 else None,
-        cap=config.final_softcap,
-        z=settings.z,
-        train_table=lora is None,
-        sample=sample,
-    )
-    real_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
-    ends_M = jnp.isin(targets_M, jnp.asarray(terminators, jnp.int32))
-    return jnp.sum(losses.nats_M * real_M * jnp.where(ends_M, settings.end_weight, 1.0)), losses
 
+    config: ModelConfig
+    settings: TrainingSettings
+    terminators: tuple[int, ...] = ()
 
-def gradient(
-    config: ModelConfig, settings: TrainingSettings, terminators: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-    """(trainable, base, batch, sample) -> (`objective`'s result, gradient), in the settings' precision."""
-    loss = partial(objective, config=config, settings=settings, terminators=terminators)
-    loss_and_gradient = jax.value_and_grad(loss, has_aux=True)
+    def loss(
+        self, trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None
+    ) -> tuple[jax.Array, Losses]:
+        """The weighted sum of the targets' losses, and the losses themselves, unweighted."""
+        config, settings = self.config, self.settings
+        lora = trainable if isinstance(trainable, LoraParams) else None
+        params: Params = base if lora is not None else trainable  # type: ignore[assignment]
+        remat: Any = settings.remat  # "auto" has been resolved by session.choose_remat
+        hidden_BTD, _ = forward(
+            params,
+            batch.tokens_BT,
+            config,
+            lora,
+            positions_BT=batch.positions_BT,
+            segments_BT=batch.segments_BT,
+            remat=remat,
+            dtype=jnp.dtype(settings.dtype),
+        )
+        C, M = batch.index_CM.shape
+        hidden_CPD = hidden_BTD.reshape(C, -1, config.width)
+        hidden_MD = jnp.take_along_axis(hidden_CPD, batch.index_CM[..., None], 1).reshape(C * M, -1)
+        targets_M = batch.targets_CM.reshape(-1)
+        losses = cross_entropy(
+            hidden_MD,
+            targets_M,
+            params["embed"],
+            lora,
+            count=batch.count_C[0] if C == 1 else None,
+            cap=config.final_softcap,
+            z=settings.z,
+            train_table=lora is None,
+            sample=sample,
+        )
+        real_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
+        ends_M = jnp.isin(targets_M, jnp.asarray(self.terminators, jnp.int32))
+        return jnp.sum(losses.nats_M * real_M * jnp.where(ends_M, settings.end_weight, 1.0)), losses
 
-    def step(*args: Any) -> Any:
-        with jax.default_matmul_precision(settings.precision):
-            return loss_and_gradient(*args)
-
-    return step
+    def gradient(
+        self, trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None
+    ) -> tuple[tuple[jax.Array, Losses], Trainable]:
+        """(the result of `loss`, its gradient for `trainable`), in the settings' precision."""
+        with jax.default_matmul_precision(self.settings.precision):
+            return jax.value_and_grad(self.loss, has_aux=True)(trainable, base, batch, sample)
 
 
 def flops_of(config: ModelConfig, tokens: int, length: int, targets: int, full: bool) -> float:
-    """Floating-point operations that a step needs; what is computed twice counts once.
+    """Floating-point operations that a step needs, without recomputation.
 
-    With N weights in the layers: 2N a token forward, and 2N backward for a frozen base or 4N where all
-    parameters are trained (`full`). Causal attention is half of 4 N H `length` a layer, three times that with
-    its gradient; a target costs 4 V D (`full`: 8 V D).
+    With W weights in the layers, a token costs 2 W forward, and backward 2 W for a frozen base or 4 W where
+    all parameters are trained (`full`). Causal attention costs half of 4 N H `length` per token and layer,
+    and three times that with its gradient; a target costs 4 V D (`full`: 8 V D).
     """
     c = config
     layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width

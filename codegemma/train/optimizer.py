@@ -1,4 +1,4 @@
-"""The schedule of the learning rate, and the update rule."""
+"""The learning rate's schedule, and the update rule."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def schedule(settings: TrainingSettings, steps: int) -> optax.Schedule:
 
 
 def optimizer(settings: TrainingSettings, rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW after a clip of the gradient's norm.
+    """AdamW, with the gradient clipped by its norm first.
 
-    An adapter's embedding rows learn more slowly: a logit is a sum over the width, and Adam's first steps
+    An adapter's embedding rows have a lower rate: a logit is a sum over the width, and Adam's first steps
     move all its terms at once. At a rate of 1e-3, and an L1 norm of 2,000 of the default model's last hidden
-    states, that is two nats a step.
+    states, a logit would move by two nats per step.
     """
     matrices = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     rows = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "rows")

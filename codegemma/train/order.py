@@ -15,13 +15,13 @@ import numpy as np
 
 
 class Microbatch(NamedTuple):
-    """Rows of one length, and their targets in C parts, one for each place on a mesh that holds a share.
+    """Rows of one length, and their targets in C parts, one for each part of the batch on a mesh.
 
-    `targets_CM` are predicted by the hidden states at `index_CM` of a part's flattened [B / C * T] positions;
-    only the first `count_C` of each part are real.
+    `targets_CM` are predicted by the hidden states at `index_CM` of a part's flattened [B / C * T] positions.
+    Only the first `count_C` targets of each part are real; the others are padding.
     """
 
-    tokens_BT: Any  # int32, of NumPy, and of JAX once placed
+    tokens_BT: Any  # this and all others: int32 arrays, of NumPy or, on the device, of JAX
     positions_BT: Any
     segments_BT: Any
     index_CM: Any
@@ -32,27 +32,27 @@ class Microbatch(NamedTuple):
 class Sample(NamedTuple):
     """Tokens that stand for the vocabulary in the normaliser; each counts `weights_S` times.
 
-    Those that were certain to be drawn, all targets among them, count once; the others by the inverse of
-    their chance. So the sum is right on average (Horvitz and Thompson, 1952).
+    The weight is the inverse of the probability that the token is drawn, which makes the sum right on average
+    (Horvitz and Thompson, 1952). It is 1 for tokens that are always drawn, such as the targets.
     """
 
-    numbers_S: Any  # int32
+    tokens_S: Any  # int32
     weights_S: Any
 
 
 @dataclass(frozen=True)
 class Order:
-    """Folders of rows, one after the other (a curriculum), each `epochs` times in a random order.
+    """Folders of rows, read one after the other (a curriculum), each `epochs` times in a random order.
 
-    A step takes rows of about `batch_tokens` tokens in all. Raises ValueError where a folder does not fill
-    one.
+    A step reads rows of about `batch_tokens` tokens in all. Raises ValueError where a folder has too few rows
+    for one step.
     """
 
-    folders: Sequence[Any]  # data.pack.Rows, or sequences of the same dicts
+    folders: Sequence[Any]  # each a data.pack.Rows, or a sequence of such rows
     batch_tokens: int
     seed: int = 0
     epochs: float = 1.0
-    multiple: int = 1  # the rows of a step are a multiple of this
+    multiple: int = 1  # the number of rows of a step is a multiple of this
 
     def __post_init__(self) -> None:
         if not (0 < self.epochs < 1e9 and self.batch_tokens > 0):
@@ -75,13 +75,13 @@ class Order:
         return [len(rows), row_length(rows), digest.hexdigest()[:16]]
 
     def rows_per_step(self, rows: Any) -> int:
-        """How many of a folder's rows one step takes."""
+        """How many of a folder's rows one step reads."""
         count = max(1, self.batch_tokens // row_length(rows))
         return -(-count // self.multiple) * self.multiple
 
     @property
     def steps(self) -> int:
-        """Steps that all folders give."""
+        """Steps over all folders."""
         return sum(self._steps(rows) for rows in self.folders)
 
     def _steps(self, rows: Any) -> int:
@@ -100,8 +100,8 @@ class Order:
     def sampler(self, size: int, vocab: int) -> Callable[[int, Sequence[Microbatch]], Sample]:
         """A function that draws `size` of `vocab` tokens for a step and its microbatches.
 
-        Certain are the tokens that these rows hold most of, half of the size, and the step's targets; the
-        others are drawn at random. The function raises ValueError where the certain ones fill the size.
+        It always takes the size / 2 most frequent tokens of the rows and the step's targets, and draws the
+        rest at random. The function raises ValueError where nothing is left to draw.
         """
         tokens = [row["tokens"] for rows in self.folders for row in _spread(rows, 1024)]
         counts = np.bincount(np.concatenate(tokens), minlength=vocab)[:vocab]
@@ -123,12 +123,12 @@ class Order:
 
 
 def row_length(rows: Any) -> int:
-    """Tokens of each of these rows."""
+    """How many tokens each of these rows has."""
     return len(rows[0]["tokens"])
 
 
 def _spread(rows: Any, count: int) -> Iterator[dict[str, np.ndarray]]:
-    """Up to `count` rows, evenly spread."""
+    """Up to `count` of the rows, evenly spaced."""
     for i in np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int):
         yield rows[int(i)]
 
@@ -141,9 +141,9 @@ def _shuffled(n: int, seed: int, folder: int, epoch: int) -> np.ndarray:
 def microbatches(
     rows: Sequence[dict[str, np.ndarray]], size: int, parts: int = 1, block: int = 1
 ) -> Iterator[Microbatch]:
-    """Rows in microbatches of `size` (a multiple of `parts`), the last one filled up with padding.
+    """Rows in microbatches of `size` rows (a multiple of `parts`); the last is filled up with padding.
 
-    Targets take room for a multiple of `block` in each part.
+    The targets of each part are padded to a multiple of `block`.
     """
     length = row_length(rows)
     for start in range(0, len(rows), size):
@@ -157,10 +157,9 @@ def microbatches(
         room = -(-size // parts * length // block) * block
         index_CM, targets_CM = np.zeros((parts, room), np.int32), np.zeros((parts, room), np.int32)
         count_C = np.zeros(parts, np.int32)
-        for part, (loss, tokens) in enumerate(
-            zip(loss_BT.reshape(parts, -1), tokens_BT.reshape(parts, -1), strict=True)
-        ):
-            places = np.flatnonzero(loss)
-            count_C[part] = count = len(places)
-            index_CM[part, :count], targets_CM[part, :count] = places - 1, tokens[places]
+        tokens_CP, loss_CP = tokens_BT.reshape(parts, -1), loss_BT.reshape(parts, -1)
+        for part in range(parts):
+            positions = np.flatnonzero(loss_CP[part])
+            count_C[part] = count = len(positions)
+            index_CM[part, :count], targets_CM[part, :count] = positions - 1, tokens_CP[part, positions]
         yield Microbatch(tokens_BT, positions_BT, segments_BT, index_CM, targets_CM, count_C)

@@ -1,14 +1,15 @@
 """A training run in this process: its memory policy, compiled steps, state and store.
 
-`prepare_process` comes before JAX starts; a `Session` then takes one step after another. The law it keeps:
-a step is a function of the state and the step's number, bit for bit.
+Call `prepare_process` before JAX starts; `Session.train` then takes one step after another. The law it keeps:
+stopped at any moment, by kill -9 too, and resumed, a run ends with the very parameters, moments and losses of
+one that was not stopped.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,15 +25,15 @@ from codegemma.config import ModelConfig
 from codegemma.jax.compiler import compiler_options, configure_xla
 from codegemma.jax.forward import LoraParams, Params
 from codegemma.train import mesh as meshes
-from codegemma.train.loss import BLOCK
-from codegemma.train.objective import Trainable, flops_of, gradient, objective
+from codegemma.train.loss import BLOCK, Losses
+from codegemma.train.objective import Objective, Trainable, flops_of
 from codegemma.train.optimizer import optimizer, schedule, update
 from codegemma.train.order import Microbatch, Order, microbatches, row_length
 from codegemma.train.settings import TrainingSettings
 from codegemma.train.store import RunState, Store
 
 MAX_ACTIVATIONS = 3 << 30  # bytes that a backward pass keeps before remat="auto" saves memory
-TRIMMED_BATCHES = 8  # the first microbatches, after each of which the heap is trimmed
+TRIMMED_BATCHES = 8  # how many microbatches at the start are each followed by a trim of the heap
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}  # of malloc.h
 
 
@@ -40,19 +41,22 @@ MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (
 class StepReport:
     """What a step did: a line of metrics.jsonl."""
 
-    step: int  # steps done
-    steps: int
-    loss: float  # nats a target
+    step: int  # from 1
+    steps: int  # of the complete run
+    loss: float  # nats per target
     right: float  # share of targets that were the likeliest token
-    ends: float | None  # share of terminators that were; None without any
+    ends: float | None  # share of terminators that were the likeliest token; None without terminators
     targets: int
     tokens: int  # of this step
     seconds: float
     flops: float  # of this step, by `flops_of`
     learning_rate: float
     gradient_norm: float
-    held_out: float | None = None  # loss on the held-out rows, where they were measured
-    best: bool = False  # whether that was the lowest so far
+    held_out: float | None = None  # loss on the held-out rows, where it was measured
+    best: bool = False  # whether `held_out` is the lowest so far
+
+
+SaveResult = Callable[[Trainable, StepReport], None]
 
 
 def prepare_process() -> None:
@@ -62,10 +66,10 @@ def prepare_process() -> None:
 
 
 def keep_heap() -> None:
-    """Makes glibc keep freed memory in one heap, where there is a mallopt.
+    """Makes glibc keep freed memory in one heap; does nothing where the C library has no mallopt.
 
-    Else it returns a step's large buffers to the system, which clears each page again for the next step: a
-    fifth of the time on a CPU. A thread that has an arena of its own by now goes on with it.
+    Otherwise glibc returns a step's large buffers to the system, which clears each page again for the next
+    step: a fifth of the time on a CPU. A thread that already has its own arena keeps it.
     """
     with suppress(AttributeError, OSError, TypeError):
         for option, value in MALLOPT.values():
@@ -73,21 +77,21 @@ def keep_heap() -> None:
 
 
 def trim_heap() -> None:
-    """Returns free heap to the system, where there is a malloc_trim.
+    """Returns free heap to the system; does nothing where the C library has no malloc_trim.
 
-    A small live buffer inside a freed block forces the next large allocation elsewhere. Once all lasting
-    buffers have their places, the same memory serves every step.
+    A small live buffer inside a freed block makes the next large allocation take new memory. Once all
+    long-lived buffers are allocated, every step reuses the same memory.
     """
     with suppress(AttributeError, OSError, TypeError):
         trim = ctypes.CDLL(None).malloc_trim
-        time.sleep(0.05)  # JAX frees a call's buffers a moment after its results are there
+        time.sleep(0.05)  # JAX frees a call's buffers a moment after it returns the results
         trim(0)
 
 
 def choose_remat(settings: TrainingSettings, config: ModelConfig, length: int) -> TrainingSettings:
     """Resolves remat "auto" for rows of `length` tokens: "layer" above MAX_ACTIVATIONS, else "none".
 
-    A layer keeps arrays as wide as the model, its heads and its feed-forward part.
+    The estimate: a layer keeps 8 arrays as wide as the model, 4 as its heads and 4 as its feed-forward part.
     """
     if settings.remat != "auto":
         return settings
@@ -97,48 +101,25 @@ def choose_remat(settings: TrainingSettings, config: ModelConfig, length: int) -
     return replace(settings, remat="layer" if activations > MAX_ACTIVATIONS else "none")
 
 
-class Tally:
-    """Sums over the targets of a step, or of the held-out rows."""
+def target_sums(batch: Microbatch, losses: Losses, terminators: Sequence[int]) -> np.ndarray:
+    """Sums over a microbatch's real targets, float64 [5].
 
-    def __init__(self, terminators: Sequence[int] = ()) -> None:
-        self._terminators = list(terminators)
-        self.targets = self._right = self._ends = self._ends_right = 0
-        self._nats = 0.0
-
-    def add(self, batch: Microbatch, nats_M: jax.Array, right_M: jax.Array) -> None:
-        """Counts the real targets of a microbatch."""
-        real_M = (np.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
-        nats, right = meshes.gather(nats_M)[real_M], meshes.gather(right_M)[real_M]
-        ends = np.isin(batch.targets_CM.reshape(-1)[real_M], self._terminators)
-        self.targets += len(nats)
-        self._nats += float(nats.sum(dtype=np.float64))
-        self._right += int(right.sum())
-        self._ends += int(ends.sum())
-        self._ends_right += int(right[ends].sum())
-
-    @property
-    def loss(self) -> float:
-        """Nats a target."""
-        return self._nats / max(self.targets, 1)
-
-    @property
-    def right(self) -> float:
-        """Share of targets that were the likeliest token."""
-        return self._right / max(self.targets, 1)
-
-    @property
-    def ends(self) -> float | None:
-        """Share of terminators that were the likeliest token."""
-        return self._ends_right / self._ends if self._ends else None
+    How many targets there are, their nats, and how many were the likeliest token; how many terminators there
+    are, and how many of them were the likeliest token.
+    """
+    real_M = (np.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
+    nats, right = (meshes.gather(x)[real_M] for x in losses)
+    ends = np.isin(batch.targets_CM.reshape(-1)[real_M], list(terminators))
+    return np.array([len(nats), nats.sum(dtype=np.float64), right.sum(), ends.sum(), right[ends].sum()])
 
 
 class Session:
-    """A run of `trainable` (an adapter over the frozen `base`, or all parameters, whose arrays are used up).
+    """A run that trains `trainable`: an adapter over the frozen `base`, or all parameters.
 
-    `held_out` are sequences of rows to measure on, as data.pack.Rows gives them. Entered as a context, it
-    opens the run's `folder` and restores its newest checkpoint; `about` is what else a resumed run must have
-    in common with it, as JSON. Raises ValueError on entry where the folder holds a run and `resume` is not
-    set, or one with other settings.
+    The arrays of `trainable` are donated: the caller must not use them again. `held_out` are sequences of
+    rows to measure on, as data.pack.Rows gives them. Entered as a context, a session opens the run's `folder`
+    and restores its newest checkpoint; a resumed run must have the same `about`, a JSON object. Raises
+    ValueError on entry where the folder holds a run and `resume` is not set, or a run with other settings.
     """
 
     def __init__(
@@ -184,7 +165,7 @@ class Session:
         self.store.close()
 
     def _stamp(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """What a run and its resumption have in common."""
+        """What must be equal in a run and its resumption."""
         trainable = self.state.trainable
         return {
             "settings": asdict(replace(self.settings, save_every=1, keep=1)),
@@ -199,26 +180,54 @@ class Session:
         }
 
     def _compile(self) -> None:
-        """The functions that a step runs; each is compiled when it is first called."""
+        """Makes the functions that a step runs; each is compiled when it is first called."""
         trees = (self.state.trainable, self.state.moments)
-        places, moment_places = (
+        shardings, moment_shardings = (
             jax.tree.map(lambda leaf: leaf.sharding if self.mesh else None, tree) for tree in trees
         )
+        objective = Objective(self.config, self.settings, self.terminators)
         self._gradient = jax.jit(
-            gradient(self.config, self.settings, self.terminators),
-            out_shardings=(None, places),
+            objective.gradient,
+            out_shardings=(None, shardings),
             compiler_options=compiler_options(self.settings.remat),
         )
-        self._loss = jax.jit(partial(objective, config=self.config, settings=self.settings))
+        self._loss = jax.jit(objective.loss)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._update = jax.jit(
-            partial(update, self._rule), donate_argnums=(0, 1), out_shardings=(places, moment_places, None)
+            partial(update, self._rule),
+            donate_argnums=(0, 1),
+            out_shardings=(shardings, moment_shardings, None),
         )
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or patience is at its end."""
+        """Whether all steps are done, or patience has run out."""
         return self.state.step >= self.steps or 0 < self.settings.patience <= self.state.misses
+
+    def train(
+        self, save_result: SaveResult = lambda *_: None, until: float | None = None
+    ) -> Iterator[StepReport]:
+        """Trains to the end of the run and reports each step.
+
+        `save_result` is called at each new best loss on the held-out rows, or at each checkpoint where there
+        are none. At `until`, on the clock of time.monotonic, the run ends early, but after at least one step.
+        """
+        settings, state, store = self.settings, self.state, self.store
+        over = self.finished
+        while not over:
+            with meshes.use(self.mesh):  # left before the report is yielded to the caller
+                report = self.step()
+                over = self.finished or until is not None and time.monotonic() > until
+                if self.held_out and (over or state.step % settings.evaluate_every == 0):
+                    report = self.measure(report)
+                    over = over or self.finished
+                saves = over or state.step % settings.save_every == 0
+                store.log(state, asdict(report))
+                if report.best or not self.held_out and saves:
+                    save_result(state.trainable, report)
+                if saves:
+                    store.save(state)
+            yield report
 
     def step(self) -> StepReport:
         """Takes one step. Raises ValueError on rows of another vocabulary and on an infinite loss."""
@@ -226,32 +235,33 @@ class Session:
         rows = self._rows(state.step)
         batches = list(self._microbatches(rows))
         sample = self._sample(state.step, batches) if self._sample else None
-        gradients, tally = None, Tally(self.terminators)
+        gradients, sums = None, np.zeros(5)
         for batch in batches:
             placed = meshes.place_batch(self.mesh, batch)
             (_, losses), part = self._gradient(state.trainable, self.base, placed, sample)
-            tally.add(batch, *losses)
+            sums += target_sums(batch, losses, self.terminators)
             gradients = part if gradients is None else self._add(gradients, part)
             if self._batches_to_trim:
                 self._batches_to_trim -= 1
                 trim_heap()
-        if not np.isfinite(tally.loss):
-            fault = f"step {state.step + 1}: the loss is {tally.loss}: training diverged"
+        targets, nats, right, ends, right_ends = sums.tolist()
+        loss, count = nats / max(targets, 1), jnp.float32(max(targets, 1))
+        if not np.isfinite(loss):
+            fault = f"step {state.step + 1}: the loss is {loss}: training diverged"
             raise ValueError(f"{fault}: lower --learning-rate and begin again in another folder")
-        count = jnp.float32(max(tally.targets, 1))
         state.trainable, state.moments, norm = self._update(state.trainable, state.moments, gradients, count)
         state.step += 1
         length, full = row_length(rows), not isinstance(state.trainable, LoraParams)
         return StepReport(
             step=state.step,
             steps=self.steps,
-            loss=tally.loss,
-            right=tally.right,
-            ends=tally.ends,
-            targets=tally.targets,
+            loss=loss,
+            right=right / max(targets, 1),
+            ends=right_ends / ends if ends else None,
+            targets=int(targets),
             tokens=len(rows) * length,
             seconds=time.perf_counter() - started,
-            flops=flops_of(self.config, len(rows) * length, length, tally.targets, full),
+            flops=flops_of(self.config, len(rows) * length, length, int(targets), full),
             learning_rate=float(self._rate(state.step - 1)),
             gradient_norm=float(norm),
         )
@@ -270,12 +280,13 @@ class Session:
 
     def measure(self, report: StepReport) -> StepReport:
         """The report with the loss on the held-out rows, and whether it is the best so far."""
-        state, tally = self.state, Tally()
+        state, sums = self.state, np.zeros(5)
         for rows in self.held_out:
             for batch in self._microbatches([rows[i] for i in range(len(rows))]):
                 placed = meshes.place_batch(self.mesh, batch)
-                tally.add(batch, *self._loss(state.trainable, self.base, placed)[1])
-        best = tally.loss < state.best
+                sums += target_sums(batch, self._loss(state.trainable, self.base, placed)[1], ())
+        loss = sums[1].item() / max(sums[0].item(), 1)
+        best = loss < state.best
         state.misses = 0 if best else state.misses + 1
-        state.best = min(state.best, tally.loss)
-        return replace(report, held_out=tally.loss, best=best)
+        state.best = min(state.best, loss)
+        return replace(report, held_out=loss, best=best)

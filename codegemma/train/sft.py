@@ -1,7 +1,7 @@
 """Chat and instruction data -> training rows: Gemma's turns, loss on the answers alone.
 
-`read` takes chat messages, instruction pairs and NeMo's pairs, one JSON object a line; `rows` packs them.
-Instruction tuning differs from continued pretraining in its rows alone.
+`read` reads chat messages, instruction pairs and NeMo's pairs, one JSON object per line; `rows` packs them.
+Only in its rows does instruction tuning differ from continued pretraining.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read(path: Path) -> Iterator[list[Message]]:
 
 
 def messages(line: Mapping[str, Any]) -> list[Message]:
-    """One object of the file as a dialogue that ends with an answer. Raises ValueError."""
+    """The dialogue of one object of the file. Raises ValueError where it does not end with an answer."""
     if turns := line.get("messages") or line.get("conversations"):
         roles = [_text(turn.get("role") or turn.get("from")).lower() for turn in turns]
         texts = [_text(turn.get("content", turn.get("value"))) for turn in turns]
@@ -65,34 +65,34 @@ def messages(line: Mapping[str, Any]) -> list[Message]:
     if line.get("system") and dialogue[0].role != "system":
         dialogue.insert(0, Message("system", _text(line["system"])))
     if dialogue[-1].role != "assistant":
-        raise ValueError("the last message must be the assistant's, which is what is learned")
+        raise ValueError("the last message must be the assistant's, because training is on its answers")
     prompts.split_system(dialogue, reply=False)
     return dialogue
 
 
 def _text(value: Any) -> str:
-    """A text, given as one string or in OpenAI's parts."""
+    """A text that is given as a string, or as OpenAI's list of parts."""
     parts = value if isinstance(value, list) and all(isinstance(part, dict) for part in value) else []
     if parts and all(part.get("type") == "text" for part in parts):
         return "".join(_text(part.get("text")) for part in parts)
     if not isinstance(value, str):
         raise ValueError(f"a text was expected, got {value!r}")
-    value.encode()  # raises for a lone surrogate, which no token spells
+    value.encode()  # raises for a lone surrogate, which no tokens can encode
     return value
 
 
 def rows(
     dialogues: Iterable[Sequence[Message]], tokenizer: Tokenizer, length: int
 ) -> tuple[list[dict[str, np.ndarray]], int]:
-    """Rows of `length` tokens, each dialogue a segment, and how many dialogues were left out.
+    """Rows of `length` tokens, as data.pack.Rows gives them, and how many dialogues were left out.
 
-    A dialogue is left out where it is too long for a row or has an empty answer. Rows are as data.pack.Rows
-    gives them. Raises ValueError where no dialogue is left.
+    Each dialogue is a segment. It is left out where it is too long for a row or has an empty answer. Raises
+    ValueError where all are left out.
     """
-    made = [prompts.chat(tokenizer, dialogue, reply=False) for dialogue in dialogues]
-    fitting = [prompt for prompt in made if len(prompt.ids) <= length and _answered(prompt)]
+    chats = [prompts.chat(tokenizer, dialogue, reply=False) for dialogue in dialogues]
+    fitting = [prompt for prompt in chats if len(prompt.ids) <= length and _is_answered(prompt)]
     if not fitting:
-        fault = f"none of {len(made):,} dialogues fits a row of {length:,} tokens and has answers"
+        fault = f"none of {len(chats):,} dialogues fits a row of {length:,} tokens and has answers"
         raise ValueError(f"{fault}: raise --length")
     sizes = [len(prompt.ids) for prompt in fitting]
     packed = fit(sizes, length)
@@ -104,9 +104,9 @@ def rows(
         loss_RT[row, place] = [label == "reply" for label in fitting[item].labels]
     arrays = zip(tokens_RT, loss_RT, segments_RT, map(positions, segments_RT), strict=True)
     names = ("tokens", "loss", "segments", "positions")
-    return [dict(zip(names, row, strict=True)) for row in arrays], len(made) - len(fitting)
+    return [dict(zip(names, row, strict=True)) for row in arrays], len(chats) - len(fitting)
 
 
-def _answered(prompt: prompts.Prompt) -> bool:
-    """Whether each answer has a token beside its terminator."""
+def _is_answered(prompt: prompts.Prompt) -> bool:
+    """Whether each answer has a token besides its terminator."""
     return all(len(ids) > 1 for label, ids in prompt.segments if label == "reply")

@@ -17,7 +17,7 @@ from codegemma.train.objective import Trainable
 
 @dataclass
 class RunState:
-    """What a run holds between steps. `misses` counts evaluations since the one with the `best` loss."""
+    """A run's state between steps. `misses` counts the measurements since the one with the `best` loss."""
 
     trainable: Trainable
     moments: Any
@@ -33,14 +33,14 @@ class RunState:
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The arrays that a checkpoint holds."""
         return {"trainable": self.weights, "moments": self.moments}
 
 
 class Store:
     """A run's folder: checkpoints/ (Orbax; only committed ones count), metrics.jsonl and loss.svg.
 
-    `stamp` is what a run and its resumption must have in common, as JSON. Raises ValueError where the folder
+    `stamp`, a JSON object, must be equal in a run and its resumption. Raises ValueError where the folder
     holds a run and `resume` is not set.
     """
 
@@ -72,8 +72,8 @@ class Store:
             return
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         self._check(meta["stamp"])
-        like = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state.arrays))
-        arrays = manager.restore(step, args=ocp.args.Composite(state=like))["state"]
+        shapes = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state.arrays))
+        arrays = manager.restore(step, args=ocp.args.Composite(state=shapes))["state"]
         trainable, weights = state.trainable, arrays["trainable"]
         is_lora = isinstance(trainable, LoraParams)
         state.trainable = replace(trainable, weights=weights) if is_lora else weights  # type: ignore[type-var]
@@ -85,7 +85,7 @@ class Store:
             self.metrics.write_text("".join(line + "\n" for line in lines))
 
     def _check(self, stamp: dict[str, Any]) -> None:
-        # runs from before there was a choice of precision computed in float32
+        # a stamp without a precision is older than that setting: its run computed in float32
         old, new = ({"precision": "float32", **each["settings"], **each} for each in (stamp, self._stamp))
         changed = sorted(key for key in old.keys() & new.keys() - {"settings"} if old[key] != new[key])
         if changed:
@@ -101,7 +101,7 @@ class Store:
                 file.write(json.dumps(metrics) + "\n")
 
     def save(self, state: RunState) -> None:
-        """Starts to write a checkpoint; the next one, or `close`, waits for it. Draws the loss curve."""
+        """Starts to write a checkpoint, and draws the loss curve; the next call, or `close`, waits for it."""
         ocp = self._ocp
         best = state.best if np.isfinite(state.best) else None
         meta = {"stamp": self._stamp, "misses": state.misses, "best": best, "jax": jax.__version__}

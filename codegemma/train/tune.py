@@ -1,7 +1,7 @@
 """`codegemma tune`: a code base in, an adapter out, with the gain measured on files that training never read.
 
-`tune` is a visible list of steps: hold files out, build rows from the rest, measure, train within the time,
-measure again. The law it keeps: no held-out text is in the rows, and both measurements use the same holes.
+`tune` lists the steps: hold files out, build rows from the rest, measure, train for the given time, measure
+again. The law it keeps: no held-out text is in the rows, and both measurements use the same holes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ HELD_OUT = 0.1  # share of the files
 NEWEST_COMMITS = 20  # whose files are held out too
 ROW_TOKENS = 512
 WINDOW = (96, 384)  # tokens of an example
-BATCH_TOKENS = 4096  # of a step; half of it where an adapter that completes is trained further
+BATCH_TOKENS = 4096  # of a step; half as many where an adapter is trained further
 MIN_FILES = 4  # to train on
-LAYOUT: Layout = "spm"  # of the holes that are measured: how an editor asks while its user types
-END_WEIGHT = 2.0  # trained on likelihood alone, greedy completions run on for too long
-MAX_CHOOSING_FILES, MEASUREMENTS = 20, 6  # whose loss chooses the best step, and how often it is measured
-CHOOSING_EXAMPLES = 32  # of these files, about: measuring a token takes as long as training on it
-PROBE_STEPS = 3  # which say how long a step takes; the first one compiles
-MAX_PASSES = 8  # over the rows: more would only repeat little code
+LAYOUT: Layout = "spm"  # of the measured holes: the order of an editor's prompts while its user types
+END_WEIGHT = 2.0  # with 1, greedy completions run on for too long
+MAX_CHOOSING_FILES = 20  # files for validation: their loss chooses the best step
+CHOOSING_EXAMPLES = 32  # about so many examples of them: measuring a token takes as long as training on it
+MEASUREMENTS = 6  # how often that loss is measured
+PROBE_STEPS = 3  # to find out how long a step takes; the first one compiles
+MAX_PASSES = 8  # over the rows; a small code base is not repeated more often
 GIT_LOG = (
     "git -c core.fsmonitor=false -c core.hooksPath=/dev/null log --format= --name-only --no-ext-diff "
     "--relative --no-show-signature -z"
@@ -63,12 +64,12 @@ MEASURES = {  # title: key of evals.heldout.answers
     "log p(middle), nats": "logp",
     "stopped by itself": "stopped",
 }
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What to tune on what, and for how long. Raises ValueError on a time that cannot be."""
+    """Which model to tune, on which code, and for how long. Raises ValueError on an invalid time."""
 
     repository: Path
     model: str
@@ -102,7 +103,7 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class Gain:
-    """A mean over the holes before and after, and the paired difference with its interval."""
+    """A measure's mean over the holes before and after training, and the paired difference."""
 
     before: float
     after: float
@@ -111,7 +112,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What tuning gave: the adapter's folder, the gains by title, and the numbers of files."""
+    """The adapter's folder, the gains by title (MEASURES), and how many files were read and held out."""
 
     adapter: Path
     gains: dict[str, Gain]
@@ -133,11 +134,11 @@ class TuneResult:
         return "\n".join(lines)
 
 
-def tune(options: TuneOptions, follow: job.Follow, say: Say) -> TuneResult:
+def tune(options: TuneOptions, on_step: job.OnStep, log: Log) -> TuneResult:
     """Trains an adapter on a code base and measures the gain.
 
-    `follow` is called after each step, `say` with each line of progress. Raises ValueError where there is
-    too little code, and where the folder is in use.
+    `on_step` is called after each step, `log` with each line about the progress. Raises ValueError where
+    there is too little code, and where the output folder exists, except to resume an interrupted run.
     """
     out, work = options.folder, options.work
     if out.exists() and not work.exists():
@@ -151,17 +152,21 @@ def tune(options: TuneOptions, follow: job.Follow, say: Say) -> TuneResult:
     if start and engine.fim_orders(name) == {LAYOUT}:
         orders = (LAYOUT,)
     if not (work / "ready").exists():
-        prepare(options, engine.tokenizer, orders, say)
+        prepare(options, engine.tokenizer, orders, log)
     held_out = [Document(*json.loads(line)) for line in (work / "held-out.jsonl").read_text().splitlines()]
     holes = heldout.holes(held_out, engine.tokenizer, options.holes, options.seed)
     if not holes:
         fault = f"{options.repository}: the held-out files have no place for a hole to measure"
         raise ValueError(f"{fault}: it needs more code")
-    say(f"measuring on {len(holes)} holes of the files held out")
+    log(f"measuring on {len(holes)} holes of the files held out")
     before = measure(engine, holes, start)
     means = (f"{title} {sum(values) / len(values):.3f}" for title, values in before.items())
-    say(f"before: {', '.join(means)}")
-    plan = _train(options, start, orders, follow, say)
+    log(f"before: {', '.join(means)}")
+    until = time.monotonic() + 60 * options.minutes
+    limit = f"{options.minutes:g} minutes in all (Ctrl-C ends it early and keeps the best)"
+    log(f"finding out how long a step takes; then training, {limit}")
+    plan = replace(plan_within(options, until, start), orders=orders)
+    _run(plan, until, on_step, log)
     after = measure(engine, holes, load_adapter(plan.result))
     gains = {title: _gain(before[title], after[title]) for title in before}
     result = TuneResult(out, gains, len(json.loads((work / "ready").read_text())), len(held_out))
@@ -169,26 +174,15 @@ def tune(options: TuneOptions, follow: job.Follow, say: Say) -> TuneResult:
     return result
 
 
-def _train(
-    options: TuneOptions,
-    start: Adapter | None,
-    orders: tuple[Layout, ...],
-    follow: job.Follow,
-    say: Say,
-) -> TrainingPlan:
-    """Trains within the time; Ctrl-C ends it early and keeps the best."""
-    until = time.monotonic() + 60 * options.minutes
-    limit = f"{options.minutes:g} minutes in all (Ctrl-C ends it early and keeps the best)"
-    say(f"finding out how long a step takes; then training, {limit}")
-    plan = replace(plan_within(options, until, start), orders=orders)
+def _run(plan: TrainingPlan, until: float, on_step: job.OnStep, log: Log) -> None:
+    """Trains until the time is up; Ctrl-C ends it early and keeps the best step."""
     metrics = plan.out / "metrics.jsonl"
     try:
-        job.run(plan, metrics.exists(), follow, until)
+        job.run(plan, metrics.exists(), on_step, until)
     except KeyboardInterrupt:
-        say("stopped early: measuring what there is (--resume goes on after another Ctrl-C)")
-        if not plan.result.exists():  # before the first choice: from the last checkpoint, or the start
+        log("stopped early: measuring the result so far (after another Ctrl-C, --resume continues)")
+        if not plan.result.exists():  # not even one measurement: one more step writes a result
             job.run(plan, metrics.exists(), until=time.monotonic())
-    return plan
 
 
 def _publish(options: TuneOptions, plan: TrainingPlan, result: TuneResult) -> None:
@@ -204,7 +198,7 @@ def _publish(options: TuneOptions, plan: TrainingPlan, result: TuneResult) -> No
         for title, gain in result.gains.items()
     }
     card = {**trained.card, "name": out.name, "repository": options.name, "measured": measured}
-    shutil.rmtree(work / "final", ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(work / "final", ignore_errors=True)  # of a run that was killed at this point
     final = save_adapter(replace(trained, name=out.name, card=card), work / "final")
     for file in [*final.iterdir(), plan.out / "loss.svg", plan.out / "metrics.jsonl"]:
         if file.exists():
@@ -215,7 +209,7 @@ def _publish(options: TuneOptions, plan: TrainingPlan, result: TuneResult) -> No
 def hold_out(
     documents: Sequence[Document], repository: Path, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """(to learn from, held out): the newest commits' files and a random share, at most half in all."""
+    """(files to train on, files held out: the newest commits' and a random share, at most half in all)."""
     newest = set(newest_files(repository))
 
     def rank(document: Document) -> tuple[bool, float]:
@@ -230,18 +224,18 @@ def hold_out(
 
 
 def newest_files(repository: Path) -> list[str]:
-    """Paths that the newest commits changed; none where git is missing or the history is not here."""
+    """Paths that the newest commits changed; empty without git or without a history."""
     command = [*GIT_LOG.split(), f"-{NEWEST_COMMITS}"]
     environment = {**os.environ, **GIT_ENVIRONMENT}
     try:
-        done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, timeout=30)
+        log = subprocess.run(command, cwd=repository, env=environment, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return list(dict.fromkeys(os.fsdecode(done.stdout).split("\0"))) if done.returncode == 0 else []
+    return list(dict.fromkeys(os.fsdecode(log.stdout).split("\0"))) if log.returncode == 0 else []
 
 
-def prepare(options: TuneOptions, tokenizer: Tokenizer, orders: Sequence[Layout], say: Say) -> None:
-    """Holds files out and builds rows of the others in `work`. Raises ValueError on too few files."""
+def prepare(options: TuneOptions, tokenizer: Tokenizer, orders: Sequence[Layout], log: Log) -> None:
+    """Holds files out and builds rows of the others in `options.work`. Raises ValueError on too few files."""
     repository, work, seed = options.repository, options.work, options.seed
     shutil.rmtree(work, ignore_errors=True)  # before the repository is read: it may lie inside
     documents = _documents(repository)
@@ -253,7 +247,7 @@ def prepare(options: TuneOptions, tokenizer: Tokenizer, orders: Sequence[Layout]
     count = min(len(taught) // 20, MAX_CHOOSING_FILES)
     choosing, taught = taught[:count], taught[count:]
     counts = f"{len(taught):,} files to learn from, {count:,} to choose the best step by"
-    say(f"{counts}, {len(held_out):,} held out")
+    log(f"{counts}, {len(held_out):,} held out")
     recipe = BuildRecipe(
         fim_rate=0.9,
         spm_rate=1 / len(orders),
@@ -270,13 +264,13 @@ def prepare(options: TuneOptions, tokenizer: Tokenizer, orders: Sequence[Layout]
         stride = sum(len(document.text) for document in choosing) // CHOOSING_EXAMPLES
         sparse = replace(recipe, stride=max(recipe.stride, stride))
         _build(choosing, options, "choosing", tokenizer, sparse)
-    fields = [[each.repository, each.path, each.text, each.language] for each in held_out]
+    fields = [[doc.repository, doc.path, doc.text, doc.language] for doc in held_out]
     (work / "held-out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in fields))
     (work / "ready").write_text(json.dumps([document.path for document in taught]))
 
 
 def _documents(repository: Path) -> list[Document]:
-    """Files of code, each content once, without those that the rows would leave out."""
+    """The files of code that pass the data's quality checks, without duplicates."""
     quality, documents = Quality(), {}
     sources = [Source(repository.resolve(), "folder")] if repository.is_dir() else expand(str(repository))
     for source in sources:
@@ -299,7 +293,7 @@ def _build(
 
 
 def measure(engine: Model, holes: Sequence[heldout.Hole], adapter: Adapter | None) -> dict[str, list[float]]:
-    """MEASURES of each hole, with an adapter or the base."""
+    """The MEASURES of each hole by title, with an adapter or with the base."""
     if adapter is not None:
         engine.add_adapter("tuned", adapter)
     model = LocalModel(engine, adapter="tuned" if adapter is not None else "none")
@@ -313,10 +307,9 @@ def _gain(before: list[float], after: list[float]) -> Gain:
 
 
 def plan_within(options: TuneOptions, until: float, start: Adapter | None) -> TrainingPlan:
-    """The plan with as many steps as end by `until`, of time.monotonic, from how long a few steps take."""
+    """The plan with as many steps as fit before `until`, on the clock of time.monotonic."""
     work = options.work
-    rows, choosing = Rows(work / "taught"), work / "choosing"
-    batch_tokens = min(BATCH_TOKENS if start is None else BATCH_TOKENS // 2, len(rows) * ROW_TOKENS)
+    tokens, choosing = len(Rows(work / "taught")) * ROW_TOKENS, work / "choosing"
     if start is not None and not (work / "start").exists():
         save_adapter(start, work / "start")
     # Adam's first steps move every weight by the rate: at 3e-4 a trained adapter forgets to stop
@@ -339,25 +332,26 @@ def plan_within(options: TuneOptions, until: float, start: Adapter | None) -> Tr
         kind="qlora",
         rank=options.rank,
         adapter=work / "start" if start is not None else None,
-        batch_tokens=batch_tokens,
+        batch_tokens=min(BATCH_TOKENS if start is None else BATCH_TOKENS // 2, tokens),
         epochs=100.0,
     )
     choosing_rows = len(Rows(choosing)) if (choosing / "index.npy").exists() else 0
-    stored = work / "steps"
-    if not stored.exists():
-        seconds = _probe(replace(plan, out=work / "probe", settings=replace(settings, steps=PROBE_STEPS)))
-        measuring = MEASUREMENTS * choosing_rows * ROW_TOKENS / batch_tokens  # in steps
-        affordable = int((until - time.monotonic()) / seconds - measuring)
-        useful = max(MAX_PASSES * len(rows) * ROW_TOKENS // batch_tokens, PROBE_STEPS)
-        stored.write_text(str(max(PROBE_STEPS, min(affordable, useful))))
-    steps = int(stored.read_text())
+    steps = _steps_within(until, plan, tokens, choosing_rows * ROW_TOKENS)
     settings = replace(settings, steps=steps, evaluate_every=-(-steps // MEASUREMENTS))
     return replace(plan, held_out=choosing if choosing_rows else None, settings=settings)
 
 
-def _probe(plan: TrainingPlan) -> float:
-    """Seconds of a step: the fastest of a few."""
-    shutil.rmtree(plan.out, ignore_errors=True)  # of a probe that was interrupted
-    seconds: list[float] = []
-    job.run(plan, False, lambda report: seconds.append(report.seconds))
-    return min(seconds)
+def _steps_within(until: float, plan: TrainingPlan, tokens: int, choosing_tokens: int) -> int:
+    """How many steps fit before `until`, by the fastest of a few; a resumed run reads the first answer."""
+    stored = plan.out.with_name("steps")
+    if not stored.exists():
+        settings = replace(plan.settings, steps=PROBE_STEPS)
+        probe = replace(plan, out=plan.out.with_name("probe"), settings=settings)
+        shutil.rmtree(probe.out, ignore_errors=True)  # of a probe that was interrupted
+        seconds: list[float] = []
+        job.run(probe, False, lambda report: seconds.append(report.seconds))
+        measuring = MEASUREMENTS * choosing_tokens / plan.batch_tokens  # in steps
+        affordable = int((until - time.monotonic()) / min(seconds) - measuring)
+        useful = max(MAX_PASSES * tokens // plan.batch_tokens, PROBE_STEPS)
+        stored.write_text(str(max(PROBE_STEPS, min(affordable, useful))))
+    return int(stored.read_text())
