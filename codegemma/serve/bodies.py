@@ -1,4 +1,4 @@
-"""The fields that the bodies of several protocols share, and how they become a request to the model."""
+"""The fields that the bodies of several protocols share, and the Request that is made from them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ StopTexts = str | Annotated[list[str | None], Field(max_length=MAX_STOPS)] | Non
 Milliseconds = Annotated[float, Field(gt=0, le=MAX_MS)]
 LlamaMilliseconds = Annotated[float, Field(le=MAX_MS)]  # llama.cpp's: 0 and below are no limit
 TokenCount = Annotated[int, Field(ge=0)]
-TopCount = Annotated[int, Field(ge=0, le=20)]  # of alternatives to a token
+TopCount = Annotated[int, Field(ge=0, le=20)]  # how many of the likeliest tokens are listed
 
-# What the protocols call the limit of the answer's tokens; below 0 is the default.
+# The protocols' names of Request.max_tokens; a value below 0 means the default.
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "n_predict", "num_predict")
-# What they call the fields of Sampling, where it is not the same name.
+# The protocols' names of Sampling's fields.
 SAMPLING_FIELDS = {"repetition_penalty": "repeat_penalty", "random_seed": "seed", "logit_bias": "bias"}
 SAMPLING_FIELDS |= {name: name for name in Sampling.__dataclass_fields__}
 
 
 class SamplingFields(BaseModel):
-    """How an answer is drawn and where it stops, in the names that most protocols have."""
+    """How tokens are sampled and where the answer stops, under the names that most protocols use."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -42,14 +42,14 @@ class SamplingFields(BaseModel):
 
 
 class ExtraFile(BaseModel):
-    """Another file, as llama.cpp's clients send it; without a name it has no path line in the prompt."""
+    """A context file, as llama.cpp's clients send it. Without a name it has no path line in the prompt."""
 
     text: str
     filename: str = ""
 
 
 class ExtensionFields(BaseModel):
-    """The fields that we add to every protocol; see docs/server.md."""
+    """The fields that every protocol has here beside its own; see docs/server.md."""
 
     mode: Mode | None = None
     trim: Trim | None = None
@@ -65,10 +65,8 @@ class ExtensionFields(BaseModel):
     def infill(self, prefix: str, suffix: str | None, files: Sequence[File] = ()) -> Infill:
         """A fill-in-the-middle prompt; the body's extra files come after `files`, nearer to the prefix."""
         extra = [File(one_line(file.filename), file.text) for file in self.input_extra or ()]
-        files = (*files, *extra)
-        return Infill(
-            prefix, suffix or "", self.path or None, files, self.mode or "auto", self.trim or "none"
-        )
+        mode, trim = self.mode or "auto", self.trim or "none"
+        return Infill(prefix, suffix or "", self.path or None, (*files, *extra), mode, trim)
 
     def request(
         self,
@@ -79,10 +77,11 @@ class ExtensionFields(BaseModel):
         options: BaseModel | None = None,
         **sampling: Any,
     ) -> Request:
-        """The request that the body, its headers and its model's name ask for.
+        """The request for one answer.
 
-        `max_tokens` and `sampling` hold where the body says nothing. `options` has the limit, stops and
-        sampling; by default the body has. A model's name may choose an adapter: "ours", or "tiny:ours".
+        `max_tokens` and `sampling` are the defaults for what the body leaves out. `options` is the part of
+        the body with the limit, the stops and the sampling; None: the body itself. A model's name may choose
+        an adapter: "ours", or "tiny:ours". Raises ValueError on a value that Request or Sampling refuses.
         """
         fields = dict(options or self)
         limit = next((fields[name] for name in LIMIT_FIELDS if fields.get(name) is not None), -1)
@@ -109,7 +108,7 @@ class ExtensionFields(BaseModel):
 
 
 def _sampling(fields: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
-    """The sampling that fields ask for, by any protocol's names. A seed that was not sent is random."""
+    """The Sampling of a body's fields, under any protocol's names. Without a seed it is random."""
     sent = {SAMPLING_FIELDS[name]: value for name, value in fields.items() if name in SAMPLING_FIELDS}
     values = defaults | {name: value for name, value in sent.items() if value is not None}
     values["top_k"] = max(values.get("top_k", 0), 0)
@@ -118,5 +117,5 @@ def _sampling(fields: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
 
 
 def one_line(path: str) -> str:
-    """A client's name of a file as it may stand in a prompt: on one line."""
+    """The path with every run of whitespace as one blank: a prompt names each file on one line."""
     return " ".join(path.split())

@@ -1,7 +1,8 @@
-"""The checks before every route: who may send a request, from which page, how large, and how slowly.
+"""The checks before every route: the client's key, the page that calls, the request's size and duration.
 
-A page of another origin cannot call the API: browsers send the page's Origin, which must be ours; a name that
-was rebound to this machine's address (DNS rebinding) shows in Host. Keys are compared in constant time.
+A page of another origin cannot call the API: browsers send the page's Origin, which must be the server's or
+an allowed one. DNS rebinding shows in Host, which must be a name of this server. Keys are compared in
+constant time.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger("codegemma.serve")
 
 MAX_BODY_BYTES = 16 << 20
-MAX_CONNECTIONS = 4096  # open at once; further ones are closed at once
-CLIENT_TIMEOUT_S = 30.0  # for a request to arrive, and for a client to read a part of its answer
+MAX_CONNECTIONS = 4096  # open together; a further one is closed immediately
+CLIENT_TIMEOUT_S = 30.0  # for a request to arrive, and for a client that does not read its answer
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]", "::1"}
 POLICY = (
     "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; "
@@ -43,8 +44,8 @@ ErrorResponse = Callable[[str, int, str], Response]  # (path, status, message), 
 class Rules:
     """Who may call the server.
 
-    `hosts`: the names that Host may have; None for any, which is safe where a key is needed. `origins`: pages
-    beside our own that may call. `keys`: digests of the API keys; none where no key is needed.
+    `hosts`: the names that Host may have; None for any, which is safe where a key is needed. `origins`: the
+    pages that may call beside the server's own. `keys`: digests of the API keys; () where no key is needed.
     """
 
     hosts: frozenset[str] | None = frozenset(LOOPBACK_NAMES)
@@ -69,7 +70,7 @@ class RequestGuard:
         if scope["type"] != "http":  # no route uses web sockets
             return await send({"type": "websocket.close", "code": 1008})
         path, method = "/" + scope["path"].strip("/"), scope["method"]
-        # Routes know no HEAD: uvicorn leaves the body out of its answer.
+        # No route has the method HEAD. For GET's answer to it, uvicorn leaves out the body.
         scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
         headers = Headers(scope=scope)
         origin = headers.get("origin")
@@ -81,13 +82,13 @@ class RequestGuard:
             return await self.error_response(path, error.status_code, error.detail)(scope, receive, send)
         if method == "OPTIONS" and origin is not None:
             return await _preflight_response(headers)(scope, receive, send)
-        if method == "POST":  # every body is JSON, also where `curl -d` calls it a form
+        if method == "POST":  # every body is JSON, even where `curl -d` declares a form
             other = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
             scope["headers"] = [*other, (b"content-type", b"application/json")]
         return await self.app(scope, self._bounded(receive), send)
 
     def _check_sender(self, headers: Headers) -> None:
-        """Raises HTTPException where the Host, the Origin or the body's headers are not allowed."""
+        """Raises HTTPException if the Host, the Origin, the body's size or its encoding is not allowed."""
         host, origin, limit = headers.get("host", ""), headers.get("origin"), self.rules.max_body_bytes
         if self.rules.hosts is not None and _without_port(host) not in self.rules.hosts:
             remedy = "use its address, or start it with --host or --allow-host"
@@ -117,11 +118,8 @@ class RequestGuard:
 
     def _bounded(self, receive: Receive) -> Receive:
         """`receive` with limits on the body's size and the time it takes."""
-        remaining, complete, deadline = (
-            self.rules.max_body_bytes,
-            False,
-            time.monotonic() + self.rules.timeout_s,
-        )
+        remaining, complete = self.rules.max_body_bytes, False
+        deadline = time.monotonic() + self.rules.timeout_s
 
         async def bounded() -> Message:
             nonlocal remaining, complete
@@ -142,7 +140,7 @@ class RequestGuard:
 
 
 def _with_headers(send: Send, request_line: str, origin: str | None) -> Send:
-    """`send` that adds our headers and logs failed requests. `origin` is a page that may read the answer."""
+    """`send` that adds our headers and logs errors. `origin`: a page that may read the answer."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -162,11 +160,10 @@ def _with_headers(send: Send, request_line: str, origin: str | None) -> Send:
 
 
 def _preflight_response(headers: Headers) -> Response:
-    """The answer to a browser that asks what an allowed page may send; OpenAI's client has many headers."""
+    """The answer to a browser that asks what an allowed page may send: any headers, for OpenAI's client."""
     allowed = headers.get("access-control-request-headers", "Authorization, Content-Type")
-    cors = {"Methods": "GET, POST", "Headers": allowed}
-    answer = {f"Access-Control-Allow-{name}": value for name, value in cors.items()}
-    return Response(status_code=204, headers={**answer, "Access-Control-Max-Age": "600"})
+    cors = {"Allow-Methods": "GET, POST", "Allow-Headers": allowed, "Max-Age": "600"}
+    return Response(status_code=204, headers={f"Access-Control-{name}": cors[name] for name in cors})
 
 
 def key_digest(key: str) -> bytes:
@@ -175,18 +172,17 @@ def key_digest(key: str) -> bytes:
 
 
 def read_keys(lines: Sequence[str]) -> tuple[bytes, ...]:
-    """The digests of the keys in a key file, one on a line; # begins a comment.
+    """The digests of the keys in the lines of a key file, one key a line; # begins a comment.
 
-    Raises ValueError where there is none, or one is short enough to be guessed.
+    Raises ValueError where there is no key, or one that is short enough to be guessed.
     """
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not keys:
-        raise ValueError("the key file has no key: put one on a line of its own")
+        raise ValueError("the key file has no key: put each key on its own line")
     shortest = min(map(len, keys))
     if shortest < 16:
-        raise ValueError(
-            f"a key has {shortest} characters, but needs 16: make one with `openssl rand -hex 16`"
-        )
+        remedy = "make one with `openssl rand -hex 16`"
+        raise ValueError(f"a key has {shortest} characters, but needs 16: {remedy}")
     return tuple(map(key_digest, keys))
 
 

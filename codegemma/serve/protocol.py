@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, with a timeout for clients that send half a request or do not read."""
+"""uvicorn's HTTP/1.1 with timeouts for clients that send half a request, or do not read their answer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ log = logging.getLogger("codegemma.serve")
 
 
 class HttpProtocol(H11Protocol):
-    """One connection. h11 limits the size of a request's head, `guard` that of its body."""
+    """One connection. h11 limits the size of a request's headers, RequestGuard that of its body."""
 
-    _send_timer: asyncio.TimerHandle | None = None  # runs while we wait for the head of a request
+    _request_timer: asyncio.TimerHandle | None = None  # runs while we wait for the headers of a request
     _read_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -23,14 +23,14 @@ class HttpProtocol(H11Protocol):
         if len(self.connections) > MAX_CONNECTIONS:
             log.warning("more than %d connections: one is closed", MAX_CONNECTIONS)
             transport.abort()
-        self._watch()
+        self._update_request_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch()
+        self._update_request_timer()
 
     def connection_lost(self, error: Exception | None) -> None:
-        for timer in (self._send_timer, self._read_timer):
+        for timer in (self._request_timer, self._read_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(error)
@@ -44,14 +44,14 @@ class HttpProtocol(H11Protocol):
         if self._read_timer is not None:
             self._read_timer.cancel()
 
-    def _watch(self) -> None:
-        """Starts or stops the timer of a request's head."""
+    def _update_request_timer(self) -> None:
+        """Starts the timer of the next request's headers, or stops it once they are read."""
         answering = self.cycle is not None and not self.cycle.response_complete
-        if self._send_timer is not None and answering:
-            self._send_timer.cancel()
-            self._send_timer = None
-        elif self._send_timer is None and not answering:
-            self._send_timer = self.loop.call_later(CLIENT_TIMEOUT_S, self._abort, "sends no request")
+        if self._request_timer is not None and answering:
+            self._request_timer.cancel()
+            self._request_timer = None
+        elif self._request_timer is None and not answering:
+            self._request_timer = self.loop.call_later(CLIENT_TIMEOUT_S, self._abort, "sends no request")
 
     def _abort(self, reason: str) -> None:
         log.warning("a client %s: its connection is closed", reason)

@@ -1,4 +1,5 @@
-"""Another OpenAI-compatible server generates; prompts, time budgets, trimming and dialects stay here."""
+"""A CompletionService that lets another OpenAI-compatible server generate. Prompts, time budgets, trimming
+and protocols stay here."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ REMEMBERED_PAGES = 1 << 16  # of prompts that the remote server probably still h
 
 
 class RemoteService:
-    """A CompletionService before another server. `open` makes it."""
+    """A CompletionService in front of another server. `open` makes it."""
 
     adapters: list[str] = []
 
@@ -62,7 +63,7 @@ class RemoteService:
 
     @classmethod
     async def open(cls, url: str, checkpoint: Checkpoint, key: str = "") -> RemoteService:
-        """Asks the server what it serves. `checkpoint` gives the tokenizer.
+        """Asks the server which model it serves; `checkpoint` gives the tokenizer.
 
         Raises ValueError where no such server answers.
         """
@@ -114,7 +115,7 @@ class RemoteService:
         await self.client.aclose()
 
     async def _run(self, job: Job) -> None:
-        """Reads the answer into the job; whatever happens, the job ends."""
+        """Reads the answer into the job. The job ends in any case."""
         job.started = time.perf_counter()
         last = Step(None, "", 0.0, "length")
         try:
@@ -142,7 +143,7 @@ class RemoteService:
             self.metrics.add(job.timings())
 
     async def _steps(self, job: Job) -> AsyncIterator[Step]:
-        """The answer as Steps. The last one waits for the usage, which has the number of tokens."""
+        """The answer as Steps. The last one comes after the usage, which has the number of tokens."""
         last: Step | None = None
         async for chunk in self._chunks(job):
             if usage := chunk.get("usage"):
@@ -164,7 +165,7 @@ class RemoteService:
         yield last if job.request.max_tokens else Step(None, "", 0.0, "length")
 
     async def _chunks(self, job: Job) -> AsyncIterator[dict[str, Any]]:
-        """The parsed parts of the server's answer. Raises ValueError, Busy or HTTPException as it refuses."""
+        """The parsed parts of the server's answer. Raises `_refusal`, or HTTPException 502 on a failure."""
         scored = job.request.is_score
         body = completion_body(self.name, job.resolved, echo=scored, stream=not scored)
         try:
@@ -186,7 +187,7 @@ class RemoteService:
             raise HTTPException(502, reason) from error
 
     def _remember_prompt(self, job: Job) -> None:
-        """Updates, once a prompt was read, which prompts the server probably caches, and its prefill rate."""
+        """Notes that the server has read a prompt, and now caches it; the time gives its prefill rate."""
         ids = job.prompt_ids
         uncached = len(ids) - self.cache.find(ids)[1]
         seconds = time.perf_counter() - job.started
@@ -195,7 +196,7 @@ class RemoteService:
         self.cache.put(ids, [Page(np.empty(0, np.uint8), PAGE) for _ in range(-(-len(ids) // PAGE))])
 
     def _without_prompt(self, job: Job, answer: dict[str, Any]) -> dict[str, Any]:
-        """An echoed answer without its prompt, whose log-probabilities go to the job."""
+        """An echoed answer without the prompt, whose log-probabilities go to `job.scores`."""
         choice, count = answer["choices"][0], len(job.prompt_ids)
         scores = prompt_logprobs(choice, 1, count)
         if len(scores) != count - 1:
@@ -210,7 +211,7 @@ class RemoteService:
         return answer
 
     def _steps_of(self, job: Job, choice: dict[str, Any]) -> Iterator[Step]:
-        """A chunk as Steps: one for each token where there are log-probabilities, else one for all."""
+        """A part of an answer as Steps: one for each token if it has log-probabilities, else one for all."""
         text, logprobs = choice.get("text") or "", choice.get("logprobs") or {}
         tokens = logprobs.get("tokens") or []
         if not tokens and text:
@@ -225,14 +226,14 @@ class RemoteService:
         return tuple((token, value) for token, value in ids if token is not None)
 
     def _token_id(self, text: str) -> int | None:
-        """The id of a token as the server writes it."""
+        """The id of a token that the server wrote as text; None where it is unknown."""
         if text.startswith("bytes:\\x") and len(text) == 10:
             text = f"<0x{text[8:].upper()}>"
         return self.tokenizer.token_id(text.replace(" ", "\u2581"))
 
 
 def _refusal(answer: httpx.Response) -> Exception:
-    """The server's refusal as our exception; what it says of the request reaches the client."""
+    """The exception for a refusal: Busy for 429, ValueError for a bad request, else HTTPException 502."""
     status, message = answer.status_code, error_message(answer)
     if status == 429:
         after = answer.headers.get("retry-after", "")

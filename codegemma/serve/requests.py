@@ -1,4 +1,4 @@
-"""What answers requests: a CompletionService turns each Request of a dialect into a Job of Steps."""
+"""A Job is a Request that is being answered; a CompletionService, such as the scheduler, answers it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from codegemma.prompts import Layout
 from codegemma.serve.metrics import Metrics
 from codegemma.tokenizer import Tokenizer
 
-PROMPT_TIMEOUT_FACTOR = 2.0  # a prompt that is not read after so many times its time budget is given up
+PROMPT_TIMEOUT_FACTOR = 2.0  # times the time budget: an answer that has not begun by then is given up
 
 
 class Busy(Exception):
-    """Too many requests wait already; `retry_after` is in seconds."""
+    """The service takes no further request now; `retry_after` is in seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -29,17 +29,18 @@ class Busy(Exception):
 
 
 class Job:
-    """A Request being answered: read `steps` in the event loop that made it; `cancel` it from any thread.
+    """A Request that is being answered. Iterate over `steps` in the event loop that made the job; `cancel`
+    works from any thread.
 
-    `resolved` is the request as the engine takes it, with token ids as its prompt. Times are of
-    `time.perf_counter`.
+    `resolved` is the request with token ids as its prompt, as the engine takes it. `queued`, `started`,
+    `first` (token) and `ended` are times of `time.perf_counter`, 0 where not reached yet.
     """
 
     def __init__(self, request: Request, resolved: Request) -> None:
         self.request, self.resolved = request, resolved
         self.prompt_ids = list(resolved.prompt_ids)
         self.prompt_tokens, self.cached_tokens, self.predicted_tokens = len(self.prompt_ids), 0, 0
-        # Where asked for, of each prompt token but the first: its log-probability and the likeliest tokens.
+        # For each prompt token but the first: its log-probability and the likeliest tokens. Only on request.
         self.scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         self.queued, self.started, self.first, self.ended = time.perf_counter(), 0.0, 0.0, 0.0
         self.stop: str | None = None
@@ -52,7 +53,7 @@ class Job:
         self._trimmer = Trimmer(request, resolved.layout)
 
     def take(self, step: Step) -> Step:
-        """Counts a step and returns what the client is shown of it. The last one has `stop`."""
+        """Counts a step, and returns it with its text trimmed. It is the last one if it has `stop`."""
         now = time.perf_counter()
         step = self._trimmer.push(step)
         self.first = self.first or now
@@ -63,23 +64,23 @@ class Job:
         return step
 
     def put(self, steps: Iterable[Step | BaseException]) -> None:
-        """Gives steps, or an error, to the reader; to be called in its event loop."""
+        """Passes steps, or an error, to the reader of `steps`. Call it in the reader's event loop."""
         self._steps.extend(steps)
         self._arrived.set()
 
     def post(self, steps: Iterable[Step | BaseException]) -> None:
-        """The same from any thread. Does nothing where the event loop has ended."""
+        """`put` from any thread. Does nothing once the event loop is closed."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.put, steps)
 
     def cancel(self) -> None:
-        """Says that nobody reads the answer. Does nothing where the job has ended."""
+        """Asks the service to stop the job. Does nothing if the job has ended."""
         if self.stop is None and not self.cancelled.is_set():
             self.cancelled.set()
             self.on_cancel()
 
     async def steps(self) -> AsyncIterator[Step]:
-        """The steps as they come; raises the error of a job that failed."""
+        """The steps in the order they arrive. Raises the error of a job that failed."""
         while True:
             while not self._steps:
                 self._arrived.clear()
@@ -92,7 +93,7 @@ class Job:
                 return
 
     def overdue(self, now: float) -> bool:
-        """Whether a deadline has passed: the prompt's, or that of an answer which has a complete line."""
+        """Whether the prompt took too long, or an answer that has a complete line did."""
         if not self.first:
             seconds = prompt_timeout(self.request)
             return seconds is not None and now - self.started > seconds
@@ -128,14 +129,15 @@ def _speed(kind: str, tokens: int, seconds: float) -> dict[str, Any]:
 
 
 def prompt_timeout(request: Request) -> float | None:
-    """Seconds after which an unread prompt is given up; None: never, as where it only warms the cache."""
+    """Seconds until the first token, after which a job is given up. None (no limit) without a time budget,
+    and for a request that only warms the cache."""
     if request.prompt_seconds is None or not request.max_tokens:
         return None
     return PROMPT_TIMEOUT_FACTOR * request.prompt_seconds
 
 
 def supersedes(new: Job, old: Job) -> bool:
-    """Whether one editor session sent both Infills: the older one is for a text that has changed since."""
+    """Whether both are Infills of one editor session: the text of the old one has changed since."""
     return (
         new.request.session is not None
         and isinstance(new.request.prompt, Infill)

@@ -1,4 +1,4 @@
-"""Running a server: its settings, socket, model and worker processes, and the first words on the terminal."""
+"""Runs a server: its settings, socket, model and worker processes, and the greeting on the terminal."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ GREETING = """
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What a worker needs to serve; it travels to the processes of --workers.
+    """What a worker process needs to serve.
 
-    `adapters` are written NAME=PATH; `remote` is the URL of a server that generates in place of the model;
-    `keep_cache`: whether the prompt cache is saved on stop and loaded on start; `redact`: whether secrets are
-    taken out of context files.
+    `adapters` are written NAME=PATH. `remote` is the URL of a server that generates in place of the model.
+    `keep_cache`: whether the prompt cache is saved at the end and loaded at the start. `redact`: whether
+    secrets are removed from context files.
     """
 
     model: str
@@ -54,11 +54,11 @@ class ServerSettings:
 
 
 def listen(settings: ServerSettings, host: str, port: int, workers: int) -> None:
-    """Serves on a host and port until it is stopped; port 0 is any free one.
+    """Serves on a host and port until the process is interrupted; port 0 is any free one.
 
     Raises ValueError where the port is taken, or the model or an adapter cannot be loaded.
     """
-    # Nothing of a prompt is ever logged.
+    # The log never contains a part of a prompt.
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("codegemma.serve").setLevel(logging.INFO)
     with open_socket(host, port) as listener:
@@ -66,7 +66,7 @@ def listen(settings: ServerSettings, host: str, port: int, workers: int) -> None
 
 
 def application(settings: ServerSettings, workers: int = 1) -> FastAPI:
-    """A worker's application with its model, which is loaded here. `workers` divide the threads."""
+    """Loads the model and returns a worker's application. The threads are divided among `workers`."""
     from codegemma import hub
     from codegemma.serve import app, terms
 
@@ -136,7 +136,7 @@ def _run(settings: ServerSettings, listener: socket.socket, workers: int) -> Non
         supervisor.handle_int = interrupt  # type: ignore[method-assign]
         supervisor.run()
         if interrupted.is_set():
-            raise KeyboardInterrupt  # as one worker does
+            raise KeyboardInterrupt  # as a server without workers does
         return
     server = uvicorn.Server(config(application(settings)))
     start = server.startup
@@ -151,7 +151,7 @@ def _run(settings: ServerSettings, listener: socket.socket, workers: int) -> Non
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ValueError where the address cannot be had."""
+    """A listening socket. Raises ValueError where the address is taken or not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     _raise_file_limit()
     try:
@@ -162,7 +162,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def _raise_file_limit() -> None:
-    """Each connection is an open file, and the default limit of systems is low."""
+    """Lets this process hold MAX_CONNECTIONS: each is an open file, and systems allow few by default."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -172,7 +172,7 @@ def _raise_file_limit() -> None:
 
 
 def _greet(listener: socket.socket) -> None:
-    """Prints the URL to stdout, and how to use it in clients to stderr."""
+    """Prints the URL to stdout, and to stderr how clients use it."""
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()

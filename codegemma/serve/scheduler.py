@@ -1,9 +1,9 @@
-"""One thread that owns the engine: continuous batching of every client's requests, fair, bounded, quick to
-cancel.
+"""Runs the requests of all clients together, in the one thread that uses the engine (continuous batching).
 
-Laws: a long prompt delays another's next token by at most one decode step and MAX_PAUSE_S; the client that
-had the least work goes first; a client that left costs nothing after CANCEL_LATENCY_S, also in the middle of
-its prompt; by the engine's own law, no neighbour changes a token.
+Rules: a long prompt delays the next token of other requests by at most one decode step and MAX_PAUSE_S; the
+client for which the fewest tokens were computed goes first; a request whose client left stops within
+CANCEL_LATENCY_S, also in the middle of its prompt. The engine ensures that requests do not change each
+other's tokens.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ log = logging.getLogger("codegemma.serve")
 SLOTS = 16  # requests that run together
 MAX_WAITING = 256  # requests
 MAX_WAITING_OF_CLIENT = 128
-MAX_PAUSE_S = 0.1  # of another's prompt between two tokens
-CANCEL_LATENCY_S = 0.05
-MIN_CHUNK = 16  # prompt tokens that a step reads at least
-SCORE_ROWS = 32  # of logits at once where a prompt is scored: a row is a megabyte
+MAX_PAUSE_S = 0.1  # between two tokens, for the prompts of other requests
+CANCEL_LATENCY_S = 0.05  # from a cancellation to the end of the work
+MIN_CHUNK = 16  # prompt tokens of a step
+SCORE_ROWS = 32  # prompt tokens scored in a step: a row of logits takes a megabyte
 CANCELLED = Step(None, "", 0.0, "cancelled")
 
 
 class _Scoring:
-    """A prompt read with each token's log-probability; from its start, since the cache keeps no logits."""
+    """Computes the log-probability of each token of a prompt, without the cache, which holds no logits."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self.job = job
@@ -52,7 +52,7 @@ class _Scoring:
         self.running.pages, self.running.done, self.running.cached = [], 0, 0
 
     def step(self, engine: Engine, cancel: Cancel, rows: int) -> bool:
-        """Reads up to `rows` tokens. True at the end of the prompt."""
+        """Scores up to `rows` further tokens, and returns whether the prompt is done."""
         running, count = self.running, self.job.request.top_logprobs
         part = running.ids[running.done : running.done + rows]
         logits = engine.backend.run([engine.claim(running, part, len(part))], cancel)
@@ -69,25 +69,25 @@ class _Scoring:
 
 
 class Scheduler:
-    """This machine's model as a CompletionService. `submit` in an asyncio event loop; `close` ends the
-    thread.
+    """The CompletionService of a model on this machine. `submit` and `close` are called in an event loop.
 
-    Fairness: `_work` counts the tokens computed for each client, and the one with the fewest goes first. A
-    client that is new begins at `_clock`, the count of the least served client that is running.
+    `_work` counts the tokens computed for each client: the client with the fewest goes first. A new client
+    begins at `_clock`, the lowest count of a client that is running.
     """
 
     def __init__(
         self, model: Model, slots: int = SLOTS, queue: int = MAX_WAITING, cache: Path | None = None
     ) -> None:
-        """`cache` is a folder where each model's prompts are kept from one start to the next."""
+        """`queue` is how many requests may wait. `cache` is a folder: there the prompt cache of each model is
+        saved at the end, and loaded at the start."""
         self.model, self.engine, self.slots, self.queue = model, model.engine, slots, queue
         self.tokenizer, self.context = model.tokenizer, model.engine.context
         self.name = model.preset.name if model.preset else model.path.stem
-        self.title = model.preset.title if model.preset else model.path.name
+        self.title = model.title
         files = [model.path] if model.path.is_file() else list(model.path.iterdir())
         self.size = sum(file.stat().st_size for file in files)
         self.chats, self.metrics = can_chat(model.preset, self.tokenizer), Metrics()
-        model.completing_adapter()  # loaded now, not with the first request
+        model.completing_adapter()  # loads it now rather than for the first request
         self._batch = Batch(self.engine)
         self._jobs: dict[RunningRequest, Job] = {}
         self._waiting: list[Job] = []
@@ -96,16 +96,15 @@ class Scheduler:
         self._clock = 0.0
         self._changed = threading.Condition()
         self._closing = False
-        self._interrupted = False  # the step before this one was interrupted
+        self._interrupted = False  # whether the last step was interrupted
         self._step_ends = 0.0  # when the present step should end
-        self._decode_seconds = 0.0  # of a step without prompts
-        self._scored: Job | None = None  # whose prompt the present step scores
-        self._max_tokens = (
-            self.engine.cache.max_bytes // self.engine.backend.page_bytes * PAGE
-        )  # that run at once
+        self._decode_seconds = 0.0  # mean time of a step without prompts
+        self._scored: Job | None = None  # the job whose prompt is scored in the present step
+        # Tokens of all running requests together.
+        self._max_tokens = self.engine.cache.max_bytes // self.engine.backend.page_bytes * PAGE
         key = hashlib.sha256(self.engine.cache.key.encode()).hexdigest()[:32]
         self._cache_file = cache / key if cache else None
-        if self._cache_file is not None:  # in the background: requests are answered meanwhile
+        if self._cache_file is not None:  # in the background, while requests are answered
             load = partial(self.engine.cache.load, self._cache_file)
             threading.Thread(target=load, name="cache", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -113,7 +112,7 @@ class Scheduler:
 
     @property
     def mode(self) -> Layout:
-        """What the mode "auto" means."""
+        """The layout that the mode "auto" means."""
         return layout_for("auto", self.model.fim_orders())
 
     @property
@@ -122,7 +121,7 @@ class Scheduler:
         return self.model.adapters
 
     async def submit(self, requests: Sequence[Request]) -> list[Job]:
-        """A job for each request. Raises ValueError on what the model cannot do, Busy where too many wait."""
+        """A job for each request; see CompletionService."""
         resolved = await asyncio.to_thread(lambda: [self._resolve(request) for request in requests])
         jobs = [Job(request, ids) for request, ids in zip(requests, resolved, strict=True)]
         with self._changed:
@@ -136,7 +135,7 @@ class Scheduler:
                 client = job.request.client
                 self._work[client] = max(self._work.get(client, 0.0), self._clock)
             if len(self._batch.running) == 1 and not self._interrupted:
-                self._interrupt(MAX_PAUSE_S)  # its chunk was sized for being alone
+                self._interrupt(MAX_PAUSE_S)  # a request that ran alone has a larger chunk
             self._update_gauges()
             self._changed.notify()
         for job in older:
@@ -144,7 +143,7 @@ class Scheduler:
         return jobs
 
     async def close(self) -> None:
-        """Cancels all, ends the thread and saves the cache."""
+        """Cancels all jobs, ends the thread and saves the prompt cache."""
         with self._changed:
             self._closing = True
             jobs = [*self._waiting, *self._running_jobs()]
@@ -160,9 +159,9 @@ class Scheduler:
                 log.warning("the prompt cache is not saved: %s", error)
 
     def _resolve(self, request: Request) -> Request:
-        """The request as token ids, checked as the engine will check it."""
+        """The request with token ids as its prompt. Raises ValueError where the engine cannot run it."""
         resolved = self.model.resolve(request)
-        self.engine.start(resolved)
+        self.engine.start(resolved)  # only for its checks
         return resolved
 
     def _running_jobs(self) -> list[Job]:
@@ -180,17 +179,15 @@ class Scheduler:
         raise Busy(message, min(max(seconds, 1), 60))
 
     def _cancel(self, job: Job) -> None:
-        """A waiting job ends at once; a running one after this step, which is interrupted where it would take
-        long, but never two steps in a row, so that the other clients make progress."""
+        """Ends a waiting job at once, and a running one after the present step. A step that would take long
+        is interrupted, but never two in a row, so that the requests of other clients make progress."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
                 self._finish(job, job.take(CANCELLED))
             elif job is self._scored:
-                self._batch.cancel.set()  # delays nobody else
-            elif not self._interrupted or all(
-                other.cancelled.is_set() for other in list(self._jobs.values())
-            ):
+                self._batch.cancel.set()  # the step has no other request
+            elif not self._interrupted or all(other.cancelled.is_set() for other in [*self._jobs.values()]):
                 self._interrupt(CANCEL_LATENCY_S)
             self._changed.notify()
 
@@ -212,16 +209,16 @@ class Scheduler:
                 self._update_gauges(len(admitted))
             try:
                 while admitted:
-                    self._start(admitted[-1])
-                    admitted.pop()
+                    self._start(admitted[0])
+                    admitted.pop(0)
                 self._remove_ended()
                 self._step()
-            except Exception as error:  # a fault of the engine: its requests fail, the server continues
+            except Exception as error:  # the requests fail, but the server continues
                 log.exception("the engine failed")
                 self._fail([*self._running_jobs(), *admitted], error)
 
     def _admit(self) -> list[Job]:
-        """Takes waiting jobs while there are slots and room for their tokens; the last stands first."""
+        """Takes jobs from the queue, in the order of their start, while there are slots and memory."""
         admitted: list[Job] = []
         running = self._running_jobs()
         while self._waiting and len(running) < self.slots:
@@ -230,8 +227,8 @@ class Scheduler:
             if len(running) > 1 and sum(map(self._max_length, running)) > self._max_tokens:
                 break
             self._waiting.remove(job)
-            admitted.insert(0, job)
-            self._work[job.request.client] += 1  # so that the next one is another client's
+            admitted.append(job)
+            self._work[job.request.client] += 1  # so that the next job is another client's
             job.started = time.perf_counter()
         return admitted
 
@@ -245,7 +242,7 @@ class Scheduler:
             self._jobs[self._batch.add(job.resolved)] = job
 
     def _remove_ended(self) -> None:
-        """Removes the jobs that were cancelled or are past a deadline."""
+        """Ends the running jobs that were cancelled or are overdue."""
         now = time.perf_counter()
         for running, job in list(self._jobs.items()):
             cancelled = self._closing or job.cancelled.is_set()
@@ -260,7 +257,7 @@ class Scheduler:
                 self._finish(scoring.job, scoring.job.take(CANCELLED))
 
     def _step(self) -> None:
-        """One step of all sequences, then one of a prompt that is scored."""
+        """One step of all requests that generate, then one of a prompt that is scored."""
         with self._changed:
             self._interrupted = self._interrupted and self._batch.cancel.is_set()
             if self._batch.cancel.is_set():
@@ -273,7 +270,7 @@ class Scheduler:
     def _batch_step(self) -> None:
         batch = self._batch
         requests = {running: job.request for running, job in self._jobs.items()}
-        # Requests that only warm the cache come last.
+        # Prompts are read in this order; requests that only warm the cache come last.
         batch.running.sort(key=lambda r: (requests[r].max_tokens == 0, self._work[requests[r].client]))
         batch.chunk = self._chunk()
         done = {running: running.done for running in batch.running}
@@ -305,8 +302,8 @@ class Scheduler:
             self._start(scoring.job)
 
     def _chunk(self) -> int:
-        """How many prompt tokens this step reads: as many as take MAX_PAUSE_S, or CHUNK for a request that is
-        alone. Sets when the step should end."""
+        """How many prompt tokens the next step reads: as many as take MAX_PAUSE_S, or CHUNK if one request
+        runs alone. Sets `_step_ends`."""
         rate, running = self.engine.prefill_rate, self._batch.running
         chunk = CHUNK if len(running) == 1 else min(max(MIN_CHUNK, int(MAX_PAUSE_S * rate)), CHUNK)
         tokens = min(sum(len(request.ids) - request.done - 1 for request in running), chunk)
@@ -317,13 +314,13 @@ class Scheduler:
         for running, step in steps:
             job = self._jobs.get(running)
             if job is None:
-                continue  # trimming ended it at an earlier step of the same draft
+                continue  # its answer was complete at an earlier step of the same draft
             job.cached_tokens = 0 if job.scores else running.cached
             shown = job.take(step)
             if shown.stop is None:
                 job.post([shown])
                 continue
-            if running.stop is None:  # trimming ended it
+            if running.stop is None:  # the rest would be trimmed off
                 self._batch.remove(running)
             del self._jobs[running]
             self._finish(job, shown)
@@ -348,7 +345,7 @@ class Scheduler:
         self.metrics.waiting = len(self._waiting)
 
     def _forget_clients(self) -> None:
-        """Removes the counts of clients that have no requests, once there are many."""
+        """Forgets the work of clients without requests, once there are many clients."""
         if len(self._work) > 4 * self.queue:
             clients = {job.request.client for job in (*self._running_jobs(), *self._waiting)}
             self._work = {client: work for client, work in self._work.items() if client in clients}

@@ -14,7 +14,7 @@ BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "br", "tr", "div", "ol", "ul"}
 
 
 def terms_text(model: Path) -> str:
-    """The notice, what binds users of this server, and the full terms where a copy lies beside the model."""
+    """The notice, the duties of the server's users, and the full terms if a copy is beside the model."""
     head = (
         f"{NOTICE}\nWhoever uses this server uses Gemma: the Gemma Terms of Use bind you, the restrictions "
         "on use of section 3.2 included. You must not use Gemma for what the Gemma Prohibited Use Policy "

@@ -39,11 +39,11 @@ class Answer:
 
     @property
     def stop(self) -> str:
-        """Why it ended; see engine.Stop."""
+        """Why it ended; see running.Stop."""
         return self.steps[-1].stop or "end"
 
     def stop_word(self, tokenizer: Tokenizer) -> str:
-        """The stop text that ended it, or ""."""
+        """The stop text that ended it; "" where none did."""
         if self.stop != "stop_text":
             return ""
         text = tokenizer.decode([step.token for step in self.steps if step.token is not None])
@@ -51,9 +51,8 @@ class Answer:
         return min(matches)[1] if matches else ""
 
     def offer(self, language: str | None) -> str:
-        """An id for it, by which /v1/events may say whether the suggestion was accepted."""
-        timings = self.job.timings()
-        latency_ms = timings["queue_ms"] + timings["prompt_ms"] + timings["predicted_ms"]
+        """An id, with which the client may tell /v1/events whether the suggestion was accepted."""
+        latency_ms = 1000 * (self.job.ended - self.job.queued)
         return stats.offer(stats.Shown(language or "", latency_ms, len(self.text)))
 
 
@@ -81,9 +80,9 @@ def token_text(data: bytes) -> str:
 
 
 async def submit(http: HttpRequest, requests: Sequence[Request]) -> list[Job]:
-    """Jobs for the requests, after secrets are taken out of their context files (unless --no-redact).
+    """A job for each request, once secrets are removed from its context files (unless --no-redact).
 
-    The text around the cursor, and any other prompt, stay as they are. Raises ValueError and Busy.
+    The text around the cursor and all other prompts stay unchanged. Raises ValueError and Busy.
     """
     if http.app.state.redact:
         requests = [await _without_secrets(request) for request in requests]
@@ -91,7 +90,7 @@ async def submit(http: HttpRequest, requests: Sequence[Request]) -> list[Job]:
 
 
 async def _without_secrets(request: Request) -> Request:
-    """The request with its context files as safety/secrets.py lets them stand in a prompt."""
+    """The request with the context files that safety/secrets.py allows, redacted."""
     prompt = request.prompt
     if not isinstance(prompt, Infill) or not prompt.files:
         return request
@@ -187,7 +186,7 @@ class AnswerWriter:
 
 
 async def _merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
-    """The steps of all jobs as they come, each with its job's index."""
+    """The steps of all jobs in the order they arrive, each with its job's index."""
     queue: asyncio.Queue[tuple[int, Step | Exception]] = asyncio.Queue()
 
     async def drain(index: int, job: Job) -> None:
@@ -213,7 +212,7 @@ async def _merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
 
 @contextlib.asynccontextmanager
 async def _cancelled_on_disconnect(receive: Receive, jobs: Sequence[Job]) -> AsyncIterator[None]:
-    """Cancels the jobs when the client leaves, and those that still run at the end."""
+    """Cancels the jobs when the client disconnects, and at the end those that still run."""
 
     def cancel() -> None:
         for job in jobs:

@@ -1,4 +1,4 @@
-"""llama.cpp's server: infill (for llama.vim and llama.vscode), completion, tokens, the server's state."""
+"""llama.cpp's server: infill (for llama.vim and llama.vscode), completion, tokens, server description."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ router = APIRouter(tags=["llama.cpp"])
 
 STOP_TYPES = {"end": "eos", "stop_text": "word", "length": "limit", "cancelled": "limit"}
 INFILL_TOKENS = 128
-COMPLETION_TOKENS = 1024  # where n_predict is -1: llama.cpp would continue without end
+COMPLETION_TOKENS = 1024  # without n_predict, or where it is -1, which in llama.cpp has no limit
 SHOWN_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed", "repeat_penalty")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 LLAMA_ERROR_TYPES = ERROR_TYPES | {
@@ -44,7 +44,7 @@ class LlamaAdapter(BaseModel):
 
 
 class LlamaFields(ExtensionFields, SamplingFields):
-    """What infill and completion have in common. Values below 0 mean temperature 0, and a random seed."""
+    """The fields that infill and completion share. A `temperature` below 0 is 0, a `seed` below 0 random."""
 
     n_predict: Annotated[int, Field(ge=-2)] | None = None
     temperature: Annotated[float, AfterValidator(partial(max, 0.0))] | None = None
@@ -62,7 +62,7 @@ class LlamaFields(ExtensionFields, SamplingFields):
     def llama_request(
         self, http: HttpRequest, prompt: Infill | TextPrompt, limit: int, **sampling: Any
     ) -> Request:
-        """ExtensionFields.request with the fields that are llama.cpp's. Raises ValueError on a bad one."""
+        """ExtensionFields.request with llama.cpp's own fields. Raises ValueError on one that is wrong."""
         request = self.request(http, prompt, limit, self.n_probs or 0, **sampling)
         if self.grammar or self.json_schema:
             raise ValueError(
@@ -73,8 +73,8 @@ class LlamaFields(ExtensionFields, SamplingFields):
             return request
         names = service(http).adapters
         if not 0 <= strongest.id < len(names):
-            known = f"there is no adapter {strongest.id}, the server has {len(names)}"
-            raise ValueError(f"lora: {known}: leave lora out")
+            problem = f"lora: there is no adapter {strongest.id}, the server has {len(names)}"
+            raise ValueError(f"{problem}: leave lora out")
         return replace(request, adapter=names[strongest.id])
 
 
@@ -91,11 +91,11 @@ class LlamaCompletionBody(LlamaFields):
     prompt: MixedPrompt | Annotated[list[MixedPrompt], Field(min_length=1)]
 
     def prompts(self) -> list[Any]:
-        """One prompt, or several: lists, or more than one text."""
+        """The prompts: a list of lists, or of two or more texts, has several; any other value is one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        prompts = (str, list) if len(self.prompt) > 1 else list  # one text alone is a part of one prompt
-        return list(self.prompt) if all(isinstance(part, prompts) for part in self.prompt) else [self.prompt]
+        several = (str, list) if len(self.prompt) > 1 else list
+        return list(self.prompt) if all(isinstance(part, several) for part in self.prompt) else [self.prompt]
 
 
 class TokenizeBody(BaseModel):
@@ -118,7 +118,7 @@ class TemplateBody(BaseModel):
 
 
 class LlamaWriter(AnswerWriter):
-    """Writes each answer as one value, in a stream after a value for each part of its text."""
+    """Writes an answer as one value. A stream has values with parts of its text in front of it."""
 
     def __init__(self, http: HttpRequest, body: LlamaInfillBody | LlamaCompletionBody) -> None:
         super().__init__(http)
@@ -154,7 +154,7 @@ class LlamaWriter(AnswerWriter):
         return {"id": token, "token": text, "bytes": list(data), "logprob": logprob}
 
     def _final(self, answer: Answer, steps: Sequence[Step]) -> dict[str, Any]:
-        """A complete answer; or, with no `steps`, the last event of a stream that has sent them already."""
+        """The value of an answer with the text of `steps`: all, or none where a stream has sent them."""
         job, request = answer.job, answer.job.request
         value = {
             "index": answer.index,
@@ -193,13 +193,13 @@ class LlamaWriter(AnswerWriter):
 
 @router.post("/infill")
 async def infill(body: LlamaInfillBody, http: HttpRequest) -> Response:
-    """Fills the middle; `n_cmpl` suggestions, the first of them greedy."""
+    """Fills in the middle, with `n_cmpl` suggestions, of which the first is greedy."""
     count = 1 if body.n_cmpl is None else body.n_cmpl
     if not 1 <= count <= 4:
         raise ValueError("Field 'n_cmpl': Value must be between 1 <= value <= 4")
     prompt = body.infill(body.input_prefix + (body.prompt or ""), body.input_suffix)
     prompt = replace(prompt, min_indent=max(body.n_indent or 0, 0))
-    temperature = 0.0 if count == 1 else 0.8  # greedy ones would all be the same
+    temperature = 0.0 if count == 1 else 0.8  # greedy suggestions would all be the same
     requests = choices_of(body.llama_request(http, prompt, INFILL_TOKENS, temperature=temperature), count)
     if count > 1:
         requests[0] = replace(requests[0], sampling=replace(requests[0].sampling, temperature=0.0))
@@ -209,7 +209,7 @@ async def infill(body: LlamaInfillBody, http: HttpRequest) -> Response:
 @router.post("/completion")
 @router.post("/completions", include_in_schema=False)
 async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
-    """Continues one prompt or several, of text, token ids or both."""
+    """Continues one prompt or several. A prompt is text, token ids, or a list of both."""
     prompts = body.prompts()
     check_choice_count(len(prompts))
     seed = secrets.randbits(32)  # without one in the body, all prompts have the same
@@ -221,7 +221,7 @@ async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
-    """Text to token ids."""
+    """Turns text into token ids."""
     tokenizer = service(http).tokenizer
     vllm = body.content is None and body.prompt is not None
     bos = body.add_special_tokens if vllm else bool(body.add_special)
@@ -238,7 +238,7 @@ async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(http: HttpRequest) -> Response:
-    """vLLM's route, which lm-eval needs."""
+    """The special tokens, on vLLM's route, which lm-eval needs."""
     tokenizer = service(http).tokenizer
     tokens = {name: getattr(tokenizer.control, name.removesuffix("_token")) for name in SPECIAL_TOKENS}
     return reply(
@@ -253,14 +253,14 @@ async def tokenizer_info(http: HttpRequest) -> Response:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, http: HttpRequest) -> Response:
-    """Token ids to text, under the names of llama.cpp and vLLM."""
+    """Turns token ids into text, under llama.cpp's name and vLLM's."""
     text = service(http).tokenizer.decode(body.tokens, control=True)
     return reply({"content": text, "prompt": text})
 
 
 @router.post("/apply-template")
 async def apply_template(body: TemplateBody, http: HttpRequest) -> Response:
-    """The prompt that a chat makes."""
+    """The prompt that is made from a conversation."""
     tokenizer = service(http).tokenizer
     prompt = prompts.chat(tokenizer, [message.message() for message in body.messages])
     return reply({"prompt": tokenizer.decode(prompt.ids, control=True)})
@@ -282,7 +282,7 @@ async def metrics(http: HttpRequest) -> Response:
 
 @router.get("/props")
 async def props(http: HttpRequest) -> Response:
-    """What is served; the page reads `codegemma`."""
+    """Describes the server and its model; the page reads `codegemma`."""
     served = service(http)
     return reply(
         {
@@ -307,7 +307,7 @@ async def props(http: HttpRequest) -> Response:
 
 @router.get("/slots")
 async def slots(http: HttpRequest) -> Response:
-    """The places for requests that run at once."""
+    """The slots, one for each request that may run at once."""
     served = service(http)
     running = served.metrics.running
     slot = {"n_ctx": served.context}
@@ -325,7 +325,7 @@ async def embeddings() -> Response:
 
 
 def _text_or_ids(http: HttpRequest, prompt: MixedPrompt) -> str | tuple[int, ...]:
-    """A prompt of text as it is; one of ids, or of both, as ids."""
+    """A prompt of text unchanged; a list as token ids."""
     if isinstance(prompt, str):
         return prompt
     tokenizer = service(http).tokenizer
@@ -343,9 +343,9 @@ def _text_or_bytes(data: bytes) -> str | list[int]:
 
 
 def _selected(answer: dict[str, Any], fields: list[str] | None) -> dict[str, Any]:
-    """The fields that the body wants, of a stream's last event only.
+    """The fields of a final value that `response_fields` names, or all.
 
-    A nested one such as `timings/prompt_n` comes back flat under that name, as llama.vim reads it.
+    A nested field, such as `timings/prompt_n`, stands under that whole name, as llama.vim reads it.
     """
     if not fields or fields == [""]:
         return answer

@@ -1,4 +1,4 @@
-"""Mistral's fill-in-the-middle: its requests are like a completion's, its answers like a chat's."""
+"""Mistral's fill-in-the-middle: its bodies are like OpenAI's completions, its answers like OpenAI's chats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MistralFimBody(ExtensionFields):
 
 
 class MistralWriter(AnswerWriter):
-    """Writes the one answer. Every chunk has a string in `delta.content`, which Tabby insists on."""
+    """Writes one answer. Every chunk has a string in `delta.content`, which Tabby requires."""
 
     end_marker = DONE
 
@@ -66,6 +66,6 @@ def _totals(answer: Answer) -> dict[str, Any]:
 @router.post("/v1/fim/completions")
 @router.post("/fim/completions", include_in_schema=False)
 async def complete(body: MistralFimBody, http: HttpRequest) -> Response:
-    """Fills the middle between prompt and suffix."""
+    """Fills in the middle between `prompt` and `suffix`."""
     request = body.request(http, body.infill(body.prompt, body.suffix), 128)
     return await MistralWriter(http, body).respond([request], bool(body.stream))

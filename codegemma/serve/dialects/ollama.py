@@ -1,4 +1,4 @@
-"""Ollama's API: generate with `suffix`, chat, show, tags, ps, version. Lines of JSON, streamed by default."""
+"""Ollama's API: generate with `suffix`, chat, show, tags, ps, version. By default it streams JSON lines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from codegemma.serve.wire import Answer, AnswerWriter, dumps, reply, service
 
 router = APIRouter(tags=["Ollama"])
 
-VERSION = "0.12.0"  # of the API that this is: clients compare it
-DEFAULT_TOKENS = 1024  # where num_predict is -1: Ollama would fill the context
+VERSION = "0.12.0"  # of Ollama whose API this is; clients check it
+DEFAULT_TOKENS = 1024  # without num_predict, or where it is -1, which in Ollama fills the context
 DETAILS = {
     "parent_model": "",
     "format": "gguf",
@@ -66,8 +66,8 @@ class OllamaGenerateBody(OllamaFields):
     images: list[str] | None = None
 
     def model_prompt(self, http: HttpRequest) -> Infill | TextPrompt | Chat:
-        """A fill-in-the-middle prompt where there is a suffix; raw text where the client asks for it, or its
-        template is the bare prompt; else a chat turn where the model was tuned for chats, or text."""
+        """With a suffix, an Infill. With `raw`, or a template that is the bare prompt, raw text. Otherwise a
+        chat turn if the model was tuned for chats, else plain text."""
         served, prompt = service(http), self.prompt or ""
         if self.suffix:
             return self.infill(prompt, self.suffix)
@@ -90,7 +90,7 @@ class OllamaMessage(BaseModel):
     images: list[str] | None = None
 
     def message(self) -> Message:
-        """The message to the model. Raises ValueError where it cannot be one."""
+        """The message for the model. Raises ValueError on another role and on images."""
         if self.role not in ("system", "user", "assistant"):
             raise ValueError(f"a message's role must be system, user or assistant, got {self.role!r}")
         if self.images:
@@ -109,7 +109,7 @@ class OllamaShowBody(BaseModel):
 
 
 class OllamaWriter(AnswerWriter):
-    """Writes the one answer as lines of JSON."""
+    """Writes one answer as lines of JSON."""
 
     media_type = "application/x-ndjson"
 
@@ -125,7 +125,7 @@ class OllamaWriter(AnswerWriter):
         return dumps(value) + b"\n"
 
     def head(self, text: str) -> dict[str, Any]:
-        """The fields that every value has, with a text of the answer."""
+        """The fields of every value, with a part of the answer's text."""
         message = {"message": {"role": "assistant", "content": text}}
         content = message if isinstance(self.body, OllamaChatBody) else {"response": text}
         return {"model": self.body.model, "created_at": _utc_time(), **content}
@@ -140,19 +140,18 @@ class OllamaWriter(AnswerWriter):
             yield self._final(answer, "", [])
 
     def _final(self, answer: Answer, text: str, steps: Sequence[Step]) -> dict[str, Any]:
-        """The last value of an answer, with the text and the steps that were not sent before."""
+        """The last value, with the text and the steps that were not sent before."""
         job, timings = answer.job, answer.job.timings()
         context = {}
         if isinstance(self.body, OllamaGenerateBody) and not self.body.suffix:
             tokens = [step.token for step in without_end_token(answer.steps) if step.token is not None]
             context = {"context": [*job.prompt_ids, *tokens]}
-        latency_ms = timings["queue_ms"] + timings["prompt_ms"] + timings["predicted_ms"]
         return {
             **self.head(text),
             "done": True,
             "done_reason": finish_reason(answer.stop),
             **context,
-            "total_duration": int(latency_ms * 1e6),  # durations in nanoseconds
+            "total_duration": int((job.ended - job.queued) * 1e9),  # durations in nanoseconds
             "load_duration": 0,
             "prompt_eval_count": job.prompt_tokens,
             "prompt_eval_duration": int(timings["prompt_ms"] * 1e6),
@@ -170,7 +169,7 @@ class OllamaWriter(AnswerWriter):
 
 @router.post("/api/generate")
 async def generate(body: OllamaGenerateBody, http: HttpRequest) -> Response:
-    """Continues a prompt, or fills the middle before `suffix`."""
+    """Continues a prompt, or fills in the middle between it and `suffix`."""
     body.check()
     if body.images:
         raise ValueError("this model reads text alone: leave images out")
@@ -190,7 +189,7 @@ async def chat(body: OllamaChatBody, http: HttpRequest) -> Response:
 
 @router.post("/api/show")
 async def show(body: OllamaShowBody, http: HttpRequest) -> Response:
-    """What the model is and can do."""
+    """The model's template, capabilities and details."""
     served = service(http)
     return reply(
         {
@@ -221,14 +220,14 @@ async def ps(http: HttpRequest) -> Response:
 
 @router.get("/api/version")
 async def version() -> Response:
-    """The version of Ollama that this behaves like."""
+    """The version of Ollama whose API this is."""
     return reply({"version": VERSION})
 
 
 async def _respond(
     body: OllamaGenerateBody | OllamaChatBody, http: HttpRequest, prompt: Infill | TextPrompt | Chat | None
 ) -> Response:
-    """The answer to a prompt; or, where there is none, as from Ollama when it has loaded a model."""
+    """The answer to a prompt. Without one a client wants the model loaded or unloaded: both do nothing."""
     writer = OllamaWriter(http, body)
     if prompt is None:
         reason = "unload" if body.keep_alive in (0, "0", "0s") else "load"

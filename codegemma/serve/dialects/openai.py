@@ -1,7 +1,7 @@
 """OpenAI's completions (with `suffix`), chat completions and models.
 
-Clients of /v1/completions that send no suffix write fill-in-the-middle prompts themselves, so control tokens
-in such a prompt are read as tokens; with a suffix, and in chats, text is only text.
+Clients of /v1/completions that send no suffix may write a fill-in-the-middle prompt themselves, so control
+tokens spelled in such a prompt are read as tokens. With a suffix, and in chats, they are plain text.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StreamOptions(BaseModel):
 
 
 class OpenAIFields(ExtensionFields, SamplingFields):
-    """What completions and chats have in common."""
+    """The fields that completions and chats share."""
 
     max_tokens: TokenCount | None = None
     repetition_penalty: float | None = None
@@ -87,7 +87,7 @@ class OpenAICompletionBody(OpenAIFields):
             score = bool(self.echo and self.logprobs is not None)
             return self.request(http, TextPrompt(prompt, raw=True, score=score), 16, top, temperature=1.0)
         if not isinstance(prompt, str) or self.echo:
-            raise ValueError("suffix goes with a prompt of text, and without echo")
+            raise ValueError("suffix needs a prompt of text, and no echo: leave out suffix or echo")
         return self.request(http, self.infill(prompt, self.suffix), 16, top)
 
 
@@ -101,14 +101,12 @@ class OpenAIMessage(BaseModel):
     content: str | list[OpenAIMessagePart] | None = None
 
     def message(self) -> Message:
-        """The message to the model. Raises ValueError where a part is not text."""
-        parts = self.content if isinstance(self.content, list) else []
-        for part in parts:
+        """The message for the model. Raises ValueError where a part is not text."""
+        text = self.content if isinstance(self.content, str) else ""
+        for part in self.content if isinstance(self.content, list) else ():
             if part.type != "text" or part.text is None:
-                raise ValueError(
-                    f"a message's part is of type {part.type!r}, but this model reads text alone"
-                )
-        text = self.content if isinstance(self.content, str) else "".join(part.text or "" for part in parts)
+                raise ValueError(f"a part of a message has type {part.type!r}: this model reads text alone")
+            text += part.text
         return Message("system" if self.role == "developer" else self.role, text)
 
 
@@ -126,7 +124,7 @@ class OpenAIChatBody(OpenAIFields):
 
 
 async def complete(body: OpenAICompletionBody, http: HttpRequest) -> Response:
-    """/v1/completions, which app shares with Tabby."""
+    """/v1/completions, where the body is not Tabby's."""
     prompts, n = body.prompts(), body.n or 1
     draws = max(body.best_of or n, n)
     if body.best_of is not None and body.best_of < n:
@@ -142,7 +140,7 @@ async def complete(body: OpenAICompletionBody, http: HttpRequest) -> Response:
 @router.post("/v1/chat/completions")
 @router.post("/chat/completions", include_in_schema=False)
 async def chat(body: OpenAIChatBody, http: HttpRequest) -> Response:
-    """A chat."""
+    """Answers a conversation."""
     if body.response_format is not None and body.response_format.type != "text":
         form = body.response_format.type
         raise ValueError(f"response_format {form!r} is not supported: ask for JSON in the message")
@@ -164,7 +162,7 @@ async def models(http: HttpRequest) -> Response:
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str) -> Response:
-    """Any name means the one model."""
+    """The model under the given name, whatever it is: there is only one."""
     return reply(_model(name))
 
 
@@ -179,18 +177,18 @@ def check_choice_count(count: int) -> None:
 
 
 def choices_of(request: Request, count: int) -> list[Request]:
-    """The request `count` times, each with a seed of its own."""
+    """The request `count` times, each with another seed."""
     seeds = [request.sampling.seed + SEED_STEP * number for number in range(count)]
     return [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
 
 
 def finish_reason(stop: str | None) -> str | None:
-    """OpenAI's and Mistral's word for why an answer ended; None where it has not."""
+    """Why an answer ended, as OpenAI, Mistral and Ollama call it; None while it runs."""
     return stop and ("length" if stop == "length" else "stop")
 
 
 def usage(jobs: Sequence[Job], choices: int = 1) -> dict[str, Any]:
-    """Tokens of all answers, and of every `choices`-th prompt: the choices of a request share one."""
+    """The token counts. Each prompt has `choices` jobs in a row, and counts once."""
     prompts = jobs[::choices]
     prompt, predicted = sum(job.prompt_tokens for job in prompts), sum(job.predicted_tokens for job in jobs)
     return {
@@ -202,12 +200,12 @@ def usage(jobs: Sequence[Job], choices: int = 1) -> dict[str, Any]:
 
 
 def without_end_token(steps: Sequence[Step]) -> list[Step]:
-    """The steps whose tokens belong to the answer: not the one of the stop id that ended it."""
+    """The steps without that of the stop id, which is not a token of the answer."""
     return [step for step in steps if step.stop != "end"]
 
 
 class OpenAIWriter(AnswerWriter):
-    """What completions and chats have in common. Each prompt has `draws` answers, of which n are shown."""
+    """What completions and chats share. Each prompt is answered `draws` times, and the best n are shown."""
 
     end_marker = DONE
 
@@ -223,7 +221,7 @@ class OpenAIWriter(AnswerWriter):
         return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
     def choice(self, answer: Answer) -> dict[str, Any]:
-        """A finished choice."""
+        """The value of a finished answer."""
         raise NotImplementedError
 
     def complete(self, answers: list[Answer]) -> dict[str, Any]:
@@ -310,19 +308,19 @@ class OpenAICompletionWriter(OpenAIWriter):
             yield self.chunk(choice, answer.job if step.stop else None)
 
     def _echo(self, index: int, job: Job) -> tuple[str, Logprobs | None]:
-        """The prompt, where the body asks to have it repeated."""
+        """The prompt and its log-probabilities, where the body asks for an echo; else "" and None."""
         ids, prompt = job.prompt_ids, job.request.prompt
         if not self.echo or not isinstance(prompt, TextPrompt):
             return "", None
         text = prompt.prompt if isinstance(prompt.prompt, str) else self.tokenizer.decode(ids)
         if not self.with_logprobs:
             return text, None
-        scores = [(None, None), *job.scores]  # the first token has nothing before it
+        scores = [(None, None), *job.scores]  # nothing predicts the first token
         scored = zip(ids, scores, strict=False) if job.scores or len(ids) == 1 else ()
         return text, _joined([self._lists(index, token, *score) for token, score in scored])
 
     def _part(self, index: int, step: Step) -> tuple[str, Logprobs | None]:
-        """A step; <eos> counts as a token, since lm-eval drops the last entry."""
+        """A step's text and log-probabilities. <eos> has some too, since lm-eval drops the last entry."""
         if not self.with_logprobs or step.token is None:
             return step.text, None
         return step.text, self._lists(index, step.token, step.logprob, step.top)
@@ -330,7 +328,7 @@ class OpenAICompletionWriter(OpenAIWriter):
     def _lists(
         self, index: int, token: int, logprob: float | None, top: Sequence[tuple[int, float]] | None
     ) -> Logprobs:
-        """The lists of one token."""
+        """The lists with the entries of one token."""
         text = self._text_of(token)
         best = None if top is None else {self._text_of(other): value for other, value in top}
         if best is not None and logprob is not None:

@@ -1,4 +1,4 @@
-"""Tabby's completions, which differ from OpenAI's on the same path by their fields; its events and health."""
+"""Tabby's completions (on OpenAI's path, but with other fields), events and health."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from codegemma.serve.wire import collect, reply, service
 
 router = APIRouter(tags=["Tabby"])
 
-MAX_TOKENS = 64  # as in Tabby itself: its requests have no length
+MAX_TOKENS = 64  # as in Tabby, whose requests do not say a length
 
 
 class TabbySnippet(BaseModel):
@@ -37,7 +37,8 @@ class TabbySegments(BaseModel):
     relevant_snippets_from_recently_opened_files: list[TabbySnippet] | None = None
 
     def files(self) -> list[File]:
-        """The nearest last: opened files, changed files, declarations, each by rising score."""
+        """Opened files, changed files, then declarations, each by rising score: the last are the nearest to
+        the prefix."""
         groups = (
             self.relevant_snippets_from_recently_opened_files,
             self.relevant_snippets_from_changed_files,
@@ -66,7 +67,7 @@ class TabbyCompletionBody(ExtensionFields):
     @field_validator("mode", mode="before")
     @classmethod
     def _ignore_standard_mode(cls, mode: Any) -> Any:
-        """Tabby has a field of our field's name; its other value is refused."""
+        """Tabby's own `mode` "standard" means our default; its other values are refused as ours are."""
         return None if mode == "standard" else mode
 
     @model_validator(mode="after")
@@ -92,7 +93,7 @@ def is_tabby(body: Any) -> bool:
 
 
 async def complete(body: TabbyCompletionBody, http: HttpRequest) -> Response:
-    """/v1/completions, which app shares with OpenAI."""
+    """/v1/completions, where the body is Tabby's."""
     segments, debug = body.segments, body.debug_options or TabbyDebugOptions()
     prompt: Infill | TextPrompt
     if segments is None or debug.raw_prompt is not None:
@@ -112,7 +113,7 @@ async def complete(body: TabbyCompletionBody, http: HttpRequest) -> Response:
 
 @router.post("/v1/events")
 async def events(body: TabbyEvent) -> Response:
-    """Counts in the local statistics whether a suggestion (of Tabby's route or /infill) was accepted."""
+    """Records in the local statistics whether a suggestion of Tabby's route or of /infill was accepted."""
     if body.type in ("select", "dismiss"):
         stats.settle(body.completion_id, body.type == "select")
     return Response(status_code=200)
@@ -121,7 +122,7 @@ async def events(body: TabbyEvent) -> Response:
 @router.get("/v1/health")
 @router.post("/v1/health", include_in_schema=False)
 async def health(http: HttpRequest) -> Response:
-    """Tabby's fields, and llama.cpp's `status`."""
+    """Describes the server with Tabby's fields, and llama.cpp's `status`."""
     served = service(http)
     build = {"build_date": "", "build_timestamp": "", "git_sha": ""}
     return reply(
@@ -141,5 +142,5 @@ async def health(http: HttpRequest) -> Response:
 
 @router.get("/v1beta/server_setting")
 async def server_setting() -> Response:
-    """Asks Tabby's plug-ins to send no telemetry."""
+    """Tells Tabby's plug-ins to send no telemetry."""
     return reply({"disable_client_side_telemetry": True})
