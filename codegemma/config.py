@@ -14,19 +14,19 @@ from typing import Literal
 Architecture = Literal["gemma", "gemma2", "gemma3"]
 Use = Literal["completion", "generation", "chat", "instructions"]
 
-# Closed sets that the command line offers as choices; it must not import the modules that act on them.
-Mode = Literal["auto", "psm", "spm", "prefix"]  # order of a prompt; auto: as it was trained
-Trim = Literal["none", "line", "block"]  # how much of a completion is kept
-LoadQuantization = Literal["q8_0", "q4_0"]  # of float weights, while loading
+# The choices of command line options. They stand here so that `--help` need not import their users.
+Mode = Literal["auto", "psm", "spm", "prefix"]  # layout of an Infill's prompt; auto: as it was trained
+Trim = Literal["none", "line", "block"]  # where an Infill's answer ends
+LoadQuantization = Literal["q8_0", "q4_0"]  # of float weights while loading
 FloatType = Literal["bf16", "f16", "f32"]
 ExportFormat = Literal["gguf", "safetensors", "orbax", "keras", "nemo", "gemma_pytorch"]  # of `convert`
-Program = Literal["ollama", "lmstudio", "llamacpp", "transformers", "nemo"]  # `codegemma export`
-DownloadSource = Literal["hf", "kaggle", "ngc", "url", "path"]  # `codegemma pull`
-DataEngine = Literal["local", "ray"]  # `codegemma data build`
+Program = Literal["ollama", "lmstudio", "llamacpp", "transformers", "nemo"]  # of `export`
+DownloadSource = Literal["hf", "kaggle", "ngc", "url", "path"]  # of `pull`
+DataEngine = Literal["local", "ray"]  # of `data build`
 
 DEFAULT_MODEL = "gemma-3-270m"
 
-# An absurd value in a file's header must not become an allocation: bounds far above any published Gemma.
+# Far above every published Gemma, so that a damaged header cannot cause a huge allocation.
 LIMITS = {
     "layers": 512,
     "width": 65_536,
@@ -41,10 +41,10 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of a model: these fields are all that differs between Gemma 1, 2 and 3.
+    """The architecture of a model: everything that differs between Gemma 1, 2 and 3.
 
-    `window` is the number of tokens that a local layer sees, the current one included. Every
-    `global_every`-th layer is global (1: all of them). Raises ValueError on fields that contradict others.
+    `window` is the number of tokens that a local layer sees, including the current one. Every
+    `global_every`-th layer is global (1: all of them). Raises ValueError on invalid or contradicting fields.
     """
 
     architecture: Architecture
@@ -111,7 +111,7 @@ class ModelConfig:
         return (layer + 1) % self.global_every == 0
 
     def layer_window(self, layer: int) -> int | None:
-        """How many tokens a layer sees, the current one included; None: all."""
+        """How many tokens a layer sees, including the current one; None for all."""
         return None if self.is_global(layer) else self.window
 
     @property
@@ -122,7 +122,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published member of the family, and what its model card says it is for."""
+    """A published member of the family, with the uses that its model card names."""
 
     name: str
     config: ModelConfig
@@ -131,7 +131,7 @@ class Preset:
     title: str
     licence: str = "Gemma Terms of Use"
     kaggle: str | None = None  # variation on Kaggle (Flax)
-    fim: bool = True  # trained to fill in the middle
+    fim: bool = True  # whether it was trained to fill in the middle
 
 
 GEMMA_2B = ModelConfig(

@@ -34,7 +34,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def unmap() -> None:
-    """Frees the memory of mapped files; a page is read from disk again when it is next used."""
+    """Frees the memory of mapped files: a page is read from disk again when it is used next."""
     if hasattr(mmap, "MADV_DONTNEED"):
         for data in _MAPS:
             data.madvise(mmap.MADV_DONTNEED)
@@ -58,9 +58,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
     """As `atomic_write`, but an interrupted file is kept, and the next call with the same stamp continues it.
 
-    A block that raises ValueError would fail again in the same way: its file is removed. After a restart of
-    the machine nobody knows which writes reached the disk, so the file begins anew. Raises ValueError where
-    another process writes the same file.
+    The file is removed where the block raises ValueError, since it would do so again. It starts anew after a
+    restart of the machine, since some writes may not have reached the disk. Raises ValueError while another
+    process writes the same file.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     stamp += boot.read_text() if boot.exists() else ""
@@ -99,8 +99,7 @@ def lock(file: IO[Any], wait: bool = True) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, renamed to `path` when the block succeeds and removed when it raises.
 
-    Replaces an empty directory at `path`, but no other.
-    """
+    It may replace an empty directory at `path`; OSError is raised where `path` is anything else."""
     part = _part(path, str(os.getpid()))
     part.mkdir()
     try:
@@ -113,13 +112,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def _part(path: Path, mark: str) -> Path:
-    """The name under which a file or directory is written until it is complete."""
+    """The path of a file or directory until it is complete; `mark` says who writes it."""
+
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{mark}.part")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what killed processes left beside `path`, except what `resumable_write` may continue."""
+    """Removes unfinished files of dead processes beside `path`, except those that `resumable_write` needs."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         writer = part.name.split(".")[-2].split("-")[0]
         if writer.isdigit() and not _alive(int(writer)):

@@ -1,9 +1,8 @@
 """Text <-> ids: one SentencePiece BPE vocabulary, and control ids that no text can spell.
 
 Every source (GGUF's arrays, `tokenizer.model`, `tokenizer.json`) becomes one canonical SentencePiece model,
-so ids and fingerprint do not depend on it. In it control pieces are CONTROL, which text never matches: Gemma
-marks `<start_of_turn>`, the FIM tokens and `<unusedN>` as user-defined, and SentencePiece matches these
-inside text.
+so ids and fingerprint do not depend on the source. Its control pieces have the type CONTROL, which text never
+matches: Gemma marks `<start_of_turn>`, the FIM tokens and `<unusedN>` as user-defined, which text matches.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import io
 import json
 import operator
 import re
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
@@ -35,18 +35,14 @@ _CONTROL = re.compile(
     r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>"
     r"|\[(@BOS@|multimodal)\]|<\|\w+\|>"
 )
-# NormalizerSpec: no dummy space, no space removed, " " -> U+2581, as Gemma's. The free-form name says that no
-# piece reaches across the end of a line, so that lines can be encoded, and remembered, one by one.
+# Gemma's NormalizerSpec: no dummy space, no space removed, " " -> U+2581. The free-form name "lines" records
+# that no piece spans the end of a line, so that each line can be encoded, and cached, alone.
 _GEMMA_NORMALIZER = b"\x18\x00\x20\x00"
 _SEPARATE_LINES = b"\x0a\x05lines"
 
-FIM_NAMES = {
-    "fim_prefix": "<|fim_prefix|>",
-    "fim_middle": "<|fim_middle|>",
-    "fim_suffix": "<|fim_suffix|>",
-    "file_separator": "<|file_separator|>",
-}
-FIM_IDS = {"fim_prefix": 67, "fim_middle": 68, "fim_suffix": 69, "file_separator": 70}  # CodeGemma's
+_FIM_FIELDS = ("fim_prefix", "fim_middle", "fim_suffix", "file_separator")  # of Control
+FIM_NAMES = {field: f"<|{field}|>" for field in _FIM_FIELDS}
+FIM_IDS = dict(zip(_FIM_FIELDS, range(67, 71), strict=True))  # CodeGemma's
 
 _UNUSED = re.compile(r"<unused\d+>")
 _SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a control spelling looks like
@@ -56,11 +52,11 @@ _CACHE_VERSION = b"1"
 
 @dataclass(frozen=True)
 class Control:
-    """Ids that steer the model, None where the vocabulary has none.
+    """The control ids of a vocabulary, None where it has none.
 
-    `fim` tells where the four FIM ids come from: "named", the vocabulary spells them (CodeGemma);
-    "convention", its ids 67 to 70 are `<unusedN>` and stand in for CodeGemma's (Gemma 1, 2, 3), which says
-    nothing of training; None, no FIM.
+    `fim` is the origin of the four FIM ids: "named" where the vocabulary spells them (CodeGemma);
+    "convention" where its ids 67 to 70 are `<unusedN>` and are used as CodeGemma's (Gemma 1, 2, 3), whether
+    or not a model was trained with them; None where there are none.
     """
 
     bos: int | None
@@ -77,11 +73,10 @@ class Control:
 
 
 class Tokenizer:
-    """Immutable and safe to share between threads; pickles as its vocabulary. `fingerprint` names the
-    vocabulary.
+    """A vocabulary, which `fingerprint` identifies. Immutable, safe to share between threads, and picklable.
 
-    Raises ValueError where `model` (bytes of a SentencePiece ModelProto, made by the constructors below) is
-    damaged.
+    `model` is a canonical ModelProto of SentencePiece, which the class methods make from other sources.
+    Raises ValueError where it is damaged.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -90,36 +85,37 @@ class Tokenizer:
             self._engine.LoadFromSerializedProto(model)
             self.vocab_size: int = self._engine.get_piece_size()
         except (RuntimeError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"tokenizer: SentencePiece cannot read this vocabulary ({error}): "
-                "fetch the tokenizer file again"
-            ) from error
+            problem = f"SentencePiece cannot read this vocabulary ({error})"
+            raise ValueError(f"tokenizer: {problem}: fetch the tokenizer file again") from error
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self._bytes: dict[int, bytes] = {}
-        self._separate_lines = _has_separate_lines(model)
-        self._remember_line = lru_cache(maxsize=8192)(self._engine.encode)
+        self._piece_bytes: dict[int, bytes] = {}
+        self._separate_lines = _SEPARATE_LINES + _GEMMA_NORMALIZER in model[-64:]
+        self._encode_line = lru_cache(maxsize=8192)(self._engine.encode)
         self.control = self._find_control()
+        self._fim_ids: dict[str, int | None] = {
+            name: getattr(self.control, field) for field, name in FIM_NAMES.items()
+        }
 
     @classmethod
     def from_pieces(
         cls, pieces: Sequence[str], scores: Sequence[float] | np.ndarray, types: Sequence[int] | np.ndarray
     ) -> Tokenizer:
-        """From GGUF's tokenizer.ggml.tokens, .scores and .token_type, without a dummy space in front of the
-        text.
+        """From GGUF's tokenizer.ggml.tokens, .scores and .token_type; it puts no dummy space before the text.
 
-        About 0.5 s for 262k pieces: wrap it in `cached`. Raises ValueError where the arrays contradict each
-        other.
+        Takes 0.5 s for 262k pieces: wrap it in `cached`. Raises ValueError where the arrays do not fit
+        together.
         """
         return cls(_canonical_model(pieces, scores, _mark_user_defined(pieces, types)))
 
     @classmethod
     def from_sentencepiece(cls, data: bytes) -> Tokenizer:
-        """From the bytes of a `tokenizer.model`. Raises ValueError where it is damaged or no BPE model."""
+        """From the bytes of a `tokenizer.model`. Raises ValueError where it is damaged or not a BPE model."""
         return cls.cached(data, lambda: cls(_read_sentencepiece(data)))
 
     @classmethod
     def from_json(cls, source: str | Path | dict[str, Any]) -> Tokenizer:
-        """From a Hugging Face `tokenizer.json`, by path or parsed. Raises ValueError on all but byte BPE."""
+        """From a Hugging Face `tokenizer.json`, by path or parsed. Raises ValueError where it is damaged or
+        its model is not BPE with byte fallback."""
         if isinstance(source, dict):
             return cls(_read_json(source))
         data = Path(source).read_bytes()
@@ -127,10 +123,10 @@ class Tokenizer:
 
     @classmethod
     def cached(cls, source: bytes, build: Callable[[], Tokenizer]) -> Tokenizer:
-        """What `build()` gives, kept in the user's cache directory under the hash of `source`.
+        """Returns `build()`, or its result from an earlier call, stored in the user's cache directory.
 
-        `source` is whatever determines the vocabulary, such as the bytes of a file. A damaged cache file is
-        rebuilt; a directory that cannot be written is no error.
+        `source` determines the vocabulary, such as the bytes of a file; its hash names the cache file. A
+        damaged cache file is rebuilt. It is no error where the directory cannot be written.
         """
         key = hashlib.sha256(_CACHE_VERSION + source).hexdigest()
         file = cache_dir() / "tokenizers" / key
@@ -150,7 +146,7 @@ class Tokenizer:
         return bytes(self._engine.serialized_model_proto())
 
     def pieces(self) -> tuple[list[str], list[float], list[int]]:
-        """Names, scores and SentencePiece types of all ids."""
+        """The names, scores and SentencePiece types of all pieces, in the order of their ids."""
         engine, ids = self._engine, range(self.vocab_size)
         kinds = {
             UNKNOWN: engine.is_unknown,
@@ -166,39 +162,44 @@ class Tokenizer:
         return Tokenizer, (self.model,)
 
     def encode(self, text: str, bos: bool = False, control: bool = False) -> list[int]:
-        """Ids of `text`, as SentencePiece gives them; a control token spelled in it is plain text.
+        """The ids of a text, as SentencePiece encodes it; control tokens spelled in it are plain text.
 
-        `control=True` is for clients that render prompts themselves: control spellings become control ids
-        (the FIM names also where the ids are FIM by convention). Raises ValueError for a lone surrogate: it
-        has no UTF-8.
+        `control=True` turns their spellings into control ids, for prompts that were rendered elsewhere (the
+        FIM names also where the FIM ids are a convention). Raises ValueError on a lone surrogate, which has
+        no UTF-8, and on bytes.
         """
-        start = [self._required_bos()] if bos else []
-        return start + (self._encode_raw(text) if control else self._encode_text(text))
+        ids = self._encode_raw(text) if control else self._encode_text(text)
+        if not bos:
+            return ids
+        if self.control.bos is None:
+            raise ValueError("bos=True, but this vocabulary has no <bos>: pass bos=False")
+        return [self.control.bos, *ids]
 
     def decode(self, ids: Iterable[int], control: bool = False) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD; control ids vanish, or show with
-        `control=True`."""
+        """The text of ids. Bytes that are not UTF-8 become U+FFFD. Control ids give no text, or with
+        `control=True` their spelling."""
         return self.decode_bytes(ids, control).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], control: bool = False) -> bytes:
-        """Bytes of `ids`, piece by piece: needs no context. Raises ValueError on ids out of range."""
+        """The bytes of ids, each independent of its neighbours. Raises ValueError on ids out of range."""
         if not control:
-            return b"".join(map(self._piece_bytes, ids))
+            return b"".join(map(self._decode_piece, ids))
         return b"".join(
-            self._spell(token) if self.is_control(token) else self._piece_bytes(token) for token in ids
+            self._spell(token) if self.is_control(token) else self._decode_piece(token) for token in ids
         )
 
     def piece(self, token: int) -> str:
-        """The vocabulary's own spelling of an id, with U+2581 for a space. ValueError: id out of range."""
+        """The vocabulary's spelling of an id, with U+2581 for a space. Raises ValueError on an id out of
+        range."""
         return self._engine.id_to_piece(self._checked(token))
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a piece, control pieces too, as the vocabulary spells it; None where there is none."""
+        """The id of a piece or control token as the vocabulary spells it; None where it has none."""
         token = self._engine.piece_to_id(piece)
         return token if self._engine.id_to_piece(token) == piece else None
 
     def is_control(self, token: int) -> bool:
-        """True for ids no text encodes to: control tokens, the unknown token, and FIM ids."""
+        """True for ids that no text encodes to: control tokens (also FIM tokens) and the unknown token."""
         token = self._checked(token)
         return self._engine.is_control(token) or self._engine.is_unknown(token)
 
@@ -208,15 +209,15 @@ class Tokenizer:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
+            surrogate = f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
             raise ValueError(
-                f"text to encode has a lone surrogate U+{ord(text[error.start]):04X} at character "
-                f"{error.start}, which UTF-8 cannot spell: replace it"
+                f"text to encode has {surrogate}, which UTF-8 cannot spell: replace it"
             ) from error
         if not self._separate_lines:
             return self._engine.encode(data)
         ids: list[int] = []
-        for line in _LINE.findall(data):  # while one types, all lines but one are remembered
-            ids += self._remember_line(line) if len(line) < 500 else self._engine.encode(line)
+        for line in _LINE.findall(data):  # between keystrokes, all lines but one are the same
+            ids += self._encode_line(line) if len(line) < 500 else self._engine.encode(line)
         return ids
 
     def _encode_raw(self, text: str) -> list[int]:
@@ -229,20 +230,17 @@ class Tokenizer:
         return ids + self._encode_text(text[start:])
 
     def _control_id(self, spelling: str) -> int | None:
-        for field, name in FIM_NAMES.items():
-            if spelling == name:
-                return getattr(self.control, field)
+        if spelling in self._fim_ids:
+            return self._fim_ids[spelling]
         token = self.token_id(spelling)
         return token if token is not None and self.is_control(token) else None
 
     def _spell(self, token: int) -> bytes:
-        for field, name in FIM_NAMES.items():
-            if token == getattr(self.control, field):
-                return name.encode()
-        return self.piece(token).encode()
+        fim_names = (name for name, fim_id in self._fim_ids.items() if fim_id == token)
+        return next(fim_names, self.piece(token)).encode()
 
-    def _piece_bytes(self, token: int) -> bytes:
-        data = self._bytes.get(token)
+    def _decode_piece(self, token: int) -> bytes:
+        data = self._piece_bytes.get(token)
         if data is None:
             piece = self.piece(token)
             if self.is_control(token):
@@ -251,7 +249,7 @@ class Tokenizer:
                 data = bytes([int(piece[3:5], 16)])
             else:
                 data = piece.replace("\u2581", " ").encode()
-            self._bytes[token] = data
+            self._piece_bytes[token] = data
         return data
 
     def _checked(self, token: int) -> int:
@@ -260,59 +258,41 @@ class Tokenizer:
         except TypeError as error:
             raise ValueError(f"a token id must be a whole number, got {token!r}") from error
         if not 0 <= index < self.vocab_size:
-            raise ValueError(
-                f"token id {index} is outside the vocabulary of {self.vocab_size:,}: "
-                "use the tokenizer that belongs to the model"
-            )
+            problem = f"token id {index} is outside the vocabulary of {self.vocab_size:,}"
+            raise ValueError(f"{problem}: use the tokenizer that belongs to the model")
         return index
 
-    def _required_bos(self) -> int:
-        if self.control.bos is None:
-            raise ValueError("bos=True, but this vocabulary has no <bos>: pass bos=False")
-        return self.control.bos
-
     def _find_control(self) -> Control:
-        def named(*spellings: str) -> int | None:
+        def control_id(*spellings: str) -> int | None:
             tokens = (self.token_id(spelling) for spelling in spellings)
             return next((token for token in tokens if token is not None and self.is_control(token)), None)
 
-        fim = {field: named(name) for field, name in FIM_NAMES.items()}
+        fim = {field: control_id(name) for field, name in FIM_NAMES.items()}
         source: Literal["named", "convention"] | None = None
         if None not in (fim["fim_prefix"], fim["fim_middle"], fim["fim_suffix"]):
             source = "named"
         elif self.vocab_size > 70 and all(_UNUSED.fullmatch(self.piece(token)) for token in FIM_IDS.values()):
             fim, source = {**FIM_IDS}, "convention"
-        return Control(
-            named("<bos>", "<s>"),
-            named("<eos>", "</s>"),
-            named("<pad>"),
-            named("<unk>"),
-            named("<start_of_turn>"),
-            named("<end_of_turn>"),
-            **fim,
-            fim=source,
-        )
+        names = ("pad", "unk", "start_of_turn", "end_of_turn")
+        others = {name: control_id(f"<{name}>") for name in names}
+        bos, eos = control_id("<bos>", "<s>"), control_id("<eos>", "</s>")
+        return Control(bos=bos, eos=eos, **others, **fim, fim=source)
 
 
 class StreamDecoder:
-    """Decodes token by token: the texts of `push` and `flush`, joined, are `decode` of the same ids."""
+    """Decodes token by token: the joined texts of `push` and `flush` are `decode` of the same ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes: never half a character, so it may be ""."""
+        """The text that `token` completes; "" where it ends within a character."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """U+FFFD for a character left unfinished, or ""; the stream can be used again."""
+        """U+FFFD for an incomplete last character, or "". Afterwards a new text can begin."""
         return self._decoder.decode(b"", final=True)
-
-
-def _has_separate_lines(model: bytes) -> bool:
-    """Whether no piece of a canonical model reaches across the end of a line."""
-    return _SEPARATE_LINES + _GEMMA_NORMALIZER in model[-64:]
 
 
 def _canonical_model(
@@ -321,7 +301,7 @@ def _canonical_model(
     types: Sequence[int] | np.ndarray,
     normalizer: bytes = _GEMMA_NORMALIZER,
 ) -> bytes:
-    """The canonical ModelProto of pieces. Raises ValueError where the arrays contradict each other."""
+    """The canonical ModelProto of a vocabulary. Raises ValueError where the arrays do not fit together."""
     V = len(pieces)
     if not 0 < V <= LIMITS["vocab"] or not V == len(scores) == len(types):
         raise ValueError(
@@ -336,9 +316,8 @@ def _canonical_model(
     try:
         rows = b"".join(map(_piece_field, names, rank_V.tolist(), kinds))
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"tokenizer: piece {error.object!r} is no Unicode text: the file is damaged"
-        ) from error
+        problem = f"piece {error.object!r} is no Unicode text"
+        raise ValueError(f"tokenizer: {problem}: the file is damaged") from error
     trainer = b"\x18\x02" + (b"\x98\x02\x01" if BYTE in kinds else b"")  # model_type BPE, byte_fallback
     with_newline = [(name, kind) for name, kind in zip(names, kinds, strict=True) if "\n" in name]
     if all(kind == USER_DEFINED and not name.strip("\n") for name, kind in with_newline):
@@ -347,19 +326,18 @@ def _canonical_model(
 
 
 def _mark_user_defined(pieces: Sequence[str], types: Sequence[int] | np.ndarray) -> list[int]:
-    """Types with the user-defined pieces that Google's own GGUF files mark as NORMAL: SentencePiece's trainer
-    writes them before the bytes, and learned pieces after."""
+    """The types, with NORMAL pieces before the byte pieces as USER_DEFINED: SentencePiece's trainer puts only
+    user-defined pieces there, but Google's GGUF files mark them as NORMAL."""
     first_byte = next((i for i, piece in enumerate(pieces) if _BYTE.fullmatch(piece)), 0)
     return [USER_DEFINED if i < first_byte and kind == NORMAL else int(kind) for i, kind in enumerate(types)]
 
 
 def _read_sentencepiece(data: bytes) -> bytes:
-    """The canonical ModelProto of a `tokenizer.model`; its normaliser is kept. Raises ValueError on a damaged
+    """The canonical ModelProto of a `tokenizer.model`, with its normalizer. Raises ValueError on a damaged
     file and on a model that is not BPE.
 
-    ModelProto has the fields 1 pieces, 2 TrainerSpec (3 model_type), 3 NormalizerSpec. It is read without
-    protobuf's run time, whose version sentencepiece's generated module would otherwise dictate to every other
-    package.
+    ModelProto has the fields 1 pieces, 2 TrainerSpec (3 model_type), 3 NormalizerSpec. It is read without the
+    protobuf package, since sentencepiece's generated module would prescribe its version.
     """
     pieces, scores, types = [], [], []
     specs: dict[int, bytes] = {2: b"", 3: b""}
@@ -374,9 +352,8 @@ def _read_sentencepiece(data: bytes) -> bytes:
                 specs[number] = block
         trainer, normalizer = dict(_fields(specs[2])), dict(_fields(specs[3]))
     except (struct.error, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"tokenizer.model is no SentencePiece model ({error}): fetch the file again"
-        ) from error
+        problem = f"tokenizer.model is no SentencePiece model ({error})"
+        raise ValueError(f"{problem}: fetch the file again") from error
     if trainer.get(3, 1) != 2:
         raise ValueError("tokenizer.model is not a BPE model (model_type 2): Gemma's are")
     flags = b"".join(bytes([number << 3, bool(normalizer.get(number, 1))]) for number in (3, 4))
@@ -386,11 +363,11 @@ def _read_sentencepiece(data: bytes) -> bytes:
 
 
 def _read_json(source: bytes | dict[str, Any]) -> bytes:
-    """The canonical ModelProto of a Hugging Face `tokenizer.json`, as bytes or parsed. Raises ValueError on
-    any but BPE with byte fallback.
+    """The canonical ModelProto of a Hugging Face `tokenizer.json`, as bytes or parsed. Raises ValueError if
+    it is damaged or its model is not BPE with byte fallback.
 
-    It keeps ranks of merges where SentencePiece keeps scores of pieces: the first merge that makes a piece
-    gives its score. Not copied: it looks for added tokens before normalisation, and so misses runs of spaces.
+    A piece's score is the negative rank of the first merge that makes it. One difference remains: Hugging
+    Face matches added tokens before it replaces spaces, and so misses the tokens of several spaces.
     """
     try:
         document = source if isinstance(source, dict) else json.loads(source)
@@ -414,25 +391,25 @@ def _read_json(source: bytes | dict[str, Any]) -> bytes:
         scores = [score.get(piece, -len(model["merges"])) for piece in pieces]
         return _canonical_model(pieces, scores, [kinds.get(i, NORMAL) for i in range(len(pieces))])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"tokenizer.json lacks or misuses {error}: fetch the file again") from error
+        raise ValueError(f"tokenizer.json has wrong fields ({error}): fetch the file again") from error
     except ValueError as error:
         raise ValueError(f"tokenizer.json: {error}") from error
 
 
 def _canonical_pieces(pieces: Sequence[str], types: list[int]) -> tuple[list[str], list[int]]:
-    """Names and types as Gemma's own tokenizer.model has them, except that control pieces are CONTROL.
+    """Names and types as in Gemma's own tokenizer.model, except that control pieces have the type CONTROL.
 
-    Undone here: GGUF files spell user-defined spaces as " ", mark `<unk>` as CONTROL, and may pad the
-    vocabulary to the embedding's rows with repeated or empty pieces; old Gemma files of Hugging Face spell
-    `<0x09>` as a tab.
+    Normalizes what sources do differently: GGUF files spell user-defined spaces as " ", mark `<unk>` as
+    CONTROL, and may pad the vocabulary with repeated or empty pieces to the embedding's number of rows; old
+    Gemma files of Hugging Face spell `<0x09>` as a tab.
     """
     names = [piece.replace(" ", "\u2581") for piece in pieces]
     if "<0x09>" not in names and "<0x08>" in names and "\t" in names:
         names[names.index("\t")] = "<0x09>"
-    known: set[str] = set()
+    used: set[str] = set()
     kinds = []
     for i, (name, kind) in enumerate(zip(names, types, strict=True)):
-        if not name or name in known:
+        if not name or name in used:
             names[i], kind = f"[PAD{i}]", CONTROL
         elif name == "<unk>":
             kind = UNKNOWN
@@ -440,13 +417,13 @@ def _canonical_pieces(pieces: Sequence[str], types: list[int]) -> tuple[list[str
             kind = BYTE
         elif kind in (NORMAL, USER_DEFINED) and _CONTROL.fullmatch(name):
             kind = CONTROL
-        known.add(names[i])
+        used.add(names[i])
         kinds.append(kind)
     return names, kinds
 
 
 def _ranks(names: list[str], kinds: list[int], scores_V: np.ndarray) -> np.ndarray:
-    """Scores 0, -1, -2, ... in the order of `scores_V` for the pieces BPE can merge: only order matters."""
+    """Replaces the scores of mergeable pieces by 0, -1, -2, ...: for BPE only their order matters."""
     pairs = enumerate(zip(names, kinds, strict=True))
     merged = [i for i, (name, kind) in pairs if kind in (NORMAL, UNUSED) and len(name) > 1]
     rank_V = np.zeros(len(names), np.float32)
@@ -455,9 +432,9 @@ def _ranks(names: list[str], kinds: list[int], scores_V: np.ndarray) -> np.ndarr
 
 
 def _piece_field(name: str, score: float, kind: int) -> bytes:
-    return _field(
-        0x0A, _field(0x0A, name.encode()) + b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])
-    )
+    """A piece of a ModelProto: the fields 1 name, 2 score, 3 type."""
+    score_and_type = b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])
+    return _field(0x0A, _field(0x0A, name.encode()) + score_and_type)
 
 
 def _field(tag: int, payload: bytes) -> bytes:
@@ -471,32 +448,26 @@ def _field(tag: int, payload: bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The (number, value) pairs of a protobuf message: int for a varint, bytes for anything longer."""
-    offset = 0
-    while offset < len(data):
-        key, offset = _varint(data, offset)
-        wire = key & 7
+    """The (number, value) pairs of a protobuf message: int for a varint, bytes for other types."""
+    stream = io.BytesIO(data)
+    while stream.tell() < len(data):
+        number, wire = divmod(_varint(stream), 8)
         if wire == 0:
-            value, offset = _varint(data, offset)
-            yield key >> 3, value
+            yield number, _varint(stream)
             continue
-        if wire not in (1, 2, 5):
-            raise ValueError(f"wire type {wire} at byte {offset}")
-        size, offset = _varint(data, offset) if wire == 2 else ({1: 8, 5: 4}[wire], offset)
-        if offset + size > len(data):
-            raise ValueError(f"a field of {size:,} bytes at byte {offset:,} of {len(data):,}")
-        yield key >> 3, data[offset : offset + size]
-        offset += size
+        size = _varint(stream) if wire == 2 else {1: 8, 5: 4}.get(wire)
+        if size is None:
+            raise ValueError(f"wire type {wire} at byte {stream.tell()}")
+        if size > len(data) - stream.tell():
+            raise ValueError(f"a field of {size:,} bytes at byte {stream.tell():,} of {len(data):,}")
+        yield number, stream.read(size)
 
 
-def _varint(data: bytes, offset: int) -> tuple[int, int]:
-    """A varint and the offset after it."""
-    value = shift = 0
-    while shift < 64:
-        byte = data[offset]
-        offset += 1
+def _varint(stream: BinaryIO) -> int:
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = stream.read(1)[0]
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, offset
-        shift += 7
-    raise ValueError(f"a number of more than 64 bits at byte {offset}")
+            return value
+    raise ValueError(f"a number of more than 64 bits at byte {stream.tell()}")
