@@ -1,5 +1,5 @@
 // Compares the kernels of SIMD level OTHER with the plain ones, for levels that this CPU lacks: compiled against SIMDe's
-// AVX-512, or for another processor that an emulator runs (tests/test_levels.py). Prints what differs; exit code 1.
+// AVX-512, or for another processor that an emulator runs (tests/test_levels.py). Prints each difference and exits with 1.
 #include "kernels.h"
 
 #include <algorithm>
@@ -38,9 +38,10 @@ void close(const std::vector<float>& a, const std::vector<float>& b, float relat
 }
 
 struct Layout { const char* name; int block, bytes; std::vector<int> scales; };
-const Layout LAYOUTS[TYPES] = {{"F32", 1, 4, {}}, {"F16", 1, 2, {}}, {"BF16", 1, 2, {}}, {"Q4_0", 32, 18, {0}}, {"Q4_1", 32, 20, {0, 2}},
-    {"Q5_0", 32, 22, {0}}, {"Q5_1", 32, 24, {0, 2}}, {"Q8_0", 32, 34, {0}}, {"Q4_K", 256, 144, {0, 2}}, {"Q5_K", 256, 176, {0, 2}},
-    {"Q6_K", 256, 210, {208}}};
+const Layout LAYOUTS[TYPES] = {
+    {"F32", 1, 4, {}},          {"F16", 1, 2, {}},          {"BF16", 1, 2, {}},           {"Q4_0", 32, 18, {0}},
+    {"Q4_1", 32, 20, {0, 2}},   {"Q5_0", 32, 22, {0}},      {"Q5_1", 32, 24, {0, 2}},     {"Q8_0", 32, 34, {0}},
+    {"Q4_K", 256, 144, {0, 2}}, {"Q5_K", 256, 176, {0, 2}}, {"Q6_K", 256, 210, {208}}};
 
 struct Matrix {
   std::vector<uint8_t> bytes;
@@ -51,10 +52,10 @@ struct Matrix {
     int64_t row_bytes = cols / l.block * l.bytes;
     bytes.resize(rows * row_bytes + 1024);
     for (auto& b : bytes) b = (uint8_t)generator();
-    for (int64_t at = 0; at < rows * row_bytes; at += l.bytes) {
-      for (int s : l.scales) bytes[at + s + 1] = (bytes[at + s + 1] & 0x83) | 0x1c;
-      if (type == F32_T) { float x = draw(); memcpy(&bytes[at], &x, 4); }
-      if (type == F16_T || type == BF16_T) bytes[at + 1] = (bytes[at + 1] & 0x83) | (type == F16_T ? 0x38 : 0x3c);
+    for (int64_t block = 0; block < rows * row_bytes; block += l.bytes) {
+      for (int s : l.scales) bytes[block + s + 1] = (bytes[block + s + 1] & 0x83) | 0x1c;
+      if (type == F32_T) { float x = draw(); memcpy(&bytes[block], &x, 4); }
+      if (type == F16_T || type == BF16_T) bytes[block + 1] = (bytes[block + 1] & 0x83) | (type == F16_T ? 0x38 : 0x3c);
     }
     weight = {type, bytes.data(), rows, cols, row_bytes};
   }
@@ -107,13 +108,15 @@ void products() {
       if (l.block == 1) close(a, b, 0, 2 * cols * ROUNDOFF * cols * longest * 5, what);
       else expect(!memcmp(a.data(), b.data(), 4 * a.size()), what);
       if (l.block > 1 && T % 5 == 1)  // the products are equal; exp errs by its argument's roundoffs
-        close(multiply(ours, w.weight, &gate.weight, x, T), multiply(twin, w.weight, &gate.weight, x, T), 400, 1e-30f, what + " with gate");
+        close(multiply(ours, w.weight, &gate.weight, x, T), multiply(twin, w.weight, &gate.weight, x, T), 400, 1e-30f,
+              what + " with gate");
     }
     Matrix low(Q8_0_T, rows, 32);
     auto h = draws(40 * 32);
     for (int T : {1, 2, 5, 6, 17, 40})
       for (int first : {0, T / 2, T - 1}) {  // neighbours keep what they have, and few tokens equal many
-        auto plain = multiply(twin, w.weight, nullptr, x, T), many = multiply(twin, w.weight, nullptr, x, 40, &low.weight, h.data(), first);
+        auto plain = multiply(twin, w.weight, nullptr, x, T);
+        auto many = multiply(twin, w.weight, nullptr, x, 40, &low.weight, h.data(), first);
         auto a = multiply(ours, w.weight, nullptr, x, T, &low.weight, h.data(), first);
         auto b = multiply(twin, w.weight, nullptr, x, T, &low.weight, h.data(), first);
         if (l.block > 1) expect(!memcmp(a.data(), b.data(), 4 * a.size()), std::string(l.name) + " product with an adapter");
@@ -138,9 +141,9 @@ void rows() {
     ours->softcap(a.data(), n, 30), twin->softcap(b.data(), n, 30);
     close(a, b, 0, 30 * 16 * ROUNDOFF, "softcap");
     float top[2], total[2];
-    int64_t where[2];
-    ours->log_sum(x.data(), n, top, total, where), twin->log_sum(x.data(), n, top + 1, total + 1, where + 1);
-    expect(top[0] == top[1] && where[0] == where[1], "largest");
+    int64_t index[2];
+    ours->log_sum(x.data(), n, top, total, index), twin->log_sum(x.data(), n, top + 1, total + 1, index + 1);
+    expect(top[0] == top[1] && index[0] == index[1], "largest");
     close({total[0]}, {total[1]}, n + 400, 0, "sum of exp");
   }
 }
@@ -159,7 +162,8 @@ void attention(int H, int window, float cap, bool half) {
     auto qkv = start;
     for (int t = 0; t < T; t++) {
       uint8_t* page = (uint8_t*)pages[t / PAGE] + t % PAGE * H * size;
-      k->split_heads({&qkv[t * columns], N, K, H, norms.data(), nullptr, 1e-6f, 0.3f, {cosines.data(), sines.data()}, page, page + kv, half});
+      k->split_heads({&qkv[t * columns], N, K, H, norms.data(), nullptr, 1e-6f, 0.3f, {cosines.data(), sines.data()}, page,
+                      page + kv, half});
     }
     out[level].assign(T * N * H, NAN);
     Attention a{qkv.data(), columns, out[level].data(), N * H, N, K, H, window, cap, half, 0, kv};
@@ -209,7 +213,8 @@ void training() {
   auto x = draws(75 * T);
   cg::MatrixProduct a_transposed{x.data(), nullptr, w.weight, T, 0, 75, true};
   a_transposed.a_transposed = true;
-  close(train(ours, a_transposed), train(twin, a_transposed), 0, 75 * 75 * ROUNDOFF * 16, "product of training with a transposed factor");
+  close(train(ours, a_transposed), train(twin, a_transposed), 0, 75 * 75 * ROUNDOFF * 16,
+        "product of training with a transposed factor");
 }
 // The softmaxes of training: one row of scores, some of them masked.
 void softmaxes() {

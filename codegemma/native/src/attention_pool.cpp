@@ -21,7 +21,7 @@ void each_row(Pool& pool, int64_t rows, const std::function<void(int64_t)>& body
   });
 }
 
-// Queries q0 .. q0 + queries of one sequence and one kv head, and keys k0 .. k0 + keys, which hold all that these see.
+// Queries q0 .. q0 + queries of one sequence and one kv head, and the range of keys k0 .. k0 + keys that covers all they see.
 struct QueryBlock {
   int64_t b, head, q0, queries, k0, keys;
 };
@@ -48,7 +48,7 @@ struct BlockedAttention {
     for (int64_t b = 0; b < s.B; b++)
       for (int64_t q0 = 0; q0 < s.T; q0 += size) {
         const int64_t queries = std::min(size, s.T - q0);
-        std::vector<int64_t> firsts;                  // query of each segment: the others see no key before theirs
+        std::vector<int64_t> firsts;  // the first query of each segment: it sees the earliest keys of all in the segment
         for (int64_t i = b * s.T + q0; i < b * s.T + q0 + queries; i++)
           if (firsts.empty() || s.segments[i] != s.segments[i - 1]) firsts.push_back(i);
         int64_t k0 = 0;
@@ -84,8 +84,9 @@ struct BlockedAttention {
   }
   // out [B, T, K, H], rows of the block's keys += weights^T [keys, rows] times x [rows, H]
   void scatter(const float* weights, const float* x, float* out) {
-    multiply(workers, {.a = weights, .c = out + first_key(), .w = of_rows(x), .T = p.keys, .first = 0, .count = rows(), .transposed = true,
-                       .add = true, .bfloat16 = s.bfloat16, .a_transposed = true, .a_stride = stride(), .c_stride = s.K * s.H});
+    multiply(workers, {.a = weights, .c = out + first_key(), .w = of_rows(x), .T = p.keys, .first = 0, .count = rows(),
+                       .transposed = true, .add = true, .bfloat16 = s.bfloat16, .a_transposed = true, .a_stride = stride(),
+                       .c_stride = s.K * s.H});
   }
 };
 
@@ -108,9 +109,9 @@ void attend(const Workers& workers, const AttentionInputs& s, float* out_BTNH, f
     });
     run.weigh(scores, run.of_keys(s.v), out);
     run.each_row([&](int64_t i) {
-      const float *from = out + i * H, by = 1 / sums[i];
+      const float *from = out + i * H, scale = 1 / sums[i];
       float* to = out_BTNH + run.head_of(i) * H;
-      for (int64_t h = 0; h < H; h++) to[h] = by * from[h];
+      for (int64_t h = 0; h < H; h++) to[h] = scale * from[h];
     });
   });
 }
@@ -130,7 +131,8 @@ void attend_back(const Workers& workers, const AttentionInputs& s, const float* 
     run.score(q, run.of_keys(s.k), weights);
     run.score(d_out, run.of_keys(s.v), slopes);
     run.each_row([&](int64_t i) {
-      workers.kernels->matrix->softmax_backward(run.keys(i), weights + i * stride, slopes + i * stride, log_sums_BTN[run.head_of(i)]);
+      workers.kernels->matrix->softmax_backward(run.keys(i), weights + i * stride, slopes + i * stride,
+                                                log_sums_BTN[run.head_of(i)]);
     });
     run.scatter(weights, d_out, dv_BTKH);
     run.scatter(slopes, q, dk_BTKH);
@@ -145,18 +147,20 @@ void vocabulary_softmax(const Workers& workers, const Vocabulary& v, float* weig
   std::vector<float> counts(CHUNK);
   for (int64_t m = 0; m < v.targets; m += TARGETS)
     for (int64_t first = 0; first < V; first += CHUNK) {
-      const int64_t M = std::min(TARGETS, v.targets - m), count = std::min(CHUNK, V - first), padded = (count + LANES - 1) / LANES * LANES;
+      const int64_t M = std::min(TARGETS, v.targets - m), count = std::min(CHUNK, V - first);
+      const int64_t padded = (count + LANES - 1) / LANES * LANES;
       float* logits = workers.buffers.scores.at_least(TARGETS * CHUNK);
       counts.assign(padded, 0.f), std::copy_n(v.counts + first, count, counts.data());
-      multiply(workers, {.a = v.hidden + m * D, .c = logits, .w = v.table, .T = M, .first = first, .count = count, .transposed = false,
-                         .bfloat16 = v.bfloat16, .c_stride = padded});
+      multiply(workers, {.a = v.hidden + m * D, .c = logits, .w = v.table, .T = M, .first = first, .count = count,
+                         .transposed = false, .bfloat16 = v.bfloat16, .c_stride = padded});
       each_row(workers.pool, M, [&](int64_t i) {
-        const float shrink = workers.kernels->matrix->online_softmax(logits + i * padded, counts.data(), padded, first, v.cap, sums_M[m + i]);
+        const float shrink = workers.kernels->matrix->online_softmax(logits + i * padded, counts.data(), padded, first, v.cap,
+                                                                     sums_M[m + i]);
         float* weighted = weighted_MD + (m + i) * D;
         for (int64_t d = 0; shrink < 1 && d < D; d++) weighted[d] *= shrink;
       });
-      multiply(workers, {.a = logits, .c = weighted_MD + m * D, .w = v.table, .T = M, .first = first, .count = count, .transposed = true,
-                         .add = true, .bfloat16 = v.bfloat16, .a_stride = padded});
+      multiply(workers, {.a = logits, .c = weighted_MD + m * D, .w = v.table, .T = M, .first = first, .count = count,
+                         .transposed = true, .add = true, .bfloat16 = v.bfloat16, .a_stride = padded});
     }
 }
 

@@ -1,4 +1,4 @@
-// The Python bindings of the engine. Every array is checked here, once; no code below checks again.
+// The Python bindings of the engine. Arrays are checked here and nowhere below.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -16,7 +16,7 @@
 
 void bind_quantise(nanobind::module_& m);  // quantise.cpp
 void bind_xla(nanobind::module_& m);       // xla.cpp
-namespace cg { int64_t use_huge_pages(uint8_t* start, int64_t length); }  // use_huge_pages.cpp
+namespace cg { int64_t use_huge_pages(uint8_t* start, int64_t length); }  // huge_pages.cpp
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -31,12 +31,13 @@ Weight weight(const std::string& type, Bytes data, int64_t rows, int64_t cols) {
   for (int t = 0; t < TYPES; t++)
     if (type == TYPE[t].name) {
       if (cols <= 0 || rows <= 0 || cols % TYPE[t].block)
-        throw std::invalid_argument("a " + type + " weight needs rows of a multiple of " + std::to_string(TYPE[t].block) + " columns, got " +
-                                    std::to_string(rows) + " x " + std::to_string(cols));
+        throw std::invalid_argument("a " + type + " weight needs rows of a multiple of " + std::to_string(TYPE[t].block) +
+                                    " columns, got " + std::to_string(rows) + " x " + std::to_string(cols));
       int64_t row_bytes = cols / TYPE[t].block * TYPE[t].bytes;
       if ((int64_t)data.nbytes() != rows * row_bytes)
-        throw std::invalid_argument("a " + type + " weight of " + std::to_string(rows) + " x " + std::to_string(cols) + " takes " +
-                                    std::to_string(rows * row_bytes) + " bytes, got " + std::to_string(data.nbytes()));
+        throw std::invalid_argument("a " + type + " weight of " + std::to_string(rows) + " x " + std::to_string(cols) +
+                                    " takes " + std::to_string(rows * row_bytes) + " bytes, got " +
+                                    std::to_string(data.nbytes()));
       return {t, data.data(), rows, cols, row_bytes};
     }
   throw std::invalid_argument("no kernel for weights of type " + type);
@@ -70,29 +71,32 @@ bool run(Program& p, Array<const int32_t, 1> ids, Array<const int32_t, 1> positi
   int T = (int)ids.shape(0), n = (int)out_rows.shape(0);
   if (T < 1 || (int)positions.shape(0) != T || (int)sequences.shape(0) != T)
     throw std::invalid_argument("ids, positions and sequences must be equally long and not empty");
-  if ((int64_t)logits.shape(1) != p.vocabulary() || (int)logits.shape(0) < n || (int)argmax.shape(0) < n || (int)normaliser.shape(0) < n)
+  if ((int64_t)logits.shape(1) != p.vocabulary() || (int)logits.shape(0) < n || (int)argmax.shape(0) < n ||
+      (int)normaliser.shape(0) < n)
     throw std::invalid_argument("logits must be [wanted tokens, vocabulary]");
   for (int t = 0; t < T; t++) {
-    int s = sequences.data()[t], at = positions.data()[t];
+    int s = sequences.data()[t], position = positions.data()[t];
     if (ids.data()[t] < 0 || ids.data()[t] >= p.vocabulary())
       throw std::invalid_argument("token id " + std::to_string(ids.data()[t]) + " is outside the vocabulary of " +
                                   std::to_string(p.vocabulary()));
-    if (s < 0 || s >= (int)pages.shape(0) || at < 0 || at / PAGE >= (int)pages.shape(1) ||
-        !pages.data()[s * pages.shape(1) + at / PAGE])
-      throw std::invalid_argument("token " + std::to_string(t) + " at position " + std::to_string(at) + " has no page");
+    if (s < 0 || s >= (int)pages.shape(0) || position < 0 || position / PAGE >= (int)pages.shape(1) ||
+        !pages.data()[s * pages.shape(1) + position / PAGE])
+      throw std::invalid_argument("token " + std::to_string(t) + " at position " + std::to_string(position) + " has no page");
   }
-  if (adapters && (int)adapters->shape(0) != T) throw std::invalid_argument("adapters must name one for each token");
+  if (adapters && (int)adapters->shape(0) != T) throw std::invalid_argument("adapters must hold one index for each token");
   for (int t = 0; adapters && t < T; t++)
-    if (adapters->data()[t] < -1 || adapters->data()[t] >= p.adapters()) throw std::invalid_argument("an adapter is unknown");
+    if (adapters->data()[t] < -1 || adapters->data()[t] >= p.adapters())
+      throw std::invalid_argument("token " + std::to_string(t) + " has adapter index " + std::to_string(adapters->data()[t]) +
+                                  ", but this program has " + std::to_string(p.adapters()) + " adapters");
   for (int i = 0; i < n; i++)
     if (out_rows.data()[i] < 0 || out_rows.data()[i] >= T) throw std::invalid_argument("a wanted token is outside the batch");
-  Batch b{T, ids.data(), positions.data(), sequences.data(), pages.data(), (int64_t)pages.shape(1), n, out_rows.data(), logits.data(),
-          argmax.data(), normaliser.data(), adapters ? adapters->data() : nullptr};
+  Batch b{T, ids.data(), positions.data(), sequences.data(), pages.data(), (int64_t)pages.shape(1), n, out_rows.data(),
+          logits.data(), argmax.data(), normaliser.data(), adapters ? adapters->data() : nullptr};
   nb::gil_scoped_release release;
   return p.run(b, cancel);
 }
 
-// Bytes a second that all threads read together from memory, and int8 operations a second.
+// Bytes per second that all threads together read from memory, and int8 operations per second.
 std::pair<double, double> measure(const Kernels* k, Pool& pool) {
   const size_t bytes = 256u << 20, words = bytes / 8;
   std::vector<uint64_t> memory(words, 1);
@@ -109,8 +113,8 @@ std::pair<double, double> measure(const Kernels* k, Pool& pool) {
     read = std::min(read, timed([&](int) {
       const size_t tile = 1 << 16;
       uint64_t s[8] = {};
-      for (size_t at; (at = next.fetch_add(tile)) < words;)
-        for (size_t j = at; j < at + tile; j += 8) {
+      for (size_t start; (start = next.fetch_add(tile)) < words;)
+        for (size_t j = start; j < start + tile; j += 8) {
           __builtin_prefetch(&memory[j] + 256);
           for (int l = 0; l < 8; l++) s[l] ^= memory[j + l];
         }
@@ -121,7 +125,8 @@ std::pair<double, double> measure(const Kernels* k, Pool& pool) {
   }
   return {bytes / read, operations / multiply};
 }
-// Float operations a second in products of training; 0 for bfloat16 on a CPU that does not multiply it.
+
+// Float operations per second in products of training; 0 for bfloat16 on a CPU that does not multiply it.
 double measure_products(const Kernels* k, Pool& pool, bool bfloat16) {
   double best = 0;
   for (int i = 0; i < 5 && (!bfloat16 || k->matrix->has_bfloat16()); i++) {
@@ -160,7 +165,8 @@ NB_MODULE(_native, m) {
       }, "pool"_a, "level"_a)
       .def("buffer", &Program::buffer, "width"_a)
       .def("embed", &Program::embed, "table"_a, "out"_a, "scale"_a)
-      .def("norm", [](Program& p, int x, Array<const float, 1> weight, int out, float eps, int add, std::optional<Array<const float, 1>> post) {
+      .def("norm", [](Program& p, int x, Array<const float, 1> weight, int out, float eps, int add,
+                      std::optional<Array<const float, 1>> post) {
         p.norm(x, weight.data(), out, eps, add, post ? post->data() : nullptr);
       }, "x"_a, "weight"_a, "out"_a, "eps"_a, "add"_a = -1, "post"_a = nb::none())
       .def("observe", [](Program& p, int x, Array<double, 1> sums) { p.observe(x, sums.data()); }, "x"_a, "sums"_a)
@@ -169,10 +175,11 @@ NB_MODULE(_native, m) {
       .def("split_heads", [](Program& p, int qkv, int heads, int kv_heads, int width, std::optional<Array<const float, 1>> q_norm,
                              std::optional<Array<const float, 1>> k_norm, float eps, float query_scale, double base, double scale,
                              bool half, int64_t layer_offset, int64_t kv_offset) {
-        p.split_heads(qkv, {nullptr, heads, kv_heads, width, q_norm ? q_norm->data() : nullptr, k_norm ? k_norm->data() : nullptr, eps,
-                            query_scale, {}, nullptr, nullptr, half}, base, scale, layer_offset, kv_offset);
-      }, "qkv"_a, "heads"_a, "kv_heads"_a, "width"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "query_scale"_a, "base"_a, "scale"_a,
-         "half"_a, "layer_offset"_a, "kv_offset"_a)
+        p.split_heads(qkv, {nullptr, heads, kv_heads, width, q_norm ? q_norm->data() : nullptr,
+                            k_norm ? k_norm->data() : nullptr, eps, query_scale, {}, nullptr, nullptr, half},
+                      base, scale, layer_offset, kv_offset);
+      }, "qkv"_a, "heads"_a, "kv_heads"_a, "width"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "query_scale"_a, "base"_a,
+         "scale"_a, "half"_a, "layer_offset"_a, "kv_offset"_a)
       .def("attend", [](Program& p, int qkv, int out, int heads, int kv_heads, int width, int window, float softcap, bool half,
                         int64_t layer_offset, int64_t kv_offset) {
         p.attend(qkv, {nullptr, 0, nullptr, 0, heads, kv_heads, width, window, softcap, half, layer_offset, kv_offset}, out);
@@ -206,7 +213,7 @@ NB_MODULE(_native, m) {
   m.def("use_huge_pages", [](uint64_t start, int64_t length) {
     nb::gil_scoped_release release;
     return use_huge_pages((uint8_t*)start, length);
-  }, "start"_a, "length"_a, "Moves a read-only memory map (addresses start .. start + length, all of one map) into huge pages in place.");
+  }, "start"_a, "length"_a, "Moves addresses start .. start + length of a read-only memory map into huge pages, in place.");
   m.def("measure_products", [](const std::string& level, Pool& pool, bool bfloat16) {
     const Kernels* k = choose_kernels(level);
     nb::gil_scoped_release release;
@@ -216,9 +223,11 @@ NB_MODULE(_native, m) {
     const Kernels* k = choose_kernels(level);
     nb::gil_scoped_release release;
     return measure(k, pool);
-  }, "level"_a, "pool"_a, "Memory read in bytes a second, and int8 multiply-adds in operations a second, of all threads.");
+  }, "level"_a, "pool"_a,
+     "Bytes per second read from memory, and int8 operations per second (a multiply-add is two), of all threads.");
   m.def("dequantise", [](const std::string& level, const Weight& w, Array<float, 2> out) {
-    if ((int64_t)out.shape(0) != w.rows || (int64_t)out.shape(1) != w.cols) throw std::invalid_argument("out must be [rows, columns]");
+    if ((int64_t)out.shape(0) != w.rows || (int64_t)out.shape(1) != w.cols)
+      throw std::invalid_argument("out must be [rows, columns]");
     const Kernels* k = choose_kernels(level);
     nb::gil_scoped_release release;
     for (int64_t r = 0; r < w.rows; r++) k->decode(w, r, 0, w.cols, out.data() + r * w.cols);

@@ -57,7 +57,7 @@ CG_INLINE void k45_scales(const uint8_t* b, KScales& s) {
   }
 }
 struct Q4_K {
-  static constexpr int BYTES = 144, MAXQ = 15, SUB = 32, D_AT = 0;
+  static constexpr int BYTES = 144, MAXQ = 15, SUB = 32, D_OFFSET = 0;
   static constexpr bool MIN = true;
   static CG_INLINE void scales(const uint8_t* b, KScales& s) { k45_scales(b, s); }
   static CG_INLINE void unpack(const uint8_t* b, u8x32 w[8]) {
@@ -68,7 +68,7 @@ struct Q4_K {
   }
 };
 struct Q5_K {
-  static constexpr int BYTES = 176, MAXQ = 31, SUB = 32, D_AT = 0;
+  static constexpr int BYTES = 176, MAXQ = 31, SUB = 32, D_OFFSET = 0;
   static constexpr bool MIN = true;
   static CG_INLINE void scales(const uint8_t* b, KScales& s) { k45_scales(b, s); }
   static CG_INLINE void unpack(const uint8_t* b, u8x32 w[8]) {
@@ -81,7 +81,7 @@ struct Q5_K {
   }
 };
 struct Q6_K {
-  static constexpr int BYTES = 210, MAXQ = 63, SUB = 16, D_AT = 208;
+  static constexpr int BYTES = 210, MAXQ = 63, SUB = 16, D_OFFSET = 208;
   static constexpr bool MIN = false;
   static CG_INLINE void scales(const uint8_t* b, KScales& s) {
     s.d = half(load<uint16_t>(b + 208)), s.dmin = s.d;

@@ -8,26 +8,27 @@
 
 namespace cg {
 
-// Returns the bytes moved: whole pages of 2 MB only. Each piece is copied, then replaces the original in one step.
+// Returns the number of bytes moved: only whole pages of 2 MB are. Each piece is copied; the copy then replaces the
+// original in one step.
 int64_t use_huge_pages(uint8_t* start, int64_t length) {
   int64_t moved = 0;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const int64_t huge = 2 << 20, piece = 16 << 20;
-  uint8_t* at = (uint8_t*)(((uintptr_t)start + huge - 1) & ~(uintptr_t)(huge - 1));
-  while (at + huge <= start + length) {
-    int64_t n = (start + length - at) / huge * huge;
+  uint8_t* next = (uint8_t*)(((uintptr_t)start + huge - 1) & ~(uintptr_t)(huge - 1));
+  while (next + huge <= start + length) {
+    int64_t n = (start + length - next) / huge * huge;
     if (n > piece) n = piece;
     uint8_t* raw = (uint8_t*)mmap(nullptr, n + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (raw == MAP_FAILED) break;
     uint8_t* copy = (uint8_t*)(((uintptr_t)raw + huge - 1) & ~(uintptr_t)(huge - 1));
     madvise(copy, n, MADV_HUGEPAGE);
-    memcpy(copy, at, n);
+    memcpy(copy, next, n);
     mprotect(copy, n, PROT_READ);
-    bool done = mremap(copy, n, n, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at;
+    bool done = mremap(copy, n, n, MREMAP_MAYMOVE | MREMAP_FIXED, next) == next;
     if (copy > raw) munmap(raw, copy - raw);
     if (raw + huge > copy) munmap(copy + n, raw + huge - copy);
     if (!done) { munmap(copy, n); break; }
-    at += n, moved += n;
+    next += n, moved += n;
   }
 #else
   (void)start, (void)length;

@@ -10,7 +10,7 @@ namespace cg {
 namespace CG_LEVEL {
 namespace {
 
-// The next `count` elements of a buffer; `reserve` has made room for all of them before.
+// The next `count` elements of a buffer, for which `reserve` has made room.
 template <class T> T* carve(std::vector<uint8_t>& buffer, size_t& used, size_t count) {
   T* p = (T*)(buffer.data() + used);
   used += (count * sizeof(T) + 63) / 64 * 64;
@@ -142,8 +142,8 @@ void quantise(const Activations& a, int t0, int t1) {
 }
 
 // ------------------------------------------------------------------------------------------------ few tokens
-// A row of weights is read once for all tokens. Lanes are eight consecutive blocks, which are the eight chains. ORDER
-// gives the block of each lane; scales and sums of activations have the same order.
+// A row of weights is read once for all tokens. Eight consecutive blocks, which are the eight chains, share a vector.
+// ORDER gives the block of each lane; scales and sums of activations have the same order.
 #if CG_X86
 // Two blocks share a vector, one in each half: low nibbles first, then high ones; activations are in the same order.
 template <class Q> CG_INLINE void unpack8(const uint8_t* p, u8x32 w[8]) {
@@ -154,12 +154,13 @@ template <class Q> CG_INLINE void unpack8(const uint8_t* p, u8x32 w[8]) {
         if (Q::OFFSET) w[2 * i + h] ^= (uint8_t)128;
       }
     } else {
-      constexpr int AT = Q::BYTES - 16;
-      __m256i v = (__m256i)two_halves(p + AT, p + Q::BYTES + AT);
+      constexpr int QUANTS = Q::BYTES - 16;  // where a block's quants begin
+      __m256i v = (__m256i)two_halves(p + QUANTS, p + Q::BYTES + QUANTS);
       w[2 * i] = (u8x32)_mm256_and_si256(v, _mm256_set1_epi8(15));
       w[2 * i + 1] = (u8x32)_mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
       if constexpr (Q::MAXQ == 31) {
-        __m256i bits = _mm256_set_m128i(_mm_set1_epi32(load<int32_t>(p + Q::BYTES + AT - 4)), _mm_set1_epi32(load<int32_t>(p + AT - 4)));
+        __m256i bits = _mm256_set_m128i(_mm_set1_epi32(load<int32_t>(p + Q::BYTES + QUANTS - 4)),
+                                        _mm_set1_epi32(load<int32_t>(p + QUANTS - 4)));
         const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull), sixteen = _mm256_set1_epi8(16);
         for (int h = 0; h < 2; h++) {
           const __m256i from = _mm256_set_epi64x(0x0101010101010101ll * (2 * h + 1), 0x0101010101010101ll * (2 * h),
@@ -232,19 +233,20 @@ template <class Q, int T> void few32(const Product& p, const Activations& a, int
     const uint8_t* row = p.w->data + r * p.w->row_bytes;
     f32x8 acc[T] = {};
     for (int64_t g = 0; g < full_groups; g++) {
-      const uint8_t* at = row + g * 8 * Q::BYTES;
-      for (int i = 0; i < 8 * Q::BYTES; i += 64) prefetch(at + 1024 + i);
-      eight_blocks<Q, T>(at, a, g, acc);
+      const uint8_t* group = row + g * 8 * Q::BYTES;
+      for (int i = 0; i < 8 * Q::BYTES; i += 64) prefetch(group + 1024 + i);
+      eight_blocks<Q, T>(group, a, g, acc);
     }
     if (blocks % 8) {
-      // The next row's blocks stand in for the missing ones: their activations and scales are zero. The last has none.
-      const uint8_t* at = row + full_groups * 8 * Q::BYTES;
+      // A short group reads on into the next row: the activations and scales of those blocks are zero. Behind the last row
+      // there is nothing to read, so its blocks are copied.
+      const uint8_t* group = row + full_groups * 8 * Q::BYTES;
       uint8_t rest[8 * Q::BYTES];
       if ((r + 1) * p.w->row_bytes + 8 * Q::BYTES > p.w->rows * p.w->row_bytes) {
-        memset(rest, 0, sizeof rest), memcpy(rest, at, (blocks % 8) * Q::BYTES);
-        at = rest;
+        memset(rest, 0, sizeof rest), memcpy(rest, group, (blocks % 8) * Q::BYTES);
+        group = rest;
       }
-      eight_blocks<Q, T>(at, a, full_groups, acc);
+      eight_blocks<Q, T>(group, a, full_groups, acc);
     }
     for (int t = 0; t < T; t++) p.out[t * p.stride + r] = fold_lanes8(acc[t]);
   }
@@ -263,13 +265,13 @@ void add_narrow(const Product& p, const Activations& h, int64_t r0, int64_t r1) 
 #endif
     }
   for (int64_t r = r0; r < r1; r += 8) {
-    const uint8_t* at = p.w->data + r * Q::BYTES;
+    const uint8_t* block = p.w->data + r * Q::BYTES;
     const int n = (int)std::min<int64_t>(8, r1 - r);
     uint8_t rest[8 * Q::BYTES];
-    if (r + 8 > p.w->rows) memset(rest, 0, sizeof rest), memcpy(rest, at, n * Q::BYTES), at = rest;
+    if (r + 8 > p.w->rows) memset(rest, 0, sizeof rest), memcpy(rest, block, n * Q::BYTES), block = rest;
     u8x32 w[8];
-    unpack8<Q>(at, w);
-    f32x8 d = halves(at, Q::BYTES);
+    unpack8<Q>(block, w);
+    f32x8 d = halves(block, Q::BYTES);
     for (int t = 0; t < h.T; t++) {
       i32x8 total = dots8<Q>(w, x[t]) - Q::OFFSET * (h.q32.sums[2 * t] + h.q32.sums[2 * t + 1]);
       f32x8 term = f32x8{} + to_float(total) * (d * h.q32.scales[t]);
@@ -282,7 +284,7 @@ void add_narrow(const Product& p, const Activations& h, int64_t r0, int64_t r1) 
 // One super-block against one token: lanes that add up to the scaled products, and to the mins.
 struct Lanes { i32x8 products, mins; };
 #if CG_X86
-// `sc`: one scale for each vector in either lane, see dot256; `mn`: one for each sum of 16.
+// `sc`: the eight scales of the eight vectors, repeated in each 128-bit lane (see dot256); `mn`: one for each sum of 16.
 template <class Q> CG_INLINE void scale_lanes(const uint8_t* b, __m256i& sc, __m256i& mn) {
   if constexpr (Q::SUB == 32) {
     uint32_t w0 = load<uint32_t>(b + 4), w1 = load<uint32_t>(b + 8), w2 = load<uint32_t>(b + 12);
@@ -291,14 +293,15 @@ template <class Q> CG_INLINE void scale_lanes(const uint8_t* b, __m256i& sc, __m
     __m256i both = _mm256_cvtepu8_epi16(_mm_set_epi64x((long long)m, (long long)s));
     sc = _mm256_permute4x64_epi64(both, 0x44);
     mn = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(both, 0xee),
-        _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 15, 14, 15));
+        _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7,
+                         8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 15, 14, 15));
   } else {
     __m128i s = _mm_loadu_si128((const __m128i*)(b + 192));
     mn = _mm256_slli_epi16(_mm256_cvtepi8_epi16(s), 5);
     sc = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(s, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
   }
 }
-// 16-bit pairs times their scale, exact as |pair| <= 2 * 63 * 127. The scale of vector j is word j of either lane.
+// 16-bit pairs times their scale, exact as |pair| <= 2 * 63 * 127. The scale of vector j is word j of each 128-bit lane.
 template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], __m256i sc, __m256i mn, const int8_t* x, const int16_t* sums) {
   __m256i total = _mm256_setzero_si256();
 #pragma GCC unroll 8
@@ -316,18 +319,18 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
     const uint8_t* row = p.w->data + r * p.w->row_bytes;
     f32x8 acc[T] = {};
     for (int64_t b0 = 0; b0 < blocks; b0 += 8) {
-      const uint8_t* at = row + b0 * Q::BYTES;
+      const uint8_t* group = row + b0 * Q::BYTES;
       uint8_t rest[8 * Q::BYTES];
       const int n = (int)std::min<int64_t>(8, blocks - b0);
       if (n < 8 && (r + 1) * p.w->row_bytes + 8 * Q::BYTES > p.w->rows * p.w->row_bytes) {  // as in few32
-        memset(rest, 0, sizeof rest), memcpy(rest, at, n * Q::BYTES);
-        at = rest;
+        memset(rest, 0, sizeof rest), memcpy(rest, group, n * Q::BYTES);
+        group = rest;
       }
       i32x8 products[T][8], mins[T][8];
       for (int i = n; i < 8; i++)
         for (int t = 0; t < T; t++) products[t][i] = mins[t][i] = i32x8{};
       for (int i = 0; i < n; i++) {
-        const uint8_t* block = at + i * Q::BYTES;
+        const uint8_t* block = group + i * Q::BYTES;
         for (int k = 0; k < Q::BYTES; k += 64) prefetch(block + 1024 + k);
         u8x32 w[8];
         Q::unpack(block, w);
@@ -335,7 +338,8 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
         __m256i sc, mn;
         scale_lanes<Q>(block, sc, mn);
         for (int t = 0; t < T; t++) {
-          Lanes lanes = dot256<Q>(w, sc, mn, a.q256.q + t * a.padded + (b0 + i) * 256, a.q256.sums + t * (a.padded / 16) + (b0 + i) * 16);
+          Lanes lanes = dot256<Q>(w, sc, mn, a.q256.q + t * a.padded + (b0 + i) * 256,
+                                  a.q256.sums + t * (a.padded / 16) + (b0 + i) * 16);
           products[t][i] = lanes.products, mins[t][i] = lanes.mins;
         }
 #else
@@ -354,7 +358,8 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
         }
 #endif
       }
-      f32x8 d = halves_in_order(at, Q::BYTES, Q::D_AT), dmin = Q::MIN ? halves_in_order(at, Q::BYTES, Q::D_AT + 2) : d;
+      f32x8 d = halves_in_order(group, Q::BYTES, Q::D_OFFSET);
+      f32x8 dmin = Q::MIN ? halves_in_order(group, Q::BYTES, Q::D_OFFSET + 2) : d;
       for (int t = 0; t < T; t++) {
         const float* scales = a.q256.scales + t * (a.padded / 256) + b0;
         f32x8 dx;
@@ -497,11 +502,11 @@ template <class Q> void many32(const Product& p, const Activations& a, int64_t r
   float* d = carve<float>(scratch.tile, used, n * nb);
   float* m = carve<float>(scratch.tile, used, n * nb);
   for (int64_t r = 0; r < n; r++) {
-    const uint8_t* at = p.w->data + (std::min(r0 + r, r1 - 1)) * p.w->row_bytes;  // a short tile repeats its last row
-    for (int64_t b = 0; b < blocks; b++, at += Q::BYTES) {
-      store(q + r * P + b * 32, Q::unpack(at));
-      d[r * nb + b] = half(load<uint16_t>(at));
-      if (Q::MIN) m[r * nb + b] = half(load<uint16_t>(at + 2));
+    const uint8_t* block = p.w->data + (std::min(r0 + r, r1 - 1)) * p.w->row_bytes;  // a short tile repeats its last row
+    for (int64_t b = 0; b < blocks; b++, block += Q::BYTES) {
+      store(q + r * P + b * 32, Q::unpack(block));
+      d[r * nb + b] = half(load<uint16_t>(block));
+      if (Q::MIN) m[r * nb + b] = half(load<uint16_t>(block + 2));
     }
   }
   sweep(p, a, r0, r1, [&](auto wide, int64_t r, int64_t g, auto* res) {
@@ -517,10 +522,10 @@ template <class Q> void many256(const Product& p, const Activations& a, int64_t 
   uint8_t* q = carve<uint8_t>(scratch.tile, used, n * P);
   KScales* s = carve<KScales>(scratch.tile, used, n * nb);
   for (int64_t r = 0; r < n; r++) {
-    const uint8_t* at = p.w->data + (std::min(r0 + r, r1 - 1)) * p.w->row_bytes;
-    for (int64_t b = 0; b < nb; b++, at += Q::BYTES) {
+    const uint8_t* block = p.w->data + (std::min(r0 + r, r1 - 1)) * p.w->row_bytes;
+    for (int64_t b = 0; b < nb; b++, block += Q::BYTES) {
       u8x32 w[8];
-      Q::unpack(at, w), Q::scales(at, s[r * nb + b]);
+      Q::unpack(block, w), Q::scales(block, s[r * nb + b]);
       memcpy(q + r * P + b * 256, w, 256);
     }
   }
@@ -555,7 +560,8 @@ static_assert(PACKED_FROM == 6, "one case for each smaller number of tokens");
 CG_INLINE f32x8 fold_lanes(const Fv v[8]) {
 #if defined(CG_AVX512)
   f32x8 h[8];
-  for (int i = 0; i < 8; i++) h[i] = (f32x8)_mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), _mm512_extractf32x8_ps((__m512)v[i], 1));
+  for (int i = 0; i < 8; i++)
+    h[i] = (f32x8)_mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), _mm512_extractf32x8_ps((__m512)v[i], 1));
   return reduce8(h);
 #elif defined(CG_AVX2)
   return reduce8((const f32x8*)v);
@@ -664,15 +670,15 @@ void split_heads(const HeadSplit& s) {
   }
   const float *k = s.row + s.heads * H, *v = k + s.kv_heads * H;
   for (int n = 0; n < s.kv_heads; n++) {
-    int64_t at = (int64_t)n * PAGE * H;
+    int64_t offset = (int64_t)n * PAGE * H;
     if (s.half)
       for (int i = 0; i < H; i++) {
-        ((uint16_t*)s.k_page)[at + i] = to_half(k[n * H + i]);
-        ((uint16_t*)s.v_page)[at + i] = to_half(v[n * H + i]);
+        ((uint16_t*)s.k_page)[offset + i] = to_half(k[n * H + i]);
+        ((uint16_t*)s.v_page)[offset + i] = to_half(v[n * H + i]);
       }
     else {
-      memcpy((float*)s.k_page + at, k + n * H, 4 * H);
-      memcpy((float*)s.v_page + at, v + n * H, 4 * H);
+      memcpy((float*)s.k_page + offset, k + n * H, 4 * H);
+      memcpy((float*)s.v_page + offset, v + n * H, 4 * H);
     }
   }
 }
@@ -695,15 +701,15 @@ template <class L> CG_INLINE void widen_chunk(const uint8_t* p, int H, Rows& s) 
 }
 // Scores of all rows against one chunk: four rows by two keys at a time.
 template <class L> CG_INLINE void chunk_scores(Rows& s, const uint8_t* keys, int column) {
-  const int64_t row = (int64_t)s.P * L::BYTES;
+  const int64_t row_bytes = (int64_t)s.P * L::BYTES;
   for (int r = 0; r < s.padded; r += 4) {
     const float* q = s.q + r * s.P;
     float* out = s.scores + r * SEGMENT + column;
     for (int j = 0; j < CHUNK; j += 2) {
-      const uint8_t* k = keys + j * row;
+      const uint8_t* k = keys + j * row_bytes;
       Fv acc[8] = {};
       for (int h = 0; h < s.P; h += FW) {
-        Fv k0 = L::read(k + h * L::BYTES), k1 = L::read(k + row + h * L::BYTES);
+        Fv k0 = L::read(k + h * L::BYTES), k1 = L::read(k + row_bytes + h * L::BYTES);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
           Fv a = load<Fv>(q + i * s.P + h);
@@ -717,7 +723,7 @@ template <class L> CG_INLINE void chunk_scores(Rows& s, const uint8_t* keys, int
 }
 // values += p V over one chunk, keys ascending: four rows by two vectors at a time.
 template <class L> CG_INLINE void chunk_values(Rows& s, const uint8_t* values, int column) {
-  const int64_t row = (int64_t)s.P * L::BYTES;
+  const int64_t row_bytes = (int64_t)s.P * L::BYTES;
   for (int r = 0; r < s.padded; r += 4) {
     const float* p = s.scores + r * SEGMENT + column;
     for (int h = 0; h < s.P; h += 2 * FW) {
@@ -726,7 +732,7 @@ template <class L> CG_INLINE void chunk_values(Rows& s, const uint8_t* values, i
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) acc[2 * i] = load<Fv>(o + i * s.P), acc[2 * i + 1] = load<Fv>(o + i * s.P + FW);
       const uint8_t* v = values + h * L::BYTES;
-      for (int j = 0; j < CHUNK; j++, v += row) {
+      for (int j = 0; j < CHUNK; j++, v += row_bytes) {
         Fv v0 = L::read(v), v1 = L::read(v + FW * L::BYTES);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
@@ -823,7 +829,9 @@ template <class L> void attend_as(const Attention& a, const AttentionTask& t, Sc
     for (int i = 0; i < H; i++) o[i] = s.merged[r * s.P + i] / s.merged_total[r];
   }
 }
-void attend(const Attention& a, const AttentionTask& t, Scratch& s) { a.half ? attend_as<F16>(a, t, s) : attend_as<F32>(a, t, s); }
+void attend(const Attention& a, const AttentionTask& t, Scratch& s) {
+  a.half ? attend_as<F16>(a, t, s) : attend_as<F32>(a, t, s);
+}
 
 // t.partial: [segments, rows, H + 2] of the task's rows, in ascending order of segments.
 void merge(const Attention& a, const AttentionTask& t, int segments) {
@@ -849,23 +857,23 @@ void softcap(float* x, int64_t n, float cap) {
   }
 }
 // Largest value, its lowest index, and the sum of exp(x - largest).
-void log_sum(const float* x, int64_t n, float* largest_out, float* total, int64_t* where) {
+void log_sum(const float* x, int64_t n, float* largest_out, float* total, int64_t* index) {
   Fv m = splat(MASKED), t{};
   int64_t i = 0, body = n / FW * FW;
   for (; i < body; i += FW) m = max(m, load<Fv>(x + i));
-  float top = largest(m);
-  for (; i < n; i++) top = x[i] > top ? x[i] : top;
-  for (i = 0; i < body; i += FW) t += exp(load<Fv>(x + i) - splat(top));
+  float maximum = largest(m);
+  for (; i < n; i++) maximum = x[i] > maximum ? x[i] : maximum;
+  for (i = 0; i < body; i += FW) t += exp(load<Fv>(x + i) - splat(maximum));
   if (body < n) {
     Fv rest = splat(MASKED);
     memcpy(&rest, x + body, 4 * (n - body));
-    t += exp(rest - splat(top));
+    t += exp(rest - splat(maximum));
   }
-  *largest_out = top, *total = sum(t), *where = 0;
-  for (i = 0; i < n; i++) if (x[i] == top) { *where = i; break; }
+  *largest_out = maximum, *total = sum(t), *index = 0;
+  for (i = 0; i < n; i++) if (x[i] == maximum) { *index = i; break; }
 }
 
-// Multiply-adds of unsigned by signed bytes into exact int32 sums, in registers only: what the multipliers can do.
+// Multiply-adds of unsigned by signed bytes into exact int32 sums, in registers only: the peak rate of the multipliers.
 int64_t peak(int64_t rounds) {
   Iv w = splat_i(0x01020304), x = splat_i(0x04030201), sums[8] = {};
   for (int64_t i = 0; i < rounds; i++) {
@@ -880,8 +888,8 @@ int64_t peak(int64_t rounds) {
   return rounds * 8 * FW * 4 * 2;
 }
 
-const Kernels table = {CG_LEVEL_NAME, embed, norm, quantise, product, tile_rows, split_heads, attend, merge, softcap, log_sum, decode, peak,
-                       &matrix_kernels};
+const Kernels table = {CG_LEVEL_NAME, embed, norm,    quantise, product, tile_rows, split_heads,
+                       attend,        merge, softcap, log_sum,  decode,  peak,      &matrix_kernels};
 
 }  // namespace
 

@@ -13,9 +13,10 @@ constexpr int ROWS = 32;       // query rows (tokens x heads) that one attention
 constexpr int PACKED_FROM = 6; // from this many tokens on, products run with tokens in the lanes
 
 enum Type : int { F32_T, F16_T, BF16_T, Q4_0_T, Q4_1_T, Q5_0_T, Q5_1_T, Q8_0_T, Q4_K_T, Q5_K_T, Q6_K_T, TYPES };
-enum Form : int { FLOATS = 1, BLOCKS_32 = 2, BLOCKS_256 = 4 };  // how a product wants its activations
-struct TypeInfo { const char* name; int block, bytes; };  // weights a block holds, and its bytes
-constexpr TypeInfo TYPE[TYPES] = {{"F32", 1, 4}, {"F16", 1, 2}, {"BF16", 1, 2}, {"Q4_0", 32, 18}, {"Q4_1", 32, 20}, {"Q5_0", 32, 22},
+enum Form : int { FLOATS = 1, BLOCKS_32 = 2, BLOCKS_256 = 4 };  // the form in which a product reads its activations
+struct TypeInfo { const char* name; int block, bytes; };        // weights in a block, and its size in bytes
+constexpr TypeInfo TYPE[TYPES] = {
+    {"F32", 1, 4},    {"F16", 1, 2},    {"BF16", 1, 2},   {"Q4_0", 32, 18},   {"Q4_1", 32, 20},   {"Q5_0", 32, 22},
     {"Q5_1", 32, 24}, {"Q8_0", 32, 34}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210}};
 inline Form form_of(int type) { return type <= BF16_T ? FLOATS : type <= Q8_0_T ? BLOCKS_32 : BLOCKS_256; }
 
@@ -25,7 +26,7 @@ struct Weight {
   int64_t rows, cols, row_bytes;
 };
 
-// Quantised activations of T tokens. `sums` are the exact sums of each 16 whole numbers q.
+// Quantised activations of T tokens. `sums` are the exact sums of 16 consecutive integers of q each.
 // By rows (few tokens):   q [T, P]            scales [T, P/block]         sums [T, P/16]
 // Packed (many tokens):   q [T/16, P/4, 16, 4]  scales [T/16, P/block, 16]  sums [T/16, P/32, 16, 2]
 struct Quantised {
@@ -59,14 +60,14 @@ struct AdapterTerms {
   const std::atomic<int>* pending = nullptr;  // tasks that still compute parts of h
 };
 
-// One product: rows r0 .. r1 of a weight (and, for the gated form, of its twin) for every token, to out[t, column + r].
+// One product: rows r0 .. r1 of a weight (in the gated form also of `gate`) times every token, to out[t, column + r].
 struct Product {
   const Weight* w;
   const Weight* gate;       // if set: out = gelu(gate x) * (w x)
   float* out;               // already at the first column of this weight
   int64_t stride;
   AdapterTerms terms{}, gate_terms{};
-  int add_from = -1;        // if set: the product is added to out, for tokens from here on
+  int add_from = -1;        // if set: the product is added to out, for tokens from this one on
 };
 
 struct Rope {
@@ -125,7 +126,8 @@ struct Keys {
   int32_t position, segment, window;    // of the query; window 0: all
   float cap;                            // of the scores; 0: none
 };
-struct SoftmaxSums {       // of one target over a vocabulary: largest logit, its row, and the sum of counts * exp(logit - max)
+// Of one target over a vocabulary: the largest logit, its row, and the sum of counts * exp(logit - max).
+struct SoftmaxSums {
   float max_logit = -1e30f, sum = 0;
   int32_t best = 0;
 };
@@ -135,15 +137,15 @@ struct MatrixKernels {
   int64_t (*strip)(const MatrixProduct&);  // columns that decode_strip fills
   void (*decode_strip)(const MatrixProduct&, int64_t r0, int64_t depth, int64_t j0, float* panels);
   void (*gather_rows)(const MatrixProduct&, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out);
-  void (*multiply_rows)(const MatrixProduct&, int64_t r0, int64_t depth, const float* rows, int64_t t0, int64_t t1, const float* panels,
-                        int64_t j0, int64_t j1);
+  void (*multiply_rows)(const MatrixProduct&, int64_t r0, int64_t depth, const float* rows, int64_t t0, int64_t t1,
+                        const float* panels, int64_t j0, int64_t j1);
   int64_t (*peak)(int64_t rounds, bool bfloat16);
-  // Scores of a query -> exp(score - max), 0 for hidden keys; gives the maximum and the sum.
+  // Replaces the scores of a query by exp(score - max), 0 for hidden keys; returns the maximum and the sum.
   void (*softmax)(const Keys&, float* scores, float* max_score, float* sum);
   // Adds logits of one target to `sums`, and turns them into counts * exp(logit - max) * slope of the soft cap. Returns the
   // factor by which earlier sums shrink, as the maximum has grown. n is a whole number of vectors.
   float (*online_softmax)(float* logits, const float* counts, int64_t n, int64_t first, float cap, SoftmaxSums& sums);
-  // Scores and d weights -> weights and d scores.
+  // Replaces scores by weights, and the gradients of the weights by those of the scores.
   void (*softmax_backward)(const Keys&, float* scores, float* d_weights, float log_sum);
 };
 
@@ -151,16 +153,16 @@ struct Kernels {
   const char* name;
   void (*embed)(const Weight&, int64_t row, float scale, float* out);
   void (*norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
-  void (*quantise)(const Activations&, int t0, int t1);  // rows t0 .. t1, whole groups where packed
+  void (*quantise)(const Activations&, int t0, int t1);  // rows t0 .. t1, whole groups index packed
   void (*product)(const Product&, const Activations&, int64_t r0, int64_t r1, Scratch&);
   int64_t (*tile_rows)(const Weight&, bool packed);
   void (*split_heads)(const HeadSplit&);
   void (*attend)(const Attention&, const AttentionTask&, Scratch&);
   void (*merge)(const Attention&, const AttentionTask&, int segments);  // partials in ascending order
   void (*softcap)(float* x, int64_t n, float cap);
-  void (*log_sum)(const float* x, int64_t n, float* largest, float* total, int64_t* where);
+  void (*log_sum)(const float* x, int64_t n, float* largest, float* total, int64_t* index);
   void (*decode)(const Weight&, int64_t row, int64_t first, int64_t n, float* out);  // whole blocks of one row
-  int64_t (*peak)(int64_t rounds);  // int8 operations of a loop that does nothing else, for the benchmarks
+  int64_t (*peak)(int64_t rounds);  // does nothing but int8 operations and returns their number, for the benchmarks
   const MatrixKernels* matrix;
 };
 

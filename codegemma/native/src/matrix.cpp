@@ -1,9 +1,8 @@
 // Products of training: many float32 rows times a frozen weight or its transpose, compiled once per SIMD level.
 // C [T, J] = A [T, R] B [R, J], where B is W^T (x W^T: R columns of W, J rows) or W (dy W). Slabs of SLOTS rows of B are
 // decoded once for all T into panels of PANEL columns; the inner loop keeps a tile of C in registers. Sums run in
-// ascending r, a slab at a time, for any number of threads, of rows, and any split of T. Where factors are bfloat16, all is
-// the same with pairs of bfloat16 in the slots of floats, and a slab has twice the rows. The softmax of attention
-// and of the loss is here too.
+// ascending r, a slab at a time, for any number of threads, of rows, and any split of T. With bfloat16 factors, a pair of
+// them stands in the slot of a float, and a slab has twice the rows. The softmax of attention and of the loss is here too.
 #include "kernels.h"
 #include "simd.h"
 
@@ -20,8 +19,8 @@ constexpr int TILE = 6;
 #endif
 constexpr int PANEL = 2 * FW, SLOTS = 256, STRIP = 256;
 
-#if defined(CG_BFLOAT16)  // not where a test spells AVX-512 out in AVX2: there are no such registers then
-// As assembly: these instructions need no compiler flag then, and this level runs on CPUs without them.
+#if defined(CG_BFLOAT16)  // not in the test that translates AVX-512 to AVX2, which has no such registers
+// Inline assembly, since these instructions then need no compiler flag: the level also runs on CPUs without them.
 CG_INLINE __m512i rounded(__m512 first, __m512 second) {  // 32 bfloat16
   __m512i y;
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(y) : "v"(second), "v"(first));
@@ -32,19 +31,23 @@ CG_INLINE Fv add_pairs(Fv sum, Fv x, Fv y) {
   return sum;
 }
 bool has_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
-// n floats, then zeros to a whole number of vectors of pairs
+// n floats as pairs of bfloat16, padded with zeros to whole vectors
 CG_INLINE void pair_up(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += 32, out += 16) {
-    const auto some = [&](int64_t from) { return _mm512_maskz_loadu_ps((__mmask16)((1u << std::clamp<int64_t>(n - from, 0, 16)) - 1), x + from); };
-    _mm512_storeu_si512(out, n - i >= 32 ? rounded(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16)) : rounded(some(i), some(i + 16)));
+    const auto load_rest = [&](int64_t start) {
+      return _mm512_maskz_loadu_ps((__mmask16)((1u << std::clamp<int64_t>(n - start, 0, 16)) - 1), x + start);
+    };
+    _mm512_storeu_si512(out, n - i >= 32 ? rounded(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16))
+                                         : rounded(load_rest(i), load_rest(i + 16)));
   }
 }
-// Columns of two rows, in turn.
+// Two rows, interleaved: each slot holds the bfloat16 of one column in both.
 CG_INLINE void pair_rows(const float* first, const float* second, int64_t n, float* out) {
   const __m512i high = _mm512_set1_epi32((int)0xffff0000);
   for (int64_t i = 0; i < n; i += 16) {
     const __m512i both = rounded(_mm512_loadu_ps(first + i), _mm512_loadu_ps(second + i));
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+    const __m512i top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
     _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_and_si512(high, _mm512_slli_epi32(top, 16))));
   }
 }
@@ -90,8 +93,10 @@ void decode_strip(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t j0,
   }
 }
 
-// TILE rows of A (each SLOTS apart) times one panel; `rows` and `columns` of it exist in C.
-template <bool BFLOAT16> CG_INLINE void tile(const float* a, const float* b, int64_t slots, float* c, int64_t stride, int rows, int64_t columns, bool add) {
+// TILE rows of A (SLOTS apart) times one panel, of which C has `rows` rows and `columns` columns.
+template <bool BFLOAT16>
+CG_INLINE void tile(const float* a, const float* b, int64_t slots, float* c, int64_t stride, int rows, int64_t columns,
+                    bool add) {
   Fv sums[TILE][2] = {};
 #pragma GCC unroll 12
   for (int i = 0; i < TILE; i++)
@@ -130,7 +135,7 @@ template <bool BFLOAT16> CG_INLINE void tile(const float* a, const float* b, int
 // Rows t0 .. t1 of A's slab for `multiply_rows`: [t / TILE][TILE][SLOTS], zero beyond t1.
 void gather_rows(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out) {
   const int64_t stride = m.a_row();
-  auto take = [&](const float* row, int64_t t) {
+  auto store_row = [&](const float* row, int64_t t) {
     if (m.bfloat16) pair_up(row, depth, out + (t - t0) * SLOTS);
     else memcpy(out + (t - t0) * SLOTS, row, 4 * depth);
   };
@@ -144,23 +149,25 @@ void gather_rows(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t t0, 
     if (m.a_transposed)
       for (; r < depth; r++)
         for (int64_t i = 0; i < n; i++) lines[i][r] = a_transposed[r * stride + i];
-    for (int64_t i = 0; i < n; i++) take(m.a_transposed ? lines[i] : m.a + (t + i) * stride + r0, t + i);
+    for (int64_t i = 0; i < n; i++) store_row(m.a_transposed ? lines[i] : m.a + (t + i) * stride + r0, t + i);
   }
   for (int64_t t = t1 - t0; t % TILE; t++) memset(out + t * SLOTS, 0, 4 * m.slots(depth));
 }
-template <bool BFLOAT16> void multiply_tiles(const MatrixProduct& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1, const float* panels,
-                                           int64_t j0, int64_t j1) {
+template <bool BFLOAT16>
+void multiply_tiles(const MatrixProduct& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1, const float* panels,
+                    int64_t j0, int64_t j1) {
   const int64_t J = m.width(), stride = m.c_row();
   for (int64_t j = j0; j < j1; j += PANEL)
     for (int64_t t = t0; t < t1; t += TILE)
-      tile<BFLOAT16>(a + (t - t0) * SLOTS, panels + (j - j0) * slots, slots, m.c + t * stride + j, stride, (int)std::min<int64_t>(TILE, t1 - t), J - j, add);
+      tile<BFLOAT16>(a + (t - t0) * SLOTS, panels + (j - j0) * slots, slots, m.c + t * stride + j, stride,
+                     (int)std::min<int64_t>(TILE, t1 - t), J - j, add);
 }
 void multiply_rows(const MatrixProduct& m, int64_t r0, int64_t depth, const float* a, int64_t t0, int64_t t1, const float* panels,
                    int64_t j0, int64_t j1) {
   (m.bfloat16 ? multiply_tiles<true> : multiply_tiles<false>)(m, m.add || r0 > 0, m.slots(depth), a, t0, t1, panels, j0, j1);
 }
 
-// Multiply-adds in registers only: what the multipliers can do.
+// Multiply-adds in registers only: the peak rate of the multipliers.
 template <bool BFLOAT16> int64_t peak_of(int64_t rounds) {
   constexpr int SUMS = 12;          // enough to hide the latency
   Fv x = splat(0.5f), sums[SUMS] = {};
@@ -229,24 +236,24 @@ void softmax_backward(const Keys& k, float* scores, float* d_weights, float log_
     }
     return select(visible(k, i), exp(x - splat(log_sum)), Fv{});
   };
-  // The softmax's gradient subtracts a mean: taken from the weights themselves, not from the product of result and gradient
-  // (equal without roundoff), so that each row of d scores sums to zero whatever the keys have in common.
-  Fv total = {}, along = {}, slope;
+  // The gradient of a softmax subtracts a mean. It is computed from the weights, not as the dot product of output and its
+  // gradient (equal without roundoff), so that the gradients of a row of scores sum to zero.
+  Fv total = {}, weighted = {}, slope;
   for (int64_t i = 0; i < k.count; i += FW) {
     const Fv w = weight(i, slope);
-    total += w, along += select(visible(k, i), w * load<Fv>(d_weights + i), Fv{});
+    total += w, weighted += select(visible(k, i), w * load<Fv>(d_weights + i), Fv{});
   }
-  const Fv pull = splat(sum(along) / sum(total));
+  const Fv mean = splat(sum(weighted) / sum(total));
   for (int64_t i = 0; i < k.count; i += FW) {
     const Fv w = weight(i, slope);
-    store(d_weights + i, select(visible(k, i), w * (load<Fv>(d_weights + i) - pull) * slope, Fv{}));
+    store(d_weights + i, select(visible(k, i), w * (load<Fv>(d_weights + i) - mean) * slope, Fv{}));
     store(scores + i, w);
   }
 }
 
 }  // namespace
 
-extern const MatrixKernels matrix_kernels = {TILE,        PANEL,         SLOTS, has_bfloat16,  strip,      decode_strip,
-                                             gather_rows, multiply_rows, peak,  softmax, online_softmax,       softmax_backward};
+extern const MatrixKernels matrix_kernels = {TILE,        PANEL,         SLOTS, has_bfloat16, strip,          decode_strip,
+                                             gather_rows, multiply_rows, peak,  softmax,      online_softmax, softmax_backward};
 }  // namespace CG_LEVEL
 }  // namespace cg

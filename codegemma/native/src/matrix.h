@@ -19,13 +19,13 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Memory that jobs keep between each other: of products, and of attention.
+// Memory of products and attention that is kept from job to job.
 struct Buffers {
   Buffer panels;                 // decoded slabs of B
   std::vector<Buffer> gathered;  // rows of A, by thread
   Buffer queries, outputs, scores, slopes;
 };
-// What a job runs on.
+// The kernels, threads and memory that a job runs on.
 struct Workers {
   const Kernels* kernels;
   Pool& pool;
@@ -38,8 +38,8 @@ void run_on_all(Pool& pool, const std::function<void(int)>& body);
 // Sets m.c; the same floats for any number of threads.
 void multiply(const Workers& workers, const MatrixProduct& m);
 
-// Causal attention within segments. Positions rise with the index within a segment. All N heads of q, out and their gradients
-// [B, T, N, H], N / K for each head of k, v and theirs [B, T, K, H].
+// Causal attention within segments. Within a segment, positions rise with the index. q, out and their gradients are
+// [B, T, N, H]; k, v and their gradients [B, T, K, H], each head of which serves N / K query heads.
 struct AttentionInputs {
   const float *q, *k, *v;
   const int32_t *positions, *segments;  // [B, T]
@@ -61,7 +61,7 @@ struct Vocabulary {
   float cap;  // of the logits; 0: none
   bool bfloat16;
 };
-// Gives the sums, and for each target the sum of counts * exp(logit - max) * slope of the soft cap * row.
+// Sets sums_M, and for each target the sum over rows of counts * exp(logit - max) * slope of the soft cap * row.
 void vocabulary_softmax(const Workers& workers, const Vocabulary& v, float* weighted_MD, SoftmaxSums* sums_M);
 
 }  // namespace cg

@@ -15,10 +15,10 @@ namespace {
 constexpr int64_t WIDTH = 4096;  // columns of B that a slab holds: 4 MB; narrower slabs are decoded together
 constexpr int64_t BLOCK = 144;   // rows of A that a thread takes at a time: with a slab's depth, some 150 KB of its L2 cache
 
-int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
-int64_t up(int64_t n, int64_t to) { return parts(n, to) * to; }
+int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// How a thread treats denormals. XLA's threads flush them, a pool's do not: all must do as the calling thread does.
+// How a thread treats denormals. XLA's threads flush them and a pool's do not; in a job, all follow the calling thread.
 struct FloatMode {
 #if defined(__x86_64__)
   unsigned value = _mm_getcsr();
@@ -37,7 +37,7 @@ struct FloatMode {
 float* Buffer::at_least(int64_t n) {
   constexpr int64_t PAGE_BYTES = 2 << 20;
   if (n <= size_) return data_.get();
-  size_t bytes = up(4 * n, PAGE_BYTES);
+  size_t bytes = round_up(4 * n, PAGE_BYTES);
   data_.reset((float*)std::aligned_alloc(PAGE_BYTES, bytes)), size_ = n;
   if (!data_) throw std::bad_alloc();
 #if defined(__linux__)
@@ -64,29 +64,32 @@ void multiply(const Workers& workers, const MatrixProduct& product) {
   m.bfloat16 &= k.has_bfloat16();
   const int64_t slab_rows = m.bfloat16 ? 2 * k.slots : k.slots;  // rows of B in a slab
   const int64_t R = m.depth(), J = m.width(), strip = k.strip(m), threads = pool.threads();
-  const int64_t height = up(parts(m.T, threads * parts(m.T, threads * BLOCK)), k.tile), heights = parts(m.T, height);
-  const int64_t widest = up(std::min(J, WIDTH), strip), together = std::clamp<int64_t>(WIDTH / widest, 1, parts(R, slab_rows));
+  const int64_t block_rows = round_up(ceil_div(m.T, threads * ceil_div(m.T, threads * BLOCK)), k.tile);
+  const int64_t row_blocks = ceil_div(m.T, block_rows), widest = round_up(std::min(J, WIDTH), strip);
+  const int64_t slabs = std::clamp<int64_t>(WIDTH / widest, 1, ceil_div(R, slab_rows));  // decoded together
   if ((int64_t)gathered.size() < threads) gathered.resize(threads);
-  float* panels = workers.buffers.panels.at_least(together * k.slots * widest);
-  for (Buffer& b : gathered) b.at_least(height * k.slots);
+  float* panels = workers.buffers.panels.at_least(slabs * k.slots * widest);
+  for (Buffer& b : gathered) b.at_least(block_rows * k.slots);
   for (int64_t j0 = 0; j0 < J; j0 += WIDTH) {
-    const int64_t width = std::min(WIDTH, J - j0), strips = parts(width, strip);
-    const int64_t cuts = std::clamp<int64_t>(parts(8 * threads, heights), 1, parts(width, 8 * k.panel));  // few rows: columns are shared out too
-    const int64_t cut = up(parts(width, cuts), k.panel), span = together * slab_rows;
-    std::vector<std::atomic<int64_t>> next(2 * parts(R, span));
+    const int64_t width = std::min(WIDTH, J - j0), strips = ceil_div(width, strip);
+    // Few rows make few blocks: then the threads divide the columns too.
+    const int64_t column_blocks = std::clamp<int64_t>(ceil_div(8 * threads, row_blocks), 1, ceil_div(width, 8 * k.panel));
+    const int64_t block_columns = round_up(ceil_div(width, column_blocks), k.panel), span = slabs * slab_rows;
+    std::vector<std::atomic<int64_t>> next(2 * ceil_div(R, span));
     run_on_all(pool, [&](int thread) {
       float* rows = gathered[thread].at_least(0);
       for (int64_t first = 0, step = 0; first < R; first += span) {
         const int64_t last = std::min(first + span, R);
         std::atomic<int64_t> &strip_next = next[step++], &tile_next = next[step++];
         auto slab = [&](int64_t r0) { return panels + m.slots(r0 - first) * widest; };
-        for (int64_t i; (i = strip_next.fetch_add(1)) < strips * parts(last - first, slab_rows);) {
+        for (int64_t i; (i = strip_next.fetch_add(1)) < strips * ceil_div(last - first, slab_rows);) {
           const int64_t r0 = first + i / strips * slab_rows, depth = std::min(slab_rows, last - r0), j = i % strips * strip;
           k.decode_strip(m, r0, depth, j0 + j, slab(r0) + j * m.slots(depth));
         }
         pool.barrier();
-        for (int64_t i; (i = tile_next.fetch_add(1)) < heights * cuts;) {
-          const int64_t t0 = i / cuts * height, t1 = std::min(t0 + height, m.T), c0 = i % cuts * cut, c1 = std::min(c0 + cut, width);
+        for (int64_t i; (i = tile_next.fetch_add(1)) < row_blocks * column_blocks;) {
+          const int64_t t0 = i / column_blocks * block_rows, t1 = std::min(t0 + block_rows, m.T);
+          const int64_t c0 = i % column_blocks * block_columns, c1 = std::min(c0 + block_columns, width);
           for (int64_t r0 = first; r0 < last && c0 < c1; r0 += slab_rows) {
             const int64_t depth = std::min(slab_rows, last - r0);
             k.gather_rows(m, r0, depth, t0, t1, rows);

@@ -16,7 +16,7 @@ template <class T> T* at_least(std::vector<T>& v, size_t n) {
   return v.data();
 }
 
-// Rows from `start` on, which begins a group where packed, `T` of them.
+// T rows from `start` on, which must be the first of a group if packed.
 Activations view(Activations a, int64_t start, int T) {
   a.f += start * a.stride, a.T = T;
   for (auto* z : {&a.q32, &a.q256})
@@ -27,29 +27,29 @@ Activations view(Activations a, int64_t start, int T) {
 }  // namespace
 
 int Adapter::row(int32_t id) const {
-  auto at = std::lower_bound(ids.begin(), ids.end(), id);
-  return at != ids.end() && *at == id ? (int)(at - ids.begin()) : -1;
+  auto it = std::lower_bound(ids.begin(), ids.end(), id);
+  return it != ids.end() && *it == id ? (int)(it - ids.begin()) : -1;
 }
 
 const Kernels* choose_kernels(const std::string& level) {
-  const Kernels* have[4] = {};
+  const Kernels* available[4] = {};
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    have[n++] = avx512::kernels();
-  if (avx2) have[n++] = avx2::kernels();
+    available[n++] = avx512::kernels();
+  if (avx2) available[n++] = avx2::kernels();
 #elif defined(__aarch64__)
-  have[n++] = neon::kernels();
+  available[n++] = neon::kernels();
 #endif
-  have[n++] = plain::kernels();
-  if (level.empty() || level == "auto") return have[0];
+  available[n++] = plain::kernels();
+  if (level.empty() || level == "auto") return available[0];
   std::string names;
   for (int i = 0; i < n; i++) {
-    if (level == have[i]->name) return have[i];
-    names += std::string(i ? ", " : "") + have[i]->name;
+    if (level == available[i]->name) return available[i];
+    names += std::string(i ? ", " : "") + available[i]->name;
   }
   throw std::invalid_argument("SIMD level '" + level + "' is not available on this CPU, which has: " + names +
                               ": set CODEGEMMA_SIMD to one of these or leave it unset");
@@ -69,7 +69,8 @@ void Program::embed(Weight table, int out, float scale) {
   add([this] { return batch_.T; }, [=, this](int64_t t, Scratch&) {
     const Adapter* adapter = batch_.adapters && batch_.adapters[t] >= 0 ? &adapters_[batch_.adapters[t]] : nullptr;
     int row = adapter ? adapter->row(batch_.ids[t]) : -1;
-    k_->embed(row >= 0 ? adapter->rows : table, row >= 0 ? row : batch_.ids[t], scale, buffers_[out].a.f + t * buffers_[out].a.stride);
+    const Activations& o = buffers_[out].a;
+    k_->embed(row >= 0 ? adapter->rows : table, row >= 0 ? row : batch_.ids[t], scale, o.f + t * o.stride);
   });
 }
 void Program::norm(int x, const float* weight, int out, float eps, int y, const float* post) {
@@ -127,9 +128,9 @@ void Program::add_with_adapters(int site, std::function<int64_t()> tiles, std::f
 }
 int Program::product(int in, std::vector<Weight> weights, int out) {
   buffers_[out].prepared = false;
-  const int at = site(in, weights);
+  const int index = site(in, weights);
   auto tiles_of = [this](const Weight& w) { int64_t n = k_->tile_rows(w, packed_); return (w.rows + n - 1) / n; };
-  add_with_adapters(at, [=] { int64_t n = 0; for (auto& w : weights) n += tiles_of(w); return n; },
+  add_with_adapters(index, [=] { int64_t n = 0; for (auto& w : weights) n += tiles_of(w); return n; },
       [=, this](int64_t tile, Scratch& scratch) {
         const Activations& o = buffers_[out].a;
         int64_t column = 0;
@@ -137,30 +138,32 @@ int Program::product(int in, std::vector<Weight> weights, int out) {
           int64_t n = tiles_of(w);
           if (tile < n) {
             int64_t rows = k_->tile_rows(w, packed_), r0 = tile * rows;
-            return k_->product({&w, nullptr, o.f + column, o.stride, terms(at, (int)(&w - weights.data()))}, buffers_[in].a, r0,
-                               std::min(r0 + rows, w.rows), scratch);
+            const AdapterTerms added = terms(index, (int)(&w - weights.data()));
+            return k_->product({&w, nullptr, o.f + column, o.stride, added}, buffers_[in].a, r0, std::min(r0 + rows, w.rows),
+                               scratch);
           }
           tile -= n, column += w.rows;
         }
       });
-  return at;
+  return index;
 }
 int Program::gated(int in, Weight gate, Weight up, int out) {
   buffers_[out].prepared = false;
-  const int at = site(in, {gate, up});
-  add_with_adapters(at, [=, this] { int64_t n = k_->tile_rows(up, packed_); return (up.rows + n - 1) / n; },
+  const int index = site(in, {gate, up});
+  add_with_adapters(index, [=, this] { int64_t n = k_->tile_rows(up, packed_); return (up.rows + n - 1) / n; },
       [=, this](int64_t tile, Scratch& scratch) {
         const Activations& o = buffers_[out].a;
         int64_t rows = k_->tile_rows(up, packed_), r0 = tile * rows;
-        k_->product({&up, &gate, o.f, o.stride, terms(at, 1), terms(at, 0)}, buffers_[in].a, r0, std::min(r0 + rows, up.rows), scratch);
+        k_->product({&up, &gate, o.f, o.stride, terms(index, 1), terms(index, 0)}, buffers_[in].a, r0,
+                    std::min(r0 + rows, up.rows), scratch);
       });
-  return at;
+  return index;
 }
 Program::Angles& Program::angles(double base, double scale, int width) {
-  auto [at, inserted] = angles_.try_emplace({base, scale});
+  auto [entry, inserted] = angles_.try_emplace({base, scale});
   if (inserted)
-    for (int i = 0; i < width / 2; i++) at->second.frequency.push_back(std::pow(base, -2.0 * i / width) / scale);
-  return at->second;
+    for (int i = 0; i < width / 2; i++) entry->second.frequency.push_back(std::pow(base, -2.0 * i / width) / scale);
+  return entry->second;
 }
 void Program::split_heads(int qkv, HeadSplit h, double base, double scale, int64_t layer_offset, int64_t kv_offset) {
   Angles& angle = angles(base, scale, h.width);
@@ -179,16 +182,16 @@ void Program::attend(int qkv, Attention a, int out) {
   buffers_[out].prepared = false;
   Tasks& tasks = tasks_[a.window];
   tasks.window = a.window, tasks.heads = a.heads, tasks.kv_heads = a.kv_heads, tasks.width = a.width;
-  auto at = [=, this] {
+  auto inputs = [=, this] {
     Attention x = a;
     x.q = buffers_[qkv].a.f, x.q_stride = buffers_[qkv].a.stride;
     x.out = buffers_[out].a.f, x.out_stride = buffers_[out].a.stride;
     return x;
   };
   add([&tasks] { return (int64_t)tasks.attend.size(); },
-      [=, this, &tasks](int64_t i, Scratch& s) { k_->attend(at(), tasks.attend[i], s); });
+      [=, this, &tasks](int64_t i, Scratch& s) { k_->attend(inputs(), tasks.attend[i], s); });
   add([&tasks] { return (int64_t)tasks.merge.size(); },
-      [=, this, &tasks](int64_t i, Scratch&) { k_->merge(at(), tasks.merge[i], tasks.segments[i]); });
+      [=, this, &tasks](int64_t i, Scratch&) { k_->merge(inputs(), tasks.merge[i], tasks.segments[i]); });
 }
 void Program::logits(int x, const float* weight, float eps, Weight table, float cap) {
   int head = buffer(buffers_[x].width);
@@ -225,11 +228,11 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
   // Soft cap, then the log-sum-exp of each part.
   add([=, this] { return batch_.n_out * parts; }, [=, this](int64_t tile, Scratch&) {
     int64_t row = tile / parts, r0 = tile % parts * STAT_ROWS, n = std::min(STAT_ROWS, table.rows - r0);
-    float* at = batch_.logits + row * table.rows + r0;
-    if (cap > 0) k_->softcap(at, n, cap);
+    float* part = batch_.logits + row * table.rows + r0;
+    if (cap > 0) k_->softcap(part, n, cap);
     Stat& stat = stats_[tile];
-    k_->log_sum(at, n, &stat.largest, &stat.total, &stat.where);
-    stat.where += r0;
+    k_->log_sum(part, n, &stat.largest, &stat.total, &stat.index);
+    stat.index += r0;
   });
   // Merge the parts of each row.
   add([this] { return batch_.n_out; }, [=, this](int64_t row, Scratch&) {
@@ -238,32 +241,37 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
     for (int64_t i = 1; i < parts; i++) if (stat[i].largest > stat[best].largest) best = i;
     double total = 0;
     for (int64_t i = 0; i < parts; i++) total += stat[i].total * std::exp((double)stat[i].largest - stat[best].largest);
-    batch_.argmax[row] = (int32_t)stat[best].where;
+    batch_.argmax[row] = (int32_t)stat[best].index;
     batch_.log_normaliser[row] = (float)(stat[best].largest + std::log(total));
   });
   vocabulary_ = table.rows, head_ = head;
 }
 
 // -------------------------------------------------------------------------------------------------------- replaying
-void Program::size(Buffer& b, int T, bool packed) {
+void Program::resize(Buffer& b, int T, bool packed) {
   size_t rows = packed ? (T + 15) / 16 * 16 : T, n = rows * b.padded;
   const int forms = b.forms | (spans_.empty() ? 0 : b.adapter_forms);
   b.a = {at_least(b.f, n), b.width, b.padded, b.padded, T, packed, forms, {}, {}};
   if (forms & BLOCKS_32) b.a.q32 = {32, at_least(b.q32, n), at_least(b.scales32, n / 32), at_least(b.sums32, n / 16)};
-  if (forms & BLOCKS_256) b.a.q256 = {256, at_least(b.q256, n), at_least(b.scales256, n / 256), at_least(b.sums256, n / 16)};
+  if (forms & BLOCKS_256)
+    b.a.q256 = {256, at_least(b.q256, n), at_least(b.scales256, n / 256), at_least(b.sums256, n / 16)};
 }
 int Program::add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows) {
-  auto fits = [](bool holds, const char* what) { if (!holds) throw std::invalid_argument(std::string("an adapter's ") + what); };
+  auto require = [](bool holds, const char* rule) {
+    if (!holds) throw std::invalid_argument(std::string("an adapter's ") + rule);
+  };
   Adapter adapter{std::vector<LowRank>(sites_.size()), std::move(ids), rows};
-  fits(std::is_sorted(adapter.ids.begin(), adapter.ids.end()) && (adapter.ids.empty() || rows.rows == (int64_t)adapter.ids.size()), "ids must ascend");
-  for (int32_t id : adapter.ids) fits(id >= 0 && id < vocabulary_ && rows.cols == buffers_[head_].width, "rows must be the embedding's");
+  require(std::is_sorted(adapter.ids.begin(), adapter.ids.end()), "ids must ascend");
+  require(adapter.ids.empty() || rows.rows == (int64_t)adapter.ids.size(), "rows must be one for each id");
+  for (int32_t id : adapter.ids)
+    require(id >= 0 && id < vocabulary_ && rows.cols == buffers_[head_].width, "rows must be the embedding's");
   for (auto& low : sites) {
-    fits(low.site >= 0 && low.site < (int)sites_.size(), "site is none of this program");
-    const Site& at = sites_[low.site];
-    fits(low.a.rows == RANK * (int64_t)low.slices.size() && low.a.cols == buffers_[at.in].width, "a does not fit its layer");
+    require(low.site >= 0 && low.site < (int)sites_.size(), "site must be one of this program's");
+    const Site& s = sites_[low.site];
+    require(low.a.rows == RANK * (int64_t)low.slices.size() && low.a.cols == buffers_[s.in].width, "a must fit its layer");
     for (auto& [target, b] : low.slices)
-      fits(target >= 0 && target < (int)at.rows.size() && b.cols == RANK && b.rows == at.rows[target], "b does not fit its layer");
-    buffers_[at.in].adapter_forms |= form_of(low.a.type);
+      require(target >= 0 && target < (int)s.rows.size() && b.cols == RANK && b.rows == s.rows[target], "b must fit its layer");
+    buffers_[s.in].adapter_forms |= form_of(low.a.type);
     for (auto& slice : low.slices) h_.adapter_forms |= form_of(slice.b.type);
     adapter.sites[low.site] = std::move(low);
   }
@@ -279,7 +287,7 @@ void Program::plan_adapters() {
     for (auto& low : adapters_[span.adapter].sites) max_slices = std::max(max_slices, low.slices.size());
   }
   h_.width = h_.padded = RANK;
-  if (total) size(h_, (int)(total * max_slices), packed_);
+  if (total) resize(h_, (int)(total * max_slices), packed_);
   for (size_t i = 0; i < sites_.size(); i++) {
     Site& s = sites_[i];
     s.tasks.clear();
@@ -300,10 +308,10 @@ void Program::plan_adapters() {
     s.pending = (int)s.tasks.size();
   }
 }
-void Program::cut(Tasks& tasks) {
+void Program::split_attention(Tasks& tasks) {
   tasks.attend.clear(), tasks.merge.clear(), tasks.segments.clear();
   const int groups = tasks.heads / tasks.kv_heads, threads = pool_->threads();
-  std::vector<size_t> partial_at;
+  std::vector<size_t> partial_offsets;
   size_t partials = 0;
   for (int t0 = 0; t0 < batch_.T;) {
     int t1 = t0 + 1, position = batch_.positions[t0];
@@ -311,32 +319,33 @@ void Program::cut(Tasks& tasks) {
     const bool few = t1 - t0 < PACKED_FROM;
     const int last = position + t1 - t0 - 1, first = tasks.window ? std::max(0, position - tasks.window + 1) : 0;
     const int segments = last / SEGMENT - first / SEGMENT + 1;
-    // Few tokens leave few tasks: then heads of one group, and segments, go to different threads.
+    // Few tokens make few tasks: then the heads of a group, and the segments, are divided among the threads.
     int per_group = std::min(groups, ROWS);
     if (few && tasks.kv_heads * segments < threads) per_group = std::max(4, (groups + threads - 1) / threads);
     const int step = std::max(1, std::min(ROWS / per_group, t1 - t0));
     for (int t = t0; t < t1; t += step)
       for (int k = 0; k < tasks.kv_heads; k++)
         for (int g = 0; g < groups; g += per_group) {
-          AttentionTask task{t, std::min(step, t1 - t), position + t - t0, batch_.pages + batch_.sequences[t0] * batch_.pages_stride,
-                             k, g, std::min(per_group, groups - g), -1, nullptr};
+          const uint64_t* pages = batch_.pages + batch_.sequences[t0] * batch_.pages_stride;
+          AttentionTask task{t, std::min(step, t1 - t), position + t - t0, pages, k, g, std::min(per_group, groups - g), -1,
+                             nullptr};
           if (!few || segments == 1) { tasks.attend.push_back(task); continue; }
           tasks.merge.push_back(task), tasks.segments.push_back(segments);
           for (int s = 0; s < segments; s++) {
             task.segment = first / SEGMENT + s;
-            tasks.attend.push_back(task), partial_at.push_back(partials);
+            tasks.attend.push_back(task), partial_offsets.push_back(partials);
             partials += (size_t)task.tokens * task.groups * (tasks.width + 2);
           }
         }
     t0 = t1;
   }
   float* base = at_least(tasks.partials, partials);
-  size_t next = 0, merged = 0, of = 0;
+  size_t next = 0, merge = 0, segment = 0;
   for (auto& task : tasks.attend)
     if (task.segment >= 0) {
-      task.partial = base + partial_at[next++];
-      if (of == 0) tasks.merge[merged].partial = task.partial;
-      if (++of == (size_t)tasks.segments[merged]) merged++, of = 0;
+      task.partial = base + partial_offsets[next++];
+      if (segment == 0) tasks.merge[merge].partial = task.partial;
+      if (++segment == (size_t)tasks.segments[merge]) merge++, segment = 0;
     }
 }
 bool Program::run(const Batch& batch, const Cancel* cancel) {
@@ -348,11 +357,11 @@ bool Program::run(const Batch& batch, const Cancel* cancel) {
     else spans_.push_back({batch.adapters[t], t, t + 1, packed_ ? t / 16 * 16 : t, 0});
   }
   for (size_t i = 0; i < buffers_.size(); i++)
-    if ((int)i == head_) size(buffers_[i], batch.n_out, batch.n_out >= PACKED_FROM);
-    else size(buffers_[i], batch.T, packed_);
+    if ((int)i == head_) resize(buffers_[i], batch.n_out, batch.n_out >= PACKED_FROM);
+    else resize(buffers_[i], batch.T, packed_);
   plan_adapters();
   at_least(stats_, batch.n_out * ((vocabulary_ + STAT_ROWS - 1) / STAT_ROWS));
-  for (auto& [window, tasks] : tasks_) cut(tasks);
+  for (auto& [window, tasks] : tasks_) split_attention(tasks);
   for (auto& [key, a] : angles_) {
     size_t half = a.frequency.size();
     at_least(a.cos, batch.T * half), at_least(a.sin, batch.T * half);

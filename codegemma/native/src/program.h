@@ -31,16 +31,16 @@ struct Batch {
   float* logits;             // [n_out, V]
   int32_t* argmax;           // [n_out]
   float* log_normaliser;     // [n_out]: log sum exp of the logits
-  const int32_t* adapters = nullptr;  // [T]: which each token's sequence has, -1: none; null: no token has one
+  const int32_t* adapters = nullptr;  // [T]: index of each token's adapter, -1: none; null: no token has one
 };
 
 constexpr int RANK = 32;     // adapters are computed in slices of this many ranks, one block each
 
-// What an adapter adds at one site: slice s of h = x a^T (columns from RANK s on) times b^T, added to output `target`.
+// What an adapter adds at one site: slice s of h = x a^T (columns from RANK * s on) times b^T goes to output `target`.
 struct LowRankSlice { int target; Weight b; };
 struct LowRank { int site; Weight a; std::vector<LowRankSlice> slices; };
 struct Adapter {
-  std::vector<LowRank> sites;  // by site; without slices where it changes nothing
+  std::vector<LowRank> sites;  // by site; no slices where the adapter changes nothing
   std::vector<int32_t> ids;    // of replaced rows of the embedding, ascending; their values are `rows`
   Weight rows;
   int row(int32_t id) const;   // -1: not replaced
@@ -55,7 +55,7 @@ class Program {
   // out = norm(x) * weight; before that x += y, or x += norm(y) * post, where y >= 0.
   void norm(int x, const float* weight, int out, float eps, int y, const float* post);
   void observe(int x, double* sums);  // sums [width] += x * x, over the tokens
-  // Both return their site: where adapters add to the output of one of the weights, or of gate (0) and up (1).
+  // Both return a site: adapters add to the output of any of its targets, the weights in order, or gate (0) and up (1).
   int product(int in, std::vector<Weight> weights, int out);
   int gated(int in, Weight gate, Weight up, int out);
   void split_heads(int qkv, HeadSplit heads, double base, double scale, int64_t layer_offset, int64_t kv_offset);
@@ -66,12 +66,12 @@ class Program {
   // Returns the index for Batch::adapters. Throws where a shape does not fit. Not to be called during a run.
   int add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows);
   int adapters() const { return (int)adapters_.size(); }
-  bool run(const Batch& batch, const Cancel* cancel);  // false: cancelled, the pages beyond the old length are void
+  bool run(const Batch& batch, const Cancel* cancel);  // false: cancelled, and what the pages hold of the new tokens is void
 
  private:
   struct Buffer {
     int64_t width, padded;
-    int forms = 0, adapter_forms = 0;  // that products need, and those that adapters need in addition
+    int forms = 0, adapter_forms = 0;  // forms that products read, and those that adapters read in addition
     bool prepared = false;   // while recording: its present contents have been quantised
     std::vector<float> f, scales32, scales256;
     std::vector<int8_t> q32, q256;
@@ -92,7 +92,7 @@ class Program {
   struct Site {
     int in;
     std::vector<int64_t> rows;           // of each target
-    std::vector<AdapterTask> tasks;         // of this run: h = x a^T
+    std::vector<AdapterTask> tasks;      // of this run: h = x a^T
     std::atomic<int> pending{0};         // tasks that are not done
     std::vector<std::vector<AdapterTerm>> terms;  // of this run, by target
   };
@@ -100,15 +100,18 @@ class Program {
   struct Angles { std::vector<double> frequency; std::vector<float> cos, sin; };  // cos, sin: [T, H/2] of the batch
 
   void add(std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
-  void prepare(int b);       // quantises a buffer whose readers need blocks and whose writer wrote floats only
-  void size(Buffer& b, int T, bool packed);
+  void prepare(int b);       // records a step that quantises a buffer, unless its writer has done it
+  void resize(Buffer& b, int T, bool packed);
   int site(int in, const std::vector<Weight>& weights);
   // A step of a site: its adapters' tasks, then the tiles of the product, which wait for the tasks before adding h b^T.
   void add_with_adapters(int site, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
   void plan_adapters();
-  AdapterTerms terms(int site, int target) const { return {sites_[site].terms[target].data(), sites_[site].terms[target].size(), &sites_[site].pending}; }
+  AdapterTerms terms(int site, int target) const {
+    const Site& s = sites_[site];
+    return {s.terms[target].data(), s.terms[target].size(), &s.pending};
+  }
   Angles& angles(double base, double scale, int width);
-  void cut(Tasks& tasks);
+  void split_attention(Tasks& tasks);
   int token_tiles() const { return packed_ ? (batch_.T + 15) / 16 : batch_.T; }
 
   std::shared_ptr<Pool> pool_;
@@ -127,7 +130,7 @@ class Program {
   int64_t vocabulary_ = 0;
   std::vector<Scratch> scratch_;
   std::unique_ptr<std::atomic<int64_t>[]> claimed_;
-  struct Stat { float largest, total; int64_t where; };
+  struct Stat { float largest, total; int64_t index; };
   std::vector<Stat> stats_;  // [n_out, parts] of the logits
 };
 

@@ -1,7 +1,7 @@
 // Floats to GGUF blocks: the same bits as ggml's reference quantisers, with and without importance.
 //
-// Those define every sum in the order of its elements, so one sub-block cannot be summed by lanes. But the sub-blocks
-// of a super-block are independent: here each lane is one of them, and follows the definition.
+// ggml adds the terms of every sum in the order of the elements, so the lanes of a vector cannot share the sum of one
+// sub-block. But sub-blocks are independent: here each lane computes one of them, in ggml's order.
 // Compiled once per SIMD level (float terms never contracted); the plain level carries the binding.
 #ifndef CG_LEVEL
 #define CG_LEVEL plain
@@ -36,10 +36,11 @@ template <class I> CG_INLINE bool any(I mask) {
   return sum != 0;
 }
 
-// w = scale * (q - half): of 19 scales around the largest value's, the one whose least squares fit is best.
+// w = scale * (q - half): of 19 scales around that of the largest value, the one with the best least-squares fit.
 // Lanes are groups of n values; q becomes 0 .. 2 * half - 1.
-template <int W> typename Lanes<W>::F fit_symmetric(const typename Lanes<W>::F* x, const typename Lanes<W>::F* w, int n, int half,
-                                                    typename Lanes<W>::I* q) {
+template <int W>
+typename Lanes<W>::F fit_symmetric(const typename Lanes<W>::F* x, const typename Lanes<W>::F* w, int n, int half,
+                                   typename Lanes<W>::I* q) {
   using F = typename Lanes<W>::F;
   using I = typename Lanes<W>::I;
   F largest = {}, size = {}, scale = {}, best = {};
@@ -67,12 +68,13 @@ template <int W> typename Lanes<W>::F fit_symmetric(const typename Lanes<W>::F* 
   return pick(zero, F{}, scale);
 }
 
-struct Steps { float from, by; int count; };
+struct Steps { float first, increment; int count; };
 
-// w = scale * q - minimum, q = 0 .. top: weighted vmin squares for each of a row of trial scales, vmin error wins.
+// w = scale * q - minimum, q = 0 .. top: weighted least squares for each of a series of trial scales; the least error wins.
 // A better minimum is also where the later trials begin.
-template <int W> typename Lanes<W>::F fit_affine(const typename Lanes<W>::F* x, const typename Lanes<W>::F* w, int n, int top, Steps steps,
-                                                 typename Lanes<W>::I* q, typename Lanes<W>::F& minimum) {
+template <int W>
+typename Lanes<W>::F fit_affine(const typename Lanes<W>::F* x, const typename Lanes<W>::F* w, int n, int top, Steps steps,
+                                typename Lanes<W>::I* q, typename Lanes<W>::F& minimum) {
   using F = typename Lanes<W>::F;
   using I = typename Lanes<W>::I;
   F low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
@@ -86,7 +88,7 @@ template <int W> typename Lanes<W>::F fit_affine(const typename Lanes<W>::F* x, 
     error += w[i] * (diff * diff);
   }
   for (int step = 0; step <= steps.count; step++) {
-    inverse = (steps.from + steps.by * step + top) / (high - low);
+    inverse = (steps.first + steps.increment * step + top) / (high - low);
     F sum_q = {}, sum_qq = {}, sum_xq = {};
     for (int i = 0; i < n; i++) {
       trial[i] = clamp(nearest<I>(inverse * (x[i] - low)), 0, top);
@@ -97,22 +99,22 @@ template <int W> typename Lanes<W>::F fit_affine(const typename Lanes<W>::F* x, 
     F fit = (sum_w * sum_xq - sum_x * sum_q) / spread, offset = (sum_qq * sum_x - sum_q * sum_xq) / spread;
     I above = offset > 0;
     fit = pick(above, sum_xq / sum_qq, fit), offset = pick(above, F{}, offset);
-    F now = {};
+    F trial_error = {};
     for (int i = 0; i < n; i++) {
       F diff = fit * __builtin_convertvector(trial[i], F) + offset - x[i];
-      now += w[i] * (diff * diff);
+      trial_error += w[i] * (diff * diff);
     }
-    I better = (spread > 0) & (now < error) & ~flat;
+    I better = (spread > 0) & (trial_error < error) & ~flat;
     if (!any(better)) continue;
     for (int i = 0; i < n; i++) q[i] = pick(better, trial[i], q[i]);
-    error = pick(better, now, error), scale = pick(better, fit, scale), low = pick(better, offset, low);
+    error = pick(better, trial_error, error), scale = pick(better, fit, scale), low = pick(better, offset, low);
   }
   for (int i = 0; i < n; i++) q[i] = pick(flat, I{}, q[i]);
   minimum = -low;
   return pick(flat, F{}, scale);
 }
 
-// Eight scales >= 0 as one factor times 0 .. 63, each weighed by how much its sub-block matters.
+// Eight scales >= 0 as one factor times 0 .. 63; `w` is the weight of each sub-block's error.
 inline float fit_scales(const float* x, const float* w, int* q) {
   const int n = 8, top = 63;
   float high = 0;
@@ -341,7 +343,8 @@ void row_q6_k(const float* x, int64_t n, const float* importance, uint8_t* out) 
 
 using Row = void (*)(const float*, int64_t, const float*, uint8_t*);
 extern const Row QUANTISERS[8];  // in the order of NAMES below
-const Row QUANTISERS[8] = {row32<4, false>, row32<4, true>, row32<5, false>, row32<5, true>, row_q8_0, row_k45<4>, row_k45<5>, row_q6_k};
+const Row QUANTISERS[8] = {row32<4, false>, row32<4, true>, row32<5, false>, row32<5, true>,
+                           row_q8_0,        row_k45<4>,     row_k45<5>,      row_q6_k};
 
 }  // namespace CG_LEVEL
 
@@ -372,8 +375,10 @@ void quantise(const std::string& level, const std::string& type, Array<const flo
   if (t == 8) throw std::invalid_argument("no quantiser for type " + type);
   int64_t rows = x.shape(0), n = x.shape(1);
   if (n % BLOCK[t] || (int64_t)out.shape(0) != rows || (int64_t)out.shape(1) != n / BLOCK[t] * BYTES[t])
-    throw std::invalid_argument(type + ": out must hold the blocks of " + std::to_string(rows) + " x " + std::to_string(n) + " weights");
-  if (importance && (int64_t)importance->shape(0) != n) throw std::invalid_argument("importance must be one number for each column");
+    throw std::invalid_argument(type + ": out must hold the blocks of " + std::to_string(rows) + " x " + std::to_string(n) +
+                                " weights");
+  if (importance && (int64_t)importance->shape(0) != n)
+    throw std::invalid_argument("importance must be one number for each column");
   auto* table = cg::plain::QUANTISERS;
 #ifdef __x86_64__
   if (level == "avx2" || level == "avx512") table = cg::avx2::QUANTISERS;

@@ -1,5 +1,5 @@
-// The vector primitives of one SIMD level. kernels.cpp is compiled once per level, with CG_AVX512, CG_AVX2, CG_NEON or
-// none of them defined; everything above this file is written once.
+// The vector primitives of one SIMD level. kernels.cpp, matrix.cpp and quantise.cpp are compiled once per level, with
+// CG_AVX512, CG_AVX2, CG_NEON or none of them defined; only this file and parts of those differ between levels.
 //
 //   Fv       native vector of floats, FW lanes         (norms, attention, float weights)
 //   Iv       native vector of int32, IW = FW lanes     (matrix products: lanes are tokens)
@@ -241,10 +241,13 @@ CG_INLINE void transpose8(const float* in, int64_t in_stride, float* out, int64_
 #if CG_X86
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(in + i * in_stride);
-  for (int i = 0; i < 4; i++) b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  for (int i = 0; i < 4; i++)
+    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
   for (int i = 0; i < 8; i += 4)  // a[i + k]: lane k of both halves, of rows i .. i + 3
-    for (int k = 0; k < 2; k++)
-      a[i + 2 * k] = _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0x44), a[i + 2 * k + 1] = _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0xee);
+    for (int k = 0; k < 2; k++) {
+      a[i + 2 * k] = _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0x44);
+      a[i + 2 * k + 1] = _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0xee);
+    }
   for (int k = 0; k < 4; k++) {
     _mm256_storeu_ps(out + k * out_stride, _mm256_permute2f128_ps(a[k], a[k + 4], 0x20));
     _mm256_storeu_ps(out + (k + 4) * out_stride, _mm256_permute2f128_ps(a[k], a[k + 4], 0x31));
@@ -263,17 +266,18 @@ CG_INLINE int32_t sum(i32x8 v) {
   return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 #endif
 }
-// Sixteen floats times `by` as whole numbers, half to even, that fit a byte; their sum.
-CG_INLINE int32_t round16(const float* x, float by, int8_t* q) {
+// Rounds sixteen floats times `scale` to integers that fit a byte, half to even; returns their sum.
+CG_INLINE int32_t round16(const float* x, float scale, int8_t* q) {
 #if CG_X86
-  __m256i a = _mm256_cvtps_epi32(_mm256_loadu_ps(x) * _mm256_set1_ps(by)), b = _mm256_cvtps_epi32(_mm256_loadu_ps(x + 8) * _mm256_set1_ps(by));
+  __m256i a = _mm256_cvtps_epi32(_mm256_loadu_ps(x) * _mm256_set1_ps(scale));
+  __m256i b = _mm256_cvtps_epi32(_mm256_loadu_ps(x + 8) * _mm256_set1_ps(scale));
   __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
   _mm_storeu_si128((__m128i*)q, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
   return sum((i32x8)_mm256_add_epi32(a, b));
 #else
   const Fv round = splat(12582912.0f);  // 1.5 * 2^23
   int32_t v[16], total = 0;
-  for (int i = 0; i < 16; i += FW) store(v + i, __builtin_convertvector((load<Fv>(x + i) * splat(by) + round) - round, Iv));
+  for (int i = 0; i < 16; i += FW) store(v + i, __builtin_convertvector((load<Fv>(x + i) * splat(scale) + round) - round, Iv));
   for (int i = 0; i < 16; i++) q[i] = (int8_t)v[i], total += v[i];
   return total;
 #endif
@@ -313,7 +317,7 @@ CG_INLINE f32x8 eight_halves(const uint8_t* a, const uint8_t* b, const uint8_t* 
                half(load<uint16_t>(e)), half(load<uint16_t>(f)), half(load<uint16_t>(g)), half(load<uint16_t>(h))};
 #endif
 }
-// Which of eight blocks of 32 a lane holds, and the half floats at the start of blocks `n` bytes apart in that order.
+// ORDER: which of eight blocks of 32 a lane holds. `halves`: the float16 at the start of blocks `n` bytes apart, in that order.
 #if CG_X86
 constexpr int ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 CG_INLINE u8x32 two_halves(const uint8_t* low, const uint8_t* high) {
@@ -326,8 +330,8 @@ CG_INLINE f32x8 halves(const uint8_t* p, int n) {
   return eight_halves(p + ORDER[0] * n, p + ORDER[1] * n, p + ORDER[2] * n, p + ORDER[3] * n, p + ORDER[4] * n, p + ORDER[5] * n,
                       p + ORDER[6] * n, p + ORDER[7] * n);
 }
-CG_INLINE f32x8 halves_in_order(const uint8_t* b, int n, int at) {
-  const uint8_t* p = b + at;
+CG_INLINE f32x8 halves_in_order(const uint8_t* b, int n, int offset) {
+  const uint8_t* p = b + offset;
   return eight_halves(p, p + n, p + 2 * n, p + 3 * n, p + 4 * n, p + 5 * n, p + 6 * n, p + 7 * n);
 }
 CG_INLINE float fold_lanes8(f32x8 v) {  // the lanes hold chains by ORDER

@@ -1,5 +1,5 @@
-// Kernels of training as calls that XLA makes: products with frozen weights that stay in their blocks, attention, and the loss's
-// pass over a vocabulary. One job at a time runs on the pool; XLA's own threads wait for it.
+// Kernels of training that XLA calls: products with frozen weights that stay in their blocks, attention, and the loss's pass
+// over a vocabulary. The pool runs one job at a time, for which XLA's own threads wait.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -34,48 +34,56 @@ void require(bool holds, const char* rule) {
 }
 const xla::Buffer& array(const xla::Buffers& buffers, int i, int dtype, int64_t rank) {
   require(i < buffers.count, "too few arrays");
-  const xla::Buffer& b = *buffers.at[i];
+  const xla::Buffer& b = *buffers.values[i];
   require(b.dtype == dtype && b.rank == rank, "an array has another type or rank than this kernel takes");
   return b;
 }
 template <class T> T scalar(const xla::Call& call, const char* name) {
   for (int64_t i = 0; i < call.attributes.count; i++)
-    if (!strncmp(call.attributes.names[i]->text, name, call.attributes.names[i]->length)) return *(const T*)call.attributes.at[i]->value;
+    if (!strncmp(call.attributes.names[i]->text, name, call.attributes.names[i]->length))
+      return *(const T*)call.attributes.values[i]->value;
   throw std::invalid_argument(std::string("an attribute is missing: ") + name);
 }
 bool in_bfloat16(const xla::Call& call) { return scalar<int32_t>(call, "bfloat16"); }
 Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
   int type = scalar<int32_t>(call, "type");
   require(type >= 0 && type < TYPES && blocks.dims[1] % TYPE[type].bytes == 0, "blocks of this type do not fill a row");
-  return {type, (const uint8_t*)blocks.data, blocks.dims[0], blocks.dims[1] / TYPE[type].bytes * TYPE[type].block, blocks.dims[1]};
+  const int64_t columns = blocks.dims[1] / TYPE[type].bytes * TYPE[type].block;
+  return {type, (const uint8_t*)blocks.data, blocks.dims[0], columns, blocks.dims[1]};
 }
 
-// x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; transposed: dy [T, rows], ... -> dy W [T, K]. W is `rows` rows from `first` on.
+// x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; transposed: dy [T, rows], ... -> dy W [T, K].
+// W is `rows` rows of the blocks from `first` on.
 template <bool TRANSPOSED> void product(const xla::Call& call) {
   const xla::Buffer &x = array(call.arguments, 0, xla::F32, 2), &out = array(call.results, 0, xla::F32, 2);
-  MatrixProduct m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), x.dims[0],
-           *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data, TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED, false, in_bfloat16(call)};
+  const int64_t first = *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data;
+  MatrixProduct m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), x.dims[0], first,
+                  TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED, false, in_bfloat16(call)};
   require(m.first >= 0 && m.first + m.count <= m.w.rows, "rows beyond the weight's");
   require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == m.T, "x and the weight differ in their width");
   multiply(engine.workers(), m);
 }
 
 // A linear layer with an adapter of rank r, and its gradients. Tensors are read in place, also where their transpose is
-// needed: XLA would make a transposed copy, and fuse into it whatever computes dy.
+// needed: for that, XLA would make a copy and fuse the computation of dy into it.
 struct Adapted {
   Weight w, a, b;  // a [r, K], b [N, r]
   int64_t T, N, K, r;
   bool bfloat16;
   Adapted(const xla::Call& call, int first, int64_t tokens)
       : w(weight(call, array(call.arguments, first, xla::U8, 2))), a(floats(array(call.arguments, first + 1, xla::F32, 2))),
-        b(floats(array(call.arguments, first + 2, xla::F32, 2))), T(tokens), N(w.rows), K(w.cols), r(a.rows), bfloat16(in_bfloat16(call)) {
-    require(a.cols == K && b.rows == N && b.cols == r, "an adapter fits its layer");
+        b(floats(array(call.arguments, first + 2, xla::F32, 2))), T(tokens), N(w.rows), K(w.cols), r(a.rows),
+        bfloat16(in_bfloat16(call)) {
+    require(a.cols == K && b.rows == N && b.cols == r, "an adapter must fit its layer");
   }
-  // c [rows, ...] (+)= x times W, or times its transpose
-  void run(const float* x, int64_t rows, const Weight& by, bool transposed, float* c, bool add = false, bool a_transposed = false) const {
-    multiply(engine.workers(), {x, c, by, rows, 0, by.rows, transposed, add, bfloat16, a_transposed});
+  // c [rows, ...] (+)= x M^T for a matrix M; with `transposed`, x M
+  void run(const float* x, int64_t rows, const Weight& matrix, bool transposed, float* c, bool add = false,
+           bool a_transposed = false) const {
+    multiply(engine.workers(), {x, c, matrix, rows, 0, matrix.rows, transposed, add, bfloat16, a_transposed});
   }
-  static Weight floats(const xla::Buffer& x) { return {F32_T, (const uint8_t*)x.data, x.dims[0], x.dims[1], 4 * x.dims[1]}; }
+  static Weight floats(const xla::Buffer& x) {
+    return {F32_T, (const uint8_t*)x.data, x.dims[0], x.dims[1], 4 * x.dims[1]};
+  }
 };
 float* out(const xla::Call& call, int i, int64_t rows, int64_t columns) {
   const xla::Buffer& b = array(call.results, i, xla::F32, 2);
@@ -97,7 +105,8 @@ void adapted_back(const xla::Call& call) {
   const xla::Buffer &dy = array(call.arguments, 0, xla::F32, 2), &x = array(call.arguments, 1, xla::F32, 2),
                     &u = array(call.arguments, 2, xla::F32, 2);
   Adapted layer(call, 3, dy.dims[0]);
-  require(dy.dims[1] == layer.N && x.dims[0] == layer.T && x.dims[1] == layer.K && u.dims[0] == layer.T && u.dims[1] == layer.r, "shapes differ");
+  require(dy.dims[1] == layer.N && x.dims[0] == layer.T && x.dims[1] == layer.K, "shapes of dy and x differ from the layer's");
+  require(u.dims[0] == layer.T && u.dims[1] == layer.r, "the shape of x a^T differs from the adapter's");
   float *dx = out(call, 0, layer.T, layer.K), *da = out(call, 1, layer.r, layer.K), *db = out(call, 2, layer.N, layer.r);
   std::vector<float> du(layer.T * layer.r);
   layer.run((const float*)dy.data, layer.T, layer.b, true, du.data());
@@ -107,7 +116,8 @@ void adapted_back(const xla::Call& call) {
   layer.run((const float*)dy.data, layer.N, Adapted::floats(u), true, db, false, true);
 }
 const float* heads(const xla::Buffer& x, const AttentionInputs& s, int64_t count) {
-  require(x.dims[0] == s.B && x.dims[1] == s.T && x.dims[2] == count && x.dims[3] == s.H, "arrays of heads differ in their shapes");
+  require(x.dims[0] == s.B && x.dims[1] == s.T && x.dims[2] == count && x.dims[3] == s.H,
+          "arrays of heads differ in their shapes");
   return (const float*)x.data;
 }
 // From argument `first` on: q [B, T, N, H], k and v [B, T, K, H], positions and segments [B, T]
@@ -115,42 +125,46 @@ AttentionInputs attention_inputs(const xla::Call& call, int first) {
   const xla::Buffer &q = array(call.arguments, first, xla::F32, 4), &k = array(call.arguments, first + 1, xla::F32, 4);
   AttentionInputs s{};
   s.B = q.dims[0], s.T = q.dims[1], s.N = q.dims[2], s.H = q.dims[3], s.K = k.dims[2];
-  require(s.K > 0 && s.N % s.K == 0, "the heads of queries are a multiple of those of keys");
+  require(s.K > 0 && s.N % s.K == 0, "the number of query heads must be a multiple of that of key heads");
   s.q = heads(q, s, s.N), s.k = heads(k, s, s.K), s.v = heads(array(call.arguments, first + 2, xla::F32, 4), s, s.K);
   for (int i : {0, 1}) {
     const xla::Buffer& x = array(call.arguments, first + 3 + i, xla::S32, 2);
-    require(x.dims[0] == s.B && x.dims[1] == s.T, "every token has a position and a segment");
+    require(x.dims[0] == s.B && x.dims[1] == s.T, "positions and segments must be [B, T]");
     (i ? s.segments : s.positions) = (const int32_t*)x.data;
   }
   s.window = scalar<int32_t>(call, "window"), s.cap = scalar<float>(call, "cap"), s.bfloat16 = in_bfloat16(call);
   return s;
 }
-// ... -> out [B, T, N, H], logarithms of the sums [B, T, N]
+// attention_inputs -> out [B, T, N, H], log sum exp of the scores [B, T, N]
 void attention(const xla::Call& call) {
   const AttentionInputs s = attention_inputs(call, 0);
   float* out = (float*)heads(array(call.results, 0, xla::F32, 4), s, s.N);
   attend(engine.workers(), s, out, (float*)array(call.results, 1, xla::F32, 3).data);
 }
-// d out, logarithms of the sums, ... -> dq, dk, dv
+// d out, log sum exp, attention_inputs -> dq, dk, dv
 void attention_back(const xla::Call& call) {
   const AttentionInputs s = attention_inputs(call, 2);
   float* gradients[3];
   for (int i : {0, 1, 2}) gradients[i] = (float*)heads(array(call.results, i, xla::F32, 4), s, i ? s.K : s.N);
-  const float *d_out = heads(array(call.arguments, 0, xla::F32, 4), s, s.N), *log_sums = (const float*)array(call.arguments, 1, xla::F32, 3).data;
+  const float* d_out = heads(array(call.arguments, 0, xla::F32, 4), s, s.N);
+  const float* log_sums = (const float*)array(call.arguments, 1, xla::F32, 3).data;
   attend_back(engine.workers(), s, log_sums, d_out, gradients[0], gradients[1], gradients[2]);
 }
-// hidden [M, D], blocks [V, row bytes], counts [V], used [] -> weighted [M, D], largest logits [M], their rows [M], sums [M], of the first `used` targets
+// hidden [M, D], blocks [V, row bytes], counts [V], used [] -> weighted [M, D], largest logits [M], their rows [M], sums [M].
+// Only the first `used` hidden states are targets.
 void vocabulary(const xla::Call& call) {
   const xla::Buffer &hidden = array(call.arguments, 0, xla::F32, 2), &counts = array(call.arguments, 2, xla::F32, 1);
   const Weight table = weight(call, array(call.arguments, 1, xla::U8, 2));
   const int64_t M = hidden.dims[0], D = table.cols;
   const int64_t used = std::clamp<int64_t>(*(const int32_t*)array(call.arguments, 3, xla::S32, 0).data, 0, M);
   require(hidden.dims[1] == D && counts.dims[0] == table.rows, "hidden states, the table and the counts of its rows differ");
-  float *weighted = out(call, 0, M, D), *max_logit = (float*)array(call.results, 1, xla::F32, 1).data, *sum = (float*)array(call.results, 3, xla::F32, 1).data;
+  float *weighted = out(call, 0, M, D), *max_logit = (float*)array(call.results, 1, xla::F32, 1).data;
   int32_t* best = (int32_t*)array(call.results, 2, xla::S32, 1).data;
+  float* sum = (float*)array(call.results, 3, xla::F32, 1).data;
   std::vector<SoftmaxSums> sums(M, {0, 1, 0});  // finite beyond the used targets
-  vocabulary_softmax(engine.workers(), {(const float*)hidden.data, used, table, (const float*)counts.data, scalar<float>(call, "cap"), in_bfloat16(call)},
-       weighted, sums.data());
+  const Vocabulary inputs{(const float*)hidden.data, used, table, (const float*)counts.data, scalar<float>(call, "cap"),
+                          in_bfloat16(call)};
+  vocabulary_softmax(engine.workers(), inputs, weighted, sums.data());
   std::fill(weighted + used * D, weighted + M * D, 0.f);
   for (int64_t m = 0; m < M; m++) max_logit[m] = sums[m].max_logit, sum[m] = sums[m].sum, best[m] = sums[m].best;
 }
@@ -159,7 +173,7 @@ void rows(const xla::Call& call) {
   const xla::Buffer &ids = array(call.arguments, 0, xla::S32, 1), &out = array(call.results, 0, xla::F32, 2);
   Weight w = weight(call, array(call.arguments, 1, xla::U8, 2));
   const int32_t* id = (const int32_t*)ids.data;
-  require(out.dims[1] == w.cols, "rows are as wide as the weight's");
+  require(out.dims[1] == w.cols, "the result must be as wide as the weight");
   for (int64_t i = 0; i < ids.dims[0]; i++) {
     require(id[i] >= 0 && id[i] < w.rows, "rows beyond the weight's");
     engine.kernels->decode(w, id[i], 0, w.cols, (float*)out.data + i * w.cols);
@@ -206,5 +220,5 @@ void bind_xla(nb::module_& m) {
     handlers["codegemma_vocabulary"] = nb::capsule((void*)handle<vocabulary>);
     handlers["codegemma_rows"] = nb::capsule((void*)handle<rows>);
     return handlers;
-  }, "level"_a, "threads"_a, "Calls for XLA by their names, which run on so many threads from now on.");
+  }, "level"_a, "threads"_a, "The handlers for XLA by name. All run on this many threads from now on.");
 }

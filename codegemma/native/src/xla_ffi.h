@@ -1,6 +1,6 @@
-// What a handler on a CPU needs of XLA's foreign function interface: a C ABI that XLA keeps stable, version 0.3 of
-// xla/ffi/api/c_api.h (jaxlib ships it). XLA reads the version back when a handler is registered, and refuses one it
-// does not support; every struct begins with its size and may have grown at its end.
+// The part of XLA's foreign function interface that a CPU handler needs. It is a stable C ABI: version 0.3 of
+// xla/ffi/api/c_api.h, which jaxlib ships. When a handler is registered, XLA asks it for its version and refuses one that it
+// does not support. Every struct begins with its size; newer versions may have more fields at the end.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,10 +19,10 @@ struct Error;
 struct ErrorText : Struct { const char* message; int code; };
 struct Api : Struct { Version version; const void* internal; Error* (*create_error)(ErrorText*); };
 struct Buffer : Struct { int dtype; void* data; int64_t rank; const int64_t* dims; };
-struct Buffers : Struct { int64_t count; int* types; Buffer** at; };
+struct Buffers : Struct { int64_t count; int* types; Buffer** values; };
 struct Name { const char* text; size_t length; };
 struct Scalar { int dtype; void* value; };
-struct Attributes : Struct { int64_t count; int* types; Name** names; Scalar** at; };  // sorted by name
+struct Attributes : Struct { int64_t count; int* types; Name** names; Scalar** values; };  // sorted by name
 struct Call : Struct {
   const Api* api;
   void* context;
