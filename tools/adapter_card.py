@@ -3,9 +3,10 @@
     python tools/adapter_card.py ADAPTER --out codegemma/adapters/gemma-3-270m-fim [--orders spm]
         [--metrics metrics.jsonl ...]
 
-Writes the adapter in 16 bits, with README.md and PACKAGES.txt beside it. They are made from the files under
---cache: manifests of the rows, metrics of the training runs (JSON lines with tokens and seconds), evaluation
-reports. Runs whose cache is gone are described in an earlier card, --before: the rows of its tables are kept.
+Writes the adapter in 16 bits, with README.md and PACKAGES.txt beside it. Their contents come from the files
+under --cache (manifests of the rows, evaluation reports) and from --metrics of the training runs (JSON lines
+with tokens and seconds). For runs that are no longer in the cache, name an earlier card with --before: the
+rows of its tables are taken over.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import argparse
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adapter_data import CHOICES, LIST, ONLY, PHASES, Package, packages, packages_of
-from adapter_eval import CACHE, table
+from adapter_eval import CACHE, markdown_table, table
 
 from codegemma.adapters.adapter import Adapter
 from codegemma.adapters.load import load as load_adapter
@@ -66,20 +67,13 @@ embedding rows named above; both were made by this project.
 """
 
 
-def markdown_table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
-    """A Markdown table, each row a line."""
-    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
-
-
 def merged(table: str, before: str) -> str:
-    """A table that begins with the rows of the same table in an earlier card, except replaced ones."""
+    """A table, begun with the rows that only the same table in an earlier card has, by their first cell."""
     head, rule, *rows = table.splitlines(keepends=True)
     _, _, rest = before.partition(head)
-    replaced = {row.split("|")[1] for row in rows}
-    old = [
-        f"{row}\n" for row in rest.partition("\n\n")[0].splitlines()[1:] if row.split("|")[1] not in replaced
-    ]
-    return "".join([head, rule, *old, *rows])
+    names = {row.split("|")[1] for row in rows}
+    earlier = rest.partition("\n\n")[0].splitlines()[1:]
+    return "".join([head, rule, *(f"{row}\n" for row in earlier if row.split("|")[1] not in names), *rows])
 
 
 def data(cache: Path, corpus: list[Package], before: str) -> str:
@@ -94,19 +88,8 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
     }
     if not manifests:
         raise ValueError(f"{cache} holds no finished rows: make adapter builds them")
-    stages, counted = [], set[str]()  # of builds that share no package, the largest first
-    for phase in sorted(filter(PHASES.get, manifests), key=lambda phase: -len(packages_of(phase))):
-        names = {package.name for package in packages_of(phase)}
-        if names.isdisjoint(counted):
-            stages.append(manifests[phase])
-            counted |= names
-    counts, redacted = Counter[str](), Counter[str]()
-    for manifest in stages:
-        for name in ("documents", "clean", "order"):
-            counts.update(manifest[name]["counts"])
-        redacted.update(manifest["clean"]["redacted"])
+    counts, redacted, benchmarks = _counts(manifests)
     dropped = Counter({key: count for key, count in counts.items() if not key.startswith("kept")})
-    benchmarks = max(len(manifest["clean"]["recipe"]["benchmarks"]) for manifest in stages)
     licences = Counter(package.licence.strip("_").replace("_", " ") for package in corpus)
     return "\n".join(
         [
@@ -142,18 +125,37 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
     )
 
 
+def _counts(manifests: dict[str, dict[str, Any]]) -> tuple[Counter[str], Counter[str], int]:
+    """Files that were kept or dropped, by reason; redactions by kind; the number of benchmark files compared.
+
+    Only builds that share no package are counted, the largest first.
+    """
+    stages, counted = [], set[str]()
+    for phase in sorted(filter(PHASES.get, manifests), key=lambda phase: -len(packages_of(phase))):
+        names = {package.name for package in packages_of(phase)}
+        if names.isdisjoint(counted):
+            stages.append(manifests[phase])
+            counted |= names
+    counts, redacted = Counter[str](), Counter[str]()
+    for manifest in stages:
+        for name in ("documents", "clean", "order"):
+            counts.update(manifest[name]["counts"])
+        redacted.update(manifest["clean"]["redacted"])
+    return counts, redacted, max(len(manifest["clean"]["recipe"]["benchmarks"]) for manifest in stages)
+
+
 def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
-    """The cells of a phase's row."""
+    """The cells of a phase's row in the table of rows."""
     counts = f"{rows['examples']:,}", f"{rows['tokens']:,}", f"{rows['learned']:,}"
     if choice := CHOICES.get(name):
-        of = " and ".join(
+        sources = " and ".join(
             f"{part:.0%} of {phase.upper()}" if part < 1 else phase.upper()
             for phase, part in choice.phases.items()
         )
         psm, spm = (rows["layouts"].get(layout, 0) for layout in ("psm", "spm"))
         return (
             name.upper(),
-            f"from {of}, to {choice.max_tokens} tokens",
+            f"from {sources}, to {choice.max_tokens} tokens",
             f"{spm / max(1, psm + spm):.0%}",
             *counts,
         )
@@ -165,7 +167,7 @@ def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
 
 
 def training(adapter: Adapter, metrics: Sequence[Path], before: str) -> str:
-    """The section on training: tokens, hours and settings. A step repeated after a stop counts once."""
+    """The section on training: tokens, hours and settings. A step that was repeated counts once."""
     rows = []
     for file in metrics:
         steps = {report["step"]: report for report in map(json.loads, file.read_text().splitlines())}
@@ -217,11 +219,9 @@ def card(adapter: Adapter, cache: Path, metrics: Sequence[Path], label: str, bef
     good, weak = (
         [order.upper() for order in LAYOUTS if adapter.trained(order) is trained] for trained in (True, False)
     )
-    orders = (
-        f"Use {' or '.join(good)}." + (f" {weak[0]} is not learned well enough yet." if good and weak else "")
-        if good
-        else ""
-    )
+    orders = f"Use {' or '.join(good)}." if good else ""
+    if good and weak:
+        orders += f" {weak[0]} is not learned well enough yet."
     head = HEAD.format(
         orders=orders,
         base=hub_name(adapter) or "google/gemma-3-270m",
@@ -251,15 +251,11 @@ def main() -> None:
         "--orders",
         nargs="+",
         choices=LAYOUTS,
-        help="orders that it completes well in (default: as its card says)",
+        help="FIM orders in which it completes well (default: those of its metadata)",
     )
     parser.add_argument("--metrics", type=Path, nargs="*", default=())
     parser.add_argument("--label", default="final", help="the adapter's point of the curve")
-    parser.add_argument(
-        "--before",
-        type=Path,
-        help="the card of the adapter that training started from: its tables are continued",
-    )
+    parser.add_argument("--before", type=Path, help="an earlier card, whose table rows are taken over")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     adapter = load_adapter(args.adapter)

@@ -1,18 +1,18 @@
-"""How good the default model's adapter is, beside the base model: held-out code, HumanEval infilling.
+"""Scores of the default model's adapter beside the base model: held-out code and HumanEval infilling.
 
     python tools/adapter_eval.py LABEL --adapter FOLDER --tokens SEEN --data BENCHMARKS [--holes 500]
     python tools/adapter_eval.py base --data BENCHMARKS     # the base model, left to right and in FIM order
-    python tools/adapter_eval.py --table                         # the learning curve, in Markdown
+    python tools/adapter_eval.py --table                    # the learning curve, in Markdown
 
 Writes LABEL.json under --out (~/.cache/codegemma/adapter/evals), with the benchmarks' samples in a folder
-beside it. The base model's answers are kept: every comparison is paired with them, item by item.
+beside it. The base model's run must come first: every other run is compared with it, item by item.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from codegemma.evals.local import LocalModel
 from codegemma.evals.records import Records
 from codegemma.evals.report import compare_runs
 from codegemma.evals.run import TASKS, EvalSettings, run
-from codegemma.evals.task import compare
+from codegemma.evals.task import Comparison, compare
 
 FIM_TASKS = {kind: (f"infill-{kind}", f"infill-{kind}-spm") for kind in ("single", "multi")}
 
@@ -49,20 +49,21 @@ def held_out(model: LocalModel, held: list[Document], holes: int, plain: int) ->
 def infilling(
     model: LocalModel, names: list[str], data: Path, out: Path, limits: dict[str, int | None]
 ) -> dict[str, Any]:
-    """Scores of the named benchmarks; their samples lie in `out`, and a finished one is not run again."""
+    """Scores of the named benchmarks, whose samples go to `out`; a finished benchmark is not run again."""
     records = Records(data, offline=True)
-    kept = ("score", "low", "high", "more", "items", "outcomes")
+    fields = ("score", "low", "high", "more", "items", "outcomes")
     summaries = {
         name: run(TASKS[name], model, records, out, EvalSettings(limits[name.split("-")[1]]), resume=True)
         for name in names
     }
     return {
-        name: {key: summary[key] for key in kept} | {"stopped": _stopped(out, name)}
+        name: {key: summary[key] for key in fields} | {"stopped": _stopped(out, name)}
         for name, summary in summaries.items()
     }
 
 
 def _stopped(out: Path, name: str) -> float:
+    """The share of a benchmark's answers that ended with a stop token."""
     stops = json.loads((out / f"{name}.times.json").read_text())["stops"]
     return stops.get("token", 0) / max(1, sum(stops.values()))
 
@@ -73,25 +74,21 @@ def compared(report: dict[str, Any], base: dict[str, Any], out: Path, base_out: 
     for kind, names in FIM_TASKS.items():
         for name in names:
             if name in report["infilling"] and f"infill-{kind}-l2r" in base["infilling"]:
-                differences[f"{name} - base left to right"] = _points(
-                    _scores(base_out, f"infill-{kind}-l2r"), _scores(out, name)
+                differences[f"{name} - base left to right"] = _interval(
+                    compare(_scores(base_out, f"infill-{kind}-l2r"), _scores(out, name))
                 )
     if out != base_out and set(report["infilling"]) & set(base["infilling"]):
-        differences |= {
-            f"{name} - base in FIM order": {
-                key: asdict(result)[key] for key in ("items", "difference", "low", "high")
-            }
-            for name, result in compare_runs(base_out, out).items()
-        }
-    before, after = base["held_out"].get("left_to_right", []), report["held_out"].get("left_to_right", [])
+        for name, comparison in compare_runs(base_out, out).items():
+            differences[f"{name} - base in FIM order"] = _interval(comparison)
+    before, after = (scores["held_out"].get("left_to_right", []) for scores in (base, report))
     if before and len(before) == len(after) and out != base_out:
-        differences["nats a token left to right"] = _points(dict(enumerate(before)), dict(enumerate(after)))
+        nats: Any = (dict(enumerate(before)), dict(enumerate(after)))
+        differences["nats a token left to right"] = _interval(compare(*nats))
     return differences
 
 
-def _points(before: Any, after: Any) -> dict[str, float]:
-    result = asdict(compare(before, after))
-    return {key: result[key] for key in ("items", "difference", "low", "high")}
+def _interval(comparison: Comparison) -> dict[str, float]:
+    return {key: getattr(comparison, key) for key in ("items", "difference", "low", "high")}
 
 
 def _scores(folder: Path, name: str) -> dict[str, float]:
@@ -99,7 +96,7 @@ def _scores(folder: Path, name: str) -> dict[str, float]:
     return {sample["id"]: float(sample["passed"]) for sample in map(json.loads, lines)}
 
 
-def line(report: dict[str, Any]) -> list[str]:
+def cells_of(report: dict[str, Any]) -> list[str]:
     """The cells of one row of the learning curve; see HEAD."""
     held, tasks = report["held_out"], report["infilling"]
 
@@ -124,7 +121,7 @@ def line(report: dict[str, Any]) -> list[str]:
     return [
         *cells,
         f"{sum(plain) / len(plain):.4f}" if plain else "-",
-        str(max((t["items"] for t in tasks.values()), default=0)),
+        str(max((task["items"] for task in tasks.values()), default=0)),
     ]
 
 
@@ -147,13 +144,45 @@ HEAD = [
 ]
 
 
+def markdown_table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
+    """A Markdown table, each row a line."""
+    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
+
+
 def table(out: Path) -> str:
     """The learning curve in Markdown."""
-    reports = sorted(
-        (json.loads(file.read_text()) for file in out.glob("*.json")), key=lambda report: report["tokens"]
-    )
-    rows = [HEAD, ["---"] * len(HEAD), *map(line, reports)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
+    reports = [json.loads(file.read_text()) for file in out.glob("*.json")]
+    return markdown_table(map(cells_of, sorted(reports, key=lambda report: report["tokens"])), HEAD)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """The report of one point of the curve, compared with the base model's if there is one."""
+    is_base, folder = args.label == args.base, args.out / args.label
+    loaded = load(args.model, threads=args.threads)
+    model = LocalModel(loaded, loaded.adapter_at(args.adapter) if args.adapter else "none")
+    limits = {"single": args.limit, "multi": None if args.multi < 0 else args.multi}
+    names: list[str] = []
+    for kind, fim_names in FIM_TASKS.items():
+        if limits[kind] != 0:
+            names += [*fim_names, *([f"infill-{kind}-l2r"] if is_base else [])]
+    report: dict[str, Any] = {
+        "label": args.label,
+        "tokens": _tokens_in_cache(is_base) if args.tokens is None else args.tokens,
+        "adapter": str(args.adapter or ""),
+        "held_out": held_out(model, documents(args.rows), args.holes, args.plain),
+    }
+    report["infilling"] = infilling(model, names, args.data, folder, limits)
+    base = args.out / f"{args.base}.json"
+    if is_base or base.exists():
+        before = report if is_base else json.loads(base.read_text())
+        report["compared"] = compared(report, before, folder, args.out / args.base)
+    return report
+
+
+def _tokens_in_cache(is_base: bool) -> int:
+    """The tokens of all training runs in the cache; the base model has seen none of them."""
+    metrics = [] if is_base else (CACHE / "runs").glob("*/metrics.jsonl")
+    return sum(json.loads(line)["tokens"] for file in metrics for line in file.read_text().splitlines())
 
 
 def main() -> None:
@@ -188,36 +217,9 @@ def main() -> None:
         return
     if not args.label or not args.data:
         parser.error("a run needs LABEL and --data")
-    is_base = args.label == args.base
-    if args.tokens is None:
-        lines = [
-            line
-            for file in (CACHE / "runs").glob("*/metrics.jsonl")
-            for line in file.read_text().splitlines()
-            if not is_base
-        ]
-        args.tokens = sum(json.loads(line)["tokens"] for line in lines)
-    if is_base and args.adapter:
-        parser.error(f"{args.base} is the model without an adapter")
-    loaded = load(args.model, threads=args.threads)
-    model = LocalModel(loaded, loaded.adapter_at(args.adapter) if args.adapter else "none")
-    folder = args.out / args.label
-    limits = {"single": args.limit, "multi": None if args.multi < 0 else args.multi}
-    kinds = [kind for kind in FIM_TASKS if limits[kind] != 0]
-    names = [
-        name for kind in kinds for name in (*FIM_TASKS[kind], *([f"infill-{kind}-l2r"] if is_base else []))
-    ]
-    report: dict[str, Any] = {
-        "label": args.label,
-        "tokens": args.tokens,
-        "adapter": str(args.adapter or ""),
-        "held_out": held_out(model, documents(args.rows), args.holes, args.plain),
-    }
-    report["infilling"] = infilling(model, names, args.data, folder, limits)
-    base = args.out / f"{args.base}.json"
-    before = report if is_base else json.loads(base.read_text()) if base.exists() else None
-    if before:
-        report["compared"] = compared(report, before, folder, args.out / args.base)
+    if args.label == args.base and args.adapter:
+        parser.error(f"{args.base} is the model without an adapter: give the run another LABEL")
+    report = evaluate(args)
     (args.out / f"{args.label}.json").write_text(json.dumps(report, indent=1))
     print(table(args.out))
     for name, points in report.get("compared", {}).items():
