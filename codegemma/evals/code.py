@@ -14,12 +14,12 @@ from codegemma.evals.languages import LANGUAGES, Toolchain, python_version
 from codegemma.evals.records import Record, Records
 from codegemma.evals.task import GenerationTask, Item, Items, ModelOutput, Program, Verdict, cut
 
-HUMANEVAL_SECONDS = 3.0  # its harness's limit
-MBPP_SECONDS = 10.0  # none is published, and a reference solution can take 3 s
+HUMANEVAL_SECONDS = 3.0  # the limit of its published harness
+MBPP_SECONDS = 10.0  # no limit is published, and a reference solution can take 3 s
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 PYTHON_STOPS = ("\ndef", "\n#", "\nif", "\nclass")
-# BabelCode's stop texts, and the end of a complete function that they cut off. BabelCode has none for Kotlin;
-# ours are those of C++ and Rust.
+# BabelCode's stop texts, and the end of the function that they cut off, which is put back. BabelCode has no
+# stop texts for Kotlin: it gets those of C++ and Rust.
 BABELCODE_STOPS: dict[str, tuple[tuple[str, ...], str]] = {
     "cpp": (("\n}",), "\n}"),
     "rust": (("\n}",), "\n}"),
@@ -33,18 +33,18 @@ BABELCODE_STOPS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def humaneval_items(records: Records) -> tuple[list[Item], str]:
-    """HumanEval's prompts as they are."""
+    """HumanEval's problems with the published prompts."""
     return [Item(r["task_id"], r["prompt"], target=r) for r in records("humaneval")], "0-shot"
 
 
 def humaneval_program(item: Item, output: ModelOutput) -> str:
-    """The answer with HumanEval's check behind it."""
+    """The prompt and the answer, followed by HumanEval's tests."""
     text, _ = cut(output, HUMANEVAL_STOPS)
     return f"{item.prompt}{text}\n{item.target['test']}\ncheck({item.target['entry_point']})"
 
 
 def mbpp_items(records: Records) -> tuple[list[Item], str]:
-    """MBPP's test split with the three examples of its paper in front."""
+    """MBPP's test split, with the three examples of its paper in each prompt."""
     rows = {r["task_id"]: r for r in records("mbpp")}
     solutions = ((rows[i], rows[i]["code"].replace("\r", "")) for i in (2, 3, 4))
     shots = "".join(f"{_mbpp_question(row)}{solution}\n[DONE]\n\n" for row, solution in solutions)
@@ -62,7 +62,7 @@ def _mbpp_question(record: Record) -> str:
 
 
 def mbpp_program(item: Item, output: ModelOutput) -> str:
-    """The answer with MBPP's asserts behind it."""
+    """The answer, followed by MBPP's tests."""
     text, _ = cut(output, ("[DONE]",))
     return "\n".join([text, item.target["test_setup_code"], *item.target["test_list"]])
 
@@ -70,7 +70,9 @@ def mbpp_program(item: Item, output: ModelOutput) -> str:
 def judge_python(
     program: Program, seconds: float, items: Sequence[Item], outputs: Sequence[ModelOutput]
 ) -> Iterator[tuple[int, Verdict]]:
-    """(index, verdict) as programs end. Passed is one that ends within `seconds`; equal programs run once."""
+    """Yields (index, verdict) as programs end. A program passes if it reaches its end within `seconds`; equal
+    programs run once.
+    """
     sources = [program(item, output) for item, output in zip(items, outputs, strict=True)]
     indices: dict[str, list[int]] = {}
     for i, source in enumerate(sources):
@@ -86,7 +88,9 @@ def judge_python(
 
 
 def babelcode_items(dataset: str, key: str, records: Records) -> tuple[list[Item], str]:
-    """BC-MBPP is the 342 problems of MBPP's prompt and train splits: the report's figures fit that number."""
+    """The problems of one language. Those of MBPP are the 342 of its prompt and train splits, because the
+    figures in CodeGemma's report are multiples of 1/342.
+    """
     rows = [r for r in records(dataset) if r["language"].lower() in (LANGUAGES[key].name.lower(), key)]
     if dataset == "babelcode-mbpp":
         rows = [r for r in rows if int(r["qid"]) <= 10 or int(r["qid"]) > 600]
@@ -96,14 +100,14 @@ def babelcode_items(dataset: str, key: str, records: Records) -> tuple[list[Item
 
 
 def babelcode_body(key: str, item: Item, output: ModelOutput) -> str:
-    """The function, with the closing braces that a stop text has cut off."""
+    """The answer's function, with the closing braces that a stop text has cut off put back."""
     stops, closing = BABELCODE_STOPS[key]
     text, stopped = cut(replace(output, text=output.text + "\n"), stops)
     return item.prompt + text[: len(output.text)] + (closing if stopped else "")
 
 
 def babelcode_program(record: Record, body: str, nonce: str = "") -> str:
-    """The test program around an answer. Its test lines carry `nonce`, which an answer cannot know."""
+    """The test program around an answer. It prints `nonce`, which no answer can know, with each result."""
     parts = record["test_code"].replace("TEST-", f"TEST-{nonce}").split("PLACEHOLDER_CODE_BODY")
     names = {"PLACEHOLDER_FN_NAME": record["entry_fn_name"], "PLACEHOLDER_CLS_NAME": record["entry_cls_name"]}
     before, after = (re.sub("|".join(names), lambda match: names[match[0]], part) for part in parts)
@@ -113,15 +117,15 @@ def babelcode_program(record: Record, body: str, nonce: str = "") -> str:
 def judge_babelcode(
     key: str, items: Sequence[Item], outputs: Sequence[ModelOutput]
 ) -> Iterator[tuple[int, Verdict]]:
-    """(index, verdict) as programs end."""
+    """Yields (index, verdict) as programs end; see `run_babelcode`."""
     bodies = [babelcode_body(key, item, output) for item, output in zip(items, outputs, strict=True)]
-    yield from run_babelcode(key, [item.target for item in items], bodies)
+    return run_babelcode(key, [item.target for item in items], bodies)
 
 
 def run_babelcode(
     key: str, records: Sequence[Record], bodies: Sequence[str]
 ) -> Iterator[tuple[int, Verdict]]:
-    """Passed is a program that prints PASSED once for each test id, and nothing else of its tests."""
+    """Yields (index, verdict). A program that prints PASSED once for each test, and no more, has passed."""
     nonces = [secrets.token_hex(8) + "-" for _ in bodies]
     programs = [babelcode_program(*row) for row in zip(records, bodies, nonces, strict=True)]
     seconds = float(records[0].get("timeouts", [10])[-1])
@@ -140,7 +144,7 @@ toolchain = cache(Toolchain.find)
 
 def _babelcode(dataset: str, prefix: str, title: str, key: str) -> GenerationTask:
     return GenerationTask(
-        f"{prefix}{key}",
+        prefix + key,
         f"{title} {LANGUAGES[key].name}",
         partial(babelcode_items, dataset, key),
         partial(judge_babelcode, key),

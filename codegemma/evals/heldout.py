@@ -1,11 +1,11 @@
-"""Completions of files that training never saw: are they right, do they stop, do they use the suffix?"""
+"""Measures completions of files not trained on: are they right, do they stop, do they use the suffix?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 from codegemma.data.documents import Document
@@ -18,13 +18,13 @@ from codegemma.prompts import fim as fim_prompt
 Kind = Literal["single-line", "multi-line", "random"]
 KINDS: tuple[Kind, ...] = ("single-line", "multi-line", "random")
 MAX_TOKENS = 128
-BATCH = 64  # holes whose prompts are still cached when their likelihoods are asked for
+BATCH = 64  # holes that are completed, then scored while the cache still holds their prompts
 LAYOUTS: tuple[Layout, ...] = ("psm", "spm")
 
 
 @dataclass(frozen=True)
 class Hole:
-    """A file with a part taken out. `path` is None where the prompt does not name it."""
+    """A file with a part taken out. `path` is None where the prompt does not give the file's path."""
 
     kind: Kind
     prefix: str
@@ -45,27 +45,31 @@ def holes(
     seed: int = 0,
     tokens: tuple[int, int] = (192, 384),
 ) -> list[Hole]:
-    """`count` holes, a third of each kind, in prompts of `tokens` tokens; a function of the documents."""
+    """`count` holes, a third of each kind, in prompts of tokens[0] to tokens[1] tokens.
+
+    They depend on the documents and the seed alone, not on the order of the documents.
+    """
     recipe = FimRecipe(1.0, 0.5, tokens[1] + 1, seed, -1, window=tokens, stride=1500)
     drawn = [
         (Draw("hole", seed, example.document.name, example.offset).uniform(), example)
         for example in fim(documents, tokenizer, recipe)
     ]
     by_kind: dict[Kind, list[Hole]] = {kind: [] for kind in KINDS}
-    for number, example in sorted(drawn, key=lambda pair: pair[0]):
+    for uniform, example in sorted(drawn, key=lambda pair: pair[0]):
         text, split = example.document.text[example.offset : example.offset + example.size], example.split
         middle = text[split.start : split.end]
         kind: Kind = "multi-line" if "\n" in middle.strip("\n") else "single-line"
         if split.kind == "characters":
             kind = "random"
         if len(by_kind[kind]) < -(-count // len(KINDS)):
-            path = example.document.path if number * 1e6 % 2 < 1 else None
+            # Half of the holes name their path, decided by the draw's 6th decimal, as its size sorts them.
+            path = example.document.path if uniform * 1e6 % 2 < 1 else None
             by_kind[kind].append(Hole(kind, text[: split.start], middle, text[split.end :], path))
-    return [hole for group in by_kind.values() for hole in group][:count]
+    return list(chain.from_iterable(by_kind.values()))[:count]
 
 
 def complete(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
-    """Greedy completions. For each hole: text, exact, similarity (0 to 1), stopped (by a control id)."""
+    """Greedy completions. For each hole: text, exact, stopped (by a control id) and similarity (0 to 1)."""
     prompts = [hole.prompt(model, layout) for hole in holes]
     answers: list[dict[str, Any]] = [{} for _ in holes]
     for i, _, output in model.sample(prompts, Decoding(MAX_TOKENS, fim_stops(model.tokenizer))):
@@ -80,7 +84,7 @@ def complete(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> li
 
 
 def likelihood(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
-    """For each hole: logp (nats) and tokens of its middle; ended: is the terminator the likeliest next?"""
+    """For each hole: logp (nats) and tokens of its middle; ended, if the terminator is likeliest after it."""
     terminator = fim_training(model.tokenizer, "", "", "").ids[-1]
     pairs: list[tuple[list[int], list[int]]] = []
     for hole in holes:
@@ -96,7 +100,7 @@ def likelihood(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> 
 def left_to_right(
     model: EvaluatedModel, documents: Iterable[Document], count: int, tokens: int = 256
 ) -> list[float]:
-    """Loss in nats a token on the first `tokens` tokens of each of `count` documents, behind <bos>."""
+    """The mean loss in nats of the first `tokens` tokens of each of `count` documents, after <bos>."""
     start = plain(model.tokenizer, "").ids
     chosen = islice(sorted(documents, key=lambda doc: Draw("left to right", doc.name).uniform()), count)
     texts = [model.tokenizer.encode(document.text[: 8 * tokens])[:tokens] for document in chosen]
@@ -105,21 +109,22 @@ def left_to_right(
 
 
 def answers(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
-    """What `complete` and `likelihood` give for each hole; in batches, so that each prompt is read once."""
-    batches = [holes[i : i + BATCH] for i in range(0, len(holes), BATCH)]
-    return [
-        completed | scored
-        for batch in batches
-        for completed, scored in zip(
-            complete(model, batch, layout), likelihood(model, batch, layout), strict=True
-        )
-    ]
+    """The results of `complete` and `likelihood` for each hole, in batches, so that a prompt is run once."""
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(holes), BATCH):
+        batch = holes[start : start + BATCH]
+        pairs = zip(complete(model, batch, layout), likelihood(model, batch, layout), strict=True)
+        rows += [completed | scored for completed, scored in pairs]
+    return rows
 
 
 def measure(
     model: EvaluatedModel, holes: Sequence[Hole], layouts: Sequence[Layout] = LAYOUTS
 ) -> dict[str, Any]:
-    """By layout and kind: means with 95 % intervals, and each hole's own figures for paired comparisons."""
+    """Means with 95 % intervals by layout and kind of hole, and the figures of each hole ("each").
+
+    "gain" is the log-probability (nats) that a hole's middle gains by the suffix.
+    """
     without_suffix = likelihood(model, holes, "prefix")
     report: dict[str, Any] = {"holes": len(holes), "prefix_logp": [row["logp"] for row in without_suffix]}
     for layout in layouts:
@@ -128,8 +133,8 @@ def measure(
             row["gain"] = row["logp"] - other["logp"]
         report[layout] = {"all": _means(rows)}
         for kind in KINDS:
-            if of_kind := [row for row, hole in zip(rows, holes, strict=True) if hole.kind == kind]:
-                report[layout][kind] = _means(of_kind)
+            if group := [row for row, hole in zip(rows, holes, strict=True) if hole.kind == kind]:
+                report[layout][kind] = _means(group)
         report[layout]["each"] = rows
     return report
 

@@ -1,4 +1,4 @@
-"""HumanEval infilling with the model's own FIM ids, in PSM and SPM order; left to right as a baseline."""
+"""HumanEval infilling with the model's FIM control ids, in PSM and SPM order; left to right as a baseline."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ TITLES = {
     "multi": "Infilling, multi-line",
     "span": "Infilling, random span",
 }
-LAYOUTS: dict[Layout, tuple[str, str]] = {  # what a title and a name end in
+LAYOUTS: dict[Layout, tuple[str, str]] = {  # the ends of a task's title and name
     "psm": ("", ""),
     "spm": (" (SPM)", "-spm"),
     "prefix": (" (left to right)", "-l2r"),
 }
-MAX_TOKENS = 128  # the report's own
+MAX_TOKENS = 128  # as in CodeGemma's report
 
 
 def infill_items(name: str, layout: Layout, records: Records) -> tuple[list[Item], str]:
-    """The items of one of the three sets."""
+    """The items of one of the three sets, whose target is the record."""
     items = [Item(r["task_id"], r["prompt"], suffix=r["suffix"], target=r) for r in records(name)]
     shown = "the prefix alone" if layout == "prefix" else f"FIM ids in {layout.upper()} order"
     return items, f"0-shot, {shown}, at most {MAX_TOKENS} tokens"
 
 
 def infill_program(item: Item, output: ModelOutput) -> str:
-    """The middle as the model wrote it. Its last newline counts: the suffix starts with an indented line."""
+    """Prefix, answer, suffix and tests. The answer's last newline matters: the suffix begins with a line."""
     test = f"{item.target['test']}\ncheck({item.target['entry_point']})"
     return f"{item.prompt}{output.text}{item.suffix}\n{test}"
 
 
 def left_to_right_program(item: Item, output: ModelOutput) -> str:
-    """As many lines as were removed, for models that see the prefix alone and cannot know where to stop."""
+    """As `infill_program`, with only as many lines of the answer as were removed: a model that sees no suffix
+    cannot know where to stop.
+    """
     count = item.target["canonical_solution"].count("\n")
     lines = "".join(line + "\n" for line in output.text.split("\n")[:count])
     return infill_program(item, replace(output, text=lines))
@@ -48,7 +50,7 @@ def left_to_right_program(item: Item, output: ModelOutput) -> str:
 def judge(
     program: Program, items: Sequence[Item], outputs: Sequence[ModelOutput]
 ) -> Iterator[tuple[int, Verdict]]:
-    """As `judge_python`; exact is an answer whose program equals the one that the middle was taken from."""
+    """As `judge_python`; an answer is exact if its program equals that of the text that was removed."""
     for i, verdict in judge_python(program, HUMANEVAL_SECONDS, items, outputs):
         middle = items[i].target["canonical_solution"]
         reference = infill_program(items[i], replace(outputs[i], text=middle))

@@ -1,4 +1,4 @@
-"""GSM8K and MATH: a worked answer, compared as mathematics."""
+"""GSM8K and MATH: solutions step by step, whose last answer is compared as a number or as mathematics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from codegemma.evals.records import Record, Records
 from codegemma.evals.task import GenerationTask, Item, ModelOutput, Verdict, cut
+from codegemma.files import require
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 STRICT = re.compile(r"#### ?(-?\$?[\d.,]+)")
@@ -15,11 +16,10 @@ MATH_STOPS = ("\nProblem:",)
 
 
 def gsm8k_items(records: Records) -> tuple[list[Item], str]:
-    """Word problems, with the first five of the train split in front."""
+    """Word problems; the first five of the train split are the examples."""
     shots = "".join(f"{_gsm8k(r)} {r['answer']}\n\n" for r in records("gsm8k-train")[:5])
-    items = [
-        Item(f"gsm8k/{i}", shots + _gsm8k(r), target=r["answer"]) for i, r in enumerate(records("gsm8k-test"))
-    ]
+    rows = enumerate(records("gsm8k-test"))
+    items = [Item(f"gsm8k/{i}", shots + _gsm8k(r), target=r["answer"]) for i, r in rows]
     return items, "5-shot from the train split; flexible: the last number"
 
 
@@ -44,7 +44,7 @@ def _number(text: str) -> float | None:
 
 
 def judge_gsm8k(items: Sequence[Item], outputs: Sequence[ModelOutput]) -> Iterator[tuple[int, Verdict]]:
-    """Right by the flexible rule; the outcome names every rule by which it is."""
+    """An answer passes by the flexible rule; its outcome names every rule by which it is right."""
     for i, (item, output) in enumerate(zip(items, outputs, strict=True)):
         wanted = gsm8k_answers(item.target)["strict"]
         answers = gsm8k_answers(cut(output, GSM8K_STOPS)[0])
@@ -53,15 +53,13 @@ def judge_gsm8k(items: Sequence[Item], outputs: Sequence[ModelOutput]) -> Iterat
 
 
 def math_items(records: Records) -> tuple[list[Item], str]:
-    """The shots are the first problems of four subjects of the train split."""
+    """Competition problems; the first of each of four subjects of the train split are the examples."""
     first: dict[str, Record] = {}
     for r in records("math-train"):
         first.setdefault(r["type"], r)
     shots = "".join(f"{_math(r)} {r['solution']}\n\n" for _, r in sorted(first.items())[:4])
-    items = [
-        Item(f"math/{r['type']}/{i}", shots + _math(r), target=r["solution"])
-        for i, r in enumerate(records("math-test"))
-    ]
+    rows = enumerate(records("math-test"))
+    items = [Item(f"math/{r['type']}/{i}", shots + _math(r), target=r["solution"]) for i, r in rows]
     return items, "4-shot: the first train problem of four subjects"
 
 
@@ -83,16 +81,13 @@ def boxed(text: str) -> str | None:
 
 
 def same_maths(wanted: str, answer: str) -> bool:
-    """Whether two answers are equal as mathematics. Raises ImportError where math-verify is not installed."""
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError('MATH compares answers with math-verify: pip install "codegemma[eval]"') from error
-    return bool(verify(parse(f"${wanted}$"), parse(f"${answer}$")))
+    """Whether two answers are equal as mathematics. Raises ValueError where math-verify is not installed."""
+    library = require("math_verify", "MATH's answers", "eval")
+    return bool(library.verify(library.parse(f"${wanted}$"), library.parse(f"${answer}$")))
 
 
 def judge_math(items: Sequence[Item], outputs: Sequence[ModelOutput]) -> Iterator[tuple[int, Verdict]]:
-    """Right where the boxed answers are equal as text or as mathematics."""
+    """An answer passes if its boxed part equals the solution's, as text or as mathematics."""
     for i, (item, output) in enumerate(zip(items, outputs, strict=True)):
         wanted, answer = boxed(item.target) or "", boxed(cut(output, MATH_STOPS)[0])
         passed = answer is not None and (answer == wanted or same_maths(wanted, answer))

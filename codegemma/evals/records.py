@@ -1,6 +1,6 @@
-"""Where each benchmark's records come from: a folder with the official files, else the Hugging Face Hub.
+"""Reads the records of benchmarks from a folder with the official files, or from the Hugging Face Hub.
 
-No benchmark is stored in this repository. A record is the official file's own line as a dict.
+No benchmark is stored in this repository. A record is a line of the official file, as a dict.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BenchmarkFile:
 
 @cache
 def benchmark_files() -> dict[str, BenchmarkFile]:
-    """The table of benchmarks.toml by name."""
+    """The entries of benchmarks.toml by name."""
     table = tomllib.loads(Path(__file__).with_name("benchmarks.toml").read_text("utf-8"))
     return {
         name: BenchmarkFile(tuple(entry["files"]), entry["hub"], tuple(entry["splits"]))
@@ -39,7 +39,7 @@ def benchmark_files() -> dict[str, BenchmarkFile]:
 
 @dataclass
 class Records:
-    """Benchmark records from `folder`, and from the Hub where the folder lacks them (unless `offline`)."""
+    """The records of benchmarks, from `folder` or, where it lacks them and not `offline`, from the Hub."""
 
     folder: Path | None = None
     offline: bool = False
@@ -53,14 +53,14 @@ class Records:
         return self._by_name[name]
 
     def maybe(self, name: str) -> list[Record]:
-        """The records where the folder or the Hub has them, else none."""
+        """The records of a benchmark, or [] where neither the folder nor the Hub has them."""
         try:
             return self(name)
         except LookupError:
             return []
 
     def _find(self, benchmark: BenchmarkFile) -> Path | None:
-        """The first of its files that is in the folder or one folder below."""
+        """The first of the benchmark's files that is in the folder or in a folder in it."""
         if not self.folder:
             return None
         for name in benchmark.files:
@@ -72,15 +72,9 @@ class Records:
 
     def _fetch(self, name: str) -> list[Record]:
         benchmark = benchmark_files()[name]
-        folder = f"{benchmark.files[0]}.jsonl[.gz] is not in {self.folder}"
-        message = (
-            f"{name}: {folder if self.folder else 'no --data folder was given'}, and {{}}. Get it from "
-            f"https://huggingface.co/datasets/{benchmark.hub} and pass --data DIR, or install "
-            "huggingface_hub and go online"
-        )
-        if self.offline:
-            raise LookupError(message.format("the Hub is switched off"))
         try:
+            if self.offline:
+                raise LookupError("it is switched off")
             from huggingface_hub import hf_hub_download
 
             revision = "refs/convert/parquet"
@@ -88,8 +82,14 @@ class Records:
             paths = [
                 hf_hub_download(benchmark.hub, file, repo_type="dataset", revision=revision) for file in files
             ]
-        except Exception as error:  # the client raises many kinds, and each means that there are no records
-            raise LookupError(message.format(f"the Hub said: {type(error).__name__}: {error}")) from error
+        except Exception as error:  # whichever the client raises, there are no records
+            missing = f"{benchmark.files[0]}.jsonl[.gz] is not in {self.folder}"
+            raise LookupError(
+                f"{name}: {missing if self.folder else 'no --data folder was given'}, and the Hub gave "
+                f"nothing ({type(error).__name__}: {error}). Get it from "
+                f"https://huggingface.co/datasets/{benchmark.hub} and pass --data DIR, or install "
+                "huggingface_hub and go online"
+            ) from error
         return [record for path in paths for record in _read(Path(path))]
 
 
@@ -115,5 +115,5 @@ def _lines(text: str, path: Path) -> Iterator[Record]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                message = f"{path}, line {number} is not JSON ({error}): download the file again"
-                raise ValueError(message) from error
+                fault = f"{path}, line {number} is not JSON ({error})"
+                raise ValueError(f"{fault}: download the file again") from error

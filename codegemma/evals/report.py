@@ -1,4 +1,4 @@
-"""A folder of finished tasks -> one HTML page and one Markdown table, beside the published figures."""
+"""Reports finished tasks as an HTML page and as Markdown, beside published figures; compares two folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUBLISHED = tomllib.loads(Path(__file__).with_name("published.toml").read_text("
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """Finished tasks by name, with times and published scores. Raises ValueError where there are none."""
+    """The finished tasks of a folder by name, with times and published scores. Raises ValueError for none."""
     results = {}
     for path in sorted(folder.glob("*.times.json")):
         name = path.name.removesuffix(".times.json")
@@ -32,10 +32,8 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write(folder: Path) -> Path:
-    """Writes `report.md`, `report.html` and, for each task, a script of its samples that the page loads on
-    demand.
-
-    Returns the path of the page.
+    """Writes `report.md`, `report.html` and, for each task, a script with its samples, which the page loads
+    when they are shown. Returns the path of the page.
     """
     import jinja2
 
@@ -50,7 +48,7 @@ def write(folder: Path) -> Path:
         "results": results,
         "variants": VARIANTS,
         "seconds": PUBLISHED["seconds"],
-        "languages": list(LANGUAGES),
+        "languages": [*LANGUAGES],
     }
     title = ", ".join(sorted({result["model"] for result in results.values()}))
     (folder / "report.html").write_text(page.render(title=title, data=data), encoding="utf-8")
@@ -82,8 +80,7 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def compare_runs(before: Path, after: Path) -> dict[str, Comparison]:
-    """Paired differences, after - before, of every task that both folders hold. Raises ValueError where none
-    is."""
+    """Paired differences, after - before, of the tasks that both folders hold. Raises ValueError for none."""
     shared = [name for name in load(before) if (after / f"{name}.jsonl").exists()]
     if not shared:
         raise ValueError(f"{before} and {after} share no finished benchmark: run the same ones in both")
