@@ -113,7 +113,9 @@ def test_blocks_become_bfloat16_where_a_format_has_none_and_dtype_decides(tmp_pa
         "layers.0.q": ArrayTensor.of(np.full((128, 96), 1e6, np.float32))
     }
     write_tiny_gguf(tmp_path / "huge.gguf", tiny_config("gemma-mqa"), tensors=huge)
-    with pytest.raises(ValueError, match=r"tensor layers\.0\.q holds NaN, infinite or \(for f16\) too large"):
+    with pytest.raises(
+        ValueError, match=r"tensor layers\.0\.q: holds NaN, infinite or \(for f16\) too large"
+    ):
         convert(tmp_path / "huge.gguf", tmp_path / "h", "safetensors", dtype="f16")
     assert not (tmp_path / "h").exists() and not list(tmp_path.glob(".*.part"))
 

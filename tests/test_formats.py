@@ -259,7 +259,7 @@ YAML += b"ffn_hidden_size: 8\nencoder_seq_length: 64\n"
         ([("model_config.yaml", YAML)], "holds neither model_weights.ckpt nor"),
         (
             [("model_config.yaml", YAML + b"normalization: layernorm\n"), ("model_weights/x/.zarray", b"{}")],
-            "described in a way unknown",
+            "array x has a .zarray that this program does not read",
         ),
         (
             [

@@ -16,7 +16,7 @@ from codegemma.convert.importance import importance_of
 from codegemma.convert.quantize import (
     QUANTISED,
     bits,
-    chosen,
+    choose_types,
     quantize_checkpoint,
     quantize_matrix,
     relative_error,
@@ -138,10 +138,10 @@ def test_a_damaged_weight_is_refused_and_named(tmp_path):
     path = write_tiny_gguf(
         tmp_path / "m.gguf", config, tensors=tensors | {"layers.1.up": ArrayTensor.of(bad)}
     )
-    with pytest.raises(ValueError, match=r"m\.gguf: tensor layers\.1\.up holds NaN"):
+    with pytest.raises(ValueError, match=r"m\.gguf: tensor layers\.1\.up: holds NaN"):
         quantize_checkpoint(open_checkpoint(path), "q8_0")
     with pytest.raises(ValueError, match="cannot quantize to 'q9': choose q4_0"):
-        chosen("q9", open_checkpoint(path))
+        choose_types("q9", open_checkpoint(path))
 
 
 def test_mixes_follow_llama_cpps_rules():
@@ -149,23 +149,29 @@ def test_mixes_follow_llama_cpps_rules():
     layer."""
     config = tiny_config("gemma-mqa", layers=16, width=256, ffn_width=512, head_width=64)
     checkpoint = replace(_open(config), config=config)
-    types = chosen("q4_k_m", checkpoint)
+    types = choose_types("q4_k_m", checkpoint)
     more = [layer for layer in range(16) if types[f"layers.{layer}.down"] == "Q6_K"]
     assert more == [0, 1, 4, 7, 10, 13, 14, 15] and all(
         types[f"layers.{layer}.v"] == "Q6_K" for layer in more
     )
     assert types["embed"] == "Q6_K" and types["layers.3.down"] == types["layers.0.q"] == "Q4_K"
-    assert types["final_norm"] == "F32" and chosen("q8_0", checkpoint)["embed"] == "Q8_0"
+    assert types["final_norm"] == "F32" and choose_types("q8_0", checkpoint)["embed"] == "Q8_0"
 
 
 def test_rows_that_blocks_do_not_fill_get_the_next_type_and_nothing_grows():
     narrow = _open(tiny_config("gemma-mqa"))  # rows of 96, 128 and 160
-    assert chosen("q4_k", narrow)["layers.0.q"] == "Q5_0" and chosen("q4_k", narrow)["embed"] == "Q8_0"
+    assert (
+        choose_types("q4_k", narrow)["layers.0.q"] == "Q5_0"
+        and choose_types("q4_k", narrow)["embed"] == "Q8_0"
+    )
     odd = _open(tiny_config("gemma-mqa", width=40))
-    assert chosen("q8_0", odd)["layers.0.q"] == "F32" and chosen("q8_0", odd)["layers.0.down"] == "Q8_0"
+    assert (
+        choose_types("q8_0", odd)["layers.0.q"] == "F32"
+        and choose_types("q8_0", odd)["layers.0.down"] == "Q8_0"
+    )
     small = quantize_checkpoint(narrow, "q4_0")
     assert small.tensors["layers.0.q"].type == "Q4_0" and small.nbytes < narrow.nbytes / 4
-    assert chosen("q8_0", small)["layers.0.q"] == "Q4_0" and bits("Q4_0") == 4.5
+    assert choose_types("q8_0", small)["layers.0.q"] == "Q4_0" and bits("Q4_0") == 4.5
 
 
 def _open(config):

@@ -1,4 +1,4 @@
-"""A KerasHub preset: config.json, model.weights.h5 (whole or in parts), assets/tokenizer/vocabulary.spm."""
+"""A KerasHub preset: config.json, model.weights.h5 (one file or several), assets/tokenizer/vocabulary.spm."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ VOCABULARY = Path("assets", "tokenizer", "vocabulary.spm")
 
 
 def config(path: Path, document: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a preset's config.json describes; `path` is for errors."""
-    fields = document.get("config")
-    kind: Any = CLASSES.get(str(document.get("class_name")))
+    """The architecture in a preset's config.json; errors name `path`. Raises ValueError on other models."""
+    fields, name = document.get("config"), document.get("class_name")
+    kind: Any = CLASSES.get(str(name))
     if kind is None or not isinstance(fields, dict):
-        raise ValueError(
-            f"{path}: class_name is {document.get('class_name')!r}, but this program reads "
-            f"{' and '.join(CLASSES)}: choose a Gemma or CodeGemma preset"
-        )
+        rule = f"but this program reads {' and '.join(CLASSES)}: choose a Gemma or CodeGemma preset"
+        raise ValueError(f"{path}: class_name is {name!r}, {rule}")
     if kind == "gemma" and fields.get("use_post_ffw_norm"):
         kind = "gemma2"
     values = table.config_values("keras", kind, fields)
@@ -50,15 +48,13 @@ def config(path: Path, document: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
-    """A preset's config.json for a config. Raises ValueError for a query scale that KerasHub cannot say."""
+    """A preset's config.json for a config. Raises ValueError for a query scale that it cannot say."""
     by_head_width, by_heads = (
         math.isclose(config.query_scale, size**-0.5, rel_tol=1e-6)
         for size in (config.head_width, config.width / config.heads)
     )
     if not by_head_width and not by_heads:
-        raise ValueError(
-            f"KerasHub cannot say the query scale {config.query_scale}: write safetensors instead"
-        )
+        raise ValueError(f"KerasHub cannot say the query scale {config.query_scale}: write safetensors")
     is_gemma3 = config.architecture == "gemma3"
     module = "gemma3_backbone" if is_gemma3 else "gemma_backbone"
     fields = table.config_keys("keras", config)
@@ -86,7 +82,7 @@ def _serialized(module: str, name: str, fields: dict[str, Any]) -> dict[str, Any
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The datasets of an HDF5 file under their paths, each read when it is used."""
+    """The datasets of an HDF5 file by their paths, each read when it is used."""
     h5py = require("h5py", "Keras presets", "formats")
     stored: dict[str, Tensor] = {}
 
@@ -94,8 +90,9 @@ def read(path: Path) -> dict[str, Tensor]:
         if not isinstance(item, h5py.Dataset):
             return
         if item.external or item.is_virtual or len(stored) >= MAX_DATASETS:
-            raise damaged(f"{path}: dataset {name} lies in another file, which no preset needs")
-        is_bfloat16 = item.attrs.get("dtype") == "bfloat16"  # stored as two bytes without a type
+            rule = f"is one of more than {MAX_DATASETS:,}, or stored in another file, which no preset needs"
+            raise damaged(f"{path}: dataset {name} {rule}")
+        is_bfloat16 = item.attrs.get("dtype") == "bfloat16"  # stored as two bytes of no type
         type = "BF16" if is_bfloat16 else TYPES_BY_DTYPE.get(item.dtype.name)
         fits = type is not None and item.dtype.itemsize == BLOCKS[type][1]
         if type is None or not fits or not item.shape or not all(item.shape):
@@ -114,7 +111,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _current_name(name: str) -> str:
-    """The path as Keras 3 writes it now; its first versions named layers, and called the list otherwise."""
+    """The path that Keras 3 writes today, from that of its first versions, which named layers otherwise."""
     name = name.replace("\\", "/").replace("_layer_checkpoint_dependencies/", "layers/")
     name = name.removeprefix("backbone/").replace("/token_embedding/", "/reversible_embedding/")
     return name.replace("/final_normalization/", "/rms_normalization/")

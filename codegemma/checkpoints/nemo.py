@@ -1,8 +1,8 @@
 """NeMo 1 archives (.nemo) without NeMo: a tar, perhaps gzipped, of model_config.yaml, weights, tokenizer.
 
 The weights are one PyTorch archive (model_weights.ckpt) or a distributed checkpoint of Megatron core in a
-directory: Zarr arrays, or PyTorch's (.metadata and *.distcp); there the layers are stacked on axis 0. A tar
-is never unpacked: its members are looked up by name and mapped, so that no path in it means anything.
+directory, with layers stacked on axis 0: Zarr arrays, or PyTorch's (.metadata and *.distcp). A tar is never
+unpacked: its members are looked up by name in a memory map, so that hostile paths in it have no effect.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ _LINEAR = ("qkv", "proj", "fc1", "fc2")
 ENGINE_MODULES = [f"{'mlp' if name[:2] == 'fc' else 'self_attention'}.linear_{name}" for name in _LINEAR]
 MAX_MEMBERS = 65_536
 MAX_CONFIG = 1 << 20  # bytes of YAML
-MAX_INFLATION = 20  # bytes from one byte of gzip; weights hardly shrink at all
+MAX_INFLATION = 20  # bytes from one byte of gzip; weights hardly compress at all
 Members = dict[str, np.ndarray]
+Pieces = list[tuple[tuple[int, ...], Tensor]]  # of a tensor: offset on each axis, and elements
 
 
 def read_members(path: Path) -> Members:
@@ -70,22 +71,21 @@ def read_members(path: Path) -> Members:
 
 
 def _inflated(path: Path) -> Any:
-    """A map of the unzipped archive, in an unnamed file beside it that goes away with the map."""
+    """A map of the unzipped archive, in a nameless file on the same disk that is freed with the map."""
     max_bytes = path.stat().st_size * MAX_INFLATION + (1 << 20)
     with tempfile.TemporaryFile(dir=path.parent) as out, gzip.open(path) as source:
         with refusing(f"{path}: is a damaged gzip file", EOFError, zlib.error, gzip.BadGzipFile):
             while block := source.read(1 << 20):
                 out.write(block)
                 if out.tell() > max_bytes:
-                    raise ValueError(
-                        f"{path}: grows to more than {MAX_INFLATION} times its size: it is no model"
-                    )
+                    rule = f"grows to more than {MAX_INFLATION} times its size: it is no model"
+                    raise ValueError(f"{path}: {rule}")
         out.flush()
         return mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ) if out.tell() else b""
 
 
 def read(path: Path, members: Members) -> dict[str, Tensor]:
-    """The tensors of an archive, layer by layer, whichever of the three forms its weights have."""
+    """The tensors of an archive, layer by layer, from any of the three forms of weights."""
     archives = [name for name in members if name.rpartition("/")[2] == "model_weights.ckpt"]
     if archives == ["model_weights.ckpt"]:
         value = torch.read(f"{path}: {archives[0]}", members[archives[0]])
@@ -97,15 +97,13 @@ def read(path: Path, members: Members) -> dict[str, Tensor]:
         return _unstacked(dict(_distributed(path, members)))
     arrays = [name.split("/")[1] for name in members if re.fullmatch(r"model_weights/[^/]+/\.zarray", name)]
     if not arrays:
-        raise ValueError(
-            f"{path}: holds neither model_weights.ckpt nor a distributed checkpoint in model_weights/: "
-            "export the model again"
-        )
+        rule = "holds neither model_weights.ckpt nor a distributed checkpoint in model_weights/"
+        raise ValueError(f"{path}: {rule}: export the model again")
     return _unstacked({name: _zarr(path, members, name) for name in arrays})
 
 
 def _unstacked(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whose layers are stacked on axis 0, one by one."""
+    """The tensors with stacks of layers (axis 0) separated into one tensor for each layer."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         stacked = re.fullmatch(r"(.*decoder\.layers)(\.\D.*)", name)
@@ -113,10 +111,8 @@ def _unstacked(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = tensor
             continue
         for index in range(min(tensor.shape[0], LIMITS["layers"])):
-            layer = partial(_layer, tensor, index)
-            tensors[f"{stacked[1]}.{index}{stacked[2]}"] = LazyTensor.computed(
-                tensor.type, tensor.shape[1:], layer
-            )
+            layer = LazyTensor.computed(tensor.type, tensor.shape[1:], partial(_layer, tensor, index))
+            tensors[f"{stacked[1]}.{index}{stacked[2]}"] = layer
     return tensors
 
 
@@ -128,31 +124,29 @@ def _zarr(path: Path, members: Members, name: str) -> Tensor:
     """A Zarr array of uncompressed chunks, which are joined when it is read."""
     folder, label = f"model_weights/{name}/", f"{path}: array {name}"
     errors = (ValueError, KeyError, TypeError, RecursionError)
-    with refusing(f"{label} is described in a way unknown here", *errors):
-        described = json.loads(bytes(members[folder + ".zarray"][:65_536]))
-        shape, chunk = tuple(described["shape"]), tuple(described["chunks"])
-        type, packed = ZARR_TYPES[described["dtype"]], described["compressor"] or described.get("filters")
-    plain = not packed and described.get("order", "C") == "C"
-    if not plain or len(shape) != len(chunk) or not possible_shape(shape) or not possible_shape(chunk):
+    with refusing(f"{label} has a .zarray that this program does not read", *errors):
+        zarray = json.loads(bytes(members[folder + ".zarray"][:65_536]))
+        shape, chunk = tuple(zarray["shape"]), tuple(zarray["chunks"])
+        type, compressed = ZARR_TYPES[zarray["dtype"]], zarray["compressor"] or zarray.get("filters")
+    supported = not compressed and zarray.get("order", "C") == "C" and len(shape) == len(chunk)
+    if not supported or not possible_shape(shape) or not possible_shape(chunk):
         raise damaged(f"{label} is compressed or has the impossible shape {shape} in chunks of {chunk}")
     grid = [-(-size // step) for size, step in zip(shape, chunk, strict=True)]
     if math.prod(grid) > MAX_MEMBERS:
         raise damaged(f"{label} has {math.prod(grid):,} chunks")
     size = math.prod(chunk) * BLOCKS[type][1]
-    dot = described.get("dimension_separator", ".")
-    chunks = {index: members.get(folder + dot.join(map(str, index))) for index in np.ndindex(*grid)}
-    complete = {index: raw for index, raw in chunks.items() if raw is not None and raw.size == size}
-    if lacking := len(chunks) - len(complete):
-        raise damaged(f"{label} lacks {lacking} of its {len(chunks)} chunks")
-    pieces: list[tuple[tuple[int, ...], Tensor]] = [
-        (tuple(np.multiply(index, chunk)), ArrayTensor.view(type, chunk, raw))
-        for index, raw in complete.items()
-    ]
-    return _assembled(type, shape, pieces)
+    dot, pieces = zarray.get("dimension_separator", "."), Pieces()
+    for index in np.ndindex(*grid):
+        raw = members.get(folder + dot.join(map(str, index)))
+        if raw is not None and raw.size == size:
+            pieces.append((tuple(np.multiply(index, chunk)), ArrayTensor.view(type, chunk, raw)))
+    if missing := math.prod(grid) - len(pieces):
+        raise damaged(f"{label} lacks {missing} of its {math.prod(grid)} chunks")
+    return _joined(type, shape, pieces)
 
 
-def _assembled(type: str, shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], Tensor]]) -> Tensor:
-    """A tensor of pieces, each from an offset on; what reaches beyond the shape is left out."""
+def _joined(type: str, shape: tuple[int, ...], pieces: Pieces) -> Tensor:
+    """A tensor made of pieces; elements of theirs that lie beyond its shape are padding."""
 
     def rows(first: int, last: int) -> np.ndarray:
         out = np.zeros((last - first, *shape[1:]), ELEMENTS[type])
@@ -161,20 +155,18 @@ def _assembled(type: str, shape: tuple[int, ...], pieces: list[tuple[tuple[int, 
             if low >= high:
                 continue
             values = piece.rows(low - offset[0], high - offset[0]).array()
-            if values.shape == out.shape:  # all that is asked for is in this piece
+            if values.shape == out.shape:  # this piece has all the rows
                 return values
-            columns = (
-                slice(start, start + size) for start, size in zip(offset[1:], piece.shape[1:], strict=True)
-            )
-            target = out[(slice(low - first, high - first), *columns)]
-            target[...] = values[tuple(slice(length) for length in target.shape)]
+            ends = np.add(offset[1:], piece.shape[1:])
+            target = out[(slice(low - first, high - first), *map(slice, offset[1:], ends))]
+            target[...] = values[tuple(map(slice, target.shape))]
         return out
 
     return LazyTensor(type, shape, rows)
 
 
 def _distributed(path: Path, members: Members) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of PyTorch's distributed checkpoint, in pieces: archives inside .distcp files."""
+    """The tensors of a distributed checkpoint of PyTorch, joined from archives inside .distcp files."""
     metadata = torch.unpickle(f"{path}: .metadata", bytes(members["model_weights/.metadata"]))
     locations: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
     for index, location in metadata.field("storage_data").items():
@@ -184,22 +176,20 @@ def _distributed(path: Path, members: Members) -> Iterator[tuple[str, Tensor]]:
         if "size" not in getattr(entry, "state", {}):
             continue  # bytes: _extra_state
         shape = tuple(entry.field("size").args[0])
-        pieces = [
+        pieces: Pieces = [
             (offset or (0,) * len(shape), _piece(path, members, name, location))
             for offset, location in locations.get(name, [])
         ]
-        if not pieces or sum(math.prod(piece.shape) for _, piece in pieces) != math.prod(shape):
-            raise damaged(f"{path}: the pieces of {name} do not make its shape {list(shape)}")
-        type = pieces[0][1].type
-        if not all(piece.type == type and _fits(offset, piece.shape, shape) for offset, piece in pieces):
+        filled = bool(pieces) and sum(math.prod(piece.shape) for _, piece in pieces) == math.prod(shape)
+        if not filled or not all(
+            piece.type == pieces[0][1].type
+            and len(offset) == len(piece.shape) == len(shape)
+            and all(np.add(offset, piece.shape) <= shape)
+            for offset, piece in pieces
+        ):
             raise damaged(f"{path}: the pieces of tensor {name} do not fit its shape {list(shape)}")
-        yield name, pieces[0][1] if len(pieces) == 1 else _assembled(type, shape, pieces)
-
-
-def _fits(offset: tuple[int, ...], piece: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(offset) == len(piece) == len(shape) and all(
-        start + size <= length for start, size, length in zip(offset, piece, shape, strict=True)
-    )
+        piece = pieces[0][1]
+        yield name, piece if len(pieces) == 1 else _joined(piece.type, shape, pieces)
 
 
 def _piece(path: Path, members: Members, name: str, location: Any) -> Tensor:
@@ -214,7 +204,7 @@ def _piece(path: Path, members: Members, name: str, location: Any) -> Tensor:
 
 
 def config(path: Path, fields: Mapping[str, Any], vocab: int) -> ModelConfig:
-    """The architecture that a model_config.yaml describes. Raises ValueError on one that is no Gemma 1."""
+    """The architecture in a model_config.yaml; errors name `path`. Raises ValueError on other models."""
     for key, value in table.written_fields("nemo_required").items():
         if fields.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {fields[key]!r}, but Gemma has {value!r}: choose a Gemma")
@@ -225,7 +215,7 @@ def config(path: Path, fields: Mapping[str, Any], vocab: int) -> ModelConfig:
 
 
 def read_config(path: Path, members: Members) -> dict[str, Any]:
-    """The model_config.yaml of an archive. Raises ValueError without one, or on a suspicious one."""
+    """The model_config.yaml of an archive. Raises ValueError where it is missing, large or recursive."""
     if "model_config.yaml" not in members:
         raise ValueError(f"{path}: holds no model_config.yaml: pass a .nemo archive of NeMo 1")
     raw, label = bytes(members["model_config.yaml"]), f"{path}: its model_config.yaml"
@@ -243,7 +233,7 @@ def read_config(path: Path, members: Members) -> dict[str, Any]:
 
 
 def load(path: Path) -> Checkpoint:
-    """Opens an archive, or the directory of an unpacked one."""
+    """Opens an archive, or the directory that one was unpacked into."""
     members = read_members(path)
     fields = read_config(path, members)
     stored: dict[str, Tensor] = {}
@@ -262,7 +252,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def config_yaml(config: ModelConfig, tokenizer: str | None, **more: Any) -> bytes:
-    """A model_config.yaml as NeMo's converter writes it; `tokenizer` names a member of the archive."""
+    """A model_config.yaml as NeMo's converter writes it; `tokenizer` is the name of an archive member."""
     fields = table.written_fields("nemo_required") | table.written_fields("nemo_config")
     fields |= table.config_keys("nemo", config) | more | {"max_position_embeddings": config.context}
     model = f"nemo:{tokenizer}" if tokenizer else None
@@ -271,7 +261,7 @@ def config_yaml(config: ModelConfig, tokenizer: str | None, **more: Any) -> byte
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a .nemo with the Zarr checkpoint of NeMo 1.23: layers stacked, one chunk a layer."""
+    """Writes a .nemo with a Zarr checkpoint as NeMo 1.23 does: layers stacked, a chunk for each."""
     model = checkpoint.tokenizer.model if checkpoint.tokenizer else None
     name = f"{hashlib.md5(model, usedforsecurity=False).hexdigest()}_tokenizer.model" if model else None
     stacks: dict[str, list[Tensor]] = {}
@@ -299,12 +289,12 @@ def _torch_bytes(value: Mapping[str, Any] | None) -> bytes:
 
 def _add_zarr(archive: tarfile.TarFile, folder: str, layers: list[Tensor], stacked: bool) -> None:
     shape = layers[0].shape
-    described = table.written_fields("zarr_array") | {
+    zarray = table.written_fields("zarr_array") | {
         "chunks": [1, *shape] if stacked else shape,
         "dtype": next(dtype for dtype, type in ZARR_TYPES.items() if type == layers[0].type),
         "shape": [len(layers), *shape] if stacked else shape,
     }
-    add_member(archive, folder + ".zarray", json.dumps(described, indent=4).encode())
+    add_member(archive, folder + ".zarray", json.dumps(zarray, indent=4).encode())
     out: Any = archive.fileobj
     for layer, tensor in enumerate(layers):
         index = [layer, *[0] * len(shape)] if stacked else [0] * len(shape)
@@ -316,7 +306,7 @@ def _add_zarr(archive: tarfile.TarFile, folder: str, layers: list[Tensor], stack
 
 
 def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Adds a file to an archive that is being written."""
+    """Adds a file to an archive that is open for writing."""
     archive.addfile(_info(name, len(data)), io.BytesIO(data))
 
 

@@ -1,7 +1,7 @@
-"""Orbax checkpoints: DeepMind's Flax (nested, flat, Kauldron), as on Kaggle, and MaxText's; read and written
-by tensorstore, one array at a time, without JAX or Orbax.
+"""Orbax checkpoints of DeepMind's Flax models (nested, flat, Kauldron; as on Kaggle) and of MaxText.
 
-A checkpoint is a directory of Zarr arrays, each under the path of its key, in files or in an OCDBT database.
+They are read and written by tensorstore, array by array, without JAX or Orbax. A checkpoint is a directory of
+Zarr arrays, each under the path of its key, in files or in an OCDBT database.
 """
 
 from __future__ import annotations
@@ -32,14 +32,10 @@ from codegemma.files import require
 
 MAX_ARRAYS = 65_536
 FLAX_ROWS = {256_000: 256_128}  # the embedding's rows in DeepMind's checkpoints of Gemma 1 and 2
-FORMATS: dict[table.Format, tuple[str, ...]] = {
-    "maxtext": ("token_embedder/", "decoder/"),
-    "flax": ("transformer/",),
-}
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The directory of a checkpoint: `path`, or one or two levels down ("2b-pt", "0/items"); else None."""
+    """The directory of a checkpoint: `path`, or one below it ("2b-pt", "0/items"). None where none is one."""
     for directory in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))):
         marked = any((directory / name).exists() for name in ("manifest.ocdbt", "_METADATA"))
         if marked or next(directory.glob("*/.zarray"), None):
@@ -48,7 +44,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The arrays under their keys joined with "/", each read when it is used; MaxText's layers one by one."""
+    """The arrays by their keys ("a/b/c"), each read when it is used; stacked layers of MaxText separated."""
     ts = require("tensorstore", "Orbax checkpoints", "formats")
     base = {"driver": "file", "path": f"{path.resolve()}/"}
     store = {"driver": "ocdbt", "base": base} if (path / "manifest.ocdbt").exists() else base
@@ -67,7 +63,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _flat_key(name: str) -> str:
-    """The key of the flat layout; other layouts add "params/" or leave out "transformer/" and "/w"."""
+    """The key in the flat layout; other layouts add "params/" or omit "transformer/" and "/w"."""
     key = re.sub(r"^(params/)+", "", name.replace(".", "/"))
     if re.match(r"(layer_\d+|embedder|final_norm)/", key):
         key = f"transformer/{key}"
@@ -75,7 +71,7 @@ def _flat_key(name: str) -> str:
 
 
 def _tensors(label: str, key: str, array: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensor of an array, or one for each layer where they are stacked on axis 1, as MaxText's are."""
+    """The tensor of an array, or one for each layer where MaxText stacked the layers on axis 1."""
     type, shape = TYPES_BY_DTYPE.get(array.dtype.name), tuple(array.shape)
     chunk = array.chunk_layout.read_chunk.shape
     if type is None or not shape:  # a step counter
@@ -91,7 +87,7 @@ def _tensors(label: str, key: str, array: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _lazy(label: str, type: str, array: Any) -> Tensor:
-    """A tensor that reads an array of tensorstore, or a view of one."""
+    """A tensor that reads an array, or a view of one, from tensorstore."""
 
     def rows(first: int, last: int) -> np.ndarray:
         step = max(1, PIECE // math.prod(array.shape[1:]))
@@ -106,18 +102,20 @@ def _lazy(label: str, type: str, array: Any) -> Tensor:
 
 
 def load(path: Path) -> Checkpoint:
-    """Opens a directory that is, or holds, a checkpoint; config.json and tokenizer may lie beside it."""
+    """Opens a directory that is or contains a checkpoint; config.json and tokenizer may lie beside that."""
     directory = find_checkpoint(path)
     if directory is None:
         raise ValueError(f"{path}: holds no Orbax checkpoint (manifest.ocdbt, _METADATA or Zarr arrays)")
     stored = read(directory)
-    format: table.Format = "maxtext" if any(name.startswith("decoder/") for name in stored) else "flax"
-    model = {name: tensor for name, tensor in stored.items() if name.startswith(FORMATS[format])}
-    return huggingface.checkpoint_of(path, [path, directory, directory.parent], format, model)
+    is_maxtext = any(name.startswith("decoder/") for name in stored)
+    prefixes = ("token_embedder/", "decoder/") if is_maxtext else ("transformer/",)
+    stored = {name: tensor for name, tensor in stored.items() if name.startswith(prefixes)}
+    directories = [path, directory, directory.parent]
+    return huggingface.checkpoint_of(path, directories, "maxtext" if is_maxtext else "flax", stored)
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes `checkpoint` in the flat layout of published files, with config.json and tokenizer beside it."""
+    """Writes a checkpoint in the flat layout of published files, with config.json and tokenizer beside it."""
     ts = require("tensorstore", "Orbax checkpoints", "formats")
     directory = path / "checkpoint"
     directory.mkdir()
@@ -139,7 +137,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _write(ts: Any, store: dict[str, Any], tensor: Tensor, rows: int) -> None:
-    """Writes an array of `rows` rows, with zeros below the tensor's own. A chunk has the rows of a piece."""
+    """Writes an array of `rows` rows, of which those after the tensor's are 0; a chunk has a piece's rows."""
     shape, dtype = (rows, *tensor.shape[1:]), DTYPES[tensor.type]
     chunk_rows = max(1, PIECE // max(1, math.prod(shape[1:])))
     metadata = {

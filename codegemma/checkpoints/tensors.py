@@ -1,4 +1,4 @@
-"""Tensors as checkpoints store them: plain numbers or ggml's blocks, mapped from a file or read when used."""
+"""Tensors as checkpoints store them: floats or ggml's blocks, in a memory map or read when they are used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def row_bytes(type: str, width: int) -> int:
 
 
 def possible_shape(shape: Any) -> bool:
-    """Whether a shape from an untrusted file is a non-empty sequence of whole numbers from 1 to MAX_AXIS."""
+    """Whether a shape from an untrusted file consists of at least one whole number from 1 to MAX_AXIS."""
     return bool(shape) and all(type(size) is int and 1 <= size <= MAX_AXIS for size in shape)
 
 
@@ -60,7 +60,7 @@ class Tensor(Protocol):
     type: str
     shape: tuple[int, ...]
     data: np.ndarray
-    by_rows: bool = True  # a few rows cost less than all of them
+    by_rows: bool = True  # whether a few rows cost less than all
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop along the first axis; of a vector, elements."""
@@ -123,10 +123,10 @@ class ArrayTensor(Tensor):
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor(Tensor):
-    """A tensor that is read or computed each time it is used, and not kept: large models need little memory.
+    """A tensor that is read or computed each time it is used, so that large models need little memory.
 
-    `read(start, stop)` gives rows in stored form (elements, or the bytes of blocks). Where `by_rows` is False
-    it has to compute all rows for any of them, so `pieces` asks for all at once.
+    `read(start, stop)` returns rows in stored form (elements, or the bytes of blocks). Where `by_rows` is
+    False it computes all rows for any of them, so `pieces` asks for all at once.
     """
 
     type: str
@@ -136,8 +136,13 @@ class LazyTensor(Tensor):
 
     @classmethod
     def computed(cls, type: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> LazyTensor:
-        """A tensor that can only be computed whole."""
+        """A tensor whose rows can only be computed together."""
         return cls(type, shape, lambda start, stop: compute()[start:stop], by_rows=False)
+
+    @classmethod
+    def from_rows(cls, type: str, tensor: Tensor, compute: Callable[[Tensor], np.ndarray]) -> LazyTensor:
+        """A tensor of the same shape, whose rows are computed from those of another tensor."""
+        return cls(type, tensor.shape, lambda start, stop: compute(tensor.rows(start, stop)), tensor.by_rows)
 
     @property
     def data(self) -> np.ndarray:  # type: ignore[override]

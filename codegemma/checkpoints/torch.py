@@ -1,8 +1,8 @@
 """PyTorch archives (.ckpt, .bin, .pt) without PyTorch: read by memory map, written tensor by tensor.
 
-An archive is a zip file of uncompressed members: a pickle that describes the object, and one member for the
-bytes of each storage. The pickle is interpreted with a closed list of names, each standing for a value of
-ours; nothing that it names is ever imported or called.
+An archive is a zip file of uncompressed members: a pickle that describes the object, and a member with the
+bytes of each storage. The pickle may use the names of a closed list, each of which is replaced by a value of
+ours; nothing that it names is imported or called.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from codegemma.files import atomic_write, map_file
 
 STORAGES = {"BFloat16Storage": "BF16", "FloatStorage": "F32", "HalfStorage": "F16"}
 _OTHER_NUMBERS = ("Byte", "Char", "Short", "Int", "Long", "Bool", "Double", "ComplexFloat", "ComplexDouble")
-OTHER_STORAGES = tuple(f"{kind}Storage" for kind in _OTHER_NUMBERS)  # read as their name alone
+OTHER_STORAGES = tuple(f"{kind}Storage" for kind in _OTHER_NUMBERS)  # only their names are read
 MAX_PICKLE = 1 << 24  # bytes; a 7B's is under 100 kB
 MAX_MEMBERS = 65_536
 
 
 class Record:
-    """Stands for an object of a known class: its arguments, or its fields."""
+    """Replaces an object of a class that a pickle may name; holds its arguments and fields."""
 
     def __init__(self, *args: Any, **_: Any) -> None:
         self.args = args
@@ -53,7 +53,7 @@ class _Dict(dict[Any, Any]):
         pass  # _metadata of a state dict
 
 
-# What a pickle may name: a distributed checkpoint's metadata are dataclasses, enums and dtypes of these.
+# The classes that become Records: dataclasses, enums and dtypes in the metadata of distributed checkpoints.
 _CHECKPOINT = "torch.distributed.checkpoint"
 _RECORDS = {
     f"{_CHECKPOINT}.metadata": (
@@ -92,8 +92,8 @@ class _Reader(_Unpickler):  # type: ignore[misc]
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
         }
         if (module, name) not in known:
-            attack = "which no checkpoint needs: it may be an attack"
-            raise pickle.UnpicklingError(f"it names {module}.{name}, {attack}")
+            rule = "which no checkpoint needs: it may be an attack"
+            raise pickle.UnpicklingError(f"it names {module}.{name}, {rule}")
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -112,7 +112,7 @@ class _Reader(_Unpickler):  # type: ignore[misc]
 
     def _set(self, items: list[tuple[Any, Any]]) -> None:
         for key, value in items:
-            if not isinstance(key, (str, int, Record)):  # hashing nested tuples can take for ever
+            if not isinstance(key, (str, int, Record)):  # hashing hostile nested tuples never ends
                 raise pickle.UnpicklingError("a key of a dictionary is neither text nor a number")
             self.stack[-1][key] = value
 
@@ -120,9 +120,9 @@ class _Reader(_Unpickler):  # type: ignore[misc]
 
 
 def unpickle(name: str, raw: bytes, storage: Callable[[str, str, int], Any] | None = None) -> Any:
-    """The object that a pickle describes, of dictionaries, lists, texts, numbers, tensors and Records.
+    """The object in a pickle: dictionaries, lists, texts, numbers, tensors and Records.
 
-    `storage(kind, key, count)` gives the numbers that a tensor refers to. Raises ValueError naming `name`.
+    `storage(kind, key, count)` returns the numbers that a tensor refers to. Raises ValueError with `name`.
     """
     if len(raw) > MAX_PICKLE:
         raise damaged(f"{name}: its pickle of {len(raw):,} bytes is larger than {MAX_PICKLE:,}")
@@ -135,14 +135,15 @@ def unpickle(name: str, raw: bytes, storage: Callable[[str, str, int], Any] | No
 def rebuild_tensor(storage: tuple[str, np.ndarray], offset: int, shape: Any, strides: Any, *_: Any) -> Any:
     """A tensor over a storage (type, elements), as torch._utils._rebuild_tensor_v2 makes it.
 
-    Other types stay storages. Raises ValueError on a tensor that reaches beyond its storage.
+    A storage of a type that is not in BLOCKS is returned as it is. Raises ValueError on a tensor that reaches
+    beyond its storage.
     """
     type, elements = storage
     shape, strides = tuple(shape), tuple(strides)
     if type not in BLOCKS:
         return storage
-    whole = all(isinstance(number, int) and 0 <= number < 1 << 40 for number in (offset, *shape, *strides))
-    if not whole or not shape or len(shape) != len(strides):
+    valid = all(isinstance(number, int) and 0 <= number < 1 << 40 for number in (offset, *shape, *strides))
+    if not valid or not shape or len(shape) != len(strides):
         raise ValueError(f"a tensor has the impossible shape {shape}")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if 0 in shape or last >= len(elements) or math.prod(shape) > len(elements):
@@ -155,12 +156,15 @@ def rebuild_tensor(storage: tuple[str, np.ndarray], offset: int, shape: Any, str
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of an array without gaps, in elements."""
+    """The strides of a contiguous array, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def read(name: str, data: Any) -> Any:
-    """The object in an archive given as bytes or a map; its tensors are views. ValueError names the rule."""
+    """The object in an archive, which is given as a buffer that tensors are views of.
+
+    Raises ValueError with `name` and the broken rule.
+    """
     members = _members(name, data)
     pickles = [member for member in members if member.endswith("data.pkl")]
     if len(pickles) != 1:
@@ -178,7 +182,7 @@ def read(name: str, data: Any) -> Any:
             return type, member
         size = count * BLOCKS[type][1]
         if not 0 <= size <= member.size:
-            raise ValueError(f"the storage {key} is shorter than it says")
+            raise ValueError(f"the storage {key} is shorter than the {size:,} bytes of its {count:,} numbers")
         raw = member[:size]
         aligned = raw.ctypes.data % BLOCKS[type][1] == 0
         return type, (raw if aligned else raw.copy()).view(ELEMENTS[type])
@@ -187,7 +191,7 @@ def read(name: str, data: Any) -> Any:
 
 
 def _members(name: str, data: Any) -> dict[str, np.ndarray]:
-    """The bytes of each member; a zip that compresses, overlaps or reaches beyond the file is refused."""
+    """The bytes of each member. Raises ValueError where members are compressed, overlap or are cut off."""
     raw = np.frombuffer(data, np.uint8)
     errors = (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError)
     remedy = "download it again; files older than PyTorch 1.6 must be saved again"
@@ -236,9 +240,9 @@ class BufferFile(io.RawIOBase):
 
 
 def state_dict(name: str, value: Any, format: table.Format = "pytorch") -> dict[str, Tensor]:
-    """The tensors of a state dict, which may lie under "model_state_dict", "state_dict" or "model".
+    """The tensors of a state dict, which may be the value of "model_state_dict", "state_dict" or "model".
 
-    Raises ValueError where there is none, or where a tensor that the format needs is of another type.
+    Raises ValueError where there is none, or where a tensor that the format needs has an unsupported type.
     """
     for key in ("model_state_dict", "state_dict", "model"):
         if isinstance(value, dict) and isinstance(value.get(key), dict):
@@ -277,9 +281,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 def write(file: Any, value: Mapping[str, Any] | None) -> None:
     """Writes an archive for torch.load(weights_only=True): dictionaries of tensors, texts, numbers, None."""
     tensors: list[Tensor] = []
-    described = b"\x80\x02" + _pickled(value, tensors) + b"."
+    pickled = b"\x80\x02" + _pickled(value, tensors) + b"."
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, raw in (("data.pkl", described), ("byteorder", b"little"), ("version", b"3\n")):
+        for name, raw in (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n")):
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), raw)
         for index, tensor in enumerate(tensors):
             info = zipfile.ZipInfo(f"archive/data/{index}")
@@ -288,7 +292,7 @@ def write(file: Any, value: Mapping[str, Any] | None) -> None:
 
 
 def _pickled(value: Any, tensors: list[Tensor]) -> bytes:
-    """Opcodes of pickle protocol 2; tensors are numbered in the order that they come in."""
+    """A value as opcodes of pickle protocol 2; the tensors in it are appended to `tensors`."""
     if isinstance(value, (ArrayTensor, LazyTensor)):
         kind = next(name for name, type in STORAGES.items() if type == value.type)
         tensors.append(value)

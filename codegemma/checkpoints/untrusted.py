@@ -28,12 +28,12 @@ def refusing(problem: str, *errors: type[Exception], remedy: str = REMEDY) -> It
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts the file's name before the text of a ValueError or TypeError raised in the block."""
+def naming(label: Path | str) -> Iterator[None]:
+    """Puts the name of a file or tensor before the text of a ValueError or TypeError raised in the block."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{label}: {error}") from None
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:

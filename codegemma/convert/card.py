@@ -13,7 +13,7 @@ from codegemma.convert.inspect import inspect, title
 
 
 def render(header: list[str], name: str, description: str, sections: Mapping[str, str], changes: str) -> str:
-    """A card: header lines, title, description, sections by heading, licence and statement of changes."""
+    """A card of header lines, title, description and sections; adds licence and statement of changes."""
     sections = {**sections, "Licence": hub.NOTICE.strip(), "Statement of changes": changes}
     parts = ["\n".join(["---", "license: gemma", *header, "---", f"# {name}"]), description]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items()]
@@ -23,7 +23,7 @@ def render(header: list[str], name: str, description: str, sections: Mapping[str
 def card(
     source: str | Path, results: Path | None = None, manifest: Path | None = None, changes: str = ""
 ) -> str:
-    """The card of a model; `results` is a folder of `codegemma eval`, `manifest` that of its data.
+    """The card of a model; `results` is a folder of `codegemma eval`, `manifest` a file about its data.
 
     Raises ValueError where the folder of results holds no finished benchmark.
     """
@@ -48,7 +48,7 @@ def card(
 
 
 def _model_index(name: str, scores: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The scores as the Hub reads them."""
+    """The scores in the Hub's form."""
     results = [
         {
             "task": {"type": "text-generation"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from codegemma.checkpoints import (
     torch,
 )
 from codegemma.checkpoints.tensors import ELEMENTS, LazyTensor, Tensor, from_float32
+from codegemma.checkpoints.untrusted import naming
 from codegemma.config import ExportFormat
 from codegemma.convert.importance import importance_of
 from codegemma.convert.inspect import chat_template, title
@@ -32,7 +34,7 @@ from codegemma.convert.quantize import (
     QUANTISED,
     Cost,
     Importance,
-    chosen,
+    choose_types,
     quantize_matrix,
     relative_error,
 )
@@ -40,19 +42,16 @@ from codegemma.native import dequantize
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 SUFFIXES: dict[str, ExportFormat] = {".gguf": "gguf", ".nemo": "nemo"}
-TOKENIZER_FILES = (  # copied from one Hugging Face directory to the next
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-SPARE_BYTES = 64 << 20  # of disk, beside the tensors
+SINGLE_FILES = tuple(SUFFIXES.values())
+WRITERS = {"nemo": nemo.save, "keras": keras.save, "orbax": orbax.save, "gemma_pytorch": torch.save}
+TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+COPIED_FILES = (*TOKENIZER_FILES, "chat_template.jinja")  # from one Hugging Face directory to another
+SPARE_BYTES = 64 << 20  # of disk, in addition to the tensors
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A written checkpoint, and the cost of each matrix that became blocks."""
+    """A written checkpoint, and the cost of each matrix that was quantised."""
 
     path: Path
     format: ExportFormat
@@ -73,18 +72,17 @@ def convert(
 ) -> Converted:
     """Writes a model (a name, or a path of any format) in another format.
 
-    Types are kept, except that formats without blocks get bfloat16 for blocks. `dtype` ("bf16", "f16", "f32")
-    changes them; `quantize_to` (GGUF only) makes blocks, weighed by `importance` (the numbers, their file, or
-    texts to measure them on); `merge` is applied to the opened model, for example an adapter's. The target
-    appears only when it is complete, and an interrupted quantisation resumes. Raises ValueError naming what
-    is wrong and what to do.
+    Tensors keep their types, except that blocks become bfloat16 in formats without blocks. `dtype` ("bf16",
+    "f16", "f32") converts all matrices; `quantize_to` quantises them (GGUF only), with errors weighed by
+    `importance` (arrays by tensor name, a file of llama-imatrix, or texts to measure it on). `merge` is
+    applied to the opened model and returns the model to write. The target appears only when it is complete,
+    and an interrupted quantisation resumes. Raises ValueError naming what is wrong and what to do.
     """
     to = _target_format(target, to, overwrite)
     if quantize_to and (to != "gguf" or dtype):
-        other = to if to != "gguf" else f"dtype {dtype}"
-        raise ValueError(
-            f"--quantize makes GGUF blocks, which {other} cannot hold: use --to gguf alone, or --dtype"
-        )
+        holder = to if to != "gguf" else f"dtype {dtype}"
+        rule = f"which {holder} cannot hold: use --to gguf alone, or --dtype"
+        raise ValueError(f"--quantize makes GGUF blocks, {rule}")
     if importance and not quantize_to:
         raise ValueError("importance weighs the columns that --quantize rounds: pass both, or neither")
     checkpoint = open_checkpoint(hub.resolve(source))
@@ -93,7 +91,7 @@ def convert(
     stamp = None if merge or not quantize_to else _stamp(checkpoint, quantize_to, importance)
     if isinstance(importance, Path):
         importance = importance_of(importance, checkpoint)
-    norms: dict[str, tuple[float, float]] = {}
+    norms: dict[str, np.ndarray] = {}
     tensors = {
         name: _with_type(name, tensor, types[name], importance or {}, norms)
         for name, tensor in checkpoint.tensors.items()
@@ -102,15 +100,11 @@ def convert(
     _check_disk(target, sum(tensor.nbytes for tensor in tensors.values()))
     if target.exists() and overwrite:
         shutil.rmtree(target) if target.is_dir() else target.unlink()
-    converted = replace(checkpoint, tensors=_with_progress(tensors, progress))
-    if to in ("gguf", "nemo"):
-        save(to, target, converted, stamp)
-    else:
-        with files.atomic_directory(target) as directory:
-            save(to, directory, converted)
+    with nullcontext(target) if to in SINGLE_FILES else files.atomic_directory(target) as path:
+        save(to, path, replace(checkpoint, tensors=_with_progress(tensors, progress)), stamp)
     costs = [
-        Cost(name, checkpoint.tensors[name].type, types[name], relative_error(*pair))
-        for name, pair in norms.items()
+        Cost(name, checkpoint.tensors[name].type, types[name], relative_error(*norms_of_tensor))
+        for name, norms_of_tensor in norms.items()
     ]
     return Converted(target, to, costs)
 
@@ -126,40 +120,33 @@ def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> Ex
 
 
 def save(to: ExportFormat, path: Path, checkpoint: Checkpoint, stamp: str | None = None) -> None:
-    """Writes a checkpoint as it is: as a file in GGUF and NeMo, else into the folder `path`.
+    """Writes a checkpoint without conversion: into a file for GGUF and NeMo, else into the folder `path`.
 
     A GGUF file with a `stamp` resumes an interrupted write of the same stamp.
     """
-    tokenizer, template = checkpoint.tokenizer, chat_template(checkpoint)
-    match to:
-        case "gguf":
-            entries = {"general.name": title(checkpoint)} | _gguf_header(checkpoint)
-            gguf_model.save(path, checkpoint, entries, template, stamp)
-        case "nemo":
-            nemo.save(path, checkpoint)
-        case "keras":
-            keras.save(path, checkpoint)
-        case "safetensors":
-            stops = sorted(prompts.fim_stops(tokenizer)) if tokenizer else []
-            huggingface.save(path, checkpoint, template, stops)
-            if checkpoint.path.is_dir() and format_of(checkpoint.path) in ("safetensors", "torch"):
-                for file in (file for pattern in TOKENIZER_FILES for file in checkpoint.path.glob(pattern)):
-                    shutil.copyfile(file, path / file.name)
-        case "orbax" | "gemma_pytorch":
-            (orbax if to == "orbax" else torch).save(path, checkpoint)
-    if to not in ("gguf", "nemo"):
+    if to == "gguf":
+        gguf_model.save(path, checkpoint, _gguf_header(checkpoint), chat_template(checkpoint), stamp)
+    elif to == "safetensors":
+        stops = sorted(prompts.fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else []
+        huggingface.save(path, checkpoint, chat_template(checkpoint), stops)
+        if checkpoint.path.is_dir() and format_of(checkpoint.path) in ("safetensors", "torch"):
+            for file in (file for pattern in COPIED_FILES for file in checkpoint.path.glob(pattern)):
+                shutil.copyfile(file, path / file.name)
+    else:
+        WRITERS[to](path, checkpoint)
+    if to not in SINGLE_FILES:
         (path / "NOTICE").write_text(hub.NOTICE)
 
 
 def _gguf_header(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The entries that a GGUF file passes on to a new one: about itself, its vocabulary and its training."""
-    own = ("general.architecture", "general.alignment")  # the new file has its own
-    from_gguf = bool(checkpoint.metadata) and format_of(checkpoint.path) == "gguf"
-    kept = ("general.", "tokenizer.") if from_gguf else ()
-    return {
+    """The entries of a new GGUF file that describe the model, copied where it comes from a GGUF file."""
+    is_gguf = bool(checkpoint.metadata) and format_of(checkpoint.path) == "gguf"
+    copied = ("general.", "tokenizer.") if is_gguf else ()
+    new = ("general.architecture", "general.alignment")  # which gguf_model.save writes
+    return {"general.name": title(checkpoint)} | {
         key: value
         for key, value in checkpoint.metadata.items()
-        if key == FIM_ORDERS_KEY or key.startswith(kept) and key not in own
+        if key == FIM_ORDERS_KEY or key.startswith(copied) and key not in new
     }
 
 
@@ -170,71 +157,58 @@ def _types(
     if dtype and dtype.upper() not in ("BF16", "F16", "F32"):
         raise ValueError(f"dtype must be bf16, f16 or f32, got {dtype!r}")
     if quantize_to:
-        return chosen(quantize_to, checkpoint)
-    kept = {
+        return choose_types(quantize_to, checkpoint)
+    if dtype:
+        return dict.fromkeys(checkpoint.tensors, dtype.upper())
+    return {
         name: "BF16" if to != "gguf" and tensor.type in QUANTISED else tensor.type
         for name, tensor in checkpoint.tensors.items()
     }
-    return dict.fromkeys(kept, dtype.upper()) if dtype else kept
 
 
 def _stamp(checkpoint: Checkpoint, quantize_to: str, importance: Importance | Path | None) -> str:
-    """All that a quantised file depends on: an interrupted write resumes if it is the same."""
-    inputs = [checkpoint.path] if checkpoint.path.is_file() else sorted(checkpoint.path.rglob("*"))
-    weights: Importance = {}
-    if isinstance(importance, Path):
-        inputs += [importance] if importance.is_file() else sorted(importance.rglob("*"))
-    elif importance is not None:
-        weights = importance
+    """Everything that a quantised file depends on: an interrupted write resumes where it is the same."""
+    paths, arrays = [checkpoint.path], importance or {}
+    if isinstance(arrays, Path):
+        paths, arrays = [checkpoint.path, arrays], {}
+    inputs = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in inputs]
-    return repr([quantize_to, *stats, *((name, values.tobytes()) for name, values in weights.items())])
+    return repr([quantize_to, *stats, *((name, values.tobytes()) for name, values in arrays.items())])
 
 
 def _with_type(
-    name: str, tensor: Tensor, type: str, importance: Importance, norms: dict[str, tuple[float, float]]
+    name: str, tensor: Tensor, type: str, importance: Importance, norms: dict[str, np.ndarray]
 ) -> Tensor:
-    """The tensor in another type, lazily; `norms` gets the squared norms of error and weights."""
-
-    def quantized(rows: Tensor) -> np.ndarray:
-        try:
-            blocks, *pair = quantize_matrix(rows, type, importance.get(name))
-        except ValueError as fault:
-            raise ValueError(f"tensor {name} {fault}") from None
-        before = norms.get(name, (0.0, 0.0))
-        norms[name] = before[0] + pair[0], before[1] + pair[1]
-        return blocks
-
+    """The tensor in another type, computed when read; `norms` gets the squared norms of error and weights."""
     if len(tensor.shape) == 1 or type == tensor.type:
         return tensor
-    return _by_rows(tensor, type, quantized if type in QUANTISED else lambda rows: _cast(name, rows, type))
+
+    def converted(rows: Tensor) -> np.ndarray:
+        with naming(f"tensor {name}"):
+            if type in ELEMENTS:
+                return _cast(rows, type)
+            blocks, *squared_norms = quantize_matrix(rows, type, importance.get(name))
+        norms[name] = norms.get(name, 0.0) + np.array(squared_norms)
+        return blocks
+
+    return LazyTensor.from_rows(type, tensor, converted)
 
 
-def _by_rows(tensor: Tensor, type: str, compute: Callable[[Tensor], np.ndarray]) -> Tensor:
-    """A lazy tensor of what `compute` makes of this one's rows."""
-
-    def read(start: int, stop: int) -> np.ndarray:
-        return compute(tensor.rows(start, stop))
-
-    return LazyTensor(type, tensor.shape, read, tensor.by_rows)
-
-
-def _cast(name: str, tensor: Tensor, type: str) -> np.ndarray:
+def _cast(tensor: Tensor, type: str) -> np.ndarray:
     """A matrix as elements of an unquantised type. Raises ValueError on values that it cannot hold."""
     rows, columns = tensor.shape
     elements, step = np.empty(tensor.shape, ELEMENTS[type]), max(1, CHUNK // columns)
     for start in range(0, rows, step):
         values = dequantize(tensor.rows(start, min(rows, start + step)))
         if not np.isfinite(values).all() or type == "F16" and np.abs(values).max() > 65_504:
-            raise ValueError(
-                f"tensor {name} holds NaN, infinite or (for f16) too large weights: the model is damaged, or "
-                "choose bf16"
-            )
+            rule = "holds NaN, infinite or (for f16) too large weights"
+            raise ValueError(f"{rule}: the model is damaged, or choose bf16")
         elements[start : start + step] = from_float32(type, values)
     return elements
 
 
 def _with_progress(tensors: Mapping[str, Tensor], progress: Progress | None) -> dict[str, Tensor]:
-    """The same tensors, which report progress as they are read, and free the pages that were read before."""
+    """The same tensors, which report progress when they are read, and free the memory of earlier reads."""
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
 
     def reported(rows: Tensor) -> np.ndarray:
@@ -246,7 +220,7 @@ def _with_progress(tensors: Mapping[str, Tensor], progress: Progress | None) -> 
         return rows.data
 
     return {
-        name: tensor if len(tensor.shape) == 1 else _by_rows(tensor, tensor.type, reported)
+        name: tensor if len(tensor.shape) == 1 else LazyTensor.from_rows(tensor.type, tensor, reported)
         for name, tensor in tensors.items()
     }
 
@@ -254,7 +228,5 @@ def _with_progress(tensors: Mapping[str, Tensor], progress: Progress | None) -> 
 def _check_disk(target: Path, nbytes: int) -> None:
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(parent).free) < nbytes * 1.02 + SPARE_BYTES:
-        raise ValueError(
-            f"{target} takes {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free: make room, or "
-            "choose another disk"
-        )
+        rule = f"but {parent} has {free / 1e9:.1f} GB free: make room, or choose another disk"
+        raise ValueError(f"{target} takes {nbytes / 1e9:.1f} GB, {rule}")

@@ -1,4 +1,4 @@
-"""A model with all that another program needs beside it: `codegemma export`."""
+"""Writes a model with the files that another program needs: `codegemma export`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def export(
     quantize_to: str | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Writes a model with what a program needs into the folder `target`; returns the files.
+    """Writes a model for a program into the folder `target`, and returns the files.
 
     Raises ValueError on an unknown program, and as `convert` does.
     """
@@ -53,15 +53,13 @@ def export(
 
 
 def modelfile(checkpoint: Checkpoint, file: str) -> str:
-    """Ollama's Modelfile: `.Suffix` fills in the middle, models that chat get turns; every stop is named.
+    """Ollama's Modelfile: a template for FIM (`.Suffix`) and, where the model chats, for turns; all stops.
 
     Raises ValueError on a checkpoint without a tokenizer.
     """
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
-        raise ValueError(
-            f"{checkpoint.path} has no tokenizer, which Ollama needs: put tokenizer.model beside it"
-        )
+        raise ValueError(f"{checkpoint.path} has no tokenizer, which Ollama needs: add tokenizer.model")
     control = tokenizer.control
     markers = control.fim_prefix, control.fim_suffix, control.fim_middle
     fim = ["" if token is None else tokenizer.piece(token) for token in markers] if control.fim else None

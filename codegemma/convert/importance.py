@@ -1,4 +1,4 @@
-"""How much the columns of a matrix matter when they are rounded: the mean squares of their inputs."""
+"""The importance of a matrix's columns, which weighs their rounding errors: the mean square of the inputs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from codegemma.config import ModelConfig
 from codegemma.convert.quantize import Importance
 from codegemma.native import PAGE, Native, Slice
 
-ROW_TOKENS, MAX_ROWS = 512, 32  # what importance is measured on: tokens of a row, and rows
+ROW_TOKENS, MAX_ROWS = 512, 32  # to measure on: tokens of a row, and rows
 MAX_TEXT_BYTES = 1 << 24
 
 
 def importance_of(path: Path, checkpoint: Checkpoint) -> Importance:
-    """The importance of each column, from a file of llama-imatrix or measured on a file or folder of text.
+    """The importance of each column, from a file of llama-imatrix, or measured on a file or folder of text.
 
-    Raises ValueError on a file of another model, and where there is no text or no tokenizer to read it with.
+    Raises ValueError on a file of another model, and where there is no text or no tokenizer.
     """
     if path.is_file():
         with open(path, "rb") as file:
@@ -29,23 +29,20 @@ def importance_of(path: Path, checkpoint: Checkpoint) -> Importance:
                 return _read_imatrix(path, checkpoint.config)
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
-        raise ValueError(
-            f"{checkpoint.path} has no tokenizer to read {path} with: put its tokenizer.model there"
-        )
+        raise ValueError(f"{checkpoint.path} has no tokenizer to read {path} with: add its tokenizer.model")
     rows = []
     for text in _texts(path):
         ids = tokenizer.encode(text)
         for start in range(0, len(ids), ROW_TOKENS - 1):
             rows.append([tokenizer.control.bos or 0, *ids[start : start + ROW_TOKENS - 1]])
     if not rows:
-        raise ValueError(
-            f"{path}: holds no UTF-8 text and is no file of llama-imatrix: pass code of the kind to write"
-        )
+        rule = "holds no UTF-8 text and is no file of llama-imatrix"
+        raise ValueError(f"{path}: {rule}: pass code of the kind to write")
     return _measure(checkpoint, rows[:: -(-len(rows) // MAX_ROWS)])
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """The UTF-8 texts of a file or folder, MAX_TEXT_BYTES in all."""
+    """The UTF-8 texts of a file or folder, up to MAX_TEXT_BYTES in all."""
     budget = MAX_TEXT_BYTES
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         if file.is_file() and 0 < file.stat().st_size <= budget:
@@ -55,7 +52,7 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _measure(checkpoint: Checkpoint, rows: Sequence[Sequence[int]]) -> Importance:
-    """The mean square of each matrix's input, by column, over the tokens of rows of ids."""
+    """The mean square of each matrix's input [columns] over all tokens in rows of ids."""
     squares: dict[str, np.ndarray] = {}
     native = Native(checkpoint, observed=squares)
     for ids in rows:
@@ -73,13 +70,11 @@ def _read_imatrix(path: Path, config: ModelConfig) -> Importance:
             continue
         values = sums.float32().reshape(-1) / max(1.0, float(counts.float32().reshape(-1)[0]))
         if values.size != location.shape[-1] or not (np.isfinite(values).all() and (values >= 0).all()):
-            raise ValueError(
-                f"{path}: {location.stored} has {values.size} importances, some perhaps not finite, but the "
-                f"model has {location.shape[-1]} columns: measure it again with this model"
-            )
+            rule = f"importances, or not finite ones, but the model has {location.shape[-1]} columns"
+            remedy = "measure it again with this model"
+            raise ValueError(f"{path}: {location.stored} has {values.size} {rule}: {remedy}")
         importance[location.name] = np.ascontiguousarray(values, np.float32)
     if not importance:
-        raise ValueError(
-            f"{path}: holds no importances (NAME.in_sum2, NAME.counts): pass a file of llama-imatrix"
-        )
+        rule = "holds no importances (NAME.in_sum2, NAME.counts)"
+        raise ValueError(f"{path}: {rule}: pass a file of llama-imatrix")
     return importance

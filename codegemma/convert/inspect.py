@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its header without running it: `codegemma inspect`."""
+"""Describes and checks a checkpoint without running the model: `codegemma inspect`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from codegemma.prompts import CHAT_TEMPLATE
 
 # Exponent bits of a float, all set in NaN and infinity, and the type that reads them.
 EXPONENTS = {"F32": (0x7F800000, "<u4"), "F16": (0x7C00, "<u2"), "BF16": (0x7F80, "<u2")}
-SCALES = {  # where the float16 scales of a block lie, in bytes
+SCALE_OFFSETS = {  # of the float16 scales in a block, in bytes
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     "Q6_K": (208,),
@@ -28,7 +28,7 @@ SCALES = {  # where the float16 scales of a block lie, in bytes
 
 @dataclass(frozen=True)
 class Inspection:
-    """The facts of a checkpoint. `types` counts matrices by type, `control` holds the control token ids."""
+    """Facts about a checkpoint. `types` counts matrices by type; `control` holds the control token ids."""
 
     path: Path
     format: str
@@ -44,7 +44,7 @@ class Inspection:
     problems: list[str]
 
     def lines(self) -> Iterator[str]:
-        """What `codegemma inspect` prints."""
+        """The lines that `codegemma inspect` prints."""
         size = f"{self.parameters:,} parameters, {self.nbytes:,} bytes"
         yield f"{self.path}: {self.format}, {self.architecture}, {size}"
         yield "matrices      " + ", ".join(f"{count} {type}" for type, count in self.types.items())
@@ -61,7 +61,7 @@ def _listed(fields: dict[str, Any]) -> str:
 
 
 def inspect(source: str | Path) -> Inspection:
-    """Reads the header and the tokenizer, and checks all weights. No code in a file is run.
+    """Reads the header and the tokenizer, and checks all weights; runs no code from a file.
 
     Raises ValueError on a damaged file.
     """
@@ -85,20 +85,20 @@ def inspect(source: str | Path) -> Inspection:
 
 
 def title(checkpoint: Checkpoint) -> str:
-    """A model's name: as its own header says, else as the family calls it, else its file name."""
+    """A model's name: from its header, else its published name, else its file name."""
     preset = hub.preset_in(checkpoint.path.name, checkpoint.config)
     return str(checkpoint.metadata.get("general.name") or (preset.title if preset else checkpoint.path.stem))
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
-    """The chat template that came with a model, else Gemma's if the model was made to chat."""
-    stated, path = checkpoint.metadata.get("tokenizer.chat_template"), checkpoint.path
-    if stated is None and (file := path / "chat_template.jinja").is_file():
-        stated = file.read_text()
-    if not stated and (file := path / "tokenizer_config.json").is_file():
-        stated = read_json(file).get("chat_template")
-    if isinstance(stated, str):
-        return stated
+    """The chat template in a model's files, else Gemma's if the model was trained to chat."""
+    template, path = checkpoint.metadata.get("tokenizer.chat_template"), checkpoint.path
+    if template is None and (file := path / "chat_template.jinja").is_file():
+        template = file.read_text()
+    if not template and (file := path / "tokenizer_config.json").is_file():
+        template = read_json(file).get("chat_template")
+    if isinstance(template, str):
+        return template
     names = title(checkpoint), path.name, path.parent.name
     preset = next(filter(None, (hub.preset_in(name, checkpoint.config) for name in names)), None)
     return CHAT_TEMPLATE if preset and "chat" in preset.uses else None
@@ -124,12 +124,12 @@ def _problems(checkpoint: Checkpoint) -> Iterator[str]:
 def _finite(tensor: Tensor) -> bool:
     """Whether all floats, or all scales of blocks, are finite."""
     files.unmap()
-    mask, dtype = EXPONENTS["F16" if tensor.type in SCALES else tensor.type]
+    mask, dtype = EXPONENTS["F16" if tensor.type in SCALE_OFFSETS else tensor.type]
     for piece in tensor.pieces():
         floats = [piece.data]
-        if tensor.type in SCALES:
+        if tensor.type in SCALE_OFFSETS:
             blocks = piece.data.reshape(-1, BLOCKS[tensor.type][1])
-            floats = [blocks[:, offset : offset + 2] for offset in SCALES[tensor.type]]
+            floats = [blocks[:, offset : offset + 2] for offset in SCALE_OFFSETS[tensor.type]]
         if any((np.ascontiguousarray(values).view(dtype) & mask == mask).any() for values in floats):
             return False
     return True

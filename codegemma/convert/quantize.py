@@ -1,8 +1,8 @@
-"""Quantising matrices to GGUF's block types, by llama.cpp's rules, and the error this makes.
+"""Quantises matrices to GGUF's block types by llama.cpp's rules, and measures the error.
 
 The blocks equal those of ggml's reference quantisers bit for bit (native/src/quantise.cpp). Norms stay F32.
-Where a row is not a whole number of blocks the next larger type is used, and where none fits the matrix stays
-as it is.
+Where a row is not a whole number of blocks, the next larger type is used; where none fits, the matrix is not
+quantised.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from codegemma.checkpoints import Checkpoint
 from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, Tensor, row_bytes
+from codegemma.checkpoints.untrusted import naming
 from codegemma.native import dequantize, quantize_rows, usable_cpus
 
 # The next larger type, for rows that the blocks of a type do not fill.
@@ -30,7 +31,7 @@ Importance = Mapping[str, np.ndarray]  # by tensor name: float32 [columns], the 
 
 @dataclass(frozen=True)
 class Cost:
-    """What became of a matrix; `error` is the norm of the difference over the norm of the weights."""
+    """The types of a matrix before and after, and the norm of the error over the norm of the weights."""
 
     name: str
     before: str
@@ -49,8 +50,8 @@ def bits(type: str) -> float:
     return 8 * size / weights
 
 
-def chosen(type: str, checkpoint: Checkpoint) -> dict[str, str]:
-    """The type that each tensor gets for a type or mix ("q8_0", "q4_k_m"): never one with more bits.
+def choose_types(type: str, checkpoint: Checkpoint) -> dict[str, str]:
+    """The new type of each tensor for a type or mix ("q8_0", "q4_k_m"): never one of more bits.
 
     Raises ValueError on an unknown type.
     """
@@ -58,10 +59,10 @@ def chosen(type: str, checkpoint: Checkpoint) -> dict[str, str]:
     if name not in names:
         raise ValueError(f"cannot quantize to {type!r}: choose {', '.join(map(str.lower, names))}")
     layers = checkpoint.config.layers
-    return {key: _fitting(_mixed(name, key, layers), tensor) for key, tensor in checkpoint.tensors.items()}
+    return {key: _fitting(_mix_type(name, key, layers), tensor) for key, tensor in checkpoint.tensors.items()}
 
 
-def _mixed(mix: str, name: str, layers: int) -> str:
+def _mix_type(mix: str, name: str, layers: int) -> str:
     """llama.cpp's rule: Q6_K for the embedding (also the output layer) and the most sensitive matrices."""
     type = MIXES.get(mix, mix)
     if name == "embed":
@@ -74,7 +75,7 @@ def _mixed(mix: str, name: str, layers: int) -> str:
 
 
 def _fitting(type: str, tensor: Tensor) -> str:
-    """The type, or the first fallback whose blocks fill a row, unless the tensor has as few bits already."""
+    """The type, or its first fallback whose blocks fill a row; the tensor's own if that has no more bits."""
     if len(tensor.shape) == 1:
         return tensor.type
     while tensor.shape[-1] % BLOCKS[type][0]:
@@ -93,7 +94,7 @@ def quantize_matrix(
     ValueError on NaN or infinite weights, and where blocks do not fill a row.
     """
     rows, columns = tensor.shape
-    tensor = ArrayTensor(tensor.type, tensor.shape, tensor.data)  # a deferred one is read once
+    tensor = ArrayTensor(tensor.type, tensor.shape, tensor.data)  # so that a lazy one is read once
     blocks, step = np.empty((rows, row_bytes(type, columns)), np.uint8), max(1, CHUNK // columns)
 
     def quantize_chunk(start: int) -> tuple[float, float]:
@@ -111,27 +112,25 @@ def quantize_matrix(
 
 
 def quantize_checkpoint(checkpoint: Checkpoint, type: str) -> Checkpoint:
-    """The same model with its matrices in blocks, in memory.
+    """The same model with its matrices quantised, in memory.
 
     Raises ValueError on an unknown type, and on a matrix with NaN or infinite weights.
     """
     tensors = dict(checkpoint.tensors)
-    for name, new_type in chosen(type, checkpoint).items():
+    for name, new_type in choose_types(type, checkpoint).items():
         tensor = tensors[name]
         if new_type != tensor.type:
-            try:
-                blocks = quantize_matrix(tensor, new_type)[0]
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: tensor {name} {error}") from None
+            with naming(f"{checkpoint.path}: tensor {name}"):
+                blocks, *_ = quantize_matrix(tensor, new_type)
             tensors[name] = ArrayTensor(new_type, tensor.shape, blocks)
     return replace(checkpoint, tensors=tensors)
 
 
 def summary(costs: list[Cost]) -> Iterator[str]:
-    """What was done, in one line for each pair of types."""
+    """A line for each pair of types, with the number of matrices and the largest error."""
     by_types: dict[tuple[str, str], list[Cost]] = {}
     for cost in costs:
         by_types.setdefault((cost.before, cost.after), []).append(cost)
-    for (before, after), alike in sorted(by_types.items()):
-        worst = max(alike, key=lambda cost: cost.error)
-        yield f"{len(alike)} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})"
+    for (before, after), group in sorted(by_types.items()):
+        worst = max(group, key=lambda cost: cost.error)
+        yield f"{len(group)} matrices {before} -> {after}: error at most {worst.error:.2%} ({worst.name})"

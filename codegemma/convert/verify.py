@@ -1,4 +1,4 @@
-"""Whether two checkpoints are one model, tensor by tensor and by their predictions: `codegemma verify`."""
+"""Compares two checkpoints of a model by tensors, token ids and predictions: `codegemma verify`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from codegemma.convert.quantize import QUANTISED, relative_error
 from codegemma.native import PAGE, Native, Slice, dequantize
 
 # The largest relative error (norm of the error over norm of the tensor) by type: half a unit in the last
-# place for floats, and for blocks about twice what normally distributed weights lose (tests/test_quantize.py
-# measures it).
+# place for floats, and for blocks about twice the error of normally distributed weights, which
+# tests/test_quantize.py measures.
 MAX_ERROR = {"F32": 1e-7, "F16": 2.0**-11, "BF16": 2.0**-9, "Q8_0": 0.012, "Q6_K": 0.04}
 MAX_ERROR |= {"Q5_K": 0.09, "Q5_1": 0.09, "Q5_0": 0.1, "Q4_K": 0.16, "Q4_1": 0.17, "Q4_0": 0.19}
-MAX_NORM_ERROR = 2.0**-8  # of vectors, which are norms
-MAX_TOKENS = 256  # of a text that are compared; one run of the engine takes as many
+MAX_NORM_ERROR = 2.0**-8  # relative error of vectors, which are norms
+MAX_TOKENS = 256  # compared for each text; one run of the engine takes as many
 MAX_KL = 100.0  # nats, times the square of the largest relative error
 TEXTS = (
     'def fibonacci(n: int) -> int:\n    """The n-th Fibonacci number."""\n    if n < 2:\n        return n\n',
@@ -34,18 +34,18 @@ IDS_COMPARED = {True: "equal on all texts", False: "different", None: "not compa
 
 @dataclass(frozen=True)
 class Proof:
-    """How two checkpoints differ; `faults` is empty where the target is as good as its types allow."""
+    """How two checkpoints differ; `faults` is empty where rounding to the target's types explains it."""
 
     errors: dict[str, float] = field(default_factory=dict)  # by tensor: relative error
     same_ids: bool | None = None  # None where a tokenizer is missing
-    largest: float = 0.0  # difference of logits
-    mean: float = 0.0
+    largest: float = 0.0  # absolute difference of logits
+    mean: float = 0.0  # absolute difference of logits
     kl: float = 0.0  # mean KL(source || target), nats
     agreement: float = 1.0  # share of equal top tokens
     faults: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
-        """The table that `codegemma verify` prints."""
+        """The lines that `codegemma verify` prints."""
         worst = max(self.errors, key=self.errors.__getitem__, default="")
         identical = sum(error == 0 for error in self.errors.values())
         name = f" ({worst})" if worst else ""
@@ -61,7 +61,7 @@ class Proof:
 def verify(
     source: str | Path, target: str | Path, texts: tuple[str, ...] = TEXTS, threads: int | None = None
 ) -> Proof:
-    """Compares two checkpoints tensor by tensor, then their ids and logits for fixed texts."""
+    """Compares two checkpoints tensor by tensor, then their token ids and logits for fixed texts."""
     left, right = (open_checkpoint(hub.resolve(path)) for path in (source, target))
     if {**vars(left.config), "context": 0} != {**vars(right.config), "context": 0}:
         return Proof(faults=[f"the configs differ: {left.config} and {right.config}"])
@@ -81,15 +81,13 @@ def verify(
     worst = max(*errors.values(), MAX_ERROR["Q8_0"] * blocks)  # with blocks, activations have 8 bits too
     proof = _compare(_logits(left, rows, threads), _logits(right, rows, threads))
     if not proof.kl <= (limit := 1e-9 + MAX_KL * worst**2):
-        faults.append(
-            f"the predictions differ by {proof.kl:.2g} nats (KL), but errors of at most {worst:.2%} in the "
-            f"weights explain {limit:.2g}"
-        )
+        rule = f"but errors of at most {worst:.2%} in the weights explain {limit:.2g}"
+        faults.append(f"the predictions differ by {proof.kl:.2g} nats (KL), {rule}")
     return replace(proof, errors=errors, same_ids=same_ids, faults=faults)
 
 
 def _error(left: Tensor, right: Tensor) -> float:
-    """The relative error of the right tensor; 0 only where both hold the same bytes."""
+    """The relative error of the right tensor; 0 where both tensors hold the same bytes."""
     squared_error, squared_norm, same = 0.0, 0.0, left.type == right.type
     for pieces in zip(left.pieces(), right.pieces(), strict=True):
         a, b = (ArrayTensor(piece.type, piece.shape, piece.data) for piece in pieces)  # read once
@@ -103,7 +101,7 @@ def _error(left: Tensor, right: Tensor) -> float:
 
 
 def _ids(checkpoint: Checkpoint, texts: tuple[str, ...]) -> list[list[int]] | None:
-    """Ids of each text, without and with the control tokens it spells; of a FIM prompt; the control ids."""
+    """Ids of each text (control tokens in it read as text, then as tokens), of a FIM prompt; control ids."""
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         return None
