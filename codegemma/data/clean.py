@@ -1,4 +1,4 @@
-"""What must not be learned: low quality and unsafe content is dropped, secrets are replaced."""
+"""Drops documents of low quality or unsafe content, and replaces secrets in the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from codegemma.tokenizer import Tokenizer
 # --------------------------------------------------------------------------------------------------- quality
 @dataclass(frozen=True)
 class Quality:
-    """Limits of the checks. Lines and alphanumeric share are BigCode's, the others ours by inspection."""
+    """Limits of the checks: BigCode's for lines and the alphanumeric share, else chosen by inspection."""
 
     languages: frozenset[str] = CODE_LANGUAGES
     longest_line: int = 1000
@@ -88,7 +88,7 @@ def _check_characters(document: Document, limits: Quality) -> tuple[str, str] | 
 
 
 def bytes_per_token(text: str, tokenizer: Tokenizer) -> float:
-    """Of 512 characters in the middle; infinite where they have as much white space as source code."""
+    """In the middle 512 characters; infinite where these have as much white space as source code."""
     middle = text[max(0, len(text) // 2 - 256) :][:512]
     if sum(map(str.isspace, middle)) > len(middle) * 0.12:
         return float("inf")
@@ -128,7 +128,7 @@ class Unsafe:
 
 
 def _is_near(text: str, start: int, end: int, rule: dict[str, Any]) -> bool:
-    """Whether one of a rule's `near` words is within its distance of text[start:end]; also if it has none."""
+    """Whether a rule has no `near` words, or one of them is within its distance of text[start:end]."""
     if not rule.get("near"):
         return True
     distance = rule.get("within", 0)
@@ -138,7 +138,7 @@ def _is_near(text: str, start: int, end: int, rule: dict[str, Any]) -> bool:
 
 # -------------------------------------------------------------------------------------------------- the step
 class Cleaner:
-    """All checks and replacements by one set of limits. `redacted` counts the replacements by kind."""
+    """Applies the checks and replacements. `redacted` counts the replacements by kind."""
 
     def __init__(
         self,

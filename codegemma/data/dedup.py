@@ -1,9 +1,9 @@
-"""Which documents are near copies, by MinHash, and which hold the problem of a benchmark.
+"""Finds near copies of documents by MinHash, and documents that contain the problem of a benchmark.
 
 Words are runs of letters, digits, "_" and bytes above 127, in lower case; a shingle is five of them in a
 row, a document of fewer is one shingle. 126 permutations in 21 bands of 6 find a pair of Jaccard similarity
-0.8 with probability 0.998; each candidate is then compared by its whole signature, so that the bands decide
-what is compared, not what is dropped.
+0.8 with probability 0.998. The bands only find candidates; whether a pair is similar is decided by the full
+signatures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PERMUTATIONS = BANDS * ROWS
 SHINGLE = 5
 THRESHOLD = 0.8
 BENCHMARK_NGRAM = 10
-MAX_PAIRS = 64  # of one bucket, each document is compared with this many of its first ones
+MAX_PAIRS = 64  # in a larger bucket, a document is compared only with some of the others
 
 Node = TypeVar("Node", bound=Hashable)
 
@@ -82,8 +82,8 @@ def ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
     count = len(hashes) - size + 1 if size else 0
     total = np.zeros(count, np.uint64)
     with np.errstate(over="ignore"):
-        for at in range(size):
-            total = total * np.uint64(0x100000001B3) + hashes[at : at + count]
+        for i in range(size):
+            total = total * np.uint64(0x100000001B3) + hashes[i : i + count]
     return _mix(total)
 
 
@@ -104,8 +104,8 @@ def band_keys(signature: np.ndarray) -> np.ndarray:
     rows = signature.reshape(len(signature), BANDS, ROWS).astype(np.uint64)
     keys = np.zeros(rows.shape[:2], np.uint64)
     with np.errstate(over="ignore"):
-        for at in range(ROWS):
-            keys = _mix(keys * np.uint64(0x100000001B3) + rows[:, :, at])
+        for i in range(ROWS):
+            keys = _mix(keys * np.uint64(0x100000001B3) + rows[:, :, i])
         return _mix(keys + np.arange(BANDS, dtype=np.uint64))
 
 
@@ -145,9 +145,9 @@ def resolve(
 ) -> dict[Node, tuple[Node, float]]:
     """duplicate -> (the node kept for it, similarity), given the pairs that are similar.
 
-    In the order of `rank`, a node is kept unless it is similar to one that is kept. So whatever is dropped is
-    itself similar to the node named, no chain of small steps joins unlike texts, and the order of the edges
-    does not matter.
+    In the order of `rank`, a node is kept unless it is similar to one that is kept. So each duplicate is
+    similar to the node kept for it (there are no chains of small steps), and the order of the edges does not
+    matter.
     """
     near: dict[Node, list[tuple[Node, float]]] = defaultdict(list)
     for left, right, similarity in edges:
@@ -168,7 +168,7 @@ def resolve(
 
 # ------------------------------------------------------------------------------------------ decontamination
 class Benchmarks:
-    """N-grams of benchmark problems. A text with half of those of one field of a problem holds the problem.
+    """Finds benchmark problems in texts: a text with half of the n-grams of a problem's field contains it.
 
     `files` are JSON lines or arrays (also .gz): every string field of a record of at least BENCHMARK_NGRAM
     words counts, named by its task_id, or by the file and line. Raises ValueError for other files.

@@ -1,4 +1,4 @@
-"""Documents: texts with where they come from, and the outcome of every input that becomes one or does not."""
+"""Documents (texts and their origin), and the outcome of every input, which may not become a document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CODE_LANGUAGES = frozenset(FILE_RULES["code_languages"])
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it comes from. `kind` is "code", or another part of the mix ("text", "math")."""
+    """A text and its origin. `kind` is "code", or another part of the mix ("text", "math")."""
 
     repository: str
     path: str
@@ -28,7 +28,7 @@ class Document:
     commit: str = ""
     encoding: str = "utf-8"
     kind: str = "code"
-    imports: tuple[str, ...] | None = None  # of the top lines; None before the text has been parsed
+    imports: tuple[str, ...] | None = None  # in the top lines; None before the text has been parsed
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ class Document:
 
     @property
     def key(self) -> int:
-        """63 bits by which documents are sorted: equal for all files of a repository, and of a text alone."""
+        """A sort key of 63 bits: a hash of the repository for code, of the name for other kinds."""
         owner = self.repository if self.kind == "code" else self.name
         digest = hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
@@ -57,7 +57,7 @@ Decision = Literal["kept", "dropped", "duplicate"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one input: kept, dropped for a reason, or the duplicate of a named one."""
+    """What became of an input: kept, dropped for a reason, or dropped as the duplicate of another."""
 
     repository: str
     path: str

@@ -1,4 +1,4 @@
-"""Random choices that depend on nothing but what they are about."""
+"""Random numbers that depend only on a key, such as the seed and the path of a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 class Draw:
-    """Random numbers that are a hash of a key and a counter: the same for any worker, order or restart."""
+    """A stream of random numbers hashed from a key and a counter: no worker, order or restart changes it."""
 
     def __init__(self, *key: object):
         self._hash = hashlib.blake2b("\0".join(map(str, key)).encode("utf-8", "surrogatepass"), digest_size=8)

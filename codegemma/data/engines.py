@@ -1,4 +1,4 @@
-"""What runs the tasks of a build: this process, a pool of processes, or Ray."""
+"""The engines that run the tasks of a build: this process, a pool of processes, or Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def local(workers: int) -> Iterator[Engine]:
                     yield future.result()
             except BrokenProcessPool as error:
                 raise RuntimeError(
-                    f"a worker of stage {tasks[0].stage} died (out of memory?): go on with --resume and "
+                    f"a worker of stage {tasks[0].stage} died (out of memory?): continue with --resume and "
                     "fewer --workers"
                 ) from error
 

@@ -1,7 +1,8 @@
-"""Documents -> fill-in-the-middle training examples. Every choice is a hash of what it is about.
+"""Documents -> fill-in-the-middle training examples.
 
-Examples are whole files, or pieces that fill a row; or windows: short contexts around holes all over a file,
-from which a model learns the layouts at less cost.
+Examples are files, or pieces of a file that fill a row; or windows: short contexts around holes all over a
+file, from which a model learns the layouts at less cost. Every choice is a Draw from the recipe's seed and
+epoch, the file and the offset.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from codegemma.prompts import Label, Layout, fim_training, head, tail
 from codegemma.tokenizer import Tokenizer
 
 PARTS: frozenset[Label] = frozenset({"prefix", "suffix", "middle", "terminator"})
-FUNCTION_SHARE = 0.25  # of the windows: those that show only the function around the hole
-MAX_DRAWS = 16  # of a hole that fits its window
+FUNCTION_SHARE = 0.25  # of the windows show only the function around the hole
+MAX_DRAWS = 16  # attempts to draw a hole that fits its window
 MAX_CHARACTERS_PER_TOKEN = 5
 
 
@@ -64,7 +65,7 @@ class FimRecipe:
 
 @dataclass(frozen=True)
 class Example:
-    """A document, or a piece of one, as it stands in a row: text[offset:offset + size] of its file."""
+    """A document or a piece of it, text[offset:offset + size], as the tokens of a row."""
 
     document: Document
     ids_T: np.ndarray  # int32
@@ -73,7 +74,7 @@ class Example:
     offset: int
     size: int
     split: Split
-    order: int = 0  # place of the document in the packed order of its partition
+    order: int = 0  # index of the document in the packed order of its partition
 
 
 def fim(
@@ -93,13 +94,13 @@ def fim(
 
 
 def pieces(text: str, size: int) -> list[str]:
-    """The text in pieces of at most `size` characters, cut behind a line break in their last half, if any."""
-    cuts = [0]
-    while len(text) - cuts[-1] > size:
-        end = cuts[-1] + max(1, size)
-        line = text.rfind("\n", cuts[-1] + size // 2, end) + 1
-        cuts.append(line or end)
-    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+    """The text in pieces of at most `size` characters, cut at a line break in their second half, if any."""
+    cut = []
+    while len(text) > size:
+        end = text.rfind("\n", size // 2, max(1, size)) + 1 or max(1, size)
+        cut.append(text[:end])
+        text = text[end:]
+    return [*cut, text]
 
 
 @dataclass(frozen=True)
@@ -110,18 +111,18 @@ class _ExampleMaker:
     tokenizer: Tokenizer
     recipe: FimRecipe
 
-    def example(self, offset: int, size: int, place: Split, path: str | None, layout: Layout) -> Example:
-        """document.text[offset:offset + size], split at `place` (whose offsets count from there)."""
+    def example(self, offset: int, size: int, hole: Split, path: str | None, layout: Layout) -> Example:
+        """document.text[offset:offset + size], split at `hole`, whose offsets count from `offset`."""
         document = self.document
         text = document.text[offset : offset + size]
-        parts = text[: place.start], text[place.start : place.end], text[place.end :]
+        parts = text[: hole.start], text[hole.start : hole.end], text[hole.end :]
         end: Literal["file_separator", "eos"] = "file_separator" if document.kind == "code" else "eos"
         prompt = fim_training(self.tokenizer, *parts, path, layout, end)
         loss = [np.full(len(ids), label in self.recipe.loss) for label, ids in prompt.segments]
         learned = np.concatenate(loss)
         if self.recipe.window and layout == "prefix" and offset + size < len(document.text):
             learned[-1] = False  # a window that ends before its file does has no end to learn
-        return Example(document, np.array(prompt.ids, np.int32), learned, layout, offset, size, place)
+        return Example(document, np.array(prompt.ids, np.int32), learned, layout, offset, size, hole)
 
     def layout(self, draw: Draw) -> Layout:
         if draw.uniform() >= self.recipe.fim_rate:
@@ -134,9 +135,9 @@ class _ExampleMaker:
     def pieces(self, offset: int, text: str) -> Iterator[Example]:
         """The text at `offset` as one example if it fits a row, else cut at line breaks into pieces that fit.
 
-        So prefix, suffix and middle always stand in one row, and the share of FIM examples is as asked for.
+        So prefix, suffix and middle are always in one row, and the share of FIM examples is the recipe's.
         """
-        example, length = self.whole(offset, text), self.recipe.length
+        example, length = self.piece(offset, text), self.recipe.length
         tokens = len(example.ids_T)
         if tokens < length:
             yield example
@@ -148,18 +149,18 @@ class _ExampleMaker:
             yield from self.pieces(offset, piece)
             offset += len(piece)
 
-    def whole(self, offset: int, text: str) -> Example:
+    def piece(self, offset: int, text: str) -> Example:
         document, draw = self.document, self.draw(offset, len(text))
         layout = self.layout(draw) if document.kind == "code" and text else "prefix"
-        place = Split(0, len(text), "whole")
+        hole = Split(0, len(text), "whole")
         if layout != "prefix":
-            place = split(text, document.language, draw)
+            hole = split(text, document.language, draw)
         path = document.path if document.kind == "code" else None
-        return self.example(offset, len(text), place, path, layout)
+        return self.example(offset, len(text), hole, path, layout)
 
     # ------------------------------------------------------------------------------------------- windows
     def windows(self, tokens: tuple[int, int]) -> Iterator[Example]:
-        """One for every `stride` characters of the text; a shorter piece has a chance in proportion to it."""
+        """A window per `stride` characters of text; a shorter rest has a window with a chance by its size."""
         offset, stride = 0, self.recipe.stride
         for piece in pieces(self.document.text, stride):
             draw = self.draw("window", offset, len(piece))
@@ -170,7 +171,7 @@ class _ExampleMaker:
             offset += len(piece)
 
     def window(self, within: range, draw: Draw, tokens: tuple[int, int]) -> Example | None:
-        """None where no hole of this part of the text fits the tokens that were drawn for the window."""
+        """A window whose hole begins in text[within]; None where no hole fits the tokens drawn for it."""
         layout, text = self.layout(draw), self.document.text
         size = tokens[0] + draw.below(tokens[1] - tokens[0] + 1)
         path = self.document.path if draw.uniform() < self.recipe.path_rate else None
@@ -184,32 +185,32 @@ class _ExampleMaker:
             shown = len(self.tokenizer.decode(head(self.tokenizer, ids, room)))
             return self.example(start, shown, Split(0, shown, "whole"), path, layout)
         for _ in range(MAX_DRAWS):
-            place = split(text, self.document.language, draw, WINDOW_KINDS, within, 2 * room)
-            middle = text[place.start : place.end]
+            hole = split(text, self.document.language, draw, WINDOW_KINDS, within, 2 * room)
+            middle = text[hole.start : hole.end]
             if middle.strip() and len(middle) < MAX_CHARACTERS_PER_TOKEN * room:
                 middle_tokens = len(self.tokenizer.encode(middle))
                 if middle_tokens <= room // 2:
-                    start, end = self.edges(place, room - middle_tokens, draw)
-                    inside = Split(place.start - start, place.end - start, place.kind)
-                    return self.example(start, end - start, inside, path, layout)
+                    start, end = self.edges(hole, room - middle_tokens, draw)
+                    hole = Split(hole.start - start, hole.end - start, hole.kind)
+                    return self.example(start, end - start, hole, path, layout)
         return None
 
-    def edges(self, place: Split, room: int, draw: Draw) -> tuple[int, int]:
+    def edges(self, hole: Split, room: int, draw: Draw) -> tuple[int, int]:
         """(start, end) of the text around a hole that fills `room` tokens.
 
-        A tenth to six tenths are for the suffix, the rest for the prefix, and each lends the other what it
-        does not need. Edges are those of a prompt that is cut to a budget, by the same functions.
+        A tenth to six tenths are for the suffix, the rest for the prefix; what one does not need goes to the
+        other. The text is cut by the functions that cut a prompt to a budget.
         """
         text, tokenizer = self.document.text, self.tokenizer
         shown = range(len(text))
-        if place.kind == "function end" or draw.uniform() < FUNCTION_SHARE:
-            shown = function_around(text, self.document.language, place.start, place.end)
+        if hole.kind == "function end" or draw.uniform() < FUNCTION_SHARE:
+            shown = function_around(text, self.document.language, hole.start, hole.end)
         reach = MAX_CHARACTERS_PER_TOKEN * room
-        prefix = tokenizer.encode(text[max(shown.start, place.start - reach) : place.start])
-        suffix = tokenizer.encode(text[place.end : min(shown.stop, place.end + reach)])
+        prefix = tokenizer.encode(text[max(shown.start, hole.start - reach) : hole.start])
+        suffix = tokenizer.encode(text[hole.end : min(shown.stop, hole.end + reach)])
         limit = self.recipe.suffix_limit
         limit = room if limit is None else 1 + draw.below(limit)
         share = int(room * (0.1 + 0.5 * draw.uniform()))
         suffix = head(tokenizer, suffix, min(limit, max(share, room - len(prefix))))
         prefix = tail(tokenizer, prefix, room - len(suffix))
-        return place.start - len(tokenizer.decode(prefix)), place.end + len(tokenizer.decode(suffix))
+        return hole.start - len(tokenizer.decode(prefix)), hole.end + len(tokenizer.decode(suffix))

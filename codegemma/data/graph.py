@@ -1,9 +1,9 @@
 """Files of a repository in the order of their dependencies, as the CodeGemma report describes it.
 
-Imports of the top lines are matched with files by the longest end of their path; unimportant edges are
-removed until no cycle is left; a topological order takes next the file at the least distance from those
-already placed, and of equals the first by name. The number of top lines and the importance of an edge are
-not published; ours stand here:
+Imports in the top lines are matched with files by the longest end of their path. The least important edges
+are removed until no cycle is left. The topological order continues with the file nearest to those already
+placed, or of equally near ones the first by name. The report does not give the number of top lines (ours is
+imports.TOP_LINES) or the importance of an edge, which is here
 
     importance(u imports v) = names imported + 1 where u and v share a folder - log2(files that import v)
 """
@@ -23,7 +23,7 @@ from codegemma.data.resolve import Resolver
 
 @dataclass(frozen=True)
 class Edge:
-    """File `source` imports file `target` (places in the sorted list of paths)."""
+    """File `source` imports `names` names from file `target`; files are indices into the sorted paths."""
 
     source: int
     target: int
@@ -38,7 +38,10 @@ def edges(repository: str, documents: Sequence[Document]) -> list[Edge]:
         for document in documents
     ]
     declared = [(file, name[1:]) for file, names in enumerate(lists) for name in names if name[:1] == "="]
-    paths, languages = [each.path for each in documents], [each.language for each in documents]
+    paths, languages = (
+        [document.path for document in documents],
+        [document.language for document in documents],
+    )
     resolve = Resolver(repository, paths, languages, declared)
     names: dict[tuple[int, int], int] = defaultdict(int)
     for source, imports in enumerate(lists):
@@ -59,10 +62,10 @@ def edges(repository: str, documents: Sequence[Document]) -> list[Edge]:
 
 # ---------------------------------------------------------------------------------------------- linear order
 def acyclic(count: int, candidates: Sequence[Edge]) -> list[Edge]:
-    """The edges that remain when each one that closes a cycle with more important ones is removed.
+    """The edges without each one that closes a cycle with more important ones; ties by (source, target).
 
-    Ties by (source, target). Incremental topological order of Pearce and Kelly (2006), so that a check looks
-    only at the files between the two ends.
+    By the incremental topological order of Pearce and Kelly (2006), a check visits only the files placed
+    between the two ends of an edge.
     """
     place = _first_places(count, candidates)  # place[target] < place[source] for all edges kept
     importers: list[list[int]] = [[] for _ in range(count)]
@@ -70,7 +73,7 @@ def acyclic(count: int, candidates: Sequence[Edge]) -> list[Edge]:
     kept = []
     for edge in sorted(candidates, key=lambda e: (-e.importance, e.source, e.target)):
         source, target = edge.source, edge.target
-        if place[source] <= place[target]:  # move the target before the source, unless a cycle forbids
+        if place[source] <= place[target]:  # move the target before the source, unless that closes a cycle
             span = range(place[source], place[target] + 1)
             above = _reachable(source, importers, place, span, target)
             if target in above:
@@ -88,7 +91,7 @@ def acyclic(count: int, candidates: Sequence[Edge]) -> list[Edge]:
 def _reachable(
     start: int, neighbours: list[list[int]], place: list[int], span: range, goal: int = -1
 ) -> set[int]:
-    """The nodes whose place lies in `span` that can be reached from `start`; the search ends at `goal`."""
+    """The nodes placed in `span` that can be reached from `start`; the search ends at `goal`."""
     reached, stack = {start}, [start]
     while stack and goal not in reached:
         fresh = [node for node in neighbours[stack.pop()] if place[node] in span and node not in reached]
@@ -98,32 +101,28 @@ def _reachable(
 
 
 def _first_places(count: int, candidates: Sequence[Edge]) -> list[int]:
-    """Where a depth-first search leaves each file: imports first where no cycle forbids, so few must move."""
+    """The places of a depth-first search: imports first unless in a cycle, so that few files must move."""
     targets: list[list[int]] = [[] for _ in range(count)]
     for edge in candidates:
         targets[edge.source].append(edge.target)
-    place, visited, finished = [0] * count, [False] * count, 0
-    for start in range(count):
-        stack = [(start, iter(targets[start]))] if not visited[start] else []
-        visited[start] = True
-        while stack:
-            node, rest = stack[-1]
-            fresh = next((other for other in rest if not visited[other]), None)
-            if fresh is None:
-                place[node], finished = finished, finished + 1
-                stack.pop()
-            else:
-                visited[fresh] = True
-                stack.append((fresh, iter(targets[fresh])))
-    return place
+    place: dict[int, int] = {}
+    visited: set[int] = set()
+    stack = list(range(count))[::-1]
+    while stack:
+        node = stack[-1]
+        if node not in visited:  # its imports first
+            visited.add(node)
+            stack += [target for target in targets[node] if target not in visited]
+        else:
+            place.setdefault(stack.pop(), len(place))
+    return [place[node] for node in range(count)]
 
 
 def linear(count: int, kept: Sequence[Edge]) -> list[int]:
-    """Files after what they import; of those that may be next the nearest to the files placed, or the first.
+    """Files after what they import; of those that may be next, the nearest to the placed files, or the first.
 
-    Distance is the number of edges, whichever way they point. The report's all-pairs distances are needed
-    only to the set of placed files, so each placement lowers them by a breadth-first search that stops where
-    nothing gets nearer.
+    Distance is the number of edges in either direction. Instead of the report's all-pairs distances, only the
+    distance to the set of placed files is kept: each placement lowers it by a breadth-first search.
     """
     near: list[list[int]] = [[] for _ in range(count)]
     importers: list[list[int]] = [[] for _ in range(count)]
@@ -154,22 +153,18 @@ def linear(count: int, kept: Sequence[Edge]) -> list[int]:
 
 
 def _lower_distances(start: int, near: list[list[int]], distance: list[int]) -> list[int]:
-    """Sets the distance of a file to 0 and lowers those around it accordingly; returns the files lowered."""
-    distance[start], front, lowered = 0, [start], []
-    while front:
-        reached = []
-        for node in front:
-            for other in near[node]:
-                if distance[other] > distance[node] + 1:
-                    distance[other] = distance[node] + 1
-                    reached.append(other)
-        lowered += reached
-        front = reached
-    return lowered
+    """Sets the distance of a file to 0 and lowers those around it; returns the files lowered."""
+    distance[start], queue = 0, [start]
+    for node in queue:  # which grows meanwhile
+        for other in near[node]:
+            if distance[other] > distance[node] + 1:
+                distance[other] = distance[node] + 1
+                queue.append(other)
+    return queue[1:]
 
 
 def components(count: int, kept: Sequence[Edge], order: Sequence[int]) -> list[list[int]]:
-    """The order cut into its connected parts of two files and more; `linear` keeps each part together."""
+    """The order split into connected parts of two or more files; `linear` keeps each part together."""
     root = list(range(count))
 
     def find(node: int) -> int:
@@ -187,6 +182,6 @@ def components(count: int, kept: Sequence[Edge], order: Sequence[int]) -> list[l
 
 
 def order(repository: str, documents: Sequence[Document]) -> tuple[list[list[int]], list[Edge]]:
-    """(connected files, each part in its packed order; edges kept) of documents sorted by path."""
+    """(the connected parts of documents sorted by path, each in packed order; the edges kept)."""
     kept = acyclic(len(documents), edges(repository, documents))
     return components(len(documents), kept, linear(len(documents), kept)), kept

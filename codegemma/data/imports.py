@@ -1,4 +1,4 @@
-"""What a file imports, by its top lines.
+"""The imports in the top lines of a file.
 
 An entry is "a/b 2" for two names from a.b, "./a 1" if relative, or "=a/b" for a package that a file declares.
 """
@@ -27,7 +27,7 @@ def imports_of_text(text: str, language: str) -> tuple[str, ...]:
 
 
 def imports_of_tree(tree: tree_sitter.Tree, language: str) -> tuple[str, ...]:
-    """`imports_of_text` of a text that is parsed already."""
+    """`imports_of_text` for a text that is parsed already."""
     import tree_sitter
 
     if language not in FAMILIES or language not in syntax.GRAMMARS:
@@ -108,11 +108,11 @@ def _rust_paths(text: str, depth: int = 0) -> list[str]:
     if not brace or depth > 8:
         return [text.rstrip(":*{},")]
     parts, level, start = [], 0, 0
-    for at, letter in enumerate(rest):
-        level += (letter == "{") - (letter == "}")
-        if (letter == "," and level == 0) or level < 0:
-            parts.append(rest[start:at])
-            start = at + 1
+    for offset, character in enumerate(rest):
+        level += (character == "{") - (character == "}")
+        if (character == "," and level == 0) or level < 0:
+            parts.append(rest[start:offset])
+            start = offset + 1
         if level < 0:
             break
     return [head + path for part in parts if part for path in _rust_paths(part, depth + 1)]

@@ -21,7 +21,7 @@ MANIFESTS = {
 }
 OLD_FIELDS = {"METADATA": r"^License:\s*(\S.*)$", "PKG-INFO": r"^License:\s*(\S.*)$"}
 LICENCE_FILES = re.compile(r"^(un)?licen[sc]e|^copying|-licen[sc]e", re.I)
-# The weight of a vote for a folder's licence; the least decides.
+# Where a folder's licence is stated; the lowest number wins.
 BY_MANIFEST, BY_TEXT, BY_OLD_FIELD = "1", "2", "3"
 
 
@@ -32,29 +32,29 @@ def rules() -> dict[str, dict[str, list[str]]]:
 
 
 def is_statement(path: str) -> bool:
-    """Whether a file, by its name, states the licence of others."""
+    """Whether a file, by its name, may state the licence of other files."""
     name = PurePosixPath(path).name
     is_text = PurePosixPath(path).suffix.lower() in ("", ".txt", ".md", ".rst")
     return name in MANIFESTS or (is_text and bool(LICENCE_FILES.search(name)))
 
 
 def of_file(path: str, data: bytes) -> tuple[str, tuple[str, str] | None]:
-    """(folder that a licence file or manifest is for, (weight, SPDX expression)); None if it names none."""
+    """(folder that a licence file or manifest is for, (rank, SPDX expression) or None if it names none)."""
     text, posix = data.decode("utf-8", "replace"), PurePosixPath(path)
     parts = [part for part in posix.parts[:-1] if not part.endswith(".dist-info")]
     folder = "/".join(part for part in parts if part.lower() != "licenses")
-    for weight, patterns in ((BY_MANIFEST, MANIFESTS), (BY_OLD_FIELD, OLD_FIELDS)):
+    for rank, patterns in ((BY_MANIFEST, MANIFESTS), (BY_OLD_FIELD, OLD_FIELDS)):
         match = re.search(patterns[posix.name], text, re.M) if posix.name in patterns else None
         if match and (licence := normal(match[1].strip())):
-            return folder, (weight, licence)
+            return folder, (rank, licence)
     by_text = "" if posix.name in MANIFESTS else match_text(text)
     return folder, (BY_TEXT, by_text) if by_text else None
 
 
 def join(votes: list[tuple[str, str]]) -> str:
-    """The expression of a folder: its manifest's, else all its licence texts', else a metadata field's."""
-    best = min(weight for weight, _ in votes)
-    return " AND ".join(sorted({licence for weight, licence in votes if weight == best}))
+    """A folder's licence: of its manifest, else of all its licence texts, else of an old metadata field."""
+    best = min(rank for rank, _ in votes)
+    return " AND ".join(sorted({licence for rank, licence in votes if rank == best}))
 
 
 def of_text(text: str, path: str, by_folder: dict[str, str]) -> str:
@@ -66,14 +66,14 @@ def of_text(text: str, path: str, by_folder: dict[str, str]) -> str:
 
 
 def match_text(text: str) -> str:
-    """SPDX id of a licence text: the first rule whose phrases all stand in it; space and case are ignored."""
+    """The SPDX id of a licence text: the first rule whose phrases it contains, whatever space and case."""
     words = " ".join(re.findall(r"[\w.]+", text.lower()))
     texts = rules()["texts"].items()
     return next((name for name, phrases in texts if all(phrase in words for phrase in phrases)), "")
 
 
 def normal(licence: str) -> str:
-    """An SPDX expression as it is; a common spelling ("Apache 2.0") as its SPDX id; other free text as ""."""
+    """The SPDX id of a common spelling ("Apache 2.0"); an SPDX expression as it is; "" for other text."""
     if licence.startswith("SPDX") or len(licence) > 100:
         return ""
     key = re.sub(r"[^a-z0-9.+]+", " ", licence.lower()).strip()

@@ -44,7 +44,7 @@ class Packed:
 
 
 def segments(groups: Iterable[RowGroup], length: int) -> Iterator[RowGroup]:
-    """Groups that fit a row of `length` tokens, cut between examples where they do not."""
+    """The groups, cut between examples into ones that fit a row of `length` tokens with <bos>."""
     for group in groups:
         run: list[Example] = []
         size = 1
@@ -115,16 +115,16 @@ def pack(kinds: Iterable[Iterable[RowGroup]], length: int, bos: int | None, pad:
 
 
 def _record(example: Example) -> dict[str, Any]:
-    document, split = example.document, example.split
+    document, hole = example.document, example.split
     names = ("repository", "path", "commit", "licence", "language", "kind", "source")
     return {name: getattr(document, name) for name in names} | {
         "order": example.order,
         "layout": example.layout,
-        "boundary": split.kind,
+        "boundary": hole.kind,
         "offset": example.offset,
         "size": example.size,
-        "split_start": split.start,
-        "split_end": split.end,
+        "split_start": hole.start,
+        "split_end": hole.end,
     }
 
 

@@ -1,4 +1,4 @@
-"""The recipe of a build: all that decides its rows, beside the sources."""
+"""The recipe of a build: everything but the sources that determines its rows."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ SHARD_BYTES = 8_000_000  # of text: a shard of documents, and about what a parti
 
 @dataclass(frozen=True)
 class BuildRecipe(fim.FimRecipe):
-    """How documents are chosen and made into rows. Lists are sorted; files are named by their hash.
+    """How documents are chosen and made into rows. Tuples are sorted; input files appear as their hashes.
 
     Raises ValueError for a value out of its range.
     """
 
     loss: tuple[Label, ...] = tuple(sorted(fim.PARTS))
     languages: tuple[str, ...] = ()  # empty: all that are code
-    # auto: any for checkouts, else permissive
-    licences: tuple[str, ...] | Literal["any", "permissive", "auto"] = "auto"
+    licences: tuple[str, ...] | Literal["any", "permissive", "auto"] = "auto"  # auto: any for checkouts
     threshold: float = dedup.THRESHOLD
     mix: tuple[tuple[str, float], ...] = ()  # each kind's share of the tokens
     unsafe_rules: str = ""
     benchmarks: tuple[str, ...] = ()
     tokenizer: str = ""
     shard_bytes: int = SHARD_BYTES
-    hold_out: float = 0.0  # share of the repositories that stay documents, for evaluation
+    hold_out: float = 0.0  # share of the repositories kept for evaluation, as documents instead of rows
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +48,7 @@ class BuildRecipe(fim.FimRecipe):
             )
 
     def quality(self, redistributed: bool) -> Quality:
-        """The limits for documents of a source; redistributed sources need a licence by default."""
+        """The limits for documents of a source. With "auto", redistributed ones need a permissive licence."""
         names: frozenset[str] | None = None
         if not isinstance(self.licences, str):
             names = frozenset(self.licences)

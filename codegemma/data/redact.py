@@ -1,7 +1,7 @@
 """Secrets and personal data in a text, and the fake values that replace them.
 
-A fake value has the shape of the original, is the same for the same original everywhere, and is never
-found a second time. Which strings are secrets is in rules/secrets.toml.
+A fake value has the shape of the original, is the same wherever the original occurs, and is never taken for
+a secret again. The rules are in rules/secrets.toml.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ US_PHONE_END = re.compile(r"[-.]\d{4}(?![\w.-])")
 
 @dataclass(frozen=True)
 class Finding:
-    """A secret or a personal datum at text[start:end], and the fake value to stand there."""
+    """A secret or a personal datum at text[start:end], and the fake value that replaces it."""
 
     start: int
     end: int
@@ -49,11 +49,11 @@ class Finding:
     fake: str
 
 
-Finder = Callable[[str, int], Iterable[Finding]]  # of a text, at the place of a literal
+Finder = Callable[[str, int], Iterable[Finding]]  # given a text and the offset of a literal in it
 
 
 class Redactor:
-    """The rules behind one Aho-Corasick pass over the text. Immutable; make one per process."""
+    """Applies the rules in one Aho-Corasick pass over a text. Immutable; make one per process."""
 
     def __init__(self, path: Path = RULES / "secrets.toml"):
         import ahocorasick_rs
@@ -118,9 +118,9 @@ class Redactor:
             return not is_plain and classes >= 2 and (check != "mixed" or bool(re.search(r"\d", value)))
         return True
 
-    def _email(self, text: str, at: int) -> Iterator[Finding]:
-        local = EMAIL_START.search(text[max(0, at - 64) : at])
-        domain = EMAIL_DOMAIN.match(text, at + 1)
+    def _email(self, text: str, offset: int) -> Iterator[Finding]:
+        local = EMAIL_START.search(text[max(0, offset - 64) : offset])
+        domain = EMAIL_DOMAIN.match(text, offset + 1)
         if not local or not domain:
             return
         top, address = domain[1].lower(), f"{local[0]}@{domain[0]}".lower()
@@ -128,13 +128,13 @@ class Redactor:
         is_kept = domain[0].lower().endswith(tuple(self.personal["domains_kept"]))
         if is_public and not is_kept and not address.startswith(("git@", "noreply@")):
             fake = f"user-{_hash(address):016x}"[:13] + "@example.com"
-            yield Finding(at - len(local[0]), domain.end(), "e-mail", fake)
+            yield Finding(offset - len(local[0]), domain.end(), "e-mail", fake)
 
-    def _author(self, text: str, at: int) -> Iterator[Finding]:
-        label = AUTHOR_LABEL.match(text, at)
-        if label is None or (text[at].isalpha() and at and text[at - 1].isalnum()):
+    def _author(self, text: str, offset: int) -> Iterator[Finding]:
+        label = AUTHOR_LABEL.match(text, offset)
+        if label is None or (text[offset].isalpha() and offset and text[offset - 1].isalnum()):
             return
-        line_end = text.find("\n", at)
+        line_end = text.find("\n", offset)
         first, last = self.personal["first_names"], self.personal["last_names"]
         start = label.end()
         while match := AUTHOR_NAME.match(text, start, line_end if line_end >= 0 else len(text)):

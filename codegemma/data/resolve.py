@@ -136,7 +136,7 @@ class Resolver:
         return []
 
     def _nearest(self, importer: int, files: Sequence[int], limit: int = 1) -> list[int]:
-        """The files nearest to the importer: most leading folders in common, then shortest path, then name."""
+        """The files nearest to the importer: most leading folders in common, then the shortest path."""
         folders = self.paths[importer].split("/")[:-1]
 
         def rank(file: int) -> tuple[int, int, str]:

@@ -1,4 +1,4 @@
-"""A row for people: its files, where they come from, and each split in colours with its reason."""
+"""Prints a row: its files, their origin, and each split in colours with its reason."""
 
 from __future__ import annotations
 

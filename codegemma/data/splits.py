@@ -1,8 +1,8 @@
 """Where a text is split into prefix, middle and suffix.
 
-Nine splits in ten lie at syntax boundaries and their suffix begins before the line break, where an editor's
-would; one in ten lies between random characters, without which models cannot infill inside a word (Bavarian
-et al. 2022, table 2; AST-FIM, arXiv 2506.00204). CodeGemma's own splitter is not published.
+Nine splits in ten lie at syntax or line boundaries, with the suffix beginning before the line break, as in an
+editor. One in ten lies between random characters: without those, models cannot infill inside a word (Bavarian
+et al. 2022, table 2; AST-FIM, arXiv 2506.00204). CodeGemma's splitter is not published.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from codegemma.data import syntax
@@ -30,7 +29,7 @@ KINDS: dict[Kind, float] = {
     "rest of line": 0.20,
     "characters": 0.10,
 }
-# Holes in windows are as people leave them: of those in 64 to 160 tokens, six in ten are one line or less.
+# The holes of windows are like those in an editor: at 64 to 160 tokens, six in ten are one line or less.
 WINDOW_KINDS: dict[Kind, float] = {
     "line": 0.16,
     "whole lines": 0.22,
@@ -41,7 +40,7 @@ WINDOW_KINDS: dict[Kind, float] = {
     "lines": 0.08,
     "characters": 0.10,
 }
-MAX_DEPTH = 64  # ancestors of a place that take part in the draw of a node
+MAX_DEPTH = 64  # nodes around a drawn offset that may become the middle
 MAX_LINES = 16  # of a middle in a window
 
 
@@ -64,21 +63,23 @@ def split(
 ) -> Split:
     """A split of a text of at least one character.
 
-    The middle lies in `within`, but syntax nodes may reach out of it. Those of nodes, siblings and characters
-    have at most `max_characters`.
+    The middle lies in `within`, but syntax nodes may reach out of it. `max_characters` limits the middles of
+    the kinds "node", "siblings" and "characters".
     """
     within, limit = within or range(len(text)), max_characters or len(text)
     kind = _draw_kind(draw, kinds)
     if kind in ("node", "siblings"):
-        tree = parse(text, language)
-        low, high = (len(text[:at].encode()) for at in (within.start, within.stop))
-        draw_bytes = draw_node if kind == "node" else _draw_siblings
-        if tree and (place := draw_bytes(tree, draw, low, high, limit)):
-            return _before_break(text, *to_characters(text, *place), kind)
+        tree = syntax.parse(text, language)
+        low, high = (len(text[:offset].encode()) for offset in (within.start, within.stop))
+        draw_span = draw_node if kind == "node" else _draw_siblings
+        if tree and (span := draw_span(tree, draw, low, high, limit)):
+            start, end = to_characters(text, *span)
+            size = len(text[start:end].rstrip("\r\n"))
+            return Split(start, start + size if size else end, kind)
         kind = "lines"
     if kind == "function end":
-        at = within.start + draw.below(len(within))
-        body = function_around(text, language, at, at + 1)
+        offset = within.start + draw.below(len(within))
+        body = function_around(text, language, offset, offset + 1)
         start, end = draw_lines(line_spans(text[body.start : body.stop]), draw, MAX_LINES, last=True)
         return Split(body.start + start, _behind_break(text, body.start + end), kind)
     part = text[within.start : within.stop]
@@ -99,7 +100,7 @@ def _draw_kind(draw: Draw, kinds: Mapping[Kind, float]) -> Kind:
 
 
 def _draw_span(draw: Draw, low: int, high: int, limit: int) -> tuple[int, int]:
-    """Two places from `low` to `high`, in order, at most `limit` apart."""
+    """Two offsets from `low` to `high`, in order, at most `limit` apart."""
     first = low + draw.below(high - low + 1)
     if limit >= high - low:
         second = low + draw.below(high - low + 1)
@@ -109,25 +110,19 @@ def _draw_span(draw: Draw, low: int, high: int, limit: int) -> tuple[int, int]:
 
 
 # --------------------------------------------------------------------------------------------- syntax (bytes)
-@lru_cache(maxsize=1)
-def parse(text: str, language: str) -> tree_sitter.Tree | None:
-    """`syntax.parse`, with the last tree kept."""
-    return syntax.parse(text, language)
-
-
 def draw_node(tree: tree_sitter.Tree, draw: Draw, low: int, high: int, limit: int) -> tuple[int, int] | None:
     """(start, end) of a named node, drawn in proportion to its size, without a walk over the tree.
 
-    A place drawn evenly is kept with probability depth / MAX_DEPTH, then one of the nodes around it is taken
-    evenly: so a node's chance is the number of places inside it, times a constant.
+    A uniform offset is accepted with probability (nodes around it) / MAX_DEPTH, then one of these nodes is
+    drawn uniformly. So the probability of a node is its size times a constant.
     """
     for _ in range(4 * MAX_DEPTH):
-        at = low + draw.below(high - low) if high > low else low
-        node = tree.root_node.named_descendant_for_byte_range(at, at)
+        offset = low + draw.below(high - low) if high > low else low
+        node = tree.root_node.named_descendant_for_byte_range(offset, offset)
         around: list[tree_sitter.Node] = []
         while node is not None and node.parent is not None and len(around) < MAX_DEPTH:
             size = node.end_byte - node.start_byte
-            if not node.is_error and 0 < size <= limit and node.start_byte <= at < node.end_byte:
+            if not node.is_error and 0 < size <= limit and node.start_byte <= offset < node.end_byte:
                 around.append(node)
             node = node.parent
         if around and draw.uniform() * MAX_DEPTH < len(around):
@@ -139,7 +134,7 @@ def draw_node(tree: tree_sitter.Tree, draw: Draw, low: int, high: int, limit: in
 def _draw_siblings(
     tree: tree_sitter.Tree, draw: Draw, low: int, high: int, limit: int
 ) -> tuple[int, int] | None:
-    """(start, end) of the children, of the smallest node around a random span, that match the span best."""
+    """(start, end) of the children, of the smallest node around a random span, that are nearest to it."""
     first, last = _draw_span(draw, low, high, limit)
     node = tree.root_node.named_descendant_for_byte_range(first, last)
     if node is None:
@@ -163,8 +158,8 @@ def to_characters(text: str, start: int, end: int) -> tuple[int, int]:
 
 def function_around(text: str, language: str, start: int, end: int) -> range:
     """The lines of the smallest function around text[start:end]; the whole text where there is none."""
-    tree = parse(text, language)
-    low, high = (len(text[:at].encode()) for at in (start, end))
+    tree = syntax.parse(text, language)
+    low, high = (len(text[:offset].encode()) for offset in (start, end))
     node = tree.root_node.named_descendant_for_byte_range(low, max(low, high - 1)) if tree else None
     while node is not None:
         first, last = to_characters(text, node.start_byte, node.end_byte)
@@ -180,15 +175,15 @@ def _split_lines(text: str, draw: Draw, kind: Kind) -> tuple[int, int]:
     """(start, end) of a middle of lines, in a text that is not blank.
 
     "lines" leaves the indentation to the prefix and the line break to the suffix; "line" and "whole lines"
-    have both, as HumanEval infilling removes them; "rest of line" begins where somebody would stop typing:
-    at the start, or behind a word or sign.
+    include both, as in HumanEval infilling; "rest of line" begins where somebody would stop typing: at the
+    start of the line, or after a word or sign.
     """
     spans = line_spans(text)
     if kind == "rest of line":
         start, end = spans[draw.below(len(spans))]
         line = text[start:end]
-        places = [match.start() for match in re.finditer(r"\S", line)]
-        stops = [at for at in places if at == 0 or not (line[at - 1].isalnum() and line[at].isalnum())]
+        visible = [match.start() for match in re.finditer(r"\S", line)]
+        stops = [i for i in visible if i == 0 or not line[i - 1 : i + 1].isalnum()]
         return start + stops[draw.below(len(stops))], end
     limits = {"line": 1, "whole lines": MAX_LINES}
     start, end = draw_lines(spans, draw, limits.get(kind, len(text)))
@@ -203,18 +198,14 @@ def line_spans(text: str) -> list[tuple[int, int]]:
 
 
 def draw_lines(spans: list[tuple[int, int]], draw: Draw, limit: int, last: bool = False) -> tuple[int, int]:
-    """(start, end) of lines in a row, any or the last. Their count is log-uniform, at most `limit`."""
+    """(start, end) of consecutive lines, or of the last ones. Their count is log-uniform, at most `limit`."""
     available = min(len(spans), limit)
     count = max(1, min(available, int(math.exp(draw.uniform() * math.log(available + 1)))))
     first = len(spans) - count if last else draw.below(len(spans) - count + 1)
     return spans[first][0], spans[first + count - 1][1]
 
 
-def _before_break(text: str, start: int, end: int, kind: Kind) -> Split:
-    size = len(text[start:end].rstrip("\r\n"))
-    return Split(start, start + size if size else end, kind)
-
-
-def _behind_break(text: str, at: int) -> int:
-    """The offset behind the line break at `at`, if there is one."""
-    return at + len(text[at : at + 2]) - len(text[at : at + 2].removeprefix("\r").removeprefix("\n"))
+def _behind_break(text: str, offset: int) -> int:
+    """The offset behind the line break at `offset`, if there is one."""
+    following = text[offset : offset + 2]
+    return offset + len(following) - len(following.removeprefix("\r").removeprefix("\n"))

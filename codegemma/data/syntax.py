@@ -1,10 +1,10 @@
-"""Which grammar parses which language, and the text of a document as a syntax tree."""
+"""The grammar of each language, and syntax trees of texts."""
 
 from __future__ import annotations
 
 import importlib
 import tomllib
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ MAX_BYTES = 1_000_000
 
 @cache
 def parser(language: str) -> tree_sitter.Parser:
-    """The parser of a language of GRAMMARS; one per process, since a parser serves one thread."""
+    """The parser of a language of GRAMMARS; one per process. It must not run in two threads at once."""
     import tree_sitter
 
     module, _, function = GRAMMARS[language].partition(":")
@@ -28,6 +28,7 @@ def parser(language: str) -> tree_sitter.Parser:
     return tree_sitter.Parser(tree_sitter.Language(getattr(grammar, function or "language")()))
 
 
+@lru_cache(maxsize=1)  # many splits of one text in a row
 def parse(text: str, language: str) -> tree_sitter.Tree | None:
     """The syntax tree of a text, with offsets in UTF-8 bytes; None without a grammar, or above MAX_BYTES."""
     data = text.encode("utf-8", "surrogatepass")
@@ -35,7 +36,7 @@ def parse(text: str, language: str) -> tree_sitter.Tree | None:
 
 
 def error_share(tree: tree_sitter.Tree) -> float:
-    """Share of the text, in bytes, in the outermost ERROR nodes."""
+    """The share of the text's bytes that lies in ERROR nodes."""
     if not tree.root_node.has_error:
         return 0.0
     errors, stack = 0, [tree.root_node]
