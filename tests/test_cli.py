@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -26,7 +26,15 @@ from codegemma.checkpoints import open_checkpoint
 from codegemma.cli import main as cli
 from codegemma.cli import options, output
 from codegemma.cli.complete import split_at
+from codegemma.cli.data import RecipeOptions
+from codegemma.cli.evals import RunOptions
+from codegemma.cli.options import SamplingOptions
+from codegemma.cli.train import PlanOptions, SettingsOptions
 from codegemma.config import PRESETS
+from codegemma.data.recipe import BuildRecipe
+from codegemma.evals.run import EvalSettings
+from codegemma.train.job import TrainingPlan
+from codegemma.train.settings import TrainingSettings
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,6 +109,21 @@ def test_every_text_of_the_help_has_its_option():
     for path, name in help_texts(tomllib.loads(options.HELP.read_text())):
         verbs = [verb for verb in names if path == ("shared",) or verb[: len(path)] == path]
         assert any(name in names[verb] for verb in verbs), f"{name} in {path}"
+
+
+def test_options_have_the_defaults_of_the_settings_that_they_fill():
+    """Defaults are written in both places because --help must not import the modules that do the work."""
+    assert SamplingOptions().sampling() == codegemma.Sampling()
+    assert RecipeOptions().recipe() == BuildRecipe()
+    for options_type, settings_type, different in (
+        (SettingsOptions, TrainingSettings, {"learning_rate", "remat"}),
+        (PlanOptions, TrainingPlan, {"out"}),
+        (RunOptions, EvalSettings, set()),
+    ):
+        defaults = {field.name: field.default for field in fields(settings_type)}
+        shared = [field for field in fields(options_type) if field.name in defaults]
+        assert {field.name for field in shared if field.default != defaults[field.name]} == different
+        assert len(shared) >= 4
 
 
 def test_help_imports_no_engine():
@@ -319,11 +342,10 @@ def test_what_a_model_was_not_made_for(run, gguf, base_model):
         == "note: Gemma 3 270M was not trained to fill in the middle: expect little of --mode psm\n"
     )
     assert run("generate", "-m", gguf, "-n", 2, stdin="x")[2] == ""
-    for verb in ("complete", "chat"):
+    for verb, purpose in (("complete", "to continue text, not"), ("chat", "for completion, generation, not")):
         code, out, err = run(verb, "-m", gguf, "-n", 2, "--strict", stdin=HOLE)
-        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(
-            "error: Gemma 3 270M was made for"
-        )
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"error: Gemma 3 270M was made {purpose}")
 
 
 @pytest.mark.parametrize(

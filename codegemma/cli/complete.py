@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument
 
-from codegemma.cli.options import ModelOptions, Positive, SamplingOptions, title
+from codegemma.cli.options import ModelOptions, Positive, SamplingOptions
 from codegemma.cli.output import note, notes
 from codegemma.config import Mode, Trim
 
@@ -72,7 +72,7 @@ def complete(
             if mode in ("auto", "prefix")
             else f"expect little of --mode {mode}"
         )
-        note(f"{title(model)} was not trained to fill in the middle: {consequence}")
+        note(f"{model.title} was not trained to fill in the middle: {consequence}")
     _answer(model, request, answer, layout=layout_for(mode, orders))
 
 

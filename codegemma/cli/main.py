@@ -136,7 +136,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _fail(reason: str) -> None:
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

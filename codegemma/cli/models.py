@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codegemma.cli.options import ModelOptions, Positive, title
+from codegemma.cli.options import ModelOptions, Positive
 from codegemma.cli.output import Progress
 from codegemma.config import DownloadSource
 
@@ -91,7 +91,7 @@ def bench(
     peak = f"{result['int8_operations_per_second'] / 1e9:,.0f} GOP/s int8"
     bandwidth = f"{result['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read"
     print(
-        f"{title(loaded)} ({loaded.path.name}), {result['threads']} threads, {result['simd']}, "
+        f"{loaded.title} ({loaded.path.name}), {result['threads']} threads, {result['simd']}, "
         f"medians of {repeats}\n"
         f"prefill {result['prefill_tokens_per_second']:8,.1f} tokens/s  "
         f"{result['prefill_share_of_peak']:5.0%} of {peak}   ({prompt_tokens} tokens; the vocabulary product "

@@ -77,11 +77,6 @@ class SamplingOptions:
         return Sampling(self.temp, self.top_k, self.top_p, self.min_p, self.repeat_penalty, self.seed)
 
 
-def title(model: Model) -> str:
-    """What to call a model in a message."""
-    return model.preset.title if model.preset else model.path.name
-
-
 def command(verb: Callable[..., None], path: str) -> Any:
     """The command that calls the function `verb`. `path` is the verb behind its group, as in "eval run"."""
     texts = _texts(path)

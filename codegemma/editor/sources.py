@@ -37,7 +37,7 @@ class LocalSource:
     """A model in this process. Its prompt cache is saved to the file `cache`, if there is one."""
 
     def __init__(self, model: Model, cache: Path | None = None) -> None:
-        self.name = f"{model.preset.title if model.preset else model.path.name} in this process"
+        self.name = f"{model.title} in this process"
         self.model, self.cache, self.scheduler = model, cache, Scheduler(model)
 
     async def fill(self, request: Request) -> str:

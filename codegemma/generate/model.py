@@ -50,6 +50,7 @@ class Model:
         self.backend = _backend(backend, checkpoint, threads)
         self.engine = Engine(self.backend, checkpoint.tokenizer, checkpoint.identity, cache_bytes)
         self.preset = _preset_of(checkpoint)
+        self.title = self.preset.title if self.preset else self.path.name  # for messages
 
     @property
     def tokenizer(self) -> Tokenizer:
