@@ -1,4 +1,4 @@
-"""The prefix cache against a plain list of all sequences, on pages whose rows say which tokens made them."""
+"""The prefix cache against a plain list of all sequences, on pages whose rows are hashes of their tokens."""
 
 import hashlib
 import struct
@@ -23,7 +23,7 @@ BYTES = PAGE * 8
 
 
 def rows(ids):
-    """What a page holds of each token: a number that depends on it and on all before."""
+    """The rows of a sequence's pages: for each token, a hash of it and all before it."""
     values, state = [], 0
     for token in ids:
         state = hash((state, token)) & 0xFFFFFFFF
@@ -42,12 +42,12 @@ def pages_of(ids):
 
 
 def known_length(cache, ids):
-    """The length that is known, once the pages are what they ought to be."""
+    """The length of the cached prefix, after a check of its pages' rows."""
     pages, length = cache.find(ids)
     assert len(pages) == -(-length // PAGE)
     if length:
-        held = np.concatenate([page.data.view(np.int64) for page in pages])
-        assert (held[:length] == rows(ids)[:length]).all()
+        values = np.concatenate([page.data.view(np.int64) for page in pages])
+        assert (values[:length] == rows(ids)[:length]).all()
     return length
 
 
@@ -55,7 +55,7 @@ def cache_of(max_bytes=1 << 30, key="a model"):
     return PrefixCache(key, BYTES, max_bytes)
 
 
-# Sequences that branch often: runs of few tokens, ends near the edges of pages.
+# Sequences that branch often: few different tokens in runs, with ends near the edges of pages.
 SEQUENCES = st.lists(
     st.builds(
         lambda runs, length: [token for token, count in runs for _ in range(count)][:length],
@@ -184,13 +184,13 @@ def test_a_foreign_file_is_ignored_with_a_warning(tmp_path, other):
 
 @pytest.mark.parametrize("rehash", [False, True])
 def test_damaged_files_are_ignored_with_a_warning(tmp_path, rehash):
-    """Damage that the hash finds; and damage before hashing, as a foreign program might write it."""
+    """Damage that the hash reveals and, with `rehash`, damage under a matching hash."""
     path, cache = tmp_path / "saved", cache_of()
     for ids in ([1] * 150, [1] * 64 + [2] * 30, [3]):
         cache.put(ids, pages_of(ids))
     cache.save(path)
     raw = path.read_bytes()
-    head = raw.index(b"]]]") + 3  # all that is not pages
+    head = raw.index(b"]]]") + 3  # everything before the pages
     ignored = 0
     for mutant in mutants(raw[:-32] if rehash else raw, head, 300):
         path.write_bytes(mutant + hashlib.sha256(mutant).digest() if rehash else mutant)
@@ -200,7 +200,7 @@ def test_damaged_files_are_ignored_with_a_warning(tmp_path, rehash):
             known = loaded.load(path)
         assert known or len(caught) == 1
         ignored += not known
-        loaded.find([1] * 150)  # whatever it holds, it is a tree
+        loaded.find([1] * 150)  # whatever it loaded, `find` works
     assert ignored == 300 or rehash and ignored > 200
     path.write_bytes(raw[:-32] + hashlib.sha256(raw[:-32]).digest())
     assert cache_of().load(path) is True
@@ -224,7 +224,7 @@ def test_damaged_files_are_ignored_with_a_warning(tmp_path, rehash):
         f'[["", {[1] * 65}]]',
     ],
 )
-def test_trees_that_are_none_are_ignored(tmp_path, tree):
+def test_invalid_trees_are_ignored(tmp_path, tree):
     key = b"a model"
     data = (
         b"codegemma prefix cache 2\n" + struct.pack("<QQQ", len(key), len(tree), BYTES) + key + tree.encode()
@@ -232,7 +232,7 @@ def test_trees_that_are_none_are_ignored(tmp_path, tree):
     data += bytes(2 * BYTES)
     (tmp_path / "saved").write_bytes(data + hashlib.sha256(data).digest())
     if tree == "{}":
-        assert cache_of().load(tmp_path / "saved")  # an empty one
+        assert cache_of().load(tmp_path / "saved")  # an empty cache
         return
     with pytest.warns(UserWarning, match="is ignored"):
         assert cache_of().load(tmp_path / "saved") is False
@@ -240,15 +240,17 @@ def test_trees_that_are_none_are_ignored(tmp_path, tree):
 
 def test_adapters_do_not_see_each_others_pages(tmp_path):
     cache = cache_of()
-    kept = {adapter: pages_of([1] * 100) for adapter in ("", "a", "b")}
-    for adapter, pages in kept.items():
+    pages_of_adapter = {adapter: pages_of([1] * 100) for adapter in ("", "a", "b")}
+    for adapter, pages in pages_of_adapter.items():
         cache.put([1] * 100, pages, adapter)
     cache.put([2] * 70, pages_of([2] * 70), "a")
     cache.save(tmp_path / "saved")
     again = cache_of()
     assert again.load(tmp_path / "saved") and again.nbytes == cache.nbytes == 8 * BYTES
-    for adapter, pages in kept.items():
-        assert all(one is other for one, other in zip(cache.find([1] * 100, adapter)[0], pages, strict=True))
+    for adapter, pages in pages_of_adapter.items():
+        assert all(
+            page is other for page, other in zip(cache.find([1] * 100, adapter)[0], pages, strict=True)
+        )
         assert [page.data.tobytes() for page in again.find([1] * 100, adapter)[0]] == [
             page.data.tobytes() for page in pages
         ]
@@ -259,7 +261,7 @@ def test_adapters_do_not_see_each_others_pages(tmp_path):
     )
 
 
-def test_an_engine_goes_on_from_a_saved_cache_with_the_same_steps(tmp_path):
+def test_an_engine_continues_from_a_saved_cache_with_the_same_steps(tmp_path):
     config = tiny_config("gemma3")
     backend = Native(Checkpoint(Path("tiny"), config, tiny_tensors(config, "Q8_0"), {}, None), 1)
     first, second = Engine(backend, identity="x"), Engine(backend, identity="x")

@@ -1,4 +1,4 @@
-"""Editor context to prompt, and answer to suggestion: the laws of `cut`, of the window, and of the budget."""
+"""From an Infill to its prompt, and from the answer to the suggestion: `cut`, the window, the time budget."""
 
 import re
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import PRETTY, Scripted, native
+from test_engine import TINY_TOKENIZER, Scripted, native
 
 from codegemma import prompts
 from codegemma.generate.engine import Completion, Engine
@@ -29,11 +29,11 @@ def infill_prompt(engine, infill, layout, max_tokens, max_uncached=10**9):
     return infill_ids(engine, infill, layout, PromptBudget(max_tokens, max_uncached))
 
 
-def kept(text, prefix="", suffix="", trim="block"):
+def trimmed_text(text, prefix="", suffix="", trim="block"):
     return cut(text, Infill(prefix, suffix, trim=trim))[0]
 
 
-# ---------------------------------------------------------------------------------------- what is cut
+# ---------------------------------------------------------------------------------------- trimming
 @pytest.mark.parametrize(
     "prefix, text, suffix, expected",
     [
@@ -42,15 +42,15 @@ def kept(text, prefix="", suffix="", trim="block"):
         ("x = foo(", "a)\nbar()\n", ")\n", "a"),
         ("def f():\n", "    return 1\n\ndef g():\n", "", "    return 1"),
         ("x = 1\n", "\ny = 2\nz = 3\n", "", "\ny = 2"),  # an empty line is no line
-        ("", "a\nb\n", "c\n", "a\n"),  # a newline where the suffix starts a line of its own
-        ("foo(", "a, b\nc", "d)\n", "a, b"),  # ... and none in the middle of one
+        ("", "a\nb\n", "c\n", "a\n"),  # a newline, since the suffix is the next line
+        ("foo(", "a, b\nc", "d)\n", "a, b"),  # no newline, since the suffix continues the line
         ("    ", "a\n", "", "a"),
         ("", "", "", ""),
         ("x", "\n\n", "", ""),
     ],
 )
 def test_line(prefix, text, suffix, expected):
-    assert kept(text, prefix, suffix, "line") == expected
+    assert trimmed_text(text, prefix, suffix, "line") == expected
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_line(prefix, text, suffix, expected):
     ],
 )
 def test_block(prefix, text, suffix, expected):
-    assert kept(text, prefix, suffix, "block") == expected
+    assert trimmed_text(text, prefix, suffix, "block") == expected
 
 
 def test_none_drops_only_what_repeats():
-    assert kept("a\n\n\nb\n", "", "", "none") == "a\n\n\nb\n"
-    assert kept("a\nreturn 1\nb\n", "", "return 1\n", "none") == "a\n"
+    assert trimmed_text("a\n\n\nb\n", "", "", "none") == "a\n\n\nb\n"
+    assert trimmed_text("a\nreturn 1\nb\n", "", "return 1\n", "none") == "a\n"
 
 
 PARTS = st.sampled_from(
@@ -126,32 +126,31 @@ TEXTS = st.lists(PARTS, max_size=12).map("".join)
 
 @settings(deadline=None, max_examples=400)
 @given(TEXTS, TEXTS, TEXTS, st.sampled_from(["none", "line", "block"]), st.data())
-def test_what_is_shown_does_not_depend_on_the_tokens(text, prefix, suffix, trim, data):
-    """Any cutting into Steps shows, in the end, what `cut` makes of the whole; what was shown is never taken
-    back."""
+def test_the_trimmed_text_does_not_depend_on_the_tokens(text, prefix, suffix, trim, data):
+    """However the answer is split into Steps, their texts are what `cut` keeps of the whole answer."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     steps = [Step(7, piece, 0.0) for piece in pieces] + [Step(1, "", 0.0, "end")]
     request = Request(Infill(prefix, suffix, trim=trim))
     shown = list(trimmed(Completion(iter(steps), None), request, "prefix"))
-    assert "".join(step.text for step in shown) == kept(text, prefix, suffix, trim)
+    assert "".join(step.text for step in shown) == trimmed_text(text, prefix, suffix, trim)
     assert [step.stop for step in shown[:-1]] == [None] * (len(shown) - 1) and shown[-1].stop == "end"
 
 
 @settings(deadline=None)
 @given(TEXTS, TEXTS, TEXTS, st.sampled_from(["none", "line", "block"]))
 def test_a_suggestion_is_the_start_of_the_answer(text, prefix, suffix, trim):
-    result = kept(text, prefix, suffix, trim)
+    result = trimmed_text(text, prefix, suffix, trim)
     assert text.startswith(result) or text.startswith(result[:-1]) and result.endswith("\n")
 
 
 def test_a_finished_suggestion_stops_the_work():
     answer = "a = 1\n" + "b = 2\n" * 50
-    script = [2, *PRETTY.encode("x\n"), *PRETTY.encode(answer)]
-    engine = Engine(Scripted(script), PRETTY)
+    script = [2, *TINY_TOKENIZER.encode("x\n"), *TINY_TOKENIZER.encode(answer)]
+    engine = Engine(Scripted(script), TINY_TOKENIZER)
     steps = list(complete(engine, Request(Infill("x\n", "z\n", trim="line"), 300, speculate=False)))
     assert "".join(step.text for step in steps) == "a = 1\n" and steps[-1].stop == "end"
-    assert len(steps) == len(PRETTY.encode("a = 1\n"))
+    assert len(steps) == len(TINY_TOKENIZER.encode("a = 1\n"))
 
 
 # ---------------------------------------------------------------------------------------- prompts and windows
@@ -160,26 +159,29 @@ CODE = "".join(f"def name_{i}(x):\n    return x + {i}\n\n" for i in range(400))
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, len(CODE)), st.sampled_from([1, 2, 16, 100, 257, 1000, 3000]))
-def test_windows_fit_and_are_fresh_encodings_nearest_to_the_cursor(at, size):
+def test_windows_fit_and_are_fresh_encodings_nearest_to_the_cursor(cursor, size):
     parts = prompts.encode_parts(
-        PRETTY, CODE[:at], CODE[at:], None, [File("a.py", "A" * 50), File("b.py", "B" * 30)]
+        TINY_TOKENIZER, CODE[:cursor], CODE[cursor:], None, [File("a.py", "A" * 50), File("b.py", "B" * 30)]
     )
-    cut_ = window(PRETTY, parts, size)
-    prefix, suffix = PRETTY.decode(cut_.prefix), PRETTY.decode(cut_.suffix)
-    assert CODE[:at].endswith(prefix) and CODE[at:].startswith(suffix)
-    assert PRETTY.encode(prefix) == cut_.prefix and PRETTY.encode(suffix) == cut_.suffix
-    used = len(cut_.prefix) + len(cut_.suffix)
-    assert used + sum(map(len, cut_.context)) <= size
-    assert cut_.context in ((), parts.context[1:], parts.context)  # the last is the nearest
+    shortened = window(TINY_TOKENIZER, parts, size)
+    prefix, suffix = TINY_TOKENIZER.decode(shortened.prefix), TINY_TOKENIZER.decode(shortened.suffix)
+    assert CODE[:cursor].endswith(prefix) and CODE[cursor:].startswith(suffix)
+    assert (
+        TINY_TOKENIZER.encode(prefix) == shortened.prefix
+        and TINY_TOKENIZER.encode(suffix) == shortened.suffix
+    )
+    used = len(shortened.prefix) + len(shortened.suffix)
+    assert used + sum(map(len, shortened.context)) <= size
+    assert shortened.context in ((), parts.context[1:], parts.context)  # the last is the nearest
     assert used >= min(size, len(parts.prefix) + len(parts.suffix)) / 2 or size < 64
-    assert len(cut_.prefix) >= min(len(parts.prefix), size * 3 // 8) or size < 64
+    assert len(shortened.prefix) >= min(len(parts.prefix), size * 3 // 8) or size < 64
 
 
 def test_all_is_kept_where_it_fits():
-    parts = prompts.encode_parts(PRETTY, "a" * 10, "b" * 300, None, [File("c.py", "c" * 20)])
+    parts = prompts.encode_parts(TINY_TOKENIZER, "a" * 10, "b" * 300, None, [File("c.py", "c" * 20)])
     total = len(parts.prefix) + len(parts.suffix) + len(parts.context[0])
-    assert window(PRETTY, parts, total) == parts
-    assert window(PRETTY, parts, total - 1) == prompts.Parts(parts.prefix, parts.suffix, parts.path)
+    assert window(TINY_TOKENIZER, parts, total) == parts
+    assert window(TINY_TOKENIZER, parts, total - 1) == prompts.Parts(parts.prefix, parts.suffix, parts.path)
 
 
 @pytest.mark.parametrize(
@@ -196,20 +198,20 @@ def test_all_is_kept_where_it_fits():
 )
 @pytest.mark.parametrize("layout", ["psm", "spm", "prefix"])
 def test_any_text_makes_a_prompt_that_fits(prefix, suffix, layout):
-    engine = Engine(Scripted([2, 1], context=400), PRETTY)
+    engine = Engine(Scripted([2, 1], context=400), TINY_TOKENIZER)
     ids = infill_prompt(engine, Infill(prefix, suffix, "dir/file.py"), layout, 300)
     assert ids[0] == 2 and ids.count(2) == 1 and len(ids) <= 300
-    read = prompts.parse_fim(PRETTY, ids)
-    assert read.layout == layout
+    parsed = prompts.parse_fim(TINY_TOKENIZER, ids)
+    assert parsed.layout == layout
     if len(prefix) < 1000:
         path = "dir/file.py\n" if layout == "prefix" else ""
-        assert (read.prefix, read.suffix) == (path + prefix, suffix if layout != "prefix" else "")
+        assert (parsed.prefix, parsed.suffix) == (path + prefix, suffix if layout != "prefix" else "")
     list(complete(engine, Request(Infill(prefix, suffix, mode=layout), max_tokens=3)))
 
 
 def typing_trace(layout, max_tokens, start, text):
     """Tokens that were not in the cache, for a request after each typed character."""
-    engine = Engine(Scripted([2, 1], context=8192), PRETTY)
+    engine = Engine(Scripted([2, 1], context=8192), TINY_TOKENIZER)
     fresh = []
     for end in range(1, len(text) + 1):
         ids = infill_prompt(engine, Infill(CODE[:start] + text[:end], CODE[start:]), layout, max_tokens)
@@ -232,7 +234,7 @@ def test_typing_computes_only_the_last_pieces_in_spm_order(start, max_tokens):
     # A typed character changes the last pieces of its line, at most `return`'s, and the sentinel after them.
     assert sorted(fresh)[len(fresh) * 9 // 10] <= 8
     again = [count for count in fresh if count > 16]
-    assert len(again) <= 1 + len(PRETTY.encode(TYPED)) // max(16, max_tokens // 8)
+    assert len(again) <= 1 + len(TINY_TOKENIZER.encode(TYPED)) // max(16, max_tokens // 8)
 
 
 def test_psm_order_reads_the_suffix_again():
@@ -242,20 +244,20 @@ def test_psm_order_reads_the_suffix_again():
 
 
 def test_a_time_budget_takes_what_is_affordable_and_what_is_cached():
-    engine = Engine(Scripted([2, 1], context=8192), PRETTY)
+    engine = Engine(Scripted([2, 1], context=8192), TINY_TOKENIZER)
     infill = Infill(CODE[:3000], CODE[3000:6000])
-    whole = infill_prompt(engine, infill, "spm", 8000)
+    full = infill_prompt(engine, infill, "spm", 8000)
     sizes = [
         len(infill_prompt(engine, infill, "spm", 8000, max_uncached))
         for max_uncached in (10_000, 1100, 300, 140, 1)
     ]
-    assert sizes[0] == len(whole) > sizes[1] > sizes[2] > sizes[3] == sizes[4] > 60
+    assert sizes[0] == len(full) > sizes[1] > sizes[2] > sizes[3] == sizes[4] > 60
     assert sizes[1] <= 1100 and sizes[2] <= 300
     small = infill_prompt(engine, infill, "spm", 8000, 300)
     list(engine.generate(Request(small, 1)))
     assert infill_prompt(engine, infill, "spm", 8000, 20) == small  # now it costs one token
-    list(engine.generate(Request(whole, 1)))
-    assert infill_prompt(engine, infill, "spm", 8000, 20) == whole
+    list(engine.generate(Request(full, 1)))
+    assert infill_prompt(engine, infill, "spm", 8000, 20) == full
 
 
 def test_the_budget_follows_the_measured_speed():
@@ -264,7 +266,7 @@ def test_the_budget_follows_the_measured_speed():
             time.sleep(sum(len(part.ids) for part in slices) / 5000)
             return super().run(slices, cancel)
 
-    engine = Engine(Slow([2, 1], context=8192), PRETTY)
+    engine = Engine(Slow([2, 1], context=8192), TINY_TOKENIZER)
     infill = Infill(CODE[:6000], CODE[6000:], mode="spm")
     for _ in range(16):
         engine.cache.forget_all()
@@ -275,9 +277,9 @@ def test_the_budget_follows_the_measured_speed():
 
 
 def test_context_files_stand_before_the_file():
-    engine = Engine(Scripted([2, 1]), PRETTY)
+    engine = Engine(Scripted([2, 1]), TINY_TOKENIZER)
     ids = infill_prompt(engine, Infill("a", "b", "c.py", [File("d.py", "e"), File("f.py", "g")]), "psm", 300)
-    assert PRETTY.decode(ids, control=True) == (
+    assert TINY_TOKENIZER.decode(ids, control=True) == (
         "<bos>d.py\ne<|file_separator|>f.py\ng<|file_separator|>c.py\n"
         "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"
     )
@@ -309,15 +311,15 @@ def test_bad_input_is_refused_at_once():
 
 def test_a_completion_can_be_cancelled():
     cancel = Cancel()
-    engine = Engine(Scripted([2, *PRETTY.encode("abcdefgh" * 9)]), PRETTY)
+    engine = Engine(Scripted([2, *TINY_TOKENIZER.encode("abcdefgh" * 9)]), TINY_TOKENIZER)
     steps = complete(engine, Request(Infill("", "x", trim="block")), cancel)
     next(steps)
     cancel.set()
     assert list(steps)[-1].stop == "cancelled"
 
 
-def test_a_real_model_ends_at_a_sentinel_and_stays_silent_about_it():
-    engine = Engine(native("gemma-mqa", "Q8_0"), PRETTY)
+def test_a_sentinel_ends_the_answer_without_text():
+    engine = Engine(native("gemma-mqa", "Q8_0"), TINY_TOKENIZER)
     for seed in range(3):
         infill = Infill("def f", "return", "a.py", mode="psm")
         steps = complete(engine, Request(infill, 40, Sampling(temperature=3.0, seed=seed))).steps

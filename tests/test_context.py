@@ -141,7 +141,7 @@ def test_what_is_left_out_is_logged_once_and_all_stays_in_bounds(tmp_path):
     logged = []
     context_files = ContextFiles(FilePolicy(), logged.append)
     lines = [f"{letter} = '{letter * 80}'\n" for letter in string.ascii_letters]
-    large = [Buffer("".join(lines) * 5, path=tmp_path / f"{at}.py") for at in range(6)]
+    large = [Buffer("".join(lines) * 5, path=tmp_path / f"{number}.py") for number in range(6)]
     secret = Buffer(f"key = '{AWS}'\n" + "x = 1\n" * 3000, path=tmp_path / "config.py")
     for _ in range(2):
         files = context_files.collect(

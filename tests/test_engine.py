@@ -1,9 +1,7 @@
-"""The laws of the engine, bit for bit, on tiny models of every architecture; generation itself on a scripted
-backend.
+"""The laws of the engine, bit for bit, on tiny models of all architectures; generation on a scripted backend.
 
-A token's logits depend on the tokens before it alone: not on how the prompt was cut, what else ran beside it,
-how many threads there were, or whether its prefix came from the cache. Speculation and batching change no
-token.
+A token's logits depend only on the tokens before it: not on how the prompt was split, what ran beside it, the
+number of threads, or whether its prefix came from the cache. Speculation and batching change no token.
 """
 
 import threading
@@ -31,7 +29,7 @@ from codegemma.tokenizer import Tokenizer
 
 TYPES = ("F32", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 WIDE = {"width": 256, "head_width": 64, "ffn_width": 512}  # what K-quants fill
-PRETTY = Tokenizer.from_pieces(*tiny_pieces(KINDS["gemma-mqa"]))
+TINY_TOKENIZER = Tokenizer.from_pieces(*tiny_pieces(KINDS["gemma-mqa"]))
 
 
 def native(kind, type="F32", threads=1, level=None, seed=0, **changes):
@@ -80,12 +78,12 @@ def repeated(size):
 def test_chunks_change_nothing(kind, type):
     """Across pages (64), attention segments (256) and sliding windows (8)."""
     backend, ids = native(kind, type), random_ids(300)
-    whole = logits_in_chunks(backend, ids, [300])
+    expected = logits_in_chunks(backend, ids, [300])
     for chunk in (1, 5, 6, 17, 64, 255):
-        assert logits_in_chunks(backend, ids, repeated(chunk)) == whole, f"chunks of {chunk}"
-    assert logits_in_chunks(backend, ids, [13, 1, 200, 2, 84]) == whole
-    assert logits_in_chunks(backend, ids, [300], wanted=1) == whole[-1:]
-    assert logits_in_chunks(backend, ids, [299, 1], wanted=1) == [whole[298], whole[299]]
+        assert logits_in_chunks(backend, ids, repeated(chunk)) == expected, f"chunks of {chunk}"
+    assert logits_in_chunks(backend, ids, [13, 1, 200, 2, 84]) == expected
+    assert logits_in_chunks(backend, ids, [300], wanted=1) == expected[-1:]
+    assert logits_in_chunks(backend, ids, [299, 1], wanted=1) == [expected[298], expected[299]]
 
 
 @pytest.mark.parametrize(
@@ -93,23 +91,23 @@ def test_chunks_change_nothing(kind, type):
 )
 def test_threads_change_nothing(kind, type):
     ids = random_ids(300)
-    one = logits_in_chunks(native(kind, type, threads=1), ids, [260, 3, *[1] * 37])
+    expected = logits_in_chunks(native(kind, type, threads=1), ids, [260, 3, *[1] * 37])
     for threads in (2, 3):
-        assert logits_in_chunks(native(kind, type, threads), ids, [260, 3, *[1] * 37]) == one
+        assert logits_in_chunks(native(kind, type, threads), ids, [260, 3, *[1] * 37]) == expected
 
 
 @pytest.mark.parametrize(
     "kind, type", [("gemma-mqa", "Q4_0"), ("gemma-mha", "F32"), ("gemma2", "Q6_K"), ("gemma3", "Q4_K")]
 )
 def test_neighbours_change_nothing(kind, type):
-    """Nine sequences of different lengths, prompts and single tokens mixed, in any order."""
+    """Nine sequences of different lengths in one run, prompts and single tokens mixed, in any order."""
     backend = native(kind, type, threads=2)
     texts = [random_ids(length, seed=length) for length in (1, 2, 5, 7, 63, 64, 65, 130, 290)]
     alone = [logits_in_chunks(backend, ids, [len(ids)])[-1] for ids in texts]
     rng = np.random.default_rng(0)
     for _ in range(4):
         order = rng.permutation(len(texts))
-        heads = {i: int(rng.integers(0, len(texts[i]))) for i in order}  # this much was read before
+        heads = {i: int(rng.integers(0, len(texts[i]))) for i in order}  # tokens that an earlier run read
         pages = {i: [backend.new_page() for _ in range(-(-len(texts[i]) // PAGE))] for i in order}
         backend.run([Slice(texts[i][: heads[i]], 0, pages[i], 0) for i in order if heads[i]])
         result = backend.run([Slice(texts[i][heads[i] :], heads[i], pages[i], 1) for i in order])
@@ -231,7 +229,7 @@ def test_cached_prefix_is_not_computed_again():
 
 
 def test_shared_prefix_of_a_batch_is_computed_once():
-    """Samples of one prompt, and tasks with a common start, that enter an empty cache together."""
+    """Samples of a prompt, and prompts with a common start, that begin together with an empty cache."""
     backend = Counting(native("gemma3", "Q8_0"))
     prompt = random_ids(300)
     requests = [Request(prompt, 4, Sampling(temperature=1, seed=seed)) for seed in range(5)]
@@ -248,7 +246,7 @@ def test_shared_prefix_of_a_batch_is_computed_once():
     assert backend.tokens <= 300 + 3 * 20 + 8 * 4 + 4
 
 
-def test_followers_go_on_when_their_leader_is_removed():
+def test_followers_continue_when_their_leader_is_removed():
     engine = Engine(native("gemma3", "Q8_0"), cache_bytes=0)
     prompt = random_ids(300)
     expected = list(engine.generate(Request(prompt, 3)))
@@ -263,7 +261,7 @@ def test_followers_go_on_when_their_leader_is_removed():
 
 
 def test_a_shared_page_is_copied_before_it_is_written():
-    """Two that continue one partly filled page in turns, and a third that comes back to it later."""
+    """Two requests that continue a partly filled page in turns, and then both once more from the cache."""
     backend = native("gemma2", "Q4_0")
     engine, base = Engine(backend), random_ids(70)
     list(engine.generate(Request(base, 1)))
@@ -303,14 +301,14 @@ def test_engine_logits_are_those_of_the_backend():
 
 
 def test_seed_decides_the_text_whatever_runs_beside_it():
-    ids, one = random_ids(30), {}
+    ids, tokens_of_seed = random_ids(30), {}
     for threads in (1, 2):
         engine = Engine(native("gemma3", "Q4_0", threads))
         for seed in (1, 2, 3):
             request = Request(ids, 20, Sampling(temperature=1.0, seed=seed))
             tokens = [step.token for step in engine.generate(request)]
-            assert one.setdefault(seed, tokens) == tokens
-    assert len({tuple(tokens) for tokens in one.values()}) == 3
+            assert tokens_of_seed.setdefault(seed, tokens) == tokens
+    assert len({tuple(tokens) for tokens in tokens_of_seed.values()}) == 3
 
 
 def test_two_threads_share_an_engine():
@@ -352,44 +350,46 @@ class Scripted:
             return None
         rows = [s.start + len(s.ids) - s.wanted + i + 1 for s in slices for i in range(s.wanted)]
         values = np.zeros((len(rows), self.config.vocab), np.float32)
-        chosen = np.array([self.script[min(at, len(self.script) - 1)] for at in rows], np.int32)
+        chosen = np.array([self.script[min(position, len(self.script) - 1)] for position in rows], np.int32)
         values[np.arange(len(rows)), chosen] = 5.0
         return Logits(values, chosen, np.log(np.exp(values).sum(-1)))
 
 
-def say(text, prompt="x", **options):
+def answer_steps(text, prompt="x", **options):
     """The Steps of a model that answers `text` and then <eos>."""
-    script = [2, *PRETTY.encode(prompt), *PRETTY.encode(text), 1]
-    size = 1 + len(PRETTY.encode(prompt))
-    return list(Engine(Scripted(script), PRETTY).generate(Request(script[:size], stop_ids={1}, **options)))
+    script = [2, *TINY_TOKENIZER.encode(prompt), *TINY_TOKENIZER.encode(text), 1]
+    size = 1 + len(TINY_TOKENIZER.encode(prompt))
+    return list(
+        Engine(Scripted(script), TINY_TOKENIZER).generate(Request(script[:size], stop_ids={1}, **options))
+    )
 
 
 def test_steps_tell_token_text_and_logprob():
-    steps = say("def")
+    steps = answer_steps("def")
     assert [(step.text, step.stop) for step in steps] == [("def", None), ("", "end")]
     logprob = 5 - np.log(np.exp(5) + 514)
-    assert [step.token for step in steps] == [*PRETTY.encode("def"), 1]
+    assert [step.token for step in steps] == [*TINY_TOKENIZER.encode("def"), 1]
     assert all(abs(step.logprob - logprob) < 1e-6 and step.top == () for step in steps)
-    top = say("def", top_logprobs=3)[0].top
-    assert top[0] == (PRETTY.encode("def")[0], pytest.approx(logprob)) and [
+    top = answer_steps("def", top_logprobs=3)[0].top
+    assert top[0] == (TINY_TOKENIZER.encode("def")[0], pytest.approx(logprob)) and [
         token for token, _ in top[1:]
     ] == [0, 1]
 
 
 def test_text_never_holds_half_a_character():
     text = "né 😀 漢字"  # bytes, in this vocabulary
-    steps = say(text)
+    steps = answer_steps(text)
     assert "".join(step.text for step in steps) == text and not any("\ufffd" in step.text for step in steps)
-    cut = say(text, max_tokens=2)  # in the middle of é
+    cut = answer_steps(text, max_tokens=2)  # in the middle of é
     assert [step.text for step in cut] == ["n", "\ufffd"] and cut[-1].stop == "length"
 
 
 @settings(deadline=None)
 @given(st.text("ab\n 😀", max_size=30), st.lists(st.text("ab\n 😀", min_size=1, max_size=6), max_size=3))
 def test_stop_texts_end_the_text_before_the_first(text, stops):
-    steps = say(text, stop=stops)
+    steps = answer_steps(text, stop=stops)
     expected, ended = text, "end"
-    for size in range(len(text) + 1):  # the first moment at which any is complete
+    for size in range(len(text) + 1):  # the first prefix that has a complete stop text
         matches = [start for start in (text[:size].find(stop) for stop in stops) if start >= 0]
         if matches:
             expected, ended = text[: min(matches)], "stop_text"
@@ -399,13 +399,15 @@ def test_stop_texts_end_the_text_before_the_first(text, stops):
 
 
 def test_text_held_for_a_stop_text_comes_out_in_the_end():
-    assert [(step.text, step.stop) for step in say("a<b", stop=["<bc"])] == [
+    assert [(step.text, step.stop) for step in answer_steps("a<b", stop=["<bc"])] == [
         ("a", None),
         ("", None),
         ("", None),
         ("<b", "end"),
     ]
-    assert say("a<b", stop=["<bc"], max_tokens=3)[-1] == replace(say("a<b", max_tokens=3)[-1], text="<b")
+    assert answer_steps("a<b", stop=["<bc"], max_tokens=3)[-1] == replace(
+        answer_steps("a<b", max_tokens=3)[-1], text="<b"
+    )
 
 
 def test_length_and_context_bound_the_text():
@@ -430,7 +432,7 @@ def test_length_and_context_bound_the_text():
 )
 def test_bad_requests_are_refused_at_once(request_, message):
     with pytest.raises(ValueError, match=message):
-        Engine(Scripted([2]), PRETTY).generate(request_)
+        Engine(Scripted([2]), TINY_TOKENIZER).generate(request_)
 
 
 @pytest.mark.parametrize(
@@ -471,21 +473,21 @@ def test_long_prompts_do_not_hold_up_the_others():
 # ---------------------------------------------------------------------------------------- stopping
 @pytest.fixture(scope="module")
 def heavy():
-    """A model whose prompt of 4,000 tokens takes seconds."""
+    """A model that takes seconds for a prompt of 4,000 tokens."""
     config = tiny_config(
         "gemma-mqa", layers=6, width=1024, heads=8, head_width=128, ffn_width=4096, context=8192
     )
     tensors = {
-        place.name: ArrayTensor.of(np.ones(place.shape, np.float32))
-        if place.is_norm
-        else random_blocks("Q4_0", place.shape, place.shape[-1] ** -0.5)
-        for place in tensor_locations(config, "gguf")
+        location.name: ArrayTensor.of(np.ones(location.shape, np.float32))
+        if location.is_norm
+        else random_blocks("Q4_0", location.shape, location.shape[-1] ** -0.5)
+        for location in tensor_locations(config, "gguf")
     }
     return Native(Checkpoint(Path("heavy"), config, tensors, {}, None), 2)
 
 
 def test_cancel_stops_a_long_prompt_within_50_ms(heavy):
-    """The best of several attempts: a busy machine can only make one longer."""
+    """The fastest of several attempts, since a busy machine delays single ones."""
     engine, ids, waits = Engine(heavy, cache_bytes=0), random_ids(4000), []
     started = time.perf_counter()
     heavy.run([Slice(ids[:512], 0, [heavy.new_page() for _ in range(8)], 0)])
@@ -537,7 +539,7 @@ def test_a_request_that_waits_for_another_can_be_cancelled():
         assert [step.stop for step in steps] == ["cancelled"]
 
 
-def test_closing_the_iterator_stops_the_work_and_keeps_what_was_done():
+def test_closing_the_iterator_stops_the_work_and_caches_it():
     backend = Counting(Scripted(random_ids(300)))
     engine = Engine(backend)
     steps = engine.generate(Request(backend.script[:100], 100, speculate=False))
@@ -550,7 +552,7 @@ def test_closing_the_iterator_stops_the_work_and_keeps_what_was_done():
 
 # ---------------------------------------------------------------------------------------- sampling
 def probabilities(s, logits_V, context=()):
-    """What the filters leave, written out plainly."""
+    """The distribution after the filters, straight from their definitions."""
     x = logits_V.astype(np.float64).copy()
     for token in set(context):
         x[token] = x[token] / s.repeat_penalty if x[token] > 0 else x[token] * s.repeat_penalty
@@ -558,14 +560,14 @@ def probabilities(s, logits_V, context=()):
     ranked = sorted(range(len(p)), key=lambda i: (-p[i], i))
     if s.top_k:
         ranked = ranked[: s.top_k]
-    total, kept, mass = sum(p[i] for i in ranked), [], 0.0
+    total, nucleus, mass = sum(p[i] for i in ranked), [], 0.0
     for i in ranked:
-        if kept and (mass / total >= s.top_p or p[i] / p[ranked[0]] < s.min_p):
+        if nucleus and (mass / total >= s.top_p or p[i] / p[ranked[0]] < s.min_p):
             break
-        kept.append(i)
+        nucleus.append(i)
         mass += p[i]
     q = np.zeros(len(p))
-    q[kept] = p[kept] / p[kept].sum()
+    q[nucleus] = p[nucleus] / p[nucleus].sum()
     return q
 
 
@@ -594,11 +596,11 @@ def test_draws_follow_the_distribution(s):
     ]
     counts = np.bincount(draws, minlength=12)
     assert counts[expected == 0].sum() == 0
-    kept = expected > 0
-    degrees = kept.sum() - 1
+    possible = expected > 0
+    degrees = possible.sum() - 1
     if degrees:
         limit = degrees * (1 - 2 / (9 * degrees) + 3.72 * np.sqrt(2 / (9 * degrees))) ** 3
-        assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < limit
+        assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < limit
     assert [sampling.choose(replace(s, seed=9), logits_V, 0, context, i) for i in range(50)] == draws[:50]
 
 
@@ -622,13 +624,13 @@ def test_a_draw_is_that_of_the_whole_vocabulary_in_order(options, scale):
         logits_V = rng.normal(0, scale, size)
         logits_V[rng.integers(0, size, 3)] = logits_V.max()
         q = probabilities(s, logits_V)
-        kept = np.lexsort((np.arange(size), -q))[: np.count_nonzero(q)]
-        cumulative = np.cumsum(q[kept])
+        ranked = np.lexsort((np.arange(size), -q))[: np.count_nonzero(q)]
+        cumulative = np.cumsum(q[ranked])
         for i in range(40):
             uniform = sampling._uniform(s.seed, i)
             assert (
                 sampling.choose(s, logits_V, 0, [], i)
-                == kept[int(np.searchsorted(cumulative, uniform, "right"))]
+                == ranked[int(np.searchsorted(cumulative, uniform, "right"))]
             )
 
 

