@@ -2,9 +2,9 @@
 
     python benchmarks/data.py [--megabytes 200] [--peers .venv-bench-data/bin/python] [--skip-memory]
 
-The text is the source of packages that are installed anyway. Peers run one after the other in an environment
-of their own (requirements-data.txt), on a sample that takes them some seconds. Time is CPU time of one
-process, except end to end.
+The text is the source of installed packages. Peers run one after the other in an environment of their own
+(requirements-data.txt), on a sample that takes them some seconds. Times are CPU times of one process, but for
+the complete build, which is wall time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MB = 1_000_000
 
 
 def corpus(folder: Path, megabytes: float, copies: int = 1) -> list[str]:
-    """Checkouts of installed packages, cut at the size; a copy is the same text under other names."""
+    """Writes the source of installed packages to a folder, up to a size. A copy differs in a comment only."""
     roots = [Path(sysconfig.get_paths()["purelib"]), Path(sysconfig.get_paths()["stdlib"])]
     endings = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".js", ".ts", ".go", ".rs", ".java"}
     files = sorted(
@@ -48,18 +48,22 @@ def corpus(folder: Path, megabytes: float, copies: int = 1) -> list[str]:
         text = file.read_bytes().decode("utf-8", "replace")
         size += len(text.encode())
         for copy in range(copies):
-            inside = file.relative_to(root)
-            to = folder / f"{inside.parts[0].removesuffix(file.suffix)}-{copy}" / inside
-            to.parent.mkdir(parents=True, exist_ok=True)
-            mark = f" marker_{copy}_of_the_text" if copy else ""  # else the copies would be dropped as copies
-            to.write_text(text.replace(":\n", f":  #{mark}\n") if mark else text)
-            (folder / f"{inside.parts[0].removesuffix(file.suffix)}-{copy}" / "Makefile").touch()
+            path = file.relative_to(root)
+            repository = folder / f"{path.parts[0].removesuffix(file.suffix)}-{copy}"
+            target = repository / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            mark = (
+                f" marker_{copy}_of_the_text" if copy else ""
+            )  # keeps copies from being dropped as duplicates
+            target.write_text(text.replace(":\n", f":  #{mark}\n") if mark else text)
+            (repository / "Makefile").touch()
     return [str(folder)]
 
 
 def texts(folder: Path, megabytes: float) -> list[tuple[str, str]]:
+    """(path, text) of the files in a folder, up to a size."""
     texts_read, size = [], 0
-    for file in sorted(each for each in folder.rglob("*.*") if each.is_file()):
+    for file in sorted(path for path in folder.rglob("*.*") if path.is_file()):
         text = file.read_text("utf-8", "replace")
         texts_read.append((str(file.relative_to(folder)), text))
         size += len(text.encode())
@@ -69,6 +73,7 @@ def texts(folder: Path, megabytes: float) -> list[tuple[str, str]]:
 
 
 def timed(call, items) -> float:
+    """CPU seconds of a call for each item."""
     start = time.process_time()
     for item in items:
         call(item)
@@ -99,7 +104,7 @@ def peer(name: str, items: list[tuple[str, str]]) -> float:
 
         def sketch(item):
             words = re.findall(r"\w+", item[1].lower())
-            grams = {" ".join(words[at : at + 5]).encode() for at in range(max(1, len(words) - 4))}
+            grams = {" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))}
             MinHash(num_perm=126).update_batch(grams)
 
         return timed(sketch, items)
@@ -112,8 +117,8 @@ def peer(name: str, items: list[tuple[str, str]]) -> float:
         from detect_secrets.settings import default_settings
 
         folder, files = Path(tempfile.mkdtemp()), []
-        for at, (path, text) in enumerate(items):
-            files.append(folder / f"{at}{Path(path).suffix}")
+        for number, (path, text) in enumerate(items):
+            files.append(folder / f"{number}{Path(path).suffix}")
             files[-1].write_text(text)
         with default_settings():
             return timed(lambda file: SecretsCollection().scan_file(str(file)), files)
@@ -141,6 +146,7 @@ def peer(name: str, items: list[tuple[str, str]]) -> float:
 
 # ------------------------------------------------------------------------------------------------------- ours
 def ours(name: str, items: list[tuple[str, str]]) -> float:
+    """CPU seconds of one of our steps for the texts."""
     import numpy as np
 
     from codegemma.data import dedup, graph, redact
@@ -175,16 +181,16 @@ def compare(folder: Path, python: str) -> None:
         theirs = size / float(run.stdout.split()[-1]) if run.returncode == 0 else float("nan")
         if run.returncode:
             print(f"{name} did not run: {run.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        ours(step, items[:20])  # grammars, rules and tables are loaded once
-        own = size / ours(step, items)
+        ours(step, items[:20])  # loads grammars, rules and tables
+        speed = size / ours(step, items)
         print(
-            f"{step:28} {own:8.2f} MB/s   {name:24} {theirs:8.3f} MB/s   ratio {own / theirs:8.1f}",
+            f"{step:28} {speed:8.2f} MB/s   {name:24} {theirs:8.3f} MB/s   ratio {speed / theirs:8.1f}",
             flush=True,
         )
 
 
 def full_build(sources: list[str], out: Path, workers: int, threshold: float = 0.8) -> dict:
-    """One build from start to end: seconds, and where they go."""
+    """A complete build: its wall time, and the times of its stages."""
     from codegemma.cli.data import load_tokenizer
     from codegemma.data.build import build
     from codegemma.data.recipe import BuildRecipe

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. .venv/bin/python benchmarks/engine.py [--rounds 5] [--models default,q4_0,q8_0] [--log]
 
-Each round measures the machine's limits, then ours and the peer in turn; medians, the ratio of each round,
-and shares of the limits of that round. Prefill counts the vocabulary product for the last token only, for
-both engines.
+Each round measures the machine's limits, then ours and the peer in turn. Printed are medians over the rounds
+of the speeds, of their ratio, and of the shares of the machine's limits. In prefill, both engines compute
+logits for the last token only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from codegemma.checkpoints.table import tensor_locations
 from codegemma.generate.request import Request
 from codegemma.native import Slice, measure
 
-PROMPT, BEFORE, DECODED = 512, 64, 32  # tokens read; read before decoding; decoded
+PROMPT, BEFORE, DECODED = 512, 64, 32  # tokens of a prompt; of the prompt before decoding; decoded
+EDITED = 400  # tokens of the edited function
 FUNCTION = (ROOT / "benchmarks" / "edited_function.py").read_text()
 
 
@@ -39,16 +40,18 @@ def run_prompt(
     """Seconds for a prompt with nothing cached, its next token, and the pages."""
     pages = [model.backend.new_page() for _ in range(-(-(len(ids) + 1024) // 64))]
     for page in pages:
-        page.data.fill(0)  # touched, as the peer's cache is
-    start, token = time.perf_counter(), 0
-    for at in range(0, len(ids), PROMPT):
-        part = ids[at : at + PROMPT]
-        logits = model.backend.run([Slice(part, at, pages, int(at + len(part) == len(ids)), adapter)])
-        token = int(logits.argmax[0]) if at + len(part) == len(ids) else 0
-    return time.perf_counter() - start, token, pages
+        page.data.fill(0)  # allocates the memory before the clock starts, as the peer does
+    began, token = time.perf_counter(), 0
+    for start in range(0, len(ids), PROMPT):
+        part = ids[start : start + PROMPT]
+        is_last = start + len(part) == len(ids)
+        logits = model.backend.run([Slice(part, start, pages, int(is_last), adapter)])
+        token = int(logits.argmax[0]) if is_last else 0
+    return time.perf_counter() - began, token, pages
 
 
 def run_decode(model: codegemma.Model, ids: list[int], count: int, adapter: str | None = None) -> float:
+    """Seconds for `count` tokens, one at a time, after a prompt."""
     _, token, pages = run_prompt(model, ids, adapter)
     start = time.perf_counter()
     for i in range(count):
@@ -56,19 +59,18 @@ def run_decode(model: codegemma.Model, ids: list[int], count: int, adapter: str 
     return time.perf_counter() - start
 
 
-def run_edit(model: codegemma.Model, ids: list[int], count: int) -> tuple[float, list[int]]:
-    """Greedy decoding as users get it, with n-gram speculation, after the prompt."""
+def run_edit(model: codegemma.Model, ids: list[int], count: int) -> tuple[float, int]:
+    """Greedy decoding as users get it, with n-gram speculation: seconds after the first token, and tokens."""
     model.engine.cache.forget_all()
     steps = model.engine.generate(Request(ids, count + 1))
-    tokens = [next(steps).token]
+    next(steps)
     start = time.perf_counter()
-    tokens += [step.token for step in steps]
+    tokens = sum(1 for _ in steps)
     return time.perf_counter() - start, tokens
 
 
 def edit_prompt(model: codegemma.Model) -> list[int]:
-    """A function of 60 lines, twice: as it is, and with one name changed in the first lines, to be
-    continued."""
+    """A function of 60 lines as it is, then the first lines of the same function with one name changed."""
     renamed = FUNCTION.replace("parse_line", "read_record")
     start = renamed[: renamed.index("\n", renamed.index("read_record"))]
     text = f"# before\n{FUNCTION}\n# the same with parse_line renamed to read_record\n{start}"
@@ -76,7 +78,7 @@ def edit_prompt(model: codegemma.Model) -> list[int]:
 
 
 def weights_bytes(model: codegemma.Model) -> tuple[float, float]:
-    """Bytes read for one token, and multiply-add operations for one prompt token (without the vocabulary)."""
+    """Bytes of weights read for one token, and operations for one prompt token (without the vocabulary)."""
     tensors = model.checkpoint.tensors
     matrices = (t for name, t in tensors.items() if name.startswith("layers.") and len(t.shape) == 2)
     operations = 2 * sum(float(np.prod(t.shape)) for t in matrices)
@@ -84,8 +86,9 @@ def weights_bytes(model: codegemma.Model) -> tuple[float, float]:
 
 
 def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any]:
+    """One line of the table: a model in our engine and in llama.cpp, in turn; medians of the rounds."""
     model = codegemma.load(path, threads=threads)
-    model.backend.use_huge_pages()  # as it does by itself after some runs
+    model.backend.use_huge_pages()  # as a process does by itself after some runs
     read, operations = weights_bytes(model)
     ids = [2, *np.random.default_rng(0).integers(1000, 200_000, PROMPT - 1).tolist()]
     rows: list[dict[str, float]] = []
@@ -112,13 +115,12 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
                 "peak": peak / 1e9,
             }
             if edits:
-                count = 400
-                seconds, tokens = run_edit(model, edit, count)
-                their = peer("decode", ids=edit, count=count)
+                seconds, tokens = run_edit(model, edit, EDITED)
+                their_seconds = peer("decode", ids=edit, count=EDITED)["seconds"]
                 row |= {
-                    "edit": (len(tokens) - 1) / seconds,
-                    "edit_peer": count / their["seconds"],
-                    "edit_ratio": (len(tokens) - 1) / seconds * their["seconds"] / count,
+                    "edit": tokens / seconds,
+                    "edit_peer": EDITED / their_seconds,
+                    "edit_ratio": tokens / seconds * their_seconds / EDITED,
                 }
             rows.append(row)
         about = peer.about
@@ -130,7 +132,7 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
 
 
 def transformers(path: Path, rounds: int, threads: int) -> str:
-    """The default model in transformers on PyTorch (bfloat16) beside ours, in turn."""
+    """The default model in transformers on PyTorch (bfloat16) and in our engine, in turn."""
     model = codegemma.load(path, threads=threads)
     model.backend.use_huge_pages()
     ids = [2, *np.random.default_rng(0).integers(1000, 200_000, PROMPT - 1).tolist()]
@@ -152,13 +154,13 @@ def transformers(path: Path, rounds: int, threads: int) -> str:
 
 
 def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
-    """What a random adapter on all linear layers and four token rows costs, on and off in turn."""
+    """The cost in time of an adapter on all linear layers and four token rows: with and without, in turn."""
     model = codegemma.load(path, threads=threads)
     rng, (rows, c) = np.random.default_rng(0), ([67, 68, 69, 70], model.config)
     shapes = {
-        place.name: place.shape
-        for place in tensor_locations(c, "hf")
-        if place.name.rpartition(".")[2] in LINEAR
+        location.name: location.shape
+        for location in tensor_locations(c, "hf")
+        if location.name.rpartition(".")[2] in LINEAR
     }
     a = {
         name: rng.normal(0, columns**-0.5, (rank, columns)).astype(np.float32)
@@ -176,13 +178,13 @@ def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
     prefill: dict[str | None, list[float]] = {name: [] for name in both}
     decode: dict[str | None, list[float]] = {name: [] for name in both}
     for _ in range(rounds):
-        kept = {name: run_prompt(model, ids, name) for name in both}
+        prompts = {name: run_prompt(model, ids, name) for name in both}
         for name in both:
-            prefill[name].append(kept[name][0])
-        for i in range(4 * DECODED):  # in turn, token by token: a machine's mood lasts longer than one
+            prefill[name].append(prompts[name][0])
+        for i in range(4 * DECODED):  # alternating by token, so that changes of the machine's speed hit both
             for name in both:
                 start = time.perf_counter()
-                model.backend.run([Slice(ids[i : i + 1], len(ids) + i, kept[name][2], 1, name)])
+                model.backend.run([Slice(ids[i : i + 1], len(ids) + i, prompts[name][2], 1, name)])
                 decode[name].append(time.perf_counter() - start)
     read, decoded = (
         statistics.median(times["random"]) / statistics.median(times[None]) for times in (prefill, decode)
@@ -194,6 +196,7 @@ def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
     lines = [
         "| model | prefill tok/s | llama.cpp | ratio | share of int8 peak "
         "| decode tok/s | llama.cpp | ratio | share of bandwidth | edit ratio |",

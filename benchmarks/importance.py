@@ -1,4 +1,4 @@
-"""What weighing columns by importance gains: KL divergence to the float model, with and without.
+"""What importance weights gain in quantisation: KL divergence to the float model, with and without them.
 
     PYTHONPATH=. .venv/bin/python benchmarks/importance.py [MODEL]
 
@@ -20,7 +20,7 @@ from codegemma.convert.convert import convert
 from codegemma.convert.importance import importance_of
 from codegemma.convert.verify import verify
 
-FILES, CHARACTERS = 6, 800  # of the tested texts: from the middle of each file, where no licence stands
+FILES, CHARACTERS = 6, 800  # of the tested texts, from the middle of each file: licences stand at the top
 
 
 def main() -> None:
@@ -39,12 +39,12 @@ def main() -> None:
         source = convert(args.model, Path(folder, "float.gguf"), dtype="f32").path
         importance, rows = importance_of(measured, open_checkpoint(hub.resolve(args.model))), []
         for type in args.types.split(","):
-            proofs = []
+            results = []
             for weights in (None, importance):
                 target = Path(folder, "q.gguf")
                 convert(source, target, quantize_to=type, importance=weights, overwrite=True)
-                proofs.append(verify(source, target, pieces))
-            plain, weighed = proofs
+                results.append(verify(source, target, pieces))
+            plain, weighed = results
             rows.append(
                 f"| {type} | {plain.kl:.5f} | {weighed.kl:.5f} | {weighed.kl / plain.kl - 1:+.1%} | "
                 f"{plain.agreement:.2%} | {weighed.agreement:.2%} |"

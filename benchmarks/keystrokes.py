@@ -26,7 +26,7 @@ Trace = list[tuple[str, str, str]]  # kind, prefix, suffix
 
 
 def trace(text: str) -> Trace:
-    """Opens the file with the cursor at three quarters of it, types there, then jumps to five places."""
+    """The steps of a user who opens a file at three quarters of it, types, then jumps to five places."""
     lines = text.splitlines(keepends=True)
     cursor = len(lines) * 3 // 4
     prefix, suffix = "".join(lines[:cursor]), "".join(lines[cursor:])
@@ -56,8 +56,8 @@ def peer_times(
 ) -> list[float | None]:
     """Seconds to the first token of each step, from an empty cache.
 
-    In PSM order a keystroke makes the peer read the whole suffix again, which takes more than a second: there
-    only every sixth is measured, and the others are None.
+    In PSM order the peer reads the whole suffix again after each keystroke, which takes more than a second:
+    there only every sixth keystroke is measured, and the others are None.
     """
     peer("eval_prompt", ids=[2])  # empties its cache
     ids = [

@@ -9,13 +9,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def parser(description: str | None, rounds: int = 5) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    made.add_argument("--rounds", type=int, default=rounds)
-    made.add_argument("--log", action="store_true", help="append the result to docs/log.md")
-    return made
+    """A parser with --rounds and --log; it is described by the first line of a module's docstring."""
+    arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    arguments.add_argument("--rounds", type=int, default=rounds)
+    arguments.add_argument("--log", action="store_true", help="append the result to docs/log.md")
+    return arguments
 
 
 def publish(entry: str, log: bool) -> None:
+    """Prints an entry of the log, and appends it to docs/log.md if `log` is set."""
     print(entry)
     if log:
         with open(ROOT / "docs" / "log.md", "a") as file:

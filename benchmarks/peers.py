@@ -1,4 +1,4 @@
-"""The engines we are measured against, each in a process of its own that speaks JSON lines.
+"""The engines that ours is compared with. Each runs in its own process, which speaks JSON lines.
 
     with Peer("llamacpp", "model.gguf", threads=2, context=4096) as peer:      # from any environment
         peer("prefill", ids=[...])                -> {"seconds"}
@@ -7,8 +7,8 @@
         peer("logits", ids=[...], path="x.npy")   -> {"path"}                  float32 [T, V]
         peer("choose", rows=[...])                -> {"seconds", "right"}      rows: context, choices, label
 
-The child runs in the bench environment (`make bench-env`), and only while the parent waits for its answer.
-Seconds are taken in the child around the engine's own calls; greedy decoding never stops at an end token.
+The child runs in the bench environment (`make bench-env`), and only while the parent waits for its answer. It
+measures the seconds around the engine's calls. Greedy decoding never stops at an end token.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ import numpy as np
 PYTHON = Path(__file__).parent.parent / ".venv-bench" / "bin" / "python"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma")
 BENCH = CACHE / "bench"  # models that only benchmarks read
-BUILD_NOTE = (
-    PYTHON.parent.parent / "llama.cpp-build"
-)  # says how llama.cpp was compiled, if not by its defaults
+BUILD_NOTE = PYTHON.parent.parent / "llama.cpp-build"  # how llama.cpp was compiled, if not by its defaults
 
 
 def exported(model: str = "gemma-3-270m") -> Path:
@@ -46,11 +44,11 @@ def exported(model: str = "gemma-3-270m") -> Path:
 
 
 def check_llama_cpp(model: str | Path) -> str:
-    """Makes sure that llama.cpp survives a prompt here; returns "" or a note on how it had to be compiled.
+    """Makes sure that llama.cpp can read a prompt here; returns "" or a note on how it had to be compiled.
 
-    llama.cpp's AMX kernels crash on some processors and hypervisors. Where the peer dies, it is compiled
-    again without them, once: a file beside its environment keeps the note. Raises RuntimeError where that
-    does not help."""
+    llama.cpp's AMX kernels crash on some processors and hypervisors. If they do, it is compiled again without
+    them, once: a file in its environment keeps the note. Raises RuntimeError where that does not help.
+    """
     try:
         _read_a_prompt(model)
     except RuntimeError:
@@ -59,7 +57,16 @@ def check_llama_cpp(model: str | Path) -> str:
         print("llama.cpp crashed: compiling it again without its AMX kernels (some minutes)", file=sys.stderr)
         flags = " ".join(f"-D{flag}" for flag in _flags_without_amx(Path("/proc/cpuinfo").read_text()))
         subprocess.run(
-            [PYTHON, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "--no-cache-dir"]
+            [
+                str(PYTHON),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--force-reinstall",
+                "--no-deps",
+                "--no-cache-dir",
+            ]
             + ["--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3.36,<0.4"],
             env=os.environ | {"CMAKE_ARGS": flags},
             check=True,
@@ -76,8 +83,8 @@ def _read_a_prompt(model: str | Path) -> None:
 
 
 def _flags_without_amx(cpuinfo: str) -> list[str]:
-    """The options by which llama.cpp's CMake build uses what this processor has, AMX left out."""
-    has = set(cpuinfo.partition("\nflags")[2].partition("\n")[0].split())
+    """CMake options that make llama.cpp use all extensions of this processor but AMX."""
+    supported = set(cpuinfo.partition("\nflags")[2].partition("\n")[0].split())
     options = {
         "GGML_AVX": "avx",
         "GGML_AVX2": "avx2",
@@ -91,12 +98,12 @@ def _flags_without_amx(cpuinfo: str) -> list[str]:
         "GGML_AVX512_BF16": "avx512_bf16",
     }
     return ["GGML_NATIVE=OFF"] + [
-        f"{option}={'ON' if flag in has else 'OFF'}" for option, flag in options.items()
+        f"{option}={'ON' if flag in supported else 'OFF'}" for option, flag in options.items()
     ]
 
 
 class Peer:
-    """The parent's end. Raises RuntimeError with the child's own words when it fails."""
+    """A peer, run in a child process. Raises RuntimeError with the child's message if the child fails."""
 
     def __init__(self, engine: str, model: str | Path, **options: Any) -> None:
         """`options` are the keywords of the engine's class."""
@@ -132,12 +139,12 @@ class Peer:
 
 
 class LlamaCpp:
-    """llama.cpp through its C API: its own defaults (KV in float16, flash attention where it helps, repacked
-    weights).
+    """llama.cpp through its C API, with its defaults (float16 cache, flash attention, repacked weights).
 
-    Only the last token of a prompt gets logits, and the argmax reads them in place, so Python adds nothing
-    per layer and some 50 us per token. `swa_full` keeps the whole prompt in the cache of windowed layers,
-    without which llama.cpp cannot go back to a prefix."""
+    Only the last token of a prompt gets logits, and the argmax reads them in place, so that Python costs
+    nothing per layer and some 50 us per token. With `swa_full`, the cache of windowed layers keeps all tokens
+    of the prompt; without it, llama.cpp cannot return to a prefix.
+    """
 
     def __init__(self, model: str, threads: int, context: int, batch: int = 512, flash: str = "auto") -> None:
         import llama_cpp
@@ -163,13 +170,13 @@ class LlamaCpp:
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.size, self.batch = batch, llama_cpp.llama_batch_init(batch, 0, 1)
         columns = self.batch.token, self.batch.pos, self.batch.logits, self.batch.n_seq_id
-        self.tokens, self.places, self.wanted, sequences = (
-            np.ctypeslib.as_array(at, (batch,)) for at in columns
+        self.tokens, self.positions, self.wanted, sequences = (
+            np.ctypeslib.as_array(column, (batch,)) for column in columns
         )
         sequences[:] = 1
         for i in range(batch):
             self.batch.seq_id[i][0] = 0
-        self.held: list[int] = []
+        self.cached_ids: list[int] = []
         self.about = {
             "engine": "llama.cpp",
             "llama_cpp_python": llama_cpp.__version__,
@@ -181,25 +188,24 @@ class LlamaCpp:
         }
 
     def _rewind(self, length: int) -> None:
-        """Keeps the first `length` tokens, or none where the memory cannot go back so far."""
+        """Keeps the first `length` tokens, or none if llama.cpp's memory cannot return to them."""
         if not self.api.llama_memory_seq_rm(self.memory, 0, length, -1):
             self.api.llama_memory_clear(self.memory, False)
             length = 0
-        self.held = self.held[:length]
+        self.cached_ids = self.cached_ids[:length]
 
     def _run(self, ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
-        """Appends tokens; logits of the last one, or of all, [.., V], in llama.cpp's own memory until the
-        next call."""
+        """Appends tokens. Logits [V] of the last one, valid until the next call, or [T, V] of all."""
         logits = []
-        for at in range(0, len(ids), self.size):
-            part = ids[at : at + self.size]
+        for start in range(0, len(ids), self.size):
+            part = ids[start : start + self.size]
             count = self.batch.n_tokens = len(part)
             self.tokens[:count], self.wanted[:count] = part, all_logits
-            self.places[:count] = np.arange(len(self.held), len(self.held) + count)
-            self.wanted[count - 1] = all_logits or at + count == len(ids)
+            self.positions[:count] = np.arange(len(self.cached_ids), len(self.cached_ids) + count)
+            self.wanted[count - 1] = all_logits or start + count == len(ids)
             if status := self.api.llama_decode(self.context, self.batch):
                 raise RuntimeError(f"llama_decode returned {status}")
-            self.held += part
+            self.cached_ids += part
             if all_logits:
                 logits.append(self._logits(count).copy())
         return np.concatenate(logits) if all_logits else self._logits(1)[0]
@@ -214,7 +220,7 @@ class LlamaCpp:
         return {"seconds": time.perf_counter() - start, "token": token}
 
     def decode(self, ids: list[int], count: int) -> dict[str, Any]:
-        """`count` tokens in `count` steps: the first step takes the token that the prompt yielded."""
+        """`count` tokens in `count` steps, of which the first reads the token after the prompt."""
         self._rewind(0)
         token, tokens = int(self._run(ids).argmax()), []
         start = time.perf_counter()
@@ -224,15 +230,15 @@ class LlamaCpp:
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
     def eval_prompt(self, ids: list[int]) -> dict[str, Any]:
-        """Time to the first token with llama.cpp's prompt cache: the longest common prefix stays, the rest
-        runs."""
+        """Seconds to the first token with llama.cpp's prompt cache, which keeps the longest common prefix."""
         start = time.perf_counter()
         common = sum(
-            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self.held, strict=False))
+            1
+            for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self.cached_ids, strict=False))
         )
         self._rewind(common)
-        evaluated = len(ids) - len(self.held)
-        token = int(self._run(ids[len(self.held) :]).argmax())
+        evaluated = len(ids) - len(self.cached_ids)
+        token = int(self._run(ids[len(self.cached_ids) :]).argmax())
         return {"seconds": time.perf_counter() - start, "token": token, "evaluated": evaluated}
 
     def logits(self, ids: list[int], path: str) -> dict[str, Any]:
@@ -242,8 +248,7 @@ class LlamaCpp:
 
 
 class Torch:
-    """Hugging Face transformers on PyTorch, the GGUF's weights dequantised to bfloat16 (or another type) at
-    load."""
+    """Hugging Face transformers on PyTorch. Loading dequantises the GGUF to bfloat16 or another type."""
 
     def __init__(self, model: str, threads: int, context: int = 0, dtype: str = "bfloat16") -> None:
         os.environ["TQDM_DISABLE"] = "1"
@@ -336,14 +341,14 @@ metric_list: [{metric: acc_norm}]
         Path(self.folder.name, "task.yaml").write_text(self.TASK.replace("FOLDER", self.folder.name))
         with contextlib.redirect_stdout(sys.stderr):
             start = time.perf_counter()
-            found = simple_evaluate(
+            results = simple_evaluate(
                 self.model,
                 tasks=["ours"],
                 bootstrap_iters=0,
                 task_manager=TaskManager(include_path=self.folder.name),
             )
             seconds = time.perf_counter() - start
-        return {"seconds": seconds, "right": found["results"]["ours"]["acc_norm,none"]}
+        return {"seconds": seconds, "right": results["results"]["ours"]["acc_norm,none"]}
 
 
 ENGINES = {"llamacpp": LlamaCpp, "torch": Torch, "lm-eval": LmEval}

@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests .venv-bench/bin/python benchmarks/quantize.py [FLOAT.gguf] [--types q4_0,q4_k_m]
 
-Without a file, a random model of 0.4 billion weights is used. Ours measures the error as well.
+Without a file, a random model of 0.4 billion weights is used. Our time includes measuring the error.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     PYTHONPATH=. .venv/bin/python benchmarks/random_model.py 2b q4_0 [--model gemma-3-270m]
 
-Types are chosen tensor by tensor as llama.cpp's quantiser does; blocks are random bytes under scales that
+Each tensor gets the type that llama.cpp's quantiser would choose. Blocks are random bytes with scales that
 keep the activations finite and the logits varied. The vocabulary is the first 256,000 pieces of the default
-model's. Greedy decoding soon repeats a token, as nothing was learnt: time it with speculation off."""
+model's. Greedy decoding soon repeats a token, as nothing was learnt: measure it without speculation.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +27,9 @@ CACHE = cache_dir()
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # general.file_type
 ROWS = 1024  # drawn at a time
 
-# Where a block's float16 factors lie (byte offsets), and what factor 1 does to the standard deviation of a
-# weight whose other bits are random: see ggml's dequantize_row_*. A K block's mins are made 7.5 scales (the
-# mean of its quants) so that weights have the mean zero; every other factor gets a random sign to the same
-# end.
+# The float16 factors of a block (byte offset: multiple of the scale), and the standard deviation of a weight
+# whose block has the scale 1 and otherwise random bits: see ggml's dequantize_row_*. Weights shall have the
+# mean zero: so the mins of a K block are 7.5 scales, the mean of its quants, and scales have random signs.
 FACTORS: dict[str, tuple[dict[int, float], float]] = {
     "Q4_0": ({0: 1.0}, 4.64),
     "Q8_0": ({0: 1.0}, 73.9),
@@ -55,6 +55,7 @@ def tensor_type(location: TensorLocation, mix: str, layers: int) -> str:
 
 
 def random_blocks(location: TensorLocation, type: str) -> np.ndarray:
+    """A tensor's random blocks, from its name alone: uint8 [rows, bytes of a row], or float32 for a norm."""
     rng = np.random.default_rng(zlib.crc32(location.name.encode()))
     if type == "F32":
         return rng.uniform(0.9, 1.1, location.shape).astype(np.float32)
@@ -78,6 +79,7 @@ def random_blocks(location: TensorLocation, type: str) -> np.ndarray:
 
 
 def write(path: Path, config: ModelConfig, mix: str, vocabulary: Path) -> None:
+    """Writes a random model with the tokenizer of another GGUF."""
     header = gguf.read(vocabulary).metadata
     metadata = gguf_model.config_metadata(config) | {
         "general.name": path.stem,
@@ -105,9 +107,9 @@ def main() -> None:
     parser.add_argument("size", choices=["2b", "7b"])
     parser.add_argument("mix", choices=sorted(FILE_TYPES))
     parser.add_argument(
-        "--model", default=hub.DEFAULT, help="model whose vocabulary it takes: a name or a GGUF"
+        "--model", default=hub.DEFAULT, help="the model whose vocabulary is used: a name or a GGUF"
     )
-    parser.add_argument("--out", type=Path, help="default: in the cache, unless there already")
+    parser.add_argument("--out", type=Path, help="default: a file in the cache, which is kept if it exists")
     args = parser.parse_args()
     path = args.out or CACHE / "bench" / f"random-{args.size}-{args.mix}.gguf"
     if args.out or not path.exists():

@@ -1,12 +1,12 @@
-"""The server over HTTP: a typing trace, eight clients at once, its cost over the engine, and a long load of
-many who type.
+"""The server beside llama-cpp-python's: a typing trace, eight clients at once, and many users under load.
 
     PYTHONPATH=. .venv/bin/python benchmarks/serve.py [--rounds 3] [--log]
     PYTHONPATH=. .venv/bin/python benchmarks/serve.py --load 300 --clients 64 [--plot load.svg] [--log]
 
-The peer is llama-cpp-python's server (`pip install "llama-cpp-python[server]"` in the bench environment) with
-the same file, threads and context, asked in its own order, PSM, with its own prompt cache. Servers run one at
-a time."""
+The peer (`pip install "llama-cpp-python[server]"` in the bench environment) has the same file, threads and
+context. It gets prompts in its own order, PSM, and uses its own prompt cache. Servers run one at a time. The
+cost of a request over the engine alone is measured as well.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ from codegemma import hub
 
 TOKENS = 8  # of a suggestion
 CONTEXT = 4096
-FIM = ("<unused60>", "<unused61>", "<unused62>")  # stand for the peer's FIM tokens: this file names none
+FIM = (
+    "<unused60>",
+    "<unused61>",
+    "<unused62>",
+)  # in place of FIM tokens, which this model's file does not name
 
 
 @contextlib.contextmanager
@@ -101,7 +105,7 @@ def peer_request(prefix: str, suffix: str, tokens: int = TOKENS) -> tuple[str, d
 
 
 def typing(url: str, request: Any, steps: Trace, every: int) -> dict[str, list[float]]:
-    """Seconds from a keystroke until its whole suggestion is there, by kind of step; every `every`-th key."""
+    """Seconds from a step to its complete suggestion, by kind of step; of the keys, only every `every`-th."""
     seconds: dict[str, list[float]] = {"open": [], "key": [], "jump": []}
     with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
         for index, (kind, prefix, suffix) in enumerate(steps):
@@ -115,39 +119,36 @@ def typing(url: str, request: Any, steps: Trace, every: int) -> dict[str, list[f
 
 
 def together(url: str, request: Any, count: int = 8, tokens: int = 64) -> tuple[float, list[str]]:
-    """Tokens a second that `count` clients get at once, and the text that each got."""
-    text = (ROOT / "benchmarks" / "typed_file.txt").read_text()
-    starts = [1500 + 700 * i for i in range(count)]
+    """Tokens per second of `count` clients at once, and the text that each got."""
 
     async def run() -> tuple[float, list[str]]:
         async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
-            bodies = [request(text[at - 1500 : at], text[at : at + 300], tokens) for at in starts]
             start = time.perf_counter()
-            answers = [
-                answer.json()
-                for answer in await asyncio.gather(*(client.post(path, json=body) for path, body in bodies))
-            ]
+            posts = (client.post(path, json=body) for path, body in holes(request, count, tokens))
+            answers = [answer.json() for answer in await asyncio.gather(*posts)]
             seconds = time.perf_counter() - start
-        return sum(answer["usage"]["completion_tokens"] for answer in answers) / seconds, [
-            a["choices"][0]["text"] for a in answers
-        ]
+        generated = sum(answer["usage"]["completion_tokens"] for answer in answers)
+        return generated / seconds, [answer["choices"][0]["text"] for answer in answers]
 
     return asyncio.run(run())
 
 
 def alone(url: str, request: Any) -> list[str]:
     """The answers to the requests of `together`, one after the other."""
-    text = (ROOT / "benchmarks" / "typed_file.txt").read_text()
     with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
-        requests = [
-            request(text[at - 1500 : at], text[at : at + 300], 64)
-            for at in (1500 + 700 * i for i in range(8))
-        ]
-        return [client.post(path, json=body).json()["choices"][0]["text"] for path, body in requests]
+        answers = [client.post(path, json=body).json() for path, body in holes(request)]
+        return [answer["choices"][0]["text"] for answer in answers]
+
+
+def holes(request: Any, count: int = 8, tokens: int = 64) -> list[tuple[str, dict[str, Any]]]:
+    """Requests for `count` holes in a file."""
+    text = (ROOT / "benchmarks" / "typed_file.txt").read_text()
+    cursors = [1500 + 700 * i for i in range(count)]
+    return [request(text[cursor - 1500 : cursor], text[cursor : cursor + 300], tokens) for cursor in cursors]
 
 
 def overhead(url: str, model: codegemma.Model, steps: Trace) -> tuple[list[float], list[float]]:
-    """Seconds of the same warm requests over HTTP and in this process, taken in turns."""
+    """Seconds of the same cached requests over HTTP and in this process, in turn."""
     served, inside = [], []
     with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
         for number, (_, prefix, suffix) in enumerate([step for step in steps if step[0] == "key"] * 2):
@@ -156,18 +157,18 @@ def overhead(url: str, model: codegemma.Model, steps: Trace) -> tuple[list[float
             client.post(path, json=body).raise_for_status()
             between = time.perf_counter()
             assert model.complete(prefix, suffix, path="pkg/stats.py", mode="spm", max_tokens=1).stop
-            if number >= len(steps) - 6:  # the first time round reads the prompts
+            if number >= len(steps) - 6:  # the first pass fills the caches
                 served.append(between - start)
                 inside.append(time.perf_counter() - between)
     return served, inside
 
 
 async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
-    """Clients that type without end: each keystroke drops the request before it. The answers' latencies."""
+    """Latencies and statuses for clients that always type: each keystroke cancels the request before it."""
     steps = trace((ROOT / "benchmarks" / "typed_file.txt").read_text()[:5600])
     end = time.perf_counter() + seconds
     started = time.perf_counter()
-    answered: list[tuple[float, float]] = []  # when, seconds
+    answered: list[tuple[float, float]] = []  # seconds since the start, and of the answer
     served: Counter[int] = Counter()
     statuses: Counter[str] = Counter()
     memory: list[int] = []
@@ -181,7 +182,7 @@ async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, An
                 task = asyncio.ensure_future(
                     client.post(path, json=body | {"session": str(number), "time_budget_ms": 1000})
                 )
-                typing_on = draw.random() < 0.9  # else the user reads for some seconds
+                typing_on = draw.random() < 0.9  # or else the user stops to read for some seconds
                 pause = draw.uniform(0.1, 0.4) if typing_on else draw.uniform(2.0, 6.0)
                 done, _ = await asyncio.wait({task}, timeout=pause)
                 if not done:

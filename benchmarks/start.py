@@ -28,7 +28,7 @@ def main() -> None:
     args = arguments.parse_args()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     seconds, tokens = [], 0
-    for _ in range(args.rounds + 1):  # the first warms the file cache and compiles
+    for _ in range(args.rounds + 1):  # the first run fills the file cache and compiles Python's modules
         start = time.perf_counter()
         result = subprocess.run(
             COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True, check=True

@@ -1,12 +1,12 @@
-"""LoRA training beside transformers and peft in one run: tokens a second, peak memory, share of the machine's
-peak.
+"""LoRA training beside transformers and peft: tokens per second, peak memory, share of the machine's peak.
 
     PYTHONPATH=.:benchmarks .venv/bin/python benchmarks/train.py [--rounds 3] [--length 1024] [--2b] [--log]
 
-Every contender trains the same adapter (all linear layers) on the same random tokens, one row of `length` at
-a time, each in a process of its own that the others wait for; the median of the steps after the first two
-counts. "Peak" is what this machine's multipliers do in the same minutes: of bfloat16 where it has
-instructions for them, else of float32."""
+Every contender trains an adapter of the same shape (all linear layers) on random tokens, one row of `length`
+at a time. Each runs alone, in its own process; the first two steps are not counted, of the others the median
+is. "Peak" is the rate that this machine's multipliers reach in the same minutes: in bfloat16 if it has such
+instructions, else in float32.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ REMAT = {
 XLA = "XLA alone, all tokens"
 OURS = ("kernels, all tokens", *REMAT, "kernels, middle only", XLA, f"{XLA}, bfloat16")
 THEIRS = ("float32 eager", "float32 compiled", "bfloat16 eager", "bfloat16 compiled")
-MIDDLE = 0.15  # share of the tokens that a row with loss on the middle has as targets
+MIDDLE = 0.15  # share of a row's tokens that are targets if the loss is on the middle only
 
 
 def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
-    """Seconds of each step, and peak memory."""
+    """Median seconds of a step of ours, peak memory, and operations of a step."""
     import jax
     import numpy as np
 
@@ -58,8 +58,8 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
     dtype: Any = "bfloat16" if "bfloat16" in name else "float32"
     remat: Any = REMAT.get(name, "none")
     settings = TrainingSettings(remat=remat, dtype=dtype)
-    kept: Any = {"blocks": "stored"} if kernels else {"dtype": jax.numpy.dtype(dtype)}
-    base = params_of(checkpoint, **kept)
+    options: Any = {"blocks": "stored"} if kernels else {"dtype": jax.numpy.dtype(dtype)}
+    base = params_of(checkpoint, **options)
     lora = new_lora(base, rank)
     rng = np.random.default_rng(0)
     row = {
@@ -94,6 +94,7 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
 
 
 def theirs(name: str, folder: str, length: int, rank: int) -> dict[str, float]:
+    """Median seconds of a step of transformers and peft, and peak memory."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -119,7 +120,7 @@ def theirs(name: str, folder: str, length: int, rank: int) -> dict[str, float]:
 
 
 def peak() -> tuple[str, float]:
-    """The type, and the operations a second that all multipliers reach in it."""
+    """The type of the peak, and the operations per second that all multipliers reach in it."""
     from codegemma.native import _native, usable_cpus
 
     pool = _native.Pool(usable_cpus())
@@ -134,12 +135,28 @@ def _peak() -> float:
 def _run(
     python: str | Path, kind: str, name: str, model: str, length: int, rank: int
 ) -> dict[str, float] | None:
+    """The figures of a contender, from a process of its own; None if that fails."""
     command = [str(python), __file__, "--child", kind, name, model, str(length), str(rank)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def large_model(rank: int) -> str:
+    """The entry on one step of a 2B geometry with random weights."""
+    path = BENCH / "random-2b-q4_0.gguf"
+    if not path.exists():
+        program = str(Path(__file__).with_name("random_model.py"))
+        subprocess.run([sys.executable, program, "2b", "q4_0"], check=True)
+    result = _run(sys.executable, "ours", [*REMAT][-1], str(path), 512, rank)
+    assert result
+    return (
+        f"\n2B geometry, Q4_0 blocks, length 512, rank {rank}, `--remat layer`: "
+        f"{512 / result['seconds']:.1f} tokens/s, peak memory "
+        f"{result['bytes'] / 1e9:.2f} GB, {result['flops'] / result['seconds'] / 1e9:.0f} GFLOP/s\n"
+    )
 
 
 def main() -> None:
@@ -156,19 +173,7 @@ def main() -> None:
     options.add_argument("--skip", action="append", default=[], help="a contender to leave out; repeatable")
     args = options.parse_args()
     if args.large:
-        path = BENCH / "random-2b-q4_0.gguf"
-        if not path.exists():
-            subprocess.run(
-                [sys.executable, str(Path(__file__).with_name("random_model.py")), "2b", "q4_0"], check=True
-            )
-        result = _run(sys.executable, "ours", [*REMAT][-1], str(path), 512, args.rank)
-        assert result
-        publish(
-            f"\n2B geometry, Q4_0 blocks, length 512, rank {args.rank}, `--remat layer`: "
-            f"{512 / result['seconds']:.1f} tokens/s, peak memory "
-            f"{result['bytes'] / 1e9:.2f} GB, {result['flops'] / result['seconds'] / 1e9:.0f} GFLOP/s\n",
-            args.log,
-        )
+        publish(large_model(args.rank), args.log)
         return
     times: dict[str, list[float]] = {}
     memory: dict[str, float] = {}

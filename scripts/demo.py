@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -28,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(record=True, width=100 if options.svg else None)
     prefix, suffix = split_mark(SAMPLE.read_text(), "<CURSOR>", SAMPLE.name)
-    warnings.simplefilter("ignore")  # of a base model that is not made for completion: said below
+    warnings.simplefilter("ignore")  # about a base model; the note at the end tells the same
     model = codegemma.load(options.model)
     started = time.perf_counter()
     steps = model.complete(prefix, suffix, path=SAMPLE.name, trim="line", max_tokens=64)  # as an editor asks
@@ -47,16 +46,16 @@ def main() -> None:
             "[dim]It was not trained to fill in the middle: it continues what stands before the cursor.[/]"
         )
     if options.svg:
-        own_fonts = re.sub(r"@font-face {{.*?}}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # fetches none
-        console.save_svg(str(options.svg), title="make demo", code_format=own_fonts)
+        template = re.sub(r"@font-face {{.*?}}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # no web fonts
+        console.save_svg(str(options.svg), title="make demo", code_format=template)
 
 
 def _shown(prefix: str, text: str, suffix: str) -> Text:
-    """The whole file in colours, the completion on a ground of its own."""
+    """The file in colours, with the completion highlighted."""
     shown = Syntax("", "python", theme="ansi_dark").highlight((prefix + text + suffix).rstrip())
     shown.stylize("bold black on bright_yellow", len(prefix), len(prefix) + len(text))
     return shown
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

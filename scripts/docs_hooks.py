@@ -1,4 +1,4 @@
-"""What mkdocs adds to docs/: the pages at the top of the repository, and Mermaid's own script."""
+"""Files that mkdocs adds to those of docs/: the pages at the top of the repository, and Mermaid's script."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 MERMAID = ROOT / "build" / "mermaid" / "package" / "dist" / "mermaid.min.js"  # by `make docs`, from npm
-
-
 BESIDE_README = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that stand at the top of the repository, and Mermaid's script."""
+    """Adds the files; mkdocs calls this by its name."""
     files.append(File.generated(config, "index.md", content=from_docs((ROOT / "README.md").read_text())))
     for name in BESIDE_README:
         files.append(File.generated(config, name, content=from_docs((ROOT / name).read_text())))

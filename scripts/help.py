@@ -1,6 +1,7 @@
-"""Prints docs/cli.md: the help of every verb, as it stands."""
+"""Prints docs/cli.md: the help of every verb, as the terminal shows it."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -8,17 +9,17 @@ import typer
 from codegemma.cli import main as cli
 
 
-def pages(command: Any, context: Any) -> list[tuple[str, str]]:
+def pages(command: Any, context: Any) -> Iterator[tuple[str, str]]:
     """(command, help) of a command and of all commands below it."""
     text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
-    found = [(context.command_path, text)]
+    yield context.command_path, text
     for name in command.list_commands(context) if isinstance(command, cli.Verbs) else ():
         below = command.get_command(context, name)
-        found += pages(below, below.make_context(name, ["--help"], parent=context, resilient_parsing=True))
-    return found
+        yield from pages(below, below.make_context(name, ["--help"], parent=context, resilient_parsing=True))
 
 
 def document() -> str:
+    """The page, as docs/cli.md holds it."""
     os.environ["COLUMNS"] = "100"
     root = typer.main.get_command(cli.app)
     context = root.make_context("codegemma", [], resilient_parsing=True)

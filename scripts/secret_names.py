@@ -16,6 +16,7 @@ TABLES = {
 
 
 def document() -> str:
+    """The TypeScript file, which a test keeps equal to the one in the extension."""
     lines = ["// Written by scripts/secret_names.py from codegemma/safety/secrets.py. Do not edit."]
     lines += [f"export const {name}: string[] = {json.dumps(names)};" for name, names in TABLES.items()]
     return "\n".join(lines) + "\n"
