@@ -7,10 +7,10 @@ import javax.tools.ToolProvider;
 
 /** Compiles every program under in/ to out/ in one warm virtual machine, or runs a compiled Kotlin script. */
 public class Batch {
-    public static void main(String[] words) throws Throwable {
-        if (words[0].equals("script")) {
+    public static void main(String[] arguments) throws Throwable {
+        if (arguments[0].equals("script")) {
             try {
-                Class.forName(words[1]).getConstructor(String[].class).newInstance((Object) new String[0]);
+                Class.forName(arguments[1]).getConstructor(String[].class).newInstance((Object) new String[0]);
             } catch (java.lang.reflect.InvocationTargetException error) {
                 throw error.getCause();
             }
@@ -19,23 +19,23 @@ public class Batch {
         for (File program : new File("in").listFiles()) {
             String out = "out/" + program.getName();
             new File(out).mkdirs();
-            ByteArrayOutputStream said = new ByteArrayOutputStream();
-            boolean built = words[0].equals("java") ? java(said, program + "/main.java", out)
-                                                    : kotlin(said, program + "/main.kts", out, words[1]);
-            if (!built) Files.write(Path.of(out, "errors"), said.toByteArray());
+            ByteArrayOutputStream messages = new ByteArrayOutputStream();
+            boolean built = arguments[0].equals("java") ? java(messages, program + "/main.java", out)
+                                                    : kotlin(messages, program + "/main.kts", out, arguments[1]);
+            if (!built) Files.write(Path.of(out, "errors"), messages.toByteArray());
         }
     }
 
-    static boolean java(ByteArrayOutputStream said, String source, String out) {
-        return ToolProvider.getSystemJavaCompiler().run(null, said, said, "-nowarn", "-proc:none", "-d", out, source) == 0;
+    static boolean java(ByteArrayOutputStream messages, String source, String out) {
+        return ToolProvider.getSystemJavaCompiler().run(null, messages, messages, "-nowarn", "-proc:none", "-d", out, source) == 0;
     }
 
-    static boolean kotlin(ByteArrayOutputStream said, String source, String out, String home) throws Exception {
+    static boolean kotlin(ByteArrayOutputStream messages, String source, String out, String home) throws Exception {
         Class<?> compiler = Class.forName("org.jetbrains.kotlin.cli.jvm.K2JVMCompiler");
         String[] options = {"-kotlin-home", home, "-no-reflect", "-nowarn", "-Xallow-any-scripts-in-source-roots",
                             "-d", out, source};
         Object code = compiler.getMethod("exec", PrintStream.class, String[].class)
-            .invoke(compiler.getConstructor().newInstance(), new PrintStream(said), options);
+            .invoke(compiler.getConstructor().newInstance(), new PrintStream(messages), options);
         return code.toString().equals("OK");
     }
 }

@@ -17,19 +17,6 @@ from codegemma.evals.task import GenerationTask, Item, Items, ModelOutput, Progr
 HUMANEVAL_SECONDS = 3.0  # the limit of its published harness
 MBPP_SECONDS = 10.0  # no limit is published, and a reference solution can take 3 s
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-PYTHON_STOPS = ("\ndef", "\n#", "\nif", "\nclass")
-# BabelCode's stop texts, and the end of the function that they cut off, which is put back. BabelCode has no
-# stop texts for Kotlin: it gets those of C++ and Rust.
-BABELCODE_STOPS: dict[str, tuple[tuple[str, ...], str]] = {
-    "cpp": (("\n}",), "\n}"),
-    "rust": (("\n}",), "\n}"),
-    "kotlin": (("\n}",), "\n}"),
-    "csharp": (("\n    }\n",), "\n    }\n}"),
-    "java": (("\n    }\n",), "\n    }\n}"),
-    "go": (("\nfunc", "struct", "\n// "), ""),
-    "javascript": (("\nfunction ", "\n/*", "\n//"), ""),
-    "python": (PYTHON_STOPS, ""),
-}
 
 
 def humaneval_items(records: Records) -> tuple[list[Item], str]:
@@ -101,9 +88,9 @@ def babelcode_items(dataset: str, key: str, records: Records) -> tuple[list[Item
 
 def babelcode_body(key: str, item: Item, output: ModelOutput) -> str:
     """The answer's function, with the closing braces that a stop text has cut off put back."""
-    stops, closing = BABELCODE_STOPS[key]
-    text, stopped = cut(replace(output, text=output.text + "\n"), stops)
-    return item.prompt + text[: len(output.text)] + (closing if stopped else "")
+    language = LANGUAGES[key]
+    text, stopped = cut(replace(output, text=output.text + "\n"), language.stop)
+    return item.prompt + text[: len(output.text)] + (language.closing if stopped else "")
 
 
 def babelcode_program(record: Record, body: str, nonce: str = "") -> str:
@@ -148,7 +135,7 @@ def _babelcode(dataset: str, prefix: str, title: str, key: str) -> GenerationTas
         f"{title} {LANGUAGES[key].name}",
         partial(babelcode_items, dataset, key),
         partial(judge_babelcode, key),
-        stop=BABELCODE_STOPS[key][0],
+        stop=LANGUAGES[key].stop,
         group=title,
         runs_on=lambda: toolchain(key).version,
     )

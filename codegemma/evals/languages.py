@@ -33,6 +33,8 @@ class Language:
     tools: tuple[str, ...]
     run: tuple[str, ...]
     proof: str
+    stop: tuple[str, ...]
+    closing: str = ""
     install: str = ""
     build: tuple[str, ...] = ()
     batch: bool = False
@@ -42,7 +44,7 @@ def _languages() -> dict[str, Language]:
     text = Path(__file__).with_name("languages.toml").read_text("utf-8")
     table: dict[str, dict[str, Any]] = tomllib.loads(text)
     for entry in table.values():
-        entry |= {name: tuple(entry.get(name, ())) for name in ("tools", "run", "build")}
+        entry |= {name: tuple(entry.get(name, ())) for name in ("tools", "run", "build", "stop")}
     return {key: Language(**entry) for key, entry in table.items()}
 
 
