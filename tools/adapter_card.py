@@ -29,7 +29,7 @@ from codegemma.adapters.peft import hub_name
 from codegemma.adapters.peft import save as save_adapter
 from codegemma.data.folder import BuildFolder
 from codegemma.evals.heldout import LAYOUTS
-from codegemma.hub.catalogue import NOTICE
+from codegemma.hub import NOTICE
 
 HEAD = """---
 license: gemma

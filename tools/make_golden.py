@@ -25,9 +25,11 @@ HUB = {
     "gemma": "input_layernorm post_attention_layernorm",
     "gemma2": "input_layernorm pre_feedforward_layernorm post_attention_layernorm post_feedforward_layernorm",
 }
-HUB["gemma3"] = HUB["gemma2"]  # the name that is Gemma 1's pre-FFN norm is a post norm from Gemma 2 on
+HUB["gemma3"] = HUB[
+    "gemma2"
+]  # post_attention_layernorm precedes the FFN in Gemma 1, and is a post norm later
 
-# Widths that are no multiple of a SIMD register, windows shorter than the text, caps and scales that bite.
+# Widths that are no multiple of a SIMD register, windows shorter than the text, effective caps and scales.
 KINDS: dict[str, tuple[int, ModelConfig]] = {
     "gemma1-mqa": (
         61,
@@ -101,7 +103,7 @@ KINDS: dict[str, tuple[int, ModelConfig]] = {
 
 
 def hub_config(config: ModelConfig) -> dict[str, object]:
-    """config.json with the keys that Google's checkpoints of that generation carry."""
+    """config.json with the keys of Google's checkpoints of that generation."""
     scalar = round(config.query_scale**-2)
     kind: dict[str, dict[str, object]] = {
         "gemma": {"model_type": "gemma", "hidden_act": "gelu", "rope_theta": config.rope_base},
@@ -141,6 +143,7 @@ def hub_config(config: ModelConfig) -> dict[str, object]:
 
 
 def hub_weights(config: ModelConfig, params: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Parameters under the names of transformers; norms are stored minus one."""
     names = {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
@@ -166,6 +169,7 @@ def hub_weights(config: ModelConfig, params: dict[str, np.ndarray]) -> dict[str,
 
 
 def make(kind: str, seed: int, length: int, config: ModelConfig) -> None:
+    """Writes one golden file, and prints how far transformers is from the float64 model."""
     hub = hub_config(config)
     hf = transformers.AutoConfig.for_model(**hub)
     model = transformers.AutoModelForCausalLM.from_config(

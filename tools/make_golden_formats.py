@@ -37,7 +37,7 @@ TENSORS = tiny_tensors(GOLDEN, "BF16")
 
 
 def arrays(format: table.Format) -> dict[str, np.ndarray]:
-    """The stored tensors with NumPy's bfloat16; norms too, as published checkpoints have them."""
+    """The stored tensors as NumPy arrays of bfloat16; norms too, as in published checkpoints."""
     return {
         name: tensor.array().view(ml_dtypes.bfloat16)
         if tensor.type == "BF16"
@@ -47,6 +47,7 @@ def arrays(format: table.Format) -> dict[str, np.ndarray]:
 
 
 def torches(format: table.Format) -> OrderedDict[str, torch.Tensor]:
+    """The stored tensors as PyTorch tensors of bfloat16."""
     return OrderedDict(
         (name, torch.from_numpy(array.astype(np.float32)).bfloat16())
         for name, array in arrays(format).items()
@@ -54,6 +55,7 @@ def torches(format: table.Format) -> OrderedDict[str, torch.Tensor]:
 
 
 def stacked() -> dict[str, list[np.ndarray]]:
+    """NeMo's tensors by name without the layer: a list of all layers' arrays."""
     stacks: dict[str, list[np.ndarray]] = {}
     for name, array in arrays("nemo").items():
         stacks.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), []).append(array)
@@ -61,6 +63,7 @@ def stacked() -> dict[str, list[np.ndarray]]:
 
 
 def write(root: Path) -> None:
+    """Writes the model in all formats."""
     torch.save({"model_state_dict": torches("pytorch")}, root / "gemma_pytorch.ckpt")
     model = GemmaForCausalLM(GemmaConfig.from_dict(huggingface.config_fields(GOLDEN))).to(torch.bfloat16)
     model.load_state_dict(torches("hf"), strict=False)

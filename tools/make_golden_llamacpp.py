@@ -5,10 +5,9 @@
 Holds `ids` int32 [1000] (llama.cpp's own, BOS first), `next_logprob` float32 [999] of the token that follows,
 `argmax` int32 [1000], `top_ids` int32 and `top_logprobs` float32 [1000, 64] (best first), and `about`
 (versions, settings, hash of the model). KL(llama.cpp || ours) at a position is at least, and nearly, the sum
-over its top 64 of p * (log p - log q) plus the same term for the rest of the mass taken as one outcome.
+over its top 64 of p * (log p - log q), plus the same term for all other tokens taken as one outcome.
 
-`--check` runs the float64 twin on the same file: how far llama.cpp's own rounding takes it from the exact
-model.
+`--check` compares with the float64 model instead: how far llama.cpp is from it by its own rounding.
 """
 
 from __future__ import annotations
@@ -35,20 +34,23 @@ TOKENS, TOP = 1000, 64
 
 
 def encode(engine: LlamaCpp, text: bytes) -> list[int]:
+    """llama.cpp's token ids of a text, BOS first."""
     vocab = engine.api.llama_model_get_vocab(engine.model)
     ids = (ctypes.c_int32 * (len(text) + 1))()
     return list(ids[: engine.api.llama_tokenize(vocab, text, len(text), ids, len(ids), True, False)])
 
 
 def log_softmax(scores_TV: np.ndarray) -> np.ndarray:
+    """float64 [T, V]."""
     wide_TV = scores_TV.astype(np.float64)
-    for row_V in wide_TV:  # 2 GB: in place
+    for row_V in wide_TV:  # row by row and in place, as the array has 2 GB
         row_V -= row_V.max()
         row_V -= np.log(np.exp(row_V).sum())
     return wide_TV
 
 
 def check(ids: list[int], theirs_TV: np.ndarray) -> str:
+    """llama.cpp's log probabilities beside those of the float64 model."""
     tensors = {
         tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(MODEL).tensors
     }

@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:tests .venv-bench/bin/python tools/make_golden_lora.py
 
-Random low-rank parts, large enough to matter, in the ways that people save them: a subset of layers and
+Random adapters, large enough to change the logits, with the options that peft has: a subset of layers and
 modules, ranks and alphas by pattern, rank-stabilised scaling, trained token rows. For each model: `peft/` as
-save_pretrained writes it, `ids.npy` (which hold the trained tokens) and `logits.npy`.
+save_pretrained writes it, `ids.npy` (the trained tokens among them) and `logits.npy`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def base(kind: str) -> torch.nn.Module:
 
 
 def logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """float32 [T, V]."""
     with torch.no_grad():
         return model(torch.from_numpy(ids)[None].long()).logits[0].numpy()
 
@@ -84,7 +85,7 @@ def main() -> None:
                     elif "trainable_tokens_delta" in name:
                         parameter.add_(torch.randn_like(parameter) * 0.3)
                     if "lora_" in name:
-                        parameter.copy_(parameter.bfloat16().float())  # for the size of the file
+                        parameter.copy_(parameter.bfloat16().float())  # makes the archive smaller
             after = logits(tuned, ids)
             print(f"{kind}: logits move by {np.abs(after - before).max():.3g}")
             with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -21,6 +22,7 @@ GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "quantize.npz"
 
 
 def values() -> np.ndarray:
+    """float32 [24, 512]; see the top of this file."""
     rng = np.random.default_rng(7)
     normal = rng.normal(0, 0.05, (8, 512)).astype(np.float32)
     bf16 = (rng.normal(0, 0.05, (4, 512)).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
@@ -37,7 +39,7 @@ def main() -> None:
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     x, importance = values(), np.random.default_rng(8).gamma(1, 1, 512).astype(np.float32)
     rows, columns = (ctypes.c_int64(size) for size in x.shape)
-    arrays = {"values": x, "importance": importance}
+    arrays: dict[str, Any] = {"values": x, "importance": importance}
     for code, type in TYPES.items():
         if not type.startswith("Q"):
             continue
