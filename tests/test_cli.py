@@ -1,6 +1,4 @@
-"""The command line against the functions under it, and against a person's view: texts, codes, signals,
-documents.
-"""
+"""The command line beside the functions that it calls, and as users see it: texts, exit codes, signals."""
 
 import io
 import json
@@ -47,9 +45,9 @@ def gguf(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tireless(tmp_path_factory):
-    """A model whose context ends long after the test."""
-    file = tmp_path_factory.mktemp("models") / "tireless.gguf"
+def endless(tmp_path_factory):
+    """A model whose context is so long that generation outlasts the test."""
+    file = tmp_path_factory.mktemp("models") / "endless.gguf"
     write_tiny_gguf(file, tiny_config("gemma-mqa", context=1_000_000))
     return str(file)
 
@@ -69,7 +67,7 @@ def run(capsys, monkeypatch):
 
 @pytest.fixture
 def base_model(monkeypatch):
-    """The tiny model passes for the default one, which was made for neither completion nor chat."""
+    """The tiny model passes for the default one, which has no FIM or chat training."""
     monkeypatch.setattr("codegemma.generate.model._preset_of", lambda checkpoint: PRESETS["gemma-3-270m"])
 
 
@@ -80,9 +78,9 @@ def process(*arguments, **options):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # CI may ignore SIGINT
         **options,
-    )  # CI may ignore it
+    )
 
 
 def test_the_documents_show_the_help_as_it_stands():
@@ -131,8 +129,10 @@ def test_help_imports_no_engine():
         "import sys\nfrom codegemma.cli import main\ntry: main.main(['--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'numpy', 'rich', 'sentencepiece', 'codegemma.generate.engine'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("\n[]\n")
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.endswith("\n[]\n")
 
 
 def test_a_verb_imports_no_other_verb():
@@ -141,9 +141,11 @@ def test_a_verb_imports_no_other_verb():
         "except SystemExit: pass\n"
         "print(sorted(name for name in sys.modules if name.startswith('codegemma.')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     modules = ["cli", "cli.convert", "cli.main", "cli.options", "cli.output", "config"]
-    assert done.stdout.endswith(f"\n{[f'codegemma.{name}' for name in modules]}\n")
+    assert result.stdout.endswith(f"\n{[f'codegemma.{name}' for name in modules]}\n")
 
 
 def test_the_version_is_that_of_the_package(run):
@@ -161,8 +163,8 @@ def test_the_shell_completes_verbs_and_options(words, completion):
         "COMP_CWORD": str(words.count(" ")),
     }
     command = [sys.executable, "-m", "codegemma.cli"]
-    done = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == [completion], done.stderr
+    result = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == [completion], result.stderr
 
 
 def test_progress_is_a_line_for_each_tenth_in_a_pipe(capsys):
@@ -192,13 +194,13 @@ def test_progress_is_a_bar_on_a_terminal_and_ends_with_its_block(monkeypatch):
 
 @given(st.text("ab\t\r\né🙂", max_size=30), st.data())
 def test_a_cursor_is_where_an_editor_would_say(text, data):
-    at = data.draw(st.integers(0, len(text)))
-    place = f"{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
-    if text[at - 1 : at + 1] == "\r\n" and at:
+    offset = data.draw(st.integers(0, len(text)))
+    cursor = f"{text.count(chr(10), 0, offset) + 1}:{offset - text.rfind(chr(10), 0, offset)}"
+    if text[offset - 1 : offset + 1] == "\r\n" and offset:
         with pytest.raises(ValueError, match="columns 1 to"):
-            split_at(text, place, "it")
+            split_at(text, cursor, "it")
     else:
-        assert split_at(text, place, "it") == (text[:at], text[at:])
+        assert split_at(text, cursor, "it") == (text[:offset], text[offset:])
 
 
 HOLE = "def add(a, b):\n    return <CURSOR>\n\nprint(add(1, 2))\n"
@@ -399,23 +401,23 @@ def test_a_missing_extra_is_named(verb, library, extra, gguf, tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
     verb = [word.format(gguf=gguf, folder=tmp_path) for word in verb]
     code = f"import sys\nsys.modules[{library!r}] = None\nfrom codegemma.cli.main import main\nmain({verb!r})"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and f'pip install "codegemma[{extra}]"' in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1
+    assert result.returncode == 2 and f'pip install "codegemma[{extra}]"' in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_chat_from_a_pipe(run, gguf, tmp_path):
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    said = (
+    typed = (
         f"def f():\n    pass\n/save {first}\nmore\n/reset\n/system\n\nanew\n/save {second}\n/exit\nunread\n"
     )
-    code, out, _ = run("chat", "-m", gguf, "-n", 8, "--system", "Be brief.", stdin=said)
+    code, out, _ = run("chat", "-m", gguf, "-n", 8, "--system", "Be brief.", stdin=typed)
     model = codegemma.load(gguf)
     turns = [("system", "Be brief."), ("user", "def f():\n    pass\n")]
     answers = [model.chat(turns, max_tokens=8).text]
@@ -469,8 +471,8 @@ def test_bench_says_what_it_measured(run, gguf, monkeypatch):
     assert "% of 3 GOP/s int8" in out and "% of 2.0 GB/s read" in out
 
 
-def test_ctrl_c_stops_the_work(tireless):
-    with process("generate", "-m", tireless, "-p", "x = ", "-n", 999_000) as running:
+def test_ctrl_c_stops_the_work(endless):
+    with process("generate", "-m", endless, "-p", "x = ", "-n", 999_000) as running:
         assert running.stdout.read(6)  # it has begun
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)
@@ -491,8 +493,8 @@ def test_ctrl_c_has_the_same_code_where_a_verb_waits(gguf, verb, tmp_path):
         assert running.wait(timeout=60) == 130
 
 
-def test_a_closed_pipe_is_quiet(tireless):
-    with process("generate", "-m", tireless, "-p", "x = ", "-n", 999_000) as running:
+def test_a_closed_pipe_is_quiet(endless):
+    with process("generate", "-m", endless, "-p", "x = ", "-n", 999_000) as running:
         assert running.stdout.read(6)
         running.stdout.close()
         err = running.stderr.read()
@@ -510,8 +512,8 @@ def test_stdin_of_a_terminal_is_not_waited_for(gguf):
 # ------------------------------------------------------------------------------------------------ adapters
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    made = replace(random_adapter(tiny_config("gemma-mqa"), tokens=(67, 70)), card={"fim": {"psm": True}})
-    return save_adapter(made, tmp_path_factory.mktemp("adapters") / "mine")
+    adapter = replace(random_adapter(tiny_config("gemma-mqa"), tokens=(67, 70)), card={"fim": {"psm": True}})
+    return save_adapter(adapter, tmp_path_factory.mktemp("adapters") / "mine")
 
 
 def test_an_adapter_acts_where_it_is_named(run, gguf, adapter):
@@ -528,8 +530,8 @@ def test_an_adapter_acts_where_it_is_named(run, gguf, adapter):
             expected.text,
             len(expected.ids),
         )
-    said = model.generate("def f", max_tokens=12, adapter="mine").text
-    assert run("generate", "-p", "def f", *common, adapter)[1] == "def f" + said
+    text = model.generate("def f", max_tokens=12, adapter="mine").text
+    assert run("generate", "-p", "def f", *common, adapter)[1] == "def f" + text
     answer = json.loads(
         run(
             "bench",

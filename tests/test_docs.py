@@ -1,5 +1,4 @@
-"""Every command in README and docs is run here, or marked as not run; its options exist; the Python examples
-run.
+"""The commands in README and docs run, or are marked as not run; their options exist; Python examples run.
 
 A block of commands is marked by an HTML comment above it: `<!-- not run: why -->`.
 """
@@ -31,18 +30,17 @@ CURSOR_FILE = "import models\n" + "\n".join(f"def f{i}(a, b):\n    return a + {i
 
 
 def blocks(page: Path, language: str) -> list[tuple[str, bool]]:
-    """(text, whether it is to be run) of each code block in a language; indented blocks have the language
-    ""."""
-    found = []
+    """(text, whether to run it) of each code block in a language, which is "" for indented blocks."""
+    result = []
     for match in BLOCK.finditer(page.read_text()):
         text = match["fenced"] if match["indented"] is None else re.sub("(?m)^ {4}", "", match["indented"])
         if (match["language"] or "") == language:
-            found.append((text, match["mark"] is None))
-    return found
+            result.append((text, match["mark"] is None))
+    return result
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:
-    """(command, whether it is to be run) of each line of a block that begins with one of PROGRAMS."""
+    """(command, whether to run it) of each line of a block that begins with one of PROGRAMS."""
     lines = []
     for text, runs in [*blocks(page, ""), *blocks(page, "sh")]:
         for line in text.replace("\\\n", " ").splitlines():

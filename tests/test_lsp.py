@@ -35,7 +35,7 @@ LETTERS = st.lists(
 ).map("".join)
 
 
-class EditorTwin:
+class ReferenceDocument:
     """A document as an editor sees it: a list of code units. It shares no code with Buffer."""
 
     def __init__(self, text, encoding):
@@ -44,7 +44,7 @@ class EditorTwin:
 
     def split(self, text):
         data, width = text.encode(CODEC[self.encoding]), WIDTH[self.encoding]
-        return [int.from_bytes(data[at : at + width], "little") for at in range(0, len(data), width)]
+        return [int.from_bytes(data[index : index + width], "little") for index in range(0, len(data), width)]
 
     def text(self, units=None):
         units = self.units if units is None else units
@@ -53,25 +53,25 @@ class EditorTwin:
         )
 
     def place(self, line, character):
-        """The unit that a position means: past a line is its end, within a character its start."""
+        """The index of a position's unit: past a line it is the line's end, within a character its start."""
         starts = [0]
-        for at, unit in enumerate(self.units):
-            if unit == 10 or (unit == 13 and self.units[at + 1 : at + 2] != [10]):
-                starts.append(at + 1)
+        for index, unit in enumerate(self.units):
+            if unit == 10 or (unit == 13 and self.units[index + 1 : index + 2] != [10]):
+                starts.append(index + 1)
         if line >= len(starts):
             return len(self.units)
         end = starts[line]
         while end < len(self.units) and self.units[end] not in (10, 13):
             end += 1
-        at = min(starts[line] + character, end)
-        while 0 < at < len(self.units) and (
+        index = min(starts[line] + character, end)
+        while 0 < index < len(self.units) and (
             self.encoding == "utf-8"
-            and self.units[at] & 0xC0 == 0x80
+            and self.units[index] & 0xC0 == 0x80
             or self.encoding == "utf-16"
-            and 0xDC00 <= self.units[at] < 0xE000
+            and 0xDC00 <= self.units[index] < 0xE000
         ):
-            at -= 1
-        return at
+            index -= 1
+        return index
 
 
 @pytest.mark.parametrize("encoding", CODEC)
@@ -80,7 +80,7 @@ class EditorTwin:
     text=LETTERS, edits=st.lists(st.tuples(*[st.integers(0, 6), st.integers(0, 12)] * 2, LETTERS), max_size=8)
 )
 def test_edits_at_any_position_give_the_text_that_the_editor_has(encoding, text, edits):
-    ours, twin = Buffer(text, encoding), EditorTwin(text, encoding)
+    ours, twin = Buffer(text, encoding), ReferenceDocument(text, encoding)
     for line, character, line2, character2, new in edits:
         first, last = sorted((twin.place(line, character), twin.place(line2, character2)))
         assert ours.text[: ours.offset(line, character)] == twin.text(
@@ -100,8 +100,8 @@ def test_a_position_made_of_an_offset_leads_back_to_it(encoding, text):
         if not (text[offset - 1 : offset + 1] == "\r\n" and offset):  # no position is inside a line's end
             line, character = ours.position(offset)
             assert ours.offset(line, character) == offset
-            assert EditorTwin(text, encoding).place(line, character) == len(
-                EditorTwin(text[:offset], encoding).units
+            assert ReferenceDocument(text, encoding).place(line, character) == len(
+                ReferenceDocument(text[:offset], encoding).units
             )
 
 
@@ -174,7 +174,7 @@ class Client:
         assert "error" not in answer, answer
         return answer["result"]
 
-    def tell(self, method, **params):
+    def notify(self, method, **params):
         self.send(method=method, params=params)
 
     def note(self, method, text=""):
@@ -184,23 +184,25 @@ class Client:
                 return note["params"]
 
     def open(self, uri, text, language="python"):
-        self.tell(
+        self.notify(
             "textDocument/didOpen",
             textDocument={"uri": uri, "languageId": language, "version": 1, "text": text},
         )
 
     def change(self, uri, start, end, text):
-        self.tell(
+        self.notify(
             "textDocument/didChange",
             textDocument={"uri": uri, "version": 2},
-            contentChanges=[{"range": {"start": at(*start), "end": at(*end)}, "text": text}],
+            contentChanges=[
+                {"range": {"start": lsp_position(*start), "end": lsp_position(*end)}, "text": text}
+            ],
         )
 
     def inline(self, uri, line, character, kind=2, **context):
         return self.start(
             "textDocument/inlineCompletion",
             textDocument={"uri": uri},
-            position=at(line, character),
+            position=lsp_position(line, character),
             context={"triggerKind": kind} | context,
         )
 
@@ -218,7 +220,7 @@ def wait_until(condition):
     raise AssertionError("the condition never came true")
 
 
-def at(line, character):
+def lsp_position(line, character):
     return {"line": line, "character": character}
 
 
@@ -261,7 +263,7 @@ def session(source, folder=None, encodings=("utf-16",), inline=True, capabilitie
     thread.start()
     client = Client(*files[2:])
     document = {"inlineCompletion": {}} if inline else {}
-    client.hello = client.ask(
+    client.initialize_result = client.ask(
         "initialize",
         processId=None,
         rootUri=folder.as_uri() if folder else None,
@@ -269,13 +271,13 @@ def session(source, folder=None, encodings=("utf-16",), inline=True, capabilitie
         capabilities={"general": {"positionEncodings": [*encodings]}, "textDocument": document}
         | (capabilities or {}),
     )
-    client.tell("initialized")
+    client.notify("initialized")
     client.server = server
     try:
         yield client
     finally:
         client.ask("shutdown")
-        client.tell("exit")
+        client.notify("exit")
         client.outgoing.close()
         thread.join(WAIT)
         client.thread.join(WAIT)
@@ -311,18 +313,18 @@ PREFIX, SUFFIX = "def re(th):\n    retu", "\n\nreturn 1\n"
 # ------------------------------------------------------------------------------------------------- requests
 def test_what_the_server_says_it_can_do_is_what_the_client_can_use():
     with session(Stub(), encodings=("utf-32", "utf-8")) as client:
-        capabilities = client.hello["capabilities"]
+        capabilities = client.initialize_result["capabilities"]
         assert capabilities["positionEncoding"] == "utf-32" and "completionProvider" not in capabilities
         assert capabilities["textDocumentSync"]["change"] == 2 and "inlineCompletionProvider" in capabilities
     with session(Stub(), inline=False, encodings=("klingon",)) as client:
-        capabilities = client.hello["capabilities"]
+        capabilities = client.initialize_result["capabilities"]
         assert (
             capabilities["positionEncoding"] == "utf-16"
             and "." in capabilities["completionProvider"]["triggerCharacters"]
         )
     for choice, offered in (("never", False), ("always", True)):
         with session(Stub(), inline=choice == "always", completion=choice) as client:
-            assert ("completionProvider" in client.hello["capabilities"]) == offered
+            assert ("completionProvider" in client.initialize_result["capabilities"]) == offered
 
 
 @pytest.mark.parametrize("encoding, column", [("utf-8", 16), ("utf-16", 12), ("utf-32", 10)])
@@ -338,14 +340,14 @@ def test_the_hole_is_where_the_editor_says(encoding, column):
         resolve(future, " f(\n  1)")
         (item,) = client.answer(id)["result"]["items"]
         assert item["insertText"] == " f(\r\n  1)"  # as the document's lines end
-        assert item["range"] == {"start": at(1, column), "end": at(1, column)}
+        assert item["range"] == {"start": lsp_position(1, column), "end": lsp_position(1, column)}
 
 
 def test_a_chosen_entry_of_the_popup_is_completed_in_its_own_range():
     stub, uri = Stub(), "untitled:main"
     with session(stub) as client:
         client.open(uri, "a = os.pa + b\n")
-        span = {"start": at(0, 7), "end": at(0, 9)}
+        span = {"start": lsp_position(0, 7), "end": lsp_position(0, 9)}
         id = client.inline(uri, 0, 9, selectedCompletionInfo={"range": span, "text": "path"})
         request, future = stub.next()
         assert (request.prompt.prefix, request.prompt.suffix, request.prompt.trim) == (
@@ -368,7 +370,7 @@ def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replac
         id = client.start(
             "textDocument/completion",
             textDocument={"uri": uri},
-            position=at(0, 12),
+            position=lsp_position(0, 12),
             context={"triggerKind": 1},
         )
         request, future = stub.next()
@@ -382,7 +384,7 @@ def test_clients_without_inline_completion_get_an_entry_of_the_popup_that_replac
             and item["filterText"].startswith("print(")
         )
         assert item["textEdit"] == {
-            "range": {"start": at(0, 9), "end": at(0, 12)},
+            "range": {"start": lsp_position(0, 9), "end": lsp_position(0, 12)},
             "newText": "print(x)\nprint(y)",
         }
         assert item["documentation"] == {"kind": "markdown", "value": "```python\nprint(x)\nprint(y)\n```"}
@@ -394,7 +396,7 @@ def test_a_cancelled_request_stops_the_work_and_says_so():
         client.open(uri, "x = \n")
         id = client.inline(uri, 0, 4)
         request, _ = stub.next()
-        client.tell("$/cancelRequest", id=id)
+        client.notify("$/cancelRequest", id=id)
         assert stub.cancelled.get(timeout=WAIT) is request
         assert client.answer(id)["error"]["code"] == -32800
 
@@ -424,7 +426,7 @@ def test_the_engine_itself_stops(model_path):
         client.open("untitled:main", PREFIX + SUFFIX)
         id = client.inline("untitled:main", 1, 8, kind=1)
         wait_until(lambda: source and source[0].scheduler.metrics.running)
-        client.tell("$/cancelRequest", id=id)
+        client.notify("$/cancelRequest", id=id)
         assert client.answer(id)["error"]["code"] == -32800
         metrics = source[0].scheduler.metrics
         wait_until(lambda: metrics.counts["cancelled"] and not metrics.running)
@@ -453,7 +455,7 @@ def test_while_the_cursor_rests_its_context_is_read(model_path):
     text = "def re(th):\n    return th\n" * 6
     with session(open_source, restMs=1, timeBudgetMs=10**6) as client:
         client.open("untitled:main", text)
-        client.tell("codegemma/cursor", textDocument={"uri": "untitled:main"}, position=at(11, 0))
+        client.notify("codegemma/cursor", textDocument={"uri": "untitled:main"}, position=lsp_position(11, 0))
         wait_until(lambda: source and source[0].scheduler.metrics.counts["prompt_tokens"] > 50)
         counts = source[0].scheduler.metrics.counts
         wait_until(lambda: not source[0].scheduler.metrics.running)
@@ -470,7 +472,10 @@ def test_typing_stops_the_reading_ahead_and_highlights_ask_for_it():
         request, _ = stub.next()
         assert request.max_tokens == 0 and request.prompt.prefix == ""
         assert (
-            client.ask("textDocument/documentHighlight", textDocument={"uri": uri}, position=at(0, 4)) is None
+            client.ask(
+                "textDocument/documentHighlight", textDocument={"uri": uri}, position=lsp_position(0, 4)
+            )
+            is None
         )
         assert stub.cancelled.get(timeout=WAIT) is request
         rested, _ = stub.next()
@@ -534,14 +539,14 @@ def test_wrong_parameters_are_answered():
             assert client.answer(client.start(method, position="here"))["error"]["code"] == -32602
         assert client.answer(client.start("no/such"))["error"]["code"] == -32601
         for number, params in enumerate(
-            (None, [], {"textDocument": {"uri": "untitled:a"}, "position": at(0, 0), "context": 3})
+            (None, [], {"textDocument": {"uri": "untitled:a"}, "position": lsp_position(0, 0), "context": 3})
         ):
             client.send(id=-number, method="textDocument/inlineCompletion", params=params)
             assert client.answer(-number)["error"]["code"] == -32602
         bare = client.start(
             "textDocument/inlineCompletion",
             textDocument={"uri": "untitled:a"},
-            position=at(0, 0),
+            position=lsp_position(0, 0),
             context=None,
         )
         assert client.texts(bare) == []  # Emacs' null
@@ -578,7 +583,7 @@ def test_settings_come_with_the_greeting_and_from_the_configuration_and_are_chec
         methods = {client.server_requests.get(timeout=WAIT)["method"] for _ in range(2)}
         assert methods == {"client/registerCapability", "workspace/configuration"}
         client.replies["workspace/configuration"] = [{"trim": "line", "timeBudgetMs": "fast"}]
-        client.tell("workspace/didChangeConfiguration", settings=None)
+        client.notify("workspace/didChangeConfiguration", settings=None)
         client.note(
             "window/logMessage", "codegemma.timeBudgetMs: Input should be a valid integer, got 'fast'"
         )
@@ -624,7 +629,9 @@ def test_a_model_that_is_not_there_is_told_once():
             == []
             == client.texts(client.inline("untitled:a", 0, 4))
         )
-        client.ask("textDocument/documentHighlight", textDocument={"uri": "untitled:a"}, position=at(0, 0))
+        client.ask(
+            "textDocument/documentHighlight", textDocument={"uri": "untitled:a"}, position=lsp_position(0, 0)
+        )
         assert all(note["method"] != "window/showMessage" for note in [*client.notes.queue])
 
 
@@ -693,7 +700,7 @@ def http(answer):
 
     Yields its port, the list of requests as (path, body, key), and an event that a client's hanging up sets.
     """
-    received, gone, ready, done = [], threading.Event(), threading.Event(), {}
+    received, hung_up, ready, done = [], threading.Event(), threading.Event(), {}
 
     async def handle(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
@@ -702,7 +709,7 @@ def http(answer):
         received.append((head.split()[1].decode(), body, fields.get("Authorization")))
         if (response := answer(*received[-1][:2])) is None:
             await reader.read()
-            gone.set()
+            hung_up.set()
         else:
             writer.write(f"HTTP/1.1 {response[0]} X\r\n\r\n{json.dumps(response[1])}".encode())
         writer.close()
@@ -722,7 +729,7 @@ def http(answer):
     thread.start()
     ready.wait(WAIT)
     try:
-        yield done["port"], received, gone
+        yield done["port"], received, hung_up
     finally:
         done["loop"].call_soon_threadsafe(done["stop"].set)
         thread.join(WAIT)
@@ -732,7 +739,10 @@ def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
     def answer(path, body):
         return None if body["prompt"] == "hang = " else (200, {"content": "1\n\nother = 2"})
 
-    with http(answer) as (port, received, gone), session(RemoteSource(f"127.0.0.1:{port}", "key")) as client:
+    with (
+        http(answer) as (port, received, hung_up),
+        session(RemoteSource(f"127.0.0.1:{port}", "key")) as client,
+    ):
         client.open("untitled:a", "one = 1\nx = \nrest\nhang = \n")
         assert client.texts(client.inline("untitled:a", 1, 4)) == [
             "1"
@@ -747,8 +757,8 @@ def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
         assert body["n_predict"] == 64 and body["t_max_prompt_ms"] == 300 and body["trim"] == "block"
         id = client.inline("untitled:a", 3, 7)
         wait_until(lambda: len(received) == 2)
-        client.tell("$/cancelRequest", id=id)
-        assert gone.wait(WAIT) and client.answer(id)["error"]["code"] == -32800
+        client.notify("$/cancelRequest", id=id)
+        assert hung_up.wait(WAIT) and client.answer(id)["error"]["code"] == -32800
 
 
 def test_our_own_server_gives_the_models_suggestion_reads_ahead_and_can_be_cancelled(model_path, model_text):
@@ -759,7 +769,9 @@ def test_our_own_server_gives_the_models_suggestion_reads_ahead_and_can_be_cance
     with served(opened) as server:
         with session(RemoteSource(server.url), maxTokens=48, **options, restMs=1) as client:
             client.open("untitled:main", PREFIX + SUFFIX)
-            client.tell("codegemma/cursor", textDocument={"uri": "untitled:main"}, position=at(1, 8))
+            client.notify(
+                "codegemma/cursor", textDocument={"uri": "untitled:main"}, position=lsp_position(1, 8)
+            )
             wait_until(
                 lambda: (
                     server.service.metrics.counts["prompt_tokens"] > 10 and not server.service.metrics.running
@@ -772,7 +784,7 @@ def test_our_own_server_gives_the_models_suggestion_reads_ahead_and_can_be_cance
             client.open("untitled:main", PREFIX + SUFFIX)
             id = client.inline("untitled:main", 1, 8, kind=1)
             wait_until(lambda: server.service.metrics.running)
-            client.tell("$/cancelRequest", id=id)
+            client.notify("$/cancelRequest", id=id)
             assert client.answer(id)["error"]["code"] == -32800
             wait_until(lambda: not server.service.metrics.running)
             assert server.service.metrics.counts["cancelled"] == 1

@@ -11,12 +11,11 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
+from codegemma.data.gitignore import ignore_rules, is_ignored
 from codegemma.editor.buffers import Buffer, normalize
 from codegemma.prompts import File
 from codegemma.safety import secrets
@@ -55,49 +54,15 @@ class FilePolicy:
         root = self.root(path)
         config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
         ignore_files = (config / "git" / "ignore", root / ".git" / "info" / "exclude")
-        rules = [(root, _ignore_rules(file)) for file in ignore_files]
-        names = path.relative_to(root).parts
-        for depth, name in enumerate(names):
-            folder = root.joinpath(*names[:depth])
-            rules.append((folder, _ignore_rules(folder / ".gitignore")))
-            verdict = None
-            for base, patterns in rules:
-                inside = (folder / name).relative_to(base).as_posix() + "/" * (depth + 1 < len(names))
-                matching = (rule.include for rule in reversed(patterns) if _names_path(rule, inside))
-                verdict = next(matching, verdict)
-            if verdict:
+        rules = [("", ignore_rules(file)) for file in ignore_files]
+        *folders, name = path.relative_to(root).parts
+        above = ""
+        for part in (*(f"{folder}/" for folder in folders), name):
+            rules.append((above, ignore_rules(root / above / ".gitignore")))
+            above += part
+            if is_ignored(above, rules):
                 return True
         return False
-
-
-def _ignore_rules(file: Path) -> Sequence[Any]:
-    """The rules of an ignore file; none where it is missing."""
-    try:
-        return _parse_ignore_file(file, file.stat().st_mtime_ns)
-    except OSError:
-        return ()
-
-
-@lru_cache(1024)
-def _parse_ignore_file(file: Path, changed: int) -> Sequence[Any]:
-    """`changed` is the time of the last change: a changed file is another key of the cache."""
-    from pathspec import GitIgnoreSpec
-
-    spec = GitIgnoreSpec.from_lines(file.read_text("utf-8", "replace").splitlines())
-    return [rule for rule in spec.patterns if rule.include is not None]
-
-
-def _names_path(rule: Any, path: str) -> bool:
-    """Whether an ignore rule matches this path itself, not only a folder above it. A folder ends with "/".
-
-    pathspec's own check includes what is below a folder, but git's `!folder/` brings back the folder alone.
-    """
-    if not rule.regex.pattern.startswith("^"):  # all, or all folders
-        return rule.regex.pattern == "." or path.endswith("/")
-    if "ps_d" in rule.regex.groupindex:
-        return bool(rule.regex.fullmatch(path))
-    match = rule.regex.match(path)  # folder/**
-    return bool(match) and match.end() < len(path)
 
 
 class ContextFiles:

@@ -186,12 +186,11 @@ class EditorServer(LanguageServer):
         except asyncio.CancelledError:
             if (current := asyncio.current_task()) and current.cancelling():
                 raise  # the editor cancelled it; else a newer request or an edit did
-            return ""
         except Busy:
-            return ""
+            pass  # the next keystroke asks again
         except (ValueError, OSError) as error:
             self._report_once(error)
-            return ""
+        return ""
 
     def end_suggestion(self) -> None:
         """Records what became of the last suggestion."""
@@ -308,15 +307,13 @@ async def completion(server: EditorServer, params: types.CompletionParams) -> ty
 
     It replaces the word before the cursor by text that starts with that word, to pass the editor's filter.
     """
-    buffer = server.buffers.get(params.text_document.uri)
+    uri, position, context = params.text_document.uri, params.position, params.context
+    buffer = server.buffers.get(uri)
     if buffer is None:
         return types.CompletionList(True, [])
-    offset = buffer.offset(params.position.line, params.position.character)
-    context = params.context
+    offset = buffer.offset(position.line, position.character)
     automatic = context is not None and context.trigger_kind != types.CompletionTriggerKind.Invoked
-    added = await server.suggest(
-        CursorPosition(params.text_document.uri, offset, offset, automatic=automatic)
-    )
+    added = await server.suggest(CursorPosition(uri, offset, offset, automatic=automatic))
     if not added:
         return types.CompletionList(True, [])
     word = re.search(r"\w*$", buffer.text[max(0, offset - 100) : offset])
