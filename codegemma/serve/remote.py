@@ -126,17 +126,17 @@ class RemoteService:
                         last = step
                         break
                     shown = job.take(step)
-                    job.put([shown])
+                    job.post(shown)
                     if shown.stop is not None:
                         return
                     if job.overdue(time.perf_counter()):
                         break
-            job.put([job.take(last)])
+            job.post(job.take(last))
         except (asyncio.CancelledError, TimeoutError):
-            job.put([job.take(replace(last, stop="cancelled"))])
+            job.post(job.take(replace(last, stop="cancelled")))
         except Exception as error:
             job.stop, job.ended = "cancelled", time.perf_counter()
-            job.put([error])
+            job.post(error)
         finally:
             self._jobs.pop(job, None)
             self.metrics.running = len(self._jobs)

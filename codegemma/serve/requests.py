@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
+from codegemma.config import Preset
 from codegemma.generate.request import Infill, Request
 from codegemma.generate.running import Step
 from codegemma.generate.trim import Trimmer
-from codegemma.hub.catalogue import Preset
 from codegemma.prompts import Layout
 from codegemma.serve.metrics import Metrics
 from codegemma.tokenizer import Tokenizer
@@ -48,8 +47,7 @@ class Job:
         self.cancelled = threading.Event()
         self.on_cancel: Callable[[], object] = lambda: None
         self._loop = asyncio.get_running_loop()
-        self._steps: deque[Step | BaseException] = deque()
-        self._arrived = asyncio.Event()
+        self._steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
         self._trimmer = Trimmer(request, resolved.layout)
 
     def take(self, step: Step) -> Step:
@@ -63,15 +61,10 @@ class Job:
             self.stop, self.ended = step.stop, now
         return step
 
-    def put(self, steps: Iterable[Step | BaseException]) -> None:
-        """Passes steps, or an error, to the reader of `steps`. Call it in the reader's event loop."""
-        self._steps.extend(steps)
-        self._arrived.set()
-
-    def post(self, steps: Iterable[Step | BaseException]) -> None:
-        """`put` from any thread. Does nothing once the event loop is closed."""
+    def post(self, step: Step | Exception) -> None:
+        """Passes a step, or an error, from any thread to the reader of `steps`, if its event loop is open."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.put, steps)
+            self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
 
     def cancel(self) -> None:
         """Asks the service to stop the job. Does nothing if the job has ended."""
@@ -82,11 +75,8 @@ class Job:
     async def steps(self) -> AsyncIterator[Step]:
         """The steps in the order they arrive. Raises the error of a job that failed."""
         while True:
-            while not self._steps:
-                self._arrived.clear()
-                await self._arrived.wait()
-            step = self._steps.popleft()
-            if isinstance(step, BaseException):
+            step = await self._steps.get()
+            if isinstance(step, Exception):
                 raise step
             yield step
             if step.stop is not None:

@@ -318,7 +318,7 @@ class Scheduler:
             job.cached_tokens = 0 if job.scores else running.cached
             shown = job.take(step)
             if shown.stop is None:
-                job.post([shown])
+                job.post(shown)
                 continue
             if running.stop is None:  # the rest would be trimmed off
                 self._batch.remove(running)
@@ -328,7 +328,7 @@ class Scheduler:
     def _finish(self, job: Job, last: Step) -> None:
         self._update_gauges()
         self.metrics.add(job.timings())
-        job.post([last])
+        job.post(last)
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         self._jobs.clear()
@@ -338,7 +338,7 @@ class Scheduler:
         for job in jobs:
             job.stop, job.ended = "cancelled", time.perf_counter()
             self.metrics.add(job.timings())
-            job.post([HTTPException(500, f"the engine failed: {error}")])
+            job.post(HTTPException(500, f"the engine failed: {error}"))
 
     def _update_gauges(self, admitted: int = 0) -> None:
         self.metrics.running = len(self._jobs) + len(self._scoring) + admitted

@@ -1,7 +1,7 @@
-"""Statistics of suggestions: a local file of counts and times, which no part of this program sends anywhere.
+"""Statistics of suggestions: a local file of counts and times, which this program never sends anywhere.
 
-One line for each suggestion that was shown: the minute, the language, its latency, its length, and how many
-of its characters were accepted. No text, no path. `set_recording(False)` (`codegemma stats --off`) stops it.
+It has a line for each suggestion that was shown: the minute, the language, the latency, the length, and how
+many characters were accepted; no text and no path. `set_recording(False)` (`codegemma stats --off`) stops it.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ import json
 import os
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-MAX_BYTES = 4 << 20  # about 40,000 suggestions; of a longer file the newer half is kept
+MAX_BYTES = 4 << 20  # about 40,000 suggestions; the older half of a longer file is dropped
 BARS = " ▁▂▃▄▅▆▇█"
 MAX_PENDING = 1024
 LATENCY_EDGES_MS = (0, 25, 50, 100, 200, 400, 800, 1600, 1e9)
 
-_pending: OrderedDict[str, Shown] = OrderedDict()  # by id, until the client says whether it was accepted
+_pending: dict[str, Shown] = {}  # by id, until the client says whether the suggestion was accepted
 
 
 @dataclass
 class Shown:
-    """A suggestion that was shown. `taken` counts its characters that were accepted; minute 0 is now."""
+    """A suggestion that was shown. `taken` is how many of its characters were accepted."""
 
     language: str
     latency_ms: float
     characters: int
     taken: int = 0
-    minute: int = 0  # since 1970
+    minute: int = 0  # since 1970; 0 becomes the present one in `record`
 
 
 def state_dir() -> Path:
@@ -53,44 +53,37 @@ def recording() -> bool:
 
 def set_recording(on: bool) -> None:
     """Switches the recording on or off, for this and later processes."""
-    mark = state_dir() / "stats.off"
+    off_file = state_dir() / "stats.off"
     if on:
-        mark.unlink(missing_ok=True)
+        off_file.unlink(missing_ok=True)
     else:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        off_file.parent.mkdir(parents=True, exist_ok=True)
+        off_file.touch()
 
 
 def record(shown: Shown) -> None:
-    """Adds a line to the file. A failure to write is ignored: an editor has no use for the error."""
+    """Adds a line to the file, unless recording is off. Errors are ignored: an editor cannot use them."""
     if not recording():
         return
     minute = shown.minute or int(time.time() // 60)
     row = asdict(replace(shown, latency_ms=round(shown.latency_ms, 1), minute=minute))
-    try:
+    with suppress(OSError):
         file().parent.mkdir(parents=True, exist_ok=True)
         with open(file(), "ab") as out:  # one write per line, so that lines of several processes do not mix
             out.write(json.dumps(row).encode() + b"\n")
             too_long = out.tell() > MAX_BYTES
         if too_long:
-            _drop_older_half()
-    except OSError:
-        pass
-
-
-def _drop_older_half() -> None:
-    data = file().read_bytes()
-    new = file().with_suffix(".new")
-    new.write_bytes(data[data.index(b"\n", len(data) // 2) + 1 :])
-    new.replace(file())
+            data, new = file().read_bytes(), file().with_suffix(".new")
+            new.write_bytes(data[data.index(b"\n", len(data) // 2) + 1 :])
+            new.replace(file())
 
 
 def offer(shown: Shown) -> str:
-    """Remembers a suggestion, and returns the id that `settle` knows it by."""
+    """Keeps a suggestion until `settle` is called with the id that this returns."""
     name = f"cmpl-{secrets.token_hex(12)}"
     _pending[name] = shown
-    while len(_pending) > MAX_PENDING:
-        _pending.popitem(last=False)
+    if len(_pending) > MAX_PENDING:
+        del _pending[next(iter(_pending))]  # the oldest
     return name
 
 
@@ -101,17 +94,12 @@ def settle(name: str, accepted: bool) -> None:
 
 
 def load() -> list[Shown]:
-    """The recorded suggestions; damaged lines are left out."""
+    """The recorded suggestions, without damaged lines."""
     rows = []
-    try:
-        lines = file().read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            rows.append(Shown(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
+    with suppress(OSError):
+        for line in file().read_text("utf-8", "replace").splitlines():
+            with suppress(ValueError, TypeError):
+                rows.append(Shown(**json.loads(line)))
     return rows
 
 
@@ -121,23 +109,23 @@ def clear() -> None:
 
 
 def summary(rows: Sequence[Shown]) -> dict[str, Any]:
-    """Counts, shares from 0 to 1, and latencies; None where there are too few rows."""
+    """Counts, shares from 0 to 1, and latencies. A value that needs more rows than there are is None."""
     latencies = [row.latency_ms for row in rows]
     characters = sum(row.characters for row in rows)
     accepted = sum(row.taken > 0 for row in rows)
-    kept = sum(min(row.taken, row.characters) for row in rows)
+    accepted_characters = sum(min(row.taken, row.characters) for row in rows)
     return {
         "shown": len(rows),
         "accepted": accepted,
         "accepted_share": accepted / len(rows) if rows else None,
-        "characters_kept_share": kept / characters if characters else None,
+        "characters_kept_share": accepted_characters / characters if characters else None,
         "latency_ms_median": median(latencies) if latencies else None,
         "latency_ms_95": quantiles(latencies, n=20, method="inclusive")[-1] if len(rows) > 1 else None,
     }
 
 
 def by_language(rows: Sequence[Shown]) -> dict[str, dict[str, Any]]:
-    """The summary for each language, the most used first."""
+    """The summary for each language, with the language of the most suggestions first."""
     groups: dict[str, list[Shown]] = {}
     for row in rows:
         groups.setdefault(row.language or "other", []).append(row)
@@ -146,9 +134,9 @@ def by_language(rows: Sequence[Shown]) -> dict[str, dict[str, Any]]:
 
 
 def picture(rows: Sequence[Shown], days: int = 30, today: int | None = None) -> str:
-    """Bars as text: suggestions and accepted ones for each day, and a histogram of latencies.
+    """Bars as text: the suggestions and the accepted ones of each day, and a histogram of latencies.
 
-    `today` is a number of days since 1970, by default the present day.
+    `today` is in days since 1970; None: the present day.
     """
     today = int(time.time() // 86_400) if today is None else today
     shown, accepted = [0] * days, [0] * days

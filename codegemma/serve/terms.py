@@ -6,7 +6,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
-from codegemma.hub.catalogue import NOTICE
+from codegemma.hub import NOTICE
 
 TERMS_URL = "https://ai.google.dev/gemma/terms"
 PROHIBITED_USES_URL = "https://ai.google.dev/gemma/prohibited_use_policy"
