@@ -12,7 +12,6 @@ from tiny import tiny_config, write_tiny_gguf, write_tiny_hf
 
 from codegemma import hub
 from codegemma.config import PRESETS
-from codegemma.hub import catalogue
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +20,11 @@ def home(tmp_path, monkeypatch):
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(catalogue, "DEFAULT_FILE", replace(catalogue.DEFAULT_FILE, package="no_such_package"))
+    monkeypatch.setattr(hub, "DEFAULT_FILE", replace(hub.DEFAULT_FILE, package="no_such_package"))
     return tmp_path
 
 
-PARTS = [b"one" * 1000, b"two" * 500, b"three"]
+PARTS = [b"first" * 1000, b"second" * 500, b"third"]
 
 
 @pytest.fixture
@@ -39,15 +38,15 @@ def packaged(home, monkeypatch):
     terms.mkdir(parents=True)
     (terms / "GEMMA_TERMS.html").write_text("terms")
     monkeypatch.syspath_prepend(home / "site")
-    whole = b"".join(PARTS)
-    packaged = catalogue.Packaged(
+    joined = b"".join(PARTS)
+    packaged = hub.Packaged(
         "tiny_model",
         tuple(f"m.part{number}" for number in (1, 2, 3)),
         "m.gguf",
-        len(whole),
-        hashlib.sha256(whole).hexdigest(),
+        len(joined),
+        hashlib.sha256(joined).hexdigest(),
     )
-    monkeypatch.setattr(catalogue, "DEFAULT_FILE", packaged)
+    monkeypatch.setattr(hub, "DEFAULT_FILE", packaged)
     return packaged
 
 
@@ -59,7 +58,7 @@ def _snapshot(repository, revision="abc123"):
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "expected"),
     [
         ("2b", "2b"),
         ("codegemma-2b", "2b"),
@@ -71,8 +70,8 @@ def _snapshot(repository, revision="abc123"):
         ("other/codegemma-2b", None),
     ],
 )
-def test_names_and_aliases(name, meant):
-    assert hub.preset(name) == (PRESETS[meant] if meant else None)
+def test_names_and_aliases(name, expected):
+    assert hub.preset(name) == (PRESETS[expected] if expected else None)
     assert all(hub.preset(preset.hub) is preset for preset in PRESETS.values())
 
 
@@ -91,17 +90,17 @@ def test_our_cache_and_the_hugging_face_cache_are_searched():
     assert hub.resolve("7b-it") == snapshot
     info = {info.preset.name: info for info in hub.models()}["7b-it"]
     assert info.path == snapshot and info.size == (snapshot / "model.safetensors").stat().st_size
-    own = hub.cache_dir() / "models" / "7b-it" / "any.gguf"
-    write_tiny_gguf(own, tiny_config("gemma-mha"))
-    assert hub.resolve("codegemma-7b-it") == own
-    one = _snapshot("google/codegemma-2b-GGUF") / "codegemma-2b.gguf"
-    write_tiny_gguf(one, tiny_config("gemma-mqa"))
-    assert hub.resolve("2b") == one
+    cached = hub.cache_dir() / "models" / "7b-it" / "any.gguf"
+    write_tiny_gguf(cached, tiny_config("gemma-mha"))
+    assert hub.resolve("codegemma-7b-it") == cached
+    file = _snapshot("google/codegemma-2b-GGUF") / "codegemma-2b.gguf"
+    write_tiny_gguf(file, tiny_config("gemma-mqa"))
+    assert hub.resolve("2b") == file
     other = write_tiny_hf(_snapshot("someone/tuned"), tiny_config("gemma-mqa"))
     assert hub.resolve("someone/tuned") == other
 
 
-def test_a_half_download_is_not_a_model():
+def test_an_incomplete_download_is_not_a_model():
     snapshot = _snapshot("google/codegemma-2b")
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
@@ -117,7 +116,7 @@ def test_the_hubs_own_variables_move_its_cache(home, monkeypatch):
     assert hub.hub_cache_dir() == home / "b"
 
 
-def test_an_unknown_name_says_what_there_is():
+def test_an_unknown_name_lists_the_presets():
     with pytest.raises(ValueError, match="no model 'nosuch'.*1.1-7b-it, gemma-3-270m"):
         hub.resolve("nosuch")
 
@@ -136,11 +135,11 @@ def test_the_default_model_is_assembled_once_and_checked(packaged):
 
 def test_later_starts_do_not_read_the_file(packaged, monkeypatch):
     path = hub.resolve()
-    monkeypatch.setattr(catalogue, "_joined", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(hub, "_joined", lambda *_: pytest.fail("read again"))
     assert hub.resolve() == path
 
 
-def test_a_damaged_file_in_the_cache_is_made_again(packaged):
+def test_a_damaged_file_in_the_cache_is_assembled_again(packaged):
     path = hub.resolve()
     path.write_bytes(b"x" * packaged.size)
     os.utime(path, (1, 1))
@@ -151,7 +150,7 @@ def test_a_damaged_file_in_the_cache_is_made_again(packaged):
 def test_a_lost_stamp_needs_no_package(packaged, monkeypatch):
     path = hub.resolve()
     (path.parent / "m.gguf.verified").unlink()
-    monkeypatch.setattr(catalogue, "DEFAULT_FILE", replace(packaged, package="no_such_package"))
+    monkeypatch.setattr(hub, "DEFAULT_FILE", replace(packaged, package="no_such_package"))
     assert hub.resolve() == path
     path.write_bytes(b"short")
     with pytest.raises(ValueError, match=r"missing or damaged: pip install \"codegemma\[default-model\]\""):
@@ -172,10 +171,10 @@ def test_a_missing_part_is_a_missing_package(packaged, home, lost):
         hub.resolve()
 
 
-def test_two_processes_do_the_work_once(packaged, home):
+def test_processes_at_once_assemble_one_file(packaged, home):
     code = (
-        "from codegemma import hub; from codegemma.hub import catalogue; "
-        f"catalogue.DEFAULT_FILE = catalogue.Packaged({packaged.package!r}, {packaged.parts!r}, "
+        "from codegemma import hub; "
+        f"hub.DEFAULT_FILE = hub.Packaged({packaged.package!r}, {packaged.parts!r}, "
         f"{packaged.name!r}, "
         f"{packaged.size}, {packaged.sha256!r}); print(hub.resolve().stat().st_ino)"
     )
@@ -196,7 +195,7 @@ def test_two_processes_do_the_work_once(packaged, home):
 
 def test_the_real_default_package_if_installed(monkeypatch):
     monkeypatch.undo()
-    if not catalogue._part_files(catalogue.DEFAULT_FILE):
+    if not hub._part_files(hub.DEFAULT_FILE):
         pytest.skip("codegemma[default-model] is not installed")
     path = hub.resolve()
     assert path.stat().st_size == 253_113_024

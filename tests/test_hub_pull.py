@@ -24,13 +24,11 @@ SHA = hashlib.sha256(BODY).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Answers the next of `script` for each request of a path, then as a good server; `seen` are the
-    requests.
-    """
+    """Answers with the next entry of `script`, after the last as a good server; `requests` records all."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.seen, self.body, self.etag, self.files = [], [], BODY, '"one"', {}
+        self.script, self.requests, self.body, self.etag, self.files = [], [], BODY, '"first"', {}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -43,16 +41,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
-        server.seen.append((self.path, dict(self.headers)))
-        todo = server.script.pop(0) if server.script else None
+        server.requests.append((self.path, dict(self.headers)))
+        planned = server.script.pop(0) if server.script else None
         if self.path in server.files:
             return self._send(200, json.dumps(server.files[self.path]).encode())
-        if isinstance(todo, int):
+        if isinstance(planned, int):
             return self._send(
-                todo, b"no", {"Retry-After": "0", **({"X-Error-Code": "GatedRepo"} if todo == 403 else {})}
+                planned,
+                b"no",
+                {"Retry-After": "0", **({"X-Error-Code": "GatedRepo"} if planned == 403 else {})},
             )
-        if isinstance(todo, str):
-            return self._send(302, b"", {"Location": todo})
+        if isinstance(planned, str):
+            return self._send(302, b"", {"Location": planned})
         body, start = server.body, 0
         if "Range" in self.headers and self.headers.get("If-Range") == server.etag:
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
@@ -61,8 +61,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[start:][: todo["cut"]] if isinstance(todo, dict) else body[start:])
-        if isinstance(todo, dict):
+            self.wfile.write(body[start:][: planned["cut"]] if isinstance(planned, dict) else body[start:])
+        if isinstance(planned, dict):
             self.close_connection = True
         return None
 
@@ -86,25 +86,25 @@ def server(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_a_cut_download_goes_on_where_it_was_cut(server, tmp_path):
+def test_an_interrupted_download_is_continued(server, tmp_path):
     server.script = [{"cut": 1_000_000}, 503, {"cut": 2_000_000}, 429]
-    seen = []
+    reports = []
     file = hub_pull.fetch(
-        f"{server.url}/m.gguf", tmp_path / "m.gguf", sha256=SHA, progress=lambda *a: seen.append(a)
+        f"{server.url}/m.gguf", tmp_path / "m.gguf", sha256=SHA, progress=lambda *a: reports.append(a)
     )
     assert file.read_bytes() == BODY and [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
-    starts = [int(headers["Range"][6:-1]) for _, headers in server.seen if "Range" in headers]
+    starts = [int(headers["Range"][6:-1]) for _, headers in server.requests if "Range" in headers]
     assert starts[0] == 1_000_000 and starts[-1] == 3_000_000
-    assert seen[-1] == ("m.gguf", len(BODY), len(BODY))
-    requests = len(server.seen)
-    assert hub_pull.fetch(f"{server.url}/m.gguf", file, sha256=SHA) == file and len(server.seen) == requests
+    assert reports[-1] == ("m.gguf", len(BODY), len(BODY))
+    count = len(server.requests)
+    assert hub_pull.fetch(f"{server.url}/m.gguf", file, sha256=SHA) == file and len(server.requests) == count
 
 
-def test_a_file_that_changed_meanwhile_is_begun_anew(server, tmp_path):
+def test_a_file_that_changed_meanwhile_is_downloaded_again(server, tmp_path):
     server.script = [{"cut": 1_000_000}] + [{"cut": 10}] * 4
-    with pytest.raises(ValueError, match="was cut 5 times.*what came is kept"):
+    with pytest.raises(ValueError, match="was cut 5 times.*the part that came is kept"):
         hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf")
-    server.body, server.etag = BODY[::-1], '"two"'
+    server.body, server.etag = BODY[::-1], '"second"'
     assert hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf").read_bytes() == BODY[::-1]
 
 
@@ -131,30 +131,33 @@ def test_a_wrong_hash_leaves_nothing(server, tmp_path):
         hub_pull.fetch("file:///etc/passwd", tmp_path / "x")
 
 
-def test_a_token_is_not_carried_to_another_host(server, tmp_path):
+def test_a_token_is_not_sent_to_another_host(server, tmp_path):
     other = f"{server.url.replace('127.0.0.1', 'localhost')}/elsewhere"
     server.script = [other]
     hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf", token="secret")
-    assert server.seen[0][1]["Authorization"] == "Bearer secret" and "Authorization" not in server.seen[1][1]
+    assert (
+        server.requests[0][1]["Authorization"] == "Bearer secret"
+        and "Authorization" not in server.requests[1][1]
+    )
 
 
-def test_the_terms_are_asked_once_and_a_no_downloads_nothing(server, tmp_path):
+def test_the_terms_are_asked_once_and_nothing_is_downloaded_without_them(server, tmp_path):
     asked = []
     with pytest.raises(ValueError, match="terms were not accepted"):
         hub_pull.pull(f"{server.url}/m.gguf", "url", ask=lambda text: asked.append(text))
-    assert "ai.google.dev/gemma/terms" in asked[0] and not server.seen
+    assert "ai.google.dev/gemma/terms" in asked[0] and not server.requests
     for _ in range(2):
         hub_pull.pull(f"{server.url}/m.gguf", "url", ask=lambda text: bool(asked.append(text) or True))
-    assert len(asked) == 2 and hub_pull.accepted()
+    assert len(asked) == 2 and (hub.cache_dir() / "gemma-terms.json").exists()
 
 
 def test_ngc_lists_then_downloads(server, monkeypatch):
     monkeypatch.setenv("CODEGEMMA_NGC", server.url)
     monkeypatch.setenv("NGC_API_KEY", "key")
     server.files["/codegemma_2b_base/versions/1.0/files"] = {"modelFiles": [{"path": "codegemma.nemo"}]}
-    at = hub_pull.pull("2b", "ngc", ask=lambda _: True)
-    assert at == hub.cache_dir() / "models" / "2b" / "codegemma.nemo" and at.read_bytes() == BODY
-    assert all(headers["Authorization"] == "Bearer key" for _, headers in server.seen)
+    path = hub_pull.pull("2b", "ngc", ask=lambda _: True)
+    assert path == hub.cache_dir() / "models" / "2b" / "codegemma.nemo" and path.read_bytes() == BODY
+    assert all(headers["Authorization"] == "Bearer key" for _, headers in server.requests)
     with pytest.raises(ValueError, match="NGC has 2b, 7b alone"):
         hub_pull.pull("7b-it", "ngc", ask=lambda _: True)
     with pytest.raises(ValueError, match="no model 'nosuch' on kaggle"):
@@ -164,20 +167,20 @@ def test_ngc_lists_then_downloads(server, monkeypatch):
 def test_a_pack_carries_a_model_to_a_machine_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     write_tiny_hf(hub.cache_dir() / "models" / "2b", tiny_config("gemma-mqa"))
-    made = hub_pull.pack(hub.resolve("2b"), tmp_path / "2b.pack", "codegemma-2b")
+    pack = hub_pull.pack(hub.resolve("2b"), tmp_path / "2b.pack", "codegemma-2b")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
-    at = hub_pull.install(made)
-    assert hub.resolve("2b") == at == hub.cache_dir() / "models" / "2b"
-    assert (at / "model.safetensors").read_bytes() == (
+    path = hub_pull.install(pack)
+    assert hub.resolve("2b") == path == hub.cache_dir() / "models" / "2b"
+    assert (path / "model.safetensors").read_bytes() == (
         tmp_path / "here/codegemma/models/2b/model.safetensors"
     ).read_bytes()
     with pytest.raises(ValueError, match="exists already"):
-        hub_pull.install(made)
-    raw = bytearray(made.read_bytes())
+        hub_pull.install(pack)
+    raw = bytearray(pack.read_bytes())
     raw[-20_000] ^= 1
     (tmp_path / "bad.pack").write_bytes(raw)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
-    with pytest.raises(ValueError, match="has another SHA-256"):
+    with pytest.raises(ValueError, match="has another SHA-256 than the pack states: copy it again"):
         hub_pull.install(tmp_path / "bad.pack")
     assert not (hub.cache_dir() / "models" / "2b").exists()
 
@@ -222,8 +225,8 @@ def test_a_packed_orbax_checkpoint_is_found_where_it_was_installed(tmp_path, mon
     """What `pull --source kaggle` downloads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = write_tiny_gguf(tmp_path / "m.gguf", tiny_config("gemma-mqa"), "BF16")
-    at = convert(source, tmp_path / "kagglehub" / "2", "orbax").path
-    hub_pull.install(hub_pull.pack(at, tmp_path / "7b.pack", "7b"))
+    path = convert(source, tmp_path / "kagglehub" / "2", "orbax").path
+    hub_pull.install(hub_pull.pack(path, tmp_path / "7b.pack", "7b"))
     assert hub.resolve("7b") == hub.cache_dir() / "models" / "7b"
     assert open_checkpoint(hub.resolve("7b")).tensors.keys() == open_checkpoint(source).tensors.keys()
 
@@ -249,11 +252,11 @@ def test_a_pack_cannot_write_outside_its_folder(tmp_path, monkeypatch, name):
         hub_pull.install(tmp_path / "q")
 
 
-def test_a_path_is_laid_into_the_cache(tmp_path, monkeypatch):
+def test_a_path_is_copied_into_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = write_tiny_gguf(tmp_path / "m.gguf", tiny_config("gemma-mqa"))
-    at = hub_pull.pull(str(source), "path", ask=lambda _: True)
-    assert at.read_bytes() == source.read_bytes() and hub.cache_dir() in at.parents
+    path = hub_pull.pull(str(source), "path", ask=lambda _: True)
+    assert path.read_bytes() == source.read_bytes() and hub.cache_dir() in path.parents
     with pytest.raises(FileNotFoundError):
         hub_pull.pull(str(tmp_path / "none"), "path", ask=lambda _: True)
 
@@ -273,7 +276,7 @@ class HubHandler(Handler):
 
     def do_GET(self):
         server = self.server
-        server.seen.append((self.path, dict(self.headers)))
+        server.requests.append((self.path, dict(self.headers)))
         if server.script:
             code, error = server.script[0]
             return self._send(
@@ -361,16 +364,16 @@ def hugging_face(server):
     return server
 
 
-def test_the_hub_gives_files_and_again_nothing_new(hugging_face, tmp_path):
-    at = Path(_pull(hugging_face, tmp_path))
-    assert {file.name: file.read_bytes() for file in at.iterdir()} == FILES and COMMIT in str(at)
-    got = len([path for path, _ in hugging_face.seen if "/cdn/" in path])
-    assert _pull(hugging_face, tmp_path) == str(at)
-    assert len([path for path, _ in hugging_face.seen if "/cdn/" in path]) == got
-    assert _pull(hugging_face, tmp_path, HF_HUB_OFFLINE="1") == str(at)
+def test_the_hub_sends_files_once(hugging_face, tmp_path):
+    path = Path(_pull(hugging_face, tmp_path))
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == FILES and COMMIT in str(path)
+    downloads = len([path for path, _ in hugging_face.requests if "/cdn/" in path])
+    assert _pull(hugging_face, tmp_path) == str(path)
+    assert len([path for path, _ in hugging_face.requests if "/cdn/" in path]) == downloads
+    assert _pull(hugging_face, tmp_path, HF_HUB_OFFLINE="1") == str(path)
 
 
-def test_another_content_than_its_hash_is_removed(hugging_face, tmp_path):
+def test_a_file_with_a_wrong_hash_is_removed(hugging_face, tmp_path):
     hugging_face.body = b"other"
     assert "wrong SHA-256" in _pull(hugging_face, tmp_path)
     hugging_face.body = BODY
@@ -393,5 +396,5 @@ def test_the_hubs_refusals_are_explained(hugging_face, tmp_path, answer, message
     assert message in _pull(hugging_face, tmp_path)
 
 
-def test_without_a_network_the_way_out_is_named(hugging_face, tmp_path):
+def test_without_a_network_the_remedy_is_named(hugging_face, tmp_path):
     assert "unset HF_HUB_OFFLINE" in _pull(hugging_face, tmp_path, HF_HUB_OFFLINE="1")

@@ -20,7 +20,7 @@ from codegemma.checkpoints.tensors import ELEMENTS, ArrayTensor, Tensor, from_fl
 from codegemma.checkpoints.untrusted import read_json
 from codegemma.convert.card import render
 from codegemma.files import atomic_directory, map_file
-from codegemma.hub.catalogue import NOTICE, preset
+from codegemma.hub import NOTICE, preset
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODULES = {

@@ -1,5 +1,4 @@
-"""Getting models: from the Hugging Face Hub, Kaggle, NGC, a URL or a path; and packs for machines without a
-network.
+"""Downloads models (Hugging Face Hub, Kaggle, NGC, URLs) and packs them for machines without a network.
 
 The Gemma terms are shown once and the acceptance is recorded. Downloads are resumed, checked against the
 hashes that the source states, and stored where `hub.resolve` looks.
@@ -8,6 +7,7 @@ hashes that the source states, and stored where `hub.resolve` looks.
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import io
 import json
@@ -15,11 +15,12 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from codegemma import hub
 from codegemma.config import PRESETS, DownloadSource, Preset
@@ -45,21 +46,15 @@ REMEDIES = {
 PACK_MANIFEST = "codegemma-pack.json"
 
 
-def accepted() -> Path | None:
-    """The record of the acceptance, if there is one."""
-    file = cache_dir() / "gemma-terms.json"
-    return file if file.exists() else None
-
-
 def accept_terms(ask: Callable[[str], bool]) -> None:
-    """Asks once. Raises ValueError where the answer is no."""
-    if accepted():
+    """Asks once and records the acceptance. Raises ValueError where the answer is no."""
+    record = cache_dir() / "gemma-terms.json"
+    if record.exists():
         return
     if not ask(QUESTION):
-        raise ValueError(
-            "the Gemma terms were not accepted, so nothing was downloaded: pass --accept-terms if you do"
-        )
-    with atomic_write(cache_dir() / "gemma-terms.json") as out:
+        rule = "the Gemma terms were not accepted, so nothing was downloaded"
+        raise ValueError(f"{rule}: pass --accept-terms if you accept them")
+    with atomic_write(record) as out:
         today = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         out.write(json.dumps({"terms": TERMS, "accepted": today}).encode())
 
@@ -72,9 +67,10 @@ def pull(
     sha256: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Gets a model and says where it is. `name` is a preset, a repository (hf), a URL or a path.
+    """Downloads or copies a model into the cache and returns its path.
 
-    Raises ValueError with the remedy: gated, no token, no network, no space, a wrong hash.
+    `name` is a preset, a repository (hf), a URL or a path. Raises ValueError with the remedy where the source
+    refuses, the network or the disk fails, or the hash is wrong.
     """
     if source not in get_args(DownloadSource):
         raise ValueError(f"no source {source!r}: choose {', '.join(get_args(DownloadSource))}")
@@ -94,12 +90,11 @@ def pull(
         file_name = re.sub(r"[^\w.-]", "_", name.rpartition("/")[2].split("?")[0])
         return fetch(name, cache_dir() / "models" / "urls" / file_name, sha256=sha256, progress=progress)
     except OSError as error:
-        if error.errno == 28:
-            raise ValueError(
-                f"the disk of {cache_dir()} is full: make room, or set XDG_CACHE_HOME (HF_HOME for the "
-                "Hub) to another disk; what was downloaded is kept and resumed"
-            ) from None
-        raise
+        if error.errno != errno.ENOSPC:
+            raise
+        remedy = "make room, or set XDG_CACHE_HOME (HF_HOME for the Hub) to another disk"
+        rule = f"the disk of {cache_dir()} is full: {remedy}"
+        raise ValueError(f"{rule}; the part that was downloaded is kept") from None
 
 
 # -------------------------------------------------------------------------------- the sources
@@ -110,15 +105,11 @@ def _from_hugging_face(repository: str) -> Path:
     try:
         path = Path(library.snapshot_download(repository, allow_patterns=HF_FILES))
     except errors.GatedRepoError:
-        raise ValueError(
-            f"{repository} is gated: accept the terms at {page} with your account, then pass its token "
-            "(`hf auth login`, or HF_TOKEN)"
-        ) from None
+        remedy = f"accept the terms at {page}, then pass your token (`hf auth login`, or HF_TOKEN)"
+        raise ValueError(f"{repository} is gated: {remedy}") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f"{repository} does not exist or your token may not see it: check the name at {page} and "
-            "the token (`hf auth whoami`)"
-        ) from None
+        remedy = f"check the name at {page} and the token (`hf auth whoami`)"
+        raise ValueError(f"{repository} does not exist or your token may not see it: {remedy}") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
         raise _hub_refusal(repository, page, error) from None
     for file in sorted(path.rglob("*")):
@@ -126,21 +117,19 @@ def _from_hugging_face(repository: str) -> Path:
         if blob.is_file() and re.fullmatch(r"[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
             blob.unlink()
             raise ValueError(
-                f"{blob}: is not what the Hub says it is (wrong SHA-256), and was removed: pull again"
+                f"{blob}: is not what the Hub states (wrong SHA-256), and was removed: pull again"
             )
     return path
 
 
 def _hub_refusal(repository: str, page: str, error: Exception) -> ValueError:
-    """What to say where the Hub refused, or could not be reached."""
-    answers = [getattr(each, "response", None) for each in (error, error.__cause__)]
+    """The error to raise where the Hub refused, or could not be reached."""
+    answers = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
     answer: Any = next((answer for answer in answers if answer is not None), None)
     if answer is None:
-        return ValueError(
-            f"{repository} is not in the cache and the Hub cannot be reached ({_one_line(error)}): connect, "
-            "unset HF_HUB_OFFLINE, check HF_ENDPOINT, or carry a pack here (codegemma pull --pack, "
-            "codegemma install)"
-        )
+        rule = f"is not in the cache and the Hub cannot be reached ({_one_line(error)})"
+        remedy = "connect, unset HF_HUB_OFFLINE, check HF_ENDPOINT, or install a pack from another machine"
+        return ValueError(f"{repository} {rule}: {remedy} (codegemma pull --pack, codegemma install)")
     remedies = {
         401: "pass a valid token (`hf auth login`, or HF_TOKEN)",
         403: f"ask for access at {page}",
@@ -157,11 +146,9 @@ def _from_kaggle(known: Preset | None) -> Path:
     try:
         return Path(library.model_download(f"google/codegemma/flax/{known.kaggle}"))
     except Exception as error:  # noqa: BLE001  the library raises many kinds
-        raise ValueError(
-            f"Kaggle refused {known.title} ({_one_line(error)}): accept the terms at "
-            "https://www.kaggle.com/models/google/codegemma, and pass KAGGLE_USERNAME and KAGGLE_KEY, or "
-            "~/.kaggle/kaggle.json"
-        ) from None
+        remedy = "accept the terms at https://www.kaggle.com/models/google/codegemma, and pass"
+        remedy += " KAGGLE_USERNAME and KAGGLE_KEY, or ~/.kaggle/kaggle.json"
+        raise ValueError(f"Kaggle refused {known.title} ({_one_line(error)}): {remedy}") from None
 
 
 def _from_ngc(known: Preset | None, progress: Progress | None) -> Path:
@@ -170,8 +157,8 @@ def _from_ngc(known: Preset | None, progress: Progress | None) -> Path:
     base = os.environ.get("CODEGEMMA_NGC", "https://api.ngc.nvidia.com/v2/models/nvidia/nemo")
     url, token = f"{base}/{NGC[known.name]}/versions/1.0/files", os.environ.get("NGC_API_KEY")
     folder = cache_dir() / "models" / known.name
-    with _opened(url, {}, token) as answer:
-        listing = json.loads(answer.read())
+    with tempfile.TemporaryDirectory() as temporary:
+        listing = json.loads(fetch(url, Path(temporary, "files.json"), token=token).read_bytes())
     names = [str(file.get("path", "")) for file in listing.get("modelFiles", [])]
     names = [name for name in names if name.endswith(".nemo")]
     if not names or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
@@ -194,7 +181,7 @@ def _from_path(path: Path) -> Path:
 
 # -------------------------------------------------------------------------------- downloads
 class _Interrupted(Exception):
-    """An attempt failed, but the next may not. Its arguments: the fault, and what to do if it stays."""
+    """An attempt failed, but another may succeed. Arguments: the fault, and what to say if all fail."""
 
 
 def fetch(
@@ -205,96 +192,86 @@ def fetch(
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Downloads a file, continuing where an earlier attempt was cut; it appears only when complete and
-    checked.
+    """Downloads a file, which appears only when it is complete and checked.
 
-    A part is continued only where the server says, by its ETag, that the file is still the same. Raises
-    ValueError where the server refuses, the connection is cut too often, the disk is full or the hash is
-    wrong.
+    An interrupted download is continued where the server says, by its ETag, that the file is still the same.
+    The token goes to the host of the URL alone, not to where it redirects. Raises ValueError where the server
+    refuses, the connection is cut too often, the disk is full or the hash is wrong.
     """
+    if not re.match(r"https?://", url):
+        raise ValueError(f"{url}: only http and https addresses can be pulled")
     if file.exists() and (sha256 is None or _sha256(file) == sha256):
         return file
-    part, tag = file.with_name(f".{file.name}.part"), file.with_name(f".{file.name}.etag")
+    part, tag = (file.with_name(f".{file.name}.{suffix}") for suffix in ("part", "etag"))
     file.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _download(url, file.name, part, tag, token, progress)
+            _download(url, part, tag, token, partial(progress, file.name) if progress else None)
             break
         except _Interrupted as error:
             fault, remedy = error.args
             if attempt == ATTEMPTS:
                 raise ValueError(f"{url}: {fault} {ATTEMPTS} times{remedy}") from None
-    if sha256 and (digest := _sha256(part)) != sha256:
-        part.unlink()
-        tag.unlink(missing_ok=True)
-        raise ValueError(
-            f"{url}: has the SHA-256 {digest}, but {sha256} was expected: the file is damaged or another; "
-            "it was removed"
-        )
-    os.replace(part, file)
+    digest = _sha256(part) if sha256 else None
+    if digest == sha256:
+        os.replace(part, file)
+    part.unlink(missing_ok=True)
     tag.unlink(missing_ok=True)
+    if digest != sha256:
+        rule = f"has the SHA-256 {digest}, but {sha256} was expected"
+        raise ValueError(f"{url}: {rule}: the file is damaged or another; it was removed")
     return file
 
 
 def _download(
-    url: str, name: str, part: Path, tag: Path, token: str | None, progress: Progress | None
+    url: str, part: Path, tag: Path, token: str | None, progress: Callable[[int, int | None], None] | None
 ) -> None:
     """One attempt, which continues `part` if it can. Raises _Interrupted, or ValueError as `fetch` does."""
     done = part.stat().st_size if part.exists() and tag.exists() else 0
-    headers = {"Range": f"bytes={done}-", "If-Range": tag.read_text()} if done else {}
-    with _opened(url, headers, token) as answer:
-        if answer.status_code == 416:  # the part is complete, or of another file
-            part.unlink(missing_ok=True)
-            _cut("it has no such bytes")
-        if answer.status_code != 206:
-            done = 0
-        length = answer.headers.get("Content-Length", "")
-        total = done + int(length) if length.isdigit() else None
-        tag.write_text(answer.headers.get("ETag", ""))
-        if total and shutil.disk_usage(part.parent).free < total - done:
-            raise ValueError(
-                f"{name} takes {total / 1e9:.1f} GB, more than {part.parent} has free: make room, or set "
-                "XDG_CACHE_HOME to another disk"
-            )
-        with open(part, "ab" if done else "wb") as out:
-            for block in answer.iter_raw():
-                out.write(block)
-                done += len(block)
-                if progress:
-                    progress(name, done, total)
-    if total not in (None, done):
-        _cut(f"{done:,} of {total:,} bytes")
-
-
-@contextmanager
-def _opened(url: str, headers: dict[str, str], token: str | None) -> Iterator[Any]:
-    """The answer to a GET, redirects followed; the token goes to this host alone, not to where it redirects.
-
-    Raises ValueError where the server refuses, _Interrupted where another attempt may succeed.
-    """
-    if not re.match(r"https?://", url):
-        raise ValueError(f"{url}: only http and https addresses can be pulled")
+    headers = {"User-Agent": "codegemma", "Accept-Encoding": "identity"}
+    headers |= {"Range": f"bytes={done}-", "If-Range": tag.read_text()} if done else {}
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
     httpx = require("httpx", "Downloads", "hub")
-    headers = {"User-Agent": "codegemma", "Accept-Encoding": "identity", **headers}
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
     try:
         with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=60) as answer:
-            if remedy := REMEDIES.get(answer.status_code):
-                raise ValueError(f"{url}: the server answered {answer.status_code}: {remedy}")
-            if answer.status_code >= 400 and answer.status_code != 416:
-                pause = answer.headers.get("Retry-After", "1")
-                time.sleep(min(30.0, float(pause)) if pause.isdigit() else 1.0)
-                raise _Interrupted(f"the server answered {answer.status_code}", ": try again later")
-            yield answer
+            _check_status(url, answer)
+            if answer.status_code == 416:  # the part is complete, or of another file
+                part.unlink(missing_ok=True)
+                raise _cut("it has no such bytes")
+            if answer.status_code != 206:
+                done = 0
+            length = answer.headers.get("Content-Length", "")
+            total = done + int(length) if length.isdigit() else None
+            tag.write_text(answer.headers.get("ETag", ""))
+            if total and shutil.disk_usage(part.parent).free < total - done:
+                rule = f"takes {total / 1e9:.1f} GB, more than {part.parent} has free"
+                raise ValueError(f"{url}: {rule}: make room, or set XDG_CACHE_HOME to another disk")
+            with open(part, "ab" if done else "wb") as out:
+                for block in answer.iter_raw():
+                    out.write(block)
+                    done += len(block)
+                    if progress:
+                        progress(done, total)
     except httpx.HTTPError as error:
-        _cut(_one_line(error))
+        raise _cut(_one_line(error)) from None
+    if total not in (None, done):
+        raise _cut(f"{done:,} of {total:,} bytes")
 
 
-def _cut(reason: str) -> NoReturn:
-    raise _Interrupted(
-        "the connection was cut", f" ({reason}): check the network and pull again; what came is kept"
-    )
+def _check_status(url: str, answer: Any) -> None:
+    """Raises ValueError where the server refuses, _Interrupted where another attempt may succeed."""
+    status = answer.status_code
+    if remedy := REMEDIES.get(status):
+        raise ValueError(f"{url}: the server answered {status}: {remedy}")
+    if status >= 400 and status != 416:
+        pause = answer.headers.get("Retry-After", "1")
+        time.sleep(min(30.0, float(pause)) if pause.isdigit() else 1.0)
+        raise _Interrupted(f"the server answered {status}", ": try again later")
+
+
+def _cut(reason: str) -> _Interrupted:
+    remedy = "check the network and pull again; the part that came is kept"
+    return _Interrupted("the connection was cut", f" ({reason}): {remedy}")
 
 
 def _sha256(file: Path) -> str:
@@ -308,10 +285,9 @@ def _one_line(error: Exception) -> str:
 
 # -------------------------------------------------------------------------------- packs
 def pack(path: Path, target: Path, name: str = "") -> Path:
-    """Writes one file with a model of this machine and the hash of each of its files, for `install` on
-    another.
+    """Writes a model and the hash of each of its files into one file, for `install` on another machine.
 
-    There it is known by the preset's name, or else by its file's.
+    There the model has the name of its preset, or else of its file.
     """
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     root = path.parent if path.is_file() else path
@@ -331,7 +307,10 @@ def pack(path: Path, target: Path, name: str = "") -> Path:
 
 
 def install(file: Path) -> Path:
-    """Installs a pack's model in the cache, each file checked. Raises ValueError on a bad pack."""
+    """Copies the model in a pack into the cache, checks each file, and returns its path.
+
+    Raises ValueError on a damaged pack.
+    """
     try:
         with tarfile.open(file, mode="r:") as archive:
             target = _unpack(file, archive)
@@ -344,7 +323,7 @@ def _unpack(file: Path, archive: tarfile.TarFile) -> Path:
     first = archive.next()
     manifest_file = archive.extractfile(first) if first and first.name == PACK_MANIFEST else None
     if first is None or manifest_file is None or first.size > 1 << 20:
-        raise ValueError(f"{file}: is no pack of codegemma pull --pack")
+        raise ValueError(f"{file}: was not written by codegemma pull --pack: pass such a file")
     manifest = json.loads(manifest_file.read())
     name, hashes = str(manifest["name"]), dict(manifest["files"])
     target = cache_dir() / "models" / name
@@ -361,7 +340,7 @@ def _unpack(file: Path, archive: tarfile.TarFile) -> Path:
                 shutil.copyfileobj(source, out, BLOCK)
             if _sha256(folder / path) != hashes.pop(info.name):
                 raise ValueError(
-                    f"{file}: its member {info.name} has another SHA-256 than it states: copy it again"
+                    f"{file}: its member {info.name} has another SHA-256 than the pack states: copy it again"
                 )
         if hashes:
             raise ValueError(f"{file}: lacks {', '.join(sorted(hashes)[:3])}: copy it again")
