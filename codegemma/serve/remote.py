@@ -200,10 +200,8 @@ class RemoteService:
         choice, count = answer["choices"][0], len(job.prompt_ids)
         scores = prompt_logprobs(choice, 1, count)
         if len(scores) != count - 1:
-            problem = (
-                f"{self.client.base_url} does not give a prompt's log-probabilities (echo with logprobs)"
-            )
-            raise HTTPException(502, problem)
+            problem = "does not give a prompt's log-probabilities (echo with logprobs)"
+            raise HTTPException(502, f"{self.client.base_url} {problem}")
         job.scores = [(value, self._with_ids(top)) for value, top in scores]
         choice["logprobs"] = {name: values[count:] for name, values in choice["logprobs"].items()}
         text = "".join(choice["logprobs"]["tokens"])

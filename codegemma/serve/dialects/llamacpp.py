@@ -65,9 +65,8 @@ class LlamaFields(ExtensionFields, SamplingFields):
         """ExtensionFields.request with llama.cpp's own fields. Raises ValueError on one that is wrong."""
         request = self.request(http, prompt, limit, self.n_probs or 0, **sampling)
         if self.grammar or self.json_schema:
-            raise ValueError(
-                "grammar and json_schema are not supported: ask for the form in the prompt, and check it"
-            )
+            remedy = "ask for the form in the prompt, and check the answer"
+            raise ValueError(f"grammar and json_schema are not supported: {remedy}")
         strongest = max(self.lora or (), key=lambda adapter: adapter.scale, default=None)
         if strongest is None or strongest.scale <= 0:
             return request
@@ -319,9 +318,8 @@ async def slots(http: HttpRequest) -> Response:
 @router.post("/embeddings", include_in_schema=False)
 async def embeddings() -> Response:
     """Not supported."""
-    return reply(
-        LlamaWriter.error(501, "This server does not support embeddings: CodeGemma is a generator"), 501
-    )
+    problem = "This server does not support embeddings: CodeGemma is a generator"
+    return reply(LlamaWriter.error(501, problem), 501)
 
 
 def _text_or_ids(http: HttpRequest, prompt: MixedPrompt) -> str | tuple[int, ...]:

@@ -38,6 +38,7 @@ ERROR_TYPES = {
 }
 
 TokenIds = Annotated[list[int], Field(min_length=1)]
+Prompts = Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
 Logprobs = dict[str, list[Any]]  # LOGPROB_LISTS, one entry for each token
 
 
@@ -64,12 +65,7 @@ class OpenAIFields(ExtensionFields, SamplingFields):
 
 
 class OpenAICompletionBody(OpenAIFields):
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: str | TokenIds | Prompts
     suffix: str | None = None
     echo: bool | None = None
     logprobs: TopCount | None = None

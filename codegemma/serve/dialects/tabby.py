@@ -39,14 +39,11 @@ class TabbySegments(BaseModel):
     def files(self) -> list[File]:
         """Opened files, changed files, then declarations, each by rising score: the last are the nearest to
         the prefix."""
-        groups = (
-            self.relevant_snippets_from_recently_opened_files,
-            self.relevant_snippets_from_changed_files,
-            self.declarations,
-        )
-        snippets = [
-            snippet for group in groups for snippet in sorted(group or (), key=lambda snippet: snippet.score)
-        ]
+        opened = self.relevant_snippets_from_recently_opened_files
+        changed = self.relevant_snippets_from_changed_files
+        snippets: list[TabbySnippet] = []
+        for group in (opened, changed, self.declarations):
+            snippets += sorted(group or (), key=lambda snippet: snippet.score)
         return [File(one_line(snippet.filepath), snippet.body) for snippet in snippets]
 
 
@@ -73,9 +70,8 @@ class TabbyCompletionBody(ExtensionFields):
     @model_validator(mode="after")
     def _has_prompt(self) -> Self:
         if self.segments is None and (self.debug_options is None or self.debug_options.raw_prompt is None):
-            raise ValueError(
-                "there is nothing to complete: send segments, or debug_options with a raw_prompt"
-            )
+            remedy = "send segments, or debug_options with a raw_prompt"
+            raise ValueError(f"there is nothing to complete: {remedy}")
         return self
 
 
