@@ -91,13 +91,11 @@ class ModelConfig:
             yield f"global_every ({every!r}) and window ({window!r}) must be whole numbers"
         if every < 1 or (every > 1 and not window):
             yield f"local layers (global_every={every}) need a window, got {window!r}"
-        optional = {name: getattr(self, name) for name in ("window", "attention_softcap", "final_softcap")}
-        positive = {name: number for name, number in optional.items() if number is not None}
-        positive |= {"query_scale": self.query_scale or 1.0}
-        positive |= {
-            name: getattr(self, name) for name in ("norm_eps", "rope_base", "rope_base_local", "rope_scale")
-        }
-        for name, number in positive.items():
+        optional = ("window", "attention_softcap", "final_softcap")
+        for name in (*optional, "query_scale", "norm_eps", "rope_base", "rope_base_local", "rope_scale"):
+            number = getattr(self, name)
+            if (name in optional and number is None) or (name == "query_scale" and not number):
+                continue
             if not isinstance(number, (int, float)) or not 0 < number < 1e18:
                 yield f"{name} must be a finite number above 0, got {number!r}"
 

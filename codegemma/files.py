@@ -113,7 +113,6 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def _part(path: Path, mark: str) -> Path:
     """The path of a file or directory until it is complete; `mark` says who writes it."""
-
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{mark}.part")
 

@@ -27,6 +27,8 @@ from sentencepiece import SentencePieceProcessor
 from codegemma.config import LIMITS
 from codegemma.files import atomic_write, cache_dir
 
+Numbers = Sequence[float] | np.ndarray
+
 # Types of pieces, numbered alike in sentencepiece_model.proto and in GGUF's tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -92,14 +94,10 @@ class Tokenizer:
         self._separate_lines = _SEPARATE_LINES + _GEMMA_NORMALIZER in model[-64:]
         self._encode_line = lru_cache(maxsize=8192)(self._engine.encode)
         self.control = self._find_control()
-        self._fim_ids: dict[str, int | None] = {
-            name: getattr(self.control, field) for field, name in FIM_NAMES.items()
-        }
+        self._fim_ids = {name: getattr(self.control, field) for field, name in FIM_NAMES.items()}
 
     @classmethod
-    def from_pieces(
-        cls, pieces: Sequence[str], scores: Sequence[float] | np.ndarray, types: Sequence[int] | np.ndarray
-    ) -> Tokenizer:
+    def from_pieces(cls, pieces: Sequence[str], scores: Numbers, types: Numbers) -> Tokenizer:
         """From GGUF's tokenizer.ggml.tokens, .scores and .token_type; it puts no dummy space before the text.
 
         Takes 0.5 s for 262k pieces: wrap it in `cached`. Raises ValueError where the arrays do not fit
@@ -113,12 +111,10 @@ class Tokenizer:
         return cls.cached(data, lambda: cls(_read_sentencepiece(data)))
 
     @classmethod
-    def from_json(cls, source: str | Path | dict[str, Any]) -> Tokenizer:
-        """From a Hugging Face `tokenizer.json`, by path or parsed. Raises ValueError where it is damaged or
-        its model is not BPE with byte fallback."""
-        if isinstance(source, dict):
-            return cls(_read_json(source))
-        data = Path(source).read_bytes()
+    def from_json(cls, path: str | Path) -> Tokenizer:
+        """From a Hugging Face `tokenizer.json`. Raises ValueError where it is damaged or its model is not BPE
+        with byte fallback."""
+        data = Path(path).read_bytes()
         return cls.cached(data, lambda: cls(_read_json(data)))
 
     @classmethod
@@ -210,9 +206,7 @@ class Tokenizer:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
             surrogate = f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-            raise ValueError(
-                f"text to encode has {surrogate}, which UTF-8 cannot spell: replace it"
-            ) from error
+            raise ValueError(f"text has {surrogate}, which UTF-8 cannot spell: replace it") from error
         if not self._separate_lines:
             return self._engine.encode(data)
         ids: list[int] = []
@@ -296,10 +290,7 @@ class StreamDecoder:
 
 
 def _canonical_model(
-    pieces: Sequence[str],
-    scores: Sequence[float] | np.ndarray,
-    types: Sequence[int] | np.ndarray,
-    normalizer: bytes = _GEMMA_NORMALIZER,
+    pieces: Sequence[str], scores: Numbers, types: Numbers, normalizer: bytes = _GEMMA_NORMALIZER
 ) -> bytes:
     """The canonical ModelProto of a vocabulary. Raises ValueError where the arrays do not fit together."""
     V = len(pieces)
@@ -325,7 +316,7 @@ def _canonical_model(
     return rows + _field(0x12, trainer) + _field(0x1A, normalizer)
 
 
-def _mark_user_defined(pieces: Sequence[str], types: Sequence[int] | np.ndarray) -> list[int]:
+def _mark_user_defined(pieces: Sequence[str], types: Numbers) -> list[int]:
     """The types, with NORMAL pieces before the byte pieces as USER_DEFINED: SentencePiece's trainer puts only
     user-defined pieces there, but Google's GGUF files mark them as NORMAL."""
     first_byte = next((i for i, piece in enumerate(pieces) if _BYTE.fullmatch(piece)), 0)
@@ -362,15 +353,15 @@ def _read_sentencepiece(data: bytes) -> bytes:
     return _canonical_model(pieces, scores, types, charsmap + flags)
 
 
-def _read_json(source: bytes | dict[str, Any]) -> bytes:
-    """The canonical ModelProto of a Hugging Face `tokenizer.json`, as bytes or parsed. Raises ValueError if
-    it is damaged or its model is not BPE with byte fallback.
+def _read_json(data: bytes) -> bytes:
+    """The canonical ModelProto of a Hugging Face `tokenizer.json`. Raises ValueError where it is damaged or
+    its model is not BPE with byte fallback.
 
     A piece's score is the negative rank of the first merge that makes it. One difference remains: Hugging
     Face matches added tokens before it replaces spaces, and so misses the tokens of several spaces.
     """
     try:
-        document = source if isinstance(source, dict) else json.loads(source)
+        document = json.loads(data)
     except ValueError as error:
         raise ValueError(f"tokenizer.json is not JSON ({error}): fetch the file again") from error
     try:

@@ -56,7 +56,6 @@ def benchmark(
 
 def _seconds(backend: Native, ids: list[int], decode_tokens: int, adapter: str | None) -> tuple[float, float]:
     """Seconds to read an uncached prompt, and to decode `decode_tokens` after it."""
-
     pages = [backend.new_page() for _ in range(-(-(len(ids) + decode_tokens) // PAGE))]
     started = time.perf_counter()
     for start in range(0, len(ids), CHUNK):

@@ -108,7 +108,6 @@ class PrefixCache:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all pages, atomically: a header, the tree as JSON, the page of each node, and a SHA-256."""
-
         with self._lock:
             nodes = [node for root in self._roots.values() for node in root.descendants()]
             index: dict[_Node | None, int | str] = {node: number for number, node in enumerate(nodes)}
@@ -189,5 +188,4 @@ def _ancestors(node: _Node) -> Iterator[_Node]:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """The length of the longest common prefix of two sequences."""
-
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

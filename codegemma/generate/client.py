@@ -67,13 +67,11 @@ def prompt_logprobs(choice: dict[str, Any], start: int, end: int) -> list[tuple[
 
 def stopped_by_text(choice: dict[str, Any]) -> bool:
     """Whether a stop text ended the answer: vLLM's `stop_reason` is that text, a token id or null (<eos>)."""
-
     return isinstance(choice.get("stop_reason"), str)
 
 
 def error_message(answer: httpx.Response) -> str:
     """The message of an error response in the forms of OpenAI and vLLM, otherwise its whole text."""
-
     try:
         value = answer.json()
         error = value.get("error")

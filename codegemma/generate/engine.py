@@ -128,37 +128,38 @@ class Batch:
         Returns [] where `cancel` was set during the run: the caller removes the cancelled requests and calls
         `step` again.
         """
-        scheduled, slices, drafts = self._next_slices()
-        if not slices:
+        scheduled = self._schedule()
+        if not scheduled:
             return []
+        slices = [part for _, part, _ in scheduled]
         started = time.perf_counter()
         logits = self.engine.backend.run(slices, self.cancel)
         if logits is None:
-            for running, part in zip(scheduled, slices, strict=True):
+            for running, part, _ in scheduled:
                 self.engine.unclaim(running, part.start)
             return []
         self.engine.update_prefill_rate(sum(len(part.ids) for part in slices), time.perf_counter() - started)
         steps: list[tuple[RunningRequest, Step]] = []
         row = 0
-        for running, part, draft in zip(scheduled, slices, drafts, strict=True):
+        for running, part, draft in scheduled:
             running.done = part.start + len(part.ids) - len(draft)
             if part.wanted:
                 steps += [(running, step) for step in self._accept(running, draft, row, logits)]
             elif running.done == len(running.ids):  # max_tokens is 0: only the prompt is read
                 steps.append((running, running.end("length")))
             row += part.wanted
-        for running in scheduled:
+        for running, *_ in scheduled:
             if running.stop:
                 self.remove(running)
         return steps
 
-    def _next_slices(self) -> tuple[list[RunningRequest], list[Slice], list[list[int]]]:
-        """The requests of the next step, the slice that each computes, and the drafted tokens at its end."""
-        scheduled, slices, drafts, room = [], [], [], self.chunk
+    def _schedule(self) -> list[tuple[RunningRequest, Slice, list[int]]]:
+        """The requests of the next step, each with its slice and the drafted tokens at the slice's end."""
+        scheduled, room = [], self.chunk
         for running in self.running:
             if not running.catch_up(self.running):
                 continue
-            unread, draft = len(running.ids) - running.done, []
+            unread, draft = len(running.ids) - running.done, list[int]()
             if unread > 1:
                 if room <= 0:
                     continue
@@ -169,10 +170,9 @@ class Batch:
                     draft = running.drafter.propose(running.ids, running.limit - running.generated - 1)
                 ids = [running.ids[-1], *draft]
             wants_logits = running.limit and running.done + len(ids) >= len(running.ids)
-            slices.append(self.engine.claim(running, ids, 1 + len(draft) if wants_logits else 0))
-            scheduled.append(running)
-            drafts.append(draft)
-        return scheduled, slices, drafts
+            part = self.engine.claim(running, ids, 1 + len(draft) if wants_logits else 0)
+            scheduled.append((running, part, draft))
+        return scheduled
 
     def _accept(self, running: RunningRequest, draft: list[int], row: int, logits: Logits) -> Iterator[Step]:
         """Accepts drafted tokens up to the first that differs from the sampler's choice."""
@@ -186,7 +186,6 @@ class Batch:
         running.done += accepted
         if draft:
             running.drafter.record(len(draft), accepted)
-
         self.engine.unclaim(running, running.done)
 
 
@@ -194,7 +193,7 @@ class Engine:
     """A backend with its prefix cache. Threads take turns: callers hold `lock` around a step of a Batch.
 
     `prefill_rate` is the measured prompt speed in tokens a second. `adapters` maps each adapter's name to its
-    digest, its name in the backend and the cache; "auto" and "none" are the base here, "".
+    digest, which identifies it in the backend and the cache; "auto" and "none" are the base here, "".
     """
 
     def __init__(
@@ -271,20 +270,18 @@ class Engine:
             if running in batch.running:
                 batch.remove(running)
 
-    def logits(self, ids: Sequence[int], start: int = 0, adapter: str = "none") -> np.ndarray:
-        """float32 [T, V]: row t predicts the token after ids[:start + t + 1]. Gigabytes for long texts."""
+    def logits(self, ids: Sequence[int], adapter: str = "none") -> np.ndarray:
+        """float32 [T, V]: row t predicts the token after ids[:t + 1]. Gigabytes for long texts."""
         running = self.start(Request(ids, max_tokens=0, adapter=adapter))
-        running.done, running.pages = 0, []
-        logits_TV = np.empty((max(len(running.ids) - start, 0), self.backend.config.vocab), np.float32)
+        running.done, running.pages = 0, []  # the cache has no logits
+        logits_TV = np.empty((len(running.ids), self.backend.config.vocab), np.float32)
         while running.done < len(running.ids):
             chunk = running.ids[running.done : running.done + LOGIT_ROWS]
-            end = running.done + len(chunk)
-            rows = max(0, min(len(chunk), end - start))
             with self.lock:
-                result = self.backend.run([self.claim(running, chunk, rows)])
+                result = self.backend.run([self.claim(running, chunk, len(chunk))])
                 assert result is not None  # nothing can cancel it
-                logits_TV[end - start - rows : max(end - start, 0)] = result.values[:rows]
-            running.done = end
+                logits_TV[running.done : running.done + len(chunk)] = result.values[: len(chunk)]
+            running.done += len(chunk)
         self.remember(running)
         return logits_TV
 
@@ -348,7 +345,6 @@ class Engine:
 
     def remember(self, running: RunningRequest) -> None:
         """Caches the pages that a request has computed."""
-
         pages = running.pages[: -(-running.done // PAGE)]
         self.cache.put(running.ids[: running.done], pages, running.adapter)
 

@@ -28,8 +28,6 @@ from codegemma.tokenizer import Tokenizer
 
 # The adapters in the package; {preset}-fim is trained to fill in the middle.
 ADAPTERS = Path(__file__).parent.parent / "adapters"
-
-
 STRICT_REMEDY = "choose another model (see `codegemma models`) or drop --strict"
 
 
@@ -145,17 +143,17 @@ class Model:
         Warns once (raises ValueError if the model is `strict`) where the model was not made for such a use.
         """
         prompt, adapter, orders = request.prompt, request.adapter, frozenset[str]()
-        if isinstance(prompt, Infill | Chat) or isinstance(getattr(prompt, "prompt", None), str):
-            _ = self.tokenizer  # raises where there is none
+        source = prompt.prompt if isinstance(prompt, TextPrompt) else prompt
+        if isinstance(source, Infill | Chat | str):
+            _ = self.tokenizer  # raises ValueError where there is none
         if isinstance(prompt, Infill):
             self.expect("completion")
             adapter = self.completing_adapter(adapter)
             orders = self.fim_orders(adapter)
             if self._strict and not orders:
-                raise ValueError(
-                    f"{self.preset.title if self.preset else self.path} was made to continue text, not "
-                    f"trained to fill in the middle: {STRICT_REMEDY}"
-                )
+                name = self.preset.title if self.preset else self.path
+                problem = f"{name} was made to continue text, not trained to fill in the middle"
+                raise ValueError(f"{problem}: {STRICT_REMEDY}")
         elif isinstance(prompt, Chat):
             self.expect("chat")
         adapter = "none" if adapter == "auto" else adapter
@@ -208,7 +206,6 @@ class Model:
     ) -> Completion:
         """Continues a text, after <bos>, or ids as they are. `raw`: control tokens spelled in the text become
         control ids. truncate="left" drops the oldest tokens, except <bos>, of a prompt that is too long."""
-
         self.expect("generation")
         if truncate not in (None, "left"):
             raise ValueError(f'truncate must be None or "left", got {truncate!r}')

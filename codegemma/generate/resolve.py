@@ -33,13 +33,13 @@ class PromptContext(Protocol):
     def cached(self, ids: Sequence[int], adapter: str = "none") -> int: ...
 
 
-def resolve(context: PromptContext, request: Request, fim_orders: Collection[str]) -> Request:
+def resolve(engine: PromptContext, request: Request, fim_orders: Collection[str]) -> Request:
     """The request with token ids as its prompt, all its stop ids, and the layout of an Infill.
 
     `fim_orders`: the layouts ("psm", "spm") that the model with its adapter was trained in. Raises ValueError
     on text without a tokenizer, a chat whose roles do not alternate, and a path of several lines.
     """
-    prompt, tokenizer, budget = request.prompt, context.tokenizer, prompt_budget(context, request)
+    prompt, tokenizer, budget = request.prompt, engine.tokenizer, prompt_budget(engine, request)
     source = prompt.prompt if isinstance(prompt, TextPrompt) else prompt
     layout, stop_ids = None, prompts.fim_stops(tokenizer) if tokenizer else frozenset[int]()
     if not isinstance(source, Infill | Chat | str):
@@ -49,7 +49,7 @@ def resolve(context: PromptContext, request: Request, fim_orders: Collection[str
         raise ValueError(f"this model came without a tokenizer, so text cannot be read: {remedy}")
     elif isinstance(source, Infill):
         layout = layout_for(source.mode, fim_orders)
-        ids = infill_ids(context, source, layout, budget, request.adapter)
+        ids = infill_ids(engine, source, layout, budget, request.adapter)
     elif isinstance(source, Chat):
         chat = prompts.chat(tokenizer, source.messages)
         ids, stop_ids = chat.ids, chat.stops
@@ -77,21 +77,21 @@ class PromptBudget:
     max_uncached: int
 
 
-def prompt_budget(context: PromptContext, request: Request) -> PromptBudget:
+def prompt_budget(engine: PromptContext, request: Request) -> PromptBudget:
     """The prompt gets the context that the answer leaves, at least half of it. Its uncached tokens must be
     read within `prompt_seconds`, unless the request only fills the cache (max_tokens 0)."""
-    max_tokens = context.context - min(request.max_tokens, context.context // 2)
+    max_tokens = engine.context - min(request.max_tokens, engine.context // 2)
     if request.prompt_seconds is None or not request.max_tokens:
         return PromptBudget(max_tokens, max_tokens)
-    affordable = int(min(request.prompt_seconds * context.prefill_rate, max_tokens))
+    affordable = int(min(request.prompt_seconds * engine.prefill_rate, max_tokens))
     return PromptBudget(max_tokens, max(MIN_UNCACHED, affordable))
 
 
 def infill_ids(
-    context: PromptContext, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
+    engine: PromptContext, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
 ) -> list[int]:
     """The ids of the largest window of an Infill that the budget allows, given the adapter's cache."""
-    tokenizer = context.tokenizer
+    tokenizer = engine.tokenizer
     assert tokenizer is not None
     suffix = infill.suffix if layout != "prefix" else ""
     parts = prompts.encode_parts(tokenizer, infill.prefix, suffix, infill.path, infill.files)
@@ -100,7 +100,7 @@ def infill_ids(
     ids: list[int] = []
     for size in (largest, *(size for size in WINDOWS if size < largest)):
         ids = prompts.assemble(tokenizer, window(tokenizer, parts, max(size, 1)), layout).ids
-        if len(ids) - context.cached(ids, adapter) <= budget.max_uncached:
+        if len(ids) - engine.cached(ids, adapter) <= budget.max_uncached:
             break
     return ids
 
@@ -127,5 +127,4 @@ def window(tokenizer: Tokenizer, parts: Parts, size: int) -> Parts:
 
 def truncate_left(ids: list[int], max_tokens: int) -> list[int]:
     """The first id (<bos>) and as many of the last ids as make `max_tokens` in all."""
-
     return ids if len(ids) <= max_tokens else [ids[0], *ids[len(ids) - max_tokens + 1 :]]

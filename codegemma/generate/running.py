@@ -130,7 +130,6 @@ class Drafter:
 
     def record(self, drafted: int, accepted: int) -> None:
         """A completely accepted draft makes the next longer; refused ones in a row double the pause."""
-
         self._length = DRAFT_TOKENS[1] if accepted == drafted else DRAFT_TOKENS[0]
         self._misses = self._misses + 1 if accepted == 0 else 0
         self._pause = min(2**self._misses, MAX_PAUSE) if self._misses > 1 else 0

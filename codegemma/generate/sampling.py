@@ -63,7 +63,6 @@ class Sampling:
 
 def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Sequence[int], index: int) -> int:
     """The token after `context`, whose last `index` tokens were generated. Does not change `logits_V`."""
-
     if not sampling.needs_logits:
         return argmax
     logits_V = logits_V.astype(np.float64)
@@ -122,7 +121,6 @@ def _likeliest(sampling: Sampling, logits_V: np.ndarray) -> tuple[np.ndarray, np
 
 def top(values_V: np.ndarray, k: int) -> np.ndarray:
     """Ids of the k largest values, largest first; equal values by ascending id."""
-
     if k < len(values_V):
         bound = np.partition(values_V, len(values_V) - k)[len(values_V) - k]
         ids = np.flatnonzero(values_V >= bound)

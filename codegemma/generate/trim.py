@@ -30,9 +30,8 @@ class Trimmer:
 
     def __init__(self, request: Request, layout: Layout | None) -> None:
         infill = request.prompt if isinstance(request.prompt, Infill) else None
-        cuts = infill is not None and (infill.trim != "none" or layout == "prefix")
-        self.infill = infill if cuts or (infill and infill.min_indent) else None
-        self._cuts = cuts
+        self._cuts = infill is not None and (infill.trim != "none" or layout == "prefix")
+        self.infill = infill if self._cuts or (infill and infill.min_indent) else None  # None: no trimming
         self._text = ""
         self._shown = 0  # how many characters were returned
 
