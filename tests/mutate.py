@@ -1,4 +1,4 @@
-"""Random damage to the bytes of a file, as by accidents and attacks: many mutants from one seed."""
+"""Fuzzing of file readers: copies of a file with random damage, from one seed."""
 
 import tracemalloc
 from collections import Counter
@@ -11,7 +11,7 @@ EXTREMES = [0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2
 
 
 def mutants(raw: bytes, header: int, count: int, seed: int = 0) -> Iterator[bytes]:
-    """`count` damaged copies; the damage falls into the first `header` bytes."""
+    """`count` copies with one to three damages each, in the first `header` bytes."""
     rng = np.random.default_rng(seed)
     for index in range(count):
         data = bytearray(raw)
@@ -25,9 +25,8 @@ def mutants(raw: bytes, header: int, count: int, seed: int = 0) -> Iterator[byte
                 case 2:
                     data[offset : offset + 8] = EXTREMES[rng.integers(len(EXTREMES))].to_bytes(8, "little")
                 case 3:
-                    data[offset : offset + 4] = (EXTREMES[rng.integers(len(EXTREMES))] % 2**32).to_bytes(
-                        4, "little"
-                    )
+                    extreme = EXTREMES[rng.integers(len(EXTREMES))] % 2**32
+                    data[offset : offset + 4] = extreme.to_bytes(4, "little")
                 case 4:
                     del data[offset : offset + int(rng.integers(1, 40))]
                 case 5:
@@ -39,7 +38,7 @@ def mutants(raw: bytes, header: int, count: int, seed: int = 0) -> Iterator[byte
 def fuzz(read: Callable[[], object], path: Path, raw: bytes, header: int, count: int) -> Counter[str]:
     """Runs `read` on damaged copies of `raw` at `path`: any error but ValueError and OSError fails the test.
 
-    On every eighth copy, Python and NumPy may take at most a few times the file's size of memory.
+    On every eighth copy, Python and NumPy may allocate only a few times the size of the file.
     """
     outcomes: Counter[str] = Counter()
     for index, mutant in enumerate(mutants(raw, header, count)):

@@ -33,7 +33,7 @@ def bound(kind):
 def test_logits_equal_those_of_transformers(kind, source, tmp_path, monkeypatch):
     """config.json as Google published it, as transformers writes it today, and a GGUF; on each SIMD level."""
     config, params, ids, theirs = golden(kind)
-    if source == "gguf" and kind == "gemma2":  # GGUF has no key for the query scale: into the weights with it
+    if source == "gguf" and kind == "gemma2":  # GGUF has no key for the query scale: it goes into the weights
         params |= {
             name: value * np.float32(config.query_scale * config.head_width**0.5)
             for name, value in params.items()
@@ -55,7 +55,7 @@ def test_logits_equal_those_of_transformers(kind, source, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_feature_would_be_noticed(kind, tmp_path):
-    """The bound is no carte blanche: a rotary base that is 1 % off is outside."""
+    """The bound is tight: with a rotary base that is 1 % off, logits are outside."""
     config, params, ids, theirs = golden(kind)
     path = write_tiny_hf(
         tmp_path, config, tensors={name: ArrayTensor.of(value) for name, value in params.items()}
@@ -84,8 +84,8 @@ def default_model():
 def test_default_model_agrees_with_llamacpp(default_model):
     """On 1,000 tokens of code. Both round activations to 8 bits, in different ways.
 
-    KL from the float64 twin is 0.0066 for llama.cpp and 0.0073 for us, and 0.0095 between the two; the top
-    token is the same in 97.5, 96.6 and 96.6 % of the places.
+    The KL divergence from the float64 twin is 0.0066 for llama.cpp and 0.0073 for us, and 0.0095 between the
+    two; the top token is the same at 97.5, 96.6 and 96.6 % of the positions.
     """
     file = np.load(GOLDEN / "llamacpp.npz")
     ids, theirs_T64 = file["ids"], file["top_logprobs"].astype(np.float64)
@@ -107,16 +107,16 @@ def test_default_model_agrees_with_llamacpp(default_model):
         f"max {np.max(kl_T):.4f}; same top token {agree / len(ids):.1%}; "
         f"loss {loss[0]:.4f} and {loss[1]:.4f} nats per token"
     )
-    assert np.mean(kl_T) < 0.0066 + 0.0073  # as if the two roundings had nothing in common
+    assert np.mean(kl_T) < 0.0066 + 0.0073  # as if the two roundings were independent
     assert agree >= 0.95 * len(ids)
     assert abs(loss[0] - loss[1]) < 0.01
 
 
 def test_default_model_on_the_plain_level(default_model, monkeypatch):
-    """The packaged file's mix of types, on C++ without SIMD.
+    """The default file's mix of types, on C++ without SIMD.
 
-    A last bit in a norm flips a rounding, and layers later all roundings differ: two levels differ by as much
-    as either does from the float64 twin.
+    A difference in the last bit of a norm changes a rounding, and some layers later all roundings differ: two
+    levels differ by as much as either does from the float64 twin.
     """
     if _native.level("auto") == "plain":
         pytest.skip("this CPU has no other level")

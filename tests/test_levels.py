@@ -1,6 +1,7 @@
-"""Kernels of SIMD levels that this CPU lacks, against the plain ones: AVX-512 as SIMDe translates it to AVX2,
-NEON on an emulated processor. Quantised products must be equal bit for bit, all else within its rounding
-(levels.cpp).
+"""Kernels of SIMD levels that this CPU may lack, against the plain ones.
+
+AVX-512 is translated to AVX2 by SIMDe, NEON runs on an emulated processor. Quantised products must be equal
+bit for bit, all else within its rounding (levels.cpp).
 
     apt-get install libsimde-dev                            # AVX-512
     apt-get install g++-aarch64-linux-gnu qemu-user         # NEON
@@ -28,7 +29,7 @@ SIMDE = Path("/usr/include/simde/x86/avx512.h")
 
 
 def run(*commands):
-    """Runs commands at the same time; fails with the output of the first that fails."""
+    """Runs commands in parallel and returns their outputs; fails with the output of the first that fails."""
     started = [
         subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for command in commands
@@ -43,18 +44,9 @@ def compare(level, directory, compiler, options, runner=()):
     """Compiles the kernels as `level` and as plain, links levels.cpp to both, and runs it."""
 
     def kernels(name, *more):
+        flags = [*FLAGS, f"-DCG_LEVEL={name}", f'-DCG_LEVEL_NAME="{name}"', *more]
         return [
-            [
-                compiler,
-                *FLAGS,
-                f"-DCG_LEVEL={name}",
-                f'-DCG_LEVEL_NAME="{name}"',
-                *more,
-                "-c",
-                SOURCES / f"{source}.cpp",
-                "-o",
-                directory / f"{name}_{source}.o",
-            ]
+            [compiler, *flags, "-c", SOURCES / f"{source}.cpp", "-o", directory / f"{name}_{source}.o"]
             for source in ("kernels", "matrix")
         ]
 

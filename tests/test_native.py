@@ -1,8 +1,8 @@
 """Each kernel against its slow twin, on every SIMD level that this CPU has.
 
 Quantised products equal numerics v1 written in NumPy bit for bit, on every level and for any number of tokens
-at once. Float products lie within the bound of a sum in any order; other tests compare whole programs with
-the float64 model.
+at once. Float products lie within the error bound of a sum in any order. Complete programs are compared with
+the float64 model by other tests.
 """
 
 import subprocess
@@ -42,10 +42,9 @@ def multiply(tensor, x_TK, level, threads=1):
     return out_TR
 
 
-# ------------------------------------------------------------------------------------------------ numerics v1
-# in NumPy
+# ------------------------------------------------------------------------------------- numerics v1 in NumPy
 def quantised(x_TK, block):
-    """Whole numbers int64 [T, blocks, block] and scales float32 [T, blocks]: half to even, maximum 127."""
+    """Integers int64 [T, blocks, block] and scales float32 [T, blocks]: half to even, maximum 127."""
     x = x_TK.reshape(len(x_TK), -1, block)
     top = np.abs(x).max(-1)
     inverse = np.divide(F32(127), top, out=np.zeros_like(top), where=top > 0)
@@ -56,8 +55,8 @@ def halves(blocks, offset):
     return np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0].astype(F32)
 
 
-def whole_numbers(tensor, *scales):
-    """int64 [rows, blocks, block]: the values of a tensor once the float16 scales of its blocks are these."""
+def integers(tensor, *scales):
+    """int64 [rows, blocks, block]: the values of a tensor with the float16 scales of its blocks replaced."""
     blocks = tensor.data.reshape(-1, BLOCKS[tensor.type][1]).copy()
     for offset, scale in zip(_SCALES[tensor.type][0], scales, strict=True):
         blocks[:, offset : offset + 2] = np.array([scale], "<f2").view(np.uint8)
@@ -76,15 +75,13 @@ def folded(terms_TRB):
 
 
 def twin(tensor, x_TK):
-    """x W^T by numerics v1: one float term of a scale, and one of a minimum where the type has it, for each
-    block.
-    """
+    """x W^T by numerics v1: a float term of each block's scale, and one of its minimum if the type has it."""
     size, bytes_ = BLOCKS[tensor.type]
     q_TBi, dx_TB = quantised(x_TK, size)
     blocks_RB, dx_T1B = tensor.data.reshape(tensor.shape[0], -1, bytes_), dx_TB[:, None]
 
     def term(offset, *unit):
-        total_TRB = np.einsum("tbi,rbi->trb", q_TBi, whole_numbers(tensor, *unit))
+        total_TRB = np.einsum("tbi,rbi->trb", q_TBi, integers(tensor, *unit))
         return total_TRB.astype(F32) * (halves(blocks_RB, offset) * dx_T1B)
 
     offsets = _SCALES[tensor.type][0]
@@ -112,9 +109,7 @@ def test_quantised_products_equal_numerics_v1(type, level, rows, blocks):
 @pytest.mark.parametrize("type", QUANTISED)
 @pytest.mark.parametrize("byte", [0x00, 0x0F, 0x7F, 0x80, 0xAA, 0xFF])
 def test_extreme_blocks_do_not_overflow(type, level, byte):
-    """All quants, scales and activations at their ends at once, where sums in int16 would be the first to
-    wrap.
-    """
+    """All quants, scales and activations are extreme at once: sums in int16 would be the first to wrap."""
     tensor = random_blocks(type, (8, 512), 1.0, seed=byte)
     blocks = tensor.data.reshape(-1, BLOCKS[type][1])
     keep = {offset: blocks[:, offset : offset + 2].copy() for offset in _SCALES[type][0]}
@@ -150,7 +145,7 @@ def test_float_products_within_the_bound_of_any_order(type, level, rows, columns
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("type", _native.TYPES)
 def test_dequantise_equals_the_plain_decoder(type, level):
-    """Both round the exact value once: a half times the small whole numbers of a block fits into float32."""
+    """Both round the exact value once: a half times the small integers of a block fits into float32."""
     columns = 768 if BLOCKS[type][0] > 1 else 77
     tensor = encode(np.random.default_rng(1).standard_normal((9, columns)), type, seed=2)
     out = np.full(tensor.shape, np.nan, F32)
@@ -169,8 +164,7 @@ def test_every_half_is_read_exactly(level):
     assert out.tobytes() == every.view("<f2").astype(F32).tobytes()
 
 
-# ------------------------------------------------------------------------------------------------ the
-# boundary
+# ----------------------------------------------------------------------------------------- the Python binding
 def test_limits_of_the_machine_are_plausible():
     bandwidth, operations = native.measure(1, "auto")
     assert 1e8 < bandwidth < 1e13 and 1e8 < operations < 1e15

@@ -1,4 +1,4 @@
-"""The float64 twin against transformers, and proof that the golden files exercise every feature."""
+"""The float64 twin against transformers, and a check that the golden files exercise every feature."""
 
 from dataclasses import replace
 from functools import cache

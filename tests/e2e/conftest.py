@@ -1,4 +1,4 @@
-"""Makes what the tests beside this folder share importable, also where this folder is run alone."""
+"""Makes the helpers in tests/ importable, also if only this folder is run."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Real clients against `codegemma serve` in a process of its own, with the default model: they show the
-model's own answers."""
+"""Real clients of `codegemma serve`, run with the default model: they get the answers of the Python API."""
 
 import asyncio
 import gc
@@ -17,7 +16,7 @@ from serving import ROOT, Process
 
 from codegemma import Sampling, load
 
-pytestmark = pytest.mark.filterwarnings("ignore:Gemma 3 270M was made")  # it chats, badly
+pytestmark = pytest.mark.filterwarnings("ignore:Gemma 3 270M was made")  # not made for chat, which is tested
 
 PREFIX = 'def area(width, height):\n    """The area of a rectangle."""\n    return '
 SUFFIX = "\n\nprint(area(2, 3))\n"
@@ -30,15 +29,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """An environment whose caches are ours, but for the model."""
+    """An environment with an empty cache, which shares only models and tokenizers with the user's."""
     cache = tmp_path_factory.mktemp("cache") / "codegemma"
     cache.mkdir()
-    (cache / "models").symlink_to(
-        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "codegemma", "models")
-    )
-    (cache / "tokenizers").symlink_to(
-        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "codegemma", "tokenizers")
-    )
+    shared = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "codegemma")
+    for name in ("models", "tokenizers"):
+        (cache / name).symlink_to(shared / name)
     return os.environ | {"XDG_CACHE_HOME": str(cache.parent)}
 
 
@@ -134,9 +130,8 @@ def test_ollama(server, model, middle, count):
         client.generate("any", "x", think=True)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # it leaves a socket to the collector
+# The client leaves a socket to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_mistral(server, middle, count):
     from mistralai.client import Mistral
 
@@ -174,25 +169,10 @@ def test_curl_as_llama_vim_sends(server, middle):
             "tokens_cached",
         ],
     }
+    command = ["curl", "--silent", "--no-buffer", "--request", "POST", "--url", f"{server.url}/infill"]
+    command += ["--header", "Content-Type: application/json", "--data", "@-"]
     out = subprocess.run(
-        [
-            "curl",
-            "--silent",
-            "--no-buffer",
-            "--request",
-            "POST",
-            "--url",
-            f"{server.url}/infill",
-            "--header",
-            "Content-Type: application/json",
-            "--data",
-            "@-",
-        ],
-        input=json.dumps(body),
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
+        command, input=json.dumps(body), capture_output=True, text=True, check=True, timeout=300
     ).stdout
     assert '"content":"' in out and json.loads(out)["content"] == middle
 
@@ -212,8 +192,8 @@ def test_tabby_and_the_terms(server, model):
         assert client.get("/").status_code == 200
 
 
-def test_many_at_once_give_what_one_gets(server, model):
-    """Eight clients with eight holes, and each gets its own."""
+def test_many_clients_at_once_get_what_each_gets_alone(server, model):
+    """Eight clients with eight holes."""
     holes = [(f"def power_{n}(x):\n    return ", f"\n\nprint(power_{n}(2))\n") for n in range(8)]
     expected = [model.complete(*hole, max_tokens=6).text for hole in holes]
 
@@ -239,7 +219,7 @@ def test_many_at_once_give_what_one_gets(server, model):
 
 
 def test_after_a_stop_and_after_a_kill(home):
-    """SIGTERM saves the prompts; after kill -9 the last saved ones serve, and clients go on."""
+    """SIGTERM saves the cached prompts; after SIGKILL a new server has those that were saved last."""
     body = {"input_prefix": "def f(x):\n    return x\n" * 20, "input_suffix": "", "n_predict": 1}
 
     def cached(url: str) -> int:
@@ -266,7 +246,7 @@ def test_after_a_stop_and_after_a_kill(home):
         assert cached(third.url) == before
 
 
-def test_two_workers_and_an_open_address_need_what_they_need(home, tmp_path):
+def test_an_open_address_needs_keys_and_two_workers_share_them(home, tmp_path):
     refused = subprocess.run(
         [sys.executable, "-m", "codegemma.cli", "serve", "--host", "0.0.0.0"],
         cwd=ROOT,

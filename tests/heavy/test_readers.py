@@ -1,7 +1,7 @@
-"""What we write, read by the programs it is written for. Each test runs where its program is installed:
+"""Files that we write, read by the programs they are written for; each test needs its program installed.
 
-PYTHONPATH=.:tests .venv-formats/bin/python -m pytest tests/heavy      transformers, KerasHub, Orbax, PyTorch
-PYTHONPATH=.:tests .venv-bench/bin/python -m pytest tests/heavy        llama-cpp-python, transformers
+PYTHONPATH=.:tests .venv-formats/bin/python -m pytest tests/heavy    # transformers, KerasHub, Orbax, PyTorch
+PYTHONPATH=.:tests .venv-bench/bin/python -m pytest tests/heavy      # llama-cpp-python, transformers
 """
 
 import json
@@ -63,11 +63,11 @@ def test_transformers_gives_our_logits_and_ids(source, tmp_path):
 
 
 def test_the_model_cards_samples_run(source, tmp_path):
-    """The two samples of the model cards, a FIM prompt and a chat; only the model id is ours."""
+    """The two samples of the model cards, a FIM prompt and a chat, with our folder as the model."""
     transformers = pytest.importorskip("transformers")
     checkpoint = open_checkpoint(source)
     if checkpoint.tokenizer.control.fim != "named":
-        pytest.skip("the samples spell CodeGemma's tokens")
+        pytest.skip("the samples have CodeGemma's control tokens in their text")
     path = convert(source, tmp_path / "m", "safetensors").path
     config = json.loads((path / "tokenizer_config.json").read_text())
     from codegemma.prompts import CHAT_TEMPLATE
@@ -109,7 +109,7 @@ def test_llama_cpp_gives_our_logits_and_stops_at_the_separator(source, tmp_path,
     assert fim_ids == [67, 68, 69, 70]
     model.eval(_ids(source)[:20])
     theirs, ours = np.array(model.scores[:20]), _expected(path, _ids(source)[:20])
-    assert np.abs(theirs - ours).max() < (0.3 if type else 0.05)  # it rounds keys, values and activations
+    assert np.abs(theirs - ours).max() < (0.3 if type else 0.05)  # llama.cpp rounds keys, values, activations
     assert (theirs.argmax(-1) == ours.argmax(-1)).mean() > 0.8
 
 
