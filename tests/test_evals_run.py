@@ -20,24 +20,24 @@ def echo_items(_):
     return [Item(f"item/{i}", f"prompt {i}", target=str(i)) for i in range(12)], "0-shot"
 
 
-def echo_judge(items, completions):
-    for i, (item, completion) in enumerate(zip(items, completions, strict=True)):
-        yield i, Verdict(completion.text.startswith(item.target), "judged", output="at 0x7f0011223344")
+def echo_judge(items, outputs):
+    for i, (item, output) in enumerate(zip(items, outputs, strict=True)):
+        yield i, Verdict(output.text.startswith(item.target), "judged", output="at 0x7f0011223344")
+
+
+def pair_items(_):
+    choices = (("a", " yes"), ("a", " no!"))
+    return [Item(str(i), choices=choices, target=i % 2) for i in range(70)], "0-shot"
 
 
 ECHO = GenerationTask("echo", "Echo", echo_items, echo_judge)
-PAIRS = ChoiceTask(
-    "pairs",
-    "Pairs",
-    lambda _: (
-        [Item(str(i), choices=(("a", " yes"), ("a", " no!")), target=i % 2) for i in range(70)],
-        "0-shot",
-    ),
-)
+PAIRS = ChoiceTask("pairs", "Pairs", pair_items)
 
 
 def even(prompt, number):
-    return prompt.split()[-1] if (int(prompt.split()[-1]) + number) % 2 == 0 else "no"
+    """Echoes the prompt's number where it and the sample's number are both even or both odd."""
+    word = prompt.split()[-1]
+    return word if (int(word) + number) % 2 == 0 else "no"
 
 
 def test_a_run_is_the_same_bytes_and_resumes(tmp_path):
@@ -45,10 +45,10 @@ def test_a_run_is_the_same_bytes_and_resumes(tmp_path):
     summary = run(ECHO, Fixed(even), Records(), tmp_path / "a", settings)
     assert summary["score"] == pytest.approx(0.5) and summary["more"] == {"pass@1": pytest.approx(0.5)}
     with pytest.raises(KeyboardInterrupt):
-        run(ECHO, Fixed(even, broken_after=20), Records(), tmp_path / "b", settings)
+        run(ECHO, Fixed(even, interrupted_after=20), Records(), tmp_path / "b", settings)
     model = Fixed(even)
     run(ECHO, model, Records(), tmp_path / "b", settings, resume=True)
-    assert len(model.asked) == 6
+    assert len(model.prompts) == 6
     for name in ("echo.jsonl", "echo.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "0x7f" not in (tmp_path / "a/echo.jsonl").read_text()
@@ -57,14 +57,14 @@ def test_a_run_is_the_same_bytes_and_resumes(tmp_path):
 
 def test_a_line_that_was_cut_off_is_dropped_and_other_settings_are_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(ECHO, Fixed(even, broken_after=4), Records(), tmp_path)
+        run(ECHO, Fixed(even, interrupted_after=4), Records(), tmp_path)
     with (tmp_path / "echo.partial.jsonl").open("a") as file:
         file.write('{"item/3": [{"te')
     with pytest.raises(ValueError, match="of another run"):
         run(ECHO, Fixed(even), Records(), tmp_path, EvalSettings(seed=1), resume=True)
     assert run(ECHO, Fixed(even), Records(), tmp_path, resume=True)["score"] == 0.5
     run(ECHO, untouched := Fixed(even), Records(), tmp_path, resume=True)
-    assert not untouched.asked
+    assert not untouched.prompts
     with pytest.raises(ValueError, match="of another run"):
         run(ECHO, Fixed(even), Records(), tmp_path, EvalSettings(seed=1), resume=True)
     with pytest.raises(ValueError, match="pass a temperature"):
@@ -72,9 +72,8 @@ def test_a_line_that_was_cut_off_is_dropped_and_other_settings_are_refused(tmp_p
 
 
 def test_choices_are_scored_by_likelihood(tmp_path):
-    summary = run(
-        PAIRS, Fixed(logprob=lambda context, rest: -1.0 if "yes" in rest else -2.0), Records(), tmp_path
-    )
+    model = Fixed(logprob=lambda context, continuation: -1.0 if "yes" in continuation else -2.0)
+    summary = run(PAIRS, model, Records(), tmp_path)
     assert summary["score"] == 0.5 and summary["items"] == 70
     sample = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[1])
     assert (sample["completion"], sample["passed"], sample["logprobs"]) == (" yes", False, [-4.0, -8.0])
@@ -82,7 +81,7 @@ def test_choices_are_scored_by_likelihood(tmp_path):
 
 @pytest.fixture
 def command(capsys):
-    """Runs `codegemma eval` in this process: (exit code, all that it printed)."""
+    """Runs `codegemma eval` in this process and returns (exit code, what it printed)."""
 
     def run_command(*arguments):
         with pytest.raises(SystemExit) as exit:
@@ -100,8 +99,8 @@ def test_the_report_and_the_comparison(command, tmp_path):
     markdown = (tmp_path / "a/report.md").read_text()
     assert re.search(r"\| Echo \| 50\.0 \| 25\.4 - 74\.6 \| 12 \|", markdown)
     assert "token 12" in markdown and "0.500" in markdown
-    found = compare_runs(tmp_path / "a", tmp_path / "b")["echo"]
-    assert (found.difference, len(found.gained), found.lost) == (0.5, 6, [])
+    comparison = compare_runs(tmp_path / "a", tmp_path / "b")["echo"]
+    assert (comparison.difference, len(comparison.gained), comparison.lost) == (0.5, 6, [])
     code, text = command("compare", tmp_path / "a", tmp_path / "b")
     assert code == 0 and "echo: +50.0 points" in text and "+ item/1" in text
     with pytest.raises(ValueError, match="no finished benchmark"):
@@ -142,31 +141,28 @@ def test_the_card_is_the_model_cards_tables():
     ],
 )
 def test_language_items(name, file, count, shots):
-    found = records(file)
-    items, note = TASKS[name].items(found)
-    assert len(items) == (count or len(found(file))) and len({item.id for item in items}) == len(items)
-    assert ("0-shot" if shots == 0 else f"{shots}-shot") in note
-    contexts = {context for item in items[:3] for context, _ in item.choices} or {
-        item.prompt for item in items[:3]
-    }
+    benchmark = records(file)
+    items, note = TASKS[name].items(benchmark)
+    assert len(items) == (count or len(benchmark(file))) and len({item.id for item in items}) == len(items)
+    assert f"{shots}-shot" in note
+    contexts = [context for item in items[:3] for context, _ in item.choices]
+    contexts = contexts or [item.prompt for item in items[:3]]
     assert all(context.count("\n\n") >= shots for context in contexts)
     if items[0].choices:
         assert all(text.startswith(" ") for item in items for _, text in item.choices)
         assert all(0 <= item.target < len(item.choices) for item in items)
 
 
-def test_the_partial_scoring_of_winogrande():
-    class Two:
+def test_winogrande_scores_the_text_after_the_blank():
+    class Sentences:
         def __call__(self, name):
-            return [
-                {"sentence": f"{i} Ann met Bo and _ spoke.", "option1": "Ann", "option2": "Bo", "answer": "2"}
-                for i in range(7)
-            ]
+            options = {"option1": "Ann", "option2": "Bo", "answer": "2"}
+            return [{"sentence": f"{i} Ann met Bo and _ spoke."} | options for i in range(7)]
 
         def maybe(self, name):
             return []
 
-    items, note = language.winogrande_items(Two())
+    items, note = language.winogrande_items(Sentences())
     assert len(items) == 2 and "not scored" in note and items[0].target == 1
     assert items[0].choices[0][0].endswith("3 Ann met Bo and Ann") and items[0].choices[0][1] == " spoke."
     assert "0 Ann met Bo and Bo spoke.\n\n" in items[0].choices[0][0]
@@ -181,7 +177,7 @@ def test_records_that_are_nowhere_say_where_to_get_them(tmp_path):
 
 
 class Server(BaseHTTPRequestHandler):
-    """A completions server of one fixed mind; without `echo` where the test says so."""
+    """A completions server with fixed answers. `echoes`: it gives the log-probabilities of a prompt."""
 
     echoes = True
 
@@ -189,27 +185,16 @@ class Server(BaseHTTPRequestHandler):
         self.reply({"data": [{"id": "served"}]})
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if asked["prompt"] == [256, ord("!")]:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body["prompt"] == [256, ord("!")]:
             return self.reply({"error": "too hot"}, 400)
-        if asked.get("echo"):
-            values = [None, *(-float(i) for i in asked["prompt"][1:]), -1.0]
-            found = {
-                "token_logprobs": values,
-                "top_logprobs": [{"x": v if v != -98.0 else 0.0} if v else None for v in values],
-            }
-            return self.reply({"choices": [{"text": "", "logprobs": found if self.echoes else None}]})
-        return self.reply(
-            {
-                "choices": [
-                    {
-                        "text": f"{len(asked['prompt'])} {asked['seed']}",
-                        "finish_reason": "stop",
-                        "stop_reason": "\n" if asked["stop"] else None,
-                    }
-                ]
-            }
-        )
+        if body.get("echo"):
+            values = [None, *(-float(i) for i in body["prompt"][1:]), -1.0]
+            top = [{"x": v if v != -98.0 else 0.0} if v else None for v in values]
+            logprobs = {"token_logprobs": values, "top_logprobs": top}
+            return self.reply({"choices": [{"text": "", "logprobs": logprobs if self.echoes else None}]})
+        choice = {"text": f"{len(body['prompt'])} {body['seed']}", "finish_reason": "stop"}
+        return self.reply({"choices": [choice | {"stop_reason": "\n" if body["stop"] else None}]})
 
     def reply(self, body, status=200):
         data = json.dumps(body).encode()
@@ -252,18 +237,13 @@ def test_a_server_answers_in_place_of_a_model(endpoint, monkeypatch):
     model.client.close()
 
 
-def test_a_server_that_is_not_there():
+def test_a_server_that_cannot_be_reached():
     with pytest.raises(ValueError, match="is the server running"):
         RemoteModel("http://127.0.0.1:9", Letters(), "x").score([([1], [2])])
 
 
 def test_trivia_accepts_any_alias():
-    item = Item(
-        "x", target={"value": "Sunset Boulevard", "aliases": ["Sunset Blvd"], "normalized_aliases": []}
-    )
-    texts = [" The Sunset Boulevard!\nQuestion: more", "sunset blvd.", "Sunset"]
-    assert [v.passed for _, v in language.judge_trivia([item] * 3, [output_of(t) for t in texts])] == [
-        True,
-        True,
-        False,
-    ]
+    target = {"value": "Sunset Boulevard", "aliases": ["Sunset Blvd"], "normalized_aliases": []}
+    outputs = list(map(output_of, [" The Sunset Boulevard!\nQuestion: more", "sunset blvd.", "Sunset"]))
+    verdicts = language.judge_trivia([Item("x", target=target)] * 3, outputs)
+    assert [verdict.passed for _, verdict in verdicts] == [True, True, False]

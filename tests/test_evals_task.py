@@ -21,23 +21,24 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_answer():
 def test_intervals_are_wilsons():
     for right, n in [(0, 10), (3, 10), (60, 164), (164, 164)]:
         expected = binomtest(right, n).proportion_ci(method="wilson")
-        assert interval([1.0] * right + [0.0] * (n - right)) == pytest.approx(
-            (expected.low, expected.high), abs=1e-6
-        )
+        bounds = interval([1.0] * right + [0.0] * (n - right))
+        assert bounds == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_intervals_of_other_values_are_normal():
     low, high = interval([0.25, 0.5, 0.75, 0.5])
-    assert (low + high) / 2 == pytest.approx(0.5) and high - low == pytest.approx(
-        2 * 1.96 * 0.2041241 / 2, abs=1e-4
-    )
+    assert (low + high) / 2 == pytest.approx(0.5)
+    assert high - low == pytest.approx(2 * 1.96 * 0.2041241 / 2, abs=1e-4)
 
 
 def test_comparison_is_paired():
     before = {str(i): float(i < 10) for i in range(40)}
     after = {str(i): float(2 <= i < 20) for i in range(40)} | {"other": 1.0}
-    found = compare(before, after)
-    assert (found.items, len(found.gained), found.lost) == (40, 10, ["0", "1"])
-    assert found.difference == pytest.approx(8 / 40)
-    assert found.p == pytest.approx(binomtest(2, 12).pvalue)
-    assert found.low < 0.2 < found.high and compare(before, before).p == 1.0
+    result = compare(before, after)
+    assert (result.items, len(result.gained), result.lost) == (40, 10, ["0", "1"])
+    assert result.difference == pytest.approx(8 / 40)
+    assert result.p == pytest.approx(binomtest(2, 12).pvalue)
+    assert result.low < 0.2 < result.high and compare(before, before).p == 1.0
     with pytest.raises(ValueError, match="share no item"):
         compare(before, {"x": 1.0})
 
@@ -49,14 +50,13 @@ def test_ranking_raw_and_by_length():
 
 def test_choices_are_encoded_as_one_text():
     context, continuation = encode_choice(Letters(), ("hello", " yes"))
-    assert (Letters().decode(context), Letters().decode(continuation)) == ("hello", " yes") and context[
-        0
-    ] == 256
+    assert (Letters().decode(context), Letters().decode(continuation)) == ("hello", " yes")
+    assert context[0] == Letters.control.bos
 
     class Merge:
         control = Letters.control
 
-        def encode(self, text):  # "ab" is one token: the seam falls inside of it
+        def encode(self, text):  # "ab" is one token, which belongs to the continuation
             return [300 if piece == "ab" else ord(piece) for piece in re.findall("ab|.", text)]
 
     assert encode_choice(Merge(), ("xa", "b")) == ([256, ord("x")], [300])
@@ -77,11 +77,11 @@ def test_cutting_at_the_first_stop():
 
 
 @pytest.mark.parametrize(
-    ("text", "plain"),
+    ("text", "normalised"),
     [("The  Sunset, Boulevard!", "sunset boulevard"), ("U.S.A", "u s"), ("a_b", "b"), ("an apple", "apple")],
 )
-def test_trivia_normalisation(text, plain):
-    assert normalise(text) == plain
+def test_trivia_normalisation(text, normalised):
+    assert normalise(text) == normalised
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,8 @@ def test_gsm8k_answers(text, strict, flexible):
 def test_gsm8k_verdicts():
     items = [Item("x", target="so it is\n#### 1,000")] * 3
     texts = ["... #### 1000\nQuestion: next #### 5", "the answer is 1000", "#### 10"]
-    assert [v.outcome for _, v in judge_gsm8k(items, [output_of(t) for t in texts])] == [
-        "strict+flexible",
-        "flexible",
-        "wrong",
-    ]
+    outcomes = [verdict.outcome for _, verdict in judge_gsm8k(items, list(map(output_of, texts)))]
+    assert outcomes == ["strict+flexible", "flexible", "wrong"]
 
 
 @pytest.mark.parametrize(
@@ -123,9 +120,8 @@ def test_gsm8k_verdicts():
 def test_math_answers_are_compared_as_mathematics(wanted, answer, equal):
     pytest.importorskip("math_verify")
     item = Item("x", target=rf"We find \boxed{{{wanted}}}.")
-    [(_, verdict)] = judge_math(
-        [item], [output_of(rf"Thus \boxed{{{answer}}}." if answer else "I do not know")]
-    )
+    text = rf"Thus \boxed{{{answer}}}." if answer else "I do not know"
+    [(_, verdict)] = judge_math([item], [output_of(text)])
     assert verdict.passed is equal
 
 
