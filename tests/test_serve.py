@@ -32,6 +32,8 @@ from codegemma.serve.requests import Busy, Job
 from codegemma.serve.scheduler import Scheduler
 
 HOLE = {"prefix": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"}
+COMPLETION = {"prompt": HOLE["prefix"], "suffix": HOLE["suffix"]}  # the bodies of OpenAI, Mistral and Ollama
+INFILL = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"]}  # llama.cpp's body
 LONG = replace(KINDS["gemma-mqa"], context=8192)
 
 
@@ -47,11 +49,17 @@ def model(path):
 
 @pytest.fixture(scope="module")
 def server(path):
-    async def opened():
-        return Scheduler(load(path, threads=1))
-
-    with served(opened, terms="the terms") as server:
+    with served(scheduler_of(load(path, threads=1)), terms="the terms") as server:
         yield server
+
+
+def scheduler_of(model, **options):
+    """What `served` opens: a Scheduler of the model."""
+
+    async def open_scheduler():
+        return Scheduler(model, **options)
+
+    return open_scheduler
 
 
 def events(answer):
@@ -73,16 +81,7 @@ def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
     assert expected
     ids = {"temperature": 0}
     openai = good(
-        server.post(
-            "/v1/completions",
-            json={
-                "model": "any",
-                "prompt": HOLE["prefix"],
-                "suffix": HOLE["suffix"],
-                "max_tokens": 12,
-                **ids,
-            },
-        )
+        server.post("/v1/completions", json={"model": "any", **COMPLETION, "max_tokens": 12, **ids})
     )
     assert openai["choices"][0]["text"] == expected and openai["object"] == "text_completion"
     infill = good(
@@ -100,22 +99,11 @@ def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
     ollama = good(
         server.post(
             "/api/generate",
-            json={
-                "model": "any",
-                "prompt": HOLE["prefix"],
-                "suffix": HOLE["suffix"],
-                "stream": False,
-                "options": {"num_predict": 12},
-            },
+            json={"model": "any", **COMPLETION, "stream": False, "options": {"num_predict": 12}},
         )
     )
     assert ollama["response"] == expected and ollama["done"] is True
-    mistral = good(
-        server.post(
-            "/v1/fim/completions",
-            json={"model": "any", "prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 12},
-        )
-    )
+    mistral = good(server.post("/v1/fim/completions", json={"model": "any", **COMPLETION, "max_tokens": 12}))
     assert mistral["choices"][0]["message"] == {"role": "assistant", "content": expected, "tool_calls": None}
     tabby = good(server.post("/v1/completions", json={"language": "python", "segments": HOLE}))
     assert tabby["choices"][0]["text"] == model.complete(**HOLE, max_tokens=64).text
@@ -123,13 +111,7 @@ def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
 
 def test_streams_join_to_the_answer(server, model):
     expected = model.complete(**HOLE, max_tokens=12).text
-    body = {
-        "model": "any",
-        "prompt": HOLE["prefix"],
-        "suffix": HOLE["suffix"],
-        "max_tokens": 12,
-        "stream": True,
-    }
+    body = {"model": "any", **COMPLETION, "max_tokens": 12, "stream": True}
     *parts, last = events(
         server.post("/v1/completions", json=body | {"stream_options": {"include_usage": True}})
     )
@@ -148,17 +130,7 @@ def test_streams_join_to_the_answer(server, model):
         json.loads(part)["choices"][0]["delta"]["content"] for part in parts
     ]  # Tabby needs a string in every chunk
     assert "".join(deltas) == expected and last == "[DONE]"
-    parts = events(
-        server.post(
-            "/infill",
-            json={
-                "input_prefix": HOLE["prefix"],
-                "input_suffix": HOLE["suffix"],
-                "n_predict": 12,
-                "stream": True,
-            },
-        )
-    )
+    parts = events(server.post("/infill", json={**INFILL, "n_predict": 12, "stream": True}))
     assert "".join(json.loads(part)["content"] for part in parts) == expected
     assert [json.loads(part)["stop"] for part in parts] == [False] * (len(parts) - 1) + [True]
     answer = server.post("/api/generate", json=body | {"options": {"num_predict": 12}})
@@ -277,16 +249,7 @@ def test_context_of_several_files(server, model):
     expected = model.complete(**HOLE, path="c.py", context=files, max_tokens=6)
     extra = [{"filename": file.path, "text": file.text, "time": [1, 2]} for file in files]
     infill = good(
-        server.post(
-            "/infill",
-            json={
-                "input_prefix": HOLE["prefix"],
-                "input_suffix": HOLE["suffix"],
-                "input_extra": extra,
-                "path": "c.py",
-                "n_predict": 6,
-            },
-        )
+        server.post("/infill", json={**INFILL, "input_extra": extra, "path": "c.py", "n_predict": 6})
     )
     assert (infill["content"], infill["tokens_evaluated"]) == (expected.text, expected.prompt_tokens)
     assert "<|file_separator|>" in infill["prompt"] and infill["prompt"].startswith("<bos>a.py\ndef one")
@@ -517,7 +480,7 @@ def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
         server.post("/v1/events", json=event | {"type": "select"}).status_code == 200
         and len(stats.load()) == 1
     )
-    body = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 5, "language": "go"}
+    body = {**INFILL, "n_predict": 5, "language": "go"}
     for outcome, number in (("dismiss", 1), ("select", 2)):
         *parts, last = (
             json.loads(part) for part in events(server.post("/infill", json=body | {"stream": True}))
@@ -621,14 +584,14 @@ def test_tabbys_errors_are_plain_text(server):
 def test_values_that_switch_a_field_off(server, model):
     """Values that switch a field off, by each protocol's own rules."""
     expected = model.complete(**HOLE, max_tokens=6).text
-    infill = {"input_prefix": HOLE["prefix"], "input_suffix": HOLE["suffix"], "n_predict": 6}
+    infill = {**INFILL, "n_predict": 6}
     for off in (
         {"t_max_prompt_ms": 0, "t_max_predict_ms": 0},
         {"t_max_prompt_ms": -1, "t_max_predict_ms": -1},
         {"grammar": ""},
     ):
         assert good(server.post("/infill", json=infill | off))["content"] == expected
-    openai = {"prompt": HOLE["prefix"], "suffix": HOLE["suffix"], "max_tokens": 6}
+    openai = {**COMPLETION, "max_tokens": 6}
     for off in (
         {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
         {"logit_bias": None, "presence_penalty": None},
@@ -689,17 +652,8 @@ def test_adapters_by_field_by_model_name_and_lora(path):
     expected = {name: fill.text for name, fill in fills.items()}
     assert len(set(expected.values())) == 3
 
-    async def opened():
-        return Scheduler(loaded)
-
-    body = {
-        "prompt": HOLE["prefix"],
-        "suffix": HOLE["suffix"],
-        "max_tokens": 6,
-        "temperature": 1.0,
-        "seed": 9,
-    }
-    with served(opened) as server, ThreadPoolExecutor(6) as pool:
+    body = {**COMPLETION, "max_tokens": 6, "temperature": 1.0, "seed": 9}
+    with served(scheduler_of(loaded)) as server, ThreadPoolExecutor(6) as pool:
         cases = [
             ({}, None),
             ({"adapter": "none"}, None),
@@ -716,8 +670,7 @@ def test_adapters_by_field_by_model_name_and_lora(path):
             assert answer["timings"]["adapter"] == name
         assert answers[2]["timings"]["mode"] == "spm"  # as its card says
         lora = {
-            "input_prefix": HOLE["prefix"],
-            "input_suffix": HOLE["suffix"],
+            **INFILL,
             "n_predict": 6,
             "temperature": 1.0,
             "seed": 9,
@@ -798,10 +751,7 @@ def blocked(path):
     loaded.engine.backend = BlockedBackend(loaded.engine.backend)
     loaded.engine.prefill_rate = 100.0  # a prompt of 500 tokens should take 5 s
 
-    async def opened():
-        return Scheduler(loaded, slots=2, queue=4)
-
-    with served(opened) as server:
+    with served(scheduler_of(loaded, slots=2, queue=4)) as server:
         yield server, loaded.engine.backend
         loaded.engine.backend.released.set()
 
@@ -973,10 +923,7 @@ def test_a_fault_of_the_engine_fails_its_requests_alone(path, caplog):
     loaded = load(path, threads=1)
     sound = loaded.engine.backend.run
 
-    async def opened():
-        return Scheduler(loaded)
-
-    with served(opened) as server:
+    with served(scheduler_of(loaded)) as server:
 
         def broken(*_):
             raise MemoryError("no pages")
@@ -994,11 +941,8 @@ def test_a_fault_of_the_engine_fails_its_requests_alone(path, caplog):
 def test_the_prompt_cache_survives_a_restart(path, tmp_path):
     body = {"prompt": "def f(x):\n" * 30, "max_tokens": 2, "temperature": 0}
 
-    async def opened():
-        return Scheduler(load(path, threads=1), cache=tmp_path / "kept")
-
     def complete_once():
-        with served(opened) as server:
+        with served(scheduler_of(load(path, threads=1), cache=tmp_path / "kept")) as server:
             until(
                 lambda: (
                     not any(thread.name == "cache" and thread.is_alive() for thread in threading.enumerate())
@@ -1026,13 +970,7 @@ def test_a_server_in_front_of_a_server_gives_the_same(server, path, model):
         return await RemoteService.open(server.url + "/v1/", open_checkpoint(path))
 
     with served(opened) as front:
-        infill = {
-            "input_prefix": HOLE["prefix"],
-            "input_suffix": HOLE["suffix"],
-            "n_predict": 12,
-            "trim": "line",
-            "n_probs": 2,
-        }
+        infill = {**INFILL, "n_predict": 12, "trim": "line", "n_probs": 2}
         ours, theirs = (good(instance.post("/infill", json=infill)) for instance in (server, front))
         assert ours["content"] == theirs["content"] == model.complete(**HOLE, max_tokens=12, trim="line").text
         scored = {
@@ -1132,11 +1070,8 @@ def test_pages_of_other_origins_and_rebound_names_are_refused(server):
 
 
 def test_an_allowed_origin_and_keys(model):
-    async def opened():
-        return Scheduler(model)
-
     keys = guard.read_keys(["# ours", "0123456789abcdef", "fedcba9876543210", ""])
-    with served(opened, Rules(None, frozenset({"https://editor.example"}), keys)) as server:
+    with served(scheduler_of(model), Rules(None, frozenset({"https://editor.example"}), keys)) as server:
         for headers in (
             {},
             {"Authorization": "Bearer 0123456789abcdeg"},
@@ -1183,14 +1118,11 @@ def test_an_allowed_origin_and_keys(model):
 
 
 def test_only_the_pages_files_are_served(model, tmp_path):
-    async def opened():
-        return Scheduler(model)
-
     (tmp_path / "web").mkdir()
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "web" / "app.js").write_text("1")
     (tmp_path / "web" / "link").symlink_to(tmp_path / "secret")
-    with served(opened, page=tmp_path / "web") as server:
+    with served(scheduler_of(model), page=tmp_path / "web") as server:
         assert "was not built" in server.get("/").text
         (tmp_path / "web" / "index.html").write_text("<p>page</p>")
         answer = server.get("/")
@@ -1245,11 +1177,8 @@ def test_malformed_bodies_get_400(server, content, status):
 
 
 def test_large_slow_and_half_sent_bodies(model, monkeypatch, caplog):
-    async def opened():
-        return Scheduler(model)
-
     monkeypatch.setattr(protocol, "CLIENT_TIMEOUT_S", 0.5)
-    with served(opened, Rules(max_body_bytes=1 << 20, timeout_s=0.5)) as server:
+    with served(scheduler_of(model), Rules(max_body_bytes=1 << 20, timeout_s=0.5)) as server:
         answer = server.client.post("/infill", content=b"x" * (1 << 20 | 1))
         assert answer.status_code == 413 and answer.json()["error"]["code"] == 413
 
@@ -1284,11 +1213,8 @@ def test_large_slow_and_half_sent_bodies(model, monkeypatch, caplog):
 
 
 def test_a_client_that_does_not_read_is_disconnected(model, monkeypatch):
-    async def opened():
-        return Scheduler(model)
-
     monkeypatch.setattr(protocol, "CLIENT_TIMEOUT_S", 0.2)
-    with served(opened) as server:
+    with served(scheduler_of(model)) as server:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(server.address)
@@ -1311,11 +1237,8 @@ def test_a_client_that_does_not_read_is_disconnected(model, monkeypatch):
 
 
 def test_the_server_answers_beside_many_idle_connections(model, monkeypatch):
-    async def opened():
-        return Scheduler(model)
-
     monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 300)
-    with served(opened) as server:
+    with served(scheduler_of(model)) as server:
         idle = [socket.create_connection(server.address) for _ in range(250)]
         assert good(server.get("/health"))
         more = [socket.create_connection(server.address) for _ in range(100)]
