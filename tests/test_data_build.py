@@ -1,4 +1,4 @@
-"""The whole pipeline: laws of the rows, the same bytes whoever runs it, and counts that add up."""
+"""The whole pipeline: laws of the rows, the same bytes for any engine, and counts that add up."""
 
 from __future__ import annotations
 
@@ -417,14 +417,14 @@ def test_same_bytes_on_a_ray_cluster(built, corpus, tokenizer, tmp_path):
 
 def test_windows_and_what_is_held_out(corpus, tokenizer, tmp_path):
     recipe = BuildRecipe(length=160, shard_bytes=20_000, window=(64, 159), stride=300, hold_out=0.3, seed=5)
-    made = build.build(sources_of(corpus), tmp_path / "a", tokenizer, recipe)
+    result = build.build(sources_of(corpus), tmp_path / "a", tokenizer, recipe)
     build.build(sources_of(corpus)[::-1], tmp_path / "b", tokenizer, recipe, workers=2)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     rows, held = pack.Rows(tmp_path / "a"), pq.read_table(tmp_path / "a" / "held-out").to_pylist()
     trained = {record["repository"] for at in range(len(rows)) for record in rows.examples(at)}
     kept_out = {row["repository"] for row in held if row["kind"] == "code"}
     assert len(trained) > 2 and kept_out and not trained & kept_out
-    assert made.manifests["order"]["counts"]["kept: held out"] == len(held)
+    assert result.manifests["order"]["counts"]["kept: held out"] == len(held)
     for at in range(len(rows)):  # each window of code is a segment of its own
         segments = [record["segment"] for record in rows.examples(at) if record["kind"] == "code"]
         assert len(segments) == len(set(segments))
@@ -454,12 +454,12 @@ def test_rates_lie_within_binomial_bounds(tokenizer):
     recipe = fim.FimRecipe(0.8, 0.5, 512, seed=3)
     examples = list(fim.fim(documents, tokenizer, recipe))
     counts = Counter(example.layout for example in examples)
-    made = counts["psm"] + counts["spm"]
-    assert len(examples) == 3000 and abs(made - 2400) < 4 * (3000 * 0.8 * 0.2) ** 0.5
-    assert abs(counts["spm"] - made / 2) < 4 * (made / 4) ** 0.5
+    fim_examples = counts["psm"] + counts["spm"]
+    assert len(examples) == 3000 and abs(fim_examples - 2400) < 4 * (3000 * 0.8 * 0.2) ** 0.5
+    assert abs(counts["spm"] - fim_examples / 2) < 4 * (fim_examples / 4) ** 0.5
     kinds = Counter(example.split.kind for example in examples if example.layout != "prefix")
     for kind, share in splits.KINDS.items():
-        assert abs(kinds[kind] - made * share) < 4 * (made * share * (1 - share)) ** 0.5 + 1
+        assert abs(kinds[kind] - fim_examples * share) < 4 * (fim_examples * share * (1 - share)) ** 0.5 + 1
     again = {e.document.path: e.ids_T.tolist() for e in fim.fim(documents[::-1], tokenizer, recipe)}
     assert all(again[e.document.path] == e.ids_T.tolist() for e in examples)
 
@@ -500,7 +500,7 @@ def test_show_and_report(built, capsys):
         ({"threshold": 0.1}, "0.5 to 1"),
         (
             {"window": (64, 9000)},
-            "window must be FEWEST:MOST tokens, from 32 to below the row's 8192, got 64:9000",
+            "window must be MIN:MAX tokens, from 32 to below the row's 8192, got 64:9000",
         ),
         ({"hold_out": 1.0}, "hold-out must lie from 0 to below 1"),
     ],

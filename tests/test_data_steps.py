@@ -37,8 +37,8 @@ def tokenizer():
 
 
 # ---------------------------------------------------------------------------------------------- documents
-def of(source, limits=None):
-    """({path: text}, {path: reason}) of a source."""
+def read_source(source, limits=None):
+    """The documents by path, and the reasons of the other inputs by path."""
     results = list(read(source, limits))
     return (
         {each.path: each for each in results if isinstance(each, Document)},
@@ -71,7 +71,7 @@ def test_checkout_without_links_ignored_and_vendored_files(tmp_path):
     (git / "HEAD").write_text("ref: refs/heads/main\n")
     (git / "refs/heads/main").write_text("a" * 40 + "\n")
     (git / "config").write_text('[remote "origin"]\n\turl = git@example.org:me/proj.git\n')
-    kept, reasons = of(expand(str(root))[0])
+    kept, reasons = read_source(expand(str(root))[0])
     assert sorted(kept) == [
         ".gitignore",
         "GNUmakefile",
@@ -119,7 +119,7 @@ def test_tar_that_attacks(tmp_path):
             ("p/big.py", b"x" * 2000),
         ],
     )
-    kept, reasons = of(source, ReadLimits(file_bytes=1000))
+    kept, reasons = read_source(source, ReadLimits(file_bytes=1000))
     assert sorted(kept) == ["p/a.py"]
     assert reasons == {
         "../up.py": "path leaves its root",
@@ -133,7 +133,7 @@ def test_tar_that_attacks(tmp_path):
 
 def test_bombs_stop_early(tmp_path):
     tar = tar_of(tmp_path / "bomb.tar.gz", [("a.py", b"x = 1\n"), ("zeros", bytes(64_000_000))])
-    kept, reasons = of(tar, ReadLimits(ratio=50))
+    kept, reasons = read_source(tar, ReadLimits(ratio=50))
     assert reasons[""] == "unreadable"
     many = tar_of(tmp_path / "many.tar.gz", [(f"{at}.py", b"x\n") for at in range(50)])
     assert "members" in next(
@@ -143,13 +143,13 @@ def test_bombs_stop_early(tmp_path):
     )
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros.py", bytes(64_000_000))
-    assert of(Source(tmp_path / "bomb.zip", "zip"), ReadLimits(ratio=50, file_bytes=10**9))[1] == {
+    assert read_source(Source(tmp_path / "bomb.zip", "zip"), ReadLimits(ratio=50, file_bytes=10**9))[1] == {
         "": "unreadable"
     }
     header = tarfile.TarInfo("huge.py")
     header.size = 10**12  # a header that lies, with nothing behind it
     (tmp_path / "lies.tar").write_bytes(header.tobuf() + bytes(1024))
-    assert of(Source(tmp_path / "lies.tar", "tar"))[1][""] == "unreadable"
+    assert read_source(Source(tmp_path / "lies.tar", "tar"))[1][""] == "unreadable"
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,7 +218,7 @@ def test_licences_of_a_repository_and_its_parts(tmp_path):
             ("p-1/part/deep/c.py", b"x = 1\n"),
         ],
     )
-    kept, _ = of(source)
+    kept, _ = read_source(source)
     assert {path: kept[path].licence for path in ("src/a.py", "src/b.py", "part/deep/c.py")} == {
         "src/a.py": "MIT",
         "src/b.py": "BSD-2-Clause",
@@ -227,20 +227,22 @@ def test_licences_of_a_repository_and_its_parts(tmp_path):
     with zipfile.ZipFile(tmp_path / "q.whl", "w") as archive:
         archive.writestr("q/a.py", "x = 1\n")
         archive.writestr("q-1.dist-info/METADATA", "Name: q\nLicense-Expression: Apache-2.0 OR MIT\n")
-    assert of(Source(tmp_path / "q.whl", "zip"))[0]["q/a.py"].licence == "Apache-2.0 OR MIT"
+    assert read_source(Source(tmp_path / "q.whl", "zip"))[0]["q/a.py"].licence == "Apache-2.0 OR MIT"
 
 
-def test_text_that_utf8_cannot_spell(tmp_path):
+def test_text_that_utf8_cannot_encode(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "a\\u0000b"}\n{"text": "fine"}\n[1]\n')
-    kept, reasons = of(Source(tmp_path / "x.jsonl", "lines", "text"))
+    kept, reasons = read_source(Source(tmp_path / "x.jsonl", "lines", "text"))
     assert sorted(kept) == ["2"] and reasons == {"0": "unreadable", "1": "binary", "3": "unreadable"}
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "two\nlines.py").write_text("x = 1\n")
-    assert of(Source(tmp_path / "tree", "folder"))[1] == {"two\\nlines.py": "path is not one line of text"}
+    assert read_source(Source(tmp_path / "tree", "folder"))[1] == {
+        "two\\nlines.py": "path is not one line of text"
+    }
 
 
 @pytest.mark.parametrize(
-    ("expression", "fine"),
+    ("expression", "is_allowed"),
     [
         ("MIT", True),
         ("GPL-3.0-only", False),
@@ -251,8 +253,10 @@ def test_text_that_utf8_cannot_spell(tmp_path):
         ("(MIT OR GPL-2.0-only) AND GPL-3.0-only", False),
     ],
 )
-def test_permitted_expressions(expression, fine):
-    assert licences.allowed(expression, licences.permissive()) is fine and licences.allowed(expression, None)
+def test_permitted_expressions(expression, is_allowed):
+    assert licences.allowed(expression, licences.permissive()) is is_allowed and licences.allowed(
+        expression, None
+    )
 
 
 # ------------------------------------------------------------------------------------------------- clean
@@ -406,10 +410,10 @@ def planted(count=40, seed=5):
 def test_precision_and_recall_on_a_planted_corpus(capsys):
     text, values, truth = planted()
     redactor = redact.Redactor()
-    found = redactor.find(text)
+    findings = redactor.find(text)
     right: Counter[str] = Counter()
     wrong = []
-    for finding in found:
+    for finding in findings:
         piece = text[finding.start : finding.end]
         match = next(
             (kind for kind, value in values if piece in value and len(piece) >= 8 or piece == value), None
@@ -421,7 +425,7 @@ def test_precision_and_recall_on_a_planted_corpus(capsys):
     redacted, _ = redactor(text)
     missed = [(kind, value) for kind, value in values if value in redacted]
     recall = {kind: 1 - sum(k == kind for k, _ in missed) / count for kind, count in truth.items()}
-    precision = sum(right.values()) / len(found)
+    precision = sum(right.values()) / len(findings)
     with capsys.disabled():
         print(
             f"\nplanted corpus: precision {precision:.3f}, recall {1 - len(missed) / len(values):.3f}, "
@@ -429,7 +433,7 @@ def test_precision_and_recall_on_a_planted_corpus(capsys):
         )
     assert precision >= 0.98, wrong
     assert min(recall.values()) >= 0.95, missed
-    assert redactor(redacted)[0] == redacted  # stable, and found only once
+    assert redactor(redacted)[0] == redacted  # fake values are not replaced again
     assert redactor(text)[0] == redacted
 
 
@@ -456,7 +460,7 @@ def test_precision_and_recall_on_a_planted_corpus(capsys):
         max_size=12,
     )
 )
-def test_redaction_never_raises_and_settles(parts):
+def test_redaction_never_raises_and_reports_each_change(parts):
     redactor, text = redact.default_redactor(), "".join(parts)
     once, kinds = redactor(text)
     assert (once == text) == (not kinds) or "example.com" in once
@@ -595,13 +599,13 @@ def test_parts_make_the_text_and_no_control_id_comes_from_it(tokenizer, parts, s
     for example in examples:
         ids = example.ids_T.tolist()
         assert len(ids) < 64 and [ids.count(token) for token in control] == [1, 1, 1, 1, 0, 0]
-        found = parse_fim(tokenizer, ids)
-        assert (found.prefix + found.middle + found.suffix, found.layout, found.path) == (
+        parsed = parse_fim(tokenizer, ids)
+        assert (parsed.prefix + parsed.middle + parsed.suffix, parsed.layout, parsed.path) == (
             text[example.offset : example.offset + example.size],
             example.layout,
             "p.py",
         )
-        whole += found.prefix + found.middle + found.suffix
+        whole += parsed.prefix + parsed.middle + parsed.suffix
         learned = [token for token, yes in zip(ids, example.loss_T, strict=True) if yes]
         assert learned[-1] == tokenizer.control.file_separator and tokenizer.control.fim_middle not in learned
     assert whole == text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,17 +137,14 @@ def _is_near(text: str, start: int, end: int, rule: dict[str, Any]) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------- the step
+@dataclass(frozen=True)
 class Cleaner:
     """Applies the checks and replacements. `redacted` counts the replacements by kind."""
 
-    def __init__(
-        self,
-        limits: Quality | None = None,
-        unsafe: Unsafe | None = None,
-        tokenizer: Tokenizer | None = None,
-    ):
-        self.limits, self.unsafe, self.tokenizer = limits or Quality(), unsafe or Unsafe(), tokenizer
-        self.redacted: Counter[str] = Counter()
+    limits: Quality = field(default_factory=Quality)
+    unsafe: Unsafe = field(default_factory=Unsafe)
+    tokenizer: Tokenizer | None = None
+    redacted: Counter[str] = field(default_factory=Counter)
 
     def clean(self, document: Document) -> Document | Outcome:
         """The document, cleaned, with its imports; or the Outcome that says why it is dropped."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,36 +175,29 @@ class Benchmarks:
     """
 
     def __init__(self, files: Iterable[str | Path]):
-        grams, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-        self.names: list[str] = []
+        self.fields: list[tuple[str, int]] = []  # (name of the problem, number of n-grams)
+        self.fields_with: dict[int, list[int]] = defaultdict(list)  # n-gram -> indices into `fields`
         for file in sorted(Path(name) for name in files):
-            for name, field in _fields(file):
-                hashes = words(field)
+            for name, text in _fields(file):
+                hashes = words(text)
                 if len(hashes) >= BENCHMARK_NGRAM:
-                    grams.append(np.unique(ngrams(hashes, BENCHMARK_NGRAM)))
-                    owners.append(np.full(len(grams[-1]), len(self.names), np.int64))
-                    self.names.append(name)
-        flat = np.concatenate(grams)
-        order = np.argsort(flat, kind="stable")
-        self.grams, self.owners = flat[order], np.concatenate(owners)[order]
-        self.sizes = np.array(list(map(len, grams[1:])), np.int64)
+                    grams = set(ngrams(hashes, BENCHMARK_NGRAM).tolist())
+                    for gram in grams:
+                        self.fields_with[gram].append(len(self.fields))
+                    self.fields.append((name, len(grams)))
 
     def __call__(self, hashes: np.ndarray) -> str:
-        """The name of the first problem that a text, given as the hashes of its words, holds; "" for none."""
-        if not len(self.grams) or len(hashes) < BENCHMARK_NGRAM:
+        """The name of the first problem that a text contains, given the hashes of its words; "" for none."""
+        if not self.fields or len(hashes) < BENCHMARK_NGRAM:
             return ""
-        grams = np.unique(ngrams(hashes, BENCHMARK_NGRAM))
-        low, high = np.searchsorted(self.grams, grams, "left"), np.searchsorted(self.grams, grams, "right")
-        if not (high > low).any():
-            return ""
-        hits = np.concatenate([self.owners[a:b] for a, b in zip(low, high, strict=True) if b > a])
-        counts = np.bincount(hits, minlength=len(self.sizes))
-        held = np.flatnonzero(counts * 2 >= self.sizes)
-        return self.names[held[0]] if len(held) else ""
+        grams = self.fields_with.keys() & ngrams(hashes, BENCHMARK_NGRAM).tolist()
+        counts = Counter(field for gram in grams for field in self.fields_with[gram])
+        contained = [field for field, count in counts.items() if 2 * count >= self.fields[field][1]]
+        return self.fields[min(contained)][0] if contained else ""
 
 
 def _fields(file: Path) -> Iterator[tuple[str, str]]:
-    """(name of the problem, text) of each field of a benchmark file."""
+    """(name of the problem, text) of each string field in a benchmark file."""
     open_file: Any = gzip.open if file.suffix == ".gz" else open
     try:
         with open_file(file, "rt", encoding="utf-8") as lines:

@@ -54,7 +54,7 @@ class FimRecipe:
             raise ValueError(f"length must be at least 64 tokens, got {self.length}: CodeGemma reads 8192")
         if self.window and not 32 <= self.window[0] <= self.window[1] < self.length:
             raise ValueError(
-                f"window must be FEWEST:MOST tokens, from 32 to below the row's {self.length}, got "
+                f"window must be MIN:MAX tokens, from 32 to below the row's {self.length}, got "
                 f"{self.window[0]}:{self.window[1]}"
             )
         if self.stride < 1 or (self.suffix_limit is not None and self.suffix_limit < 1):

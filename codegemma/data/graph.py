@@ -118,8 +118,10 @@ def _first_places(count: int, candidates: Sequence[Edge]) -> list[int]:
     return [place[node] for node in range(count)]
 
 
-def linear(count: int, kept: Sequence[Edge]) -> list[int]:
-    """Files after what they import; of those that may be next, the nearest to the placed files, or the first.
+def linear(count: int, kept: Sequence[Edge]) -> list[list[int]]:
+    """The connected parts of the graph, in each a file after what it imports.
+
+    Of the files that may be next, the nearest to the placed files is taken, or the first of equally near.
 
     Distance is the number of edges in either direction. Instead of the report's all-pairs distances, only the
     distance to the set of placed files is kept: each placement lowers it by a breadth-first search.
@@ -135,13 +137,16 @@ def linear(count: int, kept: Sequence[Edge]) -> list[int]:
     distance = [count + 1] * count
     ready = [(count + 1, node) for node in range(count) if not missing[node]]
     heapq.heapify(ready)
-    placed, order = [False] * count, []
+    placed = [False] * count
+    parts: list[list[int]] = []
     while ready:
         far, node = heapq.heappop(ready)
         if placed[node] or far != distance[node]:
             continue
         placed[node] = True
-        order.append(node)
+        if far > count:  # nothing placed is connected with it
+            parts.append([])
+        parts[-1].append(node)
         for importer in importers[node]:
             missing[importer] -= 1
             if not missing[importer]:
@@ -149,7 +154,7 @@ def linear(count: int, kept: Sequence[Edge]) -> list[int]:
         for other in _lower_distances(node, near, distance):
             if not placed[other] and not missing[other]:
                 heapq.heappush(ready, (distance[other], other))
-    return order
+    return parts
 
 
 def _lower_distances(start: int, near: list[list[int]], distance: list[int]) -> list[int]:
@@ -163,25 +168,7 @@ def _lower_distances(start: int, near: list[list[int]], distance: list[int]) -> 
     return queue[1:]
 
 
-def components(count: int, kept: Sequence[Edge], order: Sequence[int]) -> list[list[int]]:
-    """The order split into connected parts of two or more files; `linear` keeps each part together."""
-    root = list(range(count))
-
-    def find(node: int) -> int:
-        while root[node] != node:
-            root[node] = root[root[node]]
-            node = root[node]
-        return node
-
-    for edge in kept:
-        root[find(edge.source)] = find(edge.target)
-    parts: dict[int, list[int]] = {}
-    for node in order:
-        parts.setdefault(find(node), []).append(node)
-    return [part for part in parts.values() if len(part) > 1]
-
-
 def order(repository: str, documents: Sequence[Document]) -> tuple[list[list[int]], list[Edge]]:
-    """(the connected parts of documents sorted by path, each in packed order; the edges kept)."""
+    """The connected parts of documents sorted by path, each in packed order; and the edges kept."""
     kept = acyclic(len(documents), edges(repository, documents))
-    return components(len(documents), kept, linear(len(documents), kept)), kept
+    return [part for part in linear(len(documents), kept) if len(part) > 1], kept

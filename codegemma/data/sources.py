@@ -13,7 +13,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,11 @@ from typing import Any, Literal
 from codegemma.data import licences
 from codegemma.data.archives import ArchiveBomb, FileEntry, ReadLimits, tar_entries, unsafe_path, zip_entries
 from codegemma.data.documents import FILE_RULES, Document, Outcome, decode, language_of
+from codegemma.data.gitignore import Rules, ignore_rules, is_ignored
 
 FORMS: dict[str, str] = FILE_RULES["forms"]
 VENDORED = frozenset(FILE_RULES["vendored"])
+ARCHIVE_ENDING = r"(\.tar)?\.(gz|tgz|bz2|xz|zip|whl|tar)$"
 UNREADABLE = (
     *(OSError, EOFError, ValueError, NotImplementedError, RuntimeError, KeyError, ArchiveBomb),
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
@@ -32,7 +34,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Source:
-    """One thing to read. Those that were redistributed (archives, Parquet) need a licence."""
+    """A folder or file to read. Those that were redistributed (archives, Parquet) need a licence."""
 
     path: Path
     form: Literal["folder", "tar", "zip", "parquet", "lines", "text"]
@@ -48,9 +50,9 @@ class Source:
 
 
 def expand(text: str) -> list[Source]:
-    """The sources that `[KIND=]PATH` names: the path itself, or each checkout and archive in that folder.
+    """The sources that `[KIND=]PATH` names: the path, or each checkout and archive in that folder.
 
-    Raises ValueError where nothing readable is there.
+    Raises ValueError where the path does not exist or is a file of another form.
     """
     kind, path_text = text.split("=", 1) if re.match(r"\w+=", text) else ("code", text)
     path = Path(path_text).expanduser().resolve()
@@ -92,23 +94,31 @@ def _form(path: Path, kind: str) -> Any:
 
 
 def read(source: Source, limits: ReadLimits | None = None) -> Iterator[Document | Outcome]:
-    """Every document of a source, and an Outcome for each input that is none.
+    """Every document of a source, and an Outcome for each input that does not become one.
 
-    Never raises for what is in the source: where the rest of it cannot be read, an Outcome says so.
+    Never raises because of the source's content: where the rest cannot be read, there is an Outcome.
     """
-    read_form = {"folder": _read_folder, "parquet": _read_parquet, "lines": _read_lines, "text": _read_text}
+    readers = {"parquet": _read_parquet, "lines": _read_lines, "text": _read_text}
     try:
-        yield from read_form.get(source.form, _read_archive)(source, limits or ReadLimits())
+        yield from readers.get(source.form, _read_repository)(source, limits or ReadLimits())
     except UNREADABLE as error:
         detail = str(error) if isinstance(error, ArchiveBomb) else type(error).__name__
         yield Outcome(source.name, "", "dropped", "unreadable", detail)
 
 
 # ---------------------------------------------------------------------------------------------- repositories
-def _read_repository(
-    template: Document, entries: Callable[[], Iterator[FileEntry]], limits: ReadLimits, form: str
-) -> Iterator[Document | Outcome]:
-    """The files of one repository as copies of `template`. The first pass reads the licences of folders."""
+def _read_repository(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
+    """The files of a checkout or an archive, in two passes: the first reads the licences of folders."""
+
+    def entries() -> Iterator[FileEntry]:
+        if is_folder:
+            return walk(source.path)
+        return (zip_entries if source.form == "zip" else tar_entries)(source.path, limits)
+
+    is_folder = source.form == "folder"
+    remote, commit = git_state(source.path) if is_folder else ("", "")
+    name = source.name if is_folder else re.sub(ARCHIVE_ENDING, "", source.name)
+    template = Document(remote or name, "", "", source=source.name, commit=commit, kind=source.kind)
     votes: dict[str, list[tuple[str, str]]] = {}
     top_folders: set[str] = set()
     for entry in entries():
@@ -117,11 +127,11 @@ def _read_repository(
             folder, vote = licences.of_file(entry.path, entry.load())
             if vote:
                 votes.setdefault(folder, []).append(vote)
-    # An archive often holds one folder, such as `thing-1.0`: paths and licences are counted from there.
-    is_wrapped = form != "folder" and len(top_folders) == 1 and "" not in top_folders
+    # An archive often holds one folder, such as `thing-1.0`: it is removed from paths.
+    is_wrapped = not is_folder and len(top_folders) == 1 and "" not in top_folders
     top = top_folders.pop() if is_wrapped else ""
     by_folder = {
-        folder.removeprefix(top).lstrip("/"): licences.join(given) for folder, given in votes.items()
+        folder.removeprefix(top).lstrip("/"): licences.join(stated) for folder, stated in votes.items()
     }
     for entry in entries():
         path = entry.path.removeprefix(f"{top}/") if top else entry.path
@@ -151,31 +161,14 @@ def _one_line(path: str) -> str:
     return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
 
 
-def _read_archive(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
-    name = re.sub(r"(\.tar)?\.(gz|tgz|bz2|xz|zip|whl|tar)$", "", source.name)
-    entries = zip_entries if source.form == "zip" else tar_entries
-    template = Document(name, "", "", source=source.name, kind=source.kind)
-    yield from _read_repository(template, lambda: entries(source.path, limits), limits, source.form)
-
-
-def _read_folder(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
-    remote, commit = git_state(source.path)
-    template = Document(remote or source.name, "", "", source=source.name, commit=commit, kind=source.kind)
-    yield from _read_repository(template, lambda: walk(source.path), limits, source.form)
-
-
-def walk(folder: Path, prefix: str = "", rules: Collection[tuple[str, Any]] = ()) -> Iterator[FileEntry]:
+def walk(folder: Path, prefix: str = "", rules: Collection[Rules] = ()) -> Iterator[FileEntry]:
     """The files of a checkout in the order of their paths; `reason` is set on those that must not be read.
 
-    Links are not followed, so nothing outside the folder is read. `prefix` (the folder's path in the
-    checkout) and `rules` (of the .gitignore files above it) are for the recursion.
+    Links are not followed, so nothing outside the folder is read. The recursion passes the folder's path in
+    the checkout as `prefix` and the rules of the ignore files above it as `rules`.
     """
-    from pathspec import GitIgnoreSpec
-
-    for name in (".gitignore", ".git/info/exclude"):
-        if (folder / name).is_file():
-            lines = (folder / name).read_text("utf-8", "replace").splitlines()
-            rules = [*rules, (prefix, GitIgnoreSpec.from_lines(lines))]
+    ignore_files = (folder / ".git/info/exclude", folder / ".gitignore")
+    rules = [*rules, *((prefix, ignore_rules(file)) for file in ignore_files)]
     try:
         items = sorted(os.scandir(folder), key=lambda item: item.name)
     except OSError:
@@ -186,24 +179,16 @@ def walk(folder: Path, prefix: str = "", rules: Collection[tuple[str, Any]] = ()
         if item.is_symlink():
             yield FileEntry(path, reason="symbolic link")
         elif item.is_dir(follow_symlinks=False):
-            reason = "vendored" if item.name in VENDORED else _ignored(path + "/", rules)
-            if not reason:
+            is_vendored = item.name in VENDORED
+            if not is_vendored and not is_ignored(path + "/", rules):
                 yield from walk(Path(item.path), path + "/", rules)
             elif item.name != ".git":
-                yield FileEntry(path + "/", reason=reason)
+                yield FileEntry(path + "/", reason="vendored" if is_vendored else "ignored by git")
         elif not item.is_file(follow_symlinks=False):
             yield FileEntry(path, reason="not a regular file")
         else:
-            size = item.stat().st_size
-            yield FileEntry(path, size, Path(item.path).read_bytes, _ignored(path, rules))
-
-
-def _ignored(path: str, rules: Collection[tuple[str, Any]]) -> str:
-    is_ignored = None
-    for folder, spec in rules:
-        answer = spec.check_file(path.removeprefix(folder)).include
-        is_ignored = is_ignored if answer is None else answer
-    return "ignored by git" if is_ignored else ""
+            reason = "ignored by git" if is_ignored(path, rules) else ""
+            yield FileEntry(path, item.stat().st_size, Path(item.path).read_bytes, reason)
 
 
 def git_state(root: Path) -> tuple[str, str]:
@@ -230,11 +215,11 @@ def git_state(root: Path) -> tuple[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------- tables
-def _columns(there: Collection[str]) -> dict[str, str]:
-    """The column of a table for each field of a document, where there is one."""
+def _columns(present: Collection[str]) -> dict[str, str]:
+    """The first of the table's columns that may hold each field of a document, where there is one."""
     columns = FILE_RULES["columns"].items()
-    matches = {field: [name for name in names if name in there] for field, names in columns}
-    return {field: names[0] for field, names in matches.items() if names}
+    first = {field: next((name for name in names if name in present), "") for field, names in columns}
+    return {field: name for field, name in first.items() if name}
 
 
 def _read_parquet(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
@@ -293,8 +278,8 @@ def _read_row(source: Source, row: dict[str, Any], number: int, limits: ReadLimi
     if reason := next((reason for reason, holds in reasons.items() if holds), "") or unsafe_path(path):
         return Outcome(repository, _one_line(path), "dropped", reason, size=len(text))
     language = language_of(path, text) if source.kind == "code" else "text"
-    given = row.get("licence") or []
-    names = [given] if isinstance(given, str) else [name for name in given if isinstance(name, str)]
+    value = row.get("licence") or []
+    names = [value] if isinstance(value, str) else [name for name in value if isinstance(name, str)]
     licence = " OR ".join(sorted(names)) or licences.of_text(text, path, {})
     commit = str(row.get("commit") or "")
     return Document(repository, path, text, language, licence, source.name, commit, encoding, source.kind)

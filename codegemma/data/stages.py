@@ -306,14 +306,12 @@ def _verdicts(path: Path) -> dict[int, tuple[str, str]]:
 
 def _unique_paths(documents: Iterable[Document], outcomes: list[Outcome]) -> list[Document]:
     """Documents sorted by path; of several at one path the first by its hash is kept."""
-    unique: list[Document] = []
+    unique: dict[str, Document] = {}
     for document in sorted(documents, key=lambda document: (document.path, document.digest)):
-        if unique and unique[-1].path == document.path:
+        if unique.setdefault(document.path, document) is not document:
             detail = "another version stands at this path of the repository"
             outcomes.append(document.outcome("dropped", "same path", detail))
-        else:
-            unique.append(document)
-    return unique
+    return list(unique.values())
 
 
 @dataclass(frozen=True)
