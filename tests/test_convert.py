@@ -165,7 +165,7 @@ def test_a_large_model_passes_through_little_memory(tmp_path):
 
 def test_an_interrupted_quantisation_resumes(tmp_path):
     source, target = _source(tmp_path, width=256, ffn_width=512), tmp_path / "q.gguf"
-    uninterrupted = convert(source, tmp_path / "whole.gguf", quantize_to="q4_k_m")
+    uninterrupted = convert(source, tmp_path / "uninterrupted.gguf", quantize_to="q4_k_m")
 
     def stop(done, total):
         if done > total / 2:
@@ -234,9 +234,11 @@ def test_a_merge_is_applied_to_the_opened_model(tmp_path):
 
 
 def test_progress_ends_near_the_total(tmp_path):
-    seen = []
-    convert(_source(tmp_path), tmp_path / "m.gguf", progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen) and seen[-1][0] > 0.9 * seen[-1][1]
+    reports = []
+    convert(
+        _source(tmp_path), tmp_path / "m.gguf", progress=lambda done, total: reports.append((done, total))
+    )
+    assert reports == sorted(reports) and reports[-1][0] > 0.9 * reports[-1][1]
 
 
 def test_written_files_stop_at_the_separator(tmp_path):

@@ -17,7 +17,7 @@ from codegemma.config import GEMMA2_2B, GEMMA3_270M, GEMMA_2B, ModelConfig
 
 @pytest.mark.parametrize("type", BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_what_it_wrote_as_the_gguf_package_does(tmp_path, kind, type):
+def test_files_are_read_as_by_the_gguf_package(tmp_path, kind, type):
     config = tiny_config(kind, width=256, ffn_width=512, heads=8, kv_heads=8 if kind == "gemma-mha" else 1)
     path = write_tiny_gguf(tmp_path / "m.gguf", config, type)
     checkpoint, tensors = open_checkpoint(path), tiny_tensors(config, type)
@@ -72,7 +72,7 @@ def test_a_config_survives_its_header_entries(config):
     assert gguf_model.config("f", gguf_model.config_metadata(config), config.vocab) == config
 
 
-def test_what_a_header_leaves_out_is_as_llama_cpp_takes_it():
+def test_missing_header_entries_have_llama_cpps_defaults():
     shape = {
         "block_count": 46,
         "embedding_length": 4608,
@@ -93,30 +93,36 @@ def test_what_a_header_leaves_out_is_as_llama_cpp_takes_it():
             1000,
         )
 
-    two = config("gemma2")  # the 27B of Gemma 2: its query scale goes by D / N, not by H
-    assert (two.window, two.global_every, two.attention_softcap, two.final_softcap) == (4096, 2, 50.0, 30.0)
-    assert (
-        two.query_scale == pytest.approx((4608 / 32) ** -0.5) and two.rope_base == two.rope_base_local == 1e4
+    gemma2 = config("gemma2")  # the 27B of Gemma 2: its query scale goes by D / N, not by H
+    assert (gemma2.window, gemma2.global_every, gemma2.attention_softcap, gemma2.final_softcap) == (
+        4096,
+        2,
+        50.0,
+        30.0,
     )
-    three = config(
+    assert (
+        gemma2.query_scale == pytest.approx((4608 / 32) ** -0.5)
+        and gemma2.rope_base == gemma2.rope_base_local == 1e4
+    )
+    gemma3 = config(
         "gemma3",
         rope__freq_base=1e6,
         rope__scaling__factor=8.0,
         rope__scaling__type="linear",
         attention__sliding_window=1024,
     )
-    assert (three.rope_base, three.rope_base_local, three.rope_scale, three.global_every) == (
+    assert (gemma3.rope_base, gemma3.rope_base_local, gemma3.rope_scale, gemma3.global_every) == (
         1e6,
         1e4,
         8.0,
         6,
     )
-    assert three.query_scale == pytest.approx(128**-0.5) and three.attention_softcap is None
+    assert gemma3.query_scale == pytest.approx(128**-0.5) and gemma3.attention_softcap is None
     assert config("gemma3").window is None and config("gemma3").global_every == 1
     assert config("gemma").rope_base == 1e4
 
 
-def test_the_vocabulary_waits_until_it_is_needed(tmp_path):
+def test_the_vocabulary_is_decoded_when_it_is_first_used(tmp_path):
     path = tmp_path / "m.gguf"
     pieces = [f"piece{number}é" for number in range(262_144)]
     gguf.write(path, {"pieces": pieces}, {})
@@ -134,7 +140,7 @@ def test_the_tokenizer_comes_from_the_header(tmp_path):
     assert open_checkpoint(write_tiny_gguf(tmp_path / "n.gguf", config, tokenizer=False)).tokenizer is None
 
 
-def test_writing_streams_and_leaves_no_half_file(tmp_path):
+def test_writing_streams_and_leaves_no_incomplete_file(tmp_path):
     path, order = tmp_path / "m.gguf", []
 
     def lazy(name):
@@ -200,7 +206,7 @@ FAULTS = {
         {"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQ", 8, 2**40))},
         "k claims .* strings",
     ),
-    "lying strings": (
+    "wrong lengths of strings": (
         {"entries": 1, "metadata": _entry(b"k", 9, struct.pack("<IQQ", 8, 9, 2**63))},
         "array k of 9 strings",
     ),
@@ -233,7 +239,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_lie_in_the_header_is_named(tmp_path, fault):
+def test_a_fault_in_the_header_is_named(tmp_path, fault):
     parts, message = FAULTS[fault]
     with pytest.raises(ValueError, match=message) as caught:
         gguf.read(_file(tmp_path, **parts))

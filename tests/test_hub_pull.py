@@ -102,7 +102,7 @@ def test_an_interrupted_download_is_continued(server, tmp_path):
 
 def test_a_file_that_changed_meanwhile_is_downloaded_again(server, tmp_path):
     server.script = [{"cut": 1_000_000}] + [{"cut": 10}] * 4
-    with pytest.raises(ValueError, match="was cut 5 times.*the part that came is kept"):
+    with pytest.raises(ValueError, match="was cut 5 times.*the received part is kept"):
         hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf")
     server.body, server.etag = BODY[::-1], '"second"'
     assert hub_pull.fetch(f"{server.url}/m.gguf", tmp_path / "m.gguf").read_bytes() == BODY[::-1]

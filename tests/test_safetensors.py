@@ -17,7 +17,7 @@ from codegemma.config import GEMMA2_2B, GEMMA3_270M, GEMMA_2B
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_what_it_wrote(tmp_path, kind, type, shards):
+def test_reading_returns_what_was_written(tmp_path, kind, type, shards):
     config = tiny_config(kind)
     checkpoint = open_checkpoint(write_tiny_hf(tmp_path, config, type, shards=shards))
     tensors = tiny_tensors(config, type)
@@ -35,7 +35,7 @@ def test_reads_what_it_wrote(tmp_path, kind, type, shards):
             assert not read.data.flags.owndata
 
 
-def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path):
+def test_the_safetensors_library_and_ours_read_each_others_files(tmp_path):
     stored = table.to_format("hf", config := tiny_config("gemma2"), tiny_tensors(config))
     safetensors.write(tmp_path / "ours.safetensors", stored)
     with safe_open(tmp_path / "ours.safetensors", "np") as file:
@@ -49,7 +49,7 @@ def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path):
         np.testing.assert_array_equal(tensor.float32(), arrays[name])
 
 
-def test_the_same_weights_mean_the_same_from_gguf_and_from_hugging_face(tmp_path):
+def test_the_same_weights_from_gguf_and_from_hugging_face_are_equal(tmp_path):
     config = tiny_config("gemma3")
     from_gguf = open_checkpoint(write_tiny_gguf(tmp_path / "m.gguf", config, "BF16"))
     from_hf = open_checkpoint(write_tiny_hf(tmp_path / "hf", config, "BF16"))
@@ -255,7 +255,7 @@ def test_the_vocabulary_has_the_embeddings_rows(tmp_path):
                 open_checkpoint(tmp_path)
 
 
-def test_a_header_of_odd_length_still_gives_straight_numbers(tmp_path):
+def test_a_header_of_odd_length_gives_aligned_tensors(tmp_path):
     raw = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     raw += b" " * (3 - len(raw) % 4)
     (tmp_path / "odd").write_bytes(len(raw).to_bytes(8, "little") + raw + np.array([1, 2], "<f4").tobytes())
@@ -287,7 +287,7 @@ def _info(dtype="F32", shape=(2,), offsets=(0, 8)):
         (b"\xff", "not valid JSON"),
     ],
 )
-def test_a_lie_in_the_header_is_named(tmp_path, header, message):
+def test_a_fault_in_the_header_is_named(tmp_path, header, message):
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     (tmp_path / "bad.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(64))
     with pytest.raises(ValueError, match=rf"bad\.safetensors.*{message}"):
@@ -295,7 +295,7 @@ def test_a_lie_in_the_header_is_named(tmp_path, header, message):
 
 
 @pytest.mark.parametrize("size", [2**63, 2**24 + 1, 1000])
-def test_a_lying_header_length_is_refused(tmp_path, size):
+def test_a_wrong_header_length_is_refused(tmp_path, size):
     (tmp_path / "bad").write_bytes(size.to_bytes(8, "little") + b"{}")
     with pytest.raises(ValueError, match="header of .* bytes must fit the file"):
         safetensors.read(tmp_path / "bad")
@@ -304,10 +304,10 @@ def test_a_lying_header_length_is_refused(tmp_path, size):
 def test_faults_of_the_directory_are_named(tmp_path):
     write_tiny_hf(tmp_path, tiny_config("gemma2"), shards=2)
     shard, index = tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model.safetensors.index.json"
-    kept = shard.rename(tmp_path / "away")
+    moved = shard.rename(tmp_path / "away")
     with pytest.raises(ValueError, match="lacks model-00001-of-00002.safetensors, which its index names"):
         open_checkpoint(tmp_path)
-    kept.rename(shard)
+    moved.rename(shard)
     index_text = index.read_text()
     index.write_text(index_text.replace("model-00001", "../model-00001", 1))
     with pytest.raises(ValueError, match="weight_map must give a file of the same directory"):

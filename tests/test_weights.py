@@ -92,19 +92,19 @@ def _stored(kind="gemma2", format="gguf"):
 
 def test_a_missing_or_extra_tensor_is_named():
     config, stored = _stored()
-    taken = stored.pop("blk.1.attn_k.weight")
+    removed = stored.pop("blk.1.attn_k.weight")
     with pytest.raises(ValueError, match=r"model\.gguf: lacks 1 tensors \(blk\.1\.attn_k\.weight\)"):
         table.from_format("gguf", FILE, config, stored)
     with pytest.raises(ValueError, match=r"also holds 1 tensors \(blk\.9\.attn_k\.weight\)"):
         table.from_format(
-            "gguf", FILE, config, stored | {"blk.1.attn_k.weight": taken, "blk.9.attn_k.weight": taken}
+            "gguf", FILE, config, stored | {"blk.1.attn_k.weight": removed, "blk.9.attn_k.weight": removed}
         )
 
 
-def test_a_transposed_tensor_is_refused_and_not_turned_round():
+def test_a_transposed_tensor_is_refused():
     config, stored = _stored()
-    turned = stored["blk.0.ffn_up.weight"]
-    stored["blk.0.ffn_up.weight"] = ArrayTensor.view(turned.type, turned.shape[::-1], turned.data.reshape(-1))
+    tensor = stored["blk.0.ffn_up.weight"]
+    stored["blk.0.ffn_up.weight"] = ArrayTensor.view(tensor.type, tensor.shape[::-1], tensor.data.reshape(-1))
     with pytest.raises(
         ValueError, match=r"blk\.0\.ffn_up\.weight has shape \[96, 160\].*makes it \[160, 96\]"
     ):
@@ -125,7 +125,7 @@ def test_a_second_copy_of_the_embedding_is_dropped_but_another_output_layer_refu
         table.from_format(format, FILE, config, stored | {head: replace(stored[embed], data=other)})
 
 
-def test_what_follows_from_the_config_is_ignored():
+def test_stored_tensors_that_follow_from_the_config_are_ignored():
     config, stored = _stored("gemma-mha", "hf")
     stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = ArrayTensor.of(np.ones(16))
     assert len(table.from_format("hf", FILE, config, stored)) == len(stored) - 1

@@ -195,8 +195,8 @@ def _info(header: _Header, name: str) -> tuple[str, tuple[int, ...], int]:
     if not possible_shape(shape):
         raise header.fault(f"tensor {name} has the impossible shape {list(shape)}")
     if code not in TYPES:
-        known = code < len(GGML_TYPES) and GGML_TYPES[code] != "-"
-        type = GGML_TYPES[code] if known else f"of the unknown type {code}"
+        has_name = code < len(GGML_TYPES) and GGML_TYPES[code] != "-"
+        type = GGML_TYPES[code] if has_name else f"of the unknown type {code}"
         remedy = "use a Q4_K_M, Q5_K_M, Q6_K, Q8_0, Q4_0, BF16 or F16 file"
         raise header.fault(f"tensor {name} is {type}, which this program does not compute with", remedy)
     with refusing(f"{header.path}: tensor {name} has an impossible row", ValueError):

@@ -42,9 +42,8 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     width = values["head_width"]
     for key in ("attention.value_length", "rope.dimension_count"):
         if str(value := entries.get(key, width)) != str(width):
-            raise damaged(
-                f"{path}: {architecture}.{key} must equal attention.key_length ({width}), got {value}"
-            )
+            rule = f"must equal attention.key_length ({width}), got {value}"
+            raise damaged(f"{path}: {architecture}.{key} {rule}")
     if (kind := str(entries.get("rope.scaling.type", "linear"))) not in ("linear", "none"):
         rule = f"must be linear or none, got {kind!r}: choose a Gemma file"
         raise ValueError(f"{path}: {architecture}.rope.scaling.type {rule}")
@@ -131,9 +130,7 @@ def load(path: Path) -> Checkpoint:
     metadata, stored = gguf.read(path)
     embedding = table.stored_name("gguf", "embed")
     if str(metadata.get("split.count", 1)) not in ("0", "1"):
-        raise ValueError(
-            f"{path}: is one part of a split model: join its files with llama-gguf-split --merge"
-        )
+        raise ValueError(f"{path}: is part of a split model: join the parts by llama-gguf-split --merge")
     vocab = stored[embedding].shape[0] if embedding in stored else 1
     model = config(path, metadata, vocab)
     tensors = table.from_format("gguf", path, model, stored)
@@ -141,9 +138,8 @@ def load(path: Path) -> Checkpoint:
     if pieces is None:
         return Checkpoint(path, model, tensors, metadata)
     if not isinstance(pieces, gguf.Strings) or len(pieces) > vocab:
-        raise damaged(
-            f"{path}: tokenizer.ggml.tokens must be at most {vocab:,} strings (rows of {embedding})"
-        )
+        rule = f"must be at most {vocab:,} strings, one for each row of {embedding}"
+        raise damaged(f"{path}: tokenizer.ggml.tokens {rule}")
     return Checkpoint(path, model, tensors, metadata, lambda: tokenizer(path, metadata))
 
 

@@ -35,7 +35,7 @@ FLAX_ROWS = {256_000: 256_128}  # the embedding's rows in DeepMind's checkpoints
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The directory of a checkpoint: `path`, or one below it ("2b-pt", "0/items"). None where none is one."""
+    """The directory of a checkpoint: `path`, or one below it ("2b-pt", "0/items"); else None."""
     for directory in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))):
         marked = any((directory / name).exists() for name in ("manifest.ocdbt", "_METADATA"))
         if marked or next(directory.glob("*/.zarray"), None):

@@ -172,7 +172,7 @@ def stored_tensors(config: ModelConfig, format: Format) -> list[StoredTensor]:
     table = format_table(format)
     if table.get("only_gemma_1") and config.architecture != "gemma":
         others = "choose safetensors, gguf, orbax, keras or gemma_pytorch"
-        raise ValueError(f"{format} is known here for Gemma 1 alone, not for {config.architecture}: {others}")
+        raise ValueError(f"{format} is supported for Gemma 1 alone, not for {config.architecture}: {others}")
     size = {letter: getattr(config, field) for letter, field in AXES.items()}
     size |= {"G": config.heads // config.kv_heads, "1": 1}
     templates = [

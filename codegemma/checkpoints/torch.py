@@ -69,7 +69,7 @@ _TORCH_NAMES = {*STORAGES, *OTHER_STORAGES, *DTYPES.values(), "uint8", "int64", 
 _SETS_AND_OBJECTS = pickle.EMPTY_SET + pickle.FROZENSET + pickle.ADDITEMS + pickle.INST + pickle.OBJ
 _REFUSED_OPCODES = _SETS_AND_OBJECTS + pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.NEXT_BUFFER
 
-_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one in Python: it can be narrowed
+_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one in Python can be restricted
 
 
 class _Reader(_Unpickler):  # type: ignore[misc]
@@ -86,15 +86,15 @@ class _Reader(_Unpickler):  # type: ignore[misc]
             return name
         if name in _RECORDS.get(module, ()):
             return Record
-        known = {
+        values = {
             ("collections", "OrderedDict"): _Dict,
             ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
         }
-        if (module, name) not in known:
+        if (module, name) not in values:
             rule = "which no checkpoint needs: it may be an attack"
             raise pickle.UnpicklingError(f"it names {module}.{name}, {rule}")
-        return known[module, name]
+        return values[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:

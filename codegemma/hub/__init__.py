@@ -66,11 +66,11 @@ def preset_in(name: str, config: ModelConfig) -> Preset | None:
     """The preset whose name is part of a file name or title ("CodeGemma 1.1 2B.Q4_0"), if its sizes agree."""
     text = re.sub(r"[\s_]+", "-", name.lower())
     sizes = (config.layers, config.width, config.vocab)
-    for known in sorted(PRESETS.values(), key=lambda preset: -len(preset.name)):
-        base = re.escape(known.hub.removeprefix("google/"))
-        same_sizes = sizes == (known.config.layers, known.config.width, known.config.vocab)
+    for model in sorted(PRESETS.values(), key=lambda preset: -len(preset.name)):
+        base = re.escape(model.hub.removeprefix("google/"))
+        same_sizes = sizes == (model.config.layers, model.config.width, model.config.vocab)
         if same_sizes and re.search(rf"(?<![\w.]){base}(?!-it\b|[\w.]*\d-)", text):
-            return known
+            return model
     return None
 
 
@@ -81,8 +81,8 @@ def resolve(name_or_path: str | Path = DEFAULT) -> Path:
     the Hugging Face cache. Raises ValueError saying how to get a model that is not on this machine.
     """
     name = os.fspath(name_or_path)
-    known = preset(name)
-    if known is None:
+    model = preset(name)
+    if model is None:
         path = Path(name).expanduser()
         if path.exists():
             return path
@@ -90,35 +90,33 @@ def resolve(name_or_path: str | Path = DEFAULT) -> Path:
             return snapshot
         rule = f"no file, no directory, no repository in {hub_cache_dir()}, and none of {', '.join(PRESETS)}"
         raise ValueError(f"no model {name!r}: {rule}: check the path, or see `codegemma models`")
-    if on_disk := _on_disk(known):
+    if on_disk := _on_disk(model):
         return on_disk
-    if known.name == DEFAULT:
+    if model.name == DEFAULT:
         return assemble(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
-    remedy = (
-        f"accept the Gemma terms at https://huggingface.co/{known.hub} and run `codegemma pull {known.name}`"
-    )
-    raise ValueError(f"{known.title} is not on this machine: {remedy}; or pass a .gguf or directory with -m")
+    remedy = f"accept the terms at https://huggingface.co/{model.hub} and run `codegemma pull {model.name}`"
+    raise ValueError(f"{model.title} is not on this machine: {remedy}; or pass a .gguf or directory with -m")
 
 
 def models() -> list[ModelInfo]:
     """All presets, and where their models are; assembles and downloads nothing."""
     infos = []
-    for known in PRESETS.values():
-        path, packaged = _on_disk(known), known.name == DEFAULT and bool(_part_files(DEFAULT_FILE))
+    for model in PRESETS.values():
+        path, packaged = _on_disk(model), model.name == DEFAULT and bool(_part_files(DEFAULT_FILE))
         size = DEFAULT_FILE.size if packaged else None
         if path:
             files = [path] if path.is_file() else path.glob("*.safetensors")
             size = sum(file.stat().st_size for file in files)
-        infos.append(ModelInfo(known, path, size, packaged))
+        infos.append(ModelInfo(model, path, size, packaged))
     return infos
 
 
-def _on_disk(known: Preset) -> Path | None:
-    directory = cache_dir() / "models" / known.name
+def _on_disk(model: Preset) -> Path | None:
+    directory = cache_dir() / "models" / model.name
     file = directory / DEFAULT_FILE.name
-    if known.name == DEFAULT and (file.exists() or _part_files(DEFAULT_FILE)):
+    if model.name == DEFAULT and (file.exists() or _part_files(DEFAULT_FILE)):
         return file if _verified(file) else None
-    return _model_in(directory) or _in_hub_cache(known.hub) or _in_hub_cache(f"{known.hub}-GGUF")
+    return _model_in(directory) or _in_hub_cache(model.hub) or _in_hub_cache(f"{model.hub}-GGUF")
 
 
 def _model_in(directory: Path) -> Path | None:

@@ -40,8 +40,7 @@ BLOCK = 1 << 20  # bytes copied at once
 REMEDIES = {
     401: "a token is needed: NGC_API_KEY for NGC",
     403: "accept the model's terms on its page with your account, then pass its token",
-    404: "check the address",
-    410: "check the address",
+    **dict.fromkeys((404, 410), "check the address"),
 }
 PACK_MANIFEST = "codegemma-pack.json"
 
@@ -74,17 +73,17 @@ def pull(
     """
     if source not in get_args(DownloadSource):
         raise ValueError(f"no source {source!r}: choose {', '.join(get_args(DownloadSource))}")
-    known = hub.preset(name)
-    if known is None and source in ("kaggle", "ngc"):
+    model = hub.preset(name)
+    if model is None and source in ("kaggle", "ngc"):
         raise ValueError(f"no model {name!r} on {source}: choose {', '.join(PRESETS)}")
     accept_terms(ask)
     try:
         if source == "hf":
-            return _from_hugging_face(known.hub if known else name)
+            return _from_hugging_face(model.hub if model else name)
         if source == "kaggle":
-            return _from_kaggle(known)
+            return _from_kaggle(model)
         if source == "ngc":
-            return _from_ngc(known, progress)
+            return _from_ngc(model, progress)
         if source == "path":
             return _from_path(Path(name))
         file_name = re.sub(r"[^\w.-]", "_", name.rpartition("/")[2].split("?")[0])
@@ -116,9 +115,7 @@ def _from_hugging_face(repository: str) -> Path:
         blob = file.resolve()  # the Hub's cache names large files by their SHA-256
         if blob.is_file() and re.fullmatch(r"[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
             blob.unlink()
-            raise ValueError(
-                f"{blob}: is not what the Hub states (wrong SHA-256), and was removed: pull again"
-            )
+            raise ValueError(f"{blob}: wrong SHA-256, not that of the Hub; it was removed: pull again")
     return path
 
 
@@ -139,30 +136,30 @@ def _hub_refusal(repository: str, page: str, error: Exception) -> ValueError:
     return ValueError(f"{repository}: the Hub answered {answer.status_code}: {remedy}")
 
 
-def _from_kaggle(known: Preset | None) -> Path:
+def _from_kaggle(model: Preset | None) -> Path:
     library = require("kagglehub", "Downloads from Kaggle", "hub")
-    if known is None or known.kaggle is None:
-        raise ValueError(f"{known.title if known else 'this model'} is not on Kaggle: use --source hf")
+    if model is None or model.kaggle is None:
+        raise ValueError(f"{model.title if model else 'this model'} is not on Kaggle: use --source hf")
     try:
-        return Path(library.model_download(f"google/codegemma/flax/{known.kaggle}"))
+        return Path(library.model_download(f"google/codegemma/flax/{model.kaggle}"))
     except Exception as error:  # noqa: BLE001  the library raises many kinds
         remedy = "accept the terms at https://www.kaggle.com/models/google/codegemma, and pass"
         remedy += " KAGGLE_USERNAME and KAGGLE_KEY, or ~/.kaggle/kaggle.json"
-        raise ValueError(f"Kaggle refused {known.title} ({_one_line(error)}): {remedy}") from None
+        raise ValueError(f"Kaggle refused {model.title} ({_one_line(error)}): {remedy}") from None
 
 
-def _from_ngc(known: Preset | None, progress: Progress | None) -> Path:
-    if known is None or known.name not in NGC:
+def _from_ngc(model: Preset | None, progress: Progress | None) -> Path:
+    if model is None or model.name not in NGC:
         raise ValueError(f"NGC has {', '.join(NGC)} alone: use --source hf")
     base = os.environ.get("CODEGEMMA_NGC", "https://api.ngc.nvidia.com/v2/models/nvidia/nemo")
-    url, token = f"{base}/{NGC[known.name]}/versions/1.0/files", os.environ.get("NGC_API_KEY")
-    folder = cache_dir() / "models" / known.name
+    url, token = f"{base}/{NGC[model.name]}/versions/1.0/files", os.environ.get("NGC_API_KEY")
+    folder = cache_dir() / "models" / model.name
     with tempfile.TemporaryDirectory() as temporary:
         listing = json.loads(fetch(url, Path(temporary, "files.json"), token=token).read_bytes())
     names = [str(file.get("path", "")) for file in listing.get("modelFiles", [])]
     names = [name for name in names if name.endswith(".nemo")]
     if not names or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
-        raise ValueError(f"NGC lists no .nemo file for {known.title}: use --source hf")
+        raise ValueError(f"NGC lists no .nemo file for {model.title}: use --source hf")
     return [fetch(f"{url}/{name}", folder / name, token=token, progress=progress) for name in names][0]
 
 
@@ -181,7 +178,7 @@ def _from_path(path: Path) -> Path:
 
 # -------------------------------------------------------------------------------- downloads
 class _Interrupted(Exception):
-    """An attempt failed, but another may succeed. Arguments: the fault, and what to say if all fail."""
+    """An attempt failed, but another may succeed. Arguments: the fault, and the remedy if all fail."""
 
 
 def fetch(
@@ -195,8 +192,8 @@ def fetch(
     """Downloads a file, which appears only when it is complete and checked.
 
     An interrupted download is continued where the server says, by its ETag, that the file is still the same.
-    The token goes to the host of the URL alone, not to where it redirects. Raises ValueError where the server
-    refuses, the connection is cut too often, the disk is full or the hash is wrong.
+    The token goes to the host of the URL alone, not to one that it redirects to. Raises ValueError where the
+    server refuses, the connection is cut too often, the disk is full or the hash is wrong.
     """
     if not re.match(r"https?://", url):
         raise ValueError(f"{url}: only http and https addresses can be pulled")
@@ -270,7 +267,7 @@ def _check_status(url: str, answer: Any) -> None:
 
 
 def _cut(reason: str) -> _Interrupted:
-    remedy = "check the network and pull again; the part that came is kept"
+    remedy = "check the network and pull again; the received part is kept"
     return _Interrupted("the connection was cut", f" ({reason}): {remedy}")
 
 
@@ -291,9 +288,9 @@ def pack(path: Path, target: Path, name: str = "") -> Path:
     """
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     root = path.parent if path.is_file() else path
-    known = hub.preset(name)
+    model = hub.preset(name)
     manifest = {
-        "name": known.name if known else re.sub(r"[^\w.-]", "-", path.stem),
+        "name": model.name if model else re.sub(r"[^\w.-]", "-", path.stem),
         "files": {str(file.relative_to(root)): _sha256(file) for file in files},
     }
     with atomic_write(target) as out, tarfile.open(fileobj=out, mode="w") as archive:
