@@ -1,4 +1,4 @@
-"""A real server on loopback: in a thread with a model of this process, or in a process of its own."""
+"""Starts a real server on loopback, in a thread of this process or in another process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Served:
-    """`client` talks to it; `service` is its own object, to be looked at only."""
+    """A server in a thread. `client` sends requests to it; `service` is its CompletionService, to look at."""
 
     def __init__(self, url: str, application) -> None:
         self.url, self.app = url, application

@@ -76,7 +76,7 @@ def good(answer):
 # Every dialect's answers are the model's.
 
 
-def test_every_dialect_fills_a_hole_as_the_model_does(server, model):
+def test_every_dialect_fills_in_the_middle_as_the_model_does(server, model):
     expected = model.complete(**HOLE, max_tokens=12).text
     assert expected
     ids = {"temperature": 0}
@@ -236,7 +236,7 @@ def test_token_ids_text_and_raw_prompts(server, model):
         **body,
         "prompt": marked,
         "suffix": "<|file_separator|>",
-    }  # a hole's text is text, whatever it spells
+    }  # with a suffix, control tokens in the text are plain text
     plain = model.complete(marked, "<|file_separator|>", max_tokens=7)
     answer = good(server.post("/v1/completions", json=suffixed))
     assert (
@@ -292,7 +292,7 @@ def test_what_llama_vim_needs(server):
     raw = server.post("/infill", json=body)
     assert re.match(r"^\s*{", raw.text) and re.search(
         r'"content"\s*:"', raw.text
-    )  # else it drops the reply in silence
+    )  # else llama.vim drops the reply without a message
     assert set(raw.json()) == {
         "content",
         "timings/prompt_n",
@@ -397,7 +397,7 @@ def test_choices_seeds_and_the_best_of_several(server, model):
     assert streamed == [choice["text"] for choice in first]
 
 
-def test_stop_texts_and_the_reason_of_the_end(server, model):
+def test_stop_texts_and_finish_reasons(server, model):
     full_text = model.generate("def f", max_tokens=12, sampling=Sampling(1.5, seed=5)).text
     stop = full_text[8:10]
     drawn = {"prompt": "def f", "max_tokens": 12, "temperature": 1.5, "seed": 5}
@@ -419,7 +419,7 @@ def test_stop_texts_and_the_reason_of_the_end(server, model):
     assert answer["choices"][0]["stop_reason"] == token and answer["usage"]["completion_tokens"] <= 3
 
 
-def test_tokens_templates_and_descriptions(server, model):
+def test_tokens_templates_and_server_descriptions(server, model):
     text = "def f(): <bos>"
     assert good(server.post("/tokenize", json={"content": text}))["tokens"] == model.tokenizer.encode(
         text, control=True
@@ -466,7 +466,7 @@ def test_tokens_templates_and_descriptions(server, model):
     assert "/v1/fim/completions" in good(server.get("/openapi.json"))["paths"]
 
 
-def test_events_of_tabby_become_local_figures(server, monkeypatch, tmp_path):
+def test_events_of_tabby_become_local_statistics(server, monkeypatch, tmp_path):
     from codegemma.serve import stats
 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -582,7 +582,7 @@ def test_tabbys_errors_are_plain_text(server):
 
 
 def test_values_that_switch_a_field_off(server, model):
-    """Values that switch a field off, by each protocol's own rules."""
+    """0, null and empty values mean what the protocol says of them."""
     expected = model.complete(**HOLE, max_tokens=6).text
     infill = {**INFILL, "n_predict": 6}
     for off in (
@@ -690,12 +690,12 @@ def test_adapters_by_field_by_model_name_and_lora(path):
         assert text["content"] == loaded.generate("def f", max_tokens=5, adapter="ours").text
 
 
-# Scheduling: who runs, who waits, who is cancelled.
+# The scheduler: fairness, cancellation, deadlines, faults.
 
 
-def test_neighbours_change_no_answer(server, model):
+def test_requests_do_not_change_each_others_answers(server, model):
     rng = np.random.default_rng(0)
-    asks = [
+    bodies = [
         {
             "prompt": [[2, *rng.integers(110, 515, int(size)).tolist()]],
             "max_tokens": 10,
@@ -705,15 +705,16 @@ def test_neighbours_change_no_answer(server, model):
         for i, size in enumerate(rng.integers(1, 300, 8))
     ]
     alone = [
-        model.generate(ask["prompt"][0], max_tokens=10, sampling=Sampling(0.7, seed=ask["seed"])).text
-        for ask in asks
+        model.generate(body["prompt"][0], max_tokens=10, sampling=Sampling(0.7, seed=body["seed"])).text
+        for body in bodies
     ]
     for together in (1, 2, 3, 8):
         order = rng.permutation(8)
         with ThreadPoolExecutor(together) as pool:
             answers = list(
                 pool.map(
-                    lambda i: good(server.post("/v1/completions", json=asks[i]))["choices"][0]["text"], order
+                    lambda i: good(server.post("/v1/completions", json=bodies[i]))["choices"][0]["text"],
+                    order,
                 )
             )
         assert answers == [alone[i] for i in order]
@@ -746,7 +747,7 @@ class BlockedBackend:
 
 @pytest.fixture
 def blocked(path):
-    """A server whose engine is blocked, and that engine."""
+    """A server whose engine is blocked, and the engine's BlockedBackend."""
     loaded = load(path, threads=1)
     loaded.engine.backend = BlockedBackend(loaded.engine.backend)
     loaded.engine.prefill_rate = 100.0  # a prompt of 500 tokens should take 5 s
@@ -756,14 +757,14 @@ def blocked(path):
         loaded.engine.backend.released.set()
 
 
-def until(condition, seconds=60):
+def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
-def sent(server, path, body, headers=""):
+def send(server, path, body, headers=""):
     """Sends a request on a new socket; its answer is not read."""
     data = json.dumps(body).encode()
     connection = socket.create_connection(server.address)
@@ -778,10 +779,10 @@ def test_a_disconnect_cancels_a_prompt_half_way(blocked):
     server, engine = blocked
     bodies = [{"prompt": [2] * 500} | more for more in ({}, {"stream": True}, {"echo": True, "logprobs": 1})]
     for body in bodies:
-        connection = sent(server, "/v1/completions", body)
+        connection = send(server, "/v1/completions", body)
         assert engine.entered.acquire(timeout=60)
         connection.close()
-        until(lambda: server.service.metrics.running == 0)
+        wait_until(lambda: server.service.metrics.running == 0)
     assert engine.cancelled_runs == 3 and server.service.metrics.counts["cancelled"] == 3
 
 
@@ -789,17 +790,17 @@ def test_the_newest_completion_of_an_editor_cancels_its_older_ones(blocked):
     server, engine = blocked
     fill = {"input_prefix": "x" * 2000, "input_suffix": "", "session": "vim"}
     with ThreadPoolExecutor(2) as pool:
-        other = sent(server, "/infill", fill | {"session": "emacs"})
+        other = send(server, "/infill", fill | {"session": "emacs"})
         assert engine.entered.acquire(timeout=60)
         first = pool.submit(server.post, "/infill", json=fill)
-        until(lambda: len(server.service._jobs) == 2)
+        wait_until(lambda: len(server.service._jobs) == 2)
         second = pool.submit(
             server.post,
             "/infill",
             json={k: v for k, v in fill.items() if k != "session"},
             headers={"X-Session-Id": "vim"},
         )
-        until(lambda: any(job.cancelled.is_set() for job in server.service._jobs.values()))
+        wait_until(lambda: any(job.cancelled.is_set() for job in server.service._jobs.values()))
         engine.released.set()
         old = good(first.result(60))
         assert (old["timings"]["stop"], old["content"]) == ("cancelled", "")
@@ -810,10 +811,10 @@ def test_the_newest_completion_of_an_editor_cancels_its_older_ones(blocked):
 def test_too_many_requests_get_429_and_retry_after(blocked):
     server, engine = blocked
     small = {"prompt": [2, 3], "max_tokens": 1}
-    waiting = [sent(server, "/v1/completions", small)]
+    waiting = [send(server, "/v1/completions", small)]
     assert engine.entered.acquire(timeout=60)
-    waiting += [sent(server, "/v1/completions", small) for _ in range(4)]
-    until(lambda: len(server.service._waiting) == 4)
+    waiting += [send(server, "/v1/completions", small) for _ in range(4)]
+    wait_until(lambda: len(server.service._waiting) == 4)
     for path in ("/v1/completions", "/api/generate"):
         refused = server.post(path, json={"prompt": "x", "model": "m"})
         assert (
@@ -826,12 +827,12 @@ def test_too_many_requests_get_429_and_retry_after(blocked):
         assert b" 200 OK" in connection.recv(100)
         connection.close()
     assert server.service.metrics.counts["rejected"] == 2
-    until(lambda: good(server.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})))
+    wait_until(lambda: good(server.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})))
 
 
 def test_a_long_prompt_delays_other_requests_by_little(blocked):
     server, engine = blocked
-    backend = server.service
+    service = server.service
     engine.released.set()
     with server.client.stream(
         "POST",
@@ -848,8 +849,8 @@ def test_a_long_prompt_delays_other_requests_by_little(blocked):
         lines = typing.iter_lines()
         next(lines)
         engine.sizes.clear()
-        backend.engine.prefill_rate = 300.0
-        backend.engine.update_prefill_rate = lambda tokens, seconds: None
+        service.engine.prefill_rate = 300.0
+        service.engine.update_prefill_rate = lambda tokens, seconds: None
         long = [2, *np.random.default_rng(0).integers(110, 515, 700).tolist()]
         assert (
             good(server.post("/v1/completions", json={"prompt": [long], "max_tokens": 1}))["usage"][
@@ -883,9 +884,9 @@ def test_the_client_with_the_least_work_goes_first(blocked):
         jobs = [pool.submit(post, "greedy", 600)]
         assert engine.entered.acquire(timeout=60)
         jobs += [pool.submit(post, "greedy", 600) for _ in range(2)]
-        until(lambda: len(server.service._jobs) + len(server.service._waiting) == 3)
+        wait_until(lambda: len(server.service._jobs) + len(server.service._waiting) == 3)
         jobs.append(pool.submit(post, "modest", 20))
-        until(lambda: len(server.service._jobs) + len(server.service._waiting) == 4)
+        wait_until(lambda: len(server.service._jobs) + len(server.service._waiting) == 4)
         engine.released.set()
         for job in jobs:
             job.result(60)
@@ -893,15 +894,15 @@ def test_the_client_with_the_least_work_goes_first(blocked):
 
 
 def test_deadlines(model):
-    """A prompt has a deadline, which also limits its size; so has an answer, once it has a line."""
+    """A prompt has a deadline, which also limits its size. So has an answer, from its first line on."""
 
     async def run():
-        backend = Scheduler(model)
+        service = Scheduler(model)
         text = "".join(f"line_{i} = {i}\n" for i in range(400))
-        (short,) = await backend.submit(
+        (short,) = await service.submit(
             [Request(Infill(text), prompt_seconds=30 / model.engine.prefill_rate, max_tokens=1)]
         )
-        (unlimited,) = await backend.submit([Request(Infill(text), max_tokens=1)])
+        (unlimited,) = await service.submit([Request(Infill(text), max_tokens=1)])
         assert short.prompt_tokens < unlimited.prompt_tokens / 4
         job = Job(Request(TextPrompt("x"), prompt_seconds=1.0, predict_seconds=1.0), Request([2]))
         job.started = 100.0
@@ -910,16 +911,16 @@ def test_deadlines(model):
         assert not job.overdue(110.0)
         job.has_line = True
         assert job.overdue(103.1) and not job.overdue(102.9)
-        (soon,) = await backend.submit([Request(TextPrompt("def f"), max_tokens=4000, predict_seconds=1e-9)])
+        (soon,) = await service.submit([Request(TextPrompt("def f"), max_tokens=4000, predict_seconds=1e-9)])
         soon.has_line = True
         steps = [step async for step in soon.steps()]
         assert steps[-1].stop == "length" and len(steps) < 1000
-        await backend.close()
+        await service.close()
 
     asyncio.run(run())
 
 
-def test_a_fault_of_the_engine_fails_its_requests_alone(path, caplog):
+def test_a_fault_of_the_engine_fails_only_its_requests(path, caplog):
     loaded = load(path, threads=1)
     sound = loaded.engine.backend.run
 
@@ -943,7 +944,7 @@ def test_the_prompt_cache_survives_a_restart(path, tmp_path):
 
     def complete_once():
         with served(scheduler_of(load(path, threads=1), cache=tmp_path / "kept")) as server:
-            until(
+            wait_until(
                 lambda: (
                     not any(thread.name == "cache" and thread.is_alive() for thread in threading.enumerate())
                 )
@@ -962,10 +963,10 @@ def test_the_prompt_cache_survives_a_restart(path, tmp_path):
         assert complete_once()["choices"] == first["choices"]
 
 
-# The remote backend: a second instance of this server generates.
+# RemoteService: another instance of this server generates.
 
 
-def test_a_server_in_front_of_a_server_gives_the_same(server, path, model):
+def test_a_server_in_front_of_a_server_gives_the_same_answers(server, path, model):
     async def opened():
         return await RemoteService.open(server.url + "/v1/", open_checkpoint(path))
 
@@ -1031,17 +1032,17 @@ def test_a_failing_remote_server_is_reported(path, model):
         asyncio.run(RemoteService.open("http://127.0.0.1:9", open_checkpoint(path)))
 
 
-def test_a_remote_request_ends_with_its_reader(blocked, path):
+def test_a_remote_request_ends_when_its_client_disconnects(blocked, path):
     engine_server, engine = blocked
 
     async def opened():
         return await RemoteService.open(engine_server.url, open_checkpoint(path))
 
     with served(opened) as front:
-        connection = sent(front, "/infill", {"input_prefix": "x" * 500, "input_suffix": ""})
+        connection = send(front, "/infill", {"input_prefix": "x" * 500, "input_suffix": ""})
         assert engine.entered.acquire(timeout=60)
         connection.close()
-        until(lambda: front.service.metrics.running == 0 and engine_server.service.metrics.running == 0)
+        wait_until(lambda: front.service.metrics.running == 0 and engine_server.service.metrics.running == 0)
         assert engine_server.service.metrics.counts["cancelled"] == 1
 
 
@@ -1230,8 +1231,8 @@ def test_a_client_that_does_not_read_is_disconnected(model, monkeypatch):
         ).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
-        until(lambda: server.service.metrics.running > 0)
-        until(lambda: server.service.metrics.running == 0)
+        wait_until(lambda: server.service.metrics.running > 0)
+        wait_until(lambda: server.service.metrics.running == 0)
         assert server.service.metrics.counts["cancelled"] > 0
         connection.close()
 
@@ -1244,10 +1245,10 @@ def test_the_server_answers_beside_many_idle_connections(model, monkeypatch):
         more = [socket.create_connection(server.address) for _ in range(100)]
         for connection in idle + more:
             connection.close()
-        until(lambda: server.get("/health").status_code == 200)
+        wait_until(lambda: server.get("/health").status_code == 200)
 
 
-# The parts.
+# Single functions.
 
 
 def test_requests_are_resolved_to_token_ids(model):
@@ -1269,7 +1270,7 @@ def test_requests_are_resolved_to_token_ids(model):
 
 
 def test_lines_indented_less_end_a_suggestion():
-    for min_indent, answer, kept in (
+    for min_indent, answer, expected in (
         (4, "a\n    b\n\n    c\n  d", "a\n    b\n\n    c"),
         (2, "a\n  b", "a\n  b"),
         (4, "x\ny", "x"),
@@ -1284,14 +1285,14 @@ def test_lines_indented_less_end_a_suggestion():
                 text += step.text
                 if step.stop:
                     break
-            assert text == kept and (step.stop == "length" if kept == answer else step.stop)
+            assert text == expected and (step.stop == "length" if expected == answer else step.stop)
 
 
 def test_a_stopping_server_is_busy(model):
     async def run():
-        backend = Scheduler(model)
-        await backend.close()
+        service = Scheduler(model)
+        await service.close()
         with pytest.raises(Busy, match="stopping"):
-            await backend.submit([Request(TextPrompt("x"))])
+            await service.submit([Request(TextPrompt("x"))])
 
     asyncio.run(run())

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import INF, floatToGoString
 
 # Upper bounds, in seconds, of the histogram of the times to the first token.
-BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
+BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, INF)
 COUNTERS = {  # Prometheus' name and description of each count
     "prompt_tokens": ("llamacpp:prompt_tokens", "Prompt tokens read"),
     "prompt_seconds": ("llamacpp:prompt_seconds", "Seconds spent on prompts"),
@@ -59,10 +59,7 @@ class Metrics(Collector):
             yield CounterMetricFamily(name, description, values[count])
         yield GaugeMetricFamily("llamacpp:requests_processing", "Requests that run", self.running)
         yield GaugeMetricFamily("llamacpp:requests_deferred", "Requests that wait", self.waiting)
-        buckets = [
-            ("+Inf" if math.isinf(bound) else str(bound), count)
-            for bound, count in self._first_token_buckets.items()
-        ]
+        buckets = [(floatToGoString(bound), count) for bound, count in self._first_token_buckets.items()]
         name = "codegemma_time_to_first_token_seconds"
         description = "From the request to its first token"
         yield HistogramMetricFamily(name, description, buckets, self._first_token_seconds)

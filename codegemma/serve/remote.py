@@ -95,7 +95,7 @@ class RemoteService:
             raise Busy(f"{len(self._jobs)} requests are running: try again in a moment", 1)
         orders = {self.mode} - {"prefix"}
         resolved = await asyncio.to_thread(lambda: [resolve(self, request, orders) for request in requests])
-        jobs = [Job(*pair) for pair in zip(requests, resolved, strict=True)]
+        jobs = list(map(Job, requests, resolved))
         for older in [job for job in self._jobs if supersedes(jobs[0], job)]:
             older.cancel()
         loop = asyncio.get_running_loop()

@@ -38,7 +38,7 @@ MAX_WAITING = 256  # requests
 MAX_WAITING_OF_CLIENT = 128
 MAX_PAUSE_S = 0.1  # between two tokens, for the prompts of other requests
 CANCEL_LATENCY_S = 0.05  # from a cancellation to the end of the work
-MIN_CHUNK = 16  # prompt tokens of a step
+MIN_CHUNK = 16  # the fewest prompt tokens of a step
 SCORE_ROWS = 32  # prompt tokens scored in a step: a row of logits takes a megabyte
 CANCELLED = Step(None, "", 0.0, "cancelled")
 
@@ -61,7 +61,7 @@ class _Scoring:
             return False
         for row, target in enumerate(running.ids[running.done + 1 : running.done + 1 + len(part)]):
             values_V, normaliser = logits.values[row], float(logits.normaliser[row])
-            likeliest = [logits.argmax[row]] if count == 1 else sampling.top(values_V, count) if count else ()
+            likeliest = sampling.top(values_V, count) if count > 1 else [logits.argmax[row]][:count]
             top = tuple((int(token), float(values_V[token]) - normaliser) for token in likeliest)
             self.job.scores.append((float(values_V[target]) - normaliser, top))
         running.done += len(part)
@@ -123,7 +123,7 @@ class Scheduler:
     async def submit(self, requests: Sequence[Request]) -> list[Job]:
         """A job for each request; see CompletionService."""
         resolved = await asyncio.to_thread(lambda: [self._resolve(request) for request in requests])
-        jobs = [Job(request, ids) for request, ids in zip(requests, resolved, strict=True)]
+        jobs = list(map(Job, requests, resolved))
         with self._changed:
             if self._closing:
                 raise Busy("the server is stopping", 1)

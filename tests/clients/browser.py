@@ -1,4 +1,4 @@
-"""A headless Chromium, and a list of what a page did that it must not do."""
+"""A headless Chromium, its screenshots, and a list of the faults of its pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes the shared modules of tests/ importable; skips what needs a browser or Node that do not work."""
+"""Makes the modules of tests/ importable here, and skips tests whose browser or Node does not work."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from programs import fault  # noqa: E402
 
-NEEDS = {  # what a file of tests drives
+NEEDS = {  # the programs that a test file runs
     "test_page.py": ("chromium",),
     "test_vscode.py": ("chromium", "node"),
 }

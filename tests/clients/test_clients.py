@@ -58,14 +58,14 @@ def test_npm_clients_and_continue(server, model):
         answers["openai_chat"] == answers["ollama_chat"] == chat
         and answers["openai_models"] == "gemma-3-270m"
     )
-    assert ".Suffix" in answers["ollama_template"]  # the sign for Continue to send a suffix
+    assert ".Suffix" in answers["ollama_template"]  # then Continue sends a suffix
     rendered = f"<|fim_prefix|>{PREFIX}<|fim_suffix|>{SUFFIX}<|fim_middle|>"
     assert answers["continue_raw"] == model.generate(rendered, raw=True, max_tokens=8).text
 
 
 def test_spyders_fim_worker_by_each_of_its_backends(server, model):
-    """It strips its answers. Its chat backend writes the FIM prompt into a message, where control tokens are
-    text."""
+    """The worker strips its answers. Its chat backend writes the FIM prompt into a message, in which control
+    tokens are text."""
     answers = json.loads(
         run(TOOLS / "python", HERE / "fim_worker.py", server.url, "codegemma", PREFIX, SUFFIX)
     )
@@ -205,7 +205,7 @@ def test_llm_and_its_openai_plug_in(server, model, tmp_path):
 
 
 def test_no_request_that_our_openapi_document_allows_fails(tmp_path):
-    """On a tiny model, since thousands of answers must end in time."""
+    """With a tiny model, since there are thousands of answers."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa", context=512), "Q8_0")
     with Process("--no-keep-cache", "-m", str(path)) as server:
         run(

@@ -48,7 +48,7 @@ def workbench(tmp_path_factory):
     (home / "work").mkdir()
     (home / "work/shapes.py").write_text(SHAPES)
     (home / "work/.env").write_text("KEY=1\n")
-    program = home / "codegemma"  # it notes where its server listens, for the test
+    program = home / "codegemma"  # writes down for the test where its server listens
     program.write_text(
         f"#!/bin/bash\ncd {shlex.quote(str(ROOT))}\n"
         f'exec {shlex.quote(sys.executable)} -m codegemma.cli "$@" '
