@@ -86,12 +86,12 @@ def test_find_gives_the_longest_known_prefix(stored, asked):
     }
     assert (
         cache.nbytes == (len(needed) + len(tails)) * BYTES
-    )  # each page once, no tail that a longer one holds
+    )  # each page once, and no tail that a longer sequence holds
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), SEQUENCES), max_size=12), st.integers(0, 6))
-def test_the_limit_holds_and_what_remains_is_right(work, max_pages):
+def test_the_byte_limit_holds_and_the_remaining_pages_are_right(work, max_pages):
     cache = cache_of(max_pages * BYTES)
     for stores, sequences in work:
         for ids in sequences:
@@ -101,7 +101,7 @@ def test_the_limit_holds_and_what_remains_is_right(work, max_pages):
             assert cache.nbytes <= max_pages * BYTES
 
 
-def test_the_least_recently_used_goes_first_and_leaves_before_their_stem():
+def test_the_least_recently_used_page_is_removed_first_and_children_before_parents():
     stem = [1] * PAGE
     branches = [stem + [token] * PAGE for token in (2, 3, 4)]
     cache = cache_of(4 * BYTES)
@@ -113,7 +113,7 @@ def test_the_least_recently_used_goes_first_and_leaves_before_their_stem():
     assert [known_length(cache, ids) for ids in (*branches, other)] == [2 * PAGE, PAGE, 2 * PAGE, 10]
 
 
-def test_known_pages_stay_the_shared_ones():
+def test_put_keeps_the_pages_already_cached():
     ids = [5] * 100
     cache, first = cache_of(), pages_of(ids)
     cache.put(ids, first)
@@ -123,7 +123,7 @@ def test_known_pages_stay_the_shared_ones():
     assert cache.find(ids) == ([], 0) and cache.nbytes == 0
 
 
-def test_threads_share_it():
+def test_threads_share_a_cache():
     cache, failures = cache_of(20 * BYTES), []
 
     def work(seed):
@@ -158,7 +158,7 @@ def test_a_saved_cache_finds_the_same(tmp_path_factory, stored):
     assert loaded.nbytes == cache.nbytes
 
 
-def test_a_loaded_cache_keeps_its_own_bound(tmp_path):
+def test_a_loaded_cache_keeps_its_byte_limit(tmp_path):
     cache, small = cache_of(), cache_of(3 * BYTES)
     for token in range(10):
         cache.put([token] * 70, pages_of([token] * 70))
@@ -166,7 +166,7 @@ def test_a_loaded_cache_keeps_its_own_bound(tmp_path):
     assert small.load(tmp_path / "saved") and 0 < small.nbytes <= 3 * BYTES
 
 
-def test_no_file_is_no_cache(tmp_path):
+def test_a_missing_file_loads_nothing(tmp_path):
     assert cache_of().load(tmp_path / "none") is False
 
 

@@ -227,8 +227,7 @@ TYPED = "\ndef other_name(value):\n    total = value + name_3(value)\n    return
 @pytest.mark.parametrize("max_tokens", [8000, 1000, 300])
 @pytest.mark.parametrize("start", [0, 500, len(CODE) // 2, len(CODE)])
 def test_typing_computes_only_the_last_pieces_in_spm_order(start, max_tokens):
-    """The window's edges move only every so many tokens: a few requests in a hundred read the whole window
-    again."""
+    """The window's edges move in coarse steps, so that few requests read the whole window again."""
     start = CODE.rfind("\n", 0, start) + 1
     fresh = typing_trace("spm", max_tokens, start, TYPED)
     # A typed character changes the last pieces of its line, at most `return`'s, and the sentinel after them.
@@ -238,7 +237,7 @@ def test_typing_computes_only_the_last_pieces_in_spm_order(start, max_tokens):
 
 
 def test_psm_order_reads_the_suffix_again():
-    """Why SPM is worth training for: in PSM order each keystroke computes the suffix anew."""
+    """In PSM order each keystroke computes the suffix again, which SPM avoids."""
     start = CODE.rfind("\n", 0, len(CODE) // 2) + 1
     assert min(typing_trace("psm", 1000, start, TYPED[:20])) > 100
 

@@ -118,8 +118,7 @@ def test_neighbours_change_nothing(kind, type):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_levels_agree_on_the_model(kind):
-    """Products are equal; norms, softmax and GELU round differently, which may move an activation by one
-    step."""
+    """Products are equal; norms, softmax and GELU round differently, so an activation may differ by a step."""
     levels = [level for level in ("plain", "avx2", "avx512", "neon") if _has(level)]
     results = []
     for level in levels:
@@ -276,9 +275,8 @@ def test_a_shared_page_is_copied_before_it_is_written():
     assert [list(engine.generate(request)) for request in requests] == alone
 
 
-def test_speculation_drafts_and_is_worth_it():
-    """A script that repeats itself: most of its tokens come from drafts, in far fewer runs, and none is
-    wrong."""
+def test_speculation_saves_runs_and_changes_no_token():
+    """Most tokens of a script that repeats itself come from drafts, so that it needs far fewer runs."""
     script = random_ids(6) + [11, 12, 13, 14, 15, 16, 17, 18] * 30
     script[150] = 99  # a draft that fails
     backend = Counting(Scripted(script))
@@ -364,7 +362,7 @@ def answer_steps(text, prompt="x", **options):
     )
 
 
-def test_steps_tell_token_text_and_logprob():
+def test_steps_have_token_text_and_logprob():
     steps = answer_steps("def")
     assert [(step.text, step.stop) for step in steps] == [("def", None), ("", "end")]
     logprob = 5 - np.log(np.exp(5) + 514)
@@ -398,7 +396,7 @@ def test_stop_texts_end_the_text_before_the_first(text, stops):
     assert steps[-1].stop == ended and all(step.stop is None for step in steps[:-1])
 
 
-def test_text_held_for_a_stop_text_comes_out_in_the_end():
+def test_text_held_back_for_a_stop_text_is_released_at_the_end():
     assert [(step.text, step.stop) for step in answer_steps("a<b", stop=["<bc"])] == [
         ("a", None),
         ("", None),
@@ -410,7 +408,7 @@ def test_text_held_for_a_stop_text_comes_out_in_the_end():
     )
 
 
-def test_length_and_context_bound_the_text():
+def test_length_and_context_limit_the_answer():
     script = random_ids(200)
     engine = Engine(Scripted(script, context=100))
     assert [step.stop for step in engine.generate(Request(script[:10], 3))] == [None, None, "length"]
@@ -533,7 +531,7 @@ def test_cancel_before_and_between_steps():
 
 def test_a_request_that_waits_for_another_can_be_cancelled():
     engine, cancel = Engine(Scripted(random_ids(60))), Cancel()
-    with engine.lock:  # another's step
+    with engine.lock:  # held by another request's step
         steps = engine.generate(Request([2], 4), cancel)
         threading.Timer(0.05, cancel.set).start()
         assert [step.stop for step in steps] == ["cancelled"]
@@ -586,8 +584,7 @@ def probabilities(s, logits_V, context=()):
     ],
 )
 def test_draws_follow_the_distribution(s):
-    """Pearson's chi-square of 4,000 draws, below the point that one in 10,000 exceeds (Wilson and
-    Hilferty)."""
+    """Pearson's chi-square of 4,000 draws lies below its 1 - 1e-4 quantile (Wilson and Hilferty)."""
     logits_V = np.random.default_rng(3).normal(0, 1.5, 12).astype(np.float32)
     context = [0, 3, 3, 7]
     expected = probabilities(s, logits_V, context) * 4000
@@ -617,7 +614,7 @@ def test_draws_follow_the_distribution(s):
     ],
 )
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
-def test_a_draw_is_that_of_the_whole_vocabulary_in_order(options, scale):
+def test_a_draw_equals_one_from_the_whole_sorted_vocabulary(options, scale):
     """Where the filters leave a small part of many tokens, and ties go to the lowest id."""
     rng, s = np.random.default_rng(3), Sampling(1.0, **options)
     for size in (5, 300, 5000):
@@ -645,9 +642,8 @@ def test_greedy_takes_the_argmax_and_penalties_move_it():
     assert sampling.choose(Sampling(repeat_penalty=2.0), ties, 0, [0], 0) == 0
 
 
-def test_openai_penalties_count_what_was_generated_alone():
-    """logit - frequency * count - presence * (count > 0), and the bias on top; the prompt's tokens count for
-    nothing."""
+def test_openai_penalties_count_generated_tokens_only():
+    """logit - frequency * count - presence * (count > 0) + bias; counts are of generated tokens only."""
     logits_V, context = np.array([1.0, 3.0, 2.9, -1.0], np.float32), [1, 1, 2, 2, 0]
     for presence, frequency, bias, index in (
         (0.2, 0, (), 3),
@@ -691,6 +687,6 @@ def test_top_orders_by_value_then_id():
         ("bias", ((0, float("nan")),)),
     ],
 )
-def test_sampling_refuses_what_means_nothing(field, value):
+def test_sampling_refuses_invalid_values(field, value):
     with pytest.raises(ValueError, match=f"sampling: {field} must be"):
         Sampling(**{field: value})

@@ -66,7 +66,7 @@ def test_public_names():
         codegemma.loud  # noqa: B018
 
 
-def test_generate_is_an_iterator_with_a_memory(model, path):
+def test_a_completion_is_an_iterator_that_keeps_its_steps(model, path):
     completion = model.generate("def f", max_tokens=5)
     assert isinstance(completion, Completion)
     first = next(completion)
@@ -79,14 +79,14 @@ def test_generate_is_an_iterator_with_a_memory(model, path):
     assert model.path == path
 
 
-def test_closing_ends_it(model):
+def test_closing_ends_a_completion(model):
     completion = model.generate("x", max_tokens=50)
     taken = [next(completion), next(completion)]
     completion.close()
     assert completion.steps == taken and completion.stop is None
 
 
-def test_cancelling_ends_it(model):
+def test_cancelling_ends_a_completion(model):
     cancel = Cancel()
     completion = model.generate("x", max_tokens=50, cancel=cancel)
     next(completion)
@@ -94,7 +94,7 @@ def test_cancelling_ends_it(model):
     assert completion.stop == "cancelled" and completion.ids == completion.ids[:1]
 
 
-def test_sampling_goes_through(model):
+def test_sampling_options_reach_the_engine(model):
     draws = [Sampling(temperature=2.0, seed=seed) for seed in (1, 1, 2)]
     texts = [model.generate("x", max_tokens=20, sampling=draw).ids for draw in draws]
     assert texts[0] == texts[1] != texts[2]
@@ -188,7 +188,7 @@ def test_a_directory_without_a_tokenizer_still_loads(tmp_path):
 
 @pytest.mark.parametrize("quantize, min_cosine", [("q8_0", 0.999), ("q4_0", 0.9)])
 def test_quantised_while_loading(tmp_path, quantize, min_cosine):
-    """Close to the float model in direction, and no longer equal to it."""
+    """The logits have almost the direction of the float model's, but are not equal."""
     path = write_tiny_hf(tmp_path, tiny_config("gemma-mqa", ffn_width=192))
     ids = list(range(2, 60))
     exact, coarse = load(path, threads=1).logits(ids), load(path, threads=1, quantize=quantize).logits(ids)
@@ -208,7 +208,7 @@ def test_a_saved_cache_is_loaded(path, tmp_path):
     assert load(path, threads=1, cache=tmp_path / "none").engine.cache.nbytes == 0
 
 
-def test_another_model_does_not_take_the_cache(path, tmp_path):
+def test_a_cache_of_another_model_is_not_loaded(path, tmp_path):
     first = load(path, threads=1)
     list(first.generate([2, 3], max_tokens=2))
     first.engine.cache.save(tmp_path / "cache")
@@ -287,7 +287,7 @@ def test_a_use_that_the_card_does_not_name_warns_once(tmp_path):
 
 
 def test_a_model_does_not_hang_after_a_fork(tmp_path, monkeypatch):
-    """Threads do not survive a fork: a run in the child would wait for them for ever."""
+    """Threads do not survive a fork: without an error, a run in the child would wait for them for ever."""
     model = load(write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa")), threads=2)
     monkeypatch.setattr("os.getpid", lambda: -1)
     with pytest.raises(RuntimeError, match="forked"):

@@ -264,7 +264,7 @@ def test_edges_are_fresh_encodings(text, max_tokens, step, tokenizer):
         assert tokenizer.encode(tokenizer.decode(part)) == part
 
 
-def test_edge_stays_put_while_typing_and_stands_at_a_line():
+def test_the_edge_stays_while_typing_and_is_at_a_line_start():
     text = "".join(f"value_{n} = {n}\n" for n in range(200))
     starts = []
     for typed in range(120):

@@ -365,8 +365,7 @@ def test_cache_is_used_and_a_damaged_one_rebuilt(private_cache):
 
 
 def test_second_start_and_long_text_are_quick(real):
-    """The promise is 0.2 s and 5 ms for a file; the bounds leave room for a busy machine, not for a quadratic
-    loop."""
+    """The targets are 0.2 s and 5 ms for a file; these bounds reveal a quadratic loop."""
     tokenizer, _ = real
     Tokenizer.cached(b"key", lambda: tokenizer)
     start = time.perf_counter()
