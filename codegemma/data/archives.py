@@ -1,4 +1,4 @@
-"""The files of tar and zip archives, with limits for those that are made to do harm."""
+"""The files of tar and zip archives, with limits against archives made to do harm."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ReadLimits:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of a repository before it is read: `load` gives its bytes, `reason` why it must not be read."""
+    """A file of a repository that is not read yet; `reason` says why it must not be, "" if it may."""
 
     path: str
     size: int = 0
@@ -55,7 +55,7 @@ class FileEntry:
 
 
 def unsafe_path(path: str) -> str:
-    """Why the file at this path of an archive or table is not read; "" where nothing speaks against it."""
+    """Why a file at this path of an archive or table must not be read; "" if it may."""
     parts = path.replace("\\", "/").split("/")
     if path.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", path):
         return "path leaves its root"

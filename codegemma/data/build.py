@@ -154,7 +154,7 @@ class _Inputs:
 
 
 def _prepare(folder: BuildFolder, recipe: BuildRecipe, inputs: _Inputs, resume: bool) -> bool:
-    """Lays out the folder, or checks that it can be resumed; False where the build is complete already."""
+    """Prepares the folder, or checks that its build can be resumed; False if the build is complete."""
     sources = [[each.name, each.kind, str(each.path), _stamp(each.path)] for each in inputs.sources]
     state = {"recipe": asdict(recipe), "code": code_version(), "sources": sources}
     state = json.loads(json.dumps(state))  # as it is read back
@@ -205,7 +205,7 @@ def _stamp(path: Path) -> str:
 
 @cache
 def code_version() -> dict[str, str]:
-    """The hash of this package's data code and rules, and the versions of the libraries that decide bytes."""
+    """The hash of the code and rules in codegemma.data, and the versions of the libraries it depends on."""
     folder = Path(__file__).parent
     beside = [folder.parent / "prompts.py", folder.parent / "tokenizer.py"]
     files = sorted([*folder.glob("*.py"), *folder.glob("rules/*"), *beside])
@@ -341,8 +341,11 @@ def mix_rows(results: Sequence[TaskResult], recipe: BuildRecipe) -> tuple[np.nda
 
 
 def write_ledger(folder: BuildFolder) -> None:
-    """Joins the outcomes of all tasks: of the first stages sorted, since their shards follow the order of the
-    sources; then of each partition."""
+    """Joins the outcomes of all tasks in one table.
+
+    Those of the first stages are sorted, since their shards depend on the order of the sources; then follow
+    those of each partition.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

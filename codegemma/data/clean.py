@@ -88,7 +88,7 @@ def _check_characters(document: Document, limits: Quality) -> tuple[str, str] | 
 
 
 def bytes_per_token(text: str, tokenizer: Tokenizer) -> float:
-    """In the middle 512 characters; infinite where these have as much white space as source code."""
+    """Of the middle 512 characters; infinite where these have as much white space as source code."""
     middle = text[max(0, len(text) // 2 - 256) :][:512]
     if sum(map(str.isspace, middle)) > len(middle) * 0.12:
         return float("inf")

@@ -1,7 +1,7 @@
 """Finds near copies of documents by MinHash, and documents that contain the problem of a benchmark.
 
-Words are runs of letters, digits, "_" and bytes above 127, in lower case; a shingle is five of them in a
-row, a document of fewer is one shingle. 126 permutations in 21 bands of 6 find a pair of Jaccard similarity
+Words are runs of letters, digits, "_" and bytes above 127, in lower case; a shingle is a run of
+five, or all words of a shorter document. 126 permutations in 21 bands of 6 find a pair of Jaccard similarity
 0.8 with probability 0.998. The bands only find candidates; whether a pair is similar is decided by the full
 signatures.
 """
@@ -22,7 +22,7 @@ PERMUTATIONS = BANDS * ROWS
 SHINGLE = 5
 THRESHOLD = 0.8
 BENCHMARK_NGRAM = 10
-MAX_PAIRS = 64  # in a larger bucket, a document is compared only with some of the others
+MAX_PAIRS = 64  # a document is compared with so many before it in its bucket, and with the first so many
 
 Node = TypeVar("Node", bound=Hashable)
 
@@ -77,7 +77,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
-    """A hash of each `size` words in a row; of all words where there are fewer."""
+    """A hash of each run of `size` words; of all words together where there are fewer."""
     size = min(size, len(hashes))
     count = len(hashes) - size + 1 if size else 0
     total = np.zeros(count, np.uint64)
@@ -110,10 +110,7 @@ def band_keys(signature: np.ndarray) -> np.ndarray:
 
 
 def candidates(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Pairs [n, 2], smaller first, of the rows that share a key, sorted and each once.
-
-    `keys` and `rows` are parallel.
-    """
+    """Pairs [n, 2] of rows that share a key, smaller first, sorted, unique; keys[i] belongs to rows[i]."""
     order = np.lexsort((rows, keys))
     keys, rows = keys[order], rows[order]
     count = len(keys)

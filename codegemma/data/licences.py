@@ -1,4 +1,4 @@
-"""The licence of a file: from its SPDX tag, a manifest or a licence text; and allow-lists."""
+"""The licence of a file, from its SPDX tag, a manifest or a licence text; and lists of permitted ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One page about a build: what was kept and why not, how it was split and packed, and what rows look like."""
+"""An HTML page about a build: documents kept and dropped, splits, packing, and sample rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plot(draw: Callable[[Axes], None], height: float) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    # Text stays text; ids are hashes of what they are for, so that they may repeat in one page.
+    # Text stays text; ids are hashes of their content, so that plots of one page may share them.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "codegemma", "font.size": 9}):
         figure = Figure((6, height), layout="constrained")
         axes = figure.add_subplot()
@@ -43,7 +43,7 @@ def plot(draw: Callable[[Axes], None], height: float) -> str:
         figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # needless inside HTML
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # not needed inside HTML
 
 
 def bars(counts: Mapping[str, float], unit: str = "") -> str:
@@ -136,7 +136,7 @@ def _read_ledger(folder: BuildFolder) -> tuple[dict[str, Counter[str]], list[flo
 
 
 def _graphs(rows: Rows) -> Iterator[tuple[str, str]]:
-    """(title, picture) of the repositories with the most edges, among those of the first parts."""
+    """(title, SVG) of the repositories with the most edges in the first eight parts."""
     import pyarrow.parquet as pq
 
     graphs = []
@@ -157,7 +157,7 @@ def _graphs(rows: Rows) -> Iterator[tuple[str, str]]:
 
 
 def _sample(rows: Rows, number: int) -> dict[str, Any]:
-    """The first examples of a row, their texts cut."""
+    """The first examples of a row, with texts cut to MAX_EXAMPLE_CHARACTERS."""
     examples = []
     for record, texts in list(parts(rows, number))[:MAX_EXAMPLES]:
         cut = {name: text[:MAX_EXAMPLE_CHARACTERS] for name, text in texts.items()}
@@ -167,7 +167,7 @@ def _sample(rows: Rows, number: int) -> dict[str, Any]:
 
 
 def _sections(rows: Rows, manifests: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Title of a section -> title of a figure -> figure."""
+    """The figures: {title of a section: {title of a figure: SVG}}."""
     ledger, sizes = _read_ledger(rows.files)
     splits: dict[str, dict[str, int]] = {"layout": {}, "boundary": {}}
     for name, count in manifests["rows"]["counts"].items():

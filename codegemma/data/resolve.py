@@ -1,4 +1,4 @@
-"""Which files of a repository an import means."""
+"""Finds the files of a repository that an import refers to."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from posixpath import normpath
 
 from codegemma.data.imports import FAMILIES
 
-MAX_TARGETS = 8  # files that one import of a whole package or namespace may point at
-INDEX_FILES = {"python": "__init__", "js": "index", "rust": "mod"}  # a module that is named by its folder
+MAX_TARGETS = 8  # files that one import of a package or namespace may refer to
+INDEX_FILES = {"python": "__init__", "js": "index", "rust": "mod"}  # imported by the name of their folder
 JS_ENDING = re.compile(r"\.[cm]?[jt]sx?$")
 
 
 def module_name(path: str, family: str) -> str:
-    """What an import calls a file: its path without the ending; a package or index file is its folder."""
+    """The name by which a file is imported: its path without the ending, or the folder of an index file."""
     if family == "c":
         return path
     if family == "go":
@@ -54,7 +54,7 @@ class Resolver:
             self.namespaces[name].append(file)
 
     def __call__(self, importer: int, name: str) -> list[int]:
-        """The files that file `importer` means by importing `name`; none if it is of another repository."""
+        """The files that `name` refers to in file `importer`; none if it is of another repository."""
         family, folder = self.families[importer], PurePosixPath(self.paths[importer]).parent
         if family == "rust":
             return self._rust(importer, name)

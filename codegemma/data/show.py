@@ -46,7 +46,7 @@ def parts(rows: Rows, number: int) -> Iterator[tuple[dict[str, Any], dict[str, s
 
 
 def show(folder: str | Path, row: int = 0, console: Any = None) -> None:
-    """Prints a row. Raises ValueError where the folder holds no finished rows or not so many."""
+    """Prints a row. Raises ValueError where the folder holds no finished rows, or no such row."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,6 +1,6 @@
 """Sources of training text: checkouts, archives, Parquet tables, JSON lines and plain text.
 
-Every input is accounted for: one that is not read as a document comes out as an `Outcome` with the reason.
+Every input is accounted for: what does not become a document becomes an `Outcome` with the reason.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def git_state(root: Path) -> tuple[str, str]:
 
 # ---------------------------------------------------------------------------------------------------- tables
 def _columns(present: Collection[str]) -> dict[str, str]:
-    """The first of the table's columns that may hold each field of a document, where there is one."""
+    """For each field of a document, the first of a table's columns that may hold it, if any."""
     columns = FILE_RULES["columns"].items()
     first = {field: next((name for name in names if name in present), "") for field, names in columns}
     return {field: name for field, name in first.items() if name}
