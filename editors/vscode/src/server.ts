@@ -1,4 +1,4 @@
-/** The server: the configured one, or a process that is started when it is first needed and stopped with the window. */
+/** The server: the configured one, or a process that is started and stopped with the window. */
 
 import * as vscode from "vscode";
 import { Client } from "../../../web/src/api.ts";
