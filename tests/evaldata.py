@@ -1,4 +1,4 @@
-"""The benchmark files, if this machine has them (they may not be stored here), and a model without weights."""
+"""The benchmark files, if installed (they may not be stored here), and an evaluated model without weights."""
 
 import os
 from pathlib import Path

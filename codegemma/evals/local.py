@@ -12,7 +12,7 @@ from codegemma.generate.engine import Batch
 from codegemma.generate.model import Model
 from codegemma.generate.request import Request
 from codegemma.generate.running import RunningRequest, Stop
-from codegemma.native import CHUNK, PAGE
+from codegemma.native import PAGE
 
 MAX_SEQUENCES = 32  # that are decoded together: two groups of the packed kernels; more are no faster
 CACHE_BYTES = 4 << 30  # of the keys and values of these sequences, at 1,024 tokens each
@@ -73,8 +73,12 @@ class LocalModel:
         """Runs each different context once, which fills the cache, then all continuations in one run."""
         engine = self.engine
         with engine.lock:
-            for ids in dict.fromkeys(tuple(context[:-1]) for context, _ in pairs):
-                self._read(list(ids))
+            batch = Batch(engine)
+            for ids in dict.fromkeys(tuple(context) for context, _ in pairs):
+                if engine.cached(ids, self.adapter) < len(ids) - 1:
+                    batch.add(Request(ids[:-1], max_tokens=0, adapter=self.adapter))
+            while batch.running:
+                batch.step()
             slices = []
             for context, continuation in pairs:
                 request = Request([*context, *continuation[:-1]], max_tokens=0, adapter=self.adapter)
@@ -90,18 +94,6 @@ class LocalModel:
                 logprobs = [float(logits.values[r, t]) - float(logits.normaliser[r]) for t, r in tokens]
                 scores.append(Score(logprobs, all(int(logits.argmax[r]) == t for t, r in tokens)))
         return scores
-
-    def _read(self, ids: list[int]) -> None:
-        """Runs the tokens, so that the cache holds their keys and values."""
-        if not ids:
-            return
-        running = self.engine.start(Request([*ids, ids[-1]], max_tokens=0, adapter=self.adapter))
-        while running.done < len(ids):
-            chunk = ids[running.done : running.done + CHUNK]
-            self.engine.backend.run([self.engine.claim(running, chunk, 0)])
-            running.done += len(chunk)
-        running.ids = ids
-        self.engine.remember(running)
 
 
 def _seed(seed: int, prompt: list[int], number: int) -> int:
