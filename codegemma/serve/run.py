@@ -9,7 +9,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from codegemma.serve.guard import MAX_CONNECTIONS, Rules
 
@@ -106,23 +106,20 @@ def _run(settings: ServerSettings, listener: socket.socket, workers: int) -> Non
 
     from codegemma.serve.protocol import HttpProtocol
 
-    def config(app: Any, factory: bool = False) -> uvicorn.Config:
-        return uvicorn.Config(
-            app,
-            factory=factory,
-            http=HttpProtocol,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            workers=workers,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=3,
-            timeout_worker_healthcheck=120,  # a worker starts slowly on a machine under load
-            backlog=BACKLOG,
-        )
-
+    config = partial(
+        uvicorn.Config,
+        http=HttpProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        workers=workers,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=3,
+        timeout_worker_healthcheck=120,  # a worker starts slowly on a machine under load
+        backlog=BACKLOG,
+    )
     if workers > 1:
         _greet(listener)
         factory = partial(application, settings, workers)
