@@ -39,12 +39,12 @@ def corpus(folder: Path, megabytes: float, copies: int = 1) -> list[str]:
         }
     )
     random.Random(0).shuffle(files)
-    size, seen = 0, set()
+    size, used = 0, set()
     for file in files:
         root = next(root for root in roots if file.is_relative_to(root))
-        if file in seen or size > megabytes * MB:
+        if file in used or size > megabytes * MB:
             continue
-        seen.add(file)
+        used.add(file)
         text = file.read_bytes().decode("utf-8", "replace")
         size += len(text.encode())
         for copy in range(copies):

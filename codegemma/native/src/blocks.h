@@ -1,4 +1,4 @@
-// GGUF quantisation blocks: how the bytes of one block become whole numbers 0 .. MAXQ and their scales.
+// GGUF quantisation blocks: how the bytes of one block become integers 0 .. MAXQ and their scales.
 // Two families. 32 weights a block: w = d * (q - OFFSET), or d * q + m. 256 weights a super-block (K-quants):
 // w = d * sc * q - dmin * mn with 6- or 8-bit scales per SUB weights. MAXQ = -1 stands for signed bytes.
 #pragma once
@@ -8,7 +8,7 @@ namespace cg {
 namespace CG_LEVEL {
 
 CG_INLINE u8x32 bytes(const uint8_t* p) { return load<u8x32>(p); }
-// Shifts of whole 16-bit words: cheaper than of bytes, for callers that mask off what crosses from the neighbour.
+// Shifts of 16-bit words, which are cheaper than of bytes. Callers mask off the bits that come from the neighbouring byte.
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 template <int N> CG_INLINE u8x32 shift_right(u8x32 v) { return (u8x32)((u16x16)v >> N); }
 template <int N> CG_INLINE u8x32 shift_left(u8x32 v) { return (u8x32)((u16x16)v << N); }

@@ -1,6 +1,6 @@
-// The kernels of one SIMD level. Numerics v1: whole numbers inside a block are exact; float terms are multiplied and
-// added, never contracted, in eight chains by block index (chain = block % 8), folded in one order, so that one token
-// and many, one thread and two, AVX-512 and plain C++ give the same product. The build sets -ffp-contract=off.
+// The kernels of one SIMD level. Numerics v1: integer sums inside a block are exact. Float terms are multiplied and added,
+// never contracted, in eight chains by block index (chain = block % 8), which are added in one fixed order. So one token and
+// many, one thread and two, AVX-512 and plain C++ give the same product. The build sets -ffp-contract=off.
 #include "kernels.h"
 #include "blocks.h"
 
@@ -50,7 +50,7 @@ template <class Q> void blocks256_row(const uint8_t* p, int64_t n, float* out) {
   u8x32 w[8];
   for (int64_t b = 0; b < n / 256; b++, p += Q::BYTES) {
     Q::scales(p, s), Q::unpack(p, w);
-    for (int i = 0; i < 256; i += 8) {  // whole numbers below 2^24 are exact as floats
+    for (int i = 0; i < 256; i += 8) {  // integers below 2^24 are exact as floats
       f32x8 q = bytes_to_floats<false>((const uint8_t*)w + i);
       float sc = s.sc[i / 16], mn = s.mn[i / 16];
       store(out + b * 256 + i, Q::MIN ? (s.d * sc) * q - s.dmin * mn : s.d * (sc * q - mn));
@@ -89,7 +89,7 @@ void norm(const float* x, const float* weight, float* out, int64_t n, float eps)
   for (i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
-// One row: q = round(x * 127 / max|x|), half to even, in blocks of `block`; scales max|x| / 127; sums of each 16.
+// One row, in blocks of `block`: q = round(x * 127 / max|x|), half to even; scales max|x| / 127; sums of each 16 q.
 void quantise_row(const float* x, int64_t padded, int block, int8_t* q, float* scales, int16_t* sums) {
   for (int64_t b = 0; b < padded / block; b++, x += block, q += block, sums += block / 16) {
     Fv maxima{};
@@ -194,7 +194,7 @@ template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
 #else
   constexpr bool WIDE_SUMS = Q::MAXQ < 0;
 #endif
-  // Sums of 16-bit pairs stay below 4 * 2 * 31 * 127 < 2^15.
+  // Sums of 16-bit pairs stay below 4 * 2 * 31 * 127, less than 2^15.
   __m256i a = WIDE_SUMS ? _mm256_hadd_epi32(s[0], s[1]) : _mm256_madd_epi16(_mm256_hadd_epi16(s[0], s[1]), ones);
   __m256i b = WIDE_SUMS ? _mm256_hadd_epi32(s[2], s[3]) : _mm256_madd_epi16(_mm256_hadd_epi16(s[2], s[3]), ones);
   return (i32x8)_mm256_hadd_epi32(a, b);
@@ -374,7 +374,7 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
 }
 
 // ------------------------------------------------------------------------------------------------ many tokens
-// Lanes are tokens. A tile of rows is decoded once to bytes; then four rows at a time meet each group of tokens.
+// Lanes are tokens. A tile of rows is decoded once to bytes; then four rows at a time are multiplied by each group of tokens.
 template <int G> CG_INLINE void store_rows(const Fv (*res)[G * NV], const Product& p, int64_t r, int rows, int t0, int T) {
   float tile[4][G * GROUP];
   memcpy(tile, res, sizeof tile);
@@ -399,7 +399,7 @@ template <class T> CG_INLINE const T* lane(const void* base, int64_t g0, int v, 
   return (const T*)((const char*)base + (g0 + v / NV) * per_group + offset + (v % NV) * sizeof(Fv));
 }
 
-// CHAINS is 8, or 1 where there is one block only.
+// CHAINS is 8, or 1 if a row is a single block.
 template <class Q, int G, int CHAINS>
 __attribute__((noinline)) void micro32(const uint8_t* q, const float* d, const float* m, const Activations& a, int64_t g0,
                                        int64_t blocks, Fv (*res)[G * NV]) {
@@ -721,7 +721,7 @@ template <class L> CG_INLINE void chunk_scores(Rows& s, const uint8_t* keys, int
     }
   }
 }
-// values += p V over one chunk, keys ascending: four rows by two vectors at a time.
+// values += weights * V over one chunk, keys in ascending order: four rows by two vectors at a time.
 template <class L> CG_INLINE void chunk_values(Rows& s, const uint8_t* values, int column) {
   const int64_t row_bytes = (int64_t)s.P * L::BYTES;
   for (int r = 0; r < s.padded; r += 4) {
@@ -768,7 +768,7 @@ CG_INLINE void segment_softmax(const Attention& a, Rows& s, int first) {
     s.total[r] = sum(t);
   }
 }
-// Folds one partial into the running one: both scaled to the common maximum.
+// Merges a partial into the running one; both are scaled to their common maximum.
 CG_INLINE void merge_row(float* into, float& top, float& total, const float* from, float top2, float total2, int n) {
   if (total2 == 0) return;
   if (total == 0) {
@@ -804,7 +804,7 @@ template <class L> void attend_as(const Attention& a, const AttentionTask& t, Sc
     auto keys = [&](int key) {
       return (const uint8_t*)t.pages[key / PAGE] + a.layer_offset + ((int64_t)t.kv_head * PAGE + key % PAGE) * H * L::BYTES;
     };
-    const bool direct = s.padded == 4 && s.P == H;  // four rows do not pay for widening
+    const bool direct = s.padded == 4 && s.P == H;  // for only four rows, widening costs more than it saves
     for (int key = begin; key < end; key += CHUNK)
       if (direct) chunk_scores<L>(s, keys(key), key - base);
       else widen_chunk<L>(keys(key), H, s), chunk_scores<F32>(s, (const uint8_t*)s.wide, key - base);

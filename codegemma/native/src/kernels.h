@@ -119,7 +119,7 @@ struct MatrixProduct {
   int64_t a_row() const { return a_stride ? a_stride : a_transposed ? T : depth(); }
   int64_t c_row() const { return c_stride ? c_stride : width(); }
 };
-// The keys that a query of training may see: those of its segment at its own position or less than `window` below it.
+// The keys that a query sees in training: those of its segment, at its position or less than `window` below.
 struct Keys {
   const int32_t *positions, *segments;  // padded to whole vectors; positions of the padding are above all others
   int64_t count;
@@ -143,7 +143,7 @@ struct MatrixKernels {
   // Replaces the scores of a query by exp(score - max), 0 for hidden keys; returns the maximum and the sum.
   void (*softmax)(const Keys&, float* scores, float* max_score, float* sum);
   // Adds logits of one target to `sums`, and turns them into counts * exp(logit - max) * slope of the soft cap. Returns the
-  // factor by which earlier sums shrink, as the maximum has grown. n is a whole number of vectors.
+  // factor by which earlier sums shrink, as the maximum has grown. n is a multiple of the vector width.
   float (*online_softmax)(float* logits, const float* counts, int64_t n, int64_t first, float cap, SoftmaxSums& sums);
   // Replaces scores by weights, and the gradients of the weights by those of the scores.
   void (*softmax_backward)(const Keys&, float* scores, float* d_weights, float log_sum);
@@ -153,7 +153,7 @@ struct Kernels {
   const char* name;
   void (*embed)(const Weight&, int64_t row, float scale, float* out);
   void (*norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
-  void (*quantise)(const Activations&, int t0, int t1);  // rows t0 .. t1, whole groups index packed
+  void (*quantise)(const Activations&, int t0, int t1);  // rows t0 .. t1; whole groups if packed
   void (*product)(const Product&, const Activations&, int64_t r0, int64_t r1, Scratch&);
   int64_t (*tile_rows)(const Weight&, bool packed);
   void (*split_heads)(const HeadSplit&);

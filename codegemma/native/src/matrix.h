@@ -8,7 +8,7 @@
 
 namespace cg {
 
-// Floats, in huge pages where the system has them. The memory grows as needed and is kept.
+// Floats, in huge pages if the system has them. The memory grows as needed and never shrinks.
 class Buffer {
  public:
   float* at_least(int64_t n);

@@ -1,5 +1,5 @@
-// Threads that run one job together. Every thread walks the same list of steps; a step's tiles are claimed from a
-// shared counter, with a barrier between steps. Waiting threads spin for at most 100 us, then sleep.
+// Threads that run one job together: every thread calls the same function, which may wait for the others at barriers.
+// Waiting threads spin for at most 100 us, then sleep.
 #pragma once
 #include <atomic>
 #include <chrono>

@@ -1,5 +1,6 @@
 // A model as a list of steps over buffers, recorded once by the Python layer loop and replayed here for any number of
-// tokens without touching the interpreter.
+// tokens without the interpreter. All threads go through the steps together: they claim a step's tiles from a shared
+// counter, with a barrier between steps.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -52,7 +53,7 @@ class Program {
 
   int buffer(int64_t width);
   void embed(Weight table, int out, float scale);
-  // out = norm(x) * weight; before that x += y, or x += norm(y) * post, where y >= 0.
+  // out = norm(x) * weight. If y >= 0, x += y before that, or x += norm(y) * post if there is a post norm.
   void norm(int x, const float* weight, int out, float eps, int y, const float* post);
   void observe(int x, double* sums);  // sums [width] += x * x, over the tokens
   // Both return a site: adapters add to the output of any of its targets, the weights in order, or gate (0) and up (1).
@@ -72,7 +73,7 @@ class Program {
   struct Buffer {
     int64_t width, padded;
     int forms = 0, adapter_forms = 0;  // forms that products read, and those that adapters read in addition
-    bool prepared = false;   // while recording: its present contents have been quantised
+    bool prepared = false;   // while recording: whether the contents have been quantised at this step
     std::vector<float> f, scales32, scales256;
     std::vector<int8_t> q32, q256;
     std::vector<int16_t> sums32, sums256;

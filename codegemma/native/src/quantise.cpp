@@ -22,7 +22,7 @@ template <class I, class V> CG_INLINE V pick(I mask, V yes, V no) { return (V)((
 template <class V> CG_INLINE V vmin(V a, V b) { return pick(a < b, a, b); }
 template <class V> CG_INLINE V vmax(V a, V b) { return pick(a > b, a, b); }
 template <class I> CG_INLINE I clamp(I v, int low, int high) { return vmin(vmax(v, I{} + low), I{} + high); }
-// To the nearest whole number, half to even, for |v| < 2^22: the sum leaves it in the mantissa.
+// To the nearest integer, half to even, for |v| < 2^22: the sum leaves it in the mantissa.
 template <class I, class F> CG_INLINE I nearest(F v) { return ((I)(v + 12582912.f) & 0x7fffff) - 0x400000; }
 inline int nearest1(float v) {
   float sum = v + 12582912.f;
@@ -190,7 +190,7 @@ template <int BITS, bool MIN> void row32(const float* x, int64_t n, const float*
         base += a;
       } else {
         float largest = b > -a ? b : a;
-        if (b == -a) for (int i = 31; i >= 0; i--) largest = std::fabs(x[i]) == b ? x[i] : largest;  // the first decides
+        if (b == -a) for (int i = 31; i >= 0; i--) largest = std::fabs(x[i]) == b ? x[i] : largest;  // first of equals decides
         d = largest / -HALF, add += (float)HALF;
       }
       float inverse = d ? 1 / d : 0;

@@ -153,7 +153,7 @@ CG_INLINE Fv exp(Fv x) {
   Iv zero = x < splat(-87.3f);
   x = select(x > splat(88.0f), splat(88.0f), x);
   Fv n = x * splat(1.44269504f);
-  const Fv round = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest whole number
+  const Fv round = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   n = (n + round) - round;
   Fv r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);
