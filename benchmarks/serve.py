@@ -44,6 +44,7 @@ FIM = (
 
 @contextlib.contextmanager
 def our_server(threads: int) -> Iterator[tuple[str, int]]:
+    """Our server in a process of its own: its URL and process id."""
     options = ["--port", "0", "--threads", str(threads), "--no-keep-cache"]
     command = [sys.executable, "-m", "codegemma.cli", "serve", *options]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -57,6 +58,7 @@ def our_server(threads: int) -> Iterator[tuple[str, int]]:
 
 @contextlib.contextmanager
 def peer_server(threads: int) -> Iterator[tuple[str, int]]:
+    """The peer's server: its URL and process id. Raises RuntimeError if it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,6 +91,7 @@ def peer_server(threads: int) -> Iterator[tuple[str, int]]:
 
 
 def our_request(prefix: str, suffix: str, tokens: int = TOKENS) -> tuple[str, dict[str, Any]]:
+    """Path and body of a request for a hole."""
     return "/v1/completions", {
         "prompt": prefix,
         "suffix": suffix,
@@ -100,6 +103,7 @@ def our_request(prefix: str, suffix: str, tokens: int = TOKENS) -> tuple[str, di
 
 
 def peer_request(prefix: str, suffix: str, tokens: int = TOKENS) -> tuple[str, dict[str, Any]]:
+    """The same for the peer, in PSM order."""
     prompt = f"pkg/stats.py\n{FIM[0]}{prefix}{FIM[2]}{suffix}{FIM[1]}"
     return "/v1/completions", {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
 
@@ -236,10 +240,12 @@ def plot(answered: list[tuple[float, float]], file: Path) -> None:
 
 
 def percentile(values: list[float], share: float) -> float:
+    """The value at this share of the sorted values."""
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
 def speed(args: Any) -> str:
+    """The entry on our server and the peer's, in turn."""
     model = codegemma.load(threads=args.threads)
     steps = trace((ROOT / "benchmarks" / "typed_file.txt").read_text()[:5600])
     servers = {"ours": (our_server, our_request, 1), "peer": (peer_server, peer_request, 6)}
@@ -286,6 +292,7 @@ def speed(args: Any) -> str:
 
 
 def under_load(args: Any) -> str:
+    """The entry on our server under load."""
     with our_server(args.threads) as (url, pid):
         result = asyncio.run(load(url, pid, args.clients, args.load))
     if not result["answered"]:
