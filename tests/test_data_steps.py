@@ -507,8 +507,9 @@ def test_shingles_equal_a_slow_twin():
     for word, value in zip(plain, hashes.tolist(), strict=True):
         assert by_word.setdefault(word, value) == value
     assert len(set(by_word.values())) == len(by_word)
-    long = "word_a word_b " * 20_000  # across the blocks of the rolling hash
+    long = "word_a word_b " * 20_000
     assert len(set(dedup.words(long).tolist())) == 2 and len(dedup.words(long)) == 40_000
+    assert len(dedup.words("a" * 200_000)) == 4  # a word of more than 65,536 bytes is cut
 
 
 @settings(max_examples=60, deadline=None)

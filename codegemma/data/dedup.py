@@ -26,54 +26,31 @@ MAX_PAIRS = 64  # a document is compared with so many before it in its bucket, a
 
 Node = TypeVar("Node", bound=Hashable)
 
-# Rolling hash of a prefix: sum of letter[i] * BASE**i modulo 2**64; of a word: difference * BASE**-start.
 _BASE = 0x9E3779B97F4A7C15
-_STEP = 1 << 16
+_MAX_WORD = 1 << 16  # bytes; a longer word is cut
+_POWERS = np.cumprod(np.insert(np.full(_MAX_WORD - 1, _BASE, np.uint64), 0, 1))
 _IS_WORD = np.array([chr(byte).isalnum() or byte == 95 or byte > 127 for byte in range(256)])
-_LETTER = np.array(
-    [ord(chr(byte).lower()) if byte < 128 else byte for byte in range(256)], np.uint64
-) + np.uint64(1)
-
-
-def _powers(base: int) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return np.concatenate([np.ones(1, np.uint64), np.cumprod(np.full(_STEP - 1, base, np.uint64))])
-
-
-_POWER, _INVERSE = _powers(_BASE), _powers(pow(_BASE, -1, 1 << 64))
+_LETTER = np.array([ord(chr(byte).lower()) + 1 if byte < 128 else byte + 1 for byte in range(256)], np.uint64)
+_LETTER[~_IS_WORD] = 0
 
 
 def words(text: str) -> np.ndarray:
-    """A 64-bit hash of each word, in order; the same on every machine and in every process."""
-    letters = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-    return np.concatenate([np.empty(0, np.uint64), *map(_words, _blocks(letters))])
+    """A 64-bit hash of each word, in order; the same on every machine and in every process.
 
-
-def _blocks(letters: np.ndarray) -> Iterator[np.ndarray]:
-    """Pieces of at most _STEP bytes that end between words (a longer word is cut)."""
-    start = 0
-    while start < len(letters):
-        end = min(start + _STEP, len(letters))
-        if end < len(letters):
-            gap = np.flatnonzero(~_IS_WORD[letters[start:end]])
-            end = start + int(gap[-1]) + 1 if len(gap) else end
-        yield letters[start:end]
-        start = end
-
-
-def _words(letters: np.ndarray) -> np.ndarray:
-    inside = np.concatenate([[False], _IS_WORD[letters], [False]])
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
-    starts, ends = edges[::2], edges[1::2]
-    with np.errstate(over="ignore"):
-        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_LETTER[letters] * _POWER[: len(letters)])])
-        return _mix((sums[ends] - sums[starts]) * _INVERSE[starts])
+    It is the sum of letter[i] * _BASE**i modulo 2**64, mixed.
+    """
+    data = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+    is_word, index = _IS_WORD[data], np.arange(len(data), dtype=np.int32)
+    gap = np.maximum.accumulate(np.where(is_word, np.int32(-1), index))  # the last byte that is no letter
+    offset = (index - gap - 1) & (_MAX_WORD - 1)  # in the word
+    starts = np.flatnonzero(is_word & (offset == 0))
+    terms = _LETTER[data] * _POWERS[offset]
+    return _mix(np.add.reduceat(terms, starts)) if len(starts) else np.empty(0, np.uint64)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-        return values ^ (values >> np.uint64(32))
+    values = (values ^ (values >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    return values ^ (values >> np.uint64(32))
 
 
 def ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
@@ -81,9 +58,8 @@ def ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
     size = min(size, len(hashes))
     count = len(hashes) - size + 1 if size else 0
     total = np.zeros(count, np.uint64)
-    with np.errstate(over="ignore"):
-        for i in range(size):
-            total = total * np.uint64(0x100000001B3) + hashes[i : i + count]
+    for i in range(size):
+        total = total * np.uint64(0x100000001B3) + hashes[i : i + count]
     return _mix(total)
 
 
@@ -103,10 +79,9 @@ def band_keys(signature: np.ndarray) -> np.ndarray:
     """uint64 [documents, BANDS]: documents that share a key are candidates."""
     rows = signature.reshape(len(signature), BANDS, ROWS).astype(np.uint64)
     keys = np.zeros(rows.shape[:2], np.uint64)
-    with np.errstate(over="ignore"):
-        for i in range(ROWS):
-            keys = _mix(keys * np.uint64(0x100000001B3) + rows[:, :, i])
-        return _mix(keys + np.arange(BANDS, dtype=np.uint64))
+    for i in range(ROWS):
+        keys = _mix(keys * np.uint64(0x100000001B3) + rows[:, :, i])
+    return _mix(keys + np.arange(BANDS, dtype=np.uint64))
 
 
 def candidates(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:

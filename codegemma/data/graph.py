@@ -52,12 +52,11 @@ def edges(repository: str, documents: Sequence[Document]) -> list[Edge]:
                     names[source, target] += int(count)
     importers = Counter(target for _, target in names)
     folders = [path.rpartition("/")[0] for path in paths]
-    return [
-        Edge(
-            source, target, count, count + (folders[source] == folders[target]) - math.log2(importers[target])
-        )
-        for (source, target), count in sorted(names.items())
-    ]
+    result = []
+    for (source, target), imported in sorted(names.items()):
+        importance = imported + (folders[source] == folders[target]) - math.log2(importers[target])
+        result.append(Edge(source, target, imported, importance))
+    return result
 
 
 # ---------------------------------------------------------------------------------------------- linear order

@@ -22,7 +22,7 @@ MANIFESTS = {
 OLD_FIELDS = {"METADATA": r"^License:\s*(\S.*)$", "PKG-INFO": r"^License:\s*(\S.*)$"}
 LICENCE_FILES = re.compile(r"^(un)?licen[sc]e|^copying|-licen[sc]e", re.I)
 # Where a folder's licence is stated; the lowest number wins.
-BY_MANIFEST, BY_TEXT, BY_OLD_FIELD = "1", "2", "3"
+BY_MANIFEST, BY_TEXT, BY_OLD_FIELD = 1, 2, 3
 
 
 @cache
@@ -38,7 +38,7 @@ def is_statement(path: str) -> bool:
     return name in MANIFESTS or (is_text and bool(LICENCE_FILES.search(name)))
 
 
-def of_file(path: str, data: bytes) -> tuple[str, tuple[str, str] | None]:
+def of_file(path: str, data: bytes) -> tuple[str, tuple[int, str] | None]:
     """(folder that a licence file or manifest is for, (rank, SPDX expression) or None if it names none)."""
     text, posix = data.decode("utf-8", "replace"), PurePosixPath(path)
     parts = [part for part in posix.parts[:-1] if not part.endswith(".dist-info")]
@@ -51,7 +51,7 @@ def of_file(path: str, data: bytes) -> tuple[str, tuple[str, str] | None]:
     return folder, (BY_TEXT, by_text) if by_text else None
 
 
-def join(votes: list[tuple[str, str]]) -> str:
+def join(votes: list[tuple[int, str]]) -> str:
     """A folder's licence: of its manifest, else of all its licence texts, else of an old metadata field."""
     best = min(rank for rank, _ in votes)
     return " AND ".join(sorted({licence for rank, licence in votes if rank == best}))

@@ -119,7 +119,7 @@ def _read_repository(source: Source, limits: ReadLimits) -> Iterator[Document | 
     remote, commit = git_state(source.path) if is_folder else ("", "")
     name = source.name if is_folder else re.sub(ARCHIVE_ENDING, "", source.name)
     template = Document(remote or name, "", "", source=source.name, commit=commit, kind=source.kind)
-    votes: dict[str, list[tuple[str, str]]] = {}
+    votes: dict[str, list[tuple[int, str]]] = {}
     top_folders: set[str] = set()
     for entry in entries():
         top_folders.add(entry.path.split("/")[0] if "/" in entry.path else "")

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from codegemma.data import clean, dedup, fim, folder, pack
-from codegemma.data.documents import Document, Outcome
+from codegemma.data.documents import Decision, Document, Outcome
 from codegemma.data.draw import Draw
 from codegemma.data.folder import BuildFolder, StoredDocument, load_tokenizer, read_documents
 from codegemma.data.recipe import BuildRecipe
@@ -260,9 +260,8 @@ class OrderTask(Task):
         for key, repository in sorted(repositories):
             documents = _unique_paths(repositories.pop((key, repository)), outcomes)
             is_held_out = Draw(self.recipe.seed, "held out", key).uniform() < self.recipe.hold_out
-            outcomes += [
-                document.outcome("kept", "held out" if is_held_out else "") for document in documents
-            ]
+            reason = "held out" if is_held_out else ""
+            outcomes += [document.outcome("kept", reason) for document in documents]
             if is_held_out:
                 held_out += map(StoredDocument, documents)
                 continue
@@ -292,8 +291,8 @@ class OrderTask(Task):
             for stored in read_documents(self.folder.shard("clean", shard), self.keys):
                 document = stored.document
                 if verdict := verdicts.get(stored.row):
-                    decision = "dropped" if verdict[0] == "benchmark" else "duplicate"
-                    outcomes.append(document.outcome(decision, *verdict))  # type: ignore[arg-type]
+                    decision: Decision = "dropped" if verdict[0] == "benchmark" else "duplicate"
+                    outcomes.append(document.outcome(decision, *verdict))
                 else:
                     documents[document.key, document.repository].append(document)
         return documents
