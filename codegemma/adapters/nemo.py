@@ -17,6 +17,7 @@ import numpy as np
 
 from codegemma.adapters.adapter import Adapter
 from codegemma.checkpoints import nemo, table
+from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.config import ModelConfig
 
 ATTENTION, MLP = "self_attention.adapter_layer", "mlp.adapter_layer"
@@ -100,7 +101,7 @@ def _matrices(
         if len(layout.parts) > 1:  # the layout of the fused output, with a column for each rank
             layout = replace(layout, size={**layout.size, "D": len(a_rI)})
         for index, part in enumerate(layout.parts):
-            output = layout.part(index, b_Or) if len(layout.parts) > 1 else b_Or
+            output = layout.part(index, ArrayTensor.of(b_Or)).float32() if len(layout.parts) > 1 else b_Or
             yield part.name, a_rI, np.ascontiguousarray(output)
 
 

@@ -43,7 +43,7 @@ def shards(path: Path) -> list[Path]:
     if missing := [file.name for file in files if not file.exists()]:
         raise damaged(f"{path}: lacks {', '.join(missing)}, which its index names")
     if not files:
-        raise ValueError(f"{path}: holds no *.safetensors: download the model so, or pass a .gguf file")
+        raise ValueError(f"{path}: holds no *.safetensors: download it in that format, or pass a .gguf")
     return files
 
 

@@ -142,21 +142,38 @@ class StoredTensor:
         lengths[self.join] = sum(self._part_lengths)
         return lengths
 
-    def gather(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """The stored elements, from those of the parts; values are not scaled."""
-        rearranged = []
-        for part, array in zip(self.parts, arrays, strict=True):
-            ours, stored = part.letters
-            rearranged.append(self._transposed(array, ours, stored).reshape(self._lengths(stored)))
-        joined = rearranged[0] if len(rearranged) == 1 else np.concatenate(rearranged, self.join)
-        return joined.reshape(self.shape)
+    def joined(self, tensors: list[Tensor]) -> Tensor:
+        """The stored tensor, from our tensors. Raises ValueError on quantised tensors or several types."""
+        types = sorted({tensor.type for tensor in tensors})
+        if len(types) > 1 or types[0] not in ELEMENTS:
+            rule = "but this format holds unquantised tensors of one type"
+            raise ValueError(f"tensor {self.name} is made of {' and '.join(types)}, {rule}: pass --dtype")
+        if self.is_plain:
+            return tensors[0]
 
-    def part(self, index: int, array: np.ndarray) -> np.ndarray:
-        """The elements of one part, from the stored ones; values are not scaled."""
-        ours, stored = self.parts[index].letters
-        boundaries = np.cumsum(self._part_lengths)[:-1]
-        part = np.split(array.reshape(self._joined_lengths), boundaries, self.join)[index]
-        return self._transposed(part, stored, ours).reshape(self.part_shape(index))
+        def compute() -> np.ndarray:
+            arrays = []
+            for part, tensor in zip(self.parts, tensors, strict=True):
+                ours, stored = part.letters
+                arrays.append(self._transposed(tensor.array(), ours, stored).reshape(self._lengths(stored)))
+            array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, self.join)
+            return _scaled(types[0], array.reshape(self.shape), self.scale, np.multiply)
+
+        return LazyTensor.computed(types[0], self.shape, compute)
+
+    def part(self, index: int, tensor: Tensor) -> Tensor:
+        """One of our tensors, from the stored tensor."""
+        if self.is_plain:
+            return tensor
+
+        def compute() -> np.ndarray:
+            ours, stored = self.parts[index].letters
+            array = _scaled(tensor.type, tensor.array(), self.scale, np.divide)
+            boundaries = np.cumsum(self._part_lengths)[:-1]
+            part = np.split(array.reshape(self._joined_lengths), boundaries, self.join)[index]
+            return self._transposed(part, stored, ours).reshape(self.part_shape(index))
+
+        return LazyTensor.computed(tensor.type, self.part_shape(index), compute)
 
     def _transposed(self, array: np.ndarray, axes: str, new_axes: str) -> np.ndarray:
         """Brings axes into another order; axes of one element ("1") are dropped."""
@@ -255,7 +272,7 @@ def from_format(
             if layout.is_norm:
                 tensors[part.name] = _norm_factor(format, path, name, tensor)
             else:
-                tensors[part.name] = _part_of(layout, index, tensor)
+                tensors[part.name] = layout.part(index, tensor)
     if head in stored:
         _check_tied(path, head, stored[head], tensors["embed"])
     return tensors
@@ -272,7 +289,7 @@ def to_format(format: Format, config: ModelConfig, tensors: Mapping[str, Tensor]
         elif format in ("gguf", "hf"):
             stored[layout.name] = ours[0]
         else:
-            stored[layout.name] = _gathered(layout, ours)
+            stored[layout.name] = layout.joined(ours)
     return stored
 
 
@@ -284,31 +301,6 @@ def _without_padding(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not is_embedding or not shape[0] < tensor.shape[0] <= shape[0] + MAX_PADDING:
         return tensor
     return LazyTensor(tensor.type, shape, lambda start, stop: tensor.rows(start, stop).data)
-
-
-def _part_of(layout: StoredTensor, index: int, stored: Tensor) -> Tensor:
-    if layout.is_plain:
-        return stored
-
-    def compute() -> np.ndarray:
-        return layout.part(index, _scaled(stored.type, stored.array(), layout.scale, np.divide))
-
-    return LazyTensor.computed(stored.type, layout.part_shape(index), compute)
-
-
-def _gathered(layout: StoredTensor, ours: list[Tensor]) -> Tensor:
-    types = sorted({tensor.type for tensor in ours})
-    if len(types) > 1 or types[0] not in ELEMENTS:
-        rule = "but this format holds unquantised tensors of one type"
-        raise ValueError(f"tensor {layout.name} is made of {' and '.join(types)}, {rule}: pass --dtype")
-    if layout.is_plain:
-        return ours[0]
-
-    def compute() -> np.ndarray:
-        elements = layout.gather([tensor.array() for tensor in ours])
-        return _scaled(types[0], elements, layout.scale, np.multiply)
-
-    return LazyTensor.computed(types[0], layout.shape, compute)
 
 
 def _scaled(type: str, elements: np.ndarray, scale: float, operation: np.ufunc) -> np.ndarray:

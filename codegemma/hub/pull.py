@@ -209,7 +209,7 @@ def fetch(
             fault, remedy = error.args
             if attempt == ATTEMPTS:
                 raise ValueError(f"{url}: {fault} {ATTEMPTS} times{remedy}") from None
-    digest = _sha256(part) if sha256 else None
+    digest = _sha256(part) if sha256 else sha256
     if digest == sha256:
         os.replace(part, file)
     part.unlink(missing_ok=True)
@@ -336,9 +336,8 @@ def _unpack(file: Path, archive: tarfile.TarFile) -> Path:
             with atomic_write(folder / path) as out:
                 shutil.copyfileobj(source, out, BLOCK)
             if _sha256(folder / path) != hashes.pop(info.name):
-                raise ValueError(
-                    f"{file}: its member {info.name} has another SHA-256 than the pack states: copy it again"
-                )
+                rule = "has another SHA-256 than the pack states"
+                raise ValueError(f"{file}: its member {info.name} {rule}: copy it again")
         if hashes:
             raise ValueError(f"{file}: lacks {', '.join(sorted(hashes)[:3])}: copy it again")
     return target
