@@ -92,24 +92,17 @@ def _run(names: Sequence[str], options: RunOptions, skip: bool) -> None:
 
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"no benchmark is called {', '.join(unknown)}: codegemma eval list names them all")
+    tasks = [TASKS[name] for name in names]
     settings = EvalSettings(options.limit, options.samples, options.temp, options.top_p, options.seed)
     records = Records(options.data)
     try:
-        if any(TASKS[name].group not in ("language", "maths") for name in names):
+        if any(task.group not in ("language", "maths") for task in tasks):
             require(default())
         model = open_model(options.model, options.endpoint, options.adapter)
-        for name in names:
+        for name, task in zip(names, tasks, strict=True):
             try:
-                with Progress() as progress:
-                    run(
-                        TASKS[name],
-                        model,
-                        records,
-                        options.out,
-                        settings,
-                        resume=options.resume,
-                        progress=progress,
-                    )
+                with Progress() as bar:
+                    run(task, model, records, options.out, settings, resume=options.resume, progress=bar)
             except LookupError as error:
                 if not skip:
                     raise ValueError(str(error)) from error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -125,13 +125,16 @@ def train(
     cluster.join()
     if settings.learning_rate is None:
         settings = replace(settings, learning_rate=5e-5 if full else 1e-3)
-    fields: dict[str, Any] = vars(plan) | {"kind": "full" if full else "qlora" if qlora else "lora"}
-    checked = TrainingSettings(**vars(settings))
-    sources = tuple(map(str, rows))
+    training_plan = job.TrainingPlan(
+        model,
+        tuple(map(str, rows)),
+        settings=TrainingSettings(**vars(settings)),
+        kind="full" if full else "qlora" if qlora else "lora",
+        rank=lora_rank or 32,
+        **vars(plan),
+    )
     with Progress() as progress:
-        training = job.TrainingJob(
-            job.TrainingPlan(model, sources, settings=checked, rank=lora_rank or 32, **fields)
-        )
+        training = job.TrainingJob(training_plan)
         result = training.run(resume, reporter(progress))
     if training.left_out:
         reason = f"longer than {plan.length:,} tokens, or with an empty answer"
