@@ -63,7 +63,7 @@ class Toolchain:
 
     @classmethod
     def find(cls, key: str, workers: int | None = None) -> Toolchain:
-        """Raises LookupError, which says how to install it, where a tool is missing or does not run."""
+        """The tools of a language. Raises LookupError, with the remedy, where one is missing or broken."""
         language = LANGUAGES[key]
         paths = {tool: _path(language, tool) for tool in language.tools}
         env: dict[str, str] = {}

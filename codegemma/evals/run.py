@@ -152,15 +152,8 @@ def _generate(
     task: GenerationTask, model: EvaluatedModel, items: list[Item], settings: EvalSettings
 ) -> Iterator[tuple[Item, list[Answer]]]:
     """Yields an item with its samples as soon as the last of them has ended."""
-    decoding = Decoding(
-        task.max_tokens,
-        fim_stops(model.tokenizer),
-        task.stop,
-        settings.temperature,
-        settings.top_p,
-        settings.seed,
-        settings.samples,
-    )
+    sampling = {name: value for name, value in asdict(settings).items() if name != "limit"}
+    decoding = Decoding(task.max_tokens, fim_stops(model.tokenizer), task.stop, **sampling)
     prompts = [task.prompt(model.tokenizer, item) for item in items]
     incomplete: dict[int, dict[int, Answer]] = {}
     for i, number, output in model.sample(prompts, decoding):
