@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -167,61 +168,73 @@ def overhead(url: str, model: codegemma.Model, steps: Trace) -> tuple[list[float
     return served, inside
 
 
-async def load(url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
-    """Latencies and statuses for clients that always type: each keystroke cancels the request before it."""
-    steps = trace((ROOT / "benchmarks" / "typed_file.txt").read_text()[:5600])
-    end = time.perf_counter() + seconds
-    started = time.perf_counter()
-    answered: list[tuple[float, float]] = []  # seconds since the start, and of the answer
-    served: Counter[int] = Counter()
-    statuses: Counter[str] = Counter()
-    memory: list[int] = []
+@dataclass
+class LoadTest:
+    """Clients that always type: each keystroke cancels the request before it."""
 
-    async def client_loop(number: int, client: httpx.AsyncClient) -> None:
+    url: str
+    pid: int
+    clients: int
+    seconds: float
+    answered: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # seconds since the start, of the answer
+    served: Counter[int] = field(default_factory=Counter)  # answers of each client
+    statuses: Counter[str] = field(default_factory=Counter)
+    memory: list[int] = field(default_factory=list)  # bytes, every second
+
+    async def run(self) -> None:
+        """Runs the test and fills the results."""
+        self.started = time.perf_counter()
+        self.end = self.started + self.seconds
+        limits = httpx.Limits(max_connections=2 * self.clients)
+        options: dict[str, Any] = {"timeout": 600, "trust_env": False, "limits": limits}
+        async with httpx.AsyncClient(base_url=self.url, **options) as client:
+            users = (self._user(number, client) for number in range(self.clients))
+            await asyncio.gather(self._watch_memory(), *users)
+
+    async def _user(self, number: int, client: httpx.AsyncClient) -> None:
         draw = random.Random(number)
-        while time.perf_counter() < end:
+        steps = trace((ROOT / "benchmarks" / "typed_file.txt").read_text()[:5600])
+        while time.perf_counter() < self.end:
             for _, prefix, suffix in steps:
                 path, body = our_request(f"# client {number}\n{prefix}", suffix)
-                start = time.perf_counter()
-                task = asyncio.ensure_future(
-                    client.post(path, json=body | {"session": str(number), "time_budget_ms": 1000})
-                )
+                body |= {"session": str(number), "time_budget_ms": 1000}
                 typing_on = draw.random() < 0.9  # or else the user stops to read for some seconds
                 pause = draw.uniform(0.1, 0.4) if typing_on else draw.uniform(2.0, 6.0)
-                done, _ = await asyncio.wait({task}, timeout=pause)
-                if not done:
-                    task.cancel()
-                    statuses["dropped"] += 1
-                    with contextlib.suppress(asyncio.CancelledError, httpx.HTTPError):
-                        await task
-                else:
-                    try:
-                        statuses[str(task.result().status_code)] += 1
-                    except httpx.HTTPError as error:
-                        statuses[type(error).__name__] += 1
-                    else:
-                        now = time.perf_counter()
-                        answered.append((now - started, now - start))
-                        served[number] += task.result().status_code == 200
-                    await asyncio.sleep(max(0.0, start + pause - time.perf_counter()))
-                if time.perf_counter() >= end:
+                await self._keystroke(number, client, path, body, pause)
+                if time.perf_counter() >= self.end:
                     return
 
-    async def watch() -> None:
-        while time.perf_counter() < end:
-            status = Path(f"/proc/{pid}/status").read_text()
-            memory.append(int(status.partition("VmRSS:")[2].split()[0]) * 1024)
-            await asyncio.sleep(1)
+    async def _keystroke(
+        self, number: int, client: httpx.AsyncClient, path: str, body: dict[str, Any], pause: float
+    ) -> None:
+        """Sends a request, and cancels it if its answer is not there when the pause is over."""
+        start = time.perf_counter()
+        task = asyncio.ensure_future(client.post(path, json=body))
+        done, _ = await asyncio.wait({task}, timeout=pause)
+        if not done:
+            task.cancel()
+            self.statuses["dropped"] += 1
+            with contextlib.suppress(asyncio.CancelledError, httpx.HTTPError):
+                await task
+            return
+        try:
+            status = task.result().status_code
+        except httpx.HTTPError as error:
+            self.statuses[type(error).__name__] += 1
+        else:
+            now = time.perf_counter()
+            self.statuses[str(status)] += 1
+            self.answered.append((now - self.started, now - start))
+            self.served[number] += status == 200
+        await asyncio.sleep(max(0.0, start + pause - time.perf_counter()))
 
-    limits = httpx.Limits(max_connections=2 * clients)
-    async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False, limits=limits) as client:
-        await asyncio.gather(watch(), *(client_loop(number, client) for number in range(clients)))
-    return {
-        "answered": answered,
-        "served": [served[i] for i in range(clients)],
-        "statuses": statuses,
-        "memory": memory,
-    }
+    async def _watch_memory(self) -> None:
+        while time.perf_counter() < self.end:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            self.memory.append(int(status.partition("VmRSS:")[2].split()[0]) * 1024)
+            await asyncio.sleep(1)
 
 
 def plot(answered: list[tuple[float, float]], file: Path) -> None:
@@ -294,22 +307,24 @@ def speed(args: Any) -> str:
 def under_load(args: Any) -> str:
     """The entry on our server under load."""
     with our_server(args.threads) as (url, pid):
-        result = asyncio.run(load(url, pid, args.clients, args.load))
-    if not result["answered"]:
-        raise RuntimeError(f"no request was answered before its client typed on: {dict(result['statuses'])}")
-    seconds = [took for _, took in result["answered"]]
-    memory = [size / 1e6 for size in result["memory"]]
+        test = LoadTest(url, pid, args.clients, args.load)
+        asyncio.run(test.run())
+    if not test.answered:
+        raise RuntimeError(f"no request was answered before its client typed on: {dict(test.statuses)}")
+    seconds = [took for _, took in test.answered]
+    memory = [size / 1e6 for size in test.memory]
+    answers = [test.served[number] for number in range(args.clients)]
     if args.plot:
-        plot(result["answered"], args.plot)
+        plot(test.answered, args.plot)
     quarter = max(len(memory) // 4, 1)
     return (
         f"`benchmarks/serve.py --load {args.load:g} --clients {args.clients}`: default model, "
         f"{args.threads} threads, each client types without end and drops what is not there by its next "
         "keystroke.\n\n"
-        f"{dict(result['statuses'])}; answers took {1e3 * statistics.median(seconds):.0f} ms at the median, "
+        f"{dict(test.statuses)}; answers took {1e3 * statistics.median(seconds):.0f} ms at the median, "
         f"{1e3 * percentile(seconds, 0.95):.0f} ms at the 95th percentile, "
-        f"{1e3 * max(seconds):.0f} ms at most; a client got {min(result['served'])} to "
-        f"{max(result['served'])} answers; memory "
+        f"{1e3 * max(seconds):.0f} ms at most; a client got {min(answers)} to "
+        f"{max(answers)} answers; memory "
         f"{statistics.mean(memory[quarter : 2 * quarter] or memory):.0f} MB in the second quarter, "
         f"{statistics.mean(memory[-quarter:]):.0f} MB in the last.\n"
     )
