@@ -1,4 +1,4 @@
-"""Runs a program that nobody trusts: no network, a read-only system, a private /tmp, limits."""
+"""Runs untrusted programs without a network, on a read-only system, with a private /tmp and limits."""
 
 from codegemma.sandbox.host import Limits, Outcome, Result, Sandbox, SandboxError, default, run, run_python
 
