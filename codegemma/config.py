@@ -1,4 +1,4 @@
-"""What a Gemma model is: its architecture as a checked dataclass, and the published members of the family.
+"""What a Gemma model is (`ModelConfig`), and the published models: name, repository, uses (`PRESETS`).
 
 Axis letters used in every name of this package: B batch, T new tokens, S visible tokens, D model width, N
 query heads, K key/value heads, G = N // K, H head width, F feed-forward width, V vocabulary rows, L layers.

@@ -1,4 +1,4 @@
-"""Gemma models in GGUF: architecture and tokenizer from llama.cpp's header entries, and back."""
+"""Gemma models in GGUF, read and written: config and tokenizer from llama.cpp's header entries, and back."""
 
 from __future__ import annotations
 

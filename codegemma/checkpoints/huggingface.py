@@ -1,4 +1,4 @@
-"""A Hugging Face directory: config.json, *.safetensors (sharded or not), and perhaps a tokenizer.
+"""Hugging Face directories, read and written: config.json, *.safetensors (sharded or not), tokenizer files.
 
 Both generations of config.json are read: that of transformers 4 (rope_theta, rope_local_base_freq,
 rope_scaling, sliding_window_pattern) and that of transformers 5 (rope_parameters, layer_types). A multimodal

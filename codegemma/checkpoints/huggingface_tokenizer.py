@@ -1,4 +1,8 @@
-"""The tokenizer files that transformers reads: tokenizer_config.json and tokenizer.json."""
+"""The tokenizer files of a Hugging Face directory: tokenizer.model or tokenizer.json, and side files.
+
+The side files name tokens that were added to the vocabulary, with an id and, but for added_tokens.json, a flag
+whether they are special. The first that names an id decides.
+"""
 
 from __future__ import annotations
 

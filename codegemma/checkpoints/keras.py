@@ -1,4 +1,4 @@
-"""A KerasHub preset: config.json, model.weights.h5 (one file or several), assets/tokenizer/vocabulary.spm."""
+"""KerasHub presets, read and written: config.json, model.weights.h5 (one file or several), vocabulary.spm."""
 
 from __future__ import annotations
 

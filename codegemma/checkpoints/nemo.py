@@ -1,8 +1,9 @@
-"""NeMo 1 archives (.nemo) without NeMo: a tar, perhaps gzipped, of model_config.yaml, weights, tokenizer.
+"""NeMo 1 archives (.nemo), read and written without NeMo: a tar of model_config.yaml, weights, tokenizer.
 
 The weights are one PyTorch archive (model_weights.ckpt) or a distributed checkpoint of Megatron core in a
 directory, with layers stacked on axis 0: Zarr arrays, or PyTorch's (.metadata and *.distcp). A tar is never
-unpacked: its members are looked up by name in a memory map, so that hostile paths in it have no effect.
+unpacked: its members are looked up by name in a memory map, so that hostile paths in it have no effect. It
+may be gzipped.
 """
 
 from __future__ import annotations

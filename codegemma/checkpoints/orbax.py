@@ -1,7 +1,8 @@
-"""Orbax checkpoints of DeepMind's Flax models (nested, flat, Kauldron; as on Kaggle) and of MaxText.
+"""Orbax checkpoints: those of DeepMind's Flax models (as on Kaggle) read and written, those of MaxText read.
 
-They are read and written by tensorstore, array by array, without JAX or Orbax. A checkpoint is a directory of
-Zarr arrays, each under the path of its key, in files or in an OCDBT database.
+Flax models are read flat, nested or as Kauldron saves them, and written flat. tensorstore reads and writes
+array by array, without JAX or Orbax. A checkpoint is a directory of Zarr arrays, each under the path of its
+key, in files or in an OCDBT database.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensors as checkpoints store them: floats or ggml's blocks, in a memory map or read when they are used."""
+"""Tensors as files store them: floats, or quantised blocks as bytes, which native/ makes and decodes."""
 
 from __future__ import annotations
 

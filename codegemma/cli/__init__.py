@@ -1,1 +1,1 @@
-"""The command line: `codegemma VERB`, one function for each verb."""
+"""The command line, `codegemma VERB`: main.py lists the verbs, the other files define them."""

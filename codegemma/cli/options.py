@@ -1,4 +1,4 @@
-"""How a verb's function becomes a command: its parameters are the options, help.toml says what each means.
+"""Makes a command of a verb's function, each parameter an option; and the options that several verbs share.
 
 A parameter without a default is an argument. The fields of a parameter that is a dataclass are options too,
 after the verb's own: that is how verbs share options, and receive many as one value.

@@ -1,4 +1,4 @@
-"""Writing a checkpoint in another format, tensor by tensor: `codegemma convert`."""
+"""Writes a model in another file format, quantised if asked: `codegemma convert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a model with the files that another program needs: `codegemma export`."""
+"""Converts a model for one program, such as Ollama, and adds the files it needs: `codegemma export`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The importance of a matrix's columns, which weighs their rounding errors: the mean square of the inputs."""
+"""How much each column of a matrix counts in quantisation: the mean square of the inputs it multiplies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantises matrices to GGUF's block types by llama.cpp's rules, and measures the error.
+"""Chooses each matrix's block type by llama.cpp's rules, quantises it, and measures the error.
 
 The blocks equal those of ggml's reference quantisers bit for bit (native/src/quantise.cpp). Norms stay F32.
 Where a row is not a whole number of blocks, the next larger type is used; where none fits, the matrix is not

@@ -1,4 +1,4 @@
-"""Drops documents of low quality or unsafe content, and replaces secrets in the others."""
+"""Cleans the documents of a build: drops low quality and unsafe content, redacts the others (redact.py)."""
 
 from __future__ import annotations
 

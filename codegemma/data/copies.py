@@ -1,4 +1,4 @@
-"""Which documents of a build are dropped as copies, decided over all shards between the tasks.
+"""Which documents of a build are dropped as copies, decided over all shards at once.
 
 A node is a document: shard << 32 | row.
 """

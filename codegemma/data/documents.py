@@ -1,4 +1,4 @@
-"""Documents (texts and their origin), and the outcome of every input, which may not become a document."""
+"""A text and its origin (`Document`), and what became of each input (`Outcome`): kept, or dropped and why."""
 
 from __future__ import annotations
 

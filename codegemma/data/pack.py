@@ -1,4 +1,4 @@
-"""Examples -> rows of one length, and rows on disk that training reads at random without parsing.
+"""Packs examples into rows of one length, in segments that attention does not cross; writes and reads rows.
 
 A segment is what attention sees: <bos> and the examples of one group of files of a repository. A row holds
 whole segments and padding.

@@ -1,7 +1,8 @@
-"""Secrets and personal data in a text, and the fake values that replace them.
+"""Finds secrets and personal data in a text, and the fake values to put in their place.
 
 A fake value has the shape of the original, is the same wherever the original occurs, and is never taken for
-a secret again. The rules are in rules/secrets.toml.
+a secret again. A build replaces both kinds (clean.py), a prompt only secrets (safety/secrets.py). The rules
+are in rules/secrets.toml.
 """
 
 from __future__ import annotations

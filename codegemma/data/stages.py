@@ -1,4 +1,4 @@
-"""The stages of a build as tasks: functions of files and the recipe that any engine may run in any order.
+"""The tasks of each stage of a build. What a task writes depends on its inputs and the recipe alone.
 
 A task writes files that appear complete or not at all; its result is kept beside them as JSON, so that no
 task is run twice. Documents are sorted by the hash of their repository when they are read: later stages

@@ -1,4 +1,4 @@
-"""Sets up an editor: shows the text that belongs in one of its files, or merges it into that file.
+"""Sets up an editor: shows the lines that one of its files needs, or writes them there: `codegemma setup`.
 
 editors.toml has the texts. docs/editors.md has the `advice` for each editor; a test compares them.
 """

@@ -1,4 +1,4 @@
-"""HumanEval, MBPP and BabelCode: prompts, stop texts and test programs as published."""
+"""The tasks HumanEval, MBPP and BabelCode: prompts, stop texts and test programs as published."""
 
 from __future__ import annotations
 

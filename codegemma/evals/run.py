@@ -1,4 +1,4 @@
-"""Runs a task: asks the model, judges its answers, and writes samples and scores to a folder.
+"""Runs a task: asks the model, lets the task judge the answers, and writes samples and scores to a folder.
 
 The folder gets, for each task: `TASK.jsonl`, the samples in the set's order, and `TASK.json`, the score; both
 are the same bytes for the same model, seed and settings. `TASK.times.json` holds what may differ: the times,

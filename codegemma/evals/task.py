@@ -1,4 +1,4 @@
-"""What an evaluation is made of: items, a model's answers, verdicts on them, scores and comparisons."""
+"""What an evaluation is made of (items, answers, verdicts, tasks), and its statistics: pass@k, intervals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Generation as an iterator of Steps over any backend: request batches, a prefix cache, exact speculation.
 
 Callers use `Engine.generate` (one request) or step a `Batch` (many at once: evaluation, the server). The law:
-batching, caching and speculation never change a token, provided that the backend is `invariant`.
+batching, caching, chunking, speculation and the number of threads never change a token, provided that the
+backend is `invariant`.
 """
 
 from __future__ import annotations

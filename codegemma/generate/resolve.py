@@ -1,4 +1,4 @@
-"""Any Request -> one whose prompt is token ids, within the model's context and the caller's time budget.
+"""Any Request -> one of token ids: what mode "auto" means, and what fits the context and the time budget.
 
 The laws: encoding the text of a shortened prompt gives the prompt's ids; the text nearest to the cursor is
 kept longest; the window's edges move in coarse steps, so that a keystroke changes only the prompt's last ids

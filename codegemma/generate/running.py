@@ -1,4 +1,4 @@
-"""A request while the engine answers it: its tokens, their pages of keys and values, its text, its drafts."""
+"""A request while it is answered: its tokens, the pages with their keys and values, its text, its drafts."""
 
 from __future__ import annotations
 

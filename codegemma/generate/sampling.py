@@ -1,4 +1,4 @@
-"""Logits -> a token: greedy, or drawn with a hash of the seed and the token's index as random number.
+"""Chooses a token from logits: the likeliest, or one drawn by a hash of the seed and the token's index.
 
 Callers use `choose` on one row. Because a draw depends only on (seed, index) and no generator has a state,
 a seed gives the same text alone or batched, with speculation or without, on any number of threads.

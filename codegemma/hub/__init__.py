@@ -1,4 +1,4 @@
-"""Finds models on this machine: a path, our cache, the Hugging Face cache, or the packaged default."""
+"""Finds a model on this machine: a path, or a name of config.PRESETS in a cache or the installed package."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Downloads models (Hugging Face Hub, Kaggle, NGC, URLs) and packs them for machines without a network.
+"""Downloads models (Hugging Face Hub, Kaggle, NGC, URLs), and packs them for machines without a network.
 
-The Gemma terms are shown once and the acceptance is recorded. Downloads are resumed, checked against the
-hashes that the source states, and stored where `hub.resolve` looks.
+A name's repositories on the Hub and Kaggle stand in config.PRESETS, those on NGC here (`NGC`). The Gemma
+terms are shown once and the acceptance is recorded. Downloads are resumed, checked against the hashes that
+the source states, and stored where `hub.resolve` looks.
 """
 
 from __future__ import annotations

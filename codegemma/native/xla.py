@@ -1,4 +1,4 @@
-"""JAX operations whose frozen weights stay in quantised blocks, for training adapters on a CPU.
+"""C++ kernels as JAX operations, for training on a CPU: products with frozen weights, attention, the loss.
 
 - `product`: x W^T, with a gradient for x (dy W) and none for the weight;
 - `adapted`: the same plus a LoRA, which has gradients;

@@ -1,4 +1,4 @@
-"""The secrets policy: which files are never read into a prompt, and what is replaced in the others.
+"""The secrets policy of prompts: which files never enter one, and what data/redact.py replaces in others.
 
 The language server and the server's fill-in-the-middle routes use it. scripts/secret_names.py writes the
 tables of names into the VS Code extension. What counts as a secret in a text is in

@@ -1,4 +1,4 @@
-"""Runs untrusted programs without a network, on a read-only system, with a private /tmp and limits."""
+"""Runs untrusted programs: without a network, on a read-only system, with a private /tmp."""
 
 from codegemma.sandbox.host import Limits, Outcome, Result, Sandbox, SandboxError, default, run, run_python
 

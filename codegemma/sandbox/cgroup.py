@@ -1,4 +1,4 @@
-"""Control groups (v1 or delegated v2), which limit the memory and the processes of a box."""
+"""Limits a box's memory and processes by a control group (v1, or delegated v2), where one can be made."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The inside of the sandbox: a warm Python interpreter that forks one jailed process per job.
+"""The inside of a box: runs each job in a jailed process, within limits of time, output, disk and open files;
+where there is no control group, of memory and processes too.
 
-host.py starts this file under bubblewrap; jobs and replies are JSON lines. Each process below is the parent
+host.py starts this file under bubblewrap; jobs and replies are lines of JSON. Each process below is the parent
 of the next: the supervisor reads jobs; a monitor, outside the job's namespaces, watches time and output; an
 init, process 1 of the job's namespaces, mounts the private folder; the program runs without capabilities or
 inherited descriptors and sees no other process. Killing init kills everything in the job. Standard library

@@ -1,4 +1,4 @@
-"""Runs untrusted programs in bubblewrap and says how each ended, within limits of time, memory and output.
+"""Starts boxes (bubblewrap) and sends them jobs. `Limits` states a job's limits, `Result` how it ended.
 
 How a program ended is a value (`Result.outcome`); a sandbox that fails raises SandboxError, and no program is
 ever run outside it. Boxes are kept warm: each is one bubblewrap with an interpreter (guest.py) that forks a

@@ -1,5 +1,4 @@
-"""A CompletionService that lets another OpenAI-compatible server generate. Prompts, time budgets, trimming
-and protocols stay here."""
+"""Answers requests by another OpenAI-compatible server: this one makes the prompts and trims the answers."""
 
 from __future__ import annotations
 

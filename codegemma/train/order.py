@@ -1,4 +1,4 @@
-"""Which rows a step reads: a pure function of (seed, step), so that the loader's state is the step number.
+"""Which rows a step reads, shuffled: a pure function of (seed, step), so that only the step number is saved.
 
 A session calls `Order.rows`. The law it keeps: any number of hosts and any resumption read the same rows.
 """
