@@ -18,12 +18,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from codegemma.tokenizer import FIM_NAMES, Tokenizer
 
 Layout = Literal["psm", "spm", "prefix"]
 Role = Literal["system", "user", "assistant"]
+# The role of every name that clients and datasets use. What a tool returns is read as the user's text.
+ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES |= {"model": "assistant", "tool": "user", "function": "user"}
 FimLabel = Literal["context", "path", "sentinel", "prefix", "suffix", "middle", "terminator"]
 Label = Literal[FimLabel, "bos", "raw", "turn", "user", "reply"]  # the last three: chats
 Ids = list[int]
@@ -34,14 +37,21 @@ _ORDERS: dict[Layout, tuple[Literal["prefix", "suffix"], ...]] = {
     "spm": ("suffix", "prefix"),
 }
 
-# The Jinja template of `chat` for transformers: a system text is put before the first user's.
+# The Jinja template of `chat` for transformers and llama.cpp, with the turns of `chat_turns`.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
-    "{% for turn in turns %}{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Turns must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else turn['role']) + '\n' "
-    "+ (first if loop.first else '') + (turn['content'] | trim) + '<end_of_turn>\n' }}{% endfor %}"
+    "{{ bos_token }}{% set open = namespace(role='', text='', system='') %}{% for message in messages %}"
+    "{% if message['role'] in ['system', 'developer'] %}"
+    "{% set open.system = open.system + message['content'] + '\n\n' %}"
+    "{% else %}{% set text = message['content'] | trim %}"
+    "{% set role = 'model' if message['role'] in ['assistant', 'model'] else 'user' %}"
+    "{% if role == 'user' %}{% set text = open.system + text %}{% set open.system = '' %}{% endif %}"
+    "{% if role != open.role %}"
+    "{{ ('<end_of_turn>\n' if open.role else '') + '<start_of_turn>' + role + '\n' + text }}"
+    "{% set open.text = text %}{% elif text %}{{ ('\n\n' if open.text else '') + text }}"
+    "{% set open.text = text %}{% endif %}{% set open.role = role %}{% endif %}{% endfor %}"
+    "{% if open.system | trim %}{% if open.role == 'user' %}{{ '\n\n' if open.text else '' }}"
+    "{% else %}{{ ('<end_of_turn>\n' if open.role else '') + '<start_of_turn>user\n' }}{% endif %}"
+    "{{ open.system | trim }}{% endif %}{{ '<end_of_turn>\n' }}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 # The Go template of one turn for Ollama.
@@ -62,10 +72,14 @@ class File:
 
 @dataclass(frozen=True)
 class Message:
-    """A turn of a chat."""
+    """A message of a chat. Raises ValueError on a role that is none of Role; ROLES has other names."""
 
     role: Role
     text: str
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise ValueError(f"a message's role must be {', '.join(get_args(Role))}, got {self.role!r:.40}")
 
 
 @dataclass(frozen=True)
@@ -238,30 +252,57 @@ def raw(tokenizer: Tokenizer, text: str) -> Prompt:
 
 
 def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> Prompt:
-    """Gemma's chat template. Turns are stripped; a system text and a blank line precede the first user text.
+    """Gemma's chat template for the turns of `chat_turns`.
 
     `reply` opens the model's turn; False is for training rows, whose "reply" segments the model learns.
-    Raises ValueError unless user and assistant alternate, the user first (with `reply` also last), and on a
-    vocabulary without turns.
+    Raises ValueError as `chat_turns` does, and on a vocabulary without turns.
     """
     control = tokenizer.control
     if control.start_of_turn is None or control.end_of_turn is None:
         raise ValueError("this vocabulary has no <start_of_turn> and <end_of_turn>: it cannot chat")
-    system, turns = split_system(messages, reply)
     newline, model = tokenizer.encode("\n"), tokenizer.encode("model\n")
     segments: list[tuple[Label, Ids]] = [("bos", _optional(control.bos))]
-    for message in turns:
+    for turn in chat_turns(messages, reply):
         segments.append(("turn", [control.start_of_turn]))
-        text = message.text.strip()
-        if message.role == "user":
-            segments += [("user", tokenizer.encode(f"user\n{system}{text}")), ("turn", [control.end_of_turn])]
-            system = ""
+        if turn.role == "user":
+            segments += [("user", tokenizer.encode(f"user\n{turn.text}")), ("turn", [control.end_of_turn])]
         else:
-            segments += [("turn", model), ("reply", [*tokenizer.encode(text), control.end_of_turn])]
+            segments += [("turn", model), ("reply", [*tokenizer.encode(turn.text), control.end_of_turn])]
         segments.append(("turn", newline))
     if reply:
         segments.append(("turn", [control.start_of_turn, *model]))
     return _prompt(segments, chat_stops(tokenizer))
+
+
+def chat_turns(messages: Sequence[Message], reply: bool = True) -> list[Message]:
+    """The messages as turns of user and assistant that alternate, as Gemma was trained; either may be first.
+
+    Texts are stripped. Neighbours of one role become one turn, with a blank line between them. A system text
+    and a blank line stand in front of the next user text; without one it is a user turn of its own. Raises
+    ValueError where, with `reply`, the user is not last.
+    """
+    turns: list[Message] = []
+    system = ""
+    for message in messages:
+        if message.role == "system":
+            system += message.text + "\n\n"
+            continue
+        text = message.text.strip()
+        if message.role == "user":
+            text, system = system + text, ""
+        _add_turn(turns, message.role, text)
+    if system.strip():
+        _add_turn(turns, "user", system.strip())
+    if not turns or (reply and turns[-1].role != "user"):
+        raise ValueError("a chat must end with a user's message for the model to answer: add one")
+    return turns
+
+
+def _add_turn(turns: list[Message], role: Role, text: str) -> None:
+    """Appends a turn, or its text to the last turn where that has the same role."""
+    if turns and turns[-1].role == role:
+        text = "\n\n".join(part for part in (turns.pop().text, text) if part)
+    turns.append(Message(role, text))
 
 
 def tail(tokenizer: Tokenizer, ids: Ids, max_tokens: int, step: int = 1) -> Ids:
@@ -327,23 +368,3 @@ def _path_line(tokenizer: Tokenizer, path: str | None) -> Ids:
     if path is not None and ("\n" in path or "\r" in path):
         raise ValueError(f"a path must be one line, got {path!r}: rename the file or leave its path out")
     return tokenizer.encode(path + "\n") if path else []
-
-
-def split_system(messages: Sequence[Message], reply: bool) -> tuple[str, Sequence[Message]]:
-    """The system text with a blank line after it, and the other messages.
-
-    Raises ValueError unless these alternate between user and assistant, the user first (with `reply` also
-    last)."""
-    system, turns = "", messages
-    if messages and messages[0].role == "system":
-        system, turns = messages[0].text + "\n\n", messages[1:]
-    for index, message in enumerate(turns):
-        expected = "assistant" if index % 2 else "user"
-        if message.role != expected:
-            raise ValueError(
-                f"chat turn {index + 1} must be the {expected}'s, got {message.role!r}: user and assistant "
-                "alternate, the user first; one system message may stand before them"
-            )
-    if not turns or (reply and turns[-1].role != "user"):
-        raise ValueError("a chat must end with a user's message for the model to answer: add one")
-    return system, turns

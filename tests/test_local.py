@@ -166,6 +166,15 @@ def test_chat(model):
     ]
     assert answer.prompt_tokens == len(ids) and answer.steps == model.generate(ids, max_tokens=3).steps
     assert model.chat([("user", "u"), ("model", "a"), ("user", "v")], max_tokens=1).prompt_tokens > 10
+    several = [
+        ("developer", "s"),
+        ("user", "u"),
+        ("model", "a"),
+        ("user", "v"),
+        {"role": "tool", "content": "w"},
+    ]
+    joined = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v\n\nw")]
+    assert model.chat(several, max_tokens=3).steps == model.chat(joined, max_tokens=3).steps
     for wrong in ([("robot", "x")], [("user", 3)], [{"role": "user"}], []):
         with pytest.raises(ValueError, match="chat"):
             model.chat(wrong)

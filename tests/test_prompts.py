@@ -2,19 +2,24 @@
 encodings."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import vocabularies as vocab
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from codegemma.prompts import (
+    CHAT_TEMPLATE,
     File,
     Message,
     ParsedFim,
+    Role,
     assemble,
     chat,
     chat_stops,
+    chat_turns,
     encode_parts,
     fim,
     fim_stops,
@@ -161,20 +166,59 @@ def test_chat_ids_are_those_of_the_rendered_string(contents, system):
     assert prompt.ids == SMALL.encode(text + ("<start_of_turn>model\n" if reply else ""), control=True)
 
 
+@pytest.mark.parametrize("roles", [[], ["assistant"], ["user", "assistant"], ["system", "user", "assistant"]])
+def test_a_chat_ends_with_a_users_message(roles):
+    with pytest.raises(ValueError, match="must end"):
+        chat(SMALL, [Message(role, "x") for role in roles])
+    with pytest.raises(ValueError, match="role must be system, user, assistant, got 'robot'"):
+        Message("robot", "x")
+
+
 @pytest.mark.parametrize(
-    "roles, complaint",
+    "messages, turns",
     [
-        ([], "must end"),
-        (["assistant"], "turn 1"),
-        (["user", "user"], "turn 2"),
-        (["user", "assistant"], "must end"),
-        (["system"], "must end"),
-        (["user", "system"], "turn 2"),
+        ("s:S u:one u:two", "u:S||one||two"),  # neighbours of one role
+        ("u:one u: u:two", "u:one||two"),
+        ("u:one a:1 a:2 u:two", "u:one a:1||2 u:two"),
+        ("a:hello u:one", "a:hello u:one"),  # a greeting
+        ("s:S a:hello u:one", "a:hello u:S||one"),
+        ("u:one s:S u:two", "u:one||S||two"),  # a system text in the middle
+        ("u:one a:1 s:S s:T u:two", "u:one a:1 u:S||T||two"),
+        ("u:one s:S a:1 u:two", "u:one a:1 u:S||two"),
+        ("u:one s:S", "u:one||S"),  # or last
+        ("u:one a:1 s:S", "u:one a:1 u:S"),
+        ("s:S", "u:S"),
     ],
 )
-def test_chat_roles_must_alternate(roles, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        chat(SMALL, [Message(role, "x") for role in roles])
+def test_chats_of_any_order_become_turns_that_alternate(messages, turns):
+    def parse(text):
+        pairs = (part.split(":") for part in text.split(" "))
+        names = {"s": "system", "u": "user", "a": "assistant"}
+        return [Message(names[role], body.replace("||", "\n\n")) for role, body in pairs]
+
+    assert chat_turns(parse(messages)) == parse(turns)
+    assert chat(SMALL, parse(messages)).ids == chat(SMALL, parse(turns)).ids
+
+
+@quick
+@given(st.lists(st.tuples(st.sampled_from(get_args(Role)), texts), min_size=1, max_size=6))
+def test_the_jinja_template_writes_the_same_turns(pairs):
+    messages = [Message(role, text) for role, text in pairs]
+    try:
+        turns = chat_turns(messages, reply=False)
+    except ValueError:
+        return  # no turn at all
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as in transformers
+    rendered = environment.from_string(CHAT_TEMPLATE).render(
+        messages=[{"role": role, "content": text} for role, text in pairs],
+        bos_token="<bos>",
+        add_generation_prompt=True,
+    )
+    text = "<bos>"
+    for turn in turns:
+        role = "user" if turn.role == "user" else "model"
+        text += f"<start_of_turn>{role}\n{turn.text}<end_of_turn>\n"
+    assert rendered == text + "<start_of_turn>model\n"
 
 
 @quick

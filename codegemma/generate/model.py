@@ -23,7 +23,7 @@ from codegemma.generate.resolve import resolve
 from codegemma.generate.sampling import Sampling
 from codegemma.generate.trim import trimmed
 from codegemma.native import Cancel, Native
-from codegemma.prompts import File, Message
+from codegemma.prompts import ROLES, File, Message
 from codegemma.tokenizer import Tokenizer
 
 # The adapters in the package; {preset}-fim is trained to fill in the middle.
@@ -287,11 +287,12 @@ def _message(message: Message | tuple[str, str] | dict[str, str]) -> Message:
     if isinstance(message, Message):
         return message
     pair = (message.get("role"), message.get("content")) if isinstance(message, dict) else message
-    role, text = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
-    role = "assistant" if role == "model" else role
-    if role not in ("system", "user", "assistant") or not isinstance(text, str):
-        raise ValueError(f"a chat message needs a role (system, user, assistant) and a text, got {message!r}")
-    return Message(role, text)  # type: ignore[arg-type]
+    name, text = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None or not isinstance(text, str):
+        rule = f"a chat message needs a role ({', '.join(ROLES)}) and a text"
+        raise ValueError(f"{rule}, got {name!r:.40} and {type(text).__name__}")
+    return Message(role, text)
 
 
 def _preset_of(checkpoint: Checkpoint) -> Preset | None:

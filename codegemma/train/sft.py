@@ -66,7 +66,7 @@ def messages(line: Mapping[str, Any]) -> list[Message]:
         dialogue.insert(0, Message("system", _text(line["system"])))
     if dialogue[-1].role != "assistant":
         raise ValueError("the last message must be the assistant's, because training is on its answers")
-    prompts.split_system(dialogue, reply=False)
+    prompts.chat_turns(dialogue, reply=False)
     return dialogue
 
 
