@@ -1,52 +1,133 @@
-"""The files that git ignores, decided as git does."""
+"""The files that git ignores, decided as git does.
+
+The rules come from the file that core.excludesFile names, the repository's info/exclude (which its worktrees
+share) and the `.gitignore` of each folder down to the file, the last rule that names a path counts. A
+submodule, or another repository inside, has rules of its own. That a file is tracked makes no difference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-Rules = tuple[str, Sequence[Any]]  # the folder that holds an ignore file ("" or "a/b/"), and the file's rules
+from codegemma.data.git import git_folders, git_settings
 
 
-def ignore_rules(file: Path) -> Sequence[Any]:
+@dataclass(frozen=True)
+class Rule:
+    """A line of an ignore file, or the pattern of a line of .gitattributes."""
+
+    pattern: re.Pattern[str]
+    ignores: bool
+
+    def names(self, path: str) -> bool:
+        """Whether it names this very path; a folder ends with "/".
+
+        pathspec's own check includes what is below a folder, but git's `!folder/` brings back the folder
+        alone.
+        """
+        if not self.pattern.pattern.startswith("^"):  # all, or all folders
+            return self.pattern.pattern == "." or path.endswith("/")
+        if "ps_d" in self.pattern.groupindex:
+            return bool(self.pattern.fullmatch(path))
+        match = self.pattern.match(path)  # folder/**
+        return match is not None and match.end() < len(path)
+
+
+def parse_rules(lines: Sequence[str], ignore_case: bool = False) -> list[Rule]:
+    """The rules of lines in .gitignore's form, without comments and empty lines."""
+    from pathspec import GitIgnoreSpec
+
+    flags = re.IGNORECASE if ignore_case else 0
+    return [
+        Rule(re.compile(each.regex.pattern, each.regex.flags | flags), each.include)
+        for each in GitIgnoreSpec.from_lines(lines).patterns
+        if each.regex is not None and each.include is not None
+    ]
+
+
+def read_rules(file: Path, ignore_case: bool = False) -> Sequence[Rule]:
     """The rules of an ignore file; none where it is missing."""
     try:
-        return _parse(file, file.stat().st_mtime_ns)
+        return _read_rules(file, file.stat().st_mtime_ns, ignore_case)
     except OSError:
         return ()
 
 
 @lru_cache(1024)
-def _parse(file: Path, changed: int) -> Sequence[Any]:
+def _read_rules(file: Path, changed: int, ignore_case: bool) -> Sequence[Rule]:
     """`changed`, the time of the file's last change, makes it be read again."""
-    from pathspec import GitIgnoreSpec
-
-    spec = GitIgnoreSpec.from_lines(file.read_text("utf-8", "replace").splitlines())
-    return [rule for rule in spec.patterns if rule.include is not None]
+    return parse_rules(file_lines(file.read_bytes()), ignore_case)
 
 
-def is_ignored(path: str, ignore_files: Iterable[Rules]) -> bool:
-    """Whether the last rule that names a path ignores it. Paths are relative to the repository's root.
+def file_lines(data: bytes) -> list[str]:
+    """The lines of a file in git's own forms, whose names are those that the file system gives."""
+    text = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
-    A folder ends with "/"; what is inside an ignored folder is ignored, and not to be asked about.
+
+@dataclass(frozen=True)
+class IgnoreRules:
+    """The rules that hold in a folder: those of the repository, and of each folder down to it.
+
+    `path` is the folder within its repository, "" or "a/b/". Rules stand with the folder that they are
+    relative to.
     """
-    verdict = False
-    for folder, rules in ignore_files:
-        matching = (rule.include for rule in reversed(rules) if _names_path(rule, path.removeprefix(folder)))
-        verdict = next(matching, verdict)
-    return verdict
+
+    folder: Path
+    path: str
+    rules: Sequence[tuple[str, Sequence[Rule]]]
+    ignore_case: bool
+
+    def ignores(self, name: str) -> bool:
+        """Whether an item of the folder is ignored; a folder ends with "/".
+
+        What is inside an ignored folder is ignored, and not to be asked about.
+        """
+        verdict = False
+        for above, rules in self.rules:
+            path = (self.path + name).removeprefix(above)
+            verdict = next((rule.ignores for rule in reversed(rules) if rule.names(path)), verdict)
+        return verdict
+
+    def inside(self, name: str) -> IgnoreRules:
+        """The rules of a folder in this one."""
+        folder, path = self.folder / name, f"{self.path}{name}/"
+        if (folder / ".git").exists():
+            return repository_rules(folder)
+        own = read_rules(folder / ".gitignore", self.ignore_case)
+        return IgnoreRules(folder, path, [*self.rules, (path, own)] if own else self.rules, self.ignore_case)
 
 
-def _names_path(rule: Any, path: str) -> bool:
-    """Whether an ignore rule names this very path.
+def repository_rules(root: Path) -> IgnoreRules:
+    """The rules of a repository's root, or of a folder as if it were one."""
+    settings, folders = git_settings(root), git_folders(root)
+    files = [settings.ignore_file, *([folders.common / "info" / "exclude"] if folders else [])]
+    files.append(root / ".gitignore")
+    rules = [("", read_rules(file, settings.ignore_case)) for file in files]
+    return IgnoreRules(root, "", rules, settings.ignore_case)
 
-    pathspec's own check includes what is below a folder, but git's `!folder/` brings back the folder alone.
-    """
-    if not rule.regex.pattern.startswith("^"):  # all, or all folders
-        return rule.regex.pattern == "." or path.endswith("/")
-    if "ps_d" in rule.regex.groupindex:
-        return bool(rule.regex.fullmatch(path))
-    match = rule.regex.match(path)  # folder/**
-    return bool(match) and match.end() < len(path)
+
+def folder_rules(folder: Path) -> IgnoreRules:
+    """The rules of a folder of any repository around it. That the folder itself is ignored does not count:
+    who names it wants it read."""
+    root = next((each for each in (folder, *folder.parents) if (each / ".git").exists()), folder)
+    rules = repository_rules(root)
+    for name in folder.relative_to(root).parts:
+        rules = rules.inside(name)
+    return rules
+
+
+def is_ignored(root: Path, path: Path) -> bool:
+    """Whether git ignores a file of the repository at `root`, or a folder that it is in."""
+    rules = repository_rules(root)
+    *folders, name = path.relative_to(root).parts
+    for folder in folders:
+        if rules.ignores(f"{folder}/"):
+            return True
+        rules = rules.inside(folder)
+    return rules.ignores(name)

@@ -21,7 +21,8 @@ from typing import Any, Literal
 from codegemma.data import licences
 from codegemma.data.archives import ArchiveBomb, FileEntry, ReadLimits, tar_entries, unsafe_path, zip_entries
 from codegemma.data.documents import FILE_RULES, Document, Outcome, decode, language_of
-from codegemma.data.gitignore import Rules, ignore_rules, is_ignored
+from codegemma.data.git import git_state
+from codegemma.data.gitignore import IgnoreRules, folder_rules
 
 FORMS: dict[str, str] = FILE_RULES["forms"]
 VENDORED = frozenset(FILE_RULES["vendored"])
@@ -161,14 +162,13 @@ def _one_line(path: str) -> str:
     return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
 
 
-def walk(folder: Path, prefix: str = "", rules: Collection[Rules] = ()) -> Iterator[FileEntry]:
+def walk(folder: Path, prefix: str = "", rules: IgnoreRules | None = None) -> Iterator[FileEntry]:
     """The files of a checkout in the order of their paths; `reason` is set on those that must not be read.
 
     Links are not followed, so nothing outside the folder is read. The recursion passes the folder's path in
-    the checkout as `prefix` and the rules of the ignore files above it as `rules`.
+    the checkout as `prefix`, and its rules.
     """
-    ignore_files = (folder / ".git/info/exclude", folder / ".gitignore")
-    rules = [*rules, *((prefix, ignore_rules(file)) for file in ignore_files)]
+    rules = rules or folder_rules(folder)
     try:
         items = sorted(os.scandir(folder), key=lambda item: item.name)
     except OSError:
@@ -176,42 +176,21 @@ def walk(folder: Path, prefix: str = "", rules: Collection[Rules] = ()) -> Itera
         return
     for item in items:
         path = prefix + item.name
+        if item.name == ".git":
+            continue
         if item.is_symlink():
             yield FileEntry(path, reason="symbolic link")
         elif item.is_dir(follow_symlinks=False):
             is_vendored = item.name in VENDORED
-            if not is_vendored and not is_ignored(path + "/", rules):
-                yield from walk(Path(item.path), path + "/", rules)
-            elif item.name != ".git":
+            if not is_vendored and not rules.ignores(item.name + "/"):
+                yield from walk(Path(item.path), path + "/", rules.inside(item.name))
+            else:
                 yield FileEntry(path + "/", reason="vendored" if is_vendored else "ignored by git")
         elif not item.is_file(follow_symlinks=False):
             yield FileEntry(path, reason="not a regular file")
         else:
-            reason = "ignored by git" if is_ignored(path, rules) else ""
+            reason = "ignored by git" if rules.ignores(item.name) else ""
             yield FileEntry(path, item.stat().st_size, Path(item.path).read_bytes, reason)
-
-
-def git_state(root: Path) -> tuple[str, str]:
-    """(repository as host/owner/name, commit) of a checkout, read from its files: git itself is not run."""
-    folder = root / ".git"
-    try:
-        if folder.is_file():
-            folder = root / folder.read_text().partition("gitdir:")[2].strip()
-        head = (folder / "HEAD").read_text().strip()
-        config = (folder / "config").read_text() if (folder / "config").exists() else ""
-        url = re.search(r'\[remote "origin"\][^\[]*?url\s*=\s*(\S+)', config)
-        address = re.sub(r"^(\w+://)?([^@/]*@)?", "", url[1]) if url else ""
-        remote = address.replace(":", "/").removesuffix(".git")
-        if not head.startswith("ref: "):
-            return remote, head
-        branch = head[5:]
-        if (folder / branch).is_file():
-            return remote, (folder / branch).read_text().strip()
-        packed = (folder / "packed-refs").read_text() if (folder / "packed-refs").exists() else ""
-        line = re.search(rf"^([0-9a-f]{{40,64}}) {re.escape(branch)}$", packed, re.M)
-        return remote, line[1] if line else ""
-    except (OSError, UnicodeDecodeError):
-        return "", ""
 
 
 # ---------------------------------------------------------------------------------------------------- tables

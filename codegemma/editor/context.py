@@ -6,7 +6,6 @@ secrets are replaced by fake values.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections import Counter
@@ -15,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from threading import Lock
 
-from codegemma.data.gitignore import ignore_rules, is_ignored
+from codegemma.data.gitignore import is_ignored
 from codegemma.editor.buffers import Buffer, normalize
+from codegemma.extras import install_command
 from codegemma.prompts import File
 from codegemma.safety import secrets
 
@@ -36,11 +36,12 @@ class FilePolicy:
     def refusal(self, path: Path, language: str = "") -> str:
         """Why a file must not enter a prompt; "" if it may. `language`: as the editor names it."""
         path = path.absolute()
-        if any(secrets.is_secret_name(str(name), language) for name in (path, path.resolve())):
+        names = {path, path.resolve()}
+        if any(secrets.is_secret_name(str(name), language) for name in names):
             return "files of this name hold credentials"
-        if ".git" in path.parts:
+        if any(".git" in name.parts for name in names):
             return "it belongs to git"
-        return "git ignores it" if self._is_ignored(path) else ""
+        return "git ignores it" if any(is_ignored(self.root(name), name) for name in names) else ""
 
     def root(self, path: Path) -> Path:
         """The folder of a file's repository; else its workspace folder, else the folder that it is in."""
@@ -48,21 +49,6 @@ class FilePolicy:
         repositories = (folder for folder in parents if (folder / ".git").exists())
         workspaces = (folder for folder in self.folders if folder in parents)
         return next(repositories, None) or next(workspaces, parents[0])
-
-    def _is_ignored(self, path: Path) -> bool:
-        """Decides as git does: the deepest rule that names a file, or a folder above it, counts."""
-        root = self.root(path)
-        config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-        ignore_files = (config / "git" / "ignore", root / ".git" / "info" / "exclude")
-        rules = [("", ignore_rules(file)) for file in ignore_files]
-        *folders, name = path.relative_to(root).parts
-        above = ""
-        for part in (*(f"{folder}/" for folder in folders), name):
-            rules.append((above, ignore_rules(root / above / ".gitignore")))
-            above += part
-            if is_ignored(above, rules):
-                return True
-        return False
 
 
 class ContextFiles:
@@ -128,7 +114,7 @@ class ContextFiles:
         except ImportError as error:
             self.log_once(
                 f"imports are not followed, only open documents are read: {error.name} is not installed "
-                '(pip install "codegemma[data]")'
+                f"({install_command('data')})"
             )
             return []
         finally:

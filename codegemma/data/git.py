@@ -1,0 +1,123 @@
+"""What git knows of a checkout: where its own files are, its repository and commit, and the user's settings.
+
+Only `git_settings` runs git, and that reads configuration alone: no hook, filter or file monitor is started.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+SETTINGS_SECONDS = 60  # how long git's answer is used, unless a usual file of settings changes before
+# Where git sets these, it speaks of its own repository instead of the one in the folder.
+REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_PREFIX")
+
+
+@dataclass(frozen=True)
+class GitFolders:
+    """Where a checkout's `.git` leads: `own` belongs to this worktree, `common` to all of the repository."""
+
+    own: Path
+    common: Path
+
+
+@dataclass(frozen=True)
+class GitSettings:
+    """The settings of git that say which files it ignores and what it says of others."""
+
+    ignore_file: Path  # core.excludesFile
+    attributes_file: Path  # core.attributesFile
+    ignore_case: bool = False
+
+
+def git_folders(root: Path) -> GitFolders | None:
+    """The git folders of a checkout; None where `root` is none.
+
+    In a worktree or a submodule `.git` is a file that names the folder, and a worktree's folder names the
+    one that it shares.
+    """
+    own = root / ".git"
+    try:
+        if own.is_file():
+            own = root / _path_in(own).removeprefix("gitdir:").strip()
+        if not own.is_dir():
+            return None
+        shared = own / "commondir"
+        return GitFolders(own, own / _path_in(shared) if shared.is_file() else own)
+    except (OSError, ValueError):
+        return None
+
+
+def _path_in(file: Path) -> str:
+    return os.fsdecode(file.read_bytes()[:4096]).strip()
+
+
+def git_state(root: Path) -> tuple[str, str]:
+    """(repository as host/owner/name, commit) of a checkout, from its files; "" for what is not there."""
+    folders = git_folders(root)
+    if folders is None:
+        return "", ""
+    origin = re.search(r'^\s*\[remote "origin"\]([^\[]*)', _read(folders.common / "config"), re.M)
+    url = re.search(r"^\s*url\s*=\s*(\S+)", origin[1], re.M) if origin else None
+    address = re.sub(r"^([\w+.-]+://)?([^@/]*@)?", "", url[1].strip('"')) if url else ""
+    return address.replace(":", "/").removesuffix(".git"), _commit(folders)
+
+
+def _commit(folders: GitFolders) -> str:
+    head = _read(folders.own / "HEAD").strip()
+    branch = head.removeprefix("ref: ")
+    if branch == head or ".." in branch or not branch.startswith("refs/"):
+        stated = [head]
+    else:
+        packed_refs = _read(folders.common / "packed-refs")
+        packed = re.search(rf"^(\w+) {re.escape(branch)}$", packed_refs, re.M)
+        files = (folders.own / branch, folders.common / branch)
+        stated = [*(_read(file).strip() for file in files), packed[1] if packed else ""]
+    return next((commit for commit in stated if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit)), "")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def git_settings(root: Path) -> GitSettings:
+    """The user's settings for a repository, from all of git's files: system, user, repository, worktree,
+    and what those include. Without git installed they are git's defaults.
+    """
+    folders, home = git_folders(root), Path.home()
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "git"
+    files = [home / ".gitconfig", config / "config"]
+    if folders:
+        files += [folders.common / "config", folders.own / "config.worktree"]
+    changed = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
+    return _settings(root, config, (home, changed, time.monotonic() // SETTINGS_SECONDS))
+
+
+@lru_cache(256)
+def _settings(root: Path, config: Path, _state: tuple[object, ...]) -> GitSettings:
+    """`_state` makes git be asked again when it changes."""
+    command = ["git", "config", "-z", "--get-regexp", r"^core\.(excludesfile|attributesfile|ignorecase)$"]
+    kept = {name: value for name, value in os.environ.items() if name not in REPOSITORY_VARIABLES}
+    try:
+        answer = subprocess.run(command, cwd=root, env=kept, capture_output=True, timeout=10, check=False)
+        entries = [entry.partition("\n")[::2] for entry in os.fsdecode(answer.stdout).split("\0")]
+    except (OSError, subprocess.TimeoutExpired):
+        entries = []
+    values = dict(entries)  # of several, the last counts
+
+    def path(name: str, default: Path) -> Path:
+        return root / Path(values[name]).expanduser() if values.get(name) else default
+
+    ignore_case = values.get("core.ignorecase", "false").lower() not in ("false", "no", "off", "0")
+    ignore_file, attributes_file = config / "ignore", config / "attributes"
+    return GitSettings(
+        path("core.excludesfile", ignore_file), path("core.attributesfile", attributes_file), ignore_case
+    )
