@@ -41,6 +41,7 @@ check: .venv/.dev
 
 docs: .venv/.dev .venv-docs/.setup build/mermaid
 	$(BIN)/python scripts/help.py > docs/cli.md
+	$(BIN)/python scripts/file_table.py
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
 	@echo "build/site/index.html"
 

@@ -5,12 +5,14 @@ A block of commands is marked by an HTML comment above it: `<!-- not run: why --
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_house import PACKAGE, ROOMS
 
 from codegemma.files import cache_dir
 
@@ -138,6 +140,14 @@ def test_architecture_names_every_module():
     package = ROOT / "codegemma"
     files = [str(file.relative_to(package)) for file in sorted(package.rglob("*.py"))]
     assert [file for file in files if f"`{file}`" not in text and not file.endswith("__init__.py")] == []
+
+
+def test_architecture_repeats_the_first_paragraph_of_each_module():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    script = runpy.run_path(str(ROOT / "scripts" / "file_table.py"))
+    assert script["document"](page) == page, "run `make docs`"
+    built = [room for room in ROOMS if (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").exists()]
+    assert script["rooms"](page) == built, "the page lists the rooms in another order than test_house.ROOMS"
 
 
 def test_links_lead_somewhere():
