@@ -1,4 +1,4 @@
-"""Makes a command of a verb's function, each parameter an option; and the options that several verbs share.
+"""Turns a verb's function into a command with options; holds the options that several verbs share.
 
 A parameter without a default is an argument. The fields of a parameter that is a dataclass are options too,
 after the verb's own: that is how verbs share options, and receive many as one value.

@@ -1,4 +1,4 @@
-"""Files of a repository in the order of their dependencies, as the CodeGemma report describes it.
+"""The files of a repository, each after those it imports, in the order that the CodeGemma report describes.
 
 Imports in the top lines are matched with files by the longest end of their path. The least important edges
 are removed until no cycle is left. The topological order continues with the file nearest to those already

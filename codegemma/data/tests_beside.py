@@ -1,4 +1,4 @@
-"""Groups a repository's files: the linked parts of graph.py's graph, then the rest, tests beside their code.
+"""Groups a repository's files: those linked by imports (graph.py), then the rest; tests beside their code.
 
 A test that the graph leaves over is matched by its name (test_foo.py, FooTest.java, foo.spec.ts, foo_test.go,
 Foo.Tests.cs), the nearest folder winning. The CodeGemma report's example is TestFoo.java beside Foo.java.

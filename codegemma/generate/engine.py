@@ -1,4 +1,4 @@
-"""Generation as an iterator of Steps over any backend: request batches, a prefix cache, exact speculation.
+"""Generates tokens, as an iterator of Steps, on any backend: batches of requests, prefix cache, speculation.
 
 Callers use `Engine.generate` (one request) or step a `Batch` (many at once: evaluation, the server). The law:
 batching, caching, chunking, speculation and the number of threads never change a token, provided that the

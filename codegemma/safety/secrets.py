@@ -1,4 +1,4 @@
-"""The secrets policy of prompts: which files never enter one, and what data/redact.py replaces in others.
+"""Keeps secrets out of prompts: which files never enter, and what is replaced in others (data/redact.py).
 
 The language server and the server's fill-in-the-middle routes use it. scripts/secret_names.py writes the
 tables of names into the VS Code extension. What counts as a secret in a text is in
