@@ -38,6 +38,17 @@ SECRET = [
     "C:\\project\\server.key",
     "/home/jo/.ssh/config",
     "secrets.sh",
+    "secrets.properties",
+    "a.gpg",
+    ".aws/config",
+    ".gnupg/gpg.conf",
+    ".kube/config",
+    "prod.env.local",
+    "api.example.com.env",
+    "example.key",
+    "id_rsa.old",
+    "AuthKey_1.p8",
+    "client_secret_1.json",
 ]
 READ = [
     "environment.py",
@@ -51,6 +62,20 @@ READ = [
     "pkg/Credentials.java",
     "secret.ts",
     ".env_reader/a.py",
+    "Secret.java",
+    "Credentials.kt",
+    "secret.rs",
+    "id_rsa.go",
+    "credentials.proto",
+    "secrets.graphql",
+    "secrets.tf",
+    ".env.d.ts",
+    "vite.env.mts",
+    ".env.example",
+    ".env.local.sample",
+    "example.env",
+    "secrets.example.yaml",
+    "terraform.tfvars.dist",
     "",
 ]
 
@@ -69,6 +94,8 @@ def test_other_names_are_not_and_source_code_is_never(path):
 def test_the_editors_language_decides_where_a_name_may_be_code_and_only_there():
     assert is_secret_name("translation.key") and not is_secret_name("translation.key", "java")
     assert is_secret_name("server.pem", "java") and is_secret_name(".env", "python")
+    for data in ("credentials.json", "prod.env", "credentials", "id_rsa", "secrets.yaml"):
+        assert is_secret_name(data, "python")
 
 
 @pytest.mark.parametrize("cursor", range(0, 60, 3))

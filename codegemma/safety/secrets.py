@@ -17,31 +17,101 @@ from typing import TYPE_CHECKING
 from codegemma.prompts import File
 
 if TYPE_CHECKING:
-    from codegemma.data.redact import Finding
+    from codegemma.data.personal import Finding
 
 # Patterns are in lower case and match the whole name; * stands for any characters. Names are compared without
 # case.
-SECRET_FOLDERS = (".ssh", ".gnupg", ".aws")
+SECRET_FOLDERS = (".ssh", ".gnupg", ".aws", ".kube", ".password-store")
 SECRET_FILES = (
-    *(".env", ".env.*", ".envrc", "*.env"),
-    *("*.pem", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.asc", "*.gpg"),
-    *("*.tfvars", "*.tfstate", "*.tfstate.backup", "kubeconfig", "known_hosts", "authorized_keys"),
-    *(".netrc", "_netrc", ".npmrc", ".pypirc", ".pgpass", ".htpasswd", ".git-credentials", ".dockercfg"),
-    *("service-account*.json", "service_account*.json"),
+    *(".env", ".envrc", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "credentials"),
+    *("*.pem", "*.p8", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdb", "*.kdbx", "*.ppk", "*.asc", "*.gpg"),
+    *("*.tfstate", "*.tfstate.backup", "kubeconfig", "known_hosts", "authorized_keys", "*.ovpn"),
+    *(".netrc", "_netrc", ".npmrc", ".pypirc", ".pgpass", ".my.cnf", ".htpasswd", ".git-credentials"),
+    *(".dockercfg", ".s3cfg", ".boto", ".vault_pass", "service-account*.json", "service_account*.json"),
+    *("client_secret*.json", "*firebase-adminsdk*.json"),
 )
-# These names may belong to source code as well (`secrets.py`, `credentials.go`), which is read.
+# These names may belong to source code as well (`secrets.py`, `.env.d.ts`) or to a template that is published
+# without its values (`.env.example`), which are read, with the secrets in them replaced.
 SECRET_FILES_UNLESS_CODE = (
-    *("*.key", "credentials", "credentials.*", "secret.*", "secrets.*"),
-    *("id_rsa", "id_rsa.*", "id_dsa", "id_dsa.*", "id_ecdsa", "id_ecdsa.*", "id_ed25519", "id_ed25519.*"),
+    *("*.env", "*.env.*", "*.tfvars", "*.tfvars.*", "credentials.*", "secret.*", "secrets.*"),
+    *("*.key", "id_rsa.*", "id_dsa.*", "id_ecdsa.*", "id_ed25519.*"),
 )
-# Source code by extension, and by the names that editors give to languages. Shell is missing on purpose:
-# editors show `.env` files as shell scripts, and a `secrets.sh` is mostly a list of passwords.
+TEMPLATE_WORDS = ("example", "sample", "template", "dist")  # the last part of a name or the one before it
+# Source code by extension. Shell is missing on purpose: a `secrets.sh` is mostly a list of passwords.
 CODE_EXTENSIONS = (
-    *("c", "cc", "cpp", "cs", "cxx", "h", "hh", "hpp", "m", "mm", "d", "go", "rs", "swift", "zig", "nim"),
-    *("py", "pyi", "rb", "php", "pl", "lua", "r", "jl", "js", "jsx", "mjs", "cjs", "ts", "tsx", "mts", "cts"),
-    *("java", "kt", "kts", "scala", "groovy", "clj", "dart", "ex", "exs", "erl", "hs", "ml", "fs", "vb"),
-    *("vue", "svelte"),
+    *(
+        "c",
+        "cc",
+        "cpp",
+        "cs",
+        "cu",
+        "cxx",
+        "h",
+        "hh",
+        "hpp",
+        "hxx",
+        "m",
+        "mm",
+        "d",
+        "go",
+        "rs",
+        "swift",
+        "zig",
+    ),
+    *("nim", "py", "pyi", "rb", "php", "pl", "pm", "lua", "r", "jl", "js", "jsx", "mjs", "cjs", "ts", "tsx"),
+    *(
+        "mts",
+        "cts",
+        "java",
+        "kt",
+        "kts",
+        "scala",
+        "groovy",
+        "clj",
+        "cljs",
+        "cljc",
+        "dart",
+        "ex",
+        "exs",
+        "erl",
+    ),
+    *(
+        "hs",
+        "elm",
+        "ml",
+        "mli",
+        "fs",
+        "vb",
+        "pas",
+        "f90",
+        "el",
+        "lisp",
+        "scm",
+        "rkt",
+        "sol",
+        "v",
+        "sv",
+        "vhd",
+    ),
+    *(
+        "proto",
+        "thrift",
+        "graphql",
+        "gql",
+        "tf",
+        "nix",
+        "vue",
+        "svelte",
+        "astro",
+        "html",
+        "css",
+        "scss",
+        "less",
+    ),
+    *("erb", "cshtml", "ipynb"),
 )
+# The names that editors give to languages decide for `*.key` alone, which is code in some projects: an editor
+# may show a `.env` file or a `credentials.json` in any language.
 CODE_LANGUAGES = (
     *("c", "cpp", "csharp", "cs", "objective-c", "objc", "objective-cpp", "d", "go", "rust", "swift", "zig"),
     *("nim", "python", "ruby", "php", "perl", "lua", "r", "julia", "javascript", "javascriptreact"),
@@ -49,24 +119,28 @@ CODE_LANGUAGES = (
     *("erlang", "haskell", "ocaml", "fsharp", "vb", "vue", "svelte"),
 )
 MAX_CACHED_CHARACTERS = 100_000  # longer texts are searched again each time
-PERSONAL_DATA = ("e-mail", "author", "ipv4", "ipv6", "phone")  # kinds of finding that are not secrets
 
 
 def is_secret_name(path: str, language: str = "") -> bool:
     """Whether a file must never be read into a prompt, by its path alone.
 
     `path` may have either kind of slash. `language` is the editor's name for the document's language, where
-    it is known: it decides for names such as `*.key` that are code in some projects.
+    it is known: it decides for `*.key`.
     """
     *folders, name = re.split(r"[/\\]", path.lower())
     if any(folder in SECRET_FOLDERS for folder in folders) or _matches(name, SECRET_FILES):
         return True
-    is_code = name.rpartition(".")[2] in CODE_EXTENSIONS or language in CODE_LANGUAGES
-    return not is_code and _matches(name, SECRET_FILES_UNLESS_CODE)
+    extension = name.rpartition(".")[2]
+    if extension == "key":
+        is_read = language in CODE_LANGUAGES
+    else:
+        is_read = extension in CODE_EXTENSIONS or any(part in TEMPLATE_WORDS for part in name.split(".")[-2:])
+    return not is_read and _matches(name, SECRET_FILES_UNLESS_CODE)
 
 
 def find_secrets(text: str) -> list[Finding]:
     """The credentials in a text, in order and without overlap. Personal data is not among them."""
+    from codegemma.data.personal import PERSONAL_DATA
     from codegemma.data.redact import default_redactor
 
     return [finding for finding in default_redactor().find(text) if finding.kind not in PERSONAL_DATA]
