@@ -117,7 +117,7 @@ def test_imports_stand_nearest_then_what_was_used_last(tmp_path):
     context_files = ContextFiles(FilePolicy())
     walked = [
         File("old.py", "old\n"),
-        File("untitled-1", "scratch\n"),
+        File("", "scratch\n"),
         File("pkg/two.py", "two = 'edited'\n"),
     ]
     assert context_files.collect(document, others) == walked  # without leave to walk the folder
@@ -127,7 +127,7 @@ def test_imports_stand_nearest_then_what_was_used_last(tmp_path):
     ]
     assert [file.path for file in context_files.collect(document, others)] == [
         "old.py",
-        "untitled-1",
+        "",
         "pkg/two.py",
         "pkg/one.py",
     ]
@@ -203,7 +203,7 @@ def test_a_keystroke_does_not_wait_for_the_walk_of_a_repository(tmp_path, monkey
     thread = threading.Thread(target=context_files.collect, args=(document, [], True, True))
     thread.start()
     assert walking.wait(60) and context_files.collect(document, [Buffer("b\n", path=None)]) == [
-        File("untitled-0", "b\n")
+        File("", "b\n")
     ]
     go_on.set()
     thread.join(60)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -24,6 +24,7 @@ MAX_REPOSITORY_FILES = 20_000  # that an import may lead to
 MAX_CONTEXT_CHARACTERS = 24_000  # of all other files together
 MAX_FILE_CHARACTERS = 8_000  # of one other file, from its start, where imports and declarations are
 MAX_READ_CHARACTERS = 4 * MAX_FILE_CHARACTERS  # searched for secrets, so that none is cut in half and missed
+GIT_IGNORES = "git ignores it"
 FILE_LIST_SECONDS = 60.0  # how long a list of a repository's files is used
 
 
@@ -33,15 +34,19 @@ class FilePolicy:
     def __init__(self, folders: Sequence[Path] = ()) -> None:
         self.folders = [folder.absolute() for folder in folders]
 
-    def refusal(self, path: Path, language: str = "") -> str:
-        """Why a file must not enter a prompt; "" if it may. `language`: as the editor names it."""
+    def refusal(self, path: Path, language: str = "", ignored_too: bool = False) -> str:
+        """Why a file must not enter a prompt; "" if it may. `language`: as the editor names it.
+
+        `ignored_too`: whether a file that git ignores may.
+        """
         path = path.absolute()
         names = {path, path.resolve()}
         if any(secrets.is_secret_name(str(name), language) for name in names):
             return "files of this name hold credentials"
         if any(".git" in name.parts for name in names):
             return "it belongs to git"
-        return "git ignores it" if any(is_ignored(self.root(name), name) for name in names) else ""
+        is_allowed = ignored_too or not any(is_ignored(self.root(name), name) for name in names)
+        return "" if is_allowed else GIT_IGNORES
 
     def root(self, path: Path) -> Path:
         """The folder of a file's repository; else its workspace folder, else the folder that it is in."""
@@ -64,36 +69,39 @@ class ContextFiles:
         self._lock = Lock()  # a grammar's parser serves one thread
 
     def collect(
-        self, buffer: Buffer, others: Iterable[Buffer], imports: bool = True, may_walk: bool = False
+        self, buffer: Buffer, others: Sequence[Buffer], imports: bool = True, may_walk: bool = False
     ) -> list[File]:
         """The open documents and the files that `buffer` imports, as many as fit, the most relevant last.
 
         Imports are followed once the files of the repository are listed. A call with `may_walk` lists them,
         which can take seconds.
         """
-        opened = {other.path or Path(f"untitled-{index}"): other for index, other in enumerate(others)}
+        opened = {other.path: other for other in others if other.path}
         imported = self._imported(buffer, may_walk) if imports and buffer.path else []
+        candidates: list[Buffer | Path] = [other for other in others if other.path not in imported]
+        candidates += [opened.get(path, path) for path in imported]
         files: list[File] = []
         room = MAX_CONTEXT_CHARACTERS
-        for path in reversed([*(path for path in opened if path not in imported), *imported]):
-            other = opened.get(path)
-            text = normalize(other.text[:MAX_READ_CHARACTERS] if other else _read(path))
+        for each in reversed(candidates):
+            path, language = (each, "") if isinstance(each, Path) else (each.path, each.language)
+            text = normalize(_read(each) if isinstance(each, Path) else each.slice(0, MAX_READ_CHARACTERS))
             start = _start(secrets.redact(text))
-            if path == buffer.path or not start.strip() or len(start) > room:
+            if not start.strip() or len(start) > room or (path and path == buffer.path):
                 continue
-            if path.is_absolute() and (reason := self.policy.refusal(path, other.language if other else "")):
+            if path and (reason := self.policy.refusal(path, language)):
                 self.log_once(f"{path} is left out of prompts: {reason}")
                 continue
             if start != _start(text):
-                self.log_once(f"{path} holds a secret: prompts have a fake value in its place")
+                self.log_once(
+                    f"{path or 'a new document'} holds a secret: prompts have a fake value in its place"
+                )
             room -= len(start)
-            files.append(File(self.prompt_path(path), start))
+            files.append(File(self.prompt_path(path) if path else "", start))
         return files[::-1]
 
     def prompt_path(self, path: Path) -> str:
         """A path as it stands in a prompt: relative to the repository, on one line."""
-        name = path.relative_to(self.policy.root(path)).as_posix() if path.is_absolute() else path.name
-        return re.sub(r"[\r\n]", " ", name)
+        return re.sub(r"[\r\n]", " ", path.relative_to(self.policy.root(path)).as_posix())
 
     def log_once(self, text: str) -> None:
         if text not in self._logged:
@@ -148,7 +156,8 @@ class _ImportIndex:
             return []
         number = self.numbers[buffer.path]
         counts: Counter[int] = Counter()
-        for spec in imports_of_text(normalize(buffer.text), self.languages[number]):
+        top = normalize(buffer.slice(0, MAX_READ_CHARACTERS))
+        for spec in imports_of_text(top, self.languages[number]):
             name, _, count = spec.rpartition(" ")
             for target in self.resolver(number, name) if name else ():
                 counts[target] += int(count)

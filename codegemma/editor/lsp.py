@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from lsprotocol import types
-from pygls.exceptions import JsonRpcException
 from pygls.lsp.server import LanguageServer
-from pygls.protocol import JsonRPCNotification, LanguageServerProtocol, lsp_method
 from pygls.uris import to_fs_path
 
 from codegemma import __version__
 from codegemma.editor.buffers import Buffer, normalize
-from codegemma.editor.context import ContextFiles, FilePolicy
+from codegemma.editor.connection import NOTEBOOKS, LspConnection
+from codegemma.editor.context import GIT_IGNORES, ContextFiles, FilePolicy
+from codegemma.editor.documents import Documents
 from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import SuggestionSource
-from codegemma.editor.suggestion import REDACTION_MARGIN, CursorPosition, Suggestion, window
+from codegemma.editor.suggestion import CursorPosition, Suggestion, window
 from codegemma.generate.request import Infill, Request
 from codegemma.prompts import File
 from codegemma.safety.secrets import redact_at_cursor
@@ -40,54 +40,21 @@ TRIGGERS = list(".([{=,: ")
 CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests at it
 
 
-class LspConnection(LanguageServerProtocol):
-    """pygls with our Buffers in place of its documents, which end lines where LSP does not."""
-
-    _server: EditorServer
-
-    @lsp_method(types.TEXT_DOCUMENT_DID_OPEN)
-    def lsp_text_document__did_open(self, params: types.DidOpenTextDocumentParams) -> None:
-        self._server.document_opened(params.text_document)
-
-    @lsp_method(types.TEXT_DOCUMENT_DID_CHANGE)
-    def lsp_text_document__did_change(self, params: types.DidChangeTextDocumentParams) -> None:
-        self._server.document_changed(params.text_document.uri, params.content_changes)
-
-    @lsp_method(types.TEXT_DOCUMENT_DID_CLOSE)
-    def lsp_text_document__did_close(self, params: types.DidCloseTextDocumentParams) -> None:
-        self._server.document_closed(params.text_document.uri)
-
-    def structure_message(self, data: dict[str, Any]) -> Any:
-        """Reads a message. Clients older than the final specification count trigger kinds from 0.
-
-        A request with wrong parameters gets an error as its answer, where pygls would let its client wait.
-        """
-        params = data.get("params")
-        if data.get("method") == types.TEXT_DOCUMENT_INLINE_COMPLETION and isinstance(params, dict):
-            context = params.get("context") or {}
-            if isinstance(context, dict):
-                params["context"] = context | {"triggerKind": context.get("triggerKind") or 1}
-        try:
-            return super().structure_message(data)
-        except JsonRpcException as error:
-            if "id" not in data or "method" not in data:
-                raise
-            self._send_response(data["id"], error=error.to_response_error())
-            return JsonRPCNotification("$/wrong", self.VERSION, None)
-
-
 class EditorServer(LanguageServer):
     """The language server of one editor. `open_source` is called once, in a thread, on connection."""
 
     def __init__(self, open_source: Callable[[], SuggestionSource]) -> None:
-        super().__init__("codegemma", __version__, protocol_cls=LspConnection)
+        super().__init__(
+            "codegemma", __version__, notebook_document_sync=NOTEBOOKS, protocol_cls=LspConnection
+        )
         self.open_source = open_source
         self.settings = self._initial_settings = EditorSettings()
-        self.buffers: dict[str, Buffer] = {}  # by URI, the most recently used last
+        self.documents = Documents(self.log)
         self.context = ContextFiles(FilePolicy(), self.log)
         self.suggestion: Suggestion | None = None
         self.session = f"lsp-{os.getpid()}-{time.monotonic_ns():x}"
         self._reported_errors: set[str] = set()
+        self._told_refusals: set[str] = set()  # the URIs of open documents
         self._source: asyncio.Task[SuggestionSource] | None = None
         self._request: tuple[str, asyncio.Task[str]] | None = (
             None  # the newest: its document's URI, and its task
@@ -106,6 +73,8 @@ class EditorServer(LanguageServer):
         if self.settings.completion == "always" or (self.settings.completion == "auto" and not inline):
             options = types.CompletionOptions(trigger_characters=TRIGGERS, resolve_provider=False)
             self.feature(types.TEXT_DOCUMENT_COMPLETION, options)(completion)
+        encoding: Any = self.workspace.position_encoding
+        self.documents.encoding = str(getattr(encoding, "value", encoding))  # type: ignore[assignment]
         self._source = asyncio.create_task(self._open_source())
         self._source.add_done_callback(lambda task: task.cancelled() or task.exception())  # reported already
 
@@ -118,35 +87,23 @@ class EditorServer(LanguageServer):
             self.log(complaint, types.MessageType.Warning)
 
     def document_opened(self, item: types.TextDocumentItem) -> None:
-        encoding: Any = self.workspace.position_encoding
-        encoding = str(getattr(encoding, "value", encoding))
-        path = to_fs_path(item.uri) if item.uri.startswith("file:") else None
-        self.buffers.pop(item.uri, None)
-        self.buffers[item.uri] = Buffer(item.text, encoding, Path(path) if path else None, item.language_id)
+        self.documents.open(item)
         self.cursor_rests(item.uri, 0)
 
     def document_changed(self, uri: str, changes: Sequence[types.TextDocumentContentChangeEvent]) -> None:
-        if uri not in self.buffers:
+        edit = self.documents.change(uri, changes)
+        if edit is None:
             return
-        buffer = self.buffers.pop(uri)
-        cursor = 0
-        for change in changes:
-            if isinstance(change, types.TextDocumentContentChangePartial):
-                start, end = change.range.start, change.range.end
-                cursor = buffer.offset(start.line, start.character) + len(change.text)
-                buffer = buffer.edited((start.line, start.character), (end.line, end.character), change.text)
-            else:
-                buffer = replace(buffer, text=change.text)
-        self.buffers[uri] = buffer
         last = self.suggestion
-        if last and last.uri == uri and not last.follow_edit(normalize(buffer.text)):
+        if last and last.uri == uri and not last.follow_edit(edit):
             self.end_suggestion()
         if self._request and self._request[0] == uri:
             self._request[1].cancel()
-        self.cursor_rests(uri, cursor)
+        self.cursor_rests(uri, len(edit.after) - edit.tail)
 
     def document_closed(self, uri: str) -> None:
-        self.buffers.pop(uri, None)
+        self.documents.close(uri)
+        self._told_refusals.discard(uri)
         if self.suggestion and self.suggestion.uri == uri:
             self.end_suggestion()
 
@@ -171,12 +128,11 @@ class EditorServer(LanguageServer):
     async def suggest(self, cursor: CursorPosition) -> str:
         """The text to insert at a cursor, "" if there is none. A new call cancels the one before."""
         self._interrupt()
-        if cursor.uri not in self.buffers or self._is_unwanted(cursor):
+        if self.documents.use(cursor.uri) is None or self._is_unwanted(cursor):
             return ""
-        buffer = self.buffers[cursor.uri] = self.buffers.pop(cursor.uri)
         last = self.suggestion
         can_reuse = last and last.uri == cursor.uri and cursor.automatic and not cursor.chosen
-        if last and can_reuse and (remaining := last.remaining(*cursor.sides(buffer))):
+        if last and can_reuse and (remaining := last.remaining(cursor.start)):
             return remaining
         self.end_suggestion()
         task = asyncio.create_task(self._ask(cursor))
@@ -210,47 +166,50 @@ class EditorServer(LanguageServer):
 
     async def _ask(self, cursor: CursorPosition) -> str:
         """Gets a suggestion from the source, and remembers it."""
-        buffer, started = self.buffers[cursor.uri], time.perf_counter()
-        text = await self._fill(cursor, self.settings.max_tokens)
+        buffer, started = self.documents.buffers[cursor.uri], time.perf_counter()
+        text = normalize(await self._fill(cursor, self.settings.max_tokens))
         self._reported_errors.clear()
         if not text.strip():
             return ""
         shown = stats.Shown(buffer.language, 1000 * (time.perf_counter() - started), len(text))
-        before, after = cursor.sides(buffer)
-        self.suggestion = Suggestion(cursor.uri, before, text, after, shown)
+        entry, present = normalize(cursor.chosen), buffer.slice(cursor.start, cursor.end)
+        self.suggestion = Suggestion(cursor.uri, cursor.start, entry + text, shown, len(entry), present)
         return text
 
     async def _read_ahead(self, cursor: CursorPosition) -> None:
         """Reads a cursor's context into the prefix cache. Reports no errors: the next suggestion will."""
         await asyncio.sleep(self.settings.rest_ms / 1000)
-        if cursor.uri in self.buffers and self._source and not self._is_unwanted(cursor):
+        if cursor.uri in self.documents.buffers and self._source and not self._is_unwanted(cursor):
             with contextlib.suppress(ValueError, OSError, ImportError, Busy):
                 await self._fill(cursor, 0)
 
     async def _fill(self, cursor: CursorPosition, max_tokens: int) -> str:
         assert self._source
         source = await asyncio.shield(self._source)
-        request = await asyncio.to_thread(self._make_request, cursor, max_tokens)
+        if cursor.uri not in self.documents.buffers:  # closed by now
+            return ""
+        (buffer, start), others = self.documents.whole(cursor.uri), self.documents.others(cursor.uri)
+        cursor = replace(cursor, start=start + cursor.start, end=start + cursor.end)
+        request = await asyncio.to_thread(self._make_request, cursor, buffer, others, max_tokens)
         return await source.fill(request) if request else ""
 
-    def _make_request(self, cursor: CursorPosition, max_tokens: int) -> Request | None:
-        """The request for a cursor; None if its file must not be read. Runs in a thread.
+    def _make_request(
+        self, cursor: CursorPosition, buffer: Buffer, others: Sequence[Buffer], max_tokens: int
+    ) -> Request | None:
+        """The request for a cursor in `buffer`; None if its file must not be read. Runs in a thread.
 
         Only a request of max_tokens 0, which nobody waits for, may list the files of the repository.
         """
-        settings, buffers = self.settings, dict(self.buffers)
-        buffer = buffers.pop(cursor.uri, None)
-        if buffer is None:
+        settings, policy = self.settings, self.context.policy
+        if buffer.path and (reason := policy.refusal(buffer.path, buffer.language, settings.ignored_files)):
+            self._tell_refusal(cursor, f"{buffer.path} gets no completions: {reason}")
             return None
-        if buffer.path and (reason := self.context.policy.refusal(buffer.path, buffer.language)):
-            self.context.log_once(f"{buffer.path} gets no completions: {reason}")
-            return None
-        prefix, suffix = redact_at_cursor(*window(*cursor.sides(buffer), REDACTION_MARGIN))
+        prefix, suffix = redact_at_cursor(*cursor.window(buffer))
         prefix, suffix = window(prefix, suffix)
         files: list[File] = []
         if settings.context != "none":
             imports = settings.context == "imports"
-            files = self.context.collect(buffer, buffers.values(), imports, may_walk=not max_tokens)
+            files = self.context.collect(buffer, others, imports, may_walk=not max_tokens)
         path = self.context.prompt_path(buffer.path) if buffer.path and files else None
         return Request(
             Infill(prefix, suffix, path, tuple(files), settings.mode, settings.trim_before(suffix)),
@@ -264,16 +223,25 @@ class EditorServer(LanguageServer):
 
     def _is_unwanted(self, cursor: CursorPosition) -> bool:
         """Whether suggestions are off for the document, or nobody asked and the cursor is inside a word."""
-        buffer = self.buffers[cursor.uri]
+        buffer = self.documents.buffers[cursor.uri]
         if not self.settings.enabled or buffer.language in self.settings.disabled_languages:
             return True
-        around = buffer.text[cursor.end - 1 : cursor.end + 1] if cursor.end else ""
+        around = buffer.slice(cursor.end - 1, cursor.end + 1)
         return cursor.automatic and not cursor.chosen and bool(re.fullmatch(r"\w\w", around))
 
     def _interrupt(self) -> None:
         for task in (self._reading_ahead, self._request and self._request[1]):
             if task:
                 task.cancel()
+
+    def _tell_refusal(self, cursor: CursorPosition, text: str) -> None:
+        """Logs why a document gets no suggestion, and shows it to a user who asked for one, once each."""
+        self.context.log_once(text)
+        if not cursor.automatic and cursor.uri not in self._told_refusals:
+            self._told_refusals.add(cursor.uri)
+            remedy = " (codegemma.ignoredFiles allows it)" if text.endswith(GIT_IGNORES) else ""
+            message = types.ShowMessageParams(types.MessageType.Info, f"codegemma: {text}{remedy}")
+            self.window_show_message(message)
 
     def _report_once(self, error: Exception) -> None:
         """Shows an error to the user, but not the same one again before a suggestion has succeeded."""
@@ -289,7 +257,7 @@ async def inline_completion(
 ) -> types.InlineCompletionList:
     """Answers with an empty list if there is no suggestion: on null, editors keep showing the old one."""
     uri, chosen = params.text_document.uri, params.context.selected_completion_info
-    buffer = server.buffers.get(uri)
+    buffer = server.documents.buffers.get(uri)
     if buffer is None:
         return types.InlineCompletionList([])
     automatic = params.context.trigger_kind == types.InlineCompletionTriggerKind.Automatic
@@ -308,7 +276,7 @@ async def completion(server: EditorServer, params: types.CompletionParams) -> ty
     It replaces the word before the cursor by text that starts with that word, to pass the editor's filter.
     """
     uri, position, context = params.text_document.uri, params.position, params.context
-    buffer = server.buffers.get(uri)
+    buffer = server.documents.buffers.get(uri)
     if buffer is None:
         return types.CompletionList(True, [])
     offset = buffer.offset(position.line, position.character)
@@ -316,9 +284,9 @@ async def completion(server: EditorServer, params: types.CompletionParams) -> ty
     added = await server.suggest(CursorPosition(uri, offset, offset, automatic=automatic))
     if not added:
         return types.CompletionList(True, [])
-    word = re.search(r"\w*$", buffer.text[max(0, offset - 100) : offset])
+    word = re.search(r"\w*$", buffer.slice(offset - 100, offset))
     start = offset - len(word[0] if word else "")
-    text = buffer.text[start:offset] + added
+    text = buffer.slice(start, offset) + added
     label = next(line for line in text.splitlines() if line.strip()).strip()
     item = types.CompletionItem(
         label + " …" * (text.strip() != label),
@@ -345,7 +313,7 @@ def _documentation(server: EditorServer, code: str, language: str) -> types.Mark
 def cursor_notification(server: EditorServer, params: Any) -> None:
     """Handles our notification and documentHighlight, which editors send when the cursor rests."""
     uri = (params.text_document if hasattr(params, "text_document") else params.textDocument).uri
-    if buffer := server.buffers.get(uri):
+    if buffer := server.documents.buffers.get(uri):
         server.cursor_rests(uri, buffer.offset(params.position.line, params.position.character))
 
 

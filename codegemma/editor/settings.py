@@ -22,6 +22,7 @@ class EditorSettings(BaseModel):
 
     enabled: bool = True
     disabled_languages: list[str] = []
+    ignored_files: bool = False
     trim: Literal["auto", "none", "line", "block"] = "auto"
     mode: Mode = "auto"
     context: Literal["imports", "open", "none"] = "imports"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from codegemma.editor.buffers import Buffer, normalize
+from codegemma.editor.documents import Edit
 from codegemma.serve import stats
 
 MAX_PREFIX, MAX_SUFFIX = 49_152, 12_288  # characters around the cursor that a prompt is made of
@@ -14,35 +15,54 @@ REDACTION_MARGIN = 8_192  # characters beyond the window, where a secret that it
 
 @dataclass
 class Suggestion:
-    """The last suggestion that the editor got: `text`, between `before` and `after` in the document `uri`."""
+    """The last suggestion that the editor got, and how much of it is in the document `uri` by now.
+
+    `text`: the suggestion, behind the entry of the pop-up that it continues (`entry` characters of it);
+    `start`: the offset in the document where `text` belongs; `present`: what the document has there.
+    """
 
     uri: str
-    before: str
+    start: int
     text: str
-    after: str
     shown: stats.Shown
-    inserted: int = 0  # characters of `text` that are in the document by now
+    entry: int = 0
+    present: str = ""
 
-    def remaining(self, before: str, after: str) -> str:
-        """The part of `text` that the user has not typed yet; "" if the suggestion does not fit here."""
-        typed = before[len(self.before) :]
-        fits = after == self.after and before == self.before + typed and self.text.startswith(typed)
-        return self.text[len(typed) :] if fits else ""
+    def remaining(self, offset: int) -> str:
+        """The part of `text` that is not in the document yet; "" if it does not fit at this cursor."""
+        size = len(normalize(self.present))
+        fits = size >= self.entry and offset == self.start + len(self.present)
+        return self.text[size:] if fits else ""
 
-    def follow_edit(self, document: str) -> bool:
+    def follow_edit(self, edit: Edit) -> bool:
         """Counts the accepted characters after an edit. Returns whether more of the suggestion can follow.
 
         An edit that inserted more than two of its characters, or its last two, accepted them; else they were
         typed.
         """
-        size = len(document) - len(self.before) - len(self.after)
-        inserted = document[len(self.before) : len(self.before) + size] if size > 0 else ""
-        if size < 0 or document != self.before + inserted + self.after or not self.text.startswith(inserted):
+        end, text = self.start + len(self.present), edit.text
+        head, tail = (
+            max(0, self.start - edit.first),
+            max(0, edit.last - end),
+        )  # replaced around the suggestion
+        if edit.first > end or edit.last < self.start or head + tail > len(text):
             return False
-        more, self.inserted = size - self.inserted, size
-        if more > 2 or (more > 1 and inserted == self.text):
+        around = (
+            edit.before.slice(edit.first, edit.first + head),
+            edit.before.slice(edit.last - tail, edit.last),
+        )
+        if around != (text[:head], text[len(text) - tail :]):
+            return False
+        kept = self.present[: max(0, edit.first - self.start)], self.present[max(0, edit.last - self.start) :]
+        was = max(self.entry, len(normalize(self.present)))
+        self.present = text[head : len(text) - tail].join(kept)
+        present = normalize(self.present)
+        if not self.text.startswith(present):
+            return False
+        more = len(present) - was
+        if more > 2 or (more > 1 and present == self.text):
             self.shown.taken += more
-        return inserted != self.text
+        return present != self.text
 
 
 @dataclass(frozen=True)
@@ -59,18 +79,35 @@ class CursorPosition:
     chosen: str = ""
     automatic: bool = True
 
-    def sides(self, buffer: Buffer) -> tuple[str, str]:
-        """The text before and after the cursor, as a model reads it."""
-        text = buffer.text
-        return normalize(text[: self.start]) + normalize(self.chosen), normalize(text[self.end :])
+    def window(self, buffer: Buffer) -> tuple[str, str]:
+        """The text before and after the cursor, as a model reads it, with REDACTION_MARGIN on each side."""
+        chosen = normalize(self.chosen)
+        length = buffer.normalized_length(self.start) + len(chosen)
+        dropped = buffer.offset_of_normalized(_dropped(length, REDACTION_MARGIN))
+        prefix = normalize(buffer.slice(dropped, self.start)) + chosen
+        size = MAX_SUFFIX + REDACTION_MARGIN + 1
+        suffix = normalize(buffer.slice(self.end, self.end + 2 * size))  # twice, as each line may end in \r\n
+        return _whole_lines(prefix) if dropped else prefix, _cut_suffix(suffix, REDACTION_MARGIN)
 
 
-def window(prefix: str, suffix: str, margin: int = 0) -> tuple[str, str]:
-    """Whole lines nearest to the cursor, at most MAX_PREFIX and MAX_SUFFIX characters, and `margin` more."""
-    excess = max(0, len(prefix) - MAX_PREFIX - margin)
-    if drop := -(-excess // WINDOW_STEP) * WINDOW_STEP:
-        prefix = prefix[prefix.find("\n", drop, len(prefix) - WINDOW_STEP) + 1 or drop :]
+def window(prefix: str, suffix: str) -> tuple[str, str]:
+    """Whole lines nearest to the cursor, at most MAX_PREFIX and MAX_SUFFIX characters."""
+    if dropped := _dropped(len(prefix)):
+        prefix = _whole_lines(prefix[dropped:])
+    return prefix, _cut_suffix(suffix)
+
+
+def _dropped(length: int, margin: int = 0) -> int:
+    """How many characters of a prefix lie before its window."""
+    excess = max(0, length - MAX_PREFIX - margin)
+    return -(-excess // WINDOW_STEP) * WINDOW_STEP  # rounded up to whole steps
+
+
+def _whole_lines(prefix: str) -> str:
+    """A prefix from its first whole line, unless that leaves less than a step of it."""
+    return prefix[prefix.find("\n", 0, max(0, len(prefix) - WINDOW_STEP)) + 1 :]
+
+
+def _cut_suffix(suffix: str, margin: int = 0) -> str:
     size = MAX_SUFFIX + margin
-    if len(suffix) > size:
-        suffix = suffix[: suffix.rfind("\n", 0, size) + 1 or size]
-    return prefix, suffix
+    return suffix if len(suffix) <= size else suffix[: suffix.rfind("\n", 0, size) + 1 or size]
