@@ -1,26 +1,68 @@
-"""Files on disk: memory maps, writes that appear only when complete, locks, and the user's cache folder."""
+"""Files on disk: memory maps, writes that appear only when complete, locks, and the user's folders."""
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
-import importlib
 import mmap
 import os
+import re
+import secrets
 import shutil
-import threading
+import stat
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+PLACEHOLDER_BYTES = 1024  # the part of a file that `refuse_placeholder` looks at
 _MAPS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_PART = re.compile(r"\..+\.(\d+)(?:-[0-9a-f]+)?\.part")  # an unfinished file, with its writer's process
+_SWEPT: set[Path] = set()  # the folders whose leftovers this process has removed
+
+_ROOM = "free some space there, or name another folder"
+_ACCESS = "name a file or folder that you may use, or change its permissions"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "this file system holds no file as large: name a folder on another",
+    errno.EIO: "the disk may be failing: name a folder on another",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file: check the path",
+    errno.EISDIR: "it is a folder: name a file",
+    errno.EEXIST: "name another, or remove that one",
+    errno.ENOTEMPTY: "name another, or an empty one",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle: name another",
+    errno.EMFILE: "too many files are open: raise the limit with `ulimit -n`",
+}
+
+_FOLDER_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def cache_dir() -> Path:
     """`$XDG_CACHE_HOME/codegemma`, by default ~/.cache/codegemma. It may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma")
+    return _user_dir("XDG_CACHE_HOME", ".cache")
+
+
+def state_dir() -> Path:
+    """`$XDG_STATE_HOME/codegemma`, by default ~/.local/state/codegemma. It may not exist yet."""
+    return _user_dir("XDG_STATE_HOME", ".local/state")
+
+
+def _user_dir(variable: str, folder: str) -> Path:
+    """A folder of this user. Raises OSError where neither the variable nor a home directory is known."""
+    if base := os.environ.get(variable):
+        return Path(base, "codegemma")
+    try:
+        return Path.home() / folder / "codegemma"
+    except RuntimeError:
+        raise OSError(f"this user has no home directory: set HOME, or {variable}") from None
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -29,8 +71,23 @@ def map_file(path: Path) -> mmap.mmap:
         if os.fstat(file.fileno()).st_size == 0:
             raise ValueError(f"{path}: the file is empty: download it again")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    refuse_placeholder(path, data[:PLACEHOLDER_BYTES])
     _MAPS.add(data)
     return data
+
+
+def refuse_placeholder(path: Path, start: bytes) -> None:
+    """Raises ValueError where a file's first bytes are a Git LFS or git-annex pointer, or a web page."""
+    if start.startswith(b"version https://git-lfs"):
+        size = re.search(rb"\nsize (\d+)", start)
+        large = f" of {int(size[1]):,} bytes" if size else ""
+        remedy = "run `git lfs pull` in its folder, or download the file itself"
+        raise ValueError(f"{path}: is a Git LFS pointer to a file{large}, not the file: {remedy}")
+    if start.startswith((b"/annex/objects/", b"../.git/annex", b".git/annex")):
+        raise ValueError(f"{path}: is a git-annex pointer, not the file: run `git annex get` on it")
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        remedy = "download it again, with the token that its site asks for"
+        raise ValueError(f"{path}: is a web page, such as a site sends for a refusal: {remedy}")
 
 
 def unmap() -> None:
@@ -40,18 +97,84 @@ def unmap() -> None:
             data.madvise(mmap.MADV_DONTNEED)
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, renamed to `path` when the block succeeds and removed when it raises."""
-    part = _part(path, f"{os.getpid()}-{threading.get_ident()}")
+def read_text(path: Path) -> str:
+    """The text of a file, in UTF-8 with or without a byte order mark. Raises ValueError on other bytes."""
+    return decode_text(path.read_bytes(), str(path)).removeprefix("\ufeff")
+
+
+def expect_only(folder: Path, names: Collection[str], what: str) -> None:
+    """Raises ValueError where a folder, which is about to be cleared as `what`, holds other files than ours."""
+    others = [path.name for path in folder.iterdir() if path.name not in names and not _is_part(path)]
+    if others:
+        raise ValueError(f"{folder} holds {min(others)}, which is not of {what}: name another folder")
+
+
+def _is_part(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """UTF-8 as text. Raises ValueError, with the name of what was read, on other bytes."""
     try:
-        with open(part, "wb") as file:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start:,} is 0x{data[error.start]:02x}"
+        raise ValueError(f"{name} is not UTF-8 text ({byte}): convert it first") from error
+
+
+def explain(error: OSError) -> str:
+    """What went wrong with which file, and what to do about it."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    path = "" if error.filename is None else os.fsdecode(error.filename)
+    remedy = _REMEDIES.get(error.errno, "")
+    for variable, folder in (("XDG_CACHE_HOME", cache_dir), ("XDG_STATE_HOME", state_dir)):
+        with suppress(OSError):  # no home directory
+            if error.errno in _FOLDER_ERRORS and Path(path).is_relative_to(folder()):
+                remedy = f"set {variable} to a folder with room that you may write"
+    return f"{path}{': ' if path else ''}{error.strerror}{': ' if remedy else ''}{remedy}"
+
+
+def expect_ours(path: Path, mark: bytes | None = None) -> None:
+    """Raises ValueError unless we may create or replace the file `path` (links are followed).
+
+    With a `mark`, with which all our files of a kind begin, a file of anybody else is kept; an empty one is
+    replaced. Devices, pipes and folders are never replaced. The path may be missing.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise ValueError(f"{path} is {kind}, and is not written over: name a file")
+    if mark is not None and status.st_size:
+        with open(path, "rb") as file:
+            if file.read(len(mark)) != mark:
+                rule = "was not written by codegemma, and is kept"
+                raise ValueError(f"{path} {rule}: name another file, or remove that one")
+
+
+@contextmanager
+def atomic_write(path: Path, mark: bytes | None = None) -> Iterator[BinaryIO]:
+    """A file to write, renamed to `path` when the block succeeds and removed when it raises.
+
+    A link is followed, and a file that is replaced keeps its mode. Raises ValueError where `path` may not be
+    replaced (`expect_ours`), and OSError with the path.
+    """
+    path = Path(os.path.realpath(path))
+    expect_ours(path, mark)
+    part = _part(path, _writer())
+    with _naming(path, part), _created(part) as file:
+        try:
             yield file
             file.flush()
+            if path.exists():
+                part.chmod(stat.S_IMODE(path.stat().st_mode))
             os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -62,13 +185,16 @@ def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
     restart of the machine, since some writes may not have reached the disk. Raises ValueError while another
     process writes the same file.
     """
+    path = Path(os.path.realpath(path))
+    expect_ours(path)
     boot = Path("/proc/sys/kernel/random/boot_id")
     stamp += boot.read_text() if boot.exists() else ""
     part = _part(path, f"at-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}")
     for other in path.parent.glob(f".{glob.escape(path.name)}.at-*.part"):
         if other != part:
             other.unlink(missing_ok=True)
-    with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with _naming(path, part), open(os.open(part, flags, 0o666), "r+b") as file:
         try:
             lock(file, wait=False)
         except BlockingIOError:
@@ -83,7 +209,7 @@ def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
         os.replace(part, path)
 
 
-def lock(file: IO[Any], wait: bool = True) -> None:
+def lock(file: IO[Any] | int, wait: bool = True) -> None:
     """Locks a file against other processes until it is closed. Does nothing on systems without flock.
 
     Raises BlockingIOError where another process has the lock and `wait` is False.
@@ -100,44 +226,107 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, renamed to `path` when the block succeeds and removed when it raises.
 
     It may replace an empty directory at `path`; OSError is raised where `path` is anything else."""
-    part = _part(path, str(os.getpid()))
-    part.mkdir()
-    try:
-        yield part
-        if path.exists():
-            path.rmdir()
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    part = _part(path, _writer())
+    with _naming(path, part):
+        held = _make_and_lock(part)
+        try:
+            yield part
+            if path.exists():
+                path.rmdir()
+            os.replace(part, path)
+        finally:
+            os.close(held)
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished files and directories that killed processes left in a folder, except those that
+    `resumable_write` continues."""
+    for part in folder.glob(".*.part"):
+        if match := _PART.fullmatch(part.name):
+            with suppress(OSError), _unused(part, int(match[1])):  # in use, or another user's
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def _part(path: Path, mark: str) -> Path:
     """The path of a file or directory until it is complete; `mark` says who writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _SWEPT:  # once a process: a build writes thousands of files into a folder
+        _SWEPT.add(path.parent)
+        remove_leftovers(path.parent)
     return path.with_name(f".{path.name}.{mark}.part")
 
 
-def remove_leftovers(path: Path) -> None:
-    """Removes unfinished files of dead processes beside `path`, except those that `resumable_write` needs."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        writer = part.name.split(".")[-2].split("-")[0]
-        if writer.isdigit() and not _alive(int(writer)):
-            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+def _writer() -> str:
+    """The mark of a new file. None comes twice: `remove_leftovers` may be looking at an older one."""
+    return f"{os.getpid()}-{secrets.token_hex(6)}"
+
+
+@contextmanager
+def _created(part: Path) -> Iterator[BinaryIO]:
+    """A new file, locked while it is open, so that no other process takes it for a leftover."""
+    while True:
+        with open(part, "xb") as file:
+            with suppress(OSError):  # a file system without locks
+                lock(file)  # waits where a sweeper looks at it
+            if part.exists():  # else it was swept before it was locked
+                yield file
+                return
+
+
+def _make_and_lock(folder: Path) -> int:
+    """Makes a folder, and returns a descriptor whose lock says that it is in use; see `_created`."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # swept at once
+            held = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):
+                lock(held)
+            if folder.exists():
+                return held
+            os.close(held)
+
+
+@contextmanager
+def _unused(part: Path, writer: int) -> Iterator[None]:
+    """Holds the lock of an unfinished file or directory. Raises BlockingIOError where a process writes it.
+
+    Such a process holds the lock, or is alive where there are no locks. (In containers, each process may have
+    the number of the one that was killed.)
+    """
+    held = os.open(part, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        has_locks = True
+        try:
+            lock(held, wait=False)
+        except BlockingIOError:
+            raise
+        except OSError:
+            has_locks = False
+        if _alive(writer) and not (has_locks and writer == os.getpid()):
+            raise BlockingIOError(f"{part} is being written")
+        yield
+    finally:
+        os.close(held)
 
 
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         pass  # another user's
     return True
 
 
-def require(module: str, feature: str, extra: str) -> Any:
-    """Imports an optional library. Raises ValueError saying which extra of codegemma installs it."""
+@contextmanager
+def _naming(path: Path, part: Path) -> Iterator[None]:
+    """Gives the errors of a disk, which name the unfinished file or none, the path that was asked for."""
     try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f'{feature} need the package {module}: pip install "codegemma[{extra}]"') from None
+        yield
+    except OSError as error:
+        is_ours = error.filename is not None and os.fsdecode(error.filename).startswith(str(part))
+        if is_ours or (error.filename is None and error.errno in _FOLDER_ERRORS):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

@@ -131,8 +131,8 @@ def fim_stops(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def chat_stops(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end the model's turn: <end_of_turn> and <eos>."""
-    ends = tokenizer.control.end_of_turn, tokenizer.control.eos
+    """The ids that end the model's turn: <end_of_turn>, <eos>, and those that the model's files state."""
+    ends = tokenizer.control.end_of_turn, tokenizer.control.eos, *tokenizer.end_ids
     return frozenset(token for token in ends if token is not None)
 
 

@@ -15,7 +15,7 @@ import json
 import operator
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,6 +50,7 @@ _UNUSED = re.compile(r"<unused\d+>")
 _SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a control spelling looks like
 _LINE = re.compile(rb"[^\n]*\n+|[^\n]+")
 _CACHE_VERSION = b"1"
+MAX_ADDED = 65_536  # tokens that side files may add to a vocabulary
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,11 @@ class Tokenizer:
     """A vocabulary, which `fingerprint` identifies. Immutable, safe to share between threads, and picklable.
 
     `model` is a canonical ModelProto of SentencePiece, which the class methods make from other sources.
-    Raises ValueError where it is damaged.
+    `end_ids` are the ids that a model's files state as the end of every answer; those that the vocabulary
+    does not have are left out. Raises ValueError where the model is damaged.
     """
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, end_ids: Iterable[int] = ()) -> None:
         try:
             self._engine = SentencePieceProcessor()
             self._engine.LoadFromSerializedProto(model)
@@ -90,6 +92,7 @@ class Tokenizer:
             problem = f"SentencePiece cannot read this vocabulary ({error})"
             raise ValueError(f"tokenizer: {problem}: fetch the tokenizer file again") from error
         self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.end_ids = frozenset(token for token in end_ids if 0 <= token < self.vocab_size)
         self._piece_bytes: dict[int, bytes] = {}
         self._separate_lines = _SEPARATE_LINES + _GEMMA_NORMALIZER in model[-64:]
         self._encode_line = lru_cache(maxsize=8192)(self._engine.encode)
@@ -108,14 +111,24 @@ class Tokenizer:
     @classmethod
     def from_sentencepiece(cls, data: bytes) -> Tokenizer:
         """From the bytes of a `tokenizer.model`. Raises ValueError where it is damaged or not a BPE model."""
-        return cls.cached(data, lambda: cls(_read_sentencepiece(data)))
+        return cls.cached(data, lambda: cls.read(data))
+
+    @classmethod
+    def read(cls, data: bytes) -> Tokenizer:
+        """As `from_sentencepiece`, but without the cache."""
+        return cls(_canonical_model(*_parse_model(data)))
 
     @classmethod
     def from_json(cls, path: str | Path) -> Tokenizer:
         """From a Hugging Face `tokenizer.json`. Raises ValueError where it is damaged or its model is not BPE
         with byte fallback."""
         data = Path(path).read_bytes()
-        return cls.cached(data, lambda: cls(_read_json(data)))
+        return cls.cached(data, lambda: cls.read_json(data))
+
+    @classmethod
+    def read_json(cls, data: bytes) -> Tokenizer:
+        """As `from_json`, but from the file's bytes and without the cache."""
+        return cls(_read_json(data))
 
     @classmethod
     def cached(cls, source: bytes, build: Callable[[], Tokenizer]) -> Tokenizer:
@@ -132,7 +145,7 @@ class Tokenizer:
                 return cls(stored[32:])
         tokenizer = build()
         model = tokenizer._engine.serialized_model_proto()
-        with contextlib.suppress(OSError), atomic_write(file) as out:
+        with contextlib.suppress(OSError, ValueError), atomic_write(file) as out:
             out.write(hashlib.sha256(model).digest() + model)
         return tokenizer
 
@@ -154,8 +167,50 @@ class Tokenizer:
         names = [engine.id_to_piece(i) for i in ids]
         return names, [engine.get_score(i) for i in ids], _mark_user_defined(names, types)
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
-        return Tokenizer, (self.model,)
+    def with_end_ids(self, end_ids: Iterable[int]) -> Tokenizer:
+        """The same vocabulary with other ids that end every answer."""
+        other = object.__new__(Tokenizer)
+        other.__dict__.update(self.__dict__)
+        other.end_ids = frozenset(token for token in end_ids if 0 <= token < self.vocab_size)
+        return other
+
+    def with_added(self, added: Mapping[int, tuple[str, bool]]) -> Tokenizer:
+        """The vocabulary with the tokens of side files: spelling, and whether text never matches it, by id.
+
+        New ids follow the vocabulary's own; a placeholder or control piece gets the new spelling, and pieces
+        that text is made of stay. Raises ValueError on an id far behind the vocabulary.
+        """
+        pieces, scores, types, normalizer = _parse_model(self.model)
+        last = max(added, default=0)
+        if min(added, default=0) < 0 or last >= min(len(pieces) + MAX_ADDED, LIMITS["vocab"]):
+            rule = f"but at most {MAX_ADDED:,} can follow the vocabulary's {len(pieces):,}: it is damaged"
+            raise ValueError(f"an added token has the id {last if last > 0 else min(added):,}, {rule}")
+        missing = last + 1 - len(pieces)
+        pieces, scores = pieces + [""] * missing, scores + [0.0] * missing
+        types = types + [CONTROL] * missing
+        for token, (spelling, special) in added.items():
+            if types[token] in (CONTROL, USER_DEFINED, UNUSED):
+                pieces[token], types[token] = spelling, CONTROL if special else USER_DEFINED
+        return Tokenizer(_canonical_model(pieces, scores, types, normalizer), self.end_ids)
+
+    def without_added(self, rows: int) -> Tokenizer:
+        """The vocabulary of an embedding with `rows` rows, without added tokens that lie behind them.
+
+        The vocabulary itself, where its own text pieces lie there too: then it is another model's.
+        """
+
+        def shortened() -> Tokenizer:
+            pieces, scores, types, normalizer = _parse_model(self.model)
+            if not {*types[rows:]} <= {CONTROL, USER_DEFINED, UNUSED}:
+                return self
+            return Tokenizer(_canonical_model(pieces[:rows], scores[:rows], types[:rows], normalizer))
+
+        if self.vocab_size <= rows:
+            return self
+        return Tokenizer.cached(f"{rows} {self.fingerprint}".encode(), shortened).with_end_ids(self.end_ids)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, frozenset[int]]]:
+        return Tokenizer, (self.model, self.end_ids)
 
     def encode(self, text: str, bos: bool = False, control: bool = False) -> list[int]:
         """The ids of a text, as SentencePiece encodes it; control tokens spelled in it are plain text.
@@ -323,14 +378,16 @@ def _mark_user_defined(pieces: Sequence[str], types: Numbers) -> list[int]:
     return [USER_DEFINED if i < first_byte and kind == NORMAL else int(kind) for i, kind in enumerate(types)]
 
 
-def _read_sentencepiece(data: bytes) -> bytes:
-    """The canonical ModelProto of a `tokenizer.model`, with its normalizer. Raises ValueError on a damaged
-    file and on a model that is not BPE.
+def _parse_model(data: bytes) -> tuple[list[str], list[float], list[int], bytes]:
+    """Pieces, scores, types and normalizer of a `tokenizer.model`. Raises ValueError on a damaged file and on
+    a model that is not BPE.
 
     ModelProto has the fields 1 pieces, 2 TrainerSpec (3 model_type), 3 NormalizerSpec. It is read without the
     protobuf package, since sentencepiece's generated module would prescribe its version.
     """
-    pieces, scores, types = [], [], []
+    pieces: list[str] = []
+    scores: list[float] = []
+    types: list[int] = []
     specs: dict[int, bytes] = {2: b"", 3: b""}
     try:
         for number, block in _fields(data):
@@ -350,7 +407,7 @@ def _read_sentencepiece(data: bytes) -> bytes:
     flags = b"".join(bytes([number << 3, bool(normalizer.get(number, 1))]) for number in (3, 4))
     flags += b"" if normalizer.get(5, 1) else b"\x28\x00"
     charsmap = _field(0x12, normalizer[2]) if normalizer.get(2) else b""
-    return _canonical_model(pieces, scores, types, charsmap + flags)
+    return pieces, scores, types, charsmap + flags
 
 
 def _read_json(data: bytes) -> bytes:

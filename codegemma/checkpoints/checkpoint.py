@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from codegemma.checkpoints.tensors import Tensor
+from codegemma.checkpoints.untrusted import damaged
 from codegemma.config import ModelConfig
 from codegemma.tokenizer import Tokenizer
 
 FIM_ORDERS_KEY = "codegemma.fim"  # in a GGUF header or a config.json
+
+
+def stated_ends(
+    path: Path, fields: Mapping[str, Any], keys: Sequence[str] = ("eos_token_id",)
+) -> frozenset[int]:
+    """The token ids under keys of a file's header or config, each one id, a list of them or null.
+
+    Raises ValueError on anything else, naming `path`.
+    """
+    ends: set[int] = set()
+    for key in keys:
+        value = fields.get(key)
+        ids = [] if value is None else value.tolist() if isinstance(value, np.ndarray) else value
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(type(token) is int for token in ids):
+            raise damaged(f"{path}: {key} must be a token id or a list of them, got {value!r}")
+        ends.update(ids)
+    return frozenset(ends)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +50,24 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     build_tokenizer: Callable[[], Tokenizer] | None = None
+    end_ids: frozenset[int] = frozenset()  # stated by its files, beside those that the vocabulary names
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Built when first used; None where the checkpoint has none: then only token ids work."""
-        return self.build_tokenizer() if self.build_tokenizer else None
+        """Built when first used, without added tokens that have no row in the embedding (the image token of
+        Gemma 3's text models). None where the checkpoint has none: then only token ids work."""
+        if self.build_tokenizer is None:
+            return None
+        tokenizer = self.build_tokenizer().without_added(self.config.vocab)
+        return tokenizer.with_end_ids(self.end_ids) if self.end_ids else tokenizer
+
+    @property
+    def unnamed_ends(self) -> list[int]:
+        """All ends of generation, for a file to state them; empty where the vocabulary's names tell them."""
+        control = self.tokenizer.control if self.tokenizer else None
+        named = {control.eos, control.end_of_turn} if control else set()
+        extra = self.end_ids - named
+        return sorted(extra | {token for token in named if token is not None}) if extra else []
 
     @property
     def fim_orders(self) -> frozenset[str] | None:

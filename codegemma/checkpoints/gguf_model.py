@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 
 from codegemma.checkpoints import gguf, table
-from codegemma.checkpoints.checkpoint import Checkpoint
+from codegemma.checkpoints.checkpoint import Checkpoint, stated_ends
 from codegemma.checkpoints.untrusted import damaged, naming
 from codegemma.config import ModelConfig
-from codegemma.tokenizer import UNUSED, USER_DEFINED, Tokenizer
+from codegemma.tokenizer import BYTE, NORMAL, UNUSED, USER_DEFINED, Tokenizer
+
+# The ids that end an answer: llama.cpp's three, and Ollama's list.
+END_KEYS = [
+    f"tokenizer.ggml.{name}" for name in ("eos_token_id", "eot_token_id", "eom_token_id", "eos_token_ids")
+]
 
 
 def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
@@ -110,7 +115,12 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         for piece, type in zip(pieces, types, strict=True)
     ]
     names = table.format_table("gguf")["token_ids"]
-    ids = {f"{name}_token_id": getattr(tokenizer.control, field) for name, field in names.items()}
+    ids: dict[str, Any] = {
+        f"{name}_token_id": getattr(tokenizer.control, field) for name, field in names.items()
+    }
+    known = {ids.get(f"{name}_token_id") for name in ("eos", "eot", "fim_sep")}
+    if more := sorted(tokenizer.end_ids - known):
+        ids |= {"eom_token_id": more[0], "eos_token_ids": np.array(sorted(tokenizer.end_ids), "<i4")}
     entries = {
         "model": "llama",
         "pre": "default",
@@ -137,10 +147,16 @@ def load(path: Path) -> Checkpoint:
     pieces = metadata.get("tokenizer.ggml.tokens")
     if pieces is None:
         return Checkpoint(path, model, tensors, metadata)
-    if not isinstance(pieces, gguf.Strings) or len(pieces) > vocab:
+    types = metadata.get("tokenizer.ggml.token_type")
+    behind = set(types[vocab:].tolist()) if isinstance(types, np.ndarray) else set()
+    has_rows = isinstance(pieces, gguf.Strings) and (
+        len(pieces) <= vocab or bool(behind) and not {NORMAL, BYTE} & behind
+    )
+    if not has_rows:
         rule = f"must be at most {vocab:,} strings, one for each row of {embedding}"
         raise damaged(f"{path}: tokenizer.ggml.tokens {rule}")
-    return Checkpoint(path, model, tensors, metadata, lambda: tokenizer(path, metadata))
+    ends = stated_ends(path, metadata, END_KEYS)
+    return Checkpoint(path, model, tensors, metadata, lambda: tokenizer(path, metadata), ends)
 
 
 def save(

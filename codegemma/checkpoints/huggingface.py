@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from codegemma.checkpoints import huggingface_tokenizer, safetensors, table
-from codegemma.checkpoints.checkpoint import FIM_ORDERS_KEY, Checkpoint
+from codegemma.checkpoints.checkpoint import FIM_ORDERS_KEY, Checkpoint, stated_ends
 from codegemma.checkpoints.tensors import DTYPES, Tensor
 from codegemma.checkpoints.untrusted import damaged, indexed_files, naming, read_json
 from codegemma.config import GEMMA2_2B, PRESETS, ModelConfig
-from codegemma.tokenizer import Tokenizer
 
 # Prefixes of the language model's tensors: multimodal (new, old), causal, bare.
 PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
@@ -171,13 +170,13 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def tokenizer_builder(path: Path) -> Callable[[], Tokenizer] | None:
-    """Returns a function that builds the tokenizer of a directory; None where it has no tokenizer file."""
-    if (model := path / "tokenizer.model").exists():
-        return lambda: Tokenizer.from_sentencepiece(model.read_bytes())
-    if (file := path / "tokenizer.json").exists():
-        return lambda: Tokenizer.from_json(file)
-    return None
+def end_ids(directory: Path, fields: Mapping[str, Any]) -> frozenset[int]:
+    """The ends that config.json (`fields`), its text part and generation_config.json state."""
+    ends = stated_ends(directory / "config.json", fields)
+    ends |= stated_ends(directory / "config.json", _object(fields, "text_config"))
+    if (file := directory / "generation_config.json").exists():
+        ends |= stated_ends(file, read_json(file))
+    return ends
 
 
 def checkpoint_of(
@@ -191,13 +190,15 @@ def checkpoint_of(
     files = [directory / "config.json" for directory in directories]
     file = next((file for file in files if file.exists()), files[0])
     fields = read_json(file) if file.exists() else {}
-    build = next(filter(None, map(tokenizer_builder, directories)), None)
+    build = next(filter(None, map(huggingface_tokenizer.builder, directories)), None)
+    ends = end_ids(file.parent, fields)
     if "model_type" in fields:
         model = config(file, fields)
-        return Checkpoint(path, model, table.from_format(format, path, model, stored), fields, build)
+        return Checkpoint(path, model, table.from_format(format, path, model, stored), fields, build, ends)
     for model in {preset.config for preset in PRESETS.values()} | {GEMMA2_2B}:
         with contextlib.suppress(ValueError):
-            return Checkpoint(path, model, table.from_format(format, path, model, stored), fields, build)
+            tensors = table.from_format(format, path, model, stored)
+            return Checkpoint(path, model, tensors, fields, build, ends)
     rule = "its tensors are those of no published model, and no config.json is beside them: add it"
     raise ValueError(f"{file.parent}: {rule}")
 
@@ -217,13 +218,19 @@ def load(path: Path) -> Checkpoint:
     if embed is not None and len(embed.shape) == 2 and embed.shape[0] > model.vocab:
         model = replace(model, vocab=embed.shape[0])
     tensors = table.from_format("hf", path, model, stored)
-    return Checkpoint(path, model, tensors, fields, tokenizer_builder(home))
+    build = huggingface_tokenizer.builder(home)
+    return Checkpoint(path, model, tensors, fields, build, end_ids(home, fields))
 
 
 def write_companions(path: Path, checkpoint: Checkpoint, **more: Any) -> None:
-    """Writes config.json, with `more` fields and the FIM orders of changed weights, and tokenizer.model."""
-    orders = {key: value for key, value in checkpoint.metadata.items() if key == FIM_ORDERS_KEY}
-    _write_json(path / "config.json", config_fields(checkpoint.config) | more | orders)
+    """Writes config.json, with `more` fields, the FIM orders of changed weights and the stated ends, and
+    tokenizer.model."""
+    kept: dict[str, Any] = {
+        key: checkpoint.metadata[key] for key in {FIM_ORDERS_KEY} & {*checkpoint.metadata}
+    }
+    if checkpoint.unnamed_ends:
+        kept["eos_token_id"] = checkpoint.unnamed_ends
+    _write_json(path / "config.json", config_fields(checkpoint.config) | more | kept)
     if checkpoint.tokenizer:
         (path / "tokenizer.model").write_bytes(checkpoint.tokenizer.model)
 

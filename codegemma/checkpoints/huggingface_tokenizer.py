@@ -1,16 +1,69 @@
 """The tokenizer files of a Hugging Face directory: tokenizer.model or tokenizer.json, and side files.
 
-The side files name tokens that were added to the vocabulary, with an id and, but for added_tokens.json, a flag
-whether they are special. The first that names an id decides.
+The side files name tokens that were added to the vocabulary, with an id and (but for added_tokens.json) a
+flag whether they are special. The first that names an id decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from codegemma.checkpoints.table import written_fields
+from codegemma.checkpoints.untrusted import damaged, read_bytes
 from codegemma.tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer
+
+SIDE_FILES = ("tokenizer_config.json", "tokenizer.json", "added_tokens.json")
+
+
+def builder(directory: Path) -> Callable[[], Tokenizer] | None:
+    """A function that builds the tokenizer of a directory; None where it has no vocabulary file."""
+    if not any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        return None
+    return lambda: _load(directory)
+
+
+def _load(directory: Path) -> Tokenizer:
+    files = [directory / name for name in ("tokenizer.model", *SIDE_FILES)]
+    data = {file.name: read_bytes(file) for file in files if file.exists()}
+
+    def build() -> Tokenizer:
+        model = data.get("tokenizer.model")
+        tokenizer = Tokenizer.read_json(data["tokenizer.json"]) if model is None else Tokenizer.read(model)
+        added: dict[int, tuple[str, bool]] = {}
+        for name in SIDE_FILES:
+            if name in data:
+                for token, content, special in _added(directory / name, data[name]):
+                    added.setdefault(token, (content, special))
+        return tokenizer.with_added(added) if added else tokenizer
+
+    if data.keys() == {"tokenizer.model"}:
+        return Tokenizer.from_sentencepiece(data["tokenizer.model"])
+    return Tokenizer.cached(b"".join(name.encode() + raw for name, raw in data.items()), build)
+
+
+def _added(file: Path, raw: bytes) -> Iterator[tuple[int, str, bool]]:
+    """Id, spelling and flag of each token that a side file names. Raises ValueError on wrong fields."""
+    try:
+        fields = json.loads(raw)
+        if file.name == "added_tokens.json":
+            entries = [(token, content, True) for content, token in fields.items()]
+        elif file.name == "tokenizer.json":
+            tokens = fields.get("added_tokens") or []
+            entries = [(token["id"], token["content"], token.get("special", False)) for token in tokens]
+        else:
+            tokens = fields.get("added_tokens_decoder") or {}
+            entries = [
+                (int(key), token["content"], token.get("special", False)) for key, token in tokens.items()
+            ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(f"{file}: does not list its added tokens as ids and texts ({error!r})") from None
+    for token, content, special in entries:
+        if type(token) is not int or not isinstance(content, str):
+            raise damaged(f"{file}: an added token has the id {token!r} and the text {content!r}")
+        yield token, content, bool(special)
 
 
 def _added_token(content: str, special: bool) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from codegemma.checkpoints import table
+from codegemma.checkpoints import huggingface, table
 from codegemma.checkpoints.checkpoint import Checkpoint
 from codegemma.checkpoints.tensors import BLOCKS, DTYPES, ELEMENTS, TYPES_BY_DTYPE, LazyTensor, Tensor
-from codegemma.checkpoints.untrusted import damaged, indexed_files, naming, read_json, refusing
+from codegemma.checkpoints.untrusted import damaged, indexed_files, naming, read_bytes, read_json, refusing
 from codegemma.config import ModelConfig
-from codegemma.files import atomic_write, require
+from codegemma.extras import require
+from codegemma.files import PLACEHOLDER_BYTES, atomic_write, refuse_placeholder
 from codegemma.tokenizer import Tokenizer
 
 MAX_DATASETS = 65_536
@@ -104,6 +105,8 @@ def read(path: Path) -> dict[str, Tensor]:
 
         stored[_current_name(name)] = LazyTensor(type, item.shape, rows)
 
+    with open(path, "rb") as file:
+        refuse_placeholder(path, file.read(PLACEHOLDER_BYTES))
     errors = (OSError, RuntimeError, KeyError, TypeError, UnicodeDecodeError)
     with refusing(f"{path}: is no readable HDF5 file", *errors):
         h5py.File(path, "r").visititems(visit)
@@ -127,8 +130,8 @@ def load(path: Path) -> Checkpoint:
         stored |= read(path / name)
     tensors = table.from_format("keras", path, model, stored)
     vocabulary = path / VOCABULARY
-    build = (lambda: Tokenizer.from_sentencepiece(vocabulary.read_bytes())) if vocabulary.exists() else None
-    return Checkpoint(path, model, tensors, document, build)
+    build = (lambda: Tokenizer.from_sentencepiece(read_bytes(vocabulary))) if vocabulary.exists() else None
+    return Checkpoint(path, model, tensors, document, build, huggingface.end_ids(path, {}))
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -148,6 +151,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         fields = table.written_fields("keras_tokenizer") | {"name": f"{family}_tokenizer"}
         name = f"{family.capitalize()}Tokenizer"
         documents["tokenizer.json"] = _serialized(f"{family}_tokenizer", name, fields)
+    if checkpoint.unnamed_ends:  # KerasHub has no file for them
+        documents["generation_config.json"] = {"eos_token_id": checkpoint.unnamed_ends}
     for name, content in documents.items():
         with atomic_write(path / name) as out:
             out.write(json.dumps(content, indent=2).encode())

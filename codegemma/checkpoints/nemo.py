@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 
 from codegemma.checkpoints import table, torch
-from codegemma.checkpoints.checkpoint import Checkpoint
+from codegemma.checkpoints.checkpoint import Checkpoint, stated_ends
 from codegemma.checkpoints.tensors import BLOCKS, ELEMENTS, ArrayTensor, LazyTensor, Tensor, possible_shape
 from codegemma.checkpoints.untrusted import damaged, naming, refusing
 from codegemma.config import LIMITS, ModelConfig
-from codegemma.files import atomic_write, map_file, require
+from codegemma.extras import require
+from codegemma.files import atomic_write, map_file
 from codegemma.tokenizer import Tokenizer
 
 ZARR_TYPES = {"bfloat16": "BF16", "<f4": "F32", "<f2": "F16"}
@@ -249,7 +250,7 @@ def load(path: Path) -> Checkpoint:
     name = str(tokenizer.get("model", "")) if isinstance(tokenizer, dict) else ""
     file = members.get(name.removeprefix("nemo:"))
     build = (lambda: Tokenizer.from_sentencepiece(bytes(file))) if file is not None else None
-    return Checkpoint(path, model, tensors, fields, build)
+    return Checkpoint(path, model, tensors, fields, build, stated_ends(path, fields))
 
 
 def config_yaml(config: ModelConfig, tokenizer: str | None, **more: Any) -> bytes:
@@ -269,7 +270,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     for stored, tensor in table.to_format("nemo", checkpoint.config, checkpoint.tensors).items():
         stacks.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.", stored), []).append(tensor)
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
-        add_member(archive, "model_config.yaml", config_yaml(checkpoint.config, name))
+        ends = {"eos_token_id": checkpoint.unnamed_ends} if checkpoint.unnamed_ends else {}
+        add_member(archive, "model_config.yaml", config_yaml(checkpoint.config, name, **ends))
         if model and name:
             add_member(archive, name, model)
         backends = json.dumps(table.written_fields("nemo_distributed")).encode()

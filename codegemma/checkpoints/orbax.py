@@ -29,7 +29,7 @@ from codegemma.checkpoints.tensors import (
 )
 from codegemma.checkpoints.untrusted import damaged, refusing
 from codegemma.config import LIMITS
-from codegemma.files import require
+from codegemma.extras import require
 
 MAX_ARRAYS = 65_536
 FLAX_ROWS = {256_000: 256_128}  # the embedding's rows in DeepMind's checkpoints of Gemma 1 and 2

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from codegemma.files import PLACEHOLDER_BYTES, refuse_placeholder
+
 MAX_JSON = 1 << 24  # bytes; the header of a 7B's safetensors is under 100 kB
 REMEDY = "download or convert it again"
 
@@ -36,11 +38,18 @@ def naming(label: Path | str) -> Iterator[None]:
         raise ValueError(f"{label}: {error}") from None
 
 
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file. Raises ValueError where it is a placeholder for the file, or OSError."""
+    raw = path.read_bytes()
+    refuse_placeholder(path, raw[:PLACEHOLDER_BYTES])
+    return raw
+
+
 def read_json(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:
     """A JSON object from a file of bounded size. Raises ValueError naming the file, or OSError."""
     if path.stat().st_size > max_bytes:
         raise ValueError(f"{path}: is larger than {max_bytes:,} bytes: check that it is the right file")
-    return parse_json(path, path.read_bytes())
+    return parse_json(path, read_bytes(path))
 
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
