@@ -1,14 +1,20 @@
+import json
 import os
 import platform
 import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from evaldata import output_of
 
-from codegemma.evals.doctor import ATTACKS, self_test
-from codegemma.sandbox import Limits, Sandbox, SandboxError
+from codegemma.evals.code import judge_python
+from codegemma.evals.doctor import ATTACKS
+from codegemma.evals.task import Item
+from codegemma.sandbox import Limits, Sandbox, SandboxError, host
+from codegemma.sandbox.cgroup import Cgroup
 
 needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
 
@@ -21,16 +27,114 @@ def box():
         yield sandbox
 
 
-def test_attacks_fail_and_good_programs_pass(box):
-    broken = [(name, message) for name, held, message in self_test(box) if not held]
-    assert not broken
+# What becomes of the programs of hostile.py, however the sandbox is limited and whoever starts it.
+BECOMES = {
+    "doctor": [],
+    "every signal to process 1": "passed",
+    "SIGINT to process 1, and on": "passed",
+    "a signal to itself": "failed",
+    "no open files for process 1": "passed",
+    "no memory for process 1": "passed",
+    "no time for process 1": "passed",
+    "process 1 first to be killed": "out_of_memory",
+    "endless writing to descriptor 3": "output_too_long",
+    "eight that write to descriptor 3": "output_too_long",
+    "eight that write single bytes": "timed_out",
+    "a few bytes to descriptor 3": "failed",
+    "children with memory": "out_of_memory",
+    "shared memory": "out_of_memory",
+    "memory files": "out_of_memory",
+    "a storm of signals to itself": "failed",
+    "sparse files": ["output_too_long", {}],
+    "many names": ["output_too_long", {}],
+    "a link to a folder": ["passed", {}],
+    "a link to process 1": ["passed", {}],
+    "a link above a file": ["passed", {}],
+    "loops of links": ["passed", {}],
+    "folders without end": ["passed", {}],
+    "no limits for process 1": ["failed", {}],
+    "an honest one": ["passed", {"one/file": 1, "out/a/b": 256}],
+    "afterwards": "passed",
+}
+ROOT = Path(__file__).resolve().parents[1]
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 
 @needs_bwrap
-@pytest.mark.skipif(os.geteuid() == 0, reason="the kernel limits root's processes by cgroup only")
-def test_attacks_fail_with_rlimits_alone():
-    with Sandbox(workers=1, use_cgroups=False) as sandbox:
-        assert not [(name, message) for name, held, message in self_test(sandbox) if not held]
+@pytest.mark.parametrize("user", ["root", "ordinary"])
+@pytest.mark.parametrize("limited_by", ["cgroups", "rlimits"])
+def test_a_program_decides_only_its_own_outcome(user, limited_by):
+    is_root, group = os.geteuid() == 0, None
+    if user == "root" and not is_root:
+        pytest.skip("needs root")
+    command = [sys.executable]
+    if user == "ordinary" and is_root:
+        command = [*NOBODY, python_of_nobody()]
+    if limited_by == "cgroups":
+        try:
+            group = Cgroup()
+        except OSError as error:
+            pytest.skip(str(error))
+        if user == "ordinary" and is_root:
+            if group._is_v2:
+                group.close()
+                pytest.skip("only root can delegate a group of version 2 that holds processes")
+            for folder in group._folders:
+                for file in (folder, folder / "cgroup.procs"):
+                    os.chown(file, 65534, 65534)
+            command = group.enter(command)
+    command += ["-B", str(ROOT / "tests/hostile.py"), limited_by]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    if group:
+        group.close()
+    found = json.loads(result.stdout or json.dumps({"error": result.stderr}))
+    if (user, limited_by) == ("root", "rlimits"):
+        assert "run as an ordinary user" in found["error"]
+    else:
+        assert found == BECOMES
+
+
+def python_of_nobody():
+    """A Python that an ordinary user can start and that finds the package, or else skips the test."""
+    probe = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import codegemma.evals.doctor\n"
+    probe += "assert os.access(sys._base_executable, os.X_OK)"
+    for python in (sys.executable, "/usr/bin/python3"):
+        if subprocess.run([*NOBODY, python, "-B", "-c", probe], capture_output=True, cwd="/").returncode == 0:
+            return python
+    pytest.skip("an ordinary user can read neither a Python interpreter nor this package here")
+
+
+def broken_guest(folder):
+    """A copy of guest.py whose monitor dies of a program that holds the word FAULT."""
+    text = host.GUEST.read_text()
+    assert "def run_monitor(job):" in text
+    text = text.replace('    content = b""\n    try:', '    content = b""\n    DIE\n    try:')
+    text = text.replace("    DIE\n", "    if 'FAULT' in str(job['source']):\n        os._exit(1)\n")
+    (folder / "guest.py").write_text(text)
+    return folder / "guest.py"
+
+
+@needs_bwrap
+def test_a_fault_of_one_program_ends_one_item(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "GUEST", broken_guest(tmp_path))
+    programs = ["pass", "FAULT = 1", "assert False", "x = 'FAULT'", "pass # again"]
+    items = [Item(str(i), target=program) for i, program in enumerate(programs)]
+    with Sandbox(workers=2) as sandbox:
+        monkeypatch.setattr(host, "default", lambda: sandbox)
+        monkeypatch.setattr("codegemma.sandbox.default", lambda: sandbox)
+        outputs = [output_of("")] * len(items)
+        verdicts = dict(judge_python(lambda item, _: item.target, 60.0, items, outputs))
+    assert [verdicts[i].passed for i in range(5)] == [True, False, False, False, True]
+    assert "runs others" in verdicts[1].output and "runs others" not in verdicts[2].output
+
+
+@needs_bwrap
+def test_a_sandbox_that_fails_whatever_it_runs_raises(tmp_path, monkeypatch):
+    guest = broken_guest(tmp_path)
+    guest.write_text(guest.read_text().replace("if 'FAULT' in str(job['source']):", "if True:"))
+    monkeypatch.setattr(host, "GUEST", guest)
+    with Sandbox(workers=1) as sandbox, pytest.raises(SandboxError, match="ended without an answer"):
+        sandbox.run_python("pass")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +237,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="memory"):
         Limits(memory=0)
     with Sandbox() as sandbox:
-        for name in ("/etc/x", "../x", "a/../../x"):
+        for name in ("/etc/x", "../x", "a/../../x", "", ".", "a\0b"):
             with pytest.raises(ValueError, match="stay inside"):
                 sandbox.run(["true"], {name: ""})
         with pytest.raises(ValueError, match="command is empty"):

@@ -1,22 +1,25 @@
 """The inside of a box: runs each job in a jailed process, within limits of time, output, disk and open files;
 where there is no control group, of memory and processes too.
 
-host.py starts this file under bubblewrap; jobs and replies are lines of JSON. Each process below is the parent
-of the next: the supervisor reads jobs; a monitor, outside the job's namespaces, watches time and output; an
-init, process 1 of the job's namespaces, mounts the private folder; the program runs without capabilities or
-inherited descriptors and sees no other process. Killing init kills everything in the job. Standard library
-only.
+host.py starts this file under bubblewrap and sends it jobs as lines of JSON. Each process below is the parent
+of the next: the supervisor reads jobs; a monitor, outside the job's process namespace, watches it; an init,
+process 1 of that namespace, mounts the private folder; the program runs without capabilities or inherited
+descriptors and sees no other process. Killing init kills everything in the job. Standard library only.
 """
 
 import atexit
 import base64
 import ctypes
+import errno
 import json
+import math
 import os
 import resource
 import select
+import shutil
 import signal
 import site
+import stat
 import sys
 import threading
 import time
@@ -28,6 +31,8 @@ NEW_NS, NEW_UTS, NEW_IPC, NEW_PID = 0x0002_0000, 0x0400_0000, 0x0800_0000, 0x200
 NOSUID, NODEV, NOEXEC = 2, 4, 8  # linux/mount.h
 PDEATHSIG = 1  # linux/prctl.h
 CAPABILITY_V3 = 0x2008_0522  # linux/capability.h
+NONCE_BYTES = 16
+LOOK_SECONDS = 0.05  # between two looks at the memory of a job without a control group
 for name in "collections copy functools heapq itertools math random re string typing".split():  # noqa: SIM905
     __import__(name)  # here, so that no program has to load it again
 libc = ctypes.CDLL(None, use_errno=True)
@@ -57,95 +62,160 @@ def supervise():
 
 
 def run_monitor(job):
-    """Runs one job in new namespaces and prints its reply; ends the process."""
+    """Runs one job in new namespaces and prints its reply; ends the process.
+
+    The reply is a line of JSON whose "files" gives the sizes of the collected files; their bytes follow it.
+    """
+    content = b""
     try:
         check(libc.unshare(NEW_NS | NEW_UTS | NEW_IPC | NEW_PID), "unshare")
         pipes = {name: os.pipe() for name in ("stdout", "stderr", "finished", "report")}
         readers = {reader: name for name, (reader, _) in pipes.items()}
         writers = {name: writer for name, (_, writer) in pipes.items()}
-        nonce = os.urandom(16)
+        nonce = os.urandom(NONCE_BYTES)
         started = time.monotonic()
         init = os.fork()
         if not init:
             run_init(job, writers, nonce)
         for writer in writers.values():
             os.close(writer)
-        reply = watch(job, readers, init, started + job["limits"]["seconds"])
-        finished = reply.pop("finished").startswith(nonce) or not job["must_finish"]
+        outcome, text = watch(job["limits"], readers, init, started + job["limits"]["seconds"])
+        reply, content = judge(outcome, text)
+        finished = text["finished"].startswith(nonce) or not job["must_finish"]
         if reply["outcome"] == "passed" and not finished:
-            reply["outcome"] = "failed"
-            reply["stderr"] += b"\nThe program ended before its last statement.\n"
+            reply |= {"outcome": "failed", "note": "The program ended before its last statement."}
+        output = {name: bytes(text[name][: job["limits"]["output"]]) for name in ("stdout", "stderr")}
+        output["stderr"] += f"\n{reply['note']}\n".encode() if reply["note"] else b""
+        reply |= {name: value.decode(errors="replace") for name, value in output.items()}
         reply["seconds"] = time.monotonic() - started
-        reply |= {name: reply[name].decode(errors="replace") for name in ("stdout", "stderr")}
     except BaseException:
-        reply = {"error": traceback.format_exc()}
-    print(json.dumps(reply), flush=True)
-    os._exit(0)
+        reply, content = {"error": traceback.format_exc()}, b""
+    try:
+        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n" + content)
+        sys.stdout.buffer.flush()
+    finally:
+        os._exit(0)
 
 
-def watch(job, readers, init, deadline):
-    """The reply: reads the job's pipes until all are closed, the time is up or the output is too long."""
+def watch(limits, readers, init, deadline):
+    """(outcome, {pipe: bytes}): reads the pipes until all are closed or a limit is reached, and ends the job.
+
+    The outcome is that of the limit, else None. Whatever the program writes, on any descriptor, counts as
+    output, and the clock and the memory are looked at in every turn.
+    """
     text = {name: bytearray() for name in readers.values()}
-    outcome, output_left = None, job["limits"]["output"]
-    while readers:
-        ready = select.select([*readers, 0], [], [], max(0.0, deadline - time.monotonic()))[0]
-        if 0 in ready or not ready:  # the host has closed the pipe, or the time is up
-            outcome = outcome or "timed_out"
+    outcome, output_left, next_look = None, limits["output"] + NONCE_BYTES, 0.0
+    while readers and not outcome:
+        wait = min(deadline - time.monotonic(), LOOK_SECONDS if limits["data"] else math.inf)
+        ready = select.select([*readers, 0], [], [], max(0.0, wait))[0]
         for fd in (fd for fd in ready if fd):
             chunk = os.read(fd, 65_536)
             if not chunk:
                 os.close(fd)
                 del readers[fd]
                 continue
-            name = readers[fd]
-            text[name] += chunk
-            if name in ("stdout", "stderr"):
+            text[readers[fd]] += chunk
+            if readers[fd] != "report":
                 output_left -= len(chunk)
         if output_left < 0:
-            outcome = outcome or "output_too_long"
-        if outcome:
-            os.kill(init, signal.SIGKILL)
-            break
+            outcome = "output_too_long"
+        elif readers and (0 in ready or time.monotonic() >= deadline):  # 0: the host has closed the pipe
+            outcome = "timed_out"
+        elif limits["data"] and time.monotonic() >= next_look:  # there is no control group that counts
+            outcome = "out_of_memory" if memory_used() > limits["data"] else None
+            next_look = time.monotonic() + LOOK_SECONDS
+    os.kill(init, signal.SIGKILL)
     os.waitpid(init, 0)
-    reply = {name: bytes(text[name][: job["limits"]["output"]]) for name in ("stdout", "stderr")}
-    reply |= {"finished": bytes(text["finished"]), "exit_code": None, "files": {}, "peak": 0}
+    return outcome, text
+
+
+def memory_used():
+    """Bytes of memory that the job's processes and what they share hold, its private folders left out.
+
+    A page that n processes share counts as 1/n in each. Memory files count even where nobody maps them.
+    """
+    used, files = 0, {}
+    for folder in Path("/proc").glob("[0-9]*"):  # as mounted by init, whose mounts the monitor shares
+        try:
+            lines = (folder / "smaps_rollup").read_text().splitlines()[1:]
+            sizes = {name: int(value.split()[0]) << 10 for name, value in (line.split(":") for line in lines)}
+            used += sizes["Pss"] - sizes.get("Pss_File", 0)
+            for path in (folder / "fd").iterdir():
+                if os.readlink(path).startswith("/memfd:"):
+                    files[path.stat().st_ino] = path.stat().st_blocks * 512
+        except OSError:  # the process has just ended
+            continue
+    for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]:
+        columns = line.split()
+        if columns[6] == "0":  # attached to no process
+            used += int(columns[14])
+    return used + sum(files.values())
+
+
+def judge(outcome, text):
+    """(reply, bytes of the collected files): how the job ended, by the limit reached or by init's report."""
+    reply = {"outcome": outcome, "exit_code": None, "peak": 0, "files": {}, "note": ""}
     if outcome:
-        return reply | {"outcome": outcome}
-    report = json.loads(text["report"])
+        return reply, b""
+    line, newline, content = bytes(text["report"]).partition(b"\n")
+    report = json.loads(line) if newline else {"note": "The program ended process 1 of its sandbox."}
     if "error" in report:
         raise OSError(report["error"])
-    code = report["exit_code"]
-    outcome = "timed_out" if code == -signal.SIGXCPU else "failed" if code else "passed"
-    return reply | report | {"outcome": outcome}
+    reply |= report
+    if len(content) != sum(reply["files"].values()):
+        reply |= {"files": {}, "note": "Process 1 of the sandbox ended before it had handed back all files."}
+    if not reply["outcome"]:
+        code = reply["exit_code"]
+        outcomes = {0: "passed", -signal.SIGXCPU: "timed_out"}
+        reply["outcome"] = "failed" if reply["note"] else outcomes.get(code, "failed")
+    return reply, content if reply["files"] else b""
 
 
 def run_init(job, writers, nonce):
-    """Process 1 of the job: makes private mounts, runs the program, reports its exit code and files."""
+    """Process 1 of the job: makes private mounts, runs the program, reports its exit code and files.
+
+    The program can signal this process and lower its limits. So signals keep their default handlers, which
+    the kernel does not run in a process 1, and what goes wrong once the program runs is the program's fault.
+    """
+    report, program = {}, None
     try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         libc.prctl(PDEATHSIG, signal.SIGKILL)
-        disk = job["limits"]["disk"]
-        mount("tmpfs", FOLDER, NOSUID | NODEV, f"size={disk},nr_inodes=65536,mode=700")
-        mount("tmpfs", "/dev/shm", NOSUID | NODEV | NOEXEC, f"size={disk},nr_inodes=1024,mode=700")
-        mount("proc", "/proc", NOSUID | NODEV | NOEXEC, "")
-        Path("/proc/sys/user/max_user_namespaces").write_text("0")
-        for name, content in job["files"].items():
-            path = Path(FOLDER, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(base64.b64decode(content))
-            path.chmod(0o700)
+        mount_folders(job)
         program = os.fork()
         if not program:
             run_program(job, writers, nonce)
-        report = {
-            "exit_code": os.waitstatus_to_exitcode(wait_for(program)),
-            "files": collect(job["collect"], disk),
-            "peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-        }
+        report["exit_code"] = os.waitstatus_to_exitcode(wait_for(program))
+        report["peak"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        report["files"] = collect(job["collect"], job["limits"]["disk"])
+        if report["files"] is None:
+            note = f"The files to hand back are larger than {job['limits']['disk']:,} bytes together."
+            report |= {"outcome": "output_too_long", "files": {}, "note": note}
     except BaseException:
-        report = {"error": traceback.format_exc()}
-    with os.fdopen(writers["report"], "w") as file:
-        json.dump(report, file)
-    os._exit(0)
+        fault = traceback.format_exc()
+        report |= {"files": {}, "note": f"The sandbox failed: {fault}"} if program else {"error": fault}
+    try:
+        with os.fdopen(writers["report"], "wb") as file:
+            file.write(json.dumps(report).encode() + b"\n")
+            for name in report.get("files", ()):
+                with open(os.path.join(FOLDER, name), "rb") as source:
+                    shutil.copyfileobj(source, file)
+    finally:
+        os._exit(0)  # an exception must not reach the monitor's code, whose copy this process runs
+
+
+def mount_folders(job):
+    """Mounts the job's private folders and writes its files."""
+    disk = job["limits"]["disk"]
+    mount("tmpfs", FOLDER, NOSUID | NODEV, f"size={disk},nr_inodes=65536,mode=700")
+    mount("tmpfs", "/dev/shm", NOSUID | NODEV | NOEXEC, f"size={disk},nr_inodes=1024,mode=700")
+    mount("proc", "/proc", NOSUID | NODEV | NOEXEC, "")
+    Path("/proc/sys/user/max_user_namespaces").write_text("0")
+    for name, content in job["files"].items():
+        path = Path(FOLDER, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(content))
+        path.chmod(0o700)
 
 
 def wait_for(program):
@@ -161,16 +231,29 @@ def wait_for(program):
         return status
 
 
-def collect(folders, max_bytes):
-    """{path: base64} of the named files and of all files in the named folders, without symlinks."""
-    files = {}
-    for folder in folders:
-        top = os.path.join(FOLDER, folder)
-        paths = [os.path.join(parent, name) for parent, _, names in os.walk(top) for name in names] or [top]
-        for path in paths:
-            if os.path.isfile(path) and not os.path.islink(path):
-                with open(path, "rb") as file:
-                    files[os.path.relpath(path, FOLDER)] = base64.b64encode(file.read(max_bytes)).decode()
+def collect(names, max_bytes):
+    """{path: size} of the named files and of all files in the named folders; no part of a path is a link.
+
+    None where paths and contents together are larger than `max_bytes`. All other processes have ended.
+    """
+    files, waiting = {}, [os.path.normpath(os.path.join(FOLDER, name)) for name in names]
+    waiting = [path for path in waiting if os.path.realpath(path) == path]
+    while waiting:
+        path = waiting.pop()
+        try:
+            status = os.lstat(path)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+                continue  # the program has made no such file
+            raise
+        max_bytes -= len(path)
+        if stat.S_ISDIR(status.st_mode):
+            waiting += sorted((entry.path for entry in os.scandir(path)), reverse=True)
+        elif stat.S_ISREG(status.st_mode):
+            files[os.path.relpath(path, FOLDER)] = status.st_size
+            max_bytes -= status.st_size
+        if max_bytes < 0:
+            return None
     return files
 
 
@@ -182,14 +265,21 @@ def run_program(job, writers, nonce):
         Path("/proc/self/oom_score_adj").write_text("1000")
         finished = jail(limits, writers, keep_finished=source is not None)
         os.chdir(FOLDER)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if source is None:
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and an exec would keep so
+                signal.signal(number, signal.SIG_DFL)
             os.execvpe(job["command"][0], job["command"], job["env"])
     except BaseException as error:
         os.write(2, f"cannot start {job['command'][0] if job['command'] else 'python'}: {error}\n".encode())
         os._exit(127)
-    os.environ.clear()
-    os.environ.update(job["env"])
-    os._exit(run_source(source, finished, nonce))
+    code = 1
+    try:
+        os.environ.clear()
+        os.environ.update(job["env"])
+        code = run_source(source, finished, nonce)
+    finally:
+        os._exit(code)  # an exception must not reach init's code, whose copy this process runs
 
 
 def jail(limits, writers, keep_finished):

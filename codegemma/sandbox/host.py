@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,8 @@ from codegemma.sandbox.cgroup import Cgroup
 Outcome = Literal["passed", "failed", "timed_out", "out_of_memory", "output_too_long"]
 GUEST = Path(__file__).with_name("guest.py")
 GRACE_SECONDS = 300.0  # a box that has not answered this long after its job's time limit is broken
-TRIES = 3  # boxes that a job is given to, before the sandbox's failure is raised
+TRIES = 3  # boxes that a job is given to, before it has failed or, where all jobs do, the sandbox has
+CONTROL = {"source": "", "command": [], "must_finish": True, "collect": [], "files": {}, "env": {}}
 SYSTEM = "/bin /sbin /lib /lib32 /lib64 /libx32 /etc/alternatives /etc/ld.so.cache /etc/mono /etc/localtime"
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 # The guest needs capabilities to mount a job's folder; it drops them before it runs the program.
@@ -121,27 +123,37 @@ class Box:
             self._jobs.flush()
         except OSError as error:
             raise SandboxError(f"the sandbox has ended: {error}") from error
-        reply = self._read(limits.seconds + GRACE_SECONDS)
+        reply, content = self._read(limits.seconds + GRACE_SECONDS)
         if "error" in reply:
             raise SandboxError(f"the sandbox failed inside: {reply['error']}")
         outcome = reply["outcome"]
         killed = self.cgroup.kills() > kills_before if self.cgroup else reply["peak"] > 0.9 * limits.memory
         if outcome == "failed" and (killed or any(text in reply["stderr"][-2000:] for text in NO_MEMORY)):
             outcome = "out_of_memory"
-        files = {name: base64.b64decode(content) for name, content in reply["files"].items()}
+        ends = accumulate(reply["files"].values())
+        sizes = zip(reply["files"].items(), ends, strict=True)
+        files = {name: content[end - size : end] for (name, size), end in sizes}
         return Result(outcome, reply["exit_code"], reply["stdout"], reply["stderr"], reply["seconds"], files)
 
-    def _read(self, seconds: float) -> dict[str, Any]:
-        """The next reply. Raises SandboxError where none comes within so many seconds."""
-        deadline, line = time.monotonic() + seconds, bytearray()
-        while not line.endswith(b"\n"):
+    def _read(self, seconds: float) -> tuple[dict[str, Any], bytes]:
+        """The next reply and the bytes of its files. Raises SandboxError where none comes in time."""
+        deadline, data = time.monotonic() + seconds, bytearray()
+        reply: dict[str, Any] | None = None
+        while True:
+            if reply is None and (end := data.find(b"\n")) >= 0:
+                try:
+                    reply = json.loads(data[:end])
+                except ValueError as error:
+                    raise SandboxError(f"the sandbox's answer is not JSON: {error}") from error
+                del data[: end + 1]
+            if reply is not None and len(data) >= sum(reply.get("files", {}).values()):
+                return reply, bytes(data)
             if not select.select([self._replies], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise SandboxError(f"the sandbox did not answer within {seconds:.0f} s")
             chunk = os.read(self._replies.fileno(), 1 << 20)
             if not chunk:
                 raise SandboxError("the sandbox ended without an answer")
-            line += chunk
-        return json.loads(line)
+            data += chunk
 
     def close(self) -> None:
         self.process.kill()
@@ -254,29 +266,39 @@ class Sandbox:
 
     def _run(self, job: dict[str, Any], files: Mapping[str, str | bytes], limits: Limits) -> Result:
         for name in [*files, *job["collect"]]:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
+            parts = Path(name).parts
+            if Path(name).is_absolute() or ".." in parts or "\0" in name or (name in files and not parts):
                 raise ValueError(f"sandbox: file names must stay inside the private folder, got {name!r}")
-        encoded = {
-            name: base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
+        contents = {
+            name: content.encode(errors="replace") if isinstance(content, str) else content
             for name, content in files.items()
         }
+        encoded = {name: base64.b64encode(content).decode() for name, content in contents.items()}
         job |= {"files": encoded, "env": ENVIRONMENT | job["env"]}
         with self._slots:
-            for attempt in range(1, TRIES + 1):
+            started = time.monotonic()
+            for _ in range(TRIES):
                 try:
-                    box = self._idle.get_nowait()
-                except queue.Empty:
-                    box = Box(self.readonly, self.use_cgroups)
-                try:
-                    result = box.run(job, limits)
-                except BaseException as error:
-                    box.close()
-                    if not isinstance(error, SandboxError) or attempt == TRIES:
-                        raise
-                else:
-                    self._idle.put(box)
-                    return result
-        raise AssertionError("unreachable")
+                    return self._try(job, limits)
+                except SandboxError as error:
+                    fault = error
+            self._try(CONTROL, Limits())  # raises where the sandbox fails whatever it runs
+            stderr = f"The sandbox ended {TRIES} times while it ran this program, and runs others: {fault}"
+            return Result("failed", None, "", stderr, time.monotonic() - started)
+
+    def _try(self, job: dict[str, Any], limits: Limits) -> Result:
+        """Runs a job in an idle box or a new one, which is closed where it fails."""
+        try:
+            box = self._idle.get_nowait()
+        except queue.Empty:
+            box = Box(self.readonly, self.use_cgroups)
+        try:
+            result = box.run(job, limits)
+        except BaseException:
+            box.close()
+            raise
+        self._idle.put(box)
+        return result
 
 
 def _close_all(idle: queue.SimpleQueue[Box]) -> None:
