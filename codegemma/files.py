@@ -103,7 +103,7 @@ def read_text(path: Path) -> str:
 
 
 def expect_only(folder: Path, names: Collection[str], what: str) -> None:
-    """Raises ValueError where a folder, which is about to be cleared as `what`, holds other files than ours."""
+    """Raises ValueError where a folder that is cleared as `what` holds other files than ours."""
     others = [path.name for path in folder.iterdir() if path.name not in names and not _is_part(path)]
     if others:
         raise ValueError(f"{folder} holds {min(others)}, which is not of {what}: name another folder")

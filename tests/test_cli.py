@@ -1,5 +1,6 @@
 """The command line beside the functions that it calls, and as users see it: texts, exit codes, signals."""
 
+import errno
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from codegemma.cli.train import PlanOptions, SettingsOptions
 from codegemma.config import PRESETS
 from codegemma.data.recipe import BuildRecipe
 from codegemma.evals.run import EvalSettings
+from codegemma.generate.cache import PrefixCache
 from codegemma.train.job import TrainingPlan
 from codegemma.train.settings import TrainingSettings
 
@@ -50,6 +52,9 @@ def endless(tmp_path_factory):
     file = tmp_path_factory.mktemp("models") / "endless.gguf"
     write_tiny_gguf(file, tiny_config("gemma-mqa", context=1_000_000))
     return str(file)
+
+
+ANOTHER = "name another file, or remove that one"
 
 
 @pytest.fixture
@@ -291,6 +296,37 @@ def test_a_saved_cache_is_used_and_changes_nothing(run, gguf, tmp_path):
     assert first["text"] == second["text"]
 
 
+@pytest.mark.parametrize("verb", [["complete"], ["generate"]])
+def test_a_cache_never_replaces_another_file(run, gguf, tmp_path, verb):
+    notes, link, null = tmp_path / "notes.txt", tmp_path / "link", tmp_path / "null"
+    notes.write_text("my notes\n")
+    link.symlink_to(notes)
+    null.symlink_to("/dev/null")
+    for path, words in (
+        (notes, "was not written by codegemma, and is kept: name another file"),
+        (link, "was not written by codegemma"),
+        (null, "is no regular file"),
+        (tmp_path, "is a folder"),
+    ):
+        code, out, err = run(*verb, "-m", gguf, "-n", 2, "--cache", path, stdin=HOLE)
+        assert (code, out) == (2, "") and err.startswith(f"error: {path} {words}") and err.count("\n") == 1
+    assert notes.read_text() == "my notes\n" and not os.path.isfile("/dev/null")
+
+
+def test_a_cache_that_cannot_be_saved_spoils_no_answer(run, gguf, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/full/cache")
+
+    expected = run("complete", "-m", gguf, "-n", 2, stdin=HOLE)
+    monkeypatch.setattr(PrefixCache, "save", full)
+    code, out, err = run("complete", "-m", gguf, "-n", 2, "--cache", tmp_path / "cache", stdin=HOLE)
+    assert (code, out) == expected[:2]
+    assert err == (
+        "note: the prompt cache is not saved: /full/cache: No space left on device: free some space there, "
+        "or name another folder\n"
+    )
+
+
 def test_generate_takes_the_flags_of_the_model_card(run, gguf):
     prompt = (ROOT / "examples" / "non_prime").read_text().removesuffix("\n")
     code, out, err = run(
@@ -430,6 +466,12 @@ def test_chat_from_a_pipe(run, gguf, tmp_path):
         answers[0],
     ]
     assert [turn["role"] for turn in json.loads(second.read_text())] == ["user", "assistant"]
+    first.write_text("mine")
+    code, _, err = run("chat", "-m", gguf, "-n", 2, stdin=f"hi\n/save {first}\n/save {second}\n")
+    assert (
+        code == 0 and first.read_text() == "mine" and json.loads(second.read_text())[0]["content"] == "hi\n"
+    )
+    assert err.splitlines() == [f"error: {first} was not written by codegemma, and is kept: {ANOTHER}"]
 
 
 def test_chat_survives_a_message_that_is_too_long(run, gguf):

@@ -136,6 +136,33 @@ def test_impossible_conversions_are_refused(tmp_path, name, options, message):
         convert(_source(tmp_path), tmp_path / name, **options)
 
 
+def test_only_a_model_is_written_over_and_only_by_a_complete_one(tmp_path, monkeypatch):
+    source = _source(tmp_path)
+    (tmp_path / "notes.gguf").write_text("my notes")
+    with pytest.raises(ValueError, match="is neither GGUF"):
+        convert(source, tmp_path / "notes.gguf", overwrite=True)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "train.py").write_text("import jax\n")
+    with pytest.raises(ValueError, match="project"):
+        convert(source, project, "safetensors", overwrite=True)
+    assert (project / "train.py").exists() and (tmp_path / "notes.gguf").read_text() == "my notes"
+    old = convert(source, tmp_path / "model", "safetensors").path
+    files = {file.name: file.read_bytes() for file in old.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module.huggingface, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(source, old, "safetensors", overwrite=True)
+    assert {file.name: file.read_bytes() for file in old.iterdir()} == files
+    convert(source, old, "safetensors", overwrite=True)
+    assert {file.name: file.read_bytes() for file in old.iterdir()} == files
+
+
+def test_a_small_model_fits_a_small_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=30_000_000))
+    assert convert(_source(tmp_path), tmp_path / "x.gguf").path.exists()
+
+
 def test_a_full_disk_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ValueError, match="GB free: make room"):
@@ -325,6 +352,18 @@ def test_exports_hold_what_each_program_needs(tmp_path):
         open_checkpoint(tmp_path / "transformers").tokenizer
         and (tmp_path / "lmstudio" / "codegemma").is_dir()
     )
+
+
+@pytest.mark.parametrize(
+    ("program", "name"), [("ollama", "Modelfile"), ("llamacpp", "README.md"), ("transformers", "NOTICE")]
+)
+def test_an_export_keeps_the_users_files(tmp_path, program, name):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} exists, and is kept: choose another folder"):
+        export(program, _source(tmp_path), tmp_path / "project")
+    assert [*(tmp_path / "project").iterdir()] == [tmp_path / "project" / name]
+    assert (tmp_path / "project" / name).read_text() == "mine"
 
 
 def test_a_card_states_scores_licence_and_changes(tmp_path):

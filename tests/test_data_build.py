@@ -389,6 +389,24 @@ if __name__ == "__main__":
         )
 
 
+def test_a_folder_that_holds_no_build_is_not_resumed(corpus, tokenizer, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / ".mine.part").write_text("mine")
+    with pytest.raises(ValueError, match="holds rows, which is not of a build: name another folder"):
+        build.build(sources_of(corpus), tmp_path, tokenizer, RECIPE, resume=True)
+    assert (tmp_path / ".mine.part").read_text() == "mine" and len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_report_replaces_reports_alone(built, tmp_path):
+    page = tmp_path / "page.html"
+    report.report(built, page)
+    report.report(built, page)
+    page.write_text("<!doctype html>\n<p>mine")
+    with pytest.raises(ValueError, match=r"page\.html was not written by codegemma, and is kept"):
+        report.report(built, page)
+    assert page.read_text() == "<!doctype html>\n<p>mine"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_same_bytes_on_a_ray_cluster(built, corpus, tokenizer, tmp_path):
     ray = pytest.importorskip("ray")

@@ -55,6 +55,9 @@ def test_writing_twice_changes_nothing_and_the_old_file_is_kept(editor, home):
         assert "The old one is" in write(editor, "/opt/moved/codegemma")
         assert file.with_name(f"{file.name}.before-codegemma").read_text() == old
         assert "/opt/moved/codegemma" in file.read_text() and "/opt/x y" not in file.read_text()
+        write(editor, "/opt/again/codegemma")  # the user's own text stays in the first copy
+        assert file.with_name(f"{file.name}.before-codegemma").read_text() == old
+        assert "/opt/moved" in file.with_name(f"{file.name}.before-codegemma-2").read_text()
 
 
 def test_blocks_stand_beside_what_is_the_users(home):

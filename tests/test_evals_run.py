@@ -71,6 +71,19 @@ def test_a_line_that_was_cut_off_is_dropped_and_other_settings_are_refused(tmp_p
         EvalSettings(samples=5)
 
 
+@pytest.mark.parametrize("name", ["echo.json", "echo.jsonl", "report.md", "report.html"])
+def test_files_of_the_same_names_are_not_written_over(tmp_path, name):
+    """A folder of data may well hold a gsm8k.jsonl."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} exists, and no evaluation wrote it"):
+        run(ECHO, Fixed(even), Records(), tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and len([*tmp_path.iterdir()]) == 1
+    (tmp_path / name).unlink()
+    run(ECHO, Fixed(even), Records(), tmp_path)
+    write(tmp_path)
+    run(ECHO, Fixed(even), Records(), tmp_path)
+
+
 def test_choices_are_scored_by_likelihood(tmp_path):
     model = Fixed(logprob=lambda context, continuation: -1.0 if "yes" in continuation else -2.0)
     summary = run(PAIRS, model, Records(), tmp_path)

@@ -169,6 +169,9 @@ def test_a_pack_carries_a_model_to_a_machine_without_a_network(tmp_path, monkeyp
     write_tiny_hf(hub.cache_dir() / "models" / "2b", tiny_config("gemma-mqa"))
     pack = hub_pull.pack(hub.resolve("2b"), tmp_path / "2b.pack", "codegemma-2b")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="notes was not written by codegemma, and is kept"):
+        hub_pull.pack(hub.resolve("2b"), tmp_path / "notes", "codegemma-2b")
     path = hub_pull.install(pack)
     assert hub.resolve("2b") == path == hub.cache_dir() / "models" / "2b"
     assert (path / "model.safetensors").read_bytes() == (

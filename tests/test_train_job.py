@@ -208,6 +208,17 @@ def test_plans_that_contradict_themselves_are_refused(changes, message):
         job.TrainingPlan("m", ("rows",), Path("out"), **{"settings": TrainingSettings()} | changes)
 
 
+@pytest.mark.parametrize("kind, name", [("full", "model"), ("lora", "adapter"), ("full", "checkpoints")])
+def test_a_folder_with_the_users_own_files_is_not_trained_into(model, chats, tmp_path, kind, name):
+    """`--out .` in a project that has a package called `model`."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "layers.py").write_text("mine")
+    plan = job.TrainingPlan(str(model), (str(chats),), tmp_path, TrainingSettings(), chat=True, kind=kind)
+    with pytest.raises(ValueError, match=f"{name} exists, and no training run wrote it: choose another"):
+        job.run(plan)
+    assert (tmp_path / name / "layers.py").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

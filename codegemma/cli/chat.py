@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from codegemma.cli.complete import interruptible
 from codegemma.cli.options import ModelOptions, Positive, SamplingOptions
+from codegemma.files import atomic_write, explain
 
 if TYPE_CHECKING:
     from codegemma.generate.model import Model
@@ -27,6 +28,8 @@ HELP = '''\
 """           starts and ends a message of several lines
 Ctrl-C        stops an answer'''
 COMMAND = re.compile(r"/(reset|system|save|help|exit)(?:\s+(.*))?", re.DOTALL)
+
+SAVED_MARK = b'[\n {\n  "role": "'  # how a conversation begins in a file
 
 
 def chat(
@@ -115,9 +118,12 @@ class Conversation:
         turns = [{"role": message.role, "content": message.text} for message in self._messages()]
         text = json.dumps(turns, indent=1, ensure_ascii=False) + "\n"
         try:
-            Path(file).expanduser().write_text(text, encoding="utf-8")
+            with atomic_write(Path(file).expanduser(), SAVED_MARK) as out:
+                out.write(text.encode())
         except OSError as error:
-            print(f"error: {file}: {error.strerror}", file=sys.stderr)
+            print(f"error: {explain(error)}", file=sys.stderr)
+        except ValueError as error:  # a file of the user's
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _pipe_input() -> Iterator[str]:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument
 
 from codegemma.cli.options import ModelOptions, Positive, SamplingOptions
-from codegemma.cli.output import note, notes
+from codegemma.cli.output import note, notes, status
 from codegemma.config import Mode, Trim
+from codegemma.files import decode_text, explain
 
 if TYPE_CHECKING:
     from codegemma.generate.engine import Completion
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from codegemma.generate.request import Request
     from codegemma.generate.running import Step
     from codegemma.native import Cancel
+
+
+QUIET_SECONDS = 1.0  # of reading a prompt, before its progress is shown
+HEALED_TOKENS = 32  # a prompt may be shorter by so many because its last word is completed anew
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,19 @@ def complete(
     path: str | None = None,
     mode: Mode = "auto",
     trim: Trim = "none",
-    time_budget: float | None = None,
+    time_budget: float = 3000,
     max_tokens: Positive = 128,
     adapter: str = "auto",
 ) -> None:
     """Fill the hole at a cursor."""
     from codegemma.generate.request import Infill, Request
     from codegemma.generate.resolve import layout_for
-    from codegemma.prompts import File
+    from codegemma.prompts import File, fim
 
     prefix, suffix = _hole(file, at, cursor_mark, prefix_file, suffix_file)
     files = [File(str(other), _read(other)) for other in context or ()]
     path = path or (file if files and file != "-" else None)
-    seconds = None if time_budget is None else time_budget / 1000
+    seconds = time_budget / 1000 or None
     prompt = Infill(prefix, suffix, path, files, mode, trim)
     request = Request(prompt, max_tokens, answer.sampling(), stop=answer.stop or (), prompt_seconds=seconds)
     model = answer.load(answer.cache, answer.strict)
@@ -73,7 +78,9 @@ def complete(
             else f"expect little of --mode {mode}"
         )
         note(f"{model.title} was not trained to fill in the middle: {consequence}")
-    _answer(model, request, answer, layout=layout_for(mode, orders))
+    layout = layout_for(mode, orders)
+    whole = fim(model.tokenizer, prefix, suffix if layout != "prefix" else "", path, files, layout).ids
+    _answer(model, request, answer, whole_prompt=len(whole), layout=layout)
 
 
 def generate(
@@ -91,12 +98,13 @@ def generate(
 
     if file is not None and prompt is not None:
         raise ValueError("-f and -p both name the prompt: pass one of them")
-    text = prompt if prompt is not None else _input(file).removesuffix("\n").removesuffix("\r")
-    text_prompt = TextPrompt(text, raw, truncate is not None)
+    if prompt is None:
+        prompt = _input(file, "-p TEXT, -f FILE").removesuffix("\n").removesuffix("\r")
+    text_prompt = TextPrompt(prompt, raw, truncate is not None)
     request = Request(text_prompt, max_tokens, answer.sampling(), stop=answer.stop or ())
     model = answer.load(answer.cache, answer.strict)
     model.expect("generation")
-    _answer(model, replace(request, adapter=model.adapter_at(adapter)), answer, echo=text)
+    _answer(model, replace(request, adapter=model.adapter_at(adapter)), answer, echo=prompt)
 
 
 # -------------------------------------------------------------------------------- text and cursor
@@ -110,7 +118,7 @@ def _hole(
                 "the text comes from FILE or from --prefix-file and --suffix-file: pass one or the other"
             )
         return _read(prefix_file) if prefix_file else "", _read(suffix_file) if suffix_file else ""
-    text, name = _input(file), "stdin" if file in (None, "-") else str(file)
+    text, name = _input(file, "a FILE, --prefix-file"), "stdin" if file in (None, "-") else str(file)
     return split_at(text, at, name) if at is not None else split_mark(text, mark, name)
 
 
@@ -146,32 +154,25 @@ def split_mark(text: str, mark: str, name: str) -> tuple[str, str]:
     return prefix, suffix
 
 
-def _input(file: str | None) -> str:
-    """The text of a file, or of stdin where `file` is None or "-"."""
+def _input(file: str | None, options: str) -> str:
+    """The text of a file, or of stdin where `file` is None or "-". `options` name it, for the error."""
     if file not in (None, "-"):
         return _read(Path(file))
-    if sys.stdin.isatty() and file is None:
-        raise ValueError("no text to work on: name a file (see --help), or pipe the text in")
-    return _decode(sys.stdin.buffer.read(), "stdin")
+    if sys.stdin is None or (sys.stdin.isatty() and file is None):
+        raise ValueError(f"no text to work on: pass {options}, or pipe the text in")
+    return decode_text(sys.stdin.buffer.read(), "stdin")
 
 
 def _read(file: Path) -> str:
-    return _decode(file.read_bytes(), str(file))
-
-
-def _decode(data: bytes, name: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start:,} is 0x{data[error.start]:02x}"
-        raise ValueError(f"{name} is not UTF-8 text ({byte}): convert it first") from error
+    return decode_text(file.read_bytes(), str(file))
 
 
 # -------------------------------------------------------------------------------- the answer
 def interruptible(completion: Completion, cancel: Cancel) -> Generator[Step]:
     """Yields the steps of a completion. A thread computes them: Ctrl-C acts at once, even in a kernel.
 
-    Once the iterator has ended or was closed, the computation has stopped.
+    While a prompt takes long to read, a terminal shows how far that is. Once the iterator has ended or was
+    closed, the computation has stopped.
     """
     steps: queue.SimpleQueue[Step | Exception | None] = queue.SimpleQueue()
 
@@ -186,30 +187,71 @@ def interruptible(completion: Completion, cancel: Cancel) -> Generator[Step]:
     worker = threading.Thread(target=work)
     worker.start()
     try:
-        while (step := steps.get()) is not None:
+        step = _first(completion, steps)
+        while step is not None:
             if isinstance(step, Exception):
                 raise step
             yield step
+            step = steps.get()
     finally:
         cancel.set()
         worker.join()
 
 
-def _answer(model: Model, request: Request, options: AnswerOptions, echo: str = "", **facts: str) -> None:
-    """Prints `echo` and the answer as it comes, or one JSON object with its figures and `facts`."""
+def _first(
+    completion: Completion, steps: queue.SimpleQueue[Step | Exception | None]
+) -> Step | Exception | None:
+    """Waits for the first step, and shows how much of the prompt is read meanwhile."""
+    running, started, shown = completion.running, time.monotonic(), ""
+    while True:
+        try:
+            step = steps.get(timeout=0.25)
+        except queue.Empty:
+            seconds, read = time.monotonic() - started, running.done - running.cached
+            if seconds < QUIET_SECONDS:
+                continue
+            remaining = (running.prompt_length - running.done) * seconds / read if read > 0 else 0
+            text = f"reading {running.done:,} of {running.prompt_length:,} tokens"
+            text += f", {remaining:,.0f} s left" if remaining else ""
+            if text != shown:
+                status(text)
+                shown = text
+        else:
+            if shown:
+                status("")
+            return step
+
+
+def _answer(
+    model: Model,
+    request: Request,
+    options: AnswerOptions,
+    echo: str = "",
+    whole_prompt: int = 0,
+    **facts: str,
+) -> None:
+    """Prints `echo` and the answer as it comes, or one JSON object with its figures and `facts`.
+
+    `whole_prompt` is how many tokens the prompt has where nothing is left out; a note tells if something is.
+    """
     from codegemma.native import Cancel
 
     started, first_step, cancel = time.perf_counter(), 0.0, Cancel()
     completion = model.run(request, cancel)
+    if whole_prompt - completion.prompt_tokens > HEALED_TOKENS:
+        read = f"read the {completion.prompt_tokens:,} of {whole_prompt:,} tokens nearest to the cursor"
+        longer = "; --time-budget 0 reads what the model can" if request.prompt_seconds else ""
+        note(f"{read}{longer}")
 
     def show(text: str) -> None:
         if not options.as_json:
             print(text, end="", flush=True)
 
-    show(echo)
     with closing(interruptible(completion, cancel)) as steps:
         for step in steps:
-            first_step = first_step or time.perf_counter()
+            if not first_step:
+                first_step = time.perf_counter()
+                show(echo)
             show(step.text)
     ended = time.perf_counter()
     if options.as_json:
@@ -232,4 +274,7 @@ def _answer(model: Model, request: Request, options: AnswerOptions, echo: str = 
     elif sys.stdout.isatty() and not (echo + completion.text).endswith("\n"):
         print()
     if options.cache is not None:
-        model.engine.cache.save(options.cache)
+        try:
+            model.engine.cache.save(options.cache)
+        except OSError as error:  # the answer is good without it
+            note(f"the prompt cache is not saved: {explain(error)}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Option
 
 from codegemma.cli.options import ModelOptions
+from codegemma.files import read_text
 
 if TYPE_CHECKING:
     from codegemma.serve.stats import Shown
@@ -40,7 +41,7 @@ def lsp(
 
     def open_source() -> SuggestionSource:
         if server:
-            return RemoteSource(server, api_key_file.read_text().strip() if api_key_file else "")
+            return RemoteSource(server, read_text(api_key_file).strip() if api_key_file else "")
         loaded = model.load(cache)
         loaded.prefer(adapter)
         return LocalSource(loaded, cache)

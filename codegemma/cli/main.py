@@ -17,8 +17,10 @@ import typer
 from typer.core import TyperGroup
 
 from codegemma import __version__
-from codegemma.cli.options import command
+from codegemma.cli.options import VerbContext, command
 from codegemma.cli.output import note, notes
+from codegemma.extras import install_command
+from codegemma.files import explain
 
 # Each verb: the module and the function in this room, and the extra of the package that it needs.
 VERBS: dict[str, tuple[str, str]] = {
@@ -58,6 +60,7 @@ GROUPS = {
 class Verbs(TyperGroup):
     """The verbs of a group, each imported when it is asked for."""
 
+    context_class = VerbContext
     prefix = ""  # "data " for the verbs of `codegemma data`
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -67,7 +70,10 @@ class Verbs(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         path = f"{self.prefix}{cmd_name}"
         if path in GROUPS:
-            group = Verbs(name=cmd_name, help=GROUPS[path], no_args_is_help=True, rich_markup_mode=None)
+            text = GROUPS[path]
+            group = Verbs(
+                name=cmd_name, help=text, short_help=text, no_args_is_help=True, rich_markup_mode=None
+            )
             group.prefix = f"{path} "
             return group
         if path not in VERBS:
@@ -89,9 +95,8 @@ class Verbs(TyperGroup):
             verb = f"{self.prefix}{ctx.invoked_subcommand}"
             if verb not in VERBS or (error.name or "").startswith("codegemma") or not VERBS[verb][1]:
                 raise
-            raise ValueError(
-                f'codegemma {verb} needs {error.name}: pip install "codegemma[{VERBS[verb][1]}]"'
-            ) from error
+            remedy = install_command(VERBS[verb][1])
+            raise ValueError(f"codegemma {verb} needs {error.name}: {remedy}") from error
 
 
 app = typer.Typer(
@@ -128,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             app(arguments, prog_name="codegemma")
         except OSError as error:
-            _fail(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
+            _fail(explain(error))
         except ValueError as error:
             _fail(str(error))
 

@@ -7,6 +7,8 @@ after the verb's own: that is how verbs share options, and receive many as one v
 from __future__ import annotations
 
 import inspect
+import re
+import shutil
 import tomllib
 from collections import ChainMap
 from collections.abc import Callable
@@ -41,8 +43,44 @@ METAVARS: dict[Any, str] = {
     for name, type in (("TEXT", str), ("PATH", Path))
     for kind in (type, type | None, list[type], list[type] | None)  # type: ignore[valid-type]
 }
+WIDE = 60  # columns from which an option and its text share a line
+NO_BREAK = "\u2011"  # a hyphen at which no line ends
 Positive = Annotated[int, Option(min=1)]
 Natural = Annotated[int, Option(min=0)]
+
+
+class HelpLayout(typer.Context.formatter_class):  # type: ignore[misc, valid-type]
+    """Help within the terminal's columns. Lines end between words alone; a hyphen is part of its word."""
+
+    def __init__(self, indent: int = 2, width: int | None = None, max_width: int | None = None) -> None:
+        columns = min(shutil.get_terminal_size().columns, max_width or 80)
+        super().__init__(indent, width or max(columns - 2, 30))
+
+    def write_dl(self, rows: Any, col_max: int = 30, col_spacing: int = 2) -> None:
+        """Writes terms and their texts, which begin on lines of their own where there is little room."""
+        rows = [(term, text.replace("-", NO_BREAK)) for term, text in rows]
+        if self.width < WIDE:
+            col_max, rows = col_spacing, [(self._folded(term), text) for term, text in rows]
+        super().write_dl(rows, col_max, col_spacing)
+
+    def _folded(self, term: str) -> str:
+        """A term with line ends between its alternatives, as many as it needs."""
+        folded, column = "", self.current_indent
+        for part in re.findall(r"[^|]+\|?", term):
+            if column + len(part) > self.width:
+                folded, column = f"{folded}\n{' ' * (self.current_indent + 2)}", self.current_indent + 2
+            folded, column = folded + part, column + len(part)
+        return folded
+
+    def write_text(self, text: str) -> None:
+        super().write_text(text.replace("-", NO_BREAK))
+
+    def getvalue(self) -> str:
+        return super().getvalue().replace(NO_BREAK, "-")
+
+
+class VerbContext(typer.Context):
+    formatter_class = HelpLayout
 
 
 @dataclass(frozen=True)
@@ -54,8 +92,12 @@ class ModelOptions:
     quantize: LoadQuantization | None = None
 
     def load(self, cache: Path | None = None, strict: bool = False) -> Model:
+        """Raises ValueError where the file `cache` is no saved prompt cache: it would be written over."""
+        from codegemma.generate.cache import expect_replaceable
         from codegemma.generate.model import load
 
+        if cache is not None:
+            expect_replaceable(cache)
         return load(self.model, threads=self.threads, quantize=self.quantize, cache=cache, strict=strict)
 
 
@@ -101,8 +143,11 @@ def command(verb: Callable[..., None], path: str) -> Any:
     call.__signature__ = inspect.Signature([*of_verb, *of_groups])  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*of_verb, *of_groups)}
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(path.split()[-1])(call)
-    return typer.main.get_command(app)
+    sentence = re.split(r"\.(?:\s|$)", verb.__doc__ or "", maxsplit=1)[0]
+    app.command(path.split()[-1], short_help=f"{' '.join(sentence.split())}.")(call)
+    made = typer.main.get_command(app)
+    made.context_class = VerbContext
+    return made
 
 
 def _texts(path: str) -> ChainMap[str, Any]:

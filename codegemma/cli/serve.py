@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from codegemma.cli.options import ModelOptions, Positive
+from codegemma.files import read_text
 
 
 def serve(
@@ -35,7 +36,7 @@ def serve(
     from codegemma.serve.guard import LOOPBACK_NAMES, Rules, read_keys
     from codegemma.serve.run import LOOPBACK, ServerSettings, listen
 
-    keys = read_keys(api_key_file.read_text().splitlines()) if api_key_file else ()
+    keys = read_keys(read_text(api_key_file).splitlines()) if api_key_file else ()
     if host not in LOOPBACK and not keys:
         raise ValueError(
             f"--host {host} opens this server to the network: give it keys with --api-key-file FILE"
@@ -46,7 +47,7 @@ def serve(
         rules=Rules(None if keys else frozenset(names), frozenset(allow_origin or ()), keys),
         adapters=tuple(adapter or ()),
         remote=remote,
-        remote_key=remote_key_file.read_text().strip() if remote_key_file else "",
+        remote_key=read_text(remote_key_file).strip() if remote_key_file else "",
         threads=model.threads,
         quantize=model.quantize,
         cache_bytes=cache_mb << 20,

@@ -46,7 +46,7 @@ SINGLE_FILES = tuple(SUFFIXES.values())
 WRITERS = {"nemo": nemo.save, "keras": keras.save, "orbax": orbax.save, "gemma_pytorch": torch.save}
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 COPIED_FILES = (*TOKENIZER_FILES, "chat_template.jinja")  # from one Hugging Face directory to another
-SPARE_BYTES = 64 << 20  # of disk, in addition to the tensors
+SPARE_BYTES = 64 << 20  # of disk, in addition to the tensors, for the tokenizer of a large model
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def convert(
         name: _with_type(name, tensor, types[name], importance or {}, norms)
         for name, tensor in checkpoint.tensors.items()
     }
-    files.remove_leftovers(target)
+    files.remove_leftovers(target.parent)
     _check_disk(target, sum(tensor.nbytes for tensor in tensors.values()))
-    if target.exists() and overwrite:
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
     with nullcontext(target) if to in SINGLE_FILES else files.atomic_directory(target) as path:
         save(to, path, replace(checkpoint, tensors=_with_progress(tensors, progress)), stamp)
+        if path != target and target.exists():  # only now that the new one is complete
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
     costs = [
         Cost(name, checkpoint.tensors[name].type, types[name], relative_error(*norms_of_tensor))
         for name, norms_of_tensor in norms.items()
@@ -116,6 +116,10 @@ def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> Ex
         raise ValueError(f"{target} does not say its format: pass --to {', '.join(get_args(ExportFormat))}")
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists: choose another name, or pass --overwrite")
+    if target.is_file():
+        format_of(target)
+    elif target.is_dir() and any(target.iterdir()):
+        open_checkpoint(target)  # whatever else it is, it is not written over
     return to
 
 
@@ -227,6 +231,7 @@ def _with_progress(tensors: Mapping[str, Tensor], progress: Progress | None) -> 
 
 def _check_disk(target: Path, nbytes: int) -> None:
     parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if (free := shutil.disk_usage(parent).free) < nbytes * 1.02 + SPARE_BYTES:
-        rule = f"but {parent} has {free / 1e9:.1f} GB free: make room, or choose another disk"
-        raise ValueError(f"{target} takes {nbytes / 1e9:.1f} GB, {rule}")
+    needed = nbytes * 1.02 + min(SPARE_BYTES, nbytes)
+    if (free := shutil.disk_usage(parent).free) < needed:
+        rule = f"but {parent} has {free / 1e9:.3f} GB free: make room, or choose another disk"
+        raise ValueError(f"{target} takes {needed / 1e9:.3f} GB, {rule}")

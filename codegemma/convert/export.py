@@ -36,19 +36,24 @@ def export(
         raise ValueError(f"no program {program!r}: choose {', '.join(get_args(Program))}")
     checkpoint = open_checkpoint(hub.resolve(source))
     name = title(checkpoint).lower().replace(" ", "-").replace("/", "-")
+    file = f"{name}.gguf"
+    texts = {"NOTICE": hub.NOTICE}
+    if program == "ollama":
+        texts["Modelfile"] = modelfile(checkpoint, file)
+    elif program == "llamacpp":
+        texts["README.md"] = LLAMACPP_README.format(file=file, context=checkpoint.config.context)
+    for other, text in texts.items():
+        if (target / other).exists() and (target / other).read_bytes() != text.encode():
+            raise ValueError(f"{target / other} exists, and is kept: choose another folder")
     if program == "transformers":
         convert(source, target, "safetensors", progress=progress)
     elif program == "nemo":
         convert(source, target / f"{name}.nemo", progress=progress)
     else:
-        folder, file = target / "codegemma" / name if program == "lmstudio" else target, f"{name}.gguf"
+        folder = target / "codegemma" / name if program == "lmstudio" else target
         convert(source, folder / file, quantize_to=quantize_to, progress=progress)
-        if program == "ollama":
-            (target / "Modelfile").write_text(modelfile(checkpoint, file))
-        elif program == "llamacpp":
-            readme = LLAMACPP_README.format(file=file, context=checkpoint.config.context)
-            (target / "README.md").write_text(readme)
-    (target / "NOTICE").write_text(hub.NOTICE)
+    for other, text in texts.items():
+        (target / other).write_text(text)
     return sorted(file for file in target.rglob("*") if file.is_file())
 
 

@@ -31,7 +31,7 @@ from codegemma.data.imports import TOP_LINES
 from codegemma.data.recipe import BuildRecipe
 from codegemma.data.sources import Source, expand
 from codegemma.data.stages import Task, TaskResult, total
-from codegemma.files import atomic_write
+from codegemma.files import atomic_write, expect_only
 from codegemma.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, tasks done, all tasks
@@ -161,6 +161,9 @@ def _prepare(folder: BuildFolder, recipe: BuildRecipe, inputs: _Inputs, resume: 
     out = folder.path
     if not resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: pass --resume to continue it, or another --out")
+    if out.exists() and not (folder.index.exists() or folder.state.exists()):
+        begun = {path.name for path in (folder.work, folder.tokenizer, folder.recipe)}
+        expect_only(out, begun, "a build")  # of one that was killed at its start
     if folder.index.exists():
         before = json.loads(folder.recipe.read_text())
         if before != state["recipe"]:

@@ -16,11 +16,13 @@ from codegemma.data.build import summary
 from codegemma.data.folder import BuildFolder
 from codegemma.data.pack import Rows
 from codegemma.data.show import WHY, parts
+from codegemma.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, RED = "#4e79a7", "#e15759"
+MARK = b"<!doctype html>\n<!-- codegemma data report -->"  # the template's first lines
 MAX_BARS = 14
 MAX_SIZES = 200_000  # of the ledger's documents, for the histogram
 MAX_GRAPHS, MAX_GRAPH_FILES = 4, 70
@@ -235,5 +237,6 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         recipe={name: json.dumps(value) for name, value in of_rows["recipe"].items()},
     )
     path = Path(out) if out else rows.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with atomic_write(path, MARK if out else None) as file:
+        file.write(page.encode())
     return path

@@ -6,6 +6,7 @@ editors.toml has the texts. docs/editors.md has the `advice` for each editor; a 
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import re
@@ -80,12 +81,19 @@ def write(editor: str, program: str) -> str:
     diff = "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(file), str(file)))
     written = f"{file} is written."
     if old:
-        backup = file.with_name(f"{file.name}.before-codegemma")
+        backup = _backup(file)
         shutil.copy2(file, backup)
         written += f"\nThe old one is {backup}."
     with atomic_write(file.resolve()) as out:  # a symbolic link stays one
         out.write(new.encode())
     return "\n".join((steps.before, diff.rstrip("\n"), written))
+
+
+def _backup(file: Path) -> Path:
+    """A path for a copy of the file that has no file yet: an older copy is the user's own text."""
+    first = file.with_name(f"{file.name}.before-codegemma")
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([first], others) if not path.exists())
 
 
 def location(file: str) -> Path:

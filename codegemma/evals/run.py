@@ -84,6 +84,7 @@ def run(
     """
     settings = settings or EvalSettings()
     out.mkdir(parents=True, exist_ok=True)
+    _expect_no_others(out, task.name)
     identity = {"task": task.name, "model": model.name, **asdict(settings)}
     summary_file = out / f"{task.name}.json"
     if resume and summary_file.exists():
@@ -116,6 +117,18 @@ def run(
     _write(summary_file, json.dumps(summary, indent=1) + "\n")
     answers.path.unlink()
     return summary
+
+
+def _expect_no_others(out: Path, task: str) -> None:
+    """Raises ValueError where the folder holds files with the names of ours that no run wrote."""
+    names = []
+    if not any((out / f"{task}.{ending}").exists() for ending in ("times.json", "partial.jsonl")):
+        names += [f"{task}.json", f"{task}.jsonl"]
+    if not any(any(out.glob(f"*.{ending}")) for ending in ("times.json", "partial.jsonl")):
+        names += ["report.md", "report.html"]
+    for name in names:
+        if (out / name).exists():
+            raise ValueError(f"{out / name} exists, and no evaluation wrote it: choose another folder")
 
 
 class _AnswerFile:

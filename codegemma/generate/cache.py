@@ -3,7 +3,8 @@
 `find` returns the pages of the longest cached prefix and `put` adds a sequence. Each adapter has its own tree
 ("" is the base), since keys and values depend on it. At the limit in bytes, the least recently used page is
 removed first. Saved files carry a key (model, numerics, SIMD level): a file with another key, or a damaged
-one, is ignored with a warning. The law: a token computed after cached pages is the token computed without.
+one, is ignored with a warning, and a file of another program is never written over. The law: a token computed
+after cached pages is the token computed without.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from codegemma.files import atomic_write
+from codegemma.files import atomic_write, expect_ours
 from codegemma.native import PAGE, Page
 
-_MAGIC = b"codegemma prefix cache 2\n"
+_MARK = b"codegemma prefix cache "  # of every version
+_MAGIC = _MARK + b"2\n"
 _DIGEST_BYTES = 32
 
 
@@ -107,7 +109,10 @@ class PrefixCache:
             self._recent.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all pages, atomically: a header, the tree as JSON, the page of each node, and a SHA-256."""
+        """Writes all pages, atomically: a header, the tree as JSON, the page of each node, and a SHA-256.
+
+        Raises ValueError where the path has a file that is no saved cache, OSError where it cannot be saved.
+        """
         with self._lock:
             nodes = [node for root in self._roots.values() for node in root.descendants()]
             index: dict[_Node | None, int | str] = {node: number for number, node in enumerate(nodes)}
@@ -116,7 +121,7 @@ class PrefixCache:
         tree = json.dumps([[index[node.parent], list(node.ids)] for node in nodes]).encode()
         header = _MAGIC + struct.pack("<QQQ", len(key), len(tree), self.page_bytes) + key + tree
         digest = hashlib.sha256()
-        with atomic_write(Path(path)) as out:
+        with atomic_write(Path(path), _MARK) as out:
             for data in chain([header], (node.page.data.tobytes() for node in nodes)):
                 digest.update(data)
                 out.write(data)
@@ -126,6 +131,7 @@ class PrefixCache:
         """Adds the pages of a saved cache. Returns False where there is no file and, with a warning, where it
         is damaged or another model's."""
         try:
+            expect_replaceable(Path(path))  # before it is read: it may be a pipe, or a large file of others
             roots = self._parse(Path(path).read_bytes())
         except FileNotFoundError:
             return False
@@ -177,6 +183,11 @@ class PrefixCache:
         for child in list(node.children.values()):
             self._forget(child)
         del node.parent.children[node.ids], self._recent[node]
+
+
+def expect_replaceable(path: Path) -> None:
+    """Raises ValueError where `path` is a file that is no saved cache, and so is never written over."""
+    expect_ours(path, _MARK)
 
 
 def _ancestors(node: _Node) -> Iterator[_Node]:

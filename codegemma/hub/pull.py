@@ -25,7 +25,8 @@ from typing import Any, get_args
 
 from codegemma import hub
 from codegemma.config import PRESETS, DownloadSource, Preset
-from codegemma.files import atomic_directory, atomic_write, cache_dir, require
+from codegemma.extras import require
+from codegemma.files import atomic_directory, atomic_write, cache_dir
 
 Progress = Callable[[str, int, int | None], None]  # file, bytes so far, bytes in all
 TERMS = "https://ai.google.dev/gemma/terms"
@@ -294,7 +295,8 @@ def pack(path: Path, target: Path, name: str = "") -> Path:
         "name": model.name if model else re.sub(r"[^\w.-]", "-", path.stem),
         "files": {str(file.relative_to(root)): _sha256(file) for file in files},
     }
-    with atomic_write(target) as out, tarfile.open(fileobj=out, mode="w") as archive:
+    mark = PACK_MANIFEST.encode()  # the name of the first member: a tar begins with it
+    with atomic_write(target, mark) as out, tarfile.open(fileobj=out, mode="w") as archive:
         info = tarfile.TarInfo(PACK_MANIFEST)
         raw = json.dumps(manifest).encode()
         info.size = len(raw)

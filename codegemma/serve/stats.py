@@ -7,7 +7,6 @@ many characters were accepted; no text and no path. `set_recording(False)` (`cod
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+
+from codegemma.files import state_dir
 
 MAX_BYTES = 4 << 20  # about 40,000 suggestions; the older half of a longer file is dropped
 BARS = " ▁▂▃▄▅▆▇█"
@@ -34,11 +35,6 @@ class Shown:
     characters: int
     taken: int = 0
     minute: int = 0  # since 1970; 0 becomes the present one in `record`
-
-
-def state_dir() -> Path:
-    """`$XDG_STATE_HOME/codegemma`, by default ~/.local/state/codegemma."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "codegemma")
 
 
 def file() -> Path:

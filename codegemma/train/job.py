@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import jax
@@ -26,6 +27,7 @@ from codegemma.checkpoints.tensors import ELEMENTS, ArrayTensor, Tensor
 from codegemma.checkpoints.untrusted import read_json
 from codegemma.convert.convert import save
 from codegemma.data.pack import Rows
+from codegemma.extras import installer
 from codegemma.files import atomic_directory
 from codegemma.jax.forward import LoraParams, Params, embed, params_of
 from codegemma.native.xla import kernels
@@ -93,10 +95,14 @@ class TrainingPlan:
 
 
 def run(
-    plan: TrainingPlan, resume: bool = False, on_step: OnStep = lambda _: None, until: float | None = None
+    plan: TrainingPlan,
+    resume: bool = False,
+    on_step: OnStep = lambda _: None,
+    until: float | None = None,
+    stop: Event | None = None,
 ) -> Path:
     """Runs the job of a plan; see `TrainingJob.run`."""
-    return TrainingJob(plan).run(resume, on_step, until)
+    return TrainingJob(plan).run(resume, on_step, until, stop)
 
 
 class TrainingJob:
@@ -119,13 +125,21 @@ class TrainingJob:
         """Steps of the complete run."""
         return min(self.order.steps, self.plan.settings.steps or self.order.steps)
 
-    def run(self, resume: bool = False, on_step: OnStep = lambda _: None, until: float | None = None) -> Path:
+    def run(
+        self,
+        resume: bool = False,
+        on_step: OnStep = lambda _: None,
+        until: float | None = None,
+        stop: Event | None = None,
+    ) -> Path:
         """Trains, calls `on_step` after each step, and returns the folder of the result.
 
-        At `until`, on the clock of time.monotonic, the run ends early with the result so far.
+        At `until`, on the clock of time.monotonic, the run ends early with the result so far. Once `stop` is
+        set, it ends with its steps kept, to be resumed, and perhaps without a result.
         """
         plan, checkpoint, self._started = self.plan, self.checkpoint, time.monotonic()
         prepare_process()
+        _expect_no_others(plan, resume)
         mesh = meshes.make(plan.mesh)
         if jax.process_index() == 0 and plan.new_result.exists() and not plan.result.exists():
             plan.new_result.rename(plan.result)  # an earlier run stopped between the last lines of `_save`
@@ -146,7 +160,7 @@ class TrainingJob:
             terminators=sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else [],
             about={"base": checkpoint.identity, "kind": plan.kind},
         ) as session:
-            for report in session.train(self._save, until):
+            for report in session.train(self._save, until, stop):
                 on_step(report)
                 report_to_tensorboard(report)
         return plan.result
@@ -209,6 +223,16 @@ class TrainingJob:
         new.rename(plan.result)
 
 
+def _expect_no_others(plan: TrainingPlan, resume: bool) -> None:
+    """Raises ValueError where the output folder holds what a run would replace, but no run wrote it."""
+    if (plan.out / "metrics.jsonl").exists():
+        return
+    begun = [] if resume else [plan.out / "checkpoints", plan.out / "loss.svg"]
+    for path in [plan.result, plan.new_result, *begun]:
+        if path.exists():
+            raise ValueError(f"{path} exists, and no training run wrote it: choose another folder with --out")
+
+
 def initial_adapter(plan: TrainingPlan, checkpoint: Checkpoint, base: Params) -> LoraParams:
     """The adapter that training starts from: the plan's, with any missing FIM rows added, or a new one."""
     ids, start_from = fim_rows(checkpoint) if not plan.chat else ((), ())
@@ -250,7 +274,8 @@ def _tensorboard(plan: TrainingPlan) -> OnStep:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError("--tensorboard needs the package tensorboardX: pip install tensorboardX") from None
+        remedy = f"{installer()} tensorboardX"
+        raise ValueError(f"--tensorboard needs the package tensorboardX: {remedy}") from None
     writer = SummaryWriter(str(plan.out / "tensorboard"))
 
     def write(report: StepReport) -> None:

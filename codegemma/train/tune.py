@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 from codegemma.adapters.adapter import Adapter
 from codegemma.adapters.load import load as load_adapter
@@ -28,6 +30,7 @@ from codegemma.data.sources import Source, expand, read
 from codegemma.evals import heldout
 from codegemma.evals.local import LocalModel
 from codegemma.evals.task import Comparison, compare
+from codegemma.files import expect_only
 from codegemma.generate.model import Model, load
 from codegemma.prompts import Layout
 from codegemma.tokenizer import Tokenizer
@@ -48,6 +51,7 @@ CHOOSING_EXAMPLES = 32  # about so many examples of them: measuring a token take
 MEASUREMENTS = 6  # how often that loss is measured
 PROBE_STEPS = 3  # to find out how long a step takes; the first one compiles
 MAX_PASSES = 8  # over the rows; a small code base is not repeated more often
+WORK_FILES = ("code", "taught", "choosing", "held-out.jsonl")  # of the work folder, before training
 GIT_LOG = (
     "git -c core.fsmonitor=false -c core.hooksPath=/dev/null log --format= --name-only --no-ext-diff "
     "--relative --no-show-signature -z"
@@ -64,7 +68,10 @@ MEASURES = {  # title: key of evals.heldout.answers
     "log p(middle), nats": "logp",
     "stopped by itself": "stopped",
 }
+MEASURING_SHARE = 0.2  # of the time, for each of the two measurements; fewer holes where all take longer
+CHUNK = 12  # holes measured together
 Log = Callable[[str], None]
+Progress = Callable[[str, int, int], None]  # task, how many are done, of how many
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class TuneOptions:
 
     repository: Path
     model: str
-    minutes: float  # of training; measuring comes on top
+    minutes: float  # in all, with both measurements
     out: Path | None = None  # default: NAME-adapter
     adapter: str = "auto"  # to start from: a path, "auto" (the model's own, where it has one) or "none"
     rank: int = 16  # of a new adapter
@@ -127,23 +134,37 @@ class TuneResult:
             paired = gain.difference
             interval = f"{paired.difference:+.3f} (95 % from {paired.low:+.3f} to {paired.high:+.3f})"
             lines.append(f"{name:22} {gain.before:8.3f} -> {gain.after:8.3f}   {interval}")
-        if worse := ", ".join(name for name, gain in self.gains.items() if gain.difference.high < 0):
+        worse = ", ".join(name for name, gain in self.gains.items() if gain.difference.high < 0)
+        if worse:
             lines.append(f"worse than before in {worse}: give it more --minutes, or do not use it")
-        lines.append(f"use it: codegemma complete --adapter {self.adapter} ...")
-        lines.append(f"in an editor: codegemma lsp --adapter {self.adapter.resolve()}")
+        elif not any(gain.difference.low > 0 for gain in self.gains.values()):
+            lines.append(
+                f"no gain that these holes can tell from chance: give it more --minutes; {self.adapter}"
+            )
+        else:
+            lines.append(f"use it: codegemma complete --adapter {self.adapter} ...")
+            lines.append(f"in an editor: codegemma lsp --adapter {self.adapter.resolve()}")
         return "\n".join(lines)
 
 
-def tune(options: TuneOptions, on_step: job.OnStep, log: Log) -> TuneResult:
+def tune(
+    options: TuneOptions,
+    on_step: job.OnStep,
+    log: Log,
+    progress: Progress = lambda *_: None,
+    stop: Event | None = None,
+) -> TuneResult:
     """Trains an adapter on a code base and measures the gain.
 
-    `on_step` is called after each step, `log` with each line about the progress. Raises ValueError where
+    `on_step` is called after each step, `log` with each line about the course of the run, `progress` while it
+    measures. Once `stop` is set, training ends and the best step so far is measured. Raises ValueError where
     there is too little code, and where the output folder exists, except to resume an interrupted run.
     """
+    started, seconds = time.monotonic(), 60 * options.minutes
     out, work = options.folder, options.work
     if out.exists() and not work.exists():
         raise ValueError(f"{out} exists: choose another folder with --out")
-    if work.exists() and not options.resume:
+    if (work / "ready").exists() and not options.resume:
         raise ValueError(f"{out} holds an interrupted run: pass --resume to continue it, or another folder")
     engine = load(options.model)
     name = engine.adapter_at(options.adapter)
@@ -158,28 +179,35 @@ def tune(options: TuneOptions, on_step: job.OnStep, log: Log) -> TuneResult:
     if not holes:
         fault = f"{options.repository}: the held-out files have no place for a hole to measure"
         raise ValueError(f"{fault}: it needs more code")
-    log(f"measuring on {len(holes)} holes of the files held out")
-    before = measure(engine, holes, start)
+    third = -(-len(holes) // 3)  # `holes` has three kinds, one after the other: the first few hold all
+    holes = sorted(holes, key=lambda hole: holes.index(hole) % third)
+    begun = time.monotonic()
+    before = measure(engine, holes, start, progress, seconds * MEASURING_SHARE)
+    measuring = time.monotonic() - begun
+    holes = holes[: len(next(iter(before.values())))]
+    log(f"measured on {len(holes)} holes of the files held out")
     means = (f"{title} {sum(values) / len(values):.3f}" for title, values in before.items())
     log(f"before: {', '.join(means)}")
-    until = time.monotonic() + 60 * options.minutes
+    until = started + seconds - measuring  # measuring once more takes as long
     limit = f"{options.minutes:g} minutes in all (Ctrl-C ends it early and keeps the best)"
     log(f"finding out how long a step takes; then training, {limit}")
     plan = replace(plan_within(options, until, start), orders=orders)
-    _run(plan, until, on_step, log)
-    after = measure(engine, holes, load_adapter(plan.result))
+    _run(plan, until, on_step, log, stop or Event())
+    after = measure(engine, holes, load_adapter(plan.result), progress)
     gains = {title: _gain(before[title], after[title]) for title in before}
     result = TuneResult(out, gains, len(json.loads((work / "ready").read_text())), len(held_out))
     _publish(options, plan, result)
     return result
 
 
-def _run(plan: TrainingPlan, until: float, on_step: job.OnStep, log: Log) -> None:
-    """Trains until the time is up; Ctrl-C ends it early and keeps the best step."""
+def _run(plan: TrainingPlan, until: float, on_step: job.OnStep, log: Log, stop: Event) -> None:
+    """Trains until the time is up; `stop`, or Ctrl-C, ends it early and keeps the best step."""
     metrics = plan.out / "metrics.jsonl"
     try:
-        job.run(plan, metrics.exists(), on_step, until)
+        job.run(plan, metrics.exists(), on_step, until, stop)
     except KeyboardInterrupt:
+        stop.set()
+    if stop.is_set():
         log("stopped early: measuring the result so far (after another Ctrl-C, --resume continues)")
         if not plan.result.exists():  # not even one measurement: one more step writes a result
             job.run(plan, metrics.exists(), until=time.monotonic())
@@ -237,7 +265,9 @@ def newest_files(repository: Path) -> list[str]:
 def prepare(options: TuneOptions, tokenizer: Tokenizer, orders: Sequence[Layout], log: Log) -> None:
     """Holds files out and builds rows of the others in `options.work`. Raises ValueError on too few files."""
     repository, work, seed = options.repository, options.work, options.seed
-    shutil.rmtree(work, ignore_errors=True)  # before the repository is read: it may lie inside
+    if work.exists():
+        expect_only(work, WORK_FILES, "an interrupted run")
+        shutil.rmtree(work)  # before the repository is read: it may lie inside
     documents = _documents(repository)
     taught, held_out = hold_out(documents, repository, seed)
     if len(taught) < MIN_FILES:
@@ -292,12 +322,26 @@ def _build(
     build([str(folder.resolve())], options.work / name, tokenizer, recipe)
 
 
-def measure(engine: Model, holes: Sequence[heldout.Hole], adapter: Adapter | None) -> dict[str, list[float]]:
-    """The MEASURES of each hole by title, with an adapter or with the base."""
+def measure(
+    engine: Model,
+    holes: Sequence[heldout.Hole],
+    adapter: Adapter | None,
+    progress: Progress = lambda *_: None,
+    seconds: float = float("inf"),
+) -> dict[str, list[float]]:
+    """The MEASURES of each hole by title, with an adapter or with the base.
+
+    After so many seconds, the other holes are left out; at least CHUNK of them are measured.
+    """
     if adapter is not None:
         engine.add_adapter("tuned", adapter)
     model = LocalModel(engine, adapter="tuned" if adapter is not None else "none")
-    answers = heldout.answers(model, holes, LAYOUT)
+    answers: list[dict[str, Any]] = []
+    until = time.monotonic() + seconds
+    while len(answers) < len(holes) and (not answers or time.monotonic() < until):
+        progress("measuring", len(answers), len(holes))
+        answers += heldout.answers(model, holes[len(answers) : len(answers) + CHUNK], LAYOUT)
+    progress("measuring", len(answers), len(answers))
     return {title: [float(answer[key]) for answer in answers] for title, key in MEASURES.items()}
 
 
@@ -349,9 +393,9 @@ def _steps_within(until: float, plan: TrainingPlan, tokens: int, choosing_tokens
         probe = replace(plan, out=plan.out.with_name("probe"), settings=settings)
         shutil.rmtree(probe.out, ignore_errors=True)  # of a probe that was interrupted
         seconds: list[float] = []
-        job.run(probe, False, lambda report: seconds.append(report.seconds))
+        job.run(probe, False, lambda report: seconds.append(report.seconds), until)
         measuring = MEASUREMENTS * choosing_tokens / plan.batch_tokens  # in steps
         affordable = int((until - time.monotonic()) / min(seconds) - measuring)
         useful = max(MAX_PASSES * tokens // plan.batch_tokens, PROBE_STEPS)
-        stored.write_text(str(max(PROBE_STEPS, min(affordable, useful))))
+        stored.write_text(str(max(1, min(affordable, useful))))
     return int(stored.read_text())
