@@ -282,7 +282,7 @@ CODE = "def area(width, height):\n    '''The area of a rectangle.'''\n    return
         ),
         ("unparsable", "a.py", "@@ def )( class [ ~~~\n<<< fn >>> :: ??\n" * 9),
         ("language not wanted", "a.json", '{"a": 1}\n'),
-        ("no exact tokens", "a.py", CODE + "# \u2581\n"),
+        ("", "a.py", CODE + "# \u2581\n"),
         (
             "unsafe content",
             "a.py",

@@ -7,15 +7,19 @@ import tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from codegemma.data import licences, syntax
 from codegemma.data.documents import CODE_LANGUAGES, RULES, Document, Outcome
 from codegemma.data.imports import imports_of_tree
-from codegemma.data.redact import default_redactor
+from codegemma.data.personal import PERSONAL_DATA
+from codegemma.data.redact import default_redactor, replace_findings
 from codegemma.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tree_sitter import Tree
 
 
 # --------------------------------------------------------------------------------------------------- quality
@@ -47,8 +51,6 @@ def check(document: Document, limits: Quality, tokenizer: Tokenizer | None = Non
     text, is_code = document.text, document.kind == "code"
     if not text.strip():
         return "empty", ""
-    if "\u2581" in text:
-        return "no exact tokens", "U+2581 is the vocabulary's space"
     if not licences.allowed(document.licence, limits.licences):
         return "licence not allowed", document.licence or "none found"
     if is_code and document.language not in limits.languages:
@@ -153,11 +155,37 @@ class Cleaner:
             reason, detail = "unsafe content", category
         if reason:
             return document.outcome("dropped", reason, detail)
-        text, kinds = default_redactor()(document.text)
+        text, tree, kinds = redact(document)
         self.redacted.update(kinds)
-        tree = syntax.parse(text, document.language) if document.kind == "code" else None
         if tree is None:
             return replace(document, text=text, imports=())
         if (share := syntax.error_share(tree)) > self.limits.errors:
             return document.outcome("dropped", "unparsable", f"{share:.2f} of it")
         return replace(document, text=text, imports=imports_of_tree(tree, document.language))
+
+
+def redact(document: Document) -> tuple[str, Tree | None, Counter[str]]:
+    """A document's text without secrets and personal data, its tree, and how many of each kind it held.
+
+    Where a grammar can tell, personal data stand in comments, strings and what does not parse, and replacing
+    them makes no error; what else looks like them is code, and stays.
+    """
+    text, redactor = document.text, default_redactor()
+    tree = syntax.parse(text, document.language) if document.kind == "code" else None
+    findings = redactor.find(text)
+    if tree and findings:
+        offsets = syntax.byte_offsets(text, [finding.start for finding in findings])
+        findings = [
+            finding
+            for finding, offset in zip(findings, offsets, strict=True)
+            if finding.kind not in PERSONAL_DATA or not syntax.is_code(tree, offset)
+        ]
+    if not findings:
+        return text, tree, Counter()
+    redacted, kinds = replace_findings(text, findings)
+    new_tree = syntax.parse(redacted, document.language) if tree else None
+    if tree and new_tree and syntax.error_share(new_tree) > syntax.error_share(tree):
+        secrets = [finding for finding in findings if finding.kind not in PERSONAL_DATA]
+        redacted, kinds = replace_findings(text, secrets)
+        new_tree = syntax.parse(redacted, document.language)
+    return redacted, new_tree, kinds
