@@ -2,6 +2,7 @@
 
 import struct
 import time
+from dataclasses import replace
 
 import gguf as peer
 import numpy as np
@@ -293,6 +294,7 @@ def test_a_query_scale_that_gguf_cannot_say_is_refused():
         gguf_model.config_metadata(ModelConfig("gemma", 1, 64, 2, 1, 32, 64, 99, 64, query_scale=0.5))
 
 
+@pytest.mark.filterwarnings("ignore:.*which this program does not know")
 def test_thousands_of_damaged_files_raise_or_load_within_little_memory(tmp_path):
     config = tiny_config("gemma3", layers=1, width=32, ffn_width=32, heads=2, head_width=16, vocab=64)
     metadata, tensors = gguf.read(write_tiny_gguf(tmp_path / "m.gguf", config, "Q8_0", tokenizer=False))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,15 @@ END_KEYS = [
     f"tokenizer.ggml.{name}" for name in ("eos_token_id", "eot_token_id", "eom_token_id", "eos_token_ids")
 ]
 
+HEAD_WIDTHS = (  # keys whose value is the head width, if they are there
+    *("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"),
+    *("rope.dimension_count", "rope.dimension_count_swa"),
+)
+# Keys of other architectures' headers that change what a model computes.
+CHANGES_RESULT = re.compile(
+    r"^(attention|rope|expert|ssm|moe|altup|laurel)\b|softcap|scale|residual|activation|shared|sparsity"
+)
+
 
 def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     """The architecture that a header describes; errors name `path`. Raises ValueError on other models."""
@@ -28,13 +39,21 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     if architecture not in architectures:
         rule = f"but this program runs {', '.join(architectures)}: choose a Gemma or CodeGemma file"
         raise ValueError(f"{path}: general.architecture is {architecture!r}, {rule}")
-    entries = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+    entries = _entries(path, architecture, metadata)
     values = table.config_values("gguf", architecture, entries)
     values = {name: value for name, value in values.items() if value is not None}
-    for required in ("layers", "width", "heads", "ffn_width", "context", "norm_eps"):
+    for required in ("layers", "width", "heads", "ffn_width", "context"):
         if required not in values:
             raise damaged(f"{path}: the header lacks {architecture}.{keys[required]}")
+    pattern = values.get("global_every")
+    if isinstance(pattern, np.ndarray):  # for each layer whether it has a window
+        is_global = [not is_local for is_local in pattern.tolist()]
+        values["global_every"] = table.global_period(
+            f"{path}: {architecture}.{keys['global_every']}", is_global, values["layers"]
+        )
     for name, value in values.items():
+        if isinstance(value, np.ndarray) and len({*value.tolist()}) == 1 and value.size == values["layers"]:
+            values[name] = value = value[0].item()  # one number for each layer, all the same
         if not isinstance(value, (int, float)):
             raise ValueError(f"{path}: {architecture}.{keys[name]} must be one number: choose a Gemma file")
     values.setdefault("kv_heads", values["heads"])
@@ -45,7 +64,7 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     if values["window"] is None:
         values["global_every"] = 1
     width = values["head_width"]
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in HEAD_WIDTHS:
         if str(value := entries.get(key, width)) != str(width):
             rule = f"must equal attention.key_length ({width}), got {value}"
             raise damaged(f"{path}: {architecture}.{key} {rule}")
@@ -53,8 +72,60 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
         rule = f"must be linear or none, got {kind!r}: choose a Gemma file"
         raise ValueError(f"{path}: {architecture}.rope.scaling.type {rule}")
     values["query_scale"] = _query_scale(architecture, values)
+    if kind == "none" or "rope.scaling.factor" not in entries:
+        values["rope_scale"] = 1.0 if kind == "none" else _implied_rope_scale(architecture, values["layers"])
+    if f"{architecture}.rope.local.freq_base" in metadata and values["layers"] == 26:
+        values["final_softcap"] = None  # Ollama's first files of the 1B state Gemma 2's, which it never had
     with naming(path):
         return ModelConfig(architecture, vocab=vocab, **values)
+
+
+def _entries(path: Path, architecture: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture's header entries under llama.cpp's names.
+
+    Raises ValueError on entries that contradict each other, and on those that may change the result in a way
+    that this program does not know; warns of the other unknown ones.
+    """
+    gguf_table, start = table.format_table("gguf"), f"{architecture}."
+    entries: dict[str, Any] = {}
+    for key, value in metadata.items():
+        if not key.startswith(start):
+            continue
+        name = key.removeprefix(start).removeprefix("text.")
+        name = gguf_table["aliases"].get(name, name)
+        if name in entries and str(entries[name]) != str(value):
+            raise damaged(
+                f"{path}: {key} is {value!r}, but another entry of the same meaning {entries[name]!r}"
+            )
+        entries[name] = value
+    known = {*gguf_table["config"].values(), *HEAD_WIDTHS}
+    for name, value in entries.items():
+        required = gguf_table["required"].get(name, value)
+        if isinstance(value, np.ndarray) is not isinstance(required, np.ndarray) or str(value) != str(
+            required
+        ):
+            raise ValueError(
+                f"{path}: {start}{name} is {value!r}, but this program computes {required!r} alone"
+            )
+        if (
+            name in known
+            or name in gguf_table["required"]
+            or re.fullmatch(gguf_table["meaningless"]["keys"], name)
+        ):
+            continue
+        rule = f"the header has {start}{name} ({value!r}), which this program does not know"
+        if CHANGES_RESULT.search(name):
+            remedy = (
+                "choose a file of a plain Gemma, or convert it again with llama.cpp's convert_hf_to_gguf.py"
+            )
+            raise ValueError(f"{path}: {rule}, and which may change the result: {remedy}")
+        warnings.warn(f"{path}: {rule}: it is ignored", stacklevel=2)
+    return entries
+
+
+def _implied_rope_scale(architecture: str, layers: int) -> float:
+    """The scale where a header states none: 8 in Gemma 3 4B, 12B and 27B, whose files by Ollama lack it."""
+    return 8.0 if architecture == "gemma3" and layers in (34, 48, 62) else 1.0
 
 
 def _query_scale(architecture: str, values: Mapping[str, Any]) -> float:
@@ -67,12 +138,13 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     """The header entries for a config. Raises ValueError for a query scale that GGUF cannot express."""
     architecture = config.architecture
     entries: dict[str, Any] = {"general.architecture": architecture}
-    implied = {"rope_base_local": config.rope_base, "rope_scale": 1.0, "global_every": 1}
+    implied = {"rope_base_local": config.rope_base, "global_every": 1}
+    implied["rope_scale"] = _implied_rope_scale(architecture, config.layers)
     implied |= dict.fromkeys(("window", "attention_softcap", "final_softcap"), 0)
     implied |= table.config_defaults("gguf", architecture)
     for field, key in table.format_table("gguf")["config"].items():
         value = getattr(config, field) or 0
-        if field == "rope_base" or implied.get(field) != value:
+        if field in ("rope_base", "norm_eps") or implied.get(field) != value:
             entries[f"{architecture}.{key}"] = value
     if config.rope_scale != 1:
         entries[f"{architecture}.rope.scaling.type"] = "linear"

@@ -105,14 +105,10 @@ def _global_every(fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
     types = fields.get("layer_types")
     if types is None or type(period) is not int:
         return period
-    if not isinstance(types, list) or len(types) != values["layers"]:
+    if not isinstance(types, list):
         raise ValueError(f"layer_types must be a list with an entry for each of {values['layers']} layers")
     is_global = [kind == "full_attention" for kind in types]
-    period = is_global.index(True) + 1 if True in is_global else max(period, len(types) + 1)
-    if is_global != [(layer + 1) % period == 0 for layer in range(len(types))]:
-        rule = "does not repeat one full_attention after a fixed number of sliding_attention: choose a Gemma"
-        raise ValueError(f"layer_types {types} {rule}")
-    return period
+    return table.global_period("layer_types", is_global, values["layers"], period)
 
 
 def _ropes(architecture: str, fields: Mapping[str, Any], default: float) -> dict[str, Any]:

@@ -239,6 +239,20 @@ def config_keys(format: Format, config: ModelConfig) -> dict[str, Any]:
     return {key: getattr(config, name) for name, key in format_table(format)["config"].items()}
 
 
+def global_period(label: str, is_global: list[bool], layers: int, default: int = 1) -> int:
+    """Each how-many-th layer is global, from a list of all; at least `default` where none is.
+
+    Raises ValueError, with `label`, where the list has no such rule.
+    """
+    if len(is_global) != layers:
+        raise ValueError(f"{label} must be a list with an entry for each of {layers} layers")
+    period = is_global.index(True) + 1 if True in is_global else max(default, layers + 1)
+    if is_global != [(layer + 1) % period == 0 for layer in range(layers)]:
+        rule = "does not repeat one global layer after a fixed number of local ones: choose a Gemma"
+        raise ValueError(f"{label} {is_global} {rule}")
+    return period
+
+
 def tensor_locations(config: ModelConfig, format: Format = "hf") -> Iterator[TensorLocation]:
     """Each of our tensors of a model, layer by layer, and where a format stores it."""
     for stored in stored_tensors(config, format):
