@@ -63,9 +63,9 @@ def scheduler_of(model, **options):
 
 
 def events(answer):
-    """The data of server-sent events."""
+    """The data of server-sent events, without the comments of a slow stream."""
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
-    return [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    return [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line.strip(":")]
 
 
 def good(answer):
@@ -499,11 +499,10 @@ def test_events_of_tabby_become_local_statistics(server, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("route", "body", "status", "words"),
     [
-        ("/v1/completions", {"prompt": "x", "max_tokens": -1}, 400, ["error", "message", "max_tokens"]),
+        ("/v1/completions", {"prompt": "x", "max_tokens": -2}, 400, ["error", "message", "max_tokens"]),
         ("/v1/completions", {"prompt": [1, 999_999]}, 400, ["error", "message", "999999"]),
         ("/v1/completions", {"prompt": [2] * 9000}, 400, ["error", "message", "9,000 tokens"]),
         ("/v1/completions", {"prompt": "x", "temperature": -1}, 400, ["error", "message", "temperature"]),
-        ("/v1/completions", {"prompt": "\ud800"}, 400, ["error", "message", ""]),
         ("/v1/completions", {"prompt": "x", "adapter": "no-such"}, 400, ["error", "message", "--adapter"]),
         ("/v1/completions", {"prompt": ["x"] * 200, "n": 16}, 400, ["error", "message", "choices"]),
         (

@@ -301,9 +301,10 @@ class Engine:
                 f"the prompt holds token id {outside}, but the vocabulary has {config.vocab:,} ids, from 0: "
                 "use the tokenizer that belongs to the model"
             )
-        bias = request.sampling.bias
-        if any(not 0 <= token < config.vocab for token, _ in bias):
-            raise ValueError(f"sampling: bias must name token ids from 0 to {config.vocab - 1:,}, got {bias}")
+        outside = next((token for token, _ in request.sampling.bias if not 0 <= token < config.vocab), None)
+        if outside is not None:
+            rule = f"bias must name token ids from 0 to {config.vocab - 1:,}"
+            raise ValueError(f"sampling: {rule}, got {outside}: leave it out")
         if len(ids) + min(request.max_tokens, 1) > config.context:
             raise ValueError(
                 f"the prompt has {len(ids):,} tokens but the model reads {config.context:,}: shorten it "

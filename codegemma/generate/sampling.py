@@ -51,8 +51,9 @@ class Sampling:
         penalty = self.repeat_penalty
         if not (penalty > 0 and math.isfinite(penalty)):
             raise ValueError(f"sampling: repeat_penalty must be above 0, got {penalty}: 1 switches it off")
-        if not all(-100 <= value <= 100 for _, value in self.bias):
-            raise ValueError(f"sampling: bias must be from -100 to 100, got {self.bias}")
+        for token, value in self.bias:
+            if not -100 <= value <= 100:
+                raise ValueError(f"sampling: bias must be from -100 to 100, got {value} for token {token}")
 
     @property
     def needs_logits(self) -> bool:

@@ -16,17 +16,19 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from codegemma import __version__
+from codegemma.serve.bodies import JsonRoute
 from codegemma.serve.dialects import llamacpp, mistral, ollama, openai, tabby
 from codegemma.serve.guard import RequestGuard, Rules
 from codegemma.serve.requests import Busy, CompletionService
-from codegemma.serve.wire import AnswerWriter, dumps, reply
+from codegemma.serve.wire import AnswerWriter, dumps, reply, shortened
 
 PAGE = Path(__file__).parent / "web"
 PUBLIC_PATHS = {"/", "/health", "/v1/health", "/terms"}  # these and the page's files need no key
 MISTRAL_PATHS = ("/v1/fim", "/fim")
+MAX_PROBLEMS = 5  # of a body that an error names
 NO_PAGE = "codegemma is running. The page was not built into this installation: see /openapi.json\n"
 
-shared_router = APIRouter()
+shared_router = APIRouter(route_class=JsonRoute)
 
 CompletionBody = Annotated[
     Annotated[openai.OpenAICompletionBody, Tag("openai")]
@@ -111,6 +113,7 @@ class _PageFiles(StaticFiles):
 
 def error_response(path: str, status: int, message: str, body: Any = None) -> Response:
     """An error in the form of the path's protocol."""
+    message = shortened(message)
     writer: type[AnswerWriter] = llamacpp.LlamaWriter
     if path.startswith("/api/"):
         writer = ollama.OllamaWriter
@@ -145,13 +148,21 @@ async def _on_error(http: HttpRequest, error: Exception) -> Response:
 
 def _on_invalid_body(path: str, error: RequestValidationError) -> Response:
     """400, or 422 where Mistral's and Tabby's servers say so."""
-    problems = [{"loc": [*p["loc"]], "msg": p["msg"], "type": p["type"]} for p in error.errors()]
+    problems = [
+        {"loc": [_cut(part) for part in p["loc"]], "msg": shortened(p["msg"]), "type": p["type"]}
+        for p in error.errors()[:MAX_PROBLEMS]
+    ]
     if path.startswith(MISTRAL_PATHS):
         return reply({"detail": problems}, 422)
     messages = []
     for problem in problems:
         field = ".".join(str(part) for part in problem["loc"] if part not in ("body", "openai", "tabby"))
         messages.append(f"{field}: {problem['msg']}" if field else problem["msg"])
-    message = "; ".join(dict.fromkeys(messages))[:2000]
+    message = "; ".join(dict.fromkeys(messages))
     status = 422 if tabby.is_tabby(error.body) or path == "/v1/events" else 400
     return error_response(path, status, message, error.body)
+
+
+def _cut(part: str | int) -> str | int:
+    """A part of a field's path, which may be a name from the request."""
+    return part[:60] if isinstance(part, str) else part

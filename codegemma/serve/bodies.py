@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any
 
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel, Field
+from fastapi import Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from codegemma.config import Mode, Trim
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
@@ -15,19 +19,82 @@ from codegemma.generate.sampling import Sampling
 from codegemma.prompts import File
 from codegemma.serve.wire import service
 
+INFILL_TOKENS = 128  # of a suggestion, where the body has no limit
+UNLIMITED_TOKENS = 1024  # where the body's limit is below 0, which in these protocols means none
 MAX_STOPS = 64
+MAX_BIASES = 1024
 MAX_MS = 86_400_000
 StopTexts = str | Annotated[list[str | None], Field(max_length=MAX_STOPS)] | None
 Milliseconds = Annotated[float, Field(gt=0, le=MAX_MS)]
 LlamaMilliseconds = Annotated[float, Field(le=MAX_MS)]  # llama.cpp's: 0 and below are no limit
-TokenCount = Annotated[int, Field(ge=0)]
+TokenCount = Annotated[int, Field(ge=-1)]
 TopCount = Annotated[int, Field(ge=0, le=20)]  # how many of the likeliest tokens are listed
 
-# The protocols' names of Request.max_tokens; a value below 0 means the default.
+# The protocols' names of Request.max_tokens.
 LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "n_predict", "num_predict")
 # The protocols' names of Sampling's fields.
 SAMPLING_FIELDS = {"repetition_penalty": "repeat_penalty", "random_seed": "seed", "logit_bias": "bias"}
 SAMPLING_FIELDS |= {name: name for name in Sampling.__dataclass_fields__}
+
+# Fields of these protocols and of vLLM that would change the answer, but are not supported.
+ASK_FOR_FORM = "ask for the form in the prompt, and check the answer"
+LEAVE_OUT = "leave it out"
+UNSUPPORTED = dict.fromkeys(("format", "response_format", "grammar", "json_schema", "regex"), ASK_FOR_FORM)
+UNSUPPORTED |= dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ASK_FOR_FORM)
+UNSUPPORTED |= dict.fromkeys(("structured_outputs", "structural_tag", "guided_decoding"), ASK_FOR_FORM)
+UNSUPPORTED |= dict.fromkeys(("modalities", "audio", "image_data", "web_search_options"), LEAVE_OUT)
+UNSUPPORTED |= dict.fromkeys(("min_tokens", "ignore_eos", "bad_words", "allowed_token_ids"), LEAVE_OUT)
+UNSUPPORTED |= dict.fromkeys(("use_beam_search", "prompt_logprobs", "chat_template"), LEAVE_OUT)
+UNSUPPORTED |= dict.fromkeys(("continue_final_message",), LEAVE_OUT)
+TOOL_FIELDS = {"tools": "tool_choice", "functions": "function_call"}
+OFF: tuple[Any, ...] = (None, False, "", [], {}, {"type": "text"}, ["text"])  # values that ask for nothing
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SPELLED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # in JSON: escaped, or as three bytes
+
+
+def well_formed(value: Any) -> Any:
+    """A JSON value whose texts are Unicode: half a surrogate pair becomes U+FFFD, both halves a character."""
+    if isinstance(value, str):
+        if not _SURROGATE.search(value):
+            return value
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [well_formed(item) for item in value]
+    if isinstance(value, dict):
+        return {well_formed(name): well_formed(item) for name, item in value.items()}
+    return value
+
+
+class _JsonRequest(HttpRequest):
+    async def json(self) -> Any:
+        value = await super().json()
+        return well_formed(value) if _SPELLED_SURROGATE.search(await self.body()) else value
+
+
+class JsonRoute(APIRoute):
+    """A route whose bodies are well_formed. Editors cut texts within a surrogate pair, as UTF-16 counts."""
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(http: HttpRequest) -> Response:
+            return await handler(_JsonRequest(http.scope, http.receive))
+
+        return handle
+
+
+def _bias_by_token(value: Any) -> Any:
+    """llama.cpp's pairs [id, bias] as a dict; a bias of false bans the token."""
+    if isinstance(value, list) and len(value) <= MAX_BIASES and all(map(_is_pair, value)):
+        value = dict(value)
+    if isinstance(value, dict) and len(value) <= MAX_BIASES:
+        value = {token: -100 if bias is False else bias for token, bias in value.items()}
+    return value
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int)
 
 
 class SamplingFields(BaseModel):
@@ -37,6 +104,11 @@ class SamplingFields(BaseModel):
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: (
+        Annotated[dict[int, float], Field(max_length=MAX_BIASES), BeforeValidator(_bias_by_token)] | None
+    ) = None
     seed: int | None = None
     stop: StopTexts = None
 
@@ -48,8 +120,32 @@ class ExtraFile(BaseModel):
     filename: str = ""
 
 
+class FunctionCall(BaseModel):
+    name: str = ""
+    arguments: str | dict[str, Any] | None = None  # OpenAI's are JSON in a text
+
+
+class ToolCall(BaseModel):
+    """A call of a tool in an earlier answer, which another model may have given."""
+
+    function: FunctionCall | None = None
+
+
+def with_calls(text: str, calls: Sequence[ToolCall]) -> str:
+    """A message's text, and each call after it on a line of its own: no Gemma has tokens for calls."""
+    lines = [text] if text else []
+    for function in (call.function for call in calls if call.function):
+        arguments = function.arguments or ""
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        lines.append(f"{function.name}({arguments})")
+    return "\n".join(lines)
+
+
 class ExtensionFields(BaseModel):
     """The fields that every protocol has here beside its own; see docs/server.md."""
+
+    model_config = ConfigDict(extra="allow")  # for refuse_unsupported; other fields have no effect
 
     mode: Mode | None = None
     trim: Trim | None = None
@@ -81,10 +177,13 @@ class ExtensionFields(BaseModel):
 
         `max_tokens` and `sampling` are the defaults for what the body leaves out. `options` is the part of
         the body with the limit, the stops and the sampling; None: the body itself. A model's name may choose
-        an adapter: "ours", or "tiny:ours". Raises ValueError on a value that Request or Sampling refuses.
+        an adapter: "ours", or "tiny:ours". Raises ValueError on a value that Request or Sampling refuses, and
+        on a field that is not supported.
         """
-        fields = dict(options or self)
-        limit = next((fields[name] for name in LIMIT_FIELDS if fields.get(name) is not None), -1)
+        refuse_unsupported(self, self.model or service(http).name)
+        source = options or self
+        fields = {name: getattr(source, name) for name in type(source).model_fields}
+        limit = next((fields[name] for name in LIMIT_FIELDS if fields.get(name) is not None), max_tokens)
         adapter = self.adapter or "auto"
         if self.adapter is None and (name := (self.model or "").rpartition(":")[2]) in service(http).adapters:
             adapter = name
@@ -94,7 +193,7 @@ class ExtensionFields(BaseModel):
         stop = fields.get("stop") or ()
         return Request(
             prompt,
-            max_tokens if limit < 0 else limit,
+            UNLIMITED_TOKENS if limit < 0 else limit,
             _sampling(fields, sampling),
             frozenset(fields.get("stop_token_ids") or ()),
             tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text),
@@ -105,6 +204,20 @@ class ExtensionFields(BaseModel):
             prompt_seconds=prompt_ms / 1000 or None,
             predict_seconds=predict_ms / 1000 or None,
         )
+
+
+def refuse_unsupported(body: BaseModel, model: str) -> None:
+    """Raises ValueError on the first field of a body that asks for what is not supported; `model` is the name
+    that the client knows. The words "does not support tools" are Ollama's, which clients look for."""
+    sent = {name: value for name, value in (body.model_extra or {}).items() if value not in OFF}
+    for tools, choice in TOOL_FIELDS.items():
+        mode = sent.get(choice, "auto")
+        if mode != "none" and (tools in sent or mode != "auto"):
+            remedy = f'leave {tools} out, or send "{choice}": "none"'
+            raise ValueError(f'"{model:.80}" does not support tools: {remedy}')
+    for name, remedy in UNSUPPORTED.items():
+        if name in sent:
+            raise ValueError(f"{name} is not supported: {remedy}")
 
 
 def _sampling(fields: dict[str, Any], defaults: dict[str, Any]) -> Sampling:

@@ -43,6 +43,7 @@ class RemoteService:
     """A CompletionService in front of another server. `open` makes it."""
 
     adapters: list[str] = []
+    aliases: list[str] = []
 
     def __init__(self, client: httpx.AsyncClient, name: str, checkpoint: Checkpoint, context: int) -> None:
         if checkpoint.tokenizer is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from codegemma.config import Preset
@@ -63,7 +65,7 @@ class Job:
 
     def post(self, step: Step | Exception) -> None:
         """Passes a step, or an error, from any thread to the reader of `steps`, if its event loop is open."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # it is closed
             self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
 
     def cancel(self) -> None:
@@ -141,10 +143,26 @@ def can_chat(preset: Preset | None, tokenizer: Tokenizer) -> bool:
     return "chat" in preset.uses if preset else tokenizer.control.start_of_turn is not None
 
 
+def model_id(preset: Preset | None, path: Path) -> tuple[str, list[str]]:
+    """The name of a model for clients, such as codegemma-2b, and its aliases.
+
+    A file that is called `model`, as on the Hugging Face Hub, has its folder's name.
+    """
+    path = path.absolute()
+    if preset is not None:
+        name, alias = preset.hub.rpartition("/")[2], preset.name
+    else:
+        name, alias = path.name if path.is_dir() else path.stem, path.stem
+        if name == "model":
+            name = path.parent.name or name
+    return name, [alias] if alias != name else []
+
+
 class CompletionService(Protocol):
     """What answers the requests: this machine's model, or another server."""
 
     name: str
+    aliases: list[str]  # other names that clients may know the model by
     title: str
     tokenizer: Tokenizer
     context: int  # in tokens

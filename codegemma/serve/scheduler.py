@@ -9,12 +9,13 @@ other's tokens.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from codegemma.generate.running import RunningRequest, Step
 from codegemma.native import CHUNK, PAGE, Cancel
 from codegemma.prompts import Layout
 from codegemma.serve.metrics import Metrics
-from codegemma.serve.requests import Busy, Job, can_chat, supersedes
+from codegemma.serve.requests import Busy, Job, can_chat, model_id, supersedes
 
 log = logging.getLogger("codegemma.serve")
 
@@ -82,7 +83,7 @@ class Scheduler:
         saved at the end, and loaded at the start."""
         self.model, self.engine, self.slots, self.queue = model, model.engine, slots, queue
         self.tokenizer, self.context = model.tokenizer, model.engine.context
-        self.name = model.preset.name if model.preset else model.path.stem
+        self.name, self.aliases = model_id(model.preset, model.path)
         self.title = model.title
         files = [model.path] if model.path.is_file() else list(model.path.iterdir())
         self.size = sum(file.stat().st_size for file in files)
@@ -184,7 +185,8 @@ class Scheduler:
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
-                self._finish(job, job.take(CANCELLED))
+                with self._isolated(job):
+                    self._finish(job, job.take(CANCELLED))
             elif job is self._scored:
                 self._batch.cancel.set()  # the step has no other request
             elif not self._interrupted or all(other.cancelled.is_set() for other in [*self._jobs.values()]):
@@ -207,15 +209,16 @@ class Scheduler:
                     return
                 admitted = self._admit()
                 self._update_gauges(len(admitted))
+            for job in admitted:
+                with self._isolated(job):
+                    self._start(job)
             try:
-                while admitted:
-                    self._start(admitted[0])
-                    admitted.pop(0)
                 self._remove_ended()
                 self._step()
-            except Exception as error:  # the requests fail, but the server continues
-                log.exception("the engine failed")
-                self._fail([*self._running_jobs(), *admitted], error)
+            except Exception as error:  # of no job: all that run fail, but the server continues
+                for job in self._running_jobs():
+                    self._fail(job, error)
+                self._batch = Batch(self.engine)
 
     def _admit(self) -> list[Job]:
         """Takes jobs from the queue, in the order of their start, while there are slots and memory."""
@@ -247,14 +250,16 @@ class Scheduler:
         for running, job in list(self._jobs.items()):
             cancelled = self._closing or job.cancelled.is_set()
             if cancelled or job.overdue(now):
-                last = job.take(running.end("cancelled" if cancelled or not job.first else "length"))
-                self._batch.remove(running)
-                del self._jobs[running]
-                self._finish(job, last)
+                with self._isolated(job):
+                    last = job.take(running.end("cancelled" if cancelled or not job.first else "length"))
+                    self._batch.remove(running)
+                    del self._jobs[running]
+                    self._finish(job, last)
         for scoring in list(self._scoring):
             if self._closing or scoring.job.cancelled.is_set():
                 self._scoring.remove(scoring)
-                self._finish(scoring.job, scoring.job.take(CANCELLED))
+                with self._isolated(scoring.job):
+                    self._finish(scoring.job, scoring.job.take(CANCELLED))
 
     def _step(self) -> None:
         """One step of all requests that generate, then one of a prompt that is scored."""
@@ -265,7 +270,8 @@ class Scheduler:
         if self._batch.running:
             self._batch_step()
         if self._scoring:
-            self._score_step()
+            with self._isolated(self._scoring[0].job):
+                self._score_step()
 
     def _batch_step(self) -> None:
         batch = self._batch
@@ -291,10 +297,12 @@ class Scheduler:
         scoring = self._scoring.pop(0)
         self._scoring.append(scoring)  # they take turns
         done, self._scored = scoring.running.done, scoring.job
-        with self.engine.lock:
-            rows = MIN_CHUNK if self._batch.running else SCORE_ROWS
-            finished = scoring.step(self.engine, self._batch.cancel, rows)
-        self._scored = None
+        try:
+            with self.engine.lock:
+                rows = MIN_CHUNK if self._batch.running else SCORE_ROWS
+                finished = scoring.step(self.engine, self._batch.cancel, rows)
+        finally:
+            self._scored = None
         self._work[scoring.job.request.client] += scoring.running.done - done
         if finished:
             self.engine.remember(scoring.running)
@@ -310,35 +318,51 @@ class Scheduler:
         self._step_ends = time.perf_counter() + tokens / rate + self._decode_seconds
         return chunk
 
-    def _deliver(self, steps: Sequence[tuple[RunningRequest, Step]]) -> None:
+    def _deliver(self, steps: Sequence[tuple[RunningRequest, Step | Exception]]) -> None:
         for running, step in steps:
             job = self._jobs.get(running)
             if job is None:
                 continue  # its answer was complete at an earlier step of the same draft
-            job.cached_tokens = 0 if job.scores else running.cached
-            shown = job.take(step)
-            if shown.stop is None:
-                job.post(shown)
-                continue
-            if running.stop is None:  # the rest would be trimmed off
-                self._batch.remove(running)
-            del self._jobs[running]
-            self._finish(job, shown)
+            with self._isolated(job):
+                if isinstance(step, Exception):
+                    raise step
+                self._deliver_step(running, job, step)
+
+    def _deliver_step(self, running: RunningRequest, job: Job, step: Step) -> None:
+        job.cached_tokens = 0 if job.scores else running.cached
+        shown = job.take(step)
+        if shown.stop is None:
+            return job.post(shown)
+        if running.stop is None:  # the rest would be trimmed off
+            self._batch.remove(running)
+        del self._jobs[running]
+        self._finish(job, shown)
 
     def _finish(self, job: Job, last: Step) -> None:
         self._update_gauges()
         self.metrics.add(job.timings())
         job.post(last)
 
-    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
-        self._jobs.clear()
-        self._scoring.clear()
-        self._batch = Batch(self.engine)
+    @contextlib.contextmanager
+    def _isolated(self, job: Job) -> Iterator[None]:
+        """An exception of the block ends this job, and no other."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Ends a job with an error. What it computed is not cached, since the fault may lie there."""
+        log.error("a request failed", exc_info=error)
+        for running in [running for running, other in list(self._jobs.items()) if other is job]:
+            del self._jobs[running]
+            if running in self._batch.running:
+                self._batch.running.remove(running)
+        self._scoring = [scoring for scoring in self._scoring if scoring.job is not job]
         self._update_gauges()
-        for job in jobs:
-            job.stop, job.ended = "cancelled", time.perf_counter()
-            self.metrics.add(job.timings())
-            job.post(HTTPException(500, f"the engine failed: {error}"))
+        job.stop, job.ended = "cancelled", time.perf_counter()
+        self.metrics.add(job.timings())
+        job.post(HTTPException(500, f"the engine failed: {error}"))
 
     def _update_gauges(self, admitted: int = 0) -> None:
         self.metrics.running = len(self._jobs) + len(self._scoring) + admitted

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +20,14 @@ from codegemma.generate.request import Infill, Request
 from codegemma.generate.running import Step
 from codegemma.safety.secrets import safe_files
 from codegemma.serve import stats
+from codegemma.serve.logprobs import token_text
 from codegemma.serve.requests import CompletionService, Job
 from codegemma.tokenizer import Tokenizer
 
 log = logging.getLogger("codegemma.serve")
+
+PING_S = 2.0  # a stream that has sent nothing for this long sends a ping
+MAX_MESSAGE = 500  # characters of an error: it does not repeat a request
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,9 @@ def reply(value: Any, status: int = 200) -> Response:
     return Response(dumps(value), status, media_type="application/json")
 
 
-def token_text(data: bytes) -> str:
-    """A token's bytes in OpenAI's form: text, or bytes:\\xNN where they are no valid UTF-8."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+def shortened(message: str) -> str:
+    """An error's message without what is beyond MAX_MESSAGE."""
+    return message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 3] + "..."
 
 
 async def submit(http: HttpRequest, requests: Sequence[Request]) -> list[Job]:
@@ -140,6 +142,11 @@ class AnswerWriter:
         """A JSON value of a stream as bytes: a server-sent event."""
         return b"data: " + dumps(value) + b"\n\n"
 
+    def ping(self) -> bytes:
+        """What a stream sends in a silence, such as while a long prompt is read: clients and proxies give up
+        a silent connection. The comment is empty, since Continue takes some words for the end."""
+        return b":\n\n"
+
     def logprob_entry(self, token: int, logprob: float) -> dict[str, Any]:
         """A token of a log-probability list, as OpenAI and Ollama write it."""
         data = self.tokenizer.decode_bytes([token], control=True)
@@ -154,8 +161,8 @@ class AnswerWriter:
         for step in steps:
             if step.token is not None:
                 alternatives = [self.logprob_entry(*top) for top in step.top]
-                more = {"top_logprobs": alternatives} if alternatives or keep_empty else {}
-                entries.append(self.logprob_entry(step.token, step.logprob) | more)
+                listed = {"top_logprobs": alternatives} if alternatives or keep_empty else {}
+                entries.append(self.logprob_entry(step.token, step.logprob) | listed)
         return entries
 
     async def respond(self, requests: Sequence[Request], stream: bool) -> Response:
@@ -173,20 +180,30 @@ class AnswerWriter:
             try:
                 for value in self.begin(answers):
                     yield self.encode(value)
+                sent = time.monotonic()
                 async for index, step in _merged(jobs):
-                    answers[index].steps.append(step)
-                    for value in self.parts(answers[index], step):
-                        yield self.encode(value)
+                    parts = self._next_parts(answers[index], step) if step else b""
+                    if not parts and time.monotonic() - sent >= PING_S:
+                        parts = self.ping()
+                    if parts:
+                        yield parts
+                        sent = time.monotonic()
                 for value in self.end(answers):
                     yield self.encode(value)
                 yield self.end_marker
             except Exception as error:
                 log.warning("%s %s: %s", self.http.method, self.http.url.path, error)
-                yield self.encode(self.error(500, str(error)))
+                yield self.encode(self.error(500, shortened(str(error))))
+
+    def _next_parts(self, answer: Answer, step: Step) -> bytes:
+        """Adds a step to an answer, and returns what a stream sends for it."""
+        answer.steps.append(step)
+        return b"".join(map(self.encode, self.parts(answer, step)))
 
 
-async def _merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
-    """The steps of all jobs in the order they arrive, each with its job's index."""
+async def _merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step | None]]:
+    """The steps of all jobs in the order they arrive, each with its job's index; (0, None) after each PING_S
+    without one."""
     queue: asyncio.Queue[tuple[int, Step | Exception]] = asyncio.Queue()
 
     async def drain(index: int, job: Job) -> None:
@@ -200,7 +217,12 @@ async def _merged(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Step]]:
     try:
         running = len(jobs)
         while running:
-            index, step = await queue.get()
+            try:
+                async with asyncio.timeout(PING_S):
+                    index, step = await queue.get()
+            except TimeoutError:
+                yield 0, None
+                continue
             if isinstance(step, Exception):
                 raise step
             running -= step.stop is not None

@@ -13,20 +13,26 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from prometheus_client import CollectorRegistry, generate_latest
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from codegemma import __version__, prompts
 from codegemma.generate.request import Infill, Request, TextPrompt
 from codegemma.generate.running import Step
-from codegemma.serve.bodies import ExtensionFields, SamplingFields, TopCount
+from codegemma.serve.bodies import (
+    INFILL_TOKENS,
+    UNLIMITED_TOKENS,
+    ExtensionFields,
+    JsonRoute,
+    SamplingFields,
+    TopCount,
+    refuse_unsupported,
+)
 from codegemma.serve.dialects.openai import ERROR_TYPES, OpenAIMessage, check_choice_count, choices_of
 from codegemma.serve.wire import Answer, AnswerWriter, reply, service
 
-router = APIRouter(tags=["llama.cpp"])
+router = APIRouter(tags=["llama.cpp"], route_class=JsonRoute)
 
 STOP_TYPES = {"end": "eos", "stop_text": "word", "length": "limit", "cancelled": "limit"}
-INFILL_TOKENS = 128
-COMPLETION_TOKENS = 1024  # without n_predict, or where it is -1, which in llama.cpp has no limit
 SHOWN_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed", "repeat_penalty")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 LLAMA_ERROR_TYPES = ERROR_TYPES | {
@@ -56,17 +62,12 @@ class LlamaFields(ExtensionFields, SamplingFields):
     return_tokens: bool | None = None
     response_fields: list[str] | None = None
     lora: list[LlamaAdapter] | None = None
-    grammar: str | None = None
-    json_schema: dict[str, Any] | None = None
 
     def llama_request(
         self, http: HttpRequest, prompt: Infill | TextPrompt, limit: int, **sampling: Any
     ) -> Request:
         """ExtensionFields.request with llama.cpp's own fields. Raises ValueError on one that is wrong."""
         request = self.request(http, prompt, limit, self.n_probs or 0, **sampling)
-        if self.grammar or self.json_schema:
-            remedy = "ask for the form in the prompt, and check the answer"
-            raise ValueError(f"grammar and json_schema are not supported: {remedy}")
         strongest = max(self.lora or (), key=lambda adapter: adapter.scale, default=None)
         if strongest is None or strongest.scale <= 0:
             return request
@@ -93,8 +94,9 @@ class LlamaCompletionBody(LlamaFields):
         """The prompts: a list of lists, or of two or more texts, has several; any other value is one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        several = (str, list) if len(self.prompt) > 1 else list
-        return list(self.prompt) if all(isinstance(part, several) for part in self.prompt) else [self.prompt]
+        prompt_types = (str, list) if len(self.prompt) > 1 else list
+        are_prompts = all(isinstance(part, prompt_types) for part in self.prompt)
+        return list(self.prompt) if are_prompts else [self.prompt]
 
 
 class TokenizeBody(BaseModel):
@@ -113,6 +115,8 @@ class DetokenizeBody(BaseModel):
 
 
 class TemplateBody(BaseModel):
+    model_config = ConfigDict(extra="allow")  # for refuse_unsupported
+
     messages: Annotated[list[OpenAIMessage], Field(min_length=1)]
 
 
@@ -214,7 +218,7 @@ async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
     seed = secrets.randbits(32)  # without one in the body, all prompts have the same
     sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "seed": seed}
     texts = [TextPrompt(_text_or_ids(http, prompt), raw=True) for prompt in prompts]
-    requests = [body.llama_request(http, text, COMPLETION_TOKENS, **sampling) for text in texts]
+    requests = [body.llama_request(http, text, UNLIMITED_TOKENS, **sampling) for text in texts]
     return await LlamaWriter(http, body).respond(requests, bool(body.stream))
 
 
@@ -260,6 +264,7 @@ async def detokenize(body: DetokenizeBody, http: HttpRequest) -> Response:
 @router.post("/apply-template")
 async def apply_template(body: TemplateBody, http: HttpRequest) -> Response:
     """The prompt that is made from a conversation."""
+    refuse_unsupported(body, service(http).name)
     tokenizer = service(http).tokenizer
     prompt = prompts.chat(tokenizer, [message.message() for message in body.messages])
     return reply({"prompt": tokenizer.decode(prompt.ids, control=True)})

@@ -11,21 +11,18 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from codegemma.generate.running import Step
-from codegemma.serve.bodies import ExtensionFields, StopTexts, TokenCount
+from codegemma.serve.bodies import INFILL_TOKENS, ExtensionFields, JsonRoute, SamplingFields, TokenCount
 from codegemma.serve.dialects.openai import DONE, finish_reason, usage
 from codegemma.serve.wire import Answer, AnswerWriter
 
-router = APIRouter(tags=["Mistral"])
+router = APIRouter(tags=["Mistral"], route_class=JsonRoute)
 
 
-class MistralFimBody(ExtensionFields):
+class MistralFimBody(ExtensionFields, SamplingFields):
     prompt: str
     suffix: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     max_tokens: TokenCount | None = None
     random_seed: int | None = None
-    stop: StopTexts = None
     stream: bool | None = None
 
 
@@ -67,5 +64,5 @@ def _totals(answer: Answer) -> dict[str, Any]:
 @router.post("/fim/completions", include_in_schema=False)
 async def complete(body: MistralFimBody, http: HttpRequest) -> Response:
     """Fills in the middle between `prompt` and `suffix`."""
-    request = body.request(http, body.infill(body.prompt, body.suffix), 128)
+    request = body.request(http, body.infill(body.prompt, body.suffix), INFILL_TOKENS)
     return await MistralWriter(http, body).respond([request], bool(body.stream))

@@ -12,15 +12,24 @@ from pydantic import BaseModel
 
 from codegemma.generate.request import Chat, Infill, TextPrompt
 from codegemma.generate.running import Step
-from codegemma.prompts import Message, ollama_template
-from codegemma.serve.bodies import ExtensionFields, SamplingFields, TopCount
+from codegemma.prompts import ROLES, Message, ollama_template
+from codegemma.serve.bodies import (
+    INFILL_TOKENS,
+    UNLIMITED_TOKENS,
+    ExtensionFields,
+    JsonRoute,
+    SamplingFields,
+    ToolCall,
+    TopCount,
+    refuse_unsupported,
+    with_calls,
+)
 from codegemma.serve.dialects.openai import finish_reason, without_end_token
 from codegemma.serve.wire import Answer, AnswerWriter, dumps, reply, service
 
-router = APIRouter(tags=["Ollama"])
+router = APIRouter(tags=["Ollama"], route_class=JsonRoute)
 
 VERSION = "0.12.0"  # of Ollama whose API this is; clients check it
-DEFAULT_TOKENS = 1024  # without num_predict, or where it is -1, which in Ollama fills the context
 DETAILS = {
     "parent_model": "",
     "format": "gguf",
@@ -41,7 +50,6 @@ class OllamaFields(ExtensionFields):
 
     model: str
     stream: bool | None = None
-    format: str | dict[str, Any] | None = None
     options: OllamaOptions | None = None
     keep_alive: str | float | None = None
     think: bool | str | None = None
@@ -50,8 +58,7 @@ class OllamaFields(ExtensionFields):
 
     def check(self) -> None:
         """Raises ValueError where the body asks for what is not supported."""
-        if self.format:
-            raise ValueError("format is not supported: ask for JSON in the prompt, and check it")
+        refuse_unsupported(self, self.model)
         if self.think and self.think != "false":
             raise ValueError(f'"{self.model}" does not support thinking')
 
@@ -65,11 +72,18 @@ class OllamaGenerateBody(OllamaFields):
     raw: bool | None = None
     images: list[str] | None = None
 
+    @property
+    def infills(self) -> bool:
+        """Whether the suffix asks to fill in the middle, though it is empty at the end of a file. Ollama's Go
+        client has no absent fields: there an empty suffix beside an empty system and template is none."""
+        sends_all = self.system == "" and self.template == ""
+        return bool(self.suffix) or (self.suffix is not None and not sends_all)
+
     def model_prompt(self, http: HttpRequest) -> Infill | TextPrompt | Chat:
         """With a suffix, an Infill. With `raw`, or a template that is the bare prompt, raw text. Otherwise a
         chat turn if the model was tuned for chats, else plain text."""
         served, prompt = service(http), self.prompt or ""
-        if self.suffix:
+        if self.infills:
             return self.infill(prompt, self.suffix)
         bare = self.template is not None and self.template.replace(" ", "") == "{{.Prompt}}"
         if self.raw or bare:
@@ -88,19 +102,19 @@ class OllamaMessage(BaseModel):
     role: str
     content: str | None = None
     images: list[str] | None = None
+    tool_calls: list[ToolCall] | None = None
 
     def message(self) -> Message:
         """The message for the model. Raises ValueError on another role and on images."""
-        if self.role not in ("system", "user", "assistant"):
-            raise ValueError(f"a message's role must be system, user or assistant, got {self.role!r}")
+        if self.role not in ROLES:
+            raise ValueError(f"a message's role must be one of {', '.join(ROLES)}, got {self.role!r:.40}")
         if self.images:
             raise ValueError("this model reads text alone: leave images out")
-        return Message(self.role, self.content or "")  # type: ignore[arg-type]
+        return Message(ROLES[self.role], with_calls(self.content or "", self.tool_calls or ()))
 
 
 class OllamaChatBody(OllamaFields):
     messages: list[OllamaMessage] | None = None
-    tools: list[Any] | None = None
 
 
 class OllamaShowBody(BaseModel):
@@ -124,6 +138,9 @@ class OllamaWriter(AnswerWriter):
     def encode(self, value: Any) -> bytes:
         return dumps(value) + b"\n"
 
+    def ping(self) -> bytes:
+        return self.encode({**self.head(""), "done": False})  # lines of JSON have no comments
+
     def head(self, text: str) -> dict[str, Any]:
         """The fields of every value, with a part of the answer's text."""
         message = {"message": {"role": "assistant", "content": text}}
@@ -143,7 +160,7 @@ class OllamaWriter(AnswerWriter):
         """The last value, with the text and the steps that were not sent before."""
         job, timings = answer.job, answer.job.timings()
         context = {}
-        if isinstance(self.body, OllamaGenerateBody) and not self.body.suffix:
+        if isinstance(self.body, OllamaGenerateBody) and not self.body.infills:
             tokens = [step.token for step in without_end_token(answer.steps) if step.token is not None]
             context = {"context": [*job.prompt_ids, *tokens]}
         return {
@@ -173,7 +190,7 @@ async def generate(body: OllamaGenerateBody, http: HttpRequest) -> Response:
     body.check()
     if body.images:
         raise ValueError("this model reads text alone: leave images out")
-    prompt = body.model_prompt(http) if body.prompt or body.suffix else None
+    prompt = body.model_prompt(http) if body.prompt or body.infills else None
     return await _respond(body, http, prompt)
 
 
@@ -181,8 +198,6 @@ async def generate(body: OllamaGenerateBody, http: HttpRequest) -> Response:
 async def chat(body: OllamaChatBody, http: HttpRequest) -> Response:
     """A chat."""
     body.check()
-    if body.tools:
-        raise ValueError(f'"{body.model}" does not support tools')
     messages = [message.message() for message in body.messages or ()]
     return await _respond(body, http, Chat(messages) if messages else None)
 
@@ -232,18 +247,21 @@ async def _respond(
     if prompt is None:
         reason = "unload" if body.keep_alive in (0, "0", "0s") else "load"
         return reply({**writer.head(""), "done": True, "done_reason": reason})
-    sampling = {} if isinstance(prompt, Infill) else {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+    is_infill = isinstance(prompt, Infill)
+    sampling = {} if is_infill else {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+    limit = INFILL_TOKENS if is_infill else UNLIMITED_TOKENS
     top, options = (body.top_logprobs or 0) if body.logprobs else 0, body.options or OllamaOptions()
-    request = body.request(http, prompt, DEFAULT_TOKENS, top, options, **sampling)
+    request = body.request(http, prompt, limit, top, options, **sampling)
     return await writer.respond([request], body.stream is not False)
 
 
 def _models(http: HttpRequest) -> list[dict[str, Any]]:
     served = service(http)
     tags = ("latest", *served.adapters)
-    more = {"modified_at": _utc_time(), "size": served.size, "digest": "0" * 64, "details": DETAILS}
-    return [{"name": f"{served.name}:{tag}", "model": f"{served.name}:{tag}", **more} for tag in tags]
+    facts = {"modified_at": _utc_time(), "size": served.size, "digest": "0" * 64, "details": DETAILS}
+    return [{"name": f"{served.name}:{tag}", "model": f"{served.name}:{tag}", **facts} for tag in tags]
 
 
-def _utc_time(later: timedelta = timedelta()) -> str:
-    return (datetime.now(UTC) + later).isoformat().replace("+00:00", "Z")
+def _utc_time(delay: timedelta = timedelta()) -> str:
+    """The time after `delay` from now, as Ollama writes times."""
+    return (datetime.now(UTC) + delay).isoformat().replace("+00:00", "Z")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -19,17 +19,29 @@ from pydantic import BaseModel, Field
 
 from codegemma.generate.request import Chat, Request, TextPrompt
 from codegemma.generate.running import Step
-from codegemma.prompts import Message
-from codegemma.serve.bodies import ExtensionFields, SamplingFields, TokenCount, TopCount
+from codegemma.prompts import ROLES, Message
+from codegemma.serve.bodies import (
+    INFILL_TOKENS,
+    UNLIMITED_TOKENS,
+    ExtensionFields,
+    FunctionCall,
+    JsonRoute,
+    SamplingFields,
+    TokenCount,
+    ToolCall,
+    TopCount,
+    with_calls,
+)
+from codegemma.serve.logprobs import LogprobLists, Logprobs, joined
 from codegemma.serve.requests import Job
-from codegemma.serve.wire import Answer, AnswerWriter, reply, service, token_text
+from codegemma.serve.wire import Answer, AnswerWriter, reply, service
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
 DONE = b"data: [DONE]\n\n"  # the end of OpenAI's and Mistral's streams
 SEED_STEP = 1_000_003  # between the seeds of a request's choices
 MAX_CHOICES = 512
-LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+TEXT_TOKENS = 16  # without max_tokens and suffix, as OpenAI's API says
 ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -39,7 +51,6 @@ ERROR_TYPES = {
 
 TokenIds = Annotated[list[int], Field(min_length=1)]
 Prompts = Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-Logprobs = dict[str, list[Any]]  # LOGPROB_LISTS, one entry for each token
 
 
 class StreamOptions(BaseModel):
@@ -51,9 +62,6 @@ class OpenAIFields(ExtensionFields, SamplingFields):
 
     max_tokens: TokenCount | None = None
     repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], Field(max_length=1024)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
@@ -81,33 +89,39 @@ class OpenAICompletionBody(OpenAIFields):
         top = self.logprobs or 0
         if self.suffix is None:
             score = bool(self.echo and self.logprobs is not None)
-            return self.request(http, TextPrompt(prompt, raw=True, score=score), 16, top, temperature=1.0)
+            text = TextPrompt(prompt, raw=True, score=score)
+            return self.request(http, text, TEXT_TOKENS, top, temperature=1.0)
         if not isinstance(prompt, str) or self.echo:
             raise ValueError("suffix needs a prompt of text, and no echo: leave out suffix or echo")
-        return self.request(http, self.infill(prompt, self.suffix), 16, top)
+        return self.request(http, self.infill(prompt, self.suffix), INFILL_TOKENS, top)
 
 
 class OpenAIMessagePart(BaseModel):
     type: str
     text: str | None = None
+    refusal: str | None = None  # of an earlier answer
 
 
 class OpenAIMessage(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[OpenAIMessagePart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = None
 
     def message(self) -> Message:
         """The message for the model. Raises ValueError where a part is not text."""
         text = self.content if isinstance(self.content, str) else ""
         for part in self.content if isinstance(self.content, list) else ():
-            if part.type != "text" or part.text is None:
-                raise ValueError(f"a part of a message has type {part.type!r}: this model reads text alone")
-            text += part.text
-        return Message("system" if self.role == "developer" else self.role, text)
-
-
-class ResponseFormat(BaseModel):
-    type: str
+            if (words := part.text if part.text is not None else part.refusal) is None:
+                raise ValueError(
+                    f"a part of a message has type {part.type!r:.40}: this model reads text alone"
+                )
+            text += words
+        calls = [
+            *(self.tool_calls or ()),
+            *([ToolCall(function=self.function_call)] * bool(self.function_call)),
+        ]
+        return Message(ROLES[self.role], with_calls(text, calls))
 
 
 class OpenAIChatBody(OpenAIFields):
@@ -115,8 +129,6 @@ class OpenAIChatBody(OpenAIFields):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: TopCount | None = None
-    response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
 
 
 async def complete(body: OpenAICompletionBody, http: HttpRequest) -> Response:
@@ -137,13 +149,8 @@ async def complete(body: OpenAICompletionBody, http: HttpRequest) -> Response:
 @router.post("/chat/completions", include_in_schema=False)
 async def chat(body: OpenAIChatBody, http: HttpRequest) -> Response:
     """Answers a conversation."""
-    if body.response_format is not None and body.response_format.type != "text":
-        form = body.response_format.type
-        raise ValueError(f"response_format {form!r} is not supported: ask for JSON in the message")
-    if body.tools:
-        raise ValueError("tools are not supported: this model was not trained to call any")
     prompt, top = Chat([message.message() for message in body.messages]), body.top_logprobs or 0
-    request = body.request(http, prompt, 1024, top if body.logprobs else 0, temperature=1.0)
+    request = body.request(http, prompt, UNLIMITED_TOKENS, top if body.logprobs else 0, temperature=1.0)
     choices = choices_of(request, body.n or 1)
     return await OpenAIChatWriter(http, body).respond(choices, bool(body.stream))
 
@@ -151,9 +158,10 @@ async def chat(body: OpenAIChatBody, http: HttpRequest) -> Response:
 @router.get("/v1/models")
 @router.get("/models", include_in_schema=False)
 async def models(http: HttpRequest) -> Response:
-    """The model, and each of its adapters as a model."""
-    names = [service(http).name, *service(http).adapters]
-    return reply({"object": "list", "data": [_model(name) for name in names]})
+    """The model, with the other names that it has had, and each of its adapters as a model."""
+    served = service(http)
+    first = _model(served.name) | ({"aliases": served.aliases} if served.aliases else {})
+    return reply({"object": "list", "data": [first, *map(_model, served.adapters)]})
 
 
 @router.get("/v1/models/{name:path}")
@@ -280,15 +288,18 @@ class OpenAICompletionWriter(OpenAIWriter):
         super().__init__(http, body, draws)
         self.echo, self.with_logprobs = bool(body.echo), body.logprobs is not None
         self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", **self.head}
-        self.offsets: Counter[int] = Counter()  # by choice: where its next token begins in its text
+        self.lists: defaultdict[int, LogprobLists] = defaultdict(lambda: LogprobLists(self.tokenizer))
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         index, last = answer.index, answer.steps[-1]
         parts = [self._echo(index, answer.job), *(self._part(index, step) for step in answer.steps)]
+        text, logprobs = "".join(text for text, _ in parts), joined([lists for _, lists in parts if lists])
+        # The tokens of a stop text, or of what was trimmed off, end where the text ends.
+        logprobs["text_offset"] = [min(offset, len(text)) for offset in logprobs["text_offset"]]
         return {
-            "text": "".join(text for text, _ in parts),
+            "text": text,
             "index": index,
-            "logprobs": _joined([lists for _, lists in parts if lists]) if self.with_logprobs else None,
+            "logprobs": logprobs if self.with_logprobs else None,
             "finish_reason": finish_reason(answer.stop),
             # vLLM's field: the stop text or the token that ended the answer
             "stop_reason": answer.stop_word(self.tokenizer) or (last.token if answer.stop == "end" else None),
@@ -308,37 +319,22 @@ class OpenAICompletionWriter(OpenAIWriter):
         ids, prompt = job.prompt_ids, job.request.prompt
         if not self.echo or not isinstance(prompt, TextPrompt):
             return "", None
-        text = prompt.prompt if isinstance(prompt.prompt, str) else self.tokenizer.decode(ids)
+        spelled = prompt.prompt if isinstance(prompt.prompt, str) else ""
+        text = spelled or self.tokenizer.decode(ids)
         if not self.with_logprobs:
             return text, None
+        lists = self.lists[index]
         scores = [(None, None), *job.scores]  # nothing predicts the first token
         scored = zip(ids, scores, strict=False) if job.scores or len(ids) == 1 else ()
-        return text, _joined([self._lists(index, token, *score) for token, score in scored])
+        entries = joined([lists.entry(token, *score, spelled) for token, score in scored])
+        lists.begin_answer(len(text))
+        return text, entries
 
     def _part(self, index: int, step: Step) -> tuple[str, Logprobs | None]:
         """A step's text and log-probabilities. <eos> has some too, since lm-eval drops the last entry."""
         if not self.with_logprobs or step.token is None:
             return step.text, None
-        return step.text, self._lists(index, step.token, step.logprob, step.top)
-
-    def _lists(
-        self, index: int, token: int, logprob: float | None, top: Sequence[tuple[int, float]] | None
-    ) -> Logprobs:
-        """The lists with the entries of one token."""
-        text = self._text_of(token)
-        best = None if top is None else {self._text_of(other): value for other, value in top}
-        if best is not None and logprob is not None:
-            best.setdefault(text, logprob)  # the token itself is always among them
-        offset = self.offsets[index]
-        self.offsets[index] += len(self.tokenizer.decode([token]))  # <bos> has no text
-        return dict(zip(LOGPROB_LISTS, ([text], [logprob], [best], [offset]), strict=True))
-
-    def _text_of(self, token: int) -> str:
-        return token_text(self.tokenizer.decode_bytes([token], control=True))
-
-
-def _joined(parts: Sequence[Logprobs]) -> Logprobs:
-    return {name: [value for part in parts for value in part[name]] for name in LOGPROB_LISTS}
+        return step.text, self.lists[index].entry(step.token, step.logprob, step.top)
 
 
 def _likeliest(answers: list[Answer], n: int) -> list[Answer]:

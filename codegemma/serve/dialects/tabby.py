@@ -14,10 +14,10 @@ from codegemma.generate.request import Infill, TextPrompt
 from codegemma.native import usable_cpus
 from codegemma.prompts import File
 from codegemma.serve import stats
-from codegemma.serve.bodies import ExtensionFields, one_line
+from codegemma.serve.bodies import ExtensionFields, JsonRoute, one_line
 from codegemma.serve.wire import collect, reply, service
 
-router = APIRouter(tags=["Tabby"])
+router = APIRouter(tags=["Tabby"], route_class=JsonRoute)
 
 MAX_TOKENS = 64  # as in Tabby, whose requests do not say a length
 
