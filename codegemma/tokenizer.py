@@ -46,6 +46,7 @@ _FIM_FIELDS = ("fim_prefix", "fim_middle", "fim_suffix", "file_separator")  # of
 FIM_NAMES = {field: f"<|{field}|>" for field in _FIM_FIELDS}
 FIM_IDS = dict(zip(_FIM_FIELDS, range(67, 71), strict=True))  # CodeGemma's
 
+_BLANK = "\u2581"  # stands for a blank in pieces; in a text it is spelled by the pieces of its bytes
 _UNUSED = re.compile(r"<unused\d+>")
 _SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a control spelling looks like
 _LINE = re.compile(rb"[^\n]*\n+|[^\n]+")
@@ -96,6 +97,8 @@ class Tokenizer:
         self._piece_bytes: dict[int, bytes] = {}
         self._separate_lines = _SEPARATE_LINES + _GEMMA_NORMALIZER in model[-64:]
         self._encode_line = lru_cache(maxsize=8192)(self._engine.encode)
+        blank_ids = [self.token_id(f"<0x{byte:02X}>") for byte in _BLANK.encode()]
+        self._blank_ids = [token for token in blank_ids if token is not None and self._engine.is_byte(token)]
         self.control = self._find_control()
         self._fim_ids = {name: getattr(self.control, field) for field, name in FIM_NAMES.items()}
 
@@ -213,7 +216,8 @@ class Tokenizer:
         return Tokenizer, (self.model, self.end_ids)
 
     def encode(self, text: str, bos: bool = False, control: bool = False) -> list[int]:
-        """The ids of a text, as SentencePiece encodes it; control tokens spelled in it are plain text.
+        """The ids of a text, as SentencePiece encodes it; control tokens spelled in it are plain text, and
+        U+2581 is itself, not a blank.
 
         `control=True` turns their spellings into control ids, for prompts that were rendered elsewhere (the
         FIM names also where the FIM ids are a convention). Raises ValueError on a lone surrogate, which has
@@ -262,6 +266,9 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             surrogate = f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
             raise ValueError(f"text has {surrogate}, which UTF-8 cannot spell: replace it") from error
+        if self._blank_ids and _BLANK in text:  # SentencePiece would read it as a blank
+            first, *others = map(self._encode_text, text.split(_BLANK))
+            return first + [token for ids in others for token in (*self._blank_ids, *ids)]
         if not self._separate_lines:
             return self._engine.encode(data)
         ids: list[int] = []

@@ -70,10 +70,12 @@ quick = settings(max_examples=300, deadline=None)
 
 
 def without_control(text):
-    """The text, or "" where it spells a control token: SentencePiece reads those differently."""
+    """The text, or "" where it spells a control token or a blank, which SentencePiece reads differently."""
     return (
         ""
-        if any(spelling in text for spelling in (*CONTROL, "<unused", "[@BOS@]", "[multimodal]", "_of_image"))
+        if any(
+            word in text for word in (*CONTROL, "<unused", "[@BOS@]", "[multimodal]", "_of_image", "\u2581")
+        )
         else text
     )
 
@@ -129,9 +131,22 @@ def test_text_never_becomes_control(vocabulary, request):
     def harmless(text):
         ids = tokenizer.encode(text)
         assert not any(tokenizer.is_control(token) for token in ids)
-        assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+        assert tokenizer.decode(ids) == text
 
     harmless()
+
+
+@pytest.mark.parametrize("vocabulary", ["trained", "real"])
+@pytest.mark.parametrize(
+    "text", ["\u2581", "a\u2581b", "  \u2581\u2581 \n\u2581x", "s.replace('\u2581', ' ')  # \u2581"]
+)
+def test_the_character_that_stands_for_a_blank_is_itself(vocabulary, text, request):
+    tokenizer, _ = request.getfixturevalue(vocabulary)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and ids != tokenizer.encode(text.replace("\u2581", " "))
+    assert tokenizer.encode(text, control=True) == ids
+    spelled = [tokenizer.piece(token) for token in tokenizer.encode("\u2581")]
+    assert spelled == ["<0xE2>", "<0x96>", "<0x81>"]
 
 
 def test_user_defined_runs_still_match(trained):
