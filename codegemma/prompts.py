@@ -366,5 +366,5 @@ def _optional(token: int | None) -> Ids:
 
 def _path_line(tokenizer: Tokenizer, path: str | None) -> Ids:
     if path is not None and ("\n" in path or "\r" in path):
-        raise ValueError(f"a path must be one line, got {path!r}: rename the file or leave its path out")
+        raise ValueError(f"a path must be one line, got {path!r:.80}: rename the file or leave its path out")
     return tokenizer.encode(path + "\n") if path else []

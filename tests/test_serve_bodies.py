@@ -213,9 +213,19 @@ def test_an_empty_suffix_of_ollama_fills_in_the_middle(server, model):
     assert answer["timings"]["mode"] == "psm" and "context" not in answer
     empty = good(send(server, "/api/generate", body | {"prompt": "", "suffix": ""}))  # an empty file
     assert empty["prompt_eval_count"] == model.complete("", "", max_tokens=1).prompt_tokens
-    for absent in ({}, {"suffix": None}, {"suffix": "", "system": "", "template": ""}):  # the last: in Go
+    in_go = {"suffix": "", "system": "", "template": ""}
+    for absent in ({}, {"suffix": None}, in_go, {"suffix": "", "raw": True}):
         assert good(send(server, "/api/generate", body | absent))["timings"]["mode"] is None
     assert good(send(server, "/api/generate", {"model": "m", "prompt": ""}))["done_reason"] == "load"
+
+
+def test_another_template_of_ollama_is_refused(server):
+    body = {"model": "m", "prompt": "x", "stream": False, "options": {"num_predict": 1}}
+    shown = good(send(server, "/api/show", {"model": "m"}))["template"]
+    for template in ("", "{{ .Prompt }}", "{{.Prompt}}\n", shown):
+        assert good(send(server, "/api/generate", body | {"template": template}))
+    refused = send(server, "/api/generate", body | {"template": "[INST] {{ .Prompt }} [/INST]"})
+    assert "template is not supported" in error_text(refused)
 
 
 # Text.

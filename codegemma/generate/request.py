@@ -92,10 +92,10 @@ class Request:
             counts = f"{self.max_tokens} and {self.top_logprobs}"
             raise ValueError(f"max_tokens and top must be at least 0, got {counts}")
         if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"stop must be a list of texts, none of them empty, got {self.stop!r}")
+            raise ValueError(f"stop must be a list of texts, none of them empty, got {self.stop!r:.80}")
         if not isinstance(self.adapter, str) or not self.adapter:
             rule = 'adapter must be "auto", "none" (the base) or the name of an adapter'
-            raise ValueError(f"{rule}, got {self.adapter!r}")
+            raise ValueError(f"{rule}, got {self.adapter!r:.80}")
 
     @property
     def prompt_ids(self) -> Sequence[int]:

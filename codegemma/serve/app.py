@@ -149,7 +149,7 @@ async def _on_error(http: HttpRequest, error: Exception) -> Response:
 def _on_invalid_body(path: str, error: RequestValidationError) -> Response:
     """400, or 422 where Mistral's and Tabby's servers say so."""
     problems = [
-        {"loc": [_cut(part) for part in p["loc"]], "msg": shortened(p["msg"]), "type": p["type"]}
+        {"loc": [_cut(part) for part in p["loc"]], "msg": _rule(p["msg"]), "type": p["type"]}
         for p in error.errors()[:MAX_PROBLEMS]
     ]
     if path.startswith(MISTRAL_PATHS):
@@ -161,6 +161,11 @@ def _on_invalid_body(path: str, error: RequestValidationError) -> Response:
     message = "; ".join(dict.fromkeys(messages))
     status = 422 if tabby.is_tabby(error.body) or path == "/v1/events" else 400
     return error_response(path, status, message, error.body)
+
+
+def _rule(message: str) -> str:
+    """What a validator says, without the name of its exception."""
+    return shortened(message.removeprefix("Value error, "))
 
 
 def _cut(part: str | int) -> str | int:

@@ -44,8 +44,8 @@ UNSUPPORTED |= dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "g
 UNSUPPORTED |= dict.fromkeys(("structured_outputs", "structural_tag", "guided_decoding"), ASK_FOR_FORM)
 UNSUPPORTED |= dict.fromkeys(("modalities", "audio", "image_data", "web_search_options"), LEAVE_OUT)
 UNSUPPORTED |= dict.fromkeys(("min_tokens", "ignore_eos", "bad_words", "allowed_token_ids"), LEAVE_OUT)
-UNSUPPORTED |= dict.fromkeys(("use_beam_search", "prompt_logprobs", "chat_template"), LEAVE_OUT)
-UNSUPPORTED |= dict.fromkeys(("continue_final_message",), LEAVE_OUT)
+UNSUPPORTED |= dict.fromkeys(("use_beam_search", "prompt_logprobs", "include_stop_str_in_output"), LEAVE_OUT)
+UNSUPPORTED |= dict.fromkeys(("continue_final_message", "chat_template"), LEAVE_OUT)
 TOOL_FIELDS = {"tools": "tool_choice", "functions": "function_call"}
 OFF: tuple[Any, ...] = (None, False, "", [], {}, {"type": "text"}, ["text"])  # values that ask for nothing
 

@@ -192,8 +192,9 @@ class AnswerWriter:
                     yield self.encode(value)
                 yield self.end_marker
             except Exception as error:
-                log.warning("%s %s: %s", self.http.method, self.http.url.path, error)
-                yield self.encode(self.error(500, shortened(str(error))))
+                message = shortened(str(error))
+                log.warning("%s %s: %s", self.http.method, self.http.url.path, message)
+                yield self.encode(self.error(500, message))
 
     def _next_parts(self, answer: Answer, step: Step) -> bytes:
         """Adds a step to an answer, and returns what a stream sends for it."""

@@ -74,10 +74,10 @@ class OllamaGenerateBody(OllamaFields):
 
     @property
     def infills(self) -> bool:
-        """Whether the suffix asks to fill in the middle, though it is empty at the end of a file. Ollama's Go
-        client has no absent fields: there an empty suffix beside an empty system and template is none."""
+        """Whether there is a suffix, which is empty at the end of a file. An empty one means none beside a raw
+        prompt, and from Ollama's Go client, which sends every field: an empty system and template too."""
         sends_all = self.system == "" and self.template == ""
-        return bool(self.suffix) or (self.suffix is not None and not sends_all)
+        return bool(self.suffix) or (self.suffix == "" and not self.raw and not sends_all)
 
     def model_prompt(self, http: HttpRequest) -> Infill | TextPrompt | Chat:
         """With a suffix, an Infill. With `raw`, or a template that is the bare prompt, raw text. Otherwise a
@@ -85,9 +85,11 @@ class OllamaGenerateBody(OllamaFields):
         served, prompt = service(http), self.prompt or ""
         if self.infills:
             return self.infill(prompt, self.suffix)
-        bare = self.template is not None and self.template.replace(" ", "") == "{{.Prompt}}"
-        if self.raw or bare:
+        template = _without_spaces(self.template or "")
+        if self.raw or template == "{{.Prompt}}":
             return TextPrompt(prompt, raw=True, truncate=True)
+        if template not in ("", _without_spaces(ollama_template(served.chats))):
+            raise ValueError("template is not supported: send the whole prompt, with raw true")
         if served.chats:
             if self.context:
                 raise ValueError("context is not supported with an instruction-tuned model: use /api/chat")
@@ -260,6 +262,10 @@ def _models(http: HttpRequest) -> list[dict[str, Any]]:
     tags = ("latest", *served.adapters)
     facts = {"modified_at": _utc_time(), "size": served.size, "digest": "0" * 64, "details": DETAILS}
     return [{"name": f"{served.name}:{tag}", "model": f"{served.name}:{tag}", **facts} for tag in tags]
+
+
+def _without_spaces(template: str) -> str:
+    return "".join(template.split())
 
 
 def _utc_time(delay: timedelta = timedelta()) -> str:
