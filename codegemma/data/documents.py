@@ -69,24 +69,6 @@ class Outcome:
     size: int = 0  # bytes
 
 
-def decode(data: bytes) -> tuple[str, str]:
-    """The text of a file and its encoding; Latin-1 if it is not UTF-8. Raises ValueError for binary data."""
-    encoding = "utf-8"
-    if data.startswith(b"\xef\xbb\xbf"):
-        data, encoding = data[3:], "utf-8 with BOM"
-    elif data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16"), "utf-16 with BOM"
-    if b"\0" in data:
-        raise ValueError("binary")
-    try:
-        return data.decode("utf-8"), encoding
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    if len(re.findall(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]", text)) > len(text) / 100:
-        raise ValueError("binary")
-    return text, "latin-1 (not UTF-8)"
-
-
 def language_of(path: str, text: str = "") -> str:
     """The language of a file by extension, name or shebang, in lower case; "" where it is unknown."""
     from identify import identify

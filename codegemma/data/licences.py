@@ -9,7 +9,19 @@ from pathlib import PurePosixPath
 
 from codegemma.data.documents import RULES
 
-TAG = re.compile(r"SPDX-License-Identifier:\s*([A-Za-z0-9.+() -]+?)\s*(?:\*/|-->|$)", re.M)
+TAG = re.compile(
+    r"^\W*(?:copyright\b[^\n]*?\W)?SPDX-License-Identifier:\s*([A-Za-z0-9.+() -]+?)"
+    r"\s*(?:\*/|-->|\*\)|-\}|\]\]|$)",
+    re.M | re.I,
+)
+# A file's header: comments and blank lines before the first line of code.
+LINE_COMMENT = re.compile(
+    r"\s*(?:#|//|--(?!\[\[)|;|%|'(?!')|!|\.\.|\\|rem\b|@?echo off|dnl\b|<\?(?:php|xml)\b|<!doctype"
+    r"|['\"]use strict|$)",
+    re.I,
+)
+BLOCK_COMMENT = re.compile(r"\s*(/\*|<!--|\(\*|\{-|--\[\[|<#|=begin|=pod|#=(?!=))", re.I)
+BLOCK_ENDS = {"/*": "*/", "<!--": "-->", "(*": "*)", "{-": "-}", "--[[": "]]", "<#": "#>", "#=": "=#"}
 MANIFESTS = {
     "pyproject.toml": r'^license\s*=\s*(?:\{\s*text\s*=\s*)?["\']([^"\']+)["\']',
     "setup.cfg": r"^license\s*=\s*(.+)$",
@@ -58,11 +70,31 @@ def join(votes: list[tuple[int, str]]) -> str:
 
 
 def of_text(text: str, path: str, by_folder: dict[str, str]) -> str:
-    """A file's own SPDX tag, else the licence of the nearest folder above it that states one, else ""."""
-    if "SPDX-License-Identifier" in (head := text[:4000]) and (tag := TAG.search(head)):
-        return tag[1].strip()
+    """The SPDX tags of a file's header, all of which hold, else the licence of the nearest folder above it
+    that states one, else "".
+    """
+    if "SPDX-License-Identifier" in text[:4000] and (tags := TAG.findall(header(text[:4000]))):
+        return " AND ".join(sorted({tag.strip() for tag in tags}))
     folders = ["" if str(parent) == "." else str(parent) for parent in PurePosixPath(path).parents]
     return next((by_folder[folder] for folder in folders if by_folder.get(folder)), "")
+
+
+def header(text: str) -> str:
+    """The comments with which a text begins; a docstring is none."""
+    lines, end = [], ""
+    for line in text.split("\n"):
+        block = None if end else BLOCK_COMMENT.match(line)
+        if block:
+            end = BLOCK_ENDS.get(block[1].lower(), "=cut" if block[1] == "=pod" else "=end")
+            line_after = line[block.end() :]
+        elif end or LINE_COMMENT.match(line):
+            line_after = line
+        else:
+            break
+        lines.append(line)
+        if end and end in line_after:
+            end = ""
+    return "\n".join(lines)
 
 
 def match_text(text: str) -> str:

@@ -20,9 +20,12 @@ from typing import Any, Literal
 
 from codegemma.data import licences
 from codegemma.data.archives import ArchiveBomb, FileEntry, ReadLimits, tar_entries, unsafe_path, zip_entries
-from codegemma.data.documents import FILE_RULES, Document, Outcome, decode, language_of
-from codegemma.data.git import git_state
+from codegemma.data.documents import FILE_RULES, Document, Outcome, language_of
+from codegemma.data.encodings import decode, normal_lines
+from codegemma.data.git import git_folders, git_settings, git_state
 from codegemma.data.gitignore import IgnoreRules, folder_rules
+from codegemma.data.linguist import ATTRIBUTES_FILE, AttributeLine, attribute_lines, declared_reason
+from codegemma.data.notebooks import script_of
 
 FORMS: dict[str, str] = FILE_RULES["forms"]
 VENDORED = frozenset(FILE_RULES["vendored"])
@@ -109,7 +112,7 @@ def read(source: Source, limits: ReadLimits | None = None) -> Iterator[Document 
 
 # ---------------------------------------------------------------------------------------------- repositories
 def _read_repository(source: Source, limits: ReadLimits) -> Iterator[Document | Outcome]:
-    """The files of a checkout or an archive, in two passes: the first reads the licences of folders."""
+    """The files of a checkout or an archive, in two passes: the first reads licences and attributes."""
 
     def entries() -> Iterator[FileEntry]:
         if is_folder:
@@ -121,22 +124,47 @@ def _read_repository(source: Source, limits: ReadLimits) -> Iterator[Document | 
     name = source.name if is_folder else re.sub(ARCHIVE_ENDING, "", source.name)
     template = Document(remote or name, "", "", source=source.name, commit=commit, kind=source.kind)
     votes: dict[str, list[tuple[int, str]]] = {}
+    attributes: list[AttributeLine] = []
     top_folders: set[str] = set()
     for entry in entries():
         top_folders.add(entry.path.split("/")[0] if "/" in entry.path else "")
-        if not entry.reason and licences.is_statement(entry.path) and entry.size <= limits.file_bytes:
-            folder, vote = licences.of_file(entry.path, entry.load())
+        if entry.reason or entry.size > limits.file_bytes:
+            continue
+        if licences.is_statement(entry.path):
+            folder, vote = licences.of_file(entry.path, _load(entry))
             if vote:
                 votes.setdefault(folder, []).append(vote)
+        elif entry.path.rpartition("/")[2] == ATTRIBUTES_FILE:
+            attributes += attribute_lines(entry.path.removesuffix(ATTRIBUTES_FILE), _load(entry))
     # An archive often holds one folder, such as `thing-1.0`: it is removed from paths.
     is_wrapped = not is_folder and len(top_folders) == 1 and "" not in top_folders
     top = top_folders.pop() if is_wrapped else ""
     by_folder = {
         folder.removeprefix(top).lstrip("/"): licences.join(stated) for folder, stated in votes.items()
     }
+    attributes.sort(key=lambda line: line.folder.count("/"))  # the deeper file counts
+    if is_folder:
+        attributes = _own_attributes(source.path, attributes)
     for entry in entries():
         path = entry.path.removeprefix(f"{top}/") if top else entry.path
+        entry = replace(entry, reason=entry.reason or declared_reason(entry.path, attributes))
         yield _read_entry(replace(template, path=path), entry, by_folder, limits)
+
+
+def _load(entry: FileEntry) -> bytes:
+    """The bytes of a file that says something of others; none where it cannot be read."""
+    try:
+        return entry.load()
+    except OSError:
+        return b""
+
+
+def _own_attributes(root: Path, lines: list[AttributeLine]) -> list[AttributeLine]:
+    """The lines, those of the user's file before them, and of the repository's info/attributes behind."""
+    folders = git_folders(root)
+    files = [git_settings(root).attributes_file, *([folders.common / "info/attributes"] if folders else [])]
+    own = [attribute_lines("", file.read_bytes()) if file.is_file() else [] for file in files]
+    return [*own[0], *lines, *(own[1] if folders else [])]
 
 
 def _read_entry(
@@ -150,11 +178,27 @@ def _read_entry(
         return Outcome(repository, path, "dropped", entry.reason or "too large", size=entry.size)
     try:
         text, encoding = decode(entry.load())
+        return _finish(replace(template, text=text, encoding=encoding), by_folder)
     except (ValueError, OSError) as error:
-        reason = "binary" if isinstance(error, ValueError) else "unreadable"
+        reason = str(error) if isinstance(error, ValueError) else "unreadable"
         return Outcome(repository, path, "dropped", reason, type(error).__name__, size=entry.size)
-    licence = licences.of_text(text, path, by_folder)
-    return replace(template, text=text, language=language_of(path, text), licence=licence, encoding=encoding)
+
+
+def _finish(document: Document, by_folder: dict[str, str]) -> Document:
+    """A document as its author wrote it (a notebook as a script), with language, licence and \\n as line end.
+
+    Raises ValueError where a notebook is none.
+    """
+    text, path, language = document.text, document.path, document.language
+    if document.kind == "code" and path.endswith(".ipynb"):
+        text, language = script_of(text)
+    text = normal_lines(text)
+    return replace(
+        document,
+        text=text,
+        language=language or language_of(path, text),
+        licence=document.licence or licences.of_text(text, path, by_folder),
+    )
 
 
 def _one_line(path: str) -> str:
@@ -244,8 +288,8 @@ def _read_row(source: Source, row: dict[str, Any], number: int, limits: ReadLimi
     if isinstance(text, bytes):
         try:
             text, encoding = decode(text)
-        except ValueError:
-            return Outcome(repository, path, "dropped", "binary", size=len(row["text"]))
+        except ValueError as error:
+            return Outcome(repository, _one_line(path), "dropped", str(error), size=len(row["text"]))
     if not isinstance(text, str):
         return Outcome(repository, path, "dropped", "unreadable", "no text")
     reasons = {
@@ -256,9 +300,11 @@ def _read_row(source: Source, row: dict[str, Any], number: int, limits: ReadLimi
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), "") or unsafe_path(path):
         return Outcome(repository, _one_line(path), "dropped", reason, size=len(text))
-    language = language_of(path, text) if source.kind == "code" else "text"
     value = row.get("licence") or []
     names = [value] if isinstance(value, str) else [name for name in value if isinstance(name, str)]
-    licence = " OR ".join(sorted(names)) or licences.of_text(text, path, {})
-    commit = str(row.get("commit") or "")
-    return Document(repository, path, text, language, licence, source.name, commit, encoding, source.kind)
+    language, licence = "text" if source.kind != "code" else "", " OR ".join(sorted(names))
+    document = Document(repository, path, text, language, licence, source.name, kind=source.kind)
+    try:
+        return _finish(replace(document, commit=str(row.get("commit") or ""), encoding=encoding), {})
+    except ValueError as error:
+        return document.outcome("dropped", str(error))

@@ -1,0 +1,200 @@
+"""The text of a file's bytes: its byte order mark, UTF-8, the encoding that it declares, or a safe detection.
+
+A text in an encoding that is taken for another (mojibake) is worse than none: where nothing is sure, the file
+is refused.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+
+# UTF-32's little-endian mark begins with that of UTF-16, and so comes first.
+MARKS = (
+    *((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
+    *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
+)
+# In one of the first two lines, in a comment (PEP 263, Emacs, Vim, Ruby), XML's or CSS's declaration.
+DECLARATION = re.compile(
+    rb"""[ \t\f]*(?:#|//|/?\*|--|;|%|"|<[!?]|@(?=charset))"""
+    rb"""[^\n]*?(?:coding[:=]|charset[= ])[ \t]*["']?([-\w.]+)"""
+)
+META = re.compile(rb"""<meta[^>]+charset=["']?([-\w.]+)""", re.I)
+# Encodings of Python that are no character sets, or do without bytes above 127.
+NOT_DECLARED = frozenset({"unicode_escape", "raw_unicode_escape", "utf_7", "idna", "punycode", "undefined"})
+# What declares a set is often written in its superset (the WHATWG's labels say so too).
+SUPERSETS = {
+    **{
+        "iso8859-1": "cp1252",
+        "ascii": "cp1252",
+        "iso8859-9": "cp1254",
+        "gb2312": "gb18030",
+        "gbk": "gb18030",
+    },
+    **{"shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"},
+}
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+DETECTED_BYTES = 50_000  # of lines with bytes above 127, which say more than all lines
+DETECTED = [*(f"cp{number}" for number in range(1250, 1259)), "koi8_r", "koi8_u", "cp866", "iso8859_2"]
+DETECTED += ["cp932", "euc_jp", "gb18030", "big5", "cp949"]
+MIN_COHERENCE = 0.1  # of charset-normalizer: how much the letters' frequencies are those of a language
+WESTERN = frozenset("äöüßÄÖÜéèêëàâçîïôûùœæøåÅØÆñÑáíóúÁÉÍÓÚÀÈÊÇãõÃÕìòÿŒ“”‘’„‚–—…•©®™°±µ·«»§¿¡£€¥²³½¼×÷\xa0")
+SIGN_IN_WORD = re.compile(r"[^\W\d_][©®°±µ·«»§¿¡£€¥²³½¼×÷„‚][^\W\d_]")
+CYRILLIC_WORD = re.compile(r"[А-ЯЁ]?[а-яё]+|[А-ЯЁ]{2,}|[А-ЯЁ]")
+# Among the commonest characters of Chinese comments, in either script.
+COMMON_CHINESE = frozenset(
+    "的一是不了在有我中大上下个個这這为為用时時数數字符返回文件函参參值类類取设設计計算结結果你好世界圆圓面积積"
+)
+
+
+def decode(data: bytes) -> tuple[str, str]:
+    """The text of a file and its encoding.
+
+    Raises ValueError("binary") or ValueError("unknown encoding").
+    """
+    marked = [(mark, name) for mark, name in MARKS if data.startswith(mark)]
+    for mark, name in marked:
+        if (text := _strict(data[len(mark) :] if name == "utf-8" else data, name)) is not None:
+            return _text(text), f"{name} with BOM"
+    if marked:
+        raise ValueError("unknown encoding")
+    if b"\0" in data:
+        return _wide(data)
+    text, declared = _strict(data, "utf-8"), _declared(data)
+    declared = declared or ("iso2022_jp" if b"\x1b$B" in data or b"\x1b$@" in data else "")
+    is_escaped = declared.startswith(("iso2022", "hz")) and (b"\x1b" in data or b"~{" in data)
+    if text is not None and not is_escaped and (text.isascii() or not _is_multibyte(declared)):
+        return text, "utf-8"
+    for name in (declared, SUPERSETS.get(declared, "")):
+        by_name = _strict(data, name) if name else None
+        if by_name is not None and not CONTROL.search(by_name):
+            return by_name, name
+    if text is not None:
+        return text, "utf-8"
+    if len(CONTROL.findall(data.decode("latin-1"))) > len(data) / 100 and not _detected(data):
+        raise ValueError("binary")
+    if name := _detected(data):
+        return data.decode(name), name
+    raise ValueError("unknown encoding")
+
+
+def normal_lines(text: str) -> str:
+    r"""The text with \n at the end of each line, as editors send it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _strict(data: bytes, name: str) -> str | None:
+    try:
+        return data.decode(name)
+    except (UnicodeError, LookupError):
+        return None
+
+
+def _text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("binary")
+    return text
+
+
+def _wide(data: bytes) -> tuple[str, str]:
+    """UTF-16 or UTF-32 without a mark: mostly ASCII characters, as in code, and no control characters."""
+    for name in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
+        text = _strict(data, name)
+        if text and not CONTROL.search(text) and sum(map(str.isascii, text)) > len(text) / 2:
+            return text, name
+    raise ValueError("binary")
+
+
+def _declared(data: bytes) -> str:
+    """The name that Python gives the encoding that a file declares; "" where there is none that it knows."""
+    lines = data[:2048].splitlines()[:2]
+    match = next(filter(None, map(DECLARATION.match, lines)), None) or META.search(data[:1024])
+    if match is None:
+        return ""
+    label = re.sub(r"-(unix|dos|mac)$", "", match[1].decode("ascii", "replace").lower())
+    try:
+        codec = codecs.lookup(label)
+    except LookupError:
+        return ""
+    is_text = getattr(codec, "_is_text_encoding", True) and codec.name.replace("-", "_") not in NOT_DECLARED
+    return codec.name if is_text and not codec.name.startswith("utf") else ""
+
+
+def _is_multibyte(name: str) -> bool:
+    return bool(name) and len(b"\xc3\xa9".decode(name, "replace")) < 2
+
+
+def _detected(data: bytes) -> str:
+    """The encoding of bytes that are not UTF-8; "" where it is not sure."""
+    high = b"\n".join(line for line in data.splitlines() if not line.isascii())[:DETECTED_BYTES]
+    for name in _candidates(high):
+        if (text := _strict(data, name)) is not None and not CONTROL.search(text):
+            return name
+    return ""
+
+
+def _candidates(high: bytes) -> Iterator[str]:
+    from charset_normalizer import from_bytes
+
+    likely = {
+        str(match): match.encoding
+        for match in reversed(list(from_bytes(high, cp_isolation=DETECTED)))
+        if match.coherence >= MIN_COHERENCE > match.chaos and not SIGN_IN_WORD.search(str(match))
+    }
+    if len(likely) == 1:
+        yield from likely.values()
+    elif not likely and _is_western(high):
+        yield "cp1252"
+    else:
+        yield from (name for name in ("cp1251", "koi8_r", "cp866") if _is_cyrillic(high, name))
+        yield from _east_asian(high)
+
+
+def _is_western(high: bytes) -> bool:
+    """Whether bytes above 127 are letters among ASCII letters, or typographic signs, in cp1252."""
+    text = _strict(high, "cp1252") or ""
+    is_known = set(text) - WESTERN <= set(map(chr, range(128)))
+    return (
+        bool(text)
+        and is_known
+        and not SIGN_IN_WORD.search(text)
+        and not re.search(r"[^\W\d_a-zA-Z]{3}", text)
+    )
+
+
+def _is_cyrillic(high: bytes, name: str) -> bool:
+    """Whether all words with bytes above 127 are Cyrillic, with vowels and capitals as words have them."""
+    text = _strict(high, name) or ""
+    words = re.findall(r"[^\W\d_a-zA-Z]+", text)
+    others = set(re.sub(r"[\x00-\x7f«»–—…№\xa0“”„]", "", text)) - set("".join(words))
+    lower = sum(word.islower() or word[1:].islower() for word in words)
+    has_vowels = all(re.search("[аеёиоуыэюя]", word.lower()) for word in words if len(word) > 3)
+    is_shaped = all(map(CYRILLIC_WORD.fullmatch, words)) and lower >= len(words) / 2
+    size, has_capital = sum(map(len, words)), any(not word.islower() for word in words)
+    return size >= (6 if has_capital else 12) and not others and has_vowels and is_shaped
+
+
+def _east_asian(high: bytes) -> Iterator[str]:
+    """Japanese by its kana, Korean by whole words of Hangul, Chinese by its commonest characters."""
+    texts = {name: _strict(high, name) for name in ("cp932", "euc_jp", "cp949", "gb18030", "big5")}
+    wide = {
+        name: re.sub(r"[\x00-\x7f\u3000-\u303f\uff01-\uff5e]", "", text)
+        for name, text in texts.items()
+        if text
+    }
+    for name in ("cp932", "euc_jp"):
+        kana = len(re.findall(r"[\u3041-\u30ff]", wide.get(name, "")))
+        if (
+            kana >= 3
+            and kana >= len(wide[name]) / 4
+            and re.fullmatch(r"[\u3041-\u30ff\u4e00-\u9fff]*", wide[name])
+        ):
+            yield name
+    common = {name: sum(map(COMMON_CHINESE.__contains__, wide.get(name, ""))) for name in ("gb18030", "big5")}
+    likely = max(common, key=common.__getitem__)
+    is_chinese = re.fullmatch(r"[\u4e00-\u9fff]*", wide.get(likely, " "))
+    if is_chinese and common[likely] >= 2 and common[likely] > 2 * min(common.values()):
+        yield likely
+    elif len(wide.get("cp949", "")) >= 8 and re.fullmatch(r"[\uac00-\ud7a3]*", wide["cp949"]):
+        yield "cp949"
