@@ -39,6 +39,7 @@ class Letters:
         fim_suffix=261,
         file_separator=262,
     )
+    end_ids = frozenset()
 
     def encode(self, text):
         return list(text.encode())

@@ -1,5 +1,7 @@
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from evaldata import output_of, records
@@ -24,6 +26,23 @@ def test_humaneval_references_pass_and_wrong_answers_fail():
     assert count_passed(code.humaneval_program, items, references) == (164, 164)
     wrong = ["    return 'no such answer'\n"] * len(items)
     assert count_passed(code.humaneval_program, items, wrong) == (0, 164)
+
+
+def test_humaneval_answers_end_where_the_published_harness_ends_them():
+    test = "def check(candidate):\n    assert candidate([2, 1]) == [1, 2]\n"
+    item = Item("x", "def order(xs):\n", target={"test": test, "entry_point": "order"})
+    ends = {
+        "@lru_cache\ndef g():": True,
+        "```\nThis sorts.": True,
+        "# Sorted.\nx = (": True,
+        "class A(": True,
+        "async def g():\n    await": False,  # the harness stops at none of these
+        "from x import y": False,
+        "for i in range(": False,
+    }
+    outputs = [output_of(f"    return sorted(xs)\n\n{text}") for text in ends]
+    verdicts = dict(code.judge_python(code.humaneval_program, 60.0, [item] * len(ends), outputs))
+    assert [verdicts[i].passed for i in range(len(ends))] == [*ends.values()]
 
 
 def test_mbpp_references_pass_and_wrong_answers_fail():
@@ -220,6 +239,24 @@ def test_a_compiler_that_is_there_but_broken_is_reported(script, tmp_path, monke
             Toolchain.find(key)
     report = {key: (ready, message) for key, ready, message in doctor.languages()}
     assert not report["rust"][0] and "broken" in report["rust"][1] and report["python"][0]
+
+
+@pytest.mark.parametrize(("key", "tool"), [("cpp", "g++"), ("javascript", "node")])
+def test_a_tool_that_prints_its_version_and_works_no_more_is_reported(key, tool, monkeypatch):
+    """Else every answer in its language would be wrong, and the score 0."""
+    script = '#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit\necho no linker >&2; exit 1\n'
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # a sandbox has a /tmp of its own
+        bin = Path(folder, "bin")
+        bin.mkdir()
+        (bin / tool).write_text(script)
+        (bin / tool).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+        with pytest.raises(
+            LookupError, match="there but broken(.|\n)*no linker.*repair it, or apt-get install"
+        ):
+            Toolchain.working(key)
+        row = next(row for row in doctor.languages() if row[0] == key)
+    assert not row[1] and "no linker" in row[2]
 
 
 def test_braces_that_a_stop_text_cut_off_are_put_back():

@@ -86,8 +86,9 @@ def _run(names: Sequence[str], options: RunOptions, skip: bool) -> None:
     """Runs benchmarks and writes the report. `skip` leaves out those whose data is missing."""
     from codegemma.evals import report
     from codegemma.evals.doctor import require
+    from codegemma.evals.local import LocalModel
     from codegemma.evals.records import Records
-    from codegemma.evals.run import TASKS, EvalSettings, run
+    from codegemma.evals.run import AS_COMPLETE, TASKS, EvalSettings, run
     from codegemma.sandbox import SandboxError, default
 
     if unknown := [name for name in names if name not in TASKS]:
@@ -100,9 +101,12 @@ def _run(names: Sequence[str], options: RunOptions, skip: bool) -> None:
             require(default())
         model = open_model(options.model, options.endpoint, options.adapter)
         for name, task in zip(names, tasks, strict=True):
+            asked = model
+            if options.adapter is None and name in AS_COMPLETE and isinstance(model, LocalModel):
+                asked = model.completing()
             try:
                 with Progress() as bar:
-                    run(task, model, records, options.out, settings, resume=options.resume, progress=bar)
+                    run(task, asked, records, options.out, settings, resume=options.resume, progress=bar)
             except LookupError as error:
                 if not skip:
                     raise ValueError(str(error)) from error

@@ -16,7 +16,7 @@ from codegemma.evals.task import GenerationTask, Item, Items, ModelOutput, Progr
 
 HUMANEVAL_SECONDS = 3.0  # the limit of its published harness
 MBPP_SECONDS = 10.0  # no limit is published, and a reference solution can take 3 s
-HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")  # of bigcode's harness
 
 
 def humaneval_items(records: Records) -> tuple[list[Item], str]:
@@ -126,7 +126,7 @@ def run_babelcode(
         yield i, Verdict(passed, outcome, babelcode_program(records[i], bodies[i]), output)
 
 
-toolchain = cache(Toolchain.find)
+toolchain = cache(Toolchain.working)
 
 
 def _babelcode(dataset: str, prefix: str, title: str, key: str) -> GenerationTask:

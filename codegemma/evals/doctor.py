@@ -73,18 +73,11 @@ def languages() -> Iterator[tuple[str, bool, str]]:
 
     A language is ready if a right program passes, and a wrong one and one that does not compile fail.
     """
-    for key, language in LANGUAGES.items():
+    for key in LANGUAGES:
         try:
-            toolchain = Toolchain.find(key)
-            programs = [language.proof.replace("OP", word) for word in ("+", "-", "+ +* (")]
-            results = dict(toolchain.run_all(programs, seconds=60))
-            toolchain.sandbox.close()
+            toolchain = Toolchain.working(key)
         except (LookupError, SandboxError) as error:
             yield key, False, str(error)
-            continue
-        passed = [results[i].outcome == "passed" and "TEST-0...PASSED" in results[i].stdout for i in range(3)]
-        if passed == [True, False, False]:
-            yield key, True, toolchain.version
         else:
-            fault = f"a right, a wrong and a broken program were judged {passed}: {results[0].stderr[-300:]}"
-            yield key, False, f"{toolchain.version}: {fault}"
+            toolchain.sandbox.close()
+            yield key, True, toolchain.version

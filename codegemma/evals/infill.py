@@ -1,4 +1,4 @@
-"""HumanEval infilling with the model's FIM control ids, in PSM and SPM order; left to right as a baseline."""
+"""HumanEval infilling as `complete` asks a model, in either order of its FIM ids, and left to right."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ TITLES = {
     "multi": "Infilling, multi-line",
     "span": "Infilling, random span",
 }
-LAYOUTS: dict[Layout, tuple[str, str]] = {  # the ends of a task's title and name
-    "psm": ("", ""),
+LAYOUTS: dict[Layout | None, tuple[str, str]] = {  # the ends of a task's title and name
+    None: ("", ""),
+    "psm": (" (PSM)", "-psm"),
     "spm": (" (SPM)", "-spm"),
     "prefix": (" (left to right)", "-l2r"),
 }
 MAX_TOKENS = 128  # as in CodeGemma's report
 
 
-def infill_items(name: str, layout: Layout, records: Records) -> tuple[list[Item], str]:
+def infill_items(name: str, records: Records) -> tuple[list[Item], str]:
     """The items of one of the three sets, whose target is the record."""
     items = [Item(r["task_id"], r["prompt"], suffix=r["suffix"], target=r) for r in records(name)]
-    shown = "the prefix alone" if layout == "prefix" else f"FIM ids in {layout.upper()} order"
-    return items, f"0-shot, {shown}, at most {MAX_TOKENS} tokens"
+    return items, f"0-shot, at most {MAX_TOKENS} tokens, nothing trimmed"
 
 
 def infill_program(item: Item, output: ModelOutput) -> str:
@@ -57,12 +57,12 @@ def judge(
         yield i, replace(verdict, exact=verdict.program == reference)
 
 
-def _task(kind: str, layout: Layout) -> GenerationTask:
+def _task(kind: str, layout: Layout | None) -> GenerationTask:
     title_end, name_end = LAYOUTS[layout]
     return GenerationTask(
         f"infill-{kind}{name_end}",
         TITLES[kind] + title_end,
-        partial(infill_items, f"infill-{kind}", layout),
+        partial(infill_items, f"infill-{kind}"),
         partial(judge, left_to_right_program if layout == "prefix" else infill_program),
         MAX_TOKENS,
         layout=layout,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from codegemma.files import cache_dir
-from codegemma.sandbox import Limits, Result, Sandbox, SandboxError
+from codegemma.sandbox import Limits, Result, Sandbox
 
 INSTALLED = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) / "codegemma/languages"
 BUILD = Limits(seconds=60, memory=2 << 30, disk=256 << 20, processes=256, open_files=1024)
@@ -62,6 +62,25 @@ class Toolchain:
     sandbox: Sandbox = field(repr=False)
 
     @classmethod
+    def working(cls, key: str, workers: int | None = None) -> Toolchain:
+        """The tools of a language that can tell right from wrong. Raises LookupError where they cannot.
+
+        A compiler that prints its version, but cannot link, would make every answer wrong.
+        """
+        toolchain = cls.find(key, workers)
+        programs = [toolchain.language.proof.replace("OP", word) for word in ("+", "-", "+ +* (")]
+        results = dict(toolchain.run_all(programs, seconds=60))
+        passed = [results[i].outcome == "passed" and "TEST-0...PASSED" in results[i].stdout for i in range(3)]
+        if passed != [True, False, False]:
+            toolchain.sandbox.close()
+            reason = (results[0].stderr.strip() or results[0].stdout.strip() or results[0].outcome)[-300:]
+            raise LookupError(
+                f"{toolchain.language.name}: {toolchain.version} is there but broken (a right, a wrong and a "
+                f"broken program were judged {passed}: {reason}): repair it, or {toolchain.language.install}"
+            )
+        return toolchain
+
+    @classmethod
     def find(cls, key: str, workers: int | None = None) -> Toolchain:
         """The tools of a language. Raises LookupError, with the remedy, where one is missing or broken."""
         language = LANGUAGES[key]
@@ -103,7 +122,8 @@ class Toolchain:
         command = self.command(self.language.build)
         result = self.sandbox.run(command, files, env=env, collect=["cache"], limits=limits)
         if result.outcome != "passed":
-            raise SandboxError(f"Go's cache could not be made: {result.outcome}: {result.stderr[-500:]}")
+            fault = f"Go: {self.paths['go']} is there but broken ({result.outcome}: {result.stderr[-500:]})"
+            raise LookupError(f"{fault}: repair it, or {self.language.install}")
         for byte in range(256):  # Go wants all of these folders, and cannot make them in a read-only cache
             (folder / f"{byte:02x}").mkdir(exist_ok=True)
         for name, content in result.files.items():
@@ -135,12 +155,12 @@ class Toolchain:
         command, source = self.command(self.language.build), self.language.source
         if not self.language.batch:
             [(i, text)] = programs.items()
-            files = {source: text.encode()}
+            files = {source: text.encode(errors="replace")}
             if not command:
                 return {i: Result("passed", 0, "", "", 0.0, files)}
             return {i: self.sandbox.run(command, files, env=self.env, collect=["main.exe"], limits=BUILD)}
         driver = _driver(self.sandbox)
-        batch = {f"in/{i}/{source}": text.encode() for i, text in programs.items()} | driver
+        batch = {f"in/{i}/{source}": text.encode(errors="replace") for i, text in programs.items()} | driver
         limits = replace(BUILD, seconds=60 + 10 * len(programs))
         result = self.sandbox.run(command, batch, env=self.env, collect=["out"], limits=limits)
         if result.outcome != "passed" and len(programs) > 1:  # one of them crashed the compiler: find it
@@ -168,7 +188,10 @@ def _driver(sandbox: Sandbox) -> dict[str, bytes]:
     files = {"Batch.java": Path(__file__).with_name("Batch.java").read_bytes()}
     result = sandbox.run(["javac", "Batch.java"], files, collect=["Batch.class"], limits=BUILD)
     if result.outcome != "passed":
-        raise SandboxError(f"javac cannot build Batch.java: {result.outcome}: {result.stderr[-500:]}")
+        raise LookupError(
+            f"Java: javac is there but broken, it cannot build Batch.java ({result.outcome}: "
+            f"{result.stderr[-500:]}): repair it, or {LANGUAGES['java'].install}"
+        )
     return result.files
 
 

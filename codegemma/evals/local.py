@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from codegemma import hub
 from codegemma.evals.task import Decoding, IdPair, ModelOutput, Score, StopReason
 from codegemma.generate.engine import Batch
 from codegemma.generate.model import Model
 from codegemma.generate.request import Request
+from codegemma.generate.resolve import layout_for
 from codegemma.generate.running import RunningRequest, Stop
 from codegemma.native import PAGE
+from codegemma.prompts import Layout
 
 MAX_SEQUENCES = 32  # that are decoded together: two groups of the packed kernels; more are no faster
 CACHE_BYTES = 4 << 30  # of the keys and values of these sequences, at 1,024 tokens each
@@ -29,8 +32,17 @@ class LocalModel:
     def __init__(self, model: Model, adapter: str = "none") -> None:
         self.model, self.engine, self.adapter = model, model.engine, adapter
         self.tokenizer = model.tokenizer
-        self.name = model.preset.name if model.preset else model.path.name
+        self.name = model.preset.name if model.preset else hub.name_of(model.path)
         self.name += f" with {adapter}" if adapter != "none" else ""
+
+    @property
+    def layout(self) -> Layout:
+        """The order in which `complete` asks the model with this adapter to fill a hole."""
+        return layout_for("auto", self.model.fim_orders(self.adapter))
+
+    def completing(self) -> LocalModel:
+        """The model with the adapter that `complete` applies by default."""
+        return LocalModel(self.model, self.model.completing_adapter())
 
     def sample(self, prompts: list[list[int]], decoding: Decoding) -> Iterator[tuple[int, int, ModelOutput]]:
         """See EvaluatedModel."""
@@ -50,6 +62,8 @@ class LocalModel:
             with self.engine.lock:
                 steps = batch.step()
             for running, step in steps:
+                if isinstance(step, Exception):
+                    raise step
                 texts[running] += step.text
                 if step.stop is not None:
                     i, number, start = started.pop(running)
@@ -78,7 +92,8 @@ class LocalModel:
                 if engine.cached(ids, self.adapter) < len(ids) - 1:
                     batch.add(Request(ids[:-1], max_tokens=0, adapter=self.adapter))
             while batch.running:
-                batch.step()
+                if fault := next((step for _, step in batch.step() if isinstance(step, Exception)), None):
+                    raise fault
             slices = []
             for context, continuation in pairs:
                 request = Request([*context, *continuation[:-1]], max_tokens=0, adapter=self.adapter)

@@ -45,6 +45,15 @@ class Records:
     offline: bool = False
     _by_name: dict[str, list[Record]] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where the folder is none, before the Hub is asked for what it lacks."""
+        if self.folder is not None and not self.folder.is_dir():
+            fault = "is a file, not a folder" if self.folder.exists() else "does not exist"
+            raise ValueError(
+                f"--data {self.folder} {fault}: name the folder with the benchmarks' files, or leave --data "
+                "out to get them from the Hugging Face Hub"
+            )
+
     def __call__(self, name: str) -> list[Record]:
         """The records of a benchmark. Raises LookupError that says where to get them."""
         if name not in self._by_name:

@@ -56,20 +56,24 @@ def write(folder: Path) -> Path:
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """The scores in percent with 95 % intervals beside the published ones, then the times."""
+    """The scores in percent with 95 % intervals beside the published ones, then the times: wall time, and the
+    mean time of an answer while others run beside it.
+    """
     scores = [["benchmark", "score", "95 %", "items", *VARIANTS, "how"]]
-    times = [["benchmark", "seconds", "per answer", "tokens", "why it stopped", "programs ran on"]]
+    times = [["benchmark", "seconds", "tokens/s", "s/answer", "tokens", "why it stopped", "programs ran on"]]
     for r in results.values():
         rules = "".join(f"; {rule} {100 * value:.1f}" for rule, value in r["more"].items())
         low, high = f"{100 * r['low']:.1f}", f"{100 * r['high']:.1f}"
         published = ["" if value is None else f"{value:.1f}" for value in r["published"]]
         score = f"{100 * r['score']:.1f}"
         scores.append([r["title"], score, f"{low} - {high}", r["items"], *published, r["note"] + rules])
-        if samples := r["times"]["samples"]:
+        if r["times"]["samples"]:
             seconds, tokens = r["times"]["seconds"], r["times"]["tokens"]
+            rate, latency = tokens / max(seconds, 1e-9), r["times"].get("answer_seconds", 0.0)
             stops = ", ".join(f"{reason} {count}" for reason, count in r["times"]["stops"].items())
             runs_on = r["times"].get("runs_on", "")
-            times.append([r["title"], f"{seconds:.1f}", f"{seconds / samples:.3f}", tokens, stops, runs_on])
+            row = [r["title"], f"{seconds:.1f}", f"{rate:.1f}", f"{latency:.3f}", tokens, stops, runs_on]
+            times.append(row)
     text = f"# {', '.join(sorted({r['model'] for r in results.values()}))}\n\n" + _table(scores)
     return text + ("\n## Time\n\n" + _table(times) if len(times) > 1 else "")
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -35,13 +36,20 @@ from codegemma.evals.task import (
     subset,
 )
 from codegemma.files import atomic_write
-from codegemma.prompts import fim_stops
+from codegemma.prompts import Layout, fim_stops
 
 TASKS: dict[str, Task] = {**code.TASKS, **infill.TASKS, **language.TASKS, **maths.TASKS}
 NOT_ON_THE_CARD = ("infill-span", "arc-e")
-# The benchmarks of CodeGemma's model card, which has no orders of infilling but PSM.
-CARD = [name for name in TASKS if not name.endswith(("-spm", "-l2r")) and name not in NOT_ON_THE_CARD]
+# Benchmarks that ask a model as `complete` does, in its own order and with its own adapter.
+AS_COMPLETE = [name for name, task in infill.TASKS.items() if task.layout is None]
+# The benchmarks of CodeGemma's model card, which has one order of infilling, that of the model.
+CARD = [name for name in TASKS if not name.endswith(("-psm", "-spm", "-l2r")) and name not in NOT_ON_THE_CARD]
 MAX_CHARACTERS = 4_000  # of a prompt (its end) and of a program's output in the samples file
+SHOWN: dict[Layout, str] = {  # what a model sees of an item with a suffix
+    "psm": "FIM ids in PSM order",
+    "spm": "FIM ids in SPM order",
+    "prefix": "the prefix alone",
+}
 CHOICE_BATCH = 32  # items whose choices are scored in one call
 
 Answer = dict[str, Any]  # a ModelOutput or a Score as JSON
@@ -85,6 +93,8 @@ def run(
     settings = settings or EvalSettings()
     out.mkdir(parents=True, exist_ok=True)
     _expect_no_others(out, task.name)
+    if isinstance(task, GenerationTask):
+        task = replace(task, layout=task.layout or getattr(model, "layout", "psm"))
     identity = {"task": task.name, "model": model.name, **asdict(settings)}
     summary_file = out / f"{task.name}.json"
     if resume and summary_file.exists():
@@ -92,7 +102,10 @@ def run(
         _check_identity({name: summary[name] for name in identity}, identity, summary_file)
         return summary
     all_items, note = task.items(records)
+    runs_on = task.runs_on() if isinstance(task, GenerationTask) and task.runs_on else ""
     items = subset(all_items, settings.limit)
+    if isinstance(task, GenerationTask) and items[0].suffix is not None:
+        note += f"; {SHOWN[task.layout or 'psm']}"
     if len(items) < len(all_items):
         note += f"; a fixed subset of {len(items)} of {len(all_items)}"
     answers = _AnswerFile(out / f"{task.name}.partial.jsonl", identity, resume)
@@ -106,12 +119,10 @@ def run(
         progress(task.name, done, len(items))
     if isinstance(task, GenerationTask):
         samples = _generated_samples(task, items, answers.by_id)
-        runs_on = task.runs_on() if task.runs_on else ""
     else:
         samples = [_choice_sample(item, answers.by_id[item.id], task.rule) for item in items]
-        runs_on = ""
     summary = identity | _summary(task, samples, settings) | {"note": note}
-    times = _times(answers.by_id) | {"runs_on": runs_on}
+    times = {"seconds": answers.seconds, **_times(answers.by_id), "runs_on": runs_on}
     _write(out / f"{task.name}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     _write(out / f"{task.name}.times.json", json.dumps(times, indent=1) + "\n")
     _write(summary_file, json.dumps(summary, indent=1) + "\n")
@@ -133,24 +144,26 @@ def _expect_no_others(out: Path, task: str) -> None:
 
 class _AnswerFile:
     """Answers by item id, appended to a file as they come. Its first line is the run's identity: the task,
-    the model and the settings.
+    the model and the settings. `seconds` is the wall time from start to last answer, without interruptions.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool) -> None:
-        self.path, self.by_id = path, dict[str, list[Answer]]()
+        self.path, self.by_id, self.seconds = path, dict[str, list[Answer]](), 0.0
         lines = []
         if resume and path.exists():
             lines = path.read_text().split("\n")[:-1]  # drops a line that was cut off
         if lines:
             _check_identity(json.loads(lines[0]), identity, path)
-        for line in lines[1:]:
-            self.by_id |= json.loads(line)
+        for line in map(json.loads, lines[1:]):
+            self.by_id[line["item"]], self.seconds = line["answers"], line["seconds"]
+        self._start = time.perf_counter() - self.seconds
         _write(path, "".join(line + "\n" for line in lines or [json.dumps(identity)]))
 
     def add(self, item: Item, answers: list[Answer]) -> None:
-        self.by_id[item.id] = answers
+        self.by_id[item.id], self.seconds = answers, time.perf_counter() - self._start
         with self.path.open("a") as file:
-            file.write(json.dumps({item.id: answers}) + "\n")
+            line = {"item": item.id, "answers": answers, "seconds": self.seconds}
+            file.write(json.dumps(line) + "\n")
 
 
 def _check_identity(recorded: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
@@ -250,7 +263,8 @@ def _summary(task: Task, samples: list[Sample], settings: EvalSettings) -> dict[
     if "exact" in samples[0]:
         more["exact"] = fmean(sample["exact"] for sample in samples)
     if task.name == "gsm8k":
-        more["strict"] = fmean("strict" in sample["outcome"] for sample in samples)
+        for rule in ("strict", "flexible"):
+            more[rule] = fmean(rule in sample["outcome"] for sample in samples)
     return {
         "title": task.title,
         "group": task.group,
@@ -264,10 +278,11 @@ def _summary(task: Task, samples: list[Sample], settings: EvalSettings) -> dict[
 
 
 def _times(answers: dict[str, list[Answer]]) -> dict[str, Any]:
+    """Figures of generated answers. Answers run together, so their `answer_seconds`, a mean, overlap."""
     timed = [answer for samples in answers.values() for answer in samples if "seconds" in answer]
     return {
         "samples": len(timed),
-        "seconds": sum(answer["seconds"] for answer in timed),
+        "answer_seconds": fmean(answer["seconds"] for answer in timed) if timed else 0.0,
         "tokens": sum(len(answer["ids"]) for answer in timed),
         "stops": dict(sorted(Counter(answer["stop_reason"] for answer in timed).items())),
     }

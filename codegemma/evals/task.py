@@ -100,7 +100,9 @@ Items = Callable[[Records], tuple[list[Item], str]]  # the questions, and a note
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """A benchmark whose answers are generated. `runs_on` gives the version of what runs their programs."""
+    """A benchmark whose answers are generated. `runs_on` gives the version of what runs their programs, or
+    raises LookupError. `layout` is the order of an item with a suffix; None is the model's own.
+    """
 
     name: str
     title: str
@@ -108,7 +110,7 @@ class GenerationTask:
     judge: Judge
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
-    layout: Layout = "psm"
+    layout: Layout | None = None
     group: str = "code"
     runs_on: Callable[[], str] | None = None
 
@@ -116,7 +118,7 @@ class GenerationTask:
         """The token ids of the item's prompt."""
         if item.suffix is None:
             return plain(tokenizer, item.prompt).ids
-        return fim(tokenizer, item.prompt, item.suffix, layout=self.layout).ids
+        return fim(tokenizer, item.prompt, item.suffix, layout=self.layout or "psm").ids
 
 
 @dataclass(frozen=True)
