@@ -3,8 +3,11 @@ say in return."""
 
 import json
 
+import numpy as np
 import pytest
 import vocabularies as vocab
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import served
 from test_serve import HOLE, INFILL, LONG, BlockedBackend, events, good, scheduler_of
 from tiny import write_tiny_gguf
@@ -200,9 +203,20 @@ def test_penalties_and_biases_work_on_every_route(server, model):
         fields = {**more, "logit_bias": bias}
         answer = good(send(server, "/completion", {"prompt": "def f", "n_predict": 6, **fields}))
         assert answer["content"] == expected
+    refused = error_text(send(server, "/completion", {"prompt": "x", "logit_bias": [["def", -1]]}))
+    assert "a token id and a bias" in refused and "Value error" not in refused
     options = {**more, "num_predict": 6, "logit_bias": [[first, False]]}
     ollama = {"model": "m", "prompt": "def f", "raw": True, "stream": False, "options": options}
     assert good(send(server, "/api/generate", ollama))["response"] == expected
+
+
+def test_several_answers_of_llama_cpps_completion(server):
+    body = {"prompt": ["x", "y"], "n_predict": 4, "temperature": 1.5, "seed": 3}
+    several = good(send(server, "/completion", body | {"n_cmpl": 2}))
+    assert [choice["index"] for choice in several] == [0, 1, 2, 3]
+    single = good(send(server, "/completion", body))
+    assert [several[0]["content"], several[2]["content"]] == [choice["content"] for choice in single]
+    assert several[0]["content"] != several[1]["content"]
 
 
 def test_an_empty_suffix_of_ollama_fills_in_the_middle(server, model):
@@ -231,6 +245,7 @@ def test_another_template_of_ollama_is_refused(server):
 # Text.
 
 HALF = "\ud83d"
+BYTES = vocab.small_tokenizer().encode("é漢🙂é")  # byte pieces
 
 
 @pytest.mark.parametrize(
@@ -328,6 +343,28 @@ def test_text_offsets_point_into_the_text():
     assert position == len("éxy") and unspelled[-1] == 2
     broken = [*tokenizer.encode("é")[:1], *tokenizer.encode("a")]  # half of é, then a
     assert spans(tokenizer, broken, "\ufffda") == ([0, 1], 2)
+
+
+def character_starts(data):
+    """Where each character of a decoded text begins in its bytes; U+FFFD stands for up to three bytes."""
+    starts, offset = [], 0
+    while offset < len(data):
+        starts.append(offset)
+        try:
+            offset += len(data[offset:].decode()[0].encode())
+        except UnicodeDecodeError as error:
+            offset += len(data[offset : offset + error.start].decode()[:1].encode()) or error.end
+    return starts
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(BYTES) | st.integers(110, 400), max_size=12))
+def test_a_token_has_the_offset_of_the_character_that_holds_its_first_byte(ids):
+    tokenizer = vocab.small_tokenizer()
+    ends = np.cumsum([0, *(len(tokenizer.decode_bytes([token])) for token in ids)])
+    starts = character_starts(tokenizer.decode_bytes(ids))
+    expected = [int(np.searchsorted(starts, end, "right")) - 1 for end in ends[:-1]]
+    assert spans(tokenizer, ids, "")[0] == expected
 
 
 def test_echoed_offsets_of_spelled_control_tokens_and_byte_pieces(server):

@@ -37,15 +37,15 @@ SAMPLING_FIELDS = {"repetition_penalty": "repeat_penalty", "random_seed": "seed"
 SAMPLING_FIELDS |= {name: name for name in Sampling.__dataclass_fields__}
 
 # Fields of these protocols and of vLLM that would change the answer, but are not supported.
-ASK_FOR_FORM = "ask for the form in the prompt, and check the answer"
-LEAVE_OUT = "leave it out"
-UNSUPPORTED = dict.fromkeys(("format", "response_format", "grammar", "json_schema", "regex"), ASK_FOR_FORM)
-UNSUPPORTED |= dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ASK_FOR_FORM)
-UNSUPPORTED |= dict.fromkeys(("structured_outputs", "structural_tag", "guided_decoding"), ASK_FOR_FORM)
-UNSUPPORTED |= dict.fromkeys(("modalities", "audio", "image_data", "web_search_options"), LEAVE_OUT)
-UNSUPPORTED |= dict.fromkeys(("min_tokens", "ignore_eos", "bad_words", "allowed_token_ids"), LEAVE_OUT)
-UNSUPPORTED |= dict.fromkeys(("use_beam_search", "prompt_logprobs", "include_stop_str_in_output"), LEAVE_OUT)
-UNSUPPORTED |= dict.fromkeys(("continue_final_message", "chat_template"), LEAVE_OUT)
+FORM_FIELDS = (
+    *("format", "response_format", "grammar", "json_schema", "regex", "structured_outputs", "structural_tag"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding"),
+)
+OTHER_FIELDS = (
+    *("modalities", "audio", "image_data", "web_search_options", "chat_template", "continue_final_message"),
+    *("min_tokens", "ignore_eos", "bad_words", "allowed_token_ids", "include_stop_str_in_output"),
+    *("use_beam_search", "prompt_logprobs"),
+)
 TOOL_FIELDS = {"tools": "tool_choice", "functions": "function_call"}
 OFF: tuple[Any, ...] = (None, False, "", [], {}, {"type": "text"}, ["text"])  # values that ask for nothing
 
@@ -85,16 +85,14 @@ class JsonRoute(APIRoute):
 
 
 def _bias_by_token(value: Any) -> Any:
-    """llama.cpp's pairs [id, bias] as a dict; a bias of false bans the token."""
-    if isinstance(value, list) and len(value) <= MAX_BIASES and all(map(_is_pair, value)):
+    """llama.cpp's pairs [id, bias] as a dict; a bias of false bans the token. Raises ValueError on others."""
+    if isinstance(value, list) and len(value) <= MAX_BIASES:
+        if not all(isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int for pair in value):
+            raise ValueError("its pairs must be of a token id and a bias: /tokenize gives the ids of a text")
         value = dict(value)
     if isinstance(value, dict) and len(value) <= MAX_BIASES:
         value = {token: -100 if bias is False else bias for token, bias in value.items()}
     return value
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int)
 
 
 class SamplingFields(BaseModel):
@@ -215,9 +213,10 @@ def refuse_unsupported(body: BaseModel, model: str) -> None:
         if mode != "none" and (tools in sent or mode != "auto"):
             remedy = f'leave {tools} out, or send "{choice}": "none"'
             raise ValueError(f'"{model:.80}" does not support tools: {remedy}')
-    for name, remedy in UNSUPPORTED.items():
+    for name in (*FORM_FIELDS, *OTHER_FIELDS):
         if name in sent:
-            raise ValueError(f"{name} is not supported: {remedy}")
+            form = "ask for the form in the prompt, and check the answer"
+            raise ValueError(f"{name} is not supported: {form if name in FORM_FIELDS else 'leave it out'}")
 
 
 def _sampling(fields: dict[str, Any], defaults: dict[str, Any]) -> Sampling:

@@ -89,6 +89,7 @@ class LlamaInfillBody(LlamaFields):
 
 class LlamaCompletionBody(LlamaFields):
     prompt: MixedPrompt | Annotated[list[MixedPrompt], Field(min_length=1)]
+    n_cmpl: Annotated[int, Field(ge=1, le=128)] | None = None
 
     def prompts(self) -> list[Any]:
         """The prompts: a list of lists, or of two or more texts, has several; any other value is one."""
@@ -212,14 +213,15 @@ async def infill(body: LlamaInfillBody, http: HttpRequest) -> Response:
 @router.post("/completion")
 @router.post("/completions", include_in_schema=False)
 async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
-    """Continues one prompt or several. A prompt is text, token ids, or a list of both."""
-    prompts = body.prompts()
-    check_choice_count(len(prompts))
+    """Continues one prompt or several, each `n_cmpl` times. A prompt is text, ids, or a list of both."""
+    prompts, count = body.prompts(), body.n_cmpl or 1
+    check_choice_count(len(prompts) * count)
     seed = secrets.randbits(32)  # without one in the body, all prompts have the same
     sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "seed": seed}
     texts = [TextPrompt(_text_or_ids(http, prompt), raw=True) for prompt in prompts]
     requests = [body.llama_request(http, text, UNLIMITED_TOKENS, **sampling) for text in texts]
-    return await LlamaWriter(http, body).respond(requests, bool(body.stream))
+    choices = [choice for request in requests for choice in choices_of(request, count)]
+    return await LlamaWriter(http, body).respond(choices, bool(body.stream))
 
 
 @router.post("/tokenize")

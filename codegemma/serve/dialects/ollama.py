@@ -74,7 +74,7 @@ class OllamaGenerateBody(OllamaFields):
 
     @property
     def infills(self) -> bool:
-        """Whether there is a suffix, which is empty at the end of a file. An empty one means none beside a raw
+        """Whether there is a suffix; at the end of a file it is empty. An empty one means none beside a raw
         prompt, and from Ollama's Go client, which sends every field: an empty system and template too."""
         sends_all = self.system == "" and self.template == ""
         return bool(self.suffix) or (self.suffix == "" and not self.raw and not sends_all)

@@ -256,8 +256,8 @@ class OpenAIChatWriter(OpenAIWriter):
     def __init__(self, http: HttpRequest, body: OpenAIChatBody) -> None:
         super().__init__(http, body, body.n or 1)
         self.with_logprobs = bool(body.logprobs)
-        name = "chat.completion.chunk" if body.stream else "chat.completion"
-        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", **self.head, "object": name}
+        form = "chat.completion.chunk" if body.stream else "chat.completion"
+        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", **self.head, "object": form}
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
