@@ -449,6 +449,17 @@ def test_a_stream_that_waits_in_the_queue_is_not_silent(path, monkeypatch):
             assert answer.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_ids_that_the_models_files_state_as_ends_end_every_answer(path, route):
+    body, limit = ROUTES[route]
+    sent = {**body, **limit(5), "stream": False, "temperature": 0}
+    loaded = load(path, threads=1)
+    loaded.engine.tokenizer = loaded.engine.tokenizer.with_end_ids(range(loaded.engine.tokenizer.vocab_size))
+    with served(scheduler_of(loaded)) as server:
+        timings = good(send(server, route, sent))["timings"]
+        assert (timings["predicted_n"], timings["stop"]) == (1, "end")
+
+
 # Names and messages.
 
 
