@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing has it, which the command line imports only once it heeds Ctrl-C
 if TYPE_CHECKING:
     from codegemma.generate.engine import Completion
     from codegemma.generate.model import Model, load
@@ -23,7 +22,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME:
         from importlib import import_module
 

@@ -248,6 +248,15 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
+def discard_unfinished() -> None:
+    """Removes what this process has begun to write, except what `resumable_write` continues. For a process
+    that ends without unwinding."""
+    for folder in list(_SWEPT):
+        for part in folder.glob(f".*.{os.getpid()}-*.part"):
+            with suppress(OSError):
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+
+
 def _part(path: Path, mark: str) -> Path:
     """The path of a file or directory until it is complete; `mark` says who writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "codegemma"
 ROOMS = (  # a module imports from its own room and from those above it (DESIGN.md, "The house")
     "config",
+    "extras",
     "files",
     "tokenizer",
     "prompts",

@@ -17,10 +17,11 @@ import typer
 from typer.core import TyperGroup
 
 from codegemma import __version__
+from codegemma.cli import interrupt
 from codegemma.cli.options import VerbContext, command
-from codegemma.cli.output import note, notes
+from codegemma.cli.output import note, notes, show_cursor
 from codegemma.extras import install_command
-from codegemma.files import explain
+from codegemma.files import discard_unfinished, explain
 
 # Each verb: the module and the function in this room, and the extra of the package that it needs.
 VERBS: dict[str, tuple[str, str]] = {
@@ -127,6 +128,7 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line, by default the process's own. Leaves by SystemExit."""
     notes.clear()
+    interrupt.before_leaving(discard_unfinished, show_cursor)
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: note(str(message))

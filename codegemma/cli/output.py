@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, Literal
 
@@ -11,6 +12,17 @@ notes: list[str] = []  # of this run; --json repeats them
 def note(text: str) -> None:
     notes.append(text)
     print(f"note: {text}", file=sys.stderr)
+
+
+def status(text: str) -> None:
+    """Shows a line on a terminal, in place of the one before; "" removes it. Shows nothing elsewhere."""
+    if is_terminal():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal that moves its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class Progress:
@@ -54,6 +66,12 @@ class Progress:
             else f"{done:,} of {total:,}"
         )
         print(f"{task} {amount}{detail and ': '}{detail}", file=sys.stderr, flush=True)
+
+
+def show_cursor() -> None:
+    """Shows the cursor again, which a bar hides."""
+    if is_terminal():
+        os.write(2, b"\x1b[?25h")
 
 
 def _bars(unit: str) -> Any:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
+import typer
 from typer import Option
 
+from codegemma.cli import interrupt
 from codegemma.cli.options import Natural, Positive
 from codegemma.cli.output import Progress, note
 from codegemma.config import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from codegemma.train.session import StepReport
+
+OnStep = Callable[["StepReport"], None]
 
 # Where SLURM, Open MPI and JAX's own launcher state how many processes they started together.
 PROCESS_COUNT_VARIABLES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
@@ -133,12 +139,14 @@ def train(
         rank=lora_rank or 32,
         **vars(plan),
     )
-    with Progress() as progress:
-        training = job.TrainingJob(training_plan)
-        result = training.run(resume, reporter(progress))
-    if training.left_out:
-        reason = f"longer than {plan.length:,} tokens, or with an empty answer"
-        note(f"{training.left_out:,} dialogues were left out: {reason}")
+    training = job.TrainingJob(training_plan)
+    with Progress() as progress, _stopped_by_ctrl_c(reporter(progress)) as (on_step, stop):
+        result = training.run(resume, on_step, stop=stop)
+    if stop.is_set():
+        note(f"interrupted; {plan.out} keeps the steps so far, and --resume continues them")
+        raise typer.Exit(interrupt.EXIT_CODE)
+    for reason, count in training.left_out.most_common():
+        note(f"{count:,} dialogues were left out: {reason}")
     print(f"wrote {result}; loss curve: {plan.out / 'loss.svg'}")
 
 
@@ -157,21 +165,45 @@ def tune(
     _check_libraries()
     from codegemma.train import tune as tuning
 
-    with Progress() as progress:
-        options = tuning.TuneOptions(repository, model, minutes, out, adapter, lora_rank, holes, seed, resume)
-        result = tuning.tune(options, reporter(progress), print)
+    options = tuning.TuneOptions(repository, model, minutes, out, adapter, lora_rank, holes, seed, resume)
+    with Progress() as progress, _stopped_by_ctrl_c(reporter(progress)) as (on_step, stop):
+        result = tuning.tune(options, on_step, print, progress, stop)
     print(result.text())
+    if stop.is_set():
+        raise typer.Exit(interrupt.EXIT_CODE)
 
 
 def _check_libraries() -> None:
     """Raises ValueError for a missing library now, not after the hours of work that come before its use."""
-    from codegemma.files import require
+    from codegemma.extras import require
 
     for library in LIBRARIES:
         require(library, "training jobs", "train")
 
 
-def reporter(progress: Progress) -> Callable[[StepReport], None]:
+@contextmanager
+def _stopped_by_ctrl_c(on_step: OnStep) -> Iterator[tuple[OnStep, Event]]:
+    """`on_step`, and an event that Ctrl-C sets. Before the first step, when nothing can be lost, and a second
+    time, Ctrl-C ends the process at once."""
+    stop, has_steps = Event(), Event()
+
+    def report(step: StepReport) -> None:
+        has_steps.set()
+        on_step(step)
+
+    def act() -> None:
+        if not has_steps.is_set():
+            interrupt.leave("note: interrupted before the first step of this run")
+        if stop.is_set():
+            interrupt.leave("note: interrupted; --resume continues from the last checkpoint")
+        stop.set()
+        os.write(2, b"note: stopping; Ctrl-C again leaves at once\n")
+
+    with interrupt.on_interrupt(act):
+        yield report, stop
+
+
+def reporter(progress: Progress) -> OnStep:
     """Shows the reports of a run, one for each step."""
 
     def show(report: StepReport) -> None:

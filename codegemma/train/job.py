@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,7 +114,7 @@ class TrainingJob:
 
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan, self.checkpoint = plan, open_checkpoint(hub.resolve(plan.model))
-        self.left_out = 0  # dialogues that are too long or have an empty answer
+        self.left_out = Counter[str]()  # dialogues by the reason
         parts = meshes.batch_parts(meshes.parse_axes(plan.mesh))
         rows, self.held_out = [self._read(Path(source)) for source in plan.sources], []
         if plan.held_out:
@@ -172,8 +173,10 @@ class TrainingJob:
             if tokenizer is None:
                 fault = f"{plan.model} has no tokenizer to read chats with"
                 raise ValueError(f"{fault}: put its tokenizer.model beside it")
-            rows, left_out = sft.rows(sft.read(source), tokenizer, plan.length)
-            self.left_out += left_out
+            file = sft.read(source)
+            rows, unfit = sft.rows(file.dialogues, tokenizer, plan.length)
+            reason = f"longer than {plan.length:,} tokens, or with an empty answer"
+            self.left_out += file.left_out + Counter({reason: unfit})
             return rows
         folder, recipe = Rows(source), source / "recipe.json"
         if not len(folder):
@@ -192,7 +195,7 @@ class TrainingJob:
             "seed": plan.settings.seed,
             "learning_rate": plan.settings.learning_rate,
             "batch_tokens": plan.batch_tokens,
-            "skipped": self.left_out,
+            "skipped": self.left_out.total(),
             "steps": report.step,
             "loss": report.loss,
             "held_out": report.held_out,

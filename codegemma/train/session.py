@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from types import MappingProxyType
 from typing import Any
 
@@ -205,18 +206,26 @@ class Session:
         return self.state.step >= self.steps or 0 < self.settings.patience <= self.state.misses
 
     def train(
-        self, save_result: SaveResult = lambda *_: None, until: float | None = None
+        self,
+        save_result: SaveResult = lambda *_: None,
+        until: float | None = None,
+        stop: Event | None = None,
     ) -> Iterator[StepReport]:
         """Trains to the end of the run and reports each step.
 
         `save_result` is called at each new best loss on the held-out rows, or at each checkpoint where there
         are none. At `until`, on the clock of time.monotonic, the run ends early, but after at least one step.
+        Once `stop` is set, it ends at the next microbatch; the steps so far are kept, to be resumed.
         """
         settings, state, store = self.settings, self.state, self.store
         over = self.finished
         while not over:
             with meshes.use(self.mesh):  # left before the report is yielded to the caller
-                report = self.step()
+                report = self.step(stop)
+                if report is None:
+                    if state.step != store.saved_step:
+                        store.save(state)
+                    return
                 over = self.finished or until is not None and time.monotonic() > until
                 if self.held_out and (over or state.step % settings.evaluate_every == 0):
                     report = self.measure(report)
@@ -229,14 +238,19 @@ class Session:
                     store.save(state)
             yield report
 
-    def step(self) -> StepReport:
-        """Takes one step. Raises ValueError on rows of another vocabulary and on an infinite loss."""
+    def step(self, stop: Event | None = None) -> StepReport | None:
+        """Takes one step, or none if `stop` is set meanwhile (None).
+
+        Raises ValueError on rows of another vocabulary and on an infinite loss.
+        """
         started, state = time.perf_counter(), self.state
         rows = self._rows(state.step)
         batches = list(self._microbatches(rows))
         sample = self._sample(state.step, batches) if self._sample else None
         gradients, sums = None, np.zeros(5)
         for batch in batches:
+            if stop and stop.is_set():
+                return None
             placed = meshes.place_batch(self.mesh, batch)
             (_, losses), part = self._gradient(state.trainable, self.base, placed, sample)
             sums += target_sums(batch, losses, self.terminators)

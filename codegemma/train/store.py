@@ -50,6 +50,7 @@ class Store:
         self._ocp, self._stamp = ocp, json.loads(json.dumps(stamp))
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
         self._writes = jax.process_index() == 0
+        self.saved_step = 0  # of the newest checkpoint
         if self.metrics.exists() and self.metrics.stat().st_size and not resume:
             raise ValueError(
                 f"{folder} holds a training run: pass --resume to continue it, or another folder"
@@ -78,6 +79,7 @@ class Store:
         is_lora = isinstance(trainable, LoraParams)
         state.trainable = replace(trainable, weights=weights) if is_lora else weights  # type: ignore[type-var]
         state.moments, state.step, state.misses = arrays["moments"], step, meta["misses"]
+        self.saved_step = step
         state.best = float("inf") if meta["best"] is None else meta["best"]
         lines = self.metrics.read_text().splitlines()[:step]
         state.history = [json.loads(line) for line in lines]
@@ -105,6 +107,7 @@ class Store:
         ocp = self._ocp
         best = state.best if np.isfinite(state.best) else None
         meta = {"stamp": self._stamp, "misses": state.misses, "best": best, "jax": jax.__version__}
+        self.saved_step = state.step
         arrays, about = ocp.args.StandardSave(state.arrays), ocp.args.JsonSave(meta)
         self._manager.save(state.step, args=ocp.args.Composite(state=arrays, meta=about))
         if self._writes:

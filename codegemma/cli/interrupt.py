@@ -1,0 +1,95 @@
+"""Ctrl-C: the process leaves at once with exit code 130, or a verb does what it has declared.
+
+Python's way, an exception at any moment in the main thread, gets lost in callbacks of C++ libraries or aborts
+them, shows tracebacks of libraries, and waits until a kernel or a compiler returns. Here a thread of its own
+acts on the signal. Where `watch` was not called, as in a program that calls `main`, Python's way remains.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+EXIT_CODE = 130
+_cleanups: list[Callable[[], None]] = []  # run before the process leaves
+_actions: list[Callable[[], None]] = []  # what to do in place of leaving, the innermost last
+_messages: list[str] = []  # what to say when leaving, the innermost last
+
+
+def watch() -> None:
+    """From now on, Ctrl-C makes this process leave. Call it first, in the main thread."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGINT, _in_main_thread)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_act, args=(reader,), daemon=True).start()
+    # Python's last steps put the system's handler back, with which a process that is done would die
+    atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def before_leaving(*cleanups: Callable[[], None]) -> None:
+    """Sets what to do before the process leaves. It takes no locks: the main thread may hold any."""
+    _cleanups[:] = cleanups
+
+
+@contextmanager
+def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
+    """In the block, Ctrl-C calls `action` in a thread of its own, in place of leaving."""
+    _actions.append(action)
+    try:
+        yield
+    finally:
+        _actions.remove(action)
+
+
+@contextmanager
+def leaves_with(message: str) -> Iterator[None]:
+    """In the block, the process leaves with a message on stderr."""
+    _messages.append(message)
+    try:
+        yield
+    finally:
+        _messages.remove(message)
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """In the block, Ctrl-C is a KeyboardInterrupt, for a question to the user."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def leave(message: str = "") -> NoReturn:
+    """Ends this process and its children at once with exit code 130, after a message on stderr."""
+    for cleanup in _cleanups:
+        with suppress(Exception):
+            cleanup()
+    if processes := sys.modules.get("multiprocessing"):
+        for child in processes.active_children():
+            child.kill()
+    if message:
+        os.write(2, f"{message}\n".encode())
+    os._exit(EXIT_CODE)
+
+
+def _act(reader: int) -> None:
+    while number := os.read(reader, 1):
+        # a library, such as a web server, may have put its own handler in the place of ours
+        if number[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) is _in_main_thread:
+            _actions[-1]() if _actions else leave(_messages[-1] if _messages else "")
+
+
+def _in_main_thread(*_: Any) -> None:
+    """Keeps the main thread from going on, or ending with another code, while the process leaves."""
+    while not _actions:
+        time.sleep(1)
