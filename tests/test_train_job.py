@@ -55,6 +55,10 @@ def chats(tmp_path_factory):
     return file
 
 
+QUESTION = {"role": "user", "content": "add one and one"}
+ANSWER = {"role": "assistant", "content": "two"}
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -76,6 +80,16 @@ def chats(tmp_path_factory):
         {"prompt": "add one and one", "completion": "two"},
         {"instruction": "add one and one", "input": "", "output": "two"},
         {"input": "add one and one", "output": "two", "system": ""},
+        {"instruction": "add one and one", "response": "two", "messages": None},
+        {"prompt": "add one and one", "chosen": "two", "rejected": "three"},
+        {"prompt": [QUESTION], "completion": [ANSWER]},
+        {"prompt": [QUESTION], "completion": "two", "label": True},
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [QUESTION]},
+        {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION]},
+        {"prompt": "add", "prompt_id": "1", "messages": [QUESTION, ANSWER]},
+        {"messages": [QUESTION, ANSWER, QUESTION]},
+        {"conversation": [{"from": "human", "value": "add one and one"}, {"from": "bot", "value": "two"}]},
+        {"messages": [QUESTION | {"content": "add one and one\r\n"}, ANSWER | {"weight": 1}]},
         {
             "messages": [
                 {
@@ -90,7 +104,9 @@ def chats(tmp_path_factory):
 def test_every_form_of_a_dialogue_is_read(line, tmp_path):
     file = tmp_path / "one.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(line).encode() + b"\r\n\r\n")
-    assert list(sft.read(file)) == [TURNS]
+    assert sft.read(file).dialogues == [TURNS]
+    file.write_text(json.dumps([line, line], indent=1))  # one JSON list
+    assert sft.read(file).dialogues == [TURNS, TURNS]
 
 
 @pytest.mark.parametrize(
@@ -104,19 +120,55 @@ def test_every_form_of_a_dialogue_is_read(line, tmp_path):
         "[" * 100_000,
         '{"input": "\xe9"}',
         '{"conversations": [{"from": "gpt", "value": "hello"}]}',
-        '{"input": "\\ud800", "output": "x"}',
         '{"input": "a", "output": "b", "system": 3}',
         '{"messages": [{"content": "a"}]}',
+        '{"messages": [{"role": "narrator", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"prompt": "a", "completion": "b", "label": false}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b", "weight": 0}]}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "model", "tool_calls": [1]}]}',
+        '{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "b"}',
+        "not json",
+        "null",
+        "3",
     ],
 )
-def test_a_wrong_line_is_named(line, tmp_path):
-    (tmp_path / "bad.jsonl").write_bytes(b'{"input": "a", "output": "b"}\n' + line.encode("latin-1"))
-    with pytest.raises(ValueError, match="bad.jsonl, line 2: "):
-        list(sft.read(tmp_path / "bad.jsonl"))
-    for nothing in ("", "\n \n"):
+def test_an_odd_line_is_left_out_and_counted_and_a_file_of_nothing_else_is_an_error(line, tmp_path):
+    file, good = tmp_path / "bad.jsonl", b'{"input": "a", "output": "b"}\n'
+    file.write_bytes(good + line.encode("latin-1") + b"\n" + good)
+    read = sft.read(file)
+    assert read.left_out.total() == 1 and len(read.dialogues) == 2
+    file.write_bytes(b"\n" + line.encode("latin-1"))
+    with pytest.raises(ValueError, match="bad.jsonl: none of 1 lines is a dialogue; line [12]: "):
+        sft.read(file)
+    for nothing in ("", "\n \n", "[]"):
         (tmp_path / "empty.jsonl").write_text(nothing)
         with pytest.raises(ValueError, match="empty.jsonl: is empty"):
-            list(sft.read(tmp_path / "empty.jsonl"))
+            sft.read(tmp_path / "empty.jsonl")
+
+
+def test_what_can_be_healed_is_healed(tmp_path):
+    greeting = [
+        {"from": "gpt", "value": "hi"},
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "a"},
+    ]
+    rules = [
+        {"role": "user", "content": "x"},
+        {"role": "user", "content": "y"},
+        {"role": "system", "content": "s"},
+    ]
+    lines = [
+        {"conversations": greeting},
+        {"messages": [*rules, {"role": "tool", "content": "t"}, {"role": "assistant", "content": "b\ud83d"}]},
+        {"input": "\ud83d\ude00 \ude00", "output": "c"},
+    ]
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    file = sft.read(tmp_path / "odd.jsonl")
+    assert not file.left_out and file.dialogues == [
+        [Message("assistant", "hi"), Message("user", "q"), Message("assistant", "a")],
+        [Message("user", "x\n\ny\n\ns\n\nt"), Message("assistant", "b\ufffd")],
+        [Message("user", "\U0001f600 \ufffd"), Message("assistant", "c")],
+    ]
 
 
 def test_rows_of_chats_teach_the_answers_alone(model):
@@ -213,7 +265,7 @@ def test_a_folder_with_the_users_own_files_is_not_trained_into(model, chats, tmp
     """`--out .` in a project that has a package called `model`."""
     (tmp_path / name).mkdir()
     (tmp_path / name / "layers.py").write_text("mine")
-    plan = job.TrainingPlan(str(model), (str(chats),), tmp_path, TrainingSettings(), chat=True, kind=kind)
+    plan = replace(small_plan(model, chats, tmp_path, TrainingSettings(), kind=kind), out=tmp_path)
     with pytest.raises(ValueError, match=f"{name} exists, and no training run wrote it: choose another"):
         job.run(plan)
     assert (tmp_path / name / "layers.py").read_text() == "mine"

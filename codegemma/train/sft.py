@@ -1,13 +1,15 @@
 """Chat and instruction data -> training rows: Gemma's turns, loss on the answers alone.
 
-`read` reads chat messages, instruction pairs and NeMo's pairs, one JSON object per line; `rows` packs them.
-Only in its rows does instruction tuning differ from continued pretraining.
+`read` reads chat messages, instruction pairs and TRL's and NeMo's forms, one JSON object per line; `rows`
+packs them. Only in its rows does instruction tuning differ from continued pretraining.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +20,110 @@ from codegemma.data.pack import fit, places, positions
 from codegemma.prompts import Message
 from codegemma.tokenizer import Tokenizer
 
-PAIRS = (("input", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-FORMS = "a line needs messages of role and content, or instruction and output, or input and output"
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
+# The fields of a question and its answer. Either may be a text or a list of messages; of TRL's preferences
+# the chosen answer counts.
+PAIRS = (
+    *(("instruction", "output"), ("instruction", "response"), ("input", "output"), ("question", "answer")),
+    *(("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen")),
+)
+DIALOGUES = ("messages", "conversations", "conversation", "chosen")
+FORMS = "a line needs messages of role and content, or instruction and output, or prompt and completion"
+ROLES = prompts.ROLES | {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "user"}
 
 
-def read(path: Path) -> Iterator[list[Message]]:
-    """The dialogues of a JSON-lines file.
+@dataclass
+class DialogueFile:
+    """The dialogues of a file, and how many lines were left out for each reason."""
+
+    dialogues: list[list[Message]] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def read(path: Path) -> DialogueFile:
+    """The dialogues of a JSON-lines file, or of a file that is one JSON list.
 
     A line is {"messages": [{"role", "content"}, ...]} (or "conversations" with "from" and "value"),
-    {"instruction", "input", "output"}, or a pair such as NeMo's {"input", "output"}. Raises ValueError naming
-    the line and what it lacks.
+    {"instruction", "input", "output"}, or a pair such as {"prompt", "completion"}, of texts or of messages.
+    What can be healed is: messages behind the last answer are dropped, half characters become U+FFFD. Other
+    odd lines are left out and counted. Raises ValueError where no dialogue is left, naming the first fault.
     """
-    empty = True
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            empty = False
-            try:
-                yield messages(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {error}: {FORMS}") from None
-    if empty:
+    file, first = DialogueFile(), ""
+    for number, line in _lines(path):
+        try:
+            file.dialogues.append(messages(json.loads(line) if isinstance(line, bytes) else line))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = str(error) if isinstance(error, BadLine) else "no JSON object of a known form"
+            first = first or f"line {number}: {error}"
+            file.left_out[reason] += 1
+    if file.left_out and not file.dialogues:
+        raise ValueError(f"{path}: none of {file.left_out.total():,} lines is a dialogue; {first}: {FORMS}")
+    if not file.dialogues:
         raise ValueError(
             f"{path}: is empty, but needs one JSON object a line: check that it is the right file"
         )
+    return file
+
+
+class BadLine(ValueError):
+    """A line of a known form that holds no dialogue to learn from; the message is a reason to count."""
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, line) of each line with content, or of each item where the file is one JSON list."""
+    with open(path, "rb") as file:
+        if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            file.seek(0)
+            try:
+                yield from enumerate(json.load(file), 1)
+                return
+            except (ValueError, RecursionError):
+                pass  # not one list, but lines
+        file.seek(0)
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
 def messages(line: Mapping[str, Any]) -> list[Message]:
-    """The dialogue of one object of the file. Raises ValueError where it does not end with an answer."""
-    if turns := line.get("messages") or line.get("conversations"):
-        roles = [_text(turn.get("role") or turn.get("from")).lower() for turn in turns]
-        texts = [_text(turn.get("content", turn.get("value"))) for turn in turns]
-        dialogue = [Message(ROLES.get(role, role), text) for role, text in zip(roles, texts, strict=True)]  # type: ignore[arg-type]
-    elif "instruction" in line:
-        context = _text(line.get("input") or "")
-        question = _text(line["instruction"]) + (f"\n\n{context}" if context else "")
-        answer = _text(line.get("output", line.get("response")))
-        dialogue = [Message("user", question), Message("assistant", answer)]
+    """The dialogue of one object of the file. Raises ValueError where it holds none."""
+    name = next((name for name in DIALOGUES if line.get(name) and not isinstance(line[name], str)), "")
+    pair = next((pair for pair in PAIRS if all(name in line for name in pair)), None)
+    if line.get("label") is False:
+        raise BadLine("its label says that the answer is wrong")
+    if pair and (name in ("", "chosen") or pair[0] == "prompt"):
+        dialogue = [*_turns(line[pair[0]], "user"), *_turns(line[pair[1]], "assistant")]
+        if pair[0] == "instruction" and (context := _text(line.get("input") or "")):
+            dialogue.insert(1, Message("user", context))
+    elif name:
+        dialogue = _turns(line[name], "user")
     else:
-        pair = next((pair for pair in PAIRS if all(name in line for name in pair)), None)
-        if pair is None:
-            raise ValueError(f"it has the fields {', '.join(map(repr, line)) or 'none'}")
-        dialogue = [Message("user", _text(line[pair[0]])), Message("assistant", _text(line[pair[1]]))]
+        raise ValueError(f"it has the fields {', '.join(map(repr, line)) or 'none'}")
     if line.get("system") and dialogue[0].role != "system":
         dialogue.insert(0, Message("system", _text(line["system"])))
-    if dialogue[-1].role != "assistant":
-        raise ValueError("the last message must be the assistant's, because training is on its answers")
-    prompts.chat_turns(dialogue, reply=False)
-    return dialogue
+    while dialogue and dialogue[-1].role != "assistant":
+        dialogue.pop()
+    if not dialogue:
+        raise BadLine("no answer of the assistant")
+    if all(message.role == "assistant" for message in dialogue):
+        raise BadLine("no question before the answer")
+    return prompts.chat_turns(dialogue, reply=False)
+
+
+def _turns(value: Any, role: prompts.Role) -> list[Message]:
+    """A text as a message of this role, or a list of messages as it is."""
+    if not isinstance(value, list) or all(isinstance(part, dict) and "type" in part for part in value):
+        return [Message(role, _text(value))]
+    return [_message(turn) for turn in value]
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
+    role = turn.get("role") or turn.get("from")
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise BadLine("a message of an unknown role")
+    if turn.get("weight") == 0:
+        raise BadLine("a message of weight 0")
+    content = turn.get("content", turn.get("value"))
+    if content is None and turn.get("tool_calls"):
+        raise BadLine("calls of tools")
+    return Message(ROLES[role.lower()], _text(content))
 
 
 def _text(value: Any) -> str:
@@ -75,14 +131,16 @@ def _text(value: Any) -> str:
     parts = value if isinstance(value, list) and all(isinstance(part, dict) for part in value) else []
     if parts and all(part.get("type") == "text" for part in parts):
         return "".join(_text(part.get("text")) for part in parts)
+    if parts:
+        raise BadLine("a message with images or other parts that are no text")
     if not isinstance(value, str):
-        raise ValueError(f"a text was expected, got {value!r}")
-    value.encode()  # raises for a lone surrogate, which no tokens can encode
-    return value
+        raise ValueError(f"a text was expected, got {value!r:.60}")
+    joined = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half characters: U+FFFD
+    return joined.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def rows(
-    dialogues: Iterable[Sequence[Message]], tokenizer: Tokenizer, length: int
+    dialogues: Sequence[Sequence[Message]], tokenizer: Tokenizer, length: int
 ) -> tuple[list[dict[str, np.ndarray]], int]:
     """Rows of `length` tokens, as data.pack.Rows gives them, and how many dialogues were left out.
 
