@@ -6,13 +6,16 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from codegemma.cli import interrupt
 from codegemma.cli.complete import interruptible
 from codegemma.cli.options import ModelOptions, Positive, SamplingOptions
+from codegemma.cli.output import note
 from codegemma.files import atomic_write, explain
 
 if TYPE_CHECKING:
@@ -27,7 +30,10 @@ HELP = '''\
 /exit         leave (so does Ctrl-D)
 """           starts and ends a message of several lines
 Ctrl-C        stops an answer'''
-COMMAND = re.compile(r"/(reset|system|save|help|exit)(?:\s+(.*))?", re.DOTALL)
+COMMANDS = ("reset", "system", "save", "help", "exit")
+COMMAND = re.compile(rf"/({'|'.join(COMMANDS)})(?:\s+(.*))?", re.DOTALL)
+LIKE_A_COMMAND = re.compile(r"/([a-z]+)(\s[^\n]*)?")
+MAX_REPEATS, MAX_UNIT, MIN_LETTERS = 6, 200, 3  # of a text that goes round in a loop; letters of its unit
 
 SAVED_MARK = b'[\n {\n  "role": "'  # how a conversation begins in a file
 
@@ -49,8 +55,13 @@ def chat(
     request = Request(Chat([]), max_tokens, sampling.sampling())
     loaded = model.load(strict=strict)
     loaded.expect("chat")
+    if loaded.preset and "chat" not in loaded.preset.uses:
+        note(
+            "a base model continues text and answers no questions: `codegemma pull 1.1-7b-it` and -m 1.1-7b-it, "
+            "or -m with any instruction-tuned .gguf, chats; `codegemma generate` is for this one"
+        )
     conversation = Conversation(loaded, system, replace(request, adapter=loaded.adapter_at(adapter)))
-    for text in _terminal_input() if sys.stdin.isatty() else _pipe_input():
+    for text in _terminal_input(loaded.title) if sys.stdin.isatty() else _pipe_input():
         if not conversation.handle(text):
             break
 
@@ -67,7 +78,10 @@ class Conversation:
         """Answers a message or carries out a command. Returns False if the user wants to leave."""
         command = COMMAND.fullmatch(text.strip())
         if command is None:
-            if text.strip():
+            if unknown := LIKE_A_COMMAND.fullmatch(text.rstrip()):
+                remedy = "/help lists the commands; a blank before the / makes it a message"
+                print(f"error: no command /{unknown[1]}: {remedy}", file=sys.stderr)
+            elif text.strip():
                 self._answer(text)
             return True
         verb, argument = command.groups()
@@ -93,23 +107,29 @@ class Conversation:
         from codegemma.prompts import Message
 
         self._turns.append(Message("user", text))
-        answer: list[str] = []
-        cancel = Cancel()
+        answer, unit, cancel = "", "", Cancel()
+        is_typed = sys.stdin.isatty()
         try:
             completion = self._model.run(replace(self._request, prompt=Chat(self._messages())), cancel)
-            with closing(interruptible(completion, cancel)) as steps:
+            ends_answer = interrupt.on_interrupt(cancel.set) if is_typed else nullcontext()
+            with ends_answer, closing(interruptible(completion, cancel)) as steps:
                 for step in steps:
-                    answer.append(step.text)
+                    answer += step.text
                     print(step.text, end="", flush=True)
+                    if unit := repeated(answer):
+                        break
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not is_typed:
                 raise
         except ValueError as error:
             self._turns.pop()
             print(f"error: {error}; /reset starts a new conversation", file=sys.stderr)
             return
         print()
-        self._turns.append(Message("assistant", "".join(answer)))
+        if unit:
+            note("stopped, because the answer goes round in a loop")
+            answer = answer.removesuffix(unit * (MAX_REPEATS - 1))
+        self._turns.append(Message("assistant", answer))
 
     def _save(self, file: str | None) -> None:
         if not file:
@@ -124,13 +144,27 @@ class Conversation:
             print(f"error: {explain(error)}", file=sys.stderr)
         except ValueError as error:  # a file of the user's
             print(f"error: {error}", file=sys.stderr)
+        else:
+            print(f"saved {len(turns)} messages in {file}", file=sys.stderr)
+
+
+def repeated(text: str) -> str:
+    """The unit, such as a line, that stands MAX_REPEATS times in succession at the end of a text; "" if none.
+
+    Units without words do not count: rows of zeros and rules of hyphens are meant.
+    """
+    for size in range(MIN_LETTERS, min(MAX_UNIT, len(text) // MAX_REPEATS) + 1):
+        unit = text[-size:]
+        if text.endswith(unit * MAX_REPEATS) and len({*filter(str.isalpha, unit)}) >= MIN_LETTERS:
+            return unit
+    return ""
 
 
 def _pipe_input() -> Iterator[str]:
     """The messages and commands on stdin: all lines between two commands are one message."""
     lines: list[str] = []
     for line in sys.stdin:
-        if COMMAND.fullmatch(line.strip()):
+        if COMMAND.fullmatch(line.strip()) or _is_misspelled(line):
             yield "".join(lines)
             yield line
             lines = []
@@ -139,7 +173,13 @@ def _pipe_input() -> Iterator[str]:
     yield "".join(lines)
 
 
-def _terminal_input() -> Iterator[str]:
+def _is_misspelled(line: str) -> bool:
+    """Whether a line is nearly a command; in a pipe, others may be text, such as a path."""
+    word = LIKE_A_COMMAND.fullmatch(line.rstrip())
+    return word is not None and bool(get_close_matches(word[1], COMMANDS))
+
+
+def _terminal_input(title: str) -> Iterator[str]:
     """The messages and commands typed at a terminal; the arrow keys recall those of earlier sessions."""
     from codegemma.files import cache_dir
 
@@ -150,10 +190,12 @@ def _terminal_input() -> Iterator[str]:
         with suppress(OSError):
             readline.read_history_file(history)
         readline.set_history_length(1000)
-    print("Gemma is listening; /help lists the commands.", file=sys.stderr)
+    print(f"{title}; /help lists the commands.", file=sys.stderr)
     while True:
         try:
-            yield _typed_message()
+            with interrupt.raised():
+                text = _typed_message()
+            yield text
         except KeyboardInterrupt:
             print()  # Ctrl-C discards the line, as in a shell
         except EOFError:

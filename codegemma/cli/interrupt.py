@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 EXIT_CODE = 130
+_leaving = threading.Lock()  # held from then on
 _cleanups: list[Callable[[], None]] = []  # run before the process leaves
 _actions: list[Callable[[], None]] = []  # what to do in place of leaving, the innermost last
 _messages: list[str] = []  # what to say when leaving, the innermost last
@@ -71,6 +72,9 @@ def raised() -> Iterator[None]:
 
 def leave(message: str = "") -> NoReturn:
     """Ends this process and its children at once with exit code 130, after a message on stderr."""
+    if not _leaving.acquire(blocking=False):  # another thread does
+        while True:
+            time.sleep(1)
     for cleanup in _cleanups:
         with suppress(Exception):
             cleanup()
@@ -86,10 +90,14 @@ def _act(reader: int) -> None:
     while number := os.read(reader, 1):
         # a library, such as a web server, may have put its own handler in the place of ours
         if number[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) is _in_main_thread:
-            _actions[-1]() if _actions else leave(_messages[-1] if _messages else "")
+            _actions[-1]() if _actions else _leave()
 
 
 def _in_main_thread(*_: Any) -> None:
-    """Keeps the main thread from going on, or ending with another code, while the process leaves."""
-    while not _actions:
-        time.sleep(1)
+    """Keeps the main thread from ending with another code; leaves where an event loop hides the signal."""
+    if not _actions:
+        _leave()
+
+
+def _leave() -> NoReturn:
+    leave(_messages[-1] if _messages else "")
