@@ -17,7 +17,7 @@ from codegemma.config import Mode, Trim
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.generate.sampling import Sampling
 from codegemma.prompts import File
-from codegemma.serve.wire import service
+from codegemma.serve.wire import service_of
 
 INFILL_TOKENS = 128  # of a suggestion, where the body has no limit
 UNLIMITED_TOKENS = 1024  # where the body's limit is below 0, which in these protocols means none
@@ -178,12 +178,15 @@ class ExtensionFields(BaseModel):
         an adapter: "ours", or "tiny:ours". Raises ValueError on a value that Request or Sampling refuses, and
         on a field that is not supported.
         """
-        refuse_unsupported(self, self.model or service(http).name)
+        refuse_unsupported(self, self.model or service_of(http).name)
         source = options or self
         fields = {name: getattr(source, name) for name in type(source).model_fields}
         limit = next((fields[name] for name in LIMIT_FIELDS if fields.get(name) is not None), max_tokens)
         adapter = self.adapter or "auto"
-        if self.adapter is None and (name := (self.model or "").rpartition(":")[2]) in service(http).adapters:
+        if (
+            self.adapter is None
+            and (name := (self.model or "").rpartition(":")[2]) in service_of(http).adapters
+        ):
             adapter = name
         session = self.session or http.headers.get("x-session-id")
         prompt_ms = self.time_budget_ms or max(self.t_max_prompt_ms or 0, 0)

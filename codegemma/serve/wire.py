@@ -61,7 +61,7 @@ class Answer:
         return stats.offer(stats.Shown(language or "", latency_ms, len(self.text)))
 
 
-def service(http: HttpRequest) -> CompletionService:
+def service_of(http: HttpRequest) -> CompletionService:
     """The service that answers this server's requests."""
     return http.app.state.service  # type: ignore[no-any-return]
 
@@ -88,7 +88,7 @@ async def submit(http: HttpRequest, requests: Sequence[Request]) -> list[Job]:
     """
     if http.app.state.redact:
         requests = [await _without_secrets(request) for request in requests]
-    return await service(http).submit(requests)
+    return await service_of(http).submit(requests)
 
 
 async def _without_secrets(request: Request) -> Request:
@@ -114,7 +114,7 @@ class AnswerWriter:
     end_marker = b""  # the last bytes of a stream
 
     def __init__(self, http: HttpRequest) -> None:
-        self.http, self.service = http, service(http)
+        self.http, self.service = http, service_of(http)
         self.tokenizer = self.service.tokenizer
 
     @staticmethod

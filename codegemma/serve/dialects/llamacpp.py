@@ -28,7 +28,7 @@ from codegemma.serve.bodies import (
     refuse_unsupported,
 )
 from codegemma.serve.dialects.openai import ERROR_TYPES, OpenAIMessage, check_choice_count, choices_of
-from codegemma.serve.wire import Answer, AnswerWriter, reply, service
+from codegemma.serve.wire import Answer, AnswerWriter, reply, service_of
 
 router = APIRouter(tags=["llama.cpp"], route_class=JsonRoute)
 
@@ -71,7 +71,7 @@ class LlamaFields(ExtensionFields, SamplingFields):
         strongest = max(self.lora or (), key=lambda adapter: adapter.scale, default=None)
         if strongest is None or strongest.scale <= 0:
             return request
-        names = service(http).adapters
+        names = service_of(http).adapters
         if not 0 <= strongest.id < len(names):
             problem = f"lora: there is no adapter {strongest.id}, the server has {len(names)}"
             raise ValueError(f"{problem}: leave lora out")
@@ -227,13 +227,13 @@ async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
     """Turns text into token ids."""
-    tokenizer = service(http).tokenizer
+    tokenizer = service_of(http).tokenizer
     vllm = body.content is None and body.prompt is not None
     bos = body.add_special_tokens if vllm else bool(body.add_special)
     text = (body.prompt if vllm else body.content) or ""
     ids = tokenizer.encode(text, bos=bos and tokenizer.control.bos is not None, control=body.parse_special)
     if vllm:
-        return reply({"tokens": ids, "count": len(ids), "max_model_len": service(http).context})
+        return reply({"tokens": ids, "count": len(ids), "max_model_len": service_of(http).context})
     if not body.with_pieces:
         return reply({"tokens": ids})
     pieces = [_text_or_bytes(tokenizer.decode_bytes([token], control=True)) for token in ids]
@@ -244,12 +244,12 @@ async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
 @router.get("/tokenizer_info")
 async def tokenizer_info(http: HttpRequest) -> Response:
     """The special tokens, on vLLM's route, which lm-eval needs."""
-    tokenizer = service(http).tokenizer
+    tokenizer = service_of(http).tokenizer
     tokens = {name: getattr(tokenizer.control, name.removesuffix("_token")) for name in SPECIAL_TOKENS}
     return reply(
         {
             "tokenizer_class": "GemmaTokenizer",
-            "model_max_length": service(http).context,
+            "model_max_length": service_of(http).context,
             "chat_template": None,
             **{name: None if token is None else tokenizer.piece(token) for name, token in tokens.items()},
         }
@@ -259,15 +259,15 @@ async def tokenizer_info(http: HttpRequest) -> Response:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, http: HttpRequest) -> Response:
     """Turns token ids into text, under llama.cpp's name and vLLM's."""
-    text = service(http).tokenizer.decode(body.tokens, control=True)
+    text = service_of(http).tokenizer.decode(body.tokens, control=True)
     return reply({"content": text, "prompt": text})
 
 
 @router.post("/apply-template")
 async def apply_template(body: TemplateBody, http: HttpRequest) -> Response:
     """The prompt that is made from a conversation."""
-    refuse_unsupported(body, service(http).name)
-    tokenizer = service(http).tokenizer
+    refuse_unsupported(body, service_of(http).name)
+    tokenizer = service_of(http).tokenizer
     prompt = prompts.chat(tokenizer, [message.message() for message in body.messages])
     return reply({"prompt": tokenizer.decode(prompt.ids, control=True)})
 
@@ -282,30 +282,30 @@ async def health() -> Response:
 async def metrics(http: HttpRequest) -> Response:
     """The server's totals in Prometheus' text format."""
     registry = CollectorRegistry()
-    registry.register(service(http).metrics)
+    registry.register(service_of(http).metrics)
     return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 
 @router.get("/props")
 async def props(http: HttpRequest) -> Response:
     """Describes the server and its model; the page reads `codegemma`."""
-    served = service(http)
+    service = service_of(http)
     return reply(
         {
-            "default_generation_settings": {"n_ctx": served.context, "params": {"n_predict": INFILL_TOKENS}},
-            "total_slots": served.slots,
-            "model_path": served.name,
+            "default_generation_settings": {"n_ctx": service.context, "params": {"n_predict": INFILL_TOKENS}},
+            "total_slots": service.slots,
+            "model_path": service.name,
             "chat_template": "",
             "build_info": f"codegemma {__version__}",
             "modalities": {"vision": False, "audio": False},
             "codegemma": {
                 "version": __version__,
-                "model": served.name,
-                "title": served.title,
-                "fim_trained": served.mode != "prefix",
-                "mode": served.mode,
-                "adapters": served.adapters,
-                "chat": served.chats,
+                "model": service.name,
+                "title": service.title,
+                "fim_trained": service.mode != "prefix",
+                "mode": service.mode,
+                "adapters": service.adapters,
+                "chat": service.chats,
             },
         }
     )
@@ -314,10 +314,10 @@ async def props(http: HttpRequest) -> Response:
 @router.get("/slots")
 async def slots(http: HttpRequest) -> Response:
     """The slots, one for each request that may run at once."""
-    served = service(http)
-    running = served.metrics.running
-    slot = {"n_ctx": served.context}
-    return reply([{"id": i, **slot, "is_processing": i < running} for i in range(served.slots)])
+    service = service_of(http)
+    running = service.metrics.running
+    slot = {"n_ctx": service.context}
+    return reply([{"id": i, **slot, "is_processing": i < running} for i in range(service.slots)])
 
 
 @router.post("/v1/embeddings", include_in_schema=False)
@@ -333,7 +333,7 @@ def _text_or_ids(http: HttpRequest, prompt: MixedPrompt) -> str | tuple[int, ...
     """A prompt of text unchanged; a list as token ids."""
     if isinstance(prompt, str):
         return prompt
-    tokenizer = service(http).tokenizer
+    tokenizer = service_of(http).tokenizer
     parts = [tokenizer.encode(part, control=True) if isinstance(part, str) else [part] for part in prompt]
     if isinstance(prompt[0], str) and tokenizer.control.bos is not None:
         parts.insert(0, [tokenizer.control.bos])

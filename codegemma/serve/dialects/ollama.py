@@ -25,7 +25,7 @@ from codegemma.serve.bodies import (
     with_calls,
 )
 from codegemma.serve.dialects.openai import finish_reason, without_end_token
-from codegemma.serve.wire import Answer, AnswerWriter, dumps, reply, service
+from codegemma.serve.wire import Answer, AnswerWriter, dumps, reply, service_of
 
 router = APIRouter(tags=["Ollama"], route_class=JsonRoute)
 
@@ -82,21 +82,21 @@ class OllamaGenerateBody(OllamaFields):
     def model_prompt(self, http: HttpRequest) -> Infill | TextPrompt | Chat:
         """With a suffix, an Infill. With `raw`, or a template that is the bare prompt, raw text. Otherwise a
         chat turn if the model was tuned for chats, else plain text."""
-        served, prompt = service(http), self.prompt or ""
+        service, prompt = service_of(http), self.prompt or ""
         if self.infills:
             return self.infill(prompt, self.suffix)
         template = _without_spaces(self.template or "")
         if self.raw or template == "{{.Prompt}}":
             return TextPrompt(prompt, raw=True, truncate=True)
-        if template not in ("", _without_spaces(ollama_template(served.chats))):
+        if template not in ("", _without_spaces(ollama_template(service.chats))):
             raise ValueError("template is not supported: send the whole prompt, with raw true")
-        if served.chats:
+        if service.chats:
             if self.context:
                 raise ValueError("context is not supported with an instruction-tuned model: use /api/chat")
             system = (Message("system", self.system),) if self.system else ()
             return Chat((*system, Message("user", prompt)))
         if self.context:
-            return TextPrompt((*self.context, *served.tokenizer.encode(prompt)), truncate=True)
+            return TextPrompt((*self.context, *service.tokenizer.encode(prompt)), truncate=True)
         return TextPrompt(f"{self.system}\n\n{prompt}" if self.system else prompt, truncate=True)
 
 
@@ -207,16 +207,16 @@ async def chat(body: OllamaChatBody, http: HttpRequest) -> Response:
 @router.post("/api/show")
 async def show(body: OllamaShowBody, http: HttpRequest) -> Response:
     """The model's template, capabilities and details."""
-    served = service(http)
+    service = service_of(http)
     return reply(
         {
-            "modelfile": f"# {served.title}\n",
+            "modelfile": f"# {service.title}\n",
             "parameters": "",
-            "template": ollama_template(served.chats),  # Continue looks for .Suffix in it
+            "template": ollama_template(service.chats),  # Continue looks for .Suffix in it
             "license": "Gemma: see /terms",
             "details": DETAILS,
             "capabilities": ["completion", "insert"],
-            "model_info": {"general.architecture": "gemma", "gemma.context_length": served.context},
+            "model_info": {"general.architecture": "gemma", "gemma.context_length": service.context},
             "modified_at": _utc_time(),
         }
     )
@@ -258,10 +258,10 @@ async def _respond(
 
 
 def _models(http: HttpRequest) -> list[dict[str, Any]]:
-    served = service(http)
-    tags = ("latest", *served.adapters)
-    facts = {"modified_at": _utc_time(), "size": served.size, "digest": "0" * 64, "details": DETAILS}
-    return [{"name": f"{served.name}:{tag}", "model": f"{served.name}:{tag}", **facts} for tag in tags]
+    service = service_of(http)
+    tags = ("latest", *service.adapters)
+    facts = {"modified_at": _utc_time(), "size": service.size, "digest": "0" * 64, "details": DETAILS}
+    return [{"name": f"{service.name}:{tag}", "model": f"{service.name}:{tag}", **facts} for tag in tags]
 
 
 def _without_spaces(template: str) -> str:

@@ -34,7 +34,7 @@ from codegemma.serve.bodies import (
 )
 from codegemma.serve.logprobs import LogprobLists, Logprobs, joined
 from codegemma.serve.requests import Job
-from codegemma.serve.wire import Answer, AnswerWriter, reply, service
+from codegemma.serve.wire import Answer, AnswerWriter, reply, service_of
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
@@ -159,9 +159,9 @@ async def chat(body: OpenAIChatBody, http: HttpRequest) -> Response:
 @router.get("/models", include_in_schema=False)
 async def models(http: HttpRequest) -> Response:
     """The model, with the other names that it has had, and each of its adapters as a model."""
-    served = service(http)
-    first = _model(served.name) | ({"aliases": served.aliases} if served.aliases else {})
-    return reply({"object": "list", "data": [first, *map(_model, served.adapters)]})
+    service = service_of(http)
+    first = _model(service.name) | ({"aliases": service.aliases} if service.aliases else {})
+    return reply({"object": "list", "data": [first, *map(_model, service.adapters)]})
 
 
 @router.get("/v1/models/{name:path}")

@@ -15,7 +15,7 @@ from codegemma.native import usable_cpus
 from codegemma.prompts import File
 from codegemma.serve import stats
 from codegemma.serve.bodies import ExtensionFields, JsonRoute, one_line
-from codegemma.serve.wire import collect, reply, service
+from codegemma.serve.wire import collect, reply, service_of
 
 router = APIRouter(tags=["Tabby"], route_class=JsonRoute)
 
@@ -102,7 +102,7 @@ async def complete(body: TabbyCompletionBody, http: HttpRequest) -> Response:
     choices = [{"index": 0, "text": answer.text}]
     value: dict[str, Any] = {"id": answer.offer(body.language), "choices": choices}
     if debug.return_prompt or debug.return_snippets:
-        text = service(http).tokenizer.decode(answer.job.prompt_ids, control=True)
+        text = service_of(http).tokenizer.decode(answer.job.prompt_ids, control=True)
         value["debug_data"] = {"prompt": text if debug.return_prompt else None, "snippets": []}
     return reply({**value, "timings": answer.job.timings()})
 
@@ -119,13 +119,13 @@ async def events(body: TabbyEvent) -> Response:
 @router.post("/v1/health", include_in_schema=False)
 async def health(http: HttpRequest) -> Response:
     """Describes the server with Tabby's fields, and llama.cpp's `status`."""
-    served = service(http)
+    service = service_of(http)
     build = {"build_date": "", "build_timestamp": "", "git_sha": ""}
     return reply(
         {
             "status": "ok",
-            "model": served.name,
-            "chat_model": served.name if served.chats else None,
+            "model": service.name,
+            "chat_model": service.name if service.chats else None,
             "device": "cpu",
             "arch": platform.machine(),
             "cpu_info": platform.processor() or platform.machine(),
