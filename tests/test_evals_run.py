@@ -1,19 +1,26 @@
+import itertools
 import json
 import re
 import threading
+import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from evaldata import Fixed, Letters, output_of, records
+from tiny import random_adapter, tiny_config, write_tiny_gguf
 
+import codegemma
 from codegemma.cli import evals as cli
 from codegemma.cli.main import main
 from codegemma.evals import language
+from codegemma.evals.local import LocalModel
 from codegemma.evals.records import Records
 from codegemma.evals.remote import RemoteModel
-from codegemma.evals.report import compare_runs, load, write
+from codegemma.evals.report import compare_runs, load, markdown, write
 from codegemma.evals.run import CARD, TASKS, EvalSettings, run
 from codegemma.evals.task import ChoiceTask, Decoding, GenerationTask, Item, Verdict
+from codegemma.prompts import parse_fim
 
 
 def echo_items(_):
@@ -53,6 +60,32 @@ def test_a_run_is_the_same_bytes_and_resumes(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "0x7f" not in (tmp_path / "a/echo.jsonl").read_text()
     assert not list(tmp_path.glob("*/*.part*"))
+
+
+def test_seconds_are_wall_time_and_answers_that_overlap_are_not_added_up(tmp_path, monkeypatch):
+    clock = itertools.count(1000)  # one second an answer, and none between two runs
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    run(ECHO, Fixed(even), Records(), tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(ECHO, Fixed(even, interrupted_after=5), Records(), tmp_path / "b")
+    next(itertools.islice(clock, 500, None))
+    run(ECHO, Fixed(even), Records(), tmp_path / "b", resume=True)
+    for name in "ab":
+        times = json.loads((tmp_path / name / "echo.times.json").read_text())
+        assert (times["seconds"], times["answer_seconds"], times["samples"]) == (12.0, 0.5, 12)
+        rate = times["tokens"] / 12
+        assert f"| Echo | 12.0 | {rate:.1f} | 0.500 | {times['tokens']} |" in markdown(load(tmp_path / name))
+
+
+def test_both_rules_of_gsm8k_are_reported(tmp_path):
+    def rows(_):
+        return [Item(str(i), str(i), target="#### 7") for i in range(4)], "0-shot"
+
+    answers = ["#### 7", "it is 7", "#### 7 of 9", "#### 8"]
+    task = replace(TASKS["gsm8k"], items=rows)
+    summary = run(task, Fixed(lambda prompt, _: answers[int(prompt)]), Records(), tmp_path)
+    assert summary["score"] == 0.5 and summary["more"] == {"strict": 0.5, "flexible": 0.5}
+    assert summary["outcomes"] == {"flexible": 1, "strict": 1, "strict+flexible": 1, "wrong": 1}
 
 
 def test_a_line_that_was_cut_off_is_dropped_and_other_settings_are_refused(tmp_path):
@@ -133,6 +166,54 @@ def test_the_command_runs_benchmarks_by_name(command, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "open_model", lambda *_: Fixed())
     code, text = command("math", "--data", tmp_path, "--out", tmp_path)
     assert code == 2 and "hendrycks_math" in text
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "order", "adapter"),
+    [
+        ("infill-single", [], "spm", "mine"),
+        ("infill-span", [], "spm", "mine"),
+        ("infill-single-psm", [], "psm", "none"),
+        ("infill-single-spm", ["--adapter", "auto"], "spm", "mine"),
+        ("infill-single", ["--adapter", "none"], "psm", "none"),
+    ],
+)
+def test_infilling_asks_as_complete_does_unless_told(
+    benchmark, options, order, adapter, command, tmp_path, monkeypatch
+):
+    """`complete` applies the model's own adapter, and prefers SPM where the adapter was trained in it."""
+    config = tiny_config("gemma-mqa", context=2048)
+    model = codegemma.load(write_tiny_gguf(tmp_path / "tiny.gguf", config))
+    model.add_adapter("mine", replace(random_adapter(config), card={"fim": {"spm": True}}))
+    monkeypatch.setattr(model, "_completing_adapter", "mine")
+    monkeypatch.setattr(codegemma, "load", lambda _: model)
+    row = {"task_id": "x", "prompt": "def f():\n", "suffix": "\n", "canonical_solution": "    return 1\n"}
+    for name in ("SingleLine", "RandomSpan"):
+        file = tmp_path / f"HumanEval-{name}Infilling.jsonl"
+        file.write_text(json.dumps(row | {"test": "def check(f): pass", "entry_point": "f"}))
+    seen = []
+
+    def sample(self, prompts, decoding):
+        seen.append((parse_fim(self.tokenizer, prompts[0]).layout, self.adapter))
+        yield 0, 0, output_of("    return 1\n")
+
+    monkeypatch.setattr(LocalModel, "sample", sample)
+    monkeypatch.setattr("codegemma.evals.doctor.require", lambda _: None)
+    verdict = Verdict(True, "passed", "x")
+    monkeypatch.setattr("codegemma.evals.infill.judge_python", lambda *_: iter([(0, verdict)]))
+    status, text = command(benchmark, *options, "--data", tmp_path, "--out", tmp_path / "out")
+    assert status == 0 and seen == [(order, adapter)], text
+    assert f"FIM ids in {order.upper()} order" in text and ("with mine" in text) == (adapter == "mine")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a file", "nowhere/below"])
+def test_a_data_folder_that_is_none_is_named_at_once(name, command, tmp_path, monkeypatch):
+    (tmp_path / "a file").write_text("{}")
+    monkeypatch.setattr(cli, "open_model", lambda *_: pytest.fail("a model was loaded first"))
+    for benchmarks in (["boolq"], ["infill-single"], ["card"]):
+        code, text = command(*benchmarks, "--data", tmp_path / name, "--out", tmp_path / "out")
+        fault = "is a file, not a folder" if name == "a file" else "does not exist"
+        assert code == 2 and f"{tmp_path / name} {fault}" in " ".join(text.split()), text
 
 
 def test_the_card_is_the_model_cards_tables():

@@ -54,7 +54,7 @@ def test_choices_are_encoded_as_one_text():
     assert context[0] == Letters.control.bos
 
     class Merge:
-        control = Letters.control
+        control, end_ids = Letters.control, Letters.end_ids
 
         def encode(self, text):  # "ab" is one token, which belongs to the continuation
             return [300 if piece == "ab" else ord(piece) for piece in re.findall("ab|.", text)]
@@ -92,6 +92,24 @@ def test_trivia_normalisation(text, normalised):
         ("#### -5 and then 6", -5, 6),
         ("none", None, None),
         ("it is 12.", None, 12),
+        ("#### 18\n\nQ: next\nA: 5", 18, 18),
+        ("#### 18\n\nThat is it. I have 5 more.", 18, 18),
+        ("it is 18\n\nQuestion: 5 what?", None, 18),
+        ("pages 16-18", None, 18),
+        ("from 2023-05-18 (16 - 18)", None, 18),
+        ("5*x - -3", None, -3),
+        ("a loss (-5)", None, -5),
+        ("a loss of -$5, \u22126", None, -6),
+        (".5 of it: .25", None, 0.25),
+        ("#### $-5", -5, -5),
+        ("#### -$1,234.50", -1234.5, -1234.5),
+        ("#### -\\$5", -5, -5),
+        ("#### **18**", 18, 18),
+        ("####  18", 18, 18),
+        ("####18.", 18, 18),
+        ("#### \\$18", 18, 18),
+        ("#### $\\boxed{18}$", 18, 18),
+        ("#### so 18", None, 18),
     ],
 )
 def test_gsm8k_answers(text, strict, flexible):
@@ -99,10 +117,12 @@ def test_gsm8k_answers(text, strict, flexible):
 
 
 def test_gsm8k_verdicts():
-    items = [Item("x", target="so it is\n#### 1,000")] * 3
-    texts = ["... #### 1000\nQuestion: next #### 5", "the answer is 1000", "#### 10"]
-    outcomes = [verdict.outcome for _, verdict in judge_gsm8k(items, list(map(output_of, texts)))]
-    assert outcomes == ["strict+flexible", "flexible", "wrong"]
+    """An item passes by the published rule, strict, whatever the other rule says."""
+    items = [Item("x", target="so it is\n#### 1,000")] * 4
+    texts = ["... #### 1000\nQuestion: next #### 5", "the answer is 1000", "#### 10", "#### 1000, in 2 parts"]
+    verdicts = [verdict for _, verdict in judge_gsm8k(items, list(map(output_of, texts)))]
+    assert [verdict.outcome for verdict in verdicts] == ["strict+flexible", "flexible", "wrong", "strict"]
+    assert [verdict.passed for verdict in verdicts] == [True, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -128,3 +148,25 @@ def test_math_answers_are_compared_as_mathematics(wanted, answer, equal):
 def test_boxed_balances_braces():
     assert boxed(r"\boxed{1} and \boxed{\frac{1}{2}} end") == r"\frac{1}{2}"
     assert boxed("none") is None and boxed(r"\boxed{open") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "contents"),
+    [
+        (r"so $x=\boxed 2$.", "2"),
+        (r"$\fbox{2}$", "2"),
+        (r"\boxed {2}", "2"),
+        (r"$\boxed2$", "2"),
+        (r"\boxed 12", "12"),
+        (r"it is \boxed 12.", "12"),
+        (r"\[\boxed\frac12\] and so on", r"\frac12"),
+        (r"\(\boxed x\), which is 5", "x"),
+        (r"\fbox{$x^{2}$}", "x^{2}"),
+        (r"\boxed{1} or \fbox{2}", "2"),
+        ("\\boxed\n{2}", "2"),
+        (r"\boxed", None),
+        (r"\boxedness{2}", None),
+    ],
+)
+def test_boxes_of_every_form(text, contents):
+    assert boxed(text) == contents

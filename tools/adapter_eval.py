@@ -28,7 +28,7 @@ from codegemma.evals.report import compare_runs
 from codegemma.evals.run import TASKS, EvalSettings, run
 from codegemma.evals.task import Comparison, compare
 
-FIM_TASKS = {kind: (f"infill-{kind}", f"infill-{kind}-spm") for kind in ("single", "multi")}
+FIM_TASKS = {kind: (f"infill-{kind}-psm", f"infill-{kind}-spm") for kind in ("single", "multi")}
 
 
 def documents(rows: Path) -> list[Document]:

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 
 from codegemma.evals.records import Record, Records
 from codegemma.evals.task import GenerationTask, Item, ModelOutput, Verdict, cut
-from codegemma.files import require
+from codegemma.extras import require
 
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
-STRICT = re.compile(r"#### ?(-?\$?[\d.,]+)")
+DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+MARKUP = r"[ \t*_\\$€£({\[=:~]*"  # that may stand before a number or its sign
+NUMBER = re.compile(rf"(?:(?<![\w)\]}}.])[-−](?:\\?[$€£])?|[$€£][-−]?)?{DIGITS}")  # in 16-18, - is no sign
+STRICT = re.compile(rf"####{MARKUP}(?:(?:boxed|text){MARKUP})?([-−]?){MARKUP}({DIGITS})")
+NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q|Problem):")
 GSM8K_STOPS = ("\nQuestion:",)
 MATH_STOPS = ("\nProblem:",)
 
@@ -20,7 +23,7 @@ def gsm8k_items(records: Records) -> tuple[list[Item], str]:
     shots = "".join(f"{_gsm8k(r)} {r['answer']}\n\n" for r in records("gsm8k-train")[:5])
     rows = enumerate(records("gsm8k-test"))
     items = [Item(f"gsm8k/{i}", shots + _gsm8k(r), target=r["answer"]) for i, r in rows]
-    return items, "5-shot from the train split; flexible: the last number"
+    return items, "5-shot from the train split; the number after ####"
 
 
 def _gsm8k(r: Record) -> str:
@@ -28,28 +31,31 @@ def _gsm8k(r: Record) -> str:
 
 
 def gsm8k_answers(text: str) -> dict[str, float | None]:
-    """`strict` is the number after ####, `flexible` the last number of the text; None where there is none."""
-    strict, numbers = STRICT.search(text), NUMBER.findall(text)
+    """`strict` is the number after ####, `flexible` the last number; None where there is none.
+
+    An answer ends with the line of its ####, or where the next question begins.
+    """
+    text = NEXT_QUESTION.split(text, maxsplit=1)[0]
+    if strict := STRICT.search(text):
+        text = text[: strict.end()] + text[strict.end() :].split("\n")[0]
+    numbers = [match[0] for match in NUMBER.finditer(text)]
     return {
-        "strict": _number(strict[1]) if strict else None,
+        "strict": _number(strict[1] + strict[2]) if strict else None,
         "flexible": _number(numbers[-1]) if numbers else None,
     }
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", "").replace("$", "").rstrip("."))
-    except ValueError:
-        return None
+def _number(text: str) -> float:
+    return float(re.sub(r"[,$€£\\]", "", text).replace("−", "-"))
 
 
 def judge_gsm8k(items: Sequence[Item], outputs: Sequence[ModelOutput]) -> Iterator[tuple[int, Verdict]]:
-    """An answer passes by the flexible rule; its outcome names every rule by which it is right."""
+    """An answer passes by the published rule, strict; its outcome names every rule by which it is right."""
     for i, (item, output) in enumerate(zip(items, outputs, strict=True)):
         wanted = gsm8k_answers(item.target)["strict"]
         answers = gsm8k_answers(cut(output, GSM8K_STOPS)[0])
         outcome = "+".join(rule for rule, value in answers.items() if value == wanted) or "wrong"
-        yield i, Verdict(answers["flexible"] == wanted, outcome, output=f"wanted: {wanted:g}")
+        yield i, Verdict(answers["strict"] == wanted, outcome, output=f"wanted: {wanted:g}")
 
 
 def math_items(records: Records) -> tuple[list[Item], str]:
@@ -68,15 +74,22 @@ def _math(r: Record) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""The contents of the last \boxed{...}, with balanced braces; None where there is none."""
-    opening = text.rfind("\\boxed{")
-    if opening < 0:
+    r"""The contents of the last \boxed{...}, \boxed ... or \fbox of a text; None where there is none.
+
+    Braces balance. Without braces, the contents end with the formula or the line.
+    """
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))
+    if not boxes:
         return None
-    depth, start = 0, opening + len("\\boxed{")
+    start = boxes[-1].end()
+    if text[start : start + 1] != "{":
+        contents = re.split(r"\$|\n|\\[)\]]", text[start:], maxsplit=1)[0]
+        return contents.strip(" .,;") or None
+    depth = 0
     for i in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth < 0:
-            return text[start:i]
+        if depth == 0:
+            return text[start + 1 : i].strip("$")
     return None
 
 
