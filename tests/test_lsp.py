@@ -16,15 +16,23 @@ from serving import served
 from tiny import tiny_config, write_tiny_gguf
 
 import codegemma
+from codegemma.editor import buffers, suggestion
 from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.lsp import EditorServer
 from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import LocalSource, RemoteSource
-from codegemma.editor.suggestion import MAX_PREFIX, MAX_SUFFIX, window
+from codegemma.editor.suggestion import (
+    MAX_PREFIX,
+    MAX_SUFFIX,
+    REDACTION_MARGIN,
+    WINDOW_STEP,
+    CursorPosition,
+    window,
+)
 from codegemma.serve import stats
 from codegemma.serve.scheduler import Scheduler
 
-WAIT = 300  # seconds; the machine may be busy
+WAIT = 20  # seconds; the machine may be busy
 
 
 # ------------------------------------------------------------------------------------------------ positions
@@ -818,3 +826,240 @@ def test_servers_without_infill_are_asked_for_a_completion_with_a_suffix_and_err
         assert "start `codegemma serve`" in client.note("window/showMessage")["message"]
     with pytest.raises(ValueError, match="must be a URL such as"):
         RemoteSource("ftp://x")
+
+
+# --------------------------------------------------------------------------------------- work per keystroke
+LARGE = {
+    "a short file": "x = 'é'\n" * 20,
+    "a line of 5 MB": "x = 'é'; " + "y = f(1); " * 500_000,
+    "a line of 3 M wide characters": "中😋 = 1; " * 400_000,
+    "200,000 lines": "value = f(1)  # é\r\n" * 200_000,
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+def test_a_keystroke_reads_as_little_of_a_large_file_as_of_a_short_one(monkeypatch, encoding):
+    """Counts the characters that are measured or taken out of the text, once each file is open."""
+    work = []
+
+    def counted(function):
+        def call(*arguments):
+            result = function(*arguments)
+            work.append(len(result.text if isinstance(result, buffers.Chunk) else result))
+            return result
+
+        return call
+
+    for place, name in ((buffers, "_measured"), (buffers, "normalize"), (suggestion, "normalize")):
+        monkeypatch.setattr(place, name, counted(getattr(place, name)))
+    monkeypatch.setattr(Buffer, "slice", counted(Buffer.slice))
+    monkeypatch.setattr(Buffer, "text", None)  # nothing takes the whole text
+    stub, most = Stub(), dict.fromkeys(LARGE, 0)
+    with session(stub, encodings=(encoding,), context="open") as client:
+        for name, text in LARGE.items():
+            uri, line, column = f"untitled:{name}", 100_000 * ("lines" in name), min(len(text), 2_000_000)
+            client.open(uri, text)
+            client.texts(client.inline("untitled:none", 0, 0))  # the file is open
+            for typed in ("z", "\n", "z"):
+                work.clear()
+                client.change(uri, (line, column), (line, column), typed)
+                id = client.inline(uri, line, column + 1, kind=1)
+                resolve(stub.next()[1], "(1)")
+                assert client.texts(id) == ["(1)"]
+                most[name] = max(most[name], sum(work))
+    window_characters = MAX_PREFIX + WINDOW_STEP + REDACTION_MARGIN + 2 * (MAX_SUFFIX + REDACTION_MARGIN)
+    for name, characters in most.items():  # read, normalized and cut
+        assert 0 < characters < 3 * window_characters + 16 * buffers.CHUNK_CHARACTERS, name
+
+
+# ------------------------------------------------------------------------------- line ends, names, notebooks
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_one_suggestion_whatever_the_line_ends_and_the_answer_has_the_documents(end):
+    stub, lines = Stub(), [f"value_{number} = f({number})" for number in range(6000)]
+    lines[4000] = ""
+    with session(stub) as client:
+        client.open("untitled:a", end.join(lines))
+        id = client.inline("untitled:a", 4000, 0)
+        request, future = stub.next()
+        assert request.prompt.suffix.startswith("\nvalue_4001 = f(4001)\n")
+        before, after = "\n".join(lines[:4000]) + "\n", "\n".join(lines[4000:])
+        wide = CursorPosition("", len(before), len(before)).window(Buffer(before + after))
+        assert (request.prompt.prefix, request.prompt.suffix) == window(*wide)
+        resolve(future, "if a:\r\n    b()\n    c()\n")  # a server may answer with either
+        assert client.texts(id) == [f"if a:{end}    b(){end}    c(){end}"]
+        client.change("untitled:a", (4000, 0), (4000, 0), f"if a:{end}    b")
+        assert client.texts(client.inline("untitled:a", 4001, 5)) == [f"(){end}    c(){end}"]
+
+
+def test_what_the_editor_changes_around_a_suggestion_does_not_end_it():
+    stub, uri = Stub(), "untitled:a"
+    with session(stub) as client:
+        client.open(uri, "total = su\nend\n")
+        id = client.inline(uri, 0, 10)
+        resolve(stub.next()[1], "m(values)")
+        client.texts(id)
+        client.change(uri, (0, 8), (0, 10), "sum")  # the pop-up's entry replaces the word
+        assert client.texts(client.inline(uri, 0, 11)) == ["(values)"]
+        whole = [{"text": "total = sum(\nend\n"}]  # a client without incremental changes
+        client.notify("textDocument/didChange", textDocument={"uri": uri, "version": 3}, contentChanges=whole)
+        assert client.texts(client.inline(uri, 0, 12)) == ["values)"]
+        client.change(uri, (0, 11), (0, 12), "")
+        assert client.texts(client.inline(uri, 0, 11)) == ["(values)"]
+        client.change(uri, (1, 0), (1, 0), "x")  # elsewhere
+        id = client.inline(uri, 0, 11)
+        resolve(stub.next()[1], "[0]")
+        assert client.texts(id) == ["[0]"]
+
+
+def prompt_at(client, stub, uri, line, character):
+    """The prompt of an explicit request, which is answered with nothing."""
+    id = client.inline(uri, line, character, kind=1)
+    request, future = stub.next()
+    resolve(future, "")
+    client.answer(id)
+    return request.prompt
+
+
+def test_a_document_without_a_path_has_no_name_in_a_prompt(tmp_path):
+    stub = Stub()
+    unnamed = ["untitled:Untitled-1", "inmemory://model/2", "untitled:h0", "output:/3"]
+    with session(stub, folder=tmp_path) as client:
+        for number, uri in enumerate(unnamed):
+            client.open(uri, f"helper{number} = 1\n")
+        client.open(f"untitled:{tmp_path}/new.py", "new = 1\n")
+        client.open("untitled:m", "x = \n")
+        client.open("sftp://host/home/me/.env", "TOKEN=1\n")
+        client.open(f"untitled:{tmp_path}/.env", "TOKEN=1\n")
+        prompt = prompt_at(client, stub, "untitled:m", 0, 4)
+        assert [file.path for file in prompt.files] == ["", "", "", "", "new.py"] and prompt.path is None
+        assert [file.text for file in prompt.files[:2]] == ["helper0 = 1\n", "helper1 = 1\n"]
+
+
+CELL = "vscode-notebook-cell:/nowhere/a.ipynb#"
+
+
+def test_cells_of_a_notebook_stand_before_and_after_the_cursor():
+    stub = Stub()
+    with session(stub) as client:
+        for number in (0, 2, 10, 1):  # as an editor that does not report notebooks names them
+            client.open(f"{CELL}W{number}", f"cell{number} = {number}")
+        client.open(f"{CELL}W3", "# Title", "markdown")
+        client.open("vscode-notebook-cell:/nowhere/b.ipynb#W0", "other = 1\n")
+        client.open("vscode-notebook-cell:/nowhere/b.ipynb#W1", "other = 2\n")
+        prompt = prompt_at(client, stub, f"{CELL}W1", 0, 5)
+        assert (prompt.prefix, prompt.suffix) == (
+            "cell0 = 0\n\ncell1",
+            " = 1\n\ncell2 = 2\n\ncell10 = 10",
+        )
+        assert [(file.path, file.text) for file in prompt.files] == [
+            ("b.ipynb", "other = 1\n\n\nother = 2\n")
+        ]
+        assert prompt_at(client, stub, f"{CELL}W3", 0, 7).prefix == "# Title"
+
+
+def notebook_cells(*names):
+    return [{"kind": 2, "document": CELL + name} for name in names]
+
+
+def items(**texts):
+    return [
+        {"uri": CELL + name, "languageId": "python", "version": 1, "text": text}
+        for name, text in texts.items()
+    ]
+
+
+def test_a_reported_notebook_has_its_cells_in_its_own_order_and_follows_their_edits():
+    stub, notebook = Stub(), {"uri": "file:///nowhere/a.ipynb", "version": 1}
+    with session(stub, capabilities={"notebookDocument": {"synchronization": {}}}) as client:
+        assert client.initialize_result["capabilities"]["notebookDocumentSync"]["notebookSelector"]
+        client.notify(
+            "notebookDocument/didOpen",
+            notebookDocument=notebook
+            | {"notebookType": "jupyter-notebook", "cells": notebook_cells("B", "A")},
+            cellTextDocuments=items(A="a = 1", B="b = 1"),
+        )
+        structure = {
+            "array": {"start": 1, "deleteCount": 0, "cells": notebook_cells("C")},
+            "didOpen": items(C="c = "),
+        }
+        change = {"range": {"start": lsp_position(0, 4), "end": lsp_position(0, 5)}, "text": "2"}
+        content = [{"document": {"uri": CELL + "A", "version": 2}, "changes": [change]}]
+        client.notify(
+            "notebookDocument/didChange",
+            notebookDocument=notebook,
+            change={"cells": {"structure": structure, "textContent": content}},
+        )
+        id = client.inline(CELL + "C", 0, 4)
+        request, future = stub.next()
+        assert (request.prompt.prefix, request.prompt.suffix) == ("b = 1\n\nc = ", "\n\na = 2")
+        resolve(future, "3")
+        (item,) = client.answer(id)["result"]["items"]
+        assert item["range"] == {"start": lsp_position(0, 4), "end": lsp_position(0, 4)}  # in the cell
+        client.change(CELL + "C", (0, 4), (0, 4), "4")
+        removed = {"array": {"start": 0, "deleteCount": 1}, "didClose": [{"uri": CELL + "B"}]}
+        client.notify(
+            "notebookDocument/didChange", notebookDocument=notebook, change={"cells": {"structure": removed}}
+        )
+        assert prompt_at(client, stub, CELL + "C", 0, 5).prefix == "c = 4"
+        closed = [{"uri": CELL + name} for name in "AC"]
+        client.notify("notebookDocument/didClose", notebookDocument=notebook, cellTextDocuments=closed)
+        assert client.texts(client.inline(CELL + "C", 0, 4, kind=1)) == []
+
+
+def test_an_explicit_request_in_an_ignored_file_says_why_once_and_a_setting_allows_it(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitignore").write_text("made*\n")
+    stub = Stub()
+    uris = {name: (tmp_path / name).as_uri() for name in ("made.py", "app.py", ".env")}
+    uris["cell"] = f"vscode-notebook-cell:{tmp_path}/made.ipynb#W0"
+
+    with session(stub, folder=tmp_path) as client:
+        for uri in uris.values():
+            client.open(uri, "x = \n")
+        assert client.texts(client.inline(uris["made.py"], 0, 4)) == []  # while typing
+        client.note("window/logMessage", "made.py gets no completions: git ignores it")
+        assert all(note["method"] != "window/showMessage" for note in [*client.notes.queue])
+        for _ in range(2):
+            assert client.texts(client.inline(uris["made.py"], 0, 4, kind=1)) == []
+        shown = client.note("window/showMessage")["message"]
+        assert "made.py gets no completions: git ignores it" in shown and "codegemma.ignoredFiles" in shown
+        assert client.texts(client.inline(uris[".env"], 0, 4, kind=1)) == []
+        shown = client.note("window/showMessage")["message"]
+        assert "hold credentials" in shown and "ignoredFiles" not in shown
+        assert client.texts(client.inline(uris["cell"], 0, 4, kind=1)) == []
+        assert "made.ipynb gets no" in client.note("window/showMessage")["message"]
+        assert all(note["method"] != "window/showMessage" for note in [*client.notes.queue])
+
+    with session(stub, folder=tmp_path, ignoredFiles=True) as client:
+        for uri in uris.values():
+            client.open(uri, "x = \n")
+        assert prompt_at(client, stub, uris["made.py"], 0, 4).prefix == "x = "
+        assert prompt_at(client, stub, uris["app.py"], 0, 4).files == ()  # it stays out of others' prompts
+        assert client.texts(client.inline(uris[".env"], 0, 4, kind=1)) == []
+
+
+def test_files_that_git_ignores_by_any_source_get_nothing_and_enter_no_prompt(tmp_path):
+    def git(folder, *arguments):
+        options = ("-c", "user.name=n", "-c", "user.email=n@example.com", "-c", "protocol.file.allow=always")
+        subprocess.run(["git", *options, *arguments], cwd=folder, check=True, capture_output=True)
+
+    top, tree, sub = tmp_path / "top", tmp_path / "tree", tmp_path / "sub"
+    for folder in (top, sub):
+        folder.mkdir()
+        git(folder, "init", "-q", "-b", "main")
+        git(folder, "commit", "-q", "--allow-empty", "-m", "first")
+    git(top, "worktree", "add", "-q", tree, "-b", "b")
+    git(top, "submodule", "add", "-q", sub, "dep")
+    for exclude in (top / ".git/info/exclude", top / ".git/modules/dep/info/exclude"):
+        exclude.parent.mkdir(exist_ok=True)
+        exclude.write_text("private_*.py\n")
+    (tmp_path / "ignore").write_text("global_*.py\n")
+    git(top, "config", "core.excludesFile", tmp_path / "ignore")
+    ignored = [tree / "private_a.py", top / "dep" / "private_b.py", top / "global_c.py"]
+    stub = Stub()
+    with session(stub, folder=top) as client:
+        for path in (*ignored, top / "keep.py"):
+            client.open(path.as_uri(), "x = \n")
+        for path in ignored:
+            assert client.texts(client.inline(path.as_uri(), 0, 4, kind=1)) == []
+        assert prompt_at(client, stub, (top / "keep.py").as_uri(), 0, 4).files == ()
