@@ -16,7 +16,7 @@ Use = Literal["completion", "generation", "chat", "instructions"]
 
 # The choices of command line options. They stand here so that `--help` need not import their users.
 Mode = Literal["auto", "psm", "spm", "prefix"]  # layout of an Infill's prompt; auto: as it was trained
-Trim = Literal["none", "line", "block"]  # where an Infill's answer ends
+Trim = Literal["auto", "none", "line", "block"]  # where an Infill's answer ends
 LoadQuantization = Literal["q8_0", "q4_0"]  # of float weights while loading
 FloatType = Literal["bf16", "f16", "f32"]
 ExportFormat = Literal["gguf", "safetensors", "orbax", "keras", "nemo", "gemma_pytorch"]  # of `convert`

@@ -122,11 +122,12 @@ def test_raw_reads_control_tokens_and_text_does_not(model):
 
 
 def test_complete(model):
-    same = model.complete("def f", "x\n", "a.py", [("b.py", "c"), File("d.py", "e")], max_tokens=5)
+    context = [("b.py", "c"), File("d.py", "e")]
+    same = model.complete("def f(", "x\n", "a.py", context, trim="none", max_tokens=5)
     ids = [
         2,
         *model.tokenizer.encode(
-            "b.py\nc<|file_separator|>d.py\ne<|file_separator|>a.py\n<|fim_prefix|>def f"
+            "b.py\nc<|file_separator|>d.py\ne<|file_separator|>a.py\n<|fim_prefix|>def f("
             "<|fim_suffix|>x\n<|fim_middle|>",
             control=True,
         ),
@@ -143,7 +144,7 @@ def test_complete(model):
 def test_completions_refuse_bad_input_at_once(model):
     for options, message in (
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"trim": "word"}, 'trim must be "none", "line" or "block"'),
+        ({"trim": "word"}, 'trim must be "auto", "none", "line" or "block"'),
         ({"time_budget": 0}, "time budget must be above 0"),
         ({"time_budget": float("nan")}, "time budget"),
         ({"mode": "mps"}, "mode must be"),

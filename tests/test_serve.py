@@ -23,7 +23,7 @@ from codegemma.checkpoints import open_checkpoint
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.generate.resolve import resolve
 from codegemma.generate.running import Step
-from codegemma.generate.trim import Trimmer
+from codegemma.generate.completion import Trimmer
 from codegemma.native import Cancel
 from codegemma.serve import guard, protocol, scheduler
 from codegemma.serve.guard import Rules

@@ -52,7 +52,7 @@ def complete(
     context: list[Path] | None = None,
     path: str | None = None,
     mode: Mode = "auto",
-    trim: Trim = "none",
+    trim: Trim = "auto",
     time_budget: float = 3000,
     max_tokens: Positive = 128,
     adapter: str = "auto",

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import httpx
 
-from codegemma.generate import trim
 from codegemma.generate.client import error_message, key_headers
+from codegemma.generate.completion import cut
 from codegemma.generate.model import Model
 from codegemma.generate.request import Infill, Request
 from codegemma.serve.requests import Busy
@@ -95,7 +95,7 @@ class RemoteSource:
             raise ValueError(
                 f"{self.name} answered {answer.status_code}: {error_message(answer)[:300]}"
             ) from None
-        return trim.cut(text, hole)[0]  # only our own server trims
+        return cut(text, hole)[0]  # only our own server trims
 
     async def close(self) -> None:
         await self.client.aclose()

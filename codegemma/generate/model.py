@@ -16,12 +16,12 @@ from codegemma import hub
 from codegemma.adapters.adapter import Adapter
 from codegemma.adapters.load import load as load_adapter
 from codegemma.checkpoints import Checkpoint, open_checkpoint
-from codegemma.config import Mode, Preset, Trim, Use
+from codegemma.config import Mode, Trim, Use
+from codegemma.generate.completion import trimmed
 from codegemma.generate.engine import Completion, Engine
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.generate.resolve import resolve
 from codegemma.generate.sampling import Sampling
-from codegemma.generate.trim import trimmed
 from codegemma.native import Cancel, Native
 from codegemma.prompts import ROLES, File, Message
 from codegemma.tokenizer import Tokenizer
@@ -47,8 +47,8 @@ class Model:
         self._adapters: dict[str, Adapter] = {}
         self.backend = _backend(backend, checkpoint, threads)
         self.engine = Engine(self.backend, checkpoint.tokenizer, checkpoint.identity, cache_bytes)
-        self.preset = _preset_of(checkpoint)
-        self.title = self.preset.title if self.preset else self.path.name  # for messages
+        self.preset = hub.preset_of(checkpoint)
+        self.title = self.preset.title if self.preset else hub.name_of(self.path)  # for messages
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -121,8 +121,23 @@ class Model:
             return orders
         if self.checkpoint.fim_orders:
             return self.checkpoint.fim_orders
-        is_named = self.engine.tokenizer is not None and self.engine.tokenizer.control.fim == "named"
-        return frozenset({"psm"}) if (self.preset.fim if self.preset else is_named) else frozenset()
+        return frozenset({"psm"}) if self._is_codegemma else frozenset()
+
+    def reads_files(self, adapter: str = "auto") -> bool:
+        """Whether the model with an adapter was trained on documents with other files in front of them.
+
+        The adapter's card says so (card["fim"]["files"]); CodeGemma was. Others are shown files as comments.
+        """
+        if applied := self._adapters.get(self.completing_adapter(adapter)):
+            return applied.trained("files")
+        return self._is_codegemma
+
+    @property
+    def _is_codegemma(self) -> bool:
+        """Whether the model itself was trained for FIM: by its preset, or else by its vocabulary's names."""
+        if self.preset:
+            return self.preset.fim
+        return self.engine.tokenizer is not None and self.engine.tokenizer.control.fim == "named"
 
     @property
     def fim_trained(self) -> bool:
@@ -157,7 +172,7 @@ class Model:
         elif isinstance(prompt, Chat):
             self.expect("chat")
         adapter = "none" if adapter == "auto" else adapter
-        return resolve(self.engine, replace(request, adapter=adapter), orders)
+        return resolve(self.engine, replace(request, adapter=adapter), orders, self.reads_files(adapter))
 
     def complete(
         self,
@@ -166,7 +181,7 @@ class Model:
         path: str | None = None,
         context: Sequence[File | tuple[str, str]] = (),
         *,
-        trim: Trim = "none",
+        trim: Trim = "auto",
         mode: Mode = "auto",
         max_tokens: int = 128,
         sampling: Sampling = Sampling(),
@@ -293,12 +308,3 @@ def _message(message: Message | tuple[str, str] | dict[str, str]) -> Message:
         rule = f"a chat message needs a role ({', '.join(ROLES)}) and a text"
         raise ValueError(f"{rule}, got {name!r:.40} and {type(text).__name__}")
     return Message(role, text)
-
-
-def _preset_of(checkpoint: Checkpoint) -> Preset | None:
-    """The preset that a checkpoint's metadata or path names; None where neither names one."""
-    keys = ("general.name", "general.basename", "_name_or_path")
-    names = [str(checkpoint.metadata.get(key, "")) for key in keys]
-    names += [checkpoint.path.name, checkpoint.path.parent.name]
-    presets = (hub.preset_in(name, checkpoint.config) for name in names)
-    return next((preset for preset in presets if preset), None)

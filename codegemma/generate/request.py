@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import get_args
 
 from codegemma.config import Mode, Trim
@@ -17,8 +18,10 @@ from codegemma.prompts import File, Layout, Message
 class Infill:
     """The text around an editor's cursor, the path of its file, and other files as context.
 
-    `trim` says where the answer is cut (see `trim.cut`). The answer also ends before the first line that is
-    indented by fewer than `min_indent` blanks.
+    `trim` says where the answer is cut (see `completion.cut`): "auto" is the line where a word follows the
+    cursor on it, else the block. The answer also ends before the first line that is indented by fewer than
+    `min_indent` blanks. `language` (as `data.documents.language_of` names it) is told by the path if it is
+    empty. With `heal`, what the cursor cuts in two is chosen anew: see `cursor.typed_piece`.
     """
 
     prefix: str
@@ -26,14 +29,32 @@ class Infill:
     path: str | None = None
     files: Sequence[File] = ()
     mode: Mode = "auto"
-    trim: Trim = "none"
+    trim: Trim = "auto"
     min_indent: int = 0
+    language: str = ""
+    heal: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f'mode must be "auto", "psm", "spm" or "prefix", got {self.mode!r}')
         if self.trim not in get_args(Trim):
-            raise ValueError(f'trim must be "none", "line" or "block", got {self.trim!r}')
+            raise ValueError(f'trim must be "auto", "none", "line" or "block", got {self.trim!r}')
+
+    @cached_property
+    def newline(self) -> str:
+        """How the lines end: "\\r\\n" where the first one does, else "\\n"."""
+        text = self.prefix if "\n" in self.prefix else self.suffix
+        end = text.find("\n")
+        return "\r\n" if end > 0 and text[end - 1] == "\r" else "\n"
+
+    def normalized(self) -> Infill:
+        """The same with lines that end in "\\n", as models know them."""
+        if "\r" not in self.prefix and "\r" not in self.suffix:
+            return self
+        prefix, suffix = (text.replace("\r\n", "\n") for text in (self.prefix, self.suffix))
+        if prefix.endswith("\r") and suffix.startswith("\n"):  # the cursor stands inside of a line's end
+            prefix = prefix[:-1]
+        return replace(self, prefix=prefix, suffix=suffix)
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,8 @@ class Request:
     otherwise the base), "none" (the base) or the name of an added adapter. In the server, a newer Infill of
     the same `client` and `session` cancels the older one. `prompt_seconds`, the time until the first token,
     limits how much of an Infill's text is read. An answer with a complete line ends `predict_seconds` after
-    its first token.
+    its first token. The answer's tokens begin with the text `begin`, of which the first `typed`
+    characters are not part of its text.
     """
 
     prompt: Infill | TextPrompt | Chat | Sequence[int]
@@ -81,7 +103,9 @@ class Request:
     session: str | None = None
     prompt_seconds: float | None = None
     predict_seconds: float | None = None
-    layout: Layout | None = None  # order of an Infill's prompt, set by `resolve`
+    begin: str = ""  # set by `resolve` for an Infill, as are `typed` and `layout`
+    typed: int = 0
+    layout: Layout | None = None  # order of an Infill's prompt
 
     def __post_init__(self) -> None:
         limits = {"time budget": self.prompt_seconds, "t_max_predict_ms": self.predict_seconds}

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from codegemma import prompts
 from codegemma.config import Mode
+from codegemma.generate.cursor import at_cursor
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.prompts import Layout, Parts
 from codegemma.tokenizer import Tokenizer
@@ -33,13 +34,17 @@ class PromptContext(Protocol):
     def cached(self, ids: Sequence[int], adapter: str = "none") -> int: ...
 
 
-def resolve(engine: PromptContext, request: Request, fim_orders: Collection[str]) -> Request:
+def resolve(
+    engine: PromptContext, request: Request, fim_orders: Collection[str], reads_files: bool = True
+) -> Request:
     """The request with token ids as its prompt, all its stop ids, and the layout of an Infill.
 
-    `fim_orders`: the layouts ("psm", "spm") that the model with its adapter was trained in. Raises ValueError
-    on text without a tokenizer, a chat whose roles do not alternate, and a path of several lines.
+    `fim_orders`: the layouts ("psm", "spm") that the model with its adapter was trained in; `reads_files`:
+    whether it was trained on documents with other files in front. Raises ValueError on text without a
+    tokenizer, a chat whose roles do not alternate, and a path of several lines.
     """
     prompt, tokenizer, budget = request.prompt, engine.tokenizer, prompt_budget(engine, request)
+    begin, typed = "", 0
     source = prompt.prompt if isinstance(prompt, TextPrompt) else prompt
     layout, stop_ids = None, prompts.fim_stops(tokenizer) if tokenizer else frozenset[int]()
     if not isinstance(source, Infill | Chat | str):
@@ -49,7 +54,8 @@ def resolve(engine: PromptContext, request: Request, fim_orders: Collection[str]
         raise ValueError(f"this model came without a tokenizer, so text cannot be read: {remedy}")
     elif isinstance(source, Infill):
         layout = layout_for(source.mode, fim_orders)
-        ids = infill_ids(engine, source, layout, budget, request.adapter)
+        infill, begin, typed = at_cursor(tokenizer, source, reads_files)
+        ids = infill_ids(engine, infill, layout, budget, request.adapter)
     elif isinstance(source, Chat):
         chat = prompts.chat(tokenizer, source.messages)
         ids, stop_ids = chat.ids, chat.stops
@@ -58,7 +64,8 @@ def resolve(engine: PromptContext, request: Request, fim_orders: Collection[str]
         ids = (prompts.raw if is_raw else prompts.plain)(tokenizer, source).ids
     if isinstance(prompt, TextPrompt) and prompt.truncate:
         ids = truncate_left(ids, budget.max_tokens)
-    return replace(request, prompt=ids, stop_ids=stop_ids.union(request.stop_ids), layout=layout)
+    stop_ids = stop_ids.union(request.stop_ids)
+    return replace(request, prompt=ids, stop_ids=stop_ids, begin=begin, typed=typed, layout=layout)
 
 
 def layout_for(mode: Mode, fim_orders: Collection[str]) -> Layout:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from codegemma.generate import sampling
 from codegemma.generate.request import Request
@@ -23,7 +26,8 @@ class Step:
 
     The last step of a request has a `stop`: "end" (`token` is a stop id), "stop_text", "length", or
     "cancelled" (`token` is None). `logprob` is from the model's logits, before temperature and filters;
-    `top` are the likeliest tokens with theirs, as many as the request wants.
+    `top` are the likeliest tokens with theirs, as many as the request wants. `confidence`, 0 to 1, is the
+    geometric mean of the probabilities of all tokens up to this one, each among those that were allowed.
     """
 
     token: int | None
@@ -31,6 +35,7 @@ class Step:
     logprob: float
     stop: Stop | None = None
     top: tuple[tuple[int, float], ...] = ()
+    confidence: float = 1.0
 
 
 class RunningRequest:
@@ -48,7 +53,10 @@ class RunningRequest:
         self.stop: Stop | None = None
         self.leader: RunningRequest | None = None  # computes the first `shared` tokens for this one too
         self.shared = 0
-        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._tokenizer, self._decoder = tokenizer, StreamDecoder(tokenizer) if tokenizer else None
+        self._unwritten = request.begin.encode()  # what the next tokens must begin with
+        self._unshown = request.typed  # characters that come before the answer's text
+        self._log_confidence = 0.0
         self._held = ""  # text held back because a stop text may start in it
         self.drafter = Drafter()
 
@@ -59,19 +67,54 @@ class RunningRequest:
 
     def next_step(self, row: int, logits: Logits) -> Step:
         """Samples the next token from a row of the logits, appends it and returns its Step."""
-        values_V, request = logits.values[row], self.request
-        token = sampling.choose(request.sampling, values_V, int(logits.argmax[row]), self.ids, self.generated)
-        normaliser = float(logits.normaliser[row])
+        request = self.request
+        values_V, argmax, normaliser = self._spelled(row, logits)
         likeliest = sampling.top(values_V, request.top_logprobs) if request.top_logprobs else ()
         top = tuple((int(i), float(values_V[i]) - normaliser) for i in likeliest)
+        allowed_V, allowed_normaliser = values_V, normaliser
+        if self._unwritten:
+            allowed_V, argmax, allowed_normaliser = self._continuing(values_V)
+        token = sampling.choose(request.sampling, allowed_V, argmax, self.ids, self.generated)
         self.ids.append(token)
+        self._log_confidence += float(values_V[token]) - allowed_normaliser
+        confidence = math.exp(self._log_confidence / self.generated)
         if token in request.stop_ids:
             text, self.stop = self._flush(), "end"
         else:
-            text = self._hold_back(self._decoder.push(token) if self._decoder else "")
+            text = self._hold_back(self._decoded(token))
             if self.stop is None and self.generated >= self.limit:
                 text, self.stop = text + self._flush(), "length"
-        return Step(token, text, float(values_V[token]) - normaliser, self.stop, top)
+        return Step(token, text, float(values_V[token]) - normaliser, self.stop, top, confidence)
+
+    def _spelled(self, row: int, logits: Logits) -> tuple[np.ndarray, int, float]:
+        """The logits of the tokens that the tokenizer can spell, their argmax and log-sum-exp. A model may
+        have rows behind them, which pad its vocabulary to a round size."""
+        values_V, argmax = logits.values[row], int(logits.argmax[row])
+        size = self._tokenizer.vocab_size if self._tokenizer else len(values_V)
+        if size >= len(values_V):
+            return values_V, argmax, float(logits.normaliser[row])
+        values_V = values_V[:size]
+        return values_V, int(values_V.argmax()), sampling.log_sum_exp(values_V)
+
+    def _continuing(self, values_V: np.ndarray) -> tuple[np.ndarray, int, float]:
+        """The logits of the tokens that agree with the unwritten bytes, -inf for all others; their argmax and
+        log-sum-exp."""
+        assert self._tokenizer
+        allowed = self._tokenizer.agreeing(self._unwritten)
+        allowed_V = np.full_like(values_V, -np.inf)
+        allowed_V[allowed] = values_V[allowed]
+        return allowed_V, int(allowed_V.argmax()), sampling.log_sum_exp(values_V[allowed])
+
+    def _decoded(self, token: int) -> str:
+        """The text that a token completes, without what was typed already."""
+        if self._tokenizer is None or self._decoder is None:
+            return ""
+        if self._unwritten:
+            self._unwritten = self._unwritten[len(self._tokenizer.decode_bytes([token])) :]
+        text = self._decoder.push(token)
+        hidden = min(self._unshown, len(text))
+        self._unshown -= hidden
+        return text[hidden:]
 
     def end(self, stop: Stop) -> Step:
         """Ends the request without a token."""

@@ -76,7 +76,8 @@ def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Seque
         tokens, counts = np.unique(generated, return_counts=True)
         logits_V[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     for token, value in sampling.bias:
-        logits_V[token] += value
+        if token < len(logits_V):
+            logits_V[token] += value
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     return _draw(sampling, logits_V / sampling.temperature, _uniform(sampling.seed, index))
@@ -118,6 +119,12 @@ def _likeliest(sampling: Sampling, logits_V: np.ndarray) -> tuple[np.ndarray, np
         if size >= len(logits_V) or weights.sum() > sampling.top_p * total or weights[-1] < sampling.min_p:
             return order, weights, total
         size *= 16
+
+
+def log_sum_exp(values_V: np.ndarray) -> float:
+    """log(sum(exp(values_V))), without overflow."""
+    highest = float(values_V.max())
+    return highest + math.log(float(np.exp(values_V.astype(np.float64) - highest).sum()))
 
 
 def top(values_V: np.ndarray, k: int) -> np.ndarray:

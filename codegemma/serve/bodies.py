@@ -159,7 +159,7 @@ class ExtensionFields(BaseModel):
     def infill(self, prefix: str, suffix: str | None, files: Sequence[File] = ()) -> Infill:
         """A fill-in-the-middle prompt; the body's extra files come after `files`, nearer to the prefix."""
         extra = [File(one_line(file.filename), file.text) for file in self.input_extra or ()]
-        mode, trim = self.mode or "auto", self.trim or "none"
+        mode, trim = self.mode or "auto", self.trim or "auto"
         return Infill(prefix, suffix or "", self.path or None, (*files, *extra), mode, trim)
 
     def request(

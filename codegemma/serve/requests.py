@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from codegemma import hub
 from codegemma.config import Preset
+from codegemma.generate.completion import Trimmer
 from codegemma.generate.request import Infill, Request
 from codegemma.generate.running import Step
-from codegemma.generate.trim import Trimmer
 from codegemma.prompts import Layout
 from codegemma.serve.metrics import Metrics
 from codegemma.tokenizer import Tokenizer
@@ -144,17 +145,11 @@ def can_chat(preset: Preset | None, tokenizer: Tokenizer) -> bool:
 
 
 def model_id(preset: Preset | None, path: Path) -> tuple[str, list[str]]:
-    """The name of a model for clients, such as codegemma-2b, and its aliases.
-
-    A file that is called `model`, as on the Hugging Face Hub, has its folder's name.
-    """
-    path = path.absolute()
+    """The name of a model for clients, such as codegemma-2b, and its aliases."""
     if preset is not None:
         name, alias = preset.hub.rpartition("/")[2], preset.name
     else:
-        name, alias = path.name if path.is_dir() else path.stem, path.stem
-        if name == "model":
-            name = path.parent.name or name
+        name, alias = hub.name_of(path), path.stem
     return name, [alias] if alias != name else []
 
 

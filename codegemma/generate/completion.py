@@ -1,0 +1,338 @@
+"""The answer to an Infill as an editor shows it: how much of it is kept, and how sure the model is of it.
+
+An answer ends with the cursor's line or block and repeats nothing of the suffix. Lines are compared with
+their indentation, and a closing line is dropped only where the suffix closes the same block: by the syntax
+tree where the language has a grammar, else by brackets and indentation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+
+from codegemma.config import Trim
+from codegemma.data.documents import language_of
+from codegemma.data.syntax import error_share, parse
+from codegemma.generate.engine import Completion
+from codegemma.generate.request import Infill, Request
+from codegemma.generate.running import Step
+from codegemma.prompts import Layout
+
+OPENERS = {")": "(", "]": "[", "}": "{"}
+BLOCK_OPENERS = (":", "{", "(", "[", "=>", ",")
+QUOTES = ('"', "'", "`", '"""', "'''")
+END_WORDS = ("end", "fi", "done", "esac")  # that close a block as a bracket does
+TAB = 4  # columns, where lines with tabs are compared with others
+
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_LINE_START = re.compile(r"\n([^\S\n]*)")
+_CONTINUES_BLOCK = re.compile(r"\s*(else|elif|except|finally|catch|case|default)\b")
+_LITERAL_OR_COMMENT = re.compile(
+    r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|`(?:\\.|[^`\\])*`'
+    r"|/\*[\s\S]*?\*/|(?<!\S)//[^\n]*|(?<!\S)#[^\n]*"
+)
+
+
+class Trimmer:
+    """Trims the Steps of an answer one by one; only the answers to an Infill are changed.
+
+    `layout` is that of the prompt: after a "prefix" prompt, the model does not know where the suffix starts.
+    """
+
+    def __init__(self, request: Request, layout: Layout | None) -> None:
+        infill = request.prompt if isinstance(request.prompt, Infill) else None
+        self.infill = infill.normalized() if infill else None
+        self._newline = infill.newline if infill else "\n"
+        self._cuts = infill is not None and (infill.trim != "none" or layout == "prefix")
+        self._text = ""
+        self._shown = 0  # how many characters were returned
+
+    def push(self, step: Step) -> Step:
+        """The step with the text that is now certain to be kept; `stop` is "end" where the rest is cut."""
+        if self.infill is None:
+            return step
+        infill, final, done = self.infill, step.stop is not None, False
+        self._text += step.text
+        kept = _normalize(self._text, final) if self._newline != "\n" else self._text
+        if self._cuts:
+            kept, done = _cut(kept, infill, final)
+        if infill.min_indent:
+            kept, dedented = cut_dedented(kept, infill.min_indent, final or done)
+            done = done or dedented
+        text, self._shown = kept[self._shown :], len(kept)
+        return replace(
+            step, text=text.replace("\n", self._newline), stop=step.stop or ("end" if done else None)
+        )
+
+
+def trimmed(completion: Completion, request: Request, layout: Layout | None) -> Completion:
+    """The trimmed Steps of an answer. Generation stops at the step whose rest is cut."""
+    trimmer = Trimmer(request, layout)
+    if trimmer.infill is None:
+        return completion
+
+    def steps() -> Iterator[Step]:
+        with closing(completion):
+            for step in completion:
+                step = trimmer.push(step)
+                yield step
+                if step.stop is not None:
+                    return
+
+    return Completion(steps(), completion.running)
+
+
+def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
+    """The text before the first line that is indented by fewer than `min_indent` blanks, and whether there is
+    one; line 1 and blank lines do not count. Until `final`, whitespace that may precede one is held back."""
+    held: int | None = None  # where the less indented and blank lines before this one begin
+    for start in _LINE_START.finditer(text):
+        if len(start[1]) >= min_indent:
+            held = None
+            continue
+        held = start.start() if held is None else held
+        following = text[start.end() : start.end() + 1]
+        if following not in ("", "\n"):
+            return text[:held], True
+    return (text, False) if held is None or final else (text[:held], False)
+
+
+def cut(text: str, infill: Infill, final: bool = True) -> tuple[str, bool]:
+    """The part of an answer that is certain to be kept, and whether the answer ends after it.
+
+    `final`: the answer is complete. An answer ends with the cursor's line (trim "line") or block ("block"),
+    or before a line that repeats the suffix's first. If its end repeats the rest of the cursor's line, or
+    closes a bracket that the suffix closes, that is dropped. It keeps a last newline if the suffix needs it.
+    Lines end as the infill's do.
+    """
+    if infill.newline == "\n":
+        return _cut(text, infill, final)
+    kept, done = _cut(_normalize(text, final), infill.normalized(), final)
+    return kept.replace("\n", infill.newline), done
+
+
+def chosen_trim(infill: Infill) -> Trim:
+    """What "auto" means: the line where a word follows the cursor on it, else the block."""
+    if infill.trim != "auto":
+        return infill.trim
+    return "line" if re.match(r"[^\n]*\w", infill.suffix) else "block"
+
+
+def _normalize(text: str, final: bool) -> str:
+    """Lines that end in "\\n"; until `final`, a "\\r" that a "\\n" may follow is held back."""
+    return (text if final else text.removesuffix("\r")).replace("\r\n", "\n")
+
+
+def _cut(text: str, infill: Infill, final: bool) -> tuple[str, bool]:
+    cursor_line, rest = _cursor_line(infill)
+    trim = chosen_trim(infill)
+    lines, newlines = _LINE.findall(text), text.count("\n")
+    suffix_lines = _suffix_lines(infill)
+    first_line = cursor_line + lines[0] if newlines else ""
+    block_indent = _columns(first_line)
+    opens_block = bool(cursor_line.strip()) and first_line.rstrip().endswith(BLOCK_OPENERS)
+
+    def ends_after(count: int, head: str, kept: str) -> bool | None:
+        """Whether the answer ends after `count` lines; None: more of the answer is needed to tell."""
+        nonlocal opens_block, block_indent
+        if trim == "line" and count and (cursor_line + head).strip():
+            return True
+        if count == 1 and rest and head == kept + rest:  # the answer repeats the rest of the cursor's line
+            return True
+        following = lines[count:] if final else lines[count:newlines]
+        if count or not cursor_line.strip():
+            if not count and following:
+                following = [cursor_line + following[0], *following[1:]]
+            repeats = _repeats_suffix(following, suffix_lines, head, infill, final)
+            if repeats is not False:
+                return repeats
+        if trim != "block" or not count:
+            return False
+        leaves = _leaves_block(following, block_indent, opens_block, final)
+        line = following[0].rstrip() if following else ""
+        if (
+            leaves
+            and _Line(line.strip(), 0).closes
+            and _is_needed(line, _columns(line), suffix_lines, head, infill)
+        ):
+            opens_block, block_indent = False, max(_columns(line), 1)  # nothing follows in column 0
+            return False
+        return leaves
+
+    if _in_word(infill):  # an answer that is more than the rest of the word breaks it
+        kept = _drop_overlap(text.rstrip(), infill)
+        return (kept, final) if final and re.fullmatch(r"\w*", kept) else ("", final or newlines > 0)
+    for count in range(newlines + 1):
+        head = "".join(lines[:count]).rstrip()
+        kept = _drop_overlap(head, infill)
+        ends = ends_after(count, head, kept)
+        if ends:
+            needs_newline = head and head == kept and _starts_line(cursor_line, rest, trim)
+            return kept + ("\n" if needs_newline else ""), True
+        if ends is None or (count == newlines and not final):
+            return kept, False
+    return _drop_overlap(text, infill), False
+
+
+def _in_word(infill: Infill) -> bool:
+    return bool(re.search(r"\w\Z", infill.prefix) and re.match(r"\w", infill.suffix))
+
+
+def _cursor_line(infill: Infill) -> tuple[str, str]:
+    """The cursor's line before and after the cursor."""
+    return infill.prefix.rpartition("\n")[2], infill.suffix.split("\n", 1)[0].rstrip()
+
+
+def _leaves_block(lines: list[str], indent: int, opens_block: bool, final: bool) -> bool | None:
+    """Whether the next of `lines` is outside the cursor's block; None: not yet known.
+
+    The cursor's line, indented by `indent`, stands in the block or, with `opens_block`, opens it.
+    """
+    next_line = next((line for line in lines if line.strip()), None)
+    if next_line is None:
+        return False if final else None
+    level = _columns(next_line)
+    if next_line is not lines[0]:  # after blank lines
+        return level <= indent and (opens_block or not indent)
+    if not opens_block or level != indent:
+        return level < indent
+    return next_line.lstrip()[0] not in "})]" and not _CONTINUES_BLOCK.match(next_line)
+
+
+def _starts_line(cursor_line: str, rest: str, trim: Trim) -> bool:
+    """Whether `rest`, the suffix's first line, does not continue the cursor's line but needs its own."""
+    if not rest or not cursor_line.strip():
+        return bool(rest)
+    return trim != "line" and not rest[0].isspace() and rest[0] not in ")]}>,;:.\"'`"
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line to compare: its text without blanks around it, and the columns before it; None: not known."""
+
+    text: str
+    indent: int | None
+
+    @property
+    def closes(self) -> bool:
+        """Whether all it does is to end a block."""
+        return self.text in END_WORDS or bool(
+            self.text and self.text[0] in OPENERS and not re.search(r"\w", self.text)
+        )
+
+    def repeats(self, other: _Line) -> bool:
+        """Whether it is the same line, in the same block as far as is known."""
+        return self.text == other.text and (
+            None in (self.indent, other.indent) or self.indent == other.indent
+        )
+
+
+def _columns(line: str) -> int:
+    blanks = line[: len(line) - len(line.lstrip(" \t"))]
+    return len(blanks.expandtabs(TAB))
+
+
+def _suffix_lines(infill: Infill) -> list[_Line]:
+    """The suffix's lines that are not blank. Of the rest of the cursor's line, the indentation is known only
+    where that line is blank before the cursor and the rest is no closing line, which an editor moves."""
+    cursor_line, (rest, *others) = infill.prefix.rpartition("\n")[2], infill.suffix.split("\n")
+    first = _Line(rest.strip(), None if cursor_line.strip() else _columns(cursor_line + rest))
+    if first.closes and cursor_line:
+        first = replace(first, indent=None)
+    return [line for line in (first, *(_Line(line.strip(), _columns(line)) for line in others)) if line.text]
+
+
+def _repeats_suffix(
+    lines: list[str], suffix_lines: list[_Line], head: str, infill: Infill, final: bool
+) -> bool | None:
+    """Whether `lines`, which follow `head` in the answer, begin as the suffix does: with the same line, or
+    with the same two if the first has at most 3 characters. None: not yet known.
+
+    A line that ends a block is no repetition if the block needs it beside the suffix's.
+    """
+    answer = [_Line(line.strip(), _columns(line)) for line in lines if line.strip()][:2]
+    if not suffix_lines or not answer:
+        return False if not suffix_lines or final else None
+    first = suffix_lines[0]
+    if not lines[0].strip() or not answer[0].repeats(first):
+        return False
+    if first.closes and first.indent is not None:
+        return not _is_needed(lines[0], answer[0].indent or 0, suffix_lines, head, infill)
+    if len(first.text) > 3 or len(suffix_lines) < 2:
+        return True
+    if len(answer) < 2:
+        return True if final else None
+    return answer[1].repeats(suffix_lines[1])
+
+
+def _is_needed(line: str, indent: int, suffix_lines: list[_Line], head: str, infill: Infill) -> bool:
+    """Whether a closing line is missing without it, though the suffix begins with the same line."""
+    language = infill.language or _language(infill.path or "")
+    suffix = infill.suffix if infill.suffix.startswith("\n") else "\n" + infill.suffix
+    without = _errors(infill.prefix + head + suffix, language)
+    beside = _errors(f"{infill.prefix}{head}\n{line.rstrip()}{suffix}", language)
+    if without is not None and beside is not None and without != beside:
+        return beside < without
+    is_last = next((i for i, other in enumerate(suffix_lines) if not other.closes), len(suffix_lines))
+    closed = sum(other.indent == indent for other in suffix_lines[:is_last])
+    return _unclosed(infill.prefix + head).count(indent) > closed
+
+
+@cache
+def _language(path: str) -> str:
+    try:
+        return language_of(path)
+    except ImportError:  # without the extra "data" there are no grammars either
+        return ""
+
+
+@lru_cache(maxsize=32)  # the same texts come again with each Step of an answer
+def _errors(text: str, language: str) -> float | None:
+    """Share of a text that is no code of its language; None where there is no grammar."""
+    try:
+        tree = parse(text, language)
+    except ImportError:
+        return None
+    return None if tree is None else error_share(tree)
+
+
+def _unclosed(text: str) -> list[int]:
+    """For each bracket that opens and is not closed, the columns before its line. Brackets in literals and
+    comments do not count, as far as they can be told without a grammar."""
+    opened: list[tuple[str, int]] = []
+    for line in _LITERAL_OR_COMMENT.sub(lambda match: "\n" * match[0].count("\n"), text).split("\n"):
+        for letter in line:
+            if letter in OPENERS.values():
+                opened.append((letter, _columns(line)))
+            elif letter in OPENERS and opened and opened[-1][0] == OPENERS[letter]:
+                opened.pop()
+    return [indent for _, indent in opened]
+
+
+def _drop_overlap(text: str, infill: Infill) -> str:
+    """Drops the longest end that the rest of the cursor's line repeats: one with words always, punctuation
+    only where it closes too much."""
+    cursor_line, rest = _cursor_line(infill)
+    for size in range(min(len(rest), len(text)), 0, -1):
+        overlap = rest[:size]
+        if text.endswith(overlap) and overlap.strip():
+            has_words = re.search(r"\w", overlap) and (size == len(rest) or size > 3)
+            code = infill.prefix, text, infill.suffix
+            if has_words or _closes_too_much(overlap, cursor_line + text + rest, "".join(code)):
+                return text[:-size]
+    return text
+
+
+def _closes_too_much(overlap: str, line: str, code: str) -> bool:
+    """Whether both `line` and all of `code`, which have `overlap` twice, close more than they open. The line
+    alone misses the brackets that opened above it; the code alone counts those in comments."""
+    closers = [closer for closer in overlap if closer in OPENERS]
+    if not closers:
+        mark = overlap.strip()
+        return mark in (";", ",", ":") or (mark in QUOTES and line.count(mark) % 2 == 1)
+    return any(
+        all(text.count(closer) > text.count(OPENERS[closer]) for text in (line, code)) for closer in closers
+    )

@@ -1,0 +1,230 @@
+"""Completion at the cursor: the piece that it cuts, how the answer begins, how much of it is kept."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import TINY_TOKENIZER, native
+from vocabularies import small_tokenizer
+
+from codegemma.generate.completion import cut
+from codegemma.generate.cursor import indentation, typed_piece, with_comments
+from codegemma.generate.engine import Batch, Engine
+from codegemma.generate.request import Infill, Request
+from codegemma.generate.resolve import resolve
+from codegemma.generate.sampling import Sampling
+from codegemma.prompts import File
+
+
+def kept(text, prefix, suffix, trim="block", **fields):
+    return cut(text, Infill(prefix, suffix, trim=trim, **fields))[0]
+
+
+# ------------------------------------------------------------------------------------- the suffix's lines
+GO = "func f(n int) {\n\tfor i := 0; i < n; i++ {\n\t\t"
+
+
+@pytest.mark.parametrize("trim", ["auto", "none", "block"])
+@pytest.mark.parametrize(
+    "prefix, text, suffix",
+    [
+        # A line that the suffix has too, but in another block.
+        ("def f(a, x):\n    ", "if not a:\n        return x\n    x = a + 1", "\n    return x\n"),
+        ("f(a) {\n  ", "if (a)\n    return x;\n  g();", "\n  return x;\n}\n"),
+        # A block that the answer opens and closes inside the suffix's.
+        ("void f(int n) {\n\tif (n) {\n\t\tfor (;;) {\n\t\t\t", "g();\n\t\t}\n\t\tuse(n);", "\n\t}\n}\n"),
+        ("int f(int n) {\n    int c = 0;\n    ", "for (;;) {\n        c++;\n    }\n    return c;", "\n}\n"),
+        (GO, "if i > 1 {\n\t\t\tg(i)\n\t\t}\n\t\th(i)", "\n\t}\n}\n"),
+        ("def f\n  ", "if a\n    b\n  end\n  c", "\nend\n"),
+        ("function f()\n  ", "while a do\n    b()\n  end\n  c()", "\nend\n"),
+        # Two blocks that begin in the same column: the suffix closes one of them.
+        ("void f() {\nif (a) {\n", "b();\n}\nc();\n", "}\n"),
+    ],
+)
+def test_lines_that_the_answer_needs_stay(prefix, text, suffix, trim):
+    assert kept(text, prefix, suffix, trim).rstrip() == text.rstrip()
+
+
+@pytest.mark.parametrize("trim", ["auto", "none", "block"])
+@pytest.mark.parametrize(
+    "prefix, text, suffix, expected",
+    [
+        ("def f(x):\n", "    y = 1\n    return x\n", "    return x\n", "    y = 1\n"),
+        ("int f(int a) {\n\t", "return a;\n}", "\n}\n", "return a;"),
+        ("def f\n  ", "b\nend\n\ndef g\n", "\nend\n\ndef h\n", "b"),
+        ("if a; then\n  ", "b\nfi\nc", "\nfi\nd\n", "b"),
+        ("f(\n    a,\n    ", "b,\n)\ng()", ")\ng()\n", "b,\n"),
+        ("{\n  ", '"a": 1\n}', "\n}\n", '"a": 1'),
+    ],
+)
+def test_lines_that_the_suffix_has_go(prefix, text, suffix, expected, trim):
+    assert kept(text, prefix, suffix, trim) == expected
+
+
+def test_a_syntax_tree_decides_where_columns_do_not():
+    """Brackets in a regular expression mislead a count, not a grammar."""
+    pytest.importorskip("tree_sitter_javascript")
+    prefix, text, suffix = "function f(s) {\nif (s.match(/[{]/)) {\n", "g();\n}\nh();\n", "}\n"
+    assert kept(text, prefix, suffix, language="javascript") == text
+    one_block = "function f(s) {\n  return s.split(/[{]/);\n"
+    assert kept("}\n", one_block, "}\n", language="javascript") == ""
+
+
+@pytest.mark.parametrize(
+    "prefix, suffix, answer, expected",
+    [
+        ("np.z", "s(3)", "ero", "ero"),
+        ("np.z", "s(3)", "eros(3)", "ero"),
+        ("x = re", "turn y", "", ""),
+        ("x.app", "end(3)\n", "le, x.b", ""),  # would write `x.apple, x.bend(3)`
+        ("x.app", "end(3)\n", "end(4)\ny", ""),
+    ],
+)
+def test_an_answer_inside_a_word_is_the_rest_of_that_word(prefix, suffix, answer, expected):
+    for trim in ("auto", "line", "block", "none"):
+        assert kept(answer, prefix, suffix, trim) == expected
+
+
+@pytest.mark.parametrize(
+    "text, prefix, suffix, trim, expected",
+    [
+        ("x = 1\r\ny = 2\r\n", "a = 0\r\n", "z = 3\r\n", "line", "x = 1\r\n"),
+        ("x = 1\ny = 2\n", "a = 0\r\n", "z = 3\r\n", "block", "x = 1\r\ny = 2\r\n"),
+        ("x = 1\ny = 2\n", "a = 0\n", "z = 3\n", "block", "x = 1\ny = 2\n"),
+        ("    y\n    return x\n", "def f(x):\r\n", "    return x\r\n", "block", "    y\r\n"),
+    ],
+)
+def test_lines_end_as_the_files_do(text, prefix, suffix, trim, expected):
+    assert kept(text, prefix, suffix, trim) == expected
+
+
+@given(st.text("ab \n\r", max_size=12), st.text("ab \n\r", max_size=12))
+def test_line_ends_do_not_change_the_prompt(prefix, suffix):
+    unix = Infill(prefix.replace("\r", ""), suffix.replace("\r", ""))
+    dos = Infill(unix.prefix.replace("\n", "\r\n"), unix.suffix.replace("\n", "\r\n"))
+    engine = Engine(native("gemma-mqa", "Q8_0"), TINY_TOKENIZER)
+    prompts = [resolve(engine, Request(infill), {"spm"}) for infill in (unix, dos)]
+    assert prompts[0].prompt == prompts[1].prompt and prompts[0].begin == prompts[1].begin
+
+
+# ------------------------------------------------------------------------------------- the piece before it
+@pytest.mark.parametrize(
+    "prefix, typed",
+    [
+        ("def f():\n    retu", "retu"),
+        ("x = retu", " retu"),
+        ("np.zer", "zer"),
+        ("x = [1, 2", " 2"),
+        ("print('Hel", "Hel"),
+        ("x = ", ""),
+        ("f(", ""),
+        ("", ""),
+        ("a\n", ""),
+        ("a:\n           ", "           "),
+        ("a:\n\t\t", "\t\t"),
+        ("hash = '" + "0123456789abcdef" * 8, ""),  # data, not a word
+        ("x = größ", " größ"),
+    ],
+)
+def test_typed_piece(prefix, typed):
+    tokenizer = small_tokenizer()
+    infill, piece = typed_piece(tokenizer, Infill(prefix, "\n"))
+    assert infill.prefix + piece == prefix
+    assert piece.strip() == typed.strip() if typed.strip() else piece == typed
+
+
+@given(st.text(max_size=30))
+def test_the_typed_piece_is_whole_characters(prefix):
+    tokenizer = small_tokenizer()
+    infill, piece = typed_piece(tokenizer, Infill(prefix))
+    assert infill.prefix + piece == prefix and "\n" not in piece
+
+
+@pytest.mark.parametrize(
+    "typed, step, expected", [(0, 4, 0), (1, 4, 4), (4, 4, 4), (11, 4, 12), (13, 4, 16), (3, 2, 4)]
+)
+def test_indentation_is_a_whole_number_of_steps(typed, step, expected):
+    file = "".join(f"{' ' * step * depth}a\n" for depth in (1, 2, 3, 1, 2))
+    assert indentation(" " * typed, Infill(file)) == " " * expected
+
+
+def test_indentation_without_a_step_stays():
+    assert indentation("   ", Infill("a\n")) == "   " and indentation("\t ", Infill("\ta\n")) == "\t "
+
+
+# ------------------------------------------------------------------------------------- how answers begin
+@settings(deadline=None, max_examples=40)
+@given(st.binary(min_size=1, max_size=4))
+def test_agreeing_tokens_are_those_that_a_scan_finds(data):
+    tokenizer = small_tokenizer()
+    spelled = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+    expected = [
+        i for i, text in enumerate(spelled) if text and (text.startswith(data) or data.startswith(text))
+    ]
+    assert sorted(tokenizer.agreeing(data)) == expected
+
+
+def texts(engine, requests, together):
+    """The text of each request's answer, with what it had to begin with."""
+    if not together:
+        return ["".join(step.text for step in engine.generate(request)) for request in requests]
+    batch = Batch(engine)
+    running = [batch.add(request) for request in requests]
+    answers = {id(one): "" for one in running}
+    while any(one.stop is None for one in running):
+        for one, step in batch.step():
+            answers[id(one)] += step.text
+    return [answers[id(one)] for one in running]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=1.5, seed=3), Sampling(1.0, top_k=5, seed=1)]
+)
+def test_an_answer_begins_as_it_has_to(sampling):
+    """Alone, together with others, and with speculation the same; the typed characters are left out."""
+    engine = Engine(native("gemma-mqa", "Q8_0"), TINY_TOKENIZER)
+    prompts = [[2, *TINY_TOKENIZER.encode(text)] for text in ("x = ", "def f", "return")]
+    requests = [Request(ids, 12, sampling, begin="ret", typed=2) for ids in prompts]
+    alone = texts(engine, requests, together=False)
+    assert all(text.startswith("t") for text in alone)
+    whole = texts(engine, [Request(ids, 12, sampling, begin="ret") for ids in prompts], together=False)
+    assert [text[2:] for text in whole] == alone
+    assert texts(engine, requests, together=True) == alone
+    plain = [Request(ids, 12, sampling, begin="ret", typed=2, speculate=False) for ids in prompts]
+    assert texts(engine, plain, together=False) == alone
+
+
+def test_confidence_is_of_the_tokens_that_were_allowed():
+    engine = Engine(native("gemma-mqa", "Q8_0"), TINY_TOKENIZER)
+    ids = [2, *TINY_TOKENIZER.encode("x = ")]
+    steps = list(engine.generate(Request(ids, 6)))
+    expected = np.exp(np.cumsum([step.logprob for step in steps]) / np.arange(1, len(steps) + 1))
+    np.testing.assert_allclose([step.confidence for step in steps], expected, rtol=1e-5)
+    token = TINY_TOKENIZER.encode("def")[0]
+    only = list(TINY_TOKENIZER.agreeing(b"def"))
+    first = next(engine.generate(Request(ids, 6, begin="def")))
+    logits = engine.logits(ids)[-1].astype(float)
+    share = np.exp(logits[first.token]) / np.exp(logits[only]).sum()
+    assert token in only and first.confidence == pytest.approx(share, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------- other files
+def test_files_are_comments_for_models_that_never_saw_any():
+    infill = Infill("x = 1\n", "", "a.py", [File("b.py", "def g():\n    pass\n\n"), File("c.py", "y = 2")])
+    assert with_comments(infill).prefix == "# b.py\n# def g():\n#     pass\n# c.py\n# y = 2\nx = 1\n"
+    assert (
+        with_comments(Infill("", path="a.ts", files=[File("b.ts", "let x")])).prefix == "// b.ts\n// let x\n"
+    )
+    assert (
+        with_comments(Infill("", files=[File("q.lua", "x()")], language="lua")).prefix == "-- q.lua\n-- x()\n"
+    )
+    engine = Engine(native("gemma-mqa", "Q8_0"), TINY_TOKENIZER)
+    separator = TINY_TOKENIZER.control.file_separator
+    for reads_files in (True, False):
+        ids = resolve(engine, Request(infill), {"spm"}, reads_files).prompt
+        assert (separator in ids) == reads_files
+    assert re.search("# c.py\n# y = 2\nx = 1\n", TINY_TOKENIZER.decode(ids))
