@@ -73,7 +73,7 @@ def run(capsys, monkeypatch):
 @pytest.fixture
 def base_model(monkeypatch):
     """The tiny model passes for the default one, which has no FIM or chat training."""
-    monkeypatch.setattr("codegemma.generate.model._preset_of", lambda checkpoint: PRESETS["gemma-3-270m"])
+    monkeypatch.setattr("codegemma.hub.preset_of", lambda checkpoint: PRESETS["gemma-3-270m"])
 
 
 def process(*arguments, **options):

@@ -153,13 +153,13 @@ def test_a_lost_stamp_needs_no_package(packaged, monkeypatch):
     monkeypatch.setattr(hub, "DEFAULT_FILE", replace(packaged, package="no_such_package"))
     assert hub.resolve() == path
     path.write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"missing or damaged: pip install \"codegemma\[default-model\]\""):
+    with pytest.raises(ValueError, match=r"missing or damaged: .*\[default-model\]"):
         hub.resolve()
 
 
 def test_a_package_that_makes_another_file_is_refused_and_leaves_nothing(packaged, home):
     (home / "site" / "tiny_model_part2" / "data" / "m.part2").write_bytes(b"evil")
-    with pytest.raises(ValueError, match="sha256 .* were expected: pip install --force-reinstall"):
+    with pytest.raises(ValueError, match="sha256 .* were expected: .* --force-reinstall tiny-model"):
         hub.resolve()
     assert [file.name for file in (hub.cache_dir() / "models" / hub.DEFAULT).iterdir()] == [".lock"]
 
@@ -167,7 +167,7 @@ def test_a_package_that_makes_another_file_is_refused_and_leaves_nothing(package
 @pytest.mark.parametrize("lost", [1, 3])
 def test_a_missing_part_is_a_missing_package(packaged, home, lost):
     (home / "site" / f"tiny_model_part{lost}" / "data" / f"m.part{lost}").unlink()
-    with pytest.raises(ValueError, match=r"pip install \"codegemma\[default-model\]\""):
+    with pytest.raises(ValueError, match=r"\[default-model\]"):
         hub.resolve()
 
 

@@ -168,10 +168,10 @@ def test_a_pack_carries_a_model_to_a_machine_without_a_network(tmp_path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     write_tiny_hf(hub.cache_dir() / "models" / "2b", tiny_config("gemma-mqa"))
     pack = hub_pull.pack(hub.resolve("2b"), tmp_path / "2b.pack", "codegemma-2b")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ValueError, match="notes was not written by codegemma, and is kept"):
         hub_pull.pack(hub.resolve("2b"), tmp_path / "notes", "codegemma-2b")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
     path = hub_pull.install(pack)
     assert hub.resolve("2b") == path == hub.cache_dir() / "models" / "2b"
     assert (path / "model.safetensors").read_bytes() == (
@@ -269,7 +269,8 @@ REPO, COMMIT = "google/codegemma-2b", "c" * 40
 FILES = {"config.json": b"{}", "model.safetensors": BODY[:100_000], "tokenizer.model": b"t"}
 CODE = (
     "from codegemma.hub import pull as hub_pull\n"
-    "try: print(hub_pull.pull('2b', ask=lambda _: True))\n"
+    "import sys\n"
+    "try: print(hub_pull.pull(sys.argv[1], ask=lambda _: True))\n"
     "except ValueError as error: print('refused:', error)"
 )
 
@@ -322,7 +323,7 @@ class HubHandler(Handler):
                 "private": False,
             }
             return self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-        name = self.path.rpartition("/")[2]
+        name = next(name for name in FILES if self.path.endswith(f"/{name}"))
         body, large = FILES[name], name.endswith("safetensors")
         sha = hashlib.sha256(body).hexdigest()
         headers = {
@@ -342,7 +343,7 @@ class HubHandler(Handler):
         return self._send(200, b"" if self.command == "HEAD" else body, headers)
 
 
-def _pull(server, tmp_path, **env):
+def _pull(server, tmp_path, name="2b", **env):
     environment = {
         **os.environ,
         "HF_ENDPOINT": server.url,
@@ -354,7 +355,7 @@ def _pull(server, tmp_path, **env):
         **env,
     }
     run = subprocess.run(
-        [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", CODE, name], env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip().splitlines()[-1]
@@ -381,6 +382,45 @@ def test_a_file_with_a_wrong_hash_is_removed(hugging_face, tmp_path):
     assert "wrong SHA-256" in _pull(hugging_face, tmp_path)
     hugging_face.body = BODY
     assert Path(_pull(hugging_face, tmp_path), "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+QUANTISATIONS = {
+    **dict.fromkeys(("config.json", "g-Q4_K_M.gguf", "g-Q8_0.gguf", "mmproj-F16.gguf"), b"{}"),
+    **dict.fromkeys((f"BF16/g-{part}-of-00002.gguf" for part in ("00001", "00002")), b"part"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("o/g-GGUF", ["g-Q4_K_M.gguf"]),
+        ("o/g-GGUF:q8_0", ["g-Q8_0.gguf"]),
+        ("o/g-GGUF:BF16", ["g-00001-of-00002.gguf", "g-00002-of-00002.gguf"]),
+        ("2b:Q8_0", ["g-Q8_0.gguf"]),
+    ],
+)
+def test_of_several_quantisations_one_is_fetched(hugging_face, tmp_path, monkeypatch, name, files):
+    monkeypatch.setattr(sys.modules[__name__], "FILES", QUANTISATIONS)
+    path = Path(_pull(hugging_face, tmp_path, name))
+    assert path.name == files[0]
+    fetched = {file.name for file in (tmp_path / "hf").rglob("*.gguf")}
+    assert fetched == set(files) and not any("mmproj" in path for path, _ in hugging_face.requests)
+    repository = "google/codegemma-2b-GGUF" if name.startswith("2b") else "o/g-GGUF"
+    assert any(f"/{repository}/" in path for path, _ in hugging_face.requests)
+    assert _pull(hugging_face, tmp_path, name, HF_HUB_OFFLINE="1") == str(path)
+
+
+def test_a_missing_quantisation_is_named_and_nothing_is_fetched(hugging_face, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "FILES", QUANTISATIONS)
+    assert "no quantisation 'Q6_K': there is BF16, Q4_K_M, Q8_0" in _pull(hugging_face, tmp_path, "o/g:Q6_K")
+    assert not list((tmp_path / "hf").rglob("*.gguf"))
+
+
+def test_beside_safetensors_a_gguf_is_fetched_only_by_name(hugging_face, tmp_path, monkeypatch):
+    """As in google/codegemma-2b, whose GGUF file is a second copy in float32."""
+    monkeypatch.setattr(sys.modules[__name__], "FILES", FILES | {"codegemma-2b.gguf": b"x"})
+    assert Path(_pull(hugging_face, tmp_path)).is_dir()
+    assert not list((tmp_path / "hf").rglob("*.gguf"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from codegemma.checkpoints import gguf_model, huggingface, keras, nemo, orbax, torch
+from codegemma.checkpoints import gguf_files, gguf_model, huggingface, keras, nemo, orbax, torch
 from codegemma.checkpoints.checkpoint import FIM_ORDERS_KEY, Checkpoint
 
 __all__ = ["FIM_ORDERS_KEY", "Checkpoint", "format_of", "open_checkpoint"]
@@ -27,14 +27,29 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     FileNotFoundError on a wrong path.
     """
     path = Path(path)
-    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "model_config.yaml")):
-        files = sorted([*path.glob("*.gguf"), *path.glob("*.nemo"), *path.glob("*.ckpt")])
-        if len(files) == 1:
-            path = files[0]
-        elif orbax.find_checkpoint(path) is None:
-            rule = f"no Orbax checkpoint, and {len(files)} .gguf, .nemo or .ckpt files"
-            raise ValueError(f"{path}: holds no config.json, {rule}: pass a model's directory, or one file")
+    if path.is_dir():
+        path = _model_in(path)
     return LOADERS[format_of(path)](path)
+
+
+def _model_in(directory: Path) -> Path:
+    """The only file of a directory that is a model, of several quantisations one; or the directory itself.
+
+    Raises ValueError where it holds no model, or several.
+    """
+    described = any((directory / name).exists() for name in ("config.json", "model_config.yaml"))
+    weights = ("*.safetensors", "*.bin", "*.h5", "*.ckpt", "model_weights*")
+    if described and any(next(directory.glob(pattern), None) for pattern in weights):
+        return directory
+    if file := gguf_files.in_folder(directory):
+        return file
+    files = sorted([*directory.glob("*.nemo"), *directory.glob("*.ckpt")])
+    if len(files) == 1:
+        return files[0]
+    if not described and orbax.find_checkpoint(directory) is None:
+        rule = f"no Orbax checkpoint, no .gguf and {len(files)} .nemo or .ckpt files"
+        raise ValueError(f"{directory}: holds no config.json, {rule}: pass a model's directory, or one file")
+    return directory
 
 
 def format_of(path: Path) -> str:

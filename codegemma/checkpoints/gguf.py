@@ -140,8 +140,20 @@ class _Header:
         return Strings(f"{self.path}: {key}", memoryview(data)[start:end], count)
 
 
-def read(path: Path) -> Contents:
-    """Reads header and tensor infos. Raises ValueError on a damaged file, OSError where it cannot be read."""
+def read_general(path: Path) -> dict[str, Any]:
+    """The header entries general.* (architecture, type, name) as far as they come first. Raises as `read`."""
+    header, entries = _start(path), {}
+    header.count("tensors", MAX_ENTRIES)
+    for _ in range(header.count("header entries", MAX_ENTRIES)):
+        key = header.string("a key", 65_535)
+        if not key.startswith("general."):
+            break
+        entries[key] = header.value(key)
+    return entries
+
+
+def _start(path: Path) -> _Header:
+    """The header of a file, behind its magic number and version."""
     header = _Header(path, map_file(path))
     if header.data[:4] != b"GGUF":
         raise header.fault("is not a GGUF file: it does not begin with GGUF", "check the path")
@@ -151,6 +163,12 @@ def read(path: Path) -> Contents:
         raise header.fault("is a big-endian GGUF", "convert it for little-endian machines")
     if version not in (2, 3):
         raise header.fault(f"is GGUF version {version}, but only 2 and 3 are known")
+    return header
+
+
+def read(path: Path) -> Contents:
+    """Reads header and tensor infos. Raises ValueError on a damaged file, OSError where it cannot be read."""
+    header = _start(path)
     tensor_count = header.count("tensors", MAX_ENTRIES)
     metadata: dict[str, Any] = {}
     for _ in range(header.count("header entries", MAX_ENTRIES)):

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from codegemma.checkpoints import gguf, table
+from codegemma.checkpoints import gguf, gguf_files, table
 from codegemma.checkpoints.checkpoint import Checkpoint, stated_ends
+from codegemma.checkpoints.tensors import Tensor
 from codegemma.checkpoints.untrusted import damaged, naming
 from codegemma.config import ModelConfig
 from codegemma.tokenizer import BYTE, NORMAL, UNUSED, USER_DEFINED, Tokenizer
@@ -22,6 +23,7 @@ END_KEYS = [
     f"tokenizer.ggml.{name}" for name in ("eos_token_id", "eot_token_id", "eom_token_id", "eos_token_ids")
 ]
 
+SOFTCAPS = ("attention_softcap", "final_softcap")
 HEAD_WIDTHS = (  # keys whose value is the head width, if they are there
     *("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"),
     *("rope.dimension_count", "rope.dimension_count_swa"),
@@ -59,8 +61,10 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     values.setdefault("kv_heads", values["heads"])
     values.setdefault("head_width", values["width"] // max(1, values["heads"]))
     values.setdefault("rope_base_local", values["rope_base"])
-    for name in ("window", "attention_softcap", "final_softcap"):  # 0 means none
+    for name in ("window", *SOFTCAPS):  # 0 means none
         values[name] = values.get(name) or None
+    for name in SOFTCAPS:
+        values[name] = values[name] if metadata.get(f"codegemma.{name}", True) else None
     if values["window"] is None:
         values["global_every"] = 1
     width = values["head_width"]
@@ -144,6 +148,9 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     implied |= table.config_defaults("gguf", architecture)
     for field, key in table.format_table("gguf")["config"].items():
         value = getattr(config, field) or 0
+        if field in SOFTCAPS and not value:  # llama.cpp has no word for none: it refuses 0
+            entries |= {f"codegemma.{field}": False} if implied[field] else {}
+            continue
         if field in ("rope_base", "norm_eps") or implied.get(field) != value:
             entries[f"{architecture}.{key}"] = value
     if config.rope_scale != 1:
@@ -207,12 +214,40 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     return {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
 
 
-def load(path: Path) -> Checkpoint:
-    """Opens a GGUF file; its tokenizer is None where the header has none."""
+def _read_parts(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """The first part of a file, its header, and the tensors of all parts. A file may be its only part.
+
+    Raises ValueError where a part is missing or of another model.
+    """
     metadata, stored = gguf.read(path)
+    count = metadata.get("split.count", 1)
+    if str(count) in ("0", "1"):
+        return path, metadata, stored
+    files = gguf_files.parts(path)
+    if len(files) != count:
+        rule = f"is one of {count} parts, but its name does not end in -00001-of-{count:05}.gguf"
+        raise ValueError(f"{path}: {rule}: rename it, or join the parts by llama-gguf-split --merge")
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ValueError(f"{path}: its parts {', '.join(missing)} are not beside it: download them too")
+    contents = [gguf.read(file) for file in files]
+    tensors: dict[str, Tensor] = {}
+    for number, (file, part) in enumerate(zip(files, contents, strict=True)):
+        stated = part.metadata.get("split.no"), part.metadata.get("split.count")
+        if stated != (number, count) or tensors.keys() & part.tensors.keys():
+            rule = f"states to be part {stated[0]!r} of {stated[1]!r}, not {number} of {count}"
+            raise damaged(f"{file}: {rule}, or repeats tensors")
+        tensors |= part.tensors
+    return files[0], contents[0].metadata, tensors
+
+
+def load(path: Path) -> Checkpoint:
+    """Opens a GGUF file, or all parts of a split one; its tokenizer is None where the header has none."""
+    if (kind := gguf_files.role(path)) != "model":
+        remedies = {"adapter": "pass it by --adapter, and its model by -m"}
+        remedy = remedies.get(kind, "pass the model's own file, which lies beside it")
+        raise ValueError(f"{path}: is an {kind}, not a model: {remedy}")
+    path, metadata, stored = _read_parts(path)
     embedding = table.stored_name("gguf", "embed")
-    if str(metadata.get("split.count", 1)) not in ("0", "1"):
-        raise ValueError(f"{path}: is part of a split model: join the parts by llama-gguf-split --merge")
     vocab = stored[embedding].shape[0] if embedding in stored else 1
     model = config(path, metadata, vocab)
     tensors = table.from_format("gguf", path, model, stored)
@@ -245,6 +280,8 @@ def save(
     }
     if checkpoint.tokenizer:
         metadata |= tokenizer_metadata(checkpoint.tokenizer, config.vocab)
+    else:
+        metadata |= {"tokenizer.ggml.model": "no_vocab", f"{config.architecture}.vocab_size": config.vocab}
     if template:
         metadata["tokenizer.chat_template"] = template
     gguf.write(path, metadata, table.to_format("gguf", config, checkpoint.tensors), stamp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from codegemma.tokenizer import Tokenizer
 
 MAX_DATASETS = 65_536
 CLASSES = {"GemmaBackbone": "gemma", "Gemma3Backbone": "gemma3"}
+CONTEXT_KEY = (
+    "codegemma_context"  # in metadata.json, whose other keys KerasHub reads: config.json has no place
+)
 VOCABULARY = Path("assets", "tokenizer", "vocabulary.spm")
 
 
@@ -67,7 +71,7 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "query_head_dim_normalize": by_head_width,
         "use_post_ffw_norm": config.post_norms,
         "use_post_attention_norm": config.post_norms,
-        "use_sliding_window_attention": config.window is not None,
+        "use_sliding_window_attention": config.global_every > 1,
         "sliding_window_size": config.window or 4096,
     }
     if is_gemma3:
@@ -124,6 +128,9 @@ def load(path: Path) -> Checkpoint:
     """Opens the directory of a preset."""
     document = read_json(path / "config.json")
     model = config(path / "config.json", document)
+    about = read_json(path / "metadata.json") if (path / "metadata.json").exists() else {}
+    with naming(path / "metadata.json"):
+        model = replace(model, context=about.get(CONTEXT_KEY, model.context))
     index = path / "model.weights.json"
     stored: dict[str, Tensor] = {}
     for name in indexed_files(index, "h5") if index.exists() else ["model.weights.h5"]:
@@ -143,6 +150,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     document["config"]["dtype"] = table.written_fields("keras_dtype") | dtype
     count = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     metadata = table.written_fields("keras_metadata") | {"parameter_count": count}
+    metadata[CONTEXT_KEY] = checkpoint.config.context
     documents = {"config.json": document, "metadata.json": metadata}
     if checkpoint.tokenizer:
         (path / VOCABULARY).parent.mkdir(parents=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from codegemma.cli.options import ModelOptions, Positive
 from codegemma.cli.output import Progress
@@ -13,20 +13,30 @@ from codegemma.config import DownloadSource
 
 if TYPE_CHECKING:
     from codegemma.hub import ModelInfo
+    from codegemma.hub.stores import StoredModel
 
 
-def models(as_json: bool = False) -> None:
-    """List the family.
+def models(as_json: bool = False, remove: str | None = None) -> None:
+    """List the family, and the models on this machine.
 
-    What each member can do, where it is on disk, its size, its licence.
+    What each member can do, where it is on disk, its size, its licence; then the models of Hugging Face's
+    cache, Ollama and LM Studio that run as they are.
     """
     from codegemma import hub
+    from codegemma.hub.stores import stored_models
 
+    if remove is not None:
+        for path, size in hub.remove(remove):
+            print(f"removed {path} ({size / 1e6:,.1f} MB)")
+        return
     infos = hub.models()
+    listed = {info.path for info in infos}
+    stored = [model for model in stored_models() if model.path not in listed]
     if not as_json:
         _print_table(infos)
+        _print_stored(stored)
         return
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": info.preset.name,
             "title": info.preset.title,
@@ -40,6 +50,10 @@ def models(as_json: bool = False) -> None:
         }
         for info in infos
     ]
+    rows += [
+        {"name": model.name, "path": str(model.path), "bytes": model.size, "store": model.store}
+        for model in stored
+    ]
     print(json.dumps(rows, indent=1))
 
 
@@ -47,7 +61,10 @@ def _print_table(infos: Sequence[ModelInfo]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "made for", "size", "licence", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name", no_wrap=True, min_width=max(len(info.preset.name) for info in infos))
+    for title in ("made for", "size", "licence"):
+        table.add_column(title)
     for info in infos:
         size = f"{info.size / 1e9:.2f} GB" if info.size else "-"
         table.add_row(info.preset.name, ", ".join(info.preset.uses), size, info.preset.licence)
@@ -56,15 +73,30 @@ def _print_table(infos: Sequence[ModelInfo]) -> None:
     print()
     for info in infos:
         if info.path:
-            path = info.path.absolute()
-            home = path.is_relative_to(Path.home())
-            print(f"{info.preset.name} is at {Path('~', path.relative_to(Path.home())) if home else path}")
+            print(f"{info.preset.name} is at {_shown(info.path)}")
         elif info.packaged:
             print(f"{info.preset.name} is in its package")
     console.print(
         "Another member: `codegemma pull NAME` (accept its licence on huggingface.co first). Any .gguf file "
         "or directory works with -m."
     )
+
+
+def _print_stored(stored: Sequence[StoredModel]) -> None:
+    """The models of other programs, each name on a line of its own, since people copy it behind -m."""
+    if stored:
+        print("\nOther programs' models, for -m:")
+    for model in stored:
+        print(f"{model.name}  ({model.size / 1e9:.2f} GB, {_shown(model.path)})")
+
+
+def _shown(path: Path) -> Path:
+    """The path, with ~ for the user's home."""
+    path = path.absolute()
+    try:
+        return Path("~", path.relative_to(Path.home()))
+    except (ValueError, RuntimeError):  # elsewhere, or no home
+        return path
 
 
 def bench(

@@ -86,8 +86,9 @@ def inspect(source: str | Path) -> Inspection:
 
 def title(checkpoint: Checkpoint) -> str:
     """A model's name: from its header, else its published name, else its file name."""
-    preset = hub.preset_in(checkpoint.path.name, checkpoint.config)
-    return str(checkpoint.metadata.get("general.name") or (preset.title if preset else checkpoint.path.stem))
+    preset = hub.preset_of(checkpoint)
+    name = preset.title if preset else hub.name_of(checkpoint.path)
+    return str(checkpoint.metadata.get("general.name") or name)
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
@@ -99,8 +100,7 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
         template = read_json(file).get("chat_template")
     if isinstance(template, str):
         return template
-    names = title(checkpoint), path.name, path.parent.name
-    preset = next(filter(None, (hub.preset_in(name, checkpoint.config) for name in names)), None)
+    preset = hub.preset_of(checkpoint)
     return CHAT_TEMPLATE if preset and "chat" in preset.uses else None
 
 

