@@ -14,7 +14,7 @@ from codegemma.files import read_text
 def serve(
     model: ModelOptions,
     adapter: list[str] | None = None,
-    host: str = "127.0.0.1",
+    host: str = "localhost",
     port: Annotated[int, Option(min=0, max=65535)] = 8012,
     api_key_file: Path | None = None,
     workers: Annotated[int, Option(min=1, max=64)] = 1,

@@ -96,6 +96,9 @@ class Completion(Iterator[Step]):
             self._steps.close()
 
 
+_Scheduled = tuple[RunningRequest, Slice, list[int]]  # with the drafted tokens at the slice's end
+
+
 @dataclass
 class Batch:
     """Requests that run together: `add` them at any time; each `step` returns their new Steps.
@@ -123,57 +126,90 @@ class Batch:
         self.running.remove(running)
         self.engine.remember(running)
 
-    def step(self) -> list[tuple[RunningRequest, Step]]:
+    def step(self) -> list[tuple[RunningRequest, Step | Exception]]:
         """Advances every request by a token or a prompt chunk; a request's Steps are in order.
 
-        Returns [] where `cancel` was set during the run: the caller removes the cancelled requests and calls
-        `step` again.
+        A request that fails is removed, and its exception is its last entry: the others never notice. Returns
+        [] where `cancel` was set during the run: the caller removes the cancelled requests and calls `step`
+        again.
         """
-        scheduled = self._schedule()
-        if not scheduled:
-            return []
-        slices = [part for _, part, _ in scheduled]
-        started = time.perf_counter()
-        logits = self.engine.backend.run(slices, self.cancel)
-        if logits is None:
-            for running, part, _ in scheduled:
-                self.engine.unclaim(running, part.start)
-            return []
-        self.engine.update_prefill_rate(sum(len(part.ids) for part in slices), time.perf_counter() - started)
-        steps: list[tuple[RunningRequest, Step]] = []
-        row = 0
-        for running, part, draft in scheduled:
-            running.done = part.start + len(part.ids) - len(draft)
-            if part.wanted:
-                steps += [(running, step) for step in self._accept(running, draft, row, logits)]
-            elif running.done == len(running.ids):  # max_tokens is 0: only the prompt is read
-                steps.append((running, running.end("length")))
-            row += part.wanted
+        steps: list[tuple[RunningRequest, Step | Exception]] = []
+        scheduled = self._schedule(steps)
+        if scheduled:
+            self._advance(scheduled, steps)
         for running, *_ in scheduled:
-            if running.stop:
+            if running.stop and running in self.running:
                 self.remove(running)
         return steps
 
-    def _schedule(self) -> list[tuple[RunningRequest, Slice, list[int]]]:
-        """The requests of the next step, each with its slice and the drafted tokens at the slice's end."""
+    def _schedule(self, steps: list[tuple[RunningRequest, Step | Exception]]) -> list[_Scheduled]:
+        """The requests of the next step. Those that fail are added to `steps`."""
         scheduled, room = [], self.chunk
-        for running in self.running:
-            if not running.catch_up(self.running):
-                continue
-            unread, draft = len(running.ids) - running.done, list[int]()
-            if unread > 1:
-                if room <= 0:
+        for running in list(self.running):
+            try:
+                if not running.catch_up(self.running):
                     continue
-                ids = running.ids[running.done : running.done + min(unread, room)]
-                room -= len(ids)
-            else:
-                if running.request.speculate and running.generated and len(self.running) <= 2:
-                    draft = running.drafter.propose(running.ids, running.limit - running.generated - 1)
-                ids = [running.ids[-1], *draft]
-            wants_logits = running.limit and running.done + len(ids) >= len(running.ids)
-            part = self.engine.claim(running, ids, 1 + len(draft) if wants_logits else 0)
-            scheduled.append((running, part, draft))
+                is_prompt = len(running.ids) - running.done > 1
+                if is_prompt and room <= 0:
+                    continue
+                scheduled.append(self._slice(running, room))
+                room -= len(scheduled[-1][1].ids) if is_prompt else 0
+            except Exception as error:
+                steps.append((running, self._fail(running, error)))
         return scheduled
+
+    def _slice(self, running: RunningRequest, room: int) -> _Scheduled:
+        """A request's part of the next step: at most `room` tokens of its prompt, or a token and a draft."""
+        unread, draft = len(running.ids) - running.done, list[int]()
+        if unread > 1:
+            ids = running.ids[running.done : running.done + min(unread, room)]
+        else:
+            if running.request.speculate and running.generated and len(self.running) <= 2:
+                draft = running.drafter.propose(running.ids, running.limit - running.generated - 1)
+            ids = [running.ids[-1], *draft]
+        wants_logits = running.limit and running.done + len(ids) >= len(running.ids)
+        return running, self.engine.claim(running, ids, 1 + len(draft) if wants_logits else 0), draft
+
+    def _advance(
+        self, scheduled: Sequence[_Scheduled], steps: list[tuple[RunningRequest, Step | Exception]]
+    ) -> None:
+        """Runs the slices and adds the new Steps. Where the run fails, each slice runs alone, which changes
+        no token: so only those at fault fail."""
+        slices = [part for _, part, _ in scheduled]
+        started = time.perf_counter()
+        try:
+            logits = self.engine.backend.run(slices, self.cancel)
+        except Exception as error:
+            if len(scheduled) > 1:
+                for alone in scheduled:
+                    self._advance([alone], steps)
+            else:
+                steps.append((scheduled[0][0], self._fail(scheduled[0][0], error)))
+            return
+        if logits is None:
+            for running, part, _ in scheduled:
+                self.engine.unclaim(running, part.start)
+            return
+        self.engine.update_prefill_rate(sum(len(part.ids) for part in slices), time.perf_counter() - started)
+        row = 0
+        for running, part, draft in scheduled:
+            running.done = part.start + len(part.ids) - len(draft)
+            try:
+                if part.wanted:
+                    for step in self._accept(running, draft, row, logits):
+                        steps.append((running, step))
+                elif running.done == len(running.ids):  # max_tokens is 0: only the prompt is read
+                    steps.append((running, running.end("length")))
+            except Exception as error:
+                steps.append((running, self._fail(running, error)))
+            row += part.wanted
+
+    def _fail(self, running: RunningRequest, error: Exception) -> Exception:
+        """Removes a request that failed. What it computed is not cached, since the fault may lie there."""
+        self.running.remove(running)
+        running.stop = "cancelled"
+        self.engine.unclaim(running, running.done)
+        return error
 
     def _accept(self, running: RunningRequest, draft: list[int], row: int, logits: Logits) -> Iterator[Step]:
         """Accepts drafted tokens up to the first that differs from the sampler's choice."""
@@ -239,7 +275,7 @@ class Engine:
         if name not in self.adapters:
             names = ", ".join(name for name in self.adapters if name not in ("auto", "none")) or "none"
             remedy = "add it with add_adapter, or start the server with --adapter NAME=PATH"
-            raise ValueError(f"no adapter {name!r}: there are {names}; {remedy}")
+            raise ValueError(f"no adapter {name!r:.80}: there are {names}; {remedy}")
         return self.adapters[name]
 
     def cached(self, ids: Sequence[int], adapter: str = "none") -> int:
@@ -256,7 +292,7 @@ class Engine:
     def _run(self, batch: Batch, running: RunningRequest) -> Iterator[Step]:
         try:
             while running.stop is None:
-                steps: list[tuple[RunningRequest, Step]] = []
+                steps: list[tuple[RunningRequest, Step | Exception]] = []
                 if self.lock.acquire(timeout=CANCEL_POLL_S):
                     try:
                         steps = [] if batch.cancel.is_set() else batch.step()
@@ -266,6 +302,8 @@ class Engine:
                     yield running.end("cancelled")
                     return
                 for _, step in steps:
+                    if isinstance(step, Exception):
+                        raise step
                     yield step
         finally:
             if running in batch.running:

@@ -78,7 +78,7 @@ def create(
 
     files = _PageFiles(page)
     app.router.default = files  # answers where no route has the path
-    for kind in (RequestValidationError, ValueError, Busy, HTTPException, Exception):
+    for kind in (RequestValidationError, ValueError, Busy, HTTPException):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(
         RequestGuard,
@@ -140,9 +140,8 @@ async def _on_error(http: HttpRequest, error: Exception) -> Response:
         case HTTPException():
             response = error_response(path, error.status_code, error.detail)
             response.headers.update(error.headers or {})
-        case _:
-            message = f"the server failed: {type(error).__name__}; its log says more"
-            response = error_response(path, 500, message)
+        case _:  # of no kind that `create` registers
+            raise error
     return response
 
 

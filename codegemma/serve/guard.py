@@ -2,7 +2,7 @@
 
 A page of another origin cannot call the API: browsers send the page's Origin, which must be the server's or
 an allowed one. DNS rebinding shows in Host, which must be a name of this server. Keys are compared in
-constant time.
+constant time. A body is read whole and measured before anything parses it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
+import numpy as np
 from fastapi import HTTPException, Response
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("codegemma.serve")
 
 MAX_BODY_BYTES = 16 << 20
+MAX_VALUES = 1 << 18  # of a body's JSON, and of its lists and objects a sixteenth: parsing blocks all clients
+MAX_CONTAINERS = MAX_VALUES >> 4
 MAX_CONNECTIONS = 4096  # open together; a further one is closed immediately
 CLIENT_TIMEOUT_S = 30.0  # for a request to arrive, and for a client that does not read its answer
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]", "::1"}
@@ -66,36 +71,62 @@ class RequestGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         if scope["type"] != "http":  # no route uses web sockets
-            return await send({"type": "websocket.close", "code": 1008})
+            await send({"type": "websocket.close", "code": 1008})
+            return
         path, method = "/" + scope["path"].strip("/"), scope["method"]
         # No route has the method HEAD. For GET's answer to it, uvicorn leaves out the body.
         scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        send = _with_headers(send, f"{method} {path[:200]}", origin if origin in self.rules.origins else None)
+        allowed = origin if origin in self.rules.origins else None
+        sending = _Sending(send, f"{method} {quote(path[:200])}", allowed)
         try:
-            self._check_sender(headers)
-            scope["client_name"] = self._authenticate(scope, headers)
+            await self._answer(scope, receive, sending, headers)
+            return
         except HTTPException as error:
-            return await self.error_response(path, error.status_code, error.detail)(scope, receive, send)
-        if method == "OPTIONS" and origin is not None:
+            status, message = error.status_code, error.detail
+        except ClientDisconnect:
+            return
+        except asyncio.CancelledError:  # the server stops before the answer is complete
+            status, message = 503, "the server is stopping: try again in a moment"
+        except Exception as error:
+            if sending.started:
+                raise  # all that is left is to close the connection
+            log.exception("%s failed", sending.request_line)
+            status, message = 500, f"the server failed: {type(error).__name__}; its log says more"
+        if not sending.started:
+            await self.error_response(path, status, message)(scope, receive, sending)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        """Answers a request. Raises HTTPException where a check fails."""
+        self._check_sender(scope, headers)
+        scope["client_name"] = self._authenticate(scope, headers)
+        if scope["method"] == "OPTIONS" and "origin" in headers:
             return await _preflight_response(headers)(scope, receive, send)
-        if method == "POST":  # every body is JSON, even where `curl -d` declares a form
+        if scope["method"] == "POST":  # every body is JSON, even where `curl -d` declares a form
             other = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
             scope["headers"] = [*other, (b"content-type", b"application/json")]
-        return await self.app(scope, self._bounded(receive), send)
+            receive = _replayed(await self._read_body(receive), receive)
+        return await self.app(scope, receive, send)
 
-    def _check_sender(self, headers: Headers) -> None:
+    def _check_sender(self, scope: Scope, headers: Headers) -> None:
         """Raises HTTPException if the Host, the Origin, the body's size or its encoding is not allowed."""
-        host, origin, limit = headers.get("host", ""), headers.get("origin"), self.rules.max_body_bytes
+        host, origins, limit = headers.get("host", ""), headers.getlist("origin"), self.rules.max_body_bytes
         if self.rules.hosts is not None and _without_port(host) not in self.rules.hosts:
             remedy = "use its address, or start it with --host or --allow-host"
             raise HTTPException(403, f"Host {host!r} is not this server's name: {remedy}")
-        if origin is not None and origin not in self.rules.origins and origin.partition("://")[2] != host:
-            remedy = "start it with --allow-origin to let it"
-            raise HTTPException(403, f"a page of {origin!r} may not call this server: {remedy}")
+        if len(origins) > 1:
+            raise HTTPException(403, f"a request has one Origin, but this one has {len(origins)}: send one")
+        scheme = headers.get(
+            "x-forwarded-proto", scope["scheme"]
+        )  # which no page can send without a preflight
+        for origin in origins:
+            if origin not in self.rules.origins and origin != f"{scheme}://{host}".lower():
+                remedy = "start it with --allow-origin to let it"
+                raise HTTPException(403, f"a page of {origin[:200]!r} may not call this server: {remedy}")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
             size = f"{int(length):,} bytes, but at most {limit:,} are read"
@@ -116,53 +147,85 @@ class RequestGuard:
                 raise HTTPException(401, "this server needs a key: send it as Authorization: Bearer KEY")
         return scope["client"][0] if scope.get("client") else ""
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """`receive` with limits on the body's size and the time it takes."""
-        remaining, complete = self.rules.max_body_bytes, False
-        deadline = time.monotonic() + self.rules.timeout_s
-
-        async def bounded() -> Message:
-            nonlocal remaining, complete
-            if complete:
-                return await receive()  # waits for the client to disconnect
+    async def _read_body(self, receive: Receive) -> bytes:
+        """The whole body. Raises HTTPException where it is too large, too slow or has too many values."""
+        limit, deadline = self.rules.max_body_bytes, time.monotonic() + self.rules.timeout_s
+        body, more = bytearray(), True
+        while more:
             try:
                 message = await asyncio.wait_for(receive(), deadline - time.monotonic())
             except TimeoutError:
                 raise HTTPException(408, "the body did not arrive: send it at once") from None
-            remaining -= len(message.get("body", b""))
-            complete = message["type"] != "http.request" or not message.get("more_body", False)
-            if remaining < 0:
-                limit = f"{self.rules.max_body_bytes:,}"
-                raise HTTPException(413, f"the body has more than {limit} bytes: send less")
-            return message
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > limit:
+                raise HTTPException(413, f"the body has more than {limit:,} bytes: send less")
+        if len(body) > MAX_CONTAINERS:
+            await asyncio.to_thread(_check_values, bytes(body))
+        return bytes(body)
 
-        return bounded
+
+def _check_values(body: bytes) -> None:
+    """Raises HTTPException where JSON has so many values that parsing them would delay other clients."""
+    for what, marks, limit in (("values", b",[{", MAX_VALUES), ("lists and objects", b"[{", MAX_CONTAINERS)):
+        if sum(body.count(mark) for mark in marks) <= limit:
+            continue  # even with those inside texts
+        # Outside texts: behind an even number of quotes that no backslash escapes.
+        unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+        characters, is_mark = np.frombuffer(unescaped, np.uint8), np.zeros(256, bool)
+        is_mark[list(marks)] = True
+        is_inside = np.logical_xor.accumulate(characters == ord('"'))
+        count = int(np.count_nonzero(is_mark[characters] & ~is_inside))
+        if count > limit:
+            rule = f"the body has {count:,} {what}, but at most {limit:,} are read"
+            raise HTTPException(400, f"{rule}: send several requests")
 
 
-def _with_headers(send: Send, request_line: str, origin: str | None) -> Send:
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """`receive` of a request whose body was read: the body, and then whatever follows."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return messages.pop() if messages else await receive()  # waits for the client to disconnect
+
+    return replayed
+
+
+class _Sending:
     """`send` that adds our headers and logs errors. `origin`: a page that may read the answer."""
 
-    async def send_with_headers(message: Message) -> None:
+    def __init__(self, send: Send, request_line: str, origin: str | None) -> None:
+        self.send, self.request_line, self.origin, self.started = send, request_line, origin, False
+
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.started = True
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
             headers["Vary"] = "Origin"
-            if origin is not None:
-                headers["Access-Control-Allow-Origin"] = origin
+            if self.origin is not None:
+                headers["Access-Control-Allow-Origin"] = self.origin
+                headers["Access-Control-Expose-Headers"] = "Retry-After"
             if message["status"] == 401:
                 headers["WWW-Authenticate"] = "Bearer"
             if message["status"] >= 400:
-                log.warning("%s: %d", request_line, message["status"])
-        await send(message)
-
-    return send_with_headers
+                log.warning("%s: %d", self.request_line, message["status"])
+        await self.send(message)
 
 
 def _preflight_response(headers: Headers) -> Response:
-    """The answer to a browser that asks what an allowed page may send: any headers, for OpenAI's client."""
+    """The answer to a browser that asks what an allowed page may send: any headers, for OpenAI's client.
+
+    A page on the Internet may call a server on this machine or in this network if the answer says so
+    (https://wicg.github.io/private-network-access).
+    """
     allowed = headers.get("access-control-request-headers", "Authorization, Content-Type")
     cors = {"Allow-Methods": "GET, POST", "Allow-Headers": allowed, "Max-Age": "600"}
+    if headers.get("access-control-request-private-network", "").lower() == "true":
+        cors["Allow-Private-Network"] = "true"
     return Response(status_code=204, headers={f"Access-Control-{name}": cors[name] for name in cors})
 
 

@@ -1,15 +1,17 @@
-"""Runs a server: its settings, socket, model and worker processes, and the greeting on the terminal."""
+"""Runs a server: its settings, sockets, model and worker processes, log, and the greeting on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import signal
 import socket
 import sys
 import threading
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from codegemma.serve.guard import MAX_CONNECTIONS, Rules
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 1024
+PORT_ATTEMPTS = 16  # to find a port that is free at both loopback addresses
+# Terminals obey control characters, and show what follows a change of direction in another order.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 GREETING = """
   in a browser         {url}
   VS Code, Neovim, ... codegemma setup vscode | neovim | helix | emacs | continue | zed
@@ -56,13 +61,30 @@ class ServerSettings:
 def listen(settings: ServerSettings, host: str, port: int, workers: int) -> None:
     """Serves on a host and port until the process is interrupted; port 0 is any free one.
 
+    "localhost" is both loopback addresses. SIGTERM and SIGHUP end it like Ctrl-C: the prompt cache is saved.
     Raises ValueError where the port is taken, or the model or an adapter cannot be loaded.
     """
     # The log never contains a part of a prompt.
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("codegemma.serve").setLevel(logging.INFO)
-    with open_socket(host, port) as listener:
-        _run(settings, listener, workers)
+    with contextlib.ExitStack() as stack:
+        _run(settings, [stack.enter_context(listener) for listener in open_sockets(host, port)], workers)
+
+
+class LogFormatter(logging.Formatter):
+    """A line for each record, and for each line of a traceback: what a client sent cannot forge another."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(_printable, super().formatException(ei).split("\n")))
+
+
+def _printable(line: str) -> str:
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
 
 
 def application(settings: ServerSettings, workers: int = 1) -> FastAPI:
@@ -70,6 +92,8 @@ def application(settings: ServerSettings, workers: int = 1) -> FastAPI:
     from codegemma import hub
     from codegemma.serve import app, terms
 
+    if workers > 1 and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor ends this process with SIGTERM
     path = hub.resolve(settings.model)
     text = terms.terms_text(path)
     if settings.remote:
@@ -100,7 +124,7 @@ def application(settings: ServerSettings, workers: int = 1) -> FastAPI:
     return app.create(open_local, settings.rules, text, redact=settings.redact)
 
 
-def _run(settings: ServerSettings, listener: socket.socket, workers: int) -> None:
+def _run(settings: ServerSettings, listeners: list[socket.socket], workers: int) -> None:
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
@@ -121,9 +145,9 @@ def _run(settings: ServerSettings, listener: socket.socket, workers: int) -> Non
         backlog=BACKLOG,
     )
     if workers > 1:
-        _greet(listener)
+        _greet(listeners[0])
         factory = partial(application, settings, workers)
-        supervisor = Multiprocess(config(factory, factory=True), sockets=[listener])
+        supervisor = Multiprocess(config(factory, factory=True), sockets=listeners)
         interrupted, stop = threading.Event(), supervisor.handle_int
 
         def interrupt() -> None:
@@ -131,6 +155,7 @@ def _run(settings: ServerSettings, listener: socket.socket, workers: int) -> Non
             stop()
 
         supervisor.handle_int = interrupt  # type: ignore[method-assign]
+        supervisor.handle_hup = supervisor.handle_term  # type: ignore[method-assign]
         supervisor.run()
         if interrupted.is_set():
             raise KeyboardInterrupt  # as a server without workers does
@@ -141,18 +166,44 @@ def _run(settings: ServerSettings, listener: socket.socket, workers: int) -> Non
     async def start_and_greet(sockets: list[socket.socket] | None = None) -> None:
         await start(sockets)
         if server.started:
-            _greet(listener)
+            _greet(listeners[0])
 
     server.startup = start_and_greet  # type: ignore[method-assign]
-    server.run([listener])
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, lambda *_: setattr(server, "should_exit", True))
+    server.run(listeners)
+
+
+def open_sockets(host: str, port: int) -> list[socket.socket]:
+    """The listening sockets of a host: for "localhost" one for each loopback address, with the same port.
+
+    Clients resolve that name to either. Raises ValueError as `open_socket` does.
+    """
+    if host != "localhost":
+        return [open_socket(host, port)]
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:  # without IPv6
+        return [open_socket("127.0.0.1", port)]
+    attempts = 1 if port else PORT_ATTEMPTS
+    while True:
+        first = open_socket("127.0.0.1", port)
+        try:
+            return [first, open_socket("::1", first.getsockname()[1])]
+        except ValueError:
+            first.close()
+            attempts -= 1
+            if not attempts:
+                raise
 
 
 def open_socket(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ValueError where the address is taken or not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     _raise_file_limit()
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         problem = f"cannot listen on {host} port {port}: {error.strerror or error}"
         raise ValueError(f"{problem}; choose another with --port, or 0 for any that is free") from error

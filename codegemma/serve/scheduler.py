@@ -332,7 +332,8 @@ class Scheduler:
         job.cached_tokens = 0 if job.scores else running.cached
         shown = job.take(step)
         if shown.stop is None:
-            return job.post(shown)
+            job.post(shown)
+            return
         if running.stop is None:  # the rest would be trimmed off
             self._batch.remove(running)
         del self._jobs[running]

@@ -7,9 +7,10 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
@@ -20,13 +21,16 @@ from codegemma.generate.request import Infill, Request
 from codegemma.generate.running import Step
 from codegemma.safety.secrets import safe_files
 from codegemma.serve import stats
+from codegemma.serve.bounds import bounded
 from codegemma.serve.logprobs import token_text
 from codegemma.serve.requests import CompletionService, Job
 from codegemma.tokenizer import Tokenizer
 
 log = logging.getLogger("codegemma.serve")
+T = TypeVar("T")
 
 PING_S = 2.0  # a stream that has sent nothing for this long sends a ping
+MANY_TOKENS = 500  # whose texts and log-probabilities take some 20 ms to write
 MAX_MESSAGE = 500  # characters of an error: it does not repeat a request
 
 
@@ -82,22 +86,28 @@ def shortened(message: str) -> str:
 
 
 async def submit(http: HttpRequest, requests: Sequence[Request]) -> list[Job]:
-    """A job for each request, once secrets are removed from its context files (unless --no-redact).
+    """A job for each request, once its text is bounded and secrets are removed from its context files (unless
+    --no-redact).
 
     The text around the cursor and all other prompts stay unchanged. Raises ValueError and Busy.
     """
-    if http.app.state.redact:
-        requests = [await _without_secrets(request) for request in requests]
-    return await service_of(http).submit(requests)
+    service, redact, prompts = service_of(http), http.app.state.redact, dict[int, Any]()
+    for request in requests:  # choices share their prompt
+        if id(request.prompt) not in prompts:
+            prepared = await asyncio.to_thread(_prepared, request, service, redact)
+            prompts[id(request.prompt)] = prepared.prompt
+    return await service.submit(
+        [replace(request, prompt=prompts[id(request.prompt)]) for request in requests]
+    )
 
 
-async def _without_secrets(request: Request) -> Request:
-    """The request with the context files that safety/secrets.py allows, redacted."""
+def _prepared(request: Request, service: CompletionService, redact: bool) -> Request:
+    """The request within the bounds of the model, with the context files that safety/secrets.py allows."""
+    request = bounded(request, service.tokenizer, service.context)
     prompt = request.prompt
-    if not isinstance(prompt, Infill) or not prompt.files:
+    if not redact or not isinstance(prompt, Infill) or not prompt.files:
         return request
-    files = await asyncio.to_thread(safe_files, prompt.files)  # a search of megabytes takes time
-    return replace(request, prompt=replace(prompt, files=files))
+    return replace(request, prompt=replace(prompt, files=safe_files(prompt.files)))
 
 
 async def collect(http: HttpRequest, requests: Sequence[Request]) -> list[Answer]:
@@ -105,6 +115,12 @@ async def collect(http: HttpRequest, requests: Sequence[Request]) -> list[Answer
     jobs = await submit(http, requests)
     async with _cancelled_on_disconnect(http.receive, jobs):
         return [Answer(index, job, [step async for step in job.steps()]) for index, job in enumerate(jobs)]
+
+
+async def _off_loop(answers: Sequence[Answer], work: Callable[[], T]) -> T:
+    """The result of `work`, in a thread where it writes so many tokens that other clients would wait."""
+    tokens = sum(len(answer.steps) + len(answer.job.scores) for answer in answers)
+    return await asyncio.to_thread(work) if tokens > MANY_TOKENS else work()
 
 
 class AnswerWriter:
@@ -168,7 +184,8 @@ class AnswerWriter:
     async def respond(self, requests: Sequence[Request], stream: bool) -> Response:
         """The response with the answers to all requests. Raises ValueError and Busy as the service does."""
         if not stream:
-            return reply(self.complete(await collect(self.http, requests)))
+            answers = await collect(self.http, requests)
+            return await _off_loop(answers, lambda: reply(self.complete(answers)))
         jobs = await submit(self.http, requests)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(self._stream(jobs), 200, headers, self.media_type)
@@ -182,7 +199,11 @@ class AnswerWriter:
                     yield self.encode(value)
                 sent = time.monotonic()
                 async for index, step in _merged(jobs):
-                    parts = self._next_parts(answers[index], step) if step else b""
+                    parts = b""
+                    if step:
+                        answer = answers[index]
+                        large = [answer] if not answer.steps else []  # the first part may echo the prompt
+                        parts = await _off_loop(large, partial(self._next_parts, answer, step))
                     if not parts and time.monotonic() - sent >= PING_S:
                         parts = self.ping()
                     if parts:

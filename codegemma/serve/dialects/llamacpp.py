@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -22,12 +23,16 @@ from codegemma.serve.bodies import (
     INFILL_TOKENS,
     UNLIMITED_TOKENS,
     ExtensionFields,
+    Items,
     JsonRoute,
     SamplingFields,
     TopCount,
     refuse_unsupported,
 )
+from codegemma.serve.bounds import check_length
 from codegemma.serve.dialects.openai import ERROR_TYPES, OpenAIMessage, check_choice_count, choices_of
+from codegemma.serve.guard import MAX_VALUES
+from codegemma.serve.requests import CompletionService
 from codegemma.serve.wire import Answer, AnswerWriter, reply, service_of
 
 router = APIRouter(tags=["llama.cpp"], route_class=JsonRoute)
@@ -41,7 +46,9 @@ LLAMA_ERROR_TYPES = ERROR_TYPES | {
     503: "unavailable_error",
 }
 
-MixedPrompt = str | Annotated[list[int | str], Field(min_length=1)]
+MAX_TOKENIZED = 1 << 15  # tokens of a text, at least; a longer one is refused
+
+MixedPrompt = str | Annotated[Items[int | str], Field(min_length=1)]
 
 
 class LlamaAdapter(BaseModel):
@@ -88,7 +95,7 @@ class LlamaInfillBody(LlamaFields):
 
 
 class LlamaCompletionBody(LlamaFields):
-    prompt: MixedPrompt | Annotated[list[MixedPrompt], Field(min_length=1)]
+    prompt: MixedPrompt | Annotated[Items[MixedPrompt], Field(min_length=1)]
     n_cmpl: Annotated[int, Field(ge=1, le=128)] | None = None
 
     def prompts(self) -> list[Any]:
@@ -112,13 +119,13 @@ class TokenizeBody(BaseModel):
 
 
 class DetokenizeBody(BaseModel):
-    tokens: Annotated[list[int], Field(max_length=1_000_000)]
+    tokens: Annotated[Items[int], Field(max_length=MAX_VALUES)]
 
 
 class TemplateBody(BaseModel):
     model_config = ConfigDict(extra="allow")  # for refuse_unsupported
 
-    messages: Annotated[list[OpenAIMessage], Field(min_length=1)]
+    messages: Annotated[Items[OpenAIMessage], Field(min_length=1)]
 
 
 class LlamaWriter(AnswerWriter):
@@ -218,7 +225,10 @@ async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
     check_choice_count(len(prompts) * count)
     seed = secrets.randbits(32)  # without one in the body, all prompts have the same
     sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "seed": seed}
-    texts = [TextPrompt(_text_or_ids(http, prompt), raw=True) for prompt in prompts]
+    service = service_of(http)
+    texts = [
+        TextPrompt(await asyncio.to_thread(_text_or_ids, service, prompt), raw=True) for prompt in prompts
+    ]
     requests = [body.llama_request(http, text, UNLIMITED_TOKENS, **sampling) for text in texts]
     choices = [choice for request in requests for choice in choices_of(request, count)]
     return await LlamaWriter(http, body).respond(choices, bool(body.stream))
@@ -231,14 +241,20 @@ async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
     vllm = body.content is None and body.prompt is not None
     bos = body.add_special_tokens if vllm else bool(body.add_special)
     text = (body.prompt if vllm else body.content) or ""
-    ids = tokenizer.encode(text, bos=bos and tokenizer.control.bos is not None, control=body.parse_special)
-    if vllm:
-        return reply({"tokens": ids, "count": len(ids), "max_model_len": service_of(http).context})
-    if not body.with_pieces:
-        return reply({"tokens": ids})
-    pieces = [_text_or_bytes(tokenizer.decode_bytes([token], control=True)) for token in ids]
-    tokens = [{"id": token, "piece": piece} for token, piece in zip(ids, pieces, strict=True)]
-    return reply({"tokens": tokens})
+    check_length(len(text), tokenizer, MAX_TOKENIZED)
+
+    def tokenized() -> Response:
+        with_bos = bos and tokenizer.control.bos is not None
+        ids = tokenizer.encode(text, bos=with_bos, control=body.parse_special)
+        if vllm:
+            return reply({"tokens": ids, "count": len(ids), "max_model_len": service_of(http).context})
+        if not body.with_pieces:
+            return reply({"tokens": ids})
+        pieces = [_text_or_bytes(tokenizer.decode_bytes([token], control=True)) for token in ids]
+        tokens = [{"id": token, "piece": piece} for token, piece in zip(ids, pieces, strict=True)]
+        return reply({"tokens": tokens})
+
+    return await asyncio.to_thread(tokenized)
 
 
 @router.get("/tokenizer_info")
@@ -259,7 +275,7 @@ async def tokenizer_info(http: HttpRequest) -> Response:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, http: HttpRequest) -> Response:
     """Turns token ids into text, under llama.cpp's name and vLLM's."""
-    text = service_of(http).tokenizer.decode(body.tokens, control=True)
+    text = await asyncio.to_thread(service_of(http).tokenizer.decode, body.tokens, control=True)
     return reply({"content": text, "prompt": text})
 
 
@@ -268,7 +284,9 @@ async def apply_template(body: TemplateBody, http: HttpRequest) -> Response:
     """The prompt that is made from a conversation."""
     refuse_unsupported(body, service_of(http).name)
     tokenizer = service_of(http).tokenizer
-    prompt = prompts.chat(tokenizer, [message.message() for message in body.messages])
+    messages = [message.message() for message in body.messages]
+    check_length(sum(len(message.text) for message in messages), tokenizer, service_of(http).context)
+    prompt = await asyncio.to_thread(prompts.chat, tokenizer, messages)
     return reply({"prompt": tokenizer.decode(prompt.ids, control=True)})
 
 
@@ -329,11 +347,12 @@ async def embeddings() -> Response:
     return reply(LlamaWriter.error(501, problem), 501)
 
 
-def _text_or_ids(http: HttpRequest, prompt: MixedPrompt) -> str | tuple[int, ...]:
-    """A prompt of text unchanged; a list as token ids."""
+def _text_or_ids(service: CompletionService, prompt: MixedPrompt) -> str | tuple[int, ...]:
+    """A prompt of text unchanged; a list as token ids. Raises ValueError where its texts are too long."""
     if isinstance(prompt, str):
         return prompt
-    tokenizer = service_of(http).tokenizer
+    tokenizer = service.tokenizer
+    check_length(sum(len(part) for part in prompt if isinstance(part, str)), tokenizer, service.context)
     parts = [tokenizer.encode(part, control=True) if isinstance(part, str) else [part] for part in prompt]
     if isinstance(prompt[0], str) and tokenizer.control.bos is not None:
         parts.insert(0, [tokenizer.control.bos])

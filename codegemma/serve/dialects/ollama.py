@@ -17,6 +17,7 @@ from codegemma.serve.bodies import (
     INFILL_TOKENS,
     UNLIMITED_TOKENS,
     ExtensionFields,
+    Items,
     JsonRoute,
     SamplingFields,
     ToolCall,
@@ -68,9 +69,9 @@ class OllamaGenerateBody(OllamaFields):
     suffix: str | None = None
     system: str | None = None
     template: str | None = None
-    context: list[int] | None = None
+    context: Items[int] | None = None
     raw: bool | None = None
-    images: list[str] | None = None
+    images: Items[str] | None = None
 
     @property
     def infills(self) -> bool:
@@ -103,8 +104,8 @@ class OllamaGenerateBody(OllamaFields):
 class OllamaMessage(BaseModel):
     role: str
     content: str | None = None
-    images: list[str] | None = None
-    tool_calls: list[ToolCall] | None = None
+    images: Items[str] | None = None
+    tool_calls: Items[ToolCall] | None = None
 
     def message(self) -> Message:
         """The message for the model. Raises ValueError on another role and on images."""
@@ -116,7 +117,7 @@ class OllamaMessage(BaseModel):
 
 
 class OllamaChatBody(OllamaFields):
-    messages: list[OllamaMessage] | None = None
+    messages: Items[OllamaMessage] | None = None
 
 
 class OllamaShowBody(BaseModel):

@@ -25,6 +25,7 @@ from codegemma.serve.bodies import (
     UNLIMITED_TOKENS,
     ExtensionFields,
     FunctionCall,
+    Items,
     JsonRoute,
     SamplingFields,
     TokenCount,
@@ -49,8 +50,8 @@ ERROR_TYPES = {
     429: "rate_limit_error",
 }
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
-Prompts = Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+TokenIds = Annotated[Items[int], Field(min_length=1)]
+Prompts = Annotated[Items[str], Field(min_length=1)] | Annotated[Items[TokenIds], Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
@@ -63,7 +64,7 @@ class OpenAIFields(ExtensionFields, SamplingFields):
     max_tokens: TokenCount | None = None
     repetition_penalty: float | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Items[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -104,8 +105,8 @@ class OpenAIMessagePart(BaseModel):
 
 class OpenAIMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[OpenAIMessagePart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Items[OpenAIMessagePart] | None = None
+    tool_calls: Items[ToolCall] | None = None
     function_call: FunctionCall | None = None
 
     def message(self) -> Message:
@@ -125,7 +126,7 @@ class OpenAIMessage(BaseModel):
 
 
 class OpenAIChatBody(OpenAIFields):
-    messages: Annotated[list[OpenAIMessage], Field(min_length=1)]
+    messages: Annotated[Items[OpenAIMessage], Field(min_length=1)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: TopCount | None = None

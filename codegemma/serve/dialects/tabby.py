@@ -14,7 +14,7 @@ from codegemma.generate.request import Infill, TextPrompt
 from codegemma.native import usable_cpus
 from codegemma.prompts import File
 from codegemma.serve import stats
-from codegemma.serve.bodies import ExtensionFields, JsonRoute, one_line
+from codegemma.serve.bodies import ExtensionFields, Items, JsonRoute, one_line
 from codegemma.serve.wire import collect, reply, service_of
 
 router = APIRouter(tags=["Tabby"], route_class=JsonRoute)
@@ -32,9 +32,9 @@ class TabbySegments(BaseModel):
     prefix: str
     suffix: str | None = None
     filepath: str | None = None
-    declarations: list[TabbySnippet] | None = None
-    relevant_snippets_from_changed_files: list[TabbySnippet] | None = None
-    relevant_snippets_from_recently_opened_files: list[TabbySnippet] | None = None
+    declarations: Items[TabbySnippet] | None = None
+    relevant_snippets_from_changed_files: Items[TabbySnippet] | None = None
+    relevant_snippets_from_recently_opened_files: Items[TabbySnippet] | None = None
 
     def files(self) -> list[File]:
         """Opened files, changed files, then declarations, each by rising score: the last are the nearest to

@@ -1,0 +1,67 @@
+"""Bounds on the text of a request: what no model could hold is left out or refused before anything reads it.
+
+Encoding and redacting text takes seconds a megabyte, in which the other clients would wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from codegemma.generate.request import Chat, Infill, Request, TextPrompt
+from codegemma.tokenizer import Tokenizer
+
+PIECE_CHARACTERS = 128  # of a token; where a vocabulary has longer ones, as many as those
+
+
+def bounded(request: Request, tokenizer: Tokenizer, context: int) -> Request:
+    """The request without what lies too far from the cursor, and without context files that cannot fit.
+
+    The window that `generate/resolve.py` chooses lies within what remains. Raises ValueError on any other
+    prompt that has more characters than the context has room for.
+    """
+    prompt = request.prompt
+    if isinstance(prompt, Infill):
+        texts = [prompt.prefix, prompt.suffix, prompt.path or "", *(file.text for file in prompt.files)]
+    elif isinstance(prompt, Chat):
+        texts = [message.text for message in prompt.messages]
+    else:
+        text = prompt.prompt if isinstance(prompt, TextPrompt) else prompt
+        texts = [text] if isinstance(text, str) else []
+    length = sum(map(len, texts))
+    if length <= context * PIECE_CHARACTERS:
+        return request
+    room = max_characters(tokenizer, context)
+    if isinstance(prompt, Infill):
+        return replace(request, prompt=_cut(prompt, room))
+    check_length(length, tokenizer, context)
+    return request
+
+
+def check_length(characters: int, tokenizer: Tokenizer, tokens: int) -> None:
+    """Raises ValueError where a text has more characters than so many tokens spell."""
+    if characters > tokens * PIECE_CHARACTERS and characters > max_characters(tokenizer, tokens):
+        least = tokens * characters // max_characters(tokenizer, tokens)
+        raise ValueError(f"the text has at least {least:,} tokens, but {tokens:,} are read: shorten it")
+
+
+@lru_cache(maxsize=8)
+def max_characters(tokenizer: Tokenizer, tokens: int) -> int:
+    """The most characters that so many tokens spell. Reads the whole vocabulary."""
+    longest = max(len(tokenizer.piece(token)) for token in range(tokenizer.vocab_size))
+    return tokens * max(PIECE_CHARACTERS, longest)
+
+
+def _cut(prompt: Infill, room: int) -> Infill:
+    """The text around the cursor, `room` characters on either side, and the last files that have as many."""
+    step = max(room // 8, 1)  # the start moves in steps, so that it stays while somebody types
+    start = max(0, (len(prompt.prefix) - room) // step * step)
+    files = list(prompt.files)
+    for first in reversed(range(len(files))):
+        room_left = room - sum(len(file.text) for file in files[first:])
+        if room_left < 0:
+            files = files[first + 1 :]
+            break
+    if len(prompt.path or "") > room:
+        raise ValueError(f"the path has {len(prompt.path or ''):,} characters: shorten it")
+    return replace(prompt, prefix=prompt.prefix[start:], suffix=prompt.suffix[:room], files=tuple(files))
