@@ -3,13 +3,15 @@
 import functools
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
 
 @functools.cache
 def fault(program: str, *arguments: str) -> str:
-    """Why a program cannot be used, or ""."""
+    """Why a program, run with these arguments, cannot be used, or ""."""
     if not shutil.which(program):
         return f"{program} is not installed"
     try:
@@ -21,7 +23,29 @@ def fault(program: str, *arguments: str) -> str:
     return ""
 
 
+@functools.cache
+def compiler_fault(compiler: str, *runner: str) -> str:
+    """Why a C++ compiler cannot build a static program, or the runner not run it, or "": a version proves
+    nothing, as a driver without a linker or a library prints one too.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "main.cpp"), Path(folder, "main")
+        source.write_text("#include <vector>\nint main() { return std::vector<int>(3).size() - 3; }\n")
+        return fault(compiler, "-static", str(source), "-o", str(program)) or fault(*runner, str(program))
+
+
 def needs(program: str, *arguments: str) -> pytest.MarkDecorator:
     """Skips a test where a program, run with `arguments` (by default --version), fails."""
     reason = fault(program, *(arguments or ("--version",)))
     return pytest.mark.skipif(bool(reason), reason=reason)
+
+
+def needs_compiler(compiler: str, *runner: str) -> pytest.MarkDecorator:
+    """Skips a test where a C++ compiler cannot build programs that `runner`, if any, can run."""
+    reason = compiler_fault(compiler, *runner)
+    return pytest.mark.skipif(bool(reason), reason=reason)
+
+
+# A sandbox needs user namespaces, which containers and some systems refuse to a bubblewrap that is installed.
+NO_SANDBOX = fault("bwrap", "--unshare-all", "--unshare-user", "--ro-bind", "/", "/", "/bin/true")
+needs_bwrap = pytest.mark.skipif(bool(NO_SANDBOX), reason=NO_SANDBOX)

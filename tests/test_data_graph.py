@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import needs
+from programs import needs_compiler
 
 pytest.importorskip("tree_sitter")
 
@@ -258,7 +258,7 @@ def test_python_edges_agree_with_grimp(monkeypatch):
     assert len(extra) <= 0.02 * len(ours), sorted(extra)[:20]
 
 
-@needs("g++")
+@needs_compiler("g++")
 def test_c_edges_agree_with_the_compiler(tmp_path):
     files = {
         "src/main.cc": '#include "util/list.h"\n#include "core.h"\nint main() {}\n',

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 from evaldata import output_of, records
+from programs import needs_bwrap
 
 from codegemma.evals import code, doctor, infill
 from codegemma.evals.languages import LANGUAGES, Toolchain
 from codegemma.evals.task import Item
 
-pytestmark = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
+pytestmark = needs_bwrap
 
 
 def count_passed(program, items, texts):

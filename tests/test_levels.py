@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from programs import needs
+from programs import needs_compiler
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "codegemma" / "native" / "src"
@@ -60,7 +60,7 @@ def compare(level, directory, compiler, options, runner=()):
     return run([*runner, program])[0]
 
 
-@needs("g++")
+@needs_compiler("g++")
 @pytest.mark.skipif(
     not SIMDE.exists() or platform.machine() != "x86_64",
     reason="needs an x86-64 processor and SIMDe (apt-get install libsimde-dev)",
@@ -70,8 +70,7 @@ def test_avx512_equals_plain(tmp_path):
     assert "avx512: " in compare("avx512", tmp_path, "g++", options)
 
 
-@needs("aarch64-linux-gnu-g++")  # apt-get install g++-aarch64-linux-gnu qemu-user
-@needs("qemu-aarch64")
+@needs_compiler("aarch64-linux-gnu-g++", "qemu-aarch64")  # apt-get install g++-aarch64-linux-gnu qemu-user
 def test_neon_equals_plain(tmp_path):
     options = ["-DCG_NEON", "-march=armv8.2-a+dotprod+fp16"]
     assert "neon: " in compare("neon", tmp_path, "aarch64-linux-gnu-g++", options, ["qemu-aarch64"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from evaldata import output_of
+from programs import NO_SANDBOX, needs_bwrap
 
 from codegemma.evals.code import judge_python
 from codegemma.evals.doctor import ATTACKS
@@ -16,13 +17,11 @@ from codegemma.evals.task import Item
 from codegemma.sandbox import Limits, Sandbox, SandboxError, host
 from codegemma.sandbox.cgroup import Cgroup
 
-needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
-
 
 @pytest.fixture(scope="module")
 def box():
-    if not shutil.which("bwrap"):
-        pytest.skip("bubblewrap is not installed")
+    if NO_SANDBOX:
+        pytest.skip(NO_SANDBOX)
     with Sandbox(workers=1) as sandbox:
         yield sandbox
 
