@@ -4,12 +4,13 @@ import * as vscode from "vscode";
 import type { Infill } from "../../../web/src/api.ts";
 import { Outcomes } from "../../../web/src/outcomes.ts";
 import { placed, type Suggestion, Suggestions } from "../../../web/src/suggestions.ts";
-import type { Context } from "./context.ts";
+import { type Context, pathOf, wholeText } from "./context.ts";
 import type { Server } from "./server.ts";
 import { enabled, setting } from "./settings.ts";
 import { textAround } from "./window.ts";
 
 export const ACCEPTED = "codegemma.accepted";  // the command that VS Code runs when a suggestion is accepted
+const NOT_SENT = "CodeGemma: git ignores this file (codegemma.ignoredFiles allows it), or files of its name hold credentials; it is not sent.";
 const INVOKED = vscode.InlineCompletionTriggerKind.Invoke;
 
 export class Completions implements vscode.InlineCompletionItemProvider {
@@ -30,7 +31,11 @@ export class Completions implements vscode.InlineCompletionItemProvider {
   async provideInlineCompletionItems(document: vscode.TextDocument, position: vscode.Position,
       context: vscode.InlineCompletionContext, token: vscode.CancellationToken): Promise<vscode.InlineCompletionItem[]> {
     const invoked = context.triggerKind === INVOKED, started = Date.now();
-    if ((!invoked && !enabled(document.languageId)) || !await this.context.allows(document)) return [];
+    if (!invoked && !enabled(document.languageId)) return [];
+    if (!await this.context.allows(document, setting("ignoredFiles"))) {
+      if (invoked) void vscode.window.showInformationMessage(NOT_SENT);
+      return [];
+    }
     const infill = await this.infill(document, position, context.selectedCompletionInfo);
     if (token.isCancellationRequested) return [];
     const suggestion = await this.suggest(infill, invoked, token);
@@ -60,8 +65,8 @@ export class Completions implements vscode.InlineCompletionItemProvider {
   /** What the server is asked to complete. While the pop-up of plain completions is open, its selected entry counts as typed. */
   private async infill(document: vscode.TextDocument, position: vscode.Position,
       selected?: vscode.SelectedCompletionInfo): Promise<Infill> {
-    const text = document.getText(), path = vscode.workspace.asRelativePath(document.uri, false);
-    const { prefix, suffix } = textAround(text, document.offsetAt(position));
+    const [text, start] = wholeText(document), path = pathOf(document);
+    const { prefix, suffix } = textAround(text, start + document.offsetAt(position));
     const replaced = selected ? document.offsetAt(position) - document.offsetAt(selected.range.start) : 0;
     const normalize = (part: string): string => part.replace(/\r\n/g, "\n");
     return { prefix: normalize(prefix.slice(0, prefix.length - replaced)) + (selected?.text ?? ""), suffix: normalize(suffix), path,

@@ -6,6 +6,7 @@ import { isSecretName } from "./secrets.ts";
 
 const MAX_CHARACTERS = 50_000;   // longer files are not sent
 const MAX_RECENT = 32;           // documents
+const LOCAL = ["file", "untitled", "vscode-notebook-cell"];
 const SCHEMES = ["file", "untitled", "vscode-notebook-cell", "vscode-remote", "vscode-vfs"];
 
 export class Context implements vscode.Disposable {
@@ -18,10 +19,11 @@ export class Context implements vscode.Disposable {
 
   constructor() { for (const { document } of vscode.window.visibleTextEditors) this.remember(document); }
 
-  /** Whether this document's text may be sent to the server. */
-  async allows(document: vscode.TextDocument): Promise<boolean> {
+  /** Whether this document's text may be sent to the server. `ignoredToo`: also if git ignores it. */
+  async allows(document: vscode.TextDocument, ignoredToo = false): Promise<boolean> {
     const { scheme, path, fsPath } = document.uri;
     if (!SCHEMES.includes(scheme) || isSecretName(path, document.languageId)) return false;
+    if (ignoredToo) return true;
     if (!this.ignored.has(fsPath)) this.ignored.set(fsPath, await isIgnored(document.uri));
     return !this.ignored.get(fsPath);
   }
@@ -47,10 +49,28 @@ export class Context implements vscode.Disposable {
   }
 }
 
+/** The path that a prompt names a document by; none for one that the editor itself has named, such as Untitled-1. */
+export function pathOf({ uri }: vscode.TextDocument): string | undefined {
+  return uri.scheme === "untitled" && !uri.path.startsWith("/") ? undefined : vscode.workspace.asRelativePath(uri, false);
+}
+
+/** The text to complete and the offset in it at which the document begins: the document, or the cells of its notebook in its language. */
+export function wholeText(document: vscode.TextDocument): [Pick<string, "slice">, number] {
+  const notebook = vscode.workspace.notebookDocuments.find(each => each.getCells().some(cell => cell.document === document));
+  if (!notebook) {
+    const slice = (start = 0, end = start): string => document.getText(new vscode.Range(document.positionAt(start), document.positionAt(end)));
+    return [{ slice }, 0];
+  }
+  const cells = notebook.getCells().map(cell => cell.document).filter(cell => cell.languageId === document.languageId);
+  const above = cells.slice(0, cells.indexOf(document)).map(cell => cell.getText() + "\n\n").join("");
+  return [cells.map(cell => cell.getText()).join("\n\n"), above.length];
+}
+
 /** Asks the git extension, if it is installed and enabled. */
-async function isIgnored(uri: vscode.Uri): Promise<boolean> {
+async function isIgnored(document: vscode.Uri): Promise<boolean> {
   const git = vscode.extensions.getExtension("vscode.git");
-  if (!git || uri.scheme !== "file") return false;
+  if (!git || !document.path.startsWith("/") || !LOCAL.includes(document.scheme)) return false;
+  const uri = vscode.Uri.file(document.fsPath);          // of a cell, its notebook's
   try {
     const repository = (git.isActive ? git.exports : await git.activate()).getAPI(1).getRepository(uri);
     return repository ? (await repository.checkIgnore([uri.fsPath])).size > 0 : false;

@@ -4,7 +4,7 @@ import * as vscode from "vscode";
 import type { Order, Trim } from "../../../web/src/api.ts";
 
 interface Settings {
-  url: string; command: string; arguments: string[]; enable: Record<string, boolean>; adapter: string; mode: Order; trim: Trim;
+  url: string; command: string; arguments: string[]; enable: Record<string, boolean>; ignoredFiles: boolean; adapter: string; mode: Order; trim: Trim;
   timeBudget: number; maxTokens: number; delay: number; suggestions: number; prefetch: boolean; contextFiles: number; chatTokens: number;
 }
 

@@ -4,8 +4,8 @@ import type { Infill } from "../../../web/src/api.ts";
 
 const BEFORE = 48_000, AFTER = 16_000, STEP = 16_000;  // characters
 
-/** The start moves in steps, so that typing keeps what the server has cached. */
-export function textAround(text: string, offset: number): Pick<Infill, "prefix" | "suffix"> {
+/** The start moves in steps, so that typing keeps what the server has cached. Only the text that is sent is taken out of `text`. */
+export function textAround(text: Pick<string, "slice">, offset: number): Pick<Infill, "prefix" | "suffix"> {
   const start = Math.max(0, Math.ceil((offset - BEFORE) / STEP) * STEP);
   return { prefix: text.slice(start, offset), suffix: text.slice(offset, offset + AFTER) };
 }
