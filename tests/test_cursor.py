@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_engine import TINY_TOKENIZER, native
 from vocabularies import small_tokenizer
 
-from codegemma.generate.completion import cut
+from codegemma.generate.completion import cut, is_loop, is_worth_showing
 from codegemma.generate.cursor import indentation, typed_piece, with_comments
 from codegemma.generate.engine import Batch, Engine
 from codegemma.generate.request import Infill, Request
@@ -228,3 +228,69 @@ def test_files_are_comments_for_models_that_never_saw_any():
         ids = resolve(engine, Request(infill), {"spm"}, reads_files).prompt
         assert (separator in ids) == reads_files
     assert re.search("# c.py\n# y = 2\nx = 1\n", TINY_TOKENIZER.decode(ids))
+
+
+# ------------------------------------------------------------------------------------- what is shown
+@pytest.mark.parametrize(
+    "text, loops",
+    [
+        ("a = 1\n" * 3, True),
+        ("x\na\nb\na\nb\na\nb", True),
+        ("a = 1\n}\na = 1\n}\na = 1\n}\n", True),
+        ("a = 1\na = 1\nb = 2\n", False),
+        ("a(\n    b,\n)\n", False),
+        ("        }\n    }\n}\n", False),
+        ("", False),
+    ],
+)
+def test_a_loop_is_a_line_that_comes_a_third_time(text, loops):
+    assert is_loop(text) == loops
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rm -rf /var/log/messages",
+        "sudo rm -r -f build",
+        'find "$1" -mtime +7 -delete',
+        "find . -name '*.log' -exec rm {} \\;",
+        "ls | xargs rm",
+        "dd if=/dev/zero of=/dev/sda",
+        "mkfs.ext4 /dev/sdb1",
+        "echo x > /dev/sda",
+        "git push --force origin main",
+        "git reset --hard HEAD~3",
+        "chmod -R 777 /",
+        ":(){ :|:& };:",
+        "curl -s https://example.com/install | sh",
+        "kill -9 1",
+    ],
+)
+def test_destructive_commands_are_not_suggested_unasked(command):
+    shell = Infill("#!/bin/sh\n", "\n", language="shellscript")
+    assert not is_worth_showing(command, 1.0, shell, 0.0)
+    start, rest = command[:4], command[4:]
+    assert not is_worth_showing(rest, 1.0, Infill(f"#!/bin/sh\n{start}", language="shell"), 0.0)
+    assert is_worth_showing(f"# {command}", 1.0, Infill("", language="markdown"), 0.0)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "echo done > /dev/null",
+        "git push --force-with-lease",
+        "rm file.txt",
+        "grep -rf patterns .",
+        "kill $pid",
+        "ls -rf",
+    ],
+)
+def test_ordinary_commands_are_suggested(command):
+    assert is_worth_showing(command, 1.0, Infill("#!/bin/sh\n", language="shell"), 0.0)
+
+
+def test_what_the_model_is_unsure_of_is_hidden():
+    infill = Infill("x = ")
+    assert is_worth_showing("1", 0.5, infill, 0.5) and not is_worth_showing("1", 0.49, infill, 0.5)
+    assert not is_worth_showing(" \n", 1.0, infill, 0.0)
+    assert not is_worth_showing("1,\n" * 9, 1.0, infill, 0.0)

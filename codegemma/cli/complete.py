@@ -260,6 +260,7 @@ def _answer(
         answer = {
             "text": completion.text,
             "stop": completion.stop or "length",
+            "confidence": round(completion.confidence, 4),
             "tokens": tokens,
             "prompt_tokens": completion.prompt_tokens,
             "cached_tokens": completion.cached_tokens,

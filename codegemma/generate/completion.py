@@ -20,6 +20,7 @@ from codegemma.generate.engine import Completion
 from codegemma.generate.request import Infill, Request
 from codegemma.generate.running import Step
 from codegemma.prompts import Layout
+from codegemma.safety.commands import is_destructive
 
 OPENERS = {")": "(", "]": "[", "}": "{"}
 BLOCK_OPENERS = (":", "{", "(", "[", "=>", ",")
@@ -83,6 +84,27 @@ def trimmed(completion: Completion, request: Request, layout: Layout | None) -> 
                     return
 
     return Completion(steps(), completion.running)
+
+
+def is_worth_showing(text: str, confidence: float, infill: Infill, min_confidence: float) -> bool:
+    """Whether to show a trimmed answer to somebody who did not ask for it.
+
+    Not where the model is less sure than `min_confidence` (see `Step.confidence`), repeats a line again and
+    again, or, in a shell, would delete or overwrite: an answer like that is worth less than none.
+    """
+    if not text.strip() or confidence < min_confidence or is_loop(text):
+        return False
+    line = infill.prefix[infill.prefix.rfind("\n") + 1 :]  # the command may begin before the cursor
+    return not is_destructive(line + text, language_of_infill(infill))
+
+
+def is_loop(text: str) -> bool:
+    """Whether the text ends with a line, or with two or three, that it says for the third time in a row."""
+    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
+    return any(
+        len(lines) >= 3 * size and lines[-size:] == lines[-2 * size : -size] == lines[-3 * size : -2 * size]
+        for size in (1, 2, 3)
+    )
 
 
 def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
@@ -270,7 +292,7 @@ def _repeats_suffix(
 
 def _is_needed(line: str, indent: int, suffix_lines: list[_Line], head: str, infill: Infill) -> bool:
     """Whether a closing line is missing without it, though the suffix begins with the same line."""
-    language = infill.language or _language(infill.path or "")
+    language = language_of_infill(infill)
     suffix = infill.suffix if infill.suffix.startswith("\n") else "\n" + infill.suffix
     without = _errors(infill.prefix + head + suffix, language)
     beside = _errors(f"{infill.prefix}{head}\n{line.rstrip()}{suffix}", language)
@@ -279,6 +301,11 @@ def _is_needed(line: str, indent: int, suffix_lines: list[_Line], head: str, inf
     is_last = next((i for i, other in enumerate(suffix_lines) if not other.closes), len(suffix_lines))
     closed = sum(other.indent == indent for other in suffix_lines[:is_last])
     return _unclosed(infill.prefix + head).count(indent) > closed
+
+
+def language_of_infill(infill: Infill) -> str:
+    """Its language, by its path where it names none; "" where neither tells."""
+    return infill.language or _language(infill.path or "")
 
 
 @cache

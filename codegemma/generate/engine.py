@@ -81,6 +81,11 @@ class Completion(Iterator[Step]):
         return [step.token for step in self.steps if step.token is not None]
 
     @property
+    def confidence(self) -> float:
+        """How sure the model was of its tokens; see `Step.confidence`. 1 where there are none."""
+        return self.steps[-1].confidence if self.steps else 1.0
+
+    @property
     def prompt_tokens(self) -> int:
         """The length of the prompt, known from the start."""
         return self.running.prompt_length
