@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from codegemma.checkpoints import (
 from codegemma.checkpoints.tensors import ELEMENTS, LazyTensor, Tensor, from_float32
 from codegemma.checkpoints.untrusted import naming
 from codegemma.config import ExportFormat
+from codegemma.convert.fields import check_fields
 from codegemma.convert.importance import importance_of
 from codegemma.convert.inspect import chat_template, title
 from codegemma.convert.quantize import (
@@ -51,11 +52,12 @@ SPARE_BYTES = 64 << 20  # of disk, in addition to the tensors, for the tokenizer
 
 @dataclass(frozen=True)
 class Converted:
-    """A written checkpoint, and the cost of each matrix that was quantised."""
+    """A written checkpoint, the cost of each matrix that was quantised, and what its user should know."""
 
     path: Path
     format: ExportFormat
     costs: list[Cost]
+    notes: list[str]
 
 
 def convert(
@@ -87,6 +89,7 @@ def convert(
         raise ValueError("importance weighs the columns that --quantize rounds: pass both, or neither")
     checkpoint = open_checkpoint(hub.resolve(source))
     checkpoint = merge(checkpoint) if merge else checkpoint
+    check_fields(to, checkpoint.config)
     types = _types(checkpoint, to, quantize_to, dtype)
     stamp = None if merge or not quantize_to else _stamp(checkpoint, quantize_to, importance)
     if isinstance(importance, Path):
@@ -106,7 +109,15 @@ def convert(
         Cost(name, checkpoint.tensors[name].type, types[name], relative_error(*norms_of_tensor))
         for name, norms_of_tensor in norms.items()
     ]
-    return Converted(target, to, costs)
+    return Converted(target, to, costs, list(_notes(to, checkpoint)))
+
+
+def _notes(to: ExportFormat, checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.tokenizer is None:
+        yield "the source has no tokenizer: programs that read the file know ids, but no text"
+    no_caps = [name for name in gguf_model.SOFTCAPS if getattr(checkpoint.config, name) is None]
+    if to == "gguf" and no_caps and checkpoint.config.architecture == "gemma2":
+        yield f"llama.cpp computes Gemma 2 with its own soft caps, though {' and '.join(no_caps)} are null"
 
 
 def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> ExportFormat:
@@ -126,8 +137,10 @@ def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> Ex
 def save(to: ExportFormat, path: Path, checkpoint: Checkpoint, stamp: str | None = None) -> None:
     """Writes a checkpoint without conversion: into a file for GGUF and NeMo, else into the folder `path`.
 
-    A GGUF file with a `stamp` resumes an interrupted write of the same stamp.
+    A GGUF file with a `stamp` resumes an interrupted write of the same stamp. Raises ValueError where the
+    format has no place for a field of the config.
     """
+    check_fields(to, checkpoint.config)
     if to == "gguf":
         gguf_model.save(path, checkpoint, _gguf_header(checkpoint), chat_template(checkpoint), stamp)
     elif to == "safetensors":
