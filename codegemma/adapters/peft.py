@@ -41,6 +41,8 @@ KEY = re.compile(
     r"(?:layers\.(?P<layer>\d+)\.(?P<module>[\w.]+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
     r"|(?P<table>embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta(?:\.default)?)"
 )
+# Keys of the image tower of a multimodal Gemma 3, whose text part this program runs.
+OTHER_PART = re.compile(r"(^|\.)(vision_tower|vision_model|multi_modal_projector)\.")
 TRAINED_ROWS_KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
@@ -161,6 +163,8 @@ def _parts(
     sides: dict[str, dict[str, np.ndarray]] = {"A": {}, "B": {}}
     tables: dict[str, np.ndarray] = {}
     for key, tensor in stored.items():
+        if OTHER_PART.search(key):
+            continue
         match = KEY.fullmatch(key)
         if match is None or match["module"] and match["module"] not in KINDS:
             raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from codegemma.checkpoints import gguf_files, gguf_model, huggingface, keras, nemo, orbax, torch
 from codegemma.checkpoints.checkpoint import FIM_ORDERS_KEY, Checkpoint
+from codegemma.files import PLACEHOLDER_BYTES, refuse_placeholder
 
 __all__ = ["FIM_ORDERS_KEY", "Checkpoint", "format_of", "open_checkpoint"]
 
@@ -27,6 +28,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     FileNotFoundError on a wrong path.
     """
     path = Path(path)
+    is_adapter = path.is_dir() and (path / "adapter_config.json").exists()
+    if path.name.startswith("adapter_model.") or is_adapter and not (path / "config.json").exists():
+        raise ValueError(f"{path}: is an adapter, not a model: pass it by --adapter, and its model by -m")
     if path.is_dir():
         path = _model_in(path)
     return LOADERS[format_of(path)](path)
@@ -64,7 +68,8 @@ def format_of(path: Path) -> str:
         has_torch = any(path.glob("pytorch_model*.bin")) or any(path.glob("*.ckpt"))
         return "torch" if has_torch and not any(path.glob("*.safetensors")) else "safetensors"
     with open(path, "rb") as file:
-        start = file.read(512)
+        start = file.read(PLACEHOLDER_BYTES)
+    refuse_placeholder(path, start)
     if start[:4] == b"GGUF":
         return "gguf"
     if start[:2] == b"PK":
@@ -73,5 +78,7 @@ def format_of(path: Path) -> str:
         return "nemo"
     if start[8:9] == b"{":
         return "safetensors"
+    if path.suffix in (".json", ".h5", ".model", ".jinja", ".index"):
+        raise ValueError(f"{path}: is a part of a model: pass its folder, {path.parent}")
     remedy = "pass a file of these, a Hugging Face directory with config.json, a Keras preset or an Orbax one"
     raise ValueError(f"{path}: is neither GGUF, safetensors, a PyTorch archive nor a .nemo: {remedy}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,6 @@ def config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
 
 def _config(fields: Mapping[str, Any]) -> ModelConfig:
     kind = fields.get("model_type")
-    if "quantization_config" in fields:
-        raise ValueError("quantization_config is not supported: use the unquantised model, or a GGUF file")
     if kind == "gemma3" and isinstance(fields.get("text_config"), dict):
         return _config({"model_type": "gemma3_text"} | fields["text_config"])
     architecture: Any = "gemma3" if kind == "gemma3_text" else kind
@@ -88,7 +86,9 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
     values = table.config_values("hf", architecture, fields)
     if architecture == "gemma":
         values["window"] = None
-    scalar = fields.get("query_pre_attn_scalar", values["head_width"] if architecture == "gemma" else 256)
+    scalar = fields.get("query_pre_attn_scalar")
+    if scalar is None:
+        scalar = values["head_width"] if architecture == "gemma" else 256
     if type(scalar) not in (int, float) or not 0 < scalar < 1e12:
         raise ValueError(f"query_pre_attn_scalar must be a number above 0, got {scalar!r}")
     values |= _ropes(architecture, fields, values["rope_base"])
@@ -100,7 +100,7 @@ def _global_every(fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
     """Each how-many-th layer is global, by layer_types or sliding_window_pattern; 1 where all layers are."""
     if values["window"] is None:
         return 1
-    period = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern"))
+    period = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern")
     period = period or values["global_every"]
     types = fields.get("layer_types")
     if types is None or type(period) is not int:
@@ -114,18 +114,25 @@ def _global_every(fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
 def _ropes(architecture: str, fields: Mapping[str, Any], default: float) -> dict[str, Any]:
     """Rotary bases and scale, from rope_parameters (by layer type in Gemma 3) or from the older fields."""
     ropes = _object(fields, "rope_parameters")
-    full = _object(ropes, "full_attention") if "full_attention" in ropes else ropes
+    full = _object(ropes, "full_attention") if ropes.get("full_attention") is not None else ropes
     local = _object(ropes, "sliding_attention")
     scaling = _object(fields, "rope_scaling") or full
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "linear") or local.get("rope_type", "default") != "default":
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear") or (local.get("rope_type") or "default") != "default":
         kinds = f"{kind!r} (local: {local.get('rope_type')!r})"
         raise ValueError(f"rope type {kinds} is in no Gemma: choose a model with linear scaling")
     is_gemma3 = architecture == "gemma3"
-    base = full.get("rope_theta", fields.get("rope_theta", default))
-    local_base = local.get("rope_theta", fields.get("rope_local_base_freq", 1e4)) if is_gemma3 else base
+    base = _first(default, full.get("rope_theta"), fields.get("rope_theta"))
+    local_base = base
+    if is_gemma3:
+        local_base = _first(1e4, local.get("rope_theta"), fields.get("rope_local_base_freq"))
     scale = scaling.get("factor", 1.0) if kind == "linear" or not is_gemma3 else 1.0
     return {"rope_base": base, "rope_base_local": local_base, "rope_scale": scale}
+
+
+def _first(default: Any, *values: Any) -> Any:
+    """The first value that is not null."""
+    return next((value for value in values if value is not None), default)
 
 
 def _object(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -199,6 +206,23 @@ def checkpoint_of(
     raise ValueError(f"{file.parent}: {rule}")
 
 
+@contextlib.contextmanager
+def _as_quantised(file: Path, fields: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to a ValueError about tensors that config.json says they are quantised, where it does.
+
+    The tensors themselves decide: merged models keep the quantization_config of the base that they had.
+    """
+    quantised = fields.get("quantization_config") or _object(fields, "text_config").get("quantization_config")
+    try:
+        yield
+    except ValueError as error:
+        if not quantised:
+            raise
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        rule = f"{file} says that the weights are quantised ({method})"
+        raise ValueError(f"{error}; {rule}: use the unquantised model, or a GGUF file") from None
+
+
 def load(path: Path) -> Checkpoint:
     """Opens a directory, or a .safetensors file in one.
 
@@ -209,11 +233,14 @@ def load(path: Path) -> Checkpoint:
     if not file.exists():
         raise ValueError(f"{home}: lacks config.json: download the whole directory, or pass a .gguf file")
     fields = read_json(file)
-    model, stored = config(file, fields), _text_tensors(path)
+    model = config(file, fields)
+    with _as_quantised(file, fields):
+        stored = _text_tensors(path)
     embed = stored.get(table.stored_name("hf", "embed"))
     if embed is not None and len(embed.shape) == 2 and embed.shape[0] > model.vocab:
         model = replace(model, vocab=embed.shape[0])
-    tensors = table.from_format("hf", path, model, stored)
+    with _as_quantised(file, fields):
+        tensors = table.from_format("hf", path, model, stored)
     build = huggingface_tokenizer.builder(home)
     return Checkpoint(path, model, tensors, fields, build, end_ids(home, fields))
 

@@ -24,6 +24,7 @@ from codegemma.checkpoints.untrusted import damaged
 from codegemma.config import ModelConfig
 
 Format = Literal["gguf", "hf", "flax", "maxtext", "keras", "nemo", "pytorch"]
+NULLABLE = ("window", "attention_softcap", "final_softcap")  # fields of ModelConfig that may be None
 MAX_PADDING = 1024  # rows; DeepMind's embedding has 256,128 for 256,000 tokens
 AXES = {"V": "vocab", "D": "width", "N": "heads", "K": "kv_heads", "H": "head_width", "F": "ffn_width"}
 
@@ -229,9 +230,14 @@ def config_defaults(format: Format, architecture: str) -> dict[str, Any]:
 
 
 def config_values(format: Format, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig from a format's keys; a missing key gives the default, or None."""
+    """Fields of ModelConfig from a format's keys; a missing key gives the default, or None.
+
+    So does null, except where it says that there is no window or soft cap.
+    """
     defaults, keys = config_defaults(format, architecture), format_table(format)["config"]
-    return defaults | {name: fields.get(key, defaults.get(name)) for name, key in keys.items()}
+    values = {name: fields.get(key, defaults.get(name)) for name, key in keys.items()}
+    null = [name for name, value in values.items() if value is None and name not in NULLABLE]
+    return defaults | values | {name: defaults.get(name) for name in null}
 
 
 def config_keys(format: Format, config: ModelConfig) -> dict[str, Any]:
