@@ -745,7 +745,8 @@ def http(answer):
 
 def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
     def answer(path, body):
-        return None if body["prompt"] == "hang = " else (200, {"content": "1\n\nother = 2"})
+        end = "\r\n" if body["prompt"] == "end = " else "\n"
+        return None if body["prompt"] == "hang = " else (200, {"content": f"1{end}{end}other = 2"})
 
     with (
         http(answer) as (port, received, hung_up),
@@ -763,8 +764,10 @@ def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
             "\nrest\nhang = \n",
         )
         assert body["n_predict"] == 64 and body["t_max_prompt_ms"] == 300 and body["trim"] == "block"
+        client.open("untitled:b", "end = \n")
+        assert client.texts(client.inline("untitled:b", 0, 6)) == ["1"]
         id = client.inline("untitled:a", 3, 7)
-        wait_until(lambda: len(received) == 2)
+        wait_until(lambda: len(received) == 3)
         client.notify("$/cancelRequest", id=id)
         assert hung_up.wait(WAIT) and client.answer(id)["error"]["code"] == -32800
 

@@ -71,4 +71,4 @@ class LspConnection(LanguageServerProtocol):
             if "id" not in data or "method" not in data:
                 raise
             self._send_response(data["id"], error=error.to_response_error())
-            return JsonRPCNotification("$/wrong", self.VERSION, None)
+            return JsonRPCNotification("$/wrong", self.VERSION, None)  # which pygls ignores

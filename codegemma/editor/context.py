@@ -111,7 +111,7 @@ class ContextFiles:
     def _imported(self, buffer: Buffer, may_walk: bool) -> list[Path]:
         """The files that a document imports. Those from which it imports most names come last."""
         assert buffer.path
-        if not self._lock.acquire(timeout=-1 if may_walk else 0.02):
+        if not self._lock.acquire(timeout=-1 if may_walk else 0.02):  # seconds: a keystroke waits for no walk
             return []
         try:
             root = self.policy.root(buffer.path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lsprotocol import types
+from pygls.exceptions import FeatureRequestError
 from pygls.lsp.server import LanguageServer
 from pygls.uris import to_fs_path
 
@@ -27,9 +29,11 @@ from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.connection import NOTEBOOKS, LspConnection
 from codegemma.editor.context import GIT_IGNORES, ContextFiles, FilePolicy
 from codegemma.editor.documents import Documents
+from codegemma.editor.frames import FrameReader
 from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import SuggestionSource
 from codegemma.editor.suggestion import CursorPosition, Suggestion, window
+from codegemma.files import explain
 from codegemma.generate.request import Infill, Request
 from codegemma.prompts import File
 from codegemma.safety.secrets import redact_at_cursor
@@ -75,6 +79,8 @@ class EditorServer(LanguageServer):
             self.feature(types.TEXT_DOCUMENT_COMPLETION, options)(completion)
         encoding: Any = self.workspace.position_encoding
         self.documents.encoding = str(getattr(encoding, "value", encoding))  # type: ignore[assignment]
+        if self._source:
+            return  # a second greeting
         self._source = asyncio.create_task(self._open_source())
         self._source.add_done_callback(lambda task: task.cancelled() or task.exception())  # reported already
 
@@ -116,9 +122,20 @@ class EditorServer(LanguageServer):
     async def disconnect(self: EditorServer, params: None) -> None:
         self._interrupt()
         self.end_suggestion()
-        source = self._source
+        source, self._source = self._source, None
         if source and source.done() and not source.cancelled() and not source.exception():
-            await source.result().close()
+            try:
+                await source.result().close()
+            except OSError as error:
+                self.log(f"the prompt cache is not saved: {explain(error)}", types.MessageType.Warning)
+            except ValueError as error:  # a file of somebody else
+                self.log(f"the prompt cache is not saved: {error}", types.MessageType.Warning)
+
+    def report_server_error(self, error: Exception, source: Any) -> None:
+        """Logs a message that cannot be read or handled. A failed request has an error as its answer."""
+        if source is not FeatureRequestError:
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            self.log(f"a message is left out: {text}", types.MessageType.Error)
 
     def log(self, text: str, kind: types.MessageType = types.MessageType.Info) -> None:
         """Writes to the editor's log."""
@@ -126,14 +143,16 @@ class EditorServer(LanguageServer):
 
     # ----------------------------------------------------------------------------------------- suggestions
     async def suggest(self, cursor: CursorPosition) -> str:
-        """The text to insert at a cursor, "" if there is none. A new call cancels the one before."""
+        """The text to put in place of what the cursor spans, "" if there is none. A new call cancels the one
+        before."""
         self._interrupt()
-        if self.documents.use(cursor.uri) is None or self._is_unwanted(cursor):
+        buffer = self.documents.use(cursor.uri)
+        if buffer is None or self._is_unwanted(cursor):
             return ""
         last = self.suggestion
         can_reuse = last and last.uri == cursor.uri and cursor.automatic and not cursor.chosen
-        if last and can_reuse and (remaining := last.remaining(cursor.start)):
-            return remaining
+        if last and can_reuse and (remaining := last.remaining(cursor.end)):
+            return buffer.slice(cursor.start, cursor.end) + remaining
         self.end_suggestion()
         task = asyncio.create_task(self._ask(cursor))
         self._request = cursor.uri, task
@@ -360,8 +379,16 @@ def serve(open_source: Callable[[], SuggestionSource]) -> None:
     """Speaks LSP over stdin and stdout until the editor exits. All other output goes to stderr."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    logging.getLogger("pygls").setLevel(logging.CRITICAL)  # it writes tracebacks; see report_server_error
     server = EditorServer(open_source)
-    server.start_io(sys.stdin.buffer, out)
-    server.end_suggestion()  # if the editor died without a shutdown request
-    sys.stderr.flush()
-    os._exit(0 if server.protocol._shutdown else 1)  # without waiting for the engine's thread
+    was_shut_down = False
+    try:
+        server.start_io(FrameReader(sys.stdin.buffer), out)  # type: ignore[arg-type]
+        was_shut_down = server.protocol._shutdown
+        if not was_shut_down:  # the editor died
+            asyncio.run(server.disconnect(None))
+    except Exception as error:
+        print(f"codegemma lsp: {type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        sys.stderr.flush()
+        os._exit(0 if was_shut_down else 1)  # without waiting for the engine's thread

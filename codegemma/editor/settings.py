@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from pydantic.alias_generators import to_camel
 
 from codegemma.config import Mode, Trim
@@ -25,12 +25,13 @@ class EditorSettings(BaseModel):
     ignored_files: bool = False
     trim: Literal["auto", "none", "line", "block"] = "auto"
     mode: Mode = "auto"
-    context: Literal["imports", "open", "none"] = "imports"
+    context: Literal["auto", "imports", "open", "none"] = "auto"
     completion: Literal["auto", "always", "never"] = "auto"
     max_tokens: PositiveInt = 64
     time_budget_ms: PositiveInt = 300
     predict_ms: PositiveInt = 2000
     rest_ms: PositiveInt = 300
+    min_confidence: float = Field(0.3, ge=0, le=1)
     adapter: str = "auto"
     stats: bool = True
 

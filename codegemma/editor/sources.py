@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import ssl
 from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import httpx
 
+from codegemma.editor.buffers import normalize
 from codegemma.generate.client import error_message, key_headers
 from codegemma.generate.completion import cut
 from codegemma.generate.model import Model
@@ -19,13 +21,24 @@ from codegemma.serve.scheduler import Scheduler
 ANSWER_SECONDS = 60.0  # how long a server may take
 
 
+@dataclass(frozen=True)
+class Filled:
+    """The text of a suggestion, and how sure the model is of it (`Step.confidence`)."""
+
+    text: str = ""
+    confidence: float = 1.0
+
+
 class SuggestionSource(Protocol):
     """Answers fill-in-the-middle requests. Cancelling the task that awaits `fill` stops the work."""
 
     name: str
 
-    async def fill(self, request: Request) -> str:
-        """The text of a suggestion. With max_tokens 0 it is "": the prompt is only read into the cache.
+    async def reads_files(self) -> bool:
+        """Whether other files in the prompt are what the model was trained on; see `Model.reads_files`."""
+
+    async def fill(self, request: Request) -> Filled:
+        """A suggestion. With max_tokens 0 its text is "": the prompt is only read into the cache.
 
         Raises Busy, ValueError or OSError if there is no answer.
         """
@@ -40,15 +53,18 @@ class LocalSource:
         self.name = f"{model.title} in this process"
         self.model, self.cache, self.scheduler = model, cache, Scheduler(model)
 
-    async def fill(self, request: Request) -> str:
+    async def reads_files(self) -> bool:
+        return await asyncio.to_thread(self.model.reads_files)
+
+    async def fill(self, request: Request) -> Filled:
         (job,) = await self.scheduler.submit([request])
         try:
             steps = [step async for step in job.steps()]
         finally:
             job.cancel()  # no effect if the job has ended
         if steps[-1].stop == "cancelled":  # the prompt took too long
-            return ""
-        return "".join(step.text for step in steps)
+            return Filled()
+        return Filled("".join(step.text for step in steps), steps[-1].confidence)
 
     async def close(self) -> None:
         await self.scheduler.close()
@@ -75,8 +91,18 @@ class RemoteSource:
             trust_env=False,  # no proxy stands between an editor and its server
         )
         self.has_infill = True  # until the server answers that this route is missing
+        self._reads_files: bool | None = None
 
-    async def fill(self, request: Request) -> str:
+    async def reads_files(self) -> bool:
+        if self._reads_files is None:
+            try:
+                ours = (await self.client.get("/props")).json().get("codegemma", {})
+                self._reads_files = bool(ours.get("reads_files", True))  # others serve models made for it
+            except (httpx.HTTPError, ValueError, AttributeError):
+                return True
+        return self._reads_files
+
+    async def fill(self, request: Request) -> Filled:
         hole = request.prompt
         assert isinstance(hole, Infill)
         if self.has_infill:
@@ -84,18 +110,19 @@ class RemoteSource:
             self.has_infill = answer.status_code not in (404, 405, 501)
         if not self.has_infill:
             if not request.max_tokens:
-                return ""  # only our own server reads ahead
+                return Filled()  # only our own server reads ahead
             body = {"prompt": hole.prefix, "suffix": hole.suffix, "temperature": 0}
             answer = await self._post("/v1/completions", body | {"max_tokens": request.max_tokens})
         if answer.status_code == 429:
             raise Busy("the server is busy", 1)
         try:
-            text = answer.json()["content"] if self.has_infill else answer.json()["choices"][0]["text"]
-        except (KeyError, IndexError, TypeError, ValueError):
+            choice = answer.json() if self.has_infill else answer.json()["choices"][0]
+            text, confidence = choice["content" if self.has_infill else "text"], choice.get("confidence", 1.0)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise ValueError(
                 f"{self.name} answered {answer.status_code}: {error_message(answer)[:300]}"
             ) from None
-        return cut(text, hole)[0]  # only our own server trims
+        return Filled(cut(normalize(text), hole)[0], confidence)  # only our own server trims
 
     async def close(self) -> None:
         await self.client.aclose()

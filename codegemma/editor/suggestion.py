@@ -40,22 +40,17 @@ class Suggestion:
         An edit that inserted more than two of its characters, or its last two, accepted them; else they were
         typed.
         """
-        end, text = self.start + len(self.present), edit.text
-        head, tail = (
-            max(0, self.start - edit.first),
-            max(0, edit.last - end),
-        )  # replaced around the suggestion
+        end, text, old = self.start + len(self.present), edit.text, edit.before
+        head = max(0, self.start - edit.first)  # characters that the edit replaced before the suggestion
+        tail = max(0, edit.last - end)  # and behind it
         if edit.first > end or edit.last < self.start or head + tail > len(text):
             return False
-        around = (
-            edit.before.slice(edit.first, edit.first + head),
-            edit.before.slice(edit.last - tail, edit.last),
-        )
-        if around != (text[:head], text[len(text) - tail :]):
+        inside = len(text) - tail
+        if (text[:head], text[inside:]) != (old.slice(edit.first, self.start), old.slice(end, edit.last)):
             return False
-        kept = self.present[: max(0, edit.first - self.start)], self.present[max(0, edit.last - self.start) :]
         was = max(self.entry, len(normalize(self.present)))
-        self.present = text[head : len(text) - tail].join(kept)
+        kept = self.present[: max(0, edit.first - self.start)]
+        self.present = kept + text[head:inside] + self.present[max(0, edit.last - self.start) :]
         present = normalize(self.present)
         if not self.text.startswith(present):
             return False

@@ -148,11 +148,11 @@ def find_secrets(text: str) -> list[Finding]:
 
 def redact(text: str) -> str:
     """The text with every secret replaced by a fake value."""
-    return _redact(text) if len(text) <= MAX_CACHED_CHARACTERS else _redact.__wrapped__(text)
+    return _cached_redact(text) if len(text) <= MAX_CACHED_CHARACTERS else "".join(redact_at_cursor(text, ""))
 
 
 @lru_cache(64)  # editors send the same files with every keystroke
-def _redact(text: str) -> str:
+def _cached_redact(text: str) -> str:
     return "".join(redact_at_cursor(text, ""))
 
 
@@ -163,9 +163,10 @@ def redact_at_cursor(prefix: str, suffix: str) -> tuple[str, str]:
     for finding in find_secrets(text):
         before += text[end : min(finding.start, cursor)]
         after += text[max(end, cursor) : finding.start]
-        split = len(finding.fake) if finding.end <= cursor else max(0, cursor - finding.start)
-        before += finding.fake[:split]
-        after += finding.fake[split:]
+        # As much of the fake value stands before the cursor as of the secret.
+        in_before = len(finding.fake) if finding.end <= cursor else max(0, cursor - finding.start)
+        before += finding.fake[:in_before]
+        after += finding.fake[in_before:]
         end = finding.end
     return before + text[end:cursor], after + text[max(end, cursor) :]
 
