@@ -151,6 +151,9 @@ def test_the_report_and_the_comparison(command, tmp_path):
     assert code == 0 and "echo: +50.0 points" in text and "+ item/1" in text
     with pytest.raises(ValueError, match="no finished benchmark"):
         load(tmp_path)
+    for folders in ((tmp_path / "a", tmp_path / "none"), (tmp_path / "none", tmp_path / "a")):
+        code, text = command("compare", *folders)
+        assert code == 2 and "none is no folder" in text
 
 
 def test_the_command_runs_benchmarks_by_name(command, tmp_path, monkeypatch):

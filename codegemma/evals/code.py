@@ -129,7 +129,7 @@ def run_babelcode(
 toolchain = cache(Toolchain.working)
 
 
-def _babelcode(dataset: str, prefix: str, title: str, key: str) -> GenerationTask:
+def _babelcode_task(dataset: str, prefix: str, title: str, key: str) -> GenerationTask:
     return GenerationTask(
         prefix + key,
         f"{title} {LANGUAGES[key].name}",
@@ -141,7 +141,7 @@ def _babelcode(dataset: str, prefix: str, title: str, key: str) -> GenerationTas
     )
 
 
-def _python(
+def _python_task(
     name: str, title: str, items: Items, program: Program, seconds: float, stop: tuple[str, ...]
 ) -> GenerationTask:
     judge = partial(judge_python, program, seconds)
@@ -151,11 +151,14 @@ def _python(
 TASKS: dict[str, GenerationTask] = {
     task.name: task
     for task in (
-        _python(
+        _python_task(
             "humaneval", "HumanEval", humaneval_items, humaneval_program, HUMANEVAL_SECONDS, HUMANEVAL_STOPS
         ),
-        _python("mbpp", "MBPP", mbpp_items, mbpp_program, MBPP_SECONDS, ("[DONE]",)),
-        *(_babelcode("babelcode-humaneval", "babelcode-", "BabelCode HumanEval", key) for key in LANGUAGES),
-        *(_babelcode("babelcode-mbpp", "babelcode-mbpp-", "BabelCode MBPP", key) for key in LANGUAGES),
+        _python_task("mbpp", "MBPP", mbpp_items, mbpp_program, MBPP_SECONDS, ("[DONE]",)),
+        *(
+            _babelcode_task("babelcode-humaneval", "babelcode-", "BabelCode HumanEval", key)
+            for key in LANGUAGES
+        ),
+        *(_babelcode_task("babelcode-mbpp", "babelcode-mbpp-", "BabelCode MBPP", key) for key in LANGUAGES),
     )
 }

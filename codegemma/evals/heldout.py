@@ -62,7 +62,7 @@ def holes(
         if split.kind == "characters":
             kind = "random"
         if len(by_kind[kind]) < -(-count // len(KINDS)):
-            # Half of the holes name their path, decided by the draw's 6th decimal, as its size sorts them.
+            # Half of the holes name their path: the draw's 6th decimal decides, as its first ones order them.
             path = example.document.path if uniform * 1e6 % 2 < 1 else None
             by_kind[kind].append(Hole(kind, text[: split.start], middle, text[split.end :], path))
     return list(chain.from_iterable(by_kind.values()))[:count]

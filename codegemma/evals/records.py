@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from codegemma.extras import install_command
+
 Record = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
@@ -93,11 +95,11 @@ class Records:
             ]
         except Exception as error:  # whichever the client raises, there are no records
             missing = f"{benchmark.files[0]}.jsonl[.gz] is not in {self.folder}"
+            client = install_command("eval") if isinstance(error, ImportError) else "go online"
             raise LookupError(
                 f"{name}: {missing if self.folder else 'no --data folder was given'}, and the Hub gave "
                 f"nothing ({type(error).__name__}: {error}). Get it from "
-                f"https://huggingface.co/datasets/{benchmark.hub} and pass --data DIR, or install "
-                "huggingface_hub and go online"
+                f"https://huggingface.co/datasets/{benchmark.hub} and pass --data DIR, or {client}"
             ) from error
         return [record for path in paths for record in _read(Path(path))]
 

@@ -18,6 +18,8 @@ PUBLISHED = tomllib.loads(Path(__file__).with_name("published.toml").read_text("
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """The finished tasks of a folder by name, with times and published scores. Raises ValueError for none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name the --out of an earlier run")
     results = {}
     for path in sorted(folder.glob("*.times.json")):
         name = path.name.removesuffix(".times.json")
@@ -85,7 +87,8 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
 
 def compare_runs(before: Path, after: Path) -> dict[str, Comparison]:
     """Paired differences, after - before, of the tasks that both folders hold. Raises ValueError for none."""
-    shared = [name for name in load(before) if (after / f"{name}.jsonl").exists()]
+    finished = load(after)
+    shared = [name for name in load(before) if name in finished]
     if not shared:
         raise ValueError(f"{before} and {after} share no finished benchmark: run the same ones in both")
     return {name: compare(_scores(before, name), _scores(after, name)) for name in shared}

@@ -290,7 +290,8 @@ def jail(limits, writers, keep_finished):
     os.setsid()
     null = os.open("/dev/null", os.O_RDONLY)
     fds = [null, writers["stdout"], writers["stderr"], writers["finished"]]
-    copies = [os.dup2(fd, 100 + i) for i, fd in enumerate(fds)]  # some of them may be 0, 1, 2 or 3
+    # By way of 100 to 103, because a descriptor that is still to be copied may itself be 0, 1, 2 or 3.
+    copies = [os.dup2(fd, 100 + i) for i, fd in enumerate(fds)]
     for i, fd in enumerate(copies):
         os.dup2(fd, i, inheritable=i < 3)
     os.closerange(4 if keep_finished else 3, 4096)
@@ -312,7 +313,8 @@ def jail(limits, writers, keep_finished):
 def run_source(source, finished, nonce):
     """Runs a program and returns the exit code that an interpreter would give it.
 
-    When its last statement has run, writes the nonce, which the program cannot know, to `finished`.
+    When its last statement has run, writes the nonce to `finished`: a program that leaves early, or prints
+    what it likes, does not know it. (One that searches its own interpreter for it can.)
     """
     code, program = 0, os.getpid()
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))

@@ -33,7 +33,7 @@ from codegemma.sandbox.cgroup import Cgroup
 Outcome = Literal["passed", "failed", "timed_out", "out_of_memory", "output_too_long"]
 GUEST = Path(__file__).with_name("guest.py")
 GRACE_SECONDS = 300.0  # a box that has not answered this long after its job's time limit is broken
-TRIES = 3  # boxes that a job is given to, before it has failed or, where all jobs do, the sandbox has
+TRIES = 3  # boxes that a job may break; then the sandbox has failed if it breaks at CONTROL too, else the job
 CONTROL = {"source": "", "command": [], "must_finish": True, "collect": [], "files": {}, "env": {}}
 SYSTEM = "/bin /sbin /lib /lib32 /lib64 /libx32 /etc/alternatives /etc/ld.so.cache /etc/mono /etc/localtime"
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
@@ -52,12 +52,12 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one job, in bytes and seconds. `cpu_seconds` 0 means twice `seconds`, which is wall time."""
+    """Limits of one job, in bytes and seconds. `seconds` is wall time; `cpu_seconds` 0 means twice it."""
 
     seconds: float = 10.0
     cpu_seconds: int = 0
     memory: int = 512 << 20
-    disk: int = 64 << 20  # of the private folder, and of one file
+    disk: int = 64 << 20  # of the private folder, of one file, and of all that is collected
     processes: int = 64  # and threads
     open_files: int = 256
     output: int = 1 << 20  # stdout and stderr together
