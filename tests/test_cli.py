@@ -32,6 +32,7 @@ from codegemma.cli.train import PlanOptions, SettingsOptions
 from codegemma.config import PRESETS
 from codegemma.data.recipe import BuildRecipe
 from codegemma.evals.run import EvalSettings
+from codegemma.extras import install_command
 from codegemma.generate.cache import PrefixCache
 from codegemma.train.job import TrainingPlan
 from codegemma.train.settings import TrainingSettings
@@ -444,7 +445,7 @@ def test_a_missing_extra_is_named(verb, library, extra, gguf, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 2 and f'pip install "codegemma[{extra}]"' in result.stderr, result.stderr
+    assert result.returncode == 2 and f": {install_command(extra)}\n" in result.stderr, result.stderr
     assert result.stderr.count("\n") == 1
 
 

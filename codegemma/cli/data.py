@@ -89,13 +89,17 @@ def build(
         reasons |= result.manifests[stage]["counts"]
     for reason, count in Counter(reasons).most_common():
         print(f"  {count:9,}  {reason}")
+    if not result.rows:
+        raise ValueError(f"{out} has no rows, since no document was kept (the reasons stand above)")
     print(f"look: codegemma data show {out}; codegemma data report {out}")
 
 
 def show(folder: Path, row: int = 0) -> None:
     """Show a row: its files, and each split in colours with its reason."""
     from codegemma.data import show as shows
+    from codegemma.extras import require
 
+    require("pyarrow", "the origins of a row", "data")  # before anything is printed
     shows.show(folder, row)
 
 

@@ -16,6 +16,8 @@ from codegemma.config import DEFAULT_MODEL
 if TYPE_CHECKING:
     from codegemma.evals.task import EvaluatedModel
 
+LIBRARIES = ("huggingface_hub", "jinja2", "math_verify", "pyarrow")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -37,7 +39,10 @@ class RunOptions:
 def card(run: RunOptions) -> None:
     """Run every benchmark of the model card; those whose data is missing are named and left out."""
     from codegemma.evals.run import CARD
+    from codegemma.extras import require
 
+    for library in LIBRARIES:
+        require(library, "the benchmarks of the card", "eval")
     _run(CARD, run, skip=True)
 
 

@@ -83,9 +83,9 @@ def build(
 ) -> Summary:
     """Builds rows from `[KIND=]PATH` sources into the folder `out`.
 
-    Raises ValueError for a source that does not exist, a folder that is in use, a recipe that contradicts
-    itself, or a resume with other sources or another recipe. What cannot be read in a source is reported in
-    the ledger instead.
+    Raises ValueError for a source that does not exist, sources without a document, a folder that is in use, a
+    recipe that contradicts itself, or a resume with other sources or another recipe. What cannot be read in a
+    source is reported in the ledger instead.
     """
     start = time.perf_counter()
     if engine not in ENGINES:
@@ -99,10 +99,19 @@ def build(
     )
     recipe = inputs.complete(recipe or BuildRecipe())
     folder = BuildFolder(Path(out).resolve())
+    begins = not folder.state.exists()
     if _prepare(folder, recipe, inputs, resume):
-        with ENGINES[engine](workers) as run_tasks:
-            runner = _StageRunner(folder, recipe, run_tasks, workers, progress)
-            _run_stages(runner, inputs.sources)
+        try:
+            with ENGINES[engine](workers) as run_tasks:
+                runner = _StageRunner(folder, recipe, run_tasks, workers, progress)
+                _run_stages(runner, inputs.sources)
+        except (ImportError, ValueError):
+            if begins and not folder.manifest("clean").exists():  # another try shall not meet what is left
+                for path in (folder.work, folder.manifests):
+                    shutil.rmtree(path, ignore_errors=True)
+                for path in (folder.recipe, folder.tokenizer):
+                    path.unlink(missing_ok=True)
+            raise
         timing = runner.timing | {"total": {"seconds": time.perf_counter() - start}}
         with atomic_write(folder.timing) as file:
             file.write(json.dumps(timing, indent=1).encode())
@@ -213,7 +222,15 @@ def code_version() -> dict[str, str]:
     beside = [folder.parent / "prompts.py", folder.parent / "tokenizer.py"]
     files = sorted([*folder.glob("*.py"), *folder.glob("rules/*"), *beside])
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    libraries = ("rensa", "tree-sitter", "identify", "pyarrow", "sentencepiece", "numpy")
+    libraries = (
+        "rensa",
+        "tree-sitter",
+        "identify",
+        "charset-normalizer",
+        "pyarrow",
+        "sentencepiece",
+        "numpy",
+    )
     return {"codegemma": code, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
@@ -289,6 +306,11 @@ def _read_and_clean(runner: _StageRunner, sources: Sequence[Source]) -> tuple[in
     results = runner.run(stages.ReadTask, ((source,) for source in sources))
     documents = total(results)
     inputs = sorted([result.source, result.sha256] for result in results)
+    if not documents.documents:
+        shown = ", ".join(str(source.path) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(documents.counts.items()))
+        fault = f"{shown}: no document was found" + (f" ({reasons})" if reasons else "")
+        raise ValueError(f"{fault}: name folders, archives or tables that hold source code")
     runner.manifest("documents", inputs=inputs, counts=documents.counts, documents=documents.documents)
     shards = [
         (task, shard, source.redistributed)

@@ -30,7 +30,7 @@ def local(workers: int) -> Iterator[Engine]:
                 for future in as_completed([pool.submit(run_task, task) for task in tasks]):
                     yield future.result()
             except BrokenProcessPool as error:
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"a worker of stage {tasks[0].stage} died (out of memory?): continue with --resume and "
                     "fewer --workers"
                 ) from error
