@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -82,6 +83,15 @@ class ReferenceDocument:
         return index
 
 
+@pytest.fixture(params=[2, 5, buffers.CHUNK_CHARACTERS], scope="module")
+def chunk_characters(request):
+    """Texts are kept in chunks of so many characters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buffers, "CHUNK_CHARACTERS", request.param)
+        yield request.param
+
+
+@pytest.mark.usefixtures("chunk_characters")
 @pytest.mark.parametrize("encoding", CODEC)
 @settings(max_examples=80, deadline=None)
 @given(
@@ -96,9 +106,10 @@ def test_edits_at_any_position_give_the_text_that_the_editor_has(encoding, text,
         )
         ours = ours.edited((line, character), (line2, character2), new)
         twin.units[first:last] = twin.split(new)
-        assert ours.text == twin.text()
+        assert ours.text == twin.text() and ours.newline == (re.search(r"\r\n|\r|\n", ours.text) or ["\n"])[0]
 
 
+@pytest.mark.usefixtures("chunk_characters")
 @pytest.mark.parametrize("encoding", CODEC)
 @settings(max_examples=80, deadline=None)
 @given(text=LETTERS)
@@ -111,6 +122,9 @@ def test_a_position_made_of_an_offset_leads_back_to_it(encoding, text):
             assert ReferenceDocument(text, encoding).place(line, character) == len(
                 ReferenceDocument(text[:offset], encoding).units
             )
+            before = ours.normalized_length(offset)
+            assert before == len(normalize(text[:offset])) and ours.offset_of_normalized(before) == offset
+            assert ours.slice(offset, offset + 7) == text[offset : offset + 7]
 
 
 def test_halves_of_a_surrogate_pair_count_one_unit_each_and_meet_in_the_prompt():
