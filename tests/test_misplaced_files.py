@@ -133,7 +133,7 @@ def test_quantised_tensors_are_refused_with_the_method_that_made_them(tmp_path):
 
 @pytest.mark.parametrize(
     "key",
-    ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "rope_scaling",
+    ["num_key_value_heads", "head_dim", "rope_theta", "query_pre_attn_scalar", "rope_scaling",
      "sliding_window_pattern", "rope_local_base_freq", "final_logit_softcapping", "quantization_config"],
 )  # fmt: skip
 def test_null_is_as_good_as_left_out(key):

@@ -198,7 +198,6 @@ def test_a_query_scale_that_transformers_cannot_say_is_refused():
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"model_type": ["gemma"]}, "model_type is"),
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
-        ({"quantization_config": {}}, "quantization_config is not supported"),
         ({"use_bidirectional_attention": True}, "embedding model"),
         ({"layer_types": ["full_attention"]}, "an entry for each of 18 layers"),
         ({"layer_types": ["full_attention", "sliding_attention"] * 9}, "does not repeat"),

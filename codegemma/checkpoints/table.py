@@ -24,7 +24,7 @@ from codegemma.checkpoints.untrusted import damaged
 from codegemma.config import ModelConfig
 
 Format = Literal["gguf", "hf", "flax", "maxtext", "keras", "nemo", "pytorch"]
-NULLABLE = ("window", "attention_softcap", "final_softcap")  # fields of ModelConfig that may be None
+OPTIONAL = ("kv_heads", "head_width", "rope_base", "global_every")  # fields that some writers state as null
 MAX_PADDING = 1024  # rows; DeepMind's embedding has 256,128 for 256,000 tokens
 AXES = {"V": "vocab", "D": "width", "N": "heads", "K": "kv_heads", "H": "head_width", "F": "ffn_width"}
 
@@ -232,11 +232,11 @@ def config_defaults(format: Format, architecture: str) -> dict[str, Any]:
 def config_values(format: Format, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ModelConfig from a format's keys; a missing key gives the default, or None.
 
-    So does null, except where it says that there is no window or soft cap.
+    So does null for OPTIONAL fields; elsewhere it says that there is none.
     """
     defaults, keys = config_defaults(format, architecture), format_table(format)["config"]
     values = {name: fields.get(key, defaults.get(name)) for name, key in keys.items()}
-    null = [name for name, value in values.items() if value is None and name not in NULLABLE]
+    null = [name for name in OPTIONAL if name in values and values[name] is None]
     return defaults | values | {name: defaults.get(name) for name in null}
 
 
