@@ -5,10 +5,12 @@ import asyncio
 import contextlib
 import gzip
 import json
+import math
 import re
 import socket
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -20,16 +22,17 @@ from tiny import KINDS, random_adapter, write_tiny_gguf
 
 from codegemma import File, Message, Sampling, load
 from codegemma.checkpoints import open_checkpoint
+from codegemma.generate.completion import Trimmer
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.generate.resolve import resolve
 from codegemma.generate.running import Step
-from codegemma.generate.completion import Trimmer
 from codegemma.native import Cancel
 from codegemma.serve import guard, protocol, scheduler
 from codegemma.serve.guard import Rules
 from codegemma.serve.remote import RemoteService
 from codegemma.serve.requests import Busy, Job
 from codegemma.serve.scheduler import Scheduler
+from codegemma.serve.wire import Answer
 
 HOLE = {"prefix": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"}
 COMPLETION = {"prompt": HOLE["prefix"], "suffix": HOLE["suffix"]}  # the bodies of OpenAI, Mistral and Ollama
@@ -107,6 +110,79 @@ def test_every_dialect_fills_in_the_middle_as_the_model_does(server, model):
     assert mistral["choices"][0]["message"] == {"role": "assistant", "content": expected, "tool_calls": None}
     tabby = good(server.post("/v1/completions", json={"language": "python", "segments": HOLE}))
     assert tabby["choices"][0]["text"] == model.complete(**HOLE, max_tokens=64).text
+
+
+def test_the_confidence_of_a_suggestion_is_the_geometric_mean_of_its_probabilities(server):
+    whole = {"trim": "none", "temperature": 0}
+    limit, hole, llama = (
+        {"model": "any", "max_tokens": 6},
+        COMPLETION | whole,
+        INFILL | whole | {"n_predict": 6},
+    )
+    probabilities = good(server.post("/infill", json={**llama, "n_probs": 1}))
+    logprobs = [entry["logprob"] for entry in probabilities["completion_probabilities"]]
+    expected = pytest.approx(math.exp(sum(logprobs) / len(logprobs)), rel=1e-5)
+
+    def last(value):  # the value of the field, which is the last one
+        assert list(value)[-1] == "confidence"
+        return value["confidence"]
+
+    assert last(probabilities) == expected and 0 < last(probabilities) < 1
+    ollama = {**hole, "model": "any", "options": {"num_predict": 6}}
+    choice = good(server.post("/v1/completions", json=hole | limit))["choices"][0]
+    fim = good(server.post("/v1/fim/completions", json=hole | limit))["choices"][0]
+    generated = good(server.post("/api/generate", json=ollama | {"stream": False}))
+    assert last(choice) == last(fim) == last(generated) == expected
+    segments = {"language": "python", "segments": HOLE}
+    assert 0 < last(good(server.post("/v1/completions", json=segments))["choices"][0]) < 1
+
+    streams = {
+        "/infill": [
+            json.loads(part) for part in events(server.post("/infill", json={**llama, "stream": True}))
+        ],
+        "ollama": [json.loads(line) for line in server.post("/api/generate", json=ollama).text.splitlines()],
+    }
+    for route in ("/v1/completions", "/v1/fim/completions"):
+        parts = events(server.post(route, json=hole | limit | {"stream": True}))[:-1]
+        streams[route] = [json.loads(part)["choices"][0] for part in parts]
+    for route, parts in streams.items():
+        assert last(parts[-1]) == expected, route
+        assert not any("confidence" in part for part in parts[:-1]), route
+    assert len(streams["/infill"]) > 2
+
+    several = good(server.post("/infill", json={**llama, "n_cmpl": 3, "temperature": 1, "seed": 5}))
+    assert last(several[0]) == expected and len({last(answer) for answer in several}) > 1
+    picked = {"response_fields": ["content", "confidence"]}
+    assert good(server.post("/infill", json={**llama, **picked}))["confidence"] == expected
+    assert good(server.post("/infill", json={**llama, "n_predict": 0}))["confidence"] is None  # no token
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "place", "expected"),
+    [
+        ("# remove old logs\n", "rm -rf /var/log/*", {"path": "clean.sh"}, 0),
+        ("rm ", "-rf build\n", {"language": "shellscript"}, 0),
+        ("# remove old logs\n", "rm -rf /var/log/*", {"path": "clean.py"}, 0.5),
+        ("", "a = 1\n" * 3, {}, 0),
+        ("", "a = 1\nb = 2\n", {}, 0.5),
+        ("", "", {}, 0.5),
+    ],
+)
+def test_what_nobody_should_see_unasked_has_confidence_0(prefix, text, place, expected):
+    infill = Infill(prefix, "", **place)
+    job = types.SimpleNamespace(request=Request(infill))
+    answer = Answer(0, job, [Step(1, text, -0.7, None, (), 0.5), Step(None, "", 0.0, "cancelled")])
+    assert answer.confidence() == {"confidence": expected}
+
+
+def test_text_and_chats_have_no_confidence(server):
+    text = good(server.post("/v1/completions", json={"prompt": "a = ", "max_tokens": 3}))["choices"][0]
+    turn = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    chat = good(server.post("/v1/chat/completions", json=turn))["choices"][0]
+    plain = good(server.post("/completion", json={"prompt": "a = ", "n_predict": 3}))
+    generate = {"model": "any", "prompt": "a = ", "stream": False, "options": {"num_predict": 3}}
+    for answer in (text, chat, plain, good(server.post("/api/generate", json=generate))):
+        assert "confidence" not in answer
 
 
 def test_streams_join_to_the_answer(server, model):
@@ -973,6 +1049,7 @@ def test_a_server_in_front_of_a_server_gives_the_same_answers(server, path, mode
         infill = {**INFILL, "n_predict": 12, "trim": "line", "n_probs": 2}
         ours, theirs = (good(instance.post("/infill", json=infill)) for instance in (server, front))
         assert ours["content"] == theirs["content"] == model.complete(**HOLE, max_tokens=12, trim="line").text
+        assert ours["confidence"] == pytest.approx(theirs["confidence"], rel=1e-5)
         scored = {
             "prompt": "def f(x)",
             "echo": True,

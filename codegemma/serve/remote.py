@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from codegemma.generate.client import (
     prompt_logprobs,
     stopped_by_text,
 )
-from codegemma.generate.request import Request
+from codegemma.generate.request import Infill, Request
 from codegemma.generate.resolve import resolve
 from codegemma.generate.running import Step, Stop
 from codegemma.native import PAGE, Page
@@ -58,6 +59,7 @@ class RemoteService:
         preset = hub.preset(name) or hub.preset_in(name, checkpoint.config)
         fim_trained = preset.fim if preset else self.tokenizer.control.fim == "named"
         self.mode: Layout = "psm" if fim_trained else "prefix"
+        self.reads_files = fim_trained
         self.chats = can_chat(preset, self.tokenizer)
         self._jobs: dict[Job, asyncio.Task[None]] = {}
 
@@ -93,8 +95,7 @@ class RemoteService:
         if len(self._jobs) >= MAX_REQUESTS:
             self.metrics.counts["rejected"] += 1
             raise Busy(f"{len(self._jobs)} requests are running: try again in a moment", 1)
-        orders = {self.mode} - {"prefix"}
-        resolved = await asyncio.to_thread(lambda: [resolve(self, request, orders) for request in requests])
+        resolved = await asyncio.to_thread(lambda: list(map(self._resolve, requests)))
         jobs = list(map(Job, requests, resolved))
         for older in [job for job in self._jobs if supersedes(jobs[0], job)]:
             older.cancel()
@@ -105,6 +106,13 @@ class RemoteService:
             job.on_cancel = partial(loop.call_soon_threadsafe, task.cancel)
         self.metrics.running = len(self._jobs)
         return jobs
+
+    def _resolve(self, request: Request) -> Request:
+        """The request as token ids. Nothing before the cursor is given back: the protocol has no field for
+        what the answer must begin with."""
+        if isinstance(request.prompt, Infill):
+            request = replace(request, prompt=replace(request.prompt, heal=False))
+        return resolve(self, request, {self.mode} - {"prefix"}, self.reads_files)
 
     async def close(self) -> None:
         """Cancels all jobs and closes the connections."""
@@ -145,6 +153,7 @@ class RemoteService:
     async def _steps(self, job: Job) -> AsyncIterator[Step]:
         """The answer as Steps. The last one comes after the usage, which has the number of tokens."""
         last: Step | None = None
+        logprobs: list[float] = []
         async for chunk in self._chunks(job):
             if usage := chunk.get("usage"):
                 job.predicted_tokens = usage.get("completion_tokens") or job.predicted_tokens
@@ -152,7 +161,7 @@ class RemoteService:
             for choice in chunk.get("choices") or ():
                 if not job.first:
                     self._remember_prompt(job)
-                steps = list(self._steps_of(job, choice))
+                steps = [_with_confidence(step, logprobs) for step in self._steps_of(job, choice)]
                 if (reason := choice.get("finish_reason")) is not None:
                     ended: Stop = "stop_text" if stopped_by_text(choice) else "end"
                     last = steps.pop() if steps else Step(None, "", 0.0)
@@ -239,3 +248,11 @@ def _refusal(answer: httpx.Response) -> Exception:
     if status in (400, 422):
         return ValueError(message[:2000])
     return HTTPException(502, f"the engine behind answered {status}: {message[:300]}")
+
+
+def _with_confidence(step: Step, logprobs: list[float]) -> Step:
+    """The step with the confidence up to it; adds its log-probability to those of the steps before."""
+    if step.token is None:
+        return step
+    logprobs.append(step.logprob)
+    return replace(step, confidence=math.exp(sum(logprobs) / len(logprobs)))

@@ -17,6 +17,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive
 
+from codegemma.generate.completion import is_worth_showing
 from codegemma.generate.request import Infill, Request
 from codegemma.generate.running import Step
 from codegemma.safety.secrets import safe_files
@@ -58,6 +59,17 @@ class Answer:
         text = tokenizer.decode([step.token for step in self.steps if step.token is not None])
         matches = [(text.find(stop), stop) for stop in self.job.request.stop if stop in text]
         return min(matches)[1] if matches else ""
+
+    def confidence(self) -> dict[str, float | None]:
+        """The last field of an answer that fills in the middle, nothing for others. See running.Step; 0 where
+        the text is in a loop or destroys. None: no log-probability of a token is known."""
+        infill = self.job.request.prompt
+        if not isinstance(infill, Infill):
+            return {}
+        if self.text.strip() and not is_worth_showing(self.text, 1.0, infill, 0.0):
+            return {"confidence": 0.0}
+        known = (step.confidence for step in reversed(self.steps) if step.token is not None)
+        return {"confidence": next(known, None)}
 
     def offer(self, language: str | None) -> str:
         """An id, with which the client may tell /v1/events whether the suggestion was accepted."""

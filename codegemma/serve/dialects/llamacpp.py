@@ -192,6 +192,7 @@ class LlamaWriter(AnswerWriter):
         }
         if isinstance(self.body, LlamaInfillBody) and answer.text:
             value["id"] = answer.offer(self.body.language)
+        value |= answer.confidence()
         return _selected(value, self.body.response_fields)
 
     def _tokens(self, steps: Sequence[Step]) -> list[int]:
@@ -209,7 +210,8 @@ async def infill(body: LlamaInfillBody, http: HttpRequest) -> Response:
     if not 1 <= count <= 4:
         raise ValueError("Field 'n_cmpl': Value must be between 1 <= value <= 4")
     prompt = body.infill(body.input_prefix + (body.prompt or ""), body.input_suffix)
-    prompt = replace(prompt, min_indent=max(body.n_indent or 0, 0))
+    language = "" if body.path else body.language or ""
+    prompt = replace(prompt, min_indent=max(body.n_indent or 0, 0), language=language)
     temperature = 0.0 if count == 1 else 0.8  # greedy suggestions would all be the same
     requests = choices_of(body.llama_request(http, prompt, INFILL_TOKENS, temperature=temperature), count)
     if count > 1:

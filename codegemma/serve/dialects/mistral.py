@@ -46,12 +46,14 @@ class MistralWriter(AnswerWriter):
         (answer,) = answers
         message = {"role": "assistant", "content": answer.text, "tool_calls": None}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason(answer.stop)}
+        choice |= answer.confidence()
         return {**self.head, "object": "chat.completion", "choices": [choice], **_totals(answer)}
 
     def parts(self, answer: Answer, step: Step) -> Iterable[dict[str, Any]]:
         if step.text or step.stop is not None:
             delta, self.role = {**self.role, "content": step.text}, {}
             choice = {"index": 0, "delta": delta, "finish_reason": finish_reason(step.stop)}
+            choice |= answer.confidence() if step.stop else {}
             totals = _totals(answer) if step.stop else {}
             yield {**self.head, "object": "chat.completion.chunk", "choices": [choice], **totals}
 

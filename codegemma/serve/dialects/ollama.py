@@ -179,6 +179,7 @@ class OllamaWriter(AnswerWriter):
             "eval_duration": int(timings["predicted_ms"] * 1e6),
             "timings": timings,
             **self._logprobs(steps),
+            **answer.confidence(),
         }
 
     def _logprobs(self, steps: Sequence[Step]) -> dict[str, Any]:

@@ -304,6 +304,7 @@ class OpenAICompletionWriter(OpenAIWriter):
             "finish_reason": finish_reason(answer.stop),
             # vLLM's field: the stop text or the token that ended the answer
             "stop_reason": answer.stop_word(self.tokenizer) or (last.token if answer.stop == "end" else None),
+            **answer.confidence(),
         }
 
     def parts(self, answer: Answer, step: Step) -> Iterable[dict[str, Any]]:
@@ -313,7 +314,9 @@ class OpenAICompletionWriter(OpenAIWriter):
         text, logprobs = self._part(answer.index, step)
         if text or logprobs or step.stop is not None:
             choice = {"text": text, "index": answer.index, "logprobs": logprobs}
-            yield self.chunk(choice, answer.job if step.stop else None)
+            chunk = self.chunk(choice, answer.job if step.stop else None)
+            choice |= answer.confidence() if step.stop else {}
+            yield chunk
 
     def _echo(self, index: int, job: Job) -> tuple[str, Logprobs | None]:
         """The prompt and its log-probabilities, where the body asks for an echo; else "" and None."""

@@ -99,7 +99,7 @@ async def complete(body: TabbyCompletionBody, http: HttpRequest) -> Response:
         prompt = body.infill(segments.prefix, segments.suffix, segments.files())
     request = body.request(http, prompt, MAX_TOKENS, seed=0)
     (answer,) = await collect(http, [request])
-    choices = [{"index": 0, "text": answer.text}]
+    choices = [{"index": 0, "text": answer.text, **answer.confidence()}]
     value: dict[str, Any] = {"id": answer.offer(body.language), "choices": choices}
     if debug.return_prompt or debug.return_snippets:
         text = service_of(http).tokenizer.decode(answer.job.prompt_ids, control=True)
