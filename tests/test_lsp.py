@@ -1,6 +1,7 @@
 """The language server under a raw JSON-RPC client: positions, edits, cancellation, and what it requests."""
 
 import asyncio
+import io
 import json
 import os
 import queue
@@ -19,6 +20,7 @@ from tiny import tiny_config, write_tiny_gguf
 import codegemma
 from codegemma.editor import buffers, suggestion
 from codegemma.editor.buffers import Buffer, normalize
+from codegemma.editor.frames import FrameReader
 from codegemma.editor.lsp import EditorServer
 from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import LocalSource, RemoteSource
@@ -1080,3 +1082,105 @@ def test_files_that_git_ignores_by_any_source_get_nothing_and_enter_no_prompt(tm
         for path in ignored:
             assert client.texts(client.inline(path.as_uri(), 0, 4, kind=1)) == []
         assert prompt_at(client, stub, (top / "keep.py").as_uri(), 0, 4).files == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["credentials.go", "Secret.java", "credentials.proto", ".env.d.ts", ".env.example"]
+)
+def test_source_code_named_after_credentials_is_completed_with_its_secrets_replaced(tmp_path, name):
+    stub, uri, key = Stub(), (tmp_path / name).as_uri(), "AKIAQYLPMN5HNM4CJX2B"
+    with session(stub, folder=tmp_path) as client:
+        client.open(uri, f"KEY={key}\nx = \n", "plaintext")
+        client.open((tmp_path / "app.py").as_uri(), "y = \n")
+        assert key not in prompt_at(client, stub, uri, 1, 4).prefix
+        (file,) = prompt_at(client, stub, (tmp_path / "app.py").as_uri(), 0, 4).files
+        assert file.path == name and key not in file.text and file.text.endswith("x = \n")
+
+
+# ------------------------------------------------------------------------------------------------- hostile
+def framed(body):
+    return b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+NO_MESSAGES = {
+    "a length beyond memory": b"Content-Length: 99999999999\r\n\r\n{}",
+    "a length beyond numbers": b"Content-Length: %s\r\n\r\n" % (b"9" * 5000),
+    "a negative length": b"Content-Length: -5\r\n\r\n{}",
+    "no message of length 0": b"Content-Length: 0\r\n\r\n",
+    "bytes": b"\x00\xff\r\n\n" * 3000,
+    "no JSON": framed(b"{nope"),
+    "no UTF-8": framed(b'{"jsonrpc":"2.0","method":"\xff"}'),
+    "nested too deep": framed(b"[" * 100_000),
+    "a list": framed(b'[{"jsonrpc":"2.0","id":3,"method":"shutdown"}]'),
+    "a number": framed(b"5"),
+    "nothing": framed(b"null"),
+    "no version": framed(b'{"id":5,"method":"shutdown"}'),
+    "another version": framed(b'{"jsonrpc":"1.0","id":5,"method":"shutdown"}'),
+    "a list as id": framed(b'{"jsonrpc":"2.0","id":[1],"method":"textDocument/hover","params":{}}'),
+    "wrong parameters": framed(b'{"jsonrpc":"2.0","method":"textDocument/didOpen","params":7}'),
+    "an answer to nothing": framed(b'{"jsonrpc":"2.0","id":77,"result":1}'),
+    "an error of nothing": framed(b'{"jsonrpc":"2.0","id":77,"error":{"code":1,"message":"x"}}'),
+    "a second greeting": framed(
+        b'{"jsonrpc":"2.0","id":2,"method":"initialize","params":{"capabilities":{}}}'
+    ),
+}
+
+
+def test_what_is_no_message_is_skipped_and_the_server_goes_on():
+    """Each alone and all together: the next request is answered, and stderr has a line at most for each."""
+    command = [sys.executable, "-m", "codegemma.cli", "lsp", "--server", "http://127.0.0.1:9"]
+    greeting = framed(b'{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"capabilities":{}}}')
+    leave = framed(b'{"jsonrpc":"2.0","id":9,"method":"shutdown"}')
+    leave += framed(b'{"jsonrpc":"2.0","method":"exit"}')
+    noise = b""
+    for number, part in enumerate(NO_MESSAGES.values()):
+        noise += part + framed(b'{"jsonrpc":"2.0","id":%d,"method":"no/such"}' % (1000 + number))
+    run = subprocess.run(command, input=greeting + noise + leave, capture_output=True, timeout=120)
+    for number, name in enumerate(NO_MESSAGES):
+        assert b'"id": %d' % (1000 + number) in run.stdout, name
+    assert b'"id": 9' in run.stdout and run.returncode == 0
+    rule = "a message has 99,999,999,999 bytes, but at most 268,435,456 are read: it is skipped"
+    assert run.stderr.decode().splitlines() == [f"codegemma lsp: {rule}"]
+
+
+@given(
+    st.lists(st.one_of(st.binary(max_size=40), st.binary(min_size=1, max_size=40).map(framed)), max_size=8)
+)
+def test_frames_come_whole_from_any_stream(parts):
+    """Whatever the bytes are: the reader ends, and gives headers that are followed by their messages."""
+    reader = FrameReader(io.BytesIO(b"".join(parts)))
+    while header := reader.readline():
+        size = int(header.removeprefix(b"Content-Length: "))
+        assert reader.readline() == b"\r\n" and len(reader.read(size)) == size > 0
+
+
+def test_messages_with_other_headers_and_names_in_any_case():
+    stream = b"Content-Type: a\r\ncontent-length: 2\r\nX: y\r\n\r\n{}rubbish Content-Length:3\r\n\r\n[1]"
+    reader = FrameReader(io.BytesIO(stream))
+    assert [reader.readline(), reader.readline(), reader.read(2)] == [
+        b"Content-Length: 2\r\n",
+        b"\r\n",
+        b"{}",
+    ]
+    assert [reader.readline(), reader.readline(), reader.read(3)] == [
+        b"Content-Length: 3\r\n",
+        b"\r\n",
+        b"[1]",
+    ]
+    assert reader.readline() == b""
+
+
+def test_the_prompt_cache_is_kept_where_an_editor_dies_and_a_foreign_file_is_named(tmp_path):
+    model, cache = tmp_path / "tiny.gguf", tmp_path / "cache"
+    write_tiny_gguf(model, tiny_config("gemma-mqa"))
+    command = [sys.executable, "-m", "codegemma.cli", "lsp", "-m", str(model), "--cache", str(cache)]
+    for text, words in ((None, ""), ("mine", "was not written by codegemma, and is kept")):
+        if text:
+            cache.write_text(text)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            client = Client(process.stdout, process.stdin)
+            client.ask("initialize", capabilities={}, processId=None)
+            client.note("window/logMessage", words or "ready after")
+            process.stdin.close()
+            assert process.wait(WAIT) == 1
+        assert cache.read_bytes().startswith(b"mine" if text else b"codegemma prefix cache")

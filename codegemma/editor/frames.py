@@ -1,4 +1,4 @@
-"""The messages of LSP on a pipe, with what is no message skipped: pygls would end, or wait for it for ever."""
+"""LSP's messages on a pipe. What is no message is skipped, where pygls would end or wait for ever."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ from codegemma.editor.settings import EditorSettings
 from codegemma.editor.sources import SuggestionSource
 from codegemma.editor.suggestion import CursorPosition, Suggestion, window
 from codegemma.files import explain
+from codegemma.generate.completion import is_worth_showing
 from codegemma.generate.request import Infill, Request
 from codegemma.prompts import File
 from codegemma.safety.secrets import redact_at_cursor
@@ -192,7 +193,8 @@ class EditorServer(LanguageServer):
             return ""
         shown = stats.Shown(buffer.language, 1000 * (time.perf_counter() - started), len(text))
         entry, present = normalize(cursor.chosen), buffer.slice(cursor.start, cursor.end)
-        self.suggestion = Suggestion(cursor.uri, cursor.start, entry + text, shown, len(entry), present)
+        if entry or text.startswith(present):  # else it takes blanks away, and cannot be typed on
+            self.suggestion = Suggestion(cursor.uri, cursor.start, entry + text, shown, len(entry), present)
         return text
 
     async def _read_ahead(self, cursor: CursorPosition) -> None:
@@ -209,11 +211,21 @@ class EditorServer(LanguageServer):
             return ""
         (buffer, start), others = self.documents.whole(cursor.uri), self.documents.others(cursor.uri)
         cursor = replace(cursor, start=start + cursor.start, end=start + cursor.end)
-        request = await asyncio.to_thread(self._make_request, cursor, buffer, others, max_tokens)
-        return await source.fill(request) if request else ""
+        context = self.settings.context
+        if context == "auto":
+            context = "imports" if await source.reads_files() else "none"
+        request = await asyncio.to_thread(self._make_request, cursor, buffer, others, max_tokens, context)
+        if request is None:
+            return ""
+        filled, infill = await source.fill(request), request.prompt
+        assert isinstance(infill, Infill)
+        if cursor.automatic:
+            if not is_worth_showing(filled.text, filled.confidence, infill, self.settings.min_confidence):
+                return ""
+        return filled.text
 
     def _make_request(
-        self, cursor: CursorPosition, buffer: Buffer, others: Sequence[Buffer], max_tokens: int
+        self, cursor: CursorPosition, buffer: Buffer, others: Sequence[Buffer], max_tokens: int, context: str
     ) -> Request | None:
         """The request for a cursor in `buffer`; None if its file must not be read. Runs in a thread.
 
@@ -226,12 +238,14 @@ class EditorServer(LanguageServer):
         prefix, suffix = redact_at_cursor(*cursor.window(buffer))
         prefix, suffix = window(prefix, suffix)
         files: list[File] = []
-        if settings.context != "none":
-            imports = settings.context == "imports"
+        if context != "none":
+            imports = context == "imports"
             files = self.context.collect(buffer, others, imports, may_walk=not max_tokens)
         path = self.context.prompt_path(buffer.path) if buffer.path and files else None
         return Request(
-            Infill(prefix, suffix, path, tuple(files), settings.mode, settings.trim_before(suffix)),
+            Infill(
+                prefix, suffix, path, tuple(files), settings.mode, settings.trim, language=buffer.language
+            ),
             max_tokens,
             adapter=settings.adapter,
             session=self.session,
@@ -264,10 +278,11 @@ class EditorServer(LanguageServer):
 
     def _report_once(self, error: Exception) -> None:
         """Shows an error to the user, but not the same one again before a suggestion has succeeded."""
-        if str(error) not in self._reported_errors:
-            self._reported_errors.add(str(error))
-            self.log(str(error), types.MessageType.Error)
-            self.window_show_message(types.ShowMessageParams(types.MessageType.Error, f"codegemma: {error}"))
+        text = explain(error) if isinstance(error, OSError) else str(error)
+        if text not in self._reported_errors:
+            self._reported_errors.add(text)
+            self.log(text, types.MessageType.Error)
+            self.window_show_message(types.ShowMessageParams(types.MessageType.Error, f"codegemma: {text}"))
 
 
 # ------------------------------------------------------------------------------------------------- features
@@ -280,12 +295,22 @@ async def inline_completion(
     if buffer is None:
         return types.InlineCompletionList([])
     automatic = params.context.trigger_kind == types.InlineCompletionTriggerKind.Automatic
-    span = chosen.range if chosen else types.Range(params.position, params.position)
-    start, end = (buffer.offset(edge.line, edge.character) for edge in (span.start, span.end))
+    if chosen:
+        span = chosen.range
+        start, end = (buffer.offset(edge.line, edge.character) for edge in (span.start, span.end))
+    else:
+        end = buffer.offset(params.position.line, params.position.character)
+        line_start = buffer.offset(params.position.line, 0)
+        # Blanks that begin the line may be the wrong ones: the suggestion replaces them.
+        start = end if buffer.slice(line_start, end).strip(" \t") else line_start
     cursor = CursorPosition(uri, start, end, chosen.text if chosen else "", automatic)
-    added = (await server.suggest(cursor)).replace("\n", buffer.newline)
-    span = span if chosen else _range(buffer, start, end)
-    items = [types.InlineCompletionItem(cursor.chosen + added, range=span)] if added else []
+    text = await server.suggest(cursor)
+    present = buffer.slice(start, end)
+    if not chosen:
+        kept = len(present) if text.startswith(present) else 0
+        text, span = text[kept:], _range(buffer, start + kept, end)
+    text = text.replace("\n", buffer.newline)
+    items = [types.InlineCompletionItem(cursor.chosen + text, range=span)] if text else []
     return types.InlineCompletionList(items)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -24,6 +24,7 @@ INFILL_TOKENS = 128  # of a suggestion, where the body has no limit
 UNLIMITED_TOKENS = 1024  # where the body's limit is below 0, which in these protocols means none
 T = TypeVar("T")
 Items = Annotated[list[T], Field(fail_fast=True)]  # the first wrong item is reported, not each of 100,000
+PIECE_CHARACTERS = 1 << 14
 LARGE_BODY_BYTES = 1 << 16  # that are parsed beside the event loop
 MAX_STOPS = 64
 MAX_BIASES = 1024
@@ -54,20 +55,32 @@ TOOL_FIELDS = {"tools": "tool_choice", "functions": "function_call"}
 OFF: tuple[Any, ...] = (None, False, "", [], {}, {"type": "text"}, ["text"])  # values that ask for nothing
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_SPELLED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # in JSON: escaped, or as three bytes
+_PAIR = re.compile(r"[\ud800-\udbff][\udc00-\udfff]")
+_SURROGATE_MARKS = (b"\\ud", b"\\uD", b"\xed")  # one of which is in JSON with surrogates
 
 
 def well_formed(value: Any) -> Any:
     """A JSON value whose texts are Unicode: half a surrogate pair becomes U+FFFD, both halves a character."""
     if isinstance(value, str):
-        if not _SURROGATE.search(value):
-            return value
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value if value.isascii() else "".join(_pieces(value))
     if isinstance(value, list):
         return [well_formed(item) for item in value]
     if isinstance(value, dict):
         return {well_formed(name): well_formed(item) for name, item in value.items()}
     return value
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in well-formed pieces, so that other threads may run between them."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARACTERS
+        end += bool(_PAIR.match(text, end - 1))  # which stays together
+        piece = text[start:end]
+        if _SURROGATE.search(piece):
+            piece = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        yield piece
+        start = end
 
 
 class _JsonRequest(HttpRequest):
@@ -78,8 +91,7 @@ class _JsonRequest(HttpRequest):
 
 def _parsed(body: bytes) -> Any:
     value = json.loads(body)
-    has_surrogates = any(mark in body for mark in (b"\\ud", b"\\uD", b"\xed"))  # faster than the pattern
-    return well_formed(value) if has_surrogates and _SPELLED_SURROGATE.search(body) else value
+    return well_formed(value) if any(mark in body for mark in _SURROGATE_MARKS) else value
 
 
 class JsonRoute(APIRoute):

@@ -11,6 +11,7 @@ from functools import lru_cache
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.tokenizer import Tokenizer
 
+MAX_FILES = 1024  # of context; the last are the nearest
 PIECE_CHARACTERS = 128  # of a token; where a vocabulary has longer ones, as many as those
 
 
@@ -22,6 +23,8 @@ def bounded(request: Request, tokenizer: Tokenizer, context: int) -> Request:
     """
     prompt = request.prompt
     if isinstance(prompt, Infill):
+        prompt = replace(prompt, files=tuple(prompt.files[-MAX_FILES:]))
+        request = replace(request, prompt=prompt)
         texts = [prompt.prefix, prompt.suffix, prompt.path or "", *(file.text for file in prompt.files)]
     elif isinstance(prompt, Chat):
         texts = [message.text for message in prompt.messages]

@@ -171,6 +171,10 @@ class CompletionService(Protocol):
         """What the mode "auto" means; "prefix" for a model that was not trained to fill in the middle."""
 
     @property
+    def reads_files(self) -> bool:
+        """Whether the model was trained on documents with other files in front; see `Model.reads_files`."""
+
+    @property
     def adapters(self) -> list[str]:
         """The names that a request may choose."""
 

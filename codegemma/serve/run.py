@@ -64,13 +64,17 @@ def listen(settings: ServerSettings, host: str, port: int, workers: int) -> None
     "localhost" is both loopback addresses. SIGTERM and SIGHUP end it like Ctrl-C: the prompt cache is saved.
     Raises ValueError where the port is taken, or the model or an adapter cannot be loaded.
     """
-    # The log never contains a part of a prompt.
+    _configure_log()
+    with contextlib.ExitStack() as stack:
+        _run(settings, [stack.enter_context(listener) for listener in open_sockets(host, port)], workers)
+
+
+def _configure_log() -> None:
+    """Logs to stderr. The log never contains a part of a prompt."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("codegemma.serve").setLevel(logging.INFO)
-    with contextlib.ExitStack() as stack:
-        _run(settings, [stack.enter_context(listener) for listener in open_sockets(host, port)], workers)
 
 
 class LogFormatter(logging.Formatter):
@@ -92,8 +96,10 @@ def application(settings: ServerSettings, workers: int = 1) -> FastAPI:
     from codegemma import hub
     from codegemma.serve import app, terms
 
-    if workers > 1 and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor ends this process with SIGTERM
+    if workers > 1:
+        _configure_log()
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor ends this process with SIGTERM
     path = hub.resolve(settings.model)
     text = terms.terms_text(path)
     if settings.remote:

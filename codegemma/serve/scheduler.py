@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fastapi import HTTPException
 
+from codegemma.files import explain
 from codegemma.generate import sampling
 from codegemma.generate.engine import Batch, Engine
 from codegemma.generate.model import Model
@@ -117,6 +118,11 @@ class Scheduler:
         return layout_for("auto", self.model.fim_orders())
 
     @property
+    def reads_files(self) -> bool:
+        """Whether the model was trained on documents with other files in front."""
+        return self.model.reads_files()
+
+    @property
     def adapters(self) -> list[str]:
         """The names that a request may choose."""
         return self.model.adapters
@@ -152,11 +158,13 @@ class Scheduler:
         for job in jobs:
             job.cancel()
         await asyncio.to_thread(self._thread.join)
-        if self._cache_file is not None:
+        if self._cache_file is not None and self.engine.cache.nbytes:  # another worker may have more
             try:
                 self._cache_file.parent.mkdir(0o700, parents=True, exist_ok=True)  # prompts are private
                 await asyncio.to_thread(self.engine.cache.save, self._cache_file)
             except OSError as error:
+                log.warning("the prompt cache is not saved: %s", explain(error))
+            except ValueError as error:  # a file of somebody else
                 log.warning("the prompt cache is not saved: %s", error)
 
     def _resolve(self, request: Request) -> Request:

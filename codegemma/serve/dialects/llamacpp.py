@@ -324,6 +324,7 @@ async def props(http: HttpRequest) -> Response:
                 "title": service.title,
                 "fim_trained": service.mode != "prefix",
                 "mode": service.mode,
+                "reads_files": service.reads_files,
                 "adapters": service.adapters,
                 "chat": service.chats,
             },
