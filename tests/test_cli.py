@@ -4,14 +4,20 @@ import errno
 import io
 import json
 import os
+import random
+import re
 import runpy
 import signal
 import subprocess
 import sys
+import time
 import tomllib
+from contextlib import redirect_stdout
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -22,8 +28,8 @@ import codegemma
 from codegemma import hub, prompts
 from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import open_checkpoint
+from codegemma.cli import chat, complete, options, output
 from codegemma.cli import main as cli
-from codegemma.cli import options, output
 from codegemma.cli.complete import split_at
 from codegemma.cli.data import RecipeOptions
 from codegemma.cli.evals import RunOptions
@@ -34,6 +40,9 @@ from codegemma.data.recipe import BuildRecipe
 from codegemma.evals.run import EvalSettings
 from codegemma.extras import install_command
 from codegemma.generate.cache import PrefixCache
+from codegemma.generate.engine import Completion
+from codegemma.generate.running import Step
+from codegemma.native import Cancel
 from codegemma.train.job import TrainingPlan
 from codegemma.train.settings import TrainingSettings
 
@@ -150,7 +159,8 @@ def test_a_verb_imports_no_other_verb():
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    modules = ["cli", "cli.convert", "cli.main", "cli.options", "cli.output", "config"]
+    modules = ["cli", "cli.convert", "cli.interrupt", "cli.main", "cli.options", "cli.output", "config"]
+    modules += ["extras", "files"]
     assert result.stdout.endswith(f"\n{[f'codegemma.{name}' for name in modules]}\n")
 
 
@@ -171,6 +181,34 @@ def test_the_shell_completes_verbs_and_options(words, completion):
     command = [sys.executable, "-m", "codegemma.cli"]
     result = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.split() == [completion], result.stderr
+
+
+@pytest.mark.parametrize("verb", [*cli.VERBS, *cli.GROUPS, ""])
+def test_help_fits_a_terminal_of_40_columns(run, monkeypatch, verb):
+    """And it ends lines between words: the words of both widths are the same."""
+    words = []
+    for columns in ("40", "100"):
+        monkeypatch.setenv("COLUMNS", columns)
+        code, out, _ = run(*verb.split(), "-h")
+        assert code == 0 and max(map(len, out.splitlines())) <= int(columns)
+        words.append("".join(out.replace("|", " | ").split()))
+        assert not re.search(r"[a-z]{2}\.\.\.", out)  # nothing is cut
+    assert words[0] == words[1]
+    assert not re.search(r"-\n", out)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_shell_completes_every_verb(verb):
+    group, _, name = verb.rpartition(" ")
+    words = f"codegemma {group} {name[:-1]}".split()
+    variables = {"_CODEGEMMA_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": " ".join(words)}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in variables.items():
+            patch.setenv(key, value)
+        out = io.StringIO()
+        with pytest.raises(SystemExit), redirect_stdout(out):
+            cli.main([])
+    assert f'"{name}"' in out.getvalue()
 
 
 def test_progress_is_a_line_for_each_tenth_in_a_pipe(capsys):
@@ -472,7 +510,70 @@ def test_chat_from_a_pipe(run, gguf, tmp_path):
     assert (
         code == 0 and first.read_text() == "mine" and json.loads(second.read_text())[0]["content"] == "hi\n"
     )
-    assert err.splitlines() == [f"error: {first} was not written by codegemma, and is kept: {ANOTHER}"]
+    assert err.splitlines() == [
+        f"error: {first} was not written by codegemma, and is kept: {ANOTHER}",
+        f"saved 2 messages in {second}",
+    ]
+
+
+def test_chat_keeps_misspelled_commands_and_confirms_what_it_saves(run, gguf, tmp_path):
+    file = tmp_path / "talk.json"
+    code, out, err = run("chat", "-m", gguf, "-n", 4, stdin=f"/hepl\n/sav {file}\n/save {file}\n")
+    assert (code, out) == (0, "") and f"saved 0 messages in {file}" in err
+    assert "no command /hepl: /help lists" in err and json.loads(file.read_text()) == []
+    code, out, err = run("chat", "-m", gguf, "-n", 4, stdin="/etc/hosts\nwhat is in it?\n")
+    assert (code, err) == (0, "") and out  # a path is text
+    assert "no command /quit" in run("chat", "-m", gguf, "-n", 4, stdin="/quit now")[2]
+
+
+def test_chat_stops_an_answer_that_goes_round_in_a_loop(run, gguf, monkeypatch):
+    assert chat.repeated("Well.\n" + "What is zip?\n" * 6) == "What is zip?\n"
+    assert chat.repeated("What is zip?\n" * 5) == ""
+    assert chat.repeated("and so on " * 6) == "and so on "
+    for meant in ("0, 0, 0, 0\n" * 9, "-" * 99, "\n" * 50, "".join(f"{n}. a step\n" for n in range(9))):
+        assert chat.repeated(meant) == ""
+    steps = [Step(1, text, 0.0) for text in ("Hm.\n", *["What ", "is zip?\n"] * 100)]
+    running = SimpleNamespace(prompt_length=1, done=1, cached=0)
+    monkeypatch.setattr("codegemma.generate.model.Model.run", lambda *_: Completion(iter(steps), running))
+    _, out, err = run("chat", "-m", gguf, stdin="hi\n")
+    assert out == "Hm.\n" + "What is zip?\n" * 6 + "\n" and "goes round in a loop" in err
+
+
+def test_chat_with_a_base_model_says_what_to_do(run, gguf, base_model):
+    err = run("chat", "-m", gguf, "-n", 2, stdin="hi\n")[2]
+    assert "codegemma pull 1.1-7b-it" in err and "`codegemma generate`" in err
+
+
+def test_a_note_says_when_text_was_left_out(run, gguf):
+    code, out, err = run("complete", "-m", gguf, "-n", 2, stdin="x = 1\n" * 900 + HOLE)
+    assert code == 0
+    read, total = re.search(r"read the ([\d,]+) of ([\d,]+) tokens nearest to the cursor", err).groups()
+    assert int(read.replace(",", "")) <= 512 < int(total.replace(",", ""))
+    assert run("complete", "-m", gguf, "-n", 2, stdin=HOLE)[2] == ""
+    whole = json.loads(run("complete", "-m", gguf, "-n", 2, "--json", "--time-budget", 0, stdin=HOLE)[1])
+    assert json.loads(run("complete", "-m", gguf, "-n", 2, "--json", stdin=HOLE)[1])["text"] == whole["text"]
+    assert "above 0 seconds" in run("complete", "-m", gguf, "--time-budget", -1, stdin=HOLE)[2]
+
+
+def test_a_long_prompt_shows_on_a_terminal_how_much_is_read(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("codegemma.cli.complete.QUIET_SECONDS", 0.0)
+    running = SimpleNamespace(prompt_length=9000, done=3000, cached=1000)
+    shown, read = Event(), "reading 3,000 of 9,000 tokens"
+
+    def steps():
+        shown.wait(30)
+        yield Step(1, "a", 0.0, "end")
+
+    def status(text):
+        print(text, file=sys.stderr)
+        shown.set()
+
+    monkeypatch.setattr("codegemma.cli.complete.status", status)
+    assert [step.text for step in complete.interruptible(Completion(steps(), running), Cancel())] == ["a"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(read) and lines[0].endswith(" s left") and lines[-1] == ""
 
 
 def test_chat_survives_a_message_that_is_too_long(run, gguf):
@@ -549,7 +650,83 @@ def test_stdin_of_a_terminal_is_not_waited_for(gguf):
     with process("complete", "-m", gguf, stdin=ours) as running:
         _, err = running.communicate(timeout=60)
     os.close(terminal), os.close(ours)
-    assert running.returncode == 2 and "no text to work on" in err
+    assert running.returncode == 2 and "no text to work on: pass a FILE" in err
+
+
+def test_generate_without_a_prompt_names_its_options():
+    terminal, ours = os.openpty()
+    with process("generate", stdin=ours) as running:
+        _, err = running.communicate(timeout=60)
+    os.close(terminal), os.close(ours)
+    assert (running.returncode, err) == (
+        2,
+        "error: no text to work on: pass -p TEXT, -f FILE, or pipe the text in\n",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ Ctrl-C
+INTERRUPTED = {  # a verb, and seconds within which the signal comes
+    "generate": (["-p", "x = ", "-n", "999000", "-m", "{endless}"], 2.0),
+    "complete": (["{hole}", "--trim", "none", "-n", "999000", "-m", "{endless}"], 2.0),
+    "chat": (["-m", "{endless}"], 1.5),
+    "bench": (["-m", "{endless}", "--repeats", "999"], 2.0),
+    "pull": (["2b"], 0.7),
+    "serve": (["-m", "{gguf}", "--port", "0"], 2.0),
+    "lsp": (["-m", "{gguf}"], 1.5),
+    "models": ([], 0.6),
+}
+
+
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_ctrl_c_at_any_moment_leaves_quietly_with_130(gguf, endless, tmp_path, verb):
+    """The signal goes to the process group, as a terminal sends it. Python itself starts for some 50 ms."""
+    arguments, seconds = INTERRUPTED[verb]
+    hole = tmp_path / "hole.py"
+    hole.write_text(HOLE)
+    arguments = [word.format(gguf=gguf, endless=endless, hole=hole) for word in arguments]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    for _ in range(3):
+        with process(
+            verb, *arguments, stdin=subprocess.PIPE, env=environment, start_new_session=True
+        ) as running:
+            time.sleep(0.3 + random.random() * seconds)
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGINT)
+            stdin, running.stdin = running.stdin, None  # stays open meanwhile
+            _, err = running.communicate(timeout=60)
+            stdin.close()
+        ends_by_itself = verb in ("models", "complete")
+        assert running.returncode in ((130, 0) if ends_by_itself else (130,)), err
+        assert "Traceback" not in err and "leaked" not in err and "Exception" not in err
+
+
+def test_ctrl_c_leaves_no_unfinished_file_and_no_process(tmp_path):
+    """In a program of its own, which holds a file half written, a directory and a child."""
+    code = (
+        "import multiprocessing, sys, time\nfrom pathlib import Path\n"
+        "from codegemma.cli import interrupt\nfrom codegemma import files\n"
+        "interrupt.watch()\ninterrupt.before_leaving(files.discard_unfinished)\n"
+        "child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,))\nchild.start()\n"
+        "here = Path(sys.argv[1])\n"
+        "with files.atomic_write(here / 'a') as a, files.atomic_directory(here / 'b') as b:\n"
+        "    a.write(b'half')\n    (b / 'c').write_text('half')\n"
+        "    with interrupt.leaves_with('note: gone'):\n"
+        "        print(child.pid, flush=True)\n        time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as running:
+        child = int(running.stdout.readline())
+        assert len(list(tmp_path.glob(".*.part"))) == 2
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    assert (running.returncode, err, list(tmp_path.iterdir())) == (130, "note: gone\n", [])
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
 # ------------------------------------------------------------------------------------------------ adapters
