@@ -1,21 +1,28 @@
 """What `codegemma setup` shows and writes, and that the documentation says the same."""
 
 import difflib
+import hashlib
 import json
 import re
+import shlex
 import tomllib
+import zipfile
 from pathlib import Path
+from typing import get_args
+from urllib.parse import unquote
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codegemma.cli import main as cli
+from codegemma.config import Trim
 from codegemma.editor import setup as editors
 from codegemma.editor.settings import EditorSettings
 from codegemma.editor.setup import SETUPS, advice, merged_block, merged_json, setup, write
 
-DOCS = (Path(__file__).parent.parent / "docs" / "editors.md").read_text()
+ROOT = Path(__file__).parent.parent
+DOCS = (ROOT / "docs" / "editors.md").read_text()
 
 
 @pytest.fixture
@@ -28,6 +35,7 @@ def home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("editor", SETUPS)
 def test_the_documentation_has_what_the_command_prints(editor, capsys, monkeypatch):
     monkeypatch.setattr(editors, "program", lambda: "codegemma")
+    monkeypatch.setattr(editors, "extension", lambda: "codegemma/editor/codegemma.vsix")
     with pytest.raises(SystemExit) as end:
         cli.main(["setup", editor])
     assert end.value.code == 0
@@ -145,6 +153,49 @@ def test_merging_is_a_deep_union_for_any_json(old, ours, indent, comments):
         json.loads(editors.without_comments(new)) == union(old, ours)
         and merged_json(new, ours, "x.json") == new
     )
+
+
+def test_the_extension_comes_with_the_package_and_is_built_from_its_sources():
+    archive = Path(editors.extension())
+    assert f"code --install-extension {shlex.quote(str(archive))}`" in advice("vscode")
+    with zipfile.ZipFile(archive) as extension:
+        manifest = json.loads(extension.read("extension/dist/manifest.json"))
+        package = json.loads(extension.read("extension/package.json"))
+        names = set(extension.namelist())
+    sources = manifest["sources"]
+    sums = {path: hashlib.sha256((ROOT / path).read_bytes()).hexdigest() for path in sources}
+    assert sums == sources, "the extension is older than its sources: make vscode"
+    present = {str(path.relative_to(ROOT)) for path in (ROOT / "editors/vscode/src").iterdir()}
+    assert present - set(sources) <= {"editors/vscode/src/messages.ts"}  # types alone
+    assert package == json.loads((ROOT / "editors/vscode/package.json").read_text())
+    assert {"extension/dist/extension.js", "extension/dist/webview.js"} <= names
+
+
+def test_the_walkthrough_and_the_menus_name_what_is_there():
+    folder = ROOT / "editors/vscode"
+    contributes = json.loads((folder / "package.json").read_text())["contributes"]
+    commands = {command["command"] for command in contributes["commands"]}
+    settings = contributes["configuration"]["properties"]
+    (walkthrough,) = contributes["walkthroughs"]
+    assert len(walkthrough["steps"]) > 3
+    for step in walkthrough["steps"]:
+        assert (folder / step["media"]["markdown"]).is_file()
+        links = re.findall(r"\(command:([\w.]+)(?:\?([^)]*))?\)", step["description"])
+        for command, argument in links:
+            assert command in {*commands, "codegemma.chat.focus", "workbench.action.openSettings"}
+            assert not argument or json.loads(unquote(argument))[0] in settings
+        for event in step.get("completionEvents", ()):
+            kind, _, name = event.partition(":")
+            assert kind != "onSettingChanged" or name in settings
+            assert kind != "onCommand" or name in {*commands, "codegemma.accepted"}
+    chat_commands = {"codegemma.explain", "codegemma.fix", "codegemma.tests"}
+    for menu in ("codegemma.editor", "commandPalette"):
+        offered = {entry["command"]: entry.get("when") for entry in contributes["menus"][menu]}
+        assert {name: offered[name] for name in chat_commands} == dict.fromkeys(
+            chat_commands, "codegemma.chats"
+        )
+    trim = settings["codegemma.trim"]
+    assert trim["default"] == "auto" and set(trim["enum"]) == set(get_args(Trim))
 
 
 def test_lisp_is_balanced_and_unknown_editors_are_named():

@@ -2,7 +2,7 @@
 // page: the site, with a manifest of what it was built from. vscode: the extension's scripts. test: bundles and runs the tests.
 import { createHash } from "node:crypto";
 import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { dirname, join, resolve } from "node:path";
+import { dirname, join, relative, resolve } from "node:path";
 import { spawnSync } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
@@ -15,6 +15,10 @@ const NODE = { ...COMMON, platform: "node", target: "node20" };
 
 const sums = (folder, names) => Object.fromEntries(names.sort().map(name =>
   [name, createHash("sha256").update(readFileSync(join(folder, name))).digest("hex")]));
+
+/** Every file below a folder, as paths from it. */
+const files = folder => readdirSync(folder, { recursive: true, withFileTypes: true }).filter(entry => entry.isFile())
+  .map(entry => relative(folder, join(entry.parentPath ?? entry.path, entry.name)));
 
 const CHAT = ["marked/LICENSE", "dompurify/LICENSE", "highlight.js/LICENSE"];
 
@@ -39,10 +43,16 @@ async function page() {
 async function vscode() {
   const out = join(VSCODE, "dist");
   rmSync(out, { recursive: true, force: true });
-  await build({ ...NODE, format: "cjs", external: ["vscode"], outfile: join(out, "extension.js"), entryPoints: [join(VSCODE, "src/extension.ts")] });
-  await build({ ...BROWSER, outfile: join(out, "webview.js"), entryPoints: [join(VSCODE, "src/webview.ts")] });
+  const results = [
+    await build({ ...NODE, metafile: true, format: "cjs", external: ["vscode"], outfile: join(out, "extension.js"), entryPoints: [join(VSCODE, "src/extension.ts")] }),
+    await build({ ...BROWSER, metafile: true, outfile: join(out, "webview.js"), entryPoints: [join(VSCODE, "src/webview.ts")] }),
+  ];
   licenses(out, CHAT);
   cpSync(join(ROOT, "LICENSE"), join(out, "LICENSE"));
+  const bundled = results.flatMap(({ metafile }) => Object.keys(metafile.inputs)).map(path => relative(ROOT, resolve(path)));
+  const shown = ["package.json", "README.md", ...files(join(VSCODE, "media")).map(name => join("media", name))].map(name => join("editors/vscode", name));
+  const sources = [...new Set([...bundled.filter(path => !path.includes("node_modules")), ...shown, "web/build.mjs", "web/package-lock.json"])];
+  writeFileSync(join(out, "manifest.json"), JSON.stringify({ sources: sums(ROOT, sources) }, null, 1) + "\n");
 }
 
 async function test() {

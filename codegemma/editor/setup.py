@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tomllib
@@ -49,7 +50,13 @@ def setup(editor: str, program: str = "codegemma") -> EditorSetup:
     text = template.text.replace("PROGRAM", json.dumps(program, ensure_ascii=False))
     if editor == "vscode" and program != "codegemma":
         text = json.dumps(json.loads(text) | {"codegemma.command": program}, indent=2) + "\n"
-    return replace(template, text=text, before=template.before.replace("PROGRAM", program))
+    before = template.before.replace("PROGRAM", program).replace("EXTENSION", shlex.quote(extension()))
+    return replace(template, text=text, before=before)
+
+
+def extension() -> str:
+    """The path of the extension of Visual Studio Code, which `make vscode` builds."""
+    return str(Path(__file__).with_name("codegemma.vsix"))
 
 
 def program() -> str:

@@ -110,10 +110,11 @@ def type_in_the_hole(page: Page, text: str) -> None:
 def test_ghost_text_is_what_the_server_writes_and_tab_takes_it(server, open_page):
     page = open_page(server.url)
     bodies, events = request_bodies(page, "/infill"), request_bodies(page, "/v1/events")
-    type_in_the_hole(page, "pi * ")
+    type_in_the_hole(page, "counts")
     shown = settled(page)
-    body = next(body for body in bodies if body["input_prefix"].endswith("return  pi * "))
-    assert body["input_suffix"].startswith("\n\n\ndef square_area") and body["path"] == "shapes.py"
+    body = next(body for body in bodies if body["input_prefix"].endswith("        counts"))
+    assert body["input_suffix"].startswith("\n    return counts") and body["path"] == "words.py"
+    assert body["trim"] == "auto"
     answer = httpx.post(
         f"{server.url}/infill", json={**body, "stream": False, "session": "another"}, timeout=180
     ).json()
@@ -123,7 +124,7 @@ def test_ghost_text_is_what_the_server_writes_and_tab_takes_it(server, open_page
     assert re.search(r"Prompt: \d+ tokens, \d+% from the cache", numbers) and "tokens a second" in numbers
     page.keyboard.press("Tab")
     page.wait_for_function("() => !document.querySelector('#state').textContent.startsWith('writing')")
-    assert f"return  pi * {answer['content'].split(chr(10))[0]}" in code(page)
+    assert f"        counts{answer['content'].split(chr(10))[0]}" in code(page)
     (accepted,) = {event["completion_id"] for event in events if event["type"] == "select"}
     assert body["language"] == "python" and accepted in {
         event["completion_id"] for event in events if event["type"] == "view"
@@ -132,7 +133,7 @@ def test_ghost_text_is_what_the_server_writes_and_tab_takes_it(server, open_page
 
 def test_typing_what_is_shown_asks_nothing_and_typing_another_thing_asks_anew(server, open_page):
     page = open_page(server.url)
-    type_in_the_hole(page, "pi * ")
+    type_in_the_hole(page, "coun")  # no bracket, which the editor would close
     shown = settled(page)
     bodies = request_bodies(page, "/infill")
     page.keyboard.type(shown[0])
@@ -141,12 +142,14 @@ def test_typing_what_is_shown_asks_nothing_and_typing_another_thing_asks_anew(se
         ".join('').replaceAll('\\u00a0', ' ') === text",
         arg=shown[1:],
     )
-    assert not any(body["input_prefix"].endswith("pi * " + shown[0]) for body in bodies)
+    assert not any(body["input_prefix"].endswith("coun" + shown[0]) for body in bodies)
     page.keyboard.press("Escape")
     assert ghost(page) == ""
-    page.keyboard.type(" + 2 *")
-    page.wait_for_function("() => document.querySelector('#state').textContent.startsWith('ready')")
-    assert any(body["input_prefix"].endswith("+ 2 *") for body in bodies)
+    page.keyboard.type("_x = 1 +")
+    page.wait_for_function(
+        "() => /^(ready|unsure|nothing)/.test(document.querySelector('#state').textContent)"
+    )
+    assert any(body["input_prefix"].endswith("= 1 +") for body in bodies)
 
 
 def test_switches_reach_the_model(server, open_page):
@@ -164,8 +167,51 @@ def test_switches_reach_the_model(server, open_page):
             "n_cmpl": 3,
             "time_budget_ms": 500,
         }
+    page.fill("#max_tokens", "")  # an emptied number is the default
+    page.fill("#time_budget_ms", "0")
+    page.locator("#time_budget_ms").blur()
+    assert [page.input_value(f"#{name}") for name in ("max_tokens", "time_budget_ms")] == ["96", "10"]
     page.reload()
-    assert page.input_value("#mode") == "spm" and page.input_value("#max_tokens") == "6"
+    assert page.input_value("#mode") == "spm" and page.input_value("#max_tokens") == "96"
+
+
+def test_the_example_is_completed_right_and_a_reload_keeps_the_text(server, open_page):
+    page = open_page(server.url, viewport={"width": 390, "height": 844}, has_touch=True)
+    page.get_by_role("button", name="Suggest").tap()
+    assert settled(page) == "counts[word] = counts.get(word, 0) + 1"
+    page.get_by_role("button", name="Word").tap()
+    page.get_by_role("button", name="Accept").tap()
+    line = "counts[word] = counts.get(word, 0) + 1"
+    expect(page.locator(".view-line", has_text="+ 1")).to_be_visible()
+    assert line in code(page)
+    page.fill("#path", "tally.py")
+    page.locator("#path").blur()
+    page.reload()
+    expect(page.locator(".view-line", has_text="+ 1")).to_be_visible()
+    assert line in code(page) and page.input_value("#path") == "tally.py"
+    page.get_by_role("button", name="Show the example").tap()
+    expect(page.locator(".view-line", has_text="+ 1")).to_have_count(0)
+    assert line not in code(page)
+
+
+def test_an_unsure_suggestion_is_shown_only_to_who_asks(server, open_page):
+    page = open_page(server.url)
+    stream = [
+        {"content": "unlikely", "index": 0},
+        {"content": "", "index": 0, "stop": True, "confidence": 0.2},
+    ]
+    body = "".join(f"data: {json.dumps(part)}\n\n" for part in stream)
+    page.route("**/infill", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    type_in_the_hole(page, "x")
+    expect(page.locator("#state")).to_have_text("unsure, so hidden: Alt+\\ shows it")
+    assert ghost(page) == ""
+    page.keyboard.press("Alt+\\")
+    expect(page.locator("#editor [class*=ghost-text]").first).to_have_text("unlikely")
+    page.keyboard.press("Escape")
+    page.fill("#minConfidence", "0.2")
+    page.locator("#minConfidence").blur()
+    type_in_the_hole(page, "y")
+    expect(page.locator("#editor [class*=ghost-text]").first).to_have_text("unlikely")
 
 
 def test_chat_by_keyboard_alone(server, open_page):
@@ -178,6 +224,7 @@ def test_chat_by_keyboard_alone(server, open_page):
     expect(answer).not_to_be_empty(timeout=180_000)
     page.keyboard.press("Escape")
     expect(page.locator(".note")).to_have_text("Stopped.", timeout=180_000)
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
     rows = httpx.get(f"{server.url}/metrics").text
     assert "llamacpp:requests_processing 0" in rows and re.search(r"codegemma_cancelled_total [1-9]", rows)
     kept = answer.inner_text()
@@ -195,6 +242,18 @@ def test_chat_by_keyboard_alone(server, open_page):
         "Count to three and four",
     ]
     assert len(turns[1]["messages"]) == 1, "an edited question drops what followed it"
+
+
+def test_after_stop_by_mouse_the_next_key_writes_and_a_reload_keeps_the_question(server, open_page):
+    page = open_page(f"{server.url}/#/chat")
+    ask(page, "Count to a hundred")
+    expect(page.locator(".composer button")).to_have_text("Stop")
+    page.locator(".composer button").click()
+    expect(page.locator(".note")).to_have_text("Stopped.", timeout=180_000)
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    page.keyboard.type("an unsent question")
+    page.reload()
+    expect(page.get_by_label("Message", exact=True)).to_have_value("an unsent question")
 
 
 def test_regenerate_and_conversations(open_page, server):
@@ -315,5 +374,5 @@ def test_a_server_that_is_gone_is_told(open_page, browser, tmp_path):
     expect(page.locator("#state")).to_have_text("the server does not answer")
     page.click("#to-chat")
     ask(page, "hello?")
-    expect(page.locator(".failure")).to_be_visible()
+    expect(page.locator(".failure")).to_contain_text("the server does not answer")
     context.close()

@@ -17,7 +17,7 @@ import pytest
 from browser import TIMEOUT_MS, Page, chromium, expect, picture
 
 ROOT = Path(__file__).parents[2]
-VSIX = ROOT / "editors/vscode/codegemma.vsix"
+VSIX = ROOT / "codegemma/editor/codegemma.vsix"
 CODE = ROOT / "build/code-server/node_modules/code-server/out/node/entry.js"
 SHAPES = (
     '"""Areas of simple shapes."""\n\nfrom math import pi\n\n\n'

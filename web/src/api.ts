@@ -6,7 +6,7 @@ export interface File { path: string; text: string }
 export interface Infill { prefix: string; suffix: string; path?: string; language?: string; context?: File[] }
 
 export type Order = "auto" | "psm" | "spm" | "prefix";
-export type Trim = "none" | "line" | "block";
+export type Trim = "auto" | "none" | "line" | "block";
 
 /** The fields of a request under the names that the server uses. */
 export interface Options {
@@ -27,8 +27,9 @@ export interface Timings {
   mode: Order | null; adapter: string | null; stop: string;
 }
 
-/** Text generated since the last piece. `index` numbers several suggestions; the last piece of one has its `id`. */
-export interface Piece { text: string; index?: number; timings?: Timings; id?: string }
+/** Text generated since the last piece. `index` numbers several suggestions; the last piece of one has its `id` and,
+ *  from 0 to 1, how sure the model is of it. */
+export interface Piece { text: string; index?: number; timings?: Timings; id?: string; confidence?: number }
 
 export type Outcome = "view" | "select" | "dismiss";
 
@@ -37,8 +38,19 @@ export interface Message { role: "user" | "assistant" | "system"; content: strin
 /** The served model: its name and what it can do. */
 export interface About { model: string; title: string; adapters: string[]; mode: Order; chat: boolean; version: string }
 
+/** What a chat says before the first question to a model that was not tuned for it; undefined for others. */
+export function chatHint({ chat, title }: About): string | undefined {
+  return chat ? undefined : `${title} was not tuned to chat: it continues the text. Serve an instruction-tuned model (-m 7b-it).`;
+}
+
 export class ServerError extends Error {
+  /** `status` is 0 where no answer came. */
   constructor(readonly status: number, message: string) { super(message); }
+}
+
+/** What browsers and Node call "Failed to fetch", "network error" or "terminated". An abort by the caller stays one. */
+function unreachable(error: unknown, message: string): unknown {
+  return error instanceof TypeError ? new ServerError(0, message) : error;
 }
 
 /** The `data:` payloads of an event stream, until it ends or sends [DONE]. Chunks may split lines and characters. */
@@ -47,7 +59,7 @@ export async function* events(body: ReadableStream<Uint8Array>): AsyncGenerator<
   let rest = "";
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reader.read().catch(error => { throw unreachable(error, "the server broke off its answer"); });
       const lines = (rest + (done ? decoder.decode() + "\n" : decoder.decode(value, { stream: true }))).split("\n");
       rest = lines.pop()!;
       for (const line of lines) {
@@ -80,8 +92,8 @@ export class Client {
       input_prefix: infill.prefix, input_suffix: infill.suffix, prompt: "", path: infill.path, language: infill.language,
       input_extra: infill.context?.map(({ path, text }) => ({ filename: path, text })), n_predict, ...rest,
     };
-    for await (const { content, index, timings, id } of this.stream("infill", body, signal))
-      yield { text: content ?? "", index, timings, id };
+    for await (const { content, index, timings, id, confidence } of this.stream("infill", body, signal))
+      yield { text: content ?? "", index, timings, id, confidence: confidence ?? undefined };
   }
 
   /** Tells the server, for its local statistics, whether a suggestion was accepted. */
@@ -109,7 +121,8 @@ export class Client {
     if (this.key) headers.Authorization = `Bearer ${this.key}`;
     const method = body === undefined ? "GET" : "POST";
     const url = `${this.base.replace(/\/+$/, "")}/${path}`;
-    const reply = await fetch(url, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), signal });
+    const reply = await fetch(url, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), signal })
+      .catch(error => { throw unreachable(error, "the server does not answer"); });
     if (reply.ok) return reply;
     const text = await reply.text();
     let message = text;

@@ -11,6 +11,9 @@ export interface Host {
   load(): Conversation[];
   save(conversations: Conversation[]): void;
   insert?(code: string): void;
+  loadDraft?(): string;                          // a question that was not sent yet
+  saveDraft?(text: string): void;
+  explain?(error: unknown): string | undefined;  // what to say of a failure in place of its message
 }
 
 const HINT = "Ask about code: what it does, why it fails, how to test it.";
@@ -32,9 +35,11 @@ export class Chat {
     const fold = h("details", { className: "history", open: !matchMedia("(max-width: 760px)").matches },
       h("summary", {}, "Conversations"), button("New chat", () => this.open(newConversation())), this.list);
     root.append(h("div", { className: "chat" }, fold, h("section", { className: "talk" }, this.log, composer)));
+    this.input.value = String(host.loadDraft?.() ?? "");
+    this.input.oninput = () => host.saveDraft?.(this.input.value);
     this.input.onkeydown = event => this.key(event);
     root.onkeydown = event => { if (event.key === "Escape") this.stop(); };
-    this.hint(HINT);
+    this.hint();
     this.show();
   }
 
@@ -45,7 +50,7 @@ export class Chat {
   }
 
   /** Sets the text that an empty conversation shows. */
-  hint(text: string): void { this.log.dataset.hint = text; }
+  hint(text = HINT): void { this.log.dataset.hint = text; }
 
   focus(): void { this.input.focus(); }
 
@@ -59,10 +64,14 @@ export class Chat {
   private stop(): void { this.writing?.abort(); }
 
   private sendOrStop(): void {
-    if (this.writing) return this.stop();
+    if (this.writing) {
+      this.focus();  // a second press would send
+      return this.stop();
+    }
     const text = this.input.value.trim();
     if (!text) return;
     this.input.value = "";
+    this.host.saveDraft?.("");
     void this.send(text);
   }
 
@@ -90,7 +99,6 @@ export class Chat {
     conversation.messages.push(answer);
     this.conversations = [conversation, ...this.conversations.filter(other => other !== conversation)];
     this.show();
-    if (document.activeElement === document.body) this.focus();  // the focused button was removed, and Escape must reach the chat
     const element = this.log.lastElementChild as HTMLElement;
     let timings: Timings | undefined, failure = "", drawing = false;
     const draw = (): void => {
@@ -106,7 +114,7 @@ export class Chat {
         if (!drawing) drawing = !!requestAnimationFrame(draw);
       }
     } catch (error) {
-      if (!writing.signal.aborted) failure = error instanceof Error ? error.message : String(error);
+      if (!writing.signal.aborted) failure = this.host.explain?.(error) ?? (error instanceof Error ? error.message : String(error));
     }
     if (this.writing === writing) this.writing = undefined;
     if (!answer.content) conversation.messages = conversation.messages.filter(message => message !== answer);
@@ -147,12 +155,14 @@ export class Chat {
   }
 
   private show(): void {
+    const focused = document.activeElement;
     this.sendButton.textContent = this.writing ? "Stop" : "Send";
     this.list.replaceChildren(...this.conversations.map(conversation => h("li", {},
       button(conversation.title || "New chat", () => this.open(conversation), { "aria-current": conversation === this.current, title: conversation.title }),
       button("×", () => this.remove(conversation), { "aria-label": `Delete ${conversation.title}` }))));
     this.log.replaceChildren(...this.current.messages.map((message, index) => this.message(message, index)));
     this.log.scrollTop = this.log.scrollHeight;
+    if (focused && !focused.isConnected) this.focus();  // on a button that was replaced; keys must still reach the chat
   }
 
   private message({ role, content }: Message, index: number): HTMLElement {

@@ -3,6 +3,7 @@
 import type { Infill } from "./api.ts";
 import { editor, languages, Range, Uri } from "./monaco.ts";
 import type { Outcomes } from "./outcomes.ts";
+import type { Settings } from "./settings.ts";
 import { placed, type Suggestion, type Suggestions } from "./suggestions.ts";
 
 self.MonacoEnvironment = { getWorker: () => new Worker("editor.worker.js", { type: "module" }) };
@@ -12,27 +13,29 @@ const ACCEPTED = 0;       // InlineCompletionEndOfLifeReasonKind.Accepted
 const VARIANTS = 3;       // suggestions when the user asks by key
 const REFRESH_MS = 80;    // between updates of a suggestion that is being generated
 
-const SHAPES = `"""Areas of simple shapes."""
-
-from math import pi
-
-
-def rectangle_area(width: float, height: float) -> float:
-    """The area of a rectangle."""
-    return width * height
+/** What a page shows at the first visit, with the cursor in the loop. The default model completes it right (tests/e2e). */
+const EXAMPLE = `"""Words of a text."""
 
 
-def circle_area(radius: float) -> float:
-    """The area of a circle."""
-    return \u0020
+def words(text: str) -> list[str]:
+    """The words, in lower case."""
+    return text.lower().split()
 
 
-def square_area(side: float) -> float:
-    """The area of a square."""
-    return side * side
+def count(text: str) -> dict[str, int]:
+    """How often each word occurs."""
+    counts = {}
+    for word in words(text):
+       \u0020
+    return counts
+
+
+print(count("to be or not to be"))
 `;
+const IN_THE_LOOP = { lineNumber: 13, column: 9 };
 
-export interface Settings { path: string; automatic: boolean }
+/** A text and the place of the cursor in it, as they are kept for the next visit. */
+export interface Work { text: string; lineNumber: number; column: number }
 
 interface Offer extends languages.InlineCompletions<languages.InlineCompletion & { id?: string }> { suggestion?: Suggestion }
 
@@ -42,15 +45,21 @@ export class CodeEditor {
   private refreshing = false;
   private drawn = 0;
 
-  constructor(root: HTMLElement, private suggestions: Suggestions, outcomes: Outcomes, private settings: Settings,
-      private report: () => void) {
+  /** Begins with `work`, or with the example; `keep` is called with every change of it, `report` when there is something to show. */
+  constructor(root: HTMLElement, private suggestions: Suggestions, outcomes: Outcomes, private settings: Settings, work: Work | undefined,
+      private keep: (work: Work | undefined) => void, private report: () => void) {
+    const narrow = matchMedia("(max-width: 760px)").matches;
     this.monaco = editor.create(root, {
-      model: editor.createModel(SHAPES, undefined, Uri.file(settings.path)), automaticLayout: true, minimap: { enabled: false },
-      fontSize: 14, scrollBeyondLastLine: false, quickSuggestions: false, padding: { top: 12, bottom: 12 }, tabSize: 4,
+      model: editor.createModel(work?.text ?? EXAMPLE, undefined, Uri.file(settings.path)), automaticLayout: true, minimap: { enabled: false },
+      fontSize: 14, wordWrap: narrow ? "on" : "off", scrollBeyondLastLine: false, quickSuggestions: false, padding: { top: 12, bottom: 12 }, tabSize: 4,
       fontFamily: "ui-monospace, 'Cascadia Code', 'DejaVu Sans Mono', Menlo, Consolas, monospace", renderLineHighlight: "none",
       inlineSuggest: { enabled: true, showToolbar: "onHover", minShowDelay: 0 }, ariaLabel: "Code", lineNumbersMinChars: 3,
     });
-    this.monaco.setPosition({ lineNumber: 13, column: 12 });
+    this.monaco.setPosition(work ?? IN_THE_LOOP);
+    this.monaco.onDidChangeCursorPosition(({ position: { lineNumber, column } }) => {
+      const text = this.monaco.getValue();
+      this.keep(text === EXAMPLE ? undefined : { text, lineNumber, column });
+    });
     this.monaco.addAction({
       id: "codegemma.suggest", label: "Suggest here", keybindings: [512 /* Alt */ | 93 /* \ */],
       run: () => this.trigger(),
@@ -65,11 +74,24 @@ export class CodeEditor {
 
   focus(): void { this.monaco.focus(); }
 
-  trigger(): void { this.monaco.trigger("page", "editor.action.inlineSuggest.trigger", {}); }
+  trigger(): void { this.run("trigger"); }
+
+  /** Runs a command of Monaco's on suggestions: "trigger", "commit", "acceptNextWord", "showNext" or "hide". */
+  run(command: string): void {
+    this.monaco.focus();
+    this.monaco.trigger("page", `editor.action.inlineSuggest.${command}`, {});
+  }
+
+  /** Puts the example in place of the text. */
+  restart(): void {
+    this.monaco.executeEdits("page", [{ range: this.monaco.getModel()!.getFullModelRange(), text: EXAMPLE }]);
+    this.monaco.setPosition(IN_THE_LOOP);
+    this.monaco.focus();
+  }
 
   /** Shows what has been generated since. Monaco asks again about an unchanged text only if it shows nothing. */
   refresh(): void {
-    if (this.drawn || !this.monaco.hasTextFocus()) return;
+    if (this.drawn || !this.monaco.hasTextFocus() || !this.shown?.visible(this.settings.minConfidence)) return;
     this.drawn = window.setTimeout(() => {
       this.drawn = 0;
       this.refreshing = true;
@@ -97,9 +119,12 @@ export class CodeEditor {
     const infill: Infill = { prefix: before, suffix: text.slice(before.length), path, language: model.getLanguageId() };
     const count = explicit ? VARIANTS : 1;
     const suggestion = this.shown = this.suggestions.find(infill, count) ?? this.suggestions.start(infill, count);
-    await suggestion.firstText;
-    if (suggestion.finished) this.suggestions.prefetch(suggestion);
+    suggestion.requested ||= explicit;
+    const { minConfidence } = this.settings;
+    await (suggestion.visible(minConfidence) ? suggestion.firstText : suggestion.done);
     this.report();
+    if (!suggestion.visible(minConfidence)) return { items: [] };
+    if (suggestion.finished) this.suggestions.prefetch(suggestion);
     const rest = infill.suffix.split("\n", 1)[0];
     const items = (suggestion.remaining(infill) ?? []).filter(Boolean).map(text => {
       const { insert, replaced } = placed(text, rest);

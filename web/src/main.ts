@@ -1,17 +1,16 @@
 import { Chat, type Conversation } from "./chat.ts";
-import { Client, type Options, ServerError } from "./api.ts";
-import { CodeEditor } from "./editor.ts";
+import { chatHint, Client, type Options, ServerError } from "./api.ts";
+import { CodeEditor, type Work } from "./editor.ts";
 import { h } from "./dom.ts";
 import { Outcomes } from "./outcomes.ts";
 import { type Point, picture } from "./picture.ts";
+import { allowed, chosen, restored, type Settings } from "./settings.ts";
 import { Suggestions } from "./suggestions.ts";
 import "./page.css";
 
-const DEFAULTS = {
-  path: "shapes.py", automatic: true, mode: "auto", adapter: "auto", trim: "block", time_budget_ms: 500, max_tokens: 96,
-  theme: "auto", key: "",
-};
-const settings: typeof DEFAULTS = { ...DEFAULTS, ...stored("settings", {}) };
+const KEEP_MS = 300;  // after a change of the text, until it is stored
+
+const settings: Settings = restored(stored("settings", {}));
 const element = <T extends HTMLElement = HTMLElement>(id: string): T => document.getElementById(id) as T;
 const session = Array.from(crypto.getRandomValues(new Uint32Array(2)), part => part.toString(36)).join("");
 const client = (): Client => new Client(location.origin, settings.key);
@@ -37,36 +36,51 @@ const suggestions = new Suggestions((infill, count, signal) => {
   report();
 });
 const outcomes = new Outcomes((outcome, id) => client().report(outcome, id));
-const code = new CodeEditor(element("editor"), suggestions, outcomes, settings, report);
+let work = stored<Work | undefined>("work", undefined), keeping = 0;
+const code = new CodeEditor(element("editor"), suggestions, outcomes, settings, typeof work?.text === "string" ? work : undefined, keep, report);
 
 const chat = new Chat(element("chat"), {
   ask: (messages, signal) => client().chat(messages, { adapter: settings.adapter, max_tokens: 1024 }, signal),
   load: () => stored<Conversation[]>("chats", []),
   save: conversations => store("chats", conversations),
+  loadDraft: () => stored("draft", ""),
+  saveDraft: text => store("draft", text),
+  explain: error => needsKey(error) ? `${askForKey()}: enter it under Complete` : undefined,
 });
+
+/** Stores the text soon, so that a reload brings it back. */
+function keep(changed: Work | undefined): void {
+  work = changed;
+  clearTimeout(keeping);
+  keeping = window.setTimeout(() => store("work", work), KEEP_MS);
+}
 
 /** Shows the state, tokens and times of the current suggestion. */
 function report(): void {
   const suggestion = code.shown;
   if (!suggestion) return;
   if (suggestion.error) return showError(suggestion.error);
-  showState(!suggestion.finished ? suggestion.texts[0] ? "writing" : "reading" : suggestion.texts[0] ? "ready: Tab accepts" : "nothing to suggest");
+  showState(!suggestion.finished ? suggestion.texts[0] ? "writing" : "reading" : !suggestion.texts[0] ? "nothing to suggest"
+    : suggestion.visible(settings.minConfidence) ? "ready: Tab accepts" : "unsure, so hidden: Alt+\\ shows it");
   element("numbers").replaceChildren(...suggestion.timings ? picture(suggestion.timings, history.slice(-60)) : []);
 }
 
 function showError(error: unknown): void {
-  if (error instanceof ServerError && error.status === 401) {
-    element("key-row").hidden = false;
-    return showState("this server needs a key");
-  }
-  showState(error instanceof TypeError ? "the server does not answer" : String(error instanceof Error ? error.message : error));
+  showState(needsKey(error) ? askForKey() : String(error instanceof Error ? error.message : error));
+}
+
+function needsKey(error: unknown): boolean { return error instanceof ServerError && error.status === 401; }
+
+function askForKey(): string {
+  element("key-row").hidden = false;
+  return "this server needs a key";
 }
 
 async function connect(): Promise<void> {
   try {
     const about = await client().about();
     element("model").textContent = about.title || about.model;
-    if (!about.chat) chat.hint(`${about.title} was not tuned to chat: it continues the text. Serve an instruction-tuned model (-m 7b-it).`);
+    chat.hint(chatHint(about));
     const names = [["auto", "automatic"], ["none", "base alone"], ...about.adapters.map(name => [name, name])];
     element("adapter").replaceChildren(...names.map(([value, text]) => h("option", { value }, text)));
     if (!names.some(([value]) => value === settings.adapter)) settings.adapter = "auto";
@@ -83,15 +97,22 @@ function applyTheme(): void {
   code.theme(isDark);
 }
 
-/** Binds a control of the form to the setting that has its id as name. */
+/** Binds a control of the form to the setting that has its id as name. What is not allowed becomes what is, in the control too. */
 function bind(control: HTMLInputElement | HTMLSelectElement): void {
-  const name = control.id as keyof typeof settings, box = control instanceof HTMLInputElement && control.type === "checkbox";
-  if (box) control.checked = Boolean(settings[name]);
-  else control.value = String(settings[name]);
+  const name = control.id as keyof Settings, box = control instanceof HTMLInputElement && control.type === "checkbox";
+  const show = (): void => {
+    if (box) control.checked = Boolean(settings[name]);
+    else control.value = String(settings[name]);
+  };
+  show();
+  if (!control.value && name !== "adapter" && name !== "key") {  // a choice that this page does not have
+    Object.assign(settings, { [name]: allowed(name, undefined) });
+    show();
+  }
   control.addEventListener("change", () => {
-    const value = box ? control.checked : control.type === "number" ? Number(control.value) : control.value;
-    Object.assign(settings, { [name]: value });
-    store("settings", settings);
+    Object.assign(settings, { [name]: allowed(name, box ? control.checked : control.value) });
+    show();
+    store("settings", chosen(settings));
     suggestions.clear();
     if (name === "path") code.rename(settings.path);
     if (name === "theme") applyTheme();
@@ -109,6 +130,12 @@ function showPage(): void {
 }
 
 document.querySelectorAll<HTMLInputElement>("[data-setting]").forEach(bind);
+document.querySelectorAll<HTMLButtonElement>("[data-command]").forEach(control => {
+  control.addEventListener("pointerdown", event => event.preventDefault());  // the editor keeps the focus, and so the suggestion
+  control.addEventListener("click", () => code.run(control.dataset.command!));
+});
+element("example").addEventListener("click", () => code.restart());
+addEventListener("pagehide", () => { if (keeping) store("work", work); });
 addEventListener("unhandledrejection", event => { if (event.reason?.name === "Canceled") event.preventDefault(); });  // Monaco cancels by rejecting
 addEventListener("submit", event => event.preventDefault());
 addEventListener("hashchange", showPage);

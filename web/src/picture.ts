@@ -10,9 +10,9 @@ const WIDTH = 240, HEIGHT = 56;
 export function picture(timings: Timings, history: Point[]): HTMLElement[] {
   const { prompt_n, cache_n, prompt_ms, predicted_n, predicted_ms, mode, adapter } = timings;
   const rows = {
-    "From the cache": `${cache_n} tokens`,
-    "Read": `${prompt_n} tokens, ${prompt_ms.toFixed(0)} ms`,
-    "Written": `${predicted_n} tokens, ${predicted_ms.toFixed(0)} ms`,
+    "From the cache": tokens(cache_n),
+    "Read": `${tokens(prompt_n)}, ${duration(prompt_ms)}`,
+    "Written": `${tokens(predicted_n)}, ${duration(predicted_ms)}`,
     "Speed": predicted_ms ? `${(predicted_n / predicted_ms * 1000).toFixed(0)} tokens a second` : "–",
     "Order": mode?.toUpperCase() ?? "–", "Adapter": adapter ?? "none",
   };
@@ -21,19 +21,34 @@ export function picture(timings: Timings, history: Point[]): HTMLElement[] {
     svg("rect", { width: WIDTH, height: 10, rx: 3, class: "read" }), svg("rect", { width: WIDTH * share, height: 10, rx: 3, class: "cached" }));
   return [
     h("p", { className: "caption" }, `Prompt: ${cache_n + prompt_n} tokens, ${Math.round(share * 100)}% from the cache`), bar as any,
+    legend({ cached: "from the cache", read: "read" }),
     h("dl", {}, ...Object.entries(rows).flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
-    h("p", { className: "caption" }, "Reading and writing, the last suggestions"), columns(history) as any,
+    h("p", { className: "caption" }, `Time of the last suggestions, up to ${duration(longest(history))}`), columns(history) as any,
+    legend({ read: "reading", written: "writing" }),
   ];
 }
 
+/** What the colours mean, by the class of a mark. */
+function legend(names: Record<string, string>): HTMLElement {
+  const entries = Object.entries(names).map(([mark, name]) => h("li", {}, svg("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" },
+    svg("rect", { width: 10, height: 10, rx: 2, class: mark })) as any, name));
+  return h("ul", { className: "legend" }, ...entries);
+}
+
+function tokens(count: number): string { return `${count} ${count === 1 ? "token" : "tokens"}`; }
+
+function longest(history: Point[]): number { return Math.max(1, ...history.map(point => point.prompt_ms + point.predicted_ms)); }
+
+function duration(ms: number): string { return ms < 1000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`; }
+
 function columns(history: Point[]): SVGElement {
-  const longest = Math.max(1, ...history.map(point => point.prompt_ms + point.predicted_ms)), step = WIDTH / 60;
+  const most = longest(history), step = WIDTH / 60;
   const bars = history.flatMap((point, index) => {
-    const read = point.prompt_ms / longest * HEIGHT, written = point.predicted_ms / longest * HEIGHT, x = index * step;
+    const read = point.prompt_ms / most * HEIGHT, written = point.predicted_ms / most * HEIGHT, x = index * step;
     return [svg("rect", { x, y: HEIGHT - read, width: step - 1, height: read, class: "read" }),
             svg("rect", { x, y: HEIGHT - read - written, width: step - 1, height: written, class: "written" })];
   });
-  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `The longest took ${longest.toFixed(0)} ms` }, ...bars);
+  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `The longest took ${duration(most)}` }, ...bars);
 }
 
 function svg(tag: string, attributes: Record<string, unknown>, ...children: Element[]): SVGElement {

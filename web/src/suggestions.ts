@@ -11,6 +11,8 @@ export class Suggestion {
   texts: string[];                      // the likeliest first; they grow while they are generated
   ids: (string | undefined)[] = [];     // the server's, of each complete text
   timings?: Timings;
+  confidence = 1;                       // of the likeliest text, once it is complete
+  requested = false;                    // by key, button or command; others come by themselves
   error?: unknown;
   finished = false;
   readonly done: Promise<void>;
@@ -38,6 +40,11 @@ export class Suggestion {
   /** Stops the request. That does not count as an error. */
   cancel(): void { if (!this.finished) this.abort.abort(); }
 
+  /** Whether to show it now: always if the user requested it, else once it is complete and the model is that sure of it. */
+  visible(minConfidence: number): boolean {
+    return this.requested || !minConfidence || (this.finished && this.confidence >= minConfidence);
+  }
+
   /** The rest of each text that starts with what was typed since; undefined if the suggestion does not fit here. */
   remaining(infill: Infill): string[] | undefined {
     if (infill.path !== this.infill.path || infill.suffix !== this.infill.suffix || !infill.prefix.startsWith(this.infill.prefix)) return;
@@ -52,11 +59,11 @@ export class Suggestion {
   }
 
   private async read(ask: Ask, changed: () => void): Promise<void> {
-    for await (const { text, index = 0, timings, id } of ask(this.infill, this.count, this.abort.signal)) {
+    for await (const { text, index = 0, timings, id, confidence } of ask(this.infill, this.count, this.abort.signal)) {
       this.texts[index] += text;
       if (id) this.ids[index] = id;
       if (timings?.stop === "cancelled") this.abort.abort();
-      if (!index) this.timings = timings ?? this.timings;
+      if (!index) [this.timings, this.confidence] = [timings ?? this.timings, confidence ?? this.confidence];
       if (text) this.begin();
       changed();
     }

@@ -71,6 +71,25 @@ test("an error is the server's own sentence, also in the middle of a stream", as
     client => assert.rejects(client.about(), /bad gateway/));
 });
 
+test("a server that is gone, or goes in the middle, is told in our words, and an abort is none of them", async () => {
+  const gone = new Client("http://127.0.0.1:9");
+  for (const call of [() => gone.about(), () => all(gone.chat([], { max_tokens: 1 })), () => all(gone.complete({ prefix: "", suffix: "" }, { max_tokens: 1 })),
+      () => gone.report("view", "c")])
+    await assert.rejects(call(), (error: ServerError) => error.status === 0 && error.message === "the server does not answer");
+  await served((_, reply) => { reply.write('data: {"content":"a"}\n\n'); setTimeout(() => reply.destroy(), 20); }, client =>
+    assert.rejects(all(client.complete({ prefix: "", suffix: "" }, { max_tokens: 1 })), (error: ServerError) =>
+      error.status === 0 && error.message === "the server broke off its answer"));
+  await assert.rejects(gone.about(AbortSignal.abort()), { name: "AbortError" });
+});
+
+test("the last piece of a completion has its confidence; an older server, or null, says nothing", async () => {
+  for (const [field, expected] of [[',"confidence":0.25', 0.25], [',"confidence":null', undefined], ["", undefined]] as const) {
+    const pieces = await served((_, reply) => reply.end(`data: {"content":"a"}\n\ndata: {"content":"","stop":true${field}}\n\n`),
+      client => all(client.complete({ prefix: "", suffix: "" }, { max_tokens: 1 })));
+    assert.deepEqual(pieces.map(piece => piece.confidence), [undefined, expected]);
+  }
+});
+
 test("what became of a suggestion is reported as Tabby's clients do", async () => {
   const sent = await served<any[]>((body, reply, request) => reply.end(void Object.assign(reported, { body, url: request.url })),
     async client => { await client.report("select", "c-1"); return [reported.url, reported.body]; });

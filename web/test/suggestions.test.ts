@@ -113,3 +113,32 @@ test("text of several lines replaces the rest of the line, which ends up behind 
   assert.deepEqual(placed("a", ");"), { insert: "a", replaced: 0 });
   assert.deepEqual(placed("a,\n  b", ");"), { insert: "a,\n  b);", replaced: 2 });
 });
+
+test("a suggestion that nobody requested is shown once it is complete, if the model is sure enough of it", async () => {
+  const suggestions = new Suggestions(async function* (infill) {
+    yield { text: infill.prefix };
+    yield { text: "", confidence: 0.25 };
+  });
+  const unsure = suggestions.start({ prefix: "a", suffix: "" });
+  assert.ok(!unsure.visible(0.2) && unsure.visible(0));
+  await unsure.done;
+  assert.deepEqual([0, 0.25, 0.3, 1].map(least => unsure.visible(least)), [true, true, false, false]);
+  unsure.requested = true;
+  assert.ok(unsure.visible(1), "who asks gets all");
+
+  const requested = suggestions.start({ prefix: "b", suffix: "" });
+  requested.requested = true;
+  assert.ok(requested.visible(0.3), "while it is generated, too");
+  const silent = new Suggestions(async function* () { yield { text: "x" }; }).start({ prefix: "", suffix: "" });
+  await silent.done;
+  assert.ok(silent.visible(1), "a server that gives no confidence");
+});
+
+test("of several texts the first, the likeliest, decides", async () => {
+  const suggestion = new Suggestions(async function* () {
+    yield { text: "x", index: 0, confidence: 0.9 };
+    yield { text: "y", index: 1, confidence: 0.1 };
+  }).start({ prefix: "", suffix: "" }, 2);
+  await suggestion.done;
+  assert.ok(suggestion.visible(0.5));
+});

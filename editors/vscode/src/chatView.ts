@@ -10,9 +10,16 @@ export class ChatView implements vscode.WebviewViewProvider {
   private view?: vscode.WebviewView;
   private waiting: ToView[] = [];        // questions from before the view was ready
   private ready = false;
+  private hintText?: string;
   private answers = new Map<number, AbortController>();  // that are being written, by id
 
   constructor(private context: vscode.ExtensionContext, private server: Server) {}
+
+  /** Sets the text that an empty conversation shows; undefined: the usual one. */
+  hint(text?: string): void {
+    this.hintText = text;
+    if (this.ready) this.post({ type: "hint", text });
+  }
 
   async ask(text: string): Promise<void> {
     await vscode.commands.executeCommand("codegemma.chat.focus");
@@ -43,6 +50,7 @@ export class ChatView implements vscode.WebviewViewProvider {
       case "ready":
         this.ready = true;
         this.post({ type: "load", conversations: this.context.workspaceState.get("chats", []) });
+        this.post({ type: "hint", text: this.hintText });
         this.waiting.splice(0).forEach(question => this.post(question));
         break;
       case "ask": void this.answer(message.id, message.messages); break;

@@ -41,7 +41,7 @@ export class Completions implements vscode.InlineCompletionItemProvider {
     const suggestion = await this.suggest(infill, invoked, token);
     if (!suggestion) return [];
     this.report(suggestion, Date.now() - started);
-    if (token.isCancellationRequested || !suggestion.finished) return [];
+    if (token.isCancellationRequested || !suggestion.finished || !suggestion.visible(setting("minConfidence"))) return [];
     if (setting("prefetch")) setTimeout(() => this.suggestions.prefetch(suggestion));
     this.outcomes.show(suggestion);
     return this.items(suggestion, infill, document, position, context.selectedCompletionInfo);
@@ -56,6 +56,7 @@ export class Completions implements vscode.InlineCompletionItemProvider {
       known = this.suggestions.start(infill, count);
     }
     const suggestion = known;
+    suggestion.requested ||= invoked;
     // With text it continues, since the user may be typing that text; without, it would delay the next suggestion.
     token.onCancellationRequested(() => { if (!suggestion.texts[0]) suggestion.cancel(); });
     await suggestion.done;

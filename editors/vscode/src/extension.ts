@@ -1,6 +1,7 @@
 /** Registers the commands, suggestions, chat and status of the extension. */
 
 import * as vscode from "vscode";
+import { type About, chatHint } from "../../../web/src/api.ts";
 import type { Suggestion } from "../../../web/src/suggestions.ts";
 import { ChatView } from "./chatView.ts";
 import { ACCEPTED, Completions } from "./completions.ts";
@@ -16,24 +17,39 @@ let server: Server;
 export function activate(extension: vscode.ExtensionContext): void {
   const log = vscode.window.createOutputChannel("CodeGemma", { log: true });
   const status = new Status();
-  server = new Server(extension.secrets, log, state => status.show(state));
+  let about: About | undefined;  // the server's model, once it has answered
+  server = new Server(extension.secrets, log, state => {
+    status.show(state);
+    if (state === "ready") void describe();
+  });
   const context = new Context(), chat = new ChatView(extension, server);
   const completions = new Completions(server, context, (suggestion, ms) => {
     if (suggestion.error) log.warn(String(suggestion.error));
     status.suggested(suggestion, ms);
+    if (!about && suggestion.finished && !suggestion.error) void describe();
   });
   const commands: Record<string, () => unknown> = {
     complete: () => vscode.commands.executeCommand("editor.action.inlineSuggest.trigger"),
     explain: () => ask("explain"), fix: () => ask("fix"), tests: () => ask("tests"),
     toggle: async () => { await toggle(language()); status.show(); },
-    start: () => server.start(), stop: () => server.stop(), log: () => log.show(), menu,
+    start: () => server.start(), stop: () => server.stop(), log: () => log.show(), menu: () => menu(!!about?.chat), welcome,
     key: async () => {
       const key = await vscode.window.showInputBox({ prompt: "The API key of the server; leave it empty for none", password: true });
       if (key !== undefined) await (key ? extension.secrets.store("key", key) : extension.secrets.delete("key"));
     },
   };
 
+  /** Asks what the model can do. Menus and walkthrough offer what suits it by these contexts. */
+  async function describe(): Promise<void> {
+    about = await server.about() ?? about;
+    await vscode.commands.executeCommand("setContext", "codegemma.ready", !!about);
+    await vscode.commands.executeCommand("setContext", "codegemma.chats", !!about?.chat);
+    chat.hint(about && chatHint(about));
+  }
+
   async function ask(task: Task): Promise<void> {
+    const hint = about && chatHint(about);
+    if (hint) return void vscode.window.showInformationMessage(`CodeGemma: ${hint}`);
     const editor = vscode.window.activeTextEditor;
     if (!editor) return void vscode.window.showInformationMessage("CodeGemma: open a file first.");
     if (!await context.allows(editor.document))
@@ -45,19 +61,32 @@ export function activate(extension: vscode.ExtensionContext): void {
     log, status, context,
     vscode.languages.registerInlineCompletionItemProvider({ pattern: "**" }, completions),
     vscode.commands.registerCommand(ACCEPTED, (id?: string) => completions.outcomes.accept(id)),
-    vscode.languages.registerCodeActionsProvider({ pattern: "**" }, { provideCodeActions: fixes }, { providedCodeActionKinds: [vscode.CodeActionKind.QuickFix] }),
+    vscode.languages.registerCodeActionsProvider({ pattern: "**" }, { provideCodeActions: (document, range, problems) => about?.chat ? fixes(document, range, problems) : [] }, { providedCodeActionKinds: [vscode.CodeActionKind.QuickFix] }),
     vscode.window.registerWebviewViewProvider("codegemma.chat", chat, { webviewOptions: { retainContextWhenHidden: true } }),
     vscode.window.onDidChangeActiveTextEditor(() => status.show()),
     vscode.workspace.onDidChangeConfiguration(event => {
       if (!event.affectsConfiguration("codegemma")) return;
       completions.suggestions.clear();
       status.show();
+      if (event.affectsConfiguration("codegemma.url")) void describe();
     }),
     ...Object.entries(commands).map(([name, run]) => vscode.commands.registerCommand(`codegemma.${name}`, async () => {
       try { await run(); } catch (error) { void vscode.window.showErrorMessage(`CodeGemma: ${error instanceof Error ? error.message : error}`); }
     })),
   );
-  if (!setting("url")) server.start().catch(() => {});  // the log and the status bar show the error
+  if (setting("url")) void describe();
+  else server.start().catch(error => offerHelp(String(error.message ?? error)));
+}
+
+/** Says that the server could not be started, with what to do about it. */
+async function offerHelp(problem: string): Promise<void> {
+  const chosen = await vscode.window.showWarningMessage(`CodeGemma: ${problem.split("\n")[0]}`, "Get Started", "Show the Log");
+  if (chosen === "Get Started") await welcome();
+  if (chosen === "Show the Log") await vscode.commands.executeCommand("codegemma.log");
+}
+
+async function welcome(): Promise<void> {
+  await vscode.commands.executeCommand("workbench.action.openWalkthrough", "codegemma.codegemma#start");
 }
 
 export function deactivate(): Promise<void> { return server.stop(); }
@@ -95,10 +124,10 @@ function fixes(document: vscode.TextDocument, _: vscode.Range, { diagnostics }: 
   return [action];
 }
 
-async function menu(): Promise<void> {
+async function menu(chats: boolean): Promise<void> {
   const on = enabled(language());
-  const entries = { [`Turn ${on ? "off" : "on"} for ${language()}`]: "codegemma.toggle", "Chat": "codegemma.chat.focus",
-    "Start the local server": "codegemma.start", "Stop the local server": "codegemma.stop", "Show the log": "codegemma.log",
+  const entries: Record<string, string> = { [`Turn ${on ? "off" : "on"} for ${language()}`]: "codegemma.toggle",
+    ...chats ? { "Chat": "codegemma.chat.focus" } : {}, "Get started": "codegemma.welcome", "Start the local server": "codegemma.start", "Stop the local server": "codegemma.stop", "Show the log": "codegemma.log",
     "Settings": "settings" };
   const chosen = await vscode.window.showQuickPick(Object.keys(entries), { title: "CodeGemma" });
   if (chosen && entries[chosen] === "settings") await vscode.commands.executeCommand("workbench.action.openSettings", "@ext:codegemma.codegemma");

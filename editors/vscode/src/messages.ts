@@ -8,5 +8,5 @@ export type ToExtension =
   | { type: "save"; conversations: Conversation[] } | { type: "insert"; code: string };
 
 export type ToView =
-  | { type: "load"; conversations: Conversation[] } | { type: "question"; text: string }
+  | { type: "load"; conversations: Conversation[] } | { type: "hint"; text?: string } | { type: "question"; text: string }
   | { type: "piece"; id: number; piece: Piece } | { type: "end"; id: number; error?: string };

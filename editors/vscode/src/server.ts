@@ -1,7 +1,7 @@
 /** The server: the configured one, or a process that is started and stopped with the window. */
 
 import * as vscode from "vscode";
-import { Client } from "../../../web/src/api.ts";
+import { type About, Client } from "../../../web/src/api.ts";
 import { launch, type ServerProcess } from "./process.ts";
 import { setting } from "./settings.ts";
 
@@ -21,6 +21,11 @@ export class Server implements vscode.Disposable {
     if (this.stopped) throw new Error("the server was stopped");
     if (Date.now() - this.failedAt < RETRY_MS) throw new Error("the server could not be started: see the log");
     return new Client((await this.start()).url, key);
+  }
+
+  /** What the server says of its model; undefined where none answers. */
+  async about(): Promise<About | undefined> {
+    try { return await (await this.client()).about(); } catch { return undefined; }
   }
 
   start(): Promise<ServerProcess> {

@@ -5,7 +5,7 @@ import type { Order, Trim } from "../../../web/src/api.ts";
 
 interface Settings {
   url: string; command: string; arguments: string[]; enable: Record<string, boolean>; ignoredFiles: boolean; adapter: string; mode: Order; trim: Trim;
-  timeBudget: number; maxTokens: number; delay: number; suggestions: number; prefetch: boolean; contextFiles: number; chatTokens: number;
+  timeBudget: number; maxTokens: number; delay: number; suggestions: number; prefetch: boolean; contextFiles: number; chatTokens: number; minConfidence: number;
 }
 
 export function setting<K extends keyof Settings>(name: K): Settings[K] {

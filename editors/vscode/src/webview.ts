@@ -28,6 +28,7 @@ addEventListener("message", ({ data }: MessageEvent<ToView>) => {
       insert: code => extension.postMessage({ type: "insert", code }),
     });
   } else if (data.type === "question") chat?.ask(data.text);
+  else if (data.type === "hint") chat?.hint(data.text);
   else if (data.type === "piece") answers.get(data.id)?.enqueue(data.piece);
   else {
     const answer = answers.get(data.id);
