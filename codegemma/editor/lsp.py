@@ -41,6 +41,7 @@ from codegemma.safety.secrets import redact_at_cursor
 from codegemma.serve import stats
 from codegemma.serve.requests import Busy
 
+MAX_INDENTATION = 1000  # characters that are looked at before the cursor
 TRIGGERS = list(".([{=,: ")
 CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests at it
 
@@ -219,10 +220,9 @@ class EditorServer(LanguageServer):
             return ""
         filled, infill = await source.fill(request), request.prompt
         assert isinstance(infill, Infill)
-        if cursor.automatic:
-            if not is_worth_showing(filled.text, filled.confidence, infill, self.settings.min_confidence):
-                return ""
-        return filled.text
+        least = self.settings.min_confidence
+        shows = not cursor.automatic or is_worth_showing(filled.text, filled.confidence, infill, least)
+        return filled.text if shows else ""
 
     def _make_request(
         self, cursor: CursorPosition, buffer: Buffer, others: Sequence[Buffer], max_tokens: int, context: str
@@ -302,7 +302,8 @@ async def inline_completion(
         end = buffer.offset(params.position.line, params.position.character)
         line_start = buffer.offset(params.position.line, 0)
         # Blanks that begin the line may be the wrong ones: the suggestion replaces them.
-        start = end if buffer.slice(line_start, end).strip(" \t") else line_start
+        is_blank = end - line_start <= MAX_INDENTATION and not buffer.slice(line_start, end).strip(" \t")
+        start = line_start if is_blank else end
     cursor = CursorPosition(uri, start, end, chosen.text if chosen else "", automatic)
     text = await server.suggest(cursor)
     present = buffer.slice(start, end)
