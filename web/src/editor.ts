@@ -43,7 +43,7 @@ export class CodeEditor {
   shown?: Suggestion;
   private monaco: editor.IStandaloneCodeEditor;
   private refreshing = false;
-  private drawn = 0;
+  private refreshTimer = 0;
 
   /** Begins with `work`, or with the example; `keep` is called with every change of it, `report` when there is something to show. */
   constructor(root: HTMLElement, private suggestions: Suggestions, outcomes: Outcomes, private settings: Settings, work: Work | undefined,
@@ -91,9 +91,9 @@ export class CodeEditor {
 
   /** Shows what has been generated since. Monaco asks again about an unchanged text only if it shows nothing. */
   refresh(): void {
-    if (this.drawn || !this.monaco.hasTextFocus() || !this.shown?.visible(this.settings.minConfidence)) return;
-    this.drawn = window.setTimeout(() => {
-      this.drawn = 0;
+    if (this.refreshTimer || !this.monaco.hasTextFocus() || !this.shown?.visible(this.settings.minConfidence)) return;
+    this.refreshTimer = window.setTimeout(() => {
+      this.refreshTimer = 0;
       this.refreshing = true;
       this.monaco.trigger("page", "editor.action.inlineSuggest.hide", {});
       this.trigger();

@@ -1,9 +1,9 @@
 import { Chat, type Conversation } from "./chat.ts";
-import { chatHint, Client, type Options, ServerError } from "./api.ts";
+import { chatHint, Client, type Options, ServerError, type Timings } from "./api.ts";
 import { CodeEditor, type Work } from "./editor.ts";
 import { h } from "./dom.ts";
 import { Outcomes } from "./outcomes.ts";
-import { type Point, picture } from "./picture.ts";
+import { chart } from "./chart.ts";
 import { allowed, chosen, restored, type Settings } from "./settings.ts";
 import { Suggestions } from "./suggestions.ts";
 import "./page.css";
@@ -14,7 +14,7 @@ const settings: Settings = restored(stored("settings", {}));
 const element = <T extends HTMLElement = HTMLElement>(id: string): T => document.getElementById(id) as T;
 const session = Array.from(crypto.getRandomValues(new Uint32Array(2)), part => part.toString(36)).join("");
 const client = (): Client => new Client(location.origin, settings.key);
-const history: Point[] = [];
+const history: Timings[] = [];
 
 function stored<T>(name: string, fallback: T): T {
   try { return JSON.parse(localStorage.getItem(`codegemma.${name}`)!) ?? fallback; } catch { return fallback; }
@@ -62,7 +62,7 @@ function report(): void {
   if (suggestion.error) return showError(suggestion.error);
   showState(!suggestion.finished ? suggestion.texts[0] ? "writing" : "reading" : !suggestion.texts[0] ? "nothing to suggest"
     : suggestion.visible(settings.minConfidence) ? "ready: Tab accepts" : "unsure, so hidden: Alt+\\ shows it");
-  element("numbers").replaceChildren(...suggestion.timings ? picture(suggestion.timings, history.slice(-60)) : []);
+  element("numbers").replaceChildren(...suggestion.timings ? chart(suggestion.timings, history.slice(-60)) : []);
 }
 
 function showError(error: unknown): void {

@@ -3,11 +3,9 @@
 import type { Timings } from "./api.ts";
 import { h } from "./dom.ts";
 
-export type Point = Timings;
-
 const WIDTH = 240, HEIGHT = 56;
 
-export function picture(timings: Timings, history: Point[]): HTMLElement[] {
+export function chart(timings: Timings, history: Timings[]): HTMLElement[] {
   const { prompt_n, cache_n, prompt_ms, predicted_n, predicted_ms, mode, adapter } = timings;
   const rows = {
     "From the cache": tokens(cache_n),
@@ -37,11 +35,11 @@ function legend(names: Record<string, string>): HTMLElement {
 
 function tokens(count: number): string { return `${count} ${count === 1 ? "token" : "tokens"}`; }
 
-function longest(history: Point[]): number { return Math.max(1, ...history.map(point => point.prompt_ms + point.predicted_ms)); }
+function longest(history: Timings[]): number { return Math.max(1, ...history.map(point => point.prompt_ms + point.predicted_ms)); }
 
 function duration(ms: number): string { return ms < 1000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`; }
 
-function columns(history: Point[]): SVGElement {
+function columns(history: Timings[]): SVGElement {
   const most = longest(history), step = WIDTH / 60;
   const bars = history.flatMap((point, index) => {
     const read = point.prompt_ms / most * HEIGHT, written = point.predicted_ms / most * HEIGHT, x = index * step;
