@@ -201,7 +201,7 @@ def test_infilling_asks_as_complete_does_unless_told(
         yield 0, 0, output_of("    return 1\n")
 
     monkeypatch.setattr(LocalModel, "sample", sample)
-    monkeypatch.setattr("codegemma.evals.doctor.require", lambda _: None)
+    monkeypatch.setattr("codegemma.evals.doctor.require_safe", lambda _: None)
     verdict = Verdict(True, "passed", "x")
     monkeypatch.setattr("codegemma.evals.infill.judge_python", lambda *_: iter([(0, verdict)]))
     status, text = command(benchmark, *options, "--data", tmp_path, "--out", tmp_path / "out")

@@ -90,7 +90,7 @@ def doctor() -> None:
 def _run(names: Sequence[str], options: RunOptions, skip: bool) -> None:
     """Runs benchmarks and writes the report. `skip` leaves out those whose data is missing."""
     from codegemma.evals import report
-    from codegemma.evals.doctor import require
+    from codegemma.evals.doctor import require_safe
     from codegemma.evals.local import LocalModel
     from codegemma.evals.records import Records
     from codegemma.evals.run import AS_COMPLETE, TASKS, EvalSettings, run
@@ -103,7 +103,7 @@ def _run(names: Sequence[str], options: RunOptions, skip: bool) -> None:
     records = Records(options.data)
     try:
         if any(task.group not in ("language", "maths") for task in tasks):
-            require(default())
+            require_safe(default())
         model = open_model(options.model, options.endpoint, options.adapter)
         for name, task in zip(names, tasks, strict=True):
             asked = model

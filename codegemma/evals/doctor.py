@@ -61,7 +61,7 @@ def _alive(mark: str) -> bool:
     return False
 
 
-def require(sandbox: Sandbox) -> None:
+def require_safe(sandbox: Sandbox) -> None:
     """Raises SandboxError unless the self-test passes, so that nothing is scored in a sandbox that leaks."""
     broken = [f"{name} ({message.strip()})" for name, held, message in self_test(sandbox) if not held]
     if broken:

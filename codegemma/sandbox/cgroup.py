@@ -26,6 +26,7 @@ class Cgroup:
 
     def enter(self, command: list[str]) -> list[str]:
         """Wraps `command` so that it joins the group before it starts, and its children are born in it."""
+        # The shell writes its own process id to each file in front of ":", then becomes the command.
         files = [str(folder / "cgroup.procs") for folder in self._folders]
         script = 'while [ "$1" != : ]; do echo $$ > "$1" || exit; shift; done; shift; exec "$@"'
         return ["/bin/sh", "-c", script, "sh", *files, ":", *command]

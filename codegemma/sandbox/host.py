@@ -35,11 +35,13 @@ GUEST = Path(__file__).with_name("guest.py")
 GRACE_SECONDS = 300.0  # a box that has not answered this long after its job's time limit is broken
 TRIES = 3  # boxes that a job may break; then the sandbox has failed if it breaks at CONTROL too, else the job
 CONTROL = {"source": "", "command": [], "must_finish": True, "collect": [], "files": {}, "env": {}}
+# Folders and files of the host that each box sees, read-only, beside /usr and those that it is given.
 SYSTEM = "/bin /sbin /lib /lib32 /lib64 /libx32 /etc/alternatives /etc/ld.so.cache /etc/mono /etc/localtime"
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 # The guest needs capabilities to mount a job's folder; it drops them before it runs the program.
 ISOLATION = """--unshare-all --unshare-user --uid 1000 --gid 1000 --hostname sandbox --new-session
     --cap-add ALL --clearenv --setenv PYTHONHASHSEED 0 --setenv LANG C.UTF-8"""
+# Mounted after all else; nothing but the private folders can be written then.
 FOLDERS = """--symlink /proc/self/fd /dev/fd --dir /dev/shm --tmpfs /tmp --remount-ro /dev --remount-ro /"""
 DEVICES = ("null", "zero", "full", "random", "urandom")
 NO_MEMORY = ("MemoryError", "std::bad_alloc", "OutOfMemory", "out of memory", "cannot allocate")  # in stderr
