@@ -10,6 +10,7 @@ from tiny import tiny_config, tiny_pieces, tiny_tensors, tokenizer_metadata, wri
 from codegemma import prompts
 from codegemma.checkpoints import gguf, gguf_model, open_checkpoint, table
 from codegemma.checkpoints.huggingface_tokenizer import builder, tokenizer_json
+from codegemma.cli.data import load_tokenizer
 from codegemma.convert.convert import convert
 from codegemma.tokenizer import Tokenizer
 
@@ -66,6 +67,12 @@ def test_side_files_that_add_nothing_change_nothing(tmp_path):
     assert open_checkpoint(folder).tokenizer.fingerprint == tokenizer.fingerprint
     (folder / "tokenizer.model").unlink()
     assert open_checkpoint(folder).tokenizer.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("name", ["", "tokenizer.model"])
+def test_training_rows_are_encoded_with_the_added_tokens(tmp_path, name):
+    folder = _folder(tmp_path / "m", **ADDED["added_tokens"])
+    assert load_tokenizer(str(folder / name)).fingerprint == open_checkpoint(folder).tokenizer.fingerprint
 
 
 def test_a_placeholder_gets_the_name_of_the_side_file_and_text_pieces_keep_theirs(tmp_path):

@@ -113,10 +113,13 @@ def report(folder: Path, out: Path | None = None) -> None:
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model, a checkpoint, or a tokenizer file. Raises ValueError."""
     from codegemma import hub
-    from codegemma.checkpoints import open_checkpoint
+    from codegemma.checkpoints import huggingface_tokenizer, open_checkpoint
     from codegemma.tokenizer import Tokenizer
 
     path = Path(name).expanduser()
+    in_folder = path.is_file() and path.name in ("tokenizer.model", "tokenizer.json")
+    if in_folder and (build := huggingface_tokenizer.builder(path.parent)):  # with its side files
+        return build()
     if path.is_file() and path.suffix == ".json":
         return Tokenizer.from_json(path)
     if path.is_file() and path.suffix in (".model", ".spm"):

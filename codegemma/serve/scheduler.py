@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fastapi import HTTPException
 
+from codegemma.checkpoints import gguf_files
 from codegemma.files import explain
 from codegemma.generate import sampling
 from codegemma.generate.engine import Batch, Engine
@@ -86,7 +87,7 @@ class Scheduler:
         self.tokenizer, self.context = model.tokenizer, model.engine.context
         self.name, self.aliases = model_id(model.preset, model.path)
         self.title = model.title
-        files = [model.path] if model.path.is_file() else list(model.path.iterdir())
+        files = gguf_files.parts(model.path) if model.path.is_file() else list(model.path.iterdir())
         self.size = sum(file.stat().st_size for file in files)
         self.chats, self.metrics = can_chat(model.preset, self.tokenizer), Metrics()
         model.completing_adapter()  # loads it now rather than for the first request
