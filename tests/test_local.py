@@ -20,6 +20,7 @@ from tiny import (
 
 import codegemma
 from codegemma import Completion, File, Message, Sampling, load
+from codegemma.adapters import load as adapters
 from codegemma.adapters.merge import merge as merge_adapters
 from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import gguf, gguf_model, open_checkpoint
@@ -312,7 +313,7 @@ def test_an_invalid_message_names_the_rule(tmp_path):
 
 def test_the_packaged_adapter_acts_in_completion_alone(path, tmp_path, monkeypatch):
     """The packaged adapter of a preset; its card names the FIM layouts."""
-    monkeypatch.setattr(local, "ADAPTERS", tmp_path)
+    monkeypatch.setattr(adapters, "PACKAGED", tmp_path)
     adapter = replace(
         random_adapter(KINDS["gemma-mqa"], tokens=(67, 70)), card={"fim": {"spm": True, "psm": True}}
     )

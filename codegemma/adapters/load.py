@@ -1,13 +1,17 @@
-"""Opening an adapter of any format: PEFT's folder, NeMo's archive, or a GGUF file."""
+"""Opens an adapter of any format (PEFT's folder, NeMo's archive, a GGUF file), or one of this package."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from codegemma import hub
 from codegemma.adapters import gguf, nemo, peft
 from codegemma.adapters.adapter import Adapter
+from codegemma.checkpoints import Checkpoint
+from codegemma.config import Preset
 from codegemma.files import PLACEHOLDER_BYTES, refuse_placeholder
 
+PACKAGED = Path(__file__).parent  # a folder for each packaged adapter, named after its model
 FORMS = "pass PEFT's folder, NeMo's .nemo archive or a GGUF adapter"
 
 
@@ -57,3 +61,32 @@ def is_adapter(path: Path | str) -> bool:
     if path.is_file() and path.name not in peft.WEIGHTS:
         return gguf.is_adapter(path)
     return (path / "adapter_config.json").is_file() or path.name in peft.WEIGHTS
+
+
+def packaged_adapter(checkpoint: Checkpoint, preset: Preset | None) -> tuple[str, Adapter] | None:
+    """The name of the packaged adapter of a published model, and the adapter, which is trained to fill in the
+    middle; None where there is none, or the weights were changed by codegemma."""
+    name = f"{preset.name}-fim" if preset else ""
+    if not name or not (PACKAGED / name).is_dir() or checkpoint.fim_orders is not None:
+        return None
+    adapter = load(PACKAGED / name)
+    try:
+        adapter.check(checkpoint.config)
+    except ValueError:  # another model's shapes under this one's name
+        return None
+    return name, adapter
+
+
+def named_adapter(name: str, checkpoint: Checkpoint) -> Adapter:
+    """The adapter at a path; for "auto" the model's packaged one, which its own name means too.
+
+    Raises ValueError where there is none.
+    """
+    if name == "auto":
+        packaged = packaged_adapter(checkpoint, hub.preset_of(checkpoint))
+        if packaged is None:
+            rule = "has no packaged adapter, or holds one already: pass an adapter's path, or none"
+            raise ValueError(f"{checkpoint.path} {rule}")
+        return packaged[1]
+    is_packaged = (PACKAGED / name / "adapter_config.json").is_file() and not Path(name).exists()
+    return load(PACKAGED / name if is_packaged else Path(name).expanduser())

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from codegemma.cli.output import Progress
+from codegemma.cli.output import Progress, note
 from codegemma.config import ExportFormat, FloatType, Program
 
 if TYPE_CHECKING:
     from codegemma.adapters.adapter import Adapter
     from codegemma.checkpoints import Checkpoint
+    from codegemma.convert.convert import Merge
 
 
 def convert(
@@ -24,20 +24,24 @@ def convert(
     quantize: str | None = None,
     importance: Path | None = None,
     dtype: FloatType | None = None,
-    adapter: list[Path] | None = None,
+    adapter: list[str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model in another format; DST appears only when it is complete."""
-    from codegemma.adapters.load import load
+    from codegemma import hub
+    from codegemma.adapters.load import named_adapter, packaged_adapter
     from codegemma.convert.convert import SUFFIXES
     from codegemma.convert.convert import convert as write
     from codegemma.convert.quantize import summary
 
-    adapters = [load(path) for path in adapter or ()]
     if quantize or dtype:
         merged_type: str | None = "F32"
     else:
         merged_type = None if (to or SUFFIXES.get(target.suffix)) == "gguf" else "BF16"
+    checkpoint = _open(source)
+    adapters = [named_adapter(name, checkpoint) for name in adapter or () if name != "none"]
+    if not adapter and (packaged := packaged_adapter(checkpoint, hub.preset_of(checkpoint))):
+        note(f"the base alone is written: --adapter auto merges {packaged[0]}, which fills in the middle")
     with Progress("bytes") as progress:
         result = write(
             source,
@@ -47,10 +51,24 @@ def convert(
             dtype=dtype,
             importance=importance,
             overwrite=overwrite,
-            merge=(lambda checkpoint: _merge(checkpoint, adapters, merged_type)) if adapters else None,
+            merge=_merger(adapters, merged_type),
             progress=lambda done, total: progress(target.name, done, total),
         )
+    for text in result.notes:
+        note(text)
     print(*summary(result.costs), f"{result.path} ({result.format})", sep="\n")
+
+
+def _open(source: str) -> Checkpoint:
+    from codegemma import hub
+    from codegemma.checkpoints import open_checkpoint
+
+    return open_checkpoint(hub.resolve(source))
+
+
+def _merger(adapters: list[Adapter], merged_type: str | None) -> Merge | None:
+    """What puts adapters into a model's weights; None where there are none."""
+    return (lambda checkpoint: _merge(checkpoint, adapters, merged_type)) if adapters else None
 
 
 def _merge(checkpoint: Checkpoint, adapters: list[Adapter], merged_type: str | None) -> Checkpoint:
@@ -71,7 +89,7 @@ def _merge(checkpoint: Checkpoint, adapters: list[Adapter], merged_type: str | N
             else "written as floats"
         )
         source = f"{checkpoint.path} holds {', '.join(blocks)}"
-        print(f"note: {source}: these are decoded, changed, and {consequence}", file=sys.stderr)
+        note(f"{source}: these are decoded, changed, and {consequence}")
     return merge(checkpoint, *adapters, blocks_as=merged_type)
 
 
@@ -98,13 +116,32 @@ def inspect(source: str, as_json: bool = False) -> None:
     print(*([json.dumps(facts, default=str)] if as_json else lines), sep="\n")
 
 
-def export(program: Program, source: str, target: Path, quantize: str | None = None) -> None:
+def export(
+    program: Program, source: str, target: Path, quantize: str | None = None, adapter: str = "auto"
+) -> None:
     """Write a model and all the files that another program needs to run it."""
+    from codegemma import hub
+    from codegemma.adapters.load import named_adapter, packaged_adapter
     from codegemma.convert import export as exports
+    from codegemma.convert.quantize import QUANTISED
 
+    checkpoint = _open(source)
+    packaged = packaged_adapter(checkpoint, hub.preset_of(checkpoint)) if adapter == "auto" else None
+    adapters = [packaged[1]] if packaged else []
+    if packaged:
+        note(
+            f"{packaged[0]} is merged into the weights, to fill in the middle (--adapter none: the base alone)"
+        )
+    elif adapter not in ("auto", "none"):
+        adapters = [named_adapter(adapter, checkpoint)]
+    has_blocks = any(tensor.type in QUANTISED for tensor in checkpoint.tensors.values())
+    if adapters and has_blocks and not quantize and program in exports.GGUF_PROGRAMS:
+        quantize = "q8_0"
+        note("--quantize q8_0 is used: the source's own blocks could round the adapter away")
+    merge = _merger(adapters, "F32" if quantize else "BF16")
     with Progress("bytes") as progress:
         paths = exports.export(
-            program, source, target, quantize, lambda done, total: progress(target.name, done, total)
+            program, source, target, quantize, lambda done, total: progress(target.name, done, total), merge
         )
     print(*paths, sep="\n")
 

@@ -42,6 +42,7 @@ from codegemma.convert.quantize import (
 from codegemma.native import dequantize
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
+Merge = Callable[[Checkpoint], Checkpoint]  # puts adapters into a model's weights
 SUFFIXES: dict[str, ExportFormat] = {".gguf": "gguf", ".nemo": "nemo"}
 SINGLE_FILES = tuple(SUFFIXES.values())
 WRITERS = {"nemo": nemo.save, "keras": keras.save, "orbax": orbax.save, "gemma_pytorch": torch.save}
@@ -69,7 +70,7 @@ def convert(
     dtype: str | None = None,
     importance: Importance | Path | None = None,
     overwrite: bool = False,
-    merge: Callable[[Checkpoint], Checkpoint] | None = None,
+    merge: Merge | None = None,
     progress: Progress | None = None,
 ) -> Converted:
     """Writes a model (a name, or a path of any format) in another format.

@@ -8,9 +8,10 @@ from typing import get_args
 from codegemma import hub, prompts
 from codegemma.checkpoints import Checkpoint, open_checkpoint
 from codegemma.config import Program
-from codegemma.convert.convert import Progress, convert
+from codegemma.convert.convert import Merge, Progress, convert
 from codegemma.convert.inspect import chat_template, title
 
+GGUF_PROGRAMS = ("ollama", "lmstudio", "llamacpp")
 LLAMACPP_README = """# llama.cpp
 
     llama-server -m {file} -c {context} --temp 0 --top-k 0 --repeat-penalty 1.0
@@ -27,10 +28,12 @@ def export(
     target: Path,
     quantize_to: str | None = None,
     progress: Progress | None = None,
+    merge: Merge | None = None,
 ) -> list[Path]:
     """Writes a model for a program into the folder `target`, and returns the files.
 
-    Raises ValueError on an unknown program, and as `convert` does.
+    `merge` is applied to the opened model, as in `convert`. Raises ValueError on an unknown program, and as
+    `convert` does.
     """
     if program not in get_args(Program):
         raise ValueError(f"no program {program!r}: choose {', '.join(get_args(Program))}")
@@ -46,12 +49,12 @@ def export(
         if (target / other).exists() and (target / other).read_bytes() != text.encode():
             raise ValueError(f"{target / other} exists, and is kept: choose another folder")
     if program == "transformers":
-        convert(source, target, "safetensors", progress=progress)
+        convert(source, target, "safetensors", merge=merge, progress=progress)
     elif program == "nemo":
-        convert(source, target / f"{name}.nemo", progress=progress)
+        convert(source, target / f"{name}.nemo", merge=merge, progress=progress)
     else:
         folder = target / "codegemma" / name if program == "lmstudio" else target
-        convert(source, folder / file, quantize_to=quantize_to, progress=progress)
+        convert(source, folder / file, quantize_to=quantize_to, merge=merge, progress=progress)
     for other, text in texts.items():
         (target / other).write_text(text)
     return sorted(file for file in target.rglob("*") if file.is_file())

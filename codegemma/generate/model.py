@@ -15,6 +15,7 @@ import numpy as np
 from codegemma import hub
 from codegemma.adapters.adapter import Adapter
 from codegemma.adapters.load import load as load_adapter
+from codegemma.adapters.load import packaged_adapter
 from codegemma.checkpoints import Checkpoint, open_checkpoint
 from codegemma.config import Mode, Trim, Use
 from codegemma.generate.completion import trimmed
@@ -26,8 +27,6 @@ from codegemma.native import Cancel, Native
 from codegemma.prompts import ROLES, File, Message
 from codegemma.tokenizer import Tokenizer
 
-# The adapters in the package; {preset}-fim is trained to fill in the middle.
-ADAPTERS = Path(__file__).parent.parent / "adapters"
 STRICT_REMEDY = "choose another model (see `codegemma models`) or drop --strict"
 
 
@@ -98,17 +97,12 @@ class Model:
     @cached_property
     def _completing_adapter(self) -> str:
         """The packaged adapter of this model, or "none", until `prefer` names another."""
-        name = f"{self.preset.name}-fim" if self.preset else ""
-        can_adapt = hasattr(self.backend, "add_adapter") and self.checkpoint.fim_orders is None
-        if not name or not (ADAPTERS / name).is_dir() or not can_adapt:
+        can_adapt = hasattr(self.backend, "add_adapter")
+        packaged = packaged_adapter(self.checkpoint, self.preset) if can_adapt else None
+        if packaged is None:
             return "none"
-        packaged = load_adapter(ADAPTERS / name)
-        try:
-            packaged.check(self.config)
-        except ValueError:  # another model's shapes under this one's name
-            return "none"
-        self.add_adapter(name, packaged)
-        return name
+        self.add_adapter(*packaged)
+        return packaged[0]
 
     def fim_orders(self, adapter: str = "auto") -> frozenset[str]:
         """The layouts, of "psm" and "spm", that the model with an adapter was trained in.
