@@ -70,6 +70,7 @@ def work(tmp_path_factory) -> Path:
     (folder / "hole.py").write_text("def add(a, b):\n    return <CURSOR>\n")
     (home / "src" / "library").mkdir()
     (home / "src" / "library" / "names.py").write_text(CURSOR_FILE.replace("f1", "g1"))
+    (folder / "examples").symlink_to(ROOT / "examples")
     cache = home / ".cache" / "codegemma"
     cache.mkdir(parents=True)
     for name in ("models", "tokenizers"):
@@ -93,6 +94,32 @@ def run(work: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
         timeout=600,
         stdin=subprocess.DEVNULL,
     )
+
+
+SHOWN = [
+    pytest.param(command, shown.rstrip(), id=command[:60])
+    for page in PAGES
+    for text, _ in blocks(page, "console")
+    for command, shown in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", text, re.M)
+]
+
+
+@pytest.mark.parametrize(("command", "shown"), SHOWN)
+def test_an_example_prints_what_it_shows(work, command, shown):
+    """As the page shows it, in the checkout."""
+    result = run(work, ["bash", "-c", f"cd {shlex.quote(str(ROOT))} && {command}"])
+    assert (result.returncode, result.stdout.rstrip()) == (0, shown), result.stderr[-2000:]
+
+
+def test_the_readme_shows_examples():
+    assert [example.values[0].split()[1] for example in SHOWN[:2]] == ["complete", "generate"]
+
+
+def test_python_of_the_readme_prints_what_it_says(work):
+    (code, _), *_ = blocks(ROOT / "README.md", "python")
+    result = run(work, [sys.executable, "-W", "ignore", "-c", code])
+    said = re.findall(r"  # (.*)", code)[-2:]
+    assert [line.strip() for line in result.stdout.splitlines()] == said
 
 
 @pytest.mark.parametrize("command", RUN)
