@@ -21,7 +21,8 @@ function stored<T>(name: string, fallback: T): T {
 }
 
 function store(name: string, value: unknown): void {
-  try { localStorage.setItem(`codegemma.${name}`, JSON.stringify(value)); } catch (error) { showState(`not saved: ${error}`); }
+  const key = `codegemma.${name}`;
+  try { value === undefined ? localStorage.removeItem(key) : localStorage.setItem(key, JSON.stringify(value)); } catch (error) { showState(`not saved: ${error}`); }
 }
 
 function showState(text: string): void { element("state").textContent = text; }
