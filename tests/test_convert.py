@@ -270,7 +270,7 @@ def test_progress_ends_near_the_total(tmp_path):
 
 def test_written_files_stop_at_the_separator(tmp_path):
     source = _source(tmp_path)
-    assert any("will not stop at the file separator" in problem for problem in inspect(source).problems)
+    assert any("will not stop at the file separator" in note for note in inspect(source).notes)
     path = convert(source, tmp_path / "m.gguf").path
     header = gguf.read(path).metadata
     assert [header[f"tokenizer.ggml.fim_{name}_token_id"] for name in ("pre", "mid", "suf", "sep")] == [
@@ -279,7 +279,7 @@ def test_written_files_stop_at_the_separator(tmp_path):
         69,
         70,
     ]
-    assert header["tokenizer.ggml.eot_token_id"] == 107 and not inspect(path).problems
+    assert header["tokenizer.ggml.eot_token_id"] == 107 and not inspect(path).notes
     convert(source, tmp_path / "s", "safetensors")
     assert json.loads((tmp_path / "s" / "generation_config.json").read_text())["eos_token_id"] == [
         1,

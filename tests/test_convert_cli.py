@@ -60,15 +60,18 @@ def test_convert_says_that_it_leaves_the_adapter_out_and_takes_it_by_any_name(so
         assert open_checkpoint(target).fim_orders == {"psm"}
     again = run("convert", tmp_path / "0.gguf", tmp_path / "again.gguf")
     assert "adapter" not in again  # it holds one already
-    output = run("convert", tmp_path / "0.gguf", tmp_path / "x.gguf", "--adapter", "auto", code=2)
-    assert "has no packaged adapter" in output
-    assert "does not exist" in run("convert", source, tmp_path / "x.gguf", "--adapter", "nowhere", code=2)
+    for model, name, fault in (
+        ("0", "auto", "has no packaged adapter"),
+        ("base", "nowhere", "does not exist"),
+    ):
+        command = ["convert", str(tmp_path / f"{model}.gguf"), str(tmp_path / "x.gguf"), "--adapter", name]
+        assert fault in str(CliRunner().invoke(app, command).exception)
 
 
 @pytest.mark.parametrize("program", ["ollama", "llamacpp", "lmstudio", "transformers"])
 def test_an_export_holds_what_completes_here(source, tmp_path, program):
     output = run("export", program, source, tmp_path / "out")
-    assert f"{NAME} is merged" in output
+    assert NAME in output and "is merged" in output
     pattern = "model.safetensors" if program == "transformers" else "*.gguf"
     (file,) = (tmp_path / "out").rglob(pattern)
     path = file.parent if program == "transformers" else file
@@ -77,7 +80,7 @@ def test_an_export_holds_what_completes_here(source, tmp_path, program):
         is_quantised = source.read_bytes() and open_checkpoint(source).tensors["layers.0.q"].type == "Q8_0"
         assert ("q8_0" in output) is is_quantised
     output = run("export", program, source, tmp_path / "base", "--adapter", "none")
-    assert "merged" not in output
+    assert "is merged" not in output
     (file,) = (tmp_path / "base").rglob(pattern)
     assert open_checkpoint(file.parent if program == "transformers" else file).fim_orders is None
 
@@ -89,3 +92,37 @@ def test_an_export_of_a_model_without_packaged_adapter_is_silent(tmp_path):
     run("export", "llamacpp", source, tmp_path / "mine-out", "--adapter", tmp_path / "mine")
     (file,) = (tmp_path / "mine-out").glob("*.gguf")
     assert gguf.read(file).metadata["codegemma.fim"] == ""
+
+
+def test_damage_is_exit_1_and_notes_are_not(tmp_path):
+    source = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa"), "Q8_0")
+    output = run("inspect", source)
+    assert "note" in output and "PROBLEM" not in output
+    metadata, stored = gguf.read(source)
+    bad = stored["blk.0.attn_q.weight"].data.copy()
+    bad[0, :2] = 0xFF, 0x7F  # a NaN scale
+    stored["blk.0.attn_q.weight"] = replace(stored["blk.0.attn_q.weight"], data=bad)
+    gguf.write(tmp_path / "bad.gguf", metadata, stored)
+    assert "tensor layers.0.q holds NaN" in run("inspect", tmp_path / "bad.gguf", code=1)
+    assert "holds NaN" in run("inspect", tmp_path / "bad.gguf", "--json", code=1)
+
+
+@pytest.mark.parametrize("to", ["orbax", "safetensors", "keras", "gemma_pytorch"])
+def test_a_flipped_bit_of_the_weights_is_found(tmp_path, to):
+    source = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma-mqa"), "BF16")
+    run("convert", source, tmp_path / "m", "--to", to, "--adapter", "none")
+    run("inspect", tmp_path / "m")
+    weights = [
+        file for file in (tmp_path / "m").rglob("*") if file.is_file() and file.stat().st_size > 20_000
+    ]
+    file = max(
+        (file for file in weights if "tokenizer" not in file.name), key=lambda file: file.stat().st_size
+    )
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    output = run("inspect", tmp_path / "m", code=1)
+    assert "is damaged" in output and file.name in output
+    if to == "gemma_pytorch":  # ZIP has checksums of its own
+        (tmp_path / "m" / "SHA256SUMS").unlink()
+        assert "the checksum of" in run("inspect", tmp_path / "m", code=1)

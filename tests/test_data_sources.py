@@ -11,11 +11,15 @@ import pytest
 pytest.importorskip("pyarrow")
 pytest.importorskip("tree_sitter")
 
+from typer.testing import CliRunner
+from vocabularies import small
+
+from codegemma.cli.main import app
 from codegemma.data import licences
 from codegemma.data.documents import Document, Outcome
 from codegemma.data.encodings import decode
 from codegemma.data.notebooks import script_of
-from codegemma.data.sources import Source, read
+from codegemma.data.sources import Source, expand, read
 
 
 def read_folder(root):
@@ -257,3 +261,32 @@ def test_attributes_of_an_archive(tmp_path):
             archive.addfile(info, io.BytesIO(text.encode()))
     results = list(read(Source(tmp_path / "p-1.tar.gz", "tar")))
     assert {each.path for each in results if isinstance(each, Document)} == KEPT
+
+
+# --------------------------------------------------------------------------------------------------- nothing
+def test_a_folder_without_files_is_no_source(tmp_path):
+    (tmp_path / "empty/sub").mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", tmp_path / "new"], check=True)
+    for name in ("empty", "new"):
+        with pytest.raises(ValueError, match=f"{name} holds no files: give a checkout"):
+            expand(str(tmp_path / name))
+    (tmp_path / "empty/sub/a.py").write_text("x = 1\n")
+    assert expand(str(tmp_path / "empty")) == [Source(tmp_path / "empty", "folder")]
+
+
+def test_a_build_without_rows_says_so_and_fails(tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/notes.unknown").write_text("nothing that is code\n")
+    (tmp_path / "m.model").write_bytes(small())
+    arguments = [
+        "data",
+        "build",
+        tmp_path / "code",
+        "--out",
+        tmp_path / "rows",
+        "--tokenizer",
+        tmp_path / "m.model",
+    ]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 1 and "no rows were made" in result.output
+    assert "language not wanted" in result.output

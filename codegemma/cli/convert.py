@@ -103,17 +103,19 @@ def verify(source: str, target: str) -> None:
 
 
 def inspect(source: str, as_json: bool = False) -> None:
-    """Describe a checkpoint or an adapter, and list its problems. No code in it is run."""
+    """Describe a checkpoint or an adapter; exit 1 if it is damaged. No code in it is run."""
     from codegemma.adapters.load import is_adapter, load
     from codegemma.convert import inspect as inspections
 
+    problems: list[str] = []
     if is_adapter(source):
         adapter = load(source)
         facts, lines = adapter.facts(), adapter.lines()
     else:
         inspection = inspections.inspect(source)
-        facts, lines = vars(inspection), inspection.lines()
+        facts, lines, problems = vars(inspection), inspection.lines(), inspection.problems
     print(*([json.dumps(facts, default=str)] if as_json else lines), sep="\n")
+    raise typer.Exit(1 if problems else 0)
 
 
 def export(
@@ -129,9 +131,7 @@ def export(
     packaged = packaged_adapter(checkpoint, hub.preset_of(checkpoint)) if adapter == "auto" else None
     adapters = [packaged[1]] if packaged else []
     if packaged:
-        note(
-            f"{packaged[0]} is merged into the weights, to fill in the middle (--adapter none: the base alone)"
-        )
+        note(f"{packaged[0]}, which fills in the middle, is merged: --adapter none leaves it out")
     elif adapter not in ("auto", "none"):
         adapters = [named_adapter(adapter, checkpoint)]
     has_blocks = any(tensor.type in QUANTISED for tensor in checkpoint.tensors.values())

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from typer import Option
 
 from codegemma.cli.options import Positive
-from codegemma.cli.output import Progress
+from codegemma.cli.output import Progress, note
 from codegemma.config import DEFAULT_MODEL, DataEngine
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ def build(
         print(f"  {count:9,}  {reason}")
     if not result.rows:
         raise ValueError(f"{out} has no rows, since no document was kept (the reasons stand above)")
+    if not result.rows and not recipe.hold_out:
+        note("no rows were made: each document was left out for a reason above (or there was none)")
+        raise typer.Exit(1)
     print(f"look: codegemma data show {out}; codegemma data report {out}")
 
 

@@ -27,6 +27,7 @@ from codegemma.checkpoints import (
 from codegemma.checkpoints.tensors import ELEMENTS, LazyTensor, Tensor, from_float32
 from codegemma.checkpoints.untrusted import naming
 from codegemma.config import ExportFormat
+from codegemma.convert import checksums
 from codegemma.convert.fields import check_fields
 from codegemma.convert.importance import importance_of
 from codegemma.convert.inspect import chat_template, title
@@ -154,6 +155,7 @@ def save(to: ExportFormat, path: Path, checkpoint: Checkpoint, stamp: str | None
         WRITERS[to](path, checkpoint)
     if to not in SINGLE_FILES:
         (path / "NOTICE").write_text(hub.NOTICE)
+        checksums.write(path)
 
 
 def _gguf_header(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from codegemma import files, hub
 from codegemma.checkpoints import Checkpoint, format_of, open_checkpoint
 from codegemma.checkpoints.tensors import BLOCKS, Tensor
 from codegemma.checkpoints.untrusted import read_json
+from codegemma.convert import checksums
 from codegemma.prompts import CHAT_TEMPLATE
 
 # Exponent bits of a float, all set in NaN and infinity, and the type that reads them.
@@ -28,7 +29,10 @@ SCALE_OFFSETS = {  # of the float16 scales in a block, in bytes
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts about a checkpoint. `types` counts matrices by type; `control` holds the control token ids."""
+    """Facts about a checkpoint. `types` counts matrices by type; `control` holds the control token ids.
+
+    `problems` are damage, `notes` what a sound file lacks.
+    """
 
     path: Path
     format: str
@@ -42,6 +46,7 @@ class Inspection:
     chat_template: str | None
     licence: str
     problems: list[str]
+    notes: list[str]
 
     def lines(self) -> Iterator[str]:
         """The lines that `codegemma inspect` prints."""
@@ -53,6 +58,7 @@ class Inspection:
         yield "vocabulary    " + ids
         yield f"chat          {'has a template' if self.chat_template else 'no template'}"
         yield f"licence       {self.licence}"
+        yield from (f"note          {note}" for note in self.notes)
         yield from (f"PROBLEM       {problem}" for problem in self.problems)
 
 
@@ -81,6 +87,7 @@ def inspect(source: str | Path) -> Inspection:
         chat_template=chat_template(checkpoint),
         licence=str(checkpoint.metadata.get("general.license", "Gemma Terms of Use")),
         problems=list(_problems(checkpoint)),
+        notes=list(_notes(checkpoint)),
     )
 
 
@@ -104,21 +111,29 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
     return CHAT_TEMPLATE if preset and "chat" in preset.uses else None
 
 
-def _problems(checkpoint: Checkpoint) -> Iterator[str]:
-    tokenizer, header, rows = checkpoint.tokenizer, checkpoint.metadata, checkpoint.config.vocab
+def _notes(checkpoint: Checkpoint) -> Iterator[str]:
+    tokenizer, header = checkpoint.tokenizer, checkpoint.metadata
     if tokenizer is None:
         yield "no tokenizer: ids work, text does not; put tokenizer.model beside it"
-    else:
-        if (size := tokenizer.vocab_size) > rows:
-            yield f"the tokenizer has {size:,} ids, the embedding {rows:,} rows: they are of different models"
-        if tokenizer.control.fim != "named":
-            yield "the vocabulary names no FIM tokens: no CodeGemma, unless an adapter taught it ids 67 to 70"
-        separator = header.get("tokenizer.ggml.fim_sep_token_id", header.get("tokenizer.ggml.eot_token_id"))
-        if "tokenizer.ggml.tokens" in header and separator != tokenizer.control.file_separator:
-            yield "llama.cpp will not stop at the file separator: convert it again to add fim_sep_token_id"
+        return
+    if tokenizer.control.fim != "named":
+        yield "the vocabulary names no FIM tokens: no CodeGemma, unless an adapter taught it ids 67 to 70"
+    separator = header.get("tokenizer.ggml.fim_sep_token_id", header.get("tokenizer.ggml.eot_token_id"))
+    if "tokenizer.ggml.tokens" in header and separator != tokenizer.control.file_separator:
+        yield "llama.cpp will not stop at the file separator: convert it again to add fim_sep_token_id"
+
+
+def _problems(checkpoint: Checkpoint) -> Iterator[str]:
+    tokenizer, rows = checkpoint.tokenizer, checkpoint.config.vocab
+    if tokenizer and (size := tokenizer.vocab_size) > rows:
+        yield f"the tokenizer has {size:,} ids, the embedding {rows:,} rows: they are of different models"
+    yield from checksums.problems(checkpoint.path)
     for name, tensor in checkpoint.tensors.items():
-        if not _finite(tensor):
-            yield f"tensor {name} holds NaN or infinite numbers: the file is damaged"
+        try:
+            if not _finite(tensor):
+                yield f"tensor {name} holds NaN or infinite numbers: the file is damaged"
+        except ValueError as error:  # its bytes cannot be read
+            yield str(error)
 
 
 def _finite(tensor: Tensor) -> bool:

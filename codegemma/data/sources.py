@@ -56,7 +56,7 @@ class Source:
 def expand(text: str) -> list[Source]:
     """The sources that `[KIND=]PATH` names: the path, or each checkout and archive in that folder.
 
-    Raises ValueError where the path does not exist or is a file of another form.
+    Raises ValueError where the path does not exist, is a file of another form or a folder without files.
     """
     kind, path_text = text.split("=", 1) if re.match(r"\w+=", text) else ("code", text)
     path = Path(path_text).expanduser().resolve()
@@ -72,6 +72,9 @@ def expand(text: str) -> list[Source]:
             f"source {path_text} is no archive, Parquet or JSON-lines file by its name: give one that "
             f"ends in {', '.join(FORMS)}, or a folder"
         )
+    inside = (folder for folder, _, names in os.walk(path) if names)
+    if all(".git" in Path(folder).relative_to(path).parts for folder in inside):
+        raise ValueError(f"source {path_text} holds no files: give a checkout, or a folder of checkouts")
     sources = [] if _is_checkout(path) else [*_inside(path, kind)]
     return sources or [Source(path, "folder", kind)]
 

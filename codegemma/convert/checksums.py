@@ -1,0 +1,55 @@
+"""Checksums of weight files: those that a format has (ZIP's), and SHA256SUMS in the folders that we write."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+SUMS = "SHA256SUMS"  # in the form of `sha256sum`, which checks it by -c
+# Orbax's arrays have no checksum, those of HDF5, safetensors and PyTorch's archives none that readers check.
+WEIGHTS = ("checkpoint/**/*", "*.h5", "*.safetensors", "*.ckpt")
+
+
+def write(folder: Path) -> None:
+    """Writes the SHA-256 of each weight file of a folder."""
+    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern) if file.is_file()})
+    lines = [f"{_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def problems(path: Path) -> Iterator[str]:
+    """What the checksums of a checkpoint find: files that changed since they were written, or are missing."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / SUMS).is_file():
+        for line in (folder / SUMS).read_text("utf-8", "replace").splitlines():
+            match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+            if match is None or ".." in Path(match[2]).parts or Path(match[2]).is_absolute():
+                continue
+            file = folder / match[2]
+            if path.is_file() and file != path:
+                continue
+            if not file.is_file():
+                yield f"{match[2]} is missing, which {SUMS} names: download or convert it again"
+            elif _sha256(file) != match[1]:
+                yield f"{match[2]} is not the file that {SUMS} names: it is damaged, or was changed"
+    for file in [path] if path.is_file() else sorted(folder.glob("*.ckpt")):
+        if zipfile.is_zipfile(file):
+            yield from _zip_problems(file)
+
+
+def _zip_problems(file: Path) -> Iterator[str]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+        bad = str(error)
+    if bad:
+        yield f"{file.name}: the checksum of {bad} is wrong: the file is damaged"
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
