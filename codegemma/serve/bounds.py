@@ -23,8 +23,9 @@ def bounded(request: Request, tokenizer: Tokenizer, context: int) -> Request:
     """
     prompt = request.prompt
     if isinstance(prompt, Infill):
-        prompt = replace(prompt, files=tuple(prompt.files[-MAX_FILES:]))
-        request = replace(request, prompt=prompt)
+        if len(prompt.files) > MAX_FILES:
+            prompt = replace(prompt, files=tuple(prompt.files[-MAX_FILES:]))
+            request = replace(request, prompt=prompt)
         texts = [prompt.prefix, prompt.suffix, prompt.path or "", *(file.text for file in prompt.files)]
     elif isinstance(prompt, Chat):
         texts = [message.text for message in prompt.messages]

@@ -29,6 +29,7 @@ MAX_VALUES = 1 << 18  # of a body's JSON, and of its lists and objects a sixteen
 MAX_CONTAINERS = MAX_VALUES >> 4
 MAX_CONNECTIONS = 4096  # open together; a further one is closed immediately
 CLIENT_TIMEOUT_S = 30.0  # for a request to arrive, and for a client that does not read its answer
+STOPPING = 503  # the status of requests that the end of the server cancels: uvicorn logs how many
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]", "::1"}
 POLICY = (
     "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; "
@@ -80,8 +81,8 @@ class RequestGuard:
         # No route has the method HEAD. For GET's answer to it, uvicorn leaves out the body.
         scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
         headers = Headers(scope=scope)
-        origin = headers.get("origin")
-        allowed = origin if origin in self.rules.origins else None
+        origins = headers.getlist("origin")
+        allowed = origins[0] if len(origins) == 1 and origins[0] in self.rules.origins else None
         sending = _Sending(send, f"{method} {quote(path[:200])}", allowed)
         try:
             await self._answer(scope, receive, sending, headers)
@@ -91,7 +92,9 @@ class RequestGuard:
         except ClientDisconnect:
             return
         except asyncio.CancelledError:  # the server stops before the answer is complete
-            status, message = 503, "the server is stopping: try again in a moment"
+            status, message = STOPPING, "the server is stopping: try again in a moment"
+            if sending.started:
+                await send({"type": "http.response.body", "body": b""})
         except Exception as error:
             if sending.started:
                 raise  # all that is left is to close the connection
@@ -211,7 +214,7 @@ class _Sending:
                 headers["Access-Control-Expose-Headers"] = "Retry-After"
             if message["status"] == 401:
                 headers["WWW-Authenticate"] = "Bearer"
-            if message["status"] >= 400:
+            if message["status"] >= 400 and message["status"] != STOPPING:
                 log.warning("%s: %d", self.request_line, message["status"])
         await self.send(message)
 
