@@ -114,6 +114,24 @@ def test_submodules_have_their_own_rules_also_when_nested_and_read_from_above(tm
     assert git_state(top / "dep/deep")[1] == git(top / "dep/deep", "rev-parse", "HEAD")
 
 
+@pytest.mark.parametrize(
+    ("url", "repository_name"),
+    [
+        ("git@example.org:me/proj.git", "example.org/me/proj"),
+        ("ssh://git@example.org/me/proj", "example.org/me/proj"),
+        ("git+ssh://me:secret@example.org/me/proj.git", "example.org/me/proj"),
+        ("/home/me/private/proj", ""),
+        ("../proj", ""),
+        ("file:///home/me/proj", ""),
+    ],
+)
+def test_a_remote_names_the_repository_and_no_secret(tmp_path, url, repository_name):
+    top = repository(tmp_path / "top")
+    git(top, "remote", "add", "origin", url)
+    git(top, "config", "remote.origin.pushurl", "https://other.example.com/x")
+    assert git_state(top) == (repository_name, git(top, "rev-parse", "HEAD"))
+
+
 def settings_of_the_repository(top, home):
     git(top, "config", "core.excludesFile", str(top.parent / "ignore"))
     return top.parent / "ignore"

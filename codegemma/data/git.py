@@ -65,6 +65,8 @@ def git_state(root: Path) -> tuple[str, str]:
     origin = re.search(r'^\s*\[remote "origin"\]([^\[]*)', _read(folders.common / "config"), re.M)
     url = re.search(r"^\s*url\s*=\s*(\S+)", origin[1], re.M) if origin else None
     address = re.sub(r"^([\w+.-]+://)?([^@/]*@)?", "", url[1].strip('"')) if url else ""
+    if address.startswith(("/", ".", "~")):  # a folder of this machine names no repository
+        address = ""
     return address.replace(":", "/").removesuffix(".git"), _commit(folders)
 
 
