@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lsprotocol import types
 from serving import served
 from tiny import tiny_config, write_tiny_gguf
 
@@ -23,7 +24,7 @@ from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.frames import FrameReader
 from codegemma.editor.lsp import EditorServer
 from codegemma.editor.settings import EditorSettings
-from codegemma.editor.sources import LocalSource, RemoteSource
+from codegemma.editor.sources import Filled, LocalSource, RemoteSource
 from codegemma.editor.suggestion import (
     MAX_PREFIX,
     MAX_SUFFIX,
@@ -253,8 +254,12 @@ class Stub:
 
     name = "stub"
 
-    def __init__(self):
+    def __init__(self, reads_files=True):
+        self._reads_files = reads_files
         self.requests, self.cancelled, self.closed = queue.Queue(), queue.Queue(), threading.Event()
+
+    async def reads_files(self):
+        return self._reads_files
 
     async def fill(self, request):
         future = asyncio.get_running_loop().create_future()
@@ -272,8 +277,8 @@ class Stub:
         return self.requests.get(timeout=WAIT)
 
 
-def resolve(future, text):
-    future.get_loop().call_soon_threadsafe(future.set_result, text)
+def resolve(future, text, confidence=1.0):
+    future.get_loop().call_soon_threadsafe(future.set_result, Filled(text, confidence))
 
 
 @contextmanager
@@ -360,7 +365,7 @@ def test_the_hole_is_where_the_editor_says(encoding, column):
         id = client.inline(uri, 1, column)
         request, future = stub.next()
         assert (request.prompt.prefix, request.prompt.suffix) == ("#中 😋\nx = '😋𝔊' +", " \nend\n")
-        assert request.prompt.trim == "block" and request.max_tokens == 64 and request.prompt.path is None
+        assert request.prompt.trim == "auto" and request.max_tokens == 64 and request.prompt.path is None
         resolve(future, " f(\n  1)")
         (item,) = client.answer(id)["result"]["items"]
         assert item["insertText"] == " f(\r\n  1)"  # as the document's lines end
@@ -779,7 +784,7 @@ def test_a_running_server_is_asked_over_infill_and_hung_up_on_when_cancelled():
             "x = ",
             "\nrest\nhang = \n",
         )
-        assert body["n_predict"] == 64 and body["t_max_prompt_ms"] == 300 and body["trim"] == "block"
+        assert body["n_predict"] == 64 and body["t_max_prompt_ms"] == 300 and body["trim"] == "auto"
         client.open("untitled:b", "end = \n")
         assert client.texts(client.inline("untitled:b", 0, 6)) == ["1"]
         id = client.inline("untitled:a", 3, 7)
@@ -801,7 +806,8 @@ def test_our_own_server_gives_the_models_suggestion_reads_ahead_and_can_be_cance
             )
             wait_until(
                 lambda: (
-                    server.service.metrics.counts["prompt_tokens"] > 10 and not server.service.metrics.running
+                    server.service.metrics.counts["prompt_tokens"] >= 10
+                    and not server.service.metrics.running
                 )
             )
             assert server.service.metrics.counts["predicted_tokens"] == 0
@@ -1184,3 +1190,79 @@ def test_the_prompt_cache_is_kept_where_an_editor_dies_and_a_foreign_file_is_nam
             process.stdin.close()
             assert process.wait(WAIT) == 1
         assert cache.read_bytes().startswith(b"mine" if text else b"codegemma prefix cache")
+
+
+# ------------------------------------------------------------------------------------- the cursor's line
+@pytest.mark.parametrize(
+    "line, text, expected, span",
+    [
+        ("        ", "\n    return a", "\n    return a", (0, 8)),  # the line loses its blanks
+        ("        ", "    return a", "    return a", (0, 8)),
+        ("        ", "        g()", "g()", (8, 8)),
+        ("     ", "        g()", "   g()", (5, 5)),
+        ("\t", "\tg()", "g()", (1, 1)),
+        ("", "    g()", "    g()", (0, 0)),
+        ("    x = ", "1", "1", (8, 8)),
+    ],
+)
+def test_blanks_before_the_cursor_are_the_suggestions(line, text, expected, span):
+    """The model is asked from the start of the line; what it agrees with stays, the rest is replaced."""
+    stub = Stub()
+    with session(stub) as client:
+        client.open("untitled:d", f"def f(a):\n    for x in a:\n{line}\nprint(f(1))\n")
+        id = client.inline("untitled:d", 2, len(line))
+        request, future = stub.next()
+        assert request.prompt.prefix.endswith("in a:\n" + ("" if not line.strip() else line))
+        resolve(future, text)
+        (item,) = client.answer(id)["result"]["items"]
+        columns = tuple(item["range"][edge]["character"] for edge in ("start", "end"))
+        assert (item["insertText"], columns) == (expected, span)
+        assert {item["range"][edge]["line"] for edge in ("start", "end")} == {2}
+
+
+def test_a_suggestion_in_the_indentation_can_be_typed_on():
+    stub = Stub()
+    with session(stub) as client:
+        client.open("untitled:d", "if a:\n    \nb\n")
+        id = client.inline("untitled:d", 1, 4)
+        resolve(stub.next()[1], "    return x")
+        assert client.texts(id) == ["return x"]
+        client.change("untitled:d", (1, 4), (1, 4), "re")
+        assert client.texts(client.inline("untitled:d", 1, 6)) == ["turn x"]
+        assert stub.requests.empty()
+
+
+@pytest.mark.parametrize(
+    "language, text, confidence, shown",
+    [
+        ("python", "x = 1", 0.9, True),
+        ("python", "x = 1", 0.1, False),
+        ("python", "x = 1\nx = 1\nx = 1\n", 0.9, False),
+        ("shellscript", "rm -rf /var/log/messages", 0.9, False),
+        ("shellscript", "ls -l", 0.9, True),
+    ],
+)
+def test_what_is_worth_less_than_nothing_is_hidden_unless_asked_for(language, text, confidence, shown):
+    stub = Stub()
+    with session(stub, minConfidence=0.5) as client:
+        client.open("untitled:c", "\n", language=language)
+        for kind in types.InlineCompletionTriggerKind:
+            id = client.inline("untitled:c", 0, 0, kind=kind)
+            resolve(stub.next()[1], text, confidence)
+            assert bool(client.texts(id)) == (shown or kind == types.InlineCompletionTriggerKind.Invoked)
+            client.change("untitled:c", (0, 0), (0, 0), "\n")  # a suggestion is not reused
+
+
+@pytest.mark.parametrize(
+    "context, reads_files, sent", [("auto", True, True), ("auto", False, False), ("open", False, True)]
+)
+def test_other_files_are_sent_only_where_the_model_knows_them(tmp_path, context, reads_files, sent):
+    stub = Stub(reads_files)
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(f"import {'b' if name == 'a.py' else 'os'}\n")
+    with session(stub, tmp_path, context=context) as client:
+        for name in ("b.py", "a.py"):
+            client.open((tmp_path / name).as_uri(), (tmp_path / name).read_text())
+        client.inline((tmp_path / "a.py").as_uri(), 1, 0)
+        request, _ = stub.next()
+        assert bool(request.prompt.files) == sent

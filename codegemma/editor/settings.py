@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ class EditorSettings(BaseModel):
     enabled: bool = True
     disabled_languages: list[str] = []
     ignored_files: bool = False
-    trim: Literal["auto", "none", "line", "block"] = "auto"
+    trim: Trim = "auto"
     mode: Mode = "auto"
     context: Literal["auto", "imports", "open", "none"] = "auto"
     completion: Literal["auto", "always", "never"] = "auto"
@@ -31,15 +30,9 @@ class EditorSettings(BaseModel):
     time_budget_ms: PositiveInt = 300
     predict_ms: PositiveInt = 2000
     rest_ms: PositiveInt = 300
-    min_confidence: float = Field(0.3, ge=0, le=1)
+    min_confidence: float = Field(default=0.3, ge=0, le=1)
     adapter: str = "auto"
     stats: bool = True
-
-    def trim_before(self, suffix: str) -> Trim:
-        """How much of a suggestion to keep: for "auto", a line if a word follows the cursor, else a block."""
-        if self.trim != "auto":
-            return self.trim
-        return "line" if re.match(r"[^\n]*\w", suffix) else "block"
 
     def updated(self, options: Any) -> tuple[EditorSettings, list[str]]:
         """These settings with an editor's `options` applied, and a complaint about each invalid option."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from pathlib import Path
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
