@@ -461,6 +461,23 @@ def test_errors_are_one_line_and_code_2(run, tmp_path, arguments, words):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["complete", "--trim", "foo"], "'--trim': 'foo' is not one of 'auto', 'none'"),
+        (["setup", "foo"], "'EDITOR': 'foo' is not one of 'vscode'"),
+        (["train", "rows", "--seed", "-1"], "'--seed': it must be greater than or equal to 0, got '-1'"),
+        (["complete", "-n", "x"], "it must be a valid integer, got 'x'"),
+        (["eval", "boolq", "--temp", "warm"], "it must be a valid number, got 'warm'"),
+        (["data", "build", "a", "--out", "b", "--engine", "dask"], "'dask' is not one of 'local', 'ray'"),
+    ],
+)
+def test_values_are_refused_in_plain_words(run, arguments, words):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and words in err
+    assert "Value error" not in err and "Input should" not in err and "unable to" not in err
+
+
+@pytest.mark.parametrize(
     ("verb", "library", "extra"),
     [
         (["eval", "boolq", "-m", "{gguf}", "--endpoint", "http://127.0.0.1:9"], "httpx", "eval"),
@@ -665,6 +682,12 @@ def test_generate_without_a_prompt_names_its_options():
 
 
 # ------------------------------------------------------------------------------------------------ Ctrl-C
+def test_pull_asks_nobody_where_there_is_nobody_to_answer(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, _, err = run("pull", "2b")
+    assert code == 2 and err.count("\n") == 1 and "pass --accept-terms if you accept them" in err
+
+
 INTERRUPTED = {  # a verb, and seconds within which the signal comes
     "generate": (["-p", "x = ", "-n", "999000", "-m", "{endless}"], 2.0),
     "complete": (["{hole}", "--trim", "none", "-n", "999000", "-m", "{endless}"], 2.0),

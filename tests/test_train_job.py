@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +33,7 @@ from codegemma.data import pack
 from codegemma.data.build import build
 from codegemma.data.documents import Document
 from codegemma.data.folder import BuildFolder
+from codegemma.evals.task import compare
 from codegemma.jax.forward import params_of
 from codegemma.prompts import Message
 from codegemma.train import job, session, sft, tune
@@ -211,6 +215,57 @@ def test_a_job_writes_a_result_that_loads_and_has_learned(kind, model, chats, tm
         else:
             base.add_adapter("trained", load_adapter(result))
             assert not np.array_equal(base.engine.logits(ids, adapter="trained"), base.logits(ids))
+
+
+def test_a_job_that_is_stopped_keeps_its_steps_and_resumes_to_the_same_result(model, chats, tmp_path):
+    """Stopped in the middle of its third step, far from a checkpoint; no step is done twice."""
+    settings = TrainingSettings(micro_tokens=256, save_every=100)
+    plans = [small_plan(model, chats, tmp_path / name, settings) for name in ("whole", "stopped")]
+    job.run(plans[0])
+    stop, reports = Event(), []
+
+    def on_step(report):
+        reports.append(report.step)
+        if report.step == 2:
+            stop.set()
+
+    job.run(plans[1], on_step=on_step, stop=stop)
+    assert reports == [1, 2] and not plans[1].result.exists()
+    job.run(plans[1], resume=True, on_step=on_step)
+    assert reports == [*range(1, job.TrainingJob(plans[1]).steps + 1)]
+    first, second = (load_adapter(plan.result) for plan in plans)
+    for part in ("a", "b"):
+        for name, matrix in getattr(first, part).items():
+            np.testing.assert_array_equal(matrix, getattr(second, part)[name])
+
+
+def test_ctrl_c_keeps_the_steps_of_a_run(model, chats, tmp_path):
+    """Through the command line, and twice: before the first step, nothing is there to keep."""
+    command = [sys.executable, "-m", "codegemma.cli", "train", str(chats), "--chat", "-m", str(model)]
+    command += ["--lora-rank", "4", "--batch-tokens", "512", "--length", "128", "--epochs", "900"]
+    command += ["--save-every", "100000", "--out", str(tmp_path / "out")]
+
+    def run(*more, after):
+        with subprocess.Popen(
+            [*command, *more],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:
+            lines = [next(process.stderr) for _ in range(after)]
+            time.sleep(0 if after else 0.5)
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=120)
+        assert process.returncode == 130 and "Traceback" not in rest, rest
+        return lines, rest
+
+    assert run(after=0)[1] in ("", "note: interrupted before the first step of this run\n")
+    steps, notes = run(after=3)
+    assert steps[0].startswith("step 1 of") and "keeps the steps so far, and --resume continues" in notes
+    done = len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    (step,), _ = run("--resume", after=1)
+    assert done >= 3 and step.startswith(f"step {done + 1:,} of")
 
 
 def test_a_job_whose_time_is_up_leaves_what_it_has(model, chats, tmp_path):
@@ -554,6 +609,37 @@ def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
         replace(options, minutes=float("nan"))
     with pytest.raises(ValueError, match="choose another folder"):
         tune.tune(options, lambda report: None, lines.append)
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "not_"),
+    [(0.5, "use it: ", "no gain"), (0.0, "no gain", "use it"), (-0.5, "worse than before", "use it: ")],
+)
+def test_tune_says_use_it_only_where_something_was_gained(tmp_path, change, says, not_):
+    before = {str(n): 0.5 + n / 1000 for n in range(20)}
+    after = {key: value + change for key, value in before.items()}
+    gain = tune.Gain(0.5, 0.5 + change, compare(before, after))
+    text = tune.TuneResult(tmp_path / "made", {"exact match": gain}, 9, 1).text()
+    assert says in text and not_ not in text and str(tmp_path / "made") in text
+
+
+def test_tune_measures_no_longer_than_its_share(model, tmp_path, monkeypatch):
+    """As many holes as fit, of every kind, and before as after; progress tells how many."""
+    repository, shown, asked = code(tmp_path / "app", 12), [], []
+    clock = SimpleNamespace(now=0.0)
+    answers = tune.heldout.answers
+
+    def slow(evaluated, holes, layout):
+        clock.now += 20
+        asked.append(len(holes))
+        return answers(evaluated, holes, layout)
+
+    monkeypatch.setattr(tune.heldout, "answers", slow)
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + clock.now))
+    options = tune.TuneOptions(repository, str(model), 1.0, tmp_path / "made", rank=4, holes=60)
+    tune.tune(options, lambda report: None, lambda line: None, lambda *done: shown.append(done))
+    assert asked == [12, 12]  # 20 s of a minute is more than the fifth that measuring may take
+    assert shown[0][:2] == ("measuring", 0) and shown[-1] == ("measuring", 12, 12)
 
 
 def test_halfway_between_two_adapters():

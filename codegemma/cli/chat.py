@@ -57,8 +57,8 @@ def chat(
     loaded.expect("chat")
     if loaded.preset and "chat" not in loaded.preset.uses:
         note(
-            "a base model continues text and answers no questions: `codegemma pull 1.1-7b-it` and -m 1.1-7b-it, "
-            "or -m with any instruction-tuned .gguf, chats; `codegemma generate` is for this one"
+            "a base model continues text and answers no questions: `codegemma pull 1.1-7b-it` and "
+            "-m 1.1-7b-it, or -m with any instruction-tuned .gguf, chats; `codegemma generate` is for this one"
         )
     conversation = Conversation(loaded, system, replace(request, adapter=loaded.adapter_at(adapter)))
     for text in _terminal_input(loaded.title) if sys.stdin.isatty() else _pipe_input():

@@ -7,6 +7,7 @@ is named or listed, and imports what it works with when it runs, so that every v
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -92,12 +93,27 @@ class Verbs(TyperGroup):
         """Runs a verb. Raises ValueError naming the extra where a library that it needs is not installed."""
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = _plain(error)
+            raise
         except ModuleNotFoundError as error:
             verb = f"{self.prefix}{ctx.invoked_subcommand}"
             if verb not in VERBS or (error.name or "").startswith("codegemma") or not VERBS[verb][1]:
                 raise
             remedy = install_command(VERBS[verb][1])
             raise ValueError(f"codegemma {verb} needs {error.name}: {remedy}") from error
+
+
+def _plain(error: typer.BadParameter) -> str:
+    """What is wrong with an option's value, in place of the words of the library that validated it."""
+    faults = getattr(error.__cause__, "errors", None)
+    if faults is None:
+        return error.message
+    fault = faults()[0]
+    rule = re.sub(r"^Value error, |,? unable to .*$", "", fault["msg"]).rstrip(",")
+    if "Input should" not in rule:
+        return rule
+    return f"{rule.replace('Input should', 'it must')}, got {fault['input']!r}"
 
 
 app = typer.Typer(

@@ -154,6 +154,7 @@ def _confirm(terms: str) -> bool:
     try:
         return input(f"{terms}\nDo you accept them? [y/N]: ").strip().lower() in ("y", "yes")
     except EOFError:
+        print()
         return False
 
 

@@ -138,12 +138,11 @@ class TuneResult:
         if worse:
             lines.append(f"worse than before in {worse}: give it more --minutes, or do not use it")
         elif not any(gain.difference.low > 0 for gain in self.gains.values()):
-            lines.append(
-                f"no gain that these holes can tell from chance: give it more --minutes; {self.adapter}"
-            )
+            lines.append("no gain that these holes can tell from chance: give it more --minutes")
         else:
             lines.append(f"use it: codegemma complete --adapter {self.adapter} ...")
             lines.append(f"in an editor: codegemma lsp --adapter {self.adapter.resolve()}")
+        lines.append(f"the adapter is in {self.adapter}")
         return "\n".join(lines)
 
 
