@@ -382,7 +382,7 @@ def test_a_chosen_entry_of_the_popup_is_completed_in_its_own_range():
         assert (request.prompt.prefix, request.prompt.suffix, request.prompt.trim) == (
             "a = os.path",
             " + b\n",
-            "line",
+            "auto",
         )
         resolve(future, ".sep")
         (item,) = client.answer(id)["result"]["items"]
