@@ -4,6 +4,7 @@
 # make bench   speed beside llama.cpp, in an environment of its own
 # make web, make vscode            the page and the extension, from TypeScript (Node 20 or newer)
 # make test-clients, test-formats  the heavy tests: editors, browsers, other programs' clients and readers
+# make sweep   kills, full disks, foreign folders, hostile clients; OPTIONS="--only clients --seconds 30"
 # make adapter DATA=BENCHMARKS     the default model's FIM adapter; many hours, goes on where it was stopped
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ RUNS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/codegemma/adapter/runs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard codegemma/native/src/*)
 INSTALL = $(PIP) --no-build-isolation --editable
-.PHONY: setup demo test check docs bench bench-env languages web vscode test-clients test-formats adapter clean
+.PHONY: setup demo test check docs bench bench-env languages web vscode test-clients test-formats sweep adapter clean
 
 setup: .venv/.setup
 
@@ -100,6 +101,9 @@ test-formats: .venv/.setup .venv-bench/.setup .venv-formats/.setup
 	test -x .venv-formats/bin/python || $(PYTHON) -m venv .venv-formats
 	.venv-formats/bin/python -m pip install --quiet -r tests/heavy/requirements.txt
 	@touch $@
+
+sweep: .venv/.dev
+	PYTHONPATH=.:tests $(BIN)/python -m sweep $(OPTIONS)
 
 adapter: .venv/.dev
 	$(BIN)/python tools/adapter_data.py rows all --data $(DATA)

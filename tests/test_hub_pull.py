@@ -264,6 +264,42 @@ def test_a_path_is_copied_into_the_cache(tmp_path, monkeypatch):
         hub_pull.pull(str(tmp_path / "none"), "path", ask=lambda _: True)
 
 
+def test_a_folder_is_copied_once_and_another_of_its_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, deep = tmp_path / "model", tmp_path / "model" / "weights" / "0"
+    deep.parent.mkdir(parents=True)
+    deep.write_bytes(b"weights")
+    path = hub_pull.pull(str(source), "path", ask=lambda _: True)
+    assert path == hub_pull.pull(str(source), "path", ask=lambda _: True)
+    assert (path / "weights" / "0").read_bytes() == b"weights"
+    deep.write_bytes(b"changed")
+    with pytest.raises(
+        ValueError, match="holds another model of this name: run `codegemma models --remove model`"
+    ):
+        hub_pull.pull(str(source), "path", ask=lambda _: True)
+    assert (path / "weights" / "0").read_bytes() == b"weights"
+    hub.remove("model")
+    assert (
+        hub_pull.pull(str(source), "path", ask=lambda _: True) / "weights" / "0"
+    ).read_bytes() == b"changed"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_fills_while_a_folder_is_copied_is_one_error_with_its_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"weights")
+
+    def full(path, out):
+        with open("/dev/full", "wb", buffering=0) as device:
+            device.write(path.read_bytes())
+
+    monkeypatch.setattr(hub_pull, "_copy", full)
+    with pytest.raises(ValueError, match="the disk of .*codegemma is full: make room, or set [^;]*$"):
+        hub_pull.pull(str(tmp_path / "model"), "path", ask=lambda _: True)
+    assert [*(tmp_path / "cache" / "codegemma" / "models" / "local").iterdir()] == []
+
+
 # ---------------------------------------------------------------------- the Hugging Face Hub's interface
 REPO, COMMIT = "google/codegemma-2b", "c" * 40
 FILES = {"config.json": b"{}", "model.safetensors": BODY[:100_000], "tokenizer.model": b"t"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import filecmp
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
 from codegemma import hub
 from codegemma.checkpoints import gguf_files
@@ -100,7 +101,8 @@ def pull(
             raise
         remedy = "make room, or set XDG_CACHE_HOME (HF_HOME for the Hub) to another disk"
         rule = f"the disk of {cache_dir()} is full: {remedy}"
-        raise ValueError(f"{rule}; the part that was downloaded is kept") from None
+        kept = "" if source == "path" else "; the part that was downloaded is kept"
+        raise ValueError(f"{rule}{kept}") from None
 
 
 # -------------------------------------------------------------------------------- the sources
@@ -198,13 +200,30 @@ def _from_path(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: check the path")
     target = cache_dir() / "models" / "local" / path.name
-    if path.is_dir():
-        with atomic_directory(target) as folder:
-            shutil.copytree(path, folder, dirs_exist_ok=True)
-    else:
-        with atomic_write(target) as out, open(path, "rb") as source:
-            shutil.copyfileobj(source, out, BLOCK)
+    if not path.is_dir():
+        with atomic_write(target) as out:
+            _copy(path, out)
+        return target
+    walk = os.walk(path, followlinks=True)
+    names = sorted(Path(folder, name).relative_to(path) for folder, _, files in walk for name in files)
+    if target.is_dir() and any(target.iterdir()):
+        if all(
+            (target / name).is_file() and filecmp.cmp(path / name, target / name, False) for name in names
+        ):
+            return target
+        remedy = f"`codegemma models --remove {path.name}` first, or rename {path}"
+        raise ValueError(f"{target} holds another model of this name: run {remedy}")
+    with atomic_directory(target) as folder:
+        for name in names:  # not shutil.copytree, whose errors lose their kind
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with open(folder / name, "wb") as out:
+                _copy(path / name, out)
     return target
+
+
+def _copy(path: Path, out: BinaryIO) -> None:
+    with open(path, "rb") as source:
+        shutil.copyfileobj(source, out, BLOCK)
 
 
 # -------------------------------------------------------------------------------- downloads
