@@ -130,7 +130,8 @@ def explain(error: OSError) -> str:
     remedy = _REMEDIES.get(error.errno, "")
     for variable, folder in (("XDG_CACHE_HOME", cache_dir), ("XDG_STATE_HOME", state_dir)):
         with suppress(OSError):  # no home directory
-            if error.errno in _FOLDER_ERRORS and Path(path).is_relative_to(folder()):
+            is_within = Path(path).is_relative_to(folder()) or (path and folder().is_relative_to(path))
+            if error.errno in _FOLDER_ERRORS and is_within:
                 remedy = f"set {variable} to a folder with room that you may write"
     return f"{path}{': ' if path else ''}{error.strerror}{': ' if remedy else ''}{remedy}"
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from vocabularies import small
 
-from codegemma.data import build, dedup, fim, pack, report, show, splits
+from codegemma.data import build, dedup, engines, fim, pack, report, show, splits
 from codegemma.data.clean import Cleaner
 from codegemma.data.documents import Document
 from codegemma.data.recipe import BuildRecipe
@@ -387,6 +387,18 @@ if __name__ == "__main__":
             benchmarks=[corpus / "toy.jsonl"],
             resume=True,
         )
+
+
+def test_a_machine_without_shared_memory_is_told_what_to_do(monkeypatch):
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", read_only)
+    rule = r"/dev/shm \(Read-only file system\): make it writable, or pass --workers 1"
+    with pytest.raises(ValueError, match=rule), engines.local(2):
+        pass
+    with engines.local(1):
+        pass
 
 
 def test_a_folder_that_holds_no_build_is_not_resumed(corpus, tokenizer, tmp_path):

@@ -142,7 +142,11 @@ def test_the_remedy_for_our_own_folders_is_their_variable(monkeypatch, tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     for folder, variable in (("cache", "XDG_CACHE_HOME"), ("state", "XDG_STATE_HOME")):
         error = OSError(errno.ENOSPC, "No space", str(tmp_path / folder / "codegemma" / "file"))
-        assert files.explain(error).endswith(f"set {variable} to a folder with room that you may write")
+        remedy = f"set {variable} to a folder with room that you may write"
+        assert files.explain(error).endswith(remedy)
+        error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / folder))  # to be made first
+        assert files.explain(error).endswith(remedy)
+        assert remedy not in files.explain(OSError(errno.EACCES, "Permission denied"))
 
 
 def test_a_full_disk_is_named(tmp_path):

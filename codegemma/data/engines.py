@@ -23,7 +23,12 @@ def local(workers: int) -> Iterator[Engine]:
     if workers == 1:
         yield lambda tasks: map(run_task, tasks)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    try:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    except OSError as error:  # its semaphores are files in /dev/shm
+        fault = f"worker processes cannot share memory in /dev/shm ({error.strerror})"
+        raise ValueError(f"{fault}: make it writable, or pass --workers 1") from error
+    with pool:
 
         def run(tasks: Sequence[Task]) -> Iterator[None]:
             try:
