@@ -274,6 +274,12 @@ def test_destructive_commands_are_not_suggested_unasked(command):
     assert is_worth_showing(f"# {command}", 1.0, Infill("", language="markdown"), 0.0)
 
 
+def test_a_long_line_of_a_shell_costs_no_time():
+    infill = Infill("dd " * 300_000, "", path="a.sh")  # searched whole, it would take hours
+    assert is_worth_showing("x", 1.0, infill, 0.3)
+    assert not is_worth_showing("; rm -rf build", 1.0, infill, 0.3)
+
+
 @pytest.mark.parametrize(
     "command",
     [

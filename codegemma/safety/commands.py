@@ -7,6 +7,7 @@ import re
 SHELL_LANGUAGES = frozenset(
     {"shell", "shellscript", "sh", "bash", "zsh", "fish", "makefile", "dockerfile", "powershell"}
 )
+MAX_LINE = 500  # characters, its last ones: the time of the search grows with their square
 
 _DESTRUCTIVE = re.compile(
     r"""
@@ -34,4 +35,6 @@ _DESTRUCTIVE = re.compile(
 def is_destructive(text: str, language: str) -> bool:
     """Whether code in a shell language (as an editor or `data.documents.language_of` names it) has a command
     that deletes, overwrites or ends things without asking."""
-    return language.lower() in SHELL_LANGUAGES and _DESTRUCTIVE.search(text) is not None
+    if language.lower() not in SHELL_LANGUAGES:
+        return False
+    return any(_DESTRUCTIVE.search(line[-MAX_LINE:]) for line in text.split("\n"))

@@ -181,17 +181,17 @@ def test_the_example_is_completed_right_and_a_reload_keeps_the_text(server, open
     assert settled(page) == "counts[word] = counts.get(word, 0) + 1"
     page.get_by_role("button", name="Word").tap()
     page.get_by_role("button", name="Accept").tap()
-    line = "counts[word] = counts.get(word, 0) + 1"
+    line = "counts[word]=counts.get(word,0)+1"  # which a narrow screen wraps
     expect(page.locator(".view-line", has_text="+ 1")).to_be_visible()
-    assert line in code(page)
+    assert line in re.sub(r"\s", "", code(page))
     page.fill("#path", "tally.py")
     page.locator("#path").blur()
     page.reload()
     expect(page.locator(".view-line", has_text="+ 1")).to_be_visible()
-    assert line in code(page) and page.input_value("#path") == "tally.py"
+    assert line in re.sub(r"\s", "", code(page)) and page.input_value("#path") == "tally.py"
     page.get_by_role("button", name="Show the example").tap()
     expect(page.locator(".view-line", has_text="+ 1")).to_have_count(0)
-    assert line not in code(page)
+    assert line not in re.sub(r"\s", "", code(page))
 
 
 def test_an_unsure_suggestion_is_shown_only_to_who_asks(server, open_page):

@@ -16,6 +16,11 @@ import httpx
 import pytest
 from browser import TIMEOUT_MS, Page, chromium, expect, picture
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from serving import Process
+from tiny import tiny_config, write_tiny_gguf
+
 ROOT = Path(__file__).parents[2]
 VSIX = ROOT / "codegemma/editor/codegemma.vsix"
 CODE = ROOT / "build/code-server/node_modules/code-server/out/node/entry.js"
@@ -171,7 +176,7 @@ def test_ghost_text_is_the_servers_and_is_accepted_by_word_and_whole(workbench):
             "input_suffix": f"\n{suffix}",
             "path": "shapes.py",
             "mode": "auto",
-            "trim": "block",
+            "trim": "auto",
             "adapter": "auto",
             "n_predict": 24,
             "input_extra": [],
@@ -194,20 +199,65 @@ def test_ghost_text_is_the_servers_and_is_accepted_by_word_and_whole(workbench):
     assert row["taken"] == row["characters"] == len(answer["content"])
 
 
-def test_the_chat_answers_about_the_function_at_the_cursor(workbench):
+def offered(page: Page, name: str) -> bool:
+    """Whether the command palette has a command; Menu, which it always has, shows that the list is complete."""
+    page.keyboard.press("F1")
+    field = page.locator(".quick-input-widget input").first
+    field.fill(">CodeGemma: Menu")
+    page.locator(".quick-input-list").get_by_text("CodeGemma: Menu", exact=True).first.wait_for()
+    field.fill(">CodeGemma:")
+    page.locator(".quick-input-list").get_by_text("CodeGemma: Complete Here", exact=True).first.wait_for()
+    field.fill(f">CodeGemma: {name}")
+    page.wait_for_timeout(1000)
+    found = page.locator(".quick-input-list").get_by_text(f"CodeGemma: {name}", exact=True).count()
+    page.keyboard.press("Escape")
+    return found > 0
+
+
+def test_the_walkthrough_shows_the_first_steps(workbench):
     page, _ = workbench
+    command(page, "Get Started")
+    expect(page.get_by_text("Get started with CodeGemma").first).to_be_visible(timeout=TIMEOUT_MS)
+    expect(page.get_by_text("Take a suggestion").first).to_be_visible()
+    expect(page.get_by_text("Choose a model that can chat").first).to_be_visible()  # the default cannot
+    expect(page.get_by_text("Ask about code").first).to_have_count(0)
+    picture(page, "vscode-walkthrough")
+    page.keyboard.press("Control+F4")
+    page.locator(".tab", has_text="shapes.py").click()
+
+
+def test_questions_are_offered_only_where_the_model_can_chat(workbench, tmp_path):
+    page, home = workbench
     to_line(page, 7)
-    command(page, "Explain")
-    view = page.frame_locator("iframe.webview.ready").frame_locator("iframe")
-    question = view.locator(".message.user .text")
-    expect(question).to_contain_text("Explain what this code does", timeout=TIMEOUT_MS)
-    expect(question).to_contain_text("def circle_area(radius):")
-    expect(view.locator(".message.assistant .text")).not_to_be_empty(timeout=TIMEOUT_MS)
-    stop = view.locator(".composer button")
-    if stop.inner_text() == "Stop":
-        stop.click()
-    expect(stop).to_have_text("Send", timeout=TIMEOUT_MS)
-    picture(page, "vscode-chat")
+    assert (
+        offered(page, "Complete Here") and not offered(page, "Explain") and not offered(page, "Write Tests")
+    )
+    write_tiny_gguf(tmp_path / "tiny.gguf", tiny_config("gemma3"))  # its vocabulary has turns, so it chats
+    machine = home / "data/Machine/settings.json"
+    settings = json.loads(machine.read_text())
+    with Process("-m", str(tmp_path / "tiny.gguf")) as process:
+        machine.write_text(json.dumps(settings | {"codegemma.url": process.url}))
+        wait_until(lambda: offered(page, "Explain"))
+        to_line(page, 7)
+        command(page, "Explain")
+        view = page.frame_locator("iframe.webview.ready").frame_locator("iframe")
+        question = view.locator(".message.user .text")
+        expect(question).to_contain_text("Explain what this code does", timeout=TIMEOUT_MS)
+        expect(question).to_contain_text("def circle_area(radius):")
+        expect(view.locator(".message.assistant .text")).not_to_be_empty(timeout=TIMEOUT_MS)
+        stop = view.locator(".composer button")
+        if stop.inner_text() == "Stop":
+            stop.click()
+        expect(stop).to_have_text("Send", timeout=TIMEOUT_MS)
+        picture(page, "vscode-chat")
+        page.keyboard.press("Control+Shift+E")
+        page.get_by_role("treeitem", name=".env").dblclick()
+        page.locator(".tab.active", has_text=".env").wait_for()
+        command(page, "Explain")
+        expect(page.get_by_text("it is not sent").first).to_be_visible(timeout=TIMEOUT_MS)
+        page.locator(".tab", has_text="shapes.py").click()
+        machine.write_text(json.dumps(settings))
+        wait_until(lambda: not offered(page, "Explain"))
 
 
 def test_off_for_a_language_and_on_again(workbench):
@@ -219,16 +269,6 @@ def test_off_for_a_language_and_on_again(workbench):
     assert json.loads(settings.read_text())["codegemma.enable"]["python"] is False
     command(page, "Turn On or Off for This Language")
     expect(status(page).locator(".codicon-circle-slash")).to_have_count(0, timeout=TIMEOUT_MS)
-
-
-def test_a_file_of_secrets_is_not_sent(workbench):
-    page, _ = workbench
-    page.keyboard.press("Control+Shift+E")
-    page.get_by_role("treeitem", name=".env").dblclick()
-    page.locator(".tab.active", has_text=".env").wait_for()
-    command(page, "Explain")
-    expect(page.get_by_text("it is not sent").first).to_be_visible(timeout=TIMEOUT_MS)
-    page.locator(".tab", has_text="shapes.py").click()
 
 
 def test_the_server_stops_and_starts(workbench):
