@@ -323,6 +323,19 @@ def spans(tokenizer, ids, text, prompt=""):
     return joined([lists.entry(token, 0.0, None, prompt) for token in ids])["text_offset"], lists.position
 
 
+def test_offsets_of_tokens_that_spell_what_stands_before_the_cursor(server):
+    """The prompt ends within a word, which the answer's first tokens spell again: its text is the rest."""
+    body = {"prompt": "x = 1\nretu", "suffix": "\ny", "max_tokens": 12, "logprobs": 1, "trim": "none"}
+    choice = send(server, "/v1/completions", body).json()["choices"][0]
+    lists, text = choice["logprobs"], choice["text"]
+    spelled = "".join(lists["tokens"])
+    assert spelled.startswith("retu") and spelled.removeprefix("retu").startswith(text)
+    position = -len("retu")
+    for token, offset in zip(lists["tokens"], lists["text_offset"], strict=True):
+        assert offset == min(max(position, 0), len(text))
+        position += len(token)
+
+
 def test_text_offsets_point_into_the_text():
     tokenizer = vocab.small_tokenizer()
     for text in ("é", "aé漢b", "x 🙂 y", "def f(): 日本"):

@@ -36,7 +36,8 @@ class LogprobLists:
         self.begin_answer(0)
 
     def begin_answer(self, position: int) -> None:
-        """What follows is the answer, which is decoded alone and begins at `position`."""
+        """What follows is the answer, which is decoded alone and begins at `position`: before 0 where its
+        first tokens spell what stands before the cursor."""
         self.position = position
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -55,7 +56,9 @@ class LogprobLists:
             for other, value in [*(top or ()), *([] if logprob is None else [(token, logprob)])]:
                 name = self._text_of(other)
                 best[name] = max(value, best.get(name, value))
-        return dict(zip(LISTS, ([text], [logprob], [best], [self._advance(token, prompt)]), strict=True))
+        return dict(
+            zip(LISTS, ([text], [logprob], [best], [max(self._advance(token, prompt), 0)]), strict=True)
+        )
 
     def _advance(self, token: int, prompt: str) -> int:
         """The token's offset. Afterwards `position` is behind the characters that it completes."""

@@ -293,7 +293,7 @@ class OpenAICompletionWriter(OpenAIWriter):
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         index, last = answer.index, answer.steps[-1]
-        parts = [self._echo(index, answer.job), *(self._part(index, step) for step in answer.steps)]
+        parts = [self._echo(index, answer.job), *(self._part(answer, step) for step in answer.steps)]
         text, logprobs = "".join(text for text, _ in parts), joined([lists for _, lists in parts if lists])
         # The tokens of a stop text, or of what was trimmed off, end where the text ends.
         logprobs["text_offset"] = [min(offset, len(text)) for offset in logprobs["text_offset"]]
@@ -311,7 +311,7 @@ class OpenAICompletionWriter(OpenAIWriter):
         if self.echo and len(answer.steps) == 1:
             text, logprobs = self._echo(answer.index, answer.job)
             yield self.chunk({"text": text, "index": answer.index, "logprobs": logprobs})
-        text, logprobs = self._part(answer.index, step)
+        text, logprobs = self._part(answer, step)
         if text or logprobs or step.stop is not None:
             choice = {"text": text, "index": answer.index, "logprobs": logprobs}
             chunk = self.chunk(choice, answer.job if step.stop else None)
@@ -334,11 +334,14 @@ class OpenAICompletionWriter(OpenAIWriter):
         lists.begin_answer(len(text))
         return text, entries
 
-    def _part(self, index: int, step: Step) -> tuple[str, Logprobs | None]:
+    def _part(self, answer: Answer, step: Step) -> tuple[str, Logprobs | None]:
         """A step's text and log-probabilities. <eos> has some too, since lm-eval drops the last entry."""
         if not self.with_logprobs or step.token is None:
             return step.text, None
-        return step.text, self.lists[index].entry(step.token, step.logprob, step.top)
+        lists, typed = self.lists[answer.index], answer.job.resolved.typed
+        if typed and step is answer.steps[0]:
+            lists.begin_answer(-typed)
+        return step.text, lists.entry(step.token, step.logprob, step.top)
 
 
 def _likeliest(answers: list[Answer], n: int) -> list[Answer]:
