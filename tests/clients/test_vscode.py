@@ -200,7 +200,7 @@ def test_ghost_text_is_the_servers_and_is_accepted_by_word_and_whole(workbench):
 
 
 def offered(page: Page, name: str) -> bool:
-    """Whether the command palette has a command; Menu, which it always has, shows that the list is complete."""
+    """Whether the command palette has a command. It always has Menu, which shows that the list is there."""
     page.keyboard.press("F1")
     field = page.locator(".quick-input-widget input").first
     field.fill(">CodeGemma: Menu")
