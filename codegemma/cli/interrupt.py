@@ -32,7 +32,7 @@ def watch() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_act, args=(reader,), daemon=True).start()
     # Python's last steps put the system's handler back, with which a process that is done would die
-    atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def before_leaving(*cleanups: Callable[[], None]) -> None:

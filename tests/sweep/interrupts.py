@@ -1,6 +1,6 @@
 """Ctrl-C at random moments over all verbs: PYTHONPATH=.:tests python -m sweep.interrupts [ROUNDS].
 
-The law: exit code 130 (or 0, where the verb was done before), no traceback, no unfinished file. Prints a table.
+The law: exit code 130 (or 0, where the verb was done before), no traceback, no unfinished file.
 """
 
 from __future__ import annotations
