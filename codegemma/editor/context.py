@@ -24,6 +24,7 @@ MAX_REPOSITORY_FILES = 20_000  # that an import may lead to
 MAX_CONTEXT_CHARACTERS = 24_000  # of all other files together
 MAX_FILE_CHARACTERS = 8_000  # of one other file, from its start, where imports and declarations are
 MAX_READ_CHARACTERS = 4 * MAX_FILE_CHARACTERS  # searched for secrets, so that none is cut in half and missed
+HOLDS_CREDENTIALS = "files of this name hold credentials"  # why a file stays out of prompts
 GIT_IGNORES = "git ignores it"
 FILE_LIST_SECONDS = 60.0  # how long a list of a repository's files is used
 
@@ -42,7 +43,7 @@ class FilePolicy:
         path = path.absolute()
         names = {path, path.resolve()}
         if any(secrets.is_secret_name(str(name), language) for name in names):
-            return "files of this name hold credentials"
+            return HOLDS_CREDENTIALS
         if any(".git" in name.parts for name in names):
             return "it belongs to git"
         is_allowed = ignored_too or not any(is_ignored(self.root(name), name) for name in names)

@@ -11,6 +11,7 @@ from lsprotocol import types
 from pygls import uris
 
 from codegemma.editor.buffers import Buffer, Chunk, Encoding
+from codegemma.editor.context import HOLDS_CREDENTIALS
 from codegemma.safety.secrets import is_secret_name
 
 CELL_SEPARATOR = Buffer("\n\n")  # between the cells of a notebook
@@ -55,7 +56,7 @@ class Documents:
         path, language = local_path(item.uri), item.language_id
         self.close(item.uri)
         if path is None and is_secret_name(uris.urlparse(item.uri)[2], language):
-            self.log(f"{item.uri} gets no completions and enters no prompt: its name says credentials")
+            self.log(f"{item.uri} gets no completions and enters no prompt: {HOLDS_CREDENTIALS}")
             return
         self.buffers[item.uri] = Buffer(item.text, self.encoding, path, language)
 
