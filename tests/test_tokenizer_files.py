@@ -170,8 +170,8 @@ def _ending_gguf(path, entries):
     return path
 
 
-def _ending_folder(path, fields=None, generation=None):
-    folder = _folder(path, 516, added_tokens={"<|im_end|>": 515})
+def _ending_folder(path, fields=None, generation=None, **files):
+    folder = _folder(path, 516, added_tokens={"<|im_end|>": 515}, **files)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | (fields or {})))
     if generation is not None:
@@ -211,6 +211,20 @@ def test_a_stated_end_ends_fim_text_and_chat_in_every_format(tmp_path, stated, t
     ):
         assert {1, 107, 515} <= prompt.stops
     assert tokenizer.fingerprint == open_checkpoint(path).build_tokenizer().fingerprint
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", {"content": "<|im_end|>", "special": True}])
+@pytest.mark.parametrize("to", [None, "gguf", "keras"])
+def test_the_end_that_tokenizer_config_names_is_one(tmp_path, eos, to):
+    path = _ending_folder(tmp_path / "m", tokenizer_config={"eos_token": eos})
+    path = convert(path, tmp_path / f"out{FORMATS[to]}", to).path if to else path
+    assert 515 in prompts.chat_stops(open_checkpoint(path).tokenizer)
+
+
+@pytest.mark.parametrize("eos", [None, 7, "<nowhere>", ["x"]])
+def test_an_end_that_tokenizer_config_does_not_name_is_none(tmp_path, eos):
+    folder = _ending_folder(tmp_path / "m", tokenizer_config={"eos_token": eos})
+    assert 515 not in prompts.chat_stops(open_checkpoint(folder).tokenizer)
 
 
 def test_an_end_that_the_vocabulary_lacks_is_none(tmp_path):

@@ -59,14 +59,14 @@ class Checkpoint:
         if self.build_tokenizer is None:
             return None
         tokenizer = self.build_tokenizer().without_added(self.config.vocab)
-        return tokenizer.with_end_ids(self.end_ids) if self.end_ids else tokenizer
+        return tokenizer.with_end_ids(self.end_ids | tokenizer.end_ids) if self.end_ids else tokenizer
 
     @property
     def unnamed_ends(self) -> list[int]:
         """All ends of generation, for a file to state them; empty where the vocabulary's names tell them."""
         control = self.tokenizer.control if self.tokenizer else None
         named = {control.eos, control.end_of_turn} if control else set()
-        extra = self.end_ids - named
+        extra = (self.tokenizer.end_ids if self.tokenizer else self.end_ids) - named
         return sorted(extra | {token for token in named if token is not None}) if extra else []
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from codegemma.checkpoints.table import written_fields
-from codegemma.checkpoints.untrusted import damaged, read_bytes
+from codegemma.checkpoints.untrusted import damaged, parse_json, read_bytes
 from codegemma.tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer
 
 SIDE_FILES = ("tokenizer_config.json", "tokenizer.json", "added_tokens.json")
@@ -41,7 +41,18 @@ def _load(directory: Path) -> Tokenizer:
 
     if data.keys() == {"tokenizer.model"}:
         return Tokenizer.from_sentencepiece(data["tokenizer.model"])
-    return Tokenizer.cached(b"".join(name.encode() + raw for name, raw in data.items()), build)
+    tokenizer = Tokenizer.cached(b"".join(name.encode() + raw for name, raw in data.items()), build)
+    end = _named_end(directory / "tokenizer_config.json", data.get("tokenizer_config.json", b"{}"))
+    token = None if end is None else tokenizer.token_id(end)
+    return tokenizer if token is None else tokenizer.with_end_ids([token])
+
+
+def _named_end(file: Path, raw: bytes) -> str | None:
+    """The text of `eos_token` in a tokenizer_config.json, which may be an object with `content`."""
+    fields = parse_json(file, raw)
+    end = fields.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    return end if isinstance(end, str) else None
 
 
 def _added(file: Path, raw: bytes) -> Iterator[tuple[int, str, bool]]:
