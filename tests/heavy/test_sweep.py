@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import pytest
 
-
 pytest.importorskip("fastapi")  # of this package's own environment, not of those of `make test-formats`
 program = pytest.importorskip("sweep.__main__")
 storage = pytest.importorskip("sweep.storage")

@@ -131,10 +131,10 @@ def _refused(
     job: Job, reference: Reference, inputs: Path, case: Path, chance: random.Random, foreign: bool
 ) -> list[str]:
     """The cache folder of the user, or the folder of the results, cannot be written."""
-    prefix = as_nobody() if os.geteuid() == 0 else []
+    make_case(case)
+    prefix = as_nobody(inputs) if os.geteuid() == 0 else []
     if foreign and not prefix:
         raise Skipped("a folder of another user needs root")
-    make_case(case)
     folder = case / (CACHE if job.writes == CACHE or chance.random() < 0.5 else "work")
     folder.mkdir(exist_ok=True)
     if prefix:
@@ -156,23 +156,29 @@ def _refused(
     )
 
 
-def as_nobody() -> list[str]:
-    """The start of a command that runs as nobody. Where only root reads the interpreter's folder, it keeps
-    the capability to read everything, and none to write."""
+def as_nobody(inputs: Path) -> list[str]:
+    """The start of a command that runs as nobody. Where only root reads the interpreter or `inputs`, it
+    keeps the capability to read everything, and none to write."""
     if not shutil.which("setpriv"):
         raise Skipped("it needs setpriv, of util-linux")
     command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    if reads(command):
+    if reads(command, inputs):
         return command
     command += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    if not reads(command):
+    if not reads(command, inputs):
         raise Skipped("nobody cannot read this interpreter")
     return command
 
 
-def reads(command: list[str]) -> bool:
-    """Whether a command that runs as nobody can start this interpreter with our libraries."""
-    program = [*command, sys.executable, "-c", "import numpy, typer"]
+def reads(command: list[str], folder: Path) -> bool:
+    """Whether a command that runs as nobody starts this interpreter with our libraries, and reads `folder`."""
+    program = [
+        *command,
+        sys.executable,
+        "-c",
+        "import os, sys, numpy, typer; os.listdir(sys.argv[1])",
+        folder,
+    ]
     try:
         return subprocess.run(program, capture_output=True, cwd="/").returncode == 0
     except OSError:
