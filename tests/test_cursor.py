@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import TINY_TOKENIZER, native
+from test_engine import TINY_TOKENIZER, Scripted, native
+from tiny import tiny_config
 from vocabularies import small_tokenizer
 
 from codegemma.generate.completion import cut, is_loop, is_worth_showing
@@ -300,3 +301,19 @@ def test_what_the_model_is_unsure_of_is_hidden():
     assert is_worth_showing("1", 0.5, infill, 0.5) and not is_worth_showing("1", 0.49, infill, 0.5)
     assert not is_worth_showing(" \n", 1.0, infill, 0.0)
     assert not is_worth_showing("1,\n" * 9, 1.0, infill, 0.0)
+
+
+# ------------------------------------------------------------------------------------- padded vocabularies
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(2.0, seed=1), Sampling(bias=((560, 100.0), (3, 1.0)))]
+)
+def test_ids_that_the_tokenizer_cannot_spell_are_never_chosen_nor_listed(sampling):
+    """The likeliest row of the model is one that pads its vocabulary to a round size."""
+    backend = Scripted([2, 560, 560, 560, 560, 560])
+    backend.config = tiny_config("gemma-mqa", context=512, vocab=600)
+    engine, size = Engine(backend, TINY_TOKENIZER), TINY_TOKENIZER.vocab_size
+    steps = list(engine.generate(Request([2], 4, sampling, top_logprobs=5)))
+    assert len(steps) == 4 and all(step.token < size for step in steps)
+    for step in steps:
+        assert all(token < size for token, _ in step.top)
+        assert step.logprob == pytest.approx(-np.log(size), abs=1e-5)  # all rows that are left are equal
