@@ -58,7 +58,7 @@ def chat(
     if loaded.preset and "chat" not in loaded.preset.uses:
         note(
             "a base model continues text and answers no questions: `codegemma pull 1.1-7b-it` and "
-            "-m 1.1-7b-it, or -m with any instruction-tuned .gguf, chats; `codegemma generate` is for this one"
+            "-m 1.1-7b-it, or -m with any instruction-tuned .gguf, chats; for this one, `codegemma generate`"
         )
     conversation = Conversation(loaded, system, replace(request, adapter=loaded.adapter_at(adapter)))
     for text in _terminal_input(loaded.title) if sys.stdin.isatty() else _pipe_input():
