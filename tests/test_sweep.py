@@ -86,7 +86,7 @@ def test_a_late_health_and_a_long_pause_are_seen():
 def test_memory_that_rises_or_peaks_is_seen():
     mb = judges.MB
     assert judges.memory(100 * mb, [100 * mb, 150 * mb, 151 * mb, 152 * mb] * 5) == []
-    assert "rises" in judges.memory(100 * mb, [(100 + 5 * i) * mb for i in range(40)])[0]
+    assert "rises" in judges.memory(100 * mb, [(100 + 8 * i) * mb for i in range(40)])[0]
     assert "peaks" in judges.memory(100 * mb, [100 * mb] * 9 + [900 * mb] + [100 * mb] * 30)[0]
     assert judges.memory(100 * mb, [100 * mb] * 3) == ["memory was not measured"]
 

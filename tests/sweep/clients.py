@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 from serving import Process
@@ -78,7 +78,8 @@ def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
 
 
 # --------------------------------------------------------------------------------- hostile clients
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+Reader: TypeAlias = asyncio.StreamReader
+Writer: TypeAlias = asyncio.StreamWriter
 Attack = Callable[[Reader, Writer, random.Random], Awaitable[object]]
 
 
@@ -172,18 +173,18 @@ class Siege:
     answers: list[tuple[str, object]] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
     attacks: int = 0
+    hostile_since: float = 0.0  # of time.monotonic, which all processes share
     busy: int = 0
 
 
-async def _good(siege: Siege, url: str, until: float, chance: random.Random) -> None:
-    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client:
-        while time.monotonic() < until:
-            name = chance.choice(list(REQUESTS))
-            try:
-                siege.answers.append((name, await _ask(siege, client, name)))
-            except (httpx.HTTPError, ValueError) as error:
-                siege.answers.append((name, repr(error)))
-            await asyncio.sleep(chance.uniform(0, 0.5))
+async def _good(siege: Siege, client: httpx.AsyncClient, until: float, chance: random.Random) -> None:
+    while time.monotonic() < until:
+        name = chance.choice(list(REQUESTS))
+        try:
+            siege.answers.append((name, await _ask(siege, client, name)))
+        except (httpx.HTTPError, ValueError) as error:
+            siege.answers.append((name, repr(error)))
+        await asyncio.sleep(chance.uniform(0, 0.5))
 
 
 async def _ask(siege: Siege, client: httpx.AsyncClient, name: str) -> object:
@@ -210,18 +211,19 @@ async def _hostile(siege: Siege, port: int, until: float, chance: random.Random)
 
 
 async def _besiege(siege: Siege, url: str, pid: int, seconds: float, chance: random.Random) -> None:
-    began, port = time.monotonic(), httpx.URL(url).port
+    port, limits = httpx.URL(url).port, httpx.Limits(max_connections=None)
     assert port is not None
-    until, seeds = began + seconds, [chance.random() for _ in range(GOOD + HOSTILE)]
-    good = [asyncio.create_task(_good(siege, url, until, random.Random(seed))) for seed in seeds[:GOOD]]
-    await asyncio.sleep(QUIET * seconds)
-    hostile = [
-        asyncio.create_task(_hostile(siege, port, until, random.Random(seed))) for seed in seeds[GOOD:]
-    ]
-    while time.monotonic() < until:
-        siege.memory.append(resident(pid))
-        await asyncio.sleep(0.2)
-    await asyncio.gather(*good, *hostile)
+    chances = [random.Random(chance.random()) for _ in range(GOOD + HOSTILE)]
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=limits) as client:
+        until = time.monotonic() + seconds
+        tasks = [asyncio.create_task(_good(siege, client, until, each)) for each in chances[:GOOD]]
+        await asyncio.sleep(QUIET * seconds)
+        siege.hostile_since = time.monotonic()
+        tasks += [asyncio.create_task(_hostile(siege, port, until, each)) for each in chances[GOOD:]]
+        while time.monotonic() < until:
+            siege.memory.append(resident(pid))
+            await asyncio.sleep(0.2)
+        await asyncio.gather(*tasks)
 
 
 def resident(pid: int) -> int:
@@ -247,7 +249,7 @@ def probe(url: str, seconds: float) -> None:
             connection.close()
         except (OSError, http.client.HTTPException):
             took = float("inf")
-        print(start - began, took, flush=True)
+        print(start, took, flush=True)
         time.sleep(PROBE_S)
 
 
@@ -273,8 +275,8 @@ def besiege(model: str, case: Path, seconds: float, chance: random.Random) -> tu
     code = server.child.returncode
     violations += [] if code in (0, 143, -15) else [f"the server ends with {code}"]
     times = [tuple(map(float, line.split())) for line in printed.splitlines()]
-    quiet = [took for start, took in times if start < QUIET * seconds]
-    loud = [took for start, took in times if start >= QUIET * seconds]
+    quiet = [took for start, took in times if start < siege.hostile_since]
+    loud = [took for start, took in times if start >= siege.hostile_since]
     violations += judges.answers(alone, siege.answers) + judges.health(quiet, loud)
     violations += judges.memory(before, siege.memory) + judges.log(server.log)
     return violations, summary(siege, quiet, loud, before)
@@ -283,11 +285,13 @@ def besiege(model: str, case: Path, seconds: float, chance: random.Random) -> tu
 def summary(siege: Siege, quiet: list[float], loud: list[float], before: int) -> str:
     """The figures of a siege, for the table."""
     late = [f"{judges.percentile(times) * 1000:.0f}" for times in (quiet, loud) if times]
-    megabytes = [f"{size / judges.MB:.0f}" for size in (before, max(siege.memory), siege.memory[-1])]
+    megabytes = [
+        f"{size / judges.MB:.0f}" for size in (before, max(siege.memory, default=0), *siege.memory[-1:])
+    ]
     return (
         f"{len(siege.answers):,} answers, {siege.attacks:,} attacks, {siege.busy} sent away for a moment; "
         f"/health {' -> '.join(late)} ms (95 %), at most {max(loud, default=0):.2f} s; "
-        f"memory {megabytes[0]} MB, at most {megabytes[1]}, {megabytes[2]} last"
+        f"memory {megabytes[0]} MB, at most {megabytes[1]}, {megabytes[-1]} last"
     )
 
 

@@ -17,7 +17,7 @@ _REMEDY = re.compile(
 MB = 1 << 20
 HEALTH_DELAY_S = 0.1  # what hostile clients may add to the 95th percentile of /health
 HEALTH_PAUSE_S = 1.0  # and to its longest answer
-LEVEL_BYTES, LEVEL_SHARE = 32 * MB, 1.1  # how far memory may rise after it has settled
+LEVEL_BYTES, LEVEL_SHARE = 128 * MB, 1.1  # how far memory may still rise: a prompt cache of 64 MB, and arenas
 PEAK_BYTES = 512 * MB  # how far it may ever rise
 
 

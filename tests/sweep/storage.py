@@ -171,13 +171,13 @@ def as_nobody(inputs: Path) -> list[str]:
 
 
 def reads(command: list[str], folder: Path) -> bool:
-    """Whether a command that runs as nobody starts this interpreter with our libraries, and reads `folder`."""
+    """Whether a command that runs as nobody starts this interpreter with its libraries and reads `folder`."""
     program = [
         *command,
         sys.executable,
         "-c",
         "import os, sys, numpy, typer; os.listdir(sys.argv[1])",
-        folder,
+        str(folder),
     ]
     try:
         return subprocess.run(program, capture_output=True, cwd="/").returncode == 0
