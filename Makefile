@@ -5,7 +5,7 @@
 # make web, make vscode            the page and the extension, from TypeScript (Node 20 or newer)
 # make test-clients, test-formats  the heavy tests: editors, browsers, other programs' clients and readers
 # make sweep   kills, full disks, foreign folders, hostile clients; OPTIONS="--only clients --seconds 30"
-# make adapter DATA=BENCHMARKS     the default model's FIM adapter; many hours, goes on where it was stopped
+# make adapter DATA=BENCHMARKS     the default model's FIM adapter; many hours; run again, it resumes
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/codegemma/adapter/runs
