@@ -66,6 +66,20 @@ def test_lines_that_the_suffix_has_go(prefix, text, suffix, expected, trim):
     assert kept(text, prefix, suffix, trim) == expected
 
 
+@pytest.mark.parametrize("trim", ["auto", "block"])
+@pytest.mark.parametrize(
+    "prefix, text, suffix, expected",
+    [
+        ("def f():\n    ", "x = 1\n", "\n", "x = 1"),
+        ("a = 1\n", "b = 2\n\n", "\nc = 3\n", "b = 2"),
+        ("x = ", "1\n", "\n", "1"),
+        ("x = ", "1\n", "", "1\n"),
+    ],
+)
+def test_the_suffix_ends_the_last_line(prefix, text, suffix, expected, trim):
+    assert kept(text, prefix, suffix, trim) == expected
+
+
 def test_a_syntax_tree_decides_where_columns_do_not():
     """Brackets in a regular expression mislead a count, not a grammar."""
     pytest.importorskip("tree_sitter_javascript")
@@ -103,6 +117,7 @@ def test_lines_end_as_the_files_do(text, prefix, suffix, trim, expected):
     assert kept(text, prefix, suffix, trim) == expected
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.text("ab \n\r", max_size=12), st.text("ab \n\r", max_size=12))
 def test_line_ends_do_not_change_the_prompt(prefix, suffix):
     unix = Infill(prefix.replace("\r", ""), suffix.replace("\r", ""))
@@ -138,6 +153,7 @@ def test_typed_piece(prefix, typed):
     assert piece.strip() == typed.strip() if typed.strip() else piece == typed
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_the_typed_piece_is_whole_characters(prefix):
     tokenizer = small_tokenizer()

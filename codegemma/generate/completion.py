@@ -185,8 +185,8 @@ def _cut(text: str, infill: Infill, final: bool) -> tuple[str, bool]:
         return leaves
 
     if _in_word(infill):  # an answer that is more than the rest of the word breaks it
-        kept = _drop_overlap(text.rstrip(), infill)
-        return (kept, final) if final and re.fullmatch(r"\w*", kept) else ("", final or newlines > 0)
+        kept, ended = _drop_overlap(text.partition("\n")[0].rstrip(), infill), final or newlines > 0
+        return (kept if ended and re.fullmatch(r"\w*", kept) else ""), ended
     for count in range(newlines + 1):
         head = "".join(lines[:count]).rstrip()
         kept = _drop_overlap(head, infill)
@@ -196,7 +196,10 @@ def _cut(text: str, infill: Infill, final: bool) -> tuple[str, bool]:
             return kept + ("\n" if needs_newline else ""), True
         if ends is None or (count == newlines and not final):
             return kept, False
-    return _drop_overlap(text, infill), False
+    kept = _drop_overlap(text, infill)
+    if trim != "none" and infill.suffix.startswith("\n"):  # which ends the answer's last line
+        kept = kept.rstrip("\n")
+    return kept, False
 
 
 def _in_word(infill: Infill) -> bool:
