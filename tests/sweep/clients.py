@@ -268,8 +268,10 @@ def besiege(model: str, case: Path, seconds: float, chance: random.Random) -> tu
         command = [sys.executable, "-m", "sweep.clients", server.url, str(seconds)]
         paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         with subprocess.Popen(command, env=child | paths, stdout=subprocess.PIPE, text=True) as probing:
+            assert probing.stdout
+            printed = probing.stdout.readline()  # it has started
             asyncio.run(_besiege(siege, server.url, pid, seconds, chance))
-            printed = probing.communicate()[0]
+            printed += probing.communicate()[0]
         closed = _wait(lambda: connections(pid) <= sockets)
         violations = [] if closed else [f"{connections(pid) - sockets} connections stay open"]
     code = server.child.returncode
