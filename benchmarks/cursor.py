@@ -2,11 +2,11 @@
 
     PYTHONPATH=. .venv/bin/python benchmarks/cursor.py OUT.json [--holes 600] [-m MODEL] [--against OLD.json]
 
-A third of the cursors are inside words, a third inside lines, a third at the starts of lines, in even shares of ten
-languages. What was taken out is the rest of the line, or from one to four whole lines; half of the cursors
-inside a line keep the closing brackets and marks at the line's end, as an editor's auto-close writes them. Of
-each answer: is it exactly what stood there, does the file parse as well as before, does it repeat the suffix,
-is anything shown?
+A third of the cursors are inside words, a third inside lines, a third at the starts of lines, in even shares
+of ten languages. What was taken out is the rest of the line, or from one to four whole lines; half of the
+cursors inside a line keep the closing brackets and marks at the line's end, as an editor's auto-close writes
+them. Of each answer: is it exactly what stood there, does the file parse as well as before, does it repeat the
+suffix, is anything shown?
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from test_engine import TINY_TOKENIZER, Scripted, native
 
 from codegemma import prompts
+from codegemma.generate.completion import cut, trimmed
 from codegemma.generate.engine import Completion, Engine
 from codegemma.generate.request import Infill, Request
 from codegemma.generate.resolve import PromptBudget, infill_ids, layout_for, resolve, window
 from codegemma.generate.running import Step
 from codegemma.generate.sampling import Sampling
-from codegemma.generate.completion import cut, trimmed
 from codegemma.native import Cancel
 from codegemma.prompts import File
 

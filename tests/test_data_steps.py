@@ -25,8 +25,8 @@ from codegemma import prompts
 from codegemma.data import clean, dedup, documents, fim, licences, pack, redact, splits, syntax
 from codegemma.data.archives import ReadLimits
 from codegemma.data.documents import Document, Outcome, language_of
-from codegemma.data.encodings import decode
 from codegemma.data.draw import Draw
+from codegemma.data.encodings import decode
 from codegemma.data.sources import Source, expand, read
 from codegemma.prompts import parse_fim
 from codegemma.tokenizer import Tokenizer

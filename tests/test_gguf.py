@@ -2,7 +2,6 @@
 
 import struct
 import time
-from dataclasses import replace
 
 import gguf as peer
 import numpy as np
