@@ -5,7 +5,7 @@
 A third of the cursors are inside words, a third inside lines, a third at the starts of lines, in even shares
 of ten languages. What was taken out is the rest of the line, or from one to four whole lines; half of the
 cursors inside a line keep the closing brackets and marks at the line's end, as an editor's auto-close writes
-them. Of each answer: is it exactly what stood there, does the file parse as well as before, does it repeat the
+them. Of each answer: is it exactly what stood there, does the file parse as before, does it repeat the
 suffix, is anything shown?
 """
 
