@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # as typing has it, which the command line imports only once it heeds Ctrl-C
+# Type checkers read any TYPE_CHECKING as true. Importing `typing` for it would delay the command line, which
+# should answer Ctrl-C as early as possible.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from codegemma.generate.engine import Completion
     from codegemma.generate.model import Model, load
@@ -12,7 +14,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Completion", "File", "Message", "Model", "Sampling", "load"]
 
-_HOME = {
+# Public name -> the module that defines it, imported when the name is first used.
+_MODULES = {
     "Completion": "generate.engine",
     "Model": "generate.model",
     "load": "generate.model",
@@ -23,8 +26,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME:
+    if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(f"codegemma.{_HOME[name]}"), name)
+        return getattr(import_module(f"codegemma.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'codegemma' has no attribute {name!r}")

@@ -14,8 +14,11 @@ from typing import Literal
 Architecture = Literal["gemma", "gemma2", "gemma3"]
 Use = Literal["completion", "generation", "chat", "instructions"]
 
-# The choices of command line options. They stand here so that `--help` need not import their users.
-Mode = Literal["auto", "psm", "spm", "prefix"]  # layout of an Infill's prompt; auto: as it was trained
+# The choices of command line options. They are defined here, in a module that is quick to import, so that
+# `--help` need not load the modules that use them.
+Mode = Literal[
+    "auto", "psm", "spm", "prefix"
+]  # layout of an Infill's prompt; auto: the one the model was trained in
 Trim = Literal["auto", "none", "line", "block"]  # where an Infill's answer ends
 LoadQuantization = Literal["q8_0", "q4_0"]  # of float weights while loading
 FloatType = Literal["bf16", "f16", "f32"]
@@ -26,7 +29,8 @@ DataEngine = Literal["local", "ray"]  # of `data build`
 
 DEFAULT_MODEL = "gemma-3-270m"
 
-# Far above every published Gemma, so that a damaged header cannot cause a huge allocation.
+# The largest sizes that are accepted: far above every published Gemma, but small enough that a damaged header
+# cannot cause a huge allocation.
 LIMITS = {
     "layers": 512,
     "width": 65_536,
@@ -43,8 +47,9 @@ LIMITS = {
 class ModelConfig:
     """The architecture of a model: everything that differs between Gemma 1, 2 and 3.
 
-    `window` is the number of tokens that a local layer sees, including the current one. Every
-    `global_every`-th layer is global (1: all of them). Raises ValueError on invalid or contradicting fields.
+    A global layer sees all earlier tokens, a local layer the last `window`, including the current one. Every
+    `global_every`-th layer is global (1: all of them). Raises ValueError on fields that are invalid or
+    contradict each other.
     """
 
     architecture: Architecture
@@ -105,7 +110,7 @@ class ModelConfig:
         return math.sqrt(self.width)
 
     def is_global(self, layer: int) -> bool:
-        """True where the layer sees every earlier token (Gemma 2: odd layers; Gemma 3: every sixth)."""
+        """Whether a layer sees every earlier token (Gemma 2: layers 1, 3, ...; Gemma 3: 5, 11, ...)."""
         return (layer + 1) % self.global_every == 0
 
     def layer_window(self, layer: int) -> int | None:
@@ -128,7 +133,7 @@ class Preset:
     hub: str  # repository on the Hugging Face Hub
     title: str
     licence: str = "Gemma Terms of Use"
-    kaggle: str | None = None  # variation on Kaggle (Flax)
+    kaggle: str | None = None  # name of its Flax variation on Kaggle, where it has one
     fim: bool = True  # whether it was trained to fill in the middle
 
 

@@ -1,4 +1,4 @@
-"""Optional libraries: importing one, or saying by which command this copy of the package gets it."""
+"""Optional libraries: importing one, or naming the command that installs it for this copy of the package."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 PACKAGE = "codegemma"
-CHECKOUT = Path(__file__).parent.parent  # or site-packages
+CHECKOUT = Path(__file__).parent.parent  # the repository; in an installed copy, site-packages
 
 
 def require(module: str, feature: str, extra: str) -> Any:
-    """Imports an optional library. Raises ValueError saying which extra of codegemma installs it."""
+    """Imports an optional library. Raises ValueError, with the command that installs it, where it is missing.
+
+    `feature` (a plural, for the message) needs it; `extra` is the extra of codegemma that has it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -26,12 +29,12 @@ def require(module: str, feature: str, extra: str) -> Any:
 
 
 def install_command(*extras: str) -> str:
-    """The command that adds extras to this copy of codegemma, from where it was installed."""
+    """The command that adds extras to this copy of codegemma, from the source that it was installed from."""
     return f"{installer()} {_requirement(','.join(extras))}"
 
 
 def installer() -> str:
-    """`pip install`, or what does the same for the Python that runs this."""
+    """`pip install`, or a longer command that installs into the Python that runs this."""
     try:
         tool = metadata.distribution(PACKAGE).read_text("INSTALLER") or ""
     except metadata.PackageNotFoundError:
@@ -45,8 +48,11 @@ def installer() -> str:
 
 
 def _requirement(extras: str) -> str:
-    """What to install: the checkout, wheel or address that this copy came from (PEP 610), the name where it
-    came from an index, or the libraries themselves where the file is gone."""
+    """What to pass to the installer, with the extras.
+
+    It is the checkout, wheel or address that this copy came from (PEP 610), or its name if it came from a
+    package index. If that checkout or wheel is gone, it is the libraries of the extras themselves.
+    """
     try:
         distribution = metadata.distribution(PACKAGE)
     except metadata.PackageNotFoundError:  # a checkout that runs without having been installed
@@ -70,7 +76,7 @@ def _requirement(extras: str) -> str:
 
 
 def _libraries(requirements: list[str], extras: set[str]) -> list[str]:
-    """The requirements of extras, and of the extras that these name."""
+    """The libraries that extras require, directly or through other extras that they include."""
     libraries = []
     for requirement in requirements:
         library, _, condition = (part.strip() for part in requirement.partition(";"))

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-PLACEHOLDER_BYTES = 1024  # the part of a file that `refuse_placeholder` looks at
-_MAPS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
-_PART = re.compile(r"\..+\.(\d+)(?:-[0-9a-f]+)?\.part")  # an unfinished file, with its writer's process
+PLACEHOLDER_BYTES = 1024  # how much of a file's start `refuse_placeholder` needs
+_MAPS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # the open maps, for `unmap`
+_PART = re.compile(r"\..+\.(\d+)(?:-[0-9a-f]+)?\.part")  # name of an unfinished file; the number: its process
 _SWEPT: set[Path] = set()  # the folders whose leftovers this process has removed
 
 _ROOM = "free some space there, or name another folder"
@@ -27,7 +27,7 @@ _ACCESS = "name a file or folder that you may use, or change its permissions"
 _REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
-    errno.EFBIG: "this file system holds no file as large: name a folder on another",
+    errno.EFBIG: "this file system cannot hold a file this large: name a folder on another one",
     errno.EIO: "the disk may be failing: name a folder on another",
     errno.EROFS: "name a folder that can be written",
     errno.EACCES: _ACCESS,
@@ -42,6 +42,7 @@ _REMEDIES = {
     errno.EMFILE: "too many files are open: raise the limit with `ulimit -n`",
 }
 
+# Errors that another folder would avoid.
 _FOLDER_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -56,7 +57,10 @@ def state_dir() -> Path:
 
 
 def _user_dir(variable: str, folder: str) -> Path:
-    """A folder of this user. Raises OSError where neither the variable nor a home directory is known."""
+    """`codegemma` in the folder that the variable names, else in `folder` of the home directory.
+
+    Raises OSError where the variable is not set and the user has no home directory.
+    """
     if base := os.environ.get(variable):
         return Path(base, "codegemma")
     try:
@@ -91,7 +95,7 @@ def refuse_placeholder(path: Path, start: bytes) -> None:
 
 
 def unmap() -> None:
-    """Frees the memory of mapped files: a page is read from disk again when it is used next."""
+    """Lets the system drop the mapped files from memory; they stay usable, and are read from disk again."""
     if hasattr(mmap, "MADV_DONTNEED"):
         for data in _MAPS:
             data.madvise(mmap.MADV_DONTNEED)
@@ -103,7 +107,10 @@ def read_text(path: Path) -> str:
 
 
 def expect_only(folder: Path, names: Collection[str], what: str) -> None:
-    """Raises ValueError where a folder that is cleared as `what` holds other files than ours."""
+    """Raises ValueError where a folder that is about to be cleared holds more than `names`.
+
+    Unfinished files of ours may be there too. `what` says in the message what the folder should hold.
+    """
     others = [path.name for path in folder.iterdir() if path.name not in names and not _is_part(path)]
     if others:
         raise ValueError(f"{folder} holds {min(others)}, which is not of {what}: name another folder")
@@ -114,7 +121,7 @@ def _is_part(path: Path) -> bool:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """UTF-8 as text. Raises ValueError, with the name of what was read, on other bytes."""
+    """Decodes UTF-8. Raises ValueError on other bytes; `name` tells in its message what was read."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -123,7 +130,7 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def explain(error: OSError) -> str:
-    """What went wrong with which file, and what to do about it."""
+    """An OSError as a message: the file, what went wrong, and what to do about it."""
     if error.errno is None or error.strerror is None:
         return str(error)
     path = "" if error.filename is None else os.fsdecode(error.filename)
@@ -139,8 +146,9 @@ def explain(error: OSError) -> str:
 def expect_ours(path: Path, mark: bytes | None = None) -> None:
     """Raises ValueError unless we may create or replace the file `path` (links are followed).
 
-    With a `mark`, with which all our files of a kind begin, a file of anybody else is kept; an empty one is
-    replaced. Devices, pipes and folders are never replaced. The path may be missing.
+    `mark` are the bytes that all our files of this kind begin with: a file that begins otherwise is somebody
+    else's and is refused, unless it is empty. Devices, pipes and folders are always refused. A path where
+    nothing exists yet is fine.
     """
     try:
         status = path.stat()
@@ -160,8 +168,8 @@ def expect_ours(path: Path, mark: bytes | None = None) -> None:
 def atomic_write(path: Path, mark: bytes | None = None) -> Iterator[BinaryIO]:
     """A file to write, renamed to `path` when the block succeeds and removed when it raises.
 
-    A link is followed, and a file that is replaced keeps its mode. Raises ValueError where `path` may not be
-    replaced (`expect_ours`), and OSError with the path.
+    A link is followed, and a file that is replaced keeps its permissions. Raises ValueError where `path` may
+    not be replaced (see `expect_ours`), and OSError, which names `path`, where the disk refuses.
     """
     path = Path(os.path.realpath(path))
     expect_ours(path, mark)
@@ -182,9 +190,9 @@ def atomic_write(path: Path, mark: bytes | None = None) -> Iterator[BinaryIO]:
 def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
     """As `atomic_write`, but an interrupted file is kept, and the next call with the same stamp continues it.
 
-    The file is removed where the block raises ValueError, since it would do so again. It starts anew after a
-    restart of the machine, since some writes may not have reached the disk. Raises ValueError while another
-    process writes the same file.
+    It is removed where the block raises ValueError, since the same content would raise it again. After a
+    restart of the machine it is begun anew, since some writes may not have reached the disk. Raises
+    ValueError while another process writes the same file.
     """
     path = Path(os.path.realpath(path))
     expect_ours(path)
@@ -250,8 +258,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def discard_unfinished() -> None:
-    """Removes what this process has begun to write, except what `resumable_write` continues. For a process
-    that ends without unwinding."""
+    """Removes what this process has begun to write, except what `resumable_write` continues.
+
+    For a process that exits without running the `finally` blocks that would do it.
+    """
     for folder in list(_SWEPT):
         for part in folder.glob(f".*.{os.getpid()}-*.part"):
             with suppress(OSError):
@@ -259,16 +269,16 @@ def discard_unfinished() -> None:
 
 
 def _part(path: Path, mark: str) -> Path:
-    """The path of a file or directory until it is complete; `mark` says who writes it."""
+    """The path that a file or directory has until it is complete; `mark` tells its writers apart."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.parent not in _SWEPT:  # once a process: a build writes thousands of files into a folder
+    if path.parent not in _SWEPT:  # only once in a process: a build writes thousands of files into one folder
         _SWEPT.add(path.parent)
         remove_leftovers(path.parent)
     return path.with_name(f".{path.name}.{mark}.part")
 
 
 def _writer() -> str:
-    """The mark of a new file. None comes twice: `remove_leftovers` may be looking at an older one."""
+    """A mark that no file had before: `remove_leftovers` may still be removing an older file."""
     return f"{os.getpid()}-{secrets.token_hex(6)}"
 
 
@@ -278,8 +288,8 @@ def _created(part: Path) -> Iterator[BinaryIO]:
     while True:
         with open(part, "xb") as file:
             with suppress(OSError):  # a file system without locks
-                lock(file)  # waits where a sweeper looks at it
-            if part.exists():  # else it was swept before it was locked
+                lock(file)  # waits while another process, in `remove_leftovers`, has it locked
+            if part.exists():  # else it was removed as a leftover before it was locked: make it again
                 yield file
                 return
 
@@ -288,7 +298,7 @@ def _make_and_lock(folder: Path) -> int:
     """Makes a folder, and returns a descriptor whose lock says that it is in use; see `_created`."""
     while True:
         folder.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # swept at once
+        with suppress(FileNotFoundError):  # removed as a leftover before it was opened
             held = os.open(folder, os.O_RDONLY)
             with suppress(OSError):
                 lock(held)
@@ -299,10 +309,11 @@ def _make_and_lock(folder: Path) -> int:
 
 @contextmanager
 def _unused(part: Path, writer: int) -> Iterator[None]:
-    """Holds the lock of an unfinished file or directory. Raises BlockingIOError where a process writes it.
+    """Holds the lock of an unfinished file or directory. Raises BlockingIOError where a process may write it.
 
-    Such a process holds the lock, or is alive where there are no locks. (In containers, each process may have
-    the number of the one that was killed.)
+    That is so where the file is locked, or where the process `writer` is alive. One exception: where locks
+    work and `writer` is our own number, the file is a leftover of an earlier process with the same number, as
+    in containers, where numbers begin anew.
     """
     held = os.open(part, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try:
@@ -326,13 +337,13 @@ def _alive(process: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        pass  # another user's
+        pass  # it is another user's, so it is alive
     return True
 
 
 @contextmanager
 def _naming(path: Path, part: Path) -> Iterator[None]:
-    """Gives the errors of a disk, which name the unfinished file or none, the path that was asked for."""
+    """Makes OSErrors name `path`, which the caller asked for, instead of the unfinished `part` or no file."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,11 @@
-r"""The only place that orders control ids: FIM documents, context files, chat turns, and their stop ids.
+r"""The only place that puts control ids in order: FIM documents, context files, chat turns; and stop ids.
 
-A prompt is a list of segments, each a label and the ids of a text that was encoded alone. So no piece merges
-across the cursor, no text becomes a control id, and a prompt is a concatenation. A training row has the same
-segments, then the middle and its terminator; loss masks follow from the labels.
+A prompt is a list of segments, each a label and ids. Each text is encoded alone and the ids are joined, so no
+token spans the cursor and no text becomes a control id. A training row has the same segments, then the middle
+and its terminator; the labels say which ids count in the loss.
 
-Layouts (CodeGemma report, figures 2 and 4; SPM is not published, this is how CodeGemma itself writes it):
+Layouts (psm: CodeGemma report, figures 2 and 4; spm: not published, but what CodeGemma itself writes), with P
+for the prefix and S for the suffix:
 
     psm     [path\n]<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>
     spm     [path\n]<|fim_suffix|>S<|fim_prefix|>P<|fim_middle|>
@@ -24,11 +25,11 @@ from codegemma.tokenizer import FIM_NAMES, Tokenizer
 
 Layout = Literal["psm", "spm", "prefix"]
 Role = Literal["system", "user", "assistant"]
-# The role of every name that clients and datasets use. What a tool returns is read as the user's text.
+# Our role for each role name that clients and datasets use. What a tool returns is read as the user's text.
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 ROLES |= {"model": "assistant", "tool": "user", "function": "user"}
 FimLabel = Literal["context", "path", "sentinel", "prefix", "suffix", "middle", "terminator"]
-Label = Literal[FimLabel, "bos", "raw", "turn", "user", "reply"]  # the last three: chats
+Label = Literal[FimLabel, "bos", "raw", "turn", "user", "reply"]  # turn, user, reply: of chats
 Ids = list[int]
 
 _FIM = FIM_NAMES["fim_prefix"], FIM_NAMES["fim_suffix"], FIM_NAMES["fim_middle"]
@@ -54,12 +55,14 @@ CHAT_TEMPLATE = (
     "{{ open.system | trim }}{% endif %}{{ '<end_of_turn>\n' }}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-# The Go template of one turn for Ollama.
+# One turn of a chat as a Go template, for Ollama.
 _OLLAMA_TURN = (
     "<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
     "<start_of_turn>model\n"
 )
-_CONTINUATION = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # not first in a UTF-8 character
+_CONTINUATION = frozenset(
+    bytes([byte]) for byte in range(0x80, 0xC0)
+)  # bytes inside a UTF-8 character, after its first
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class File:
 
 @dataclass(frozen=True)
 class Message:
-    """A message of a chat. Raises ValueError on a role that is none of Role; ROLES has other names."""
+    """A message of a chat. Raises ValueError on a role that is not in Role; ROLES translates other names."""
 
     role: Role
     text: str
@@ -101,9 +104,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Parts:
-    """The texts of a FIM prompt as ids, which `head` and `tail` shorten before `assemble` joins them.
+    """The texts of a FIM prompt as ids; `head` and `tail` may shorten them before `assemble` joins them.
 
-    `path` includes the newline after it; each item of `context` is a file with its path and separator.
+    `path` includes its newline; each item of `context` is a file: its path line, its text and the separator.
     """
 
     prefix: Ids
@@ -124,7 +127,8 @@ class ParsedFim:
 
 
 def fim_stops(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end a completion: FIM tokens (the model writes the separator), <eos>, <end_of_turn>."""
+    """The ids that end a completion: the FIM tokens (CodeGemma itself writes the file separator) and those of
+    `chat_stops`."""
     control = tokenizer.control
     fim = {control.fim_prefix, control.fim_middle, control.fim_suffix, control.file_separator}
     return frozenset(token for token in fim | chat_stops(tokenizer) if token is not None)
@@ -137,9 +141,9 @@ def chat_stops(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def ollama_template(chats: bool, fim: Sequence[str] | None = _FIM, with_response: bool = False) -> str:
-    """Ollama's TEMPLATE (Go): of a chat's turn (`chats`) or a plain prompt, and of a prompt with a suffix.
+    """Ollama's TEMPLATE (Go): FIM for a prompt with a suffix, else a chat turn (`chats`) or the plain prompt.
 
-    `fim` are the spellings of the prefix, suffix and middle tokens, None where the vocabulary has none.
+    `fim` are the spellings of the prefix, suffix and middle tokens; with None there is no FIM branch.
     `with_response` adds the model's answer, as Modelfiles do.
     """
     text = _OLLAMA_TURN if chats else "{{ .Prompt }}"
@@ -160,8 +164,11 @@ def fim(
     context: Sequence[File] = (),
     layout: Layout = "psm",
 ) -> Prompt:
-    """The prompt to complete between `prefix` and `suffix`, both possibly empty; layout "prefix" ignores the
-    suffix. Raises ValueError on a path of several lines and on a vocabulary without FIM ids."""
+    """The prompt for the text between `prefix` and `suffix`, either of which may be empty.
+
+    Layout "prefix" ignores the suffix. Raises ValueError on a path of several lines and, in the other
+    layouts, on a vocabulary without FIM ids.
+    """
     return assemble(tokenizer, encode_parts(tokenizer, prefix, suffix, path, context), layout)
 
 
@@ -175,7 +182,8 @@ def encode_parts(
 
 
 def assemble(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> Prompt:
-    """Joins the parts of a FIM prompt. Raises ValueError on a vocabulary without FIM ids."""
+    """Joins the parts of a FIM prompt. Raises ValueError where the layout needs FIM ids that the vocabulary
+    lacks."""
     segments: list[tuple[Label, Ids]] = [("bos", _optional(tokenizer.control.bos))]
     segments += [("context", ids) for ids in parts.context]
     return _prompt(segments + _fim_segments(tokenizer, parts, layout), fim_stops(tokenizer))
@@ -192,7 +200,7 @@ def fim_training(
 ) -> Prompt:
     """A document of a training row, without <bos>. Layout "prefix" is for plain text and has no suffix.
 
-    Raises ValueError on a suffix in layout "prefix" and on a vocabulary without the ids."""
+    Raises ValueError on a suffix in layout "prefix" and on a vocabulary without the control ids."""
     if layout == "prefix" and suffix:
         raise ValueError('layout "prefix" has no place for a suffix: put all text into prefix and middle')
     end = getattr(tokenizer.control, terminator)
@@ -206,8 +214,8 @@ def fim_training(
 def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> ParsedFim:
     """Parses the ids of `fim_training`, or of `fim` and an answer; skips context files.
 
-    Without sentinels all text is prefix, path included, since nothing marks where the path ends. Raises
-    ValueError on an unknown order of sentinels and on ids after the document.
+    Without FIM tokens all text is the prefix, path included, since nothing marks where the path ends. Raises
+    ValueError on an unknown order of FIM tokens and on ids after the document.
     """
     control = tokenizer.control
     body = list(ids)
@@ -245,16 +253,17 @@ def plain(tokenizer: Tokenizer, text: str) -> Prompt:
 
 
 def raw(tokenizer: Tokenizer, text: str) -> Prompt:
-    """A text to continue whose control spellings become control ids, after <bos> unless it spells that."""
+    """A text to continue, whose spelled control tokens become control ids. Adds <bos> if it is missing."""
     ids, bos = tokenizer.encode(text, control=True), _optional(tokenizer.control.bos)
     start = [] if ids[:1] == bos else bos
     return _prompt([("bos", start), ("raw", ids)], fim_stops(tokenizer))
 
 
 def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> Prompt:
-    """Gemma's chat template for the turns of `chat_turns`.
+    """The messages in Gemma's chat template, as the turns that `chat_turns` makes of them.
 
-    `reply` opens the model's turn; False is for training rows, whose "reply" segments the model learns.
+    `reply` opens a turn for the model to answer in; without it, the prompt is a training row, of which the
+    model learns the "reply" segments.
     Raises ValueError as `chat_turns` does, and on a vocabulary without turns.
     """
     control = tokenizer.control
@@ -277,9 +286,9 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) 
 def chat_turns(messages: Sequence[Message], reply: bool = True) -> list[Message]:
     """The messages as turns of user and assistant that alternate, as Gemma was trained; either may be first.
 
-    Texts are stripped. Neighbours of one role become one turn, with a blank line between them. A system text
-    and a blank line stand in front of the next user text; without one it is a user turn of its own. Raises
-    ValueError where, with `reply`, the user is not last.
+    Texts are stripped. Consecutive messages of one role become one turn, with a blank line between them. A
+    system text goes in front of the next user text, with a blank line between them; where none follows, it
+    becomes user text at the end. Raises ValueError where `reply` is set and the last turn is not the user's.
     """
     turns: list[Message] = []
     system = ""
@@ -309,8 +318,8 @@ def tail(tokenizer: Tokenizer, ids: Ids, max_tokens: int, step: int = 1) -> Ids:
     """The last ids, at most `max_tokens`: the part of a prefix that is nearest to the cursor.
 
     Encoding their text again gives the same ids, as for every run of whole characters in a BPE encoding. The
-    number of dropped ids is a multiple of `step`, so that the edge stays while text is typed, or more where
-    a line starts within the next quarter of `max_tokens`.
+    number of dropped ids is rounded up to a multiple of `step`, so that the edge rests while text is typed,
+    and then to the start of a line, if one lies within the next `max_tokens` / 4 ids.
     """
     if len(ids) <= max_tokens:
         return ids
@@ -322,7 +331,10 @@ def tail(tokenizer: Tokenizer, ids: Ids, max_tokens: int, step: int = 1) -> Ids:
 
 
 def head(tokenizer: Tokenizer, ids: Ids, max_tokens: int) -> Ids:
-    """The first ids, at most `max_tokens`: the part of a suffix that is nearest to the cursor; see `tail`."""
+    """The first ids, at most `max_tokens`: the part of a suffix that is nearest to the cursor.
+
+    As in `tail`, the edge is the start of a line if one is near.
+    """
     if len(ids) <= max_tokens:
         return ids
     near = range(max_tokens, max_tokens - max_tokens // 4 - 1, -1)
@@ -330,7 +342,7 @@ def head(tokenizer: Tokenizer, ids: Ids, max_tokens: int) -> Ids:
 
 
 def _edge(tokenizer: Tokenizer, ids: Ids, near: range, reach: range, default: int) -> int:
-    """The first index of `near` where a line starts, else the first of `reach` where a character starts."""
+    """The first of `near` where a line starts, else of `reach` where a character does, else `default`."""
     for index in near:
         if index > 0 and tokenizer.decode_bytes(ids[index - 1 : index]).endswith(b"\n"):
             return index

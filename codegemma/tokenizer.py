@@ -1,8 +1,9 @@
 """Text <-> ids: one SentencePiece BPE vocabulary, and control ids that no text can spell.
 
-Every source (GGUF's arrays, `tokenizer.model`, `tokenizer.json`) becomes one canonical SentencePiece model,
-so ids and fingerprint do not depend on the source. Its control pieces have the type CONTROL, which text never
-matches: Gemma marks `<start_of_turn>`, the FIM tokens and `<unusedN>` as user-defined, which text matches.
+A vocabulary from any source (GGUF's arrays, `tokenizer.model`, `tokenizer.json`) is turned into one canonical
+SentencePiece model, so ids and fingerprint do not depend on the source. In it, all control pieces have the
+type CONTROL, which no text matches. (Gemma's own files mark `<start_of_turn>`, the FIM tokens and `<unusedN>`
+as user-defined: with them, a text that spells one becomes its id.)
 """
 
 from __future__ import annotations
@@ -38,16 +39,18 @@ _CONTROL = re.compile(
     r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>"
     r"|\[(@BOS@|multimodal)\]|<\|\w+\|>"
 )
-# Gemma's NormalizerSpec: no dummy space, no space removed, " " -> U+2581. The free-form name "lines" records
-# that no piece spans the end of a line, so that each line can be encoded, and cached, alone.
+# Gemma's NormalizerSpec: no space put before the text, none removed, " " -> U+2581. SentencePiece ignores the
+# spec's name; we set it to "lines" where no piece spans the end of a line, so that each line can be encoded,
+# and cached, alone.
 _GEMMA_NORMALIZER = b"\x18\x00\x20\x00"
 _SEPARATE_LINES = b"\x0a\x05lines"
 
 _FIM_FIELDS = ("fim_prefix", "fim_middle", "fim_suffix", "file_separator")  # of Control
 FIM_NAMES = {field: f"<|{field}|>" for field in _FIM_FIELDS}
-FIM_IDS = dict(zip(_FIM_FIELDS, range(67, 71), strict=True))  # CodeGemma's
+FIM_IDS = dict(zip(_FIM_FIELDS, range(67, 71), strict=True))  # CodeGemma's: 67 to 70
 
-_BLANK = "\u2581"  # stands for a blank in pieces; in a text it is spelled by the pieces of its bytes
+# Stands for a blank in pieces; where a text has this character itself, byte pieces spell it.
+_BLANK = "\u2581"
 _UNUSED = re.compile(r"<unused\d+>")
 _SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a control spelling looks like
 _LINE = re.compile(rb"[^\n]*\n+|[^\n]+")
@@ -59,9 +62,9 @@ MAX_ADDED = 65_536  # tokens that side files may add to a vocabulary
 class Control:
     """The control ids of a vocabulary, None where it has none.
 
-    `fim` is the origin of the four FIM ids: "named" where the vocabulary spells them (CodeGemma);
-    "convention" where its ids 67 to 70 are `<unusedN>` and are used as CodeGemma's (Gemma 1, 2, 3), whether
-    or not a model was trained with them; None where there are none.
+    `fim` tells where the four FIM ids come from. "named": the vocabulary spells them (CodeGemma).
+    "convention": its ids 67 to 70 are `<unusedN>`, and we use them as CodeGemma does (Gemma 1, 2, 3), though
+    the model may not have been trained with them. None: there are none.
     """
 
     bos: int | None
@@ -81,8 +84,8 @@ class Tokenizer:
     """A vocabulary, which `fingerprint` identifies. Immutable, safe to share between threads, and picklable.
 
     `model` is a canonical ModelProto of SentencePiece, which the class methods make from other sources.
-    `end_ids` are the ids that a model's files state as the end of every answer; those that the vocabulary
-    does not have are left out. Raises ValueError where the model is damaged.
+    `end_ids` are the ids that, by a model's files, end every answer; ids outside the vocabulary are left out.
+    Raises ValueError where `model` is damaged.
     """
 
     def __init__(self, model: bytes, end_ids: Iterable[int] = ()) -> None:
@@ -105,7 +108,7 @@ class Tokenizer:
 
     @classmethod
     def from_pieces(cls, pieces: Sequence[str], scores: Numbers, types: Numbers) -> Tokenizer:
-        """From GGUF's tokenizer.ggml.tokens, .scores and .token_type; it puts no dummy space before the text.
+        """From GGUF's tokenizer.ggml.tokens, .scores and .token_type; `encode` adds no space before a text.
 
         Takes 0.5 s for 262k pieces: wrap it in `cached`. Raises ValueError where the arrays do not fit
         together.
@@ -138,8 +141,8 @@ class Tokenizer:
     def cached(cls, source: bytes, build: Callable[[], Tokenizer]) -> Tokenizer:
         """Returns `build()`, or its result from an earlier call, stored in the user's cache directory.
 
-        `source` determines the vocabulary, such as the bytes of a file; its hash names the cache file. A
-        damaged cache file is rebuilt. It is no error where the directory cannot be written.
+        `source` is whatever determines the vocabulary, such as the bytes of a file; its hash names the cache
+        file. A damaged cache file is rebuilt. Where the directory cannot be written, nothing is stored.
         """
         key = hashlib.sha256(_CACHE_VERSION + source).hexdigest()
         with contextlib.suppress(ValueError):
@@ -175,15 +178,19 @@ class Tokenizer:
         return other
 
     def with_added(self, added: Mapping[int, tuple[str, bool]]) -> Tokenizer:
-        """The vocabulary with the tokens of side files: spelling, and whether text never matches it, by id.
+        """The vocabulary with tokens that side files add. `added` maps an id to (spelling, special); no text
+        matches a special token.
 
-        New ids follow the vocabulary's own; a placeholder or control piece gets the new spelling, and pieces
-        that text is made of stay. Raises ValueError on an id far behind the vocabulary.
+        An id may follow the vocabulary, or be that of a placeholder or control piece, which then gets the new
+        spelling. Pieces that ordinary text is made of do not change. Raises ValueError on an id that is
+        negative or too far behind the vocabulary.
         """
         pieces, scores, types, normalizer = _parse_model(self.model)
         last = max(added, default=0)
         if min(added, default=0) < 0 or last >= min(len(pieces) + MAX_ADDED, LIMITS["vocab"]):
-            rule = f"but at most {MAX_ADDED:,} can follow the vocabulary's {len(pieces):,}: it is damaged"
+            rule = (
+                f"but at most {MAX_ADDED:,} can follow the vocabulary's {len(pieces):,}: the file is damaged"
+            )
             raise ValueError(f"an added token has the id {last if last > 0 else min(added):,}, {rule}")
         missing = last + 1 - len(pieces)
         pieces, scores = pieces + [""] * missing, scores + [0.0] * missing
@@ -194,9 +201,10 @@ class Tokenizer:
         return Tokenizer(_canonical_model(pieces, scores, types, normalizer), self.end_ids)
 
     def without_added(self, rows: int) -> Tokenizer:
-        """The vocabulary of an embedding with `rows` rows, without added tokens that lie behind them.
+        """The vocabulary cut to the `rows` rows of an embedding, where only added tokens lie beyond them.
 
-        The vocabulary itself, where its own text pieces lie there too: then it is another model's.
+        Where ordinary text pieces lie beyond them too, the vocabulary belongs to another model and is
+        returned as it is.
         """
 
         def shortened() -> Tokenizer:
@@ -213,12 +221,12 @@ class Tokenizer:
         return Tokenizer, (self.model, self.end_ids)
 
     def encode(self, text: str, bos: bool = False, control: bool = False) -> list[int]:
-        """The ids of a text, as SentencePiece encodes it; control tokens spelled in it are plain text, and
-        U+2581 is itself, not a blank.
+        """The ids of a text, as SentencePiece encodes it. Control tokens spelled in it are plain text, and
+        U+2581 is that character, not a blank.
 
-        `control=True` turns their spellings into control ids, for prompts that were rendered elsewhere (the
-        FIM names also where the FIM ids are a convention). Raises ValueError on a lone surrogate, which has
-        no UTF-8, and on bytes.
+        With `control=True`, spelled control tokens become control ids, for prompts that were rendered
+        elsewhere (CodeGemma's FIM names too, where the FIM ids are only a convention). Raises ValueError on a
+        lone surrogate, which UTF-8 cannot spell, and on bytes.
         """
         ids = self._encode_raw(text) if control else self._encode_text(text)
         if not bos:
@@ -233,7 +241,8 @@ class Tokenizer:
         return self.decode_bytes(ids, control).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], control: bool = False) -> bytes:
-        """The bytes of ids, each independent of its neighbours. Raises ValueError on ids out of range."""
+        """The joined bytes of ids; an id's bytes do not depend on its neighbours. For `control` see `decode`.
+        Raises ValueError on ids out of range."""
         if not control:
             return b"".join(map(self._decode_piece, ids))
         return b"".join(
@@ -246,12 +255,13 @@ class Tokenizer:
         return self._engine.id_to_piece(self._checked(token))
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a piece or control token as the vocabulary spells it; None where it has none."""
+        """The id of the piece or control token with exactly this spelling; None where there is none."""
         token = self._engine.piece_to_id(piece)
         return token if self._engine.id_to_piece(token) == piece else None
 
     def agreeing(self, data: bytes) -> np.ndarray:
-        """int32 ids of the tokens whose bytes begin with `data`, or are the beginning of `data`."""
+        """int32 ids of all tokens that a text beginning with `data` may start with: their bytes begin with
+        `data`, or `data` begins with their bytes."""
         order = self._byte_order
 
         def index(part: bytes, find: Callable[..., int] = bisect_left) -> int:
@@ -293,7 +303,7 @@ class Tokenizer:
         if not self._separate_lines:
             return self._engine.encode(data)
         ids: list[int] = []
-        for line in _LINE.findall(data):  # between keystrokes, all lines but one are the same
+        for line in _LINE.findall(data):  # cached, since a keystroke changes one line only
             ids += self._encode_line(line) if len(line) < 500 else self._engine.encode(line)
         return ids
 
@@ -373,7 +383,7 @@ class StreamDecoder:
 
 
 def _read_cache(name: str) -> bytes | None:
-    """A file of the user's cache directory; None where there is none, or a damaged one."""
+    """A file of the user's cache directory; None where it is missing or damaged."""
     with contextlib.suppress(OSError):
         stored = (cache_dir() / "tokenizers" / name).read_bytes()
         if hashlib.sha256(stored[32:]).digest() == stored[:32]:
@@ -414,8 +424,8 @@ def _canonical_model(
 
 
 def _mark_user_defined(pieces: Sequence[str], types: Numbers) -> list[int]:
-    """The types, with NORMAL pieces before the byte pieces as USER_DEFINED: SentencePiece's trainer puts only
-    user-defined pieces there, but Google's GGUF files mark them as NORMAL."""
+    """The types, corrected: NORMAL pieces before the first byte piece become USER_DEFINED. SentencePiece's
+    trainer puts only user-defined pieces there, but Google's GGUF files mark them as NORMAL."""
     first_byte = next((i for i, piece in enumerate(pieces) if _BYTE.fullmatch(piece)), 0)
     return [USER_DEFINED if i < first_byte and kind == NORMAL else int(kind) for i, kind in enumerate(types)]
 
@@ -424,8 +434,8 @@ def _parse_model(data: bytes) -> tuple[list[str], list[float], list[int], bytes]
     """Pieces, scores, types and normalizer of a `tokenizer.model`. Raises ValueError on a damaged file and on
     a model that is not BPE.
 
-    ModelProto has the fields 1 pieces, 2 TrainerSpec (3 model_type), 3 NormalizerSpec. It is read without the
-    protobuf package, since sentencepiece's generated module would prescribe its version.
+    ModelProto has the fields 1 pieces, 2 TrainerSpec (whose field 3 is model_type) and 3 NormalizerSpec. It
+    is read without the protobuf package, of which sentencepiece's generated module would need one version.
     """
     pieces: list[str] = []
     scores: list[float] = []
@@ -456,8 +466,9 @@ def _read_json(data: bytes) -> bytes:
     """The canonical ModelProto of a Hugging Face `tokenizer.json`. Raises ValueError where it is damaged or
     its model is not BPE with byte fallback.
 
-    A piece's score is the negative rank of the first merge that makes it. One difference remains: Hugging
-    Face matches added tokens before it replaces spaces, and so misses the tokens of several spaces.
+    A piece's score is the negative rank of the first merge that makes it. One difference from Hugging Face's
+    own encoding remains: that looks for added tokens before it replaces spaces by U+2581, and so never finds
+    the tokens of several spaces.
     """
     try:
         document = json.loads(data)
@@ -489,9 +500,9 @@ def _read_json(data: bytes) -> bytes:
 def _canonical_pieces(pieces: Sequence[str], types: list[int]) -> tuple[list[str], list[int]]:
     """Names and types as in Gemma's own tokenizer.model, except that control pieces have the type CONTROL.
 
-    Normalizes what sources do differently: GGUF files spell user-defined spaces as " ", mark `<unk>` as
-    CONTROL, and may pad the vocabulary with repeated or empty pieces to the embedding's number of rows; old
-    Gemma files of Hugging Face spell `<0x09>` as a tab.
+    Removes the differences between sources. GGUF files spell the spaces of user-defined pieces as " ", mark
+    `<unk>` as CONTROL, and may pad the vocabulary with repeated or empty pieces to the embedding's number of
+    rows. Old Gemma files of Hugging Face spell `<0x09>` as a tab.
     """
     names = [piece.replace(" ", "\u2581") for piece in pieces]
     if "<0x09>" not in names and "<0x08>" in names and "\t" in names:
@@ -513,7 +524,8 @@ def _canonical_pieces(pieces: Sequence[str], types: list[int]) -> tuple[list[str
 
 
 def _ranks(names: list[str], kinds: list[int], scores_V: np.ndarray) -> np.ndarray:
-    """Replaces the scores of mergeable pieces by 0, -1, -2, ...: for BPE only their order matters."""
+    """The scores to store: 0, -1, -2, ... for pieces that merges make, since for BPE only their order
+    matters; 0 for all others."""
     pairs = enumerate(zip(names, kinds, strict=True))
     merged = [i for i, (name, kind) in pairs if kind in (NORMAL, UNUSED) and len(name) > 1]
     rank_V = np.zeros(len(names), np.float32)
