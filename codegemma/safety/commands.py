@@ -7,7 +7,7 @@ import re
 SHELL_LANGUAGES = frozenset(
     {"shell", "shellscript", "sh", "bash", "zsh", "fish", "makefile", "dockerfile", "powershell"}
 )
-MAX_LINE = 500  # characters, its last ones: the time of the search grows with their square
+MAX_LINE = 500  # the last characters of a line are searched: the time grows with the square of their number
 
 _DESTRUCTIVE = re.compile(
     r"""

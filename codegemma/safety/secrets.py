@@ -31,12 +31,12 @@ SECRET_FILES = (
     *("client_secret*.json", "*firebase-adminsdk*.json"),
 )
 # These names may belong to source code as well (`secrets.py`, `.env.d.ts`) or to a template that is published
-# without its values (`.env.example`), which are read, with the secrets in them replaced.
+# without its values (`.env.example`). Such files are read, with the secrets in them replaced.
 SECRET_FILES_UNLESS_CODE = (
     *("*.env", "*.env.*", "*.tfvars", "*.tfvars.*", "credentials.*", "secret.*", "secrets.*"),
     *("*.key", "id_rsa.*", "id_dsa.*", "id_ecdsa.*", "id_ed25519.*"),
 )
-TEMPLATE_WORDS = ("example", "sample", "template", "dist")  # the last part of a name or the one before it
+TEMPLATE_WORDS = ("example", "sample", "template", "dist")  # among the last two parts of a name, between dots
 # Source code by extension. Shell is missing on purpose: a `secrets.sh` is mostly a list of passwords.
 CODE_EXTENSIONS = (
     *("c", "cc", "cpp", "cs", "cu", "cxx", "h", "hh", "hpp", "hxx", "m", "mm", "d", "go", "rs", "swift"),
@@ -46,8 +46,8 @@ CODE_EXTENSIONS = (
     *("rkt", "sol", "v", "sv", "vhd", "proto", "thrift", "graphql", "gql", "tf", "nix", "vue", "svelte"),
     *("astro", "html", "css", "scss", "less", "erb", "cshtml", "ipynb"),
 )
-# The names that editors give to languages decide for `*.key` alone, which is code in some projects: an editor
-# may show a `.env` file or a `credentials.json` in any language.
+# Languages as editors name them. They decide for `*.key` alone, which is code in some projects. For other
+# names they say little: an editor may show a `.env` file or a `credentials.json` in any language.
 CODE_LANGUAGES = (
     *("c", "cpp", "csharp", "cs", "objective-c", "objc", "objective-cpp", "d", "go", "rust", "swift", "zig"),
     *("nim", "python", "ruby", "php", "perl", "lua", "r", "julia", "javascript", "javascriptreact"),
@@ -93,7 +93,7 @@ def _cached_redact(text: str) -> str:
 
 
 def redact_at_cursor(prefix: str, suffix: str) -> tuple[str, str]:
-    """The text before and after a cursor with every secret replaced, also one around the cursor."""
+    """The text before and after a cursor with every secret replaced, also one that has the cursor inside."""
     text, cursor, end = prefix + suffix, len(prefix), 0
     before, after = "", ""
     for finding in find_secrets(text):

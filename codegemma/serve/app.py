@@ -25,7 +25,7 @@ from codegemma.serve.wire import AnswerWriter, dumps, reply, shortened
 PAGE = Path(__file__).parent / "web"
 PUBLIC_PATHS = {"/", "/health", "/v1/health", "/terms"}  # these and the page's files need no key
 MISTRAL_PATHS = ("/v1/fim", "/fim")
-MAX_PROBLEMS = 5  # of a body that an error names
+MAX_PROBLEMS = 5  # of a body that one error names
 NO_PAGE = "codegemma is running. The page was not built into this installation: see /openapi.json\n"
 
 shared_router = APIRouter(route_class=JsonRoute)
@@ -105,14 +105,15 @@ class _PageFiles(StaticFiles):
         """The file. Raises HTTPException 404 where there is none."""
         try:
             return await super().get_response(path, scope)
-        except (HTTPException, ValueError, OSError) as error:  # or a path with NUL, or a name too long
+        except (HTTPException, ValueError, OSError) as error:
+            # ValueError: the path has a NUL. OSError: a name in it is too long.
             if path == "." and isinstance(error, HTTPException) and error.status_code == 404:
                 return Response(NO_PAGE, media_type="text/plain")
             raise HTTPException(404) from None
 
 
 def error_response(path: str, status: int, message: str, body: Any = None) -> Response:
-    """An error in the form of the path's protocol."""
+    """An error in the form of the path's protocol. The request's `body` shows whether it is Tabby's."""
     message = shortened(message)
     writer: type[AnswerWriter] = llamacpp.LlamaWriter
     if path.startswith("/api/"):
@@ -140,13 +141,13 @@ async def _on_error(http: HttpRequest, error: Exception) -> Response:
         case HTTPException():
             response = error_response(path, error.status_code, error.detail)
             response.headers.update(error.headers or {})
-        case _:  # of no kind that `create` registers
+        case _:  # `create` registers no other kind
             raise error
     return response
 
 
 def _on_invalid_body(path: str, error: RequestValidationError) -> Response:
-    """400, or 422 where Mistral's and Tabby's servers say so."""
+    """The response to a wrong body: 400, or 422 where Mistral's or Tabby's own server answers that."""
     problems = [
         {"loc": [_cut(part) for part in p["loc"]], "msg": _rule(p["msg"]), "type": p["type"]}
         for p in error.errors()[:MAX_PROBLEMS]

@@ -21,11 +21,11 @@ from codegemma.prompts import File
 from codegemma.serve.wire import service_of
 
 INFILL_TOKENS = 128  # of a suggestion, where the body has no limit
-UNLIMITED_TOKENS = 1024  # where the body's limit is below 0, which in these protocols means none
+UNLIMITED_TOKENS = 1024  # if the limit is below 0 (none), or missing in chats, llama.cpp's and Ollama's texts
 T = TypeVar("T")
 Items = Annotated[list[T], Field(fail_fast=True)]  # the first wrong item is reported, not each of 100,000
-PIECE_CHARACTERS = 1 << 14
-LARGE_BODY_BYTES = 1 << 16  # that are parsed beside the event loop
+PIECE_CHARACTERS = 1 << 14  # of a text that `well_formed` reads at once
+LARGE_BODY_BYTES = 1 << 16  # a larger body is parsed in a thread beside the event loop
 MAX_STOPS = 64
 MAX_BIASES = 1024
 MAX_MS = 86_400_000
@@ -56,11 +56,11 @@ OFF: tuple[Any, ...] = (None, False, "", [], {}, {"type": "text"}, ["text"])  # 
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _PAIR = re.compile(r"[\ud800-\udbff][\udc00-\udfff]")
-_SURROGATE_MARKS = (b"\\ud", b"\\uD", b"\xed")  # one of which is in JSON with surrogates
+_SURROGATE_MARKS = (b"\\ud", b"\\uD", b"\xed")  # JSON with a surrogate has one of these
 
 
 def well_formed(value: Any) -> Any:
-    """A JSON value whose texts are Unicode: half a surrogate pair becomes U+FFFD, both halves a character."""
+    """A JSON value whose texts are Unicode: half a surrogate pair becomes U+FFFD, a whole one a character."""
     if isinstance(value, str):
         return value if value.isascii() else "".join(_pieces(value))
     if isinstance(value, list):
@@ -75,7 +75,7 @@ def _pieces(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
         end = start + PIECE_CHARACTERS
-        end += bool(_PAIR.match(text, end - 1))  # which stays together
+        end += bool(_PAIR.match(text, end - 1))  # a pair stays together
         piece = text[start:end]
         if _SURROGATE.search(piece):
             piece = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -95,7 +95,7 @@ def _parsed(body: bytes) -> Any:
 
 
 class JsonRoute(APIRoute):
-    """A route whose bodies are well_formed. Editors cut texts within a surrogate pair, as UTF-16 counts."""
+    """A route whose bodies are well_formed: editors that count in UTF-16 may cut a surrogate pair in two."""
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -107,10 +107,10 @@ class JsonRoute(APIRoute):
 
 
 def _bias_by_token(value: Any) -> Any:
-    """llama.cpp's pairs [id, bias] as a dict; a bias of false bans the token. Raises ValueError on others."""
+    """llama.cpp's list of [id, bias] as a dict; the bias false bans a token. Raises ValueError on others."""
     if isinstance(value, list) and len(value) <= MAX_BIASES:
         if not all(isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int for pair in value):
-            raise ValueError("its pairs must be of a token id and a bias: /tokenize gives the ids of a text")
+            raise ValueError("each pair must be [token id, bias]: /tokenize gives the ids of a text")
         value = dict(value)
     if isinstance(value, dict) and len(value) <= MAX_BIASES:
         value = {token: -100 if bias is False else bias for token, bias in value.items()}
@@ -245,7 +245,7 @@ def refuse_unsupported(body: BaseModel, model: str) -> None:
 
 
 def _sampling(fields: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
-    """The Sampling of a body's fields, under any protocol's names. Without a seed it is random."""
+    """The Sampling of a body's fields, under any protocol's names. Draws a seed if there is none."""
     sent = {SAMPLING_FIELDS[name]: value for name, value in fields.items() if name in SAMPLING_FIELDS}
     values = defaults | {name: value for name, value in sent.items() if value is not None}
     values["top_k"] = max(values.get("top_k", 0), 0)
@@ -254,5 +254,5 @@ def _sampling(fields: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
 
 
 def one_line(path: str) -> str:
-    """The path with every run of whitespace as one blank: a prompt names each file on one line."""
+    """The path with every run of whitespace as one space: a prompt names each file on one line."""
     return " ".join(path.split())

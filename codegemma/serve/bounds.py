@@ -1,6 +1,6 @@
-"""Bounds on the text of a request: what no model could hold is left out or refused before anything reads it.
+"""Bounds on the text of a request: what cannot fit into the context is left out or refused early.
 
-Encoding and redacting text takes seconds a megabyte, in which the other clients would wait.
+Encoding and redacting a megabyte of text takes seconds, during which the other clients would wait.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from functools import lru_cache
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.tokenizer import Tokenizer
 
-MAX_FILES = 1024  # of context; the last are the nearest
-PIECE_CHARACTERS = 128  # of a token; where a vocabulary has longer ones, as many as those
+MAX_FILES = 1024  # of context; of more, the last are kept: they stand nearest to the cursor
+PIECE_CHARACTERS = 128  # the most that a token spells, unless the vocabulary has a longer one
 
 
 def bounded(request: Request, tokenizer: Tokenizer, context: int) -> Request:
@@ -43,7 +43,7 @@ def bounded(request: Request, tokenizer: Tokenizer, context: int) -> Request:
 
 
 def check_length(characters: int, tokenizer: Tokenizer, tokens: int) -> None:
-    """Raises ValueError where a text has more characters than so many tokens spell."""
+    """Raises ValueError if a text has so many characters that `tokens` tokens cannot spell it."""
     if characters > tokens * PIECE_CHARACTERS and characters > max_characters(tokenizer, tokens):
         least = tokens * characters // max_characters(tokenizer, tokens)
         raise ValueError(f"the text has at least {least:,} tokens, but {tokens:,} are read: shorten it")
@@ -51,14 +51,15 @@ def check_length(characters: int, tokenizer: Tokenizer, tokens: int) -> None:
 
 @lru_cache(maxsize=8)
 def max_characters(tokenizer: Tokenizer, tokens: int) -> int:
-    """The most characters that so many tokens spell. Reads the whole vocabulary."""
+    """The most characters that `tokens` tokens can spell. Reads the whole vocabulary."""
     longest = max(len(tokenizer.piece(token)) for token in range(tokenizer.vocab_size))
     return tokens * max(PIECE_CHARACTERS, longest)
 
 
 def _cut(prompt: Infill, room: int) -> Infill:
-    """The text around the cursor, `room` characters on either side, and the last files that have as many."""
-    step = max(room // 8, 1)  # the start moves in steps, so that it stays while somebody types
+    """The prompt with `room` characters (or up to an eighth more) before the cursor, `room` after it, and as
+    many of the last files as have at most `room` characters together."""
+    step = max(room // 8, 1)  # the start moves in steps: it mostly stays the same while somebody types
     start = max(0, (len(prompt.prefix) - room) // step * step)
     files = list(prompt.files)
     for first in reversed(range(len(files))):
@@ -67,5 +68,6 @@ def _cut(prompt: Infill, room: int) -> Infill:
             files = files[first + 1 :]
             break
     if len(prompt.path or "") > room:
-        raise ValueError(f"the path has {len(prompt.path or ''):,} characters: shorten it")
+        path = f"the path has {len(prompt.path or ''):,} characters"
+        raise ValueError(f"{path}, but at most {room:,} fit into the context: shorten it")
     return replace(prompt, prefix=prompt.prefix[start:], suffix=prompt.suffix[:room], files=tuple(files))

@@ -25,11 +25,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger("codegemma.serve")
 
 MAX_BODY_BYTES = 16 << 20
-MAX_VALUES = 1 << 18  # of a body's JSON, and of its lists and objects a sixteenth: parsing blocks all clients
-MAX_CONTAINERS = MAX_VALUES >> 4
+MAX_VALUES = 1 << 18  # in the JSON of a body: while it is parsed, all clients wait
+MAX_CONTAINERS = MAX_VALUES >> 4  # lists and objects in the JSON of a body
 MAX_CONNECTIONS = 4096  # open together; a further one is closed immediately
-CLIENT_TIMEOUT_S = 30.0  # for a request to arrive, and for a client that does not read its answer
-STOPPING = 503  # the status of requests that the end of the server cancels: uvicorn logs how many
+CLIENT_TIMEOUT_S = 30.0  # for a request to arrive, and for a client to go on reading its answer
+STOPPING = 503  # the status where the server ends before the answer; not logged: uvicorn counts them
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]", "::1"}
 POLICY = (
     "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; "
@@ -78,7 +78,7 @@ class RequestGuard:
             await send({"type": "websocket.close", "code": 1008})
             return
         path, method = "/" + scope["path"].strip("/"), scope["method"]
-        # No route has the method HEAD. For GET's answer to it, uvicorn leaves out the body.
+        # HEAD is answered by the route for GET; uvicorn leaves out the body.
         scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
         headers = Headers(scope=scope)
         origins = headers.getlist("origin")
@@ -119,16 +119,15 @@ class RequestGuard:
         """Raises HTTPException if the Host, the Origin, the body's size or its encoding is not allowed."""
         host, origins, limit = headers.get("host", ""), headers.getlist("origin"), self.rules.max_body_bytes
         if self.rules.hosts is not None and _without_port(host) not in self.rules.hosts:
-            remedy = "use its address, or start it with --host or --allow-host"
+            remedy = "use its address, or start the server with --host or --allow-host"
             raise HTTPException(403, f"Host {host!r} is not this server's name: {remedy}")
         if len(origins) > 1:
             raise HTTPException(403, f"a request has one Origin, but this one has {len(origins)}: send one")
-        scheme = headers.get(
-            "x-forwarded-proto", scope["scheme"]
-        )  # which no page can send without a preflight
+        # A page cannot send X-Forwarded-Proto without a preflight.
+        scheme = headers.get("x-forwarded-proto", scope["scheme"])
         for origin in origins:
             if origin not in self.rules.origins and origin != f"{scheme}://{host}".lower():
-                remedy = "start it with --allow-origin to let it"
+                remedy = "start the server with --allow-origin to allow the page"
                 raise HTTPException(403, f"a page of {origin[:200]!r} may not call this server: {remedy}")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
@@ -158,7 +157,8 @@ class RequestGuard:
             try:
                 message = await asyncio.wait_for(receive(), deadline - time.monotonic())
             except TimeoutError:
-                raise HTTPException(408, "the body did not arrive: send it at once") from None
+                rule = f"the body did not arrive within {self.rules.timeout_s:g} seconds"
+                raise HTTPException(408, f"{rule}: send it at once") from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             body += message.get("body", b"")
@@ -174,8 +174,8 @@ def _check_values(body: bytes) -> None:
     """Raises HTTPException where JSON has so many values that parsing them would delay other clients."""
     for what, marks, limit in (("values", b",[{", MAX_VALUES), ("lists and objects", b"[{", MAX_CONTAINERS)):
         if sum(body.count(mark) for mark in marks) <= limit:
-            continue  # even with those inside texts
-        # Outside texts: behind an even number of quotes that no backslash escapes.
+            continue  # few enough, even with those inside texts
+        # A mark is outside of texts if the number of unescaped quotes before it is even.
         unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
         characters, is_mark = np.frombuffer(unescaped, np.uint8), np.zeros(256, bool)
         is_mark[list(marks)] = True
@@ -187,7 +187,7 @@ def _check_values(body: bytes) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` of a request whose body was read: the body, and then whatever follows."""
+    """A `receive` for a request whose body was read already: it gives that body, then whatever follows."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:
@@ -220,9 +220,10 @@ class _Sending:
 
 
 def _preflight_response(headers: Headers) -> Response:
-    """The answer to a browser that asks what an allowed page may send: any headers, for OpenAI's client.
+    """The answer to a browser that asks what an allowed page may send.
 
-    A page on the Internet may call a server on this machine or in this network if the answer says so
+    It may send all headers that it asks for: OpenAI's client has many of its own. A page on the Internet may
+    call a server on this machine or in this network only if the answer says so
     (https://wicg.github.io/private-network-access).
     """
     allowed = headers.get("access-control-request-headers", "Authorization, Content-Type")

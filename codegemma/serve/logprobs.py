@@ -13,7 +13,7 @@ Logprobs = dict[str, list[Any]]  # LISTS, one entry for each token
 
 
 def token_text(data: bytes) -> str:
-    """A token's bytes in OpenAI's form: text, or bytes:\\xNN where they are no valid UTF-8."""
+    """A token's bytes in OpenAI's form: text, or bytes:\\xNN where they are not valid UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -36,8 +36,8 @@ class LogprobLists:
         self.begin_answer(0)
 
     def begin_answer(self, position: int) -> None:
-        """What follows is the answer, which is decoded alone and begins at `position`: before 0 where its
-        first tokens spell what stands before the cursor."""
+        """The tokens from here on are of the answer, and decoded apart. The answer begins at `position`: below
+        0 if its first tokens spell again what stands before the cursor."""
         self.position = position
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -48,8 +48,8 @@ class LogprobLists:
         top: Sequence[tuple[int, float]] | None,
         prompt: str = "",
     ) -> Logprobs:
-        """The lists with one token. `prompt`: the text that the token is from, if control tokens are spelled
-        in it. Where tokens have the same text, `top_logprobs` has the highest value."""
+        """The lists with one token. `prompt`: the text of the token's prompt, if it may spell control tokens.
+        Of alternatives with the same text, `top_logprobs` has the likeliest."""
         text = self._text_of(token)
         best: dict[str, float] | None = None if top is None else {}
         if best is not None:
@@ -61,14 +61,14 @@ class LogprobLists:
         )
 
     def _advance(self, token: int, prompt: str) -> int:
-        """The token's offset. Afterwards `position` is behind the characters that it completes."""
+        """The token's offset. Moves `position` past the characters that the token completes."""
         if self._tokenizer.is_control(token):  # has no text, unless the prompt spells it
             spellings = self._tokenizer.piece(token), self._tokenizer.decode([token], control=True)
             offset = self.position
             self.position += max(len(s) if prompt.startswith(s, offset) else 0 for s in spellings)
             return offset
         data, (pending, _) = self._tokenizer.decode_bytes([token]), self._decoder.getstate()
-        # Bytes that the token does not continue are a character of their own, U+FFFD.
+        # Pending bytes that the token does not continue become a character of their own, U+FFFD.
         broken = bool(pending) and len((pending + data[:1]).decode("utf-8", "replace")) > 1
         offset = self.position + broken
         self.position += len(self._decoder.decode(data))

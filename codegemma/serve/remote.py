@@ -1,4 +1,4 @@
-"""Answers requests by another OpenAI-compatible server: this one makes the prompts and trims the answers."""
+"""Has another OpenAI-compatible server answer: this one makes the prompts and trims the answers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ REMEMBERED_PAGES = 1 << 16  # of prompts that the remote server probably still h
 
 
 class RemoteService:
-    """A CompletionService in front of another server. `open` makes it."""
+    """A CompletionService in front of another server. Make one with `open`."""
 
     adapters: list[str] = []
     aliases: list[str] = []
@@ -108,8 +108,8 @@ class RemoteService:
         return jobs
 
     def _resolve(self, request: Request) -> Request:
-        """The request as token ids. Nothing before the cursor is given back: the protocol has no field for
-        what the answer must begin with."""
+        """The request as token ids, without `Infill.heal`: the protocol has no field for the text that an
+        answer must begin with."""
         if isinstance(request.prompt, Infill):
             request = replace(request, prompt=replace(request.prompt, heal=False))
         return resolve(self, request, {self.mode} - {"prefix"}, self.reads_files)
@@ -174,7 +174,7 @@ class RemoteService:
         yield last if job.request.max_tokens else Step(None, "", 0.0, "length")
 
     async def _chunks(self, job: Job) -> AsyncIterator[dict[str, Any]]:
-        """The parsed parts of the server's answer. Raises `_refusal`, or HTTPException 502 on a failure."""
+        """The parsed parts of the server's answer. Raises `_refusal(answer)`, or HTTPException 502."""
         scored = job.request.is_score
         body = completion_body(self.name, job.resolved, echo=scored, stream=not scored)
         try:

@@ -19,7 +19,7 @@ from codegemma.prompts import Layout
 from codegemma.serve.metrics import Metrics
 from codegemma.tokenizer import Tokenizer
 
-PROMPT_TIMEOUT_FACTOR = 2.0  # times the time budget: an answer that has not begun by then is given up
+PROMPT_TIMEOUT_FACTOR = 2.0  # a job without a token after this many time budgets is given up
 
 
 class Busy(Exception):
@@ -35,14 +35,15 @@ class Job:
     works from any thread.
 
     `resolved` is the request with token ids as its prompt, as the engine takes it. `queued`, `started`,
-    `first` (token) and `ended` are times of `time.perf_counter`, 0 where not reached yet.
+    `first` (when the first token came) and `ended` are times of `time.perf_counter`, 0 until they are known.
     """
 
     def __init__(self, request: Request, resolved: Request) -> None:
         self.request, self.resolved = request, resolved
         self.prompt_ids = list(resolved.prompt_ids)
         self.prompt_tokens, self.cached_tokens, self.predicted_tokens = len(self.prompt_ids), 0, 0
-        # For each prompt token but the first: its log-probability and the likeliest tokens. Only on request.
+        # For each prompt token but the first: its log-probability and the likeliest tokens. Empty unless the
+        # request asks for scores.
         self.scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         self.queued, self.started, self.first, self.ended = time.perf_counter(), 0.0, 0.0, 0.0
         self.stop: str | None = None
@@ -86,7 +87,7 @@ class Job:
                 return
 
     def overdue(self, now: float) -> bool:
-        """Whether the prompt took too long, or an answer that has a complete line did."""
+        """Whether the first token is late, or the time since then is up and a line is complete."""
         if not self.first:
             seconds = prompt_timeout(self.request)
             return seconds is not None and now - self.started > seconds
@@ -100,7 +101,7 @@ class Job:
         first = self.first or ended
         prompt_n = self.prompt_tokens - self.cached_tokens
         return {
-            "prompt_n": prompt_n,  # in front of cache_n, where clients have always read it
+            "prompt_n": prompt_n,  # also in _speed: here it keeps its place in front of cache_n
             "cache_n": self.cached_tokens,
             **_speed("prompt", prompt_n, first - started),
             **_speed("predicted", self.predicted_tokens, ended - first),
@@ -122,8 +123,8 @@ def _speed(kind: str, tokens: int, seconds: float) -> dict[str, Any]:
 
 
 def prompt_timeout(request: Request) -> float | None:
-    """Seconds until the first token, after which a job is given up. None (no limit) without a time budget,
-    and for a request that only warms the cache."""
+    """How many seconds a job may take to its first token before it is given up. None, which is no limit,
+    without a time budget, and for a request that only warms the cache."""
     if request.prompt_seconds is None or not request.max_tokens:
         return None
     return PROMPT_TIMEOUT_FACTOR * request.prompt_seconds
@@ -140,7 +141,7 @@ def supersedes(new: Job, old: Job) -> bool:
 
 
 def can_chat(preset: Preset | None, tokenizer: Tokenizer) -> bool:
-    """Whether a model was tuned for chats. Without a preset: whether its vocabulary has turns."""
+    """Whether a model was tuned for chats. Without a preset: whether its vocabulary has tokens for turns."""
     return "chat" in preset.uses if preset else tokenizer.control.start_of_turn is not None
 
 
@@ -168,7 +169,7 @@ class CompletionService(Protocol):
 
     @property
     def mode(self) -> Layout:
-        """What the mode "auto" means; "prefix" for a model that was not trained to fill in the middle."""
+        """The layout that the mode "auto" means; "prefix" if it was not trained to fill in the middle."""
 
     @property
     def reads_files(self) -> bool:

@@ -103,7 +103,7 @@ class Scheduler:
         self._step_ends = 0.0  # when the present step should end
         self._decode_seconds = 0.0  # mean time of a step without prompts
         self._scored: Job | None = None  # the job whose prompt is scored in the present step
-        # Tokens of all running requests together.
+        # The most tokens that the running requests may have together.
         self._max_tokens = self.engine.cache.max_bytes // self.engine.backend.page_bytes * PAGE
         key = hashlib.sha256(self.engine.cache.key.encode()).hexdigest()[:32]
         self._cache_file = cache / key if cache else None
@@ -143,7 +143,7 @@ class Scheduler:
                 client = job.request.client
                 self._work[client] = max(self._work.get(client, 0.0), self._clock)
             if len(self._batch.running) == 1 and not self._interrupted:
-                self._interrupt(MAX_PAUSE_S)  # a request that ran alone has a larger chunk
+                self._interrupt(MAX_PAUSE_S)  # the request that ran alone may be reading a larger chunk
             self._update_gauges()
             self._changed.notify()
         for job in older:
@@ -159,13 +159,14 @@ class Scheduler:
         for job in jobs:
             job.cancel()
         await asyncio.to_thread(self._thread.join)
-        if self._cache_file is not None and self.engine.cache.nbytes:  # another worker may have more
+        # An empty cache must not replace one that another worker saved.
+        if self._cache_file is not None and self.engine.cache.nbytes:
             try:
                 self._cache_file.parent.mkdir(0o700, parents=True, exist_ok=True)  # prompts are private
                 await asyncio.to_thread(self.engine.cache.save, self._cache_file)
             except OSError as error:
                 log.warning("the prompt cache is not saved: %s", explain(error))
-            except ValueError as error:  # a file of somebody else
+            except ValueError as error:  # the path has a file that is no saved cache
                 log.warning("the prompt cache is not saved: %s", error)
 
     def _resolve(self, request: Request) -> Request:
@@ -190,7 +191,7 @@ class Scheduler:
 
     def _cancel(self, job: Job) -> None:
         """Ends a waiting job at once, and a running one after the present step. A step that would take long
-        is interrupted, but never two in a row, so that the requests of other clients make progress."""
+        is interrupted, but never two in a row while other jobs run, so that those make progress."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -224,13 +225,13 @@ class Scheduler:
             try:
                 self._remove_ended()
                 self._step()
-            except Exception as error:  # of no job: all that run fail, but the server continues
+            except Exception as error:  # not of a single job: all running jobs fail, the server continues
                 for job in self._running_jobs():
                     self._fail(job, error)
                 self._batch = Batch(self.engine)
 
     def _admit(self) -> list[Job]:
-        """Takes jobs from the queue, in the order of their start, while there are slots and memory."""
+        """Takes jobs from the queue while slots and memory last, the client with the least work first."""
         admitted: list[Job] = []
         running = self._running_jobs()
         while self._waiting and len(running) < self.slots:
@@ -331,7 +332,7 @@ class Scheduler:
         for running, step in steps:
             job = self._jobs.get(running)
             if job is None:
-                continue  # its answer was complete at an earlier step of the same draft
+                continue  # its answer ended with an earlier token of the same draft
             with self._isolated(job):
                 if isinstance(step, Exception):
                     raise step
@@ -343,7 +344,7 @@ class Scheduler:
         if shown.stop is None:
             job.post(shown)
             return
-        if running.stop is None:  # the rest would be trimmed off
+        if running.stop is None:  # it would go on, but what follows would be trimmed off
             self._batch.remove(running)
         del self._jobs[running]
         self._finish(job, shown)
@@ -355,14 +356,14 @@ class Scheduler:
 
     @contextlib.contextmanager
     def _isolated(self, job: Job) -> Iterator[None]:
-        """An exception of the block ends this job, and no other."""
+        """An exception in the block ends this job, and no other."""
         try:
             yield
         except Exception as error:
             self._fail(job, error)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """Ends a job with an error. What it computed is not cached, since the fault may lie there."""
+        """Ends a job with an error. What it computed is not cached: it may be wrong."""
         log.error("a request failed", exc_info=error)
         for running in [running for running, other in list(self._jobs.items()) if other is job]:
             del self._jobs[running]

@@ -34,7 +34,7 @@ class Shown:
     latency_ms: float
     characters: int
     taken: int = 0
-    minute: int = 0  # since 1970; 0 becomes the present one in `record`
+    minute: int = 0  # since 1970; for 0, `record` writes the present minute
 
 
 def file() -> Path:
@@ -121,7 +121,7 @@ def summary(rows: Sequence[Shown]) -> dict[str, Any]:
 
 
 def by_language(rows: Sequence[Shown]) -> dict[str, dict[str, Any]]:
-    """The summary for each language, with the language of the most suggestions first."""
+    """The summary for each language, the language with the most suggestions first."""
     groups: dict[str, list[Shown]] = {}
     for row in rows:
         groups.setdefault(row.language or "other", []).append(row)

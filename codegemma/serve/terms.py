@@ -1,5 +1,5 @@
-"""The Gemma Terms of Use, which whoever hosts a model must pass on to its users (section 3.1), with the
-restrictions on use (3.2)."""
+"""The Gemma Terms of Use, which the host of a model must pass on to its users (section 3.1) together with the
+restrictions on use (section 3.2)."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ log = logging.getLogger("codegemma.serve")
 T = TypeVar("T")
 
 PING_S = 2.0  # a stream that has sent nothing for this long sends a ping
-MANY_TOKENS = 500  # whose texts and log-probabilities take some 20 ms to write
-MAX_MESSAGE = 500  # characters of an error: it does not repeat a request
+MANY_TOKENS = 500  # it takes some 20 ms to write their texts and log-probabilities
+MAX_MESSAGE = 500  # characters of an error, so that it does not repeat a whole request
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class Answer:
         return min(matches)[1] if matches else ""
 
     def confidence(self) -> dict[str, float | None]:
-        """The last field of an answer that fills in the middle, nothing for others. See running.Step; 0 where
-        the text is in a loop or destroys. None: no log-probability of a token is known."""
+        """The field `confidence` as a dict, which is empty unless the answer fills in the middle.
+
+        The value is that of the last token (see running.Step), or None if no token is known. It is 0 if the
+        text is a loop or has a destructive command.
+        """
         infill = self.job.request.prompt
         if not isinstance(infill, Infill):
             return {}
@@ -93,7 +96,7 @@ def reply(value: Any, status: int = 200) -> Response:
 
 
 def shortened(message: str) -> str:
-    """An error's message without what is beyond MAX_MESSAGE."""
+    """An error's message, cut to MAX_MESSAGE characters."""
     return message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 3] + "..."
 
 
@@ -104,7 +107,7 @@ async def submit(http: HttpRequest, requests: Sequence[Request]) -> list[Job]:
     The text around the cursor and all other prompts stay unchanged. Raises ValueError and Busy.
     """
     service, redact, prompts = service_of(http), http.app.state.redact, dict[int, Any]()
-    for request in requests:  # choices share their prompt
+    for request in requests:  # the choices of one prompt share it, so it is prepared once
         if id(request.prompt) not in prompts:
             prepared = await asyncio.to_thread(_prepared, request, service, redact)
             prompts[id(request.prompt)] = prepared.prompt
@@ -130,7 +133,7 @@ async def collect(http: HttpRequest, requests: Sequence[Request]) -> list[Answer
 
 
 async def _off_loop(answers: Sequence[Answer], work: Callable[[], T]) -> T:
-    """The result of `work`, in a thread where it writes so many tokens that other clients would wait."""
+    """The result of `work`. If it writes many tokens, it runs in a thread: other clients go on."""
     tokens = sum(len(answer.steps) + len(answer.job.scores) for answer in answers)
     return await asyncio.to_thread(work) if tokens > MANY_TOKENS else work()
 

@@ -46,7 +46,7 @@ LLAMA_ERROR_TYPES = ERROR_TYPES | {
     503: "unavailable_error",
 }
 
-MAX_TOKENIZED = 1 << 15  # tokens of a text, at least; a longer one is refused
+MAX_TOKENIZED = 1 << 15  # tokens; a text that certainly has more is refused
 
 MixedPrompt = str | Annotated[Items[int | str], Field(min_length=1)]
 
@@ -129,7 +129,7 @@ class TemplateBody(BaseModel):
 
 
 class LlamaWriter(AnswerWriter):
-    """Writes an answer as one value. A stream has values with parts of its text in front of it."""
+    """Writes an answer as one value. In a stream, values with the parts of the text come before it."""
 
     def __init__(self, http: HttpRequest, body: LlamaInfillBody | LlamaCompletionBody) -> None:
         super().__init__(http)
@@ -225,7 +225,7 @@ async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
     """Continues one prompt or several, each `n_cmpl` times. A prompt is text, ids, or a list of both."""
     prompts, count = body.prompts(), body.n_cmpl or 1
     check_choice_count(len(prompts) * count)
-    seed = secrets.randbits(32)  # without one in the body, all prompts have the same
+    seed = secrets.randbits(32)  # of all prompts, if the body has none
     sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "seed": seed}
     service = service_of(http)
     texts = [

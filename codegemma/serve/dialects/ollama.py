@@ -30,7 +30,7 @@ from codegemma.serve.wire import Answer, AnswerWriter, dumps, reply, service_of
 
 router = APIRouter(tags=["Ollama"], route_class=JsonRoute)
 
-VERSION = "0.12.0"  # of Ollama whose API this is; clients check it
+VERSION = "0.12.0"  # of the Ollama that has this API; clients check it
 DETAILS = {
     "parent_model": "",
     "format": "gguf",
@@ -61,7 +61,7 @@ class OllamaFields(ExtensionFields):
         """Raises ValueError where the body asks for what is not supported."""
         refuse_unsupported(self, self.model)
         if self.think and self.think != "false":
-            raise ValueError(f'"{self.model}" does not support thinking')
+            raise ValueError(f'"{self.model}" does not support thinking: leave think out')
 
 
 class OllamaGenerateBody(OllamaFields):
@@ -75,8 +75,11 @@ class OllamaGenerateBody(OllamaFields):
 
     @property
     def infills(self) -> bool:
-        """Whether there is a suffix; at the end of a file it is empty. An empty one means none beside a raw
-        prompt, and from Ollama's Go client, which sends every field: an empty system and template too."""
+        """Whether the body asks to fill in the middle: it has a suffix, which is empty at the end of a file.
+
+        An empty suffix counts as none with `raw`, and where system and template are sent empty too, as
+        Ollama's Go client does: it sends every field.
+        """
         sends_all = self.system == "" and self.template == ""
         return bool(self.suffix) or (self.suffix == "" and not self.raw and not sends_all)
 
@@ -108,7 +111,7 @@ class OllamaMessage(BaseModel):
     tool_calls: Items[ToolCall] | None = None
 
     def message(self) -> Message:
-        """The message for the model. Raises ValueError on another role and on images."""
+        """The message for the model. Raises ValueError on an unknown role and on images."""
         if self.role not in ROLES:
             raise ValueError(f"a message's role must be one of {', '.join(ROLES)}, got {self.role!r:.40}")
         if self.images:
@@ -200,7 +203,7 @@ async def generate(body: OllamaGenerateBody, http: HttpRequest) -> Response:
 
 @router.post("/api/chat")
 async def chat(body: OllamaChatBody, http: HttpRequest) -> Response:
-    """A chat."""
+    """Answers a conversation."""
     body.check()
     messages = [message.message() for message in body.messages or ()]
     return await _respond(body, http, Chat(messages) if messages else None)
@@ -239,14 +242,14 @@ async def ps(http: HttpRequest) -> Response:
 
 @router.get("/api/version")
 async def version() -> Response:
-    """The version of Ollama whose API this is."""
+    """The version of the Ollama that has this API."""
     return reply({"version": VERSION})
 
 
 async def _respond(
     body: OllamaGenerateBody | OllamaChatBody, http: HttpRequest, prompt: Infill | TextPrompt | Chat | None
 ) -> Response:
-    """The answer to a prompt. Without one a client wants the model loaded or unloaded: both do nothing."""
+    """The answer to a prompt. None: the client asks to load or unload the model, and nothing is done."""
     writer = OllamaWriter(http, body)
     if prompt is None:
         reason = "unload" if body.keep_alive in (0, "0", "0s") else "load"
@@ -271,5 +274,5 @@ def _without_spaces(template: str) -> str:
 
 
 def _utc_time(delay: timedelta = timedelta()) -> str:
-    """The time after `delay` from now, as Ollama writes times."""
+    """The time that is `delay` from now, as Ollama writes times."""
     return (datetime.now(UTC) + delay).isoformat().replace("+00:00", "Z")

@@ -42,7 +42,7 @@ router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 DONE = b"data: [DONE]\n\n"  # the end of OpenAI's and Mistral's streams
 SEED_STEP = 1_000_003  # between the seeds of a request's choices
 MAX_CHOICES = 512
-TEXT_TOKENS = 16  # without max_tokens and suffix, as OpenAI's API says
+TEXT_TOKENS = 16  # the limit without max_tokens and suffix, as in OpenAI's API
 ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -139,7 +139,7 @@ async def complete(body: OpenAICompletionBody, http: HttpRequest) -> Response:
     if body.best_of is not None and body.best_of < n:
         raise ValueError(f"best_of must be at least n, got {body.best_of} and {n}")
     if draws > n and body.stream:
-        raise ValueError("best_of compares complete answers, so it cannot be streamed: leave out one of them")
+        raise ValueError("best_of compares whole answers, so it cannot stream: leave out best_of or stream")
     check_choice_count(len(prompts) * draws)
     requests = [body.request_for(prompt, http) for prompt in prompts]
     choices = [choice for request in requests for choice in choices_of(request, draws)]
@@ -159,7 +159,7 @@ async def chat(body: OpenAIChatBody, http: HttpRequest) -> Response:
 @router.get("/v1/models")
 @router.get("/models", include_in_schema=False)
 async def models(http: HttpRequest) -> Response:
-    """The model, with the other names that it has had, and each of its adapters as a model."""
+    """The model, with its other names as aliases, and each of its adapters as a model."""
     service = service_of(http)
     first = _model(service.name) | ({"aliases": service.aliases} if service.aliases else {})
     return reply({"object": "list", "data": [first, *map(_model, service.adapters)]})
@@ -205,7 +205,7 @@ def usage(jobs: Sequence[Job], choices: int = 1) -> dict[str, Any]:
 
 
 def without_end_token(steps: Sequence[Step]) -> list[Step]:
-    """The steps without that of the stop id, which is not a token of the answer."""
+    """The steps without the one for the token that ends an answer: it is not part of the answer."""
     return [step for step in steps if step.stop != "end"]
 
 
@@ -295,7 +295,7 @@ class OpenAICompletionWriter(OpenAIWriter):
         index, last = answer.index, answer.steps[-1]
         parts = [self._echo(index, answer.job), *(self._part(answer, step) for step in answer.steps)]
         text, logprobs = "".join(text for text, _ in parts), joined([lists for _, lists in parts if lists])
-        # The tokens of a stop text, or of what was trimmed off, end where the text ends.
+        # The tokens of a stop text, or of what was trimmed off, have the end of the text as their offset.
         logprobs["text_offset"] = [min(offset, len(text)) for offset in logprobs["text_offset"]]
         return {
             "text": text,
@@ -335,7 +335,7 @@ class OpenAICompletionWriter(OpenAIWriter):
         return text, entries
 
     def _part(self, answer: Answer, step: Step) -> tuple[str, Logprobs | None]:
-        """A step's text and log-probabilities. <eos> has some too, since lm-eval drops the last entry."""
+        """A step's text and log-probabilities. <eos> has an entry too: lm-eval drops the last one."""
         if not self.with_logprobs or step.token is None:
             return step.text, None
         lists, typed = self.lists[answer.index], answer.job.resolved.typed
@@ -345,7 +345,7 @@ class OpenAICompletionWriter(OpenAIWriter):
 
 
 def _likeliest(answers: list[Answer], n: int) -> list[Answer]:
-    """The `n` answers with the highest mean log-probability of a token."""
+    """The `n` answers with the highest mean log-probability per token."""
 
     def mean_logprob(answer: Answer) -> float:
         values = [step.logprob for step in answer.steps if step.token is not None]

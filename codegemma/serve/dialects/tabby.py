@@ -19,7 +19,7 @@ from codegemma.serve.wire import collect, reply, service_of
 
 router = APIRouter(tags=["Tabby"], route_class=JsonRoute)
 
-MAX_TOKENS = 64  # as in Tabby, whose requests do not say a length
+MAX_TOKENS = 64  # as in Tabby, whose requests have no limit
 
 
 class TabbySnippet(BaseModel):
@@ -64,7 +64,7 @@ class TabbyCompletionBody(ExtensionFields):
     @field_validator("mode", mode="before")
     @classmethod
     def _ignore_standard_mode(cls, mode: Any) -> Any:
-        """Tabby's own `mode` "standard" means our default; its other values are refused as ours are."""
+        """Tabby has a `mode` too. Its "standard" means our default; its other values are refused."""
         return None if mode == "standard" else mode
 
     @model_validator(mode="after")
