@@ -24,7 +24,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """Opens a .gguf, .safetensors, .nemo, .ckpt or .bin file, or the directory of a model.
 
     A directory holds one of these files, a Hugging Face model, a Keras preset or an Orbax checkpoint. The
-    format is recognised by contents. Raises ValueError naming file, tensor and rule on anything else,
+    format is recognised by its contents. Raises ValueError naming file, tensor and rule on anything else,
     FileNotFoundError on a wrong path.
     """
     path = Path(path)
@@ -37,20 +37,20 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _model_in(directory: Path) -> Path:
-    """The only file of a directory that is a model, of several quantisations one; or the directory itself.
+    """The model in a directory: its only model file (of several quantisations, one), or the directory itself.
 
     Raises ValueError where it holds no model, or several.
     """
-    described = any((directory / name).exists() for name in ("config.json", "model_config.yaml"))
+    has_config = any((directory / name).exists() for name in ("config.json", "model_config.yaml"))
     weights = ("*.safetensors", "*.bin", "*.h5", "*.ckpt", "model_weights*")
-    if described and any(next(directory.glob(pattern), None) for pattern in weights):
+    if has_config and any(next(directory.glob(pattern), None) for pattern in weights):
         return directory
     if file := gguf_files.in_folder(directory):
         return file
     files = sorted([*directory.glob("*.nemo"), *directory.glob("*.ckpt")])
     if len(files) == 1:
         return files[0]
-    if not described and orbax.find_checkpoint(directory) is None:
+    if not has_config and orbax.find_checkpoint(directory) is None:
         rule = f"no Orbax checkpoint, no .gguf and {len(files)} .nemo or .ckpt files"
         raise ValueError(f"{directory}: holds no config.json, {rule}: pass a model's directory, or one file")
     return directory
@@ -80,5 +80,5 @@ def format_of(path: Path) -> str:
         return "safetensors"
     if path.suffix in (".json", ".h5", ".model", ".jinja", ".index"):
         raise ValueError(f"{path}: is a part of a model: pass its folder, {path.parent}")
-    remedy = "pass a file of these, a Hugging Face directory with config.json, a Keras preset or an Orbax one"
+    remedy = "pass such a file, a Hugging Face directory with config.json, a Keras preset or Orbax checkpoint"
     raise ValueError(f"{path}: is neither GGUF, safetensors, a PyTorch archive nor a .nemo: {remedy}")

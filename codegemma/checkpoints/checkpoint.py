@@ -22,7 +22,7 @@ FIM_ORDERS_KEY = "codegemma.fim"  # in a GGUF header or a config.json
 def stated_ends(
     path: Path, fields: Mapping[str, Any], keys: Sequence[str] = ("eos_token_id",)
 ) -> frozenset[int]:
-    """The token ids under keys of a file's header or config, each one id, a list of them or null.
+    """The end tokens that a header or config states under `keys`: each value is an id, a list of ids or null.
 
     Raises ValueError on anything else, naming `path`.
     """
@@ -50,12 +50,12 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     build_tokenizer: Callable[[], Tokenizer] | None = None
-    end_ids: frozenset[int] = frozenset()  # stated by its files, beside those that the vocabulary names
+    end_ids: frozenset[int] = frozenset()  # stated by its files, in addition to the vocabulary's
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """Built when first used, without added tokens that have no row in the embedding (the image token of
-        Gemma 3's text models). None where the checkpoint has none: then only token ids work."""
+        Gemma 3's text models). None where the checkpoint has none: then prompts can only be token ids."""
         if self.build_tokenizer is None:
             return None
         tokenizer = self.build_tokenizer().without_added(self.config.vocab)
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def unnamed_ends(self) -> list[int]:
-        """All ends of generation, for a file to state them; empty where the vocabulary's names tell them."""
+        """All tokens that end generation, for a file to list; empty if the vocabulary names them all."""
         control = self.tokenizer.control if self.tokenizer else None
         named = {control.eos, control.end_of_turn} if control else set()
         extra = (self.tokenizer.end_ids if self.tokenizer else self.end_ids) - named
@@ -82,7 +82,7 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of config, types and samples of the weights, by which caches and adapters name a model."""
+        """A hash of config, types and samples of the weights, by which caches and adapters know a model."""
         digest = hashlib.sha256(repr(self.config).encode())
         for name, tensor in self.tensors.items():
             raw = tensor.data.reshape(-1)

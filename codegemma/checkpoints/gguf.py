@@ -141,7 +141,7 @@ class _Header:
 
 
 def read_general(path: Path) -> dict[str, Any]:
-    """The header entries general.* (architecture, type, name) as far as they come first. Raises as `read`."""
+    """The entries general.* (architecture, type, name) that begin a header. Raises as `read` does."""
     header, entries = _start(path), {}
     header.count("tensors", MAX_ENTRIES)
     for _ in range(header.count("header entries", MAX_ENTRIES)):
@@ -153,7 +153,7 @@ def read_general(path: Path) -> dict[str, Any]:
 
 
 def _start(path: Path) -> _Header:
-    """The header of a file, behind its magic number and version."""
+    """The header of a file, read up to the end of its magic number and version."""
     header = _Header(path, map_file(path))
     if header.data[:4] != b"GGUF":
         raise header.fault("is not a GGUF file: it does not begin with GGUF", "check the path")

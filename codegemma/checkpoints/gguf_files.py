@@ -9,7 +9,7 @@ from typing import Literal
 
 from codegemma.checkpoints import gguf
 
-DEFAULT = "Q4_K_M"  # where several quantisations are there and none is named, as Ollama and llama.cpp choose
+DEFAULT = "Q4_K_M"  # the choice among several quantisations, as in Ollama and llama.cpp
 # The other types in the order of preference: small and exact enough first, then floats.
 PREFERRED = (
     DEFAULT,
@@ -35,17 +35,17 @@ _NO_MODEL = re.compile(r"mmproj|imatrix", re.I)
 
 
 def choose(names: Iterable[str], quantisation: str | None = None) -> list[str]:
-    """The files of one model, its parts in order, among the names in a folder; none where no GGUF is there.
+    """Picks one model's GGUF files (its parts, in order) from the file names in a folder; [] if it has none.
 
-    `quantisation` ("q8_0") picks one of several. Raises ValueError where it is not there, and where the files
-    are of different models.
+    Of several quantisations it picks `quantisation` ("q8_0"), or by default the first of PREFERRED. Raises
+    ValueError where the one named is not there, and where the files are of different models.
     """
     models: dict[str, list[str]] = {}
     for name in sorted(names):
         if name.lower().endswith(".gguf") and not _NO_MODEL.search(PurePath(name).name):
             models.setdefault(stem(name), []).append(name)
     if quantisation is not None:
-        wanted = {key: files for key, files in models.items() if _is(key, quantisation)}
+        wanted = {key: files for key, files in models.items() if _has_quantisation(key, quantisation)}
         if not wanted:
             listed = ", ".join(sorted({tag(key) or key for key in models})) or "no GGUF file"
             raise ValueError(f"no quantisation {quantisation!r}: there is {listed}")
@@ -65,7 +65,7 @@ def tag(name: str) -> str:
     return ""
 
 
-def _is(name: str, quantisation: str) -> bool:
+def _has_quantisation(name: str, quantisation: str) -> bool:
     wanted, file = quantisation.upper(), PurePath(name).name.upper()
     return tag(name).removeprefix("UD-") == wanted.replace("FP", "F") or file == wanted.removesuffix(".GGUF")
 
@@ -77,7 +77,7 @@ def stem(name: str) -> str:
 
 
 def parts(path: Path) -> list[Path]:
-    """All parts of a split file, in order, from the name of one; a file that is no part alone."""
+    """The paths of all parts of a split file, in order, from that of any part; else `path` alone."""
     match = _PART.fullmatch(path.name)
     if match is None:
         return [path]
@@ -98,9 +98,10 @@ def role(path: Path) -> Literal["model", "image projector", "adapter", "importan
 
 
 def in_folder(folder: Path, quantisation: str | None = None, deep: bool = False) -> Path | None:
-    """The GGUF file of a folder (its first part), also in its folders where `deep`; None without one.
+    """The GGUF file of a folder (of a split one, the first part); None if it has none.
 
-    Raises ValueError, naming the folder, as `choose` does.
+    With `deep`, a folder that has none itself is searched one level deeper. Raises ValueError as `choose`
+    does, naming the folder.
     """
     pattern = "*.gguf" if not deep or any(folder.glob("*.gguf")) else "*/*.gguf"
     files = {str(file.relative_to(folder)): file for file in folder.glob(pattern)}

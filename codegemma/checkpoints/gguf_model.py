@@ -24,11 +24,11 @@ END_KEYS = [
 ]
 
 SOFTCAPS = ("attention_softcap", "final_softcap")
-HEAD_WIDTHS = (  # keys whose value is the head width, if they are there
+HEAD_WIDTHS = (  # keys that must state the head width, where a header has them
     *("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"),
     *("rope.dimension_count", "rope.dimension_count_swa"),
 )
-# Keys of other architectures' headers that change what a model computes.
+# Names of keys that may change what a model computes: an unknown key of such a name is refused.
 CHANGES_RESULT = re.compile(
     r"^(attention|rope|expert|ssm|moe|altup|laurel)\b|softcap|scale|residual|activation|shared|sparsity"
 )
@@ -87,8 +87,8 @@ def config(path: Path, metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
 def _entries(path: Path, architecture: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture's header entries under llama.cpp's names.
 
-    Raises ValueError on entries that contradict each other, and on those that may change the result in a way
-    that this program does not know; warns of the other unknown ones.
+    Raises ValueError on entries that contradict each other, and on unknown ones that may change the result;
+    warns of the other unknown ones.
     """
     gguf_table, start = table.format_table("gguf"), f"{architecture}."
     entries: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def _entries(path: Path, architecture: str, metadata: Mapping[str, Any]) -> dict
         name = gguf_table["aliases"].get(name, name)
         if name in entries and str(entries[name]) != str(value):
             raise damaged(
-                f"{path}: {key} is {value!r}, but another entry of the same meaning {entries[name]!r}"
+                f"{path}: {key} is {value!r}, but another entry of the same meaning is {entries[name]!r}"
             )
         entries[name] = value
     known = {*gguf_table["config"].values(), *HEAD_WIDTHS}
@@ -133,7 +133,10 @@ def _implied_rope_scale(architecture: str, layers: int) -> float:
 
 
 def _query_scale(architecture: str, values: Mapping[str, Any]) -> float:
-    """The factor on q, which no key states; 27B models have another, and are recognised by their layers."""
+    """The factor on q, which GGUF has no key for; 0 stands for head_width ** -0.5.
+
+    Only 27B models have another one, and are recognised by their number of layers.
+    """
     is_27b = {"gemma2": 46, "gemma3": 62}.get(architecture) == values["layers"]
     return max(1, values["width"] // max(1, values["heads"])) ** -0.5 if is_27b else 0.0
 
@@ -148,7 +151,7 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     implied |= table.config_defaults("gguf", architecture)
     for field, key in table.format_table("gguf")["config"].items():
         value = getattr(config, field) or 0
-        if field in SOFTCAPS and not value:  # llama.cpp has no word for none: it refuses 0
+        if field in SOFTCAPS and not value:  # llama.cpp refuses 0, and has no other word for "none"
             entries |= {f"codegemma.{field}": False} if implied[field] else {}
             continue
         if field in ("rope_base", "norm_eps") or implied.get(field) != value:
@@ -164,7 +167,7 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
 
 
 def tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer in the header. Raises ValueError where it is missing, or no SentencePiece vocabulary."""
+    """The tokenizer in the header. Raises ValueError where that is missing or not SentencePiece's."""
     kind = metadata.get("tokenizer.ggml.model")
     fields = ("tokens", "scores", "token_type")
     pieces, scores, types = (metadata.get(f"tokenizer.ggml.{field}") for field in fields)
@@ -185,7 +188,7 @@ def tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The header entries for a vocabulary, padded to the embedding's rows, with its control ids.
 
-    llama.cpp stops at eos, eot and fim_sep: the latter is the file separator, at which CodeGemma stops.
+    llama.cpp stops at eos, eot and fim_sep. The last is our file separator, with which CodeGemma ends a fill.
     """
     pieces, scores, types = tokenizer.pieces()
     padding = range(len(pieces), rows)
@@ -215,7 +218,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
 
 
 def _read_parts(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """The first part of a file, its header, and the tensors of all parts. A file may be its only part.
+    """The first part of a file, its header, and the tensors of all parts; an unsplit file is its only part.
 
     Raises ValueError where a part is missing or of another model.
     """
@@ -255,9 +258,9 @@ def load(path: Path) -> Checkpoint:
     if pieces is None:
         return Checkpoint(path, model, tensors, metadata)
     types = metadata.get("tokenizer.ggml.token_type")
-    behind = set(types[vocab:].tolist()) if isinstance(types, np.ndarray) else set()
+    types_beyond_rows = set(types[vocab:].tolist()) if isinstance(types, np.ndarray) else set()
     has_rows = isinstance(pieces, gguf.Strings) and (
-        len(pieces) <= vocab or bool(behind) and not {NORMAL, BYTE} & behind
+        len(pieces) <= vocab or bool(types_beyond_rows) and not {NORMAL, BYTE} & types_beyond_rows
     )
     if not has_rows:
         rule = f"must be at most {vocab:,} strings, one for each row of {embedding}"

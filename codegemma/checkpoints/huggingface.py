@@ -21,7 +21,7 @@ from codegemma.checkpoints.tensors import DTYPES, Tensor
 from codegemma.checkpoints.untrusted import damaged, indexed_files, naming, read_json
 from codegemma.config import GEMMA2_2B, PRESETS, ModelConfig
 
-# Prefixes of the language model's tensors: multimodal (new, old), causal, bare.
+# Prefixes of the language model's tensors: in multimodal models (new, old), in text models, and without any.
 PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.")
 ACTIVATIONS = (None, "gelu_pytorch_tanh", "gelu")  # the first Gemma configs say gelu, but mean the tanh form
@@ -47,7 +47,7 @@ def shards(path: Path) -> list[Path]:
 
 
 def _text_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of the language model, named as in a causal model."""
+    """The tensors of the language model, named as in a model of text alone."""
     stored: dict[str, Tensor] = {}
     for file in shards(path):
         for name, tensor in safetensors.read(file).items():
@@ -97,7 +97,7 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def _global_every(fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
-    """Each how-many-th layer is global, by layer_types or sliding_window_pattern; 1 where all layers are."""
+    """The period of global layers, by layer_types or sliding_window_pattern; 1 where all are global."""
     if values["window"] is None:
         return 1
     period = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern")
@@ -174,7 +174,7 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def end_ids(directory: Path, fields: Mapping[str, Any]) -> frozenset[int]:
-    """The ends that config.json (`fields`), its text part and generation_config.json state."""
+    """The end tokens that config.json (its `fields`), its text_config and generation_config.json state."""
     ends = stated_ends(directory / "config.json", fields)
     ends |= stated_ends(directory / "config.json", _object(fields, "text_config"))
     if (file := directory / "generation_config.json").exists():
@@ -208,9 +208,9 @@ def checkpoint_of(
 
 @contextlib.contextmanager
 def _as_quantised(file: Path, fields: Mapping[str, Any]) -> Iterator[None]:
-    """Adds to a ValueError about tensors that config.json says they are quantised, where it does.
+    """Where config.json says that the weights are quantised, adds this to a ValueError raised in the block.
 
-    The tensors themselves decide: merged models keep the quantization_config of the base that they had.
+    Alone it is no error: merged models keep the quantization_config of their base.
     """
     quantised = fields.get("quantization_config") or _object(fields, "text_config").get("quantization_config")
     try:
@@ -246,8 +246,8 @@ def load(path: Path) -> Checkpoint:
 
 
 def write_companions(path: Path, checkpoint: Checkpoint, **more: Any) -> None:
-    """Writes config.json, with `more` fields, the FIM orders of changed weights and the stated ends, and
-    tokenizer.model."""
+    """Writes tokenizer.model and config.json, the latter with `more` fields, the FIM orders of changed
+    weights, and the end tokens where the vocabulary does not name them all."""
     kept: dict[str, Any] = {
         key: checkpoint.metadata[key] for key in {FIM_ORDERS_KEY} & {*checkpoint.metadata}
     }

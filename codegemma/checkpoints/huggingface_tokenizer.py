@@ -1,7 +1,7 @@
 """The tokenizer files of a Hugging Face directory: tokenizer.model or tokenizer.json, and side files.
 
-The side files name tokens that were added to the vocabulary, with an id and (but for added_tokens.json) a
-flag whether they are special. The first that names an id decides.
+The side files list tokens that were added to the vocabulary: the id and text of each and, except in
+added_tokens.json, whether it is special. Where several list the same id, the first of SIDE_FILES counts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _load(directory: Path) -> Tokenizer:
 
 
 def _named_end(file: Path, raw: bytes) -> str | None:
-    """The text of `eos_token` in a tokenizer_config.json, which may be an object with `content`."""
+    """The text of `eos_token` in a tokenizer_config.json, where that may be an object with `content`."""
     fields = parse_json(file, raw)
     end = fields.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
@@ -56,7 +56,7 @@ def _named_end(file: Path, raw: bytes) -> str | None:
 
 
 def _added(file: Path, raw: bytes) -> Iterator[tuple[int, str, bool]]:
-    """Id, spelling and flag of each token that a side file names. Raises ValueError on wrong fields."""
+    """Id, text and special flag of each token that a side file lists. Raises ValueError on wrong fields."""
     try:
         fields = json.loads(raw)
         if file.name == "added_tokens.json":

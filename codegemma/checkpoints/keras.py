@@ -22,9 +22,8 @@ from codegemma.tokenizer import Tokenizer
 
 MAX_DATASETS = 65_536
 CLASSES = {"GemmaBackbone": "gemma", "Gemma3Backbone": "gemma3"}
-CONTEXT_KEY = (
-    "codegemma_context"  # in metadata.json, whose other keys KerasHub reads: config.json has no place
-)
+# Stands in metadata.json, since KerasHub's config.json has no key for the context.
+CONTEXT_KEY = "codegemma_context"
 VOCABULARY = Path("assets", "tokenizer", "vocabulary.spm")
 
 
@@ -53,7 +52,7 @@ def config(path: Path, document: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
-    """A preset's config.json for a config. Raises ValueError for a query scale that it cannot say."""
+    """A preset's config.json for a config. Raises ValueError for a query scale that it cannot express."""
     by_head_width, by_heads = (
         math.isclose(config.query_scale, size**-0.5, rel_tol=1e-6)
         for size in (config.head_width, config.width / config.heads)
@@ -97,7 +96,7 @@ def read(path: Path) -> dict[str, Tensor]:
         if item.external or item.is_virtual or len(stored) >= MAX_DATASETS:
             rule = f"is one of more than {MAX_DATASETS:,}, or stored in another file, which no preset needs"
             raise damaged(f"{path}: dataset {name} {rule}")
-        is_bfloat16 = item.attrs.get("dtype") == "bfloat16"  # stored as two bytes of no type
+        is_bfloat16 = item.attrs.get("dtype") == "bfloat16"  # stored as bytes without a number type
         type = "BF16" if is_bfloat16 else TYPES_BY_DTYPE.get(item.dtype.name)
         fits = type is not None and item.dtype.itemsize == BLOCKS[type][1]
         if type is None or not fits or not item.shape or not all(item.shape):

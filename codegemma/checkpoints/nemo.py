@@ -1,9 +1,9 @@
 """NeMo 1 archives (.nemo), read and written without NeMo: a tar of model_config.yaml, weights, tokenizer.
 
 The weights are one PyTorch archive (model_weights.ckpt) or a distributed checkpoint of Megatron core in a
-directory, with layers stacked on axis 0: Zarr arrays, or PyTorch's (.metadata and *.distcp). A tar is never
-unpacked: its members are looked up by name in a memory map, so that hostile paths in it have no effect. It
-may be gzipped.
+directory, with layers stacked on axis 0: as Zarr arrays, or as PyTorch's .metadata and *.distcp. A tar is
+never unpacked: its members are looked up by name in a memory map, so that hostile paths in it have no effect.
+It may be gzipped.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ MAX_MEMBERS = 65_536
 MAX_CONFIG = 1 << 20  # bytes of YAML
 MAX_INFLATION = 20  # bytes from one byte of gzip; weights hardly compress at all
 Members = dict[str, np.ndarray]
-Pieces = list[tuple[tuple[int, ...], Tensor]]  # of a tensor: offset on each axis, and elements
+# The pieces of one tensor: the offset of each on every axis, and its elements.
+Pieces = list[tuple[tuple[int, ...], Tensor]]
 
 
 def read_members(path: Path) -> Members:
-    """The bytes of every file in the archive (or in an unpacked one, a directory), without a leading "./"."""
+    """The bytes of every file in an archive, or in the directory of an unpacked one, by name without "./"."""
     if path.is_dir():
         files = itertools.islice((file for file in sorted(path.rglob("*")) if file.is_file()), MAX_MEMBERS)
         maps = {str(file.relative_to(path)): map_file(file) if file.stat().st_size else b"" for file in files}
@@ -148,7 +149,7 @@ def _zarr(path: Path, members: Members, name: str) -> Tensor:
 
 
 def _joined(type: str, shape: tuple[int, ...], pieces: Pieces) -> Tensor:
-    """A tensor made of pieces; elements of theirs that lie beyond its shape are padding."""
+    """A tensor joined from pieces. Where a piece reaches beyond the tensor's shape, that part is padding."""
 
     def rows(first: int, last: int) -> np.ndarray:
         out = np.zeros((last - first, *shape[1:]), ELEMENTS[type])
@@ -157,7 +158,7 @@ def _joined(type: str, shape: tuple[int, ...], pieces: Pieces) -> Tensor:
             if low >= high:
                 continue
             values = piece.rows(low - offset[0], high - offset[0]).array()
-            if values.shape == out.shape:  # this piece has all the rows
+            if values.shape == out.shape:  # this piece covers the rows alone
                 return values
             ends = np.add(offset[1:], piece.shape[1:])
             target = out[(slice(low - first, high - first), *map(slice, offset[1:], ends))]
@@ -217,7 +218,7 @@ def config(path: Path, fields: Mapping[str, Any], vocab: int) -> ModelConfig:
 
 
 def read_config(path: Path, members: Members) -> dict[str, Any]:
-    """The model_config.yaml of an archive. Raises ValueError where it is missing, large or recursive."""
+    """The model_config.yaml of an archive. Raises ValueError where it is missing, too large or recursive."""
     if "model_config.yaml" not in members:
         raise ValueError(f"{path}: holds no model_config.yaml: pass a .nemo archive of NeMo 1")
     raw, label = bytes(members["model_config.yaml"]), f"{path}: its model_config.yaml"
@@ -263,7 +264,7 @@ def config_yaml(config: ModelConfig, tokenizer: str | None, **more: Any) -> byte
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a .nemo with a Zarr checkpoint as NeMo 1.23 does: layers stacked, a chunk for each."""
+    """Writes a .nemo with a Zarr checkpoint as NeMo 1.23 does: layers are stacked, and each is a chunk."""
     model = checkpoint.tokenizer.model if checkpoint.tokenizer else None
     name = f"{hashlib.md5(model, usedforsecurity=False).hexdigest()}_tokenizer.model" if model else None
     stacks: dict[str, list[Tensor]] = {}

@@ -1,8 +1,8 @@
 """Orbax checkpoints: those of DeepMind's Flax models (as on Kaggle) read and written, those of MaxText read.
 
-Flax models are read flat, nested or as Kauldron saves them, and written flat. tensorstore reads and writes
-array by array, without JAX or Orbax. A checkpoint is a directory of Zarr arrays, each under the path of its
-key, in files or in an OCDBT database.
+Flax models are read in the flat, the nested and Kauldron's layout, and written in the flat one. tensorstore
+reads and writes array by array, without JAX or Orbax. A checkpoint is a directory of Zarr arrays, each under
+the path of its key, in files or in an OCDBT database.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _lazy(label: str, type: str, array: Any) -> Tensor:
 
 
 def load(path: Path) -> Checkpoint:
-    """Opens a directory that is or contains a checkpoint; config.json and tokenizer may lie beside that."""
+    """Opens a directory that is or contains a checkpoint; config.json and tokenizer may lie beside it."""
     directory = find_checkpoint(path)
     if directory is None:
         raise ValueError(f"{path}: holds no Orbax checkpoint (manifest.ocdbt, _METADATA or Zarr arrays)")
@@ -138,7 +138,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _write(ts: Any, store: dict[str, Any], tensor: Tensor, rows: int) -> None:
-    """Writes an array of `rows` rows, of which those after the tensor's are 0; a chunk has a piece's rows."""
+    """Writes a tensor as an array of `rows` rows, with rows of 0 after its own; a chunk holds one piece."""
     shape, dtype = (rows, *tensor.shape[1:]), DTYPES[tensor.type]
     chunk_rows = max(1, PIECE // max(1, math.prod(shape[1:])))
     metadata = {

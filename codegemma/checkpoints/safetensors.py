@@ -74,6 +74,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         span = (offset, offset := offset + tensor.nbytes)
         infos[name] = {"dtype": tensor.type, "shape": tensor.shape, "data_offsets": span}
     header = json.dumps({"__metadata__": {"format": "pt"}, **infos}).encode()
+    # With the 8 bytes of its length the header ends at a multiple of 64, so that the data are aligned.
     header += b" " * (-len(header) % 64 + 56)
     with atomic_write(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)

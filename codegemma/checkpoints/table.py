@@ -68,7 +68,7 @@ def stored_name(format: Format, name: str) -> str:
 
 
 def is_ignored(format: Format, name: str) -> bool:
-    """Whether a stored tensor can be computed from the config, so that it need not be read."""
+    """Whether a stored tensor is not needed: it follows from the config, or is not of the language model."""
     return re.fullmatch(format_table(format).get("ignored", ""), name) is not None
 
 
@@ -100,9 +100,10 @@ class TensorPart(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that a format stores, made of one or more of ours, which are joined along axis letter `join`.
+    """A tensor that a format stores, made of one or more of ours.
 
-    Stored values are ours times `scale`; `size` gives the length of each axis letter.
+    `join` is the number of the axis letter along which they are joined, and `size` gives the length of each
+    letter. Stored values are ours times `scale`.
     """
 
     name: str
@@ -213,7 +214,7 @@ def stored_tensors(config: ModelConfig, format: Format) -> list[StoredTensor]:
 
 
 def _template(name: str, entry: str | dict[str, Any], size: Mapping[str, int]) -> StoredTensor:
-    """An entry of formats.toml, where {i} or {block} in names stands for the layer."""
+    """The tensor of an entry in formats.toml; {i} or {block} in its names stands for the layer."""
     axes, prefix = _data("formats.toml")["axes"], "layers.{i}." if "{" in name else ""
     if isinstance(entry, str):
         return StoredTensor(name, (TensorPart(prefix + entry, *[axes[prefix + entry]] * 2),), size)
@@ -232,7 +233,7 @@ def config_defaults(format: Format, architecture: str) -> dict[str, Any]:
 def config_values(format: Format, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ModelConfig from a format's keys; a missing key gives the default, or None.
 
-    So does null for OPTIONAL fields; elsewhere it says that there is none.
+    A null counts as missing for the OPTIONAL fields; for others, such as a window, it means "none".
     """
     defaults, keys = config_defaults(format, architecture), format_table(format)["config"]
     values = {name: fields.get(key, defaults.get(name)) for name, key in keys.items()}
@@ -246,9 +247,10 @@ def config_keys(format: Format, config: ModelConfig) -> dict[str, Any]:
 
 
 def global_period(label: str, is_global: list[bool], layers: int, default: int = 1) -> int:
-    """Each how-many-th layer is global, from a list of all; at least `default` where none is.
+    """The period of global layers, from a list that says of each layer whether it is global.
 
-    Raises ValueError, with `label`, where the list has no such rule.
+    Where none is, the period is `default`, or the number of layers + 1 if that is more. Raises ValueError,
+    with `label`, where the list has no period.
     """
     if len(is_global) != layers:
         raise ValueError(f"{label} must be a list with an entry for each of {layers} layers")

@@ -26,7 +26,8 @@ from codegemma.files import atomic_write, map_file
 
 STORAGES = {"BFloat16Storage": "BF16", "FloatStorage": "F32", "HalfStorage": "F16"}
 _OTHER_NUMBERS = ("Byte", "Char", "Short", "Int", "Long", "Bool", "Double", "ComplexFloat", "ComplexDouble")
-OTHER_STORAGES = tuple(f"{kind}Storage" for kind in _OTHER_NUMBERS)  # only their names are read
+# Recognised, but their numbers are not read.
+OTHER_STORAGES = tuple(f"{kind}Storage" for kind in _OTHER_NUMBERS)
 MAX_PICKLE = 1 << 24  # bytes; a 7B's is under 100 kB
 MAX_MEMBERS = 65_536
 
@@ -50,7 +51,7 @@ class Record:
 
 class _Dict(dict[Any, Any]):
     def __setstate__(self, state: Any) -> None:
-        pass  # _metadata of a state dict
+        pass  # drops the _metadata of a state dict
 
 
 # The classes that become Records: dataclasses, enums and dtypes in the metadata of distributed checkpoints.
@@ -69,7 +70,7 @@ _TORCH_NAMES = {*STORAGES, *OTHER_STORAGES, *DTYPES.values(), "uint8", "int64", 
 _SETS_AND_OBJECTS = pickle.EMPTY_SET + pickle.FROZENSET + pickle.ADDITEMS + pickle.INST + pickle.OBJ
 _REFUSED_OPCODES = _SETS_AND_OBJECTS + pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.NEXT_BUFFER
 
-_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one in Python can be restricted
+_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # written in Python: it can be restricted
 
 
 class _Reader(_Unpickler):  # type: ignore[misc]
@@ -161,7 +162,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read(name: str, data: Any) -> Any:
-    """The object in an archive, which is given as a buffer that tensors are views of.
+    """The object in an archive. `data` is the archive's buffer, of which tensors are views.
 
     Raises ValueError with `name` and the broken rule.
     """

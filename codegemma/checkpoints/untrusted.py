@@ -16,7 +16,7 @@ REMEDY = "download or convert it again"
 
 
 def damaged(problem: str) -> ValueError:
-    """The error for a file that no program writes so."""
+    """The error for a file that no working program would write: the problem, and REMEDY."""
     return ValueError(f"{problem}: {REMEDY}")
 
 
@@ -39,7 +39,7 @@ def naming(label: Path | str) -> Iterator[None]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file. Raises ValueError where it is a placeholder for the file, or OSError."""
+    """The bytes of a file. Raises ValueError where it is a placeholder (as of Git LFS), or OSError."""
     raw = path.read_bytes()
     refuse_placeholder(path, raw[:PLACEHOLDER_BYTES])
     return raw
