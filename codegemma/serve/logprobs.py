@@ -36,8 +36,8 @@ class LogprobLists:
         self.begin_answer(0)
 
     def begin_answer(self, position: int) -> None:
-        """The tokens from here on are of the answer, and decoded apart. The answer begins at `position`: below
-        0 if its first tokens spell again what stands before the cursor."""
+        """The tokens from here on are of the answer, which is decoded by itself. It begins at `position`, a
+        number below 0 if its first tokens spell again what stands before the cursor."""
         self.position = position
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
