@@ -793,7 +793,7 @@ def test_an_adapter_acts_where_it_is_named(run, gguf, adapter):
     )
     assert answer["adapter"] == "mine" and answer["decode_tokens_per_second"] > 0
     code, _, error = run("complete", *common, adapter.parent / "nothing", stdin=HOLE)
-    assert code == 2 and "lacks adapter_config.json" in error
+    assert code == 2 and "nothing: does not exist: pass PEFT's folder" in error
 
 
 def test_convert_merges_and_inspect_tells(run, gguf, adapter, tmp_path):
