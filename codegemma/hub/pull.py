@@ -1,8 +1,8 @@
 """Downloads models (Hugging Face Hub, Kaggle, NGC, URLs), and packs them for machines without a network.
 
-A name's repositories on the Hub and Kaggle stand in config.PRESETS, those on NGC here (`NGC`). The Gemma
-terms are shown once and the acceptance is recorded. Downloads are resumed, checked against the hashes that
-the source states, and stored where `hub.resolve` looks.
+config.PRESETS has the repositories of each name on the Hub and Kaggle, `NGC` those on NGC. The Gemma terms
+are shown once and the acceptance is recorded. Downloads are resumed, checked against the hashes that the
+source states, and stored where `hub.resolve` looks.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def pull(
 ) -> Path:
     """Downloads or copies a model into the cache and returns its path.
 
-    `name` is a preset, a repository (hf), a URL or a path. Of a repository of GGUF files one is fetched, with
-    all its parts: that of NAME:Q8_0, else the one that `gguf_files.choose` prefers. Raises ValueError with
-    the remedy where the source refuses, the network or the disk fails, or the hash is wrong.
+    `name` is a preset, a repository (hf), a URL or a path. From a repository of GGUF files, one quantisation
+    is fetched, with all its parts: Q8_0 for NAME:Q8_0, else the one that `gguf_files.choose` prefers. Raises
+    ValueError with the remedy where the source refuses, the network or the disk fails, or the hash is wrong.
     """
     if source not in get_args(DownloadSource):
         raise ValueError(f"no source {source!r}: choose {', '.join(get_args(DownloadSource))}")
@@ -132,7 +132,7 @@ def _from_hugging_face(repository: str, quantisation: str | None = None) -> Path
 
 
 def _weight_files(library: Any, errors: Any, repository: str, quantisation: str | None) -> list[str]:
-    """The weight files to fetch: one model's GGUF files, or safetensors where they are there."""
+    """Patterns of the weight files to fetch: one quantisation's GGUF files, or all safetensors."""
     try:
         names = library.HfApi().list_repo_files(repository)
     except (errors.GatedRepoError, errors.RepositoryNotFoundError):
@@ -148,7 +148,7 @@ def _weight_files(library: Any, errors: Any, repository: str, quantisation: str 
 
 
 def _answer(error: Exception) -> Any:
-    """The Hub's HTTP answer that an error is about; None where it was not reached."""
+    """The Hub's HTTP answer that an error is about; None where the Hub was not reached."""
     answers = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
     return next((answer for answer in answers if answer is not None), None)
 
@@ -176,14 +176,14 @@ def _from_kaggle(model: Preset | None) -> Path:
     try:
         return Path(library.model_download(f"google/codegemma/flax/{model.kaggle}"))
     except Exception as error:  # noqa: BLE001  the library raises many kinds
-        remedy = "accept the terms at https://www.kaggle.com/models/google/codegemma, and pass"
-        remedy += " KAGGLE_USERNAME and KAGGLE_KEY, or ~/.kaggle/kaggle.json"
+        remedy = "accept the terms at https://www.kaggle.com/models/google/codegemma, and set"
+        remedy += " KAGGLE_USERNAME and KAGGLE_KEY, or write ~/.kaggle/kaggle.json"
         raise ValueError(f"Kaggle refused {model.title} ({_one_line(error)}): {remedy}") from None
 
 
 def _from_ngc(model: Preset | None, progress: Progress | None) -> Path:
     if model is None or model.name not in NGC:
-        raise ValueError(f"NGC has {', '.join(NGC)} alone: use --source hf")
+        raise ValueError(f"NGC has only {', '.join(NGC)}: use --source hf")
     base = os.environ.get("CODEGEMMA_NGC", "https://api.ngc.nvidia.com/v2/models/nvidia/nemo")
     url, token = f"{base}/{NGC[model.name]}/versions/1.0/files", os.environ.get("NGC_API_KEY")
     folder = cache_dir() / "models" / model.name
@@ -214,7 +214,7 @@ def _from_path(path: Path) -> Path:
         remedy = f"`codegemma models --remove {path.name}` first, or rename {path}"
         raise ValueError(f"{target} holds another model of this name: run {remedy}")
     with atomic_directory(target) as folder:
-        for name in names:  # not shutil.copytree, whose errors lose their kind
+        for name in names:  # not by shutil.copytree, whose errors do not say that the disk is full
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with open(folder / name, "wb") as out:
                 _copy(path / name, out)
@@ -241,8 +241,8 @@ def fetch(
 ) -> Path:
     """Downloads a file, which appears only when it is complete and checked.
 
-    An interrupted download is continued where the server says, by its ETag, that the file is still the same.
-    The token goes to the host of the URL alone, not to one that it redirects to. Raises ValueError where the
+    An interrupted download is continued if the server's ETag says that the file is still the same. The token
+    goes to the host of the URL alone, not to one that it redirects to. Raises ValueError where the
     server refuses, the connection is cut too often, the disk is full or the hash is wrong.
     """
     if not re.match(r"https?://", url):
@@ -266,7 +266,7 @@ def fetch(
     tag.unlink(missing_ok=True)
     if digest != sha256:
         rule = f"has the SHA-256 {digest}, but {sha256} was expected"
-        raise ValueError(f"{url}: {rule}: the file is damaged or another; it was removed")
+        raise ValueError(f"{url}: {rule}; the file was removed: check the hash, and pull again")
     return file
 
 
@@ -334,7 +334,7 @@ def _one_line(error: Exception) -> str:
 def pack(path: Path, target: Path, name: str = "") -> Path:
     """Writes a model and the hash of each of its files into one file, for `install` on another machine.
 
-    There the model has the name of its preset, or else of its file.
+    There the model is called by its preset's name, or else by its file's.
     """
     files = sorted(file for file in path.rglob("*") if file.is_file()) or gguf_files.parts(path)
     root = path.parent if path.is_file() else path
@@ -343,7 +343,7 @@ def pack(path: Path, target: Path, name: str = "") -> Path:
         "name": model.name if model else re.sub(r"[^\w.-]", "-", path.stem),
         "files": {str(file.relative_to(root)): _sha256(file) for file in files},
     }
-    mark = PACK_MANIFEST.encode()  # the name of the first member: a tar begins with it
+    mark = PACK_MANIFEST.encode()  # the first member's name begins a tar: files without it are not replaced
     with atomic_write(target, mark) as out, tarfile.open(fileobj=out, mode="w") as archive:
         info = tarfile.TarInfo(PACK_MANIFEST)
         raw = json.dumps(manifest).encode()

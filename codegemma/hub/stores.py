@@ -47,7 +47,7 @@ def weight_bytes(path: Path) -> int:
 
 
 def disk_bytes(path: Path) -> int:
-    """The size of a file, or of all in a folder, links not counted."""
+    """The size of a file, or of all files in a folder; links are not counted."""
     files = (
         [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
         if path.is_dir()
@@ -57,9 +57,10 @@ def disk_bytes(path: Path) -> int:
 
 
 def model_in(directory: Path, quantisation: str | None = None) -> Path | None:
-    """The directory if it holds config.json and weights, or Orbax; else its GGUF or only NeMo file.
+    """The model in a directory; None if there is none. Raises ValueError where several models are there.
 
-    With a `quantisation`, the GGUF file of that name. Raises ValueError where several models are there.
+    It is the directory itself if that holds config.json and weights, or an Orbax checkpoint; else its GGUF
+    file, or its only .nemo. With a `quantisation`, it is that GGUF file.
     """
     has_weights = any(next(directory.glob(pattern), None) for pattern in WEIGHTS)
     if quantisation is None and (directory / "config.json").exists() and has_weights:
@@ -80,14 +81,14 @@ def hub_cache_dir() -> Path:
 
 
 def hub_folder(repository: str) -> Path | None:
-    """Where huggingface_hub keeps a repository; None where the name is none."""
+    """Where huggingface_hub keeps a repository; None if this is no repository's name."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         return None
     return hub_cache_dir() / f"models--{repository.replace('/', '--')}"
 
 
 def in_hub_cache(repository: str, quantisation: str | None = None) -> Path | None:
-    """The model in the snapshot that a downloaded repository's main branch names, else in its only one."""
+    """The model of a downloaded repository, from the snapshot of its main branch, else from its only one."""
     folder = hub_folder(repository)
     snapshot = _snapshot(folder) if folder else None
     return model_in(snapshot, quantisation) if snapshot else None
@@ -102,14 +103,14 @@ def _snapshot(folder: Path) -> Path | None:
     return folder / "snapshots" / revision if revision.isalnum() else None
 
 
-def _of_hub_cache() -> Iterator[StoredModel]:
+def _hub_cache_models() -> Iterator[StoredModel]:
     for folder in sorted(hub_cache_dir().glob("models--*--*")):
         repository = folder.name.removeprefix("models--").replace("--", "/", 1)
         if snapshot := _snapshot(folder):
-            yield from _in_folder(repository, snapshot, "huggingface")
+            yield from _models_in_folder(repository, snapshot, "huggingface")
 
 
-def _in_folder(name: str, folder: Path, store: Store) -> Iterator[StoredModel]:
+def _models_in_folder(name: str, folder: Path, store: Store) -> Iterator[StoredModel]:
     """The models of a folder that this program runs: each quantisation, or the folder itself."""
     files = [file for file in sorted([*folder.glob("*.gguf"), *folder.glob("*/*.gguf")]) if _runs(file)]
     firsts = {gguf_files.parts(file)[0]: None for file in files}
@@ -136,9 +137,10 @@ def _runs(path: Path) -> bool:
 
 # ----------------------------------------------------------------------------------------------- Ollama
 def _home(*parts: str) -> list[Path]:
+    """A path in the user's home; [] for a user without one."""
     try:
         return [Path.home().joinpath(*parts)]
-    except RuntimeError:  # a user without a home directory
+    except RuntimeError:
         return []
 
 
@@ -181,7 +183,7 @@ def _ollama_name(parts: tuple[str, ...]) -> str:
 
 
 def in_ollama(name: str) -> Path:
-    """The GGUF file of one of Ollama's models, as "codegemma:2b" or "hf.co/owner/name:tag".
+    """The GGUF file of one of Ollama's models, such as "codegemma:2b" or "hf.co/owner/name:tag".
 
     Raises ValueError naming the models that are there; warns of an adapter, which is not applied.
     """
@@ -203,7 +205,7 @@ def in_ollama(name: str) -> Path:
     return blob
 
 
-def _of_ollama() -> Iterator[StoredModel]:
+def _ollama_models() -> Iterator[StoredModel]:
     for parts, file in _manifests():
         try:
             blob = _model_layer(file)
@@ -230,26 +232,26 @@ def _repositories() -> Iterator[tuple[str, Path]]:
 
 
 def in_lmstudio(name: str, quantisation: str | None = None) -> Path | None:
-    """The model in LM Studio's folder "publisher/repository", in any case of letters."""
+    """The model in LM Studio's folder "publisher/repository"; capitals make no difference."""
     folders = (folder for full, folder in _repositories() if full.lower() == name.lower())
     return next(filter(None, (model_in(folder, quantisation) for folder in folders)), None)
 
 
-def _of_lmstudio() -> Iterator[StoredModel]:
+def _lmstudio_models() -> Iterator[StoredModel]:
     for name, folder in _repositories():
-        yield from _in_folder(f"lmstudio:{name}", folder, "lmstudio")
+        yield from _models_in_folder(f"lmstudio:{name}", folder, "lmstudio")
 
 
 # -------------------------------------------------------------------------------------------- all of them
 def stored_models() -> list[StoredModel]:
     """The models in other programs' stores that this program runs; reads headers, downloads nothing."""
-    return [*_of_hub_cache(), *_of_ollama(), *_of_lmstudio()]
+    return [*_hub_cache_models(), *_ollama_models(), *_lmstudio_models()]
 
 
 def names_of(path: Path) -> list[str]:
-    """The names that a model's place gives it, the surest first: repositories, then file and folder."""
+    """The names that a model's path gives it, the surest first: its repositories, then file and folder."""
     path = Path(os.path.abspath(path))
-    repositories = [part for part in path.parts if part.startswith("models--")]  # huggingface_hub's
+    repositories = [part for part in path.parts if part.startswith("models--")]  # in huggingface_hub's cache
     names = [part.removeprefix("models--").replace("--", "/", 1) for part in repositories]
     file = gguf_files.stem(path.name)
     file = path.stem if path.suffix in (".nemo", ".safetensors", ".ckpt", ".bin") else file
@@ -257,18 +259,19 @@ def names_of(path: Path) -> list[str]:
 
 
 def ollama_names(path: Path) -> list[str]:
-    """The names of Ollama's models whose file this is, spelled as repositories are."""
+    """The names of Ollama's models whose file this is, spelled like repositories ("name-tag")."""
     names = []
     for (_, namespace, model, tag), manifest in _manifests() if path.name.startswith("sha256") else ():
         with contextlib.suppress(ValueError, OSError):
             if _model_layer(manifest) == path:
                 is_published = (namespace, model) == ("library", "codegemma")
-                names.append(_codegemma(tag) if is_published else f"{model}-{tag}".removesuffix("-latest"))
+                name = _codegemma_name(tag) if is_published else f"{model}-{tag}".removesuffix("-latest")
+                names.append(name)
     return names
 
 
-def _codegemma(tag: str) -> str:
-    """Ollama's tags of CodeGemma: a 7B is the one that follows instructions, unless its tag says code."""
+def _codegemma_name(tag: str) -> str:
+    """The repository of a tag of Ollama's `codegemma`: a 7B follows instructions unless the tag says code."""
     size = "2b" if "2b" in tag else "7b"
-    chats = size == "7b" and "code" not in tag
-    return f"codegemma-{'1.1-' if 'v1.1' in tag else ''}{size}{'-it' if chats else ''}"
+    is_instruct = size == "7b" and "code" not in tag
+    return f"codegemma-{'1.1-' if 'v1.1' in tag else ''}{size}{'-it' if is_instruct else ''}"
