@@ -1191,7 +1191,7 @@ def test_an_allowed_origin_and_keys(model):
     with pytest.raises(ValueError, match="needs 16"):
         guard.read_keys(["short"])
     with pytest.raises(ValueError, match="has no key"):
-        guard.read_keys(["# none"])
+        guard.read_keys(["# none", "  # this is no key either"])
 
 
 def test_only_the_pages_files_are_served(model, tmp_path):

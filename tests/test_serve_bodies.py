@@ -527,3 +527,12 @@ def test_an_error_does_not_repeat_the_request(server, route, body, word):
     answer = send(server, route, body)
     assert answer.status_code in (400, 422) and word in answer.text
     assert len(answer.text) < 1500
+
+
+@pytest.mark.parametrize("field", ["seed", "random_seed"])
+def test_a_seed_holds_under_either_name(server, field):
+    body = {"prompt": "x = ", "suffix": "\n", "max_tokens": 8, "temperature": 2.0, field: 5}
+    answers = [send(server, "/v1/fim/completions", body).json()["choices"][0] for _ in range(2)]
+    assert answers[0] == answers[1]
+    others = [send(server, "/v1/fim/completions", body | {field: seed}).json() for seed in (6, 7)]
+    assert any(other["choices"][0] != answers[0] for other in others)

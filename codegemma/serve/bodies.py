@@ -246,8 +246,8 @@ def refuse_unsupported(body: BaseModel, model: str) -> None:
 
 def _sampling(fields: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
     """The Sampling of a body's fields, under any protocol's names. Draws a seed if there is none."""
-    sent = {SAMPLING_FIELDS[name]: value for name, value in fields.items() if name in SAMPLING_FIELDS}
-    values = defaults | {name: value for name, value in sent.items() if value is not None}
+    sent = {name: value for name, value in fields.items() if name in SAMPLING_FIELDS and value is not None}
+    values = defaults | {SAMPLING_FIELDS[name]: value for name, value in sent.items()}
     values["top_k"] = max(values.get("top_k", 0), 0)
     values["bias"] = tuple(values.get("bias", {}).items())
     return Sampling(**{"seed": secrets.randbits(32), **values})

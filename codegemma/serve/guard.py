@@ -243,7 +243,7 @@ def read_keys(lines: Sequence[str]) -> tuple[bytes, ...]:
 
     Raises ValueError where there is no key, or one that is short enough to be guessed.
     """
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    keys = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     if not keys:
         raise ValueError("the key file has no key: put each key on its own line")
     shortest = min(map(len, keys))
