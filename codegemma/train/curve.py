@@ -12,7 +12,8 @@ SMOOTHING = 0.1  # weight of the newest step in the running mean
 def draw(history: Sequence[dict[str, Any]], file: Path) -> None:
     """Writes an SVG: each step's training loss, its running mean, and the held-out loss, over tokens read.
 
-    `history` is the lines of metrics.jsonl: a step's "tokens", "loss" and "held_out" in nats per target.
+    `history` holds the lines of metrics.jsonl: "tokens" is the count of a step, and "loss" and "held_out" are
+    in nats per target.
     """
     from matplotlib.figure import Figure  # its import takes longer than a step
 

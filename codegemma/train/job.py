@@ -1,7 +1,8 @@
 """A training job from its options to its result: an adapter or a checkpoint, with a card.
 
-The CLI, `tune` and tools/adapter_train.py call `run`, or make a `TrainingJob` to know its steps first. The
-law it keeps: the result is written completely or not at all, with a card of what it was made from.
+The CLI, `tune` and tools/adapter_train.py call `run`, or make a `TrainingJob` where they want to know the
+number of steps before it runs. The law it keeps: the result is written completely or not at all, with a card
+of what it was made from.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class TrainingPlan:
     kind: Literal["full", "lora", "qlora"] = "lora"
     rank: int = 32
     alpha: float | None = None
-    adapter: Path | None = None  # to train further
+    adapter: Path | None = None  # one to train further; None: a new one
     batch_tokens: int = 16_384
     length: int = 2048  # tokens of a row, for chat
     epochs: float = 1.0
@@ -71,12 +72,12 @@ class TrainingPlan:
     mesh: str | None = None
     tensorboard: bool = False
     name: str = ""
-    orders: tuple[Layout, ...] = ORDERS  # of the examples, for the result's card
+    orders: tuple[Layout, ...] = ORDERS  # in which FIM examples are written; the result's card names them
 
     def __post_init__(self) -> None:
         if self.kind == "full" and (self.adapter or self.alpha is not None or self.settings.vocabulary):
             options = "--adapter, --lora-alpha and --vocabulary"
-            raise ValueError(f"{options} are for adapters: leave them out, or --full")
+            raise ValueError(f"{options} are for adapters: leave them out, or leave out --full")
         if self.alpha is not None and (self.adapter or not 0 < abs(self.alpha) < 1e9):
             rule = "--lora-alpha is a finite number other than 0, for a new adapter alone"
             remedy = f" for {self.adapter}: leave it out" if self.adapter else ""
@@ -114,7 +115,7 @@ class TrainingJob:
 
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan, self.checkpoint = plan, open_checkpoint(hub.resolve(plan.model))
-        self.left_out = Counter[str]()  # dialogues by the reason
+        self.left_out = Counter[str]()  # how many dialogues, by reason
         parts = meshes.batch_parts(meshes.parse_axes(plan.mesh))
         rows, self.held_out = [self._read(Path(source)) for source in plan.sources], []
         if plan.held_out:
@@ -136,11 +137,11 @@ class TrainingJob:
         """Trains, calls `on_step` after each step, and returns the folder of the result.
 
         At `until`, on the clock of time.monotonic, the run ends early with the result so far. Once `stop` is
-        set, it ends with its steps kept, to be resumed, and perhaps without a result.
+        set, the run ends too, perhaps before there is a result; its steps are kept, and can be resumed from.
         """
         plan, checkpoint, self._started = self.plan, self.checkpoint, time.monotonic()
         prepare_process()
-        _expect_no_others(plan, resume)
+        _expect_no_foreign_files(plan, resume)
         mesh = meshes.make(plan.mesh)
         if jax.process_index() == 0 and plan.new_result.exists() and not plan.result.exists():
             plan.new_result.rename(plan.result)  # an earlier run stopped between the last lines of `_save`
@@ -226,12 +227,12 @@ class TrainingJob:
         new.rename(plan.result)
 
 
-def _expect_no_others(plan: TrainingPlan, resume: bool) -> None:
-    """Raises ValueError where the output folder holds what a run would replace, but no run wrote it."""
+def _expect_no_foreign_files(plan: TrainingPlan, resume: bool) -> None:
+    """Raises ValueError where a run would replace files of the output folder that no run wrote."""
     if (plan.out / "metrics.jsonl").exists():
         return
-    begun = [] if resume else [plan.out / "checkpoints", plan.out / "loss.svg"]
-    for path in [plan.result, plan.new_result, *begun]:
+    of_new_runs = [] if resume else [plan.out / "checkpoints", plan.out / "loss.svg"]
+    for path in [plan.result, plan.new_result, *of_new_runs]:
         if path.exists():
             raise ValueError(f"{path} exists, and no training run wrote it: choose another folder with --out")
 
@@ -256,8 +257,8 @@ def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     The separator starts from the row of <eos>, which ends texts. The suffix's marker starts from the row of
     the separator: its own is nearly the row of the prefix's marker (a cosine of 0.93 in Gemma 3 270M), so
-    that no layer could tell the two apart. Both are empty where the vocabulary names the FIM tokens, because
-    then the base was trained on them.
+    that no layer could tell the two apart. Both tuples are empty where the vocabulary names the FIM tokens,
+    because then the base was trained on them.
     """
     tokenizer = checkpoint.tokenizer
     if tokenizer is None or tokenizer.control.fim != "convention":
@@ -271,7 +272,7 @@ def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _tensorboard(plan: TrainingPlan) -> OnStep:
-    """A function that writes a report as TensorBoard's events; it does nothing where the plan has none."""
+    """A function that writes a report for TensorBoard; it does nothing if the plan does not ask for it."""
     if not plan.tensorboard or jax.process_index() != 0:
         return lambda report: None
     try:

@@ -21,7 +21,7 @@ def new_lora(
     seed: int = 0,
     start_from: Sequence[int] = (),
 ) -> LoraParams:
-    """An adapter of all linear layers, with `a` uniform, as a linear layer is initialised, and `b` zero.
+    """An adapter of all linear layers. `a` is drawn uniformly, as PyTorch initialises them, and `b` is 0.
 
     Its embedding rows for the tokens `ids` are copies of the rows of `start_from` (default: of `ids`).
     """

@@ -1,10 +1,10 @@
 """Next-token loss against a vocabulary of 256,000 rows without ever holding its logits.
 
 `cross_entropy` is what training and evaluation call. One pass over chunks of the vocabulary keeps a running
-maximum and sum, as FlashAttention does over keys. The same pass sums the gradient of the hidden states: in
-that sum the table's rows are the values. So it needs the memory of one chunk of logits, and with a frozen
-table only two products. The law it keeps: loss and gradients of the dense logits; with a `Sample` of the
-vocabulary, their estimate.
+maximum and sum, as FlashAttention does over keys. The same pass sums the gradient of the hidden states, as
+attention sums its values: here the values are the table's rows. So it needs the memory of one chunk of
+logits, and with a frozen table only two matrix products per chunk. The law it keeps: loss and gradients equal
+those of the dense logits; with a `Sample` of the vocabulary, they estimate them.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def cross_entropy(
 
     With `count`, only the first `count` targets are real; the results of the others are undefined. `cap` is
     the model's soft cap on logits; `z` weighs the squared log of the normaliser (PaLM, section 5). With
-    `train_table` the table has a gradient too, for two more products. With `sample` the normaliser is
-    estimated from its tokens. Raises ValueError where both `train_table` and `sample` are set.
+    `train_table` the table has a gradient too, at the cost of two more products. With `sample` the normaliser
+    is estimated from its tokens. Raises ValueError where both `train_table` and `sample` are set.
     """
     if train_table and sample is not None:
         raise ValueError(
@@ -89,7 +89,7 @@ def cross_entropy(
         )
     ids = lora.ids if lora else ()
     rows_RD = lora.weights["rows"] if lora and ids else jnp.zeros((0, hidden_MD.shape[1]), jnp.float32)
-    count = None if len(targets_M) % BLOCK else count
+    count = None if len(targets_M) % BLOCK else count  # padding is skipped by full blocks, or not at all
     inputs = LossInputs(hidden_MD.astype(jnp.float32), table_VD, rows_RD, targets_M, count, sample)
     return _cross_entropy(LossOptions(ids, cap, z, train_table), inputs)
 
@@ -209,6 +209,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _table_gradient(options: LossOptions, block: BlockLoss, inputs: LossInputs, g_M: jax.Array) -> jax.Array:
+    """[V, D]: the gradient of the table, from that of the nats [M, 1]; the logits are computed once more."""
     ids, cap = options.ids, options.cap
     h_MD, table_VD = inputs.hidden_MD, inputs.table_VD
 
@@ -255,6 +256,7 @@ def _chunk_rows(table_VD: Weight, start: jax.Array, size: int) -> jax.Array:
 
 
 def _no_gradient(x: jax.Array) -> jax.Array | np.ndarray:
+    """A gradient of 0 for `x`, which for integers JAX wants as float0."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros(x.shape, x.dtype)
     return np.zeros(x.shape, jax.dtypes.float0)

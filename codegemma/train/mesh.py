@@ -20,7 +20,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from codegemma.jax.forward import BATCH_AXES
 
 AXES = (*BATCH_AXES, "tensor")
-RULES = (  # the first pattern that matches a name's last part; an axis that does not divide a size is dropped
+# The mesh axis that divides each dimension of a parameter, by the first pattern that matches the last part of
+# its name. A dimension that is no multiple of the axis's size is not divided.
+RULES = (
     (r"embed", ("tensor", "fsdp")),
     (r"q|k|v|gate|up", ("tensor", "fsdp")),
     (r"o|down", ("fsdp", "tensor")),
@@ -37,7 +39,7 @@ def parse_axes(text: str | None) -> dict[str, int]:
     pairs = [part.partition("=") for part in text.split(",")]
     sizes = {name: int(size) for name, _, size in pairs if re.fullmatch(r"0*[1-9]\d*", size)}
     if len(sizes) != len(pairs) or not set(sizes) <= set(AXES):
-        rule = f"mesh must look like fsdp=8,tensor=4 with axes of {', '.join(AXES)}, each once"
+        rule = f"mesh must look like fsdp=8,tensor=4 with axes of {', '.join(AXES)}, each at most once"
         raise ValueError(f"{rule}, got {text!r}")
     return dict.fromkeys(AXES, 1) | sizes
 
@@ -56,7 +58,7 @@ def make(text: str | None) -> Mesh | None:
         return None
     if (places := math.prod(axes.values())) != (devices := jax.device_count()):
         raise ValueError(
-            f"mesh {text} has {places} places, but there are {devices} devices: make the product equal"
+            f"mesh {text} has {places} places, but there are {devices} devices: make the product equal that"
         )
     return jax.make_mesh(tuple(axes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -67,7 +69,7 @@ def use(mesh: Mesh | None) -> Any:
 
 
 def batch_parts(axes: Mapping[str, int]) -> int:
-    """Into how many parts a mesh with these axes divides the batch."""
+    """The number of parts into which a mesh with these axes divides the batch."""
     return math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
 
 

@@ -77,8 +77,9 @@ def flops_of(config: ModelConfig, tokens: int, length: int, targets: int, full: 
     """Floating-point operations that a step needs, without recomputation.
 
     With W weights in the layers, a token costs 2 W forward, and backward 2 W for a frozen base or 4 W where
-    all parameters are trained (`full`). Causal attention costs half of 4 N H `length` per token and layer,
-    and three times that with its gradient; a target costs 4 V D (`full`: 8 V D).
+    all parameters are trained (`full`). N heads of width H that attend to `length` keys (at most the layer's
+    window) cost half of 4 N H `length` per token and layer, as they are causal, and three times that with the
+    gradient. A target costs 4 V D (`full`: 8 V D), with V rows of width D in the vocabulary.
     """
     c = config
     layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width

@@ -12,7 +12,7 @@ from codegemma.train.settings import TrainingSettings
 
 
 def schedule(settings: TrainingSettings, steps: int) -> optax.Schedule:
-    """The learning rate of each step, from 0: a linear warm-up, then the decay down to the floor."""
+    """The learning rate of step 0, 1, ...: a linear warm-up, then the decay down to the floor."""
     warm = max(1, round(settings.warmup * steps))
     peak, rest = settings.learning_rate, max(1, steps - warm)
     after = {
@@ -24,11 +24,11 @@ def schedule(settings: TrainingSettings, steps: int) -> optax.Schedule:
 
 
 def optimizer(settings: TrainingSettings, rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW, with the gradient clipped by its norm first.
+    """AdamW, after the gradient has been clipped by its norm.
 
     An adapter's embedding rows have a lower rate: a logit is a sum over the width, and Adam's first steps
-    move all its terms at once. At a rate of 1e-3, and an L1 norm of 2,000 of the default model's last hidden
-    states, a logit would move by two nats per step.
+    move all its terms at once. The default model's last hidden states have an L1 norm of about 2,000, so at a
+    rate of 1e-3 a logit would move by two nats per step.
     """
     matrices = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     rows = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "rows")

@@ -1,6 +1,7 @@
 """Which rows a step reads, shuffled: a pure function of (seed, step), so that only the step number is saved.
 
-A session calls `Order.rows`. The law it keeps: any number of hosts and any resumption read the same rows.
+A session calls `Order.rows`. The law it keeps: a run reads the same rows on any number of hosts, and however
+often it is resumed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 
 class Microbatch(NamedTuple):
-    """Rows of one length, and their targets in C parts, one for each part of the batch on a mesh.
+    """Rows of one length, and their targets in C parts, the parts into which a mesh divides the batch.
 
     `targets_CM` are predicted by the hidden states at `index_CM` of a part's flattened [B / C * T] positions.
     Only the first `count_C` targets of each part are real; the others are padding.
@@ -95,12 +96,12 @@ class Order:
                 n, indices = len(rows), range(step * batch, (step + 1) * batch)
                 return [rows[int(_shuffled(n, self.seed, number, i // n)[i % n])] for i in indices]
             step -= steps
-        raise IndexError(f"step beyond the last, {self.steps:,}")
+        raise IndexError(f"the step is beyond the last of {self.steps:,}")
 
     def sampler(self, size: int, vocab: int) -> Callable[[int, Sequence[Microbatch]], Sample]:
         """A function that draws `size` of `vocab` tokens for a step and its microbatches.
 
-        It always takes the size / 2 most frequent tokens of the rows and the step's targets, and draws the
+        It always takes the step's targets and the size / 2 most frequent tokens of all rows, and draws the
         rest at random. The function raises ValueError where nothing is left to draw.
         """
         tokens = [row["tokens"] for rows in self.folders for row in _spread(rows, 1024)]
@@ -112,8 +113,8 @@ class Order:
             certain = np.union1d(frequent, targets)
             others = np.setdiff1d(np.arange(vocab), certain, assume_unique=True)
             if (room := size - len(certain)) < 1:
-                fault = f"the step's targets and the frequent tokens are {len(certain):,}, above {size:,}"
-                raise ValueError(f"{fault}: take more of the vocabulary, or fewer tokens a step")
+                fault = f"the step's targets and the frequent tokens are {len(certain):,}, not below {size:,}"
+                raise ValueError(f"{fault}: take more of the vocabulary, or fewer tokens per step")
             random = np.random.Generator(np.random.PCG64([self.seed, 1 << 20, step]))
             drawn = random.choice(others, room, replace=False)
             weights = np.repeat(np.array([1, len(others) / room], np.float32), [len(certain), room])
@@ -143,7 +144,7 @@ def microbatches(
 ) -> Iterator[Microbatch]:
     """Rows in microbatches of `size` rows (a multiple of `parts`); the last is filled up with padding.
 
-    The targets of each part are padded to a multiple of `block`.
+    The targets of each part are padded to its number of tokens, rounded up to a multiple of `block`.
     """
     length = row_length(rows)
     for start in range(0, len(rows), size):

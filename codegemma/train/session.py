@@ -33,9 +33,10 @@ from codegemma.train.order import Microbatch, Order, microbatches, row_length
 from codegemma.train.settings import TrainingSettings
 from codegemma.train.store import RunState, Store
 
-MAX_ACTIVATIONS = 3 << 30  # bytes that a backward pass keeps before remat="auto" saves memory
+MAX_ACTIVATIONS = 3 << 30  # bytes kept for the backward pass; above, remat="auto" means "layer"
 TRIMMED_BATCHES = 8  # how many microbatches at the start are each followed by a trim of the heap
-MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}  # of malloc.h
+# glibc's options: (number in malloc.h, value)
+MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def keep_heap() -> None:
     """Makes glibc keep freed memory in one heap; does nothing where the C library has no mallopt.
 
     Otherwise glibc returns a step's large buffers to the system, which clears each page again for the next
-    step: a fifth of the time on a CPU. A thread that already has its own arena keeps it.
+    step: that takes a fifth of the time on a CPU. A thread that already has its own arena keeps it.
     """
     with suppress(AttributeError, OSError, TypeError):
         for option, value in MALLOPT.values():
@@ -80,8 +81,8 @@ def keep_heap() -> None:
 def trim_heap() -> None:
     """Returns free heap to the system; does nothing where the C library has no malloc_trim.
 
-    A small live buffer inside a freed block makes the next large allocation take new memory. Once all
-    long-lived buffers are allocated, every step reuses the same memory.
+    Without it, a small live buffer inside a freed block makes the next large allocation take new memory. Only
+    the first steps need it: once all long-lived buffers are allocated, every step reuses the same memory.
     """
     with suppress(AttributeError, OSError, TypeError):
         trim = ctypes.CDLL(None).malloc_trim
@@ -92,7 +93,7 @@ def trim_heap() -> None:
 def choose_remat(settings: TrainingSettings, config: ModelConfig, length: int) -> TrainingSettings:
     """Resolves remat "auto" for rows of `length` tokens: "layer" above MAX_ACTIVATIONS, else "none".
 
-    The estimate: a layer keeps 8 arrays as wide as the model, 4 as its heads and 4 as its feed-forward part.
+    The estimate: a layer keeps 8 arrays as wide as the model, 4 as its heads together, 4 as its feed-forward.
     """
     if settings.remat != "auto":
         return settings
@@ -169,7 +170,7 @@ class Session:
         """What must be equal in a run and its resumption."""
         trainable = self.state.trainable
         return {
-            "settings": asdict(replace(self.settings, save_every=1, keep=1)),
+            "settings": asdict(replace(self.settings, save_every=1, keep=1)),  # these two may differ
             "steps": self.steps,
             "seed": self.order.seed,
             "rows": [self.order.fingerprint(rows) for rows in self.order.folders],
@@ -213,9 +214,9 @@ class Session:
     ) -> Iterator[StepReport]:
         """Trains to the end of the run and reports each step.
 
-        `save_result` is called at each new best loss on the held-out rows, or at each checkpoint where there
-        are none. At `until`, on the clock of time.monotonic, the run ends early, but after at least one step.
-        Once `stop` is set, it ends at the next microbatch; the steps so far are kept, to be resumed.
+        `save_result` is called at each new best loss on the held-out rows or, without such rows, at each
+        checkpoint. At `until`, on the clock of time.monotonic, the run ends early, but after at least one
+        step. Once `stop` is set, it ends at the next microbatch; the steps so far are kept, to be resumed.
         """
         settings, state, store = self.settings, self.state, self.store
         over = self.finished
@@ -239,9 +240,9 @@ class Session:
             yield report
 
     def step(self, stop: Event | None = None) -> StepReport | None:
-        """Takes one step, or none if `stop` is set meanwhile (None).
+        """Takes one step and reports it. If `stop` is set meanwhile, takes none and returns None.
 
-        Raises ValueError on rows of another vocabulary and on an infinite loss.
+        Raises ValueError on rows of another vocabulary, and on a loss that is not finite.
         """
         started, state = time.perf_counter(), self.state
         rows = self._rows(state.step)

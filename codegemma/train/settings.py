@@ -31,18 +31,18 @@ class TrainingSettings:
     row_rate: float = 1 / 32  # the rate of an adapter's embedding rows, as a share of the rate
     clip: float = 1.0  # largest norm of the gradient
     z: float = 0.0  # weight of the z-loss
-    end_weight: float = 1.0  # weight of a terminator's loss; its logarithm biases the terminator's logit
+    end_weight: float = 1.0  # weight w of a terminator's loss; it raises that logit by about log w
     vocabulary: int | None = None  # tokens that estimate the normaliser (order.Sample); None: all, exactly
     micro_tokens: int = 2048  # of a microbatch
     steps: int | None = None  # at most so many; the schedule ends there too
-    evaluate_every: int = 50
+    evaluate_every: int = 50  # steps between measurements on held-out rows
     patience: int = 0  # evaluations without a better loss before the run stops; 0: never
-    save_every: int = 20
+    save_every: int = 20  # steps between checkpoints
     keep: int = 2  # how many of the newest checkpoints to keep
     seed: int = 0
     remat: Literal["auto", "none", "products", "layer"] = "none"  # auto: see session.choose_remat
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the factors of products; see native/xla.py
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of a matrix product's factors; see native/xla.py
 
     def __post_init__(self) -> None:
         for names, allows, rule in RULES:

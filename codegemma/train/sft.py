@@ -44,8 +44,9 @@ def read(path: Path) -> DialogueFile:
 
     A line is {"messages": [{"role", "content"}, ...]} (or "conversations" with "from" and "value"),
     {"instruction", "input", "output"}, or a pair such as {"prompt", "completion"}, of texts or of messages.
-    What can be healed is: messages behind the last answer are dropped, half characters become U+FFFD. Other
-    odd lines are left out and counted. Raises ValueError where no dialogue is left, naming the first fault.
+    Small faults are repaired: messages after the last answer are dropped, and half characters become U+FFFD.
+    Other faulty lines are left out and counted. Raises ValueError, with the first fault, where no dialogue is
+    left.
     """
     file, first = DialogueFile(), ""
     for number, line in _lines(path):
@@ -65,7 +66,7 @@ def read(path: Path) -> DialogueFile:
 
 
 class BadLine(ValueError):
-    """A line of a known form that holds no dialogue to learn from; the message is a reason to count."""
+    """A line of a known form that holds no dialogue to learn from; lines are counted by its message."""
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -88,6 +89,7 @@ def messages(line: Mapping[str, Any]) -> list[Message]:
     pair = next((pair for pair in PAIRS if all(name in line for name in pair)), None)
     if line.get("label") is False:
         raise BadLine("its label says that the answer is wrong")
+    # a list under "messages" or the like goes before a pair, except one with a prompt
     if pair and (name in ("", "chosen") or pair[0] == "prompt"):
         dialogue = [*_turns(line[pair[0]], "user"), *_turns(line[pair[1]], "assistant")]
         if pair[0] == "instruction" and (context := _text(line.get("input") or "")):

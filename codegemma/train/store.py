@@ -103,7 +103,7 @@ class Store:
                 file.write(json.dumps(metrics) + "\n")
 
     def save(self, state: RunState) -> None:
-        """Starts to write a checkpoint, and draws the loss curve; the next call, or `close`, waits for it."""
+        """Draws the loss curve and begins to write a checkpoint; the next call, or `close`, waits for it."""
         ocp = self._ocp
         best = state.best if np.isfinite(state.best) else None
         meta = {"stamp": self._stamp, "misses": state.misses, "best": best, "jax": jax.__version__}

@@ -1,7 +1,7 @@
 """`codegemma tune`: a code base in, an adapter out, with the gain measured on files that training never read.
 
 `tune` lists the steps: hold files out, build rows from the rest, measure, train for the given time, measure
-again. The law it keeps: no held-out text is in the rows, and both measurements use the same holes.
+again. The law it keeps: no held-out text is in the rows, and both measurements fill the same holes in it.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ ROW_TOKENS = 512
 WINDOW = (96, 384)  # tokens of an example
 BATCH_TOKENS = 4096  # of a step; half as many where an adapter is trained further
 MIN_FILES = 4  # to train on
-LAYOUT: Layout = "spm"  # of the measured holes: the order of an editor's prompts while its user types
+LAYOUT: Layout = "spm"  # of the measured prompts: the order in which an editor asks while its user types
 END_WEIGHT = 2.0  # with 1, greedy completions run on for too long
 MAX_CHOOSING_FILES = 20  # files for validation: their loss chooses the best step
-CHOOSING_EXAMPLES = 32  # about so many examples of them: measuring a token takes as long as training on it
+CHOOSING_EXAMPLES = 32  # of these files, roughly: measuring a token takes as long as training on it
 MEASUREMENTS = 6  # how often that loss is measured
 PROBE_STEPS = 3  # to find out how long a step takes; the first one compiles
 MAX_PASSES = 8  # over the rows; a small code base is not repeated more often
@@ -68,7 +68,7 @@ MEASURES = {  # title: key of evals.heldout.answers
     "log p(middle), nats": "logp",
     "stopped by itself": "stopped",
 }
-MEASURING_SHARE = 0.2  # of the time, for each of the two measurements; fewer holes where all take longer
+MEASURING_SHARE = 0.2  # of the time, for each of the two measurements; holes that take longer are left out
 CHUNK = 12  # holes measured together
 Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]  # task, how many are done, of how many
@@ -119,7 +119,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """The adapter's folder, the gains by title (MEASURES), and how many files were read and held out."""
+    """The adapter's folder, the gains by title (MEASURES), and how many files were taught and held out."""
 
     adapter: Path
     gains: dict[str, Gain]
@@ -176,9 +176,10 @@ def tune(
     held_out = [Document(*json.loads(line)) for line in (work / "held-out.jsonl").read_text().splitlines()]
     holes = heldout.holes(held_out, engine.tokenizer, options.holes, options.seed)
     if not holes:
-        fault = f"{options.repository}: the held-out files have no place for a hole to measure"
-        raise ValueError(f"{fault}: it needs more code")
-    third = -(-len(holes) // 3)  # `holes` has three kinds, one after the other: the first few hold all
+        fault = f"{options.repository}: no hole to measure fits the held-out files"
+        raise ValueError(f"{fault}: pass a code base with more code")
+    # The holes come kind after kind, a third each: mixed, so that the first few are of all kinds
+    third = -(-len(holes) // 3)
     holes = sorted(holes, key=lambda hole: holes.index(hole) % third)
     begun = time.monotonic()
     before = measure(engine, holes, start, progress, seconds * MEASURING_SHARE)
@@ -271,7 +272,7 @@ def prepare(options: TuneOptions, tokenizer: Tokenizer, orders: Sequence[Layout]
     taught, held_out = hold_out(documents, repository, seed)
     if len(taught) < MIN_FILES:
         fault = f"{repository}: {len(documents)} files of code, but tuning needs at least {MIN_FILES + 1}"
-        raise ValueError(f"{fault}: pass a larger one")
+        raise ValueError(f"{fault}: pass a larger code base")
     taught.sort(key=lambda document: Draw("choose", seed, document.path).uniform())
     count = min(len(taught) // 20, MAX_CHOOSING_FILES)
     choosing, taught = taught[:count], taught[count:]
@@ -330,7 +331,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """The MEASURES of each hole by title, with an adapter or with the base.
 
-    After so many seconds, the other holes are left out; at least CHUNK of them are measured.
+    Once `seconds` have passed, the rest of the holes are left out; at least CHUNK are measured.
     """
     if adapter is not None:
         engine.add_adapter("tuned", adapter)
@@ -385,7 +386,10 @@ def plan_within(options: TuneOptions, until: float, start: Adapter | None) -> Tr
 
 
 def _steps_within(until: float, plan: TrainingPlan, tokens: int, choosing_tokens: int) -> int:
-    """How many steps fit before `until`, by the fastest of a few; a resumed run reads the first answer."""
+    """How many steps fit before `until`, if each takes as long as the fastest of PROBE_STEPS.
+
+    The number is stored: a resumed run keeps it.
+    """
     stored = plan.out.with_name("steps")
     if not stored.exists():
         settings = replace(plan.settings, steps=PROBE_STEPS)
