@@ -76,7 +76,7 @@ class Jax:
         self, lora: LoraParams | None, T: int, slices: Sequence[Slice]
     ) -> list[tuple[np.ndarray, ...]]:
         """(logits, argmax, normaliser) of each slice's wanted tokens."""
-        written = -(-T // PAGE) + 1  # the most pages that T tokens write to
+        written = -(-T // PAGE) + 1  # T tokens write to at most so many pages
         B = _round_up(len(slices))
         P = max(4, _round_up(max(piece.start // PAGE + written for piece in slices)))
         tokens_BT, first_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
@@ -98,7 +98,7 @@ class Jax:
         return list(zip(*parts, strict=True))
 
     def _on_device(self, page: Page) -> jax.Array:
-        """A page's keys and values; a page that a saved cache loaded is moved to the device first."""
+        """A page's keys and values; a page loaded from a saved cache is moved to the device first."""
         data: Any = page.data
         if isinstance(data, np.ndarray):
             page.data = data = jnp.asarray(data.view(self._dtype).reshape(self._shape))  # type: ignore[assignment]
@@ -118,7 +118,7 @@ def _run(
 ) -> tuple[tuple[jax.Array, ...], list[list[jax.Array]]]:
     """(logits, argmax, log sum exp) of the tokens at `wanted_W` of the flattened [B * T], and the new pages.
 
-    `pages` are [2, L, PAGE, K, H] for each sequence; those from the `first_B`-th on may have changed.
+    A page is [2, L, PAGE, K, H]. The new pages of each sequence replace its pages from the `first_B`-th on.
     """
     B, T = tokens_BT.shape
     kv = jnp.stack([jnp.concatenate(sequence, 2) for sequence in pages], 2)  # [2, L, B, S, K, H]

@@ -31,7 +31,8 @@ Params = dict[str, Weight]
 Pair = tuple[jax.Array, jax.Array]
 Remat = Literal["none", "products", "layer"]
 BATCH_AXES = ("data", "fsdp")  # axes of a mesh that divide the batch
-MIN_QUERIES, MAX_PARTS = 128, 8  # attention is computed for a part of the queries at a time
+MIN_QUERIES, MAX_PARTS = 128, 8  # attention runs in at most so many parts, of at least so many queries each
+# The names of what remat="products" keeps for the backward pass.
 SAVED = ("q", "k", "v", "o", "gate", "up", "down", xla.LOW_RANK, xla.ATTENDED, xla.LOG_SUM_EXP)
 
 
@@ -208,7 +209,7 @@ def product(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
 
 
 def adapted(x: jax.Array, weight: Weight, a_RI: jax.Array, b_OR: jax.Array) -> jax.Array:
-    """x [..., in] times W + b a [out, in], transposed, in x's type."""
+    """x [..., in] times (W + b a) [out, in] transposed, in x's type."""
     if isinstance(weight, Blocks):
         return xla.adapted(x, weight, a_RI, b_OR).astype(x.dtype)
     return product(x, weight) + product(product(x, a_RI), b_OR)
@@ -272,8 +273,8 @@ def attend(
 ) -> jax.Array:
     """Causal attention within segments, [B, T, N * H]; `cap` is the soft cap of scores.
 
-    Without a cache, positions rise with the index within a segment. So the products of a part of the queries
-    leave out the keys after it and those before its window.
+    Without a cache, positions rise with the index within a segment. So each part of the queries is multiplied
+    by the keys from the start of its window to its own end; it can see no others.
     """
     T, S, window = q_BTNH.shape[1], k_BSKH.shape[1], mask.window
     if mask.cached:
@@ -290,7 +291,7 @@ def attend(
 def kernel_attend(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask: AttentionMask, cap: float | None
 ) -> jax.Array:
-    """`attend` without a cache by the engine's kernels; by JAX alone on other devices and on a mesh."""
+    """`attend` without a cache, by the engine's kernels; on a mesh, or without kernels, by JAX alone."""
     if not xla.kernels() or not jax.sharding.get_abstract_mesh().empty:
         return attend(q_BTNH, k_BTKH, v_BTKH, mask, cap)
     positions_BT, segments_BT = mask.positions_BT, mask.segments_BT
