@@ -87,7 +87,7 @@ def babelcode_items(dataset: str, key: str, records: Records) -> tuple[list[Item
 
 
 def babelcode_body(key: str, item: Item, output: ModelOutput) -> str:
-    """The answer's function, with the closing braces that a stop text has cut off put back."""
+    """The answer's function. If a stop text cut off its closing braces, they are put back."""
     language = LANGUAGES[key]
     text, stopped = cut(replace(output, text=output.text + "\n"), language.stop)
     return item.prompt + text[: len(output.text)] + (language.closing if stopped else "")
@@ -112,7 +112,7 @@ def judge_babelcode(
 def run_babelcode(
     key: str, records: Sequence[Record], bodies: Sequence[str]
 ) -> Iterator[tuple[int, Verdict]]:
-    """Yields (index, verdict). A program that prints PASSED once for each test, and no more, has passed."""
+    """Yields (index, verdict). A program passes if it prints PASSED for each test, and no other result."""
     nonces = [secrets.token_hex(8) + "-" for _ in bodies]
     programs = [babelcode_program(*row) for row in zip(records, bodies, nonces, strict=True)]
     seconds = float(records[0].get("timeouts", [10])[-1])

@@ -62,7 +62,8 @@ def holes(
         if split.kind == "characters":
             kind = "random"
         if len(by_kind[kind]) < -(-count // len(KINDS)):
-            # Half of the holes name their path: the draw's 6th decimal decides, as its first ones order them.
+            # Half of the holes name their path, by the draw's 6th decimal: the first decimals have already
+            # decided which holes are taken.
             path = example.document.path if uniform * 1e6 % 2 < 1 else None
             by_kind[kind].append(Hole(kind, text[: split.start], middle, text[split.end :], path))
     return list(chain.from_iterable(by_kind.values()))[:count]
@@ -84,7 +85,10 @@ def complete(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> li
 
 
 def likelihood(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
-    """For each hole: logp (nats) and tokens of its middle; ended, if the terminator is likeliest after it."""
+    """For each hole: logp (nats) and tokens of its middle, and ended.
+
+    "ended" is whether the terminator is the likeliest token after the middle.
+    """
     terminator = fim_training(model.tokenizer, "", "", "").ids[-1]
     pairs: list[tuple[list[int], list[int]]] = []
     for hole in holes:
@@ -109,7 +113,7 @@ def left_to_right(
 
 
 def answers(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
-    """The results of `complete` and `likelihood` for each hole, in batches, so that a prompt is run once."""
+    """The results of `complete` and `likelihood` for each hole; in batches, so that a prompt is run once."""
     rows: list[dict[str, Any]] = []
     for start in range(0, len(holes), BATCH):
         batch = holes[start : start + BATCH]
@@ -123,7 +127,7 @@ def measure(
 ) -> dict[str, Any]:
     """Means with 95 % intervals by layout and kind of hole, and the figures of each hole ("each").
 
-    "gain" is the log-probability (nats) that a hole's middle gains by the suffix.
+    "gain" is how much likelier (nats) a hole's middle is when the model sees the suffix.
     """
     without_suffix = likelihood(model, holes, "prefix")
     report: dict[str, Any] = {"holes": len(holes), "prefix_logp": [row["logp"] for row in without_suffix]}

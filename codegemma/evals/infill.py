@@ -1,4 +1,4 @@
-"""HumanEval infilling as `complete` asks a model, in either order of its FIM ids, and left to right."""
+"""HumanEval infilling: in the model's own order of FIM ids, in either order by name, and left to right."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ MAX_TOKENS = 128  # as in CodeGemma's report
 
 
 def infill_items(name: str, records: Records) -> tuple[list[Item], str]:
-    """The items of one of the three sets, whose target is the record."""
+    """The items of one of the three sets; an item's target is its record."""
     items = [Item(r["task_id"], r["prompt"], suffix=r["suffix"], target=r) for r in records(name)]
     return items, f"0-shot, at most {MAX_TOKENS} tokens, nothing trimmed"
 
 
 def infill_program(item: Item, output: ModelOutput) -> str:
-    """Prefix, answer, suffix and tests. The answer's last newline matters: the suffix begins with a line."""
+    """Prefix, answer, suffix and tests. The answer's last newline counts: the suffix starts on a new line."""
     test = f"{item.target['test']}\ncheck({item.target['entry_point']})"
     return f"{item.prompt}{output.text}{item.suffix}\n{test}"
 
@@ -50,7 +50,7 @@ def left_to_right_program(item: Item, output: ModelOutput) -> str:
 def judge(
     program: Program, items: Sequence[Item], outputs: Sequence[ModelOutput]
 ) -> Iterator[tuple[int, Verdict]]:
-    """As `judge_python`; an answer is exact if its program equals that of the text that was removed."""
+    """As `judge_python`; an answer is exact if the text that was removed makes the same program."""
     for i, verdict in judge_python(program, HUMANEVAL_SECONDS, items, outputs):
         middle = items[i].target["canonical_solution"]
         reference = infill_program(items[i], replace(outputs[i], text=middle))

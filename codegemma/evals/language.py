@@ -35,10 +35,10 @@ def split_shots(
     records: Records, scored: str, others: Sequence[str], count: int
 ) -> tuple[list[Record], list[Record], str]:
     """(`count` records to show as examples, records to score, note). The examples are the first records of
-    the first of the `others` that is there.
+    the first set in `others` that has enough.
 
-    Without any, they are records of the scored set, which are then not scored. They are spread over it,
-    because its first ones may all be of one source, as HellaSwag's are.
+    Where none has, the examples are taken from the scored set, and are not scored. They are spread over it,
+    because its first records may all be of one source, as HellaSwag's are.
     """
     rows = records(scored)
     if not count:

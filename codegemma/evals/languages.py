@@ -63,9 +63,10 @@ class Toolchain:
 
     @classmethod
     def working(cls, key: str, workers: int | None = None) -> Toolchain:
-        """The tools of a language that can tell right from wrong. Raises LookupError where they cannot.
+        """The tools of a language, found and tested. Raises LookupError where that fails.
 
-        A compiler that prints its version, but cannot link, would make every answer wrong.
+        They must pass a right program, and fail a wrong one and one that does not compile: with a compiler
+        that prints its version but cannot link, every answer would be wrong.
         """
         toolchain = cls.find(key, workers)
         programs = [toolchain.language.proof.replace("OP", word) for word in ("+", "-", "+ +* (")]
@@ -101,7 +102,7 @@ class Toolchain:
         else:
             readonly = [Path(path).resolve().parent.parent for path in paths.values()]
             if "kotlinc" in paths:
-                paths["kotlinc"] = str(Path(paths["kotlinc"]).resolve().parent.parent)
+                paths["kotlinc"] = str(Path(paths["kotlinc"]).resolve().parent.parent)  # its home folder
         readonly = [home for home in readonly if not home.is_relative_to("/usr")]
         toolchain = cls(language, _version(key, paths), paths, env, Sandbox(readonly, workers))
         if go_cache and not any(go_cache.iterdir()):
@@ -151,7 +152,7 @@ class Toolchain:
         return self.sandbox.run(self.command(self.language.run), files, env=self.env, limits=limits)
 
     def _build(self, programs: dict[int, str]) -> dict[int, Result]:
-        """The build of each program by index; the files of one that passed are what it needs to run."""
+        """The build of each program by index; the `files` of a build that passed are what the run needs."""
         command, source = self.command(self.language.build), self.language.source
         if not self.language.batch:
             [(i, text)] = programs.items()

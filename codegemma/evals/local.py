@@ -17,16 +17,17 @@ from codegemma.generate.running import RunningRequest, Stop
 from codegemma.native import PAGE
 from codegemma.prompts import Layout
 
-MAX_SEQUENCES = 32  # that are decoded together: two groups of the packed kernels; more are no faster
-CACHE_BYTES = 4 << 30  # of the keys and values of these sequences, at 1,024 tokens each
-LOGIT_ROWS = 32  # that one run computes: a row of 262,144 floats is a megabyte
+MAX_SEQUENCES = 32  # to decode together: two groups of the packed kernels; more are no faster
+CACHE_BYTES = 4 << 30  # for the keys and values of these sequences, at 1,024 tokens each
+LOGIT_ROWS = 32  # to compute in one run: a row of 262,144 floats is a megabyte
 REASONS: dict[Stop, StopReason] = {"end": "token", "stop_text": "stop", "length": "length"}
 
 
 class LocalModel:
     """An EvaluatedModel over the engine, with the named adapter ("none": the base model).
 
-    The engine generates the same tokens whatever else is in the batch, so a resumed run equals a whole one.
+    The engine generates the same tokens whatever else is in the batch, so a resumed run equals one that was
+    never interrupted.
     """
 
     def __init__(self, model: Model, adapter: str = "none") -> None:

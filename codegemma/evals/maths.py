@@ -1,4 +1,4 @@
-"""GSM8K and MATH: solutions step by step, whose last answer is compared as a number or as mathematics."""
+"""GSM8K and MATH: worked solutions, whose final answer is compared as a number or as mathematics."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _math(r: Record) -> str:
 def boxed(text: str) -> str | None:
     r"""The contents of the last \boxed{...}, \boxed ... or \fbox of a text; None where there is none.
 
-    Braces balance. Without braces, the contents end with the formula or the line.
+    Inner braces belong to the contents. Without braces, the contents end with the formula or the line.
     """
     boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))
     if not boxes:

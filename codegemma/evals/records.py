@@ -48,7 +48,7 @@ class Records:
     _by_name: dict[str, list[Record]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the folder is none, before the Hub is asked for what it lacks."""
+        """Raises ValueError where `folder` is no folder, before the Hub is asked for what it would lack."""
         if self.folder is not None and not self.folder.is_dir():
             fault = "is a file, not a folder" if self.folder.exists() else "does not exist"
             raise ValueError(
@@ -85,7 +85,7 @@ class Records:
         benchmark = benchmark_files()[name]
         try:
             if self.offline:
-                raise LookupError("it is switched off")
+                raise LookupError("offline, so it was not asked")
             from huggingface_hub import hf_hub_download
 
             revision = "refs/convert/parquet"
@@ -93,7 +93,7 @@ class Records:
             paths = [
                 hf_hub_download(benchmark.hub, file, repo_type="dataset", revision=revision) for file in files
             ]
-        except Exception as error:  # whichever the client raises, there are no records
+        except Exception as error:  # whatever the client raises, there are no records
             missing = f"{benchmark.files[0]}.jsonl[.gz] is not in {self.folder}"
             client = install_command("eval") if isinstance(error, ImportError) else "go online"
             raise LookupError(

@@ -21,7 +21,7 @@ from codegemma.generate.client import (
 from codegemma.generate.request import Request
 from codegemma.tokenizer import Tokenizer
 
-SEED_STEP = 1_000_003  # a run's seed times this is its first sample's seed, so that runs share none
+SEED_STEP = 1_000_003  # a run's seed times this is the seed of its first sample: runs share no sample's seed
 
 
 class RemoteModel:
@@ -88,8 +88,8 @@ class RemoteModel:
 
 
 def _stop_reason(choice: dict[str, Any], decoding: Decoding) -> StopReason:
-    """What ended an answer. Servers other than vLLM do not say whether it was a stop text or a control id:
-    where the request had stop texts, it is taken for one.
+    """What ended an answer. Servers other than vLLM do not say whether it was a stop text or a control id;
+    then a stop text is assumed if the request had any.
     """
     if choice.get("finish_reason") == "length":
         return "length"

@@ -17,7 +17,10 @@ PUBLISHED = tomllib.loads(Path(__file__).with_name("published.toml").read_text("
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The finished tasks of a folder by name, with times and published scores. Raises ValueError for none."""
+    """The finished tasks of a folder by name, with times and published scores.
+
+    Raises ValueError where there are none.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name the --out of an earlier run")
     results = {}
@@ -34,8 +37,8 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write(folder: Path) -> Path:
-    """Writes `report.md`, `report.html` and, for each task, a script with its samples, which the page loads
-    when they are shown. Returns the path of the page.
+    """Writes `report.md`, the page `report.html` and, for each task, a script with its samples, which the
+    page loads when it shows them. Returns the path of the page.
     """
     import jinja2
 
@@ -86,7 +89,10 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def compare_runs(before: Path, after: Path) -> dict[str, Comparison]:
-    """Paired differences, after - before, of the tasks that both folders hold. Raises ValueError for none."""
+    """Paired differences, after - before, of the tasks that both folders hold.
+
+    Raises ValueError where there are none.
+    """
     finished = load(after)
     shared = [name for name in load(before) if name in finished]
     if not shared:

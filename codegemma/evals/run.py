@@ -92,7 +92,7 @@ def run(
     """
     settings = settings or EvalSettings()
     out.mkdir(parents=True, exist_ok=True)
-    _expect_no_others(out, task.name)
+    _expect_no_foreign_files(out, task.name)
     if isinstance(task, GenerationTask):
         task = replace(task, layout=task.layout or getattr(model, "layout", "psm"))
     identity = {"task": task.name, "model": model.name, **asdict(settings)}
@@ -130,8 +130,8 @@ def run(
     return summary
 
 
-def _expect_no_others(out: Path, task: str) -> None:
-    """Raises ValueError where the folder holds files with the names of ours that no run wrote."""
+def _expect_no_foreign_files(out: Path, task: str) -> None:
+    """Raises ValueError where a run would replace files of the folder that no run wrote."""
     names = []
     if not any((out / f"{task}.{ending}").exists() for ending in ("times.json", "partial.jsonl")):
         names += [f"{task}.json", f"{task}.jsonl"]
@@ -144,7 +144,8 @@ def _expect_no_others(out: Path, task: str) -> None:
 
 class _AnswerFile:
     """Answers by item id, appended to a file as they come. Its first line is the run's identity: the task,
-    the model and the settings. `seconds` is the wall time from start to last answer, without interruptions.
+    the model and the settings. `seconds` is the wall time up to the last answer, without the time between an
+    interruption and its resumption.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -278,7 +279,9 @@ def _summary(task: Task, samples: list[Sample], settings: EvalSettings) -> dict[
 
 
 def _times(answers: dict[str, list[Answer]]) -> dict[str, Any]:
-    """Figures of generated answers. Answers run together, so their `answer_seconds`, a mean, overlap."""
+    """Times and counts of the generated answers. Answers run together, so the times whose mean is
+    `answer_seconds` overlap.
+    """
     timed = [answer for samples in answers.values() for answer in samples if "seconds" in answer]
     return {
         "samples": len(timed),

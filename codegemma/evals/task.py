@@ -101,7 +101,7 @@ Items = Callable[[Records], tuple[list[Item], str]]  # the questions, and a note
 @dataclass(frozen=True)
 class GenerationTask:
     """A benchmark whose answers are generated. `runs_on` gives the version of what runs their programs, or
-    raises LookupError. `layout` is the order of an item with a suffix; None is the model's own.
+    raises LookupError. `layout` is the order of the prompt of an item with a suffix; None: the model's own.
     """
 
     name: str
