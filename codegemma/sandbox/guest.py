@@ -1,5 +1,5 @@
-"""The inside of a box: runs each job in a jailed process, within limits of time, output, disk and open files;
-where there is no control group, of memory and processes too.
+"""The inside of a box: runs each job in a jailed process and limits its time, output, disk and open files, and,
+where no control group does so, its memory and processes.
 
 host.py starts this file under bubblewrap and sends it jobs as lines of JSON. Each process below is the parent
 of the next: the supervisor reads jobs; a monitor, outside the job's process namespace, watches it; an init,
@@ -100,8 +100,8 @@ def run_monitor(job):
 def watch(limits, readers, init, deadline):
     """(outcome, {pipe: bytes}): reads the pipes until all are closed or a limit is reached, and ends the job.
 
-    The outcome is that of the limit, else None. Whatever the program writes, on any descriptor, counts as
-    output, and the clock and the memory are looked at in every turn.
+    The outcome names the limit that was reached; None where none was. Whatever the program writes, on any
+    descriptor, counts as output; each turn of the loop looks at the clock and the memory.
     """
     text = {name: bytearray() for name in readers.values()}
     outcome, output_left, next_look = None, limits["output"] + NONCE_BYTES, 0.0
@@ -130,9 +130,9 @@ def watch(limits, readers, init, deadline):
 
 
 def memory_used():
-    """Bytes of memory that the job's processes and what they share hold, its private folders left out.
+    """Bytes of memory that the job uses, private and shared, without the contents of its private folders.
 
-    A page that n processes share counts as 1/n in each. Memory files count even where nobody maps them.
+    A page that n processes share counts as 1/n in each. Memory files (memfd) count even if nobody maps them.
     """
     used, files = 0, {}
     for folder in Path("/proc").glob("[0-9]*"):  # as mounted by init, whose mounts the monitor shares
@@ -219,7 +219,7 @@ def mount_folders(job):
 
 
 def wait_for(program):
-    """The program's wait status. Reaps orphans until then, and kills the processes that it left behind."""
+    """Waits for the program, and kills the processes that it left behind. Returns its wait status."""
     pid = 0
     while pid != program:
         pid, status = os.wait()
@@ -232,9 +232,10 @@ def wait_for(program):
 
 
 def collect(names, max_bytes):
-    """{path: size} of the named files and of all files in the named folders; no part of a path is a link.
+    """{path: size} of the named files and of all files in the named folders; no link is followed.
 
-    None where paths and contents together are larger than `max_bytes`. All other processes have ended.
+    None where paths and contents together are larger than `max_bytes`. The job's other processes have ended,
+    so nothing changes meanwhile.
     """
     files, waiting = {}, [os.path.normpath(os.path.join(FOLDER, name)) for name in names]
     waiting = [path for path in waiting if os.path.realpath(path) == path]
@@ -261,13 +262,13 @@ def run_program(job, writers, nonce):
     """Becomes the program; exit code 127 says that it could not be started."""
     source, limits = job["source"], job["limits"]
     try:
-        # Out of memory, the kernel then kills this process first, not the supervisor.
+        # So when memory runs out, the kernel kills this process first, not the supervisor.
         Path("/proc/self/oom_score_adj").write_text("1000")
         finished = jail(limits, writers, keep_finished=source is not None)
         os.chdir(FOLDER)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if source is None:
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and an exec would keep so
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these, and exec would keep that
                 signal.signal(number, signal.SIG_DFL)
             os.execvpe(job["command"][0], job["command"], job["env"])
     except BaseException as error:
@@ -313,8 +314,8 @@ def jail(limits, writers, keep_finished):
 def run_source(source, finished, nonce):
     """Runs a program and returns the exit code that an interpreter would give it.
 
-    When its last statement has run, writes the nonce to `finished`: a program that leaves early, or prints
-    what it likes, does not know it. (One that searches its own interpreter for it can.)
+    When its last statement has run, writes the nonce to `finished`. A program that leaves early cannot
+    pretend to have finished: it does not know the nonce (unless it searches its own interpreter for it).
     """
     code, program = 0, os.getpid()
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))

@@ -33,9 +33,9 @@ from codegemma.sandbox.cgroup import Cgroup
 Outcome = Literal["passed", "failed", "timed_out", "out_of_memory", "output_too_long"]
 GUEST = Path(__file__).with_name("guest.py")
 GRACE_SECONDS = 300.0  # a box that has not answered this long after its job's time limit is broken
-TRIES = 3  # boxes that a job may break; then the sandbox has failed if it breaks at CONTROL too, else the job
+TRIES = 3  # after so many broken boxes CONTROL runs: if it breaks too, the sandbox is at fault, else the job
 CONTROL = {"source": "", "command": [], "must_finish": True, "collect": [], "files": {}, "env": {}}
-# Folders and files of the host that each box sees, read-only, beside /usr and those that it is given.
+# Folders and files of the host that each box can read, besides /usr and those that it is given.
 SYSTEM = "/bin /sbin /lib /lib32 /lib64 /libx32 /etc/alternatives /etc/ld.so.cache /etc/mono /etc/localtime"
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 # The guest needs capabilities to mount a job's folder; it drops them before it runs the program.
@@ -59,7 +59,7 @@ class Limits:
     seconds: float = 10.0
     cpu_seconds: int = 0
     memory: int = 512 << 20
-    disk: int = 64 << 20  # of the private folder, of one file, and of all that is collected
+    disk: int = 64 << 20  # for the private folder, for one file, and for all that is collected
     processes: int = 64  # and threads
     open_files: int = 256
     output: int = 1 << 20  # stdout and stderr together
@@ -112,7 +112,7 @@ class Box:
                 ) from error
 
     def run(self, job: dict[str, Any], limits: Limits) -> Result:
-        """Raises SandboxError where the box failed; it must then be closed."""
+        """Runs a job. Raises SandboxError where the box itself failed; it must then be closed."""
         kills_before = 0
         cpu_seconds = limits.cpu_seconds or int(2 * limits.seconds) + 1
         bounds = asdict(limits) | {"cpu_seconds": cpu_seconds, "data": limits.memory}
@@ -285,7 +285,7 @@ class Sandbox:
                 except SandboxError as error:
                     fault = error
             self._try(CONTROL, Limits())  # raises where the sandbox fails whatever it runs
-            stderr = f"The sandbox ended {TRIES} times while it ran this program, and runs others: {fault}"
+            stderr = f"The sandbox ended {TRIES} times while it ran this program, but runs others: {fault}"
             return Result("failed", None, "", stderr, time.monotonic() - started)
 
     def _try(self, job: dict[str, Any], limits: Limits) -> Result:
