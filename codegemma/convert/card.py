@@ -23,7 +23,7 @@ def render(header: list[str], name: str, description: str, sections: Mapping[str
 def card(
     source: str | Path, results: Path | None = None, manifest: Path | None = None, changes: str = ""
 ) -> str:
-    """The card of a model; `results` is a folder of `codegemma eval`, `manifest` a file about its data.
+    """The card of a model; `results` is a folder of `codegemma eval`, `manifest` JSON about its data.
 
     Raises ValueError where the folder of results holds no finished benchmark.
     """

@@ -8,8 +8,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-SUMS = "SHA256SUMS"  # in the form of `sha256sum`, which checks it by -c
-# Orbax's arrays have no checksum, those of HDF5, safetensors and PyTorch's archives none that readers check.
+SUMS = "SHA256SUMS"  # `sha256sum -c` checks it too
+# Orbax's arrays, HDF5, safetensors and PyTorch's archives: files without a checksum that their readers check.
 WEIGHTS = ("checkpoint/**/*", "*.h5", "*.safetensors", "*.ckpt")
 
 

@@ -130,9 +130,9 @@ def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> Ex
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists: choose another name, or pass --overwrite")
     if target.is_file():
-        format_of(target)
+        format_of(target)  # raises for a file that is no model: it is not replaced
     elif target.is_dir() and any(target.iterdir()):
-        open_checkpoint(target)  # whatever else it is, it is not written over
+        open_checkpoint(target)  # raises for a folder that holds no model: it is not replaced
     return to
 
 
@@ -159,7 +159,7 @@ def save(to: ExportFormat, path: Path, checkpoint: Checkpoint, stamp: str | None
 
 
 def _gguf_header(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The entries of a new GGUF file that describe the model, copied where it comes from a GGUF file."""
+    """The entries of a new GGUF file that describe the model; if its source is GGUF, those of the source."""
     is_gguf = bool(checkpoint.metadata) and format_of(checkpoint.path) == "gguf"
     copied = ("general.", "tokenizer.") if is_gguf else ()
     new = ("general.architecture", "general.alignment")  # which gguf_model.save writes

@@ -61,7 +61,7 @@ def export(
 
 
 def modelfile(checkpoint: Checkpoint, file: str) -> str:
-    """Ollama's Modelfile: a template for FIM (`.Suffix`) and, where the model chats, for turns; all stops.
+    """Ollama's Modelfile: a template for FIM (`.Suffix`) and, where the model chats, for turns; and stops.
 
     Raises ValueError on a checkpoint without a tokenizer.
     """

@@ -1,4 +1,4 @@
-"""Whether a format says every field of a config: what it has no place for is refused, never changed."""
+"""Refuses to write a config in a format that has no place for one of its fields."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _as_read(to: ExportFormat, config: ModelConfig) -> ModelConfig:
 
 
 def _effective(config: ModelConfig) -> ModelConfig:
-    """The config without what its model does not use: a window, and local positions, where all layers see
-    everything."""
+    """The config with fields that its model does not use reset: the window and the base of local positions,
+    where no layer is local."""
     if config.global_every == 1:
         config = replace(config, window=None, rope_base_local=1.0)
     return config

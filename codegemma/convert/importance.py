@@ -14,12 +14,12 @@ from codegemma.config import ModelConfig
 from codegemma.convert.quantize import Importance
 from codegemma.native import PAGE, Native, Slice
 
-ROW_TOKENS, MAX_ROWS = 512, 32  # to measure on: tokens of a row, and rows
+ROW_TOKENS, MAX_ROWS = 512, 32  # what is measured on: the tokens of a row, and the most rows
 MAX_TEXT_BYTES = 1 << 24
 
 
 def importance_of(path: Path, checkpoint: Checkpoint) -> Importance:
-    """The importance of each column, from a file of llama-imatrix, or measured on a file or folder of text.
+    """The importance of each column, from a file of llama-imatrix or measured on a file or folder of texts.
 
     Raises ValueError on a file of another model, and where there is no text or no tokenizer.
     """
@@ -37,7 +37,7 @@ def importance_of(path: Path, checkpoint: Checkpoint) -> Importance:
             rows.append([tokenizer.control.bos or 0, *ids[start : start + ROW_TOKENS - 1]])
     if not rows:
         rule = "holds no UTF-8 text and is no file of llama-imatrix"
-        raise ValueError(f"{path}: {rule}: pass code of the kind to write")
+        raise ValueError(f"{path}: {rule}: pass code like what the model will write")
     return _measure(checkpoint, rows[:: -(-len(rows) // MAX_ROWS)])
 
 

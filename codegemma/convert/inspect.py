@@ -117,7 +117,7 @@ def _notes(checkpoint: Checkpoint) -> Iterator[str]:
         yield "no tokenizer: ids work, text does not; put tokenizer.model beside it"
         return
     if tokenizer.control.fim != "named":
-        yield "the vocabulary names no FIM tokens: no CodeGemma, unless an adapter taught it ids 67 to 70"
+        yield "the vocabulary names no FIM tokens: not CodeGemma, unless an adapter taught it ids 67 to 70"
     separator = header.get("tokenizer.ggml.fim_sep_token_id", header.get("tokenizer.ggml.eot_token_id"))
     if "tokenizer.ggml.tokens" in header and separator != tokenizer.control.file_separator:
         yield "llama.cpp will not stop at the file separator: convert it again to add fim_sep_token_id"

@@ -19,9 +19,9 @@ from codegemma.native import PAGE, Native, Slice, dequantize
 # tests/test_quantize.py measures.
 MAX_ERROR = {"F32": 1e-7, "F16": 2.0**-11, "BF16": 2.0**-9, "Q8_0": 0.012, "Q6_K": 0.04}
 MAX_ERROR |= {"Q5_K": 0.09, "Q5_1": 0.09, "Q5_0": 0.1, "Q4_K": 0.16, "Q4_1": 0.17, "Q4_0": 0.19}
-MAX_NORM_ERROR = 2.0**-8  # relative error of vectors, which are norms
+MAX_NORM_ERROR = 2.0**-8  # relative error of vectors, which are the weights of norms
 MAX_TOKENS = 256  # compared for each text; one run of the engine takes as many
-MAX_KL = 100.0  # nats, times the square of the largest relative error
+MAX_KL = 100.0  # nats per square of the largest relative error
 TEXTS = (
     'def fibonacci(n: int) -> int:\n    """The n-th Fibonacci number."""\n    if n < 2:\n        return n\n',
     "#include <stdio.h>\n\nint main(void) {\n\tfor (int i = 0; i < 10; i++)\n"
@@ -101,7 +101,7 @@ def _error(left: Tensor, right: Tensor) -> float:
 
 
 def _ids(checkpoint: Checkpoint, texts: tuple[str, ...]) -> list[list[int]] | None:
-    """Ids of each text (control tokens in it read as text, then as tokens), of a FIM prompt; control ids."""
+    """Ids of each text (control tokens read as text, then as tokens) and of a FIM prompt; the control ids."""
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         return None
@@ -113,7 +113,7 @@ def _ids(checkpoint: Checkpoint, texts: tuple[str, ...]) -> list[list[int]] | No
 
 
 def _logits(checkpoint: Checkpoint, rows: list[list[int]], threads: int | None) -> Iterator[np.ndarray]:
-    """float32 [T, V] for each row of at most MAX_TOKENS ids, overwritten by the next."""
+    """The logits of each row of at most MAX_TOKENS ids, float32 [T, V]; the next row overwrites them."""
     native = Native(checkpoint, threads)
     for ids in rows:
         logits = native.run([Slice(ids, 0, [native.new_page() for _ in range(0, len(ids), PAGE)], len(ids))])

@@ -63,7 +63,10 @@ def unsafe_path(path: str) -> str:
 
 
 def zip_entries(path: Path, limits: ReadLimits) -> Iterator[FileEntry]:
-    """The files of a zip archive, by path. Raises ArchiveBomb, and what zipfile raises for damaged files."""
+    """The files of a zip archive, sorted by path.
+
+    Raises ArchiveBomb, and what zipfile raises for damaged files.
+    """
     packed, unpacked = path.stat().st_size, 0
     with zipfile.ZipFile(path) as archive:
         members = [info for info in archive.infolist() if not info.is_dir()]
@@ -105,9 +108,9 @@ class _LimitedStream(io.RawIOBase):
 
 
 def tar_entries(path: Path, limits: ReadLimits) -> Iterator[FileEntry]:
-    """The files of a tar archive in its order. Raises ArchiveBomb, and what tarfile raises for damaged files.
+    """The files of a tar archive, in the archive's order: load each before taking the next.
 
-    The archive is a stream: load each file before taking the next.
+    Raises ArchiveBomb, and what tarfile raises for damaged files.
     """
     stream = _LimitedStream(path, limits)
     try:

@@ -1,4 +1,4 @@
-"""Sources -> rows: the list of stages, run by processes here or by Ray, with the same bytes either way.
+"""Builds rows from sources, stage by stage: processes on this machine and Ray give the same bytes.
 
 An interrupted build continues where it was: a task that is done is not run again.
 """
@@ -35,7 +35,7 @@ from codegemma.files import atomic_write, expect_only
 from codegemma.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, tasks done, all tasks
-LINK_DOCUMENTS = 500_000  # per task that compares bands
+LINK_DOCUMENTS = 500_000  # for each LinkTask
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Summary:
     out: Path
     rows: int
     tokens: int
-    documents: int
+    documents: int  # with the inputs that were dropped when they were read
     kept: int
     seconds: float
     manifests: dict[str, Any] = field(default_factory=dict)
@@ -99,14 +99,14 @@ def build(
     )
     recipe = inputs.complete(recipe or BuildRecipe())
     folder = BuildFolder(Path(out).resolve())
-    begins = not folder.state.exists()
+    is_new = not folder.state.exists()
     if _prepare(folder, recipe, inputs, resume):
         try:
             with ENGINES[engine](workers) as run_tasks:
                 runner = _StageRunner(folder, recipe, run_tasks, workers, progress)
                 _run_stages(runner, inputs.sources)
         except (ImportError, ValueError):
-            if begins and not folder.manifest("clean").exists():  # another try shall not meet what is left
+            if is_new and not folder.manifest("clean").exists():  # another try needs an empty folder
                 for path in (folder.work, folder.manifests):
                     shutil.rmtree(path, ignore_errors=True)
                 for path in (folder.recipe, folder.tokenizer):
@@ -122,7 +122,7 @@ def build(
 # ------------------------------------------------------------------------------------------- begin or resume
 @dataclass(frozen=True)
 class _Inputs:
-    """All that a build reads beside its recipe."""
+    """All that a build reads besides its recipe."""
 
     sources: Sequence[Source]
     tokenizer: Tokenizer
@@ -130,14 +130,14 @@ class _Inputs:
     benchmarks: Sequence[Path]
 
     def complete(self, recipe: BuildRecipe) -> BuildRecipe:
-        """The recipe with the hashes of the inputs. Raises ValueError where an input does not fit."""
+        """The recipe with the hashes of the inputs. Raises ValueError for inputs that cannot be used."""
         if self.tokenizer.control.fim is None:
             raise ValueError(
                 "the tokenizer has no FIM tokens, so no FIM rows can be made: use CodeGemma's or Gemma's"
             )
         if not self.sources:
             raise ValueError("no sources: give at least one checkout, archive, Parquet or JSON-lines file")
-        clean.Unsafe(self.unsafe_rules)  # both raise for a file that is not of their form
+        clean.Unsafe(self.unsafe_rules)  # raises for a malformed file, and so does the next line
         dedup.Benchmarks(self.benchmarks)
         kinds, named = {source.kind for source in self.sources}, {kind for kind, _ in recipe.mix}
         if recipe.mix and kinds != named:
@@ -166,28 +166,31 @@ def _prepare(folder: BuildFolder, recipe: BuildRecipe, inputs: _Inputs, resume: 
     """Prepares the folder, or checks that its build can be resumed; False if the build is complete."""
     sources = [[each.name, each.kind, str(each.path), _stamp(each.path)] for each in inputs.sources]
     state = {"recipe": asdict(recipe), "code": code_version(), "sources": sources}
-    state = json.loads(json.dumps(state))  # as it is read back
+    state = json.loads(json.dumps(state))  # lists for tuples, as in the files it is compared with
     out = folder.path
     if not resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: pass --resume to continue it, or another --out")
     if out.exists() and not (folder.index.exists() or folder.state.exists()):
         begun = {path.name for path in (folder.work, folder.tokenizer, folder.recipe)}
-        expect_only(out, begun, "a build")  # of one that was killed at its start
+        expect_only(out, begun, "a build")  # what a build leaves that is killed at its start
     if folder.index.exists():
         before = json.loads(folder.recipe.read_text())
         if before != state["recipe"]:
-            raise ValueError(f"{out} was built with another recipe: {_difference(before, state['recipe'])}")
+            raise ValueError(
+                f"{out} was built with another recipe: {_difference(before, state['recipe'])}; "
+                "build into another folder"
+            )
         if folder.timing.exists():
             shutil.rmtree(folder.work, ignore_errors=True)
             return False
     for part in out.rglob(".*.part"):
-        part.unlink()  # of a process that was killed while it wrote
+        part.unlink()  # left by a process that was killed while it wrote
     if folder.state.exists():
         before = json.loads(folder.state.read_text())
         if before != state:
             raise ValueError(
                 f"--resume: {_difference(before, state)} changed since {out} was begun: "
-                "build into another folder, or restore it"
+                "build into another folder, or undo that change"
             )
         return True
     inputs.copy(folder)
@@ -206,7 +209,7 @@ def _file_hash(path: Path) -> str:
 
 
 def _stamp(path: Path) -> str:
-    """A hash of names, sizes and times, which changes when a source does; files are not read."""
+    """A hash of the names, sizes and times of a source's files, to notice changes without reading them."""
     inside = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
     digest = hashlib.sha256()
     for file in inside if path.is_dir() else [path]:
@@ -247,7 +250,7 @@ class _StageRunner:
     timing: dict[str, Any] = field(default_factory=dict)
 
     def run(self, task_type: type[Task], arguments: Iterable[tuple[Any, ...]]) -> list[TaskResult]:
-        """The results of a stage: one task, and its result, for each tuple of arguments."""
+        """Runs one task for each tuple of arguments, except those that are done; returns all results."""
         start = time.perf_counter()
         tasks = [task_type(self.folder, self.recipe, n, *values) for n, values in enumerate(arguments)]
         waiting = [task for task in tasks if not task.is_done]
@@ -265,7 +268,7 @@ class _StageRunner:
         return results
 
     def manifest(self, stage: str, **content: Any) -> None:
-        """Writes what a stage read, by which code and recipe, and its counts."""
+        """Writes a stage's manifest: the version of the code, the recipe, and `content` such as counts."""
         document = {"stage": stage, "code": code_version(), "recipe": asdict(self.recipe), **content}
         write_json(self.folder.manifest(stage), document, indent=1)
 
@@ -275,7 +278,7 @@ def _run_stages(runner: _StageRunner, sources: Sequence[Source]) -> None:
     shards, characters = _read_and_clean(runner, sources)
     _find_copies(runner, shards)
     parts = max(1, -(-characters // runner.recipe.shard_bytes))
-    cuts = [(1 << 63) * part // parts for part in range(parts + 1)]
+    cuts = [(1 << 63) * part // parts for part in range(parts + 1)]  # Document.key has 63 bits
     key_ranges = map(range, cuts, cuts[1:])
     ordered = total(runner.run(stages.OrderTask, ((keys, shards) for keys in key_ranges)))
     runner.manifest(
@@ -341,8 +344,8 @@ def _find_copies(runner: _StageRunner, shards: int) -> None:
 def mix_rows(results: Sequence[TaskResult], recipe: BuildRecipe) -> tuple[np.ndarray, dict[str, Any]]:
     """The index of rows, int64 [rows, 2] (part, row), and each kind's tokens.
 
-    With a mix, a kind that is in excess is thinned by hash to its share of the tokens; its rows stay in
-    their files.
+    With a mix, each kind has its share of the tokens: rows above it, chosen by hash, are left out of the
+    index, but stay in their files.
     """
     rows_of: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for part, result in enumerate(results):
@@ -368,8 +371,8 @@ def mix_rows(results: Sequence[TaskResult], recipe: BuildRecipe) -> tuple[np.nda
 def write_ledger(folder: BuildFolder) -> None:
     """Joins the outcomes of all tasks in one table.
 
-    Those of the first stages are sorted, since their shards depend on the order of the sources; then follow
-    those of each partition.
+    Those of `documents` and `clean` are sorted, since their tasks depend on the order of the sources. Those
+    of `order` follow, one partition after another.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------------------------------- quality
 @dataclass(frozen=True)
 class Quality:
-    """Limits of the checks: BigCode's for lines and the alphanumeric share, else chosen by inspection."""
+    """Limits of the checks: BigCode's for lines and the alphanumeric share, the others from samples."""
 
     languages: frozenset[str] = CODE_LANGUAGES
     longest_line: int = 1000
@@ -90,7 +90,7 @@ def _check_characters(document: Document, limits: Quality) -> tuple[str, str] | 
 
 
 def bytes_per_token(text: str, tokenizer: Tokenizer) -> float:
-    """Of the middle 512 characters; infinite where these have as much white space as source code."""
+    """The rate of the middle 512 characters; infinite where they have as much white space as source code."""
     middle = text[max(0, len(text) // 2 - 256) :][:512]
     if sum(map(str.isspace, middle)) > len(middle) * 0.12:
         return float("inf")
@@ -167,8 +167,8 @@ class Cleaner:
 def redact(document: Document) -> tuple[str, Tree | None, Counter[str]]:
     """A document's text without secrets and personal data, its tree, and how many of each kind it held.
 
-    Where a grammar can tell, personal data stand in comments, strings and what does not parse, and replacing
-    them makes no error; what else looks like them is code, and stays.
+    Where there is a grammar, personal data are replaced only in comments, strings and what does not parse,
+    and only if that adds no syntax errors: what looks like them elsewhere is code.
     """
     text, redactor = document.text, default_redactor()
     tree = syntax.parse(text, document.language) if document.kind == "code" else None

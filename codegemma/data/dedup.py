@@ -1,7 +1,7 @@
 """Finds near copies of documents by MinHash, and documents that contain the problem of a benchmark.
 
-Words are runs of letters, digits, "_" and bytes above 127, in lower case; a shingle is a run of
-five, or all words of a shorter document. 126 permutations in 21 bands of 6 find a pair of Jaccard similarity
+Words are runs of letters, digits, "_" and bytes above 127, in lower case; a shingle is a run of five words,
+or all words of a shorter document. 126 permutations in 21 bands of 6 find a pair of Jaccard similarity
 0.8 with probability 0.998. The bands only find candidates; whether a pair is similar is decided by the full
 signatures.
 """
@@ -22,7 +22,7 @@ PERMUTATIONS = BANDS * ROWS
 SHINGLE = 5
 THRESHOLD = 0.8
 BENCHMARK_NGRAM = 10
-MAX_PAIRS = 64  # a document is compared with so many before it in its bucket, and with the first so many
+MAX_PAIRS = 64  # of its bucket, a document is compared with this many before it and this many first ones
 
 Node = TypeVar("Node", bound=Hashable)
 
@@ -37,12 +37,12 @@ _LETTER[~_IS_WORD] = 0
 def words(text: str) -> np.ndarray:
     """A 64-bit hash of each word, in order; the same on every machine and in every process.
 
-    It is the sum of letter[i] * _BASE**i modulo 2**64, mixed.
+    It is the sum of letter[i] * _BASE**i modulo 2**64, scrambled by `_mix`.
     """
     data = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
     is_word, index = _IS_WORD[data], np.arange(len(data), dtype=np.int32)
-    gap = np.maximum.accumulate(np.where(is_word, np.int32(-1), index))  # the last byte that is no letter
-    offset = (index - gap - 1) & (_MAX_WORD - 1)  # in the word
+    gap = np.maximum.accumulate(np.where(is_word, np.int32(-1), index))  # the last byte outside a word
+    offset = (index - gap - 1) & (_MAX_WORD - 1)  # of each byte in its word
     starts = np.flatnonzero(is_word & (offset == 0))
     terms = _LETTER[data] * _POWERS[offset]
     return _mix(np.add.reduceat(terms, starts)) if len(starts) else np.empty(0, np.uint64)
@@ -90,7 +90,7 @@ def candidates(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     keys, rows = keys[order], rows[order]
     count = len(keys)
     is_first = np.concatenate([np.ones(min(count, 1), bool), keys[1:] != keys[:-1]])
-    first = np.maximum.accumulate(np.where(is_first, np.arange(count), 0))  # of each row's bucket
+    first = np.maximum.accumulate(np.where(is_first, np.arange(count), 0))  # where each row's bucket begins
     largest = int((np.arange(count) - first).max(initial=0))
     pairs = [np.empty((0, 2), rows.dtype)]
     for back in range(1, min(largest, MAX_PAIRS) + 1):
@@ -140,10 +140,11 @@ def resolve(
 
 # ------------------------------------------------------------------------------------------ decontamination
 class Benchmarks:
-    """Finds benchmark problems in texts: a text with half of the n-grams of a problem's field contains it.
+    """Finds benchmark problems in texts that have at least half of the n-grams of one of their fields.
 
-    `files` are JSON lines or arrays (also .gz): every string field of a record of at least BENCHMARK_NGRAM
-    words counts, named by its task_id, or by the file and line. Raises ValueError for other files.
+    `files` are JSON lines or arrays (also .gz), and each record is a problem, named by its task_id, or by the
+    file and line. Its fields are the strings of at least BENCHMARK_NGRAM words, except "test". Raises
+    ValueError for other files.
     """
 
     def __init__(self, files: Iterable[str | Path]):
@@ -186,5 +187,6 @@ def _fields(file: Path) -> Iterator[tuple[str, str]]:
                         yield name, field
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"benchmark file {file} is not JSON lines ({error}): give files such as HumanEval.jsonl.gz"
+            f"benchmark file {file} is neither JSON lines nor a JSON array ({error}): "
+            "give files such as HumanEval.jsonl.gz"
         ) from error

@@ -1,7 +1,7 @@
-"""The text of a file's bytes: its byte order mark, UTF-8, the encoding that it declares, or a safe detection.
+"""Decodes a file's bytes: by byte order mark, as UTF-8, by the encoding they declare, or by a safe detection.
 
-A text in an encoding that is taken for another (mojibake) is worse than none: where nothing is sure, the file
-is refused.
+A text decoded from the wrong encoding (mojibake) is worse than none: where nothing is certain, the file is
+refused.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ MARKS = (
     *((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
     *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
 )
-# In one of the first two lines, in a comment (PEP 263, Emacs, Vim, Ruby), XML's or CSS's declaration.
+# In one of the first two lines: a comment (PEP 263, Emacs, Vim, Ruby), or the form of XML or CSS.
 DECLARATION = re.compile(
     rb"""[ \t\f]*(?:#|//|/?\*|--|;|%|"|<[!?]|@(?=charset))"""
     rb"""[^\n]*?(?:coding[:=]|charset[= ])[ \t]*["']?([-\w.]+)"""
 )
 META = re.compile(rb"""<meta[^>]+charset=["']?([-\w.]+)""", re.I)
-# Encodings of Python that are no character sets, or do without bytes above 127.
+# Codecs of Python that are no character sets, or use no bytes above 127: a declaration of them is ignored.
 NOT_DECLARED = frozenset({"unicode_escape", "raw_unicode_escape", "utf_7", "idna", "punycode", "undefined"})
-# What declares a set is often written in its superset (the WHATWG's labels say so too).
+# A file that declares one of these sets is often written in its superset, as the WHATWG's labels assume.
 SUPERSETS = {
     **{
         "iso8859-1": "cp1252",
@@ -35,10 +35,11 @@ SUPERSETS = {
     **{"shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"},
 }
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
-DETECTED_BYTES = 50_000  # of lines with bytes above 127, which say more than all lines
+DETECTED_BYTES = 50_000  # looked at, all from lines with bytes above 127
 DETECTED = [*(f"cp{number}" for number in range(1250, 1259)), "koi8_r", "koi8_u", "cp866", "iso8859_2"]
 DETECTED += ["cp932", "euc_jp", "gb18030", "big5", "cp949"]
 MIN_COHERENCE = 0.1  # of charset-normalizer: how much the letters' frequencies are those of a language
+# The characters above 127 of Western European text in cp1252.
 WESTERN = frozenset("äöüßÄÖÜéèêëàâçîïôûùœæøåÅØÆñÑáíóúÁÉÍÓÚÀÈÊÇãõÃÕìòÿŒ“”‘’„‚–—…•©®™°±µ·«»§¿¡£€¥²³½¼×÷\xa0")
 SIGN_IN_WORD = re.compile(r"[^\W\d_][©®°±µ·«»§¿¡£€¥²³½¼×÷„‚][^\W\d_]")
 CYRILLIC_WORD = re.compile(r"[А-ЯЁ]?[а-яё]+|[А-ЯЁ]{2,}|[А-ЯЁ]")
@@ -56,7 +57,7 @@ def decode(data: bytes) -> tuple[str, str]:
     marked = [(mark, name) for mark, name in MARKS if data.startswith(mark)]
     for mark, name in marked:
         if (text := _strict(data[len(mark) :] if name == "utf-8" else data, name)) is not None:
-            return _text(text), f"{name} with BOM"
+            return _without_nul(text), f"{name} with BOM"
     if marked:
         raise ValueError("unknown encoding")
     if b"\0" in data:
@@ -91,7 +92,8 @@ def _strict(data: bytes, name: str) -> str | None:
         return None
 
 
-def _text(text: str) -> str:
+def _without_nul(text: str) -> str:
+    """The same text. Raises ValueError("binary") where it holds NUL."""
     if "\0" in text:
         raise ValueError("binary")
     return text
@@ -107,7 +109,7 @@ def _wide(data: bytes) -> tuple[str, str]:
 
 
 def _declared(data: bytes) -> str:
-    """The name that Python gives the encoding that a file declares; "" where there is none that it knows."""
+    """Python's name of the encoding that a file declares; "" for none, an unknown one, or a kind of UTF."""
     lines = data[:2048].splitlines()[:2]
     match = next(filter(None, map(DECLARATION.match, lines)), None) or META.search(data[:1024])
     if match is None:
@@ -126,7 +128,7 @@ def _is_multibyte(name: str) -> bool:
 
 
 def _detected(data: bytes) -> str:
-    """The encoding of bytes that are not UTF-8; "" where it is not sure."""
+    """The encoding of bytes that are not UTF-8; "" where it is not certain."""
     high = b"\n".join(line for line in data.splitlines() if not line.isascii())[:DETECTED_BYTES]
     for name in _candidates(high):
         if (text := _strict(data, name)) is not None and not CONTROL.search(text):
@@ -152,7 +154,7 @@ def _candidates(high: bytes) -> Iterator[str]:
 
 
 def _is_western(high: bytes) -> bool:
-    """Whether bytes above 127 are letters among ASCII letters, or typographic signs, in cp1252."""
+    """Whether cp1252 makes bytes above 127 a few letters among ASCII letters, or typographic signs."""
     text = _strict(high, "cp1252") or ""
     is_known = set(text) - WESTERN <= set(map(chr, range(128)))
     return (

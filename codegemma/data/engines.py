@@ -15,7 +15,7 @@ Engine = Callable[[Sequence[Task]], Iterator[Any]]  # runs independent tasks; yi
 
 @contextmanager
 def local(workers: int) -> Iterator[Engine]:
-    """A pool of processes; one worker is this process."""
+    """A pool of processes; with one worker, this process alone."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context

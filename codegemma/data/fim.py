@@ -1,8 +1,8 @@
 """Documents -> fill-in-the-middle training examples.
 
-Examples are files, or pieces of a file that fill a row; or windows: short contexts around holes all over a
-file, from which a model learns the layouts at less cost. Every choice is a Draw from the recipe's seed and
-epoch, the file and the offset.
+An example is a file, or a piece of one that fills a row. Or it is a window: a short context around a hole,
+many for each file, from which a model learns the layouts at less cost. Every choice is a Draw from the
+recipe's seed and epoch, the file and the offset.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class FimRecipe:
     seed: int = 0
     epoch: int = 0
     loss: Collection[Label] = PARTS
-    window: tuple[int, int] | None = None  # tokens of an example, drawn evenly; None: whole files
+    window: tuple[int, int] | None = None  # least and most tokens, drawn evenly; None: whole files
     stride: int = 4000  # characters of code for one window
-    suffix_limit: int | None = None  # tokens of a window's suffix, at most
+    suffix_limit: int | None = None  # each window draws a limit for its suffix, 1 to this many tokens
     path_rate: float = 1.0  # share of the windows that begin with their path
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class FimRecipe:
 
 @dataclass(frozen=True)
 class Example:
-    """A document or a piece of it, text[offset:offset + size], as the tokens of a row."""
+    """A document or a piece of it, text[offset:offset + size], as tokens."""
 
     document: Document
     ids_T: np.ndarray  # int32
@@ -94,7 +94,7 @@ def fim(
 
 
 def pieces(text: str, size: int) -> list[str]:
-    """The text in pieces of at most `size` characters, cut at a line break in their second half, if any."""
+    """The text in pieces of at most `size` characters, cut after a line break if the second half has one."""
     cut = []
     while len(text) > size:
         end = text.rfind("\n", size // 2, max(1, size)) + 1 or max(1, size)
@@ -160,7 +160,7 @@ class _ExampleMaker:
 
     # ------------------------------------------------------------------------------------------- windows
     def windows(self, tokens: tuple[int, int]) -> Iterator[Example]:
-        """A window per `stride` characters of text; a shorter rest has a window with a chance by its size."""
+        """For each piece of text that is not blank, a window with the probability size / `stride`."""
         offset, stride = 0, self.recipe.stride
         for piece in pieces(self.document.text, stride):
             draw = self.draw("window", offset, len(piece))
@@ -199,7 +199,7 @@ class _ExampleMaker:
         """(start, end) of the text around a hole that fills `room` tokens.
 
         A tenth to six tenths are for the suffix, the rest for the prefix; what one does not need goes to the
-        other. The text is cut by the functions that cut a prompt to a budget.
+        other. `head` and `tail` cut the text as they cut a prompt.
         """
         text, tokenizer = self.document.text, self.tokenizer
         shown = range(len(text))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-SETTINGS_SECONDS = 60  # how long git's answer is used, unless a usual file of settings changes before
-# Where git sets these, it speaks of its own repository instead of the one in the folder.
+SETTINGS_SECONDS = 60  # how long git's answer is used, unless a common settings file changes sooner
+# While one of these is set, as in a git hook, git answers for that repository, not for the folder's.
 REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_PREFIX")
 
 
@@ -28,7 +28,7 @@ class GitFolders:
 
 @dataclass(frozen=True)
 class GitSettings:
-    """The settings of git that say which files it ignores and what it says of others."""
+    """Git's settings: the user's files of ignore rules and attributes, and whether rules ignore case."""
 
     ignore_file: Path  # core.excludesFile
     attributes_file: Path  # core.attributesFile
@@ -36,10 +36,10 @@ class GitSettings:
 
 
 def git_folders(root: Path) -> GitFolders | None:
-    """The git folders of a checkout; None where `root` is none.
+    """The git folders of a checkout; None where `root` is no checkout.
 
-    In a worktree or a submodule `.git` is a file that names the folder, and a worktree's folder names the
-    one that it shares.
+    In a worktree or a submodule `.git` is a file that names its own folder. In a worktree's own folder, the
+    file `commondir` names the shared one.
     """
     own = root / ".git"
     try:
@@ -105,7 +105,7 @@ def git_settings(root: Path) -> GitSettings:
 
 @lru_cache(256)
 def _settings(root: Path, config: Path, _state: tuple[object, ...]) -> GitSettings:
-    """`_state` makes git be asked again when it changes."""
+    """`_state` is only a part of the cache's key: git is asked again when it changes."""
     command = ["git", "config", "-z", "--get-regexp", r"^core\.(excludesfile|attributesfile|ignorecase)$"]
     kept = {name: value for name, value in os.environ.items() if name not in REPOSITORY_VARIABLES}
     try:

@@ -1,8 +1,8 @@
 """The files that git ignores, decided as git does.
 
 The rules come from the file that core.excludesFile names, the repository's info/exclude (which its worktrees
-share) and the `.gitignore` of each folder down to the file, the last rule that names a path counts. A
-submodule, or another repository inside, has rules of its own. That a file is tracked makes no difference.
+share) and the `.gitignore` of each folder down to the file; the last rule that names a path counts. A
+submodule, or another repository inside, has rules of its own. Whether a file is tracked makes no difference.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def read_rules(file: Path, ignore_case: bool = False) -> Sequence[Rule]:
 
 @lru_cache(1024)
 def _read_rules(file: Path, changed: int, ignore_case: bool) -> Sequence[Rule]:
-    """`changed`, the time of the file's last change, makes it be read again."""
+    """`changed`, the time of the file's last change, is only a part of the cache's key."""
     return parse_rules(file_lines(file.read_bytes()), ignore_case)
 
 
 def file_lines(data: bytes) -> list[str]:
-    """The lines of a file in git's own forms, whose names are those that the file system gives."""
+    """The lines of a .gitignore, .gitattributes or similar file, decoded as the names of files are."""
     text = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))
     return [line.removesuffix("\r") for line in text.split("\n")]
 
@@ -86,7 +86,7 @@ class IgnoreRules:
     def ignores(self, name: str) -> bool:
         """Whether an item of the folder is ignored; a folder ends with "/".
 
-        What is inside an ignored folder is ignored, and not to be asked about.
+        Do not ask about items of an ignored folder: they are ignored too.
         """
         verdict = False
         for above, rules in self.rules:
@@ -113,8 +113,10 @@ def repository_rules(root: Path) -> IgnoreRules:
 
 
 def folder_rules(folder: Path) -> IgnoreRules:
-    """The rules of a folder of any repository around it. That the folder itself is ignored does not count:
-    who names it wants it read."""
+    """The rules of a folder, with those of the repository around it, if any.
+
+    That the folder itself is ignored does not count: who names it wants it read.
+    """
     root = next((each for each in (folder, *folder.parents) if (each / ".git").exists()), folder)
     rules = repository_rules(root)
     for name in folder.relative_to(root).parts:

@@ -61,7 +61,7 @@ def edges(repository: str, documents: Sequence[Document]) -> list[Edge]:
 
 # ---------------------------------------------------------------------------------------------- linear order
 def acyclic(count: int, candidates: Sequence[Edge]) -> list[Edge]:
-    """The edges without each one that closes a cycle with more important ones; ties by (source, target).
+    """The edges, except each that closes a cycle with more important ones; ties by (source, target).
 
     By the incremental topological order of Pearce and Kelly (2006), a check visits only the files placed
     between the two ends of an edge.
@@ -100,7 +100,7 @@ def _reachable(
 
 
 def _first_places(count: int, candidates: Sequence[Edge]) -> list[int]:
-    """The places of a depth-first search: imports first unless in a cycle, so that few files must move."""
+    """Places by depth-first search: imports first, except in a cycle, so that few files must move."""
     targets: list[list[int]] = [[] for _ in range(count)]
     for edge in candidates:
         targets[edge.source].append(edge.target)
@@ -120,8 +120,7 @@ def _first_places(count: int, candidates: Sequence[Edge]) -> list[int]:
 def linear(count: int, kept: Sequence[Edge]) -> list[list[int]]:
     """The connected parts of the graph, in each a file after what it imports.
 
-    Of the files that may be next, the nearest to the placed files is taken, or the first of equally near.
-
+    Of the files that may be next, the nearest to the placed files is taken; of several, the first by name.
     Distance is the number of edges in either direction. Instead of the report's all-pairs distances, only the
     distance to the set of placed files is kept: each placement lowers it by a breadth-first search.
     """

@@ -1,4 +1,4 @@
-"""The licence of a file, from its SPDX tag, a manifest or a licence text; and lists of permitted ones."""
+"""The licence of a file, from its SPDX tag, a manifest or a licence text; and whether it is permitted."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def join(votes: list[tuple[int, str]]) -> str:
 
 
 def of_text(text: str, path: str, by_folder: dict[str, str]) -> str:
-    """The SPDX tags of a file's header, all of which hold, else the licence of the nearest folder above it
-    that states one, else "".
+    """The licence of a file: its header's SPDX tags, joined by AND; else what the nearest folder states;
+    else "".
     """
     if "SPDX-License-Identifier" in text[:4000] and (tags := TAG.findall(header(text[:4000]))):
         return " AND ".join(sorted({tag.strip() for tag in tags}))
@@ -80,7 +80,7 @@ def of_text(text: str, path: str, by_folder: dict[str, str]) -> str:
 
 
 def header(text: str) -> str:
-    """The comments with which a text begins; a docstring is none."""
+    """The comments with which a text begins; a docstring does not count."""
     lines, end = [], ""
     for line in text.split("\n"):
         block = None if end else BLOCK_COMMENT.match(line)
@@ -98,14 +98,14 @@ def header(text: str) -> str:
 
 
 def match_text(text: str) -> str:
-    """The SPDX id of a licence text: the first rule whose phrases it contains, whatever space and case."""
+    """The SPDX id of a licence text: the first rule whose phrases it has, in any case and spacing."""
     words = " ".join(re.findall(r"[\w.]+", text.lower()))
     texts = rules()["texts"].items()
     return next((name for name, phrases in texts if all(phrase in words for phrase in phrases)), "")
 
 
 def normal(licence: str) -> str:
-    """The SPDX id of a common spelling ("Apache 2.0"); an SPDX expression as it is; "" for other text."""
+    """The SPDX id of a common spelling ("Apache 2.0"); an SPDX expression unchanged; "" for other text."""
     if licence.startswith("SPDX") or len(licence) > 100:
         return ""
     key = re.sub(r"[^a-z0-9.+]+", " ", licence.lower()).strip()
@@ -121,7 +121,7 @@ def allowed(expression: str, permitted: frozenset[str] | None) -> bool:
     if permitted is None:
         return True
     flat = re.sub(r"\s+WITH\s+\S+", "", expression.replace("(", " ").replace(")", " ").replace("/", " OR "))
-    if "(" in expression and " AND " in expression:  # nested: require all of them
+    if "(" in expression and " AND " in expression:  # nesting is not parsed: require all, which permits less
         flat = flat.replace(" OR ", " AND ")
     alternatives = [re.split(r"\s+AND\s+", part) for part in re.split(r"\s+OR\s+", flat) if part.strip()]
     return any(all(name.strip() in permitted for name in names) for names in alternatives)

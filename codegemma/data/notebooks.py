@@ -10,7 +10,7 @@ from codegemma.data import syntax
 from codegemma.data.documents import FILE_RULES
 
 MAGIC = re.compile(r"^(\s*)((?:[\w, ]+=\s*)?[%!].*|\?{1,2}[\w.]+|[\w.]+\?{1,2})$", re.M)
-# Magics of a whole cell that is still Python; after any other the cell is in another language, or a file.
+# Magics of a whole cell that leave it Python; any other makes it another language, or the text of a file.
 PYTHON_CELL_MAGICS = ("%%time", "%%timeit", "%%capture", "%%prun", "%%python", "%%python3")
 
 

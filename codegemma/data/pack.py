@@ -35,7 +35,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows R of T tokens, and a record of each example (EXAMPLE_FIELDS)."""
+    """R rows of T tokens, and a record of each example (EXAMPLE_FIELDS)."""
 
     tokens_RT: np.ndarray  # int32
     loss_RT: np.ndarray  # bool
@@ -44,7 +44,7 @@ class Packed:
 
 
 def segments(groups: Iterable[RowGroup], length: int) -> Iterator[RowGroup]:
-    """The groups, cut between examples into ones that fit a row of `length` tokens with <bos>."""
+    """The groups, cut between examples so that each fits, with <bos>, a row of `length` tokens."""
     for group in groups:
         run: list[Example] = []
         size = 1
@@ -165,7 +165,7 @@ class Rows:
     def place(self, number: int) -> tuple[int, int]:
         """(part, row in it) of a row of the index. Raises IndexError outside it."""
         if not -len(self) <= number < len(self):
-            raise IndexError(f"row {number} of {len(self):,}")
+            raise IndexError(f"row {number} is not one of the {len(self):,} rows")
         part, row = self.index_N2[number]
         return int(part), int(row)
 

@@ -1,7 +1,8 @@
 """Finds personal data in a text: e-mail addresses, authors' names, IP addresses and telephone numbers.
 
 Source code is full of what merely looks like these: `this@Tree.id`, `q@k.mT`, versions of four numbers,
-arithmetic. A pattern therefore needs evidence beside it, and the fewer personal data look like it, the more.
+arithmetic. So a match counts only with evidence around it; the more often other code looks the same, the more
+evidence it needs.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def _is_email(local: str, domain: str, before: str, after: str) -> bool:
     )
     if not is_known or is_kept or local.lower() in lists["not_users"] or NOT_BEFORE_EMAIL.search(before):
         return False
+    # An attribute rather than a domain, such as `q@k.mT` or `this@Tree.id`:
     has_members = labels[0] in lists["not_domains"] or any(len(label) == 1 for label in labels)
     is_mixed_case = domain != domain.lower() and domain != domain.upper()
     is_attribute = top.lower() in lists["attributes"]
@@ -113,7 +115,7 @@ def _is_email(local: str, domain: str, before: str, after: str) -> bool:
 
 
 def _is_prose(before: str) -> bool:
-    """Whether what follows in the line stands in a comment, a string or a sentence, as far as it tells."""
+    """Whether what follows in the line stands in a comment, a string or a sentence, judging by `before`."""
     quotes = [before.count(quote) - before.count("\\" + quote) for quote in ("'", '"')]
     is_quoted = any(count % 2 for count in quotes)
     return is_quoted or bool(COMMENT.search(before) or WORDS_BEFORE.search(before))
@@ -160,7 +162,7 @@ def _ipv6(text: str) -> Iterator[Finding]:
 
 
 def _is_public(address: str) -> bool:
-    """Whether an address is some host's: not a network, a private, a reserved or a well-known one."""
+    """Whether an address is of a host on the internet, and not a well-known one that is kept."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -215,7 +217,7 @@ def _us_phones(text: str) -> Iterator[Finding]:
 
 
 def _is_us_phone(number: str, before: str, after: str) -> bool:
-    """Digits in the form of a number there need a word that says so, parentheses, or quotes around them."""
+    """Whether digits in the form of a US number are one: by a word before, parentheses, or quotes around."""
     if PHONE_WORD.search(before) or number.startswith("("):
         return True
     is_enclosed = before[-1:] + after[:1] in ('""', "''", "><")

@@ -1,4 +1,4 @@
-"""The recipe of a build: everything but the sources that determines its rows."""
+"""The recipe of a build: all that determines its rows, except the sources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from codegemma.data.clean import Quality
 from codegemma.data.documents import CODE_LANGUAGES
 from codegemma.prompts import Label
 
-SHARD_BYTES = 8_000_000  # of text: a shard of documents, and about what a partition holds
+SHARD_BYTES = 8_000_000  # of text (in characters) in a shard of documents, and about that in a partition
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class BuildRecipe(fim.FimRecipe):
     """
 
     loss: tuple[Label, ...] = tuple(sorted(fim.PARTS))
-    languages: tuple[str, ...] = ()  # empty: all that are code
-    licences: tuple[str, ...] | Literal["any", "permissive", "auto"] = "auto"  # auto: any for checkouts
+    languages: tuple[str, ...] = ()  # empty: all of CODE_LANGUAGES
+    licences: tuple[str, ...] | Literal["any", "permissive", "auto"] = "auto"  # see `quality`
     threshold: float = dedup.THRESHOLD
     mix: tuple[tuple[str, float], ...] = ()  # each kind's share of the tokens
     unsafe_rules: str = ""
@@ -40,7 +40,7 @@ class BuildRecipe(fim.FimRecipe):
         if shares and (min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
             raise ValueError(f"mix: shares must be above 0 and add up to 1, got {dict(self.mix)}")
         if not 0 <= self.hold_out < 1:
-            raise ValueError(f"hold-out must lie from 0 to below 1, got {self.hold_out}: the rest are rows")
+            raise ValueError(f"hold-out must lie from 0 to below 1, got {self.hold_out}: rows need the rest")
         if not 0.5 <= self.threshold <= 1:
             raise ValueError(
                 f"threshold of near copies must lie from 0.5 to 1, got {self.threshold}: below 0.5 "
@@ -48,7 +48,7 @@ class BuildRecipe(fim.FimRecipe):
             )
 
     def quality(self, redistributed: bool) -> Quality:
-        """The limits for documents of a source. With "auto", redistributed ones need a permissive licence."""
+        """The limits for documents of a source. "auto" is "permissive" for redistributed ones, else "any"."""
         names: frozenset[str] | None = None
         if not isinstance(self.licences, str):
             names = frozenset(self.licences)

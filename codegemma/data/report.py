@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BLUE, RED = "#4e79a7", "#e15759"
 MARK = b"<!doctype html>\n<!-- codegemma data report -->"  # the template's first lines
 MAX_BARS = 14
-MAX_SIZES = 200_000  # of the ledger's documents, for the histogram
+MAX_SIZES = 200_000  # documents in the histogram of sizes
 MAX_GRAPHS, MAX_GRAPH_FILES = 4, 70
 MAX_EXAMPLES, MAX_EXAMPLE_CHARACTERS = 4, 1500  # of a sample row
 
@@ -49,7 +49,7 @@ def plot(draw: Callable[[Axes], None], height: float) -> str:
 
 
 def bars(counts: Mapping[str, float], unit: str = "") -> str:
-    """Horizontal bars, largest first; the last is all beyond MAX_BARS. "" where there are no counts."""
+    """Horizontal bars, largest first; the last adds up all beyond MAX_BARS. "" where there are no counts."""
     items = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     if len(items) > MAX_BARS:
         rest = items[MAX_BARS - 1 :]
@@ -70,7 +70,7 @@ def bars(counts: Mapping[str, float], unit: str = "") -> str:
 
 
 def histogram(values: Sequence[float], label: str, is_log: bool = False) -> str:
-    """Counts of values, on a log scale or from 0 to at least 1. "" without values."""
+    """A histogram of values, on a log scale, or on a linear one from 0 to at least 1. "" without values."""
     array = np.maximum(np.asarray(values, float), 1 if is_log else -np.inf)
     if not len(array):
         return ""
@@ -117,7 +117,7 @@ def _shorten(name: str, limit: int = 30) -> str:
 
 # ------------------------------------------------------------------------------------------------------ data
 def _read_ledger(folder: BuildFolder) -> tuple[dict[str, Counter[str]], list[float]]:
-    """Counts by outcome, reason, language, licence and original; and the sizes of some documents."""
+    """Counts by outcome, reason, language, licence and copied document; and the sizes of some documents."""
     import pyarrow.parquet as pq
 
     names = ("reasons", "languages", "licences", "copies", "outcomes")

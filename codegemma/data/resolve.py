@@ -27,7 +27,7 @@ def module_name(path: str, family: str) -> str:
 
 
 class Resolver:
-    """The index of one repository's files by the ends of their paths. A file is its index in `paths`.
+    """The index of one repository's files by the ends of their paths. Files are indices into `paths`.
 
     `declared` gives the packages and namespaces that files declare, as (file, name).
     """
@@ -74,7 +74,7 @@ class Resolver:
         return self._absolute(importer, family, name)
 
     def _c(self, importer: int, name: str) -> list[int]:
-        """#include "x" looks beside the importer first; <x> of the standard library means no file."""
+        """#include "x" looks beside the importer first; <x> without "/" is taken for the standard library."""
         is_angled, name = name.startswith("<"), name.removeprefix("<")
         beside = PurePosixPath(self.paths[importer]).parent / name
         files = [] if is_angled else self._at_path("c", str(beside))
@@ -83,7 +83,7 @@ class Resolver:
         return self._nearest(importer, files)
 
     def _absolute(self, importer: int, family: str, name: str) -> list[int]:
-        """Python and the JVM: an import is the end of a path, perhaps behind the name of the repository."""
+        """Python and the JVM: an import is the end of a path, perhaps after the repository's name."""
         if family == "jvm" and name.endswith("/*"):
             return self._nearest(importer, self.namespaces.get(name[:-2], []), MAX_TARGETS)
         files = self.suffixes.get((family, name), [])

@@ -38,7 +38,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Source:
-    """A folder or file to read. Those that were redistributed (archives, Parquet) need a licence."""
+    """A folder or file to read. `redistributed` ones (archives, Parquet) need a licence by default."""
 
     path: Path
     form: Literal["folder", "tar", "zip", "parquet", "lines", "text"]
@@ -54,9 +54,11 @@ class Source:
 
 
 def expand(text: str) -> list[Source]:
-    """The sources that `[KIND=]PATH` names: the path, or each checkout and archive in that folder.
+    """The sources that `[KIND=]PATH` names.
 
-    Raises ValueError where the path does not exist, is a file of another form or a folder without files.
+    A folder that is no checkout stands for the checkouts, archives and tables in it, if there are any; every
+    other path is one source. Raises ValueError where the path does not exist, is a file of another form, or
+    a folder without files.
     """
     kind, path_text = text.split("=", 1) if re.match(r"\w+=", text) else ("code", text)
     path = Path(path_text).expanduser().resolve()
@@ -103,7 +105,7 @@ def _form(path: Path, kind: str) -> Any:
 def read(source: Source, limits: ReadLimits | None = None) -> Iterator[Document | Outcome]:
     """Every document of a source, and an Outcome for each input that does not become one.
 
-    Never raises because of the source's content: where the rest cannot be read, there is an Outcome.
+    Never raises because of the source's content: where the rest of it cannot be read, one Outcome says so.
     """
     readers = {"parquet": _read_parquet, "lines": _read_lines, "text": _read_text}
     try:
@@ -145,7 +147,7 @@ def _read_repository(source: Source, limits: ReadLimits) -> Iterator[Document | 
     by_folder = {
         folder.removeprefix(top).lstrip("/"): licences.join(stated) for folder, stated in votes.items()
     }
-    attributes.sort(key=lambda line: line.folder.count("/"))  # the deeper file counts
+    attributes.sort(key=lambda line: line.folder.count("/"))  # the last line counts: the deepest file's
     if is_folder:
         attributes = _own_attributes(source.path, attributes)
     for entry in entries():
@@ -155,7 +157,7 @@ def _read_repository(source: Source, limits: ReadLimits) -> Iterator[Document | 
 
 
 def _load(entry: FileEntry) -> bytes:
-    """The bytes of a file that says something of others; none where it cannot be read."""
+    """The bytes of a licence or attributes file; none where it cannot be read."""
     try:
         return entry.load()
     except OSError:
@@ -163,7 +165,7 @@ def _load(entry: FileEntry) -> bytes:
 
 
 def _own_attributes(root: Path, lines: list[AttributeLine]) -> list[AttributeLine]:
-    """The lines, those of the user's file before them, and of the repository's info/attributes behind."""
+    """`lines` with those of the user's own file before them, and the repository's info/attributes after."""
     folders = git_folders(root)
     files = [git_settings(root).attributes_file, *([folders.common / "info/attributes"] if folders else [])]
     own = [attribute_lines("", file.read_bytes()) if file.is_file() else [] for file in files]
@@ -188,9 +190,9 @@ def _read_entry(
 
 
 def _finish(document: Document, by_folder: dict[str, str]) -> Document:
-    """A document as its author wrote it (a notebook as a script), with language, licence and \\n as line end.
+    """The document with its language and licence, \\n at each line's end, and a notebook as a script.
 
-    Raises ValueError where a notebook is none.
+    Raises ValueError for a file named .ipynb that is no notebook.
     """
     text, path, language = document.text, document.path, document.language
     if document.kind == "code" and path.endswith(".ipynb"):
@@ -205,15 +207,15 @@ def _finish(document: Document, by_folder: dict[str, str]) -> Document:
 
 
 def _one_line(path: str) -> str:
-    """A path as it can be written in one line of UTF-8."""
+    """The path, with what cannot stand in one line of UTF-8 escaped."""
     return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
 
 
 def walk(folder: Path, prefix: str = "", rules: IgnoreRules | None = None) -> Iterator[FileEntry]:
     """The files of a checkout in the order of their paths; `reason` is set on those that must not be read.
 
-    Links are not followed, so nothing outside the folder is read. The recursion passes the folder's path in
-    the checkout as `prefix`, and its rules.
+    Links are not followed, so nothing outside the folder is read. For subfolders the function calls itself
+    with their path in the checkout (`prefix`) and their rules.
     """
     rules = rules or folder_rules(folder)
     try:

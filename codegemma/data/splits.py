@@ -63,8 +63,8 @@ def split(
 ) -> Split:
     """A split of a text of at least one character.
 
-    The middle lies in `within`, but syntax nodes may reach out of it. `max_characters` limits the middles of
-    the kinds "node", "siblings" and "characters".
+    The middle lies in `within`, except that syntax nodes and ends of functions may reach out of it.
+    `max_characters` limits the middles of the kinds "node", "siblings" and "characters".
     """
     within, limit = within or range(len(text)), max_characters or len(text)
     kind = _draw_kind(draw, kinds)
@@ -81,7 +81,7 @@ def split(
         offset = within.start + draw.below(len(within))
         body = function_around(text, language, offset, offset + 1)
         start, end = draw_lines(line_spans(text[body.start : body.stop]), draw, MAX_LINES, last=True)
-        return Split(body.start + start, _behind_break(text, body.start + end), kind)
+        return Split(body.start + start, _after_break(text, body.start + end), kind)
     part = text[within.start : within.stop]
     if kind == "characters" or not part.strip():
         start, end = _draw_span(draw, 0, len(part), limit)
@@ -134,7 +134,7 @@ def draw_node(tree: tree_sitter.Tree, draw: Draw, low: int, high: int, limit: in
 def _draw_siblings(
     tree: tree_sitter.Tree, draw: Draw, low: int, high: int, limit: int
 ) -> tuple[int, int] | None:
-    """(start, end) of the children, of the smallest node around a random span, that are nearest to it."""
+    """(start, end) of the run of siblings nearest to a random span, inside the smallest node around it."""
     first, last = _draw_span(draw, low, high, limit)
     node = tree.root_node.named_descendant_for_byte_range(first, last)
     if node is None:
@@ -188,7 +188,7 @@ def _split_lines(text: str, draw: Draw, kind: Kind) -> tuple[int, int]:
     limits = {"line": 1, "whole lines": MAX_LINES}
     start, end = draw_lines(spans, draw, limits.get(kind, len(text)))
     if kind in limits:
-        return start, _behind_break(text, end)
+        return start, _after_break(text, end)
     return start + len(text[start:end]) - len(text[start:end].lstrip(" \t")), end
 
 
@@ -205,7 +205,7 @@ def draw_lines(spans: list[tuple[int, int]], draw: Draw, limit: int, last: bool 
     return spans[first][0], spans[first + count - 1][1]
 
 
-def _behind_break(text: str, offset: int) -> int:
-    """The offset behind the line break at `offset`, if there is one."""
+def _after_break(text: str, offset: int) -> int:
+    """The offset after the line break at `offset`; `offset` itself where there is none."""
     following = text[offset : offset + 2]
     return offset + len(following) - len(following.removeprefix("\r").removeprefix("\n"))

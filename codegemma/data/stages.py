@@ -1,8 +1,8 @@
 """The tasks of each stage of a build. What a task writes depends on its inputs and the recipe alone.
 
 A task writes files that appear complete or not at all; its result is kept beside them as JSON, so that no
-task is run twice. Documents are sorted by the hash of their repository when they are read: later stages
-read one contiguous range of every shard, and only bands of signatures are compared across all shards.
+task is run twice. The documents of a shard are sorted by the hash of their repository. So a task of `order`
+finds all files of its repositories in one range of every shard; only copies are looked for across all ranges.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from codegemma.data.tests_beside import group_files
 
 @dataclass(kw_only=True)
 class TaskResult:
-    """What a task reports; a field that its stage does not count stays as it is here."""
+    """What a task reports; a field that its stage does not fill keeps its default."""
 
     counts: dict[str, int] = field(default_factory=dict)  # inputs by outcome and reason, or examples by split
     documents: int = 0
@@ -57,7 +57,7 @@ class TaskResult:
 
 
 def total(results: Sequence[TaskResult]) -> TaskResult:
-    """The counts of several results added up."""
+    """The counts of several results, added up; the other fields keep their defaults."""
     sums = TaskResult()
     for name in ("documents", "characters", "edges", "examples", "segments", "learned"):
         setattr(sums, name, sum(getattr(result, name) for result in results))
@@ -108,7 +108,7 @@ def run_task(task: Task) -> None:
 
 
 def count(names: Iterable[str]) -> dict[str, int]:
-    """How often each name comes, sorted by name."""
+    """How often each name occurs, sorted by name."""
     return dict(sorted(Counter(names).items()))
 
 
@@ -155,7 +155,7 @@ class CleanTask(Task):
     """A shard of documents -> the cleaned shard."""
 
     stage = "clean"
-    source: int  # the task that read it
+    source: int  # number of the ReadTask that wrote it
     shard: int
     redistributed: bool
 
@@ -179,7 +179,7 @@ class CleanTask(Task):
 
 @dataclass(frozen=True)
 class SignTask(Task):
-    """A cleaned shard -> MinHash signatures, bands sorted by key, and names with the benchmark they hold."""
+    """A cleaned shard -> signatures, band keys in order, and names with the benchmark problem of each."""
 
     stage = "sign"
 
@@ -212,9 +212,9 @@ def _benchmarks(path: Path) -> dedup.Benchmarks:
 
 @dataclass(frozen=True)
 class LinkTask(Task):
-    """One range of band keys over all shards -> pairs of documents whose signatures agree.
+    """One range of band keys over all shards -> pairs of documents whose signatures are similar.
 
-    A node is shard << 32 | row. `high` is None for the last range.
+    A document is a node, shard << 32 | row. `high` is None for the last range.
     """
 
     stage = "link"
@@ -304,7 +304,7 @@ def _verdicts(path: Path) -> dict[int, tuple[str, str]]:
 
 
 def _unique_paths(documents: Iterable[Document], outcomes: list[Outcome]) -> list[Document]:
-    """Documents sorted by path; of several at one path the first by its hash is kept."""
+    """Documents sorted by path; of several with one path, the one with the smallest hash is kept."""
     unique: dict[str, Document] = {}
     for document in sorted(documents, key=lambda document: (document.path, document.digest)):
         if unique.setdefault(document.path, document) is not document:
@@ -315,7 +315,7 @@ def _unique_paths(documents: Iterable[Document], outcomes: list[Outcome]) -> lis
 
 @dataclass(frozen=True)
 class RowsTask(Task):
-    """One partition in packed order -> rows; kinds of the mix never share a row."""
+    """One partition in packed order -> rows; different kinds never share a row."""
 
     stage = "rows"
 
@@ -337,7 +337,7 @@ class RowsTask(Task):
         )
 
     def _groups(self) -> dict[str, list[pack.RowGroup]]:
-        """The examples by kind, in the groups that a segment may hold."""
+        """The examples by kind, in groups: the examples of a segment are all of one group."""
         groups: dict[str, list[pack.RowGroup]] = defaultdict(list)
         current: tuple[Any, ...] = ()
         for stored in read_documents(self.folder.shard("order", self.number)):
@@ -349,7 +349,7 @@ class RowsTask(Task):
                 current = group
             for example in fim.fim([document], load_tokenizer(self.folder.tokenizer), self.recipe):
                 example = replace(example, order=stored.row)
-                if self.recipe.window and document.kind == "code":  # no window is the context of another
+                if self.recipe.window and document.kind == "code":  # windows do not see each other
                     of_kind.append(pack.RowGroup([example], via))
                 else:
                     of_kind[-1].examples.append(example)

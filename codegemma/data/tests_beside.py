@@ -26,7 +26,7 @@ NAMES: dict[str, list[str]] = {  # language -> patterns of the names of its test
 
 
 def tested_names(path: str, language: str) -> list[str]:
-    """Names, without ending, of what a file may test: its own name if only its folder is one of tests."""
+    """Names, without ending, of what a file may test: its own if it looks like a test only by its folder."""
     stem, folders = _stem(path), PurePosixPath(path).parts[:-1]
     names = [match[1] for pattern in NAMES.get(language, []) if (match := re.fullmatch(pattern, stem))]
     return names or ([stem] if TEST_FOLDERS & set(folders) and language in NAMES else [])
@@ -70,7 +70,7 @@ def group_files(
     """(rule, files) of each group of a repository whose documents are sorted by path; and the graph's edges.
 
     Each connected part of the graph is a group, and so are the files left over. A test outside the graph
-    stands directly behind its implementation, whichever group that is in.
+    comes directly after its implementation, whichever group that is in.
     """
     if not documents or documents[0].kind != "code":
         return [("alone", [document]) for document in documents], []
