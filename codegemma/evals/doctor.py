@@ -65,7 +65,8 @@ def require_safe(sandbox: Sandbox) -> None:
     """Raises SandboxError unless the self-test passes, so that nothing is scored in a sandbox that leaks."""
     broken = [f"{name} ({message.strip()})" for name, held, message in self_test(sandbox) if not held]
     if broken:
-        raise SandboxError(f"the sandbox failed its self-test: {'; '.join(broken)}. Nothing was run in it")
+        fault = f"the sandbox failed its self-test: {'; '.join(broken)}. Nothing was run in it"
+        raise SandboxError(f"{fault}: mend it until codegemma eval doctor passes, or use another machine")
 
 
 def languages() -> Iterator[tuple[str, bool, str]]:
