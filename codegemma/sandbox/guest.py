@@ -1,5 +1,5 @@
-"""The inside of a box: runs each job in a jailed process and limits its time, output, disk and open files, and,
-where no control group does so, its memory and processes.
+"""The inside of a box: runs each job in a jailed process and limits its time, output, disk and open files;
+where no control group does so, its memory and processes too.
 
 host.py starts this file under bubblewrap and sends it jobs as lines of JSON. Each process below is the parent
 of the next: the supervisor reads jobs; a monitor, outside the job's process namespace, watches it; an init,
