@@ -6,7 +6,7 @@ import signal
 
 def main() -> None:
     """Runs the process's own command line."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts a job in the background
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: a background job
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         from codegemma.cli import interrupt
 

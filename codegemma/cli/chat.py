@@ -33,9 +33,11 @@ Ctrl-C        stops an answer'''
 COMMANDS = ("reset", "system", "save", "help", "exit")
 COMMAND = re.compile(rf"/({'|'.join(COMMANDS)})(?:\s+(.*))?", re.DOTALL)
 LIKE_A_COMMAND = re.compile(r"/([a-z]+)(\s[^\n]*)?")
-MAX_REPEATS, MAX_UNIT, MIN_LETTERS = 6, 200, 3  # of a text that goes round in a loop; letters of its unit
+# An answer goes round in a loop if it ends with so many repeats of a unit, which has at most so many
+# characters and at least so many different letters.
+MAX_REPEATS, MAX_UNIT, MIN_LETTERS = 6, 200, 3
 
-SAVED_MARK = b'[\n {\n  "role": "'  # how a conversation begins in a file
+SAVED_MARK = b'[\n {\n  "role": "'  # a saved conversation begins so: other files are not replaced
 
 
 def chat(
@@ -57,8 +59,8 @@ def chat(
     loaded.expect("chat")
     if loaded.preset and "chat" not in loaded.preset.uses:
         note(
-            "a base model continues text and answers no questions: `codegemma pull 1.1-7b-it` and "
-            "-m 1.1-7b-it, or -m with any instruction-tuned .gguf, chats; for this one, `codegemma generate`"
+            "a base model continues text and answers no questions: to chat, run `codegemma pull 1.1-7b-it` "
+            "and pass -m 1.1-7b-it, or any instruction-tuned .gguf; to continue text, use `codegemma generate`"
         )
     conversation = Conversation(loaded, system, replace(request, adapter=loaded.adapter_at(adapter)))
     for text in _terminal_input(loaded.title) if sys.stdin.isatty() else _pipe_input():
@@ -142,7 +144,7 @@ class Conversation:
                 out.write(text.encode())
         except OSError as error:
             print(f"error: {explain(error)}", file=sys.stderr)
-        except ValueError as error:  # a file of the user's
+        except ValueError as error:  # the file is no saved conversation
             print(f"error: {error}", file=sys.stderr)
         else:
             print(f"saved {len(turns)} messages in {file}", file=sys.stderr)
@@ -151,7 +153,7 @@ class Conversation:
 def repeated(text: str) -> str:
     """The unit, such as a line, that stands MAX_REPEATS times in succession at the end of a text; "" if none.
 
-    Units without words do not count: rows of zeros and rules of hyphens are meant.
+    Units without words do not count, since rows of zeros and lines of hyphens are intended.
     """
     for size in range(MIN_LETTERS, min(MAX_UNIT, len(text) // MAX_REPEATS) + 1):
         unit = text[-size:]
@@ -174,7 +176,7 @@ def _pipe_input() -> Iterator[str]:
 
 
 def _is_misspelled(line: str) -> bool:
-    """Whether a line is nearly a command; in a pipe, others may be text, such as a path."""
+    """Whether a line is nearly a command. Other lines that begin with / may be text, such as a path."""
     word = LIKE_A_COMMAND.fullmatch(line.rstrip())
     return word is not None and bool(get_close_matches(word[1], COMMANDS))
 

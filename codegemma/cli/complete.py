@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from codegemma.native import Cancel
 
 
-QUIET_SECONDS = 1.0  # of reading a prompt, before its progress is shown
-HEALED_TOKENS = 32  # a prompt may be shorter by so many because its last word is completed anew
+QUIET_SECONDS = 1.0  # how long a prompt is read before its progress is shown
+HEALED_TOKENS = 32  # a prompt may lack so many at its end: its last word is generated anew
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def split_mark(text: str, mark: str, name: str) -> tuple[str, str]:
 
 
 def _input(file: str | None, options: str) -> str:
-    """The text of a file, or of stdin where `file` is None or "-". `options` name it, for the error."""
+    """The text of a file, or of stdin where `file` is None or "-". `options` are for the error message."""
     if file not in (None, "-"):
         return _read(Path(file))
     if sys.stdin is None or (sys.stdin.isatty() and file is None):
@@ -169,9 +169,9 @@ def _read(file: Path) -> str:
 
 # -------------------------------------------------------------------------------- the answer
 def interruptible(completion: Completion, cancel: Cancel) -> Generator[Step]:
-    """Yields the steps of a completion. A thread computes them: Ctrl-C acts at once, even in a kernel.
+    """Yields the steps of a completion. A thread computes them, so that Ctrl-C acts at once, even in a kernel.
 
-    While a prompt takes long to read, a terminal shows how far that is. Once the iterator has ended or was
+    While a long prompt is read, a terminal shows the progress. Once the iterator has ended or was
     closed, the computation has stopped.
     """
     steps: queue.SimpleQueue[Step | Exception | None] = queue.SimpleQueue()
@@ -232,7 +232,7 @@ def _answer(
 ) -> None:
     """Prints `echo` and the answer as it comes, or one JSON object with its figures and `facts`.
 
-    `whole_prompt` is how many tokens the prompt has where nothing is left out; a note tells if something is.
+    `whole_prompt` is how many tokens the prompt has if nothing is left out; a note says if something is.
     """
     from codegemma.native import Cancel
 

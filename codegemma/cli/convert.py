@@ -67,12 +67,12 @@ def _open(source: str) -> Checkpoint:
 
 
 def _merger(adapters: list[Adapter], merged_type: str | None) -> Merge | None:
-    """What puts adapters into a model's weights; None where there are none."""
+    """A function that merges adapters into a model; None if there are no adapters."""
     return (lambda checkpoint: _merge(checkpoint, adapters, merged_type)) if adapters else None
 
 
 def _merge(checkpoint: Checkpoint, adapters: list[Adapter], merged_type: str | None) -> Checkpoint:
-    """Merges adapters into the weights. Changed blocks become `merged_type`; if None, blocks again."""
+    """Merges adapters into the weights. Changed blocks become `merged_type`, or stay blocks if it is None."""
     from codegemma.adapters.merge import merge
     from codegemma.convert.quantize import QUANTISED
 
@@ -94,7 +94,7 @@ def _merge(checkpoint: Checkpoint, adapters: list[Adapter], merged_type: str | N
 
 
 def verify(source: str, target: str) -> None:
-    """Prove that two checkpoints are one model; exit 1 if they differ by more than DST's types explain."""
+    """Prove that two checkpoints are one model; exit 1 if they differ by more than the rounding in DST."""
     from codegemma.convert import verify as proofs
 
     proof = proofs.verify(source, target)

@@ -39,7 +39,7 @@ class RecipeOptions:
     hold_out: float = 0.0
 
     def recipe(self) -> BuildRecipe:
-        """Raises ValueError where a value cannot be read or is out of range."""
+        """The recipe of these options. Raises ValueError where a value cannot be read or is out of range."""
         from codegemma.data.recipe import BuildRecipe
 
         values: dict[str, Any] = vars(self) | {
@@ -115,7 +115,7 @@ def report(folder: Path, out: Path | None = None) -> None:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model, a checkpoint, or a tokenizer file. Raises ValueError."""
+    """The tokenizer of a model, a checkpoint, or a tokenizer file. Raises ValueError if it has none."""
     from codegemma import hub
     from codegemma.checkpoints import huggingface_tokenizer, open_checkpoint
     from codegemma.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _shares(text: str) -> tuple[tuple[str, float], ...]:
-    """code=0.8,text=0.2 -> pairs, sorted. Raises ValueError."""
+    """code=0.8,text=0.2 -> pairs, sorted. Raises ValueError on other forms."""
     try:
         pairs = [part.split("=") for part in text.split(",") if part]
         return tuple(sorted((name.strip(), float(share)) for name, share in pairs))
@@ -150,7 +150,7 @@ def _shares(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def _size_range(text: str) -> tuple[int, int] | None:
-    """64:160 -> (64, 160), "" -> None. Raises ValueError."""
+    """64:160 -> (64, 160), "" -> None. Raises ValueError on other forms."""
     if not text:
         return None
     try:

@@ -52,7 +52,7 @@ def run_benchmarks(benchmarks: list[str], run: RunOptions) -> None:
 
 
 def compare(before: Path, after: Path) -> None:
-    """Paired difference B - A with its interval and p-value, and the items that changed sides."""
+    """Show the paired difference B - A with its interval and p-value, and the items gained and lost."""
     from codegemma.evals.report import compare_runs, comparison_text
 
     for name, comparison in compare_runs(before, after).items():
@@ -131,7 +131,7 @@ def open_model(model: str, endpoint: str | None, adapter: str | None) -> Evaluat
     if endpoint is not None:
         from codegemma.evals.remote import RemoteModel
 
-        return RemoteModel(endpoint, loaded.tokenizer, adapter or "")  # a server's adapters are its models
+        return RemoteModel(endpoint, loaded.tokenizer, adapter or "")  # servers list adapters as models
     from codegemma.evals.local import LocalModel
 
     return LocalModel(loaded, loaded.adapter_at(adapter) if adapter else "none")

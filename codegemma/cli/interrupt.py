@@ -1,8 +1,9 @@
 """Ctrl-C: the process leaves at once with exit code 130, or a verb does what it has declared.
 
-Python's way, an exception at any moment in the main thread, gets lost in callbacks of C++ libraries or aborts
-them, shows tracebacks of libraries, and waits until a kernel or a compiler returns. Here a thread of its own
-acts on the signal. Where `watch` was not called, as in a program that calls `main`, Python's way remains.
+Python's way is an exception at any moment in the main thread. It gets lost in callbacks of C++ libraries or
+aborts them, shows the libraries' tracebacks, and comes only when a kernel or a compiler has returned. Here a
+separate thread acts on the signal. Where `watch` was not called, as in a program that calls `main`, Python's
+way remains.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 EXIT_CODE = 130
-_leaving = threading.Lock()  # held from then on
+_leaving = threading.Lock()  # held once the process is leaving
 _cleanups: list[Callable[[], None]] = []  # run before the process leaves
 _actions: list[Callable[[], None]] = []  # what to do in place of leaving, the innermost last
 _messages: list[str] = []  # what to say when leaving, the innermost last
@@ -31,18 +32,18 @@ def watch() -> None:
     signal.signal(signal.SIGINT, _in_main_thread)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_act, args=(reader,), daemon=True).start()
-    # Python's last steps put the system's handler back, with which a process that is done would die
+    # As a last step Python restores the system's handler, by which Ctrl-C would kill a process that is done.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def before_leaving(*cleanups: Callable[[], None]) -> None:
-    """Sets what to do before the process leaves. It takes no locks: the main thread may hold any."""
+    """Sets what to do before the process leaves. They must take no locks: the main thread may hold any."""
     _cleanups[:] = cleanups
 
 
 @contextmanager
 def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
-    """In the block, Ctrl-C calls `action` in a thread of its own, in place of leaving."""
+    """In the block, Ctrl-C does not make the process leave, but calls `action` in a separate thread."""
     _actions.append(action)
     try:
         yield
@@ -52,7 +53,7 @@ def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def leaves_with(message: str) -> Iterator[None]:
-    """In the block, the process leaves with a message on stderr."""
+    """If Ctrl-C makes the process leave in the block, it leaves with this message on stderr."""
     _messages.append(message)
     try:
         yield
@@ -72,7 +73,7 @@ def raised() -> Iterator[None]:
 
 def leave(message: str = "") -> NoReturn:
     """Ends this process and its children at once with exit code 130, after a message on stderr."""
-    if not _leaving.acquire(blocking=False):  # another thread does
+    if not _leaving.acquire(blocking=False):  # another thread is leaving already
         while True:
             time.sleep(1)
     for cleanup in _cleanups:
@@ -88,13 +89,14 @@ def leave(message: str = "") -> NoReturn:
 
 def _act(reader: int) -> None:
     while number := os.read(reader, 1):
-        # a library, such as a web server, may have put its own handler in the place of ours
+        # A library, such as a web server, may have replaced our handler with its own.
         if number[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) is _in_main_thread:
             _actions[-1]() if _actions else _leave()
 
 
 def _in_main_thread(*_: Any) -> None:
-    """Keeps the main thread from ending with another code; leaves where an event loop hides the signal."""
+    """Leaves too: the main thread must not end first with another code, and an event loop may hide the signal
+    from the thread."""
     if not _actions:
         _leave()
 

@@ -105,7 +105,7 @@ class Verbs(TyperGroup):
 
 
 def _plain(error: typer.BadParameter) -> str:
-    """What is wrong with an option's value, in place of the words of the library that validated it."""
+    """What is wrong with an option's value, in plainer words than those of the library that validated it."""
     faults = getattr(error.__cause__, "errors", None)
     if faults is None:
         return error.message

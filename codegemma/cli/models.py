@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def models(as_json: bool = False, remove: str | None = None) -> None:
     """List the family, and the models on this machine.
 
-    What each member can do, where it is on disk, its size, its licence; then the models of Hugging Face's
-    cache, Ollama and LM Studio that run as they are.
+    For each member: what it is made for, its size, its licence, and where it is on disk. Then the models of
+    Hugging Face's cache, Ollama and LM Studio that run as they are.
     """
     from codegemma import hub
     from codegemma.hub.stores import stored_models
@@ -83,7 +83,7 @@ def _print_table(infos: Sequence[ModelInfo]) -> None:
 
 
 def _print_stored(stored: Sequence[StoredModel]) -> None:
-    """The models of other programs, each name on a line of its own, since people copy it behind -m."""
+    """The models of other programs, each name on a line of its own, since people copy it after -m."""
     if stored:
         print("\nOther programs' models, for -m:")
     for model in stored:
@@ -107,9 +107,9 @@ def bench(
     adapter: str = "none",
     as_json: bool = False,
 ) -> None:
-    """Measure speed, and the share of this machine's limit.
+    """Measure speed, and compare it with this machine's limits.
 
-    The limits, memory bandwidth and int8 operations, are measured in the same minutes.
+    The limits are memory bandwidth and int8 operations, measured in the same run.
     """
     from codegemma.generate.benchmark import benchmark
 
@@ -129,7 +129,7 @@ def bench(
         f"{result['prefill_share_of_peak']:5.0%} of {peak}   ({prompt_tokens} tokens; the vocabulary product "
         "for the last one only)\n"
         f"decode  {result['decode_tokens_per_second']:8,.1f} tokens/s  "
-        f"{result['decode_share_of_bandwidth']:5.0%} of {bandwidth}   ({decode_tokens} tokens behind them)"
+        f"{result['decode_share_of_bandwidth']:5.0%} of {bandwidth}   ({decode_tokens} tokens after them)"
     )
 
 

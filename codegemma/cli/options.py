@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from codegemma.generate.sampling import Sampling
 
 HELP = Path(__file__).with_name("help.toml")
-FLAGS = {  # of options whose flag is not their parameter's name
+FLAGS = {  # of parameters whose flag is not their name
     "model": ("-m", "--model"),
     "threads": ("-t", "--threads"),
     "max_tokens": ("-n", "--max-tokens"),
@@ -43,14 +43,14 @@ METAVARS: dict[Any, str] = {
     for name, type in (("TEXT", str), ("PATH", Path))
     for kind in (type, type | None, list[type], list[type] | None)  # type: ignore[valid-type]
 }
-WIDE = 60  # columns from which an option and its text share a line
+WIDE = 60  # with fewer columns, an option and its text do not share a line
 NO_BREAK = "\u2011"  # a hyphen at which no line ends
 Positive = Annotated[int, Option(min=1)]
 Natural = Annotated[int, Option(min=0)]
 
 
 class HelpLayout(typer.Context.formatter_class):  # type: ignore[misc, valid-type]
-    """Help within the terminal's columns. Lines end between words alone; a hyphen is part of its word."""
+    """Help within the terminal's columns. Lines end only between words, never at a hyphen."""
 
     def __init__(self, indent: int = 2, width: int | None = None, max_width: int | None = None) -> None:
         columns = min(shutil.get_terminal_size().columns, max_width or 80)
@@ -64,7 +64,7 @@ class HelpLayout(typer.Context.formatter_class):  # type: ignore[misc, valid-typ
         super().write_dl(rows, col_max, col_spacing)
 
     def _folded(self, term: str) -> str:
-        """A term with line ends between its alternatives, as many as it needs."""
+        """A term with line ends between its alternatives where they do not fit one line."""
         folded, column = "", self.current_indent
         for part in re.findall(r"[^|]+\|?", term):
             if column + len(part) > self.width:
@@ -92,7 +92,7 @@ class ModelOptions:
     quantize: LoadQuantization | None = None
 
     def load(self, cache: Path | None = None, strict: bool = False) -> Model:
-        """Raises ValueError where the file `cache` is no saved prompt cache: it would be written over."""
+        """Loads the model. Raises ValueError where `cache` is another file, which saving would replace."""
         from codegemma.generate.cache import expect_replaceable
         from codegemma.generate.model import load
 
@@ -113,26 +113,28 @@ class SamplingOptions:
     seed: int = 0
 
     def sampling(self) -> Sampling:
-        """Raises ValueError where a value is out of range."""
+        """The options as `generate` takes them. Raises ValueError where a value is out of range."""
         from codegemma.generate.sampling import Sampling
 
         return Sampling(self.temp, self.top_k, self.top_p, self.min_p, self.repeat_penalty, self.seed)
 
 
 def command(verb: Callable[..., None], path: str) -> Any:
-    """The command that calls the function `verb`. `path` is the verb behind its group, as in "eval run"."""
+    """The command that calls the function `verb`. `path` is the verb after its group, as in "eval run"."""
     texts = _texts(path)
     groups: dict[str, Any] = {}
-    of_verb: list[inspect.Parameter] = []
-    of_groups: list[inspect.Parameter] = []
+    verb_options: list[inspect.Parameter] = []
+    shared_options: list[inspect.Parameter] = []
     for parameter in inspect.signature(verb, eval_str=True).parameters.values():
         kind = parameter.annotation
         if not is_dataclass(kind):
-            of_verb.append(_option(parameter.name, kind, parameter.default, texts))
+            verb_options.append(_option(parameter.name, kind, parameter.default, texts))
             continue
         groups[parameter.name] = kind
         hints = get_type_hints(kind, include_extras=True)
-        of_groups += [_option(field.name, hints[field.name], field.default, texts) for field in fields(kind)]
+        shared_options += [
+            _option(field.name, hints[field.name], field.default, texts) for field in fields(kind)
+        ]
 
     def call(**values: Any) -> None:
         for name, group in groups.items():
@@ -140,14 +142,16 @@ def command(verb: Callable[..., None], path: str) -> Any:
         verb(**values)
 
     call.__doc__ = verb.__doc__
-    call.__signature__ = inspect.Signature([*of_verb, *of_groups])  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*of_verb, *of_groups)}
+    call.__signature__ = inspect.Signature([*verb_options, *shared_options])  # type: ignore[attr-defined]
+    call.__annotations__ = {
+        parameter.name: parameter.annotation for parameter in (*verb_options, *shared_options)
+    }
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     sentence = re.split(r"\.(?:\s|$)", verb.__doc__ or "", maxsplit=1)[0]
     app.command(path.split()[-1], short_help=f"{' '.join(sentence.split())}.")(call)
-    made = typer.main.get_command(app)
-    made.context_class = VerbContext
-    return made
+    verb_command = typer.main.get_command(app)
+    verb_command.context_class = VerbContext
+    return verb_command
 
 
 def _texts(path: str) -> ChainMap[str, Any]:
@@ -166,7 +170,7 @@ def _option(name: str, kind: Any, default: Any, texts: ChainMap[str, Any]) -> in
     info: Any = Argument() if required else Option()
     if get_origin(kind) is Annotated:
         kind, info = kind.__origin__, copy(kind.__metadata__[0])
-    if isinstance(info, type(Option())) and default is not True:  # True makes --NAME and --no-NAME
+    if isinstance(info, type(Option())) and default is not True:  # for True, Typer makes --NAME and --no-NAME
         info.param_decls = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
     info.default = ... if required else default
     text = texts[name]

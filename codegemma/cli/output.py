@@ -6,10 +6,11 @@ import os
 import sys
 from typing import Any, Literal
 
-notes: list[str] = []  # of this run; --json repeats them
+notes: list[str] = []  # the notes of this run, which --json repeats
 
 
 def note(text: str) -> None:
+    """Prints a note to stderr, and keeps it in `notes`."""
     notes.append(text)
     print(f"note: {text}", file=sys.stderr)
 

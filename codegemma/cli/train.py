@@ -77,7 +77,7 @@ class ClusterOptions:
     def join(self) -> None:
         """Joins the other processes of the run, if an option or a launcher says that there are any.
 
-        Raises ValueError where options contradict, or where nothing says how to reach the others.
+        Raises ValueError where options contradict each other, or where nothing says how to reach the others.
         """
         import jax
 
@@ -183,8 +183,8 @@ def _check_libraries() -> None:
 
 @contextmanager
 def _stopped_by_ctrl_c(on_step: OnStep) -> Iterator[tuple[OnStep, Event]]:
-    """`on_step`, and an event that Ctrl-C sets. Before the first step, when nothing can be lost, and a second
-    time, Ctrl-C ends the process at once."""
+    """`on_step` for a run, and an event that Ctrl-C sets to stop it. The process ends at once on a second
+    Ctrl-C, and on one before the first step, when nothing can be lost."""
     stop, has_steps = Event(), Event()
 
     def report(step: StepReport) -> None:
@@ -204,7 +204,7 @@ def _stopped_by_ctrl_c(on_step: OnStep) -> Iterator[tuple[OnStep, Event]]:
 
 
 def reporter(progress: Progress) -> OnStep:
-    """Shows the reports of a run, one for each step."""
+    """A function that shows the report of each step of a run."""
 
     def show(report: StepReport) -> None:
         held_out = f", held out {report.held_out:.4f}" if report.held_out is not None else ""
