@@ -60,7 +60,7 @@ def chat(
     if loaded.preset and "chat" not in loaded.preset.uses:
         note(
             "a base model continues text and answers no questions: to chat, run `codegemma pull 1.1-7b-it` "
-            "and pass -m 1.1-7b-it, or any instruction-tuned .gguf; to continue text, use `codegemma generate`"
+            "and pass -m 1.1-7b-it, or any instruction-tuned .gguf; to continue text, `codegemma generate`"
         )
     conversation = Conversation(loaded, system, replace(request, adapter=loaded.adapter_at(adapter)))
     for text in _terminal_input(loaded.title) if sys.stdin.isatty() else _pipe_input():

@@ -169,7 +169,7 @@ def _read(file: Path) -> str:
 
 # -------------------------------------------------------------------------------- the answer
 def interruptible(completion: Completion, cancel: Cancel) -> Generator[Step]:
-    """Yields the steps of a completion. A thread computes them, so that Ctrl-C acts at once, even in a kernel.
+    """Yields the steps of a completion. A thread computes them: so Ctrl-C acts at once, even in a kernel.
 
     While a long prompt is read, a terminal shows the progress. Once the iterator has ended or was
     closed, the computation has stopped.

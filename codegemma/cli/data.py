@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Option
 
 from codegemma.cli.options import Positive
-from codegemma.cli.output import Progress, note
+from codegemma.cli.output import Progress
 from codegemma.config import DEFAULT_MODEL, DataEngine
 
 if TYPE_CHECKING:
@@ -90,11 +89,8 @@ def build(
         reasons |= result.manifests[stage]["counts"]
     for reason, count in Counter(reasons).most_common():
         print(f"  {count:9,}  {reason}")
-    if not result.rows:
-        raise ValueError(f"{out} has no rows, since no document was kept (the reasons stand above)")
     if not result.rows and not recipe.hold_out:
-        note("no rows were made: each document was left out for a reason above (or there was none)")
-        raise typer.Exit(1)
+        raise ValueError(f"{out} has no rows, since no document was kept (the reasons stand above)")
     print(f"look: codegemma data show {out}; codegemma data report {out}")
 
 
