@@ -1,4 +1,4 @@
-"""Prefill and decode speed of a model on this machine, beside its memory bandwidth and int8 peak."""
+"""Prefill and decode speed of a model, compared with this machine's memory bandwidth and int8 peak."""
 
 from __future__ import annotations
 

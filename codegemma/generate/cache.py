@@ -1,10 +1,10 @@
 """The prefix cache: keys and values of the latest prompts, in a tree over token ids, shared by all requests.
 
 `find` returns the pages of the longest cached prefix and `put` adds a sequence. Each adapter has its own tree
-("" is the base), since keys and values depend on it. At the limit in bytes, the least recently used page is
-removed first. Saved files carry a key (model, numerics, SIMD level): a file with another key, or a damaged
-one, is ignored with a warning, and a file of another program is never written over. The law: a token computed
-after cached pages is the token computed without.
+("" is the base), since keys and values depend on it. Beyond the limit in bytes, the least recently used pages
+are removed. Saved files carry a key (model, numerics, SIMD level): a file with another key, or a damaged one,
+is ignored with a warning, and a file of another program is never written over. One law holds: what is
+computed after cached pages is the same as without the cache.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import numpy as np
 from codegemma.files import atomic_write, expect_ours
 from codegemma.native import PAGE, Page
 
-_MARK = b"codegemma prefix cache "  # of every version
+_MARK = b"codegemma prefix cache "  # what saved files of every version begin with
 _MAGIC = _MARK + b"2\n"
 _DIGEST_BYTES = 32
 
 
 class _Node:
-    """A page of tokens, perhaps partly filled. An adapter's root has neither ids nor a page nor a parent."""
+    """A page and its token ids, up to PAGE of them. An adapter's root has no ids, no page and no parent."""
 
     __slots__ = ("ids", "page", "parent", "children")
 
@@ -47,13 +47,13 @@ class _Node:
 
 
 class PrefixCache:
-    """Safe to share between threads."""
+    """The cached pages, at most `max_bytes` of them. Safe to share between threads."""
 
     def __init__(self, key: str, page_bytes: int, max_bytes: int) -> None:
         self.key, self.page_bytes, self.max_bytes = key, page_bytes, max_bytes
         self._lock = threading.RLock()
         self._roots: dict[str, _Node] = {}  # by adapter
-        # Least recently used first, and every node before its parent.
+        # All nodes, the least recently used first, and each before its parent.
         self._recent: OrderedDict[_Node, None] = OrderedDict()
 
     @property
@@ -62,7 +62,7 @@ class PrefixCache:
         return len(self._recent) * self.page_bytes
 
     def find(self, ids: Sequence[int], adapter: str = "") -> tuple[list[Page], int]:
-        """The pages of the longest cached prefix of `ids`, and its length; the last page may hold more."""
+        """The pages of the longest cached prefix of `ids`, and its length. The last may hold more tokens."""
         with self._lock:
             node, length = self._root(adapter), 0
             pages: list[Page] = []
@@ -82,7 +82,7 @@ class PrefixCache:
             return pages, length
 
     def put(self, ids: Sequence[int], pages: Sequence[Page], adapter: str = "") -> None:
-        """Adds the pages of `ids`. Where a page is cached already, that one stays."""
+        """Adds the pages of `ids`. Where the same tokens are cached already, the old page stays."""
         with self._lock:
             node = self._root(adapter)
             for index, page in enumerate(pages):
@@ -90,7 +90,7 @@ class PrefixCache:
                 child = node.children.get(part)
                 if child is None:
                     if len(part) < PAGE and any(ids[: len(part)] == part for ids in node.children):
-                        break  # a page that starts with this part is cached
+                        break  # a cached page begins with the same tokens
                     child = _Node(part, page, node)
                     for other_ids, other in list(node.children.items()):
                         if part[: len(other_ids)] == other_ids:
@@ -111,7 +111,7 @@ class PrefixCache:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all pages, atomically: a header, the tree as JSON, the page of each node, and a SHA-256.
 
-        Raises ValueError where the path has a file that is no saved cache, OSError where it cannot be saved.
+        Raises ValueError where the path is a file that is not a saved cache, OSError where writing fails.
         """
         with self._lock:
             nodes = [node for root in self._roots.values() for node in root.descendants()]
@@ -131,7 +131,7 @@ class PrefixCache:
         """Adds the pages of a saved cache. Returns False where there is no file and, with a warning, where it
         is damaged or another model's."""
         try:
-            expect_replaceable(Path(path))  # before it is read: it may be a pipe, or a large file of others
+            expect_replaceable(Path(path))  # first: it may be a pipe, or some other large file
             roots = self._parse(Path(path).read_bytes())
         except FileNotFoundError:
             return False
@@ -186,7 +186,7 @@ class PrefixCache:
 
 
 def expect_replaceable(path: Path) -> None:
-    """Raises ValueError where `path` is a file that is no saved cache, and so is never written over."""
+    """Raises ValueError where `path` is anything but a saved cache, and so must not be written over."""
     expect_ours(path, _MARK)
 
 

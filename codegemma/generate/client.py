@@ -1,4 +1,4 @@
-"""Requests to other completion servers and their answers: OpenAI's /v1/completions with vLLM's extensions.
+"""Requests to other completion servers, and answers: OpenAI's /v1/completions with vLLM's extensions.
 
 Prompts are sent as token ids, so that control tokens survive; the tokenizer must be the served model's.
 """
@@ -55,7 +55,7 @@ def completion_body(model: str, request: Request, echo: bool = False, stream: bo
 
 
 def prompt_logprobs(choice: dict[str, Any], start: int, end: int) -> list[tuple[float, dict[str, float]]]:
-    """Log-probability and alternatives of the echoed tokens [start, end); [] where any of them is missing."""
+    """Log-probability and alternatives of each echoed token [start, end); [] if one lacks the former."""
     lists = choice.get("logprobs") or {}
     values = (lists.get("token_logprobs") or [])[start:end]
     top = (lists.get("top_logprobs") or [])[start:end]
@@ -71,7 +71,7 @@ def stopped_by_text(choice: dict[str, Any]) -> bool:
 
 
 def error_message(answer: httpx.Response) -> str:
-    """The message of an error response in the forms of OpenAI and vLLM, otherwise its whole text."""
+    """The message of an error response, in OpenAI's or vLLM's form; in any other form, the whole text."""
     try:
         value = answer.json()
         error = value.get("error")

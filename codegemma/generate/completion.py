@@ -1,8 +1,8 @@
 """The answer to an Infill as an editor shows it: how much of it is kept, and how sure the model is of it.
 
-An answer ends with the cursor's line or block and repeats nothing of the suffix. Lines are compared with
-their indentation, and a closing line is dropped only where the suffix closes the same block: by the syntax
-tree where the language has a grammar, else by brackets and indentation.
+An answer ends with the cursor's line or block and repeats nothing of the suffix. Lines are the same only if
+their indentation is too. A closing line, such as "}", is dropped only where the suffix closes the same block:
+the syntax tree decides where the language has a grammar, else brackets and indentation.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from codegemma.safety.commands import is_destructive
 OPENERS = {")": "(", "]": "[", "}": "{"}
 BLOCK_OPENERS = (":", "{", "(", "[", "=>", ",")
 QUOTES = ('"', "'", "`", '"""', "'''")
-END_WORDS = ("end", "fi", "done", "esac")  # that close a block as a bracket does
-TAB = 4  # columns, where lines with tabs are compared with others
+END_WORDS = ("end", "fi", "done", "esac")  # words that close a block as a bracket does
+TAB = 4  # width in columns, for comparing lines with tabs to others
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _LINE_START = re.compile(r"\n([^\S\n]*)")
@@ -40,7 +40,8 @@ _LITERAL_OR_COMMENT = re.compile(
 class Trimmer:
     """Trims the Steps of an answer one by one; only the answers to an Infill are changed.
 
-    `layout` is that of the prompt: after a "prefix" prompt, the model does not know where the suffix starts.
+    `layout` is the prompt's. After a "prefix" prompt, an answer is cut where it repeats the suffix even with
+    trim "none", since the model has not seen the suffix.
     """
 
     def __init__(self, request: Request, layout: Layout | None) -> None:
@@ -52,7 +53,7 @@ class Trimmer:
         self._shown = 0  # how many characters were returned
 
     def push(self, step: Step) -> Step:
-        """The step with the text that is now certain to be kept; `stop` is "end" where the rest is cut."""
+        """The step with the text that is now certain to be kept. Its `stop` is "end" if the rest is cut."""
         if self.infill is None:
             return step
         infill, final, done = self.infill, step.stop is not None, False
@@ -70,7 +71,7 @@ class Trimmer:
 
 
 def trimmed(completion: Completion, request: Request, layout: Layout | None) -> Completion:
-    """The trimmed Steps of an answer. Generation stops at the step whose rest is cut."""
+    """The answer with trimmed Steps. Generation stops as soon as all that follows would be cut."""
     trimmer = Trimmer(request, layout)
     if trimmer.infill is None:
         return completion
@@ -89,8 +90,8 @@ def trimmed(completion: Completion, request: Request, layout: Layout | None) -> 
 def is_worth_showing(text: str, confidence: float, infill: Infill, min_confidence: float) -> bool:
     """Whether to show a trimmed answer to somebody who did not ask for it.
 
-    Not where the model is less sure than `min_confidence` (see `Step.confidence`), repeats a line again and
-    again, or, in a shell, would delete or overwrite: an answer like that is worth less than none.
+    False where the model is less sure than `min_confidence` (see `Step.confidence`), where the answer repeats
+    lines again and again, and where it is a shell command that deletes or overwrites.
     """
     if not text.strip() or confidence < min_confidence or is_loop(text):
         return False
@@ -99,7 +100,7 @@ def is_worth_showing(text: str, confidence: float, infill: Infill, min_confidenc
 
 
 def is_loop(text: str) -> bool:
-    """Whether the text ends with a line, or with two or three, that it says for the third time in a row."""
+    """Whether the text ends with the same line, or the same two or three lines, three times in a row."""
     lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     return any(
         len(lines) >= 3 * size and lines[-size:] == lines[-2 * size : -size] == lines[-3 * size : -2 * size]
@@ -109,8 +110,9 @@ def is_loop(text: str) -> bool:
 
 def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
     """The text before the first line that is indented by fewer than `min_indent` blanks, and whether there is
-    one; line 1 and blank lines do not count. Until `final`, whitespace that may precede one is held back."""
-    held: int | None = None  # where the less indented and blank lines before this one begin
+    such a line; the first line and blank lines do not count. Until the text is `final`, whitespace at its end
+    is held back if such a line may follow."""
+    held: int | None = None  # where the whitespace begins that may precede such a line
     for start in _LINE_START.finditer(text):
         if len(start[1]) >= min_indent:
             held = None
@@ -125,10 +127,10 @@ def cut_dedented(text: str, min_indent: int, final: bool) -> tuple[str, bool]:
 def cut(text: str, infill: Infill, final: bool = True) -> tuple[str, bool]:
     """The part of an answer that is certain to be kept, and whether the answer ends after it.
 
-    `final`: the answer is complete. An answer ends with the cursor's line (trim "line") or block ("block"),
-    or before a line that repeats the suffix's first. If its end repeats the rest of the cursor's line, or
-    closes a bracket that the suffix closes, that is dropped. It keeps a last newline if the suffix needs it.
-    Lines end as the infill's do.
+    `final`: the answer is complete. It ends with the cursor's line (trim "line") or block ("block"), or
+    before a line that repeats the first line of the suffix. At its end, what the rest of the cursor's line
+    repeats is dropped, and so is a bracket that the suffix closes. A newline stays at the end if the suffix
+    needs a line of its own. Lines end as the infill's do.
     """
     if infill.newline == "\n":
         return _cut(text, infill, final)
@@ -137,18 +139,19 @@ def cut(text: str, infill: Infill, final: bool = True) -> tuple[str, bool]:
 
 
 def chosen_trim(infill: Infill) -> Trim:
-    """What "auto" means: the line where a word follows the cursor on it, else the block."""
+    """The infill's trim. "auto" means "line" where a word follows the cursor on its line, else "block"."""
     if infill.trim != "auto":
         return infill.trim
     return "line" if re.match(r"[^\n]*\w", infill.suffix) else "block"
 
 
 def _normalize(text: str, final: bool) -> str:
-    """Lines that end in "\\n"; until `final`, a "\\r" that a "\\n" may follow is held back."""
+    """The text with "\\n" as its line ends. Until it is `final`, a "\\r" at its end is held back."""
     return (text if final else text.removesuffix("\r")).replace("\r\n", "\n")
 
 
 def _cut(text: str, infill: Infill, final: bool) -> tuple[str, bool]:
+    """As `cut`, for an infill whose lines end in "\\n"."""
     cursor_line, rest = _cursor_line(infill)
     trim = chosen_trim(infill)
     lines, newlines = _LINE.findall(text), text.count("\n")
@@ -158,7 +161,10 @@ def _cut(text: str, infill: Infill, final: bool) -> tuple[str, bool]:
     opens_block = bool(cursor_line.strip()) and first_line.rstrip().endswith(BLOCK_OPENERS)
 
     def ends_after(count: int, head: str, kept: str) -> bool | None:
-        """Whether the answer ends after `count` lines; None: more of the answer is needed to tell."""
+        """Whether the answer ends after its first `count` lines; None: more of it is needed to tell.
+
+        `head` is their text, and `kept` that without what the rest of the cursor's line repeats.
+        """
         nonlocal opens_block, block_indent
         if trim == "line" and count and (cursor_line + head).strip():
             return True
@@ -180,11 +186,12 @@ def _cut(text: str, infill: Infill, final: bool) -> tuple[str, bool]:
             and _Line(line.strip(), 0).closes
             and _is_needed(line, _columns(line), suffix_lines, head, infill)
         ):
-            opens_block, block_indent = False, max(_columns(line), 1)  # nothing follows in column 0
+            # The line that closes the block belongs to the answer. At least 1: a line in column 0 leaves it.
+            opens_block, block_indent = False, max(_columns(line), 1)
             return False
         return leaves
 
-    if _in_word(infill):  # an answer that is more than the rest of the word breaks it
+    if _in_word(infill):  # only the rest of the word fits between its halves
         kept, ended = _drop_overlap(text.partition("\n")[0].rstrip(), infill), final or newlines > 0
         return (kept if ended and re.fullmatch(r"\w*", kept) else ""), ended
     for count in range(newlines + 1):
@@ -203,6 +210,7 @@ def _cut(text: str, infill: Infill, final: bool) -> tuple[str, bool]:
 
 
 def _in_word(infill: Infill) -> bool:
+    """Whether the cursor stands inside a word."""
     return bool(re.search(r"\w\Z", infill.prefix) and re.match(r"\w", infill.suffix))
 
 
@@ -228,7 +236,7 @@ def _leaves_block(lines: list[str], indent: int, opens_block: bool, final: bool)
 
 
 def _starts_line(cursor_line: str, rest: str, trim: Trim) -> bool:
-    """Whether `rest`, the suffix's first line, does not continue the cursor's line but needs its own."""
+    """Whether `rest`, the suffix's first line, needs a line of its own after the answer."""
     if not rest or not cursor_line.strip():
         return bool(rest)
     return trim != "line" and not rest[0].isspace() and rest[0] not in ")]}>,;:.\"'`"
@@ -236,20 +244,20 @@ def _starts_line(cursor_line: str, rest: str, trim: Trim) -> bool:
 
 @dataclass(frozen=True)
 class _Line:
-    """A line to compare: its text without blanks around it, and the columns before it; None: not known."""
+    """A line to compare: its text without blanks around it, and its indentation in columns; None: unknown."""
 
     text: str
     indent: int | None
 
     @property
     def closes(self) -> bool:
-        """Whether all it does is to end a block."""
+        """Whether it does nothing but end a block."""
         return self.text in END_WORDS or bool(
             self.text and self.text[0] in OPENERS and not re.search(r"\w", self.text)
         )
 
     def repeats(self, other: _Line) -> bool:
-        """Whether it is the same line, in the same block as far as is known."""
+        """Whether the texts are equal, and the indentations too if both are known."""
         return self.text == other.text and (
             None in (self.indent, other.indent) or self.indent == other.indent
         )
@@ -261,8 +269,11 @@ def _columns(line: str) -> int:
 
 
 def _suffix_lines(infill: Infill) -> list[_Line]:
-    """The suffix's lines that are not blank. Of the rest of the cursor's line, the indentation is known only
-    where that line is blank before the cursor and the rest is no closing line, which an editor moves."""
+    """The suffix's lines that are not blank, beginning with the rest of the cursor's line.
+
+    The indentation of that rest is known only where nothing but blanks precedes the cursor. It counts as
+    unknown for a closing line after blanks too, since an editor may have moved it.
+    """
     cursor_line, (rest, *others) = infill.prefix.rpartition("\n")[2], infill.suffix.split("\n")
     first = _Line(rest.strip(), None if cursor_line.strip() else _columns(cursor_line + rest))
     if first.closes and cursor_line:
@@ -273,10 +284,10 @@ def _suffix_lines(infill: Infill) -> list[_Line]:
 def _repeats_suffix(
     lines: list[str], suffix_lines: list[_Line], head: str, infill: Infill, final: bool
 ) -> bool | None:
-    """Whether `lines`, which follow `head` in the answer, begin as the suffix does: with the same line, or
-    with the same two if the first has at most 3 characters. None: not yet known.
+    """Whether `lines`, which follow `head` in the answer, begin as the suffix does. None: not yet known.
 
-    A line that ends a block is no repetition if the block needs it beside the suffix's.
+    They must begin with the same line, or with the same two if the first has at most 3 characters. A closing
+    line is no repetition if the code needs both the answer's and the suffix's.
     """
     answer = [_Line(line.strip(), _columns(line)) for line in lines if line.strip()][:2]
     if not suffix_lines or not answer:
@@ -294,20 +305,23 @@ def _repeats_suffix(
 
 
 def _is_needed(line: str, indent: int, suffix_lines: list[_Line], head: str, infill: Infill) -> bool:
-    """Whether a closing line is missing without it, though the suffix begins with the same line."""
+    """Whether the code needs a closing line of the answer, although the suffix begins with the same line.
+
+    `head` is the answer before it, `indent` its indentation in columns.
+    """
     language = language_of_infill(infill)
     suffix = infill.suffix if infill.suffix.startswith("\n") else "\n" + infill.suffix
-    without = _errors(infill.prefix + head + suffix, language)
-    beside = _errors(f"{infill.prefix}{head}\n{line.rstrip()}{suffix}", language)
-    if without is not None and beside is not None and without != beside:
-        return beside < without
-    is_last = next((i for i, other in enumerate(suffix_lines) if not other.closes), len(suffix_lines))
-    closed = sum(other.indent == indent for other in suffix_lines[:is_last])
+    errors_without = _errors(infill.prefix + head + suffix, language)
+    errors_with = _errors(f"{infill.prefix}{head}\n{line.rstrip()}{suffix}", language)
+    if errors_without is not None and errors_with is not None and errors_without != errors_with:
+        return errors_with < errors_without
+    leading = next((i for i, other in enumerate(suffix_lines) if not other.closes), len(suffix_lines))
+    closed = sum(other.indent == indent for other in suffix_lines[:leading])  # by its leading closing lines
     return _unclosed(infill.prefix + head).count(indent) > closed
 
 
 def language_of_infill(infill: Infill) -> str:
-    """Its language, by its path where it names none; "" where neither tells."""
+    """The language that an infill names, or else that of its path; "" if neither tells."""
     return infill.language or _language(infill.path or "")
 
 
@@ -319,9 +333,9 @@ def _language(path: str) -> str:
         return ""
 
 
-@lru_cache(maxsize=32)  # the same texts come again with each Step of an answer
+@lru_cache(maxsize=32)  # each Step of an answer asks about the same texts again
 def _errors(text: str, language: str) -> float | None:
-    """Share of a text that is no code of its language; None where there is no grammar."""
+    """The share of a text that its language's grammar cannot parse; None where there is no grammar."""
     try:
         tree = parse(text, language)
     except ImportError:
@@ -330,8 +344,10 @@ def _errors(text: str, language: str) -> float | None:
 
 
 def _unclosed(text: str) -> list[int]:
-    """For each bracket that opens and is not closed, the columns before its line. Brackets in literals and
-    comments do not count, as far as they can be told without a grammar."""
+    """For each bracket that is opened and not closed, the indentation of its line in columns.
+
+    Brackets in literals and comments do not count, as far as these can be found without a grammar.
+    """
     opened: list[tuple[str, int]] = []
     for line in _LITERAL_OR_COMMENT.sub(lambda match: "\n" * match[0].count("\n"), text).split("\n"):
         for letter in line:
@@ -343,8 +359,11 @@ def _unclosed(text: str) -> list[int]:
 
 
 def _drop_overlap(text: str, infill: Infill) -> str:
-    """Drops the longest end that the rest of the cursor's line repeats: one with words always, punctuation
-    only where it closes too much."""
+    """The text without its longest end that the rest of the cursor's line repeats.
+
+    An end with words is dropped if it is the whole rest or has more than 3 characters; any other only where
+    it would close too much to have it twice.
+    """
     cursor_line, rest = _cursor_line(infill)
     for size in range(min(len(rest), len(text)), 0, -1):
         overlap = rest[:size]
@@ -357,8 +376,12 @@ def _drop_overlap(text: str, infill: Infill) -> str:
 
 
 def _closes_too_much(overlap: str, line: str, code: str) -> bool:
-    """Whether both `line` and all of `code`, which have `overlap` twice, close more than they open. The line
-    alone misses the brackets that opened above it; the code alone counts those in comments."""
+    """Whether `overlap` is one too many in `line` and in all of `code`, which both have it twice.
+
+    With brackets, both must close more than they open: the line alone misses brackets that were opened above
+    it, and the code alone counts those in comments. A single ";", "," or ":" always is one too many, a quote
+    where the line has an odd number of them.
+    """
     closers = [closer for closer in overlap if closer in OPENERS]
     if not closers:
         mark = overlap.strip()

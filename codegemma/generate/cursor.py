@@ -1,6 +1,6 @@
-"""An Infill as its model should read it: without what the cursor cuts in two, files as it was shown them.
+"""Prepares an Infill for its prompt: removes the token that the cursor cuts, turns files into comments.
 
-`resolve` calls `at_cursor`. Only what the prompt shows changes; the answer still belongs at the cursor.
+`resolve` calls `at_cursor`. Only the prompt changes; the answer still belongs at the original cursor.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import PurePath
 from codegemma.generate.request import Infill
 from codegemma.tokenizer import Tokenizer
 
-MAX_TYPED = 64  # characters of a word that are given back; a longer one is data
-# How languages (by name, or by the ending of their files) begin a comment, where it is not "//".
+MAX_TYPED = 64  # the longest word, in characters, that is removed; a longer one is data, not code
+# What begins a comment, and in which languages (by name or file extension). In all others it is "//".
 _COMMENT_MARKS = {
     "#": {"python", "py", "pyi", "ruby", "rb", "shell", "sh", "bash", "zsh", "perl", "pl", "r", "julia", "jl"}
     | {"yaml", "yml", "toml", "cmake", "make", "makefile", "mk", "dockerfile", "elixir", "ex", "exs", ""},
     "--": {"lua", "sql", "haskell", "hs", "elm", "ada", "adb", "vhdl"},
 }
-_INDENTATION = re.compile(r"\n( +)(?=[^\s*])")  # not of the lines of a C comment, which are off by one
-_STEP_SAMPLE = 4096  # characters before the cursor that show how a file is indented
+_INDENTATION = re.compile(r"\n( +)(?=[^\s*])")  # but not of C comments' lines " * ...", which are one off
+_STEP_SAMPLE = 4096  # characters before the cursor that are searched for the file's indentation
 _WORD_END = re.compile(r"\w+$")
 
 
 def at_cursor(tokenizer: Tokenizer, infill: Infill, reads_files: bool) -> tuple[Infill, str, int]:
-    """The infill to make a prompt of, the text that the answer must begin with, and how many characters of
-    that text stand before the cursor already. `reads_files`: see `resolve`."""
+    """The infill to make a prompt of; the text that the answer must begin with, so that it restores what was
+    removed; and how many characters of that text stand before the cursor. `reads_files`: see `resolve`."""
     infill = infill.normalized()
     if infill.files and not reads_files:
         infill = with_comments(infill)
@@ -37,11 +37,11 @@ def at_cursor(tokenizer: Tokenizer, infill: Infill, reads_files: bool) -> tuple[
 
 
 def typed_piece(tokenizer: Tokenizer, infill: Infill) -> tuple[Infill, str]:
-    """The infill without the piece of text that its cursor cuts, and that piece.
+    """The infill without the piece of text that ends at its cursor, and that piece ("token healing").
 
-    It is the line's indentation, or the word before the cursor with the blank that its token begins with.
-    Training shows tokens of whole words: after those of half a word, or of half an indentation, a model is
-    lost. So they are given back, and the answer has to begin with their text ("token healing").
+    The piece is the line's indentation, or the word before the cursor with the blank that its token begins
+    with. In training, a model sees the tokens of whole words and whole indentations; it goes wrong after
+    those of a half. So the prompt leaves the piece out, and the answer has to begin with its text.
     """
     start = infill.prefix.rfind("\n") + 1
     line = infill.prefix[max(start, len(infill.prefix) - 4 * MAX_TYPED) :]
@@ -60,8 +60,8 @@ def typed_piece(tokenizer: Tokenizer, infill: Infill) -> tuple[Infill, str]:
 
 
 def indentation(typed: str, infill: Infill) -> str:
-    """The blanks that begin a line, with as many more as make it a whole number of the file's steps."""
-    if not typed or typed.strip(" "):  # tabs are whole steps
+    """The typed blanks of a line, rounded up to a multiple of the file's indentation step (4, 2 or 1)."""
+    if not typed or typed.strip(" "):  # with tabs: each is a whole step
         return typed
     widths = [len(blanks) for blanks in _INDENTATION.findall(f"\n{infill.prefix[-_STEP_SAMPLE:]}")]
     steps = (4, 2) if len(widths) > 2 else (1,)
@@ -70,8 +70,11 @@ def indentation(typed: str, infill: Infill) -> str:
 
 
 def with_comments(infill: Infill) -> Infill:
-    """The infill with its other files as comments in front of its text: for models that never saw a file
-    before a document, and that would take the separator for its end."""
+    """The infill with its other files as comments in front of its text.
+
+    For models that were not trained with other files in front: these would take the separator after a file
+    for the end of the document.
+    """
     language = infill.language or PurePath(infill.path or "").suffix.lstrip(".")
     mark = next((mark for mark, names in _COMMENT_MARKS.items() if language.lower() in names), "//")
     lines = [line for file in infill.files for line in (file.path, *file.text.splitlines()) if line.strip()]

@@ -1,8 +1,8 @@
 """Generates tokens, as an iterator of Steps, on any backend: batches of requests, prefix cache, speculation.
 
-Callers use `Engine.generate` (one request) or step a `Batch` (many at once: evaluation, the server). The law:
-batching, caching, chunking, speculation and the number of threads never change a token, provided that the
-backend is `invariant`.
+Callers use `Engine.generate` (one request) or step a `Batch` (many at once: evaluation, the server). One law
+holds where the backend is `invariant`: batching, caching, chunking, speculation and the number of threads
+never change a token.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from codegemma.native import CHUNK, PAGE, Cancel, Logits, Page, Slice
 from codegemma.tokenizer import Tokenizer
 
 MIN_SHARED = 16  # a request waits for another that computes at least this many tokens of its prompt
-LOGIT_ROWS = 64  # that `logits` computes per run
+LOGIT_ROWS = 64  # rows that `logits` computes per run
 CANCEL_POLL_S = 0.02  # how often a request that waits for the lock checks whether it was cancelled
 INITIAL_OPERATIONS_PER_SECOND = 1e11  # assumed for the prompt speed until it has been measured
 
 
 class Backend(Protocol):
-    """Runs the model. `invariant`: logits do not depend on batch, chunking, cache or threads. `key` names
-    everything besides the weights that cached pages depend on."""
+    """What runs the model.
+
+    `invariant`: logits do not depend on batch, chunking, cache or threads. `key` names everything that the
+    contents of cached pages depend on besides the weights.
+    """
 
     config: ModelConfig
     invariant: bool
@@ -47,7 +50,7 @@ class Backend(Protocol):
 class Completion(Iterator[Step]):
     """The Steps of an answer as they are computed; `close()` stops the computation.
 
-    `steps`, `text`, `stop` and `ids` first run it to its end."""
+    `steps`, `text`, `stop`, `ids` and `confidence` first run it to its end."""
 
     def __init__(self, steps: Iterator[Step], running: RunningRequest) -> None:
         self._steps, self.running = steps, running
@@ -101,7 +104,7 @@ class Completion(Iterator[Step]):
             self._steps.close()
 
 
-_Scheduled = tuple[RunningRequest, Slice, list[int]]  # with the drafted tokens at the slice's end
+_Scheduled = tuple[RunningRequest, Slice, list[int]]  # the list: the drafted tokens that end the slice
 
 
 @dataclass
@@ -119,7 +122,7 @@ class Batch:
     def add(self, request: Request) -> RunningRequest:
         """Adds a request of token ids. Raises ValueError where it does not fit the model (`Engine.start`)."""
         running = self.engine.start(request)
-        for other in self.running:  # compute a shared prefix once
+        for other in self.running:  # a prefix that both share is computed once, by the other
             shared = min(common_prefix(running.ids, other.ids), len(running.ids) - 1)
             if running.adapter == other.adapter and shared >= max(running.done, running.shared) + MIN_SHARED:
                 running.leader, running.shared = other, shared
@@ -134,9 +137,9 @@ class Batch:
     def step(self) -> list[tuple[RunningRequest, Step | Exception]]:
         """Advances every request by a token or a prompt chunk; a request's Steps are in order.
 
-        A request that fails is removed, and its exception is its last entry: the others never notice. Returns
-        [] where `cancel` was set during the run: the caller removes the cancelled requests and calls `step`
-        again.
+        A request that fails is removed, and its exception is its last entry; the others are not affected.
+        Where `cancel` was set during the run, no request advances: the caller removes those that were
+        cancelled and calls `step` again.
         """
         steps: list[tuple[RunningRequest, Step | Exception]] = []
         scheduled = self._schedule(steps)
@@ -148,7 +151,7 @@ class Batch:
         return steps
 
     def _schedule(self, steps: list[tuple[RunningRequest, Step | Exception]]) -> list[_Scheduled]:
-        """The requests of the next step. Those that fail are added to `steps`."""
+        """The requests that take part in the next step. Failures are added to `steps`."""
         scheduled, room = [], self.chunk
         for running in list(self.running):
             try:
@@ -178,8 +181,8 @@ class Batch:
     def _advance(
         self, scheduled: Sequence[_Scheduled], steps: list[tuple[RunningRequest, Step | Exception]]
     ) -> None:
-        """Runs the slices and adds the new Steps. Where the run fails, each slice runs alone, which changes
-        no token: so only those at fault fail."""
+        """Runs the slices and adds the new Steps. Where the run fails, each slice is run again alone, so that
+        only the requests at fault fail; the others' tokens are the same."""
         slices = [part for _, part, _ in scheduled]
         started = time.perf_counter()
         try:
@@ -234,8 +237,9 @@ class Batch:
 class Engine:
     """A backend with its prefix cache. Threads take turns: callers hold `lock` around a step of a Batch.
 
-    `prefill_rate` is the measured prompt speed in tokens a second. `adapters` maps each adapter's name to its
-    digest, which identifies it in the backend and the cache; "auto" and "none" are the base here, "".
+    `prefill_rate` is the measured speed of reading prompts, in tokens a second. `adapters` maps each
+    adapter's name to its digest, which identifies it in the backend and the cache. The digest "" is the base,
+    which is called both "auto" and "none" here.
     """
 
     def __init__(
@@ -245,7 +249,7 @@ class Engine:
         identity: str = "",
         cache_bytes: int = 1 << 30,
     ) -> None:
-        """`identity` distinguishes the weights of models in saved caches."""
+        """`identity` names the model's weights, so that a saved cache is not used with others."""
         self.backend, self.tokenizer = backend, tokenizer
         self.cache = PrefixCache(f"{identity} {backend.key}", backend.page_bytes, cache_bytes)
         self.lock = threading.Lock()
@@ -261,7 +265,7 @@ class Engine:
         return self.backend.config.context
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Lets requests name an adapter; if the name was taken, running requests keep the old adapter.
+        """Adds an adapter under a name. If the name was taken, running requests keep the old adapter.
 
         Raises ValueError where it does not fit the model or the backend runs no adapters.
         """
@@ -284,7 +288,7 @@ class Engine:
         return self.adapters[name]
 
     def cached(self, ids: Sequence[int], adapter: str = "none") -> int:
-        """The length of the prompt's longest cached prefix, in tokens."""
+        """How many tokens of a prompt of `ids` are cached, from its start."""
         return self.cache.find(ids[:-1], self.adapter_digest(adapter))[1]
 
     def generate(self, request: Request, cancel: Cancel | None = None) -> Completion:
@@ -317,7 +321,7 @@ class Engine:
     def logits(self, ids: Sequence[int], adapter: str = "none") -> np.ndarray:
         """float32 [T, V]: row t predicts the token after ids[:t + 1]. Gigabytes for long texts."""
         running = self.start(Request(ids, max_tokens=0, adapter=adapter))
-        running.done, running.pages = 0, []  # the cache has no logits
+        running.done, running.pages = 0, []  # computes cached tokens again: the cache has no logits
         logits_TV = np.empty((len(running.ids), self.backend.config.vocab), np.float32)
         while running.done < len(running.ids):
             chunk = running.ids[running.done : running.done + LOGIT_ROWS]
@@ -363,9 +367,9 @@ class Engine:
         return running
 
     def claim(self, running: RunningRequest, ids: Sequence[int], wanted: int) -> Slice:
-        """Reserves rows of a request's pages for `ids`; returns the Slice that computes them.
+        """Reserves rows of a request's pages for its next `ids`; returns the Slice that computes them.
 
-        `wanted` is how many of the last ids need logits. A page that others may read is copied first.
+        `wanted` is how many of the last ids need logits. A page in which other rows follow is copied first.
         """
         start, end = running.done, running.done + len(ids)
         pages, offset = running.pages, start % PAGE
@@ -378,13 +382,13 @@ class Engine:
         return Slice(ids, start, pages, wanted, running.adapter or None)
 
     def unclaim(self, running: RunningRequest, length: int) -> None:
-        """Releases the rows after `length`, which a refused draft or a cancelled run had reserved."""
+        """Releases the rows from `length` on, which a refused draft or a cancelled run had reserved."""
         _set_used(running.pages, length // PAGE * PAGE, length)
         for page in running.pages[-(-length // PAGE) :]:
             page.used = 0
 
     def update_prefill_rate(self, tokens: int, seconds: float) -> None:
-        """Averages a run into the prompt speed, unless it has fewer than 32 tokens: those only decode."""
+        """Averages a run of at least 32 tokens into the prompt speed; a smaller one may only decode."""
         if tokens >= 32 and seconds > 0:
             self.prefill_rate += (tokens / seconds - self.prefill_rate) / 4
 
@@ -395,5 +399,6 @@ class Engine:
 
 
 def _set_used(pages: list[Page], start: int, end: int) -> None:
+    """Marks rows as used up to `end`, in the pages from that of row `start` on."""
     for index in range(start // PAGE, -(-end // PAGE)):
         pages[index].used = min(PAGE, end - index * PAGE)

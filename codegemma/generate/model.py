@@ -59,17 +59,19 @@ class Model:
 
     @property
     def adapters(self) -> list[str]:
-        """The names of the added adapters; the packaged adapter is added when it is first used."""
+        """The names of the added adapters. The packaged adapter is among them once it has been used."""
         return sorted(self._adapters)
 
     def adapter(self, name: str) -> Adapter:
-        """One of `adapters`."""
+        """The added adapter with this name. Raises KeyError where there is none."""
         return self._adapters[name]
 
     def add_adapter(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
-        """Adds an adapter, or the one at a path (PEFT's folder or NeMo's archive), under a name that requests
-        then choose with `adapter=`. The base weights do not change, and requests with different adapters run
-        together. Raises ValueError where it does not fit the model."""
+        """Adds an adapter under a name, which requests then pass as `adapter=`.
+
+        It may be the path of a PEFT folder, a NeMo archive or a GGUF adapter. The base weights do not change,
+        and requests with different adapters run together. Raises ValueError where it does not fit the model.
+        """
         if name in ("", "auto", "none"):
             raise ValueError(f"an adapter cannot be called {name!r}: choose another name")
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
@@ -77,8 +79,11 @@ class Model:
         self._adapters[name] = loaded
 
     def adapter_at(self, path: str | os.PathLike[str]) -> str:
-        """Adds the adapter at a path under the path's name, and returns that name. For "auto", the name of
-        the completing adapter; for "none", "none"."""
+        """Adds the adapter at a path, named after its file or folder, and returns that name.
+
+        Adds nothing for "auto", which gives the name of the completing adapter, and for "none", which gives
+        "none".
+        """
         if path in ("auto", "none"):
             return self.completing_adapter(str(path))
         folder = Path(path).resolve()
@@ -87,11 +92,12 @@ class Model:
         return name
 
     def prefer(self, path: str | os.PathLike[str]) -> None:
-        """Makes the adapter at a path (see `adapter_at`) the completing adapter from now on."""
+        """Makes the adapter at a path (see `adapter_at`) the adapter that Infills use by default."""
         self._completing_adapter = self.adapter_at(path)
 
     def completing_adapter(self, adapter: str = "auto") -> str:
-        """The adapter for an Infill: "auto" means the preferred one, else the packaged one, else "none"."""
+        """The adapter that an Infill with this `adapter` uses. For "auto" it is the preferred one, else the
+        packaged one, else "none"."""
         return self._completing_adapter if adapter == "auto" else adapter
 
     @cached_property
@@ -105,10 +111,10 @@ class Model:
         return packaged[0]
 
     def fim_orders(self, adapter: str = "auto") -> frozenset[str]:
-        """The layouts, of "psm" and "spm", that the model with an adapter was trained in.
+        """Which of the layouts "psm" and "spm" the model with an adapter was trained in.
 
-        The adapter's card says so, or else the checkpoint's metadata; otherwise it is PSM where the preset
-        is trained for FIM or, without a preset, the vocabulary names the FIM tokens.
+        The adapter's card says so, or else the checkpoint's metadata. Where neither does, it is "psm" for a
+        model that was trained for FIM: by its preset or, without one, if its vocabulary names the FIM tokens.
         """
         applied = self._adapters.get(self.completing_adapter(adapter))
         if applied and (orders := frozenset(order for order in ("psm", "spm") if applied.trained(order))):
@@ -120,7 +126,8 @@ class Model:
     def reads_files(self, adapter: str = "auto") -> bool:
         """Whether the model with an adapter was trained on documents with other files in front of them.
 
-        The adapter's card says so (card["fim"]["files"]); CodeGemma was. Others are shown files as comments.
+        With an adapter, its card says so (card["fim"]["files"]); without one, it is true of CodeGemma. All
+        others are shown files as comments.
         """
         if applied := self._adapters.get(self.completing_adapter(adapter)):
             return applied.trained("files")
@@ -128,7 +135,8 @@ class Model:
 
     @property
     def _is_codegemma(self) -> bool:
-        """Whether the model itself was trained for FIM: by its preset, or else by its vocabulary's names."""
+        """Whether the model itself was trained for FIM: as its preset says or, without one, if its vocabulary
+        names the FIM tokens."""
         if self.preset:
             return self.preset.fim
         return self.engine.tokenizer is not None and self.engine.tokenizer.control.fim == "named"
@@ -139,9 +147,9 @@ class Model:
         return bool(self.fim_orders())
 
     def run(self, request: Request, cancel: Cancel | None = None) -> Completion:
-        """Answers any request. Setting `cancel` in another thread stops it.
+        """Answers a request of any kind. Setting `cancel` in another thread stops it.
 
-        Raises ValueError on bad input, before the first Step.
+        Raises ValueError on bad input at once, before the first Step.
         """
         resolved = self.resolve(request)
         return trimmed(self.engine.generate(resolved, cancel), request, resolved.layout)
@@ -149,7 +157,7 @@ class Model:
     def resolve(self, request: Request) -> Request:
         """The request as token ids, with its adapter, layout and stop ids, for the engine.
 
-        Warns once (raises ValueError if the model is `strict`) where the model was not made for such a use.
+        Where the model was not made for this use, it warns once or, if `strict`, raises ValueError.
         """
         prompt, adapter, orders = request.prompt, request.adapter, frozenset[str]()
         source = prompt.prompt if isinstance(prompt, TextPrompt) else prompt
@@ -189,8 +197,9 @@ class Model:
         """Completes the code between `prefix` and `suffix`; `context` are other files (path, text) to read.
 
         `adapter` is "auto" for the completing adapter, "none" for the base, or the name of an added one.
-        `time_budget` is in seconds, until the first token. Without FIM training, mode "auto" continues the
-        prefix and drops what repeats the suffix. Raises ValueError on bad input, before the first Step.
+        `time_budget` limits the seconds until the first token. For a model without FIM training, mode "auto"
+        continues the prefix and drops what repeats the suffix. Raises ValueError on bad input at once, before
+        the first Step.
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -213,8 +222,11 @@ class Model:
         top: int = 0,
         adapter: str = "auto",
     ) -> Completion:
-        """Continues a text, after <bos>, or ids as they are. `raw`: control tokens spelled in the text become
-        control ids. truncate="left" drops the oldest tokens, except <bos>, of a prompt that is too long."""
+        """Continues a text, which gets <bos> in front, or ids, which are used as they are.
+
+        `raw`: control tokens spelled in the text become control ids. truncate="left": a prompt that is too
+        long loses its oldest tokens, but not <bos>.
+        """
         self.expect("generation")
         if truncate not in (None, "left"):
             raise ValueError(f'truncate must be None or "left", got {truncate!r}')
@@ -235,7 +247,7 @@ class Model:
     ) -> Completion:
         """The model's turn after `messages`: Message, (role, text) or {"role", "content"}, the last a user's.
 
-        A turn's prompt starts with the previous turn's, so the cache holds all but the new text.
+        The prompt of a turn begins with that of the turn before, so only the new text has to be read.
         """
         prompt = Chat([_message(message) for message in messages])
         return self.run(Request(prompt, max_tokens, sampling, (), stop, top, speculate, adapter), cancel)
@@ -245,14 +257,14 @@ class Model:
         return self.engine.logits(ids, adapter=adapter)
 
     def expect(self, use: Use) -> None:
-        """Warns once (raises ValueError if `strict`) of a use that the model's card does not name."""
+        """Warns once, or raises ValueError if `strict`, where the model's card does not name this use."""
         if self.preset is None or use in self.preset.uses or use in self._warned:
             return
         text = f"{self.preset.title} was made for {', '.join(self.preset.uses)}, not for {use}"
         if self._strict:
             raise ValueError(f"{text}: {STRICT_REMEDY}")
         self._warned.add(use)
-        warnings.warn(text, stacklevel=5)  # for a caller of `complete` or `chat`
+        warnings.warn(text, stacklevel=5)  # shows the line that called `complete` or `chat`
 
 
 def load(
@@ -267,7 +279,7 @@ def load(
 ) -> Model:
     """Loads a model by name (see `codegemma models`) or path (.gguf, .safetensors, Hugging Face directory).
 
-    `quantize` ("q8_0", "q4_0") quantizes float weights while loading; `cache` is a saved prefix cache.
+    `quantize` ("q8_0", "q4_0") quantizes float weights while loading; `cache` is a saved prefix cache's path.
     `backend`: "native" computes on the CPU with the weights as stored; "jax" on a GPU or TPU with float
     weights. Raises ValueError where the model cannot be found, read or run.
     """

@@ -1,5 +1,7 @@
-"""What to generate: a Request, made at the boundary (Python, command line, server, editor, evaluation),
-checked when it is made, and passed whole to the engine."""
+"""What to generate: a Request, which every caller (Python, command line, server, editor, evaluation) makes.
+
+It is checked when it is made, and passed whole to the engine.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from codegemma.prompts import File, Layout, Message
 class Infill:
     """The text around an editor's cursor, the path of its file, and other files as context.
 
-    `trim` says where the answer is cut (see `completion.cut`): "auto" is the line where a word follows the
-    cursor on it, else the block. The answer also ends before the first line that is indented by fewer than
-    `min_indent` blanks. `language` (as `data.documents.language_of` names it) is told by the path if it is
-    empty. With `heal`, what the cursor cuts in two is chosen anew: see `cursor.typed_piece`.
+    `trim` says where the answer is cut (see `completion.cut`): "auto" means "line" where a word follows the
+    cursor on its line, else "block". The answer also ends before the first line that is indented by fewer
+    than `min_indent` blanks. `language` is a name of `data.documents.language_of`; if it is empty, the path
+    tells the language. With `heal`, the model writes the word or indentation that the cursor cuts in two
+    anew: see `cursor.typed_piece`.
     """
 
     prefix: str
@@ -42,7 +45,7 @@ class Infill:
 
     @cached_property
     def newline(self) -> str:
-        """How the lines end: "\\r\\n" where the first one does, else "\\n"."""
+        """How lines end: "\\r\\n" if the first line ends so, else "\\n"."""
         text = self.prefix if "\n" in self.prefix else self.suffix
         end = text.find("\n")
         return "\r\n" if end > 0 and text[end - 1] == "\r" else "\n"
@@ -52,7 +55,7 @@ class Infill:
         if "\r" not in self.prefix and "\r" not in self.suffix:
             return self
         prefix, suffix = (text.replace("\r\n", "\n") for text in (self.prefix, self.suffix))
-        if prefix.endswith("\r") and suffix.startswith("\n"):  # the cursor stands inside of a line's end
+        if prefix.endswith("\r") and suffix.startswith("\n"):  # the cursor is inside of a "\r\n"
             prefix = prefix[:-1]
         return replace(self, prefix=prefix, suffix=suffix)
 
@@ -82,13 +85,15 @@ class Chat:
 class Request:
     """A prompt and how to answer it. The engine needs token ids as the prompt: `resolve` encodes the others.
 
-    `max_tokens` 0 only reads the prompt into the cache. The answer ends at a token of `stop_ids`, which has
+    `max_tokens` 0 only reads the prompt into the cache. The answer ends at a token of `stop_ids`, which gives
     no text, or before a text of `stop`. `adapter` is "auto" (the model's completing adapter for an Infill,
     otherwise the base), "none" (the base) or the name of an added adapter. In the server, a newer Infill of
-    the same `client` and `session` cancels the older one. `prompt_seconds`, the time until the first token,
-    limits how much of an Infill's text is read. An answer with a complete line ends `predict_seconds` after
-    its first token. The answer's tokens begin with the text `begin`, of which the first `typed`
-    characters are not part of its text.
+    the same `client` and `session` cancels the older one.
+
+    `prompt_seconds` is the time until the first token; it limits how much of an Infill's text is read. In the
+    server, `predict_seconds` after its first token, an answer ends if it has a complete line. `begin` is text
+    that the answer's tokens must begin with; its first `typed` characters stand before the cursor already,
+    and are left out of the answer's text.
     """
 
     prompt: Infill | TextPrompt | Chat | Sequence[int]

@@ -1,8 +1,8 @@
-"""Any Request -> one of token ids: what mode "auto" means, and what fits the context and the time budget.
+"""Turns any Request into one of token ids: chooses the layout, and what fits the context and time budget.
 
-The laws: encoding the text of a shortened prompt gives the prompt's ids; the text nearest to the cursor is
-kept longest; the window's edges move in coarse steps, so that a keystroke changes only the prompt's last ids
-and the rest is cached.
+Three laws hold. Encoding the text of a shortened prompt again gives the prompt's ids. The text nearest to the
+cursor is kept longest. The window's edges move in coarse steps, so that a keystroke changes only the prompt's
+last ids, and the others are in the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ MIN_UNCACHED = 16  # tokens that every time budget allows
 
 
 class PromptContext(Protocol):
-    """What prompts are encoded and sized with, such as an `Engine`. `prefill_rate` is in tokens a second."""
+    """What `resolve` must know to encode a prompt and choose its size; an `Engine` is one.
+
+    `prefill_rate` is in tokens a second.
+    """
 
     prefill_rate: float
 
@@ -39,9 +42,9 @@ def resolve(
 ) -> Request:
     """The request with token ids as its prompt, all its stop ids, and the layout of an Infill.
 
-    `fim_orders`: the layouts ("psm", "spm") that the model with its adapter was trained in; `reads_files`:
-    whether it was trained on documents with other files in front. Raises ValueError on text without a
-    tokenizer, a chat whose roles do not alternate, and a path of several lines.
+    `fim_orders`: the layouts ("psm", "spm") that the model with its adapter was trained in. `reads_files`:
+    whether it was trained on documents with other files in front. Raises ValueError on text if there is no
+    tokenizer, on a chat that does not end with the user's turn, and on a path of several lines.
     """
     prompt, tokenizer, budget = request.prompt, engine.tokenizer, prompt_budget(engine, request)
     begin, typed = "", 0
@@ -70,7 +73,7 @@ def resolve(
 
 def layout_for(mode: Mode, fim_orders: Collection[str]) -> Layout:
     """The layout of a mode. "auto" is "spm" where the model was trained in it, else "psm" where it was
-    trained to fill in the middle, else "prefix"."""
+    trained in that, else "prefix"."""
     if mode != "auto":
         return mode
     return "spm" if "spm" in fim_orders else "psm" if fim_orders else "prefix"
@@ -78,15 +81,18 @@ def layout_for(mode: Mode, fim_orders: Collection[str]) -> Layout:
 
 @dataclass(frozen=True)
 class PromptBudget:
-    """How many tokens a prompt may have, and how many of them may be missing in the cache."""
+    """How many tokens a prompt may have, and how many of them may be absent from the cache."""
 
     max_tokens: int
     max_uncached: int
 
 
 def prompt_budget(engine: PromptContext, request: Request) -> PromptBudget:
-    """The prompt gets the context that the answer leaves, at least half of it. Its uncached tokens must be
-    read within `prompt_seconds`, unless the request only fills the cache (max_tokens 0)."""
+    """The budget of a request's prompt: the context minus the answer's `max_tokens`, but at least half of it.
+
+    Its uncached tokens must be read within `prompt_seconds`, unless the request only fills the cache
+    (max_tokens 0).
+    """
     max_tokens = engine.context - min(request.max_tokens, engine.context // 2)
     if request.prompt_seconds is None or not request.max_tokens:
         return PromptBudget(max_tokens, max_tokens)
@@ -97,7 +103,7 @@ def prompt_budget(engine: PromptContext, request: Request) -> PromptBudget:
 def infill_ids(
     engine: PromptContext, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
 ) -> list[int]:
-    """The ids of the largest window of an Infill that the budget allows, given the adapter's cache."""
+    """The prompt with the largest window of an Infill that the budget allows, given what is cached."""
     tokenizer = engine.tokenizer
     assert tokenizer is not None
     suffix = infill.suffix if layout != "prefix" else ""
@@ -113,9 +119,12 @@ def infill_ids(
 
 
 def window(tokenizer: Tokenizer, parts: Parts, size: int) -> Parts:
-    """Shortens a prompt's parts to about `size` tokens: at most three quarters for the end of the prefix and
-    a quarter for the start of the suffix (more where the other is shorter), then whole context files in the
-    remaining room, the last first. Edges move in steps of `size` / 8, so that they stay while one types."""
+    """Shortens a prompt's parts to about `size` tokens.
+
+    The end of the prefix gets three quarters and the start of the suffix a quarter, and each also what the
+    other leaves. Whole context files fill the remaining room, the last one first. The edges move in steps of
+    `size` / 8, so that most keystrokes move none.
+    """
     step, prefix, suffix = max(16, size // 8), parts.prefix, parts.suffix
     if len(prefix) + len(suffix) > size:
         max_suffix = max(size // 4, size - len(prefix))

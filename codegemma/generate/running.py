@@ -1,4 +1,4 @@
-"""A request while it is answered: its tokens, the pages with their keys and values, its text, its drafts."""
+"""A request while it is answered: its tokens, the pages of their keys and values, its text, its drafts."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from codegemma.native import PAGE, Logits, Page
 from codegemma.tokenizer import StreamDecoder, Tokenizer
 
 Stop = Literal["end", "stop_text", "length", "cancelled"]
-DRAFT_TOKENS = (4, 15)  # length of a draft: normally, and after one that was accepted completely
-MATCH_TOKENS = 3  # a draft follows an n-gram of this length that occurred before
-MAX_PAUSE = 32  # tokens without a draft after refused ones
+DRAFT_TOKENS = (4, 15)  # how long a draft is: normally, and after one that was accepted completely
+MATCH_TOKENS = 3  # a draft is made where the last tokens, this many, have occurred before
+MAX_PAUSE = 32  # the most tokens that are generated without a draft after refused ones
 
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token. `text` is "" while a character, or what may be a stop text, is incomplete.
+    """One generated token. `text` is held back while a character, or what may be a stop text, is incomplete.
 
     The last step of a request has a `stop`: "end" (`token` is a stop id), "stop_text", "length", or
-    "cancelled" (`token` is None). `logprob` is from the model's logits, before temperature and filters;
-    `top` are the likeliest tokens with theirs, as many as the request wants. `confidence`, 0 to 1, is the
-    geometric mean of the probabilities of all tokens up to this one, each among those that were allowed.
+    "cancelled" (`token` is None). `logprob` is the token's by the model's logits, before temperature and
+    filters; `top` are the likeliest tokens with theirs, as many as the request wants. `confidence`, 0 to 1,
+    is the geometric mean of the probabilities of all tokens up to this one, where a token's probability is
+    its share among the tokens that `Request.begin` allowed at its place.
     """
 
     token: int | None
@@ -44,7 +45,7 @@ class RunningRequest:
     def __init__(
         self, request: Request, ids: list[int], tokenizer: Tokenizer | None, limit: int, adapter: str
     ) -> None:
-        """`limit` is the maximum of generated tokens; `adapter` is a digest, "" for the base."""
+        """`limit` is how many tokens may be generated; `adapter` is a digest, "" for the base."""
         self.request, self.ids, self.limit, self.adapter = request, ids, limit, adapter
         self.prompt_length = len(ids)
         self.pages: list[Page] = []
@@ -54,8 +55,8 @@ class RunningRequest:
         self.leader: RunningRequest | None = None  # computes the first `shared` tokens for this one too
         self.shared = 0
         self._tokenizer, self._decoder = tokenizer, StreamDecoder(tokenizer) if tokenizer else None
-        self._unwritten = request.begin.encode()  # what the next tokens must begin with
-        self._unshown = request.typed  # characters that come before the answer's text
+        self._unwritten = request.begin.encode()  # what is left of the text to begin with
+        self._unshown = request.typed  # how many characters to leave out of the answer's text yet
         self._log_confidence = 0.0
         self._held = ""  # text held back because a stop text may start in it
         self.drafter = Drafter()
@@ -87,8 +88,10 @@ class RunningRequest:
         return Step(token, text, float(values_V[token]) - normaliser, self.stop, top, confidence)
 
     def _spelled(self, row: int, logits: Logits) -> tuple[np.ndarray, int, float]:
-        """The logits of the tokens that the tokenizer can spell, their argmax and log-sum-exp. A model may
-        have rows behind them, which pad its vocabulary to a round size."""
+        """The logits of the tokens that the tokenizer has, their argmax and log-sum-exp.
+
+        A model may have more rows, which pad its vocabulary to a round size.
+        """
         values_V, argmax = logits.values[row], int(logits.argmax[row])
         size = self._tokenizer.vocab_size if self._tokenizer else len(values_V)
         if size >= len(values_V):
@@ -122,7 +125,7 @@ class RunningRequest:
         return Step(None, self._flush(), 0.0, stop)
 
     def catch_up(self, others: Sequence[RunningRequest]) -> bool:
-        """False while the leader computes the shared prefix. Once it has, copies its list of pages."""
+        """False while the leader computes the shared prefix. After that, takes over its pages: True."""
         if self.leader is None:
             return True
         if self.leader.done < self.shared and self.leader in others:
@@ -134,12 +137,13 @@ class RunningRequest:
         return True
 
     def _flush(self) -> str:
+        """The text that was held back, which now will not be completed."""
         text = self._held + (self._decoder.flush() if self._decoder else "")
         self._held = ""
         return text
 
     def _hold_back(self, text: str) -> str:
-        """The text without an end that may start a stop text. Sets `stop` at a complete stop text."""
+        """The text without an end that may begin a stop text. Sets `stop` where a stop text is complete."""
         stop_texts = self.request.stop
         text = self._held + text
         matches = [start for start in map(text.find, stop_texts) if start >= 0]
@@ -153,11 +157,11 @@ class RunningRequest:
 
 
 class Drafter:
-    """n-gram speculation: drafts what followed the last MATCH_TOKENS ids where they last occurred."""
+    """n-gram speculation: drafts what followed the last MATCH_TOKENS ids when they occurred before."""
 
     def __init__(self) -> None:
-        self._last_end: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last match
-        self._indexed = MATCH_TOKENS  # the next value to add to `_last_end`
+        self._last_end: dict[tuple[int, ...], int] = {}  # n-gram -> index after its last occurrence
+        self._indexed = MATCH_TOKENS  # the next index to enter into `_last_end`
         self._length, self._pause, self._misses = DRAFT_TOKENS[0], 0, 0
 
     def propose(self, ids: list[int], max_tokens: int) -> list[int]:
@@ -172,7 +176,8 @@ class Drafter:
         return [] if start is None or max_tokens <= 0 else ids[start : start + min(self._length, max_tokens)]
 
     def record(self, drafted: int, accepted: int) -> None:
-        """A completely accepted draft makes the next longer; refused ones in a row double the pause."""
+        """A draft that was accepted completely makes the next one longer; the more in a row were refused
+        completely, the longer no draft is made."""
         self._length = DRAFT_TOKENS[1] if accepted == drafted else DRAFT_TOKENS[0]
         self._misses = self._misses + 1 if accepted == 0 else 0
         self._pause = min(2**self._misses, MAX_PAUSE) if self._misses > 1 else 0

@@ -29,8 +29,9 @@ class Sampling:
 
     The order is penalties, temperature, top_k, top_p, min_p, as in transformers and vLLM; top_k 0, top_p 1
     and min_p 0 are off. `repeat_penalty` above 1 lowers the logit of every token in the context (Keskar et
-    al. 2019); Gemma's card advises 1. OpenAI's penalties lower those of generated tokens: `presence_penalty`
-    is subtracted once, `frequency_penalty` once for each occurrence. `bias` has (id, value) pairs to add.
+    al. 2019); Gemma's card advises 1. OpenAI's penalties lower the logits of generated tokens only:
+    `presence_penalty` is subtracted once, `frequency_penalty` once for each occurrence. `bias` has pairs
+    (id, value): the value is added to the id's logit.
     """
 
     temperature: float = 0.0
@@ -84,7 +85,7 @@ def choose(sampling: Sampling, logits_V: np.ndarray, argmax: int, context: Seque
 
 
 def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
-    """Inverts the cumulative distribution at `uniform`, over the filtered tokens ordered by likelihood."""
+    """Draws a token: `uniform`, in [0, 1), picks from the filtered tokens' cumulative distribution."""
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
         weights_V = np.exp(logits_V - logits_V.max())
         return _inverse(np.cumsum(weights_V), uniform * weights_V.sum())
@@ -99,6 +100,7 @@ def _draw(sampling: Sampling, logits_V: np.ndarray, uniform: float) -> int:
 
 
 def _inverse(cumulative: np.ndarray, value: float) -> int:
+    """The first index whose cumulative weight is above `value`."""
     return int(np.searchsorted(cumulative, value, "right").clip(0, len(cumulative) - 1))
 
 
@@ -138,6 +140,6 @@ def top(values_V: np.ndarray, k: int) -> np.ndarray:
 
 
 def _uniform(seed: int, index: int) -> float:
-    """In [0, 1): 53 bits of a hash of (seed, index)."""
+    """A number in [0, 1), from 53 bits of a hash of (seed, index)."""
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
