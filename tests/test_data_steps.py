@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -758,3 +759,15 @@ def test_groups_stay_whole_where_they_fit(tokenizer):
     ] == 3
     packed = pack.pack([[group, pack.RowGroup(examples[3:5], "graph")]], 256, tokenizer.control.bos, 0)
     assert [record["segment"] for record in packed.examples] == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no JSON"])
+def test_a_damaged_benchmark_file_is_named(tmp_path, damage):
+    lines = b'{"task_id": "a", "prompt": "def f"}\n' * 200
+    data = bytearray(gzip.compress(lines if damage != "no JSON" else b"x = 1\n"))
+    if damage == "flipped":
+        data[len(data) // 2] ^= 0xFF
+    file = tmp_path / "tasks.jsonl.gz"
+    file.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
+    with pytest.raises(ValueError, match="benchmark file .*tasks.jsonl.gz is neither"):
+        dedup.Benchmarks([file])

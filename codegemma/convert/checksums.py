@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,11 +44,10 @@ def problems(path: Path) -> Iterator[str]:
 def _zip_problems(file: Path) -> Iterator[str]:
     try:
         with zipfile.ZipFile(file) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        bad = str(error)
-    if bad:
-        yield f"{file.name}: the checksum of {bad} is wrong: the file is damaged"
+            if bad := archive.testzip():
+                yield f"{file.name}: the checksum of {bad} is wrong: the file is damaged"
+    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+        yield f"{file.name}: it cannot be unpacked ({error}): the file is damaged"
 
 
 def _sha256(file: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -185,7 +186,7 @@ def _fields(file: Path) -> Iterator[tuple[str, str]]:
                 for key, field in record.items():
                     if isinstance(field, str) and key != "test":
                         yield name, field
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, EOFError, zlib.error) as error:  # the last two: a cut .gz
         raise ValueError(
             f"benchmark file {file} is neither JSON lines nor a JSON array ({error}): "
             "give files such as HumanEval.jsonl.gz"

@@ -52,7 +52,8 @@ def show(folder: str | Path, row: int = 0, console: Any = None) -> None:
 
     rows, console = Rows(folder), console or Console()
     if not 0 <= row < len(rows):
-        raise ValueError(f"row {row} of {folder}: it has rows 0 to {len(rows) - 1:,}")
+        rule = f"it has rows 0 to {len(rows) - 1:,}" if len(rows) else "it has no rows: build it again"
+        raise ValueError(f"row {row} of {folder}: {rule}")
     arrays = rows[row]
     filled, learned = int((arrays["segments"] > 0).sum()), int(arrays["loss"].sum())
     size = f"{filled:,} tokens of {len(arrays['segments']):,}, {learned:,} of them learned"
