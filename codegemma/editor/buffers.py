@@ -25,9 +25,9 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a text that never ends between \\r and \\n, measured.
+    """A piece of a text, and its measures. It never ends between \\r and \\n.
 
-    `units`: its length in code units; `line_ends`: the offset behind each line end; `normalized`: the length
+    `units`: its length in code units; `line_ends`: the offset after each line end; `normalized`: its length
     once each line ends in \\n.
     """
 
@@ -40,8 +40,8 @@ class Chunk:
 class Buffer:
     """An open document. It never changes, so that a thread may read it while the user goes on editing.
 
-    `encoding`: in which the editor counts characters within a line; `path`: None if the document is not in a
-    file; `language`: the editor's name for its language.
+    `encoding`: the one in which the editor counts the characters of a line; `path`: None if the document is
+    not in a file; `language`: the editor's name for its language.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Buffer:
         return self._normalized[index] + _normalized_length(head)
 
     def offset_of_normalized(self, length: int) -> int:
-        """The offset that so many characters precede once each line ends in \\n."""
+        """The offset before which there are `length` characters once each line ends in \\n."""
         if not self.chunks:
             return 0
         index = min(bisect_right(self._normalized, length), len(self.chunks)) - 1

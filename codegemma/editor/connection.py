@@ -1,4 +1,4 @@
-"""The protocol's messages on documents, for pygls: its own documents end lines where LSP does not."""
+"""Handles LSP's messages about documents instead of pygls, whose documents end lines where LSP does not."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from lsprotocol import types
 from pygls.exceptions import JsonRpcException
 from pygls.protocol import JsonRPCNotification, LanguageServerProtocol, lsp_method
 
-NOTEBOOKS = types.NotebookDocumentSyncOptions(
-    [types.NotebookDocumentFilterWithNotebook("*")]
-)  # of every kind
+# Notebooks of every kind.
+NOTEBOOKS = types.NotebookDocumentSyncOptions([types.NotebookDocumentFilterWithNotebook("*")])
 
 
 class LspConnection(LanguageServerProtocol):
@@ -56,9 +55,9 @@ class LspConnection(LanguageServerProtocol):
             self._server.document_closed(closed.uri)
 
     def structure_message(self, data: dict[str, Any]) -> Any:
-        """Reads a message. Clients older than the final specification count trigger kinds from 0.
+        """Reads a message. Clients older than the final specification count trigger kinds from 0, not from 1.
 
-        A request with wrong parameters gets an error as its answer, where pygls would let its client wait.
+        A request with wrong parameters is answered with an error, where pygls would let the client wait.
         """
         params = data.get("params")
         if data.get("method") == types.TEXT_DOCUMENT_INLINE_COMPLETION and isinstance(params, dict):

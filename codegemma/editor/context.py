@@ -176,7 +176,7 @@ def _read(path: Path) -> str:
 
 
 def _start(text: str) -> str:
-    """Whole lines from the start, at most MAX_FILE_CHARACTERS."""
+    """Whole lines from the start of a text, at most MAX_FILE_CHARACTERS."""
     if len(text) <= MAX_FILE_CHARACTERS:
         return text
     return text[: text.rfind("\n", 0, MAX_FILE_CHARACTERS) + 1]

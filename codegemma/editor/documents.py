@@ -15,11 +15,8 @@ from codegemma.editor.context import HOLDS_CREDENTIALS
 from codegemma.safety.secrets import is_secret_name
 
 CELL_SEPARATOR = Buffer("\n\n")  # between the cells of a notebook
-LOCAL_SCHEMES = (
-    "file",
-    "untitled",
-    "vscode-notebook-cell",
-)  # with an absolute path, a file's on this machine
+# A URI of one of these schemes with an absolute path names a file on this machine.
+LOCAL_SCHEMES = ("file", "untitled", "vscode-notebook-cell")
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Edit:
 
     @property
     def text(self) -> str:
-        """What replaced it."""
+        """The text in `after` that replaced it."""
         return self.after.slice(self.first, len(self.after) - self.tail)
 
 
@@ -109,20 +106,20 @@ class Documents:
 
     def others(self, uri: str) -> list[Buffer]:
         """The other open documents, the most recently used last. Each notebook is one text."""
-        found: list[Buffer] = []
+        buffers: list[Buffer] = []
         seen = {*self._cells(uri)}
         for other in reversed(self.buffers):
             if other not in seen:
                 seen.update(self._cells(other))
-                found.append(self.whole(other)[0])
-        return found[::-1]
+                buffers.append(self.whole(other)[0])
+        return buffers[::-1]
 
     def _cells(self, uri: str) -> list[str]:
         """The open cells of a document's notebook, in order; the document alone if it is no cell."""
         for cells in self.notebooks.values():
             if uri in cells:
                 return [cell for cell in cells if cell in self.buffers]
-        # An editor that does not report notebooks numbers their cells behind the notebook's own address.
+        # Editors that do not report notebooks give a cell its notebook's URI with "#" and a numbered name.
         notebook, mark, _ = uri.partition("#")
         if not mark:
             return [uri]
@@ -130,7 +127,7 @@ class Documents:
 
 
 def local_path(uri: str) -> Path | None:
-    """The path of a document on this machine; None if it has none, as an editor's `untitled:Untitled-1`."""
+    """The path of a document on this machine; None if it has none, as `untitled:Untitled-1`."""
     scheme, _, rest = uri.partition(":")
     if scheme not in LOCAL_SCHEMES or not rest.startswith("/"):
         return None

@@ -1,4 +1,4 @@
-"""LSP's messages on a pipe. What is no message is skipped, where pygls would end or wait for ever."""
+"""Reads LSP's messages from a pipe, and skips everything else, where pygls would end or wait for ever."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import BinaryIO
 
 MAX_HEADER_BYTES = 1 << 12
 MAX_MESSAGE_BYTES = 1 << 28  # many times the largest file that an editor opens
-# At the end of a line: in front of it may stand the rest of a message that was skipped.
+# Only the end of a line counts: before it may stand the rest of a message that was skipped.
 _LENGTH = re.compile(rb"Content-Length:[ \t]*(\d{1,30})\s*$", re.IGNORECASE)
 
 
 class FrameReader:
-    """The stream of an editor, as pygls reads it: whole messages alone, each with one header."""
+    """An editor's stream in the form that pygls reads: only whole messages, each with one header."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._frame = stream, io.BytesIO()

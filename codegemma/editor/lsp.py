@@ -43,7 +43,7 @@ from codegemma.serve.requests import Busy
 
 MAX_INDENTATION = 1000  # characters that are looked at before the cursor
 TRIGGERS = list(".([{=,: ")
-CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests at it
+CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: the cursor rests there
 
 
 class EditorServer(LanguageServer):
@@ -60,11 +60,10 @@ class EditorServer(LanguageServer):
         self.suggestion: Suggestion | None = None
         self.session = f"lsp-{os.getpid()}-{time.monotonic_ns():x}"
         self._reported_errors: set[str] = set()
-        self._told_refusals: set[str] = set()  # the URIs of open documents
+        self._told_refusals: set[str] = set()  # URIs of documents whose refusal the user was shown
         self._source: asyncio.Task[SuggestionSource] | None = None
-        self._request: tuple[str, asyncio.Task[str]] | None = (
-            None  # the newest: its document's URI, and its task
-        )
+        # The newest request: its document's URI, and its task.
+        self._request: tuple[str, asyncio.Task[str]] | None = None
         self._reading_ahead: asyncio.Task[None] | None = None
         for name, feature in FEATURES.items():
             self.feature(name, OPTIONS.get(name))(feature)
@@ -82,7 +81,7 @@ class EditorServer(LanguageServer):
         encoding: Any = self.workspace.position_encoding
         self.documents.encoding = str(getattr(encoding, "value", encoding))  # type: ignore[assignment]
         if self._source:
-            return  # a second greeting
+            return  # a second `initialize`
         self._source = asyncio.create_task(self._open_source())
         self._source.add_done_callback(lambda task: task.cancelled() or task.exception())  # reported already
 
@@ -130,14 +129,14 @@ class EditorServer(LanguageServer):
                 await source.result().close()
             except OSError as error:
                 self.log(f"the prompt cache is not saved: {explain(error)}", types.MessageType.Warning)
-            except ValueError as error:  # a file of somebody else
+            except ValueError as error:  # the file is no prompt cache
                 self.log(f"the prompt cache is not saved: {error}", types.MessageType.Warning)
 
     def report_server_error(self, error: Exception, source: Any) -> None:
-        """Logs a message that cannot be read or handled. A failed request has an error as its answer."""
+        """Logs that a message cannot be read or handled; a failed request is answered by an error."""
         if source is not FeatureRequestError:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            self.log(f"a message is left out: {text}", types.MessageType.Error)
+            self.log(f"a message is skipped: {text}", types.MessageType.Error)
 
     def log(self, text: str, kind: types.MessageType = types.MessageType.Info) -> None:
         """Writes to the editor's log."""
@@ -145,8 +144,8 @@ class EditorServer(LanguageServer):
 
     # ----------------------------------------------------------------------------------------- suggestions
     async def suggest(self, cursor: CursorPosition) -> str:
-        """The text to put in place of what the cursor spans, "" if there is none. A new call cancels the one
-        before."""
+        """The text to put in place of what stands from cursor.start to cursor.end; "" if there is none. A new
+        call cancels the one before."""
         self._interrupt()
         buffer = self.documents.use(cursor.uri)
         if buffer is None or self._is_unwanted(cursor):
@@ -162,7 +161,7 @@ class EditorServer(LanguageServer):
             return await task
         except asyncio.CancelledError:
             if (current := asyncio.current_task()) and current.cancelling():
-                raise  # the editor cancelled it; else a newer request or an edit did
+                raise  # the editor cancelled this call; otherwise a newer request or an edit cancelled `task`
         except Busy:
             pass  # the next keystroke asks again
         except (ValueError, OSError) as error:
@@ -194,7 +193,7 @@ class EditorServer(LanguageServer):
             return ""
         shown = stats.Shown(buffer.language, 1000 * (time.perf_counter() - started), len(text))
         entry, present = normalize(cursor.chosen), buffer.slice(cursor.start, cursor.end)
-        if entry or text.startswith(present):  # else it takes blanks away, and cannot be typed on
+        if entry or text.startswith(present):  # else it removes blanks, so that typing cannot continue it
             self.suggestion = Suggestion(cursor.uri, cursor.start, entry + text, shown, len(entry), present)
         return text
 
@@ -220,9 +219,10 @@ class EditorServer(LanguageServer):
             return ""
         filled, infill = await source.fill(request), request.prompt
         assert isinstance(infill, Infill)
-        least = self.settings.min_confidence
-        shows = not cursor.automatic or is_worth_showing(filled.text, filled.confidence, infill, least)
-        return filled.text if shows else ""
+        min_confidence = self.settings.min_confidence
+        if cursor.automatic and not is_worth_showing(filled.text, filled.confidence, infill, min_confidence):
+            return ""
+        return filled.text
 
     def _make_request(
         self, cursor: CursorPosition, buffer: Buffer, others: Sequence[Buffer], max_tokens: int, context: str
@@ -384,7 +384,7 @@ async def initialized(server: EditorServer, params: types.InitializedParams) -> 
     await configuration_changed(server, types.DidChangeConfigurationParams({}))
 
 
-# pygls passes the server to a function that has a first parameter with its class as annotation.
+# pygls passes the server to a function whose first parameter is annotated with the server's class.
 FEATURES: dict[str, Callable[..., Any]] = {
     types.INITIALIZE: EditorServer.connect,
     types.INITIALIZED: initialized,
@@ -405,7 +405,7 @@ def serve(open_source: Callable[[], SuggestionSource]) -> None:
     """Speaks LSP over stdin and stdout until the editor exits. All other output goes to stderr."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    logging.getLogger("pygls").setLevel(logging.CRITICAL)  # it writes tracebacks; see report_server_error
+    logging.getLogger("pygls").setLevel(logging.CRITICAL)  # no tracebacks: see report_server_error
     server = EditorServer(open_source)
     was_shut_down = False
     try:

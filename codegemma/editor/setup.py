@@ -1,4 +1,4 @@
-"""Sets up an editor: shows the lines that one of its files needs, or writes them there: `codegemma setup`.
+"""Sets up an editor (`codegemma setup`): shows the lines that one of its files needs, or writes them there.
 
 editors.toml has the texts. docs/editors.md has the `advice` for each editor; a test compares them.
 """
@@ -120,7 +120,7 @@ def location(file: str) -> Path:
 
 # --------------------------------------------------------------------------------------------------- merging
 def merged_block(old: str, steps: EditorSetup, name: str) -> str:
-    """The text `old` of the file `name` with our lines between their marks, at the end if they are new."""
+    """The text `old` of the file `name` with our lines between their marks; at its end if it had none."""
     first, last = (f"{steps.comment} {mark}\n" for mark in MARKS)
     start, end = old.find(first), old.find(last)
     if (start < 0) != (end < 0) or end < start:

@@ -9,16 +9,17 @@ from codegemma.editor.documents import Edit
 from codegemma.serve import stats
 
 MAX_PREFIX, MAX_SUFFIX = 49_152, 12_288  # characters around the cursor that a prompt is made of
-WINDOW_STEP = 8_192  # the prefix starts at steps of so many characters, so that typing keeps the cache valid
-REDACTION_MARGIN = 8_192  # characters beyond the window, where a secret that its edge cuts is found
+# The prefix's start moves by so many characters at once, so that most keystrokes keep the cache valid.
+WINDOW_STEP = 8_192
+REDACTION_MARGIN = 8_192  # characters read beyond the window, to recognise a secret that its edge cuts
 
 
 @dataclass
 class Suggestion:
     """The last suggestion that the editor got, and how much of it is in the document `uri` by now.
 
-    `text`: the suggestion, behind the entry of the pop-up that it continues (`entry` characters of it);
-    `start`: the offset in the document where `text` belongs; `present`: what the document has there.
+    `text`: the suggestion, which begins with the pop-up's entry that it continues (`entry` characters of it);
+    `start`: the offset in the document where `text` belongs; `present`: the part that the document has there.
     """
 
     uri: str
@@ -37,24 +38,24 @@ class Suggestion:
     def follow_edit(self, edit: Edit) -> bool:
         """Counts the accepted characters after an edit. Returns whether more of the suggestion can follow.
 
-        An edit that inserted more than two of its characters, or its last two, accepted them; else they were
-        typed.
+        Characters count as accepted if an edit inserted more than two of them, or the last two; else the user
+        typed them.
         """
         end, text, old = self.start + len(self.present), edit.text, edit.before
         head = max(0, self.start - edit.first)  # characters that the edit replaced before the suggestion
-        tail = max(0, edit.last - end)  # and behind it
+        tail = max(0, edit.last - end)  # and after it
         if edit.first > end or edit.last < self.start or head + tail > len(text):
             return False
         inside = len(text) - tail
         if (text[:head], text[inside:]) != (old.slice(edit.first, self.start), old.slice(end, edit.last)):
             return False
-        was = max(self.entry, len(normalize(self.present)))
+        known = max(self.entry, len(normalize(self.present)))
         kept = self.present[: max(0, edit.first - self.start)]
         self.present = kept + text[head:inside] + self.present[max(0, edit.last - self.start) :]
         present = normalize(self.present)
         if not self.text.startswith(present):
             return False
-        more = len(present) - was
+        more = len(present) - known
         if more > 2 or (more > 1 and present == self.text):
             self.shown.taken += more
         return present != self.text
@@ -64,8 +65,9 @@ class Suggestion:
 class CursorPosition:
     """Where text is wanted, as offsets in the buffer of `uri`.
 
-    While a pop-up is open, its selected entry `chosen` replaces the text from `start` to `end`; else both are
-    the cursor. `automatic` is False if the user asked for a suggestion.
+    `end` is the cursor. While a pop-up is open, its selected entry `chosen` replaces the text from `start` to
+    `end`; else the suggestion does, if blanks that begin the line stand there. `automatic` is False if the
+    user asked for a suggestion.
     """
 
     uri: str
