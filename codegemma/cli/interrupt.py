@@ -37,7 +37,7 @@ def watch() -> None:
 
 
 def before_leaving(*cleanups: Callable[[], None]) -> None:
-    """Sets what to do before the process leaves. They must take no locks: the main thread may hold any."""
+    """Sets what is called before the process leaves. It must take no locks: the main thread may hold any."""
     _cleanups[:] = cleanups
 
 

@@ -97,7 +97,7 @@ class RemoteSource:
         if self._reads_files is None:
             try:
                 ours = (await self.client.get("/props")).json().get("codegemma", {})
-                self._reads_files = bool(ours.get("reads_files", True))  # others: assume so
+                self._reads_files = bool(ours.get("reads_files", True))  # assumed of other servers
             except (httpx.HTTPError, ValueError, AttributeError):
                 return True
         return self._reads_files

@@ -18,7 +18,7 @@ REDACTION_MARGIN = 8_192  # characters read beyond the window, to recognise a se
 class Suggestion:
     """The last suggestion that the editor got, and how much of it is in the document `uri` by now.
 
-    `text`: the suggestion, which begins with the pop-up's entry that it continues (`entry` characters of it);
+    `text`: the suggestion; its first `entry` characters are the pop-up's entry that it continues, if any;
     `start`: the offset in the document where `text` belongs; `present`: the part that the document has there.
     """
 
