@@ -21,13 +21,13 @@ ORDERS = ("psm", "spm")  # prefix-suffix-middle, suffix-prefix-middle
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Low-rank changes of linear layers ("layers.0.q"), and replacements for rows of the tied embedding.
+    """Low-rank changes of linear layers, and replacements for rows of the tied embedding.
 
-    `a` [r, in] and `b` [out, r] are float32; r is `rank`, or less in some layers. A layer computes x W^T +
-    (alpha / rank) (x a^T) b^T. `rows` [D] by token id replace the embedding's, as input and as output. `card`
-    is a free JSON object; card["fim"] = {"psm": bool, "spm": bool} says in which orders the adapter was
-    trained to complete, and card["base"] for which model. Raises ValueError on parts that do not fit each
-    other.
+    `a` [r, in] and `b` [out, r] by layer ("layers.0.q") are float32; r is `rank`, or less in some layers. A
+    layer computes x W^T + (alpha / rank) (x a^T) b^T. `rows` [D] by token id replace the embedding's, as
+    input and as output. `card` is a JSON object with any facts: card["fim"] = {"psm": bool, "spm": bool,
+    "files": bool} says what the adapter was trained for (see `trained`), card["base"] for which model.
+    Raises ValueError on parts that do not fit each other.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Adapter:
         self._require(
             unpaired is None, f"{unpaired} has one of its two matrices only: save the adapter again"
         )
-        self._require(bool(self.a or self.rows), "changes no layer and no token")
+        self._require(bool(self.a or self.rows), "changes no layer and no token: save it again")
         for name, a_rI in self.a.items():
             linear = re.fullmatch(rf"layers\.\d+\.({'|'.join(LINEAR)})", name) is not None
             self._require(linear, f"{name} is no linear layer: these are layers.N.{', '.join(LINEAR)}")
@@ -71,29 +71,32 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """The factor of b @ a."""
+        """The factor by which b @ a is multiplied."""
         return self.alpha / self.rank
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all that changes logits; it identifies the adapter in caches of keys and values."""
+        """A hash of all parts that affect logits; it identifies the adapter in caches of keys and values."""
         digest = hashlib.sha256(f"{self.scale!r}".encode())
         for name, values in self._arrays():
             digest.update(f"{name} {values.shape}".encode() + np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()[:32]
 
     def trained(self, order: str) -> bool:
-        """Whether the card says that it was trained to complete in this order, "psm" or "spm"."""
+        """Whether the card says that the adapter was trained to complete in this order, "psm" or "spm".
+
+        Also for "files": whether it was trained on documents with other files in front.
+        """
         fim = self.card.get("fim")
         return isinstance(fim, dict) and fim.get(order) is True
 
     def delta(self, name: str) -> np.ndarray:
-        """float32 [out, in]: what it adds to a layer's matrix."""
+        """float32 [out, in]: what the adapter adds to a layer's matrix."""
         product: np.ndarray = np.float32(self.scale) * (self.b[name] @ self.a[name])
         return product
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ValueError where its shapes do not fit a model of this config."""
+        """Raises ValueError where the adapter's shapes do not fit a model of this config."""
         base = self.card.get("base") or "its card does not say which"
         belongs = f"it belongs to another model ({base})"
         shapes = {location.name: location.shape for location in tensor_locations(config)}
@@ -125,7 +128,7 @@ class Adapter:
         }
 
     def lines(self) -> Iterator[str]:
-        """The same facts as text."""
+        """The adapter's facts as lines of text, for `codegemma inspect`."""
         facts = self.facts()
         size = f"rank {self.rank}, alpha {self.alpha:g}, {facts['parameters']:,} parameters"
         matrices = ", ".join(facts["matrices"]) or "no matrix"

@@ -1,7 +1,7 @@
 """GGUF adapters, as llama.cpp's convert_lora_to_gguf.py writes them and its --lora reads them.
 
-The header says general.type = adapter, adapter.type = lora and adapter.lora.alpha; each changed matrix has
-TENSOR.lora_a [r, in] and TENSOR.lora_b [out, r], TENSOR being the model's own name for it in GGUF.
+The header has general.type = adapter, adapter.type = lora and adapter.lora.alpha. For each matrix that the
+adapter changes, the file has NAME.lora_a [r, in] and NAME.lora_b [out, r]; NAME is the matrix's name in GGUF.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from codegemma.native import dequantize
 
 KINDS = {stored_name("gguf", kind).removeprefix("blk.{i}."): kind for kind in LINEAR}  # "attn_q.weight": "q"
 KEY = re.compile(r"blk\.(\d+)\.([\w.]+)\.lora_([ab])")
-OTHER_PART = re.compile(r"(v|mm)\..*")  # of the image tower
+OTHER_PART = re.compile(r"(v|mm)\..*")  # tensors of the image tower, which are left out
 
 
 def is_adapter(path: Path) -> bool:
@@ -29,7 +29,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def load(path: Path) -> Adapter:
-    """The adapter in a file. Raises ValueError on damaged ones, and on what is more than LoRA of matrices."""
+    """The adapter in a file. Raises ValueError on a damaged one, and on more than LoRA of linear layers."""
     metadata, stored = gguf.read(path)
     architecture, kind = (metadata.get(key) for key in ("general.architecture", "adapter.type"))
     if architecture not in format_table("gguf")["defaults"]:
@@ -53,10 +53,10 @@ def load(path: Path) -> Adapter:
     rank, alpha = max(ranks), metadata.get("adapter.lora.alpha", 0.0)
     if type(alpha) not in (int, float):
         raise damaged(f"{path}: adapter.lora.alpha must be a number, got {alpha!r}")
-    if not alpha:  # then llama.cpp does not scale
+    if not alpha:  # llama.cpp then uses the scale 1
         return Adapter(path.stem, rank, float(rank), sides["a"], sides["b"])
     b = {
         name: values * np.float32(rank / len(sides["a"].get(name, values.T)))
         for name, values in sides["b"].items()
-    }  # each was scaled by alpha over its own rank, and an adapter has one scale
+    }  # the file means alpha / its own rank for each matrix; Adapter has one scale, alpha / the largest rank
     return Adapter(path.stem, rank, float(alpha), sides["a"], b)

@@ -1,4 +1,4 @@
-"""Opens an adapter of any format (PEFT's folder, NeMo's archive, a GGUF file), or one of this package."""
+"""Opens an adapter of any format (PEFT's folder, NeMo's archive, GGUF), or one that comes with codegemma."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from codegemma.checkpoints import Checkpoint
 from codegemma.config import Preset
 from codegemma.files import PLACEHOLDER_BYTES, refuse_placeholder
 
-PACKAGED = Path(__file__).parent  # a folder for each packaged adapter, named after its model
+PACKAGED = Path(__file__).parent  # has a folder for each packaged adapter, named MODEL-fim
 FORMS = "pass PEFT's folder, NeMo's .nemo archive or a GGUF adapter"
 
 
 def load(path: Path | str) -> Adapter:
     """An adapter from PEFT's folder (or its weights file), NeMo's .nemo archive, or a GGUF file.
 
-    Raises ValueError on damaged files, on adapters that are more than plain LoRA, and on what is a model.
+    Raises ValueError on damaged files, on adapters that are more than plain LoRA, and on models.
     """
     path = Path(path)
     if not path.exists():
@@ -33,10 +33,9 @@ def load(path: Path | str) -> Adapter:
     if start[:4] == b"GGUF" and gguf.is_adapter(path):
         return gguf.load(path)
     if start[:4] == b"GGUF" or start[8:9] == b"{":
-        kind = (
-            "a GGUF file of a model" if start[:4] == b"GGUF" else f"a safetensors file, not {peft.WEIGHTS[0]}"
-        )
-        raise ValueError(f"{path}: is {kind}, and no adapter: {FORMS}; a model is passed by -m")
+        weights = f"a safetensors file that is not named {peft.WEIGHTS[0]}"
+        kind = "a GGUF file of a model" if start[:4] == b"GGUF" else weights
+        raise ValueError(f"{path}: is {kind}, not an adapter: {FORMS}; a model is passed by -m")
     return nemo.load(path)
 
 
@@ -50,11 +49,11 @@ def _load_folder(folder: Path) -> Adapter:
         return gguf.load(files[0])
     if (folder / "config.json").exists():
         raise ValueError(f"{folder}: holds a model, not an adapter: {FORMS}; a model is passed by -m")
-    return peft.load(folder)  # which says what is missing
+    return peft.load(folder)  # raises ValueError, which says what is missing
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Whether a path holds an adapter, and not a model."""
+    """Whether a path is an adapter, not a model."""
     path = Path(path)
     if path.is_file() and path.suffix == ".nemo":
         return nemo.is_adapter(path)
@@ -64,28 +63,30 @@ def is_adapter(path: Path | str) -> bool:
 
 
 def packaged_adapter(checkpoint: Checkpoint, preset: Preset | None) -> tuple[str, Adapter] | None:
-    """The name of the packaged adapter of a published model, and the adapter, which is trained to fill in the
-    middle; None where there is none, or the weights were changed by codegemma."""
+    """The packaged adapter of a published model, trained to fill in the middle, and its name before it.
+
+    None where there is none, or where codegemma changed the checkpoint's weights.
+    """
     name = f"{preset.name}-fim" if preset else ""
     if not name or not (PACKAGED / name).is_dir() or checkpoint.fim_orders is not None:
         return None
     adapter = load(PACKAGED / name)
     try:
         adapter.check(checkpoint.config)
-    except ValueError:  # another model's shapes under this one's name
+    except ValueError:  # the checkpoint has the preset's name, but other shapes
         return None
     return name, adapter
 
 
 def named_adapter(name: str, checkpoint: Checkpoint) -> Adapter:
-    """The adapter at a path; for "auto" the model's packaged one, which its own name means too.
+    """The adapter at a path, the packaged adapter of this name or, for "auto", the model's packaged adapter.
 
     Raises ValueError where there is none.
     """
     if name == "auto":
         packaged = packaged_adapter(checkpoint, hub.preset_of(checkpoint))
         if packaged is None:
-            rule = "has no packaged adapter, or holds one already: pass an adapter's path, or none"
+            rule = 'has no packaged adapter, or it is merged already: pass an adapter\'s path, or "none"'
             raise ValueError(f"{checkpoint.path} {rule}")
         return packaged[1]
     is_packaged = (PACKAGED / name / "adapter_config.json").is_file() and not Path(name).exists()

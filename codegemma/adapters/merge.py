@@ -16,9 +16,9 @@ from codegemma.native import dequantize
 def merge(checkpoint: Checkpoint, *adapters: Adapter, blocks_as: str | None = None) -> Checkpoint:
     """The model with adapters merged into its weights; each tensor is computed when it is read.
 
-    Floats keep their type. Quantised matrices are decoded, changed and quantised again, which rounds them a
-    second time; with `blocks_as` ("F32", "BF16", "F16"), changed ones are stored in that type instead. Raises
-    ValueError where an adapter does not fit the model.
+    Float tensors keep their type. Quantised matrices that an adapter changes are decoded, changed and
+    quantised again, which rounds them a second time; with `blocks_as` ("F32", "BF16", "F16"), they are stored
+    in that type instead. Raises ValueError where an adapter does not fit the model.
     """
     for adapter in adapters:
         adapter.check(checkpoint.config)
@@ -36,6 +36,7 @@ def merge(checkpoint: Checkpoint, *adapters: Adapter, blocks_as: str | None = No
 
 
 def _merged_matrix(name: str, tensor: Tensor, adapters: list[Adapter], type: str) -> np.ndarray:
+    """The stored bytes of a matrix to which the adapters' changes are added."""
     values = dequantize(tensor)
     for adapter in adapters:
         values += adapter.delta(name)
@@ -43,7 +44,7 @@ def _merged_matrix(name: str, tensor: Tensor, adapters: list[Adapter], type: str
 
 
 def _merged_embedding(tensor: Tensor, adapters: list[Adapter], type: str) -> np.ndarray:
-    """The embedding with replaced rows; all other rows keep their exact bits."""
+    """The stored bytes of the embedding with replaced rows. Other rows keep theirs if the type stays."""
     data = np.array(tensor.data) if tensor.type == type else _encoded(dequantize(tensor), type)
     for adapter in adapters:
         for token, row in adapter.rows.items():

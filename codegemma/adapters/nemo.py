@@ -1,7 +1,7 @@
 """NeMo's LoRA adapters: a small .nemo archive of the model's config, with a `peft` section, and a state dict.
 
 In NeMo 1, q, k and v share one adapter, whose output has the layout of linear_qkv, and gate and up share
-another; in its "canonical" variant each has its own. Both are read.
+another. In its "canonical" variant of LoRA, each of the five has its own adapter. Both variants are read.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.config import ModelConfig
 
 ATTENTION, MLP = "self_attention.adapter_layer", "mlp.adapter_layer"
-FUSED = {  # for each adapter: the module that it changes
+FUSED = {  # adapter in the state dict -> the module that it changes
     f"{ATTENTION}.lora_kqv_adapter": "self_attention.linear_qkv",
     f"{ATTENTION}.lora_dense_attention_adapter": "self_attention.linear_proj",
     f"{MLP}.lora_hto4h_adapter": "mlp.linear_fc1",
     f"{MLP}.lora_4htoh_adapter": "mlp.linear_fc2",
 }
+# The canonical variant: adapter in the state dict -> our name of the matrix that it changes.
 SEPARATE = {f"{ATTENTION}.lora_unfused_kqv_adapter.{name}_adapter": name for name in "qkv"}
 SEPARATE |= {f"{MLP}.lora_unfused_hto4h_adapter.{name}_adapter": name for name in ("gate", "up")}
 KEY = re.compile(r"(?:model\.)?(?:module\.)?decoder\.layers\.(\d+)\.([\w.]+)\.linear_(in|out)\.weight")
@@ -60,7 +61,7 @@ def load(path: Path) -> Adapter:
     rank, alpha = max((len(value) for value in a.values()), default=0), tuning.get("alpha")
     if alpha is not None and (type(alpha) not in (int, float) or alpha == 0):
         raise ValueError(f"{path}: alpha is {alpha!r}, but must be a number other than 0")
-    card = {"nemo": json.loads(json.dumps(tuning, default=str, skipkeys=True))}  # YAML has dates
+    card = {"nemo": json.loads(json.dumps(tuning, default=str, skipkeys=True))}  # since YAML may hold dates
     adapter = Adapter(path.stem, rank, float(alpha or rank), a, b, card=card)
     adapter.check(replace(config, vocab=max(config.vocab, 1)))
     return adapter
@@ -69,7 +70,7 @@ def load(path: Path) -> Adapter:
 def _matrices(
     path: Path, config: ModelConfig, members: nemo.Members
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """The name, a and b of each changed layer."""
+    """Name, a and b for each matrix that the adapter changes."""
     halves: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for key, tensor in nemo.read(path, members).items():
         match = KEY.fullmatch(key)
@@ -96,9 +97,9 @@ def _matrices(
         if layout is None or b_Or.shape != (layout.shape[0], len(a_rI)):
             size = f"{config.layers} layers and width {config.width}"
             raise ValueError(
-                f"{module} of {list(b_Or.shape)} fits no matrix of a model of {size}: it is of another kind"
+                f"{module} of {list(b_Or.shape)} fits no matrix of a model of {size}: pass another adapter"
             )
-        if len(layout.parts) > 1:  # the layout of the fused output, with a column for each rank
+        if len(layout.parts) > 1:  # b is laid out like the fused matrix, but its columns are the ranks
             layout = replace(layout, size={**layout.size, "D": len(a_rI)})
         for index, part in enumerate(layout.parts):
             output = layout.part(index, ArrayTensor.of(b_Or)).float32() if len(layout.parts) > 1 else b_Or

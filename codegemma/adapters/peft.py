@@ -28,26 +28,27 @@ MODULES = {
 }  # "q": "self_attn.q_proj"
 KINDS = {module: kind for kind, module in MODULES.items()}
 MAX_ROWS = 65_536  # replaced rows of the embedding
-# Options that make an adapter more than low-rank products: refused where they are set.
+# Options that make an adapter more than low-rank products: where one is set, the adapter is refused.
 UNSUPPORTED = (
     *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "lora_bias"),
     *("fan_in_fan_out", "target_parameters", "arrow_config", "kasa_config", "monteclora_config"),
     *("megatron_config", "modules_to_save"),
 )
-# Initialisations that change the base's weights too, by the start of their names.
+# Starts of the names of initialisations that change the base's weights too.
 CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 KEY = re.compile(
     r"(?:base_model\.model\.)?(?:model\.|language_model\.)*"
     r"(?:layers\.(?P<layer>\d+)\.(?P<module>[\w.]+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
     r"|(?P<table>embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta(?:\.default)?)"
 )
-# Keys of the image tower of a multimodal Gemma 3, whose text part this program runs.
+# Keys of the image tower of a multimodal Gemma 3: they are left out, since this program runs the text part.
 OTHER_PART = re.compile(r"(^|\.)(vision_tower|vision_model|multi_modal_projector)\.")
 TRAINED_ROWS_KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
 def load(path: Path) -> Adapter:
-    """The adapter in a folder, or of a weights file in one. Raises ValueError where it cannot be used."""
+    """The adapter in a folder, or in the folder of a weights file. Raises ValueError where it is damaged or
+    more than plain LoRA."""
     home = path.parent if path.is_file() else path
     fields = _config(home / "adapter_config.json")
     a, b, rows = _parts(home, fields, _stored(home))
@@ -56,7 +57,7 @@ def load(path: Path) -> Adapter:
     rank = max((value.shape[0] for value in a.values()), default=1)
     scales = {name: _scale(home, fields, name, value.shape[0]) for name, value in a.items()}
     scale = next(iter(scales.values()), 1.0)
-    if len(set(scales.values())) > 1:  # an adapter has one scale: the differences move into b
+    if len(set(scales.values())) > 1:  # Adapter has one scale, so b takes the differences
         b = {name: value * np.float32(scales[name] / scale) for name, value in b.items()}
     base = fields.get("base_model_name_or_path")
     card = {"base": base} if base else {}
@@ -68,7 +69,7 @@ def load(path: Path) -> Adapter:
 def save(adapter: Adapter, folder: Path | str, dtype: str = "F32") -> Path:
     """Writes an adapter's folder, which appears only when it is complete; `dtype` is F32, F16 or BF16.
 
-    Raises ValueError where the folder holds something already, or where a weight is too large for F16.
+    Raises ValueError where the folder exists and is not empty, or where a weight is too large for F16.
     """
     folder = Path(folder)
     if dtype not in ELEMENTS:
@@ -92,7 +93,7 @@ def save(adapter: Adapter, folder: Path | str, dtype: str = "F32") -> Path:
 
 
 def hub_name(adapter: Adapter) -> Any:
-    """The adapter's base model by its name on the Hub, where it has one."""
+    """The adapter's base model: its name on the Hub if it is a preset, else as the card names it."""
     base = adapter.card.get("base")
     known = preset(str(base))
     return known.hub if known else base
@@ -125,7 +126,7 @@ def _module(name: str) -> str:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    """The fields of an adapter_config.json. Raises ValueError where it is more than plain LoRA."""
+    """The fields of an adapter_config.json. Raises ValueError where they ask for more than plain LoRA."""
     if not file.exists():
         raise ValueError(
             f"{file.parent}: lacks adapter_config.json: pass the folder that PEFT or codegemma saved"
@@ -168,7 +169,7 @@ def _parts(
         match = KEY.fullmatch(key)
         if match is None or match["module"] and match["module"] not in KINDS:
             raise ValueError(
-                f"{home}: holds {key}, which is no LoRA of a linear layer and no trained token: train "
+                f"{home}: holds {key}, which is no LoRA of a linear layer and no trained token: train only "
                 f"{', '.join(module.rpartition('.')[2] for module in KINDS)}, and tokens by "
                 "trainable_token_indices"
             )
@@ -183,7 +184,7 @@ def _parts(
     rows: dict[int, np.ndarray] = {}
     if "embed_tokens" in tables:
         rows = _rows(home, fields.get("trainable_token_indices"), tables["embed_tokens"])
-    # PEFT writes lm_head too where it does not notice that it is tied to the embedding.
+    # PEFT stores lm_head too, as a copy, where it does not notice that it is tied to the embedding.
     if "lm_head" in tables and not np.array_equal(tables["lm_head"], list(rows.values())):
         raise ValueError(
             f"{home}: trains tokens of lm_head that are not those of embed_tokens, but Gemma has one table "
@@ -204,7 +205,7 @@ def _rows(home: Path, indices: Any, values: np.ndarray) -> dict[int, np.ndarray]
 
 
 def _scale(home: Path, fields: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / rank of a layer, or alpha / sqrt(rank) with rslora; alpha_pattern may set its alpha."""
+    """A layer's alpha / rank, with rslora alpha / sqrt(rank). alpha_pattern sets alpha for some layers."""
     patterns = fields.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise _damaged(home, "alpha_pattern must be an object")
@@ -218,7 +219,10 @@ def _scale(home: Path, fields: Mapping[str, Any], name: str, rank: int) -> float
 
 
 def _matches(home: Path, pattern: str, module: str) -> bool:
-    """PEFT's rule: a regular expression for the end of a module's name. Refuses one that could run long."""
+    """Whether a pattern matches a module. As in PEFT, it is a regular expression for the end of the name.
+
+    Raises ValueError on a pattern that could take very long to match.
+    """
     if len(pattern) > 512 or len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+{?]", pattern):
         raise ValueError(f"{home}: alpha_pattern {pattern[:40]!r} is too intricate: name the modules in full")
     try:

@@ -1,9 +1,9 @@
 """The engine on a CPU: C++ kernels that read blocks from the memory-mapped file, under a Python layer loop.
 
-`Native._record` is the loop: it records the forward pass of Gemma 1, 2 and 3 once, as a list of steps that
-the C++ side replays for any number of tokens. One law holds (numerics v1): on one SIMD level, a token's
-logits do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a
-cache, or the number of threads.
+`Native._record` is the loop. It runs once, and records the forward pass of Gemma 1, 2 and 3 as a list of
+steps, which the C++ side replays for any number of tokens. One law holds (numerics v1): on one SIMD level, a
+token's logits do not depend on what else is in the batch, how the prompt was split, whether its prefix came
+from a cache, or the number of threads.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ PAGE: int = _native.PAGE  # tokens in a page of keys and values
 RANK: int = _native.RANK  # adapters are computed in slices of this many ranks
 NUMERICS = "v1"
 CHUNK = 512  # the largest number of tokens in one run
-NORMS = ("attn", "q", "k", "ffn", "post_attn", "post_ffn")  # of a layer
-HUGE_PAGES_AFTER = 64  # runs; a process that runs less gains nothing from huge pages
+NORMS = ("attn", "q", "k", "ffn", "post_attn", "post_ffn")  # those that a layer may have
+HUGE_PAGES_AFTER = 64  # runs until weights move to huge pages; a process with fewer would gain nothing
 
 
 def usable_cpus() -> int:
@@ -63,8 +63,9 @@ def dequantize(tensor: Tensor) -> np.ndarray:
 def quantize_rows(values: np.ndarray, type: str, importance: np.ndarray | None = None) -> np.ndarray:
     """uint8 [rows, bytes of a row]: float32 rows as blocks of a GGUF type.
 
-    The bits are those of ggml's reference quantisers. `importance` [columns] weighs the rounding errors.
-    Raises ValueError on NaN or infinite values, and where blocks do not fill a row.
+    The result has the same bits as that of ggml's reference quantisers. `importance` [columns] weighs the
+    rounding errors. Raises ValueError on NaN or infinite values, and where a row is not a whole number of
+    blocks.
     """
     rows, columns = values.shape
     blocks = np.empty((rows, row_bytes(type, columns)), np.uint8)
@@ -77,8 +78,8 @@ def quantize_rows(values: np.ndarray, type: str, importance: np.ndarray | None =
 class Page:
     """Keys and values of up to PAGE consecutive tokens in all layers.
 
-    Rows below `used` never change again, so sequences share pages: a sequence that ends at `used` may append
-    to the page, any other must copy it first.
+    The rows below `used` never change again, so sequences can share a page. A sequence that ends at `used`
+    may append to it; one that ends earlier must copy it first.
     """
 
     data: np.ndarray
@@ -87,7 +88,7 @@ class Page:
 
 @dataclass(frozen=True, eq=False)
 class Logits:
-    """Row i belongs to the i-th wanted token. The arrays are buffers that the next run overwrites."""
+    """The result of a run: row i is for the i-th wanted token. The next run overwrites the arrays."""
 
     values: np.ndarray  # float32 [n, V]
     argmax: np.ndarray  # int32 [n]: the lowest id if several are largest
@@ -96,12 +97,12 @@ class Logits:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """New tokens of one sequence at positions from `start`; `pages` hold these and all tokens before."""
+    """New tokens of a sequence, at positions from `start`. `pages` have room for these and all before."""
 
     ids: Sequence[int]
     start: int
     pages: list[Page]
-    wanted: int  # of how many tokens, counted from the last, logits are wanted
+    wanted: int  # how many of the last tokens need logits
     adapter: str | None = None
 
 
@@ -121,11 +122,11 @@ class LowRank(Protocol):
 class Native:
     """A checkpoint ready to run, with a fixed number of threads and SIMD level.
 
-    The level is `level`, else the environment variable CODEGEMMA_SIMD, else the CPU's best. The cache holds
-    float16 keys and values, or float32 where the weights are floats, to match float32 implementations.
-    `observed`, if given, collects for each matrix but the embedding, by name, the sum of squares of its input
-    columns: float64 [columns], to which every run adds. Raises ValueError on a weight type without a kernel
-    and on a SIMD level that this CPU lacks.
+    The level is `level`, else the environment variable CODEGEMMA_SIMD, else the CPU's best. Pages hold
+    float16 keys and values or, where the weights are floats, float32, to match float32 implementations. If
+    `observed` is given, it gets a float64 array [columns] for each matrix but the embedding, by name, to
+    which every run adds the squares of the matrix's inputs. Raises ValueError on a weight type without a
+    kernel and on a SIMD level that this CPU lacks.
     """
 
     invariant = True  # logits do not depend on the batch
@@ -147,8 +148,8 @@ class Native:
         layer_bytes = 2 * self.config.kv_heads * PAGE * self.config.head_width * (2 if self.half else 4)
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)
-        self._arrays: list[np.ndarray] = []  # kept alive, since the program points into them
-        self._sites: list[tuple[int, list[str]]] = []  # index and names of the matrices of each product
+        self._arrays: list[np.ndarray] = []  # kept alive, since the C++ program points into them
+        self._sites: list[tuple[int, list[str]]] = []  # each product's step, and its matrices' names
         self._adapters: dict[str | None, int] = {None: -1}
         self._program = self._record(checkpoint.tensors, layer_bytes, observed)
         self._logits = self._new_logits(1)
@@ -165,8 +166,8 @@ class Native:
     def add_adapter(self, name: str, adapter: LowRank) -> None:
         """Makes an adapter available to `run`; it must fit the model (Adapter.check).
 
-        The base weights stay as they are; the low-rank products are added to theirs. They are computed in
-        8-bit blocks where the base has blocks, else in float32.
+        The base weights stay as they are: results of the low-rank products are added to those of the base.
+        `a` and `b` are kept in 8-bit blocks where the base has blocks, else in float32.
         """
         sites = []
         for site, targets in self._sites:
@@ -190,12 +191,12 @@ class Native:
         Returns the wanted logits in the order of the slices, or None if `cancel` was set during the run.
         Raises RuntimeError in a forked process.
         """
-        if os.getpid() != self._process:  # it lacks the pool's threads and would wait for them forever
+        if os.getpid() != self._process:  # a fork lacks the pool's threads and would wait for them forever
             raise RuntimeError(
                 "this model was loaded before the process forked: load it in the child, or spawn instead"
             )
         self._runs += 1
-        if self._runs == HUGE_PAGES_AFTER:  # no daemon, which would abort a process that exits meanwhile
+        if self._runs == HUGE_PAGES_AFTER:  # in no daemon thread, which would abort a process that exits
             threading.Thread(target=self.use_huge_pages).start()
         T = sum(len(s.ids) for s in slices)
         ids_T, positions_T, sequences_T, adapters_T = (np.empty(T, np.int32) for _ in range(4))
@@ -222,7 +223,7 @@ class Native:
     def use_huge_pages(self) -> int:
         """Moves memory-mapped weights into huge pages, in place and while other threads run.
 
-        Reading the weights becomes about a quarter faster, at the cost of memory for a copy of the file.
+        Weights are then read about a quarter faster, but take their own memory, as a copy of the file would.
         Returns the number of bytes moved.
         """
         maps: dict[int, tuple[int, int]] = {}
@@ -240,11 +241,13 @@ class Native:
         return Logits(values, np.empty(n, np.int32), np.empty(n, np.float32))
 
     def _weight(self, tensor: Tensor) -> _native.Weight:
+        """A matrix for the C++ side, kept alive."""
         data = np.ascontiguousarray(tensor.data)
         self._arrays.append(data)
         return _native.Weight(tensor.type, data, *tensor.shape)
 
     def _low_rank(self, values: np.ndarray) -> _native.Weight:
+        """A matrix of an adapter: in 8-bit blocks if the base has blocks and they fill the rows."""
         if not self.half or values.shape[1] % 32:
             return self._weight(ArrayTensor.of(values))
         return self._weight(ArrayTensor("Q8_0", values.shape, quantize_rows(values, "Q8_0")))
@@ -259,6 +262,7 @@ class Native:
     def _record(
         self, tensors: dict[str, Tensor], layer_bytes: int, observed: dict[str, np.ndarray] | None
     ) -> _native.Program:
+        """The forward pass as steps; D, N, K, H and F are as in `config`. x is the residual stream."""
         c, p = self.config, _native.Program(self._pool, self.level)
         N, K, H, D, F, eps = c.heads, c.kv_heads, c.head_width, c.width, c.ffn_width, c.norm_eps
         x, a, y = p.buffer(D), p.buffer(D), p.buffer(D)
@@ -279,7 +283,8 @@ class Native:
             self._sites.append((site, names))
 
         p.embed(table, x, c.embed_scale)
-        added, added_norm = -1, None  # the buffer that the next norm adds to x before all else, and its norm
+        # What the next norm step first adds to x: a buffer (-1: none), normed where it has a norm.
+        added, added_norm = -1, None
         for i in range(c.layers):
             norms = {kind: self._norm(tensors.get(f"layers.{i}.{kind}_norm")) for kind in NORMS}
             cache = {"layer_offset": i * layer_bytes, "kv_offset": layer_bytes // 2, "half": self.half}
@@ -293,6 +298,6 @@ class Native:
             product(a, D, ("gate", "up"), hidden)
             product(hidden, F, ("down",), y)
             added, added_norm = y, norms["post_ffn"]
-        p.norm(x, final_norm, a, eps, added, added_norm)  # adds to x; its result is not used
+        p.norm(x, final_norm, a, eps, added, added_norm)  # only to add to x: the result, in `a`, is not used
         p.logits(x, final_norm, eps, table, c.final_softcap or 0.0)
         return p

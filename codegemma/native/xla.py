@@ -1,17 +1,17 @@
 """C++ kernels as JAX operations, for training on a CPU: products with frozen weights, attention, the loss.
 
 - `product`: x W^T, with a gradient for x (dy W) and none for the weight;
-- `adapted`: the same plus a LoRA, which has gradients;
+- `adapted`: the same plus a LoRA, whose a and b get gradients;
 - `attention`: causal attention within segments, in memory linear in the tokens;
-- `vocabulary`: the softmax sums that a loss takes over all rows of an embedding table;
+- `vocabulary`: the sums over all rows of an embedding table that the loss's softmax needs;
 - `decode_rows`: rows of a table as float32.
 
-The products exist twice. On a CPU they are C++ kernels called through XLA's foreign function interface, which
-decode a panel of blocks for all tokens at once. On other devices they are written in JAX alone, which is also
-the slow twin of the kernels. `attention` and `vocabulary` have kernels only; their slow twins are
-`jax.forward.attend` and the loss's pass by chunks. Sums are float32. Under
-`jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: always by JAX, and by the kernels
-where the CPU multiplies bfloat16 (AVX-512 BF16, twice as fast).
+The products and `decode_rows` exist twice. On a CPU they are C++ kernels, called through XLA's foreign
+function interface; a product decodes a panel of blocks once for all tokens. On other devices they are written
+in JAX alone, and tests compare the kernels with that slow twin. `attention` and `vocabulary` have kernels
+only; their slow twins are `jax.forward.attend` and the loss's pass by chunks. Sums are float32. Under
+`jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: always by JAX, but by the kernels
+only where the CPU multiplies bfloat16 (AVX-512 BF16, which is twice as fast).
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from jax.ad_checkpoint import checkpoint_name
 from codegemma.checkpoints.tensors import BLOCKS, Tensor
 from codegemma.native import _native, usable_cpus
 
-# Names of intermediates for rematerialisation policies: x a^T, attention's result, its scores' log sum exp.
+# Names of intermediates, which rematerialisation policies may keep for the backward pass: x a^T, attention's
+# result, and the log sum exp of its scores.
 LOW_RANK, ATTENDED, LOG_SUM_EXP = "low_rank", "attended", "log_sum_exp"
 
 
 class Method(NamedTuple):
-    """How an operation and its gradients are computed: by C++ kernels or JAX alone, in which type of factors.
+    """How an operation is computed: by C++ kernels or by JAX alone, and whether with bfloat16 factors.
 
-    Chosen when the operation is traced, since its gradients may be traced under other settings.
+    Chosen once, when the operation is traced, and kept for its gradients: these may be traced later, under
+    other settings.
     """
 
     kernels: bool
@@ -46,10 +48,10 @@ class Method(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["type"])
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A weight [rows, width] in its blocks: `data` is uint8 [rows, bytes of a row], `type` a GGUF type.
+    """A weight [rows, width] as stored: `data` is uint8 [rows, bytes of a row], `type` a GGUF type.
 
-    Calls select a part of the rows (a chunk of a vocabulary, one of several stacked layers) by `start`, which
-    may be traced, and `count`, without copying the weight.
+    Operations can use a part of the rows (a chunk of a vocabulary, one of several stacked layers) without
+    copying the weight: `count` rows from `start`, which may be a traced value.
     """
 
     data: Array
@@ -62,12 +64,12 @@ class Blocks:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, width) in weights."""
+        """(rows, width), where width counts weights, not bytes."""
         weights, size = BLOCKS[self.type]
         return self.data.shape[0], self.data.shape[1] // size * weights
 
     def float32(self, start: int | Array = 0, count: int | None = None) -> Array:
-        """float32 [count, width]: rows decoded by JAX alone."""
+        """float32 [count, width]: rows from `start`, by default all, decoded by JAX alone."""
         count = self.shape[0] if count is None else count
         return _decode(lax.dynamic_slice_in_dim(self.data, start, count), self.type)
 
@@ -76,7 +78,7 @@ _registered: dict[str, object] = {}  # the handlers that XLA knows
 
 
 def configure(threads: int | None = None, level: str = "auto") -> None:
-    """Sets the threads (default: all usable CPUs) and the SIMD level of all kernels from now on.
+    """Sets the number of threads (default: all usable CPUs) and the SIMD level of all kernels from now on.
 
     Results do not depend on the threads. Raises ValueError on fewer than 1 thread and on an unknown level.
     """
@@ -88,25 +90,25 @@ def configure(threads: int | None = None, level: str = "auto") -> None:
 
 
 def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None) -> Array:
-    """float32 [..., count]: x [..., width] times the transposed rows start .. start + count of a weight.
+    """float32 [..., count]: x [..., width] times the transpose of a weight's `count` rows from `start`.
 
-    Differentiable in x, once, in reverse mode. Raises ValueError where the widths differ.
+    Differentiable in x (first order, reverse mode). Raises ValueError where the widths differ.
     """
     x_TK, count = _flat("x", x, weight.shape[1]), weight.shape[0] if count is None else count
     return _product(count, _method(), x_TK, weight, jnp.int32(start)).reshape(*x.shape[:-1], count)
 
 
 def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None) -> Array:
-    """float32 [..., width]: dy [..., count] times the rows start .. start + count of a weight.
+    """float32 [..., width]: dy [..., count] times a weight's `count` rows from `start`.
 
-    Not differentiable. Raises ValueError where dy is not as wide as the number of rows.
+    Not differentiable. Raises ValueError where dy does not have `count` columns.
     """
     dy_TN = _flat("dy", dy, weight.shape[0] if count is None else count)
     return _product_t(_method(), dy_TN, weight, jnp.int32(start)).reshape(*dy.shape[:-1], -1)
 
 
 def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Array:
-    """float32 [..., rows]: x (W + b a)^T. Differentiable in x, a and b, once, in reverse mode.
+    """float32 [..., rows]: x (W + b a)^T. Differentiable in x, a and b (first order, reverse mode).
 
     Raises ValueError where x is not as wide as the weight.
     """
@@ -125,10 +127,12 @@ def attention(
 ) -> Array:
     """Causal attention within segments: float32 [B, T, N, H].
 
-    A token sees those of its segment whose position is at most its own and less than `window` below. Within a
-    segment, positions must rise with the index. `cap` is the soft cap of scores. On a CPU only.
-    Differentiable in q, k and v, once, in reverse mode; for the gradient it keeps the log sum exp of the
-    scores [B, T, N], not the scores.
+    A token sees itself and those of its segment that are before it and less than `window` positions away
+    (None: all before it). Within a segment, positions must rise with the index. `cap` is the soft cap of
+    scores. On a CPU only.
+
+    Differentiable in q, k and v (first order, reverse mode). For the gradient it does not keep the scores,
+    only their log sum exp [B, T, N].
     """
     qkv = (x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH))
     mask = positions_BT.astype(jnp.int32), segments_BT.astype(jnp.int32)
@@ -138,7 +142,7 @@ def attention(
 class SoftmaxSums(NamedTuple):
     """What a softmax over the rows of a vocabulary needs, for each of M hidden states.
 
-    The largest logit so far and its row; the sum of exp(logit - max); and the sum of
+    In order: the largest logit; its row; the sum of exp(logit - max) over the rows; and the sum of
     exp(logit - max) * (slope of the soft cap) * row.
     """
 
@@ -151,10 +155,10 @@ class SoftmaxSums(NamedTuple):
 def vocabulary(
     hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | None, used: Array | int
 ) -> SoftmaxSums:
-    """The sums of the first `used` hidden states over all rows of a table.
+    """The softmax sums over all rows of a table, for the first `used` hidden states.
 
-    Row v counts `counts_V[v]` times (0: not at all). States beyond `used` get max 0, best 0, sum 1 and
-    weighted 0. On a CPU only; not differentiable.
+    In the sums, row v counts `counts_V[v]` times (0: not at all). States from `used` on get max 0, best 0,
+    sum 1 and weighted 0. On a CPU only; not differentiable.
     """
     M, D = hidden_MD.shape
     results = _float32(M, D), _float32(M), jax.ShapeDtypeStruct((M,), jnp.int32), _float32(M)
@@ -165,7 +169,7 @@ def vocabulary(
 
 
 def decode_rows(weight: Blocks, ids: Array) -> Array:
-    """float32 [..., width]: the rows of a weight with these ids [...]."""
+    """float32 [..., width]: for each of the ids [...], that row of a weight."""
     method, flat_ids = _method(), ids.reshape(-1).astype(jnp.int32)
     if method.kernels:
         values = _call(method, "rows", _float32(ids.size, weight.shape[1]), flat_ids, weight)
@@ -217,7 +221,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _adapted(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> tuple[Array, Array]:
-    """The layer's result, and x a^T, which its gradients need."""
+    """The result of the adapted layer, and x a^T, which its gradients need."""
     T, N, R = len(x_TK), weight.shape[0], len(a_RK)
     if not method.kernels:
         u_TR = _matmul(method, x_TK, a_RK.T)
@@ -232,7 +236,7 @@ def _adapted_forward(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b
 
 def _adapted_backward(method: Method, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     x_TK, u_TR, weight, a_RK, b_NR = saved
-    dy_TN, _ = cotangents  # x a^T has no other reader, so no gradient arrives for it
+    dy_TN, _ = cotangents  # nothing else reads the second result, x a^T, so it has no gradient
     if not method.kernels:
         du_TR = _matmul(method, dy_TN, b_NR)
         dx_TK = _product_t(method, dy_TN, weight, jnp.int32(0)) + _matmul(method, du_TR, a_RK)
@@ -271,9 +275,9 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _call(method: Method, name: str, results: Any, *operands: Array | Blocks, **attributes: Any) -> Any:
-    """Calls a kernel, which also gets the type of its Blocks.
+    """Calls a kernel. For an operand of Blocks, it gets the data and, as an attribute, the type.
 
-    `results` states shape and type of its result, or of each in a tuple.
+    `results` is the shape and type of the kernel's result, or a tuple of these.
     """
     if not _registered:
         configure()
@@ -287,6 +291,7 @@ def _call(method: Method, name: str, results: Any, *operands: Array | Blocks, **
 
 
 def _matmul(method: Method, a: Array, b: Array) -> Array:
+    """a b with float32 sums, in JAX alone."""
     if method.bfloat16:
         return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
     return jnp.matmul(a, b, precision="highest")
@@ -310,6 +315,7 @@ def _half(b: Array, offset: int) -> Array:
 
 
 def _decode_32(b: Array, type: str) -> Array:
+    """The types with blocks of 32 weights: Q8_0, and Q4 and Q5 with their scale and, in _1, an offset."""
     if type == "Q8_0":
         return _half(b, 0) * lax.bitcast_convert_type(b[..., 2:], jnp.int8).astype(jnp.float32)
     nibbles = b[..., -16:]
@@ -326,6 +332,7 @@ def _decode_32(b: Array, type: str) -> Array:
 
 
 def _decode_256(b: Array, type: str) -> Array:
+    """The types with blocks of 256 weights: Q6_K, and Q4_K and Q5_K with 8 scales and minima of 6 bits."""
     low_high = jnp.array([0, 4], jnp.uint8)[:, None]
     if type == "Q6_K":
         low = b[..., :128].reshape(*b.shape[:2], 2, 1, 64) >> low_high  # [half, nibble, 64]
