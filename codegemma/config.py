@@ -16,9 +16,7 @@ Use = Literal["completion", "generation", "chat", "instructions"]
 
 # The choices of command line options. They are defined here, in a module that is quick to import, so that
 # `--help` need not load the modules that use them.
-Mode = Literal[
-    "auto", "psm", "spm", "prefix"
-]  # layout of an Infill's prompt; auto: the one the model was trained in
+Mode = Literal["auto", "psm", "spm", "prefix"]  # layout of an Infill's prompt; auto: as in the training
 Trim = Literal["auto", "none", "line", "block"]  # where an Infill's answer ends
 LoadQuantization = Literal["q8_0", "q4_0"]  # of float weights while loading
 FloatType = Literal["bf16", "f16", "f32"]

@@ -60,9 +60,8 @@ _OLLAMA_TURN = (
     "<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
     "<start_of_turn>model\n"
 )
-_CONTINUATION = frozenset(
-    bytes([byte]) for byte in range(0x80, 0xC0)
-)  # bytes inside a UTF-8 character, after its first
+# The bytes inside a UTF-8 character, after its first.
+_CONTINUATION = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))
 
 
 @dataclass(frozen=True)

@@ -188,10 +188,9 @@ class Tokenizer:
         pieces, scores, types, normalizer = _parse_model(self.model)
         last = max(added, default=0)
         if min(added, default=0) < 0 or last >= min(len(pieces) + MAX_ADDED, LIMITS["vocab"]):
-            rule = (
-                f"but at most {MAX_ADDED:,} can follow the vocabulary's {len(pieces):,}: the file is damaged"
-            )
-            raise ValueError(f"an added token has the id {last if last > 0 else min(added):,}, {rule}")
+            rule = f"but at most {MAX_ADDED:,} can follow the vocabulary's {len(pieces):,}"
+            given = f"an added token has the id {last if last > 0 else min(added):,}"
+            raise ValueError(f"{given}, {rule}: the file is damaged")
         missing = last + 1 - len(pieces)
         pieces, scores = pieces + [""] * missing, scores + [0.0] * missing
         types = types + [CONTROL] * missing
