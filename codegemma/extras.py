@@ -50,8 +50,8 @@ def installer() -> str:
 def _requirement(extras: str) -> str:
     """What to pass to the installer, with the extras.
 
-    It is the checkout, wheel or address that this copy came from (PEP 610), or its name if it came from a
-    package index. If that checkout or wheel is gone, it is the libraries of the extras themselves.
+    It is the checkout, wheel or address that this copy came from (PEP 610), or the package's name if it came
+    from an index. If that checkout or wheel is gone, it is the libraries of the extras themselves.
     """
     try:
         distribution = metadata.distribution(PACKAGE)

@@ -4,8 +4,8 @@ A prompt is a list of segments, each a label and ids. Each text is encoded alone
 token spans the cursor and no text becomes a control id. A training row has the same segments, then the middle
 and its terminator; the labels say which ids count in the loss.
 
-Layouts (psm: CodeGemma report, figures 2 and 4; spm: not published, but what CodeGemma itself writes), with P
-for the prefix and S for the suffix:
+Layouts of FIM (fill in the middle), with P for the prefix and S for the suffix; psm is from the CodeGemma
+report (figures 2 and 4), spm is not published, but what CodeGemma itself writes:
 
     psm     [path\n]<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>
     spm     [path\n]<|fim_suffix|>S<|fim_prefix|>P<|fim_middle|>

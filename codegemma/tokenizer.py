@@ -434,7 +434,7 @@ def _parse_model(data: bytes) -> tuple[list[str], list[float], list[int], bytes]
     a model that is not BPE.
 
     ModelProto has the fields 1 pieces, 2 TrainerSpec (whose field 3 is model_type) and 3 NormalizerSpec. It
-    is read without the protobuf package, of which sentencepiece's generated module would need one version.
+    is read without the protobuf package, since sentencepiece's generated module would fix its version.
     """
     pieces: list[str] = []
     scores: list[float] = []

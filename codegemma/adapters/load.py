@@ -63,7 +63,7 @@ def is_adapter(path: Path | str) -> bool:
 
 
 def packaged_adapter(checkpoint: Checkpoint, preset: Preset | None) -> tuple[str, Adapter] | None:
-    """The packaged adapter of a published model, trained to fill in the middle, and its name before it.
+    """The name of a published model's packaged adapter, and the adapter, which fills in the middle.
 
     None where there is none, or where codegemma changed the checkpoint's weights.
     """

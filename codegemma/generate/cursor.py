@@ -19,7 +19,7 @@ _COMMENT_MARKS = {
     | {"yaml", "yml", "toml", "cmake", "make", "makefile", "mk", "dockerfile", "elixir", "ex", "exs", ""},
     "--": {"lua", "sql", "haskell", "hs", "elm", "ada", "adb", "vhdl"},
 }
-_INDENTATION = re.compile(r"\n( +)(?=[^\s*])")  # but not of C comments' lines " * ...", which are one off
+_INDENTATION = re.compile(r"\n( +)(?=[^\s*])")  # not of C comment lines, " * ...": off by one
 _STEP_SAMPLE = 4096  # characters before the cursor that are searched for the file's indentation
 _WORD_END = re.compile(r"\w+$")
 

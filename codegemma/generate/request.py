@@ -23,8 +23,8 @@ class Infill:
     `trim` says where the answer is cut (see `completion.cut`): "auto" means "line" where a word follows the
     cursor on its line, else "block". The answer also ends before the first line that is indented by fewer
     than `min_indent` blanks. `language` is a name of `data.documents.language_of`; if it is empty, the path
-    tells the language. With `heal`, the model writes the word or indentation that the cursor cuts in two
-    anew: see `cursor.typed_piece`.
+    tells the language. With `heal`, the model writes anew the word or indentation that ends at the
+    cursor: see `cursor.typed_piece`.
     """
 
     prefix: str

@@ -16,7 +16,7 @@ from codegemma.tokenizer import StreamDecoder, Tokenizer
 
 Stop = Literal["end", "stop_text", "length", "cancelled"]
 DRAFT_TOKENS = (4, 15)  # how long a draft is: normally, and after one that was accepted completely
-MATCH_TOKENS = 3  # a draft is made where the last tokens, this many, have occurred before
+MATCH_TOKENS = 3  # how many of the last tokens must have occurred before, in this order, for a draft
 MAX_PAUSE = 32  # the most tokens that are generated without a draft after refused ones
 
 
@@ -25,10 +25,10 @@ class Step:
     """One generated token. `text` is held back while a character, or what may be a stop text, is incomplete.
 
     The last step of a request has a `stop`: "end" (`token` is a stop id), "stop_text", "length", or
-    "cancelled" (`token` is None). `logprob` is the token's by the model's logits, before temperature and
-    filters; `top` are the likeliest tokens with theirs, as many as the request wants. `confidence`, 0 to 1,
-    is the geometric mean of the probabilities of all tokens up to this one, where a token's probability is
-    its share among the tokens that `Request.begin` allowed at its place.
+    "cancelled" (`token` is None). `logprob` is the token's log-probability by the model's logits, before
+    temperature and filters; `top` are the likeliest tokens with theirs, as many as the request wants.
+    `confidence`, 0 to 1, is the geometric mean of the probabilities of all tokens up to this one, each
+    among the tokens that `Request.begin` allowed at its place.
     """
 
     token: int | None
@@ -55,8 +55,8 @@ class RunningRequest:
         self.leader: RunningRequest | None = None  # computes the first `shared` tokens for this one too
         self.shared = 0
         self._tokenizer, self._decoder = tokenizer, StreamDecoder(tokenizer) if tokenizer else None
-        self._unwritten = request.begin.encode()  # what is left of the text to begin with
-        self._unshown = request.typed  # how many characters to leave out of the answer's text yet
+        self._unwritten = request.begin.encode()  # what is left of `Request.begin`, for the next tokens
+        self._unshown = request.typed  # how many more characters to leave out of the answer's text
         self._log_confidence = 0.0
         self._held = ""  # text held back because a stop text may start in it
         self.drafter = Drafter()
@@ -125,7 +125,7 @@ class RunningRequest:
         return Step(None, self._flush(), 0.0, stop)
 
     def catch_up(self, others: Sequence[RunningRequest]) -> bool:
-        """False while the leader computes the shared prefix. After that, takes over its pages: True."""
+        """False while the leader computes the shared prefix; then takes over its pages and returns True."""
         if self.leader is None:
             return True
         if self.leader.done < self.shared and self.leader in others:

@@ -262,7 +262,7 @@ class Native:
     def _record(
         self, tensors: dict[str, Tensor], layer_bytes: int, observed: dict[str, np.ndarray] | None
     ) -> _native.Program:
-        """The forward pass as steps; D, N, K, H and F are as in `config`. x is the residual stream."""
+        """The forward pass as steps; x is the residual stream. For the letters see `codegemma.config`."""
         c, p = self.config, _native.Program(self._pool, self.level)
         N, K, H, D, F, eps = c.heads, c.kv_heads, c.head_width, c.width, c.ffn_width, c.norm_eps
         x, a, y = p.buffer(D), p.buffer(D), p.buffer(D)
