@@ -158,7 +158,7 @@ def test_ngc_lists_then_downloads(server, monkeypatch):
     path = hub_pull.pull("2b", "ngc", ask=lambda _: True)
     assert path == hub.cache_dir() / "models" / "2b" / "codegemma.nemo" and path.read_bytes() == BODY
     assert all(headers["Authorization"] == "Bearer key" for _, headers in server.requests)
-    with pytest.raises(ValueError, match="NGC has 2b, 7b alone"):
+    with pytest.raises(ValueError, match="NGC has only 2b, 7b"):
         hub_pull.pull("7b-it", "ngc", ask=lambda _: True)
     with pytest.raises(ValueError, match="no model 'nosuch' on kaggle"):
         hub_pull.pull("nosuch", "kaggle", ask=lambda _: True)
@@ -260,6 +260,13 @@ def test_a_path_is_copied_into_the_cache(tmp_path, monkeypatch):
     source = write_tiny_gguf(tmp_path / "m.gguf", tiny_config("gemma-mqa"))
     path = hub_pull.pull(str(source), "path", ask=lambda _: True)
     assert path.read_bytes() == source.read_bytes() and hub.cache_dir() in path.parents
+    assert hub_pull.pull(str(source), "path", ask=lambda _: True) == path
+    write_tiny_gguf(source, tiny_config("gemma-mqa"), seed=5)
+    with pytest.raises(
+        ValueError, match="another model of this name: run `codegemma models --remove m.gguf`"
+    ):
+        hub_pull.pull(str(source), "path", ask=lambda _: True)
+    assert path.read_bytes() != source.read_bytes()
     with pytest.raises(FileNotFoundError):
         hub_pull.pull(str(tmp_path / "none"), "path", ask=lambda _: True)
 

@@ -367,8 +367,11 @@ def test_damaged_and_missing_files_are_named(saved, tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match="lacks adapter_model.safetensors"):
         load_adapter(home)
-    with pytest.raises(ValueError, match="lacks adapter_config.json"):
+    with pytest.raises(ValueError, match="nowhere: does not exist: pass PEFT's folder"):
         load_adapter(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="lacks adapter_config.json"):
+        load_adapter(tmp_path / "empty")
 
 
 def test_adapters_of_another_model_are_refused():
@@ -628,10 +631,10 @@ def test_the_native_program_checks_its_arguments():
     add = backend._program.add_adapter
     for sites, ids, rows, message in (
         ([(99, good, [(0, b)])], [], None, "site"),
-        ([(0, b, [(0, b)])], [], None, "a does not fit"),
-        ([(0, good, [(3, b)])], [], None, "b does not fit"),
-        ([(0, good, [(1, b)])], [], None, "b does not fit"),
-        ([(0, good, [])], [], None, "a does not fit"),
+        ([(0, b, [(0, b)])], [], None, "a must fit its layer"),
+        ([(0, good, [(3, b)])], [], None, "b must fit its layer"),
+        ([(0, good, [(1, b)])], [], None, "b must fit its layer"),
+        ([(0, good, [])], [], None, "a must fit its layer"),
         ([], [2, 1], good, "ids must ascend"),
         ([], [1], None, "ids must"),
         ([], [600], backend._low_rank(np.zeros((1, 96), np.float32)), "rows must be"),

@@ -184,8 +184,13 @@ def remove(name: str) -> list[tuple[Path, int]]:
             raise ValueError(f"{name} belongs to another program: {remedy}")
     repository, _, quantisation = name.partition(":")
     if quantisation:
-        file = stores.in_hub_cache(repository, quantisation)
-        places = gguf_files.parts(file) if file else []
+        model = preset(repository)
+        repositories = (model.hub, f"{model.hub}-GGUF") if model else (repository,)
+        places = []
+        for repository in repositories:
+            with contextlib.suppress(*[ValueError] * bool(model)):  # the other repository may have the file
+                if file := stores.in_hub_cache(repository, quantisation):
+                    places += gguf_files.parts(file)
     else:
         places = [place for place in _places(name) if place.exists() and not place.is_symlink()]
     removed = [(place, stores.disk_bytes(place)) for place in places]

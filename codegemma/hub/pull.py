@@ -200,7 +200,13 @@ def _from_path(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: check the path")
     target = cache_dir() / "models" / "local" / path.name
+    remedy = f"`codegemma models --remove {path.name}` first, or rename {path}"
+    other = f"{target} holds another model of this name: run {remedy}"
     if not path.is_dir():
+        if target.exists():
+            if target.is_file() and filecmp.cmp(path, target, False):
+                return target
+            raise ValueError(other)
         with atomic_write(target) as out:
             _copy(path, out)
         return target
@@ -211,8 +217,7 @@ def _from_path(path: Path) -> Path:
             (target / name).is_file() and filecmp.cmp(path / name, target / name, False) for name in names
         ):
             return target
-        remedy = f"`codegemma models --remove {path.name}` first, or rename {path}"
-        raise ValueError(f"{target} holds another model of this name: run {remedy}")
+        raise ValueError(other)
     with atomic_directory(target) as folder:
         for name in names:  # not by shutil.copytree, whose errors do not say that the disk is full
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -274,9 +279,10 @@ def _download(
     url: str, part: Path, tag: Path, token: str | None, progress: Callable[[int, int | None], None] | None
 ) -> None:
     """One attempt, which continues `part` if it can. Raises _Interrupted, or ValueError as `fetch` does."""
-    done = part.stat().st_size if part.exists() and tag.exists() else 0
+    etag = tag.read_text() if tag.exists() else ""  # without one, the server's file may be another by now
+    done = part.stat().st_size if part.exists() and etag else 0
     headers = {"User-Agent": "codegemma", "Accept-Encoding": "identity"}
-    headers |= {"Range": f"bytes={done}-", "If-Range": tag.read_text()} if done else {}
+    headers |= {"Range": f"bytes={done}-", "If-Range": etag} if done else {}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
     httpx = require("httpx", "Downloads", "hub")
     try:
@@ -299,6 +305,8 @@ def _download(
                     done += len(block)
                     if progress:
                         progress(done, total)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{url!r}: {_one_line(error)}: check the address") from None
     except httpx.HTTPError as error:
         raise _cut(_one_line(error)) from None
     if total not in (None, done):
