@@ -636,7 +636,7 @@ def test_the_native_program_checks_its_arguments():
         ([(0, good, [(1, b)])], [], None, "b must fit its layer"),
         ([(0, good, [])], [], None, "a must fit its layer"),
         ([], [2, 1], good, "ids must ascend"),
-        ([], [1], None, "ids must"),
+        ([], [1], None, "rows must be one for each id"),
         ([], [600], backend._low_rank(np.zeros((1, 96), np.float32)), "rows must be"),
         ([], [1], backend._low_rank(np.zeros((1, 95), np.float32)), "rows must be"),
     ):
