@@ -19,7 +19,7 @@ from serving import served
 from tiny import tiny_config, write_tiny_gguf
 
 import codegemma
-from codegemma.editor import buffers, suggestion
+from codegemma.editor import buffers, sources, suggestion
 from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.frames import FrameReader
 from codegemma.editor.lsp import EditorServer
@@ -734,6 +734,10 @@ def http(answer):
     async def handle(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
         fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)
+        if head.startswith(b"GET"):  # /props, which other servers may lack
+            writer.write(b"HTTP/1.1 404 X\r\n\r\n{}")
+            writer.close()
+            return
         body = json.loads(await reader.readexactly(int(fields["Content-Length"])))
         received.append((head.split()[1].decode(), body, fields.get("Authorization")))
         if (response := answer(*received[-1][:2])) is None:
@@ -1266,3 +1270,26 @@ def test_other_files_are_sent_only_where_the_model_knows_them(tmp_path, context,
         client.inline((tmp_path / "a.py").as_uri(), 1, 0)
         request, _ = stub.next()
         assert bool(request.prompt.files) == sent
+
+
+def test_a_server_that_never_says_what_it_serves_costs_one_wait(monkeypatch):
+    """It listens, takes the request for /props and says nothing."""
+    monkeypatch.setattr(sources, "PROPS_SECONDS", 0.2)
+
+    async def ask():
+        asked = 0
+
+        async def handle(reader, writer):
+            nonlocal asked
+            asked += 1
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        source = RemoteSource(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        answers = [await source.reads_files() for _ in range(3)]
+        await source.close()
+        server.close()
+        return answers, asked
+
+    assert asyncio.run(ask()) == ([True] * 3, 1)

@@ -18,6 +18,7 @@ from codegemma.generate.request import Infill, Request
 from codegemma.serve.requests import Busy
 from codegemma.serve.scheduler import Scheduler
 
+PROPS_SECONDS = 2.0  # how long it may take to say what it serves: a suggestion waits for it, once
 ANSWER_SECONDS = 60.0  # how long a server may take
 
 
@@ -96,10 +97,13 @@ class RemoteSource:
     async def reads_files(self) -> bool:
         if self._reads_files is None:
             try:
-                ours = (await self.client.get("/props")).json().get("codegemma", {})
+                answer = await self.client.get("/props", timeout=PROPS_SECONDS)
+                ours = answer.json().get("codegemma", {})
                 self._reads_files = bool(ours.get("reads_files", True))  # assumed of other servers
+            except httpx.ConnectError:
+                return True  # it may still start, and say
             except (httpx.HTTPError, ValueError, AttributeError):
-                return True
+                self._reads_files = True
         return self._reads_files
 
     async def fill(self, request: Request) -> Filled:
