@@ -1277,18 +1277,21 @@ def test_a_server_that_never_says_what_it_serves_costs_one_wait(monkeypatch):
     monkeypatch.setattr(sources, "PROPS_SECONDS", 0.2)
 
     async def ask():
-        asked = 0
+        asked, closed = 0, asyncio.Event()
 
         async def handle(reader, writer):
             nonlocal asked
             asked += 1
             await reader.read()
             writer.close()
+            await writer.wait_closed()
+            closed.set()
 
         server = await asyncio.start_server(handle, "127.0.0.1", 0)
         source = RemoteSource(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
         answers = [await source.reads_files() for _ in range(3)]
         await source.close()
+        await closed.wait()
         server.close()
         return answers, asked
 
