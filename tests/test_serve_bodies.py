@@ -204,7 +204,7 @@ def test_penalties_and_biases_work_on_every_route(server, model):
         answer = good(send(server, "/completion", {"prompt": "def f", "n_predict": 6, **fields}))
         assert answer["content"] == expected
     refused = error_text(send(server, "/completion", {"prompt": "x", "logit_bias": [["def", -1]]}))
-    assert "a token id and a bias" in refused and "Value error" not in refused
+    assert "each pair must be [token id, bias]" in refused and "Value error" not in refused
     options = {**more, "num_predict": 6, "logit_bias": [[first, False]]}
     ollama = {"model": "m", "prompt": "def f", "raw": True, "stream": False, "options": options}
     assert good(send(server, "/api/generate", ollama))["response"] == expected
