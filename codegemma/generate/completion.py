@@ -133,7 +133,7 @@ def cut(text: str, infill: Infill, final: bool = True) -> tuple[str, bool]:
     needs a line of its own. Lines end as the infill's do.
     """
     if infill.newline == "\n":
-        return _cut(text, infill, final)
+        return _cut(text, infill.normalized(), final)
     kept, done = _cut(_normalize(text, final), infill.normalized(), final)
     return kept.replace("\n", infill.newline), done
 
