@@ -58,7 +58,7 @@ class Trimmer:
             return step
         infill, final, done = self.infill, step.stop is not None, False
         self._text += step.text
-        kept = _normalize(self._text, final) if self._newline != "\n" else self._text
+        kept = _normalize(self._text, final)
         if self._cuts:
             kept, done = _cut(kept, infill, final)
         if infill.min_indent:
@@ -132,8 +132,6 @@ def cut(text: str, infill: Infill, final: bool = True) -> tuple[str, bool]:
     repeats is dropped, and so is a bracket that the suffix closes. A newline stays at the end if the suffix
     needs a line of its own. Lines end as the infill's do.
     """
-    if infill.newline == "\n":
-        return _cut(text, infill.normalized(), final)
     kept, done = _cut(_normalize(text, final), infill.normalized(), final)
     return kept.replace("\n", infill.newline), done
 
