@@ -1,9 +1,12 @@
-"""Skips tests whose programs are missing or broken on this machine, with the reason."""
+"""Programs that tests run: skips for those that are missing or broken here, and signals that reach them."""
 
 import functools
 import shutil
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,15 @@ def needs_compiler(compiler: str, *runner: str) -> pytest.MarkDecorator:
 # A sandbox needs user namespaces, which containers and some systems refuse to a bubblewrap that is installed.
 NO_SANDBOX = fault("bwrap", "--unshare-all", "--unshare-user", "--ro-bind", "/", "/", "/bin/true")
 needs_bwrap = pytest.mark.skipif(bool(NO_SANDBOX), reason=NO_SANDBOX)
+
+
+@contextmanager
+def signals_act(*numbers: int) -> Iterator[None]:
+    """Programs started meanwhile die of these signals, which a run under nohup or in the background ignores,
+    and with it all that it starts. A `preexec_fn` would fork, which JAX's threads do not bear."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

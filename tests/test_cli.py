@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import signals_act
 from tiny import random_adapter, tiny_config, write_tiny_gguf
 
 import codegemma
@@ -87,15 +88,10 @@ def base_model(monkeypatch):
 
 
 def process(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "codegemma.cli", *map(str, arguments)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # CI may ignore SIGINT
-        **options,
-    )
+    command = [sys.executable, "-m", "codegemma.cli", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with signals_act(signal.SIGINT):
+        return subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **options)
 
 
 def test_the_documents_show_the_help_as_it_stands():

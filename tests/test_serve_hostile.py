@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from programs import signals_act
 from serving import Process, served
 from tiny import KINDS, write_tiny_gguf
 
@@ -295,7 +296,8 @@ def test_all_addresses_of_ipv6_are_those_of_ipv4_too():
 )
 def test_a_signal_ends_the_server_in_a_line_and_keeps_the_cache(path, tmp_path, number, code, client):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    process = Process("-m", str(path), environment=environment)
+    with signals_act(number):
+        process = Process("-m", str(path), environment=environment)
     url = httpx.URL(process.url)
     with contextlib.ExitStack() as stack:
         for host in ("127.0.0.1", "[::1]"):

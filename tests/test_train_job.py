@@ -20,6 +20,7 @@ pytest.importorskip("tree_sitter")
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import adapter_train
+from programs import signals_act
 from tiny import random_adapter, tiny_config, write_tiny_gguf
 
 from codegemma import load
@@ -245,13 +246,10 @@ def test_ctrl_c_keeps_the_steps_of_a_run(model, chats, tmp_path):
     command += ["--save-every", "100000", "--out", str(tmp_path / "out")]
 
     def run(*more, after):
-        with subprocess.Popen(
-            [*command, *more],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        ) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with signals_act(signal.SIGINT):
+            child = subprocess.Popen([*command, *more], text=True, **pipes)
+        with child as process:
             lines = [next(process.stderr) for _ in range(after)]
             process.send_signal(signal.SIGINT)
             _, rest = process.communicate(timeout=120)
@@ -485,7 +483,9 @@ def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         job,
         "run",
-        lambda plan, _, on_step: existed.append(plan.out.exists()) or on_step(SimpleNamespace(seconds=9.0)),
+        lambda plan, _, on_step, until: (
+            existed.append(plan.out.exists()) or on_step(SimpleNamespace(seconds=9.0))
+        ),
     )
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
     assert tune.plan_within(options, 150.0, None).settings.steps == 5 and existed == [False]
@@ -494,7 +494,7 @@ def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
 def test_tune_leaves_time_to_choose_the_best_step(tmp_path, monkeypatch):
     """Measuring counts as training does: 6 measurements of 16 rows, and 8 rows a step."""
     monkeypatch.setattr(tune, "Rows", lambda folder: range(16))
-    monkeypatch.setattr(job, "run", lambda plan, _, on_step: on_step(SimpleNamespace(seconds=9.0)))
+    monkeypatch.setattr(job, "run", lambda plan, _, on_step, until: on_step(SimpleNamespace(seconds=9.0)))
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
     options = tune.TuneOptions(Path("r"), "m", 1, tmp_path, rank=4)
     (options.work / "choosing").mkdir(parents=True)
