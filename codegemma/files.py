@@ -234,7 +234,7 @@ def lock(file: IO[Any] | int, wait: bool = True) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, renamed to `path` when the block succeeds and removed when it raises.
 
-    It may replace an empty directory at `path`; OSError is raised where `path` is anything else."""
+    An empty directory at `path` is replaced. Raises OSError if anything else is there."""
     part = _part(path, _writer())
     with _naming(path, part):
         held = _make_and_lock(part)

@@ -113,6 +113,11 @@ class Parts:
     path: Ids
     context: tuple[Ids, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """The number of ids, without those of the path."""
+        return len(self.prefix) + len(self.suffix) + sum(map(len, self.context))
+
 
 @dataclass(frozen=True)
 class ParsedFim:

@@ -54,6 +54,7 @@ _BLANK = "\u2581"
 _UNUSED = re.compile(r"<unused\d+>")
 _SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a control spelling looks like
 _LINE = re.compile(rb"[^\n]*\n+|[^\n]+")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _CACHE_VERSION = b"1"
 MAX_ADDED = 65_536  # tokens that side files may add to a vocabulary
 
@@ -363,6 +364,13 @@ class Tokenizer:
         others = {name: control_id(f"<{name}>") for name in names}
         bos, eos = control_id("<bos>", "<s>"), control_id("<eos>", "</s>")
         return Control(bos=bos, eos=eos, **others, **fim, fim=source)
+
+
+def without_surrogates(text: str) -> str:
+    """The text as Unicode: a pair of surrogates, as UTF-16 has them, is its character, half a one U+FFFD."""
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class StreamDecoder:

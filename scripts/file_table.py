@@ -15,7 +15,7 @@ def rooms(text: str) -> list[str]:
 
 
 def file_table(text: str) -> str:
-    """The sections of the rooms. A module without a docstring is left out if it is an empty `__init__`."""
+    """A section for each room, with a row for each of its files. Empty files are left out."""
     sections = []
     for room in rooms(text):
         lines = [f"### {room}", "", "| file | what it answers |", "|---|---|"]

@@ -64,18 +64,18 @@ COLLECTED = {  # programs whose folder "out" and file "one/file" are handed back
 
 def results(use_cgroups):
     """{name: outcome, or [outcome, {file: size}]} of each program, doctor's self-test and a last program."""
-    found = {}
+    outcomes = {}
     with Sandbox(workers=1, use_cgroups=use_cgroups) as box:
-        found["doctor"] = [row for row in self_test(box) if not row[1]]
+        outcomes["doctor"] = [row for row in self_test(box) if not row[1]]
         for name, source in PROGRAMS.items():
-            found[name] = box.run_python(source, seconds=4, memory=256 << 20).outcome
+            outcomes[name] = box.run_python(source, seconds=4, memory=256 << 20).outcome
         for name, source in COLLECTED.items():
             result = box.run(
                 [PYTHON, "-c", source], collect=["out", "one/file"], seconds=30, memory=256 << 20
             )
-            found[name] = [result.outcome, {name: len(content) for name, content in result.files.items()}]
-        found["afterwards"] = box.run_python("import os\nassert os.listdir('.') == []").outcome
-    return found
+            outcomes[name] = [result.outcome, {name: len(content) for name, content in result.files.items()}]
+        outcomes["afterwards"] = box.run_python("import os\nassert os.listdir('.') == []").outcome
+    return outcomes
 
 
 if __name__ == "__main__":

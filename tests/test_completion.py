@@ -26,7 +26,7 @@ def complete(engine, request, cancel=None):
 
 
 def infill_prompt(engine, infill, layout, max_tokens, max_uncached=10**9):
-    return infill_ids(engine, infill, layout, PromptBudget(max_tokens, max_uncached))
+    return infill_ids(engine, infill, layout, PromptBudget(max_tokens, max_uncached))[0]
 
 
 def trimmed_text(text, prefix="", suffix="", trim="block"):
@@ -207,6 +207,17 @@ def test_any_text_makes_a_prompt_that_fits(prefix, suffix, layout):
         path = "dir/file.py\n" if layout == "prefix" else ""
         assert (parsed.prefix, parsed.suffix) == (path + prefix, suffix if layout != "prefix" else "")
     list(complete(engine, Request(Infill(prefix, suffix, mode=layout), max_tokens=3)))
+
+
+@pytest.mark.parametrize("layout", ["psm", "spm", "prefix"])
+@pytest.mark.parametrize("max_tokens", [100, 300, 8000])
+def test_what_a_prompt_leaves_out_is_counted(layout, max_tokens):
+    engine = Engine(Scripted([2, 1], context=8192), TINY_TOKENIZER)
+    infill = Infill(CODE[:1500], CODE[1500:2500], "a.py", [File("b.py", "y = 2\n")])
+    everything, nothing = infill_ids(engine, infill, layout, PromptBudget(10**9, 10**9))
+    ids, left_out = infill_ids(engine, infill, layout, PromptBudget(max_tokens, 10**9))
+    assert nothing == 0 and left_out == len(everything) - len(ids)
+    assert (left_out > 0) == (max_tokens < len(everything))
 
 
 def typing_trace(layout, max_tokens, start, text):

@@ -244,7 +244,7 @@ def test_a_compiler_that_is_there_but_broken_is_reported(script, tmp_path, monke
 
 @pytest.mark.parametrize(("key", "tool"), [("cpp", "g++"), ("javascript", "node")])
 def test_a_tool_that_prints_its_version_and_works_no_more_is_reported(key, tool, monkeypatch):
-    """Else every answer in its language would be wrong, and the score 0."""
+    """If it were not, every answer in its language would count as wrong."""
     script = '#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit\necho no linker >&2; exit 1\n'
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # a sandbox has a /tmp of its own
         bin = Path(folder, "bin")

@@ -91,7 +91,7 @@ class _Header:
         return value
 
     def skip(self, size: int, label: str) -> int:
-        """Advances by `size` bytes and returns the offset of the first."""
+        """Skips `size` bytes and returns the offset where they began."""
         start = self.offset
         if size > len(self.data) - start:
             raise self.fault(f"{label} reaches beyond the end of the file ({len(self.data):,} bytes)")

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 
 QUIET_SECONDS = 1.0  # how long a prompt is read before its progress is shown
-HEALED_TOKENS = 32  # a prompt may lack so many at its end: its last word is generated anew
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def complete(
     """Fill the hole at a cursor."""
     from codegemma.generate.request import Infill, Request
     from codegemma.generate.resolve import layout_for
-    from codegemma.prompts import File, fim
+    from codegemma.prompts import File
 
     prefix, suffix = _hole(file, at, cursor_mark, prefix_file, suffix_file)
     files = [File(str(other), _read(other)) for other in context or ()]
@@ -78,9 +77,7 @@ def complete(
             else f"expect little of --mode {mode}"
         )
         note(f"{model.title} was not trained to fill in the middle: {consequence}")
-    layout = layout_for(mode, orders)
-    whole = fim(model.tokenizer, prefix, suffix if layout != "prefix" else "", path, files, layout).ids
-    _answer(model, request, answer, whole_prompt=len(whole), layout=layout)
+    _answer(model, request, answer, layout=layout_for(mode, orders))
 
 
 def generate(
@@ -227,19 +224,19 @@ def _answer(
     request: Request,
     options: AnswerOptions,
     echo: str = "",
-    whole_prompt: int = 0,
     **facts: str,
 ) -> None:
     """Prints `echo` and the answer as it comes, or one JSON object with its figures and `facts`.
 
-    `whole_prompt` is how many tokens the prompt has if nothing is left out; a note says if something is.
+    A note says if text was left out of the prompt.
     """
     from codegemma.native import Cancel
 
     started, first_step, cancel = time.perf_counter(), 0.0, Cancel()
     completion = model.run(request, cancel)
-    if whole_prompt - completion.prompt_tokens > HEALED_TOKENS:
-        read = f"read the {completion.prompt_tokens:,} of {whole_prompt:,} tokens nearest to the cursor"
+    if left_out := completion.running.request.left_out:
+        tokens = completion.prompt_tokens
+        read = f"read the {tokens:,} of {tokens + left_out:,} tokens nearest to the cursor"
         longer = "; --time-budget 0 reads what the model can" if request.prompt_seconds else ""
         note(f"{read}{longer}")
 

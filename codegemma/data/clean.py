@@ -1,4 +1,4 @@
-"""Cleans the documents of a build: drops low quality and unsafe content, redacts the others (redact.py)."""
+"""Drops documents of low quality or unsafe content, and redacts the documents that remain (redact.py)."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX
 
 @dataclass(frozen=True)
 class GitFolders:
-    """Where a checkout's `.git` leads: `own` belongs to this worktree, `common` to all of the repository."""
+    """git's folders of a checkout: `worktree` is its own, `common` that of the whole repository."""
 
-    own: Path
+    worktree: Path
     common: Path
 
 
@@ -41,14 +41,14 @@ def git_folders(root: Path) -> GitFolders | None:
     In a worktree or a submodule `.git` is a file that names its own folder. In a worktree's own folder, the
     file `commondir` names the shared one.
     """
-    own = root / ".git"
+    folder = root / ".git"
     try:
-        if own.is_file():
-            own = root / _path_in(own).removeprefix("gitdir:").strip()
-        if not own.is_dir():
+        if folder.is_file():
+            folder = root / _path_in(folder).removeprefix("gitdir:").strip()
+        if not folder.is_dir():
             return None
-        shared = own / "commondir"
-        return GitFolders(own, own / _path_in(shared) if shared.is_file() else own)
+        shared = folder / "commondir"
+        return GitFolders(folder, folder / _path_in(shared) if shared.is_file() else folder)
     except (OSError, ValueError):
         return None
 
@@ -71,14 +71,14 @@ def git_state(root: Path) -> tuple[str, str]:
 
 
 def _commit(folders: GitFolders) -> str:
-    head = _read(folders.own / "HEAD").strip()
+    head = _read(folders.worktree / "HEAD").strip()
     branch = head.removeprefix("ref: ")
     if branch == head or ".." in branch or not branch.startswith("refs/"):
         stated = [head]
     else:
         packed_refs = _read(folders.common / "packed-refs")
         packed = re.search(rf"^(\w+) {re.escape(branch)}$", packed_refs, re.M)
-        files = (folders.own / branch, folders.common / branch)
+        files = (folders.worktree / branch, folders.common / branch)
         stated = [*(_read(file).strip() for file in files), packed[1] if packed else ""]
     return next((commit for commit in stated if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit)), "")
 
@@ -98,7 +98,7 @@ def git_settings(root: Path) -> GitSettings:
     config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "git"
     files = [home / ".gitconfig", config / "config"]
     if folders:
-        files += [folders.common / "config", folders.own / "config.worktree"]
+        files += [folders.common / "config", folders.worktree / "config.worktree"]
     changed = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
     return _settings(root, config, (home, changed, time.monotonic() // SETTINGS_SECONDS))
 

@@ -99,8 +99,10 @@ class IgnoreRules:
         folder, path = self.folder / name, f"{self.path}{name}/"
         if (folder / ".git").exists():
             return repository_rules(folder)
-        own = read_rules(folder / ".gitignore", self.ignore_case)
-        return IgnoreRules(folder, path, [*self.rules, (path, own)] if own else self.rules, self.ignore_case)
+        rules = read_rules(folder / ".gitignore", self.ignore_case)
+        return IgnoreRules(
+            folder, path, [*self.rules, (path, rules)] if rules else self.rules, self.ignore_case
+        )
 
 
 def repository_rules(root: Path) -> IgnoreRules:

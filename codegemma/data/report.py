@@ -117,7 +117,7 @@ def _shorten(name: str, limit: int = 30) -> str:
 
 # ------------------------------------------------------------------------------------------------------ data
 def _read_ledger(folder: BuildFolder) -> tuple[dict[str, Counter[str]], list[float]]:
-    """Counts by outcome, reason, language, licence and copied document; and the sizes of some documents."""
+    """The documents counted by outcome, reason, language, licence and copied document; some sizes."""
     import pyarrow.parquet as pq
 
     names = ("reasons", "languages", "licences", "copies", "outcomes")

@@ -168,8 +168,8 @@ def _own_attributes(root: Path, lines: list[AttributeLine]) -> list[AttributeLin
     """`lines` with those of the user's own file before them, and the repository's info/attributes after."""
     folders = git_folders(root)
     files = [git_settings(root).attributes_file, *([folders.common / "info/attributes"] if folders else [])]
-    own = [attribute_lines("", file.read_bytes()) if file.is_file() else [] for file in files]
-    return [*own[0], *lines, *(own[1] if folders else [])]
+    read = [attribute_lines("", file.read_bytes()) if file.is_file() else [] for file in files]
+    return [*read[0], *lines, *(read[1] if folders else [])]
 
 
 def _read_entry(

@@ -16,11 +16,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
+from codegemma.tokenizer import without_surrogates
+
 Encoding = Literal["utf-8", "utf-16", "utf-32"]
 
 CHUNK_CHARACTERS = 4096
 _LINE_END = re.compile(r"\r\n|\r|\n")  # LSP's; str.splitlines has more, such as the form feeds in C sources
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,7 @@ class Buffer:
 
 def normalize(text: str) -> str:
     """Text as a model reads it: \\n ends each line, surrogate pairs are joined, lone ones replaced."""
-    if _SURROGATE.search(text):
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return without_surrogates(text).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _chunks(text: str, encoding: Encoding) -> list[Chunk]:

@@ -107,10 +107,10 @@ class Documents:
     def others(self, uri: str) -> list[Buffer]:
         """The other open documents, the most recently used last. Each notebook is one text."""
         buffers: list[Buffer] = []
-        seen = {*self._cells(uri)}
+        listed = {*self._cells(uri)}
         for other in reversed(self.buffers):
-            if other not in seen:
-                seen.update(self._cells(other))
+            if other not in listed:
+                listed.update(self._cells(other))
                 buffers.append(self.whole(other)[0])
         return buffers[::-1]
 

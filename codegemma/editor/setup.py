@@ -72,7 +72,7 @@ def advice(editor: str, program: str = "codegemma") -> str:
 
 
 def write(editor: str, program: str) -> str:
-    """Merges the set-up into the editor's file, keeps a copy of the old file, and returns a diff.
+    """Adds our settings to the editor's file and returns a diff. A copy of the old file stays beside it.
 
     A second call changes nothing. Raises ValueError, and writes nothing, if the file cannot be parsed.
     """

@@ -135,8 +135,8 @@ class Model:
 
     @property
     def _is_codegemma(self) -> bool:
-        """Whether the model itself was trained for FIM: as its preset says or, without one, if its vocabulary
-        names the FIM tokens."""
+        """Whether the model, without an adapter, was trained for FIM. Its preset says so; a model without a
+        preset was if its vocabulary names the FIM tokens."""
         if self.preset:
             return self.preset.fim
         return self.engine.tokenizer is not None and self.engine.tokenizer.control.fim == "named"

@@ -111,6 +111,7 @@ class Request:
     begin: str = ""  # set by `resolve` for an Infill, as are `typed` and `layout`
     typed: int = 0
     layout: Layout | None = None  # order of an Infill's prompt
+    left_out: int = 0  # tokens of an Infill's text that its prompt has no room or time for
 
     def __post_init__(self) -> None:
         limits = {"time budget": self.prompt_seconds, "t_max_predict_ms": self.predict_seconds}

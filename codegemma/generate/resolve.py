@@ -47,7 +47,7 @@ def resolve(
     tokenizer, on a chat that does not end with the user's turn, and on a path of several lines.
     """
     prompt, tokenizer, budget = request.prompt, engine.tokenizer, prompt_budget(engine, request)
-    begin, typed = "", 0
+    begin, typed, left_out = "", 0, 0
     source = prompt.prompt if isinstance(prompt, TextPrompt) else prompt
     layout, stop_ids = None, prompts.fim_stops(tokenizer) if tokenizer else frozenset[int]()
     if not isinstance(source, Infill | Chat | str):
@@ -58,7 +58,7 @@ def resolve(
     elif isinstance(source, Infill):
         layout = layout_for(source.mode, fim_orders)
         infill, begin, typed = at_cursor(tokenizer, source, reads_files)
-        ids = infill_ids(engine, infill, layout, budget, request.adapter)
+        ids, left_out = infill_ids(engine, infill, layout, budget, request.adapter)
     elif isinstance(source, Chat):
         chat = prompts.chat(tokenizer, source.messages)
         ids, stop_ids = chat.ids, chat.stops
@@ -68,7 +68,8 @@ def resolve(
     if isinstance(prompt, TextPrompt) and prompt.truncate:
         ids = truncate_left(ids, budget.max_tokens)
     stop_ids = stop_ids.union(request.stop_ids)
-    return replace(request, prompt=ids, stop_ids=stop_ids, begin=begin, typed=typed, layout=layout)
+    request = replace(request, begin=begin, typed=typed, layout=layout, left_out=left_out)
+    return replace(request, prompt=ids, stop_ids=stop_ids)
 
 
 def layout_for(mode: Mode, fim_orders: Collection[str]) -> Layout:
@@ -102,20 +103,22 @@ def prompt_budget(engine: PromptContext, request: Request) -> PromptBudget:
 
 def infill_ids(
     engine: PromptContext, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
-) -> list[int]:
-    """The prompt with the largest window of an Infill that the budget allows, given what is cached."""
+) -> tuple[list[int], int]:
+    """The prompt with the largest window of an Infill that the budget allows, given what is cached, and how
+    many tokens of the Infill's text it leaves out."""
     tokenizer = engine.tokenizer
     assert tokenizer is not None
     suffix = infill.suffix if layout != "prefix" else ""
     parts = prompts.encode_parts(tokenizer, infill.prefix, suffix, infill.path, infill.files)
-    total = len(parts.prefix) + len(parts.suffix) + sum(map(len, parts.context))
+    total = parts.size
     largest = min(total, budget.max_tokens - len(parts.path) - 4)  # <bos> and three sentinels
-    ids: list[int] = []
+    ids, shown = list[int](), parts
     for size in (largest, *(size for size in WINDOWS if size < largest)):
-        ids = prompts.assemble(tokenizer, window(tokenizer, parts, max(size, 1)), layout).ids
+        shown = window(tokenizer, parts, max(size, 1))
+        ids = prompts.assemble(tokenizer, shown, layout).ids
         if len(ids) - engine.cached(ids, adapter) <= budget.max_uncached:
             break
-    return ids
+    return ids, total - shown.size
 
 
 def window(tokenizer: Tokenizer, parts: Parts, size: int) -> Parts:

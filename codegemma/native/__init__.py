@@ -97,7 +97,7 @@ class Logits:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """New tokens of a sequence, at positions from `start`. `pages` have room for these and all before."""
+    """New tokens of a sequence, the first at position `start`. `pages` have room for the whole sequence."""
 
     ids: Sequence[int]
     start: int

@@ -57,7 +57,7 @@ class Cgroup:
 
 
 def _parents() -> tuple[Path, Path]:
-    """The folders in which groups for memory and for processes can be created. Raises OSError without any."""
+    """The folders for new memory groups and for new process groups. Raises OSError if there are none."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     paths = {kind: path for _, kind, path in (line.split(":", 2) for line in lines)}  # kind "" is version 2
     if "" in paths:

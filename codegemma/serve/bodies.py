@@ -19,6 +19,7 @@ from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.generate.sampling import Sampling
 from codegemma.prompts import File
 from codegemma.serve.wire import service_of
+from codegemma.tokenizer import without_surrogates
 
 INFILL_TOKENS = 128  # of a suggestion, where the body has no limit
 UNLIMITED_TOKENS = 1024  # if the limit is below 0 (none), or missing in chats, llama.cpp's and Ollama's texts
@@ -54,7 +55,6 @@ OTHER_FIELDS = (
 TOOL_FIELDS = {"tools": "tool_choice", "functions": "function_call"}
 OFF: tuple[Any, ...] = (None, False, "", [], {}, {"type": "text"}, ["text"])  # values that ask for nothing
 
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _PAIR = re.compile(r"[\ud800-\udbff][\udc00-\udfff]")
 _SURROGATE_MARKS = (b"\\ud", b"\\uD", b"\xed")  # JSON with a surrogate has one of these
 
@@ -76,10 +76,7 @@ def _pieces(text: str) -> Iterator[str]:
     while start < len(text):
         end = start + PIECE_CHARACTERS
         end += bool(_PAIR.match(text, end - 1))  # a pair stays together
-        piece = text[start:end]
-        if _SURROGATE.search(piece):
-            piece = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield piece
+        yield without_surrogates(text[start:end])
         start = end
 
 

@@ -45,7 +45,7 @@ class HttpProtocol(H11Protocol):
             self._read_timer.cancel()
 
     def _update_request_timer(self) -> None:
-        """Starts the timer of the next request's headers, or stops it once they are read."""
+        """Limits the time for a request's headers: starts a timer, or stops it once they are read."""
         answering = self.cycle is not None and not self.cycle.response_complete
         if self._request_timer is not None and answering:
             self._request_timer.cancel()

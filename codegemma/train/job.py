@@ -255,9 +255,9 @@ def initial_adapter(plan: TrainingPlan, checkpoint: Checkpoint, base: Params) ->
 def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(FIM tokens, tokens whose embedding rows they start from) of a base that was never trained on them.
 
-    The separator starts from the row of <eos>, which ends texts. The suffix's marker starts from the row of
-    the separator: its own is nearly the row of the prefix's marker (a cosine of 0.93 in Gemma 3 270M), so
-    that no layer could tell the two apart. Both tuples are empty where the vocabulary names the FIM tokens,
+    The separator starts from the row of <eos>, since both end a text. <|fim_suffix|> starts from the
+    separator's row. Its own row is nearly that of <|fim_prefix|> (a cosine of 0.93 in Gemma 3 270M): no layer
+    could tell the two apart. Both tuples are empty where the vocabulary names the FIM tokens,
     because then the base was trained on them.
     """
     tokenizer = checkpoint.tokenizer

@@ -209,9 +209,9 @@ def offered(page: Page, name: str) -> bool:
     page.locator(".quick-input-list").get_by_text("CodeGemma: Complete Here", exact=True).first.wait_for()
     field.fill(f">CodeGemma: {name}")
     page.wait_for_timeout(1000)
-    found = page.locator(".quick-input-list").get_by_text(f"CodeGemma: {name}", exact=True).count()
+    count = page.locator(".quick-input-list").get_by_text(f"CodeGemma: {name}", exact=True).count()
     page.keyboard.press("Escape")
-    return found > 0
+    return count > 0
 
 
 def test_the_walkthrough_shows_the_first_steps(workbench):
