@@ -21,6 +21,15 @@ for pid in (1, os.getppid()):
 time.sleep(0.1)
 """
 LIMIT = "import resource\nresource.prlimit(1, resource.RLIMIT_{0}, (0, 0))"
+ORPHANS = """
+import os
+for _ in range(1500):
+    if child := os.fork():
+        os.waitpid(child, 0)
+    else:
+        os.fork()
+        os._exit(0)
+"""
 FORKS = "import os, time\nfor _ in range(3): os.fork()\n"
 PROGRAMS = {
     "every signal to process 1": SIGNALS,
@@ -28,7 +37,8 @@ PROGRAMS = {
     "a signal to itself": "import os, signal\nos.kill(os.getpid(), signal.SIGINT)",
     "no open files for process 1": LIMIT.format("NOFILE"),
     "no memory for process 1": LIMIT.format("AS"),
-    "no time for process 1": LIMIT.format("CPU"),
+    # Process 1 is killed at the next tick of the clock at which it runs: here it has much to run for.
+    "no time for process 1": LIMIT.format("CPU") + ORPHANS,
     "process 1 first to be killed": "open('/proc/1/oom_score_adj', 'w').write('1000')\nx = []\n"
     "while True: x.append(b'x' * (1 << 24))",
     "endless writing to descriptor 3": "import os\nwhile True: os.write(3, b'x' * 65536)",

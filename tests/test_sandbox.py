@@ -34,7 +34,7 @@ BECOMES = {
     "a signal to itself": "failed",
     "no open files for process 1": "passed",
     "no memory for process 1": "passed",
-    "no time for process 1": "passed",
+    "no time for process 1": "failed",  # it is killed at work, and with it the program that did this
     "process 1 first to be killed": "out_of_memory",
     "endless writing to descriptor 3": "output_too_long",
     "eight that write to descriptor 3": "output_too_long",
