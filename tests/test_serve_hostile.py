@@ -130,9 +130,20 @@ HOSTILE_BODIES = {
 
 @pytest.mark.parametrize("name", HOSTILE_BODIES)
 def test_no_body_holds_up_the_other_clients(server, name):
-    """The answer of /health never waits for long; a busy machine is given ten times the 100 ms."""
+    """The answer of /health never waits for long; a busy machine is given ten times the 100 ms.
+
+    A body that holds up the server does so each time, a pause of the machine's does not: the best of four counts.
+    """
     path, body = HOSTILE_BODIES[name]
-    waits, done = [], threading.Event()
+    longest = []
+    while not longest or (min(longest) >= 1.0 and len(longest) < 4):
+        longest.append(_longest_wait(server, path, body))
+    assert min(longest) < 1.0, longest
+
+
+def _longest_wait(server, path, body):
+    """Seconds that /health took at most while the server read and refused or answered `body`."""
+    waits, done = [0.0], threading.Event()
 
     def beat():
         with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
@@ -149,7 +160,7 @@ def test_no_body_holds_up_the_other_clients(server, name):
         done.set()
         thread.join()
     assert answer.status_code in (200, 400, 413, 422) and len(answer.content) < 2000, answer.text[:200]
-    assert max(waits, default=0) < 1.0
+    return max(waits)
 
 
 def test_what_is_counted_are_values_and_not_commas_in_texts():
