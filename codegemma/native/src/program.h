@@ -1,6 +1,6 @@
 // A model as a list of steps over buffers, recorded once by the Python layer loop and replayed here for any number of
-// tokens without the interpreter. All threads go through the steps together: they claim a step's tiles from a shared
-// counter, with a barrier between steps.
+// tokens without the interpreter. All threads go through the steps together, with a barrier between steps. Each thread
+// claims the tiles of its own share of a step in order, so that it reads weights as one stream, and then helps the others.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -80,6 +80,7 @@ class Program {
     Activations a;
   };
   struct Step {
+    std::function<int64_t()> urgent;  // how many of the first tiles others wait for: all threads claim these first
     std::function<int64_t()> tiles;
     std::function<void(int64_t tile, Scratch&)> work;
   };
@@ -130,7 +131,7 @@ class Program {
   int head_ = -1;
   int64_t vocabulary_ = 0;
   std::vector<Scratch> scratch_;
-  std::unique_ptr<std::atomic<int64_t>[]> claimed_;
+  std::unique_ptr<std::atomic<int64_t>[]> claimed_;  // [steps, shares of the threads and the urgent tiles]
   struct Stat { float largest, total; int64_t index; };
   std::vector<Stat> stats_;  // [n_out, parts] of the logits
 };
