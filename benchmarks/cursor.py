@@ -225,6 +225,19 @@ def table(rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | None) 
     return "\n".join(lines)
 
 
+def thresholds(rows: Sequence[dict[str, Any]]) -> str:
+    """What hiding below a confidence costs: how much is shown, how much of it begins with the right line, and
+    how many of the right first lines are kept."""
+    lines = ["| hidden below | shown | right first line | right ones kept |", "|---|---|---|---|"]
+    right = sum(row["first line"] for row in rows)
+    for threshold in (0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        shown = [row for row in rows if not row["hidden"] and row["confidence"] >= threshold]
+        good = sum(row["first line"] for row in shown)
+        shares = (len(shown) / len(rows), good / max(1, len(shown)), good / max(1, right))
+        lines.append(f"| {threshold} | {' | '.join(f'{100 * share:.1f}' for share in shares)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("out", type=Path)
@@ -239,7 +252,9 @@ def main() -> None:
     drawn = holes(BENCH / "cursor", options.holes, options.seed)
     rows = measure(codegemma.load(options.model), drawn, options.trim, options.context)
     options.out.write_text(json.dumps(rows, indent=1))
-    print(table(rows, json.loads(options.against.read_text()) if options.against else None))
+    print(table(rows, json.loads(options.against.read_text()) if options.against else None), "")
+    if rows[0]["confidence"] is not None:
+        print(thresholds(rows))
 
 
 if __name__ == "__main__":
