@@ -41,6 +41,7 @@ ENDINGS = {
     "rust": "rs", "c": "c", "cpp": "cpp", "csharp": "cs",
 }  # fmt: skip
 KINDS = ("word", "line", "lines")
+CONTEXT = 2000  # characters of a file beside the hole's
 WINDOW = 1500, 500  # characters before and after the cursor that a prompt is made of
 FILE_BYTES = 2_000, 60_000
 MAX_TOKENS = 64
@@ -56,7 +57,7 @@ class Hole:
     prefix: str
     middle: str
     suffix: str
-    neighbours: tuple[tuple[str, str], ...]  # path and text of the files that stand beside it in its package
+    neighbours: tuple[tuple[str, str], ...]  # path and text of up to four files beside it in its package
 
 
 def from_debian(name: str, version: str, folder: Path) -> Path:
@@ -124,7 +125,9 @@ def holes(folder: Path, count: int, seed: int) -> list[Hole]:
                 number = rng.randrange(len(sources))
                 name, text = sources[number]
                 beside = tuple(
-                    sources[i] for i in (number + 1, number - 1, number + 2, number - 2) if 0 <= i < len(sources)
+                    sources[i]
+                    for i in (number + 1, number - 1, number + 2, number - 2)
+                    if 0 <= i < len(sources)
                 )
                 if hole := cut(text, language, kind, name, rng, beside):
                     drawn.append(hole)
@@ -176,7 +179,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Each hole with the text that is shown, the time that it took and its judgement.
 
-    The prompt names the file and reads `context` files that stand beside it, if that is not 0.
+    The prompt names the file and reads the first 2,000 characters of `context` files beside it, if that is not 0.
     """
     rows = []
     for number, hole in enumerate(drawn):
@@ -185,7 +188,14 @@ def measure(
         chosen = trim or ("line" if re.match(r"[^\n]*\w", hole.suffix) else "block")
         prefix = hole.prefix[hole.prefix.find("\n", max(0, len(hole.prefix) - WINDOW[0])) + 1 :]
         suffix = hole.suffix[: WINDOW[1]]
-        beside = {"path": hole.path, "context": hole.neighbours[:context]} if context else {}
+        beside = (
+            {
+                "path": hole.path,
+                "context": [(name, text[:CONTEXT]) for name, text in hole.neighbours[:context]],
+            }
+            if context
+            else {}
+        )
         answer = model.complete(prefix, suffix, trim=chosen, max_tokens=MAX_TOKENS, **beside)
         text = answer.text
         confidence = getattr(answer, "confidence", None)
@@ -245,7 +255,9 @@ def main() -> None:
     arguments.add_argument("--holes", type=int, default=600)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--trim", choices=("auto", "none", "line", "block"))
-    arguments.add_argument("--context", type=int, default=0, help="files beside the hole's that are read, up to 4")
+    arguments.add_argument(
+        "--context", type=int, default=0, help="files beside the hole's that are read, up to 4"
+    )
     arguments.add_argument("--against", type=Path, help="the OUT of an older run on the same holes")
     options = arguments.parse_args()
     fetch(BENCH / "cursor")
