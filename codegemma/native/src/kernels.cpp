@@ -11,12 +11,12 @@ namespace CG_LEVEL {
 namespace {
 
 // The next `count` elements of a buffer, for which `reserve` has made room.
-template <class T> T* carve(std::vector<uint8_t>& buffer, size_t& used, size_t count) {
+template <class T> T* carve(Lines<uint8_t>& buffer, size_t& used, size_t count) {
   T* p = (T*)(buffer.data() + used);
   used += (count * sizeof(T) + 63) / 64 * 64;
   return p;
 }
-void reserve(std::vector<uint8_t>& buffer, size_t bytes) {
+void reserve(Lines<uint8_t>& buffer, size_t bytes) {
   if (buffer.size() < bytes + 512) buffer.resize(bytes + 512);
 }
 int64_t pad(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t STAT_ROWS = 4096;  // logits that one partial log-sum-exp covers, whatever the number of threads
 
-template <class T> T* at_least(std::vector<T>& v, size_t n) {
+template <class V> auto* at_least(V& v, size_t n) {
   if (v.size() < n) v.resize(n);
   return v.data();
 }

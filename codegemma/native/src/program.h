@@ -74,9 +74,9 @@ class Program {
     int64_t width, padded;
     int forms = 0, adapter_forms = 0;  // forms that products read, and those that adapters read in addition
     bool prepared = false;   // while recording: whether the contents have been quantised at this step
-    std::vector<float> f, scales32, scales256;
-    std::vector<int8_t> q32, q256;
-    std::vector<int16_t> sums32, sums256;
+    Lines<float> f, scales32, scales256;
+    Lines<int8_t> q32, q256;
+    Lines<int16_t> sums32, sums256;
     Activations a;
   };
   struct Step {
