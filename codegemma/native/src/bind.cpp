@@ -49,12 +49,13 @@ void multiply(const Kernels* k, Pool& pool, const Weight& w, const float* x, int
   std::vector<float> f(rows * P);
   for (int t = 0; t < T; t++) memcpy(&f[t * P], x + t * w.cols, 4 * w.cols);
   bool packed = T >= PACKED_FROM;
-  int form = form_of(w.type), block = form == BLOCKS_256 ? 256 : 32;
+  int form = k->form_of(w.type), block = form == BLOCKS_256 ? 256 : 32;
   std::vector<int8_t> q(rows * P);
   std::vector<float> scales(rows * P / block);
   std::vector<int16_t> sums(rows * P / 16);
+  std::vector<uint16_t> pairs(rows * P);
   Quantised z{block, q.data(), scales.data(), sums.data()};
-  Activations a{f.data(), w.cols, P, P, T, packed, form, z, z};
+  Activations a{f.data(), w.cols, P, P, T, packed, form, z, z, pairs.data()};
   k->quantise(a, 0, packed ? (int)rows : T);
   int64_t tile = k->tile_rows(w, packed);
   std::atomic<int64_t> next{0};
