@@ -95,43 +95,6 @@ std::vector<float> multiply(const Kernels* k, const Weight& w, const Weight* gat
   return out;
 }
 
-void products() {
-  for (int type = 0; type < TYPES; type++) {
-    const Layout& l = LAYOUTS[type];
-    const int64_t rows = 19, cols = l.block == 256 ? 9 * 256 : l.block == 32 ? 13 * 32 : 77;
-    Matrix w(type, rows, cols), gate(type, rows, cols);
-    auto x = draws(40 * cols);
-    float longest = 0;
-    for (float v : x) longest = std::max(longest, std::fabs(v));
-    for (int T = 1; T <= 40; T++) {
-      auto a = multiply(ours, w.weight, nullptr, x, T), b = multiply(twin, w.weight, nullptr, x, T);
-      std::string what = std::string(l.name) + " product of " + std::to_string(T) + " tokens";
-      if (l.block == 1) close(a, b, 0, 2 * cols * ROUNDOFF * cols * longest * 5, what);
-      else expect(!memcmp(a.data(), b.data(), 4 * a.size()), what);
-      if (l.block > 1 && T % 5 == 1)  // the products are equal; exp errs by its argument's roundoffs
-        close(multiply(ours, w.weight, &gate.weight, x, T), multiply(twin, w.weight, &gate.weight, x, T), 400, 1e-30f,
-              what + " with gate");
-    }
-    Matrix low(Q8_0_T, rows, 32);
-    auto h = draws(40 * 32);
-    for (int T : {1, 2, 5, 6, 17, 40})
-      for (int first : {0, T / 2, T - 1}) {  // neighbours keep what they have, and few tokens equal many
-        auto plain = multiply(twin, w.weight, nullptr, x, T);
-        auto many = multiply(twin, w.weight, nullptr, x, 40, &low.weight, h.data(), first);
-        auto a = multiply(ours, w.weight, nullptr, x, T, &low.weight, h.data(), first);
-        auto b = multiply(twin, w.weight, nullptr, x, T, &low.weight, h.data(), first);
-        if (l.block > 1) expect(!memcmp(a.data(), b.data(), 4 * a.size()), std::string(l.name) + " product with an adapter");
-        expect(!memcmp(b.data(), plain.data(), 4 * first * rows) && !memcmp(b.data(), many.data(), 4 * T * rows) &&
-               memcmp(b.data() + first * rows, plain.data() + first * rows, 4 * rows), "plain: an adapter of some tokens");
-      }
-    std::vector<float> a(cols), b(cols);
-    for (int64_t r = 0; r < rows; r++) {
-      ours->decode(w.weight, r, 0, cols, a.data()), twin->decode(w.weight, r, 0, cols, b.data());
-      expect(!memcmp(a.data(), b.data(), 4 * cols), std::string(l.name) + " row");
-    }
-  }
-}
-
 // Numerics v2 (tile_product.cpp), member by member. The tile unit takes denormals for zero.
 float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 float to_bfloat16(float x) {  // eight bits of mantissa, half to even
@@ -164,40 +127,71 @@ std::vector<float> tile_sums(const Weight& w, const std::vector<float>& x) {
   return out;
 }
 // Few tokens and many, one chunk of columns and several, whole tiles and parts of them.
-void tile_products() {
+void tile_products(int type) {
+  const Layout& l = LAYOUTS[type];
   const int most = 70;
+  for (int64_t blocks : {1, l.block == 256 ? 9 : l.block == 32 ? 37 : 1101}) {
+    const int64_t rows = 45, cols = blocks * l.block;
+    Matrix w(type, rows, cols), gate(type, rows, cols), low(Q8_0_T, rows, 32);
+    auto x = draws(most * cols), h = draws(most * 32);
+    for (int64_t i = 0; i < cols; i++) x[2 * cols + i] *= 0x1p-122f, x[3 * cols + i] *= 0x1p100f, x[4 * cols + i] = 0;
+    const auto y = tile_sums(w.weight, to_bfloat16(x)), g = tile_sums(gate.weight, to_bfloat16(x));
+    const auto term = tile_sums(low.weight, to_bfloat16(h));
+    const auto gated = multiply(ours, w.weight, &gate.weight, x, most);
+    for (size_t i = 0; i < y.size(); i++) {
+      const double v = g[i], size = 0.7978845608 * (v + 0.044715 * v * v * v), exact = v / 2 * (1 + std::tanh(size)) * y[i];
+      if (i / rows != 3)  // whose gates overflow
+        expect(std::fabs(gated[i] - exact) <= 400 * ROUNDOFF * (std::fabs(exact) + std::fabs(y[i])) + 1e-30, "gate by tiles");
+    }
+    for (int T : {1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 31, 32, 33, 48, 49, most}) {
+      const std::string what = std::string(l.name) + " product of " + std::to_string(T) + " tokens by tiles";
+      const auto a = multiply(ours, w.weight, nullptr, x, T), b = multiply(ours, w.weight, &gate.weight, x, T);
+      expect(!memcmp(a.data(), y.data(), 4 * a.size()), what);
+      expect(!memcmp(b.data(), gated.data(), 4 * b.size()), what + " with gate");
+      for (int first : {0, T / 2, T - 1}) {
+        auto sum = y;
+        for (int64_t i = first * rows; i < T * rows; i++) sum[i] += term[i];
+        const auto c = multiply(ours, w.weight, nullptr, x, T, &low.weight, h.data(), first);
+        expect(!memcmp(c.data(), sum.data(), 4 * c.size()), what + " with an adapter");
+      }
+    }
+  }
+}
+void products() {
   for (int type = 0; type < TYPES; type++) {
     const Layout& l = LAYOUTS[type];
-    for (int64_t blocks : {1, l.block == 256 ? 9 : l.block == 32 ? 37 : 1101}) {
-      const int64_t rows = 45, cols = blocks * l.block;
-      Matrix w(type, rows, cols), gate(type, rows, cols), low(Q8_0_T, rows, 32);
-      auto x = draws(most * cols), h = draws(most * 32);
-      for (int64_t i = 0; i < cols; i++) x[2 * cols + i] *= 0x1p-122f, x[3 * cols + i] *= 0x1p100f, x[4 * cols + i] = 0;
-      const auto y = tile_sums(w.weight, to_bfloat16(x)), g = tile_sums(gate.weight, to_bfloat16(x));
-      const auto term = tile_sums(low.weight, to_bfloat16(h));
-      const auto gated = multiply(ours, w.weight, &gate.weight, x, most);
-      for (size_t i = 0; i < y.size(); i++) {
-        const double v = g[i], size = 0.7978845608 * (v + 0.044715 * v * v * v), exact = v / 2 * (1 + std::tanh(size)) * y[i];
-        if (i / rows != 3)  // whose gates overflow
-          expect(std::fabs(gated[i] - exact) <= 400 * ROUNDOFF * (std::fabs(exact) + std::fabs(y[i])) + 1e-30, "gate by tiles");
+    const int64_t rows = 19, cols = l.block == 256 ? 9 * 256 : l.block == 32 ? 13 * 32 : 77;
+    Matrix w(type, rows, cols), gate(type, rows, cols);
+    auto x = draws(40 * cols);
+    float longest = 0;
+    for (float v : x) longest = std::max(longest, std::fabs(v));
+    if (ours->form_of(type) == PAIRS) tile_products(type);
+    for (int T = 1; T <= 40 && ours->form_of(type) != PAIRS; T++) {
+      auto a = multiply(ours, w.weight, nullptr, x, T), b = multiply(twin, w.weight, nullptr, x, T);
+      std::string what = std::string(l.name) + " product of " + std::to_string(T) + " tokens";
+      if (l.block == 1) close(a, b, 0, 2 * cols * ROUNDOFF * cols * longest * 5, what);
+      else expect(!memcmp(a.data(), b.data(), 4 * a.size()), what);
+      if (l.block > 1 && T % 5 == 1)  // the products are equal; exp errs by its argument's roundoffs
+        close(multiply(ours, w.weight, &gate.weight, x, T), multiply(twin, w.weight, &gate.weight, x, T), 400, 1e-30f,
+              what + " with gate");
+    }
+    Matrix low(Q8_0_T, rows, 32);
+    auto h = draws(40 * 32);
+    for (int T : {1, 2, 5, 6, 17, 40})
+      for (int first : {0, T / 2, T - 1}) {  // neighbours keep what they have, and few tokens equal many
+        auto plain = multiply(twin, w.weight, nullptr, x, T);
+        auto many = multiply(twin, w.weight, nullptr, x, 40, &low.weight, h.data(), first);
+        auto a = multiply(ours, w.weight, nullptr, x, T, &low.weight, h.data(), first);
+        auto b = multiply(twin, w.weight, nullptr, x, T, &low.weight, h.data(), first);
+        if (l.block > 1 && ours->form_of(type) != PAIRS)
+          expect(!memcmp(a.data(), b.data(), 4 * a.size()), std::string(l.name) + " product with an adapter");
+        expect(!memcmp(b.data(), plain.data(), 4 * first * rows) && !memcmp(b.data(), many.data(), 4 * T * rows) &&
+               memcmp(b.data() + first * rows, plain.data() + first * rows, 4 * rows), "plain: an adapter of some tokens");
       }
-      for (int T : {1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 31, 32, 33, 48, 49, most}) {
-        const std::string what = std::string(l.name) + " product of " + std::to_string(T) + " tokens by tiles";
-        const auto a = multiply(ours, w.weight, nullptr, x, T), b = multiply(ours, w.weight, &gate.weight, x, T);
-        expect(!memcmp(a.data(), y.data(), 4 * a.size()), what);
-        expect(!memcmp(b.data(), gated.data(), 4 * b.size()), what + " with gate");
-        for (int first : {0, T / 2, T - 1}) {
-          auto sum = y;
-          for (int64_t i = first * rows; i < T * rows; i++) sum[i] += term[i];
-          const auto c = multiply(ours, w.weight, nullptr, x, T, &low.weight, h.data(), first);
-          expect(!memcmp(c.data(), sum.data(), 4 * c.size()), what + " with an adapter");
-        }
-      }
-      std::vector<float> a(cols), b(cols);
-      for (int64_t r = 0; r < rows; r++) {
-        ours->decode(w.weight, r, 0, cols, a.data()), twin->decode(w.weight, r, 0, cols, b.data());
-        expect(!memcmp(a.data(), b.data(), 4 * cols), std::string(l.name) + " row");
-      }
+    std::vector<float> a(cols), b(cols);
+    for (int64_t r = 0; r < rows; r++) {
+      ours->decode(w.weight, r, 0, cols, a.data()), twin->decode(w.weight, r, 0, cols, b.data());
+      expect(!memcmp(a.data(), b.data(), 4 * cols), std::string(l.name) + " row");
     }
   }
 }
@@ -324,8 +318,7 @@ void softmaxes() {
 }  // namespace
 
 int main() {
-  ours->form_of(F32_T) == PAIRS ? tile_products() : products();
-  rows(), training(), softmaxes();
+  products(), rows(), training(), softmaxes();
   for (bool half : {false, true})
     for (int H : {6, 24, 64}) attention(H, 0, 0, half), attention(H, 100, 5, half);
   printf("%s: %d checks, %d failures\n", ours->name, checks, failures);

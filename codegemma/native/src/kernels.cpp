@@ -576,7 +576,6 @@ CG_INLINE f32x8 fold_lanes(const Fv v[8]) {
   return r;
 #endif
 }
-#if !defined(CG_AMX)
 // Four rows by two tokens at a time; weights widened to float32 in a padded tile, chains are the lanes of one vector.
 template <class L> void floats(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
   const int64_t K = p.w->cols, P = pad(K, FW);
@@ -609,6 +608,11 @@ template <class L> void floats(const Product& p, const Activations& a, int64_t r
     }
   }
 }
+#if defined(CG_AMX)
+void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
+  p.w->type == F32_T ? floats<F32>(p, a, r0, r1, s) : tile_product(p, a, r0, r1, s);
+}
+#else
 void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
   if (p.add_from >= 0 && p.w->type == Q8_0_T && !a.packed) return add_narrow(p, a, r0, r1);
   switch (p.w->type) {

@@ -1,7 +1,8 @@
 // Products on the tile unit, for level amx. Numerics v2: y[t, r] = sum over k of bf16(w[r, k]) * bf16(x[t, k]), where bf16
 // rounds the float32 value (of a weight: what `decode` gives) to the nearest bfloat16, half to even. The sum starts at zero
-// and takes 32 members at a time in ascending k, in the order and rounding of TDPBF16PS (tiles.h). Floats and blocks, one
-// token and many: all the same. The sign of a zero weight is not kept; no sum depends on it.
+// and takes 32 members at a time in ascending k, in the order and rounding of TDPBF16PS (tiles.h). One token and many, 16-bit
+// floats and blocks: all the same. The sign of a zero weight is not kept; no sum depends on it. Products with float32 weights
+// are those of the other levels, since they are there to be compared with other float32 implementations.
 #include "tile_product.h"
 
 #include <algorithm>
@@ -81,7 +82,7 @@ Bfloat16Decoder bfloat16_decoder(int type) {
 }
 
 // ------------------------------------------------------------------------------------------------ activations
-Form form_of(int) { return PAIRS; }
+Form form_of(int type) { return type == F32_T ? FLOATS : PAIRS; }
 void quantise(const Activations& a, int t0, int t1) {
   if (!(a.forms & PAIRS)) return;
   const int64_t P = a.padded;
@@ -228,7 +229,7 @@ void many(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratc
 
 }  // namespace
 
-void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
+void tile_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
   (a.T > GROUP ? many : few)(p, a, r0, r1, scratch);
 }
 // Enough rows to make reading the activations again cheap, in enough tiles to divide a matrix among threads.

@@ -7,7 +7,7 @@ namespace CG_LEVEL {
 
 Form form_of(int type);
 void quantise(const Activations& a, int t0, int t1);
-void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch);
+void tile_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch);
 int64_t tile_rows(const Weight& w, bool packed);
 int64_t peak(int64_t rounds);
 
