@@ -97,7 +97,7 @@ bool run(Program& p, Array<const int32_t, 1> ids, Array<const int32_t, 1> positi
   return p.run(b, cancel);
 }
 
-// Bytes per second that all threads together read from memory, and int8 operations per second.
+// Bytes per second that all threads together read from memory, and operations per second of the level's products.
 std::pair<double, double> measure(const Kernels* k, Pool& pool) {
   const size_t bytes = 256u << 20, words = bytes / 8;
   std::vector<uint64_t> memory(words, 1);
@@ -204,6 +204,7 @@ NB_MODULE(_native, m) {
   bind_xla(m);
   m.def("level", [](const std::string& level) { return choose_kernels(level)->name; }, "level"_a,
         "The SIMD level of a name on this CPU; 'auto' is the best. ValueError on a level that it lacks.");
+  m.def("why_no_amx", &why_no_amx, "Why this process cannot use level amx, or an empty string.");
   m.def("multiply", [](const std::string& level, Pool& pool, const Weight& w, Array<const float, 2> x, Array<float, 2> out) {
     if ((int64_t)x.shape(1) != w.cols || (int64_t)out.shape(1) != w.rows || out.shape(0) != x.shape(0))
       throw std::invalid_argument("x must be [T, columns] and out [T, rows] of the weight");
@@ -225,7 +226,7 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     return measure(k, pool);
   }, "level"_a, "pool"_a,
-     "Bytes per second read from memory, and int8 operations per second (a multiply-add is two), of all threads.");
+     "Bytes per second read from memory, and operations per second in products (a multiply-add is two), of all threads.");
   m.def("dequantise", [](const std::string& level, const Weight& w, Array<float, 2> out) {
     if ((int64_t)out.shape(0) != w.rows || (int64_t)out.shape(1) != w.cols)
       throw std::invalid_argument("out must be [rows, columns]");
