@@ -23,4 +23,7 @@ template <class Half, class Wide> Half half_of(Wide v, int which) {
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 #define _mm512_cvtph_ps(v) from_halves<simde__m512>(_mm256_cvtph_ps(LOW(v)), _mm256_cvtph_ps(HIGH(v)))
 #define _mm512_cvtepu16_epi32(v) from_halves<simde__m512i>(_mm256_cvtepu16_epi32(LOW(v)), _mm256_cvtepu16_epi32(HIGH(v)))
+#define _mm512_cvtepu8_epi16(v) from_halves<simde__m512i>(_mm256_cvtepu8_epi16(LOW(v)), _mm256_cvtepu8_epi16(HIGH(v)))
+#define _mm512_cvtepu8_epi32(v) \
+  from_halves<simde__m512i>(_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))
 #define _mm512_extractf32x8_ps(v, which) half_of<__m256>(v, which)

@@ -624,8 +624,11 @@ def test_bench_says_what_it_measured(run, gguf, monkeypatch):
     arguments = ("bench", "-m", gguf, "--prompt-tokens", 8, "--decode-tokens", 2, "--repeats", 1)
     answer = json.loads(run(*arguments, "--json")[1])
     assert answer["model"] == gguf and answer["bandwidth_bytes_per_second"] == 2e9
+    monkeypatch.setattr("codegemma.generate.benchmark.why_no_amx", lambda: "the kernel refuses it")
     out = run(*arguments)[1]
-    assert "% of 3 GOP/s int8" in out and "% of 2.0 GB/s read" in out
+    kind = "bfloat16" if answer["simd"] == "amx" else "int8"
+    assert f"% of 3 GOP/s {kind}" in out and "% of 2.0 GB/s read" in out
+    assert ("\nlevel amx is not used: the kernel refuses it\n" in out) == (answer["simd"] == "avx512")
 
 
 def test_ctrl_c_stops_the_work(endless):

@@ -236,7 +236,7 @@ def test_benchmark(model):
         "prefill_share_of_peak",
         "decode_share_of_bandwidth",
         "bandwidth_bytes_per_second",
-        "int8_operations_per_second",
+        "bfloat16_operations_per_second" if model.backend.level == "amx" else "int8_operations_per_second",
     )
     assert all(result[name] > 0 for name in shares)
     assert (result["threads"], result["prompt_tokens"], result["decode_tokens"]) == (1, 70, 3)

@@ -1,12 +1,15 @@
 """Each kernel against its slow twin, on every SIMD level that this CPU has.
 
 Quantised products equal numerics v1 written in NumPy bit for bit, on every level and for any number of tokens
-at once. Float products lie within the error bound of a sum in any order. Complete programs are compared with
-the float64 model by other tests.
+at once; those of level amx equal numerics v2. Float products lie within the error bound of a sum in any
+order. Complete programs are compared with the float64 model by other tests.
 """
 
+import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ def available(level):
 
 
 LEVELS = [level for level in ("plain", "avx2", "avx512", "neon") if available(level)]
+TILES = [level for level in ("amx", "amx-imitated") if available(level)]  # numerics v2 (test_tiles.py)
 POOLS = {threads: _native.Pool(threads) for threads in (1, 2)}
 
 
@@ -124,6 +128,57 @@ def test_extreme_blocks_do_not_overflow(type, level, byte):
         assert multiply(tensor, x_TK[:T], level).tobytes() == expected[:T].tobytes(), f"{T} tokens"
 
 
+# ------------------------------------------------------------------------------------- numerics v2 in NumPy
+def bfloat16(x):
+    """float64, rounded to 8 bits of mantissa, half to even; denormals of float32 are zero."""
+    mantissa, exponent = np.frexp(np.asarray(x, F32).astype(np.float64))
+    return flushed(np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8))
+
+
+def flushed(x):
+    return np.where(np.abs(x) < 2.0**-126, np.copysign(0.0, x), x)
+
+
+def tile_twin(tensor, x_TK):
+    """x W^T by 32 members of a sum at a time: even and odd ones are summed by fused multiply-adds, both sums
+    are added, and the result is added to the sum so far. A product of two bfloat16 is exact in float64."""
+
+    def rounded(total):
+        return flushed(total.astype(F32).astype(np.float64))
+
+    K = -(-x_TK.shape[1] // 32) * 32
+    x_KT1, w_K1R = np.zeros((K, len(x_TK), 1)), np.zeros((K, 1, tensor.shape[0]))
+    x_KT1[: x_TK.shape[1], :, 0], w_K1R[: x_TK.shape[1], 0] = bfloat16(x_TK).T, bfloat16(dequantize(tensor)).T
+    total = 0.0
+    for k in range(0, K, 32):
+        even, odd = 0.0, 0.0
+        for i in range(k, k + 32, 2):
+            even, odd = rounded(even + x_KT1[i] * w_K1R[i]), rounded(odd + x_KT1[i + 1] * w_K1R[i + 1])
+        total = rounded(total + rounded(even + odd))
+    return total.astype(F32)
+
+
+@pytest.mark.parametrize("level", TILES)
+@pytest.mark.parametrize("type", [type for type in _native.TYPES if type != "F32"])
+@pytest.mark.parametrize("rows, blocks", [(1, 1), (37, 5), (133, 27)])
+def test_tile_products_equal_numerics_v2(type, level, rows, blocks):
+    size = BLOCKS[type][0]
+    columns = {1: 37 * blocks, 32: 32 * blocks, 256: 256 * min(blocks, 9)}[size]
+    rng = np.random.default_rng(rows)
+    tensor = (
+        random_blocks(type, (rows, columns), 1.0, rows)
+        if size > 1
+        else encode(rng.standard_normal((rows, columns)), type)
+    )
+    x_TK = rng.standard_normal((75, columns)).astype(F32) * 3
+    x_TK[3], x_TK[4], x_TK[5] = 0, x_TK[4] * F32(2.0**-122), x_TK[5] * F32(2.0**100)
+    expected = tile_twin(tensor, x_TK)
+    for T in (*range(1, 8), 15, 16, 17, 31, 32, 33, 48, 49, 75):
+        product = multiply(tensor, x_TK[:T], level, threads=1 + T % 2)
+        assert product.tobytes() == expected[:T].tobytes(), f"{T} tokens"
+
+
+# ------------------------------------------------------------------------------------- products of floats
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("rows, columns", [(1, 1), (5, 3), (33, 76), (64, 259), (131, 512)])
@@ -188,7 +243,17 @@ def test_weights_of_wrong_size_are_refused(type, columns, size, message):
 def test_a_level_that_the_cpu_lacks_is_refused():
     with pytest.raises(ValueError, match=r"'sse9'.*has: .*plain.*CODEGEMMA_SIMD"):
         _native.level("sse9")
-    assert _native.level("auto") == LEVELS[-1]
+    assert _native.level("auto") == ("amx" if "amx" in TILES else LEVELS[-1])
+
+
+@pytest.mark.skipif("amx" in TILES, reason="this process can use level amx")
+def test_level_amx_is_refused_with_the_reason():
+    assert native.why_no_amx()
+    with pytest.raises(ValueError, match=rf"'amx'.* \({re.escape(native.why_no_amx())}\), which has: "):
+        _native.level("amx")
+    flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    if platform.machine() == "x86_64" and flags and "amx_tile" not in flags:
+        assert native.why_no_amx() == "this CPU has no AMX"
 
 
 def test_a_process_waits_for_the_huge_pages_at_its_end(tmp_path):

@@ -20,17 +20,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader
-from gguf.quants import dequantize
+from make_golden_twin import GOLDEN, TOP, log_softmax, twin_log_probabilities
 from peers import LlamaCpp
-from reference import logits
 
-from codegemma.checkpoints.table import tensor_locations
-from codegemma.config import GEMMA3_270M
-
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 MODEL = Path.home() / ".cache" / "codegemma" / "models" / "gemma-3-270m" / "model.gguf"
-TOKENS, TOP = 1000, 64
+TOKENS = 1000
 
 
 def encode(engine: LlamaCpp, text: bytes) -> list[int]:
@@ -40,25 +34,9 @@ def encode(engine: LlamaCpp, text: bytes) -> list[int]:
     return list(ids[: engine.api.llama_tokenize(vocab, text, len(text), ids, len(ids), True, False)])
 
 
-def log_softmax(scores_TV: np.ndarray) -> np.ndarray:
-    """float64 [T, V]."""
-    wide_TV = scores_TV.astype(np.float64)
-    for row_V in wide_TV:  # row by row and in place, as the array has 2 GB
-        row_V -= row_V.max()
-        row_V -= np.log(np.exp(row_V).sum())
-    return wide_TV
-
-
 def check(ids: list[int], theirs_TV: np.ndarray) -> str:
     """llama.cpp's log probabilities beside those of the float64 model."""
-    tensors = {
-        tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(MODEL).tensors
-    }
-    params = {
-        location.name: tensors[location.stored].reshape(location.shape)
-        for location in tensor_locations(GEMMA3_270M, "gguf")
-    }
-    exact_TV = log_softmax(logits(GEMMA3_270M, params, ids))
+    exact_TV = twin_log_probabilities(MODEL, ids)
     kl_T = np.array(
         [
             np.exp(exact_V) @ (exact_V - theirs_V)

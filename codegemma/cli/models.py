@@ -109,7 +109,8 @@ def bench(
 ) -> None:
     """Measure speed, and compare it with this machine's limits.
 
-    The limits are memory bandwidth and int8 operations, measured in the same run.
+    The limits are memory bandwidth and the operations of products (int8, on level amx bfloat16), measured in
+    the same run.
     """
     from codegemma.generate.benchmark import benchmark
 
@@ -120,7 +121,8 @@ def bench(
     if as_json:
         print(json.dumps(result))
         return
-    peak = f"{result['int8_operations_per_second'] / 1e9:,.0f} GOP/s int8"
+    kind = next(kind for kind in ("int8", "bfloat16") if f"{kind}_operations_per_second" in result)
+    peak = f"{result[f'{kind}_operations_per_second'] / 1e9:,.0f} GOP/s {kind}"
     bandwidth = f"{result['bandwidth_bytes_per_second'] / 1e9:,.1f} GB/s read"
     print(
         f"{loaded.title} ({loaded.path.name}), {result['threads']} threads, {result['simd']}, "
@@ -131,6 +133,8 @@ def bench(
         f"decode  {result['decode_tokens_per_second']:8,.1f} tokens/s  "
         f"{result['decode_share_of_bandwidth']:5.0%} of {bandwidth}   ({decode_tokens} tokens after them)"
     )
+    if result["why_no_amx"]:
+        print(f"level amx is not used: {result['why_no_amx']}")
 
 
 def pull(

@@ -1,4 +1,4 @@
-"""Prefill and decode speed of a model, compared with this machine's memory bandwidth and int8 peak."""
+"""Prefill and decode speed of a model, compared with this machine's memory bandwidth and peak of products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from codegemma.generate.model import Model
-from codegemma.native import CHUNK, PAGE, Native, Slice, measure
+from codegemma.native import CHUNK, PAGE, Native, Slice, measure, why_no_amx
 
 
 def benchmark(
@@ -16,8 +16,9 @@ def benchmark(
 ) -> dict[str, Any]:
     """Median prefill and decode speed in tokens a second, and their shares of the machine's limits.
 
-    The limits are measured before each repeat. Prefill computes logits for the last token only. Raises
-    ValueError where the tokens do not fit the context or the model is not on the native backend.
+    The limits are measured before each repeat. Prefill computes logits for the last token only. On level
+    avx512, `why_no_amx` says why level amx is not used. Raises ValueError where the tokens do not fit the
+    context or the model is not on the native backend.
     """
     backend, context = model.backend, model.config.context
     if not 1 <= prompt_tokens <= context - decode_tokens or decode_tokens < 1:
@@ -39,6 +40,7 @@ def benchmark(
     bandwidth, peak, prefill, decode = np.median(rows, axis=0).tolist()
     tensors = model.checkpoint.tensors
     matrices = [t for name, t in tensors.items() if name.startswith("layers.") and len(t.shape) == 2]
+    operations = "bfloat16" if backend.numerics == "v2" else "int8"
     layer_weights = sum(float(np.prod(tensor.shape)) for tensor in matrices)
     return {
         "prefill_tokens_per_second": prefill,
@@ -46,9 +48,10 @@ def benchmark(
         "prefill_share_of_peak": 2 * layer_weights * prefill / peak,
         "decode_share_of_bandwidth": sum(t.data.nbytes for t in tensors.values()) * decode / bandwidth,
         "bandwidth_bytes_per_second": bandwidth,
-        "int8_operations_per_second": peak,
+        f"{operations}_operations_per_second": peak,
         "threads": backend.threads,
         "simd": backend.level,
+        "why_no_amx": (backend.level == "avx512" and why_no_amx()) or None,
         "prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,
     }

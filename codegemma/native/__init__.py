@@ -1,9 +1,10 @@
 """The engine on a CPU: C++ kernels that read blocks from the memory-mapped file, under a Python layer loop.
 
 `Native._record` is the loop. It runs once, and records the forward pass of Gemma 1, 2 and 3 as a list of
-steps, which the C++ side replays for any number of tokens. One law holds (numerics v1): on one SIMD level, a
-token's logits do not depend on what else is in the batch, how the prompt was split, whether its prefix came
-from a cache, or the number of threads.
+steps, which the C++ side replays for any number of tokens. One law holds: on one SIMD level, a token's logits
+do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a cache, or
+the number of threads. Numerics v1 multiply 8-bit integers (kernels.cpp); v2, on level amx, multiply bfloat16
+(tile_product.cpp).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from codegemma.native._native import Cancel
 
 PAGE: int = _native.PAGE  # tokens in a page of keys and values
 RANK: int = _native.RANK  # adapters are computed in slices of this many ranks
-NUMERICS = "v1"
+NUMERICS = {"amx": "v2", "amx-imitated": "v2"}  # of a SIMD level; all others: v1
 CHUNK = 512  # the largest number of tokens in one run
 NORMS = ("attn", "q", "k", "ffn", "post_attn", "post_ffn")  # those that a layer may have
 HUGE_PAGES_AFTER = 64  # runs until weights move to huge pages; a process with fewer would gain nothing
@@ -44,12 +45,18 @@ def usable_cpus() -> int:
 
 
 def measure(threads: int, level: str) -> tuple[float, float]:
-    """This machine's limits: bytes read from memory per second, int8 operations per second.
+    """This machine's limits: bytes read from memory per second, operations per second.
 
-    A multiply-add counts as two operations. `level` is a SIMD level, or "auto".
+    The operations are those of products of the SIMD level: on 8-bit integers, on level amx on bfloat16. A
+    multiply-add counts as two. `level` may be "auto".
     """
     bandwidth, operations = _native.measure(level, _native.Pool(threads))
     return float(bandwidth), float(operations)
+
+
+def why_no_amx() -> str:
+    """Why this process cannot use level amx; "" where it can."""
+    return str(_native.why_no_amx())
 
 
 def dequantize(tensor: Tensor) -> np.ndarray:
@@ -144,7 +151,8 @@ class Native:
         self.threads = threads or usable_cpus()
         self.level: str = _native.level(level or os.environ.get("CODEGEMMA_SIMD") or "auto")
         self.half = checkpoint.tensors["layers.0.q"].type not in ("F32", "F16", "BF16")
-        self.key = f"{NUMERICS} {self.level} {'f16' if self.half else 'f32'}"
+        self.numerics = NUMERICS.get(self.level, "v1")
+        self.key = f"{self.numerics} {self.level} {'f16' if self.half else 'f32'}"
         layer_bytes = 2 * self.config.kv_heads * PAGE * self.config.head_width * (2 if self.half else 4)
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)

@@ -49,12 +49,13 @@ void multiply(const Kernels* k, Pool& pool, const Weight& w, const float* x, int
   std::vector<float> f(rows * P);
   for (int t = 0; t < T; t++) memcpy(&f[t * P], x + t * w.cols, 4 * w.cols);
   bool packed = T >= PACKED_FROM;
-  int form = form_of(w.type), block = form == BLOCKS_256 ? 256 : 32;
+  int form = k->form_of(w.type), block = form == BLOCKS_256 ? 256 : 32;
   std::vector<int8_t> q(rows * P);
   std::vector<float> scales(rows * P / block);
   std::vector<int16_t> sums(rows * P / 16);
+  std::vector<uint16_t> pairs(rows * P);
   Quantised z{block, q.data(), scales.data(), sums.data()};
-  Activations a{f.data(), w.cols, P, P, T, packed, form, z, z};
+  Activations a{f.data(), w.cols, P, P, T, packed, form, z, z, pairs.data()};
   k->quantise(a, 0, packed ? (int)rows : T);
   int64_t tile = k->tile_rows(w, packed);
   std::atomic<int64_t> next{0};
@@ -96,7 +97,7 @@ bool run(Program& p, Array<const int32_t, 1> ids, Array<const int32_t, 1> positi
   return p.run(b, cancel);
 }
 
-// Bytes per second that all threads together read from memory, and int8 operations per second.
+// Bytes per second that all threads together read from memory, and operations per second of the level's products.
 std::pair<double, double> measure(const Kernels* k, Pool& pool) {
   const size_t bytes = 256u << 20, words = bytes / 8;
   std::vector<uint64_t> memory(words, 1);
@@ -203,6 +204,7 @@ NB_MODULE(_native, m) {
   bind_xla(m);
   m.def("level", [](const std::string& level) { return choose_kernels(level)->name; }, "level"_a,
         "The SIMD level of a name on this CPU; 'auto' is the best. ValueError on a level that it lacks.");
+  m.def("why_no_amx", &why_no_amx, "Why this process cannot use level amx, or an empty string.");
   m.def("multiply", [](const std::string& level, Pool& pool, const Weight& w, Array<const float, 2> x, Array<float, 2> out) {
     if ((int64_t)x.shape(1) != w.cols || (int64_t)out.shape(1) != w.rows || out.shape(0) != x.shape(0))
       throw std::invalid_argument("x must be [T, columns] and out [T, rows] of the weight");
@@ -224,7 +226,7 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     return measure(k, pool);
   }, "level"_a, "pool"_a,
-     "Bytes per second read from memory, and int8 operations per second (a multiply-add is two), of all threads.");
+     "Bytes per second read from memory, and operations per second in products (a multiply-add is two), of all threads.");
   m.def("dequantise", [](const std::string& level, const Weight& w, Array<float, 2> out) {
     if ((int64_t)out.shape(0) != w.rows || (int64_t)out.shape(1) != w.cols)
       throw std::invalid_argument("out must be [rows, columns]");

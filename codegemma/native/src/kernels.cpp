@@ -3,6 +3,9 @@
 // many, one thread and two, AVX-512 and plain C++ give the same product. The build sets -ffp-contract=off.
 #include "kernels.h"
 #include "blocks.h"
+#if defined(CG_AMX)
+#include "tile_product.h"
+#endif
 
 #include <algorithm>
 
@@ -89,6 +92,7 @@ void norm(const float* x, const float* weight, float* out, int64_t n, float eps)
   for (i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
+#if !defined(CG_AMX)
 // One row, in blocks of `block`: q = round(x * 127 / max|x|), half to even; scales max|x| / 127; sums of each 16 q.
 void quantise_row(const float* x, int64_t padded, int block, int8_t* q, float* scales, int16_t* sums) {
   for (int64_t b = 0; b < padded / block; b++, x += block, q += block, sums += block / 16) {
@@ -555,6 +559,7 @@ template <class Q> void product256(const Product& p, const Activations& a, int64
   }
 }
 static_assert(PACKED_FROM == 6, "one case for each smaller number of tokens");
+#endif
 
 // ------------------------------------------------------------------------------------------------ float weights
 // Eight sums at once: lane i of the result folds the lanes of v[i], always in the same order.
@@ -604,7 +609,13 @@ template <class L> void floats(const Product& p, const Activations& a, int64_t r
     }
   }
 }
+#if defined(CG_AMX)
 void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
+  p.w->type == F32_T ? floats<F32>(p, a, r0, r1, s) : tile_product(p, a, r0, r1, s);
+}
+#else
+void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
+  if (p.add_from >= 0 && p.w->type == Q8_0_T && !a.packed) return add_narrow(p, a, r0, r1);
   switch (p.w->type) {
     case F32_T: return floats<F32>(p, a, r0, r1, s);
     case F16_T: return floats<F16>(p, a, r0, r1, s);
@@ -619,13 +630,13 @@ void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r
     case Q6_K_T: return product256<Q6_K>(p, a, r0, r1, s);
   }
 }
+#endif
 void add_adapter_terms(const AdapterTerms& terms, float* out, int64_t stride, int64_t r0, int64_t r1, Scratch& scratch) {
   if (terms.count) wait_for_zero(*terms.pending);
   for (const AdapterTerm* s = terms.data; s < terms.data + terms.count; s++) {
     Product p{&s->b, nullptr, out + s->start * stride, stride};
     p.add_from = s->first - s->start;
-    if (s->b.type == Q8_0_T && !s->h.packed) add_narrow(p, s->h, r0, r1);
-    else plain_product(p, s->h, r0, r1, scratch);
+    plain_product(p, s->h, r0, r1, scratch);
   }
 }
 void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
@@ -647,10 +658,12 @@ void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scr
     memcpy(p.out + t * p.stride + r0, u, 4 * n);
   }
 }
+#if !defined(CG_AMX)
 int64_t tile_rows(const Weight& w, bool packed) {
   int64_t rows = packed ? 65536 / std::max<int64_t>(w.cols, 1) : 16384 / std::max<int64_t>(w.row_bytes, 1);
   return std::clamp<int64_t>(rows / 4 * 4, packed ? 8 : 4, packed ? 64 : 256);
 }
+#endif
 
 // ------------------------------------------------------------------------------------------------ attention
 void rotate(float* x, int width, const Rope& rope, float scale) {
@@ -874,6 +887,7 @@ void log_sum(const float* x, int64_t n, float* largest_out, float* total, int64_
   for (i = 0; i < n; i++) if (x[i] == maximum) { *index = i; break; }
 }
 
+#if !defined(CG_AMX)
 // Multiply-adds of unsigned by signed bytes into exact int32 sums, in registers only: the peak rate of the multipliers.
 int64_t peak(int64_t rounds) {
   constexpr int SUMS = 12;  // enough to hide the latency
@@ -891,9 +905,10 @@ int64_t peak(int64_t rounds) {
   (void)keep;
   return rounds * SUMS * FW * 4 * 2;
 }
+#endif
 
-const Kernels table = {CG_LEVEL_NAME, embed, norm,    quantise, product, tile_rows, split_heads,
-                       attend,        merge, softcap, log_sum,  decode,  peak,      &matrix_kernels};
+const Kernels table = {CG_LEVEL_NAME, embed,  norm,  form_of, quantise, product, tile_rows,
+                       split_heads,   attend, merge, softcap, log_sum,  decode,  peak,      &matrix_kernels};
 
 }  // namespace
 

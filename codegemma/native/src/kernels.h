@@ -14,11 +14,12 @@ constexpr int ROWS = 32;       // query rows (tokens x heads) that one attention
 constexpr int PACKED_FROM = 6; // from this many tokens on, products run with tokens in the lanes
 
 enum Type : int { F32_T, F16_T, BF16_T, Q4_0_T, Q4_1_T, Q5_0_T, Q5_1_T, Q8_0_T, Q4_K_T, Q5_K_T, Q6_K_T, TYPES };
-enum Form : int { FLOATS = 1, BLOCKS_32 = 2, BLOCKS_256 = 4 };  // the form in which a product reads its activations
+enum Form : int { FLOATS = 1, BLOCKS_32 = 2, BLOCKS_256 = 4, PAIRS = 8 };  // how a product reads activations
 struct TypeInfo { const char* name; int block, bytes; };        // weights in a block, and its size in bytes
 constexpr TypeInfo TYPE[TYPES] = {
     {"F32", 1, 4},    {"F16", 1, 2},    {"BF16", 1, 2},   {"Q4_0", 32, 18},   {"Q4_1", 32, 20},   {"Q5_0", 32, 22},
     {"Q5_1", 32, 24}, {"Q8_0", 32, 34}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210}};
+// By numerics v1; a level with numerics of its own has its own.
 inline Form form_of(int type) { return type <= BF16_T ? FLOATS : type <= Q8_0_T ? BLOCKS_32 : BLOCKS_256; }
 
 struct Weight {
@@ -43,6 +44,7 @@ struct Activations {
   bool packed;
   int forms;
   Quantised q32, q256;
+  uint16_t* pairs;          // bfloat16: [T, P], or packed [T/16, P/2, 16, 2]; P is a multiple of 32
 };
 
 // A vector that begins at a cache line: a load that crosses two lines costs two.
@@ -164,6 +166,7 @@ struct Kernels {
   const char* name;
   void (*embed)(const Weight&, int64_t row, float scale, float* out);
   void (*norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
+  Form (*form_of)(int type);  // of the activations that a product with such weights reads
   void (*quantise)(const Activations&, int t0, int t1);  // rows t0 .. t1; whole groups if packed
   void (*product)(const Product&, const Activations&, int64_t r0, int64_t r1, Scratch&);
   int64_t (*tile_rows)(const Weight&, bool packed);
@@ -173,10 +176,12 @@ struct Kernels {
   void (*softcap)(float* x, int64_t n, float cap);
   void (*log_sum)(const float* x, int64_t n, float* largest, float* total, int64_t* index);
   void (*decode)(const Weight&, int64_t row, int64_t first, int64_t n, float* out);  // whole blocks of one row
-  int64_t (*peak)(int64_t rounds);  // does nothing but int8 operations and returns their number, for the benchmarks
+  int64_t (*peak)(int64_t rounds);  // only multiplies, as products do, and returns the number of operations: a benchmark
   const MatrixKernels* matrix;
 };
 
+namespace amx { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
+namespace amx_imitated { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }  // a build for tests
 namespace avx512 { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace avx2 { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace neon { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }

@@ -21,6 +21,7 @@ Activations view(Activations a, int64_t start, int T) {
   a.f += start * a.stride, a.T = T;
   for (auto* z : {&a.q32, &a.q256})
     if (z->q) z->q += start * a.padded, z->scales += start * (a.padded / z->block), z->sums += start * (a.padded / 16);
+  if (a.pairs) a.pairs += start * a.padded;
   return a;
 }
 
@@ -32,26 +33,33 @@ int Adapter::row(int32_t id) const {
 }
 
 const Kernels* choose_kernels(const std::string& level) {
-  const Kernels* available[4] = {};
+  const Kernels* available[6] = {};
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    available[n++] = avx512::kernels();
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#if defined(CG_AMX)
+  if (avx512 && why_no_amx().empty()) available[n++] = amx::kernels();
+#endif
+  if (avx512) available[n++] = avx512::kernels();
   if (avx2) available[n++] = avx2::kernels();
 #elif defined(__aarch64__)
   available[n++] = neon::kernels();
 #endif
   available[n++] = plain::kernels();
+#if defined(CG_IMITATE_TILES)
+  available[n++] = amx_imitated::kernels();
+#endif
   if (level.empty() || level == "auto") return available[0];
   std::string names;
   for (int i = 0; i < n; i++) {
     if (level == available[i]->name) return available[i];
     names += std::string(i ? ", " : "") + available[i]->name;
   }
-  throw std::invalid_argument("SIMD level '" + level + "' is not available on this CPU, which has: " + names +
+  throw std::invalid_argument("SIMD level '" + level + "' is not available on this CPU" +
+                              (level == "amx" ? " (" + why_no_amx() + ")" : "") + ", which has: " + names +
                               ": set CODEGEMMA_SIMD to one of these or leave it unset");
 }
 
@@ -111,7 +119,7 @@ int Program::site(int in, const std::vector<Weight>& weights) {
   int index = (int)sites_.size();
   Site& s = sites_.emplace_back();
   s.in = in, s.terms.resize(weights.size());
-  for (auto& w : weights) s.rows.push_back(w.rows), buffers_[in].forms |= form_of(w.type);
+  for (auto& w : weights) s.rows.push_back(w.rows), buffers_[in].forms |= k_->form_of(w.type);
   prepare(in);
   return index;
 }
@@ -196,7 +204,7 @@ void Program::attend(int qkv, Attention a, int out) {
 }
 void Program::logits(int x, const float* weight, float eps, Weight table, float cap) {
   int head = buffer(buffers_[x].width);
-  buffers_[head].forms = form_of(table.type);
+  buffers_[head].forms = k_->form_of(table.type);
   buffers_[head].prepared = true;
   auto packed = [this] { return batch_.n_out >= PACKED_FROM; };
   add([=, this] { return (int64_t)(packed() ? (batch_.n_out + 15) / 16 : batch_.n_out); }, [=, this](int64_t tile, Scratch&) {
@@ -220,7 +228,9 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
     if (adapter < 0 || adapters_[adapter].ids.empty()) return;
     const auto& [sites, ids, rows] = adapters_[adapter];
     Activations x = buffers_[head].a;
-    x.f += n * x.stride, x.T = 1, x.packed = false;
+    std::vector<uint16_t> pairs(x.padded);
+    x.f += n * x.stride, x.pairs = pairs.data(), x.T = 1, x.packed = false, x.forms = k_->form_of(rows.type);
+    k_->quantise(x, 0, 1);
     std::vector<float> values(ids.size());
     k_->product({&rows, nullptr, values.data(), rows.rows}, x, 0, rows.rows, s);
     for (size_t i = 0; i < ids.size(); i++) batch_.logits[n * table.rows + ids[i]] = values[i];
@@ -252,10 +262,11 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
 void Program::resize(Buffer& b, int T, bool packed) {
   size_t rows = packed ? (T + 15) / 16 * 16 : T, n = rows * b.padded;
   const int forms = b.forms | (spans_.empty() ? 0 : b.adapter_forms);
-  b.a = {at_least(b.f, n), b.width, b.padded, b.padded, T, packed, forms, {}, {}};
+  b.a = {at_least(b.f, n), b.width, b.padded, b.padded, T, packed, forms, {}, {}, nullptr};
   if (forms & BLOCKS_32) b.a.q32 = {32, at_least(b.q32, n), at_least(b.scales32, n / 32), at_least(b.sums32, n / 16)};
   if (forms & BLOCKS_256)
     b.a.q256 = {256, at_least(b.q256, n), at_least(b.scales256, n / 256), at_least(b.sums256, n / 16)};
+  if (forms & PAIRS) b.a.pairs = (uint16_t*)(((uintptr_t)at_least(b.pairs, n + 32) + 63) / 64 * 64);  // a cache line
 }
 int Program::add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows) {
   auto require = [](bool holds, const char* rule) {
@@ -272,8 +283,8 @@ int Program::add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, W
     require(low.a.rows == RANK * (int64_t)low.slices.size() && low.a.cols == buffers_[s.in].width, "a must fit its layer");
     for (auto& [target, b] : low.slices)
       require(target >= 0 && target < (int)s.rows.size() && b.cols == RANK && b.rows == s.rows[target], "b must fit its layer");
-    buffers_[s.in].adapter_forms |= form_of(low.a.type);
-    for (auto& slice : low.slices) h_.adapter_forms |= form_of(slice.b.type);
+    buffers_[s.in].adapter_forms |= k_->form_of(low.a.type);
+    for (auto& slice : low.slices) h_.adapter_forms |= k_->form_of(slice.b.type);
     adapter.sites[low.site] = std::move(low);
   }
   adapters_.push_back(std::move(adapter));
@@ -298,7 +309,7 @@ void Program::plan_adapters() {
       for (int slice = 0; slice < (int)low.slices.size(); slice++) {
         const int T = span.end - span.start;
         Activations h = view(h_.a, slice * total + span.h, T);
-        h.forms = form_of(low.slices[slice].b.type);
+        h.forms = k_->form_of(low.slices[slice].b.type);
         for (int t = 0; t < T; t += TOKENS) {
           const int n = std::min(TOKENS, T - t);
           s.tasks.push_back({low.a, slice, view(buffers_[s.in].a, span.start + t, n), view(h, t, n)});

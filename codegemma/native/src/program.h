@@ -16,6 +16,7 @@
 namespace cg {
 
 const Kernels* choose_kernels(const std::string& level);  // "" or "auto": the best this CPU has; throws on others
+const std::string& why_no_amx();  // why this process cannot use AMX, or "" if it can
 
 struct Cancel {
   std::atomic<bool> set{false};
@@ -77,6 +78,7 @@ class Program {
     Lines<float> f, scales32, scales256;
     Lines<int8_t> q32, q256;
     Lines<int16_t> sums32, sums256;
+    Lines<uint16_t> pairs;
     Activations a;
   };
   struct Step {
