@@ -10,7 +10,16 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import SCALES, dequantize, encode, get_scales, put_scales, random_blocks, tiny_config, write_tiny_gguf
+from tiny import (
+    SCALES,
+    dequantize,
+    encode,
+    get_scales,
+    put_scales,
+    random_blocks,
+    tiny_config,
+    write_tiny_gguf,
+)
 
 from codegemma import native
 from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor

@@ -359,7 +359,9 @@ def _decode_256(b: Array, type: str) -> Array:
         if type == "Q2_K":
             scales, mins = (field.astype(jnp.float32) for field in (b[..., :16] & 15, b[..., :16] >> 4))
             return (_half(b, 80) * scales)[..., None] * q - (_half(b, 82) * mins)[..., None]
-        high = (b[..., None, :32] >> jnp.arange(8, dtype=jnp.uint8)[:, None] & 1).reshape(*b.shape[:2], 16, 16)
+        high = (b[..., None, :32] >> jnp.arange(8, dtype=jnp.uint8)[:, None] & 1).reshape(
+            *b.shape[:2], 16, 16
+        )
         low = (b[..., None, 96:104] >> low_high & 15).reshape(*b.shape[:2], 16)
         top = (b[..., None, 104:108] >> pairs & 3).reshape(*b.shape[:2], 16)
         scales = (low | top << 4).astype(jnp.float32) - 32.0

@@ -21,7 +21,8 @@ constexpr Table with_offset(const int (&values)[16], int offset) {
   for (int i = 0; i < 16; i++) t.values[i] = (uint8_t)(values[i] + offset);
   return t;
 }
-constexpr Table IQ4_TABLE = with_offset({-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}, Q8_OFFSET);
+constexpr int IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr Table IQ4_TABLE = with_offset(IQ4_VALUES, Q8_OFFSET);
 constexpr Table MXFP4_TABLE = with_offset({0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}, 12);
 
 // What most types of 32 weights share: the block begins with its scale, a half, and its codes are the integers.
