@@ -41,7 +41,8 @@ struct Layout { const char* name; int block, bytes; std::vector<int> scales; };
 const Layout LAYOUTS[TYPES] = {
     {"F32", 1, 4, {}},          {"F16", 1, 2, {}},          {"BF16", 1, 2, {}},           {"Q4_0", 32, 18, {0}},
     {"Q4_1", 32, 20, {0, 2}},   {"Q5_0", 32, 22, {0}},      {"Q5_1", 32, 24, {0, 2}},     {"Q8_0", 32, 34, {0}},
-    {"Q4_K", 256, 144, {0, 2}}, {"Q5_K", 256, 176, {0, 2}}, {"Q6_K", 256, 210, {208}}};
+    {"Q4_K", 256, 144, {0, 2}}, {"Q5_K", 256, 176, {0, 2}}, {"Q6_K", 256, 210, {208}},    {"IQ4_NL", 32, 18, {0}},
+    {"MXFP4", 32, 17, {}},      {"Q2_K", 256, 84, {80, 82}}, {"Q3_K", 256, 110, {108}},   {"IQ4_XS", 256, 136, {0}}};
 
 struct Matrix {
   std::vector<uint8_t> bytes;
@@ -54,6 +55,7 @@ struct Matrix {
     for (auto& b : bytes) b = (uint8_t)generator();
     for (int64_t block = 0; block < rows * row_bytes; block += l.bytes) {
       for (int s : l.scales) bytes[block + s + 1] = (bytes[block + s + 1] & 0x83) | 0x1c;
+      if (type == MXFP4_T) bytes[block] = bytes[block] % 8 + 115;  // powers of two from 2^-13
       if (type == F32_T) { float x = draw(); memcpy(&bytes[block], &x, 4); }
       if (type == F16_T || type == BF16_T) bytes[block + 1] = (bytes[block + 1] & 0x83) | (type == F16_T ? 0x38 : 0x3c);
     }

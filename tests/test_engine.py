@@ -18,7 +18,7 @@ from tiny import KINDS, random_blocks, tiny_config, tiny_pieces, tiny_tensors
 
 from codegemma.checkpoints import Checkpoint
 from codegemma.checkpoints.table import tensor_locations
-from codegemma.checkpoints.tensors import ArrayTensor
+from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor
 from codegemma.generate import sampling
 from codegemma.generate.engine import Batch, Engine
 from codegemma.generate.request import Request
@@ -27,13 +27,13 @@ from codegemma.generate.sampling import Sampling
 from codegemma.native import PAGE, Cancel, Logits, Native, Page, Slice, _native
 from codegemma.tokenizer import Tokenizer
 
-TYPES = ("F32", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+TYPES = tuple(type for type in BLOCKS if type != "F16")
 WIDE = {"width": 256, "head_width": 64, "ffn_width": 512}  # what K-quants fill
 TINY_TOKENIZER = Tokenizer.from_pieces(*tiny_pieces(KINDS["gemma-mqa"]))
 
 
 def native(kind, type="F32", threads=1, level=None, seed=0, **changes):
-    config = tiny_config(kind, **(WIDE if type.endswith("K") else {}) | changes)
+    config = tiny_config(kind, **(WIDE if BLOCKS[type][0] == 256 else {}) | changes)
     return Native(
         Checkpoint(Path("tiny"), config, tiny_tensors(config, type, seed), {}, None), threads, level
     )
@@ -87,7 +87,7 @@ def test_chunks_change_nothing(kind, type):
 
 
 @pytest.mark.parametrize(
-    "kind, type", [("gemma-mqa", "F32"), ("gemma-mha", "Q4_0"), ("gemma2", "Q5_K"), ("gemma3", "Q5_0")]
+    "kind, type", [("gemma-mqa", "F32"), ("gemma-mha", "Q4_0"), ("gemma2", "Q5_K"), ("gemma3", "IQ4_NL")]
 )
 def test_threads_change_nothing(kind, type):
     ids = random_ids(300)
@@ -97,7 +97,7 @@ def test_threads_change_nothing(kind, type):
 
 
 @pytest.mark.parametrize(
-    "kind, type", [("gemma-mqa", "Q4_0"), ("gemma-mha", "F32"), ("gemma2", "Q6_K"), ("gemma3", "Q4_K")]
+    "kind, type", [("gemma-mqa", "Q4_0"), ("gemma-mha", "F32"), ("gemma2", "Q6_K"), ("gemma3", "IQ4_XS")]
 )
 def test_neighbours_change_nothing(kind, type):
     """Nine sequences of different lengths in one run, prompts and single tokens mixed, in any order."""

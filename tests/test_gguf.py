@@ -229,7 +229,10 @@ FAULTS = {
     "no axis": ({"tensors": [(b"a", (), 0, 0)]}, "impossible shape"),
     "empty axis": ({"tensors": [(b"a", (8, 0), 0, 0)]}, "impossible shape"),
     "many axes": ({"tensors": [(b"a", (1,) * 9, 0, 0)]}, "axes in tensor a"),
-    "foreign type": ({"tensors": [(b"a", (256,), 23, 0)]}, "tensor a is IQ4_XS.*use a Q4_K_M"),
+    "foreign type": (
+        {"tensors": [(b"a", (256,), 16, 0)]},
+        "tensor a is IQ2_XXS, but this program computes with F32, .*IQ4_XS: choose another file.*Q4_K_M",
+    ),
     "unknown type": ({"tensors": [(b"a", (256,), 999, 0)]}, "unknown type 999"),
     "part of a block": (
         {"tensors": [(b"a", (33,), 8, 0)], "data": bytes(64)},

@@ -14,14 +14,13 @@ from codegemma.checkpoints import gguf, open_checkpoint
 from codegemma.checkpoints.tensors import ArrayTensor, row_bytes
 from codegemma.convert.importance import importance_of
 from codegemma.convert.quantize import (
-    QUANTISED,
     bits,
     choose_types,
     quantize_checkpoint,
     quantize_matrix,
     relative_error,
 )
-from codegemma.native import _native
+from codegemma.native import QUANTISERS, _native
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "quantize.npz")
 LEVELS = ["plain", *({"avx2"} & {_native.level("auto").replace("avx512", "avx2")})]
@@ -35,7 +34,7 @@ def _blocks(type, values, importance=None, level="auto"):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("weighted", ["", "_weighted"])
-@pytest.mark.parametrize("type", QUANTISED)
+@pytest.mark.parametrize("type", QUANTISERS)
 def test_blocks_are_llama_cpps_bit_for_bit(type, weighted, level):
     ours = _blocks(type, GOLDEN["values"], GOLDEN["importance"] if weighted else None, level)
     np.testing.assert_array_equal(ours, GOLDEN[type + weighted])
@@ -60,6 +59,7 @@ def test_blocks_are_the_gguf_packages(type):
         ("Q4_K", 0.077),
         ("Q4_1", 0.081),
         ("Q4_0", 0.091),
+        ("IQ4_NL", 0.079),
     ],
 )
 def test_the_reported_error_is_the_actual_error(type, max_error):
@@ -72,7 +72,7 @@ def test_the_reported_error_is_the_actual_error(type, max_error):
     assert np.array_equal(blocks, single_threaded)
 
 
-@pytest.mark.parametrize("type", ["Q4_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_K", "Q6_K", "IQ4_NL"])
 def test_importance_lowers_the_weighted_error(type):
     values = np.random.default_rng(5).normal(0, 1, (64, 512)).astype(np.float32)
     importance = np.where(np.arange(512) % 8 == 0, 50.0, 0.1).astype(np.float32)
@@ -140,8 +140,20 @@ def test_a_damaged_weight_is_refused_and_named(tmp_path):
     )
     with pytest.raises(ValueError, match=r"m\.gguf: tensor layers\.1\.up: holds NaN"):
         quantize_checkpoint(open_checkpoint(path), "q8_0")
-    with pytest.raises(ValueError, match="cannot quantize to 'q9': choose q4_0"):
+    with pytest.raises(ValueError, match="cannot quantize to 'q9', which is no type of blocks: choose q4_0"):
         choose_types("q9", open_checkpoint(path))
+    with pytest.raises(
+        ValueError, match="'q2_k', which is read but not written: choose q4_0.*, iq4_nl, q4_k_m"
+    ):
+        choose_types("q2_k", open_checkpoint(path))
+
+
+@pytest.mark.parametrize("type", QUANTISERS)
+def test_columns_without_importance_make_no_nan(type):
+    values = np.random.default_rng(6).normal(0, 1, (4, 512)).astype(np.float32)
+    importance = np.repeat(np.float32([0, 1]), 256)
+    blocks = quantize_matrix(encode(values, "F32"), type, importance)[0]
+    assert np.isfinite(dequantize(ArrayTensor(type, values.shape, blocks))).all()
 
 
 def test_mixes_follow_llama_cpps_rules():
@@ -156,6 +168,10 @@ def test_mixes_follow_llama_cpps_rules():
     )
     assert types["embed"] == "Q6_K" and types["layers.3.down"] == types["layers.0.q"] == "Q4_K"
     assert types["final_norm"] == "F32" and choose_types("q8_0", checkpoint)["embed"] == "Q8_0"
+    types, weighted = choose_types("iq4_nl", checkpoint), choose_types("iq4_nl", checkpoint, weighted=True)
+    assert [name for name in types if types[name] != weighted[name]] == ["layers.0.down", "layers.1.down"]
+    assert types["layers.0.down"] == types["layers.9.v"] == weighted["layers.9.v"] == "Q5_K"
+    assert types["layers.9.q"] == weighted["layers.0.down"] == "IQ4_NL" and types["embed"] == "Q6_K"
 
 
 def test_rows_that_blocks_do_not_fill_get_the_next_type_and_nothing_grows():

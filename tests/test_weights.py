@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from tiny import KINDS, dequantize, encode, random_blocks, random_weights, tiny_config, tiny_tensors
 
+from codegemma import native
 from codegemma.checkpoints import table
+from codegemma.checkpoints.gguf import TYPES
 from codegemma.checkpoints.table import tensor_locations
 from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, row_bytes
 from codegemma.config import GEMMA2_2B, GEMMA3_270M, GEMMA_2B, GEMMA_7B
@@ -45,12 +47,12 @@ def test_names_agree_with_llama_cpps_map_from_hugging_face(kind):
 
 
 @pytest.mark.parametrize("type", BLOCKS)
-def test_blocks_and_the_plain_decoder_agree_with_the_gguf_package(type):
+def test_types_are_those_of_the_gguf_package(type):
     values = np.random.default_rng(1).normal(0.0, 0.5, (5, 512)).astype(np.float32)
     tensor, code = encode(values, type), gguf.GGMLQuantizationType[type]
-    assert gguf.GGML_QUANT_SIZES.get(code) == BLOCKS[type]
+    assert gguf.GGML_QUANT_SIZES.get(code) == BLOCKS[type] and TYPES[code] == type
     raw = tensor.data.view({"F32": "<f4", "F16": "<f2"}.get(type, "u1"))
-    np.testing.assert_array_equal(dequantize(tensor), gguf.dequantize(raw, code))
+    np.testing.assert_array_equal(native.dequantize(tensor), gguf.dequantize(raw, code))
     assert 0.2 < dequantize(tensor).std() < 2
 
 

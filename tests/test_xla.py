@@ -21,6 +21,11 @@ SCALES = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "MXFP4": (),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "IQ4_XS": (0,),
 }
 
 
@@ -36,6 +41,8 @@ def weight(type, rows, width, seed=0):
     blocks = rng.integers(0, 256, (rows, row_bytes(type, width)), np.uint8).reshape(rows, -1, BLOCKS[type][1])
     for offset in SCALES[type]:
         blocks[..., offset + 1] = blocks[..., offset + 1] & 0x83 | 0x1C
+    if type == "MXFP4":
+        blocks[..., 0] = blocks[..., 0] % 8 + 115
     return ArrayTensor.view(type, (rows, width), blocks)
 
 

@@ -79,8 +79,8 @@ def encode(values: np.ndarray, type: str, seed: int = 0) -> Tensor:
     return random_blocks(type, values.shape, float(values.std()), seed)
 
 
-# Where the float16 scales lie in a block, and the standard deviation that a scale of 1 gives random blocks.
-_SCALES = {
+# Where the scales lie in a block, and the standard deviation that a scale of 1 gives random blocks.
+SCALES = {
     "Q4_0": ((0,), 4.6),
     "Q4_1": ((0, 2), 4.6),
     "Q5_0": ((0,), 9.2),
@@ -89,19 +89,38 @@ _SCALES = {
     "Q4_K": ((0, 2), 170.0),
     "Q5_K": ((0, 2), 350.0),
     "Q6_K": ((208,), 1370.0),
+    "IQ4_NL": ((0,), 66.0),
+    "MXFP4": ((0,), 5.9),
+    "Q2_K": ((80, 82), 18.0),
+    "Q3_K": ((108,), 43.0),
+    "IQ4_XS": ((0,), 1210.0),
 }
 
 
 def random_blocks(type: str, shape: tuple[int, ...], std: float = 1.0, seed: int = 0) -> Tensor:
-    """Blocks of random bytes whose float16 scales, d and the minimum, are small numbers of both signs."""
+    """Blocks of random bytes whose scales, d and the minimum, are small numbers of both signs."""
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (*shape[:-1], row_bytes(type, shape[-1])), np.uint8)
     blocks = raw.reshape(-1, BLOCKS[type][1])
-    offsets, unit = _SCALES[type]
+    offsets, unit = SCALES[type]
     for offset in offsets:
-        scales = rng.normal(0.0, std / unit, len(blocks)).astype("<f2")
-        blocks[:, offset : offset + 2] = scales[:, None].view(np.uint8)
+        put_scales(type, blocks, offset, rng.normal(0.0, std / unit, len(blocks)))
     return ArrayTensor(type, shape, raw)
+
+
+def put_scales(type: str, blocks: np.ndarray, offset: int, scales: np.ndarray) -> None:
+    """Writes a scale into each block: a float16, or for MXFP4 the exponent of the nearest power of two."""
+    if type == "MXFP4":
+        blocks[:, 0] = 128 + np.rint(np.log2(np.maximum(np.abs(scales), 2.0**-126)))
+    else:
+        blocks[:, offset : offset + 2] = scales.astype("<f2")[:, None].view(np.uint8)
+
+
+def get_scales(type: str, blocks: np.ndarray, offset: int) -> np.ndarray:
+    """float32 [...]: what `put_scales` wrote into blocks [..., bytes]."""
+    if type == "MXFP4":
+        return np.ldexp(np.float32(1), blocks[..., 0].astype(np.int32) - 128)
+    return np.ascontiguousarray(blocks[..., offset : offset + 2]).view("<f2")[..., 0].astype(np.float32)
 
 
 def fitting(type: str, width: int) -> str:
@@ -220,66 +239,12 @@ def write_tiny_hf(
 
 
 def dequantize(tensor: Tensor) -> np.ndarray:
-    """float32 values of any type, block by block as ggml's dequantize_row functions define them."""
+    """float32 values of any type; those of blocks by the gguf package."""
     if tensor.type in ("F32", "F16", "BF16"):
         return tensor.float32()
-    blocks = tensor.data.reshape(-1, BLOCKS[tensor.type][1])
-    return _DECODERS[tensor.type](blocks).astype(np.float32).reshape(tensor.shape)
+    import gguf as peer  # only here, as the programs of other tests run without it
 
-
-def _f16(blocks: np.ndarray, offset: int) -> np.ndarray:
-    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2").astype(np.float32)
-
-
-def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """Low halves of all bytes, then high halves."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.int32)
-
-
-def _bits(packed: np.ndarray) -> np.ndarray:
-    """The 32 bits of four bytes, lowest first."""
-    return np.unpackbits(packed, axis=-1, bitorder="little").astype(np.int32)
-
-
-def _k_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eight 6-bit scales and eight 6-bit minima from the 12 bytes of a Q4_K or Q5_K block."""
-    a, b, c = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = np.concatenate([a & 63, (c & 15) | (a >> 6) << 4], axis=1)
-    minima = np.concatenate([b & 63, c >> 4 | (b >> 6) << 4], axis=1)
-    return scales.astype(np.float32)[..., None], minima.astype(np.float32)[..., None]
-
-
-def _q4_k(x: np.ndarray) -> np.ndarray:
-    scales, minima = _k_scales(x[:, 4:16])
-    quants = _nibbles(x[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    return _f16(x, 0)[..., None] * scales * quants - _f16(x, 2)[..., None] * minima
-
-
-def _q5_k(x: np.ndarray) -> np.ndarray:
-    scales, minima = _k_scales(x[:, 4:16])
-    high = x[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    quants = _nibbles(x[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) + 16 * high.astype(np.int32)
-    return _f16(x, 0)[..., None] * scales * quants - _f16(x, 2)[..., None] * minima
-
-
-def _q6_k(x: np.ndarray) -> np.ndarray:
-    low = _nibbles(x[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
-    high = x[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
-    scales = x[:, 192:208].view(np.int8).astype(np.float32).reshape(-1, 16, 1)
-    quants = (low + 16 * high.astype(np.int32) - 32).reshape(-1, 16, 16)
-    return _f16(x, 208)[..., None] * scales * quants
-
-
-_DECODERS = {
-    "Q4_0": lambda x: _f16(x, 0) * (_nibbles(x[:, 2:]) - 8),
-    "Q4_1": lambda x: _f16(x, 0) * _nibbles(x[:, 4:]) + _f16(x, 2),
-    "Q5_0": lambda x: _f16(x, 0) * (_nibbles(x[:, 6:]) + 16 * _bits(x[:, 2:6]) - 16),
-    "Q5_1": lambda x: _f16(x, 0) * (_nibbles(x[:, 8:]) + 16 * _bits(x[:, 4:8])) + _f16(x, 2),
-    "Q8_0": lambda x: _f16(x, 0) * x[:, 2:].view(np.int8),
-    "Q4_K": _q4_k,
-    "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
-}
+    return peer.dequantize(tensor.data, peer.GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
 
 
 def random_adapter(

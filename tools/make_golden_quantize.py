@@ -18,6 +18,7 @@ import numpy as np
 from codegemma.checkpoints.gguf import TYPES
 from codegemma.checkpoints.tensors import row_bytes
 
+WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "quantize.npz"
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     rows, columns = (ctypes.c_int64(size) for size in x.shape)
     arrays: dict[str, Any] = {"values": x, "importance": importance}
     for code, type in TYPES.items():
-        if not type.startswith("Q"):
+        if type not in WRITTEN:
             continue
         for suffix, weight in (("", None), ("_weighted", importance.ctypes.data_as(ctypes.c_void_p))):
             out = np.zeros((len(x), row_bytes(type, x.shape[1])), np.uint8)

@@ -10,7 +10,7 @@ from codegemma.adapters.adapter import ORDERS, Adapter
 from codegemma.checkpoints import Checkpoint
 from codegemma.checkpoints.tensors import ArrayTensor, LazyTensor, Tensor, from_float32
 from codegemma.convert.quantize import QUANTISED, quantize_matrix
-from codegemma.native import dequantize
+from codegemma.native import QUANTISERS, dequantize
 
 
 def merge(checkpoint: Checkpoint, *adapters: Adapter, blocks_as: str | None = None) -> Checkpoint:
@@ -18,7 +18,8 @@ def merge(checkpoint: Checkpoint, *adapters: Adapter, blocks_as: str | None = No
 
     Float tensors keep their type. Quantised matrices that an adapter changes are decoded, changed and
     quantised again, which rounds them a second time; with `blocks_as` ("F32", "BF16", "F16"), they are stored
-    in that type instead. Raises ValueError where an adapter does not fit the model.
+    in that type instead. Raises ValueError where an adapter does not fit the model, and where it changes
+    blocks of a type that is read but not written.
     """
     for adapter in adapters:
         adapter.check(checkpoint.config)
@@ -29,6 +30,9 @@ def merge(checkpoint: Checkpoint, *adapters: Adapter, blocks_as: str | None = No
         changes = [
             adapter for adapter in adapters if (adapter.rows if name == "embed" else name in adapter.a)
         ]
+        if changes and type in QUANTISED and type not in QUANTISERS:
+            rule = f"is {type}, which is read but not written, and {changes[0].name} changes it"
+            raise ValueError(f"{checkpoint.path}: {name} {rule}: pass --quantize q4_k_m, or --dtype bf16")
         if changes:
             tensors[name] = LazyTensor.computed(type, tensor.shape, partial(compute, tensor, changes, type))
     orders = {order for adapter in adapters for order in ORDERS if adapter.trained(order)}

@@ -215,8 +215,9 @@ def _info(header: _Header, name: str) -> tuple[str, tuple[int, ...], int]:
     if code not in TYPES:
         has_name = code < len(GGML_TYPES) and GGML_TYPES[code] != "-"
         type = GGML_TYPES[code] if has_name else f"of the unknown type {code}"
-        remedy = "use a Q4_K_M, Q5_K_M, Q6_K, Q8_0, Q4_0, BF16 or F16 file"
-        raise header.fault(f"tensor {name} is {type}, which this program does not compute with", remedy)
+        rule = f"this program computes with {', '.join(BLOCKS)}"
+        remedy = "choose another file of the model, such as Q4_K_M, Q3_K_M or IQ4_XS"
+        raise header.fault(f"tensor {name} is {type}, but {rule}", remedy)
     with refusing(f"{header.path}: tensor {name} has an impossible row", ValueError):
         row_bytes(TYPES[code], shape[-1])
     return TYPES[code], shape, offset

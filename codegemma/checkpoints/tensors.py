@@ -21,6 +21,11 @@ BLOCKS: dict[str, tuple[int, int]] = {  # type: (weights per block, bytes per bl
     "Q4_K": (256, 144),
     "Q5_K": (256, 176),
     "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18),
+    "MXFP4": (32, 17),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "IQ4_XS": (256, 136),
 }
 ELEMENTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # unquantised types as NumPy dtypes
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # their names in most frameworks

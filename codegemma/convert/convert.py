@@ -92,7 +92,7 @@ def convert(
     checkpoint = open_checkpoint(hub.resolve(source))
     checkpoint = merge(checkpoint) if merge else checkpoint
     check_fields(to, checkpoint.config)
-    types = _types(checkpoint, to, quantize_to, dtype)
+    types = _types(checkpoint, to, quantize_to, dtype, importance is not None)
     stamp = None if merge or not quantize_to else _stamp(checkpoint, quantize_to, importance)
     if isinstance(importance, Path):
         importance = importance_of(importance, checkpoint)
@@ -171,13 +171,13 @@ def _gguf_header(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _types(
-    checkpoint: Checkpoint, to: ExportFormat, quantize_to: str | None, dtype: str | None
+    checkpoint: Checkpoint, to: ExportFormat, quantize_to: str | None, dtype: str | None, weighted: bool
 ) -> dict[str, str]:
     """The type that each tensor gets."""
     if dtype and dtype.upper() not in ("BF16", "F16", "F32"):
         raise ValueError(f"dtype must be bf16, f16 or f32, got {dtype!r}")
     if quantize_to:
-        return choose_types(quantize_to, checkpoint)
+        return choose_types(quantize_to, checkpoint, weighted)
     if dtype:
         return dict.fromkeys(checkpoint.tensors, dtype.upper())
     return {

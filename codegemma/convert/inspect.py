@@ -19,10 +19,17 @@ from codegemma.convert import checksums
 from codegemma.prompts import CHAT_TEMPLATE
 
 # Exponent bits of a float, all set in NaN and infinity, and the type that reads them.
-EXPONENTS = {"F32": (0x7F800000, "<u4"), "F16": (0x7C00, "<u2"), "BF16": (0x7F80, "<u2")}
-SCALE_OFFSETS = {  # of the float16 scales in a block, in bytes
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+EXPONENTS = {
+    "F32": (0x7F800000, "<u4"),
+    "F16": (0x7C00, "<u2"),
+    "BF16": (0x7F80, "<u2"),
+    "E8M0": (0xFF, "u1"),
+}
+SCALE_OFFSETS = {  # of the scales in a block, in bytes: float16, but in MXFP4 a mere exponent
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
     "Q6_K": (208,),
 }
 
@@ -139,12 +146,14 @@ def _problems(checkpoint: Checkpoint) -> Iterator[str]:
 def _finite(tensor: Tensor) -> bool:
     """Whether all floats, or all scales of blocks, are finite."""
     files.unmap()
-    mask, dtype = EXPONENTS["F16" if tensor.type in SCALE_OFFSETS else tensor.type]
+    scale_type = "E8M0" if tensor.type == "MXFP4" else "F16"
+    mask, dtype = EXPONENTS[scale_type if tensor.type in SCALE_OFFSETS else tensor.type]
     for piece in tensor.pieces():
         floats = [piece.data]
         if tensor.type in SCALE_OFFSETS:
             blocks = piece.data.reshape(-1, BLOCKS[tensor.type][1])
-            floats = [blocks[:, offset : offset + 2] for offset in SCALE_OFFSETS[tensor.type]]
+            size = np.dtype(dtype).itemsize
+            floats = [blocks[:, offset : offset + size] for offset in SCALE_OFFSETS[tensor.type]]
         if any((np.ascontiguousarray(values).view(dtype) & mask == mask).any() for values in floats):
             return False
     return True

@@ -18,7 +18,8 @@ import numpy as np
 from codegemma.checkpoints import Checkpoint
 from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, Tensor, row_bytes
 from codegemma.checkpoints.untrusted import naming
-from codegemma.native import dequantize, quantize_rows, usable_cpus
+from codegemma.config import ModelConfig
+from codegemma.native import QUANTISERS, dequantize, quantize_rows, usable_cpus
 
 # The next larger type, for rows that the blocks of a type do not fill.
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1"} | dict.fromkeys(("Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1"), "Q8_0")
@@ -50,27 +51,36 @@ def bits(type: str) -> float:
     return 8 * size / weights
 
 
-def choose_types(type: str, checkpoint: Checkpoint) -> dict[str, str]:
+def choose_types(type: str, checkpoint: Checkpoint, weighted: bool = False) -> dict[str, str]:
     """The new type of each tensor for a type or mix ("q8_0", "q4_k_m"): never one of more bits.
 
-    Raises ValueError on an unknown type.
+    `weighted` says whether importances weigh the errors. Raises ValueError on a type that is unknown, or read
+    but not written.
     """
-    name, names = type.upper(), (*QUANTISED, *MIXES)
+    name, names = type.upper(), (*QUANTISERS, *MIXES)
     if name not in names:
-        raise ValueError(f"cannot quantize to {type!r}: choose {', '.join(map(str.lower, names))}")
-    layers = checkpoint.config.layers
-    return {key: _fitting(_mix_type(name, key, layers), tensor) for key, tensor in checkpoint.tensors.items()}
+        rule = "is read but not written" if name in QUANTISED else "is no type of blocks"
+        raise ValueError(
+            f"cannot quantize to {type!r}, which {rule}: choose {', '.join(map(str.lower, names))}"
+        )
+    return {
+        key: _fitting(_mix_type(name, key, checkpoint.config, weighted), tensor)
+        for key, tensor in checkpoint.tensors.items()
+    }
 
 
-def _mix_type(mix: str, name: str, layers: int) -> str:
-    """llama.cpp's rule: Q6_K for the embedding (also the output layer) and the most sensitive matrices."""
+def _mix_type(mix: str, name: str, config: ModelConfig, weighted: bool) -> str:
+    """llama.cpp's rule: Q6_K for the embedding (also the output layer), more bits for sensitive matrices."""
     type = MIXES.get(mix, mix)
     if name == "embed":
         return "Q8_0" if type == "Q8_0" else "Q6_K"
-    if mix in MIXES and (match := re.fullmatch(r"layers\.(\d+)\.(v|down)", name)):
-        layer, eighth = int(match[1]), layers // 8
-        if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
+    if match := re.fullmatch(r"layers\.(\d+)\.(v|down)", name):
+        layer, eighth = int(match[1]), config.layers // 8
+        if mix in MIXES and (layer < eighth or layer >= 7 * config.layers // 8 or (layer - eighth) % 3 == 2):
             return "Q6_K"
+        many_share_v = match[2] == "v" and config.heads >= 4 * config.kv_heads
+        if mix == "IQ4_NL" and (many_share_v or match[2] == "down" and layer < eighth and not weighted):
+            return "Q5_K"
     return type
 
 
@@ -91,7 +101,7 @@ def quantize_matrix(
     """A matrix as blocks, with the squared norms of the error and of the weights.
 
     The blocks are uint8 [rows, bytes of a row]. `importance` [columns] weighs the rounding errors. Raises
-    ValueError on NaN or infinite weights, and where blocks do not fill a row.
+    ValueError on NaN or infinite weights, where blocks do not fill a row, and on types without a quantiser.
     """
     rows, columns = tensor.shape
     tensor = ArrayTensor(tensor.type, tensor.shape, tensor.data)  # so that a lazy one is read once

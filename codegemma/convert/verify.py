@@ -16,9 +16,10 @@ from codegemma.native import PAGE, Native, Slice, dequantize
 
 # The largest relative error (norm of the error over norm of the tensor) by type: half a unit in the last
 # place for floats, and for blocks about twice the error of normally distributed weights, which
-# tests/test_quantize.py measures.
+# tests/test_quantize.py measures (llama.cpp's own, of the types that we do not write).
 MAX_ERROR = {"F32": 1e-7, "F16": 2.0**-11, "BF16": 2.0**-9, "Q8_0": 0.012, "Q6_K": 0.04}
 MAX_ERROR |= {"Q5_K": 0.09, "Q5_1": 0.09, "Q5_0": 0.1, "Q4_K": 0.16, "Q4_1": 0.17, "Q4_0": 0.19}
+MAX_ERROR |= {"IQ4_NL": 0.16, "IQ4_XS": 0.16, "MXFP4": 0.23, "Q3_K": 0.31, "Q2_K": 0.6}
 MAX_NORM_ERROR = 2.0**-8  # relative error of vectors, which are the weights of norms
 MAX_TOKENS = 256  # compared for each text; one run of the engine takes as many
 MAX_KL = 100.0  # nats per square of the largest relative error

@@ -26,6 +26,7 @@ from codegemma.native._native import Cancel
 
 PAGE: int = _native.PAGE  # tokens in a page of keys and values
 RANK: int = _native.RANK  # adapters are computed in slices of this many ranks
+QUANTISERS: tuple[str, ...] = _native.QUANTISERS  # the types that `quantize_rows` makes
 NUMERICS = {"amx": "v2", "amx-imitated": "v2"}  # of a SIMD level; all others: v1
 CHUNK = 512  # the largest number of tokens in one run
 NORMS = ("attn", "q", "k", "ffn", "post_attn", "post_ffn")  # those that a layer may have
@@ -71,8 +72,8 @@ def quantize_rows(values: np.ndarray, type: str, importance: np.ndarray | None =
     """uint8 [rows, bytes of a row]: float32 rows as blocks of a GGUF type.
 
     The result has the same bits as that of ggml's reference quantisers. `importance` [columns] weighs the
-    rounding errors. Raises ValueError on NaN or infinite values, and where a row is not a whole number of
-    blocks.
+    rounding errors. Raises ValueError on NaN or infinite values, where a row is not a whole number of blocks,
+    and on types that are not in QUANTISERS.
     """
     rows, columns = values.shape
     blocks = np.empty((rows, row_bytes(type, columns)), np.uint8)

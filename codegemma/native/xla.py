@@ -32,6 +32,9 @@ from codegemma.native import _native, usable_cpus
 # Names of intermediates, which rematerialisation policies may keep for the backward pass: x a^T, attention's
 # result, and the log sum exp of its scores.
 LOW_RANK, ATTENDED, LOG_SUM_EXP = "low_rank", "attended", "log_sum_exp"
+# What the 4 bits of IQ4_NL and IQ4_XS, and of MXFP4, stand for (those of MXFP4 doubled).
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 class Method(NamedTuple):
@@ -315,11 +318,18 @@ def _half(b: Array, offset: int) -> Array:
 
 
 def _decode_32(b: Array, type: str) -> Array:
-    """The types with blocks of 32 weights: Q8_0, and Q4 and Q5 with their scale and, in _1, an offset."""
+    """The types with blocks of 32 weights: Q8_0, Q4 and Q5 with their scale and, in _1, an offset, and those
+    whose four bits are an index into a table."""
     if type == "Q8_0":
         return _half(b, 0) * lax.bitcast_convert_type(b[..., 2:], jnp.int8).astype(jnp.float32)
     nibbles = b[..., -16:]
     q = jnp.concatenate([nibbles & 15, nibbles >> 4], -1)
+    if type == "IQ4_NL":
+        return _half(b, 0) * jnp.array(IQ4_VALUES, jnp.float32)[q]
+    if type == "MXFP4":  # half of 2^(e - 127), as the values are doubled
+        e = b[..., :1].astype(jnp.uint32)
+        bits = jnp.where(e < 2, jnp.uint32(0x00200000) << e, e - 1 << 23)
+        return lax.bitcast_convert_type(bits, jnp.float32) * jnp.array(MXFP4_VALUES, jnp.float32)[q]
     if type.startswith("Q5"):
         bits = b[..., -20:-16, None] >> jnp.arange(8, dtype=jnp.uint8) & 1
         q = q | bits.reshape(q.shape) << 4
@@ -332,11 +342,33 @@ def _decode_32(b: Array, type: str) -> Array:
 
 
 def _decode_256(b: Array, type: str) -> Array:
-    """The types with blocks of 256 weights: Q6_K, and Q4_K and Q5_K with 8 scales and minima of 6 bits."""
+    """The types with blocks of 256 weights: Q3_K, Q6_K and IQ4_XS with scales, Q2_K with minima of 4 bits too,
+    and Q4_K and Q5_K with 8 scales and minima of 6 bits."""
     low_high = jnp.array([0, 4], jnp.uint8)[:, None]
+    pairs = jnp.array([0, 2, 4, 6], jnp.uint8)[:, None]
+    if type == "IQ4_XS":
+        low = (b[..., 4:8, None] >> low_high[:, 0] & 15).reshape(*b.shape[:2], 8)
+        high = (b[..., 2:4, None] >> pairs[:, 0] & 3).reshape(*b.shape[:2], 8)
+        scales = (low | high << 4).astype(jnp.float32) - 32.0
+        q = (b[..., 8:].reshape(*b.shape[:2], 8, 1, 16) >> low_high & 15).reshape(*b.shape[:2], 8, 32)
+        return (_half(b, 0) * scales)[..., None] * jnp.array(IQ4_VALUES, jnp.float32)[q]
+    if type in ("Q2_K", "Q3_K"):
+        start = 16 if type == "Q2_K" else 32
+        q = b[..., start : start + 64].reshape(*b.shape[:2], 2, 1, 32) >> pairs & 3  # [half, 2 bits, 32]
+        q = q.reshape(*b.shape[:2], 16, 16).astype(jnp.float32)
+        if type == "Q2_K":
+            scales, mins = (field.astype(jnp.float32) for field in (b[..., :16] & 15, b[..., :16] >> 4))
+            return (_half(b, 80) * scales)[..., None] * q - (_half(b, 82) * mins)[..., None]
+        high = (b[..., None, :32] >> jnp.arange(8, dtype=jnp.uint8)[:, None] & 1).reshape(
+            *b.shape[:2], 16, 16
+        )
+        low = (b[..., None, 96:104] >> low_high & 15).reshape(*b.shape[:2], 16)
+        top = (b[..., None, 104:108] >> pairs & 3).reshape(*b.shape[:2], 16)
+        scales = (low | top << 4).astype(jnp.float32) - 32.0
+        return (_half(b, 108) * scales)[..., None] * (q + 4.0 * high.astype(jnp.float32) - 4.0)
     if type == "Q6_K":
         low = b[..., :128].reshape(*b.shape[:2], 2, 1, 64) >> low_high  # [half, nibble, 64]
-        top = b[..., 128:192].reshape(*b.shape[:2], 2, 1, 32) >> jnp.array([0, 2, 4, 6], jnp.uint8)[:, None]
+        top = b[..., 128:192].reshape(*b.shape[:2], 2, 1, 32) >> pairs
         q = (low & 15).reshape(*b.shape[:2], 2, 4, 32) | (top & 3) << 4
         scales = lax.bitcast_convert_type(b[..., 192:208], jnp.int8).astype(jnp.float32)
         quants = q.reshape(*b.shape[:2], 16, 16).astype(jnp.float32) - 32.0

@@ -116,7 +116,14 @@ def test_llama_cpp_gives_our_logits_and_stops_at_the_separator(source, tmp_path,
 def test_llama_cpps_quantiser_chooses_the_same_types_and_makes_the_same_blocks(source, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
     wide = convert(source, tmp_path / "f32.gguf", dtype="f32").path
-    for type, code in (("q8_0", 7), ("q4_k_m", 15), ("q5_k_m", 17), ("q4_0", 2), ("q6_k", 18)):
+    for type, code in (
+        ("q8_0", 7),
+        ("q4_k_m", 15),
+        ("q5_k_m", 17),
+        ("q4_0", 2),
+        ("q6_k", 18),
+        ("iq4_nl", 25),
+    ):
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.nthread = code, 2
         theirs = tmp_path / f"theirs-{type}.gguf"

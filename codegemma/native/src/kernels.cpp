@@ -43,9 +43,11 @@ template <class L> void floats_row(const uint8_t* p, int64_t n, float* out) {
 template <class Q> void blocks32_row(const uint8_t* p, int64_t n, float* out) {
   for (int64_t b = 0; b < n / 32; b++, p += Q::BYTES) {
     u8x32 q = Q::unpack(p);
-    float d = half(load<uint16_t>(p)), m = Q::MIN ? half(load<uint16_t>(p + 2)) : 0;
-    for (int i = 0; i < 32; i += 8)
-      store(out + b * 32 + i, d * (bytes_to_floats<(Q::MAXQ < 0 && !Q::OFFSET)>((const uint8_t*)&q + i) - (float)Q::OFFSET) + m);
+    float d = Q::scale(p), m = Q::MIN ? half(load<uint16_t>(p + 2)) : 0;
+    for (int i = 0; i < 32; i += 8) {
+      f32x8 scaled = d * (bytes_to_floats<(Q::MAXQ < 0 && !Q::OFFSET)>((const uint8_t*)&q + i) - (float)Q::OFFSET);
+      store(out + b * 32 + i, Q::MIN ? scaled + m : scaled);
+    }
   }
 }
 template <class Q> void blocks256_row(const uint8_t* p, int64_t n, float* out) {
@@ -53,10 +55,10 @@ template <class Q> void blocks256_row(const uint8_t* p, int64_t n, float* out) {
   u8x32 w[8];
   for (int64_t b = 0; b < n / 256; b++, p += Q::BYTES) {
     Q::scales(p, s), Q::unpack(p, w);
-    for (int i = 0; i < 256; i += 8) {  // integers below 2^24 are exact as floats
-      f32x8 q = bytes_to_floats<false>((const uint8_t*)w + i);
-      float sc = s.sc[i / 16], mn = s.mn[i / 16];
-      store(out + b * 256 + i, Q::MIN ? (s.d * sc) * q - s.dmin * mn : s.d * (sc * q - mn));
+    for (int i = 0; i < 256; i += 8) {
+      f32x8 q = bytes_to_floats<(Q::MAXQ < 0 && !Q::OFFSET)>((const uint8_t*)w + i);
+      float sc = s.d * s.sc[i / 16];
+      store(out + b * 256 + i, Q::MIN ? sc * q - s.dmin * s.mn[i / 16] : sc * (q - (float)Q::OFFSET));
     }
   }
 }
@@ -74,6 +76,11 @@ void decode(const Weight& w, int64_t row, int64_t first, int64_t n, float* out) 
     case Q4_K_T: return blocks256_row<Q4_K>(p, n, out);
     case Q5_K_T: return blocks256_row<Q5_K>(p, n, out);
     case Q6_K_T: return blocks256_row<Q6_K>(p, n, out);
+    case IQ4_NL_T: return blocks32_row<IQ4_NL>(p, n, out);
+    case MXFP4_T: return blocks32_row<MXFP4>(p, n, out);
+    case Q2_K_T: return blocks256_row<Q2_K>(p, n, out);
+    case Q3_K_T: return blocks256_row<Q3_K>(p, n, out);
+    case IQ4_XS_T: return blocks256_row<IQ4_XS>(p, n, out);
   }
 }
 void embed(const Weight& w, int64_t row, float scale, float* out) {
@@ -153,7 +160,7 @@ constexpr int AHEAD = 8192;  // bytes from what is read to what is prefetched
 // Two blocks share a vector, one in each half: low nibbles first, then high ones; activations are in the same order.
 template <class Q> CG_INLINE void unpack8(const uint8_t* p, u8x32 w[8]) {
   for (int i = 0; i < 4; i++, p += 2 * Q::BYTES) {
-    if constexpr (Q::MAXQ < 0) {
+    if constexpr (std::is_same_v<Q, Q8_0>) {
       for (int h = 0; h < 2; h++) {
         w[2 * i + h] = two_halves(p + 2 + 16 * h, p + Q::BYTES + 2 + 16 * h);
         if (Q::OFFSET) w[2 * i + h] ^= (uint8_t)128;
@@ -174,6 +181,7 @@ template <class Q> CG_INLINE void unpack8(const uint8_t* p, u8x32 w[8]) {
           w[2 * i + h] |= (u8x32)_mm256_and_si256(_mm256_cmpeq_epi8(b, bit), sixteen);
         }
       }
+      for (int h = 0; h < 2; h++) w[2 * i + h] = Q::integers(w[2 * i + h]);
     }
   }
 }
@@ -217,7 +225,7 @@ template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
 template <class Q, int T> CG_INLINE void eight_blocks(const uint8_t* p, const Activations& a, int64_t g, f32x8* acc) {
   u8x32 w[8];
   unpack8<Q>(p, w);
-  f32x8 d = halves(p, Q::BYTES), m = Q::MIN ? halves(p + 2, Q::BYTES) : f32x8{};
+  f32x8 d = Q::scales(p), m = Q::MIN ? halves(p + 2, Q::BYTES) : f32x8{};
 #pragma GCC unroll 5
   for (int t = 0; t < T; t++) {
     i32x8 total = dots8<Q>(w, a.q32.q + t * a.padded + g * 256);
@@ -291,29 +299,34 @@ struct Lanes { i32x8 products, mins; };
 #if CG_X86
 // `sc`: the eight scales of the eight vectors, repeated in each 128-bit lane (see dot256); `mn`: one for each sum of 16.
 template <class Q> CG_INLINE void scale_lanes(const uint8_t* b, __m256i& sc, __m256i& mn) {
+  const SubScales sub = Q::sub_scales(b);
   if constexpr (Q::SUB == 32) {
-    uint32_t w0 = load<uint32_t>(b + 4), w1 = load<uint32_t>(b + 8), w2 = load<uint32_t>(b + 12);
-    uint64_t s = (w0 & 0x3f3f3f3f) | (uint64_t)((w2 & 0x0f0f0f0f) | (w0 >> 2 & 0x30303030)) << 32;
-    uint64_t m = (w1 & 0x3f3f3f3f) | (uint64_t)((w2 >> 4 & 0x0f0f0f0f) | (w1 >> 2 & 0x30303030)) << 32;
-    __m256i both = _mm256_cvtepu8_epi16(_mm_set_epi64x((long long)m, (long long)s));
+    __m256i both = _mm256_cvtepi8_epi16(_mm_set_epi64x((long long)sub.mn[0], (long long)sub.sc[0]));
     sc = _mm256_permute4x64_epi64(both, 0x44);
-    mn = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(both, 0xee),
+    mn = _mm256_shuffle_epi8(Q::MIN ? _mm256_permute4x64_epi64(both, 0xee) : sc,
         _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7,
                          8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 15, 14, 15));
   } else {
-    __m128i s = _mm_loadu_si128((const __m128i*)(b + 192));
-    mn = _mm256_slli_epi16(_mm256_cvtepi8_epi16(s), 5);
+    __m128i s = _mm_set_epi64x((long long)sub.sc[1], (long long)sub.sc[0]);
+    __m128i m = _mm_set_epi64x((long long)sub.mn[1], (long long)sub.mn[0]);
+    mn = _mm256_cvtepi8_epi16(Q::MIN ? m : s);
     sc = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(s, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
   }
+  if (!Q::MIN) mn = _mm256_mullo_epi16(mn, _mm256_set1_epi16(Q::OFFSET));
 }
-// 16-bit pairs times their scale, exact as |pair| <= 2 * 63 * 127. The scale of vector j is word j of each 128-bit lane.
+// 16-bit pairs times their scale, exact as |pair| <= 2 * 127 * 127. The scale of vector j is word j of each 128-bit lane.
 template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], __m256i sc, __m256i mn, const int8_t* x, const int16_t* sums) {
   __m256i total = _mm256_setzero_si256();
 #pragma GCC unroll 8
   for (int j = 0; j < 8; j++) {
-    __m256i pairs = _mm256_maddubs_epi16((__m256i)w[j], load<__m256i>(x + 32 * j));
+    __m256i a = (__m256i)w[j], b = load<__m256i>(x + 32 * j);
     __m256i scale = _mm256_shuffle_epi8(sc, _mm256_set1_epi16((short)(2 * j | (2 * j + 1) << 8)));
-    total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, scale));
+    if constexpr (Q::MAXQ < 0 && Q::OFFSET) {  // up to 255: pairs need more than 16 bits
+      total = (__m256i)((i32x8)total + dot32<true>((u8x32)a, (u8x32)b) * ((i32x8)scale >> 16));
+    } else {
+      if (Q::MAXQ < 0) b = _mm256_sign_epi8(b, a), a = _mm256_abs_epi8(a);
+      total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), scale));
+    }
   }
   return {(i32x8)total, (i32x8)_mm256_madd_epi16(mn, load<__m256i>(sums))};
 }
@@ -356,7 +369,7 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
           for (int j = 0; j < 8; j++) {
             i32x8 scale = i32x8{} + (int32_t)s.sc[2 * j];
             if (Q::SUB == 16) for (int l = 4; l < 8; l++) scale[l] = s.sc[2 * j + 1];
-            products[t][i] += dot32<false>(w[j], load<u8x32>(x + 32 * j)) * scale;
+            products[t][i] += dot32<(Q::MAXQ < 0)>(w[j], load<u8x32>(x + 32 * j)) * scale;
           }
           i32x8 pairs = load<i32x8>(a.q256.sums + t * (a.padded / 16) + (b0 + i) * 16), mn = load<i32x8>(s.mn);
           mins[t][i] = (pairs << 16 >> 16) * (mn << 16 >> 16) + (pairs >> 16) * (mn >> 16);
@@ -448,7 +461,7 @@ template <class Q, int G>
 __attribute__((noinline)) void micro256(const uint8_t* q, const KScales* scales, const Activations& a, int64_t g0,
                                         int64_t blocks, Fv (*res)[G * NV]) {
   constexpr int VT = G * NV, PER = Q::SUB / 4;
-  using D = Dot<Q::MAXQ>;
+  using D = Dot<(Q::MAXQ < 0 && Q::OFFSET ? 127 : Q::MAXQ)>;
   constexpr int STEPS = D::STEPS < PER ? D::STEPS : PER;
   const int64_t P = a.padded, nb = P / 256;
   Fv acc[8][4][VT] = {};
@@ -510,7 +523,7 @@ template <class Q> void many32(const Product& p, const Activations& a, int64_t r
     const uint8_t* block = p.w->data + (std::min(r0 + r, r1 - 1)) * p.w->row_bytes;  // a short tile repeats its last row
     for (int64_t b = 0; b < blocks; b++, block += Q::BYTES) {
       store(q + r * P + b * 32, Q::unpack(block));
-      d[r * nb + b] = half(load<uint16_t>(block));
+      d[r * nb + b] = Q::scale(block);
       if (Q::MIN) m[r * nb + b] = half(load<uint16_t>(block + 2));
     }
   }
@@ -628,6 +641,11 @@ void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r
     case Q4_K_T: return product256<Q4_K>(p, a, r0, r1, s);
     case Q5_K_T: return product256<Q5_K>(p, a, r0, r1, s);
     case Q6_K_T: return product256<Q6_K>(p, a, r0, r1, s);
+    case IQ4_NL_T: return product32<IQ4_NL>(p, a, r0, r1, s);
+    case MXFP4_T: return product32<MXFP4>(p, a, r0, r1, s);
+    case Q2_K_T: return product256<Q2_K>(p, a, r0, r1, s);
+    case Q3_K_T: return product256<Q3_K>(p, a, r0, r1, s);
+    case IQ4_XS_T: return product256<IQ4_XS>(p, a, r0, r1, s);
   }
 }
 #endif

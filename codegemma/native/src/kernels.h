@@ -13,14 +13,16 @@ constexpr int SEGMENT = 256;   // keys that one attention partial covers, aligne
 constexpr int ROWS = 32;       // query rows (tokens x heads) that one attention task takes
 constexpr int PACKED_FROM = 6; // from this many tokens on, products run with tokens in the lanes
 
-enum Type : int { F32_T, F16_T, BF16_T, Q4_0_T, Q4_1_T, Q5_0_T, Q5_1_T, Q8_0_T, Q4_K_T, Q5_K_T, Q6_K_T, TYPES };
+enum Type : int { F32_T, F16_T, BF16_T, Q4_0_T, Q4_1_T, Q5_0_T, Q5_1_T, Q8_0_T, Q4_K_T, Q5_K_T, Q6_K_T,
+                  IQ4_NL_T, MXFP4_T, Q2_K_T, Q3_K_T, IQ4_XS_T, TYPES };
 enum Form : int { FLOATS = 1, BLOCKS_32 = 2, BLOCKS_256 = 4, PAIRS = 8 };  // how a product reads activations
 struct TypeInfo { const char* name; int block, bytes; };        // weights in a block, and its size in bytes
 constexpr TypeInfo TYPE[TYPES] = {
     {"F32", 1, 4},    {"F16", 1, 2},    {"BF16", 1, 2},   {"Q4_0", 32, 18},   {"Q4_1", 32, 20},   {"Q5_0", 32, 22},
-    {"Q5_1", 32, 24}, {"Q8_0", 32, 34}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210}};
+    {"Q5_1", 32, 24}, {"Q8_0", 32, 34}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210},
+    {"IQ4_NL", 32, 18}, {"MXFP4", 32, 17}, {"Q2_K", 256, 84}, {"Q3_K", 256, 110}, {"IQ4_XS", 256, 136}};
 // By numerics v1; a level with numerics of its own has its own.
-inline Form form_of(int type) { return type <= BF16_T ? FLOATS : type <= Q8_0_T ? BLOCKS_32 : BLOCKS_256; }
+inline Form form_of(int type) { return TYPE[type].block == 1 ? FLOATS : TYPE[type].block == 32 ? BLOCKS_32 : BLOCKS_256; }
 
 struct Weight {
   int type;

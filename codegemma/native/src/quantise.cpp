@@ -9,7 +9,7 @@
 #endif
 #include <algorithm>
 
-#include "simd.h"
+#include "blocks.h"
 
 namespace cg {
 namespace CG_LEVEL {
@@ -239,6 +239,52 @@ void row_q8_0(const float* x, int64_t n, const float*, uint8_t* out) {
   }
 }
 
+// w = d * IQ4_VALUES[q]: of 15 scales around that of the largest value, the one with the best least-squares fit. The sixteen
+// values ascend: the index of the nearest is the number of midpoints that are not above.
+template <class F, class I> CG_INLINE I nearest_iq4(F v) {
+  I index = {};
+  for (int i = 0; i < 15; i++) index -= v >= (IQ4_VALUES[i] + IQ4_VALUES[i + 1]) * 0.5f;
+  return index;
+}
+void row_iq4_nl(const float* x, int64_t n, const float* importance, uint8_t* out) {
+  using F = Lanes<8>::F;
+  using I = Lanes<8>::I;
+  F v[32], w[32];
+  for (; n > 0; n -= 256, x += 256) {
+    const int count = (int)std::min<int64_t>(8, n / 32);
+    to_lanes<8>(x, 32, count, v);
+    F square = {}, largest = {}, size = {};
+    for (int i = 0; i < 32; i++) {
+      F a = pick(v[i] < 0, -v[i], v[i]);
+      I more = a > size;
+      largest = pick(more, v[i], largest), size = pick(more, a, size), square += v[i] * v[i];
+    }
+    square *= 2.f / 32;
+    if (importance) to_lanes<8>(importance, 32, count, w), importance += 256;
+    for (int i = 0; i < 32; i++) w[i] = importance ? w[i] * roots(square + v[i] * v[i]) : v[i] * v[i];
+    F d = {}, best = {};
+    for (int step = -8; step <= 7; step++) {  // the first maps the largest value to the largest of the other sign
+      F inverse = step == -8 ? 1 / (-largest / (float)IQ4_VALUES[0]) : (float)(step + IQ4_VALUES[0]) / largest, xq = {}, qq = {};
+      for (int i = 0; i < 32; i++) {
+        const I index = nearest_iq4<F, I>(inverse * v[i]);
+        F q;
+        for (int j = 0; j < 8; j++) q[j] = (float)IQ4_VALUES[index[j] & 15];
+        xq += w[i] * q * v[i], qq += w[i] * q * q;
+      }
+      I better = step == -8 ? qq > 0 : (qq > 0) & (xq * xq > best * qq);
+      d = pick(better, xq / qq, d), best = pick(better, d * xq, best);
+    }
+    d = pick(size < 1e-15f, F{}, d);
+    const F inverse = pick(d != 0, 1 / d, F{});
+    I q[32];
+    for (int i = 0; i < 32; i++) q[i] = nearest_iq4<F, I>(inverse * v[i]);
+    for (int j = 0; j < count; j++, out += 18) {
+      store(out, to_half(d[j]));
+      for (int i = 0; i < 16; i++) out[2 + i] = (uint8_t)(q[i][j] | q[i + 16][j] << 4);
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------ 256 weights a block
 template <int BITS> void row_k45(const float* x, int64_t n, const float* importance, uint8_t* out) {
   constexpr int TOP = (1 << BITS) - 1, BYTES = BITS == 4 ? 144 : 176;
@@ -342,14 +388,14 @@ void row_q6_k(const float* x, int64_t n, const float* importance, uint8_t* out) 
 }
 
 using Row = void (*)(const float*, int64_t, const float*, uint8_t*);
-extern const Row QUANTISERS[8];  // in the order of NAMES below
-const Row QUANTISERS[8] = {row32<4, false>, row32<4, true>, row32<5, false>, row32<5, true>,
-                           row_q8_0,        row_k45<4>,     row_k45<5>,      row_q6_k};
+extern const Row QUANTISERS[9];  // in the order of NAMES below
+const Row QUANTISERS[9] = {row32<4, false>, row32<4, true>, row32<5, false>, row32<5, true>, row_q8_0,
+                           row_k45<4>,      row_k45<5>,     row_q6_k,        row_iq4_nl};
 
 }  // namespace CG_LEVEL
 
 #if defined(CG_BINDING) && defined(__x86_64__)
-namespace avx2 { extern const plain::Row QUANTISERS[8]; }
+namespace avx2 { extern const plain::Row QUANTISERS[9]; }
 #endif
 }  // namespace cg
 
@@ -366,13 +412,13 @@ using namespace nb::literals;
 
 namespace {
 template <class T, int N> using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-const char* const NAMES[8] = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
-const int BLOCK[8] = {32, 32, 32, 32, 32, 256, 256, 256}, BYTES[8] = {18, 20, 22, 24, 34, 144, 176, 210};
+const char* const NAMES[9] = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"};
+const int BLOCK[9] = {32, 32, 32, 32, 32, 256, 256, 256, 32}, BYTES[9] = {18, 20, 22, 24, 34, 144, 176, 210, 18};
 
 void quantise(const std::string& level, const std::string& type, Array<const float, 2> x, Array<uint8_t, 2> out,
               std::optional<Array<const float, 1>> importance) {
-  int t = (int)(std::find(NAMES, NAMES + 8, type) - NAMES);
-  if (t == 8) throw std::invalid_argument("no quantiser for type " + type);
+  int t = (int)(std::find(NAMES, NAMES + 9, type) - NAMES);
+  if (t == 9) throw std::invalid_argument("no quantiser for type " + type);
   int64_t rows = x.shape(0), n = x.shape(1);
   if (n % BLOCK[t] || (int64_t)out.shape(0) != rows || (int64_t)out.shape(1) != n / BLOCK[t] * BYTES[t])
     throw std::invalid_argument(type + ": out must hold the blocks of " + std::to_string(rows) + " x " + std::to_string(n) +
@@ -403,6 +449,9 @@ void quantise(const std::string& level, const std::string& type, Array<const flo
 }  // namespace
 
 void bind_quantise(nb::module_& m) {
+  nb::list names;
+  for (const char* name : NAMES) names.append(name);
+  m.attr("QUANTISERS") = nb::tuple(names);
   m.def("quantise", &quantise, "level"_a, "type"_a, "x"_a, "out"_a, "importance"_a = nb::none(),
         "Rows of float32 into rows of blocks, optionally weighed by the importance of each column.");
 }

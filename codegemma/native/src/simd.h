@@ -292,6 +292,18 @@ CG_INLINE u8x32 nibbles(const uint8_t* p) {  // 16 bytes: low nibbles, then high
   return v;
 #endif
 }
+CG_INLINE u8x32 look_up(const uint8_t* table, u8x32 codes) {  // table[code] for codes 0 .. 15
+#if CG_X86
+  return (u8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), (__m256i)codes);
+#elif defined(CG_NEON)
+  union { u8x32 v; uint8x16_t q[2]; } u = {codes};
+  for (auto& q : u.q) q = vqtbl1q_u8(vld1q_u8(table), q);
+  return u.v;
+#else
+  for (int i = 0; i < 32; i++) codes[i] = table[codes[i]];
+  return codes;
+#endif
+}
 CG_INLINE u8x32 spread_bits(const uint8_t* p) {  // 32 bits: byte i is 16 where bit i is set
 #if CG_X86
   __m256i v = _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(p)),
@@ -372,7 +384,10 @@ template <int MAXQ> struct Dot {
     if constexpr (MAXQ < 0) return acc;
     return (Iv)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1));
   }
-  static CG_INLINE Iv widen(Iv acc, int scale) { return (Iv)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16((short)scale)); }
+  static CG_INLINE Iv widen(Iv acc, int scale) {
+    if constexpr (MAXQ < 0) return acc * splat_i(scale);
+    return (Iv)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16((short)scale));
+  }
 #elif defined(CG_NEON)
   static constexpr int STEPS = 8;
   static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)x); }
