@@ -30,7 +30,7 @@ template <bool TABLE, int MAXQ, class Value> CG_INLINE u16x32 rounded_values(u8x
 template <class Q> void blocks32(const uint8_t* p, int64_t n, uint16_t* out, int64_t stride) {
   static_assert(Q::MAXQ >= 0 || Q::OFFSET, "quants are unsigned at this level");
   for (; n > 0; n -= 32, p += Q::BYTES, out += stride) {
-    const Fv d = splat(half(load<uint16_t>(p))), m = Q::MIN ? splat(half(load<uint16_t>(p + 2))) : Fv{};
+    const Fv d = splat(Q::scale(p)), m = Q::MIN ? splat(half(load<uint16_t>(p + 2))) : Fv{};
     auto value = [&](Fv q, int) {
       const Fv y = d * (q - splat((float)Q::OFFSET));
       return Q::MIN ? y + m : y;
@@ -49,7 +49,7 @@ template <class Q> void blocks256(const uint8_t* p, int64_t n, uint16_t* out, in
         const float sc = s.sc[2 * j + half], mn = s.mn[2 * j + half];
         return Q::MIN ? splat(s.d * sc) * q - splat(s.dmin * mn) : splat(s.d) * (splat(sc) * q - splat(mn));
       };
-      store(out, rounded_values<(Q::SUB == 32 && Q::MAXQ < 32), Q::MAXQ>(w[j], value));
+      store(out, rounded_values<(Q::SUB == 32 && Q::MAXQ >= 0 && Q::MAXQ < 32), Q::MAXQ>(w[j], value));
     }
   }
 }
@@ -77,6 +77,11 @@ Bfloat16Decoder bfloat16_decoder(int type) {
     case Q4_K_T: return blocks256<Q4_K>;
     case Q5_K_T: return blocks256<Q5_K>;
     case Q6_K_T: return blocks256<Q6_K>;
+    case IQ4_NL_T: return blocks32<IQ4_NL>;
+    case MXFP4_T: return blocks32<MXFP4>;
+    case Q2_K_T: return blocks256<Q2_K>;
+    case Q3_K_T: return blocks256<Q3_K>;
+    case IQ4_XS_T: return blocks256<IQ4_XS>;
   }
   return nullptr;
 }
