@@ -108,8 +108,7 @@ std::vector<float> to_bfloat16(std::vector<float> v) {
   for (float& x : v) x = to_bfloat16(x);
   return v;
 }
-float tile_sum(const float* w, const float* x, int64_t n) {
-  float total = 0;
+float tile_sum(const float* w, const float* x, int64_t n, float total = 0) {
   for (int64_t k = 0; k < n; k += 32) {
     float parts[2] = {};
     for (int64_t i = k; i < std::min(k + 32, n); i++) parts[i % 2] = flushed(std::fma(w[i], x[i], parts[i % 2]));
@@ -244,19 +243,56 @@ void attention(int H, int window, float cap, bool half) {
   close(out[0], out[1], 0, bound * 4, "attention of heads of " + std::to_string(H) + (half ? " halves" : " floats"));
 }
 
-// What matrix_pool.cpp does, by one thread.
-std::vector<float> train(const Kernels* kernels, cg::MatrixProduct m) {
+// What matrix_pool.cpp does, by one thread. c += ... where `start` is given.
+std::vector<float> train(const Kernels* kernels, cg::MatrixProduct m, const std::vector<float>& start = {}) {
   const MatrixKernels& k = *kernels->matrix;
-  const int64_t strip = k.strip(m), strips = (m.width() + strip - 1) / strip;
-  std::vector<float> out(m.T * m.width(), NAN), panels(strips * strip * k.slots), a((m.T + k.tile) * k.slots);
-  m.c = out.data();
-  for (int64_t r0 = 0; r0 < m.depth(); r0 += k.slots) {
-    const int64_t depth = std::min<int64_t>(k.slots, m.depth() - r0);
-    for (int64_t s = 0; s < strips; s++) k.decode_strip(m, r0, depth, s * strip, &panels[s * strip * depth]);
+  const int64_t strip = k.strip(m), strips = (m.width() + strip - 1) / strip, slab = m.bfloat16 ? 2 * k.slots : k.slots;
+  std::vector<float> out = start, panels(strips * strip * k.slots), a((m.T + k.tile) * k.slots);
+  out.resize(m.T * m.width(), NAN);
+  m.c = out.data(), m.add = !start.empty();
+  for (int64_t r0 = 0; r0 < m.depth(); r0 += slab) {
+    const int64_t depth = std::min<int64_t>(slab, m.depth() - r0);
+    for (int64_t s = 0; s < strips; s++) k.decode_strip(m, r0, depth, s * strip, &panels[s * strip * m.slots(depth)]);
     k.gather_rows(m, r0, depth, 0, m.T, a.data());
     k.multiply_rows(m, r0, depth, a.data(), 0, m.T, panels.data(), 0, m.width());
   }
   return out;
+}
+// Products of bfloat16 factors: those of tiles are equal to their definition, others close to the exact sum of n products.
+void bfloat16_training() {
+  if (!ours->matrix->has_bfloat16()) return;
+  for (int type = 0; type < TYPES; type++)
+    for (bool transposed : {false, true})
+      for (int64_t T : {1, 33}) {
+        const int64_t rows = 600, cols = TYPE[type].block == 1 ? 545 : TYPE[type].block == 32 ? 544 : 768;
+        Matrix w(type, rows, cols);
+        cg::MatrixProduct m{nullptr, nullptr, w.weight, T, 3, rows - 5, transposed};
+        m.bfloat16 = true;
+        const int64_t depth = m.depth(), width = m.width();
+        std::vector<float> values(rows * cols);
+        for (int64_t r = 0; r < rows; r++) twin->decode(w.weight, r, 0, cols, &values[r * cols]);
+        values = to_bfloat16(values);
+        const auto x = draws(T * depth), start = draws(T * width), rounded = to_bfloat16(x);
+        std::vector<float> turned(depth * T);  // x as it would be stored with its axes exchanged
+        for (int64_t i = 0; i < T * depth; i++) turned[i % depth * T + i / depth] = x[i];
+        for (bool add : {false, true}) {  // added to C, from turned rows
+          m.a = add ? turned.data() : x.data(), m.a_transposed = add;
+          const auto y = train(ours, m, add ? start : std::vector<float>());
+          bool holds = true;
+          std::vector<float> column(depth);
+          for (int64_t j = 0; j < width; j++) {
+            for (int64_t k = 0; k < depth; k++) column[k] = transposed ? values[(3 + k) * cols + j] : values[(3 + j) * cols + k];
+            for (int64_t t = 0; t < T; t++) {
+              const float first = add ? start[t * width + j] : 0, *a = &rounded[t * depth];
+              double exact = first, size = std::fabs(first);
+              for (int64_t k = 0; k < depth; k++) exact += (double)a[k] * column[k], size += std::fabs((double)a[k] * column[k]);
+              holds &= std::fabs(y[t * width + j] - exact) <= (depth + 2) * ROUNDOFF * size;
+              if (ours->form_of(Q8_0_T) == PAIRS) holds &= y[t * width + j] == tile_sum(a, column.data(), depth, first);
+            }
+          }
+          expect(holds, std::string(TYPE[type].name) + " product of training in bfloat16, depth " + std::to_string(depth));
+        }
+      }
 }
 void training() {
   const int64_t T = 29, rows = 75, cols = 512;
@@ -320,7 +356,7 @@ void softmaxes() {
 }  // namespace
 
 int main() {
-  products(), rows(), training(), softmaxes();
+  products(), rows(), training(), bfloat16_training(), softmaxes();
   for (bool half : {false, true})
     for (int H : {6, 24, 64}) attention(H, 0, 0, half), attention(H, 100, 5, half);
   printf("%s: %d checks, %d failures\n", ours->name, checks, failures);

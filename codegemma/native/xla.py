@@ -17,6 +17,7 @@ only where the CPU multiplies bfloat16 (AVX-512 BF16, which is twice as fast).
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,11 +81,13 @@ class Blocks:
 _registered: dict[str, object] = {}  # the handlers that XLA knows
 
 
-def configure(threads: int | None = None, level: str = "auto") -> None:
+def configure(threads: int | None = None, level: str | None = None) -> None:
     """Sets the number of threads (default: all usable CPUs) and the SIMD level of all kernels from now on.
 
-    Results do not depend on the threads. Raises ValueError on fewer than 1 thread and on an unknown level.
+    The level is `level`, else the environment variable CODEGEMMA_SIMD, else the CPU's best. Results do not
+    depend on the threads. Raises ValueError on fewer than 1 thread and on a SIMD level that this CPU lacks.
     """
+    level = level or os.environ.get("CODEGEMMA_SIMD") or "auto"
     handlers = _native.xla_handlers(level, threads or usable_cpus())
     if not _registered:
         for name, handler in handlers.items():

@@ -147,7 +147,7 @@ struct SoftmaxSums {
   int32_t best = 0;
 };
 struct MatrixKernels {
-  int tile, panel, slots;   // rows of C in registers; its columns; the depth of a slab
+  int tile, panel, slots;   // rows of C that are summed together; its columns; the depth of a slab
   bool (*has_bfloat16)();   // whether the CPU multiplies pairs of bfloat16
   int64_t (*strip)(const MatrixProduct&);  // columns that decode_strip fills
   void (*decode_strip)(const MatrixProduct&, int64_t r0, int64_t depth, int64_t j0, float* panels);

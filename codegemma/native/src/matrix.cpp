@@ -2,9 +2,14 @@
 // C [T, J] = A [T, R] B [R, J], where B is W^T (x W^T: R columns of W, J rows) or W (dy W). Slabs of SLOTS rows of B are
 // decoded once for all T into panels of PANEL columns; the inner loop keeps a tile of C in registers. Sums run in
 // ascending r, a slab at a time, for any number of threads, of rows, and any split of T. With bfloat16 factors, a pair of
-// them stands in the slot of a float, and a slab has twice the rows. The softmax of attention and of the loss is here too.
+// them stands in the slot of a float, and a slab has twice the rows; level amx multiplies those by its tiles. The softmax of
+// attention and of the loss is here too.
 #include "kernels.h"
 #include "simd.h"
+#if defined(CG_AMX)
+#include "tile_product.h"
+#include "tiles.h"
+#endif
 
 #include <algorithm>
 
@@ -12,14 +17,20 @@ namespace cg {
 namespace CG_LEVEL {
 namespace {
 
-#if defined(CG_AVX512) || defined(CG_NEON)  // 32 registers: 24 sums
-constexpr int TILE = 12;
+#if defined(CG_AMX)
+constexpr int BLOCK = 2 * SIDE, TILE = 8;   // rows of A: of two tiles; in registers, which divide those
+#elif defined(CG_AVX512) || defined(CG_NEON)  // 32 registers: 24 sums
+constexpr int TILE = 12, BLOCK = TILE;
 #else                                       // 16 registers: 12 sums
-constexpr int TILE = 6;
+constexpr int TILE = 6, BLOCK = TILE;
 #endif
 constexpr int PANEL = 2 * FW, SLOTS = 256, STRIP = 256;
 
-#if defined(CG_BFLOAT16)  // not in the test that translates AVX-512 to AVX2, which has no such registers
+#if defined(CG_BFLOAT16) || defined(CG_AMX)  // not where a test translates AVX-512 to AVX2, which has no such registers
+#if defined(CG_AMX)
+CG_INLINE __m512i rounded(__m512 first, __m512 second) { return (__m512i)to_bfloat16((Fv)first, (Fv)second); }
+CG_INLINE Fv add_pairs(Fv sum, Fv, Fv) { return sum; }  // never called: tiles multiply pairs
+#else
 // Inline assembly, since these instructions then need no compiler flag: the level also runs on CPUs without them.
 CG_INLINE __m512i rounded(__m512 first, __m512 second) {  // 32 bfloat16
   __m512i y;
@@ -30,10 +41,15 @@ CG_INLINE Fv add_pairs(Fv sum, Fv x, Fv y) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
   return sum;
 }
+#endif
+#if defined(CG_IMITATE_TILES)
+bool has_bfloat16() { return true; }
+#else
 bool has_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
-// n floats as pairs of bfloat16, padded with zeros to whole vectors
-CG_INLINE void pair_up(const float* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += 32, out += 16) {
+#endif
+// n floats as pairs of bfloat16, padded with zeros to whole vectors, which go to out, out + step, ...
+CG_INLINE void pair_up(const float* x, int64_t n, float* out, int64_t step) {
+  for (int64_t i = 0; i < n; i += 32, out += step) {
     const auto load_rest = [&](int64_t start) {
       return _mm512_maskz_loadu_ps((__mmask16)((1u << std::clamp<int64_t>(n - start, 0, 16)) - 1), x + start);
     };
@@ -41,20 +57,47 @@ CG_INLINE void pair_up(const float* x, int64_t n, float* out) {
                                          : rounded(load_rest(i), load_rest(i + 16)));
   }
 }
-// Two rows, interleaved: each slot holds the bfloat16 of one column in both.
-CG_INLINE void pair_rows(const float* first, const float* second, int64_t n, float* out) {
-  const __m512i high = _mm512_set1_epi32((int)0xffff0000);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512i both = rounded(_mm512_loadu_ps(first + i), _mm512_loadu_ps(second + i));
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
-    const __m512i top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-    _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_and_si512(high, _mm512_slli_epi32(top, 16))));
-  }
+// Two times 16 bfloat16, interleaved: each slot gets one of both.
+CG_INLINE void interleave(__m512i both, float* out) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+  const __m512i top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(top, 16)));
+}
+// n columns of a row from `first` on as pairs, and of two rows, each slot with one column of both (without a second row,
+// and behind the n: zeros).
+#if defined(CG_AMX)
+CG_INLINE void decode_row(const Weight& w, int64_t r, int64_t first, int64_t n, uint16_t* out) {
+  bfloat16_decoder(w.type)(w.data + r * w.row_bytes + first / TYPE[w.type].block * TYPE[w.type].bytes, n, out, STEP);
+}
+void decode_pairs(const Weight& w, int64_t r, int64_t first, int64_t n, float* out) {
+  decode_row(w, r, first, n, (uint16_t*)out);
+}
+void decode_two(const Weight& w, int64_t r, bool second, int64_t first, int64_t n, float* out) {
+  uint16_t lines[2][STRIP];
+  decode_row(w, r, first, n, lines[0]);
+  if (second) decode_row(w, r + 1, first, n, lines[1]);
+  else memset(lines[1], 0, sizeof lines[1]);
+  for (int64_t i = 0; i < n; i += 16)
+    interleave(_mm512_inserti64x4(_mm512_castsi256_si512(load<__m256i>(lines[0] + i)), load<__m256i>(lines[1] + i), 1), out + i);
 }
 #else
+void decode_pairs(const Weight& w, int64_t r, int64_t first, int64_t n, float* out) {
+  float line[2 * SLOTS];
+  kernels()->decode(w, r, first, n, line);
+  pair_up(line, n, out, 16);
+}
+void decode_two(const Weight& w, int64_t r, bool second, int64_t first, int64_t n, float* out) {
+  float lines[2][STRIP] = {};
+  kernels()->decode(w, r, first, n, lines[0]);
+  if (second) kernels()->decode(w, r + 1, first, n, lines[1]);
+  for (int64_t i = 0; i < n; i += 16) interleave(rounded(_mm512_loadu_ps(lines[0] + i), _mm512_loadu_ps(lines[1] + i)), out + i);
+}
+#endif
+#else
 CG_INLINE Fv add_pairs(Fv sum, Fv, Fv) { return sum; }  // never called: there are no pairs
-CG_INLINE void pair_up(const float*, int64_t, float*) {}
-CG_INLINE void pair_rows(const float*, const float*, int64_t, float*) {}
+CG_INLINE void pair_up(const float*, int64_t, float*, int64_t) {}
+CG_INLINE void decode_pairs(const Weight&, int64_t, int64_t, int64_t, float*) {}
+CG_INLINE void decode_two(const Weight&, int64_t, bool, int64_t, int64_t, float*) {}
 bool has_bfloat16() { return false; }
 #endif
 
@@ -65,27 +108,21 @@ void decode_strip(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t j0,
   const int64_t slots = m.slots(depth);
   if (m.transposed) {
     const int64_t n = std::min<int64_t>(STRIP, m.width() - j0), padded = (n + PANEL - 1) / PANEL * PANEL;
-    float lines[2][STRIP], pairs[STRIP];
-    for (float* line : lines) std::fill(line + n, line + padded, 0.f);
+    float line[STRIP];
+    std::fill(line + n, line + padded, 0.f);
     for (int64_t s = 0; s < slots; s++) {
-      const float* line = lines[0];
-      const int64_t r = m.bfloat16 ? 2 * s : s;
-      decode(w, m.first + r0 + r, j0, n, lines[0]);
-      if (m.bfloat16) {
-        if (r + 1 < depth) decode(w, m.first + r0 + r + 1, j0, n, lines[1]);
-        else std::fill(lines[1], lines[1] + n, 0.f);
-        pair_rows(lines[0], lines[1], padded, pairs), line = pairs;
-      }
+      if (m.bfloat16) decode_two(w, m.first + r0 + 2 * s, 2 * s + 1 < depth, j0, n, line);
+      else decode(w, m.first + r0 + s, j0, n, line);
       for (int64_t j = 0; j < padded; j += PANEL) memcpy(out + j * slots + s * PANEL, line + j, 4 * PANEL);
     }
     return;
   }
-  float lines[8][SLOTS], line[2 * SLOTS];
+  float lines[8][SLOTS];
   for (int64_t j = 0; j < PANEL; j += 8) {
     for (int64_t i = 0; i < 8; i++)
       if (j0 + j + i >= m.width()) std::fill(lines[i], lines[i] + slots, 0.f);
       else if (!m.bfloat16) decode(w, m.first + j0 + j + i, r0, depth, lines[i]);
-      else decode(w, m.first + j0 + j + i, r0, depth, line), pair_up(line, depth, lines[i]);
+      else decode_pairs(w, m.first + j0 + j + i, r0, depth, lines[i]);
     int64_t s = 0;
     for (; s + 8 <= slots; s += 8) transpose8(&lines[0][s], SLOTS, out + s * PANEL + j, PANEL);
     for (; s < slots; s++)
@@ -132,12 +169,22 @@ CG_INLINE void tile(const float* a, const float* b, int64_t slots, float* c, int
     }
 }
 
-// Rows t0 .. t1 of A's slab for `multiply_rows`: [t / TILE][TILE][SLOTS], zero beyond t1.
+// Where row t of A's slab begins, and how far apart its vectors of 16 slots are: [T, SLOTS], or, for the tile unit, [T / 16,
+// SLOTS / 16, 16, 16], so that a tile is in one place.
+struct SlabRow { float* start; int64_t step; };
+CG_INLINE SlabRow slab_row(float* slab, int64_t t, bool bfloat16) {
+#if defined(CG_AMX)
+  if (bfloat16) return {slab + t / SIDE * SIDE * SLOTS + t % SIDE * SIDE, SIDE * SIDE};
+#endif
+  return {slab + t * SLOTS, 16};
+}
+// Rows t0 .. t1 of A's slab for `multiply_rows`, and rows of zeros to a multiple of BLOCK.
 void gather_rows(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out) {
   const int64_t stride = m.a_row();
   auto store_row = [&](const float* row, int64_t t) {
-    if (m.bfloat16) pair_up(row, depth, out + (t - t0) * SLOTS);
-    else memcpy(out + (t - t0) * SLOTS, row, 4 * depth);
+    const SlabRow to = slab_row(out, t - t0, m.bfloat16);
+    if (m.bfloat16) pair_up(row, depth, to.start, to.step);
+    else memcpy(to.start, row, 4 * depth);
   };
   float lines[8][2 * SLOTS];
   for (int64_t t = t0; t < t1; t += 8) {
@@ -151,10 +198,13 @@ void gather_rows(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t t0, 
         for (int64_t i = 0; i < n; i++) lines[i][r] = a_transposed[r * stride + i];
     for (int64_t i = 0; i < n; i++) store_row(m.a_transposed ? lines[i] : m.a + (t + i) * stride + r0, t + i);
   }
-  for (int64_t t = t1 - t0; t % TILE; t++) memset(out + t * SLOTS, 0, 4 * m.slots(depth));
+  for (int64_t t = t1 - t0; t % BLOCK; t++) {
+    const SlabRow to = slab_row(out, t, m.bfloat16);
+    for (int64_t i = 0; i < m.slots(depth); i += 16) memset(to.start + i / 16 * to.step, 0, 64);
+  }
 }
 template <bool BFLOAT16>
-void multiply_tiles(const MatrixProduct& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1, const float* panels,
+void multiply_blocks(const MatrixProduct& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1, const float* panels,
                     int64_t j0, int64_t j1) {
   const int64_t J = m.width(), stride = m.c_row();
   for (int64_t j = j0; j < j1; j += PANEL)
@@ -162,9 +212,49 @@ void multiply_tiles(const MatrixProduct& m, bool add, int64_t slots, const float
       tile<BFLOAT16>(a + (t - t0) * SLOTS, panels + (j - j0) * slots, slots, m.c + t * stride + j, stride,
                      (int)std::min<int64_t>(TILE, t1 - t), J - j, add);
 }
+#if defined(CG_AMX)
+// Two tiles of rows times two of columns, whose sums begin with C and take 32 members at a time.
+template <>
+void multiply_blocks<true>(const MatrixProduct& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1,
+                           const float* panels, int64_t j0, int64_t j1) {
+  const int64_t J = m.width(), steps = (slots + SIDE - 1) / SIDE;
+  configure_tiles(SIDE);
+  for (int64_t j = j0; j < j1; j += PANEL) {
+    const float* panel = panels + (j - j0) * slots;
+    alignas(64) float last[SIDE][PANEL] = {};  // a panel ends with its last slot
+    memcpy(last, panel + (steps - 1) * SIDE * PANEL, 4 * (slots - (steps - 1) * SIDE) * PANEL);
+    for (int64_t t = t0; t < t1; t += BLOCK) {
+      const int64_t rows = std::min<int64_t>(BLOCK, t1 - t), columns = std::min<int64_t>(PANEL, J - j);
+      const bool whole = rows == BLOCK && columns == PANEL;
+      alignas(64) float edge[BLOCK * PANEL];
+      float *to = m.c + t * m.c_row() + j, *c = whole ? to : edge;
+      const int64_t stride = whole ? m.c_row() : PANEL;
+      if (add) {
+        if (!whole) memset(edge, 0, sizeof edge);
+        for (int64_t i = 0; i < rows && !whole; i++) memcpy(edge + i * PANEL, to + i * m.c_row(), 4 * columns);
+        load_tile<0>(c, 4 * stride), load_tile<1>(c + SIDE * stride, 4 * stride);
+        load_tile<2>(c + SIDE, 4 * stride), load_tile<3>(c + SIDE * stride + SIDE, 4 * stride);
+      } else {
+        zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+      }
+      const float* x = a + (t - t0) * SLOTS;
+      for (int64_t s = 0; s < steps; s++, x += SIDE * SIDE) {
+        const float* b = s + 1 < steps ? panel + s * SIDE * PANEL : last[0];
+        load_tile<4>(x, 64), load_tile<6>(b, 4 * PANEL), multiply_tiles<0, 4, 6>();
+        load_tile<5>(x + SIDE * SLOTS, 64), multiply_tiles<1, 5, 6>();
+        load_tile<7>(b + SIDE, 4 * PANEL), multiply_tiles<2, 4, 7>(), multiply_tiles<3, 5, 7>();
+      }
+      store_tile<0>(c, 4 * stride), store_tile<1>(c + SIDE * stride, 4 * stride);
+      store_tile<2>(c + SIDE, 4 * stride), store_tile<3>(c + SIDE * stride + SIDE, 4 * stride);
+      for (int64_t i = 0; i < rows && !whole; i++) memcpy(to + i * m.c_row(), edge + i * PANEL, 4 * columns);
+    }
+  }
+  release_tiles();
+}
+#endif
 void multiply_rows(const MatrixProduct& m, int64_t r0, int64_t depth, const float* a, int64_t t0, int64_t t1, const float* panels,
                    int64_t j0, int64_t j1) {
-  (m.bfloat16 ? multiply_tiles<true> : multiply_tiles<false>)(m, m.add || r0 > 0, m.slots(depth), a, t0, t1, panels, j0, j1);
+  (m.bfloat16 ? multiply_blocks<true> : multiply_blocks<false>)(m, m.add || r0 > 0, m.slots(depth), a, t0, t1, panels, j0, j1);
 }
 
 // Multiply-adds in registers only: the peak rate of the multipliers.
@@ -184,7 +274,11 @@ template <bool BFLOAT16> int64_t peak_of(int64_t rounds) {
   (void)keep;
   return rounds * SUMS * FW * (BFLOAT16 ? 4 : 2);
 }
+#if defined(CG_AMX)
+int64_t peak(int64_t rounds, bool bfloat16) { return bfloat16 ? CG_LEVEL::peak(rounds) : peak_of<false>(rounds); }
+#else
 int64_t peak(int64_t rounds, bool bfloat16) { return bfloat16 ? peak_of<true>(rounds) : peak_of<false>(rounds); }
+#endif
 int64_t strip(const MatrixProduct& m) { return m.transposed ? STRIP : PANEL; }
 
 CG_INLINE Iv visible(const Keys& k, int64_t i) {
@@ -253,7 +347,7 @@ void softmax_backward(const Keys& k, float* scores, float* d_weights, float log_
 
 }  // namespace
 
-extern const MatrixKernels matrix_kernels = {TILE,        PANEL,         SLOTS, has_bfloat16, strip,          decode_strip,
+extern const MatrixKernels matrix_kernels = {BLOCK,       PANEL,         SLOTS, has_bfloat16, strip,          decode_strip,
                                              gather_rows, multiply_rows, peak,  softmax,      online_softmax, softmax_backward};
 }  // namespace CG_LEVEL
 }  // namespace cg
