@@ -21,7 +21,7 @@ from codegemma.checkpoints import gguf_model, open_checkpoint
 from codegemma.checkpoints.table import tensor_locations
 from codegemma.cli.main import app
 
-SIZES = {"layers": 2, "width": 640, "heads": 4, "kv_heads": 1, "head_width": 256, "ffn_width": 2048}
+SIZES = {"layers": 2, "width": 640, "heads": 4, "kv_heads": 1, "head_width": 256, "ffn_width": 1024}
 CONFIG = tiny_config("gemma3", **SIZES, global_every=2)
 MIXES = {  # the types of rows of 640 and of longer ones
     "IQ4_XS": ("IQ4_NL", "IQ4_XS"),
@@ -29,7 +29,7 @@ MIXES = {  # the types of rows of 640 and of longer ones
     "Q2_K": ("IQ4_NL", "Q2_K"),
     "MXFP4": ("MXFP4", "MXFP4"),
 }
-IDS = [2, *np.random.default_rng(5).integers(3, CONFIG.vocab, 40).tolist()]
+IDS = [2, *np.random.default_rng(5).integers(3, CONFIG.vocab, 20).tolist()]
 EIGHT_BITS = 3.5 / (127 * 12**0.5 * 32**0.5)  # the roundoff of activations whose largest is 3.5 deviations
 
 
@@ -90,14 +90,14 @@ def test_logits_are_those_of_the_float64_twin(home, mix):
     path = write(home / "m", mix)
     weights = decoded(path)
     twin = reference.logits(CONFIG, weights, IDS)
-    bound = reference.tolerance(CONFIG, weights, IDS, EIGHT_BITS)
+    bound = reference.tolerance(CONFIG, weights, IDS, EIGHT_BITS, draws=1)
     model = load(path, threads=2)
     assert np.abs(model.logits(IDS) - twin).max() < bound < np.abs(twin).max()
     parts = write(home / "parts", mix, split_max_tensors=9)
     assert load(parts, threads=1).logits(IDS).tobytes() == model.logits(IDS).tobytes()
     run("convert", parts, home / "f32.gguf", "--dtype", "f32")
     exact = load(home / "f32.gguf", threads=2).logits(IDS)
-    assert np.abs(exact - twin).max() < reference.tolerance(CONFIG, weights, IDS)
+    assert np.abs(exact - twin).max() < reference.tolerance(CONFIG, weights, IDS, draws=1)
 
 
 @pytest.mark.parametrize("mix", MIXES)
