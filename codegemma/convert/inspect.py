@@ -145,7 +145,7 @@ def _problems(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _finite(tensor: Tensor) -> bool:
     """Whether all floats, or all scales of blocks, are finite."""
-    files.unmap()
+    files.drop_mapped_pages()
     scale_type = "E8M0" if tensor.type == "MXFP4" else "F16"
     mask, dtype = EXPONENTS[scale_type if tensor.type in SCALE_OFFSETS else tensor.type]
     for piece in tensor.pieces():

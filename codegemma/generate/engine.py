@@ -17,7 +17,7 @@ import numpy as np
 
 from codegemma.adapters.adapter import Adapter
 from codegemma.config import ModelConfig
-from codegemma.generate.cache import PrefixCache, common_prefix
+from codegemma.generate.cache import PrefixCache, common_prefix_length
 from codegemma.generate.request import Request
 from codegemma.generate.running import RunningRequest, Step, Stop
 from codegemma.native import CHUNK, PAGE, Cancel, Logits, Page, Slice
@@ -123,7 +123,7 @@ class Batch:
         """Adds a request of token ids. Raises ValueError where it does not fit the model (`Engine.start`)."""
         running = self.engine.start(request)
         for other in self.running:  # a prefix that both share is computed once, by the other
-            shared = min(common_prefix(running.ids, other.ids), len(running.ids) - 1)
+            shared = min(common_prefix_length(running.ids, other.ids), len(running.ids) - 1)
             if running.adapter == other.adapter and shared >= max(running.done, running.shared) + MIN_SHARED:
                 running.leader, running.shared = other, shared
         self.running.append(running)
