@@ -103,7 +103,7 @@ class RunningRequest:
         """The logits of the tokens that agree with the unwritten bytes, -inf for all others; their argmax and
         log-sum-exp."""
         assert self._tokenizer
-        allowed = self._tokenizer.agreeing(self._unwritten)
+        allowed = self._tokenizer.ids_compatible_with(self._unwritten)
         allowed_V = np.full_like(values_V, -np.inf)
         allowed_V[allowed] = values_V[allowed]
         return allowed_V, int(allowed_V.argmax()), sampling.log_sum_exp(values_V[allowed])
