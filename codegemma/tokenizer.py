@@ -204,8 +204,8 @@ class Tokenizer:
         return Tokenizer(_canonical_model(pieces, scores, types, normalizer), self.end_ids)
 
     def without_added(self, rows: int) -> Tokenizer:
-        """The vocabulary cut to its first `rows` ids, the rows of an embedding, where only added tokens follow
-        them. Added tokens among the first `rows` stay.
+        """The vocabulary cut to its first `rows` ids, the rows of an embedding, where only added tokens
+        follow them. Added tokens among the first `rows` stay.
 
         Where ordinary text pieces follow them too, the vocabulary belongs to another model and is
         returned as it is.
