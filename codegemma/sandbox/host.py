@@ -33,9 +33,8 @@ from codegemma.sandbox.cgroup import Cgroup
 Outcome = Literal["passed", "failed", "timed_out", "out_of_memory", "output_too_long"]
 GUEST = Path(__file__).with_name("guest.py")
 GRACE_SECONDS = 300.0  # a box that has not answered this long after its job's time limit is broken
-TRIES = (
-    3  # after so many broken boxes EMPTY_JOB runs: if it breaks too, the sandbox is at fault, else the job
-)
+# After so many broken boxes EMPTY_JOB runs: if it breaks too, the sandbox is at fault, else the job.
+TRIES = 3
 EMPTY_JOB = {"source": "", "command": [], "must_finish": True, "collect": [], "files": {}, "env": {}}
 # Folders and files of the host that each box can read, besides /usr and those that it is given.
 SYSTEM = "/bin /sbin /lib /lib32 /lib64 /libx32 /etc/alternatives /etc/ld.so.cache /etc/mono /etc/localtime"
