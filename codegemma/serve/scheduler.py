@@ -74,8 +74,9 @@ class _Scoring:
 class Scheduler:
     """The CompletionService of a model on this machine. `submit` and `close` are called in an event loop.
 
-    `_work` counts the tokens computed for each client: the client with the fewest goes first. A new client
-    begins at `_clock`, the lowest count of a client that is running.
+    `_work` counts the tokens computed for each client: the client with the fewest goes first. A client
+    that submits begins at `_clock` at least, a virtual time: the highest value so far of the lowest count
+    among running clients. So nobody gains by having been idle.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Scheduler:
         self._thread.start()
 
     @property
-    def mode(self) -> Layout:
+    def default_layout(self) -> Layout:
         """The layout that the mode "auto" means."""
         return layout_for("auto", self.model.fim_orders())
 
