@@ -47,8 +47,8 @@ CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: th
 
 
 class EditorServer(LanguageServer):
-    """The language server of one editor. `make_suggestion_source` is called once, in a thread, when the editor
-    connects."""
+    """The language server of one editor. When the editor connects, it calls `make_suggestion_source` once,
+    in a thread."""
 
     def __init__(self, make_suggestion_source: Callable[[], SuggestionSource]) -> None:
         super().__init__(
@@ -116,7 +116,7 @@ class EditorServer(LanguageServer):
             self.end_suggestion()
 
     def cursor_rests(self, uri: str, offset: int) -> None:
-        """Reads the context of `offset` into the prefix cache, once the editor has been idle for `rest_ms`."""
+        """Reads the context of `offset` into the prefix cache once the editor has been idle for `rest_ms`."""
         if self._reading_ahead:
             self._reading_ahead.cancel()
         self._reading_ahead = asyncio.create_task(self._read_ahead(CursorPosition(uri, offset, offset)))
