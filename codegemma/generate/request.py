@@ -134,6 +134,6 @@ class Request:
         return self.prompt
 
     @property
-    def is_score(self) -> bool:
+    def wants_prompt_logprobs(self) -> bool:
         """Whether the log-probabilities of the prompt are wanted."""
         return isinstance(self.prompt, TextPrompt) and self.prompt.score

@@ -183,7 +183,7 @@ class RemoteService:
 
     async def _chunks(self, job: Job) -> AsyncIterator[dict[str, Any]]:
         """The parsed parts of the server's answer. Raises `_refusal(answer)`, or HTTPException 502."""
-        scored = job.request.is_score
+        scored = job.request.wants_prompt_logprobs
         body = completion_body(self.name, job.resolved, echo=scored, stream=not scored)
         try:
             async with self.client.stream("POST", "/completions", json=body) as answer:

@@ -250,7 +250,7 @@ class Scheduler:
         return min(job.prompt_tokens + job.request.max_tokens, self.context)
 
     def _start(self, job: Job) -> None:
-        if job.request.is_score and not job.scores and job.prompt_tokens > 1:
+        if job.request.wants_prompt_logprobs and not job.scores and job.prompt_tokens > 1:
             self._scoring.append(_Scoring(self.engine, job))
         else:
             self._jobs[self._batch.add(job.resolved)] = job
