@@ -111,7 +111,7 @@ class PrefixCache:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all pages, atomically: a header, the tree as JSON, the page of each node, and a SHA-256.
 
-        Raises ValueError where the path is a file that is not a saved cache, OSError where writing fails.
+        Raises ValueError where `expect_cache_file` refuses the path, OSError where writing fails.
         """
         with self._lock:
             nodes = [node for root in self._roots.values() for node in root.descendants()]
