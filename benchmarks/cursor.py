@@ -1,6 +1,7 @@
 """Completions at random cursors of files that training never saw, as an editor would show them.
 
     PYTHONPATH=. .venv/bin/python benchmarks/cursor.py OUT.json [--holes 600] [-m MODEL] [--against OLD.json]
+                                                       [--context 2] [--seed 0] [--trim auto]
 
 A third of the cursors are inside words, a third inside lines, a third at the starts of lines, in even shares
 of ten languages. What was taken out is the rest of the line, or from one to four whole lines; half of the
@@ -40,6 +41,7 @@ ENDINGS = {
     "rust": "rs", "c": "c", "cpp": "cpp", "csharp": "cs",
 }  # fmt: skip
 KINDS = ("word", "line", "lines")
+CONTEXT = 2000  # characters of a file beside the hole's
 WINDOW = 1500, 500  # characters before and after the cursor that a prompt is made of
 FILE_BYTES = 2_000, 60_000
 MAX_TOKENS = 64
@@ -55,6 +57,7 @@ class Hole:
     prefix: str
     middle: str
     suffix: str
+    neighbours: tuple[tuple[str, str], ...]  # path and text of up to four files beside it in its package
 
 
 def from_debian(name: str, version: str, folder: Path) -> Path:
@@ -119,13 +122,21 @@ def holes(folder: Path, count: int, seed: int) -> list[Hole]:
         for kind in KINDS:
             wanted = len(drawn) + count // len(ENDINGS) // len(KINDS)
             while len(drawn) < wanted:
-                name, text = rng.choice(sources)
-                if hole := cut(text, language, kind, name, rng):
+                number = rng.randrange(len(sources))
+                name, text = sources[number]
+                beside = tuple(
+                    sources[i]
+                    for i in (number + 1, number - 1, number + 2, number - 2)
+                    if 0 <= i < len(sources)
+                )
+                if hole := cut(text, language, kind, name, rng, beside):
                     drawn.append(hole)
     return drawn
 
 
-def cut(text: str, language: str, kind: str, name: str, rng: random.Random) -> Hole | None:
+def cut(
+    text: str, language: str, kind: str, name: str, rng: random.Random, beside: tuple[tuple[str, str], ...]
+) -> Hole | None:
     """A hole of a kind at a random character of a text; None where the place is not of that kind."""
     start = rng.randrange(len(text))
     line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", start)
@@ -145,7 +156,7 @@ def cut(text: str, language: str, kind: str, name: str, rng: random.Random) -> H
             end -= len(re.search(r"[)\]};:,'\"\s]*$", text[start:line_end])[0])  # type: ignore[index]
     if not text[start:end].strip():
         return None
-    return Hole(language, kind, name, text[:start], text[start:end], text[end:])
+    return Hole(language, kind, name, text[:start], text[start:end], text[end:], beside)
 
 
 def judge(hole: Hole, answer: str) -> dict[str, bool]:
@@ -163,8 +174,13 @@ def judge(hole: Hole, answer: str) -> dict[str, bool]:
     }
 
 
-def measure(model: codegemma.Model, drawn: Sequence[Hole], trim: Trim | None) -> list[dict[str, Any]]:
-    """Each hole with the text that is shown, the time that it took and its judgement."""
+def measure(
+    model: codegemma.Model, drawn: Sequence[Hole], trim: Trim | None, context: int
+) -> list[dict[str, Any]]:
+    """Each hole with the text that is shown, the time that it took and its judgement.
+
+    The prompt names the file and reads the first 2,000 characters of `context` files beside it, if that is not 0.
+    """
     rows = []
     for number, hole in enumerate(drawn):
         started = time.perf_counter()
@@ -172,10 +188,19 @@ def measure(model: codegemma.Model, drawn: Sequence[Hole], trim: Trim | None) ->
         chosen = trim or ("line" if re.match(r"[^\n]*\w", hole.suffix) else "block")
         prefix = hole.prefix[hole.prefix.find("\n", max(0, len(hole.prefix) - WINDOW[0])) + 1 :]
         suffix = hole.suffix[: WINDOW[1]]
-        answer = model.complete(prefix, suffix, trim=chosen, max_tokens=MAX_TOKENS)
+        beside = (
+            {
+                "path": hole.path,
+                "context": [(name, text[:CONTEXT]) for name, text in hole.neighbours[:context]],
+            }
+            if context
+            else {}
+        )
+        answer = model.complete(prefix, suffix, trim=chosen, max_tokens=MAX_TOKENS, **beside)
         text = answer.text
         confidence = getattr(answer, "confidence", None)
-        rows.append(asdict(hole) | judge(hole, text) | {"answer": text, "confidence": confidence,
+        row = {name: value for name, value in asdict(hole).items() if name != "neighbours"}
+        rows.append(row | judge(hole, text) | {"answer": text, "confidence": confidence,
                     "seconds": time.perf_counter() - started})  # fmt: skip
         print(f"\r{number + 1} of {len(drawn)}", end="", file=sys.stderr)
     return rows
@@ -210,6 +235,19 @@ def table(rows: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]] | None) 
     return "\n".join(lines)
 
 
+def thresholds(rows: Sequence[dict[str, Any]]) -> str:
+    """What hiding below a confidence costs: how much is shown, how much of it begins with the right line, and
+    how many of the right first lines are kept."""
+    lines = ["| hidden below | shown | right first line | right ones kept |", "|---|---|---|---|"]
+    right = sum(row["first line"] for row in rows)
+    for threshold in (0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        shown = [row for row in rows if not row["hidden"] and row["confidence"] >= threshold]
+        good = sum(row["first line"] for row in shown)
+        shares = (len(shown) / len(rows), good / max(1, len(shown)), good / max(1, right))
+        lines.append(f"| {threshold} | {' | '.join(f'{100 * share:.1f}' for share in shares)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("out", type=Path)
@@ -217,13 +255,18 @@ def main() -> None:
     arguments.add_argument("--holes", type=int, default=600)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--trim", choices=("auto", "none", "line", "block"))
+    arguments.add_argument(
+        "--context", type=int, default=0, help="files beside the hole's that are read, up to 4"
+    )
     arguments.add_argument("--against", type=Path, help="the OUT of an older run on the same holes")
     options = arguments.parse_args()
     fetch(BENCH / "cursor")
     drawn = holes(BENCH / "cursor", options.holes, options.seed)
-    rows = measure(codegemma.load(options.model), drawn, options.trim)
+    rows = measure(codegemma.load(options.model), drawn, options.trim, options.context)
     options.out.write_text(json.dumps(rows, indent=1))
-    print(table(rows, json.loads(options.against.read_text()) if options.against else None))
+    print(table(rows, json.loads(options.against.read_text()) if options.against else None), "")
+    if rows[0]["confidence"] is not None:
+        print(thresholds(rows))
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def main() -> None:
             f"whole pipeline: {size / single['wall']:.2f} MB/s with one worker, "
             f"{size / double['wall']:.2f} with two, {single['wall'] / double['wall']:.2f} times"
         )
-        for stage in ("documents", "clean", "sign", "link", "order", "rows"):
+        for stage in ("documents", "clean", "minhash", "link", "order", "rows"):
             seconds = single[stage]["seconds"]
             print(
                 f"  {stage:10} {seconds:8.1f} s  {seconds / single['wall']:6.1%}  "

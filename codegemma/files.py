@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 PLACEHOLDER_BYTES = 1024  # how much of a file's start `refuse_placeholder` needs
-_MAPS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # the open maps, for `unmap`
+_MAPS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # the open maps, for `drop_mapped_pages`
 _PART = re.compile(r"\..+\.(\d+)(?:-[0-9a-f]+)?\.part")  # name of an unfinished file; the number: its process
-_SWEPT: set[Path] = set()  # the folders whose leftovers this process has removed
+# The folders in which this process writes. Before its first write there, it removes leftovers.
+_WRITTEN: set[Path] = set()
 
 _ROOM = "free some space there, or name another folder"
 _ACCESS = "name a file or folder that you may use, or change its permissions"
@@ -70,7 +71,8 @@ def _user_dir(variable: str, folder: str) -> Path:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """A read-only memory map of a file. Raises ValueError on an empty file, OSError as `open` does."""
+    """A read-only memory map of a file. Raises ValueError where it is empty or a placeholder (see
+    `refuse_placeholder`), OSError as `open` does."""
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ValueError(f"{path}: the file is empty: download it again")
@@ -94,8 +96,9 @@ def refuse_placeholder(path: Path, start: bytes) -> None:
         raise ValueError(f"{path}: is a web page, such as a site sends for a refusal: {remedy}")
 
 
-def unmap() -> None:
-    """Lets the system drop the mapped files from memory; they stay usable, and are read from disk again."""
+def drop_mapped_pages() -> None:
+    """Lets the system drop the pages of mapped files from memory. The maps stay valid: a page that is used
+    again is read from disk again."""
     if hasattr(mmap, "MADV_DONTNEED"):
         for data in _MAPS:
             data.madvise(mmap.MADV_DONTNEED)
@@ -137,18 +140,19 @@ def explain(error: OSError) -> str:
     remedy = _REMEDIES.get(error.errno, "")
     for variable, folder in (("XDG_CACHE_HOME", cache_dir), ("XDG_STATE_HOME", state_dir)):
         with suppress(OSError):  # no home directory
-            is_within = Path(path).is_relative_to(folder()) or (path and folder().is_relative_to(path))
-            if error.errno in _FOLDER_ERRORS and is_within:
+            # In the folder, or a parent of it that cannot be made.
+            is_on_the_way = Path(path).is_relative_to(folder()) or (path and folder().is_relative_to(path))
+            if error.errno in _FOLDER_ERRORS and is_on_the_way:
                 remedy = f"set {variable} to a folder with room that you may write"
     return f"{path}{': ' if path else ''}{error.strerror}{': ' if remedy else ''}{remedy}"
 
 
-def expect_ours(path: Path, mark: bytes | None = None) -> None:
+def expect_replaceable(path: Path, magic: bytes | None = None) -> None:
     """Raises ValueError unless we may create or replace the file `path` (links are followed).
 
-    `mark` are the bytes that all our files of this kind begin with: a file that begins otherwise is somebody
-    else's and is refused, unless it is empty. Devices, pipes and folders are always refused. A path where
-    nothing exists yet is fine.
+    `magic` are the bytes that all our files of this kind begin with: a file that begins otherwise is somebody
+    else's and is refused, unless it is empty. Without `magic`, any regular file may be replaced. Devices,
+    pipes and folders are always refused. A path where nothing exists yet is fine.
     """
     try:
         status = path.stat()
@@ -157,23 +161,23 @@ def expect_ours(path: Path, mark: bytes | None = None) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
         raise ValueError(f"{path} is {kind}, and is not written over: name a file")
-    if mark is not None and status.st_size:
+    if magic is not None and status.st_size:
         with open(path, "rb") as file:
-            if file.read(len(mark)) != mark:
+            if file.read(len(magic)) != magic:
                 rule = "was not written by codegemma, and is kept"
                 raise ValueError(f"{path} {rule}: name another file, or remove that one")
 
 
 @contextmanager
-def atomic_write(path: Path, mark: bytes | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, magic: bytes | None = None) -> Iterator[BinaryIO]:
     """A file to write, renamed to `path` when the block succeeds and removed when it raises.
 
     A link is followed, and a file that is replaced keeps its permissions. Raises ValueError where `path` may
-    not be replaced (see `expect_ours`), and OSError, which names `path`, where the disk refuses.
+    not be replaced (see `expect_replaceable`), and OSError, which names `path`, where the disk refuses.
     """
     path = Path(os.path.realpath(path))
-    expect_ours(path, mark)
-    part = _part(path, _writer())
+    expect_replaceable(path, magic)
+    part = _part(path, _unique_mark())
     with _naming(path, part), _created(part) as file:
         try:
             yield file
@@ -188,26 +192,24 @@ def atomic_write(path: Path, mark: bytes | None = None) -> Iterator[BinaryIO]:
 
 @contextmanager
 def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
-    """As `atomic_write`, but an interrupted file is kept, and the next call with the same stamp continues it.
+    """As `atomic_write`, but an interrupted file is kept, for the next call with the same `stamp`.
 
-    It is removed where the block raises ValueError, since the same content would raise it again. After a
-    restart of the machine it is begun anew, since some writes may not have reached the disk. Raises
+    `stamp` is a text that names all that the content depends on. The file that the next call yields has the
+    old content and is positioned at its start: the caller decides where to go on. It is removed where the
+    block raises ValueError, since the same content would raise it again, and where a call has another stamp.
+    After a restart of the machine it is begun anew, since some writes may not have reached the disk. Raises
     ValueError while another process writes the same file.
     """
     path = Path(os.path.realpath(path))
-    expect_ours(path)
+    expect_replaceable(path)
     boot = Path("/proc/sys/kernel/random/boot_id")
     stamp += boot.read_text() if boot.exists() else ""
     part = _part(path, f"at-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}")
     for other in path.parent.glob(f".{glob.escape(path.name)}.at-*.part"):
         if other != part:
-            other.unlink(missing_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    with _naming(path, part), open(os.open(part, flags, 0o666), "r+b") as file:
-        try:
-            lock(file, wait=False)
-        except BlockingIOError:
-            raise ValueError(f"{path}: is being written by another process: wait for it") from None
+            with suppress(OSError), _open_and_lock(other, path):  # removed by now, or another user's
+                other.unlink()
+    with _naming(path, part), _open_and_lock(part, path, os.O_CREAT) as file:
         try:
             yield file
         except ValueError:
@@ -216,6 +218,22 @@ def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
         os.replace(part, path)
+
+
+@contextmanager
+def _open_and_lock(part: Path, path: Path, flags: int = 0) -> Iterator[BinaryIO]:
+    """The unfinished file `part` of `path`, to read and write. Raises ValueError while another process writes
+    or removes it."""
+    flags |= os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(part, flags, 0o666), "r+b") as file:
+        is_ours = True
+        try:
+            lock(file, wait=False)
+        except BlockingIOError:
+            is_ours = False
+        if not is_ours or not part.exists():  # it may have been removed before it was locked
+            raise ValueError(f"{path}: is being written by another process: wait for it")
+        yield file
 
 
 def lock(file: IO[Any] | int, wait: bool = True) -> None:
@@ -235,7 +253,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, renamed to `path` when the block succeeds and removed when it raises.
 
     An empty directory at `path` is replaced. Raises OSError if anything else is there."""
-    part = _part(path, _writer())
+    part = _part(path, _unique_mark())
     with _naming(path, part):
         held = _make_and_lock(part)
         try:
@@ -262,7 +280,7 @@ def discard_unfinished() -> None:
 
     For a process that exits without running the `finally` blocks that would do it.
     """
-    for folder in list(_SWEPT):
+    for folder in list(_WRITTEN):
         for part in folder.glob(f".*.{os.getpid()}-*.part"):
             with suppress(OSError):
                 shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
@@ -271,13 +289,15 @@ def discard_unfinished() -> None:
 def _part(path: Path, mark: str) -> Path:
     """The path that a file or directory has until it is complete; `mark` tells its writers apart."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.parent not in _SWEPT:  # only once in a process: a build writes thousands of files into one folder
-        _SWEPT.add(path.parent)
+    if (
+        path.parent not in _WRITTEN
+    ):  # only once in a process: a build writes thousands of files into one folder
+        _WRITTEN.add(path.parent)
         remove_leftovers(path.parent)
     return path.with_name(f".{path.name}.{mark}.part")
 
 
-def _writer() -> str:
+def _unique_mark() -> str:
     """A mark that no file had before: `remove_leftovers` may still be removing an older file."""
     return f"{os.getpid()}-{secrets.token_hex(6)}"
 
@@ -308,12 +328,13 @@ def _make_and_lock(folder: Path) -> int:
 
 
 @contextmanager
-def _unused(part: Path, writer: int) -> Iterator[None]:
-    """Holds the lock of an unfinished file or directory. Raises BlockingIOError where a process may write it.
+def _unused(part: Path, process: int) -> Iterator[None]:
+    """Holds the lock of an unfinished file or directory. Raises BlockingIOError where a process may still be
+    writing it.
 
-    That is so where the file is locked, or where the process `writer` is alive. One exception: where locks
-    work and `writer` is our own number, the file is a leftover of an earlier process with the same number, as
-    in containers, where numbers begin anew.
+    That is so where the file is locked, or where the process with the number `process` is alive. One
+    exception: where locks work and `process` is our own number, the file is a leftover of an earlier process
+    with the same number, as in containers, where numbers begin anew.
     """
     held = os.open(part, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try:
@@ -324,7 +345,7 @@ def _unused(part: Path, writer: int) -> Iterator[None]:
             raise
         except OSError:
             has_locks = False
-        if _alive(writer) and not (has_locks and writer == os.getpid()):
+        if _alive(process) and not (has_locks and process == os.getpid()):
             raise BlockingIOError(f"{part} is being written")
         yield
     finally:

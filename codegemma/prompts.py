@@ -1,11 +1,12 @@
 r"""The only place that puts control ids in order: FIM documents, context files, chat turns; and stop ids.
 
-A prompt is a list of segments, each a label and ids. Each text is encoded alone and the ids are joined, so no
-token spans the cursor and no text becomes a control id. A training row has the same segments, then the middle
-and its terminator; the labels say which ids count in the loss.
+A prompt is a list of spans, each a label and ids. Each text is encoded alone and the ids are joined, so no
+token crosses the cursor and no text becomes a control id. A training document has the same spans, then the
+middle and its terminator; the labels say which ids count in the loss.
 
 Layouts of FIM (fill in the middle), with P for the prefix and S for the suffix; psm is from the CodeGemma
-report (figures 2 and 4), spm is not published, but what CodeGemma itself writes:
+report (figures 2 and 4); spm is in no report: it is the order of the FIM documents that CodeGemma writes when
+it is left to generate them.
 
     psm     [path\n]<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>
     spm     [path\n]<|fim_suffix|>S<|fim_prefix|>P<|fim_middle|>
@@ -86,19 +87,19 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as labelled segments of ids, and the ids that end its answer."""
+    """A prompt as labelled spans of ids, and the ids that end its answer."""
 
-    segments: tuple[tuple[Label, Ids], ...]
+    spans: tuple[tuple[Label, Ids], ...]
     stops: frozenset[int]
 
     @cached_property
     def ids(self) -> Ids:
-        return [token for _, ids in self.segments for token in ids]
+        return [token for _, ids in self.spans for token in ids]
 
     @cached_property
     def labels(self) -> list[Label]:
         """One label for each of `ids`."""
-        return [label for label, ids in self.segments for _ in ids]
+        return [label for label, ids in self.spans for _ in ids]
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,9 @@ def encode_parts(
 def assemble(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> Prompt:
     """Joins the parts of a FIM prompt. Raises ValueError where the layout needs FIM ids that the vocabulary
     lacks."""
-    segments: list[tuple[Label, Ids]] = [("bos", _optional(tokenizer.control.bos))]
-    segments += [("context", ids) for ids in parts.context]
-    return _prompt(segments + _fim_segments(tokenizer, parts, layout), fim_stops(tokenizer))
+    spans: list[tuple[Label, Ids]] = [("bos", _optional(tokenizer.control.bos))]
+    spans += [("context", ids) for ids in parts.context]
+    return _prompt(spans + _fim_spans(tokenizer, parts, layout), fim_stops(tokenizer))
 
 
 def fim_training(
@@ -202,7 +203,7 @@ def fim_training(
     layout: Layout = "psm",
     terminator: Literal["file_separator", "eos"] = "file_separator",
 ) -> Prompt:
-    """A document of a training row, without <bos>. Layout "prefix" is for plain text and has no suffix.
+    """A training document, without <bos>. Layout "prefix" is a document that is not split: it has no suffix.
 
     Raises ValueError on a suffix in layout "prefix" and on a vocabulary without the control ids."""
     if layout == "prefix" and suffix:
@@ -210,16 +211,17 @@ def fim_training(
     end = getattr(tokenizer.control, terminator)
     if end is None:
         raise ValueError(f"this vocabulary has no {terminator} to end a document: use CodeGemma's or Gemma's")
-    segments = _fim_segments(tokenizer, encode_parts(tokenizer, prefix, suffix, path), layout)
-    segments += [("middle", tokenizer.encode(middle)), ("terminator", [end])]
-    return _prompt(segments, fim_stops(tokenizer))
+    spans = _fim_spans(tokenizer, encode_parts(tokenizer, prefix, suffix, path), layout)
+    spans += [("middle", tokenizer.encode(middle)), ("terminator", [end])]
+    return _prompt(spans, fim_stops(tokenizer))
 
 
 def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> ParsedFim:
-    """Parses the ids of `fim_training`, or of `fim` and an answer; skips context files.
+    """Parses the ids of `fim_training`, or of `fim` and an answer.
 
-    Without FIM tokens all text is the prefix, path included, since nothing marks where the path ends. Raises
-    ValueError on an unknown order of FIM tokens and on ids after the document.
+    Context files are skipped, except in layout "prefix", where they raise ValueError: nothing marks where the
+    document begins. In that layout all text is the prefix, path included, since nothing marks where the path
+    ends. Raises ValueError on an unknown order of FIM tokens and on ids after the document.
     """
     control = tokenizer.control
     body = list(ids)
@@ -230,7 +232,7 @@ def parse_fim(tokenizer: Tokenizer, ids: Sequence[int]) -> ParsedFim:
     names = {control.fim_prefix: "prefix", control.fim_suffix: "suffix", control.fim_middle: "middle"}
     marks = [(index, names[token]) for index, token in enumerate(body) if token in names]
     order = tuple(name for _, name in marks)
-    layouts: dict[tuple[str, ...], Layout] = {(*order, "middle"): layout for layout, order in _ORDERS.items()}
+    layouts: dict[tuple[str, ...], Layout] = {(*parts, "middle"): layout for layout, parts in _ORDERS.items()}
     layout = layouts.get(order) if order else "prefix"
     if layout is None:
         raise ValueError(
@@ -266,25 +268,25 @@ def raw(tokenizer: Tokenizer, text: str) -> Prompt:
 def chat(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> Prompt:
     """The messages in Gemma's chat template, as the turns that `chat_turns` makes of them.
 
-    `reply` opens a turn for the model to answer in; without it, the prompt is a training row, of which the
-    model learns the "reply" segments.
-    Raises ValueError as `chat_turns` does, and on a vocabulary without turns.
+    `reply` opens a turn for the model to answer in; without it, the prompt is one training example, of which
+    the model learns the "reply" spans. Raises ValueError as `chat_turns` does, and on a vocabulary without
+    turns.
     """
     control = tokenizer.control
     if control.start_of_turn is None or control.end_of_turn is None:
         raise ValueError("this vocabulary has no <start_of_turn> and <end_of_turn>: it cannot chat")
     newline, model = tokenizer.encode("\n"), tokenizer.encode("model\n")
-    segments: list[tuple[Label, Ids]] = [("bos", _optional(control.bos))]
+    spans: list[tuple[Label, Ids]] = [("bos", _optional(control.bos))]
     for turn in chat_turns(messages, reply):
-        segments.append(("turn", [control.start_of_turn]))
+        spans.append(("turn", [control.start_of_turn]))
         if turn.role == "user":
-            segments += [("user", tokenizer.encode(f"user\n{turn.text}")), ("turn", [control.end_of_turn])]
+            spans += [("user", tokenizer.encode(f"user\n{turn.text}")), ("turn", [control.end_of_turn])]
         else:
-            segments += [("turn", model), ("reply", [*tokenizer.encode(turn.text), control.end_of_turn])]
-        segments.append(("turn", newline))
+            spans += [("turn", model), ("reply", [*tokenizer.encode(turn.text), control.end_of_turn])]
+        spans.append(("turn", newline))
     if reply:
-        segments.append(("turn", [control.start_of_turn, *model]))
-    return _prompt(segments, chat_stops(tokenizer))
+        spans.append(("turn", [control.start_of_turn, *model]))
+    return _prompt(spans, chat_stops(tokenizer))
 
 
 def chat_turns(messages: Sequence[Message], reply: bool = True) -> list[Message]:
@@ -292,7 +294,8 @@ def chat_turns(messages: Sequence[Message], reply: bool = True) -> list[Message]
 
     Texts are stripped. Consecutive messages of one role become one turn, with a blank line between them. A
     system text goes in front of the next user text, with a blank line between them; where none follows, it
-    becomes user text at the end. Raises ValueError where `reply` is set and the last turn is not the user's.
+    becomes user text at the end. Raises ValueError where there is no turn, or where `reply` is set and the
+    last turn is not the user's.
     """
     turns: list[Message] = []
     system = ""
@@ -306,7 +309,9 @@ def chat_turns(messages: Sequence[Message], reply: bool = True) -> list[Message]
         _add_turn(turns, message.role, text)
     if system.strip():
         _add_turn(turns, "user", system.strip())
-    if not turns or (reply and turns[-1].role != "user"):
+    if not turns:
+        raise ValueError("a chat must have a message that is not an empty system text: add a user's")
+    if reply and turns[-1].role != "user":
         raise ValueError("a chat must end with a user's message for the model to answer: add one")
     return turns
 
@@ -356,11 +361,11 @@ def _edge(tokenizer: Tokenizer, ids: Ids, near: range, reach: range, default: in
     return default
 
 
-def _fim_segments(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> list[tuple[Label, Ids]]:
+def _fim_spans(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> list[tuple[Label, Ids]]:
     control = tokenizer.control
-    segments: list[tuple[Label, Ids]] = [("path", parts.path)]
+    spans: list[tuple[Label, Ids]] = [("path", parts.path)]
     if layout == "prefix":
-        return [*segments, ("prefix", parts.prefix)]
+        return [*spans, ("prefix", parts.prefix)]
     if layout not in _ORDERS:
         raise ValueError(f'layout must be "psm", "spm" or "prefix", got {layout!r}')
     if control.fim is None:
@@ -368,12 +373,12 @@ def _fim_segments(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> list[tu
         raise ValueError(f'this vocabulary has no FIM tokens ({names}): use layout="prefix"')
     for part in _ORDERS[layout]:
         sentinel = _optional(getattr(control, f"fim_{part}"))
-        segments += [("sentinel", sentinel), (part, getattr(parts, part))]
-    return [*segments, ("sentinel", _optional(control.fim_middle))]
+        spans += [("sentinel", sentinel), (part, getattr(parts, part))]
+    return [*spans, ("sentinel", _optional(control.fim_middle))]
 
 
-def _prompt(segments: list[tuple[Label, Ids]], stops: frozenset[int]) -> Prompt:
-    return Prompt(tuple((label, ids) for label, ids in segments if ids), stops)
+def _prompt(spans: list[tuple[Label, Ids]], stops: frozenset[int]) -> Prompt:
+    return Prompt(tuple((label, ids) for label, ids in spans if ids), stops)
 
 
 def _optional(token: int | None) -> Ids:

@@ -34,8 +34,8 @@ Numbers = Sequence[float] | np.ndarray
 # Types of pieces, numbered alike in sentencepiece_model.proto and in GGUF's tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_CONTROL = re.compile(
+_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
+_CONTROL_NAME = re.compile(
     r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>"
     r"|\[(@BOS@|multimodal)\]|<\|\w+\|>"
 )
@@ -51,12 +51,12 @@ FIM_IDS = dict(zip(_FIM_FIELDS, range(67, 71), strict=True))  # CodeGemma's: 67 
 
 # Stands for a blank in pieces; where a text has this character itself, byte pieces spell it.
 _BLANK = "\u2581"
-_UNUSED = re.compile(r"<unused\d+>")
+_UNUSED_NAME = re.compile(r"<unused\d+>")
 _SPELLING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a control spelling looks like
 _LINE = re.compile(rb"[^\n]*\n+|[^\n]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _CACHE_VERSION = b"1"
-MAX_ADDED = 65_536  # tokens that side files may add to a vocabulary
+MAX_ADDED = 65_536  # tokens that the JSON files beside a vocabulary may add to it; see `with_added`
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ class Tokenizer:
 
     @classmethod
     def from_pieces(cls, pieces: Sequence[str], scores: Numbers, types: Numbers) -> Tokenizer:
-        """From GGUF's tokenizer.ggml.tokens, .scores and .token_type; `encode` adds no space before a text.
+        """From GGUF's tokenizer.ggml.tokens, .scores and .token_type.
 
+        GGUF's add_space_prefix is not read: as with Gemma's own files, `encode` puts no space before a text.
         Takes 0.5 s for 262k pieces: wrap it in `cached`. Raises ValueError where the arrays do not fit
         together.
         """
@@ -179,19 +180,21 @@ class Tokenizer:
         return other
 
     def with_added(self, added: Mapping[int, tuple[str, bool]]) -> Tokenizer:
-        """The vocabulary with tokens that side files add. `added` maps an id to (spelling, special); no text
-        matches a special token.
+        """The vocabulary with the tokens that JSON files beside it (tokenizer_config.json, tokenizer.json,
+        added_tokens.json) add.
 
-        An id may follow the vocabulary, or be that of a placeholder or control piece, which then gets the new
-        spelling. Pieces that ordinary text is made of do not change. Raises ValueError on an id that is
-        negative or too far behind the vocabulary.
+        `added` maps an id to (spelling, special); no text matches a special token. An id may follow the
+        vocabulary, or be that of a control, user-defined or unused piece, which then gets the new spelling.
+        All other pieces stay as they are. Raises ValueError on an id that is negative or too far behind the
+        vocabulary.
         """
         pieces, scores, types, normalizer = _parse_model(self.model)
-        last = max(added, default=0)
-        if min(added, default=0) < 0 or last >= min(len(pieces) + MAX_ADDED, LIMITS["vocab"]):
+        first, last = min(added, default=0), max(added, default=0)
+        if first < 0:
+            raise ValueError(f"an added token has the id {first:,}, but ids begin at 0: the file is damaged")
+        if last >= min(len(pieces) + MAX_ADDED, LIMITS["vocab"]):
             rule = f"but at most {MAX_ADDED:,} can follow the vocabulary's {len(pieces):,}"
-            given = f"an added token has the id {last if last > 0 else min(added):,}"
-            raise ValueError(f"{given}, {rule}: the file is damaged")
+            raise ValueError(f"an added token has the id {last:,}, {rule}: the file is damaged")
         missing = last + 1 - len(pieces)
         pieces, scores = pieces + [""] * missing, scores + [0.0] * missing
         types = types + [CONTROL] * missing
@@ -201,9 +204,10 @@ class Tokenizer:
         return Tokenizer(_canonical_model(pieces, scores, types, normalizer), self.end_ids)
 
     def without_added(self, rows: int) -> Tokenizer:
-        """The vocabulary cut to the `rows` rows of an embedding, where only added tokens lie beyond them.
+        """The vocabulary cut to its first `rows` ids, the rows of an embedding, where only added tokens
+        follow them. Added tokens among the first `rows` stay.
 
-        Where ordinary text pieces lie beyond them too, the vocabulary belongs to another model and is
+        Where ordinary text pieces follow them too, the vocabulary belongs to another model and is
         returned as it is.
         """
 
@@ -259,7 +263,7 @@ class Tokenizer:
         token = self._engine.piece_to_id(piece)
         return token if self._engine.id_to_piece(token) == piece else None
 
-    def agreeing(self, data: bytes) -> np.ndarray:
+    def ids_compatible_with(self, data: bytes) -> np.ndarray:
         """int32 ids of all tokens that a text beginning with `data` may start with: their bytes begin with
         `data`, or `data` begins with their bytes."""
         order = self._byte_order
@@ -358,7 +362,9 @@ class Tokenizer:
         source: Literal["named", "convention"] | None = None
         if None not in (fim["fim_prefix"], fim["fim_middle"], fim["fim_suffix"]):
             source = "named"
-        elif self.vocab_size > 70 and all(_UNUSED.fullmatch(self.piece(token)) for token in FIM_IDS.values()):
+        elif self.vocab_size > 70 and all(
+            _UNUSED_NAME.fullmatch(self.piece(token)) for token in FIM_IDS.values()
+        ):
             fim, source = {**FIM_IDS}, "convention"
         names = ("pad", "unk", "start_of_turn", "end_of_turn")
         others = {name: control_id(f"<{name}>") for name in names}
@@ -367,7 +373,8 @@ class Tokenizer:
 
 
 def without_surrogates(text: str) -> str:
-    """The text as Unicode: a pair of surrogates, as UTF-16 has them, is its character, half a one U+FFFD."""
+    """The text as Unicode: a pair of surrogates, as UTF-16 has them, becomes the character that it stands
+    for, and a lone one becomes U+FFFD."""
     if text.isascii() or not _SURROGATE.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -433,7 +440,7 @@ def _canonical_model(
 def _mark_user_defined(pieces: Sequence[str], types: Numbers) -> list[int]:
     """The types, corrected: NORMAL pieces before the first byte piece become USER_DEFINED. SentencePiece's
     trainer puts only user-defined pieces there, but Google's GGUF files mark them as NORMAL."""
-    first_byte = next((i for i, piece in enumerate(pieces) if _BYTE.fullmatch(piece)), 0)
+    first_byte = next((i for i, piece in enumerate(pieces) if _BYTE_NAME.fullmatch(piece)), 0)
     return [USER_DEFINED if i < first_byte and kind == NORMAL else int(kind) for i, kind in enumerate(types)]
 
 
@@ -490,7 +497,7 @@ def _read_json(data: bytes) -> bytes:
         names = {token: piece for piece, token in model["vocab"].items()}
         names |= {token["id"]: token["content"] for token in added}
         if not names or not 0 <= min(names) <= max(names) < LIMITS["vocab"]:
-            raise ValueError(f"its ids must lie from 0 to {LIMITS['vocab']:,}")
+            raise ValueError(f"its ids must lie from 0 to {LIMITS['vocab'] - 1:,}")
         score: dict[str, int] = {}
         for rank, merge in enumerate(model["merges"]):
             score.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), -rank)
@@ -521,9 +528,9 @@ def _canonical_pieces(pieces: Sequence[str], types: list[int]) -> tuple[list[str
             names[i], kind = f"[PAD{i}]", CONTROL
         elif name == "<unk>":
             kind = UNKNOWN
-        elif _BYTE.fullmatch(name):
+        elif _BYTE_NAME.fullmatch(name):
             kind = BYTE
-        elif kind in (NORMAL, USER_DEFINED) and _CONTROL.fullmatch(name):
+        elif kind in (NORMAL, USER_DEFINED) and _CONTROL_NAME.fullmatch(name):
             kind = CONTROL
         used.add(names[i])
         kinds.append(kind)

@@ -40,11 +40,15 @@ class Served:
 
 @contextlib.contextmanager
 def served(
-    open_service, rules: Rules | None = None, page: Path = app.PAGE, terms: str = "", redact: bool = True
+    open_service,
+    rules: Rules | None = None,
+    web_folder: Path = app.WEB_FOLDER,
+    terms: str = "",
+    redact: bool = True,
 ) -> Iterator[Served]:
     """`open_service` is awaited in the server's loop."""
     listener = run.open_socket("127.0.0.1", 0)
-    application = app.create(open_service, rules or Rules(), terms, page, redact)
+    application = app.create(open_service, rules or Rules(), terms, web_folder, redact)
     config = uvicorn.Config(
         application,
         http=HttpProtocol,

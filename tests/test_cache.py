@@ -14,7 +14,7 @@ from mutate import mutants
 from tiny import tiny_config, tiny_tensors
 
 from codegemma.checkpoints import Checkpoint
-from codegemma.generate.cache import PrefixCache, common_prefix
+from codegemma.generate.cache import PrefixCache, common_prefix_length
 from codegemma.generate.engine import Engine
 from codegemma.generate.request import Request
 from codegemma.native import PAGE, Native, Page
@@ -76,7 +76,9 @@ def test_find_gives_the_longest_known_prefix(stored, asked):
     for ids in stored:
         cache.put(ids, pages_of(ids))
     for ids in [*stored, *asked, []]:
-        assert known_length(cache, ids) == max((common_prefix(ids, other) for other in stored), default=0)
+        assert known_length(cache, ids) == max(
+            (common_prefix_length(ids, other) for other in stored), default=0
+        )
     needed = {tuple(ids[:end]) for ids in stored for end in range(PAGE, len(ids) + 1, PAGE)}
     tails = {tuple(ids) for ids in stored if len(ids) % PAGE}
     tails = {

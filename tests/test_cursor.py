@@ -182,7 +182,7 @@ def test_agreeing_tokens_are_those_that_a_scan_finds(data):
     expected = [
         i for i, text in enumerate(spelled) if text and (text.startswith(data) or data.startswith(text))
     ]
-    assert sorted(tokenizer.agreeing(data)) == expected
+    assert sorted(tokenizer.ids_compatible_with(data)) == expected
 
 
 def texts(engine, requests, together):
@@ -222,7 +222,7 @@ def test_confidence_is_of_the_tokens_that_were_allowed():
     expected = np.exp(np.cumsum([step.logprob for step in steps]) / np.arange(1, len(steps) + 1))
     np.testing.assert_allclose([step.confidence for step in steps], expected, rtol=1e-5)
     token = TINY_TOKENIZER.encode("def")[0]
-    only = list(TINY_TOKENIZER.agreeing(b"def"))
+    only = list(TINY_TOKENIZER.ids_compatible_with(b"def"))
     first = next(engine.generate(Request(ids, 6, begin="def")))
     logits = engine.logits(ids)[-1].astype(float)
     share = np.exp(logits[first.token]) / np.exp(logits[only]).sum()

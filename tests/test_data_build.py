@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import string
 import subprocess
@@ -15,6 +16,7 @@ import tarfile
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from vocabularies import small
 
-from codegemma.data import build, dedup, engines, fim, pack, report, show, splits
+from codegemma.data import build, dedup, engines, fim, pack, report, show, splits, stages
 from codegemma.data.clean import Cleaner
 from codegemma.data.documents import Document
 from codegemma.data.recipe import BuildRecipe
@@ -252,12 +254,12 @@ def kept_in_memory(documents, benchmarks, threshold):
         if documents[at].kind == "code":
             members[documents[at].repository].append(at)
     merged = {name: np.unique(np.concatenate([grams[at] for at in ats])) for name, ats in members.items()}
-    copies = dedup.resolve(similar(merged), lambda name: (-len(members[name]), name))
+    copies = dedup.choose_kept(similar(merged), lambda name: (-len(members[name]), name))
     alive = [at for at in alive if documents[at].kind != "code" or documents[at].repository not in copies]
     first = {}
     for at in sorted(alive, key=place):
         first.setdefault(documents[at].digest, at)
-    near = dedup.resolve(similar({at: grams[at] for at in first.values()}), place)
+    near = dedup.choose_kept(similar({at: grams[at] for at in first.values()}), place)
     return {documents[at].name for at in first.values() if at not in near}
 
 
@@ -494,6 +496,13 @@ def test_rates_lie_within_binomial_bounds(tokenizer):
     assert all(again[e.document.path] == e.ids_T.tolist() for e in examples)
 
 
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_peak_of_memory_is_in_bytes_on_each_system(monkeypatch, platform, unit):
+    monkeypatch.setattr(stages.sys, "platform", platform)
+    monkeypatch.setattr(stages.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=5_000_000))
+    assert stages.peak_bytes() == 5_000_000 * unit
+
+
 def test_show_and_report(built, capsys):
     from rich.console import Console
 
@@ -517,6 +526,13 @@ def test_show_and_report(built, capsys):
         and "src=" not in page.split("<h2>Rows")[0]
     )
     assert "copy of a repository" in page and "pkg/m3.py" in page
+    tiles = {label: value for value, label in re.findall(r'"tile"><b>(.*?)</b>(.*?)</div>', page)}
+    rows = json.loads((built / "manifests" / "rows.json").read_text())
+    names = {"rows": "rows_in_index", "tokens": "tokens", "examples": "examples"}
+    measured = {label: f"{rows[name]:,}" for label, name in names.items()}
+    measured |= {"padding": f"{rows['padding']:.1%}"}
+    assert {label: tiles.pop(label) for label in measured} == measured
+    assert tiles.keys() == {"documents read", "kept"}
     (built / "report.html").unlink()
 
 

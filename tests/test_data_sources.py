@@ -207,7 +207,7 @@ def test_notebooks_are_documents_of_every_kind_of_source(tmp_path):
     ],
 )
 def test_the_header_alone_states_a_files_licence(text, licence):
-    stated = licences.of_text(text, "src/a.py", {"": "MIT"})
+    stated = licences.of_document(text, "src/a.py", {"": "MIT"})
     assert stated == (licence or "GPL-2.0-only WITH Linux-syscall-note")
 
 

@@ -232,6 +232,26 @@ def test_licences_of_a_repository_and_its_parts(tmp_path):
     assert read_source(Source(tmp_path / "q.whl", "zip"))[0]["q/a.py"].licence == "Apache-2.0 OR MIT"
 
 
+BSD = "Redistributions of source code must retain it. Redistributions in binary form must reproduce it. "
+
+
+@pytest.mark.parametrize(
+    "clause",
+    [
+        "Neither the name of Acme nor the names of its contributors may be used to promote products",
+        "The name of the author may not be used to endorse or promote products derived from this software",
+    ],
+)
+def test_each_wording_of_a_licence_has_the_same_name(clause):
+    assert licences.stated_in("LICENSE", (BSD + clause).encode()) == (
+        "",
+        (licences.BY_TEXT, "BSD-3-Clause"),
+    )
+    assert licences.match_text(BSD) == "BSD-2-Clause"
+    names = {rule["id"] for rule in licences.rules()["texts"]}
+    assert all(name == name.strip() for name in names)
+
+
 def test_text_that_utf8_cannot_encode(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "a\\u0000b"}\n{"text": "fine"}\n[1]\n')
     kept, reasons = read_source(Source(tmp_path / "x.jsonl", "lines", "text"))
@@ -305,9 +325,38 @@ def test_rules_can_be_replaced(tmp_path):
     (tmp_path / "rules.toml").write_text('[[rule]]\ncategory = "ours"\nphrases = ["banana bread"]\n')
     unsafe = clean.Unsafe(tmp_path / "rules.toml")
     assert unsafe("A Banana Bread recipe") == "ours" and unsafe("bananabread") == ""
-    (tmp_path / "bad.toml").write_text("[[rule]]\nwords = 1\n")
-    with pytest.raises(ValueError, match="needs category and phrases"):
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        *("rule = 3", "rule = [3]", "[[rule]]\nwords = 1", "[rule]\ncategory = 'a'", "rules = []"),
+        *(
+            f"[[rule]]\ncategory = 'a'\nphrases = {value}"
+            for value in ("3", "[3]", "['']", "['a']\nnear = 3", "['a']\nnear = [3]", "['a']\nleast = 'b'")
+        ),
+        "[[rule]]\ncategory = 3\nphrases = ['a']",
+        "[[rule]]\ncategory = 'a'\nphrases = ['a']\nwithin = 'b'",
+    ],
+)
+def test_a_rules_file_of_another_form_is_refused(tmp_path, rules):
+    (tmp_path / "bad.toml").write_text(rules)
+    with pytest.raises(ValueError, match=r"rules .*bad\.toml: each \[\[rule\]\] needs category and phrases"):
         clean.Unsafe(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("data", [b"rule = ", b"\xff", None])
+def test_a_rules_file_that_cannot_be_read_is_named(tmp_path, data):
+    if data is not None:
+        (tmp_path / "bad.toml").write_bytes(data)
+    with pytest.raises(ValueError, match=r"rules .*bad\.toml: .*: name a file like rules/unsafe\.toml"):
+        clean.Unsafe(tmp_path / "bad.toml")
+
+
+def test_a_list_of_malware_names_is_kept_and_the_malware_is_not():
+    unsafe = clean.Unsafe()
+    assert unsafe('SIGNATURES = ["c99shell", "r57shell", "b374k shell"]\n') == ""
+    assert unsafe("<?php // c99shell\n$act = $_GET['act']; passthru($act);") == "malware"
 
 
 def planted(count=40, seed=5):
@@ -521,9 +570,9 @@ def test_shingles_equal_a_slow_twin():
 )
 def test_whatever_is_dropped_is_like_one_that_is_kept(pairs, draw):
     edges = [(a, b, 0.9) for a, b in pairs]
-    result = dedup.resolve(edges, lambda node: node)
+    result = dedup.choose_kept(edges, lambda node: node)
     draw.shuffle(edges)
-    assert dedup.resolve([(b, a, s) for a, b, s in edges], lambda node: node) == result
+    assert dedup.choose_kept([(b, a, s) for a, b, s in edges], lambda node: node) == result
     nodes = {node for pair in pairs for node in pair}
     kept = nodes - result.keys()
     assert all(tuple(sorted((node, other))) in pairs and other in kept for node, (other, _) in result.items())
@@ -753,11 +802,11 @@ def test_groups_stay_whole_where_they_fit(tokenizer):
             fim.FimRecipe(length=128),
         )
     )
-    group = pack.RowGroup(examples[:3], "graph")
-    assert [len(part.examples) for part in pack.segments([group, pack.RowGroup(examples, "graph")], 128)][
+    group = pack.ExampleGroup(examples[:3], "graph")
+    assert [len(part.examples) for part in pack.segments([group, pack.ExampleGroup(examples, "graph")], 128)][
         0
     ] == 3
-    packed = pack.pack([[group, pack.RowGroup(examples[3:5], "graph")]], 256, tokenizer.control.bos, 0)
+    packed = pack.pack([[group, pack.ExampleGroup(examples[3:5], "graph")]], 256, tokenizer.control.bos, 0)
     assert [record["segment"] for record in packed.examples] == [1, 1, 1, 2, 2]
 
 

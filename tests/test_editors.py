@@ -88,8 +88,10 @@ def test_blocks_stand_beside_what_is_the_users(home):
     with pytest.raises(ValueError, match="is not valid TOML"):
         write("helix", "codegemma")
     assert file.read_text() == "[broken"
-    with pytest.raises(ValueError, match="only one of the two marks"):
+    with pytest.raises(ValueError, match="does not have the two marks"):
         merged_block(f";; {editors.MARKS[0]}\n", setup("emacs"), "init.el")
+    with pytest.raises(ValueError, match="in their order"):
+        merged_block("".join(f";; {mark}\n" for mark in editors.MARKS[::-1]), setup("emacs"), "init.el")
 
 
 def test_a_link_stays_a_link_and_emacs_finds_the_file_it_reads(home):

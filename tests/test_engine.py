@@ -443,7 +443,7 @@ def test_bad_requests_are_refused_at_once(request_, message):
         ({"adapter": None}, 'adapter must be "auto", "none" .*got None'),
         ({"adapter": ""}, "adapter must be"),
         ({"prompt_seconds": 0}, "time budget must be above 0"),
-        ({"predict_seconds": float("inf")}, "t_max_predict_ms must be above 0"),
+        ({"predict_seconds": float("inf")}, "predict_seconds must be above 0"),
     ],
 )
 def test_a_request_is_checked_when_it_is_made(options, message):
@@ -524,9 +524,11 @@ def test_cancel_before_and_between_steps():
     script = random_ids(60)
     cancel = Cancel()
     steps = Engine(Scripted(script)).generate(Request(script[:10], 40), cancel)
-    assert next(steps).stop is None
+    first = next(steps)
+    assert first.stop is None and first.confidence < 0.999
     cancel.set()
     assert [step.stop for step in steps] == ["cancelled"]
+    assert steps.confidence == first.confidence
 
 
 def test_a_request_that_waits_for_another_can_be_cancelled():

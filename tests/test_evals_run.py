@@ -62,6 +62,24 @@ def test_a_run_is_the_same_bytes_and_resumes(tmp_path):
     assert not list(tmp_path.glob("*/*.part*"))
 
 
+def test_the_unfinished_run_resumes_where_an_older_one_has_finished(tmp_path):
+    run(ECHO, Fixed(lambda prompt, number: "no"), Records(), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(ECHO, Fixed(even, interrupted_after=5), Records(), tmp_path)
+    summary = run(ECHO, model := Fixed(even), Records(), tmp_path, resume=True)
+    assert len(model.prompts) == 7 and summary["score"] == 0.5
+    assert json.loads((tmp_path / "echo.json").read_text()) == summary
+
+
+def test_a_set_without_items_is_reported(tmp_path):
+    (tmp_path / "HumanEval.jsonl").write_text("")
+    with pytest.raises(LookupError, match="HumanEval.jsonl has no records: download the file again"):
+        run(TASKS["humaneval"], Fixed(even), Records(tmp_path, offline=True), tmp_path)
+    empty = replace(ECHO, load_items=lambda records: ([], "0-shot"))
+    with pytest.raises(LookupError, match="echo: the set has no items"):
+        run(empty, Fixed(even), Records(), tmp_path)
+
+
 def test_seconds_are_wall_time_and_answers_that_overlap_are_not_added_up(tmp_path, monkeypatch):
     clock = itertools.count(1000)  # one second an answer, and none between two runs
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
@@ -82,7 +100,7 @@ def test_both_rules_of_gsm8k_are_reported(tmp_path):
         return [Item(str(i), str(i), target="#### 7") for i in range(4)], "0-shot"
 
     answers = ["#### 7", "it is 7", "#### 7 of 9", "#### 8"]
-    task = replace(TASKS["gsm8k"], items=rows)
+    task = replace(TASKS["gsm8k"], load_items=rows)
     summary = run(task, Fixed(lambda prompt, _: answers[int(prompt)]), Records(), tmp_path)
     assert summary["score"] == 0.5 and summary["more"] == {"strict": 0.5, "flexible": 0.5}
     assert summary["outcomes"] == {"flexible": 1, "strict": 1, "strict+flexible": 1, "wrong": 1}
@@ -239,7 +257,7 @@ def test_the_card_is_the_model_cards_tables():
 )
 def test_language_items(name, file, count, shots):
     benchmark = records(file)
-    items, note = TASKS[name].items(benchmark)
+    items, note = TASKS[name].load_items(benchmark)
     assert len(items) == (count or len(benchmark(file))) and len({item.id for item in items}) == len(items)
     assert f"{shots}-shot" in note
     contexts = [context for item in items[:3] for context, _ in item.choices]
@@ -263,6 +281,22 @@ def test_winogrande_scores_the_text_after_the_blank():
     assert len(items) == 2 and "not scored" in note and items[0].target == 1
     assert items[0].choices[0][0].endswith("3 Ann met Bo and Ann") and items[0].choices[0][1] == " spoke."
     assert "0 Ann met Bo and Bo spoke.\n\n" in items[0].choices[0][0]
+
+
+def test_examples_from_the_scored_set_are_named_after_it():
+    """ARC-Challenge is scored on its test set."""
+    question = {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+
+    class TestSet:
+        def __call__(self, name):
+            return [question] * 40
+
+        def maybe(self, name):
+            return []
+
+    items, note = TASKS["arc-c"].load_items(TestSet())
+    assert len(items) == 15
+    assert note == "25-shot: 25 items of arc-c-test spread over the set, which are not scored"
 
 
 def test_records_that_are_nowhere_say_where_to_get_them(tmp_path):

@@ -40,6 +40,24 @@ if os.getuid() == 0:  # not before: the interpreter may lie in root's home direc
 # Never over what is not ours.
 
 
+def test_a_call_with_another_stamp_keeps_what_is_being_written_and_removes_what_is_not(tmp_path):
+    path = tmp_path / "result"
+    with files.resumable_write(path, "first") as out:
+        with (
+            pytest.raises(ValueError, match="result: is being written by another process: wait"),
+            files.resumable_write(path, "second"),
+        ):
+            pass
+        out.write(b"complete")
+    assert path.read_bytes() == b"complete"
+    with pytest.raises(KeyboardInterrupt), files.resumable_write(path, "first"):
+        raise KeyboardInterrupt
+    assert len(os.listdir(tmp_path)) == 2
+    with files.resumable_write(path, "second") as out:
+        out.write(b"second")
+    assert os.listdir(tmp_path) == ["result"] and path.read_bytes() == b"second"
+
+
 def test_a_file_of_anybody_else_is_kept(tmp_path):
     path = tmp_path / "notes.txt"
     for text in (b"my notes\n", b"o", b"ours 2\n", b"\0", MARK[:-1]):
@@ -230,7 +248,7 @@ def test_any_later_run_sweeps_what_a_killed_one_left_and_nothing_else(tmp_path, 
         for name in kept:
             (tmp_path / name).touch()
         assert any(name.startswith(".killed.") for name in os.listdir(tmp_path))
-        monkeypatch.setattr(files, "_SWEPT", set())
+        monkeypatch.setattr(files, "_WRITTEN", set())
         write(tmp_path / "another target")
         left = os.listdir(tmp_path)
         assert not any(name.startswith(".killed.") for name in left), left

@@ -213,6 +213,14 @@ def test_a_hostile_archive_is_refused_and_runs_nothing(tmp_path, raw, message):
     assert time.process_time() - start < 2 and not Path("/tmp/never").exists()
 
 
+def test_an_archive_of_too_many_members_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "MAX_MEMBERS", 2)
+    path = tmp_path / "m.ckpt"
+    path.write_bytes(_archive(pickle.dumps({}), more=(("archive/byteorder", b"little"), ("archive/x", b""))))
+    with pytest.raises(ValueError, match="holds 3 members, but a model has at most 2"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("shape", "strides", "offset"),
     [

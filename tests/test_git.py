@@ -1,14 +1,16 @@
 """What git ignores, through every source of its rules and as git itself answers; repository and commit."""
 
 import os
+import pwd
 import random
 import subprocess
 
 import pytest
 
+from codegemma.data.documents import Document, Outcome
 from codegemma.data.git import git_state
 from codegemma.data.gitignore import is_ignored
-from codegemma.data.sources import walk
+from codegemma.data.sources import Source, read, walk
 from codegemma.editor.context import FilePolicy
 
 
@@ -181,6 +183,20 @@ def test_the_users_own_ignore_file_counts_wherever_it_is_named(tmp_path, home, s
     write(top, "global_c.py", "a/global_d.py", "global_kept.py", "a/out/x.py")
     names = ["keep.py", "global_c.py", "a/global_d.py", "global_kept.py", "a/out/x.py"]
     assert check(top, names) == {"global_c.py", "a/global_d.py", "a/out/x.py"}
+
+
+@pytest.mark.parametrize("setting", ["", "~/ignore"])
+def test_a_user_without_a_home_reads_checkouts_too(tmp_path, monkeypatch, setting):
+    top = repository(tmp_path / "top", ("keep.py", "build/a.py"))
+    (top / ".gitignore").write_text("build/\n")
+    if setting:
+        git(top, "config", "core.excludesFile", setting)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no entry"])
+    results = [*read(Source(top, "folder"))]
+    assert [each.path for each in results if isinstance(each, Document)] == [".gitignore", "keep.py"]
+    assert [each.reason for each in results if isinstance(each, Outcome)] == ["ignored by git"]
 
 
 def test_a_folder_of_a_repository_is_read_by_the_rules_above_it(tmp_path):

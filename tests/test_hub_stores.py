@@ -171,10 +171,20 @@ def test_faults_of_split_models_are_named(home):
     with pytest.raises(ValueError, match="its parts m-Q8_0-00002-of-00003.gguf are not beside it"):
         open_checkpoint(folder)
     (folder / "m-Q8_0-00001-of-00003.gguf").rename(home / "renamed.gguf")
-    with pytest.raises(ValueError, match="is one of 3 parts, but its name does not end in -00001-of-00003"):
+    with pytest.raises(
+        ValueError,
+        match="is one of 3 parts, but its name does not end in its number: name the first -00001-of-00003",
+    ):
         open_checkpoint(home / "renamed.gguf")
-    with pytest.raises(ValueError, match="states to be part 2 of 3, not 1 of 3"):
+    with pytest.raises(
+        ValueError, match="has split.no 2 and split.count 3, but part 2 of 3 should have split.no 1 "
+    ):
         open_checkpoint(_split(home / "n", part1={"split.no": 2}))
+    folder = _split(home / "repeated", 2)
+    first, second = sorted(folder.iterdir())
+    gguf.write(second, {"split.no": 1, "split.count": 2}, gguf.read(first).tensors)
+    with pytest.raises(ValueError, match=f"{second.name}: repeats the tensor .* of an earlier part"):
+        open_checkpoint(folder)
 
 
 # ------------------------------------------------------------------------------------ other programs' stores

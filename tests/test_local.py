@@ -291,6 +291,12 @@ def test_a_use_that_the_card_does_not_name_warns_once(tmp_path):
         warnings.simplefilter("error")
         model.chat([("user", "x")], max_tokens=1)
         model.generate("x", max_tokens=1)
+    model.preset = replace(model.preset, uses=("chat",))
+    calls = {"generation": lambda: model.generate("x"), "completion": lambda: model.complete("x")}
+    for use, call in calls.items():
+        with pytest.warns(UserWarning, match=f"was made for chat, not for {use}") as caught:
+            call()
+        assert caught[0].filename == __file__, "the warning shows the line that called the model"
     strict = load(path, threads=1, strict=True)
     strict.generate("x", max_tokens=1)
     with pytest.raises(ValueError, match="not for chat: .*--strict"):

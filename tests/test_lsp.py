@@ -447,11 +447,13 @@ def test_the_engine_itself_stops(model_path):
     """Cancelling a long answer: the engine counts it as cancelled, and is idle long before its last token."""
     source = []
 
-    def open_source():
+    def make_suggestion_source():
         source.append(LocalSource(codegemma.load(model_path, threads=1)))
         return source[0]
 
-    with session(open_source, maxTokens=8000, trim="none", predictMs=10**8, timeBudgetMs=10**6) as client:
+    with session(
+        make_suggestion_source, maxTokens=8000, trim="none", predictMs=10**8, timeBudgetMs=10**6
+    ) as client:
         client.open("untitled:main", PREFIX + SUFFIX)
         id = client.inline("untitled:main", 1, 8, kind=1)
         wait_until(lambda: source and source[0].scheduler.metrics.running)
@@ -477,12 +479,12 @@ def test_suggestions_are_the_models_own(model_path, model_text):
 def test_while_the_cursor_rests_its_context_is_read(model_path):
     source = []
 
-    def open_source():
+    def make_suggestion_source():
         source.append(LocalSource(codegemma.load(model_path, threads=1)))
         return source[0]
 
     text = "def re(th):\n    return th\n" * 6
-    with session(open_source, restMs=1, timeBudgetMs=10**6) as client:
+    with session(make_suggestion_source, restMs=1, timeBudgetMs=10**6) as client:
         client.open("untitled:main", text)
         client.notify("codegemma/cursor", textDocument={"uri": "untitled:main"}, position=lsp_position(11, 0))
         wait_until(lambda: source and source[0].scheduler.metrics.counts["prompt_tokens"] > 50)
@@ -857,6 +859,18 @@ def test_servers_without_infill_are_asked_for_a_completion_with_a_suffix_and_err
         RemoteSource("ftp://x")
 
 
+def test_a_server_that_knows_no_confidence_gives_suggestions():
+    """`codegemma serve --remote` answers so where the other server gives no log-probabilities."""
+
+    def answer(path, body):
+        return 200, {"content": "1", "confidence": None}
+
+    with http(answer) as (port, *_), session(RemoteSource(f"http://127.0.0.1:{port}")) as client:
+        client.open("untitled:a", "x = \n")
+        for kind in types.InlineCompletionTriggerKind:
+            assert client.texts(client.inline("untitled:a", 0, 4, kind=kind)) == ["1"]
+
+
 # --------------------------------------------------------------------------------------- work per keystroke
 LARGE = {
     "a short file": "x = 'é'\n" * 20,
@@ -912,7 +926,7 @@ def test_one_suggestion_whatever_the_line_ends_and_the_answer_has_the_documents(
         request, future = stub.next()
         assert request.prompt.suffix.startswith("\nvalue_4001 = f(4001)\n")
         before, after = "\n".join(lines[:4000]) + "\n", "\n".join(lines[4000:])
-        wide = CursorPosition("", len(before), len(before)).window(Buffer(before + after))
+        wide = CursorPosition("", len(before), len(before)).text_to_redact(Buffer(before + after))
         assert (request.prompt.prefix, request.prompt.suffix) == window(*wide)
         resolve(future, "if a:\r\n    b()\n    c()\n")  # a server may answer with either
         assert client.texts(id) == [f"if a:{end}    b(){end}    c(){end}"]

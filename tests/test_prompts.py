@@ -144,7 +144,7 @@ def test_chat_is_the_template_as_the_tokenizer_reads_it():
         )
         training = chat(tokenizer, messages[:3], reply=False)
         assert training.ids == tokenizer.encode(before, control=True)[:-1]
-        assert [ids for label, ids in training.segments if label == "reply"] == [
+        assert [ids for label, ids in training.spans if label == "reply"] == [
             tokenizer.encode("two<end_of_turn>", control=True)
         ]
 
@@ -166,7 +166,7 @@ def test_chat_ids_are_those_of_the_rendered_string(contents, system):
     assert prompt.ids == SMALL.encode(text + ("<start_of_turn>model\n" if reply else ""), control=True)
 
 
-@pytest.mark.parametrize("roles", [[], ["assistant"], ["user", "assistant"], ["system", "user", "assistant"]])
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "assistant"], ["system", "user", "assistant"]])
 def test_a_chat_ends_with_a_users_message(roles):
     with pytest.raises(ValueError, match="must end"):
         chat(SMALL, [Message(role, "x") for role in roles])
@@ -198,6 +198,17 @@ def test_chats_of_any_order_become_turns_that_alternate(messages, turns):
 
     assert chat_turns(parse(messages)) == parse(turns)
     assert chat(SMALL, parse(messages)).ids == chat(SMALL, parse(turns)).ids
+
+
+@pytest.mark.parametrize("reply", [True, False])
+def test_a_chat_without_turns_is_refused_for_that_reason(reply):
+    for messages in ([], [Message("system", " \n")]):
+        with pytest.raises(ValueError, match="a message that is not an empty system text"):
+            chat_turns(messages, reply)
+    answer = [Message("assistant", "a")]
+    assert chat_turns(answer, reply=False) == answer
+    with pytest.raises(ValueError, match="must end with a user's message"):
+        chat_turns(answer)
 
 
 @quick
@@ -261,7 +272,7 @@ def test_spm_keeps_everything_before_the_prefix_while_typing(prefix, suffix):
 
 def test_plain_training_document():
     row = fim_training(SMALL, "", "whole\n", "", "a.py", "prefix")
-    assert row.segments == (
+    assert row.spans == (
         ("path", SMALL.encode("a.py\n")),
         ("middle", SMALL.encode("whole\n")),
         ("terminator", [70]),
@@ -269,6 +280,8 @@ def test_plain_training_document():
     assert parse_fim(SMALL, row.ids) == ParsedFim("a.py\nwhole\n", "", "", None, "prefix")
     with pytest.raises(ValueError, match="no place for a suffix"):
         fim_training(SMALL, "a", "b", "c", layout="prefix")
+    with pytest.raises(ValueError, match="document"):  # nothing marks where it begins
+        parse_fim(SMALL, fim(SMALL, "a", "", None, [File("q.py", "q")], "prefix").ids)
 
 
 def test_parse_refuses_other_ids():

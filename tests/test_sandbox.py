@@ -81,7 +81,7 @@ def test_a_program_decides_only_its_own_outcome(user, limited_by):
             for folder in group._folders:
                 for file in (folder, folder / "cgroup.procs"):
                     os.chown(file, 65534, 65534)
-            command = group.enter(command)
+            command = group.joining(command)
     command += ["-B", str(ROOT / "tests/hostile.py"), limited_by]
     result = subprocess.run(command, capture_output=True, text=True, cwd="/")
     if group:

@@ -27,7 +27,7 @@ from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.generate.resolve import resolve
 from codegemma.generate.running import Step
 from codegemma.native import Cancel
-from codegemma.serve import guard, protocol, scheduler
+from codegemma.serve import guard, protocol, remote, scheduler
 from codegemma.serve.guard import Rules
 from codegemma.serve.remote import RemoteService
 from codegemma.serve.requests import Busy, Job
@@ -1103,9 +1103,33 @@ def test_a_failing_remote_server_is_reported(path, model):
     with served(behind) as engine, served(opened) as front:
         front.service.client.base_url = "http://127.0.0.1:9/v1"
         answer = front.post("/v1/completions", json={"prompt": "x"})
-        assert answer.status_code == 502 and "engine behind" in answer.json()["error"]["message"]
+        assert (
+            answer.status_code == 502
+            and "the remote server, http://127.0.0.1:9" in answer.json()["error"]["message"]
+        )
     with pytest.raises(ValueError, match="does not tell what is served"):
         asyncio.run(RemoteService.open("http://127.0.0.1:9", open_checkpoint(path)))
+
+
+def test_all_choices_of_a_body_count_towards_the_remote_limit(model, path, monkeypatch):
+    monkeypatch.setattr(remote, "MAX_REQUESTS", 3)
+
+    async def opened():
+        return await RemoteService.open(engine.url, open_checkpoint(path))
+
+    async def behind():
+        return Scheduler(model)
+
+    with served(behind) as engine, served(opened) as front:
+        jobs = front.service._jobs
+        jobs[object()] = None
+        body = {"prompt": "x", "max_tokens": 2, "temperature": 1.0}
+        assert front.post("/v1/completions", json=body | {"n": 3}).status_code == 429
+        assert good(front.post("/v1/completions", json=body | {"n": 2}))["choices"]
+        jobs.clear()
+        too_many = front.post("/v1/completions", json=body | {"n": 4})
+        assert too_many.status_code == 400
+        assert "may have 3 choices, this one has 4: split it" in too_many.json()["error"]["message"]
 
 
 def test_a_remote_request_ends_when_its_client_disconnects(blocked, path):
@@ -1199,7 +1223,7 @@ def test_only_the_pages_files_are_served(model, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "web" / "app.js").write_text("1")
     (tmp_path / "web" / "link").symlink_to(tmp_path / "secret")
-    with served(scheduler_of(model), page=tmp_path / "web") as server:
+    with served(scheduler_of(model), web_folder=tmp_path / "web") as server:
         assert "was not built" in server.get("/").text
         (tmp_path / "web" / "index.html").write_text("<p>page</p>")
         answer = server.get("/")

@@ -167,7 +167,7 @@ def test_fields_that_are_not_supported_are_refused_unless_they_are_off(server, r
 @pytest.mark.parametrize("route", ROUTES)
 def test_limits_below_zero_mean_no_limit(server, monkeypatch, route):
     for module in (bodies,):
-        monkeypatch.setattr(module, "UNLIMITED_TOKENS", 150)
+        monkeypatch.setattr(module, "DEFAULT_TOKENS", 150)
     body, limit = ROUTES[route]
     answer = good(send(server, route, {**body, **limit(-1), "stream": False, "temperature": 0, "seed": 1}))
     assert answer["timings"]["predicted_n"] in range(17, 151) or answer["timings"]["stop"] == "end"

@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from codegemma.checkpoints import huggingface_tokenizer
+from codegemma.config import LIMITS
 from codegemma.tokenizer import FIM_IDS, StreamDecoder, Tokenizer
 
 CONTROL = [
@@ -344,6 +345,13 @@ def test_damaged_sources_are_clear_errors(private_cache):
         with pytest.raises(ValueError, match=r"^token"):
             case()
             pytest.fail(f"case {number} was accepted")
+
+
+def test_the_largest_id_of_a_json_vocabulary_is_named(private_cache):
+    document = vocab.tokenizer_json(*vocab.rows(vocab.small()))
+    document["model"]["vocab"]["one too many"] = LIMITS["vocab"]
+    with pytest.raises(ValueError, match=rf"from 0 to {LIMITS['vocab'] - 1:,}$"):
+        from_document(document)
 
 
 @settings(max_examples=100, deadline=None)

@@ -144,7 +144,8 @@ def test_a_gguf_with_control_tokens_behind_the_rows_opens_without_them(tmp_path)
     ("files", "message"),
     [
         ({"added_tokens": {"<x>": 900_000}}, "has the id 900,000, but at most 65,536 can follow"),
-        ({"added_tokens": {"<x>": -1}}, "has the id -1"),
+        ({"added_tokens": {"<x>": -1}}, "has the id -1, but ids begin at 0"),
+        ({"added_tokens": {"<x>": -1, "<y>": 5}}, "has the id -1, but ids begin at 0"),
         ({"added_tokens": {"<x>": "515"}}, r"added_tokens.json: an added token has the id '515'"),
         ({"tokenizer_config": {"added_tokens_decoder": {"a": {}}}}, "tokenizer_config.json: does not list"),
         ({"tokenizer": {"added_tokens": [7]}}, "tokenizer.json: does not list its added tokens"),

@@ -269,7 +269,7 @@ def _chosen(
     phase: str, choice: Choice, rows: Rows, phase_share: float
 ) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
     """The tokens, targets and examples of each chosen segment."""
-    for part in sorted({int(part) for part in rows.index_N2[:, 0]}):
+    for part in sorted({int(part) for part in rows.index_R2[:, 0]}):
         arrays = {name: np.load(rows.files.rows(part, f"{name}.npy")) for name in ("tokens", "loss")}
         by_segment: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for example in pq.read_table(rows.files.rows(part, "examples.parquet")).to_pylist():

@@ -23,9 +23,9 @@ LOADERS = {
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Opens a .gguf, .safetensors, .nemo, .ckpt or .bin file, or the directory of a model.
 
-    A directory holds one of these files, a Hugging Face model, a Keras preset or an Orbax checkpoint. The
-    format is recognised by its contents. Raises ValueError naming file, tensor and rule on anything else,
-    FileNotFoundError on a wrong path.
+    A directory holds one of these files, a Hugging Face model, a Keras preset, an Orbax checkpoint or an
+    unpacked .nemo. The format is recognised by its contents. Raises ValueError naming file, tensor and rule
+    on anything else, FileNotFoundError on a wrong path.
     """
     path = Path(path)
     is_adapter = path.is_dir() and (path / "adapter_config.json").exists()
@@ -57,7 +57,10 @@ def _model_in(directory: Path) -> Path:
 
 
 def format_of(path: Path) -> str:
-    """The format of a checkpoint, a key of LOADERS. Raises ValueError on anything else."""
+    """The format of a checkpoint, a key of LOADERS.
+
+    A directory of no other format counts as "safetensors". Raises ValueError on a file of no known format.
+    """
     if path.is_dir():
         if (path / "model_config.yaml").exists():
             return "nemo"

@@ -62,8 +62,8 @@ class Checkpoint:
         return tokenizer.with_end_ids(self.end_ids | tokenizer.end_ids) if self.end_ids else tokenizer
 
     @property
-    def unnamed_ends(self) -> list[int]:
-        """All tokens that end generation, for a file to list; empty if the vocabulary names them all."""
+    def end_ids_to_write(self) -> list[int]:
+        """All end tokens, for a file's eos_token_id; empty if they are just <eos> and <end_of_turn>."""
         control = self.tokenizer.control if self.tokenizer else None
         named = {control.eos, control.end_of_turn} if control else set()
         extra = (self.tokenizer.end_ids if self.tokenizer else self.end_ids) - named
@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def fim_orders(self) -> frozenset[str] | None:
-        """The FIM orders that changed weights were trained on; None where codegemma did not change them."""
+        """The FIM orders that the weights were trained on, where codegemma changed them; else None."""
         orders = self.metadata.get(FIM_ORDERS_KEY)
         return None if orders is None else frozenset({"psm", "spm"} & set(str(orders).split(",")))
 

@@ -109,7 +109,7 @@ def _entries(path: Path, architecture: str, metadata: Mapping[str, Any]) -> dict
             required
         ):
             raise ValueError(
-                f"{path}: {start}{name} is {value!r}, but this program computes {required!r} alone"
+                f"{path}: {start}{name} is {value!r}, but this program supports only {required!r}"
             )
         if (
             name in known
@@ -228,17 +228,23 @@ def _read_parts(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
         return path, metadata, stored
     files = gguf_files.parts(path)
     if len(files) != count:
-        rule = f"is one of {count} parts, but its name does not end in -00001-of-{count:05}.gguf"
-        raise ValueError(f"{path}: {rule}: rename it, or join the parts by llama-gguf-split --merge")
+        rule = f"is one of {count} parts, but its name does not end in its number"
+        remedy = (
+            f"name the first -00001-of-{count:05}.gguf and so on, or join them by llama-gguf-split --merge"
+        )
+        raise ValueError(f"{path}: {rule}: {remedy}")
     if missing := [file.name for file in files if not file.exists()]:
         raise ValueError(f"{path}: its parts {', '.join(missing)} are not beside it: download them too")
     contents = [gguf.read(file) for file in files]
     tensors: dict[str, Tensor] = {}
     for number, (file, part) in enumerate(zip(files, contents, strict=True)):
         stated = part.metadata.get("split.no"), part.metadata.get("split.count")
-        if stated != (number, count) or tensors.keys() & part.tensors.keys():
-            rule = f"states to be part {stated[0]!r} of {stated[1]!r}, not {number} of {count}"
-            raise damaged(f"{file}: {rule}, or repeats tensors")
+        if stated != (number, count):
+            fields = f"split.no {stated[0]!r} and split.count {stated[1]!r}"
+            rule = f"should have split.no {number} (from 0) and split.count {count}"
+            raise damaged(f"{file}: its header has {fields}, but part {number + 1} of {count} {rule}")
+        if repeated := tensors.keys() & part.tensors.keys():
+            raise damaged(f"{file}: repeats the tensor {min(repeated)} of an earlier part")
         tensors |= part.tensors
     return files[0], contents[0].metadata, tensors
 

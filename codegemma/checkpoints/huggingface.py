@@ -143,7 +143,7 @@ def _object(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
-    """A config.json for a config, with the keys of both transformers 4 and 5.
+    """A config.json for a config: the keys of transformers 4, which 5 reads too, and the layer_types of 5.
 
     Raises ValueError for a query scale that it cannot express.
     """
@@ -185,7 +185,7 @@ def end_ids(directory: Path, fields: Mapping[str, Any]) -> frozenset[int]:
 def checkpoint_of(
     path: Path, directories: list[Path], format: table.Format, stored: Mapping[str, Tensor]
 ) -> Checkpoint:
-    """A checkpoint from tensors that come without a config.
+    """A checkpoint from the tensors of a format that stores no config with them (PyTorch, Orbax).
 
     The config is the first config.json in `directories`, else that of the published model with these tensors;
     the tokenizer is the first in `directories`. Raises ValueError where there is neither kind of config.
@@ -207,7 +207,7 @@ def checkpoint_of(
 
 
 @contextlib.contextmanager
-def _as_quantised(file: Path, fields: Mapping[str, Any]) -> Iterator[None]:
+def _blaming_quantisation(file: Path, fields: Mapping[str, Any]) -> Iterator[None]:
     """Where config.json says that the weights are quantised, adds this to a ValueError raised in the block.
 
     Alone it is no error: merged models keep the quantization_config of their base.
@@ -234,12 +234,12 @@ def load(path: Path) -> Checkpoint:
         raise ValueError(f"{home}: lacks config.json: download the whole directory, or pass a .gguf file")
     fields = read_json(file)
     model = config(file, fields)
-    with _as_quantised(file, fields):
+    with _blaming_quantisation(file, fields):
         stored = _text_tensors(path)
     embed = stored.get(table.stored_name("hf", "embed"))
     if embed is not None and len(embed.shape) == 2 and embed.shape[0] > model.vocab:
         model = replace(model, vocab=embed.shape[0])
-    with _as_quantised(file, fields):
+    with _blaming_quantisation(file, fields):
         tensors = table.from_format("hf", path, model, stored)
     build = huggingface_tokenizer.builder(home)
     return Checkpoint(path, model, tensors, fields, build, end_ids(home, fields))
@@ -251,8 +251,8 @@ def write_companions(path: Path, checkpoint: Checkpoint, **more: Any) -> None:
     kept: dict[str, Any] = {
         key: checkpoint.metadata[key] for key in {FIM_ORDERS_KEY} & {*checkpoint.metadata}
     }
-    if checkpoint.unnamed_ends:
-        kept["eos_token_id"] = checkpoint.unnamed_ends
+    if checkpoint.end_ids_to_write:
+        kept["eos_token_id"] = checkpoint.end_ids_to_write
     _write_json(path / "config.json", config_fields(checkpoint.config) | more | kept)
     if checkpoint.tokenizer:
         (path / "tokenizer.model").write_bytes(checkpoint.tokenizer.model)

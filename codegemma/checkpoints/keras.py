@@ -158,8 +158,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         fields = table.written_fields("keras_tokenizer") | {"name": f"{family}_tokenizer"}
         name = f"{family.capitalize()}Tokenizer"
         documents["tokenizer.json"] = _serialized(f"{family}_tokenizer", name, fields)
-    if checkpoint.unnamed_ends:  # KerasHub has no file for them
-        documents["generation_config.json"] = {"eos_token_id": checkpoint.unnamed_ends}
+    if checkpoint.end_ids_to_write:  # KerasHub has no file for them
+        documents["generation_config.json"] = {"eos_token_id": checkpoint.end_ids_to_write}
     for name, content in documents.items():
         with atomic_write(path / name) as out:
             out.write(json.dumps(content, indent=2).encode())

@@ -158,7 +158,7 @@ def _joined(type: str, shape: tuple[int, ...], pieces: Pieces) -> Tensor:
             if low >= high:
                 continue
             values = piece.rows(low - offset[0], high - offset[0]).array()
-            if values.shape == out.shape:  # this piece covers the rows alone
+            if values.shape == out.shape:  # this piece covers all the rows by itself
                 return values
             ends = np.add(offset[1:], piece.shape[1:])
             target = out[(slice(low - first, high - first), *map(slice, offset[1:], ends))]
@@ -271,7 +271,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     for stored, tensor in table.to_format("nemo", checkpoint.config, checkpoint.tensors).items():
         stacks.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.", stored), []).append(tensor)
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
-        ends = {"eos_token_id": checkpoint.unnamed_ends} if checkpoint.unnamed_ends else {}
+        ends = {"eos_token_id": checkpoint.end_ids_to_write} if checkpoint.end_ids_to_write else {}
         add_member(archive, "model_config.yaml", config_yaml(checkpoint.config, name, **ends))
         if model and name:
             add_member(archive, name, model)

@@ -28,7 +28,9 @@ def read(path: Path) -> dict[str, Tensor]:
     data = map_file(path)
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > min(MAX_JSON, len(data) - 8):
-        raise damaged(f"{path}: its header of {size:,} bytes must fit the file and {MAX_JSON:,} bytes")
+        raise damaged(
+            f"{path}: its header of {size:,} bytes is longer than the file, or than {MAX_JSON:,} bytes"
+        )
     infos = parse_json(path, data[8 : 8 + size])
     infos.pop("__metadata__", None)
     raw = np.frombuffer(data, np.uint8)[8 + size :]
@@ -60,7 +62,8 @@ def _span(path: Path, name: str, info: Any, size: int) -> tuple[int, int]:
         raise damaged(f"{path}: tensor {name} has the impossible shape {shape}")
     needed = math.prod(shape) * BLOCKS[dtype][1]
     if not 0 <= start <= stop <= size or stop - start != needed:
-        raise damaged(f"{path}: tensor {name} of {needed:,} bytes lies at {start:,} to {stop:,} in {size:,}")
+        place = f"its data_offsets are {start:,} to {stop:,}, in {size:,} bytes of data"
+        raise damaged(f"{path}: tensor {name} takes {needed:,} bytes, but {place}")
     return start, stop
 
 

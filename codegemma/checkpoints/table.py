@@ -93,7 +93,10 @@ class TensorPart(NamedTuple):
 
     @property
     def letters(self) -> tuple[str, str]:
-        """Our axes and the stored ones, one letter each; N is written KG where the format splits it."""
+        """The letters of our axes and of the stored ones, without commas: ("NHD", "NDH").
+
+        N is written KG where the format splits it.
+        """
         ours, stored = self.axes.replace(",", ""), self.stored_axes.replace(",", "")
         return ours.replace("N", "KG") if "G" in stored else ours, stored
 
@@ -102,8 +105,8 @@ class TensorPart(NamedTuple):
 class StoredTensor:
     """A tensor that a format stores, made of one or more of ours.
 
-    `join` is the number of the axis letter along which they are joined, and `size` gives the length of each
-    letter. Stored values are ours times `scale`.
+    `join` is the index of the axis letter along which they are joined (0: the first), and `size` gives the
+    length of each letter. Stored values are ours times `scale`.
     """
 
     name: str
@@ -348,5 +351,6 @@ def _check_tied(path: Path, name: str, head: Tensor, embed: Tensor) -> None:
         np.array_equal(ours.data, theirs.data)
         for ours, theirs in zip(head.pieces(), embed.pieces(), strict=True)
     ):
-        rule = "differs from the embedding, which is Gemma's output layer"
-        raise ValueError(f"{path}: tensor {name} {rule}: merge or drop it")
+        rule = "differs from the embedding, but Gemma's output layer is the embedding"
+        remedy = "remove this tensor, or export the model with tied embeddings"
+        raise ValueError(f"{path}: tensor {name} {rule}: {remedy}")

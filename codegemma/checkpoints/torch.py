@@ -201,13 +201,15 @@ def _members(name: str, data: Any) -> dict[str, np.ndarray]:
         zipfile.ZipFile(BufferFile(data)) as archive,
     ):
         infos = archive.infolist()
+    if len(infos) > MAX_MEMBERS:
+        raise damaged(f"{name}: holds {len(infos):,} members, but a model has at most {MAX_MEMBERS:,}")
     members: dict[str, np.ndarray] = {}
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         offset = info.header_offset
         compressed = info.compress_type or info.file_size != info.compress_size
         overlaps = offset < end or offset + 30 > raw.size
-        if compressed or overlaps or info.filename in members or len(infos) > MAX_MEMBERS:
+        if compressed or overlaps or info.filename in members:
             raise damaged(f"{name}: its member {info.filename} is compressed, repeated or overlaps another")
         name_length, extra_length = raw[offset + 26 : offset + 30].view("<u2").tolist()
         start = offset + 30 + name_length + extra_length

@@ -39,7 +39,7 @@ def lsp(
             "it in the editor's setting `adapter`"
         )
 
-    def open_source() -> SuggestionSource:
+    def make_suggestion_source() -> SuggestionSource:
         if server:
             return RemoteSource(server, read_text(api_key_file).strip() if api_key_file else "")
         loaded = model.load(cache)
@@ -48,7 +48,7 @@ def lsp(
 
     # A normal exit would wait until the thread that reads stdin gets its next line.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    serve(open_source)
+    serve(make_suggestion_source)
 
 
 def setup(editor: Editor, write: bool = False) -> None:

@@ -93,11 +93,11 @@ class ModelOptions:
 
     def load(self, cache: Path | None = None, strict: bool = False) -> Model:
         """Loads the model. Raises ValueError where `cache` is another file, which saving would replace."""
-        from codegemma.generate.cache import expect_replaceable
+        from codegemma.generate.cache import expect_cache_file
         from codegemma.generate.model import load
 
         if cache is not None:
-            expect_replaceable(cache)
+            expect_cache_file(cache)
         return load(self.model, threads=self.threads, quantize=self.quantize, cache=cache, strict=strict)
 
 

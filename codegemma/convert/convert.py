@@ -233,7 +233,7 @@ def _with_progress(tensors: Mapping[str, Tensor], progress: Progress | None) -> 
 
     def reported(rows: Tensor) -> np.ndarray:
         nonlocal done
-        files.unmap()
+        files.drop_mapped_pages()
         done += rows.nbytes
         if progress:
             progress(done, total)

@@ -138,7 +138,7 @@ def _problems(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _finite(tensor: Tensor) -> bool:
     """Whether all floats, or all scales of blocks, are finite."""
-    files.unmap()
+    files.drop_mapped_pages()
     mask, dtype = EXPONENTS["F16" if tensor.type in SCALE_OFFSETS else tensor.type]
     for piece in tensor.pieces():
         floats = [piece.data]

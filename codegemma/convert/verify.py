@@ -96,7 +96,7 @@ def _error(left: Tensor, right: Tensor) -> float:
         difference = values - others
         squared_norm += float(np.vdot(values, values))
         squared_error += float(np.vdot(difference, difference))
-        files.unmap()
+        files.drop_mapped_pages()
     return 0.0 if same else relative_error(squared_error, squared_norm or 1.0)
 
 

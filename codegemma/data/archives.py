@@ -54,7 +54,7 @@ class FileEntry:
     reason: str = ""
 
 
-def unsafe_path(path: str) -> str:
+def path_refusal(path: str) -> str:
     """Why a file at this path of an archive or table must not be read; "" if it may."""
     parts = path.replace("\\", "/").split("/")
     if path.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", path):
@@ -83,7 +83,9 @@ def zip_entries(path: Path, limits: ReadLimits) -> Iterator[FileEntry]:
                     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
                         raise OSError(str(error)) from error
 
-            yield FileEntry(info.filename, info.file_size, load, unsafe_path(info.filename) or link or locked)
+            yield FileEntry(
+                info.filename, info.file_size, load, path_refusal(info.filename) or link or locked
+            )
 
 
 class _LimitedStream(io.RawIOBase):
@@ -128,7 +130,7 @@ def tar_entries(path: Path, limits: ReadLimits) -> Iterator[FileEntry]:
                     return file.read() if file else b""
 
                 name = re.sub(r"^(\./)+", "", member.name)
-                reason = unsafe_path(name) or ("" if member.isreg() else special)
+                reason = path_refusal(name) or ("" if member.isreg() else special)
                 yield FileEntry(name, member.size, load, reason)
     finally:
         stream.close()

@@ -35,7 +35,8 @@ from codegemma.files import atomic_write, expect_only
 from codegemma.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, tasks done, all tasks
-LINK_DOCUMENTS = 500_000  # for each LinkTask
+# Decides how many LinkTasks a build has: each takes a range of band keys over all documents.
+DOCUMENTS_PER_LINK_TASK = 500_000
 
 
 @dataclass
@@ -83,9 +84,9 @@ def build(
 ) -> Summary:
     """Builds rows from `[KIND=]PATH` sources into the folder `out`.
 
-    Raises ValueError for a source that does not exist, sources without a document, a folder that is in use, a
-    recipe that contradicts itself, or a resume with other sources or another recipe. What cannot be read in a
-    source is reported in the ledger instead.
+    Raises ValueError for a source that does not exist, sources without a document, a folder that is not
+    empty, a recipe that contradicts itself, or a resume with other sources or another recipe. What cannot be
+    read in a source is reported in the ledger instead.
     """
     start = time.perf_counter()
     if engine not in ENGINES:
@@ -153,7 +154,10 @@ class _Inputs:
         )
 
     def copy(self, folder: BuildFolder) -> None:
-        """Copies what the tasks need into the work folder."""
+        """Copies what the tasks need into the build folder.
+
+        The rules and benchmarks go into its work folder, which is removed at the end; the tokenizer stays.
+        """
         folder.benchmarks.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder.tokenizer) as file:
             file.write(self.tokenizer.model)
@@ -220,7 +224,9 @@ def _stamp(path: Path) -> str:
 
 @cache
 def code_version() -> dict[str, str]:
-    """The hash of the code and rules in codegemma.data, and the versions of the libraries it depends on."""
+    """What a build's result depends on besides its inputs: a hash of the code and rules in codegemma.data, of
+    prompts.py and tokenizer.py; and the versions of libraries.
+    """
     folder = Path(__file__).parent
     beside = [folder.parent / "prompts.py", folder.parent / "tokenizer.py"]
     files = sorted([*folder.glob("*.py"), *folder.glob("rules/*"), *beside])
@@ -274,7 +280,7 @@ class _StageRunner:
 
 
 def _run_stages(runner: _StageRunner, sources: Sequence[Source]) -> None:
-    """documents -> clean -> sign, link -> order -> rows -> index."""
+    """documents -> clean -> minhash, link -> order -> rows -> index."""
     shards, characters = _read_and_clean(runner, sources)
     _find_copies(runner, shards)
     parts = max(1, -(-characters // runner.recipe.shard_bytes))
@@ -326,15 +332,15 @@ def _read_and_clean(runner: _StageRunner, sources: Sequence[Source]) -> tuple[in
 
 
 def _find_copies(runner: _StageRunner, shards: int) -> None:
-    documents = total(runner.run(stages.SignTask, [()] * shards)).documents
+    documents = total(runner.run(stages.MinHashTask, [()] * shards)).documents
     copies = CopyFinder(runner.folder, shards, runner.recipe.threshold)
-    repositories = copies.before_links()
-    ranges = max(1, -(-documents // LINK_DOCUMENTS)) if shards else 0
+    repositories = copies.find_exact()
+    ranges = max(1, -(-documents // DOCUMENTS_PER_LINK_TASK)) if shards else 0
     cuts = [(1 << 64) * number // ranges for number in range(ranges)]
     runner.run(stages.LinkTask, ((*cut, shards) for cut in zip(cuts, [*cuts[1:], None], strict=False)))
     runner.manifest(
         "dedup",
-        counts=copies.after_links(ranges),
+        counts=copies.find_near(ranges),
         threshold=runner.recipe.threshold,
         permutations=dedup.PERMUTATIONS,
         repositories=repositories,

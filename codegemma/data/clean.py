@@ -104,16 +104,12 @@ class Unsafe:
     def __init__(self, path: Path = RULES / "unsafe.toml"):
         import ahocorasick_rs
 
-        try:
-            self.rules: list[dict[str, Any]] = tomllib.loads(Path(path).read_text("utf-8"))["rule"]
-            phrases = [(phrase.lower(), n) for n, rule in enumerate(self.rules) for phrase in rule["phrases"]]
-            self._categories = [rule["category"] for rule in self.rules]
-        except (tomllib.TOMLDecodeError, KeyError, OSError) as error:
-            raise ValueError(
-                f"unsafe-content rules {path}: {error!r}; each [[rule]] needs category and phrases"
-            ) from error
-        self._phrases = phrases
-        self._automaton = ahocorasick_rs.AhoCorasick([phrase for phrase, _ in phrases])
+        self.rules = _read_rules(Path(path))
+        self._categories = [rule["category"] for rule in self.rules]
+        self._phrases = [
+            (phrase.lower(), number) for number, rule in enumerate(self.rules) for phrase in rule["phrases"]
+        ]
+        self._automaton = ahocorasick_rs.AhoCorasick([phrase for phrase, _ in self._phrases])
 
     def __call__(self, text: str) -> str:
         """The category of the first rule by which the text is dropped, or ""."""
@@ -127,6 +123,33 @@ class Unsafe:
                 places[number] += _is_near(lower, start, end, self.rules[number])
         matches = (n for n, count in sorted(places.items()) if count >= self.rules[n].get("least", 1))
         return next((self._categories[number] for number in matches), "")
+
+
+def _read_rules(path: Path) -> list[dict[str, Any]]:
+    """The rules of a file. Raises ValueError where it cannot be read, or has not the form of unsafe.toml."""
+    try:
+        rules = tomllib.loads(path.read_text("utf-8")).get("rule")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"unsafe-content rules {path}: {error}: name a file like rules/unsafe.toml"
+        ) from error
+    if not isinstance(rules, list) or not all(map(_is_rule, rules)):
+        form = "each [[rule]] needs category and phrases, and may have near, within and least"
+        raise ValueError(f"unsafe-content rules {path}: {form}: write it like rules/unsafe.toml")
+    return rules
+
+
+def _is_rule(rule: Any) -> bool:
+    """Whether a value has the form of a rule of unsafe.toml."""
+    if not isinstance(rule, dict) or not isinstance(rule.get("category"), str) or not rule["category"]:
+        return False
+    numbers = rule.get("within", 0), rule.get("least", 1)
+    are_numbers = all(isinstance(number, int) for number in numbers)
+    return are_numbers and _are_texts(rule.get("phrases")) and _are_texts(rule.get("near", []))
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) and value for value in values)
 
 
 def _is_near(text: str, start: int, end: int, rule: dict[str, Any]) -> bool:
@@ -165,7 +188,8 @@ class Cleaner:
 
 
 def redact(document: Document) -> tuple[str, Tree | None, Counter[str]]:
-    """A document's text without secrets and personal data, its tree, and how many of each kind it held.
+    """A document's text without secrets and personal data, its tree, and the number of replacements
+    of each kind.
 
     Where there is a grammar, personal data are replaced only in comments, strings and what does not parse,
     and only if that adds no syntax errors: what looks like them elsewhere is code.

@@ -16,7 +16,10 @@ from codegemma.data.folder import BuildFolder, read_table, write_array, write_js
 
 
 class CopyFinder:
-    """Benchmark problems, copied repositories, exact copies and near copies, found in this order."""
+    """Finds benchmark problems, copied repositories, exact copies and near-duplicates, in this order.
+
+    First `find_exact` is called, then the link tasks compare the documents that are left, then `find_near`.
+    """
 
     def __init__(self, folder: BuildFolder, shards: int, threshold: float):
         self.folder, self.shards, self.threshold = folder, range(shards), threshold
@@ -25,13 +28,13 @@ class CopyFinder:
         self.names: dict[int, tuple[str, str, bytes]] = {}  # node -> (repository, path, digest)
         self.exact_copies: dict[int, list[int]] = defaultdict(list)  # node -> its exact copies
 
-    def before_links(self) -> int:
-        """Finds all but near copies, and writes which rows remain to be compared.
+    def find_exact(self) -> int:
+        """Finds benchmark problems, copied repositories and exact copies; writes which rows remain.
 
-        Returns the number of repositories compared.
+        Returns the number of repositories that were compared.
         """
         for shard in self.shards:
-            problems = enumerate(self._column(shard, "task"))
+            problems = enumerate(self._column(shard, "problem"))
             self.verdicts[shard] = {row: ("benchmark", problem) for row, problem in problems if problem}
         repositories = self._find_repositories()
         self._find_exact()
@@ -41,15 +44,15 @@ class CopyFinder:
             write_array(self.folder.shard("alive", shard), alive)
         return repositories
 
-    def after_links(self, tasks: int) -> Counter[str]:
-        """Finds near copies from the edges of all link tasks; writes the verdicts, returns their counts."""
+    def find_near(self, tasks: int) -> Counter[str]:
+        """Finds near-duplicates from the edges of all link tasks; writes all verdicts, returns counts."""
         edges: list[tuple[int, int, float]] = []
         for task in range(tasks):
             pairs = self.folder.array("edges", task).tolist()
             similarity = self.folder.array("edge_similarity", task).tolist()
             edges += [(left, right, s) for (left, right), s in zip(pairs, similarity, strict=True)]
         self._look_up(node for left, right, _ in edges for node in (left, right))
-        for node, (kept, _) in dedup.resolve(edges, self.names.__getitem__).items():
+        for node, (kept, _) in dedup.choose_kept(edges, self.names.__getitem__).items():
             self._mark(node, "near copy", kept)
             for copy in self.exact_copies.get(node, ()):
                 self._mark(copy, "exact copy", kept)
@@ -63,7 +66,7 @@ class CopyFinder:
         self.verdicts[node >> 32][node & 0xFFFFFFFF] = (reason, f"{repository}:{path}")
 
     def _column(self, shard: int, name: str) -> list[Any]:
-        column: list[Any] = read_table(self.folder.shard("names", shard), [name])[name].to_pylist()
+        column: list[Any] = read_table(self.folder.shard("origins", shard), [name])[name].to_pylist()
         return column
 
     def _code_files(self, shard: int) -> list[tuple[int, str]]:
@@ -92,7 +95,7 @@ class CopyFinder:
         names = sorted(signatures)
         pairs = dedup.similar([signatures[name] for name in names], self.threshold)
         edges = [(names[left], names[right], similarity) for left, right, similarity in pairs]
-        copies = dedup.resolve(edges, lambda name: (-files[name], name))
+        copies = dedup.choose_kept(edges, lambda name: (-files[name], name))
         for shard in self.shards if copies else ():
             for row, repository in self._code_files(shard):
                 if repository in copies:

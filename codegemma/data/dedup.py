@@ -1,4 +1,4 @@
-"""Finds near copies of documents by MinHash, and documents that contain the problem of a benchmark.
+"""Finds near-duplicates among documents by MinHash, and documents that contain the problem of a benchmark.
 
 Words are runs of letters, digits, "_" and bytes above 127, in lower case; a shingle is a run of five words,
 or all words of a shorter document. 126 permutations in 21 bands of 6 find a pair of Jaccard similarity
@@ -23,12 +23,13 @@ PERMUTATIONS = BANDS * ROWS
 SHINGLE = 5
 THRESHOLD = 0.8
 BENCHMARK_NGRAM = 10
-MAX_PAIRS = 64  # of its bucket, a document is compared with this many before it and this many first ones
+# In a bucket, each document is compared with the MAX_PAIRS before it, and with the bucket's first MAX_PAIRS.
+MAX_PAIRS = 64
 
 Node = TypeVar("Node", bound=Hashable)
 
 _BASE = 0x9E3779B97F4A7C15
-_MAX_WORD = 1 << 16  # bytes; a longer word is cut
+_MAX_WORD = 1 << 16  # bytes; a longer word counts as several
 _POWERS = np.cumprod(np.insert(np.full(_MAX_WORD - 1, _BASE, np.uint64), 0, 1))
 _IS_WORD = np.array([chr(byte).isalnum() or byte == 95 or byte > 127 for byte in range(256)])
 _LETTER = np.array([ord(chr(byte).lower()) + 1 if byte < 128 else byte + 1 for byte in range(256)], np.uint64)
@@ -113,7 +114,7 @@ def similar(signatures: Sequence[np.ndarray], threshold: float = THRESHOLD) -> l
     return [(left, right, similarity) for (left, right), similarity in rows if similarity >= threshold]
 
 
-def resolve(
+def choose_kept(
     edges: Iterable[tuple[Node, Node, float]], rank: Callable[[Node], Any]
 ) -> dict[Node, tuple[Node, float]]:
     """duplicate -> (the node kept for it, similarity), given the pairs that are similar.
@@ -141,7 +142,7 @@ def resolve(
 
 # ------------------------------------------------------------------------------------------ decontamination
 class Benchmarks:
-    """Finds benchmark problems in texts that have at least half of the n-grams of one of their fields.
+    """Finds the benchmark problems that a text contains: at least half of the n-grams of one of their fields.
 
     `files` are JSON lines or arrays (also .gz), and each record is a problem, named by its task_id, or by the
     file and line. Its fields are the strings of at least BENCHMARK_NGRAM words, except "test". Raises

@@ -22,7 +22,9 @@ DECLARATION = re.compile(
 )
 META = re.compile(rb"""<meta[^>]+charset=["']?([-\w.]+)""", re.I)
 # Codecs of Python that are no character sets, or use no bytes above 127: a declaration of them is ignored.
-NOT_DECLARED = frozenset({"unicode_escape", "raw_unicode_escape", "utf_7", "idna", "punycode", "undefined"})
+IGNORED_DECLARATIONS = frozenset(
+    {"unicode_escape", "raw_unicode_escape", "utf_7", "idna", "punycode", "undefined"}
+)
 # A file that declares one of these sets is often written in its superset, as the WHATWG's labels assume.
 SUPERSETS = {
     **{
@@ -35,10 +37,14 @@ SUPERSETS = {
     **{"shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"},
 }
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
-DETECTED_BYTES = 50_000  # looked at, all from lines with bytes above 127
-DETECTED = [*(f"cp{number}" for number in range(1250, 1259)), "koi8_r", "koi8_u", "cp866", "iso8859_2"]
-DETECTED += ["cp932", "euc_jp", "gb18030", "big5", "cp949"]
-MIN_COHERENCE = 0.1  # of charset-normalizer: how much the letters' frequencies are those of a language
+DETECTION_BYTES = 50_000  # looked at, all from lines with bytes above 127
+# The encodings that the detection may choose from.
+DETECTABLE = [*(f"cp{number}" for number in range(1250, 1259)), "koi8_r", "koi8_u", "cp866", "iso8859_2"]
+DETECTABLE += ["cp932", "euc_jp", "gb18030", "big5", "cp949"]
+# Measures of charset-normalizer: how much the letters' frequencies are those of a language (coherence), and
+# the share of implausible characters (chaos).
+MIN_COHERENCE = 0.1
+MAX_CHAOS = 0.1
 # The characters above 127 of Western European text in cp1252.
 WESTERN = frozenset("äöüßÄÖÜéèêëàâçîïôûùœæøåÅØÆñÑáíóúÁÉÍÓÚÀÈÊÇãõÃÕìòÿŒ“”‘’„‚–—…•©®™°±µ·«»§¿¡£€¥²³½¼×÷\xa0")
 SIGN_IN_WORD = re.compile(r"[^\W\d_][©®°±µ·«»§¿¡£€¥²³½¼×÷„‚][^\W\d_]")
@@ -119,7 +125,9 @@ def _declared(data: bytes) -> str:
         codec = codecs.lookup(label)
     except LookupError:
         return ""
-    is_text = getattr(codec, "_is_text_encoding", True) and codec.name.replace("-", "_") not in NOT_DECLARED
+    is_text = (
+        getattr(codec, "_is_text_encoding", True) and codec.name.replace("-", "_") not in IGNORED_DECLARATIONS
+    )
     return codec.name if is_text and not codec.name.startswith("utf") else ""
 
 
@@ -129,7 +137,7 @@ def _is_multibyte(name: str) -> bool:
 
 def _detected(data: bytes) -> str:
     """The encoding of bytes that are not UTF-8; "" where it is not certain."""
-    high = b"\n".join(line for line in data.splitlines() if not line.isascii())[:DETECTED_BYTES]
+    high = b"\n".join(line for line in data.splitlines() if not line.isascii())[:DETECTION_BYTES]
     for name in _candidates(high):
         if (text := _strict(data, name)) is not None and not CONTROL.search(text):
             return name
@@ -141,8 +149,10 @@ def _candidates(high: bytes) -> Iterator[str]:
 
     likely = {
         str(match): match.encoding
-        for match in reversed(list(from_bytes(high, cp_isolation=DETECTED)))
-        if match.coherence >= MIN_COHERENCE > match.chaos and not SIGN_IN_WORD.search(str(match))
+        for match in reversed(list(from_bytes(high, cp_isolation=DETECTABLE)))
+        if match.coherence >= MIN_COHERENCE
+        and match.chaos < MAX_CHAOS
+        and not SIGN_IN_WORD.search(str(match))
     }
     if len(likely) == 1:
         yield from likely.values()
@@ -154,7 +164,9 @@ def _candidates(high: bytes) -> Iterator[str]:
 
 
 def _is_western(high: bytes) -> bool:
-    """Whether cp1252 makes bytes above 127 a few letters among ASCII letters, or typographic signs."""
+    """Whether the bytes above 127, read as cp1252, are common Western European letters, fewer than three in a
+    row, or typographic signs.
+    """
     text = _strict(high, "cp1252") or ""
     is_known = set(text) - WESTERN <= set(map(chr, range(128)))
     return (

@@ -74,13 +74,13 @@ class Example:
     offset: int
     size: int
     split: Split
-    order: int = 0  # index of the document in the packed order of its partition
+    order: int = 0  # index of the document in the packed order of its partition (see stages.py)
 
 
 def fim(
     documents: Iterable[Document], tokenizer: Tokenizer, recipe: FimRecipe | None = None
 ) -> Iterator[Example]:
-    """Each document as examples of at most `length` - 1 tokens, since a row begins with <bos>.
+    """Each document as examples of at most `length` - 1 tokens, since each segment begins with <bos>.
 
     Only code is split, and only code is shown in windows. Raises ValueError for a path that fills a row.
     """
@@ -93,7 +93,7 @@ def fim(
             yield from maker.pieces(0, document.text)
 
 
-def pieces(text: str, size: int) -> list[str]:
+def cut_at_lines(text: str, size: int) -> list[str]:
     """The text in pieces of at most `size` characters, cut after a line break if the second half has one."""
     cut = []
     while len(text) > size:
@@ -118,7 +118,7 @@ class _ExampleMaker:
         parts = text[: hole.start], text[hole.start : hole.end], text[hole.end :]
         end: Literal["file_separator", "eos"] = "file_separator" if document.kind == "code" else "eos"
         prompt = fim_training(self.tokenizer, *parts, path, layout, end)
-        loss = [np.full(len(ids), label in self.recipe.loss) for label, ids in prompt.segments]
+        loss = [np.full(len(ids), label in self.recipe.loss) for label, ids in prompt.spans]
         learned = np.concatenate(loss)
         if self.recipe.window and layout == "prefix" and offset + size < len(document.text):
             learned[-1] = False  # a window that ends before its file does has no end to learn
@@ -145,7 +145,7 @@ class _ExampleMaker:
         if len(text) < 2:
             name = self.document.name
             raise ValueError(f"{name}: its path alone fills a row of {length} tokens: raise length")
-        for piece in pieces(text, min(len(text) - 1, int(len(text) * 0.95 * length / tokens))):
+        for piece in cut_at_lines(text, min(len(text) - 1, int(len(text) * 0.95 * length / tokens))):
             yield from self.pieces(offset, piece)
             offset += len(piece)
 
@@ -162,7 +162,7 @@ class _ExampleMaker:
     def windows(self, tokens: tuple[int, int]) -> Iterator[Example]:
         """For each piece of text that is not blank, a window with the probability size / `stride`."""
         offset, stride = 0, self.recipe.stride
-        for piece in pieces(self.document.text, stride):
+        for piece in cut_at_lines(self.document.text, stride):
             draw = self.draw("window", offset, len(piece))
             if piece.strip() and draw.uniform() * stride < len(piece):
                 example = self.window(range(offset, offset + len(piece)), draw, tokens)

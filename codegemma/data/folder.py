@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ShardFile = Literal[
-    "clean", "names", "order", "signatures", "bands", "band_rows", "alive", "edges", "edge_similarity"
+    "clean", "origins", "order", "signatures", "bands", "band_rows", "alive", "edges", "edge_similarity"
 ]
 
 
@@ -66,7 +66,7 @@ class BuildFolder:
 
     def shard(self, file: ShardFile, number: int) -> Path:
         """A file of a shard or, for edges and order, of a task."""
-        ending = "parquet" if file in ("clean", "names", "order") else "npy"
+        ending = "parquet" if file in ("clean", "origins", "order") else "npy"
         return self.work / file / f"{number:06d}.{ending}"
 
     def array(self, file: ShardFile, number: int) -> np.ndarray:
@@ -118,12 +118,12 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """A document in a file, its row there and, once ordered, its group of files and what made the group."""
+    """A document in a file, its row there and, once ordered, its group and the rule that made the group."""
 
     document: Document
     row: int = 0
     group: int | None = None
-    via: str | None = None
+    placed_by: str | None = None  # in files, the column "via"
 
 
 DOCUMENT_FIELDS = {
@@ -135,7 +135,7 @@ DOCUMENT_FIELDS = {
 
 def write_documents(path: Path, documents: Iterable[StoredDocument]) -> None:
     rows = [
-        {**vars(stored.document), "key": stored.document.key, "group": stored.group, "via": stored.via}
+        {**vars(stored.document), "key": stored.document.key, "group": stored.group, "via": stored.placed_by}
         for stored in documents
     ]
     write_table(path, rows, DOCUMENT_FIELDS, row_group_size=256, compression_level=1)
@@ -153,10 +153,12 @@ def read_documents(path: Path, keys: range | None = None) -> Iterator[StoredDocu
             if keys is None or (bounds is not None and bounds.max >= keys.start and bounds.min < keys.stop):
                 values = file.read_row_group(number, use_threads=False).to_pylist()
                 for row, fields in enumerate(values, first):
-                    key, file_group, via = (fields.pop(name) for name in ("key", "group", "via"))
+                    key, file_group, placed_by = (fields.pop(name) for name in ("key", "group", "via"))
                     if keys is None or key in keys:
                         imports = None if fields["imports"] is None else tuple(fields["imports"])
-                        yield StoredDocument(Document(**fields | {"imports": imports}), row, file_group, via)
+                        yield StoredDocument(
+                            Document(**fields | {"imports": imports}), row, file_group, placed_by
+                        )
             first += group.num_rows
 
 

@@ -30,11 +30,13 @@ class Rule:
         pathspec's own check includes what is below a folder, but git's `!folder/` brings back the folder
         alone.
         """
-        if not self.pattern.pattern.startswith("^"):  # all, or all folders
+        if not self.pattern.pattern.startswith(
+            "^"
+        ):  # pathspec does not anchor `*` and `**` (its regex is `.`), and `*/`
             return self.pattern.pattern == "." or path.endswith("/")
-        if "ps_d" in self.pattern.groupindex:
+        if "ps_d" in self.pattern.groupindex:  # pathspec's group for the "/" after the name of a folder
             return bool(self.pattern.fullmatch(path))
-        match = self.pattern.match(path)  # folder/**
+        match = self.pattern.match(path)  # `folder/**` names what is below the folder, not the folder
         return match is not None and match.end() < len(path)
 
 
@@ -108,7 +110,7 @@ class IgnoreRules:
 def repository_rules(root: Path) -> IgnoreRules:
     """The rules of a repository's root, or of a folder as if it were one."""
     settings, folders = git_settings(root), git_folders(root)
-    files = [settings.ignore_file, *([folders.common / "info" / "exclude"] if folders else [])]
+    files = [settings.ignore_file, *([folders.common_dir / "info" / "exclude"] if folders else [])]
     files.append(root / ".gitignore")
     rules = [("", read_rules(file, settings.ignore_case)) for file in files]
     return IgnoreRules(root, "", rules, settings.ignore_case)

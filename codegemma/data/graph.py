@@ -1,11 +1,12 @@
 """The files of a repository, each after those it imports, in the order that the CodeGemma report describes.
 
-Imports in the top lines are matched with files by the longest end of their path. The least important edges
-are removed until no cycle is left. The topological order continues with the file nearest to those already
-placed, or of equally near ones the first by name. The report does not give the number of top lines (ours is
-imports.TOP_LINES) or the importance of an edge, which is here
+An import in the top lines matches a file if the path of one is the end of the other's (resolve.py). The least
+important edges are removed until no cycle is left. The topological order continues with the file nearest to
+those already placed, or of equally near ones the first by name. The report does not give the number of top
+lines (ours is imports.TOP_LINES) or the importance of an edge, which is here
 
-    importance(u imports v) = names imported + 1 where u and v share a folder - log2(files that import v)
+    importance(u imports v) = names that u imports from v + (1 if u and v are in one folder, else 0)
+                              - log2(number of files that import v)
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def _first_places(count: int, candidates: Sequence[Edge]) -> list[int]:
 
 
 def linear(count: int, kept: Sequence[Edge]) -> list[list[int]]:
-    """The connected parts of the graph, in each a file after what it imports.
+    """The connected components of the graph, in each a file after what it imports.
 
     Of the files that may be next, the nearest to the placed files is taken; of several, the first by name.
     Distance is the number of edges in either direction. Instead of the report's all-pairs distances, only the
@@ -136,15 +137,15 @@ def linear(count: int, kept: Sequence[Edge]) -> list[list[int]]:
     ready = [(count + 1, node) for node in range(count) if not missing[node]]
     heapq.heapify(ready)
     placed = [False] * count
-    parts: list[list[int]] = []
+    components: list[list[int]] = []
     while ready:
         far, node = heapq.heappop(ready)
         if placed[node] or far != distance[node]:
             continue
         placed[node] = True
         if far > count:  # nothing placed is connected with it
-            parts.append([])
-        parts[-1].append(node)
+            components.append([])
+        components[-1].append(node)
         for importer in importers[node]:
             missing[importer] -= 1
             if not missing[importer]:
@@ -152,7 +153,7 @@ def linear(count: int, kept: Sequence[Edge]) -> list[list[int]]:
         for other in _lower_distances(node, near, distance):
             if not placed[other] and not missing[other]:
                 heapq.heappush(ready, (distance[other], other))
-    return parts
+    return components
 
 
 def _lower_distances(start: int, near: list[list[int]], distance: list[int]) -> list[int]:
@@ -167,6 +168,9 @@ def _lower_distances(start: int, near: list[list[int]], distance: list[int]) -> 
 
 
 def order(repository: str, documents: Sequence[Document]) -> tuple[list[list[int]], list[Edge]]:
-    """The connected parts of documents sorted by path, each in packed order; and the edges kept."""
+    """The connected components of more than one file, each in packed order, and the edges kept.
+
+    `documents` are sorted by path.
+    """
     kept = acyclic(len(documents), edges(repository, documents))
-    return [part for part in linear(len(documents), kept) if len(part) > 1], kept
+    return [component for component in linear(len(documents), kept) if len(component) > 1], kept

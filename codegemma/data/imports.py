@@ -1,6 +1,7 @@
 """The imports in the top lines of a file.
 
 An entry is "a/b 2" for two names from a.b, "./a 1" if relative, or "=a/b" for a package that a file declares.
+The number weighs the edge (graph.py).
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def _csharp(statement: str) -> list[str]:
 
 def _rust(statement: str) -> list[str]:
     if match := re.search(r"\bmod\s+(\w+)\s*;", statement):
+        # As two names: a module belongs to its parent more than to a file that uses one name of it.
         return [f"mod/{match[1]} 2"]
     argument = re.sub(r"//.*|\s", "", re.sub(r".*?\buse\s+", "", statement, count=1, flags=re.S).rstrip(";"))
     paths = _rust_paths(re.sub(r"as\w+(?=[,}]|$)", "", argument))

@@ -6,6 +6,7 @@ import re
 import tomllib
 from functools import cache
 from pathlib import PurePosixPath
+from typing import Any
 
 from codegemma.data.documents import RULES
 
@@ -38,8 +39,8 @@ BY_MANIFEST, BY_TEXT, BY_OLD_FIELD = 1, 2, 3
 
 
 @cache
-def rules() -> dict[str, dict[str, list[str]]]:
-    """The tables of rules/licences.toml."""
+def rules() -> dict[str, Any]:
+    """The contents of rules/licences.toml."""
     return tomllib.loads((RULES / "licences.toml").read_text("utf-8"))
 
 
@@ -50,7 +51,7 @@ def is_statement(path: str) -> bool:
     return name in MANIFESTS or (is_text and bool(LICENCE_FILES.search(name)))
 
 
-def of_file(path: str, data: bytes) -> tuple[str, tuple[int, str] | None]:
+def stated_in(path: str, data: bytes) -> tuple[str, tuple[int, str] | None]:
     """(folder that a licence file or manifest is for, (rank, SPDX expression) or None if it names none)."""
     text, posix = data.decode("utf-8", "replace"), PurePosixPath(path)
     parts = [part for part in posix.parts[:-1] if not part.endswith(".dist-info")]
@@ -63,13 +64,13 @@ def of_file(path: str, data: bytes) -> tuple[str, tuple[int, str] | None]:
     return folder, (BY_TEXT, by_text) if by_text else None
 
 
-def join(votes: list[tuple[int, str]]) -> str:
+def join(statements: list[tuple[int, str]]) -> str:
     """A folder's licence: of its manifest, else of all its licence texts, else of an old metadata field."""
-    best = min(rank for rank, _ in votes)
-    return " AND ".join(sorted({licence for rank, licence in votes if rank == best}))
+    best = min(rank for rank, _ in statements)
+    return " AND ".join(sorted({licence for rank, licence in statements if rank == best}))
 
 
-def of_text(text: str, path: str, by_folder: dict[str, str]) -> str:
+def of_document(text: str, path: str, by_folder: dict[str, str]) -> str:
     """The licence of a file: its header's SPDX tags, joined by AND; else what the nearest folder states;
     else "".
     """
@@ -100,8 +101,8 @@ def header(text: str) -> str:
 def match_text(text: str) -> str:
     """The SPDX id of a licence text: the first rule whose phrases it has, in any case and spacing."""
     words = " ".join(re.findall(r"[\w.]+", text.lower()))
-    texts = rules()["texts"].items()
-    return next((name for name, phrases in texts if all(phrase in words for phrase in phrases)), "")
+    matches = (rule["id"] for rule in rules()["texts"] if all(phrase in words for phrase in rule["phrases"]))
+    return next(matches, "")
 
 
 def normal(licence: str) -> str:

@@ -20,17 +20,18 @@ from codegemma.data.folder import BuildFolder, write_array, write_table
 EXAMPLE_FIELDS = {  # columns of the table of examples, with their Arrow types
     **dict.fromkeys(("row", "segment", "start", "end"), "int32"),
     **dict.fromkeys(("repository", "path", "commit", "licence", "language", "kind", "source"), "string"),
+    # "via" is ExampleGroup.placed_by.
     **{"via": "string", "order": "int32", "layout": "string", "boundary": "string"},
     **dict.fromkeys(("offset", "size", "split_start", "split_end"), "int32"),
 }
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """Examples in their packed order, and the rule that put them together (see show.VIA)."""
+class ExampleGroup:
+    """Examples in their packed order, and the rule that placed their files together (see show.PLACED_BY)."""
 
     examples: list[Example]
-    via: str
+    placed_by: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Packed:
     examples: list[dict[str, Any]]
 
 
-def segments(groups: Iterable[RowGroup], length: int) -> Iterator[RowGroup]:
+def segments(groups: Iterable[ExampleGroup], length: int) -> Iterator[ExampleGroup]:
     """The groups, cut between examples so that each fits, with <bos>, a row of `length` tokens."""
     for group in groups:
         run: list[Example] = []
@@ -51,12 +52,12 @@ def segments(groups: Iterable[RowGroup], length: int) -> Iterator[RowGroup]:
         for example in group.examples:
             tokens = len(example.ids_T)
             if run and size + tokens > length:
-                yield RowGroup(run, group.via)
+                yield ExampleGroup(run, group.placed_by)
                 run, size = [], 1
             run.append(example)
             size += tokens
         if run:
-            yield RowGroup(run, group.via)
+            yield ExampleGroup(run, group.placed_by)
 
 
 def fit(sizes: Sequence[int], length: int) -> list[list[int]]:
@@ -86,10 +87,10 @@ def places(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> Iterator[tupl
             start += sizes[item]
 
 
-def pack(kinds: Iterable[Iterable[RowGroup]], length: int, bos: int | None, pad: int) -> Packed:
+def pack(kinds: Iterable[Iterable[ExampleGroup]], length: int, bos: int | None, pad: int) -> Packed:
     """Rows of `length` tokens; groups of different kinds never share a row."""
     prefix = [] if bos is None else [bos]
-    parts: list[RowGroup] = []
+    parts: list[ExampleGroup] = []
     sizes: list[int] = []
     rows: list[list[int]] = []
     for groups in kinds:
@@ -108,7 +109,13 @@ def pack(kinds: Iterable[Iterable[RowGroup]], length: int, bos: int | None, pad:
             end = start + len(example.ids_T)
             packed.tokens_RT[row, start:end] = example.ids_T
             packed.loss_RT[row, start:end] = example.loss_T
-            position = {"row": row, "segment": segment, "start": start, "end": end, "via": parts[item].via}
+            position = {
+                "row": row,
+                "segment": segment,
+                "start": start,
+                "end": end,
+                "via": parts[item].placed_by,
+            }
             packed.examples.append(position | _record(example))
             start = end
     return packed
@@ -138,9 +145,9 @@ def save(packed: Packed, folder: BuildFolder, part: int) -> None:
 class Rows:
     """The rows of a built folder, in the order of its index, memory-mapped.
 
-    `rows[i]` gives tokens_T int32, loss_T bool, segments_T uint16 (0: padding) and positions_T int32, which
-    restart at 0 in each segment. Training order is up to the reader: any permutation of range(len(rows)).
-    Raises ValueError where the folder holds no finished rows, or they are damaged.
+    `rows[i]` is a dict of arrays of T tokens: "tokens" int32, "loss" bool, "segments" uint16 (0: padding) and
+    "positions" int32, which restart at 0 in each segment. Training order is up to the reader: any permutation
+    of range(len(rows)). Raises ValueError where the folder holds no finished rows, or they are damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -152,10 +159,10 @@ class Rows:
                 "--resume if it was interrupted"
             )
         self._arrays: dict[Path, np.ndarray] = {}
-        self.index_N2 = self._array(self.files.index)
+        self.index_R2 = self._array(self.files.index)
 
     def __len__(self) -> int:
-        return len(self.index_N2)
+        return len(self.index_R2)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         part, row = self.place(number)
@@ -166,7 +173,7 @@ class Rows:
         """(part, row in it) of a row of the index. Raises IndexError outside it."""
         if not -len(self) <= number < len(self):
             raise IndexError(f"row {number} is not one of the {len(self):,} rows")
-        part, row = self.index_N2[number]
+        part, row = self.index_R2[number]
         return int(part), int(row)
 
     def examples(self, number: int) -> list[dict[str, Any]]:

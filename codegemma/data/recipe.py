@@ -10,7 +10,7 @@ from codegemma.data.clean import Quality
 from codegemma.data.documents import CODE_LANGUAGES
 from codegemma.prompts import Label
 
-SHARD_BYTES = 8_000_000  # of text (in characters) in a shard of documents, and about that in a partition
+SHARD_CHARACTERS = 8_000_000  # of text in a shard of documents, and about that in a partition (see stages.py)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BuildRecipe(fim.FimRecipe):
     unsafe_rules: str = ""
     benchmarks: tuple[str, ...] = ()
     tokenizer: str = ""
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int = SHARD_CHARACTERS  # counts characters; the name is that of recipe.json
     hold_out: float = 0.0  # share of the repositories kept for evaluation, as documents instead of rows
 
     def __post_init__(self) -> None:
@@ -43,8 +43,8 @@ class BuildRecipe(fim.FimRecipe):
             raise ValueError(f"hold-out must lie from 0 to below 1, got {self.hold_out}: rows need the rest")
         if not 0.5 <= self.threshold <= 1:
             raise ValueError(
-                f"threshold of near copies must lie from 0.5 to 1, got {self.threshold}: below 0.5 "
-                "the bands find only some of the pairs"
+                f"threshold of near-duplicates must lie from 0.5 to 1, got {self.threshold}: below 0.5 "
+                "the bands find fewer than a third of the pairs (0.28 at 0.5, 0.93 at 0.7)"
             )
 
     def quality(self, redistributed: bool) -> Quality:

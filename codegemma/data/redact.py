@@ -1,7 +1,8 @@
 """Finds secrets and personal data in a text, and the fake values to put in their place.
 
-A fake value has the shape of the original, is the same wherever the original occurs, and is never taken for
-a secret again. A build replaces both kinds (clean.py), a prompt only secrets (safety/secrets.py). The rules
+A fake secret is as long as the original (private keys excepted, and at least 7 characters), and is never
+taken for a secret again; fake personal data are valid values of their kind. Either is the same wherever the
+original occurs. A build replaces both kinds (clean.py), a prompt only secrets (safety/secrets.py). The rules
 are in rules/secrets.toml; personal.py has the patterns of personal data.
 """
 
@@ -97,7 +98,10 @@ def replace_findings(text: str, findings: Iterable[Finding]) -> tuple[str, Count
 
 
 def _fake_secret(value: str, kind: str) -> str:
-    """As long as the original, and marked with EXAMPLE so that it is never taken for a secret again."""
+    """A value marked with EXAMPLE, so that it is never taken for a secret again.
+
+    It is as long as the original, but at least 7 characters; that of a private key is one line.
+    """
     if kind == "private key":
         return "\nEXAMPLE\n"
     stream = hashlib.shake_128(value.encode("utf-8", "surrogatepass")).digest(len(value))

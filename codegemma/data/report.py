@@ -142,7 +142,7 @@ def _graphs(rows: Rows) -> Iterator[tuple[str, str]]:
     import pyarrow.parquet as pq
 
     graphs = []
-    for part in np.unique(rows.index_N2[:, 0]).tolist()[:8]:
+    for part in np.unique(rows.index_R2[:, 0]).tolist()[:8]:
         edges = pq.read_table(rows.files.graph(part)).to_pylist()
         for repository, count in Counter(edge["repository"] for edge in edges).most_common(MAX_GRAPHS):
             pairs = [(e["source"], e["target"]) for e in edges if e["repository"] == repository]
@@ -189,8 +189,8 @@ def _sections(rows: Rows, manifests: dict[str, Any]) -> dict[str, dict[str, str]
             "Bytes of a document": histogram(sizes, "bytes, log scale", is_log=True),
             "Secrets and personal data replaced": bars(manifests["clean"]["redacted"]),
         },
-        "Duplicates": {
-            "By how they are alike": bars(manifests["dedup"]["counts"]),
+        "Duplicates and benchmark problems": {
+            "Why they were left out": bars(manifests["dedup"]["counts"]),
             "Most copied": bars(dict(ledger["copies"].most_common(10))),
         },
         "Fill in the middle": {
@@ -223,7 +223,6 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         "tokens": f"{build.tokens:,}",
         "examples": f"{of_rows['examples']:,}",
         "padding": f"{of_rows['padding']:.1%}",
-        "cropped": "0 %",
     }
     samples = sorted({round(third * (len(rows) - 1) / 2) for third in range(3)}) if len(rows) else []
     loader = FileSystemLoader(Path(__file__).parent)

@@ -112,7 +112,7 @@ class Resolver:
         return self.modules.get((family, "."), [])[:limit] if is_root else []
 
     def _at_path(self, family: str, path: str) -> list[int]:
-        """The files at a path of the repository that may lack its ending."""
+        """The files at a path within the repository; the path may be without its ending."""
         flat = _flat(path)
         stem = module_name(flat, "js") if family == "js" and JS_ENDING.search(flat) else flat
         files = self.modules.get((family, flat)) or self.modules.get((family, stem))

@@ -13,7 +13,7 @@ from codegemma.prompts import parse_fim
 WHY = {
     "node": "the middle is one syntax node, drawn in proportion to its size",
     "siblings": "the middle is a run of neighbours in the syntax tree, nearest to a random span",
-    "lines": "the middle is whole lines; the suffix begins with their line break",
+    "lines": "the middle is lines without the first one's indentation and the last one's line break",
     "line": "the middle is one line with its indentation and its line break",
     "whole lines": "the middle is lines with their indentation and their line breaks",
     "function end": "the middle is the last lines of a function, and nothing follows",
@@ -21,9 +21,9 @@ WHY = {
     "characters": "the middle lies between two random characters (one split in ten)",
     "whole": "not split: the whole text is learned from left to right",
 }
-VIA = {
+PLACED_BY = {  # the values of the column "via" of the table of examples
     "graph": "placed by the dependency graph",
-    "beside tests": "outside the graph: by name, tests beside what they test",
+    "beside tests": "no import links it: by path, with tests after what they test",
     "alone": "on its own",
 }
 PARTS = ("prefix", "middle", "suffix")
@@ -63,7 +63,7 @@ def show(folder: str | Path, row: int = 0, console: Any = None) -> None:
         commit = f", commit {record['commit'][:12]}" if record["commit"] else ""
         place = f"segment {record['segment']}, tokens {record['start']:,} to {record['end']:,}"
         origin = f"licence {record['licence'] or 'none found'}; from {record['source']}{commit}"
-        console.print(Text(f"{place}; {origin}; {VIA[record['via']]}", "dim"))
+        console.print(Text(f"{place}; {origin}; {PLACED_BY[record['via']]}", "dim"))
         console.print(Text(f"{record['layout'].upper()}: {WHY[record['boundary']]}", "italic"))
         body = Text()
         for name, style in zip(PARTS, ("cyan", "bold black on yellow", "magenta"), strict=True):

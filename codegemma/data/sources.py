@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from codegemma.data import licences
-from codegemma.data.archives import ArchiveBomb, FileEntry, ReadLimits, tar_entries, unsafe_path, zip_entries
+from codegemma.data.archives import ArchiveBomb, FileEntry, ReadLimits, path_refusal, tar_entries, zip_entries
 from codegemma.data.documents import FILE_RULES, Document, Outcome, language_of
 from codegemma.data.encodings import decode, normal_lines
 from codegemma.data.git import git_folders, git_settings, git_state
@@ -128,7 +128,7 @@ def _read_repository(source: Source, limits: ReadLimits) -> Iterator[Document | 
     remote, commit = git_state(source.path) if is_folder else ("", "")
     name = source.name if is_folder else re.sub(ARCHIVE_ENDING, "", source.name)
     template = Document(remote or name, "", "", source=source.name, commit=commit, kind=source.kind)
-    votes: dict[str, list[tuple[int, str]]] = {}
+    statements: dict[str, list[tuple[int, str]]] = {}
     attributes: list[AttributeLine] = []
     top_folders: set[str] = set()
     for entry in entries():
@@ -136,16 +136,16 @@ def _read_repository(source: Source, limits: ReadLimits) -> Iterator[Document | 
         if entry.reason or entry.size > limits.file_bytes:
             continue
         if licences.is_statement(entry.path):
-            folder, vote = licences.of_file(entry.path, _load(entry))
-            if vote:
-                votes.setdefault(folder, []).append(vote)
+            folder, statement = licences.stated_in(entry.path, _load(entry))
+            if statement:
+                statements.setdefault(folder, []).append(statement)
         elif entry.path.rpartition("/")[2] == ATTRIBUTES_FILE:
             attributes += attribute_lines(entry.path.removesuffix(ATTRIBUTES_FILE), _load(entry))
     # An archive often holds one folder, such as `thing-1.0`: it is removed from paths.
     is_wrapped = not is_folder and len(top_folders) == 1 and "" not in top_folders
     top = top_folders.pop() if is_wrapped else ""
     by_folder = {
-        folder.removeprefix(top).lstrip("/"): licences.join(stated) for folder, stated in votes.items()
+        folder.removeprefix(top).lstrip("/"): licences.join(stated) for folder, stated in statements.items()
     }
     attributes.sort(key=lambda line: line.folder.count("/"))  # the last line counts: the deepest file's
     if is_folder:
@@ -167,7 +167,10 @@ def _load(entry: FileEntry) -> bytes:
 def _own_attributes(root: Path, lines: list[AttributeLine]) -> list[AttributeLine]:
     """`lines` with those of the user's own file before them, and the repository's info/attributes after."""
     folders = git_folders(root)
-    files = [git_settings(root).attributes_file, *([folders.common / "info/attributes"] if folders else [])]
+    files = [
+        git_settings(root).attributes_file,
+        *([folders.common_dir / "info/attributes"] if folders else []),
+    ]
     read = [attribute_lines("", file.read_bytes()) if file.is_file() else [] for file in files]
     return [*read[0], *lines, *(read[1] if folders else [])]
 
@@ -202,7 +205,7 @@ def _finish(document: Document, by_folder: dict[str, str]) -> Document:
         document,
         text=text,
         language=language or language_of(path, text),
-        licence=document.licence or licences.of_text(text, path, by_folder),
+        licence=document.licence or licences.of_document(text, path, by_folder),
     )
 
 
@@ -303,7 +306,7 @@ def _read_row(source: Source, row: dict[str, Any], number: int, limits: ReadLimi
         "unreadable": bool(re.search("[\ud800-\udfff]", text)),
         "path is not one line of text": _one_line(path) != path,
     }
-    if reason := next((reason for reason, holds in reasons.items() if holds), "") or unsafe_path(path):
+    if reason := next((reason for reason, holds in reasons.items() if holds), "") or path_refusal(path):
         return Outcome(repository, _one_line(path), "dropped", reason, size=len(text))
     value = row.get("licence") or []
     names = [value] if isinstance(value, str) else [name for name in value if isinstance(name, str)]

@@ -1,8 +1,9 @@
 """Where a text is split into prefix, middle and suffix.
 
-Nine splits in ten lie at syntax or line boundaries, with the suffix beginning before the line break, as in an
-editor. One in ten lies between random characters: without those, models cannot infill inside a word (Bavarian
-et al. 2022, table 2; AST-FIM, arXiv 2506.00204). CodeGemma's splitter is not published.
+Nine splits in ten follow syntax or lines. In whole files the suffix begins before the line break, as in an
+editor; three of the kinds for windows take the line break into the middle (WINDOW_KINDS). One split in ten
+lies between random characters: without those, models cannot infill inside a word (Bavarian et al. 2022, table
+2; AST-FIM, arXiv 2506.00204). CodeGemma's splitter is not published.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def split(
     """A split of a text of at least one character.
 
     The middle lies in `within`, except that syntax nodes and ends of functions may reach out of it.
-    `max_characters` limits the middles of the kinds "node", "siblings" and "characters".
+    `max_characters` limits the middle of the kinds "node" (in bytes) and "characters". The run of "siblings"
+    is the one nearest to a span of at most that length, and may be longer.
     """
     within, limit = within or range(len(text)), max_characters or len(text)
     kind = _draw_kind(draw, kinds)

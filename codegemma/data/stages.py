@@ -3,6 +3,9 @@
 A task writes files that appear complete or not at all; its result is kept beside them as JSON, so that no
 task is run twice. The documents of a shard are sorted by the hash of their repository. So a task of `order`
 finds all files of its repositories in one range of every shard; only copies are looked for across all ranges.
+
+A partition (`part` in the names of files) is the repositories of one range of Document.key. The packed order
+is the order in which OrderTask lists their files and RowsTask packs them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -103,8 +107,14 @@ def run_task(task: Task) -> None:
     start = time.perf_counter()
     result = task.run()
     result.seconds = time.perf_counter() - start
-    result.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result.peak_bytes = peak_bytes()
     folder.write_json(task.folder.result(task.stage, task.number), asdict(result))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had at once."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def count(names: Iterable[str]) -> dict[str, int]:
@@ -178,31 +188,34 @@ class CleanTask(Task):
 
 
 @dataclass(frozen=True)
-class SignTask(Task):
-    """A cleaned shard -> signatures, band keys in order, and names with the benchmark problem of each."""
+class MinHashTask(Task):
+    """A cleaned shard -> MinHash signatures, band keys in order, and a table of origins.
 
-    stage = "sign"
+    An origin is the repository, path, kind and digest of a document, and the benchmark problem in it, if any.
+    """
+
+    stage = "minhash"
 
     def run(self) -> TaskResult:
         benchmarks = _benchmarks(self.folder.benchmarks)
-        names: list[dict[str, Any]] = []
+        origins: list[dict[str, Any]] = []
         shingles = []
         for stored in read_documents(self.folder.shard("clean", self.number)):
             document = stored.document
             hashes = dedup.words(document.text)
             fields = {name: getattr(document, name) for name in ("repository", "path", "kind", "digest")}
-            names.append(fields | {"task": benchmarks(hashes)})
+            origins.append(fields | {"problem": benchmarks(hashes)})
             shingles.append(np.unique(dedup.ngrams(hashes, dedup.SHINGLE)))
         signatures = dedup.signatures(shingles)
         keys = dedup.band_keys(signatures).ravel()
-        rows = np.repeat(np.arange(len(names), dtype=np.int64), dedup.BANDS)
+        rows = np.repeat(np.arange(len(origins), dtype=np.int64), dedup.BANDS)
         order = np.lexsort((rows, keys))
         folder.write_array(self.folder.shard("signatures", self.number), signatures)
         folder.write_array(self.folder.shard("bands", self.number), keys[order])
         folder.write_array(self.folder.shard("band_rows", self.number), rows[order])
-        types = dict.fromkeys(("repository", "path", "kind", "task"), "string") | {"digest": "binary"}
-        folder.write_table(self.folder.shard("names", self.number), names, types)
-        return TaskResult(documents=len(names))
+        types = dict.fromkeys(("repository", "path", "kind", "problem"), "string") | {"digest": "binary"}
+        folder.write_table(self.folder.shard("origins", self.number), origins, types)
+        return TaskResult(documents=len(origins))
 
 
 @cache
@@ -266,8 +279,8 @@ class OrderTask(Task):
                 held_out += map(StoredDocument, documents)
                 continue
             groups, kept = group_files(documents)
-            for group, (via, members) in enumerate(groups):
-                ordered += [StoredDocument(document, 0, group, via) for document in members]
+            for group, (placed_by, members) in enumerate(groups):
+                ordered += [StoredDocument(document, 0, group, placed_by) for document in members]
             for edge in kept:
                 ends = {"source": documents[edge.source].path, "target": documents[edge.target].path}
                 edges.append({"repository": repository, **ends, "importance": edge.importance})
@@ -278,7 +291,7 @@ class OrderTask(Task):
         folder.write_table(self.folder.graph(self.number), edges, types)
         return TaskResult(
             counts=self.write_outcomes(outcomes),
-            files=count(stored.via or "" for stored in ordered),
+            files=count(stored.placed_by or "" for stored in ordered),
             edges=len(edges),
             documents=len(ordered),
         )
@@ -336,21 +349,21 @@ class RowsTask(Task):
             filled=(rows.segments_RT > 0).sum(1).tolist(),
         )
 
-    def _groups(self) -> dict[str, list[pack.RowGroup]]:
+    def _groups(self) -> dict[str, list[pack.ExampleGroup]]:
         """The examples by kind, in groups: the examples of a segment are all of one group."""
-        groups: dict[str, list[pack.RowGroup]] = defaultdict(list)
+        groups: dict[str, list[pack.ExampleGroup]] = defaultdict(list)
         current: tuple[Any, ...] = ()
         for stored in read_documents(self.folder.shard("order", self.number)):
-            document, via = stored.document, stored.via or ""
+            document, placed_by = stored.document, stored.placed_by or ""
             of_kind = groups[document.kind]
-            group = (document.repository, stored.group, via)
-            if group != current or via == "alone":
-                of_kind.append(pack.RowGroup([], via))
+            group = (document.repository, stored.group, placed_by)
+            if group != current or placed_by == "alone":
+                of_kind.append(pack.ExampleGroup([], placed_by))
                 current = group
             for example in fim.fim([document], load_tokenizer(self.folder.tokenizer), self.recipe):
                 example = replace(example, order=stored.row)
                 if self.recipe.window and document.kind == "code":  # windows do not see each other
-                    of_kind.append(pack.RowGroup([example], via))
+                    of_kind.append(pack.ExampleGroup([example], placed_by))
                 else:
                     of_kind[-1].examples.append(example)
         return groups

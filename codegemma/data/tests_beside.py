@@ -26,7 +26,10 @@ NAMES: dict[str, list[str]] = {  # language -> patterns of the names of its test
 
 
 def tested_names(path: str, language: str) -> list[str]:
-    """Names, without ending, of what a file may test: its own if it looks like a test only by its folder."""
+    """The names, without ending, of the files that this one may test.
+
+    Where only its folder says that it is a test (tests/foo.py), that is its own name.
+    """
     stem, folders = _stem(path), PurePosixPath(path).parts[:-1]
     names = [match[1] for pattern in NAMES.get(language, []) if (match := re.fullmatch(pattern, stem))]
     return names or ([stem] if TEST_FOLDERS & set(folders) and language in NAMES else [])
@@ -69,21 +72,22 @@ def group_files(
 ) -> tuple[list[tuple[str, list[Document]]], list[graph.Edge]]:
     """(rule, files) of each group of a repository whose documents are sorted by path; and the graph's edges.
 
-    Each connected part of the graph is a group, and so are the files left over. A test outside the graph
-    comes directly after its implementation, whichever group that is in.
+    Each connected component of the graph is a group ("graph"), and so are all files that no import links
+    ("beside tests"). A test outside the graph comes directly after its implementation, whichever group that
+    is in.
     """
     if not documents or documents[0].kind != "code":
         return [("alone", [document]) for document in documents], []
-    parts, edges = graph.order(documents[0].repository, documents)
+    components, edges = graph.order(documents[0].repository, documents)
     tests = implementations({document.path: document.language for document in documents})
-    in_graph = {node for part in parts for node in part}
+    in_graph = {node for component in components for node in component}
     tests_of: dict[str, list[Document]] = defaultdict(list)
     rest: list[Document] = []
     for node, document in enumerate(documents):
         if node not in in_graph:
             target = tests.get(document.path)
             (tests_of[target] if target else rest).append(document)
-    groups = [("graph", [documents[node] for node in part]) for part in parts]
+    groups = [("graph", [documents[node] for node in component]) for component in components]
     groups += [("beside tests", rest)] if rest else []
     with_tests = [
         (rule, [each for file in files for each in (file, *tests_of[file.path])]) for rule, files in groups

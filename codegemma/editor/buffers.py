@@ -28,14 +28,14 @@ _LINE_END = re.compile(r"\r\n|\r|\n")  # LSP's; str.splitlines has more, such as
 class Chunk:
     """A piece of a text, and its measures. It never ends between \\r and \\n.
 
-    `units`: its length in code units; `line_ends`: the offset after each line end; `normalized`: its length
-    once each line ends in \\n.
+    `units`: its length in code units; `line_ends`: the offset after each line end; `normalized_length`: its
+    length once each line ends in \\n.
     """
 
     text: str
     units: int
     line_ends: tuple[int, ...]
-    normalized: int
+    normalized_length: int
 
 
 class Buffer:
@@ -133,7 +133,7 @@ class Buffer:
     # ------------------------------------------------------------------------------------- normalized lengths
     @cached_property
     def _normalized(self) -> list[int]:
-        return _sums(chunk.normalized for chunk in self.chunks)
+        return _sums(chunk.normalized_length for chunk in self.chunks)
 
     def normalized_length(self, offset: int) -> int:
         """How many characters precede an offset once each line ends in \\n."""
@@ -202,7 +202,8 @@ def _fitting(text: str, length: int, measure: Callable[[str], int]) -> int:
 
 
 def _code_units(text: str, encoding: Encoding) -> int:
-    """The length of a text in code units of an encoding. A lone surrogate counts as one character."""
+    """The length of a text in code units of an encoding. A lone surrogate counts like any character of its
+    range: one unit in UTF-16 and UTF-32, three in UTF-8."""
     if encoding == "utf-32" or text.isascii():
         return len(text)
     if encoding == "utf-16":

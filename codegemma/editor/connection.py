@@ -55,8 +55,10 @@ class LspConnection(LanguageServerProtocol):
             self._server.document_closed(closed.uri)
 
     def structure_message(self, data: dict[str, Any]) -> Any:
-        """Reads a message. Clients older than the final specification count trigger kinds from 0, not from 1.
+        """Reads a message.
 
+        Clients older than the final specification count trigger kinds from 0. A kind 0, or none, is read as 1
+        (invoked); an old client's 1 (automatic) cannot be told from it.
         A request with wrong parameters is answered with an error, where pygls would let the client wait.
         """
         params = data.get("params")

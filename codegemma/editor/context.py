@@ -86,18 +86,18 @@ class ContextFiles:
         for each in reversed(candidates):
             path, language = (each, "") if isinstance(each, Path) else (each.path, each.language)
             text = normalize(_read(each) if isinstance(each, Path) else each.slice(0, MAX_READ_CHARACTERS))
-            start = _start(secrets.redact(text))
-            if not start.strip() or len(start) > room or (path and path == buffer.path):
+            head = _head(secrets.redact(text))
+            if not head.strip() or len(head) > room or (path and path == buffer.path):
                 continue
             if path and (reason := self.policy.refusal(path, language)):
                 self.log_once(f"{path} is left out of prompts: {reason}")
                 continue
-            if start != _start(text):
+            if head != _head(text):
                 self.log_once(
                     f"{path or 'a new document'} holds a secret: prompts have a fake value in its place"
                 )
-            room -= len(start)
-            files.append(File(self.prompt_path(path) if path else "", start))
+            room -= len(head)
+            files.append(File(self.prompt_path(path) if path else "", head))
         return files[::-1]
 
     def prompt_path(self, path: Path) -> str:
@@ -175,7 +175,7 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _start(text: str) -> str:
+def _head(text: str) -> str:
     """Whole lines from the start of a text, at most MAX_FILE_CHARACTERS."""
     if len(text) <= MAX_FILE_CHARACTERS:
         return text

@@ -47,13 +47,14 @@ CURSOR = "codegemma/cursor"  # our own notification {textDocument, position}: th
 
 
 class EditorServer(LanguageServer):
-    """The language server of one editor. `open_source` is called once, in a thread, on connection."""
+    """The language server of one editor. When the editor connects, it calls `make_suggestion_source` once,
+    in a thread."""
 
-    def __init__(self, open_source: Callable[[], SuggestionSource]) -> None:
+    def __init__(self, make_suggestion_source: Callable[[], SuggestionSource]) -> None:
         super().__init__(
             "codegemma", __version__, notebook_document_sync=NOTEBOOKS, protocol_cls=LspConnection
         )
-        self.open_source = open_source
+        self.make_suggestion_source = make_suggestion_source
         self.settings = self._initial_settings = EditorSettings()
         self.documents = Documents(self.log)
         self.context = ContextFiles(FilePolicy(), self.log)
@@ -82,7 +83,7 @@ class EditorServer(LanguageServer):
         self.documents.encoding = str(getattr(encoding, "value", encoding))  # type: ignore[assignment]
         if self._source:
             return  # a second `initialize`
-        self._source = asyncio.create_task(self._open_source())
+        self._source = asyncio.create_task(self._make_source())
         self._source.add_done_callback(lambda task: task.cancelled() or task.exception())  # reported already
 
     def configure(self, options: Any) -> None:
@@ -115,7 +116,7 @@ class EditorServer(LanguageServer):
             self.end_suggestion()
 
     def cursor_rests(self, uri: str, offset: int) -> None:
-        """Reads the context of an offset ahead, once the editor has been idle for `rest_ms`."""
+        """Reads the context of `offset` into the prefix cache once the editor has been idle for `rest_ms`."""
         if self._reading_ahead:
             self._reading_ahead.cancel()
         self._reading_ahead = asyncio.create_task(self._read_ahead(CursorPosition(uri, offset, offset)))
@@ -144,8 +145,11 @@ class EditorServer(LanguageServer):
 
     # ----------------------------------------------------------------------------------------- suggestions
     async def suggest(self, cursor: CursorPosition) -> str:
-        """The text to put in place of what stands from cursor.start to cursor.end; "" if there is none. A new
-        call cancels the one before."""
+        """The suggestion; "" if there is none.
+
+        With `cursor.chosen` it is what follows that entry, else what to put in place of the text from
+        cursor.start to cursor.end. A new call cancels the one before.
+        """
         self._interrupt()
         buffer = self.documents.use(cursor.uri)
         if buffer is None or self._is_unwanted(cursor):
@@ -174,10 +178,10 @@ class EditorServer(LanguageServer):
             stats.record(self.suggestion.shown)
         self.suggestion = None
 
-    async def _open_source(self) -> SuggestionSource:
+    async def _make_source(self) -> SuggestionSource:
         started = time.monotonic()
         try:
-            source = await asyncio.to_thread(self.open_source)
+            source = await asyncio.to_thread(self.make_suggestion_source)
         except (ValueError, OSError, ImportError) as error:
             self._report_once(error)
             raise
@@ -235,7 +239,7 @@ class EditorServer(LanguageServer):
         if buffer.path and (reason := policy.refusal(buffer.path, buffer.language, settings.ignored_files)):
             self._tell_refusal(cursor, f"{buffer.path} gets no completions: {reason}")
             return None
-        prefix, suffix = redact_at_cursor(*cursor.window(buffer))
+        prefix, suffix = redact_at_cursor(*cursor.text_to_redact(buffer))
         prefix, suffix = window(prefix, suffix)
         files: list[File] = []
         if context != "none":
@@ -401,12 +405,12 @@ def _range(buffer: Buffer, start: int, end: int) -> types.Range:
     return types.Range(types.Position(*buffer.position(start)), types.Position(*buffer.position(end)))
 
 
-def serve(open_source: Callable[[], SuggestionSource]) -> None:
+def serve(make_suggestion_source: Callable[[], SuggestionSource]) -> None:
     """Speaks LSP over stdin and stdout until the editor exits. All other output goes to stderr."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     logging.getLogger("pygls").setLevel(logging.CRITICAL)  # no tracebacks: see report_server_error
-    server = EditorServer(open_source)
+    server = EditorServer(make_suggestion_source)
     was_shut_down = False
     try:
         server.start_io(FrameReader(sys.stdin.buffer), out)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ class EditorSettings(BaseModel):
     time_budget_ms: PositiveInt = 300
     predict_ms: PositiveInt = 2000
     rest_ms: PositiveInt = 300
-    min_confidence: float = Field(default=0.3, ge=0, le=1)
+    min_confidence: float = Field(default=0.5, ge=0, le=1)
     adapter: str = "auto"
     stats: bool = True
 

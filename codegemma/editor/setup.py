@@ -30,14 +30,15 @@ SETUPS: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_name("edit
 
 @dataclass(frozen=True)
 class EditorSetup:
-    """What an editor needs: `text` in `file`, after the step `before`. editors.toml explains the fields."""
+    """What an editor needs: `text` in `file`, once the user has done what `first_step` says. editors.toml
+    explains the fields."""
 
     title: str
     file: str
     kind: Literal["file", "block", "json"]
     language: str
     text: str
-    before: str
+    first_step: str
     comment: str = ""
 
 
@@ -50,8 +51,10 @@ def setup(editor: str, program: str = "codegemma") -> EditorSetup:
     text = template.text.replace("PROGRAM", json.dumps(program, ensure_ascii=False))
     if editor == "vscode" and program != "codegemma":
         text = json.dumps(json.loads(text) | {"codegemma.command": program}, indent=2) + "\n"
-    before = template.before.replace("PROGRAM", program).replace("EXTENSION", shlex.quote(extension()))
-    return replace(template, text=text, before=before)
+    first_step = template.first_step.replace("PROGRAM", program).replace(
+        "EXTENSION", shlex.quote(extension())
+    )
+    return replace(template, text=text, first_step=first_step)
 
 
 def extension() -> str:
@@ -67,8 +70,8 @@ def program() -> str:
 
 def advice(editor: str, program: str = "codegemma") -> str:
     """What to do and what to paste into which file, in Markdown."""
-    steps = setup(editor, program)
-    return f"{steps.before}\n\nInto `{steps.file}`:\n\n```{steps.language}\n{steps.text}```"
+    needed = setup(editor, program)
+    return f"{needed.first_step}\n\nInto `{needed.file}`:\n\n```{needed.language}\n{needed.text}```"
 
 
 def write(editor: str, program: str) -> str:
@@ -76,13 +79,13 @@ def write(editor: str, program: str) -> str:
 
     A second call changes nothing. Raises ValueError, and writes nothing, if the file cannot be parsed.
     """
-    steps = setup(editor, program)
-    file = location(steps.file)
+    needed = setup(editor, program)
+    file = location(needed.file)
     old = file.read_text("utf-8") if file.exists() else ""
-    if steps.kind == "json":
-        new = merged_json(old, json.loads(steps.text), str(file))
+    if needed.kind == "json":
+        new = merged_json(old, json.loads(needed.text), str(file))
     else:
-        new = steps.text if steps.kind == "file" else merged_block(old, steps, str(file))
+        new = needed.text if needed.kind == "file" else merged_block(old, needed, str(file))
     if new == old:
         return f"{file} is set up already."
     diff = "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(file), str(file)))
@@ -93,11 +96,11 @@ def write(editor: str, program: str) -> str:
         written += f"\nThe old one is {backup}."
     with atomic_write(file.resolve()) as out:  # a symbolic link stays one
         out.write(new.encode())
-    return "\n".join((steps.before, diff.rstrip("\n"), written))
+    return "\n".join((needed.first_step, diff.rstrip("\n"), written))
 
 
 def _backup(file: Path) -> Path:
-    """A path for a copy of the file that has no file yet: an older copy is the user's own text."""
+    """A free path for a copy of the file. An older copy stays, since it is the user's own text."""
     first = file.with_name(f"{file.name}.before-codegemma")
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([first], others) if not path.exists())
@@ -119,17 +122,18 @@ def location(file: str) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------- merging
-def merged_block(old: str, steps: EditorSetup, name: str) -> str:
+def merged_block(old: str, needed: EditorSetup, name: str) -> str:
     """The text `old` of the file `name` with our lines between their marks; at its end if it had none."""
-    first, last = (f"{steps.comment} {mark}\n" for mark in MARKS)
+    first, last = (f"{needed.comment} {mark}\n" for mark in MARKS)
     start, end = old.find(first), old.find(last)
     if (start < 0) != (end < 0) or end < start:
         raise ValueError(
-            f"{name} has only one of the two marks of `codegemma setup`: delete it, and try again"
+            f"{name} does not have the two marks of `codegemma setup` in their order: remove what it wrote "
+            'there, with the comment lines that begin with "codegemma:", keep the rest, and try again'
         )
     before, after = (old[:start], old[end + len(last) :]) if start >= 0 else (old, "")
-    text = steps.text
-    if steps.language == "toml":
+    text = needed.text
+    if needed.language == "toml":
         text = _without_languages(text, before + after, name)
     if start < 0 and old:
         before += "\n" if old.endswith("\n") else "\n\n"

@@ -18,8 +18,8 @@ from codegemma.generate.request import Infill, Request
 from codegemma.serve.requests import Busy
 from codegemma.serve.scheduler import Scheduler
 
-PROPS_SECONDS = 2.0  # how long it may take to say what it serves: a suggestion waits for it, once
-ANSWER_SECONDS = 60.0  # how long a server may take
+PROPS_SECONDS = 2.0  # how long a server may take to answer /props; the first suggestion waits for that
+ANSWER_SECONDS = 60.0  # how long a server may take for a suggestion
 
 
 @dataclass(frozen=True)
@@ -107,26 +107,27 @@ class RemoteSource:
         return self._reads_files
 
     async def fill(self, request: Request) -> Filled:
-        hole = request.prompt
-        assert isinstance(hole, Infill)
+        infill = request.prompt
+        assert isinstance(infill, Infill)
         if self.has_infill:
-            answer = await self._post("/infill", _infill_body(request, hole))
+            answer = await self._post("/infill", _infill_body(request, infill))
             self.has_infill = answer.status_code not in (404, 405, 501)
         if not self.has_infill:
             if not request.max_tokens:
                 return Filled()  # only our own server reads ahead
-            body = {"prompt": hole.prefix, "suffix": hole.suffix, "temperature": 0}
+            body = {"prompt": infill.prefix, "suffix": infill.suffix, "temperature": 0}
             answer = await self._post("/v1/completions", body | {"max_tokens": request.max_tokens})
         if answer.status_code == 429:
             raise Busy("the server is busy", 1)
         try:
             choice = answer.json() if self.has_infill else answer.json()["choices"][0]
-            text, confidence = choice["content" if self.has_infill else "text"], choice.get("confidence", 1.0)
+            text, confidence = choice["content" if self.has_infill else "text"], choice.get("confidence")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise ValueError(
                 f"{self.name} answered {answer.status_code}: {error_message(answer)[:300]}"
             ) from None
-        return Filled(cut(normalize(text), hole)[0], confidence)  # only our own server trims
+        text = cut(normalize(text), infill)[0]  # only our own server trims
+        return Filled(text, 1.0 if confidence is None else confidence)  # None: it knows no probabilities
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -136,30 +137,30 @@ class RemoteSource:
             return await self.client.post(path, json=body)
         except httpx.HTTPError as error:
             raise ValueError(
-                f"{self.name} cannot be reached ({error or 'no answer'}): start `codegemma serve`, or leave "
-                "the server out to load the model here"
+                f"{self.name} cannot be reached ({error or 'no answer'}): start `codegemma serve`, or drop "
+                "--server, so that `codegemma lsp` loads the model itself"
             ) from error
 
 
-def _infill_body(request: Request, hole: Infill) -> dict[str, Any]:
+def _infill_body(request: Request, infill: Infill) -> dict[str, Any]:
     """The body of /infill: llama.cpp's fields, and those that our server adds."""
-    start = hole.prefix.rfind("\n") + 1
+    start = infill.prefix.rfind("\n") + 1
     optional = {
-        "path": hole.path,
+        "path": infill.path,
         "adapter": None if request.adapter == "auto" else request.adapter,
         "t_max_prompt_ms": request.prompt_seconds and round(1000 * request.prompt_seconds),
         "t_max_predict_ms": request.predict_seconds and round(1000 * request.predict_seconds),
     }
     return {
-        "input_prefix": hole.prefix[:start],
-        "prompt": hole.prefix[start:],
-        "input_suffix": hole.suffix,
-        "input_extra": [{"filename": file.path, "text": file.text} for file in hole.files],
+        "input_prefix": infill.prefix[:start],
+        "prompt": infill.prefix[start:],
+        "input_suffix": infill.suffix,
+        "input_extra": [{"filename": file.path, "text": file.text} for file in infill.files],
         "n_predict": request.max_tokens,
         "temperature": 0,
         "stream": False,
         "cache_prompt": True,
-        "mode": hole.mode,
-        "trim": hole.trim,
+        "mode": infill.mode,
+        "trim": infill.trim,
         "session": request.session,
     } | {name: value for name, value in optional.items() if value}

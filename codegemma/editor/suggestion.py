@@ -76,8 +76,9 @@ class CursorPosition:
     chosen: str = ""
     automatic: bool = True
 
-    def window(self, buffer: Buffer) -> tuple[str, str]:
-        """The text before and after the cursor, as a model reads it, with REDACTION_MARGIN on each side."""
+    def text_to_redact(self, buffer: Buffer) -> tuple[str, str]:
+        """The text before and after the cursor, as a model reads it: the window, and REDACTION_MARGIN more on
+        each side."""
         chosen = normalize(self.chosen)
         length = buffer.normalized_length(self.start) + len(chosen)
         dropped = buffer.offset_of_normalized(_dropped(length, REDACTION_MARGIN))
@@ -101,7 +102,7 @@ def _dropped(length: int, margin: int = 0) -> int:
 
 
 def _whole_lines(prefix: str) -> str:
-    """A prefix from its first whole line, unless that leaves less than a step of it."""
+    """A prefix from its first whole line; unchanged if that would leave less than WINDOW_STEP characters."""
     return prefix[prefix.find("\n", 0, max(0, len(prefix) - WINDOW_STEP)) + 1 :]
 
 

@@ -12,7 +12,7 @@ from functools import cache, partial
 from codegemma import sandbox
 from codegemma.evals.languages import LANGUAGES, Toolchain, python_version
 from codegemma.evals.records import Record, Records
-from codegemma.evals.task import GenerationTask, Item, Items, ModelOutput, Program, Verdict, cut
+from codegemma.evals.task import GenerationTask, Item, ItemLoader, ModelOutput, ProgramBuilder, Verdict, cut
 
 HUMANEVAL_SECONDS = 3.0  # the limit of its published harness
 MBPP_SECONDS = 10.0  # no limit is published, and a reference solution can take 3 s
@@ -55,12 +55,12 @@ def mbpp_program(item: Item, output: ModelOutput) -> str:
 
 
 def judge_python(
-    program: Program, seconds: float, items: Sequence[Item], outputs: Sequence[ModelOutput]
+    build_program: ProgramBuilder, seconds: float, items: Sequence[Item], outputs: Sequence[ModelOutput]
 ) -> Iterator[tuple[int, Verdict]]:
     """Yields (index, verdict) as programs end. A program passes if it reaches its end within `seconds`; equal
     programs run once.
     """
-    sources = [program(item, output) for item, output in zip(items, outputs, strict=True)]
+    sources = [build_program(item, output) for item, output in zip(items, outputs, strict=True)]
     indices: dict[str, list[int]] = {}
     for i, source in enumerate(sources):
         indices.setdefault(source, []).append(i)
@@ -82,12 +82,15 @@ def babelcode_items(dataset: str, key: str, records: Records) -> tuple[list[Item
     if dataset == "babelcode-mbpp":
         rows = [r for r in rows if int(r["qid"]) <= 10 or int(r["qid"]) > 600]
     items = [Item(f"{r['title']}", r["signature_with_docstring"] + "\n", target=r) for r in rows]
-    regenerated = "; records regenerated with BabelCode's generator" if "extension" in rows[0] else ""
+    regenerated = (
+        "; records regenerated with BabelCode's generator" if any("extension" in r for r in rows) else ""
+    )
     return items, f"0-shot{regenerated}"
 
 
 def babelcode_body(key: str, item: Item, output: ModelOutput) -> str:
-    """The answer's function. If a stop text cut off its closing braces, they are put back."""
+    """The prompt and the answer, which make up the function. Closing braces that a stop text cut off are
+    put back."""
     language = LANGUAGES[key]
     text, stopped = cut(replace(output, text=output.text + "\n"), language.stop)
     return item.prompt + text[: len(output.text)] + (language.closing if stopped else "")
@@ -113,6 +116,8 @@ def run_babelcode(
     key: str, records: Sequence[Record], bodies: Sequence[str]
 ) -> Iterator[tuple[int, Verdict]]:
     """Yields (index, verdict). A program passes if it prints PASSED for each test, and no other result."""
+    if not records:
+        return
     nonces = [secrets.token_hex(8) + "-" for _ in bodies]
     programs = [babelcode_program(*row) for row in zip(records, bodies, nonces, strict=True)]
     seconds = float(records[0].get("timeouts", [10])[-1])
@@ -126,7 +131,7 @@ def run_babelcode(
         yield i, Verdict(passed, outcome, babelcode_program(records[i], bodies[i]), output)
 
 
-toolchain = cache(Toolchain.working)
+toolchain = cache(Toolchain.find_working)
 
 
 def _babelcode_task(dataset: str, prefix: str, title: str, key: str) -> GenerationTask:
@@ -137,15 +142,20 @@ def _babelcode_task(dataset: str, prefix: str, title: str, key: str) -> Generati
         partial(judge_babelcode, key),
         stop=LANGUAGES[key].stop,
         group=title,
-        runs_on=lambda: toolchain(key).version,
+        toolchain_version=lambda: toolchain(key).version,
     )
 
 
 def _python_task(
-    name: str, title: str, items: Items, program: Program, seconds: float, stop: tuple[str, ...]
+    name: str,
+    title: str,
+    load_items: ItemLoader,
+    build_program: ProgramBuilder,
+    seconds: float,
+    stop: tuple[str, ...],
 ) -> GenerationTask:
-    judge = partial(judge_python, program, seconds)
-    return GenerationTask(name, title, items, judge, stop=stop, runs_on=python_version)
+    judge = partial(judge_python, build_program, seconds)
+    return GenerationTask(name, title, load_items, judge, stop=stop, toolchain_version=python_version)
 
 
 TASKS: dict[str, GenerationTask] = {

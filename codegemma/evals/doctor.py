@@ -39,7 +39,7 @@ def self_test(sandbox: Sandbox) -> Iterator[tuple[str, bool, str]]:
         file.flush()
         for name, attack in ATTACKS.items():
             program = attack.program.replace("SECRET", repr(file.name))
-            program = program.replace("HOST", str(port)).replace("MARK", mark)
+            program = program.replace("PORT", str(port)).replace("MARK", mark)
             seconds = 20 if "memory" in name or "fill" in name else 2
             result = sandbox.run_python(program, seconds=seconds)
             held = result.outcome in attack.expected and not (name == "leaving a daemon" and _alive(mark))
@@ -65,7 +65,7 @@ def require_safe(sandbox: Sandbox) -> None:
     """Raises SandboxError unless the self-test passes, so that nothing is scored in a sandbox that leaks."""
     broken = [f"{name} ({message.strip()})" for name, held, message in self_test(sandbox) if not held]
     if broken:
-        fault = f"the sandbox failed its self-test: {'; '.join(broken)}. Nothing was run in it"
+        fault = f"the sandbox failed its self-test: {'; '.join(broken)}. No answer was run in it"
         raise SandboxError(f"{fault}: mend it until codegemma eval doctor passes, or use another machine")
 
 
@@ -76,7 +76,7 @@ def languages() -> Iterator[tuple[str, bool, str]]:
     """
     for key in LANGUAGES:
         try:
-            toolchain = Toolchain.working(key)
+            toolchain = Toolchain.find_working(key)
         except (LookupError, SandboxError) as error:
             yield key, False, str(error)
         else:

@@ -1,4 +1,6 @@
-"""HumanEval infilling: in the model's own order of FIM ids, in either order by name, and left to right."""
+"""HumanEval infilling: in the order that the model was trained in, in PSM (tasks -psm) or SPM (-spm), and
+left to right (-l2r).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from functools import partial
 from codegemma.evals.code import HUMANEVAL_SECONDS, judge_python
 from codegemma.evals.languages import python_version
 from codegemma.evals.records import Records
-from codegemma.evals.task import GenerationTask, Item, ModelOutput, Program, Verdict
+from codegemma.evals.task import GenerationTask, Item, ModelOutput, ProgramBuilder, Verdict
 from codegemma.prompts import Layout
 
 TITLES = {
@@ -48,10 +50,10 @@ def left_to_right_program(item: Item, output: ModelOutput) -> str:
 
 
 def judge(
-    program: Program, items: Sequence[Item], outputs: Sequence[ModelOutput]
+    build_program: ProgramBuilder, items: Sequence[Item], outputs: Sequence[ModelOutput]
 ) -> Iterator[tuple[int, Verdict]]:
     """As `judge_python`; an answer is exact if the text that was removed makes the same program."""
-    for i, verdict in judge_python(program, HUMANEVAL_SECONDS, items, outputs):
+    for i, verdict in judge_python(build_program, HUMANEVAL_SECONDS, items, outputs):
         middle = items[i].target["canonical_solution"]
         reference = infill_program(items[i], replace(outputs[i], text=middle))
         yield i, replace(verdict, exact=verdict.program == reference)
@@ -68,7 +70,7 @@ def _task(kind: str, layout: Layout | None) -> GenerationTask:
         layout=layout,
         stop=("\n",) if (kind, layout) == ("single", "prefix") else (),
         group="infilling",
-        runs_on=python_version,
+        toolchain_version=python_version,
     )
 
 

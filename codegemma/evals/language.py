@@ -19,7 +19,7 @@ class Question:
     text: str
     choices: Sequence[str]
     target: int
-    group: str = ""  # part of the item's id
+    id_prefix: str = ""  # such as "anatomy/"
 
     def solved(self) -> str:
         """The question with its answer, as an example in a prompt."""
@@ -28,7 +28,7 @@ class Question:
     def item(self, name: str, index: int, examples: str) -> Item:
         """The question as an item, behind solved examples."""
         choices = tuple((examples + self.text, f" {text}") for text in self.choices)
-        return Item(f"{name}/{self.group}{index}", choices=choices, target=self.target)
+        return Item(f"{name}/{self.id_prefix}{index}", choices=choices, target=self.target)
 
 
 def split_shots(
@@ -48,7 +48,7 @@ def split_shots(
             return examples[:count], rows, f"{count}-shot from {name}"
     chosen = {i * len(rows) // count for i in range(count)}
     examples = [rows[i] for i in sorted(chosen)]
-    note = f"{count}-shot: {count} validation items spread over the set, which are not scored"
+    note = f"{count}-shot: {count} items of {scored} spread over the set, which are not scored"
     return examples, [row for i, row in enumerate(rows) if i not in chosen], note
 
 

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from codegemma.files import cache_dir
+from codegemma.files import atomic_directory, cache_dir
 from codegemma.sandbox import Limits, Result, Sandbox
 
 INSTALLED = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) / "codegemma/languages"
@@ -28,14 +28,14 @@ VERSION_SECONDS = 120.0  # a compiler that has not printed its version by then i
 class Language:
     """One entry of languages.toml, which explains the fields."""
 
-    name: str  # in BabelCode's files
+    name: str
     source: str
     tools: tuple[str, ...]
     run: tuple[str, ...]
-    proof: str
+    smoke_test: str
     stop: tuple[str, ...]
+    install: str
     closing: str = ""
-    install: str = ""
     build: tuple[str, ...] = ()
     batch: bool = False
 
@@ -62,14 +62,14 @@ class Toolchain:
     sandbox: Sandbox = field(repr=False)
 
     @classmethod
-    def working(cls, key: str, workers: int | None = None) -> Toolchain:
+    def find_working(cls, key: str, workers: int | None = None) -> Toolchain:
         """The tools of a language, found and tested. Raises LookupError where that fails.
 
         They must pass a right program, and fail a wrong one and one that does not compile: with a compiler
         that prints its version but cannot link, every answer would be wrong.
         """
         toolchain = cls.find(key, workers)
-        programs = [toolchain.language.proof.replace("OP", word) for word in ("+", "-", "+ +* (")]
+        programs = [toolchain.language.smoke_test.replace("OP", word) for word in ("+", "-", "+ +* (")]
         results = dict(toolchain.run_all(programs, seconds=60))
         passed = [results[i].outcome == "passed" and "TEST-0...PASSED" in results[i].stdout for i in range(3)]
         if passed != [True, False, False]:
@@ -94,19 +94,24 @@ class Toolchain:
             readonly = [home]
         elif key == "go":
             home = Path(_output(language, [paths["go"], "env", "GOROOT"]))
-            go_cache = cache_dir() / (home / "VERSION").read_text().split()[0]
-            go_cache.mkdir(parents=True, exist_ok=True)
-            readonly = [home, go_cache]
+            go_cache = cache_dir() / "go-build" / (home / "VERSION").read_text().split()[0]
+            readonly = [home]
             env = {"GOROOT": str(home), "GOCACHE": str(go_cache)}
             env |= {"GO111MODULE": "off", "CGO_ENABLED": "0", "GOTELEMETRY": "off"}
         else:
-            readonly = [Path(path).resolve().parent.parent for path in paths.values()]
+            # A sandbox sees the tool's home folder, but no link to it that lies elsewhere.
+            resolved = {tool: Path(path).resolve() for tool, path in paths.items()}
+            readonly = [path.parent.parent for path in resolved.values()]
+            paths |= {tool: str(path) for tool, path in resolved.items() if not _is_in_usr(paths[tool])}
             if "kotlinc" in paths:
-                paths["kotlinc"] = str(Path(paths["kotlinc"]).resolve().parent.parent)  # its home folder
-        readonly = [home for home in readonly if not home.is_relative_to("/usr")]
+                paths["kotlinc"] = str(resolved["kotlinc"].parent.parent)  # its home folder
+        readonly = [home for home in readonly if not _is_in_usr(home)]
         toolchain = cls(language, _version(key, paths), paths, env, Sandbox(readonly, workers))
-        if go_cache and not any(go_cache.iterdir()):
-            toolchain._fill_cache(go_cache)
+        if go_cache:
+            if not go_cache.exists():
+                toolchain._fill_cache(go_cache)
+            toolchain.sandbox.close()
+            toolchain.sandbox = Sandbox([*readonly, go_cache], workers)
         return toolchain
 
     def command(self, words: Sequence[str]) -> list[str]:
@@ -119,16 +124,22 @@ class Toolchain:
         """Compiles Go's standard library once, into a cache that later builds read but cannot write."""
         env = self.env | {"GOCACHE": "/tmp/cache"}
         limits = replace(BUILD, seconds=300)
-        files = {self.language.source: self.language.proof.replace("OP", "+")}
+        files = {self.language.source: self.language.smoke_test.replace("OP", "+")}
         command = self.command(self.language.build)
         result = self.sandbox.run(command, files, env=env, collect=["cache"], limits=limits)
         if result.outcome != "passed":
             fault = f"Go: {self.paths['go']} is there but broken ({result.outcome}: {result.stderr[-500:]})"
             raise LookupError(f"{fault}: repair it, or {self.language.install}")
-        for byte in range(256):  # Go wants all of these folders, and cannot make them in a read-only cache
-            (folder / f"{byte:02x}").mkdir(exist_ok=True)
-        for name, content in result.files.items():
-            (folder / Path(name).relative_to("cache")).write_bytes(content)
+        try:
+            with atomic_directory(folder) as unfinished:
+                # Go wants all of these folders, and cannot make them in a cache that is read-only.
+                for byte in range(256):
+                    (unfinished / f"{byte:02x}").mkdir()
+                for name, content in result.files.items():
+                    (unfinished / Path(name).relative_to("cache")).write_bytes(content)
+        except OSError:
+            if not folder.exists():  # else another process has filled it meanwhile
+                raise
 
     def run_all(self, programs: Sequence[str], seconds: float = RUN.seconds) -> Iterator[tuple[int, Result]]:
         """Yields (index, result) as programs, or batches of them, end. One that does not build has failed."""
@@ -160,7 +171,7 @@ class Toolchain:
             if not command:
                 return {i: Result("passed", 0, "", "", 0.0, files)}
             return {i: self.sandbox.run(command, files, env=self.env, collect=["main.exe"], limits=BUILD)}
-        driver = _driver(self.sandbox)
+        driver = _driver(self.sandbox, self.paths["javac"])
         batch = {f"in/{i}/{source}": text.encode(errors="replace") for i, text in programs.items()} | driver
         limits = replace(BUILD, seconds=60 + 10 * len(programs))
         result = self.sandbox.run(command, batch, env=self.env, collect=["out"], limits=limits)
@@ -184,16 +195,21 @@ def _from_batch(result: Result, i: int, driver: dict[str, bytes]) -> Result:
 
 
 @cache
-def _driver(sandbox: Sandbox) -> dict[str, bytes]:
+def _driver(sandbox: Sandbox, javac: str) -> dict[str, bytes]:
     """Batch.java, compiled."""
     files = {"Batch.java": Path(__file__).with_name("Batch.java").read_bytes()}
-    result = sandbox.run(["javac", "Batch.java"], files, collect=["Batch.class"], limits=BUILD)
+    result = sandbox.run([javac, "Batch.java"], files, collect=["Batch.class"], limits=BUILD)
     if result.outcome != "passed":
         raise LookupError(
-            f"Java: javac is there but broken, it cannot build Batch.java ({result.outcome}: "
+            f"Java: {javac} is there but broken, it cannot build Batch.java ({result.outcome}: "
             f"{result.stderr[-500:]}): repair it, or {LANGUAGES['java'].install}"
         )
     return result.files
+
+
+def _is_in_usr(path: Path | str) -> bool:
+    """Whether every sandbox sees the path."""
+    return Path(path).is_relative_to("/usr")
 
 
 def _path(language: Language, tool: str) -> str:
@@ -225,7 +241,8 @@ def python_version() -> str:
 
 
 def _version(key: str, paths: dict[str, str]) -> str:
-    """The version of a language's first tool. Raises LookupError where one of its tools does not run."""
+    """The version of a language's compiler or interpreter: what its first tool prints; for Kotlin, what
+    kotlinc's build.txt says. Raises LookupError where one of its tools does not run."""
     if key == "python":
         return python_version()
     programs = [path for tool, path in paths.items() if tool != "kotlinc"]

@@ -17,7 +17,9 @@ from codegemma.generate.running import RunningRequest, Stop
 from codegemma.native import PAGE
 from codegemma.prompts import Layout
 
-MAX_SEQUENCES = 32  # to decode together: two groups of the packed kernels; more are no faster
+MAX_SEQUENCES = (
+    32  # decoded together; the kernels compute 16 tokens at once, and more than twice that is no faster
+)
 CACHE_BYTES = 4 << 30  # for the keys and values of these sequences, at 1,024 tokens each
 LOGIT_ROWS = 32  # to compute in one run: a row of 262,144 floats is a megabyte
 REASONS: dict[Stop, StopReason] = {"end": "token", "stop_text": "stop", "length": "length"}
@@ -106,7 +108,9 @@ class LocalModel:
             rows = iter(range(len(logits.argmax)))
             scores = []
             for _, continuation in pairs:
-                tokens = list(zip(continuation, rows, strict=False))  # leaves the rows of later continuations
+                # `continuation` must come first: zip then takes no row beyond its end, and the next pair goes
+                # on from there.
+                tokens = list(zip(continuation, rows, strict=False))
                 logprobs = [float(logits.values[r, t]) - float(logits.normaliser[r]) for t, r in tokens]
                 scores.append(Score(logprobs, all(int(logits.argmax[r]) == t for t, r in tokens)))
         return scores

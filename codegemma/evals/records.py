@@ -21,7 +21,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
 @dataclass(frozen=True)
-class BenchmarkFile:
+class RecordSet:
     """One entry of benchmarks.toml, which explains the fields."""
 
     files: tuple[str, ...]
@@ -30,18 +30,18 @@ class BenchmarkFile:
 
 
 @cache
-def benchmark_files() -> dict[str, BenchmarkFile]:
-    """The entries of benchmarks.toml by name."""
+def record_sets() -> dict[str, RecordSet]:
+    """The entries of benchmarks.toml by name, such as gsm8k-train."""
     table = tomllib.loads(Path(__file__).with_name("benchmarks.toml").read_text("utf-8"))
     return {
-        name: BenchmarkFile(tuple(entry["files"]), entry["hub"], tuple(entry["splits"]))
+        name: RecordSet(tuple(entry["files"]), entry["hub"], tuple(entry["splits"]))
         for name, entry in table.items()
     }
 
 
 @dataclass
 class Records:
-    """The records of benchmarks, from `folder` or, where it lacks them and not `offline`, from the Hub."""
+    """The records of benchmarks, from `folder`; where it lacks them, from the Hub, unless `offline`."""
 
     folder: Path | None = None
     offline: bool = False
@@ -57,24 +57,27 @@ class Records:
             )
 
     def __call__(self, name: str) -> list[Record]:
-        """The records of a benchmark. Raises LookupError that says where to get them."""
+        """The records of a set, such as gsm8k-train. Raises LookupError that says where to get them."""
         if name not in self._by_name:
-            path = self._find(benchmark_files()[name])
-            self._by_name[name] = _read(path) if path else self._fetch(name)
+            path = self._find(record_sets()[name])
+            records = _read(path) if path else self._fetch(name)
+            if not records:
+                raise LookupError(f"{path or name} has no records: download the file again")
+            self._by_name[name] = records
         return self._by_name[name]
 
     def maybe(self, name: str) -> list[Record]:
-        """The records of a benchmark, or [] where neither the folder nor the Hub has them."""
+        """The records of a set, or [] where neither the folder nor the Hub has them."""
         try:
             return self(name)
         except LookupError:
             return []
 
-    def _find(self, benchmark: BenchmarkFile) -> Path | None:
-        """The first of the benchmark's files that is in the folder or in a folder in it."""
+    def _find(self, record_set: RecordSet) -> Path | None:
+        """The first of the set's files that is in the folder or in a folder in it."""
         if not self.folder:
             return None
-        for name in benchmark.files:
+        for name in record_set.files:
             for suffix in SUFFIXES:
                 for path in (self.folder / (name + suffix), *sorted(self.folder.glob(f"*/{name}{suffix}"))):
                     if path.is_file():
@@ -82,24 +85,25 @@ class Records:
         return None
 
     def _fetch(self, name: str) -> list[Record]:
-        benchmark = benchmark_files()[name]
+        record_set = record_sets()[name]
         try:
             if self.offline:
                 raise LookupError("offline, so it was not asked")
             from huggingface_hub import hf_hub_download
 
             revision = "refs/convert/parquet"
-            files = [f"{split}/0000.parquet" for split in benchmark.splits]
+            files = [f"{split}/0000.parquet" for split in record_set.splits]
             paths = [
-                hf_hub_download(benchmark.hub, file, repo_type="dataset", revision=revision) for file in files
+                hf_hub_download(record_set.hub, file, repo_type="dataset", revision=revision)
+                for file in files
             ]
         except Exception as error:  # whatever the client raises, there are no records
-            missing = f"{benchmark.files[0]}.jsonl[.gz] is not in {self.folder}"
+            missing = f"{record_set.files[0]}.jsonl[.gz] is not in {self.folder}"
             client = install_command("eval") if isinstance(error, ImportError) else "go online"
             raise LookupError(
                 f"{name}: {missing if self.folder else 'no --data folder was given'}, and the Hub gave "
                 f"nothing ({type(error).__name__}: {error}). Get it from "
-                f"https://huggingface.co/datasets/{benchmark.hub} and pass --data DIR, or {client}"
+                f"https://huggingface.co/datasets/{record_set.hub} and pass --data DIR, or {client}"
             ) from error
         return [record for path in paths for record in _read(Path(path))]
 

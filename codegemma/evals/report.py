@@ -65,7 +65,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
     mean time of an answer while others run beside it.
     """
     scores = [["benchmark", "score", "95 %", "items", *VARIANTS, "how"]]
-    times = [["benchmark", "seconds", "tokens/s", "s/answer", "tokens", "why it stopped", "programs ran on"]]
+    times = [["benchmark", "seconds", "tokens/s", "s/answer", "tokens", "why it stopped", "toolchain"]]
     for r in results.values():
         rules = "".join(f"; {rule} {100 * value:.1f}" for rule, value in r["more"].items())
         low, high = f"{100 * r['low']:.1f}", f"{100 * r['high']:.1f}"
@@ -76,8 +76,8 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
             seconds, tokens = r["times"]["seconds"], r["times"]["tokens"]
             rate, latency = tokens / max(seconds, 1e-9), r["times"].get("answer_seconds", 0.0)
             stops = ", ".join(f"{reason} {count}" for reason, count in r["times"]["stops"].items())
-            runs_on = r["times"].get("runs_on", "")
-            row = [r["title"], f"{seconds:.1f}", f"{rate:.1f}", f"{latency:.3f}", tokens, stops, runs_on]
+            toolchain = r["times"].get("runs_on", "")
+            row = [r["title"], f"{seconds:.1f}", f"{rate:.1f}", f"{latency:.3f}", tokens, stops, toolchain]
             times.append(row)
     text = f"# {', '.join(sorted({r['model'] for r in results.values()}))}\n\n" + _table(scores)
     return text + ("\n## Time\n\n" + _table(times) if len(times) > 1 else "")

@@ -97,18 +97,23 @@ def run(
         task = replace(task, layout=task.layout or getattr(model, "layout", "psm"))
     identity = {"task": task.name, "model": model.name, **asdict(settings)}
     summary_file = out / f"{task.name}.json"
-    if resume and summary_file.exists():
+    answer_file = out / f"{task.name}.partial.jsonl"  # where it exists, it is newer than the summary
+    if resume and summary_file.exists() and not answer_file.exists():
         summary = json.loads(summary_file.read_text())
         _check_identity({name: summary[name] for name in identity}, identity, summary_file)
         return summary
-    all_items, note = task.items(records)
-    runs_on = task.runs_on() if isinstance(task, GenerationTask) and task.runs_on else ""
+    all_items, note = task.load_items(records)
+    if not all_items:
+        raise LookupError(f"{task.name}: the set has no items: download its file again")
+    toolchain = ""
+    if isinstance(task, GenerationTask) and task.toolchain_version:
+        toolchain = task.toolchain_version()
     items = subset(all_items, settings.limit)
     if isinstance(task, GenerationTask) and items[0].suffix is not None:
         note += f"; {SHOWN[task.layout or 'psm']}"
     if len(items) < len(all_items):
         note += f"; a fixed subset of {len(items)} of {len(all_items)}"
-    answers = _AnswerFile(out / f"{task.name}.partial.jsonl", identity, resume)
+    answers = _AnswerFile(answer_file, identity, resume)
     todo = [item for item in items if item.id not in answers.by_id]
     if isinstance(task, GenerationTask):
         answered = _generate(task, model, todo, settings)
@@ -122,7 +127,7 @@ def run(
     else:
         samples = [_choice_sample(item, answers.by_id[item.id], task.rule) for item in items]
     summary = identity | _summary(task, samples, settings) | {"note": note}
-    times = {"seconds": answers.seconds, **_times(answers.by_id), "runs_on": runs_on}
+    times = {"seconds": answers.seconds, **_times(answers.by_id), "runs_on": toolchain}
     _write(out / f"{task.name}.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     _write(out / f"{task.name}.times.json", json.dumps(times, indent=1) + "\n")
     _write(summary_file, json.dumps(summary, indent=1) + "\n")
@@ -255,17 +260,17 @@ def _summary(task: Task, samples: list[Sample], settings: EvalSettings) -> dict[
     by_item = passed_by_item(samples)
     values = [fmean(passed) for passed in by_item.values()]
     low, high = interval(values)
-    more: dict[str, float] = {}  # scores by other rules
+    by_rule: dict[str, float] = {}  # the score by each rule of the task, pass@k and exact matches
     if isinstance(task, ChoiceTask):
-        more = {rule: fmean(sample["rules"][rule] for sample in samples) for rule in ("raw", "normalised")}
+        by_rule = {rule: fmean(sample["rules"][rule] for sample in samples) for rule in ("raw", "normalised")}
     elif settings.samples > 1:
         for k in (k for k in (1, 10, 100) if k <= settings.samples):
-            more[f"pass@{k}"] = fmean(pass_at_k(len(p), sum(p), k) for p in by_item.values())
+            by_rule[f"pass@{k}"] = fmean(pass_at_k(len(p), sum(p), k) for p in by_item.values())
     if "exact" in samples[0]:
-        more["exact"] = fmean(sample["exact"] for sample in samples)
+        by_rule["exact"] = fmean(sample["exact"] for sample in samples)
     if task.name == "gsm8k":
         for rule in ("strict", "flexible"):
-            more[rule] = fmean(rule in sample["outcome"] for sample in samples)
+            by_rule[rule] = fmean(rule in sample["outcome"] for sample in samples)
     return {
         "title": task.title,
         "group": task.group,
@@ -273,7 +278,7 @@ def _summary(task: Task, samples: list[Sample], settings: EvalSettings) -> dict[
         "score": fmean(values),
         "low": low,
         "high": high,
-        "more": more,
+        "more": by_rule,
         "outcomes": dict(sorted(Counter(sample["outcome"] for sample in samples).items())),
     }
 

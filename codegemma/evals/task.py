@@ -93,26 +93,29 @@ class Verdict:
     exact: bool | None = None  # whether the answer equals the reference; None where that is not measured
 
 
-Program = Callable[[Item, ModelOutput], str]
+ProgramBuilder = Callable[[Item, ModelOutput], str]
 Judge = Callable[[Sequence[Item], Sequence[ModelOutput]], Iterator[tuple[int, Verdict]]]
-Items = Callable[[Records], tuple[list[Item], str]]  # the questions, and a note for the report
+ItemLoader = Callable[[Records], tuple[list[Item], str]]  # the questions, and a note for the report
 
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """A benchmark whose answers are generated. `runs_on` gives the version of what runs their programs, or
-    raises LookupError. `layout` is the order of the prompt of an item with a suffix; None: the model's own.
+    """A benchmark whose answers are generated.
+
+    `toolchain_version` returns the version of the compiler or interpreter that runs the answers; it raises
+    LookupError where that does not work. `layout` is the order of the prompt of an item with a suffix. None:
+    the model's own, which `run.run` fills in before it asks for prompts; without that, psm.
     """
 
     name: str
     title: str
-    items: Items
+    load_items: ItemLoader
     judge: Judge
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     layout: Layout | None = None
     group: str = "code"
-    runs_on: Callable[[], str] | None = None
+    toolchain_version: Callable[[], str] | None = None
 
     def prompt(self, tokenizer: Tokenizer, item: Item) -> list[int]:
         """The token ids of the item's prompt."""
@@ -127,7 +130,7 @@ class ChoiceTask:
 
     name: str
     title: str
-    items: Items
+    load_items: ItemLoader
     rule: Literal["raw", "normalised"] = "raw"
     group: str = "language"
 

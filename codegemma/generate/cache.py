@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from codegemma.files import atomic_write, expect_ours
+from codegemma.files import atomic_write, expect_replaceable
 from codegemma.native import PAGE, Page
 
-_MARK = b"codegemma prefix cache "  # what saved files of every version begin with
-_MAGIC = _MARK + b"2\n"
+_MAGIC = b"codegemma prefix cache "  # what saved files of every version begin with
+_VERSION = b"2\n"
 _DIGEST_BYTES = 32
 
 
@@ -73,7 +73,7 @@ class PrefixCache:
                     break
                 pages.append(child.page)
                 node, length = child, length + PAGE
-            matches = ((common_prefix(child.ids, rest), child) for child in node.children.values())
+            matches = ((common_prefix_length(child.ids, rest), child) for child in node.children.values())
             common, closest = max(matches, key=lambda match: match[0], default=(0, node))
             if common:
                 pages.append(closest.page)
@@ -111,7 +111,7 @@ class PrefixCache:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all pages, atomically: a header, the tree as JSON, the page of each node, and a SHA-256.
 
-        Raises ValueError where the path is a file that is not a saved cache, OSError where writing fails.
+        Raises ValueError where `expect_cache_file` refuses the path, OSError where writing fails.
         """
         with self._lock:
             nodes = [node for root in self._roots.values() for node in root.descendants()]
@@ -119,9 +119,9 @@ class PrefixCache:
             index |= {root: adapter for adapter, root in self._roots.items()}
         key = self.key.encode()
         tree = json.dumps([[index[node.parent], list(node.ids)] for node in nodes]).encode()
-        header = _MAGIC + struct.pack("<QQQ", len(key), len(tree), self.page_bytes) + key + tree
+        header = _MAGIC + _VERSION + struct.pack("<QQQ", len(key), len(tree), self.page_bytes) + key + tree
         digest = hashlib.sha256()
-        with atomic_write(Path(path), _MARK) as out:
+        with atomic_write(Path(path), _MAGIC) as out:
             for data in chain([header], (node.page.data.tobytes() for node in nodes)):
                 digest.update(data)
                 out.write(data)
@@ -131,7 +131,7 @@ class PrefixCache:
         """Adds the pages of a saved cache. Returns False where there is no file and, with a warning, where it
         is damaged or another model's."""
         try:
-            expect_replaceable(Path(path))  # first: it may be a pipe, or some other large file
+            expect_cache_file(Path(path))  # first: it may be a pipe, or some other large file
             roots = self._parse(Path(path).read_bytes())
         except FileNotFoundError:
             return False
@@ -148,13 +148,14 @@ class PrefixCache:
 
     def _parse(self, data: bytes) -> dict[str, _Node]:
         """The roots of a saved tree, by adapter. Raises ValueError where it is damaged or another model's."""
-        start, content = len(_MAGIC) + 24, data[:-_DIGEST_BYTES]
-        if not data.startswith(_MAGIC) or hashlib.sha256(content).digest() != data[-_DIGEST_BYTES:]:
+        magic = _MAGIC + _VERSION
+        start, content = len(magic) + 24, data[:-_DIGEST_BYTES]
+        if not data.startswith(magic) or hashlib.sha256(content).digest() != data[-_DIGEST_BYTES:]:
             raise ValueError("it is damaged or no cache file")
-        key_length, tree_length, page_bytes = struct.unpack_from("<QQQ", data, len(_MAGIC))
+        key_length, tree_length, page_bytes = struct.unpack_from("<QQQ", data, len(magic))
         key = data[start : start + key_length].decode("utf-8", "replace")
         if key != self.key or page_bytes != self.page_bytes:
-            raise ValueError(f"it belongs to another model, adapter, engine version or SIMD level ({key!r})")
+            raise ValueError(f"it belongs to another model, engine version or SIMD level ({key!r})")
         offset = start + key_length + tree_length
         nodes: list[_Node] = []
         roots: dict[str, _Node] = {}
@@ -185,9 +186,10 @@ class PrefixCache:
         del node.parent.children[node.ids], self._recent[node]
 
 
-def expect_replaceable(path: Path) -> None:
-    """Raises ValueError where `path` is anything but a saved cache, and so must not be written over."""
-    expect_ours(path, _MARK)
+def expect_cache_file(path: Path) -> None:
+    """Raises ValueError unless a cache may be saved at `path`: as a new file, or over an empty file or an
+    older cache."""
+    expect_replaceable(path, _MAGIC)
 
 
 def _ancestors(node: _Node) -> Iterator[_Node]:
@@ -197,6 +199,6 @@ def _ancestors(node: _Node) -> Iterator[_Node]:
         yield node
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """The length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

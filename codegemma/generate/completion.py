@@ -128,9 +128,9 @@ def cut(text: str, infill: Infill, final: bool = True) -> tuple[str, bool]:
     """The part of an answer that is certain to be kept, and whether the answer ends after it.
 
     `final`: the answer is complete. It ends with the cursor's line (trim "line") or block ("block"), or
-    before a line that repeats the first line of the suffix. At its end, what the rest of the cursor's line
-    repeats is dropped, and so is a bracket that the suffix closes. A newline stays at the end if the suffix
-    needs a line of its own. Lines end as the infill's do.
+    before a line that repeats the first line of the suffix. An end of the answer with which the rest of the
+    cursor's line begins, such as a closing bracket, is dropped unless the code needs both. A newline stays at
+    the end if the suffix needs a line of its own. Lines end as the infill's do.
     """
     kept, done = _cut(_normalize(text, final), infill.normalized(), final)
     return kept.replace("\n", infill.newline), done
@@ -161,7 +161,7 @@ def _cut(text: str, infill: Infill, final: bool) -> tuple[str, bool]:
     def ends_after(count: int, head: str, kept: str) -> bool | None:
         """Whether the answer ends after its first `count` lines; None: more of it is needed to tell.
 
-        `head` is their text, and `kept` that without what the rest of the cursor's line repeats.
+        `head` is their text; `kept` is `head` without an end with which the rest of the cursor's line begins.
         """
         nonlocal opens_block, block_indent
         if trim == "line" and count and (cursor_line + head).strip():
@@ -184,7 +184,8 @@ def _cut(text: str, infill: Infill, final: bool) -> tuple[str, bool]:
             and _Line(line.strip(), 0).closes
             and _is_needed(line, _columns(line), suffix_lines, head, infill)
         ):
-            # The line that closes the block belongs to the answer. At least 1: a line in column 0 leaves it.
+            # The line that closes the block belongs to the answer. The indentation is set to at least 1, so
+            # that a next line in column 0 is outside the block.
             opens_block, block_indent = False, max(_columns(line), 1)
             return False
         return leaves
@@ -303,7 +304,7 @@ def _repeats_suffix(
 
 
 def _is_needed(line: str, indent: int, suffix_lines: list[_Line], head: str, infill: Infill) -> bool:
-    """Whether the code needs a closing line of the answer, although the suffix begins with the same line.
+    """Whether the code needs a closing line of the answer beside those that the suffix begins with.
 
     `head` is the answer before it, `indent` its indentation in columns.
     """
@@ -357,10 +358,11 @@ def _unclosed(text: str) -> list[int]:
 
 
 def _drop_overlap(text: str, infill: Infill) -> str:
-    """The text without its longest end that the rest of the cursor's line repeats.
+    """The text without the longest end that is to be dropped: one with which the rest of the cursor's line
+    begins.
 
-    An end with words is dropped if it is the whole rest or has more than 3 characters; any other only where
-    it would close too much to have it twice.
+    An end with words is dropped if it is the whole rest or has more than 3 characters; any other end only if
+    it would be one too many where both the answer and the suffix kept it (`_closes_too_much`).
     """
     cursor_line, rest = _cursor_line(infill)
     for size in range(min(len(rest), len(text)), 0, -1):

@@ -19,7 +19,9 @@ _COMMENT_MARKS = {
     | {"yaml", "yml", "toml", "cmake", "make", "makefile", "mk", "dockerfile", "elixir", "ex", "exs", ""},
     "--": {"lua", "sql", "haskell", "hs", "elm", "ada", "adb", "vhdl"},
 }
-_INDENTATION = re.compile(r"\n( +)(?=[^\s*])")  # not of C comment lines, " * ...": off by one
+_INDENTATION = re.compile(
+    r"\n( +)(?=[^\s*])"
+)  # skips the lines of C comments, " * ...", which stand one blank further right
 _STEP_SAMPLE = 4096  # characters before the cursor that are searched for the file's indentation
 _WORD_END = re.compile(r"\w+$")
 
@@ -40,8 +42,9 @@ def typed_piece(tokenizer: Tokenizer, infill: Infill) -> tuple[Infill, str]:
     """The infill without the piece of text that ends at its cursor, and that piece ("token healing").
 
     The piece is the line's indentation, or the word before the cursor with the blank that its token begins
-    with. In training, a model sees the tokens of whole words and whole indentations; it goes wrong after
-    those of a half. So the prompt leaves the piece out, and the answer has to begin with its text.
+    with. In training, a model sees the tokens of whole words and whole indentations; after the tokens of a
+    word or indentation that breaks off, it goes wrong. So the prompt leaves the piece out, and the answer has
+    to begin with its text.
     """
     start = infill.prefix.rfind("\n") + 1
     line = infill.prefix[max(start, len(infill.prefix) - 4 * MAX_TYPED) :]

@@ -17,7 +17,7 @@ import numpy as np
 
 from codegemma.adapters.adapter import Adapter
 from codegemma.config import ModelConfig
-from codegemma.generate.cache import PrefixCache, common_prefix
+from codegemma.generate.cache import PrefixCache, common_prefix_length
 from codegemma.generate.request import Request
 from codegemma.generate.running import RunningRequest, Step, Stop
 from codegemma.native import CHUNK, PAGE, Cancel, Logits, Page, Slice
@@ -123,7 +123,7 @@ class Batch:
         """Adds a request of token ids. Raises ValueError where it does not fit the model (`Engine.start`)."""
         running = self.engine.start(request)
         for other in self.running:  # a prefix that both share is computed once, by the other
-            shared = min(common_prefix(running.ids, other.ids), len(running.ids) - 1)
+            shared = min(common_prefix_length(running.ids, other.ids), len(running.ids) - 1)
             if running.adapter == other.adapter and shared >= max(running.done, running.shared) + MIN_SHARED:
                 running.leader, running.shared = other, shared
         self.running.append(running)
@@ -135,7 +135,10 @@ class Batch:
         self.engine.remember(running)
 
     def step(self) -> list[tuple[RunningRequest, Step | Exception]]:
-        """Advances every request by a token or a prompt chunk; a request's Steps are in order.
+        """Advances the requests and returns their new Steps, those of each request in order.
+
+        A request advances by a token and the drafted tokens that hold, or by a piece of its prompt while
+        `chunk` has room; one that waits for a shared prefix stands still.
 
         A request that fails is removed, and its exception is its last entry; the others are not affected.
         Where `cancel` was set during the run, no request advances: the caller removes those that were
@@ -369,7 +372,8 @@ class Engine:
     def claim(self, running: RunningRequest, ids: Sequence[int], wanted: int) -> Slice:
         """Reserves rows of a request's pages for its next `ids`; returns the Slice that computes them.
 
-        `wanted` is how many of the last ids need logits. A page in which other rows follow is copied first.
+        `wanted` is how many of the last ids need logits. A page that holds rows of
+        another sequence from `done` on is copied first.
         """
         start, end = running.done, running.done + len(ids)
         pages, offset = running.pages, start % PAGE
@@ -388,7 +392,8 @@ class Engine:
             page.used = 0
 
     def update_prefill_rate(self, tokens: int, seconds: float) -> None:
-        """Averages a run of at least 32 tokens into the prompt speed; a smaller one may only decode."""
+        """Averages a run of at least 32 tokens into the prompt speed. A smaller one is left out: it is
+        perhaps nothing but decoding, which is slower."""
         if tokens >= 32 and seconds > 0:
             self.prefill_rate += (tokens / seconds - self.prefill_rate) / 4
 

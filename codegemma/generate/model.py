@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -81,7 +82,7 @@ class Model:
     def adapter_at(self, path: str | os.PathLike[str]) -> str:
         """Adds the adapter at a path, named after its file or folder, and returns that name.
 
-        Adds nothing for "auto", which gives the name of the completing adapter, and for "none", which gives
+        "auto" gives the name of the completing adapter, and adds the packaged one if that is it; "none" gives
         "none".
         """
         if path in ("auto", "none"):
@@ -117,11 +118,11 @@ class Model:
         model that was trained for FIM: by its preset or, without one, if its vocabulary names the FIM tokens.
         """
         applied = self._adapters.get(self.completing_adapter(adapter))
-        if applied and (orders := frozenset(order for order in ("psm", "spm") if applied.trained(order))):
+        if applied and (orders := frozenset(order for order in ("psm", "spm") if applied.trained_for(order))):
             return orders
         if self.checkpoint.fim_orders:
             return self.checkpoint.fim_orders
-        return frozenset({"psm"}) if self._is_codegemma else frozenset()
+        return frozenset({"psm"}) if self._base_is_fim_trained else frozenset()
 
     def reads_files(self, adapter: str = "auto") -> bool:
         """Whether the model with an adapter was trained on documents with other files in front of them.
@@ -130,11 +131,11 @@ class Model:
         others are shown files as comments.
         """
         if applied := self._adapters.get(self.completing_adapter(adapter)):
-            return applied.trained("files")
-        return self._is_codegemma
+            return applied.trained_for("files")
+        return self._base_is_fim_trained
 
     @property
-    def _is_codegemma(self) -> bool:
+    def _base_is_fim_trained(self) -> bool:
         """Whether the model, without an adapter, was trained for FIM. Its preset says so; a model without a
         preset was if its vocabulary names the FIM tokens."""
         if self.preset:
@@ -264,7 +265,10 @@ class Model:
         if self._strict:
             raise ValueError(f"{text}: {STRICT_REMEDY}")
         self._warned.add(use)
-        warnings.warn(text, stacklevel=5)  # shows the line that called `complete` or `chat`
+        frame, level = sys._getframe(), 1  # shows the line that called a method of Model
+        while frame.f_back and frame.f_code.co_filename == __file__:
+            frame, level = frame.f_back, level + 1
+        warnings.warn(text, stacklevel=level)
 
 
 def load(

@@ -90,10 +90,10 @@ class Request:
     otherwise the base), "none" (the base) or the name of an added adapter. In the server, a newer Infill of
     the same `client` and `session` cancels the older one.
 
-    `prompt_seconds` is the time until the first token; it limits how much of an Infill's text is read. In the
-    server, `predict_seconds` after its first token, an answer ends if it has a complete line. `begin` is text
-    that the answer's tokens must begin with; its first `typed` characters stand before the cursor already,
-    and are left out of the answer's text.
+    `prompt_seconds` is the time allowed until the first token; it limits how much of an Infill's text is
+    read. `predict_seconds` counts in the server only: so long after its first token, an answer ends as soon
+    as it has a complete line. `begin` is text that the answer's tokens must begin with; its first `typed`
+    characters stand before the cursor already, and are left out of the answer's text.
     """
 
     prompt: Infill | TextPrompt | Chat | Sequence[int]
@@ -114,10 +114,10 @@ class Request:
     left_out: int = 0  # tokens of an Infill's text that its prompt has no room or time for
 
     def __post_init__(self) -> None:
-        limits = {"time budget": self.prompt_seconds, "t_max_predict_ms": self.predict_seconds}
+        limits = {"time budget": self.prompt_seconds, "predict_seconds": self.predict_seconds}
         for name, seconds in limits.items():
             if seconds is not None and not 0 < seconds < math.inf:
-                raise ValueError(f"the {name} must be above 0 seconds, got {seconds:g}")
+                raise ValueError(f"{name} must be above 0 seconds and finite, got {seconds:g}")
         if self.max_tokens < 0 or self.top_logprobs < 0:
             counts = f"{self.max_tokens} and {self.top_logprobs}"
             raise ValueError(f"max_tokens and top must be at least 0, got {counts}")
@@ -134,6 +134,6 @@ class Request:
         return self.prompt
 
     @property
-    def is_score(self) -> bool:
+    def wants_prompt_logprobs(self) -> bool:
         """Whether the log-probabilities of the prompt are wanted."""
         return isinstance(self.prompt, TextPrompt) and self.prompt.score

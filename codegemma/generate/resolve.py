@@ -22,8 +22,8 @@ WINDOWS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256, 128)  # sizes to try, i
 MIN_UNCACHED = 16  # tokens that every time budget allows
 
 
-class PromptContext(Protocol):
-    """What `resolve` must know to encode a prompt and choose its size; an `Engine` is one.
+class PromptEngine(Protocol):
+    """The part of an `Engine` that `resolve` needs to encode a prompt and choose its size.
 
     `prefill_rate` is in tokens a second.
     """
@@ -38,7 +38,7 @@ class PromptContext(Protocol):
 
 
 def resolve(
-    engine: PromptContext, request: Request, fim_orders: Collection[str], reads_files: bool = True
+    engine: PromptEngine, request: Request, fim_orders: Collection[str], reads_files: bool = True
 ) -> Request:
     """The request with token ids as its prompt, all its stop ids, and the layout of an Infill.
 
@@ -88,7 +88,7 @@ class PromptBudget:
     max_uncached: int
 
 
-def prompt_budget(engine: PromptContext, request: Request) -> PromptBudget:
+def prompt_budget(engine: PromptEngine, request: Request) -> PromptBudget:
     """The budget of a request's prompt: the context minus the answer's `max_tokens`, but at least half of it.
 
     Its uncached tokens must be read within `prompt_seconds`, unless the request only fills the cache
@@ -102,7 +102,7 @@ def prompt_budget(engine: PromptContext, request: Request) -> PromptBudget:
 
 
 def infill_ids(
-    engine: PromptContext, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
+    engine: PromptEngine, infill: Infill, layout: Layout, budget: PromptBudget, adapter: str = "none"
 ) -> tuple[list[int], int]:
     """The prompt with the largest window of an Infill that the budget allows, given what is cached, and how
     many tokens of the Infill's text it leaves out."""

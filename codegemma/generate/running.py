@@ -28,7 +28,7 @@ class Step:
     "cancelled" (`token` is None). `logprob` is the token's log-probability by the model's logits, before
     temperature and filters; `top` are the likeliest tokens with theirs, as many as the request wants.
     `confidence`, 0 to 1, is the geometric mean of the probabilities of all tokens up to this one, each
-    among the tokens that `Request.begin` allowed at its place.
+    renormalised over the tokens that `Request.begin` allowed there; 1 before the first token.
     """
 
     token: int | None
@@ -66,28 +66,32 @@ class RunningRequest:
         """The number of generated tokens."""
         return len(self.ids) - self.prompt_length
 
+    @property
+    def confidence(self) -> float:
+        """How sure the model is of the tokens so far; see `Step.confidence`."""
+        return math.exp(self._log_confidence / self.generated) if self.generated else 1.0
+
     def next_step(self, row: int, logits: Logits) -> Step:
         """Samples the next token from a row of the logits, appends it and returns its Step."""
         request = self.request
-        values_V, argmax, normaliser = self._spelled(row, logits)
+        values_V, argmax, log_sum_exp = self._without_padding(row, logits)
         likeliest = sampling.top(values_V, request.top_logprobs) if request.top_logprobs else ()
-        top = tuple((int(i), float(values_V[i]) - normaliser) for i in likeliest)
-        allowed_V, allowed_normaliser = values_V, normaliser
+        top = tuple((int(i), float(values_V[i]) - log_sum_exp) for i in likeliest)
+        allowed_V, allowed_log_sum_exp = values_V, log_sum_exp
         if self._unwritten:
-            allowed_V, argmax, allowed_normaliser = self._continuing(values_V)
+            allowed_V, argmax, allowed_log_sum_exp = self._continuing(values_V)
         token = sampling.choose(request.sampling, allowed_V, argmax, self.ids, self.generated)
         self.ids.append(token)
-        self._log_confidence += float(values_V[token]) - allowed_normaliser
-        confidence = math.exp(self._log_confidence / self.generated)
+        self._log_confidence += float(values_V[token]) - allowed_log_sum_exp
         if token in request.stop_ids:
             text, self.stop = self._flush(), "end"
         else:
             text = self._hold_back(self._decoded(token))
             if self.stop is None and self.generated >= self.limit:
                 text, self.stop = text + self._flush(), "length"
-        return Step(token, text, float(values_V[token]) - normaliser, self.stop, top, confidence)
+        return Step(token, text, float(values_V[token]) - log_sum_exp, self.stop, top, self.confidence)
 
-    def _spelled(self, row: int, logits: Logits) -> tuple[np.ndarray, int, float]:
+    def _without_padding(self, row: int, logits: Logits) -> tuple[np.ndarray, int, float]:
         """The logits of the tokens that the tokenizer has, their argmax and log-sum-exp.
 
         A model may have more rows, which pad its vocabulary to a round size.
@@ -103,7 +107,7 @@ class RunningRequest:
         """The logits of the tokens that agree with the unwritten bytes, -inf for all others; their argmax and
         log-sum-exp."""
         assert self._tokenizer
-        allowed = self._tokenizer.agreeing(self._unwritten)
+        allowed = self._tokenizer.ids_compatible_with(self._unwritten)
         allowed_V = np.full_like(values_V, -np.inf)
         allowed_V[allowed] = values_V[allowed]
         return allowed_V, int(allowed_V.argmax()), sampling.log_sum_exp(values_V[allowed])
@@ -122,7 +126,7 @@ class RunningRequest:
     def end(self, stop: Stop) -> Step:
         """Ends the request without a token."""
         self.stop = stop
-        return Step(None, self._flush(), 0.0, stop)
+        return Step(None, self._flush(), 0.0, stop, confidence=self.confidence)
 
     def catch_up(self, others: Sequence[RunningRequest]) -> bool:
         """False while the leader computes the shared prefix; then takes over its pages and returns True."""

@@ -99,7 +99,7 @@ def redact_at_cursor(prefix: str, suffix: str) -> tuple[str, str]:
     for finding in find_secrets(text):
         before += text[end : min(finding.start, cursor)]
         after += text[max(end, cursor) : finding.start]
-        # As much of the fake value stands before the cursor as of the secret.
+        # A secret with the cursor inside: its fake value is split at the same number of characters.
         in_before = len(finding.fake) if finding.end <= cursor else max(0, cursor - finding.start)
         before += finding.fake[:in_before]
         after += finding.fake[in_before:]

@@ -24,8 +24,8 @@ class Cgroup:
         for folder in self._folders:
             folder.mkdir()
 
-    def enter(self, command: list[str]) -> list[str]:
-        """Wraps `command` so that it joins the group before it starts, and its children are born in it."""
+    def joining(self, command: list[str]) -> list[str]:
+        """A command that joins the group and then becomes `command`, whose children are born in the group."""
         # The shell writes its own process id to each file in front of ":", then becomes the command.
         files = [str(folder / "cgroup.procs") for folder in self._folders]
         script = 'while [ "$1" != : ]; do echo $$ > "$1" || exit; shift; done; shift; exec "$@"'
@@ -57,7 +57,10 @@ class Cgroup:
 
 
 def _parents() -> tuple[Path, Path]:
-    """The folders for new memory groups and for new process groups. Raises OSError if there are none."""
+    """The folders in which to make groups that limit memory, and groups that limit the number of processes.
+
+    In version 2 it is the same folder. Raises OSError if there are none.
+    """
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     paths = {kind: path for _, kind, path in (line.split(":", 2) for line in lines)}  # kind "" is version 2
     if "" in paths:

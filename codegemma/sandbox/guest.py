@@ -79,12 +79,12 @@ def run_monitor(job):
             run_init(job, writers, nonce)
         for writer in writers.values():
             os.close(writer)
-        outcome, text = watch(job["limits"], readers, init, started + job["limits"]["seconds"])
-        reply, content = judge(outcome, text)
-        finished = text["finished"].startswith(nonce) or not job["must_finish"]
+        outcome, received = watch(job["limits"], readers, init, started + job["limits"]["seconds"])
+        reply, content = judge(outcome, received)
+        finished = received["finished"].startswith(nonce) or not job["must_finish"]
         if reply["outcome"] == "passed" and not finished:
             reply |= {"outcome": "failed", "note": "The program ended before its last statement."}
-        output = {name: bytes(text[name][: job["limits"]["output"]]) for name in ("stdout", "stderr")}
+        output = {name: bytes(received[name][: job["limits"]["output"]]) for name in ("stdout", "stderr")}
         output["stderr"] += f"\n{reply['note']}\n".encode() if reply["note"] else b""
         reply |= {name: value.decode(errors="replace") for name, value in output.items()}
         reply["seconds"] = time.monotonic() - started
@@ -103,10 +103,10 @@ def watch(limits, readers, init, deadline):
     The outcome names the limit that was reached; None where none was. Whatever the program writes, on any
     descriptor, counts as output; each turn of the loop looks at the clock and the memory.
     """
-    text = {name: bytearray() for name in readers.values()}
+    received = {name: bytearray() for name in readers.values()}
     outcome, output_left, next_look = None, limits["output"] + NONCE_BYTES, 0.0
     while readers and not outcome:
-        wait = min(deadline - time.monotonic(), LOOK_SECONDS if limits["data"] else math.inf)
+        wait = min(deadline - time.monotonic(), LOOK_SECONDS if limits["guest_memory"] else math.inf)
         ready = select.select([*readers, 0], [], [], max(0.0, wait))[0]
         for fd in (fd for fd in ready if fd):
             chunk = os.read(fd, 65_536)
@@ -114,19 +114,19 @@ def watch(limits, readers, init, deadline):
                 os.close(fd)
                 del readers[fd]
                 continue
-            text[readers[fd]] += chunk
+            received[readers[fd]] += chunk
             if readers[fd] != "report":
                 output_left -= len(chunk)
         if output_left < 0:
             outcome = "output_too_long"
         elif readers and (0 in ready or time.monotonic() >= deadline):  # 0: the host has closed the pipe
             outcome = "timed_out"
-        elif limits["data"] and time.monotonic() >= next_look:  # there is no control group that counts
-            outcome = "out_of_memory" if memory_used() > limits["data"] else None
+        elif limits["guest_memory"] and time.monotonic() >= next_look:  # no control group counts
+            outcome = "out_of_memory" if memory_used() > limits["guest_memory"] else None
             next_look = time.monotonic() + LOOK_SECONDS
     os.kill(init, signal.SIGKILL)
     os.waitpid(init, 0)
-    return outcome, text
+    return outcome, received
 
 
 def memory_used():
@@ -152,12 +152,12 @@ def memory_used():
     return used + sum(files.values())
 
 
-def judge(outcome, text):
+def judge(outcome, received):
     """(reply, bytes of the collected files): how the job ended, by the limit reached or by init's report."""
     reply = {"outcome": outcome, "exit_code": None, "peak": 0, "files": {}, "note": ""}
     if outcome:
         return reply, b""
-    line, newline, content = bytes(text["report"]).partition(b"\n")
+    line, newline, content = bytes(received["report"]).partition(b"\n")
     report = json.loads(line) if newline else {"note": "The program ended process 1 of its sandbox."}
     if "error" in report:
         raise OSError(report["error"])
@@ -302,7 +302,7 @@ def jail(limits, writers, keep_finished):
         (resource.RLIMIT_FSIZE, limits["disk"]),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, limits["processes"]),
-        (resource.RLIMIT_DATA, limits["data"]),
+        (resource.RLIMIT_DATA, limits["guest_memory"]),
     ):
         if value is not None:
             resource.setrlimit(kind, (value, value + 1 if kind == resource.RLIMIT_CPU else value))

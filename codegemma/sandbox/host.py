@@ -33,8 +33,9 @@ from codegemma.sandbox.cgroup import Cgroup
 Outcome = Literal["passed", "failed", "timed_out", "out_of_memory", "output_too_long"]
 GUEST = Path(__file__).with_name("guest.py")
 GRACE_SECONDS = 300.0  # a box that has not answered this long after its job's time limit is broken
-TRIES = 3  # after so many broken boxes CONTROL runs: if it breaks too, the sandbox is at fault, else the job
-CONTROL = {"source": "", "command": [], "must_finish": True, "collect": [], "files": {}, "env": {}}
+# After so many broken boxes EMPTY_JOB runs: if it breaks too, the sandbox is at fault, else the job.
+TRIES = 3
+EMPTY_JOB = {"source": "", "command": [], "must_finish": True, "collect": [], "files": {}, "env": {}}
 # Folders and files of the host that each box can read, besides /usr and those that it is given.
 SYSTEM = "/bin /sbin /lib /lib32 /lib64 /libx32 /etc/alternatives /etc/ld.so.cache /etc/mono /etc/localtime"
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
@@ -72,7 +73,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended. `exit_code` is minus the signal's number, or None if the sandbox killed it."""
+    """How a program ended. `exit_code` is the program's, or minus the number of the signal that ended it, or
+    None if the sandbox killed it."""
 
     outcome: Outcome
     exit_code: int | None
@@ -90,7 +92,7 @@ class Box:
         self.cgroup = _cgroup(use_cgroups)
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
-                self.cgroup.enter(command) if self.cgroup else command,
+                self.cgroup.joining(command) if self.cgroup else command,
                 env={},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -115,11 +117,11 @@ class Box:
         """Runs a job. Raises SandboxError where the box itself failed; it must then be closed."""
         kills_before = 0
         cpu_seconds = limits.cpu_seconds or int(2 * limits.seconds) + 1
-        bounds = asdict(limits) | {"cpu_seconds": cpu_seconds, "data": limits.memory}
+        bounds = asdict(limits) | {"cpu_seconds": cpu_seconds, "guest_memory": limits.memory}
         if self.cgroup:
             self.cgroup.limit(limits.memory, limits.processes)
             kills_before = self.cgroup.kills()
-            bounds |= {"data": None, "processes": None}
+            bounds |= {"guest_memory": None, "processes": None}
         try:
             self._jobs.write(json.dumps(job | {"limits": bounds}).encode() + b"\n")
             self._jobs.flush()
@@ -238,7 +240,9 @@ class Sandbox:
         limits: Limits | None = None,
         **bounds: Any,
     ) -> Result:
-        """Run `source` as __main__ on this interpreter's own standard library.
+        """Run `source` as __main__, with this interpreter and its standard library.
+
+        Installed packages cannot be imported.
 
         `passed` means exit code 0 and, with `must_finish`, that the last statement was reached: a program
         that leaves early with code 0 has `failed`. `bounds` are fields of Limits.
@@ -284,7 +288,7 @@ class Sandbox:
                     return self._try(job, limits)
                 except SandboxError as error:
                     fault = error
-            self._try(CONTROL, Limits())  # raises where the sandbox fails whatever it runs
+            self._try(EMPTY_JOB, Limits())  # raises where the sandbox fails whatever it runs
             stderr = f"The sandbox ended {TRIES} times while it ran this program, but runs others: {fault}"
             return Result("failed", None, "", stderr, time.monotonic() - started)
 

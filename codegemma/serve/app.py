@@ -22,7 +22,7 @@ from codegemma.serve.guard import RequestGuard, Rules
 from codegemma.serve.requests import Busy, CompletionService
 from codegemma.serve.wire import AnswerWriter, dumps, reply, shortened
 
-PAGE = Path(__file__).parent / "web"
+WEB_FOLDER = Path(__file__).parent / "web"
 PUBLIC_PATHS = {"/", "/health", "/v1/health", "/terms"}  # these and the page's files need no key
 MISTRAL_PATHS = ("/v1/fim", "/fim")
 MAX_PROBLEMS = 5  # of a body that one error names
@@ -49,12 +49,12 @@ def create(
     open_service: Callable[[], Awaitable[CompletionService]],
     rules: Rules = Rules(),  # noqa: B008
     terms: str = "",
-    page: Path = PAGE,
+    web_folder: Path = WEB_FOLDER,
     redact: bool = True,
 ) -> FastAPI:
     """The application. It awaits `open_service` when it starts, and closes that service when it ends.
 
-    `terms` is the text of /terms, `page` the folder of the page's files. `redact`: whether secrets are
+    `terms` is the text of /terms, `web_folder` the folder of the page's files. `redact`: whether secrets are
     removed from the context files of fill-in-the-middle requests.
     """
 
@@ -76,7 +76,7 @@ def create(
     async def show_terms() -> Response:
         return Response(terms, media_type="text/plain; charset=utf-8")
 
-    files = _PageFiles(page)
+    files = _PageFiles(web_folder)
     app.router.default = files  # answers where no route has the path
     for kind in (RequestValidationError, ValueError, Busy, HTTPException):
         app.add_exception_handler(kind, _on_error)

@@ -22,10 +22,12 @@ from codegemma.serve.wire import service_of
 from codegemma.tokenizer import without_surrogates
 
 INFILL_TOKENS = 128  # of a suggestion, where the body has no limit
-UNLIMITED_TOKENS = 1024  # if the limit is below 0 (none), or missing in chats, llama.cpp's and Ollama's texts
+# The limit where a body asks for none (below 0), or where a chat, /completion, or /api/generate without a
+# suffix names none.
+DEFAULT_TOKENS = 1024
 T = TypeVar("T")
 Items = Annotated[list[T], Field(fail_fast=True)]  # the first wrong item is reported, not each of 100,000
-PIECE_CHARACTERS = 1 << 14  # of a text that `well_formed` reads at once
+SLICE_CHARACTERS = 1 << 14  # of a text that `well_formed` reads at once
 LARGE_BODY_BYTES = 1 << 16  # a larger body is parsed in a thread beside the event loop
 MAX_STOPS = 64
 MAX_BIASES = 1024
@@ -43,7 +45,7 @@ SAMPLING_FIELDS = {"repetition_penalty": "repeat_penalty", "random_seed": "seed"
 SAMPLING_FIELDS |= {name: name for name in Sampling.__dataclass_fields__}
 
 # Fields of these protocols and of vLLM that would change the answer, but are not supported.
-FORM_FIELDS = (
+STRUCTURED_OUTPUT_FIELDS = (
     *("format", "response_format", "grammar", "json_schema", "regex", "structured_outputs", "structural_tag"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding"),
 )
@@ -74,7 +76,7 @@ def _pieces(text: str) -> Iterator[str]:
     """A text in well-formed pieces, so that other threads may run between them."""
     start = 0
     while start < len(text):
-        end = start + PIECE_CHARACTERS
+        end = start + SLICE_CHARACTERS
         end += bool(_PAIR.match(text, end - 1))  # a pair stays together
         yield without_surrogates(text[start:end])
         start = end
@@ -213,7 +215,7 @@ class ExtensionFields(BaseModel):
         stop = fields.get("stop") or ()
         return Request(
             prompt,
-            UNLIMITED_TOKENS if limit < 0 else limit,
+            DEFAULT_TOKENS if limit < 0 else limit,
             _sampling(fields, sampling),
             frozenset(fields.get("stop_token_ids") or ()),
             tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text),
@@ -235,10 +237,11 @@ def refuse_unsupported(body: BaseModel, model: str) -> None:
         if mode != "none" and (tools in sent or mode != "auto"):
             remedy = f'leave {tools} out, or send "{choice}": "none"'
             raise ValueError(f'"{model:.80}" does not support tools: {remedy}')
-    for name in (*FORM_FIELDS, *OTHER_FIELDS):
+    for name in (*STRUCTURED_OUTPUT_FIELDS, *OTHER_FIELDS):
         if name in sent:
-            form = "ask for the form in the prompt, and check the answer"
-            raise ValueError(f"{name} is not supported: {form if name in FORM_FIELDS else 'leave it out'}")
+            is_format = name in STRUCTURED_OUTPUT_FIELDS
+            remedy = "ask for the format in the prompt, and check the answer" if is_format else "leave it out"
+            raise ValueError(f"{name} is not supported: {remedy}")
 
 
 def _sampling(fields: dict[str, Any], defaults: dict[str, Any]) -> Sampling:

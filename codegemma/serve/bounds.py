@@ -11,8 +11,9 @@ from functools import lru_cache
 from codegemma.generate.request import Chat, Infill, Request, TextPrompt
 from codegemma.tokenizer import Tokenizer
 
-MAX_FILES = 1024  # of context; of more, the last are kept: they stand nearest to the cursor
-PIECE_CHARACTERS = 128  # the most that a token spells, unless the vocabulary has a longer one
+# Context files in a request. Of a longer list the last are kept, which stand nearest to the cursor.
+MAX_FILES = 1024
+TOKEN_CHARACTERS = 128  # the most that a token spells, unless the vocabulary has a longer one
 
 
 def bounded(request: Request, tokenizer: Tokenizer, context: int) -> Request:
@@ -33,7 +34,7 @@ def bounded(request: Request, tokenizer: Tokenizer, context: int) -> Request:
         text = prompt.prompt if isinstance(prompt, TextPrompt) else prompt
         texts = [text] if isinstance(text, str) else []
     length = sum(map(len, texts))
-    if length <= context * PIECE_CHARACTERS:
+    if length <= context * TOKEN_CHARACTERS:
         return request
     room = max_characters(tokenizer, context)
     if isinstance(prompt, Infill):
@@ -44,7 +45,7 @@ def bounded(request: Request, tokenizer: Tokenizer, context: int) -> Request:
 
 def check_length(characters: int, tokenizer: Tokenizer, tokens: int) -> None:
     """Raises ValueError if a text has so many characters that `tokens` tokens cannot spell it."""
-    if characters > tokens * PIECE_CHARACTERS and characters > max_characters(tokenizer, tokens):
+    if characters > tokens * TOKEN_CHARACTERS and characters > max_characters(tokenizer, tokens):
         least = tokens * characters // max_characters(tokenizer, tokens)
         raise ValueError(f"the text has at least {least:,} tokens, but {tokens:,} are read: shorten it")
 
@@ -53,7 +54,7 @@ def check_length(characters: int, tokenizer: Tokenizer, tokens: int) -> None:
 def max_characters(tokenizer: Tokenizer, tokens: int) -> int:
     """The most characters that `tokens` tokens can spell. Reads the whole vocabulary."""
     longest = max(len(tokenizer.piece(token)) for token in range(tokenizer.vocab_size))
-    return tokens * max(PIECE_CHARACTERS, longest)
+    return tokens * max(TOKEN_CHARACTERS, longest)
 
 
 def _cut(prompt: Infill, room: int) -> Infill:

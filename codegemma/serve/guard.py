@@ -29,7 +29,8 @@ MAX_VALUES = 1 << 18  # in the JSON of a body: while it is parsed, all clients w
 MAX_CONTAINERS = MAX_VALUES >> 4  # lists and objects in the JSON of a body
 MAX_CONNECTIONS = 4096  # open together; a further one is closed immediately
 CLIENT_TIMEOUT_S = 30.0  # for a request to arrive, and for a client to go on reading its answer
-STOPPING = 503  # the status where the server ends before the answer; not logged: uvicorn counts them
+# The status of requests that are cut off because the server stops. Not logged here: uvicorn logs how many.
+STOPPING = 503
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]", "::1"}
 POLICY = (
     "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; "

@@ -58,7 +58,7 @@ class RemoteService:
         self.prefill_rate = INITIAL_PREFILL_RATE
         preset = hub.preset(name) or hub.preset_in(name, checkpoint.config)
         fim_trained = preset.fim if preset else self.tokenizer.control.fim == "named"
-        self.mode: Layout = "psm" if fim_trained else "prefix"
+        self.default_layout: Layout = "psm" if fim_trained else "prefix"
         self.reads_files = fim_trained
         self.chats = can_chat(preset, self.tokenizer)
         self._jobs: dict[Job, asyncio.Task[None]] = {}
@@ -92,10 +92,12 @@ class RemoteService:
 
     async def submit(self, requests: Sequence[Request]) -> list[Job]:
         """A job for each request; see CompletionService."""
-        if len(self._jobs) >= MAX_REQUESTS:
-            self.metrics.counts["rejected"] += 1
-            raise Busy(f"{len(self._jobs)} requests are running: try again in a moment", 1)
+        if len(requests) > MAX_REQUESTS:
+            problem = f"a request to a remote server may have {MAX_REQUESTS} choices"
+            raise ValueError(f"{problem}, this one has {len(requests):,}: split it")
+        self._check_room(len(requests))  # before the work of encoding
         resolved = await asyncio.to_thread(lambda: list(map(self._resolve, requests)))
+        self._check_room(len(requests))  # other requests may have come meanwhile
         jobs = list(map(Job, requests, resolved))
         for older in [job for job in self._jobs if supersedes(jobs[0], job)]:
             older.cancel()
@@ -107,12 +109,18 @@ class RemoteService:
         self.metrics.running = len(self._jobs)
         return jobs
 
+    def _check_room(self, count: int) -> None:
+        """Raises Busy where `count` more jobs would exceed MAX_REQUESTS."""
+        if len(self._jobs) + count > MAX_REQUESTS:
+            self.metrics.counts["rejected"] += 1
+            raise Busy(f"{len(self._jobs)} requests are running: try again in a moment", 1)
+
     def _resolve(self, request: Request) -> Request:
         """The request as token ids, without `Infill.heal`: the protocol has no field for the text that an
         answer must begin with."""
         if isinstance(request.prompt, Infill):
             request = replace(request, prompt=replace(request.prompt, heal=False))
-        return resolve(self, request, {self.mode} - {"prefix"}, self.reads_files)
+        return resolve(self, request, {self.default_layout} - {"prefix"}, self.reads_files)
 
     async def close(self) -> None:
         """Cancels all jobs and closes the connections."""
@@ -175,7 +183,7 @@ class RemoteService:
 
     async def _chunks(self, job: Job) -> AsyncIterator[dict[str, Any]]:
         """The parsed parts of the server's answer. Raises `_refusal(answer)`, or HTTPException 502."""
-        scored = job.request.is_score
+        scored = job.request.wants_prompt_logprobs
         body = completion_body(self.name, job.resolved, echo=scored, stream=not scored)
         try:
             async with self.client.stream("POST", "/completions", json=body) as answer:
@@ -189,10 +197,10 @@ class RemoteService:
                     if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
                         chunk = json.loads(data)
                         if "error" in chunk:
-                            raise HTTPException(502, f"the engine behind failed: {chunk['error']}")
+                            raise HTTPException(502, f"the remote server failed: {chunk['error']}")
                         yield chunk
         except (httpx.HTTPError, json.JSONDecodeError) as error:
-            reason = f"the engine behind, {self.client.base_url}, fails: {error!r}"
+            reason = f"the remote server, {self.client.base_url}, fails: {error!r}"
             raise HTTPException(502, reason) from error
 
     def _remember_prompt(self, job: Job) -> None:
@@ -247,7 +255,7 @@ def _refusal(answer: httpx.Response) -> Exception:
         return Busy(message, int(after) if after.isdigit() else 1)
     if status in (400, 422):
         return ValueError(message[:2000])
-    return HTTPException(502, f"the engine behind answered {status}: {message[:300]}")
+    return HTTPException(502, f"the remote server answered {status}: {message[:300]}")
 
 
 def _with_confidence(step: Step, logprobs: list[float]) -> Step:

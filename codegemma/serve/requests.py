@@ -168,8 +168,9 @@ class CompletionService(Protocol):
     metrics: Metrics
 
     @property
-    def mode(self) -> Layout:
-        """The layout that the mode "auto" means; "prefix" if it was not trained to fill in the middle."""
+    def default_layout(self) -> Layout:
+        """The layout that the mode "auto" means: "prefix" if the model was not trained to fill in the
+        middle."""
 
     @property
     def reads_files(self) -> bool:

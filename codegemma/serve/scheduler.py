@@ -74,8 +74,9 @@ class _Scoring:
 class Scheduler:
     """The CompletionService of a model on this machine. `submit` and `close` are called in an event loop.
 
-    `_work` counts the tokens computed for each client: the client with the fewest goes first. A new client
-    begins at `_clock`, the lowest count of a client that is running.
+    `_work` counts the tokens computed for each client: the client with the fewest goes first. A client
+    that submits begins at `_clock` at least, a virtual time: the highest value so far of the lowest count
+    among running clients. So nobody gains by having been idle.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Scheduler:
         self._thread.start()
 
     @property
-    def mode(self) -> Layout:
+    def default_layout(self) -> Layout:
         """The layout that the mode "auto" means."""
         return layout_for("auto", self.model.fim_orders())
 
@@ -249,7 +250,7 @@ class Scheduler:
         return min(job.prompt_tokens + job.request.max_tokens, self.context)
 
     def _start(self, job: Job) -> None:
-        if job.request.is_score and not job.scores and job.prompt_tokens > 1:
+        if job.request.wants_prompt_logprobs and not job.scores and job.prompt_tokens > 1:
             self._scoring.append(_Scoring(self.engine, job))
         else:
             self._jobs[self._batch.add(job.resolved)] = job

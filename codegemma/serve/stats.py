@@ -28,7 +28,7 @@ _pending: dict[str, Shown] = {}  # by id, until the client says whether the sugg
 
 @dataclass
 class Shown:
-    """A suggestion that was shown. `taken` is how many of its characters were accepted."""
+    """A suggestion that was shown, as in a line of the file. `taken`: how many characters were accepted."""
 
     language: str
     latency_ms: float

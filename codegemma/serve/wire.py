@@ -132,9 +132,9 @@ async def collect(http: HttpRequest, requests: Sequence[Request]) -> list[Answer
         return [Answer(index, job, [step async for step in job.steps()]) for index, job in enumerate(jobs)]
 
 
-async def _off_loop(answers: Sequence[Answer], work: Callable[[], T]) -> T:
-    """The result of `work`. If it writes many tokens, it runs in a thread: other clients go on."""
-    tokens = sum(len(answer.steps) + len(answer.job.scores) for answer in answers)
+async def _off_loop(tokens: int, work: Callable[[], T]) -> T:
+    """The result of `work`, which writes so many tokens. If they are many, it runs in a thread: other clients
+    go on."""
     return await asyncio.to_thread(work) if tokens > MANY_TOKENS else work()
 
 
@@ -200,7 +200,8 @@ class AnswerWriter:
         """The response with the answers to all requests. Raises ValueError and Busy as the service does."""
         if not stream:
             answers = await collect(self.http, requests)
-            return await _off_loop(answers, lambda: reply(self.complete(answers)))
+            tokens = sum(len(answer.steps) + len(answer.job.scores) for answer in answers)
+            return await _off_loop(tokens, lambda: reply(self.complete(answers)))
         jobs = await submit(self.http, requests)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(self._stream(jobs), 200, headers, self.media_type)
@@ -217,8 +218,9 @@ class AnswerWriter:
                     parts = b""
                     if step:
                         answer = answers[index]
-                        large = [answer] if not answer.steps else []  # the first part may echo the prompt
-                        parts = await _off_loop(large, partial(self._next_parts, answer, step))
+                        # The first part may echo the prompt's log-probabilities.
+                        tokens = 0 if answer.steps else len(answer.job.scores)
+                        parts = await _off_loop(tokens, partial(self._next_parts, answer, step))
                     if not parts and time.monotonic() - sent >= PING_S:
                         parts = self.ping()
                     if parts:

@@ -169,4 +169,4 @@ def rows(
 
 def _is_answered(prompt: prompts.Prompt) -> bool:
     """Whether each answer has a token besides its terminator."""
-    return all(len(ids) > 1 for label, ids in prompt.segments if label == "reply")
+    return all(len(ids) > 1 for label, ids in prompt.spans if label == "reply")

@@ -1,7 +1,7 @@
 /** The page's settings: their defaults, and what a form or an older visit may put in their place. */
 
 export const DEFAULTS = {
-  path: "words.py", automatic: true, mode: "auto", adapter: "auto", trim: "auto", time_budget_ms: 500, max_tokens: 96, minConfidence: 0.3,
+  path: "words.py", automatic: true, mode: "auto", adapter: "auto", trim: "auto", time_budget_ms: 500, max_tokens: 96, minConfidence: 0.5,
   theme: "auto", key: "",
 };
 export type Settings = typeof DEFAULTS;

@@ -7,7 +7,7 @@ test("an emptied number is the default, and one out of its bounds the nearest wi
   for (const [given, expected] of [["0", 1], ["-3", 1], ["5000", 1024], ["12.6", 13], ["1e3", 1000], ["Infinity", 1024], [64, 64]] as const)
     assert.equal(allowed("max_tokens", given), expected, String(given));
   for (const [given, expected] of [["0", 10], ["250", 250], ["1e9", 60_000]] as const) assert.equal(allowed("time_budget_ms", given), expected);
-  for (const [given, expected] of [["0", 0], ["0.45", 0.45], ["7", 1], ["-1", 0], ["", 0.3]] as const) assert.equal(allowed("minConfidence", given), expected);
+  for (const [given, expected] of [["0", 0], ["0.45", 0.45], ["7", 1], ["-1", 0], ["", 0.5]] as const) assert.equal(allowed("minConfidence", given), expected);
   assert.equal(allowed("path", " "), "words.py");
   assert.equal(allowed("path", "a b.ts"), "a b.ts");
 });

@@ -14,12 +14,12 @@ namespace CG_LEVEL {
 namespace {
 
 // The next `count` elements of a buffer, for which `reserve` has made room.
-template <class T> T* carve(std::vector<uint8_t>& buffer, size_t& used, size_t count) {
+template <class T> T* carve(Lines<uint8_t>& buffer, size_t& used, size_t count) {
   T* p = (T*)(buffer.data() + used);
   used += (count * sizeof(T) + 63) / 64 * 64;
   return p;
 }
-void reserve(std::vector<uint8_t>& buffer, size_t bytes) {
+void reserve(Lines<uint8_t>& buffer, size_t bytes) {
   if (buffer.size() < bytes + 512) buffer.resize(bytes + 512);
 }
 int64_t pad(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -148,6 +148,7 @@ void quantise(const Activations& a, int t0, int t1) {
 // ------------------------------------------------------------------------------------------------ few tokens
 // A row of weights is read once for all tokens. Eight consecutive blocks, which are the eight chains, share a vector.
 // ORDER gives the block of each lane; scales and sums of activations have the same order.
+constexpr int AHEAD = 8192;  // bytes from what is read to what is prefetched
 #if CG_X86
 // Two blocks share a vector, one in each half: low nibbles first, then high ones; activations are in the same order.
 template <class Q> CG_INLINE void unpack8(const uint8_t* p, u8x32 w[8]) {
@@ -238,7 +239,7 @@ template <class Q, int T> void few32(const Product& p, const Activations& a, int
     f32x8 acc[T] = {};
     for (int64_t g = 0; g < full_groups; g++) {
       const uint8_t* group = row + g * 8 * Q::BYTES;
-      for (int i = 0; i < 8 * Q::BYTES; i += 64) prefetch(group + 1024 + i);
+      for (int i = 0; i < 8 * Q::BYTES; i += 64) prefetch(group + AHEAD + i);
       eight_blocks<Q, T>(group, a, g, acc);
     }
     if (blocks % 8) {
@@ -335,7 +336,7 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
         for (int t = 0; t < T; t++) products[t][i] = mins[t][i] = i32x8{};
       for (int i = 0; i < n; i++) {
         const uint8_t* block = group + i * Q::BYTES;
-        for (int k = 0; k < Q::BYTES; k += 64) prefetch(block + 1024 + k);
+        for (int k = 0; k < Q::BYTES; k += 64) prefetch(block + AHEAD + k);
         u8x32 w[8];
         Q::unpack(block, w);
 #if CG_X86
@@ -889,17 +890,20 @@ void log_sum(const float* x, int64_t n, float* largest_out, float* total, int64_
 #if !defined(CG_AMX)
 // Multiply-adds of unsigned by signed bytes into exact int32 sums, in registers only: the peak rate of the multipliers.
 int64_t peak(int64_t rounds) {
-  Iv w = splat_i(0x01020304), x = splat_i(0x04030201), sums[8] = {};
+  constexpr int SUMS = 12;  // enough to hide the latency
+  Iv w = splat_i(0x01020304), x = splat_i(0x04030201), sums[SUMS] = {};
   for (int64_t i = 0; i < rounds; i++) {
-    for (int j = 0; j < 8; j++) {
-      CG_OPAQUE(sums[j]);  // or the compiler would see eight equal sums
+#pragma GCC unroll 12
+    for (int j = 0; j < SUMS; j++) {
+      CG_OPAQUE(sums[j]);  // or the compiler would see equal sums
       sums[j] = Dot<127>::step(sums[j], w, x);
     }
   }
-  for (int j = 1; j < 8; j++) sums[0] += Dot<127>::widen(sums[j]);
+#pragma GCC unroll 12  // else the sums would lie in memory
+  for (int j = 1; j < SUMS; j++) sums[0] += Dot<127>::widen(sums[j]);
   volatile int keep = sums[0][0];
   (void)keep;
-  return rounds * 8 * FW * 4 * 2;
+  return rounds * SUMS * FW * 4 * 2;
 }
 #endif
 

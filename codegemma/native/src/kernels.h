@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 namespace cg {
@@ -46,7 +47,17 @@ struct Activations {
   uint16_t* pairs;          // bfloat16: [T, P], or packed [T/16, P/2, 16, 2]; P is a multiple of 32
 };
 
-struct Scratch { std::vector<uint8_t> tile, gate; };  // memory of one thread, which grows as needed
+// A vector that begins at a cache line: a load that crosses two lines costs two.
+template <class T> struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <class U> LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const LineAllocator&) const = default;
+};
+template <class T> using Lines = std::vector<T, LineAllocator<T>>;
+struct Scratch { Lines<uint8_t> tile, gate; };  // memory of one thread, which grows as needed
 
 // What an adapter adds to a product: h b^T, for the tokens from `first` to the end of h. Row 0 of h is token `start`.
 // b has 32 columns: one block per row.

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t STAT_ROWS = 4096;  // logits that one partial log-sum-exp covers, whatever the number of threads
 
-template <class T> T* at_least(std::vector<T>& v, size_t n) {
+template <class V> auto* at_least(V& v, size_t n) {
   if (v.size() < n) v.resize(n);
   return v.data();
 }
@@ -71,7 +71,7 @@ int Program::buffer(int64_t width) {
   return (int)buffers_.size() - 1;
 }
 void Program::add(std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work) {
-  steps_.push_back({std::move(tiles), std::move(work)});
+  steps_.push_back({[] { return 0; }, std::move(tiles), std::move(work)});
 }
 void Program::embed(Weight table, int out, float scale) {
   add([this] { return batch_.T; }, [=, this](int64_t t, Scratch&) {
@@ -125,14 +125,15 @@ int Program::site(int in, const std::vector<Weight>& weights) {
 }
 void Program::add_with_adapters(int site, std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work) {
   Site& s = sites_[site];
-  add([=, &s] { return (int64_t)s.tasks.size() + tiles(); }, [=, &s, this](int64_t i, Scratch& scratch) {
+  const auto all = [=, &s] { return (int64_t)s.tasks.size() + tiles(); };
+  steps_.push_back({[&s] { return (int64_t)s.tasks.size(); }, all, [=, &s, this](int64_t i, Scratch& scratch) {
     if (i >= (int64_t)s.tasks.size()) return work(i - (int64_t)s.tasks.size(), scratch);
     const AdapterTask& task = s.tasks[i];
     const int64_t r0 = (int64_t)task.slice * RANK;
     k_->product({&task.a, nullptr, task.h.f - r0, RANK}, task.x, r0, r0 + RANK, scratch);
     k_->quantise(task.h, 0, packed_ ? (task.h.T + 15) / 16 * 16 : task.h.T);
     s.pending.fetch_sub(1, std::memory_order_release);
-  });
+  }});
 }
 int Program::product(int in, std::vector<Weight> weights, int out) {
   buffers_[out].prepared = false;
@@ -227,9 +228,7 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
     if (adapter < 0 || adapters_[adapter].ids.empty()) return;
     const auto& [sites, ids, rows] = adapters_[adapter];
     Activations x = buffers_[head].a;
-    std::vector<uint16_t> pairs(x.padded);
-    x.f += n * x.stride, x.pairs = pairs.data(), x.T = 1, x.packed = false, x.forms = k_->form_of(rows.type);
-    k_->quantise(x, 0, 1);
+    x.f += n * x.stride, x.T = 1, x.packed = false;
     std::vector<float> values(ids.size());
     k_->product({&rows, nullptr, values.data(), rows.rows}, x, 0, rows.rows, s);
     for (size_t i = 0; i < ids.size(); i++) batch_.logits[n * table.rows + ids[i]] = values[i];
@@ -265,7 +264,7 @@ void Program::resize(Buffer& b, int T, bool packed) {
   if (forms & BLOCKS_32) b.a.q32 = {32, at_least(b.q32, n), at_least(b.scales32, n / 32), at_least(b.sums32, n / 16)};
   if (forms & BLOCKS_256)
     b.a.q256 = {256, at_least(b.q256, n), at_least(b.scales256, n / 256), at_least(b.sums256, n / 16)};
-  if (forms & PAIRS) b.a.pairs = (uint16_t*)(((uintptr_t)at_least(b.pairs, n + 32) + 63) / 64 * 64);  // a cache line
+  if (forms & PAIRS) b.a.pairs = at_least(b.pairs, n);
 }
 int Program::add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows) {
   auto require = [](bool holds, const char* rule) {
@@ -383,15 +382,25 @@ bool Program::run(const Batch& batch, const Cancel* cancel) {
       }
   }
   scratch_.resize(pool_->threads());
-  if (!claimed_) claimed_.reset(new std::atomic<int64_t>[steps_.size()]);
-  for (size_t i = 0; i < steps_.size(); i++) claimed_[i] = 0;
+  const int threads = pool_->threads();
+  const size_t counters = steps_.size() * (threads + 1);
+  if (!claimed_) claimed_.reset(new std::atomic<int64_t>[counters]);
+  for (size_t i = 0; i < counters; i++) claimed_[i] = 0;
   auto cancelled = [&] { return cancel && cancel->set.load(std::memory_order_relaxed); };
   pool_->run([&](int thread) {
     for (size_t i = 0; i < steps_.size(); i++) {
-      int64_t n = steps_[i].tiles();
+      const int64_t n = steps_[i].tiles(), urgent = steps_[i].urgent();
       if (!n) continue;
-      for (int64_t tile; !cancelled() && (tile = claimed_[i].fetch_add(1, std::memory_order_relaxed)) < n;)
-        steps_[i].work(tile, scratch_[thread]);
+      auto work_on = [&](std::atomic<int64_t>& claimed, int64_t begin, int64_t end) {
+        for (int64_t tile; !cancelled() && (tile = begin + claimed.fetch_add(1, std::memory_order_relaxed)) < end;)
+          steps_[i].work(tile, scratch_[thread]);
+      };
+      std::atomic<int64_t>* claimed = &claimed_[i * (threads + 1)];
+      work_on(claimed[threads], 0, urgent);
+      for (int k = 0; k < threads; k++) {  // its own share, then what is left of the others'
+        const int64_t share = (thread + k) % threads, rest = n - urgent;
+        work_on(claimed[share], urgent + rest * share / threads, urgent + rest * (share + 1) / threads);
+      }
       pool_->barrier();
     }
   });

@@ -1,6 +1,6 @@
 // A model as a list of steps over buffers, recorded once by the Python layer loop and replayed here for any number of
-// tokens without the interpreter. All threads go through the steps together: they claim a step's tiles from a shared
-// counter, with a barrier between steps.
+// tokens without the interpreter. All threads go through the steps together, with a barrier between steps. Each thread
+// claims the tiles of its own share of a step in order, so that it reads weights as one stream, and then helps the others.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -75,13 +75,14 @@ class Program {
     int64_t width, padded;
     int forms = 0, adapter_forms = 0;  // forms that products read, and those that adapters read in addition
     bool prepared = false;   // while recording: whether the contents have been quantised at this step
-    std::vector<float> f, scales32, scales256;
-    std::vector<int8_t> q32, q256;
-    std::vector<int16_t> sums32, sums256;
-    std::vector<uint16_t> pairs;
+    Lines<float> f, scales32, scales256;
+    Lines<int8_t> q32, q256;
+    Lines<int16_t> sums32, sums256;
+    Lines<uint16_t> pairs;
     Activations a;
   };
   struct Step {
+    std::function<int64_t()> urgent;  // how many of the first tiles others wait for: all threads claim these first
     std::function<int64_t()> tiles;
     std::function<void(int64_t tile, Scratch&)> work;
   };
@@ -132,7 +133,7 @@ class Program {
   int head_ = -1;
   int64_t vocabulary_ = 0;
   std::vector<Scratch> scratch_;
-  std::unique_ptr<std::atomic<int64_t>[]> claimed_;
+  std::unique_ptr<std::atomic<int64_t>[]> claimed_;  // [steps, shares of the threads and the urgent tiles]
   struct Stat { float largest, total; int64_t index; };
   std::vector<Stat> stats_;  // [n_out, parts] of the logits
 };

@@ -20,8 +20,8 @@ from codegemma import __version__, prompts
 from codegemma.generate.request import Infill, Request, TextPrompt
 from codegemma.generate.running import Step
 from codegemma.serve.bodies import (
+    DEFAULT_TOKENS,
     INFILL_TOKENS,
-    UNLIMITED_TOKENS,
     ExtensionFields,
     Items,
     JsonRoute,
@@ -205,7 +205,8 @@ class LlamaWriter(AnswerWriter):
 
 @router.post("/infill")
 async def infill(body: LlamaInfillBody, http: HttpRequest) -> Response:
-    """Fills in the middle, with `n_cmpl` suggestions, of which the first is greedy."""
+    """Fills in the middle. Of several suggestions (`n_cmpl`), the first is greedy. A single one is greedy
+    unless the body has a temperature."""
     count = 1 if body.n_cmpl is None else body.n_cmpl
     if not 1 <= count <= 4:
         raise ValueError("Field 'n_cmpl': Value must be between 1 <= value <= 4")
@@ -231,7 +232,7 @@ async def complete(body: LlamaCompletionBody, http: HttpRequest) -> Response:
     texts = [
         TextPrompt(await asyncio.to_thread(_text_or_ids, service, prompt), raw=True) for prompt in prompts
     ]
-    requests = [body.llama_request(http, text, UNLIMITED_TOKENS, **sampling) for text in texts]
+    requests = [body.llama_request(http, text, DEFAULT_TOKENS, **sampling) for text in texts]
     choices = [choice for request in requests for choice in choices_of(request, count)]
     return await LlamaWriter(http, body).respond(choices, bool(body.stream))
 
@@ -322,8 +323,8 @@ async def props(http: HttpRequest) -> Response:
                 "version": __version__,
                 "model": service.name,
                 "title": service.title,
-                "fim_trained": service.mode != "prefix",
-                "mode": service.mode,
+                "fim_trained": service.default_layout != "prefix",
+                "mode": service.default_layout,
                 "reads_files": service.reads_files,
                 "adapters": service.adapters,
                 "chat": service.chats,

@@ -27,7 +27,8 @@ class MistralFimBody(ExtensionFields, SamplingFields):
 
 
 class MistralWriter(AnswerWriter):
-    """Writes one answer. Every chunk has a string in `delta.content`, which Tabby requires."""
+    """Writes one answer. Every chunk has a string in `delta.content`: Tabby, which can use a Mistral server
+    as its model, requires it."""
 
     end_marker = DONE
 

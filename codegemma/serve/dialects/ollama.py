@@ -14,8 +14,8 @@ from codegemma.generate.request import Chat, Infill, TextPrompt
 from codegemma.generate.running import Step
 from codegemma.prompts import ROLES, Message, ollama_template
 from codegemma.serve.bodies import (
+    DEFAULT_TOKENS,
     INFILL_TOKENS,
-    UNLIMITED_TOKENS,
     ExtensionFields,
     Items,
     JsonRoute,
@@ -256,7 +256,7 @@ async def _respond(
         return reply({**writer.head(""), "done": True, "done_reason": reason})
     is_infill = isinstance(prompt, Infill)
     sampling = {} if is_infill else {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
-    limit = INFILL_TOKENS if is_infill else UNLIMITED_TOKENS
+    limit = INFILL_TOKENS if is_infill else DEFAULT_TOKENS
     top, options = (body.top_logprobs or 0) if body.logprobs else 0, body.options or OllamaOptions()
     request = body.request(http, prompt, limit, top, options, **sampling)
     return await writer.respond([request], body.stream is not False)

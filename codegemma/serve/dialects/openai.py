@@ -21,8 +21,8 @@ from codegemma.generate.request import Chat, Request, TextPrompt
 from codegemma.generate.running import Step
 from codegemma.prompts import ROLES, Message
 from codegemma.serve.bodies import (
+    DEFAULT_TOKENS,
     INFILL_TOKENS,
-    UNLIMITED_TOKENS,
     ExtensionFields,
     FunctionCall,
     Items,
@@ -151,7 +151,7 @@ async def complete(body: OpenAICompletionBody, http: HttpRequest) -> Response:
 async def chat(body: OpenAIChatBody, http: HttpRequest) -> Response:
     """Answers a conversation."""
     prompt, top = Chat([message.message() for message in body.messages]), body.top_logprobs or 0
-    request = body.request(http, prompt, UNLIMITED_TOKENS, top if body.logprobs else 0, temperature=1.0)
+    request = body.request(http, prompt, DEFAULT_TOKENS, top if body.logprobs else 0, temperature=1.0)
     choices = choices_of(request, body.n or 1)
     return await OpenAIChatWriter(http, body).respond(choices, bool(body.stream))
 
@@ -238,9 +238,10 @@ class OpenAIWriter(AnswerWriter):
     def chunk(self, choice: dict[str, Any], ended: Job | None = None) -> dict[str, Any]:
         """A value of a stream that adds to one choice; `ended` is the choice's job if this is its end."""
         choice["finish_reason"] = finish_reason(ended.stop) if ended else None
-        no_usage = {"usage": None} if self.wants_usage else {}
+        # With include_usage, OpenAI sends null in every chunk but the last.
+        null_usage = {"usage": None} if self.wants_usage else {}
         timings = {"timings": ended.timings()} if ended else {}
-        return {**self.head, "choices": [choice], **no_usage, **timings}
+        return {**self.head, "choices": [choice], **null_usage, **timings}
 
     def end(self, answers: list[Answer]) -> Iterable[dict[str, Any]]:
         if self.wants_usage:
