@@ -50,18 +50,17 @@ bool has_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 // n floats as pairs of bfloat16, padded with zeros to whole vectors, which go to out, out + step, ...
 CG_INLINE void pair_up(const float* x, int64_t n, float* out, int64_t step) {
   for (int64_t i = 0; i < n; i += 32, out += step) {
-    const auto load_rest = [&](int64_t start) {
-      return _mm512_maskz_loadu_ps((__mmask16)((1u << std::clamp<int64_t>(n - start, 0, 16)) - 1), x + start);
-    };
-    _mm512_storeu_si512(out, n - i >= 32 ? rounded(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16))
-                                         : rounded(load_rest(i), load_rest(i + 16)));
+    const float* from = x + i;
+    float rest[32];
+    if (n - i < 32) memset(rest, 0, sizeof rest), memcpy(rest, from, 4 * (n - i)), from = rest;
+    store(out, rounded(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)));
   }
 }
 // Two times 16 bfloat16, interleaved: each slot gets one of both.
 CG_INLINE void interleave(__m512i both, float* out) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
   const __m512i top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(top, 16)));
+  store(out, _mm512_or_si512(low, _mm512_slli_epi32(top, 16)));
 }
 // n columns of a row from `first` on as pairs, and of two rows, each slot with one column of both (without a second row,
 // and behind the n: zeros).

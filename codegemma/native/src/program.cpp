@@ -228,9 +228,7 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
     if (adapter < 0 || adapters_[adapter].ids.empty()) return;
     const auto& [sites, ids, rows] = adapters_[adapter];
     Activations x = buffers_[head].a;
-    std::vector<uint16_t> pairs(x.padded);
-    x.f += n * x.stride, x.pairs = pairs.data(), x.T = 1, x.packed = false, x.forms = k_->form_of(rows.type);
-    k_->quantise(x, 0, 1);
+    x.f += n * x.stride, x.T = 1, x.packed = false;
     std::vector<float> values(ids.size());
     k_->product({&rows, nullptr, values.data(), rows.rows}, x, 0, rows.rows, s);
     for (size_t i = 0; i < ids.size(); i++) batch_.logits[n * table.rows + ids[i]] = values[i];
@@ -266,7 +264,7 @@ void Program::resize(Buffer& b, int T, bool packed) {
   if (forms & BLOCKS_32) b.a.q32 = {32, at_least(b.q32, n), at_least(b.scales32, n / 32), at_least(b.sums32, n / 16)};
   if (forms & BLOCKS_256)
     b.a.q256 = {256, at_least(b.q256, n), at_least(b.scales256, n / 256), at_least(b.sums256, n / 16)};
-  if (forms & PAIRS) b.a.pairs = (uint16_t*)(((uintptr_t)at_least(b.pairs, n + 32) + 63) / 64 * 64);  // a cache line
+  if (forms & PAIRS) b.a.pairs = at_least(b.pairs, n);
 }
 int Program::add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows) {
   auto require = [](bool holds, const char* rule) {

@@ -136,7 +136,8 @@ CG_INLINE uint16_t* slab_row(uint16_t* slab, int i, int64_t steps) {
 }
 
 // Up to 16 tokens: one tile of second factors at a time. While 256 columns of 32 rows are decoded, the tile unit multiplies
-// those before them: one step after every four rows.
+// those before them: one step after every four rows. Meanwhile the next 32 rows, which lie behind these, come to the L2 cache
+// as one stream.
 void few(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
   constexpr int CHUNK = 256, STEPS = CHUNK / STEP, AT_ONCE = SLAB_ROWS / STEPS;
   const Weight& w = *p.w;
@@ -162,8 +163,8 @@ void few(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch
       for (int s = 0; s < STEPS; s++) {
         for (int i = s * AT_ONCE; i < (s + 1) * AT_ONCE && c < chunks && r + i < r1; i++) {
           const uint8_t* blocks = w.data + (r + i) * w.row_bytes + c * chunk_bytes;
-          const uint8_t* next = c + 1 < chunks ? blocks + chunk_bytes : w.data + (r + i + SLAB_ROWS) * w.row_bytes;
-          for (int64_t b = 0; b < chunk_bytes; b += 64) prefetch(next + b);
+          const uint8_t* next = w.data + (r + SLAB_ROWS) * w.row_bytes + (c * SLAB_ROWS + i) * chunk_bytes;
+          for (int64_t b = 0; b < chunk_bytes; b += 64) __builtin_prefetch(next + b, 0, 2);
           decode(blocks, n, slab_row(slabs[c % 2], i, STEPS), FACTOR);
         }
         if (c == 0 || s >= steps) continue;
@@ -206,8 +207,8 @@ void many(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratc
   const int groups = (a.T + GROUP - 1) / GROUP, pairs = (groups + 1) / 2;
   using Sums = float[4][SIDE * SIDE];
   alignas(64) uint16_t slab[LONGEST * 2 * FACTOR];
-  scratch.tile.resize(std::max(scratch.tile.size(), (r1 - r0 + SLAB_ROWS - 1) / SLAB_ROWS * pairs * sizeof(Sums) + 64));
-  Sums* waiting = (Sums*)(((uintptr_t)scratch.tile.data() + 63) / 64 * 64);
+  scratch.tile.resize(std::max(scratch.tile.size(), (r1 - r0 + SLAB_ROWS - 1) / SLAB_ROWS * pairs * sizeof(Sums)));
+  Sums* waiting = (Sums*)scratch.tile.data();
   configure_tiles(GROUP);
   for (int64_t s = 0; s < all; s += longest) {
     const int64_t steps = std::min(longest, all - s), n = std::min(steps * STEP, w.cols - s * STEP);
