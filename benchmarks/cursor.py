@@ -124,7 +124,9 @@ def holes(folder: Path, count: int, seed: int) -> list[Hole]:
                 number = rng.randrange(len(sources))
                 name, text = sources[number]
                 beside = tuple(
-                    sources[i] for i in (number + 1, number - 1, number + 2, number - 2) if 0 <= i < len(sources)
+                    sources[i]
+                    for i in (number + 1, number - 1, number + 2, number - 2)
+                    if 0 <= i < len(sources)
                 )
                 if hole := cut(text, language, kind, name, rng, beside):
                     drawn.append(hole)
@@ -232,7 +234,9 @@ def main() -> None:
     arguments.add_argument("--holes", type=int, default=600)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--trim", choices=("auto", "none", "line", "block"))
-    arguments.add_argument("--context", type=int, default=0, help="files beside the hole's that are read, up to 4")
+    arguments.add_argument(
+        "--context", type=int, default=0, help="files beside the hole's that are read, up to 4"
+    )
     arguments.add_argument("--against", type=Path, help="the OUT of an older run on the same holes")
     options = arguments.parse_args()
     fetch(BENCH / "cursor")
