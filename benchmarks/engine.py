@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from logbook import ROOT, parser, publish
-from peers import BENCH, Peer, check_llama_cpp
+from peers import BENCH, Peer, check_llama_cpp, single_file
 
 import codegemma
 from codegemma.adapters.adapter import LINEAR, Adapter
@@ -220,8 +220,8 @@ def main() -> None:
     args = arguments.parse_args()
     from codegemma import hub
 
-    paths: dict[str, Callable[[], Path]] = {"default": lambda: hub.resolve()}
-    build_note = check_llama_cpp(hub.resolve())
+    paths: dict[str, Callable[[], Path]] = {"default": lambda: single_file(hub.resolve())}
+    build_note = check_llama_cpp(single_file(hub.resolve()))
     results, beside = [], ""
     for name in args.models.split(","):
         path = paths[name]() if name in paths else BENCH / f"random-2b-{name}.gguf"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 from logbook import ROOT, parser, publish
-from peers import Peer
+from peers import Peer, single_file
 
 import codegemma
 from codegemma import hub, prompts
@@ -79,7 +79,7 @@ def main() -> None:
     model.backend.use_huge_pages()
     length = len(model.tokenizer.encode(text))
     rounds: list[dict[str, Sequence[float | None]]] = []
-    with Peer("llamacpp", hub.resolve(), threads=args.threads, context=4096) as peer:
+    with Peer("llamacpp", single_file(hub.resolve()), threads=args.threads, context=4096) as peer:
         for _ in range(args.rounds):
             rounds.append(
                 {

@@ -33,7 +33,9 @@ class Instant(BaseHTTPRequestHandler):
     """Answers every request with the same suggestion, and says nothing of itself."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body in one packet: two would wait for the client's delayed acknowledgement, 40 ms
+    wbufsize = (
+        -1
+    )  # head and body in one packet: two would wait for the client's delayed acknowledgement, 40 ms
 
     def do_GET(self) -> None:
         self.answer(b"{}")

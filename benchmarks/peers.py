@@ -43,6 +43,20 @@ def exported(model: str = "gemma-3-270m") -> Path:
     return folder
 
 
+def single_file(model: Path) -> Path:
+    """A GGUF that other programs can read: the packaged model's pieces are joined, once."""
+    from codegemma.checkpoints import gguf  # not in the peers' environment, where this module runs too
+
+    pieces = gguf.pieces(model)
+    joined = BENCH / model.name.removesuffix(".part00")
+    if len(pieces) == 1 or joined.exists():
+        return model if len(pieces) == 1 else joined
+    with open(joined.with_suffix(".new"), "wb") as file:
+        for piece in pieces:
+            file.write(piece.read_bytes())
+    return joined.with_suffix(".new").rename(joined)
+
+
 def check_llama_cpp(model: str | Path) -> str:
     """Makes sure that llama.cpp can read a prompt here; returns "" or a note on how it had to be compiled.
 

@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 from keystrokes import Trace, trace
 from logbook import ROOT, parser, publish
-from peers import PYTHON
+from peers import PYTHON, single_file
 
 import codegemma
 from codegemma import hub
@@ -64,7 +64,7 @@ def peer_server(threads: int) -> Iterator[tuple[str, int]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {
-        "--model": hub.resolve(),
+        "--model": single_file(hub.resolve()),
         "--port": port,
         "--n_ctx": CONTEXT,
         "--n_batch": 512,

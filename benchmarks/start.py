@@ -36,7 +36,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
         tokens = json.loads(result.stdout)["prompt_tokens"]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    file = hub.resolve().stat().st_size / 2**20
+    file = hub.stores.weight_bytes(hub.resolve()) / 2**20
     cache = -(-tokens // 64) * 64 * GEMMA3_270M.kv_bytes_per_token / 2**20
     first = statistics.median(seconds[1:])
     entry = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import hashlib
@@ -12,12 +13,13 @@ import secrets
 import shutil
 import stat
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 PLACEHOLDER_BYTES = 1024  # how much of a file's start `refuse_placeholder` needs
+MAP_FIXED = 0x10  # of mmap: at this very address; the same number on Linux, macOS and the BSDs
 _MAPS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # the open maps, for `drop_mapped_pages`
 _PART = re.compile(r"\..+\.(\d+)(?:-[0-9a-f]+)?\.part")  # name of an unfinished file; the number: its process
 # The folders in which this process writes. Before its first write there, it removes leftovers.
@@ -78,6 +80,42 @@ def map_file(path: Path) -> mmap.mmap:
             raise ValueError(f"{path}: the file is empty: download it again")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     refuse_placeholder(path, data[:PLACEHOLDER_BYTES])
+    _MAPS.add(data)
+    return data
+
+
+def map_files(paths: Sequence[Path]) -> mmap.mmap:
+    """A read-only memory map of files one behind the other, as if they were one; nothing is copied.
+
+    Where a file other than the last does not fill its memory pages, and on Windows, all are read into memory
+    instead. Raises as `map_file` does.
+    """
+    if len(paths) == 1:
+        return map_file(paths[0])
+    sizes = [path.stat().st_size for path in paths]
+    if 0 in sizes:
+        raise ValueError(f"{paths[sizes.index(0)]}: the file is empty: download it again")
+    if not hasattr(mmap, "PROT_READ") or any(size % mmap.PAGESIZE for size in sizes[:-1]):
+        data = mmap.mmap(-1, sum(sizes))
+        for path in paths:
+            data.write(path.read_bytes())
+        refuse_placeholder(paths[0], data[:PLACEHOLDER_BYTES])
+        return data
+    import numpy as np  # here, since not every command needs it
+
+    data = mmap.mmap(-1, sum(sizes), prot=mmap.PROT_READ)  # the addresses, in which the files then lie
+    address = np.frombuffer(data, np.uint8).ctypes.data
+    system = ctypes.CDLL(None, use_errno=True)
+    system.mmap.restype, number = ctypes.c_void_p, ctypes.c_int
+    system.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_long]
+    for path, size in zip(paths, sizes, strict=True):
+        with open(path, "rb") as file:
+            flags = mmap.MAP_PRIVATE | MAP_FIXED
+            if system.mmap(address, size, mmap.PROT_READ, flags, file.fileno(), 0) != address:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), str(path))
+        address += size
+    refuse_placeholder(paths[0], data[:PLACEHOLDER_BYTES])
     _MAPS.add(data)
     return data
 

@@ -137,10 +137,11 @@ def test_a_repository_of_gguf_files_with_a_config_is_opened(home):
 def _split(folder, count=3, **changes):
     """A model in parts, tensors dealt out in order; only the first part has the header."""
     stored = list(table.to_format("gguf", CONFIG, tiny_tensors(CONFIG)).items())
+    total = {"split.tensors.count": len(stored)}
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         header = gguf_model.config_metadata(CONFIG) | tokenizer_metadata(CONFIG) if number == 0 else {}
-        header |= {"split.no": number, "split.count": count} | changes.get(f"part{number}", {})
+        header |= {"split.no": number, "split.count": count} | total | changes.get(f"part{number}", {})
         part = dict(stored[number::count])
         gguf.write(folder / f"m-Q8_0-{number + 1:05}-of-{count:05}.gguf", header, part)
     return folder
@@ -177,14 +178,39 @@ def test_faults_of_split_models_are_named(home):
     ):
         open_checkpoint(home / "renamed.gguf")
     with pytest.raises(
-        ValueError, match="has split.no 2 and split.count 3, but part 2 of 3 should have split.no 1 "
+        ValueError, match="states split.no 2 of 3, but its name says 1 of 3: .*own names back"
     ):
         open_checkpoint(_split(home / "n", part1={"split.no": 2}))
-    folder = _split(home / "repeated", 2)
-    first, second = sorted(folder.iterdir())
-    gguf.write(second, {"split.no": 1, "split.count": 2}, gguf.read(first).tensors)
-    with pytest.raises(ValueError, match=f"{second.name}: repeats the tensor .* of an earlier part"):
+    with pytest.raises(ValueError, match="states split.no 1 of 4, but its name says 1 of 3"):
+        open_checkpoint(_split(home / "n", part1={"split.count": 4}))
+
+
+def test_parts_of_another_model_are_noticed(home):
+    folder, second = _split(home / "m"), "m-Q8_0-00002-of-00003.gguf"
+    other = list(table.to_format("gguf", CONFIG, tiny_tensors(CONFIG)).items())
+    header = {"split.no": 1, "split.count": 3}
+    gguf.write(folder / second, header, dict(other[1::3][:-1]))
+    with pytest.raises(ValueError, match=r"00001.*hold 28 tensors, but it states 29: they are of different"):
         open_checkpoint(folder)
+    gguf.write(folder / second, header, dict(other[:9]))
+    with pytest.raises(
+        ValueError,
+        match=r"00002-of-00003\.gguf: repeats the tensor blk\.0\.attn_output\.weight of another part",
+    ):
+        open_checkpoint(folder)
+    wide = table.to_format("gguf", wider := replace(CONFIG, ffn_width=192), tiny_tensors(wider))
+    gguf.write(folder / second, header, dict(list(wide.items())[1::3]))
+    with pytest.raises(ValueError, match=r"ffn_\w+\.weight has shape"):
+        open_checkpoint(folder)
+
+
+def test_a_first_part_of_a_hostile_number_is_one_error(home):
+    path = _write(home / "m-00001-of-99999.gguf", split__no=0, split__count=99999)
+    with pytest.raises(
+        ValueError, match=r"00002-of-99999.gguf, .* and 99995 more are not beside it"
+    ) as caught:
+        open_checkpoint(path)
+    assert len(str(caught.value)) < 400
 
 
 # ------------------------------------------------------------------------------------ other programs' stores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from codegemma.checkpoints import gguf_files, gguf_model, huggingface, keras, nemo, orbax, torch
+from codegemma.checkpoints import gguf, gguf_files, gguf_model, huggingface, keras, nemo, orbax, torch
 from codegemma.checkpoints.checkpoint import FIM_ORDERS_KEY, Checkpoint
 from codegemma.files import PLACEHOLDER_BYTES, refuse_placeholder
 
@@ -31,8 +31,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     is_adapter = path.is_dir() and (path / "adapter_config.json").exists()
     if path.name.startswith("adapter_model.") or is_adapter and not (path / "config.json").exists():
         raise ValueError(f"{path}: is an adapter, not a model: pass it by --adapter, and its model by -m")
-    if path.is_dir():
-        path = _model_in(path)
+    path = _model_in(path) if path.is_dir() else gguf.pieces(path)[0]
     return LOADERS[format_of(path)](path)
 
 

@@ -2,13 +2,15 @@
 
 Layout as in ggml's docs/gguf.md: magic, version, counts, typed key-values, tensor infos, then aligned tensor
 data. Every size in the header is checked against the file's length before it is used, and no array is
-copied. gguf_model.py interprets the entries.
+copied, even from a file that was cut into pieces. gguf_model.py interprets the entries.
 """
 
 from __future__ import annotations
 
+import glob
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -21,7 +23,7 @@ from codegemma.checkpoints.table import format_table
 from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor, Tensor, possible_shape, row_bytes
 from codegemma.checkpoints.untrusted import REMEDY, refusing
 from codegemma.config import LIMITS
-from codegemma.files import atomic_write, map_file, resumable_write
+from codegemma.files import atomic_write, map_files, resumable_write
 
 GGML_TYPES: list[str] = format_table("gguf")["ggml_types"]
 TYPES = {code: name for code, name in enumerate(GGML_TYPES) if name in BLOCKS}
@@ -140,6 +142,22 @@ class _Header:
         return Strings(f"{self.path}: {key}", memoryview(data)[start:end], count)
 
 
+def pieces(path: Path) -> list[Path]:
+    """The files that make one GGUF when joined (NAME.gguf.part00, .part01, ...), in order; else `path` alone.
+
+    Raises ValueError where one of them is missing; at the end, the sizes in the header tell.
+    """
+    match = re.fullmatch(r"(.+\.gguf\.part)(\d+)", path.name, re.I)
+    if match is None:
+        return [path]
+    beside = path.parent.glob(f"{glob.escape(match[1])}*")
+    count = sum(bool(re.fullmatch(r"\d+", file.name[len(match[1]) :])) for file in beside)
+    files = [path.with_name(f"{match[1]}{number:0{len(match[2])}}") for number in range(count)]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ValueError(f"{path}: {missing[0]} is not beside it: download it too")
+    return files or [path]
+
+
 def read_general(path: Path) -> dict[str, Any]:
     """The entries general.* (architecture, type, name) that begin a header. Raises as `read` does."""
     header, entries = _start(path), {}
@@ -154,7 +172,7 @@ def read_general(path: Path) -> dict[str, Any]:
 
 def _start(path: Path) -> _Header:
     """The header of a file, read up to the end of its magic number and version."""
-    header = _Header(path, map_file(path))
+    header = _Header(path, map_files(pieces(path)))
     if header.data[:4] != b"GGUF":
         raise header.fault("is not a GGUF file: it does not begin with GGUF", "check the path")
     header.offset = 4

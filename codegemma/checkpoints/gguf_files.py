@@ -49,7 +49,7 @@ def choose(names: Iterable[str], quantisation: str | None = None) -> list[str]:
     """
     models: dict[str, list[str]] = {}
     for name in sorted(names):
-        if name.lower().endswith(".gguf") and not _NO_MODEL.search(PurePath(name).name):
+        if re.search(r"\.gguf(\.part\d+)?$", name, re.I) and not _NO_MODEL.search(PurePath(name).name):
             models.setdefault(stem(name), []).append(name)
     if quantisation is not None:
         wanted = {key: files for key, files in models.items() if _has_quantisation(key, quantisation)}
@@ -78,16 +78,16 @@ def _has_quantisation(name: str, quantisation: str) -> bool:
 
 
 def stem(name: str) -> str:
-    """The name without .gguf and, for a part of a split file, without its number."""
+    """The name without .gguf and, for a part or piece of a file, without its number."""
     part = _PART.fullmatch(name)
-    return part[1] if part else re.sub(r"\.gguf$", "", name, flags=re.I)
+    return part[1] if part else re.sub(r"\.gguf(\.part\d+)?$", "", name, flags=re.I)
 
 
 def parts(path: Path) -> list[Path]:
-    """The paths of all parts of a split file, in order, from that of any part; else `path` alone."""
+    """The paths of all parts or pieces of a file, in order, from that of any; else `path` alone."""
     match = _PART.fullmatch(path.name)
     if match is None:
-        return [path]
+        return gguf.pieces(path)
     count = int(match[3])
     return [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
 
@@ -105,13 +105,15 @@ def role(path: Path) -> Literal["model", "image projector", "adapter", "importan
 
 
 def in_folder(folder: Path, quantisation: str | None = None, deep: bool = False) -> Path | None:
-    """The GGUF file of a folder (of a split one, the first part); None if it has none.
+    """The GGUF file of a folder (of one in parts or pieces, the first); None if it has none.
 
     With `deep`, a folder that has none itself is searched one level deeper. Raises ValueError as `choose`
     does, naming the folder.
     """
-    pattern = "*.gguf" if not deep or any(folder.glob("*.gguf")) else "*/*.gguf"
-    files = {str(file.relative_to(folder)): file for file in folder.glob(pattern)}
+    found = [*folder.glob("*.gguf"), *folder.glob("*.gguf.part*")]
+    if deep and not found:
+        found = [*folder.glob("*/*.gguf")]
+    files = {str(file.relative_to(folder)): file for file in found}
     if len(files) > 1:
         files = {name: file for name, file in files.items() if role(file) == "model"}
     try:

@@ -222,10 +222,10 @@ def _read_parts(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
 
     Raises ValueError where a part is missing or of another model.
     """
-    metadata, stored = gguf.read(path)
-    count = metadata.get("split.count", 1)
+    opened = gguf.read(path)
+    count = opened.metadata.get("split.count", 1)
     if str(count) in ("0", "1"):
-        return path, metadata, stored
+        return path, *opened
     files = gguf_files.parts(path)
     if len(files) != count:
         rule = f"is one of {count} parts, but its name does not end in its number"
@@ -234,19 +234,25 @@ def _read_parts(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
         )
         raise ValueError(f"{path}: {rule}: {remedy}")
     if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{path}: its parts {', '.join(missing)} are not beside it: download them too")
-    contents = [gguf.read(file) for file in files]
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{path}: its parts {', '.join(missing[:3])}{more} are not beside it: download them too"
+        )
+    contents = [opened if file == path else gguf.read(file) for file in files]
     tensors: dict[str, Tensor] = {}
     for number, (file, part) in enumerate(zip(files, contents, strict=True)):
         stated = part.metadata.get("split.no"), part.metadata.get("split.count")
         if stated != (number, count):
-            fields = f"split.no {stated[0]!r} and split.count {stated[1]!r}"
-            rule = f"should have split.no {number} (from 0) and split.count {count}"
-            raise damaged(f"{file}: its header has {fields}, but part {number + 1} of {count} {rule}")
-        if repeated := tensors.keys() & part.tensors.keys():
-            raise damaged(f"{file}: repeats the tensor {min(repeated)} of an earlier part")
+            rule = f"states split.no {stated[0]!r} of {stated[1]!r}, but its name says {number} of {count}"
+            raise ValueError(f"{file}: {rule}: give the parts their own names back, or download them again")
+        if repeated := sorted(tensors.keys() & part.tensors.keys()):
+            raise damaged(f"{file}: repeats the tensor {repeated[0]} of another part")
         tensors |= part.tensors
-    return files[0], contents[0].metadata, tensors
+    metadata = contents[0].metadata
+    if str(total := metadata.get("split.tensors.count", len(tensors))) != str(len(tensors)):
+        rule = f"its parts hold {len(tensors):,} tensors, but it states {total}"
+        raise damaged(f"{files[0]}: {rule}: they are of different models")
+    return files[0], metadata, tensors
 
 
 def load(path: Path) -> Checkpoint:

@@ -16,6 +16,7 @@ from codegemma.checkpoints import (
     FIM_ORDERS_KEY,
     Checkpoint,
     format_of,
+    gguf_files,
     gguf_model,
     huggingface,
     keras,
@@ -191,7 +192,8 @@ def _stamp(checkpoint: Checkpoint, quantize_to: str, importance: Importance | Pa
     paths, arrays = [checkpoint.path], importance or {}
     if isinstance(arrays, Path):
         paths, arrays = [checkpoint.path, arrays], {}
-    inputs = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    files_of = [gguf_files.parts(path) if path.is_file() else sorted(path.rglob("*")) for path in paths]
+    inputs = [file for files in files_of for file in files]
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in inputs]
     return repr([quantize_to, *stats, *((name, values.tobytes()) for name, values in arrays.items())])
 

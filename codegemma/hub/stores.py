@@ -65,8 +65,8 @@ def model_in(directory: Path, quantisation: str | None = None) -> Path | None:
     has_weights = any(next(directory.glob(pattern), None) for pattern in WEIGHTS)
     if quantisation is None and (directory / "config.json").exists() and has_weights:
         return directory
-    if quantisation is not None or any(directory.glob("*.gguf")) or any(directory.glob("*/*.gguf")):
-        return gguf_files.in_folder(directory, quantisation, deep=True)
+    if file := gguf_files.in_folder(directory, quantisation, deep=True):
+        return file
     files = list(directory.glob("*.nemo"))
     if len(files) == 1:
         return files[0]
