@@ -1,9 +1,9 @@
 """Kernels of SIMD levels that this CPU may lack, against the plain ones.
 
-AVX-512 is translated to AVX2 by SIMDe, NEON runs on an emulated processor. Quantised products must be equal
+AVX-512 and AVX-VNNI are translated to AVX2 by SIMDe, NEON runs on an emulated processor. Quantised products must be equal
 bit for bit, all else within its rounding (levels.cpp).
 
-    apt-get install libsimde-dev                            # AVX-512
+    apt-get install libsimde-dev                            # AVX-512, AVX-VNNI
     apt-get install g++-aarch64-linux-gnu qemu-user         # NEON
 """
 
@@ -65,9 +65,10 @@ def compare(level, directory, compiler, options, runner=()):
     not SIMDE.exists() or platform.machine() != "x86_64",
     reason="needs an x86-64 processor and SIMDe (apt-get install libsimde-dev)",
 )
-def test_avx512_equals_plain(tmp_path):
-    options = ["-DCG_AVX512", "-mavx2", "-mfma", "-mf16c", "-include", TESTS / "simde_avx512.h"]
-    assert "avx512: " in compare("avx512", tmp_path, "g++", options)
+@pytest.mark.parametrize("level, defined", [("avxvnni", ["-DCG_AVX2", "-DCG_AVXVNNI"]), ("avx512", ["-DCG_AVX512"])])
+def test_levels_of_x86_equal_plain(level, defined, tmp_path):
+    options = [*defined, "-mavx2", "-mfma", "-mf16c", "-include", TESTS / "simde_avx512.h"]
+    assert f"{level}: " in compare(level, tmp_path, "g++", options)
 
 
 @needs_compiler("aarch64-linux-gnu-g++", "qemu-aarch64")  # apt-get install g++-aarch64-linux-gnu qemu-user

@@ -178,8 +178,8 @@ template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int i = 0; i < 4; i++) {
     __m256i x0 = load<__m256i>(x + 64 * i), x1 = load<__m256i>(x + 64 * i + 32), a = (__m256i)w[2 * i], b = (__m256i)w[2 * i + 1];
-#if defined(CG_AVX512)
-    s[i] = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), a, x0), b, x1);
+#if defined(CG_VNNI)
+    s[i] = dot_bytes(dot_bytes(_mm256_setzero_si256(), a, x0), b, x1);
 #else
     if constexpr (Q::MAXQ < 0) {
       a = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(x0, a));
@@ -190,7 +190,7 @@ template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
     }
 #endif
   }
-#if defined(CG_AVX512)
+#if defined(CG_VNNI)
   constexpr bool WIDE_SUMS = true;
 #else
   constexpr bool WIDE_SUMS = Q::MAXQ < 0;
@@ -309,7 +309,7 @@ template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], __m256i sc, __m256i 
   for (int j = 0; j < 8; j++) {
     __m256i pairs = _mm256_maddubs_epi16((__m256i)w[j], load<__m256i>(x + 32 * j));
     __m256i scale = _mm256_shuffle_epi8(sc, _mm256_set1_epi16((short)(2 * j | (2 * j + 1) << 8)));
-    total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, scale));
+    total = dot_words(total, pairs, scale);
   }
   return {(i32x8)total, (i32x8)_mm256_madd_epi16(mn, load<__m256i>(sums))};
 }

@@ -1,5 +1,8 @@
 #include "program.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -32,7 +35,7 @@ int Adapter::row(int32_t id) const {
 }
 
 const Kernels* choose_kernels(const std::string& level) {
-  const Kernels* available[4] = {};
+  const Kernels* available[6] = {};
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -40,6 +43,10 @@ const Kernels* choose_kernels(const std::string& level) {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
     available[n++] = avx512::kernels();
+#if defined(CG_HAS_AVXVNNI)
+  unsigned a = 0, b, c, d;
+  if (avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1) available[n++] = avxvnni::kernels();
+#endif
   if (avx2) available[n++] = avx2::kernels();
 #elif defined(__aarch64__)
   available[n++] = neon::kernels();

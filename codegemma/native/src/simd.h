@@ -1,5 +1,6 @@
 // The vector primitives of one SIMD level. kernels.cpp, matrix.cpp and quantise.cpp are compiled once per level, with
-// CG_AVX512, CG_AVX2, CG_NEON or none of them defined; only this file and parts of those differ between levels.
+// CG_AVX512, CG_AVX2, CG_NEON or none of them defined; only this file and parts of those differ between levels. Beside
+// CG_AVX2, CG_AVXVNNI adds the products of bytes that AVX-512 has (VNNI), in 256 bits.
 //
 //   Fv       native vector of floats, FW lanes         (norms, attention, float weights)
 //   Iv       native vector of int32, IW = FW lanes     (matrix products: lanes are tokens)
@@ -17,6 +18,9 @@
 
 #ifndef CG_X86
 #define CG_X86 0
+#endif
+#if defined(CG_AVX512) || defined(CG_AVXVNNI)
+#define CG_VNNI 1
 #endif
 #define CG_INLINE inline __attribute__((always_inline))
 
@@ -178,15 +182,22 @@ CG_INLINE Fv gelu(Fv x) {
 }
 
 // ------------------------------------------------------------------------------------------------ byte products
+#if defined(CG_VNNI)
+// Each int32 lane of `sums` plus its four products of an unsigned byte of w and a signed one of x, or its two of int16.
+#if defined(CG_AVX512)
+CG_INLINE __m256i dot_bytes(__m256i sums, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sums, w, x); }
+CG_INLINE __m256i dot_words(__m256i sums, __m256i a, __m256i b) { return _mm256_dpwssd_epi32(sums, a, b); }
+#else
+CG_INLINE __m256i dot_bytes(__m256i sums, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(sums, w, x); }
+CG_INLINE __m256i dot_words(__m256i sums, __m256i a, __m256i b) { return _mm256_dpwssd_avx_epi32(sums, a, b); }
+#endif
+#elif defined(CG_AVX2)
+CG_INLINE __m256i dot_words(__m256i sums, __m256i a, __m256i b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+#endif
+#if !CG_X86
 // Eight int32: lane l is the exact sum of w[i] * x[i] over i = 4l .. 4l + 3. w is 0..127, or signed if SIGNED.
 template <bool SIGNED> CG_INLINE i32x8 dot32(u8x32 w, u8x32 x) {
-#if defined(CG_AVX512)
-  return (i32x8)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)w, (__m256i)x);
-#elif defined(CG_AVX2)
-  __m256i a = (__m256i)w, b = (__m256i)x;
-  if (SIGNED) b = _mm256_sign_epi8(b, a), a = _mm256_abs_epi8(a);
-  return (i32x8)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
-#elif defined(CG_NEON)
+#if defined(CG_NEON)
   union { u8x32 v; int8x16_t q[2]; } a = {w}, b = {x};
   union { i32x8 v; int32x4_t q[2]; } r;
   for (int i = 0; i < 2; i++) r.q[i] = vdotq_s32(vdupq_n_s32(0), a.q[i], b.q[i]);
@@ -201,6 +212,7 @@ template <bool SIGNED> CG_INLINE i32x8 dot32(u8x32 w, u8x32 x) {
   return r;
 #endif
 }
+#endif
 // Lane i of the result is the sum of the lanes of v[i].
 template <class V> CG_INLINE V reduce8_generic(const V v[8]) {
   V r;
@@ -350,13 +362,17 @@ CG_INLINE i32x8 add_pairs(const int16_t* p) {  // lane l: p[2l] + p[2l + 1]
 
 // ------------------------------------------------------------------------------------------------ products of many tokens
 // Lanes are tokens. Dot<MAXQ> sums w[0..3] * x[lane][0..3] over up to STEPS calls, w in 0..MAXQ (or signed bytes for
-// MAXQ = -1); `widen` gives the int32 lanes times a scale. With VNNI and NEON the sum is int32 at once; AVX2 sums
+// MAXQ = -1); `widen` gives the int32 lanes times a scale. With VNNI and NEON the sum is int32 at once; AVX2 alone sums
 // pairs in int16, as many as cannot overflow: 2 * MAXQ * 127 * STEPS <= 32767.
 CG_INLINE Iv splat_bytes(const uint8_t* w) { return splat_i(load<int32_t>(w)); }
 template <int MAXQ> struct Dot {
-#if defined(CG_AVX512)
+#if defined(CG_VNNI)
   static constexpr int STEPS = 8;
+#if defined(CG_AVX512)
   static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x); }
+#else
+  static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)dot_bytes((__m256i)acc, (__m256i)w, (__m256i)x); }
+#endif
   static CG_INLINE Iv widen(Iv acc) { return acc; }
   static CG_INLINE Iv widen(Iv acc, int scale) { return acc * splat_i(scale); }
 #elif defined(CG_AVX2)
@@ -391,7 +407,7 @@ template <int MAXQ> struct Dot {
 #endif
 };
 // VNNI multiplies unsigned by signed: 128 is added to 8-bit weights, and subtracted again by way of the sum of the activations.
-#if defined(CG_AVX512)
+#if defined(CG_VNNI)
 constexpr int Q8_OFFSET = 128;
 #else
 constexpr int Q8_OFFSET = 0;
@@ -401,7 +417,7 @@ CG_INLINE Iv madd16(Iv acc, Iv a, Iv b) {
 #if defined(CG_AVX512)
   return acc + (Iv)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(CG_AVX2)
-  return acc + (Iv)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return (Iv)dot_words((__m256i)acc, (__m256i)a, (__m256i)b);
 #else
   return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
