@@ -44,8 +44,11 @@ const Kernels* choose_kernels(const std::string& level) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
     available[n++] = avx512::kernels();
 #if defined(CG_HAS_AVXVNNI)
-  unsigned a = 0, b, c, d;
-  if (avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1) available[n++] = avxvnni::kernels();
+  static const bool avxvnni = [] {  // asked once: on a virtual machine, cpuid is slow
+    unsigned a = 0, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+  }();
+  if (avx2 && avxvnni) available[n++] = avxvnni::kernels();
 #endif
   if (avx2) available[n++] = avx2::kernels();
 #elif defined(__aarch64__)

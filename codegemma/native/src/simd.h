@@ -417,7 +417,7 @@ CG_INLINE Iv madd16(Iv acc, Iv a, Iv b) {
 #if defined(CG_AVX512)
   return acc + (Iv)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(CG_AVX2)
-  return (Iv)dot_words((__m256i)acc, (__m256i)a, (__m256i)b);
+  return acc + (Iv)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
   return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
