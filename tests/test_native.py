@@ -28,7 +28,11 @@ def available(level):
         return False
 
 
-LEVELS = [level for level in ("plain", "avx2", "avxvnni", "avx512", "neon", "neondot", "neoni8mm") if available(level)]
+LEVELS = [
+    level
+    for level in ("plain", "avx2", "avxvnni", "avx512", "neon", "neondot", "neoni8mm")
+    if available(level)
+]
 POOLS = {threads: _native.Pool(threads) for threads in (1, 2)}
 
 

@@ -169,6 +169,8 @@ struct Kernels {
 namespace avx512 { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace avxvnni { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace avx2 { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
+namespace neoni8mm { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
+namespace neondot { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace neon { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace plain { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 

@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #include <algorithm>
 #include <cmath>
@@ -26,6 +30,25 @@ Activations view(Activations a, int64_t start, int T) {
     if (z->q) z->q += start * a.padded, z->scales += start * (a.padded / z->block), z->sums += start * (a.padded / 16);
   return a;
 }
+
+#if defined(__aarch64__)
+struct ArmFeatures { bool dotprod, i8mm; };
+ArmFeatures arm_features() {
+#if defined(__linux__)
+  constexpr unsigned long DOTPROD = 1 << 20, I8MM = 1 << 13;  // asm/hwcap.h, of which older versions lack the second
+  return {(getauxval(AT_HWCAP) & DOTPROD) != 0, (getauxval(AT_HWCAP2) & I8MM) != 0};
+#elif defined(__APPLE__)
+  auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return !sysctlbyname(name, &value, &size, nullptr, 0) && value;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM")};
+#else
+  return {};
+#endif
+}
+#endif
 
 }  // namespace
 
@@ -52,6 +75,9 @@ const Kernels* choose_kernels(const std::string& level) {
 #endif
   if (avx2) available[n++] = avx2::kernels();
 #elif defined(__aarch64__)
+  const ArmFeatures features = arm_features();
+  if (features.dotprod && features.i8mm) available[n++] = neoni8mm::kernels();
+  if (features.dotprod) available[n++] = neondot::kernels();
   available[n++] = neon::kernels();
 #endif
   available[n++] = plain::kernels();
