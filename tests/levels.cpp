@@ -1,6 +1,7 @@
-// Compares the kernels of SIMD level OTHER with the plain ones, for levels that this CPU lacks: compiled against SIMDe's
-// AVX-512, or for another processor that an emulator runs (tests/test_levels.py). Prints each difference and exits with 1.
-#include "kernels.h"
+// Compares the kernels of a SIMD level with the plain ones, for levels that this CPU lacks (tests/test_levels.py): level OTHER,
+// compiled against SIMDe, or, without OTHER, the level that is chosen on a processor that an emulator runs. Prints each
+// difference and exits with 1.
+#include "program.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,12 +11,19 @@
 #include <string>
 
 using namespace cg;
+#if defined(OTHER)
 namespace cg::OTHER { const Kernels* kernels(); }
 void cg::wait_for_zero(const std::atomic<int>&) {}  // there is one thread only
+#endif
 
 namespace {
 
-const Kernels *ours = cg::OTHER::kernels(), *twin = plain::kernels();
+#if defined(OTHER)
+const Kernels* ours = cg::OTHER::kernels();
+#else
+const Kernels* ours = choose_kernels("auto");
+#endif
+const Kernels* twin = plain::kernels();
 const float ROUNDOFF = 0x1p-24f;
 std::mt19937 generator(1);
 int failures = 0, checks = 0;
@@ -47,12 +55,12 @@ const Layout LAYOUTS[TYPES] = {
 struct Matrix {
   std::vector<uint8_t> bytes;
   Weight weight;
-  // Any bytes are quants; scales are halves near 2^-8 with both signs. Float weights lie near 1.
-  Matrix(int type, int64_t rows, int64_t cols) {
+  // Any bytes are quants, or all are `byte`; scales are halves near 2^-8 with both signs. Float weights lie near 1.
+  Matrix(int type, int64_t rows, int64_t cols, int byte = -1) {
     const Layout& l = LAYOUTS[type];
     int64_t row_bytes = cols / l.block * l.bytes;
     bytes.resize(rows * row_bytes + 1024);
-    for (auto& b : bytes) b = (uint8_t)generator();
+    for (auto& b : bytes) b = (uint8_t)(byte < 0 ? generator() : byte);
     for (int64_t block = 0; block < rows * row_bytes; block += l.bytes) {
       for (int s : l.scales) bytes[block + s + 1] = (bytes[block + s + 1] & 0x83) | 0x1c;
       if (type == MXFP4_T) bytes[block] = bytes[block] % 8 + 115;  // powers of two from 2^-13
@@ -195,6 +203,19 @@ void products() {
       expect(!memcmp(a.data(), b.data(), 4 * cols), std::string(l.name) + " row");
     }
   }
+}
+// All quants and activations are extreme at once, so that a sum in 16 bits would overflow.
+void extremes() {
+  for (int type = Q4_0_T; type < TYPES; type++)
+    for (int byte : {0x00, 0x0f, 0x7f, 0x80, 0xff}) {
+      Matrix w(type, 5, 512, byte);
+      std::vector<float> x(24 * 512);
+      for (size_t i = 0; i < x.size(); i++) x[i] = i / 512 % 3 && i % 2 ? -1 : 1;
+      for (int T : {1, 2, 5, 24}) {
+        auto a = multiply(ours, w.weight, nullptr, x, T), b = multiply(twin, w.weight, nullptr, x, T);
+        expect(!memcmp(a.data(), b.data(), 4 * a.size()), std::string(LAYOUTS[type].name) + " product of extremes");
+      }
+    }
 }
 void rows() {
   for (int n : {1, 3, 16, 77, 640}) {
@@ -356,7 +377,7 @@ void softmaxes() {
 }  // namespace
 
 int main() {
-  products(), rows(), training(), bfloat16_training(), softmaxes();
+  products(), extremes(), rows(), training(), bfloat16_training(), softmaxes();
   for (bool half : {false, true})
     for (int H : {6, 24, 64}) attention(H, 0, 0, half), attention(H, 100, 5, half);
   printf("%s: %d checks, %d failures\n", ours->name, checks, failures);

@@ -1,4 +1,4 @@
-// AVX-512 by SIMDe: included first when the AVX-512 kernels are tested on a CPU without it. The definitions below replace
+// AVX-512 and AVX-VNNI by SIMDe: included first when their kernels are tested on a CPU without them. The definitions below replace
 // functions that SIMDe 0.7 lacks or gets wrong.
 #pragma once
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -19,6 +19,8 @@ template <class Half, class Wide> Half half_of(Wide v, int which) {
 }
 #define LOW(v) _mm256_castsi256_si128(v)
 #define HIGH(v) _mm256_extracti128_si256(v, 1)
+#define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
+#define _mm256_dpwssd_avx_epi32 simde_mm256_dpwssd_epi32
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 #define _mm512_cvtph_ps(v) from_halves<simde__m512>(_mm256_cvtph_ps(LOW(v)), _mm256_cvtph_ps(HIGH(v)))

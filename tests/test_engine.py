@@ -119,7 +119,11 @@ def test_neighbours_change_nothing(kind, type):
 @pytest.mark.parametrize("kind", KINDS)
 def test_levels_agree_on_the_model(kind):
     """Products are equal; norms, softmax and GELU round differently, so activations may differ by a step."""
-    levels = [level for level in ("plain", "avx2", "avx512", "neon") if _has(level)]
+    levels = [
+        level
+        for level in ("plain", "avx2", "avxvnni", "avx512", "neon", "neondot", "neoni8mm")
+        if _has(level)
+    ]
     results = []
     for level in levels:
         backend = native(kind, "Q8_0", level=level)

@@ -40,7 +40,11 @@ def available(level):
         return False
 
 
-LEVELS = [level for level in ("plain", "avx2", "avx512", "neon") if available(level)]
+LEVELS = [
+    level
+    for level in ("plain", "avx2", "avxvnni", "avx512", "neon", "neondot", "neoni8mm")
+    if available(level)
+]
 TILES = [level for level in ("amx", "amx-imitated") if available(level)]  # numerics v2 (test_tiles.py)
 POOLS = {threads: _native.Pool(threads) for threads in (1, 2)}
 

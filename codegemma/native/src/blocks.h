@@ -8,11 +8,17 @@
 namespace cg {
 namespace CG_LEVEL {
 
+// Shifts, on x86 of 16-bit words. Callers mask off the bits that come from the neighbouring byte.
+#if defined(CG_NEON)
+CG_INLINE u8x32 bytes(const uint8_t* p) { return {vld1q_u8(p), vld1q_u8(p + 16)}; }
+template <int N> CG_INLINE u8x32 shift_right(u8x32 v) { return {vshrq_n_u8(v.low, N), vshrq_n_u8(v.high, N)}; }
+template <int N> CG_INLINE u8x32 shift_left(u8x32 v) { return {vshlq_n_u8(v.low, N), vshlq_n_u8(v.high, N)}; }
+#else
 CG_INLINE u8x32 bytes(const uint8_t* p) { return load<u8x32>(p); }
-// Shifts of 16-bit words, which are cheaper than of bytes. Callers mask off the bits that come from the neighbouring byte.
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 template <int N> CG_INLINE u8x32 shift_right(u8x32 v) { return (u8x32)((u16x16)v >> N); }
 template <int N> CG_INLINE u8x32 shift_left(u8x32 v) { return (u8x32)((u16x16)v << N); }
+#endif
 
 // Some types store an index into a table of sixteen values.
 struct Table { alignas(16) uint8_t values[16]; };

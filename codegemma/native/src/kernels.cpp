@@ -139,8 +139,8 @@ void quantise_form(const Activations& a, const Quantised& z, int t0, int t1) {
     if (t < a.T) quantise_row(a.f + t * a.stride, P, z.block, q.data(), scales.data(), sums.data());
     else std::fill(q.begin(), q.end(), 0), std::fill(scales.begin(), scales.end(), 0.f), std::fill(sums.begin(), sums.end(), 0);
     int64_t group = t / GROUP, lane = t % GROUP;
-    int8_t* qo = z.q + group * P * GROUP + lane * 4;
-    for (int64_t k = 0; k < P / 4; k++) memcpy(qo + k * GROUP * 4, &q[4 * k], 4);
+    int8_t* qo = z.q + group * P * GROUP + lane * DEPTH;
+    for (int64_t k = 0; k < P; k += DEPTH) memcpy(qo + k * GROUP, &q[k], DEPTH);
     float* so = z.scales + group * B * GROUP + lane;
     for (int64_t b = 0; b < B; b++) so[b * GROUP] = scales[b];
     int16_t* mo = z.sums + group * (P / 16) * GROUP + lane * 2;
@@ -190,8 +190,8 @@ template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int i = 0; i < 4; i++) {
     __m256i x0 = load<__m256i>(x + 64 * i), x1 = load<__m256i>(x + 64 * i + 32), a = (__m256i)w[2 * i], b = (__m256i)w[2 * i + 1];
-#if defined(CG_AVX512)
-    s[i] = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), a, x0), b, x1);
+#if defined(CG_VNNI)
+    s[i] = dot_bytes(dot_bytes(_mm256_setzero_si256(), a, x0), b, x1);
 #else
     if constexpr (Q::MAXQ < 0) {
       a = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(x0, a));
@@ -202,7 +202,7 @@ template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
     }
 #endif
   }
-#if defined(CG_AVX512)
+#if defined(CG_VNNI)
   constexpr bool WIDE_SUMS = true;
 #else
   constexpr bool WIDE_SUMS = Q::MAXQ < 0;
@@ -217,8 +217,8 @@ template <class Q> CG_INLINE void unpack8(const uint8_t* p, u8x32 w[8]) {
   for (int i = 0; i < 8; i++) w[i] = Q::unpack(p + i * Q::BYTES);
 }
 template <class Q> CG_INLINE i32x8 dots8(const u8x32 w[8], const int8_t* x) {
-  i32x8 s[8];
-  for (int i = 0; i < 8; i++) s[i] = dot32<(Q::MAXQ < 0)>(w[i], load<u8x32>(x + 32 * i));
+  Iv s[8];
+  for (int i = 0; i < 8; i++) s[i] = dot32<Q::MAXQ>(w[i], x + 32 * i);
   return reduce8(s);
 }
 #endif
@@ -294,11 +294,13 @@ void add_narrow(const Product& p, const Activations& h, int64_t r0, int64_t r1) 
     }
   }
 }
-// One super-block against one token: lanes that add up to the scaled products, and to the mins.
-struct Lanes { i32x8 products, mins; };
+// dot256: one super-block against one token, in lanes that add up to the scaled products, and to the mins.
 #if CG_X86
+struct Lanes { i32x8 products, mins; };
 // `sc`: the eight scales of the eight vectors, repeated in each 128-bit lane (see dot256); `mn`: one for each sum of 16.
-template <class Q> CG_INLINE void scale_lanes(const uint8_t* b, __m256i& sc, __m256i& mn) {
+struct Scales { __m256i sc, mn; };
+template <class Q> CG_INLINE void read_scales(const uint8_t* b, Scales& scales) {
+  auto& [sc, mn] = scales;
   const SubScales sub = Q::sub_scales(b);
   if constexpr (Q::SUB == 32) {
     __m256i both = _mm256_cvtepi8_epi16(_mm_set_epi64x((long long)sub.mn[0], (long long)sub.sc[0]));
@@ -315,20 +317,37 @@ template <class Q> CG_INLINE void scale_lanes(const uint8_t* b, __m256i& sc, __m
   if (!Q::MIN) mn = _mm256_mullo_epi16(mn, _mm256_set1_epi16(Q::OFFSET));
 }
 // 16-bit pairs times their scale, exact as |pair| <= 2 * 127 * 127. The scale of vector j is word j of each 128-bit lane.
-template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], __m256i sc, __m256i mn, const int8_t* x, const int16_t* sums) {
+template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], const Scales& scales, const int8_t* x, const int16_t* sums) {
+  const auto [sc, mn] = scales;
   __m256i total = _mm256_setzero_si256();
 #pragma GCC unroll 8
   for (int j = 0; j < 8; j++) {
     __m256i a = (__m256i)w[j], b = load<__m256i>(x + 32 * j);
     __m256i scale = _mm256_shuffle_epi8(sc, _mm256_set1_epi16((short)(2 * j | (2 * j + 1) << 8)));
-    if constexpr (Q::MAXQ < 0 && Q::OFFSET) {  // up to 255: pairs need more than 16 bits
-      total = (__m256i)((i32x8)total + dot32<true>((u8x32)a, (u8x32)b) * ((i32x8)scale >> 16));
-    } else {
-      if (Q::MAXQ < 0) b = _mm256_sign_epi8(b, a), a = _mm256_abs_epi8(a);
-      total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), scale));
+#if defined(CG_VNNI)
+    if constexpr (Q::MAXQ < 0) {  // up to 255: pairs need more than 16 bits
+      const i32x8 dots = (i32x8)dot_bytes(_mm256_setzero_si256(), a, b) * ((i32x8)scale >> 16);
+      total = _mm256_add_epi32(total, (__m256i)dots);
+      continue;
     }
+#else
+    if (Q::MAXQ < 0) b = _mm256_sign_epi8(b, a), a = _mm256_abs_epi8(a);
+#endif
+    total = dot_words(total, _mm256_maddubs_epi16(a, b), scale);
   }
   return {(i32x8)total, (i32x8)_mm256_madd_epi16(mn, load<__m256i>(sums))};
+}
+#else
+struct Lanes { Iv products, mins; };
+using Scales = KScales;
+template <class Q> CG_INLINE void read_scales(const uint8_t* b, Scales& s) { Q::scales(b, s); }
+template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], const Scales& s, const int8_t* x, const int16_t* sums) {
+  Lanes r{};
+  for (int j = 0; j < 8; j++, x += 32)
+    if (Q::SUB == 32) r.products += dot32<Q::MAXQ>(w[j], x) * splat_i(s.sc[2 * j]);
+    else r.products += dot16(w[j], 0, x) * splat_i(s.sc[2 * j]) + dot16(w[j], 1, x) * splat_i(s.sc[2 * j + 1]);
+  for (int i = 0; i < 16; i += 2 * FW) r.mins += madd16(load<Iv>(s.mn + i), load<Iv>(sums + i));
+  return r;
 }
 #endif
 template <class Q, int T> void few256(const Product& p, const Activations& a, int64_t r0, int64_t r1) {
@@ -344,37 +363,19 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
         memset(rest, 0, sizeof rest), memcpy(rest, group, n * Q::BYTES);
         group = rest;
       }
-      i32x8 products[T][8], mins[T][8];
-      for (int i = n; i < 8; i++)
-        for (int t = 0; t < T; t++) products[t][i] = mins[t][i] = i32x8{};
+      decltype(Lanes::products) products[T][8] = {}, mins[T][8] = {};
       for (int i = 0; i < n; i++) {
         const uint8_t* block = group + i * Q::BYTES;
         for (int k = 0; k < Q::BYTES; k += 64) prefetch(block + AHEAD + k);
         u8x32 w[8];
         Q::unpack(block, w);
-#if CG_X86
-        __m256i sc, mn;
-        scale_lanes<Q>(block, sc, mn);
+        Scales scales;
+        read_scales<Q>(block, scales);
         for (int t = 0; t < T; t++) {
-          Lanes lanes = dot256<Q>(w, sc, mn, a.q256.q + t * a.padded + (b0 + i) * 256,
+          Lanes lanes = dot256<Q>(w, scales, a.q256.q + t * a.padded + (b0 + i) * 256,
                                   a.q256.sums + t * (a.padded / 16) + (b0 + i) * 16);
           products[t][i] = lanes.products, mins[t][i] = lanes.mins;
         }
-#else
-        KScales s;
-        Q::scales(block, s);
-        for (int t = 0; t < T; t++) {
-          const int8_t* x = a.q256.q + t * a.padded + (b0 + i) * 256;
-          products[t][i] = i32x8{};
-          for (int j = 0; j < 8; j++) {
-            i32x8 scale = i32x8{} + (int32_t)s.sc[2 * j];
-            if (Q::SUB == 16) for (int l = 4; l < 8; l++) scale[l] = s.sc[2 * j + 1];
-            products[t][i] += dot32<(Q::MAXQ < 0)>(w[j], load<u8x32>(x + 32 * j)) * scale;
-          }
-          i32x8 pairs = load<i32x8>(a.q256.sums + t * (a.padded / 16) + (b0 + i) * 16), mn = load<i32x8>(s.mn);
-          mins[t][i] = (pairs << 16 >> 16) * (mn << 16 >> 16) + (pairs >> 16) * (mn >> 16);
-        }
-#endif
       }
       f32x8 d = halves_in_order(group, Q::BYTES, Q::D_OFFSET);
       f32x8 dmin = Q::MIN ? halves_in_order(group, Q::BYTES, Q::D_OFFSET + 2) : d;
@@ -417,6 +418,37 @@ template <class T> CG_INLINE const T* lane(const void* base, int64_t g0, int v, 
   return (const T*)((const char*)base + (g0 + v / NV) * per_group + offset + (v % NV) * sizeof(Fv));
 }
 
+// total[r][v] += widen(sums, r, r): the products of N bytes of row r, from byte k on, with those of the tokens of vector v.
+// With I8MM, two rows of `total` hold tiles (simd.h): widen(sums, first row, second row).
+template <class D, int G, int N, class Widen>
+CG_INLINE void add_dots(const uint8_t* q, const int8_t* x, int64_t P, int64_t g0, int64_t k, Iv (*total)[G * NV], Widen widen) {
+  constexpr int VT = G * NV, HALVES = DEPTH / 4, STEPS = std::min(D::STEPS, N / DEPTH);
+  for (int64_t end = k + N; k < end; k += STEPS * DEPTH)
+    for (int r0 = 0; r0 < 4; r0 += D::ROWS) {
+      typename D::Sums sums[D::ROWS][VT] = {};
+      for (int s = 0; s < STEPS; s++) {
+        const int64_t byte = k + s * DEPTH;
+        Iv tokens[HALVES][VT];
+        for (int h = 0; h < HALVES; h++)
+          for (int v = 0; v < VT; v++)
+            tokens[h][v] = load<Iv>(x + (g0 + v / NV) * P * GROUP + byte * GROUP + (v % NV * HALVES + h) * sizeof(Iv));
+        for (int r = 0; r < D::ROWS; r++) {
+          Iv w = row_bytes(q + byte, P, r0 + r);
+          for (int v = 0; v < VT; v++) sums[r][v] = D::step(sums[r][v], w, tokens[r % HALVES][v]);
+        }
+      }
+      for (int r = 0; r < D::ROWS; r++)
+        for (int v = 0; v < VT; v++) {
+          const int first = (r0 + r) / HALVES * HALVES;
+          total[r0 + r][v] += widen(sums[r][v], first, first + HALVES - 1);
+        }
+    }
+}
+template <int VT> CG_INLINE void to_rows(Iv (*total)[VT]) {
+  for (int r = 0; r < 4; r += 2)
+    for (int v = 0; v < VT; v++) untile(total[r][v], total[r + 1][v]);
+}
+
 // CHAINS is 8, or 1 if a row is a single block.
 template <class Q, int G, int CHAINS>
 __attribute__((noinline)) void micro32(const uint8_t* q, const float* d, const float* m, const Activations& a, int64_t g0,
@@ -426,29 +458,16 @@ __attribute__((noinline)) void micro32(const uint8_t* q, const float* d, const f
   const int64_t P = a.padded, nb = P / 32;
   Fv acc[CHAINS][4][VT] = {};
   for (int64_t b = 0; b < blocks; b++) {
-    Iv total[4][VT], sums[VT];
-    for (int v = 0; v < VT; v++) {
-      if (Q::OFFSET || Q::MIN)
-        sums[v] = madd16(Iv{}, splat_i(0x00010001), load<Iv>(lane<char>(a.q32.sums, g0, v, P / 16 * GROUP * 2, b * 64)));
-      for (int r = 0; r < 4; r++) total[r][v] = Q::OFFSET ? -Q::OFFSET * sums[v] : Iv{};
-    }
-    for (int s0 = 0; s0 < 8; s0 += D::STEPS) {
-      Iv part[4][VT] = {};
-      for (int s = s0; s < s0 + D::STEPS; s++) {
-        Iv x[VT];
-        for (int v = 0; v < VT; v++) x[v] = load<Iv>(lane<char>(a.q32.q, g0, v, P * GROUP, (b * 8 + s) * 64));
-        for (int r = 0; r < 4; r++) {
-          Iv w = splat_bytes(q + r * P + b * 32 + s * 4);
-          for (int v = 0; v < VT; v++) part[r][v] = D::step(part[r][v], w, x[v]);
-        }
-      }
-      for (int r = 0; r < 4; r++)
-        for (int v = 0; v < VT; v++) total[r][v] += D::widen(part[r][v]);
-    }
+    Iv total[4][VT] = {}, sums[VT] = {};
+    if (Q::OFFSET || Q::MIN)
+      for (int v = 0; v < VT; v++)
+        sums[v] = madd16(splat_i(0x00010001), load<Iv>(lane<char>(a.q32.sums, g0, v, P / 16 * GROUP * 2, b * 64)));
+    add_dots<D, G, 32>(q, a.q32.q, P, g0, b * 32, total, [](auto sums, int, int) { return D::widen(sums); });
+    to_rows<VT>(total);
     for (int v = 0; v < VT; v++) {
       Fv dx = load<Fv>(lane<char>(a.q32.scales, g0, v, nb * GROUP * 4, b * 64));
       for (int r = 0; r < 4; r++) {
-        Fv term = to_float(total[r][v]) * (splat(d[r * nb + b]) * dx);
+        Fv term = to_float(total[r][v] - Q::OFFSET * sums[v]) * (splat(d[r * nb + b]) * dx);
         if (Q::MIN) term = term + to_float(sums[v]) * (splat(m[r * nb + b]) * dx);
         acc[b % CHAINS][r][v] += term;
       }
@@ -460,32 +479,23 @@ __attribute__((noinline)) void micro32(const uint8_t* q, const float* d, const f
 template <class Q, int G>
 __attribute__((noinline)) void micro256(const uint8_t* q, const KScales* scales, const Activations& a, int64_t g0,
                                         int64_t blocks, Fv (*res)[G * NV]) {
-  constexpr int VT = G * NV, PER = Q::SUB / 4;
+  constexpr int VT = G * NV;
   using D = Dot<(Q::MAXQ < 0 && Q::OFFSET ? 127 : Q::MAXQ)>;
-  constexpr int STEPS = D::STEPS < PER ? D::STEPS : PER;
   const int64_t P = a.padded, nb = P / 256;
   Fv acc[8][4][VT] = {};
   for (int64_t b = 0; b < blocks; b++) {
     const KScales* ks[4] = {scales + b, scales + nb + b, scales + 2 * nb + b, scales + 3 * nb + b};
-    Iv total[4][VT] = {}, mins[4][VT] = {};
-    for (int s0 = 0; s0 < 64; s0 += STEPS) {
-      Iv part[4][VT] = {};
-      for (int s = s0; s < s0 + STEPS; s++) {
-        Iv x[VT];
-        for (int v = 0; v < VT; v++) x[v] = load<Iv>(lane<char>(a.q256.q, g0, v, P * GROUP, (b * 64 + s) * 64));
-        for (int r = 0; r < 4; r++) {
-          Iv w = splat_bytes(q + r * P + b * 256 + s * 4);
-          for (int v = 0; v < VT; v++) part[r][v] = D::step(part[r][v], w, x[v]);
-        }
-      }
-      for (int r = 0; r < 4; r++)
-        for (int v = 0; v < VT; v++) total[r][v] += D::widen(part[r][v], ks[r]->sc[s0 / 4]);
+    Iv total[4][VT] = {}, mins[4][VT];
+    for (int i = 0; i < 256; i += Q::SUB)
+      add_dots<D, G, Q::SUB>(q, a.q256.q, P, g0, b * 256 + i, total, [&](auto sums, int first, int second) {
+        return D::widen(sums, ks[first]->sc[i / 16], ks[second]->sc[i / 16]);
+      });
+    to_rows<VT>(total);
+    for (int v = 0; v < VT; v++) {
+      Iv sums[8];
+      for (int j = 0; j < 8; j++) sums[j] = load<Iv>(lane<char>(a.q256.sums, g0, v, P / 16 * GROUP * 2, (b * 8 + j) * 64));
+      for (int r = 0; r < 4; r++) mins[r][v] = dot_pairs(ks[r]->mn, sums);
     }
-    for (int j = 0; j < 8; j++)
-      for (int v = 0; v < VT; v++) {
-        Iv sums = load<Iv>(lane<char>(a.q256.sums, g0, v, P / 16 * GROUP * 2, (b * 8 + j) * 64));
-        for (int r = 0; r < 4; r++) mins[r][v] = madd16(mins[r][v], splat_i(load<int32_t>(&ks[r]->mn[2 * j])), sums);
-      }
     for (int v = 0; v < VT; v++) {
       Fv dx = load<Fv>(lane<char>(a.q256.scales, g0, v, nb * GROUP * 4, b * 64));
       for (int r = 0; r < 4; r++) {
@@ -584,6 +594,11 @@ CG_INLINE f32x8 fold_lanes(const Fv v[8]) {
   return reduce8(h);
 #elif defined(CG_AVX2)
   return reduce8((const f32x8*)v);
+#elif defined(CG_NEON)
+  float32x2_t h[8];
+  for (int i = 0; i < 8; i++) h[i] = vadd_f32(vget_low_f32((float32x4_t)v[i]), vget_high_f32((float32x4_t)v[i]));
+  return join<f32x8>(vcombine_f32(vpadd_f32(h[0], h[1]), vpadd_f32(h[2], h[3])),
+                     vcombine_f32(vpadd_f32(h[4], h[5]), vpadd_f32(h[6], h[7])));
 #else
   f32x8 r;
   for (int i = 0; i < 8; i++) r[i] = sum(v[i]);
@@ -906,22 +921,24 @@ void log_sum(const float* x, int64_t n, float* largest_out, float* total, int64_
 }
 
 #if !defined(CG_AMX)
-// Multiply-adds of unsigned by signed bytes into exact int32 sums, in registers only: the peak rate of the multipliers.
+// Multiply-adds of bytes into exact sums, in registers only: the peak rate of the multipliers.
 int64_t peak(int64_t rounds) {
+  using D = Dot<127>;
   constexpr int SUMS = 12;  // enough to hide the latency
-  Iv w = splat_i(0x01020304), x = splat_i(0x04030201), sums[SUMS] = {};
+  Iv w = splat_i(0x01020304), x = splat_i(0x04030201);
+  D::Sums sums[SUMS] = {};
   for (int64_t i = 0; i < rounds; i++) {
 #pragma GCC unroll 12
     for (int j = 0; j < SUMS; j++) {
-      CG_OPAQUE(sums[j]);  // or the compiler would see equal sums
-      sums[j] = Dot<127>::step(sums[j], w, x);
+      CG_OPAQUE(w);  // or the compiler would see equal sums
+      sums[j] = D::step(sums[j], w, x);
     }
   }
 #pragma GCC unroll 12  // else the sums would lie in memory
-  for (int j = 1; j < SUMS; j++) sums[0] += Dot<127>::widen(sums[j]);
-  volatile int keep = sums[0][0];
+  for (int j = 0; j < SUMS; j++) x += D::widen(sums[j]);
+  volatile int keep = x[0];
   (void)keep;
-  return rounds * SUMS * FW * 4 * 2;
+  return rounds * SUMS * FW * DEPTH * 2;
 }
 #endif
 

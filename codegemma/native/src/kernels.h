@@ -185,7 +185,10 @@ struct Kernels {
 namespace amx { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace amx_imitated { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }  // a build for tests
 namespace avx512 { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
+namespace avxvnni { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace avx2 { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
+namespace neoni8mm { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
+namespace neondot { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace neon { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 namespace plain { const Kernels* kernels(); extern const MatrixKernels matrix_kernels; }
 

@@ -1,5 +1,12 @@
 #include "program.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -25,6 +32,25 @@ Activations view(Activations a, int64_t start, int T) {
   return a;
 }
 
+#if defined(__aarch64__)
+struct ArmFeatures { bool dotprod, i8mm; };
+ArmFeatures arm_features() {
+#if defined(__linux__)
+  constexpr unsigned long DOTPROD = 1 << 20, I8MM = 1 << 13;  // asm/hwcap.h, of which older versions lack the second
+  return {(getauxval(AT_HWCAP) & DOTPROD) != 0, (getauxval(AT_HWCAP2) & I8MM) != 0};
+#elif defined(__APPLE__)
+  auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return !sysctlbyname(name, &value, &size, nullptr, 0) && value;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM")};
+#else
+  return {};
+#endif
+}
+#endif
+
 }  // namespace
 
 int Adapter::row(int32_t id) const {
@@ -44,8 +70,18 @@ const Kernels* choose_kernels(const std::string& level) {
   if (avx512 && why_no_amx().empty()) available[n++] = amx::kernels();
 #endif
   if (avx512) available[n++] = avx512::kernels();
+#if defined(CG_HAS_AVXVNNI)
+  static const bool avxvnni = [] {  // asked once: on a virtual machine, cpuid is slow
+    unsigned a = 0, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+  }();
+  if (avx2 && avxvnni) available[n++] = avxvnni::kernels();
+#endif
   if (avx2) available[n++] = avx2::kernels();
 #elif defined(__aarch64__)
+  const ArmFeatures features = arm_features();
+  if (features.dotprod && features.i8mm) available[n++] = neoni8mm::kernels();
+  if (features.dotprod) available[n++] = neondot::kernels();
   available[n++] = neon::kernels();
 #endif
   available[n++] = plain::kernels();

@@ -427,7 +427,7 @@ void quantise(const std::string& level, const std::string& type, Array<const flo
     throw std::invalid_argument("importance must be one number for each column");
   auto* table = cg::plain::QUANTISERS;
 #ifdef __x86_64__
-  if (level == "avx2" || level == "avx512") table = cg::avx2::QUANTISERS;
+  if (level != "plain") table = cg::avx2::QUANTISERS;
 #endif
   const float* w = importance ? importance->data() : nullptr;
   const float* v = x.data();

@@ -1,5 +1,7 @@
 // The vector primitives of one SIMD level. kernels.cpp, matrix.cpp and quantise.cpp are compiled once per level, with
-// CG_AVX512, CG_AVX2, CG_NEON or none of them defined; only this file and parts of those differ between levels.
+// CG_AVX512, CG_AVX2, CG_NEON or none of them defined; only this file and parts of those differ between levels. Products
+// of bytes come in more forms: beside CG_AVX2, CG_AVXVNNI stands for those of AVX-512 (VNNI) in 256 bits; beside CG_NEON,
+// CG_DOTPROD for dot products of four bytes (Armv8.2) and CG_I8MM also for those of 2 x 2 rows of eight (Armv8.6).
 //
 //   Fv       native vector of floats, FW lanes         (norms, attention, float weights)
 //   Iv       native vector of int32, IW = FW lanes     (matrix products: lanes are tokens)
@@ -18,12 +20,30 @@
 #ifndef CG_X86
 #define CG_X86 0
 #endif
+#if defined(CG_AVX512) || defined(CG_AVXVNNI)
+#define CG_VNNI 1
+#endif
 #define CG_INLINE inline __attribute__((always_inline))
 
 namespace cg {
 namespace CG_LEVEL {
 
+#if defined(CG_NEON)
+struct u8x32 { uint8x16_t low, high; };  // GCC would keep a vector of 32 bytes in memory
+CG_INLINE u8x32 operator&(u8x32 a, u8x32 b) { return {a.low & b.low, a.high & b.high}; }
+CG_INLINE u8x32 operator|(u8x32 a, u8x32 b) { return {a.low | b.low, a.high | b.high}; }
+CG_INLINE u8x32 operator^(u8x32 a, u8x32 b) { return {a.low ^ b.low, a.high ^ b.high}; }
+CG_INLINE u8x32 splat8(uint8_t b) { return {vdupq_n_u8(b), vdupq_n_u8(b)}; }
+CG_INLINE u8x32 operator&(u8x32 a, uint8_t b) { return a & splat8(b); }
+CG_INLINE u8x32 operator^(u8x32 a, uint8_t b) { return a ^ splat8(b); }
+template <class V, class Half> CG_INLINE V join(Half low, Half high) {
+  V v;
+  memcpy(&v, &low, 16), memcpy((char*)&v + 16, &high, 16);
+  return v;
+}
+#else
 typedef uint8_t u8x32 __attribute__((vector_size(32)));
+#endif
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef float f32x8 __attribute__((vector_size(32)));
 #if defined(CG_AVX512)
@@ -178,58 +198,81 @@ CG_INLINE Fv gelu(Fv x) {
 }
 
 // ------------------------------------------------------------------------------------------------ byte products
-// Eight int32: lane l is the exact sum of w[i] * x[i] over i = 4l .. 4l + 3. w is 0..127, or signed if SIGNED.
-template <bool SIGNED> CG_INLINE i32x8 dot32(u8x32 w, u8x32 x) {
+#if defined(CG_VNNI)
+// Each int32 lane of `sums` plus its four products of an unsigned byte of w and a signed one of x, or its two of int16.
 #if defined(CG_AVX512)
-  return (i32x8)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)w, (__m256i)x);
-#elif defined(CG_AVX2)
-  __m256i a = (__m256i)w, b = (__m256i)x;
-  if (SIGNED) b = _mm256_sign_epi8(b, a), a = _mm256_abs_epi8(a);
-  return (i32x8)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
-#elif defined(CG_NEON)
-  union { u8x32 v; int8x16_t q[2]; } a = {w}, b = {x};
-  union { i32x8 v; int32x4_t q[2]; } r;
-  for (int i = 0; i < 2; i++) r.q[i] = vdotq_s32(vdupq_n_s32(0), a.q[i], b.q[i]);
-  return r.v;
+CG_INLINE __m256i dot_bytes(__m256i sums, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sums, w, x); }
+CG_INLINE __m256i dot_words(__m256i sums, __m256i a, __m256i b) { return _mm256_dpwssd_epi32(sums, a, b); }
 #else
-  i32x8 r;
-  for (int l = 0; l < 8; l++) {
-    int s = 0;
-    for (int i = 4 * l; i < 4 * l + 4; i++) s += (SIGNED ? (int)(int8_t)w[i] : (int)w[i]) * (int8_t)x[i];
-    r[l] = s;
-  }
-  return r;
+CG_INLINE __m256i dot_bytes(__m256i sums, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(sums, w, x); }
+CG_INLINE __m256i dot_words(__m256i sums, __m256i a, __m256i b) { return _mm256_dpwssd_avx_epi32(sums, a, b); }
 #endif
-}
-// Lane i of the result is the sum of the lanes of v[i].
-template <class V> CG_INLINE V reduce8_generic(const V v[8]) {
-  V r;
-  for (int i = 0; i < 8; i++)
-    r[i] = ((v[i][0] + v[i][1]) + (v[i][2] + v[i][3])) + ((v[i][4] + v[i][5]) + (v[i][6] + v[i][7]));
-  return r;
-}
-CG_INLINE i32x8 reduce8(const i32x8 v[8]) {
+#elif defined(CG_AVX2)
+CG_INLINE __m256i dot_words(__m256i sums, __m256i a, __m256i b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+#endif
 #if CG_X86
+// Lane i of the result is the sum of the lanes of v[i].
+CG_INLINE i32x8 reduce8(const i32x8 v[8]) {
   auto h = [](i32x8 a, i32x8 b) { return (i32x8)_mm256_hadd_epi32((__m256i)a, (__m256i)b); };
   __m256i a = (__m256i)h(h(v[0], v[1]), h(v[2], v[3])), b = (__m256i)h(h(v[4], v[5]), h(v[6], v[7]));
   return (i32x8)_mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-#else
-  return reduce8_generic(v);
-#endif
 }
 CG_INLINE f32x8 reduce8(const f32x8 v[8]) {
-#if CG_X86
   auto h = [](f32x8 a, f32x8 b) { return (f32x8)_mm256_hadd_ps((__m256)a, (__m256)b); };
   __m256 a = (__m256)h(h(v[0], v[1]), h(v[2], v[3])), b = (__m256)h(h(v[4], v[5]), h(v[6], v[7]));
   return (f32x8)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-#else
-  return reduce8_generic(v);
+}
+#elif defined(CG_NEON)
+// Four int32 that add up to the dot product of 32 signed bytes, or of 16: half 0 or 1 of them.
+CG_INLINE int8x16_t half_of(u8x32 v, int half) { return vreinterpretq_s8_u8(half ? v.high : v.low); }
+CG_INLINE Iv dot16(u8x32 w, int half, const int8_t* x) {
+  const int8x16_t a = half_of(w, half), b = vld1q_s8(x + 16 * half);
+#if defined(CG_DOTPROD)
+  return (Iv)vdotq_s32(vdupq_n_s32(0), a, b);
+#else  // two products in a lane of int16: at most 2 * 128 * 127
+  return (Iv)vpaddlq_s16(vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b));
 #endif
 }
+template <int MAXQ> CG_INLINE Iv dot32(u8x32 w, const int8_t* x) {
+#if defined(CG_DOTPROD)
+  return (Iv)vdotq_s32((int32x4_t)dot16(w, 0, x), half_of(w, 1), vld1q_s8(x + 16));
+#else
+  if constexpr (MAXQ < 0) return dot16(w, 0, x) + dot16(w, 1, x);
+  int16x8_t sums = vdupq_n_s16(0);  // four products in a lane: at most 4 * 63 * 127
+  for (int half = 0; half < 2; half++) {
+    const int8x16_t a = half_of(w, half), b = vld1q_s8(x + 16 * half);
+    sums = vmlal_high_s8(vmlal_s8(sums, vget_low_s8(a), vget_low_s8(b)), a, b);
+  }
+  return (Iv)vpaddlq_s16(sums);
+#endif
+}
+CG_INLINE i32x8 reduce8(const Iv v[8]) {
+  auto sums = [](const Iv* v) {
+    return vpaddq_s32(vpaddq_s32((int32x4_t)v[0], (int32x4_t)v[1]), vpaddq_s32((int32x4_t)v[2], (int32x4_t)v[3]));
+  };
+  return join<i32x8>(sums(v), sums(v + 4));
+}
+#else
+CG_INLINE Iv dot16(u8x32 w, int half, const int8_t* x) {
+  Iv r{};
+  for (int i = 0; i < 16; i++) r[i / 4] += (int8_t)w[16 * half + i] * x[16 * half + i];
+  return r;
+}
+template <int MAXQ> CG_INLINE Iv dot32(u8x32 w, const int8_t* x) { return dot16(w, 0, x) + dot16(w, 1, x); }
+CG_INLINE i32x8 reduce8(const Iv v[8]) {
+  i32x8 r;
+  for (int i = 0; i < 8; i++) r[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+  return r;
+}
+#endif
 template <bool SIGNED> CG_INLINE f32x8 bytes_to_floats(const void* p) {
 #if CG_X86
   __m128i v = _mm_loadl_epi64((const __m128i*)p);
   return (f32x8)_mm256_cvtepi32_ps(SIGNED ? _mm256_cvtepi8_epi32(v) : _mm256_cvtepu8_epi32(v));
+#elif defined(CG_NEON)
+  const uint8x8_t v = vld1_u8((const uint8_t*)p);
+  const int16x8_t words = SIGNED ? vmovl_s8(vreinterpret_s8_u8(v)) : vreinterpretq_s16_u16(vmovl_u8(v));
+  return join<f32x8>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words)));
 #else
   f32x8 v;
   for (int i = 0; i < 8; i++) v[i] = SIGNED ? (float)((const int8_t*)p)[i] : (float)((const uint8_t*)p)[i];
@@ -274,6 +317,12 @@ CG_INLINE int32_t round16(const float* x, float scale, int8_t* q) {
   __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
   _mm_storeu_si128((__m128i*)q, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
   return sum((i32x8)_mm256_add_epi32(a, b));
+#elif defined(CG_NEON)
+  int32x4_t v[4];
+  for (int i = 0; i < 4; i++) v[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), scale));
+  const int16x8_t low = vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1])), high = vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]));
+  vst1q_s8(q, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+  return vaddlvq_s16(vaddq_s16(low, high));
 #else
   const Fv round = splat(12582912.0f);  // 1.5 * 2^23
   int32_t v[16], total = 0;
@@ -286,6 +335,9 @@ CG_INLINE u8x32 nibbles(const uint8_t* p) {  // 16 bytes: low nibbles, then high
 #if CG_X86
   __m128i v = _mm_loadu_si128((const __m128i*)p);
   return (u8x32)_mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(15));
+#elif defined(CG_NEON)
+  const uint8x16_t v = vld1q_u8(p);
+  return {vandq_u8(v, vdupq_n_u8(15)), vshrq_n_u8(v, 4)};
 #else
   u8x32 v;
   for (int i = 0; i < 16; i++) v[i] = p[i] & 15, v[i + 16] = p[i] >> 4;
@@ -310,6 +362,10 @@ CG_INLINE u8x32 spread_bits(const uint8_t* p) {  // 32 bits: byte i is 16 where 
       _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
   __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
   return (u8x32)_mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(v, bit), bit), _mm256_set1_epi8(16));
+#elif defined(CG_NEON)
+  const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ull)), sixteen = vdupq_n_u8(16);
+  auto sixteen_bits = [&](const uint8_t* p) { return vandq_u8(vtstq_u8(vcombine_u8(vld1_dup_u8(p), vld1_dup_u8(p + 1)), bit), sixteen); };
+  return {sixteen_bits(p), sixteen_bits(p + 2)};
 #else
   u8x32 v;
   for (int i = 0; i < 32; i++) v[i] = (p[i / 8] >> (i % 8) & 1) << 4;
@@ -354,6 +410,8 @@ CG_INLINE float fold_lanes8(f32x8 v) {  // the lanes hold chains by ORDER
 CG_INLINE i32x8 add_pairs(const int16_t* p) {  // lane l: p[2l] + p[2l + 1]
 #if CG_X86
   return (i32x8)_mm256_madd_epi16(load<__m256i>(p), _mm256_set1_epi16(1));
+#elif defined(CG_NEON)
+  return join<i32x8>(vpaddlq_s16(vld1q_s16(p)), vpaddlq_s16(vld1q_s16(p + 8)));
 #else
   i32x8 v = load<i32x8>(p);
   return (v << 16 >> 16) + (v >> 16);
@@ -361,18 +419,41 @@ CG_INLINE i32x8 add_pairs(const int16_t* p) {  // lane l: p[2l] + p[2l + 1]
 }
 
 // ------------------------------------------------------------------------------------------------ products of many tokens
-// Lanes are tokens. Dot<MAXQ> sums w[0..3] * x[lane][0..3] over up to STEPS calls, w in 0..MAXQ (or signed bytes for
-// MAXQ = -1); `widen` gives the int32 lanes times a scale. With VNNI and NEON the sum is int32 at once; AVX2 sums
-// pairs in int16, as many as cannot overflow: 2 * MAXQ * 127 * STEPS <= 32767.
-CG_INLINE Iv splat_bytes(const uint8_t* w) { return splat_i(load<int32_t>(w)); }
-template <int MAXQ> struct Dot {
-#if defined(CG_AVX512)
-  static constexpr int STEPS = 8;
-  static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x); }
+// Lanes are tokens. A `step` of Dot<MAXQ> multiplies DEPTH bytes of a row, 0 .. MAXQ or signed for MAXQ = -1, by as many of
+// each token. Sums hold up to STEPS of them, for ROWS rows at once; `widen` makes int32 of them, times a factor of the row.
+#if defined(CG_I8MM)
+// Tiles of two rows by two tokens: of rows r and r + 1, sums[r] holds tokens 0, 1 of each four, sums[r + 1] tokens 2, 3.
+constexpr int DEPTH = 8;
+CG_INLINE Iv row_bytes(const uint8_t* q, int64_t stride, int r) {
+  return (Iv)vcombine_u8(vld1_u8(q + (r & ~1) * stride), vld1_u8(q + (r | 1) * stride));
+}
+CG_INLINE void untile(Iv& a, Iv& b) {
+  const int64x2_t first = (int64x2_t)a, second = (int64x2_t)b;
+  a = (Iv)vzip1q_s64(first, second), b = (Iv)vzip2q_s64(first, second);
+}
+#else
+constexpr int DEPTH = 4;
+CG_INLINE Iv row_bytes(const uint8_t* q, int64_t stride, int r) { return splat_i(load<int32_t>(q + r * stride)); }
+CG_INLINE void untile(Iv&, Iv&) {}
+#endif
+struct DotInt32 {
+  using Sums = Iv;
+  static constexpr int STEPS = 8, ROWS = 4;
   static CG_INLINE Iv widen(Iv acc) { return acc; }
-  static CG_INLINE Iv widen(Iv acc, int scale) { return acc * splat_i(scale); }
-#elif defined(CG_AVX2)
-  static constexpr int STEPS = MAXQ < 0 ? 8 : MAXQ <= 15 ? 8 : MAXQ <= 31 ? 4 : 2;
+  static CG_INLINE Iv widen(Iv acc, int factor, int) { return acc * splat_i(factor); }
+};
+#if defined(CG_VNNI)
+template <int MAXQ> struct Dot : DotInt32 {
+#if defined(CG_AVX512)
+  static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x); }
+#else
+  static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)dot_bytes((__m256i)acc, (__m256i)w, (__m256i)x); }
+#endif
+};
+#elif defined(CG_AVX2)  // sums pairs in int16, as many as cannot overflow: 2 * MAXQ * 127 * STEPS < 2^15
+template <int MAXQ> struct Dot {
+  using Sums = Iv;
+  static constexpr int STEPS = MAXQ < 0 ? 8 : MAXQ <= 15 ? 8 : MAXQ <= 31 ? 4 : 2, ROWS = 4;
   static CG_INLINE Iv step(Iv acc, Iv w, Iv x) {
     if constexpr (MAXQ < 0) {
       __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w));
@@ -384,41 +465,74 @@ template <int MAXQ> struct Dot {
     if constexpr (MAXQ < 0) return acc;
     return (Iv)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1));
   }
-  static CG_INLINE Iv widen(Iv acc, int scale) {
-    if constexpr (MAXQ < 0) return acc * splat_i(scale);
-    return (Iv)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16((short)scale));
+  static CG_INLINE Iv widen(Iv acc, int factor, int) {
+    if constexpr (MAXQ < 0) return acc * splat_i(factor);
+    return (Iv)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16((short)factor));
   }
-#elif defined(CG_NEON)
-  static constexpr int STEPS = 8;
+};
+#elif defined(CG_I8MM)  // two rows by two tokens
+template <int MAXQ> struct Dot : DotInt32 {
+  static constexpr int STEPS = 4;
+  static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)vmmlaq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)x); }
+  using DotInt32::widen;
+  static CG_INLINE Iv widen(Iv acc, int first, int second) { return acc * Iv{first, first, second, second}; }
+};
+#elif defined(CG_DOTPROD)
+template <int MAXQ> struct Dot : DotInt32 {
   static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)x); }
-  static CG_INLINE Iv widen(Iv acc) { return acc; }
-  static CG_INLINE Iv widen(Iv acc, int scale) { return acc * splat_i(scale); }
+};
+#elif defined(CG_NEON)  // sums in int16, as many as cannot overflow: |MAXQ| * 127 * STEPS < 2^15
+template <int MAXQ> struct Dot {
+  struct Sums { int16x8_t low, high; };  // four lanes a token
+  static constexpr int STEPS = MAXQ < 0 || MAXQ > 63 ? 2 : MAXQ <= 31 ? 8 : 4, ROWS = 2;
+  static CG_INLINE Sums step(Sums acc, Iv w, Iv x) {
+    const int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
+    return {vmlal_s8(acc.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(acc.high, a, b)};
+  }
+  static CG_INLINE Iv widen(Sums acc) { return (Iv)vpaddq_s32(vpaddlq_s16(acc.low), vpaddlq_s16(acc.high)); }
+  static CG_INLINE Iv widen(Sums acc, int factor, int) { return widen(acc) * splat_i(factor); }
+};
 #else
-  static constexpr int STEPS = 8;
+template <int MAXQ> struct Dot : DotInt32 {
   static CG_INLINE Iv step(Iv acc, Iv w, Iv x) {
     const uint8_t* a = (const uint8_t*)&w; const int8_t* b = (const int8_t*)&x;
     for (int l = 0; l < FW; l++)
       for (int i = 4 * l; i < 4 * l + 4; i++) acc[l] += (MAXQ < 0 ? (int)(int8_t)a[i] : (int)a[i]) * b[i];
     return acc;
   }
-  static CG_INLINE Iv widen(Iv acc) { return acc; }
-  static CG_INLINE Iv widen(Iv acc, int scale) { return acc * splat_i(scale); }
-#endif
 };
+#endif
 // VNNI multiplies unsigned by signed: 128 is added to 8-bit weights, and subtracted again by way of the sum of the activations.
-#if defined(CG_AVX512)
+#if defined(CG_VNNI)
 constexpr int Q8_OFFSET = 128;
 #else
 constexpr int Q8_OFFSET = 0;
 #endif
-// acc + a.lo * b.lo + a.hi * b.hi for the two int16 halves of each lane.
-CG_INLINE Iv madd16(Iv acc, Iv a, Iv b) {
+// a.lo * b.lo + a.hi * b.hi for the two int16 halves of each lane.
+CG_INLINE Iv madd16(Iv a, Iv b) {
 #if defined(CG_AVX512)
-  return acc + (Iv)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  return (Iv)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(CG_AVX2)
-  return acc + (Iv)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return (Iv)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(CG_NEON)
+  return (Iv)vpaddq_s32(vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b)), vmull_high_s16((int16x8_t)a, (int16x8_t)b));
 #else
-  return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+  return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+// Lanes hold pairs of int16: the dot product of 16 of them, `a` for all lanes alike, and the sum of one pair.
+CG_INLINE Iv dot_pairs(const int16_t* a, const Iv b[8]) {
+#if defined(CG_NEON)
+  int32x4_t low = vdupq_n_s32(0), high = low;
+  for (int i = 0; i < 8; i++) {
+    const int16x8_t x = (int16x8_t)splat_i(load<int32_t>(a + 2 * i)), y = (int16x8_t)b[i];
+    low = vmlal_s16(low, vget_low_s16(x), vget_low_s16(y)), high = vmlal_high_s16(high, x, y);
+  }
+  return (Iv)vpaddq_s32(low, high);
+#else
+  Iv total{};
+  for (int i = 0; i < 8; i++) total += madd16(splat_i(load<int32_t>(a + 2 * i)), b[i]);
+  return total;
 #endif
 }
 #if defined(CG_NEON)
