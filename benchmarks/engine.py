@@ -127,6 +127,7 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {
         "model": path.name,
         "level": model.backend.level,
+        "factors": model.backend.factors,
         "peer": f"llama.cpp (llama-cpp-python {about['llama_cpp_python']})",
     }
 
@@ -198,7 +199,7 @@ def adapters(path: Path, rounds: int, threads: int, rank: int = 32) -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| model | prefill tok/s | llama.cpp | ratio | share of int8 peak "
+        f"| model | prefill tok/s | llama.cpp | ratio | share of {results[0]['factors']} peak "
         "| decode tok/s | llama.cpp | ratio | share of bandwidth | edit ratio |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -235,8 +236,8 @@ def main() -> None:
         print(table(results[-1:]), beside, sep="\n", flush=True)
         print({k: round(v, 2) for k, v in results[-1].items() if isinstance(v, float)}, flush=True)
     limits = (
-        f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s int8 (median), "
-        f"{args.threads} threads, {results[0]['level']}"
+        f"{results[0]['bandwidth']:.1f} GB/s read, {results[0]['peak']:.0f} GOP/s {results[0]['factors']} "
+        f"(median), {args.threads} threads, {results[0]['level']}"
     )
     about = "; ".join(filter(None, (results[0]["peer"], build_note, limits)))
     title = f"## {datetime.date.today()}: engine against llama.cpp"

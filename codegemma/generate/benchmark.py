@@ -40,7 +40,6 @@ def benchmark(
     bandwidth, peak, prefill, decode = np.median(rows, axis=0).tolist()
     tensors = model.checkpoint.tensors
     matrices = [t for name, t in tensors.items() if name.startswith("layers.") and len(t.shape) == 2]
-    operations = "bfloat16" if backend.numerics == "v2" else "int8"
     layer_weights = sum(float(np.prod(tensor.shape)) for tensor in matrices)
     return {
         "prefill_tokens_per_second": prefill,
@@ -48,7 +47,7 @@ def benchmark(
         "prefill_share_of_peak": 2 * layer_weights * prefill / peak,
         "decode_share_of_bandwidth": sum(t.data.nbytes for t in tensors.values()) * decode / bandwidth,
         "bandwidth_bytes_per_second": bandwidth,
-        f"{operations}_operations_per_second": peak,
+        f"{backend.factors}_operations_per_second": peak,
         "threads": backend.threads,
         "simd": backend.level,
         "why_no_amx": (backend.level == "avx512" and why_no_amx()) or None,

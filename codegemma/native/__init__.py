@@ -153,6 +153,7 @@ class Native:
         self.level: str = _native.level(level or os.environ.get("CODEGEMMA_SIMD") or "auto")
         self.half = checkpoint.tensors["layers.0.q"].type not in ("F32", "F16", "BF16")
         self.numerics = NUMERICS.get(self.level, "v1")
+        self.factors = "bfloat16" if self.numerics == "v2" else "int8"  # of products with blocks
         self.key = f"{self.numerics} {self.level} {'f16' if self.half else 'f32'}"
         layer_bytes = 2 * self.config.kv_heads * PAGE * self.config.head_width * (2 if self.half else 4)
         self.page_bytes = self.config.layers * layer_bytes

@@ -11,7 +11,7 @@ function interface; a product decodes a panel of blocks once for all tokens. On 
 in JAX alone, and tests compare the kernels with that slow twin. `attention` and `vocabulary` have kernels
 only; their slow twins are `jax.forward.attend` and the loss's pass by chunks. Sums are float32. Under
 `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: always by JAX, but by the kernels
-only where the CPU multiplies bfloat16 (AVX-512 BF16, which is twice as fast).
+only where the CPU multiplies bfloat16 (AVX-512 BF16, which is twice as fast, or the tiles of AMX).
 """
 
 from __future__ import annotations
