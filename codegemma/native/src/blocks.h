@@ -72,8 +72,7 @@ struct MXFP4 : Block<MXFP4> {  // the scale is an exponent, halved since the tab
   static constexpr int BYTES = 17, MAXQ = 24, OFFSET = 12;
   static constexpr bool MIN = false;
   static CG_INLINE f32x8 scales(const uint8_t* p) {
-    i32x8 e;
-    for (int i = 0; i < 8; i++) e[i] = p[ORDER[i] * BYTES];
+    const i32x8 e = eight_bytes(p, BYTES);
     const i32x8 small = e < 2;  // 2^-128 and 2^-127 are denormal
     return (f32x8)((small & (0x00200000 << (e & small))) | (~small & (e - 1) << 23));
   }
@@ -93,15 +92,24 @@ struct KScales {
 };
 // A type's `sub_scales` are the bytes of its 16 (SUB = 32: 8) scales, signed, and if it has them of its minima.
 struct SubScales { uint64_t sc[2], mn[2]; };
+// A word for each 16 weights.
+typedef int16_t i16x16 __attribute__((vector_size(32)));
+template <int SUB> CG_INLINE i16x16 words(const uint64_t bytes[2]) {
+#if CG_X86
+  const __m128i v = _mm_set_epi64x((long long)bytes[SUB == 16], (long long)bytes[0]);
+  return (i16x16)_mm256_cvtepi8_epi16(SUB == 16 ? v : _mm_unpacklo_epi8(v, v));
+#else
+  i16x16 v;
+  for (int i = 0; i < 16; i++) v[i] = (int8_t)(SUB == 16 ? bytes[i / 8] >> 8 * (i % 8) : bytes[0] >> 8 * (i / 2));
+  return v;
+#endif
+}
 template <class Q> struct SuperBlock {
   static CG_INLINE void scales(const uint8_t* b, KScales& s) {
     s.d = half(load<uint16_t>(b + Q::D_OFFSET)), s.dmin = Q::MIN ? half(load<uint16_t>(b + Q::D_OFFSET + 2)) : s.d;
     const SubScales sub = Q::sub_scales(b);
-    for (int i = 0; i < 16; i++) {
-      const int j = Q::SUB == 32 ? i / 2 : i, shift = 8 * (j % 8);
-      s.sc[i] = (int8_t)(sub.sc[j / 8] >> shift);
-      s.mn[i] = Q::MIN ? (uint8_t)(sub.mn[j / 8] >> shift) : Q::OFFSET * s.sc[i];
-    }
+    const i16x16 sc = words<Q::SUB>(sub.sc), mn = Q::MIN ? words<Q::SUB>(sub.mn) : sc * (int16_t)Q::OFFSET;
+    store(s.sc, sc), store(s.mn, mn);
   }
 };
 constexpr uint64_t each_byte(uint64_t value) { return value * 0x0101010101010101ull; }

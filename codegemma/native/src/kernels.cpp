@@ -302,19 +302,10 @@ struct Scales { __m256i sc, mn; };
 template <class Q> CG_INLINE void read_scales(const uint8_t* b, Scales& scales) {
   auto& [sc, mn] = scales;
   const SubScales sub = Q::sub_scales(b);
-  if constexpr (Q::SUB == 32) {
-    __m256i both = _mm256_cvtepi8_epi16(_mm_set_epi64x((long long)sub.mn[0], (long long)sub.sc[0]));
-    sc = _mm256_permute4x64_epi64(both, 0x44);
-    mn = _mm256_shuffle_epi8(Q::MIN ? _mm256_permute4x64_epi64(both, 0xee) : sc,
-        _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7,
-                         8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 15, 14, 15));
-  } else {
-    __m128i s = _mm_set_epi64x((long long)sub.sc[1], (long long)sub.sc[0]);
-    __m128i m = _mm_set_epi64x((long long)sub.mn[1], (long long)sub.mn[0]);
-    mn = _mm256_cvtepi8_epi16(Q::MIN ? m : s);
-    sc = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(s, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
-  }
-  if (!Q::MIN) mn = _mm256_mullo_epi16(mn, _mm256_set1_epi16(Q::OFFSET));
+  __m128i s = _mm_set_epi64x((long long)sub.sc[Q::SUB == 16], (long long)sub.sc[0]);
+  if (Q::SUB == 16) s = _mm_shuffle_epi8(s, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  sc = _mm256_cvtepi8_epi16(s);
+  mn = (__m256i)(Q::MIN ? words<Q::SUB>(sub.mn) : words<Q::SUB>(sub.sc) * (int16_t)Q::OFFSET);
 }
 // 16-bit pairs times their scale, exact as |pair| <= 2 * 127 * 127. The scale of vector j is word j of each 128-bit lane.
 template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], const Scales& scales, const int8_t* x, const int16_t* sums) {
@@ -324,18 +315,13 @@ template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], const Scales& scales
   for (int j = 0; j < 8; j++) {
     __m256i a = (__m256i)w[j], b = load<__m256i>(x + 32 * j);
     __m256i scale = _mm256_shuffle_epi8(sc, _mm256_set1_epi16((short)(2 * j | (2 * j + 1) << 8)));
-#if defined(CG_VNNI)
-    if constexpr (Q::MAXQ < 0) {  // up to 255: pairs need more than 16 bits
-      const i32x8 dots = (i32x8)dot_bytes(_mm256_setzero_si256(), a, b) * ((i32x8)scale >> 16);
-      total = _mm256_add_epi32(total, (__m256i)dots);
-      continue;
+    if (Q::MAXQ < 0) {  // signed bytes: pairs of offset ones would need more than 16 bits
+      if (Q::OFFSET) a = _mm256_xor_si256(a, _mm256_set1_epi8((char)128));
+      b = _mm256_sign_epi8(b, a), a = _mm256_abs_epi8(a);
     }
-#else
-    if (Q::MAXQ < 0) b = _mm256_sign_epi8(b, a), a = _mm256_abs_epi8(a);
-#endif
     total = dot_words(total, _mm256_maddubs_epi16(a, b), scale);
   }
-  return {(i32x8)total, (i32x8)_mm256_madd_epi16(mn, load<__m256i>(sums))};
+  return {(i32x8)total, Q::MAXQ < 0 ? i32x8{} : (i32x8)_mm256_madd_epi16(mn, load<__m256i>(sums))};
 }
 #else
 struct Lanes { Iv products, mins; };

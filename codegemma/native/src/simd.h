@@ -398,6 +398,17 @@ CG_INLINE f32x8 halves(const uint8_t* p, int n) {
   return eight_halves(p + ORDER[0] * n, p + ORDER[1] * n, p + ORDER[2] * n, p + ORDER[3] * n, p + ORDER[4] * n, p + ORDER[5] * n,
                       p + ORDER[6] * n, p + ORDER[7] * n);
 }
+CG_INLINE i32x8 eight_bytes(const uint8_t* p, int n) {  // the bytes at the start of blocks, as `halves`
+#if CG_X86
+  __m128i v = _mm_cvtsi32_si128(p[ORDER[0] * n]);
+  v = _mm_insert_epi8(v, p[ORDER[1] * n], 1), v = _mm_insert_epi8(v, p[ORDER[2] * n], 2);
+  v = _mm_insert_epi8(v, p[ORDER[3] * n], 3), v = _mm_insert_epi8(v, p[ORDER[4] * n], 4);
+  v = _mm_insert_epi8(v, p[ORDER[5] * n], 5), v = _mm_insert_epi8(v, p[ORDER[6] * n], 6);
+  return (i32x8)_mm256_cvtepu8_epi32(_mm_insert_epi8(v, p[ORDER[7] * n], 7));
+#else
+  return i32x8{p[0], p[n], p[2 * n], p[3 * n], p[4 * n], p[5 * n], p[6 * n], p[7 * n]};  // ORDER ascends
+#endif
+}
 CG_INLINE f32x8 halves_in_order(const uint8_t* b, int n, int offset) {
   const uint8_t* p = b + offset;
   return eight_halves(p, p + n, p + 2 * n, p + 3 * n, p + 4 * n, p + 5 * n, p + 6 * n, p + 7 * n);
