@@ -294,9 +294,14 @@ void add_narrow(const Product& p, const Activations& h, int64_t r0, int64_t r1) 
     }
   }
 }
-// dot256: one super-block against one token, in lanes that add up to the scaled products, and to the mins.
+// One super-block against one token: lanes that add up to the scaled products, and to the mins.
 #if CG_X86
-struct Lanes { i32x8 products, mins; };
+using Partial = i32x8;
+#else
+using Partial = Iv;
+#endif
+struct Lanes { Partial products, mins; };
+#if CG_X86
 // `sc`: the eight scales of the eight vectors, repeated in each 128-bit lane (see dot256); `mn`: one for each sum of 16.
 struct Scales { __m256i sc, mn; };
 template <class Q> CG_INLINE void read_scales(const uint8_t* b, Scales& scales) {
@@ -324,7 +329,6 @@ template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], const Scales& scales
   return {(i32x8)total, Q::MAXQ < 0 ? i32x8{} : (i32x8)_mm256_madd_epi16(mn, load<__m256i>(sums))};
 }
 #else
-struct Lanes { Iv products, mins; };
 using Scales = KScales;
 template <class Q> CG_INLINE void read_scales(const uint8_t* b, Scales& s) { Q::scales(b, s); }
 template <class Q> CG_INLINE Lanes dot256(const u8x32 w[8], const Scales& s, const int8_t* x, const int16_t* sums) {
@@ -349,7 +353,9 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
         memset(rest, 0, sizeof rest), memcpy(rest, group, n * Q::BYTES);
         group = rest;
       }
-      decltype(Lanes::products) products[T][8] = {}, mins[T][8] = {};
+      Partial products[T][8], mins[T][8];
+      for (int i = n; i < 8; i++)
+        for (int t = 0; t < T; t++) products[t][i] = mins[t][i] = Partial{};
       for (int i = 0; i < n; i++) {
         const uint8_t* block = group + i * Q::BYTES;
         for (int k = 0; k < Q::BYTES; k += 64) prefetch(block + AHEAD + k);
@@ -412,6 +418,7 @@ CG_INLINE void add_dots(const uint8_t* q, const int8_t* x, int64_t P, int64_t g0
   for (int64_t end = k + N; k < end; k += STEPS * DEPTH)
     for (int r0 = 0; r0 < 4; r0 += D::ROWS) {
       typename D::Sums sums[D::ROWS][VT] = {};
+#pragma GCC unroll 4  // all eight steps at once would spill sums
       for (int s = 0; s < STEPS; s++) {
         const int64_t byte = k + s * DEPTH;
         Iv tokens[HALVES][VT];
