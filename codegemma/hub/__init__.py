@@ -226,8 +226,8 @@ def remove(name: str) -> list[tuple[Path, int]]:
             place.resolve().unlink()
             place.unlink(missing_ok=True)
     if not removed:
-        places = f"neither {cache_dir() / 'models'} nor {hub_cache_dir()}"
-        rule = f"it is in {places}, and models elsewhere are not ours to remove"
+        caches = f"neither {cache_dir() / 'models'} nor {hub_cache_dir()}"
+        rule = f"it is in {caches}, and models elsewhere are not ours to remove"
         raise ValueError(f"no model {name!r} to remove: {rule}: see `codegemma models`")
     return removed
 
