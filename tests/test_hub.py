@@ -156,7 +156,7 @@ def test_pieces_of_odd_sizes_are_read_into_memory(packaged, home):
         (home / f"x.gguf.part{number}").write_bytes(part)
     checkpoint = open_checkpoint(home / "x.gguf.part0")
     assert checkpoint.identity == open_checkpoint(home / "joined.gguf").identity
-    files.unmap()
+    files.drop_mapped_pages()
     assert checkpoint.identity == open_checkpoint(home / "x.gguf.part1").identity
     (home / "x.gguf.part1").write_bytes(b"")
     with pytest.raises(ValueError, match=r"x\.gguf\.part1: the file is empty"):
@@ -180,7 +180,7 @@ def test_a_model_in_pieces_completes_and_is_packed_whole(packaged, home):
 
 def test_later_starts_do_not_read_the_file(packaged, monkeypatch):
     path = hub.resolve()
-    monkeypatch.setattr(hub, "_hashed", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(hub, "_size_and_sha256", lambda *_: pytest.fail("read again"))
     assert hub.resolve() == path
 
 
