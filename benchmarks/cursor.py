@@ -179,7 +179,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Each hole with the text that is shown, the time that it took and its judgement.
 
-    The prompt names the file and reads the first 2,000 characters of `context` files beside it, if that is not 0.
+    If `context` is not 0, the prompt names the file and has the first 2,000 characters of so many files beside it.
     """
     rows = []
     for number, hole in enumerate(drawn):
