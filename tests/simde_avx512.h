@@ -19,6 +19,8 @@ template <class Half, class Wide> Half half_of(Wide v, int which) {
 }
 #define LOW(v) _mm256_castsi256_si128(v)
 #define HIGH(v) _mm256_extracti128_si256(v, 1)
+#undef _mm256_dpbusd_avx_epi32
+#undef _mm256_dpwssd_avx_epi32
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
 #define _mm256_dpwssd_avx_epi32 simde_mm256_dpwssd_epi32
 #undef _mm512_madd_epi16

@@ -33,6 +33,7 @@ struct Weight {
 // Quantised activations of T tokens. `sums` are the exact sums of 16 consecutive integers of q each.
 // By rows (few tokens):   q [T, P]            scales [T, P/block]         sums [T, P/16]
 // Packed (many tokens):   q [T/16, P/4, 16, 4]  scales [T/16, P/block, 16]  sums [T/16, P/32, 16, 2]
+// Level neoni8mm packs q as [T/16, P/8, 16, 8].
 struct Quantised {
   int block;
   int8_t* q;

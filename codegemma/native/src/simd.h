@@ -364,8 +364,10 @@ CG_INLINE u8x32 spread_bits(const uint8_t* p) {  // 32 bits: byte i is 16 where 
   return (u8x32)_mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(v, bit), bit), _mm256_set1_epi8(16));
 #elif defined(CG_NEON)
   const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ull)), sixteen = vdupq_n_u8(16);
-  auto sixteen_bits = [&](const uint8_t* p) { return vandq_u8(vtstq_u8(vcombine_u8(vld1_dup_u8(p), vld1_dup_u8(p + 1)), bit), sixteen); };
-  return {sixteen_bits(p), sixteen_bits(p + 2)};
+  auto bytes_of = [&](const uint8_t* two) {
+    return vandq_u8(vtstq_u8(vcombine_u8(vld1_dup_u8(two), vld1_dup_u8(two + 1)), bit), sixteen);
+  };
+  return {bytes_of(p), bytes_of(p + 2)};
 #else
   u8x32 v;
   for (int i = 0; i < 32; i++) v[i] = (p[i / 8] >> (i % 8) & 1) << 4;
@@ -483,7 +485,6 @@ template <int MAXQ> struct Dot {
 };
 #elif defined(CG_I8MM)  // two rows by two tokens
 template <int MAXQ> struct Dot : DotInt32 {
-  static constexpr int STEPS = 4;
   static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)vmmlaq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)x); }
   using DotInt32::widen;
   static CG_INLINE Iv widen(Iv acc, int first, int second) { return acc * Iv{first, first, second, second}; }
@@ -526,12 +527,13 @@ CG_INLINE Iv madd16(Iv a, Iv b) {
 #elif defined(CG_AVX2)
   return (Iv)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(CG_NEON)
-  return (Iv)vpaddq_s32(vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b)), vmull_high_s16((int16x8_t)a, (int16x8_t)b));
+  const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+  return (Iv)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
 #else
   return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
-// Lanes hold pairs of int16: the dot product of 16 of them, `a` for all lanes alike, and the sum of one pair.
+// The dot product of 16 int16, `a`, with 16 in each lane, a pair in each of b.
 CG_INLINE Iv dot_pairs(const int16_t* a, const Iv b[8]) {
 #if defined(CG_NEON)
   int32x4_t low = vdupq_n_s32(0), high = low;
