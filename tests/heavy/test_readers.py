@@ -17,7 +17,7 @@ import pytest
 from reference import logits
 from tiny import KINDS, dequantize, tiny_config, write_tiny_gguf
 
-from codegemma import hub, prompts
+from codegemma import hub, load, prompts
 from codegemma.checkpoints import open_checkpoint, table
 from codegemma.convert import verify
 from codegemma.convert.convert import convert
@@ -132,6 +132,22 @@ def test_llama_cpps_quantiser_chooses_the_same_types_and_makes_the_same_blocks(s
         for name, tensor in open_checkpoint(theirs).tensors.items():
             assert ours.tensors[name].type == tensor.type, (type, name)
             np.testing.assert_array_equal(ours.tensors[name].data, tensor.data, err_msg=f"{type} {name}")
+
+
+@pytest.mark.parametrize("code, types", [(10, {"Q3_K"}), (12, {"Q4_K"}), (30, {"IQ4_XS"})])
+def test_llama_cpps_small_quantisations_give_its_logits(source, tmp_path, code, types):
+    """Q2_K, Q3_K_M and IQ4_XS, with the types that its quantiser mixes into them."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    wide, path = convert(source, tmp_path / "f32.gguf", dtype="f32").path, tmp_path / "small.gguf"
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = code
+    assert llama_cpp.llama_model_quantize(str(wide).encode(), str(path).encode(), params) == 0
+    assert types <= {tensor.type for tensor in open_checkpoint(path).tensors.values()}
+    model = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False)
+    ids = _ids(source)[:20]
+    model.eval(ids)
+    theirs, twin = np.array(model.scores[: len(ids)]), _expected(path, ids)
+    assert np.abs(theirs - twin).max() < 0.3 and np.abs(load(path).logits(ids) - twin).max() < 0.3
 
 
 def test_keras_hub_gives_our_logits(source, tmp_path):
