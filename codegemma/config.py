@@ -1,7 +1,9 @@
 """What a Gemma model is (`ModelConfig`), and the published models: name, repository, uses (`PRESETS`).
 
-Axis letters used in every name of this package: B batch, T new tokens, S visible tokens, D model width, N
-query heads, K key/value heads, G = N // K, H head width, F feed-forward width, V vocabulary rows, L layers.
+The name of an array ends in a letter for each axis, as in `logits_BTV`: B batch, T tokens (in a batch, the
+new ones), S visible tokens, D model width, N query heads, K key/value heads, G = N // K, H head width, F
+feed-forward width, V vocabulary rows, L layers. A file may add letters for axes of its own, such as R for
+rows; a digit is an axis of that fixed size.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ Use = Literal["completion", "generation", "chat", "instructions"]
 
 # The choices of command line options. They are defined here, in a module that is quick to import, so that
 # `--help` need not load the modules that use them.
-Mode = Literal["auto", "psm", "spm", "prefix"]  # layout of an Infill's prompt; auto: as in the training
+# Layout of an Infill's prompt; auto: spm if the model was trained in it, else psm if in that, else prefix.
+Mode = Literal["auto", "psm", "spm", "prefix"]
 Trim = Literal["auto", "none", "line", "block"]  # where an Infill's answer ends
 LoadQuantization = Literal["q8_0", "q4_0"]  # of float weights while loading
 FloatType = Literal["bf16", "f16", "f32"]

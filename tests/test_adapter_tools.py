@@ -173,4 +173,4 @@ def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
         "spm",
         "prefix",
     }
-    assert "| S | from A1, to 120 tokens | 100% |" in adapter_card.data(cache, [], "")
+    assert "| S | a sample: all of A1; at most 120 tokens | 100% |" in adapter_card.data(cache, [], "")

@@ -218,6 +218,10 @@ def test_progress_is_a_line_for_each_tenth_in_a_pipe(capsys):
         progress("m.gguf", 10**9, None)
         progress("m.gguf", 10**9, 2 * 10**9)
     assert capsys.readouterr().err == "m.gguf 1.00 of 2.00 GB\n"
+    for unit, line in (("items", "step 1,000: loss 1\n"), ("bytes", "step 0.00 GB: loss 1\n")):
+        with output.Progress(unit) as progress:
+            progress("step", 1000, None, "loss 1")
+        assert capsys.readouterr().err == line
 
 
 def test_progress_is_a_bar_on_a_terminal_and_ends_with_its_block(monkeypatch):
@@ -732,7 +736,7 @@ def test_ctrl_c_leaves_no_unfinished_file_and_no_process(tmp_path):
         "here = Path(sys.argv[1])\n"
         "with files.atomic_write(here / 'a') as a, files.atomic_directory(here / 'b') as b:\n"
         "    a.write(b'half')\n    (b / 'c').write_text('half')\n"
-        "    with interrupt.leaves_with('note: gone'):\n"
+        "    with interrupt.on_interrupt(lambda: interrupt.leave('note: gone')):\n"
         "        print(child.pid, flush=True)\n        time.sleep(600)\n"
     )
     with subprocess.Popen(

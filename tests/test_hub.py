@@ -135,7 +135,7 @@ def test_the_default_model_is_assembled_once_and_checked(packaged):
 
 def test_later_starts_do_not_read_the_file(packaged, monkeypatch):
     path = hub.resolve()
-    monkeypatch.setattr(hub, "_joined", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(hub, "_size_and_sha256", lambda *_: pytest.fail("read again"))
     assert hub.resolve() == path
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_config, write_tiny_gguf, write_tiny_hf
@@ -177,8 +179,11 @@ def test_a_pack_carries_a_model_to_a_machine_without_a_network(tmp_path, monkeyp
     assert (path / "model.safetensors").read_bytes() == (
         tmp_path / "here/codegemma/models/2b/model.safetensors"
     ).read_bytes()
-    with pytest.raises(ValueError, match="exists already"):
+    assert hub_pull.install(pack) == path
+    (path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="another model of this name: run `codegemma models --remove 2b`"):
         hub_pull.install(pack)
+    assert (path / "config.json").read_text() == "{}"
     raw = bytearray(pack.read_bytes())
     raw[-20_000] ^= 1
     (tmp_path / "bad.pack").write_bytes(raw)
@@ -224,6 +229,56 @@ def test_a_full_disk_is_explained(server, tmp_path, monkeypatch):
         hub_pull.pull(f"{server.url}/m.gguf", "url", ask=lambda _: True)
 
 
+def test_a_full_disk_is_explained_when_a_pack_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pack = hub_pull.pack(write_tiny_gguf(tmp_path / "m.gguf", tiny_config("gemma-mqa")), tmp_path / "m.pack")
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_pull.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(ValueError, match=r"m\.pack: takes .* GB, more than .*models has free: make room"):
+            hub_pull.install(pack)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_pull.shutil, "copyfileobj", full)
+        with pytest.raises(ValueError, match=r"is full: make room, or set XDG_CACHE_HOME .* disk$"):
+            hub_pull.install(pack)
+    assert not list((hub.cache_dir() / "models").iterdir())
+    assert hub_pull.install(pack).read_bytes() == (tmp_path / "m.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        *((raw, "is no readable pack .*: copy it again") for raw in (b"[]", b"{}", b"3", b"\xff", b"{")),
+        (b'{"name": "m", "files": [["m", "0"]]}', "is no readable pack .*: copy it again"),
+        *(
+            (b'{"name": "%s", "files": {}}' % name, "is no name of a model: rename the model that was packed")
+            for name in (b"../x", b"", b".x", b"a/b", b"local", b"urls")
+        ),
+    ],
+)
+def test_a_pack_with_a_wrong_manifest_is_named(tmp_path, monkeypatch, manifest, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pack = tmp_path / "p.pack"
+    with tarfile.open(pack, "w") as archive:
+        info = tarfile.TarInfo("codegemma-pack.json")
+        info.size = len(manifest)
+        archive.addfile(info, io.BytesIO(manifest))
+    with pytest.raises(ValueError, match=rf"p\.pack: .*{message}"):
+        hub_pull.install(pack)
+    assert not (hub.cache_dir() / "models").exists()
+
+
+@pytest.mark.parametrize("source", ["hf", "kaggle", "ngc", "path"])
+def test_a_hash_is_only_for_urls(tmp_path, source):
+    with pytest.raises(
+        ValueError, match=f"the hash of a URL's file, but the source is {source}: leave it out"
+    ):
+        hub_pull.pull("2b", source, ask=lambda _: pytest.fail("asked"), sha256=SHA)
+
+
 def test_a_packed_orbax_checkpoint_is_found_where_it_was_installed(tmp_path, monkeypatch):
     """What `pull --source kaggle` downloads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -236,8 +291,6 @@ def test_a_packed_orbax_checkpoint_is_found_where_it_was_installed(tmp_path, mon
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil-pack", "a/../../evil"])
 def test_a_pack_cannot_write_outside_its_folder(tmp_path, monkeypatch, name):
-    import io
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with tarfile.open(tmp_path / "p", "w") as archive:
         for member, data in (

@@ -258,6 +258,17 @@ def test_lm_studios_folder_is_searched(home, models):
     assert [model.name for model in stores.stored_models()] == ["lmstudio:google/codegemma-2b-GGUF:Q8_0"]
 
 
+def test_lm_studios_model_is_found_beside_the_hubs_of_the_same_name(home):
+    cached = _write(_snapshot("a/b") / "b-Q4_0.gguf")
+    file = _write(home / ".lmstudio" / "models" / "a" / "b" / "b-Q8_0.gguf")
+    assert hub.resolve("a/b:Q8_0") == hub.resolve("lmstudio:a/b:Q8_0") == hub.resolve("lmstudio:a/b") == file
+    assert hub.resolve("a/b") == hub.resolve("a/b:Q4_0") == cached
+    with pytest.raises(ValueError, match="no quantisation 'Q5_0': there is Q4_0"):
+        hub.resolve("a/b:Q5_0")
+    with pytest.raises(ValueError, match=r"LM Studio has no model 'o/hf' in .*\.lmstudio/models"):
+        hub.resolve("lmstudio:o/hf")
+
+
 def test_models_lists_what_can_be_run_and_each_name_runs(home, capsys):
     _write(_snapshot("o/g-GGUF") / "g-Q4_K_M.gguf")
     write_tiny_hf(_snapshot("o/hf"), CONFIG)

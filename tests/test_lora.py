@@ -90,9 +90,9 @@ def test_card_and_fim_orders_travel(tmp_path):
     again = load_adapter(save_adapter(adapter, tmp_path / "a"))
     assert (again.name, again.card) == ("fim", {"name": "fim", **adapter.card})
     assert (
-        again.trained("spm")
-        and not again.trained("psm")
-        and not random_adapter(tiny_config("gemma3")).trained("spm")
+        again.trained_for("spm")
+        and not again.trained_for("psm")
+        and not random_adapter(tiny_config("gemma3")).trained_for("spm")
     )
     readme = (tmp_path / "a" / "README.md").read_text()
     assert (

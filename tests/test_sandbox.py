@@ -153,7 +153,7 @@ def test_attacks_succeed_outside_the_sandbox(name, tmp_path):
     (tmp_path / "secret").write_text("x")
     with socket.create_server(("127.0.0.1", 0)) as server:
         source = ATTACKS[name].program.replace("SECRET", repr(str(tmp_path / "secret")))
-        source = source.replace("HOST", str(server.getsockname()[1]))
+        source = source.replace("PORT", str(server.getsockname()[1]))
         source = source.replace("/proc/1/", f"/proc/{os.getpid()}/")
         result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert result.returncode == 0 or "outcome" in result.stdout

@@ -111,13 +111,13 @@ def data(cache: Path, corpus: list[Package], before: str) -> str:
             + ", ".join(f"{kind} {count}" for kind, count in sorted(redacted.items()))
             + ".",
             "",
-            "Rows that are built for the phases of the curriculum; what was seen of them so far stands under "
-            "Training.",
+            "The rows that were built for each phase. Training read only a part of them: see the tokens "
+            "under Training.",
             "",
             merged(
                 markdown_table(
                     (_phase(phase, manifest["rows"]) for phase, manifest in manifests.items()),
-                    ("phase", "window", "suffix first", "examples", "tokens", "learned from"),
+                    ("phase", "window or source", "suffix first", "examples", "tokens", "tokens with loss"),
                 ),
                 before,
             ),
@@ -148,20 +148,20 @@ def _phase(name: str, rows: dict[str, Any]) -> Sequence[str]:
     """The cells of a phase's row in the table of rows."""
     counts = f"{rows['examples']:,}", f"{rows['tokens']:,}", f"{rows['learned']:,}"
     if choice := CHOICES.get(name):
-        sources = " and ".join(
-            f"{part:.0%} of {phase.upper()}" if part < 1 else phase.upper()
+        sources = ", ".join(
+            f"{part:.0%} of {phase.upper()}" if part < 1 else f"all of {phase.upper()}"
             for phase, part in choice.phases.items()
         )
         psm, spm = (rows["layouts"].get(layout, 0) for layout in ("psm", "spm"))
         return (
             name.upper(),
-            f"from {sources}, to {choice.max_tokens} tokens",
+            f"a sample: {sources}; at most {choice.max_tokens} tokens",
             f"{spm / max(1, psm + spm):.0%}",
             *counts,
         )
     recipe = PHASES[name]
     window = recipe.window or (0, 0)
-    suffix = f", suffix to {recipe.suffix_limit}" if recipe.suffix_limit else ""
+    suffix = f", suffix at most {recipe.suffix_limit}" if recipe.suffix_limit else ""
     only = f", {len(ONLY[name])} packages of small functions" if name in ONLY else ""
     return name.upper(), f"{window[0]} to {window[1]} tokens{suffix}{only}", f"{recipe.spm_rate:.0%}", *counts
 
@@ -206,7 +206,10 @@ def scores(evals: Path, label: str, before: str) -> str:
             "Greedy. `exact`, `stops` (by itself), `ends` (the terminator is the likeliest token behind "
             "the true middle) and `gain` (nats that the suffix is worth) are of held-out holes; `single` "
             "and `multi` are HumanEval infilling, percent passed (and exact); `l2r` is the base model "
-            "going on from the prefix.",
+            "going on from the prefix. A run is a checkpoint, named after its phases, or after its last "
+            f"phase and the steps in it; {label} is this adapter. `M tokens` is what it has read, `random` "
+            "are holes at random characters, `nats` is the loss a token of held-out files read left to "
+            "right, `items` the number of HumanEval infilling items.",
             "",
             merged(table(evals), before),
             *([markdown_table(rows, ("difference", "", "95 %, paired", "items"))] if rows else []),
@@ -217,7 +220,8 @@ def scores(evals: Path, label: str, before: str) -> str:
 def card(adapter: Adapter, cache: Path, metrics: Sequence[Path], label: str, before: str) -> str:
     """The card's text; `label` is the adapter's point of the learning curve."""
     good, weak = (
-        [order.upper() for order in LAYOUTS if adapter.trained(order) is trained] for trained in (True, False)
+        [order.upper() for order in LAYOUTS if adapter.trained_for(order) is trained]
+        for trained in (True, False)
     )
     orders = f"Use {' or '.join(good)}." if good else ""
     if good and weak:
@@ -259,7 +263,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     adapter = load_adapter(args.adapter)
-    orders = args.orders or [order for order in LAYOUTS if adapter.trained(order)]
+    orders = args.orders or [order for order in LAYOUTS if adapter.trained_for(order)]
     adapter = replace(adapter, card={**adapter.card, "fim": {order: order in orders for order in LAYOUTS}})
     text = card(adapter, args.cache, args.metrics, args.label, args.before.read_text() if args.before else "")
     save_adapter(adapter, args.out, "F16")

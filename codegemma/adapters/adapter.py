@@ -82,13 +82,12 @@ class Adapter:
             digest.update(f"{name} {values.shape}".encode() + np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()[:32]
 
-    def trained(self, order: str) -> bool:
-        """Whether the card says that the adapter was trained to complete in this order, "psm" or "spm".
-
-        Also for "files": whether it was trained on documents with other files in front.
+    def trained_for(self, skill: str) -> bool:
+        """Whether the card says that the adapter was trained for this: completing in the order "psm" or
+        "spm", or "files", documents with other files in front.
         """
         fim = self.card.get("fim")
-        return isinstance(fim, dict) and fim.get(order) is True
+        return isinstance(fim, dict) and fim.get(skill) is True
 
     def delta(self, name: str) -> np.ndarray:
         """float32 [out, in]: what the adapter adds to a layer's matrix."""
@@ -132,7 +131,7 @@ class Adapter:
         facts = self.facts()
         size = f"rank {self.rank}, alpha {self.alpha:g}, {facts['parameters']:,} parameters"
         matrices = ", ".join(facts["matrices"]) or "no matrix"
-        orders = ", ".join(order for order in ORDERS if self.trained(order)) or "unknown orders"
+        orders = ", ".join(order for order in ORDERS if self.trained_for(order)) or "unknown orders"
         yield f"{self.name}: LoRA adapter, {size}"
         yield f"for           {facts['base'] or 'unknown'}"
         yield f"changes       {matrices} in {facts['layers']} layers; {len(self.rows)} token rows"

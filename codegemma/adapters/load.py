@@ -65,7 +65,8 @@ def is_adapter(path: Path | str) -> bool:
 def packaged_adapter(checkpoint: Checkpoint, preset: Preset | None) -> tuple[str, Adapter] | None:
     """The name of a published model's packaged adapter, and the adapter, which fills in the middle.
 
-    None where there is none, or where codegemma changed the checkpoint's weights.
+    None where there is none, where it does not fit this checkpoint, or where codegemma changed the
+    checkpoint's weights (it may be merged already).
     """
     name = f"{preset.name}-fim" if preset else ""
     if not name or not (PACKAGED / name).is_dir() or checkpoint.fim_orders is not None:

@@ -31,7 +31,7 @@ def merge(checkpoint: Checkpoint, *adapters: Adapter, blocks_as: str | None = No
         ]
         if changes:
             tensors[name] = LazyTensor.computed(type, tensor.shape, partial(compute, tensor, changes, type))
-    orders = {order for adapter in adapters for order in ORDERS if adapter.trained(order)}
+    orders = {order for adapter in adapters for order in ORDERS if adapter.trained_for(order)}
     return checkpoint.with_weights(tensors, orders | (checkpoint.fim_orders or set()))
 
 
@@ -44,7 +44,9 @@ def _merged_matrix(name: str, tensor: Tensor, adapters: list[Adapter], type: str
 
 
 def _merged_embedding(tensor: Tensor, adapters: list[Adapter], type: str) -> np.ndarray:
-    """The stored bytes of the embedding with replaced rows. Other rows keep theirs if the type stays."""
+    """The stored bytes of the embedding with replaced rows. Where the stored type stays the same, the other
+    rows' bytes are unchanged.
+    """
     data = np.array(tensor.data) if tensor.type == type else _encoded(dequantize(tensor), type)
     for adapter in adapters:
         for token, row in adapter.rows.items():

@@ -21,7 +21,8 @@ from codegemma.checkpoints.tensors import ArrayTensor
 from codegemma.config import ModelConfig
 
 ATTENTION, MLP = "self_attention.adapter_layer", "mlp.adapter_layer"
-FUSED = {  # adapter in the state dict -> the module that it changes
+# Adapter in the state dict -> the module that it changes. Two of these modules hold several matrices.
+MODULE_ADAPTERS = {
     f"{ATTENTION}.lora_kqv_adapter": "self_attention.linear_qkv",
     f"{ATTENTION}.lora_dense_attention_adapter": "self_attention.linear_proj",
     f"{MLP}.lora_hto4h_adapter": "mlp.linear_fc1",
@@ -93,7 +94,7 @@ def _matrices(
         if name in SEPARATE:
             yield f"layers.{layer}.{SEPARATE[name]}", a_rI, b_Or
             continue
-        layout = layouts.get(f"model.decoder.layers.{layer}.{FUSED.get(name)}.weight")
+        layout = layouts.get(f"model.decoder.layers.{layer}.{MODULE_ADAPTERS.get(name)}.weight")
         if layout is None or b_Or.shape != (layout.shape[0], len(a_rI)):
             size = f"{config.layers} layers and width {config.width}"
             raise ValueError(

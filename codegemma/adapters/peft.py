@@ -57,7 +57,8 @@ def load(path: Path) -> Adapter:
     rank = max((value.shape[0] for value in a.values()), default=1)
     scales = {name: _scale(home, fields, name, value.shape[0]) for name, value in a.items()}
     scale = next(iter(scales.values()), 1.0)
-    if len(set(scales.values())) > 1:  # Adapter has one scale, so b takes the differences
+    # Adapter has one scale, so each b is multiplied by its own scale divided by that one.
+    if len(set(scales.values())) > 1:
         b = {name: value * np.float32(scales[name] / scale) for name, value in b.items()}
     base = fields.get("base_model_name_or_path")
     card = {"base": base} if base else {}

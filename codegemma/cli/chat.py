@@ -33,9 +33,9 @@ Ctrl-C        stops an answer'''
 COMMANDS = ("reset", "system", "save", "help", "exit")
 COMMAND = re.compile(rf"/({'|'.join(COMMANDS)})(?:\s+(.*))?", re.DOTALL)
 LIKE_A_COMMAND = re.compile(r"/([a-z]+)(\s[^\n]*)?")
-# An answer goes round in a loop if it ends with so many repeats of a unit, which has at most so many
-# characters and at least so many different letters.
-MAX_REPEATS, MAX_UNIT, MIN_LETTERS = 6, 200, 3
+# An answer is stopped as a loop if it ends with LOOP_REPEATS copies of one text, which has at most MAX_UNIT
+# characters, MIN_LETTERS different letters among them.
+LOOP_REPEATS, MAX_UNIT, MIN_LETTERS = 6, 200, 3
 
 SAVED_MARK = b'[\n {\n  "role": "'  # a saved conversation begins so: other files are not replaced
 
@@ -130,7 +130,7 @@ class Conversation:
         print()
         if unit:
             note("stopped, because the answer goes round in a loop")
-            answer = answer.removesuffix(unit * (MAX_REPEATS - 1))
+            answer = answer.removesuffix(unit * (LOOP_REPEATS - 1))
         self._turns.append(Message("assistant", answer))
 
     def _save(self, file: str | None) -> None:
@@ -151,13 +151,13 @@ class Conversation:
 
 
 def repeated(text: str) -> str:
-    """The unit, such as a line, that stands MAX_REPEATS times in succession at the end of a text; "" if none.
+    """The unit, such as a line, that a text ends with LOOP_REPEATS copies of; "" if there is none.
 
     Units without words do not count, since rows of zeros and lines of hyphens are intended.
     """
-    for size in range(MIN_LETTERS, min(MAX_UNIT, len(text) // MAX_REPEATS) + 1):
+    for size in range(MIN_LETTERS, min(MAX_UNIT, len(text) // LOOP_REPEATS) + 1):
         unit = text[-size:]
-        if text.endswith(unit * MAX_REPEATS) and len({*filter(str.isalpha, unit)}) >= MIN_LETTERS:
+        if text.endswith(unit * LOOP_REPEATS) and len({*filter(str.isalpha, unit)}) >= MIN_LETTERS:
             return unit
     return ""
 
@@ -195,7 +195,7 @@ def _terminal_input(title: str) -> Iterator[str]:
     print(f"{title}; /help lists the commands.", file=sys.stderr)
     while True:
         try:
-            with interrupt.raised():
+            with interrupt.as_exception():
                 text = _typed_message()
             yield text
         except KeyboardInterrupt:

@@ -94,12 +94,15 @@ def _merge(checkpoint: Checkpoint, adapters: list[Adapter], merged_type: str | N
 
 
 def verify(source: str, target: str) -> None:
-    """Prove that two checkpoints are one model; exit 1 if they differ by more than the rounding in DST."""
-    from codegemma.convert import verify as proofs
+    """Check that two checkpoints hold the same model.
 
-    proof = proofs.verify(source, target)
-    print(*proof.lines(), sep="\n")
-    raise typer.Exit(1 if proof.faults else 0)
+    Exits with 1 if they differ by more than the precision of DST's types (floats, quantised blocks) explains.
+    """
+    from codegemma.convert import verify as comparisons
+
+    comparison = comparisons.verify(source, target)
+    print(*comparison.lines(), sep="\n")
+    raise typer.Exit(1 if comparison.faults else 0)
 
 
 def inspect(source: str, as_json: bool = False) -> None:

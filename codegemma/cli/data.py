@@ -117,8 +117,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     from codegemma.tokenizer import Tokenizer
 
     path = Path(name).expanduser()
-    in_folder = path.is_file() and path.name in ("tokenizer.model", "tokenizer.json")
-    if in_folder and (build := huggingface_tokenizer.builder(path.parent)):  # with its side files
+    has_hub_name = path.is_file() and path.name in ("tokenizer.model", "tokenizer.json")
+    if has_hub_name and (build := huggingface_tokenizer.builder(path.parent)):  # with its side files
         return build()
     if path.is_file() and path.suffix == ".json":
         return Tokenizer.from_json(path)

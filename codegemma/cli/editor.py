@@ -98,7 +98,8 @@ def _print_table(rows: list[Shown], days: int) -> None:
 
     from codegemma.serve import stats as records
 
-    table = Table("language", "shown", "accepted", "of characters", "median", "95%", box=None, pad_edge=False)
+    titles = ("language", "shown", "accepted", "characters accepted", "median latency", "95th percentile")
+    table = Table(*titles, box=None, pad_edge=False)
     for name, row in [*records.by_language(rows).items(), ("all", records.summary(rows))]:
         shares = [row["accepted_share"], row["characters_kept_share"]]
         latencies = [row["latency_ms_median"], row["latency_ms_95"]]

@@ -52,7 +52,7 @@ def run_benchmarks(benchmarks: list[str], run: RunOptions) -> None:
 
 
 def compare(before: Path, after: Path) -> None:
-    """Show the paired difference B - A with its interval and p-value, and the items gained and lost."""
+    """Show the paired difference AFTER - BEFORE, its interval and p-value, and the items gained and lost."""
     from codegemma.evals.report import compare_runs, comparison_text
 
     for name, comparison in compare_runs(before, after).items():
@@ -83,7 +83,7 @@ def doctor() -> None:
         raise typer.Exit(1) from error
     for key, works, message in languages():
         ready &= works or key != "python"
-        print(f"{'ready  ' if works else 'missing'} {key}: {message}")
+        print(f"{'ready   ' if works else 'unusable'} {key}: {message}")
     raise typer.Exit(not ready)
 
 

@@ -22,7 +22,6 @@ EXIT_CODE = 130
 _leaving = threading.Lock()  # held once the process is leaving
 _cleanups: list[Callable[[], None]] = []  # run before the process leaves
 _actions: list[Callable[[], None]] = []  # what to do in place of leaving, the innermost last
-_messages: list[str] = []  # what to say when leaving, the innermost last
 
 
 def watch() -> None:
@@ -52,17 +51,7 @@ def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def leaves_with(message: str) -> Iterator[None]:
-    """If Ctrl-C makes the process leave in the block, it leaves with this message on stderr."""
-    _messages.append(message)
-    try:
-        yield
-    finally:
-        _messages.remove(message)
-
-
-@contextmanager
-def raised() -> Iterator[None]:
+def as_exception() -> Iterator[None]:
     """In the block, Ctrl-C is a KeyboardInterrupt, for a question to the user."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -91,15 +80,11 @@ def _act(reader: int) -> None:
     while number := os.read(reader, 1):
         # A library, such as a web server, may have replaced our handler with its own.
         if number[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) is _in_main_thread:
-            _actions[-1]() if _actions else _leave()
+            _actions[-1]() if _actions else leave()
 
 
 def _in_main_thread(*_: Any) -> None:
-    """Leaves too: the main thread must not end first with another code, and an event loop may hide the signal
-    from the thread."""
+    """Leaves too. The main thread must not end earlier with another exit code; and an event loop may replace
+    the wakeup pipe, so that `_act` sees no signal."""
     if not _actions:
-        _leave()
-
-
-def _leave() -> NoReturn:
-    leave(_messages[-1] if _messages else "")
+        leave()

@@ -75,7 +75,8 @@ def _print_table(infos: Sequence[ModelInfo]) -> None:
         if info.path:
             print(f"{info.preset.name} is at {_shown(info.path)}")
         elif info.packaged:
-            print(f"{info.preset.name} is in its package")
+            origin = "comes with an installed Python package, and is unpacked when it is first used"
+            print(f"{info.preset.name} {origin}")
     console.print(
         "Another member: `codegemma pull NAME` (accept its licence on huggingface.co first). Any .gguf file "
         "or directory works with -m."
@@ -128,7 +129,7 @@ def bench(
         f"{loaded.title} ({loaded.path.name}), {result['threads']} threads, {result['simd']}, "
         f"medians of {repeats}\n"
         f"prefill {result['prefill_tokens_per_second']:8,.1f} tokens/s  "
-        f"{result['prefill_share_of_peak']:5.0%} of {peak}   ({prompt_tokens} tokens; the vocabulary product "
+        f"{result['prefill_share_of_peak']:5.0%} of {peak}   ({prompt_tokens} tokens; logits "
         "for the last one only)\n"
         f"decode  {result['decode_tokens_per_second']:8,.1f} tokens/s  "
         f"{result['decode_share_of_bandwidth']:5.0%} of {bandwidth}   ({decode_tokens} tokens after them)"

@@ -92,7 +92,8 @@ class ModelOptions:
     quantize: LoadQuantization | None = None
 
     def load(self, cache: Path | None = None, strict: bool = False) -> Model:
-        """Loads the model. Raises ValueError where `cache` is another file, which saving would replace."""
+        """Loads the model. Raises ValueError where `cache` is an existing file that is no prompt cache:
+        saving would replace it."""
         from codegemma.generate.cache import expect_cache_file
         from codegemma.generate.model import load
 
@@ -113,7 +114,7 @@ class SamplingOptions:
     seed: int = 0
 
     def sampling(self) -> Sampling:
-        """The options as `generate` takes them. Raises ValueError where a value is out of range."""
+        """The options as a Sampling. Raises ValueError where a value is out of range."""
         from codegemma.generate.sampling import Sampling
 
         return Sampling(self.temp, self.top_k, self.top_p, self.min_p, self.repeat_penalty, self.seed)

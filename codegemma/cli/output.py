@@ -61,12 +61,12 @@ class Progress:
         if not detail and tenths <= self._tasks.get(task, 0):
             return
         self._tasks[task] = tenths
-        amount = (
-            f"{done / 1e9:.2f} of {(total or 0) / 1e9:.2f} GB"
-            if self._unit == "bytes"
-            else f"{done:,} of {total:,}"
-        )
-        print(f"{task} {amount}{detail and ': '}{detail}", file=sys.stderr, flush=True)
+        if self._unit == "bytes":
+            amount, whole, unit = f"{done / 1e9:.2f}", f"{(total or 0) / 1e9:.2f}", " GB"
+        else:
+            amount, whole, unit = f"{done:,}", f"{total or 0:,}", ""
+        of_total = "" if total is None else f" of {whole}"
+        print(f"{task} {amount}{of_total}{unit}{detail and ': '}{detail}", file=sys.stderr, flush=True)
 
 
 def show_cursor() -> None:

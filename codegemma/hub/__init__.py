@@ -23,6 +23,7 @@ from codegemma.hub.stores import hub_cache_dir as hub_cache_dir
 DEFAULT = DEFAULT_MODEL
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 NAME_KEYS = ("general.name", "general.basename", "_name_or_path")  # of a header or config.json
+PULLED_FOLDERS = ("urls", "local")  # of our cache: models that `pull` got from a URL or a path
 # Files of these names are called by their folder's name.
 GENERIC_NAMES = ("model", "ggml-model", "pytorch_model", "checkpoint")
 
@@ -75,7 +76,9 @@ def preset_in(name: str, config: ModelConfig) -> Preset | None:
 
 
 def preset_of(checkpoint: Checkpoint) -> Preset | None:
-    """The preset of an opened model, by the place where it lies, else by the names in its files."""
+    """The preset of an opened model: by the cache or repository that it lies in, else by the names in its
+    metadata and in its path.
+    """
     if model := _preset_at(checkpoint.path):
         return model
     names = [str(checkpoint.metadata.get(key, "")) for key in NAME_KEYS]
@@ -110,17 +113,31 @@ def resolve(name_or_path: str | Path = DEFAULT) -> Path:
     """The file or directory of a model, for `checkpoints.open_checkpoint`.
 
     A preset's name comes first (write `./2b` for a directory of that name), then a path, then a repository in
-    the Hugging Face cache or LM Studio's folder; `ollama:NAME` is one of Ollama's models. `:Q8_0` after a
-    name, folder or repository picks one of several GGUF files. Raises ValueError saying how to get a model
-    that is not on this machine.
+    the Hugging Face cache or LM Studio's folder. `ollama:NAME` is one of Ollama's models, and
+    `lmstudio:OWNER/NAME` one of LM Studio's. `:Q8_0` after a name, folder or repository picks one of several
+    GGUF files. Raises ValueError saying how to get a model that is not on this machine.
     """
     name = os.fspath(name_or_path)
     if name.startswith("ollama:"):
         return stores.in_ollama(name.removeprefix("ollama:"))
+    if name.startswith("lmstudio:"):
+        return _in_lmstudio(*_split_quantisation(name.removeprefix("lmstudio:")))
     if preset(name) is None and Path(name).expanduser().exists():
         return Path(name).expanduser()
+    return _resolve(name, *_split_quantisation(name))
+
+
+def _split_quantisation(name: str) -> tuple[str, str | None]:
+    """`a/b:Q8_0` -> a/b, Q8_0."""
     base, _, quantisation = name.rpartition(":") if re.search(r"[^:]:[\w.-]+$", name) else (name, "", "")
-    return _resolve(name, base.removeprefix("lmstudio:"), quantisation or None)
+    return base, quantisation or None
+
+
+def _in_lmstudio(repository: str, quantisation: str | None) -> Path:
+    if stored := stores.in_lmstudio(repository, quantisation):
+        return stored
+    folders = " and ".join(map(str, stores.lmstudio_dirs())) or "its folder: this user has no home directory"
+    raise ValueError(f"LM Studio has no model {repository!r} in {folders}: download it there")
 
 
 def _resolve(name: str, base: str, quantisation: str | None) -> Path:
@@ -136,9 +153,17 @@ def _resolve(name: str, base: str, quantisation: str | None) -> Path:
     path = Path(base).expanduser()
     if path.is_dir() and (file := gguf_files.in_folder(path, quantisation, deep=True)):
         return file
+    refusals = []
     for search in (stores.in_hub_cache, stores.in_lmstudio):
-        if stored := search(base, quantisation):
-            return stored
+        try:
+            if stored := search(base, quantisation):
+                return stored
+        except ValueError as error:
+            if quantisation is None:
+                raise
+            refusals.append(error)  # it holds other quantisations; the next place may have this one
+    if refusals:
+        raise refusals[0]
     places = f"no file, no directory, no repository in {hub_cache_dir()} or LM Studio"
     rule = f"{places}, and none of {', '.join(PRESETS)}"
     raise ValueError(f"no model {name!r}: {rule}: check the path, or see `codegemma models`")
@@ -201,7 +226,8 @@ def remove(name: str) -> list[tuple[Path, int]]:
             place.resolve().unlink()
             place.unlink(missing_ok=True)
     if not removed:
-        rule = f"neither {cache_dir() / 'models'} nor {hub_cache_dir()} holds it, and nothing else is removed"
+        caches = f"neither {cache_dir() / 'models'} nor {hub_cache_dir()}"
+        rule = f"it is in {caches}, and models elsewhere are not ours to remove"
         raise ValueError(f"no model {name!r} to remove: {rule}: see `codegemma models`")
     return removed
 
@@ -213,19 +239,19 @@ def _places(name: str) -> list[Path]:
     places = [folder for folder in map(stores.hub_folder, repositories) if folder]
     if model:
         places.append(ours / model.name)
-    elif re.fullmatch(r"\w[\w.-]*", name) and name not in ("urls", "local"):
+    elif re.fullmatch(r"\w[\w.-]*", name) and name not in PULLED_FOLDERS:
         places += [ours / "urls" / name, ours / "local" / name, ours / name]
     return places
 
 
 # -------------------------------------------------------------------------------- the packaged default
 def assemble(packaged: Packaged, directory: Path) -> Path:
-    """Joins the parts of a packaged file in `directory` and checks the result; adds licence and notice.
+    """Writes a packaged file into `directory`, joined from its parts in the installed packages.
 
-    Later calls only compare the file's size and time with a stamp. Of several processes that call at once,
-    one does the work.
-    Raises ValueError where the package is not installed or does not make the expected file, OSError where the
-    cache cannot be written.
+    The result is checked, and gets the licence and notice beside it. Later calls only compare the file's size
+    and time with a stamp. Of several processes that call at once, one does the work. Raises ValueError where
+    the package is not installed or does not make the expected file, OSError where the cache cannot be
+    written.
     """
     file = directory / packaged.name
     if _verified(file):
@@ -235,7 +261,7 @@ def assemble(packaged: Packaged, directory: Path) -> Path:
         lock(handle)
         if _verified(file):
             return file
-        if not (file.exists() and _joined([file]) == (packaged.size, packaged.sha256)):
+        if not (file.exists() and _size_and_sha256([file]) == (packaged.size, packaged.sha256)):
             _join(packaged, file)
         with atomic_write(directory / "NOTICE") as out:
             out.write(NOTICE.encode())
@@ -252,7 +278,7 @@ def _join(packaged: Packaged, file: Path) -> None:
     if not parts:
         raise ValueError(f"{file} is missing or damaged: {install_command('default-model')}")
     with atomic_write(file) as out:
-        size, digest = _joined(parts, out)
+        size, digest = _size_and_sha256(parts, out)
         if (size, digest) != (packaged.size, packaged.sha256):
             rule = f"but {packaged.size:,} bytes with {packaged.sha256} were expected"
             remedy = f"{installer()} --force-reinstall {packaged.package.replace('_', '-')}"
@@ -260,16 +286,16 @@ def _join(packaged: Packaged, file: Path) -> None:
             raise ValueError(f"the package {packaged.package} {result}, {rule}: {remedy}")
 
 
-def _joined(parts: list[Path], out: BinaryIO | None = None) -> tuple[int, str]:
-    """Size and SHA-256 of the concatenated files, which are also written to `out`."""
+def _size_and_sha256(parts: list[Path], copy_to: BinaryIO | None = None) -> tuple[int, str]:
+    """Size and SHA-256 of the concatenated files, which are also written to `copy_to`."""
     digest, size = hashlib.sha256(), 0
     for part in parts:
         with open(part, "rb") as source:
             while block := source.read(1 << 20):
                 digest.update(block)
                 size += len(block)
-                if out:
-                    out.write(block)
+                if copy_to:
+                    copy_to.write(block)
     return size, digest.hexdigest()
 
 

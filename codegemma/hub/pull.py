@@ -19,7 +19,8 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -33,7 +34,7 @@ from codegemma.hub import stores
 
 Progress = Callable[[str, int, int | None], None]  # file, bytes so far, bytes in all
 TERMS = "https://ai.google.dev/gemma/terms"
-QUESTION = (
+TERMS_NOTICE = (
     f"Gemma models are provided under the Gemma Terms of Use ({TERMS}), which bind whoever uses them and "
     "whoever gets them from you, and forbid the uses listed in the Prohibited Use Policy "
     "(https://ai.google.dev/gemma/prohibited_use_policy)."
@@ -55,7 +56,7 @@ def accept_terms(ask: Callable[[str], bool]) -> None:
     record = cache_dir() / "gemma-terms.json"
     if record.exists():
         return
-    if not ask(QUESTION):
+    if not ask(TERMS_NOTICE):
         rule = "the Gemma terms were not accepted, so nothing was downloaded"
         raise ValueError(f"{rule}: pass --accept-terms if you accept them")
     with atomic_write(record) as out:
@@ -74,17 +75,20 @@ def pull(
     """Downloads or copies a model into the cache and returns its path.
 
     `name` is a preset, a repository (hf), a URL or a path. From a repository of GGUF files, one quantisation
-    is fetched, with all its parts: Q8_0 for NAME:Q8_0, else the one that `gguf_files.choose` prefers. Raises
-    ValueError with the remedy where the source refuses, the network or the disk fails, or the hash is wrong.
+    is fetched, with all its parts: Q8_0 for NAME:Q8_0, else the one that `gguf_files.choose` prefers.
+    `sha256` is the hash expected of a URL's file, and is refused with other sources. Raises ValueError with
+    the remedy where the source refuses, the network or the disk fails, or the hash is wrong.
     """
     if source not in get_args(DownloadSource):
         raise ValueError(f"no source {source!r}: choose {', '.join(get_args(DownloadSource))}")
+    if sha256 is not None and source != "url":
+        raise ValueError(f"sha256 is the hash of a URL's file, but the source is {source}: leave it out")
     base, _, quantisation = name.partition(":") if source == "hf" else (name, "", "")
     model = hub.preset(base)
     if model is None and source in ("kaggle", "ngc"):
         raise ValueError(f"no model {name!r} on {source}: choose {', '.join(PRESETS)}")
     accept_terms(ask)
-    try:
+    with _full_disk_explained("" if source == "path" else "; the part that was downloaded is kept"):
         if source == "hf":
             repository = f"{model.hub}-GGUF" if model and quantisation else model.hub if model else base
             return _from_hugging_face(repository, quantisation or None)
@@ -96,13 +100,18 @@ def pull(
             return _from_path(Path(name))
         file_name = re.sub(r"[^\w.-]", "_", name.rpartition("/")[2].split("?")[0])
         return fetch(name, cache_dir() / "models" / "urls" / file_name, sha256=sha256, progress=progress)
+
+
+@contextmanager
+def _full_disk_explained(result: str = "") -> Iterator[None]:
+    """Raises ValueError with the remedy where the block meets a full disk; `result` ends its message."""
+    try:
+        yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         remedy = "make room, or set XDG_CACHE_HOME (HF_HOME for the Hub) to another disk"
-        rule = f"the disk of {cache_dir()} is full: {remedy}"
-        kept = "" if source == "path" else "; the part that was downloaded is kept"
-        raise ValueError(f"{rule}{kept}") from None
+        raise ValueError(f"the disk of {cache_dir()} is full: {remedy}{result}") from None
 
 
 # -------------------------------------------------------------------------------- the sources
@@ -296,9 +305,7 @@ def _download(
             length = answer.headers.get("Content-Length", "")
             total = done + int(length) if length.isdigit() else None
             tag.write_text(answer.headers.get("ETag", ""))
-            if total and shutil.disk_usage(part.parent).free < total - done:
-                rule = f"takes {total / 1e9:.1f} GB, more than {part.parent} has free"
-                raise ValueError(f"{url}: {rule}: make room, or set XDG_CACHE_HOME to another disk")
+            _expect_room(url, (total or done) - done, part.parent)
             with open(part, "ab" if done else "wb") as out:
                 for block in answer.iter_raw():
                     out.write(block)
@@ -311,6 +318,13 @@ def _download(
         raise _cut(_one_line(error)) from None
     if total not in (None, done):
         raise _cut(f"{done:,} of {total:,} bytes")
+
+
+def _expect_room(name: object, size: int, folder: Path) -> None:
+    """Raises ValueError where the disk of a folder has less than `size` bytes free."""
+    if shutil.disk_usage(folder).free < size:
+        rule = f"takes {size / 1e9:.1f} GB, more than {folder} has free"
+        raise ValueError(f"{name}: {rule}: make room, or set XDG_CACHE_HOME to another disk")
 
 
 def _check_status(url: str, answer: Any) -> None:
@@ -365,26 +379,30 @@ def pack(path: Path, target: Path, name: str = "") -> Path:
 def install(file: Path) -> Path:
     """Copies the model in a pack into the cache, checks each file, and returns its path.
 
-    Raises ValueError on a damaged pack.
+    A second time, it finds the copy there. Raises ValueError on a damaged pack, where the cache holds another
+    model of its name, or where the disk is full.
     """
-    try:
-        with tarfile.open(file, mode="r:") as archive:
-            target = _unpack(file, archive)
-    except (tarfile.TarError, KeyError, TypeError, json.JSONDecodeError, EOFError) as error:
-        raise ValueError(f"{file}: is no readable pack ({_one_line(error)}): copy it again") from None
+    with _full_disk_explained():
+        try:
+            with tarfile.open(file, mode="r:") as archive:
+                target = _unpack(file, archive)
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{file}: is no readable pack ({_one_line(error)}): copy it again") from None
     return stores.model_in(target) or target
 
 
 def _unpack(file: Path, archive: tarfile.TarFile) -> Path:
-    first = archive.next()
-    manifest_file = archive.extractfile(first) if first and first.name == PACK_MANIFEST else None
-    if first is None or manifest_file is None or first.size > 1 << 20:
-        raise ValueError(f"{file}: was not written by codegemma pull --pack: pass such a file")
-    manifest = json.loads(manifest_file.read())
-    name, hashes = str(manifest["name"]), dict(manifest["files"])
+    name, hashes = _read_manifest(file, archive)
     target = cache_dir() / "models" / name
-    if not re.fullmatch(r"\w[\w.-]*", name) or target.exists():
-        raise ValueError(f"{file}: {target} exists already, or is no name of a model: remove it first")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if hashes and all(
+            (target / path).is_file() and _sha256(target / path) == hash for path, hash in hashes.items()
+        ):
+            return target
+        remedy = f"run `codegemma models --remove {name}` first"
+        raise ValueError(f"{file}: {target} holds another model of this name: {remedy}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _expect_room(file, file.stat().st_size, target.parent)
     with atomic_directory(target) as folder:
         while info := archive.next():
             path = Path(info.name)
@@ -400,3 +418,23 @@ def _unpack(file: Path, archive: tarfile.TarFile) -> Path:
         if hashes:
             raise ValueError(f"{file}: lacks {', '.join(sorted(hashes)[:3])}: copy it again")
     return target
+
+
+def _read_manifest(file: Path, archive: tarfile.TarFile) -> tuple[str, dict[str, str]]:
+    """The name of a pack's model, and the hash of each of its files."""
+    first = archive.next()
+    member = archive.extractfile(first) if first and first.name == PACK_MANIFEST else None
+    if first is None or member is None or first.size > 1 << 20:
+        raise ValueError(f"{file}: was not written by codegemma pull --pack: pass such a file")
+    try:
+        manifest = json.loads(member.read())
+        name, hashes = (
+            str(manifest["name"]),
+            {str(path): str(hash) for path, hash in manifest["files"].items()},
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: is no readable pack ({_one_line(error)}): copy it again") from None
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in hub.PULLED_FOLDERS:
+        remedy = "rename the model that was packed, and pack it again"
+        raise ValueError(f"{file}: {name!r} is no name of a model: {remedy}")
+    return name, hashes

@@ -47,7 +47,7 @@ def weight_bytes(path: Path) -> int:
 
 
 def disk_bytes(path: Path) -> int:
-    """The size of a file, or of all files in a folder; links are not counted."""
+    """The size of a file (of a link, its target's), or of all files in a folder without its links."""
     files = (
         [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
         if path.is_dir()
@@ -57,10 +57,11 @@ def disk_bytes(path: Path) -> int:
 
 
 def model_in(directory: Path, quantisation: str | None = None) -> Path | None:
-    """The model in a directory; None if there is none. Raises ValueError where several models are there.
+    """The model in a directory; None if there is none, or several .nemo.
 
-    It is the directory itself if that holds config.json and weights, or an Orbax checkpoint; else its GGUF
-    file, or its only .nemo. With a `quantisation`, it is that GGUF file.
+    It is the first of these: the directory, if it holds config.json and weights; its GGUF file; its only
+    .nemo; the directory, if it is an Orbax checkpoint. With a `quantisation`, it is that GGUF file. Raises
+    ValueError where several GGUF models are there.
     """
     has_weights = any(next(directory.glob(pattern), None) for pattern in WEIGHTS)
     if quantisation is None and (directory / "config.json").exists() and has_weights:
@@ -88,7 +89,9 @@ def hub_folder(repository: str) -> Path | None:
 
 
 def in_hub_cache(repository: str, quantisation: str | None = None) -> Path | None:
-    """The model of a downloaded repository, from the snapshot of its main branch, else from its only one."""
+    """The model of a downloaded repository: from the snapshot of its main branch, or from its only snapshot
+    where no main branch is recorded.
+    """
     folder = hub_folder(repository)
     snapshot = _snapshot(folder) if folder else None
     return model_in(snapshot, quantisation) if snapshot else None
@@ -111,20 +114,25 @@ def _hub_cache_models() -> Iterator[StoredModel]:
 
 
 def _models_in_folder(name: str, folder: Path, store: Store) -> Iterator[StoredModel]:
-    """The models of a folder that this program runs: each quantisation, or the folder itself."""
-    files = [file for file in sorted([*folder.glob("*.gguf"), *folder.glob("*/*.gguf")]) if _runs(file)]
+    """The models in a folder that we can run: each quantisation of its GGUF files, and the folder itself.
+
+    The folder is a model if it holds config.json and weights.
+    """
+    files = [
+        file for file in sorted([*folder.glob("*.gguf"), *folder.glob("*/*.gguf")]) if _is_supported(file)
+    ]
     firsts = {gguf_files.parts(file)[0]: None for file in files}
     for file in firsts:
         name_in_folder = gguf_files.stem(str(file.relative_to(folder)))
         quantisation = gguf_files.tag(name_in_folder) or gguf_files.stem(file.name)
         yield StoredModel(f"{name}:{quantisation}", file, store)
     has_weights = any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
-    if has_weights and (folder / "config.json").exists() and _runs(folder):
+    if has_weights and (folder / "config.json").exists() and _is_supported(folder):
         yield StoredModel(name, folder, store)
 
 
-def _runs(path: Path) -> bool:
-    """Whether this program knows a model's architecture, by its header or config.json."""
+def _is_supported(path: Path) -> bool:
+    """Whether a model's architecture, by its header or config.json, is one that we can run."""
     try:
         if path.is_dir():
             kind = str(read_json(path / "config.json").get("model_type")).removesuffix("_text")
@@ -211,7 +219,7 @@ def _ollama_models() -> Iterator[StoredModel]:
             blob = _model_layer(file)
         except (ValueError, OSError):
             continue
-        if blob and _runs(blob):
+        if blob and _is_supported(blob):
             yield StoredModel(f"ollama:{_ollama_name(parts)}", blob, "ollama")
 
 

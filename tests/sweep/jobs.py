@@ -61,6 +61,7 @@ JOBS = (
         volatile=(".verified",)),
     Job("pull from a folder", ("pull", "{input}/model", "--source", "path", "--accept-terms"),
         (f"{CACHE}/models/**/*",), CACHE),
+    Job("install of a pack", ("install", "{input}/model.pack"), (f"{CACHE}/models/**/*",), CACHE),
     Job("train", ("train", "{input}/rows", "-m", "{input}/tiny.gguf", "--out", "{case}/work/run",
                   "--steps", "4", "--save-every", "1", "--batch-tokens", "512",
                   "--micro-tokens", "256", "--lora-rank", "2"),
@@ -81,7 +82,7 @@ class Reference:
 
 
 def make_inputs(folder: Path) -> None:
-    """A tiny model as a GGUF and as a folder, code with a hole in it, and rows to train on."""
+    """A tiny model as a GGUF, a folder and a pack, code with a hole in it, and rows to train on."""
     config = tiny_config("gemma-mqa", width=256, ffn_width=512, layers=12)
     code = folder / "code" / "project"
     code.mkdir(parents=True)
@@ -95,6 +96,7 @@ def make_inputs(folder: Path) -> None:
     made = make_case(folder / "making")
     for arguments in (
         ("convert", "{input}/tiny.gguf", "{input}/model", "--to", "safetensors"),
+        ("pull", "{input}/model", "--source", "path", "--accept-terms", "--pack", "{input}/model.pack"),
         (*JOBS[1].arguments[:3], "--out", "{input}/rows", *JOBS[1].arguments[5:]),
     ):
         process = start(arguments, folder, made)
