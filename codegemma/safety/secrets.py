@@ -43,8 +43,8 @@ SECRET_FILES_UNLESS_CODE = (
     *("*-secret.*", "*-secrets.*", "*_secret.*", "*_secrets.*"),
     *("api_key.*", "api_keys.*", "apikey.*", "apikeys.*", "api-key.*", "api-keys.*"),
 )
-# What editors and people add to the name of a file that they keep as a copy: `.env~`, `#.env#`, `.id_rsa.swp`,
-# `id_rsa.old`. Such a file is as its original. TypeScript reads the pattern too.
+# What editors and people add to the name of a file that they keep as a copy: `.env~`, `#.env#`,
+# `.id_rsa.swp`, `id_rsa.old`. Such a file is as its original. TypeScript reads the pattern too.
 BACKUP_MARKS = r"^\.?#|(#|~|\.~\d+~|\.(sw[a-p]|bak|backup|old|orig|save|tmp))+$"
 TEMPLATE_WORDS = ("example", "sample", "template", "dist")  # among the last two parts of a name, between dots
 # Source code by extension. Shell is missing on purpose: a `secrets.sh` is mostly a list of passwords.
