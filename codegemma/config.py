@@ -93,10 +93,13 @@ class ModelConfig:
         if self.head_width % 2:
             yield f"head_width must be even for rotary positions, got {self.head_width}"
         every, window = self.global_every, self.window
-        if not isinstance(every, int) or not isinstance(window, (int, type(None))):
-            yield f"global_every ({every!r}) and window ({window!r}) must be whole numbers"
-        if every < 1 or (every > 1 and not window):
-            yield f"local layers (global_every={every}) need a window, got {window!r}"
+        if not isinstance(every, int) or every < 1:
+            yield f"global_every must be a whole number above 0 (1: all layers are global), got {every!r}"
+        if not isinstance(window, (int, type(None))):
+            yield f"window must be a whole number of tokens, or None, got {window!r}"
+        if every > 1 and not window:
+            rule = f"global_every is {every}, so some layers are local and need a window, got {window!r}"
+            yield f"{rule}: set window, or global_every to 1"
         optional = ("window", "attention_softcap", "final_softcap")
         for name in (*optional, "query_scale", "norm_eps", "rope_base", "rope_base_local", "rope_scale"):
             number = getattr(self, name)

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from codegemma.convert import convert as convert_module
 from codegemma.convert.card import card
 from codegemma.convert.convert import convert, save
 from codegemma.convert.export import export
+from codegemma.convert.importance import importance_of
 from codegemma.convert.inspect import inspect
 from codegemma.convert.quantize import summary
 from codegemma.convert.verify import TEXTS, verify
@@ -242,6 +244,8 @@ def test_importance_lowers_the_cost_of_quantising(tmp_path):
         for name, path in (("without", None), ("with", tmp_path / "code.py"))
     ]
     assert 0 < divergences[1] < 0.95 * divergences[0]
+    with pytest.raises(ValueError, match=r"nowhere: does not exist: pass a file of llama-imatrix"):
+        importance_of(tmp_path / "nowhere", open_checkpoint(source))
     with pytest.raises(ValueError, match="importance weighs the columns that --quantize rounds"):
         convert(source, tmp_path / "x.gguf", importance=tmp_path / "code.py")
 
@@ -354,6 +358,15 @@ def test_exports_hold_what_each_program_needs(tmp_path):
     )
 
 
+@pytest.mark.parametrize("program", ["transformers", "nemo"])
+def test_an_export_without_gguf_takes_no_blocks(tmp_path, program):
+    with pytest.raises(
+        ValueError, match=f"--quantize makes GGUF blocks, which {program} does not read: leave"
+    ):
+        export(program, _source(tmp_path), tmp_path / "out", "q4_0")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("program", "name"), [("ollama", "Modelfile"), ("llamacpp", "README.md"), ("transformers", "NOTICE")]
 )
@@ -393,3 +406,21 @@ def test_a_card_states_scores_licence_and_changes(tmp_path):
     assert (parsed.data.license, result.dataset_name, result.metric_value) == ("gemma", "HumanEval", 31.1)
     assert "| HumanEval | 31.1 | 24.0 - 38.5 | 164 | pass@1 |" in text and "ai.google.dev/gemma/terms" in text
     assert "## Statement of changes\n\nFine-tuned on X." in text
+
+
+@pytest.mark.parametrize(
+    ("fim_orders", "changes"),
+    [
+        (None, "codegemma did not train them further."),
+        ((), "codegemma changed the weights: it trained them further, or merged an adapter into them."),
+        (("spm", "psm"), "into them, on the FIM orders psm, spm."),
+    ],
+)
+def test_a_card_says_whether_codegemma_changed_the_weights(tmp_path, fim_orders, changes):
+    source = _source(tmp_path)
+    if fim_orders is not None:
+        checkpoint = open_checkpoint(source)
+        merge = partial(Checkpoint.with_weights, tensors=dict(checkpoint.tensors), fim_orders=fim_orders)
+        source = convert(source, tmp_path / "changed.gguf", merge=merge).path
+    text = card(source)
+    assert changes in text and ("not train" in text) is (fim_orders is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -78,6 +79,83 @@ def test_lines_that_the_suffix_has_go(prefix, text, suffix, expected, trim):
 )
 def test_the_suffix_ends_the_last_line(prefix, text, suffix, expected, trim):
     assert kept(text, prefix, suffix, trim) == expected
+
+
+@pytest.mark.parametrize("path", [None, "a.txt"])
+@pytest.mark.parametrize(
+    "prefix, text, suffix",
+    [
+        ("class A\n  def abs(x)\n    if x < 0\n      ", "-x\n    end", "\n    x\n  end\nend\n"),
+        ("def a\n  xs.each do |x|\n    ", "puts x\n  end", "\nend\n"),
+        ("def a\n  y = if x\n    1\n  else\n    ", "2\n  end", "\nend\n"),
+        ("function f(a)\n  if a then\n    ", "return 1\n  end", "\n  return 2\nend\n"),
+        ("f(function(a)\n  g(function(b)\n    ", "h()\n  end)", "\nend)\n"),
+        ("for f in *; do\n  if [ -f $f ]; then\n    ", "echo $f\n  fi", "\ndone\n"),
+        ("if a; then\n  case $1 in\n  b)\n    ", "c\n    ;;\n  esac", "\nfi\n"),
+        ("BEGIN\n  IF x THEN\n    ", "y := 1;\n  END IF;", "\nEND;\n"),
+        ("defmodule A do\n  def f(x) do\n    ", "x + 1\n  end", "\nend\n"),
+        ("function f(x)\n    for i in x\n        ", "println(i)\n    end", "\nend\n"),
+        ("do i = 1, n\n  if (x) then\n    ", "y = 1\n  end if", "\nend do\n"),
+        ("Sub A\n  While b\n    ", "c\n  End While", "\nEnd Sub\n"),
+        ("if(X)\n  foreach(a b)\n    ", "message(a)\n  endforeach()", "\nendif()\n"),
+        ("<div>\n  <ul>\n    ", "<li>a</li>\n  </ul>", "\n</div>\n"),
+        ("{% if a %}\n  {% for b in c %}\n    ", "b\n  {% endfor %}", "\n{% endif %}\n"),
+        # The suffix's first line stands at the cursor: it closes one of the two blocks, or of the three.
+        ("def a\n  if b\n    ", "c\n  end\n", "end\n"),
+        ("class A\n  def a\n    if b\n      ", "c\n    end\n", "end\n\n  def d\n    e\n  end\nend\n"),
+        ("f(() => {\n  g(() => {\n    ", "x();\n  });\n", "});\n"),
+        ("void f() {\n  if (b) {\n    ", "x();\n  }\n", "}\n"),
+    ],
+)
+def test_words_close_blocks_as_brackets_do(prefix, text, suffix, path):
+    assert kept(text + "\n", prefix, suffix, path=path).rstrip() == text.rstrip()
+
+
+@pytest.mark.parametrize(
+    "prefix, text, suffix, expected",
+    [
+        ("def a\n  if b\n    ", "c\n  end\n", "\n  end\nend\n", "c"),
+        ("def a\n  if b\n    ", "c\n  end\n", "\n    d\n  end\nend\n", "c"),
+        ("def a\n  if b\n    ", "c\n  end\n", "\n  else\n    d\n  end\nend\n", "c"),
+        ("def a\n  if b\n    ", "c\n  end\n", "end\nend\n", "c\n"),
+        ("class A\n  def a\n    ", "c\n  end\n", "end\n\n  def d\n    e\n  end\nend\n", "c\n"),
+        ("for f in *; do\n  ", "a\ndone\n", "\ndone\n", "a"),
+        ("if a; then\n  b\nfi\nif c; then\n  ", "d\nfi\n", "\nfi\n", "d"),
+        ("BEGIN\n  IF x THEN\n    ", "y;\n  END IF;\n", "\n  END IF;\nEND;\n", "y;"),
+        ("<ul>\n  ", "<li>\n</ul>\n", "\n</ul>\n", "<li>"),
+        ("f(() => {\n  ", "x();\n});\n", "});\n", "x();\n"),
+        ("f(() => {\n  ", "x();\n});\n", "\n});\n", "x();"),
+    ],
+)
+def test_a_block_is_closed_by_one_word(prefix, text, suffix, expected):
+    assert kept(text, prefix, suffix) == expected
+
+
+@pytest.mark.parametrize(
+    "language, prefix, text, suffix",
+    [
+        ("javascript", "f(() => {\n  g(() => {\n    ", "x();\n  });\n", "});\n"),
+        ("c", "void f() {\n  if (b) {\n    ", "x();\n  }\n", "}\n"),
+        ("c", "int f() {\n  for (;;) {\n    ", "x();\n  }\n", "}\n\nint g() { return 1; }\n"),
+    ],
+)
+def test_a_grammar_tells_which_block_a_moved_bracket_closes(language, prefix, text, suffix):
+    pytest.importorskip(f"tree_sitter_{language}")
+    assert kept(text, prefix, suffix, language=language) == text
+    one_block = prefix[: prefix.index("\n") + 3]
+    assert kept(text.replace("\n  ", "\n"), one_block, suffix, language=language) == "x();\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/* ", "''' ", '""" ', "\\`", '\\"', "'\n/*", "{\n", "if a\n", "<a ", "do |", "end (", "function f("],
+)
+def test_literals_and_blocks_without_an_end_cost_no_time(text):
+    prefix = text * (300_000 // len(text)) + "\nint f() {\n  if (n) {\n    for (;;) {\n      "
+    start = time.perf_counter()
+    assert kept("g();\n    }\n    }\n", prefix, "\n  }\n}\n" + text * 9999, path="a.zig").startswith("g();")
+    kept("g()\n    end\n", prefix, "\n  end\n" + text * 9999)
+    assert time.perf_counter() - start < 3
 
 
 def test_a_syntax_tree_decides_where_columns_do_not():

@@ -695,6 +695,18 @@ def test_syntax_splits_are_nodes_and_suffixes_begin_at_line_breaks():
     assert set(kinds) == set(splits.KINDS) and 30 < kinds["characters"] < 90
 
 
+@pytest.mark.parametrize(
+    "language, text",
+    [
+        ("c", "void f() {\n  if (b) {\n    x();\n}\n"),
+        ("java", "class A {\n  void f() {\n    x();\n  }\n"),
+        ("javascript", "f(() => {\n  x();\n}\n"),
+    ],
+)
+def test_what_a_grammar_misses_is_an_error(language, text):
+    assert 0 < syntax.error_share(syntax.parse(text, language)) <= 1
+
+
 def test_nodes_are_drawn_in_proportion_to_their_size():
     tree = syntax.parse(SAMPLE, "python")
     sizes, stack = {}, [tree.root_node]

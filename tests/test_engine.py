@@ -22,7 +22,7 @@ from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor
 from codegemma.generate import sampling
 from codegemma.generate.engine import Batch, Engine
 from codegemma.generate.request import Request
-from codegemma.generate.running import Step
+from codegemma.generate.running import Step, StopText
 from codegemma.generate.sampling import Sampling
 from codegemma.native import PAGE, Cancel, Logits, Native, Page, Slice, _native
 from codegemma.tokenizer import Tokenizer
@@ -398,6 +398,22 @@ def test_stop_texts_end_the_text_before_the_first(text, stops):
             break
     assert "".join(step.text for step in steps) == expected
     assert steps[-1].stop == ended and all(step.stop is None for step in steps[:-1])
+
+
+@given(st.text("ab", min_size=1, max_size=8), st.lists(st.text("abc", max_size=4), max_size=10))
+def test_no_more_text_is_held_back_than_may_begin_a_stop_text(stop, pieces):
+    matcher, text = StopText(stop), ""
+    for piece in pieces:
+        text += piece
+        assert matcher.push(piece) == max(n for n in range(len(stop) + 1) if text.endswith(stop[:n]))
+
+
+@pytest.mark.parametrize("stop", ["x" * 300_000, "xy" * 150_000, "x" * 299_999 + "y"])
+def test_a_long_stop_text_costs_no_time(stop):
+    start = time.perf_counter()
+    steps = answer_steps("xxxyxyx", stop=[stop])
+    assert "".join(step.text for step in steps) == "xxxyxyx" and steps[-1].stop == "end"
+    assert time.perf_counter() - start < 2  # tried at each of its lengths, it would take a minute
 
 
 def test_text_held_back_for_a_stop_text_is_released_at_the_end():

@@ -105,3 +105,20 @@ def test_ollamas_first_files_of_larger_models_are_read_as_published():
     for layers, scale in ((34, 1.0), (34, 8.0), (26, 1.0)):  # what we write says it either way
         config = replace(gguf_model.config("f", header, 1000), layers=layers, rope_scale=scale)
         assert gguf_model.config("f", gguf_model.config_metadata(config), 1000) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_every": 0}, r"global_every must be a whole number above 0 \(1: .*\), got 0$"),
+        ({"global_every": 2.5}, "global_every must be a whole number above 0 .*, got 2.5$"),
+        ({"window": 0.5}, "window must be a whole number of tokens, or None, got 0.5$"),
+        (
+            {"window": None},
+            "global_every is 6, so some layers are local and need a window, got None: set window",
+        ),
+    ],
+)
+def test_windows_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(GEMMA3, **changes)

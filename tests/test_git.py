@@ -3,6 +3,7 @@
 import os
 import pwd
 import random
+import signal
 import subprocess
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from codegemma.data.documents import Document, Outcome
 from codegemma.data.git import git_state
 from codegemma.data.gitignore import is_ignored
+from codegemma.data.linguist import attribute_lines, declared_reason
 from codegemma.data.sources import Source, read, walk
 from codegemma.editor.context import FilePolicy
 
@@ -277,3 +279,173 @@ def test_random_rules_in_every_source(tmp_path, home, seed):
     assert {name for name in files if is_ignored(tree, tree / name)} == ignored
     walked = {entry.path for entry in walk(tree) if not entry.reason}
     assert walked & set(files) == set(files) - ignored
+
+
+@pytest.fixture
+def ten_seconds():
+    """The test fails after ten seconds, also in the midst of a regular expression."""
+
+    def stop(*_):
+        raise TimeoutError("ten seconds are over")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("*a" * 10 + "*b", {2}),
+        ("**/" + "*a*/" * 30 + "b", {3}),
+        ("a**" * 20 + "[b]", {2}),
+        ("*?" * 40, {0, 2}),
+    ],
+)
+def test_no_pattern_is_slow(tmp_path, ten_seconds, pattern, matches):
+    """git itself needs years for some of these, so the results are worked out by hand."""
+    names = ["a" * 60, "aa/" * 60 + "aa", "a" * 60 + "b", "aa/" * 40 + "b"]
+    write(tmp_path, *names)
+    append(tmp_path / ".gitignore", pattern)
+    lines = attribute_lines("", f"{pattern} linguist-generated\n".encode())
+    assert {index for index in range(4) if is_ignored(tmp_path, tmp_path / names[index])} == matches
+    assert {index for index in range(4) if declared_reason(names[index], lines)} == matches
+
+
+@pytest.mark.parametrize("line", ["bin\\", "!", "[z-a].txt", "[a", "[[:letter:]]", "a[\\", "/", "***!["])
+def test_a_line_that_git_cannot_use_leaves_the_others_in_force(tmp_path, line):
+    top = repository(tmp_path / "top")
+    append(top / ".gitignore", "*.secret", line, "!kept.secret")
+    names = ["keep.py", "a.secret", "kept.secret", "bin/a", "a.txt", "b/c.secret"]
+    write(top, *names)
+    assert check(top, names) == {"a.secret", "b/c.secret"}
+
+
+@pytest.mark.parametrize("name", ["a.secret", "folder/b.secret"])
+def test_an_ignore_file_that_is_a_link_counts_only_where_git_reads_it(tmp_path, home, name):
+    top = repository(tmp_path / "top")
+    write(top, name, "global.py")
+    append(tmp_path / "rules", "*.secret")
+    (top / name).with_name(".gitignore").symlink_to(tmp_path / "rules")
+    assert check(top, [name, "keep.py"]) == set()
+    append(tmp_path / "global", "global.py")
+    append(home / "config/git/none")
+    (home / "config/git/ignore").symlink_to(tmp_path / "global")
+    assert check(top, [name, "keep.py", "global.py"]) == {"global.py"}
+
+
+CLASSES = ["alpha", "digit", "alnum", "lower", "upper", "xdigit", "punct", "space", "blank", "print", "graph"]
+PIECES = [
+    *[
+        "a",
+        "b",
+        "B",
+        "ab",
+        ".py",
+        "*",
+        "?",
+        "**",
+        "***",
+        "/",
+        "/",
+        "/**/",
+        "**/",
+        "/**",
+        "*a",
+        "a*",
+        " ",
+        "#",
+        "!",
+    ],
+    *[
+        "[ab]",
+        "[!a]",
+        "[^a]",
+        "[]a]",
+        "[a-c]",
+        "[A-C]",
+        "[!]a]",
+        "[a-]",
+        "[--0]",
+        "[a\\]b]",
+        "[a\\-c]",
+        "[z-a]",
+    ],
+    *[
+        "[a",
+        "[",
+        "]",
+        "\\",
+        "\\*",
+        "\\a",
+        "\\ ",
+        "\\/",
+        "\\B",
+        "\u00e9",
+        "[\u00e9]",
+        "[[:cntrl:]]",
+        "[[:x:]]",
+    ],
+    *[f"[[:{name}:]]" for name in CLASSES],
+    *["[[:]", "[[:a]", "[[:alpha:]-c]", "[![:alpha:][:digit:]]", "[a-c-e]", "[[-a]"],
+]
+FILES = [
+    *[
+        "a",
+        "b",
+        "B",
+        "ab",
+        "ba",
+        "aba",
+        "a.py",
+        "b.py",
+        "a/b",
+        "a/b.py",
+        "a/b/a",
+        "b/a/ab.py",
+        "ab/a.py",
+        "a b.py",
+    ],
+    *[
+        "a*",
+        "\u00e9",
+        "\u00e9/a",
+        "a/\u00e9.py",
+        "a]",
+        "]a",
+        "-",
+        "a-",
+        "c",
+        "C",
+        "*",
+        "a.py/b",
+        "[a",
+        "#a",
+        "!a",
+        "a ",
+    ],
+    *["b/a ", "\\", "a\\b", "0", ":", "_", "\t", "a\x0b", "\x7f", "~"],
+]
+
+
+@pytest.mark.parametrize("ignore_case", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_random_patterns_match_as_in_git(tmp_path, ignore_case):
+    rng = random.Random(5)
+    top = tmp_path / "top"
+    top.mkdir()
+    git(top, "init", "-q")
+    git(top, "config", "core.ignoreCase", str(ignore_case).lower())
+    for number in range(250):
+        lines = ["".join(rng.choices(PIECES, k=rng.randint(1, 5))) for _ in range(rng.randint(1, 2))]
+        lines += ["!" + "".join(rng.choices(PIECES, k=rng.randint(1, 3)))] * (rng.random() < 0.3)
+        append(top / str(number) / ".gitignore", *lines)
+    names = [f"{number}/{name}" for number in range(250) for name in FILES]
+    ignored = ignored_by_git(top, names)
+    decided = {name for name in names if is_ignored(top, top / name)}
+    folders = {name.partition("/")[0] for name in decided ^ ignored}
+    wrong = {folder: (top / folder / ".gitignore").read_text() for folder in folders}
+    assert not wrong, sorted(decided ^ ignored)
+    assert 500 < len(ignored) < len(names) - 500

@@ -72,6 +72,9 @@ def test_an_adapter_for_a_model_and_a_model_for_an_adapter_are_told(tmp_path):
         with pytest.raises(ValueError, match="is an adapter, not a model: pass it by --adapter"):
             open_checkpoint(path)
         assert is_adapter(path)
+    (tmp_path / "g").mkdir()
+    lora.rename(tmp_path / "g" / "lora.gguf")
+    assert is_adapter(tmp_path / "g") and load(tmp_path / "g").name == "lora"
     model = write_tiny_hf(tmp_path / "hf", CONFIG)
     for path in (model, model / "model.safetensors", write_tiny_gguf(tmp_path / "m.gguf", CONFIG)):
         with pytest.raises(ValueError, match="a model is passed by -m"):
@@ -79,6 +82,9 @@ def test_an_adapter_for_a_model_and_a_model_for_an_adapter_are_told(tmp_path):
         assert not is_adapter(path)
     with pytest.raises(ValueError, match="does not exist"):
         load(tmp_path / "none")
+    write_tiny_gguf(tmp_path / "g" / "m.gguf", CONFIG)  # an adapter beside its model: the folder of a model
+    assert not is_adapter(tmp_path / "g") and open_checkpoint(tmp_path / "g")
+    assert not is_adapter(tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])

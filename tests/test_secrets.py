@@ -49,6 +49,31 @@ SECRET = [
     "id_rsa.old",
     "AuthKey_1.p8",
     "client_secret_1.json",
+    ".env~",
+    "#.env#",
+    ".env.swp",
+    "..env.swo",
+    ".env.production.bak",
+    "id_rsa~",
+    ".id_rsa.swp",
+    "id_rsa.~2~",
+    "secrets.yaml.orig",
+    "known_hosts.old",
+    "prod.tfstate.backup",
+    "id_rsa_work",
+    "deploy_rsa",
+    "ssh_host_ed25519_key",
+    ".docker/config.json",
+    ".docker/config.json~",
+    ".config/gh/hosts.yml",
+    "passwords.txt",
+    "PASSWORD.TXT",
+    "token.json",
+    "kubeconfig.yaml",
+    "prod.kubeconfig",
+    "app-secrets.json",
+    "apikey.txt",
+    ".secrets.toml",
 ]
 READ = [
     "environment.py",
@@ -76,6 +101,21 @@ READ = [
     "example.env",
     "secrets.example.yaml",
     "terraform.tfvars.dist",
+    "tokenizer.json",
+    "tokens.json",
+    "password.py",
+    "token.ts",
+    "secrets.py~",
+    "#password.py#",
+    ".env.example~",
+    "id_rsa_test.go",
+    "kubeconfig.go",
+    "app_secrets.rb",
+    ".docker/nginx.conf",
+    "config.json",
+    "hosts.yml",
+    "old.py",
+    "backup.json.bak",
     "",
 ]
 
@@ -124,6 +164,142 @@ def test_other_files_are_left_out_by_name_and_redacted_by_content():
     code, unnamed = safe_files(files)
     assert code.path == "secrets.py" and AWS[4:] not in code.text and "EXAMPLE" in code.text
     assert unnamed == files[2]
+
+
+# Lines, and the secret in each.
+PASSWORD, TOKEN = "xK9mQ2vL7pR4", "s7Q5WQb5f7f2ayrDrYYxOV2EXvyDZhEw"
+LINES = {
+    f"export AWS_SECRET_ACCESS_KEY={TOKEN}x1bAbQp2": f"{TOKEN}x1bAbQp2",
+    f"DB_PASSWORD={PASSWORD}": PASSWORD,
+    f"docker run -e DB_PASSWORD={PASSWORD} image": PASSWORD,
+    f"  password: {PASSWORD}": PASSWORD,
+    f"  - api-key: {TOKEN}  # the key": TOKEN,
+    f"spring.datasource.password = {PASSWORD}\r": PASSWORD,
+    f'#define API_KEY "{TOKEN}"': TOKEN,
+    f'#define WIFI_PASSWORD "{PASSWORD}"': PASSWORD,
+    f'os.getenv("API_KEY", "{TOKEN}")': TOKEN,
+    f"os.environ.get('DB_PASSWORD', '{PASSWORD}')": PASSWORD,
+    f"env('APP_SECRET', '{TOKEN}')": TOKEN,
+    f'const apiKey = process.env.API_KEY || "{TOKEN}";': TOKEN,
+    f'api_key: str = "{TOKEN}"': TOKEN,
+    f'let token: &str = "{TOKEN}";': TOKEN,
+    'password = "xK9#mQ2$vL7!"': "xK9#mQ2$vL7!",
+    'password = "a%9xK!q2$7"': "a%9xK!q2$7",
+    f"<password>{PASSWORD}</password>": PASSWORD,
+    f"<ns:apiKey>{TOKEN}</ns:apiKey>": TOKEN,
+    f'<add key="Password" value="{PASSWORD}"/>': PASSWORD,
+    f"Server=db;User Id=sa;Password={PASSWORD};": PASSWORD,
+    'url = "jdbc:postgresql://db/a?user=bob&password=Hunter2xyz!"': "Hunter2xyz!",
+    "redis://:aV3ryS3cr7@cache:6379": "aV3ryS3cr7",
+    f"Authorization: Bearer {TOKEN}": TOKEN,
+    f"curl -H 'authorization: bearer {TOKEN}'": TOKEN,
+    "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": "JxkSSVDMf2h5M9GKyljqBn8KUWYd",
+    "dop_v1_061fea83537c7fec5779ec6e8af362100fac96c5400c41c842e90114183d260f": "061fea83537c7fec5779ec",
+    "dapi486eca887715bd1bd6d282853416d112": "486eca887715bd1bd6d282853416d112",
+    "bot = '833541185:AADGJVdktPVT0JrwNVozJzlEYq3NvToq9NT'": "AADGJVdktPVT0JrwNVozJzlEYq3NvToq9NT",
+    "AGE-SECRET-KEY-1FXXMRAFH53EQCLUNNC5JTXLTUFAX855L45A5LED20V0R5R46PKHH6DJW5E": "FXXMRAFH53EQCLUNNC5J",
+    "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": "KbdSwLiLiiqrzKzlNfoFalHuGPCROUopuF",
+}
+
+
+@pytest.mark.parametrize(("line", "secret"), LINES.items())
+def test_credentials_of_every_notation_are_replaced(line, secret):
+    text = f"a = 1\n{line}\nb = 2\n"
+    once = redact(text)
+    assert secret in line and secret not in once and "EXAMPLE" in once and redact(once) == once
+    assert once.startswith("a = 1\n") and once.endswith("\nb = 2\n") and once.count("\n") == 3
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\ndef f(x):\n    return x\n", '"\nkey = load(a)\n'])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\n    ", "\\n"])
+def test_a_private_key_is_replaced_also_without_its_end(end, newline):
+    lines = [f"{TOKEN}{TOKEN}"[number:] for number in range(6)] + ["CLGElG3wmBZernoWjiXnbkFx=="]
+    text = newline.join(["a = 1\n-----BEGIN PRIVATE KEY-----", *lines])
+    once = redact(text + end)
+    assert TOKEN[8:] not in once and "CLGE" not in once and once.endswith(end) and redact(once) == once
+
+
+FALSE_FRIENDS = r"""
+password = input("Password: ")
+password: str
+password: SecretStr
+password=password
+  password=self.password2Fa,
+password = os.environ["DB_PASSWORD"]
+DB_PASSWORD=${DB_PASSWORD}
+DB_PASSWORD=$(cat /run/secrets/db)
+DB_PASSWORD=$DB_PASSWORD_V2
+DB_PASSWORD=changeme123
+DB_PASSWORD: ${{ secrets.DB_PASSWORD }}
+password: {{ vault_password_1 }}
+password: !vault |
+password: *base64Ref1
+password: Base64EncodedString
+token: Sha256TokenV2
+token = tokens[i]
+token = token_at_1
+token = Lexer2.nextToken
+token: 2024-01-02T10:00:00Z
+token: 550e8400-e29b-41d4-a716-446655440000
+token_type = "Bearer"
+tokenizer = "gemma-tokenizer-v2"
+tokenizer: Gemma2Tokenizer3B4x
+tokenization = "WordPiece-v2-uncased-30522"
+secretary = "Room-B12-Floor-3-East"
+secretName: my-app-db2-tls-v1
+secret: k8s-v1-db2-tls
+secret_key = load_key_2
+SECRET_KEY_BASE_LENGTH = 64
+PASSWORD_FIELD = "password"
+PWD=/home/jo/p1/B2/c3D4
+API_KEY = settings.API_KEY
+API_KEY=YOUR_API_KEY_1
+#define TOKEN_NAME "identifier"
+#define PASSWORD_MAX 128
+#define TOKEN_KIND_2 "L_PAREN"
+os.getenv("API_KEY", "")
+os.getenv("API_KEY_NAME", "default-key")
+os.environ.get("TOKEN", "none")
+api_key = config.get("api_key")
+<password>changeme</password>
+<password>${db.password}</password>
+<token>IDENTIFIER</token>
+<input type="password" name="password">
+<string name="password">Passwort</string>
+Server=db;User Id=sa;Password={0};
+Server=db;Password=<your password>;
+"?password=" + encodeURIComponent(p1)
+redis://:${REDIS_PASSWORD}@cache:6379
+redis://:password@cache:6379
+http://localhost:8080/a@b
+Authorization: Bearer <token>
+Authorization: Bearer $TOKEN
+Authorization: Bearer YOUR_ACCESS_TOKEN_HERE_1
+// the Bearer authentication-scheme of RFC 6750
+commit = "da39a3ee5e6b4b0d3255bfef95601890afd80709"
+integrity="sha384-oqVuAfXRKap7fdgcCY5uykM6+R9GqQ8K/uxy9rx7HNQlGYl1kPzQho1wx4JwY8wC"
+id = "550e8400-e29b-41d4-a716-446655440000"
+dapi_request_id_of_the_client
+ratio = 12345678:AA
+hf_hub_download_with_a_long_name_x
+def dop_v1_handler(request):
+-----BEGIN PRIVATE KEY-----
+passwordHash = hashPassword(password)
+auth_token_url = "https://x.io/oauth/token"
+password = "{{ password_1 }}"
+password = "%s-%s-Pw1"
+if password === confirmPassword2:
+if (token == null) token = T2x;
+print(f"password={user.password1}")
+let token: Token2 = lexer.next();
+token := p.next2()
+password := r.FormValue("password1")
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("line", FALSE_FRIENDS)
+def test_what_only_looks_like_a_credential_stays(line):
+    assert redact(f"a = 1\n{line}\nb = 2\n") == f"a = 1\n{line}\nb = 2\n"
 
 
 def test_the_vs_code_extension_has_the_same_names():

@@ -7,7 +7,7 @@ from pathlib import Path
 from codegemma import hub
 from codegemma.adapters import gguf, nemo, peft
 from codegemma.adapters.adapter import Adapter
-from codegemma.checkpoints import Checkpoint
+from codegemma.checkpoints import Checkpoint, gguf_files
 from codegemma.config import Preset
 from codegemma.files import PLACEHOLDER_BYTES, refuse_placeholder
 
@@ -44,22 +44,37 @@ def _load_folder(folder: Path) -> Adapter:
         return peft.load(folder)
     if (folder / "model_config.yaml").is_file():
         return nemo.load(folder)
-    files = [file for file in sorted(folder.glob("*.gguf")) if gguf.is_adapter(file)]
-    if len(files) == 1:
-        return gguf.load(files[0])
+    if file := _gguf_adapter_in(folder):
+        return gguf.load(file)
     if (folder / "config.json").exists():
         raise ValueError(f"{folder}: holds a model, not an adapter: {FORMS}; a model is passed by -m")
     return peft.load(folder)  # raises ValueError, which says what is missing
 
 
+def _gguf_adapter_in(folder: Path) -> Path | None:
+    """The GGUF adapter in a folder; None if it has none, or several."""
+    files = [file for file in sorted(folder.glob("*.gguf")) if gguf.is_adapter(file)]
+    return files[0] if len(files) == 1 else None
+
+
 def is_adapter(path: Path | str) -> bool:
-    """Whether a path is an adapter, not a model."""
+    """Whether `load` takes a path, and the path is no model.
+
+    A folder of a model is one, whatever GGUF adapter lies in it too.
+    """
     path = Path(path)
-    if path.is_file() and path.suffix == ".nemo":
+    if path.name in peft.WEIGHTS or (path / "adapter_config.json").is_file():
+        return True
+    if path.is_file():
+        return nemo.is_adapter(path) if path.suffix == ".nemo" else gguf.is_adapter(path)
+    if (path / "model_config.yaml").is_file():
         return nemo.is_adapter(path)
-    if path.is_file() and path.name not in peft.WEIGHTS:
-        return gguf.is_adapter(path)
-    return (path / "adapter_config.json").is_file() or path.name in peft.WEIGHTS
+    return _gguf_adapter_in(path) is not None and not _holds_model(path)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder with a GGUF adapter holds a model too."""
+    return (folder / "config.json").exists() or "model" in map(gguf_files.role, folder.glob("*.gguf"))
 
 
 def packaged_adapter(checkpoint: Checkpoint, preset: Preset | None) -> tuple[str, Adapter] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from codegemma import hub
-from codegemma.checkpoints import open_checkpoint
+from codegemma.checkpoints import Checkpoint, open_checkpoint
 from codegemma.convert.inspect import inspect, title
 
 
@@ -28,7 +28,8 @@ def card(
     Raises ValueError where the folder of results holds no finished benchmark.
     """
     facts = inspect(source)
-    name = title(open_checkpoint(facts.path))
+    checkpoint = open_checkpoint(facts.path)
+    name = title(checkpoint)
     files = sorted(results.glob("*.json")) if results else []
     finished = [file for file in files if not file.name.endswith(".times.json")]
     scores = {file.stem: json.loads(file.read_text()) for file in finished}
@@ -43,8 +44,16 @@ def card(
         sections["Data"] = f"```json\n{manifest.read_text().strip()}\n```"
     matrices = ", ".join(f"{count} matrices {type}" for type, count in facts.types.items())
     description = f"{facts.parameters:,} parameters, {facts.architecture}, {matrices}."
-    unchanged = f"Converted to {facts.format} by codegemma; the weights were not trained further."
-    return render(header, name, description, sections, changes or unchanged)
+    return render(header, name, description, sections, changes or _changes(checkpoint, facts.format))
+
+
+def _changes(checkpoint: Checkpoint, format: str) -> str:
+    """What codegemma did to the weights, as far as the checkpoint says."""
+    orders = checkpoint.fim_orders
+    if orders is None:
+        return f"The weights are in the format {format}; codegemma did not train them further."
+    trained = f", on the FIM orders {', '.join(sorted(orders))}" if orders else ""
+    return f"codegemma changed the weights: it trained them further, or merged an adapter into them{trained}."
 
 
 def _model_index(name: str, scores: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ LLAMACPP_README = """# llama.cpp
 
     llama-server -m {file} -c {context} --temp 0 --top-k 0 --repeat-penalty 1.0
 
-`POST /infill` with `input_prefix` and `input_suffix` completes; the file names the FIM ids and ends at the \
-separator.
+`POST /infill` with `input_prefix` and `input_suffix` completes. The GGUF file tells llama.cpp the ids of \
+the FIM tokens, and that a completion ends at the file separator.
 A repeat penalty other than 1.0 damages Gemma's output.
 """
 
@@ -32,11 +32,14 @@ def export(
 ) -> list[Path]:
     """Writes a model for a program into the folder `target`, and returns the files.
 
-    `merge` is applied to the opened model, as in `convert`. Raises ValueError on an unknown program, and as
-    `convert` does.
+    `merge` is applied to the opened model, as in `convert`. Raises ValueError on an unknown program, where
+    `quantize_to` is given for one that reads no GGUF, and as `convert` does.
     """
     if program not in get_args(Program):
         raise ValueError(f"no program {program!r}: choose {', '.join(get_args(Program))}")
+    if quantize_to and program not in GGUF_PROGRAMS:
+        rule = f"--quantize makes GGUF blocks, which {program} does not read"
+        raise ValueError(f"{rule}: leave it out, or export for {', '.join(GGUF_PROGRAMS)}")
     checkpoint = open_checkpoint(hub.resolve(source))
     name = title(checkpoint).lower().replace(" ", "-").replace("/", "-")
     file = f"{name}.gguf"

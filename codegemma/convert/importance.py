@@ -21,8 +21,12 @@ MAX_TEXT_BYTES = 1 << 24
 def importance_of(path: Path, checkpoint: Checkpoint) -> Importance:
     """The importance of each column, from a file of llama-imatrix or measured on a file or folder of texts.
 
-    Raises ValueError on a file of another model, and where there is no text or no tokenizer.
+    Raises ValueError on a file of another model, and where there is no such path, no text or no tokenizer.
     """
+    if not path.exists():
+        raise ValueError(
+            f"{path}: does not exist: pass a file of llama-imatrix, or a file or folder of texts"
+        )
     if path.is_file():
         with open(path, "rb") as file:
             if file.read(4) == b"GGUF":
@@ -70,9 +74,9 @@ def _read_imatrix(path: Path, config: ModelConfig) -> Importance:
             continue
         values = sums.float32().reshape(-1) / max(1.0, float(counts.float32().reshape(-1)[0]))
         if values.size != location.shape[-1] or not (np.isfinite(values).all() and (values >= 0).all()):
-            rule = f"importances, or not finite ones, but the model has {location.shape[-1]} columns"
-            remedy = "measure it again with this model"
-            raise ValueError(f"{path}: {location.stored} has {values.size} {rule}: {remedy}")
+            rule = f"there must be {location.shape[-1]}, one for each column, all finite and at least 0"
+            fault = f"{location.stored} has {values.size} importances, but {rule}"
+            raise ValueError(f"{path}: {fault}: measure it again with this model")
         importance[location.name] = np.ascontiguousarray(values, np.float32)
     if not importance:
         rule = "holds no importances (NAME.in_sum2, NAME.counts)"

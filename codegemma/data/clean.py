@@ -208,7 +208,7 @@ def redact(document: Document) -> tuple[str, Tree | None, Counter[str]]:
         return text, tree, Counter()
     redacted, kinds = replace_findings(text, findings)
     new_tree = syntax.parse(redacted, document.language) if tree else None
-    if tree and new_tree and syntax.error_share(new_tree) > syntax.error_share(tree):
+    if tree and new_tree and syntax.error_bytes(new_tree) > syntax.error_bytes(tree):
         secrets = [finding for finding in findings if finding.kind not in PERSONAL_DATA]
         redacted, kinds = replace_findings(text, secrets)
         new_tree = syntax.parse(redacted, document.language)

@@ -61,11 +61,14 @@ class Redactor:
         kind, pattern = rule["name"], re.compile(rule["pattern"])
         # A token such as ghp_... begins a word; a name such as `password` may be the end of a longer one.
         begins_word = rule["literals"][0][0].isalpha() and kind not in ("password", "key or token")
+        before = re.compile(rule["before"]) if "before" in rule else None
         group = "value" if "value" in pattern.groupindex else 0
 
         def find(text: str, start: int) -> Iterator[Finding]:
             match = pattern.match(text, start)
             if not match or (begins_word and re.match(r"\w", text[max(0, start - 1) : start])):
+                return
+            if before and not before.fullmatch(_line_before(text, start)):
                 return
             value = match[group]
             is_secret = "EXAMPLE" not in value and entropy(value) >= rule.get("entropy", 0.0)
@@ -80,10 +83,11 @@ class Redactor:
             return checksum(value[:-6]) == value[-6:]
         if check == "jwt":
             return _is_jwt(value)
-        if check in ("not a placeholder", "mixed"):
+        if check in ("not a placeholder", "mixed", "random"):
             is_plain = any(word in value.lower() for word in self.placeholders) or len(set(value)) < 5
             classes = sum(bool(re.search(kind, value)) for kind in ("[a-z]", "[A-Z]", r"\d", r"[^\w]"))
-            return not is_plain and classes >= 2 and (check != "mixed" or bool(re.search(r"\d", value)))
+            has_digit = check == "not a placeholder" or bool(re.search(r"\d", value))
+            return not is_plain and classes >= 2 and has_digit and (check != "random" or _is_random(value))
         return True
 
 
@@ -122,6 +126,32 @@ def checksum(payload: str) -> str:
         number, digit = divmod(number, 62)
         text = digits[digit] + text
     return text.rjust(6, "0")
+
+
+def _line_before(text: str, start: int) -> str:
+    """The text of a line before an offset, at most its last 100 characters."""
+    first = max(0, start - 100)
+    return text[max(first, text.rfind("\n", first, start) + 1) : start]
+
+
+def _is_random(value: str) -> bool:
+    """Whether a value that no quotes mark as text is no name, version or identifier of something.
+
+    A name has long runs of letters of one case, `Sha256Digest`; what was drawn at random has short ones.
+    """
+    if re.fullmatch(r"[0-9a-f]{32,}", value):
+        return True
+    if re.fullmatch(
+        r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}|\d{4}-\d\d-\d\d.*|v?\d+\.\d+.*", value
+    ):
+        return False
+    limit = 3.0
+    if re.fullmatch(r"[A-Za-z_][\w.-]*", value):
+        if not all(re.search(kind, value) for kind in ("[a-z]", "[A-Z]", r"\d")):
+            return False
+        limit = 2.0 if len(value) < 20 else 3.0
+    runs = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+|[^\w.-]", value)
+    return len("".join(runs)) < limit * len(runs)
 
 
 def _is_jwt(value: str) -> bool:

@@ -63,14 +63,19 @@ def is_code(tree: tree_sitter.Tree, offset: int) -> bool:
 
 
 def error_share(tree: tree_sitter.Tree) -> float:
-    """The share of the text's bytes that lies in ERROR nodes."""
-    if not tree.root_node.has_error:
-        return 0.0
+    """The share of the text's bytes that `error_bytes` counts."""
+    return min(1.0, error_bytes(tree) / max(1, tree.root_node.end_byte))
+
+
+def error_bytes(tree: tree_sitter.Tree) -> int:
+    """How many bytes lie in ERROR nodes. A MISSING node, which has no text, counts as a byte."""
     errors, stack = 0, [tree.root_node]
     while stack:
         node = stack.pop()
         if node.is_error:
             errors += node.end_byte - node.start_byte
+        elif node.is_missing:
+            errors += 1
         elif node.has_error:
             stack.extend(node.children)
-    return errors / max(1, tree.root_node.end_byte)
+    return errors

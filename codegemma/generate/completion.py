@@ -2,7 +2,8 @@
 
 An answer ends with the cursor's line or block and repeats nothing of the suffix. Lines are the same only if
 their indentation is too. A closing line, such as "}", is dropped only where the suffix closes the same block:
-the syntax tree decides where the language has a grammar, else brackets and indentation.
+the syntax tree decides where the language has a grammar, else indentation, with the brackets and words that
+open a block.
 """
 
 from __future__ import annotations
@@ -25,16 +26,47 @@ from codegemma.safety.commands import is_destructive
 OPENERS = {")": "(", "]": "[", "}": "{"}
 BLOCK_OPENERS = (":", "{", "(", "[", "=>", ",")
 QUOTES = ('"', "'", "`", '"""', "'''")
-END_WORDS = ("end", "fi", "done", "esac")  # words that close a block as a bracket does
 TAB = 4  # width in columns, for comparing lines with tabs to others
+MAX_CODE = 50_000  # characters before and after the cursor in which open blocks are looked for
+MAX_LINE = 200  # characters of a line in which words that open a block are looked for
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _LINE_START = re.compile(r"\n([^\S\n]*)")
-_CONTINUES_BLOCK = re.compile(r"\s*(else|elif|except|finally|catch|case|default)\b")
-_LITERAL_OR_COMMENT = re.compile(
-    r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|`(?:\\.|[^`\\])*`'
-    r"|/\*[\s\S]*?\*/|(?<!\S)//[^\n]*|(?<!\S)#[^\n]*"
+_CONTINUES_BLOCK = re.compile(
+    r"\s*(else|elif|elsif|elseif|except|finally|catch|rescue|ensure|case|when|default)\b", re.I
 )
+
+# Literals and comments, as far as these can be found without a grammar.
+_LITERAL_START = re.compile(r"\"\"\"|\'\'\'|[\"'`]|/\*|(?<!\S)(?://|#)")
+_LITERAL_ENDS = {'"""': '"""', "'''": "'''", "/*": "*/", "//": "\n", "#": "\n"}
+_QUOTED = {
+    '"': re.compile(r'[^"\\\n]*(?:\\.[^"\\\n]*)*'),
+    "'": re.compile(r"[^'\\\n]*(?:\\.[^'\\\n]*)*"),
+    "`": re.compile(r"[^`\\]*(?:\\.[^`\\]*)*", re.S),
+}
+
+# Words and tags that close and open blocks in the languages that have them, among them Ruby, Lua, shells,
+# Elixir, Julia, SQL, Pascal, Fortran, Visual Basic, CMake, templates and HTML.
+_CLOSING_LINE = re.compile(
+    r"(?:\{%-?\s*)?(?:end(?:\s+\w+){0,2}|fi|done|esac|wend|endef|end[_-]?(?:if|for|foreach|while|do|case|switch"
+    r"|select|function|macro|block|module|class|task|package|program|procedure|sub)(?:\s*\([^()]*\))?)"
+    r"(?:\s*-?%\})?[;,.)\]}]*|</[\w.:-]*>[;,)]*",
+    re.I,
+)
+_OPENS_AT_START = re.compile(
+    r"\s*(?:\{%-?\s*)?(?:(?:local|private|public|protected|static|shared|async|export|create|or|replace|pure"
+    r"|recursive|abstract|mutable|global|virtual|@\w+)\s+)*"
+    r"(?:if|unless|while|until|for|foreach|case|switch|select|do|def\w*|class|module|function|macro|sub|procedure"
+    r"|subroutine|begin|try|repeat|struct|let|quote|loop|block|program|package|interface|task|with|define)\b"
+    r"|\s*<[a-z]",
+    re.I,
+)
+_OPENS_AT_END = re.compile(
+    r"(?:\b(?:do(?:\s*\|[^|]*\|)?|then|begin|try|repeat|record|function\s*\w*\([^()]*\)|fn\b[^>]*->)"
+    r"|=\s*(?:if|unless|case|while)\b[^=]*)\s*\Z",
+    re.I,
+)
+_CLOSES_AT_END = re.compile(r"(?:\b(?:end|fi|done|esac)\b[;,.)\]}]*|/>|</[\w.:-]*>)\s*\Z", re.I)
 
 
 class Trimmer:
@@ -251,9 +283,14 @@ class _Line:
     @property
     def closes(self) -> bool:
         """Whether it does nothing but end a block."""
-        return self.text in END_WORDS or bool(
+        return self.closes_by_word or bool(
             self.text and self.text[0] in OPENERS and not re.search(r"\w", self.text)
         )
+
+    @property
+    def closes_by_word(self) -> bool:
+        """Whether it does nothing but end a block that a word or a tag opens."""
+        return bool(_CLOSING_LINE.fullmatch(self.text))
 
     def repeats(self, other: _Line) -> bool:
         """Whether the texts are equal, and the indentations too if both are known."""
@@ -273,7 +310,8 @@ def _suffix_lines(infill: Infill) -> list[_Line]:
     The indentation of that rest is known only where nothing but blanks precedes the cursor. It counts as
     unknown for a closing line after blanks too, since an editor may have moved it.
     """
-    cursor_line, (rest, *others) = infill.prefix.rpartition("\n")[2], infill.suffix.split("\n")
+    cursor_line = infill.prefix.rpartition("\n")[2]
+    rest, *others = infill.suffix[:MAX_CODE].split("\n")
     first = _Line(rest.strip(), None if cursor_line.strip() else _columns(cursor_line + rest))
     if first.closes and cursor_line:
         first = replace(first, indent=None)
@@ -294,8 +332,10 @@ def _repeats_suffix(
     first = suffix_lines[0]
     if not lines[0].strip() or not answer[0].repeats(first):
         return False
-    if first.closes and first.indent is not None:
-        return not _is_needed(lines[0], answer[0].indent or 0, suffix_lines, head, infill)
+    if first.closes:
+        needed = _is_needed(lines[0], answer[0].indent or 0, suffix_lines, head, infill)
+        if needed or first.indent is not None:
+            return not needed
     if len(first.text) > 3 or len(suffix_lines) < 2:
         return True
     if len(answer) < 2:
@@ -314,9 +354,40 @@ def _is_needed(line: str, indent: int, suffix_lines: list[_Line], head: str, inf
     errors_with = _errors(f"{infill.prefix}{head}\n{line.rstrip()}{suffix}", language)
     if errors_without is not None and errors_with is not None and errors_without != errors_with:
         return errors_with < errors_without
-    leading = next((i for i, other in enumerate(suffix_lines) if not other.closes), len(suffix_lines))
-    closed = sum(other.indent == indent for other in suffix_lines[:leading])  # by its leading closing lines
-    return _unclosed(infill.prefix + head).count(indent) > closed
+    before = infill.prefix[-MAX_CODE:] + head
+    by_word = _Line(line.strip(), indent).closes_by_word
+    opened = (_open_by_word if by_word else _open_by_bracket)(before)
+    if suffix_lines and suffix_lines[0].closes and suffix_lines[0].indent is None:
+        # Which block the suffix's first line closes is unknown, but not how many blocks the suffix closes.
+        if indent not in opened or len(suffix) > MAX_CODE:
+            return False
+        if by_word:
+            return len(opened) > 1 + _closed_by_word(suffix_lines[1:])
+        return bool(_open_by_bracket(before + suffix))
+    return opened.count(indent) > _closed_at(indent, suffix_lines, by_word)
+
+
+def _closed_at(indent: int, lines: list[_Line], by_word: bool) -> int:
+    """How many blocks that are indented by `indent` the suffix's lines close before anything else stands
+    there."""
+    closed = 0
+    for line in lines:
+        if line.indent is None or line.indent > indent:
+            continue
+        continues = _CONTINUES_BLOCK.match(line.text) if by_word else line.text[0] in OPENERS
+        closed += line.indent == indent and bool(line.closes or continues)
+        if line.indent < indent or not line.closes:
+            break
+    return closed
+
+
+def _closed_by_word(lines: list[_Line]) -> int:
+    """How many blocks that begin before the suffix's lines are closed there."""
+    closed, lowest = 0, 10**9
+    for line in lines:
+        if line.indent is not None and line.indent < lowest and not _CONTINUES_BLOCK.match(line.text):
+            closed, lowest = closed + line.closes, line.indent
+    return closed
 
 
 def language_of_infill(infill: Infill) -> str:
@@ -342,19 +413,77 @@ def _errors(text: str, language: str) -> float | None:
     return None if tree is None else error_share(tree)
 
 
-def _unclosed(text: str) -> list[int]:
-    """For each bracket that is opened and not closed, the indentation of its line in columns.
+@lru_cache(maxsize=32)
+def _open_by_bracket(text: str) -> list[int]:
+    """For each line that opens brackets which are not closed, its indentation in columns.
 
     Brackets in literals and comments do not count, as far as these can be found without a grammar.
     """
     opened: list[tuple[str, int]] = []
-    for line in _LITERAL_OR_COMMENT.sub(lambda match: "\n" * match[0].count("\n"), text).split("\n"):
-        for letter in line:
-            if letter in OPENERS.values():
-                opened.append((letter, _columns(line)))
-            elif letter in OPENERS and opened and opened[-1][0] == OPENERS[letter]:
+    lines = _without_literals(text).split("\n")
+    for number, line in enumerate(lines):
+        for letter in re.findall(r"[()\[\]{}]", line):
+            if letter not in OPENERS:
+                opened.append((letter, number))
+            elif opened and opened[-1][0] == OPENERS[letter]:
                 opened.pop()
-    return [indent for _, indent in opened]
+    return [_columns(lines[number]) for number in sorted({number for _, number in opened})]
+
+
+def _without_literals(text: str) -> str:
+    """The text without literals and comments, but with all newlines. One that does not end counts as code.
+
+    No part of the text is read twice for the end of the same kind of literal.
+    """
+    pieces: list[str] = []
+    copied = position = 0
+    open_until = dict.fromkeys([*_LITERAL_ENDS, *_QUOTED], 0)  # before this offset, none ends
+    while start := _LITERAL_START.search(text, position):
+        mark, position = start[0], start.end()
+        if start.start() >= open_until[mark]:
+            end = _literal_end(text, mark, position)
+            if end > 0:
+                pieces += text[copied : start.start()], "\n" * text.count("\n", position, end)
+                copied = position = end
+                continue
+            open_until[mark] = -end
+        position = min(position, start.start() + 2)  # of three quotes, the third may begin a literal
+    return "".join([*pieces, text[copied:]])
+
+
+def _literal_end(text: str, mark: str, offset: int) -> int:
+    """Where the literal or comment ends that `mark` begins before `offset`. If it does not end: minus the
+    offset up to which it was read."""
+    if mark in _QUOTED:
+        match = _QUOTED[mark].match(text, offset)
+        assert match  # the pattern matches any text
+        return match.end() + 1 if text.startswith(mark, match.end()) else -match.end()
+    end = text.find(_LITERAL_ENDS[mark], offset)
+    if mark in ("//", "#"):  # the newline is not a part of it
+        return end if end >= 0 else len(text)
+    return end + len(mark) if end >= 0 else -len(text)
+
+
+@lru_cache(maxsize=32)
+def _open_by_word(text: str) -> list[int]:
+    """For each block that a word or a tag opens and that is not closed, the indentation in columns.
+
+    A block ends before the next line that is not indented deeper, unless this continues it, as "else" does.
+    """
+    opened: list[int] = []
+    for line in text.split("\n"):
+        code, indent, end = line.strip(), _columns(line), line[-MAX_LINE:]
+        if not code or code.startswith(("#", "--", "//")):
+            continue
+        case = code.endswith(")") and "(" not in code  # of a shell
+        continues = case or code in (">", "]", ")") or _CONTINUES_BLOCK.match(line)
+        while opened and (opened[-1] > indent or opened[-1] == indent and not continues):
+            opened.pop()
+        opens = _OPENS_AT_START.match(line[:MAX_LINE]) or _OPENS_AT_END.search(end)
+        closes = _CLOSING_LINE.fullmatch(code) or _CLOSES_AT_END.search(end)
+        if opens and not closes and opened[-1:] != [indent]:  # in some languages, "case" opens a block
+            opened.append(indent)
+    return opened
 
 
 def _drop_overlap(text: str, infill: Infill) -> str:

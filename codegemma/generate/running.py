@@ -59,6 +59,7 @@ class RunningRequest:
         self._unshown = request.typed  # how many more characters to leave out of the answer's text
         self._log_confidence = 0.0
         self._held = ""  # text held back because a stop text may start in it
+        self._stop_texts = [StopText(stop) for stop in request.stop]
         self.drafter = Drafter()
 
     @property
@@ -148,16 +149,44 @@ class RunningRequest:
 
     def _hold_back(self, text: str) -> str:
         """The text without an end that may begin a stop text. Sets `stop` where a stop text is complete."""
-        stop_texts = self.request.stop
+        held = max((stop_text.push(text) for stop_text in self._stop_texts), default=0)
         text = self._held + text
-        matches = [start for start in map(text.find, stop_texts) if start >= 0]
+        matches = [start for start in map(text.find, self.request.stop) if start >= 0]
         if matches:
             self.stop, self._held = "stop_text", ""
             return text[: min(matches)]
-        sizes = (n for stop in stop_texts for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        shown = len(text) - max(sizes, default=0)
+        shown = len(text) - held
         self._held = text[shown:]
         return text[:shown]
+
+
+class StopText:
+    """How much of a stop text stands at the end of a text that comes in pieces.
+
+    The time is proportional to the text, however long the stop text is (Knuth, Morris and Pratt 1977).
+    """
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+        self._matched = 0  # how many characters of the stop text the text ends with
+        self._borders = [
+            0,
+            0,
+        ]  # [n]: size of the longest end of stop[:n], shorter than n, that is also its start
+
+    def push(self, text: str) -> int:
+        """Appends `text`; how many characters, at the end of the whole text, begin the stop text."""
+        for letter in text:
+            self._matched = self._longer(self._matched, letter)
+            if self._matched >= len(self._borders):  # so that the borders known are those that a match needs
+                self._borders.append(self._longer(self._borders[-1], letter))
+        return self._matched
+
+    def _longer(self, size: int, letter: str) -> int:
+        """The size of the longest start of the stop text that ends stop[:size] + letter."""
+        while size and (size == len(self._stop) or self._stop[size] != letter):
+            size = self._borders[size]
+        return size + 1 if self._stop[size] == letter else 0
 
 
 class Drafter:

@@ -16,7 +16,7 @@ def configure_xla() -> None:
     fused products are right and stay on. Does nothing where XLA_FLAGS sets the flag already.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "0.10.2" <= jax.__version__ < "0.12" and FUSION_FLAG not in flags:
+    if (0, 10, 2) <= jax.__version_info__ < (0, 12) and FUSION_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {FUSION_FLAG}=-reduce".strip()
 
 

@@ -22,20 +22,30 @@ if TYPE_CHECKING:
 # Patterns are in lower case and match the whole name; * stands for any characters. Names are compared without
 # case.
 SECRET_FOLDERS = (".ssh", ".gnupg", ".aws", ".kube", ".password-store")
+SECRET_PATHS = (  # the last folder and the name
+    *(".docker/config.json", "gh/hosts.yml", ".azure/accesstokens.json", ".azure/msal_token_cache.*"),
+)
 SECRET_FILES = (
-    *(".env", ".envrc", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "credentials"),
+    *(".env", ".envrc", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "credentials", "passwords", "passwd"),
+    *("*_rsa", "*_dsa", "*_ecdsa", "*_ed25519", "ssh_host_*_key", "token.json", "token.txt", "wallet.dat"),
     *("*.pem", "*.p8", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdb", "*.kdbx", "*.ppk", "*.asc", "*.gpg"),
-    *("*.tfstate", "*.tfstate.backup", "kubeconfig", "known_hosts", "authorized_keys", "*.ovpn"),
+    *("*.tfstate", "kubeconfig", "*.kubeconfig", "known_hosts", "authorized_keys", "*.ovpn"),
     *(".netrc", "_netrc", ".npmrc", ".pypirc", ".pgpass", ".my.cnf", ".htpasswd", ".git-credentials"),
     *(".dockercfg", ".s3cfg", ".boto", ".vault_pass", "service-account*.json", "service_account*.json"),
-    *("client_secret*.json", "*firebase-adminsdk*.json"),
+    *("client_secret*.json", "*firebase-adminsdk*.json", "local.settings.json"),
 )
 # These names may belong to source code as well (`secrets.py`, `.env.d.ts`) or to a template that is published
 # without its values (`.env.example`). Such files are read, with the secrets in them replaced.
 SECRET_FILES_UNLESS_CODE = (
     *("*.env", "*.env.*", "*.tfvars", "*.tfvars.*", "credentials.*", "secret.*", "secrets.*"),
     *("*.key", "id_rsa.*", "id_dsa.*", "id_ecdsa.*", "id_ed25519.*"),
+    *("id_rsa_*", "id_dsa_*", "id_ecdsa_*", "id_ed25519_*", "password.*", "passwords.*", "kubeconfig.*"),
+    *("*-secret.*", "*-secrets.*", "*_secret.*", "*_secrets.*"),
+    *("api_key.*", "api_keys.*", "apikey.*", "apikeys.*", "api-key.*", "api-keys.*"),
 )
+# What editors and people add to the name of a file that they keep as a copy: `.env~`, `#.env#`,
+# `.id_rsa.swp`, `id_rsa.old`. Such a file is as its original. TypeScript reads the pattern too.
+BACKUP_MARKS = r"^\.?#|(#|~|\.~\d+~|\.(sw[a-p]|bak|backup|old|orig|save|tmp))+$"
 TEMPLATE_WORDS = ("example", "sample", "template", "dist")  # among the last two parts of a name, between dots
 # Source code by extension. Shell is missing on purpose: a `secrets.sh` is mostly a list of passwords.
 CODE_EXTENSIONS = (
@@ -64,7 +74,10 @@ def is_secret_name(path: str, language: str = "") -> bool:
     it is known: it decides for `*.key`.
     """
     *folders, name = re.split(r"[/\\]", path.lower())
+    name = re.sub(BACKUP_MARKS, "", name)
     if any(folder in SECRET_FOLDERS for folder in folders) or _matches(name, SECRET_FILES):
+        return True
+    if _matches("/".join([*folders[-1:], name]), SECRET_PATHS):
         return True
     extension = name.rpartition(".")[2]
     if extension == "key":
@@ -113,4 +126,5 @@ def safe_files(files: Sequence[File]) -> tuple[File, ...]:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a name, with its leading dot or without, is one of the patterns."""
+    return any(fnmatchcase(form, pattern) for pattern in patterns for form in (name, name.removeprefix(".")))

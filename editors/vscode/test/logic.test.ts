@@ -11,10 +11,13 @@ test("files that hold credentials are recognized by name, and source code is not
   for (const path of ["/p/.env", "/p/.env.local", "C:\\p\\server.key", "/p/cert.PEM", "/home/a/.ssh/config", "id_ed25519", "/p/secrets.yaml", "/p/.netrc",
     "/p/.git-credentials", "/p/prod.tfstate", "/p/kubeconfig", "/p/credentials", "/p/secrets.sh",
     "/p/credentials.json", "/p/prod.env", "/p/prod.env.local", "/p/terraform.tfvars", "/p/service_account.json", "/p/secrets.properties", "/p/a.gpg",
-    "/p/.envrc", "/p/.aws/config", "/p/.gnupg/gpg.conf", "/p/example.key", "/p/api.example.com.env"])
+    "/p/.envrc", "/p/.aws/config", "/p/.gnupg/gpg.conf", "/p/example.key", "/p/api.example.com.env",
+    "/p/.env~", "/p/#.env#", "/p/.env.swp", "/p/.id_rsa.swp", "/p/id_rsa.~2~", "/p/known_hosts.old", "/p/id_rsa_work", "deploy_rsa",
+    "/p/.docker/config.json", "/p/.config/gh/hosts.yml", "/p/passwords.txt", "/p/token.json", "/p/kubeconfig.yaml", "/p/.secrets.toml"])
     assert.ok(isSecretName(path), path);
   for (const path of ["/p/environment.py", "/p/keys.py", "/p/.env_reader/a.py", "/p/monkey.ts", "/p/secrets.py", "/p/credentials.go", "secret.TS",
-    "/p/credentials.proto", "/p/.env.d.ts", "/p/.env.example", "/p/secrets.example.yaml", "/p/id_rsa.go", ""])
+    "/p/credentials.proto", "/p/.env.d.ts", "/p/.env.example", "/p/secrets.example.yaml", "/p/id_rsa.go",
+    "/p/tokenizer.json", "/p/password.py", "/p/token.ts", "/p/secrets.py~", "/p/.env.example~", "/p/.docker/nginx.conf", "/p/config.json", ""])
     assert.ok(!isSecretName(path), path);
   assert.ok(!isSecretName("/p/translation.key", "java") && isSecretName("/p/translation.key", "plaintext"));
   assert.ok(isSecretName("/p/server.pem", "java") && isSecretName("/p/.env", "python") && isSecretName("/p/credentials.json", "python"));
