@@ -179,8 +179,10 @@ def explain(error: OSError) -> str:
     for variable, folder in (("XDG_CACHE_HOME", cache_dir), ("XDG_STATE_HOME", state_dir)):
         with suppress(OSError):  # no home directory
             # In the folder, or a parent of it that cannot be made.
-            is_on_the_way = Path(path).is_relative_to(folder()) or (path and folder().is_relative_to(path))
-            if error.errno in _FOLDER_ERRORS and is_on_the_way:
+            errors = {*_FOLDER_ERRORS, errno.ENOTDIR}
+            is_inside = Path(path).is_relative_to(folder()) and error.errno in errors
+            is_parent = path and folder().is_relative_to(path) and error.errno in {*errors, errno.ENOENT}
+            if is_inside or is_parent:
                 remedy = f"set {variable} to a folder with room that you may write"
     return f"{path}{': ' if path else ''}{error.strerror}{': ' if remedy else ''}{remedy}"
 

@@ -665,6 +665,57 @@ def test_a_closed_pipe_is_quiet(endless):
     assert err == "" and running.returncode == 1
 
 
+def shell(line, *arguments, **environment):
+    """Runs a line of shell, in which "$@" is `codegemma` with arguments."""
+    command = ["sh", "-c", line, "sh", sys.executable, "-m", "codegemma.cli", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if "COLOR" not in name} | environment
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_what_goes_to_a_closed_stream_is_dropped(gguf, tmp_path, closed):
+    hole = tmp_path / "hole.py"
+    hole.write_text(HOLE)
+    for arguments in (["complete", "-m", gguf, "-n", 2, "--json", hole], ["models"], ["--help"]):
+        result = shell(f'"$@" {closed}', *arguments)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert (result.stdout == "") == (" >&-" in f" {closed}")
+    result = shell(f'"$@" {closed}', "complete", "-m", "/nowhere.gguf", hole)
+    assert result.returncode == 2 and result.stderr.count("\n") == (closed == ">&-")
+
+
+def test_no_opened_file_gets_the_number_of_a_closed_stream():
+    code = (
+        "import os, sys; from codegemma.cli import __main__ as program; program._replace_closed_streams(); "
+    )
+    code += "sys.exit(os.open(sys.executable, os.O_RDONLY))"
+    result = subprocess.run(["sh", "-c", f"{sys.executable} -c '{code}' <&- >&- 2>&-"], cwd=ROOT)
+    assert result.returncode > 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_stdout_is_named(gguf, tmp_path):
+    hole = tmp_path / "hole.py"
+    hole.write_text(HOLE)
+    message = "error: stdout cannot be written (No space left on device): send the output elsewhere\n"
+    for arguments in (["complete", "-m", gguf, "-n", 2, "--json", hole], ["models"], ["--version"]):
+        result = shell('"$@" >/dev/full', *arguments)
+        assert (result.returncode, result.stderr) == (2, message)
+        assert shell('"$@" >/dev/full 2>/dev/full', *arguments).returncode == 2
+
+
+def test_a_reader_that_has_gone_before_the_first_line_is_no_error():
+    for argument in ("models", "--version", "--help"):
+        result = shell('"$@" | true', argument)
+        assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_no_color_wins():
+    assert "\x1b" not in shell('"$@"', "models", NO_COLOR="1", FORCE_COLOR="1").stdout
+    assert "\x1b" in shell('"$@"', "models", FORCE_COLOR="1").stdout
+    assert "\x1b" in shell('"$@"', "models", NO_COLOR="", FORCE_COLOR="1").stdout
+
+
 def test_stdin_of_a_terminal_is_not_waited_for(gguf):
     terminal, ours = os.openpty()
     with process("complete", "-m", gguf, stdin=ours) as running:

@@ -120,6 +120,7 @@ def test_none_drops_only_what_repeats():
 
 PARTS = st.sampled_from(
     ["a", "foo", "return x", "\n", "\n\n", "    ", "}", ")", "{", "(", "\r\n", '"', ";", "if x:", "é", "  b"]
+    + ["end", "\nend", "\n  end\n", "if a\n", "\n  if b\n", "else", "<a>", "</a>", "/*", "*/"]
 )
 TEXTS = st.lists(PARTS, max_size=12).map("".join)
 

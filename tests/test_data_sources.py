@@ -54,6 +54,7 @@ TEXTS = [
     ("cp1251", RUSSIAN),
     ("koi8-r", RUSSIAN),
     ("cp866", RUSSIAN),
+    ("cp1251", RUSSIAN + 'print("\\nПлощадь круга: %sсм")  # и PDFы\n'),
     ("cp1252", "# Müller schrieb das – für alle\nx = 1\n"),
     ("latin-1", "// temperatura en °C, año y corazón\nint x;\n"),
     ("cp1250", "# Zażółć gęślą jaźń, funkcja oblicza powierzchnię koła\nx = 1\n"),
@@ -95,6 +96,32 @@ def test_what_is_not_sure_is_refused_and_never_mojibake(encoding):
         "cp1254": "# dairenin alanını hesaplar, yarıçap şöyle verilir",
     }
     text = f"{words[encoding]}\nx = 1\n"
+    try:
+        assert decode(text.encode(encoding))[0] == text
+    except ValueError as error:
+        assert str(error) in ("unknown encoding", "binary")
+
+
+TURKISH = (
+    "# Bu fonksiyon verilen dizinin toplamını hesaplar ve sonucu döndürür\ndef topla(dizi):\n"
+    "    # Önce değişkeni sıfırlıyoruz\n    return s  # işlem başarıyla tamamlandı, çıktı gönderildi\n"
+)
+LITHUANIAN = (
+    "# Ši funkcija apskaičiuoja visų sąrašo elementų sumą ir grąžina rezultatą\ndef f(a):\n"
+    "    # Pirmiausia inicijuojame kintamąjį\n    return sum(a)  # grąžiname rezultatą naudotojui\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp1254", TURKISH),
+        ("iso8859-9", "# Değişken adı: öğrenci sayısı\nx = 'İstanbul şehri'\n"),
+        ("cp1257", LITHUANIAN),
+        ("cp852", "# Tato funkce vypočítá součet všech prvků a vrátí výsledek\n"),
+    ],
+)
+def test_words_that_mix_scripts_or_hold_lone_accents_speak_against_an_encoding(encoding, text):
     try:
         assert decode(text.encode(encoding))[0] == text
     except ValueError as error:

@@ -164,6 +164,14 @@ def test_the_remedy_for_our_own_folders_is_their_variable(monkeypatch, tmp_path)
         assert files.explain(error).endswith(remedy)
         error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / folder))  # to be made first
         assert files.explain(error).endswith(remedy)
+        error = FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / folder / "codegemma"))  # /proc
+        assert files.explain(error).endswith(remedy)
+        error = NotADirectoryError(
+            errno.ENOTDIR, "Not a directory", str(tmp_path / folder / "codegemma" / "a")
+        )
+        assert files.explain(error).endswith(remedy)
+        error = FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / folder / "codegemma" / "file"))
+        assert files.explain(error).endswith("check the path")
         assert remedy not in files.explain(OSError(errno.EACCES, "Permission denied"))
 
 

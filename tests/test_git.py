@@ -389,7 +389,7 @@ PIECES = [
         "[[:x:]]",
     ],
     *[f"[[:{name}:]]" for name in CLASSES],
-    *["[[:]", "[[:a]", "[[:alpha:]-c]", "[![:alpha:][:digit:]]", "[a-c-e]", "[[-a]"],
+    *["[[:]", "[[:a]", "[[:alpha:]-c]", "[![:alpha:][:digit:]]", "[a-c-e]", "[[-a]", "[A]", "[!A]", "[\\A]"],
 ]
 FILES = [
     *[
@@ -426,7 +426,7 @@ FILES = [
         "!a",
         "a ",
     ],
-    *["b/a ", "\\", "a\\b", "0", ":", "_", "\t", "a\x0b", "\x7f", "~"],
+    *["b/a ", "\\", "a\\b", "0", ":", "_", "\t", "a\x0b", "\x7f", "~", "z", "Z", "A"],
 ]
 
 
@@ -441,7 +441,7 @@ def test_random_patterns_match_as_in_git(tmp_path, ignore_case):
     for number in range(250):
         lines = ["".join(rng.choices(PIECES, k=rng.randint(1, 5))) for _ in range(rng.randint(1, 2))]
         lines += ["!" + "".join(rng.choices(PIECES, k=rng.randint(1, 3)))] * (rng.random() < 0.3)
-        append(top / str(number) / ".gitignore", *lines)
+        append(top / str(number) / ".gitignore", *(PIECES[number : number + 1] or lines))
     names = [f"{number}/{name}" for number in range(250) for name in FILES]
     ignored = ignored_by_git(top, names)
     decided = {name for name in names if is_ignored(top, top / name)}

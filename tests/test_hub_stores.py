@@ -429,3 +429,17 @@ def test_a_users_missing_home_directory_is_no_fault(monkeypatch, home):
     monkeypatch.setattr(stores.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert stores.stored_models() == []
     assert write_tiny_gguf(home / "m.gguf", CONFIG) == hub.resolve(home / "m.gguf")
+
+
+@pytest.mark.parametrize("reference", [None, "", "\n", b"\xff"])
+def test_the_only_snapshot_is_taken_where_no_main_branch_is_recorded(reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    snapshot = _snapshot("owner/tiny")
+    path = _write(snapshot / "tiny-Q8_0.gguf")
+    main = snapshot.parents[1] / "refs" / "main"
+    main.unlink()
+    if reference is not None:
+        main.write_bytes(reference if isinstance(reference, bytes) else reference.encode())
+    assert stores.in_hub_cache("owner/tiny", "Q8_0") == path
+    (snapshot.parent / "another").mkdir()
+    assert stores.in_hub_cache("owner/tiny", "Q8_0") is None

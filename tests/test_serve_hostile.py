@@ -64,6 +64,9 @@ def test_an_origin_is_scheme_host_and_port(server, scheme):
     # behind a proxy that speaks TLS
     proxied = {"Origin": f"https://{host}", "X-Forwarded-Proto": "https"}
     assert server.get("/v1/models", headers=proxied).status_code == 200
+    for scheme in ("evil", "chrome-extension", "", "https, evil", "HTTPS://x"):
+        forged = {"Origin": f"{scheme}://{host}".lower(), "X-Forwarded-Proto": scheme}
+        assert server.get("/v1/models", headers=forged).status_code == 403, scheme
 
 
 @pytest.mark.parametrize("origins", [[EDITOR, EDITOR], [EDITOR, "http://evil.example"], ["", ""]])

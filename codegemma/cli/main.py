@@ -7,10 +7,12 @@ when the verb is named or listed, and imports what it works with when it runs, s
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -149,13 +151,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: note(str(message))
         try:
-            app(arguments, prog_name="codegemma")
+            try:
+                app(arguments, prog_name="codegemma")
+            finally:
+                if sys.stdout:
+                    sys.stdout.flush()  # at Python's end it would be too late for a message
         except OSError as error:
-            _fail(explain(error))
+            if error.filename != "stdout":
+                _fail(explain(error))
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python would write the rest again when it ends
+            if isinstance(error, BrokenPipeError):  # its reader has gone, and needs no message
+                sys.exit(1)
+            _fail(f"stdout cannot be written ({error.strerror}): send the output elsewhere")
         except ValueError as error:
             _fail(str(error))
 
 
 def _fail(reason: str) -> None:
-    print(f"error: {reason}", file=sys.stderr)
+    with suppress(OSError):  # stderr takes no more: silence
+        print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)

@@ -47,7 +47,9 @@ MIN_COHERENCE = 0.1
 MAX_CHAOS = 0.1
 # The characters above 127 of Western European text in cp1252.
 WESTERN = frozenset("äöüßÄÖÜéèêëàâçîïôûùœæøåÅØÆñÑáíóúÁÉÍÓÚÀÈÊÇãõÃÕìòÿŒ“”‘’„‚–—…•©®™°±µ·«»§¿¡£€¥²³½¼×÷\xa0")
-SIGN_IN_WORD = re.compile(r"[^\W\d_][©®°±µ·«»§¿¡£€¥²³½¼×÷„‚][^\W\d_]")
+SIGN_IN_WORD = re.compile(r"[^\W\d_][©®°±µ·«»§¿¡£€¥²³½¼×÷„‚][^\W\d_]|[^\W\d_][ˇ˘˛˙˝]")
+OTHER_SCRIPT = re.compile(r"[\u0370-\u052f\u0590-\u06ff]")  # Greek, Cyrillic, Hebrew, Arabic
+MAX_MIXED_WORDS = 0.25  # of the words in another script, those that hold Latin letters too, such as "PDFы"
 CYRILLIC_WORD = re.compile(r"[А-ЯЁ]?[а-яё]+|[А-ЯЁ]{2,}|[А-ЯЁ]")
 # Among the commonest characters of Chinese comments, in either script.
 COMMON_CHINESE = frozenset(
@@ -153,6 +155,7 @@ def _candidates(high: bytes) -> Iterator[str]:
         if match.coherence >= MIN_COHERENCE
         and match.chaos < MAX_CHAOS
         and not SIGN_IN_WORD.search(str(match))
+        and not _is_mixed(str(match))
     }
     if len(likely) == 1:
         yield from likely.values()
@@ -161,6 +164,14 @@ def _candidates(high: bytes) -> Iterator[str]:
     else:
         yield from (name for name in ("cp1251", "koi8_r", "cp866") if _is_cyrillic(high, name))
         yield from _east_asian(high)
+
+
+def _is_mixed(text: str) -> bool:
+    """Whether many words mix Latin letters with those of another script, as `dцndьrьr`, which is Turkish."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"[\\%][a-zA-Z]", " ", text))  # without `\n` and `%s`
+    others = [word for word in words if OTHER_SCRIPT.search(word)]
+    mixed = [word for word in others if re.search(r"[a-zA-Z]", word)]
+    return len(mixed) > MAX_MIXED_WORDS * len(others)
 
 
 def _is_western(high: bytes) -> bool:
@@ -186,7 +197,8 @@ def _is_cyrillic(high: bytes, name: str) -> bool:
     has_vowels = all(re.search("[аеёиоуыэюя]", word.lower()) for word in words if len(word) > 3)
     is_shaped = all(map(CYRILLIC_WORD.fullmatch, words)) and lower >= len(words) / 2
     size, has_capital = sum(map(len, words)), any(not word.islower() for word in words)
-    return size >= (6 if has_capital else 12) and not others and has_vowels and is_shaped
+    is_plain = not others and not _is_mixed(text)
+    return size >= (6 if has_capital else 12) and is_plain and has_vowels and is_shaped
 
 
 def _east_asian(high: bytes) -> Iterator[str]:

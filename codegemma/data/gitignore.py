@@ -106,18 +106,15 @@ def _byte_set(pattern: bytes, index: int, ignore_case: bool) -> tuple[set[int], 
     chosen: set[int] = set()
     while index == start or pattern[index : index + 1] != b"]":  # `]` at the start stands for itself
         item = ITEM.match(pattern, index)
-        name = item and item["name"] is not None and item["name"].decode("latin-1")
-        if item is None or isinstance(name, str) and name not in NAMED_CLASSES:
+        name = item["name"].decode("latin-1") if item and item["name"] is not None else None
+        if item is None or name is not None and name not in NAMED_CLASSES:
             raise ValueError("pattern with an open `[` or an unknown class")
-        if isinstance(name, str):
-            group = NAMED_CLASSES[name].encode()
-        elif item["last"] is not None:
+        group = NAMED_CLASSES[name].encode() if name is not None else b""
+        if item["first"]:
+            chosen.add(item["first"][-1])  # in a range from high to low, such as `[z-a]`, too
+        if item["last"]:
             group = bytes(range(item["first"][-1], item["last"][-1] + 1))
-        else:
-            group = item["first"][-1:]
-        chosen.update(group)
-        if ignore_case and item["first"] != group:
-            chosen.update(group.lower())
+        chosen.update(group, group.lower() if ignore_case else b"")
         index = item.end()
     return ((set(range(256)) - chosen) if is_negated else chosen) - {SLASH}, index + 1
 

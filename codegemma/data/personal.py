@@ -127,9 +127,11 @@ IPV4_CORE = re.compile(r"\.\d{1,3}\.\d{1,3}\.\d")  # quick to search; the whole 
 VERSION_BEFORE = re.compile(
     r"(?:version|release|firmware|driver|revision|build|update|upgrade|figure|table|chapter|clause|appendix|since"
     r"|(?<![a-z])(?:v|ver|vers|rel|rev|fw|oid|sec|sect|section|fig|jdk|sdk|patch|rfc|tag|requires?))s?[^a-z\n]{0,8}$"
-    r"|(?:[=!<>~]=|~>|\^|~|\u00a7)\s*$|(?<!/)/$|[a-z]-$"
+    r"|(?:[=!<>~]=|~>|\^|~|\u00a7)\s*$|(?<!/)/$|[a-z]-$|\b(?:iso|iec|ansi|posix)\b[^;]*$"
 )
+MAX_SECTION = 40  # no number of a section is as large, and few addresses have four numbers below it
 HEADING_BEFORE, HEADING_AFTER = re.compile(r"[ \t#*/;%-]*$"), re.compile(r"\.?[ \t]+[A-Z][a-z]+")
+COMMENT_START = re.compile(r"[ \t]*(?:#|//|/?\*|--|;|%)[ \t#*/;%!<-]*\[?")
 IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}(?::[0-9a-fA-F]{0,4}){2,7}(?![\w:])")  # 2000::/3, all in use
 IPV6_CORE = re.compile(r":[0-9a-fA-F]{1,4}:[0-9a-fA-F]{0,4}:")
 
@@ -146,11 +148,25 @@ def _ipv4(text: str) -> Iterator[Finding]:
 
 def _is_version(text: str, match: re.Match[str]) -> bool:
     """Whether four numbers with dots are a version, a section or an object identifier."""
-    if max(map(int, match[0].split("."))) < 20 or match[0].startswith(("2.5.4.", "2.5.29.")):
+    largest = max(map(int, match[0].split(".")))
+    if largest < 20 or match[0].startswith(("2.5.4.", "2.5.29.")):
         return True
     before, after = _line_around(text, match.start(), match.end())
     is_heading = HEADING_BEFORE.fullmatch(before) and HEADING_AFTER.match(after)
-    return bool(is_heading or VERSION_BEFORE.search(before.lower()))
+    return bool(
+        is_heading
+        or VERSION_BEFORE.search(before.lower())
+        or largest < MAX_SECTION
+        and _is_section(before, after)
+    )
+
+
+def _is_section(before: str, after: str) -> bool:
+    """Whether a comment begins with the number, or has it in brackets, without a port."""
+    if re.match(r"\]?:\d", after):
+        return False
+    is_in_brackets = before.endswith("[") and after.startswith("]") and COMMENT.search(before)
+    return bool(is_in_brackets or COMMENT_START.fullmatch(before))
 
 
 def _ipv6(text: str) -> Iterator[Finding]:

@@ -98,9 +98,11 @@ def in_hub_cache(repository: str, quantisation: str | None = None) -> Path | Non
 
 
 def _snapshot(folder: Path) -> Path | None:
-    try:
+    """The snapshot of the main branch, or the only one where no main branch is recorded."""
+    revision = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         revision = (folder / "refs" / "main").read_text().strip()
-    except (OSError, UnicodeDecodeError):
+    if not revision:
         snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
         return snapshots[0] if len(snapshots) == 1 else None
     return folder / "snapshots" / revision if revision.isalnum() else None

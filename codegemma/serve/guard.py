@@ -125,7 +125,8 @@ class RequestGuard:
         if len(origins) > 1:
             raise HTTPException(403, f"a request has one Origin, but this one has {len(origins)}: send one")
         # A page cannot send X-Forwarded-Proto without a preflight.
-        scheme = headers.get("x-forwarded-proto", scope["scheme"])
+        forwarded = headers.get("x-forwarded-proto", "").lower()
+        scheme = forwarded if forwarded in ("http", "https") else scope["scheme"]
         for origin in origins:
             if origin not in self.rules.origins and origin != f"{scheme}://{host}".lower():
                 remedy = "start the server with --allow-origin to allow the page"
