@@ -142,6 +142,7 @@ FALSE_ADDRESSES = """
     // 23.3.1.3 map operations:
     /* 8.4.26.1 */
     // ISO C++ 14882: 22.2.1.5 Template class codecvt
+    // C++14 20.8.2.4
     oid = "2.5.29.37"
     id-at = 2.5.4.97
     OID 21.3.6.1

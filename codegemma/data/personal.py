@@ -127,7 +127,7 @@ IPV4_CORE = re.compile(r"\.\d{1,3}\.\d{1,3}\.\d")  # quick to search; the whole 
 VERSION_BEFORE = re.compile(
     r"(?:version|release|firmware|driver|revision|build|update|upgrade|figure|table|chapter|clause|appendix|since"
     r"|(?<![a-z])(?:v|ver|vers|rel|rev|fw|oid|sec|sect|section|fig|jdk|sdk|patch|rfc|tag|requires?))s?[^a-z\n]{0,8}$"
-    r"|(?:[=!<>~]=|~>|\^|~|\u00a7)\s*$|(?<!/)/$|[a-z]-$|\b(?:iso|iec|ansi|posix)\b[^;]*$"
+    r"|(?:[=!<>~]=|~>|\^|~|\u00a7)\s*$|(?<!/)/$|[a-z]-$|\b(?:iso|iec|ansi|posix)\b[^;]*$|\bc\+\+\d*\s+$"
 )
 MAX_SECTION = 40  # no number of a section is as large, and few addresses have four numbers below it
 HEADING_BEFORE, HEADING_AFTER = re.compile(r"[ \t#*/;%-]*$"), re.compile(r"\.?[ \t]+[A-Z][a-z]+")
