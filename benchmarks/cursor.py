@@ -179,7 +179,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Each hole with the text that is shown, the time that it took and its judgement.
 
-    If `context` is not 0, the prompt names the file and has the first 2,000 characters of so many files beside it.
+    If `context` is not 0, the prompt names the file and has the head of that many files beside it.
     """
     rows = []
     for number, hole in enumerate(drawn):

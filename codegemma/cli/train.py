@@ -26,7 +26,7 @@ OnStep = Callable[["StepReport"], None]
 
 # Where SLURM, Open MPI and JAX's own launcher state how many processes they started together.
 PROCESS_COUNT_VARIABLES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
-LIBRARIES = ("jax", "optax", "orbax.checkpoint", "matplotlib", "pyarrow", "pathspec", "tree_sitter")
+LIBRARIES = ("jax", "optax", "orbax.checkpoint", "matplotlib", "pyarrow", "identify", "tree_sitter")
 
 
 @dataclass(frozen=True)
