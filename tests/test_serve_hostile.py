@@ -135,7 +135,8 @@ HOSTILE_BODIES = {
 def test_no_body_holds_up_the_other_clients(server, name):
     """The answer of /health never waits for long; a busy machine is given ten times the 100 ms.
 
-    A body that holds up the server does so each time, a pause of the machine's does not: the best of four counts.
+    A body that holds up the server does so each time, a pause of the machine does not: the best of four
+    counts.
     """
     path, body = HOSTILE_BODIES[name]
     longest = []
