@@ -58,7 +58,7 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
     dtype: Any = "bfloat16" if "bfloat16" in name else "float32"
     remat: Any = REMAT.get(name, "none")
     settings = TrainingSettings(remat=remat, dtype=dtype)
-    options: Any = {"blocks": "stored"} if kernels else {"dtype": jax.numpy.dtype(dtype)}
+    options: Any = {"matrices": "stored"} if kernels else {"dtype": jax.numpy.dtype(dtype)}
     base = params_of(checkpoint, **options)
     lora = new_lora(base, rank)
     rng = np.random.default_rng(0)

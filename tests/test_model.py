@@ -3,6 +3,7 @@
 Bounds are those of `reference.tolerance`: the model's conditioning, at the unit roundoff of the arithmetic.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tiny import KINDS, dequantize, random_adapter, random_weights, tiny_config,
 from codegemma.adapters.merge import merge
 from codegemma.checkpoints import Checkpoint
 from codegemma.generate.engine import Engine
-from codegemma.jax.compiler import configure_xla
+from codegemma.jax.compiler import FUSION_FLAG, configure_xla
 from codegemma.jax.forward import (
     AttentionMask,
     Cache,
@@ -86,6 +87,19 @@ def test_logits_are_those_of_the_native_engine(kind):
         assert np.abs(logits(model.config, params, ids, lora) - theirs).max() < bound
 
 
+@pytest.mark.parametrize(
+    ("version", "is_affected"),
+    [((0, 9, 2), False), ((0, 10, 1), False), ((0, 10, 2), True), ((0, 10, 10), True), ((0, 11, 0), True)]
+    + [((0, 12, 0), False), ((0, 100, 0), False), ((1, 0, 0), False)],
+)
+def test_the_wrong_fusion_is_off_in_the_versions_that_have_it(monkeypatch, version, is_affected):
+    monkeypatch.setattr(jax, "__version__", ".".join(map(str, version)))
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setenv("XLA_FLAGS", "--other=1")
+    configure_xla()
+    assert (FUSION_FLAG in os.environ["XLA_FLAGS"]) is is_affected
+
+
 @pytest.mark.parametrize("type", ["F16", "BF16", "Q8_0", "Q4_0"])
 def test_params_of_decodes_the_values_of_a_file(type):
     model = checkpoint("gemma3", type)
@@ -105,7 +119,7 @@ def test_blocks_give_the_logits_of_their_values(type):
     """Weights that stay as the file holds them, through the engine's products, on the adapter's side too."""
     model, ids = checkpoint("gemma2", type, layers=2), random_ids(24)
     lora = LoraParams.of(random_adapter(model.config, tokens=(69, 300)))
-    stored, decoded = (params_of(model, jnp.float32, blocks=blocks) for blocks in ("stored", "none"))
+    stored, decoded = (params_of(model, jnp.float32, matrices) for matrices in ("stored", "arrays"))
     values = {name: dequantize(tensor) for name, tensor in model.tensors.items()}
     bound = 2 * reference.tolerance(model.config, values, ids)
     assert (

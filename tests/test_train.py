@@ -92,7 +92,7 @@ def test_loss_in_chunks_is_the_dense_loss(monkeypatch, V, ids, cap, z, chunk):
         * (D**0.5 * np.linalg.norm(h, axis=1).max() * np.linalg.norm(table, axis=1).max() + np.log(V) * 4)
     )
     assert np.abs(loss.nats_M - nats).max() < error * (1 + 2 * z * 10)
-    assert (np.asarray(loss.right_M) == right).all()
+    assert (np.asarray(loss.is_top_M) == right).all()
     for ours, theirs in zip(gradients, wanted, strict=True):
         assert ours.shape == theirs.shape
         assert np.abs(ours - theirs).max(initial=0) < 4 * error * np.abs(theirs).max(initial=0) + error
@@ -140,7 +140,7 @@ def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch, kernels, V,
     )
     wanted, right, h_wanted, _, rows_wanted = dense(h, targets, dequantize(tensor), rows, ids, cap, 0.0)
     error = 2.0**-18 * np.abs(h_wanted).max()  # logits of 20 and their exponentials err by some roundoffs
-    assert np.abs(loss.nats_M - wanted).max() < error and (np.asarray(loss.right_M) == right).all()
+    assert np.abs(loss.nats_M - wanted).max() < error and (np.asarray(loss.is_top_M) == right).all()
     assert (
         np.abs(gradients[0] - h_wanted).max() < error
         and np.abs(gradients[1] - rows_wanted).max() < error * M**0.5
@@ -176,7 +176,7 @@ def test_kernels_take_a_sample_and_a_count_as_the_chunks_do(monkeypatch, cap):
         step = jax.jit(jax.value_and_grad(lambda *args: total(*args), (0, 1), has_aux=True))
         (_, loss), gradients = step(h, rows, jnp.int32(300))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, gradients)))
-        results.append((loss.nats_M[:300], loss.right_M[:300], *gradients))
+        results.append((loss.nats_M[:300], loss.is_top_M[:300], *gradients))
     for ours, theirs in zip(*results, strict=True):
         assert (
             np.abs(np.float32(ours) - np.float32(theirs)).max() <= 2.0**-17 * np.abs(np.float32(theirs)).max()
@@ -208,10 +208,10 @@ def test_a_sample_of_the_vocabulary_gives_the_loss_on_average():
     sample, again, other = draw(5, [batch]), draw(5, [batch]), draw(6, [batch])
     assert all(np.array_equal(a, b) for a, b in zip(sample, again, strict=True))
     assert not np.array_equal(sample[0], other[0])
-    assert len(sample.tokens_S) == len(
-        set(sample.tokens_S)
-    ) == 1000 and sample.weights_S.sum() == pytest.approx(V)
-    certain = set(sample.tokens_S[sample.weights_S == 1])
+    assert len(sample.tokens_U) == len(
+        set(sample.tokens_U)
+    ) == 1000 and sample.weights_U.sum() == pytest.approx(V)
+    certain = set(sample.tokens_U[sample.weights_U == 1])
     assert certain >= set(np.asarray(targets)) | set(np.bincount(tokens.reshape(-1)).argsort()[-50:])
     many = [measure(h, rows, draw(step, [batch])) for step in range(300)]
     ratios = [np.exp(np.asarray(nats - exact, np.float64)) for (_, nats), _ in many]
@@ -324,7 +324,7 @@ def test_rows_of_the_embedding_go_slower():
     np.testing.assert_allclose(changes["layers.0.q.b"], -1e-2, rtol=1e-5)
 
 
-def test_a_terminator_of_weight_three_counts_as_three():
+def test_a_stop_token_of_weight_three_counts_as_three():
     config, params = training.tiny()
     lora, rng = new_lora(params, 4, ids=(7,)), np.random.default_rng(0)
     rows = [training.row(rng.integers(3, 12, 24), np.arange(24) > 8) for _ in range(2)]
@@ -332,7 +332,7 @@ def test_a_terminator_of_weight_three_counts_as_three():
     assert 0 < sum(row["loss"].sum() for row in ends) < sum(row["loss"].sum() for row in rows)
 
     def weighted(rows, weight):
-        loss = Objective(config, TrainingSettings(end_weight=weight), (7,)).loss
+        loss = Objective(config, TrainingSettings(stop_weight=weight), (7,)).loss
         (total, (nats_M, _)), gradient = jax.value_and_grad(loss, has_aux=True)(
             lora, params, next(microbatches(rows, 2))
         )

@@ -288,9 +288,9 @@ def test_importing_the_forward_pass_sets_no_flag():
 
 def test_files_are_held_out_by_a_hash_and_never_all():
     documents = [Document("r", f"{n}.py", "x = 1\n", "python") for n in range(50)]
-    taught, held_out = tune.hold_out(documents, Path("/nowhere"), 0)
+    training, held_out = tune.hold_out(documents, Path("/nowhere"), 0)
     assert len(held_out) == 5
-    assert sorted(doc.path for doc in taught + held_out) == sorted(doc.path for doc in documents)
+    assert sorted(doc.path for doc in training + held_out) == sorted(doc.path for doc in documents)
     assert tune.hold_out(documents[::-1], Path("/nowhere"), 0)[1] == held_out
     assert tune.hold_out(documents, Path("/nowhere"), 1)[1] != held_out
 
@@ -472,8 +472,8 @@ def test_newest_files_are_known_by_their_own_names(tmp_path):
     documents = [Document("r", f"dir/{n}.py", "x = 1\n", "python") for n in range(4)] + [
         Document("r", "dir/é.py", "y", "python")
     ]
-    taught, held_out = tune.hold_out(documents, tmp_path, 0)
-    assert len(taught) == tune.MIN_FILES and [doc.path for doc in held_out] == ["dir/é.py"]
+    training, held_out = tune.hold_out(documents, tmp_path, 0)
+    assert len(training) == tune.MIN_FILES and [doc.path for doc in held_out] == ["dir/é.py"]
 
 
 def test_an_interrupted_probe_begins_again(tmp_path, monkeypatch):
@@ -497,8 +497,8 @@ def test_tune_leaves_time_to_choose_the_best_step(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "run", lambda plan, _, on_step, until: on_step(SimpleNamespace(seconds=9.0)))
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
     options = tune.TuneOptions(Path("r"), "m", 1, tmp_path, rank=4)
-    (options.work / "choosing").mkdir(parents=True)
-    (options.work / "choosing" / "index.npy").touch()
+    (options.work / "validation").mkdir(parents=True)
+    (options.work / "validation" / "index.npy").touch()
     assert tune.plan_within(options, 100 + 26 * 9.0, None).settings.steps == 14
 
 
@@ -507,13 +507,13 @@ def test_few_examples_choose_the_best_step(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         tune,
         "build",
-        lambda sources, out, *rest: build(sources, out, *rest) if out.name == "choosing" else None,
+        lambda sources, out, *rest: build(sources, out, *rest) if out.name == "validation" else None,
     )
     repository = code(tmp_path / "app", 44, 400)
     options = tune.TuneOptions(repository, str(model), 1, tmp_path)
     tune.prepare(options, load(model).tokenizer, ("psm", "spm"), lambda line: None)
-    manifest = json.loads((tmp_path / "work" / "choosing" / "manifests" / "rows.json").read_text())
-    assert tune.CHOOSING_EXAMPLES / 2 < manifest["examples"] < 2 * tune.CHOOSING_EXAMPLES
+    manifest = json.loads((tmp_path / "work" / "validation" / "manifests" / "rows.json").read_text())
+    assert tune.VALIDATION_EXAMPLES / 2 < manifest["examples"] < 2 * tune.VALIDATION_EXAMPLES
 
 
 def test_the_rows_of_fim_tokens_start_from_four_different_rows():
@@ -584,7 +584,7 @@ def test_tune_stopped_early_keeps_the_best_so_far(model, tmp_path, steps):
         if len(reports) == min(steps, report.steps - 1):
             raise KeyboardInterrupt
 
-    options = tune.TuneOptions(repository, str(model), 0.5, tmp_path / "made", rank=4, holes=9)
+    options = tune.TuneOptions(repository, str(model), 2.0, tmp_path / "made", rank=4, holes=9)
     result = tune.tune(options, stop, lines.append)
     assert lines[0] == "38 files to learn from, 2 to choose the best step by, 4 held out"
     assert (result.trained, result.held_out) == (38, 4)

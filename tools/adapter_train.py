@@ -48,7 +48,7 @@ class Phase:
     start_scale: float = 1.0
     reset: tuple[int, ...] = ()  # ids whose embedding rows start anew
     orders: tuple[Layout, ...] = ("psm", "spm")
-    end_weight: float = 1.0  # see TrainingSettings
+    stop_weight: float = 1.0  # see TrainingSettings
     average: bool = False
     decay: bool = False
 
@@ -60,9 +60,9 @@ PHASES = {
     "p": Phase(5120, 105, 0.05, 1e-3, 0.95, reset=(69,)),
     "q": Phase(9216, 40, 0.05, 6e-4, 0.95, 0.8, decay=True),
     "r": Phase(9216, 50, 0.05, 6e-4, 0.95, decay=True),
-    "u": Phase(8192, 160, 0.05, 6e-4, 0.95, end_weight=2, average=True, decay=True),
-    "v": Phase(8192, 200, 0.05, 6e-4, 0.95, end_weight=2, decay=True),
-    "x": Phase(8192, 240, 0.05, 6e-4, 0.95, end_weight=2, decay=True),
+    "u": Phase(8192, 160, 0.05, 6e-4, 0.95, stop_weight=2, average=True, decay=True),
+    "v": Phase(8192, 200, 0.05, 6e-4, 0.95, stop_weight=2, decay=True),
+    "x": Phase(8192, 240, 0.05, 6e-4, 0.95, stop_weight=2, decay=True),
 }
 ORDER = list(PHASES)
 
@@ -80,7 +80,7 @@ def plan(name: str, cache: Path, start: Path | None = None) -> job.TrainingPlan:
         micro_tokens=2048,
         save_every=5,
         steps=phase.steps,
-        end_weight=phase.end_weight,
+        stop_weight=phase.stop_weight,
     )
     before = start or (result(ORDER[number - 1], cache) if number else None)
     if before and (phase.start_scale != 1 or phase.reset):
@@ -95,7 +95,7 @@ def plan(name: str, cache: Path, start: Path | None = None) -> job.TrainingPlan:
         adapter=before,
         batch_tokens=phase.tokens,
         name="gemma-3-270m-fim",
-        orders=phase.orders,
+        fim_orders=phase.orders,
     )
 
 

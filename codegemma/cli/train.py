@@ -208,9 +208,9 @@ def reporter(progress: Progress) -> OnStep:
 
     def show(report: StepReport) -> None:
         held_out = f", held out {report.held_out:.4f}" if report.held_out is not None else ""
-        ends = f", ends {report.ends:.0%}" if report.ends is not None else ""
+        stops = f", at stops {report.ends:.0%}" if report.ends is not None else ""
         detail = (
-            f"loss {report.loss:.4f}{held_out}, right {report.right:.1%}{ends}, "
+            f"loss {report.loss:.4f}{held_out}, accuracy {report.right:.1%}{stops}, "
             f"{report.tokens / report.seconds:,.0f} tokens/s, "
             f"{report.flops / report.seconds / 1e9:,.0f} GFLOP/s"
         )

@@ -30,8 +30,10 @@ Weight = jax.Array | Blocks
 Params = dict[str, Weight]
 Pair = tuple[jax.Array, jax.Array]
 Remat = Literal["none", "products", "layer"]
+Matrices = Literal["arrays", "stored", "stored_floats"]  # see params_of
 BATCH_AXES = ("data", "fsdp")  # axes of a mesh that divide the batch
-MIN_QUERIES, MAX_PARTS = 128, 8  # attention runs in at most so many parts, of at least so many queries each
+# Attention runs in parts of at least MIN_QUERIES queries, but no more than MAX_PARTS of them.
+MIN_QUERIES, MAX_PARTS = 128, 8
 # The names of what remat="products" keeps for the backward pass.
 SAVED = ("q", "k", "v", "o", "gate", "up", "down", xla.LOW_RANK, xla.ATTENDED, xla.LOG_SUM_EXP)
 
@@ -89,22 +91,20 @@ class AttentionMask(NamedTuple):
         return visible
 
 
-def params_of(
-    checkpoint: Checkpoint, dtype: Any = None, blocks: Literal["none", "stored", "floats"] = "none"
-) -> Params:
+def params_of(checkpoint: Checkpoint, dtype: Any = None, matrices: Matrices = "arrays") -> Params:
     """A checkpoint's parameters; norms are float32.
 
-    `blocks` says how matrices are held. "none": decoded to arrays of `dtype` (default: the file's float type,
+    `matrices` says how they are held. "arrays": as arrays of `dtype` (default: the file's float type,
     bfloat16 where it is quantised). "stored": as Blocks of the file's type, which the engine's kernels decode
-    as they multiply. "floats": as Blocks of the file's float type, bfloat16 where it is quantised.
+    as they multiply. "stored_floats": as Blocks too, but where the file is quantised, of bfloat16.
     """
 
     def convert(tensor: Any) -> Weight:
         if len(tensor.shape) == 1:
             return jnp.asarray(tensor.float32())
-        if blocks == "stored" or blocks == "floats" and tensor.type in ELEMENTS:
+        if matrices == "stored" or matrices == "stored_floats" and tensor.type in ELEMENTS:
             return Blocks.of(tensor)
-        if blocks == "floats":
+        if matrices == "stored_floats":
             raw = jax.lax.bitcast_convert_type(_decoded(tensor, jnp.bfloat16), jnp.uint8)
             return Blocks(raw.reshape(tensor.shape[0], -1), "BF16")
         if tensor.type == "BF16" and dtype in (None, jnp.bfloat16):
@@ -136,9 +136,9 @@ def forward(
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B, T, D] after the final norm, and the cache with the new tokens in it.
 
-    A token sees the tokens before it in its segment, and with a cache the slots below its position too.
-    `dtype` is that of the activations; norms, softmax and sums are float32. `remat` says what the backward
-    pass recomputes: nothing, all but the matrix products, or whole layers.
+    A token sees itself and the tokens before it in its segment; with a cache, all slots up to its position,
+    and segments are ignored. `dtype` is that of the activations; norms, softmax and sums are float32. `remat`
+    says what the backward pass recomputes: nothing, all but the matrix products, or whole layers.
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from codegemma.files import atomic_write
+
 SMOOTHING = 0.1  # weight of the newest step in the running mean
 
 
@@ -33,4 +35,5 @@ def draw(history: Sequence[dict[str, Any]], file: Path) -> None:
         axes.plot(*zip(*held_out, strict=True), "o", color="tab:red", markersize=4, label="held out")
     axes.set(xlabel="tokens read", ylabel="loss in nats a target")
     axes.legend(frameon=False, fontsize="small")
-    figure.savefig(file, format="svg")
+    with atomic_write(file) as out:
+        figure.savefig(out, format="svg")

@@ -11,7 +11,8 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -42,8 +43,9 @@ from codegemma.train.objective import Trainable
 from codegemma.train.order import Order
 from codegemma.train.session import Session, StepReport, prepare_process
 from codegemma.train.settings import TrainingSettings
+from codegemma.train.store import naming
 
-ORDERS: tuple[Layout, ...] = ("psm", "spm")
+FIM_ORDERS: tuple[Layout, ...] = ("psm", "spm")
 TENSORBOARD_SCALARS = ("loss", "right", "learning_rate", "gradient_norm", "held_out")
 OnStep = Callable[[StepReport], None]
 
@@ -72,7 +74,7 @@ class TrainingPlan:
     mesh: str | None = None
     tensorboard: bool = False
     name: str = ""
-    orders: tuple[Layout, ...] = ORDERS  # in which FIM examples are written; the result's card names them
+    fim_orders: tuple[Layout, ...] = FIM_ORDERS  # of the rows' FIM examples; the result's card names them
 
     def __post_init__(self) -> None:
         if self.kind == "full" and (self.adapter or self.alpha is not None or self.settings.vocabulary):
@@ -146,10 +148,9 @@ class TrainingJob:
         if jax.process_index() == 0 and plan.new_result.exists() and not plan.result.exists():
             plan.new_result.rename(plan.result)  # an earlier run stopped between the last lines of `_save`
         use_kernels = plan.kind == "lora" and mesh is None and kernels()
-        blocks: Any = "stored" if plan.kind == "qlora" else "floats" if use_kernels else "none"
-        base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, blocks)
-        report_to_tensorboard = _tensorboard(plan)
-        with Session(
+        matrices: Any = "stored" if plan.kind == "qlora" else "stored_floats" if use_kernels else "arrays"
+        base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, matrices)
+        run = Session(
             checkpoint.config,
             None if plan.kind == "full" else base,
             base if plan.kind == "full" else initial_adapter(plan, checkpoint, base),
@@ -159,9 +160,10 @@ class TrainingJob:
             resume=resume,
             held_out=self.held_out,
             mesh=mesh,
-            terminators=sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else [],
+            stop_ids=sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else [],
             about={"base": checkpoint.identity, "kind": plan.kind},
-        ) as session:
+        )
+        with _tensorboard(plan) as report_to_tensorboard, run as session:
             for report in session.train(self._save, until, stop):
                 on_step(report)
                 report_to_tensorboard(report)
@@ -202,7 +204,8 @@ class TrainingJob:
             "held_out": report.held_out,
             "hours": round((time.monotonic() - self._started) / 3600, 3),
         }
-        return card if plan.chat else card | {"fim": {order: order in plan.orders for order in ORDERS}}
+        fim = {order: order in plan.fim_orders for order in FIM_ORDERS}
+        return card if plan.chat else card | {"fim": fim}
 
     def _save(self, trained: Trainable, report: StepReport) -> None:
         """Writes a result beside the older one, and then replaces that."""
@@ -218,9 +221,9 @@ class TrainingJob:
             for name, value in trained.items():
                 type = checkpoint.tensors[name].type
                 tensors[name] = ArrayTensor.of(np.asarray(value), type if type in ELEMENTS else "BF16")
-            orders = () if plan.chat else plan.orders
+            fim_orders = (() if plan.chat else plan.fim_orders) or checkpoint.fim_orders or ()
             with atomic_directory(new) as folder:
-                trained_checkpoint = checkpoint.with_weights(tensors, orders or checkpoint.fim_orders or ())
+                trained_checkpoint = checkpoint.with_weights(tensors, fim_orders)
                 save("safetensors", folder, trained_checkpoint)
                 (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
         shutil.rmtree(plan.result, ignore_errors=True)
@@ -271,20 +274,34 @@ def fim_rows(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return ids, tuple(start_from.get(token, token) for token in ids)
 
 
-def _tensorboard(plan: TrainingPlan) -> OnStep:
+@contextmanager
+def _tensorboard(plan: TrainingPlan) -> Iterator[OnStep]:
     """A function that writes a report for TensorBoard; it does nothing if the plan does not ask for it."""
     if not plan.tensorboard or jax.process_index() != 0:
-        return lambda report: None
+        yield lambda report: None
+        return
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
     except ImportError:
         remedy = f"{installer()} tensorboardX"
         raise ValueError(f"--tensorboard needs the package tensorboardX: {remedy}") from None
-    writer = SummaryWriter(str(plan.out / "tensorboard"))
+    folder = plan.out / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
 
     def write(report: StepReport) -> None:
         for name in TENSORBOARD_SCALARS:
             if (value := getattr(report, name)) is not None:
-                writer.add_scalar(name, value, report.step)
+                scalar = summary.scalar(name, value)
+                writer.write_event(Event(wall_time=time.time(), step=report.step, summary=scalar))
+        with naming(folder):
+            writer.flush()
 
-    return write
+    # not SummaryWriter: that writes in a thread, and blocks for ever where a write failed
+    writer = EventsWriter(str(folder / "events"))
+    try:
+        yield write
+    finally:
+        with naming(folder):
+            writer.close()

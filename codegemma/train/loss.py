@@ -30,7 +30,7 @@ class Losses(NamedTuple):
     """Each target's negative log-probability in nats (plus z-loss), and whether it was the likeliest."""
 
     nats_M: jax.Array
-    right_M: jax.Array
+    is_top_M: jax.Array
 
 
 class LossOptions(NamedTuple):
@@ -57,7 +57,7 @@ class BlockLoss(NamedTuple):
     """The loss of a block of targets, and what its gradients need."""
 
     nats_M: jax.Array
-    right_M: jax.Array
+    is_top_M: jax.Array
     gradient_MD: jax.Array  # of the nats, with respect to the hidden states
     lse_M: jax.Array  # log sum exp of the logits
     lse_gradient_M: jax.Array  # of the nats, with respect to lse_M
@@ -101,14 +101,14 @@ def _cross_entropy(options: LossOptions, inputs: LossInputs) -> Losses:
 
 def _forward(options: LossOptions, inputs: LossInputs) -> tuple[Losses, tuple[BlockLoss, LossInputs]]:
     h_MD, table_VD, _, targets_M, count, sample = inputs
-    summed_SD = table_VD if sample is None else jax.tree.map(lambda x: x[sample.tokens_S], table_VD)
-    if count is None or isinstance(summed_SD, Blocks) and xla.kernels():
-        result = _block(options, summed_SD, inputs)
+    summed_UD = table_VD if sample is None else jax.tree.map(lambda x: x[sample.tokens_U], table_VD)
+    if count is None or isinstance(summed_UD, Blocks) and xla.kernels():
+        result = _block(options, summed_UD, inputs)
     else:
 
         def part(start: jax.Array | int) -> BlockLoss:
             h_BD, targets_B = (jax.lax.dynamic_slice_in_dim(x, start, BLOCK) for x in (h_MD, targets_M))
-            return _block(options, summed_SD, inputs._replace(hidden_MD=h_BD, targets_M=targets_B))
+            return _block(options, summed_UD, inputs._replace(hidden_MD=h_BD, targets_M=targets_B))
 
         def write(i: jax.Array, result: BlockLoss) -> BlockLoss:
             put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * BLOCK, axis=0)
@@ -117,17 +117,17 @@ def _forward(options: LossOptions, inputs: LossInputs) -> tuple[Losses, tuple[Bl
         shapes = jax.eval_shape(part, 0)
         empty = jax.tree.map(lambda x: jnp.zeros((len(targets_M), *x.shape[1:]), x.dtype), shapes)
         result = jax.lax.fori_loop(0, -(-count // BLOCK), write, empty)
-    return Losses(result.nats_M, result.right_M), (result, inputs)
+    return Losses(result.nats_M, result.is_top_M), (result, inputs)
 
 
-def _block(options: LossOptions, summed_SD: Weight, inputs: LossInputs) -> BlockLoss:
-    """The loss of a block of targets; the normaliser sums over `summed_SD`: the table, or a sample of it."""
+def _block(options: LossOptions, summed_UD: Weight, inputs: LossInputs) -> BlockLoss:
+    """The loss of a block of targets; the normaliser sums over `summed_UD`: the table, or a sample of it."""
     ids, cap, z, _ = options
     h_MD, table_VD, rows_RD, targets_M, _, _ = inputs
-    if isinstance(summed_SD, Blocks) and xla.kernels():
-        sums = _sums_by_kernels(options, summed_SD, inputs)
+    if isinstance(summed_UD, Blocks) and xla.kernels():
+        sums = _sums_by_kernels(options, summed_UD, inputs)
     else:
-        sums = _sums_by_chunks(options, summed_SD, inputs)
+        sums = _sums_by_chunks(options, summed_UD, inputs)
     row_logits_MR = softcap(product(h_MD, rows_RD), cap)
     target_MD = table_rows(table_VD, targets_M)
     if ids:
@@ -138,8 +138,8 @@ def _block(options: LossOptions, summed_SD: Weight, inputs: LossInputs) -> Block
     lse_gradient_M = 1 + 2 * z * lse_M
     gradient_MD = sums.weighted_MD * (lse_gradient_M / sums.sum_M)[:, None]
     gradient_MD -= target_MD * _slope(logit_M, cap)[:, None]
-    nats_M, right_M = lse_M - logit_M + z * lse_M**2, sums.best_M == targets_M
-    return BlockLoss(nats_M, right_M, gradient_MD, lse_M, lse_gradient_M, row_logits_MR)
+    nats_M, is_top_M = lse_M - logit_M + z * lse_M**2, sums.best_M == targets_M
+    return BlockLoss(nats_M, is_top_M, gradient_MD, lse_M, lse_gradient_M, row_logits_MR)
 
 
 def _add(
@@ -159,8 +159,8 @@ def _add(
     return SoftmaxSums(max_M, best_M, sum_M, weighted_MD)
 
 
-def _sums_by_chunks(options: LossOptions, summed_SD: Weight, inputs: LossInputs) -> SoftmaxSums:
-    """Softmax sums over the rows of `summed_SD`, except tokens whose rows the adapter replaces."""
+def _sums_by_chunks(options: LossOptions, summed_UD: Weight, inputs: LossInputs) -> SoftmaxSums:
+    """Softmax sums over the rows of `summed_UD`, except tokens whose rows the adapter replaces."""
     ids, cap, _, _ = options
     h_MD, sample = inputs.hidden_MD, inputs.sample
     M, D = h_MD.shape
@@ -170,22 +170,22 @@ def _sums_by_chunks(options: LossOptions, summed_SD: Weight, inputs: LossInputs)
             tokens_C, counts_C = start + jnp.arange(size, dtype=jnp.int32), jnp.ones(())
         else:
             tokens_C, counts_C = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in sample)
-        rows_CD = _chunk_rows(summed_SD, start, size)
+        rows_CD = _chunk_rows(summed_UD, start, size)
         logits_MC = _replace_columns(ids, softcap(product(h_MD, rows_CD), cap), tokens_C, -jnp.inf)
         return _add(sums, logits_MC, tokens_C, counts_C, rows_CD, cap)
 
     empty = SoftmaxSums(jnp.full(M, -jnp.inf), jnp.zeros(M, jnp.int32), jnp.zeros(M), jnp.zeros((M, D)))
-    return _over_chunks(summed_SD.shape[0], M, chunk, empty)
+    return _over_chunks(summed_UD.shape[0], M, chunk, empty)
 
 
-def _sums_by_kernels(options: LossOptions, summed_SD: Blocks, inputs: LossInputs) -> SoftmaxSums:
+def _sums_by_kernels(options: LossOptions, summed_UD: Blocks, inputs: LossInputs) -> SoftmaxSums:
     """The sums of `_sums_by_chunks` for the real targets, by the engine's kernels."""
-    rows, count = summed_SD.shape[0], inputs.real_count
-    tokens_S, counts_S = inputs.sample or (jnp.arange(rows, dtype=jnp.int32), jnp.ones(rows))
-    counts_S = jnp.where(one_hot(tokens_S, options.ids).any(-1), 0.0, counts_S)
+    rows, count = summed_UD.shape[0], inputs.real_count
+    tokens_U, counts_U = inputs.sample or (jnp.arange(rows, dtype=jnp.int32), jnp.ones(rows))
+    counts_U = jnp.where(one_hot(tokens_U, options.ids).any(-1), 0.0, counts_U)
     used = len(inputs.hidden_MD) if count is None else count
-    sums = xla.vocabulary(inputs.hidden_MD, summed_SD, counts_S, options.cap, used)
-    return sums._replace(best_M=tokens_S[sums.best_M])
+    sums = xla.vocabulary(inputs.hidden_MD, summed_UD, counts_U, options.cap, used)
+    return sums._replace(best_M=tokens_U[sums.best_M])
 
 
 def _backward(
@@ -195,9 +195,9 @@ def _backward(
     ids, cap = options.ids, options.cap
     g_M = cotangents.nats_M[:, None]
     logits_MR, h_MD = block.row_logits_MR, inputs.hidden_MD
-    slope_MR = jnp.exp(logits_MR - block.lse_M[:, None]) * block.lse_gradient_M[:, None]
-    slope_MR -= one_hot(inputs.targets_M, ids).astype(jnp.float32)
-    rows_gradient_RD = (g_M * slope_MR * _slope(logits_MR, cap)).T @ h_MD
+    logit_gradient_MR = jnp.exp(logits_MR - block.lse_M[:, None]) * block.lse_gradient_M[:, None]
+    logit_gradient_MR -= one_hot(inputs.targets_M, ids).astype(jnp.float32)
+    rows_gradient_RD = (g_M * logit_gradient_MR * _slope(logits_MR, cap)).T @ h_MD
     zeros = jax.tree.map(_no_gradient, inputs)
     gradients = zeros._replace(hidden_MD=g_M * block.gradient_MD, rows_RD=rows_gradient_RD)
     if options.train_table:
@@ -217,11 +217,11 @@ def _table_gradient(options: LossOptions, block: BlockLoss, inputs: LossInputs, 
         tokens_C = start + jnp.arange(size, dtype=jnp.int32)
         logits_MC = softcap(product(h_MD, _chunk_rows(table_VD, start, size)), cap)
         counted_MC = _replace_columns(ids, logits_MC, tokens_C, -jnp.inf)
-        slope_MC = jnp.exp(counted_MC - block.lse_M[:, None]) * block.lse_gradient_M[:, None]
-        slope_MC -= (inputs.targets_M[:, None] == tokens_C[None]).astype(jnp.float32)
-        slope_MC *= _slope(logits_MC, cap) * g_M
-        slope_MC = _replace_columns(ids, slope_MC, tokens_C, 0.0)
-        gradient_CD = (slope_MC.T @ h_MD).astype(gradient_VD.dtype)
+        logit_gradient_MC = jnp.exp(counted_MC - block.lse_M[:, None]) * block.lse_gradient_M[:, None]
+        logit_gradient_MC -= (inputs.targets_M[:, None] == tokens_C[None]).astype(jnp.float32)
+        logit_gradient_MC *= _slope(logits_MC, cap) * g_M
+        logit_gradient_MC = _replace_columns(ids, logit_gradient_MC, tokens_C, 0.0)
+        gradient_CD = (logit_gradient_MC.T @ h_MD).astype(gradient_VD.dtype)
         return jax.lax.dynamic_update_slice(gradient_VD, gradient_CD, (start, 0))
 
     empty = jnp.zeros(table_VD.shape, table_VD.dtype)  # type: ignore[union-attr]

@@ -19,14 +19,14 @@ Trainable = LoraParams | Params
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises: next-token loss, in which a terminator counts `settings.end_weight` times.
+    """What a step minimises: next-token loss, in which a stop token counts `settings.stop_weight` times.
 
     In both methods, `trainable` is an adapter over the frozen `base`, or all parameters.
     """
 
     config: ModelConfig
     settings: TrainingSettings
-    terminators: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
     def loss(
         self, trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None
@@ -62,8 +62,8 @@ class Objective:
             sample=sample,
         )
         real_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
-        ends_M = jnp.isin(targets_M, jnp.asarray(self.terminators, jnp.int32))
-        return jnp.sum(losses.nats_M * real_M * jnp.where(ends_M, settings.end_weight, 1.0)), losses
+        is_stop_M = jnp.isin(targets_M, jnp.asarray(self.stop_ids, jnp.int32))
+        return jnp.sum(losses.nats_M * real_M * jnp.where(is_stop_M, settings.stop_weight, 1.0)), losses
 
     def gradient(
         self, trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None

@@ -31,14 +31,14 @@ class Microbatch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Tokens that stand for the vocabulary in the normaliser; each counts `weights_S` times.
+    """U tokens that stand for the vocabulary in the normaliser; each counts `weights_U` times.
 
     The weight is the inverse of the probability that the token is drawn, which makes the sum right on average
     (Horvitz and Thompson, 1952). It is 1 for tokens that are always drawn, such as the targets.
     """
 
-    tokens_S: Any  # int32
-    weights_S: Any
+    tokens_U: Any  # int32
+    weights_U: Any
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,9 @@ class Order:
     def sampler(self, size: int, vocab: int) -> Callable[[int, Sequence[Microbatch]], Sample]:
         """A function that draws `size` of `vocab` tokens for a step and its microbatches.
 
-        It always takes the step's targets and the size / 2 most frequent tokens of all rows, and draws the
-        rest at random. The function raises ValueError where nothing is left to draw.
+        It always takes the step's targets and the size / 2 tokens that are most frequent in up to 1,024 rows
+        of each folder, and draws the rest at random. The function raises ValueError where nothing is left to
+        draw.
         """
         tokens = [row["tokens"] for rows in self.folders for row in _spread(rows, 1024)]
         counts = np.bincount(np.concatenate(tokens), minlength=vocab)[:vocab]

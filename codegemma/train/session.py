@@ -46,8 +46,8 @@ class StepReport:
     step: int  # from 1
     steps: int  # of the complete run
     loss: float  # nats per target
-    right: float  # share of targets that were the likeliest token
-    ends: float | None  # share of terminators that were the likeliest token; None without terminators
+    right: float  # accuracy: the share of targets that were the likeliest token
+    ends: float | None  # accuracy at stop tokens; None where no target is one
     targets: int
     tokens: int  # of this step
     seconds: float
@@ -103,16 +103,18 @@ def choose_remat(settings: TrainingSettings, config: ModelConfig, length: int) -
     return replace(settings, remat="layer" if activations > MAX_ACTIVATIONS else "none")
 
 
-def target_sums(batch: Microbatch, losses: Losses, terminators: Sequence[int]) -> np.ndarray:
+def target_sums(batch: Microbatch, losses: Losses, stop_ids: Sequence[int]) -> np.ndarray:
     """Sums over a microbatch's real targets, float64 [5].
 
-    How many targets there are, their nats, and how many were the likeliest token; how many terminators there
-    are, and how many of them were the likeliest token.
+    How many targets there are, their nats, and how many were the likeliest token; how many of the targets are
+    stop tokens, and how many of those were the likeliest token.
     """
     real_M = (np.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
-    nats, right = (meshes.gather(x)[real_M] for x in losses)
-    ends = np.isin(batch.targets_CM.reshape(-1)[real_M], list(terminators))
-    return np.array([len(nats), nats.sum(dtype=np.float64), right.sum(), ends.sum(), right[ends].sum()])
+    nats, is_top = (meshes.gather(x)[real_M] for x in losses)
+    is_stop = np.isin(batch.targets_CM.reshape(-1)[real_M], list(stop_ids))
+    return np.array(
+        [len(nats), nats.sum(dtype=np.float64), is_top.sum(), is_stop.sum(), is_top[is_stop].sum()]
+    )
 
 
 class Session:
@@ -136,12 +138,12 @@ class Session:
         resume: bool = False,
         held_out: Sequence[Any] = (),
         mesh: Any = None,
-        terminators: Sequence[int] = (),
+        stop_ids: Sequence[int] = (),
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.config, self.order, self.held_out, self.mesh = config, order, held_out, mesh
         self.settings = choose_remat(settings, config, max(map(row_length, order.folders)))
-        self.terminators = tuple(terminators)
+        self.stop_ids = tuple(stop_ids)
         self.steps = min(order.steps, settings.steps or order.steps)
         self._rate = schedule(self.settings, self.steps)
         self._rule = optimizer(self.settings, self._rate)
@@ -187,7 +189,7 @@ class Session:
         shardings, moment_shardings = (
             jax.tree.map(lambda leaf: leaf.sharding if self.mesh else None, tree) for tree in trees
         )
-        objective = Objective(self.config, self.settings, self.terminators)
+        objective = Objective(self.config, self.settings, self.stop_ids)
         self._gradient = jax.jit(
             objective.gradient,
             out_shardings=(None, shardings),
@@ -254,12 +256,12 @@ class Session:
                 return None
             placed = meshes.place_batch(self.mesh, batch)
             (_, losses), part = self._gradient(state.trainable, self.base, placed, sample)
-            sums += target_sums(batch, losses, self.terminators)
+            sums += target_sums(batch, losses, self.stop_ids)
             gradients = part if gradients is None else self._add(gradients, part)
             if self._batches_to_trim:
                 self._batches_to_trim -= 1
                 trim_heap()
-        targets, nats, right, ends, right_ends = sums.tolist()
+        targets, nats, correct, stops, correct_stops = sums.tolist()
         loss, count = nats / max(targets, 1), jnp.float32(max(targets, 1))
         if not np.isfinite(loss):
             fault = f"step {state.step + 1}: the loss is {loss}: training diverged"
@@ -271,8 +273,8 @@ class Session:
             step=state.step,
             steps=self.steps,
             loss=loss,
-            right=right / max(targets, 1),
-            ends=right_ends / ends if ends else None,
+            right=correct / max(targets, 1),
+            ends=correct_stops / stops if stops else None,
             targets=int(targets),
             tokens=len(rows) * length,
             seconds=time.perf_counter() - started,

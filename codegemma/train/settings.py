@@ -8,7 +8,7 @@ from math import inf
 from typing import Literal, get_args, get_origin, get_type_hints
 
 SAMPLED_VOCABULARY = 32_768  # for TrainingSettings.vocabulary, where the normaliser need not be exact
-POSITIVE = ("learning_rate", "clip", "end_weight", "micro_tokens", "evaluate_every", "save_every", "keep")
+POSITIVE = ("learning_rate", "clip", "stop_weight", "micro_tokens", "evaluate_every", "save_every", "keep")
 NOT_NEGATIVE = ("weight_decay", "row_rate", "z", "patience")
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ((*POSITIVE, "steps"), lambda value: value > 0, "be above 0"),
@@ -31,7 +31,7 @@ class TrainingSettings:
     row_rate: float = 1 / 32  # the rate of an adapter's embedding rows, as a share of the rate
     clip: float = 1.0  # largest norm of the gradient
     z: float = 0.0  # weight of the z-loss
-    end_weight: float = 1.0  # weight w of a terminator's loss; it raises that logit by about log w
+    stop_weight: float = 1.0  # weight w of the loss at a stop token; it raises that logit by about log w
     vocabulary: int | None = None  # tokens that estimate the normaliser (order.Sample); None: all, exactly
     micro_tokens: int = 2048  # of a microbatch
     steps: int | None = None  # at most so many; the schedule ends there too

@@ -44,7 +44,7 @@ def read(path: Path) -> DialogueFile:
 
     A line is {"messages": [{"role", "content"}, ...]} (or "conversations" with "from" and "value"),
     {"instruction", "input", "output"}, or a pair such as {"prompt", "completion"}, of texts or of messages.
-    Small faults are repaired: messages after the last answer are dropped, and half characters become U+FFFD.
+    Small faults are repaired: messages after the last answer are dropped, and lone surrogates become U+FFFD.
     Other faulty lines are left out and counted. Raises ValueError, with the first fault, where no dialogue is
     left.
     """
@@ -89,7 +89,7 @@ def messages(line: Mapping[str, Any]) -> list[Message]:
     pair = next((pair for pair in PAIRS if all(name in line for name in pair)), None)
     if line.get("label") is False:
         raise BadLine("its label says that the answer is wrong")
-    # a list under "messages" or the like goes before a pair, except one with a prompt
+    # messages are preferred to a pair, except to one with "prompt", and except where they are "chosen" alone
     if pair and (name in ("", "chosen") or pair[0] == "prompt"):
         dialogue = [*_turns(line[pair[0]], "user"), *_turns(line[pair[1]], "assistant")]
         if pair[0] == "instruction" and (context := _text(line.get("input") or "")):
@@ -137,7 +137,7 @@ def _text(value: Any) -> str:
         raise BadLine("a message with images or other parts that are no text")
     if not isinstance(value, str):
         raise ValueError(f"a text was expected, got {value!r:.60}")
-    joined = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half characters: U+FFFD
+    joined = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates: U+FFFD
     return joined.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -168,5 +168,5 @@ def rows(
 
 
 def _is_answered(prompt: prompts.Prompt) -> bool:
-    """Whether each answer has a token besides its terminator."""
+    """Whether each answer has a token besides its stop token."""
     return all(len(ids) > 1 for label, ids in prompt.spans if label == "reply")

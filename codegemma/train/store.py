@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from codegemma.files import atomic_write, remove_leftovers
 from codegemma.jax.forward import LoraParams
 from codegemma.train.curve import draw
 from codegemma.train.objective import Trainable
+
+_ERROR_NUMBER = re.compile(r"os_error_code='(\d+)'")  # in a message of TensorStore, which writes for Orbax
 
 
 @dataclass
@@ -41,7 +54,7 @@ class Store:
     """A run's folder: checkpoints/ (Orbax; only committed ones count), metrics.jsonl and loss.svg.
 
     `stamp`, a JSON object, must be equal in a run and its resumption. Raises ValueError where the folder
-    holds a run and `resume` is not set.
+    holds a run and `resume` is not set. All methods raise OSError with a path in it where the disk refuses.
     """
 
     def __init__(self, folder: Path, keep: int, stamp: dict[str, Any], resume: bool) -> None:
@@ -56,8 +69,13 @@ class Store:
                 f"{folder} holds a training run: pass --resume to continue it, or another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        if self._writes:
+            remove_leftovers(folder)
+        _hide_failures_of_threads()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+        self._checkpoints = (folder / "checkpoints").resolve()
+        with naming(self._checkpoints):
+            self._manager = ocp.CheckpointManager(self._checkpoints, options=options)
 
     def restore(self, state: RunState) -> None:
         """Puts the newest committed checkpoint, if there is one, into `state`.
@@ -81,10 +99,12 @@ class Store:
         state.moments, state.step, state.misses = arrays["moments"], step, meta["misses"]
         self.saved_step = step
         state.best = float("inf") if meta["best"] is None else meta["best"]
-        lines = self.metrics.read_text().splitlines()[:step]
+        old = self.metrics.read_text()
+        lines = old.splitlines()[:step]
         state.history = [json.loads(line) for line in lines]
-        if self._writes:
-            self.metrics.write_text("".join(line + "\n" for line in lines))
+        if self._writes and (text := "".join(line + "\n" for line in lines)) != old:
+            with atomic_write(self.metrics) as file:  # a full disk must not lose the lines
+                file.write(text.encode())
 
     def _check(self, stamp: dict[str, Any]) -> None:
         # a stamp without a precision is older than that setting: its run computed in float32
@@ -99,7 +119,7 @@ class Store:
         """Appends the metrics of a step."""
         state.history.append(metrics)
         if self._writes:
-            with open(self.metrics, "a") as file:
+            with naming(self.metrics), open(self.metrics, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
 
     def save(self, state: RunState) -> None:
@@ -109,11 +129,75 @@ class Store:
         meta = {"stamp": self._stamp, "misses": state.misses, "best": best, "jax": jax.__version__}
         self.saved_step = state.step
         arrays, about = ocp.args.StandardSave(state.arrays), ocp.args.JsonSave(meta)
-        self._manager.save(state.step, args=ocp.args.Composite(state=arrays, meta=about))
+        with naming(self._checkpoints):
+            self._manager.save(state.step, args=ocp.args.Composite(state=arrays, meta=about))
         if self._writes:
             draw(state.history, self.folder / "loss.svg")
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with naming(self._checkpoints):
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Makes an OSError of each error that a refusal of the disk caused; it names `path`, if it named no file.
+
+    A failed write itself names no file, and Orbax raises ValueError with a message of TensorStore.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _error_number(error)
+        if number is None or isinstance(error, OSError) and error.filename is not None:
+            raise
+        _release(error)
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _release(error: BaseException | None) -> None:
+    """Frees the coroutines that failed threads of Orbax hold: Python would report them at exit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        gc.collect()
+
+
+def _error_number(error: BaseException | None) -> int | None:
+    """The `errno` of an error or of what caused it; None where that was not the system."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if match := _ERROR_NUMBER.search(str(error)):
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _hide_failures_of_threads() -> None:
+    """Keeps the tracebacks of Orbax's and TensorStore's threads off the terminal.
+
+    Nothing is lost: `Store` raises the first error of a checkpoint where it waits for it.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_failure_of_orbax)
+    hook = sys.unraisablehook
+    if not (isinstance(hook, partial) and hook.func is _report_unraisable):
+        sys.unraisablehook = partial(_report_unraisable, hook)
+
+
+def _report_unraisable(report: Callable[[Any], object], unraisable: Any) -> None:
+    """Calls `report`, except where TensorStore calls a loop of Orbax that a failure has closed."""
+    if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
+
+
+def _is_no_failure_of_orbax(record: logging.LogRecord) -> bool:
+    """False for a traceback or a lost task of Orbax, as its threads and their asyncio loops log them."""
+    frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+    is_lost_task = record.name == "asyncio" and "orbax" in record.getMessage()
+    return not (is_lost_task or any("orbax" in frame.f_code.co_filename for frame, _ in frames))

@@ -30,28 +30,29 @@ from codegemma.data.sources import Source, expand, read
 from codegemma.evals import heldout
 from codegemma.evals.local import LocalModel
 from codegemma.evals.task import Comparison, compare
-from codegemma.files import expect_only
+from codegemma.files import atomic_write, expect_only
 from codegemma.generate.model import Model, load
 from codegemma.prompts import Layout
 from codegemma.tokenizer import Tokenizer
 from codegemma.train import job
 from codegemma.train.job import TrainingPlan
 from codegemma.train.settings import SAMPLED_VOCABULARY, TrainingSettings
+from codegemma.train.store import naming
 
-HELD_OUT = 0.1  # share of the files
-NEWEST_COMMITS = 20  # whose files are held out too
+HELD_OUT = 0.1  # share of the files that both measurements use, and that no training sees
+NEWEST_COMMITS = 20  # whose files are held out first
 ROW_TOKENS = 512
 WINDOW = (96, 384)  # tokens of an example
 BATCH_TOKENS = 4096  # of a step; half as many where an adapter is trained further
 MIN_FILES = 4  # to train on
 LAYOUT: Layout = "spm"  # of the measured prompts: the order in which an editor asks while its user types
-END_WEIGHT = 2.0  # with 1, greedy completions run on for too long
-MAX_CHOOSING_FILES = 20  # files for validation: their loss chooses the best step
-CHOOSING_EXAMPLES = 32  # of these files, roughly: measuring a token takes as long as training on it
-MEASUREMENTS = 6  # how often that loss is measured
+STOP_WEIGHT = 2.0  # with 1, greedy completions run on for too long
+MAX_VALIDATION_FILES = 20  # files for validation: their loss chooses the best step
+VALIDATION_EXAMPLES = 32  # of these files, roughly: measuring a token takes as long as training on it
+VALIDATIONS = 6  # how often a run measures the loss on the files for validation
 PROBE_STEPS = 3  # to find out how long a step takes; the first one compiles
 MAX_PASSES = 8  # over the rows; a small code base is not repeated more often
-WORK_FILES = ("code", "taught", "choosing", "held-out.jsonl")  # of the work folder, before training
+WORK_FILES = ("code", "training", "validation", "held-out.jsonl")  # of the work folder, before training
 GIT_LOG = (
     "git -c core.fsmonitor=false -c core.hooksPath=/dev/null log --format= --name-only --no-ext-diff "
     "--relative --no-show-signature -z"
@@ -119,7 +120,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """The adapter's folder, the gains by title (MEASURES), and how many files were taught and held out."""
+    """The adapter's folder, the gains by title (MEASURES), and how many files were trained on or held out."""
 
     adapter: Path
     gains: dict[str, Gain]
@@ -128,7 +129,7 @@ class TuneResult:
 
     def text(self) -> str:
         """The result as a table, and how to use it."""
-        files = f"{self.trained:,} files taught, {self.held_out:,} held out"
+        files = f"trained on {self.trained:,} files, {self.held_out:,} held out"
         lines = [f"{files}; holes in {LAYOUT} order, before -> after:"]
         for name, gain in self.gains.items():
             paired = gain.difference
@@ -168,11 +169,11 @@ def tune(
     engine = load(options.model)
     name = engine.adapter_at(options.adapter)
     start = engine.adapter(name) if name != "none" else None
-    orders = job.ORDERS
+    fim_orders = job.FIM_ORDERS
     if start and engine.fim_orders(name) == {LAYOUT}:
-        orders = (LAYOUT,)
+        fim_orders = (LAYOUT,)
     if not (work / "ready").exists():
-        prepare(options, engine.tokenizer, orders, log)
+        prepare(options, engine.tokenizer, fim_orders, log)
     held_out = [Document(*json.loads(line)) for line in (work / "held-out.jsonl").read_text().splitlines()]
     holes = heldout.holes(held_out, engine.tokenizer, options.holes, options.seed)
     if not holes:
@@ -191,7 +192,7 @@ def tune(
     until = started + seconds - measuring  # measuring once more takes as long
     limit = f"{options.minutes:g} minutes in all (Ctrl-C ends it early and keeps the best)"
     log(f"finding out how long a step takes; then training, {limit}")
-    plan = replace(plan_within(options, until, start), orders=orders)
+    plan = replace(plan_within(options, until, start), fim_orders=fim_orders)
     _run(plan, until, on_step, log, stop or Event())
     after = measure(engine, holes, load_adapter(plan.result), progress)
     gains = {title: _gain(before[title], after[title]) for title in before}
@@ -230,14 +231,19 @@ def _publish(options: TuneOptions, plan: TrainingPlan, result: TuneResult) -> No
     final = save_adapter(replace(trained, name=out.name, card=card), work / "final")
     for file in [*final.iterdir(), plan.out / "loss.svg", plan.out / "metrics.jsonl"]:
         if file.exists():
-            shutil.copyfile(file, out / file.name)
+            with atomic_write(out / file.name) as copy:
+                copy.write(file.read_bytes())
     shutil.rmtree(work)
 
 
 def hold_out(
     documents: Sequence[Document], repository: Path, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """(files to train on, files held out: the newest commits' and a random share, at most half in all)."""
+    """(files to train on, files held out).
+
+    Held out is a tenth of the files, or up to a fifth where the newest commits changed that many: first those
+    that they changed, then others at random. It is at most half, and leaves MIN_FILES where there are more.
+    """
     newest = set(newest_files(repository))
 
     def rank(document: Document) -> tuple[bool, float]:
@@ -262,25 +268,25 @@ def newest_files(repository: Path) -> list[str]:
     return list(dict.fromkeys(os.fsdecode(log.stdout).split("\0"))) if log.returncode == 0 else []
 
 
-def prepare(options: TuneOptions, tokenizer: Tokenizer, orders: Sequence[Layout], log: Log) -> None:
+def prepare(options: TuneOptions, tokenizer: Tokenizer, fim_orders: Sequence[Layout], log: Log) -> None:
     """Holds files out and builds rows of the others in `options.work`. Raises ValueError on too few files."""
     repository, work, seed = options.repository, options.work, options.seed
     if work.exists():
         expect_only(work, WORK_FILES, "an interrupted run")
         shutil.rmtree(work)  # before the repository is read: it may lie inside
     documents = _documents(repository)
-    taught, held_out = hold_out(documents, repository, seed)
-    if len(taught) < MIN_FILES:
+    training, held_out = hold_out(documents, repository, seed)
+    if len(training) < MIN_FILES:
         fault = f"{repository}: {len(documents)} files of code, but tuning needs at least {MIN_FILES + 1}"
         raise ValueError(f"{fault}: pass a larger code base")
-    taught.sort(key=lambda document: Draw("choose", seed, document.path).uniform())
-    count = min(len(taught) // 20, MAX_CHOOSING_FILES)
-    choosing, taught = taught[:count], taught[count:]
-    counts = f"{len(taught):,} files to learn from, {count:,} to choose the best step by"
+    training.sort(key=lambda document: Draw("choose", seed, document.path).uniform())
+    count = min(len(training) // 20, MAX_VALIDATION_FILES)
+    validation, training = training[:count], training[count:]
+    counts = f"{len(training):,} files to learn from, {count:,} to choose the best step by"
     log(f"{counts}, {len(held_out):,} held out")
     recipe = BuildRecipe(
         fim_rate=0.9,
-        spm_rate=1 / len(orders),
+        spm_rate=1 / len(fim_orders),
         length=ROW_TOKENS,
         seed=seed,
         licences="any",
@@ -289,14 +295,16 @@ def prepare(options: TuneOptions, tokenizer: Tokenizer, orders: Sequence[Layout]
         stride=WINDOW[1],
         path_rate=0.5,
     )
-    _build(taught, options, "taught", tokenizer, recipe)
-    if choosing:
-        stride = sum(len(document.text) for document in choosing) // CHOOSING_EXAMPLES
+    _build(training, options, "training", tokenizer, recipe)
+    if validation:
+        stride = sum(len(document.text) for document in validation) // VALIDATION_EXAMPLES
         sparse = replace(recipe, stride=max(recipe.stride, stride))
-        _build(choosing, options, "choosing", tokenizer, sparse)
+        _build(validation, options, "validation", tokenizer, sparse)
     fields = [[doc.repository, doc.path, doc.text, doc.language] for doc in held_out]
-    (work / "held-out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in fields))
-    (work / "ready").write_text(json.dumps([document.path for document in taught]))
+    with atomic_write(work / "held-out.jsonl") as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in fields)
+    with atomic_write(work / "ready") as file:
+        file.write(json.dumps([document.path for document in training]).encode())
 
 
 def _documents(repository: Path) -> list[Document]:
@@ -317,7 +325,8 @@ def _build(
     for document in documents:
         file = folder / document.path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(document.text, encoding="utf-8", newline="")
+        with naming(file):
+            file.write_text(document.text, encoding="utf-8", newline="")
     (folder / "Makefile").touch()  # makes it one project, whatever projects are inside it
     build([str(folder.resolve())], options.work / name, tokenizer, recipe)
 
@@ -353,7 +362,7 @@ def _gain(before: list[float], after: list[float]) -> Gain:
 def plan_within(options: TuneOptions, until: float, start: Adapter | None) -> TrainingPlan:
     """The plan with as many steps as fit before `until`, on the clock of time.monotonic."""
     work = options.work
-    tokens, choosing = len(Rows(work / "taught")) * ROW_TOKENS, work / "choosing"
+    tokens, validation = len(Rows(work / "training")) * ROW_TOKENS, work / "validation"
     if start is not None and not (work / "start").exists():
         save_adapter(start, work / "start")
     # Adam's first steps move every weight by the rate: at 3e-4 a trained adapter forgets to stop
@@ -361,7 +370,7 @@ def plan_within(options: TuneOptions, until: float, start: Adapter | None) -> Tr
     settings = TrainingSettings(
         rate,
         warmup,
-        end_weight=END_WEIGHT,
+        stop_weight=STOP_WEIGHT,
         vocabulary=SAMPLED_VOCABULARY,
         save_every=10,
         keep=1,
@@ -370,7 +379,7 @@ def plan_within(options: TuneOptions, until: float, start: Adapter | None) -> Tr
     )
     plan = TrainingPlan(
         options.model,
-        (str(work / "taught"),),
+        (str(work / "training"),),
         work / "run",
         settings,
         kind="qlora",
@@ -379,13 +388,14 @@ def plan_within(options: TuneOptions, until: float, start: Adapter | None) -> Tr
         batch_tokens=min(BATCH_TOKENS if start is None else BATCH_TOKENS // 2, tokens),
         epochs=100.0,
     )
-    choosing_rows = len(Rows(choosing)) if (choosing / "index.npy").exists() else 0
-    steps = _steps_within(until, plan, tokens, choosing_rows * ROW_TOKENS)
-    settings = replace(settings, steps=steps, evaluate_every=-(-steps // MEASUREMENTS))
-    return replace(plan, held_out=choosing if choosing_rows else None, settings=settings)
+    validation_rows = len(Rows(validation)) if (validation / "index.npy").exists() else 0
+    steps = _steps_within(until, plan, tokens, validation_rows * ROW_TOKENS)
+    settings = replace(settings, steps=steps, evaluate_every=-(-steps // VALIDATIONS))
+    # what TrainingPlan holds out chooses the best step; the files that are measured are in neither set
+    return replace(plan, held_out=validation if validation_rows else None, settings=settings)
 
 
-def _steps_within(until: float, plan: TrainingPlan, tokens: int, choosing_tokens: int) -> int:
+def _steps_within(until: float, plan: TrainingPlan, tokens: int, validation_tokens: int) -> int:
     """How many steps fit before `until`, if each takes as long as the fastest of PROBE_STEPS.
 
     The number is stored: a resumed run keeps it.
@@ -397,8 +407,9 @@ def _steps_within(until: float, plan: TrainingPlan, tokens: int, choosing_tokens
         shutil.rmtree(probe.out, ignore_errors=True)  # of a probe that was interrupted
         seconds: list[float] = []
         job.run(probe, False, lambda report: seconds.append(report.seconds), until)
-        measuring = MEASUREMENTS * choosing_tokens / plan.batch_tokens  # in steps
+        measuring = VALIDATIONS * validation_tokens / plan.batch_tokens  # in steps
         affordable = int((until - time.monotonic()) / min(seconds) - measuring)
         useful = max(MAX_PASSES * tokens // plan.batch_tokens, PROBE_STEPS)
-        stored.write_text(str(max(1, min(affordable, useful))))
+        with atomic_write(stored) as file:
+            file.write(b"%d" % max(1, min(affordable, useful)))
     return int(stored.read_text())
