@@ -27,7 +27,8 @@ from codegemma.native._native import Cancel
 PAGE: int = _native.PAGE  # tokens in a page of keys and values
 RANK: int = _native.RANK  # adapters are computed in slices of this many ranks
 QUANTISERS: tuple[str, ...] = _native.QUANTISERS  # the types that `quantize_rows` makes
-NUMERICS = {"amx": "v2", "amx-imitated": "v2"}  # of a SIMD level; all others: v1
+# The version of a level's arithmetic, a part of the key of saved caches; of all other levels it is v1.
+NUMERICS = {"amx": "v2", "amx-imitated": "v2"}
 CHUNK = 512  # the largest number of tokens in one run
 NORMS = ("attn", "q", "k", "ffn", "post_attn", "post_ffn")  # those that a layer may have
 HUGE_PAGES_AFTER = 64  # runs until weights move to huge pages; a process with fewer would gain nothing
@@ -159,7 +160,7 @@ class Native:
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)
         self._arrays: list[np.ndarray] = []  # kept alive, since the C++ program points into them
-        self._sites: list[tuple[int, list[str]]] = []  # each product's step, and its matrices' names
+        self._sites: list[tuple[int, list[str]]] = []  # each product's site (program.h), and its matrices
         self._adapters: dict[str | None, int] = {None: -1}
         self._program = self._record(checkpoint.tensors, layer_bytes, observed)
         self._logits = self._new_logits(1)
@@ -206,7 +207,7 @@ class Native:
                 "this model was loaded before the process forked: load it in the child, or spawn instead"
             )
         self._runs += 1
-        if self._runs == HUGE_PAGES_AFTER:  # in no daemon thread, which would abort a process that exits
+        if self._runs == HUGE_PAGES_AFTER:  # not a daemon thread: it could abort an exit
             threading.Thread(target=self.use_huge_pages).start()
         T = sum(len(s.ids) for s in slices)
         ids_T, positions_T, sequences_T, adapters_T = (np.empty(T, np.int32) for _ in range(4))

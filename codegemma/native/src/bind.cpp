@@ -1,4 +1,5 @@
-// The Python bindings of the engine. Arrays are checked here and nowhere below.
+// The Python bindings of the engine. The arrays of a run are checked here, adapters in program.cpp. While a
+// program is recorded, the caller must pass arrays of the right length.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>

@@ -1,7 +1,7 @@
 // GGUF quantisation blocks: how the bytes of one block become integers 0 .. MAXQ and their scales.
 // Two families. 32 weights a block: w = d * (q - OFFSET), or d * q + m. 256 weights a super-block (K-quants and IQ4_XS):
 // w = d * sc * (q - OFFSET), or d * sc * q - dmin * mn, with a scale of 4 to 8 bits per SUB weights. MAXQ = -1 stands for
-// signed bytes, to which a level may add an OFFSET of 128.
+// signed bytes, to which a level may add an OFFSET of 128. D_AT: the byte of a block where d stands.
 #pragma once
 #include "simd.h"
 
@@ -106,7 +106,7 @@ template <int SUB> CG_INLINE i16x16 words(const uint64_t bytes[2]) {
 }
 template <class Q> struct SuperBlock {
   static CG_INLINE void scales(const uint8_t* b, KScales& s) {
-    s.d = half(load<uint16_t>(b + Q::D_OFFSET)), s.dmin = Q::MIN ? half(load<uint16_t>(b + Q::D_OFFSET + 2)) : s.d;
+    s.d = half(load<uint16_t>(b + Q::D_AT)), s.dmin = Q::MIN ? half(load<uint16_t>(b + Q::D_AT + 2)) : s.d;
     const SubScales sub = Q::sub_scales(b);
     const i16x16 sc = words<Q::SUB>(sub.sc), mn = Q::MIN ? words<Q::SUB>(sub.mn) : sc * (int16_t)Q::OFFSET;
     store(s.sc, sc), store(s.mn, mn);
@@ -122,7 +122,7 @@ CG_INLINE SubScales k45_scales(const uint8_t* b) {
           {(w1 & 0x3f3f3f3f) | (uint64_t)((w2 >> 4 & 0x0f0f0f0f) | (w1 >> 2 & 0x30303030)) << 32}};
 }
 struct Q4_K : SuperBlock<Q4_K> {
-  static constexpr int BYTES = 144, MAXQ = 15, OFFSET = 0, SUB = 32, D_OFFSET = 0;
+  static constexpr int BYTES = 144, MAXQ = 15, OFFSET = 0, SUB = 32, D_AT = 0;
   static constexpr bool MIN = true;
   static CG_INLINE SubScales sub_scales(const uint8_t* b) { return k45_scales(b); }
   static CG_INLINE void unpack(const uint8_t* b, u8x32 w[8]) {
@@ -133,7 +133,7 @@ struct Q4_K : SuperBlock<Q4_K> {
   }
 };
 struct Q5_K : SuperBlock<Q5_K> {
-  static constexpr int BYTES = 176, MAXQ = 31, OFFSET = 0, SUB = 32, D_OFFSET = 0;
+  static constexpr int BYTES = 176, MAXQ = 31, OFFSET = 0, SUB = 32, D_AT = 0;
   static constexpr bool MIN = true;
   static CG_INLINE SubScales sub_scales(const uint8_t* b) { return k45_scales(b); }
   static CG_INLINE void unpack(const uint8_t* b, u8x32 w[8]) {
@@ -146,7 +146,7 @@ struct Q5_K : SuperBlock<Q5_K> {
   }
 };
 struct Q6_K : SuperBlock<Q6_K> {
-  static constexpr int BYTES = 210, MAXQ = 63, OFFSET = 32, SUB = 16, D_OFFSET = 208;
+  static constexpr int BYTES = 210, MAXQ = 63, OFFSET = 32, SUB = 16, D_AT = 208;
   static constexpr bool MIN = false;
   static CG_INLINE SubScales sub_scales(const uint8_t* b) { return {{load<uint64_t>(b + 192), load<uint64_t>(b + 200)}, {}}; }
   static CG_INLINE void unpack(const uint8_t* b, u8x32 w[8]) {
@@ -160,7 +160,7 @@ struct Q6_K : SuperBlock<Q6_K> {
   }
 };
 struct Q2_K : SuperBlock<Q2_K> {
-  static constexpr int BYTES = 84, MAXQ = 3, OFFSET = 0, SUB = 16, D_OFFSET = 80;
+  static constexpr int BYTES = 84, MAXQ = 3, OFFSET = 0, SUB = 16, D_AT = 80;
   static constexpr bool MIN = true;
   static CG_INLINE SubScales sub_scales(const uint8_t* b) {
     const uint64_t v[2] = {load<uint64_t>(b), load<uint64_t>(b + 8)}, low = each_byte(15);
@@ -175,7 +175,7 @@ struct Q2_K : SuperBlock<Q2_K> {
   }
 };
 struct Q3_K : SuperBlock<Q3_K> {
-  static constexpr int BYTES = 110, MAXQ = 7, OFFSET = 4, SUB = 16, D_OFFSET = 108;
+  static constexpr int BYTES = 110, MAXQ = 7, OFFSET = 4, SUB = 16, D_AT = 108;
   static constexpr bool MIN = false;
   static CG_INLINE SubScales sub_scales(const uint8_t* b) {  // the low 4 bits of all scales, then the high 2
     const uint64_t v = load<uint64_t>(b + 96), low = each_byte(15);
@@ -193,7 +193,7 @@ struct Q3_K : SuperBlock<Q3_K> {
   }
 };
 struct IQ4_XS : SuperBlock<IQ4_XS> {
-  static constexpr int BYTES = 136, MAXQ = -1, OFFSET = Q8_OFFSET, SUB = 32, D_OFFSET = 0;
+  static constexpr int BYTES = 136, MAXQ = -1, OFFSET = Q8_OFFSET, SUB = 32, D_AT = 0;
   static constexpr bool MIN = false;
   static CG_INLINE SubScales sub_scales(const uint8_t* b) {
     uint64_t low = load<uint32_t>(b + 4), high = load<uint16_t>(b + 2);  // eight fields of 4 and of 2 bits: a byte for each

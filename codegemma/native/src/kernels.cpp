@@ -1,6 +1,7 @@
-// The kernels of one SIMD level. Numerics v1: integer sums inside a block are exact. Float terms are multiplied and added,
-// never contracted, in eight chains by block index (chain = block % 8), which are added in one fixed order. So one token and
-// many, one thread and two, AVX-512 and plain C++ give the same product. The build sets -ffp-contract=off.
+// The kernels of one SIMD level. Numerics v1, for quantised weights: integer sums inside a block are exact; float terms are
+// multiplied and added, never contracted, in eight chains by block index (chain = block % 8), which are added in one fixed
+// order. So one token and many, one thread and two, AVX-512 and plain C++ give the same product. The build sets
+// -ffp-contract=off. Float weights, norms and attention use fma: equal for any batch and threads, but not across levels.
 #include "kernels.h"
 #include "blocks.h"
 #if defined(CG_AMX)
@@ -369,8 +370,8 @@ template <class Q, int T> void few256(const Product& p, const Activations& a, in
           products[t][i] = lanes.products, mins[t][i] = lanes.mins;
         }
       }
-      f32x8 d = halves_in_order(group, Q::BYTES, Q::D_OFFSET);
-      f32x8 dmin = Q::MIN ? halves_in_order(group, Q::BYTES, Q::D_OFFSET + 2) : d;
+      f32x8 d = halves_in_order(group, Q::BYTES, Q::D_AT);
+      f32x8 dmin = Q::MIN ? halves_in_order(group, Q::BYTES, Q::D_AT + 2) : d;
       for (int t = 0; t < T; t++) {
         const float* scales = a.q256.scales + t * (a.padded / 256) + b0;
         f32x8 dx;
@@ -631,11 +632,11 @@ template <class L> void floats(const Product& p, const Activations& a, int64_t r
   }
 }
 #if defined(CG_AMX)
-void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
+void weight_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
   p.w->type == F32_T ? floats<F32>(p, a, r0, r1, s) : tile_product(p, a, r0, r1, s);
 }
 #else
-void plain_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
+void weight_product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& s) {
   if (p.add_from >= 0 && p.w->type == Q8_0_T && !a.packed) return add_narrow(p, a, r0, r1);
   switch (p.w->type) {
     case F32_T: return floats<F32>(p, a, r0, r1, s);
@@ -662,12 +663,12 @@ void add_adapter_terms(const AdapterTerms& terms, float* out, int64_t stride, in
   for (const AdapterTerm* s = terms.data; s < terms.data + terms.count; s++) {
     Product p{&s->b, nullptr, out + s->start * stride, stride};
     p.add_from = s->first - s->start;
-    plain_product(p, s->h, r0, r1, scratch);
+    weight_product(p, s->h, r0, r1, scratch);
   }
 }
 void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
   if (!p.gate) {
-    plain_product(p, a, r0, r1, scratch);
+    weight_product(p, a, r0, r1, scratch);
     return add_adapter_terms(p.terms, p.out, p.stride, r0, r1, scratch);
   }
   const int64_t n = r1 - r0, stride = pad(n, FW);
@@ -675,8 +676,8 @@ void product(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scr
   size_t used = 0;
   float* g = carve<float>(scratch.gate, used, a.T * stride);
   float* u = carve<float>(scratch.gate, used, a.T * stride);
-  plain_product({p.gate, nullptr, g - r0, stride}, a, r0, r1, scratch);
-  plain_product({p.w, nullptr, u - r0, stride}, a, r0, r1, scratch);
+  weight_product({p.gate, nullptr, g - r0, stride}, a, r0, r1, scratch);
+  weight_product({p.w, nullptr, u - r0, stride}, a, r0, r1, scratch);
   add_adapter_terms(p.gate_terms, g - r0, stride, r0, r1, scratch);
   add_adapter_terms(p.terms, u - r0, stride, r0, r1, scratch);
   for (int t = 0; t < a.T; t++, g += stride, u += stride) {

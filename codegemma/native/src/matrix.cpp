@@ -29,7 +29,7 @@ constexpr int PANEL = 2 * FW, SLOTS = 256, STRIP = 256;
 #if defined(CG_BFLOAT16) || defined(CG_AMX)  // not where a test translates AVX-512 to AVX2, which has no such registers
 #if defined(CG_AMX)
 CG_INLINE __m512i rounded(__m512 first, __m512 second) { return (__m512i)to_bfloat16((Fv)first, (Fv)second); }
-CG_INLINE Fv add_pairs(Fv sum, Fv, Fv) { return sum; }  // never called: tiles multiply pairs
+CG_INLINE Fv fma_pairs(Fv sum, Fv, Fv) { return sum; }  // never called: tiles multiply pairs
 #else
 // Inline assembly, since these instructions then need no compiler flag: the level also runs on CPUs without them.
 CG_INLINE __m512i rounded(__m512 first, __m512 second) {  // 32 bfloat16
@@ -37,7 +37,7 @@ CG_INLINE __m512i rounded(__m512 first, __m512 second) {  // 32 bfloat16
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(y) : "v"(second), "v"(first));
   return y;
 }
-CG_INLINE Fv add_pairs(Fv sum, Fv x, Fv y) {
+CG_INLINE Fv fma_pairs(Fv sum, Fv x, Fv y) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
   return sum;
 }
@@ -93,7 +93,7 @@ void decode_two(const Weight& w, int64_t r, bool second, int64_t first, int64_t 
 }
 #endif
 #else
-CG_INLINE Fv add_pairs(Fv sum, Fv, Fv) { return sum; }  // never called: there are no pairs
+CG_INLINE Fv fma_pairs(Fv sum, Fv, Fv) { return sum; }  // never called: there are no pairs
 CG_INLINE void pair_up(const float*, int64_t, float*, int64_t) {}
 CG_INLINE void decode_pairs(const Weight&, int64_t, int64_t, int64_t, float*) {}
 CG_INLINE void decode_two(const Weight&, int64_t, bool, int64_t, int64_t, float*) {}
@@ -143,7 +143,7 @@ CG_INLINE void tile(const float* a, const float* b, int64_t slots, float* c, int
     for (int i = 0; i < TILE; i++) {
       if (BFLOAT16) {
         Fv x = (Fv)splat_i(load<int32_t>(a + i * SLOTS + r));
-        sums[i][0] = add_pairs(sums[i][0], x, b0), sums[i][1] = add_pairs(sums[i][1], x, b1);
+        sums[i][0] = fma_pairs(sums[i][0], x, b0), sums[i][1] = fma_pairs(sums[i][1], x, b1);
       } else {
         Fv x = splat(a[i * SLOTS + r]);
         sums[i][0] = fma(x, b0, sums[i][0]), sums[i][1] = fma(x, b1, sums[i][1]);
@@ -264,7 +264,7 @@ template <bool BFLOAT16> int64_t peak_of(int64_t rounds) {
 #pragma GCC unroll 12
     for (int j = 0; j < SUMS; j++) {
       CG_OPAQUE(sums[j]);
-      sums[j] = BFLOAT16 ? add_pairs(sums[j], x, x) : fma(x, x, sums[j]);
+      sums[j] = BFLOAT16 ? fma_pairs(sums[j], x, x) : fma(x, x, sums[j]);
     }
   }
 #pragma GCC unroll 12

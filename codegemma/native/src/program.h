@@ -29,7 +29,7 @@ struct Batch {
   const uint64_t* pages;     // [sequences, pages_stride]: addresses
   int64_t pages_stride;
   int n_out;
-  const int32_t* out_rows;   // tokens whose logits are wanted, ascending
+  const int32_t* out_rows;   // indices in the batch of the tokens whose logits are wanted
   float* logits;             // [n_out, V]
   int32_t* argmax;           // [n_out]
   float* log_normaliser;     // [n_out]: log sum exp of the logits
@@ -57,7 +57,8 @@ class Program {
   // out = norm(x) * weight. If y >= 0, x += y before that, or x += norm(y) * post if there is a post norm.
   void norm(int x, const float* weight, int out, float eps, int y, const float* post);
   void observe(int x, double* sums);  // sums [width] += x * x, over the tokens
-  // Both return a site: adapters add to the output of any of its targets, the weights in order, or gate (0) and up (1).
+  // Both return a site: a step to whose outputs adapters can add. Its targets are numbered as the weights are; in `gated`,
+  // gate is 0 and up 1.
   int product(int in, std::vector<Weight> weights, int out);
   int gated(int in, Weight gate, Weight up, int out);
   void split_heads(int qkv, HeadSplit heads, double base, double scale, int64_t layer_offset, int64_t kv_offset);
@@ -100,7 +101,8 @@ class Program {
     std::atomic<int> pending{0};         // tasks that are not done
     std::vector<std::vector<AdapterTerm>> terms;  // of this run, by target
   };
-  struct Span { int adapter, begin, end, start; size_t h; };  // tokens; the first of its packed group; its rows in h_
+  // begin .. end: tokens of one adapter; start: the first token of begin's packed group; h: where its rows begin in h_.
+  struct Span { int adapter, begin, end, start; size_t h; };
   struct Angles { std::vector<double> frequency; std::vector<float> cos, sin; };  // cos, sin: [T, H/2] of the batch
 
   void add(std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);

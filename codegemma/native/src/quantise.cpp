@@ -2,7 +2,8 @@
 //
 // ggml adds the terms of every sum in the order of the elements, so the lanes of a vector cannot share the sum of one
 // sub-block. But sub-blocks are independent: here each lane computes one of them, in ggml's order.
-// Compiled once per SIMD level (float terms never contracted); the plain level carries the binding.
+// Compiled twice, plain and for AVX2, which serves the levels above it too (float terms never contracted). The plain one has
+// the binding.
 #ifndef CG_LEVEL
 #define CG_LEVEL plain
 #define CG_BINDING

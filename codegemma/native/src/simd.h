@@ -1,5 +1,5 @@
-// The vector primitives of one SIMD level. kernels.cpp, matrix.cpp and quantise.cpp are compiled once per level, with
-// CG_AVX512, CG_AVX2, CG_NEON or none of them defined; only this file and parts of those differ between levels. Products
+// The vector primitives of one SIMD level. kernels.cpp and matrix.cpp are compiled once per level, quantise.cpp for plain and
+// AVX2, with CG_AVX512, CG_AVX2, CG_NEON or none of them defined; only this file and parts of those differ between levels. Products
 // of bytes come in more forms: beside CG_AVX2, CG_AVXVNNI stands for those of AVX-512 (VNNI) in 256 bits; beside CG_NEON,
 // CG_DOTPROD for dot products of four bytes (Armv8.2) and CG_I8MM also for those of 2 x 2 rows of eight (Armv8.6).
 //
