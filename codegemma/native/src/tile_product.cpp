@@ -196,7 +196,8 @@ CG_INLINE void store_sums(float (*sums)[SIDE * SIDE]) {
   store_tile<0>(sums[0], 64), store_tile<1>(sums[1], 64), store_tile<2>(sums[2], 64), store_tile<3>(sums[3], 64);
 }
 // More than 16 tokens. Up to 512 columns of 32 rows are decoded, which fills most of the L1 cache, and multiplied by all
-// tokens, 32 at a time; the sums of a row wait in memory for the next columns.
+// tokens, 32 at a time, while the blocks that are decoded next come to the L2 cache. The sums of a row wait in memory for the
+// next columns.
 void many(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratch& scratch) {
   constexpr int LONGEST = 512 / STEP;
   const Weight& w = *p.w;
@@ -204,6 +205,7 @@ void many(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratc
   const int64_t all = (w.cols + STEP - 1) / STEP, chunks = (all + LONGEST - 1) / LONGEST;
   const int64_t blocks = std::max(TYPE[w.type].block / STEP, 1);  // a chunk ends where a block does
   const int64_t longest = ((all + chunks - 1) / chunks + blocks - 1) / blocks * blocks;
+  const int64_t bytes = longest * STEP / TYPE[w.type].block * TYPE[w.type].bytes;  // of a chunk
   const int groups = (a.T + GROUP - 1) / GROUP, pairs = (groups + 1) / 2;
   using Sums = float[4][SIDE * SIDE];
   alignas(64) uint16_t slab[LONGEST * 2 * FACTOR];
@@ -212,11 +214,17 @@ void many(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratc
   configure_tiles(GROUP);
   for (int64_t s = 0; s < all; s += longest) {
     const int64_t steps = std::min(longest, all - s), n = std::min(steps * STEP, w.cols - s * STEP);
-    const int64_t offset = s * STEP / TYPE[w.type].block * TYPE[w.type].bytes;
+    const bool last = s + steps == all;
+    const uint8_t* chunk = w.data + s / longest * bytes;
     for (int64_t r = r0; r < r1; r += SLAB_ROWS) {
       for (int i = 0; i < SLAB_ROWS && r + i < r1; i++)
-        decode(w.data + (r + i) * w.row_bytes + offset, n, slab_row(slab, i, steps), FACTOR);
+        decode(chunk + (r + i) * w.row_bytes, n, slab_row(slab, i, steps), FACTOR);
+      const uint8_t* next = r + SLAB_ROWS < r1 ? chunk + (r + SLAB_ROWS) * w.row_bytes
+                            : last             ? w.data + r1 * w.row_bytes
+                                               : chunk + bytes + r0 * w.row_bytes;
       for (int g = 0; g < groups; g += 2) {
+        for (int i = g / 2 * SLAB_ROWS / pairs; i < (g / 2 + 1) * SLAB_ROWS / pairs; i++)
+          for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(next + i * w.row_bytes + b, 0, 2);
         float(*sums)[SIDE * SIDE] = waiting[(r - r0) / SLAB_ROWS * pairs + g / 2];
         if (s) load_sums(sums);
         else zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
@@ -224,7 +232,7 @@ void many(const Product& p, const Activations& a, int64_t r0, int64_t r1, Scratc
         if (g + 1 < groups) multiply_groups<2>(slab, x, a.padded * GROUP, steps);
         else multiply_groups<1>(slab, x, 0, steps);
         store_sums(sums);
-        if (s + steps < all) continue;
+        if (!last) continue;
         write(sums, p, r, r1, g, a.T);
         if (g + 1 < groups) write(sums + 2, p, r, r1, g + 1, a.T);
       }
