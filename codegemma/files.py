@@ -178,7 +178,7 @@ def explain(error: OSError) -> str:
     remedy = _REMEDIES.get(error.errno, "")
     for variable, folder in (("XDG_CACHE_HOME", cache_dir), ("XDG_STATE_HOME", state_dir)):
         with suppress(OSError):  # no home directory
-            # In the folder, or a parent of it that cannot be made.
+            # The variable helps if the path lies in our folder, or is a parent of it that cannot be made.
             errors = {*_FOLDER_ERRORS, errno.ENOTDIR}
             is_inside = Path(path).is_relative_to(folder()) and error.errno in errors
             is_parent = path and folder().is_relative_to(path) and error.errno in {*errors, errno.ENOENT}

@@ -413,7 +413,7 @@ def test_a_card_states_scores_licence_and_changes(tmp_path):
     [
         (None, "codegemma did not train them further."),
         ((), "codegemma changed the weights: it trained them further, or merged an adapter into them."),
-        (("spm", "psm"), "into them, on the FIM orders psm, spm."),
+        (("spm", "psm"), "into them. It knows the FIM orders psm, spm."),
     ],
 )
 def test_a_card_says_whether_codegemma_changed_the_weights(tmp_path, fim_orders, changes):

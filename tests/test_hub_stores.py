@@ -178,10 +178,10 @@ def test_faults_of_split_models_are_named(home):
     ):
         open_checkpoint(home / "renamed.gguf")
     with pytest.raises(
-        ValueError, match="states split.no 2 of 3, but its name says 1 of 3: .*own names back"
+        ValueError, match=r"states split.no 2 of 3, but by its name it is 1 \(from 0\) of 3: .*own names back"
     ):
         open_checkpoint(_split(home / "n", part1={"split.no": 2}))
-    with pytest.raises(ValueError, match="states split.no 1 of 4, but its name says 1 of 3"):
+    with pytest.raises(ValueError, match=r"states split.no 1 of 4, but by its name it is 1 \(from 0\) of 3"):
         open_checkpoint(_split(home / "n", part1={"split.count": 4}))
 
 

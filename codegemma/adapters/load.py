@@ -58,9 +58,9 @@ def _gguf_adapter_in(folder: Path) -> Path | None:
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Whether `load` takes a path, and the path is no model.
+    """Whether a path is an adapter that `load` takes, and not a model.
 
-    A folder of a model is one, whatever GGUF adapter lies in it too.
+    A folder that holds a model counts as a model, even if a GGUF adapter lies beside it.
     """
     path = Path(path)
     if path.name in peft.WEIGHTS or (path / "adapter_config.json").is_file():

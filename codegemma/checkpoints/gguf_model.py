@@ -243,7 +243,8 @@ def _read_parts(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     for number, (file, part) in enumerate(zip(files, contents, strict=True)):
         stated = part.metadata.get("split.no"), part.metadata.get("split.count")
         if stated != (number, count):
-            rule = f"states split.no {stated[0]!r} of {stated[1]!r}, but its name says {number} of {count}"
+            by_name = f"by its name it is {number} (from 0) of {count}"
+            rule = f"states split.no {stated[0]!r} of {stated[1]!r}, but {by_name}"
             raise ValueError(f"{file}: {rule}: give the parts their own names back, or download them again")
         if repeated := sorted(tensors.keys() & part.tensors.keys()):
             raise damaged(f"{file}: repeats the tensor {repeated[0]} of another part")

@@ -52,8 +52,8 @@ def _changes(checkpoint: Checkpoint, format: str) -> str:
     orders = checkpoint.fim_orders
     if orders is None:
         return f"The weights are in the format {format}; codegemma did not train them further."
-    trained = f", on the FIM orders {', '.join(sorted(orders))}" if orders else ""
-    return f"codegemma changed the weights: it trained them further, or merged an adapter into them{trained}."
+    trained = f" It knows the FIM orders {', '.join(sorted(orders))}." if orders else ""
+    return f"codegemma changed the weights: it trained them further, or merged an adapter into them.{trained}"
 
 
 def _model_index(name: str, scores: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ class Glob:
 
     def __init__(self, pattern: bytes, ignore_case: bool) -> None:
         self.steps = [0] * 256  # by byte: the states in which it is the next step
-        self.stars = self.double_stars = 0  # the states that stay, for a byte other than "/" or any byte
+        self.stars = 0  # the states at a star: they stay on a byte other than "/"
+        self.double_stars = 0  # those of them at a "**" that is a whole part: they stay on "/" too
         self.optional = 0  # the states whose step, that of `**/`, can be left out
         index = size = 0
         while index < len(pattern):
@@ -151,7 +152,7 @@ def _bytes(text: str) -> bytes:
 
 
 def parse_rules(lines: Sequence[str], ignore_case: bool = False) -> list[Rule]:
-    """The rules of lines in .gitignore's form, without comments, and lines that can match nothing."""
+    """The rules that lines in .gitignore's form state; comments, and lines that match nothing, give none."""
     rules = (_rule(_bytes(line), ignore_case) for line in lines if not line.startswith("#"))
     return [rule for rule in rules if rule]
 

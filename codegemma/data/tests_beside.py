@@ -72,9 +72,9 @@ def group_files(
 ) -> tuple[list[tuple[str, list[Document]]], list[graph.Edge]]:
     """(rule, files) of each group of a repository whose documents are sorted by path; and the graph's edges.
 
-    Each connected component of the graph is a group ("graph"), and so are all files that no import links
-    ("beside tests"). A test outside the graph comes directly after its implementation, whichever group that
-    is in.
+    Each connected component of the graph is a group ("graph"). All files that no import links form one more
+    group ("beside tests"). A test outside the graph comes directly after its implementation, in whichever
+    group that is.
     """
     if not documents or documents[0].kind != "code":
         return [("alone", [document]) for document in documents], []

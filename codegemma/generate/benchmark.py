@@ -1,4 +1,4 @@
-"""Prefill and decode speed of a model, compared with this machine's memory bandwidth and peak of products."""
+"""Prefill and decode speed of a model, beside this machine's memory bandwidth and rate of multiplications."""
 
 from __future__ import annotations
 

@@ -481,7 +481,8 @@ def _open_by_word(text: str) -> list[int]:
             opened.pop()
         opens = _OPENS_AT_START.match(line[:MAX_LINE]) or _OPENS_AT_END.search(end)
         closes = _CLOSING_LINE.fullmatch(code) or _CLOSES_AT_END.search(end)
-        if opens and not closes and opened[-1:] != [indent]:  # in some languages, "case" opens a block
+        # A line such as "case" may continue a block and look like an opener: it counts once.
+        if opens and not closes and opened[-1:] != [indent]:
             opened.append(indent)
     return opened
 

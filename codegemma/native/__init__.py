@@ -27,7 +27,7 @@ from codegemma.native._native import Cancel
 PAGE: int = _native.PAGE  # tokens in a page of keys and values
 RANK: int = _native.RANK  # adapters are computed in slices of this many ranks
 QUANTISERS: tuple[str, ...] = _native.QUANTISERS  # the types that `quantize_rows` makes
-# The version of a level's arithmetic, a part of the key of saved caches; of all other levels it is v1.
+# The version of the arithmetic, by SIMD level; others have v1. It is part of the key of saved caches.
 NUMERICS = {"amx": "v2", "amx-imitated": "v2"}
 CHUNK = 512  # the largest number of tokens in one run
 NORMS = ("attn", "q", "k", "ffn", "post_attn", "post_ffn")  # those that a layer may have

@@ -121,7 +121,7 @@ def watch(limits, readers, init, deadline):
             outcome = "output_too_long"
         elif readers and (0 in ready or time.monotonic() >= deadline):  # 0: the host has closed the pipe
             outcome = "timed_out"
-        elif limits["guest_memory"] and time.monotonic() >= next_look:  # no control group counts
+        elif limits["guest_memory"] and time.monotonic() >= next_look:  # there is no control group
             outcome = "out_of_memory" if memory_used() > limits["guest_memory"] else None
             next_look = time.monotonic() + LOOK_SECONDS
     os.kill(init, signal.SIGKILL)

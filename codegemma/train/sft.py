@@ -89,7 +89,7 @@ def messages(line: Mapping[str, Any]) -> list[Message]:
     pair = next((pair for pair in PAIRS if all(name in line for name in pair)), None)
     if line.get("label") is False:
         raise BadLine("its label says that the answer is wrong")
-    # messages are preferred to a pair, except to one with "prompt", and except where they are "chosen" alone
+    # a pair wins over a list of messages if it begins with "prompt", or if the only list is "chosen"
     if pair and (name in ("", "chosen") or pair[0] == "prompt"):
         dialogue = [*_turns(line[pair[0]], "user"), *_turns(line[pair[1]], "assistant")]
         if pair[0] == "instruction" and (context := _text(line.get("input") or "")):
