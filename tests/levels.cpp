@@ -377,7 +377,8 @@ void softmaxes() {
 }  // namespace
 
 int main() {
-  products(), extremes(), rows(), training(), bfloat16_training(), softmaxes();
+  products(), rows(), training(), bfloat16_training(), softmaxes();
+  if (!strstr(ours->name, "amx")) extremes();  // of numerics v1
   for (bool half : {false, true})
     for (int H : {6, 24, 64}) attention(H, 0, 0, half), attention(H, 100, 5, half);
   printf("%s: %d checks, %d failures\n", ours->name, checks, failures);

@@ -701,7 +701,8 @@ def test_a_full_stdout_is_named(gguf, tmp_path):
     for arguments in (["complete", "-m", gguf, "-n", 2, "--json", hole], ["models"], ["--version"]):
         result = shell('"$@" >/dev/full', *arguments)
         assert (result.returncode, result.stderr) == (2, message)
-        assert shell('"$@" >/dev/full 2>/dev/full', *arguments).returncode == 2
+        # Python 3.11.2 makes 120 of it, since it cannot write out stderr at its end.
+        assert shell('"$@" >/dev/full 2>/dev/full', *arguments).returncode in (2, 120)
 
 
 def test_a_reader_that_has_gone_before_the_first_line_is_no_error():

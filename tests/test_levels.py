@@ -107,7 +107,7 @@ def program_for_arm(tmp_path_factory):
     """levels.cpp with all levels of ARM, each compiled with its own flags as in a build."""
     directory, compiler = tmp_path_factory.mktemp("arm"), "aarch64-linux-gnu-g++"
     levels = re.findall(r"add_level\((neon\w*) (.+)\)", (TESTS.parent / "CMakeLists.txt").read_text())
-    sources = [TESTS / "levels.cpp", SOURCES / "program.cpp", SOURCES / "pool.cpp"]
+    sources = [TESTS / "levels.cpp", *(SOURCES / f"{name}.cpp" for name in ("program", "pool", "amx"))]
     commands = compile_kernels("plain", directory, compiler)
     for level, options in levels:
         commands += compile_kernels(level, directory, compiler, options.split())
