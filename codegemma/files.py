@@ -85,10 +85,11 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def map_files(paths: Sequence[Path]) -> mmap.mmap:
-    """A read-only memory map of files one behind the other, as if they were one; nothing is copied.
+    """One map of several files, laid end to end as if they were one file.
 
-    Where a file other than the last does not fill its memory pages, and on Windows, all are read into memory
-    instead. Raises as `map_file` does.
+    If every file but the last is a whole number of memory pages, the map is read-only and nothing is copied.
+    Otherwise, and on Windows, all files are read into memory. Raises ValueError where a file is empty or the
+    first one is a placeholder (see `refuse_placeholder`), OSError as `open` does.
     """
     if len(paths) == 1:
         return map_file(paths[0])
@@ -235,10 +236,10 @@ def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
     """As `atomic_write`, but an interrupted file is kept, for the next call with the same `stamp`.
 
     `stamp` is a text that names all that the content depends on. The file that the next call yields has the
-    old content and is positioned at its start: the caller decides where to go on. It is removed where the
-    block raises ValueError, since the same content would raise it again, and where a call has another stamp.
-    After a restart of the machine it is begun anew, since some writes may not have reached the disk. Raises
-    ValueError while another process writes the same file.
+    old content and is positioned at its start: the caller decides where to go on. The unfinished file is
+    removed where the block raises ValueError, since the same content would raise it again, and by a later
+    call with another stamp. After the machine has restarted, a call begins with an empty file, since some
+    writes may not have reached the disk. Raises ValueError while another process writes the same file.
     """
     path = Path(os.path.realpath(path))
     expect_replaceable(path)
@@ -329,9 +330,8 @@ def discard_unfinished() -> None:
 def _part(path: Path, mark: str) -> Path:
     """The path that a file or directory has until it is complete; `mark` tells its writers apart."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if (
-        path.parent not in _WRITTEN
-    ):  # only once in a process: a build writes thousands of files into one folder
+    # Only once in a process, since a build writes thousands of files into one folder.
+    if path.parent not in _WRITTEN:
         _WRITTEN.add(path.parent)
         remove_leftovers(path.parent)
     return path.with_name(f".{path.name}.{mark}.part")

@@ -204,11 +204,10 @@ class Tokenizer:
         return Tokenizer(_canonical_model(pieces, scores, types, normalizer), self.end_ids)
 
     def without_added(self, rows: int) -> Tokenizer:
-        """The vocabulary cut to its first `rows` ids, the rows of an embedding, where only added tokens
-        follow them. Added tokens among the first `rows` stay.
+        """The vocabulary cut to its first `rows` ids (the rows of an embedding), if only added tokens follow.
 
-        Where ordinary text pieces follow them too, the vocabulary belongs to another model and is
-        returned as it is.
+        Added tokens among the first `rows` ids stay. If ordinary text pieces come after the first `rows` ids,
+        the vocabulary belongs to another model and is returned as it is.
         """
 
         def shortened() -> Tokenizer:
@@ -373,8 +372,7 @@ class Tokenizer:
 
 
 def without_surrogates(text: str) -> str:
-    """The text as Unicode: a pair of surrogates, as UTF-16 has them, becomes the character that it stands
-    for, and a lone one becomes U+FFFD."""
+    """The text with UTF-16 surrogate pairs replaced by their characters, and lone surrogates by U+FFFD."""
     if text.isascii() or not _SURROGATE.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -317,8 +317,8 @@ def test_a_go_cache_that_was_not_finished_is_filled_again(monkeypatch):
         toolchain = Toolchain.find("go", workers=1)
         cache = Path(toolchain.env["GOCACHE"])
         with toolchain.sandbox as sandbox:
-            seen = sandbox.run(["/bin/cat", f"{cache}/00/a", f"{cache}/00/b"]).stdout
-        assert seen == "a\nb\n" and len([*cache.iterdir()]) == 256
+            output = sandbox.run(["/bin/cat", f"{cache}/00/a", f"{cache}/00/b"]).stdout
+        assert output == "a\nb\n" and len([*cache.iterdir()]) == 256
 
 
 def test_an_empty_set_of_programs_has_no_verdicts():

@@ -185,7 +185,7 @@ def test_later_starts_do_not_read_the_file(packaged, monkeypatch):
 
 
 def test_links_that_lead_nowhere_are_made_anew(packaged, home, monkeypatch):
-    """As when the environment that held the package is removed, and another one has it."""
+    """This happens where the package's environment is removed, and another environment has the package."""
     path = hub.resolve()
     (home / "site").rename(home / "other")
     assert hub.models()[-1].path is None

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from homes import set_home
 from tiny import tiny_config, tiny_tensors, tokenizer_metadata, write_tiny_gguf, write_tiny_hf
 
 import codegemma
@@ -31,10 +32,7 @@ def main(arguments):
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """An empty home, and no package of the default model."""
-    for name in ("HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
+    set_home(tmp_path, monkeypatch)
     monkeypatch.setattr(hub, "DEFAULT_FILE", replace(hub.DEFAULT_FILE, package="no_such_package"))
     return tmp_path
 

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import reference
+from homes import set_home
 from tiny import random_adapter, random_blocks, random_weights, tiny_config, tokenizer_metadata
 from typer.testing import CliRunner
 
@@ -36,10 +37,7 @@ EIGHT_BITS = 3.5 / (127 * 12**0.5 * 32**0.5)  # the roundoff of activations whos
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """An empty cache, and no other program's models."""
-    for name in ("HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    set_home(tmp_path, monkeypatch)
     return tmp_path
 
 

@@ -24,7 +24,7 @@ from codegemma.train import job, tune
 from codegemma.train.curve import draw
 from codegemma.train.session import StepReport
 from codegemma.train.settings import TrainingSettings
-from codegemma.train.store import RunState, Store, naming
+from codegemma.train.store import RunState, Store, disk_errors_name
 
 REPORT = StepReport(1, 9, 2.5, 0.5, None, 10, 100, 1.0, 1e9, 1e-3, 1.0)
 STAMP = {"settings": {}}
@@ -59,16 +59,16 @@ def run_state(seed, step):
 
 
 def test_a_refusal_of_the_disk_names_a_path_whoever_reports_it(tmp_path):
-    with pytest.raises(OSError) as caught, naming(tmp_path / "x"):
+    with pytest.raises(OSError) as caught, disk_errors_name(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "x")
-    with pytest.raises(FileNotFoundError) as caught, naming(tmp_path / "x"):
+    with pytest.raises(FileNotFoundError) as caught, disk_errors_name(tmp_path / "x"):
         (tmp_path / "missing").read_text()
     assert caught.value.filename == str(tmp_path / "missing")
-    with pytest.raises(OSError) as caught, naming(tmp_path / "x"):
+    with pytest.raises(OSError) as caught, disk_errors_name(tmp_path / "x"):
         raise ValueError(f"Failed to write 9 bytes: No space left on device [os_error_code='{errno.ENOSPC}']")
     assert (caught.value.errno, caught.value.strerror) == (errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(ValueError, match="^another$"), naming(tmp_path / "x"):
+    with pytest.raises(ValueError, match="^another$"), disk_errors_name(tmp_path / "x"):
         raise ValueError("another")
 
 

@@ -83,8 +83,9 @@ class Adapter:
         return digest.hexdigest()[:32]
 
     def trained_for(self, skill: str) -> bool:
-        """Whether the card says that the adapter was trained for this: completing in the order "psm" or
-        "spm", or "files", documents with other files in front.
+        """Whether the card says that the adapter was trained for a skill.
+
+        Skills are "psm" and "spm" (completing in that order) and "files" (with other files in front).
         """
         fim = self.card.get("fim")
         return isinstance(fim, dict) and fim.get(skill) is True

@@ -105,15 +105,15 @@ def role(path: Path) -> Literal["model", "image projector", "adapter", "importan
 
 
 def in_folder(folder: Path, quantisation: str | None = None, deep: bool = False) -> Path | None:
-    """The GGUF file of a folder (of one in parts or pieces, the first); None if it has none.
+    """The GGUF file of a folder; for a file in parts or pieces, its first; None if the folder has none.
 
-    With `deep`, a folder that has none itself is searched one level deeper. Raises ValueError as `choose`
-    does, naming the folder.
+    With `deep`, a folder that has none itself is searched one level deeper, but not for pieces. Raises
+    ValueError as `choose` does, naming the folder.
     """
-    found = [*folder.glob("*.gguf"), *folder.glob("*.gguf.part*")]
-    if deep and not found:
-        found = [*folder.glob("*/*.gguf")]
-    files = {str(file.relative_to(folder)): file for file in found}
+    paths = [*folder.glob("*.gguf"), *folder.glob("*.gguf.part*")]
+    if deep and not paths:
+        paths = list(folder.glob("*/*.gguf"))
+    files = {str(file.relative_to(folder)): file for file in paths}
     if len(files) > 1:
         files = {name: file for name, file in files.items() if role(file) == "model"}
     try:

@@ -33,8 +33,8 @@ Ctrl-C        stops an answer'''
 COMMANDS = ("reset", "system", "save", "help", "exit")
 COMMAND = re.compile(rf"/({'|'.join(COMMANDS)})(?:\s+(.*))?", re.DOTALL)
 LIKE_A_COMMAND = re.compile(r"/([a-z]+)(\s[^\n]*)?")
-# An answer is stopped as a loop if it ends with LOOP_REPEATS copies of one text, which has at most MAX_UNIT
-# characters, MIN_LETTERS different letters among them.
+# An answer is stopped if it ends with LOOP_REPEATS copies of one text, which has at most MAX_UNIT characters
+# and at least MIN_LETTERS different letters.
 LOOP_REPEATS, MAX_UNIT, MIN_LETTERS = 6, 200, 3
 
 SAVED_MARK = b'[\n {\n  "role": "'  # a saved conversation begins so: other files are not replaced

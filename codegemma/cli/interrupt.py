@@ -84,7 +84,10 @@ def _act(reader: int) -> None:
 
 
 def _in_main_thread(*_: Any) -> None:
-    """Leaves too. The main thread must not end earlier with another exit code; and an event loop may replace
-    the wakeup pipe, so that `_act` sees no signal."""
+    """Leaves, as `_act` does, unless there is an action.
+
+    `_act` alone is not enough: the main thread could end before it with another exit code, and an event loop
+    may have replaced the wakeup pipe, so that `_act` sees no signal.
+    """
     if not _actions:
         leave()

@@ -1,8 +1,9 @@
 """The `codegemma` command: its table of verbs, and how errors become exit codes.
 
-Answers go to stdout, everything else to stderr. Exit codes: 0; 1 where a comparison, a check or an
-evaluation failed; 2 for bad input, which the message explains; 130 for Ctrl-C. A verb's module is imported
-when the verb is named or listed, and imports what it works with when it runs, so that every verb starts fast.
+Answers go to stdout, everything else to stderr. Exit codes: 0 for success; 1 where a
+comparison, a check or an evaluation failed, or the reader of stdout has gone; 2 for bad input and for what
+cannot be read or written, which the message explains; 130 for Ctrl-C. A verb's module is imported when the
+verb is named or listed, and imports what it works with when it runs, so that every verb starts fast.
 """
 
 from __future__ import annotations

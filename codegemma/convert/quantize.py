@@ -70,7 +70,11 @@ def choose_types(type: str, checkpoint: Checkpoint, weighted: bool = False) -> d
 
 
 def _mix_type(mix: str, name: str, config: ModelConfig, weighted: bool) -> str:
-    """llama.cpp's rule: Q6_K for the embedding (also the output layer), more bits for sensitive matrices."""
+    """The type of a matrix by llama.cpp's rule.
+
+    The embedding, which is also the output layer, gets Q6_K (Q8_0 where the type is Q8_0). In mixes, and for
+    IQ4_NL, some v and down matrices get a type of more bits.
+    """
     type = MIXES.get(mix, mix)
     if name == "embed":
         return "Q8_0" if type == "Q8_0" else "Q6_K"

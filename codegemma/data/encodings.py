@@ -175,8 +175,8 @@ def _is_mixed(text: str) -> bool:
 
 
 def _is_western(high: bytes) -> bool:
-    """Whether the bytes above 127, read as cp1252, are common Western European letters, fewer than three in a
-    row, or typographic signs.
+    """Whether the bytes above 127, read as cp1252, are common Western European letters or typographic signs,
+    with no three such letters in a row and no sign inside a word.
     """
     text = _strict(high, "cp1252") or ""
     is_known = set(text) - WESTERN <= set(map(chr, range(128)))

@@ -45,7 +45,7 @@ class Glob:
     """
 
     def __init__(self, pattern: bytes, ignore_case: bool) -> None:
-        self.steps = [0] * 256  # by byte: the states in which it is the next step
+        self.steps = [0] * 256  # for each byte: the states whose next step takes it
         self.stars = 0  # the states at a star: they stay on a byte other than "/"
         self.double_stars = 0  # those of them at a "**" that is a whole part: they stay on "/" too
         self.optional = 0  # the states whose step, that of `**/`, can be left out
@@ -124,7 +124,8 @@ def _byte_set(pattern: bytes, index: int, ignore_case: bool) -> tuple[set[int], 
 class Rule:
     """A line of an ignore file, or the pattern of a line of .gitattributes.
 
-    `start` is its text before the first wildcard, `rest` matches what follows, and `end` is known of it.
+    `start` is the text before the first wildcard, and `rest` matches what follows. `end` is the text with
+    which any match must end: a quick test before `rest` is tried.
     """
 
     start: bytes

@@ -1,9 +1,9 @@
 """The files of a repository, each after those it imports, in the order that the CodeGemma report describes.
 
-An import in the top lines matches a file if the path of one is the end of the other's (resolve.py). The least
-important edges are removed until no cycle is left. The topological order continues with the file nearest to
-those already placed, or of equally near ones the first by name. The report does not give the number of top
-lines (ours is imports.TOP_LINES) or the importance of an edge, which is here
+An import in the top lines of a file matches another file if one's path ends with the other's (resolve.py).
+The least important edges are removed until no cycle is left. The topological order continues with the file
+nearest to those already placed, or of equally near ones the first by name. The report does not give the
+number of top lines (ours is imports.TOP_LINES) or the importance of an edge, which is here
 
     importance(u imports v) = names that u imports from v + (1 if u and v are in one folder, else 0)
                               - log2(number of files that import v)

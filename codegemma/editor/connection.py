@@ -57,8 +57,8 @@ class LspConnection(LanguageServerProtocol):
     def structure_message(self, data: dict[str, Any]) -> Any:
         """Reads a message.
 
-        Clients older than the final specification count trigger kinds from 0. A kind 0, or none, is read as 1
-        (invoked); an old client's 1 (automatic) cannot be told from it.
+        Clients older than the final specification count trigger kinds from 0, so 0 (or no kind) is read as 1,
+        "invoked". Their 1 means "automatic", which cannot be told from a new client's "invoked".
         A request with wrong parameters is answered with an error, where pygls would let the client wait.
         """
         params = data.get("params")

@@ -30,7 +30,7 @@ SETUPS: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_name("edit
 
 @dataclass(frozen=True)
 class EditorSetup:
-    """What an editor needs: `text` in `file`, once the user has done what `first_step` says. editors.toml
+    """What an editor needs: `text` in `file`. `remark` says what to do first or what to expect. editors.toml
     explains the fields."""
 
     title: str
@@ -38,7 +38,7 @@ class EditorSetup:
     kind: Literal["file", "block", "json"]
     language: str
     text: str
-    first_step: str
+    remark: str
     comment: str = ""
 
 
@@ -51,10 +51,8 @@ def setup(editor: str, program: str = "codegemma") -> EditorSetup:
     text = template.text.replace("PROGRAM", json.dumps(program, ensure_ascii=False))
     if editor == "vscode" and program != "codegemma":
         text = json.dumps(json.loads(text) | {"codegemma.command": program}, indent=2) + "\n"
-    first_step = template.first_step.replace("PROGRAM", program).replace(
-        "EXTENSION", shlex.quote(extension())
-    )
-    return replace(template, text=text, first_step=first_step)
+    remark = template.remark.replace("PROGRAM", program).replace("EXTENSION", shlex.quote(extension()))
+    return replace(template, text=text, remark=remark)
 
 
 def extension() -> str:
@@ -71,7 +69,7 @@ def program() -> str:
 def advice(editor: str, program: str = "codegemma") -> str:
     """What to do and what to paste into which file, in Markdown."""
     needed = setup(editor, program)
-    return f"{needed.first_step}\n\nInto `{needed.file}`:\n\n```{needed.language}\n{needed.text}```"
+    return f"{needed.remark}\n\nInto `{needed.file}`:\n\n```{needed.language}\n{needed.text}```"
 
 
 def write(editor: str, program: str) -> str:
@@ -96,7 +94,7 @@ def write(editor: str, program: str) -> str:
         written += f"\nThe old one is {backup}."
     with atomic_write(file.resolve()) as out:  # a symbolic link stays one
         out.write(new.encode())
-    return "\n".join((needed.first_step, diff.rstrip("\n"), written))
+    return "\n".join((needed.remark, diff.rstrip("\n"), written))
 
 
 def _backup(file: Path) -> Path:

@@ -160,9 +160,10 @@ def cut(text: str, infill: Infill, final: bool = True) -> tuple[str, bool]:
     """The part of an answer that is certain to be kept, and whether the answer ends after it.
 
     `final`: the answer is complete. It ends with the cursor's line (trim "line") or block ("block"), or
-    before a line that repeats the first line of the suffix. An end of the answer with which the rest of the
-    cursor's line begins, such as a closing bracket, is dropped unless the code needs both. A newline stays at
-    the end if the suffix needs a line of its own. Lines end as the infill's do.
+    before a line that repeats the first line of the suffix. Where the answer ends with the characters that
+    the rest of the cursor's line begins with, such as a closing bracket, they are dropped by the rules of
+    `_drop_overlap`. A newline stays at the end if the suffix needs a line of its own. Lines end as the
+    infill's do.
     """
     kept, done = _cut(_normalize(text, final), infill.normalized(), final)
     return kept.replace("\n", infill.newline), done
@@ -368,8 +369,11 @@ def _is_needed(line: str, indent: int, suffix_lines: list[_Line], head: str, inf
 
 
 def _closed_at(indent: int, lines: list[_Line], by_word: bool) -> int:
-    """How many blocks that are indented by `indent` the suffix's lines close before anything else stands
-    there."""
+    """How many blocks indented by `indent` the suffix's lines close.
+
+    The count ends at the first line that is indented less, or as much and does more than close a block. Such
+    a line counts too if it first ends a block, as "} else {" does.
+    """
     closed = 0
     for line in lines:
         if line.indent is None or line.indent > indent:
@@ -431,29 +435,34 @@ def _open_by_bracket(text: str) -> list[int]:
 
 
 def _without_literals(text: str) -> str:
-    """The text without literals and comments, but with all newlines. One that does not end counts as code.
+    """The text without literals and comments, but with all newlines.
+
+    A literal or comment that does not end counts as code.
 
     No part of the text is read twice for the end of the same kind of literal.
     """
     pieces: list[str] = []
     copied = position = 0
-    open_until = dict.fromkeys([*_LITERAL_ENDS, *_QUOTED], 0)  # before this offset, none ends
+    # For each mark: up to this offset, its end was searched in vain.
+    searched_to = dict.fromkeys([*_LITERAL_ENDS, *_QUOTED], 0)
     while start := _LITERAL_START.search(text, position):
         mark, position = start[0], start.end()
-        if start.start() >= open_until[mark]:
+        if start.start() >= searched_to[mark]:
             end = _literal_end(text, mark, position)
             if end > 0:
                 pieces += text[copied : start.start()], "\n" * text.count("\n", position, end)
                 copied = position = end
                 continue
-            open_until[mark] = -end
+            searched_to[mark] = -end
         position = min(position, start.start() + 2)  # of three quotes, the third may begin a literal
     return "".join([*pieces, text[copied:]])
 
 
 def _literal_end(text: str, mark: str, offset: int) -> int:
-    """Where the literal or comment ends that `mark` begins before `offset`. If it does not end: minus the
-    offset up to which it was read."""
+    """The end of the literal or comment whose opening `mark` stands directly before `offset`.
+
+    If it has no end, the negative of the offset up to which the search went.
+    """
     if mark in _QUOTED:
         match = _QUOTED[mark].match(text, offset)
         assert match  # the pattern matches any text

@@ -169,20 +169,20 @@ class StopText:
     def __init__(self, stop: str) -> None:
         self._stop = stop
         self._matched = 0  # how many characters of the stop text the text ends with
-        self._borders = [
-            0,
-            0,
-        ]  # [n]: size of the longest end of stop[:n], shorter than n, that is also its start
+        # [n]: the length of the longest proper suffix of stop[:n] that is also a prefix of it
+        self._borders = [0, 0]
 
     def push(self, text: str) -> int:
         """Appends `text`; how many characters, at the end of the whole text, begin the stop text."""
         for letter in text:
-            self._matched = self._longer(self._matched, letter)
-            if self._matched >= len(self._borders):  # so that the borders known are those that a match needs
-                self._borders.append(self._longer(self._borders[-1], letter))
+            self._matched = self._advance(self._matched, letter)
+            if self._matched >= len(
+                self._borders
+            ):  # the first match of this size: its border may be needed next
+                self._borders.append(self._advance(self._borders[-1], letter))
         return self._matched
 
-    def _longer(self, size: int, letter: str) -> int:
+    def _advance(self, size: int, letter: str) -> int:
         """The size of the longest start of the stop text that ends stop[:size] + letter."""
         while size and (size == len(self._stop) or self._stop[size] != letter):
             size = self._borders[size]

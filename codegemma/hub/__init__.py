@@ -135,7 +135,9 @@ def _split_quantisation(name: str) -> tuple[str, str | None]:
 def _in_lmstudio(repository: str, quantisation: str | None) -> Path:
     if stored := stores.in_lmstudio(repository, quantisation):
         return stored
-    folders = " and ".join(map(str, stores.lmstudio_dirs())) or "its folder: this user has no home directory"
+    folders = " and ".join(map(str, stores.lmstudio_dirs()))
+    if not folders:
+        raise ValueError("LM Studio's folder is unknown, since this user has no home directory: set HOME")
     raise ValueError(f"LM Studio has no model {repository!r} in {folders}: download it there")
 
 

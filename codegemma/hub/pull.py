@@ -209,8 +209,7 @@ def _from_path(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: check the path")
     target = cache_dir() / "models" / "local" / path.name
-    remedy = f"`codegemma models --remove {path.name}` first, or rename {path}"
-    other = f"{target} holds another model of this name: run {remedy}"
+    other = f"{_name_is_taken(target)}, or rename {path}"
     if not path.is_dir():
         if target.exists():
             if target.is_file() and filecmp.cmp(path, target, False):
@@ -233,6 +232,11 @@ def _from_path(path: Path) -> Path:
             with open(folder / name, "wb") as out:
                 _copy(path / name, out)
     return target
+
+
+def _name_is_taken(target: Path) -> str:
+    """What is wrong, and the remedy, where the cache holds another model at `target`."""
+    return f"{target} holds another model of this name: run `codegemma models --remove {target.name}` first"
 
 
 def _copy(path: Path, out: BinaryIO) -> None:
@@ -399,8 +403,7 @@ def _unpack(file: Path, archive: tarfile.TarFile) -> Path:
             (target / path).is_file() and _sha256(target / path) == hash for path, hash in hashes.items()
         ):
             return target
-        remedy = f"run `codegemma models --remove {name}` first"
-        raise ValueError(f"{file}: {target} holds another model of this name: {remedy}")
+        raise ValueError(f"{file}: {_name_is_taken(target)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     _expect_room(file, file.stat().st_size, target.parent)
     with atomic_directory(target) as folder:

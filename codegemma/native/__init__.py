@@ -49,8 +49,8 @@ def usable_cpus() -> int:
 def measure(threads: int, level: str) -> tuple[float, float]:
     """This machine's limits: bytes read from memory per second, operations per second.
 
-    The operations are those of products of the SIMD level: on 8-bit integers, on level amx on bfloat16. A
-    multiply-add counts as two. `level` may be "auto".
+    The operations are those of the SIMD level's matrix products: on bfloat16 for level amx, on 8-bit integers
+    for all others. A multiply-add counts as two. `level` may be "auto".
     """
     bandwidth, operations = _native.measure(level, _native.Pool(threads))
     return float(bandwidth), float(operations)

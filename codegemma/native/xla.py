@@ -345,8 +345,11 @@ def _decode_32(b: Array, type: str) -> Array:
 
 
 def _decode_256(b: Array, type: str) -> Array:
-    """The types with blocks of 256 weights: Q3_K, Q6_K and IQ4_XS with scales, Q2_K with minima of 4 bits
-    too, and Q4_K and Q5_K with 8 scales and minima of 6 bits."""
+    """The types with blocks of 256 weights.
+
+    Q3_K, Q6_K and IQ4_XS have scales only; Q2_K has scales and minima of 4 bits each; Q4_K and Q5_K have
+    eight scales and eight minima of 6 bits each.
+    """
     low_high = jnp.array([0, 4], jnp.uint8)[:, None]
     pairs = jnp.array([0, 2, 4, 6], jnp.uint8)[:, None]
     if type == "IQ4_XS":

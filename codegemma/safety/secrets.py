@@ -126,5 +126,5 @@ def safe_files(files: Sequence[File]) -> tuple[File, ...]:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name, with its leading dot or without, is one of the patterns."""
+    """Whether a name matches a pattern, as it is or without its leading dot."""
     return any(fnmatchcase(form, pattern) for pattern in patterns for form in (name, name.removeprefix(".")))

@@ -22,8 +22,8 @@ from codegemma.serve.wire import service_of
 from codegemma.tokenizer import without_surrogates
 
 INFILL_TOKENS = 128  # of a suggestion, where the body has no limit
-# The limit where a body asks for none (below 0), or where a chat, /completion, or /api/generate without a
-# suffix names none.
+# The most tokens of an answer if the body's limit is negative (it asks for no limit), or if the field is
+# missing in a chat, in /completion, or in /api/generate without a suffix.
 DEFAULT_TOKENS = 1024
 T = TypeVar("T")
 Items = Annotated[list[T], Field(fail_fast=True)]  # the first wrong item is reported, not each of 100,000

@@ -74,9 +74,9 @@ class _Scoring:
 class Scheduler:
     """The CompletionService of a model on this machine. `submit` and `close` are called in an event loop.
 
-    `_work` counts the tokens computed for each client: the client with the fewest goes first. A client
-    that submits begins at `_clock` at least, a virtual time: the highest value so far of the lowest count
-    among running clients. So nobody gains by having been idle.
+    `_work` counts the tokens computed for each client: the client with the fewest goes first. When a
+    client submits, its count is raised to `_clock` if it is lower. `_clock` follows the lowest count among
+    the running clients and never goes back, so nobody gains by having been idle.
     """
 
     def __init__(

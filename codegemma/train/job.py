@@ -43,7 +43,7 @@ from codegemma.train.objective import Trainable
 from codegemma.train.order import Order
 from codegemma.train.session import Session, StepReport, prepare_process
 from codegemma.train.settings import TrainingSettings
-from codegemma.train.store import naming
+from codegemma.train.store import disk_errors_name
 
 FIM_ORDERS: tuple[Layout, ...] = ("psm", "spm")
 TENSORBOARD_SCALARS = ("loss", "right", "learning_rate", "gradient_norm", "held_out")
@@ -295,7 +295,7 @@ def _tensorboard(plan: TrainingPlan) -> Iterator[OnStep]:
             if (value := getattr(report, name)) is not None:
                 scalar = summary.scalar(name, value)
                 writer.write_event(Event(wall_time=time.time(), step=report.step, summary=scalar))
-        with naming(folder):
+        with disk_errors_name(folder):
             writer.flush()
 
     # not SummaryWriter: that writes in a thread, and blocks for ever where a write failed
@@ -303,5 +303,5 @@ def _tensorboard(plan: TrainingPlan) -> Iterator[OnStep]:
     try:
         yield write
     finally:
-        with naming(folder):
+        with disk_errors_name(folder):
             writer.close()

@@ -54,7 +54,8 @@ class Store:
     """A run's folder: checkpoints/ (Orbax; only committed ones count), metrics.jsonl and loss.svg.
 
     `stamp`, a JSON object, must be equal in a run and its resumption. Raises ValueError where the folder
-    holds a run and `resume` is not set. All methods raise OSError with a path in it where the disk refuses.
+    holds a run and `resume` is not set. Where the disk refuses a write, `log`, `save` and `close` raise
+    an OSError that names the file or folder.
     """
 
     def __init__(self, folder: Path, keep: int, stamp: dict[str, Any], resume: bool) -> None:
@@ -74,7 +75,7 @@ class Store:
         _hide_failures_of_threads()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._checkpoints = (folder / "checkpoints").resolve()
-        with naming(self._checkpoints):
+        with disk_errors_name(self._checkpoints):
             self._manager = ocp.CheckpointManager(self._checkpoints, options=options)
 
     def restore(self, state: RunState) -> None:
@@ -119,7 +120,7 @@ class Store:
         """Appends the metrics of a step."""
         state.history.append(metrics)
         if self._writes:
-            with naming(self.metrics), open(self.metrics, "a") as file:
+            with disk_errors_name(self.metrics), open(self.metrics, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
 
     def save(self, state: RunState) -> None:
@@ -129,23 +130,24 @@ class Store:
         meta = {"stamp": self._stamp, "misses": state.misses, "best": best, "jax": jax.__version__}
         self.saved_step = state.step
         arrays, about = ocp.args.StandardSave(state.arrays), ocp.args.JsonSave(meta)
-        with naming(self._checkpoints):
+        with disk_errors_name(self._checkpoints):
             self._manager.save(state.step, args=ocp.args.Composite(state=arrays, meta=about))
         if self._writes:
             draw(state.history, self.folder / "loss.svg")
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written."""
-        with naming(self._checkpoints):
+        with disk_errors_name(self._checkpoints):
             self._manager.wait_until_finished()
             self._manager.close()
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Makes an OSError of each error that a refusal of the disk caused; it names `path`, if it named no file.
+def disk_errors_name(path: Path) -> Iterator[None]:
+    """Raises an error that the operating system caused as an OSError that names `path`.
 
-    A failed write itself names no file, and Orbax raises ValueError with a message of TensorStore.
+    An OSError that names a file already, and any other error, pass unchanged. A failed write names no file,
+    and Orbax raises ValueError with a message of TensorStore.
     """
     try:
         yield
@@ -168,7 +170,7 @@ def _release(error: BaseException | None) -> None:
 
 
 def _error_number(error: BaseException | None) -> int | None:
-    """The `errno` of an error or of what caused it; None where that was not the system."""
+    """The `errno` in an error or in one that caused it; None if the operating system caused none of them."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
@@ -184,7 +186,7 @@ def _hide_failures_of_threads() -> None:
     Nothing is lost: `Store` raises the first error of a checkpoint where it waits for it.
     """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_no_failure_of_orbax)
+        logging.getLogger(name).addFilter(_is_worth_showing)
     hook = sys.unraisablehook
     if not (isinstance(hook, partial) and hook.func is _report_unraisable):
         sys.unraisablehook = partial(_report_unraisable, hook)
@@ -196,7 +198,7 @@ def _report_unraisable(report: Callable[[Any], object], unraisable: Any) -> None
         report(unraisable)
 
 
-def _is_no_failure_of_orbax(record: logging.LogRecord) -> bool:
+def _is_worth_showing(record: logging.LogRecord) -> bool:
     """False for a traceback or a lost task of Orbax, as its threads and their asyncio loops log them."""
     frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
     is_lost_task = record.name == "asyncio" and "orbax" in record.getMessage()

@@ -37,9 +37,9 @@ from codegemma.tokenizer import Tokenizer
 from codegemma.train import job
 from codegemma.train.job import TrainingPlan
 from codegemma.train.settings import SAMPLED_VOCABULARY, TrainingSettings
-from codegemma.train.store import naming
+from codegemma.train.store import disk_errors_name
 
-HELD_OUT = 0.1  # share of the files that both measurements use, and that no training sees
+HELD_OUT = 0.1  # share of the files that are measured before and after training, and never trained on
 NEWEST_COMMITS = 20  # whose files are held out first
 ROW_TOKENS = 512
 WINDOW = (96, 384)  # tokens of an example
@@ -325,7 +325,7 @@ def _build(
     for document in documents:
         file = folder / document.path
         file.parent.mkdir(parents=True, exist_ok=True)
-        with naming(file):
+        with disk_errors_name(file):
             file.write_text(document.text, encoding="utf-8", newline="")
     (folder / "Makefile").touch()  # makes it one project, whatever projects are inside it
     build([str(folder.resolve())], options.work / name, tokenizer, recipe)
@@ -391,7 +391,8 @@ def plan_within(options: TuneOptions, until: float, start: Adapter | None) -> Tr
     validation_rows = len(Rows(validation)) if (validation / "index.npy").exists() else 0
     steps = _steps_within(until, plan, tokens, validation_rows * ROW_TOKENS)
     settings = replace(settings, steps=steps, evaluate_every=-(-steps // VALIDATIONS))
-    # what TrainingPlan holds out chooses the best step; the files that are measured are in neither set
+    # TrainingPlan.held_out gets the validation files, whose loss chooses the best step. The files
+    # that `hold_out` sets aside are in neither set.
     return replace(plan, held_out=validation if validation_rows else None, settings=settings)
 
 

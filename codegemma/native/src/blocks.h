@@ -84,7 +84,7 @@ struct MXFP4 : Block<MXFP4> {  // the scale is an exponent, halved since the tab
   static CG_INLINE u8x32 unpack(const uint8_t* b) { return integers(nibbles(b + 1)); }
 };
 
-// Scales of a super-block, one per 16 weights. `mn` are its minima, or the scales times OFFSET.
+// The scales of a super-block, one for each 16 weights. `mn`: its minima if the type has them, else sc * OFFSET.
 struct KScales {
   float d, dmin;
   int16_t sc[16];

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "blocks.h"
+#include "kernels.h"
 
 namespace cg {
 namespace CG_LEVEL {
@@ -389,14 +390,15 @@ void row_q6_k(const float* x, int64_t n, const float* importance, uint8_t* out) 
 }
 
 using Row = void (*)(const float*, int64_t, const float*, uint8_t*);
-extern const Row QUANTISERS[9];  // in the order of NAMES below
-const Row QUANTISERS[9] = {row32<4, false>, row32<4, true>, row32<5, false>, row32<5, true>, row_q8_0,
+constexpr int COUNT = 9;
+extern const Row QUANTISERS[COUNT];  // in the order of TYPES_WRITTEN below
+const Row QUANTISERS[COUNT] = {row32<4, false>, row32<4, true>, row32<5, false>, row32<5, true>, row_q8_0,
                            row_k45<4>,      row_k45<5>,     row_q6_k,        row_iq4_nl};
 
 }  // namespace CG_LEVEL
 
 #if defined(CG_BINDING) && defined(__x86_64__)
-namespace avx2 { extern const plain::Row QUANTISERS[9]; }
+namespace avx2 { extern const plain::Row QUANTISERS[plain::COUNT]; }
 #endif
 }  // namespace cg
 
@@ -413,15 +415,17 @@ using namespace nb::literals;
 
 namespace {
 template <class T, int N> using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-const char* const NAMES[9] = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"};
-const int BLOCK[9] = {32, 32, 32, 32, 32, 256, 256, 256, 32}, BYTES[9] = {18, 20, 22, 24, 34, 144, 176, 210, 18};
+constexpr int TYPES_WRITTEN[cg::plain::COUNT] = {cg::Q4_0_T, cg::Q4_1_T, cg::Q5_0_T, cg::Q5_1_T, cg::Q8_0_T,
+                                                 cg::Q4_K_T, cg::Q5_K_T, cg::Q6_K_T, cg::IQ4_NL_T};
 
 void quantise(const std::string& level, const std::string& type, Array<const float, 2> x, Array<uint8_t, 2> out,
               std::optional<Array<const float, 1>> importance) {
-  int t = (int)(std::find(NAMES, NAMES + 9, type) - NAMES);
-  if (t == 9) throw std::invalid_argument("no quantiser for type " + type);
+  int t = 0;
+  while (t < cg::plain::COUNT && type != cg::TYPE[TYPES_WRITTEN[t]].name) t++;
+  if (t == cg::plain::COUNT) throw std::invalid_argument("no quantiser for type " + type);
+  const auto& [name, block, bytes] = cg::TYPE[TYPES_WRITTEN[t]];
   int64_t rows = x.shape(0), n = x.shape(1);
-  if (n % BLOCK[t] || (int64_t)out.shape(0) != rows || (int64_t)out.shape(1) != n / BLOCK[t] * BYTES[t])
+  if (n % block || (int64_t)out.shape(0) != rows || (int64_t)out.shape(1) != n / block * bytes)
     throw std::invalid_argument(type + ": out must hold the blocks of " + std::to_string(rows) + " x " + std::to_string(n) +
                                 " weights");
   if (importance && (int64_t)importance->shape(0) != n)
@@ -443,7 +447,7 @@ void quantise(const std::string& level, const std::string& type, Array<const flo
       bad |= (bits & 0x7f800000) == 0x7f800000;
     }
     finite = !bad;
-    for (int64_t r = 0; finite && r < rows; r++) table[t](v + r * n, n, w, to + r * (n / BLOCK[t] * BYTES[t]));
+    for (int64_t r = 0; finite && r < rows; r++) table[t](v + r * n, n, w, to + r * (n / block * bytes));
   }
   if (!finite) throw std::invalid_argument("holds NaN or infinite weights, which no block can hold: the model is damaged");
 }
@@ -451,7 +455,7 @@ void quantise(const std::string& level, const std::string& type, Array<const flo
 
 void bind_quantise(nb::module_& m) {
   nb::list names;
-  for (const char* name : NAMES) names.append(name);
+  for (int type : TYPES_WRITTEN) names.append(cg::TYPE[type].name);
   m.attr("QUANTISERS") = nb::tuple(names);
   m.def("quantise", &quantise, "level"_a, "type"_a, "x"_a, "out"_a, "importance"_a = nb::none(),
         "Rows of float32 into rows of blocks, optionally weighed by the importance of each column.");
