@@ -37,7 +37,7 @@ PROGRAMS = {
     "a signal to itself": "import os, signal\nos.kill(os.getpid(), signal.SIGINT)",
     "no open files for process 1": LIMIT.format("NOFILE"),
     "no memory for process 1": LIMIT.format("AS"),
-    # Process 1 is killed at the next tick of the clock at which it runs: here it has much to run for.
+    # Process 1 has much to run for here, so that most ticks of the clock find it running.
     "no time for process 1": LIMIT.format("CPU") + ORPHANS,
     "process 1 first to be killed": "open('/proc/1/oom_score_adj', 'w').write('1000')\nx = []\n"
     "while True: x.append(b'x' * (1 << 24))",

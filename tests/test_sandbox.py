@@ -34,7 +34,6 @@ BECOMES = {
     "a signal to itself": "failed",
     "no open files for process 1": "passed",
     "no memory for process 1": "passed",
-    "no time for process 1": "failed",  # it is killed at work, and with it the program that did this
     "process 1 first to be killed": "out_of_memory",
     "endless writing to descriptor 3": "output_too_long",
     "eight that write to descriptor 3": "output_too_long",
@@ -90,6 +89,8 @@ def test_a_program_decides_only_its_own_outcome(user, limited_by):
     if (user, limited_by) == ("root", "rlimits"):
         assert "run as an ordinary user" in found["error"]
     else:
+        # Process 1 without time is killed, and the program with it, if a tick of the clock finds it running.
+        assert found.pop("no time for process 1") in ("failed", "passed")
         assert found == BECOMES
 
 
