@@ -23,7 +23,7 @@ from codegemma.adapters.adapter import Adapter
 from codegemma.config import ModelConfig
 from codegemma.jax.compiler import compiler_options
 from codegemma.jax.forward import LoraParams
-from codegemma.native.xla import Blocks
+from codegemma.native.xla import StoredMatrix
 from codegemma.train import loss as losses
 from codegemma.train import mesh
 from codegemma.train.lora import adapter_of, new_lora
@@ -136,7 +136,7 @@ def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch, kernels, V,
         return (loss.nats_M * jnp.arange(1.0, M + 1)).sum(), loss
 
     (_, loss), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(
-        h, rows, Blocks.of(tensor)
+        h, rows, StoredMatrix.of(tensor)
     )
     wanted, right, h_wanted, _, rows_wanted = dense(h, targets, dequantize(tensor), rows, ids, cap, 0.0)
     error = 2.0**-18 * np.abs(h_wanted).max()  # logits of 20 and their exponentials err by some roundoffs
@@ -150,7 +150,7 @@ def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch, kernels, V,
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_kernels_take_a_sample_and_a_count_as_the_chunks_do(monkeypatch, cap):
     rng, (V, D, S), M, ids = np.random.default_rng(2), (9000, 64, 5000), 2 * BLOCK, (7, 600)
-    table = Blocks.of(random_blocks("Q8_0", (V, D), 0.5))
+    table = StoredMatrix.of(random_blocks("Q8_0", (V, D), 0.5))
     h, rows = (jnp.asarray(rng.normal(0, 1, shape), jnp.float32) for shape in ((M, D), (2, D)))
     targets = jnp.asarray([7, *rng.integers(0, V, M - 1)], jnp.int32)
     sample = Sample(
@@ -353,7 +353,9 @@ def in_blocks(layers):
         "gemma3", layers=layers, global_every=2, width=64, head_width=32, ffn_width=256, vocab=520
     )
     return config, {
-        name: Blocks.of(random_blocks("Q8_0", value.shape, 0.2)) if value.ndim == 2 else jnp.asarray(value)
+        name: StoredMatrix.of(random_blocks("Q8_0", value.shape, 0.2))
+        if value.ndim == 2
+        else jnp.asarray(value)
         for name, value in training.reference.random_params(config, 0).items()
     }
 

@@ -73,14 +73,14 @@ def default_threads():
 @pytest.mark.parametrize("type", BLOCKS)
 def test_twin_decodes_as_the_engine(type):
     tensor = weight(type, 5, 768)
-    ours = np.asarray(jax.jit(xla.Blocks.float32)(xla.Blocks.of(tensor)))
+    ours = np.asarray(jax.jit(xla.StoredMatrix.float32)(xla.StoredMatrix.of(tensor)))
     np.testing.assert_allclose(ours, exact(tensor), rtol=0, atol=4 * ROUNDOFF * np.abs(ours).max())
 
 
 def check(type, T, N, K):
     tensor = weight(type, N, K)
     x, dy, w = inputs(T, K), inputs(T, N, seed=2), exact(tensor)
-    y, back = jax.vjp(lambda x: xla.product(x, xla.Blocks.of(tensor)), jnp.asarray(x))
+    y, back = jax.vjp(lambda x: xla.product(x, xla.StoredMatrix.of(tensor)), jnp.asarray(x))
     close(y, x, w.T)
     close(back(jnp.asarray(dy))[0], dy, w)
 
@@ -89,7 +89,7 @@ def test_other_devices_take_the_products_of_jax(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(xla, "_call", None)
     check("Q8_0", 5, 7, 64)
-    blocks, ids = xla.Blocks.of(tensor := weight("Q8_0", 7, 64)), jnp.array([3, 0])
+    blocks, ids = xla.StoredMatrix.of(tensor := weight("Q8_0", 7, 64)), jnp.array([3, 0])
     np.testing.assert_array_equal(xla.decode_rows(blocks, ids), exact(tensor)[[3, 0]])
     a, b = jnp.asarray(inputs(2, 64)), jnp.asarray(inputs(7, 2))
     assert np.isfinite(xla.adapted(jnp.asarray(inputs(5, 64)), blocks, a, b)).all()
@@ -135,7 +135,7 @@ def test_a_layer_with_an_adapter(type, T, N, K, rank, by):
     """Result and gradients of x, a and b against float64, within the error bound of their sums."""
     tensor, x, dy, a, b = adapted_case(type, T, N, K, rank)
     with computed_by(by):
-        y, back = jax.vjp(jax.jit(lambda x, a, b: xla.adapted(x, xla.Blocks.of(tensor), a, b)), x, a, b)
+        y, back = jax.vjp(jax.jit(lambda x, a, b: xla.adapted(x, xla.StoredMatrix.of(tensor), a, b)), x, a, b)
     w, (x, dy, a, b) = exact(tensor), (np.asarray(v, np.float64) for v in (x, dy, a, b))
     u, du = x @ a.T, dy @ b
     pairs = [(y, (x, w.T), (u, b.T), (x, a.T, b.T))]
@@ -180,7 +180,7 @@ def test_products_of_bfloat16_factors(type, T, N, K):
     tensor = weight(type, N, K)
     x, dy, w = inputs(T, K), inputs(T, N, seed=2), rounded(exact(tensor))
     with jax.default_matmul_precision("bfloat16"):
-        y, back = jax.vjp(lambda x: xla.product(x, xla.Blocks.of(tensor)), jnp.asarray(x))
+        y, back = jax.vjp(lambda x: xla.product(x, xla.StoredMatrix.of(tensor)), jnp.asarray(x))
     close(y, rounded(x), w.T)
     close(back(jnp.asarray(dy))[0], rounded(dy), w)  # as the product was, wherever it is traced
 
@@ -192,7 +192,7 @@ def test_a_layer_with_an_adapter_of_bfloat16_factors(by):
     results = []
     for precision in ("float32", "bfloat16"):
         with jax.default_matmul_precision(precision), computed_by(by):
-            y, back = jax.vjp(lambda x, a, b: xla.adapted(x, xla.Blocks.of(tensor), a, b), x, a, b)
+            y, back = jax.vjp(lambda x, a, b: xla.adapted(x, xla.StoredMatrix.of(tensor), a, b), x, a, b)
         results.append((y, *back(dy)))
     x, dy, a, b, w = (np.abs(np.asarray(v)) for v in (x, dy, a, b, exact(tensor)))
     u, du = x @ a.T, dy @ b
@@ -208,17 +208,17 @@ def test_an_adapter_that_does_not_fit_is_refused():
     tensor, x, _, a, b = adapted_case("Q8_0", 3, 40, 64, 4)
     for wrong in ((a[:, :32], b), (a, b[:30]), (a[:2], b)):
         with pytest.raises(Exception, match="an adapter must fit its layer|shape"):
-            jax.block_until_ready(xla.adapted(x, xla.Blocks.of(tensor), *wrong))
+            jax.block_until_ready(xla.adapted(x, xla.StoredMatrix.of(tensor), *wrong))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_equal_for_any_number_of_threads(precision):
     q8, x = (
-        xla.Blocks.of(weight("Q8_0", 523, 640)),
+        xla.StoredMatrix.of(weight("Q8_0", 523, 640)),
         jnp.asarray(inputs(300, 640) * 1e-19),
     )  # some products are denormal
     q8 = dataclasses.replace(
-        q8, data=q8.data.at[::2].set(xla.Blocks.of(weight("Q8_0", 523, 640, 5)).data[::2])
+        q8, data=q8.data.at[::2].set(xla.StoredMatrix.of(weight("Q8_0", 523, 640, 5)).data[::2])
     )
     results = []
     for threads in (1, 2, 3, 7):
@@ -234,7 +234,7 @@ def test_equal_for_any_number_of_threads(precision):
 
 
 def test_a_row_does_not_depend_on_the_others():
-    w, x = xla.Blocks.of(weight("Q4_K", 300, 768)), jnp.asarray(inputs(300, 768))
+    w, x = xla.StoredMatrix.of(weight("Q4_K", 300, 768)), jnp.asarray(inputs(300, 768))
     all_rows = np.asarray(xla.product(x, w))
     for rows in (slice(0, 1), slice(5, 64), slice(290, 300)):
         assert np.asarray(xla.product(x[rows], w)).tobytes() == all_rows[rows].tobytes()
@@ -255,7 +255,10 @@ def loss(x, weights, by):
 
 
 def test_jit_scan_checkpoint_and_chunks_equal_the_twin():
-    weights = (xla.Blocks.of(weight("Q4_K", 3 * 256, 256)), xla.Blocks.of(weight("Q6_K", 200, 256, 9)))
+    weights = (
+        xla.StoredMatrix.of(weight("Q4_K", 3 * 256, 256)),
+        xla.StoredMatrix.of(weight("Q6_K", 200, 256, 9)),
+    )
     x = jnp.asarray(inputs(2, 9, 256) / 50)
     step = jax.jit(jax.value_and_grad(loss), static_argnums=2)
     (ours, gradient), (twin, expected) = step(x, weights, "native"), step(x, weights, "xla")
@@ -264,7 +267,10 @@ def test_jit_scan_checkpoint_and_chunks_equal_the_twin():
 
 
 def test_no_copy_of_the_blocks_inside_a_scan():
-    weights = (xla.Blocks.of(weight("Q4_K", 3 * 256, 256)), xla.Blocks.of(weight("Q6_K", 200, 256, 9)))
+    weights = (
+        xla.StoredMatrix.of(weight("Q4_K", 3 * 256, 256)),
+        xla.StoredMatrix.of(weight("Q6_K", 200, 256, 9)),
+    )
     compiled = (
         jax.jit(jax.grad(loss), static_argnums=2).lower(jnp.zeros((2, 9, 256)), weights, "native").compile()
     )
@@ -277,7 +283,7 @@ def test_no_copy_of_the_blocks_inside_a_scan():
 
 
 def test_sixteen_bit_inputs_keep_their_type_in_the_gradient():
-    w = xla.Blocks.of(weight("Q8_0", 40, 64))
+    w = xla.StoredMatrix.of(weight("Q8_0", 40, 64))
     x = jnp.asarray(inputs(3, 64), jnp.bfloat16)
     y, back = jax.vjp(lambda x: xla.product(x, w), x)
     assert y.dtype == jnp.float32 and back(y)[0].dtype == jnp.bfloat16
@@ -288,7 +294,7 @@ def test_sixteen_bit_inputs_keep_their_type_in_the_gradient():
 def test_rows_by_id(type):
     tensor = weight(type, 40, 256)
     ids = jnp.array([[3, 39, 0], [7, 7, 20]])
-    w = xla.Blocks.of(tensor)
+    w = xla.StoredMatrix.of(tensor)
     np.testing.assert_array_equal(xla.decode_rows(w, ids), exact(tensor)[ids].astype(np.float32))
     with computed_by("xla"):
         ours = jax.jit(lambda w, ids: xla.decode_rows(w, ids))(w, ids)
@@ -297,18 +303,18 @@ def test_rows_by_id(type):
 
 def test_products_of_a_part_of_the_rows():
     tensor = weight("Q8_0", 40, 64)
-    x, dy, w = inputs(3, 64), inputs(3, 7, seed=2), xla.Blocks.of(tensor)
+    x, dy, w = inputs(3, 64), inputs(3, 7, seed=2), xla.StoredMatrix.of(tensor)
     close(xla.product(jnp.asarray(x), w, 30, 7), x, exact(tensor)[30:37].T)
     close(xla.product_t(jnp.asarray(dy), w, 30, 7), dy, exact(tensor)[30:37])
 
 
 def test_vmap():
-    w, x = xla.Blocks.of(weight("Q8_0", 40, 64)), jnp.asarray(inputs(2, 3, 64))
+    w, x = xla.StoredMatrix.of(weight("Q8_0", 40, 64)), jnp.asarray(inputs(2, 3, 64))
     assert (jax.vmap(lambda x: xla.product(x, w))(x) == xla.product(x, w)).all()
 
 
 def test_what_does_not_fit_is_refused():
-    w = xla.Blocks.of(weight("Q8_0", 40, 64))
+    w = xla.StoredMatrix.of(weight("Q8_0", 40, 64))
     with pytest.raises(ValueError, match="x has 32 columns but the weight 64"):
         xla.product(jnp.zeros((3, 32)), w)
     with pytest.raises(ValueError, match="dy has 30 columns but the weight 40"):

@@ -22,7 +22,7 @@ from codegemma.config import ModelConfig
 from codegemma.data.pack import positions
 from codegemma.jax.compiler import configure_xla
 from codegemma.jax.forward import LoraParams
-from codegemma.native.xla import Blocks
+from codegemma.native.xla import StoredMatrix
 from codegemma.train import mesh as meshes
 from codegemma.train.lora import new_lora
 from codegemma.train.order import Order
@@ -96,7 +96,7 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
     lora = new_lora(params, 4, (67, 69), alpha=8) if job.kind != "full" else None
     if job.kind == "qlora":
         params = {
-            name: Blocks.of(ArrayTensor.of(np.asarray(value))) if value.ndim == 2 else value
+            name: StoredMatrix.of(ArrayTensor.of(np.asarray(value))) if value.ndim == 2 else value
             for name, value in params.items()
         }
     if lora:  # in a new adapter `b` is zero, which makes half of the gradients zero

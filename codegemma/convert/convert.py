@@ -79,15 +79,14 @@ def convert(
 
     Tensors keep their types, except that blocks become bfloat16 in formats without blocks. `dtype` ("bf16",
     "f16", "f32") converts all matrices; `quantize_to` quantises them (GGUF only), with errors weighed by
-    `importance` (arrays by tensor name, a file of llama-imatrix, or texts to measure it on). `merge` is
-    applied to the opened model and returns the model to write. The target appears only when it is complete,
+    `importance` (arrays by tensor name, a file of llama-imatrix, or texts to measure it on). `merge` takes
+    the opened checkpoint and returns the one to write. The target appears only when it is complete,
     and an interrupted quantisation resumes. Raises ValueError naming what is wrong and what to do.
     """
     to = _target_format(target, to, overwrite)
     if quantize_to and (to != "gguf" or dtype):
-        holder = to if to != "gguf" else f"dtype {dtype}"
-        rule = f"which {holder} cannot hold: use --to gguf alone, or --dtype"
-        raise ValueError(f"--quantize makes GGUF blocks, {rule}")
+        other = f"--to {to}" if to != "gguf" else f"--dtype {dtype}"
+        raise ValueError(f"--quantize makes GGUF blocks: use it without {other}")
     if importance and not quantize_to:
         raise ValueError("importance weighs the columns that --quantize rounds: pass both, or neither")
     checkpoint = open_checkpoint(hub.resolve(source))
@@ -160,7 +159,7 @@ def save(to: ExportFormat, path: Path, checkpoint: Checkpoint, stamp: str | None
 
 
 def _gguf_header(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The entries of a new GGUF file that describe the model; if its source is GGUF, those of the source."""
+    """The header entries of a new GGUF file but for the config's: those of the source if it is GGUF too."""
     is_gguf = bool(checkpoint.metadata) and format_of(checkpoint.path) == "gguf"
     copied = ("general.", "tokenizer.") if is_gguf else ()
     new = ("general.architecture", "general.alignment")  # which gguf_model.save writes

@@ -34,7 +34,7 @@ IDS_COMPARED = {True: "equal on all texts", False: "different", None: "not compa
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """How two checkpoints differ; `faults` is empty where rounding to the target's types explains it."""
 
     errors: dict[str, float] = field(default_factory=dict)  # by tensor: relative error
@@ -61,11 +61,11 @@ class Proof:
 
 def verify(
     source: str | Path, target: str | Path, texts: tuple[str, ...] = TEXTS, threads: int | None = None
-) -> Proof:
+) -> Verification:
     """Compares two checkpoints tensor by tensor, then their token ids and logits for fixed texts."""
     left, right = (open_checkpoint(hub.resolve(path)) for path in (source, target))
     if {**vars(left.config), "context": 0} != {**vars(right.config), "context": 0}:
-        return Proof(faults=[f"the configs differ: {left.config} and {right.config}"])
+        return Verification(faults=[f"the configs differ: {left.config} and {right.config}"])
     faults, errors = [], {name: _error(tensor, right.tensors[name]) for name, tensor in left.tensors.items()}
     for name, error in errors.items():
         type = right.tensors[name].type
@@ -122,7 +122,7 @@ def _logits(checkpoint: Checkpoint, rows: list[list[int]], threads: int | None) 
         yield logits.values
 
 
-def _compare(left: Iterator[np.ndarray], right: Iterator[np.ndarray]) -> Proof:
+def _compare(left: Iterator[np.ndarray], right: Iterator[np.ndarray]) -> Verification:
     """The differences between the logits of two models."""
     largest, mean, kl, agree, count = 0.0, 0.0, 0.0, 0, 0
     for a_TV, b_TV in zip(left, right, strict=True):
@@ -135,4 +135,4 @@ def _compare(left: Iterator[np.ndarray], right: Iterator[np.ndarray]) -> Proof:
             left_lse, right_lse = a_V.max() + np.log(p_V.sum()), b_V.max() + np.log(q_sum)
             kl += float(p_V @ difference / p_V.sum() - left_lse + right_lse)
             agree, count = agree + int(a_V.argmax() == b_V.argmax()), count + 1
-    return Proof(largest=largest, mean=mean / count, kl=kl / count, agreement=agree / count)
+    return Verification(largest=largest, mean=mean / count, kl=kl / count, agreement=agree / count)

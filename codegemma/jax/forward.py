@@ -1,7 +1,7 @@
 """The forward pass of Gemma 1, 2 and 3 in JAX, for training and for GPU and TPU.
 
 `forward` gives hidden states and `unembed` logits. Parameters are a flat dict by the names of
-checkpoints/table.py; a weight is an array, or `Blocks` that stay quantised. The law it keeps: the same logits
+checkpoints/table.py; a weight is an array, or a `StoredMatrix` that stays quantised. The law it keeps: the same logits
 as the native engine and the golden files, whether a sequence stands alone, is packed with others, or follows
 a cache.
 """
@@ -24,9 +24,9 @@ from codegemma.checkpoints import Checkpoint
 from codegemma.checkpoints.tensors import ELEMENTS, Tensor
 from codegemma.config import ModelConfig
 from codegemma.native import LowRank, dequantize, xla
-from codegemma.native.xla import Blocks
+from codegemma.native.xla import StoredMatrix
 
-Weight = jax.Array | Blocks
+Weight = jax.Array | StoredMatrix
 Params = dict[str, Weight]
 Pair = tuple[jax.Array, jax.Array]
 Remat = Literal["none", "products", "layer"]
@@ -95,18 +95,19 @@ def params_of(checkpoint: Checkpoint, dtype: Any = None, matrices: Matrices = "a
     """A checkpoint's parameters; norms are float32.
 
     `matrices` says how they are held. "arrays": as arrays of `dtype` (default: the file's float type,
-    bfloat16 where it is quantised). "stored": as Blocks of the file's type, which the engine's kernels decode
-    as they multiply. "stored_floats": as Blocks too, but where the file is quantised, of bfloat16.
+    bfloat16 where it is quantised). "stored": as `StoredMatrix` of the file's type, which the engine's kernels
+    decode as they multiply. "stored_floats": as `StoredMatrix` too, but where the file is quantised, of
+    bfloat16.
     """
 
     def convert(tensor: Any) -> Weight:
         if len(tensor.shape) == 1:
             return jnp.asarray(tensor.float32())
         if matrices == "stored" or matrices == "stored_floats" and tensor.type in ELEMENTS:
-            return Blocks.of(tensor)
+            return StoredMatrix.of(tensor)
         if matrices == "stored_floats":
             raw = jax.lax.bitcast_convert_type(_decoded(tensor, jnp.bfloat16), jnp.uint8)
-            return Blocks(raw.reshape(tensor.shape[0], -1), "BF16")
+            return StoredMatrix(raw.reshape(tensor.shape[0], -1), "BF16")
         if tensor.type == "BF16" and dtype in (None, jnp.bfloat16):
             return jnp.asarray(tensor.array().view(jnp.bfloat16))
         return _decoded(tensor, dtype or ELEMENTS.get(tensor.type, jnp.bfloat16))  # type: ignore[arg-type]
@@ -172,7 +173,7 @@ def embed(params: Mapping[str, Weight], tokens: jax.Array, lora: LoraParams | No
 
 def table_rows(table_VD: Weight, tokens: jax.Array) -> jax.Array:
     """float32 [..., D]: the tokens' rows of a table."""
-    if isinstance(table_VD, Blocks):
+    if isinstance(table_VD, StoredMatrix):
         return xla.decode_rows(table_VD, tokens)
     return table_VD[tokens].astype(jnp.float32)
 
@@ -201,7 +202,7 @@ def unembed(
 
 def product(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
     """x [..., in] times W [out, in] transposed; sums in float32, the result in x's type or `dtype`."""
-    if isinstance(weight, Blocks):
+    if isinstance(weight, StoredMatrix):
         return xla.product(x, weight).astype(dtype or x.dtype)
     axes = ((x.ndim - 1,), (1,)), ((), ())
     y = jax.lax.dot_general(x, weight.astype(x.dtype), axes, preferred_element_type=jnp.float32)
@@ -210,7 +211,7 @@ def product(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
 
 def adapted(x: jax.Array, weight: Weight, a_RI: jax.Array, b_OR: jax.Array) -> jax.Array:
     """x [..., in] times (W + b a) [out, in] transposed, in x's type."""
-    if isinstance(weight, Blocks):
+    if isinstance(weight, StoredMatrix):
         return xla.adapted(x, weight, a_RI, b_OR).astype(x.dtype)
     return product(x, weight) + product(product(x, a_RI), b_OR)
 
@@ -260,7 +261,7 @@ def _layer(
             old.at[slots].set(new.astype(old.dtype)) for old, new in zip(kv, (k_BTKH, v_BTKH), strict=True)
         )  # type: ignore[assignment]
         k_BTKH, v_BTKH = (x.astype(dtype) for x in kv)  # type: ignore[union-attr]
-    attention = kernel_attend if isinstance(weights["q"], Blocks) and kv is None else attend
+    attention = kernel_attend if isinstance(weights["q"], StoredMatrix) and kv is None else attend
     y_BTD = linear(attention(q_BTNH, k_BTKH, v_BTKH, mask, config.attention_softcap), "o")
     x_BTD = x_BTD + (rms_norm(y_BTD, weights["post_attn_norm"], eps) if config.post_norms else y_BTD)
     a_BTD = rms_norm(x_BTD, weights["ffn_norm"], eps)
@@ -292,7 +293,7 @@ def kernel_attend(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask: AttentionMask, cap: float | None
 ) -> jax.Array:
     """`attend` without a cache, by the engine's kernels; on a mesh, or without kernels, by JAX alone."""
-    if not xla.kernels() or not jax.sharding.get_abstract_mesh().empty:
+    if not xla.has_kernels() or not jax.sharding.get_abstract_mesh().empty:
         return attend(q_BTNH, k_BTKH, v_BTKH, mask, cap)
     positions_BT, segments_BT = mask.positions_BT, mask.segments_BT
     segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT

@@ -3,12 +3,12 @@
 - `product`: x W^T, with a gradient for x (dy W) and none for the weight;
 - `adapted`: the same plus a LoRA, whose a and b get gradients;
 - `attention`: causal attention within segments, in memory linear in the tokens;
-- `vocabulary`: the sums over all rows of an embedding table that the loss's softmax needs;
+- `vocabulary_softmax`: the sums over all rows of an embedding table that the loss's softmax needs;
 - `decode_rows`: rows of a table as float32.
 
 The products and `decode_rows` exist twice. On a CPU they are C++ kernels, called through XLA's foreign
 function interface; a product decodes a panel of blocks once for all tokens. On other devices they are written
-in JAX alone, and tests compare the kernels with that. `attention` and `vocabulary` have kernels only; their
+in JAX alone, and tests compare the kernels with that. `attention` and `vocabulary_softmax` have kernels only; their
 reference implementations are `jax.forward.attend` and the loss's pass by chunks. Sums are float32. Under
 `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: always by JAX, but by the kernels
 only where the CPU multiplies bfloat16 (AVX-512 BF16, which is twice as fast, or the tiles of AMX).
@@ -51,7 +51,7 @@ class Method(NamedTuple):
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["type"])
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class StoredMatrix:
     """A weight [rows, width] as stored: `data` is uint8 [rows, bytes of a row], `type` a GGUF type.
 
     Operations can use a part of the rows (a chunk of a vocabulary, one of several stacked layers) without
@@ -62,7 +62,7 @@ class Blocks:
     type: str
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Blocks:
+    def of(cls, tensor: Tensor) -> StoredMatrix:
         """A stored matrix as a JAX value."""
         return cls(jnp.asarray(tensor.data), tensor.type)
 
@@ -95,7 +95,7 @@ def configure(threads: int | None = None, level: str | None = None) -> None:
         _registered.update(handlers)
 
 
-def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None = None) -> Array:
+def product(x: Array, weight: StoredMatrix, start: int | Array = 0, count: int | None = None) -> Array:
     """float32 [..., count]: x [..., width] times the transpose of a weight's `count` rows from `start`.
 
     Differentiable in x (first order, reverse mode). Raises ValueError where the widths differ.
@@ -104,7 +104,7 @@ def product(x: Array, weight: Blocks, start: int | Array = 0, count: int | None 
     return _product(count, _method(), x_TK, weight, jnp.int32(start)).reshape(*x.shape[:-1], count)
 
 
-def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | None = None) -> Array:
+def product_t(dy: Array, weight: StoredMatrix, start: int | Array = 0, count: int | None = None) -> Array:
     """float32 [..., width]: dy [..., count] times a weight's `count` rows from `start`.
 
     Not differentiable. Raises ValueError where dy does not have `count` columns.
@@ -113,7 +113,7 @@ def product_t(dy: Array, weight: Blocks, start: int | Array = 0, count: int | No
     return _product_t(_method(), dy_TN, weight, jnp.int32(start)).reshape(*dy.shape[:-1], -1)
 
 
-def adapted(x: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Array:
+def adapted(x: Array, weight: StoredMatrix, a_RK: Array, b_NR: Array) -> Array:
     """float32 [..., rows]: x (W + b a)^T. Differentiable in x, a and b (first order, reverse mode).
 
     Raises ValueError where x is not as wide as the weight.
@@ -158,8 +158,8 @@ class SoftmaxSums(NamedTuple):
     weighted_MD: Array
 
 
-def vocabulary(
-    hidden_MD: Array, table: Blocks, counts_V: Array, cap: float | None, used: Array | int
+def vocabulary_softmax(
+    hidden_MD: Array, table: StoredMatrix, counts_V: Array, cap: float | None, used: Array | int
 ) -> SoftmaxSums:
     """The softmax sums over all rows of a table, for the first `used` hidden states.
 
@@ -169,12 +169,12 @@ def vocabulary(
     M, D = hidden_MD.shape
     results = _float32(M, D), _float32(M), jax.ShapeDtypeStruct((M,), jnp.int32), _float32(M)
     operands = hidden_MD.astype(jnp.float32), table, counts_V.astype(jnp.float32), jnp.int32(used)
-    sums = _call(_method(), "vocabulary", results, *operands, cap=np.float32(cap or 0))
+    sums = _call(_method(), "vocabulary_softmax", results, *operands, cap=np.float32(cap or 0))
     weighted_MD, max_M, best_M, sum_M = sums
     return SoftmaxSums(max_M, best_M, sum_M, weighted_MD)
 
 
-def decode_rows(weight: Blocks, ids: Array) -> Array:
+def decode_rows(weight: StoredMatrix, ids: Array) -> Array:
     """float32 [..., width]: for each of the ids [...], that row of a weight."""
     method, flat_ids = _method(), ids.reshape(-1).astype(jnp.int32)
     if method.kernels:
@@ -184,14 +184,14 @@ def decode_rows(weight: Blocks, ids: Array) -> Array:
     return values.reshape(*ids.shape, -1)
 
 
-def kernels() -> bool:
+def has_kernels() -> bool:
     """Whether JAX computes on a CPU, where the C++ kernels run."""
     return jax.default_backend() == "cpu"
 
 
 def _method() -> Method:
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # created by its name
-    return Method(kernels(), precision == "bfloat16")
+    return Method(has_kernels(), precision == "bfloat16")
 
 
 def _flat(name: str, x: Array, columns: int) -> Array:
@@ -201,20 +201,20 @@ def _flat(name: str, x: Array, columns: int) -> Array:
     return x.reshape(-1, columns).astype(jnp.float32)
 
 
-def _product_t(method: Method, dy_TN: Array, weight: Blocks, start: Array) -> Array:
+def _product_t(method: Method, dy_TN: Array, weight: StoredMatrix, start: Array) -> Array:
     if not method.kernels:
         return _matmul(method, dy_TN, weight.float32(start, dy_TN.shape[1]))
     return _call(method, "product_t", _float32(len(dy_TN), weight.shape[1]), dy_TN, weight, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(count: int, method: Method, x_TK: Array, weight: Blocks, start: Array) -> Array:
+def _product(count: int, method: Method, x_TK: Array, weight: StoredMatrix, start: Array) -> Array:
     if not method.kernels:
         return _matmul(method, x_TK, weight.float32(start, count).T)
     return _call(method, "product", _float32(len(x_TK), count), x_TK, weight, start)
 
 
-def _product_forward(count: int, method: Method, x_TK: Array, weight: Blocks, start: Array) -> Any:
+def _product_forward(count: int, method: Method, x_TK: Array, weight: StoredMatrix, start: Array) -> Any:
     return _product(count, method, x_TK, weight, start), (weight, start)
 
 
@@ -226,7 +226,9 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> tuple[Array, Array]:
+def _adapted(
+    method: Method, x_TK: Array, weight: StoredMatrix, a_RK: Array, b_NR: Array
+) -> tuple[Array, Array]:
     """The result of the adapted layer, and x a^T, which its gradients need."""
     T, N, R = len(x_TK), weight.shape[0], len(a_RK)
     if not method.kernels:
@@ -235,7 +237,7 @@ def _adapted(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Arr
     return _call(method, "adapted", (_float32(T, N), _float32(T, R)), x_TK, weight, a_RK, b_NR)
 
 
-def _adapted_forward(method: Method, x_TK: Array, weight: Blocks, a_RK: Array, b_NR: Array) -> Any:
+def _adapted_forward(method: Method, x_TK: Array, weight: StoredMatrix, a_RK: Array, b_NR: Array) -> Any:
     y_TN, u_TR = _adapted(method, x_TK, weight, a_RK, b_NR)
     return (y_TN, u_TR), (x_TK, checkpoint_name(u_TR, LOW_RANK), weight, a_RK, b_NR)
 
@@ -280,8 +282,8 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _call(method: Method, name: str, results: Any, *operands: Array | Blocks, **attributes: Any) -> Any:
-    """Calls a kernel. For an operand of Blocks, it gets the data and, as an attribute, the type.
+def _call(method: Method, name: str, results: Any, *operands: Array | StoredMatrix, **attributes: Any) -> Any:
+    """Calls a kernel. For an operand of StoredMatrix, it gets the data and, as an attribute, the type.
 
     `results` is the shape and type of the kernel's result, or a tuple of these.
     """
@@ -289,9 +291,9 @@ def _call(method: Method, name: str, results: Any, *operands: Array | Blocks, **
         configure()
     arrays = []
     for operand in operands:
-        if isinstance(operand, Blocks):
+        if isinstance(operand, StoredMatrix):
             attributes["type"] = np.int32(_native.TYPES.index(operand.type))
-        arrays.append(operand.data if isinstance(operand, Blocks) else operand)
+        arrays.append(operand.data if isinstance(operand, StoredMatrix) else operand)
     call = jax.ffi.ffi_call(f"codegemma_{name}", results, vmap_method="sequential")
     return call(*arrays, bfloat16=np.int32(method.bfloat16), **attributes)
 

@@ -33,7 +33,7 @@ from codegemma.data.pack import Rows
 from codegemma.extras import installer
 from codegemma.files import atomic_directory
 from codegemma.jax.forward import LoraParams, Params, embed, params_of
-from codegemma.native.xla import kernels
+from codegemma.native.xla import has_kernels
 from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
 from codegemma.train import mesh as meshes
@@ -147,7 +147,7 @@ class TrainingJob:
         mesh = meshes.make(plan.mesh)
         if jax.process_index() == 0 and plan.new_result.exists() and not plan.result.exists():
             plan.new_result.rename(plan.result)  # an earlier run stopped between the last lines of `_save`
-        use_kernels = plan.kind == "lora" and mesh is None and kernels()
+        use_kernels = plan.kind == "lora" and mesh is None and has_kernels()
         matrices: Any = "stored" if plan.kind == "qlora" else "stored_floats" if use_kernels else "arrays"
         base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, matrices)
         run = Session(

@@ -19,7 +19,7 @@ import numpy as np
 
 from codegemma.jax.forward import LoraParams, Weight, one_hot, product, replace_rows, softcap, table_rows
 from codegemma.native import xla
-from codegemma.native.xla import Blocks, SoftmaxSums
+from codegemma.native.xla import StoredMatrix, SoftmaxSums
 from codegemma.train.order import Sample
 
 CHUNK_BYTES = 32 << 20  # of float32 logits held at once
@@ -102,7 +102,7 @@ def _cross_entropy(options: LossOptions, inputs: LossInputs) -> Losses:
 def _forward(options: LossOptions, inputs: LossInputs) -> tuple[Losses, tuple[BlockLoss, LossInputs]]:
     h_MD, table_VD, _, targets_M, count, sample = inputs
     summed_UD = table_VD if sample is None else jax.tree.map(lambda x: x[sample.tokens_U], table_VD)
-    if count is None or isinstance(summed_UD, Blocks) and xla.kernels():
+    if count is None or isinstance(summed_UD, StoredMatrix) and xla.has_kernels():
         result = _block(options, summed_UD, inputs)
     else:
 
@@ -124,7 +124,7 @@ def _block(options: LossOptions, summed_UD: Weight, inputs: LossInputs) -> Block
     """The loss of a block of targets; the normaliser sums over `summed_UD`: the table, or a sample of it."""
     ids, cap, z, _ = options
     h_MD, table_VD, rows_RD, targets_M, _, _ = inputs
-    if isinstance(summed_UD, Blocks) and xla.kernels():
+    if isinstance(summed_UD, StoredMatrix) and xla.has_kernels():
         sums = _sums_by_kernels(options, summed_UD, inputs)
     else:
         sums = _sums_by_chunks(options, summed_UD, inputs)
@@ -178,13 +178,13 @@ def _sums_by_chunks(options: LossOptions, summed_UD: Weight, inputs: LossInputs)
     return _over_chunks(summed_UD.shape[0], M, chunk, empty)
 
 
-def _sums_by_kernels(options: LossOptions, summed_UD: Blocks, inputs: LossInputs) -> SoftmaxSums:
+def _sums_by_kernels(options: LossOptions, summed_UD: StoredMatrix, inputs: LossInputs) -> SoftmaxSums:
     """The sums of `_sums_by_chunks` for the real targets, by the engine's kernels."""
     rows, count = summed_UD.shape[0], inputs.real_count
     tokens_U, counts_U = inputs.sample or (jnp.arange(rows, dtype=jnp.int32), jnp.ones(rows))
     counts_U = jnp.where(one_hot(tokens_U, options.ids).any(-1), 0.0, counts_U)
     used = len(inputs.hidden_MD) if count is None else count
-    sums = xla.vocabulary(inputs.hidden_MD, summed_UD, counts_U, options.cap, used)
+    sums = xla.vocabulary_softmax(inputs.hidden_MD, summed_UD, counts_U, options.cap, used)
     return sums._replace(best_M=tokens_U[sums.best_M])
 
 
@@ -250,7 +250,7 @@ def _over_chunks(V: int, M: int, chunk: Callable[..., Any], carry: Any) -> Any:
 
 def _chunk_rows(table_VD: Weight, start: jax.Array, size: int) -> jax.Array:
     """float32 [C, D]: `size` rows of the table from `start`."""
-    if isinstance(table_VD, Blocks):
+    if isinstance(table_VD, StoredMatrix):
         return table_VD.float32(start, size)
     return jax.lax.dynamic_slice(table_VD, (start, 0), (size, table_VD.shape[1])).astype(jnp.float32)
 

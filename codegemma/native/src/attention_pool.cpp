@@ -75,17 +75,17 @@ struct BlockedAttention {
   int64_t first_key() const { return ((p.b * s.T + p.k0) * s.K + p.head) * s.H; }
   // out [rows, stride] = x [rows, H] times keys; out [rows, H] = weights times values
   void score(const float* x, const Weight& keys, float* out) {
-    multiply(workers, {.a = x, .c = out, .w = keys, .T = rows(), .first = 0, .count = p.keys, .transposed = false,
+    multiply(workers, {.a = x, .c = out, .w = keys, .T = rows(), .first = 0, .count = p.keys, .by_rows = false,
                        .bfloat16 = s.bfloat16, .c_stride = stride()});
   }
   void weigh(const float* weights, const Weight& values, float* out) {
-    multiply(workers, {.a = weights, .c = out, .w = values, .T = rows(), .first = 0, .count = p.keys, .transposed = true,
+    multiply(workers, {.a = weights, .c = out, .w = values, .T = rows(), .first = 0, .count = p.keys, .by_rows = true,
                        .bfloat16 = s.bfloat16, .a_stride = stride()});
   }
   // out [B, T, K, H], rows of the block's keys += weights^T [keys, rows] times x [rows, H]
   void scatter(const float* weights, const float* x, float* out) {
     multiply(workers, {.a = weights, .c = out + first_key(), .w = of_rows(x), .T = p.keys, .first = 0, .count = rows(),
-                       .transposed = true, .add = true, .bfloat16 = s.bfloat16, .a_transposed = true, .a_stride = stride(),
+                       .by_rows = true, .add = true, .bfloat16 = s.bfloat16, .a_transposed = true, .a_stride = stride(),
                        .c_stride = s.K * s.H});
   }
 };
@@ -124,19 +124,19 @@ void attend_back(const Workers& workers, const AttentionInputs& s, const float* 
     const int64_t H = s.H, rows = run.rows(), stride = run.stride();
     Buffers& buffers = workers.buffers;
     float *q = buffers.queries.at_least(rows * H), *d_out = buffers.outputs.at_least(rows * H);
-    float *weights = buffers.scores.at_least(rows * stride), *slopes = buffers.slopes.at_least(rows * stride);
+    float *weights = buffers.scores.at_least(rows * stride), *d_scores = buffers.d_scores.at_least(rows * stride);
     run.each_row([&](int64_t i) {
       memcpy(q + i * H, s.q + run.head_of(i) * H, 4 * H), memcpy(d_out + i * H, d_out_BTNH + run.head_of(i) * H, 4 * H);
     });
     run.score(q, run.of_keys(s.k), weights);
-    run.score(d_out, run.of_keys(s.v), slopes);
+    run.score(d_out, run.of_keys(s.v), d_scores);
     run.each_row([&](int64_t i) {
-      workers.kernels->matrix->softmax_backward(run.keys(i), weights + i * stride, slopes + i * stride,
+      workers.kernels->matrix->softmax_backward(run.keys(i), weights + i * stride, d_scores + i * stride,
                                                 log_sums_BTN[run.head_of(i)]);
     });
     run.scatter(weights, d_out, dv_BTKH);
-    run.scatter(slopes, q, dk_BTKH);
-    run.weigh(slopes, run.of_keys(s.k), q);
+    run.scatter(d_scores, q, dk_BTKH);
+    run.weigh(d_scores, run.of_keys(s.k), q);
     run.each_row([&](int64_t i) { memcpy(dq_BTNH + run.head_of(i) * H, q + i * H, 4 * H); });
   });
 }
@@ -152,7 +152,7 @@ void vocabulary_softmax(const Workers& workers, const Vocabulary& v, float* weig
       float* logits = workers.buffers.scores.at_least(TARGETS * CHUNK);
       counts.assign(padded, 0.f), std::copy_n(v.counts + first, count, counts.data());
       multiply(workers, {.a = v.hidden + m * D, .c = logits, .w = v.table, .T = M, .first = first, .count = count,
-                         .transposed = false, .bfloat16 = v.bfloat16, .c_stride = padded});
+                         .by_rows = false, .bfloat16 = v.bfloat16, .c_stride = padded});
       each_row(workers.pool, M, [&](int64_t i) {
         const float shrink = workers.kernels->matrix->online_softmax(logits + i * padded, counts.data(), padded, first, v.cap,
                                                                      sums_M[m + i]);
@@ -160,7 +160,7 @@ void vocabulary_softmax(const Workers& workers, const Vocabulary& v, float* weig
         for (int64_t d = 0; shrink < 1 && d < D; d++) weighted[d] *= shrink;
       });
       multiply(workers, {.a = logits, .c = weighted_MD + m * D, .w = v.table, .T = M, .first = first, .count = count,
-                         .transposed = true, .add = true, .bfloat16 = v.bfloat16, .a_stride = padded});
+                         .by_rows = true, .add = true, .bfloat16 = v.bfloat16, .a_stride = padded});
     }
 }
 

@@ -144,7 +144,7 @@ double measure_products(const Kernels* k, Pool& pool, bool bfloat16) {
 
 NB_MODULE(_native, m) {
   m.attr("PAGE") = PAGE;
-  m.attr("SEGMENT") = SEGMENT;
+  m.attr("KEY_SPAN") = KEY_SPAN;
   m.attr("RANK") = RANK;
   m.attr("TYPES") = [] {
     nb::list l;
@@ -176,15 +176,15 @@ NB_MODULE(_native, m) {
       .def("gated", &Program::gated, "x"_a, "gate"_a, "up"_a, "out"_a)
       .def("split_heads", [](Program& p, int qkv, int heads, int kv_heads, int width, std::optional<Array<const float, 1>> q_norm,
                              std::optional<Array<const float, 1>> k_norm, float eps, float query_scale, double base, double scale,
-                             bool half, int64_t layer_offset, int64_t kv_offset) {
+                             bool is_float16, int64_t layer_offset, int64_t kv_offset) {
         p.split_heads(qkv, {nullptr, heads, kv_heads, width, q_norm ? q_norm->data() : nullptr,
                             k_norm ? k_norm->data() : nullptr, eps, query_scale, {}, nullptr, nullptr, half},
                       base, scale, layer_offset, kv_offset);
       }, "qkv"_a, "heads"_a, "kv_heads"_a, "width"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "query_scale"_a, "base"_a,
          "scale"_a, "half"_a, "layer_offset"_a, "kv_offset"_a)
-      .def("attend", [](Program& p, int qkv, int out, int heads, int kv_heads, int width, int window, float softcap, bool half,
+      .def("attend", [](Program& p, int qkv, int out, int heads, int kv_heads, int width, int window, float softcap, bool is_float16,
                         int64_t layer_offset, int64_t kv_offset) {
-        p.attend(qkv, {nullptr, 0, nullptr, 0, heads, kv_heads, width, window, softcap, half, layer_offset, kv_offset}, out);
+        p.attend(qkv, {nullptr, 0, nullptr, 0, heads, kv_heads, width, window, softcap, is_float16, layer_offset, kv_offset}, out);
       }, "qkv"_a, "out"_a, "heads"_a, "kv_heads"_a, "width"_a, "window"_a, "softcap"_a, "half"_a, "layer_offset"_a, "kv_offset"_a)
       .def("logits", [](Program& p, int x, Array<const float, 1> weight, float eps, const Weight& table, float cap) {
         p.logits(x, weight.data(), eps, table, cap);

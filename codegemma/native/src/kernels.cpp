@@ -712,7 +712,7 @@ void split_heads(const HeadSplit& s) {
   const float *k = s.row + s.heads * H, *v = k + s.kv_heads * H;
   for (int n = 0; n < s.kv_heads; n++) {
     int64_t offset = (int64_t)n * PAGE * H;
-    if (s.half)
+    if (s.is_float16)
       for (int i = 0; i < H; i++) {
         ((uint16_t*)s.k_page)[offset + i] = to_half(k[n * H + i]);
         ((uint16_t*)s.v_page)[offset + i] = to_half(v[n * H + i]);
@@ -745,7 +745,7 @@ template <class L> CG_INLINE void chunk_scores(Rows& s, const uint8_t* keys, int
   const int64_t row_bytes = (int64_t)s.P * L::BYTES;
   for (int r = 0; r < s.padded; r += 4) {
     const float* q = s.q + r * s.P;
-    float* out = s.scores + r * SEGMENT + column;
+    float* out = s.scores + r * KEY_SPAN + column;
     for (int j = 0; j < CHUNK; j += 2) {
       const uint8_t* k = keys + j * row_bytes;
       Fv acc[8] = {};
@@ -758,7 +758,7 @@ template <class L> CG_INLINE void chunk_scores(Rows& s, const uint8_t* keys, int
         }
       }
       f32x8 y = fold_lanes(acc);
-      for (int i = 0; i < 4; i++) out[i * SEGMENT + j] = y[2 * i], out[i * SEGMENT + j + 1] = y[2 * i + 1];
+      for (int i = 0; i < 4; i++) out[i * KEY_SPAN + j] = y[2 * i], out[i * KEY_SPAN + j + 1] = y[2 * i + 1];
     }
   }
 }
@@ -766,7 +766,7 @@ template <class L> CG_INLINE void chunk_scores(Rows& s, const uint8_t* keys, int
 template <class L> CG_INLINE void chunk_values(Rows& s, const uint8_t* values, int column) {
   const int64_t row_bytes = (int64_t)s.P * L::BYTES;
   for (int r = 0; r < s.padded; r += 4) {
-    const float* p = s.scores + r * SEGMENT + column;
+    const float* p = s.scores + r * KEY_SPAN + column;
     for (int h = 0; h < s.P; h += 2 * FW) {
       float* o = s.values + r * s.P + h;
       Fv acc[8];
@@ -777,7 +777,7 @@ template <class L> CG_INLINE void chunk_values(Rows& s, const uint8_t* values, i
         Fv v0 = L::read(v), v1 = L::read(v + FW * L::BYTES);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-          Fv w = splat(p[i * SEGMENT + j]);
+          Fv w = splat(p[i * KEY_SPAN + j]);
           acc[2 * i] = fma(w, v0, acc[2 * i]), acc[2 * i + 1] = fma(w, v1, acc[2 * i + 1]);
         }
       }
@@ -786,23 +786,23 @@ template <class L> CG_INLINE void chunk_values(Rows& s, const uint8_t* values, i
     }
   }
 }
-// Scores of a segment to weights: cap, mask, exp(score - maximum). A row without visible keys has total 0.
+// Scores of a span to weights: cap, mask, exp(score - maximum). A row without visible keys has total 0.
 CG_INLINE void segment_softmax(const Attention& a, Rows& s, int first) {
   for (int r = 0; r < s.n; r++) {
-    float* x = s.scores + r * SEGMENT;
-    int hi = std::min(s.position[r] + 1 - first, SEGMENT);
+    float* x = s.scores + r * KEY_SPAN;
+    int hi = std::min(s.position[r] + 1 - first, KEY_SPAN);
     int lo = a.window ? std::max(s.position[r] - a.window + 1 - first, 0) : 0;
     s.top[r] = MASKED, s.total[r] = 0;
-    if (lo >= hi) { memset(x, 0, 4 * SEGMENT); continue; }
+    if (lo >= hi) { memset(x, 0, 4 * KEY_SPAN); continue; }
     if (a.softcap)
       for (int i = lo / FW * FW; i < hi; i += FW)
         store(x + i, splat(a.softcap) * tanh(load<Fv>(x + i) * splat(1.0f / a.softcap)));
     for (int i = 0; i < lo; i++) x[i] = MASKED;
-    for (int i = hi; i < SEGMENT; i++) x[i] = MASKED;
+    for (int i = hi; i < KEY_SPAN; i++) x[i] = MASKED;
     Fv m = splat(MASKED), t{};
     for (int i = lo / FW * FW; i < hi; i += FW) m = max(m, load<Fv>(x + i));
     s.top[r] = largest(m);
-    for (int i = 0; i < SEGMENT; i += FW) {
+    for (int i = 0; i < KEY_SPAN; i += FW) {
       Fv e = i + FW <= lo || i >= hi ? Fv{} : exp(load<Fv>(x + i) - splat(s.top[r]));
       store(x + i, e), t += e;
     }
@@ -824,23 +824,23 @@ CG_INLINE void merge_row(float* into, float& top, float& total, const float* fro
 template <class L> void attend_as(const Attention& a, const AttentionTask& t, Scratch& scratch) {
   const int H = a.width, G = a.heads / a.kv_heads;
   static thread_local Rows s;
-  s.n = t.tokens * t.groups, s.padded = (s.n + 3) / 4 * 4, s.P = (int)pad(H, 2 * FW);
-  size_t used = 0, row = (size_t)s.padded * s.P, scores = (size_t)s.padded * SEGMENT;
+  s.n = t.tokens * t.heads, s.padded = (s.n + 3) / 4 * 4, s.P = (int)pad(H, 2 * FW);
+  size_t used = 0, row = (size_t)s.padded * s.P, scores = (size_t)s.padded * KEY_SPAN;
   reserve(scratch.tile, (row * 3 + scores + (size_t)CHUNK * s.P) * 4 + 512);
   s.q = carve<float>(scratch.tile, used, row), s.values = carve<float>(scratch.tile, used, row);
   s.merged = carve<float>(scratch.tile, used, row), s.scores = carve<float>(scratch.tile, used, scores);
   s.wide = carve<float>(scratch.tile, used, (size_t)CHUNK * s.P);
-  memset(s.q, 0, 4 * row), memset(s.scores + s.n * SEGMENT, 0, 4 * (scores - s.n * SEGMENT));
+  memset(s.q, 0, 4 * row), memset(s.scores + s.n * KEY_SPAN, 0, 4 * (scores - s.n * KEY_SPAN));
   for (int r = 0; r < s.n; r++) {
-    const float* from = a.q + (t.token + r / t.groups) * a.q_stride + (t.kv_head * G + t.group + r % t.groups) * H;
+    const float* from = a.q + (t.token + r / t.heads) * a.q_stride + (t.kv_head * G + t.first_head + r % t.heads) * H;
     memcpy(s.q + r * s.P, from, 4 * H);
-    s.position[r] = t.position + r / t.groups, s.merged_total[r] = 0;
+    s.position[r] = t.position + r / t.heads, s.merged_total[r] = 0;
   }
   const int last = t.position + t.tokens - 1, first = a.window ? std::max(0, t.position - a.window + 1) : 0;
-  int seg0 = first / SEGMENT, seg1 = last / SEGMENT;
-  if (t.segment >= 0) seg0 = seg1 = t.segment;
-  for (int seg = seg0; seg <= seg1; seg++) {
-    const int base = seg * SEGMENT, end = std::min(base + SEGMENT, last + 1);
+  int span0 = first / KEY_SPAN, span1 = last / KEY_SPAN;
+  if (t.span >= 0) span0 = span1 = t.span;
+  for (int span = span0; span <= span1; span++) {
+    const int base = span * KEY_SPAN, end = std::min(base + KEY_SPAN, last + 1);
     const int begin = std::max(base, first) / CHUNK * CHUNK;
     auto keys = [&](int key) {
       return (const uint8_t*)t.pages[key / PAGE] + a.layer_offset + ((int64_t)t.kv_head * PAGE + key % PAGE) * H * L::BYTES;
@@ -854,7 +854,7 @@ template <class L> void attend_as(const Attention& a, const AttentionTask& t, Sc
     for (int key = begin; key < end; key += CHUNK)
       if (direct) chunk_values<L>(s, keys(key) + a.kv_offset, key - base);
       else widen_chunk<L>(keys(key) + a.kv_offset, H, s), chunk_values<F32>(s, (const uint8_t*)s.wide, key - base);
-    if (t.segment >= 0) {
+    if (t.span >= 0) {
       for (int r = 0; r < s.n; r++) {
         float* o = t.partial + (int64_t)r * (H + 2);
         memcpy(o, s.values + r * s.P, 4 * H);
@@ -866,22 +866,22 @@ template <class L> void attend_as(const Attention& a, const AttentionTask& t, Sc
       merge_row(s.merged + r * s.P, s.merged_top[r], s.merged_total[r], s.values + r * s.P, s.top[r], s.total[r], H);
   }
   for (int r = 0; r < s.n; r++) {
-    float* o = a.out + (t.token + r / t.groups) * a.out_stride + (t.kv_head * G + t.group + r % t.groups) * H;
+    float* o = a.out + (t.token + r / t.heads) * a.out_stride + (t.kv_head * G + t.first_head + r % t.heads) * H;
     for (int i = 0; i < H; i++) o[i] = s.merged[r * s.P + i] / s.merged_total[r];
   }
 }
 void attend(const Attention& a, const AttentionTask& t, Scratch& s) {
-  a.half ? attend_as<F16>(a, t, s) : attend_as<F32>(a, t, s);
+  a.is_float16 ? attend_as<F16>(a, t, s) : attend_as<F32>(a, t, s);
 }
 
-// t.partial: [segments, rows, H + 2] of the task's rows, in ascending order of segments.
-void merge(const Attention& a, const AttentionTask& t, int segments) {
-  const int H = a.width, G = a.heads / a.kv_heads, n = t.tokens * t.groups;
+// t.partial: [spans, rows, H + 2] of the task's rows, in ascending order of spans.
+void merge(const Attention& a, const AttentionTask& t, int spans) {
+  const int H = a.width, G = a.heads / a.kv_heads, n = t.tokens * t.heads;
   for (int r = 0; r < n; r++) {
     float top = MASKED, total = 0;
-    float* o = a.out + (t.token + r / t.groups) * a.out_stride + (t.kv_head * G + t.group + r % t.groups) * H;
-    for (int seg = 0; seg < segments; seg++) {
-      const float* p = t.partial + ((int64_t)seg * n + r) * (H + 2);
+    float* o = a.out + (t.token + r / t.heads) * a.out_stride + (t.kv_head * G + t.first_head + r % t.heads) * H;
+    for (int span = 0; span < spans; span++) {
+      const float* p = t.partial + ((int64_t)span * n + r) * (H + 2);
       merge_row(o, top, total, p, p[H], p[H + 1], H);
     }
     for (int i = 0; i < H; i++) o[i] /= total;

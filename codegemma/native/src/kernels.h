@@ -9,7 +9,7 @@
 namespace cg {
 
 constexpr int PAGE = 64;       // tokens in a page of the key/value cache
-constexpr int SEGMENT = 256;   // keys that one attention partial covers, aligned to absolute positions
+constexpr int KEY_SPAN = 256;   // keys that one attention partial covers, aligned to absolute positions
 constexpr int ROWS = 32;       // query rows (tokens x heads) that one attention task takes
 constexpr int PACKED_FROM = 6; // from this many tokens on, products run with tokens in the lanes
 
@@ -96,7 +96,7 @@ struct HeadSplit {          // one token: QK-norm, rotary positions, and the key
   float eps, query_scale;
   Rope rope;
   uint8_t *k_page, *v_page; // at this token, head 0
-  bool half;                // float16 cache, else float32
+  bool is_float16;          // the cache, else float32
 };
 struct Attention {
   const float* q;           // [T, stride]
@@ -106,20 +106,21 @@ struct Attention {
   int heads, kv_heads, width;
   int window;               // 0: none
   float softcap;            // 0: none
-  bool half;
+  bool is_float16;          // the cache, else float32
   int64_t layer_offset, kv_offset;  // bytes within a page: this layer's keys; from keys to values
 };
 struct AttentionTask {
   int token, tokens;        // consecutive tokens of one sequence
   int position;             // of the first
   const uint64_t* pages;    // of the sequence
-  int kv_head, group, groups;  // query heads group .. group + groups - 1 of the kv head
-  int segment;              // this segment alone, as a partial; -1: all, merged and divided
+  int kv_head;
+  int first_head, heads;    // of the query heads that the kv head serves: the first, and how many
+  int span;                 // of KEY_SPAN keys: this one alone, as a partial; -1: all, merged and divided
   float* partial;           // [rows, H + 2]: values, maximum, sum
 };
 
 // One product of training: c [T, width] = a [T, depth] B. B is made of rows first .. first + count of w: their transpose
-// (x W^T), or with `transposed` the rows themselves (dy W, the transpose of what a linear layer does). `add`: c += a B.
+// (x W^T), or with `by_rows` the rows themselves (dy W, the transpose of what a linear layer does). `add`: c += a B.
 // `bfloat16`: factors are rounded to bfloat16, and two consecutive ones of a sum share a slot of 32 bits.
 // `a_transposed`: a is stored as [depth, T].
 struct MatrixProduct {
@@ -127,11 +128,11 @@ struct MatrixProduct {
   float* c;
   Weight w;
   int64_t T, first, count;
-  bool transposed, add = false, bfloat16 = false, a_transposed = false;
+  bool by_rows, add = false, bfloat16 = false, a_transposed = false;
   int64_t a_stride = 0, c_stride = 0;  // between rows; 0: contiguous
   int64_t slots(int64_t rows) const { return bfloat16 ? (rows + 1) / 2 : rows; }  // 32-bit slots for that many rows of B
-  int64_t depth() const { return transposed ? count : w.cols; }
-  int64_t width() const { return transposed ? w.cols : count; }
+  int64_t depth() const { return by_rows ? count : w.cols; }
+  int64_t width() const { return by_rows ? w.cols : count; }
   int64_t a_row() const { return a_stride ? a_stride : a_transposed ? T : depth(); }
   int64_t c_row() const { return c_stride ? c_stride : width(); }
 };
@@ -175,7 +176,7 @@ struct Kernels {
   int64_t (*tile_rows)(const Weight&, bool packed);
   void (*split_heads)(const HeadSplit&);
   void (*attend)(const Attention&, const AttentionTask&, Scratch&);
-  void (*merge)(const Attention&, const AttentionTask&, int segments);  // partials in ascending order
+  void (*merge)(const Attention&, const AttentionTask&, int spans);  // partials in ascending order
   void (*softcap)(float* x, int64_t n, float cap);
   void (*log_sum)(const float* x, int64_t n, float* largest, float* total, int64_t* index);
   void (*decode)(const Weight&, int64_t row, int64_t first, int64_t n, float* out);  // whole blocks of one row

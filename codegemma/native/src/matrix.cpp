@@ -105,7 +105,7 @@ void decode_strip(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t j0,
   const auto decode = kernels()->decode;
   const Weight& w = m.w;
   const int64_t slots = m.slots(depth);
-  if (m.transposed) {
+  if (m.by_rows) {
     const int64_t n = std::min<int64_t>(STRIP, m.width() - j0), padded = (n + PANEL - 1) / PANEL * PANEL;
     float line[STRIP];
     std::fill(line + n, line + padded, 0.f);
@@ -278,7 +278,7 @@ int64_t peak(int64_t rounds, bool bfloat16) { return bfloat16 ? CG_LEVEL::peak(r
 #else
 int64_t peak(int64_t rounds, bool bfloat16) { return bfloat16 ? peak_of<true>(rounds) : peak_of<false>(rounds); }
 #endif
-int64_t strip(const MatrixProduct& m) { return m.transposed ? STRIP : PANEL; }
+int64_t strip(const MatrixProduct& m) { return m.by_rows ? STRIP : PANEL; }
 
 CG_INLINE Iv visible(const Keys& k, int64_t i) {
   const Iv positions = load<Iv>(k.positions + i), below = splat_i(k.position) - positions;

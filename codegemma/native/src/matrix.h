@@ -23,7 +23,7 @@ class Buffer {
 struct Buffers {
   Buffer panels;                 // decoded slabs of B
   std::vector<Buffer> gathered;  // rows of A, by thread
-  Buffer queries, outputs, scores, slopes;
+  Buffer queries, outputs, scores, d_scores;
 };
 // The kernels, threads and memory that a job runs on.
 struct Workers {

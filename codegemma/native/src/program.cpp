@@ -218,7 +218,7 @@ void Program::split_heads(int qkv, HeadSplit h, double base, double scale, int64
     const uint64_t* pages = batch_.pages + batch_.sequences[t] * batch_.pages_stride;
     s.row = buffers_[qkv].a.f + t * buffers_[qkv].a.stride;
     s.rope = {angle.cos.data() + t * half, angle.sin.data() + t * half};
-    s.k_page = (uint8_t*)pages[position / PAGE] + layer_offset + (int64_t)(position % PAGE) * h.width * (h.half ? 2 : 4);
+    s.k_page = (uint8_t*)pages[position / PAGE] + layer_offset + (int64_t)(position % PAGE) * h.width * (h.is_float16 ? 2 : 4);
     s.v_page = s.k_page + kv_offset;
     k_->split_heads(s);
   });
@@ -236,7 +236,7 @@ void Program::attend(int qkv, Attention a, int out) {
   add([&tasks] { return (int64_t)tasks.attend.size(); },
       [=, this, &tasks](int64_t i, Scratch& s) { k_->attend(inputs(), tasks.attend[i], s); });
   add([&tasks] { return (int64_t)tasks.merge.size(); },
-      [=, this, &tasks](int64_t i, Scratch&) { k_->merge(inputs(), tasks.merge[i], tasks.segments[i]); });
+      [=, this, &tasks](int64_t i, Scratch&) { k_->merge(inputs(), tasks.merge[i], tasks.spans[i]); });
 }
 void Program::logits(int x, const float* weight, float eps, Weight table, float cap) {
   int head = buffer(buffers_[x].width);
@@ -355,7 +355,7 @@ void Program::plan_adapters() {
   }
 }
 void Program::split_attention(Tasks& tasks) {
-  tasks.attend.clear(), tasks.merge.clear(), tasks.segments.clear();
+  tasks.attend.clear(), tasks.merge.clear(), tasks.spans.clear();
   const int groups = tasks.heads / tasks.kv_heads, threads = pool_->threads();
   std::vector<size_t> partial_offsets;
   size_t partials = 0;
@@ -364,10 +364,10 @@ void Program::split_attention(Tasks& tasks) {
     while (t1 < batch_.T && batch_.sequences[t1] == batch_.sequences[t0] && batch_.positions[t1] == position + t1 - t0) t1++;
     const bool few = t1 - t0 < PACKED_FROM;
     const int last = position + t1 - t0 - 1, first = tasks.window ? std::max(0, position - tasks.window + 1) : 0;
-    const int segments = last / SEGMENT - first / SEGMENT + 1;
-    // Few tokens make few tasks: then the heads of a group, and the segments, are divided among the threads.
+    const int spans = last / KEY_SPAN - first / KEY_SPAN + 1;
+    // Few tokens make few tasks: then the heads of a group, and the spans, are divided among the threads.
     int per_group = std::min(groups, ROWS);
-    if (few && tasks.kv_heads * segments < threads) per_group = std::max(4, (groups + threads - 1) / threads);
+    if (few && tasks.kv_heads * spans < threads) per_group = std::max(4, (groups + threads - 1) / threads);
     const int step = std::max(1, std::min(ROWS / per_group, t1 - t0));
     for (int t = t0; t < t1; t += step)
       for (int k = 0; k < tasks.kv_heads; k++)
@@ -375,23 +375,23 @@ void Program::split_attention(Tasks& tasks) {
           const uint64_t* pages = batch_.pages + batch_.sequences[t0] * batch_.pages_stride;
           AttentionTask task{t, std::min(step, t1 - t), position + t - t0, pages, k, g, std::min(per_group, groups - g), -1,
                              nullptr};
-          if (!few || segments == 1) { tasks.attend.push_back(task); continue; }
-          tasks.merge.push_back(task), tasks.segments.push_back(segments);
-          for (int s = 0; s < segments; s++) {
-            task.segment = first / SEGMENT + s;
+          if (!few || spans == 1) { tasks.attend.push_back(task); continue; }
+          tasks.merge.push_back(task), tasks.spans.push_back(spans);
+          for (int s = 0; s < spans; s++) {
+            task.span = first / KEY_SPAN + s;
             tasks.attend.push_back(task), partial_offsets.push_back(partials);
-            partials += (size_t)task.tokens * task.groups * (tasks.width + 2);
+            partials += (size_t)task.tokens * task.heads * (tasks.width + 2);
           }
         }
     t0 = t1;
   }
   float* base = at_least(tasks.partials, partials);
-  size_t next = 0, merge = 0, segment = 0;
+  size_t next = 0, merge = 0, span = 0;
   for (auto& task : tasks.attend)
-    if (task.segment >= 0) {
+    if (task.span >= 0) {
       task.partial = base + partial_offsets[next++];
-      if (segment == 0) tasks.merge[merge].partial = task.partial;
-      if (++segment == (size_t)tasks.segments[merge]) merge++, segment = 0;
+      if (span == 0) tasks.merge[merge].partial = task.partial;
+      if (++span == (size_t)tasks.spans[merge]) merge++, span = 0;
     }
 }
 bool Program::run(const Batch& batch, const Cancel* cancel) {

@@ -90,7 +90,7 @@ class Program {
   struct Tasks {             // how attention of one window is split; the split never changes a result
     int window, heads, kv_heads, width;
     std::vector<AttentionTask> attend, merge;
-    std::vector<int> segments;  // of each merge
+    std::vector<int> spans;  // of each merge
     std::vector<float> partials;
   };
   struct AdapterTask { Weight a; int slice; Activations x, h; };

@@ -52,7 +52,7 @@ Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
   return {type, (const uint8_t*)blocks.data, blocks.dims[0], columns, blocks.dims[1]};
 }
 
-// x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; transposed: dy [T, rows], ... -> dy W [T, K].
+// x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; by_rows: dy [T, rows], ... -> dy W [T, K].
 // W is `rows` rows of the blocks from `first` on.
 template <bool TRANSPOSED> void product(const xla::Call& call) {
   const xla::Buffer &x = array(call.arguments, 0, xla::F32, 2), &out = array(call.results, 0, xla::F32, 2);
@@ -76,10 +76,10 @@ struct Adapted {
         bfloat16(in_bfloat16(call)) {
     require(a.cols == K && b.rows == N && b.cols == r, "an adapter must fit its layer");
   }
-  // c [rows, ...] (+)= x M^T for a matrix M; with `transposed`, x M
-  void run(const float* x, int64_t rows, const Weight& matrix, bool transposed, float* c, bool add = false,
+  // c [rows, ...] (+)= x M^T for a matrix M; with `by_rows`, x M
+  void run(const float* x, int64_t rows, const Weight& matrix, bool by_rows, float* c, bool add = false,
            bool a_transposed = false) const {
-    multiply(engine.workers(), {x, c, matrix, rows, 0, matrix.rows, transposed, add, bfloat16, a_transposed});
+    multiply(engine.workers(), {x, c, matrix, rows, 0, matrix.rows, by_rows, add, bfloat16, a_transposed});
   }
   static Weight floats(const xla::Buffer& x) {
     return {F32_T, (const uint8_t*)x.data, x.dims[0], x.dims[1], 4 * x.dims[1]};
@@ -152,7 +152,7 @@ void attention_back(const xla::Call& call) {
 }
 // hidden [M, D], blocks [V, row bytes], counts [V], used [] -> weighted [M, D], largest logits [M], their rows [M], sums [M].
 // Only the first `used` hidden states are targets.
-void vocabulary(const xla::Call& call) {
+void softmax_over_vocabulary(const xla::Call& call) {
   const xla::Buffer &hidden = array(call.arguments, 0, xla::F32, 2), &counts = array(call.arguments, 2, xla::F32, 1);
   const Weight table = weight(call, array(call.arguments, 1, xla::U8, 2));
   const int64_t M = hidden.dims[0], D = table.cols;
@@ -217,7 +217,7 @@ void bind_xla(nb::module_& m) {
     handlers["codegemma_adapted_back"] = nb::capsule((void*)handle<adapted_back>);
     handlers["codegemma_attention"] = nb::capsule((void*)handle<attention>);
     handlers["codegemma_attention_back"] = nb::capsule((void*)handle<attention_back>);
-    handlers["codegemma_vocabulary"] = nb::capsule((void*)handle<vocabulary>);
+    handlers["codegemma_vocabulary_softmax"] = nb::capsule((void*)handle<softmax_over_vocabulary>);
     handlers["codegemma_rows"] = nb::capsule((void*)handle<rows>);
     return handlers;
   }, "level"_a, "threads"_a, "The handlers for XLA by name. All run on this many threads from now on.");
