@@ -1,9 +1,9 @@
 """The forward pass of Gemma 1, 2 and 3 in JAX, for training and for GPU and TPU.
 
 `forward` gives hidden states and `unembed` logits. Parameters are a flat dict by the names of
-checkpoints/table.py; a weight is an array, or a `StoredMatrix` that stays quantised. The law it keeps: the same logits
-as the native engine and the golden files, whether a sequence stands alone, is packed with others, or follows
-a cache.
+checkpoints/table.py; a weight is an array, or a `StoredMatrix` that stays quantised. The law it keeps: the
+same logits as the native engine and the golden files, whether a sequence stands alone, is packed with others,
+or follows a cache.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def params_of(checkpoint: Checkpoint, dtype: Any = None, matrices: Matrices = "a
     """A checkpoint's parameters; norms are float32.
 
     `matrices` says how they are held. "arrays": as arrays of `dtype` (default: the file's float type,
-    bfloat16 where it is quantised). "stored": as `StoredMatrix` of the file's type, which the engine's kernels
-    decode as they multiply. "stored_floats": as `StoredMatrix` too, but where the file is quantised, of
+    bfloat16 where it is quantised). "stored": as a `StoredMatrix` of the file's type, which the kernels
+    decode as they multiply. "stored_floats": as a `StoredMatrix` too, but where the file is quantised, of
     bfloat16.
     """
 

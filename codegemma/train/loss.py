@@ -19,7 +19,7 @@ import numpy as np
 
 from codegemma.jax.forward import LoraParams, Weight, one_hot, product, replace_rows, softcap, table_rows
 from codegemma.native import xla
-from codegemma.native.xla import StoredMatrix, SoftmaxSums
+from codegemma.native.xla import SoftmaxSums, StoredMatrix
 from codegemma.train.order import Sample
 
 CHUNK_BYTES = 32 << 20  # of float32 logits held at once
