@@ -178,7 +178,7 @@ NB_MODULE(_native, m) {
                              std::optional<Array<const float, 1>> k_norm, float eps, float query_scale, double base, double scale,
                              bool is_float16, int64_t layer_offset, int64_t kv_offset) {
         p.split_heads(qkv, {nullptr, heads, kv_heads, width, q_norm ? q_norm->data() : nullptr,
-                            k_norm ? k_norm->data() : nullptr, eps, query_scale, {}, nullptr, nullptr, half},
+                            k_norm ? k_norm->data() : nullptr, eps, query_scale, {}, nullptr, nullptr, is_float16},
                       base, scale, layer_offset, kv_offset);
       }, "qkv"_a, "heads"_a, "kv_heads"_a, "width"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "query_scale"_a, "base"_a,
          "scale"_a, "half"_a, "layer_offset"_a, "kv_offset"_a)
