@@ -123,7 +123,7 @@ def test_every_text_of_the_help_has_its_option():
 def test_options_have_the_defaults_of_the_settings_that_they_fill():
     """Defaults are written in both places because --help must not import the modules that do the work."""
     assert SamplingOptions().sampling() == codegemma.Sampling()
-    assert RecipeOptions().recipe() == BuildRecipe()
+    assert RecipeOptions().build_recipe() == BuildRecipe()
     for options_type, settings_type, different in (
         (SettingsOptions, TrainingSettings, {"learning_rate", "remat"}),
         (PlanOptions, TrainingPlan, {"out"}),

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -261,6 +262,25 @@ def kept_in_memory(documents, benchmarks, threshold):
         first.setdefault(documents[at].digest, at)
     near = dedup.choose_kept(similar({at: grams[at] for at in first.values()}), place)
     return {documents[at].name for at in first.values() if at not in near}
+
+
+@pytest.mark.parametrize(
+    ("changes", "golden"),
+    [
+        ({}, "c8476f310b04300f"),
+        ({"length": 160, "window": (64, 159), "stride": 300, "path_rate": 0.5}, "77d0649b84fb402c"),
+    ],
+)
+def test_recipes_without_kinds_keep_their_rows(changes, golden, corpus, tokenizer, tmp_path):
+    """The rows of the version that had no named recipes: tokens, loss, segments and splits."""
+    build.build(sources_of(corpus), tmp_path / "out", tokenizer, replace(RECIPE, **changes))
+    rows, hashed = pack.Rows(tmp_path / "out"), hashlib.sha256()
+    for number in range(len(rows)):
+        for array in rows[number].values():
+            hashed.update(array.tobytes())
+        for record in rows.examples(number):
+            hashed.update(json.dumps(record | {"source": "", "commit": ""}, sort_keys=True).encode())
+    assert hashed.hexdigest()[:16] == golden
 
 
 def test_shards_agree_with_a_twin_in_memory(built, corpus):

@@ -171,7 +171,8 @@ def _option(name: str, kind: Any, default: Any, texts: ChainMap[str, Any]) -> in
     info: Any = Argument() if required else Option()
     if get_origin(kind) is Annotated:
         kind, info = kind.__origin__, copy(kind.__metadata__[0])
-    if isinstance(info, type(Option())) and default is not True:  # for True, Typer makes --NAME and --no-NAME
+    is_flag_pair = default is True or kind == (bool | None)  # for these, Typer makes --NAME and --no-NAME
+    if isinstance(info, type(Option())) and not is_flag_pair:
         info.param_decls = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
     info.default = ... if required else default
     text = texts[name]
