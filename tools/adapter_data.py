@@ -2,7 +2,8 @@
 
     python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, extends the list
     python tools/adapter_data.py fetch                               # fetches the list, checks the hashes
-    python tools/adapter_data.py rows all --data BENCHMARKS          # rows of all phases, or of those named
+    python tools/adapter_data.py rows all --data BENCHMARKS          # rows of the first edition's phases
+    python tools/adapter_data.py rows second --data BENCHMARKS       # rows of the second edition
 
 Files are written under --cache (~/.cache/codegemma/adapter), to archives/ and rows/PHASE. READY there lists
 the finished phases.
@@ -32,8 +33,9 @@ from codegemma.data.documents import CODE_LANGUAGES, Document
 from codegemma.data.draw import Draw
 from codegemma.data.folder import BuildFolder
 from codegemma.data.pack import Packed, Rows, fit, places, save
-from codegemma.data.recipe import BuildRecipe
+from codegemma.data.recipe import BuildRecipe, named_recipe
 from codegemma.data.sources import Source, read
+from codegemma.data.syntax import GRAMMARS
 from codegemma.files import atomic_write, cache_dir
 
 CACHE = cache_dir() / "adapter"
@@ -81,6 +83,19 @@ PHASES |= {
     "k": replace(PHASES["f"], epoch=14, stride=3000),
     "l": replace(PHASES["g"], epoch=15, stride=3000),
 }
+_FIRST_EDITION = tuple(PHASES)
+# The second edition: the editor's recipe over all packages, in languages that have a grammar. With the seed
+# and share of the phases above it holds out the repositories that they do.
+PHASES |= {
+    "second": replace(
+        named_recipe("editor"),
+        epoch=20,
+        stride=500,
+        loss=("middle", "prefix", "terminator"),
+        languages=tuple(sorted(GRAMMARS)),
+        hold_out=0.03,
+    )
+}
 # Packages of small functions with docstrings, such as people ask for; libraries have few.
 _SMALL = {
     "algorithms",
@@ -98,7 +113,10 @@ _SMALL = {
 }
 # More packages of that kind: those after this line of the list. Phases before K do not use them.
 _FROM_K = "# for phases K and L:"
-_MORE = {line.split()[1] for line in LIST.read_text().partition(_FROM_K)[2].splitlines() if line}
+# Packages in other languages than Python, after the next such line, are the second edition's alone.
+_FROM_SECOND = "# for the second edition:"
+_OF_K, _, _OF_SECOND = LIST.read_text().partition(_FROM_K)[2].partition(_FROM_SECOND)
+_MORE, _OTHERS = ({line.split()[1] for line in part.splitlines() if line} for part in (_OF_K, _OF_SECOND))
 ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
 
 
@@ -231,10 +249,12 @@ def _pin_all(registry: str, names: list[str], folder: Path) -> None:
 
 def packages_of(phase: str) -> list[Package]:
     """The packages that a phase draws its rows from."""
+    if phase not in _FIRST_EDITION:
+        return packages()
     return [
         package
         for package in packages()
-        if (package.name in ONLY[phase] if phase in ONLY else package.name not in _MORE)
+        if (package.name in ONLY[phase] if phase in ONLY else package.name not in _MORE | _OTHERS)
     ]
 
 
@@ -353,7 +373,7 @@ def main() -> None:
     if args.verb == "pin":
         _pin_all(args.registry, args.names, archives)
     elif args.verb == "rows":
-        for phase in [*PHASES, *CHOICES] if "all" in args.phases else args.phases:
+        for phase in [*_FIRST_EDITION, *CHOICES] if "all" in args.phases else args.phases:
             if phase in CHOICES:
                 print(phase, choose(phase, args.cache), "rows")
                 continue
