@@ -13,8 +13,6 @@ from codegemma.data.folder import StoredDocument
 from codegemma.data.tests_beside import implementations
 from codegemma.prompts import File
 
-MAX_FILES = 8  # of a document: the most relevant ones
-
 Edges = Mapping[tuple[str, str], float]  # (importing path, imported path) -> importance
 
 
@@ -35,7 +33,7 @@ def related_files(
         for source, target in _pairs(documents, edges_of.get(repository, {})):
             paths[source].append(target)
         for each in documents:
-            last_first = list(dict.fromkeys(reversed(paths[each.document.path])))[:MAX_FILES]
+            last_first = list(dict.fromkeys(reversed(paths[each.document.path])))
             related[each.document.name] = tuple(files[path] for path in reversed(last_first))
     return related
 

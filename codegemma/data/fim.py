@@ -45,7 +45,8 @@ PARTS: frozenset[Label] = frozenset({"prefix", "suffix", "middle", "terminator"}
 FUNCTION_SHARE = 0.25  # of the windows show only the function around the hole
 MAX_DRAWS = 16  # attempts to draw a hole that fits its window
 MAX_CHARACTERS_PER_TOKEN = 5
-MIN_CONTEXT_TOKENS = 48  # which another file in front of a window may take
+MIN_CONTEXT_TOKENS = 48  # that the files in front of a window may take
+MAX_CONTEXT_FILES = 3  # in front of a window
 
 
 @dataclass(frozen=True)
@@ -258,9 +259,9 @@ class _ExampleMaker:
         size = tokens[0] + draw.below(tokens[1] - tokens[0] + 1)
         context = self.context(within.start)
         path = self.document.path if draw.uniform() < self.recipe.path_rate or context else None
-        path_tokens = len(self.tokenizer.encode(f"{path}\n")) if path else 0
+        path_tokens = len(self.tokenizer.encode(f"{path}\n")) if path and not context else 0
         if path_tokens >= size // 4:
-            path, path_tokens, context = None, 0, ()
+            path, path_tokens = None, 0
         room = size - path_tokens - (4 if layout != "prefix" else 1)  # sentinels, terminator
         if layout == "prefix":
             start = within.start + draw_lines(line_spans(text[within.start : within.stop]), draw, 1)[0]
@@ -302,19 +303,20 @@ class _ExampleMaker:
 
     # --------------------------------------------------------------------------------- files in front
     def context(self, window: int) -> tuple[File, ...]:
-        """The files in front of a window, in a drawn number of tokens: the last of `files` that fit.
+        """The files in front of a window: the last of `files`, one to MAX_CONTEXT_FILES.
 
-        Each is there from its start, whole or as many lines as there is room for.
+        Each is there from its start, whole or as many lines as there is room for in the drawn number of
+        tokens, which hold the document's own path too.
         """
         draw = self.draw("context", window)
         if not self.files or draw.uniform() >= self.recipe.context_rate:
             return ()
-        room = MIN_CONTEXT_TOKENS + draw.below(self.recipe.context_tokens - MIN_CONTEXT_TOKENS + 1)
+        most = self.recipe.context_tokens - len(self.tokenizer.encode(f"{self.document.path}\n"))
+        room = min(MIN_CONTEXT_TOKENS, most) + draw.below(max(0, most - MIN_CONTEXT_TOKENS) + 1)
+        count = 1 + draw.below(min(len(self.files), MAX_CONTEXT_FILES))
         shown: list[File] = []
-        for file in reversed(self.files):
-            if room < MIN_CONTEXT_TOKENS:
-                break
-            file, tokens = self.head_of(file, room)
+        for remaining, file in zip(range(count, 0, -1), reversed(self.files), strict=False):
+            file, tokens = self.head_of(file, room // remaining)
             if tokens:
                 shown.append(file)
                 room -= tokens

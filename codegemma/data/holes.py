@@ -20,23 +20,23 @@ from codegemma.data.splits import Kind, Split, line_spans, log_uniform, to_chara
 if TYPE_CHECKING:
     import tree_sitter
 
-# Half random characters (half of these in a line), 30 % syntax, 15 % lines, and a rest that is empty or is
+# Nearly half random characters (half of these in a line), 30 % syntax, 20 % lines, and a rest that is empty or
 # about a word (arXiv 2207.14255, 2506.00204).
 EDITOR_HOLES: dict[Kind, float] = {
-    "characters": 0.17,
-    "line characters": 0.21,
+    "characters": 0.13,
+    "line characters": 0.17,
     "natural suffix": 0.10,
-    "node": 0.08,
-    "siblings": 0.06,
+    "word": 0.03,
+    "empty": 0.02,
+    "node": 0.07,
+    "siblings": 0.05,
     "argument": 0.03,
     "string": 0.03,
-    "rest of line": 0.08,
-    "ten lines": 0.06,
-    "line break": 0.06,
-    "indentation": 0.04,
+    "rest of line": 0.12,
+    "ten lines": 0.08,
+    "line break": 0.08,
+    "indentation": 0.05,
     "typed word": 0.04,
-    "word": 0.02,
-    "empty": 0.02,
 }
 # "To make the suffix start in a more syntactically natural point rather than purely random distribution"
 # (CodeGemma's model card).
@@ -44,9 +44,13 @@ CODEGEMMA_HOLES: dict[Kind, float] = {"natural suffix": 1.0}
 
 MAY_BE_BLANK: frozenset[Kind] = frozenset({"empty", "line characters", "natural suffix"})  # their middles
 MAX_LINES = 10
+AROUND = 1500  # characters before and after `within` in which a place is looked for that is not inside
 MAX_TRIES = 16
 _WORD = re.compile(r"\w{2,}")
-_TYPED = re.compile(r" ?\w+")  # a word as the language server takes it out of a prompt, with its blank
+_REST_OF_LINE = re.compile(r".*")
+_TYPED = re.compile(
+    r"(?: |(?<!\w))(\w+)"
+)  # a word as the language server takes it out of a prompt, with its blank
 _INDENTATION = re.compile(r"^[ \t]+(?=\S)", re.M)
 _ARGUMENTS = re.compile(r"arguments$|argument_list$")  # types of nodes
 _STRING = re.compile(r"string")
@@ -55,7 +59,8 @@ _OPENING, _CLOSING = re.compile(r"[\w@$]{0,3}[\"'`#]*"), re.compile(r"[\"'`#]*$"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a hole may lie: it begins in text[within], and should have at most `limit` characters."""
+    """Where a hole may lie: it begins in text[within] or in a line that does, and should have at most `limit`
+    characters."""
 
     text: str
     language: str
@@ -68,10 +73,15 @@ class Place:
         return self.text[self.within.start : self.within.stop]
 
     @property
-    def reach(self) -> str:
-        """That text, and as much behind it as a hole may take, to the end of a line."""
+    def line_start(self) -> int:
+        """The start of the line in which the text begins."""
+        return self.text.rfind("\n", 0, self.within.start) + 1
+
+    @property
+    def stop(self) -> int:
+        """The end of a line up to which a hole may reach."""
         end = self.text.find("\n", self.within.stop + self.limit)
-        return self.text[self.within.start : end if end >= 0 else len(self.text)]
+        return end if end >= 0 else len(self.text)
 
 
 Span = tuple[int, int]
@@ -87,9 +97,11 @@ def draw_hole(
 ) -> Split:
     """A hole of a kind. Arguments as those of `splits.split`, which cuts the kinds that are not in CUTS."""
     if kind in CUTS:
-        place = Place(text, language, within or range(len(text)), max_characters or len(text))
-        if span := CUTS[kind](place, draw):
-            return Split(*span, kind)
+        within = within or range(len(text))
+        around = range(max(0, within.start - AROUND), min(len(text), within.stop + AROUND))
+        for begin in (within, around):
+            if span := CUTS[kind](Place(text, language, begin, max_characters or len(text)), draw):
+                return Split(*span, kind)
         kind = "characters"
     return splits.split(text, language, draw, {kind: 1.0}, within, max_characters)
 
@@ -126,17 +138,17 @@ def _typed_word(place: Place, draw: Draw) -> Span | None:
 
     The language server takes a word that the cursor cuts out of the prompt, and the answer begins with it.
     """
-    words = [match.span() for match in _TYPED.finditer(place.part)]
-    if not words:
+    text, within = place.text, place.within
+    starts = [match.start() for match in _TYPED.finditer(text, within.start, within.stop)]
+    if not starts:
         return None
-    start, end = words[draw.below(len(words))]
+    start = starts[draw.below(len(starts))]
+    word, rest = _TYPED.match(text, start), _REST_OF_LINE.match(text, start)
+    assert word and rest  # the first was found just now, the other matches any text
     share = draw.uniform()
     if share < 0.5:
-        line_end = place.reach.find("\n", end)
-        end = line_end if line_end >= 0 else len(place.reach)
-    elif share < 0.75:
-        end = start + 1 + draw.below(end - start)
-    return place.within.start + start, place.within.start + end
+        return start, rest.end()
+    return start, word.end() if share < 0.75 else word.start(1) + 1 + draw.below(len(word[1]))
 
 
 # ----------------------------------------------------------------------------------------------------- lines
@@ -158,26 +170,28 @@ def _line_break(place: Place, draw: Draw) -> Span | None:
 
 def _indentation(place: Place, draw: Draw) -> Span | None:
     """From inside a line's indentation to the end of that line or, as often, of one of the ten after it."""
-    indented = [match.span() for match in _INDENTATION.finditer(place.part)]
+    indented = [
+        match.span() for match in _INDENTATION.finditer(place.text, place.line_start, place.within.stop)
+    ]
     if not indented:
         return None
     line, end = indented[draw.below(len(indented))]
     start = line + draw.below(end - line)
-    lines = line_spans(place.reach[line:])[: 1 if draw.uniform() < 0.5 else MAX_LINES]
-    end = line + lines[log_uniform(draw, len(lines)) - 1][1]
-    return place.within.start + start, place.within.start + end
+    lines = line_spans(place.text[line : place.stop])[: 1 if draw.uniform() < 0.5 else MAX_LINES]
+    return start, line + lines[log_uniform(draw, len(lines)) - 1][1]
 
 
 def _draw_lines(place: Place, draw: Draw) -> Span | None:
-    """(start, end before the line break) of one to ten lines that are not blank; the first begins in
-    `within`."""
-    lines = line_spans(place.reach)
-    firsts = sum(start < len(place.within) for start, _ in lines)
+    """(start, end before the line break) of one to ten lines that are not blank; the first begins or
+    goes on in `within`."""
+    base = place.line_start
+    lines = line_spans(place.text[base : place.stop])
+    firsts = sum(base + start < place.within.stop for start, _ in lines)
     if not firsts:
         return None
     first = draw.below(firsts)
     count = log_uniform(draw, min(MAX_LINES, len(lines) - first))
-    return place.within.start + lines[first][0], place.within.start + lines[first + count - 1][1]
+    return base + lines[first][0], base + lines[first + count - 1][1]
 
 
 # ---------------------------------------------------------------------------------------------------- syntax
