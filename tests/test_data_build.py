@@ -488,7 +488,7 @@ EDITOR = replace(
     length=512,
     shard_bytes=20_000,
     window=(64, 159),
-    stride=150,
+    stride=80,
     context_rate=0.5,
     context_tokens=200,
 )
@@ -501,9 +501,11 @@ def languages(tmp_path_factory):
     (root / "pkg").mkdir(parents=True)
     for at in range(12):
         (root / "pkg" / f"m{at}.py").write_text(python_file(draw, at, range(at)))
+    words = ["get", "grow", "leaf", "root", "sum", "size", "left", "right", "depth", "count"]
     for name in ("Tree", "TreeTest"):
         body = "".join(
-            f"    int get{i}(int a) {{\n        return a + {draw.random()};\n    }}\n" for i in range(60)
+            f"  int {word}{at}(int {word}) {{\n    return {word} + {draw.choice(words)}({at});\n  }}\n"
+            for at, word in enumerate(draw.choices(words, k=60))
         )
         (root / f"{name}.java").write_text(f"class {name} {{\n{body}}}\n")
     return root
