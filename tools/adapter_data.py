@@ -1,6 +1,7 @@
 """The corpus of the default model's adapter: pinned packages -> archives -> rows for each phase.
 
-    python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, extends the list
+    python tools/adapter_data.py pin pypi|npm NAME[==VERSION]...     # fetches, hashes, extends the list
+    python tools/adapter_data.py pin debian NAME==VERSION...         # sources of Go and Rust, of Debian 12
     python tools/adapter_data.py fetch                               # fetches the list, checks the hashes
     python tools/adapter_data.py rows all --data BENCHMARKS          # rows of the first edition's phases
     python tools/adapter_data.py rows second --data BENCHMARKS       # rows of the second edition
@@ -17,6 +18,8 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +119,8 @@ _FROM_K = "# for phases K and L:"
 # Packages in other languages than Python, after the next such line, are the second edition's alone.
 _FROM_SECOND = "# for the second edition:"
 _OF_K, _, _OF_SECOND = LIST.read_text().partition(_FROM_K)[2].partition(_FROM_SECOND)
-_MORE, _OTHERS = ({line.split()[1] for line in part.splitlines() if line} for part in (_OF_K, _OF_SECOND))
+_MORE = {line.split()[1] for line in _OF_K.splitlines() if line}
+_OTHERS = {tuple(line.split()[:2]) for line in _OF_SECOND.splitlines() if line}
 ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
 
 
@@ -189,7 +193,32 @@ def from_npm(name: str, version: str, folder: Path) -> Path:
     return folder / packed.stdout.split()[-1]
 
 
-REGISTRIES = {"pypi": from_pypi, "npm": from_npm}
+def from_debian(name: str, version: str, folder: Path) -> Path:
+    """Packs the sources in a package of Go or Rust as a tar, whose bytes depend on the package alone.
+
+    Debian's statement of the copyright becomes the licence file.
+    """
+    out = folder / f"{name}_{version}.tar"
+    with tempfile.TemporaryDirectory() as temporary:
+        subprocess.run(
+            ["apt-get", "download", "-q", f"{name}={version}"], cwd=temporary, check=True, capture_output=True
+        )
+        tree = Path(temporary) / "tree"
+        subprocess.run(["dpkg-deb", "-x", next(Path(temporary).glob("*.deb")), tree], check=True)
+        files = {Path("LICENSE"): tree / "usr/share/doc" / name / "copyright"}
+        for root in (tree / "usr/share/gocode/src", tree / "usr/share/cargo/registry"):
+            files |= {file.relative_to(root): file for file in root.rglob("*") if file.is_file()}
+        with tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as archive:
+            for path, file in sorted(files.items()):
+                if not file.is_symlink():
+                    entry = tarfile.TarInfo(f"{name}/{path}")
+                    entry.size = file.stat().st_size
+                    with file.open("rb") as data:
+                        archive.addfile(entry, data)
+    return out
+
+
+REGISTRIES = {"pypi": from_pypi, "npm": from_npm, "debian": from_debian}
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -254,7 +283,8 @@ def packages_of(phase: str) -> list[Package]:
     return [
         package
         for package in packages()
-        if (package.name in ONLY[phase] if phase in ONLY else package.name not in _MORE | _OTHERS)
+        if (package.registry, package.name) not in _OTHERS
+        and (package.name in ONLY[phase] if phase in ONLY else package.name not in _MORE)
     ]
 
 
