@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -194,10 +195,7 @@ def from_npm(name: str, version: str, folder: Path) -> Path:
 
 
 def from_debian(name: str, version: str, folder: Path) -> Path:
-    """Packs the sources in a package of Go or Rust as a tar, whose bytes depend on the package alone.
-
-    Debian's statement of the copyright becomes the licence file.
-    """
+    """Packs the sources in a package of Go or Rust as a tar, whose bytes depend on the package alone."""
     out = folder / f"{name}_{version}.tar"
     with tempfile.TemporaryDirectory() as temporary:
         subprocess.run(
@@ -205,7 +203,9 @@ def from_debian(name: str, version: str, folder: Path) -> Path:
         )
         tree = Path(temporary) / "tree"
         subprocess.run(["dpkg-deb", "-x", next(Path(temporary).glob("*.deb")), tree], check=True)
-        files = {Path("LICENSE"): tree / "usr/share/doc" / name / "copyright"}
+        licence = tree / "LICENSE"
+        licence.write_text(debian_licence((tree / "usr/share/doc" / name / "copyright").read_text()))
+        files = {Path("LICENSE"): licence}
         for root in (tree / "usr/share/gocode/src", tree / "usr/share/cargo/registry"):
             files |= {file.relative_to(root): file for file in root.rglob("*") if file.is_file()}
         with tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as archive:
@@ -216,6 +216,27 @@ def from_debian(name: str, version: str, folder: Path) -> Path:
                     with file.open("rb") as data:
                         archive.addfile(entry, data)
     return out
+
+
+def debian_licence(copyright: str) -> str:
+    """The licence of a package's own files in Debian's statement of the copyright: that of "Files: *".
+
+    Raises ValueError where the statement has no such part, as old ones do.
+    """
+    paragraphs = [paragraph.lstrip("\n") for paragraph in copyright.split("\n\n")]
+    names = [
+        match[1]
+        for each in paragraphs
+        if re.match(r"Files:\s*\*\s*$", each, re.M) and (match := re.search(r"^License:[ ]*(.+)", each, re.M))
+    ]
+    texts = [
+        match[1]
+        for each in paragraphs
+        if names and (match := re.search(rf"^License:[ ]*{re.escape(names[0])}\n((?:\s.+\n?)+)", each, re.M))
+    ]
+    if not texts:
+        raise ValueError('its statement of the copyright has no licence of "Files: *"')
+    return texts[0]
 
 
 REGISTRIES = {"pypi": from_pypi, "npm": from_npm, "debian": from_debian}
