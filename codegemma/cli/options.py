@@ -37,6 +37,7 @@ FLAGS = {  # of parameters whose flag is not their name
     "as_json": ("--json",),
     "z": ("--z-loss",),
     "alpha": ("--lora-alpha",),
+    "even_languages": ("--even-languages/--no-even",),  # on and off, in 40 columns
 }
 METAVARS: dict[Any, str] = {
     kind: name
@@ -171,8 +172,7 @@ def _option(name: str, kind: Any, default: Any, texts: ChainMap[str, Any]) -> in
     info: Any = Argument() if required else Option()
     if get_origin(kind) is Annotated:
         kind, info = kind.__origin__, copy(kind.__metadata__[0])
-    is_flag_pair = default is True or kind == (bool | None)  # for these, Typer makes --NAME and --no-NAME
-    if isinstance(info, type(Option())) and not is_flag_pair:
+    if isinstance(info, type(Option())) and default is not True:  # for True, Typer makes --NAME and --no-NAME
         info.param_decls = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
     info.default = ... if required else default
     text = texts[name]

@@ -251,7 +251,7 @@ class _ExampleMaker:
             offset += len(piece)
 
     def window(self, within: range, draw: Draw, tokens: tuple[int, int]) -> Example | None:
-        """A window whose hole begins in text[within], or near it; None where no hole fits the tokens drawn for it.
+        """A window whose hole begins in text[within] or near it; None where no hole fits its tokens.
 
         Where files stand in front of it, it begins with its path, as in the language server's prompts.
         """

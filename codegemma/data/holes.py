@@ -20,8 +20,8 @@ from codegemma.data.splits import Kind, Split, line_spans, log_uniform, to_chara
 if TYPE_CHECKING:
     import tree_sitter
 
-# Nearly half random characters (half of these in a line), 30 % syntax, 20 % lines, and a rest that is empty or
-# about a word (arXiv 2207.14255, 2506.00204).
+# Nearly half random characters (most of these in a line), 30 % syntax, 20 % lines, and a word that was begun
+# (arXiv 2207.14255, 2506.00204).
 EDITOR_HOLES: dict[Kind, float] = {
     "characters": 0.13,
     "line characters": 0.17,
