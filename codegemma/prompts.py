@@ -61,6 +61,7 @@ _OLLAMA_TURN = (
     "<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
     "<start_of_turn>model\n"
 )
+MAX_FILE_CHARACTERS = 8_000  # of a context file, from its start, where imports and declarations are
 # The bytes inside a UTF-8 character, after its first.
 _CONTINUATION = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))
 
@@ -186,12 +187,17 @@ def encode_parts(
     return Parts(encode(prefix), encode(suffix), _path_line(tokenizer, path), files)
 
 
+def file_head(text: str, limit: int = MAX_FILE_CHARACTERS) -> str:
+    """The part of a context file that stands in a prompt: whole lines from its start, at most `limit`
+    characters."""
+    return text if len(text) <= limit else text[: text.rfind("\n", 0, limit) + 1]
+
+
 def assemble(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> Prompt:
     """Joins the parts of a FIM prompt. Raises ValueError where the layout needs FIM ids that the vocabulary
     lacks."""
-    spans: list[tuple[Label, Ids]] = [("bos", _optional(tokenizer.control.bos))]
-    spans += [("context", ids) for ids in parts.context]
-    return _prompt(spans + _fim_spans(tokenizer, parts, layout), fim_stops(tokenizer))
+    bos: tuple[Label, Ids] = ("bos", _optional(tokenizer.control.bos))
+    return _prompt([bos, *_document_spans(tokenizer, parts, layout)], fim_stops(tokenizer))
 
 
 def fim_training(
@@ -202,8 +208,11 @@ def fim_training(
     path: str | None = None,
     layout: Layout = "psm",
     terminator: Literal["file_separator", "eos"] = "file_separator",
+    context: Sequence[File] = (),
 ) -> Prompt:
-    """A training document, without <bos>. Layout "prefix" is a document that is not split: it has no suffix.
+    """A training document, without <bos>, behind its context files, as in the prompt of `fim`.
+
+    Layout "prefix" is a document that is not split: it has no suffix.
 
     Raises ValueError on a suffix in layout "prefix" and on a vocabulary without the control ids."""
     if layout == "prefix" and suffix:
@@ -211,7 +220,7 @@ def fim_training(
     end = getattr(tokenizer.control, terminator)
     if end is None:
         raise ValueError(f"this vocabulary has no {terminator} to end a document: use CodeGemma's or Gemma's")
-    spans = _fim_spans(tokenizer, encode_parts(tokenizer, prefix, suffix, path), layout)
+    spans = _document_spans(tokenizer, encode_parts(tokenizer, prefix, suffix, path, context), layout)
     spans += [("middle", tokenizer.encode(middle)), ("terminator", [end])]
     return _prompt(spans, fim_stops(tokenizer))
 
@@ -361,9 +370,10 @@ def _edge(tokenizer: Tokenizer, ids: Ids, near: range, reach: range, default: in
     return default
 
 
-def _fim_spans(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> list[tuple[Label, Ids]]:
+def _document_spans(tokenizer: Tokenizer, parts: Parts, layout: Layout) -> list[tuple[Label, Ids]]:
     control = tokenizer.control
-    spans: list[tuple[Label, Ids]] = [("path", parts.path)]
+    spans: list[tuple[Label, Ids]] = [("context", ids) for ids in parts.context]
+    spans += [("path", parts.path)]
     if layout == "prefix":
         return [*spans, ("prefix", parts.prefix)]
     if layout not in _ORDERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -174,3 +175,44 @@ def test_a_choice_keeps_whole_segments_of_one_layout(cache, monkeypatch):
         "prefix",
     }
     assert "| S | a sample: all of A1; at most 120 tokens | 100% |" in adapter_card.data(cache, [], "")
+
+
+def test_packages_of_the_second_edition_are_its_own_and_in_no_measurement():
+    from codegemma.data import licences
+
+    first, more, second = (
+        {tuple(line.split()[:2]) for line in part.splitlines() if line and line[0] != "#"}
+        for part in re.split("^# for .*$", adapter_data.LIST.read_text(), flags=re.M)
+    )
+    assert not second & (first | more) and len(second) >= 60
+
+    def names(phase):
+        return {(package.registry, package.name) for package in adapter_data.packages_of(phase)}
+
+    assert (names("f"), names("k"), names("second")) == (first, more, first | more | second)
+    measured = Path(__file__).parents[1] / "benchmarks" / "cursor_packages.txt"
+    lines = [line.split() for line in measured.read_text().splitlines() if line[0] != "#"]
+    assert not {(registry, name) for _, registry, name, _ in lines} & second
+    for package in adapter_data.packages():
+        if (package.registry, package.name) in second:
+            licence = package.licence.strip("_").replace("_", " ")
+            assert licences.allowed(licence, licences.permissive()), package.name
+    held_out = {
+        (adapter_data.PHASES[phase].seed, adapter_data.PHASES[phase].hold_out) for phase in ("f", "second")
+    }
+    assert len(held_out) == 1  # the same repositories
+
+
+def test_the_licence_of_a_debian_package_is_that_of_its_own_files():
+    text = (
+        "Format: https://example.org\nUpstream-Name: x\n\nFiles: *\nCopyright: 2020 A\nLicense: Expat\n\n"
+        "Files: debian/*\nCopyright: 2021 B\nLicense: GPL-2+\n\nLicense: GPL-2+\n This is free software.\n\n"
+        "License: Expat\n Permission is hereby granted\n .\n free of charge\n"
+    )
+    assert (
+        " ".join(adapter_data.debian_licence(text).split()) == "Permission is hereby granted . free of charge"
+    )
+    inline = "Files: *\nCopyright: A\nLicense: Zlib\n Take it.\n\nLicense: GPL-2+\n No.\n"
+    assert adapter_data.debian_licence(inline) == " Take it."
+    with pytest.raises(ValueError, match="no licence of"):
+        adapter_data.debian_licence("This package was debianized by somebody.\n")

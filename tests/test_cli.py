@@ -37,7 +37,7 @@ from codegemma.cli.evals import RunOptions
 from codegemma.cli.options import SamplingOptions
 from codegemma.cli.train import PlanOptions, SettingsOptions
 from codegemma.config import PRESETS
-from codegemma.data.recipe import BuildRecipe
+from codegemma.data.recipe import BuildRecipe, named_recipe
 from codegemma.evals.run import EvalSettings
 from codegemma.extras import install_command
 from codegemma.generate.cache import PrefixCache
@@ -123,7 +123,18 @@ def test_every_text_of_the_help_has_its_option():
 def test_options_have_the_defaults_of_the_settings_that_they_fill():
     """Defaults are written in both places because --help must not import the modules that do the work."""
     assert SamplingOptions().sampling() == codegemma.Sampling()
-    assert RecipeOptions().recipe() == BuildRecipe()
+    assert RecipeOptions().build_recipe() == BuildRecipe()
+    assert RecipeOptions("codegemma").build_recipe() == named_recipe("codegemma")
+    given = RecipeOptions(
+        "editor", spm_rate=0.5, kinds="node=0.4,empty=0.6", window="64:99", even_languages=False
+    )
+    assert given.build_recipe() == replace(
+        named_recipe("editor"),
+        spm_rate=0.5,
+        kinds=(("empty", 0.6), ("node", 0.4)),
+        window=(64, 99),
+        even_languages=False,
+    )
     for options_type, settings_type, different in (
         (SettingsOptions, TrainingSettings, {"learning_rate", "remat"}),
         (PlanOptions, TrainingPlan, {"out"}),
@@ -446,6 +457,14 @@ def test_what_a_model_was_not_made_for(run, gguf, base_model):
         (
             ["data", "build", "{here}", "--out", "{here}.rows", "--window", "5"],
             "window must look like 64:160",
+        ),
+        (
+            ["data", "build", "{here}", "--out", "{here}.rows", "--recipe", "fast"],
+            "recipe must be one of default, codegemma, editor, got 'fast'",
+        ),
+        (
+            ["data", "build", "{here}", "--out", "{here}.rows", "--kinds", "node"],
+            "kinds must look like node=0.4,characters=0.6, got 'node'",
         ),
         (["train", "{here}", "--full", "--qlora"], "pass one of them"),
         (["convert", "{here}", "{here}.gguf"], "is neither GGUF"),

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import string
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +33,7 @@ from vocabularies import small
 from codegemma.data import build, dedup, engines, fim, pack, report, show, splits, stages
 from codegemma.data.clean import Cleaner
 from codegemma.data.documents import Document
-from codegemma.data.recipe import BuildRecipe
+from codegemma.data.recipe import BuildRecipe, named_recipe
 from codegemma.data.sources import expand, read
 from codegemma.prompts import parse_fim
 from codegemma.tokenizer import Tokenizer
@@ -263,6 +265,25 @@ def kept_in_memory(documents, benchmarks, threshold):
     return {documents[at].name for at in first.values() if at not in near}
 
 
+@pytest.mark.parametrize(
+    ("changes", "golden"),
+    [
+        ({}, "c8476f310b04300f"),
+        ({"length": 160, "window": (64, 159), "stride": 300, "path_rate": 0.5}, "77d0649b84fb402c"),
+    ],
+)
+def test_recipes_without_kinds_keep_their_rows(changes, golden, corpus, tokenizer, tmp_path):
+    """The rows of the version that had no named recipes: tokens, loss, segments and splits."""
+    build.build(sources_of(corpus), tmp_path / "out", tokenizer, replace(RECIPE, **changes))
+    rows, hashed = pack.Rows(tmp_path / "out"), hashlib.sha256()
+    for number in range(len(rows)):
+        for array in rows[number].values():
+            hashed.update(array.tobytes())
+        for record in rows.examples(number):
+            hashed.update(json.dumps(record | {"source": "", "commit": ""}, sort_keys=True).encode())
+    assert hashed.hexdigest()[:16] == golden
+
+
 def test_shards_agree_with_a_twin_in_memory(built, corpus):
     documents = [
         cleaned
@@ -460,6 +481,117 @@ def test_windows_and_what_is_held_out(corpus, tokenizer, tmp_path):
     for at in range(len(rows)):  # each window of code is a segment of its own
         segments = [record["segment"] for record in rows.examples(at) if record["kind"] == "code"]
         assert len(segments) == len(set(segments))
+
+
+EDITOR = replace(
+    named_recipe("editor"),
+    length=512,
+    shard_bytes=20_000,
+    window=(64, 159),
+    stride=80,
+    context_rate=0.5,
+    context_tokens=200,
+)
+
+
+@pytest.fixture(scope="module")
+def languages(tmp_path_factory):
+    """A checkout with Python, a tenth as much Java, and a test beside what it tests."""
+    root, draw = tmp_path_factory.mktemp("languages") / "app", random.Random(3)
+    (root / "pkg").mkdir(parents=True)
+    for at in range(12):
+        (root / "pkg" / f"m{at}.py").write_text(python_file(draw, at, range(at)))
+    words = ["get", "grow", "leaf", "root", "sum", "size", "left", "right", "depth", "count"]
+    for name in ("Tree", "TreeTest"):
+        body = "".join(
+            f"  int {word}{at}(int {word}) {{\n    return {word} + {draw.choice(words)}({at});\n  }}\n"
+            for at, word in enumerate(draw.choices(words, k=60))
+        )
+        (root / f"{name}.java").write_text(f"class {name} {{\n{body}}}\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def editor_rows(languages, tokenizer, tmp_path_factory):
+    out = tmp_path_factory.mktemp("editor") / "rows"
+    build.build([str(languages)], out, tokenizer, EDITOR)
+    return out
+
+
+def test_the_editors_rows_have_files_in_front_and_even_languages(editor_rows, languages, tokenizer):
+    rows, seen = pack.Rows(editor_rows), Counter()
+    for number in range(len(rows)):
+        tokens_T = rows[number]["tokens"]
+        for record, texts in show.parts(rows, number):
+            seen[record["language"]] += 1
+            seen["with files"] += bool(record["context"])
+            whole = (languages / record["path"]).read_text()
+            assert "".join(texts[name] for name in ("prefix", "middle", "suffix")) in whole
+            ids = tokens_T[record["start"] : record["end"]].tolist()
+            for path in record["context"]:
+                end = ids.index(tokenizer.control.file_separator)
+                head, _, text = tokenizer.decode(ids[:end]).partition("\n")
+                assert head == path and (languages / path).read_text().startswith(text)
+                ids = ids[end + 1 :]
+            assert ids.count(tokenizer.control.file_separator) == 1
+            if record["path"] == "TreeTest.java":
+                assert record["context"] in ([], ["Tree.java"])
+            if record["path"] == "pkg/m1.py":  # which imports m0.py
+                seen["import"] += "pkg/m0.py" in record["context"]
+                assert "pkg/m0.py" not in record["context"][:-1]
+    total = seen["python"] + seen["java"]
+    assert total > 100 and seen["import"] and abs(seen["java"] / total - 0.5) < 0.1
+    assert abs(seen["with files"] / total - 0.5) < 0.12
+    counts = json.loads((editor_rows / "manifests" / "rows.json").read_text())["counts"]
+    assert counts["language java"] == seen["java"]
+    assert sum(n for label, n in counts.items() if label.startswith("context ")) == total
+    fim_examples = counts["layout psm"] + counts["layout spm"]
+    for name in ("begins ", "ends "):
+        assert sum(n for label, n in counts.items() if label.startswith(name)) == fim_examples
+
+
+def test_the_editors_rows_have_the_same_bytes_for_workers_and_after_a_stop(
+    editor_rows, languages, tokenizer, tmp_path
+):
+    build.build([str(languages)], tmp_path / "two", tokenizer, EDITOR, workers=2)
+    assert digest(tmp_path / "two") == digest(editor_rows)
+
+    def stop(stage, done, total):
+        if stage == "rows":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build.build([str(languages)], tmp_path / "stopped", tokenizer, EDITOR, progress=stop)
+    build.build([str(languages)], tmp_path / "stopped", tokenizer, EDITOR, resume=True)
+    assert digest(tmp_path / "stopped") == digest(editor_rows)
+
+
+def test_the_report_has_each_kind_of_hole(editor_rows):
+    page = report.report(editor_rows).read_text()
+    (editor_rows / "report.html").unlink()
+    rows = pack.Rows(editor_rows)
+    kinds = {record["boundary"] for number in range(len(rows)) for record in rows.examples(number)}
+    assert len(kinds) > 10
+    titles = re.findall("<h3>(.*?)</h3>", page.partition("<h2>An example of each kind of hole")[2])
+    assert titles == sorted(kinds)
+    for title in ("What holes begin with", "Where holes end", "Languages of the examples"):
+        assert re.search(f"<figcaption>{title}</figcaption><svg", page)
+    assert "blanks in an indentation" in page and "; behind " in page
+
+
+def test_a_folder_of_an_older_version_is_complete(built, corpus, tokenizer, tmp_path):
+    """Its recipe lacks the fields that are newer than it, which had the defaults of today."""
+    out = tmp_path / "old"
+    shutil.copytree(built, out)
+    recipe = json.loads((out / "recipe.json").read_text())
+    for name in ("kinds", "context_rate", "context_tokens", "even_languages"):
+        del recipe[name]
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    benchmarks = [corpus / "toy.jsonl"]
+    assert build.build(sources_of(corpus), out, tokenizer, RECIPE, benchmarks=benchmarks, resume=True).rows
+    with pytest.raises(ValueError, match="built with another recipe: kinds"):
+        changed = replace(RECIPE, kinds=(("node", 1.0),))
+        build.build(sources_of(corpus), out, tokenizer, changed, benchmarks=benchmarks, resume=True)
 
 
 def test_mix_gives_the_shares_of_tokens(corpus, tokenizer, tmp_path):

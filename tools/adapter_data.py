@@ -1,8 +1,10 @@
 """The corpus of the default model's adapter: pinned packages -> archives -> rows for each phase.
 
-    python tools/adapter_data.py pin [pypi|npm] NAME[==VERSION]...   # fetches, hashes, extends the list
+    python tools/adapter_data.py pin pypi|npm NAME[==VERSION]...     # fetches, hashes, extends the list
+    python tools/adapter_data.py pin debian NAME==VERSION...         # sources of Go and Rust, of Debian 12
     python tools/adapter_data.py fetch                               # fetches the list, checks the hashes
-    python tools/adapter_data.py rows all --data BENCHMARKS          # rows of all phases, or of those named
+    python tools/adapter_data.py rows all --data BENCHMARKS          # rows of the first edition's phases
+    python tools/adapter_data.py rows second --data BENCHMARKS       # rows of the second edition
 
 Files are written under --cache (~/.cache/codegemma/adapter), to archives/ and rows/PHASE. READY there lists
 the finished phases.
@@ -14,8 +16,11 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +37,9 @@ from codegemma.data.documents import CODE_LANGUAGES, Document
 from codegemma.data.draw import Draw
 from codegemma.data.folder import BuildFolder
 from codegemma.data.pack import Packed, Rows, fit, places, save
-from codegemma.data.recipe import BuildRecipe
+from codegemma.data.recipe import BuildRecipe, named_recipe
 from codegemma.data.sources import Source, read
+from codegemma.data.syntax import GRAMMARS
 from codegemma.files import atomic_write, cache_dir
 
 CACHE = cache_dir() / "adapter"
@@ -81,6 +87,19 @@ PHASES |= {
     "k": replace(PHASES["f"], epoch=14, stride=3000),
     "l": replace(PHASES["g"], epoch=15, stride=3000),
 }
+_FIRST_EDITION = tuple(PHASES)
+# The second edition: the editor's recipe over all packages, in languages that have a grammar. With the seed
+# and share of the phases above it holds out the repositories that they do.
+PHASES |= {
+    "second": replace(
+        named_recipe("editor"),
+        epoch=20,
+        stride=500,
+        loss=("middle", "prefix", "terminator"),
+        languages=tuple(sorted(GRAMMARS)),
+        hold_out=0.03,
+    )
+}
 # Packages of small functions with docstrings, such as people ask for; libraries have few.
 _SMALL = {
     "algorithms",
@@ -98,7 +117,11 @@ _SMALL = {
 }
 # More packages of that kind: those after this line of the list. Phases before K do not use them.
 _FROM_K = "# for phases K and L:"
-_MORE = {line.split()[1] for line in LIST.read_text().partition(_FROM_K)[2].splitlines() if line}
+# Packages in other languages than Python, after the next such line, are the second edition's alone.
+_FROM_SECOND = "# for the second edition:"
+_OF_K, _, _OF_SECOND = LIST.read_text().partition(_FROM_K)[2].partition(_FROM_SECOND)
+_MORE = {line.split()[1] for line in _OF_K.splitlines() if line}
+_OTHERS = {tuple(line.split()[:2]) for line in _OF_SECOND.splitlines() if line}
 ONLY = dict.fromkeys("deh", _SMALL) | dict.fromkeys("kl", _MORE)
 
 
@@ -171,7 +194,52 @@ def from_npm(name: str, version: str, folder: Path) -> Path:
     return folder / packed.stdout.split()[-1]
 
 
-REGISTRIES = {"pypi": from_pypi, "npm": from_npm}
+def from_debian(name: str, version: str, folder: Path) -> Path:
+    """Packs the sources in a package of Go or Rust as a tar, whose bytes depend on the package alone."""
+    out = folder / f"{name}_{version}.tar"
+    with tempfile.TemporaryDirectory() as temporary:
+        subprocess.run(
+            ["apt-get", "download", "-q", f"{name}={version}"], cwd=temporary, check=True, capture_output=True
+        )
+        tree = Path(temporary) / "tree"
+        subprocess.run(["dpkg-deb", "-x", next(Path(temporary).glob("*.deb")), tree], check=True)
+        licence = tree / "LICENSE"
+        licence.write_text(debian_licence((tree / "usr/share/doc" / name / "copyright").read_text()))
+        files = {Path("LICENSE"): licence}
+        for root in (tree / "usr/share/gocode/src", tree / "usr/share/cargo/registry"):
+            files |= {file.relative_to(root): file for file in root.rglob("*") if file.is_file()}
+        with tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as archive:
+            for path, file in sorted(files.items()):
+                if not file.is_symlink():
+                    entry = tarfile.TarInfo(f"{name}/{path}")
+                    entry.size = file.stat().st_size
+                    with file.open("rb") as data:
+                        archive.addfile(entry, data)
+    return out
+
+
+def debian_licence(copyright: str) -> str:
+    """The licence of a package's own files in Debian's statement of the copyright: that of "Files: *".
+
+    Raises ValueError where the statement has no such part, as old ones do.
+    """
+    paragraphs = [paragraph.lstrip("\n") for paragraph in copyright.split("\n\n")]
+    names = [
+        match[1]
+        for each in paragraphs
+        if re.match(r"Files:\s*\*\s*$", each, re.M) and (match := re.search(r"^License:[ ]*(.+)", each, re.M))
+    ]
+    texts = [
+        match[1]
+        for each in paragraphs
+        if names and (match := re.search(rf"^License:[ ]*{re.escape(names[0])}\n((?:\s.+\n?)+)", each, re.M))
+    ]
+    if not texts:
+        raise ValueError('its statement of the copyright has no licence of "Files: *"')
+    return texts[0]
+
+
+REGISTRIES = {"pypi": from_pypi, "npm": from_npm, "debian": from_debian}
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -231,10 +299,13 @@ def _pin_all(registry: str, names: list[str], folder: Path) -> None:
 
 def packages_of(phase: str) -> list[Package]:
     """The packages that a phase draws its rows from."""
+    if phase not in _FIRST_EDITION:
+        return packages()
     return [
         package
         for package in packages()
-        if (package.name in ONLY[phase] if phase in ONLY else package.name not in _MORE)
+        if (package.registry, package.name) not in _OTHERS
+        and (package.name in ONLY[phase] if phase in ONLY else package.name not in _MORE)
     ]
 
 
@@ -353,7 +424,7 @@ def main() -> None:
     if args.verb == "pin":
         _pin_all(args.registry, args.names, archives)
     elif args.verb == "rows":
-        for phase in [*PHASES, *CHOICES] if "all" in args.phases else args.phases:
+        for phase in [*_FIRST_EDITION, *CHOICES] if "all" in args.phases else args.phases:
             if phase in CHOICES:
                 print(phase, choose(phase, args.cache), "rows")
                 continue

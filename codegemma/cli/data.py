@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,41 +21,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """The fields of data.recipe.BuildRecipe, as they are written on a command line."""
+    """A named recipe, and the fields of data.recipe.BuildRecipe as they are written on a command line.
 
-    fim_rate: float = 0.8
-    spm_rate: float = 0.5
-    length: int = 8192
-    seed: int = 0
-    epoch: int = 0
-    languages: str = ""
-    licences: str = "auto"
-    mix: str = ""
-    loss: str = "middle,prefix,suffix,terminator"
-    window: str = ""
-    stride: int = 4000
+    A field that is None is the named recipe's.
+    """
+
+    recipe: str = "default"
+    fim_rate: float | None = None
+    spm_rate: float | None = None
+    length: int | None = None
+    seed: int | None = None
+    epoch: int | None = None
+    languages: str | None = None
+    licences: str | None = None
+    mix: str | None = None
+    loss: str | None = None
+    window: str | None = None
+    stride: int | None = None
     suffix_limit: int | None = None
-    path_rate: float = 1.0
-    hold_out: float = 0.0
+    path_rate: float | None = None
+    kinds: str | None = None
+    context_rate: float | None = None
+    context_tokens: int | None = None
+    even_languages: bool | None = None
+    hold_out: float | None = None
 
-    def recipe(self) -> BuildRecipe:
+    def build_recipe(self) -> BuildRecipe:
         """The recipe of these options. Raises ValueError where a value cannot be read or is out of range."""
-        from codegemma.data.recipe import BuildRecipe
+        from codegemma.data.recipe import named_recipe
 
-        values: dict[str, Any] = vars(self) | {
-            "languages": _names(self.languages),
-            "mix": _shares(self.mix),
-            "loss": _names(self.loss),
-            "window": _size_range(self.window),
-        }
-        if self.licences not in ("any", "permissive", "auto"):
-            values["licences"] = _names(self.licences)
-        return BuildRecipe(**values)
+        given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        base = named_recipe(given.pop("recipe"))
+        for name, read in _READERS.items():
+            if name in given:
+                given[name] = read(given[name])
+        return replace(base, **given)
 
 
 def build(
     sources: list[str],
-    recipe: RecipeOptions,
+    options: RecipeOptions,
     out: Annotated[Path, Option()],
     tokenizer: str = DEFAULT_MODEL,
     decontaminate: list[Path] | None = None,
@@ -66,12 +72,13 @@ def build(
     """Build training rows from SOURCES."""
     from codegemma.data import build as builds
 
+    recipe = options.build_recipe()
     with Progress() as progress:
         result = builds.build(
             sources,
             out,
             load_tokenizer(tokenizer),
-            recipe.recipe(),
+            recipe,
             benchmarks=decontaminate or (),
             unsafe_rules=unsafe_rules,
             engine=engine,
@@ -136,13 +143,25 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(sorted(filter(None, text.split(","))))
 
 
-def _shares(text: str) -> tuple[tuple[str, float], ...]:
+def _licences(text: str) -> str | tuple[str, ...]:
+    return text if text in ("any", "permissive", "auto") else _names(text)
+
+
+def _mix(text: str) -> tuple[tuple[str, float], ...]:
+    return _shares("mix", "code=0.8,text=0.2", text)
+
+
+def _kinds(text: str) -> tuple[tuple[str, float], ...]:
+    return _shares("kinds", "node=0.4,characters=0.6", text)
+
+
+def _shares(name: str, example: str, text: str) -> tuple[tuple[str, float], ...]:
     """code=0.8,text=0.2 -> pairs, sorted. Raises ValueError on other forms."""
     try:
         pairs = [part.split("=") for part in text.split(",") if part]
-        return tuple(sorted((name.strip(), float(share)) for name, share in pairs))
+        return tuple(sorted((key.strip(), float(share)) for key, share in pairs))
     except ValueError:
-        raise ValueError(f"mix must look like code=0.8,text=0.2, got {text!r}") from None
+        raise ValueError(f"{name} must look like {example}, got {text!r}") from None
 
 
 def _size_range(text: str) -> tuple[int, int] | None:
@@ -154,3 +173,13 @@ def _size_range(text: str) -> tuple[int, int] | None:
     except ValueError:
         raise ValueError(f"window must look like 64:160, got {text!r}") from None
     return smallest, largest
+
+
+_READERS: dict[str, Callable[[str], Any]] = {  # of the options that are texts on the command line
+    "languages": _names,
+    "licences": _licences,
+    "mix": _mix,
+    "loss": _names,
+    "window": _size_range,
+    "kinds": _kinds,
+}

@@ -37,6 +37,7 @@ FLAGS = {  # of parameters whose flag is not their name
     "as_json": ("--json",),
     "z": ("--z-loss",),
     "alpha": ("--lora-alpha",),
+    "even_languages": ("--even-languages/--no-even",),  # on and off, in 40 columns
 }
 METAVARS: dict[Any, str] = {
     kind: name

@@ -28,7 +28,7 @@ from codegemma.data.draw import Draw
 from codegemma.data.engines import ENGINES, Engine
 from codegemma.data.folder import BuildFolder, read_table, write_array, write_json
 from codegemma.data.imports import TOP_LINES
-from codegemma.data.recipe import BuildRecipe
+from codegemma.data.recipe import BuildRecipe, even_strides
 from codegemma.data.sources import Source, expand
 from codegemma.data.stages import Task, TaskResult, total
 from codegemma.files import atomic_write, expect_only
@@ -178,7 +178,10 @@ def _prepare(folder: BuildFolder, recipe: BuildRecipe, inputs: _Inputs, resume: 
         begun = {path.name for path in (folder.work, folder.tokenizer, folder.recipe)}
         expect_only(out, begun, "a build")  # what a build leaves that is killed at its start
     if folder.index.exists():
-        before = json.loads(folder.recipe.read_text())
+        defaults = json.loads(
+            json.dumps(asdict(BuildRecipe()))
+        )  # of fields that the folder is too old to have
+        before = defaults | json.loads(folder.recipe.read_text())
         if before != state["recipe"]:
             raise ValueError(
                 f"{out} was built with another recipe: {_difference(before, state['recipe'])}; "
@@ -290,7 +293,9 @@ def _run_stages(runner: _StageRunner, sources: Sequence[Source]) -> None:
     runner.manifest(
         "order", counts=ordered.counts, files=ordered.files, edges=ordered.edges, top_lines=TOP_LINES
     )
-    rows = runner.run(stages.RowsTask, [()] * parts)
+    languages = ordered.characters_of if runner.recipe.even_languages else {}
+    strides = even_strides(languages, runner.recipe.stride)
+    rows = runner.run(stages.RowsTask, [(strides,)] * parts)
     write_ledger(runner.folder)
     index, mix = mix_rows(rows, runner.recipe)
     packed = total(rows)
@@ -298,6 +303,7 @@ def _run_stages(runner: _StageRunner, sources: Sequence[Source]) -> None:
     runner.manifest(
         "rows",
         counts=packed.counts,
+        strides=strides,
         rows=len(filled),
         rows_in_index=len(index),
         tokens=sum(filled),

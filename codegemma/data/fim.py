@@ -1,28 +1,52 @@
 """Documents -> fill-in-the-middle training examples.
 
 An example is a file, or a piece of one that fills a row. Or it is a window: a short context around a hole,
-many for each file, from which a model learns the layouts at less cost. Every choice is a Draw from the
-recipe's seed and epoch, the file and the offset.
+many for each file, from which a model learns the layouts at less cost; other files may stand in front of it,
+as in a prompt of the language server. Every choice is a Draw from the recipe's seed and epoch, the file and
+the offset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from codegemma.data.documents import Document
 from codegemma.data.draw import Draw
-from codegemma.data.splits import WINDOW_KINDS, Split, draw_lines, function_around, line_spans, split
-from codegemma.prompts import Label, Layout, fim_training, head, tail
+from codegemma.data.holes import MAY_BE_BLANK, draw_hole
+from codegemma.data.splits import (
+    KINDS,
+    WINDOW_KINDS,
+    Kind,
+    Split,
+    draw_kind,
+    draw_lines,
+    function_around,
+    line_spans,
+    split,
+)
+from codegemma.prompts import (
+    MAX_FILE_CHARACTERS,
+    File,
+    Label,
+    Layout,
+    encode_parts,
+    file_head,
+    fim_training,
+    head,
+    tail,
+)
 from codegemma.tokenizer import Tokenizer
 
 PARTS: frozenset[Label] = frozenset({"prefix", "suffix", "middle", "terminator"})
 FUNCTION_SHARE = 0.25  # of the windows show only the function around the hole
 MAX_DRAWS = 16  # attempts to draw a hole that fits its window
 MAX_CHARACTERS_PER_TOKEN = 5
+MIN_CONTEXT_TOKENS = 48  # that the files in front of a window may take
+MAX_CONTEXT_FILES = 3  # in front of a window
 
 
 @dataclass(frozen=True)
@@ -42,13 +66,16 @@ class FimRecipe:
     stride: int = 4000  # characters of code for one window
     suffix_limit: int | None = None  # each window draws a limit for its suffix, 1 to this many tokens
     path_rate: float = 1.0  # share of the windows that begin with their path
+    kinds: tuple[tuple[Kind, float], ...] = ()  # each kind's share of the holes; empty: those of splits.py
+    context_rate: float = 0.0  # share of the windows with other files in front of them
+    context_tokens: int = 640  # of these files, at most
 
     def __post_init__(self) -> None:
-        rates = {"fim-rate": self.fim_rate, "spm-rate": self.spm_rate, "path-rate": self.path_rate}
-        for name, rate in rates.items():
-            if not 0 <= rate <= 1:
+        for name in ("fim_rate", "spm_rate", "path_rate", "context_rate"):
+            if not 0 <= (rate := getattr(self, name)) <= 1:
                 raise ValueError(
-                    f"{name} must lie from 0 to 1, got {rate}: CodeGemma's are 0.8 to 0.9, 0.5 and 1"
+                    f"{name.replace('_', '-')} must lie from 0 to 1, got {rate}: CodeGemma's fim-rate is 0.8 "
+                    "to 0.9 and its spm-rate 0.5"
                 )
         if self.length < 64:
             raise ValueError(f"length must be at least 64 tokens, got {self.length}: CodeGemma reads 8192")
@@ -60,6 +87,31 @@ class FimRecipe:
         if self.stride < 1 or (self.suffix_limit is not None and self.suffix_limit < 1):
             raise ValueError(
                 f"stride and suffix-limit must be at least 1, got {self.stride} and {self.suffix_limit}"
+            )
+        self._check_kinds()
+        self._check_context()
+
+    def _check_kinds(self) -> None:
+        known = [kind for kind in get_args(Kind) if kind != "whole"]
+        if unknown := [kind for kind, _ in self.kinds if kind not in known]:
+            raise ValueError(f"kinds: {', '.join(unknown)} not known; known are {', '.join(known)}")
+        shares = [share for _, share in self.kinds]
+        if shares and (min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
+            raise ValueError(f"kinds: shares must be above 0 and add up to 1, got {dict(self.kinds)}")
+
+    def _check_context(self) -> None:
+        if not self.context_rate:
+            return
+        if not self.window:
+            raise ValueError(
+                f"context-rate {self.context_rate:g} needs a window, such as 64:256: whole files stand "
+                "behind those that they import anyway"
+            )
+        room = self.length - 1 - self.window[1]
+        if not MIN_CONTEXT_TOKENS <= self.context_tokens <= room:
+            raise ValueError(
+                f"context-tokens must lie from {MIN_CONTEXT_TOKENS} to the {room} that a row of "
+                f"{self.length} tokens leaves beside the largest window, got {self.context_tokens}"
             )
 
 
@@ -75,18 +127,24 @@ class Example:
     size: int
     split: Split
     order: int = 0  # index of the document in the packed order of its partition (see stages.py)
+    context: tuple[str, ...] = ()  # paths of the files in front
 
 
 def fim(
-    documents: Iterable[Document], tokenizer: Tokenizer, recipe: FimRecipe | None = None
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    recipe: FimRecipe | None = None,
+    related: Mapping[str, Sequence[File]] | None = None,
 ) -> Iterator[Example]:
     """Each document as examples of at most `length` - 1 tokens, since each segment begins with <bos>.
 
-    Only code is split, and only code is shown in windows. Raises ValueError for a path that fills a row.
+    Only code is split, and only code is shown in windows. `related` gives, by Document.name, the files that
+    may stand in front of a document's windows, the most relevant last. Raises ValueError for a path that
+    fills a row.
     """
     recipe = recipe or FimRecipe()
     for document in documents:
-        maker = _ExampleMaker(document, tokenizer, recipe)
+        maker = _ExampleMaker(document, tokenizer, recipe, (related or {}).get(document.name, ()))
         if recipe.window and document.kind == "code":
             yield from maker.windows(recipe.window)
         else:
@@ -105,29 +163,51 @@ def cut_at_lines(text: str, size: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _ExampleMaker:
-    """Makes the examples of one document."""
+    """Makes the examples of one document. `files` may stand in front of it, the most relevant last."""
 
     document: Document
     tokenizer: Tokenizer
     recipe: FimRecipe
+    files: Sequence[File]
 
-    def example(self, offset: int, size: int, hole: Split, path: str | None, layout: Layout) -> Example:
+    def example(
+        self,
+        offset: int,
+        size: int,
+        hole: Split,
+        path: str | None,
+        layout: Layout,
+        context: Sequence[File] = (),
+    ) -> Example:
         """document.text[offset:offset + size], split at `hole`, whose offsets count from `offset`."""
         document = self.document
         text = document.text[offset : offset + size]
         parts = text[: hole.start], text[hole.start : hole.end], text[hole.end :]
         end: Literal["file_separator", "eos"] = "file_separator" if document.kind == "code" else "eos"
-        prompt = fim_training(self.tokenizer, *parts, path, layout, end)
+        prompt = fim_training(self.tokenizer, *parts, path, layout, end, context)
         loss = [np.full(len(ids), label in self.recipe.loss) for label, ids in prompt.spans]
         learned = np.concatenate(loss)
         if self.recipe.window and layout == "prefix" and offset + size < len(document.text):
             learned[-1] = False  # a window that ends before its file does has no end to learn
-        return Example(document, np.array(prompt.ids, np.int32), learned, layout, offset, size, hole)
+        ids_T, paths = np.array(prompt.ids, np.int32), tuple(file.path for file in context)
+        return Example(document, ids_T, learned, layout, offset, size, hole, context=paths)
 
     def layout(self, draw: Draw) -> Layout:
         if draw.uniform() >= self.recipe.fim_rate:
             return "prefix"
         return "spm" if draw.uniform() < self.recipe.spm_rate else "psm"
+
+    def kind(self, draw: Draw) -> Kind | None:
+        """The kind of the next hole. None: the recipe names none, and `split` draws it."""
+        return draw_kind(draw, dict(self.recipe.kinds)) if self.recipe.kinds else None
+
+    def hole(
+        self, kind: Kind | None, text: str, draw: Draw, within: range | None = None, limit: int | None = None
+    ) -> Split:
+        language = self.document.language
+        if kind:
+            return draw_hole(text, language, draw, kind, within, limit)
+        return split(text, language, draw, WINDOW_KINDS if self.recipe.window else KINDS, within, limit)
 
     def draw(self, *key: object) -> Draw:
         return Draw(self.recipe.seed, self.document.repository, self.document.path, *key, self.recipe.epoch)
@@ -154,7 +234,7 @@ class _ExampleMaker:
         layout = self.layout(draw) if document.kind == "code" and text else "prefix"
         hole = Split(0, len(text), "whole")
         if layout != "prefix":
-            hole = split(text, document.language, draw)
+            hole = self.hole(self.kind(draw), text, draw)
         path = document.path if document.kind == "code" else None
         return self.example(offset, len(text), hole, path, layout)
 
@@ -171,11 +251,15 @@ class _ExampleMaker:
             offset += len(piece)
 
     def window(self, within: range, draw: Draw, tokens: tuple[int, int]) -> Example | None:
-        """A window whose hole begins in text[within]; None where no hole fits the tokens drawn for it."""
+        """A window whose hole begins in text[within] or near it; None where no hole fits its tokens.
+
+        Where files stand in front of it, it begins with its path, as in the language server's prompts.
+        """
         layout, text = self.layout(draw), self.document.text
         size = tokens[0] + draw.below(tokens[1] - tokens[0] + 1)
-        path = self.document.path if draw.uniform() < self.recipe.path_rate else None
-        path_tokens = len(self.tokenizer.encode(f"{path}\n")) if path else 0
+        context = self.context(within.start)
+        path = self.document.path if draw.uniform() < self.recipe.path_rate or context else None
+        path_tokens = len(self.tokenizer.encode(f"{path}\n")) if path and not context else 0
         if path_tokens >= size // 4:
             path, path_tokens = None, 0
         room = size - path_tokens - (4 if layout != "prefix" else 1)  # sentinels, terminator
@@ -183,16 +267,18 @@ class _ExampleMaker:
             start = within.start + draw_lines(line_spans(text[within.start : within.stop]), draw, 1)[0]
             ids = self.tokenizer.encode(text[start : start + MAX_CHARACTERS_PER_TOKEN * room])
             shown = len(self.tokenizer.decode(head(self.tokenizer, ids, room)))
-            return self.example(start, shown, Split(0, shown, "whole"), path, layout)
+            return self.example(start, shown, Split(0, shown, "whole"), path, layout, context)
+        kind = self.kind(draw)
         for _ in range(MAX_DRAWS):
-            hole = split(text, self.document.language, draw, WINDOW_KINDS, within, 2 * room)
+            hole = self.hole(kind, text, draw, within, 2 * room)
             middle = text[hole.start : hole.end]
-            if middle.strip() and len(middle) < MAX_CHARACTERS_PER_TOKEN * room:
+            is_allowed = middle.strip() or hole.kind in MAY_BE_BLANK
+            if is_allowed and len(middle) < MAX_CHARACTERS_PER_TOKEN * room:
                 middle_tokens = len(self.tokenizer.encode(middle))
                 if middle_tokens <= room // 2:
                     start, end = self.edges(hole, room - middle_tokens, draw)
                     hole = Split(hole.start - start, hole.end - start, hole.kind)
-                    return self.example(start, end - start, hole, path, layout)
+                    return self.example(start, end - start, hole, path, layout, context)
         return None
 
     def edges(self, hole: Split, room: int, draw: Draw) -> tuple[int, int]:
@@ -214,3 +300,36 @@ class _ExampleMaker:
         suffix = head(tokenizer, suffix, min(limit, max(share, room - len(prefix))))
         prefix = tail(tokenizer, prefix, room - len(suffix))
         return hole.start - len(tokenizer.decode(prefix)), hole.end + len(tokenizer.decode(suffix))
+
+    # --------------------------------------------------------------------------------- files in front
+    def context(self, window: int) -> tuple[File, ...]:
+        """The files in front of a window: the last of `files`, one to MAX_CONTEXT_FILES.
+
+        Each is there from its start, whole or as many lines as there is room for in the drawn number of
+        tokens, which hold the document's own path too.
+        """
+        draw = self.draw("context", window)
+        if not self.files or draw.uniform() >= self.recipe.context_rate:
+            return ()
+        most = self.recipe.context_tokens - len(self.tokenizer.encode(f"{self.document.path}\n"))
+        room = min(MIN_CONTEXT_TOKENS, most) + draw.below(max(0, most - MIN_CONTEXT_TOKENS) + 1)
+        count = 1 + draw.below(min(len(self.files), MAX_CONTEXT_FILES))
+        shown: list[File] = []
+        for remaining, file in zip(range(count, 0, -1), reversed(self.files), strict=False):
+            file, tokens = self.head_of(file, room // remaining)
+            if tokens:
+                shown.append(file)
+                room -= tokens
+        return tuple(reversed(shown))
+
+    def head_of(self, file: File, room: int) -> tuple[File, int]:
+        """The start of a file that fits `room` tokens, with its path and separator, and its tokens; 0: none
+        does."""
+        limit = min(MAX_FILE_CHARACTERS, MAX_CHARACTERS_PER_TOKEN * room)
+        while (text := file_head(file.text, limit)).strip():
+            cut = File(file.path, text)
+            tokens = len(encode_parts(self.tokenizer, "", context=[cut]).context[0])
+            if tokens <= room:
+                return cut, tokens
+            limit = min(len(text) - 1, int(len(text) * room / tokens))
+        return file, 0

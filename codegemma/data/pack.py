@@ -24,6 +24,7 @@ EXAMPLE_FIELDS = {  # columns of the table of examples, with their Arrow types
     **{"via": "string", "order": "int32", "layout": "string", "boundary": "string"},
     **dict.fromkeys(("offset", "size", "split_start", "split_end"), "int32"),
 }
+CONTEXT_FIELDS = {"context": "strings"}  # paths of the files in front; in rows that may have some
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,16 @@ def _record(example: Example) -> dict[str, Any]:
         "size": example.size,
         "split_start": hole.start,
         "split_end": hole.end,
+        "context": list(example.context),
     }
 
 
-def save(packed: Packed, folder: BuildFolder, part: int) -> None:
+def save(packed: Packed, folder: BuildFolder, part: int, has_context: bool = False) -> None:
     """Writes the files of a part: an array each of tokens, loss and segments, and the table of examples."""
+    fields = EXAMPLE_FIELDS | (CONTEXT_FIELDS if has_context else {})
     for name in ("tokens", "loss", "segments"):
         write_array(folder.rows(part, f"{name}.npy"), getattr(packed, f"{name}_RT"))
-    write_table(folder.rows(part, "examples.parquet"), packed.examples, EXAMPLE_FIELDS, row_group_size=4096)
+    write_table(folder.rows(part, "examples.parquet"), packed.examples, fields, row_group_size=4096)
 
 
 class Rows:

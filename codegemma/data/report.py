@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ MAX_BARS = 14
 MAX_SIZES = 200_000  # documents in the histogram of sizes
 MAX_GRAPHS, MAX_GRAPH_FILES = 4, 70
 MAX_EXAMPLES, MAX_EXAMPLE_CHARACTERS = 4, 1500  # of a sample row
+MAX_SAMPLED_ROWS = 200  # whose holes are measured
 
 
 # ----------------------------------------------------------------------------------------------------- plots
@@ -158,23 +159,48 @@ def _graphs(rows: Rows) -> Iterator[tuple[str, str]]:
         yield f"{repository}: the first {len(shown)} of {len(paths)} connected files", arcs(shown, pairs)
 
 
-def _sample(rows: Rows, number: int) -> dict[str, Any]:
-    """The first examples of a row, with texts cut to MAX_EXAMPLE_CHARACTERS."""
+def _sample(rows: Rows, number: int, start: int = 0) -> dict[str, Any]:
+    """The examples of a row from a token on, the first MAX_EXAMPLES, with texts cut to
+    MAX_EXAMPLE_CHARACTERS."""
     examples = []
-    for record, texts in list(parts(rows, number))[:MAX_EXAMPLES]:
+    from_start = [pair for pair in parts(rows, number) if pair[0]["start"] >= start]
+    for record, texts in from_start[:MAX_EXAMPLES]:
         cut = {name: text[:MAX_EXAMPLE_CHARACTERS] for name, text in texts.items()}
         cut["prefix"] = texts["prefix"][-MAX_EXAMPLE_CHARACTERS:]
-        examples.append(record | {"texts": cut, "why": WHY[record["boundary"]]})
+        context = record.get("context") or []
+        examples.append(record | {"texts": cut, "why": WHY[record["boundary"]], "context": context})
     return {"number": number, "examples": examples}
+
+
+def _kinds(rows: Rows) -> list[dict[str, Any]]:
+    """For each kind of hole in the sampled rows: a histogram of the middles' sizes, and an example."""
+    sizes: dict[str, list[float]] = defaultdict(list)
+    examples: dict[str, dict[str, Any]] = {}
+    for number in range(0, len(rows), max(1, len(rows) // MAX_SAMPLED_ROWS)):
+        for record in rows.examples(number):
+            kind = record["boundary"]
+            sizes[kind].append(record["split_end"] - record["split_start"])
+            if kind not in examples:
+                sample = _sample(rows, number, record["start"])
+                examples |= {each["boundary"]: each for each in sample["examples"]}
+    return [
+        {
+            "kind": kind,
+            "why": WHY[kind],
+            "sizes": histogram(sizes[kind], "characters of a middle, log scale", is_log=True),
+            "example": examples[kind],
+        }
+        for kind in sorted(sizes)
+    ]
 
 
 def _sections(rows: Rows, manifests: dict[str, Any]) -> dict[str, dict[str, str]]:
     """The figures: {title of a section: {title of a figure: SVG}}."""
     ledger, sizes = _read_ledger(rows.files)
-    splits: dict[str, dict[str, int]] = {"layout": {}, "boundary": {}}
-    for name, count in manifests["rows"]["counts"].items():
-        kind, _, value = name.partition(" ")
-        splits[kind][value] = count
+    counts: dict[str, dict[str, int]] = defaultdict(dict)
+    for label, count in manifests["rows"]["counts"].items():
+        name, _, value = label.partition(" ")
+        counts[name][value] = count
     sampled = range(0, len(rows), max(1, len(rows) // 2000))
     filled = [float((rows[number]["segments"] > 0).mean()) for number in sampled]
     timing = rows.files.timing
@@ -194,8 +220,12 @@ def _sections(rows: Rows, manifests: dict[str, Any]) -> dict[str, dict[str, str]
             "Most copied": bars(dict(ledger["copies"].most_common(10))),
         },
         "Fill in the middle": {
-            "Layouts": bars(splits["layout"]),
-            "Where splits fell": bars(splits["boundary"]),
+            "Layouts": bars(counts["layout"]),
+            "Kinds of holes": bars(counts["boundary"]),
+            "What holes begin with": bars(counts["begins"]),
+            "Where holes end": bars(counts["ends"]),
+            "Languages of the examples": bars(counts["language"]),
+            "Examples by the number of files in front": bars(counts["context"]),
         },
         "Packing": {
             "How full the rows are": histogram(filled, "share of a row's tokens that are not padding"),
@@ -232,6 +262,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         tiles=tiles,
         sections=_sections(rows, build.manifests),
         graphs=list(_graphs(rows)),
+        kinds=_kinds(rows),
         samples=[_sample(rows, number) for number in samples],
         recipe={name: json.dumps(value) for name, value in of_rows["recipe"].items()},
     )

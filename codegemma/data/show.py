@@ -18,7 +18,17 @@ WHY = {
     "whole lines": "the middle is lines with their indentation and their line breaks",
     "function end": "the middle is the last lines of a function, and nothing follows",
     "rest of line": "the middle is the rest of a line from where somebody would stop typing",
-    "characters": "the middle lies between two random characters (one split in ten)",
+    "characters": "the middle lies between two random characters",
+    "line characters": "the middle lies between two random characters of one line",
+    "natural suffix": "the middle begins at a random character, the suffix where a syntax node ends",
+    "argument": "the middle is an argument of a call, or all from one to the last",
+    "string": "the middle begins inside a string and ends in it or at its end",
+    "ten lines": "the middle is one to ten lines with their indentation and their line breaks",
+    "line break": "the middle begins with a line break and has one to ten lines",
+    "indentation": "the middle begins inside a line's indentation",
+    "typed word": "the middle begins before a word and its blank, as where the cursor cuts a word",
+    "word": "the middle begins inside a word and ends in it or at its end",
+    "empty": "the middle is empty: nothing is missing at a random character",
     "whole": "not split: the whole text is learned from left to right",
 }
 PLACED_BY = {  # the values of the column "via" of the table of examples
@@ -30,11 +40,16 @@ PARTS = ("prefix", "middle", "suffix")
 
 
 def parts(rows: Rows, number: int) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
-    """(record, {prefix, middle, suffix}) of each example of a row, read back from its ids."""
+    """(record, {prefix, middle, suffix}) of each example of a row, read back from its ids.
+
+    The files in front of an example are named in the record ("context"), and their texts left out.
+    """
     tokenizer = load_tokenizer(rows.files.tokenizer)
     tokens_T = rows[number]["tokens"]
     for record in rows.examples(number):
         ids = tokens_T[record["start"] : record["end"]].tolist()
+        for _ in record.get("context", ()):
+            ids = ids[ids.index(tokenizer.control.file_separator) + 1 :]
         fim = parse_fim(tokenizer, ids)
         if record["layout"] == "prefix":
             text = fim.prefix
@@ -64,6 +79,8 @@ def show(folder: str | Path, row: int = 0, console: Any = None) -> None:
         place = f"segment {record['segment']}, tokens {record['start']:,} to {record['end']:,}"
         origin = f"licence {record['licence'] or 'none found'}; from {record['source']}{commit}"
         console.print(Text(f"{place}; {origin}; {PLACED_BY[record['via']]}", "dim"))
+        if record.get("context"):
+            console.print(Text(f"behind {', '.join(record['context'])}", "dim"))
         console.print(Text(f"{record['layout'].upper()}: {WHY[record['boundary']]}", "italic"))
         body = Text()
         for name, style in zip(PARTS, ("cyan", "bold black on yellow", "magenta"), strict=True):

@@ -3,7 +3,7 @@
 Nine splits in ten follow syntax or lines. In whole files the suffix begins before the line break, as in an
 editor; three of the kinds for windows take the line break into the middle (WINDOW_KINDS). One split in ten
 lies between random characters: without those, models cannot infill inside a word (Bavarian et al. 2022, table
-2; AST-FIM, arXiv 2506.00204). CodeGemma's splitter is not published.
+2; AST-FIM, arXiv 2506.00204). CodeGemma's splitter is not published. Recipes with other kinds: holes.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,26 @@ if TYPE_CHECKING:
     import tree_sitter
 
 Kind = Literal[
-    "node", "siblings", "lines", "line", "whole lines", "function end", "rest of line", "characters", "whole"
-]
+    "node",
+    "siblings",
+    "lines",
+    "line",
+    "whole lines",
+    "function end",
+    "rest of line",
+    "characters",
+    "whole",
+    "line characters",
+    "natural suffix",
+    "argument",
+    "string",
+    "ten lines",
+    "line break",
+    "indentation",
+    "typed word",
+    "word",
+    "empty",
+]  # those of the last two lines are cut in holes.py
 KINDS: dict[Kind, float] = {
     "node": 0.35,
     "siblings": 0.20,
@@ -69,7 +87,7 @@ def split(
     is the one nearest to a span of at most that length, and may be longer.
     """
     within, limit = within or range(len(text)), max_characters or len(text)
-    kind = _draw_kind(draw, kinds)
+    kind = draw_kind(draw, kinds)
     if kind in ("node", "siblings"):
         tree = syntax.parse(text, language)
         low, high = (len(text[:offset].encode()) for offset in (within.start, within.stop))
@@ -92,7 +110,8 @@ def split(
     return Split(within.start + start, within.start + end, kind)
 
 
-def _draw_kind(draw: Draw, kinds: Mapping[Kind, float]) -> Kind:
+def draw_kind(draw: Draw, kinds: Mapping[Kind, float]) -> Kind:
+    """A kind, drawn by its weight; "characters" where the weights leave a share over."""
     share = draw.uniform()
     for kind, weight in kinds.items():
         if share < weight:
@@ -202,9 +221,14 @@ def line_spans(text: str) -> list[tuple[int, int]]:
 def draw_lines(spans: list[tuple[int, int]], draw: Draw, limit: int, last: bool = False) -> tuple[int, int]:
     """(start, end) of consecutive lines, or of the last ones. Their count is log-uniform, at most `limit`."""
     available = min(len(spans), limit)
-    count = max(1, min(available, int(math.exp(draw.uniform() * math.log(available + 1)))))
+    count = log_uniform(draw, available)
     first = len(spans) - count if last else draw.below(len(spans) - count + 1)
     return spans[first][0], spans[first + count - 1][1]
+
+
+def log_uniform(draw: Draw, limit: int) -> int:
+    """In 1 to `limit`, on a log scale: half of the numbers lie below the root of `limit`."""
+    return max(1, min(limit, int(math.exp(draw.uniform() * math.log(limit + 1)))))
 
 
 def _after_break(text: str, offset: int) -> int:

@@ -17,7 +17,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -26,12 +26,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from codegemma.data import clean, dedup, fim, folder, pack
+from codegemma.data.context import related_files
 from codegemma.data.documents import Decision, Document, Outcome
 from codegemma.data.draw import Draw
-from codegemma.data.folder import BuildFolder, StoredDocument, load_tokenizer, read_documents
+from codegemma.data.folder import BuildFolder, StoredDocument, load_tokenizer, read_documents, read_table
+from codegemma.data.holes import begins_with, ends_with
 from codegemma.data.recipe import BuildRecipe
 from codegemma.data.sources import Source, read
 from codegemma.data.tests_beside import group_files
+from codegemma.prompts import File
 
 
 @dataclass(kw_only=True)
@@ -52,6 +55,7 @@ class TaskResult:
     # order
     files: dict[str, int] = field(default_factory=dict)  # by the rule that placed them
     edges: int = 0
+    characters_of: dict[str, int] = field(default_factory=dict)  # of code, by language
     # rows
     examples: int = 0
     segments: int = 0
@@ -65,7 +69,7 @@ def total(results: Sequence[TaskResult]) -> TaskResult:
     sums = TaskResult()
     for name in ("documents", "characters", "edges", "examples", "segments", "learned"):
         setattr(sums, name, sum(getattr(result, name) for result in results))
-    for name in ("counts", "redacted", "files"):
+    for name in ("counts", "redacted", "files", "characters_of"):
         entries = Counter[str]()
         for result in results:
             entries.update(getattr(result, name))
@@ -293,6 +297,7 @@ class OrderTask(Task):
             counts=self.write_outcomes(outcomes),
             files=count(stored.placed_by or "" for stored in ordered),
             edges=len(edges),
+            characters_of=_code_characters(ordered),
             documents=len(ordered),
         )
 
@@ -309,6 +314,15 @@ class OrderTask(Task):
                 else:
                     documents[document.key, document.repository].append(document)
         return documents
+
+
+def _code_characters(stored: Iterable[StoredDocument]) -> dict[str, int]:
+    """The characters of code in each language."""
+    sizes = Counter[str]()
+    for document in (each.document for each in stored):
+        if document.kind == "code":
+            sizes[document.language] += len(document.text)
+    return dict(sorted(sizes.items()))
 
 
 @cache
@@ -328,18 +342,22 @@ def _unique_paths(documents: Iterable[Document], outcomes: list[Outcome]) -> lis
 
 @dataclass(frozen=True)
 class RowsTask(Task):
-    """One partition in packed order -> rows; different kinds never share a row."""
+    """One partition in packed order -> rows; different kinds never share a row.
+
+    `strides` are those of languages whose windows are not drawn with the recipe's stride.
+    """
 
     stage = "rows"
+    strides: Mapping[str, int]
 
     def run(self) -> TaskResult:
         control = load_tokenizer(self.folder.tokenizer).control
         groups = self._groups()
         kinds = [groups[kind] for kind in sorted(groups, key=lambda kind: (kind != "code", kind))]
+        labels = [label for of_kind in kinds for group in of_kind for label in _labels(group)]
         rows = pack.pack(kinds, self.recipe.length, control.bos, control.pad or 0)
-        pack.save(rows, self.folder, self.number)
+        pack.save(rows, self.folder, self.number, bool(self.recipe.context_rate))
         kind_of = {example["row"]: example["kind"] for example in rows.examples}
-        labels = [f"{name} {example[name]}" for example in rows.examples for name in ("layout", "boundary")]
         return TaskResult(
             learned=int(rows.loss_RT.sum()),
             examples=len(rows.examples),
@@ -353,6 +371,7 @@ class RowsTask(Task):
         """The examples by kind, in groups: the examples of a segment are all of one group."""
         groups: dict[str, list[pack.ExampleGroup]] = defaultdict(list)
         current: tuple[Any, ...] = ()
+        related, tokenizer = self._related(), load_tokenizer(self.folder.tokenizer)
         for stored in read_documents(self.folder.shard("order", self.number)):
             document, placed_by = stored.document, stored.placed_by or ""
             of_kind = groups[document.kind]
@@ -360,10 +379,38 @@ class RowsTask(Task):
             if group != current or placed_by == "alone":
                 of_kind.append(pack.ExampleGroup([], placed_by))
                 current = group
-            for example in fim.fim([document], load_tokenizer(self.folder.tokenizer), self.recipe):
+            stride = self.strides.get(document.language, self.recipe.stride)
+            recipe = replace(self.recipe, stride=stride)
+            for example in fim.fim([document], tokenizer, recipe, related):
                 example = replace(example, order=stored.row)
                 if self.recipe.window and document.kind == "code":  # windows do not see each other
                     of_kind.append(pack.ExampleGroup([example], placed_by))
                 else:
                     of_kind[-1].examples.append(example)
         return groups
+
+    def _related(self) -> Mapping[str, Sequence[File]]:
+        """The files that may stand in front of each document's windows, by Document.name."""
+        if not self.recipe.context_rate:
+            return {}
+        edges: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
+        for edge in read_table(self.folder.graph(self.number)).to_pylist():
+            edges[edge["repository"]][edge["source"], edge["target"]] = edge["importance"]
+        stored = read_documents(self.folder.shard("order", self.number))
+        return related_files([each for each in stored if each.document.kind == "code"], edges)
+
+
+def _labels(group: pack.ExampleGroup) -> Iterator[str]:
+    """What is counted of each example: "layout psm", "boundary node", "begins with a line break", ..."""
+    for example in group.examples:
+        yield f"layout {example.layout}"
+        yield f"boundary {example.split.kind}"
+        if example.document.kind != "code":
+            continue
+        yield f"language {example.document.language}"
+        yield f"context {len(example.context)}"
+        if example.layout != "prefix":
+            hole = example.split
+            text = example.document.text[example.offset : example.offset + example.size]
+            yield f"begins {begins_with(text[: hole.start], text[hole.start : hole.end])}"
+            yield f"ends {ends_with(text[hole.start : hole.end], text[hole.end :])}"

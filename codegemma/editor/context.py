@@ -17,12 +17,11 @@ from threading import Lock
 from codegemma.data.gitignore import is_ignored
 from codegemma.editor.buffers import Buffer, normalize
 from codegemma.extras import install_command
-from codegemma.prompts import File
+from codegemma.prompts import MAX_FILE_CHARACTERS, File, file_head
 from codegemma.safety import secrets
 
 MAX_REPOSITORY_FILES = 20_000  # that an import may lead to
 MAX_CONTEXT_CHARACTERS = 24_000  # of all other files together
-MAX_FILE_CHARACTERS = 8_000  # of one other file, from its start, where imports and declarations are
 MAX_READ_CHARACTERS = 4 * MAX_FILE_CHARACTERS  # searched for secrets, so that none is cut in half and missed
 HOLDS_CREDENTIALS = "files of this name hold credentials"  # why a file stays out of prompts
 GIT_IGNORES = "git ignores it"
@@ -86,13 +85,13 @@ class ContextFiles:
         for each in reversed(candidates):
             path, language = (each, "") if isinstance(each, Path) else (each.path, each.language)
             text = normalize(_read(each) if isinstance(each, Path) else each.slice(0, MAX_READ_CHARACTERS))
-            head = _head(secrets.redact(text))
+            head = file_head(secrets.redact(text))
             if not head.strip() or len(head) > room or (path and path == buffer.path):
                 continue
             if path and (reason := self.policy.refusal(path, language)):
                 self.log_once(f"{path} is left out of prompts: {reason}")
                 continue
-            if head != _head(text):
+            if head != file_head(text):
                 self.log_once(
                     f"{path or 'a new document'} holds a secret: prompts have a fake value in its place"
                 )
@@ -173,10 +172,3 @@ def _read(path: Path) -> str:
             return file.read(MAX_READ_CHARACTERS).decode("utf-8", "ignore")
     except OSError:
         return ""
-
-
-def _head(text: str) -> str:
-    """Whole lines from the start of a text, at most MAX_FILE_CHARACTERS."""
-    if len(text) <= MAX_FILE_CHARACTERS:
-        return text
-    return text[: text.rfind("\n", 0, MAX_FILE_CHARACTERS) + 1]
