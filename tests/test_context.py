@@ -10,7 +10,7 @@ import pytest
 
 from codegemma.editor import context
 from codegemma.editor.buffers import Buffer
-from codegemma.editor.context import MAX_CONTEXT_CHARACTERS, MAX_FILE_CHARACTERS, ContextFiles, FilePolicy
+from codegemma.editor.context import TRAINED, ContextFiles, FilePolicy
 from codegemma.prompts import File
 
 AWS = "AKIAQYLPMN5HNM4CJX2B"
@@ -150,10 +150,10 @@ def test_what_is_left_out_is_logged_once_and_all_stays_in_bounds(tmp_path):
             imports=False,
         )
     assert (
-        sum(len(file.text) for file in files) <= MAX_CONTEXT_CHARACTERS
-        and len(files) == MAX_CONTEXT_CHARACTERS // MAX_FILE_CHARACTERS
+        sum(len(file.text) for file in files) <= TRAINED.together
+        and len(files) == TRAINED.together // TRAINED.each
     )
-    assert all(file.text.endswith("\n") and len(file.text) <= MAX_FILE_CHARACTERS for file in files)
+    assert all(file.text.endswith("\n") and len(file.text) <= TRAINED.each for file in files)
     assert [file.path for file in files] == ["4.py", "5.py", "config.py"]  # the last used
     assert AWS[4:] not in files[-1].text and files[-1].text.startswith("key = 'AKIAEXAMPLE")
     assert sorted(text.split("/")[-1] for text in logged) == [
@@ -167,7 +167,7 @@ def test_a_secret_that_the_end_of_the_window_cuts_is_replaced(tmp_path):
     key = (
         "-----BEGIN PRIVATE KEY-----\n" + ("MIIEvQIBADANBgkqhkiG9w0B\n" * 60) + "-----END PRIVATE KEY-----\n"
     )
-    text = "x = 1\n" * ((MAX_FILE_CHARACTERS - 500) // 6) + f'KEY = """{key}"""\n' + "y = 2\n" * 200
+    text = "x = 1\n" * ((TRAINED.each - 500) // 6) + f'KEY = """{key}"""\n' + "y = 2\n" * 200
     (file,) = ContextFiles(FilePolicy()).collect(
         Buffer("", path=tmp_path / "a.py"), [Buffer(text, path=tmp_path / "b.py")], imports=False
     )

@@ -1272,18 +1272,24 @@ def test_what_is_worth_less_than_nothing_is_hidden_unless_asked_for(language, te
 
 
 @pytest.mark.parametrize(
-    "context, reads_files, sent", [("auto", True, True), ("auto", False, False), ("open", False, True)]
+    "context, reads_files, sizes",
+    [
+        ("auto", True, [3_000, 3_000, 8_000]),
+        ("auto", False, [2_000, 2_000]),  # which it is shown as comments
+        ("open", False, [3_000, 3_000, 8_000]),
+        ("none", True, []),
+    ],
 )
-def test_other_files_are_sent_only_where_the_model_knows_them(tmp_path, context, reads_files, sent):
+def test_a_model_gets_as_much_of_other_files_as_it_knows_to_read(tmp_path, context, reads_files, sizes):
     stub = Stub(reads_files)
-    for name in ("a.py", "b.py"):
-        (tmp_path / name).write_text(f"import {'b' if name == 'a.py' else 'os'}\n")
+    for name, size in (("a.py", 10), ("b.py", 3_000), ("c.py", 3_000), ("d.py", 9_000)):
+        (tmp_path / name).write_text("x = 1234\n\n" * (size // 10))
     with session(stub, tmp_path, context=context) as client:
-        for name in ("b.py", "a.py"):
+        for name in ("b.py", "c.py", "d.py", "a.py"):
             client.open((tmp_path / name).as_uri(), (tmp_path / name).read_text())
         client.inline((tmp_path / "a.py").as_uri(), 1, 0)
         request, _ = stub.next()
-        assert bool(request.prompt.files) == sent
+        assert [len(file.text) for file in request.prompt.files] == sizes
 
 
 def test_a_server_that_never_says_what_it_serves_costs_one_wait(monkeypatch):

@@ -10,6 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -21,11 +22,24 @@ from codegemma.prompts import MAX_FILE_CHARACTERS, File, file_head
 from codegemma.safety import secrets
 
 MAX_REPOSITORY_FILES = 20_000  # that an import may lead to
-MAX_CONTEXT_CHARACTERS = 24_000  # of all other files together
 MAX_READ_CHARACTERS = 4 * MAX_FILE_CHARACTERS  # searched for secrets, so that none is cut in half and missed
 HOLDS_CREDENTIALS = "files of this name hold credentials"  # why a file stays out of prompts
 GIT_IGNORES = "git ignores it"
 FILE_LIST_SECONDS = 60.0  # how long a list of a repository's files is used
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Characters of other files in a prompt: of all together, and of each, from its start."""
+
+    together: int
+    each: int
+
+
+TRAINED = Limits(24_000, MAX_FILE_CHARACTERS)  # of models that were trained with files in front of a document
+COMMENTS = Limits(
+    4_000, 2_000
+)  # of others, which are shown files as comments: what benchmarks/cursor.py tried
 
 
 class FilePolicy:
@@ -69,7 +83,12 @@ class ContextFiles:
         self._lock = Lock()  # a grammar's parser serves one thread
 
     def collect(
-        self, buffer: Buffer, others: Sequence[Buffer], imports: bool = True, may_walk: bool = False
+        self,
+        buffer: Buffer,
+        others: Sequence[Buffer],
+        imports: bool = True,
+        may_walk: bool = False,
+        limits: Limits = TRAINED,
     ) -> list[File]:
         """The open documents and the files that `buffer` imports, as many as fit, the most relevant last.
 
@@ -81,17 +100,17 @@ class ContextFiles:
         candidates: list[Buffer | Path] = [other for other in others if other.path not in imported]
         candidates += [opened.get(path, path) for path in imported]
         files: list[File] = []
-        room = MAX_CONTEXT_CHARACTERS
+        room = limits.together
         for each in reversed(candidates):
             path, language = (each, "") if isinstance(each, Path) else (each.path, each.language)
             text = normalize(_read(each) if isinstance(each, Path) else each.slice(0, MAX_READ_CHARACTERS))
-            head = file_head(secrets.redact(text))
+            head = file_head(secrets.redact(text), limits.each)
             if not head.strip() or len(head) > room or (path and path == buffer.path):
                 continue
             if path and (reason := self.policy.refusal(path, language)):
                 self.log_once(f"{path} is left out of prompts: {reason}")
                 continue
-            if head != file_head(text):
+            if head != file_head(text, limits.each):
                 self.log_once(
                     f"{path or 'a new document'} holds a secret: prompts have a fake value in its place"
                 )

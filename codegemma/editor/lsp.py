@@ -27,7 +27,7 @@ from pygls.uris import to_fs_path
 from codegemma import __version__
 from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.connection import NOTEBOOKS, LspConnection
-from codegemma.editor.context import GIT_IGNORES, ContextFiles, FilePolicy
+from codegemma.editor.context import COMMENTS, GIT_IGNORES, TRAINED, ContextFiles, FilePolicy, Limits
 from codegemma.editor.documents import Documents
 from codegemma.editor.frames import FrameReader
 from codegemma.editor.settings import EditorSettings
@@ -215,10 +215,10 @@ class EditorServer(LanguageServer):
             return ""
         (buffer, start), others = self.documents.whole(cursor.uri), self.documents.others(cursor.uri)
         cursor = replace(cursor, start=start + cursor.start, end=start + cursor.end)
-        context = self.settings.context
-        if context == "auto":
-            context = "imports" if await source.reads_files() else "none"
-        request = await asyncio.to_thread(self._make_request, cursor, buffer, others, max_tokens, context)
+        limits = TRAINED
+        if self.settings.context == "auto" and not await source.reads_files():
+            limits = COMMENTS
+        request = await asyncio.to_thread(self._make_request, cursor, buffer, others, max_tokens, limits)
         if request is None:
             return ""
         filled, infill = await source.fill(request), request.prompt
@@ -229,7 +229,12 @@ class EditorServer(LanguageServer):
         return filled.text
 
     def _make_request(
-        self, cursor: CursorPosition, buffer: Buffer, others: Sequence[Buffer], max_tokens: int, context: str
+        self,
+        cursor: CursorPosition,
+        buffer: Buffer,
+        others: Sequence[Buffer],
+        max_tokens: int,
+        limits: Limits,
     ) -> Request | None:
         """The request for a cursor in `buffer`; None if its file must not be read. Runs in a thread.
 
@@ -242,9 +247,9 @@ class EditorServer(LanguageServer):
         prefix, suffix = redact_at_cursor(*cursor.text_to_redact(buffer))
         prefix, suffix = window(prefix, suffix)
         files: list[File] = []
-        if context != "none":
-            imports = context == "imports"
-            files = self.context.collect(buffer, others, imports, may_walk=not max_tokens)
+        if settings.context != "none":
+            imports = settings.context in ("auto", "imports")
+            files = self.context.collect(buffer, others, imports, may_walk=not max_tokens, limits=limits)
         path = self.context.prompt_path(buffer.path) if buffer.path and files else None
         return Request(
             Infill(
