@@ -37,9 +37,7 @@ class Limits:
 
 
 TRAINED = Limits(24_000, MAX_FILE_CHARACTERS)  # of models that were trained with files in front of a document
-COMMENTS = Limits(
-    4_000, 2_000
-)  # of others, which are shown files as comments: what benchmarks/cursor.py tried
+COMMENTS = Limits(4_000, 2_000)  # of others, which are shown files as comments (docs/results.md)
 
 
 class FilePolicy:
