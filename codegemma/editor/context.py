@@ -29,15 +29,17 @@ FILE_LIST_SECONDS = 60.0  # how long a list of a repository's files is used
 
 
 @dataclass(frozen=True)
-class Limits:
+class ContextLimits:
     """Characters of other files in a prompt: of all together, and of each, from its start."""
 
     together: int
     each: int
 
 
-TRAINED = Limits(24_000, MAX_FILE_CHARACTERS)  # of models that were trained with files in front of a document
-COMMENTS = Limits(4_000, 2_000)  # of others, which are shown files as comments (docs/results.md)
+TRAINED = ContextLimits(
+    24_000, MAX_FILE_CHARACTERS
+)  # of models that were trained with files in front of a document
+COMMENTS = ContextLimits(4_000, 2_000)  # of others, which are shown files as comments (docs/results.md)
 
 
 class FilePolicy:
@@ -86,7 +88,7 @@ class ContextFiles:
         others: Sequence[Buffer],
         imports: bool = True,
         may_walk: bool = False,
-        limits: Limits = TRAINED,
+        limits: ContextLimits = TRAINED,
     ) -> list[File]:
         """The open documents and the files that `buffer` imports, as many as fit, the most relevant last.
 

@@ -27,7 +27,7 @@ from pygls.uris import to_fs_path
 from codegemma import __version__
 from codegemma.editor.buffers import Buffer, normalize
 from codegemma.editor.connection import NOTEBOOKS, LspConnection
-from codegemma.editor.context import COMMENTS, GIT_IGNORES, TRAINED, ContextFiles, FilePolicy, Limits
+from codegemma.editor.context import COMMENTS, GIT_IGNORES, TRAINED, ContextFiles, ContextLimits, FilePolicy
 from codegemma.editor.documents import Documents
 from codegemma.editor.frames import FrameReader
 from codegemma.editor.settings import EditorSettings
@@ -234,7 +234,7 @@ class EditorServer(LanguageServer):
         buffer: Buffer,
         others: Sequence[Buffer],
         max_tokens: int,
-        limits: Limits,
+        limits: ContextLimits,
     ) -> Request | None:
         """The request for a cursor in `buffer`; None if its file must not be read. Runs in a thread.
 
