@@ -505,7 +505,7 @@ def languages(tmp_path_factory):
     for name in ("Tree", "TreeTest"):
         body = "".join(
             f"  int {word}{at}(int {word}) {{\n    return {word} + {draw.choice(words)}({at});\n  }}\n"
-            for at, word in enumerate(draw.choices(words, k=60))
+            for at, word in enumerate(draw.choices(words, k=110))
         )
         (root / f"{name}.java").write_text(f"class {name} {{\n{body}}}\n")
     return root
