@@ -685,9 +685,7 @@ def test_what_goes_to_a_closed_stream_is_dropped(gguf, tmp_path, closed):
 
 
 def test_no_opened_file_gets_the_number_of_a_closed_stream():
-    code = (
-        "import os, sys; from codegemma.cli import __main__ as program; program._replace_closed_streams(); "
-    )
+    code = "import os, sys; from codegemma.cli import streams; streams._replace_closed(); "
     code += "sys.exit(os.open(sys.executable, os.O_RDONLY))"
     result = subprocess.run(["sh", "-c", f"{sys.executable} -c '{code}' <&- >&- 2>&-"], cwd=ROOT)
     assert result.returncode > 2
