@@ -776,6 +776,62 @@ def test_ctrl_c_at_any_moment_leaves_quietly_with_130(gguf, endless, tmp_path, v
         assert "Traceback" not in err and "leaked" not in err and "Exception" not in err
 
 
+AT_AN_IMPORT = """
+import os, signal, sys
+wanted, sys.argv = int(sys.argv[1]), ["codegemma", *sys.argv[2:]]
+count = 0
+def act(event, _):
+    global count
+    if event == "import" and count is not None:
+        count += 1
+        if count == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+from codegemma.cli.__main__ import main
+sys.addaudithook(act)
+try:
+    main()
+finally:
+    imports, count = count, None
+    print("imports:", imports)
+"""
+
+
+@pytest.mark.parametrize("verb", [["models"], ["complete", "-m", "{gguf}", "-n", "2", "{hole}"], ["--help"]])
+def test_ctrl_c_at_any_import_leaves_quietly_with_130(gguf, tmp_path, verb):
+    """From the program's first import on, at moments that do not depend on the machine's speed."""
+    hole = tmp_path / "hole.py"
+    hole.write_text(HOLE)
+    arguments = [word.format(gguf=gguf, hole=hole) for word in verb]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+
+    def run_until(number):
+        command = [sys.executable, "-c", AT_AN_IMPORT, str(number), *arguments]
+        with signals_act(signal.SIGINT):
+            return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    done = run_until(0)
+    imports = int(done.stdout.split()[-1])
+    assert done.returncode == 0 and imports > 40
+    for number in (1, 2, 3, *range(4, imports, imports // 12)):
+        result = run_until(number)
+        assert (result.returncode, result.stderr) == (130, ""), number
+
+
+def test_ctrl_c_while_the_program_starts_leaves_quietly():
+    """At 40 moments of the first 400 ms. Before Python has read our first line, the signal ends the process,
+    or Python shows which of its own lines it was at; that alone is let pass.
+    """
+    for number in range(40):
+        with process("chat", "-m", "/nowhere", stdin=subprocess.PIPE, start_new_session=True) as running:
+            time.sleep(number / 100)
+            os.killpg(running.pid, signal.SIGINT)
+            _, err = running.communicate(timeout=60)
+        if running.returncode == 130:
+            assert err == ""
+        elif running.returncode != 2:  # the verb was done before
+            assert "codegemma/cli" not in err, err
+
+
 def test_ctrl_c_leaves_no_unfinished_file_and_no_process(tmp_path):
     """In a program of its own, which holds a file half written, a directory and a child."""
     code = (
