@@ -78,10 +78,10 @@ def test_a_name_that_is_taken_by_the_end_is_kept(tmp_path, monkeypatch, writer, 
 
 def test_what_became_somebody_elses_meanwhile_is_kept(tmp_path):
     path = tmp_path / "cache"
-    with pytest.raises(ValueError, match="was not written by codegemma, and is kept"):
-        with files.atomic_write(path, b"ours") as out:
-            out.write(b"ours")
-            path.write_text("my notes")
+    message = "was not written by codegemma, and is kept"
+    with pytest.raises(ValueError, match=message), files.atomic_write(path, b"ours") as out:
+        out.write(b"ours")
+        path.write_text("my notes")
     assert path.read_text() == "my notes" and os.listdir(tmp_path) == ["cache"]
 
 
@@ -127,9 +127,9 @@ def test_a_folder_has_one_writer_and_is_free_when_that_one_is_killed(tmp_path):
     folder = tmp_path / "a" / "rows"
     with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "begun\n"
-        with pytest.raises(ValueError, match="rows: is being written by another process: wait for it"):
-            with files.sole_writer(folder):
-                pass
+        message = "rows: is being written by another process: wait for it"
+        with pytest.raises(ValueError, match=message), files.sole_writer(folder):
+            pass
         assert folder.is_dir()
         other.kill()
         other.wait()

@@ -7,6 +7,8 @@ import os
 import random
 import re
 import runpy
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import time
 import tomllib
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Event
@@ -177,6 +180,73 @@ def test_the_shell_completes_verbs_and_options(words, completion):
     command = [sys.executable, "-m", "codegemma.cli"]
     result = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.split() == [completion], result.stderr
+
+
+WORDS = [  # what a user may have typed before TAB, as bash hands it over; and what must be among the answers
+    (["codegemma", "mod"], "models"),
+    (["codegemma", "complete", "--tri"], "--trim"),
+    (["~/bin/codegemma", "mod"], "models"),
+    (["codegemma", "--version", "mod"], "models"),
+    (["codegemma", "complete", ";;", "--tri"], "--trim"),
+    *(
+        (["codegemma", "complete", word, *more], None)
+        for more in ([], ["--tri"])
+        for word in (
+            ";;",
+            '"unfin',
+            "'un fin",
+            "$(touch pwned)",
+            "`touch pwned`",
+            "a\nb",
+            "\\",
+            "*",
+            "~",
+            "#",
+            "&",
+            "$",
+        )
+    ),
+    (["codegemma", "nosuch", "--mod"], None),
+    (["codegemma", "complete", "--threads", "x;y", "--mod"], None),
+    (["$HOME/bin/codegemma", "mod"], None),
+    (["my\\ dir/codegemma", "mod"], None),
+    (["/nowhere/codegemma", "mod"], None),
+]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_completion_in_bash_prints_no_error_and_runs_nothing(tmp_path):
+    """The installed function, called as bash does."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "codegemma"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m codegemma.cli "$@"\n')
+    program.chmod(0o755)
+    environment = os.environ | {"HOME": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    run = partial(subprocess.run, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    installed = run(["bash", "-c", "codegemma --install-completion"])
+    assert installed.returncode == 0, installed.stderr
+    lines = ["source ~/.bash_completions/codegemma.sh"]
+    for words, _ in WORDS:
+        lines.append(f"COMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1} COMPREPLY=()")
+        lines += [f"_codegemma_completion {shlex.quote(words[0])}", 'echo "${COMPREPLY[*]}"']
+    before = sorted(tmp_path.rglob("*"))
+    result = run(["bash", "-c", "\n".join(lines)])
+    assert (result.returncode, result.stderr) == (0, "")
+    for (words, expected), answers in zip(WORDS, result.stdout.split("\n"), strict=False):
+        assert expected is None or answers.split() == [expected], words
+        assert all(answer.startswith(("-", "m")) for answer in answers.split()), words
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", ["codegemma --version ", "codegemma --help mod", "codegemma complete ;; --tr"]
+)
+def test_what_zsh_evaluates_is_a_call_of_its_own_function_alone(arguments):
+    variables = {"_CODEGEMMA_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": arguments}
+    command = [sys.executable, "-m", "codegemma.cli"]
+    result = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith("_arguments '*: :((\"") and result.stderr == ""
 
 
 @pytest.mark.parametrize("verb", [*cli.VERBS, *cli.GROUPS, ""])

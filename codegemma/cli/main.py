@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from codegemma import __version__
-from codegemma.cli import interrupt
+from codegemma.cli import interrupt, shell
 from codegemma.cli.options import VerbContext, command
 from codegemma.cli.output import note, notes, show_cursor
 from codegemma.extras import install_command
@@ -129,8 +129,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:  # not while a shell asks what may follow --version
         print(f"codegemma {__version__}")
         raise typer.Exit
 
@@ -148,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line, by default the process's own. Leaves by SystemExit."""
     notes.clear()
     interrupt.before_leaving(discard_unfinished, show_cursor)
+    shell.prepare()
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: note(str(message))

@@ -10,8 +10,13 @@ from typing import Any
 
 
 def prepare() -> None:
-    """Call it first: it replaces closed streams, and makes the errors of stdout name it."""
+    """Call it first: it replaces closed streams, and makes the errors of stdout name it.
+
+    When a shell asks for completions, stderr is dropped: it would be printed into the line that is typed.
+    """
     _replace_closed()
+    if os.environ.get("_CODEGEMMA_COMPLETE"):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     _name_stdout()
 
 

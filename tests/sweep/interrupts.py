@@ -1,8 +1,8 @@
 """Ctrl-C at random moments: PYTHONPATH=.:tests python -m sweep.interrupts [ROUNDS [VERB ...]], by default
 100 rounds of all verbs.
 
-The law: exit code 130 (or 0, where the verb was done before), no traceback, no unfinished file. Where the
-signal comes while Python itself starts, before it has read our first line, Python's own traceback is let pass.
+The law: exit code 130 (or 0, where the verb was done before), no traceback, no unfinished file. While Python
+itself starts, before it has read our first line, its own traceback is let pass.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def interrupt(verb: str, work: Path, number: int) -> tuple[int, str]:
     broken = [word for word in ("Traceback", "leaked", "Exception", "terminate called") if word in errors]
     if broken:
         places = [line.strip() for line in errors.splitlines() if line.startswith('  File "')]
-        if places and not any("/codegemma/" in place for place in places):  # before our first line
+        if places and not any("codegemma/cli/" in place for place in places):  # before our first line
             return process.returncode, ""
         broken += places[-1:]
     broken += [str(path) for path in work.rglob(f".*.{process.pid}-*.part")]
