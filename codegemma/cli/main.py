@@ -88,8 +88,14 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """`eval humaneval mbpp` is `eval run humaneval mbpp`."""
-        if self.prefix == "eval " and args[0] not in self.list_commands(ctx):
+        verbs = self.list_commands(ctx)
+        if self.prefix == "eval " and args[0] not in verbs:
             args = ["run", *args]
+        if args[0] not in verbs and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            for name in get_close_matches(args[0], verbs, 1):
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {name!r}?")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

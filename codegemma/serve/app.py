@@ -156,6 +156,9 @@ def _on_invalid_body(path: str, error: RequestValidationError) -> Response:
         return reply({"detail": problems}, 422)
     messages = []
     for problem in problems:
+        if problem["type"] == "json_invalid":
+            messages.append(f"the body is no JSON from character {problem['loc'][-1]} on: send an object")
+            continue
         field = ".".join(str(part) for part in problem["loc"] if part not in ("body", "openai", "tabby"))
         messages.append(f"{field}: {problem['msg']}" if field else problem["msg"])
     message = "; ".join(dict.fromkeys(messages))
