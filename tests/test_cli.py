@@ -158,8 +158,8 @@ def test_a_verb_imports_no_other_verb():
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    modules = ["cli", "cli.convert", "cli.interrupt", "cli.main", "cli.options", "cli.output", "config"]
-    modules += ["extras", "files"]
+    modules = ["cli", "cli.convert", "cli.interrupt", "cli.main", "cli.options", "cli.output", "cli.shell"]
+    modules += ["config", "extras", "files"]
     assert result.stdout.endswith(f"\n{[f'codegemma.{name}' for name in modules]}\n")
 
 
