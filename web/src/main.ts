@@ -80,13 +80,13 @@ function askForKey(): string {
 async function connect(): Promise<void> {
   try {
     const about = await client().about();
-    element("model").textContent = about.title || about.model;
+    element("model").textContent = element("model").title = about.title || about.model;
     chat.hint(chatHint(about));
     const names = [["auto", "automatic"], ["none", "base alone"], ...about.adapters.map(name => [name, name])];
     element("adapter").replaceChildren(...names.map(([value, text]) => h("option", { value }, text)));
     if (!names.some(([value]) => value === settings.adapter)) settings.adapter = "auto";
     element<HTMLSelectElement>("adapter").value = settings.adapter;
-    showState("ready: type, or press Alt+\\");
+    showState(`ready: type, or ${element("touch").offsetHeight ? "tap Suggest" : "press Alt+\\"}`);
   } catch (error) { showError(error); }
 }
 
