@@ -308,9 +308,9 @@ def test_surrogates_that_are_written_apart_meet():
 
 
 @pytest.mark.parametrize("body", [b'{"prompt":', b"prompt=x", b'{"prompt": "x",}', b"", b"\xff"])
-@pytest.mark.parametrize("path", ["/v1/completions", "/infill", "/api/generate", "/v1/chat/completions"])
-def test_a_body_that_is_no_json_is_called_that(server, path, body):
-    answer = server.client.post(path, content=body, headers={"Content-Type": "application/json"})
+@pytest.mark.parametrize("route", ["/v1/completions", "/infill", "/api/generate", "/v1/chat/completions"])
+def test_a_body_that_is_no_json_is_called_that(server, route, body):
+    answer = server.client.post(route, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert "JSON" in answer.text or not body, answer.text
     assert "decode error" not in answer.text
