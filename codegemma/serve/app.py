@@ -139,7 +139,9 @@ async def _on_error(http: HttpRequest, error: Exception) -> Response:
             response = error_response(path, 429, str(error))
             response.headers["Retry-After"] = str(error.retry_after)
         case HTTPException():
-            response = error_response(path, error.status_code, error.detail)
+            is_unreadable = error.detail == "There was an error parsing the body"  # FastAPI's words
+            message = "the body is no JSON in UTF-8: send an object" if is_unreadable else error.detail
+            response = error_response(path, error.status_code, message)
             response.headers.update(error.headers or {})
         case _:  # `create` registers no other kind
             raise error
