@@ -75,7 +75,7 @@ bool run(Program& p, Array<const int32_t, 1> ids, Array<const int32_t, 1> positi
     throw std::invalid_argument("ids, positions and sequences must be equally long and not empty");
   if ((int64_t)logits.shape(1) != p.vocabulary() || (int)logits.shape(0) < n || (int)argmax.shape(0) < n ||
       (int)normaliser.shape(0) < n)
-    throw std::invalid_argument("logits must be [wanted tokens, vocabulary]");
+    throw std::invalid_argument("logits must be [wanted tokens, vocabulary], argmax and normaliser [wanted tokens]");
   for (int t = 0; t < T; t++) {
     int s = sequences.data()[t], position = positions.data()[t];
     if (ids.data()[t] < 0 || ids.data()[t] >= p.vocabulary())
@@ -181,11 +181,11 @@ NB_MODULE(_native, m) {
                             k_norm ? k_norm->data() : nullptr, eps, query_scale, {}, nullptr, nullptr, is_float16},
                       base, scale, layer_offset, kv_offset);
       }, "qkv"_a, "heads"_a, "kv_heads"_a, "width"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "query_scale"_a, "base"_a,
-         "scale"_a, "half"_a, "layer_offset"_a, "kv_offset"_a)
+         "scale"_a, "is_float16"_a, "layer_offset"_a, "kv_offset"_a)
       .def("attend", [](Program& p, int qkv, int out, int heads, int kv_heads, int width, int window, float softcap, bool is_float16,
                         int64_t layer_offset, int64_t kv_offset) {
         p.attend(qkv, {nullptr, 0, nullptr, 0, heads, kv_heads, width, window, softcap, is_float16, layer_offset, kv_offset}, out);
-      }, "qkv"_a, "out"_a, "heads"_a, "kv_heads"_a, "width"_a, "window"_a, "softcap"_a, "half"_a, "layer_offset"_a, "kv_offset"_a)
+      }, "qkv"_a, "out"_a, "heads"_a, "kv_heads"_a, "width"_a, "window"_a, "softcap"_a, "is_float16"_a, "layer_offset"_a, "kv_offset"_a)
       .def("logits", [](Program& p, int x, Array<const float, 1> weight, float eps, const Weight& table, float cap) {
         p.logits(x, weight.data(), eps, table, cap);
       }, "x"_a, "weight"_a, "eps"_a, "table"_a, "cap"_a)
@@ -193,7 +193,7 @@ NB_MODULE(_native, m) {
            "cancel"_a.none(), "adapters"_a = nb::none())
       .def("add_adapter", [](Program& p, std::vector<std::tuple<int, Weight, std::vector<std::pair<int, Weight>>>> parts,
                              std::vector<int32_t> ids, std::optional<Weight> rows) {
-        std::vector<LowRank> sites;
+        std::vector<LowRankSite> sites;
         for (auto& [site, a, slices] : parts) {
           sites.push_back({site, a, {}});
           for (auto& [target, b] : slices) sites.back().slices.push_back({target, b});
