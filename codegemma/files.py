@@ -210,11 +210,12 @@ def expect_replaceable(path: Path, magic: bytes | None = None) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path, magic: bytes | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, magic: bytes | None = None, replace: bool = True) -> Iterator[BinaryIO]:
     """A file to write, renamed to `path` when the block succeeds and removed when it raises.
 
     A link is followed, and a file that is replaced keeps its permissions. Raises ValueError where `path` may
-    not be replaced (see `expect_replaceable`), and OSError, which names `path`, where the disk refuses.
+    not be replaced (see `expect_replaceable`), FileExistsError where it is taken by the end of the block and
+    `replace` is False, and OSError, which names `path`, where the disk refuses.
     """
     path = Path(os.path.realpath(path))
     expect_replaceable(path, magic)
@@ -226,20 +227,22 @@ def atomic_write(path: Path, magic: bytes | None = None) -> Iterator[BinaryIO]:
             if path.exists():
                 part.chmod(stat.S_IMODE(path.stat().st_mode))
             os.fsync(file.fileno())
-            os.replace(part, path)
+            expect_replaceable(path, magic)  # again: another program may have written it meanwhile
+            _rename(part, path, replace)
         finally:
             part.unlink(missing_ok=True)
 
 
 @contextmanager
-def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
+def resumable_write(path: Path, stamp: str, replace: bool = True) -> Iterator[BinaryIO]:
     """As `atomic_write`, but an interrupted file is kept, for the next call with the same `stamp`.
 
     `stamp` is a text that names all that the content depends on. The file that the next call yields has the
     old content and is positioned at its start: the caller decides where to go on. The unfinished file is
-    removed where the block raises ValueError, since the same content would raise it again, and by a later
-    call with another stamp. After the machine has restarted, a call begins with an empty file, since some
-    writes may not have reached the disk. Raises ValueError while another process writes the same file.
+    removed where the block raises ValueError, since the same content would raise it again, where `path` is
+    taken, and by a later call with another stamp. After the machine has restarted, a call begins with an
+    empty file, since some writes may not have reached the disk. Raises ValueError while another process
+    writes the same file.
     """
     path = Path(os.path.realpath(path))
     expect_replaceable(path)
@@ -248,21 +251,37 @@ def resumable_write(path: Path, stamp: str) -> Iterator[BinaryIO]:
     part = _part(path, f"at-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}")
     for other in path.parent.glob(f".{glob.escape(path.name)}.at-*.part"):
         if other != part:
-            with suppress(OSError), _open_and_lock(other, path):  # removed by now, or another user's
+            with suppress(OSError), open_locked(other, path):  # removed by now, or another user's
                 other.unlink()
-    with _naming(path, part), _open_and_lock(part, path, os.O_CREAT) as file:
+    with _naming(path, part), open_locked(part, path, os.O_CREAT) as file:
         try:
             yield file
-        except ValueError:
+            file.flush()
+            os.fsync(file.fileno())
+            _rename(part, path, replace)
+        except (ValueError, FileExistsError):
             part.unlink()
             raise
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(part, path)
+
+
+def _rename(part: Path, path: Path, replace: bool) -> None:
+    """Renames a complete file to `path`. Unless `replace`, raises FileExistsError where anything is there."""
+    if not replace:
+        try:
+            os.link(part, path)  # fails where the name is taken, which no rename does on every system
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links: an empty file takes the name first
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            os.replace(part, path)
+        else:
+            part.unlink()
+        return
+    os.replace(part, path)
 
 
 @contextmanager
-def _open_and_lock(part: Path, path: Path, flags: int = 0) -> Iterator[BinaryIO]:
+def open_locked(part: Path, path: Path, flags: int = 0) -> Iterator[BinaryIO]:
     """The unfinished file `part` of `path`, to read and write. Raises ValueError while another process writes
     or removes it."""
     flags |= os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
@@ -290,21 +309,70 @@ def lock(file: IO[Any] | int, wait: bool = True) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """A directory to fill, renamed to `path` when the block succeeds and removed when it raises.
 
-    An empty directory at `path` is replaced. Raises OSError if anything else is there."""
+    A link is followed, and an empty directory at `path` is replaced; with `replace`, whatever is there is.
+    Otherwise raises FileExistsError if anything else is there by the end of the block."""
+    path = Path(os.path.realpath(path))
     part = _part(path, _unique_mark())
     with _naming(path, part):
         held = _make_and_lock(part)
         try:
             yield part
-            if path.exists():
-                path.rmdir()
-            os.replace(part, path)
+            if replace and path.exists():
+                _swap(part, path)
+            else:
+                _rename_directory(part, path)
         finally:
             os.close(held)
-            shutil.rmtree(part, ignore_errors=True)
+            _remove(part)
+
+
+def _rename_directory(part: Path, path: Path) -> None:
+    """Renames a directory. Raises FileExistsError where there is anything but an empty directory."""
+    try:
+        if path.exists():
+            path.rmdir()
+        os.rename(part, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        raise
+
+
+def _swap(part: Path, path: Path) -> None:
+    """Gives a new directory the name of an old one, or of a file, and the old one that of the new one."""
+    old = part.with_suffix(".old")  # not the name of a leftover: whoever kills us now loses neither
+    os.rename(path, old)
+    try:
+        os.rename(part, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    os.rename(old, part)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Makes a folder, and keeps other processes that ask for the same from writing there meanwhile.
+
+    Check what the folder holds inside the block: before it, another process may be writing. If the block
+    raises, a folder that was made here and is empty is removed. Raises ValueError while another process
+    writes there.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    held = _make_and_lock(folder, wait=False)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
+    finally:
+        os.close(held)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -313,7 +381,7 @@ def remove_leftovers(folder: Path) -> None:
     for part in folder.glob(".*.part"):
         if match := _PART.fullmatch(part.name):
             with suppress(OSError), _unused(part, int(match[1])):  # in use, or another user's
-                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+                _remove(part)
 
 
 def discard_unfinished() -> None:
@@ -323,8 +391,16 @@ def discard_unfinished() -> None:
     """
     for folder in list(_WRITTEN):
         for part in folder.glob(f".*.{os.getpid()}-*.part"):
-            with suppress(OSError):
-                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            _remove(part)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a directory, as far as the system lets us."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _part(path: Path, mark: str) -> Path:
@@ -354,16 +430,25 @@ def _created(part: Path) -> Iterator[BinaryIO]:
                 return
 
 
-def _make_and_lock(folder: Path) -> int:
-    """Makes a folder, and returns a descriptor whose lock says that it is in use; see `_created`."""
+def _make_and_lock(folder: Path, wait: bool = True) -> int:
+    """Makes a folder, and returns a descriptor whose lock says that it is in use; see `_created`.
+
+    Raises ValueError where another process has the lock and `wait` is False.
+    """
     while True:
         folder.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # removed as a leftover before it was opened
+        with suppress(FileNotFoundError):  # removed before it was opened
             held = os.open(folder, os.O_RDONLY)
-            with suppress(OSError):
-                lock(held)
-            if folder.exists():
-                return held
+            try:
+                lock(held, wait)
+            except BlockingIOError:
+                os.close(held)
+                raise ValueError(f"{folder}: is being written by another process: wait for it") from None
+            except OSError:  # a file system without locks
+                pass
+            with suppress(FileNotFoundError):  # removed before it was locked
+                if os.path.samestat(os.fstat(held), os.stat(folder)):
+                    return held
             os.close(held)
 
 

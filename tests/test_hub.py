@@ -189,7 +189,7 @@ def test_links_that_lead_nowhere_are_made_anew(packaged, home, monkeypatch):
     path = hub.resolve()
     (home / "site").rename(home / "other")
     assert hub.models()[-1].path is None
-    with pytest.raises(ValueError, match=r"missing or damaged: .*\[default-model\]"):
+    with pytest.raises(ValueError, match=r"is not installed, or is damaged in .*: .*\[default-model\]"):
         hub.resolve()
     monkeypatch.syspath_prepend(home / "other")
     assert hub.resolve() == path and open_checkpoint(path).tensors
@@ -219,7 +219,7 @@ def test_a_joined_file_needs_no_package(packaged, home, monkeypatch):
     monkeypatch.setattr(hub, "DEFAULT_FILE", replace(packaged, package="no_such_package"))
     assert hub.resolve() == path
     path.write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"missing or damaged: .*\[default-model\]"):
+    with pytest.raises(ValueError, match=r"is not installed, or is damaged in .*: .*\[default-model\]"):
         hub.resolve()
 
 

@@ -307,6 +307,15 @@ def test_surrogates_that_are_written_apart_meet():
         assert bodies.well_formed(value) == expected
 
 
+@pytest.mark.parametrize("body", [b'{"prompt":', b"prompt=x", b'{"prompt": "x",}', b"", b"\xff"])
+@pytest.mark.parametrize("route", ["/v1/completions", "/infill", "/api/generate", "/v1/chat/completions"])
+def test_a_body_that_is_no_json_is_called_that(server, route, body):
+    answer = server.client.post(route, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "JSON" in answer.text or not body, answer.text
+    assert "decode error" not in answer.text
+
+
 def test_surrogates_in_bytes_are_replaced_too(server):
     body = b'{"content": "\xed\xa0\xbd\xed\xb8\x80 \xed\xa0\xbd"}'  # as some editors write UTF-8
     assert good(server.client.post("/tokenize", content=body)) == good(

@@ -321,6 +321,19 @@ def test_a_folder_with_the_users_own_files_is_not_trained_into(model, chats, tmp
     assert (tmp_path / name / "layers.py").read_text() == "mine"
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_run_into_a_folder_is_refused_while_the_first_trains(model, chats, tmp_path, resume):
+    plan, refusals = small_plan(model, chats, tmp_path, TrainingSettings(steps=3)), []
+
+    def second(report):
+        with pytest.raises(ValueError, match="out: is being written by another process: wait for it"):
+            job.run(plan, resume=resume)
+        refusals.append(report.step)
+
+    assert load_adapter(job.run(plan, on_step=second)).rank == 4 and refusals == [1, 2, 3]
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -597,7 +610,13 @@ def test_tune_stopped_early_keeps_the_best_so_far(model, tmp_path, steps):
 def test_tune_measures_on_files_that_the_rows_do_not_hold(model, tmp_path):
     repository, lines = code(tmp_path / "app", 12), []
     options = tune.TuneOptions(repository, str(model), 0.2, tmp_path / "made", rank=4, holes=9)
-    result = tune.tune(options, lambda report: None, lines.append)
+
+    def log(line):
+        lines.append(line)
+        with pytest.raises(ValueError, match="made: is being written by another process: wait for it"):
+            tune.tune(replace(options, resume=True), lambda report: None, lines.append)
+
+    result = tune.tune(options, lambda report: None, log)
     assert result.trained + result.held_out == 12 and result.held_out >= 1
     card = load_adapter(tmp_path / "made").card
     assert card["measured"].keys() == result.gains.keys() and not (tmp_path / "made" / "work").exists()

@@ -13,7 +13,7 @@ import mmap
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,12 +267,17 @@ def _string_bytes(text: str) -> bytes:
 
 
 def write(
-    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], stamp: str | None = None
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    stamp: str | None = None,
+    replace: bool = True,
 ) -> None:
     """Writes a file tensor by tensor, in pieces; `path` appears only when complete.
 
     With a `stamp`, which must name everything that the file depends on, an interrupted write resumes: tensors
-    that are in the file already are not read again. Raises ValueError where a tensor's data do not fit.
+    that are in the file already are not read again. Raises ValueError where a tensor's data do not fit, and
+    FileExistsError where `path` is taken by the end and `replace` is False.
     """
     alignment = int(metadata.get("general.alignment", ALIGNMENT))
     codes = {name: code for code, name in TYPES.items()}
@@ -286,7 +291,8 @@ def write(
         end = -(-spans[-1][1] // alignment) * alignment
     head = b"GGUF" + _U32.pack(3) + _U64.pack(len(tensors)) + _U64.pack(len(metadata)) + b"".join(entries)
     head += bytes(-len(head) % alignment)
-    with atomic_write(path) if stamp is None else resumable_write(path, stamp) as file:
+    unfinished: Any = atomic_write if stamp is None else partial(resumable_write, stamp=stamp)
+    with unfinished(path, replace=replace) as file:
         complete = 0 if stamp is None or file.read(len(head)) != head else file.seek(0, 2)
         file.seek(0)
         file.write(head)

@@ -283,9 +283,14 @@ def load(path: Path) -> Checkpoint:
 
 
 def save(
-    path: Path, checkpoint: Checkpoint, entries: Mapping[str, Any], template: str | None, stamp: str | None
+    path: Path,
+    checkpoint: Checkpoint,
+    entries: Mapping[str, Any],
+    template: str | None,
+    stamp: str | None,
+    replace: bool = True,
 ) -> None:
-    """Writes a file that llama.cpp reads, with `entries` in its header; `stamp` as for `gguf.write`."""
+    """Writes a file that llama.cpp reads, with `entries` in its header; the rest as for `gguf.write`."""
     config = checkpoint.config
     types = [tensor.type for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
     metadata = {
@@ -300,4 +305,4 @@ def save(
         metadata |= {"tokenizer.ggml.model": "no_vocab", f"{config.architecture}.vocab_size": config.vocab}
     if template:
         metadata["tokenizer.chat_template"] = template
-    gguf.write(path, metadata, table.to_format("gguf", config, checkpoint.tensors), stamp)
+    gguf.write(path, metadata, table.to_format("gguf", config, checkpoint.tensors), stamp, replace)

@@ -269,14 +269,17 @@ def config_yaml(config: ModelConfig, tokenizer: str | None, **more: Any) -> byte
     return bytes(require("yaml", "NeMo archives", "formats").safe_dump(fields).encode())
 
 
-def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a .nemo with a Zarr checkpoint as NeMo 1.23 does: layers are stacked, and each is a chunk."""
+def save(path: Path, checkpoint: Checkpoint, replace: bool = True) -> None:
+    """Writes a .nemo with a Zarr checkpoint as NeMo 1.23 does: layers are stacked, and each is a chunk.
+
+    Raises FileExistsError where `path` is taken by the end and `replace` is False.
+    """
     model = checkpoint.tokenizer.model if checkpoint.tokenizer else None
     name = f"{hashlib.md5(model, usedforsecurity=False).hexdigest()}_tokenizer.model" if model else None
     stacks: dict[str, list[Tensor]] = {}
     for stored, tensor in table.to_format("nemo", checkpoint.config, checkpoint.tensors).items():
         stacks.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.", stored), []).append(tensor)
-    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
+    with atomic_write(path, replace=replace) as file, tarfile.open(fileobj=file, mode="w") as archive:
         ends = {"eos_token_id": checkpoint.end_ids_to_write} if checkpoint.end_ids_to_write else {}
         add_member(archive, "model_config.yaml", config_yaml(checkpoint.config, name, **ends))
         if model and name:

@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from codegemma import __version__
-from codegemma.cli import interrupt
+from codegemma.cli import interrupt, shell
 from codegemma.cli.options import VerbContext, command
 from codegemma.cli.output import note, notes, show_cursor
 from codegemma.extras import install_command
@@ -88,8 +88,14 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """`eval humaneval mbpp` is `eval run humaneval mbpp`."""
-        if self.prefix == "eval " and args[0] not in self.list_commands(ctx):
+        verbs = self.list_commands(ctx)
+        if self.prefix == "eval " and args[0] not in verbs:
             args = ["run", *args]
+        if args[0] not in verbs and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            for name in get_close_matches(args[0], verbs, 1):
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {name!r}?")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -129,8 +135,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:  # not while a shell asks what may follow --version
         print(f"codegemma {__version__}")
         raise typer.Exit
 
@@ -148,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line, by default the process's own. Leaves by SystemExit."""
     notes.clear()
     interrupt.before_leaving(discard_unfinished, show_cursor)
+    shell.prepare()
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: note(str(message))

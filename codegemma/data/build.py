@@ -31,7 +31,7 @@ from codegemma.data.imports import TOP_LINES
 from codegemma.data.recipe import BuildRecipe, even_strides
 from codegemma.data.sources import Source, expand
 from codegemma.data.stages import Task, TaskResult, total
-from codegemma.files import atomic_write, expect_only
+from codegemma.files import atomic_write, expect_only, sole_writer
 from codegemma.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage, tasks done, all tasks
@@ -85,8 +85,8 @@ def build(
     """Builds rows from `[KIND=]PATH` sources into the folder `out`.
 
     Raises ValueError for a source that does not exist, sources without a document, a folder that is not
-    empty, a recipe that contradicts itself, or a resume with other sources or another recipe. What cannot be
-    read in a source is reported in the ledger instead.
+    empty or that another process is building, a recipe that contradicts itself, or a resume with other
+    sources or another recipe. What cannot be read in a source is reported in the ledger instead.
     """
     start = time.perf_counter()
     if engine not in ENGINES:
@@ -100,24 +100,30 @@ def build(
     )
     recipe = inputs.complete(recipe or BuildRecipe())
     folder = BuildFolder(Path(out).resolve())
-    is_new = not folder.state.exists()
-    if _prepare(folder, recipe, inputs, resume):
-        try:
-            with ENGINES[engine](workers) as run_tasks:
-                runner = _StageRunner(folder, recipe, run_tasks, workers, progress)
-                _run_stages(runner, inputs.sources)
-        except (ImportError, ValueError):
-            if is_new and not folder.manifest("clean").exists():  # another try needs an empty folder
-                for path in (folder.work, folder.manifests):
-                    shutil.rmtree(path, ignore_errors=True)
-                for path in (folder.recipe, folder.tokenizer):
-                    path.unlink(missing_ok=True)
-            raise
-        timing = runner.timing | {"total": {"seconds": time.perf_counter() - start}}
-        with atomic_write(folder.timing) as file:
-            file.write(json.dumps(timing, indent=1).encode())
-        shutil.rmtree(folder.work)
+    with sole_writer(folder.path):
+        is_new = not folder.state.exists()
+        if _prepare(folder, recipe, inputs, resume):
+            try:
+                with ENGINES[engine](workers) as run_tasks:
+                    runner = _StageRunner(folder, recipe, run_tasks, workers, progress)
+                    _run_stages(runner, inputs.sources)
+            except (ImportError, ValueError):
+                if is_new and not folder.manifest("clean").exists():  # another try needs an empty folder
+                    _clear(folder)
+                raise
+            timing = runner.timing | {"total": {"seconds": time.perf_counter() - start}}
+            with atomic_write(folder.timing) as file:
+                file.write(json.dumps(timing, indent=1).encode())
+            shutil.rmtree(folder.work)
     return summary(folder.path)
+
+
+def _clear(folder: BuildFolder) -> None:
+    """Removes all that a build has written before its first stage was complete."""
+    for path in (folder.work, folder.manifests):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (folder.recipe, folder.tokenizer):
+        path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------- begin or resume

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ def local(workers: int) -> Iterator[Engine]:
     if workers == 1:
         yield lambda tasks: map(run_task, tasks)
         return
+    _start_quiet_tracker()
     try:
         pool = ProcessPoolExecutor(workers, get_context("spawn"))
     except OSError as error:  # its semaphores are files in /dev/shm
@@ -44,6 +46,20 @@ def local(workers: int) -> Iterator[Engine]:
             yield run
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_quiet_tracker() -> None:
+    """Starts the process that removes a pool's semaphores if we leave without closing it, as at Ctrl-C.
+
+    It removes them anyway, and need not warn of it.
+    """
+    if os.name == "posix":  # other systems have no such process
+        from multiprocessing import resource_tracker
+
+        quiet = "ignore:resource_tracker:UserWarning"  # Python passes its own -W options on
+        sys.warnoptions.append(quiet)
+        resource_tracker.ensure_running()
+        sys.warnoptions.remove(quiet)
 
 
 @contextmanager

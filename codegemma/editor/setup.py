@@ -15,6 +15,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -89,19 +90,23 @@ def write(editor: str, program: str) -> str:
     diff = "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(file), str(file)))
     written = f"{file} is written."
     if old:
-        backup = _backup(file)
-        shutil.copy2(file, backup)
-        written += f"\nThe old one is {backup}."
+        written += f"\nThe old one is {_back_up(file)}."
     with atomic_write(file.resolve()) as out:  # a symbolic link stays one
         out.write(new.encode())
     return "\n".join((needed.remark, diff.rstrip("\n"), written))
 
 
-def _backup(file: Path) -> Path:
-    """A free path for a copy of the file. An older copy stays, since it is the user's own text."""
+def _back_up(file: Path) -> Path:
+    """Copies a file to a free path beside it. An older copy stays, since it is the user's own text."""
     first = file.with_name(f"{file.name}.before-codegemma")
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([first], others) if not path.exists())
+    for copy in itertools.chain([first], others):
+        with suppress(FileExistsError):
+            with atomic_write(copy, replace=False) as out:
+                out.write(file.read_bytes())
+            shutil.copystat(file, copy)
+            break
+    return copy
 
 
 def location(file: str) -> Path:

@@ -8,6 +8,7 @@ and the version of what ran the programs. `TASK.partial.jsonl` keeps the answers
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -35,7 +36,7 @@ from codegemma.evals.task import (
     rank,
     subset,
 )
-from codegemma.files import atomic_write
+from codegemma.files import atomic_write, open_locked
 from codegemma.prompts import Layout, fim_stops
 
 TASKS: dict[str, Task] = {**code.TASKS, **infill.TASKS, **language.TASKS, **maths.TASKS}
@@ -88,17 +89,36 @@ def run(
 ) -> dict[str, Any]:
     """Runs a task, writes its files to `out` and returns its summary. `resume` continues an interrupted run.
 
-    Raises ValueError where `resume` finds a run with other settings, LookupError where records are missing.
+    Raises ValueError where `resume` finds a run with other settings, and while another process runs the task
+    into this folder; LookupError where records are missing.
     """
-    settings = settings or EvalSettings()
     out.mkdir(parents=True, exist_ok=True)
     _expect_no_foreign_files(out, task.name)
     if isinstance(task, GenerationTask):
         task = replace(task, layout=task.layout or getattr(model, "layout", "psm"))
+    settings = settings or EvalSettings()
+    file = out / f"{task.name}.partial.jsonl"  # if it is not empty, it is newer than the summary
+    with open_locked(file, file, os.O_CREAT):
+        try:
+            return _run(task, model, records, file, settings, resume, progress)
+        finally:
+            if file.exists() and not file.stat().st_size:
+                file.unlink()
+
+
+def _run(
+    task: Task,
+    model: EvaluatedModel,
+    records: Records,
+    answer_file: Path,
+    settings: EvalSettings,
+    resume: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    out = answer_file.parent
     identity = {"task": task.name, "model": model.name, **asdict(settings)}
     summary_file = out / f"{task.name}.json"
-    answer_file = out / f"{task.name}.partial.jsonl"  # where it exists, it is newer than the summary
-    if resume and summary_file.exists() and not answer_file.exists():
+    if resume and summary_file.exists() and not answer_file.stat().st_size:
         summary = json.loads(summary_file.read_text())
         _check_identity({name: summary[name] for name in identity}, identity, summary_file)
         return summary
@@ -155,20 +175,24 @@ class _AnswerFile:
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool) -> None:
         self.path, self.by_id, self.seconds = path, dict[str, list[Answer]](), 0.0
-        lines = []
-        if resume and path.exists():
-            lines = path.read_text().split("\n")[:-1]  # drops a line that was cut off
+        data = path.read_bytes() if resume else b""
+        data = data[: data.rfind(b"\n") + 1]  # without a line that was cut off
+        lines = [json.loads(line) for line in data.splitlines()]
         if lines:
-            _check_identity(json.loads(lines[0]), identity, path)
-        for line in map(json.loads, lines[1:]):
+            _check_identity(lines[0], identity, path)
+        for line in lines[1:]:
             self.by_id[line["item"]], self.seconds = line["answers"], line["seconds"]
         self._start = time.perf_counter() - self.seconds
-        _write(path, "".join(line + "\n" for line in lines or [json.dumps(identity)]))
+        os.truncate(path, len(data))  # and not a new file, since the old one is locked
+        if not lines:
+            self._append(identity)
 
     def add(self, item: Item, answers: list[Answer]) -> None:
         self.by_id[item.id], self.seconds = answers, time.perf_counter() - self._start
+        self._append({"item": item.id, "answers": answers, "seconds": self.seconds})
+
+    def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
-            line = {"item": item.id, "answers": answers, "seconds": self.seconds}
             file.write(json.dumps(line) + "\n")
 
 

@@ -278,9 +278,8 @@ def _link(packaged: Packaged, directory: Path) -> Path:
     """Checks and links the pieces, or copies them where no link can be made; returns the first's path."""
     pieces = _piece_files(packaged)
     if not pieces:
-        raise ValueError(
-            f"{directory / packaged.name} is missing or damaged: {install_command('default-model')}"
-        )
+        rule = f"the default model, {packaged.name}, is not installed, or is damaged in {directory}"
+        raise ValueError(f"{rule}: {install_command('default-model')}")
     size, digest = _size_and_sha256(pieces)
     if (size, digest) != (packaged.size, packaged.sha256):
         rule = f"but {packaged.size:,} bytes with {packaged.sha256} were expected"

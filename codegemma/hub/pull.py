@@ -19,7 +19,7 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from codegemma import hub
 from codegemma.checkpoints import gguf_files
 from codegemma.config import PRESETS, DownloadSource, Preset
 from codegemma.extras import require
-from codegemma.files import atomic_directory, atomic_write, cache_dir
+from codegemma.files import atomic_directory, atomic_write, cache_dir, open_locked
 from codegemma.hub import stores
 
 Progress = Callable[[str, int, int | None], None]  # file, bytes so far, bytes in all
@@ -209,29 +209,40 @@ def _from_path(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: check the path")
     target = cache_dir() / "models" / "local" / path.name
-    other = f"{_name_is_taken(target)}, or rename {path}"
-    if not path.is_dir():
-        if target.exists():
-            if target.is_file() and filecmp.cmp(path, target, False):
-                return target
-            raise ValueError(other)
-        with atomic_write(target) as out:
-            _copy(path, out)
-        return target
     walk = os.walk(path, followlinks=True)
-    names = sorted(Path(folder, name).relative_to(path) for folder, _, files in walk for name in files)
-    if target.is_dir() and any(target.iterdir()):
-        if all(
-            (target / name).is_file() and filecmp.cmp(path / name, target / name, False) for name in names
-        ):
-            return target
-        raise ValueError(other)
+    inside = sorted(Path(folder, name).relative_to(path) for folder, _, files in walk for name in files)
+    names = inside if path.is_dir() else [Path()]  # Path() is the file itself
+
+    def is_copied() -> bool:
+        """Whether the copy is there already. Raises ValueError where the target is another model."""
+        if not target.exists() or target.is_dir() and not any(target.iterdir()):
+            return False
+        pairs = [(path / name, target / name) for name in names]
+        if not all(copy.is_file() and filecmp.cmp(original, copy, False) for original, copy in pairs):
+            raise ValueError(f"{_name_is_taken(target)}, or rename {path}")
+        return True
+
+    if is_copied():
+        return target
+    try:
+        if path.is_dir():
+            _copy_folder(path, names, target)
+        else:
+            with atomic_write(target, replace=False) as out:
+                _copy(path, out)
+    except FileExistsError:  # another process wrote it meanwhile
+        if not is_copied():
+            raise
+    return target
+
+
+def _copy_folder(path: Path, names: Sequence[Path], target: Path) -> None:
+    """Copies these files. Not by shutil.copytree, whose errors do not say that the disk is full."""
     with atomic_directory(target) as folder:
-        for name in names:  # not by shutil.copytree, whose errors do not say that the disk is full
+        for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with open(folder / name, "wb") as out:
                 _copy(path / name, out)
-    return target
 
 
 def _name_is_taken(target: Path) -> str:
@@ -261,7 +272,8 @@ def fetch(
 
     An interrupted download is continued if the server's ETag says that the file is still the same. The token
     goes to the host of the URL alone, not to one that it redirects to. Raises ValueError where the
-    server refuses, the connection is cut too often, the disk is full or the hash is wrong.
+    server refuses, the connection is cut too often, the disk is full, the hash is wrong, or another process
+    is downloading the same file.
     """
     if not re.match(r"https?://", url):
         raise ValueError(f"{url}: only http and https addresses can be pulled")
@@ -269,26 +281,36 @@ def fetch(
         return file
     part, tag = (file.with_name(f".{file.name}.{suffix}") for suffix in ("part", "etag"))
     file.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, ATTEMPTS + 1):
+    with open_locked(tag, file, os.O_CREAT):
         try:
             _download(url, part, tag, token, partial(progress, file.name) if progress else None)
-            break
-        except _Interrupted as error:
-            fault, remedy = error.args
-            if attempt == ATTEMPTS:
-                raise ValueError(f"{url}: {fault} {ATTEMPTS} times{remedy}") from None
-    digest = _sha256(part) if sha256 else sha256
-    if digest == sha256:
-        os.replace(part, file)
-    part.unlink(missing_ok=True)
-    tag.unlink(missing_ok=True)
-    if digest != sha256:
-        rule = f"has the SHA-256 {digest}, but {sha256} was expected"
-        raise ValueError(f"{url}: {rule}; the file was removed: check the hash, and pull again")
+            digest = _sha256(part) if sha256 else sha256
+            if digest != sha256:
+                part.unlink()
+                rule = f"has the SHA-256 {digest}, but {sha256} was expected"
+                raise ValueError(f"{url}: {rule}; the file was removed: check the hash, and pull again")
+            os.replace(part, file)
+        finally:
+            if not part.exists():  # nothing to continue
+                tag.unlink()
     return file
 
 
 def _download(
+    url: str, part: Path, tag: Path, token: str | None, progress: Callable[[int, int | None], None] | None
+) -> None:
+    """Makes ATTEMPTS to download `part`. Raises ValueError as `fetch` does."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _try_to_download(url, part, tag, token, progress)
+            return
+        except _Interrupted as error:
+            fault, remedy = error.args
+            if attempt == ATTEMPTS:
+                raise ValueError(f"{url}: {fault} {ATTEMPTS} times{remedy}") from None
+
+
+def _try_to_download(
     url: str, part: Path, tag: Path, token: str | None, progress: Callable[[int, int | None], None] | None
 ) -> None:
     """One attempt, which continues `part` if it can. Raises _Interrupted, or ValueError as `fetch` does."""
@@ -398,29 +420,46 @@ def install(file: Path) -> Path:
 def _unpack(file: Path, archive: tarfile.TarFile) -> Path:
     name, hashes = _read_manifest(file, archive)
     target = cache_dir() / "models" / name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        if hashes and all(
-            (target / path).is_file() and _sha256(target / path) == hash for path, hash in hashes.items()
-        ):
-            return target
-        raise ValueError(f"{file}: {_name_is_taken(target)}")
+
+    def is_installed() -> bool:
+        """Whether the model is there already. Raises ValueError where the target is another one."""
+        if not target.exists() or target.is_dir() and not any(target.iterdir()):
+            return False
+        copies = {target / path: hash for path, hash in hashes.items()}
+        if not copies or not all(copy.is_file() and _sha256(copy) == hash for copy, hash in copies.items()):
+            raise ValueError(f"{file}: {_name_is_taken(target)}")
+        return True
+
+    if is_installed():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     _expect_room(file, file.stat().st_size, target.parent)
-    with atomic_directory(target) as folder:
-        while info := archive.next():
-            path = Path(info.name)
-            if not info.isreg() or info.name not in hashes or ".." in path.parts or path.is_absolute():
-                raise ValueError(f"{file}: its member {info.name} is not in its list: it may be an attack")
-            source = archive.extractfile(info)
-            assert source is not None
-            with atomic_write(folder / path) as out:
-                shutil.copyfileobj(source, out, BLOCK)
-            if _sha256(folder / path) != hashes.pop(info.name):
-                rule = "has another SHA-256 than the pack states"
-                raise ValueError(f"{file}: its member {info.name} {rule}: copy it again")
-        if hashes:
-            raise ValueError(f"{file}: lacks {', '.join(sorted(hashes)[:3])}: copy it again")
+    try:
+        with atomic_directory(target) as folder:
+            _extract(file, archive, hashes, folder)
+    except FileExistsError:  # another process wrote it meanwhile
+        if not is_installed():
+            raise
     return target
+
+
+def _extract(file: Path, archive: tarfile.TarFile, hashes: Mapping[str, str], folder: Path) -> None:
+    """Writes the members that follow the manifest. Raises ValueError unless they are those of `hashes`."""
+    missing = set(hashes)
+    while info := archive.next():
+        path = Path(info.name)
+        if not info.isreg() or info.name not in missing or ".." in path.parts or path.is_absolute():
+            raise ValueError(f"{file}: its member {info.name} is not in its list: it may be an attack")
+        source = archive.extractfile(info)
+        assert source is not None
+        with atomic_write(folder / path) as out:
+            shutil.copyfileobj(source, out, BLOCK)
+        missing.remove(info.name)
+        if _sha256(folder / path) != hashes[info.name]:
+            rule = "has another SHA-256 than the pack states"
+            raise ValueError(f"{file}: its member {info.name} {rule}: copy it again")
+    if missing:
+        raise ValueError(f"{file}: lacks {', '.join(sorted(missing)[:3])}: copy it again")
 
 
 def _read_manifest(file: Path, archive: tarfile.TarFile) -> tuple[str, dict[str, str]]:

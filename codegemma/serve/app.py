@@ -139,7 +139,9 @@ async def _on_error(http: HttpRequest, error: Exception) -> Response:
             response = error_response(path, 429, str(error))
             response.headers["Retry-After"] = str(error.retry_after)
         case HTTPException():
-            response = error_response(path, error.status_code, error.detail)
+            is_unreadable = error.detail == "There was an error parsing the body"  # FastAPI's words
+            message = "the body is no JSON in UTF-8: send an object" if is_unreadable else error.detail
+            response = error_response(path, error.status_code, message)
             response.headers.update(error.headers or {})
         case _:  # `create` registers no other kind
             raise error
@@ -156,6 +158,9 @@ def _on_invalid_body(path: str, error: RequestValidationError) -> Response:
         return reply({"detail": problems}, 422)
     messages = []
     for problem in problems:
+        if problem["type"] == "json_invalid":
+            messages.append(f"the body is no JSON from character {problem['loc'][-1]} on: send an object")
+            continue
         field = ".".join(str(part) for part in problem["loc"] if part not in ("body", "openai", "tabby"))
         messages.append(f"{field}: {problem['msg']}" if field else problem["msg"])
     message = "; ".join(dict.fromkeys(messages))

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -31,7 +31,7 @@ from codegemma.checkpoints.untrusted import read_json
 from codegemma.convert.convert import save
 from codegemma.data.pack import Rows
 from codegemma.extras import installer
-from codegemma.files import atomic_directory
+from codegemma.files import atomic_directory, sole_writer
 from codegemma.jax.forward import LoraParams, Params, embed, params_of
 from codegemma.native.xla import has_kernels
 from codegemma.prompts import Layout, fim_stops
@@ -140,9 +140,15 @@ class TrainingJob:
 
         At `until`, on the clock of time.monotonic, the run ends early with the result so far. Once `stop` is
         set, the run ends too, perhaps before there is a result; its steps are kept, and can be resumed from.
+        Raises ValueError while another process trains into the same folder.
         """
-        plan, checkpoint, self._started = self.plan, self.checkpoint, time.monotonic()
+        self._started = time.monotonic()
         prepare_process()
+        with sole_writer(self.plan.out) if jax.process_index() == 0 else nullcontext():
+            return self._run(resume, on_step, until, stop)
+
+    def _run(self, resume: bool, on_step: OnStep, until: float | None, stop: Event | None) -> Path:
+        plan, checkpoint = self.plan, self.checkpoint
         _expect_no_foreign_files(plan, resume)
         mesh = meshes.make(plan.mesh)
         if jax.process_index() == 0 and plan.new_result.exists() and not plan.result.exists():

@@ -30,7 +30,7 @@ from codegemma.data.sources import Source, expand, read
 from codegemma.evals import heldout
 from codegemma.evals.local import LocalModel
 from codegemma.evals.task import Comparison, compare
-from codegemma.files import atomic_write, expect_only
+from codegemma.files import atomic_write, expect_only, sole_writer
 from codegemma.generate.model import Model, load
 from codegemma.prompts import Layout
 from codegemma.tokenizer import Tokenizer
@@ -158,11 +158,19 @@ def tune(
 
     `on_step` is called after each step, `log` with each line about the course of the run, `progress` while it
     measures. Once `stop` is set, training ends and the best step so far is measured. Raises ValueError where
-    there is too little code, and where the output folder exists, except to resume an interrupted run.
+    there is too little code, and where the output folder holds anything but an interrupted run to resume.
     """
-    started, seconds = time.monotonic(), 60 * options.minutes
+    started = time.monotonic()
+    with sole_writer(options.folder):
+        return _tune(options, started, on_step, log, progress, stop or Event())
+
+
+def _tune(
+    options: TuneOptions, started: float, on_step: job.OnStep, log: Log, progress: Progress, stop: Event
+) -> TuneResult:
+    seconds = 60 * options.minutes
     out, work = options.folder, options.work
-    if out.exists() and not work.exists():
+    if any(out.iterdir()) and not work.exists():
         raise ValueError(f"{out} exists: choose another folder with --out")
     if (work / "ready").exists() and not options.resume:
         raise ValueError(f"{out} holds an interrupted run: pass --resume to continue it, or another folder")
@@ -193,7 +201,7 @@ def tune(
     limit = f"{options.minutes:g} minutes in all (Ctrl-C ends it early and keeps the best)"
     log(f"finding out how long a step takes; then training, {limit}")
     plan = replace(plan_within(options, until, start), fim_orders=fim_orders)
-    _run(plan, until, on_step, log, stop or Event())
+    _run(plan, until, on_step, log, stop)
     after = measure(engine, holes, load_adapter(plan.result), progress)
     gains = {title: _gain(before[title], after[title]) for title in before}
     result = TuneResult(out, gains, len(json.loads((work / "ready").read_text())), len(held_out))

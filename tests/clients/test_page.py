@@ -82,7 +82,7 @@ def ghost(page: Page) -> str:
 def settled(page: Page) -> str:
     """Waits until a suggestion is complete, and returns its first line."""
     page.wait_for_function(
-        "() => document.querySelector('#state').textContent === 'ready: Tab accepts' "
+        "() => /^ready: (Tab accepts|Accept takes it)$/.test(document.querySelector('#state').textContent) "
         "&& document.querySelector('#editor [class*=ghost-text]')"
     )
     return ghost(page)

@@ -21,9 +21,13 @@ export function chart(timings: Timings, history: Timings[]): HTMLElement[] {
     h("p", { className: "caption" }, `Prompt: ${cache_n + prompt_n} tokens, ${Math.round(share * 100)}% from the cache`), bar as any,
     legend({ cached: "from the cache", read: "read" }),
     h("dl", {}, ...Object.entries(rows).flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
-    h("p", { className: "caption" }, `Time of the last suggestions, up to ${duration(longest(history))}`), columns(history) as any,
-    legend({ read: "reading", written: "writing" }),
+    ...(history.length ? plot(history) : []),
   ];
+}
+
+function plot(history: Timings[]): HTMLElement[] {
+  const caption = `Time of the last suggestions, up to ${duration(longest(history))}`;
+  return [h("p", { className: "caption" }, caption), columns(history) as any, legend({ read: "reading", written: "writing" })];
 }
 
 /** What the colours mean, by the class of a mark. */

@@ -56,13 +56,17 @@ function keep(changed: Work | undefined): void {
   keeping = window.setTimeout(() => store("work", work), KEEP_MS);
 }
 
+/** Whether the page shows buttons in place of the keys. */
+function byTouch(): boolean { return element("touch").offsetHeight > 0; }
+
 /** Shows the state, tokens and times of the current suggestion. */
 function report(): void {
   const suggestion = code.shown;
   if (!suggestion) return;
   if (suggestion.error) return showError(suggestion.error);
   showState(!suggestion.finished ? suggestion.texts[0] ? "writing" : "reading" : !suggestion.texts[0] ? "nothing to suggest"
-    : suggestion.visible(settings.minConfidence) ? "ready: Tab accepts" : "unsure, so hidden: Alt+\\ shows it");
+    : suggestion.visible(settings.minConfidence) ? `ready: ${byTouch() ? "Accept takes it" : "Tab accepts"}`
+    : `unsure, so hidden: ${byTouch() ? "Suggest" : "Alt+\\"} shows it`);
   element("numbers").replaceChildren(...suggestion.timings ? chart(suggestion.timings, history.slice(-60)) : []);
 }
 
@@ -80,13 +84,13 @@ function askForKey(): string {
 async function connect(): Promise<void> {
   try {
     const about = await client().about();
-    element("model").textContent = about.title || about.model;
+    element("model").textContent = element("model").title = about.title || about.model;
     chat.hint(chatHint(about));
     const names = [["auto", "automatic"], ["none", "base alone"], ...about.adapters.map(name => [name, name])];
     element("adapter").replaceChildren(...names.map(([value, text]) => h("option", { value }, text)));
     if (!names.some(([value]) => value === settings.adapter)) settings.adapter = "auto";
     element<HTMLSelectElement>("adapter").value = settings.adapter;
-    showState("ready: type, or press Alt+\\");
+    showState(`ready: type, or ${byTouch() ? "tap Suggest" : "press Alt+\\"}`);
   } catch (error) { showError(error); }
 }
 
