@@ -28,6 +28,7 @@ from codegemma.train import loss as losses
 from codegemma.train import mesh
 from codegemma.train.lora import adapter_of, new_lora
 from codegemma.train.loss import BLOCK, cross_entropy
+from codegemma.train.memory import activation_bytes
 from codegemma.train.objective import Objective, flops_of
 from codegemma.train.optimizer import optimizer, schedule
 from codegemma.train.order import Microbatch, Order, Sample, microbatches
@@ -125,7 +126,7 @@ def test_a_frozen_table_changes_no_other_gradient_and_blocks_without_targets_are
 def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch, kernels, V, M, cap):
     """By the kernels (whose chunks are 4,096 rows, for 1,024 targets at a time), and as on other devices."""
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(losses.xla, "kernels", lambda: kernels)
+    monkeypatch.setattr(losses.xla, "has_kernels", lambda: kernels)
     rng, D, ids = np.random.default_rng(1), 64, (7, 1030)
     tensor = random_blocks("Q4_0", (V, D), 0.5)
     h, rows = (rng.normal(0, 1, shape).astype(np.float32) for shape in ((M, D), (2, D)))
@@ -172,7 +173,7 @@ def test_kernels_take_a_sample_and_a_count_as_the_chunks_do(monkeypatch, cap):
 
     results = []
     for kernels in (True, False):
-        monkeypatch.setattr(losses.xla, "kernels", lambda kernels=kernels: kernels)
+        monkeypatch.setattr(losses.xla, "has_kernels", lambda kernels=kernels: kernels)
         step = jax.jit(jax.value_and_grad(lambda *args: total(*args), (0, 1), has_aux=True))
         (_, loss), gradients = step(h, rows, jnp.int32(300))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, gradients)))
@@ -348,6 +349,66 @@ def test_a_stop_token_of_weight_three_counts_as_three():
         np.testing.assert_allclose(value, once[name] + 2 * more[name], rtol=1e-4, atol=1e-5)
 
 
+def nats_in_float64(config, weights, ids, rows):
+    """The summed loss of the rows' targets, in float64 NumPy; each segment is a sequence of its own."""
+    params = {**weights, "embed": weights["embed"].copy()}
+    params["embed"][list(ids)] = params.pop("rows")
+    total = 0.0
+    for row in rows:
+        for segment in range(1, row["segments"].max() + 1):
+            inside = row["segments"] == segment
+            tokens, targets = row["tokens"][inside], np.flatnonzero(row["loss"][inside][1:]) + 1
+            logits = training.reference.logits(config, params, tokens)
+            lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+            total += (lse[targets - 1] - logits[targets - 1, tokens[targets]]).sum()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["gemma-mqa", "gemma2", "gemma3"])
+def test_gradients_of_layers_are_finite_differences_in_float64(kind):
+    """Of packed rows, along a random direction for each parameter: so packed is also as separate."""
+    config = tiny_config(kind, layers=2, width=32, head_width=16, ffn_width=48, vocab=520)
+    weights, ids, rng = training.reference.random_params(config, 0), (67, 69), np.random.default_rng(1)
+    rows = [training.packed_row(rng) for _ in range(2)]
+    rows[0]["tokens"][3:5] = ids
+    base, layers = training.layers({name: jnp.asarray(value) for name, value in weights.items()}, ids)
+    objective = Objective(config, TrainingSettings(precision="float32"))
+    (loss, _), gradient = objective.gradient(layers, base, next(microbatches(rows, 2, block=BLOCK)))
+    exact = {name: np.float64(value) for name, value in (weights | layers.weights).items()}
+    assert float(loss) == pytest.approx(nats_in_float64(config, exact, ids, rows), rel=2.0**-18)
+    assert gradient.weights.keys() == weights.keys() - {"embed"} | {"rows"}
+    for name, slope in gradient.weights.items():
+        direction = rng.standard_normal(slope.shape) / np.sqrt(slope.size)
+        ends = [
+            nats_in_float64(config, exact | {name: exact[name] + step * direction}, ids, rows)
+            for step in (1e-5, -1e-5)
+        ]
+        ours = float((np.float64(slope) * direction).sum())
+        error = 2**10 * 2.0**-24 * np.linalg.norm(slope)  # as in `near`; the direction's length is 1
+        assert abs(ours - (ends[0] - ends[1]) / 2e-5) < error, name
+
+
+def test_packed_layers_have_the_gradient_of_separate_rows():
+    config, params = training.tiny()
+    base, layers = training.layers(params, (67,))
+    row, objective = training.packed_row(np.random.default_rng(3)), Objective(config, TrainingSettings())
+    parts = []
+    for segment in (1, 2):
+        inside = row["segments"] == segment
+        alone = training.row(
+            *(np.pad(row[key][inside], (0, 32 - inside.sum())) for key in ("tokens", "loss"))
+        )
+        parts.append({**alone, "segments": (np.arange(32) < inside.sum()).astype(np.int32)})
+    packed, separate = (
+        jax.jit(objective.gradient)(layers, base, next(microbatches(rows, len(rows), block=BLOCK)))
+        for rows in ([row], parts)
+    )
+    assert float(packed[0][0]) == pytest.approx(float(separate[0][0]), rel=2.0**-18)
+    for name, slope in packed[1].weights.items():
+        apart = np.linalg.norm(slope - separate[1].weights[name])
+        assert apart < 2**8 * 2.0**-24 * np.linalg.norm(slope) + 1e-30, name
+
+
 def in_blocks(layers):
     config = tiny_config(
         "gemma3", layers=layers, global_every=2, width=64, head_width=32, ffn_width=256, vocab=520
@@ -399,13 +460,15 @@ def test_remat_saves_memory_and_computes_no_kept_product_again():
             compiled.as_text().count("custom-call("),
         )
     assert held["layer"] < 0.5 * held["products"] < 0.4 * held["none"]
+    stated = activation_bytes(config, TrainingSettings(micro_tokens=1024), 256)
+    assert 0.5 * stated < held["none"] < 2 * stated
     assert calls["none"] == calls["products"] < calls["layer"]
 
 
 def test_schedule_and_flops_are_as_stated():
     rate = schedule(TrainingSettings(learning_rate=2.0, warmup=0.2, floor=0.25), 20)
     assert [float(rate(i)) for i in (0, 3, 4, 12, 20)] == pytest.approx([0.5, 2.0, 2.0, 1.25, 0.5])
-    config, _ = training.tiny()
+    config, params = training.tiny()
     weights = sum(
         int(np.prod(shape))
         for name, shape in training.reference.shapes(config).items()
@@ -415,9 +478,10 @@ def test_schedule_and_flops_are_as_stated():
         6 * config.heads * config.head_width * min(100, config.layer_window(i) or 100)
         for i in range(config.layers)
     )
-    for full, base, head in ((False, 4, 4), (True, 6, 8)):
+    _, layers = training.layers(params, (67,))
+    for trained, base, head in ((new_lora(params, 4), 4, 4), (params, 6, 8), (layers, 6, 4)):
         assert (
-            flops_of(config, 300, 100, 40, full)
+            flops_of(config, 300, 100, 40, trained)
             == 300 * (base * weights + attention) + 40 * head * config.vocab * config.width
         )
 
@@ -489,11 +553,12 @@ def near(ours, theirs, roundoffs=2**10):
 
 @pytest.fixture(scope="module")
 def unsplit(tmp_path_factory):
-    return {kind: steps(tmp_path_factory.mktemp(kind), kind=kind) for kind in ("full", "lora")}
+    return {kind: steps(tmp_path_factory.mktemp(kind), kind=kind) for kind in ("full", "lora", "layers")}
 
 
-def test_the_microbatch_does_not_change_the_step(unsplit, tmp_path):
-    near(steps(tmp_path, kind="full", micro_tokens=64), unsplit["full"])
+@pytest.mark.parametrize("kind", ["full", "layers"])
+def test_the_microbatch_does_not_change_the_step(unsplit, tmp_path, kind):
+    near(steps(tmp_path, kind=kind, micro_tokens=64), unsplit[kind])
 
 
 def test_a_folder_is_not_overwritten_and_other_settings_do_not_resume(tmp_path):
@@ -538,7 +603,34 @@ def test_kernels_take_the_same_steps_as_jax_alone(unsplit, tmp_path):
     assert np.abs(np.subtract(rounded, unsplit["lora"][1])).max() < 0.01
 
 
-@pytest.mark.parametrize("kind", ["full", "qlora"])
+def test_kernels_train_layers_as_jax_alone(unsplit, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(losses.xla, "has_kernels", lambda: False)
+        alone = steps(tmp_path / "a", kind="layers")
+    near(unsplit["layers"], alone)
+    _, rounded = steps(tmp_path / "b", kind="layers", precision="bfloat16")
+    assert np.abs(np.subtract(rounded, alone[1])).max() < 0.01
+
+
+def test_the_result_is_the_mean_of_the_last_checkpoints(tmp_path):
+    """Those of steps 2, 4 and 5; a run that was stopped after step 3 and resumed has the same mean."""
+    options = {"kind": "layers", "steps": 5, "average": 3}
+    steps(tmp_path / "cut", **options, stop=3)
+    at_2, _ = training.result(tmp_path / "cut", 2)
+    steps(tmp_path / "cut", **options, resume=True)
+    steps(tmp_path / "whole", **options)
+    kept = [at_2, *(training.result(tmp_path / "cut", step)[0] for step in (4, 5))]
+    ours, other = (np.load(tmp_path / name / "result.npz") for name in ("cut", "whole"))
+    assert ours.files == other.files == list(at_2)
+    for name in ours.files:
+        mean = np.mean([weights[name] for weights in kept], 0, np.float64)
+        assert np.array_equal(ours[name], other[name])
+        assert np.abs(ours[name] - mean).max() < 4 * 2.0**-24 * np.abs(mean).max(), name
+    with pytest.raises(ValueError, match="needs 3 older checkpoints, but 2 are kept: raise keep"):
+        TrainingSettings(average=4)
+
+
+@pytest.mark.parametrize("kind", ["full", "qlora", "layers"])
 def test_killed_at_any_moment_and_resumed_nothing_differs(tmp_path, kind):
     """kill -9 before the first checkpoint, while one is being written, and after one.
 

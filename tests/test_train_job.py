@@ -20,6 +20,7 @@ pytest.importorskip("tree_sitter")
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import adapter_train
+import jax
 from programs import signals_act
 from tiny import random_adapter, tiny_config, write_tiny_gguf
 
@@ -29,6 +30,7 @@ from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import open_checkpoint
 from codegemma.cli import main as cli
 from codegemma.cli.train import ClusterOptions
+from codegemma.convert.convert import save as save_model
 from codegemma.data import pack
 from codegemma.data.build import build
 from codegemma.data.documents import Document
@@ -200,7 +202,7 @@ def small_plan(model, chats, folder, settings, **changes):
     return job.TrainingPlan(str(model), (str(chats),), folder / "out", settings, **options)
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "qlora", "full", "layers"])
 def test_a_job_writes_a_result_that_loads_and_has_learned(kind, model, chats, tmp_path):
     settings = TrainingSettings(5e-3, micro_tokens=256, save_every=3)
     plan = small_plan(model, chats, tmp_path, settings, kind=kind)
@@ -210,8 +212,10 @@ def test_a_job_writes_a_result_that_loads_and_has_learned(kind, model, chats, tm
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base, ids = load(model, cache_bytes=0), load(model).tokenizer.encode("what is 3 plus")
-        if kind == "full":
+        if kind in ("full", "layers"):
             assert not np.array_equal(load(result).logits(ids), base.logits(ids))
+            tables = [open_checkpoint(path).tensors["embed"].data.tobytes() for path in (model, result)]
+            assert (tables[0] == tables[1]) == (kind == "layers")
         else:
             base.add_adapter("trained", load_adapter(result))
             assert not np.array_equal(base.engine.logits(ids, adapter="trained"), base.logits(ids))
@@ -326,6 +330,9 @@ def test_a_folder_with_the_users_own_files_is_not_trained_into(model, chats, tmp
     [
         (["--learning-rate", "0"], "learning_rate must be above 0, got 0.0"),
         (["--full", "--qlora"], "pass one of them"),
+        (["--layers", "--full"], "pass one of them"),
+        (["--layers", "--lora-alpha", "2"], "leave out --layers"),
+        (["--average", "4"], "raise keep, or lower average"),
         (["--process-id", "0"], "--process-id must lie"),
         (["--coordinator", "host"], "HOST:PORT"),
         (["--process-id", "2", "--process-count", "2"], "got 2 of 2"),
@@ -335,6 +342,7 @@ def test_a_folder_with_the_users_own_files_is_not_trained_into(model, chats, tmp
         (["--epochs", "inf"], "epochs"),
         (["--dtype", "float16"], "dtype must be float32"),
         (["--full", "--lora-rank", "8"], "leave it out, or --full"),
+        (["--layers", "--lora-rank", "8"], "leave it out, or --layers"),
     ],
 )
 def test_invalid_options_are_refused(options, message, model, chats, tmp_path, capsys):
@@ -543,6 +551,43 @@ def test_an_adapter_without_fim_rows_gets_them(model, tmp_path, monkeypatch):
     same = [np.array_equal(*(lora.weights["rows"][i] for lora in (extended, new))) for i in range(4)]
     assert same == [True, False, True, True]
     assert job.initial_adapter(replace(plan, chat=True), checkpoint, base).ids == (68,)
+
+
+def test_layers_begin_as_the_base_with_the_adapter(model, tmp_path):
+    """The model that would be saved before the first step has the logits of the base with its adapter."""
+    config = tiny_config("gemma-mqa", layers=2)
+    adapter = random_adapter(config, tokens=(68, 70))
+    plan = job.TrainingPlan(
+        str(model),
+        (),
+        tmp_path,
+        TrainingSettings(),
+        kind="layers",
+        adapter=save_adapter(adapter, tmp_path / "a"),
+    )
+    checkpoint = open_checkpoint(model)
+    base, layers = job.initial_params(plan, checkpoint)
+    assert base.keys() == {"embed"} and layers.ids == (68, 70)
+    saved = job.trained_model(checkpoint, layers, ("spm",))
+    assert saved.fim_orders == {"spm"}
+    save_model("gguf", tmp_path / "merged.gguf", saved)
+    tuned, merged = load(model, cache_bytes=0), load(tmp_path / "merged.gguf", cache_bytes=0)
+    tuned.add_adapter("a", adapter)
+    ids = [2, 68, 300, 69, 70, 33, 44]
+    expected = tuned.engine.logits(ids, adapter="a")
+    assert np.abs(merged.logits(ids) - expected).max() < 2.0**-12 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["full", "layers", "lora", "qlora"])
+def test_memory_is_stated_before_a_run(model, chats, tmp_path, kind):
+    """Weights and moments are those of the run's arrays."""
+    plan = small_plan(model, chats, tmp_path, TrainingSettings(), kind=kind)
+    memory = job.TrainingJob(plan).memory
+    base, trainable = job.initial_params(plan, open_checkpoint(model))
+    held = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (base, trainable)]
+    assert (memory.base, memory.weights, memory.moments) == (*held, 2 * held[1])
+    assert memory.gradients == (1 if plan.batch_tokens <= plan.settings.micro_tokens else 2) * memory.weights
+    assert f"about {memory.total / 1e9:.1f} GB" in str(memory)
 
 
 def test_what_rows_leave_out_is_not_held_out(model, tmp_path, monkeypatch):

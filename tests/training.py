@@ -40,7 +40,8 @@ LENGTH = 32
 class Job:
     """Options of a run, beside the tiny model and its rows."""
 
-    kind: str = "full"  # lora: over floats, in JAX alone; qlora: over blocks (of floats), by the kernels
+    # lora: over floats, in JAX alone; qlora: over blocks (of floats), layers: by the kernels
+    kind: str = "full"
     steps: int = 3
     stop: int = 0  # the step after which the run is abandoned; 0: none
     micro_tokens: int = 4 * LENGTH
@@ -55,6 +56,7 @@ class Job:
     announce: bool = False
     precision: str = "float32"
     hold: int = 0  # the step whose checkpoint is never finished
+    average: int = 1
 
 
 def tiny() -> tuple[ModelConfig, dict[str, jax.Array]]:
@@ -70,6 +72,18 @@ def row(tokens: np.ndarray, loss: np.ndarray, segments: np.ndarray | None = None
         "segments": segments,
         "positions": positions(segments),
     }
+
+
+def stored(values: jax.Array) -> StoredMatrix:
+    """Floats as the kernels read them from a file."""
+    return StoredMatrix.of(ArrayTensor.of(np.asarray(values)))
+
+
+def layers(params: dict[str, jax.Array], ids: tuple[int, ...]) -> tuple[dict[str, Any], LoraParams]:
+    """(the frozen embedding, all other parameters and the embedding's rows of `ids`)."""
+    others = {name: value for name, value in params.items() if name != "embed"}
+    rows = params["embed"][jnp.array(ids)]
+    return {"embed": stored(params["embed"])}, LoraParams(others | {"rows": rows}, 1.0, ids)
 
 
 def packed_row(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -95,10 +109,9 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
     rows = [packed_row(rng) for _ in range(40)]
     lora = new_lora(params, 4, (67, 69), alpha=8) if job.kind != "full" else None
     if job.kind == "qlora":
-        params = {
-            name: StoredMatrix.of(ArrayTensor.of(np.asarray(value))) if value.ndim == 2 else value
-            for name, value in params.items()
-        }
+        params = {name: stored(value) if value.ndim == 2 else value for name, value in params.items()}
+    if job.kind == "layers":
+        params, lora = layers(params, (67, 69))
     if lora:  # in a new adapter `b` is zero, which makes half of the gradients zero
         key = jax.random.key(3)
         weights = {
@@ -115,6 +128,7 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
         evaluate_every=1,
         save_every=2,
         precision=job.precision,
+        average=job.average,
     )
     with Session(
         config,
@@ -127,7 +141,11 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
         held_out=[rows[:3]] if job.held_out else (),
         mesh=meshes.make(job.mesh),
     ) as session:
-        for report in session.train():
+
+        def save(trained: Any, _: object) -> None:
+            np.savez(folder / "result.npz", **(trained.weights if lora else trained))
+
+        for report in session.train(save if job.mesh is None else lambda *_: None):
             assert report.step <= job.steps
             say(job, f"step {report.step}")
             if report.step == job.stop:
@@ -135,18 +153,18 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
     return result(folder)
 
 
-def result(folder: Path) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Final weights and the losses of all steps."""
-    prefix, arrays = "trainable/", state(folder)
+def result(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Weights of a checkpoint, by default the newest, and the losses of all steps."""
+    prefix, arrays = "trainable/", state(folder, step)
     weights = {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
     return weights, [line["loss"] for line in metrics(folder)]
 
 
-def state(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint."""
+def state(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint, by default the newest."""
     checkpoints = folder / "checkpoints"
-    newest = max((path.name for path in checkpoints.iterdir() if path.name.isdigit()), key=int)
-    path = (checkpoints / newest / "state").resolve()
+    step = step or max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    path = (checkpoints / str(step) / "state").resolve()
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

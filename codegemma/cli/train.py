@@ -44,6 +44,8 @@ class SettingsOptions:
     evaluate_every: int = 50
     patience: int = 0
     save_every: int = 20
+    keep: int = 2
+    average: int = 1
     remat: str = "auto"
     dtype: str = "float32"
     precision: str = "bfloat16"
@@ -109,6 +111,7 @@ def train(
     cluster: ClusterOptions,
     model: str = DEFAULT_MODEL,
     full: bool = False,
+    layers: bool = False,
     qlora: bool = False,
     lora_rank: Annotated[int | None, Option(min=1)] = None,
     resume: bool = False,
@@ -118,10 +121,11 @@ def train(
     from codegemma.train import job
     from codegemma.train.settings import TrainingSettings
 
-    if full and qlora:
-        raise ValueError("--full trains all parameters, --qlora an adapter over blocks: pass one of them")
-    if lora_rank is not None and (full or plan.adapter):
-        other = "--full" if full else "--adapter"
+    if full + layers + qlora > 1:
+        rule = "--full trains all parameters, --layers all but the embedding, --qlora an adapter over blocks"
+        raise ValueError(f"{rule}: pass one of them")
+    if lora_rank is not None and (full or layers or plan.adapter):
+        other = "--full" if full else "--layers" if layers else "--adapter"
         raise ValueError(f"--lora-rank is for a new adapter: leave it out, or {other}")
     if not plan.chat and (file := next((file for file in rows if file.is_file()), None)):
         raise ValueError(
@@ -130,16 +134,19 @@ def train(
         )
     cluster.join()
     if settings.learning_rate is None:
-        settings = replace(settings, learning_rate=5e-5 if full else 1e-3)
+        settings = replace(settings, learning_rate=5e-5 if full or layers else 1e-3)
+    # the rate of layers is as low as that of an adapter's rows already
+    row_rate = 1.0 if layers else TrainingSettings.row_rate
     training_plan = job.TrainingPlan(
         model,
         tuple(map(str, rows)),
-        settings=TrainingSettings(**vars(settings)),
-        kind="full" if full else "qlora" if qlora else "lora",
+        settings=TrainingSettings(**vars(settings), row_rate=row_rate),
+        kind="full" if full else "layers" if layers else "qlora" if qlora else "lora",
         rank=lora_rank or 32,
         **vars(plan),
     )
     training = job.TrainingJob(training_plan)
+    note(f"needs {training.memory}")
     with Progress() as progress, _stopped_by_ctrl_c(reporter(progress)) as (on_step, stop):
         result = training.run(resume, on_step, stop=stop)
     if stop.is_set():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,11 +17,21 @@ from codegemma.train.settings import TrainingSettings
 Trainable = LoraParams | Params
 
 
+def weights_of(trainable: Trainable) -> dict[str, Any]:
+    """The trained arrays by name."""
+    return trainable.weights if isinstance(trainable, LoraParams) else trainable
+
+
+def with_weights(trainable: Trainable, weights: dict[str, Any]) -> Trainable:
+    """`trainable` with other arrays."""
+    return replace(trainable, weights=weights) if isinstance(trainable, LoraParams) else weights
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a step minimises: next-token loss, in which a stop token counts `settings.stop_weight` times.
 
-    In both methods, `trainable` is an adapter over the frozen `base`, or all parameters.
+    In both methods, `trainable` is an adapter or layers over the frozen `base`, or all parameters.
     """
 
     config: ModelConfig
@@ -73,17 +83,18 @@ class Objective:
             return jax.value_and_grad(self.loss, has_aux=True)(trainable, base, batch, sample)
 
 
-def flops_of(config: ModelConfig, tokens: int, length: int, targets: int, full: bool) -> float:
+def flops_of(config: ModelConfig, tokens: int, length: int, targets: int, trained: Trainable) -> float:
     """Floating-point operations that a step needs, without recomputation.
 
-    With W weights in the layers, a token costs 2 W forward, and backward 2 W for a frozen base or 4 W where
-    all parameters are trained (`full`). N heads of width H that attend to `length` keys (at most the layer's
-    window) cost half of 4 N H `length` per token and layer, as they are causal, and three times that with the
-    gradient. A target costs 4 V D (`full`: 8 V D), with V rows of width D in the vocabulary.
+    With W weights in the layers, a token costs 2 W forward, and backward 2 W where they are frozen or 4 W
+    where they are trained. N heads of width H that attend to `length` keys (at most the layer's window) cost
+    half of 4 N H `length` per token and layer, as they are causal, and three times that with the gradient.
+    With V rows of width D in the vocabulary, a target costs 4 V D, or 8 V D where the table is trained.
     """
-    c = config
+    c, weights = config, weights_of(trained)
+    layers, table = "layers.0.q" in weights, "embed" in weights
     layer = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_width + 3 * c.width * c.ffn_width
     visible = sum(min(length, c.layer_window(i) or length) for i in range(c.layers))
     attention = 2 * 3 * c.heads * c.head_width * visible
-    head = targets * (8 if full else 4) * c.vocab * c.width
-    return tokens * ((6 if full else 4) * c.layers * layer + attention) + head
+    head = targets * (8 if table else 4) * c.vocab * c.width
+    return tokens * ((6 if layers else 4) * c.layers * layer + attention) + head

@@ -27,13 +27,13 @@ from codegemma.jax.compiler import compiler_options, configure_xla
 from codegemma.jax.forward import LoraParams, Params
 from codegemma.train import mesh as meshes
 from codegemma.train.loss import BLOCK, Losses
+from codegemma.train.memory import choose_remat
 from codegemma.train.objective import Objective, Trainable, flops_of
 from codegemma.train.optimizer import optimizer, schedule, update
 from codegemma.train.order import Microbatch, Order, microbatches, row_length
 from codegemma.train.settings import TrainingSettings
 from codegemma.train.store import RunState, Store
 
-MAX_ACTIVATIONS = 3 << 30  # bytes kept for the backward pass; above, remat="auto" means "layer"
 TRIMMED_BATCHES = 8  # how many microbatches at the start are each followed by a trim of the heap
 # glibc's options: (number in malloc.h, value)
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
@@ -90,19 +90,6 @@ def trim_heap() -> None:
         trim(0)
 
 
-def choose_remat(settings: TrainingSettings, config: ModelConfig, length: int) -> TrainingSettings:
-    """Resolves remat "auto" for rows of `length` tokens: "layer" above MAX_ACTIVATIONS, else "none".
-
-    The estimate: a layer keeps 8 arrays as wide as the model, 4 as its heads together, 4 as its feed-forward.
-    """
-    if settings.remat != "auto":
-        return settings
-    c = config
-    bytes_per_token = 4 * c.layers * (8 * c.width + 4 * c.heads * c.head_width + 4 * c.ffn_width)
-    activations = max(settings.micro_tokens, length) * bytes_per_token
-    return replace(settings, remat="layer" if activations > MAX_ACTIVATIONS else "none")
-
-
 def target_sums(batch: Microbatch, losses: Losses, stop_ids: Sequence[int]) -> np.ndarray:
     """Sums over a microbatch's real targets, float64 [5].
 
@@ -118,7 +105,7 @@ def target_sums(batch: Microbatch, losses: Losses, stop_ids: Sequence[int]) -> n
 
 
 class Session:
-    """A run that trains `trainable`: an adapter over the frozen `base`, or all parameters.
+    """A run that trains `trainable`: an adapter or layers over the frozen `base`, or all parameters.
 
     The arrays of `trainable` are donated: the caller must not use them again. `held_out` are sequences of
     rows to measure on, as data.pack.Rows gives them. Entered as a context, a session opens the run's `folder`
@@ -172,7 +159,7 @@ class Session:
         """What must be equal in a run and its resumption."""
         trainable = self.state.trainable
         return {
-            "settings": asdict(replace(self.settings, save_every=1, keep=1)),  # these two may differ
+            "settings": asdict(self.settings) | {"save_every": 1, "keep": 1},  # these two may differ
             "steps": self.steps,
             "seed": self.order.seed,
             "rows": [self.order.fingerprint(rows) for rows in self.order.folders],
@@ -217,10 +204,12 @@ class Session:
         """Trains to the end of the run and reports each step.
 
         `save_result` is called at each new best loss on the held-out rows or, without such rows, at each
-        checkpoint. At `until`, on the clock of time.monotonic, the run ends early, but after at least one
-        step. Once `stop` is set, it ends at the next microbatch; the steps so far are kept, to be resumed.
+        checkpoint, and there too with `settings.average` above 1. At `until`, on the clock of time.monotonic,
+        the run ends early, but after at least one step. Once `stop` is set, it ends at the next microbatch;
+        the steps so far are kept, to be resumed.
         """
         settings, state, store = self.settings, self.state, self.store
+        keeps_best = self.held_out and settings.average == 1
         over = self.finished
         while not over:
             with meshes.use(self.mesh):  # left before the report is yielded to the caller
@@ -235,8 +224,8 @@ class Session:
                     over = over or self.finished
                 saves = over or state.step % settings.save_every == 0
                 store.log(state, asdict(report))
-                if report.best or not self.held_out and saves:
-                    save_result(state.trainable, report)
+                if report.best if keeps_best else saves:
+                    save_result(store.mean(state, settings.average - 1), report)
                 if saves:
                     store.save(state)
             yield report
@@ -268,7 +257,7 @@ class Session:
             raise ValueError(f"{fault}: lower --learning-rate and begin again in another folder")
         state.trainable, state.moments, norm = self._update(state.trainable, state.moments, gradients, count)
         state.step += 1
-        length, full = row_length(rows), not isinstance(state.trainable, LoraParams)
+        length = row_length(rows)
         return StepReport(
             step=state.step,
             steps=self.steps,
@@ -278,7 +267,7 @@ class Session:
             targets=int(targets),
             tokens=len(rows) * length,
             seconds=time.perf_counter() - started,
-            flops=flops_of(self.config, len(rows) * length, length, int(targets), full),
+            flops=flops_of(self.config, len(rows) * length, length, int(targets), state.trainable),
             learning_rate=float(self._rate(state.step - 1)),
             gradient_norm=float(norm),
         )
