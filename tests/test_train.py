@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,8 +25,8 @@ from codegemma.config import ModelConfig
 from codegemma.jax.compiler import compiler_options
 from codegemma.jax.forward import LoraParams
 from codegemma.native.xla import StoredMatrix
+from codegemma.train import horizon, mesh
 from codegemma.train import loss as losses
-from codegemma.train import mesh
 from codegemma.train.lora import adapter_of, new_lora
 from codegemma.train.loss import BLOCK, cross_entropy
 from codegemma.train.memory import activation_bytes
@@ -349,19 +350,131 @@ def test_a_stop_token_of_weight_three_counts_as_three():
         np.testing.assert_allclose(value, once[name] + 2 * more[name], rtol=1e-4, atol=1e-5)
 
 
-def nats_in_float64(config, weights, ids, rows):
+def nats_in_float64(config, weights, ids, rows, horizon=0.0):
     """The summed loss of the rows' targets, in float64 NumPy; each segment is a sequence of its own."""
     params = {**weights, "embed": weights["embed"].copy()}
     params["embed"][list(ids)] = params.pop("rows")
-    total = 0.0
+    head, total = params.pop("horizon", None), 0.0
     for row in rows:
         for segment in range(1, row["segments"].max() + 1):
             inside = row["segments"] == segment
             tokens, targets = row["tokens"][inside], np.flatnonzero(row["loss"][inside][1:]) + 1
-            logits = training.reference.logits(config, params, tokens)
+            logits = training.reference.logits(config, params, tokens, trace=(trace := {}))
             lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
             total += (lse[targets - 1] - logits[targets - 1, tokens[targets]]).sum()
+            if horizon:
+                last = trace[f"layers.{config.layers - 1}.out_TD"]
+                hidden = training.reference.rms_norm(last, params["final_norm"], config)
+                predicted = 1 / (1 + np.exp(-(hidden @ head[:-1] + head[-1])))
+                wanted = shares_by_hand(tokens)
+                total += horizon * sum(abs(predicted[t - 1] - wanted[t]) for t in targets if t in wanted)
     return total
+
+
+MIDDLES = horizon.Middles(68, (1, 67, 68, 69, 70))
+
+
+def shares_by_hand(tokens):
+    """{target: share of the middle that comes after the token before it} of one sequence."""
+    wanted, inside = {}, None
+    for t, token in enumerate(tokens):
+        if inside is not None and token in MIDDLES.ends:
+            for done, place in enumerate(inside, 1):
+                wanted[place + 1] = (len(inside) - done) / len(inside)
+            inside = None
+        if inside is not None:
+            inside.append(t)
+        if token == MIDDLES.start:
+            inside = []
+    return wanted
+
+
+def fim_row(rng):
+    """Two segments and padding; in the first, two documents, the second with an empty middle."""
+    size = rng.integers(1, 9)
+    documents = [2, 67, 5, 69, 6, 68, *rng.integers(75, 520, size), 70, 69, 67, 9, 68, 70]
+    second = [2, 69, 8, 67, 68, *rng.integers(75, 520, 3), 1]
+    tokens = np.array([*documents, *second, *[0] * (32 - len(documents) - len(second))])
+    segments = np.repeat([1, 2, 0], [len(documents), len(second), 32 - len(documents) - len(second)])
+    loss = np.isin(np.arange(32), [t for t in range(1, 32) if tokens[t] >= 70 or tokens[t] == 1])
+    return training.row(tokens, loss, segments.astype(np.int32))
+
+
+def test_shares_of_packed_rows_are_those_of_separate_ones():
+    rng = np.random.default_rng(0)
+    rows = [fim_row(rng) for _ in range(6)]
+    (batch,) = microbatches(rows, 6, 2, 16, MIDDLES)
+    made = 0
+    for part in range(2):
+        for index, share in zip(batch.index_CM[part], batch.shares_CM[part], strict=True):
+            r, t = divmod(int(index), 32)
+            row = rows[3 * part + r]
+            start = int(np.argmax(row["segments"] == row["segments"][t]))
+            wanted = shares_by_hand(row["tokens"][row["segments"] == row["segments"][t]])
+            if share >= 0:
+                made += 1
+                assert share == np.float32(wanted[t + 1 - start])
+    # each token of a middle has a share, and the row's last two middles have none and three
+    assert made == sum(int((row["tokens"] >= 75).sum()) for row in rows) > 20
+    assert next(microbatches(rows, 6)).shares_CM is None
+
+
+def with_head(layers, head):
+    return replace(layers, weights=layers.weights | {"horizon": jnp.asarray(head, jnp.float32)})
+
+
+def test_the_horizon_is_a_second_loss_and_nothing_without_weight():
+    """The nats of targets are the same bits with it; with weight 0 the loss is their sum, and no more."""
+    config, params = training.tiny()
+    base, layers = training.layers(params, (67, 69))
+    rng = np.random.default_rng(1)
+    (batch,) = microbatches([fim_row(rng), fim_row(rng)], 2, block=BLOCK, middles=MIDDLES)
+    headed = with_head(layers, rng.normal(0, 0.1, 33))
+    plain = jax.jit(Objective(config, TrainingSettings()).loss)
+    second = jax.jit(Objective(config, TrainingSettings(horizon=0.5)).loss)
+    (total, losses), (both, with_shares) = plain(layers, base, batch), second(headed, base, batch)
+    assert np.array_equal(losses.nats_M, with_shares.nats_M) and losses.share_errors_M is None
+    assert float(total) == float(plain(layers, base, batch._replace(shares_CM=None))[0])
+    errors = np.asarray(with_shares.share_errors_M)
+    assert errors.sum() > 0 and not errors[(batch.shares_CM < 0).reshape(-1)].any()
+    assert float(both) == pytest.approx(float(total) + 0.5 * errors.sum(), rel=1e-6)
+
+
+def test_gradients_of_the_horizon_are_finite_differences_in_float64():
+    config = tiny_config("gemma3", layers=2, width=32, head_width=16, ffn_width=48, vocab=520)
+    weights, ids, rng = training.reference.random_params(config, 0), (67, 69), np.random.default_rng(2)
+    rows = [fim_row(rng) for _ in range(2)]
+    base, layers = training.layers({name: jnp.asarray(value) for name, value in weights.items()}, ids)
+    layers = with_head(layers, rng.normal(0, 0.1, 33))
+    objective = Objective(config, TrainingSettings(precision="float32", horizon=20.0))
+    (batch,) = microbatches(rows, 2, block=BLOCK, middles=MIDDLES)
+    exactly = partial(nats_in_float64, config, ids=ids, rows=rows, horizon=20.0)
+    check_gradient(objective, layers, base, batch, weights, exactly, ("horizon", "layers.1.v", "rows"))
+
+
+def test_the_head_learns_where_a_middle_ends_and_is_dropped(tmp_path):
+    config, params = training.tiny()
+    tokens = np.array([2, 67, 5, 69, 6, 68, *range(100, 116), 70, *[0] * 9])
+    rows = [training.row(tokens, tokens >= 70, (tokens > 0).astype(np.int32))] * 40
+    settings = TrainingSettings(1e-2, row_rate=1, steps=30, horizon=0.1, decay="constant", micro_tokens=32)
+    session = Session(
+        config,
+        params,
+        new_lora(params, 4, (67,)),
+        Order([rows], 32),
+        settings,
+        tmp_path,
+        stop_ids=MIDDLES.ends,
+        fim_middle=68,
+    )
+    with session:
+        reports = list(session.train())
+    assert reports[0].horizon == pytest.approx(np.abs(np.arange(16) / 16 - 0.5).mean())
+    assert reports[-1].horizon < 0.5 * reports[0].horizon
+    adapter = adapter_of(session.state.trainable, "tiny", {})
+    assert "horizon" in session.state.weights and "horizon" not in {*adapter.a, *adapter.b}
+    with pytest.raises(ValueError, match="no token before one: leave horizon out"):
+        Session(config, params, new_lora(params, 4), Order([rows], 32), settings, tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["gemma-mqa", "gemma2", "gemma3"])
@@ -373,16 +486,22 @@ def test_gradients_of_layers_are_finite_differences_in_float64(kind):
     rows[0]["tokens"][3:5] = ids
     base, layers = training.layers({name: jnp.asarray(value) for name, value in weights.items()}, ids)
     objective = Objective(config, TrainingSettings(precision="float32"))
-    (loss, _), gradient = objective.gradient(layers, base, next(microbatches(rows, 2, block=BLOCK)))
+    (batch,) = microbatches(rows, 2, block=BLOCK)
+    names = sorted(weights.keys() - {"embed"} | {"rows"})
+    exactly = partial(nats_in_float64, config, ids=ids, rows=rows)
+    check_gradient(objective, layers, base, batch, weights, exactly, names)
+
+
+def check_gradient(objective, layers, base, batch, weights, exactly, names):
+    """The loss and, along a random direction for each of the parameters, its slope, are those in float64."""
+    (loss, _), gradient = jax.jit(objective.gradient)(layers, base, batch)
     exact = {name: np.float64(value) for name, value in (weights | layers.weights).items()}
-    assert float(loss) == pytest.approx(nats_in_float64(config, exact, ids, rows), rel=2.0**-18)
-    assert gradient.weights.keys() == weights.keys() - {"embed"} | {"rows"}
-    for name, slope in gradient.weights.items():
+    assert float(loss) == pytest.approx(exactly(exact), rel=2.0**-18)
+    rng = np.random.default_rng(9)
+    for name in names:
+        slope = gradient.weights[name]
         direction = rng.standard_normal(slope.shape) / np.sqrt(slope.size)
-        ends = [
-            nats_in_float64(config, exact | {name: exact[name] + step * direction}, ids, rows)
-            for step in (1e-5, -1e-5)
-        ]
+        ends = [exactly(exact | {name: exact[name] + step * direction}) for step in (1e-5, -1e-5)]
         ours = float((np.float64(slope) * direction).sum())
         error = 2**10 * 2.0**-24 * np.linalg.norm(slope)  # as in `near`; the direction's length is 1
         assert abs(ours - (ends[0] - ends[1]) / 2e-5) < error, name

@@ -306,6 +306,7 @@ def test_files_are_held_out_by_a_hash_and_never_all():
         ({"alpha": float("nan")}, "--lora-alpha is a finite"),
         ({"alpha": 0.0}, "--lora-alpha is a finite"),
         ({"settings": TrainingSettings(patience=2)}, "pass --held-out too"),
+        ({"settings": TrainingSettings(horizon=0.1), "chat": True}, "leave out --chat"),
         ({"kind": "full", "settings": TrainingSettings(vocabulary=100)}, "are for adapters"),
     ],
 )

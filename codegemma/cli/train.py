@@ -41,6 +41,7 @@ class SettingsOptions:
     weight_decay: float = 0.0
     vocabulary: int | None = None
     z: float = 0.0
+    horizon: float = 0.0
     evaluate_every: int = 50
     patience: int = 0
     save_every: int = 20

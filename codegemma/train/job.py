@@ -92,6 +92,8 @@ class TrainingPlan:
             rule = "--lora-alpha is a finite number other than 0, for a new adapter alone"
             remedy = f" for {self.adapter}: leave it out" if self.adapter else ""
             raise ValueError(f"{rule}, got {self.alpha}{remedy}")
+        if self.chat and self.settings.horizon:
+            raise ValueError("--horizon is for fill-in-the-middle rows: leave it out, or leave out --chat")
         if self.settings.patience and not self.held_out:
             raise ValueError("--patience counts measurements on held-out rows: pass --held-out too")
 
@@ -192,6 +194,7 @@ class TrainingJob:
             held_out=self.held_out,
             mesh=mesh,
             stop_ids=sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else [],
+            fim_middle=checkpoint.tokenizer.control.fim_middle if checkpoint.tokenizer else None,
             about={"base": checkpoint.identity, "kind": plan.kind},
         )
         with _tensorboard(plan) as report_to_tensorboard, run as session:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from codegemma.config import ModelConfig
 from codegemma.jax.forward import LoraParams, Params, forward
+from codegemma.train import horizon
 from codegemma.train.loss import Losses, cross_entropy
 from codegemma.train.order import Microbatch, Sample
 from codegemma.train.settings import TrainingSettings
@@ -30,6 +31,8 @@ def with_weights(trainable: Trainable, weights: dict[str, Any]) -> Trainable:
 @dataclass(frozen=True)
 class Objective:
     """What a step minimises: next-token loss, in which a stop token counts `settings.stop_weight` times.
+
+    With `settings.horizon` the loss of the horizon head is added to it, with that weight.
 
     In both methods, `trainable` is an adapter or layers over the frozen `base`, or all parameters.
     """
@@ -73,7 +76,15 @@ class Objective:
         )
         real_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
         is_stop_M = jnp.isin(targets_M, jnp.asarray(self.stop_ids, jnp.int32))
-        return jnp.sum(losses.nats_M * real_M * jnp.where(is_stop_M, settings.stop_weight, 1.0)), losses
+        total = jnp.sum(losses.nats_M * real_M * jnp.where(is_stop_M, settings.stop_weight, 1.0))
+        if settings.horizon:
+            head = weights_of(trainable)[horizon.HEAD]
+            errors_M = horizon.errors(hidden_MD, batch.shares_CM.reshape(-1), head)
+            total, losses = (
+                total + settings.horizon * errors_M.sum(),
+                losses._replace(share_errors_M=errors_M),
+            )
+        return total, losses
 
     def gradient(
         self, trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from codegemma.train.horizon import NO_SHARE, Middles, shares
+
 
 class Microbatch(NamedTuple):
     """Rows of one length, and their targets in C parts, the parts into which a mesh divides the batch.
@@ -28,6 +30,7 @@ class Microbatch(NamedTuple):
     index_CM: Any
     targets_CM: Any
     count_C: Any
+    shares_CM: Any = None  # float32, see horizon.shares; None without a horizon head
 
 
 class Sample(NamedTuple):
@@ -141,27 +144,36 @@ def _shuffled(n: int, seed: int, folder: int, epoch: int) -> np.ndarray:
 
 
 def microbatches(
-    rows: Sequence[dict[str, np.ndarray]], size: int, parts: int = 1, block: int = 1
+    rows: Sequence[dict[str, np.ndarray]],
+    size: int,
+    parts: int = 1,
+    block: int = 1,
+    middles: Middles | None = None,
 ) -> Iterator[Microbatch]:
     """Rows in microbatches of `size` rows (a multiple of `parts`); the last is filled up with padding.
 
-    The targets of each part are padded to its number of tokens, rounded up to a multiple of `block`.
+    The targets of each part are padded to its number of tokens, rounded up to a multiple of `block`. With
+    `middles`, which says where middles begin and end, targets have their shares.
     """
     length = row_length(rows)
     for start in range(0, len(rows), size):
         tokens_BT, positions_BT, segments_BT = (np.zeros((size, length), np.int32) for _ in range(3))
-        loss_BT = np.zeros((size, length), bool)
+        loss_BT, shares_BT = np.zeros((size, length), bool), np.full((size, length), NO_SHARE, np.float32)
         for b, row in enumerate(rows[start : start + size]):
             tokens_BT[b], positions_BT[b] = row["tokens"], row["positions"]
             segments_BT[b], loss_BT[b] = row["segments"], row["loss"]
+            if middles:
+                shares_BT[b] = shares(row["tokens"], row["segments"], middles)
         loss_BT[:, 0] = False  # nothing precedes the first token
         loss_BT[:, 1:] &= segments_BT[:, 1:] == segments_BT[:, :-1]
         room = -(-size // parts * length // block) * block
         index_CM, targets_CM = np.zeros((parts, room), np.int32), np.zeros((parts, room), np.int32)
-        count_C = np.zeros(parts, np.int32)
+        count_C, shares_CM = np.zeros(parts, np.int32), np.full((parts, room), NO_SHARE, np.float32)
         tokens_CP, loss_CP = tokens_BT.reshape(parts, -1), loss_BT.reshape(parts, -1)
         for part in range(parts):
             positions = np.flatnonzero(loss_CP[part])
             count_C[part] = count = len(positions)
             index_CM[part, :count], targets_CM[part, :count] = positions - 1, tokens_CP[part, positions]
-        yield Microbatch(tokens_BT, positions_BT, segments_BT, index_CM, targets_CM, count_C)
+            shares_CM[part, :count] = shares_BT.reshape(parts, -1)[part, positions]
+        batch = Microbatch(tokens_BT, positions_BT, segments_BT, index_CM, targets_CM, count_C)
+        yield batch._replace(shares_CM=shares_CM) if middles else batch

@@ -26,15 +26,17 @@ from codegemma.config import ModelConfig
 from codegemma.jax.compiler import compiler_options, configure_xla
 from codegemma.jax.forward import LoraParams, Params
 from codegemma.train import mesh as meshes
+from codegemma.train.horizon import HEAD, Middles, new_head
 from codegemma.train.loss import BLOCK, Losses
 from codegemma.train.memory import choose_remat
-from codegemma.train.objective import Objective, Trainable, flops_of
+from codegemma.train.objective import Objective, Trainable, flops_of, weights_of, with_weights
 from codegemma.train.optimizer import optimizer, schedule, update
 from codegemma.train.order import Microbatch, Order, microbatches, row_length
 from codegemma.train.settings import TrainingSettings
 from codegemma.train.store import RunState, Store
 
 TRIMMED_BATCHES = 8  # how many microbatches at the start are each followed by a trim of the heap
+SUMS = 7  # of a microbatch: see `target_sums`
 # glibc's options: (number in malloc.h, value)
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 
@@ -56,6 +58,7 @@ class StepReport:
     gradient_norm: float
     held_out: float | None = None  # loss on the held-out rows, where it was measured
     best: bool = False  # whether `held_out` is the lowest so far
+    horizon: float | None = None  # mean error of the head of horizon.py; None without a head or a middle
 
 
 SaveResult = Callable[[Trainable, StepReport], None]
@@ -91,17 +94,19 @@ def trim_heap() -> None:
 
 
 def target_sums(batch: Microbatch, losses: Losses, stop_ids: Sequence[int]) -> np.ndarray:
-    """Sums over a microbatch's real targets, float64 [5].
+    """Sums over a microbatch's real targets, float64 [SUMS].
 
     How many targets there are, their nats, and how many were the likeliest token; how many of the targets are
-    stop tokens, and how many of those were the likeliest token.
+    stop tokens, and how many of those were the likeliest token; how many have a share of a middle to come,
+    and the errors of these shares.
     """
     real_M = (np.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
-    nats, is_top = (meshes.gather(x)[real_M] for x in losses)
+    nats, is_top = (meshes.gather(x)[real_M] for x in losses[:2])
     is_stop = np.isin(batch.targets_CM.reshape(-1)[real_M], list(stop_ids))
-    return np.array(
-        [len(nats), nats.sum(dtype=np.float64), is_top.sum(), is_stop.sum(), is_top[is_stop].sum()]
-    )
+    sums = [len(nats), nats.sum(dtype=np.float64), is_top.sum(), is_stop.sum(), is_top[is_stop].sum(), 0, 0]
+    if losses.share_errors_M is not None:
+        sums[5:] = (batch.shares_CM >= 0).sum(), meshes.gather(losses.share_errors_M).sum(dtype=np.float64)
+    return np.array(sums)
 
 
 class Session:
@@ -126,11 +131,19 @@ class Session:
         held_out: Sequence[Any] = (),
         mesh: Any = None,
         stop_ids: Sequence[int] = (),
+        fim_middle: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.config, self.order, self.held_out, self.mesh = config, order, held_out, mesh
         self.settings = choose_remat(settings, config, max(map(row_length, order.folders)))
         self.stop_ids = tuple(stop_ids)
+        self._middles: Middles | None = None
+        if settings.horizon:
+            if fim_middle is None:
+                rule = "a horizon is the rest of a middle, but this vocabulary has no token before one"
+                raise ValueError(f"{rule}: leave horizon out")
+            self._middles = Middles(fim_middle, self.stop_ids)
+            trainable = with_weights(trainable, weights_of(trainable) | {HEAD: new_head(config.width)})
         self.steps = min(order.steps, settings.steps or order.steps)
         self._rate = schedule(self.settings, self.steps)
         self._rule = optimizer(self.settings, self._rate)
@@ -239,7 +252,7 @@ class Session:
         rows = self._rows(state.step)
         batches = list(self._microbatches(rows))
         sample = self._sample(state.step, batches) if self._sample else None
-        gradients, sums = None, np.zeros(5)
+        gradients, sums = None, np.zeros(SUMS)
         for batch in batches:
             if stop and stop.is_set():
                 return None
@@ -250,7 +263,7 @@ class Session:
             if self._batches_to_trim:
                 self._batches_to_trim -= 1
                 trim_heap()
-        targets, nats, correct, stops, correct_stops = sums.tolist()
+        targets, nats, correct, stops, correct_stops, shares, share_errors = sums.tolist()
         loss, count = nats / max(targets, 1), jnp.float32(max(targets, 1))
         if not np.isfinite(loss):
             fault = f"step {state.step + 1}: the loss is {loss}: training diverged"
@@ -270,6 +283,7 @@ class Session:
             flops=flops_of(self.config, len(rows) * length, length, int(targets), state.trainable),
             learning_rate=float(self._rate(state.step - 1)),
             gradient_norm=float(norm),
+            horizon=share_errors / shares if shares else None,
         )
 
     def _rows(self, step: int) -> list[dict[str, np.ndarray]]:
@@ -282,11 +296,11 @@ class Session:
     def _microbatches(self, rows: Sequence[dict[str, np.ndarray]]) -> Iterator[Microbatch]:
         parts = meshes.batch_parts(self.mesh.shape if self.mesh else {})
         size = min(len(rows), max(1, self.settings.micro_tokens // row_length(rows)))
-        return microbatches(rows, -(-size // parts) * parts, parts, BLOCK)
+        return microbatches(rows, -(-size // parts) * parts, parts, BLOCK, self._middles)
 
     def measure(self, report: StepReport) -> StepReport:
         """The report with the loss on the held-out rows, and whether it is the best so far."""
-        state, sums = self.state, np.zeros(5)
+        state, sums = self.state, np.zeros(SUMS)
         for rows in self.held_out:
             for batch in self._microbatches([rows[i] for i in range(len(rows))]):
                 placed = meshes.place_batch(self.mesh, batch)

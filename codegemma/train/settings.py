@@ -18,7 +18,7 @@ POSITIVE = (
     "keep",
     "average",
 )
-NOT_NEGATIVE = ("weight_decay", "row_rate", "z", "patience")
+NOT_NEGATIVE = ("weight_decay", "row_rate", "z", "horizon", "patience")
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ((*POSITIVE, "steps"), lambda value: value > 0, "be above 0"),
     (NOT_NEGATIVE, lambda value: 0 <= value < inf, "be finite and at least 0"),
@@ -40,6 +40,7 @@ class TrainingSettings:
     row_rate: float = 1 / 32  # the rate of trained embedding rows, as a share of the rate
     clip: float = 1.0  # largest norm of the gradient
     z: float = 0.0  # weight of the z-loss
+    horizon: float = 0.0  # weight of the loss of horizon.py; the paper's is 0.1
     stop_weight: float = 1.0  # weight w of the loss at a stop token; it raises that logit by about log w
     vocabulary: int | None = None  # tokens that estimate the normaliser (order.Sample); None: all, exactly
     micro_tokens: int = 2048  # of a microbatch
