@@ -335,7 +335,7 @@ def test_a_stop_token_of_weight_three_counts_as_three():
 
     def weighted(rows, weight):
         loss = Objective(config, TrainingSettings(stop_weight=weight), (7,)).loss
-        (total, (nats_M, _)), gradient = jax.value_and_grad(loss, has_aux=True)(
+        (total, (nats_M, *_)), gradient = jax.value_and_grad(loss, has_aux=True)(
             lora, params, next(microbatches(rows, 2))
         )
         return total, gradient.weights, nats_M
@@ -449,7 +449,9 @@ def test_gradients_of_the_horizon_are_finite_differences_in_float64():
     objective = Objective(config, TrainingSettings(precision="float32", horizon=20.0))
     (batch,) = microbatches(rows, 2, block=BLOCK, middles=MIDDLES)
     exactly = partial(nats_in_float64, config, ids=ids, rows=rows, horizon=20.0)
-    check_gradient(objective, layers, base, batch, weights, exactly, ("horizon", "layers.1.v", "rows"))
+    training.check_gradient(
+        objective, layers, base, batch, weights, exactly, ("horizon", "layers.1.v", "rows")
+    )
 
 
 def test_the_head_learns_where_a_middle_ends_and_is_dropped(tmp_path):
@@ -489,22 +491,7 @@ def test_gradients_of_layers_are_finite_differences_in_float64(kind):
     (batch,) = microbatches(rows, 2, block=BLOCK)
     names = sorted(weights.keys() - {"embed"} | {"rows"})
     exactly = partial(nats_in_float64, config, ids=ids, rows=rows)
-    check_gradient(objective, layers, base, batch, weights, exactly, names)
-
-
-def check_gradient(objective, layers, base, batch, weights, exactly, names):
-    """The loss and, along a random direction for each of the parameters, its slope, are those in float64."""
-    (loss, _), gradient = jax.jit(objective.gradient)(layers, base, batch)
-    exact = {name: np.float64(value) for name, value in (weights | layers.weights).items()}
-    assert float(loss) == pytest.approx(exactly(exact), rel=2.0**-18)
-    rng = np.random.default_rng(9)
-    for name in names:
-        slope = gradient.weights[name]
-        direction = rng.standard_normal(slope.shape) / np.sqrt(slope.size)
-        ends = [exactly(exact | {name: exact[name] + step * direction}) for step in (1e-5, -1e-5)]
-        ours = float((np.float64(slope) * direction).sum())
-        error = 2**10 * 2.0**-24 * np.linalg.norm(slope)  # as in `near`; the direction's length is 1
-        assert abs(ours - (ends[0] - ends[1]) / 2e-5) < error, name
+    training.check_gradient(objective, layers, base, batch, weights, exactly, names)
 
 
 def test_packed_layers_have_the_gradient_of_separate_rows():

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,28 @@ def packed_row(rng: np.random.Generator) -> dict[str, np.ndarray]:
     segments = np.select([index < rng.integers(8, 16), index < rng.integers(20, LENGTH)], [1, 2], 0)
     tokens = np.where(segments, rng.integers(3, 520, LENGTH), 0)
     return row(tokens, (rng.random(LENGTH) < 0.8) & (segments > 0), segments.astype(np.int32))
+
+
+def check_gradient(
+    objective: Any,
+    layers: LoraParams,
+    base: dict[str, Any],
+    batch: Any,
+    weights: dict[str, np.ndarray],
+    exactly: Callable[[dict[str, np.ndarray]], float],
+    names: Sequence[str],
+) -> None:
+    """The loss and, along a random direction for each of the parameters, its slope, are those in float64."""
+    (loss, _), gradient = jax.jit(objective.gradient)(layers, base, batch)
+    exact = {name: np.asarray(value, np.float64) for name, value in (weights | layers.weights).items()}
+    assert abs(float(loss) / exactly(exact) - 1) < 2.0**-18
+    rng = np.random.default_rng(9)
+    for name in names:
+        slope = np.asarray(gradient.weights[name], np.float64)
+        direction = rng.standard_normal(slope.shape) / np.sqrt(slope.size)
+        ends = [exactly(exact | {name: exact[name] + step * direction}) for step in (1e-5, -1e-5)]
+        error = 2**10 * 2.0**-24 * np.linalg.norm(slope)  # as for steps; the direction's length is 1
+        assert abs((slope * direction).sum() - (ends[0] - ends[1]) / 2e-5) < error, name
 
 
 class InOrder(Order):

@@ -42,6 +42,8 @@ class SettingsOptions:
     vocabulary: int | None = None
     z: float = 0.0
     horizon: float = 0.0
+    beta: float = 0.1
+    likelihood: float = 0.0
     evaluate_every: int = 50
     patience: int = 0
     save_every: int = 20
@@ -59,6 +61,7 @@ class PlanOptions:
 
     out: Path = Path("trained")
     chat: bool = False
+    preferences: bool = False
     alpha: float | None = None
     adapter: Path | None = None
     batch_tokens: int = 16_384
@@ -117,7 +120,7 @@ def train(
     lora_rank: Annotated[int | None, Option(min=1)] = None,
     resume: bool = False,
 ) -> None:
-    """Train a model on rows: continued pretraining with fill-in-the-middle, or chat."""
+    """Train a model on rows: continued pretraining with fill-in-the-middle, chat, or preferences."""
     _check_libraries()
     from codegemma.train import job
     from codegemma.train.settings import TrainingSettings
@@ -128,14 +131,17 @@ def train(
     if lora_rank is not None and (full or layers or plan.adapter):
         other = "--full" if full else "--layers" if layers else "--adapter"
         raise ValueError(f"--lora-rank is for a new adapter: leave it out, or {other}")
-    if not plan.chat and (file := next((file for file in rows if file.is_file()), None)):
+    if not (plan.chat or plan.preferences) and (
+        file := next((file for file in rows if file.is_file()), None)
+    ):
         raise ValueError(
             f"{file} is a file, but rows are folders that `codegemma data build` makes: pass --chat where it "
-            "holds dialogues"
+            "holds dialogues, --preferences where it holds pairs of answers"
         )
     cluster.join()
     if settings.learning_rate is None:
-        settings = replace(settings, learning_rate=5e-5 if full or layers else 1e-3)
+        rate = 5e-5 if full or layers else 1e-3
+        settings = replace(settings, learning_rate=rate / 20 if plan.preferences else rate)
     # the rate of layers is as low as that of an adapter's rows already
     row_rate = 1.0 if layers else TrainingSettings.row_rate
     training_plan = job.TrainingPlan(
@@ -154,7 +160,7 @@ def train(
         note(f"interrupted; {plan.out} keeps the steps so far, and --resume continues them")
         raise typer.Exit(interrupt.EXIT_CODE)
     for reason, count in training.left_out.most_common():
-        note(f"{count:,} dialogues were left out: {reason}")
+        note(f"{count:,} {'pairs' if plan.preferences else 'dialogues'} were left out: {reason}")
     print(f"wrote {result}; loss curve: {plan.out / 'loss.svg'}")
 
 

@@ -40,7 +40,7 @@ from codegemma.native.xla import has_kernels
 from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
 from codegemma.train import mesh as meshes
-from codegemma.train import sft
+from codegemma.train import preference, sft
 from codegemma.train.lora import adapter_of, new_lora
 from codegemma.train.memory import Memory, memory_of
 from codegemma.train.objective import Trainable, weights_of
@@ -69,6 +69,7 @@ class TrainingPlan:
     out: Path
     settings: TrainingSettings
     chat: bool = False
+    preferences: bool = False  # whether the sources are files of pairs of answers (preference.read)
     kind: Literal["full", "layers", "lora", "qlora"] = "lora"
     rank: int = 32
     alpha: float | None = None
@@ -94,6 +95,9 @@ class TrainingPlan:
             raise ValueError(f"{rule}, got {self.alpha}{remedy}")
         if self.chat and self.settings.horizon:
             raise ValueError("--horizon is for fill-in-the-middle rows: leave it out, or leave out --chat")
+        if self.preferences and (self.settings.z or self.settings.horizon or self.settings.vocabulary):
+            options = "--z-loss, --horizon and --vocabulary"
+            raise ValueError(f"{options} are not for pairs: leave them out, or leave out --preferences")
         if self.settings.patience and not self.held_out:
             raise ValueError("--patience counts measurements on held-out rows: pass --held-out too")
 
@@ -132,7 +136,7 @@ class TrainingJob:
 
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan, self.checkpoint = plan, open_checkpoint(hub.resolve(plan.model))
-        self.left_out = Counter[str]()  # how many dialogues, by reason
+        self.left_out = Counter[str]()  # how many lines, by reason
         parts = meshes.batch_parts(meshes.parse_axes(plan.mesh))
         rows, self.held_out = [self._read(Path(source)) for source in plan.sources], []
         if plan.held_out:
@@ -183,6 +187,7 @@ class TrainingJob:
         if jax.process_index() == 0 and plan.new_result.exists() and not plan.result.exists():
             plan.new_result.rename(plan.result)  # an earlier run stopped between the last lines of `_save`
         base, trainable = initial_params(plan, checkpoint, on_mesh=mesh is not None)
+        start = load_adapter(plan.adapter).digest if plan.adapter else None
         run = Session(
             checkpoint.config,
             base,
@@ -195,7 +200,7 @@ class TrainingJob:
             mesh=mesh,
             stop_ids=sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else [],
             fim_middle=checkpoint.tokenizer.control.fim_middle if checkpoint.tokenizer else None,
-            about={"base": checkpoint.identity, "kind": plan.kind},
+            about={"base": checkpoint.identity, "kind": plan.kind, "start": start},
         )
         with _tensorboard(plan) as report_to_tensorboard, run as session:
             for report in session.train(self._save, until, stop):
@@ -204,12 +209,20 @@ class TrainingJob:
         return plan.result
 
     def _read(self, source: Path) -> Any:
-        """The rows of a folder, or of a file of dialogues."""
+        """The rows of a folder, or of a file of dialogues or of pairs of answers."""
         plan, tokenizer = self.plan, self.checkpoint.tokenizer
+        if plan.chat and tokenizer is None:
+            fault = f"{plan.model} has no tokenizer to read chats with"
+            raise ValueError(f"{fault}: put its tokenizer.model beside it")
+        if plan.preferences:
+            parse_with = tokenizer if plan.chat else None
+            pairs, left_out = preference.read(source, self.checkpoint.config.vocab, parse_with)
+            rows, unfit = preference.rows(pairs, plan.length)
+            reason = f"longer than {plan.length:,} tokens, with the prompt before both answers"
+            self.left_out += left_out + Counter({reason: unfit})
+            return rows
         if plan.chat:
-            if tokenizer is None:
-                fault = f"{plan.model} has no tokenizer to read chats with"
-                raise ValueError(f"{fault}: put its tokenizer.model beside it")
+            assert tokenizer
             file = sft.read(source)
             rows, unfit = sft.rows(file.dialogues, tokenizer, plan.length)
             reason = f"longer than {plan.length:,} tokens, or with an empty answer"
@@ -238,6 +251,8 @@ class TrainingJob:
             "held_out": report.held_out,
             "hours": round((time.monotonic() - self._started) / 3600, 3),
         }
+        if plan.preferences:
+            card |= {"beta": plan.settings.beta, "likelihood": plan.settings.likelihood}
         fim = {order: order in plan.fim_orders for order in FIM_ORDERS}
         return card if plan.chat else card | {"fim": fim}
 

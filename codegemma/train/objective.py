@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from codegemma.config import ModelConfig
 from codegemma.jax.forward import LoraParams, Params, forward
-from codegemma.train import horizon
+from codegemma.train import horizon, preference
 from codegemma.train.loss import Losses, cross_entropy
 from codegemma.train.order import Microbatch, Sample
 from codegemma.train.settings import TrainingSettings
@@ -32,9 +32,10 @@ def with_weights(trainable: Trainable, weights: dict[str, Any]) -> Trainable:
 class Objective:
     """What a step minimises: next-token loss, in which a stop token counts `settings.stop_weight` times.
 
-    With `settings.horizon` the loss of the horizon head is added to it, with that weight.
+    With `settings.horizon` the loss of the horizon head is added to it, with that weight. Of rows of pairs it
+    minimises preference.loss instead.
 
-    In both methods, `trainable` is an adapter or layers over the frozen `base`, or all parameters.
+    In all methods, `trainable` is an adapter or layers over the frozen `base`, or all parameters.
     """
 
     config: ModelConfig
@@ -44,7 +45,38 @@ class Objective:
     def loss(
         self, trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None
     ) -> tuple[jax.Array, Losses]:
-        """The weighted sum of the targets' losses, and the losses themselves, unweighted."""
+        """The sum that is minimised, and the losses of the targets, unweighted, or of the pairs."""
+        settings = self.settings
+        hidden_MD, losses = self._losses(trainable, base, batch, sample)
+        if batch.pairs is not None:
+            return preference.loss(losses.nats_M, batch.pairs, settings)
+        real_M = (jnp.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
+        is_stop_M = jnp.isin(batch.targets_CM.reshape(-1), jnp.asarray(self.stop_ids, jnp.int32))
+        total = jnp.sum(losses.nats_M * real_M * jnp.where(is_stop_M, settings.stop_weight, 1.0))
+        if settings.horizon:
+            head = weights_of(trainable)[horizon.HEAD]
+            errors_M = horizon.errors(hidden_MD, batch.shares_CM.reshape(-1), head)
+            total += settings.horizon * errors_M.sum()
+            losses = losses._replace(share_errors_M=errors_M)
+        return total, losses
+
+    def gradient(
+        self, trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None
+    ) -> tuple[tuple[jax.Array, Losses], Trainable]:
+        """(the result of `loss`, its gradient for `trainable`), in the settings' precision."""
+        with jax.default_matmul_precision(self.settings.precision):
+            return jax.value_and_grad(self.loss, has_aux=True)(trainable, base, batch, sample)
+
+    def margins(self, trainable: Trainable, base: Params | None, batch: Microbatch) -> jax.Array:
+        """float32 [C * P]: log p(chosen) - log p(rejected) of each pair, in the settings' precision."""
+        assert batch.pairs is not None
+        with jax.default_matmul_precision(self.settings.precision):
+            return preference.margins(self._losses(trainable, base, batch, None)[1].nats_M, batch.pairs)
+
+    def _losses(
+        self, trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None
+    ) -> tuple[jax.Array, Losses]:
+        """(the hidden states before the targets [C * M, D], the losses of the targets)."""
         config, settings = self.config, self.settings
         lora = trainable if isinstance(trainable, LoraParams) else None
         params: Params = base if lora is not None else trainable  # type: ignore[assignment]
@@ -74,24 +106,7 @@ class Objective:
             train_table=lora is None,
             sample=sample,
         )
-        real_M = (jnp.arange(M) < batch.count_C[:, None]).reshape(-1)
-        is_stop_M = jnp.isin(targets_M, jnp.asarray(self.stop_ids, jnp.int32))
-        total = jnp.sum(losses.nats_M * real_M * jnp.where(is_stop_M, settings.stop_weight, 1.0))
-        if settings.horizon:
-            head = weights_of(trainable)[horizon.HEAD]
-            errors_M = horizon.errors(hidden_MD, batch.shares_CM.reshape(-1), head)
-            total, losses = (
-                total + settings.horizon * errors_M.sum(),
-                losses._replace(share_errors_M=errors_M),
-            )
-        return total, losses
-
-    def gradient(
-        self, trainable: Trainable, base: Params | None, batch: Microbatch, sample: Sample | None = None
-    ) -> tuple[tuple[jax.Array, Losses], Trainable]:
-        """(the result of `loss`, its gradient for `trainable`), in the settings' precision."""
-        with jax.default_matmul_precision(self.settings.precision):
-            return jax.value_and_grad(self.loss, has_aux=True)(trainable, base, batch, sample)
+        return hidden_MD, losses
 
 
 def flops_of(config: ModelConfig, tokens: int, length: int, targets: int, trained: Trainable) -> float:

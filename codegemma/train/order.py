@@ -31,6 +31,15 @@ class Microbatch(NamedTuple):
     targets_CM: Any
     count_C: Any
     shares_CM: Any = None  # float32, see horizon.shares; None without a horizon head
+    pairs: Pairs | None = None  # of rows of preference.rows
+
+
+class Pairs(NamedTuple):
+    """The pairs of answers of a microbatch, up to P in each of its C parts; see preference.rows."""
+
+    pair_CM: Any  # int32: the pair that a target belongs to, counted within the part
+    sign_CM: Any  # float32: 1 for a target of the chosen answer, -1 of the rejected one, 0 for padding
+    reference_CP: Any  # float32: log p(chosen) - log p(rejected) before training; NaN where there is no pair
 
 
 class Sample(NamedTuple):
@@ -176,4 +185,21 @@ def microbatches(
             index_CM[part, :count], targets_CM[part, :count] = positions - 1, tokens_CP[part, positions]
             shares_CM[part, :count] = shares_BT.reshape(parts, -1)[part, positions]
         batch = Microbatch(tokens_BT, positions_BT, segments_BT, index_CM, targets_CM, count_C)
+        if "reference" in rows[0]:
+            batch = batch._replace(
+                pairs=_pairs(batch, [row["reference"] for row in rows[start : start + size]])
+            )
         yield batch._replace(shares_CM=shares_CM) if middles else batch
+
+
+def _pairs(batch: Microbatch, references: Sequence[np.ndarray]) -> Pairs:
+    """The pairs of a microbatch, from its rows' segments and references."""
+    (parts, room), (size, length), most = batch.index_CM.shape, batch.tokens_BT.shape, len(references[0])
+    reference_BP = np.full((size, most), np.nan, np.float32)
+    reference_BP[: len(references)] = references
+    segment_CM = np.take_along_axis(batch.segments_BT.reshape(parts, -1), batch.index_CM, 1)
+    is_real_CM = np.arange(room) < batch.count_C[:, None]
+    pair_CM = np.where(is_real_CM, batch.index_CM // length * most + (segment_CM - 1) // 2, 0)
+    sign_CM = np.where(is_real_CM, np.where(segment_CM % 2, 1, -1), 0)
+    reference_CP = reference_BP.reshape(parts, -1)
+    return Pairs(pair_CM.astype(np.int32), sign_CM.astype(np.float32), reference_CP)

@@ -47,10 +47,12 @@ class StepReport:
 
     step: int  # from 1
     steps: int  # of the complete run
-    loss: float  # nats per target
-    right: float  # accuracy: the share of targets that were the likeliest token
+    loss: float  # nats per target, or the loss per pair of answers
+    right: (
+        float  # accuracy: the share of targets that were the likeliest token, or of pairs preferred rightly
+    )
     ends: float | None  # accuracy at stop tokens; None where no target is one
-    targets: int
+    targets: int  # or pairs
     tokens: int  # of this step
     seconds: float
     flops: float  # of this step, by `flops_of`
@@ -94,15 +96,19 @@ def trim_heap() -> None:
 
 
 def target_sums(batch: Microbatch, losses: Losses, stop_ids: Sequence[int]) -> np.ndarray:
-    """Sums over a microbatch's real targets, float64 [SUMS].
+    """Sums over a microbatch's real targets, or over its pairs of answers, float64 [SUMS].
 
-    How many targets there are, their nats, and how many were the likeliest token; how many of the targets are
-    stop tokens, and how many of those were the likeliest token; how many have a share of a middle to come,
-    and the errors of these shares.
+    How many targets there are, their nats, and how many were the likeliest token (or preferred); how many of
+    the targets are stop tokens, and how many of those were the likeliest token; how many have a share of a
+    middle to come, and the errors of these shares.
     """
-    real_M = (np.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
+    if batch.pairs is None:
+        real_M = (np.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
+        is_stop = np.isin(batch.targets_CM.reshape(-1)[real_M], list(stop_ids))
+    else:
+        real_M = np.isfinite(batch.pairs.reference_CP).reshape(-1)
+        is_stop = np.zeros(real_M.sum(), bool)
     nats, is_top = (meshes.gather(x)[real_M] for x in losses[:2])
-    is_stop = np.isin(batch.targets_CM.reshape(-1)[real_M], list(stop_ids))
     sums = [len(nats), nats.sum(dtype=np.float64), is_top.sum(), is_stop.sum(), is_top[is_stop].sum(), 0, 0]
     if losses.share_errors_M is not None:
         sums[5:] = (batch.shares_CM >= 0).sum(), meshes.gather(losses.share_errors_M).sum(dtype=np.float64)
@@ -159,7 +165,9 @@ class Session:
     def __enter__(self) -> Session:
         self.store = self._open()
         try:
+            start = self.state.trainable
             self.store.restore(self.state)
+            self._set_references(start)
         except BaseException:
             self.store.close()
             raise
@@ -167,6 +175,29 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.store.close()
+
+    def _set_references(self, start: Trainable) -> None:
+        """Puts into rows of pairs how far apart the model holds their answers before the first step.
+
+        That is computed once, by the weights at the `start`, and kept in the run's folder.
+        """
+        folders = [rows for rows in (*self.order.folders, *self.held_out) if "reference" in rows[0]]
+
+        def compute() -> np.ndarray:
+            with meshes.use(self.mesh):
+                return np.concatenate([self._margins(start, rows) for rows in folders])
+
+        if folders:
+            margins = self.store.computed_once("reference", compute)
+            for place in (row["reference"] for rows in folders for row in rows):
+                place += np.where(np.isnan(place), 0, margins[: len(place)] - place)
+                margins = margins[len(place) :]
+
+    def _margins(self, start: Trainable, rows: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
+        """float32: what Objective.margins says of each place in the rows' references."""
+        batches = [meshes.place_batch(self.mesh, batch) for batch in self._microbatches(rows)]
+        margins = [meshes.gather(self._margin(start, self.base, batch)) for batch in batches]
+        return np.concatenate(margins)[: len(rows) * len(rows[0]["reference"])]
 
     def _stamp(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """What must be equal in a run and its resumption."""
@@ -196,6 +227,7 @@ class Session:
             compiler_options=compiler_options(self.settings.remat),
         )
         self._loss = jax.jit(objective.loss)
+        self._margin = jax.jit(objective.margins)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._update = jax.jit(
             partial(update, self._rule),
@@ -270,7 +302,7 @@ class Session:
             raise ValueError(f"{fault}: lower --learning-rate and begin again in another folder")
         state.trainable, state.moments, norm = self._update(state.trainable, state.moments, gradients, count)
         state.step += 1
-        length = row_length(rows)
+        length, predicted = row_length(rows), sum(int(batch.count_C.sum()) for batch in batches)
         return StepReport(
             step=state.step,
             steps=self.steps,
@@ -280,7 +312,7 @@ class Session:
             targets=int(targets),
             tokens=len(rows) * length,
             seconds=time.perf_counter() - started,
-            flops=flops_of(self.config, len(rows) * length, length, int(targets), state.trainable),
+            flops=flops_of(self.config, len(rows) * length, length, predicted, state.trainable),
             learning_rate=float(self._rate(state.step - 1)),
             gradient_norm=float(norm),
             horizon=share_errors / shares if shares else None,

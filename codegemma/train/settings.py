@@ -10,6 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 SAMPLED_VOCABULARY = 32_768  # for TrainingSettings.vocabulary, where the normaliser need not be exact
 POSITIVE = (
     "learning_rate",
+    "beta",
     "clip",
     "stop_weight",
     "micro_tokens",
@@ -18,7 +19,7 @@ POSITIVE = (
     "keep",
     "average",
 )
-NOT_NEGATIVE = ("weight_decay", "row_rate", "z", "horizon", "patience")
+NOT_NEGATIVE = ("weight_decay", "row_rate", "z", "horizon", "likelihood", "patience")
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ((*POSITIVE, "steps"), lambda value: value > 0, "be above 0"),
     (NOT_NEGATIVE, lambda value: 0 <= value < inf, "be finite and at least 0"),
@@ -41,6 +42,8 @@ class TrainingSettings:
     clip: float = 1.0  # largest norm of the gradient
     z: float = 0.0  # weight of the z-loss
     horizon: float = 0.0  # weight of the loss of horizon.py; the paper's is 0.1
+    beta: float = 0.1  # of the loss of preference.py: how soon a preference is strong enough
+    likelihood: float = 0.0  # weight of the chosen answer's mean loss beside it
     stop_weight: float = 1.0  # weight w of the loss at a stop token; it raises that logit by about log w
     vocabulary: int | None = None  # tokens that estimate the normaliser (order.Sample); None: all, exactly
     micro_tokens: int = 2048  # of a microbatch

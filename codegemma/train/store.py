@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -121,6 +122,18 @@ class Store:
         for step in older:
             total = jax.tree.map(jnp.add, total, self._arrays(step, state)["trainable"])
         return with_weights(state.trainable, jax.tree.map(lambda sum: sum / (len(older) + 1), total))
+
+    def computed_once(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that a run with this stamp computes once and keeps in its folder."""
+        digest = hashlib.sha256(json.dumps(self._stamp, sort_keys=True).encode()).hexdigest()
+        path = self.folder / f"{name}-{digest[:12]}.npy"
+        if path.exists():
+            return np.load(path)  # type: ignore[no-any-return]
+        values = compute()
+        if self._writes:
+            with disk_errors_name(path), atomic_write(path) as file:
+                np.lib.format.write_array(file, values, allow_pickle=False)
+        return values
 
     def _check(self, stamp: dict[str, Any]) -> None:
         # a stamp without a precision is older than that setting: its run computed in float32
