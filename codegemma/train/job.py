@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,16 +26,16 @@ import numpy as np
 from codegemma import hub
 from codegemma.adapters.adapter import LINEAR
 from codegemma.adapters.load import load as load_adapter
-from codegemma.adapters.merge import merge
 from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import Checkpoint, open_checkpoint
-from codegemma.checkpoints.tensors import ELEMENTS, ArrayTensor, Tensor
+from codegemma.checkpoints.tensors import ELEMENTS, ArrayTensor, LazyTensor, Tensor
 from codegemma.checkpoints.untrusted import read_json
 from codegemma.convert.convert import save
 from codegemma.data.pack import Rows
 from codegemma.extras import installer
 from codegemma.files import atomic_directory
 from codegemma.jax.forward import LoraParams, Params, embed, params_of
+from codegemma.native import dequantize
 from codegemma.native.xla import has_kernels
 from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
@@ -291,11 +291,24 @@ def trained_model(checkpoint: Checkpoint, trained: Trainable, fim_orders: Iterab
     for name in tensors.keys() & weights.keys():
         type = tensors[name].type
         tensors[name] = ArrayTensor.of(np.asarray(weights[name]), type if type in ELEMENTS else "BF16")
-    model = checkpoint.with_weights(tensors, fim_orders)
-    if not isinstance(trained, LoraParams) or not trained.ids:
-        return model
-    rows = LoraParams({"rows": trained.weights["rows"]}, 1.0, trained.ids)
-    return merge(model, adapter_of(rows, "rows", {}), blocks_as="BF16")
+    if isinstance(trained, LoraParams):
+        rows_RD = np.asarray(weights.get("rows", ()), np.float32)
+        tensors["embed"] = _with_rows(tensors["embed"], dict(zip(trained.ids, rows_RD, strict=True)))
+    return checkpoint.with_weights(tensors, fim_orders)
+
+
+def _with_rows(table: Tensor, rows: Mapping[int, np.ndarray]) -> Tensor:
+    """A table in a float type with replaced rows, made a few rows at a time as it is written."""
+    type = table.type if table.type in ELEMENTS else "BF16"
+
+    def read(start: int, stop: int) -> np.ndarray:
+        values = dequantize(table.rows(start, stop))
+        for token, row in rows.items():
+            if start <= token < stop:
+                values[token - start] = row
+        return ArrayTensor.of(values, type).data
+
+    return LazyTensor(type, table.shape, read)
 
 
 def initial_params(
