@@ -36,7 +36,8 @@ from codegemma.data.build import build
 from codegemma.data.documents import Document
 from codegemma.data.folder import BuildFolder
 from codegemma.evals.task import compare
-from codegemma.jax.forward import params_of
+from codegemma.jax.forward import LoraParams, params_of
+from codegemma.native import dequantize
 from codegemma.prompts import Message
 from codegemma.train import job, session, sft, tune
 from codegemma.train.settings import TrainingSettings
@@ -577,6 +578,23 @@ def test_layers_begin_as_the_base_with_the_adapter(model, tmp_path):
     ids = [2, 68, 300, 69, 70, 33, 44]
     expected = tuned.engine.logits(ids, adapter="a")
     assert np.abs(merged.logits(ids) - expected).max() < 2.0**-12 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("ids", [(), (0, 68)])
+def test_the_table_of_trained_layers_is_of_floats_with_its_trained_rows(tmp_path, ids):
+    """Where the file's is quantised; read at once, and a few rows at a time."""
+    checkpoint = open_checkpoint(
+        write_tiny_gguf(tmp_path / "q.gguf", tiny_config("gemma-mqa", layers=2), "Q8_0")
+    )
+    rows = np.full((len(ids), 96), 0.75, np.float32) + np.arange(len(ids), dtype=np.float32)[:, None]
+    trained = LoraParams({"rows": rows} if ids else {}, 1.0, ids)
+    table = job.trained_model(checkpoint, trained, ()).tensors["embed"]
+    wanted = dequantize(checkpoint.tensors["embed"])
+    wanted[list(ids)] = rows
+    assert table.type == "BF16"
+    assert (np.abs(table.float32() - wanted) <= 2.0**-8 * np.abs(wanted)).all()
+    parts = [table.rows(start, min(start + 50, 515)).data for start in range(0, 515, 50)]
+    assert np.array_equal(np.concatenate(parts), table.data)
 
 
 @pytest.mark.parametrize("kind", ["full", "layers", "lora", "qlora"])
