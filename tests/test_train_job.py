@@ -605,7 +605,7 @@ def test_memory_is_stated_before_a_run(model, chats, tmp_path, kind):
     base, trainable = job.initial_params(plan, open_checkpoint(model))
     held = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (base, trainable)]
     assert (memory.base, memory.weights, memory.moments) == (*held, 2 * held[1])
-    assert memory.gradients == (1 if plan.batch_tokens <= plan.settings.micro_tokens else 2) * memory.weights
+    assert memory.gradients == (2 if plan.batch_tokens <= plan.settings.micro_tokens else 3) * memory.weights
     assert f"about {memory.total / 1e9:.1f} GB" in str(memory)
 
 

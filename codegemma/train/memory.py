@@ -9,6 +9,7 @@ from codegemma.train.loss import CHUNK_BYTES
 from codegemma.train.settings import TrainingSettings
 
 MAX_ACTIVATIONS = 3 << 30  # bytes kept for the backward pass; above, remat="auto" means "layer"
+PROCESS_BYTES = 500_000_000  # Python, JAX and the compiled steps, about
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,13 @@ class Memory:
     base: int  # frozen weights
     weights: int  # trained ones, in float32
     moments: int  # AdamW's, two for each trained weight
-    gradients: int  # of a microbatch, and the sum over those before it
+    gradients: int  # of a microbatch, the sum over those before it, and the changes made of them
     activations: int  # kept for the backward pass, and a chunk of logits
+    process: int = PROCESS_BYTES
 
     @property
     def total(self) -> int:
-        return self.base + self.weights + self.moments + self.gradients + self.activations
+        return sum(vars(self).values())
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(self).items())
@@ -55,6 +57,6 @@ def memory_of(
 ) -> Memory:
     """The memory of a run whose frozen weights take `base` bytes, and that trains `trained` weights."""
     size, settings = 4 * trained, choose_remat(settings, config, length)
-    gradients = size if batch_tokens <= settings.micro_tokens else 2 * size
+    gradients = 2 * size if batch_tokens <= settings.micro_tokens else 3 * size
     activations = activation_bytes(config, settings, length) + CHUNK_BYTES
     return Memory(base, size, 2 * size, gradients, activations)
