@@ -21,6 +21,7 @@ class Memory:
     moments: int  # AdamW's, two for each trained weight
     gradients: int  # of a microbatch, the sum over those before it, and the changes made of them
     activations: int  # kept for the backward pass, and a chunk of logits
+    checkpoints: int  # the copy that is being written and, for a mean of several, one that is read
     process: int = PROCESS_BYTES
 
     @property
@@ -59,4 +60,5 @@ def memory_of(
     size, settings = 4 * trained, choose_remat(settings, config, length)
     gradients = 2 * size if batch_tokens <= settings.micro_tokens else 3 * size
     activations = activation_bytes(config, settings, length) + CHUNK_BYTES
-    return Memory(base, size, 2 * size, gradients, activations)
+    checkpoints = 3 * size if settings.average == 1 else 7 * size  # weights and moments; and the mean
+    return Memory(base, size, 2 * size, gradients, activations, checkpoints)
