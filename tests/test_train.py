@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,10 +25,11 @@ from codegemma.config import ModelConfig
 from codegemma.jax.compiler import compiler_options
 from codegemma.jax.forward import LoraParams
 from codegemma.native.xla import StoredMatrix
+from codegemma.train import horizon, mesh
 from codegemma.train import loss as losses
-from codegemma.train import mesh
 from codegemma.train.lora import adapter_of, new_lora
 from codegemma.train.loss import BLOCK, cross_entropy
+from codegemma.train.memory import activation_bytes
 from codegemma.train.objective import Objective, flops_of
 from codegemma.train.optimizer import optimizer, schedule
 from codegemma.train.order import Microbatch, Order, Sample, microbatches
@@ -333,7 +335,7 @@ def test_a_stop_token_of_weight_three_counts_as_three():
 
     def weighted(rows, weight):
         loss = Objective(config, TrainingSettings(stop_weight=weight), (7,)).loss
-        (total, (nats_M, _)), gradient = jax.value_and_grad(loss, has_aux=True)(
+        (total, (nats_M, *_)), gradient = jax.value_and_grad(loss, has_aux=True)(
             lora, params, next(microbatches(rows, 2))
         )
         return total, gradient.weights, nats_M
@@ -346,6 +348,171 @@ def test_a_stop_token_of_weight_three_counts_as_three():
     assert float(total) == pytest.approx(float(plain + 2 * extra), rel=1e-5) and (nats_M == same_M).all()
     for name, value in gradient.items():
         np.testing.assert_allclose(value, once[name] + 2 * more[name], rtol=1e-4, atol=1e-5)
+
+
+def nats_in_float64(config, weights, ids, rows, horizon=0.0):
+    """The summed loss of the rows' targets, in float64 NumPy; each segment is a sequence of its own."""
+    params = {**weights, "embed": weights["embed"].copy()}
+    params["embed"][list(ids)] = params.pop("rows")
+    head, total = params.pop("horizon", None), 0.0
+    for row in rows:
+        for segment in range(1, row["segments"].max() + 1):
+            inside = row["segments"] == segment
+            tokens, targets = row["tokens"][inside], np.flatnonzero(row["loss"][inside][1:]) + 1
+            logits = training.reference.logits(config, params, tokens, trace=(trace := {}))
+            lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+            total += (lse[targets - 1] - logits[targets - 1, tokens[targets]]).sum()
+            if horizon:
+                last = trace[f"layers.{config.layers - 1}.out_TD"]
+                hidden = training.reference.rms_norm(last, params["final_norm"], config)
+                predicted = 1 / (1 + np.exp(-(hidden @ head[:-1] + head[-1])))
+                wanted = shares_by_hand(tokens)
+                total += horizon * sum(abs(predicted[t - 1] - wanted[t]) for t in targets if t in wanted)
+    return total
+
+
+MIDDLES = horizon.Middles(68, (1, 67, 68, 69, 70))
+
+
+def shares_by_hand(tokens):
+    """{target: share of the middle that comes after the token before it} of one sequence."""
+    wanted, inside = {}, None
+    for t, token in enumerate(tokens):
+        if inside is not None and token in MIDDLES.ends:
+            for done, place in enumerate(inside, 1):
+                wanted[place + 1] = (len(inside) - done) / len(inside)
+            inside = None
+        if inside is not None:
+            inside.append(t)
+        if token == MIDDLES.start:
+            inside = []
+    return wanted
+
+
+def fim_row(rng):
+    """Two segments and padding; in the first, two documents, the second with an empty middle."""
+    size = rng.integers(1, 9)
+    documents = [2, 67, 5, 69, 6, 68, *rng.integers(75, 520, size), 70, 69, 67, 9, 68, 70]
+    second = [2, 69, 8, 67, 68, *rng.integers(75, 520, 3), 1]
+    tokens = np.array([*documents, *second, *[0] * (32 - len(documents) - len(second))])
+    segments = np.repeat([1, 2, 0], [len(documents), len(second), 32 - len(documents) - len(second)])
+    loss = np.isin(np.arange(32), [t for t in range(1, 32) if tokens[t] >= 70 or tokens[t] == 1])
+    return training.row(tokens, loss, segments.astype(np.int32))
+
+
+def test_shares_of_packed_rows_are_those_of_separate_ones():
+    rng = np.random.default_rng(0)
+    rows = [fim_row(rng) for _ in range(6)]
+    (batch,) = microbatches(rows, 6, 2, 16, MIDDLES)
+    made = 0
+    for part in range(2):
+        for index, share in zip(batch.index_CM[part], batch.shares_CM[part], strict=True):
+            r, t = divmod(int(index), 32)
+            row = rows[3 * part + r]
+            start = int(np.argmax(row["segments"] == row["segments"][t]))
+            wanted = shares_by_hand(row["tokens"][row["segments"] == row["segments"][t]])
+            if share >= 0:
+                made += 1
+                assert share == np.float32(wanted[t + 1 - start])
+    # each token of a middle has a share, and the row's last two middles have none and three
+    assert made == sum(int((row["tokens"] >= 75).sum()) for row in rows) > 20
+    assert next(microbatches(rows, 6)).shares_CM is None
+
+
+def with_head(layers, head):
+    return replace(layers, weights=layers.weights | {"horizon": jnp.asarray(head, jnp.float32)})
+
+
+def test_the_horizon_is_a_second_loss_and_nothing_without_weight():
+    """The nats of targets are the same bits with it; with weight 0 the loss is their sum, and no more."""
+    config, params = training.tiny()
+    base, layers = training.layers(params, (67, 69))
+    rng = np.random.default_rng(1)
+    (batch,) = microbatches([fim_row(rng), fim_row(rng)], 2, block=BLOCK, middles=MIDDLES)
+    headed = with_head(layers, rng.normal(0, 0.1, 33))
+    plain = jax.jit(Objective(config, TrainingSettings()).loss)
+    second = jax.jit(Objective(config, TrainingSettings(horizon=0.5)).loss)
+    (total, losses), (both, with_shares) = plain(layers, base, batch), second(headed, base, batch)
+    assert np.array_equal(losses.nats_M, with_shares.nats_M) and losses.share_errors_M is None
+    assert float(total) == float(plain(layers, base, batch._replace(shares_CM=None))[0])
+    errors = np.asarray(with_shares.share_errors_M)
+    assert errors.sum() > 0 and not errors[(batch.shares_CM < 0).reshape(-1)].any()
+    assert float(both) == pytest.approx(float(total) + 0.5 * errors.sum(), rel=1e-6)
+
+
+def test_gradients_of_the_horizon_are_finite_differences_in_float64():
+    config = tiny_config("gemma3", layers=2, width=32, head_width=16, ffn_width=48, vocab=520)
+    weights, ids, rng = training.reference.random_params(config, 0), (67, 69), np.random.default_rng(2)
+    rows = [fim_row(rng) for _ in range(2)]
+    base, layers = training.layers({name: jnp.asarray(value) for name, value in weights.items()}, ids)
+    layers = with_head(layers, rng.normal(0, 0.1, 33))
+    objective = Objective(config, TrainingSettings(precision="float32", horizon=20.0))
+    (batch,) = microbatches(rows, 2, block=BLOCK, middles=MIDDLES)
+    exactly = partial(nats_in_float64, config, ids=ids, rows=rows, horizon=20.0)
+    training.check_gradient(
+        objective, layers, base, batch, weights, exactly, ("horizon", "layers.1.v", "rows")
+    )
+
+
+def test_the_head_learns_where_a_middle_ends_and_is_dropped(tmp_path):
+    config, params = training.tiny()
+    tokens = np.array([2, 67, 5, 69, 6, 68, *range(100, 116), 70, *[0] * 9])
+    rows = [training.row(tokens, tokens >= 70, (tokens > 0).astype(np.int32))] * 40
+    settings = TrainingSettings(1e-2, row_rate=1, steps=30, horizon=0.1, decay="constant", micro_tokens=32)
+    session = Session(
+        config,
+        params,
+        new_lora(params, 4, (67,)),
+        Order([rows], 32),
+        settings,
+        tmp_path,
+        stop_ids=MIDDLES.ends,
+        fim_middle=68,
+    )
+    with session:
+        reports = list(session.train())
+    assert reports[0].horizon == pytest.approx(np.abs(np.arange(16) / 16 - 0.5).mean())
+    assert reports[-1].horizon < 0.5 * reports[0].horizon
+    adapter = adapter_of(session.state.trainable, "tiny", {})
+    assert "horizon" in session.state.weights and "horizon" not in {*adapter.a, *adapter.b}
+    with pytest.raises(ValueError, match="no token before one: leave horizon out"):
+        Session(config, params, new_lora(params, 4), Order([rows], 32), settings, tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["gemma-mqa", "gemma2", "gemma3"])
+def test_gradients_of_layers_are_finite_differences_in_float64(kind):
+    """Of packed rows, along a random direction for each parameter: so packed is also as separate."""
+    config = tiny_config(kind, layers=2, width=32, head_width=16, ffn_width=48, vocab=520)
+    weights, ids, rng = training.reference.random_params(config, 0), (67, 69), np.random.default_rng(1)
+    rows = [training.packed_row(rng) for _ in range(2)]
+    rows[0]["tokens"][3:5] = ids
+    base, layers = training.layers({name: jnp.asarray(value) for name, value in weights.items()}, ids)
+    objective = Objective(config, TrainingSettings(precision="float32"))
+    (batch,) = microbatches(rows, 2, block=BLOCK)
+    names = sorted(weights.keys() - {"embed"} | {"rows"})
+    exactly = partial(nats_in_float64, config, ids=ids, rows=rows)
+    training.check_gradient(objective, layers, base, batch, weights, exactly, names)
+
+
+def test_packed_layers_have_the_gradient_of_separate_rows():
+    config, params = training.tiny()
+    base, layers = training.layers(params, (67,))
+    row, objective = training.packed_row(np.random.default_rng(3)), Objective(config, TrainingSettings())
+    parts = []
+    for segment in (1, 2):
+        inside = row["segments"] == segment
+        alone = training.row(
+            *(np.pad(row[key][inside], (0, 32 - inside.sum())) for key in ("tokens", "loss"))
+        )
+        parts.append({**alone, "segments": (np.arange(32) < inside.sum()).astype(np.int32)})
+    packed, separate = (
+        jax.jit(objective.gradient)(layers, base, next(microbatches(rows, len(rows), block=BLOCK)))
+        for rows in ([row], parts)
+    )
+    assert float(packed[0][0]) == pytest.approx(float(separate[0][0]), rel=2.0**-18)
+    for name, slope in packed[1].weights.items():
+        apart = np.linalg.norm(slope - separate[1].weights[name])
+        assert apart < 2**8 * 2.0**-24 * np.linalg.norm(slope) + 1e-30, name
 
 
 def in_blocks(layers):
@@ -399,13 +566,15 @@ def test_remat_saves_memory_and_computes_no_kept_product_again():
             compiled.as_text().count("custom-call("),
         )
     assert held["layer"] < 0.5 * held["products"] < 0.4 * held["none"]
+    stated = activation_bytes(config, TrainingSettings(micro_tokens=1024), 256)
+    assert 0.5 * stated < held["none"] < 2 * stated
     assert calls["none"] == calls["products"] < calls["layer"]
 
 
 def test_schedule_and_flops_are_as_stated():
     rate = schedule(TrainingSettings(learning_rate=2.0, warmup=0.2, floor=0.25), 20)
     assert [float(rate(i)) for i in (0, 3, 4, 12, 20)] == pytest.approx([0.5, 2.0, 2.0, 1.25, 0.5])
-    config, _ = training.tiny()
+    config, params = training.tiny()
     weights = sum(
         int(np.prod(shape))
         for name, shape in training.reference.shapes(config).items()
@@ -415,9 +584,10 @@ def test_schedule_and_flops_are_as_stated():
         6 * config.heads * config.head_width * min(100, config.layer_window(i) or 100)
         for i in range(config.layers)
     )
-    for full, base, head in ((False, 4, 4), (True, 6, 8)):
+    _, layers = training.layers(params, (67,))
+    for trained, base, head in ((new_lora(params, 4), 4, 4), (params, 6, 8), (layers, 6, 4)):
         assert (
-            flops_of(config, 300, 100, 40, full)
+            flops_of(config, 300, 100, 40, trained)
             == 300 * (base * weights + attention) + 40 * head * config.vocab * config.width
         )
 
@@ -489,11 +659,12 @@ def near(ours, theirs, roundoffs=2**10):
 
 @pytest.fixture(scope="module")
 def unsplit(tmp_path_factory):
-    return {kind: steps(tmp_path_factory.mktemp(kind), kind=kind) for kind in ("full", "lora")}
+    return {kind: steps(tmp_path_factory.mktemp(kind), kind=kind) for kind in ("full", "lora", "layers")}
 
 
-def test_the_microbatch_does_not_change_the_step(unsplit, tmp_path):
-    near(steps(tmp_path, kind="full", micro_tokens=64), unsplit["full"])
+@pytest.mark.parametrize("kind", ["full", "layers"])
+def test_the_microbatch_does_not_change_the_step(unsplit, tmp_path, kind):
+    near(steps(tmp_path, kind=kind, micro_tokens=64), unsplit[kind])
 
 
 def test_a_folder_is_not_overwritten_and_other_settings_do_not_resume(tmp_path):
@@ -538,7 +709,34 @@ def test_kernels_take_the_same_steps_as_jax_alone(unsplit, tmp_path):
     assert np.abs(np.subtract(rounded, unsplit["lora"][1])).max() < 0.01
 
 
-@pytest.mark.parametrize("kind", ["full", "qlora"])
+def test_kernels_train_layers_as_jax_alone(unsplit, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(losses.xla, "has_kernels", lambda: False)
+        alone = steps(tmp_path / "a", kind="layers")
+    near(unsplit["layers"], alone)
+    _, rounded = steps(tmp_path / "b", kind="layers", precision="bfloat16")
+    assert np.abs(np.subtract(rounded, alone[1])).max() < 0.01
+
+
+def test_the_result_is_the_mean_of_the_last_checkpoints(tmp_path):
+    """Those of steps 2, 4 and 5; a run that was stopped after step 3 and resumed has the same mean."""
+    options = {"kind": "layers", "steps": 5, "average": 3}
+    steps(tmp_path / "cut", **options, stop=3)
+    at_2, _ = training.result(tmp_path / "cut", 2)
+    steps(tmp_path / "cut", **options, resume=True)
+    steps(tmp_path / "whole", **options)
+    kept = [at_2, *(training.result(tmp_path / "cut", step)[0] for step in (4, 5))]
+    ours, other = (np.load(tmp_path / name / "result.npz") for name in ("cut", "whole"))
+    assert ours.files == other.files == list(at_2)
+    for name in ours.files:
+        mean = np.mean([weights[name] for weights in kept], 0, np.float64)
+        assert np.array_equal(ours[name], other[name])
+        assert np.abs(ours[name] - mean).max() < 4 * 2.0**-24 * np.abs(mean).max(), name
+    with pytest.raises(ValueError, match="needs 3 older checkpoints, but 2 are kept: raise keep"):
+        TrainingSettings(average=4)
+
+
+@pytest.mark.parametrize("kind", ["full", "qlora", "layers"])
 def test_killed_at_any_moment_and_resumed_nothing_differs(tmp_path, kind):
     """kill -9 before the first checkpoint, while one is being written, and after one.
 

@@ -20,6 +20,7 @@ pytest.importorskip("tree_sitter")
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import adapter_train
+import jax
 from programs import signals_act
 from tiny import random_adapter, tiny_config, write_tiny_gguf
 
@@ -29,12 +30,14 @@ from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import open_checkpoint
 from codegemma.cli import main as cli
 from codegemma.cli.train import ClusterOptions
+from codegemma.convert.convert import save as save_model
 from codegemma.data import pack
 from codegemma.data.build import build
 from codegemma.data.documents import Document
 from codegemma.data.folder import BuildFolder
 from codegemma.evals.task import compare
-from codegemma.jax.forward import params_of
+from codegemma.jax.forward import LoraParams, params_of
+from codegemma.native import dequantize
 from codegemma.prompts import Message
 from codegemma.train import job, session, sft, tune
 from codegemma.train.settings import TrainingSettings
@@ -200,7 +203,7 @@ def small_plan(model, chats, folder, settings, **changes):
     return job.TrainingPlan(str(model), (str(chats),), folder / "out", settings, **options)
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "qlora", "full", "layers"])
 def test_a_job_writes_a_result_that_loads_and_has_learned(kind, model, chats, tmp_path):
     settings = TrainingSettings(5e-3, micro_tokens=256, save_every=3)
     plan = small_plan(model, chats, tmp_path, settings, kind=kind)
@@ -210,8 +213,10 @@ def test_a_job_writes_a_result_that_loads_and_has_learned(kind, model, chats, tm
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base, ids = load(model, cache_bytes=0), load(model).tokenizer.encode("what is 3 plus")
-        if kind == "full":
+        if kind in ("full", "layers"):
             assert not np.array_equal(load(result).logits(ids), base.logits(ids))
+            tables = [open_checkpoint(path).tensors["embed"].data.tobytes() for path in (model, result)]
+            assert (tables[0] == tables[1]) == (kind == "layers")
         else:
             base.add_adapter("trained", load_adapter(result))
             assert not np.array_equal(base.engine.logits(ids, adapter="trained"), base.logits(ids))
@@ -302,6 +307,7 @@ def test_files_are_held_out_by_a_hash_and_never_all():
         ({"alpha": float("nan")}, "--lora-alpha is a finite"),
         ({"alpha": 0.0}, "--lora-alpha is a finite"),
         ({"settings": TrainingSettings(patience=2)}, "pass --held-out too"),
+        ({"settings": TrainingSettings(horizon=0.1), "chat": True}, "leave out --chat"),
         ({"kind": "full", "settings": TrainingSettings(vocabulary=100)}, "are for adapters"),
     ],
 )
@@ -339,6 +345,9 @@ def test_a_second_run_into_a_folder_is_refused_while_the_first_trains(model, cha
     [
         (["--learning-rate", "0"], "learning_rate must be above 0, got 0.0"),
         (["--full", "--qlora"], "pass one of them"),
+        (["--layers", "--full"], "pass one of them"),
+        (["--layers", "--lora-alpha", "2"], "leave out --layers"),
+        (["--average", "4"], "raise keep, or lower average"),
         (["--process-id", "0"], "--process-id must lie"),
         (["--coordinator", "host"], "HOST:PORT"),
         (["--process-id", "2", "--process-count", "2"], "got 2 of 2"),
@@ -348,6 +357,7 @@ def test_a_second_run_into_a_folder_is_refused_while_the_first_trains(model, cha
         (["--epochs", "inf"], "epochs"),
         (["--dtype", "float16"], "dtype must be float32"),
         (["--full", "--lora-rank", "8"], "leave it out, or --full"),
+        (["--layers", "--lora-rank", "8"], "leave it out, or --layers"),
     ],
 )
 def test_invalid_options_are_refused(options, message, model, chats, tmp_path, capsys):
@@ -556,6 +566,60 @@ def test_an_adapter_without_fim_rows_gets_them(model, tmp_path, monkeypatch):
     same = [np.array_equal(*(lora.weights["rows"][i] for lora in (extended, new))) for i in range(4)]
     assert same == [True, False, True, True]
     assert job.initial_adapter(replace(plan, chat=True), checkpoint, base).ids == (68,)
+
+
+def test_layers_begin_as_the_base_with_the_adapter(model, tmp_path):
+    """The model that would be saved before the first step has the logits of the base with its adapter."""
+    config = tiny_config("gemma-mqa", layers=2)
+    adapter = random_adapter(config, tokens=(68, 70))
+    plan = job.TrainingPlan(
+        str(model),
+        (),
+        tmp_path,
+        TrainingSettings(),
+        kind="layers",
+        adapter=save_adapter(adapter, tmp_path / "a"),
+    )
+    checkpoint = open_checkpoint(model)
+    base, layers = job.initial_params(plan, checkpoint)
+    assert base.keys() == {"embed"} and layers.ids == (68, 70)
+    saved = job.trained_model(checkpoint, layers, ("spm",))
+    assert saved.fim_orders == {"spm"}
+    save_model("gguf", tmp_path / "merged.gguf", saved)
+    tuned, merged = load(model, cache_bytes=0), load(tmp_path / "merged.gguf", cache_bytes=0)
+    tuned.add_adapter("a", adapter)
+    ids = [2, 68, 300, 69, 70, 33, 44]
+    expected = tuned.engine.logits(ids, adapter="a")
+    assert np.abs(merged.logits(ids) - expected).max() < 2.0**-12 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("ids", [(), (0, 68)])
+def test_the_table_of_trained_layers_is_of_floats_with_its_trained_rows(tmp_path, ids):
+    """Where the file's is quantised; read at once, and a few rows at a time."""
+    checkpoint = open_checkpoint(
+        write_tiny_gguf(tmp_path / "q.gguf", tiny_config("gemma-mqa", layers=2), "Q8_0")
+    )
+    rows = np.full((len(ids), 96), 0.75, np.float32) + np.arange(len(ids), dtype=np.float32)[:, None]
+    trained = LoraParams({"rows": rows} if ids else {}, 1.0, ids)
+    table = job.trained_model(checkpoint, trained, ()).tensors["embed"]
+    wanted = dequantize(checkpoint.tensors["embed"])
+    wanted[list(ids)] = rows
+    assert table.type == "BF16"
+    assert (np.abs(table.float32() - wanted) <= 2.0**-8 * np.abs(wanted)).all()
+    parts = [table.rows(start, min(start + 50, 515)).data for start in range(0, 515, 50)]
+    assert np.array_equal(np.concatenate(parts), table.data)
+
+
+@pytest.mark.parametrize("kind", ["full", "layers", "lora", "qlora"])
+def test_memory_is_stated_before_a_run(model, chats, tmp_path, kind):
+    """Weights and moments are those of the run's arrays."""
+    plan = small_plan(model, chats, tmp_path, TrainingSettings(), kind=kind)
+    memory = job.TrainingJob(plan).memory
+    base, trainable = job.initial_params(plan, open_checkpoint(model))
+    held = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (base, trainable)]
+    assert (memory.base, memory.weights, memory.moments) == (*held, 2 * held[1])
+    assert memory.gradients == (2 if plan.batch_tokens <= plan.settings.micro_tokens else 3) * memory.weights
+    assert f"about {memory.total / 1e9:.1f} GB" in str(memory)
 
 
 def test_what_rows_leave_out_is_not_held_out(model, tmp_path, monkeypatch):

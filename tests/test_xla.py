@@ -158,6 +158,22 @@ def test_a_layer_with_an_adapter(type, T, N, K, rank, by):
         np.testing.assert_array_less(np.abs(np.asarray(mine, np.float64) - expected), bound + 1e-30)
 
 
+@pytest.mark.parametrize("by", ["native", "xla"])
+@pytest.mark.parametrize("T, N, K", [(1, 1, 33), (131, 37, 96), (300, 523, 64), (7, 300, 4128)])
+def test_a_layer_whose_weight_is_trained(T, N, K, by):
+    """Result and gradients of x and the weight against float64, within the error bound of their sums."""
+    x, dy, w = inputs(T, K), inputs(T, N, seed=2), inputs(N, K, seed=3)
+    with computed_by(by):
+        y, back = jax.vjp(jax.jit(xla.dense), jnp.asarray(x), jnp.asarray(w))
+    dx, dw = back(jnp.asarray(dy))
+    x, dy, w = (np.float64(value) for value in (x, dy, w))
+    close(y, x, w.T)
+    close(dx, dy, w)
+    close(dw, dy.T, x)
+    with pytest.raises(ValueError, match=f"x has {K} columns but the weight {K + 1}"):
+        xla.dense(jnp.zeros((T, K)), jnp.zeros((N, K + 1)))
+
+
 PAIRS = _native.measure_products(os.environ.get("CODEGEMMA_SIMD", "auto"), _native.Pool(1), True) > 0
 
 
@@ -183,6 +199,16 @@ def test_products_of_bfloat16_factors(type, T, N, K):
         y, back = jax.vjp(lambda x: xla.product(x, xla.StoredMatrix.of(tensor)), jnp.asarray(x))
     close(y, rounded(x), w.T)
     close(back(jnp.asarray(dy))[0], rounded(dy), w)  # as the product was, wherever it is traced
+
+
+def test_a_trained_layer_of_bfloat16_factors():
+    x, dy, w = inputs(131, 96), inputs(131, 37, seed=2), inputs(37, 96, seed=3)
+    with jax.default_matmul_precision("bfloat16"):
+        y, back = jax.vjp(xla.dense, jnp.asarray(x), jnp.asarray(w))
+    dx, dw = back(jnp.asarray(dy))
+    close(y, rounded(x), rounded(w).T)
+    close(dx, rounded(dy), rounded(w))
+    close(dw, rounded(dy).T, rounded(x))
 
 
 @pytest.mark.parametrize("by", ["native", "xla"])

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ LENGTH = 32
 class Job:
     """Options of a run, beside the tiny model and its rows."""
 
-    kind: str = "full"  # lora: over floats, in JAX alone; qlora: over blocks (of floats), by the kernels
+    # lora: over floats, in JAX alone; qlora: over blocks (of floats), layers: by the kernels
+    kind: str = "full"
     steps: int = 3
     stop: int = 0  # the step after which the run is abandoned; 0: none
     micro_tokens: int = 4 * LENGTH
@@ -55,6 +57,7 @@ class Job:
     announce: bool = False
     precision: str = "float32"
     hold: int = 0  # the step whose checkpoint is never finished
+    average: int = 1
 
 
 def tiny() -> tuple[ModelConfig, dict[str, jax.Array]]:
@@ -72,12 +75,46 @@ def row(tokens: np.ndarray, loss: np.ndarray, segments: np.ndarray | None = None
     }
 
 
+def stored(values: jax.Array) -> StoredMatrix:
+    """Floats as the kernels read them from a file."""
+    return StoredMatrix.of(ArrayTensor.of(np.asarray(values)))
+
+
+def layers(params: dict[str, jax.Array], ids: tuple[int, ...]) -> tuple[dict[str, Any], LoraParams]:
+    """(the frozen embedding, all other parameters and the embedding's rows of `ids`)."""
+    others = {name: value for name, value in params.items() if name != "embed"}
+    rows = params["embed"][jnp.array(ids)]
+    return {"embed": stored(params["embed"])}, LoraParams(others | {"rows": rows}, 1.0, ids)
+
+
 def packed_row(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Two segments and padding, loss on most tokens."""
     index = np.arange(LENGTH)
     segments = np.select([index < rng.integers(8, 16), index < rng.integers(20, LENGTH)], [1, 2], 0)
     tokens = np.where(segments, rng.integers(3, 520, LENGTH), 0)
     return row(tokens, (rng.random(LENGTH) < 0.8) & (segments > 0), segments.astype(np.int32))
+
+
+def check_gradient(
+    objective: Any,
+    layers: LoraParams,
+    base: dict[str, Any],
+    batch: Any,
+    weights: dict[str, np.ndarray],
+    exactly: Callable[[dict[str, np.ndarray]], float],
+    names: Sequence[str],
+) -> None:
+    """The loss and, along a random direction for each of the parameters, its slope, are those in float64."""
+    (loss, _), gradient = jax.jit(objective.gradient)(layers, base, batch)
+    exact = {name: np.asarray(value, np.float64) for name, value in (weights | layers.weights).items()}
+    assert abs(float(loss) / exactly(exact) - 1) < 2.0**-18
+    rng = np.random.default_rng(9)
+    for name in names:
+        slope = np.asarray(gradient.weights[name], np.float64)
+        direction = rng.standard_normal(slope.shape) / np.sqrt(slope.size)
+        ends = [exactly(exact | {name: exact[name] + step * direction}) for step in (1e-5, -1e-5)]
+        error = 2**10 * 2.0**-24 * np.linalg.norm(slope)  # as for steps; the direction's length is 1
+        assert abs((slope * direction).sum() - (ends[0] - ends[1]) / 2e-5) < error, name
 
 
 class InOrder(Order):
@@ -95,10 +132,9 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
     rows = [packed_row(rng) for _ in range(40)]
     lora = new_lora(params, 4, (67, 69), alpha=8) if job.kind != "full" else None
     if job.kind == "qlora":
-        params = {
-            name: StoredMatrix.of(ArrayTensor.of(np.asarray(value))) if value.ndim == 2 else value
-            for name, value in params.items()
-        }
+        params = {name: stored(value) if value.ndim == 2 else value for name, value in params.items()}
+    if job.kind == "layers":
+        params, lora = layers(params, (67, 69))
     if lora:  # in a new adapter `b` is zero, which makes half of the gradients zero
         key = jax.random.key(3)
         weights = {
@@ -115,6 +151,7 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
         evaluate_every=1,
         save_every=2,
         precision=job.precision,
+        average=job.average,
     )
     with Session(
         config,
@@ -127,7 +164,11 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
         held_out=[rows[:3]] if job.held_out else (),
         mesh=meshes.make(job.mesh),
     ) as session:
-        for report in session.train():
+
+        def save(trained: Any, _: object) -> None:
+            np.savez(folder / "result.npz", **(trained.weights if lora else trained))
+
+        for report in session.train(save if job.mesh is None else lambda *_: None):
             assert report.step <= job.steps
             say(job, f"step {report.step}")
             if report.step == job.stop:
@@ -135,18 +176,18 @@ def run(folder: Path, job: Job) -> tuple[dict[str, np.ndarray], list[float]]:
     return result(folder)
 
 
-def result(folder: Path) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Final weights and the losses of all steps."""
-    prefix, arrays = "trainable/", state(folder)
+def result(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Weights of a checkpoint, by default the newest, and the losses of all steps."""
+    prefix, arrays = "trainable/", state(folder, step)
     weights = {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
     return weights, [line["loss"] for line in metrics(folder)]
 
 
-def state(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint."""
+def state(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint, by default the newest."""
     checkpoints = folder / "checkpoints"
-    newest = max((path.name for path in checkpoints.iterdir() if path.name.isdigit()), key=int)
-    path = (checkpoints / newest / "state").resolve()
+    step = step or max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    path = (checkpoints / str(step) / "state").resolve()
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

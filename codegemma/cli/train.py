@@ -41,9 +41,14 @@ class SettingsOptions:
     weight_decay: float = 0.0
     vocabulary: int | None = None
     z: float = 0.0
+    horizon: float = 0.0
+    beta: float = 0.1
+    likelihood: float = 0.0
     evaluate_every: int = 50
     patience: int = 0
     save_every: int = 20
+    keep: int = 2
+    average: int = 1
     remat: str = "auto"
     dtype: str = "float32"
     precision: str = "bfloat16"
@@ -56,6 +61,7 @@ class PlanOptions:
 
     out: Path = Path("trained")
     chat: bool = False
+    preferences: bool = False
     alpha: float | None = None
     adapter: Path | None = None
     batch_tokens: int = 16_384
@@ -109,44 +115,52 @@ def train(
     cluster: ClusterOptions,
     model: str = DEFAULT_MODEL,
     full: bool = False,
+    layers: bool = False,
     qlora: bool = False,
     lora_rank: Annotated[int | None, Option(min=1)] = None,
     resume: bool = False,
 ) -> None:
-    """Train a model on rows: continued pretraining with fill-in-the-middle, or chat."""
+    """Train a model on rows: continued pretraining with fill-in-the-middle, chat, or preferences."""
     _check_libraries()
     from codegemma.train import job
     from codegemma.train.settings import TrainingSettings
 
-    if full and qlora:
-        raise ValueError("--full trains all parameters, --qlora an adapter over blocks: pass one of them")
-    if lora_rank is not None and (full or plan.adapter):
-        other = "--full" if full else "--adapter"
+    if full + layers + qlora > 1:
+        rule = "--full trains all parameters, --layers all but the embedding, --qlora an adapter over blocks"
+        raise ValueError(f"{rule}: pass one of them")
+    if lora_rank is not None and (full or layers or plan.adapter):
+        other = "--full" if full else "--layers" if layers else "--adapter"
         raise ValueError(f"--lora-rank is for a new adapter: leave it out, or {other}")
-    if not plan.chat and (file := next((file for file in rows if file.is_file()), None)):
+    if not (plan.chat or plan.preferences) and (
+        file := next((file for file in rows if file.is_file()), None)
+    ):
         raise ValueError(
             f"{file} is a file, but rows are folders that `codegemma data build` makes: pass --chat where it "
-            "holds dialogues"
+            "holds dialogues, --preferences where it holds pairs of answers"
         )
     cluster.join()
     if settings.learning_rate is None:
-        settings = replace(settings, learning_rate=5e-5 if full else 1e-3)
+        rate = 5e-5 if full or layers else 1e-3
+        settings = replace(settings, learning_rate=rate / 20 if plan.preferences else rate)
+    # the rate of layers is as low as that of an adapter's rows already
+    row_rate = 1.0 if layers else TrainingSettings.row_rate
     training_plan = job.TrainingPlan(
         model,
         tuple(map(str, rows)),
-        settings=TrainingSettings(**vars(settings)),
-        kind="full" if full else "qlora" if qlora else "lora",
+        settings=TrainingSettings(**vars(settings), row_rate=row_rate),
+        kind="full" if full else "layers" if layers else "qlora" if qlora else "lora",
         rank=lora_rank or 32,
         **vars(plan),
     )
     training = job.TrainingJob(training_plan)
+    note(f"needs {training.memory}")
     with Progress() as progress, _stopped_by_ctrl_c(reporter(progress)) as (on_step, stop):
         result = training.run(resume, on_step, stop=stop)
     if stop.is_set():
         note(f"interrupted; {plan.out} keeps the steps so far, and --resume continues them")
         raise typer.Exit(interrupt.EXIT_CODE)
     for reason, count in training.left_out.most_common():
-        note(f"{count:,} dialogues were left out: {reason}")
+        note(f"{count:,} {'pairs' if plan.preferences else 'dialogues'} were left out: {reason}")
     print(f"wrote {result}; loss curve: {plan.out / 'loss.svg'}")
 
 

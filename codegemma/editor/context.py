@@ -36,9 +36,7 @@ class ContextLimits:
     each: int
 
 
-TRAINED = ContextLimits(
-    24_000, MAX_FILE_CHARACTERS
-)  # of models that were trained with files in front of a document
+TRAINED = ContextLimits(24_000, MAX_FILE_CHARACTERS)  # of models that were trained with files in front
 COMMENTS = ContextLimits(4_000, 2_000)  # of others, which are shown files as comments (docs/results.md)
 
 

@@ -41,11 +41,12 @@ SAVED = ("q", "k", "v", "o", "gate", "up", "down", xla.LOW_RANK, xla.ATTENDED, x
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraParams:
-    """An adapter as JAX arrays.
+    """What is trained over a frozen base, as JAX arrays: an adapter, or the weights of all layers.
 
     `weights` holds "layers.0.q.a" [r, in], "layers.0.q.b" [out, r] and so on, and "rows" [R, D]: the rows
     that replace those of the tied embedding for the tokens `ids`, as input and as output. `scale` multiplies
-    b a.
+    b a. A float32 array under a parameter's own name, such as "layers.0.q" or "final_norm", takes the place
+    of the base's, which may lack it.
     """
 
     weights: dict[str, jax.Array]
@@ -161,7 +162,7 @@ def forward(
         x_BTD, kv = layer(x_BTD, _of_layer(params, i), _of_layer(lora_weights, i), kv)
         x_BTD = _sharded(x_BTD)
         kv_L.append(kv)
-    x_BTD = rms_norm(x_BTD, params["final_norm"], config.norm_eps)
+    x_BTD = rms_norm(x_BTD, {**params, **lora_weights}["final_norm"], config.norm_eps)
     return x_BTD, Cache(*(jnp.stack(part) for part in zip(*kv_L, strict=True))) if cache else None
 
 
@@ -216,6 +217,13 @@ def adapted(x: jax.Array, weight: Weight, a_RI: jax.Array, b_OR: jax.Array) -> j
     return product(x, weight) + product(product(x, a_RI), b_OR)
 
 
+def trained_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`product` with a float32 weight that is trained, by the engine's kernels; on a mesh by JAX alone."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return product(x, weight)
+    return xla.dense(x, weight).astype(x.dtype)
+
+
 def rms_norm(x: jax.Array, factor: Any, eps: float) -> jax.Array:
     """x [..., D] over its root mean square (plus `eps` under the root), times `factor` [D]; in float32."""
     wide = x.astype(jnp.float32)
@@ -242,10 +250,13 @@ def _layer(
     """A layer's output, and its cached keys and values [B, S, K, H] with the new tokens in them."""
     B, T, _ = x_BTD.shape
     eps, dtype = config.norm_eps, x_BTD.dtype
+    weights = {**weights, **lora}
 
     def linear(x: jax.Array, name: str) -> jax.Array:
         if f"{name}.a" in lora:
             y = adapted(x, weights[name], lora[f"{name}.a"], scale * lora[f"{name}.b"])
+        elif name in lora:
+            y = trained_product(x, lora[name])
         else:
             y = product(x, weights[name])
         return checkpoint_name(y, name)
@@ -261,7 +272,8 @@ def _layer(
             old.at[slots].set(new.astype(old.dtype)) for old, new in zip(kv, (k_BTKH, v_BTKH), strict=True)
         )  # type: ignore[assignment]
         k_BTKH, v_BTKH = (x.astype(dtype) for x in kv)  # type: ignore[union-attr]
-    attention = kernel_attend if isinstance(weights["q"], StoredMatrix) and kv is None else attend
+    by_kernels = kv is None and (isinstance(weights["q"], StoredMatrix) or "q" in lora)
+    attention = kernel_attend if by_kernels else attend
     y_BTD = linear(attention(q_BTNH, k_BTKH, v_BTKH, mask, config.attention_softcap), "o")
     x_BTD = x_BTD + (rms_norm(y_BTD, weights["post_attn_norm"], eps) if config.post_norms else y_BTD)
     a_BTD = rms_norm(x_BTD, weights["ffn_norm"], eps)

@@ -2,6 +2,7 @@
 
 - `product`: x W^T, with a gradient for x (dy W) and none for the weight;
 - `adapted`: the same plus a LoRA, whose a and b get gradients;
+- `dense`: x W^T with a gradient for x and for W, where the weight itself is trained;
 - `attention`: causal attention within segments, in memory linear in the tokens;
 - `vocabulary_softmax`: the sums over all rows of an embedding table that the loss's softmax needs;
 - `decode_rows`: rows of a table as float32.
@@ -120,6 +121,15 @@ def adapted(x: Array, weight: StoredMatrix, a_RK: Array, b_NR: Array) -> Array:
     """
     x_TK = _flat("x", x, weight.shape[1])
     return _adapted(_method(), x_TK, weight, a_RK, b_NR)[0].reshape(*x.shape[:-1], -1)
+
+
+def dense(x: Array, weight_NK: Array) -> Array:
+    """float32 [..., N]: x W^T for a float32 weight that is trained (first order, reverse mode).
+
+    Raises ValueError where x is not as wide as the weight.
+    """
+    x_TK = _flat("x", x, weight_NK.shape[1])
+    return _dense(_method(), x_TK, weight_NK).reshape(*x.shape[:-1], -1)
 
 
 def attention(
@@ -257,6 +267,29 @@ def _adapted_backward(method: Method, saved: Any, cotangents: tuple[Array, Array
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(method: Method, x_TK: Array, weight_NK: Array) -> Array:
+    if not method.kernels:
+        return _matmul(method, x_TK, weight_NK.T)
+    return _call(method, "dense", _float32(len(x_TK), len(weight_NK)), x_TK, weight_NK)
+
+
+def _dense_forward(method: Method, x_TK: Array, weight_NK: Array) -> Any:
+    return _dense(method, x_TK, weight_NK), (x_TK, weight_NK)
+
+
+def _dense_backward(method: Method, saved: tuple[Array, Array], dy_TN: Array) -> tuple[Array, Array]:
+    x_TK, weight_NK = saved
+    if not method.kernels:
+        return _matmul(method, dy_TN, weight_NK), _matmul(method, dy_TN.T, x_TK)
+    results = _float32(*x_TK.shape), _float32(*weight_NK.shape)
+    dx_TK, dw_NK = _call(method, "dense_back", results, dy_TN, x_TK, weight_NK)
+    return dx_TK, dw_NK
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

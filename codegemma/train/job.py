@@ -8,10 +8,11 @@ of what it was made from.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,24 +24,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from codegemma import hub
+from codegemma.adapters.adapter import LINEAR
 from codegemma.adapters.load import load as load_adapter
 from codegemma.adapters.peft import save as save_adapter
 from codegemma.checkpoints import Checkpoint, open_checkpoint
-from codegemma.checkpoints.tensors import ELEMENTS, ArrayTensor, Tensor
+from codegemma.checkpoints.tensors import ELEMENTS, ArrayTensor, LazyTensor, Tensor
 from codegemma.checkpoints.untrusted import read_json
 from codegemma.convert.convert import save
 from codegemma.data.pack import Rows
 from codegemma.extras import installer
 from codegemma.files import atomic_directory, sole_writer
 from codegemma.jax.forward import LoraParams, Params, embed, params_of
+from codegemma.native import dequantize
 from codegemma.native.xla import has_kernels
 from codegemma.prompts import Layout, fim_stops
 from codegemma.tokenizer import FIM_NAMES
 from codegemma.train import mesh as meshes
-from codegemma.train import sft
+from codegemma.train import preference, sft
 from codegemma.train.lora import adapter_of, new_lora
-from codegemma.train.objective import Trainable
-from codegemma.train.order import Order
+from codegemma.train.memory import Memory, memory_of
+from codegemma.train.objective import Trainable, weights_of
+from codegemma.train.order import Order, row_length
 from codegemma.train.session import Session, StepReport, prepare_process
 from codegemma.train.settings import TrainingSettings
 from codegemma.train.store import disk_errors_name
@@ -54,8 +58,10 @@ OnStep = Callable[[StepReport], None]
 class TrainingPlan:
     """Which model to train, on which rows, and how.
 
-    `kind` is what to train: all parameters, an adapter over float weights ("lora"), or an adapter over the
-    file's quantised blocks ("qlora"). Raises ValueError on options that contradict each other.
+    `kind` is what to train: all parameters ("full"), all but the embedding, which stays as the file stores it
+    ("layers"), an adapter over float weights ("lora"), or an adapter over the file's quantised blocks
+    ("qlora"). For "layers", an `adapter` is merged into the weights before the first step. Raises ValueError
+    on options that contradict each other.
     """
 
     model: str
@@ -63,10 +69,11 @@ class TrainingPlan:
     out: Path
     settings: TrainingSettings
     chat: bool = False
-    kind: Literal["full", "lora", "qlora"] = "lora"
+    preferences: bool = False  # whether the sources are files of pairs of answers (preference.read)
+    kind: Literal["full", "layers", "lora", "qlora"] = "lora"
     rank: int = 32
     alpha: float | None = None
-    adapter: Path | None = None  # one to train further; None: a new one
+    adapter: Path | None = None  # one to start from; None: a new one
     batch_tokens: int = 16_384
     length: int = 2048  # tokens of a row, for chat
     epochs: float = 1.0
@@ -80,17 +87,29 @@ class TrainingPlan:
         if self.kind == "full" and (self.adapter or self.alpha is not None or self.settings.vocabulary):
             options = "--adapter, --lora-alpha and --vocabulary"
             raise ValueError(f"{options} are for adapters: leave them out, or leave out --full")
+        if self.kind == "layers" and self.alpha is not None:
+            raise ValueError("--lora-alpha is for adapters: leave it out, or leave out --layers")
         if self.alpha is not None and (self.adapter or not 0 < abs(self.alpha) < 1e9):
             rule = "--lora-alpha is a finite number other than 0, for a new adapter alone"
             remedy = f" for {self.adapter}: leave it out" if self.adapter else ""
             raise ValueError(f"{rule}, got {self.alpha}{remedy}")
+        if self.chat and self.settings.horizon:
+            raise ValueError("--horizon is for fill-in-the-middle rows: leave it out, or leave out --chat")
+        if self.preferences and (self.settings.z or self.settings.horizon or self.settings.vocabulary):
+            options = "--z-loss, --horizon and --vocabulary"
+            raise ValueError(f"{options} are not for pairs: leave them out, or leave out --preferences")
         if self.settings.patience and not self.held_out:
             raise ValueError("--patience counts measurements on held-out rows: pass --held-out too")
 
     @property
     def result(self) -> Path:
         """The folder of the adapter or the model."""
-        return self.out / ("model" if self.kind == "full" else "adapter")
+        return self.out / ("adapter" if self.trains_adapter else "model")
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the result is an adapter, not a model."""
+        return self.kind in ("lora", "qlora")
 
     @property
     def new_result(self) -> Path:
@@ -117,7 +136,7 @@ class TrainingJob:
 
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan, self.checkpoint = plan, open_checkpoint(hub.resolve(plan.model))
-        self.left_out = Counter[str]()  # how many dialogues, by reason
+        self.left_out = Counter[str]()  # how many lines, by reason
         parts = meshes.batch_parts(meshes.parse_axes(plan.mesh))
         rows, self.held_out = [self._read(Path(source)) for source in plan.sources], []
         if plan.held_out:
@@ -128,6 +147,26 @@ class TrainingJob:
     def steps(self) -> int:
         """Steps of the complete run."""
         return min(self.order.steps, self.plan.settings.steps or self.order.steps)
+
+    @property
+    def memory(self) -> Memory:
+        """What the run will need, from the shapes of the model's tensors alone."""
+        plan, tensors = self.plan, self.checkpoint.tensors
+        sizes = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
+        base, trained = 0, sum(sizes.values())
+        if plan.kind == "layers":
+            base, trained = tensors["embed"].nbytes, trained - sizes["embed"]
+        elif plan.trains_adapter:
+            as_stored = plan.kind == "qlora"
+            base = sum(
+                tensor.nbytes if as_stored or tensor.type in ELEMENTS else 2 * sizes[name]
+                for name, tensor in tensors.items()
+            )
+            linear = [tensor.shape for name, tensor in tensors.items() if name.split(".")[-1] in LINEAR]
+            trained = plan.rank * sum(map(sum, linear))
+        length = max(map(row_length, self.order.folders))
+        tokens = max(plan.batch_tokens, length)
+        return memory_of(self.checkpoint.config, plan.settings, length, base, trained, tokens)
 
     def run(
         self,
@@ -153,13 +192,12 @@ class TrainingJob:
         mesh = meshes.make(plan.mesh)
         if jax.process_index() == 0 and plan.new_result.exists() and not plan.result.exists():
             plan.new_result.rename(plan.result)  # an earlier run stopped between the last lines of `_save`
-        use_kernels = plan.kind == "lora" and mesh is None and has_kernels()
-        matrices: Any = "stored" if plan.kind == "qlora" else "stored_floats" if use_kernels else "arrays"
-        base = params_of(checkpoint, np.float32 if plan.kind == "full" else None, matrices)
+        base, trainable = initial_params(plan, checkpoint, on_mesh=mesh is not None)
+        start = load_adapter(plan.adapter).digest if plan.adapter else None
         run = Session(
             checkpoint.config,
-            None if plan.kind == "full" else base,
-            base if plan.kind == "full" else initial_adapter(plan, checkpoint, base),
+            base,
+            trainable,
             self.order,
             plan.settings,
             plan.out,
@@ -167,7 +205,8 @@ class TrainingJob:
             held_out=self.held_out,
             mesh=mesh,
             stop_ids=sorted(fim_stops(checkpoint.tokenizer)) if checkpoint.tokenizer else [],
-            about={"base": checkpoint.identity, "kind": plan.kind},
+            fim_middle=checkpoint.tokenizer.control.fim_middle if checkpoint.tokenizer else None,
+            about={"base": checkpoint.identity, "kind": plan.kind, "start": start},
         )
         with _tensorboard(plan) as report_to_tensorboard, run as session:
             for report in session.train(self._save, until, stop):
@@ -176,12 +215,20 @@ class TrainingJob:
         return plan.result
 
     def _read(self, source: Path) -> Any:
-        """The rows of a folder, or of a file of dialogues."""
+        """The rows of a folder, or of a file of dialogues or of pairs of answers."""
         plan, tokenizer = self.plan, self.checkpoint.tokenizer
+        if plan.chat and tokenizer is None:
+            fault = f"{plan.model} has no tokenizer to read chats with"
+            raise ValueError(f"{fault}: put its tokenizer.model beside it")
+        if plan.preferences:
+            parse_with = tokenizer if plan.chat else None
+            pairs, left_out = preference.read(source, self.checkpoint.config.vocab, parse_with)
+            rows, unfit = preference.rows(pairs, plan.length)
+            reason = f"longer than {plan.length:,} tokens, with the prompt before both answers"
+            self.left_out += left_out + Counter({reason: unfit})
+            return rows
         if plan.chat:
-            if tokenizer is None:
-                fault = f"{plan.model} has no tokenizer to read chats with"
-                raise ValueError(f"{fault}: put its tokenizer.model beside it")
+            assert tokenizer
             file = sft.read(source)
             rows, unfit = sft.rows(file.dialogues, tokenizer, plan.length)
             reason = f"longer than {plan.length:,} tokens, or with an empty answer"
@@ -210,6 +257,8 @@ class TrainingJob:
             "held_out": report.held_out,
             "hours": round((time.monotonic() - self._started) / 3600, 3),
         }
+        if plan.preferences:
+            card |= {"beta": plan.settings.beta, "likelihood": plan.settings.likelihood}
         fim = {order: order in plan.fim_orders for order in FIM_ORDERS}
         return card if plan.chat else card | {"fim": fim}
 
@@ -220,17 +269,12 @@ class TrainingJob:
             return
         plan, checkpoint, new, card = self.plan, self.checkpoint, self.plan.new_result, self._card(report)
         shutil.rmtree(new, ignore_errors=True)
-        if isinstance(trained, LoraParams):
+        if isinstance(trained, LoraParams) and plan.trains_adapter:
             save_adapter(adapter_of(trained, plan.name or plan.out.name, card), new)
         else:
-            tensors: dict[str, Tensor] = {}
-            for name, value in trained.items():
-                type = checkpoint.tensors[name].type
-                tensors[name] = ArrayTensor.of(np.asarray(value), type if type in ELEMENTS else "BF16")
             fim_orders = (() if plan.chat else plan.fim_orders) or checkpoint.fim_orders or ()
             with atomic_directory(new) as folder:
-                trained_checkpoint = checkpoint.with_weights(tensors, fim_orders)
-                save("safetensors", folder, trained_checkpoint)
+                save("safetensors", folder, trained_model(checkpoint, trained, fim_orders))
                 (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
         shutil.rmtree(plan.result, ignore_errors=True)
         new.rename(plan.result)
@@ -244,6 +288,67 @@ def _expect_no_foreign_files(plan: TrainingPlan, resume: bool) -> None:
     for path in [plan.result, plan.new_result, *of_new_runs]:
         if path.exists():
             raise ValueError(f"{path} exists, and no training run wrote it: choose another folder with --out")
+
+
+def trained_model(checkpoint: Checkpoint, trained: Trainable, fim_orders: Iterable[str]) -> Checkpoint:
+    """The model with its trained weights in the file's float types, or bfloat16 in the place of blocks."""
+    weights = weights_of(trained)
+    tensors: dict[str, Tensor] = dict(checkpoint.tensors)
+    for name in tensors.keys() & weights.keys():
+        type = tensors[name].type
+        tensors[name] = ArrayTensor.of(np.asarray(weights[name]), type if type in ELEMENTS else "BF16")
+    if isinstance(trained, LoraParams):
+        rows_RD = np.asarray(weights.get("rows", ()), np.float32)
+        tensors["embed"] = _with_rows(tensors["embed"], dict(zip(trained.ids, rows_RD, strict=True)))
+    return checkpoint.with_weights(tensors, fim_orders)
+
+
+def _with_rows(table: Tensor, rows: Mapping[int, np.ndarray]) -> Tensor:
+    """A table in a float type with replaced rows, made a few rows at a time as it is written."""
+    type = table.type if table.type in ELEMENTS else "BF16"
+
+    def read(start: int, stop: int) -> np.ndarray:
+        values = dequantize(table.rows(start, stop))
+        for token, row in rows.items():
+            if start <= token < stop:
+                values[token - start] = row
+        return ArrayTensor.of(values, type).data
+
+    return LazyTensor(type, table.shape, read)
+
+
+def initial_params(
+    plan: TrainingPlan, checkpoint: Checkpoint, on_mesh: bool = False
+) -> tuple[Params | None, Trainable]:
+    """(the frozen base, what is trained) at the start of a run."""
+    if plan.kind == "full":
+        return None, params_of(checkpoint, np.float32)
+    use_kernels = has_kernels() and not on_mesh
+    if plan.kind == "layers":
+        embed = replace(checkpoint, tensors={"embed": checkpoint.tensors["embed"]})
+        base = params_of(embed, matrices="stored" if use_kernels else "arrays")
+        return base, initial_layers(plan, checkpoint, base)
+    matrices: Any = "stored" if plan.kind == "qlora" else "stored_floats" if use_kernels else "arrays"
+    base = params_of(checkpoint, matrices=matrices)
+    return base, initial_adapter(plan, checkpoint, base)
+
+
+def initial_layers(plan: TrainingPlan, checkpoint: Checkpoint, base: Params) -> LoraParams:
+    """All parameters but the embedding in float32, with the plan's adapter merged into them.
+
+    Beside them are the embedding rows that `initial_adapter` has: those of FIM tokens which the base was
+    never trained on, and the adapter's.
+    """
+    start = initial_adapter(plan, checkpoint, base)
+    others = {name: tensor for name, tensor in checkpoint.tensors.items() if name != "embed"}
+    weights: dict[str, Any] = dict(params_of(replace(checkpoint, tensors=others), np.float32))
+    for name in weights:
+        if f"{name}.a" in start.weights:
+            b_OR, a_RI = start.weights[f"{name}.b"], start.weights[f"{name}.a"]
+            weights[name] += start.scale * jnp.matmul(b_OR, a_RI, precision="highest")
+    if start.ids:
+        weights["rows"] = start.weights["rows"]
+    return LoraParams(weights, 1.0, start.ids)
 
 
 def initial_adapter(plan: TrainingPlan, checkpoint: Checkpoint, base: Params) -> LoraParams:

@@ -27,10 +27,14 @@ BLOCK = 256  # targets that share one pass over the table
 
 
 class Losses(NamedTuple):
-    """Each target's negative log-probability in nats (plus z-loss), and whether it was the likeliest."""
+    """Each target's negative log-probability in nats (plus z-loss), and whether it was the likeliest.
+
+    `share_errors_M` are those of the horizon head, where there is one (horizon.errors).
+    """
 
     nats_M: jax.Array
     is_top_M: jax.Array
+    share_errors_M: jax.Array | None = None
 
 
 class LossOptions(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from codegemma.train.horizon import HEAD
 from codegemma.train.settings import TrainingSettings
 
 
@@ -26,12 +27,12 @@ def schedule(settings: TrainingSettings, steps: int) -> optax.Schedule:
 def optimizer(settings: TrainingSettings, rate: optax.Schedule) -> optax.GradientTransformation:
     """AdamW, after the gradient has been clipped by its norm.
 
-    An adapter's embedding rows have a lower rate: a logit is a sum over the width, and Adam's first steps
-    move all its terms at once. The default model's last hidden states have an L1 norm of about 2,000, so at a
-    rate of 1e-3 a logit would move by two nats per step.
+    Embedding rows and the horizon head have a lower rate: a logit is a sum over the width, and Adam's first
+    steps move all its terms at once. The default model's last hidden states have an L1 norm of about 2,000,
+    so at a rate of 1e-3 a logit would move by two nats per step.
     """
     matrices = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-    rows = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "rows")
+    rows = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key in ("rows", HEAD))
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(rate, *settings.betas, weight_decay=settings.weight_decay, mask=matrices),

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from codegemma.train.horizon import NO_SHARE, Middles, shares
+
 
 class Microbatch(NamedTuple):
     """Rows of one length, and their targets in C parts, the parts into which a mesh divides the batch.
@@ -28,6 +30,16 @@ class Microbatch(NamedTuple):
     index_CM: Any
     targets_CM: Any
     count_C: Any
+    shares_CM: Any = None  # float32, see horizon.shares; None without a horizon head
+    pairs: Pairs | None = None  # of rows of preference.rows
+
+
+class Pairs(NamedTuple):
+    """The pairs of answers of a microbatch, up to P in each of its C parts; see preference.rows."""
+
+    pair_CM: Any  # int32: the pair that a target belongs to, counted within the part
+    sign_CM: Any  # float32: 1 for a target of the chosen answer, -1 of the rejected one, 0 for padding
+    reference_CP: Any  # float32: log p(chosen) - log p(rejected) before training; NaN where there is no pair
 
 
 class Sample(NamedTuple):
@@ -141,27 +153,53 @@ def _shuffled(n: int, seed: int, folder: int, epoch: int) -> np.ndarray:
 
 
 def microbatches(
-    rows: Sequence[dict[str, np.ndarray]], size: int, parts: int = 1, block: int = 1
+    rows: Sequence[dict[str, np.ndarray]],
+    size: int,
+    parts: int = 1,
+    block: int = 1,
+    middles: Middles | None = None,
 ) -> Iterator[Microbatch]:
     """Rows in microbatches of `size` rows (a multiple of `parts`); the last is filled up with padding.
 
-    The targets of each part are padded to its number of tokens, rounded up to a multiple of `block`.
+    The targets of each part are padded to its number of tokens, rounded up to a multiple of `block`. With
+    `middles`, which says where middles begin and end, targets have their shares.
     """
     length = row_length(rows)
     for start in range(0, len(rows), size):
         tokens_BT, positions_BT, segments_BT = (np.zeros((size, length), np.int32) for _ in range(3))
-        loss_BT = np.zeros((size, length), bool)
+        loss_BT, shares_BT = np.zeros((size, length), bool), np.full((size, length), NO_SHARE, np.float32)
         for b, row in enumerate(rows[start : start + size]):
             tokens_BT[b], positions_BT[b] = row["tokens"], row["positions"]
             segments_BT[b], loss_BT[b] = row["segments"], row["loss"]
+            if middles:
+                shares_BT[b] = shares(row["tokens"], row["segments"], middles)
         loss_BT[:, 0] = False  # nothing precedes the first token
         loss_BT[:, 1:] &= segments_BT[:, 1:] == segments_BT[:, :-1]
         room = -(-size // parts * length // block) * block
         index_CM, targets_CM = np.zeros((parts, room), np.int32), np.zeros((parts, room), np.int32)
-        count_C = np.zeros(parts, np.int32)
+        count_C, shares_CM = np.zeros(parts, np.int32), np.full((parts, room), NO_SHARE, np.float32)
         tokens_CP, loss_CP = tokens_BT.reshape(parts, -1), loss_BT.reshape(parts, -1)
         for part in range(parts):
             positions = np.flatnonzero(loss_CP[part])
             count_C[part] = count = len(positions)
             index_CM[part, :count], targets_CM[part, :count] = positions - 1, tokens_CP[part, positions]
-        yield Microbatch(tokens_BT, positions_BT, segments_BT, index_CM, targets_CM, count_C)
+            shares_CM[part, :count] = shares_BT.reshape(parts, -1)[part, positions]
+        batch = Microbatch(tokens_BT, positions_BT, segments_BT, index_CM, targets_CM, count_C)
+        if "reference" in rows[0]:
+            batch = batch._replace(
+                pairs=_pairs(batch, [row["reference"] for row in rows[start : start + size]])
+            )
+        yield batch._replace(shares_CM=shares_CM) if middles else batch
+
+
+def _pairs(batch: Microbatch, references: Sequence[np.ndarray]) -> Pairs:
+    """The pairs of a microbatch, from its rows' segments and references."""
+    (parts, room), (size, length), most = batch.index_CM.shape, batch.tokens_BT.shape, len(references[0])
+    reference_BP = np.full((size, most), np.nan, np.float32)
+    reference_BP[: len(references)] = references
+    segment_CM = np.take_along_axis(batch.segments_BT.reshape(parts, -1), batch.index_CM, 1)
+    is_real_CM = np.arange(room) < batch.count_C[:, None]
+    pair_CM = np.where(is_real_CM, batch.index_CM // length * most + (segment_CM - 1) // 2, 0)
+    sign_CM = np.where(is_real_CM, np.where(segment_CM % 2, 1, -1), 0)
+    reference_CP = reference_BP.reshape(parts, -1)
+    return Pairs(pair_CM.astype(np.int32), sign_CM.astype(np.float32), reference_CP)

@@ -26,15 +26,17 @@ from codegemma.config import ModelConfig
 from codegemma.jax.compiler import compiler_options, configure_xla
 from codegemma.jax.forward import LoraParams, Params
 from codegemma.train import mesh as meshes
+from codegemma.train.horizon import HEAD, Middles, new_head
 from codegemma.train.loss import BLOCK, Losses
-from codegemma.train.objective import Objective, Trainable, flops_of
+from codegemma.train.memory import choose_remat
+from codegemma.train.objective import Objective, Trainable, flops_of, weights_of, with_weights
 from codegemma.train.optimizer import optimizer, schedule, update
 from codegemma.train.order import Microbatch, Order, microbatches, row_length
 from codegemma.train.settings import TrainingSettings
 from codegemma.train.store import RunState, Store
 
-MAX_ACTIVATIONS = 3 << 30  # bytes kept for the backward pass; above, remat="auto" means "layer"
 TRIMMED_BATCHES = 8  # how many microbatches at the start are each followed by a trim of the heap
+SUMS = 7  # of a microbatch: see `target_sums`
 # glibc's options: (number in malloc.h, value)
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 
@@ -45,10 +47,12 @@ class StepReport:
 
     step: int  # from 1
     steps: int  # of the complete run
-    loss: float  # nats per target
-    right: float  # accuracy: the share of targets that were the likeliest token
+    loss: float  # nats per target, or the loss per pair of answers
+    right: (
+        float  # accuracy: the share of targets that were the likeliest token, or of pairs preferred rightly
+    )
     ends: float | None  # accuracy at stop tokens; None where no target is one
-    targets: int
+    targets: int  # or pairs
     tokens: int  # of this step
     seconds: float
     flops: float  # of this step, by `flops_of`
@@ -56,6 +60,7 @@ class StepReport:
     gradient_norm: float
     held_out: float | None = None  # loss on the held-out rows, where it was measured
     best: bool = False  # whether `held_out` is the lowest so far
+    horizon: float | None = None  # mean error of the head of horizon.py; None without a head or a middle
 
 
 SaveResult = Callable[[Trainable, StepReport], None]
@@ -90,35 +95,28 @@ def trim_heap() -> None:
         trim(0)
 
 
-def choose_remat(settings: TrainingSettings, config: ModelConfig, length: int) -> TrainingSettings:
-    """Resolves remat "auto" for rows of `length` tokens: "layer" above MAX_ACTIVATIONS, else "none".
-
-    The estimate: a layer keeps 8 arrays as wide as the model, 4 as its heads together, 4 as its feed-forward.
-    """
-    if settings.remat != "auto":
-        return settings
-    c = config
-    bytes_per_token = 4 * c.layers * (8 * c.width + 4 * c.heads * c.head_width + 4 * c.ffn_width)
-    activations = max(settings.micro_tokens, length) * bytes_per_token
-    return replace(settings, remat="layer" if activations > MAX_ACTIVATIONS else "none")
-
-
 def target_sums(batch: Microbatch, losses: Losses, stop_ids: Sequence[int]) -> np.ndarray:
-    """Sums over a microbatch's real targets, float64 [5].
+    """Sums over a microbatch's real targets, or over its pairs of answers, float64 [SUMS].
 
-    How many targets there are, their nats, and how many were the likeliest token; how many of the targets are
-    stop tokens, and how many of those were the likeliest token.
+    How many targets there are, their nats, and how many were the likeliest token (or preferred); how many of
+    the targets are stop tokens, and how many of those were the likeliest token; how many have a share of a
+    middle to come, and the errors of these shares.
     """
-    real_M = (np.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
-    nats, is_top = (meshes.gather(x)[real_M] for x in losses)
-    is_stop = np.isin(batch.targets_CM.reshape(-1)[real_M], list(stop_ids))
-    return np.array(
-        [len(nats), nats.sum(dtype=np.float64), is_top.sum(), is_stop.sum(), is_top[is_stop].sum()]
-    )
+    if batch.pairs is None:
+        real_M = (np.arange(batch.index_CM.shape[1]) < batch.count_C[:, None]).reshape(-1)
+        is_stop = np.isin(batch.targets_CM.reshape(-1)[real_M], list(stop_ids))
+    else:
+        real_M = np.isfinite(batch.pairs.reference_CP).reshape(-1)
+        is_stop = np.zeros(real_M.sum(), bool)
+    nats, is_top = (meshes.gather(x)[real_M] for x in losses[:2])
+    sums = [len(nats), nats.sum(dtype=np.float64), is_top.sum(), is_stop.sum(), is_top[is_stop].sum(), 0, 0]
+    if losses.share_errors_M is not None:
+        sums[5:] = (batch.shares_CM >= 0).sum(), meshes.gather(losses.share_errors_M).sum(dtype=np.float64)
+    return np.array(sums)
 
 
 class Session:
-    """A run that trains `trainable`: an adapter over the frozen `base`, or all parameters.
+    """A run that trains `trainable`: an adapter or layers over the frozen `base`, or all parameters.
 
     The arrays of `trainable` are donated: the caller must not use them again. `held_out` are sequences of
     rows to measure on, as data.pack.Rows gives them. Entered as a context, a session opens the run's `folder`
@@ -139,11 +137,19 @@ class Session:
         held_out: Sequence[Any] = (),
         mesh: Any = None,
         stop_ids: Sequence[int] = (),
+        fim_middle: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.config, self.order, self.held_out, self.mesh = config, order, held_out, mesh
         self.settings = choose_remat(settings, config, max(map(row_length, order.folders)))
         self.stop_ids = tuple(stop_ids)
+        self._middles: Middles | None = None
+        if settings.horizon:
+            if fim_middle is None:
+                rule = "a horizon is the rest of a middle, but this vocabulary has no token before one"
+                raise ValueError(f"{rule}: leave horizon out")
+            self._middles = Middles(fim_middle, self.stop_ids)
+            trainable = with_weights(trainable, weights_of(trainable) | {HEAD: new_head(config.width)})
         self.steps = min(order.steps, settings.steps or order.steps)
         self._rate = schedule(self.settings, self.steps)
         self._rule = optimizer(self.settings, self._rate)
@@ -159,7 +165,9 @@ class Session:
     def __enter__(self) -> Session:
         self.store = self._open()
         try:
+            start = self.state.trainable
             self.store.restore(self.state)
+            self._set_references(start)
         except BaseException:
             self.store.close()
             raise
@@ -168,11 +176,34 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.store.close()
 
+    def _set_references(self, start: Trainable) -> None:
+        """Puts into rows of pairs how far apart the model holds their answers before the first step.
+
+        That is computed once, by the weights at the `start`, and kept in the run's folder.
+        """
+        folders = [rows for rows in (*self.order.folders, *self.held_out) if "reference" in rows[0]]
+
+        def compute() -> np.ndarray:
+            with meshes.use(self.mesh):
+                return np.concatenate([self._margins(start, rows) for rows in folders])
+
+        if folders:
+            margins = self.store.computed_once("reference", compute)
+            for place in (row["reference"] for rows in folders for row in rows):
+                place += np.where(np.isnan(place), 0, margins[: len(place)] - place)
+                margins = margins[len(place) :]
+
+    def _margins(self, start: Trainable, rows: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
+        """float32: what Objective.margins says of each place in the rows' references."""
+        batches = [meshes.place_batch(self.mesh, batch) for batch in self._microbatches(rows)]
+        margins = [meshes.gather(self._margin(start, self.base, batch)) for batch in batches]
+        return np.concatenate(margins)[: len(rows) * len(rows[0]["reference"])]
+
     def _stamp(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """What must be equal in a run and its resumption."""
         trainable = self.state.trainable
         return {
-            "settings": asdict(replace(self.settings, save_every=1, keep=1)),  # these two may differ
+            "settings": asdict(self.settings) | {"save_every": 1, "keep": 1},  # these two may differ
             "steps": self.steps,
             "seed": self.order.seed,
             "rows": [self.order.fingerprint(rows) for rows in self.order.folders],
@@ -196,6 +227,7 @@ class Session:
             compiler_options=compiler_options(self.settings.remat),
         )
         self._loss = jax.jit(objective.loss)
+        self._margin = jax.jit(objective.margins)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._update = jax.jit(
             partial(update, self._rule),
@@ -217,10 +249,12 @@ class Session:
         """Trains to the end of the run and reports each step.
 
         `save_result` is called at each new best loss on the held-out rows or, without such rows, at each
-        checkpoint. At `until`, on the clock of time.monotonic, the run ends early, but after at least one
-        step. Once `stop` is set, it ends at the next microbatch; the steps so far are kept, to be resumed.
+        checkpoint, and there too with `settings.average` above 1. At `until`, on the clock of time.monotonic,
+        the run ends early, but after at least one step. Once `stop` is set, it ends at the next microbatch;
+        the steps so far are kept, to be resumed.
         """
         settings, state, store = self.settings, self.state, self.store
+        keeps_best = self.held_out and settings.average == 1
         over = self.finished
         while not over:
             with meshes.use(self.mesh):  # left before the report is yielded to the caller
@@ -235,8 +269,8 @@ class Session:
                     over = over or self.finished
                 saves = over or state.step % settings.save_every == 0
                 store.log(state, asdict(report))
-                if report.best or not self.held_out and saves:
-                    save_result(state.trainable, report)
+                if report.best if keeps_best else saves:
+                    save_result(store.mean(state, settings.average - 1), report)
                 if saves:
                     store.save(state)
             yield report
@@ -250,7 +284,7 @@ class Session:
         rows = self._rows(state.step)
         batches = list(self._microbatches(rows))
         sample = self._sample(state.step, batches) if self._sample else None
-        gradients, sums = None, np.zeros(5)
+        gradients, sums = None, np.zeros(SUMS)
         for batch in batches:
             if stop and stop.is_set():
                 return None
@@ -261,14 +295,14 @@ class Session:
             if self._batches_to_trim:
                 self._batches_to_trim -= 1
                 trim_heap()
-        targets, nats, correct, stops, correct_stops = sums.tolist()
+        targets, nats, correct, stops, correct_stops, shares, share_errors = sums.tolist()
         loss, count = nats / max(targets, 1), jnp.float32(max(targets, 1))
         if not np.isfinite(loss):
             fault = f"step {state.step + 1}: the loss is {loss}: training diverged"
             raise ValueError(f"{fault}: lower --learning-rate and begin again in another folder")
         state.trainable, state.moments, norm = self._update(state.trainable, state.moments, gradients, count)
         state.step += 1
-        length, full = row_length(rows), not isinstance(state.trainable, LoraParams)
+        length, predicted = row_length(rows), sum(int(batch.count_C.sum()) for batch in batches)
         return StepReport(
             step=state.step,
             steps=self.steps,
@@ -278,9 +312,10 @@ class Session:
             targets=int(targets),
             tokens=len(rows) * length,
             seconds=time.perf_counter() - started,
-            flops=flops_of(self.config, len(rows) * length, length, int(targets), full),
+            flops=flops_of(self.config, len(rows) * length, length, predicted, state.trainable),
             learning_rate=float(self._rate(state.step - 1)),
             gradient_norm=float(norm),
+            horizon=share_errors / shares if shares else None,
         )
 
     def _rows(self, step: int) -> list[dict[str, np.ndarray]]:
@@ -293,11 +328,11 @@ class Session:
     def _microbatches(self, rows: Sequence[dict[str, np.ndarray]]) -> Iterator[Microbatch]:
         parts = meshes.batch_parts(self.mesh.shape if self.mesh else {})
         size = min(len(rows), max(1, self.settings.micro_tokens // row_length(rows)))
-        return microbatches(rows, -(-size // parts) * parts, parts, BLOCK)
+        return microbatches(rows, -(-size // parts) * parts, parts, BLOCK, self._middles)
 
     def measure(self, report: StepReport) -> StepReport:
         """The report with the loss on the held-out rows, and whether it is the best so far."""
-        state, sums = self.state, np.zeros(5)
+        state, sums = self.state, np.zeros(SUMS)
         for rows in self.held_out:
             for batch in self._microbatches([rows[i] for i in range(len(rows))]):
                 placed = meshes.place_batch(self.mesh, batch)

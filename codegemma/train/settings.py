@@ -8,8 +8,18 @@ from math import inf
 from typing import Literal, get_args, get_origin, get_type_hints
 
 SAMPLED_VOCABULARY = 32_768  # for TrainingSettings.vocabulary, where the normaliser need not be exact
-POSITIVE = ("learning_rate", "clip", "stop_weight", "micro_tokens", "evaluate_every", "save_every", "keep")
-NOT_NEGATIVE = ("weight_decay", "row_rate", "z", "patience")
+POSITIVE = (
+    "learning_rate",
+    "beta",
+    "clip",
+    "stop_weight",
+    "micro_tokens",
+    "evaluate_every",
+    "save_every",
+    "keep",
+    "average",
+)
+NOT_NEGATIVE = ("weight_decay", "row_rate", "z", "horizon", "likelihood", "patience")
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ((*POSITIVE, "steps"), lambda value: value > 0, "be above 0"),
     (NOT_NEGATIVE, lambda value: 0 <= value < inf, "be finite and at least 0"),
@@ -28,9 +38,12 @@ class TrainingSettings:
     floor: float = 0.1  # the rate at the end, as a share of its peak
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0  # of matrices; never of norm factors
-    row_rate: float = 1 / 32  # the rate of an adapter's embedding rows, as a share of the rate
+    row_rate: float = 1 / 32  # the rate of trained embedding rows, as a share of the rate
     clip: float = 1.0  # largest norm of the gradient
     z: float = 0.0  # weight of the z-loss
+    horizon: float = 0.0  # weight of the loss of horizon.py; the paper's is 0.1
+    beta: float = 0.1  # of the loss of preference.py: how soon a preference is strong enough
+    likelihood: float = 0.0  # weight of the chosen answer's mean loss beside it
     stop_weight: float = 1.0  # weight w of the loss at a stop token; it raises that logit by about log w
     vocabulary: int | None = None  # tokens that estimate the normaliser (order.Sample); None: all, exactly
     micro_tokens: int = 2048  # of a microbatch
@@ -39,8 +52,9 @@ class TrainingSettings:
     patience: int = 0  # evaluations without a better loss before the run stops; 0: never
     save_every: int = 20  # steps between checkpoints
     keep: int = 2  # how many of the newest checkpoints to keep
+    average: int = 1  # the result is the mean of the weights at so many of the newest checkpoints
     seed: int = 0
-    remat: Literal["auto", "none", "products", "layer"] = "none"  # auto: see session.choose_remat
+    remat: Literal["auto", "none", "products", "layer"] = "none"  # auto: see memory.choose_remat
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of a matrix product's factors; see native/xla.py
 
@@ -49,6 +63,11 @@ class TrainingSettings:
             for name in names:
                 if (value := getattr(self, name)) is not None and not allows(value):
                     raise ValueError(f"{name} must {rule}, got {value!r}")
+        if self.average > self.keep + 1:
+            fault = (
+                f"average {self.average} needs {self.average - 1} older checkpoints, but {self.keep} are kept"
+            )
+            raise ValueError(f"{fault}: raise keep, or lower average")
         for name, hint in get_type_hints(TrainingSettings).items():
             if get_origin(hint) is Literal and (value := getattr(self, name)) not in get_args(hint):
                 raise ValueError(f"{name} must be {', '.join(get_args(hint))}, got {value!r}")

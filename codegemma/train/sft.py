@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ PAIRS = (
 DIALOGUES = ("messages", "conversations", "conversation", "chosen")
 FORMS = "a line needs messages of role and content, or instruction and output, or prompt and completion"
 ROLES = prompts.ROLES | {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "user"}
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -48,21 +49,33 @@ def read(path: Path) -> DialogueFile:
     Other faulty lines are left out and counted. Raises ValueError, with the first fault, where no dialogue is
     left.
     """
-    file, first = DialogueFile(), ""
+    return DialogueFile(*parsed(path, messages, "dialogue", FORMS))
+
+
+def parsed(
+    path: Path, parse: Callable[[Any], Item], kind: str, forms: str
+) -> tuple[list[Item], Counter[str]]:
+    """(what `parse` makes of each line, how many lines were left out for each reason).
+
+    Raises ValueError, which says that no line is of this `kind` and which `forms` there are, where no line is
+    left.
+    """
+    items: list[Item] = []
+    left_out, first = Counter[str](), ""
     for number, line in _lines(path):
         try:
-            file.dialogues.append(messages(json.loads(line) if isinstance(line, bytes) else line))
+            items.append(parse(json.loads(line) if isinstance(line, bytes) else line))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = str(error) if isinstance(error, BadLine) else "no JSON object of a known form"
             first = first or f"line {number}: {error}"
-            file.left_out[reason] += 1
-    if file.left_out and not file.dialogues:
-        raise ValueError(f"{path}: none of {file.left_out.total():,} lines is a dialogue; {first}: {FORMS}")
-    if not file.dialogues:
+            left_out[reason] += 1
+    if left_out and not items:
+        raise ValueError(f"{path}: none of {left_out.total():,} lines is a {kind}; {first}: {forms}")
+    if not items:
         raise ValueError(
             f"{path}: is empty, but needs one JSON object a line: check that it is the right file"
         )
-    return file
+    return items, left_out
 
 
 class BadLine(ValueError):

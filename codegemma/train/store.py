@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -12,18 +13,18 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from codegemma.files import atomic_write, remove_leftovers
-from codegemma.jax.forward import LoraParams
 from codegemma.train.curve import draw
-from codegemma.train.objective import Trainable
+from codegemma.train.objective import Trainable, weights_of, with_weights
 
 _ERROR_NUMBER = re.compile(r"os_error_code='(\d+)'")  # in a message of TensorStore, which writes for Orbax
 
@@ -42,7 +43,7 @@ class RunState:
     @property
     def weights(self) -> dict[str, Any]:
         """The trained arrays by name."""
-        return self.trainable.weights if isinstance(self.trainable, LoraParams) else self.trainable  # type: ignore[return-value]
+        return weights_of(self.trainable)
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -92,11 +93,8 @@ class Store:
             return
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         self._check(meta["stamp"])
-        shapes = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state.arrays))
-        arrays = manager.restore(step, args=ocp.args.Composite(state=shapes))["state"]
-        trainable, weights = state.trainable, arrays["trainable"]
-        is_lora = isinstance(trainable, LoraParams)
-        state.trainable = replace(trainable, weights=weights) if is_lora else weights  # type: ignore[type-var]
+        arrays = self._arrays(step, state)
+        state.trainable = with_weights(state.trainable, arrays["trainable"])
         state.moments, state.step, state.misses = arrays["moments"], step, meta["misses"]
         self.saved_step = step
         state.best = float("inf") if meta["best"] is None else meta["best"]
@@ -106,6 +104,36 @@ class Store:
         if self._writes and (text := "".join(line + "\n" for line in lines)) != old:
             with atomic_write(self.metrics) as file:  # a full disk must not lose the lines
                 file.write(text.encode())
+
+    def _arrays(self, step: int, state: RunState) -> dict[str, Any]:
+        """The arrays of a checkpoint, placed as those of `state` are."""
+        ocp = self._ocp
+        shapes = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state.arrays))
+        return self._manager.restore(step, args=ocp.args.Composite(state=shapes))["state"]  # type: ignore[no-any-return]
+
+    def mean(self, state: RunState, others: int) -> Trainable:
+        """The mean of the trained weights now and at up to `others` checkpoints, the newest before now."""
+        if not others:
+            return state.trainable
+        with disk_errors_name(self._checkpoints):
+            self._manager.wait_until_finished()
+        older = sorted(step for step in self._manager.all_steps() if step < state.step)[-others:]
+        total = state.weights
+        for step in older:
+            total = jax.tree.map(jnp.add, total, self._arrays(step, state)["trainable"])
+        return with_weights(state.trainable, jax.tree.map(lambda sum: sum / (len(older) + 1), total))
+
+    def computed_once(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that a run with this stamp computes once and keeps in its folder."""
+        digest = hashlib.sha256(json.dumps(self._stamp, sort_keys=True).encode()).hexdigest()
+        path = self.folder / f"{name}-{digest[:12]}.npy"
+        if path.exists():
+            return np.load(path)  # type: ignore[no-any-return]
+        values = compute()
+        if self._writes:
+            with disk_errors_name(path), atomic_write(path) as file:
+                np.lib.format.write_array(file, values, allow_pickle=False)
+        return values
 
     def _check(self, stamp: dict[str, Any]) -> None:
         # a stamp without a precision is older than that setting: its run computed in float32

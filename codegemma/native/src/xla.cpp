@@ -115,6 +115,23 @@ void adapted_back(const xla::Call& call) {
   layer.run(du.data(), layer.r, Adapted::floats(x), true, da, false, true);
   layer.run((const float*)dy.data, layer.N, Adapted::floats(u), true, db, false, true);
 }
+// A linear layer whose weight W [N, K], floats, is trained: x [T, K], W -> x W^T [T, N]
+void dense(const xla::Call& call) {
+  const xla::Buffer &x = array(call.arguments, 0, xla::F32, 2), &w = array(call.arguments, 1, xla::F32, 2);
+  require(x.dims[1] == w.dims[1], "x and the weight differ in their width");
+  float* y = out(call, 0, x.dims[0], w.dims[0]);
+  multiply(engine.workers(), {(const float*)x.data, y, Adapted::floats(w), x.dims[0], 0, w.dims[0], false, false, in_bfloat16(call)});
+}
+// dy [T, N], x, W -> dx = dy W, dW = dy^T x
+void dense_back(const xla::Call& call) {
+  const xla::Buffer &dy = array(call.arguments, 0, xla::F32, 2), &x = array(call.arguments, 1, xla::F32, 2),
+                    &w = array(call.arguments, 2, xla::F32, 2);
+  const int64_t T = dy.dims[0], N = dy.dims[1], K = x.dims[1];
+  require(x.dims[0] == T && w.dims[0] == N && w.dims[1] == K, "shapes of dy and x differ from the weight's");
+  const float* d = (const float*)dy.data;
+  multiply(engine.workers(), {d, out(call, 0, T, K), Adapted::floats(w), T, 0, N, true, false, in_bfloat16(call)});
+  multiply(engine.workers(), {d, out(call, 1, N, K), Adapted::floats(x), N, 0, T, true, false, in_bfloat16(call), true});
+}
 const float* heads(const xla::Buffer& x, const AttentionInputs& s, int64_t count) {
   require(x.dims[0] == s.B && x.dims[1] == s.T && x.dims[2] == count && x.dims[3] == s.H,
           "arrays of heads differ in their shapes");
@@ -215,6 +232,8 @@ void bind_xla(nb::module_& m) {
     handlers["codegemma_product_t"] = nb::capsule((void*)handle<product<true>>);
     handlers["codegemma_adapted"] = nb::capsule((void*)handle<adapted>);
     handlers["codegemma_adapted_back"] = nb::capsule((void*)handle<adapted_back>);
+    handlers["codegemma_dense"] = nb::capsule((void*)handle<dense>);
+    handlers["codegemma_dense_back"] = nb::capsule((void*)handle<dense_back>);
     handlers["codegemma_attention"] = nb::capsule((void*)handle<attention>);
     handlers["codegemma_attention_back"] = nb::capsule((void*)handle<attention_back>);
     handlers["codegemma_vocabulary_softmax"] = nb::capsule((void*)handle<softmax_over_vocabulary>);
