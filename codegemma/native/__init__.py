@@ -152,11 +152,14 @@ class Native:
         self.config = checkpoint.config
         self.threads = threads or usable_cpus()
         self.level: str = _native.level(level or os.environ.get("CODEGEMMA_SIMD") or "auto")
-        self.half = checkpoint.tensors["layers.0.q"].type not in ("F32", "F16", "BF16")
+        type = checkpoint.tensors["layers.0.q"].type
+        self.quantised = type not in ("F32", "F16", "BF16")
         self.numerics = NUMERICS.get(self.level, "v1")
         self.factors = "bfloat16" if self.numerics == "v2" else "int8"  # of products with blocks
-        self.key = f"{self.numerics} {self.level} {'f16' if self.half else 'f32'}"
-        layer_bytes = 2 * self.config.kv_heads * PAGE * self.config.head_width * (2 if self.half else 4)
+        tiles = self.numerics == "v2" and type != "F32"
+        self.kv_type = "BF16" if tiles else "F16" if self.quantised else "F32"
+        self.key = f"{self.numerics} {self.level} {self.kv_type.lower()}"
+        layer_bytes = 2 * _native.kv_bytes(self.kv_type, self.config.kv_heads, self.config.head_width)
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)
         self._arrays: list[np.ndarray] = []  # kept alive, since the C++ program points into them
@@ -259,7 +262,7 @@ class Native:
 
     def _low_rank(self, values: np.ndarray) -> _native.Weight:
         """A matrix of an adapter: in 8-bit blocks if the base has blocks and they fill the rows."""
-        if not self.half or values.shape[1] % 32:
+        if not self.quantised or values.shape[1] % 32:
             return self._weight(ArrayTensor.of(values))
         return self._weight(ArrayTensor("Q8_0", values.shape, quantize_rows(values, "Q8_0")))
 
@@ -298,7 +301,7 @@ class Native:
         added, added_norm = -1, None
         for i in range(c.layers):
             norms = {kind: self._norm(tensors.get(f"layers.{i}.{kind}_norm")) for kind in NORMS}
-            cache = {"layer_offset": i * layer_bytes, "kv_offset": layer_bytes // 2, "half": self.half}
+            cache = {"layer_offset": i * layer_bytes, "kv_offset": layer_bytes // 2, "kv_type": self.kv_type}
             base, scale = (c.rope_base, c.rope_scale) if c.is_global(i) else (c.rope_base_local, 1.0)
             p.norm(x, norms["attn"], a, eps, added, added_norm)
             product(a, D, ("q", "k", "v"), qkv)
