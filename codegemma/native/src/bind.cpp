@@ -179,7 +179,7 @@ NB_MODULE(_native, m) {
                              std::optional<Array<const float, 1>> k_norm, float eps, float query_scale, double base, double scale,
                              const std::string& kv_type, int64_t layer_offset, int64_t kv_offset) {
         p.split_heads(qkv, {nullptr, heads, kv_heads, width, q_norm ? q_norm->data() : nullptr,
-                            k_norm ? k_norm->data() : nullptr, eps, query_scale, {}, nullptr, nullptr, type_of(kv_type)},
+                            k_norm ? k_norm->data() : nullptr, eps, query_scale, {}, nullptr, nullptr, 0, type_of(kv_type)},
                       base, scale, layer_offset, kv_offset);
       }, "qkv"_a, "heads"_a, "kv_heads"_a, "width"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "query_scale"_a, "base"_a,
          "scale"_a, "kv_type"_a, "layer_offset"_a, "kv_offset"_a)
