@@ -4,7 +4,7 @@
 steps, which the C++ side replays for any number of tokens. One law holds: on one SIMD level, a token's logits
 do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a cache, or
 the number of threads. Numerics v1 multiply 8-bit integers (kernels.cpp); v2, on level amx, multiply bfloat16
-(tile_product.cpp).
+(tile_product.cpp, tile_attention.h).
 """
 
 from __future__ import annotations
@@ -132,10 +132,11 @@ class Native:
     """A checkpoint ready to run, with a fixed number of threads and SIMD level.
 
     The level is `level`, else the environment variable CODEGEMMA_SIMD, else the CPU's best. Pages hold
-    float16 keys and values or, where the weights are floats, float32, to match float32 implementations. If
-    `observed` is given, it gets a float64 array [columns] for each matrix but the embedding, by name, to
-    which every run adds the squares of the matrix's inputs. Raises ValueError on a weight type without a
-    kernel and on a SIMD level that this CPU lacks.
+    float16 keys and values or, where the weights are floats, float32, to match float32 implementations; by
+    numerics v2 they hold bfloat16, unless the weights are float32. If `observed` is given, it gets a float64
+    array [columns] for each matrix but the embedding, by name, to which every run adds the squares of the
+    matrix's inputs. Raises ValueError on a weight type without a kernel and on a SIMD level that this CPU
+    lacks.
     """
 
     invariant = True  # logits do not depend on the batch
