@@ -1,7 +1,7 @@
 """Completions at random cursors of files that training never saw, as an editor would show them.
 
     PYTHONPATH=. .venv/bin/python benchmarks/cursor.py OUT.json [--holes 600] [-m MODEL] [--against OLD.json]
-                                                       [--context 2] [--seed 0] [--trim auto]
+                                                       [--path] [--context 2] [--seed 0] [--trim auto]
 
 A third of the cursors are inside words, a third inside lines, a third at the starts of lines, in even shares
 of ten languages. What was taken out is the rest of the line, or from one to four whole lines; half of the
@@ -175,11 +175,12 @@ def judge(hole: Hole, answer: str) -> dict[str, bool]:
 
 
 def measure(
-    model: codegemma.Model, drawn: Sequence[Hole], trim: Trim | None, context: int
+    model: codegemma.Model, drawn: Sequence[Hole], trim: Trim | None, with_path: bool, context: int
 ) -> list[dict[str, Any]]:
     """Each hole with the text that is shown, the time that it took and its judgement.
 
-    If `context` is not 0, the prompt names the file and has the head of that many files beside it.
+    `with_path`: the prompt names the file. If `context` is not 0, it does too, and has the head of that many
+    files beside it.
     """
     rows = []
     for number, hole in enumerate(drawn):
@@ -188,14 +189,9 @@ def measure(
         chosen = trim or ("line" if re.match(r"[^\n]*\w", hole.suffix) else "block")
         prefix = hole.prefix[hole.prefix.find("\n", max(0, len(hole.prefix) - WINDOW[0])) + 1 :]
         suffix = hole.suffix[: WINDOW[1]]
-        beside = (
-            {
-                "path": hole.path,
-                "context": [(name, text[:CONTEXT]) for name, text in hole.neighbours[:context]],
-            }
-            if context
-            else {}
-        )
+        beside: dict[str, Any] = {"path": hole.path} if with_path or context else {}
+        if context:
+            beside["context"] = [(name, text[:CONTEXT]) for name, text in hole.neighbours[:context]]
         answer = model.complete(prefix, suffix, trim=chosen, max_tokens=MAX_TOKENS, **beside)
         text = answer.text
         confidence = getattr(answer, "confidence", None)
@@ -255,6 +251,7 @@ def main() -> None:
     arguments.add_argument("--holes", type=int, default=600)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--trim", choices=("auto", "none", "line", "block"))
+    arguments.add_argument("--path", action="store_true", help="name the file in the prompt")
     arguments.add_argument(
         "--context", type=int, default=0, help="files beside the hole's that are read, up to 4"
     )
@@ -262,7 +259,7 @@ def main() -> None:
     options = arguments.parse_args()
     fetch(BENCH / "cursor")
     drawn = holes(BENCH / "cursor", options.holes, options.seed)
-    rows = measure(codegemma.load(options.model), drawn, options.trim, options.context)
+    rows = measure(codegemma.load(options.model), drawn, options.trim, options.path, options.context)
     options.out.write_text(json.dumps(rows, indent=1))
     print(table(rows, json.loads(options.against.read_text()) if options.against else None), "")
     if rows[0]["confidence"] is not None:

@@ -372,7 +372,7 @@ void attention_by_tiles(int H, int window, float cap) {
 std::vector<float> train(const Kernels* kernels, cg::MatrixProduct m, const std::vector<float>& start = {}) {
   const MatrixKernels& k = *kernels->matrix;
   const int64_t strip = k.strip(m), strips = (m.width() + strip - 1) / strip, slab = m.bfloat16 ? 2 * k.slots : k.slots;
-  std::vector<float> out = start, panels(strips * strip * k.slots), a((m.T + k.tile) * k.slots);
+  std::vector<float> out = start, panels(strips * strip * k.slots), a((m.T + k.row_multiple) * k.slots);
   out.resize(m.T * m.width(), NAN);
   m.c = out.data(), m.add = !start.empty();
   for (int64_t r0 = 0; r0 < m.depth(); r0 += slab) {

@@ -126,10 +126,10 @@ def test_blocks_become_bfloat16_where_a_format_has_none_and_dtype_decides(tmp_pa
     ("name", "options", "message"),
     [
         ("x", {}, "does not say its format: pass --to gguf, safetensors"),
-        ("x.nemo", {"quantize_to": "q8_0"}, "which nemo cannot hold"),
+        ("x.nemo", {"quantize_to": "q8_0"}, "use it without --to nemo"),
         ("x.gguf", {"quantize_to": "q3"}, "cannot quantize to 'q3'"),
         ("x.gguf", {"dtype": "int8"}, "dtype must be bf16, f16 or f32"),
-        ("x.gguf", {"dtype": "f32", "quantize_to": "q8_0"}, "which dtype f32 cannot hold"),
+        ("x.gguf", {"dtype": "f32", "quantize_to": "q8_0"}, "use it without --dtype f32"),
         ("source.gguf", {}, "source.gguf exists: choose another name, or pass --overwrite"),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_flipped_bit_of_the_weights_is_found(tmp_path, to):
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     output = run("inspect", tmp_path / "m", code=1)
-    assert "is damaged" in output and file.name in output
+    assert f"{file.name} was changed or damaged" in output
     if to == "gemma_pytorch":  # ZIP has checksums of its own
         (tmp_path / "m" / "SHA256SUMS").unlink()
         assert "the checksum of" in run("inspect", tmp_path / "m", code=1)

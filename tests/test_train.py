@@ -125,7 +125,7 @@ def test_a_frozen_table_changes_no_other_gradient_and_blocks_without_targets_are
 def test_a_table_of_blocks_gives_the_loss_of_its_values(monkeypatch, kernels, V, M, cap):
     """By the kernels (whose chunks are 4,096 rows, for 1,024 targets at a time), and as on other devices."""
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(losses.xla, "kernels", lambda: kernels)
+    monkeypatch.setattr(losses.xla, "has_kernels", lambda: kernels)
     rng, D, ids = np.random.default_rng(1), 64, (7, 1030)
     tensor = random_blocks("Q4_0", (V, D), 0.5)
     h, rows = (rng.normal(0, 1, shape).astype(np.float32) for shape in ((M, D), (2, D)))
@@ -172,7 +172,7 @@ def test_kernels_take_a_sample_and_a_count_as_the_chunks_do(monkeypatch, cap):
 
     results = []
     for kernels in (True, False):
-        monkeypatch.setattr(losses.xla, "kernels", lambda kernels=kernels: kernels)
+        monkeypatch.setattr(losses.xla, "has_kernels", lambda kernels=kernels: kernels)
         step = jax.jit(jax.value_and_grad(lambda *args: total(*args), (0, 1), has_aux=True))
         (_, loss), gradients = step(h, rows, jnp.int32(300))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, gradients)))

@@ -115,7 +115,7 @@ def test_products_of_odd_shapes(T, N, K):
 def computed_by(code):
     """What is traced within is computed by the kernels ("native") or by JAX alone ("xla")."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(xla, "kernels", lambda: code == "native")
+        patch.setattr(xla, "has_kernels", lambda: code == "native")
         yield
 
 
@@ -315,9 +315,9 @@ def test_vmap():
 
 def test_what_does_not_fit_is_refused():
     w = xla.StoredMatrix.of(weight("Q8_0", 40, 64))
-    with pytest.raises(ValueError, match="x has 32 columns but the weight 64"):
+    with pytest.raises(ValueError, match="x has 32 columns, but the weight's shape demands 64"):
         xla.product(jnp.zeros((3, 32)), w)
-    with pytest.raises(ValueError, match="dy has 30 columns but the weight 40"):
+    with pytest.raises(ValueError, match="dy has 30 columns, but the weight's shape demands 40"):
         xla.product_t(jnp.zeros((3, 30)), w)
     with pytest.raises(Exception, match="rows beyond the weight's"):
         xla.product(jnp.zeros((3, 64)), w, 30, 20).block_until_ready()

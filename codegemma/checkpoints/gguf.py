@@ -145,8 +145,8 @@ class _Header:
 def pieces(path: Path) -> list[Path]:
     """The files that make one GGUF when joined (NAME.gguf.part00, .part01, ...), in order; else `path` alone.
 
-    Raises ValueError where a piece before the last one present is missing. Later ones are not missed here:
-    the reader finds that the file is shorter than its header says.
+    Raises ValueError where a piece before the last one present is missing. That later ones are missing is
+    found by the reader: the file is then shorter than its header says.
     """
     match = re.fullmatch(r"(.+\.gguf\.part)(\d+)", path.name, re.I)
     if match is None:

@@ -82,7 +82,9 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
         raise ValueError("use_bidirectional_attention makes this an embedding model: choose another")
     for key in ("hidden_activation", "hidden_act"):
         if fields.get(key) not in ACTIVATIONS:
-            raise ValueError(f"{key} is {fields[key]!r}, but every Gemma uses gelu_pytorch_tanh")
+            raise ValueError(
+                f"{key} is {fields[key]!r}, but every Gemma uses gelu_pytorch_tanh: choose a Gemma"
+            )
     values = table.config_values("hf", architecture, fields)
     if architecture == "gemma":
         values["window"] = None
@@ -90,7 +92,7 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
     if scalar is None:
         scalar = values["head_width"] if architecture == "gemma" else 256
     if type(scalar) not in (int, float) or not 0 < scalar < 1e12:
-        raise ValueError(f"query_pre_attn_scalar must be a number above 0, got {scalar!r}")
+        raise damaged(f"query_pre_attn_scalar must be a number above 0, got {scalar!r}")
     values |= _ropes(architecture, fields, values["rope_base"])
     values["global_every"] = _global_every(fields, values)
     return ModelConfig(architecture, **values, query_scale=scalar**-0.5)
@@ -106,7 +108,7 @@ def _global_every(fields: Mapping[str, Any], values: Mapping[str, Any]) -> int:
     if types is None or type(period) is not int:
         return period
     if not isinstance(types, list):
-        raise ValueError(f"layer_types must be a list with an entry for each of {values['layers']} layers")
+        raise damaged(f"layer_types must be a list with an entry for each of {values['layers']} layers")
     is_global = [kind == "full_attention" for kind in types]
     return table.global_period("layer_types", is_global, values["layers"], period)
 
@@ -138,7 +140,7 @@ def _first(default: Any, *values: Any) -> Any:
 def _object(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = fields.get(key)
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{key} must be an object, got {value!r}")
+        raise damaged(f"{key} must be an object, got {value!r}")
     return value or {}
 
 
@@ -151,7 +153,9 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
     exact = math.isclose(scalar**-0.5, config.query_scale, rel_tol=1e-6)
     if not exact or config.architecture == "gemma" and scalar != config.head_width:
         rule = "transformers takes 1 / sqrt of a whole number, and in Gemma 1 of head_dim alone"
-        raise ValueError(f"config.json cannot say the query scale {config.query_scale}: {rule}")
+        raise ValueError(
+            f"config.json cannot say the query scale {config.query_scale}, as {rule}: write another format"
+        )
     fields: dict[str, Any] = {
         "architectures": [f"G{config.architecture[1:]}ForCausalLM"],
         "model_type": "gemma3_text" if config.architecture == "gemma3" else config.architecture,

@@ -86,7 +86,10 @@ def _serialized(module: str, name: str, fields: dict[str, Any]) -> dict[str, Any
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The datasets of an HDF5 file by their paths, each read when it is used."""
+    """The datasets of an HDF5 file by their paths, each read when it is used.
+
+    Raises ValueError on a file that is not HDF5, or that refers to others.
+    """
     h5py = require("h5py", "Keras presets", "formats")
     stored: dict[str, Tensor] = {}
 

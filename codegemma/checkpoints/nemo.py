@@ -48,7 +48,10 @@ Pieces = list[tuple[tuple[int, ...], Tensor]]
 
 
 def read_members(path: Path) -> Members:
-    """The bytes of every file in an archive, or in the directory of an unpacked one, by name without "./"."""
+    """The bytes of every file in an archive, or in the directory of an unpacked one, by name without "./".
+
+    Raises ValueError where the archive is damaged or holds too much to be a model.
+    """
     if path.is_dir():
         files = itertools.islice((file for file in sorted(path.rglob("*")) if file.is_file()), MAX_MEMBERS)
         maps = {str(file.relative_to(path)): map_file(file) if file.stat().st_size else b"" for file in files}
@@ -88,7 +91,10 @@ def _inflated(path: Path) -> Any:
 
 
 def read(path: Path, members: Members) -> dict[str, Tensor]:
-    """The tensors of an archive, layer by layer, from any of the three forms of weights."""
+    """The tensors of an archive, layer by layer, from any of the three forms of weights.
+
+    Raises ValueError where it has none of these, or is damaged.
+    """
     archives = [name for name in members if name.rpartition("/")[2] == "model_weights.ckpt"]
     if archives == ["model_weights.ckpt"]:
         value = torch.read(f"{path}: {archives[0]}", members[archives[0]])

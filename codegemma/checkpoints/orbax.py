@@ -45,7 +45,10 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The arrays by their keys ("a/b/c"), each read when it is used; stacked layers of MaxText separated."""
+    """The arrays by their keys ("a/b/c"), each read when it is used; stacked layers of MaxText separated.
+
+    Raises ValueError where the directory holds no such checkpoint, or an array cannot be opened.
+    """
     ts = require("tensorstore", "Orbax checkpoints", "formats")
     base = {"driver": "file", "path": f"{path.resolve()}/"}
     store = {"driver": "ocdbt", "base": base} if (path / "manifest.ocdbt").exists() else base

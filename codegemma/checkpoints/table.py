@@ -256,7 +256,7 @@ def global_period(label: str, is_global: list[bool], layers: int, default: int =
     with `label`, where the list has no period.
     """
     if len(is_global) != layers:
-        raise ValueError(f"{label} must be a list with an entry for each of {layers} layers")
+        raise damaged(f"{label} must be a list with an entry for each of {layers} layers")
     period = is_global.index(True) + 1 if True in is_global else max(default, layers + 1)
     if is_global != [(layer + 1) % period == 0 for layer in range(layers)]:
         rule = "does not repeat one global layer after a fixed number of local ones: choose a Gemma"
@@ -278,26 +278,32 @@ def from_format(
 
     Raises ValueError on missing, extra or misshapen tensors, and on an untied output layer.
     """
-    layouts = {layout.name: layout for layout in stored_tensors(config, format)}
+    expected_tensors = {tensor.name: tensor for tensor in stored_tensors(config, format)}
     head = format_table(format).get("tied_head", "")
-    missing = [name for name in layouts if name not in stored]
-    extra = [name for name in stored if name not in layouts and name != head and not is_ignored(format, name)]
+    missing = [name for name in expected_tensors if name not in stored]
+    extra = [
+        name
+        for name in stored
+        if name not in expected_tensors and name != head and not is_ignored(format, name)
+    ]
     for fault, names in (("lacks", missing), ("also holds", extra)):
         if names:
             listed = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-            model = f"a {config.architecture} model of {config.layers} layers has exactly {len(layouts)}"
+            model = (
+                f"a {config.architecture} model of {config.layers} layers has exactly {len(expected_tensors)}"
+            )
             raise damaged(f"{path}: {fault} {len(names)} tensors ({listed}), but {model}")
     tensors: dict[str, Tensor] = {}
-    for name, layout in layouts.items():
-        tensor = stored[name] if format in ("gguf", "hf") else _without_padding(stored[name], layout.shape)
-        if tensor.shape != layout.shape:
-            shapes = f"has shape {list(tensor.shape)}, but the config makes it {list(layout.shape)}"
+    for name, expected in expected_tensors.items():
+        tensor = stored[name] if format in ("gguf", "hf") else _without_padding(stored[name], expected.shape)
+        if tensor.shape != expected.shape:
+            shapes = f"has shape {list(tensor.shape)}, but the config makes it {list(expected.shape)}"
             raise damaged(f"{path}: tensor {name} {shapes}")
-        for index, part in enumerate(layout.parts):
-            if layout.is_norm:
+        for index, part in enumerate(expected.parts):
+            if expected.is_norm:
                 tensors[part.name] = _norm_factor(format, path, name, tensor)
             else:
-                tensors[part.name] = layout.part(index, tensor)
+                tensors[part.name] = expected.part(index, tensor)
     if head in stored:
         _check_tied(path, head, stored[head], tensors["embed"])
     return tensors
@@ -307,14 +313,14 @@ def to_format(format: Format, config: ModelConfig, tensors: Mapping[str, Tensor]
     """A file's tensors by its names, from ours. Raises ValueError on types that the format cannot hold."""
     shift = np.float32(0 if format_table(format).get("includes_one") else 1)
     stored: dict[str, Tensor] = {}
-    for layout in stored_tensors(config, format):
-        ours = [tensors[part.name] for part in layout.parts]
-        if layout.is_norm:
-            stored[layout.name] = ArrayTensor.of(ours[0].float32() - shift)
+    for target in stored_tensors(config, format):
+        ours = [tensors[part.name] for part in target.parts]
+        if target.is_norm:
+            stored[target.name] = ArrayTensor.of(ours[0].float32() - shift)
         elif format in ("gguf", "hf"):
-            stored[layout.name] = ours[0]
+            stored[target.name] = ours[0]
         else:
-            stored[layout.name] = layout.joined(ours)
+            stored[target.name] = target.joined(ours)
     return stored
 
 

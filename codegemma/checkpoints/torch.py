@@ -45,7 +45,7 @@ class Record:
         """A field of the object. Raises ValueError where it has none of this name."""
         state = getattr(self, "state", None)
         if not isinstance(state, dict) or name not in state:
-            raise ValueError(f"a record of the checkpoint lacks {name}")
+            raise damaged(f"a record of the checkpoint lacks {name}")
         return state[name]
 
 

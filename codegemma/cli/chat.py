@@ -86,16 +86,16 @@ class Conversation:
             elif text.strip():
                 self._answer(text)
             return True
-        verb, argument = command.groups()
-        if verb == "reset":
+        name, argument = command.groups()
+        if name == "reset":
             self._turns.clear()
-        elif verb == "system":
+        elif name == "system":
             self._system = argument or ""
-        elif verb == "save":
+        elif name == "save":
             self._save(argument)
-        elif verb == "help":
+        elif name == "help":
             print(HELP)
-        return verb != "exit"
+        return name != "exit"
 
     def _messages(self) -> list[Message]:
         from codegemma.prompts import Message

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SUMS = "SHA256SUMS"  # `sha256sum -c` checks it too
-# Orbax's arrays, HDF5, safetensors and PyTorch's archives: files without a checksum that their readers check.
+# Orbax's arrays, HDF5, safetensors and PyTorch's archives: no reader checks a checksum in these files.
 WEIGHTS = ("checkpoint/**/*", "*.h5", "*.safetensors", "*.ckpt")
 
 
@@ -35,7 +35,7 @@ def problems(path: Path) -> Iterator[str]:
             if not file.is_file():
                 yield f"{match[2]} is missing, which {SUMS} names: download or convert it again"
             elif _sha256(file) != match[1]:
-                yield f"{match[2]} is not the file that {SUMS} names: it is damaged, or was changed"
+                yield f"{match[2]} was changed or damaged after {SUMS}: download or convert it again"
     for file in [path] if path.is_file() else sorted(folder.glob("*.ckpt")):
         if zipfile.is_zipfile(file):
             yield from _zip_problems(file)
@@ -45,9 +45,9 @@ def _zip_problems(file: Path) -> Iterator[str]:
     try:
         with zipfile.ZipFile(file) as archive:
             if bad := archive.testzip():
-                yield f"{file.name}: the checksum of {bad} is wrong: the file is damaged"
+                yield f"{file.name}: the checksum of {bad} is wrong: download or convert the file again"
     except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        yield f"{file.name}: it cannot be unpacked ({error}): the file is damaged"
+        yield f"{file.name}: it cannot be unpacked ({error}): download or convert it again"
 
 
 def _sha256(file: Path) -> str:

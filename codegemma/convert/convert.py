@@ -96,9 +96,9 @@ def convert(
     stamp = None if merge or not quantize_to else _stamp(checkpoint, quantize_to, importance)
     if isinstance(importance, Path):
         importance = importance_of(importance, checkpoint)
-    norms: dict[str, np.ndarray] = {}
+    squared_norms: dict[str, np.ndarray] = {}  # by tensor: of the error and of the weights
     tensors = {
-        name: _with_type(name, tensor, types[name], importance or {}, norms)
+        name: _with_type(name, tensor, types[name], importance or {}, squared_norms)
         for name, tensor in checkpoint.tensors.items()
     }
     files.remove_leftovers(target.parent)
@@ -108,8 +108,8 @@ def convert(
         if path != target and target.exists():  # only now that the new one is complete
             shutil.rmtree(target) if target.is_dir() else target.unlink()
     costs = [
-        Cost(name, checkpoint.tensors[name].type, types[name], relative_error(*norms_of_tensor))
-        for name, norms_of_tensor in norms.items()
+        Cost(name, checkpoint.tensors[name].type, types[name], relative_error(*error_and_weights))
+        for name, error_and_weights in squared_norms.items()
     ]
     return Converted(target, to, costs, list(_notes(to, checkpoint)))
 
@@ -198,9 +198,9 @@ def _stamp(checkpoint: Checkpoint, quantize_to: str, importance: Importance | Pa
 
 
 def _with_type(
-    name: str, tensor: Tensor, type: str, importance: Importance, norms: dict[str, np.ndarray]
+    name: str, tensor: Tensor, type: str, importance: Importance, squared_norms: dict[str, np.ndarray]
 ) -> Tensor:
-    """The tensor in another type, computed when read; `norms` gets the squared norms of error and weights."""
+    """The tensor in another type, computed when read; reading adds its squared norms to `squared_norms`."""
     if len(tensor.shape) == 1 or type == tensor.type:
         return tensor
 
@@ -208,8 +208,8 @@ def _with_type(
         with naming(f"tensor {name}"):
             if type in ELEMENTS:
                 return _cast(rows, type)
-            blocks, *squared_norms = quantize_matrix(rows, type, importance.get(name))
-        norms[name] = norms.get(name, 0.0) + np.array(squared_norms)
+            blocks, *error_and_weights = quantize_matrix(rows, type, importance.get(name))
+        squared_norms[name] = squared_norms.get(name, 0.0) + np.array(error_and_weights)
         return blocks
 
     return LazyTensor.from_rows(type, tensor, converted)
@@ -223,7 +223,7 @@ def _cast(tensor: Tensor, type: str) -> np.ndarray:
         values = dequantize(tensor.rows(start, min(rows, start + step)))
         if not np.isfinite(values).all() or type == "F16" and np.abs(values).max() > 65_504:
             rule = "holds NaN, infinite or (for f16) too large weights"
-            raise ValueError(f"{rule}: the model is damaged, or choose bf16")
+            raise ValueError(f"{rule}: choose bf16, or download the model again if it is damaged")
         elements[start : start + step] = from_float32(type, values)
     return elements
 

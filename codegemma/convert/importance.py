@@ -14,7 +14,8 @@ from codegemma.config import ModelConfig
 from codegemma.convert.quantize import Importance
 from codegemma.native import PAGE, Native, Slice
 
-ROW_TOKENS, MAX_ROWS = 512, 32  # what is measured on: the tokens of a row, and the most rows
+ROW_TOKENS = 512  # ids in each row that the model is run on
+MAX_ROWS = 32
 MAX_TEXT_BYTES = 1 << 24
 
 

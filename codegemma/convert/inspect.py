@@ -76,7 +76,7 @@ def _listed(fields: dict[str, Any]) -> str:
 def inspect(source: str | Path) -> Inspection:
     """Reads the header and the tokenizer, and checks all weights; runs no code from a file.
 
-    Raises ValueError on a damaged file.
+    Damage to weights is listed in `problems`. Raises ValueError on a file that cannot be opened.
     """
     checkpoint = open_checkpoint(hub.resolve(source))
     tensors, tokenizer = checkpoint.tensors, checkpoint.tokenizer
@@ -133,12 +133,12 @@ def _notes(checkpoint: Checkpoint) -> Iterator[str]:
 def _problems(checkpoint: Checkpoint) -> Iterator[str]:
     tokenizer, rows = checkpoint.tokenizer, checkpoint.config.vocab
     if tokenizer and (size := tokenizer.vocab_size) > rows:
-        yield f"the tokenizer has {size:,} ids, the embedding {rows:,} rows: they are of different models"
+        yield f"the tokenizer has {size:,} ids, the embedding {rows:,} rows: take both from one model"
     yield from checksums.problems(checkpoint.path)
     for name, tensor in checkpoint.tensors.items():
         try:
             if not _finite(tensor):
-                yield f"tensor {name} holds NaN or infinite numbers: the file is damaged"
+                yield f"tensor {name} holds NaN or infinite numbers: download or convert it again"
         except ValueError as error:  # its bytes cannot be read
             yield str(error)
 

@@ -62,7 +62,11 @@ class Verification:
 def verify(
     source: str | Path, target: str | Path, texts: tuple[str, ...] = TEXTS, threads: int | None = None
 ) -> Verification:
-    """Compares two checkpoints tensor by tensor, then their token ids and logits for fixed texts."""
+    """Compares two checkpoints tensor by tensor, then their token ids and logits for fixed texts.
+
+    Differences are no errors: the result lists those that rounding does not explain as `faults`. Raises
+    ValueError where a checkpoint cannot be opened.
+    """
     left, right = (open_checkpoint(hub.resolve(path)) for path in (source, target))
     if {**vars(left.config), "context": 0} != {**vars(right.config), "context": 0}:
         return Verification(faults=[f"the configs differ: {left.config} and {right.config}"])
@@ -80,11 +84,11 @@ def verify(
     rows = [list(ids) for ids in dict.fromkeys(tuple(ids[:MAX_TOKENS]) for ids in rows)]
     blocks = any(tensor.type in QUANTISED for model in (left, right) for tensor in model.tensors.values())
     worst = max(*errors.values(), MAX_ERROR["Q8_0"] * blocks)  # with blocks, activations have 8 bits too
-    proof = _compare(_logits(left, rows, threads), _logits(right, rows, threads))
-    if not proof.kl <= (limit := 1e-9 + MAX_KL * worst**2):
+    predictions = _compare(_logits(left, rows, threads), _logits(right, rows, threads))
+    if not predictions.kl <= (limit := 1e-9 + MAX_KL * worst**2):
         rule = f"but errors of at most {worst:.2%} in the weights explain {limit:.2g}"
-        faults.append(f"the predictions differ by {proof.kl:.2g} nats (KL), {rule}")
-    return replace(proof, errors=errors, same_ids=same_ids, faults=faults)
+        faults.append(f"the predictions differ by {predictions.kl:.2g} nats (KL), {rule}")
+    return replace(predictions, errors=errors, same_ids=same_ids, faults=faults)
 
 
 def _error(left: Tensor, right: Tensor) -> float:

@@ -23,7 +23,8 @@ PERMUTATIONS = BANDS * ROWS
 SHINGLE = 5
 THRESHOLD = 0.8
 BENCHMARK_NGRAM = 10
-# In a bucket, each document is compared with the MAX_PAIRS before it, and with the bucket's first MAX_PAIRS.
+# In a bucket (the documents of one key), each is compared with the MAX_PAIRS before it, and with the first
+# MAX_PAIRS.
 MAX_PAIRS = 64
 
 Node = TypeVar("Node", bound=Hashable)
@@ -86,21 +87,21 @@ def band_keys(signature: np.ndarray) -> np.ndarray:
     return _mix(keys + np.arange(BANDS, dtype=np.uint64))
 
 
-def candidates(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Pairs [n, 2] of rows that share a key, smaller first, sorted, unique; keys[i] belongs to rows[i]."""
-    order = np.lexsort((rows, keys))
-    keys, rows = keys[order], rows[order]
+def candidates(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Pairs [n, 2] of documents that share a key, smaller first, sorted, unique; keys[i]: documents[i]'s."""
+    order = np.lexsort((documents, keys))
+    keys, documents = keys[order], documents[order]
     count = len(keys)
     is_first = np.concatenate([np.ones(min(count, 1), bool), keys[1:] != keys[:-1]])
-    first = np.maximum.accumulate(np.where(is_first, np.arange(count), 0))  # where each row's bucket begins
+    first = np.maximum.accumulate(np.where(is_first, np.arange(count), 0))  # where each bucket begins
     largest = int((np.arange(count) - first).max(initial=0))
-    pairs = [np.empty((0, 2), rows.dtype)]
+    pairs = [np.empty((0, 2), documents.dtype)]
     for back in range(1, min(largest, MAX_PAIRS) + 1):
         left = np.flatnonzero(keys[:-back] == keys[back:])
         right = left + back
-        pairs.append(np.stack([rows[left], rows[right]], 1))
+        pairs.append(np.stack([documents[left], documents[right]], 1))
         early = np.minimum(first[right] + back - 1, left)  # a huge bucket: compare with its first ones
-        pairs.append(np.stack([rows[early], rows[right]], 1))
+        pairs.append(np.stack([documents[early], documents[right]], 1))
     every = np.concatenate(pairs)
     return np.unique(every[every[:, 0] < every[:, 1]], axis=0)
 
@@ -110,8 +111,8 @@ def similar(signatures: Sequence[np.ndarray], threshold: float = THRESHOLD) -> l
     matrix = np.stack(signatures) if len(signatures) else np.empty((0, PERMUTATIONS), np.uint32)
     pairs = candidates(band_keys(matrix).ravel(), np.repeat(np.arange(len(matrix)), BANDS))
     agreement = (matrix[pairs[:, 0]] == matrix[pairs[:, 1]]).mean(1)
-    rows = zip(pairs.tolist(), agreement.tolist(), strict=True)
-    return [(left, right, similarity) for (left, right), similarity in rows if similarity >= threshold]
+    scored = zip(pairs.tolist(), agreement.tolist(), strict=True)
+    return [(left, right, similarity) for (left, right), similarity in scored if similarity >= threshold]
 
 
 def choose_kept(

@@ -51,7 +51,7 @@ SIGN_IN_WORD = re.compile(r"[^\W\d_][©®°±µ·«»§¿¡£€¥²³½¼×÷�
 OTHER_SCRIPT = re.compile(r"[\u0370-\u052f\u0590-\u06ff]")  # Greek, Cyrillic, Hebrew, Arabic
 MAX_MIXED_WORDS = 0.25  # of the words in another script, those that hold Latin letters too, such as "PDFы"
 CYRILLIC_WORD = re.compile(r"[А-ЯЁ]?[а-яё]+|[А-ЯЁ]{2,}|[А-ЯЁ]")
-# Among the commonest characters of Chinese comments, in either script.
+# Among the commonest characters of Chinese comments, simplified and traditional.
 COMMON_CHINESE = frozenset(
     "的一是不了在有我中大上下个個这這为為用时時数數字符返回文件函参參值类類取设設计計算结結果你好世界圆圓面积積"
 )
@@ -69,7 +69,7 @@ def decode(data: bytes) -> tuple[str, str]:
     if marked:
         raise ValueError("unknown encoding")
     if b"\0" in data:
-        return _wide(data)
+        return _without_mark(data)
     text, declared = _strict(data, "utf-8"), _declared(data)
     declared = declared or ("iso2022_jp" if b"\x1b$B" in data or b"\x1b$@" in data else "")
     is_escaped = declared.startswith(("iso2022", "hz")) and (b"\x1b" in data or b"~{" in data)
@@ -107,8 +107,11 @@ def _without_nul(text: str) -> str:
     return text
 
 
-def _wide(data: bytes) -> tuple[str, str]:
-    """UTF-16 or UTF-32 without a mark: mostly ASCII characters, as in code, and no control characters."""
+def _without_mark(data: bytes) -> tuple[str, str]:
+    """The text of UTF-16 or UTF-32 without a mark, and the encoding.
+
+    The text is mostly ASCII, as in code, without control characters; else raises ValueError("binary").
+    """
     for name in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
         text = _strict(data, name)
         if text and not CONTROL.search(text) and sum(map(str.isascii, text)) > len(text) / 2:
@@ -134,24 +137,26 @@ def _declared(data: bytes) -> str:
 
 
 def _is_multibyte(name: str) -> bool:
+    """Whether an encoding reads the two bytes of a UTF-8 character as fewer than two characters."""
     return bool(name) and len(b"\xc3\xa9".decode(name, "replace")) < 2
 
 
 def _detected(data: bytes) -> str:
     """The encoding of bytes that are not UTF-8; "" where it is not certain."""
-    high = b"\n".join(line for line in data.splitlines() if not line.isascii())[:DETECTION_BYTES]
-    for name in _candidates(high):
+    sample = b"\n".join(line for line in data.splitlines() if not line.isascii())[:DETECTION_BYTES]
+    for name in _candidates(sample):
         if (text := _strict(data, name)) is not None and not CONTROL.search(text):
             return name
     return ""
 
 
-def _candidates(high: bytes) -> Iterator[str]:
+def _candidates(sample: bytes) -> Iterator[str]:
+    """The encodings that a file may have, given its lines with bytes above 127; the first to fit counts."""
     from charset_normalizer import from_bytes
 
     likely = {
         str(match): match.encoding
-        for match in reversed(list(from_bytes(high, cp_isolation=DETECTABLE)))
+        for match in reversed(list(from_bytes(sample, cp_isolation=DETECTABLE)))
         if match.coherence >= MIN_COHERENCE
         and match.chaos < MAX_CHAOS
         and not SIGN_IN_WORD.search(str(match))
@@ -159,11 +164,11 @@ def _candidates(high: bytes) -> Iterator[str]:
     }
     if len(likely) == 1:
         yield from likely.values()
-    elif not likely and _is_western(high):
+    elif not likely and _is_western(sample):
         yield "cp1252"
     else:
-        yield from (name for name in ("cp1251", "koi8_r", "cp866") if _is_cyrillic(high, name))
-        yield from _east_asian(high)
+        yield from (name for name in ("cp1251", "koi8_r", "cp866") if _is_cyrillic(sample, name))
+        yield from _east_asian(sample)
 
 
 def _is_mixed(text: str) -> bool:
@@ -174,11 +179,11 @@ def _is_mixed(text: str) -> bool:
     return len(mixed) > MAX_MIXED_WORDS * len(others)
 
 
-def _is_western(high: bytes) -> bool:
+def _is_western(sample: bytes) -> bool:
     """Whether the bytes above 127, read as cp1252, are common Western European letters or typographic signs,
     with no three such letters in a row and no sign inside a word.
     """
-    text = _strict(high, "cp1252") or ""
+    text = _strict(sample, "cp1252") or ""
     is_known = set(text) - WESTERN <= set(map(chr, range(128)))
     return (
         bool(text)
@@ -188,9 +193,9 @@ def _is_western(high: bytes) -> bool:
     )
 
 
-def _is_cyrillic(high: bytes, name: str) -> bool:
+def _is_cyrillic(sample: bytes, name: str) -> bool:
     """Whether all words with bytes above 127 are Cyrillic, with vowels and capitals as words have them."""
-    text = _strict(high, name) or ""
+    text = _strict(sample, name) or ""
     words = re.findall(r"[^\W\d_a-zA-Z]+", text)
     others = set(re.sub(r"[\x00-\x7f«»–—…№\xa0“”„]", "", text)) - set("".join(words))
     lower = sum(word.islower() or word[1:].islower() for word in words)
@@ -201,26 +206,28 @@ def _is_cyrillic(high: bytes, name: str) -> bool:
     return size >= (6 if has_capital else 12) and is_plain and has_vowels and is_shaped
 
 
-def _east_asian(high: bytes) -> Iterator[str]:
+def _east_asian(sample: bytes) -> Iterator[str]:
     """Japanese by its kana, Korean by whole words of Hangul, Chinese by its commonest characters."""
-    texts = {name: _strict(high, name) for name in ("cp932", "euc_jp", "cp949", "gb18030", "big5")}
-    wide = {
+    texts = {name: _strict(sample, name) for name in ("cp932", "euc_jp", "cp949", "gb18030", "big5")}
+    characters = {
         name: re.sub(r"[\x00-\x7f\u3000-\u303f\uff01-\uff5e]", "", text)
         for name, text in texts.items()
         if text
     }
     for name in ("cp932", "euc_jp"):
-        kana = len(re.findall(r"[\u3041-\u30ff]", wide.get(name, "")))
+        kana = len(re.findall(r"[\u3041-\u30ff]", characters.get(name, "")))
         if (
             kana >= 3
-            and kana >= len(wide[name]) / 4
-            and re.fullmatch(r"[\u3041-\u30ff\u4e00-\u9fff]*", wide[name])
+            and kana >= len(characters[name]) / 4
+            and re.fullmatch(r"[\u3041-\u30ff\u4e00-\u9fff]*", characters[name])
         ):
             yield name
-    common = {name: sum(map(COMMON_CHINESE.__contains__, wide.get(name, ""))) for name in ("gb18030", "big5")}
+    common = {
+        name: sum(map(COMMON_CHINESE.__contains__, characters.get(name, ""))) for name in ("gb18030", "big5")
+    }
     likely = max(common, key=common.__getitem__)
-    is_chinese = re.fullmatch(r"[\u4e00-\u9fff]*", wide.get(likely, " "))
+    is_chinese = re.fullmatch(r"[\u4e00-\u9fff]*", characters.get(likely, " "))
     if is_chinese and common[likely] >= 2 and common[likely] > 2 * min(common.values()):
         yield likely
-    elif len(wide.get("cp949", "")) >= 8 and re.fullmatch(r"[\uac00-\ud7a3]*", wide["cp949"]):
+    elif len(characters.get("cp949", "")) >= 8 and re.fullmatch(r"[\uac00-\ud7a3]*", characters["cp949"]):
         yield "cp949"

@@ -1,7 +1,7 @@
 """The imports in the top lines of a file.
 
-An entry is "a/b 2" for two names from a.b, "./a 1" if relative, or "=a/b" for a package that a file declares.
-The number weighs the edge (graph.py).
+An entry is "a/b 2" for two names from a.b, "./a 1" if relative, "<a.h 1" for a C header in angle brackets, or
+"=a/b" for a package that the file declares. The number weighs the edge (graph.py).
 """
 
 from __future__ import annotations

@@ -97,11 +97,11 @@ def _is_email(local: str, domain: str, before: str, after: str) -> bool:
     if not is_known or is_kept or local.lower() in lists["not_users"] or NOT_BEFORE_EMAIL.search(before):
         return False
     # An attribute rather than a domain, such as `q@k.mT` or `this@Tree.id`:
-    has_members = labels[0] in lists["not_domains"] or any(len(label) == 1 for label in labels)
+    has_variable = labels[0] in lists["not_domains"] or any(len(label) == 1 for label in labels)
     is_mixed_case = domain != domain.lower() and domain != domain.upper()
     is_attribute = top.lower() in lists["attributes"]
     if (
-        has_members
+        has_variable
         or is_mixed_case
         and (is_attribute or top != top.lower() or top not in lists["top_domains"])
     ):
@@ -132,7 +132,8 @@ VERSION_BEFORE = re.compile(
 MAX_SECTION = 40  # no number of a section is as large, and few addresses have four numbers below it
 HEADING_BEFORE, HEADING_AFTER = re.compile(r"[ \t#*/;%-]*$"), re.compile(r"\.?[ \t]+[A-Z][a-z]+")
 COMMENT_START = re.compile(r"[ \t]*(?:#|//|/?\*|--|;|%)[ \t#*/;%!<-]*\[?")
-IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}(?::[0-9a-fA-F]{0,4}){2,7}(?![\w:])")  # 2000::/3, all in use
+# 2000::/3, from which all public addresses are assigned
+IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}(?::[0-9a-fA-F]{0,4}){2,7}(?![\w:])")
 IPV6_CORE = re.compile(r":[0-9a-fA-F]{1,4}:[0-9a-fA-F]{0,4}:")
 
 

@@ -135,7 +135,7 @@ def _line_before(text: str, start: int) -> str:
 
 
 def _is_random(value: str) -> bool:
-    """Whether a value that no quotes mark as text is no name, version or identifier of something.
+    """Whether a value without quotes looks drawn at random, and not like a name, a version or a UUID.
 
     A name has long runs of letters of one case, `Sha256Digest`; what was drawn at random has short ones.
     """

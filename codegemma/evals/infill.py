@@ -19,7 +19,7 @@ TITLES = {
     "multi": "Infilling, multi-line",
     "span": "Infilling, random span",
 }
-LAYOUTS: dict[Layout | None, tuple[str, str]] = {  # the ends of a task's title and name
+ENDINGS: dict[Layout | None, tuple[str, str]] = {  # of a task's title and name, by its layout
     None: ("", ""),
     "psm": (" (PSM)", "-psm"),
     "spm": (" (SPM)", "-spm"),
@@ -60,7 +60,7 @@ def judge(
 
 
 def _task(kind: str, layout: Layout | None) -> GenerationTask:
-    title_end, name_end = LAYOUTS[layout]
+    title_end, name_end = ENDINGS[layout]
     return GenerationTask(
         f"infill-{kind}{name_end}",
         TITLES[kind] + title_end,
@@ -76,5 +76,5 @@ def _task(kind: str, layout: Layout | None) -> GenerationTask:
 
 TASKS: dict[str, GenerationTask] = {
     task.name: task
-    for task in (_task(k, layout) for layout in LAYOUTS for k in TITLES if (k, layout) != ("span", "prefix"))
+    for task in (_task(k, layout) for layout in ENDINGS for k in TITLES if (k, layout) != ("span", "prefix"))
 }

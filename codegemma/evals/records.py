@@ -121,6 +121,7 @@ def _read(path: Path) -> list[Record]:
     if labels.is_file():
         values = labels.read_text().split()
         records = [record | {"label": int(value)} for record, value in zip(records, values, strict=True)]
+    # BabelCode keeps a part of its fields in an object of their own.
     return [record | (record.get("question_info") or {}) for record in records]
 
 

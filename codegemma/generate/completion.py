@@ -347,7 +347,7 @@ def _repeats_suffix(
 def _is_needed(line: str, indent: int, suffix_lines: list[_Line], head: str, infill: Infill) -> bool:
     """Whether the code needs a closing line of the answer beside those that the suffix begins with.
 
-    `head` is the answer before it, `indent` its indentation in columns.
+    `line` is that closing line, `indent` its indentation in columns, and `head` the answer before it.
     """
     language = language_of_infill(infill)
     suffix = infill.suffix if infill.suffix.startswith("\n") else "\n" + infill.suffix
@@ -497,8 +497,8 @@ def _open_by_word(text: str) -> list[int]:
 
 
 def _drop_overlap(text: str, infill: Infill) -> str:
-    """The text without the longest end that is to be dropped: one with which the rest of the cursor's line
-    begins.
+    """The text without its longest end that is to be dropped. Only an end with which the rest of the cursor's
+    line begins can be one.
 
     An end with words is dropped if it is the whole rest or has more than 3 characters; any other end only if
     it would be one too many where both the answer and the suffix kept it (`_closes_too_much`).

@@ -137,8 +137,8 @@ class Batch:
     def step(self) -> list[tuple[RunningRequest, Step | Exception]]:
         """Advances the requests and returns their new Steps, those of each request in order.
 
-        A request advances by a token and the drafted tokens that hold, or by a piece of its prompt while
-        `chunk` has room; one that waits for a shared prefix stands still.
+        A request advances by a token and the drafted tokens that are accepted, or by a piece of its prompt
+        while `chunk` has room; one that waits for a shared prefix stands still.
 
         A request that fails is removed, and its exception is its last entry; the others are not affected.
         Where `cancel` was set during the run, no request advances: the caller removes those that were

@@ -226,7 +226,8 @@ class Model:
         """Continues a text, which gets <bos> in front, or ids, which are used as they are.
 
         `raw`: control tokens spelled in the text become control ids. truncate="left": a prompt that is too
-        long loses its oldest tokens, but not <bos>.
+        long loses its oldest tokens, but not <bos>. Raises ValueError on bad input at once, before the first
+        Step.
         """
         self.expect("generation")
         if truncate not in (None, "left"):
@@ -248,7 +249,8 @@ class Model:
     ) -> Completion:
         """The model's turn after `messages`: Message, (role, text) or {"role", "content"}, the last a user's.
 
-        The prompt of a turn begins with that of the turn before, so only the new text has to be read.
+        The prompt of a turn begins with that of the turn before, so only the new text has to be read. Raises
+        ValueError on bad input at once, before the first Step.
         """
         prompt = Chat([_message(message) for message in messages])
         return self.run(Request(prompt, max_tokens, sampling, (), stop, top, speculate, adapter), cancel)

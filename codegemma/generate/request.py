@@ -22,8 +22,8 @@ class Infill:
 
     `trim` says where the answer is cut (see `completion.cut`): "auto" means "line" where a word follows the
     cursor on its line, else "block". The answer also ends before the first line that is indented by fewer
-    than `min_indent` blanks. `language` is a name of `data.documents.language_of`; if it is empty, the path
-    tells the language. With `heal`, the model writes anew the word or indentation that ends at the
+    than `min_indent` blanks. `language` is a name that `data.documents.language_of` gives; if it is empty,
+    the path tells the language. With `heal`, the model writes anew the word or indentation that ends at the
     cursor: see `cursor.typed_piece`.
     """
 
@@ -108,7 +108,7 @@ class Request:
     session: str | None = None
     prompt_seconds: float | None = None
     predict_seconds: float | None = None
-    begin: str = ""  # set by `resolve` for an Infill, as are `typed` and `layout`
+    begin: str = ""  # set by `resolve` for an Infill, as are the fields after it
     typed: int = 0
     layout: Layout | None = None  # order of an Infill's prompt
     left_out: int = 0  # tokens of an Infill's text that its prompt has no room or time for

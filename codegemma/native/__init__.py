@@ -154,11 +154,11 @@ class Native:
         self.threads = threads or usable_cpus()
         self.level: str = _native.level(level or os.environ.get("CODEGEMMA_SIMD") or "auto")
         type = checkpoint.tensors["layers.0.q"].type
-        self.quantised = type not in ("F32", "F16", "BF16")
+        self._has_blocks = type not in ("F32", "F16", "BF16")
         self.numerics = NUMERICS.get(self.level, "v1")
         self.factors = "bfloat16" if self.numerics == "v2" else "int8"  # of products with blocks
         tiles = self.numerics == "v2" and type != "F32"
-        self.kv_type = "BF16" if tiles else "F16" if self.quantised else "F32"
+        self.kv_type = "BF16" if tiles else "F16" if self._has_blocks else "F32"
         self.key = f"{self.numerics} {self.level} {self.kv_type.lower()}"
         layer_bytes = 2 * _native.kv_bytes(self.kv_type, self.config.kv_heads, self.config.head_width)
         self.page_bytes = self.config.layers * layer_bytes
@@ -263,7 +263,7 @@ class Native:
 
     def _low_rank(self, values: np.ndarray) -> _native.Weight:
         """A matrix of an adapter: in 8-bit blocks if the base has blocks and they fill the rows."""
-        if not self.quantised or values.shape[1] % 32:
+        if not self._has_blocks or values.shape[1] % 32:
             return self._weight(ArrayTensor.of(values))
         return self._weight(ArrayTensor("Q8_0", values.shape, quantize_rows(values, "Q8_0")))
 

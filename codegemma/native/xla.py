@@ -197,7 +197,9 @@ def _method() -> Method:
 def _flat(name: str, x: Array, columns: int) -> Array:
     """float32 [T, columns] of x [..., columns]."""
     if x.shape[-1] != columns:
-        raise ValueError(f"{name} has {x.shape[-1]} columns but the weight {columns}: they must be equal")
+        raise ValueError(
+            f"{name} has {x.shape[-1]} columns, but the weight's shape demands {columns}: pass as many"
+        )
     return x.reshape(-1, columns).astype(jnp.float32)
 
 
@@ -323,8 +325,11 @@ def _half(b: Array, offset: int) -> Array:
 
 
 def _decode_32(b: Array, type: str) -> Array:
-    """The types with blocks of 32 weights: Q8_0, Q4 and Q5 with their scale and, in _1, an offset, and those
-    whose four bits are an index into a table."""
+    """The types with blocks of 32 weights.
+
+    A block has a scale and, in Q4_1 and Q5_1, an offset. The four bits of IQ4_NL and MXFP4 are an index into
+    a table of values.
+    """
     if type == "Q8_0":
         return _half(b, 0) * lax.bitcast_convert_type(b[..., 2:], jnp.int8).astype(jnp.float32)
     nibbles = b[..., -16:]

@@ -149,7 +149,7 @@ async def _on_error(http: HttpRequest, error: Exception) -> Response:
 def _on_invalid_body(path: str, error: RequestValidationError) -> Response:
     """The response to a wrong body: 400, or 422 where Mistral's or Tabby's own server answers that."""
     problems = [
-        {"loc": [_cut(part) for part in p["loc"]], "msg": _rule(p["msg"]), "type": p["type"]}
+        {"loc": [_short(part) for part in p["loc"]], "msg": _rule(p["msg"]), "type": p["type"]}
         for p in error.errors()[:MAX_PROBLEMS]
     ]
     if path.startswith(MISTRAL_PATHS):
@@ -168,6 +168,6 @@ def _rule(message: str) -> str:
     return shortened(message.removeprefix("Value error, "))
 
 
-def _cut(part: str | int) -> str | int:
+def _short(part: str | int) -> str | int:
     """A part of a field's path, which may be a name from the request."""
     return part[:60] if isinstance(part, str) else part

@@ -106,7 +106,10 @@ class JsonRoute(APIRoute):
 
 
 def _bias_by_token(value: Any) -> Any:
-    """llama.cpp's list of [id, bias] as a dict; the bias false bans a token. Raises ValueError on others."""
+    """llama.cpp's list of [id, bias] as a dict; the bias false bans a token.
+
+    Raises ValueError on a list of anything else.
+    """
     if isinstance(value, list) and len(value) <= MAX_BIASES:
         if not all(isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int for pair in value):
             raise ValueError("each pair must be [token id, bias]: /tokenize gives the ids of a text")

@@ -167,7 +167,7 @@ class RequestGuard:
             more = message.get("more_body", False)
             if len(body) > limit:
                 raise HTTPException(413, f"the body has more than {limit:,} bytes: send less")
-        if len(body) > MAX_CONTAINERS:
+        if len(body) > MAX_CONTAINERS:  # a shorter body can exceed neither limit
             await asyncio.to_thread(_check_values, bytes(body))
         return bytes(body)
 

@@ -217,7 +217,7 @@ class RemoteService:
         choice, count = answer["choices"][0], len(job.prompt_ids)
         scores = prompt_logprobs(choice, 1, count)
         if len(scores) != count - 1:
-            problem = "does not give a prompt's log-probabilities (echo with logprobs)"
+            problem = "does not give a prompt's log-probabilities: use vLLM, or leave echo out"
             raise HTTPException(502, f"{self.client.base_url} {problem}")
         job.scores = [(value, self._with_ids(top)) for value, top in scores]
         choice["logprobs"] = {name: values[count:] for name, values in choice["logprobs"].items()}

@@ -133,8 +133,8 @@ async def collect(http: HttpRequest, requests: Sequence[Request]) -> list[Answer
 
 
 async def _off_loop(tokens: int, work: Callable[[], T]) -> T:
-    """The result of `work`, which writes so many tokens. If they are many, it runs in a thread: other clients
-    go on."""
+    """The result of `work`, which writes this number of tokens. Where they are many, it runs in a thread, so
+    that other clients need not wait."""
     return await asyncio.to_thread(work) if tokens > MANY_TOKENS else work()
 
 

@@ -96,9 +96,9 @@ void attend(const Workers& workers, const AttentionInputs& s, float* out_BTNH, f
   BlockedAttention run{workers, s};
   run.for_blocks([&] {
     const int64_t H = s.H, rows = run.rows(), stride = run.stride();
-    Buffers& buffers = workers.buffers;
-    float *q = buffers.queries.at_least(rows * H), *out = buffers.outputs.at_least(rows * H);
-    float* scores = buffers.scores.at_least(rows * stride);
+    WorkArrays& arrays = workers.arrays;
+    float *q = arrays.queries.at_least(rows * H), *out = arrays.outputs.at_least(rows * H);
+    float* scores = arrays.scores.at_least(rows * stride);
     std::vector<float> sums(rows);
     run.each_row([&](int64_t i) { memcpy(q + i * H, s.q + run.head_of(i) * H, 4 * H); });
     run.score(q, run.of_keys(s.k), scores);
@@ -122,9 +122,9 @@ void attend_back(const Workers& workers, const AttentionInputs& s, const float* 
   std::fill_n(dk_BTKH, s.B * s.T * s.K * s.H, 0.f), std::fill_n(dv_BTKH, s.B * s.T * s.K * s.H, 0.f);
   run.for_blocks([&] {
     const int64_t H = s.H, rows = run.rows(), stride = run.stride();
-    Buffers& buffers = workers.buffers;
-    float *q = buffers.queries.at_least(rows * H), *d_out = buffers.outputs.at_least(rows * H);
-    float *weights = buffers.scores.at_least(rows * stride), *d_scores = buffers.d_scores.at_least(rows * stride);
+    WorkArrays& arrays = workers.arrays;
+    float *q = arrays.queries.at_least(rows * H), *d_out = arrays.outputs.at_least(rows * H);
+    float *weights = arrays.scores.at_least(rows * stride), *d_scores = arrays.d_scores.at_least(rows * stride);
     run.each_row([&](int64_t i) {
       memcpy(q + i * H, s.q + run.head_of(i) * H, 4 * H), memcpy(d_out + i * H, d_out_BTNH + run.head_of(i) * H, 4 * H);
     });
@@ -149,7 +149,7 @@ void vocabulary_softmax(const Workers& workers, const Vocabulary& v, float* weig
     for (int64_t first = 0; first < V; first += CHUNK) {
       const int64_t M = std::min(TARGETS, v.targets - m), count = std::min(CHUNK, V - first);
       const int64_t padded = (count + LANES - 1) / LANES * LANES;
-      float* logits = workers.buffers.scores.at_least(TARGETS * CHUNK);
+      float* logits = workers.arrays.scores.at_least(TARGETS * CHUNK);
       counts.assign(padded, 0.f), std::copy_n(v.counts + first, count, counts.data());
       multiply(workers, {.a = v.hidden + m * D, .c = logits, .w = v.table, .T = M, .first = first, .count = count,
                          .by_rows = false, .bfloat16 = v.bfloat16, .c_stride = padded});

@@ -76,7 +76,7 @@ bool run(Program& p, Array<const int32_t, 1> ids, Array<const int32_t, 1> positi
     throw std::invalid_argument("ids, positions and sequences must be equally long and not empty");
   if ((int64_t)logits.shape(1) != p.vocabulary() || (int)logits.shape(0) < n || (int)argmax.shape(0) < n ||
       (int)normaliser.shape(0) < n)
-    throw std::invalid_argument("logits must be [wanted tokens, vocabulary]");
+    throw std::invalid_argument("logits must be [wanted tokens, vocabulary], argmax and normaliser [wanted tokens]");
   for (int t = 0; t < T; t++) {
     int s = sequences.data()[t], position = positions.data()[t];
     if (ids.data()[t] < 0 || ids.data()[t] >= p.vocabulary())
@@ -196,7 +196,7 @@ NB_MODULE(_native, m) {
            "cancel"_a.none(), "adapters"_a = nb::none())
       .def("add_adapter", [](Program& p, std::vector<std::tuple<int, Weight, std::vector<std::pair<int, Weight>>>> parts,
                              std::vector<int32_t> ids, std::optional<Weight> rows) {
-        std::vector<LowRank> sites;
+        std::vector<LowRankSite> sites;
         for (auto& [site, a, slices] : parts) {
           sites.push_back({site, a, {}});
           for (auto& [target, b] : slices) sites.back().slices.push_back({target, b});

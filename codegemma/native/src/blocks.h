@@ -90,7 +90,7 @@ struct KScales {
   int16_t sc[16];
   int16_t mn[16];
 };
-// A type's `sub_scales` are the bytes of its 16 (SUB = 32: 8) scales, signed, and if it has them of its minima.
+// What a type's `sub_scales` returns: a signed byte for each of its 16 scales (SUB = 32: 8), and for its minima if it has any.
 struct SubScales { uint64_t sc[2], mn[2]; };
 // A word for each 16 weights.
 typedef int16_t i16x16 __attribute__((vector_size(32)));

@@ -412,8 +412,8 @@ template <class T> CG_INLINE const T* lane(const void* base, int64_t g0, int v, 
   return (const T*)((const char*)base + (g0 + v / NV) * per_group + offset + (v % NV) * sizeof(Fv));
 }
 
-// total[r][v] += widen(sums, r, r): the products of N bytes of row r, from byte k on, with those of the tokens of vector v.
-// With I8MM, two rows of `total` hold tiles (simd.h): widen(sums, first row, second row).
+// Adds to total[r][v] the products of N bytes of row r, from byte k on, with those of the tokens of vector v. `widen` gets sums
+// and the rows that they belong to: r twice, but with I8MM the two rows whose tiles `total` then holds (simd.h).
 template <class D, int G, int N, class Widen>
 CG_INLINE void add_dots(const uint8_t* q, const int8_t* x, int64_t P, int64_t g0, int64_t k, Iv (*total)[G * NV], Widen widen) {
   constexpr int VT = G * NV, HALVES = DEPTH / 4, STEPS = std::min(D::STEPS, N / DEPTH);

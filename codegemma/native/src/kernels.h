@@ -156,7 +156,9 @@ struct SoftmaxSums {
   int32_t best = 0;
 };
 struct MatrixKernels {
-  int tile, panel, slots;   // rows of C that are summed together; its columns; the depth of a slab
+  // Rows of A are padded to a multiple of `row_multiple`. A panel has `panel` columns. A slab has `slots` rows of B or, with
+  // bfloat16, pairs of rows.
+  int row_multiple, panel, slots;
   bool (*has_bfloat16)();   // whether the CPU multiplies pairs of bfloat16
   int64_t (*strip)(const MatrixProduct&);  // columns that decode_strip fills
   void (*decode_strip)(const MatrixProduct&, int64_t r0, int64_t depth, int64_t j0, float* panels);
@@ -180,7 +182,7 @@ struct Kernels {
   Form (*form_of)(int type);  // of the activations that a product with such weights reads
   void (*quantise)(const Activations&, int t0, int t1);  // rows t0 .. t1; whole groups if packed
   void (*product)(const Product&, const Activations&, int64_t r0, int64_t r1, Scratch&);
-  int64_t (*tile_rows)(const Weight&, bool packed);
+  int64_t (*tile_rows)(const Weight&, bool packed);  // rows of the weight in a tile, which one thread takes at a time
   void (*split_heads)(const HeadSplit&);
   void (*attend)(const Attention&, const AttentionTask&, Scratch&);
   void (*merge)(const Attention&, const AttentionTask&, int spans);  // partials in ascending order

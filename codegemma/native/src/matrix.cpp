@@ -18,11 +18,11 @@ namespace CG_LEVEL {
 namespace {
 
 #if defined(CG_AMX)
-constexpr int BLOCK = 2 * SIDE, TILE = 8;   // rows of A: of two tiles; in registers, which divide those
+constexpr int ROW_MULTIPLE = 2 * SIDE, TILE = 8;  // rows of A: in two tiles of the tile unit; in registers, a divisor
 #elif defined(CG_AVX512) || defined(CG_NEON)  // 32 registers: 24 sums
-constexpr int TILE = 12, BLOCK = TILE;
+constexpr int TILE = 12, ROW_MULTIPLE = TILE;
 #else                                       // 16 registers: 12 sums
-constexpr int TILE = 6, BLOCK = TILE;
+constexpr int TILE = 6, ROW_MULTIPLE = TILE;
 #endif
 constexpr int PANEL = 2 * FW, SLOTS = 256, STRIP = 256;
 
@@ -62,8 +62,8 @@ CG_INLINE void interleave(__m512i both, float* out) {
   const __m512i top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
   store(out, _mm512_or_si512(low, _mm512_slli_epi32(top, 16)));
 }
-// n columns of a row from `first` on as pairs, and of two rows, each slot with one column of both (without a second row,
-// and behind the n: zeros).
+// decode_pairs: n columns of row r, from `first` on, two to a slot. decode_two: those of rows r and r + 1, each slot with one
+// column of both rows. Zeros stand in place of a row that is missing, and behind the n columns.
 #if defined(CG_AMX)
 CG_INLINE void decode_row(const Weight& w, int64_t r, int64_t first, int64_t n, uint16_t* out) {
   bfloat16_decoder(w.type)(w.data + r * w.row_bytes + first / TYPE[w.type].block * TYPE[w.type].bytes, n, out, STEP);
@@ -129,7 +129,7 @@ void decode_strip(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t j0,
   }
 }
 
-// TILE rows of A (SLOTS apart) times one panel, of which C has `rows` rows and `columns` columns.
+// TILE rows of A (SLOTS apart) times one panel. Only `rows` rows and `columns` columns of the product are in C.
 template <bool BFLOAT16>
 CG_INLINE void tile(const float* a, const float* b, int64_t slots, float* c, int64_t stride, int rows, int64_t columns,
                     bool add) {
@@ -177,7 +177,7 @@ CG_INLINE SlabRow slab_row(float* slab, int64_t t, bool bfloat16) {
 #endif
   return {slab + t * SLOTS, 16};
 }
-// Rows t0 .. t1 of A's slab for `multiply_rows`, and rows of zeros to a multiple of BLOCK.
+// Rows t0 .. t1 of A's slab for `multiply_rows`, and rows of zeros to a multiple of ROW_MULTIPLE.
 void gather_rows(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t t0, int64_t t1, float* out) {
   const int64_t stride = m.a_row();
   auto store_row = [&](const float* row, int64_t t) {
@@ -197,7 +197,7 @@ void gather_rows(const MatrixProduct& m, int64_t r0, int64_t depth, int64_t t0, 
         for (int64_t i = 0; i < n; i++) lines[i][r] = a_transposed[r * stride + i];
     for (int64_t i = 0; i < n; i++) store_row(m.a_transposed ? lines[i] : m.a + (t + i) * stride + r0, t + i);
   }
-  for (int64_t t = t1 - t0; t % BLOCK; t++) {
+  for (int64_t t = t1 - t0; t % ROW_MULTIPLE; t++) {
     const SlabRow to = slab_row(out, t, m.bfloat16);
     for (int64_t i = 0; i < m.slots(depth); i += 16) memset(to.start + i / 16 * to.step, 0, 64);
   }
@@ -222,10 +222,10 @@ void multiply_blocks<true>(const MatrixProduct& m, bool add, int64_t slots, cons
     const float* panel = panels + (j - j0) * slots;
     alignas(64) float last[SIDE][PANEL] = {};  // a panel ends with its last slot
     memcpy(last, panel + (steps - 1) * SIDE * PANEL, 4 * (slots - (steps - 1) * SIDE) * PANEL);
-    for (int64_t t = t0; t < t1; t += BLOCK) {
-      const int64_t rows = std::min<int64_t>(BLOCK, t1 - t), columns = std::min<int64_t>(PANEL, J - j);
-      const bool whole = rows == BLOCK && columns == PANEL;
-      alignas(64) float edge[BLOCK * PANEL];
+    for (int64_t t = t0; t < t1; t += ROW_MULTIPLE) {
+      const int64_t rows = std::min<int64_t>(ROW_MULTIPLE, t1 - t), columns = std::min<int64_t>(PANEL, J - j);
+      const bool whole = rows == ROW_MULTIPLE && columns == PANEL;
+      alignas(64) float edge[ROW_MULTIPLE * PANEL];
       float *to = m.c + t * m.c_row() + j, *c = whole ? to : edge;
       const int64_t stride = whole ? m.c_row() : PANEL;
       if (add) {
@@ -346,7 +346,7 @@ void softmax_backward(const Keys& k, float* scores, float* d_weights, float log_
 
 }  // namespace
 
-extern const MatrixKernels matrix_kernels = {BLOCK,       PANEL,         SLOTS, has_bfloat16, strip,          decode_strip,
-                                             gather_rows, multiply_rows, peak,  softmax,      online_softmax, softmax_backward};
+extern const MatrixKernels matrix_kernels = {ROW_MULTIPLE, PANEL,         SLOTS, has_bfloat16, strip,          decode_strip,
+                                             gather_rows,  multiply_rows, peak,  softmax,      online_softmax, softmax_backward};
 }  // namespace CG_LEVEL
 }  // namespace cg

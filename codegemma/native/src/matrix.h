@@ -9,7 +9,7 @@
 namespace cg {
 
 // Floats, in huge pages if the system has them. The memory grows as needed and never shrinks.
-class Buffer {
+class FloatArray {
  public:
   float* at_least(int64_t n);
 
@@ -20,16 +20,16 @@ class Buffer {
 };
 
 // Memory of products and attention that is kept from job to job.
-struct Buffers {
-  Buffer panels;                 // decoded slabs of B
-  std::vector<Buffer> gathered;  // rows of A, by thread
-  Buffer queries, outputs, scores, d_scores;
+struct WorkArrays {
+  FloatArray panels;                 // decoded slabs of B
+  std::vector<FloatArray> gathered;  // rows of A, by thread
+  FloatArray queries, outputs, scores, d_scores;
 };
 // The kernels, threads and memory that a job runs on.
 struct Workers {
   const Kernels* kernels;
   Pool& pool;
-  Buffers& buffers;
+  WorkArrays& arrays;
 };
 
 // Runs body(thread) on every thread, each with the caller's treatment of denormals.

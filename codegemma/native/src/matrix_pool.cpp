@@ -12,8 +12,8 @@
 namespace cg {
 namespace {
 
-constexpr int64_t WIDTH = 4096;  // columns of B that a slab holds: 4 MB; narrower slabs are decoded together
-constexpr int64_t BLOCK = 144;   // rows of A that a thread takes at a time: with a slab's depth, some 150 KB of its L2 cache
+constexpr int64_t WIDTH = 4096;          // columns of B that a slab holds: 4 MB; narrower slabs are decoded together
+constexpr int64_t MAX_BLOCK_ROWS = 144;  // of A, that a thread takes at a time: with a slab's depth, 150 KB of its L2 cache
 
 int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
@@ -34,7 +34,7 @@ struct FloatMode {
 
 }  // namespace
 
-float* Buffer::at_least(int64_t n) {
+float* FloatArray::at_least(int64_t n) {
   constexpr int64_t PAGE_BYTES = 2 << 20;
   if (n <= size_) return data_.get();
   size_t bytes = round_up(4 * n, PAGE_BYTES);
@@ -59,17 +59,17 @@ void run_on_all(Pool& pool, const std::function<void(int)>& body) {
 void multiply(const Workers& workers, const MatrixProduct& product) {
   const MatrixKernels& k = *workers.kernels->matrix;
   Pool& pool = workers.pool;
-  std::vector<Buffer>& gathered = workers.buffers.gathered;
+  std::vector<FloatArray>& gathered = workers.arrays.gathered;
   MatrixProduct m = product;
   m.bfloat16 &= k.has_bfloat16();
   const int64_t slab_rows = m.bfloat16 ? 2 * k.slots : k.slots;  // rows of B in a slab
   const int64_t R = m.depth(), J = m.width(), strip = k.strip(m), threads = pool.threads();
-  const int64_t block_rows = round_up(ceil_div(m.T, threads * ceil_div(m.T, threads * BLOCK)), k.tile);
+  const int64_t block_rows = round_up(ceil_div(m.T, threads * ceil_div(m.T, threads * MAX_BLOCK_ROWS)), k.row_multiple);
   const int64_t row_blocks = ceil_div(m.T, block_rows), widest = round_up(std::min(J, WIDTH), strip);
   const int64_t slabs = std::clamp<int64_t>(WIDTH / widest, 1, ceil_div(R, slab_rows));  // decoded together
   if ((int64_t)gathered.size() < threads) gathered.resize(threads);
-  float* panels = workers.buffers.panels.at_least(slabs * k.slots * widest);
-  for (Buffer& b : gathered) b.at_least(block_rows * k.slots);
+  float* panels = workers.arrays.panels.at_least(slabs * k.slots * widest);
+  for (FloatArray& b : gathered) b.at_least(block_rows * k.slots);
   for (int64_t j0 = 0; j0 < J; j0 += WIDTH) {
     const int64_t width = std::min(WIDTH, J - j0), strips = ceil_div(width, strip);
     // Few rows make few blocks: then the threads divide the columns too.

@@ -224,7 +224,7 @@ void Program::split_heads(int qkv, HeadSplit h, double base, double scale, int64
 }
 void Program::attend(int qkv, Attention a, int out) {
   buffers_[out].prepared = false;
-  Tasks& tasks = tasks_[a.window];
+  AttentionTasks& tasks = attention_tasks_[a.window];
   tasks.window = a.window, tasks.heads = a.heads, tasks.kv_heads = a.kv_heads, tasks.width = a.width;
   auto inputs = [=, this] {
     Attention x = a;
@@ -238,12 +238,12 @@ void Program::attend(int qkv, Attention a, int out) {
       [=, this, &tasks](int64_t i, Scratch&) { k_->merge(inputs(), tasks.merge[i], tasks.spans[i]); });
 }
 void Program::logits(int x, const float* weight, float eps, Weight table, float cap) {
-  int head = buffer(buffers_[x].width);
-  buffers_[head].forms = k_->form_of(table.type);
-  buffers_[head].prepared = true;
+  int in = buffer(buffers_[x].width);
+  buffers_[in].forms = k_->form_of(table.type);
+  buffers_[in].prepared = true;
   auto packed = [this] { return batch_.n_out >= PACKED_FROM; };
   add([=, this] { return (int64_t)(packed() ? (batch_.n_out + 15) / 16 : batch_.n_out); }, [=, this](int64_t tile, Scratch&) {
-    const Activations &ax = buffers_[x].a, &ao = buffers_[head].a;
+    const Activations &ax = buffers_[x].a, &ao = buffers_[in].a;
     int t0 = packed() ? (int)tile * 16 : (int)tile, t1 = packed() ? t0 + 16 : t0 + 1;
     for (int t = t0; t < std::min(t1, batch_.n_out); t++)
       k_->norm(ax.f + batch_.out_rows[t] * ax.stride, weight, ao.f + t * ao.stride, ax.width, eps);
@@ -255,14 +255,14 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
       },
       [=, this](int64_t tile, Scratch& s) {
         int64_t rows = k_->tile_rows(table, packed()), r0 = tile * rows;
-        k_->product({&table, nullptr, batch_.logits, table.rows}, buffers_[head].a, r0, std::min(r0 + rows, table.rows), s);
+        k_->product({&table, nullptr, batch_.logits, table.rows}, buffers_[in].a, r0, std::min(r0 + rows, table.rows), s);
       });
   // Logits of the rows that an adapter replaces.
-  add([this] { return spans_.empty() ? 0 : batch_.n_out; }, [=, this](int64_t n, Scratch& s) {
+  add([this] { return adapter_spans_.empty() ? 0 : batch_.n_out; }, [=, this](int64_t n, Scratch& s) {
     const int adapter = batch_.adapters[batch_.out_rows[n]];
     if (adapter < 0 || adapters_[adapter].ids.empty()) return;
     const auto& [sites, ids, rows] = adapters_[adapter];
-    Activations x = buffers_[head].a;
+    Activations x = buffers_[in].a;
     x.f += n * x.stride, x.T = 1, x.packed = false;
     std::vector<float> values(ids.size());
     k_->product({&rows, nullptr, values.data(), rows.rows}, x, 0, rows.rows, s);
@@ -288,28 +288,28 @@ void Program::logits(int x, const float* weight, float eps, Weight table, float 
     batch_.argmax[row] = (int32_t)stat[best].index;
     batch_.log_normaliser[row] = (float)(stat[best].largest + std::log(total));
   });
-  vocabulary_ = table.rows, head_ = head;
+  vocabulary_ = table.rows, logits_in_ = in;
 }
 
 // -------------------------------------------------------------------------------------------------------- replaying
 void Program::resize(Buffer& b, int T, bool packed) {
   size_t rows = packed ? (T + 15) / 16 * 16 : T, n = rows * b.padded;
-  const int forms = b.forms | (spans_.empty() ? 0 : b.adapter_forms);
+  const int forms = b.forms | (adapter_spans_.empty() ? 0 : b.adapter_forms);
   b.a = {at_least(b.f, n), b.width, b.padded, b.padded, T, packed, forms, {}, {}, nullptr};
   if (forms & BLOCKS_32) b.a.q32 = {32, at_least(b.q32, n), at_least(b.scales32, n / 32), at_least(b.sums32, n / 16)};
   if (forms & BLOCKS_256)
     b.a.q256 = {256, at_least(b.q256, n), at_least(b.scales256, n / 256), at_least(b.sums256, n / 16)};
   if (forms & PAIRS) b.a.pairs = at_least(b.pairs, n);
 }
-int Program::add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows) {
+int Program::add_adapter(std::vector<LowRankSite> sites, std::vector<int32_t> ids, Weight rows) {
   auto require = [](bool holds, const char* rule) {
     if (!holds) throw std::invalid_argument(std::string("an adapter's ") + rule);
   };
-  Adapter adapter{std::vector<LowRank>(sites_.size()), std::move(ids), rows};
+  Adapter adapter{std::vector<LowRankSite>(sites_.size()), std::move(ids), rows};
   require(std::is_sorted(adapter.ids.begin(), adapter.ids.end()), "ids must ascend");
   require(adapter.ids.empty() || rows.rows == (int64_t)adapter.ids.size(), "rows must be one for each id");
   for (int32_t id : adapter.ids)
-    require(id >= 0 && id < vocabulary_ && rows.cols == buffers_[head_].width, "rows must be the embedding's");
+    require(id >= 0 && id < vocabulary_ && rows.cols == buffers_[logits_in_].width, "rows must be the embedding's");
   for (auto& low : sites) {
     require(low.site >= 0 && low.site < (int)sites_.size(), "site must be one of this program's");
     const Site& s = sites_[low.site];
@@ -327,7 +327,7 @@ int Program::add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, W
 void Program::plan_adapters() {
   constexpr int TOKENS = 64;             // of one task
   size_t max_slices = 0, total = 0;
-  for (auto& span : spans_) {
+  for (auto& span : adapter_spans_) {
     span.h = total, total += packed_ ? (span.end - span.start + 15) / 16 * 16 : span.end - span.start;
     for (auto& low : adapters_[span.adapter].sites) max_slices = std::max(max_slices, low.slices.size());
   }
@@ -337,8 +337,8 @@ void Program::plan_adapters() {
     Site& s = sites_[i];
     s.tasks.clear();
     for (auto& terms : s.terms) terms.clear();
-    for (auto& span : spans_) {
-      const LowRank& low = adapters_[span.adapter].sites[i];
+    for (auto& span : adapter_spans_) {
+      const LowRankSite& low = adapters_[span.adapter].sites[i];
       for (int slice = 0; slice < (int)low.slices.size(); slice++) {
         const int T = span.end - span.start;
         Activations h = view(h_.a, slice * total + span.h, T);
@@ -353,7 +353,7 @@ void Program::plan_adapters() {
     s.pending = (int)s.tasks.size();
   }
 }
-void Program::split_attention(Tasks& tasks) {
+void Program::split_attention(AttentionTasks& tasks) {
   tasks.attend.clear(), tasks.merge.clear(), tasks.spans.clear();
   const int groups = tasks.heads / tasks.kv_heads, threads = pool_->threads();
   std::vector<size_t> partial_offsets;
@@ -395,18 +395,18 @@ void Program::split_attention(Tasks& tasks) {
 }
 bool Program::run(const Batch& batch, const Cancel* cancel) {
   batch_ = batch, packed_ = batch.T >= PACKED_FROM;
-  spans_.clear();
+  adapter_spans_.clear();
   for (int t = 0; batch.adapters && t < batch.T; t++) {
     if (batch.adapters[t] < 0) continue;
-    if (t && batch.adapters[t] == batch.adapters[t - 1]) spans_.back().end = t + 1;
-    else spans_.push_back({batch.adapters[t], t, t + 1, packed_ ? t / 16 * 16 : t, 0});
+    if (t && batch.adapters[t] == batch.adapters[t - 1]) adapter_spans_.back().end = t + 1;
+    else adapter_spans_.push_back({batch.adapters[t], t, t + 1, packed_ ? t / 16 * 16 : t, 0});
   }
   for (size_t i = 0; i < buffers_.size(); i++)
-    if ((int)i == head_) resize(buffers_[i], batch.n_out, batch.n_out >= PACKED_FROM);
+    if ((int)i == logits_in_) resize(buffers_[i], batch.n_out, batch.n_out >= PACKED_FROM);
     else resize(buffers_[i], batch.T, packed_);
   plan_adapters();
   at_least(stats_, batch.n_out * ((vocabulary_ + STAT_ROWS - 1) / STAT_ROWS));
-  for (auto& [window, tasks] : tasks_) split_attention(tasks);
+  for (auto& [window, tasks] : attention_tasks_) split_attention(tasks);
   for (auto& [key, a] : angles_) {
     size_t half = a.frequency.size();
     at_least(a.cos, batch.T * half), at_least(a.sin, batch.T * half);

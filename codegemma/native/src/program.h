@@ -15,7 +15,8 @@
 
 namespace cg {
 
-const Kernels* choose_kernels(const std::string& level);  // "" or "auto": the best this CPU has; throws on others
+// "" or "auto": the best level that this CPU has. Throws on one that it lacks.
+const Kernels* choose_kernels(const std::string& level);
 const std::string& why_no_amx();  // why this process cannot use AMX, or "" if it can
 
 struct Cancel {
@@ -40,9 +41,9 @@ constexpr int RANK = 32;     // adapters are computed in slices of this many ran
 
 // What an adapter adds at one site: slice s of h = x a^T (columns from RANK * s on) times b^T goes to output `target`.
 struct LowRankSlice { int target; Weight b; };
-struct LowRank { int site; Weight a; std::vector<LowRankSlice> slices; };
+struct LowRankSite { int site; Weight a; std::vector<LowRankSlice> slices; };
 struct Adapter {
-  std::vector<LowRank> sites;  // by site; no slices where the adapter changes nothing
+  std::vector<LowRankSite> sites;  // by site; no slices where the adapter changes nothing
   std::vector<int32_t> ids;    // of replaced rows of the embedding, ascending; their values are `rows`
   Weight rows;
   int row(int32_t id) const;   // -1: not replaced
@@ -67,7 +68,7 @@ class Program {
 
   int64_t vocabulary() const { return vocabulary_; }
   // Returns the index for Batch::adapters. Throws where a shape does not fit. Not to be called during a run.
-  int add_adapter(std::vector<LowRank> sites, std::vector<int32_t> ids, Weight rows);
+  int add_adapter(std::vector<LowRankSite> sites, std::vector<int32_t> ids, Weight rows);
   int adapters() const { return (int)adapters_.size(); }
   bool run(const Batch& batch, const Cancel* cancel);  // false: cancelled, and what the pages hold of the new tokens is void
 
@@ -87,7 +88,7 @@ class Program {
     std::function<int64_t()> tiles;
     std::function<void(int64_t tile, Scratch&)> work;
   };
-  struct Tasks {             // how attention of one window is split; the split never changes a result
+  struct AttentionTasks {    // how attention of one window is split; the split never changes a result
     int window, heads, kv_heads, width;
     std::vector<AttentionTask> attend, merge;
     std::vector<int> spans;  // of each merge
@@ -102,7 +103,7 @@ class Program {
     std::vector<std::vector<AdapterTerm>> terms;  // of this run, by target
   };
   // begin .. end: tokens of one adapter; start: the first token of begin's packed group; h: where its rows begin in h_.
-  struct Span { int adapter, begin, end, start; size_t h; };
+  struct AdapterSpan { int adapter, begin, end, start; size_t h; };
   struct Angles { std::vector<double> frequency; std::vector<float> cos, sin; };  // cos, sin: [T, H/2] of the batch
 
   void add(std::function<int64_t()> tiles, std::function<void(int64_t, Scratch&)> work);
@@ -117,7 +118,7 @@ class Program {
     return {s.terms[target].data(), s.terms[target].size(), &s.pending};
   }
   Angles& angles(double base, double scale, int width);
-  void split_attention(Tasks& tasks);
+  void split_attention(AttentionTasks& tasks);
   int token_tiles() const { return packed_ ? (batch_.T + 15) / 16 : batch_.T; }
 
   std::shared_ptr<Pool> pool_;
@@ -125,14 +126,14 @@ class Program {
   std::deque<Buffer> buffers_;
   std::vector<Step> steps_;
   std::map<std::pair<double, double>, Angles> angles_;
-  std::map<int, Tasks> tasks_;
+  std::map<int, AttentionTasks> attention_tasks_;  // by window
   std::deque<Adapter> adapters_;
   std::deque<Site> sites_;
-  std::vector<Span> spans_;
-  Buffer h_;                 // of all spans of one site, slice by slice
+  std::vector<AdapterSpan> adapter_spans_;
+  Buffer h_;                 // of all adapter spans at one site, slice by slice
   Batch batch_;
   bool packed_ = false;
-  int head_ = -1;
+  int logits_in_ = -1;       // the buffer of the inputs of the logits
   int64_t vocabulary_ = 0;
   std::vector<Scratch> scratch_;
   std::unique_ptr<std::atomic<int64_t>[]> claimed_;  // [steps, shares of the threads and the urgent tiles]

@@ -38,8 +38,8 @@ template <class I> CG_INLINE bool any(I mask) {
   return sum != 0;
 }
 
-// w = scale * (q - half): of 19 scales around that of the largest value, the one with the best least-squares fit.
-// Lanes are groups of n values; q becomes 0 .. 2 * half - 1.
+// x = scale * (q - half): of 19 scales around that of the largest value, the one with the best least-squares fit, in which
+// `w` weighs the squares. Lanes are groups of n values; q becomes 0 .. 2 * half - 1.
 template <int W>
 typename Lanes<W>::F fit_symmetric(const typename Lanes<W>::F* x, const typename Lanes<W>::F* w, int n, int half,
                                    typename Lanes<W>::I* q) {
@@ -72,8 +72,8 @@ typename Lanes<W>::F fit_symmetric(const typename Lanes<W>::F* x, const typename
 
 struct Steps { float first, increment; int count; };
 
-// w = scale * q - minimum, q = 0 .. top: weighted least squares for each of a series of trial scales; the least error wins.
-// A better minimum is also where the later trials begin.
+// x = scale * q - minimum, q = 0 .. top: least squares, weighed by `w`, for each of a series of trial scales; the least error
+// wins. A better minimum is also where the later trials begin.
 template <int W>
 typename Lanes<W>::F fit_affine(const typename Lanes<W>::F* x, const typename Lanes<W>::F* w, int n, int top, Steps steps,
                                 typename Lanes<W>::I* q, typename Lanes<W>::F& minimum) {
@@ -241,7 +241,7 @@ void row_q8_0(const float* x, int64_t n, const float*, uint8_t* out) {
   }
 }
 
-// w = d * IQ4_VALUES[q]: of 15 scales around that of the largest value, the one with the best least-squares fit. The sixteen
+// v = d * IQ4_VALUES[q]: of 15 scales around that of the largest value, the one with the best least-squares fit. The sixteen
 // values ascend: the index of the nearest is the number of midpoints that are not above.
 template <class F, class I> CG_INLINE I nearest_iq4(F v) {
   I index = {};
@@ -422,7 +422,7 @@ void quantise(const std::string& level, const std::string& type, Array<const flo
               std::optional<Array<const float, 1>> importance) {
   int t = 0;
   while (t < cg::plain::COUNT && type != cg::TYPE[TYPES_WRITTEN[t]].name) t++;
-  if (t == cg::plain::COUNT) throw std::invalid_argument("no quantiser for type " + type);
+  if (t == cg::plain::COUNT) throw std::invalid_argument("no quantiser for type " + type + ": choose one of QUANTISERS");
   const auto& [name, block, bytes] = cg::TYPE[TYPES_WRITTEN[t]];
   int64_t rows = x.shape(0), n = x.shape(1);
   if (n % block || (int64_t)out.shape(0) != rows || (int64_t)out.shape(1) != n / block * bytes)
@@ -449,7 +449,7 @@ void quantise(const std::string& level, const std::string& type, Array<const flo
     finite = !bad;
     for (int64_t r = 0; finite && r < rows; r++) table[t](v + r * n, n, w, to + r * (n / block * bytes));
   }
-  if (!finite) throw std::invalid_argument("holds NaN or infinite weights, which no block can hold: the model is damaged");
+  if (!finite) throw std::invalid_argument("holds NaN or infinite weights, which no block can hold: download the file again");
 }
 }  // namespace
 

@@ -16,8 +16,8 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------ blocks as bfloat16
 CG_INLINE Fv to_floats(__m128i bytes) { return to_float((Iv)_mm512_cvtepu8_epi32(bytes)); }
-// value(q, half) for 32 quants; half 0 or 1 is the one they stand in. Where quants are few and both halves have one scale,
-// the value of each possible quant is rounded once, and looked up.
+// The 32 quants as bfloat16. value(q, half) makes floats of 16 of them: the first (half 0) or the others (half 1). Where a
+// type has few different quants and both halves have one scale, the value of each is rounded once, and looked up.
 template <bool TABLE, int MAXQ, class Value> CG_INLINE u16x32 rounded_values(u8x32 q, Value value) {
   if constexpr (TABLE) {
     const Fv numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

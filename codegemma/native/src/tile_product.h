@@ -11,8 +11,8 @@ void tile_product(const Product& p, const Activations& a, int64_t r0, int64_t r1
 int64_t tile_rows(const Weight& w, bool packed);
 int64_t peak(int64_t rounds);
 
-// n values of a row from `first` on, which must begin a block, rounded to bfloat16. Each 32 go to out, out + stride, ...;
-// the last 32 are filled with zeros.
+// n values from the start of `blocks` on, rounded to bfloat16: 32 of them to out, the next 32 to out + stride, and so on. If
+// the last are fewer, zeros follow them.
 using Bfloat16Decoder = void (*)(const uint8_t* blocks, int64_t n, uint16_t* out, int64_t stride);
 Bfloat16Decoder bfloat16_decoder(int type);
 

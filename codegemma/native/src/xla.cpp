@@ -24,8 +24,8 @@ struct Engine {
   std::mutex mutex;  // one job at a time
   std::unique_ptr<Pool> pool;
   const Kernels* kernels = nullptr;
-  Buffers buffers;
-  Workers workers() { return {kernels, *pool, buffers}; }
+  WorkArrays arrays;
+  Workers workers() { return {kernels, *pool, arrays}; }
 };
 Engine& engine = *new Engine;  // never destroyed: XLA's threads may outlive static objects
 
@@ -52,13 +52,13 @@ Weight weight(const xla::Call& call, const xla::Buffer& blocks) {
   return {type, (const uint8_t*)blocks.data, blocks.dims[0], columns, blocks.dims[1]};
 }
 
-// x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; by_rows: dy [T, rows], ... -> dy W [T, K].
+// x [T, K], blocks [R, row bytes], first [] -> x W^T [T, rows]; with BY_ROWS: dy [T, rows], ... -> dy W [T, K].
 // W is `rows` rows of the blocks from `first` on.
-template <bool TRANSPOSED> void product(const xla::Call& call) {
+template <bool BY_ROWS> void product(const xla::Call& call) {
   const xla::Buffer &x = array(call.arguments, 0, xla::F32, 2), &out = array(call.results, 0, xla::F32, 2);
   const int64_t first = *(const int32_t*)array(call.arguments, 2, xla::S32, 0).data;
   MatrixProduct m{(const float*)x.data, (float*)out.data, weight(call, array(call.arguments, 1, xla::U8, 2)), x.dims[0], first,
-                  TRANSPOSED ? x.dims[1] : out.dims[1], TRANSPOSED, false, in_bfloat16(call)};
+                  BY_ROWS ? x.dims[1] : out.dims[1], BY_ROWS, false, in_bfloat16(call)};
   require(m.first >= 0 && m.first + m.count <= m.w.rows, "rows beyond the weight's");
   require(x.dims[1] == m.depth() && out.dims[1] == m.width() && out.dims[0] == m.T, "x and the weight differ in their width");
   multiply(engine.workers(), m);
