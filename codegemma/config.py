@@ -123,7 +123,7 @@ class ModelConfig:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of the float16 keys and values of one token in all layers."""
+        """Bytes of the 16-bit keys and values of one token in all layers."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_width
 
 

@@ -236,8 +236,8 @@ void rows() {
 }
 // Prompts of 300 tokens through heads and attention, in one go, with windows, caps, halves and floats.
 void attention(int H, int window, float cap, bool half) {
-  const int N = 4, K = 2, T = 300, size = half ? 2 : 4;
-  const int64_t kv = (int64_t)K * PAGE * H * size, columns = (N + 2 * K) * H;
+  const int N = 4, K = 2, T = 300;
+  const int64_t kv = kv_bytes(half ? F16_T : F32_T, K, H), columns = (N + 2 * K) * H;
   auto start = draws(T * columns), norms = draws(H), angles = draws(H / 2);
   std::vector<float> cosines, sines, out[2];
   for (float a : angles) cosines.push_back(std::cos(a)), sines.push_back(std::sin(a));
@@ -248,12 +248,12 @@ void attention(int H, int window, float cap, bool half) {
     for (int p = 0; p <= T / PAGE; p++) memory.emplace_back(2 * kv), pages.push_back((uint64_t)memory[p].data());
     auto qkv = start;
     for (int t = 0; t < T; t++) {
-      uint8_t* page = (uint8_t*)pages[t / PAGE] + t % PAGE * H * size;
+      uint8_t* page = (uint8_t*)pages[t / PAGE];
       k->split_heads({&qkv[t * columns], N, K, H, norms.data(), nullptr, 1e-6f, 0.3f, {cosines.data(), sines.data()}, page,
-                      page + kv, half});
+                      page + kv, t % PAGE, half ? F16_T : F32_T});
     }
     out[level].assign(T * N * H, NAN);
-    Attention a{qkv.data(), columns, out[level].data(), N * H, N, K, H, window, cap, half, 0, kv};
+    Attention a{qkv.data(), columns, out[level].data(), N * H, N, K, H, window, cap, half ? F16_T : F32_T, 0, kv};
     Scratch scratch;
     for (int t = 0; t < T; t += 16)
       for (int head = 0; head < K; head++)
@@ -264,6 +264,110 @@ void attention(int H, int window, float cap, bool half) {
   close(out[0], out[1], 0, bound * 4, "attention of heads of " + std::to_string(H) + (half ? " halves" : " floats"));
 }
 
+// Attention of one query by numerics v2 (tile_attention.h), with exp, tanh and sums as a level of 16 lanes computes them.
+float exponential(float x) {
+  if (x < -87.3f) return 0;
+  x = std::min(x, 88.f);
+  const float n = std::nearbyint(x * 1.44269504f), r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
+  float p = 1.9875691500e-4f;
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = std::fma(p, r, c);
+  return std::ldexp(std::fma(p, r * r, r + 1), (int)n);
+}
+std::vector<float> attend_by_tiles(const float* q, const std::vector<float>& keys, const std::vector<float>& values, int H,
+                                   int position, int window, float cap) {
+  std::vector<float> merged(H), partial(H), query = to_bfloat16(std::vector<float>(q, q + H)), column(KEY_SPAN);
+  float merged_top = 0, merged_total = 0;
+  for (int base = 0; base <= position; base += KEY_SPAN) {
+    const int begin = std::max(base, window ? position - window + 1 : 0), end = std::min(base + KEY_SPAN, position + 1);
+    std::vector<float> weights(KEY_SPAN), lanes(16);
+    float top = -INFINITY;
+    for (int key = begin; key < end; key++) {
+      float& x = weights[key - base] = tile_sum(query.data(), &keys[key * H], H);
+      if (cap) x = cap * (1 - 2 / (exponential(std::min(x * (1 / cap), 20.f) * 2) + 1));
+      top = std::max(top, x);
+    }
+    for (int key = begin; key < end; key++) {
+      float& x = weights[key - base] = exponential(weights[key - base] - top);
+      lanes[(key - base) % 16] += x, x = to_bfloat16(x);
+    }
+    if (begin >= end) continue;
+    for (int n = 8; n; n /= 2)
+      for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+    for (int h = 0; h < H; h++) {
+      for (int i = 0; i < KEY_SPAN; i++) column[i] = base + i <= position ? values[(base + i) * H + h] : 0;
+      partial[h] = tile_sum(weights.data(), column.data(), KEY_SPAN);
+    }
+    if (!merged_total) {
+      merged = partial, merged_top = top, merged_total = lanes[0];
+      continue;
+    }
+    const float m = std::max(merged_top, top), a = exponential(merged_top - m), b = exponential(top - m);
+    for (int h = 0; h < H; h++) merged[h] = merged[h] * a + partial[h] * b;
+    merged_top = m, merged_total = merged_total * a + lanes[0] * b;
+  }
+  for (float& x : merged) x /= merged_total;
+  return merged;
+}
+// Any number of tokens and heads at once, all spans together or one by one, on pages with numbers where no token is yet.
+void attention_by_tiles(int H, int window, float cap) {
+  const int N = 6, K = 2, G = N / K, T = 530;
+  const int64_t kv = kv_bytes(BF16_T, K, H), columns = (N + 2 * K) * H;
+  const auto norms = draws(H), angles = draws(H / 2);
+  auto qkv = draws(T * columns);
+  std::vector<float> cosines, sines, expected(T * N * H);
+  for (float a : angles) cosines.push_back(std::cos(a)), sines.push_back(std::sin(a));
+  std::vector<std::vector<uint16_t>> memory;
+  std::vector<uint64_t> pages;
+  for (int p = 0; p <= T / PAGE; p++) {
+    memory.emplace_back(kv);
+    for (auto& x : memory[p]) x = generator() & 0xbfff;  // all below 2
+    pages.push_back((uint64_t)memory[p].data());
+  }
+  for (int t = 0; t < T; t++) {
+    uint8_t* page = (uint8_t*)pages[t / PAGE];
+    ours->split_heads({&qkv[t * columns], N, K, H, norms.data(), nullptr, 1e-6f, 0.3f, {cosines.data(), sines.data()}, page,
+                       page + kv, t % PAGE, BF16_T});
+  }
+  for (int head = 0; head < K; head++) {
+    std::vector<float> keys, values;
+    for (int t = 0; t < T; t++) {
+      const float *k = &qkv[t * columns + (N + head) * H], *v = k + K * H;
+      keys.insert(keys.end(), k, k + H), values.insert(values.end(), v, v + H);
+    }
+    keys = to_bfloat16(keys), values = to_bfloat16(values);
+    for (int t = 0; t < T; t++)
+      for (int n = head * G; n < (head + 1) * G; n++) {
+        const auto row = attend_by_tiles(&qkv[t * columns + n * H], keys, values, H, t, window, cap);
+        memcpy(&expected[(t * N + n) * H], row.data(), 4 * H);
+      }
+  }
+  for (bool by_span : {false, true})
+    for (int heads : {1, G})
+      for (int step : {1, 5, 7, ROWS / G}) {
+        std::vector<float> out(T * N * H, NAN), partials;
+        Attention a{qkv.data(), columns, out.data(), N * H, N, K, H, window, cap, BF16_T, 0, kv};
+        Scratch scratch;
+        for (int t = 0; t < T; t += step)
+          for (int n = 0; n < N; n += heads) {
+            AttentionTask task{t, std::min(step, T - t), t, pages.data(), n / G, n % G, heads, -1, nullptr};
+            if (!by_span) {
+              ours->attend(a, task, scratch);
+              continue;
+            }
+            const int first = (window ? std::max(0, t - window + 1) : 0) / KEY_SPAN;
+            const int spans = (t + task.tokens - 1) / KEY_SPAN - first + 1, rows = task.tokens * heads;
+            partials.assign(spans * rows * (H + 2), NAN);
+            for (task.span = first; task.span < first + spans; task.span++) {
+              task.partial = &partials[(task.span - first) * rows * (H + 2)];
+              ours->attend(a, task, scratch);
+            }
+            task.partial = partials.data();
+            ours->merge(a, task, spans);
+          }
+        expect(!memcmp(out.data(), expected.data(), 4 * out.size()),
+               "attention by tiles, heads of " + std::to_string(H) + ", " + std::to_string(step) + " tokens");
+      }
+}
 // What matrix_pool.cpp does, by one thread. c += ... where `start` is given.
 std::vector<float> train(const Kernels* kernels, cg::MatrixProduct m, const std::vector<float>& start = {}) {
   const MatrixKernels& k = *kernels->matrix;
@@ -381,6 +485,8 @@ int main() {
   if (!strstr(ours->name, "amx")) extremes();  // of numerics v1
   for (bool half : {false, true})
     for (int H : {6, 24, 64}) attention(H, 0, 0, half), attention(H, 100, 5, half);
+  if (ours->form_of(Q8_0_T) == PAIRS)
+    for (int H : {6, 24, 64}) attention_by_tiles(H, 0, 0), attention_by_tiles(H, 100, 5);
   printf("%s: %d checks, %d failures\n", ours->name, checks, failures);
   return failures > 0;
 }

@@ -1,8 +1,8 @@
 """Kernels of SIMD levels that this CPU may lack, against the plain ones.
 
 AVX-512 and AVX-VNNI are translated to AVX2 by SIMDe, the levels of ARM run on emulated processors, the tile
-unit of AMX is imitated (tiles.h). Quantised products must be equal bit for bit, those of tiles must equal
-their definition, and all else must agree within its rounding (levels.cpp).
+unit of AMX is imitated (tiles.h). Quantised products must be equal bit for bit, those of tiles and their
+attention must equal their definition, and all else must agree within its rounding (levels.cpp).
 
     apt-get install libsimde-dev                            # AVX-512, AVX-VNNI
     apt-get install g++-aarch64-linux-gnu qemu-user         # ARM

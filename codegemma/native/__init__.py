@@ -4,7 +4,7 @@
 steps, which the C++ side replays for any number of tokens. One law holds: on one SIMD level, a token's logits
 do not depend on what else is in the batch, how the prompt was split, whether its prefix came from a cache, or
 the number of threads. Numerics v1 multiply 8-bit integers (kernels.cpp); v2, on level amx, multiply bfloat16
-(tile_product.cpp).
+(tile_product.cpp, tile_attention.h).
 """
 
 from __future__ import annotations
@@ -132,10 +132,11 @@ class Native:
     """A checkpoint ready to run, with a fixed number of threads and SIMD level.
 
     The level is `level`, else the environment variable CODEGEMMA_SIMD, else the CPU's best. Pages hold
-    float16 keys and values or, where the weights are floats, float32, to match float32 implementations. If
-    `observed` is given, it gets a float64 array [columns] for each matrix but the embedding, by name, to
-    which every run adds the squares of the matrix's inputs. Raises ValueError on a weight type without a
-    kernel and on a SIMD level that this CPU lacks.
+    float16 keys and values or, where the weights are floats, float32, to match float32 implementations; by
+    numerics v2 they hold bfloat16, unless the weights are float32. If `observed` is given, it gets a float64
+    array [columns] for each matrix but the embedding, by name, to which every run adds the squares of the
+    matrix's inputs. Raises ValueError on a weight type without a kernel and on a SIMD level that this CPU
+    lacks.
     """
 
     invariant = True  # logits do not depend on the batch
@@ -152,12 +153,14 @@ class Native:
         self.config = checkpoint.config
         self.threads = threads or usable_cpus()
         self.level: str = _native.level(level or os.environ.get("CODEGEMMA_SIMD") or "auto")
-        self._has_blocks = checkpoint.tensors["layers.0.q"].type not in ("F32", "F16", "BF16")
+        type = checkpoint.tensors["layers.0.q"].type
+        self._has_blocks = type not in ("F32", "F16", "BF16")
         self.numerics = NUMERICS.get(self.level, "v1")
         self.factors = "bfloat16" if self.numerics == "v2" else "int8"  # of products with blocks
-        self.key = f"{self.numerics} {self.level} {'f16' if self._has_blocks else 'f32'}"
-        element_bytes = 2 if self._has_blocks else 4
-        layer_bytes = 2 * self.config.kv_heads * PAGE * self.config.head_width * element_bytes
+        tiles = self.numerics == "v2" and type != "F32"
+        self.kv_type = "BF16" if tiles else "F16" if self._has_blocks else "F32"
+        self.key = f"{self.numerics} {self.level} {self.kv_type.lower()}"
+        layer_bytes = 2 * _native.kv_bytes(self.kv_type, self.config.kv_heads, self.config.head_width)
         self.page_bytes = self.config.layers * layer_bytes
         self._pool = _native.Pool(self.threads)
         self._arrays: list[np.ndarray] = []  # kept alive, since the C++ program points into them
@@ -299,11 +302,7 @@ class Native:
         added, added_norm = -1, None
         for i in range(c.layers):
             norms = {kind: self._norm(tensors.get(f"layers.{i}.{kind}_norm")) for kind in NORMS}
-            cache = {
-                "layer_offset": i * layer_bytes,
-                "kv_offset": layer_bytes // 2,
-                "is_float16": self._has_blocks,
-            }
+            cache = {"layer_offset": i * layer_bytes, "kv_offset": layer_bytes // 2, "kv_type": self.kv_type}
             base, scale = (c.rope_base, c.rope_scale) if c.is_global(i) else (c.rope_base_local, 1.0)
             p.norm(x, norms["attn"], a, eps, added, added_norm)
             product(a, D, ("q", "k", "v"), qkv)

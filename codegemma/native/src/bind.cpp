@@ -28,20 +28,21 @@ namespace {
 template <class T, int N> using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 
-Weight weight(const std::string& type, Bytes data, int64_t rows, int64_t cols) {
+int type_of(const std::string& name) {
   for (int t = 0; t < TYPES; t++)
-    if (type == TYPE[t].name) {
-      if (cols <= 0 || rows <= 0 || cols % TYPE[t].block)
-        throw std::invalid_argument("a " + type + " weight needs rows of a multiple of " + std::to_string(TYPE[t].block) +
-                                    " columns, got " + std::to_string(rows) + " x " + std::to_string(cols));
-      int64_t row_bytes = cols / TYPE[t].block * TYPE[t].bytes;
-      if ((int64_t)data.nbytes() != rows * row_bytes)
-        throw std::invalid_argument("a " + type + " weight of " + std::to_string(rows) + " x " + std::to_string(cols) +
-                                    " takes " + std::to_string(rows * row_bytes) + " bytes, got " +
-                                    std::to_string(data.nbytes()));
-      return {t, data.data(), rows, cols, row_bytes};
-    }
-  throw std::invalid_argument("no kernel for weights of type " + type);
+    if (name == TYPE[t].name) return t;
+  throw std::invalid_argument("no kernel for weights of type " + name);
+}
+Weight weight(const std::string& type, Bytes data, int64_t rows, int64_t cols) {
+  const int t = type_of(type);
+  if (cols <= 0 || rows <= 0 || cols % TYPE[t].block)
+    throw std::invalid_argument("a " + type + " weight needs rows of a multiple of " + std::to_string(TYPE[t].block) +
+                                " columns, got " + std::to_string(rows) + " x " + std::to_string(cols));
+  int64_t row_bytes = cols / TYPE[t].block * TYPE[t].bytes;
+  if ((int64_t)data.nbytes() != rows * row_bytes)
+    throw std::invalid_argument("a " + type + " weight of " + std::to_string(rows) + " x " + std::to_string(cols) + " takes " +
+                                std::to_string(rows * row_bytes) + " bytes, got " + std::to_string(data.nbytes()));
+  return {t, data.data(), rows, cols, row_bytes};
 }
 
 // x W^T for float rows x [T, K], as the program computes it.
@@ -176,16 +177,18 @@ NB_MODULE(_native, m) {
       .def("gated", &Program::gated, "x"_a, "gate"_a, "up"_a, "out"_a)
       .def("split_heads", [](Program& p, int qkv, int heads, int kv_heads, int width, std::optional<Array<const float, 1>> q_norm,
                              std::optional<Array<const float, 1>> k_norm, float eps, float query_scale, double base, double scale,
-                             bool is_float16, int64_t layer_offset, int64_t kv_offset) {
+                             const std::string& kv_type, int64_t layer_offset, int64_t kv_offset) {
         p.split_heads(qkv, {nullptr, heads, kv_heads, width, q_norm ? q_norm->data() : nullptr,
-                            k_norm ? k_norm->data() : nullptr, eps, query_scale, {}, nullptr, nullptr, is_float16},
+                            k_norm ? k_norm->data() : nullptr, eps, query_scale, {}, nullptr, nullptr, 0, type_of(kv_type)},
                       base, scale, layer_offset, kv_offset);
       }, "qkv"_a, "heads"_a, "kv_heads"_a, "width"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "query_scale"_a, "base"_a,
-         "scale"_a, "is_float16"_a, "layer_offset"_a, "kv_offset"_a)
-      .def("attend", [](Program& p, int qkv, int out, int heads, int kv_heads, int width, int window, float softcap, bool is_float16,
-                        int64_t layer_offset, int64_t kv_offset) {
-        p.attend(qkv, {nullptr, 0, nullptr, 0, heads, kv_heads, width, window, softcap, is_float16, layer_offset, kv_offset}, out);
-      }, "qkv"_a, "out"_a, "heads"_a, "kv_heads"_a, "width"_a, "window"_a, "softcap"_a, "is_float16"_a, "layer_offset"_a, "kv_offset"_a)
+         "scale"_a, "kv_type"_a, "layer_offset"_a, "kv_offset"_a)
+      .def("attend", [](Program& p, int qkv, int out, int heads, int kv_heads, int width, int window, float softcap,
+                        const std::string& kv_type, int64_t layer_offset, int64_t kv_offset) {
+        p.attend(qkv, {nullptr, 0, nullptr, 0, heads, kv_heads, width, window, softcap, type_of(kv_type), layer_offset, kv_offset},
+                 out);
+      }, "qkv"_a, "out"_a, "heads"_a, "kv_heads"_a, "width"_a, "window"_a, "softcap"_a, "kv_type"_a, "layer_offset"_a,
+         "kv_offset"_a)
       .def("logits", [](Program& p, int x, Array<const float, 1> weight, float eps, const Weight& table, float cap) {
         p.logits(x, weight.data(), eps, table, cap);
       }, "x"_a, "weight"_a, "eps"_a, "table"_a, "cap"_a)
@@ -206,6 +209,9 @@ NB_MODULE(_native, m) {
   m.def("level", [](const std::string& level) { return choose_kernels(level)->name; }, "level"_a,
         "The SIMD level of a name on this CPU; 'auto' is the best. ValueError on a level that it lacks.");
   m.def("why_no_amx", &why_no_amx, "Why this process cannot use level amx, or an empty string.");
+  m.def("kv_bytes", [](const std::string& kv_type, int64_t kv_heads, int64_t width) {
+    return kv_bytes(type_of(kv_type), kv_heads, width);
+  }, "kv_type"_a, "kv_heads"_a, "width"_a, "Bytes of the keys of one layer in a page of that type; its values take as many.");
   m.def("multiply", [](const std::string& level, Pool& pool, const Weight& w, Array<const float, 2> x, Array<float, 2> out) {
     if ((int64_t)x.shape(1) != w.cols || (int64_t)out.shape(1) != w.rows || out.shape(0) != x.shape(0))
       throw std::invalid_argument("x must be [T, columns] and out [T, rows] of the weight");

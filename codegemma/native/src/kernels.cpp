@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "blocks.h"
 #if defined(CG_AMX)
+#include "tile_attention.h"
 #include "tile_product.h"
 #endif
 
@@ -710,26 +711,31 @@ void split_heads(const HeadSplit& s) {
     rotate(x, H, s.rope, n < s.heads ? s.query_scale : 1.0f);
   }
   const float *k = s.row + s.heads * H, *v = k + s.kv_heads * H;
-  for (int n = 0; n < s.kv_heads; n++) {
-    int64_t offset = (int64_t)n * PAGE * H;
-    if (s.is_float16)
-      for (int i = 0; i < H; i++) {
-        ((uint16_t*)s.k_page)[offset + i] = to_half(k[n * H + i]);
-        ((uint16_t*)s.v_page)[offset + i] = to_half(v[n * H + i]);
-      }
-    else {
-      memcpy((float*)s.k_page + offset, k + n * H, 4 * H);
-      memcpy((float*)s.v_page + offset, v + n * H, 4 * H);
+  const int64_t head = kv_bytes(s.kv_type, 1, H);  // of a page
+  for (int n = 0; n < s.kv_heads; n++, k += H, v += H) {
+    uint8_t *keys = s.keys + n * head, *values = s.values + n * head;
+#if defined(CG_AMX)
+    if (s.kv_type == BF16_T) {
+      store_key_and_value(k, v, H, s.slot, (uint16_t*)keys, (uint16_t*)values);
+      continue;
     }
+#endif
+    const int64_t offset = (int64_t)s.slot * H;
+    if (s.kv_type == F16_T)
+      for (int i = 0; i < H; i++)
+        ((uint16_t*)keys)[offset + i] = to_half(k[i]), ((uint16_t*)values)[offset + i] = to_half(v[i]);
+    else
+      memcpy((float*)keys + offset, k, 4 * H), memcpy((float*)values + offset, v, 4 * H);
   }
 }
 
 constexpr int CHUNK = 32;  // keys widened to float32 at a time: 32 KB at head width 256
 constexpr float MASKED = -INFINITY;
 
-struct Rows {              // the query rows of one task, in scratch, padded to fours
+struct Rows {              // the query rows of one task, in scratch, padded to fours or whole tiles
   int n, padded, P;        // rows; head width padded to 2 FW
   float *q, *scores, *values, *merged, *wide;
+  uint16_t *queries, *weights;  // as factors of tiles
   float top[ROWS], total[ROWS], merged_top[ROWS], merged_total[ROWS];
   int position[ROWS];
 };
@@ -821,39 +827,83 @@ CG_INLINE void merge_row(float* into, float& top, float& total, const float* fro
   for (int i = 0; i < n; i++) into[i] = into[i] * a + from[i] * b;
   total = total * a + total2 * b, top = m;
 }
+// The keys of a task's kv head from position `key` on, as far as its page goes.
+template <class L> CG_INLINE const uint8_t* keys_from(const Attention& a, const AttentionTask& t, int key) {
+  return (const uint8_t*)t.pages[key / PAGE] + a.layer_offset + ((int64_t)t.kv_head * PAGE + key % PAGE) * a.width * L::BYTES;
+}
+// Scores against keys begin .. end of the span that starts at `base`; values = weights * V over the same keys.
+template <class L> CG_INLINE void span_scores(const Attention& a, const AttentionTask& t, Rows& s, int base, int begin, int end) {
+  const bool direct = s.padded == 4 && s.P == a.width;  // for only four rows, widening costs more than it saves
+  for (int key = begin; key < end; key += CHUNK) {
+    const uint8_t* keys = keys_from<L>(a, t, key);
+    if (direct) chunk_scores<L>(s, keys, key - base);
+    else widen_chunk<L>(keys, a.width, s), chunk_scores<F32>(s, (const uint8_t*)s.wide, key - base);
+  }
+}
+template <class L> CG_INLINE void span_values(const Attention& a, const AttentionTask& t, Rows& s, int base, int begin, int end) {
+  const bool direct = s.padded == 4 && s.P == a.width;
+  memset(s.values, 0, 4 * s.padded * s.P);
+  for (int key = begin; key < end; key += CHUNK) {
+    const uint8_t* values = keys_from<L>(a, t, key) + a.kv_offset;
+    if (direct) chunk_values<L>(s, values, key - base);
+    else widen_chunk<L>(values, a.width, s), chunk_values<F32>(s, (const uint8_t*)s.wide, key - base);
+  }
+}
+#if defined(CG_AMX)  // a cache of bfloat16 lies in tiles
+static_assert(CHUNK == STEP && ROWS == 2 * SIDE);
+CG_INLINE const uint16_t* head_page(const Attention& a, const AttentionTask& t, int key) {
+  return (const uint16_t*)((const uint8_t*)t.pages[key / PAGE] + a.layer_offset + t.kv_head * kv_bytes(BF16_T, 1, a.width));
+}
+template <> void span_scores<BF16>(const Attention& a, const AttentionTask& t, Rows& s, int base, int begin, int end) {
+  for (int key = begin; key < end; key += STEP) {
+    const uint16_t* keys = head_page(a, t, key) + key % PAGE * s.P;
+    multiply_columns(s.queries, s.padded, s.P / STEP, [=](int64_t step) { return keys + step * FACTOR; }, s.P * SIDE,
+                     s.scores + key - base, KEY_SPAN);
+  }
+}
+template <> void span_values<BF16>(const Attention& a, const AttentionTask& t, Rows& s, int base, int begin, int end) {
+  const int64_t steps = (end - begin + STEP - 1) / STEP;
+  round_rows(s.scores + begin - base, s.padded, KEY_SPAN, steps, s.weights);
+  for (int h = 0; h < s.P; h += 2 * SIDE) {
+    auto values = [&](int64_t step) {
+      const int key = begin + (int)step * STEP;
+      return head_page(a, t, key) + a.kv_offset / 2 + h * PAGE + key % PAGE / STEP * FACTOR;
+    };
+    multiply_columns(s.weights, s.padded, steps, values, PAGE * SIDE, s.values + h, s.P);
+  }
+}
+#endif
 template <class L> void attend_as(const Attention& a, const AttentionTask& t, Scratch& scratch) {
+  constexpr bool TILES = std::is_same_v<L, BF16>;
   const int H = a.width, G = a.heads / a.kv_heads;
   static thread_local Rows s;
-  s.n = t.tokens * t.heads, s.padded = (s.n + 3) / 4 * 4, s.P = (int)pad(H, 2 * FW);
+  s.n = t.tokens * t.heads, s.padded = (int)pad(s.n, TILES ? 16 : 4), s.P = (int)pad(H, 2 * FW);
   size_t used = 0, row = (size_t)s.padded * s.P, scores = (size_t)s.padded * KEY_SPAN;
-  reserve(scratch.tile, (row * 3 + scores + (size_t)CHUNK * s.P) * 4 + 512);
+  size_t wide = TILES ? 0 : (size_t)CHUNK * s.P, factors = TILES ? row + scores : 0;
+  reserve(scratch.tile, (row * 3 + scores + wide) * 4 + factors * 2 + 512);
   s.q = carve<float>(scratch.tile, used, row), s.values = carve<float>(scratch.tile, used, row);
   s.merged = carve<float>(scratch.tile, used, row), s.scores = carve<float>(scratch.tile, used, scores);
-  s.wide = carve<float>(scratch.tile, used, (size_t)CHUNK * s.P);
+  s.wide = carve<float>(scratch.tile, used, wide);
+  s.queries = carve<uint16_t>(scratch.tile, used, TILES ? row : 0);
+  s.weights = carve<uint16_t>(scratch.tile, used, TILES ? scores : 0);
   memset(s.q, 0, 4 * row), memset(s.scores + s.n * KEY_SPAN, 0, 4 * (scores - s.n * KEY_SPAN));
   for (int r = 0; r < s.n; r++) {
     const float* from = a.q + (t.token + r / t.heads) * a.q_stride + (t.kv_head * G + t.first_head + r % t.heads) * H;
     memcpy(s.q + r * s.P, from, 4 * H);
     s.position[r] = t.position + r / t.heads, s.merged_total[r] = 0;
   }
+#if defined(CG_AMX)
+  if constexpr (TILES) round_rows(s.q, s.padded, s.P, s.P / STEP, s.queries);
+#endif
   const int last = t.position + t.tokens - 1, first = a.window ? std::max(0, t.position - a.window + 1) : 0;
   int span0 = first / KEY_SPAN, span1 = last / KEY_SPAN;
   if (t.span >= 0) span0 = span1 = t.span;
   for (int span = span0; span <= span1; span++) {
     const int base = span * KEY_SPAN, end = std::min(base + KEY_SPAN, last + 1);
     const int begin = std::max(base, first) / CHUNK * CHUNK;
-    auto keys = [&](int key) {
-      return (const uint8_t*)t.pages[key / PAGE] + a.layer_offset + ((int64_t)t.kv_head * PAGE + key % PAGE) * H * L::BYTES;
-    };
-    const bool direct = s.padded == 4 && s.P == H;  // for only four rows, widening costs more than it saves
-    for (int key = begin; key < end; key += CHUNK)
-      if (direct) chunk_scores<L>(s, keys(key), key - base);
-      else widen_chunk<L>(keys(key), H, s), chunk_scores<F32>(s, (const uint8_t*)s.wide, key - base);
+    span_scores<L>(a, t, s, base, begin, end);
     segment_softmax(a, s, base);
-    memset(s.values, 0, 4 * row);
-    for (int key = begin; key < end; key += CHUNK)
-      if (direct) chunk_values<L>(s, keys(key) + a.kv_offset, key - base);
-      else widen_chunk<L>(keys(key) + a.kv_offset, H, s), chunk_values<F32>(s, (const uint8_t*)s.wide, key - base);
+    span_values<L>(a, t, s, base, begin, end);
     if (t.span >= 0) {
       for (int r = 0; r < s.n; r++) {
         float* o = t.partial + (int64_t)r * (H + 2);
@@ -871,7 +921,14 @@ template <class L> void attend_as(const Attention& a, const AttentionTask& t, Sc
   }
 }
 void attend(const Attention& a, const AttentionTask& t, Scratch& s) {
-  a.is_float16 ? attend_as<F16>(a, t, s) : attend_as<F32>(a, t, s);
+#if defined(CG_AMX)
+  if (a.kv_type == BF16_T) {
+    configure_tiles(SIDE);
+    attend_as<BF16>(a, t, s);
+    return release_tiles();
+  }
+#endif
+  a.kv_type == F16_T ? attend_as<F16>(a, t, s) : attend_as<F32>(a, t, s);
 }
 
 // t.partial: [spans, rows, H + 2] of the task's rows, in ascending order of spans.

@@ -86,6 +86,12 @@ struct Product {
   int add_from = -1;        // if set: the product is added to out, for tokens from this one on
 };
 
+// Bytes that the keys of one layer take in a page of the cache, and the values behind them: floats [kv heads, PAGE, width].
+// Those of bfloat16 lie in tiles, for which the width is padded (tile_attention.h).
+constexpr int64_t kv_bytes(int kv_type, int64_t kv_heads, int64_t width) {
+  return kv_heads * PAGE * (kv_type == BF16_T ? (width + 31) / 32 * 32 : width) * TYPE[kv_type].bytes;
+}
+
 struct Rope {
   const float *cos, *sin;   // [H/2]
 };
@@ -95,8 +101,9 @@ struct HeadSplit {          // one token: QK-norm, rotary positions, and the key
   const float *q_norm, *k_norm;
   float eps, query_scale;
   Rope rope;
-  uint8_t *k_page, *v_page; // at this token, head 0
-  bool is_float16;          // the cache, else float32
+  uint8_t *keys, *values;   // of this layer in the token's page
+  int slot;                 // of the token in its page
+  int kv_type;              // F32_T, F16_T or, in tiles, BF16_T
 };
 struct Attention {
   const float* q;           // [T, stride]
@@ -106,7 +113,7 @@ struct Attention {
   int heads, kv_heads, width;
   int window;               // 0: none
   float softcap;            // 0: none
-  bool is_float16;          // the cache, else float32
+  int kv_type;              // F32_T, F16_T or, in tiles, BF16_T
   int64_t layer_offset, kv_offset;  // bytes within a page: this layer's keys; from keys to values
 };
 struct AttentionTask {

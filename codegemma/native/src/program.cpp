@@ -218,8 +218,7 @@ void Program::split_heads(int qkv, HeadSplit h, double base, double scale, int64
     const uint64_t* pages = batch_.pages + batch_.sequences[t] * batch_.pages_stride;
     s.row = buffers_[qkv].a.f + t * buffers_[qkv].a.stride;
     s.rope = {angle.cos.data() + t * half, angle.sin.data() + t * half};
-    s.k_page = (uint8_t*)pages[position / PAGE] + layer_offset + (int64_t)(position % PAGE) * h.width * (h.is_float16 ? 2 : 4);
-    s.v_page = s.k_page + kv_offset;
+    s.keys = (uint8_t*)pages[position / PAGE] + layer_offset, s.values = s.keys + kv_offset, s.slot = position % PAGE;
     k_->split_heads(s);
   });
 }
