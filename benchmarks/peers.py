@@ -308,7 +308,7 @@ class Torch:
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        self.torch, self.new_static_cache = torch, transformers.StaticCache
+        self.torch, self.cache_utils = torch, transformers.cache_utils
         path = Path(model)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
@@ -332,8 +332,10 @@ class Torch:
         if self.compiled is None:
             return
         if length not in self.static_caches:
-            config = self.model.config
-            cache = self.new_static_cache(config=config, max_cache_len=length)
+            # StaticCache counts the tokens of windowed layers in a Python number, for each of which the model
+            # would be compiled again. Layers without a window give the same: the masks have the window.
+            config, layer = self.model.config, self.cache_utils.StaticLayer
+            cache = self.cache_utils.Cache([layer(length) for _ in range(config.num_hidden_layers)])
             shape = 1, config.num_key_value_heads, config.head_dim
             cache.early_initialization(*shape, self.model.dtype, self.model.device)
             self.static_caches[length] = cache
