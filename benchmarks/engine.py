@@ -72,7 +72,7 @@ def run_decode(model: codegemma.Model, ids: list[int], count: int, adapter: str 
 
 
 def run_edit(model: codegemma.Model, ids: list[int], count: int) -> tuple[float, int]:
-    """Greedy decoding as users get it, with n-gram speculation: seconds after the first token, and tokens."""
+    """Greedy decoding as users get it, with speculation: seconds after the first token, and tokens."""
     model.engine.cache.forget_all()
     steps = model.engine.generate(Request(ids, count + 1))
     next(steps)
