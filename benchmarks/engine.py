@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from codegemma.native import Slice, _native, measure
 PROMPT, BEFORE, DECODED = 512, 64, 32  # tokens of a prompt; of the prompt before decoding; decoded
 EDITED = 400  # tokens of the edited function
 FUNCTION = (ROOT / "benchmarks" / "edited_function.py").read_text()
+PEER_FAILURES = RuntimeError, OSError, ValueError, subprocess.CalledProcessError
 MAX_REASON = 200  # characters of the reason why a peer is missing
 # Peers beside which the default model runs: the engine's name in peers.py, the file or folder that it reads,
 # made from ours where it reads another format, and its options.
@@ -108,6 +109,11 @@ def limits(threads: int, level: str) -> dict[str, float]:
     return {name: value / 1e9 for name, value in values.items()}
 
 
+def _reason(error: Exception) -> str:
+    """Why a peer is missing, on one line."""
+    return " ".join(str(error).split())[:MAX_REASON]
+
+
 def processor() -> str:
     """The processor's name."""
     try:
@@ -118,23 +124,28 @@ def processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any]:
-    """One line of the table: a model in our engine and in llama.cpp, in turn; medians of the rounds."""
+def compare(path: Path, rounds: int, edits: bool, threads: int, has_peer: bool) -> dict[str, Any]:
+    """One line of the table: a model in our engine and in llama.cpp, in turn; medians of the rounds. Where
+    llama.cpp does not run (not `has_peer`), its figures are NaN."""
     model = codegemma.load(path, threads=threads)
     model.backend.use_huge_pages()  # as a process does by itself after some runs
     read, operations = weights_bytes(model)
     ids = [2, *np.random.default_rng(0).integers(1000, 200_000, PROMPT - 1).tolist()]
     rows: list[dict[str, float]] = []
-    with Peer("llamacpp", path, threads=threads, context=2048) as peer:
+    with Peer("llamacpp", path, threads=threads, context=2048) if has_peer else nullcontext() as peer:
+
+        def peer_seconds(command: str, **arguments: Any) -> float:
+            return float(peer(command, **arguments)["seconds"]) if peer else float("nan")
+
         edit = edit_prompt(model)
         run_decode(model, ids[:BEFORE], 2)  # warms both up
-        peer("decode", ids=ids[:BEFORE], count=2)
+        peer_seconds("decode", ids=ids[:BEFORE], count=2)
         for _ in range(rounds):
             machine = limits(threads, model.backend.level)
             ours = PROMPT / run_prompt(model, ids)[0]
-            theirs = PROMPT / peer("prefill", ids=ids)["seconds"]
+            theirs = PROMPT / peer_seconds("prefill", ids=ids)
             our_decode = DECODED / run_decode(model, ids[:BEFORE], DECODED)
-            their_decode = DECODED / peer("decode", ids=ids[:BEFORE], count=DECODED)["seconds"]
+            their_decode = DECODED / peer_seconds("decode", ids=ids[:BEFORE], count=DECODED)
             row = {
                 "prefill": ours,
                 "prefill_peer": theirs,
@@ -148,19 +159,19 @@ def compare(path: Path, rounds: int, edits: bool, threads: int) -> dict[str, Any
             }
             if edits:
                 seconds, tokens = run_edit(model, edit, EDITED)
-                their_seconds = peer("decode", ids=edit, count=EDITED)["seconds"]
+                their_seconds = peer_seconds("decode", ids=edit, count=EDITED)
                 row |= {
                     "edit": tokens / seconds,
                     "edit_peer": EDITED / their_seconds,
                     "edit_ratio": tokens / seconds * their_seconds / EDITED,
                 }
             rows.append(row)
-        about = peer.about
+        version = f"llama-cpp-python {peer.about['version']}" if peer else "missing"
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {
         "model": path.name,
         "level": model.backend.level,
         "factors": model.backend.factors,
-        "peer": f"llama.cpp (llama-cpp-python {about['version']})",
+        "peer": f"llama.cpp ({version})",
     }
 
 
@@ -178,8 +189,8 @@ def beside_peers(path: Path, rounds: int, threads: int) -> str:
             """The result of the action; None if it fails, which is the reason why the peer is missing."""
             try:
                 return action()
-            except (RuntimeError, OSError, ValueError, subprocess.CalledProcessError) as error:
-                missing[name] = " ".join(str(error).split())[:MAX_REASON]
+            except PEER_FAILURES as error:
+                missing[name] = _reason(error)
 
         def times(peer: Peer) -> tuple[float, float]:
             prefill = PROMPT / peer("prefill", ids=ids)["seconds"]
@@ -207,11 +218,11 @@ def beside_peers(path: Path, rounds: int, threads: int) -> str:
         return [statistics.median(column) for column in zip(*rows, strict=True)]
 
     speed = medians(ours)
-    found = {name: statistics.median(row[name] for row in machine) for name in machine[0]}
+    limit = {name: statistics.median(row[name] for row in machine) for name in machine[0]}
     lines = [
         f"Default model on {processor()}, level {model.backend.level}, {threads} threads. "
-        f"In the same rounds: {found['bandwidth']:.1f} GB/s read, {found['int8']:.0f} GOP/s int8, "
-        + (f"{found['bfloat16']:.0f} GFLOP/s bfloat16.\n" if found["bfloat16"] else "no bfloat16.\n"),
+        f"In the same rounds: {limit['bandwidth']:.1f} GB/s read, {limit['int8']:.0f} GOP/s int8, "
+        + (f"{limit['bfloat16']:.0f} GFLOP/s bfloat16.\n" if limit["bfloat16"] else "no bfloat16.\n"),
         "| engine | prefill tok/s | ours is | decode tok/s | ours is |",
         "|---|---|---|---|---|",
         f"| ours | {speed[0]:.0f} | | {speed[1]:.1f} | |",
@@ -296,7 +307,11 @@ def main() -> None:
     from codegemma import hub
 
     paths: dict[str, Callable[[], Path]] = {"default": lambda: single_file(hub.resolve())}
-    build_note = check_llama_cpp(single_file(hub.resolve()))
+    has_llama_cpp = True
+    try:
+        build_note = check_llama_cpp(paths["default"]())
+    except PEER_FAILURES as error:
+        has_llama_cpp, build_note = False, f"llama.cpp does not run: {_reason(error)}"
     results, beside = [], ""
     for name in args.models.split(","):
         path = paths[name]() if name in paths else BENCH / f"random-2b-{name}.gguf"
@@ -304,7 +319,7 @@ def main() -> None:
             subprocess.run(
                 [sys.executable, str(ROOT / "benchmarks" / "random_model.py"), "2b", name], check=True
             )
-        results.append(compare(path, args.rounds, name == "default", args.threads))
+        results.append(compare(path, args.rounds, name == "default", args.threads, has_llama_cpp))
         if name == "default":
             beside = "\n\n".join(part(path, args.rounds, args.threads) for part in (beside_peers, adapters))
         print(table(results[-1:]), beside, sep="\n", flush=True)
