@@ -1,7 +1,7 @@
 # make demo    sets up and completes a hole in a real file        make test    sets up and runs the tests
 # make setup   the set-up alone, into .venv                       make check   format, lint, types and the rules of the house
 # make docs    the documentation as a site, into build/site
-# make bench   speed beside llama.cpp, in an environment of its own
+# make bench   speed beside llama.cpp, transformers and OpenVINO, in environments of their own
 # make web, make vscode            the page and the extension, from TypeScript (Node 20 or newer)
 # make test-clients, test-formats  the heavy tests: editors, browsers, other programs' clients and readers
 # make sweep   kills, full disks, foreign folders, hostile clients; OPTIONS="--only clients --seconds 30"
@@ -62,7 +62,15 @@ bench-env: .venv-bench/.setup
 	CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-bench/bin/python -m pip install --quiet -r benchmarks/requirements.txt
 	@touch $@
 
+# optimum-intel wants torchvision, which no text model needs, and whose wheel may not fit the build of torch.
+.venv-openvino/.setup: benchmarks/requirements-openvino.txt
+	test -x .venv-openvino/bin/python || $(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-openvino.txt
+	.venv-openvino/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
 bench: .venv/.setup .venv-bench/.setup
+	@mkdir -p build && $(MAKE) .venv-openvino/.setup > build/openvino.log 2>&1 || echo "OpenVINO is not installed, see build/openvino.log: the table goes without it"
 	$(BIN)/python benchmarks/engine.py --log
 	$(BIN)/python benchmarks/keystrokes.py --log
 	$(BIN)/python benchmarks/start.py --log
@@ -116,4 +124,4 @@ adapter: .venv/.dev
 	@echo "to ship it: cp $(RUNS)/packaged/* codegemma/adapters/gemma-3-270m-fim/"
 
 clean:
-	rm -rf .venv .venv-bench .venv-clients .venv-docs .venv-formats build web/node_modules editors/vscode/node_modules
+	rm -rf .venv .venv-bench .venv-clients .venv-docs .venv-formats .venv-openvino build web/node_modules editors/vscode/node_modules

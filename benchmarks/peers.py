@@ -7,14 +7,14 @@
         peer("logits", ids=[...], path="x.npy")   -> {"path"}                  float32 [T, V]
         peer("choose", rows=[...])                -> {"seconds", "right"}      rows: context, choices, label
 
-The child runs in the bench environment (`make bench-env`), and only while the parent waits for its answer. It
-measures the seconds around the engine's calls. Greedy decoding never stops at an end token.
+The child runs in the bench environment (`make bench-env`), OpenVINO in one of its own, and only while the
+parent waits for its answer. It measures the seconds around the engine's calls. The first call of a command
+may compile: it is not to be counted. Greedy decoding never stops at an end token.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -24,11 +24,13 @@ import time
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-PYTHON = Path(__file__).parent.parent / ".venv-bench" / "bin" / "python"
+ROOT = Path(__file__).parent.parent
+PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+OPENVINO = ROOT / ".venv-openvino" / "bin"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codegemma")
 BENCH = CACHE / "bench"  # models that only benchmarks read
 BUILD_NOTE = PYTHON.parent.parent / "llama.cpp-build"  # how llama.cpp was compiled, if not by its defaults
@@ -41,6 +43,32 @@ def exported(model: str = "gemma-3-270m") -> Path:
         convert = ["convert", model, str(folder), "--to", "safetensors", "--dtype", "bf16"]
         subprocess.run([sys.executable, "-m", "codegemma.cli", *convert], check=True)
     return folder
+
+
+def exported_for_openvino(weights: Literal["int8", "int4"], model: str = "gemma-3-270m") -> Path:
+    """A model as OpenVINO reads it, converted once. Raises RuntimeError where the export fails."""
+    folder = BENCH / f"{Path(model).name}-openvino-{weights}"
+    if folder.exists():
+        return folder
+    _check_installed(OPENVINO / "optimum-cli")
+    unfinished = folder.with_suffix(".new")
+    export = ["export", "openvino", "--task", "text-generation-with-past", "--weight-format", weights]
+    done = subprocess.run(
+        [str(OPENVINO / "optimum-cli"), *export, "-m", str(exported(model)), str(unfinished)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"optimum-intel does not export it: {done.stderr.strip().splitlines()[-1:]}")
+    return unfinished.rename(folder)
+
+
+def _check_installed(program: Path) -> None:
+    if not program.exists():
+        raise RuntimeError(
+            f"{program.parent.parent.name} is not installed: run make bench, which installs it"
+        )
 
 
 def single_file(model: Path) -> Path:
@@ -121,7 +149,9 @@ class Peer:
 
     def __init__(self, engine: str, model: str | Path, **options: Any) -> None:
         """`options` are the keywords of the engine's class."""
-        command = [PYTHON, __file__, engine, model, json.dumps(options)]
+        python = OPENVINO / "python" if engine == "openvino" else PYTHON
+        _check_installed(python)
+        command = [python, __file__, engine, model, json.dumps(options)]
         self._child = subprocess.Popen(
             [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -193,7 +223,7 @@ class LlamaCpp:
         self.cached_ids: list[int] = []
         self.about = {
             "engine": "llama.cpp",
-            "llama_cpp_python": llama_cpp.__version__,
+            "version": llama_cpp.__version__,
             "threads": threads,
             "context": context,
             "batch": batch,
@@ -262,9 +292,15 @@ class LlamaCpp:
 
 
 class Torch:
-    """Hugging Face transformers on PyTorch. Loading dequantises the GGUF to bfloat16 or another type."""
+    """Hugging Face transformers on PyTorch. Loading dequantises the GGUF to bfloat16 or another type.
 
-    def __init__(self, model: str, threads: int, context: int = 0, dtype: str = "bfloat16") -> None:
+    `compiled`: the model is compiled for each shape, with keys and values in arrays of a fixed size, just
+    large enough. The prompt before decoding, which is not timed, is not compiled.
+    """
+
+    def __init__(
+        self, model: str, threads: int, context: int = 0, dtype: str = "bfloat16", compiled: bool = False
+    ) -> None:
         os.environ["TQDM_DISABLE"] = "1"
         import torch
         import transformers
@@ -272,36 +308,55 @@ class Torch:
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        self.torch = torch
+        self.torch, self.cache_utils = torch, transformers.cache_utils
         path = Path(model)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
         ).eval()
+        self.compiled = torch.compile(self.model, dynamic=False) if compiled else None
+        self.static_caches: dict[int, Any] = {}  # by their length: the compiled code belongs to a cache
         self.cache: Any = None
         self.about = {
             "engine": "transformers",
-            "transformers": transformers.__version__,
+            "version": transformers.__version__,
             "torch": torch.__version__,
             "threads": threads,
             "dtype": dtype,
+            "compiled": compiled,
             "attention": self.model.config._attn_implementation,
         }
 
-    def _run(self, ids: list[int], keep: int = 1) -> Any:
-        out = self.model(
-            self.torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=keep
-        )
-        self.cache = out.past_key_values
+    def _forget(self, length: int) -> None:
+        """An empty cache for `length` tokens."""
+        self.cache = None
+        if self.compiled is None:
+            return
+        if length not in self.static_caches:
+            # StaticCache counts the tokens of windowed layers in a Python number, for each of which the model
+            # would be compiled again. Layers without a window give the same: the masks have the window.
+            config, layer = self.model.config, self.cache_utils.StaticLayer
+            cache = self.cache_utils.Cache([layer(length) for _ in range(config.num_hidden_layers)])
+            shape = 1, config.num_key_value_heads, config.head_dim
+            cache.early_initialization(*shape, self.model.dtype, self.model.device)
+            self.static_caches[length] = cache
+        self.cache = self.static_caches[length]
+        self.cache.reset()
+
+    def _run(self, ids: list[int], keep: int = 1, compiled: bool = True) -> Any:
+        model = self.model if self.compiled is None or not compiled else self.compiled
+        out = model(self.torch.tensor([ids]), cache=self.cache, use_cache=True, logits_to_keep=keep)
+        self.cache = out.cache
         return out.logits[0]
 
     def prefill(self, ids: list[int]) -> dict[str, Any]:
-        self.cache = None
+        self._forget(len(ids))
         start = time.perf_counter()
         token = int(self._run(ids)[-1].argmax())
         return {"seconds": time.perf_counter() - start, "token": token}
 
     def decode(self, ids: list[int], count: int) -> dict[str, Any]:
-        token, tokens = self.prefill(ids)["token"], []
+        self._forget(len(ids) + count)
+        token, tokens = int(self._run(ids, compiled=False)[-1].argmax()), []
         start = time.perf_counter()
         for _ in range(count):
             tokens.append(token)
@@ -309,9 +364,58 @@ class Torch:
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
     def logits(self, ids: list[int], path: str) -> dict[str, Any]:
-        self.cache = None
+        self._forget(len(ids))
         np.save(path, self._run(ids, keep=0).float().numpy())
         return {"path": path}
+
+
+class OpenVino:
+    """OpenVINO GenAI on a folder of `exported_for_openvino`, with its defaults but for two: its cache of
+    prompts is off, since every round has the same prompt, and it reads a prompt in one piece."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        os.environ["OPENVINO_TELEMETRY_OPT_OUT"] = "1"
+        import openvino
+        import openvino_genai
+
+        self.tensor, self.api = openvino.Tensor, openvino_genai
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = False, 4096
+        self.pipeline = openvino_genai.LLMPipeline(
+            model, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads
+        )
+        self.about = {
+            "engine": "OpenVINO GenAI",
+            "version": openvino_genai.__version__,
+            "threads": threads,
+        }
+
+    def _generate(self, ids: list[int], count: int) -> tuple[list[int], list[float]]:
+        """`count` tokens after a prompt, and the seconds from the call to each of them."""
+        config = self.api.GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
+        ids_BT = np.array([ids], np.int64)
+        inputs = self.api.TokenizedInputs(self.tensor(ids_BT), self.tensor(np.ones_like(ids_BT)))
+        seconds: list[float] = []
+
+        class Clock(self.api.StreamerBase):  # type: ignore[misc, name-defined]
+            def write(clock, token: int | list[int]) -> Any:
+                seconds.append(time.perf_counter() - start)
+                return self.api.StreamingStatus.RUNNING
+
+            def end(clock) -> None:
+                pass
+
+        start = time.perf_counter()
+        tokens = self.pipeline.generate(inputs, config, Clock()).tokens[0]
+        return tokens, seconds
+
+    def prefill(self, ids: list[int]) -> dict[str, Any]:
+        tokens, seconds = self._generate(ids, 1)
+        return {"seconds": seconds[0], "token": tokens[0]}
+
+    def decode(self, ids: list[int], count: int) -> dict[str, Any]:
+        tokens, seconds = self._generate(ids, count + 1)  # the first belongs to the prompt
+        return {"seconds": seconds[count] - seconds[0], "tokens": tokens[:count]}
 
 
 class LmEval:
@@ -338,8 +442,7 @@ metric_list: [{metric: acc_norm}]
         from lm_eval.models.huggingface import HFLM
 
         torch.set_num_threads(threads)
-        with contextlib.redirect_stdout(sys.stderr):
-            self.model = HFLM(model, dtype="float32", device="cpu", batch_size=8, add_bos_token=True)
+        self.model = HFLM(model, dtype="float32", device="cpu", batch_size=8, add_bos_token=True)
         self.about = {
             "engine": "lm-eval",
             "lm_eval": lm_eval.__version__,
@@ -353,19 +456,18 @@ metric_list: [{metric: acc_norm}]
 
         Path(self.folder.name, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         Path(self.folder.name, "task.yaml").write_text(self.TASK.replace("FOLDER", self.folder.name))
-        with contextlib.redirect_stdout(sys.stderr):
-            start = time.perf_counter()
-            results = simple_evaluate(
-                self.model,
-                tasks=["ours"],
-                bootstrap_iters=0,
-                task_manager=TaskManager(include_path=self.folder.name),
-            )
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        results = simple_evaluate(
+            self.model,
+            tasks=["ours"],
+            bootstrap_iters=0,
+            task_manager=TaskManager(include_path=self.folder.name),
+        )
+        seconds = time.perf_counter() - start
         return {"seconds": seconds, "right": results["results"]["ours"]["acc_norm,none"]}
 
 
-ENGINES = {"llamacpp": LlamaCpp, "torch": Torch, "lm-eval": LmEval}
+ENGINES = {"llamacpp": LlamaCpp, "torch": Torch, "openvino": OpenVino, "lm-eval": LmEval}
 
 
 def main() -> None:
@@ -377,8 +479,11 @@ def main() -> None:
     parser.add_argument("options", type=json.loads, nargs="?", default={})
     args = parser.parse_args()
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an engine prints goes to stderr, not between the answers
+
     def answer(value: dict[str, Any]) -> None:
-        print(json.dumps(value), flush=True)
+        print(json.dumps(value), file=answers, flush=True)
 
     try:
         engine = ENGINES[args.engine](args.model, **args.options)

@@ -22,7 +22,15 @@ from codegemma.checkpoints.tensors import BLOCKS, ArrayTensor
 from codegemma.generate import sampling
 from codegemma.generate.engine import Batch, Engine
 from codegemma.generate.request import Request
-from codegemma.generate.running import Step, StopText
+from codegemma.generate.running import (
+    DRAFT_PER_MATCH,
+    MAX_DRAFT,
+    MAX_MATCH,
+    MIN_MATCH,
+    Drafter,
+    Step,
+    StopText,
+)
 from codegemma.generate.sampling import Sampling
 from codegemma.native import PAGE, Cancel, Logits, Native, Page, Slice, _native
 from codegemma.tokenizer import Tokenizer
@@ -290,6 +298,33 @@ def test_speculation_saves_runs_and_changes_no_token():
     assert list(Engine(backend).generate(Request(script[:30], 200))) == plain
     assert backend.runs < 60 and backend.copies == 0  # rows of refused drafts are given back
     assert [step.token for step in plain] == script[30:230]
+
+
+@pytest.mark.parametrize("alphabet", [1, 2, 5, 30])
+def test_a_draft_follows_the_last_of_the_longest_matches(alphabet):
+    """The drafter, whose text grows by a few tokens, against a search of the whole text for each length."""
+
+    def slow(ids):
+        for size in range(min(MAX_MATCH, len(ids) - 1), MIN_MATCH - 1, -1):
+            for end in range(len(ids) - 1, size - 1, -1):
+                if ids[end - size : end] == ids[-size:]:
+                    return ids[end : end + min(DRAFT_PER_MATCH * size, MAX_DRAFT)]
+        return []
+
+    rng = np.random.default_rng(alphabet)
+    ids, drafter = rng.integers(0, alphabet, 20).tolist(), Drafter()
+    while len(ids) < 200:
+        assert drafter.propose(ids, 100) == slow(ids)
+        ids += rng.integers(0, alphabet, int(rng.integers(1, 5))).tolist()
+    assert drafter.propose(ids, 1) == slow(ids)[:1] and drafter.propose(ids, 0) == []
+
+
+@pytest.mark.parametrize("text", [[7] * 20_000, list(range(20_000)), [1, 2, 3] * 7000])
+def test_the_drafter_s_memory_is_proportional_to_the_text(text):
+    drafter = Drafter()
+    for end in range(1, len(text), 997):
+        drafter.propose(text[:end], 8)
+    assert len(drafter._earlier_end) + len(drafter._last_end) <= 2 * len(text)
 
 
 def test_engine_logits_are_those_of_the_backend():

@@ -15,8 +15,10 @@ from codegemma.native import PAGE, Logits, Page
 from codegemma.tokenizer import StreamDecoder, Tokenizer
 
 Stop = Literal["end", "stop_text", "length", "cancelled"]
-DRAFT_TOKENS = (4, 15)  # how long a draft is: normally, and after one that was accepted completely
-MATCH_TOKENS = 3  # how many of the last tokens must have occurred before, in this order, for a draft
+MAX_DRAFT = 15  # tokens
+DRAFT_PER_MATCH = 2  # drafted tokens for each token of the match
+MIN_MATCH, MAX_MATCH = 2, 16  # how many tokens must match for a draft; how many are compared
+MAX_PLACES = 256  # how many earlier places are compared with the end of the text
 MAX_PAUSE = 32  # the most tokens that are generated without a draft after refused ones
 
 
@@ -190,27 +192,50 @@ class StopText:
 
 
 class Drafter:
-    """n-gram speculation: drafts what followed the last MATCH_TOKENS ids when they occurred before."""
+    """Speculation: drafts what followed the longest end of the text that occurs in it before.
+
+    Of equally long matches the last one counts. The longer the match, the longer the draft (suffix decoding,
+    arXiv 2411.04975). The places of a pair of tokens form a chain, from the last to the first: the memory is
+    proportional to the text, and so is the time to enter it.
+    """
 
     def __init__(self) -> None:
-        self._last_end: dict[tuple[int, ...], int] = {}  # n-gram -> index after its last occurrence
-        self._indexed = MATCH_TOKENS  # the next index to enter into `_last_end`
-        self._length, self._pause, self._misses = DRAFT_TOKENS[0], 0, 0
+        self._last_end: dict[tuple[int, ...], int] = {}  # pair -> index after its last occurrence
+        # [end]: the index after the occurrence before the one that ends there, of the same pair; 0: none
+        self._earlier_end = [0] * MIN_MATCH
+        self._pause, self._misses = 0, 0
 
     def propose(self, ids: list[int], max_tokens: int) -> list[int]:
-        """A guess of the next tokens, at most `max_tokens`; [] where there is none."""
-        for end in range(self._indexed, len(ids)):
-            self._last_end[tuple(ids[end - MATCH_TOKENS : end])] = end
-        self._indexed = max(self._indexed, len(ids))
+        """A guess of the next tokens, at most `max_tokens`; [] where there is none.
+
+        `ids` are those of the last call and what follows them.
+        """
+        for end in range(len(self._earlier_end), len(ids)):
+            pair = tuple(ids[end - MIN_MATCH : end])
+            self._earlier_end.append(self._last_end.get(pair, 0))
+            self._last_end[pair] = end
         if self._pause > 0:
             self._pause -= 1
             return []
-        start = self._last_end.get(tuple(ids[-MATCH_TOKENS:]))
-        return [] if start is None or max_tokens <= 0 else ids[start : start + min(self._length, max_tokens)]
+        start, size = self._longest_match(ids)
+        return ids[start : start + max(0, min(DRAFT_PER_MATCH * size, MAX_DRAFT, max_tokens))]
+
+    def _longest_match(self, ids: list[int]) -> tuple[int, int]:
+        """The index after the last of the longest matches, and its length; 0 and 0 where nothing matches."""
+        best, size = 0, 0
+        end = self._last_end.get(tuple(ids[-MIN_MATCH:]), 0)
+        for _ in range(MAX_PLACES):
+            if not end or size == MAX_MATCH:
+                break
+            length = MIN_MATCH
+            while length < min(MAX_MATCH, end) and ids[end - 1 - length] == ids[-1 - length]:
+                length += 1
+            if length > size:
+                best, size = end, length
+            end = self._earlier_end[end]
+        return best, size
 
     def record(self, drafted: int, accepted: int) -> None:
-        """A draft that was accepted completely makes the next one longer; the more in a row were refused
-        completely, the longer no draft is made."""
-        self._length = DRAFT_TOKENS[1] if accepted == drafted else DRAFT_TOKENS[0]
+        """The more drafts in a row were refused completely, the longer no draft is made."""
         self._misses = self._misses + 1 if accepted == 0 else 0
         self._pause = min(2**self._misses, MAX_PAUSE) if self._misses > 1 else 0
