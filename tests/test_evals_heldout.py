@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("tree_sitter")
@@ -81,6 +83,41 @@ def test_means_are_those_of_the_answers(tokenizer):
         assert means["ended"] == ended / 30
         single = report[layout]["single-line"]["exact"]
         assert single["low"] < single["mean"] <= single["high"]
+
+
+def test_holes_inside_words_arguments_and_strings(tokenizer):
+    text = TEXT.replace("return a\n", "return max(a, b, key='the larger one')\n")
+    documents = [replace(each, text=text.replace("max", f"max{i}")) for i, each in enumerate(DOCUMENTS)]
+    holes = heldout.holes(documents, tokenizer, 30, kinds=heldout.EDITOR_KINDS)
+    assert [sum(hole.kind == kind for hole in holes) for kind in heldout.EDITOR_KINDS] == [10, 10, 10]
+    for hole in holes:
+        around = hole.prefix[-1:] + hole.middle
+        assert {
+            "word": around.isidentifier() or around.isalnum(),
+            "argument": hole.suffix[:1] in ",)" and "\n" not in hole.middle,
+            "string": "'" in hole.suffix.split("\n")[0] and "\n" not in hole.middle,
+        }[hole.kind], hole
+    report = heldout.measure(Oracle(tokenizer, holes), holes)
+    assert report["psm"]["word"]["exact"]["mean"] == report["spm"]["python"]["exact"]["mean"] == 1
+
+
+def test_what_the_prefix_alone_gives_is_cut_at_the_true_length(tokenizer):
+    holes = heldout.holes(DOCUMENTS, tokenizer, 30)
+
+    class Model:
+        """Goes on as the file does, without end; past a hole of several lines with something else."""
+
+        def __init__(self):
+            self.tokenizer = tokenizer
+
+        def sample(self, prompts, decoding):
+            for i, hole in enumerate(holes):
+                assert not parse_fim(tokenizer, prompts[i]).suffix
+                yield i, 0, output_of("\0" * ("\n" in hole.middle) + hole.middle + hole.suffix, "length")
+
+    answers = heldout.left_to_right_cut(Model(), holes)
+    assert [answer["exact"] for answer in answers] == ["\n" not in hole.middle for hole in holes]
+    assert all(len(answer["text"]) == len(hole.middle) for answer, hole in zip(answers, holes, strict=True))
 
 
 def test_left_to_right_scores_each_token_after_bos_once(tokenizer):

@@ -41,8 +41,14 @@ def documents(rows: Path) -> list[Document]:
 
 
 def held_out(model: LocalModel, held: list[Document], holes: int, plain: int) -> dict[str, Any]:
-    """Scores on held-out code: of `holes` holes in each FIM order, and of `plain` documents left to right."""
-    report = heldout.measure(model, heldout.holes(held, model.tokenizer, holes)) if holes else {}
+    """Scores on held-out code: of `holes` holes in each FIM order, of as many inside words, arguments and
+    strings ("inside"), and of `plain` documents left to right."""
+    report: dict[str, Any] = {}
+    if holes:
+        report = heldout.measure(model, heldout.holes(held, model.tokenizer, holes))
+        inside = heldout.holes(held, model.tokenizer, holes, kinds=heldout.EDITOR_KINDS)
+        report["inside"] = heldout.measure(model, inside)
+        report["inside"]["cut"] = heldout.left_to_right_cut(model, inside)
     return report | ({"left_to_right": heldout.left_to_right(model, held, plain)} if plain else {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -15,8 +16,9 @@ from codegemma.evals.task import Decoding, EvaluatedModel, interval
 from codegemma.prompts import Layout, fim_stops, fim_training, plain
 from codegemma.prompts import fim as fim_prompt
 
-Kind = Literal["single-line", "multi-line", "random"]
+Kind = Literal["single-line", "multi-line", "random", "word", "argument", "string"]
 KINDS: tuple[Kind, ...] = ("single-line", "multi-line", "random")
+EDITOR_KINDS: tuple[Kind, ...] = ("word", "argument", "string")  # what the cursor is in; see data/holes.py
 MAX_TOKENS = 128
 BATCH = 64  # holes that are completed, then scored while the cache still holds their prompts
 LAYOUTS: tuple[Layout, ...] = ("psm", "spm")
@@ -31,6 +33,7 @@ class Hole:
     middle: str
     suffix: str
     path: str | None
+    language: str = ""
 
     def prompt(self, model: EvaluatedModel, layout: Layout) -> list[int]:
         """The ids of the fill-in-the-middle prompt; layout "prefix" leaves the suffix out."""
@@ -44,28 +47,34 @@ def holes(
     count: int,
     seed: int = 0,
     tokens: tuple[int, int] = (192, 384),
+    kinds: tuple[Kind, ...] = KINDS,
 ) -> list[Hole]:
-    """`count` holes, a third of each kind, in prompts of tokens[0] to tokens[1] tokens.
+    """`count` holes, as many of each of `kinds` (KINDS or EDITOR_KINDS), in prompts of tokens[0] to tokens[1]
+    tokens.
 
     They depend on the documents and the seed alone, not on the order of the documents.
     """
-    recipe = FimRecipe(1.0, 0.5, tokens[1] + 1, seed, -1, window=tokens, stride=1500)
+    shares: Any = () if kinds == KINDS else tuple((kind, 1 / len(kinds)) for kind in kinds)
+    recipe = FimRecipe(1.0, 0.5, tokens[1] + 1, seed, -1, window=tokens, stride=1500, kinds=shares)
     drawn = [
         (Draw("hole", seed, example.document.name, example.offset).uniform(), example)
         for example in fim(documents, tokenizer, recipe)
     ]
-    by_kind: dict[Kind, list[Hole]] = {kind: [] for kind in KINDS}
+    by_kind: dict[str, list[Hole]] = {kind: [] for kind in kinds}
     for uniform, example in sorted(drawn, key=lambda pair: pair[0]):
         text, split = example.document.text[example.offset : example.offset + example.size], example.split
         middle = text[split.start : split.end]
-        kind: Kind = "multi-line" if "\n" in middle.strip("\n") else "single-line"
-        if split.kind == "characters":
+        kind: Any = "multi-line" if "\n" in middle.strip("\n") else "single-line"
+        if kinds != KINDS:
+            kind = split.kind
+        elif split.kind == "characters":
             kind = "random"
-        if len(by_kind[kind]) < -(-count // len(KINDS)):
+        if kind in by_kind and len(by_kind[kind]) < -(-count // len(kinds)):
             # Half of the holes name their path, by the draw's 6th decimal: the first decimals have already
             # decided which holes are taken.
             path = example.document.path if uniform * 1e6 % 2 < 1 else None
-            by_kind[kind].append(Hole(kind, text[: split.start], middle, text[split.end :], path))
+            language = example.document.language
+            by_kind[kind].append(Hole(kind, text[: split.start], middle, text[split.end :], path, language))
     return list(chain.from_iterable(by_kind.values()))[:count]
 
 
@@ -79,9 +88,21 @@ def complete(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> li
             "text": output.text,
             "exact": output.text == middle,
             "stopped": output.stop_reason == "token",
-            "similarity": SequenceMatcher(None, output.text, middle, autojunk=False).ratio(),
+            "similarity": _similarity(output.text, middle),
         }
     return answers
+
+
+def left_to_right_cut(model: EvaluatedModel, holes: Sequence[Hole]) -> list[dict[str, Any]]:
+    """Greedy continuations of the prefix alone, cut at the middle's length: exact and similarity.
+
+    What a model that knows no suffix can do at most, as it is told how long the middle is.
+    """
+    answers = complete(model, holes, "prefix")
+    for hole, answer in zip(holes, answers, strict=True):
+        text = answer["text"][: len(hole.middle)]
+        answer |= {"text": text, "exact": text == hole.middle, "similarity": _similarity(text, hole.middle)}
+    return [{key: answer[key] for key in ("text", "exact", "similarity")} for answer in answers]
 
 
 def likelihood(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> list[dict[str, Any]]:
@@ -125,7 +146,7 @@ def answers(model: EvaluatedModel, holes: Sequence[Hole], layout: Layout) -> lis
 def measure(
     model: EvaluatedModel, holes: Sequence[Hole], layouts: Sequence[Layout] = LAYOUTS
 ) -> dict[str, Any]:
-    """Means with 95 % intervals by layout and kind of hole, and the figures of each hole ("each").
+    """Means with 95 % intervals by layout, kind of hole and language, and the figures of each hole ("each").
 
     "gain" is how much likelier (nats) a hole's middle is when the model sees the suffix.
     """
@@ -136,11 +157,18 @@ def measure(
         for row, other in zip(rows, without_suffix, strict=True):
             row["gain"] = row["logp"] - other["logp"]
         report[layout] = {"all": _means(rows)}
-        for kind in KINDS:
-            if group := [row for row, hole in zip(rows, holes, strict=True) if hole.kind == kind]:
-                report[layout][kind] = _means(group)
+        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row, hole in zip(rows, holes, strict=True):
+            groups[hole.kind].append(row)
+            groups[hole.language].append(row)
+        report[layout] |= {name: _means(group) for name, group in groups.items() if name}
         report[layout]["each"] = rows
     return report
+
+
+def _similarity(text: str, middle: str) -> float:
+    """The share of equal characters, 0 to 1."""
+    return SequenceMatcher(None, text, middle, autojunk=False).ratio()
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
