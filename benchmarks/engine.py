@@ -99,8 +99,8 @@ def weights_bytes(model: codegemma.Model) -> tuple[float, float]:
 
 
 def limits(threads: int, level: str) -> dict[str, float]:
-    """The machine's limits: GB/s read, and GOP/s of products on `peak`, the level's own factors, on int8 in
-    vectors, and on bfloat16 (0 without such instructions)."""
+    """The machine's limits: "bandwidth" is GB/s read; the others are GOP/s of products, "peak" with the
+    level's own factors, "int8" in vectors, "bfloat16" in any way (0 without such instructions)."""
     bandwidth, peak = measure(threads, level)
     is_amx = level == "amx"
     int8 = measure(threads, "avx512")[1] if is_amx else peak
@@ -186,7 +186,7 @@ def beside_peers(path: Path, rounds: int, threads: int) -> str:
     with ExitStack() as stack:
 
         def attempt(name: str, action: Callable[[], Any]) -> Any:
-            """The result of the action; None if it fails, which is the reason why the peer is missing."""
+            """The result of the action; None if it fails: its error is then why the peer is missing."""
             try:
                 return action()
             except PEER_FAILURES as error:

@@ -268,7 +268,7 @@ def _rename(part: Path, path: Path, replace: bool) -> None:
     """Renames a complete file to `path`. Unless `replace`, raises FileExistsError where anything is there."""
     if not replace:
         try:
-            os.link(part, path)  # fails where the name is taken, which no rename does on every system
+            os.link(part, path)  # fails where the name is taken; on most systems, a rename would not
         except FileExistsError:
             raise
         except OSError:  # a file system without links: an empty file takes the name first
@@ -313,7 +313,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """A directory to fill, renamed to `path` when the block succeeds and removed when it raises.
 
     A link is followed, and an empty directory at `path` is replaced; with `replace`, whatever is there is.
-    Otherwise raises FileExistsError if anything else is there by the end of the block."""
+    Without `replace`, raises FileExistsError if anything else is there by the end of the block."""
     path = Path(os.path.realpath(path))
     part = _part(path, _unique_mark())
     with _naming(path, part):
@@ -330,7 +330,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def _rename_directory(part: Path, path: Path) -> None:
-    """Renames a directory. Raises FileExistsError where there is anything but an empty directory."""
+    """Renames a directory. Raises FileExistsError where `path` is anything but an empty directory."""
     try:
         if path.exists():
             path.rmdir()

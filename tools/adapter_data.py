@@ -89,7 +89,7 @@ PHASES |= {
 }
 _FIRST_EDITION = tuple(PHASES)
 # The second edition: the editor's recipe over all packages, in languages that have a grammar. With the seed
-# and share of the phases above it holds out the repositories that they do.
+# and share of the phases above, it holds out the same repositories as they.
 PHASES |= {
     "second": replace(
         named_recipe("editor"),
@@ -117,7 +117,7 @@ _SMALL = {
 }
 # More packages of that kind: those after this line of the list. Phases before K do not use them.
 _FROM_K = "# for phases K and L:"
-# Packages in other languages than Python, after the next such line, are the second edition's alone.
+# The packages after the next such line, most of them for other languages, are the second edition's alone.
 _FROM_SECOND = "# for the second edition:"
 _OF_K, _, _OF_SECOND = LIST.read_text().partition(_FROM_K)[2].partition(_FROM_SECOND)
 _MORE = {line.split()[1] for line in _OF_K.splitlines() if line}

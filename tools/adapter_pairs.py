@@ -3,9 +3,9 @@
     python tools/adapter_pairs.py ROWS... --out pairs.jsonl [--adapter NAME] [--holes 2000] [--samples 2]
     codegemma train --preferences pairs.jsonl --adapter ADAPTER --likelihood 1 --out preferred
 
-ROWS are folders of training rows, never of evaluation. The true middle with its terminator is `chosen`; the
-model's answers, greedy and sampled, that run on, are cut short or repeat the suffix are `rejected`. The same
-rows, model and seed give the same bytes.
+ROWS are folders of training rows, never of evaluation. The true middle with its terminator is `chosen`. Of
+the model's answers, greedy and sampled, those that run on, are cut short or repeat the suffix are `rejected`.
+The same rows, model and seed give the same bytes.
 """
 
 from __future__ import annotations

@@ -291,8 +291,8 @@ def write(
         end = -(-spans[-1][1] // alignment) * alignment
     head = b"GGUF" + _U32.pack(3) + _U64.pack(len(tensors)) + _U64.pack(len(metadata)) + b"".join(entries)
     head += bytes(-len(head) % alignment)
-    unfinished: Any = atomic_write if stamp is None else partial(resumable_write, stamp=stamp)
-    with unfinished(path, replace=replace) as file:
+    open_to_write: Any = atomic_write if stamp is None else partial(resumable_write, stamp=stamp)
+    with open_to_write(path, replace=replace) as file:
         complete = 0 if stamp is None or file.read(len(head)) != head else file.seek(0, 2)
         file.seek(0)
         file.write(head)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typer import _completion_shared
 
-# As typer's own, but for a command like ~/bin/codegemma, whose ~ the shell has not replaced yet, and for the
-# words of errors, which would be printed into the line that is being typed.
+# It differs from typer's own in two things. A ~ at the start of the command, which the shell has not replaced
+# yet, is replaced; and errors are dropped, since they would be printed into the line that is being typed.
 BASH = """
 %(complete_func)s() {
     local IFS=$'\\n' program=$1

@@ -35,7 +35,10 @@ def problems(path: Path) -> Iterator[str]:
             if not file.is_file():
                 yield f"{match[2]} is missing, which {SUMS} names: download or convert it again"
             elif _sha256(file) != match[1]:
-                yield f"{match[2]} was changed or damaged after {SUMS}: download or convert it again"
+                yield (
+                    f"{match[2]} was changed or damaged after {SUMS} was written: "
+                    "download or convert it again"
+                )
     for file in [path] if path.is_file() else sorted(folder.glob("*.ckpt")):
         if zipfile.is_zipfile(file):
             yield from _zip_problems(file)

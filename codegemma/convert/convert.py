@@ -105,10 +105,10 @@ def convert(
     }
     files.remove_leftovers(target.parent)
     _check_disk(target, sum(tensor.nbytes for tensor in tensors.values()))
-    read = replace(checkpoint, tensors=_with_progress(tensors, progress))
+    new_checkpoint = replace(checkpoint, tensors=_with_progress(tensors, progress))
     try:
         with nullcontext(target) if to in SINGLE_FILES else files.atomic_directory(target, overwrite) as path:
-            save(to, path, read, stamp, overwrite)
+            save(to, path, new_checkpoint, stamp, overwrite)
             if path != target:
                 _target_format(target, to, overwrite)  # again, before it is replaced
     except FileExistsError as error:

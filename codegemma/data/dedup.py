@@ -88,7 +88,10 @@ def band_keys(signature: np.ndarray) -> np.ndarray:
 
 
 def candidates(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Pairs [n, 2] of documents that share a key, smaller first, sorted, unique; keys[i]: documents[i]'s."""
+    """Pairs [n, 2] of documents that share a key, smaller first, sorted, unique.
+
+    keys[i] is a key of documents[i].
+    """
     order = np.lexsort((documents, keys))
     keys, documents = keys[order], documents[order]
     count = len(keys)

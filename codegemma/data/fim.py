@@ -45,7 +45,7 @@ PARTS: frozenset[Label] = frozenset({"prefix", "suffix", "middle", "terminator"}
 FUNCTION_SHARE = 0.25  # of the windows show only the function around the hole
 MAX_DRAWS = 16  # attempts to draw a hole that fits its window
 MAX_CHARACTERS_PER_TOKEN = 5
-MIN_CONTEXT_TOKENS = 48  # that the files in front of a window may take
+MIN_CONTEXT_TOKENS = 48  # least room that is drawn for the files in front of a window
 MAX_CONTEXT_FILES = 3  # in front of a window
 
 
@@ -68,7 +68,7 @@ class FimRecipe:
     path_rate: float = 1.0  # share of the windows that begin with their path
     kinds: tuple[tuple[Kind, float], ...] = ()  # each kind's share of the holes; empty: those of splits.py
     context_rate: float = 0.0  # share of the windows with other files in front of them
-    context_tokens: int = 640  # of these files, at most
+    context_tokens: int = 640  # at most, of these files and the document's own path
 
     def __post_init__(self) -> None:
         for name in ("fim_rate", "spm_rate", "path_rate", "context_rate"):
@@ -302,17 +302,17 @@ class _ExampleMaker:
         return hole.start - len(tokenizer.decode(prefix)), hole.end + len(tokenizer.decode(suffix))
 
     # --------------------------------------------------------------------------------- files in front
-    def context(self, window: int) -> tuple[File, ...]:
-        """The files in front of a window: the last of `files`, one to MAX_CONTEXT_FILES.
+    def context(self, offset: int) -> tuple[File, ...]:
+        """The files in front of the window at `offset`: the last of `files`, one to MAX_CONTEXT_FILES.
 
-        Each is there from its start, whole or as many lines as there is room for in the drawn number of
-        tokens, which hold the document's own path too.
+        Each is there from its start, whole or as many lines as there is room for. The room is a drawn number
+        of tokens; with those of the document's own path, it is at most the recipe's `context_tokens`.
         """
-        draw = self.draw("context", window)
+        draw = self.draw("context", offset)
         if not self.files or draw.uniform() >= self.recipe.context_rate:
             return ()
-        most = self.recipe.context_tokens - len(self.tokenizer.encode(f"{self.document.path}\n"))
-        room = min(MIN_CONTEXT_TOKENS, most) + draw.below(max(0, most - MIN_CONTEXT_TOKENS) + 1)
+        max_tokens = self.recipe.context_tokens - len(self.tokenizer.encode(f"{self.document.path}\n"))
+        room = min(MIN_CONTEXT_TOKENS, max_tokens) + draw.below(max(0, max_tokens - MIN_CONTEXT_TOKENS) + 1)
         count = 1 + draw.below(min(len(self.files), MAX_CONTEXT_FILES))
         shown: list[File] = []
         for remaining, file in zip(range(count, 0, -1), reversed(self.files), strict=False):
@@ -323,8 +323,10 @@ class _ExampleMaker:
         return tuple(reversed(shown))
 
     def head_of(self, file: File, room: int) -> tuple[File, int]:
-        """The start of a file that fits `room` tokens, with its path and separator, and its tokens; 0: none
-        does."""
+        """(the start of a file, how many tokens it takes with its path and separator), at most `room`.
+
+        0 tokens: no line of the file fits.
+        """
         limit = min(MAX_FILE_CHARACTERS, MAX_CHARACTERS_PER_TOKEN * room)
         while (text := file_head(file.text, limit)).strip():
             cut = File(file.path, text)

@@ -68,8 +68,8 @@ class BuildRecipe(fim.FimRecipe):
 def even_strides(characters: Mapping[str, int], stride: int) -> dict[str, int]:
     """Characters for one window in each language, given how many characters of code it has.
 
-    There are as many windows as with one `stride` for all, and each language has an even share of them. A
-    language of little code has one for MIN_STRIDE characters, and the others share the rest.
+    There are as many windows as with one `stride` for all, and each language has an equal share of them. A
+    language of little code has fewer: one for each MIN_STRIDE characters. The others share the rest.
     """
     windows, least, strides = sum(characters.values()) / stride, min(MIN_STRIDE, stride), dict[str, int]()
     by_size = sorted(characters.items(), key=lambda item: (item[1], item[0]))

@@ -40,7 +40,7 @@ Kind = Literal[
     "typed word",
     "word",
     "empty",
-]  # those of the last two lines are cut in holes.py
+]  # those after "whole" are cut in holes.py
 KINDS: dict[Kind, float] = {
     "node": 0.35,
     "siblings": 0.20,
@@ -227,7 +227,7 @@ def draw_lines(spans: list[tuple[int, int]], draw: Draw, limit: int, last: bool 
 
 
 def log_uniform(draw: Draw, limit: int) -> int:
-    """In 1 to `limit`, on a log scale: half of the numbers lie below the root of `limit`."""
+    """A number from 1 to `limit`, even on a log scale: half of the draws lie below the root of `limit`."""
     return max(1, min(limit, int(math.exp(draw.uniform() * math.log(limit + 1)))))
 
 

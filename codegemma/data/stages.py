@@ -401,7 +401,7 @@ class RowsTask(Task):
 
 
 def _labels(group: pack.ExampleGroup) -> Iterator[str]:
-    """What is counted of each example: "layout psm", "boundary node", "begins with a line break", ..."""
+    """What is counted of each example: "layout psm", "boundary node", "begins line break", ..."""
     for example in group.examples:
         yield f"layout {example.layout}"
         yield f"boundary {example.split.kind}"

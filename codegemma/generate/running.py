@@ -192,7 +192,7 @@ class StopText:
 
 
 class Drafter:
-    """Speculation: drafts what followed the longest end of the text that occurs in it before.
+    """Speculation: drafts what followed the longest end of the text that also occurs earlier in it.
 
     Of equally long matches the last one counts. The longer the match, the longer the draft (suffix decoding,
     arXiv 2411.04975). The places of a pair of tokens form a chain, from the last to the first: the memory is
@@ -201,7 +201,7 @@ class Drafter:
 
     def __init__(self) -> None:
         self._last_end: dict[tuple[int, ...], int] = {}  # pair -> index after its last occurrence
-        # [end]: the index after the occurrence before the one that ends there, of the same pair; 0: none
+        # [end]: where the pair that ends there ended before: the index after it; 0: nowhere
         self._earlier_end = [0] * MIN_MATCH
         self._pause, self._misses = 0, 0
 

@@ -299,7 +299,7 @@ def fetch(
 def _download(
     url: str, part: Path, tag: Path, token: str | None, progress: Callable[[int, int | None], None] | None
 ) -> None:
-    """Makes ATTEMPTS to download `part`. Raises ValueError as `fetch` does."""
+    """Downloads `part`, in at most ATTEMPTS attempts. Raises ValueError as `fetch` does."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _try_to_download(url, part, tag, token, progress)

@@ -10,7 +10,7 @@
 The products and `decode_rows` exist twice. On a CPU they are C++ kernels, called through XLA's foreign
 function interface; a product decodes a panel of blocks once for all tokens. On other devices they are written
 in JAX alone, and tests compare the kernels with that. `attention` and `vocabulary_softmax` have kernels only;
-their reference implementations are `jax.forward.attend` and the loss's pass by chunks. Sums are float32. By
+their reference implementations are `jax.forward.attend` and the loss's pass by chunks. Sums are float32. With
 `jax.default_matmul_precision("bfloat16")`, factors are rounded to bfloat16: always by JAX, but by the kernels
 only where the CPU multiplies bfloat16 (AVX-512 BF16, which is twice as fast, or the tiles of AMX).
 """

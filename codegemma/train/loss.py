@@ -29,7 +29,8 @@ BLOCK = 256  # targets that share one pass over the table
 class Losses(NamedTuple):
     """Each target's negative log-probability in nats (plus z-loss), and whether it was the likeliest.
 
-    `share_errors_M` are those of the horizon head, where there is one (horizon.errors).
+    `share_errors_M` are those of the horizon head, where there is one (horizon.errors). Of pairs of answers,
+    `preference.loss` gives each pair's loss here, and whether its chosen answer has gained.
     """
 
     nats_M: jax.Array

@@ -32,8 +32,8 @@ def with_weights(trainable: Trainable, weights: dict[str, Any]) -> Trainable:
 class Objective:
     """What a step minimises: next-token loss, in which a stop token counts `settings.stop_weight` times.
 
-    With `settings.horizon` the loss of the horizon head is added to it, with that weight. Of rows of pairs it
-    minimises preference.loss instead.
+    With `settings.horizon` the loss of the horizon head is added to it, with that weight. For rows of pairs
+    it minimises preference.loss instead.
 
     In all methods, `trainable` is an adapter or layers over the frozen `base`, or all parameters.
     """
@@ -80,7 +80,7 @@ class Objective:
         config, settings = self.config, self.settings
         lora = trainable if isinstance(trainable, LoraParams) else None
         params: Params = base if lora is not None else trainable  # type: ignore[assignment]
-        remat: Any = settings.remat  # "auto" has been resolved by session.choose_remat
+        remat: Any = settings.remat  # "auto" has been resolved by memory.choose_remat
         hidden_BTD, _ = forward(
             params,
             batch.tokens_BT,

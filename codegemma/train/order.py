@@ -24,7 +24,7 @@ class Microbatch(NamedTuple):
     Only the first `count_C` targets of each part are real; the others are padding.
     """
 
-    tokens_BT: Any  # this and all others: int32 arrays, of NumPy or, on the device, of JAX
+    tokens_BT: Any  # int32, as the next five; all are arrays of NumPy or, on the device, of JAX
     positions_BT: Any
     segments_BT: Any
     index_CM: Any
@@ -194,12 +194,13 @@ def microbatches(
 
 def _pairs(batch: Microbatch, references: Sequence[np.ndarray]) -> Pairs:
     """The pairs of a microbatch, from its rows' segments and references."""
-    (parts, room), (size, length), most = batch.index_CM.shape, batch.tokens_BT.shape, len(references[0])
-    reference_BP = np.full((size, most), np.nan, np.float32)
+    (parts, room), (size, length) = batch.index_CM.shape, batch.tokens_BT.shape
+    max_pairs = len(references[0])
+    reference_BP = np.full((size, max_pairs), np.nan, np.float32)
     reference_BP[: len(references)] = references
     segment_CM = np.take_along_axis(batch.segments_BT.reshape(parts, -1), batch.index_CM, 1)
     is_real_CM = np.arange(room) < batch.count_C[:, None]
-    pair_CM = np.where(is_real_CM, batch.index_CM // length * most + (segment_CM - 1) // 2, 0)
+    pair_CM = np.where(is_real_CM, batch.index_CM // length * max_pairs + (segment_CM - 1) // 2, 0)
     sign_CM = np.where(is_real_CM, np.where(segment_CM % 2, 1, -1), 0)
     reference_CP = reference_BP.reshape(parts, -1)
     return Pairs(pair_CM.astype(np.int32), sign_CM.astype(np.float32), reference_CP)

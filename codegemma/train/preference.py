@@ -84,18 +84,18 @@ def rows(pairs: Sequence[Pair], length: int) -> tuple[list[dict[str, np.ndarray]
         raise ValueError(f"{fault}, which holds the prompt twice: raise --length")
     sizes = [sizes[i] for i in fitting]
     packed = fit(sizes, length)
-    most = max(map(len, packed))
-    made = [
+    max_pairs = max(map(len, packed))
+    packed_rows = [
         {
             "tokens": np.zeros(length, np.int32),
             "loss": np.zeros(length, bool),
             "segments": np.zeros(length, np.uint16),
-            "reference": np.full(most, np.nan, np.float32),
+            "reference": np.full(max_pairs, np.nan, np.float32),
         }
         for _ in packed
     ]
     for number, segment, item, place in places(packed, sizes):
-        row, start = made[number], place.start
+        row, start = packed_rows[number], place.start
         row["reference"][segment - 1] = 0
         for side, (prompt, answer) in enumerate(texts[fitting[item]]):
             end = start + len(prompt) + len(answer)
@@ -103,7 +103,8 @@ def rows(pairs: Sequence[Pair], length: int) -> tuple[list[dict[str, np.ndarray]
             row["loss"][start + len(prompt) : end] = True
             row["segments"][start:end] = 2 * segment - 1 + side
             start = end
-    return [row | {"positions": positions(row["segments"])} for row in made], len(pairs) - len(fitting)
+    unfit = len(pairs) - len(fitting)
+    return [row | {"positions": positions(row["segments"])} for row in packed_rows], unfit
 
 
 def margins(nats_M: jax.Array, pairs: Pairs) -> jax.Array:
@@ -112,7 +113,10 @@ def margins(nats_M: jax.Array, pairs: Pairs) -> jax.Array:
 
 
 def loss(nats_M: jax.Array, pairs: Pairs, settings: TrainingSettings) -> tuple[jax.Array, Losses]:
-    """The sum over the pairs, and for each pair its loss and whether the chosen answer is preferred."""
+    """The sum over the pairs, and for each pair its loss and whether its chosen answer has gained.
+
+    It has gained if log p(chosen) - log p(rejected) is larger than before training.
+    """
     reference_P = pairs.reference_CP.reshape(-1)
     is_pair_P, sign_M = jnp.isfinite(reference_P), pairs.sign_CM.reshape(-1)
     gained_P = jnp.where(is_pair_P, margins(nats_M, pairs) - reference_P, 0)

@@ -48,9 +48,7 @@ class StepReport:
     step: int  # from 1
     steps: int  # of the complete run
     loss: float  # nats per target, or the loss per pair of answers
-    right: (
-        float  # accuracy: the share of targets that were the likeliest token, or of pairs preferred rightly
-    )
+    right: float  # accuracy: share of targets that were the likeliest token, or of pairs that gained
     ends: float | None  # accuracy at stop tokens; None where no target is one
     targets: int  # or pairs
     tokens: int  # of this step
@@ -98,7 +96,7 @@ def trim_heap() -> None:
 def target_sums(batch: Microbatch, losses: Losses, stop_ids: Sequence[int]) -> np.ndarray:
     """Sums over a microbatch's real targets, or over its pairs of answers, float64 [SUMS].
 
-    How many targets there are, their nats, and how many were the likeliest token (or preferred); how many of
+    How many targets there are, their nats, and how many were the likeliest token (or gained); how many of
     the targets are stop tokens, and how many of those were the likeliest token; how many have a share of a
     middle to come, and the errors of these shares.
     """
@@ -177,9 +175,9 @@ class Session:
         self.store.close()
 
     def _set_references(self, start: Trainable) -> None:
-        """Puts into rows of pairs how far apart the model holds their answers before the first step.
+        """Puts log p(chosen) - log p(rejected) before the first step into the rows of pairs.
 
-        That is computed once, by the weights at the `start`, and kept in the run's folder.
+        It is computed once, by the weights at the `start`, and kept in the run's folder.
         """
         folders = [rows for rows in (*self.order.folders, *self.held_out) if "reference" in rows[0]]
 
@@ -248,10 +246,10 @@ class Session:
     ) -> Iterator[StepReport]:
         """Trains to the end of the run and reports each step.
 
-        `save_result` is called at each new best loss on the held-out rows or, without such rows, at each
-        checkpoint, and there too with `settings.average` above 1. At `until`, on the clock of time.monotonic,
-        the run ends early, but after at least one step. Once `stop` is set, it ends at the next microbatch;
-        the steps so far are kept, to be resumed.
+        `save_result` is called at each checkpoint. Only where there are held-out rows and `settings.average`
+        is 1, it is called at each new best loss on these rows instead. At `until`, on the clock of
+        time.monotonic, the run ends early, but after at least one step. Once `stop` is set, it ends at the
+        next microbatch; the steps so far are kept, to be resumed.
         """
         settings, state, store = self.settings, self.state, self.store
         keeps_best = self.held_out and settings.average == 1

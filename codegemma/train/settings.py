@@ -43,7 +43,7 @@ class TrainingSettings:
     z: float = 0.0  # weight of the z-loss
     horizon: float = 0.0  # weight of the loss of horizon.py; the paper's is 0.1
     beta: float = 0.1  # of the loss of preference.py: how soon a preference is strong enough
-    likelihood: float = 0.0  # weight of the chosen answer's mean loss beside it
+    likelihood: float = 0.0  # weight of the chosen answer's mean loss, beside that of preference.py
     stop_weight: float = 1.0  # weight w of the loss at a stop token; it raises that logit by about log w
     vocabulary: int | None = None  # tokens that estimate the normaliser (order.Sample); None: all, exactly
     micro_tokens: int = 2048  # of a microbatch
@@ -52,7 +52,7 @@ class TrainingSettings:
     patience: int = 0  # evaluations without a better loss before the run stops; 0: never
     save_every: int = 20  # steps between checkpoints
     keep: int = 2  # how many of the newest checkpoints to keep
-    average: int = 1  # the result is the mean of the weights at so many of the newest checkpoints
+    average: int = 1  # the result is the mean of the weights at this many of the newest checkpoints
     seed: int = 0
     remat: Literal["auto", "none", "products", "layer"] = "none"  # auto: see memory.choose_remat
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations

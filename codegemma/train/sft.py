@@ -79,7 +79,7 @@ def parsed(
 
 
 class BadLine(ValueError):
-    """A line of a known form that holds no dialogue to learn from; lines are counted by its message."""
+    """A line of a known form that holds nothing to learn from; lines are counted by this error's message."""
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -171,7 +171,7 @@ def _tune(
     seconds = 60 * options.minutes
     out, work = options.folder, options.work
     if any(out.iterdir()) and not work.exists():
-        raise ValueError(f"{out} exists: choose another folder with --out")
+        raise ValueError(f"{out} is not empty: choose another folder with --out")
     if (work / "ready").exists() and not options.resume:
         raise ValueError(f"{out} holds an interrupted run: pass --resume to continue it, or another folder")
     engine = load(options.model)

@@ -12,7 +12,7 @@ namespace cg {
 namespace {
 
 constexpr int64_t MIN_ROWS = 512, MIN_QUERIES = 128;  // of a block: query rows (tokens x heads), tokens
-constexpr int64_t LANES = 16;                         // of the widest vector: rows of scores are padded to them
+constexpr int64_t LANES = 16;                         // of the widest vector: each row of scores is padded to whole ones
 constexpr int64_t TARGETS = 1024, CHUNK = 4096;       // logits computed at once: 16 MB
 
 void each_row(Pool& pool, int64_t rows, const std::function<void(int64_t)>& body) {
@@ -73,7 +73,7 @@ struct BlockedAttention {
   }
   Weight of_rows(const float* x) const { return {F32_T, (const uint8_t*)x, rows(), s.H, 4 * s.H}; }
   int64_t first_key() const { return ((p.b * s.T + p.k0) * s.K + p.head) * s.H; }
-  // out [rows, stride] = x [rows, H] times keys; out [rows, H] = weights times values
+  // score: out [rows, stride] = x [rows, H] times the transpose of keys; weigh: out [rows, H] = weights times values
   void score(const float* x, const Weight& keys, float* out) {
     multiply(workers, {.a = x, .c = out, .w = keys, .T = rows(), .first = 0, .count = p.keys, .by_rows = false,
                        .bfloat16 = s.bfloat16, .c_stride = stride()});

@@ -8,7 +8,7 @@
 namespace cg {
 namespace CG_LEVEL {
 
-// Shifts, on x86 of 16-bit words. Callers mask off the bits that come from the neighbouring byte.
+// Shifts, of 16-bit words except on NEON: callers mask off the bits that come from the neighbouring byte.
 #if defined(CG_NEON)
 CG_INLINE u8x32 bytes(const uint8_t* p) { return {vld1q_u8(p), vld1q_u8(p + 16)}; }
 template <int N> CG_INLINE u8x32 shift_right(u8x32 v) { return {vshrq_n_u8(v.low, N), vshrq_n_u8(v.high, N)}; }
@@ -92,7 +92,7 @@ struct KScales {
 };
 // What a type's `sub_scales` returns: a signed byte for each of its 16 scales (SUB = 32: 8), and for its minima if it has any.
 struct SubScales { uint64_t sc[2], mn[2]; };
-// A word for each 16 weights.
+// Signed bytes as 16-bit words, one for each 16 weights: by SUB 32, each byte twice.
 typedef int16_t i16x16 __attribute__((vector_size(32)));
 template <int SUB> CG_INLINE i16x16 words(const uint64_t bytes[2]) {
 #if CG_X86

@@ -2,6 +2,7 @@
 // multiplied and added, never contracted, in eight chains by block index (chain = block % 8), which are added in one fixed
 // order. So one token and many, one thread and two, AVX-512 and plain C++ give the same product. The build sets
 // -ffp-contract=off. Float weights, norms and attention use fma: equal for any batch and threads, but not across levels.
+// Level amx has numerics v2 for its products and attention instead: tile_product.cpp, tile_attention.h.
 #include "kernels.h"
 #include "blocks.h"
 #if defined(CG_AMX)
@@ -155,7 +156,7 @@ void quantise(const Activations& a, int t0, int t1) {
 }
 
 // ------------------------------------------------------------------------------------------------ few tokens
-// A row of weights is read once for all tokens. Eight consecutive blocks, which are the eight chains, share a vector.
+// A row of weights is read once for all tokens. Eight consecutive blocks, one of each chain, share a vector.
 // ORDER gives the block of each lane; scales and sums of activations have the same order.
 constexpr int AHEAD = 8192;  // bytes from what is read to what is prefetched
 #if CG_X86
@@ -253,8 +254,8 @@ template <class Q, int T> void few32(const Product& p, const Activations& a, int
       eight_blocks<Q, T>(group, a, g, acc);
     }
     if (blocks % 8) {
-      // A short group reads on into the next row: the activations and scales of those blocks are zero. Behind the last row
-      // there is nothing to read, so its blocks are copied.
+      // A short group reads on into the next row: there the activations and their scales are zero. Behind the last row there
+      // is nothing to read, so its blocks are copied.
       const uint8_t* group = row + full_groups * 8 * Q::BYTES;
       uint8_t rest[8 * Q::BYTES];
       if ((r + 1) * p.w->row_bytes + 8 * Q::BYTES > p.w->rows * p.w->row_bytes) {
@@ -304,7 +305,8 @@ using Partial = Iv;
 #endif
 struct Lanes { Partial products, mins; };
 #if CG_X86
-// `sc`: the eight scales of the eight vectors, repeated in each 128-bit lane (see dot256); `mn`: one for each sum of 16.
+// `sc`: in each 128-bit lane, eight scales: of that half of each of the eight vectors (dot256; by SUB 32, both halves have the
+// same). `mn`: one for each sum of 16.
 struct Scales { __m256i sc, mn; };
 template <class Q> CG_INLINE void read_scales(const uint8_t* b, Scales& scales) {
   auto& [sc, mn] = scales;
@@ -413,7 +415,8 @@ template <class T> CG_INLINE const T* lane(const void* base, int64_t g0, int v, 
 }
 
 // Adds to total[r][v] the products of N bytes of row r, from byte k on, with those of the tokens of vector v. `widen` gets sums
-// and the rows that they belong to: r twice, but with I8MM the two rows whose tiles `total` then holds (simd.h).
+// and the two rows that they belong to: twice the same row, but with I8MM a pair of rows, since `total` then holds tiles of
+// two rows (`untile` in simd.h).
 template <class D, int G, int N, class Widen>
 CG_INLINE void add_dots(const uint8_t* q, const int8_t* x, int64_t P, int64_t g0, int64_t k, Iv (*total)[G * NV], Widen widen) {
   constexpr int VT = G * NV, HALVES = DEPTH / 4, STEPS = std::min(D::STEPS, N / DEPTH);
@@ -733,9 +736,9 @@ constexpr int CHUNK = 32;  // keys widened to float32 at a time: 32 KB at head w
 constexpr float MASKED = -INFINITY;
 
 struct Rows {              // the query rows of one task, in scratch, padded to fours or whole tiles
-  int n, padded, P;        // rows; head width padded to 2 FW
+  int n, padded, P;        // rows; the same padded; head width padded to 2 FW
   float *q, *scores, *values, *merged, *wide;
-  uint16_t *queries, *weights;  // as factors of tiles
+  uint16_t *queries, *weights;  // in bfloat16, as first factors (tiles.h)
   float top[ROWS], total[ROWS], merged_top[ROWS], merged_total[ROWS];
   int position[ROWS];
 };
@@ -831,7 +834,7 @@ CG_INLINE void merge_row(float* into, float& top, float& total, const float* fro
 template <class L> CG_INLINE const uint8_t* keys_from(const Attention& a, const AttentionTask& t, int key) {
   return (const uint8_t*)t.pages[key / PAGE] + a.layer_offset + ((int64_t)t.kv_head * PAGE + key % PAGE) * a.width * L::BYTES;
 }
-// Scores against keys begin .. end of the span that starts at `base`; values = weights * V over the same keys.
+// span_scores: the scores against keys begin .. end of the span that starts at `base`. span_values: weights * V over the same.
 template <class L> CG_INLINE void span_scores(const Attention& a, const AttentionTask& t, Rows& s, int base, int begin, int end) {
   const bool direct = s.padded == 4 && s.P == a.width;  // for only four rows, widening costs more than it saves
   for (int key = begin; key < end; key += CHUNK) {

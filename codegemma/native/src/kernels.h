@@ -76,7 +76,7 @@ struct AdapterTerms {
   const std::atomic<int>* pending = nullptr;  // tasks that still compute parts of h
 };
 
-// One product: rows r0 .. r1 of a weight (in the gated form also of `gate`) times every token, to out[t, column + r].
+// One product: rows r0 .. r1 of a weight (in the gated form also of `gate`) times every token, to out[t, r].
 struct Product {
   const Weight* w;
   const Weight* gate;       // if set: out = gelu(gate x) * (w x)
@@ -86,8 +86,8 @@ struct Product {
   int add_from = -1;        // if set: the product is added to out, for tokens from this one on
 };
 
-// Bytes that the keys of one layer take in a page of the cache, and the values behind them: floats [kv heads, PAGE, width].
-// Those of bfloat16 lie in tiles, for which the width is padded (tile_attention.h).
+// Bytes that the keys of one layer take in a page of the cache; the values behind them take as many. Both are arrays [kv heads,
+// PAGE, width] of `kv_type`; in bfloat16 they lie in tiles, for which the width is padded (tile_attention.h).
 constexpr int64_t kv_bytes(int kv_type, int64_t kv_heads, int64_t width) {
   return kv_heads * PAGE * (kv_type == BF16_T ? (width + 31) / 32 * 32 : width) * TYPE[kv_type].bytes;
 }

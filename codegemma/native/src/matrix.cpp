@@ -1,8 +1,8 @@
-// Products of training: many float32 rows times a frozen weight or its transpose, compiled once per SIMD level.
+// Products of training: many float32 rows times a weight (in blocks or floats) or its transpose, compiled once per SIMD level.
 // C [T, J] = A [T, R] B [R, J], where B is W^T (x W^T: R columns of W, J rows) or W (dy W). Slabs of SLOTS rows of B are
 // decoded once for all T into panels of PANEL columns; the inner loop keeps a tile of C in registers. Sums run in
 // ascending r, a slab at a time, for any number of threads, of rows, and any split of T. With bfloat16 factors, a pair of
-// them stands in the slot of a float, and a slab has twice the rows; level amx multiplies those by its tiles. The softmax of
+// them stands in the slot of a float, and a slab has twice the rows; level amx multiplies those in tiles. The softmax of
 // attention and of the loss is here too.
 #include "kernels.h"
 #include "simd.h"
@@ -18,7 +18,7 @@ namespace CG_LEVEL {
 namespace {
 
 #if defined(CG_AMX)
-constexpr int ROW_MULTIPLE = 2 * SIDE, TILE = 8;  // rows of A: in two tiles of the tile unit; in registers, a divisor
+constexpr int ROW_MULTIPLE = 2 * SIDE, TILE = 8;  // rows of A: in two tiles; in registers (a divisor), for float32
 #elif defined(CG_AVX512) || defined(CG_NEON)  // 32 registers: 24 sums
 constexpr int TILE = 12, ROW_MULTIPLE = TILE;
 #else                                       // 16 registers: 12 sums
@@ -56,14 +56,14 @@ CG_INLINE void pair_up(const float* x, int64_t n, float* out, int64_t step) {
     store(out, rounded(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)));
   }
 }
-// Two times 16 bfloat16, interleaved: each slot gets one of both.
+// The halves of `both`, 16 bfloat16 each, interleaved: a slot gets one of each half.
 CG_INLINE void interleave(__m512i both, float* out) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
   const __m512i top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
   store(out, _mm512_or_si512(low, _mm512_slli_epi32(top, 16)));
 }
-// decode_pairs: n columns of row r, from `first` on, two to a slot. decode_two: those of rows r and r + 1, each slot with one
-// column of both rows. Zeros stand in place of a row that is missing, and behind the n columns.
+// decode_pairs: n columns of row r, from `first` on, two to a slot. decode_two: those of rows r and r + 1, each slot with the
+// same column of both rows. Zeros stand in place of a row that is missing, and behind the n columns.
 #if defined(CG_AMX)
 CG_INLINE void decode_row(const Weight& w, int64_t r, int64_t first, int64_t n, uint16_t* out) {
   bfloat16_decoder(w.type)(w.data + r * w.row_bytes + first / TYPE[w.type].block * TYPE[w.type].bytes, n, out, STEP);
@@ -212,7 +212,7 @@ void multiply_blocks(const MatrixProduct& m, bool add, int64_t slots, const floa
                      (int)std::min<int64_t>(TILE, t1 - t), J - j, add);
 }
 #if defined(CG_AMX)
-// Two tiles of rows times two of columns, whose sums begin with C and take 32 members at a time.
+// Two tiles of rows times two of columns. Sums begin with C (`add`) or zero, and take 32 members at a time.
 template <>
 void multiply_blocks<true>(const MatrixProduct& m, bool add, int64_t slots, const float* a, int64_t t0, int64_t t1,
                            const float* panels, int64_t j0, int64_t j1) {
@@ -220,7 +220,7 @@ void multiply_blocks<true>(const MatrixProduct& m, bool add, int64_t slots, cons
   configure_tiles(SIDE);
   for (int64_t j = j0; j < j1; j += PANEL) {
     const float* panel = panels + (j - j0) * slots;
-    alignas(64) float last[SIDE][PANEL] = {};  // a panel ends with its last slot
+    alignas(64) float last[SIDE][PANEL] = {};  // of the last step: zeros follow the panel's last slot
     memcpy(last, panel + (steps - 1) * SIDE * PANEL, 4 * (slots - (steps - 1) * SIDE) * PANEL);
     for (int64_t t = t0; t < t1; t += ROW_MULTIPLE) {
       const int64_t rows = std::min<int64_t>(ROW_MULTIPLE, t1 - t), columns = std::min<int64_t>(PANEL, J - j);

@@ -35,7 +35,7 @@ struct Workers {
 // Runs body(thread) on every thread, each with the caller's treatment of denormals.
 void run_on_all(Pool& pool, const std::function<void(int)>& body);
 
-// Sets m.c; the same floats for any number of threads.
+// Sets m.c, or adds to it (m.add); the same floats for any number of threads.
 void multiply(const Workers& workers, const MatrixProduct& m);
 
 // Causal attention within segments. Within a segment, positions rise with the index. q, out and their gradients are

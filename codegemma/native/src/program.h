@@ -136,7 +136,7 @@ class Program {
   int logits_in_ = -1;       // the buffer of the inputs of the logits
   int64_t vocabulary_ = 0;
   std::vector<Scratch> scratch_;
-  std::unique_ptr<std::atomic<int64_t>[]> claimed_;  // [steps, shares of the threads and the urgent tiles]
+  std::unique_ptr<std::atomic<int64_t>[]> claimed_;  // [steps, threads + 1]: tiles of each thread's share; urgent ones
   struct Stat { float largest, total; int64_t index; };
   std::vector<Stat> stats_;  // [n_out, parts] of the logits
 };

@@ -241,8 +241,8 @@ void row_q8_0(const float* x, int64_t n, const float*, uint8_t* out) {
   }
 }
 
-// v = d * IQ4_VALUES[q]: of 15 scales around that of the largest value, the one with the best least-squares fit. The sixteen
-// values ascend: the index of the nearest is the number of midpoints that are not above.
+// v = d * IQ4_VALUES[q]: of 16 scales, by which the largest value comes near an end of the table, the one with the best
+// least-squares fit. The table ascends: the index of the nearest is the number of midpoints that are not above.
 template <class F, class I> CG_INLINE I nearest_iq4(F v) {
   I index = {};
   for (int i = 0; i < 15; i++) index -= v >= (IQ4_VALUES[i] + IQ4_VALUES[i + 1]) * 0.5f;
@@ -265,7 +265,7 @@ void row_iq4_nl(const float* x, int64_t n, const float* importance, uint8_t* out
     if (importance) to_lanes<8>(importance, 32, count, w), importance += 256;
     for (int i = 0; i < 32; i++) w[i] = importance ? w[i] * roots(square + v[i] * v[i]) : v[i] * v[i];
     F d = {}, best = {};
-    for (int step = -8; step <= 7; step++) {  // the first maps the largest value to the largest of the other sign
+    for (int step = -8; step <= 7; step++) {  // -8: the largest value at the table's other end
       F inverse = step == -8 ? 1 / (-largest / (float)IQ4_VALUES[0]) : (float)(step + IQ4_VALUES[0]) / largest, xq = {}, qq = {};
       for (int i = 0; i < 32; i++) {
         const I index = nearest_iq4<F, I>(inverse * v[i]);

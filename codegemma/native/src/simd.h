@@ -187,11 +187,11 @@ CG_INLINE Fv exp(Fv x) {
   Iv e = (__builtin_convertvector(n, Iv) + splat_i(127)) << 23;
   return select(zero, Fv{}, p * (Fv)e);
 }
-CG_INLINE Fv tanh(Fv x) {  // 1 - 2 / (e^2x + 1); |x| above 44 would overflow and is 1 anyway
+CG_INLINE Fv tanh(Fv x) {  // 1 - 2 / (e^2x + 1), which is 1 from x = 20 on
   Fv y = exp(select(x > splat(20.f), splat(20.f), x) * splat(2.f));
   return splat(1.f) - splat(2.f) / (y + splat(1.f));
 }
-// gelu(x) by the tanh form = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+// gelu(x) by the tanh form = x * sigmoid(u), u = 2 sqrt(2/pi) (x + 0.044715 x^3)
 CG_INLINE Fv gelu(Fv x) {
   Fv u = splat(1.5957691216f) * (x + splat(0.044715f) * x * x * x);
   return x / (splat(1.f) + exp(-u));
@@ -548,6 +548,7 @@ CG_INLINE Iv dot_pairs(const int16_t* a, const Iv b[8]) {
   return total;
 #endif
 }
+// The compiler must take v for changed.
 #if defined(CG_NEON)
 #define CG_OPAQUE(v) asm volatile("" : "+w"(v))
 #elif defined(__x86_64__) && !defined(SIMDE_VERSION)  // an emulated vector fits no register

@@ -1,10 +1,10 @@
 // Attention's products on the tile unit, for level amx, by numerics v2: queries (rotated and scaled), keys, values and weights
 // are rounded to the nearest bfloat16, half to even, and multiplied in the order and rounding of TDPBF16PS (tiles.h). In each
 // span of KEY_SPAN keys, aligned to absolute positions,
-//   score[q, key] = sum over h of bf16(q[h]) * bf16(k[key, h]), from zero, 32 members at a time in ascending h;
-//   weight[q, key] = exp(score - the largest of the span), in float32, and 0 where the query does not see the key;
-//   value[q, h] = sum over keys of bf16(weight[q, key]) * bf16(v[key, h]), from zero, 32 members at a time in ascending order
-//   of positions, of which the first is a multiple of 32.
+//   score[row, key] = sum over h of bf16(q[row, h]) * bf16(k[key, h]), from zero, 32 members at a time in ascending h;
+//   weight[row, key] = exp(score - the row's largest of the span), in float32, and 0 where the query does not see the key;
+//   value[row, h] = sum over keys of bf16(weight[row, key]) * bf16(v[key, h]), from zero, 32 members at a time in ascending
+//   order of positions; each 32 begin at a multiple of 32.
 // All else is float32, as on other levels (kernels.cpp). Weights of zero add nothing, so a task may pass over 32 keys that none
 // of its queries sees, and a query's result does not depend on the rows that share its tiles. The sign of a zero is not kept.
 // Keys and values are rounded when they enter the cache, which holds them as second factors: tiles are loaded from the pages.
@@ -15,7 +15,7 @@
 namespace cg {
 namespace CG_LEVEL {
 
-// Where a member of `columns` columns of second factors [columns / 16, depth / 2, 16, 2] lies.
+// Where a member of a column lies in second factors [columns / 16, depth / 2, 16, 2].
 CG_INLINE int64_t second_factor(int64_t member, int64_t column, int64_t depth) {
   return (column / SIDE * depth + member / 2 * 2) * SIDE + column % SIDE * 2 + member % 2;
 }

@@ -2,9 +2,9 @@
 // (16 rows by up to 16 columns of floats), 4 and 5 are first factors (16 rows of 32 bfloat16), 6 and 7 second ones (for each
 // pair of members of the sums, a pair of bfloat16 in each column).
 //
-// What TDPBF16PS does is stated in Intel's Software Developer's Manual. For each element of C += A B, the even members and
-// the odd members of the 16 pairs are summed from zero by fused multiply-adds in ascending order; the two sums are added, and
-// the result is added to the element of C. All of it rounds to nearest even and takes denormals for zero, in and out. The
+// What TDPBF16PS does is stated in Intel's Software Developer's Manual. For each element of C += A B, the even members of the
+// 16 pairs make one sum and the odd ones another, from zero by fused multiply-adds in ascending order; these two are added,
+// and the result is added to the element of C. All of it rounds to nearest even and takes denormals for zero, in and out. The
 // conversion to bfloat16 (VCVTNE2PS2BF16) does the same. Under CG_IMITATE_TILES both are done by other instructions, for CPUs
 // without them.
 #pragma once
@@ -74,7 +74,7 @@ template <int N> void store_tile(void* p, int64_t stride) {
   for (int i = 0; i < SIDE; i++) memcpy((uint8_t*)p + i * stride, tile + i * 64, tiles.row_bytes(N));
 }
 inline void set_float_mode(unsigned mode) { asm volatile("ldmxcsr %0" : : "m"(mode) : "memory"); }
-// Columns are lanes. Each lane does what its element's sums state.
+// Columns are lanes; each lane sums as stated above.
 __attribute__((noinline)) inline void multiply_tiles(float* c, const uint8_t* a, const uint8_t* b) {
   const Iv high = splat_i((int32_t)0xffff0000);
   const unsigned mode = _mm_getcsr();

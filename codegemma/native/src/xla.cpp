@@ -1,5 +1,5 @@
-// Kernels of training that XLA calls: products with frozen weights that stay in their blocks, attention, and the loss's pass
-// over a vocabulary. The pool runs one job at a time, for which XLA's own threads wait.
+// Kernels of training that XLA calls: products with frozen weights that stay in their blocks and with trained ones, attention,
+// and the loss's pass over a vocabulary. The pool runs one job at a time, for which XLA's own threads wait.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -76,7 +76,7 @@ struct Adapted {
         bfloat16(in_bfloat16(call)) {
     require(a.cols == K && b.rows == N && b.cols == r, "an adapter must fit its layer");
   }
-  // c [rows, ...] (+)= x M^T for a matrix M; with `by_rows`, x M
+  // c [rows, ...] (+)= x M^T for a matrix M; with `by_rows`, x M; with `a_transposed`, x^T in place of x
   void run(const float* x, int64_t rows, const Weight& matrix, bool by_rows, float* c, bool add = false,
            bool a_transposed = false) const {
     multiply(engine.workers(), {x, c, matrix, rows, 0, matrix.rows, by_rows, add, bfloat16, a_transposed});
