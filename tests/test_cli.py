@@ -235,7 +235,8 @@ def test_completion_in_bash_prints_no_error_and_runs_nothing(tmp_path):
     environment = os.environ | {"HOME": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}"}
     environment |= {"PYTHONPATH": str(ROOT)}
     run = partial(subprocess.run, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    installed = run(["bash", "-c", "codegemma --install-completion"])
+    # With "&&", bash stays the parent, by which the shell is known.
+    installed = run(["bash", "-c", "codegemma --install-completion && true"])
     assert installed.returncode == 0, installed.stderr
     lines = ["source ~/.bash_completions/codegemma.sh"]
     for words, _ in WORDS:

@@ -255,7 +255,8 @@ def test_ctrl_c_keeps_the_steps_of_a_run(model, chats, tmp_path):
         with signals_act(signal.SIGINT):
             child = subprocess.Popen([*command, *more], text=True, **pipes)
         with child as process:
-            lines = [next(process.stderr) for _ in range(after)]
+            steps = (line for line in process.stderr if not line.startswith("note: "))
+            lines = [next(steps) for _ in range(after)]
             process.send_signal(signal.SIGINT)
             _, rest = process.communicate(timeout=120)
         assert process.returncode == 130 and "Traceback" not in rest, rest

@@ -170,7 +170,7 @@ def test_a_layer_whose_weight_is_trained(T, N, K, by):
     close(y, x, w.T)
     close(dx, dy, w)
     close(dw, dy.T, x)
-    with pytest.raises(ValueError, match=f"x has {K} columns but the weight {K + 1}"):
+    with pytest.raises(ValueError, match=f"x has {K} columns, but the weight's shape demands {K + 1}"):
         xla.dense(jnp.zeros((T, K)), jnp.zeros((N, K + 1)))
 
 
