@@ -275,6 +275,15 @@ def test_a_share_of_the_windows_has_files_in_front(tokenizer):
     assert len(bare) == count and not any(example.context for example in bare)
 
 
+@pytest.mark.parametrize("words", [1, 30, 200])  # of a folder's name; the last two fill all the room
+def test_a_long_path_leaves_no_room_for_files_in_front(tokenizer, words):
+    document = Document("r", f"{' '.join(['folder'] * words)}/m.py", code("python"), "python")
+    recipe = BuildRecipe(length=1024, window=(64, 200), stride=60, context_rate=1.0, context_tokens=48)
+    related = {document.name: [File("other.py", "x = 1\n" * 100)]}
+    shown = [example.context for example in fim.fim([document], tokenizer, recipe, related)]
+    assert len(shown) > 3 and any(shown) == (words == 1)
+
+
 def test_related_files_are_neighbours_then_tests_then_imports():
     names = ["app.py", "deep.py", "util.py", "alone.py", "test_app.py"]
     stored = [

@@ -312,6 +312,8 @@ class _ExampleMaker:
         if not self.files or draw.uniform() >= self.recipe.context_rate:
             return ()
         max_tokens = self.recipe.context_tokens - len(self.tokenizer.encode(f"{self.document.path}\n"))
+        if max_tokens < 1:
+            return ()
         room = min(MIN_CONTEXT_TOKENS, max_tokens) + draw.below(max(0, max_tokens - MIN_CONTEXT_TOKENS) + 1)
         count = 1 + draw.below(min(len(self.files), MAX_CONTEXT_FILES))
         shown: list[File] = []
