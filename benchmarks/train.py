@@ -89,7 +89,7 @@ def ours(name: str, model: str, length: int, rank: int) -> dict[str, float]:
     return {
         "seconds": statistics.median(seconds[2:]),
         "bytes": _peak(),
-        "flops": flops_of(config, length, length, targets, False),
+        "flops": flops_of(config, length, length, targets, lora),
     }
 
 
