@@ -160,6 +160,21 @@ def test_only_a_model_is_written_over_and_only_by_a_complete_one(tmp_path, monke
     assert {file.name: file.read_bytes() for file in old.iterdir()} == files
 
 
+@pytest.mark.parametrize("to", ["safetensors", "orbax", "keras", "gemma_pytorch"])
+def test_a_folder_that_holds_more_than_a_model_is_not_written_over(tmp_path, to):
+    source, target = _source(tmp_path), tmp_path / "model"
+    convert(source, target, to)
+    convert(source, target, to, overwrite=True)
+    for name in ("thesis.txt", "data.json", "scripts/train.py"):
+        mine = target / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        with pytest.raises(ValueError, match=f"model holds {name}, which is no part of a model"):
+            convert(source, target, to, overwrite=True)
+        assert mine.read_text() == "mine"
+        mine.unlink()
+
+
 def test_a_small_model_fits_a_small_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=30_000_000))
     assert convert(_source(tmp_path), tmp_path / "x.gguf").path.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +53,13 @@ WRITERS = {"keras": keras.save, "orbax": orbax.save, "gemma_pytorch": torch.save
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 COPIED_FILES = (*TOKENIZER_FILES, "chat_template.jinja")  # from one Hugging Face directory to another
 SPARE_BYTES = 64 << 20  # of disk, in addition to the tensors, for the tokenizer of a large model
+# What the folders of models hold. `--overwrite` replaces no folder that holds anything else.
+MODEL_FILES = (
+    *("*.safetensors", "*.bin", "*.h5", "*.ckpt", "*.gguf", "*.model", "*.jinja", "*.index.json"),
+    *("config.json", "*_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.json", "metadata.json", "task.json", "preprocessor.json", "checkpoint/*", "assets/*"),
+    *("NOTICE*", "LICENSE*", "README.md", "USE_POLICY.md", checksums.SUMS, ".gitattributes"),
+)
 NAME_ANOTHER = "choose another name, or pass --overwrite"
 
 
@@ -141,7 +149,18 @@ def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> Ex
         format_of(target)  # raises for a file that is no model: it is not replaced
     elif target.is_dir() and any(target.iterdir()):
         open_checkpoint(target)  # raises for a folder that holds no model: it is not replaced
+        if other := next(_other_files(target), None):
+            rule = f"{other}, which is no part of a model and would be lost"
+            raise ValueError(f"{target} holds {rule}: move it elsewhere, or choose another name")
     return to
+
+
+def _other_files(folder: Path) -> Iterator[str]:
+    """The files in a model's folder that MODEL_FILES does not name."""
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if not file.is_dir() and not any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES):
+            yield name
 
 
 def save(
