@@ -173,8 +173,8 @@ def vocabulary_softmax(
 ) -> SoftmaxSums:
     """The softmax sums over all rows of a table, for the first `used` hidden states.
 
-    In the sums, row v counts `counts_V[v]` times (0: not at all). States from `used` on get max 0, best 0,
-    sum 1 and weighted 0. On a CPU only; not differentiable.
+    In the sums, row v counts `counts_V[v]` times; where that is 0, its logit cannot be the largest either.
+    States from `used` on get max 0, best 0, sum 1 and weighted 0. On a CPU only; not differentiable.
     """
     M, D = hidden_MD.shape
     results = _float32(M, D), _float32(M), jax.ShapeDtypeStruct((M,), jnp.int32), _float32(M)

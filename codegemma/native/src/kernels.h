@@ -63,7 +63,7 @@ template <class T> using Lines = std::vector<T, LineAllocator<T>>;
 struct Scratch { Lines<uint8_t> tile, gate; };  // memory of one thread, which grows as needed
 
 // What an adapter adds to a product: h b^T, for the tokens from `first` to the end of h. Row 0 of h is token `start`.
-// b has 32 columns: one block per row.
+// b has 32 columns: one block per row where it is stored in blocks.
 struct AdapterTerm {
   Weight b;
   Activations h;

@@ -37,7 +37,7 @@ struct Batch {
   const int32_t* adapters = nullptr;  // [T]: index of each token's adapter, -1: none; null: no token has one
 };
 
-constexpr int RANK = 32;     // adapters are computed in slices of this many ranks, one block each
+constexpr int RANK = 32;     // adapters are computed in slices of this many ranks: one block of Q8_0
 
 // What an adapter adds at one site: slice s of h = x a^T (columns from RANK * s on) times b^T goes to output `target`.
 struct LowRankSlice { int target; Weight b; };

@@ -92,7 +92,7 @@ CG_INLINE Fv max(Fv a, Fv b) {
 #endif
 }
 
-// Sum and maximum of the lanes in one fixed order: halves onto each other.
+// The sum of the lanes in one fixed order, halves onto each other; and their maximum.
 CG_INLINE float sum(Fv v) {
   for (int n = FW / 2; n; n /= 2)
     for (int i = 0; i < n; i++) v[i] += v[i + n];
@@ -167,7 +167,7 @@ struct BF16 { static constexpr int BYTES = 2; static CG_INLINE Fv read(const uin
 struct F32 { static constexpr int BYTES = 4; static CG_INLINE Fv read(const uint8_t* p) { return load<Fv>(p); } };
 
 // ------------------------------------------------------------------------------------------------ exp
-// e^x by 2^n * 2^r with a polynomial of degree 6 (Cephes coefficients), about 1 ulp; exactly 0 below -87.3, so that
+// e^x as 2^n * e^r, e^r by a polynomial of degree 7 (Cephes coefficients), about 1 ulp; exactly 0 below -87.3, so that
 // a masked key contributes nothing. One definition for vector bodies and tails: tails are padded, never scalar.
 CG_INLINE Fv exp(Fv x) {
   Iv zero = x < splat(-87.3f);
@@ -493,7 +493,7 @@ template <int MAXQ> struct Dot : DotInt32 {
 template <int MAXQ> struct Dot : DotInt32 {
   static CG_INLINE Iv step(Iv acc, Iv w, Iv x) { return (Iv)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)x); }
 };
-#elif defined(CG_NEON)  // sums in int16, as many as cannot overflow: |MAXQ| * 127 * STEPS < 2^15
+#elif defined(CG_NEON)  // sums in int16, as many as cannot overflow: MAXQ (of signed bytes 128) * 127 * STEPS < 2^15
 template <int MAXQ> struct Dot {
   struct Sums { int16x8_t low, high; };  // four lanes a token
   static constexpr int STEPS = MAXQ < 0 || MAXQ > 63 ? 2 : MAXQ <= 31 ? 8 : 4, ROWS = 2;
