@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import small
 
-from codegemma.data import fim, holes, syntax
+from codegemma.data import fim, holes, splits, syntax
 from codegemma.data.context import related_files
 from codegemma.data.documents import Document
 from codegemma.data.draw import Draw
@@ -318,6 +318,13 @@ def test_languages_have_even_shares_of_as_many_windows(characters, stride):
         assert sum(windows.values()) >= 0.98 * wanted - len(windows)
 
 
+@pytest.mark.parametrize("kind", sorted({*holes.CUTS, *splits.KINDS, *splits.WINDOW_KINDS}))
+def test_every_kind_can_be_cut_from_a_blank_text(kind):
+    for text in ("\n", "\n" * 99, " \t\r\n"):
+        split = holes.draw_hole(text, "python", Draw(kind), kind)
+        assert 0 <= split.start <= split.end <= len(text)
+
+
 def test_kinds_of_the_named_recipes_add_up_and_are_explained():
     from codegemma.data.show import WHY
 
@@ -336,6 +343,9 @@ def test_kinds_of_the_named_recipes_add_up_and_are_explained():
     [
         ({"kinds": (("node", 0.5), ("nodes", 0.5))}, "kinds: nodes not known; known are node, siblings"),
         ({"kinds": (("node", 0.5),)}, "kinds: shares must be above 0 and add up to 1"),
+        ({"kinds": (("node", 0.5), ("node", 0.5))}, "kinds: node stands twice"),
+        ({"kinds": (("node", 1.0), ("word", float("nan")))}, "kinds: shares must be above 0 and add up to 1"),
+        ({"mix": (("code", float("nan")),)}, "mix: shares must be above 0 and add up to 1"),
         ({"context_rate": 0.5}, "context-rate 0.5 needs a window"),
         ({"context_rate": 0.5, "window": (64, 200), "length": 512}, "from 48 to the 311 that a row of 512"),
         ({"context_rate": 2}, "context-rate must lie from 0 to 1, got 2"),

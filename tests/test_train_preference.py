@@ -205,6 +205,14 @@ def test_a_job_learns_preferences_of_ids_and_of_texts(model, tmp_path):
     assert tokenizer.decode(pairs[0].chosen[:-1]) == "two"
     assert tokenizer.decode(pairs[0].rejected[:-1]) == "three or so"
     assert pairs[0].chosen[-1] == tokenizer.control.end_of_turn
+    forms += [
+        {"chosen": [question, *two], "rejected": [{**question, "content": "two and two?"}, *three]},
+        {"chosen": [question, *two, question, *two], "rejected": [question, *three]},
+    ]
+    texts_of_several = tmp_path / "several.jsonl"
+    texts_of_several.write_text("".join(json.dumps(form) + "\n" for form in forms))
+    several, reasons = preference.read(texts_of_several, 515, tokenizer)
+    assert several == pairs[:3] and reasons == {"answers to different prompts": 2}
     assert preference.read(ids, 515)[1].total() == 3
     for kind, source, chat in (("layers", ids, False), ("qlora", texts, True)):
         plan = job.TrainingPlan(

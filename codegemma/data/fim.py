@@ -8,6 +8,7 @@ the offset.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -47,6 +48,17 @@ MAX_DRAWS = 16  # attempts to draw a hole that fits its window
 MAX_CHARACTERS_PER_TOKEN = 5
 MIN_CONTEXT_TOKENS = 48  # least room that is drawn for the files in front of a window
 MAX_CONTEXT_FILES = 3  # in front of a window
+
+
+def check_shares(name: str, shares: Sequence[tuple[str, float]]) -> None:
+    """Raises ValueError unless there are no shares, or they are above 0, named once, and add up to 1."""
+    if not shares:
+        return
+    values = [share for _, share in shares]
+    if not (all(share > 0 for share in values) and abs(sum(values) - 1) <= 1e-6):
+        raise ValueError(f"{name}: shares must be above 0 and add up to 1, got {dict(shares)}")
+    if twice := [key for key, count in Counter(key for key, _ in shares).items() if count > 1]:
+        raise ValueError(f"{name}: {', '.join(twice)} stands twice: give each one share")
 
 
 @dataclass(frozen=True)
@@ -95,9 +107,7 @@ class FimRecipe:
         known = [kind for kind in get_args(Kind) if kind != "whole"]
         if unknown := [kind for kind, _ in self.kinds if kind not in known]:
             raise ValueError(f"kinds: {', '.join(unknown)} not known; known are {', '.join(known)}")
-        shares = [share for _, share in self.kinds]
-        if shares and (min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
-            raise ValueError(f"kinds: shares must be above 0 and add up to 1, got {dict(self.kinds)}")
+        check_shares("kinds", self.kinds)
 
     def _check_context(self) -> None:
         if not self.context_rate:

@@ -42,9 +42,7 @@ class BuildRecipe(fim.FimRecipe):
         if unknown := sorted(set(self.languages) - CODE_LANGUAGES):
             known = ", ".join(sorted(CODE_LANGUAGES))
             raise ValueError(f"languages: {', '.join(unknown)} not known; known are {known}")
-        shares = [share for _, share in self.mix]
-        if shares and (min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
-            raise ValueError(f"mix: shares must be above 0 and add up to 1, got {dict(self.mix)}")
+        fim.check_shares("mix", self.mix)
         if not 0 <= self.hold_out < 1:
             raise ValueError(f"hold-out must lie from 0 to below 1, got {self.hold_out}: rows need the rest")
         if self.even_languages and not self.window:

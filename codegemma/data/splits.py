@@ -100,8 +100,9 @@ def split(
     if kind == "function end":
         offset = within.start + draw.below(len(within))
         body = function_around(text, language, offset, offset + 1)
-        start, end = draw_lines(line_spans(text[body.start : body.stop]), draw, MAX_LINES, last=True)
-        return Split(body.start + start, _after_break(text, body.start + end), kind)
+        if spans := line_spans(text[body.start : body.stop]):
+            start, end = draw_lines(spans, draw, MAX_LINES, last=True)
+            return Split(body.start + start, _after_break(text, body.start + end), kind)
     part = text[within.start : within.stop]
     if kind == "characters" or not part.strip():
         start, end = _draw_span(draw, 0, len(part), limit)

@@ -62,10 +62,12 @@ def _of_messages(tokenizer: Tokenizer, line: Mapping[str, Any]) -> Pair:
     dialogues = [sft.messages({**line, "chosen": line[name]}) for name in ("chosen", "rejected")]
     chosen, rejected = (prompts.chat(tokenizer, dialogue, reply=False) for dialogue in dialogues)
     # the last spans are the answer and the newline after its turn
-    (prompt, answer), (_, other) = (
+    (prompt, answer), (other_prompt, other) = (
         ([token for _, ids in chat.spans[:-2] for token in ids], chat.spans[-2][1])
         for chat in (chosen, rejected)
     )
+    if prompt != other_prompt:
+        raise sft.BadLine("answers to different prompts")
     return Pair(prompt, answer, other)
 
 

@@ -186,7 +186,8 @@ class Session:
                 return np.concatenate([self._margins(start, rows) for rows in folders])
 
         if folders:
-            margins = self.store.computed_once("reference", compute)
+            of = [self.order.fingerprint(rows) for rows in folders]
+            margins = self.store.computed_once("reference", of, compute)
             for place in (row["reference"] for rows in folders for row in rows):
                 place += np.where(np.isnan(place), 0, margins[: len(place)] - place)
                 margins = margins[len(place) :]

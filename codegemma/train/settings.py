@@ -10,7 +10,6 @@ from typing import Literal, get_args, get_origin, get_type_hints
 SAMPLED_VOCABULARY = 32_768  # for TrainingSettings.vocabulary, where the normaliser need not be exact
 POSITIVE = (
     "learning_rate",
-    "beta",
     "clip",
     "stop_weight",
     "micro_tokens",
@@ -22,6 +21,7 @@ POSITIVE = (
 NOT_NEGATIVE = ("weight_decay", "row_rate", "z", "horizon", "likelihood", "patience")
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ((*POSITIVE, "steps"), lambda value: value > 0, "be above 0"),
+    (("beta",), lambda value: 0 < value < inf, "be finite and above 0"),
     (NOT_NEGATIVE, lambda value: 0 <= value < inf, "be finite and at least 0"),
     (("warmup", "floor"), lambda value: 0 <= value <= 1, "lie from 0 to 1"),
     (("vocabulary",), lambda value: value >= 2, "be at least 2 tokens, or None for all"),

@@ -123,9 +123,12 @@ class Store:
             total = jax.tree.map(jnp.add, total, self._arrays(step, state)["trainable"])
         return with_weights(state.trainable, jax.tree.map(lambda sum: sum / (len(older) + 1), total))
 
-    def computed_once(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """An array that a run with this stamp computes once and keeps in its folder."""
-        digest = hashlib.sha256(json.dumps(self._stamp, sort_keys=True).encode()).hexdigest()
+    def computed_once(self, name: str, of: object, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that a run with this stamp computes once and keeps in its folder.
+
+        `of`: what it is computed from beside the stamp, as JSON holds it.
+        """
+        digest = hashlib.sha256(json.dumps([self._stamp, of], sort_keys=True).encode()).hexdigest()
         path = self.folder / f"{name}-{digest[:12]}.npy"
         if path.exists():
             return np.load(path)  # type: ignore[no-any-return]
