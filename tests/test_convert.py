@@ -165,7 +165,7 @@ def test_a_folder_that_holds_more_than_a_model_is_not_written_over(tmp_path, to)
     source, target = _source(tmp_path), tmp_path / "model"
     convert(source, target, to)
     convert(source, target, to, overwrite=True)
-    for name in ("thesis.txt", "data.json", "scripts/train.py"):
+    for name in ("thesis.txt", "data.json", "scripts/train.py", "notes/private.bin"):
         mine = target / name
         mine.parent.mkdir(exist_ok=True)
         mine.write_text("mine")

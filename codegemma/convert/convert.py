@@ -156,10 +156,12 @@ def _target_format(target: Path, to: ExportFormat | None, overwrite: bool) -> Ex
 
 
 def _other_files(folder: Path) -> Iterator[str]:
-    """The files in a model's folder that MODEL_FILES does not name."""
+    """The files in a model's folder that MODEL_FILES does not name. In folders within it, only those that a
+    pattern names by the folder are a model's."""
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        if not file.is_dir() and not any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES):
+        patterns = [pattern for pattern in MODEL_FILES if "/" in pattern or "/" not in name]
+        if not file.is_dir() and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             yield name
 
 
